@@ -1,0 +1,1 @@
+//! Parapet: an open-source edge for Unleash feature flags.

@@ -1,0 +1,3 @@
+//! The `parapet` binary.
+
+fn main() {}

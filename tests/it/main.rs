@@ -1,0 +1,1 @@
+//! The integration tests, one binary: each module tells one story about Parapet from outside.
