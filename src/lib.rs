@@ -1,1 +1,3 @@
 //! Parapet: an open-source edge for Unleash feature flags.
+
+pub mod token;
