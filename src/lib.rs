@@ -1,3 +1,8 @@
 //! Parapet: an open-source edge for Unleash feature flags.
 
+pub mod auth;
+pub mod http;
+pub mod sync;
 pub mod token;
+pub mod upstream;
+pub mod usage;

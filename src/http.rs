@@ -1,0 +1,4 @@
+//! The HTTP surface: listeners, routes and replies.
+
+pub mod access;
+pub mod cors;
