@@ -2,7 +2,9 @@
 
 pub mod auth;
 pub mod http;
+pub mod snapshot;
 pub mod sync;
 pub mod token;
 pub mod upstream;
 pub mod usage;
+pub mod wire;

@@ -1,5 +1,10 @@
 //! Who may connect, by address: allow and deny lists, and which proxies are believed.
+//!
+//! Tokens are none of its business.
 
+use std::net::{IpAddr, SocketAddr};
+
+use hyper::header::{FORWARDED, HeaderMap, HeaderName};
 use ipnet::IpNet;
 
 /// Which addresses are served.
@@ -23,4 +28,128 @@ pub enum Proxies {
     Any,
     /// Those of these networks: the rightmost address outside them is the client.
     Only(Vec<IpNet>),
+}
+
+const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+
+impl Config {
+    /// Whether requests of this address are served.
+    pub fn serves(&self, client: IpAddr) -> bool {
+        let listed = |list: &[IpNet]| list.iter().any(|network| network.contains(&client));
+        !listed(&self.deny) && (self.allow.is_empty() || listed(&self.allow))
+    }
+}
+
+impl Proxies {
+    /// The client's address: the peer's, or what believed proxies say of it.
+    ///
+    /// `Forwarded` (RFC 7239) is read before `X-Forwarded-For`. An address that cannot be read ends
+    /// the search: nothing further left can be believed.
+    pub fn client(&self, peer: SocketAddr, headers: &HeaderMap) -> IpAddr {
+        let peer = peer.ip().to_canonical();
+        let trusted = match self {
+            Self::None => return peer,
+            Self::Any => return hops(headers).first().copied().flatten().unwrap_or(peer),
+            Self::Only(networks) => networks,
+        };
+        let believed = |address: &IpAddr| trusted.iter().any(|network| network.contains(address));
+        let mut client = peer;
+        for hop in hops(headers).into_iter().rev() {
+            let (true, Some(hop)) = (believed(&client), hop) else { break };
+            client = hop;
+        }
+        client
+    }
+}
+
+/// The addresses that the headers tell, the client's first; `None` for one that cannot be read.
+fn hops(headers: &HeaderMap) -> Vec<Option<IpAddr>> {
+    let forwarded = items(headers, &FORWARDED).map(|item| {
+        let node = item.split(';').find_map(|pair| {
+            let (name, value) = pair.split_once('=')?;
+            name.trim().eq_ignore_ascii_case("for").then_some(value.trim())
+        })?;
+        address(node.trim_matches('"'))
+    });
+    let forwarded: Vec<_> = forwarded.collect();
+    if forwarded.is_empty() {
+        return items(headers, &X_FORWARDED_FOR).map(address).collect();
+    }
+    forwarded
+}
+
+fn items<'a>(headers: &'a HeaderMap, name: &'a HeaderName) -> impl Iterator<Item = &'a str> {
+    headers
+        .get_all(name)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .map(str::trim)
+        .filter(|item| !item.is_empty())
+}
+
+/// An address as proxies write it: bare, with a port, in brackets.
+fn address(node: &str) -> Option<IpAddr> {
+    let address = match (node.parse::<SocketAddr>(), node.parse::<IpAddr>()) {
+        (Ok(socket), _) => socket.ip(),
+        (_, Ok(address)) => address,
+        _ => node.strip_prefix('[')?.strip_suffix(']')?.parse().ok()?,
+    };
+    Some(address.to_canonical())
+}
+
+#[cfg(test)]
+mod tests {
+    use hyper::header::HeaderValue;
+
+    use super::*;
+
+    fn networks(list: &[&str]) -> Vec<IpNet> {
+        list.iter().map(|network| network.parse().unwrap()).collect()
+    }
+
+    #[track_caller]
+    fn check(proxies: &Proxies, name: &'static str, value: &'static str, expect: &str) {
+        let mut headers = HeaderMap::new();
+        headers.append(name, HeaderValue::from_static(value));
+        let peer = "[::ffff:10.0.0.1]:4000".parse().unwrap();
+        assert_eq!(proxies.client(peer, &headers).to_string(), expect, "{name}: {value}");
+    }
+
+    #[test]
+    fn without_trusted_proxies_the_client_is_the_peer() {
+        check(&Proxies::None, "x-forwarded-for", "1.2.3.4", "10.0.0.1");
+    }
+
+    #[test]
+    fn with_any_proxy_trusted_the_leftmost_address_is_the_client() {
+        check(&Proxies::Any, "x-forwarded-for", "1.2.3.4, 5.6.7.8", "1.2.3.4");
+        check(&Proxies::Any, "forwarded", "for=1.2.3.4;proto=http, for=5.6.7.8", "1.2.3.4");
+        check(&Proxies::Any, "forwarded", "For=\"[2001:db8::1]:99\"", "2001:db8::1");
+        check(&Proxies::Any, "x-forwarded-for", "[2001:db8::1]", "2001:db8::1");
+        check(&Proxies::Any, "x-forwarded-for", "unknown, 5.6.7.8", "10.0.0.1");
+    }
+
+    #[test]
+    fn with_named_proxies_an_address_is_believed_only_from_one_of_them() {
+        let ours = Proxies::Only(networks(&["10.0.0.0/8"]));
+        check(&ours, "x-forwarded-for", "6.6.6.6, 1.2.3.4", "1.2.3.4");
+        check(&ours, "x-forwarded-for", "6.6.6.6, 1.2.3.4, 10.9.9.9", "1.2.3.4");
+        check(&ours, "x-forwarded-for", "6.6.6.6, nonsense, 10.9.9.9", "10.9.9.9");
+        let others = Proxies::Only(networks(&["192.168.0.0/16"]));
+        check(&others, "x-forwarded-for", "1.2.3.4", "10.0.0.1");
+    }
+
+    #[test]
+    fn deny_wins_over_allow_and_an_empty_allow_list_is_everybody() {
+        let check = |allow: &[&str], deny: &[&str], client: &str, expect| {
+            let (allow, deny) = (networks(allow), networks(deny));
+            let config = Config { allow, deny, proxies: Proxies::None };
+            assert_eq!(config.serves(client.parse().unwrap()), expect, "{client}");
+        };
+        check(&[], &[], "1.2.3.4", true);
+        check(&["1.0.0.0/8"], &[], "1.2.3.4", true);
+        check(&["1.0.0.0/8"], &[], "2.2.3.4", false);
+        check(&["1.0.0.0/8"], &["1.2.0.0/16"], "1.2.3.4", false);
+    }
 }

@@ -1,0 +1,71 @@
+//! `If-None-Match` against strong entity tags (RFC 9110, 8.8.3 and 13.1.2).
+
+use hyper::header::{HeaderMap, HeaderValue, IF_NONE_MATCH};
+
+/// Whether one of the request's `If-None-Match` headers names the representation of `etag`, or is
+/// `*`.
+///
+/// `etag` is a strong tag, quoted. The comparison is weak, as the RFC asks for this header, so that
+/// a tag which a proxy weakened still matches. A body's codings share the opaque part: a suffix
+/// behind a dash names the coding and does not matter here. Text that is no entity tag matches
+/// nothing.
+pub fn none_match_names(headers: &HeaderMap, etag: &HeaderValue) -> bool {
+    let opaque = etag.as_bytes();
+    let opaque = opaque.get(1..opaque.len().saturating_sub(1)).unwrap_or_default();
+    headers.get_all(IF_NONE_MATCH).iter().any(|value| {
+        value.to_str().is_ok_and(|value| value.trim() == "*" || list_names(value, opaque))
+    })
+}
+
+fn list_names(mut list: &str, opaque: &[u8]) -> bool {
+    loop {
+        list = list.trim_start_matches([' ', '\t', ',']);
+        let tag = list.strip_prefix("W/").unwrap_or(list);
+        let Some((candidate, rest)) = tag.strip_prefix('"').and_then(|tag| tag.split_once('"'))
+        else {
+            return false;
+        };
+        if let Some(coding) = candidate.as_bytes().strip_prefix(opaque)
+            && (coding.is_empty() || coding.starts_with(b"-"))
+        {
+            return true;
+        }
+        list = rest;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(values: &[&'static str], expect: bool) {
+        let mut headers = HeaderMap::new();
+        for value in values {
+            headers.append(IF_NONE_MATCH, HeaderValue::from_static(value));
+        }
+        assert_eq!(
+            none_match_names(&headers, &HeaderValue::from_static("\"abc\"")),
+            expect,
+            "{values:?}"
+        );
+    }
+
+    #[test]
+    fn tags_lists_weak_tags_and_the_star_match() {
+        check(&["\"abc\""], true);
+        check(&["W/\"abc\""], true);
+        check(&["\"x\", W/\"y\" ,\"abc\""], true);
+        check(&["\"x\"", "\"abc-gzip\""], true);
+        check(&["\"a,b\", \"abc\""], true);
+        check(&[" * "], true);
+    }
+
+    #[test]
+    fn other_and_malformed_tags_do_not() {
+        for values in [&[][..], &["\"abcd\""], &["abc"], &["\"abc"], &["w/\"abc\""], &[""], &[",,"]]
+        {
+            check(values, false);
+        }
+    }
+}

@@ -1,0 +1,251 @@
+//! Paths and methods to routes: a pure table, no IO and no state.
+//!
+//! Which token a route wants is decided here, by the route and never by a part of its path.
+
+use hyper::Method;
+
+use crate::token::TokenKind;
+
+/// What a request to the data listener asks for; `'a` is the path.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Route<'a> {
+    /// `GET`, `POST` and `HEAD /api/client/features`
+    ClientFeatures,
+    /// `GET /api/client/features/{name}`, the name still percent-encoded
+    ClientFeature(&'a str),
+    /// `POST /api/client/register`
+    ClientRegister,
+    /// `POST /api/client/metrics`
+    ClientMetrics,
+    /// `POST /api/client/metrics/bulk`
+    ClientBulk,
+    /// `POST /api/client/metrics/edge`
+    ClientEdge,
+    /// `GET` and `POST /api/frontend[/all]`, `/api/proxy[/all]`
+    Frontend(Shown),
+    /// `GET` and `POST /api/frontend/features/{name}`, the name still percent-encoded
+    FrontendFeature(&'a str),
+    /// `POST /api/{frontend,proxy}[/all]/client/register`
+    FrontendRegister,
+    /// `POST /api/{frontend,proxy}[/all]/client/metrics`
+    FrontendMetrics,
+    /// `POST /edge/validate`
+    Validate,
+    /// `GET /internal-backstage/health`
+    Health,
+    /// `GET /internal-backstage/ready`
+    Ready,
+    /// `GET /internal-backstage/metrics`, `/internal-backstage/prometheus`
+    Prometheus,
+}
+
+/// Which flags a frontend response lists.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub enum Shown {
+    /// Only those that are on for the context.
+    Enabled,
+    /// Every flag of the scope.
+    All,
+}
+
+/// Why a request has no route.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum NoRoute {
+    /// No resource of that path.
+    Path,
+    /// The resource knows other methods: the value of `Allow`.
+    Method(&'static str),
+}
+
+const READ: &str = "GET, HEAD";
+const READ_OR_POST: &str = "GET, HEAD, POST";
+const POST: &str = "POST";
+
+impl<'a> Route<'a> {
+    /// Finds the route of a normalised path (see [`normalise`]).
+    pub fn parse(method: &Method, path: &'a str) -> Result<Self, NoRoute> {
+        let (route, methods) = Self::of_path(path).ok_or(NoRoute::Path)?;
+        let known = match *method {
+            Method::GET | Method::HEAD => methods != POST,
+            Method::POST => methods != READ,
+            _ => false,
+        };
+        if known { Ok(route) } else { Err(NoRoute::Method(methods)) }
+    }
+
+    fn of_path(path: &'a str) -> Option<(Self, &'static str)> {
+        if let Some(rest) = path.strip_prefix("/api/client/") {
+            return Self::of_client(rest);
+        }
+        if let Some(rest) = path.strip_prefix("/api/frontend") {
+            return match rest.strip_prefix("/features/") {
+                Some(name) => Some((Self::FrontendFeature(one_segment(name)?), READ_OR_POST)),
+                None => Self::of_frontend(rest),
+            };
+        }
+        if let Some(rest) = path.strip_prefix("/api/proxy") {
+            return Self::of_frontend(rest);
+        }
+        match path {
+            "/edge/validate" => Some((Self::Validate, POST)),
+            "/internal-backstage/health" => Some((Self::Health, READ)),
+            "/internal-backstage/ready" => Some((Self::Ready, READ)),
+            "/internal-backstage/metrics" | "/internal-backstage/prometheus" => {
+                Some((Self::Prometheus, READ))
+            }
+            _ => None,
+        }
+    }
+
+    fn of_client(rest: &'a str) -> Option<(Self, &'static str)> {
+        match rest {
+            "features" => Some((Self::ClientFeatures, READ_OR_POST)),
+            "register" => Some((Self::ClientRegister, POST)),
+            "metrics" => Some((Self::ClientMetrics, POST)),
+            "metrics/bulk" => Some((Self::ClientBulk, POST)),
+            "metrics/edge" => Some((Self::ClientEdge, POST)),
+            _ => {
+                let name = one_segment(rest.strip_prefix("features/")?)?;
+                Some((Self::ClientFeature(name), READ))
+            }
+        }
+    }
+
+    fn of_frontend(rest: &str) -> Option<(Self, &'static str)> {
+        match rest {
+            "" => Some((Self::Frontend(Shown::Enabled), READ_OR_POST)),
+            "/all" => Some((Self::Frontend(Shown::All), READ_OR_POST)),
+            "/client/metrics" | "/all/client/metrics" => Some((Self::FrontendMetrics, POST)),
+            "/client/register" | "/all/client/register" => Some((Self::FrontendRegister, POST)),
+            _ => None,
+        }
+    }
+
+    /// The kind of token that the route wants; `None` where everybody may ask.
+    pub fn wants(&self) -> Option<TokenKind> {
+        match self {
+            Self::ClientFeatures
+            | Self::ClientFeature(_)
+            | Self::ClientRegister
+            | Self::ClientMetrics
+            | Self::ClientBulk
+            | Self::ClientEdge => Some(TokenKind::Client),
+            Self::Frontend(_)
+            | Self::FrontendFeature(_)
+            | Self::FrontendRegister
+            | Self::FrontendMetrics => Some(TokenKind::Frontend),
+            Self::Validate | Self::Health | Self::Ready | Self::Prometheus => None,
+        }
+    }
+
+    /// The route's template, a label value from a fixed set.
+    pub fn template(&self) -> &'static str {
+        match self {
+            Self::ClientFeatures => "/api/client/features",
+            Self::ClientFeature(_) => "/api/client/features/{name}",
+            Self::ClientRegister => "/api/client/register",
+            Self::ClientMetrics => "/api/client/metrics",
+            Self::ClientBulk => "/api/client/metrics/bulk",
+            Self::ClientEdge => "/api/client/metrics/edge",
+            Self::Frontend(Shown::Enabled) => "/api/frontend",
+            Self::Frontend(Shown::All) => "/api/frontend/all",
+            Self::FrontendFeature(_) => "/api/frontend/features/{name}",
+            Self::FrontendRegister => "/api/frontend/client/register",
+            Self::FrontendMetrics => "/api/frontend/client/metrics",
+            Self::Validate => "/edge/validate",
+            Self::Health => "/internal-backstage/health",
+            Self::Ready => "/internal-backstage/ready",
+            Self::Prometheus => "/internal-backstage/metrics",
+        }
+    }
+}
+
+/// The path without the base path, doubled slashes and a trailing slash; `None` outside the base.
+///
+/// `base` is empty or begins with a slash and does not end with one. The common path is returned as
+/// it came, without a copy.
+pub fn normalise<'a>(path: &'a str, base: &str) -> Option<std::borrow::Cow<'a, str>> {
+    use std::borrow::Cow;
+    let path = if path.contains("//") {
+        let mut single = String::with_capacity(path.len());
+        for part in path.split('/').filter(|part| !part.is_empty()) {
+            single.push('/');
+            single.push_str(part);
+        }
+        Cow::Owned(single)
+    } else {
+        Cow::Borrowed(path.strip_suffix('/').unwrap_or(path))
+    };
+    if base.is_empty() {
+        return Some(path);
+    }
+    let inside = |path: &str| {
+        path.strip_prefix(base).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+    };
+    match path {
+        Cow::Borrowed(path) if inside(path) => Some(Cow::Borrowed(&path[base.len()..])),
+        Cow::Owned(path) if inside(&path) => Some(Cow::Owned(path[base.len()..].to_owned())),
+        _ => None,
+    }
+}
+
+/// The text when it is one non-empty path segment.
+fn one_segment(text: &str) -> Option<&str> {
+    (!text.is_empty() && !text.contains('/')).then_some(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(method: &Method, path: &str, expect: Result<Route<'_>, NoRoute>) {
+        let path = normalise(path, "").expect("there is no base path");
+        assert_eq!(Route::parse(method, &path), expect, "{method} {path}");
+    }
+
+    #[test]
+    fn every_documented_path_has_its_route() {
+        check(&Method::GET, "/api/client/features", Ok(Route::ClientFeatures));
+        check(&Method::POST, "/api/client/features", Ok(Route::ClientFeatures));
+        check(&Method::HEAD, "/api/client/features/", Ok(Route::ClientFeatures));
+        check(&Method::GET, "/api//client/features/a", Ok(Route::ClientFeature("a")));
+        check(&Method::POST, "/api/client/metrics/bulk", Ok(Route::ClientBulk));
+        check(&Method::GET, "/api/proxy", Ok(Route::Frontend(Shown::Enabled)));
+        check(&Method::POST, "/api/frontend/all", Ok(Route::Frontend(Shown::All)));
+        check(&Method::GET, "/api/frontend/features/x", Ok(Route::FrontendFeature("x")));
+        check(&Method::POST, "/api/proxy/all/client/metrics", Ok(Route::FrontendMetrics));
+        check(&Method::POST, "/edge/validate", Ok(Route::Validate));
+        check(&Method::GET, "/internal-backstage/prometheus", Ok(Route::Prometheus));
+    }
+
+    #[test]
+    fn other_paths_and_methods_are_told_apart() {
+        check(&Method::GET, "/", Err(NoRoute::Path));
+        check(&Method::GET, "/api/client/features/a/b", Err(NoRoute::Path));
+        check(&Method::GET, "/api/proxy/features/x", Err(NoRoute::Path));
+        check(&Method::GET, "/api/frontendx", Err(NoRoute::Path));
+        check(&Method::GET, "/api/client/metrics", Err(NoRoute::Method(POST)));
+        check(&Method::PUT, "/api/frontend", Err(NoRoute::Method(READ_OR_POST)));
+        check(&Method::DELETE, "/internal-backstage/health", Err(NoRoute::Method(READ)));
+    }
+
+    #[test]
+    fn the_kind_of_token_follows_the_route_and_not_a_part_of_the_path() {
+        let path = "/api/client/features/frontend";
+        let route = Route::parse(&Method::GET, path).expect("it is a client route");
+        assert_eq!(route.wants(), Some(TokenKind::Client));
+    }
+
+    #[test]
+    fn a_base_path_is_removed_and_demanded() {
+        let check = |path, expect: Option<&str>| {
+            assert_eq!(normalise(path, "/edge").as_deref(), expect, "{path}");
+        };
+        check("/edge/api/frontend", Some("/api/frontend"));
+        check("/edge//api/frontend/", Some("/api/frontend"));
+        check("/edge", Some(""));
+        check("/edgeapi", None);
+        check("/api/frontend", None);
+    }
+}

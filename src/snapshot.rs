@@ -1,0 +1,3 @@
+//! What is served: immutable state per environment, swapped whole.
+
+pub mod body;

@@ -1,0 +1,215 @@
+//! A ready-made response body: its bytes in each content coding, with their entity tags.
+//!
+//! Bodies are built once and shared by every response that sends them. Compressing happens on the
+//! first wish for a coding; this module does not decide who compresses when.
+
+use std::sync::OnceLock;
+
+use bytes::Bytes;
+use hyper::header::HeaderValue;
+use xxhash_rust::xxh3::xxh3_128;
+
+/// Below this many bytes compressing costs more than it saves on the wire.
+const WORTH_COMPRESSING: usize = 1024;
+
+/// How a body is coded on the wire.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub enum Coding {
+    /// As it is.
+    Identity,
+    /// RFC 1952.
+    Gzip,
+    /// RFC 8878.
+    Zstd,
+    /// RFC 7932.
+    Brotli,
+}
+
+impl Coding {
+    /// Every coding that compresses.
+    pub const COMPRESSING: [Self; 3] = [Self::Gzip, Self::Zstd, Self::Brotli];
+
+    /// The coding's name in `Content-Encoding`; `None` for identity, which has no header.
+    pub fn name(self) -> Option<&'static str> {
+        match self {
+            Self::Identity => None,
+            Self::Gzip => Some("gzip"),
+            Self::Zstd => Some("zstd"),
+            Self::Brotli => Some("br"),
+        }
+    }
+
+    /// Greater is smaller on the wire for the JSON that is served here.
+    pub fn rank(self) -> u8 {
+        match self {
+            Self::Identity => 0,
+            Self::Gzip => 1,
+            Self::Zstd => 2,
+            Self::Brotli => 3,
+        }
+    }
+}
+
+/// Bytes as they go out, and the strong entity tag of exactly these bytes.
+#[derive(Clone, Debug)]
+pub struct Coded {
+    /// The bytes.
+    pub bytes: Bytes,
+    /// The entity tag, quoted.
+    pub etag: HeaderValue,
+}
+
+/// A body in all its codings.
+///
+/// Its tags share one opaque part, a hash of the content, so that equal content has equal tags on
+/// every instance and across restarts.
+#[derive(Debug)]
+pub struct Body {
+    identity: Coded,
+    gzip: OnceLock<Coded>,
+    zstd: OnceLock<Coded>,
+    brotli: OnceLock<Coded>,
+}
+
+impl Body {
+    /// The body of these bytes, tagged by their XXH3 hash.
+    pub fn new(bytes: Bytes) -> Self {
+        let hash = xxh3_128(&bytes);
+        Self::tagged(bytes, hash)
+    }
+
+    /// The body of these bytes, tagged by a hash that its maker knows to identify them.
+    pub fn tagged(bytes: Bytes, hash: u128) -> Self {
+        let identity = Coded { bytes, etag: etag_of(hash) };
+        let (gzip, zstd, brotli) = Default::default();
+        Self { identity, gzip, zstd, brotli }
+    }
+
+    /// The entity tag of the uncoded bytes; those of the codings add a suffix to its opaque part.
+    pub fn etag(&self) -> &HeaderValue {
+        &self.identity.etag
+    }
+
+    /// The coding to send when a client prefers `coding`: identity for small bodies.
+    pub fn effective(&self, coding: Coding) -> Coding {
+        if self.identity.bytes.len() < WORTH_COMPRESSING { Coding::Identity } else { coding }
+    }
+
+    /// The bytes in `coding`, if they have been made.
+    pub fn ready(&self, coding: Coding) -> Option<&Coded> {
+        match self.slot(coding) {
+            None => Some(&self.identity),
+            Some(slot) => slot.get(),
+        }
+    }
+
+    /// The bytes in `coding`, compressed now unless they have been before: milliseconds of work for
+    /// a large body.
+    pub fn make(&self, coding: Coding) -> &Coded {
+        match self.slot(coding) {
+            None => &self.identity,
+            Some(slot) => slot.get_or_init(|| Coded {
+                bytes: compress(&self.identity.bytes, coding),
+                etag: suffixed(&self.identity.etag, coding),
+            }),
+        }
+    }
+
+    /// The memory that the body holds, in bytes.
+    pub fn weight(&self) -> usize {
+        let compressed = Coding::COMPRESSING.iter().filter_map(|coding| self.ready(*coding));
+        let compressed: usize = compressed.map(|coded| coded.bytes.len()).sum();
+        size_of::<Self>() + self.identity.bytes.len() + compressed
+    }
+
+    fn slot(&self, coding: Coding) -> Option<&OnceLock<Coded>> {
+        match coding {
+            Coding::Identity => None,
+            Coding::Gzip => Some(&self.gzip),
+            Coding::Zstd => Some(&self.zstd),
+            Coding::Brotli => Some(&self.brotli),
+        }
+    }
+}
+
+/// The entity tag of uncoded bytes that `hash` identifies: 32 hexadecimal digits in quotes.
+pub fn etag_of(hash: u128) -> HeaderValue {
+    HeaderValue::try_from(format!("\"{hash:032x}\"")).expect("hexadecimal digits are visible ASCII")
+}
+
+fn suffixed(etag: &HeaderValue, coding: Coding) -> HeaderValue {
+    let etag = etag.to_str().expect("etag_of makes visible ASCII").trim_end_matches('"');
+    let etag = format!("{etag}-{}\"", coding.name().unwrap_or("identity"));
+    HeaderValue::try_from(etag).expect("a coding's name is visible ASCII")
+}
+
+/// Levels are chosen for bodies that are compressed once and sent many times.
+fn compress(bytes: &[u8], coding: Coding) -> Bytes {
+    use std::io::Write as _;
+    const TO_MEMORY: &str = "writing to memory cannot fail";
+    match coding {
+        Coding::Identity => Bytes::copy_from_slice(bytes),
+        Coding::Gzip => {
+            let mut encoder =
+                flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::new(6));
+            encoder.write_all(bytes).expect(TO_MEMORY);
+            encoder.finish().expect(TO_MEMORY).into()
+        }
+        Coding::Zstd => zstd::bulk::compress(bytes, 9).expect(TO_MEMORY).into(),
+        Coding::Brotli => {
+            let params = brotli::enc::BrotliEncoderParams { quality: 5, ..Default::default() };
+            let mut compressed = Vec::new();
+            brotli::BrotliCompress(&mut &*bytes, &mut compressed, &params).expect(TO_MEMORY);
+            compressed.into()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read as _;
+
+    use super::*;
+
+    fn decoded(coded: &Coded, coding: Coding) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        match coding {
+            Coding::Identity => bytes.extend_from_slice(&coded.bytes),
+            Coding::Gzip => {
+                flate2::read::GzDecoder::new(&*coded.bytes).read_to_end(&mut bytes).unwrap();
+            }
+            Coding::Zstd => bytes = zstd::decode_all(&*coded.bytes).unwrap(),
+            Coding::Brotli => {
+                brotli::BrotliDecompress(&mut &*coded.bytes, &mut bytes).unwrap();
+            }
+        }
+        bytes
+    }
+
+    #[test]
+    fn every_coding_gives_the_content_back_under_a_tag_of_its_own() {
+        let content = Bytes::from("{\"name\":\"flag\"},".repeat(500));
+        let body = Body::new(content.clone());
+        let mut tags = std::collections::HashSet::new();
+        for coding in [Coding::Identity, Coding::Gzip, Coding::Zstd, Coding::Brotli] {
+            assert_eq!(body.effective(coding), coding);
+            let coded = body.make(coding);
+            assert_eq!(decoded(coded, coding), content, "{coding:?}");
+            assert!(tags.insert(coded.etag.clone()), "{coding:?}");
+            assert!(body.ready(coding).is_some());
+        }
+    }
+
+    #[test]
+    fn equal_content_has_equal_tags_and_other_content_has_others() {
+        let tag =
+            |text: &'static str| Body::new(Bytes::from_static(text.as_bytes())).etag().clone();
+        assert_eq!(tag("a"), tag("a"));
+        assert_ne!(tag("a"), tag("b"));
+    }
+
+    #[test]
+    fn small_bodies_go_uncompressed() {
+        assert_eq!(Body::new(Bytes::from_static(b"{}")).effective(Coding::Gzip), Coding::Identity);
+    }
+}

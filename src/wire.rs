@@ -1,0 +1,3 @@
+//! Unleash JSON as it is on the network.
+
+pub mod context;

@@ -1,0 +1,280 @@
+//! The context of a frontend request, as query or as JSON body.
+//!
+//! Lenient like the servers that SDKs were written against: a value of an unusable type is left
+//! out, a body that is no JSON object is an error. It fills in nothing: what a request does not say
+//! is for the caller to complete.
+
+use std::{borrow::Cow, fmt};
+
+use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
+
+/// What a frontend request says of its user; every value is text.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct FrontendContext {
+    /// `userId`
+    pub user_id: Option<String>,
+    /// `sessionId`
+    pub session_id: Option<String>,
+    /// `environment`, a context field like any other: it does not choose the configuration.
+    pub environment: Option<String>,
+    /// `appName`
+    pub app_name: Option<String>,
+    /// `currentTime`, RFC 3339
+    pub current_time: Option<String>,
+    /// `remoteAddress`
+    pub remote_address: Option<String>,
+    /// Everything else, by name, each name once.
+    pub properties: Vec<(String, String)>,
+}
+
+/// How many properties of one request are looked at.
+const MAX_PROPERTIES: usize = 256;
+
+impl FrontendContext {
+    /// Reads `userId=…&properties[plan]=…`; other names are properties too.
+    pub fn from_query(query: &str) -> Self {
+        let mut context = Self::default();
+        for (name, value) in form_urlencoded::parse(query.as_bytes()) {
+            match property_of(&name) {
+                Some(property) => context.set_property(property, value.into_owned()),
+                // `properties[a][b]=` and the like name nothing that a flag could read.
+                None if name.contains('[') => {}
+                None => context.set(&name, value.into_owned()),
+            }
+        }
+        context
+    }
+
+    /// Reads the fields themselves or `{"context": fields}`.
+    ///
+    /// An empty body is an empty context.
+    pub fn from_json(body: &[u8]) -> Result<Self, serde_json::Error> {
+        if body.iter().all(u8::is_ascii_whitespace) {
+            return Ok(Self::default());
+        }
+        serde_json::from_slice::<Envelope>(body).map(|Envelope(context)| context)
+    }
+
+    fn known(&mut self, name: &str) -> Option<&mut Option<String>> {
+        Some(match name {
+            "userId" => &mut self.user_id,
+            "sessionId" => &mut self.session_id,
+            "environment" => &mut self.environment,
+            "appName" => &mut self.app_name,
+            "currentTime" => &mut self.current_time,
+            "remoteAddress" => &mut self.remote_address,
+            _ => return None,
+        })
+    }
+
+    fn set(&mut self, name: &str, value: String) {
+        match self.known(name) {
+            Some(field) => *field = Some(value),
+            None => self.set_property(name, value),
+        }
+    }
+
+    /// A known field among the properties stands for the field where the top level has none.
+    fn set_property(&mut self, name: &str, value: String) {
+        if let Some(field) = self.known(name) {
+            field.get_or_insert(value);
+        } else if let Some((_, old)) = self.properties.iter_mut().find(|(known, _)| known == name) {
+            *old = value;
+        } else if self.properties.len() < MAX_PROPERTIES {
+            self.properties.push((name.to_owned(), value));
+        }
+    }
+
+    fn set_json(&mut self, name: &str, value: Value<'_>) {
+        match value {
+            Value::Scalar(value) => self.set(name, value.into_owned()),
+            Value::Object(fields) if name == "properties" => {
+                for (name, value) in fields {
+                    if let Value::Scalar(value) = value {
+                        self.set_property(&name, value.into_owned());
+                    }
+                }
+            }
+            Value::Object(_) | Value::Other => {}
+        }
+    }
+}
+
+/// The `k` of `properties[k]`.
+fn property_of(name: &str) -> Option<&str> {
+    let property = name.strip_prefix("properties[")?.strip_suffix(']')?;
+    (!property.contains(['[', ']'])).then_some(property)
+}
+
+/// A body, with or without the `context` around it.
+struct Envelope(FrontendContext);
+
+impl<'de> Deserialize<'de> for Envelope {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let Value::Object(mut fields) = Value::deserialize(deserializer)? else {
+            return Err(serde::de::Error::custom("the context must be a JSON object"));
+        };
+        let inner = fields
+            .iter()
+            .position(|(name, value)| name == "context" && matches!(value, Value::Object(_)));
+        if let Some(at) = inner
+            && let Value::Object(inner) = fields.swap_remove(at).1
+        {
+            fields = inner;
+        }
+        // Fields before properties, so that the top level wins wherever it stands.
+        fields.sort_by_key(|(name, _)| name == "properties");
+        let mut context = FrontendContext::default();
+        for (name, value) in fields {
+            context.set_json(&name, value);
+        }
+        Ok(Self(context))
+    }
+}
+
+/// A JSON value as far as a context can use it.
+enum Value<'a> {
+    Scalar(Cow<'a, str>),
+    Object(Vec<(Cow<'a, str>, Self)>),
+    /// Null or an array.
+    Other,
+}
+
+impl<'de> Deserialize<'de> for Value<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(ValueVisitor)
+    }
+}
+
+struct ValueVisitor;
+
+impl<'de> Visitor<'de> for ValueVisitor {
+    type Value = Value<'de>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON value")
+    }
+
+    fn visit_borrowed_str<E>(self, text: &'de str) -> Result<Self::Value, E> {
+        Ok(Value::Scalar(Cow::Borrowed(text)))
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<Self::Value, E> {
+        Ok(Value::Scalar(Cow::Owned(text.to_owned())))
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Self::Value, E> {
+        Ok(Value::Scalar(Cow::Borrowed(if value { "true" } else { "false" })))
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Self::Value, E> {
+        Ok(Value::Scalar(Cow::Owned(value.to_string())))
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Self::Value, E> {
+        Ok(Value::Scalar(Cow::Owned(value.to_string())))
+    }
+
+    fn visit_f64<E>(self, value: f64) -> Result<Self::Value, E> {
+        Ok(Value::Scalar(Cow::Owned(value.to_string())))
+    }
+
+    fn visit_unit<E>(self) -> Result<Self::Value, E> {
+        Ok(Value::Other)
+    }
+
+    fn visit_seq<A: serde::de::SeqAccess<'de>>(
+        self,
+        mut items: A,
+    ) -> Result<Self::Value, A::Error> {
+        while items.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(Value::Other)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Self::Value, A::Error> {
+        let mut fields = Vec::new();
+        while let Some(Key(name)) = entries.next_key()? {
+            fields.push((name, entries.next_value()?));
+        }
+        Ok(Value::Object(fields))
+    }
+}
+
+/// An object's key, borrowed where the text has no escapes.
+struct Key<'a>(Cow<'a, str>);
+
+impl<'de> Deserialize<'de> for Key<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        match deserializer.deserialize_str(ValueVisitor)? {
+            Value::Scalar(name) => Ok(Self(name)),
+            Value::Object(_) | Value::Other => Err(serde::de::Error::custom("a key must be text")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn expected() -> FrontendContext {
+        FrontendContext {
+            user_id: Some("7".to_owned()),
+            app_name: Some("shop".to_owned()),
+            properties: vec![("plan".to_owned(), "gold & co".to_owned())],
+            ..FrontendContext::default()
+        }
+    }
+
+    #[test]
+    fn a_query_and_both_forms_of_a_body_say_the_same() {
+        let query = "userId=7&appName=shop&properties[plan]=gold+%26%20co";
+        assert_eq!(FrontendContext::from_query(query), expected());
+        let escaped = "userId=7&appName=shop&properties%5Bplan%5D=gold%20%26%20co";
+        assert_eq!(FrontendContext::from_query(escaped), expected());
+        let fields = r#"{"userId": 7, "appName": "shop", "properties": {"plan": "gold & co"}}"#;
+        for body in [fields.to_owned(), format!(r#"{{"context": {fields}, "toggles": []}}"#)] {
+            assert_eq!(FrontendContext::from_json(body.as_bytes()).unwrap(), expected(), "{body}");
+        }
+    }
+
+    #[track_caller]
+    fn check(body: &str, expect: &FrontendContext) {
+        assert_eq!(&FrontendContext::from_json(body.as_bytes()).unwrap(), expect, "{body}");
+    }
+
+    #[test]
+    fn unknown_names_are_properties_and_unusable_values_are_left_out() {
+        check(r#"{"userId":"7","appName":"shop","plan":"gold & co"}"#, &expected());
+        check(
+            r#"{"userId":"7","appName":"shop","plan":"gold \u0026 co","x":null,"y":[{}],"z":{"a":1}}"#,
+            &expected(),
+        );
+        check("", &FrontendContext::default());
+        check("{}", &FrontendContext::default());
+        check(r#"{"context":{}}"#, &FrontendContext::default());
+    }
+
+    #[test]
+    fn a_known_field_among_the_properties_stands_for_a_missing_one_only() {
+        let check = |body: &str, user: &str| {
+            let context = FrontendContext::from_json(body.as_bytes()).unwrap();
+            assert_eq!(context.user_id.as_deref(), Some(user), "{body}");
+            assert_eq!(context.properties, []);
+        };
+        check(r#"{"properties":{"userId":"inner"}}"#, "inner");
+        check(r#"{"properties":{"userId":"inner"},"userId":"outer"}"#, "outer");
+    }
+
+    #[test]
+    fn what_is_no_object_is_refused() {
+        for body in ["[]", "3", "{", "\"text\"", "nul"] {
+            assert!(FrontendContext::from_json(body.as_bytes()).is_err(), "{body}");
+        }
+    }
+
+    #[test]
+    fn the_number_of_properties_is_bounded() {
+        let query: Vec<_> = (0..1000).map(|i| format!("p{i}=x")).collect();
+        assert_eq!(FrontendContext::from_query(&query.join("&")).properties.len(), MAX_PROPERTIES);
+    }
+}
