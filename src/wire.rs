@@ -1,3 +1,7 @@
-//! Unleash JSON as it is on the network.
+//! Unleash JSON as it is on the network: the only place that derives serde for Unleash's shapes.
+//!
+//! Reading is lenient where servers and SDKs differ, and what is passed on keeps fields unknown
+//! here. Nothing is judged or kept.
 
 pub mod context;
+pub mod tokens;

@@ -1,0 +1,496 @@
+//! What `/edge/validate` and the admin API say about tokens and environments.
+//!
+//! Secrets are read from the JSON straight into [`Token`]. One unreadable item of a list is skipped,
+//! so that it cannot hide the others; a kind of token that is not known is such an item. This module
+//! does not judge tokens and keeps none.
+
+use std::borrow::Cow;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+use serde_json::value::RawValue;
+
+use crate::token::{Environment, Grant, ParseError, Projects, Scope, Token, TokenKind};
+
+/// The body of `POST /edge/validate`: tokens to be judged.
+#[derive(Debug, Deserialize, Serialize)]
+pub struct ValidateRequest<'a> {
+    /// The tokens; texts that are none are left out when reading.
+    #[serde(serialize_with = "texts", deserialize_with = "readable_tokens")]
+    pub tokens: Cow<'a, [Token]>,
+}
+
+/// The reply of `POST /edge/validate`: the valid ones of the tokens that were sent.
+#[derive(Debug, Deserialize, Serialize)]
+pub struct ValidateReply {
+    /// The valid tokens with what they allow.
+    #[serde(deserialize_with = "readable")]
+    pub tokens: Vec<Validated>,
+}
+
+/// A token that upstream found valid.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq)]
+#[serde(try_from = "RawValidated<'_>")]
+pub struct Validated {
+    /// The token as it was sent.
+    pub token: Token,
+    /// What it allows; its kind may be [`TokenKind::Admin`].
+    pub grant: Grant,
+}
+
+/// The reply of `GET /api/admin/api-tokens`, whole or by name.
+#[derive(Debug, Deserialize)]
+pub struct TokenList {
+    /// The listed tokens.
+    #[serde(deserialize_with = "readable")]
+    pub tokens: Vec<Listed>,
+}
+
+/// A token as the admin API lists it.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq)]
+#[serde(try_from = "RawListed<'_>")]
+pub struct Listed {
+    /// The name it was given.
+    pub name: String,
+    /// What it may be used for.
+    pub kind: TokenKind,
+    /// The environment it belongs to, `*` for an admin token.
+    pub environment: Environment,
+    /// The projects it sees.
+    pub projects: Projects,
+    /// When it ceases to be valid, if ever.
+    pub expires_at: Option<Timestamp>,
+    /// When it was created.
+    pub created_at: Option<Timestamp>,
+    /// When upstream last saw it used.
+    pub seen_at: Option<Timestamp>,
+    /// What the listing shows of its secret.
+    pub secret: ListedSecret,
+}
+
+/// What names a token in the admin API: its text, or the public half where only that is listed.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum ListedSecret {
+    /// The whole token (v1).
+    Full(Token),
+    /// The selector of a v2 token, whose secret upstream does not know.
+    Selector(String),
+}
+
+/// The body of `POST /api/admin/api-tokens` for a token of all projects of one environment.
+#[derive(Clone, Copy, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct CreateRequest<'a> {
+    token_name: &'a str,
+    r#type: &'static str,
+    environment: &'a str,
+    projects: [&'static str; 1],
+}
+
+/// The reply of `POST /api/admin/api-tokens`: the only time that a v2 secret is told.
+#[derive(Debug, Deserialize)]
+pub struct Created {
+    /// The new token.
+    #[serde(deserialize_with = "token")]
+    pub secret: Token,
+}
+
+/// The reply of `GET /api/admin/environments`.
+#[derive(Debug, Deserialize)]
+pub struct EnvironmentList {
+    /// The environments, disabled ones included.
+    #[serde(deserialize_with = "readable")]
+    pub environments: Vec<ListedEnvironment>,
+}
+
+/// An environment as the admin API lists it.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq)]
+pub struct ListedEnvironment {
+    /// Its name.
+    #[serde(deserialize_with = "environment")]
+    pub name: Environment,
+    /// Whether projects may use it.
+    pub enabled: bool,
+}
+
+impl<'a> CreateRequest<'a> {
+    /// Asks for a backend token of `environment` under `name`.
+    pub fn backend(name: &'a str, environment: &'a Environment) -> Self {
+        Self {
+            token_name: name,
+            r#type: TokenKind::Client.as_str(),
+            environment: environment.as_str(),
+            projects: ["*"],
+        }
+    }
+}
+
+impl Serialize for Validated {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct Shape<'a> {
+            token: &'a str,
+            r#type: &'static str,
+            environment: &'a str,
+            projects: Vec<&'a str>,
+            status: &'static str,
+        }
+        let Scope { environment, projects } = &self.grant.scope;
+        Shape {
+            token: self.token.expose(),
+            r#type: self.grant.kind.as_str(),
+            environment: environment.as_str(),
+            projects: projects.to_list(),
+            status: "Validated",
+        }
+        .serialize(serializer)
+    }
+}
+
+impl Listed {
+    /// Whether it is past its end at `now`.
+    pub fn is_expired(&self, now: Timestamp) -> bool {
+        self.expires_at.is_some_and(|end| end <= now)
+    }
+}
+
+impl ListedSecret {
+    /// What names `token` in the admin API without telling more than needed.
+    pub fn of(token: &Token) -> Self {
+        token
+            .selector()
+            .map_or_else(|| Self::Full(token.clone()), |it| Self::Selector(it.to_owned()))
+    }
+
+    /// Whether this is the listed form of `token`.
+    pub fn is_of(&self, token: &Token) -> bool {
+        match self {
+            Self::Full(full) => full == token,
+            Self::Selector(selector) => token.selector() == Some(selector),
+        }
+    }
+
+    /// The text by which the admin API finds the token; a secret where there is no selector.
+    pub fn expose(&self) -> &str {
+        match self {
+            Self::Full(token) => token.expose(),
+            Self::Selector(selector) => selector,
+        }
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        if let Ok(token) = Token::parse(text) {
+            return Some(Self::Full(token));
+        }
+        let is_selector =
+            text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'));
+        (!text.is_empty() && is_selector).then(|| Self::Selector(text.to_owned()))
+    }
+}
+
+/// Why an item of a list is not read; repeats nothing of it, since it holds secrets.
+#[derive(Debug, thiserror::Error)]
+enum Unreadable {
+    #[error("the token cannot be read")]
+    Secret,
+    #[error("the token's type is not known")]
+    Kind,
+    #[error("the token's status is not Validated")]
+    Status,
+    #[error("the token's environment is told nowhere")]
+    Environment,
+    #[error("the token's projects are told nowhere")]
+    Projects,
+    #[error("the token's end is not a time")]
+    Expiry,
+}
+
+/// One item of a validate reply, or of Unleash Edge's own token file.
+#[derive(Deserialize)]
+struct RawValidated<'a> {
+    #[serde(deserialize_with = "token")]
+    token: Token,
+    #[serde(borrow)]
+    r#type: Text<'a>,
+    #[serde(borrow, default)]
+    environment: Option<Text<'a>>,
+    #[serde(borrow, default)]
+    projects: Option<Vec<Text<'a>>>,
+    #[serde(borrow, default)]
+    project: Option<Text<'a>>,
+    #[serde(borrow, default)]
+    status: Option<Text<'a>>,
+}
+
+impl TryFrom<RawValidated<'_>> for Validated {
+    type Error = Unreadable;
+
+    fn try_from(raw: RawValidated<'_>) -> Result<Self, Unreadable> {
+        if raw.status.is_some_and(|status| !status.0.eq_ignore_ascii_case("validated")) {
+            return Err(Unreadable::Status);
+        }
+        let kind = TokenKind::parse(&raw.r#type.0).ok_or(Unreadable::Kind)?;
+        // Servers before 7.4.2 leave the environment out.
+        let environment = raw
+            .environment
+            .map(|name| Environment::new(&name.0))
+            .or_else(|| raw.token.environment())
+            .or_else(|| (kind == TokenKind::Admin).then(|| Environment::new("*")))
+            .ok_or(Unreadable::Environment)?;
+        let projects = projects(raw.projects.as_deref(), raw.project.as_ref())
+            .or_else(|| raw.token.projects())
+            .ok_or(Unreadable::Projects)?;
+        let scope = Scope { environment, projects };
+        Ok(Self { token: raw.token, grant: Grant { kind, scope } })
+    }
+}
+
+/// One item of a listing; Unleash 4 called the name `username`.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RawListed<'a> {
+    #[serde(deserialize_with = "listed_secret")]
+    secret: Option<ListedSecret>,
+    #[serde(borrow, default)]
+    token_name: Option<Text<'a>>,
+    #[serde(borrow, default)]
+    username: Option<Text<'a>>,
+    #[serde(borrow)]
+    r#type: Text<'a>,
+    #[serde(borrow, default)]
+    environment: Option<Text<'a>>,
+    #[serde(borrow, default)]
+    projects: Option<Vec<Text<'a>>>,
+    #[serde(borrow, default)]
+    project: Option<Text<'a>>,
+    #[serde(borrow, default)]
+    expires_at: Option<Text<'a>>,
+    #[serde(borrow, default)]
+    created_at: Option<Text<'a>>,
+    #[serde(borrow, default)]
+    seen_at: Option<Text<'a>>,
+}
+
+impl TryFrom<RawListed<'_>> for Listed {
+    type Error = Unreadable;
+
+    fn try_from(raw: RawListed<'_>) -> Result<Self, Unreadable> {
+        let secret = raw.secret.ok_or(Unreadable::Secret)?;
+        let text = match &secret {
+            ListedSecret::Full(token) => Some(token),
+            ListedSecret::Selector(_) => None,
+        };
+        let kind = TokenKind::parse(&raw.r#type.0).ok_or(Unreadable::Kind)?;
+        let environment = raw
+            .environment
+            .map(|name| Environment::new(&name.0))
+            .or_else(|| text.and_then(Token::environment))
+            .or_else(|| (kind == TokenKind::Admin).then(|| Environment::new("*")))
+            .ok_or(Unreadable::Environment)?;
+        let projects = projects(raw.projects.as_deref(), raw.project.as_ref())
+            .or_else(|| text.and_then(Token::projects))
+            .ok_or(Unreadable::Projects)?;
+        // A token whose end cannot be read must not pass for one without an end.
+        let expires_at =
+            raw.expires_at.map(|end| end.0.parse().map_err(|_| Unreadable::Expiry)).transpose()?;
+        let time = |text: Option<Text<'_>>| text.and_then(|it| it.0.parse().ok());
+        Ok(Self {
+            name: raw.token_name.or(raw.username).map_or_else(String::new, |it| it.0.into_owned()),
+            kind,
+            environment,
+            projects,
+            expires_at,
+            created_at: time(raw.created_at),
+            seen_at: time(raw.seen_at),
+            secret,
+        })
+    }
+}
+
+/// The projects of a token object: `projects`, else the older `project`.
+fn projects(list: Option<&[Text<'_>]>, single: Option<&Text<'_>>) -> Option<Projects> {
+    list.map(|ids| Projects::from_list(ids.iter().map(|id| &*id.0)))
+        .or_else(|| single.map(|id| Projects::from_list([&*id.0])))
+}
+
+/// A string that is borrowed from the JSON unless it has escapes there.
+#[derive(Deserialize)]
+#[serde(transparent)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+
+/// Reads a list and leaves out the items that cannot be read.
+fn readable<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de>,
+{
+    let items = Vec::<&'de RawValue>::deserialize(deserializer)?;
+    Ok(items.into_iter().filter_map(|item| serde_json::from_str(item.get()).ok()).collect())
+}
+
+fn readable_tokens<'de, D>(deserializer: D) -> Result<Cow<'static, [Token]>, D::Error>
+where
+    D: Deserializer<'de>,
+{
+    #[derive(Deserialize)]
+    #[serde(transparent)]
+    struct Item(#[serde(deserialize_with = "token")] Token);
+    let items: Vec<Item> = readable(deserializer)?;
+    Ok(items.into_iter().map(|item| item.0).collect())
+}
+
+fn texts<S: Serializer>(tokens: &[Token], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(tokens.iter().map(Token::expose))
+}
+
+fn token<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Token, D::Error> {
+    deserializer
+        .deserialize_str(Parsed(Token::parse))?
+        .map_err(|error: ParseError| de::Error::custom(error))
+}
+
+fn listed_secret<'de, D>(deserializer: D) -> Result<Option<ListedSecret>, D::Error>
+where
+    D: Deserializer<'de>,
+{
+    deserializer.deserialize_str(Parsed(ListedSecret::parse))
+}
+
+fn environment<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Environment, D::Error> {
+    deserializer.deserialize_str(Parsed(Environment::new))
+}
+
+/// Hands a JSON string to a parser without a copy of it being left in memory.
+struct Parsed<F>(F);
+
+impl<T, F: Fn(&str) -> T> de::Visitor<'_> for Parsed<F> {
+    type Value = T;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("a string")
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<T, E> {
+        Ok((self.0)(text))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const V1: &str = "*:development.964a287e1b728cb5f4f3e0120df92cb5f4f3e0120df92cb5964a287e";
+
+    #[track_caller]
+    fn check(item: &str, expected: Option<(TokenKind, &str, &[&str])>) {
+        let reply: ValidateReply =
+            serde_json::from_str(&format!(r#"{{"tokens":[{item}],"more":1}}"#)).expect("reply");
+        let grants: Vec<_> = reply
+            .tokens
+            .iter()
+            .map(|it| {
+                let Scope { environment, projects } = &it.grant.scope;
+                (it.grant.kind, environment.as_str(), projects.to_list())
+            })
+            .collect();
+        let expected: Vec<_> =
+            expected.into_iter().map(|(kind, name, ids)| (kind, name, ids.to_vec())).collect();
+        assert_eq!(grants, expected, "{item}");
+    }
+
+    #[test]
+    fn a_validated_token_is_read_in_every_form_that_servers_send() {
+        use TokenKind::{Admin, Client, Frontend};
+        let check =
+            |fields: &str, expected| check(&format!(r#"{{"token":"{V1}",{fields}}}"#), expected);
+        let all: &[&str] = &["*"];
+        check(r#""type":"client","projects":["*"]"#, Some((Client, "development", all)));
+        check(
+            r#""type":"BACKEND","environment":"prod","projects":["b","a"],"status":"Validated""#,
+            Some((Client, "prod", &["a", "b"])),
+        );
+        check(
+            r#""type":"frontend","project":"a","environment":null"#,
+            Some((Frontend, "development", &["a"])),
+        );
+        check(r#""type":"admin","environment":"*""#, Some((Admin, "*", all)));
+        check(r#""type":"gateway","projects":["*"]"#, None);
+        check(r#""type":"client","status":"Invalid""#, None);
+        check(r#""type":7"#, None);
+    }
+
+    #[test]
+    fn one_unreadable_item_does_not_hide_the_others() {
+        let body = format!(
+            r#"{{"tokens":[{{"token":"no","type":"client"}},7,{{"token":"{V1}","type":"client"}}]}}"#
+        );
+        let reply: ValidateReply = serde_json::from_str(&body).expect("reply");
+        assert_eq!(reply.tokens.len(), 1);
+        let request: ValidateRequest<'_> =
+            serde_json::from_str(&format!(r#"{{"tokens":["no",null,"{V1}"]}}"#)).expect("request");
+        assert_eq!(*request.tokens, [Token::parse(V1).expect("token")]);
+    }
+
+    #[test]
+    fn what_is_served_is_what_is_asked_for() {
+        let token = Token::parse(V1).expect("token");
+        let request = ValidateRequest { tokens: Cow::Owned(vec![token.clone()]) };
+        assert_eq!(
+            serde_json::to_string(&request).expect("json"),
+            format!(r#"{{"tokens":["{V1}"]}}"#)
+        );
+        let scope = Scope { environment: Environment::new("development"), projects: Projects::All };
+        let grant = Grant { kind: TokenKind::Client, scope };
+        let reply = ValidateReply { tokens: vec![Validated { token, grant }] };
+        let json = serde_json::to_string(&reply).expect("json");
+        assert_eq!(
+            json,
+            format!(
+                r#"{{"tokens":[{{"token":"{V1}","type":"backend","environment":"development","projects":["*"],"status":"Validated"}}]}}"#
+            )
+        );
+        let read: ValidateReply = serde_json::from_str(&json).expect("reply");
+        assert_eq!(read.tokens, reply.tokens);
+    }
+
+    #[test]
+    fn listings_show_whole_secrets_or_selectors() {
+        let body = format!(
+            r#"{{"tokens":[
+                {{"secret":"{V1}","tokenName":"a","type":"client","project":"*","projects":["*"],
+                  "environment":"development","expiresAt":"2026-01-01T00:00:00.000Z",
+                  "createdAt":"2025-01-01T00:00:00.000Z","seenAt":null,"alias":null}},
+                {{"secret":"AbCdEfGhIjKlMnOpQrStUv","tokenName":"b","type":"backend","projects":["x"],
+                  "environment":"production","secure":true}},
+                {{"secret":"{V1}","username":"c","type":"client","expiresAt":"soon"}},
+                {{"secret":"","tokenName":"d","type":"client"}}
+            ]}}"#
+        );
+        let list: TokenList = serde_json::from_str(&body).expect("list");
+        let [full, secure] = list.tokens.as_slice() else { panic!("{:?}", list.tokens) };
+        assert_eq!(full.secret, ListedSecret::Full(Token::parse(V1).expect("token")));
+        assert_eq!((full.name.as_str(), &full.projects), ("a", &Projects::All));
+        let end: Timestamp = "2026-01-01T00:00:00Z".parse().expect("time");
+        assert!(full.is_expired(end) && !full.is_expired(Timestamp::UNIX_EPOCH));
+        assert_eq!(full.seen_at, None);
+        assert_eq!(secure.secret, ListedSecret::Selector("AbCdEfGhIjKlMnOpQrStUv".to_owned()));
+        assert!(!secure.is_expired(end));
+    }
+
+    #[test]
+    fn errors_of_reading_repeat_no_secret() {
+        let body = format!(r#"{{"secret":"{V1} {V1}"}}"#);
+        let error = serde_json::from_str::<Created>(&body).expect_err("no token");
+        assert!(!error.to_string().contains("964a"), "{error}");
+    }
+
+    #[test]
+    fn environments_are_read_with_their_switch() {
+        let body = r#"{"version":1,"environments":[{"name":"production","type":"production",
+            "enabled":true,"protected":false},{"name":"old","enabled":false},{"enabled":true}]}"#;
+        let list: EnvironmentList = serde_json::from_str(body).expect("list");
+        let read: Vec<_> =
+            list.environments.iter().map(|it| (it.name.as_str(), it.enabled)).collect();
+        assert_eq!(read, [("production", true), ("old", false)]);
+    }
+}
