@@ -1,0 +1,433 @@
+//! The requests that Parapet makes of an Unleash server.
+//!
+//! Every request goes through one function, [`Upstream::call`], which bounds, times, counts and sorts
+//! it. Nothing here retries or follows redirects.
+
+use std::{fmt, sync::Arc};
+
+use bytes::{Bytes, BytesMut};
+use jiff::Timestamp;
+use reqwest::{
+    Client, Method, RequestBuilder, Response, StatusCode, Url,
+    header::{CONTENT_TYPE, ETAG, HeaderMap, HeaderName, HeaderValue, IF_NONE_MATCH, RETRY_AFTER},
+};
+use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
+
+use super::{
+    connect::{self, Config},
+    error::{self, Error},
+    outcome::{self, Health, Pulse, Purpose},
+};
+use crate::{
+    token::{Environment, Token},
+    wire::tokens::{
+        CreateRequest, Created, EnvironmentList, Listed, ListedEnvironment, ListedSecret,
+        TokenList, ValidateReply, ValidateRequest, Validated,
+    },
+};
+
+/// The largest body that is taken from upstream, in bytes after decompression.
+const MAX_BODY: usize = 256 << 20;
+
+/// The Unleash server that Parapet stands in front of.
+///
+/// A cheap handle: clones share connections and [`Health`]. Dropping a request's future abandons
+/// the request.
+#[derive(Clone)]
+pub struct Upstream(Arc<Inner>);
+
+struct Inner {
+    pool: Client,
+    url: Url,
+    token_header: HeaderName,
+    max_body: usize,
+    pulse: Pulse,
+}
+
+/// What asking for flags brought.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Fetched {
+    /// What the `ETag` stands for is still current.
+    NotModified,
+    /// A flag set.
+    Changed {
+        /// The JSON as upstream sent it, decompressed.
+        body: Bytes,
+        /// The `ETag` to ask with next time.
+        etag: Option<String>,
+    },
+}
+
+/// A successful answer, its body read.
+struct Answer {
+    status: StatusCode,
+    headers: HeaderMap,
+    body: Bytes,
+}
+
+impl Upstream {
+    /// Prepares to talk to the server that `config` names; connects to nothing yet.
+    pub fn new(config: Config) -> Result<Self, Error> {
+        Self::with_max_body(config, MAX_BODY)
+    }
+
+    fn with_max_body(config: Config, max_body: usize) -> Result<Self, Error> {
+        outcome::describe();
+        let pool = connect::pool(&config)?;
+        let Config { url, token_header, .. } = config;
+        Ok(Self(Arc::new(Inner { pool, url, token_header, max_body, pulse: Pulse::default() })))
+    }
+
+    /// How upstream has been doing.
+    pub fn health(&self) -> Health {
+        self.0.pulse.health()
+    }
+
+    /// Fetches the flags that `token` sees, unless they still are what `etag` stands for.
+    pub async fn features(&self, token: &Token, etag: Option<&str>) -> Result<Fetched, Error> {
+        let mut request = self.request(Method::GET, &["api", "client", "features"], Some(token));
+        let known = etag.and_then(strong_form);
+        let conditional = known.is_some();
+        if let Some(known) = known {
+            request = request.header(IF_NONE_MATCH, known);
+        }
+        self.call(Purpose::Features, request, |answer| {
+            if answer.status == StatusCode::NOT_MODIFIED {
+                return if conditional {
+                    Ok(Fetched::NotModified)
+                } else {
+                    Err(Error::Unconditional)
+                };
+            }
+            let etag = answer.headers.get(ETAG).and_then(|it| it.to_str().ok());
+            Ok(Fetched::Changed { etag: etag.map(str::to_owned), body: answer.body })
+        })
+        .await
+    }
+
+    /// Asks which of `tokens` are valid and what those allow; the others are missing in the reply.
+    ///
+    /// The request carries no token of its own (protocol: Unleash, `POST /edge/validate`).
+    pub async fn validate(&self, tokens: &[Token]) -> Result<Vec<Validated>, Error> {
+        let body = ValidateRequest { tokens: tokens.into() };
+        let request = self.request(Method::POST, &["edge", "validate"], None);
+        let reply: ValidateReply = self.call(Purpose::Validate, json(request, &body), read).await?;
+        Ok(reply.tokens)
+    }
+
+    /// Sends a batch of usage, a body of `/api/client/metrics/bulk`.
+    ///
+    /// Upstream keeps only what belongs to the environment of `token`, and says nothing of the rest.
+    pub async fn send_usage(&self, token: &Token, body: Bytes) -> Result<(), Error> {
+        let path = &["api", "client", "metrics", "bulk"];
+        let request = self.request(Method::POST, path, Some(token)).body(body);
+        self.call(Purpose::Usage, request.header(CONTENT_TYPE, JSON), done).await
+    }
+
+    /// Lists upstream's environments.
+    pub async fn environments(&self, admin: &Token) -> Result<Vec<ListedEnvironment>, Error> {
+        let request = self.request(Method::GET, &["api", "admin", "environments"], Some(admin));
+        let list: EnvironmentList = self.call(Purpose::Environments, request, read).await?;
+        Ok(list.environments)
+    }
+
+    /// Lists upstream's tokens.
+    pub async fn api_tokens(&self, admin: &Token) -> Result<Vec<Listed>, Error> {
+        let request = self.request(Method::GET, &["api", "admin", "api-tokens"], Some(admin));
+        let list: TokenList = self.call(Purpose::ListTokens, request, read).await?;
+        Ok(list.tokens)
+    }
+
+    /// Lists upstream's tokens of that name.
+    pub async fn api_tokens_named(&self, admin: &Token, name: &str) -> Result<Vec<Listed>, Error> {
+        let path = &["api", "admin", "api-tokens", name];
+        let request = self.request(Method::GET, path, Some(admin));
+        let list: TokenList = self.call(Purpose::ListTokens, request, read).await?;
+        Ok(list.tokens)
+    }
+
+    /// Creates a backend token for all projects of `environment`.
+    pub async fn create_token(
+        &self,
+        admin: &Token,
+        name: &str,
+        environment: &Environment,
+    ) -> Result<Token, Error> {
+        let body = CreateRequest::backend(name, environment);
+        let request = self.request(Method::POST, &["api", "admin", "api-tokens"], Some(admin));
+        let created: Created = self.call(Purpose::CreateToken, json(request, &body), read).await?;
+        Ok(created.secret)
+    }
+
+    /// Deletes a token; one that upstream does not know is no error.
+    pub async fn delete_token(&self, admin: &Token, secret: &ListedSecret) -> Result<(), Error> {
+        let path = &["api", "admin", "api-tokens", secret.expose()];
+        let request = self.request(Method::DELETE, path, Some(admin));
+        self.call(Purpose::DeleteToken, request, done).await
+    }
+
+    fn request(&self, method: Method, path: &[&str], token: Option<&Token>) -> RequestBuilder {
+        let mut url = self.0.url.clone();
+        url.path_segments_mut()
+            .expect("the configuration admits only http and https")
+            .pop_if_empty()
+            .extend(path);
+        let mut request = self.0.pool.request(method, url);
+        if let Some(token) = token {
+            let mut value =
+                HeaderValue::from_str(token.expose()).expect("tokens are visible ASCII");
+            value.set_sensitive(true);
+            let headers = HeaderMap::from_iter([(self.0.token_header.clone(), value)]);
+            request = request.headers(headers);
+        }
+        request
+    }
+
+    /// Makes a request and reads its answer.
+    async fn call<T>(
+        &self,
+        purpose: Purpose,
+        request: RequestBuilder,
+        read: impl FnOnce(Answer) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let started = Instant::now();
+        let result = self.exchange(request).await.and_then(read);
+        outcome::count(purpose, &result, started.elapsed());
+        self.0.pulse.feel(&result);
+        result
+    }
+
+    async fn exchange(&self, request: RequestBuilder) -> Result<Answer, Error> {
+        let response = request.send().await.map_err(Error::transport)?;
+        let status = response.status();
+        if !status.is_success() && status != StatusCode::NOT_MODIFIED {
+            return Err(if status.is_redirection() {
+                Error::Redirect(status)
+            } else {
+                let pause = response.headers().get(RETRY_AFTER);
+                let pause = pause.and_then(|it| error::retry_after(it, Timestamp::now()));
+                Error::Status { status, retry_after: pause }
+            });
+        }
+        let headers = response.headers().clone();
+        let body = body(response, self.0.max_body).await?;
+        Ok(Answer { status, headers, body })
+    }
+}
+
+impl fmt::Debug for Upstream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The URL may hold a password.
+        f.debug_struct("Upstream").field("host", &self.0.url.host_str()).finish_non_exhaustive()
+    }
+}
+
+const JSON: HeaderValue = HeaderValue::from_static("application/json");
+
+fn json(request: RequestBuilder, body: &impl Serialize) -> RequestBuilder {
+    let body = serde_json::to_vec(body).expect("shapes of text always serialize");
+    request.header(CONTENT_TYPE, JSON).body(body)
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "the shape that `call` wants")]
+fn read<T: for<'de> Deserialize<'de>>(answer: Answer) -> Result<T, Error> {
+    serde_json::from_slice(&answer.body).map_err(Error::decode)
+}
+
+#[expect(clippy::unnecessary_wraps, reason = "the shape that `call` wants")]
+fn done(_: Answer) -> Result<(), Error> {
+    Ok(())
+}
+
+/// The `ETag` as upstream issued it: Unleash compares texts, so a `W/` that some proxy has put before
+/// its own `ETag` would never match again.
+fn strong_form(etag: &str) -> Option<HeaderValue> {
+    HeaderValue::from_str(etag.strip_prefix("W/").unwrap_or(etag)).ok()
+}
+
+/// Reads a body of at most `limit` bytes.
+async fn body(mut response: Response, limit: usize) -> Result<Bytes, Error> {
+    let Some(first) = response.chunk().await.map_err(Error::transport)? else {
+        return Ok(Bytes::new());
+    };
+    let mut whole = BytesMut::from(first);
+    while whole.len() <= limit {
+        match response.chunk().await.map_err(Error::transport)? {
+            Some(chunk) => whole.extend_from_slice(&chunk),
+            None => return Ok(whole.freeze()),
+        }
+    }
+    Err(Error::TooLarge { limit })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::{
+        super::{
+            error::{Fault, Retry},
+            scripted::{Reply, Scripted, config},
+        },
+        *,
+    };
+
+    const SECRET: &str = "*:development.964a287e1b728cb5f4f3e0120df92cb5f4f3e0120df92cb5964a287e";
+
+    fn token() -> Token {
+        Token::parse(SECRET).expect("token")
+    }
+
+    /// Fetches flags from a server that gives this one answer.
+    async fn fetch(reply: Reply, etag: Option<&str>) -> (Result<Fetched, Error>, Upstream) {
+        let server = Scripted::start(move |_| reply.clone()).await;
+        let upstream = Upstream::with_max_body(server.config(), 64).expect("client");
+        (upstream.features(&token(), etag).await, upstream)
+    }
+
+    #[tokio::test]
+    async fn requests_carry_the_token_our_names_and_the_operators_headers() {
+        let server = Scripted::start(|_| (202, &[], String::new())).await;
+        let mut config = server.config();
+        config.token_header = HeaderName::from_static("x-token");
+        let name = |text| HeaderName::from_static(text);
+        config.extra_headers = vec![
+            (name("x-extra"), HeaderValue::from_static("a")),
+            (name("unleash-instanceid"), HeaderValue::from_static("mine")),
+        ];
+        let upstream = Upstream::new(config).expect("client");
+        upstream.send_usage(&token(), Bytes::from_static(b"{}")).await.expect("202");
+        let seen = server.seen();
+        let [request] = seen.as_slice() else { panic!("{seen:?}") };
+        assert_eq!(request.line, "POST /base/api/client/metrics/bulk");
+        assert_eq!(request.body, "{}");
+        for (name, value) in [
+            ("x-token", SECRET),
+            ("x-extra", "a"),
+            ("unleash-instanceid", "mine"),
+            ("unleash-appname", "parapet"),
+            ("unleash-client-spec", "6.1.0"),
+            ("content-type", "application/json"),
+            ("user-agent", concat!("parapet/", env!("CARGO_PKG_VERSION"))),
+        ] {
+            assert_eq!(request.headers[name], value, "{name}");
+        }
+        assert_eq!(request.headers["unleash-connection-id"].len(), 26);
+        assert!(request.headers.get("authorization").is_none());
+    }
+
+    #[tokio::test]
+    async fn an_etag_is_kept_sent_in_its_strong_form_and_answered_by_304() {
+        let server = Scripted::start(|request| match request.headers.get(IF_NONE_MATCH) {
+            Some(known) if known == "\"a:1:v1\"" => (304, &[], String::new()),
+            _ => (200, &[("etag", "W/\"a:1:v1\"")], "{}".to_owned()),
+        })
+        .await;
+        let upstream = Upstream::new(server.config()).expect("client");
+        let first = upstream.features(&token(), None).await.expect("200");
+        let Fetched::Changed { body, etag } = first else { panic!("{first:?}") };
+        assert_eq!((&body[..], etag.as_deref()), (&b"{}"[..], Some("W/\"a:1:v1\"")));
+        let second = upstream.features(&token(), etag.as_deref()).await.expect("304");
+        assert_eq!(second, Fetched::NotModified);
+    }
+
+    #[tokio::test]
+    async fn odd_etags_never_panic() {
+        let (fetched, _) = fetch((200, &[("etag", "\"~\"")], "{}".to_owned()), Some("\n")).await;
+        assert_eq!(
+            fetched.expect("200"),
+            Fetched::Changed { body: Bytes::from_static(b"{}"), etag: None }
+        );
+        let (unasked, _) = fetch((304, &[], String::new()), None).await;
+        assert!(matches!(unasked, Err(Error::Unconditional)), "{unasked:?}");
+    }
+
+    #[tokio::test]
+    async fn a_body_beyond_the_limit_is_refused() {
+        let (fits, _) = fetch((200, &[], "x".repeat(64)), None).await;
+        assert!(fits.is_ok(), "{fits:?}");
+        let (large, _) = fetch((200, &[], "x".repeat(65)), None).await;
+        assert!(matches!(large, Err(Error::TooLarge { limit: 64 })), "{large:?}");
+    }
+
+    #[tokio::test]
+    async fn failures_are_sorted_and_remembered() {
+        let (throttled, upstream) =
+            fetch((429, &[("retry-after", "7")], String::new()), None).await;
+        let error = throttled.expect_err("429");
+        assert_eq!(error.retry(), Retry::Later(Some(Duration::from_secs(7))));
+        assert_eq!(error.status(), Some(StatusCode::TOO_MANY_REQUESTS));
+        let health = upstream.health();
+        assert_eq!((health.consecutive_failures, health.last_success), (1, None));
+        let (_, text) = health.last_error.expect("an error");
+        assert_eq!(text, "upstream answered 429 Too Many Requests");
+
+        let (refused, upstream) = fetch((403, &[], String::new()), None).await;
+        assert!(refused.expect_err("403").is_unauthorized());
+        assert_eq!(upstream.health().consecutive_failures, 0);
+    }
+
+    #[tokio::test]
+    async fn a_redirect_is_an_error_and_takes_the_token_nowhere() {
+        let away = Scripted::start(|_| (200, &[], "{}".to_owned())).await;
+        let place: &'static str = away.config().url.to_string().leak();
+        let location: &'static [_] = vec![("location", place)].leak();
+        let (fetched, _) = fetch((302, location, String::new()), None).await;
+        let error = fetched.expect_err("302");
+        assert!(matches!(error, Error::Redirect(StatusCode::FOUND)), "{error:?}");
+        assert_eq!(error.fault(), Fault::Ours);
+        assert!(away.seen().is_empty());
+    }
+
+    #[tokio::test]
+    async fn what_is_not_unleash_json_is_told_without_its_text() {
+        let server = Scripted::start(|_| (200, &[], format!(r#"{{"tokens":"{SECRET}"}}"#))).await;
+        let upstream = Upstream::new(server.config()).expect("client");
+        let error = upstream.validate(&[token()]).await.expect_err("no list");
+        assert!(matches!(error, Error::Decode { line: 1, .. }), "{error:?}");
+        assert!(!format!("{error:?} {}", error.report()).contains("964a"));
+        assert!(server.seen()[0].headers.get("authorization").is_none());
+        assert_eq!(server.seen()[0].body, format!(r#"{{"tokens":["{SECRET}"]}}"#));
+    }
+
+    #[tokio::test]
+    async fn an_unreachable_upstream_is_told_without_its_url() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("an address");
+        drop(listener);
+        let config = config(&format!("http://user:hunter2@{address}/"));
+        let upstream = Upstream::new(config).expect("client");
+        let error = upstream.features(&token(), None).await.expect_err("nobody listens");
+        assert!(matches!(error, Error::Unreachable(_)), "{error:?}");
+        assert!(!error.is_ambiguous());
+        let shown = format!("{error:?} {} {upstream:?}", error.report());
+        assert!(!shown.contains("hunter2") && !shown.contains("964a"), "{shown}");
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_breaks_midway_is_ambiguous() {
+        use tokio::io::AsyncWriteExt as _;
+
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("an address");
+        tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.expect("a connection");
+            let head = b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{";
+            stream.write_all(head).await.expect("a peer");
+        });
+        let upstream = Upstream::new(config(&format!("http://{address}"))).expect("client");
+        let error = upstream.features(&token(), None).await.expect_err("half a body");
+        assert!(matches!(error, Error::Interrupted(_)), "{error:?}");
+        assert!(error.is_ambiguous());
+    }
+
+    #[test]
+    fn a_certificate_file_that_is_none_is_named() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let mut config = config("https://unleash.example");
+        config.certificate_file = Some(file.path().to_owned());
+        let error = Upstream::new(config).expect_err("no certificate");
+        assert!(error.to_string().contains(&*file.path().to_string_lossy()), "{error}");
+    }
+}

@@ -1,0 +1,135 @@
+//! How connections to upstream are made: trust, identity, time limits and standing headers.
+//!
+//! Tokens are no standing headers: they belong to single requests.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use reqwest::{
+    Certificate, Client, Url,
+    header::{HeaderMap, HeaderName, HeaderValue},
+    redirect,
+};
+use rustls::crypto::ring;
+use ulid::Ulid;
+use zeroize::Zeroizing;
+
+use super::error::Error;
+
+/// How to reach upstream.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The server's base URL, without `/api`.
+    pub url: Url,
+    /// The header that carries a token upstream; `authorization` by default.
+    pub token_header: HeaderName,
+    /// Headers that the operator adds to every request; values are marked sensitive.
+    pub extra_headers: Vec<(HeaderName, HeaderValue)>,
+    /// The longest that one request may take, the body included.
+    pub request_timeout: Duration,
+    /// The longest that connecting may take.
+    pub connect_timeout: Duration,
+    /// How long an idle connection is kept.
+    pub keepalive: Duration,
+    /// Certificates (PEM) to trust besides the platform's.
+    pub certificate_file: Option<PathBuf>,
+    /// The client's own certificate and key (PEM, PKCS #8).
+    pub identity: Option<Identity>,
+    /// Accept any server certificate; only for tests of an operator.
+    pub skip_certificate_verification: bool,
+    /// The application name that upstream sees (`UNLEASH-APPNAME`).
+    pub app_name: String,
+    /// The instance id that upstream sees (`UNLEASH-INSTANCEID`).
+    pub instance_id: String,
+}
+
+/// A client certificate for upstream, as two PEM files.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// The certificate chain.
+    pub certificate_file: PathBuf,
+    /// The PKCS #8 private key.
+    pub key_file: PathBuf,
+}
+
+/// The version of the client specification that we follow. From 4.2.0 on, Unleash sends segments
+/// apart from the flags that refer to them.
+const CLIENT_SPEC: &str = "6.1.0";
+
+/// Builds the pool of connections that `config` describes.
+pub(super) fn pool(config: &Config) -> Result<Client, Error> {
+    // The process may have chosen a provider already; any will do.
+    let _ = ring::default_provider().install_default();
+    let mut builder = Client::builder()
+        .user_agent(concat!("parapet/", env!("CARGO_PKG_VERSION")))
+        .default_headers(standing_headers(config)?)
+        .timeout(config.request_timeout)
+        .connect_timeout(config.connect_timeout)
+        .pool_idle_timeout(config.keepalive)
+        // A redirect could carry a token to another host, and turns a POST into a GET.
+        .redirect(redirect::Policy::none())
+        .referer(false)
+        .tls_danger_accept_invalid_certs(config.skip_certificate_verification);
+    let roots = match &config.certificate_file {
+        Some(file) => certificates(file)?,
+        None => Vec::new(),
+    };
+    builder = if config.url.scheme() == "https" {
+        builder.tls_certs_merge(roots)
+    } else {
+        // The platform's certificates may be missing where nobody needs them, as in a bare image.
+        builder.tls_certs_only(roots)
+    };
+    if let Some(files) = &config.identity {
+        builder = builder.identity(identity(files)?);
+    }
+    builder.build().map_err(|error| Error::Setup(error.without_url()))
+}
+
+fn standing_headers(config: &Config) -> Result<HeaderMap, Error> {
+    let text =
+        |setting, text: &str| HeaderValue::from_str(text).map_err(|_| Error::Header(setting));
+    let mut headers = HeaderMap::new();
+    for (name, value) in &config.extra_headers {
+        headers.append(name, value.clone());
+    }
+    let ours = [
+        ("unleash-appname", text("application name", &config.app_name)?),
+        ("unleash-instanceid", text("instance id", &config.instance_id)?),
+        ("unleash-connection-id", text("connection id", &Ulid::generate().to_string())?),
+        ("unleash-client-spec", HeaderValue::from_static(CLIENT_SPEC)),
+    ];
+    for (name, value) in ours {
+        // What the operator has set on purpose wins.
+        headers.entry(name).or_insert(value);
+    }
+    Ok(headers)
+}
+
+fn certificates(file: &Path) -> Result<Vec<Certificate>, Error> {
+    let pem = read(file)?;
+    let certificates = Certificate::from_pem_bundle(&pem)
+        .map_err(|source| Error::Pem { file: file.to_owned(), source: source.without_url() })?;
+    if certificates.is_empty() {
+        let source = io::Error::new(io::ErrorKind::InvalidData, "no certificate in it");
+        return Err(Error::File { file: file.to_owned(), source });
+    }
+    Ok(certificates)
+}
+
+fn identity(files: &Identity) -> Result<reqwest::Identity, Error> {
+    let mut pem = read(&files.certificate_file)?;
+    pem.push(b'\n');
+    pem.extend_from_slice(&read(&files.key_file)?);
+    reqwest::Identity::from_pem(&pem)
+        .map_err(|source| Error::Pem { file: files.key_file.clone(), source: source.without_url() })
+}
+
+fn read(file: &Path) -> Result<Zeroizing<Vec<u8>>, Error> {
+    fs::read(file)
+        .map(Zeroizing::new)
+        .map_err(|source| Error::File { file: file.to_owned(), source })
+}

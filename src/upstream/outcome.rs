@@ -1,0 +1,117 @@
+//! What requests are made for and how they end, for the metrics and for `/status`.
+//!
+//! Labels come from these enums only, never from what upstream sends.
+
+use std::{sync::Mutex, time::Duration};
+
+use jiff::Timestamp;
+use metrics::{Unit, counter, describe_counter, describe_histogram, histogram};
+use reqwest::StatusCode;
+
+use super::error::{Error, Fault};
+
+const REQUESTS: &str = "parapet_upstream_requests_total";
+const DURATION: &str = "parapet_upstream_request_duration_seconds";
+
+/// What a request is made for.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Purpose {
+    Features,
+    Validate,
+    Usage,
+    Environments,
+    ListTokens,
+    CreateToken,
+    DeleteToken,
+}
+
+impl Purpose {
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Self::Features => "features",
+            Self::Validate => "validate",
+            Self::Usage => "usage",
+            Self::Environments => "environments",
+            Self::ListTokens => "list_tokens",
+            Self::CreateToken => "create_token",
+            Self::DeleteToken => "delete_token",
+        }
+    }
+}
+
+/// How a failed request ended, as a label.
+fn label(error: &Error) -> &'static str {
+    match error {
+        Error::Unreachable(_) => "unreachable",
+        Error::Interrupted(_) => "interrupted",
+        Error::Timeout(_) => "timeout",
+        Error::Redirect(_) => "redirected",
+        Error::Status { status, .. } => match *status {
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => "unauthorized",
+            StatusCode::TOO_MANY_REQUESTS => "throttled",
+            status if status.is_client_error() => "rejected",
+            _ => "failed",
+        },
+        Error::Unconditional | Error::TooLarge { .. } | Error::Decode { .. } => "malformed",
+        Error::File { .. } | Error::Pem { .. } | Error::Header(_) | Error::Setup(_) => "unsent",
+    }
+}
+
+/// Tells the metric registry what the metrics of this module mean.
+pub(super) fn describe() {
+    describe_counter!(REQUESTS, "Requests to upstream by purpose and outcome.");
+    describe_histogram!(DURATION, Unit::Seconds, "Duration of requests to upstream by purpose.");
+}
+
+/// Counts a finished request.
+pub(super) fn count<T>(purpose: Purpose, result: &Result<T, Error>, took: Duration) {
+    let outcome = result.as_ref().map_or_else(label, |_| "ok");
+    counter!(REQUESTS, "purpose" => purpose.as_str(), "outcome" => outcome).increment(1);
+    histogram!(DURATION, "purpose" => purpose.as_str()).record(took);
+}
+
+/// How upstream has been doing, as seen from here.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Health {
+    /// When a request last succeeded.
+    pub last_success: Option<Timestamp>,
+    /// When a request last failed, and how.
+    pub last_error: Option<(Timestamp, String)>,
+    /// How many requests in a row have failed by upstream's fault; a refusal is an answer.
+    pub consecutive_failures: u64,
+}
+
+/// The [`Health`] that requests keep current.
+#[derive(Debug, Default)]
+pub(super) struct Pulse(Mutex<Health>);
+
+impl Pulse {
+    /// Takes note of how a request ended.
+    pub(super) fn feel<T>(&self, result: &Result<T, Error>) {
+        let now = Timestamp::now();
+        let report = result.as_ref().err().map(|error| (error.fault(), error.report()));
+        let mut health = self.lock();
+        match report {
+            None => {
+                health.last_success = Some(now);
+                health.consecutive_failures = 0;
+            }
+            Some((fault, report)) => {
+                health.last_error = Some((now, report));
+                match fault {
+                    Fault::Upstream => health.consecutive_failures += 1,
+                    Fault::Credentials | Fault::Ours => health.consecutive_failures = 0,
+                }
+            }
+        }
+    }
+
+    /// How upstream is doing.
+    pub(super) fn health(&self) -> Health {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Health> {
+        self.0.lock().expect("nothing panics while it holds this lock")
+    }
+}

@@ -1,0 +1,119 @@
+//! A server that answers by a script, for the failures that a real Unleash does not show.
+
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Full};
+use hyper::{Request, Response, body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::TokioIo;
+use reqwest::{StatusCode, Url, header::HeaderMap};
+use tokio::{net::TcpListener, task::AbortHandle};
+
+use super::connect::Config;
+
+/// A request as it arrived.
+#[derive(Clone, Debug)]
+pub(super) struct Seen {
+    pub(super) line: String,
+    pub(super) headers: HeaderMap,
+    pub(super) body: String,
+}
+
+/// What to answer.
+pub(super) type Reply = (u16, &'static [(&'static str, &'static str)], String);
+
+/// A running server; it ends when this is dropped.
+pub(super) struct Scripted {
+    address: SocketAddr,
+    seen: Arc<Mutex<Vec<Seen>>>,
+    task: AbortHandle,
+}
+
+impl Scripted {
+    /// Answers every request by `script`.
+    pub(super) async fn start(
+        script: impl Fn(&Seen) -> Reply + Clone + Send + Sync + 'static,
+    ) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("an address");
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let log = Arc::clone(&seen);
+        let task = tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let (log, script) = (Arc::clone(&log), script.clone());
+                let service = service_fn(move |request| {
+                    let (log, script) = (Arc::clone(&log), script.clone());
+                    async move {
+                        let request = read(request).await?;
+                        let (status, headers, body) = script(&request);
+                        log.lock().expect("log").push(request);
+                        let mut reply = Response::new(Full::new(Bytes::from(body)));
+                        *reply.status_mut() = StatusCode::from_u16(status).expect("status");
+                        for (name, value) in headers {
+                            let value = value.bytes().map(latin1).collect::<Vec<_>>();
+                            let value = hyper::header::HeaderValue::from_bytes(&value);
+                            reply.headers_mut().append(*name, value.expect("header"));
+                        }
+                        Ok::<_, hyper::Error>(reply)
+                    }
+                });
+                tokio::spawn(http1::Builder::new().serve_connection(TokioIo::new(stream), service));
+            }
+        });
+        Self { address, seen, task: task.abort_handle() }
+    }
+
+    /// What has arrived so far.
+    pub(super) fn seen(&self) -> Vec<Seen> {
+        self.seen.lock().expect("log").clone()
+    }
+
+    /// How many requests had a line that starts so.
+    pub(super) fn count(&self, line: &str) -> usize {
+        self.seen().iter().filter(|it| it.line.starts_with(line)).count()
+    }
+
+    /// A configuration that leads here.
+    pub(super) fn config(&self) -> Config {
+        config(&format!("http://{}/base/", self.address))
+    }
+}
+
+impl Drop for Scripted {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// A configuration that leads to `url`.
+pub(super) fn config(url: &str) -> Config {
+    Config {
+        url: Url::parse(url).expect("url"),
+        token_header: hyper::header::AUTHORIZATION,
+        extra_headers: Vec::new(),
+        request_timeout: Duration::from_secs(30),
+        connect_timeout: Duration::from_secs(30),
+        keepalive: Duration::from_secs(15),
+        certificate_file: None,
+        identity: None,
+        skip_certificate_verification: false,
+        app_name: "parapet".to_owned(),
+        instance_id: "one".to_owned(),
+    }
+}
+
+async fn read(request: Request<Incoming>) -> Result<Seen, hyper::Error> {
+    let line = format!("{} {}", request.method(), request.uri());
+    let headers = request.headers().clone();
+    let body = request.into_body().collect().await?.to_bytes();
+    Ok(Seen { line, headers, body: String::from_utf8_lossy(&body).into_owned() })
+}
+
+/// Lets a script put a byte beyond ASCII into a header.
+fn latin1(byte: u8) -> u8 {
+    if byte == b'~' { 0xe9 } else { byte }
+}
