@@ -1,9 +1,12 @@
 //! Parapet: an open-source edge for Unleash feature flags.
 
 pub mod auth;
+pub mod config;
 pub mod http;
+pub mod probe;
 pub mod snapshot;
 pub mod sync;
+pub mod telemetry;
 pub mod token;
 pub mod upstream;
 pub mod usage;

@@ -1,3 +1,62 @@
-//! The `parapet` binary.
+//! The `parapet` binary: three exits, and everything else in the library.
+//!
+//! 64 (`EX_USAGE`) where the configuration is wrong, 1 where the start fails, 0 after a graceful
+//! end.
 
-fn main() {}
+use std::{
+    io::{self, Write as _},
+    process::ExitCode,
+};
+
+use anyhow::Context as _;
+use parapet::{
+    config::{Command, Config},
+    probe, telemetry,
+};
+
+/// The exit status of a command that was used wrongly, from BSD's `sysexits.h`.
+const EX_USAGE: u8 = 64;
+
+fn main() -> ExitCode {
+    let command = match Command::from_process() {
+        Ok(command) => command,
+        Err(mistakes) => {
+            let _ = writeln!(io::stderr(), "{mistakes}");
+            return ExitCode::from(EX_USAGE);
+        }
+    };
+    match execute(command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(io::stderr(), "parapet: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn execute(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Show(text) => write!(io::stdout(), "{text}").context("cannot write"),
+        Command::Probe(probe) => Ok(runtime()?.block_on(probe::ask(&probe))?),
+        Command::Run(config) => {
+            telemetry::start_logging(&config.log);
+            for warning in &config.warnings {
+                tracing::warn!("{warning}");
+            }
+            runtime()?.block_on(run(*config))
+        }
+    }
+}
+
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")
+}
+
+/// Stands in for `parapet::app::run` until there is one.
+#[expect(clippy::unused_async, reason = "its successor waits for the end of the process")]
+async fn run(config: Config) -> anyhow::Result<()> {
+    anyhow::bail!("nothing serves yet on {}", config.data.address)
+}

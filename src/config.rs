@@ -1,0 +1,75 @@
+//! The configuration: flags over environment over file over defaults, checked before anything runs.
+//!
+//! Texts are gathered under the one list of keys (`config/keys.rs`), then read into [`Config`],
+//! whose types leave nothing to check. Every mistake is reported at once, none repeats a secret.
+//! Nothing else reads the environment, and nothing here starts anything.
+
+mod check;
+mod checked;
+mod cli;
+mod file;
+mod keys;
+mod mistake;
+mod settings;
+
+use std::ffi::OsString;
+
+pub use self::{
+    checked::{
+        AdminListener, Config, Credentials, DataListener, Edge, Endpoint, Identity, Limits, Mode,
+        Offline, Probe, SeedTokens, Shutdown, Standalone,
+    },
+    mistake::{Mistake, Mistakes},
+};
+use self::{
+    cli::{Line, Purpose, Verb},
+    settings::Settings,
+};
+
+/// What the process was started for.
+#[derive(Debug)]
+pub enum Command {
+    /// To serve.
+    Run(Box<Config>),
+    /// To ask a running instance how it is.
+    Probe(Probe),
+    /// To tell something: help, the version, or the effective configuration without secrets.
+    Show(String),
+}
+
+impl Command {
+    /// Reads the command line and the environment of this process.
+    pub fn from_process() -> Result<Self, Mistakes> {
+        let variable =
+            |name: &str| std::env::var_os(name).map(|text| text.to_string_lossy().into_owned());
+        Self::parse(std::env::args_os(), &variable)
+    }
+
+    /// Reads a command line, the program's name first, and an environment.
+    ///
+    /// An environment variable that is empty counts as not set.
+    pub fn parse(
+        args: impl IntoIterator<Item = OsString>,
+        variable: &dyn Fn(&str) -> Option<String>,
+    ) -> Result<Self, Mistakes> {
+        let (verb, purpose, flags) = match cli::parse(args)? {
+            Line::Show(text) => return Ok(Self::Show(text)),
+            Line::Do { verb, purpose, flags } => (verb, purpose, flags),
+        };
+        let settings = Settings::gather(verb, flags, variable);
+        let effective = settings.to_toml();
+        let command = match verb {
+            Verb::Edge | Verb::Offline | Verb::Standalone => {
+                Self::Run(Box::new(check::config(settings)?))
+            }
+            Verb::Health | Verb::Ready => Self::Probe(check::probe(settings)?),
+        };
+        Ok(match purpose {
+            Purpose::Run => command,
+            Purpose::Print => Self::Show(effective),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

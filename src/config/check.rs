@@ -1,0 +1,446 @@
+//! Settings become a [`Config`], or a list of everything that is wrong with them.
+
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::PathBuf,
+};
+
+use ipnet::IpNet;
+use reqwest::{
+    Url,
+    header::{HeaderName, HeaderValue},
+};
+
+use super::{
+    checked::{
+        AdminListener, Config, Credentials, DataListener, Edge, Endpoint, Identity, Limits, Mode,
+        Offline, Probe, SeedTokens, Shutdown, Standalone,
+    },
+    cli::Verb,
+    keys::{self, Key},
+    mistake::Mistakes,
+    settings::Settings,
+};
+use crate::{
+    auth,
+    http::{access, cors},
+    sync, telemetry,
+    token::{Environment, Token},
+    upstream, usage,
+};
+
+/// Checks the settings of a command that serves.
+pub(super) fn config(mut settings: Settings) -> Result<Config, Mistakes> {
+    let s = &mut settings;
+    let identity = identity(s);
+    let data_dir = path(s, &keys::DATA_DIR);
+    let mode = match s.verb {
+        Verb::Edge => edge(s, &identity, &data_dir).map(Box::new).map(Mode::Edge),
+        Verb::Offline => offline(s).map(Mode::Offline),
+        Verb::Standalone | Verb::Health | Verb::Ready => Some(Mode::Standalone(standalone(s))),
+    };
+    let (data, admin) = listeners(s);
+    let auth = auth::Config {
+        revalidate_after: s.interval(&keys::TOKEN_REVALIDATION_INTERVAL_SECONDS),
+        forget_invalid_after: s.interval(&keys::INVALID_TOKEN_TTL_SECONDS),
+        list_interval: s.interval(&keys::TOKEN_LIST_INTERVAL_SECONDS),
+        deadline: s.interval(&keys::UPSTREAM_REQUEST_TIMEOUT),
+        capacity: s.count(&keys::TOKEN_CACHE_CAPACITY) as u64,
+    };
+    let usage = usage::Config {
+        interval: s.interval(&keys::METRICS_INTERVAL_SECONDS),
+        max_counters: s.count(&keys::USAGE_MAX_COUNTERS),
+    };
+    let log = telemetry::Config {
+        format: s.value(&keys::LOG_FORMAT, "plain, json or pretty", telemetry::LogFormat::parse),
+        filter: s.value(&keys::LOG, "a level, or levels by target", |text| {
+            telemetry::Config::filter_is_valid(text).then(|| text.to_owned())
+        }),
+    };
+    let shutdown = Shutdown {
+        drain_delay: s.delay(&keys::DRAIN_DELAY_SECONDS),
+        timeout: s.interval(&keys::SHUTDOWN_TIMEOUT_SECONDS),
+    };
+    Mistakes::none_in(settings.mistakes)?;
+    let mode = mode.expect("a mode that cannot be made is a mistake");
+    let warnings = settings.warnings;
+    Ok(Config { mode, data, admin, auth, usage, log, data_dir, shutdown, identity, warnings })
+}
+
+/// Checks the settings of `health` and `ready`.
+pub(super) fn probe(mut settings: Settings) -> Result<Probe, Mistakes> {
+    let s = &mut settings;
+    let port = port(s, &keys::PORT);
+    let base_path = base_path(s);
+    let ca_certificate_file = s.read(&keys::CA_CERTIFICATE_FILE, FILE, existing_file);
+    let edge_url = if s.has(&keys::EDGE_URL) {
+        s.read(&keys::EDGE_URL, HTTP_URL, http_url)
+    } else {
+        http_url(&format!("http://localhost:{port}"))
+    };
+    let verb = s.verb.name();
+    Mistakes::none_in(settings.mistakes)?;
+    let mut url = edge_url.expect("an address that cannot be read is a mistake");
+    let before = url.path().trim_end_matches('/').to_owned();
+    url.set_path(&format!("{before}{base_path}/internal-backstage/{verb}"));
+    Ok(Probe { url, ca_certificate_file })
+}
+
+fn identity(s: &mut Settings) -> Identity {
+    const HOSTINGS: [&str; 3] = ["self-hosted", "hosted", "enterprise-self-hosted"];
+    let header = |text: &str| HeaderValue::from_str(text).ok().map(|_| text.to_owned());
+    Identity {
+        app_name: s.value(&keys::APP_NAME, "a name of visible characters", header),
+        instance_id: s
+            .read(&keys::INSTANCE_ID, "a name of visible characters", header)
+            .unwrap_or_else(|| format!("parapet@{}", ulid::Ulid::generate())),
+        hosting: s.value(&keys::HOSTING, "self-hosted, hosted or enterprise-self-hosted", |text| {
+            HOSTINGS.contains(&text).then(|| text.to_owned())
+        }),
+        region: s.text(&keys::AWS_REGION).map(str::to_owned),
+    }
+}
+
+fn edge(s: &mut Settings, identity: &Identity, data_dir: &std::path::Path) -> Option<Edge> {
+    let credentials = credentials(s);
+    let upstream = upstream(s, identity);
+    let sync = sync::Config { interval: s.interval(&keys::FEATURES_REFRESH_INTERVAL_SECONDS) };
+    let backup_folder = s.path(&keys::BACKUP_FOLDER).unwrap_or_else(|| data_dir.join("backup"));
+    Some(Edge { upstream: upstream?, credentials: credentials?, sync, backup_folder })
+}
+
+fn credentials(s: &mut Settings) -> Option<Credentials> {
+    let given = s.tokens(&keys::TOKENS);
+    let environments = s.list(&keys::ENVIRONMENTS, "names of environments", |text| {
+        (!text.is_empty()).then(|| Environment::new(text))
+    });
+    let fleet = s.value(&keys::FLEET_NAME, "letters, digits, `-`, `_` or `.`", |text| {
+        let fits = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+        (!text.is_empty() && text.len() <= 64 && text.chars().all(fits)).then(|| text.to_owned())
+    });
+    let admin_wanted =
+        s.has(&keys::UPSTREAM_ADMIN_TOKEN) || s.has(&keys::UPSTREAM_ADMIN_TOKEN_FILE);
+    if !admin_wanted {
+        for key in [&keys::ENVIRONMENTS, &keys::FLEET_NAME] {
+            if s.has(key) {
+                s.warnings.push(format!("--{} has no effect without an admin token", key.name));
+            }
+        }
+        if given.is_empty() {
+            s.warnings.push(
+                "neither an admin token nor tokens are given: each environment is fetched with \
+                 the first of its SDK tokens that upstream finds valid"
+                    .to_owned(),
+            );
+        }
+        return Some(Credentials::Given(given));
+    }
+    if !given.is_empty() {
+        s.warnings.push("--tokens has no effect beside an admin token".to_owned());
+    }
+    let environments =
+        (!environments.is_empty()).then(|| environments.into_iter().collect::<BTreeSet<_>>());
+    Some(Credentials::Admin { token: admin_token(s)?, fleet, environments })
+}
+
+fn admin_token(s: &mut Settings) -> Option<Token> {
+    if s.has(&keys::UPSTREAM_ADMIN_TOKEN) && s.has(&keys::UPSTREAM_ADMIN_TOKEN_FILE) {
+        s.mistake(&keys::UPSTREAM_ADMIN_TOKEN_FILE, "expected either the token or its file");
+        return None;
+    }
+    let (key, text) = match s.path(&keys::UPSTREAM_ADMIN_TOKEN_FILE) {
+        None => (&keys::UPSTREAM_ADMIN_TOKEN, s.text(&keys::UPSTREAM_ADMIN_TOKEN)?.to_owned()),
+        Some(path) => match std::fs::read_to_string(&path) {
+            Ok(text) => (&keys::UPSTREAM_ADMIN_TOKEN_FILE, text),
+            Err(error) => {
+                let reason = format!("expected a readable file: {}: {error}", path.display());
+                s.mistake(&keys::UPSTREAM_ADMIN_TOKEN_FILE, reason);
+                return None;
+            }
+        },
+    };
+    match Token::parse(&text) {
+        Ok(token) => Some(token),
+        Err(error) => {
+            s.mistake(key, format!("expected an admin token; {error}"));
+            None
+        }
+    }
+}
+
+fn upstream(s: &mut Settings, identity: &Identity) -> Option<upstream::Config> {
+    let url = required(s, &keys::UPSTREAM_URL, HTTP_URL, http_url).map(|url| without_api(s, url));
+    let certificate = s.read(&keys::PKCS8_CLIENT_CERTIFICATE_FILE, FILE, existing_file);
+    let key = s.read(&keys::PKCS8_CLIENT_KEY_FILE, FILE, existing_file);
+    let both = (s.has(&keys::PKCS8_CLIENT_CERTIFICATE_FILE), s.has(&keys::PKCS8_CLIENT_KEY_FILE));
+    match both {
+        (true, false) => s.mistake(&keys::PKCS8_CLIENT_KEY_FILE, "is required with a certificate"),
+        (false, true) => {
+            s.mistake(&keys::PKCS8_CLIENT_CERTIFICATE_FILE, "is required with a key");
+        }
+        (true, true) | (false, false) => {}
+    }
+    let skip_certificate_verification = s.switch(&keys::SKIP_SSL_VERIFICATION);
+    if skip_certificate_verification {
+        s.warnings.push(
+            "--skip-ssl-verification lets anybody on the way read tokens and change flags"
+                .to_owned(),
+        );
+    }
+    let (_, token_header) = token_headers(s);
+    let extra_headers = s.list(&keys::CUSTOM_CLIENT_HEADERS, "headers, `Name: value`", header);
+    let request_timeout = s.interval(&keys::UPSTREAM_REQUEST_TIMEOUT);
+    let connect_timeout = s.interval(&keys::UPSTREAM_SOCKET_TIMEOUT);
+    let keepalive = s.interval(&keys::CLIENT_KEEPALIVE_TIMEOUT);
+    let certificate_file = s.read(&keys::UPSTREAM_CERTIFICATE_FILE, FILE, existing_file);
+    Some(upstream::Config {
+        url: url?,
+        token_header,
+        extra_headers,
+        request_timeout,
+        connect_timeout,
+        keepalive,
+        certificate_file,
+        identity: certificate
+            .zip(key)
+            .map(|(certificate_file, key_file)| upstream::Identity { certificate_file, key_file }),
+        skip_certificate_verification,
+        app_name: identity.app_name.clone(),
+        instance_id: identity.instance_id.clone(),
+    })
+}
+
+/// Unleash's own setting is without `/api`; who gives it nevertheless means the same server.
+fn without_api(s: &mut Settings, mut url: Url) -> Url {
+    let path = url.path().trim_end_matches('/').to_owned();
+    if let Some(base) = path.strip_suffix("/api") {
+        url.set_path(base);
+        s.warnings.push("--upstream-url is meant without /api; it was left out".to_owned());
+    }
+    url
+}
+
+fn offline(s: &mut Settings) -> Option<Offline> {
+    let bootstrap_file = required(s, &keys::BOOTSTRAP_FILE, FILE, existing_file);
+    let client_tokens = s.tokens(&keys::CLIENT_TOKENS);
+    let frontend_tokens = s.tokens(&keys::FRONTEND_TOKENS);
+    if client_tokens.is_empty() && frontend_tokens.is_empty() {
+        s.warnings.push(
+            "neither --client-tokens nor --frontend-tokens are given: nobody may read flags"
+                .to_owned(),
+        );
+    }
+    let reload_interval = Some(s.delay(&keys::RELOAD_INTERVAL)).filter(|time| !time.is_zero());
+    Some(Offline {
+        bootstrap_file: bootstrap_file?,
+        client_tokens,
+        frontend_tokens,
+        reload_interval,
+    })
+}
+
+fn standalone(s: &mut Settings) -> Standalone {
+    let flags = s.value(&keys::FLAGS, "a file or folder", |text| Some(PathBuf::from(text)));
+    if !flags.exists() {
+        s.mistake(
+            &keys::FLAGS,
+            format!("expected a file or folder; {} is not there", flags.display()),
+        );
+    }
+    let mut client = s.tokens(&keys::INIT_BACKEND_API_TOKENS);
+    client.extend(s.tokens(&keys::INIT_CLIENT_API_TOKENS));
+    let seed = SeedTokens {
+        admin: s.tokens(&keys::INIT_ADMIN_API_TOKENS),
+        client,
+        frontend: s.tokens(&keys::INIT_FRONTEND_API_TOKENS),
+    };
+    Standalone { flags, seed }
+}
+
+fn listeners(s: &mut Settings) -> (DataListener, AdminListener) {
+    let address = SocketAddr::new(interface(s, &keys::INTERFACE), port(s, &keys::PORT));
+    let admin = SocketAddr::new(interface(s, &keys::ADMIN_INTERFACE), port(s, &keys::ADMIN_PORT));
+    let overlap =
+        address.ip() == admin.ip() || address.ip().is_unspecified() || admin.ip().is_unspecified();
+    if address.port() == admin.port() && address.port() != 0 && overlap {
+        s.mistake(&keys::ADMIN_PORT, "expected another port than --port");
+    }
+    let (token_header, _) = token_headers(s);
+    let data = DataListener {
+        address,
+        base_path: base_path(s),
+        token_header,
+        cors: cors(s),
+        access: access(s),
+        disabled: disabled(s),
+        limits: Limits {
+            body_bytes: s.count(&keys::BODY_LIMIT_BYTES),
+            connections: s.count(&keys::MAX_CONNECTIONS),
+            header_read_timeout: s.interval(&keys::HEADER_READ_TIMEOUT_SECONDS),
+            request_timeout: s.interval(&keys::EDGE_REQUEST_TIMEOUT),
+        },
+    };
+    (data, AdminListener { address: admin })
+}
+
+/// The headers that carry tokens: from SDKs, and to upstream.
+fn token_headers(s: &mut Settings) -> (HeaderName, HeaderName) {
+    let parse = |text: &str| text.parse::<HeaderName>().ok();
+    if let Some(both) = s.read(&keys::TOKEN_HEADER, HEADER_NAME, parse) {
+        for key in [&keys::EDGE_AUTH_HEADER, &keys::UPSTREAM_AUTH_HEADER] {
+            if s.has(key) {
+                s.mistake(key, "expected either this or --token-header");
+            }
+        }
+        return (both.clone(), both);
+    }
+    (
+        s.value(&keys::EDGE_AUTH_HEADER, HEADER_NAME, parse),
+        s.value(&keys::UPSTREAM_AUTH_HEADER, HEADER_NAME, parse),
+    )
+}
+
+fn disabled(s: &mut Settings) -> BTreeSet<Endpoint> {
+    [
+        (&keys::DISABLE_ALL_ENDPOINT, Endpoint::FrontendAll),
+        (&keys::DISABLE_METRICS_ENDPOINT, Endpoint::Metrics),
+        (&keys::DISABLE_METRICS_BATCH_ENDPOINT, Endpoint::MetricsBatch),
+        (&keys::DISABLE_FEATURES_ENDPOINT, Endpoint::Features),
+        (&keys::DISABLE_TOKENS_ENDPOINT, Endpoint::Tokens),
+        (&keys::DISABLE_INSTANCE_DATA_ENDPOINT, Endpoint::InstanceData),
+    ]
+    .into_iter()
+    .filter_map(|(key, endpoint)| s.switch(key).then_some(endpoint))
+    .collect()
+}
+
+fn cors(s: &mut Settings) -> cors::Config {
+    let origins = any_or(s, &keys::CORS_ORIGIN, "origins as in `https://example.com`", |text| {
+        HeaderValue::from_str(text).ok()
+    });
+    let credentials = s.switch(&keys::CORS_CREDENTIALS);
+    if credentials && origins.is_none() {
+        let reason = "expected --cors-origin with it: browsers refuse credentials for any origin";
+        s.mistake(&keys::CORS_CREDENTIALS, reason);
+    }
+    cors::Config {
+        origins,
+        methods: any_or(s, &keys::CORS_METHODS, "HTTP methods", |text| text.parse().ok()),
+        headers: any_or(s, &keys::CORS_ALLOWED_HEADERS, "names of headers", |text| {
+            text.parse().ok()
+        }),
+        exposed_headers: any_or(s, &keys::CORS_EXPOSED_HEADERS, "names of headers", |text| {
+            text.parse().ok()
+        }),
+        credentials,
+        max_age: s.delay(&keys::CORS_MAX_AGE),
+    }
+}
+
+/// The items of a list; `None`, which is any, where `*` is among them.
+fn any_or<T>(
+    s: &mut Settings,
+    key: &Key,
+    expected: &str,
+    parse: impl Fn(&str) -> Option<T>,
+) -> Option<Vec<T>> {
+    let items = s.list(key, expected, |text| match text {
+        "*" => Some(None),
+        text => parse(text).map(Some),
+    });
+    items.into_iter().collect()
+}
+
+fn access(s: &mut Settings) -> access::Config {
+    let servers = s.list(&keys::PROXY_TRUSTED_SERVERS, NETWORKS, network);
+    let trust = s.switch(&keys::TRUST_PROXY);
+    let proxies = match (trust, servers.is_empty()) {
+        (false, true) => access::Proxies::None,
+        (true, true) => access::Proxies::Any,
+        (true, false) => access::Proxies::Only(servers),
+        (false, false) => {
+            // Unleash Edge wants both; trusting nobody would silently change whom flags see.
+            s.mistake(&keys::PROXY_TRUSTED_SERVERS, "expected --trust-proxy with it");
+            access::Proxies::None
+        }
+    };
+    access::Config {
+        allow: s.list(&keys::ALLOW_LIST, NETWORKS, network),
+        deny: s.list(&keys::DENY_LIST, NETWORKS, network),
+        proxies,
+    }
+}
+
+/// The value of a key that has no default but must have a value.
+fn required<T>(
+    s: &mut Settings,
+    key: &Key,
+    expected: &str,
+    parse: impl Fn(&str) -> Option<T>,
+) -> Option<T> {
+    if !s.has(key) {
+        s.mistake(key, format!("is required: {expected}"));
+    }
+    s.read(key, expected, parse)
+}
+
+const HTTP_URL: &str =
+    "an http or https address without a user, as in `https://unleash.example.com`";
+const FILE: &str = "a file that exists";
+const HEADER_NAME: &str = "the name of a header";
+const NETWORKS: &str = "networks or addresses, as in `10.0.0.0/8`";
+
+fn path(s: &mut Settings, key: &Key) -> PathBuf {
+    s.value(key, "a path", |text| (!text.is_empty()).then(|| PathBuf::from(text)))
+}
+
+fn existing_file(text: &str) -> Option<PathBuf> {
+    Some(PathBuf::from(text)).filter(|path| path.is_file())
+}
+
+fn port(s: &mut Settings, key: &Key) -> u16 {
+    s.value(key, "a port, 0 to 65535", |text| text.parse().ok())
+}
+
+fn interface(s: &mut Settings, key: &Key) -> IpAddr {
+    s.value(key, "an IP address or localhost", |text| match text {
+        "localhost" => Some(Ipv4Addr::LOCALHOST.into()),
+        text => text.trim_start_matches('[').trim_end_matches(']').parse().ok(),
+    })
+}
+
+fn base_path(s: &mut Settings) -> String {
+    s.value(&keys::BASE_PATH, "a path as in `/flags`", |text| {
+        let path = text.trim_matches('/');
+        let fits = |c: char| c.is_ascii_graphic() && !"?#%".contains(c);
+        path.chars().all(fits).then(|| match path {
+            "" => String::new(),
+            path => format!("/{path}"),
+        })
+    })
+}
+
+fn network(text: &str) -> Option<IpNet> {
+    text.parse().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from))
+}
+
+/// An address to which paths can be appended.
+fn http_url(text: &str) -> Option<Url> {
+    let url = Url::parse(text).ok()?;
+    let plain = matches!(url.scheme(), "http" | "https")
+        && url.has_host()
+        && url.username().is_empty()
+        && url.password().is_none()
+        && url.query().is_none()
+        && url.fragment().is_none();
+    plain.then_some(url)
+}
+
+/// A header as curl takes it, `Name: value`, or as `name=value`; never printed.
+fn header(text: &str) -> Option<(HeaderName, HeaderValue)> {
+    let (name, value) = text.split_once([':', '='])?;
+    let mut value = HeaderValue::from_str(value.trim()).ok()?;
+    value.set_sensitive(true);
+    Some((name.trim().parse().ok()?, value))
+}

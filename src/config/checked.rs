@@ -1,0 +1,209 @@
+//! The checked configuration: what the rest of the program is built from.
+//!
+//! No field is an `Option` that means "default", nothing needs a second look, and `Debug` shows no
+//! secret. How the values were found is `settings`' and `check`'s business.
+
+use std::{collections::BTreeSet, net::SocketAddr, path::PathBuf, time::Duration};
+
+use reqwest::{Url, header::HeaderName};
+
+use crate::{
+    auth,
+    http::{access, cors},
+    sync, telemetry,
+    token::{Environment, Token},
+    upstream, usage,
+};
+
+/// Everything that a running Parapet is told.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where flags, verdicts and usage come from and go to.
+    pub mode: Mode,
+    /// The listener that SDKs talk to.
+    pub data: DataListener,
+    /// The listener for operators.
+    pub admin: AdminListener,
+    /// How verdicts on tokens are kept.
+    pub auth: auth::Config,
+    /// How usage is kept and sent.
+    pub usage: usage::Config,
+    /// What is logged, and how.
+    pub log: telemetry::Config,
+    /// Where state is kept between runs.
+    pub data_dir: PathBuf,
+    /// How a run ends.
+    pub shutdown: Shutdown,
+    /// Who this instance says it is.
+    pub identity: Identity,
+    /// What the operator should know, one sentence each; to be logged at the start.
+    pub warnings: Vec<String>,
+}
+
+/// Where flags come from, who vouches for tokens, and where usage goes.
+#[derive(Clone, Debug)]
+pub enum Mode {
+    /// In front of an Unleash server.
+    Edge(Box<Edge>),
+    /// Flags of a file, tokens of the command line, and nothing else.
+    Offline(Offline),
+    /// A server of its own.
+    Standalone(Standalone),
+}
+
+/// In front of an Unleash server.
+#[derive(Clone, Debug)]
+pub struct Edge {
+    /// How to reach it.
+    pub upstream: upstream::Config,
+    /// In whose name.
+    pub credentials: Credentials,
+    /// How flags are kept current.
+    pub sync: sync::Config,
+    /// Where flags and digests of tokens are kept for a start without upstream.
+    pub backup_folder: PathBuf,
+}
+
+/// In whose name the edge fetches flags and sends usage.
+#[derive(Clone, Debug)]
+pub enum Credentials {
+    /// An admin token, exchanged for one backend token per environment.
+    Admin {
+        /// The admin token.
+        token: Token,
+        /// The name that all edges of this deployment share; their tokens are `parapet-<fleet>`.
+        fleet: String,
+        /// Which environments are served; `None` is all that upstream has enabled.
+        environments: Option<BTreeSet<Environment>>,
+    },
+    /// These backend tokens. When there are none, the first SDK token of an environment that
+    /// upstream finds valid is used for it.
+    Given(Vec<Token>),
+}
+
+/// Flags of a file, tokens of the command line, and nothing else.
+#[derive(Clone, Debug)]
+pub struct Offline {
+    /// The file of flags.
+    pub bootstrap_file: PathBuf,
+    /// Tokens that may read flag configuration.
+    pub client_tokens: Vec<Token>,
+    /// Tokens that may read evaluated flags.
+    pub frontend_tokens: Vec<Token>,
+    /// How often the file is read again although nothing told of a change; `None` is never.
+    pub reload_interval: Option<Duration>,
+}
+
+/// A server of its own.
+#[derive(Clone, Debug)]
+pub struct Standalone {
+    /// The file of flags, or the folder of such files.
+    pub flags: PathBuf,
+    /// Tokens that the first start creates; when there are none, it generates them.
+    pub seed: SeedTokens,
+}
+
+/// Tokens that the first start creates.
+#[derive(Clone, Debug, Default)]
+pub struct SeedTokens {
+    /// Tokens for operators.
+    pub admin: Vec<Token>,
+    /// Tokens for server SDKs.
+    pub client: Vec<Token>,
+    /// Tokens for frontend SDKs.
+    pub frontend: Vec<Token>,
+}
+
+impl SeedTokens {
+    /// Whether none of any kind was given.
+    pub fn is_empty(&self) -> bool {
+        self.admin.is_empty() && self.client.is_empty() && self.frontend.is_empty()
+    }
+}
+
+/// The listener that SDKs talk to.
+#[derive(Clone, Debug)]
+pub struct DataListener {
+    /// Where it listens. `[::]` means IPv4 too; where the machine has no IPv6, `0.0.0.0`.
+    pub address: SocketAddr,
+    /// What precedes every path: empty, or `/…` without a final slash.
+    pub base_path: String,
+    /// The header in which SDKs present their token.
+    pub token_header: HeaderName,
+    /// What browsers on other origins may do.
+    pub cors: cors::Config,
+    /// Which addresses are served.
+    pub access: access::Config,
+    /// Endpoints that answer as if they did not exist.
+    pub disabled: BTreeSet<Endpoint>,
+    /// What one client may take.
+    pub limits: Limits,
+}
+
+/// An endpoint that an operator can turn off.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub enum Endpoint {
+    /// `/api/frontend/all` and `/api/proxy/all`.
+    FrontendAll,
+    /// `/internal-backstage/metrics`, and its old name `prometheus`.
+    Metrics,
+    /// `/internal-backstage/metricsbatch`.
+    MetricsBatch,
+    /// `/internal-backstage/features`.
+    Features,
+    /// `/internal-backstage/tokens`.
+    Tokens,
+    /// `/internal-backstage/instancedata`.
+    InstanceData,
+}
+
+/// What one client, and all of them together, may take.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Limits {
+    /// The largest request body, in bytes, after decompression.
+    pub body_bytes: usize,
+    /// How many connections may be open at once.
+    pub connections: usize,
+    /// The longest that a client may take to send a request's head.
+    pub header_read_timeout: Duration,
+    /// The longest that answering one request may take, streams excepted.
+    pub request_timeout: Duration,
+}
+
+/// The listener for operators.
+#[derive(Clone, Debug)]
+pub struct AdminListener {
+    /// Where it listens.
+    pub address: SocketAddr,
+}
+
+/// How a run ends.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Shutdown {
+    /// How long requests are still accepted after readiness was withdrawn.
+    pub drain_delay: Duration,
+    /// The longest that requests under way and the last usage may then take.
+    pub timeout: Duration,
+}
+
+/// Who this instance says it is, to upstream and in its instance data.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Identity {
+    /// The name that all instances of a deployment share.
+    pub app_name: String,
+    /// The name of this instance.
+    pub instance_id: String,
+    /// Who runs it, in Unleash's words: `self-hosted`, `hosted` or `enterprise-self-hosted`.
+    pub hosting: String,
+    /// The region that it runs in, where known.
+    pub region: Option<String>,
+}
+
+/// What the `health` and `ready` commands ask, and whom.
+#[derive(Clone, Debug)]
+pub struct Probe {
+    /// The full address of the endpoint.
+    pub url: Url,
+    /// A certificate authority (PEM) to trust besides the platform's.
+    pub ca_certificate_file: Option<PathBuf>,
+}

@@ -1,0 +1,198 @@
+//! The command line: what may be written there, and what was.
+//!
+//! Values stay texts here; `check` reads them.
+
+use std::ffi::OsString;
+
+use clap::{Arg, ArgAction, ArgMatches, Command, error::ErrorKind};
+
+use super::{
+    keys::{KEYS, Key, Scope, Shape, Support},
+    mistake::{Mistake, Mistakes},
+};
+use crate::{telemetry::REVISION, token::Token};
+
+const CHECK_CONFIG: &str = "check-config";
+const PRINT_CONFIG: &str = "print-config";
+
+/// What the command line asks for.
+#[derive(Debug)]
+pub(super) enum Line {
+    /// A text for the person at the terminal.
+    Show(String),
+    /// Something that needs the settings.
+    Do { verb: Verb, purpose: Purpose, flags: Flags },
+}
+
+/// The subcommands.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Verb {
+    Edge,
+    Offline,
+    Standalone,
+    Health,
+    Ready,
+}
+
+/// What to do with the settings.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Purpose {
+    Run,
+    Print,
+}
+
+/// The values that were written.
+pub(super) struct Flags(Vec<(&'static Key, Vec<String>)>);
+
+impl std::fmt::Debug for Flags {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(self.0.iter().map(|(key, _)| key.name)).finish()
+    }
+}
+
+impl IntoIterator for Flags {
+    type Item = (&'static Key, Vec<String>);
+    type IntoIter = std::vec::IntoIter<Self::Item>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.0.into_iter()
+    }
+}
+
+impl Verb {
+    const ALL: [Self; 5] = [Self::Edge, Self::Offline, Self::Standalone, Self::Health, Self::Ready];
+
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Edge => "edge",
+            Self::Offline => "offline",
+            Self::Standalone => "standalone",
+            Self::Health => "health",
+            Self::Ready => "ready",
+        }
+    }
+
+    pub(super) fn scope(self) -> Scope {
+        match self {
+            Self::Edge => Scope::Edge,
+            Self::Offline => Scope::Offline,
+            Self::Standalone => Scope::Standalone,
+            Self::Health | Self::Ready => Scope::Probe,
+        }
+    }
+
+    fn about(self) -> &'static str {
+        match self {
+            Self::Edge => "Stand in front of an Unleash server",
+            Self::Offline => "Serve the flags of a file to given tokens",
+            Self::Standalone => "Be the server: flags from files, tokens of its own (the default)",
+            Self::Health => "Ask a running instance whether it lives; exit 0 if so, else 1",
+            Self::Ready => "Ask a running instance whether it is ready; exit 0 if so, else 1",
+        }
+    }
+}
+
+/// Reads the command line, the program's name first.
+pub(super) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Line, Mistakes> {
+    let args: Vec<OsString> = args.into_iter().collect();
+    let matches = match command().try_get_matches_from(&args) {
+        Ok(matches) => matches,
+        Err(error) => {
+            return match error.kind() {
+                ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+                    Ok(Line::Show(error.render().to_string()))
+                }
+                _ => Err(Mistake {
+                    place: "command line".to_owned(),
+                    reason: without_tokens(&error.render().to_string(), &args),
+                }
+                .into()),
+            };
+        }
+    };
+    let (verb, below) = match matches.subcommand() {
+        Some((name, below)) => {
+            let verb = Verb::ALL.into_iter().find(|verb| verb.name() == name);
+            (verb.expect("clap knows no other subcommands"), below)
+        }
+        None => (Verb::Standalone, &matches),
+    };
+    let purpose = if [PRINT_CONFIG, CHECK_CONFIG].iter().any(|flag| below.get_flag(flag)) {
+        Purpose::Print
+    } else {
+        Purpose::Run
+    };
+    let flags = KEYS.iter().filter_map(|key| {
+        let values = values(below, key).or_else(|| values(&matches, key))?;
+        Some((*key, values))
+    });
+    Ok(Line::Do { verb, purpose, flags: Flags(flags.collect()) })
+}
+
+/// The texts that were written for `key` at this level of the command line.
+fn values(matches: &ArgMatches, key: &Key) -> Option<Vec<String>> {
+    let values = matches.try_get_many::<String>(key.name).ok().flatten()?;
+    Some(values.cloned().collect())
+}
+
+/// `parapet` and its subcommands.
+///
+/// What concerns every command may precede the subcommand or follow it; what concerns `standalone`
+/// may be given without naming it.
+fn command() -> Command {
+    let switch =
+        |name, help| Arg::new(name).long(name).help(help).action(ArgAction::SetTrue).global(true);
+    Verb::ALL
+        .into_iter()
+        .fold(Command::new("parapet"), |command, verb| {
+            let own = Command::new(verb.name()).about(verb.about());
+            command.subcommand(own.args(args_of(verb.scope())))
+        })
+        .about("An open-source edge for Unleash feature flags")
+        .long_about(
+            "An open-source edge for Unleash feature flags.\n\n\
+             Every option may also be an environment variable, or a line of the configuration \
+             file under the option's name with underscores. Flags win over the environment, the \
+             environment over the file.",
+        )
+        .version(env!("CARGO_PKG_VERSION"))
+        .long_version(format!("{} ({REVISION})", env!("CARGO_PKG_VERSION")))
+        .args(args_of(Scope::Everywhere).map(|arg| arg.global(true)))
+        .args(args_of(Scope::Standalone))
+        .arg(switch(CHECK_CONFIG, "Check the configuration, print it without secrets, and exit"))
+        .arg(switch(PRINT_CONFIG, "The same as --check-config"))
+}
+
+fn args_of(scope: Scope) -> impl Iterator<Item = Arg> {
+    KEYS.iter().filter(move |key| key.scope == scope).map(|key| arg(key))
+}
+
+fn arg(key: &'static Key) -> Arg {
+    let arg = Arg::new(key.name)
+        .long(key.name)
+        .help(key.help_text())
+        .help_heading(key.heading)
+        .value_name(key.file_name().to_ascii_uppercase())
+        .hide_short_help(key.support != Support::Full);
+    let arg = match key.short {
+        Some(short) => arg.short(short),
+        None => arg,
+    };
+    match key.shape {
+        Shape::One => arg.action(ArgAction::Set),
+        Shape::List => arg.action(ArgAction::Append),
+        Shape::Switch => arg.num_args(0..=1).require_equals(true).default_missing_value("true"),
+    }
+}
+
+/// Clap repeats what it does not understand, which may be a misplaced token.
+fn without_tokens(message: &str, args: &[OsString]) -> String {
+    let message = message.trim().trim_start_matches("error: ").to_owned();
+    args.iter().filter_map(|arg| arg.to_str()).fold(message, |message, arg| {
+        let value = arg.split_once('=').map_or(arg, |(_, value)| value);
+        match Token::parse(value) {
+            Ok(token) => message.replace(value, &token.masked()),
+            Err(_) => message,
+        }
+    })
+}

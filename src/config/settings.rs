@@ -1,0 +1,309 @@
+//! Texts from flags, environment and file, merged: the raw half of the configuration.
+//!
+//! Reading a value never stops at a mistake: it is noted, and the default stands in until the
+//! whole is thrown away. `Debug` shows which keys were given and where, never what.
+
+use std::{
+    collections::BTreeMap,
+    fmt::{self, Write as _},
+    path::PathBuf,
+    time::Duration,
+};
+
+use super::{
+    cli::{Flags, Verb},
+    file,
+    keys::{CONFIG, KEYS, Key, Scope, Shape, Support, split},
+    mistake::Mistake,
+};
+use crate::token::Token;
+
+/// Where the file is looked for when none is named.
+const DEFAULT_FILE: &str = "config/parapet.toml";
+
+/// Looks up an environment variable.
+pub(super) type Variables<'a> = &'a dyn Fn(&str) -> Option<String>;
+
+/// All that was given for one command.
+pub(super) struct Settings {
+    pub(super) verb: Verb,
+    given: BTreeMap<&'static str, Given>,
+    pub(super) mistakes: Vec<Mistake>,
+    pub(super) warnings: Vec<String>,
+}
+
+struct Given {
+    texts: Vec<String>,
+    /// How the operator knows it: `--port`, `PORT` or `config/parapet.toml:3: port`.
+    place: String,
+}
+
+impl fmt::Debug for Settings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_map().entries(self.given.iter().map(|(name, given)| (name, &given.place))).finish()
+    }
+}
+
+impl Settings {
+    /// Merges the three layers: flags over environment over file.
+    pub(super) fn gather(verb: Verb, flags: Flags, variables: Variables<'_>) -> Self {
+        let mut settings =
+            Self { verb, given: BTreeMap::new(), mistakes: Vec::new(), warnings: Vec::new() };
+        let variables =
+            |key: &Key| variables(&key.env_name()).filter(|text| !text.trim().is_empty());
+        for (key, texts) in flags {
+            let place = format!("--{}", key.name);
+            if settings.concerns(key) {
+                let texts = match key.shape {
+                    Shape::List => texts.iter().flat_map(|text| split(text)).collect(),
+                    Shape::One | Shape::Switch => texts,
+                };
+                settings.given.insert(key.name, Given { texts, place });
+            } else {
+                let reason = format!("has no meaning for `{}`", verb.name());
+                settings.mistakes.push(Mistake { place, reason });
+            }
+        }
+        for key in KEYS.iter().filter(|key| verb.concerns(key)) {
+            let Some(text) = variables(key) else { continue };
+            let texts = match key.shape {
+                Shape::List => split(&text),
+                Shape::One | Shape::Switch => vec![text.trim().to_owned()],
+            };
+            let given = Given { texts, place: key.env_name() };
+            settings.given.entry(key.name).or_insert(given);
+        }
+        if let Some(path) = settings.file() {
+            for entry in file::read(&path, &mut settings.mistakes) {
+                if !settings.concerns(entry.key) {
+                    // One file may serve several commands.
+                    continue;
+                }
+                let place = format!("{}:{}: {}", path.display(), entry.line, entry.key.file_name());
+                let given = Given { texts: entry.texts, place };
+                settings.given.entry(entry.key.name).or_insert(given);
+            }
+        }
+        settings.judge_foreign_keys();
+        settings
+    }
+
+    fn concerns(&self, key: &Key) -> bool {
+        self.verb.concerns(key)
+    }
+
+    fn file(&self) -> Option<PathBuf> {
+        let named = self.text(&CONFIG).map(PathBuf::from);
+        named.or_else(|| Some(PathBuf::from(DEFAULT_FILE)).filter(|path| path.exists()))
+    }
+
+    /// Warns of keys of Unleash Edge that do nothing here; refuses those that would have to.
+    fn judge_foreign_keys(&mut self) {
+        if self.verb.scope() == Scope::Probe {
+            return;
+        }
+        for key in KEYS {
+            let wanted = match (self.given.get(key.name), key.shape) {
+                (None, _) => continue,
+                (Some(given), Shape::Switch) => yes_or_no(&given.texts[0]) != Some(false),
+                (Some(_), Shape::One | Shape::List) => true,
+            };
+            let place = &self.given[key.name].place;
+            match key.support {
+                Support::Ignored(why) if wanted => {
+                    self.warnings.push(format!("{place} has no effect: {why}"));
+                }
+                Support::Refused(instead) if wanted => {
+                    let reason = format!("is not supported by Parapet; {instead}");
+                    self.mistakes.push(Mistake { place: place.clone(), reason });
+                }
+                Support::Full | Support::Ignored(_) | Support::Refused(_) => {}
+            }
+        }
+    }
+
+    /// Whether somebody gave `key` a value.
+    pub(super) fn has(&self, key: &Key) -> bool {
+        self.given.contains_key(key.name)
+    }
+
+    /// The text of `key`, given or default.
+    pub(super) fn text(&self, key: &Key) -> Option<&str> {
+        match self.given.get(key.name) {
+            Some(given) => given.texts.first().map(String::as_str),
+            None => key.default,
+        }
+    }
+
+    /// Notes that something is wrong with `key`.
+    pub(super) fn mistake(&mut self, key: &Key, reason: impl Into<String>) {
+        let place = match self.given.get(key.name) {
+            Some(given) => given.place.clone(),
+            None => format!("--{} ({})", key.name, key.env_name()),
+        };
+        let mistake = Mistake { place, reason: reason.into() };
+        // A key that is read for two purposes is wrong once.
+        if !self.mistakes.contains(&mistake) {
+            self.mistakes.push(mistake);
+        }
+    }
+
+    /// The value of `key`, where it has one and that can be read.
+    pub(super) fn read<T>(
+        &mut self,
+        key: &Key,
+        expected: &str,
+        parse: impl Fn(&str) -> Option<T>,
+    ) -> Option<T> {
+        let text = self.text(key)?.trim().to_owned();
+        let value = parse(&text);
+        if value.is_none() {
+            self.refuse(key, expected, &text);
+        }
+        value
+    }
+
+    /// The value of a key that has a default, which stands in for a value that cannot be read.
+    pub(super) fn value<T>(
+        &mut self,
+        key: &Key,
+        expected: &str,
+        parse: impl Fn(&str) -> Option<T>,
+    ) -> T {
+        self.read(key, expected, &parse)
+            .or_else(|| parse(key.default?))
+            .expect("keys that are read so have a default that can be read")
+    }
+
+    /// The values of a list, less those that cannot be read.
+    pub(super) fn list<T>(
+        &mut self,
+        key: &Key,
+        expected: &str,
+        parse: impl Fn(&str) -> Option<T>,
+    ) -> Vec<T> {
+        let texts = match self.given.get(key.name) {
+            Some(given) => given.texts.clone(),
+            None => key.default.map(split).unwrap_or_default(),
+        };
+        let mut values = Vec::with_capacity(texts.len());
+        for text in &texts {
+            match parse(text.trim()) {
+                Some(value) => values.push(value),
+                None => self.refuse(key, expected, text),
+            }
+        }
+        values
+    }
+
+    fn refuse(&mut self, key: &Key, expected: &str, text: &str) {
+        // A token in the wrong place is no reason to print it.
+        let repeatable = !key.secret && Token::parse(text).is_err();
+        let but = if repeatable { format!(", not `{text}`") } else { String::new() };
+        self.mistake(key, format!("expected {expected}{but}"));
+    }
+
+    /// Whether a switch is on.
+    pub(super) fn switch(&mut self, key: &Key) -> bool {
+        self.value(key, "true or false", yes_or_no)
+    }
+
+    /// A number of things of which there must be one.
+    pub(super) fn count(&mut self, key: &Key) -> usize {
+        self.value(key, "a whole number above 0", |text| text.parse().ok().filter(|&n| n > 0))
+    }
+
+    /// A time that may be none at all.
+    pub(super) fn delay(&mut self, key: &Key) -> Duration {
+        self.value(key, "a number of seconds", seconds)
+    }
+
+    /// A time that must pass.
+    pub(super) fn interval(&mut self, key: &Key) -> Duration {
+        self.value(key, "a number of seconds above 0", |text| {
+            seconds(text).filter(|time| !time.is_zero())
+        })
+    }
+
+    /// Tokens; what is wrong with one is told by its position.
+    pub(super) fn tokens(&mut self, key: &Key) -> Vec<Token> {
+        let texts = match self.given.get(key.name) {
+            Some(given) => given.texts.clone(),
+            None => return Vec::new(),
+        };
+        let mut tokens = Vec::with_capacity(texts.len());
+        for (at, text) in texts.iter().enumerate() {
+            match Token::parse(text) {
+                Ok(token) => tokens.push(token),
+                Err(error) => {
+                    self.mistake(key, format!("expected tokens; in number {}, {error}", at + 1));
+                }
+            }
+        }
+        tokens
+    }
+
+    /// A path, where one is set.
+    pub(super) fn path(&self, key: &Key) -> Option<PathBuf> {
+        self.text(key).map(PathBuf::from)
+    }
+
+    /// The effective settings as a configuration file, secrets left out.
+    pub(super) fn to_toml(&self) -> String {
+        let mut text =
+            format!("# The effective configuration of `parapet {}`.\n", self.verb.name());
+        let ours = KEYS.iter().filter(|key| {
+            self.concerns(key) && key.support == Support::Full && key.name != CONFIG.name
+        });
+        for key in ours {
+            let (texts, place) = match (self.given.get(key.name), key.default) {
+                (Some(given), _) => (given.texts.clone(), given.place.as_str()),
+                (None, Some(default)) if key.shape == Shape::List => (split(default), "default"),
+                (None, Some(default)) => (vec![default.to_owned()], "default"),
+                (None, None) => continue,
+            };
+            let value = if key.secret { "\"<secret>\"".to_owned() } else { toml(key, &texts) };
+            writeln!(text, "{} = {value} # {place}", key.file_name())
+                .expect("writing to a string cannot fail");
+        }
+        text
+    }
+}
+
+impl Verb {
+    fn concerns(self, key: &Key) -> bool {
+        key.scope == Scope::Everywhere || key.scope == self.scope()
+    }
+}
+
+/// The value of `key` as TOML: numbers and switches bare, everything else quoted.
+pub(super) fn toml(key: &Key, texts: &[String]) -> String {
+    let quoted = |text: &String| toml::Value::String(text.clone()).to_string();
+    match (key.shape, texts) {
+        (Shape::List, texts) => {
+            format!("[{}]", texts.iter().map(quoted).collect::<Vec<_>>().join(", "))
+        }
+        (Shape::Switch, [text, ..]) if yes_or_no(text).is_some() => {
+            (yes_or_no(text) == Some(true)).to_string()
+        }
+        (Shape::One, [text, ..]) if text.parse::<u64>().is_ok() => text.clone(),
+        (Shape::One | Shape::Switch, texts) => texts.first().map(quoted).unwrap_or_default(),
+    }
+}
+
+fn yes_or_no(text: &str) -> Option<bool> {
+    match text.to_ascii_lowercase().as_str() {
+        "true" | "t" | "yes" | "y" | "on" | "1" => Some(true),
+        "false" | "f" | "no" | "n" | "off" | "0" => Some(false),
+        _ => None,
+    }
+}
+
+/// A year, in seconds: beyond every use and below every overflow of a clock.
+const LONGEST: f64 = 366.0 * 86_400.0;
+
+/// Seconds, whole or decimal.
+fn seconds(text: &str) -> Option<Duration> {
+    let seconds: f64 = text.parse().ok()?;
+    (0.0..=LONGEST).contains(&seconds).then(|| Duration::from_secs_f64(seconds))
+}

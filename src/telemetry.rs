@@ -1,0 +1,195 @@
+//! What Parapet tells about itself: logs, the registry of metrics, and whether it is ready.
+//!
+//! Metrics are named and described by the modules that count; this module only decides where they
+//! are kept and which buckets their histograms have. Nothing here listens or serves: `http` renders
+//! the registry, and `app` spawns the upkeep.
+
+use std::{
+    io,
+    sync::{
+        Arc, OnceLock, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
+use tracing_subscriber::{EnvFilter, fmt, util::SubscriberInitExt};
+
+/// The source revision that this binary was built from, where the build tells it.
+pub const REVISION: &str = match option_env!("PARAPET_REVISION") {
+    Some(revision) => revision,
+    None => "unknown",
+};
+
+/// Bounds of histograms whose names end in `_seconds`: from 50 µs, a cached answer, to 10 s, the
+/// longest that a request may wait by default.
+const SECONDS: [f64; 17] = [
+    0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
+    1.0, 2.5, 5.0, 10.0,
+];
+
+/// Bounds of histograms whose names end in `_bytes`: from an empty reply to a large flag set.
+const BYTES: [f64; 8] =
+    [256.0, 1_024.0, 4_096.0, 16_384.0, 65_536.0, 262_144.0, 1_048_576.0, 8_388_608.0];
+
+/// How logs look.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum LogFormat {
+    /// One line per event.
+    #[default]
+    Plain,
+    /// One JSON object per event.
+    Json,
+    /// Several coloured lines per event, for a person at a terminal.
+    Pretty,
+}
+
+impl LogFormat {
+    /// Reads a format's name, in any case.
+    pub fn parse(text: &str) -> Option<Self> {
+        match text.to_ascii_lowercase().as_str() {
+            "plain" => Some(Self::Plain),
+            "json" => Some(Self::Json),
+            "pretty" => Some(Self::Pretty),
+            _ => None,
+        }
+    }
+}
+
+/// What is logged, and how.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Config {
+    /// The form of the lines.
+    pub format: LogFormat,
+    /// Levels per target, in the syntax of `RUST_LOG`.
+    pub filter: String,
+}
+
+impl Config {
+    /// Whether [`Config::filter`] can be read.
+    pub fn filter_is_valid(filter: &str) -> bool {
+        EnvFilter::try_new(filter).is_ok()
+    }
+}
+
+/// Starts logging, once per process; later calls change nothing.
+///
+/// Lines go to standard output, as Unleash Edge's do, so that a deployment that collects them from
+/// there keeps working; standard error is left to what prevents a start.
+pub fn start_logging(config: &Config) {
+    let filter = EnvFilter::try_new(&config.filter).unwrap_or_else(|_| EnvFilter::new("info"));
+    let lines = fmt().with_env_filter(filter).with_writer(io::stdout);
+    // An error means that a test, or an earlier call, has set a subscriber: that one stays.
+    let _ = match config.format {
+        LogFormat::Plain => lines.finish().try_init(),
+        LogFormat::Json => lines.json().flatten_event(true).finish().try_init(),
+        LogFormat::Pretty => lines.pretty().finish().try_init(),
+    };
+}
+
+/// Starts the registry of metrics, once per process; later calls return the same one.
+///
+/// Its owner must call [`PrometheusHandle::run_upkeep`] every few seconds, else the samples of
+/// histograms pile up between scrapes.
+pub fn start_metrics() -> Result<PrometheusHandle, BuildError> {
+    static REGISTRY: OnceLock<PrometheusHandle> = OnceLock::new();
+    if let Some(registry) = REGISTRY.get() {
+        return Ok(registry.clone());
+    }
+    let recorder = PrometheusBuilder::new()
+        .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &SECONDS)?
+        .set_buckets_for_metric(Matcher::Suffix("_bytes".into()), &BYTES)?
+        .build_recorder();
+    let registry = recorder.handle();
+    let winner = REGISTRY.get_or_init(|| registry);
+    // Two first calls at once: the loser's recorder is refused by `metrics` or its handle by the
+    // lock; the tests that do so look at counters through the winner's handle only.
+    if metrics::set_global_recorder(recorder).is_ok() {
+        metrics::describe_gauge!("build_info", "One, labelled with what was built.");
+        metrics::gauge!(
+            "build_info",
+            "version" => env!("CARGO_PKG_VERSION"),
+            "revision" => REVISION,
+        )
+        .set(1.0);
+    }
+    Ok(winner.clone())
+}
+
+/// Whether this process should be sent requests: from the moment when the last [`Latch`] is
+/// released until [`Readiness::drain`].
+///
+/// Once ready, nothing but draining makes it unready: losing the upstream does not.
+#[derive(Clone, Debug)]
+pub struct Readiness {
+    pending: Weak<()>,
+    draining: Arc<AtomicBool>,
+}
+
+/// Something that must happen before the process is ready; released when dropped. Clones are
+/// further latches.
+#[derive(Clone, Debug)]
+pub struct Latch(#[expect(dead_code, reason = "held for its count of owners only")] Arc<()>);
+
+impl Readiness {
+    /// An unready process and its first latch.
+    pub fn new() -> (Self, Latch) {
+        let latch = Arc::new(());
+        let pending = Arc::downgrade(&latch);
+        (Self { pending, draining: Arc::default() }, Latch(latch))
+    }
+
+    /// Whether requests are welcome.
+    pub fn is_ready(&self) -> bool {
+        // A count of zero stays zero: no latch is left to clone, and a `Weak` never makes one here.
+        self.pending.strong_count() == 0 && !self.is_draining()
+    }
+
+    /// Makes the process unready for good, because it is about to end.
+    pub fn drain(&self) {
+        self.draining.store(true, Ordering::Release);
+    }
+
+    /// Whether [`Readiness::drain`] was called.
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Acquire)
+    }
+}
+
+impl Latch {
+    /// Says that what was waited for has happened; the same as dropping, but legible.
+    pub fn release(self) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_is_ready_when_its_last_latch_is_released_and_until_it_drains() {
+        let (readiness, first) = Readiness::new();
+        let second = first.clone();
+        assert!(!readiness.is_ready());
+        first.release();
+        assert!(!readiness.is_ready());
+        second.release();
+        assert!(readiness.is_ready());
+        readiness.drain();
+        assert!(!readiness.is_ready());
+    }
+
+    #[test]
+    fn the_registry_is_one_and_knows_the_build() {
+        start_metrics().unwrap();
+        let text = start_metrics().unwrap().render();
+        let version = env!("CARGO_PKG_VERSION");
+        assert!(text.contains(&format!("version=\"{version}\"")), "{text}");
+    }
+
+    #[test]
+    fn log_formats_are_read_in_any_case() {
+        assert_eq!(LogFormat::parse("JSON"), Some(LogFormat::Json));
+        assert_eq!(LogFormat::parse("pretty"), Some(LogFormat::Pretty));
+        assert_eq!(LogFormat::parse("xml"), None);
+    }
+}
