@@ -5,6 +5,7 @@ pub mod config;
 pub mod http;
 pub mod probe;
 pub mod snapshot;
+pub mod store;
 pub mod sync;
 pub mod telemetry;
 pub mod token;

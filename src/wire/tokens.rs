@@ -319,7 +319,7 @@ fn projects(list: Option<&[Text<'_>]>, single: Option<&Text<'_>>) -> Option<Proj
 struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
 
 /// Reads a list and leaves out the items that cannot be read.
-fn readable<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
+pub(crate) fn readable<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
 where
     D: Deserializer<'de>,
     T: Deserialize<'de>,

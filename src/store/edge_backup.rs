@@ -1,0 +1,145 @@
+//! Unleash Edge's own backup files, so that a deployment can change over while upstream is away.
+//!
+//! They are only read: Edge keeps plaintext tokens there, and Parapet keeps none.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use zeroize::Zeroizing;
+
+use crate::{
+    token::{Environment, Grant, Token},
+    wire::tokens::{Validated, readable},
+};
+
+/// Why a backup file of Unleash Edge is of no use.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It cannot be read.
+    #[error("{} cannot be read", file.display())]
+    Read {
+        /// The file.
+        file: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// It is not what Edge writes; nothing of it is repeated, since it holds tokens.
+    #[error("{} is not a backup of Unleash Edge (line {line}, column {column})", file.display())]
+    Malformed {
+        /// The file.
+        file: PathBuf,
+        /// The line where reading stopped.
+        line: usize,
+        /// The column where reading stopped.
+        column: usize,
+    },
+}
+
+/// The valid tokens of `unleash_tokens.json` in `folder`; none if there is no such file.
+///
+/// Tokens that Edge found invalid, or that cannot be read, are left out.
+pub async fn tokens(folder: &Path) -> Result<Vec<(Token, Grant)>, Error> {
+    #[derive(Deserialize)]
+    #[serde(transparent)]
+    struct Tokens {
+        #[serde(deserialize_with = "readable")]
+        tokens: Vec<Validated>,
+    }
+    let file = folder.join("unleash_tokens.json");
+    let Some(json) = read(&file).await? else { return Ok(Vec::new()) };
+    let Tokens { tokens } =
+        serde_json::from_slice(&json).map_err(|error| malformed(file, &error))?;
+    Ok(tokens.into_iter().map(|it| (it.token, it.grant)).collect())
+}
+
+/// The flags of `unleash_features.json` in `folder`, by environment, as Edge has written them.
+pub async fn features(folder: &Path) -> Result<Vec<(Environment, Box<RawValue>)>, Error> {
+    let file = folder.join("unleash_features.json");
+    let Some(json) = read(&file).await? else { return Ok(Vec::new()) };
+    let flags: Vec<(String, Box<RawValue>)> =
+        serde_json::from_slice(&json).map_err(|error| malformed(file, &error))?;
+    Ok(flags.into_iter().map(|(name, flags)| (Environment::new(&name), flags)).collect())
+}
+
+async fn read(file: &Path) -> Result<Option<Zeroizing<Vec<u8>>>, Error> {
+    match tokio::fs::read(file).await {
+        Ok(json) => Ok(Some(Zeroizing::new(json))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(Error::Read { file: file.to_owned(), source }),
+    }
+}
+
+fn malformed(file: PathBuf, error: &serde_json::Error) -> Error {
+    Error::Malformed { file, line: error.line(), column: error.column() }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::token::TokenKind;
+
+    const TOKENS: &str = r#"[
+        {"token":"*:development.964a287e1b728cb5","type":"client","environment":"development",
+         "projects":["*"],"status":"Validated"},
+        {"token":"[]:production.aaaabbbbccccdddd","type":"frontend","environment":"production",
+         "projects":["a","b"],"status":"Validated"},
+        {"token":"*:production.eeeeffff00001111","type":"client","environment":"production",
+         "projects":["*"],"status":"Invalid"},
+        {"token":"x:production.eeeeffff00001112","type":null,"environment":"production",
+         "projects":["x"],"status":"Unknown"}
+    ]"#;
+
+    #[tokio::test]
+    async fn a_missing_backup_is_an_empty_one() {
+        let folder = tempfile::tempdir().expect("folder");
+        assert!(tokens(folder.path()).await.expect("tokens").is_empty());
+        assert!(features(folder.path()).await.expect("features").is_empty());
+    }
+
+    #[tokio::test]
+    async fn tokens_that_edge_found_valid_are_read() {
+        let folder = tempfile::tempdir().expect("folder");
+        fs::write(folder.path().join("unleash_tokens.json"), TOKENS).expect("write");
+        let read = tokens(folder.path()).await.expect("tokens");
+        let read: Vec<_> = read
+            .iter()
+            .map(|(_, grant)| {
+                (grant.kind, grant.scope.environment.as_str(), grant.scope.projects.to_list())
+            })
+            .collect();
+        assert_eq!(
+            read,
+            [
+                (TokenKind::Client, "development", vec!["*"]),
+                (TokenKind::Frontend, "production", vec!["a", "b"]),
+            ]
+        );
+    }
+
+    #[tokio::test]
+    async fn flags_pass_as_they_were_written() {
+        let folder = tempfile::tempdir().expect("folder");
+        let flags = r#"{"version":2,"features":[], "new":1}"#;
+        let json = format!(r#"[["development",{flags}]]"#);
+        fs::write(folder.path().join("unleash_features.json"), json).expect("write");
+        let read = features(folder.path()).await.expect("features");
+        let [(environment, json)] = read.as_slice() else { panic!("{read:?}") };
+        assert_eq!((environment.as_str(), json.get()), ("development", flags));
+    }
+
+    #[tokio::test]
+    async fn a_malformed_backup_is_told_by_its_place_without_its_text() {
+        let folder = tempfile::tempdir().expect("folder");
+        let json = "{\"token\":\n\"*:development.964a287e1b728cb5\"}";
+        fs::write(folder.path().join("unleash_tokens.json"), json).expect("write");
+        let error = tokens(folder.path()).await.expect_err("no list");
+        let text = format!("{error} {error:?}");
+        assert!(text.contains("unleash_tokens.json") && !text.contains("964a"), "{text}");
+    }
+}

@@ -1,0 +1,80 @@
+//! The form of a record on disk: a line that says what follows, then the bytes.
+//!
+//! The line is `parapet <version> <length> <checksum>`, the checksum being the XXH3-128 of the bytes
+//! in hexadecimal: a guard against damage, not against intent.
+
+use xxhash_rust::xxh3::xxh3_128;
+
+const NAME: &str = "parapet";
+const VERSION: u32 = 1;
+
+/// Why a record cannot be used.
+#[derive(Debug, Eq, PartialEq)]
+pub(super) enum Error {
+    /// It is not as it was written.
+    Damaged,
+    /// It has a format that only later versions know.
+    Newer(u32),
+}
+
+/// The record of `bytes`.
+pub(super) fn wrap(bytes: &[u8]) -> Vec<u8> {
+    [head(bytes).as_bytes(), bytes].concat()
+}
+
+/// The bytes of `record`, whose memory is reused.
+pub(super) fn unwrap(mut record: Vec<u8>) -> Result<Vec<u8>, Error> {
+    let end = record.iter().position(|&byte| byte == b'\n').ok_or(Error::Damaged)?;
+    let (found, bytes) = record.split_at(end + 1);
+    if found != head(bytes).as_bytes() {
+        return Err(newer(found).map_or(Error::Damaged, Error::Newer));
+    }
+    record.drain(..=end);
+    Ok(record)
+}
+
+/// The line that stands before `bytes`.
+fn head(bytes: &[u8]) -> String {
+    format!("{NAME} {VERSION} {} {:032x}\n", bytes.len(), xxh3_128(bytes))
+}
+
+/// The version that a line names, if it is a later one.
+fn newer(head: &[u8]) -> Option<u32> {
+    let mut words = str::from_utf8(head).ok()?.split_whitespace();
+    let version = words.next().filter(|&name| name == NAME).and(words.next())?.parse().ok()?;
+    (version > VERSION).then_some(version)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_record_of_version_1_is_read() {
+        let record = b"parapet 1 12 3bb56003d51430a7d562f0f0edb90540\nhello\nworld\x00";
+        assert_eq!(
+            String::from_utf8_lossy(&wrap(b"hello\nworld\x00")),
+            String::from_utf8_lossy(record)
+        );
+        assert_eq!(unwrap(record.to_vec()), Ok(b"hello\nworld\x00".to_vec()));
+    }
+
+    proptest! {
+        #[test]
+        fn wrapping_loses_nothing_and_any_damage_shows(
+            bytes in prop::collection::vec(any::<u8>(), 0..64),
+            at in any::<prop::sample::Index>(),
+            flip in 1..=u8::MAX,
+        ) {
+            let record = wrap(&bytes);
+            prop_assert_eq!(unwrap(record.clone()), Ok(bytes.clone()));
+            let at = at.index(record.len());
+            prop_assert!(unwrap(record[..at].to_vec()).is_err());
+            let mut damaged = record;
+            damaged[at] ^= flip;
+            prop_assert!(unwrap(damaged).is_err());
+        }
+    }
+}
