@@ -9,6 +9,7 @@ mod envelope;
 
 use std::{
     collections::HashMap,
+    fmt,
     fs::{self, DirBuilder, File, OpenOptions},
     io::{self, Write as _},
     path::{Path, PathBuf},
@@ -24,10 +25,9 @@ use crate::token::Environment;
 ///
 /// A cheap handle. Each key should have one owner that awaits a `save` before the next one: of two
 /// at once either may win.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Store(Arc<Backend>);
 
-#[derive(Debug)]
 enum Backend {
     Directory(PathBuf),
     Memory(Mutex<HashMap<Key, Vec<u8>>>),
@@ -169,6 +169,15 @@ impl Store {
         };
         environments.sort_unstable();
         Ok(environments)
+    }
+}
+
+impl fmt::Debug for Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &*self.0 {
+            Backend::Directory(directory) => write!(f, "Store({})", directory.display()),
+            Backend::Memory(_) => f.write_str("Store(memory)"),
+        }
     }
 }
 

@@ -5,12 +5,17 @@
 
 mod client;
 mod connect;
+mod credentials;
 mod error;
+mod exchange;
 mod outcome;
 #[cfg(test)]
 mod scripted;
+mod seal;
 
 pub use client::{Fetched, Upstream};
 pub use connect::{Config, Identity};
+pub use credentials::Credentials;
 pub use error::{Error, Fault, Retry};
+pub use exchange::{Credential, Error as ExchangeError};
 pub use outcome::Health;

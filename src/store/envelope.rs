@@ -69,7 +69,7 @@ mod tests {
             flip in 1..=u8::MAX,
         ) {
             let record = wrap(&bytes);
-            prop_assert_eq!(unwrap(record.clone()), Ok(bytes.clone()));
+            prop_assert_eq!(unwrap(record.clone()), Ok(bytes));
             let at = at.index(record.len());
             prop_assert!(unwrap(record[..at].to_vec()).is_err());
             let mut damaged = record;

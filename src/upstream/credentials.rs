@@ -1,0 +1,489 @@
+//! With which tokens the edge itself speaks to upstream, per environment.
+//!
+//! With an admin token they come from the exchange; without one they are those that the operator or
+//! the SDKs have offered. This module does not judge tokens: upstream and `auth` do.
+
+use std::{
+    cmp::Reverse,
+    collections::HashMap,
+    fmt,
+    sync::{Arc, Mutex, PoisonError, RwLock},
+};
+
+use tracing::warn;
+
+use super::{
+    client::Upstream,
+    exchange::{Credential, Error, Exchange, Past},
+};
+use crate::{
+    store::Store,
+    token::{Environment, Grant, Projects, Token, TokenDigest, TokenKind},
+};
+
+/// How many offered tokens of an environment are held although others cover them.
+const SPARE: usize = 16;
+
+/// The tokens with which the edge itself speaks; a cheap handle.
+#[derive(Clone)]
+pub struct Credentials(Arc<Inner>);
+
+struct Inner {
+    hands: RwLock<HashMap<Environment, Hand>>,
+    exchange: Option<(Exchange, Pasts)>,
+}
+
+/// What has happened with each environment; the lock of one is held while it is being exchanged for,
+/// so that the exchange happens once however many wait for it.
+type Pasts = Mutex<HashMap<Environment, Arc<tokio::sync::Mutex<Past>>>>;
+
+/// The tokens held for one environment.
+#[derive(Default)]
+struct Hand(Vec<Held>);
+
+struct Held {
+    credential: Credential,
+    state: State,
+}
+
+#[derive(Clone, Copy, Eq, PartialEq)]
+enum State {
+    Good,
+    /// Upstream has refused it; used only when there is no other, since it may have been a mistake.
+    Refused,
+}
+
+impl Credentials {
+    /// Tokens are exchanged for `admin`, under the name `parapet-<fleet>`, and kept sealed in `store`.
+    pub fn with_admin(admin: Token, fleet: &str, upstream: Upstream, store: Store) -> Self {
+        let exchange = Exchange::new(admin, fleet, upstream, store);
+        Self(Arc::new(Inner {
+            hands: RwLock::default(),
+            exchange: Some((exchange, Pasts::default())),
+        }))
+    }
+
+    /// Tokens are those that are [offered](Self::offer).
+    pub fn without_admin() -> Self {
+        Self(Arc::new(Inner { hands: RwLock::default(), exchange: None }))
+    }
+
+    /// The tokens in hand for `environment`: the widest first, none covered by another.
+    pub fn tokens(&self, environment: &Environment) -> Vec<Credential> {
+        let hands = self.0.hands.read().unwrap_or_else(PoisonError::into_inner);
+        hands.get(environment).map(Hand::in_use).unwrap_or_default()
+    }
+
+    /// The token in hand for sending usage of `environment`: the widest.
+    pub fn usage_token(&self, environment: &Environment) -> Option<Token> {
+        self.tokens(environment).into_iter().next().map(|it| it.token)
+    }
+
+    /// Takes a valid token into hand if the edge lives on offered ones; true if that lets it see more
+    /// than before.
+    pub fn offer(&self, token: &Token, grant: &Grant) -> bool {
+        if self.0.exchange.is_some() || grant.kind != TokenKind::Client {
+            return false;
+        }
+        let credential =
+            Credential { token: token.clone(), projects: grant.scope.projects.clone() };
+        self.with_hand(&grant.scope.environment, |hand| hand.take(credential))
+    }
+
+    /// The tokens for `environment`, exchanged for if none is in hand; never empty.
+    ///
+    /// However many wait, the exchange happens once. Dropping the future while a token is being made
+    /// loses that token.
+    pub async fn obtain(&self, environment: &Environment) -> Result<Vec<Credential>, Error> {
+        let in_hand = self.tokens(environment);
+        if !in_hand.is_empty() {
+            return Ok(in_hand);
+        }
+        let Some((exchange, pasts)) = &self.0.exchange else {
+            return Err(Error::Unknown { environment: environment.clone() });
+        };
+        let past = past(pasts, environment);
+        let mut past = past.lock().await;
+        let in_hand = self.tokens(environment);
+        if !in_hand.is_empty() {
+            return Ok(in_hand);
+        }
+        let credential = exchange.obtain(environment, &mut past).await?;
+        Ok(self.hold(environment, credential))
+    }
+
+    /// The tokens for `environment` after upstream has refused one of them with 401 or 403.
+    ///
+    /// If nothing better can be had, that is an error and the refused token stays in hand: upstream
+    /// may have been wrong, and then it simply works again. Tokens are made at most once a minute, and
+    /// ever more seldom while upstream keeps refusing them.
+    pub async fn replace(
+        &self,
+        environment: &Environment,
+        refused: &TokenDigest,
+    ) -> Result<Vec<Credential>, Error> {
+        let Some((exchange, pasts)) = &self.0.exchange else {
+            warn!("Upstream refuses a token for environment {environment}");
+            let left = self.with_hand(environment, |hand| hand.refuse(refused));
+            return left.ok_or_else(|| Error::Unknown { environment: environment.clone() });
+        };
+        let past = past(pasts, environment);
+        let mut past = past.lock().await;
+        let in_hand = self.tokens(environment);
+        if !in_hand.is_empty() && in_hand.iter().all(|it| it.token.digest() != *refused) {
+            return Ok(in_hand);
+        }
+        warn!("Upstream refuses our token for environment {environment}, looking for another");
+        let credential = exchange.replace(environment, &mut past, *refused).await?;
+        Ok(self.hold(environment, credential))
+    }
+
+    /// Makes `credential` the one in hand.
+    fn hold(&self, environment: &Environment, credential: Credential) -> Vec<Credential> {
+        let held = Held { credential: credential.clone(), state: State::Good };
+        self.with_hand(environment, |hand| hand.0 = vec![held]);
+        vec![credential]
+    }
+
+    fn with_hand<T>(&self, environment: &Environment, change: impl FnOnce(&mut Hand) -> T) -> T {
+        let mut hands = self.0.hands.write().unwrap_or_else(PoisonError::into_inner);
+        change(hands.entry(environment.clone()).or_default())
+    }
+}
+
+impl fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Credentials").finish_non_exhaustive()
+    }
+}
+
+fn past(pasts: &Pasts, environment: &Environment) -> Arc<tokio::sync::Mutex<Past>> {
+    let mut pasts = pasts.lock().unwrap_or_else(PoisonError::into_inner);
+    Arc::clone(pasts.entry(environment.clone()).or_default())
+}
+
+impl Hand {
+    fn of(&self, state: State) -> impl Iterator<Item = &Credential> {
+        self.0.iter().filter(move |held| held.state == state).map(|held| &held.credential)
+    }
+
+    /// The good tokens, else the refused ones, without those that a wider one makes needless.
+    fn in_use(&self) -> Vec<Credential> {
+        let mut candidates: Vec<_> = self.of(State::Good).collect();
+        if candidates.is_empty() {
+            candidates = self.of(State::Refused).collect();
+        }
+        candidates.sort_by_key(|it| match &it.projects {
+            Projects::All => (Reverse(usize::MAX), it.token.digest()),
+            Projects::Only(ids) => (Reverse(ids.len()), it.token.digest()),
+        });
+        let mut chosen: Vec<Credential> = Vec::new();
+        for candidate in candidates {
+            if !chosen.iter().any(|wider| wider.projects.covers(&candidate.projects)) {
+                chosen.push(candidate.clone());
+            }
+        }
+        chosen
+    }
+
+    /// Takes a good token; true if none before covered it.
+    fn take(&mut self, credential: Credential) -> bool {
+        let grows = !self.of(State::Good).any(|it| it.projects.covers(&credential.projects));
+        if let Some(held) = self.0.iter_mut().find(|it| it.credential.token == credential.token) {
+            *held = Held { credential, state: State::Good };
+            return grows;
+        }
+        if self.0.len() >= SPARE {
+            self.0.retain(|held| held.state == State::Good);
+        }
+        if grows || self.0.len() < SPARE {
+            self.0.push(Held { credential, state: State::Good });
+        }
+        grows
+    }
+
+    /// Marks a token as refused; returns what is in use then, unless all are refused.
+    fn refuse(&mut self, token: &TokenDigest) -> Option<Vec<Credential>> {
+        for held in &mut self.0 {
+            if held.credential.token.digest() == *token {
+                held.state = State::Refused;
+            }
+        }
+        self.of(State::Good).next()?;
+        Some(self.in_use())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use serde_json::{Value, json};
+
+    use super::{
+        super::scripted::{Reply, Scripted, Seen},
+        *,
+    };
+    use crate::token::Scope;
+
+    const ADMIN: &str = "*:*.964a287e1b728cb5f4f3e012";
+
+    fn token(text: &str) -> Token {
+        Token::parse(text).expect("token")
+    }
+
+    fn dev() -> Environment {
+        Environment::new("development")
+    }
+
+    /// Which kind of secrets the server issues.
+    #[derive(Clone, Copy)]
+    enum Secrets {
+        V1,
+        V2,
+    }
+
+    /// The token part of Unleash's admin API, in memory.
+    #[derive(Clone)]
+    struct Admin {
+        secrets: Secrets,
+        tokens: Arc<Mutex<Vec<Value>>>,
+        made: Arc<AtomicUsize>,
+    }
+
+    impl Admin {
+        async fn start(secrets: Secrets) -> (Self, Scripted) {
+            let admin = Self { secrets, tokens: Arc::default(), made: Arc::default() };
+            let script = admin.clone();
+            (admin, Scripted::start(move |request| script.answer(request)).await)
+        }
+
+        fn answer(&self, request: &Seen) -> Reply {
+            let mut tokens = self.tokens.lock().expect("tokens");
+            let (method, path) = request.line.split_once(' ').expect("a request line");
+            let last = path.rsplit('/').next().expect("a path");
+            if request.headers["authorization"] != ADMIN {
+                return (401, &[], String::new());
+            }
+            match method {
+                "GET" => (200, &[], json!({ "tokens": *tokens }).to_string()),
+                "POST" => {
+                    let mut made: Value = serde_json::from_str(&request.body).expect("json");
+                    let (secret, listed) = self.secret(made["environment"].as_str().expect("name"));
+                    made["secret"] = listed.into();
+                    made["createdAt"] = jiff::Timestamp::now().to_string().into();
+                    tokens.push(made);
+                    (201, &[], json!({ "secret": secret }).to_string())
+                }
+                "DELETE" => {
+                    tokens.retain(|it| it["secret"] != last);
+                    (200, &[], String::new())
+                }
+                _ => (405, &[], String::new()),
+            }
+        }
+
+        /// A new secret and what listings show of it.
+        fn secret(&self, environment: &str) -> (String, String) {
+            let number = self.made.fetch_add(1, Ordering::Relaxed);
+            match self.secrets {
+                Secrets::V1 => {
+                    let secret = format!("*:{environment}.{number:056x}");
+                    (secret.clone(), secret)
+                }
+                Secrets::V2 => {
+                    let selector = format!("{number:022}");
+                    (format!("*:{environment}.v2_{selector}_{number:043}"), selector)
+                }
+            }
+        }
+
+        fn listed(&self) -> Vec<String> {
+            let tokens = self.tokens.lock().expect("tokens");
+            tokens.iter().map(|it| it["secret"].as_str().expect("secret").to_owned()).collect()
+        }
+    }
+
+    fn edge(server: &Scripted, store: &Store) -> Credentials {
+        edge_of(ADMIN, server, store)
+    }
+
+    fn edge_of(admin: &str, server: &Scripted, store: &Store) -> Credentials {
+        let upstream = Upstream::new(server.config()).expect("client");
+        Credentials::with_admin(token(admin), "main", upstream, store.clone())
+    }
+
+    async fn obtained(edge: &Credentials) -> Token {
+        let credentials = edge.obtain(&dev()).await.expect("a token");
+        let [credential] = credentials.as_slice() else { panic!("{credentials:?}") };
+        assert_eq!(edge.usage_token(&dev()).as_ref(), Some(&credential.token));
+        credential.token.clone()
+    }
+
+    #[tokio::test]
+    async fn however_many_ask_one_token_is_made_for_an_environment() {
+        let (admin, server) = Admin::start(Secrets::V1).await;
+        let edge = edge(&server, &Store::memory());
+        let (one, two, other) = tokio::join!(obtained(&edge), obtained(&edge), async {
+            edge.obtain(&Environment::new("production")).await.expect("a token")
+        });
+        assert_eq!(one, two);
+        assert_eq!(other[0].token.environment(), Some(Environment::new("production")));
+        assert_eq!(admin.listed().len(), 2);
+        let asked = server.seen().into_iter().find(|it| it.line.starts_with("POST"));
+        let body: Value = serde_json::from_str(&asked.expect("a request").body).expect("json");
+        assert_eq!(
+            (&body["tokenName"], &body["type"]),
+            (&json!("parapet-main"), &json!("backend"))
+        );
+    }
+
+    #[tokio::test]
+    async fn edges_of_a_fleet_share_a_v1_token() {
+        let (admin, server) = Admin::start(Secrets::V1).await;
+        let first = obtained(&edge(&server, &Store::memory())).await;
+        let second = obtained(&edge(&server, &Store::memory())).await;
+        assert_eq!(first, second);
+        assert_eq!(admin.listed().len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_restart_needs_no_upstream_and_the_store_shows_no_secret() {
+        let (_, server) = Admin::start(Secrets::V2).await;
+        let folder = tempfile::tempdir().expect("folder");
+        let store = Store::directory(folder.path()).expect("store");
+        let made = obtained(&edge(&server, &store)).await;
+        let calls = server.seen().len();
+        assert_eq!(obtained(&edge(&server, &store)).await, made);
+        assert_eq!(server.seen().len(), calls);
+        for file in std::fs::read_dir(folder.path()).expect("folder") {
+            let bytes = std::fs::read(file.expect("file").path()).expect("bytes");
+            let text = String::from_utf8_lossy(&bytes);
+            assert!(!text.contains(made.expose()) && !text.contains("v2_"), "{text}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_refused_token_of_our_own_is_replaced_once_and_deleted() {
+        let (admin, server) = Admin::start(Secrets::V2).await;
+        let store = Store::memory();
+        let (edge, other) = (edge(&server, &store), edge(&server, &Store::memory()));
+        let (refused, theirs) = (obtained(&edge).await, obtained(&other).await);
+        // A restart forgets when the last token was made.
+        let edge = self::edge(&server, &store);
+        assert_eq!(obtained(&edge).await, refused);
+        let digest = refused.digest();
+        let dev = dev();
+        let (one, two) = tokio::join!(edge.replace(&dev, &digest), edge.replace(&dev, &digest));
+        assert_eq!(one.expect("another"), two.expect("the same"));
+        let now = obtained(&edge).await;
+        assert_ne!(now, refused);
+        let selectors: Vec<_> =
+            [theirs, now].iter().map(|it| it.selector().expect("v2").to_owned()).collect();
+        assert_eq!(admin.listed(), selectors);
+        assert_eq!(server.count("POST"), 3);
+    }
+
+    #[tokio::test]
+    async fn an_upstream_that_refuses_everything_is_not_flooded_with_tokens() {
+        let (admin, server) = Admin::start(Secrets::V1).await;
+        let edge = edge(&server, &Store::memory());
+        let made = obtained(&edge).await;
+        for _ in 0..3 {
+            let error = edge.replace(&dev(), &made.digest()).await.expect_err("too soon");
+            assert!(matches!(error, Error::Throttled { .. }), "{error:?}");
+        }
+        assert_eq!(obtained(&edge).await, made);
+        assert_eq!(admin.listed().len(), 1);
+    }
+
+    #[tokio::test]
+    async fn what_another_admin_token_has_sealed_is_made_anew_and_its_token_deleted() {
+        let (admin, server) = Admin::start(Secrets::V2).await;
+        let store = Store::memory();
+        let old = obtained(&edge(&server, &store)).await;
+        let error = edge_of("*:*.other", &server, &store).obtain(&dev()).await.expect_err("401");
+        assert!(matches!(&error, Error::Upstream { source, .. } if source.is_unauthorized()));
+        assert!(!format!("{error} {error:?}").contains(old.expose()));
+
+        let foreign = edge_of("*:*.former", &server, &store);
+        let (exchange, _) = foreign.0.exchange.as_ref().expect("an exchange");
+        let sealed = Credential { token: old, projects: Projects::All };
+        exchange.save(&dev(), &sealed, true).await;
+        let new = obtained(&edge(&server, &store)).await;
+        assert_eq!(admin.listed(), [new.selector().expect("v2")]);
+    }
+
+    #[tokio::test]
+    async fn tokens_of_the_fleet_are_deleted_only_when_long_unseen() {
+        let (admin, server) = Admin::start(Secrets::V2).await;
+        let at = |hours: i64| {
+            (jiff::Timestamp::now() - jiff::SignedDuration::from_hours(hours)).to_string()
+        };
+        let listed = |secret: &str, environment: &str, created: i64, seen: Option<i64>| {
+            json!({"secret": secret.repeat(22), "tokenName": "parapet-main", "type": "backend",
+                "projects": ["*"], "environment": environment, "createdAt": at(created),
+                "seenAt": seen.map(at)})
+        };
+        *admin.tokens.lock().expect("tokens") = vec![
+            listed("a", "development", 100, Some(1)),
+            listed("b", "development", 100, Some(30)),
+            listed("c", "development", 30, None),
+            listed("d", "development", 2, None),
+            listed("e", "production", 100, None),
+        ];
+        obtained(&edge(&server, &Store::memory())).await;
+        let kept = ["a", "d", "e"].map(|it| it.repeat(22));
+        assert_eq!(admin.listed()[..3], kept);
+        assert_eq!(admin.listed().len(), 4);
+    }
+
+    fn offer(edge: &Credentials, text: &str, kind: TokenKind, ids: &[&str]) -> bool {
+        let projects = Projects::from_list(ids.iter().copied());
+        edge.offer(&token(text), &Grant { kind, scope: Scope { environment: dev(), projects } })
+    }
+
+    fn in_use(edge: &Credentials) -> Vec<String> {
+        edge.tokens(&dev()).iter().map(|it| it.token.expose().to_owned()).collect()
+    }
+
+    #[tokio::test]
+    async fn without_an_admin_token_the_widest_offered_tokens_are_used() {
+        use TokenKind::{Client, Frontend};
+        let edge = Credentials::without_admin();
+        let error = edge.obtain(&dev()).await.expect_err("nothing offered");
+        assert!(matches!(error, Error::Unknown { .. }), "{error:?}");
+        assert!(!offer(&edge, "a:development.f", Frontend, &["a"]));
+        assert!(offer(&edge, "a:development.1", Client, &["a"]));
+        assert!(!offer(&edge, "a:development.2", Client, &["a"]));
+        assert!(offer(&edge, "[]:development.3", Client, &["b", "c"]));
+        assert_eq!(in_use(&edge)[0], "[]:development.3");
+        assert_eq!(in_use(&edge).len(), 2);
+        assert!(offer(&edge, "*:development.4", Client, &["*"]));
+        assert_eq!(in_use(&edge), ["*:development.4"]);
+    }
+
+    #[tokio::test]
+    async fn a_refused_offer_gives_way_to_others_and_is_the_last_resort() {
+        let edge = Credentials::without_admin();
+        offer(&edge, "*:development.1", TokenKind::Client, &["*"]);
+        offer(&edge, "a:development.2", TokenKind::Client, &["a"]);
+        let first = token("*:development.1").digest();
+        edge.replace(&dev(), &first).await.expect("the other");
+        assert_eq!(in_use(&edge), ["a:development.2"]);
+        let second = token("a:development.2").digest();
+        edge.replace(&dev(), &second).await.expect_err("no other");
+        assert_eq!(in_use(&edge), ["*:development.1"]);
+        assert!(offer(&edge, "a:development.2", TokenKind::Client, &["a"]));
+        assert_eq!(in_use(&edge), ["a:development.2"]);
+    }
+
+    #[test]
+    fn offers_without_end_do_not_fill_the_memory() {
+        let edge = Credentials::without_admin();
+        for number in 0..1000 {
+            offer(&edge, &format!("*:development.{number}"), TokenKind::Client, &["*"]);
+        }
+        assert_eq!(edge.with_hand(&dev(), |hand| hand.0.len()), SPARE);
+    }
+}

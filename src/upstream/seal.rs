@@ -1,0 +1,108 @@
+//! Seals a token so that a store may keep it: XChaCha20-Poly1305 under a key that is derived from the
+//! admin token by HKDF-SHA256. Whoever has the store alone learns nothing.
+
+use std::fmt;
+
+use chacha20poly1305::{
+    KeyInit as _, XChaCha20Poly1305, XNonce,
+    aead::{Aead as _, Payload},
+};
+use hkdf::Hkdf;
+use sha2::Sha256;
+use zeroize::Zeroizing;
+
+use crate::token::{Environment, Token};
+
+const NONCE: usize = 24;
+const INFO: &[u8] = b"parapet: seal of an upstream credential, 1";
+
+/// Seals and opens the tokens of one fleet.
+pub(super) struct Seal {
+    key: Zeroizing<[u8; 32]>,
+    fleet: String,
+}
+
+impl Seal {
+    /// The seal of `fleet`, to be opened only by who knows the same admin token.
+    pub(super) fn new(admin: &Token, fleet: &str) -> Self {
+        let mut key = Zeroizing::new([0; 32]);
+        Hkdf::<Sha256>::new(None, admin.expose().as_bytes())
+            .expand(INFO, key.as_mut())
+            .expect("32 bytes are a length that HKDF-SHA256 gives");
+        Self { key, fleet: fleet.to_owned() }
+    }
+
+    /// A nonce and the sealed text of `token`, bound to `environment` and to the fleet.
+    pub(super) fn close(&self, environment: &Environment, token: &Token) -> Vec<u8> {
+        let nonce: [u8; NONCE] = rand::random();
+        let aad = self.associated_data(environment);
+        let payload = Payload { msg: token.expose().as_bytes(), aad: aad.as_bytes() };
+        let text = self
+            .cipher()
+            .encrypt(&XNonce::from(nonce), payload)
+            .expect("a token is far below the cipher's limit");
+        [&nonce[..], &text].concat()
+    }
+
+    /// The token that was sealed; `None` if it was done under another admin token, environment or
+    /// fleet, or if it was altered since.
+    pub(super) fn open(&self, environment: &Environment, sealed: &[u8]) -> Option<Token> {
+        let (nonce, text) = sealed.split_first_chunk::<NONCE>()?;
+        let aad = self.associated_data(environment);
+        let payload = Payload { msg: text, aad: aad.as_bytes() };
+        let plain = self.cipher().decrypt(&XNonce::from(*nonce), payload).ok()?;
+        let plain = Zeroizing::new(plain);
+        Token::parse(str::from_utf8(&plain).ok()?).ok()
+    }
+
+    fn cipher(&self) -> XChaCha20Poly1305 {
+        XChaCha20Poly1305::new((&*self.key).into())
+    }
+
+    /// The length keeps apart what would read the same when put together.
+    fn associated_data(&self, environment: &Environment) -> String {
+        let environment = environment.as_str();
+        format!("{} {environment} {}", environment.len(), self.fleet)
+    }
+}
+
+impl fmt::Debug for Seal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Seal").field("fleet", &self.fleet).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn token(text: &str) -> Token {
+        Token::parse(text).expect("token")
+    }
+
+    #[test]
+    fn a_seal_opens_only_for_the_same_admin_token_environment_and_fleet() {
+        let (dev, prod) = (Environment::new("dev"), Environment::new("prod"));
+        let secret = token("*:dev.964a287e1b728cb5f4f3e012");
+        let seal = Seal::new(&token("*:*.admin"), "main");
+        let sealed = seal.close(&dev, &secret);
+        assert_eq!(seal.open(&dev, &sealed), Some(secret.clone()));
+        assert_eq!(seal.open(&prod, &sealed), None);
+        assert_eq!(Seal::new(&token("*:*.other"), "main").open(&dev, &sealed), None);
+        assert_eq!(Seal::new(&token("*:*.admin"), "other").open(&dev, &sealed), None);
+        assert_ne!(seal.close(&dev, &secret), sealed);
+    }
+
+    #[test]
+    fn a_seal_that_was_altered_or_cut_does_not_open() {
+        let dev = Environment::new("dev");
+        let seal = Seal::new(&token("*:*.admin"), "main");
+        let sealed = seal.close(&dev, &token("*:dev.964a287e1b728cb5f4f3e012"));
+        for at in 0..sealed.len() {
+            let mut altered = sealed.clone();
+            altered[at] ^= 1;
+            assert_eq!(seal.open(&dev, &altered), None);
+            assert_eq!(seal.open(&dev, &sealed[..at]), None);
+        }
+    }
+}
