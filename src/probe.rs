@@ -46,3 +46,44 @@ pub async fn ask(probe: &Probe) -> Result<(), Error> {
         status => Err(Error::Unwell(url(), status)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::TcpListener,
+    };
+
+    use super::*;
+
+    /// What is said of an instance that answers `status`.
+    async fn check(status: &str) -> Result<(), Error> {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}/internal-backstage/ready", listener.local_addr().unwrap());
+        let answer = format!("HTTP/1.1 {status}\r\ncontent-length: 0\r\n\r\n");
+        let instance = async {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut head = [0; 1024];
+            let _ = stream.read(&mut head).await.unwrap();
+            stream.write_all(answer.as_bytes()).await.unwrap();
+        };
+        let probe = Probe { url: url.parse().unwrap(), ca_certificate_file: None };
+        tokio::join!(ask(&probe), instance).0
+    }
+
+    #[tokio::test]
+    async fn an_instance_is_well_when_it_answers_200_and_only_then() {
+        assert!(check("200 OK").await.is_ok());
+        assert!(matches!(check("503 Service Unavailable").await, Err(Error::Unwell(..))));
+        assert!(matches!(check("204 No Content").await, Err(Error::Unwell(..))));
+    }
+
+    #[tokio::test]
+    async fn an_instance_that_is_not_there_is_silent() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}/", listener.local_addr().unwrap()).parse().unwrap();
+        drop(listener);
+        let probe = Probe { url, ca_certificate_file: None };
+        assert!(matches!(ask(&probe).await, Err(Error::Silent(..))));
+    }
+}

@@ -75,8 +75,10 @@ impl Settings {
         }
         if let Some(path) = settings.file() {
             for entry in file::read(&path, &mut settings.mistakes) {
-                if !settings.concerns(entry.key) {
-                    // One file may serve several commands.
+                // One file may serve several commands, and an empty text is no value, as in the
+                // environment.
+                let empty = entry.texts.iter().all(|text| text.trim().is_empty());
+                if !settings.concerns(entry.key) || empty {
                     continue;
                 }
                 let place = format!("{}:{}: {}", path.display(), entry.line, entry.key.file_name());
@@ -197,8 +199,8 @@ impl Settings {
     }
 
     fn refuse(&mut self, key: &Key, expected: &str, text: &str) {
-        // A token in the wrong place is no reason to print it.
-        let repeatable = !key.secret && Token::parse(text).is_err();
+        // A token, or an address with a password, in the wrong place is no reason to print it.
+        let repeatable = !key.secret && Token::parse(text).is_err() && !text.contains('@');
         let but = if repeatable { format!(", not `{text}`") } else { String::new() };
         self.mistake(key, format!("expected {expected}{but}"));
     }

@@ -1,1 +1,456 @@
+//! The configuration as an operator meets it: what is accepted, refused, told and kept secret.
 
+use std::{collections::HashMap, fmt::Write as _, path::Path, time::Duration};
+
+use super::{
+    keys::{CONFIG, KEYS, Key, Scope, Shape, Support},
+    settings, *,
+};
+use crate::{http::access::Proxies, telemetry::LogFormat};
+
+const TOKEN: &str = "*:development.0123456789abcdef0123456789abcdef";
+/// What must never be seen of [`TOKEN`].
+const SECRET: &str = "456789abcdef";
+const ADMIN: &str = "*:*.0123456789abcdef0123456789abcdef";
+const EDGE: &str = "edge -u http://unleash:4242";
+
+/// Splits `line` at spaces; `env` are variables.
+fn parse(line: &str, env: &[(&str, &str)]) -> Result<Command, Mistakes> {
+    let args = std::iter::once("parapet").chain(line.split_whitespace()).map(OsString::from);
+    let env: HashMap<_, _> = env.iter().copied().collect();
+    Command::parse(args, &|name| env.get(name).map(|&text| text.to_owned()))
+}
+
+#[track_caller]
+fn config(line: &str, env: &[(&str, &str)]) -> Config {
+    match parse(line, env) {
+        Ok(Command::Run(config)) => *config,
+        other => panic!("{line}: {other:?}"),
+    }
+}
+
+#[track_caller]
+fn edge(line: &str, env: &[(&str, &str)]) -> Edge {
+    match config(line, env).mode {
+        Mode::Edge(edge) => *edge,
+        other => panic!("{line}: {other:?}"),
+    }
+}
+
+#[track_caller]
+fn shown(line: &str, env: &[(&str, &str)]) -> String {
+    match parse(line, env) {
+        Ok(Command::Show(text)) => text,
+        other => panic!("{line}: {other:?}"),
+    }
+}
+
+#[track_caller]
+fn mistakes(line: &str, env: &[(&str, &str)]) -> Vec<String> {
+    parse(line, env).expect_err(line).iter().map(ToString::to_string).collect()
+}
+
+fn file(text: &str) -> (tempfile::TempDir, String) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("parapet.toml");
+    std::fs::write(&path, text).unwrap();
+    (folder, path.to_str().unwrap().to_owned())
+}
+
+#[test]
+fn no_arguments_are_standalone_with_the_sample_and_unleash_edges_port() {
+    let config = config("", &[]);
+    let Mode::Standalone(standalone) = &config.mode else { panic!("{config:?}") };
+    assert_eq!(standalone.flags, Path::new("config/flags.json"));
+    assert!(standalone.seed.is_empty());
+    assert_eq!(config.data.address.to_string(), "[::]:3063");
+    assert_eq!(config.admin.address.to_string(), "127.0.0.1:3064");
+    assert_eq!(config.warnings, [""; 0]);
+}
+
+#[test]
+fn defaults_are_unleash_edges() {
+    let config = config(EDGE, &[]);
+    assert_eq!(config.data.cors.max_age, Duration::from_hours(48));
+    assert_eq!(config.data.cors.origins, None);
+    assert_eq!(config.data.access.proxies, Proxies::None);
+    assert_eq!(config.data.token_header, "authorization");
+    assert_eq!(config.auth.revalidate_after, Duration::from_hours(1));
+    assert_eq!(config.usage.interval, Duration::from_mins(1));
+    assert_eq!(config.log.format, LogFormat::Plain);
+    let edge = edge(EDGE, &[]);
+    assert_eq!(edge.sync.interval, Duration::from_secs(15));
+    assert_eq!(edge.upstream.request_timeout, Duration::from_secs(5));
+    assert_eq!(edge.backup_folder, Path::new("data/backup"));
+    assert!(matches!(edge.credentials, Credentials::Given(tokens) if tokens.is_empty()));
+}
+
+#[test]
+fn flags_win_over_the_environment_and_that_over_the_file() {
+    let (_folder, path) = file("port = 1001\nlog_format = 'json'\nmax_connections = 7\n");
+    let env = [("PARAPET_CONFIG", &*path), ("PORT", "1002"), ("LOG_FORMAT", "pretty")];
+    let config = config("-p 1003", &env);
+    assert_eq!(config.data.address.port(), 1003);
+    assert_eq!(config.log.format, LogFormat::Pretty);
+    assert_eq!(config.data.limits.connections, 7);
+    assert_eq!(config.admin.address.port(), 3064);
+}
+
+#[test]
+fn common_options_may_precede_the_subcommand_or_follow_it() {
+    for line in
+        ["-p 7 edge -u http://u", "edge -u http://u -p 7", "edge --upstream-url=http://u --port=7"]
+    {
+        assert_eq!(config(line, &[]).data.address.port(), 7, "{line}");
+    }
+    assert_eq!(mistakes("--flags x edge -u http://u", &[]), ["--flags: has no meaning for `edge`"]);
+}
+
+#[test]
+fn every_mistake_is_reported_at_once() {
+    let (_folder, path) = file("max_connections = 0\nprot = 1\nbase_path = false\n");
+    let line = format!("--config {path} edge --allow-list 10.0.0.0/40 --admin-port 99999");
+    let told = mistakes(&line, &[("PORT", "x"), ("TOKENS", "a:b,c"), ("REDIS_URL", "redis://r")]);
+    for part in [
+        "--upstream-url (UPSTREAM_URL): is required",
+        "--allow-list: expected networks or addresses, as in `10.0.0.0/8`, not `10.0.0.0/40`",
+        "--admin-port: expected a port, 0 to 65535, not `99999`",
+        "PORT: expected a port, 0 to 65535, not `x`",
+        "TOKENS: expected tokens; in number 1, ",
+        "TOKENS: expected tokens; in number 2, ",
+        "REDIS_URL: is not supported by Parapet; use --backup-folder",
+        ":1: max_connections: expected a whole number above 0, not `0`",
+        ":2: unknown key `prot`",
+        ":3: `base_path`: expected a string or a number",
+    ] {
+        assert!(told.iter().any(|mistake| mistake.contains(part)), "{part}\n{told:#?}");
+    }
+    assert_eq!(told.len(), 10, "{told:#?}");
+}
+
+#[test]
+fn a_named_file_must_be_there_and_be_toml() {
+    assert!(mistakes("--config /nowhere.toml", &[])[0].contains("expected a readable file"));
+    let (_folder, path) = file(&format!("port = 1\nupstream_admin_token = {ADMIN}\n"));
+    let told = mistakes(&format!("--config {path}"), &[]);
+    assert!(told[0].contains("parapet.toml:2: expected TOML"), "{told:?}");
+    assert!(!told[0].contains(SECRET));
+}
+
+/// Every variable of Unleash Edge v20, with a value that its documentation allows.
+const UNLEASH_EDGE: &[(&str, &str)] = &[
+    ("PORT", "3163"),
+    ("INTERFACE", "0.0.0.0"),
+    ("BASE_PATH", "/base"),
+    ("WORKERS", "4"),
+    ("TLS_ENABLE", "true"),
+    ("TLS_SERVER_KEY", "key.pem"),
+    ("TLS_SERVER_CERT", "cert.pem"),
+    ("TLS_SERVER_PORT", "3043"),
+    ("REDIRECT_HTTP_TO_HTTPS", "true"),
+    ("CORS_ORIGIN", "https://a.example,https://b.example"),
+    ("CORS_ALLOWED_HEADERS", "authorization,x-custom"),
+    ("CORS_MAX_AGE", "60"),
+    ("CORS_EXPOSED_HEADERS", "etag"),
+    ("CORS_METHODS", "GET,POST"),
+    ("ALLOW_LIST", "10.0.0.0/8,::1/128"),
+    ("DENY_LIST", "10.1.0.0/16"),
+    ("INSTANCE_ID", "one"),
+    ("APP_NAME", "flags"),
+    ("TRUST_PROXY", "true"),
+    ("DISABLE_ALL_ENDPOINT", "true"),
+    ("EDGE_REQUEST_TIMEOUT", "5"),
+    ("EDGE_KEEPALIVE_TIMEOUT", "5"),
+    ("LOG_FORMAT", "json"),
+    ("RUST_LOG", "debug"),
+    ("EDGE_AUTH_HEADER", "x-token"),
+    ("UPSTREAM_AUTH_HEADER", "x-token"),
+    ("TOKEN_HEADER", "x-token"),
+    ("DISABLE_METRICS_BATCH_ENDPOINT", "true"),
+    ("DISABLE_METRICS_ENDPOINT", "true"),
+    ("DISABLE_FEATURES_ENDPOINT", "true"),
+    ("DISABLE_TOKENS_ENDPOINT", "true"),
+    ("DISABLE_INSTANCE_DATA_ENDPOINT", "true"),
+    ("SENTRY_DSN", "https://key@sentry.example/1"),
+    ("SENTRY_TRACING_RATE", "0.1"),
+    ("SENTRY_DEBUG", "true"),
+    ("SENTRY_ENABLE_LOGS", "true"),
+    ("DATADOG_URL", "https://datadog.example"),
+    ("OTEL_COLLECTOR_URL", "http://otel:4317"),
+    ("UPSTREAM_URL", "http://unleash:4242"),
+    ("BACKUP_FOLDER", "/backup"),
+    ("METRICS_INTERVAL_SECONDS", "30"),
+    ("FEATURES_REFRESH_INTERVAL_SECONDS", "10"),
+    ("TOKEN_REVALIDATION_INTERVAL_SECONDS", "600"),
+    ("TOKENS", TOKEN),
+    ("PRETRUSTED_TOKENS", "secret-123@development"),
+    ("CUSTOM_CLIENT_HEADERS", "X-Api-Key: mysecretapikey"),
+    ("SKIP_SSL_VERIFICATION", "true"),
+    ("PKCS12_IDENTITY_FILE", "id.pfx"),
+    ("PKCS12_PASSPHRASE", "word"),
+    ("PEM_CERT_FILE", "id.pem"),
+    ("UPSTREAM_REQUEST_TIMEOUT", "10"),
+    ("UPSTREAM_SOCKET_TIMEOUT", "10"),
+    ("CLIENT_KEEPALIVE_TIMEOUT", "20"),
+    ("REDIS_URL", "redis://localhost"),
+    ("REDIS_MODE", "single"),
+    ("REDIS_PASSWORD", "word"),
+    ("REDIS_USERNAME", "user"),
+    ("REDIS_PORT", "6379"),
+    ("REDIS_HOST", "localhost"),
+    ("REDIS_SECURE", "true"),
+    ("REDIS_SCHEME", "rediss"),
+    ("REDIS_READ_CONNECTION_TIMEOUT_MILLISECONDS", "2000"),
+    ("REDIS_WRITE_CONNECTION_TIMEOUT_MILLISECONDS", "2000"),
+    ("S3_BUCKET_NAME", "bucket"),
+    ("STREAMING", "true"),
+    ("DELTA", "true"),
+    ("DELTA_DIFF", "true"),
+    ("CONSUMPTION", "true"),
+    ("PROMETHEUS_REMOTE_WRITE_URL", "http://prometheus"),
+    ("PROMETHEUS_PUSH_INTERVAL", "60"),
+    ("PROMETHEUS_USERNAME", "user"),
+    ("PROMETHEUS_PASSWORD", "word"),
+    ("PROMETHEUS_USER_ID", "1"),
+    ("EDGE_DEFER_TOKEN_VALIDATION", "true"),
+];
+
+#[test]
+fn every_variable_of_unleash_edge_takes_effect_or_warns_or_is_refused() {
+    for &(name, text) in UNLEASH_EDGE {
+        let key = KEYS.iter().find(|key| key.env_name() == name).expect(name);
+        match key.support {
+            Support::Full => {
+                let shown = shown(&format!("{EDGE} --check-config"), &[(name, text)]);
+                let start = format!("{} = ", key.file_name());
+                let line = shown.lines().find(|line| line.starts_with(&start)).unwrap();
+                let overridden = name == "UPSTREAM_URL";
+                assert!(overridden || line.ends_with(&format!("# {name}")), "{line}");
+            }
+            Support::Ignored(why) => {
+                let told = config(EDGE, &[(name, text)]).warnings;
+                assert!(told.contains(&format!("{name} has no effect: {why}")), "{told:?}");
+            }
+            Support::Refused(instead) => {
+                let told = mistakes(EDGE, &[(name, text)]);
+                assert_eq!(told, [format!("{name}: is not supported by Parapet; {instead}")]);
+            }
+        }
+    }
+    let off = config(EDGE, &[("TLS_ENABLE", "false"), ("STREAMING", "false"), ("PORT", "")]);
+    assert!(off.warnings.iter().all(|warning| !warning.contains("no effect")), "{off:?}");
+}
+
+#[test]
+fn offline_takes_unleash_edges_variables() {
+    let env = [
+        ("BOOTSTRAP_FILE", "config/flags.json"),
+        ("CLIENT_TOKENS", TOKEN),
+        ("FRONTEND_TOKENS", "*:production.a,*:development.b"),
+        ("RELOAD_INTERVAL", "5"),
+    ];
+    let Mode::Offline(offline) = config("offline", &env).mode else { panic!() };
+    assert_eq!(offline.client_tokens.len(), 1);
+    assert_eq!(offline.frontend_tokens.len(), 2);
+    assert_eq!(offline.reload_interval, Some(Duration::from_secs(5)));
+    let line = "offline -b config/flags.json -c *:d.x -c *:d.y,*:d.z -f *:d.f -r 0";
+    let Mode::Offline(offline) = config(line, &[]).mode else { panic!() };
+    assert_eq!((offline.client_tokens.len(), offline.reload_interval), (3, None));
+}
+
+#[test]
+fn secrets_are_never_shown() {
+    let (_folder, token_file) = file(ADMIN);
+    let lines = [
+        format!("{EDGE} -t {TOKEN},{SECRET} -H X-Key:{SECRET}"),
+        format!("{EDGE} -t {TOKEN} -H X-Key={SECRET} --check-config"),
+        format!("{EDGE} -t {TOKEN} -H X-Key={SECRET}"),
+        format!("{EDGE} --upstream-admin-token {ADMIN}"),
+        format!("{EDGE} --upstream-admin-token {ADMIN} --check-config"),
+        format!("{EDGE} --upstream-admin-token {SECRET}"),
+        format!("{EDGE} --upstream-admin-token-file {token_file}"),
+        format!("{EDGE} --port {TOKEN} --interface {TOKEN} --custom-client-headers {SECRET}"),
+        format!("edge -u http://user:{SECRET}@unleash"),
+        format!("edge {TOKEN}"),
+        TOKEN.to_owned(),
+        format!("edge --tokns={TOKEN}"),
+        format!("edge --skip-ssl-verification={TOKEN}"),
+        format!("offline -b config/flags.json -c {TOKEN} -f {TOKEN}"),
+        format!("--init-admin-api-tokens {ADMIN} --init-client-api-tokens {TOKEN}"),
+        format!("{EDGE} --redis-url redis://u:{SECRET}@h --sentry-dsn https://{SECRET}@s"),
+    ];
+    for line in lines {
+        let text = match parse(&line, &[]) {
+            Ok(Command::Show(text)) => text,
+            Ok(command) => format!("{command:?} {command:#?}"),
+            Err(mistakes) => format!("{mistakes} {mistakes:?}"),
+        };
+        assert!(!text.contains(SECRET), "{line}\n{text}");
+    }
+}
+
+#[test]
+fn help_mentions_every_option_with_its_variable_and_default() {
+    let help = ["", "edge", "offline", "standalone", "health", "ready"]
+        .map(|verb| shown(&format!("{verb} --help"), &[]))
+        .concat();
+    let words = help.split_whitespace().collect::<Vec<_>>().join(" ");
+    for key in KEYS {
+        assert!(words.contains(&format!("--{}", key.name)), "--{}", key.name);
+        assert!(words.contains(&format!("[env: {}]", key.env_name())), "{}", key.env_name());
+    }
+    assert!(words.contains("[default: 3063]"));
+}
+
+#[test]
+fn an_admin_token_comes_from_an_option_or_a_file_but_not_both() {
+    let (_folder, path) = file(&format!("{ADMIN}\n"));
+    for env in [[("UPSTREAM_ADMIN_TOKEN", ADMIN)], [("UPSTREAM_ADMIN_TOKEN_FILE", &*path)]] {
+        let line = format!("{EDGE} --environments dev,prod --fleet-name eu");
+        let Credentials::Admin { token, fleet, environments } = edge(&line, &env).credentials
+        else {
+            panic!("{env:?}")
+        };
+        assert_eq!((token.expose(), &*fleet), (ADMIN, "eu"));
+        assert_eq!(environments.map(|names| names.len()), Some(2));
+    }
+    let both = [("UPSTREAM_ADMIN_TOKEN", ADMIN), ("UPSTREAM_ADMIN_TOKEN_FILE", &*path)];
+    assert!(mistakes(EDGE, &both)[0].contains("either the token or its file"));
+}
+
+#[test]
+fn an_edge_without_credentials_says_what_it_will_do() {
+    let warnings = config(EDGE, &[]).warnings;
+    assert!(warnings[0].contains("first of its SDK tokens"), "{warnings:?}");
+}
+
+#[test]
+fn upstreams_address_is_taken_without_api() {
+    let check = |given: &str, read: &str| {
+        assert_eq!(edge(&format!("edge -u {given}"), &[]).upstream.url.as_str(), read);
+    };
+    check("http://unleash:4242", "http://unleash:4242/");
+    check("https://unleash.example/eu/", "https://unleash.example/eu/");
+    check("https://unleash.example/eu/api/", "https://unleash.example/eu");
+    for wrong in ["unleash:4242", "ftp://unleash", "http://a:b@unleash", "http://unleash?x"] {
+        assert_eq!(mistakes(&format!("edge -u {wrong}"), &[]).len(), 1, "{wrong}");
+    }
+}
+
+#[test]
+fn headers_for_upstream_are_read_with_either_separator() {
+    let env = [("CUSTOM_CLIENT_HEADERS", "X-Api-Key: a=b, Authorization=test:test.secret")];
+    let headers = edge(EDGE, &env).upstream.extra_headers;
+    let read: Vec<_> = headers.iter().map(|(n, v)| (n.as_str(), v.to_str().unwrap())).collect();
+    assert_eq!(read, [("x-api-key", "a=b"), ("authorization", "test:test.secret")]);
+    assert!(headers.iter().all(|(_, value)| value.is_sensitive()));
+}
+
+#[test]
+fn one_header_option_serves_both_directions() {
+    let line = format!("{EDGE} --token-header X-Token");
+    assert_eq!(config(&line, &[]).data.token_header, "x-token");
+    assert_eq!(edge(&line, &[]).upstream.token_header, "x-token");
+    let conflict = format!("{line} --edge-auth-header x-other");
+    assert_eq!(mistakes(&conflict, &[]).len(), 1);
+}
+
+#[test]
+fn proxies_are_believed_as_told() {
+    let check = |flags: &str, proxies: &Proxies| {
+        assert_eq!(&config(flags, &[]).data.access.proxies, proxies, "{flags}");
+    };
+    check("--trust-proxy", &Proxies::Any);
+    check("--trust-proxy=false", &Proxies::None);
+    let only = Proxies::Only(vec!["10.0.0.1/32".parse().unwrap(), "fd00::/8".parse().unwrap()]);
+    check("--trust-proxy --proxy-trusted-servers 10.0.0.1,fd00::/8", &only);
+    assert_eq!(mistakes("--proxy-trusted-servers 10.0.0.1", &[]).len(), 1);
+}
+
+#[test]
+fn credentials_need_named_origins() {
+    assert_eq!(mistakes("--cors-credentials", &[]).len(), 1);
+    let cors = config("--cors-credentials --cors-origin https://a.example", &[]).data.cors;
+    assert!(cors.credentials && cors.origins.is_some());
+}
+
+#[test]
+fn a_base_path_has_one_slash_in_front_and_none_behind() {
+    for given in ["flags", "/flags", "/flags/"] {
+        assert_eq!(config(&format!("--base-path {given}"), &[]).data.base_path, "/flags");
+    }
+    assert_eq!(config("--base-path /", &[]).data.base_path, "");
+    assert_eq!(mistakes("--base-path /a?b", &[]).len(), 1);
+}
+
+#[test]
+fn two_listeners_cannot_share_a_port() {
+    assert_eq!(mistakes("--admin-port 3063", &[]).len(), 1);
+    assert_eq!(config("-p 0 --admin-port 0", &[]).admin.address.port(), 0);
+}
+
+#[test]
+fn probes_ask_the_local_instance_unless_told_otherwise() {
+    let check = |line: &str, env: &[(&str, &str)], url: &str| match parse(line, env) {
+        Ok(Command::Probe(probe)) => assert_eq!(probe.url.as_str(), url),
+        other => panic!("{line}: {other:?}"),
+    };
+    check("health", &[], "http://localhost:3063/internal-backstage/health");
+    check("ready", &[("PORT", "80")], "http://localhost/internal-backstage/ready");
+    let env = [("BASE_PATH", "/base"), ("TLS_ENABLE", "true")];
+    check("ready -e http://edge:1/", &env, "http://edge:1/base/internal-backstage/ready");
+}
+
+/// `config/parapet.toml` as the keys would have it.
+fn sample(comment: &str) -> String {
+    let mut text = String::from(
+        "# Parapet's configuration: every key with its default.\n\
+         #\n\
+         # Each may also be a flag (`--upstream-url`) or an environment variable (`UPSTREAM_URL`); flags\n\
+         # win over the environment, the environment over this file. An empty text is no value. Times are\n\
+         # in seconds, whole or decimal. `parapet --check-config` shows what is in effect.\n",
+    );
+    let mut heading = "";
+    for key in KEYS.iter().filter(|key| is_in_file(key)) {
+        if key.heading != heading {
+            heading = key.heading;
+            let rule = "-".repeat(70 - heading.len());
+            writeln!(text, "\n# ---- {heading} {rule}").unwrap();
+        }
+        let default = match key.shape {
+            Shape::List => key.default.map(keys::split).unwrap_or_default(),
+            Shape::One | Shape::Switch => vec![key.default.unwrap_or_default().to_owned()],
+        };
+        let (name, value) = (key.file_name(), settings::toml(key, &default));
+        writeln!(text, "\n# {}.\n{comment}{name} = {value}", key.help).unwrap();
+    }
+    text
+}
+
+fn is_in_file(key: &Key) -> bool {
+    key.support == Support::Full && key.name != CONFIG.name
+}
+
+#[test]
+fn the_sample_file_names_every_key_with_its_true_default() {
+    let written = std::fs::read_to_string("config/parapet.toml").unwrap();
+    assert!(written == sample("# "), "config/parapet.toml should be:\n{}", sample("# "));
+}
+
+#[test]
+fn the_sample_file_changes_nothing_when_its_comments_are_taken_away() {
+    let (_folder, path) = file(&sample(""));
+    for (line, env) in [
+        (EDGE, &[][..]),
+        ("standalone", &[]),
+        ("offline", &[("BOOTSTRAP_FILE", "config/flags.json")]),
+    ] {
+        let values = |line: &str| -> Vec<String> {
+            let shown = shown(&format!("{line} --check-config"), env);
+            let values = shown.lines().skip(1).filter_map(|line| line.split(" # ").next());
+            values.map(str::to_owned).collect()
+        };
+        assert_eq!(values(line), values(&format!("{line} --config {path}")));
+    }
+    assert!(KEYS.iter().any(|key| key.scope == Scope::Probe && is_in_file(key)));
+}
