@@ -4,4 +4,5 @@
 //! here. Nothing is judged or kept.
 
 pub mod context;
+pub mod features;
 pub mod tokens;

@@ -1,0 +1,382 @@
+//! A client-features document: the flags and segments of one environment.
+//!
+//! The same shape arrives from `/api/client/features`, from bootstrap files and from backups. Each
+//! flag's and segment's text is kept byte for byte, so that fields and operators unknown to this
+//! program survive the passage; [`Feature::definition`] reads that text for the engine. Nothing
+//! here judges a definition: a value of the wrong kind is reported as [`Loose::Malformed`] and
+//! the engine decides what that means.
+
+mod definition;
+mod inline;
+
+use std::sync::Arc;
+
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use self::definition::SegmentBody;
+pub use self::definition::{
+    Constraint, Definition, Dependency, Loose, Override, Parameters, Payload, Strategy, Text,
+    Variant,
+};
+
+/// The project of a flag that names none, as in Unleash.
+const DEFAULT_PROJECT: &str = "default";
+
+/// The flags and segments of one environment: features sorted by name, segments by id, both unique.
+#[derive(Debug, Clone, Default)]
+pub struct Document {
+    features: Vec<Feature>,
+    segments: Vec<Segment>,
+    revision: Option<u64>,
+    shadowed: Vec<Arc<str>>,
+}
+
+impl Document {
+    /// Reads a client-features body.
+    ///
+    /// # Errors
+    /// Only a body that is no client-features object fails: not JSON, or without a `features` list
+    /// of objects that have names. A malformed flag inside is kept, and reported when compiled.
+    pub fn parse(body: &[u8]) -> Result<Self, serde_json::Error> {
+        let body: Body<'_> = serde_json::from_slice(body)?;
+        let features = match body.features {
+            Loose::Is(features) => features,
+            Loose::Missing => Vec::new(),
+            Loose::Malformed => {
+                return Err(serde::de::Error::custom("`features` is not a list"));
+            }
+        };
+        let features = features
+            .into_iter()
+            .map(Feature::parse)
+            .collect::<Result<Vec<_>, _>>()?;
+        let segments = body.segments.is().unwrap_or_default();
+        let segments = segments.into_iter().filter_map(Segment::parse).collect();
+        let revision = body.meta.is().and_then(|meta| meta.revision_id.is());
+        Ok(Self::sorted(features, segments, revision))
+    }
+
+    /// The union of several fetches of one environment, made with tokens of different projects.
+    ///
+    /// Where two hold the same flag or segment the later one counts; the revision is the highest.
+    pub fn merge(documents: impl IntoIterator<Item = Self>) -> Self {
+        let mut union = Self::default();
+        for document in documents {
+            union.features.extend(document.features);
+            union.segments.extend(document.segments);
+            union.revision = union.revision.max(document.revision);
+            union.shadowed.extend(document.shadowed);
+        }
+        // A flag seen through two projects' tokens is no mistake, so what this shadows is not kept.
+        let sorted = Self::sorted(union.features, union.segments, union.revision);
+        Self {
+            shadowed: union.shadowed,
+            ..sorted
+        }
+    }
+
+    /// The flags, sorted by name.
+    pub fn features(&self) -> &[Feature] {
+        &self.features
+    }
+
+    /// The segments, sorted by id.
+    pub fn segments(&self) -> &[Segment] {
+        &self.segments
+    }
+
+    /// The segment with this id.
+    pub fn segment(&self, id: i64) -> Option<&Segment> {
+        find_segment(&self.segments, id)
+    }
+
+    /// `meta.revisionId`: the server's own number for this state.
+    pub fn revision(&self) -> Option<u64> {
+        self.revision
+    }
+
+    /// Names that the body defined more than once; the last definition counts.
+    pub fn shadowed(&self) -> &[Arc<str>] {
+        &self.shadowed
+    }
+
+    fn sorted(features: Vec<Feature>, segments: Vec<Segment>, revision: Option<u64>) -> Self {
+        let mut shadowed = Vec::new();
+        let features = last_of_each(features, |feature| Arc::clone(&feature.name), &mut shadowed);
+        let segments = last_of_each(segments, |segment| segment.id, &mut Vec::new());
+        shadowed.dedup();
+        Self {
+            features,
+            segments,
+            revision,
+            shadowed,
+        }
+    }
+}
+
+/// Sorts by key and keeps the last of equal ones; the keys of dropped items go to `dropped`.
+fn last_of_each<T, K: Ord>(items: Vec<T>, key: impl Fn(&T) -> K, dropped: &mut Vec<K>) -> Vec<T> {
+    let mut items = items;
+    items.sort_by_key(&key);
+    let mut kept: Vec<T> = Vec::with_capacity(items.len());
+    for item in items {
+        match kept.last_mut() {
+            Some(last) if key(last) == key(&item) => {
+                dropped.push(key(last));
+                *last = item;
+            }
+            _ => kept.push(item),
+        }
+    }
+    kept
+}
+
+/// Looks a segment up among `segments` sorted by id.
+fn find_segment(segments: &[Segment], id: i64) -> Option<&Segment> {
+    let index = segments
+        .binary_search_by_key(&id, |segment| segment.id)
+        .ok()?;
+    segments.get(index)
+}
+
+#[derive(Deserialize)]
+struct Body<'a> {
+    #[serde(borrow)]
+    features: Loose<Vec<&'a RawValue>>,
+    #[serde(borrow, default)]
+    segments: Loose<Vec<&'a RawValue>>,
+    #[serde(default)]
+    meta: Loose<Meta>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Meta {
+    #[serde(default)]
+    revision_id: Loose<u64>,
+}
+
+/// One flag: its text, and the little that is asked of it without compiling.
+#[derive(Debug, Clone)]
+pub struct Feature {
+    name: Arc<str>,
+    project: Arc<str>,
+    segment_ids: Box<[i64]>,
+    raw: Box<RawValue>,
+}
+
+impl Feature {
+    fn parse(raw: &RawValue) -> Result<Self, serde_json::Error> {
+        #[derive(Deserialize)]
+        struct Named {
+            name: Arc<str>,
+        }
+        let (name, project, segment_ids) = match serde_json::from_str::<Definition<'_>>(raw.get()) {
+            Ok(Definition {
+                name: Loose::Is(name),
+                project,
+                strategies,
+                ..
+            }) => (Arc::from(name), project.is(), segment_ids(&strategies)),
+            Ok(_) | Err(_) => (
+                serde_json::from_str::<Named>(raw.get())?.name,
+                None,
+                Box::default(),
+            ),
+        };
+        let project = project.filter(|project| !project.is_empty());
+        Ok(Self {
+            name,
+            project: Arc::from(project.as_deref().unwrap_or(DEFAULT_PROJECT)),
+            segment_ids,
+            raw: raw.to_owned(),
+        })
+    }
+
+    /// The flag's name, unique in its document.
+    pub fn name(&self) -> &Arc<str> {
+        &self.name
+    }
+
+    /// The project that owns the flag; `default` where the text names none.
+    pub fn project(&self) -> &Arc<str> {
+        &self.project
+    }
+
+    /// The ids of the segments that its strategies refer to, sorted and unique.
+    pub fn segment_ids(&self) -> &[i64] {
+        &self.segment_ids
+    }
+
+    /// The flag's JSON exactly as received.
+    pub fn raw(&self) -> &str {
+        self.raw.get()
+    }
+
+    /// Reads the text for compiling; the result borrows from it.
+    ///
+    /// # Errors
+    /// When the object cannot be read at all, for instance because a key occurs twice.
+    pub fn definition(&self) -> Result<Definition<'_>, serde_json::Error> {
+        serde_json::from_str(self.raw.get())
+    }
+
+    /// The flag's JSON with segments written out, for SDKs that know no segments
+    /// (`Unleash-Client-Spec` below 4.2.0).
+    ///
+    /// Every strategy loses `segments` and its `constraints` gain those of the segments. All other
+    /// values keep their text and order. A reference to an unknown segment becomes a constraint
+    /// that never holds.
+    pub fn inlined(&self, segments: &[Segment]) -> String {
+        inline::feature(self.raw.get(), |id| find_segment(segments, id))
+    }
+}
+
+fn segment_ids(strategies: &Loose<Vec<Loose<Strategy<'_>>>>) -> Box<[i64]> {
+    let Loose::Is(strategies) = strategies else {
+        return Box::default();
+    };
+    let mut ids: Vec<i64> = Vec::new();
+    for strategy in strategies {
+        if let Loose::Is(Strategy {
+            segments: Loose::Is(segments),
+            ..
+        }) = strategy
+        {
+            ids.extend(segments.iter().filter_map(|id| id.is()));
+        }
+    }
+    ids.sort_unstable();
+    ids.dedup();
+    ids.into_boxed_slice()
+}
+
+/// One segment: a reusable list of constraints.
+#[derive(Debug, Clone)]
+pub struct Segment {
+    id: i64,
+    raw: Box<RawValue>,
+}
+
+impl Segment {
+    /// A segment without a numeric id cannot be referred to, so it is dropped.
+    fn parse(raw: &RawValue) -> Option<Self> {
+        #[derive(Deserialize)]
+        struct Numbered {
+            id: i64,
+        }
+        let Numbered { id } = serde_json::from_str(raw.get()).ok()?;
+        Some(Self {
+            id,
+            raw: raw.to_owned(),
+        })
+    }
+
+    /// The id that strategies refer to.
+    pub fn id(&self) -> i64 {
+        self.id
+    }
+
+    /// The segment's JSON exactly as received.
+    pub fn raw(&self) -> &str {
+        self.raw.get()
+    }
+
+    /// Its constraints, all of which must hold.
+    pub fn constraints(&self) -> Loose<Vec<Loose<Constraint<'_>>>> {
+        match serde_json::from_str::<SegmentBody<'_>>(self.raw.get()) {
+            Ok(body) => body.constraints,
+            Err(_) => Loose::Malformed,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(body: &str) -> Document {
+        Document::parse(body.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn text_survives_byte_for_byte() {
+        let flag = r#"{"name":"a", "new":{"x" : [1.50, "\u0061"]},"strategies":[{"name":"default","constraints":[{"operator":"FUTURE"}]}]}"#;
+        let document = parse(&format!(
+            r#"{{"features":[{flag}],"segments":[{{"id":1,  "y":1e3}}]}}"#
+        ));
+        assert_eq!(document.features()[0].raw(), flag);
+        assert_eq!(document.segments()[0].raw(), r#"{"id":1,  "y":1e3}"#);
+    }
+
+    #[test]
+    fn features_are_sorted_and_the_last_of_a_name_counts() {
+        let document = parse(
+            r#"{"features":[{"name":"b"},{"name":"a","project":"x"},{"name":"b","project":"web"}],"meta":{"revisionId":7}}"#,
+        );
+        let flags: Vec<_> = document
+            .features()
+            .iter()
+            .map(|f| (&**f.name(), &**f.project()))
+            .collect();
+        assert_eq!(flags, [("a", "x"), ("b", "web")]);
+        assert_eq!(document.shadowed(), [Arc::from("b")]);
+        assert_eq!(document.revision(), Some(7));
+    }
+
+    #[test]
+    fn only_a_body_that_is_no_client_features_object_fails() {
+        for body in [
+            "",
+            "[]",
+            "{}",
+            r#"{"features":3}"#,
+            r#"{"features":[1]}"#,
+            r#"{"features":[{}]}"#,
+        ] {
+            assert!(Document::parse(body.as_bytes()).is_err(), "{body}");
+        }
+        let odd = r#"{"features":[{"name":"a","strategies":7,"enabled":"yes","name2":1}],"segments":{"a":1},"meta":[]}"#;
+        assert_eq!(parse(odd).features().len(), 1);
+        assert_eq!(
+            parse(r#"{"features":null,"segments":null,"meta":null}"#)
+                .features()
+                .len(),
+            0
+        );
+        let twice = r#"{"features":[{"name":"a","strategies":[],"strategies":[]}]}"#;
+        assert!(parse(twice).features()[0].definition().is_err());
+    }
+
+    #[test]
+    fn referenced_segments_are_listed_once() {
+        let document = parse(
+            r#"{"features":[{"name":"a","strategies":[{"segments":[3,1]},{"segments":[3,"x"]},{"segments":null},7]}]}"#,
+        );
+        assert_eq!(document.features()[0].segment_ids(), [1, 3]);
+    }
+
+    #[test]
+    fn merging_unites_by_name_and_id() {
+        let one = parse(
+            r#"{"features":[{"name":"b"},{"name":"a","project":"old"}],"segments":[{"id":2}],"meta":{"revisionId":5}}"#,
+        );
+        let two = parse(
+            r#"{"features":[{"name":"a","project":"new"}],"segments":[{"id":1},{"id":2}],"meta":{"revisionId":4}}"#,
+        );
+        let union = Document::merge([one, two]);
+        let flags: Vec<_> = union
+            .features()
+            .iter()
+            .map(|f| (&**f.name(), &**f.project()))
+            .collect();
+        assert_eq!(flags, [("a", "new"), ("b", "default")]);
+        assert_eq!(
+            union.segments().iter().map(Segment::id).collect::<Vec<_>>(),
+            [1, 2]
+        );
+        assert_eq!(union.revision(), Some(5));
+        assert!(union.shadowed().is_empty());
+    }
+}
