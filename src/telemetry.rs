@@ -12,7 +12,7 @@ use std::{
     },
 };
 
-use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tracing_subscriber::{EnvFilter, fmt, util::SubscriberInitExt};
 
 /// The source revision that this binary was built from, where the build tells it.
@@ -91,29 +91,26 @@ pub fn start_logging(config: &Config) {
 ///
 /// Its owner must call [`PrometheusHandle::run_upkeep`] every few seconds, else the samples of
 /// histograms pile up between scrapes.
-pub fn start_metrics() -> Result<PrometheusHandle, BuildError> {
+pub fn start_metrics() -> PrometheusHandle {
     static REGISTRY: OnceLock<PrometheusHandle> = OnceLock::new();
-    if let Some(registry) = REGISTRY.get() {
-        return Ok(registry.clone());
-    }
+    REGISTRY.get_or_init(install_recorder).clone()
+}
+
+fn install_recorder() -> PrometheusHandle {
     let recorder = PrometheusBuilder::new()
-        .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &SECONDS)?
-        .set_buckets_for_metric(Matcher::Suffix("_bytes".into()), &BYTES)?
+        .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &SECONDS)
+        .and_then(|builder| {
+            builder.set_buckets_for_metric(Matcher::Suffix("_bytes".to_owned()), &BYTES)
+        })
+        .expect("only an empty list of bounds is refused")
         .build_recorder();
     let registry = recorder.handle();
-    let winner = REGISTRY.get_or_init(|| registry);
-    // Two first calls at once: the loser's recorder is refused by `metrics` or its handle by the
-    // lock; the tests that do so look at counters through the winner's handle only.
-    if metrics::set_global_recorder(recorder).is_ok() {
-        metrics::describe_gauge!("build_info", "One, labelled with what was built.");
-        metrics::gauge!(
-            "build_info",
-            "version" => env!("CARGO_PKG_VERSION"),
-            "revision" => REVISION,
-        )
-        .set(1.0);
-    }
-    Ok(winner.clone())
+    // Refused only where a test has set a recorder of its own, which then counts instead.
+    let _ = metrics::set_global_recorder(recorder);
+    metrics::describe_gauge!("build_info", "One, labelled with what was built");
+    let version = env!("CARGO_PKG_VERSION");
+    metrics::gauge!("build_info", "version" => version, "revision" => REVISION).set(1.0);
+    registry
 }
 
 /// Whether this process should be sent requests: from the moment when the last [`Latch`] is
@@ -180,8 +177,8 @@ mod tests {
 
     #[test]
     fn the_registry_is_one_and_knows_the_build() {
-        start_metrics().unwrap();
-        let text = start_metrics().unwrap().render();
+        start_metrics();
+        let text = start_metrics().render();
         let version = env!("CARGO_PKG_VERSION");
         assert!(text.contains(&format!("version=\"{version}\"")), "{text}");
     }

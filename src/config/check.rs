@@ -360,8 +360,8 @@ fn access(s: &mut Settings) -> access::Config {
         (true, true) => access::Proxies::Any,
         (true, false) => access::Proxies::Only(servers),
         (false, false) => {
-            // Unleash Edge wants both; trusting nobody would silently change whom flags see.
-            s.mistake(&keys::PROXY_TRUSTED_SERVERS, "expected --trust-proxy with it");
+            let warning = "--proxy-trusted-servers has no effect without --trust-proxy";
+            s.warnings.push(warning.to_owned());
             access::Proxies::None
         }
     };

@@ -6,6 +6,8 @@
 
 use clap::builder::StyledStr;
 
+use self::Shape::{List, One, Switch};
+
 /// One thing that can be set.
 #[derive(Debug)]
 pub(super) struct Key {
@@ -16,9 +18,9 @@ pub(super) struct Key {
     pub(super) shape: Shape,
     pub(super) scope: Scope,
     pub(super) heading: &'static str,
-    /// The default as one would write it; where it is computed, `None`, and `help` tells it.
+    /// The default as one would write it; where it is computed, `None`, and the help tells it.
     pub(super) default: Option<&'static str>,
-    pub(super) help: &'static str,
+    help: &'static str,
     pub(super) support: Support,
     /// Its value is neither printed nor repeated, whatever is wrong with it.
     pub(super) secret: bool,
@@ -51,48 +53,49 @@ pub(super) enum Scope {
 pub(super) enum Support {
     /// It does what its help says.
     Full,
-    /// Known from Unleash Edge; has no effect, for the stated reason, and warns.
-    Ignored(&'static str),
+    /// Known from Unleash Edge; has no effect, and warns.
+    Ignored,
     /// Known from Unleash Edge; starting without it would not be what was asked for.
-    Refused(&'static str),
+    Refused,
+}
+
+/// Something to be given as one text.
+const fn one(name: &'static str) -> Key {
+    Key {
+        name,
+        short: None,
+        env: None,
+        shape: One,
+        scope: Scope::Everywhere,
+        heading: "",
+        default: None,
+        help: "",
+        support: Support::Full,
+        secret: false,
+    }
+}
+
+/// Something to be given as several texts.
+const fn list(name: &'static str) -> Key {
+    Key { shape: List, ..one(name) }
+}
+
+/// Something to be turned on.
+const fn switch(name: &'static str) -> Key {
+    Key { shape: Switch, default: Some("false"), ..one(name) }
+}
+
+/// Something of Unleash Edge that warns; its text says why it has no effect.
+const fn ignored(name: &'static str, shape: Shape) -> Key {
+    Key { shape, support: Support::Ignored, secret: true, ..one(name) }
+}
+
+/// Something of Unleash Edge that prevents a start; its text says what to do instead.
+const fn refused(name: &'static str, shape: Shape) -> Key {
+    Key { shape, support: Support::Refused, secret: true, ..one(name) }
 }
 
 impl Key {
-    const fn new(name: &'static str, shape: Shape, help: &'static str) -> Self {
-        Self {
-            name,
-            short: None,
-            env: None,
-            shape,
-            scope: Scope::Everywhere,
-            heading: "",
-            default: None,
-            help,
-            support: Support::Full,
-            secret: false,
-        }
-    }
-
-    const fn one(name: &'static str, help: &'static str) -> Self {
-        Self::new(name, Shape::One, help)
-    }
-
-    const fn list(name: &'static str, help: &'static str) -> Self {
-        Self::new(name, Shape::List, help)
-    }
-
-    const fn switch(name: &'static str, help: &'static str) -> Self {
-        Self::new(name, Shape::Switch, help).default("false")
-    }
-
-    const fn ignored(name: &'static str, shape: Shape, why: &'static str) -> Self {
-        Self { support: Support::Ignored(why), ..Self::new(name, shape, why) }
-    }
-
-    const fn refused(name: &'static str, shape: Shape, instead: &'static str) -> Self {
-        Self { support: Support::Refused(instead), secret: true, ..Self::new(name, shape, instead) }
-    }
-
     const fn short(self, short: char) -> Self {
         Self { short: Some(short), ..self }
     }
@@ -109,8 +112,13 @@ impl Key {
         Self { secret: true, ..self }
     }
 
-    const fn under(self, scope: Scope, heading: &'static str) -> Self {
-        Self { scope, heading, ..self }
+    const fn placed(self, scope: Scope, heading: &'static str, help: &'static str) -> Self {
+        Self { scope, heading, help, ..self }
+    }
+
+    /// What it means, or for a key of Unleash Edge what became of it; without a stop.
+    pub(super) fn help(&self) -> &'static str {
+        self.help.trim().trim_end_matches('.')
     }
 
     /// The name of the environment variable.
@@ -126,10 +134,10 @@ impl Key {
     /// What `--help` says.
     pub(super) fn help_text(&self) -> StyledStr {
         let default = match (self.shape, self.default) {
-            (Shape::Switch, _) | (_, None | Some("")) => String::new(),
+            (Switch, _) | (_, None | Some("")) => String::new(),
             (_, Some(default)) => format!(" [default: {default}]"),
         };
-        format!("{}{default} [env: {}]", self.help, self.env_name()).into()
+        format!("{}{default} [env: {}]", self.help(), self.env_name()).into()
     }
 }
 
@@ -139,8 +147,14 @@ pub(super) fn split(text: &str) -> Vec<String> {
 }
 
 macro_rules! keys {
-    ($($scope:ident, $heading:literal: { $($id:ident = $key:expr;)* })*) => {
-        $($(pub(super) static $id: Key = $key.under(Scope::$scope, $heading);)*)*
+    ($($scope:ident, $heading:literal: {
+        $($(#[doc = $help:literal])+ $id:ident = $key:expr;)*
+    })*) => {
+        $($(
+            $(#[doc = $help])+
+            pub(super) static $id: Key =
+                $key.placed(Scope::$scope, $heading, concat!($($help),+));
+        )*)*
 
         /// All keys, in the order of help and of `config/parapet.toml`.
         pub(super) static KEYS: &[&Key] = &[$($(&$id,)*)*];
@@ -149,148 +163,265 @@ macro_rules! keys {
 
 keys! {
     Everywhere, "Serving": {
-        PORT = Key::one("port", "The port that SDKs talk to; 0 lets the system choose")
-            .short('p').default("3063");
-        INTERFACE = Key::one("interface", "The IP address that SDKs talk to; `::` is every address, IPv4 too")
-            .short('i').default("::");
-        BASE_PATH = Key::one("base-path", "What precedes every path, as in `/flags`").default("");
-        ADMIN_PORT = Key::one("admin-port", "The port for operators; 0 lets the system choose").default("3064");
-        ADMIN_INTERFACE = Key::one("admin-interface", "The IP address for operators").default("127.0.0.1");
-        TOKEN_HEADER = Key::one("token-header", "The header that carries tokens, from SDKs and to upstream");
-        EDGE_AUTH_HEADER = Key::one("edge-auth-header", "The header that carries SDKs' tokens")
-            .default("authorization");
-        UPSTREAM_AUTH_HEADER = Key::one("upstream-auth-header", "The header that carries tokens to upstream")
-            .default("authorization");
-        DISABLE_ALL_ENDPOINT = Key::switch("disable-all-endpoint", "Do not serve /api/frontend/all and /api/proxy/all");
-        DISABLE_METRICS_ENDPOINT = Key::switch("disable-metrics-endpoint", "Do not serve /internal-backstage/metrics");
-        DISABLE_METRICS_BATCH_ENDPOINT = Key::switch("disable-metrics-batch-endpoint", "Do not serve /internal-backstage/metricsbatch");
-        DISABLE_FEATURES_ENDPOINT = Key::switch("disable-features-endpoint", "Do not serve /internal-backstage/features");
-        DISABLE_TOKENS_ENDPOINT = Key::switch("disable-tokens-endpoint", "Do not serve /internal-backstage/tokens");
-        DISABLE_INSTANCE_DATA_ENDPOINT = Key::switch("disable-instance-data-endpoint", "Do not serve /internal-backstage/instancedata");
+        /// The port that SDKs talk to; 0 lets the system choose.
+        PORT = one("port").short('p').default("3063");
+        /// The IP address that SDKs talk to; `::` is every address, IPv4 too.
+        INTERFACE = one("interface").short('i').default("::");
+        /// What precedes every path, as in `/flags`.
+        BASE_PATH = one("base-path").default("");
+        /// The port for operators; 0 lets the system choose.
+        ADMIN_PORT = one("admin-port").default("3064");
+        /// The IP address for operators.
+        ADMIN_INTERFACE = one("admin-interface").default("127.0.0.1");
+        /// The header that carries tokens, from SDKs and to upstream.
+        TOKEN_HEADER = one("token-header");
+        /// The header that carries SDKs' tokens.
+        EDGE_AUTH_HEADER = one("edge-auth-header").default("authorization");
+        /// The header that carries tokens to upstream.
+        UPSTREAM_AUTH_HEADER = one("upstream-auth-header").default("authorization");
+        /// Do not serve /api/frontend/all and /api/proxy/all.
+        DISABLE_ALL_ENDPOINT = switch("disable-all-endpoint");
+        /// Do not serve /internal-backstage/metrics.
+        DISABLE_METRICS_ENDPOINT = switch("disable-metrics-endpoint");
+        /// Do not serve /internal-backstage/metricsbatch.
+        DISABLE_METRICS_BATCH_ENDPOINT = switch("disable-metrics-batch-endpoint");
+        /// Do not serve /internal-backstage/features.
+        DISABLE_FEATURES_ENDPOINT = switch("disable-features-endpoint");
+        /// Do not serve /internal-backstage/tokens.
+        DISABLE_TOKENS_ENDPOINT = switch("disable-tokens-endpoint");
+        /// Do not serve /internal-backstage/instancedata.
+        DISABLE_INSTANCE_DATA_ENDPOINT = switch("disable-instance-data-endpoint");
     }
     Everywhere, "Browsers": {
-        CORS_ORIGIN = Key::list("cors-origin", "Origins that may read; `*` is any").default("*");
-        CORS_METHODS = Key::list("cors-methods", "Methods that other origins may use; `*` is any").default("*");
-        CORS_ALLOWED_HEADERS = Key::list("cors-allowed-headers", "Request headers that other origins may send; `*` is any").default("*");
-        CORS_EXPOSED_HEADERS = Key::list("cors-exposed-headers", "Response headers that other origins may read; `*` is any").default("*");
-        CORS_CREDENTIALS = Key::switch("cors-credentials", "Let other origins send cookies; needs --cors-origin");
-        CORS_MAX_AGE = Key::one("cors-max-age", "How many seconds a browser may remember these rules").default("172800");
+        /// Origins that may read; `*` is any.
+        CORS_ORIGIN = list("cors-origin").default("*");
+        /// Methods that other origins may use; `*` is any.
+        CORS_METHODS = list("cors-methods").default("*");
+        /// Request headers that other origins may send; `*` is any.
+        CORS_ALLOWED_HEADERS = list("cors-allowed-headers").default("*");
+        /// Response headers that other origins may read; `*` is any.
+        CORS_EXPOSED_HEADERS = list("cors-exposed-headers").default("*");
+        /// Let other origins send cookies; needs --cors-origin.
+        CORS_CREDENTIALS = switch("cors-credentials");
+        /// How many seconds a browser may remember these rules.
+        CORS_MAX_AGE = one("cors-max-age").default("172800");
     }
     Everywhere, "Access": {
-        ALLOW_LIST = Key::list("allow-list", "Networks (CIDR) or addresses that alone are served; empty is all");
-        DENY_LIST = Key::list("deny-list", "Networks (CIDR) or addresses that are never served");
-        TRUST_PROXY = Key::switch("trust-proxy", "Believe Forwarded and X-Forwarded-For, whoever sends them");
-        PROXY_TRUSTED_SERVERS = Key::list("proxy-trusted-servers", "Networks (CIDR) or addresses of the proxies whose word on the client's address is believed");
+        /// Networks (CIDR) or addresses that alone are served; empty is all.
+        ALLOW_LIST = list("allow-list");
+        /// Networks (CIDR) or addresses that are never served.
+        DENY_LIST = list("deny-list");
+        /// Believe Forwarded and X-Forwarded-For, whoever sends them.
+        TRUST_PROXY = switch("trust-proxy");
+        /// Networks (CIDR) or addresses of the proxies whose word on the client's address is
+        /// believed.
+        PROXY_TRUSTED_SERVERS = list("proxy-trusted-servers");
     }
     Everywhere, "Limits": {
-        BODY_LIMIT_BYTES = Key::one("body-limit-bytes", "The largest request body").default("2097152");
-        MAX_CONNECTIONS = Key::one("max-connections", "How many connections may be open at once").default("20000");
-        HEADER_READ_TIMEOUT_SECONDS = Key::one("header-read-timeout-seconds", "The longest that a client may take to send a request's head").default("15");
-        EDGE_REQUEST_TIMEOUT = Key::one("edge-request-timeout", "The longest that one request may take, in seconds; streams excepted").default("10");
-        TOKEN_CACHE_CAPACITY = Key::one("token-cache-capacity", "How many valid tokens, and apart from them how many invalid ones, are remembered").default("100000");
-        INVALID_TOKEN_TTL_SECONDS = Key::one("invalid-token-ttl-seconds", "How long a token that was found invalid is refused without asking again").default("30");
-        USAGE_MAX_COUNTERS = Key::one("usage-max-counters", "How many distinct usage counters are held before they are merged harder").default("100000");
+        /// The largest request body.
+        BODY_LIMIT_BYTES = one("body-limit-bytes").default("2097152");
+        /// How many connections may be open at once.
+        MAX_CONNECTIONS = one("max-connections").default("20000");
+        /// The longest that a client may take to send a request's head.
+        HEADER_READ_TIMEOUT_SECONDS = one("header-read-timeout-seconds").default("15");
+        /// The longest that one request may take, in seconds; streams excepted.
+        EDGE_REQUEST_TIMEOUT = one("edge-request-timeout").default("10");
+        /// How many valid tokens, and apart from them how many invalid ones, are remembered.
+        TOKEN_CACHE_CAPACITY = one("token-cache-capacity").default("100000");
+        /// How long a token that was found invalid is refused without asking again.
+        INVALID_TOKEN_TTL_SECONDS = one("invalid-token-ttl-seconds").default("30");
+        /// How many distinct usage counters are held before they are merged harder.
+        USAGE_MAX_COUNTERS = one("usage-max-counters").default("100000");
     }
     Everywhere, "Running": {
-        CONFIG = Key::one("config", "The configuration file (TOML); config/parapet.toml where that exists").env("PARAPET_CONFIG");
-        DATA_DIR = Key::one("data-dir", "Where state is kept between runs").default("data");
-        LOG_FORMAT = Key::one("log-format", "The form of log lines: plain, json or pretty").short('l').default("plain");
-        LOG = Key::one("log", "What is logged: a level, or levels by target as in `info,parapet=debug`").env("RUST_LOG").default("info");
-        APP_NAME = Key::one("app-name", "The name under which upstream knows all instances").short('a').default("parapet");
-        INSTANCE_ID = Key::one("instance-id", "The name of this instance; a new one at each start when not given");
-        HOSTING = Key::one("hosting", "Who runs this instance: self-hosted, hosted or enterprise-self-hosted").default("self-hosted");
-        AWS_REGION = Key::one("aws-region", "The region that this instance reports");
-        DRAIN_DELAY_SECONDS = Key::one("drain-delay-seconds", "How long requests are still accepted after readiness was withdrawn").default("0");
-        SHUTDOWN_TIMEOUT_SECONDS = Key::one("shutdown-timeout-seconds", "The longest that requests under way and the last usage may take at the end").default("10");
+        /// The configuration file (TOML); config/parapet.toml where that exists.
+        CONFIG = one("config").env("PARAPET_CONFIG");
+        /// Where state is kept between runs.
+        DATA_DIR = one("data-dir").default("data");
+        /// The form of log lines: plain, json or pretty.
+        LOG_FORMAT = one("log-format").short('l').default("plain");
+        /// What is logged: a level, or levels by target as in `info,parapet=debug`.
+        LOG = one("log").env("RUST_LOG").default("info");
+        /// The name under which upstream knows all instances.
+        APP_NAME = one("app-name").short('a').default("parapet");
+        /// The name of this instance; a new one at each start when not given.
+        INSTANCE_ID = one("instance-id");
+        /// Who runs this instance: self-hosted, hosted or enterprise-self-hosted.
+        HOSTING = one("hosting").default("self-hosted");
+        /// The region that this instance reports.
+        AWS_REGION = one("aws-region");
+        /// How long requests are still accepted after readiness was withdrawn.
+        DRAIN_DELAY_SECONDS = one("drain-delay-seconds").default("0");
+        /// The longest that requests under way and the last usage may take at the end.
+        SHUTDOWN_TIMEOUT_SECONDS = one("shutdown-timeout-seconds").default("10");
     }
     Edge, "Upstream": {
-        UPSTREAM_URL = Key::one("upstream-url", "The address of the Unleash server, without /api; required").short('u');
-        UPSTREAM_ADMIN_TOKEN = Key::one("upstream-admin-token", "An admin token of upstream; exchanged for one backend token per environment").secret();
-        UPSTREAM_ADMIN_TOKEN_FILE = Key::one("upstream-admin-token-file", "A file that holds the admin token");
-        ENVIRONMENTS = Key::list("environments", "With an admin token: the environments to serve; empty is all that upstream has enabled");
-        FLEET_NAME = Key::one("fleet-name", "With an admin token: the name that instances share, so that they share backend tokens").default("default");
-        TOKENS = Key::list("tokens", "Without an admin token: backend tokens to fetch flags with from the start").short('t').secret();
-        FEATURES_REFRESH_INTERVAL_SECONDS = Key::one("features-refresh-interval-seconds", "How often flags are fetched").short('f').default("15");
-        METRICS_INTERVAL_SECONDS = Key::one("metrics-interval-seconds", "How often usage is sent").short('m').default("60");
-        TOKEN_REVALIDATION_INTERVAL_SECONDS = Key::one("token-revalidation-interval-seconds", "How old a valid verdict on a token may become").default("3600");
-        TOKEN_LIST_INTERVAL_SECONDS = Key::one("token-list-interval-seconds", "With an admin token: how often upstream's list of tokens is read; a revoked token is refused within it").default("15");
-        UPSTREAM_REQUEST_TIMEOUT = Key::one("upstream-request-timeout", "The longest that a request to upstream may take, in seconds").default("5");
-        UPSTREAM_SOCKET_TIMEOUT = Key::one("upstream-socket-timeout", "The longest that connecting to upstream may take, in seconds").default("5");
-        CLIENT_KEEPALIVE_TIMEOUT = Key::one("client-keepalive-timeout", "How long an idle connection to upstream is kept, in seconds").default("15");
-        UPSTREAM_CERTIFICATE_FILE = Key::one("upstream-certificate-file", "Certificates (PEM) to trust besides the platform's");
-        PKCS8_CLIENT_CERTIFICATE_FILE = Key::one("pkcs8-client-certificate-file", "This edge's own certificate chain (PEM), leaf first");
-        PKCS8_CLIENT_KEY_FILE = Key::one("pkcs8-client-key-file", "The key (PEM, PKCS #8) of that certificate");
-        SKIP_SSL_VERIFICATION = Key::switch("skip-ssl-verification", "Accept any certificate of upstream; for tests only").short('s');
-        CUSTOM_CLIENT_HEADERS = Key::list("custom-client-headers", "Headers for every request to upstream, as in `X-Api-Key: secret`").short('H').secret();
-        BACKUP_FOLDER = Key::one("backup-folder", "Where flags and digests of tokens are kept for a start without upstream; `backup` in the data dir when not given").short('b');
+        /// The address of the Unleash server, without /api; required.
+        UPSTREAM_URL = one("upstream-url").short('u');
+        /// An admin token of upstream; exchanged for one backend token per environment.
+        UPSTREAM_ADMIN_TOKEN = one("upstream-admin-token").secret();
+        /// A file that holds the admin token.
+        UPSTREAM_ADMIN_TOKEN_FILE = one("upstream-admin-token-file");
+        /// With an admin token: the environments to serve; empty is all that upstream has enabled.
+        ENVIRONMENTS = list("environments");
+        /// With an admin token: the name that instances share, so that they share backend tokens.
+        FLEET_NAME = one("fleet-name").default("default");
+        /// Without an admin token: backend tokens to fetch flags with from the start.
+        TOKENS = list("tokens").short('t').secret();
+        /// How often flags are fetched.
+        FEATURES_REFRESH_INTERVAL_SECONDS =
+            one("features-refresh-interval-seconds").short('f').default("15");
+        /// How often usage is sent.
+        METRICS_INTERVAL_SECONDS = one("metrics-interval-seconds").short('m').default("60");
+        /// How old a valid verdict on a token may become.
+        TOKEN_REVALIDATION_INTERVAL_SECONDS =
+            one("token-revalidation-interval-seconds").default("3600");
+        /// With an admin token: how often upstream's list of tokens is read; a revoked token is
+        /// refused within it.
+        TOKEN_LIST_INTERVAL_SECONDS = one("token-list-interval-seconds").default("15");
+        /// The longest that a request to upstream may take, in seconds.
+        UPSTREAM_REQUEST_TIMEOUT = one("upstream-request-timeout").default("5");
+        /// The longest that connecting to upstream may take, in seconds.
+        UPSTREAM_SOCKET_TIMEOUT = one("upstream-socket-timeout").default("5");
+        /// How long an idle connection to upstream is kept, in seconds.
+        CLIENT_KEEPALIVE_TIMEOUT = one("client-keepalive-timeout").default("15");
+        /// Certificates (PEM) to trust besides the platform's.
+        UPSTREAM_CERTIFICATE_FILE = one("upstream-certificate-file");
+        /// This edge's own certificate chain (PEM), leaf first.
+        PKCS8_CLIENT_CERTIFICATE_FILE = one("pkcs8-client-certificate-file");
+        /// The key (PEM, PKCS #8) of that certificate.
+        PKCS8_CLIENT_KEY_FILE = one("pkcs8-client-key-file");
+        /// Accept any certificate of upstream; for tests only.
+        SKIP_SSL_VERIFICATION = switch("skip-ssl-verification").short('s');
+        /// Headers for every request to upstream, as in `X-Api-Key: secret`.
+        CUSTOM_CLIENT_HEADERS = list("custom-client-headers").short('H').secret();
+        /// Where flags and digests of tokens are kept for a start without upstream; `backup` in the
+        /// data dir when not given.
+        BACKUP_FOLDER = one("backup-folder").short('b');
     }
     Offline, "Offline": {
-        BOOTSTRAP_FILE = Key::one("bootstrap-file", "The file of flags; required").short('b');
-        CLIENT_TOKENS = Key::list("client-tokens", "Tokens that may read flag configuration").short('c').secret();
-        FRONTEND_TOKENS = Key::list("frontend-tokens", "Tokens that may read evaluated flags").short('f').secret();
-        RELOAD_INTERVAL = Key::one("reload-interval", "How often, in seconds, the file is read again although nothing told of a change; 0 is never").short('r').default("0");
+        /// The file of flags; required.
+        BOOTSTRAP_FILE = one("bootstrap-file").short('b');
+        /// Tokens that may read flag configuration.
+        CLIENT_TOKENS = list("client-tokens").short('c').secret();
+        /// Tokens that may read evaluated flags.
+        FRONTEND_TOKENS = list("frontend-tokens").short('f').secret();
+        /// How often, in seconds, the file is read again although nothing told of a change; 0 is
+        /// never.
+        RELOAD_INTERVAL = one("reload-interval").short('r').default("0");
     }
     Standalone, "Standalone": {
-        FLAGS = Key::one("flags", "The file of flags, or the folder of such files").env("PARAPET_FLAGS").default("config/flags.json");
-        INIT_ADMIN_API_TOKENS = Key::list("init-admin-api-tokens", "Admin tokens that the first start creates").secret();
-        INIT_BACKEND_API_TOKENS = Key::list("init-backend-api-tokens", "Backend tokens that the first start creates").secret();
-        INIT_CLIENT_API_TOKENS = Key::list("init-client-api-tokens", "The older name of --init-backend-api-tokens").secret();
-        INIT_FRONTEND_API_TOKENS = Key::list("init-frontend-api-tokens", "Frontend tokens that the first start creates").secret();
+        /// The file of flags, or the folder of such files.
+        FLAGS = one("flags").env("PARAPET_FLAGS").default("config/flags.json");
+        /// Admin tokens that the first start creates.
+        INIT_ADMIN_API_TOKENS = list("init-admin-api-tokens").secret();
+        /// Backend tokens that the first start creates.
+        INIT_BACKEND_API_TOKENS = list("init-backend-api-tokens").secret();
+        /// The older name of --init-backend-api-tokens.
+        INIT_CLIENT_API_TOKENS = list("init-client-api-tokens").secret();
+        /// Frontend tokens that the first start creates.
+        INIT_FRONTEND_API_TOKENS = list("init-frontend-api-tokens").secret();
     }
     Probe, "Probe": {
-        EDGE_URL = Key::one("edge-url", "The instance to ask; localhost and --port when not given").short('e');
-        CA_CERTIFICATE_FILE = Key::one("ca-certificate-file", "A certificate authority (PEM) to trust besides the platform's").short('c');
+        /// The instance to ask; localhost and --port when not given.
+        EDGE_URL = one("edge-url").short('e');
+        /// A certificate authority (PEM) to trust besides the platform's.
+        CA_CERTIFICATE_FILE = one("ca-certificate-file").short('c');
     }
     // Known from Unleash Edge, accepted so that old deployments start and learn what changed.
     Everywhere, "Without effect": {
-        WORKERS = Key::ignored("workers", Shape::One, "as many threads run as there are processors").short('w');
-        EDGE_KEEPALIVE_TIMEOUT = Key::ignored("edge-keepalive-timeout", Shape::One, "idle connections end by --header-read-timeout-seconds");
-        SENTRY_DSN = Key::ignored("sentry-dsn", Shape::One, "nothing is sent to Sentry; errors are logged").secret();
-        SENTRY_TRACING_RATE = Key::ignored("sentry-tracing-rate", Shape::One, "nothing is sent to Sentry");
-        SENTRY_DEBUG = Key::ignored("sentry-debug", Shape::Switch, "nothing is sent to Sentry");
-        SENTRY_ENABLE_LOGS = Key::ignored("sentry-enable-logs", Shape::Switch, "nothing is sent to Sentry");
-        DATADOG_URL = Key::ignored("datadog-url", Shape::One, "let Datadog scrape /internal-backstage/metrics").secret();
-        OTEL_COLLECTOR_URL = Key::ignored("otel-collector-url", Shape::One, "traces are not exported yet").secret();
+        /// as many threads run as there are processors.
+        WORKERS = ignored("workers", One).short('w');
+        /// idle connections end by --header-read-timeout-seconds.
+        EDGE_KEEPALIVE_TIMEOUT = ignored("edge-keepalive-timeout", One);
+        /// nothing is sent to Sentry; errors are logged.
+        SENTRY_DSN = ignored("sentry-dsn", One);
+        /// nothing is sent to Sentry.
+        SENTRY_TRACING_RATE = ignored("sentry-tracing-rate", One);
+        /// nothing is sent to Sentry.
+        SENTRY_DEBUG = ignored("sentry-debug", Switch);
+        /// nothing is sent to Sentry.
+        SENTRY_ENABLE_LOGS = ignored("sentry-enable-logs", Switch);
+        /// let Datadog scrape /internal-backstage/metrics.
+        DATADOG_URL = ignored("datadog-url", One);
+        /// traces are not exported yet.
+        OTEL_COLLECTOR_URL = ignored("otel-collector-url", One);
     }
     Edge, "Without effect": {
-        STRICT = Key::ignored("strict", Shape::Switch, "every token that upstream finds valid is served");
-        DYNAMIC = Key::ignored("dynamic", Shape::Switch, "every token that upstream finds valid is served");
-        DELTA = Key::ignored("delta", Shape::Switch, "flags are fetched whole, and only when they changed");
-        DELTA_DIFF = Key::ignored("delta-diff", Shape::Switch, "flags are fetched whole");
-        STREAMING = Key::ignored("streaming", Shape::Switch, "upstream is polled by --features-refresh-interval-seconds");
-        CONSUMPTION = Key::ignored("consumption", Shape::Switch, "consumption is not billed");
-        DESIRED_PROJECTS = Key::ignored("desired-projects", Shape::List, "projects are those of the tokens");
-        EDGE_DEFER_TOKEN_VALIDATION = Key::ignored("edge-defer-token-validation", Shape::Switch, "a start never waits for upstream's verdict on tokens");
-        PROMETHEUS_PUSH_INTERVAL = Key::ignored("prometheus-push-interval", Shape::One, "metrics are scraped, not pushed");
-        PROMETHEUS_USERNAME = Key::ignored("prometheus-username", Shape::One, "metrics are scraped, not pushed").secret();
-        PROMETHEUS_PASSWORD = Key::ignored("prometheus-password", Shape::One, "metrics are scraped, not pushed").secret();
-        PROMETHEUS_USER_ID = Key::ignored("prometheus-user-id", Shape::One, "metrics are scraped, not pushed").secret();
+        /// every token that upstream finds valid is served.
+        STRICT = ignored("strict", Switch);
+        /// every token that upstream finds valid is served.
+        DYNAMIC = ignored("dynamic", Switch);
+        /// flags are fetched whole, and only when they changed.
+        DELTA = ignored("delta", Switch);
+        /// flags are fetched whole.
+        DELTA_DIFF = ignored("delta-diff", Switch);
+        /// upstream is polled by --features-refresh-interval-seconds.
+        STREAMING = ignored("streaming", Switch);
+        /// consumption is not billed.
+        CONSUMPTION = ignored("consumption", Switch);
+        /// projects are those of the tokens.
+        DESIRED_PROJECTS = ignored("desired-projects", List);
+        /// a start never waits for upstream's verdict on tokens.
+        EDGE_DEFER_TOKEN_VALIDATION = ignored("edge-defer-token-validation", Switch);
+        /// metrics are scraped, not pushed.
+        PROMETHEUS_PUSH_INTERVAL = ignored("prometheus-push-interval", One);
+        /// metrics are scraped, not pushed.
+        PROMETHEUS_USERNAME = ignored("prometheus-username", One);
+        /// metrics are scraped, not pushed.
+        PROMETHEUS_PASSWORD = ignored("prometheus-password", One);
+        /// metrics are scraped, not pushed.
+        PROMETHEUS_USER_ID = ignored("prometheus-user-id", One);
     }
     Everywhere, "Not supported": {
-        TLS_ENABLE = Key::refused("tls-enable", Shape::Switch, "let a reverse proxy in front end TLS");
-        TLS_SERVER_KEY = Key::ignored("tls-server-key", Shape::One, "let a reverse proxy in front end TLS");
-        TLS_SERVER_CERT = Key::ignored("tls-server-cert", Shape::One, "let a reverse proxy in front end TLS");
-        TLS_SERVER_PORT = Key::ignored("tls-server-port", Shape::One, "let a reverse proxy in front end TLS");
-        REDIRECT_HTTP_TO_HTTPS = Key::refused("redirect-http-to-https", Shape::Switch, "let a reverse proxy in front redirect");
+        /// let a reverse proxy in front end TLS.
+        TLS_ENABLE = refused("tls-enable", Switch);
+        /// let a reverse proxy in front end TLS.
+        TLS_SERVER_KEY = ignored("tls-server-key", One);
+        /// let a reverse proxy in front end TLS.
+        TLS_SERVER_CERT = ignored("tls-server-cert", One);
+        /// let a reverse proxy in front end TLS.
+        TLS_SERVER_PORT = ignored("tls-server-port", One);
+        /// let a reverse proxy in front redirect.
+        REDIRECT_HTTP_TO_HTTPS = refused("redirect-http-to-https", Switch);
     }
     Edge, "Not supported": {
-        REDIS_URL = Key::refused("redis-url", Shape::List, "use --backup-folder on a volume that outlives the instance");
-        REDIS_HOST = Key::refused("redis-host", Shape::One, "use --backup-folder on a volume that outlives the instance");
-        REDIS_MODE = Key::ignored("redis-mode", Shape::One, "Redis is not used");
-        REDIS_PORT = Key::ignored("redis-port", Shape::One, "Redis is not used");
-        REDIS_USERNAME = Key::ignored("redis-username", Shape::One, "Redis is not used").secret();
-        REDIS_PASSWORD = Key::ignored("redis-password", Shape::One, "Redis is not used").secret();
-        REDIS_SECURE = Key::ignored("redis-secure", Shape::Switch, "Redis is not used");
-        REDIS_SCHEME = Key::ignored("redis-scheme", Shape::One, "Redis is not used");
-        REDIS_READ_CONNECTION_TIMEOUT_MILLISECONDS = Key::ignored("redis-read-connection-timeout-milliseconds", Shape::One, "Redis is not used");
-        REDIS_WRITE_CONNECTION_TIMEOUT_MILLISECONDS = Key::ignored("redis-write-connection-timeout-milliseconds", Shape::One, "Redis is not used");
-        S3_BUCKET_NAME = Key::refused("s3-bucket-name", Shape::One, "use --backup-folder on a volume that outlives the instance");
-        PROMETHEUS_REMOTE_WRITE_URL = Key::refused("prometheus-remote-write-url", Shape::One, "let Prometheus scrape /internal-backstage/metrics");
-        PKCS12_IDENTITY_FILE = Key::refused("pkcs12-identity-file", Shape::One, "convert it: --pkcs8-client-certificate-file and --pkcs8-client-key-file");
-        PKCS12_PASSPHRASE = Key::ignored("pkcs12-passphrase", Shape::One, "PKCS #12 files are not read").secret();
-        PEM_CERT_FILE = Key::refused("pem-cert-file", Shape::One, "use --pkcs8-client-certificate-file and --pkcs8-client-key-file");
-        PRETRUSTED_TOKENS = Key::refused("pretrusted-tokens", Shape::List, "create the tokens in upstream, or run `offline` with --frontend-tokens");
-        UNLEASH_CLIENT_SECRET = Key::refused("unleash-client-secret", Shape::One, "use --upstream-admin-token or --tokens");
+        /// use --backup-folder on a volume that outlives the instance.
+        REDIS_URL = refused("redis-url", List);
+        /// use --backup-folder on a volume that outlives the instance.
+        REDIS_HOST = refused("redis-host", One);
+        /// Redis is not used.
+        REDIS_MODE = ignored("redis-mode", One);
+        /// Redis is not used.
+        REDIS_PORT = ignored("redis-port", One);
+        /// Redis is not used.
+        REDIS_USERNAME = ignored("redis-username", One);
+        /// Redis is not used.
+        REDIS_PASSWORD = ignored("redis-password", One);
+        /// Redis is not used.
+        REDIS_SECURE = ignored("redis-secure", Switch);
+        /// Redis is not used.
+        REDIS_SCHEME = ignored("redis-scheme", One);
+        /// Redis is not used.
+        REDIS_READ_CONNECTION_TIMEOUT_MILLISECONDS =
+            ignored("redis-read-connection-timeout-milliseconds", One);
+        /// Redis is not used.
+        REDIS_WRITE_CONNECTION_TIMEOUT_MILLISECONDS =
+            ignored("redis-write-connection-timeout-milliseconds", One);
+        /// use --backup-folder on a volume that outlives the instance.
+        S3_BUCKET_NAME = refused("s3-bucket-name", One);
+        /// let Prometheus scrape /internal-backstage/metrics.
+        PROMETHEUS_REMOTE_WRITE_URL = refused("prometheus-remote-write-url", One);
+        /// convert it: --pkcs8-client-certificate-file and --pkcs8-client-key-file.
+        PKCS12_IDENTITY_FILE = refused("pkcs12-identity-file", One);
+        /// PKCS #12 files are not read.
+        PKCS12_PASSPHRASE = ignored("pkcs12-passphrase", One);
+        /// use --pkcs8-client-certificate-file and --pkcs8-client-key-file.
+        PEM_CERT_FILE = refused("pem-cert-file", One);
+        /// create the tokens in upstream, or run `offline` with --frontend-tokens.
+        PRETRUSTED_TOKENS = refused("pretrusted-tokens", List);
+        /// use --upstream-admin-token or --tokens.
+        UNLEASH_CLIENT_SECRET = refused("unleash-client-secret", One);
     }
 }
 

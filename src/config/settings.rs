@@ -22,7 +22,7 @@ use crate::token::Token;
 const DEFAULT_FILE: &str = "config/parapet.toml";
 
 /// Looks up an environment variable.
-pub(super) type Variables<'a> = &'a dyn Fn(&str) -> Option<String>;
+pub(super) type Variable<'a> = &'a dyn Fn(&str) -> Option<String>;
 
 /// All that was given for one command.
 pub(super) struct Settings {
@@ -46,62 +46,80 @@ impl fmt::Debug for Settings {
 
 impl Settings {
     /// Merges the three layers: flags over environment over file.
-    pub(super) fn gather(verb: Verb, flags: Flags, variables: Variables<'_>) -> Self {
+    pub(super) fn gather(verb: Verb, flags: Flags, variable: Variable<'_>) -> Self {
         let mut settings =
             Self { verb, given: BTreeMap::new(), mistakes: Vec::new(), warnings: Vec::new() };
-        let variables =
-            |key: &Key| variables(&key.env_name()).filter(|text| !text.trim().is_empty());
-        for (key, texts) in flags {
-            let place = format!("--{}", key.name);
-            if settings.concerns(key) {
-                let texts = match key.shape {
-                    Shape::List => texts.iter().flat_map(|text| split(text)).collect(),
-                    Shape::One | Shape::Switch => texts,
-                };
-                settings.given.insert(key.name, Given { texts, place });
-            } else {
-                let reason = format!("has no meaning for `{}`", verb.name());
-                settings.mistakes.push(Mistake { place, reason });
-            }
-        }
-        for key in KEYS.iter().filter(|key| verb.concerns(key)) {
-            let Some(text) = variables(key) else { continue };
-            let texts = match key.shape {
-                Shape::List => split(&text),
-                Shape::One | Shape::Switch => vec![text.trim().to_owned()],
-            };
-            let given = Given { texts, place: key.env_name() };
-            settings.given.entry(key.name).or_insert(given);
-        }
-        if let Some(path) = settings.file() {
-            for entry in file::read(&path, &mut settings.mistakes) {
-                // One file may serve several commands, and an empty text is no value, as in the
-                // environment.
-                let empty = entry.texts.iter().all(|text| text.trim().is_empty());
-                if !settings.concerns(entry.key) || empty {
-                    continue;
-                }
-                let place = format!("{}:{}: {}", path.display(), entry.line, entry.key.file_name());
-                let given = Given { texts: entry.texts, place };
-                settings.given.entry(entry.key.name).or_insert(given);
-            }
-        }
+        settings.add_flags(flags);
+        settings.add_variables(variable);
+        settings.add_file();
         settings.judge_foreign_keys();
         settings
+    }
+
+    fn add_flags(&mut self, flags: Flags) {
+        for (key, texts) in flags {
+            let place = format!("--{}", key.name);
+            if !self.concerns(key) {
+                let reason = format!("has no meaning for `{}`", self.verb.name());
+                self.mistakes.push(Mistake { place, reason });
+                continue;
+            }
+            let texts = match key.shape {
+                Shape::List => texts.iter().flat_map(|text| split(text)).collect(),
+                Shape::One | Shape::Switch => texts,
+            };
+            self.add(key, texts, place);
+        }
+    }
+
+    fn add_variables(&mut self, variable: Variable<'_>) {
+        for key in KEYS {
+            let place = key.env_name();
+            let Some(text) = variable(&place).filter(|text| !text.trim().is_empty()) else {
+                continue;
+            };
+            if self.concerns(key) {
+                let texts = match key.shape {
+                    Shape::List => split(&text),
+                    Shape::One | Shape::Switch => vec![text.trim().to_owned()],
+                };
+                self.add(key, texts, place);
+            } else if self.serves() && key.scope != Scope::Probe && key.support == Support::Full {
+                // Commands may share an environment; but perhaps another one was meant.
+                self.warnings.push(format!("{place} has no meaning for `{}`", self.verb.name()));
+            }
+        }
+    }
+
+    fn add_file(&mut self) {
+        let named = self.text(&CONFIG).map(PathBuf::from);
+        let present = || Some(PathBuf::from(DEFAULT_FILE)).filter(|path| path.exists());
+        let Some(path) = named.or_else(present) else { return };
+        for file::Entry { key, texts, line } in file::read(&path, &mut self.mistakes) {
+            // Commands may share a file, and an empty text is no value, as in the environment.
+            if self.concerns(key) && !texts.iter().all(|text| text.trim().is_empty()) {
+                let place = format!("{}:{line}: {}", path.display(), key.file_name());
+                self.add(key, texts, place);
+            }
+        }
+    }
+
+    /// Adds what a layer says of `key`, unless a layer above has spoken.
+    fn add(&mut self, key: &Key, texts: Vec<String>, place: String) {
+        self.given.entry(key.name).or_insert(Given { texts, place });
     }
 
     fn concerns(&self, key: &Key) -> bool {
         self.verb.concerns(key)
     }
 
-    fn file(&self) -> Option<PathBuf> {
-        let named = self.text(&CONFIG).map(PathBuf::from);
-        named.or_else(|| Some(PathBuf::from(DEFAULT_FILE)).filter(|path| path.exists()))
+    fn serves(&self) -> bool {
+        self.verb.scope() != Scope::Probe
     }
 
     /// Warns of keys of Unleash Edge that do nothing here; refuses those that would have to.
     fn judge_foreign_keys(&mut self) {
-        if self.verb.scope() == Scope::Probe {
+        if !self.serves() {
             return;
         }
         for key in KEYS {
@@ -112,14 +130,14 @@ impl Settings {
             };
             let place = &self.given[key.name].place;
             match key.support {
-                Support::Ignored(why) if wanted => {
-                    self.warnings.push(format!("{place} has no effect: {why}"));
+                Support::Ignored if wanted => {
+                    self.warnings.push(format!("{place} has no effect: {}", key.help()));
                 }
-                Support::Refused(instead) if wanted => {
-                    let reason = format!("is not supported by Parapet; {instead}");
+                Support::Refused if wanted => {
+                    let reason = format!("is not supported by Parapet; {}", key.help());
                     self.mistakes.push(Mistake { place: place.clone(), reason });
                 }
-                Support::Full | Support::Ignored(_) | Support::Refused(_) => {}
+                Support::Full | Support::Ignored | Support::Refused => {}
             }
         }
     }

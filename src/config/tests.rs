@@ -227,13 +227,16 @@ fn every_variable_of_unleash_edge_takes_effect_or_warns_or_is_refused() {
                 let overridden = name == "UPSTREAM_URL";
                 assert!(overridden || line.ends_with(&format!("# {name}")), "{line}");
             }
-            Support::Ignored(why) => {
+            Support::Ignored => {
                 let told = config(EDGE, &[(name, text)]).warnings;
-                assert!(told.contains(&format!("{name} has no effect: {why}")), "{told:?}");
+                assert!(
+                    told.contains(&format!("{name} has no effect: {}", key.help())),
+                    "{told:?}"
+                );
             }
-            Support::Refused(instead) => {
+            Support::Refused => {
                 let told = mistakes(EDGE, &[(name, text)]);
-                assert_eq!(told, [format!("{name}: is not supported by Parapet; {instead}")]);
+                assert_eq!(told, [format!("{name}: is not supported by Parapet; {}", key.help())]);
             }
         }
     }
@@ -256,6 +259,12 @@ fn offline_takes_unleash_edges_variables() {
     let line = "offline -b config/flags.json -c *:d.x -c *:d.y,*:d.z -f *:d.f -r 0";
     let Mode::Offline(offline) = config(line, &[]).mode else { panic!() };
     assert_eq!((offline.client_tokens.len(), offline.reload_interval), (3, None));
+}
+
+#[test]
+fn a_variable_of_another_command_warns() {
+    let told = config("", &[("UPSTREAM_URL", "http://u"), ("REDIS_URL", "redis://r")]).warnings;
+    assert_eq!(told, ["UPSTREAM_URL has no meaning for `standalone`"]);
 }
 
 #[test]
@@ -364,7 +373,8 @@ fn proxies_are_believed_as_told() {
     check("--trust-proxy=false", &Proxies::None);
     let only = Proxies::Only(vec!["10.0.0.1/32".parse().unwrap(), "fd00::/8".parse().unwrap()]);
     check("--trust-proxy --proxy-trusted-servers 10.0.0.1,fd00::/8", &only);
-    assert_eq!(mistakes("--proxy-trusted-servers 10.0.0.1", &[]).len(), 1);
+    check("--proxy-trusted-servers 10.0.0.1", &Proxies::None);
+    assert_eq!(config("--proxy-trusted-servers 10.0.0.1", &[]).warnings.len(), 1);
 }
 
 #[test]
@@ -406,9 +416,9 @@ fn sample(comment: &str) -> String {
     let mut text = String::from(
         "# Parapet's configuration: every key with its default.\n\
          #\n\
-         # Each may also be a flag (`--upstream-url`) or an environment variable (`UPSTREAM_URL`); flags\n\
-         # win over the environment, the environment over this file. An empty text is no value. Times are\n\
-         # in seconds, whole or decimal. `parapet --check-config` shows what is in effect.\n",
+         # Each may also be a flag (`--upstream-url`) or a variable (`UPSTREAM_URL`); flags win over\n\
+         # the environment, the environment over this file. An empty text is no value. Times are in\n\
+         # seconds, whole or decimal. `parapet --check-config` shows what is in effect.\n",
     );
     let mut heading = "";
     for key in KEYS.iter().filter(|key| is_in_file(key)) {
@@ -422,7 +432,7 @@ fn sample(comment: &str) -> String {
             Shape::One | Shape::Switch => vec![key.default.unwrap_or_default().to_owned()],
         };
         let (name, value) = (key.file_name(), settings::toml(key, &default));
-        writeln!(text, "\n# {}.\n{comment}{name} = {value}", key.help).unwrap();
+        writeln!(text, "\n# {}.\n{comment}{name} = {value}", key.help()).unwrap();
     }
     text
 }
