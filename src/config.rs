@@ -59,10 +59,8 @@ impl Command {
         let settings = Settings::gather(verb, flags, variable);
         let effective = settings.to_toml();
         let command = match verb {
-            Verb::Edge | Verb::Offline | Verb::Standalone => {
-                Self::Run(Box::new(check::config(settings)?))
-            }
-            Verb::Health | Verb::Ready => Self::Probe(check::probe(settings)?),
+            Verb::Serve(role) => Self::Run(Box::new(check::config(settings, role)?)),
+            Verb::Ask(question) => Self::Probe(check::probe(settings, question)?),
         };
         Ok(match purpose {
             Purpose::Run => command,

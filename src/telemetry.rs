@@ -5,7 +5,7 @@
 //! the registry, and `app` spawns the upkeep.
 
 use std::{
-    io,
+    io::{self, IsTerminal as _},
     sync::{
         Arc, OnceLock, Weak,
         atomic::{AtomicBool, Ordering},
@@ -40,7 +40,7 @@ pub enum LogFormat {
     Plain,
     /// One JSON object per event.
     Json,
-    /// Several coloured lines per event, for a person at a terminal.
+    /// Several lines per event, for a person at a terminal.
     Pretty,
 }
 
@@ -78,7 +78,8 @@ impl Config {
 /// there keeps working; standard error is left to what prevents a start.
 pub fn start_logging(config: &Config) {
     let filter = EnvFilter::try_new(&config.filter).unwrap_or_else(|_| EnvFilter::new("info"));
-    let lines = fmt().with_env_filter(filter).with_writer(io::stdout);
+    let colours = io::stdout().is_terminal();
+    let lines = fmt().with_env_filter(filter).with_writer(io::stdout).with_ansi(colours);
     // An error means that a test, or an earlier call, has set a subscriber: that one stays.
     let _ = match config.format {
         LogFormat::Plain => lines.finish().try_init(),

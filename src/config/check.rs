@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeSet,
     net::{IpAddr, Ipv4Addr, SocketAddr},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use ipnet::IpNet;
@@ -17,7 +17,7 @@ use super::{
         AdminListener, Config, Credentials, DataListener, Edge, Endpoint, Identity, Limits, Mode,
         Offline, Probe, SeedTokens, Shutdown, Standalone,
     },
-    cli::Verb,
+    cli::{Question, Role, Verb},
     keys::{self, Key},
     mistake::Mistakes,
     settings::Settings,
@@ -31,14 +31,14 @@ use crate::{
 };
 
 /// Checks the settings of a command that serves.
-pub(super) fn config(mut settings: Settings) -> Result<Config, Mistakes> {
+pub(super) fn config(mut settings: Settings, role: Role) -> Result<Config, Mistakes> {
     let s = &mut settings;
     let identity = identity(s);
     let data_dir = path(s, &keys::DATA_DIR);
-    let mode = match s.verb {
-        Verb::Edge => edge(s, &identity, &data_dir).map(Box::new).map(Mode::Edge),
-        Verb::Offline => offline(s).map(Mode::Offline),
-        Verb::Standalone | Verb::Health | Verb::Ready => Some(Mode::Standalone(standalone(s))),
+    let mode = match role {
+        Role::Edge => edge(s, &identity, &data_dir).map(Box::new).map(Mode::Edge),
+        Role::Offline => offline(s).map(Mode::Offline),
+        Role::Standalone => Some(Mode::Standalone(standalone(s))),
     };
     let (data, admin) = listeners(s);
     let auth = auth::Config {
@@ -69,7 +69,7 @@ pub(super) fn config(mut settings: Settings) -> Result<Config, Mistakes> {
 }
 
 /// Checks the settings of `health` and `ready`.
-pub(super) fn probe(mut settings: Settings) -> Result<Probe, Mistakes> {
+pub(super) fn probe(mut settings: Settings, question: Question) -> Result<Probe, Mistakes> {
     let s = &mut settings;
     let port = port(s, &keys::PORT);
     let base_path = base_path(s);
@@ -79,11 +79,11 @@ pub(super) fn probe(mut settings: Settings) -> Result<Probe, Mistakes> {
     } else {
         http_url(&format!("http://localhost:{port}"))
     };
-    let verb = s.verb.name();
     Mistakes::none_in(settings.mistakes)?;
     let mut url = edge_url.expect("an address that cannot be read is a mistake");
     let before = url.path().trim_end_matches('/').to_owned();
-    url.set_path(&format!("{before}{base_path}/internal-backstage/{verb}"));
+    let name = Verb::Ask(question).name();
+    url.set_path(&format!("{before}{base_path}/internal-backstage/{name}"));
     Ok(Probe { url, ca_certificate_file })
 }
 
@@ -102,7 +102,7 @@ fn identity(s: &mut Settings) -> Identity {
     }
 }
 
-fn edge(s: &mut Settings, identity: &Identity, data_dir: &std::path::Path) -> Option<Edge> {
+fn edge(s: &mut Settings, identity: &Identity, data_dir: &Path) -> Option<Edge> {
     let credentials = credentials(s);
     let upstream = upstream(s, identity);
     let sync = sync::Config { interval: s.interval(&keys::FEATURES_REFRESH_INTERVAL_SECONDS) };

@@ -27,9 +27,21 @@ pub(super) enum Line {
 /// The subcommands.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Verb {
+    Serve(Role),
+    Ask(Question),
+}
+
+/// As what to serve.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Role {
     Edge,
     Offline,
     Standalone,
+}
+
+/// What to ask a running instance.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Question {
     Health,
     Ready,
 }
@@ -60,34 +72,46 @@ impl IntoIterator for Flags {
 }
 
 impl Verb {
-    const ALL: [Self; 5] = [Self::Edge, Self::Offline, Self::Standalone, Self::Health, Self::Ready];
+    const ALL: [Self; 5] = [
+        Self::Serve(Role::Edge),
+        Self::Serve(Role::Offline),
+        Self::Serve(Role::Standalone),
+        Self::Ask(Question::Health),
+        Self::Ask(Question::Ready),
+    ];
 
     pub(super) fn name(self) -> &'static str {
         match self {
-            Self::Edge => "edge",
-            Self::Offline => "offline",
-            Self::Standalone => "standalone",
-            Self::Health => "health",
-            Self::Ready => "ready",
+            Self::Serve(Role::Edge) => "edge",
+            Self::Serve(Role::Offline) => "offline",
+            Self::Serve(Role::Standalone) => "standalone",
+            Self::Ask(Question::Health) => "health",
+            Self::Ask(Question::Ready) => "ready",
         }
     }
 
     pub(super) fn scope(self) -> Scope {
         match self {
-            Self::Edge => Scope::Edge,
-            Self::Offline => Scope::Offline,
-            Self::Standalone => Scope::Standalone,
-            Self::Health | Self::Ready => Scope::Probe,
+            Self::Serve(Role::Edge) => Scope::Edge,
+            Self::Serve(Role::Offline) => Scope::Offline,
+            Self::Serve(Role::Standalone) => Scope::Standalone,
+            Self::Ask(_) => Scope::Probe,
         }
     }
 
     fn about(self) -> &'static str {
         match self {
-            Self::Edge => "Stand in front of an Unleash server",
-            Self::Offline => "Serve the flags of a file to given tokens",
-            Self::Standalone => "Be the server: flags from files, tokens of its own (the default)",
-            Self::Health => "Ask a running instance whether it lives; exit 0 if so, else 1",
-            Self::Ready => "Ask a running instance whether it is ready; exit 0 if so, else 1",
+            Self::Serve(Role::Edge) => "Stand in front of an Unleash server",
+            Self::Serve(Role::Offline) => "Serve the flags of a file to given tokens",
+            Self::Serve(Role::Standalone) => {
+                "Be the server: flags from files, tokens of its own (the default)"
+            }
+            Self::Ask(Question::Health) => {
+                "Ask a running instance whether it lives; exit 0 if so, else 1"
+            }
+            Self::Ask(Question::Ready) => {
+                "Ask a running instance whether it is ready; exit 0 if so, else 1"
+            }
         }
     }
 }
@@ -115,7 +139,7 @@ pub(super) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Line, Mi
             let verb = Verb::ALL.into_iter().find(|verb| verb.name() == name);
             (verb.expect("clap knows no other subcommands"), below)
         }
-        None => (Verb::Standalone, &matches),
+        None => (Verb::Serve(Role::Standalone), &matches),
     };
     let purpose = if [PRINT_CONFIG, CHECK_CONFIG].iter().any(|flag| below.get_flag(flag)) {
         Purpose::Print

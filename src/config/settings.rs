@@ -114,7 +114,7 @@ impl Settings {
     }
 
     fn serves(&self) -> bool {
-        self.verb.scope() != Scope::Probe
+        matches!(self.verb, Verb::Serve(_))
     }
 
     /// Warns of keys of Unleash Edge that do nothing here; refuses those that would have to.

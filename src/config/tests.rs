@@ -2,6 +2,8 @@
 
 use std::{collections::HashMap, fmt::Write as _, path::Path, time::Duration};
 
+use proptest::prelude::*;
+
 use super::{
     keys::{CONFIG, KEYS, Key, Scope, Shape, Support},
     settings, *,
@@ -409,6 +411,22 @@ fn probes_ask_the_local_instance_unless_told_otherwise() {
     check("ready", &[("PORT", "80")], "http://localhost/internal-backstage/ready");
     let env = [("BASE_PATH", "/base"), ("TLS_ENABLE", "true")];
     check("ready -e http://edge:1/", &env, "http://edge:1/base/internal-backstage/ready");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn no_value_of_any_key_makes_checking_panic(at in 0..KEYS.len(), text in ".{0,40}") {
+        let key = KEYS[at];
+        for verb in ["edge", "offline", "standalone", "ready"] {
+            let flag = format!("--{}={text}", key.name);
+            let args = ["parapet", verb, &flag].map(OsString::from);
+            let _ = Command::parse(args, &|_| None);
+            let args = ["parapet", verb].map(OsString::from);
+            let _ = Command::parse(args, &|name| (name == key.env_name()).then(|| text.clone()));
+        }
+    }
 }
 
 /// `config/parapet.toml` as the keys would have it.
