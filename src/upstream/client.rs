@@ -17,7 +17,7 @@ use tokio::time::Instant;
 use super::{
     connect::{self, Config},
     error::{self, Error},
-    outcome::{self, Health, Pulse, Purpose},
+    outcome::{self, Health, Outcome, Pulse, Purpose},
 };
 use crate::{
     token::{Environment, Token},
@@ -73,6 +73,9 @@ impl Upstream {
     }
 
     fn with_max_body(config: Config, max_body: usize) -> Result<Self, Error> {
+        if !matches!(config.url.scheme(), "http" | "https") {
+            return Err(Error::Scheme);
+        }
         outcome::describe();
         let pool = connect::pool(&config)?;
         let Config { url, token_header, .. } = config;
@@ -170,7 +173,7 @@ impl Upstream {
     fn request(&self, method: Method, path: &[&str], token: Option<&Token>) -> RequestBuilder {
         let mut url = self.0.url.clone();
         url.path_segments_mut()
-            .expect("the configuration admits only http and https")
+            .expect("URLs of http and https have a path")
             .pop_if_empty()
             .extend(path);
         let mut request = self.0.pool.request(method, url);
@@ -192,8 +195,10 @@ impl Upstream {
         read: impl FnOnce(Answer) -> Result<T, Error>,
     ) -> Result<T, Error> {
         let started = Instant::now();
-        let result = self.exchange(request).await.and_then(read);
-        outcome::count(purpose, &result, started.elapsed());
+        let answer = self.exchange(request).await;
+        let status = answer.as_ref().ok().map(|answer| answer.status);
+        let result = answer.and_then(read);
+        outcome::count(purpose, Outcome::of(status, &result), started.elapsed());
         self.0.pulse.feel(&result);
         result
     }
@@ -420,6 +425,13 @@ mod tests {
         let error = upstream.features(&token(), None).await.expect_err("half a body");
         assert!(matches!(error, Error::Interrupted(_)), "{error:?}");
         assert!(error.is_ambiguous());
+    }
+
+    #[test]
+    fn a_url_without_a_scheme_is_refused() {
+        // It is read as the scheme `unleash`.
+        let error = Upstream::new(config("unleash:4242")).expect_err("no scheme");
+        assert!(matches!(error, Error::Scheme), "{error:?}");
     }
 
     #[test]

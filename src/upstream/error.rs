@@ -50,6 +50,9 @@ pub enum Error {
         /// The column where reading stopped.
         column: usize,
     },
+    /// The configured URL has another scheme than HTTP's.
+    #[error("upstream's URL begins neither with http:// nor with https://")]
+    Scheme,
     /// A file of the configuration cannot be read.
     #[error("cannot read {}", file.display())]
     File {
@@ -128,6 +131,7 @@ impl Error {
             | Self::TooLarge { .. }
             | Self::Decode { .. } => Fault::Upstream,
             Self::Redirect(_)
+            | Self::Scheme
             | Self::File { .. }
             | Self::Pem { .. }
             | Self::Header(_)

@@ -75,10 +75,13 @@ impl Error {
         }
     }
 
-    /// Whether asking again later may help.
+    /// When asking again may help: always later, since what is missing can be made upstream.
     pub fn retry(&self) -> Retry {
         match self {
-            Self::Upstream { source, .. } => source.retry(),
+            Self::Upstream { source, .. } => match source.retry() {
+                Retry::Never => Retry::Later(None),
+                later @ Retry::Later(_) => later,
+            },
             Self::Throttled { pause, .. } => Retry::Later(Some(*pause)),
             Self::Unknown { .. } => Retry::Later(None),
         }

@@ -26,7 +26,7 @@ pub(super) enum Purpose {
 }
 
 impl Purpose {
-    pub(super) fn as_str(self) -> &'static str {
+    fn as_str(self) -> &'static str {
         match self {
             Self::Features => "features",
             Self::Validate => "validate",
@@ -39,21 +39,67 @@ impl Purpose {
     }
 }
 
-/// How a failed request ended, as a label.
-fn label(error: &Error) -> &'static str {
-    match error {
-        Error::Unreachable(_) => "unreachable",
-        Error::Interrupted(_) => "interrupted",
-        Error::Timeout(_) => "timeout",
-        Error::Redirect(_) => "redirected",
-        Error::Status { status, .. } => match *status {
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => "unauthorized",
-            StatusCode::TOO_MANY_REQUESTS => "throttled",
-            status if status.is_client_error() => "rejected",
-            _ => "failed",
-        },
-        Error::Unconditional | Error::TooLarge { .. } | Error::Decode { .. } => "malformed",
-        Error::File { .. } | Error::Pem { .. } | Error::Header(_) | Error::Setup(_) => "unsent",
+/// How a request ended.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Outcome {
+    Ok,
+    NotModified,
+    Unauthorized,
+    Rejected,
+    Throttled,
+    Failed,
+    Malformed,
+    Redirected,
+    Timeout,
+    Unreachable,
+    Interrupted,
+    Unsent,
+}
+
+impl Outcome {
+    /// How `result` ended, whose answer had this status if there was one.
+    pub(super) fn of<T>(status: Option<StatusCode>, result: &Result<T, Error>) -> Self {
+        match result {
+            Ok(_) if status == Some(StatusCode::NOT_MODIFIED) => Self::NotModified,
+            Ok(_) => Self::Ok,
+            Err(Error::Unreachable(_)) => Self::Unreachable,
+            Err(Error::Interrupted(_)) => Self::Interrupted,
+            Err(Error::Timeout(_)) => Self::Timeout,
+            Err(Error::Redirect(_)) => Self::Redirected,
+            Err(Error::Status { status, .. }) => match *status {
+                StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Self::Unauthorized,
+                StatusCode::TOO_MANY_REQUESTS => Self::Throttled,
+                status if status.is_client_error() => Self::Rejected,
+                _ => Self::Failed,
+            },
+            Err(Error::Unconditional | Error::TooLarge { .. } | Error::Decode { .. }) => {
+                Self::Malformed
+            }
+            Err(
+                Error::Scheme
+                | Error::File { .. }
+                | Error::Pem { .. }
+                | Error::Header(_)
+                | Error::Setup(_),
+            ) => Self::Unsent,
+        }
+    }
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::NotModified => "not_modified",
+            Self::Unauthorized => "unauthorized",
+            Self::Rejected => "rejected",
+            Self::Throttled => "throttled",
+            Self::Failed => "failed",
+            Self::Malformed => "malformed",
+            Self::Redirected => "redirected",
+            Self::Timeout => "timeout",
+            Self::Unreachable => "unreachable",
+            Self::Interrupted => "interrupted",
+            Self::Unsent => "unsent",
+        }
     }
 }
 
@@ -64,10 +110,10 @@ pub(super) fn describe() {
 }
 
 /// Counts a finished request.
-pub(super) fn count<T>(purpose: Purpose, result: &Result<T, Error>, took: Duration) {
-    let outcome = result.as_ref().map_or_else(label, |_| "ok");
-    counter!(REQUESTS, "purpose" => purpose.as_str(), "outcome" => outcome).increment(1);
-    histogram!(DURATION, "purpose" => purpose.as_str()).record(took);
+pub(super) fn count(purpose: Purpose, outcome: Outcome, took: Duration) {
+    let (purpose, outcome) = (purpose.as_str(), outcome.as_str());
+    counter!(REQUESTS, "purpose" => purpose, "outcome" => outcome).increment(1);
+    histogram!(DURATION, "purpose" => purpose).record(took);
 }
 
 /// How upstream has been doing, as seen from here.
