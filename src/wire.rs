@@ -6,3 +6,4 @@
 pub mod context;
 pub mod features;
 pub mod tokens;
+pub mod usage;

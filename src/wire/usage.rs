@@ -1,0 +1,552 @@
+//! What SDKs and edges report of themselves and of the flags they use, and how upstream takes it.
+//!
+//! Reading is as lenient as the Unleash server (7.5.1, 8.2.0) and in places more so: a report that
+//! it would store is never refused. Writing is exact: only shapes that pass both of its
+//! schemas, because one bad item there costs the whole request (protocol: `/metrics/bulk`).
+//!
+//! Merging, bounding and sending are `usage`'s.
+
+mod impact;
+mod object;
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use jiff::Timestamp;
+use serde::ser::{Serialize, SerializeMap, Serializer};
+use serde_json::{Map, Value};
+
+use self::object::{Object, lenient_text};
+pub use self::{
+    impact::{HistogramSample, ImpactMetric, Labels, NumericSample, Samples, UpperBound},
+    object::ParseError,
+};
+
+/// The longest text of a metadata field that is kept, in bytes (upstream: `varchar(255)`).
+const MAX_TEXT: usize = 255;
+/// How many strategies of a registration are kept.
+const MAX_STRATEGIES: usize = 256;
+/// How many hops of `connectVia` are kept.
+const MAX_HOPS: usize = 16;
+/// How large the unknown fields of a registration may be altogether, in bytes of JSON.
+const MAX_EXTRA: usize = 4096;
+
+/// Which family of SDKs reports.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub enum SdkKind {
+    /// Server-side SDKs, which evaluate flags themselves.
+    Backend,
+    /// Frontend SDKs, which are given evaluated flags.
+    Frontend,
+}
+
+impl SdkKind {
+    /// The kind as `sdkType` has it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Backend => "backend",
+            Self::Frontend => "frontend",
+        }
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        match text {
+            "backend" => Some(Self::Backend),
+            "frontend" => Some(Self::Frontend),
+            _ => None,
+        }
+    }
+}
+
+/// What an SDK tells of itself beside its name.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Metadata {
+    /// `<sdk>:<version>`.
+    pub sdk_version: Option<Arc<str>>,
+    /// The version of its Yggdrasil engine.
+    pub yggdrasil_version: Option<Arc<str>>,
+    /// What it runs on.
+    pub platform_name: Option<Arc<str>>,
+    /// The version of what it runs on.
+    pub platform_version: Option<Arc<str>>,
+    /// The wrapper around it, such as a web framework's.
+    pub sdk_flavor: Option<Arc<str>>,
+    /// The version of that wrapper.
+    pub sdk_flavor_version: Option<Arc<str>>,
+    /// The client specification that it follows.
+    pub spec_version: Option<Arc<str>>,
+}
+
+impl Metadata {
+    fn take(object: &mut Object) -> Self {
+        Self {
+            sdk_version: object.text("sdkVersion", MAX_TEXT),
+            yggdrasil_version: object.text("yggdrasilVersion", MAX_TEXT),
+            platform_name: object.text("platformName", MAX_TEXT),
+            platform_version: object.text("platformVersion", MAX_TEXT),
+            sdk_flavor: object.text("sdkFlavor", MAX_TEXT),
+            sdk_flavor_version: object.text("sdkFlavorVersion", MAX_TEXT),
+            spec_version: object.text("specVersion", MAX_TEXT),
+        }
+    }
+
+    /// Writes what is known; upstream refuses `null` where it expects text.
+    fn write<M: SerializeMap>(&self, map: &mut M) -> Result<(), M::Error> {
+        let fields = [
+            ("sdkVersion", &self.sdk_version),
+            ("yggdrasilVersion", &self.yggdrasil_version),
+            ("platformName", &self.platform_name),
+            ("platformVersion", &self.platform_version),
+            ("sdkFlavor", &self.sdk_flavor),
+            ("sdkFlavorVersion", &self.sdk_flavor_version),
+            ("specVersion", &self.spec_version),
+        ];
+        for (name, value) in fields {
+            write_some(map, name, value.as_deref())?;
+        }
+        Ok(())
+    }
+}
+
+/// One hop between an application and upstream.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct ConnectVia {
+    /// What kind of program it is.
+    pub app_name: Arc<str>,
+    /// Which one of them.
+    pub instance_id: Arc<str>,
+}
+
+impl Serialize for ConnectVia {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(Some(2))?;
+        map.serialize_entry("appName", &*self.app_name)?;
+        map.serialize_entry("instanceId", &*self.instance_id)?;
+        map.end()
+    }
+}
+
+/// An instance of an application, as it registers itself.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Application {
+    /// Its name; never empty.
+    pub app_name: Arc<str>,
+    /// Which of its instances; upstream insists on one in bulk.
+    pub instance_id: Option<Arc<str>>,
+    /// The connection, of which an instance may have several.
+    pub connection_id: Option<Arc<str>>,
+    /// The environment; whoever registers does not choose it, its token does.
+    pub environment: Option<Arc<str>>,
+    /// The projects; likewise.
+    pub projects: Option<Vec<Arc<str>>>,
+    /// Through whom it reached us, the nearest last.
+    pub connect_via: Vec<ConnectVia>,
+    /// How often it fetches flags, in the unit of its SDK (seconds or milliseconds).
+    pub interval: u64,
+    /// When it started.
+    pub started: Timestamp,
+    /// The strategies that it implements; none are told when it is only known by its metrics.
+    pub strategies: Option<Vec<Arc<str>>>,
+    /// Which family its SDK is of.
+    pub sdk_kind: Option<SdkKind>,
+    /// What else is known of its SDK.
+    pub metadata: Metadata,
+    /// Fields that this version does not know, passed on as they are.
+    pub extra: Map<String, Value>,
+}
+
+impl Application {
+    /// Reads the body of a registration.
+    pub fn parse(body: &[u8]) -> Result<Self, ParseError> {
+        Self::take(Object::parse(body)?)
+    }
+
+    /// Reads a registration out of a larger body.
+    pub fn from_value(value: Value) -> Result<Self, ParseError> {
+        Self::take(Object::of(value, String::new())?)
+    }
+
+    fn take(mut object: Object) -> Result<Self, ParseError> {
+        let app_name = object.name("appName")?;
+        let started = object.timestamp("started")?;
+        let interval = object.required_count("interval")?;
+        let strategies = object.array("strategies")?.map(|values| texts(&values, MAX_STRATEGIES));
+        let projects = object.array("projects")?.map(|values| texts(&values, MAX_STRATEGIES));
+        let hops = object.array("connectVia")?.unwrap_or_default();
+        let mut application = Self {
+            app_name,
+            started,
+            interval,
+            strategies,
+            projects,
+            connect_via: hops.into_iter().filter_map(hop).take(MAX_HOPS).collect(),
+            instance_id: object.text("instanceId", MAX_TEXT),
+            connection_id: object.text("connectionId", MAX_TEXT),
+            environment: object.text("environment", MAX_TEXT),
+            sdk_kind: object.text("sdkType", MAX_TEXT).and_then(|kind| SdkKind::parse(&kind)),
+            metadata: Metadata::take(&mut object),
+            extra: Map::new(),
+        };
+        // The one field more that upstream's schema types: it refuses anything but text there.
+        if object.has("project") {
+            let project = object.text("project", MAX_TEXT);
+            application.extra.extend(project.map(|id| ("project".to_owned(), Value::from(&*id))));
+        }
+        let rest = object.rest();
+        if serde_json::to_vec(&rest).is_ok_and(|json| json.len() <= MAX_EXTRA) {
+            application.extra.extend(rest);
+        }
+        Ok(application)
+    }
+}
+
+impl Serialize for Application {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        map.serialize_entry("appName", &*self.app_name)?;
+        write_some(&mut map, "instanceId", self.instance_id.as_deref())?;
+        write_some(&mut map, "connectionId", self.connection_id.as_deref())?;
+        write_some(&mut map, "environment", self.environment.as_deref())?;
+        write_some(&mut map, "projects", self.projects.as_ref())?;
+        map.serialize_entry("connectVia", &self.connect_via)?;
+        map.serialize_entry("interval", &self.interval)?;
+        map.serialize_entry("started", &self.started.to_string())?;
+        write_some(&mut map, "strategies", self.strategies.as_ref())?;
+        write_some(&mut map, "sdkType", self.sdk_kind.map(SdkKind::as_str))?;
+        self.metadata.write(&mut map)?;
+        for (name, value) in &self.extra {
+            map.serialize_entry(name, value)?;
+        }
+        map.end()
+    }
+}
+
+/// How often a flag was on, off, and each of its variants.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct ToggleStats {
+    /// How often it was on.
+    pub yes: u64,
+    /// How often it was off.
+    pub no: u64,
+    /// How often each variant was given.
+    pub variants: BTreeMap<Arc<str>, u64>,
+}
+
+impl ToggleStats {
+    fn take(object: &mut Object) -> Result<Self, ParseError> {
+        let mut stats =
+            Self { yes: object.count("yes")?, no: object.count("no")?, ..Self::default() };
+        for (name, count) in object.entries("variants")? {
+            let path = || object.path(&format!("variants.{name}"));
+            stats.variants.insert(name.as_str().into(), object::count(Some(&count), path)?);
+        }
+        Ok(stats)
+    }
+}
+
+/// What was counted in a window of time.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Bucket {
+    /// When counting began.
+    pub start: Timestamp,
+    /// When it ended.
+    pub stop: Option<Timestamp>,
+    /// The counts by flag.
+    pub toggles: Vec<(Arc<str>, ToggleStats)>,
+}
+
+/// An SDK's usage report.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ClientMetrics {
+    /// The application; never empty.
+    pub app_name: Arc<str>,
+    /// Which of its instances.
+    pub instance_id: Option<Arc<str>>,
+    /// The connection, of which an instance may have several.
+    pub connection_id: Option<Arc<str>>,
+    /// The counts; absent where an SDK has only impact metrics to tell.
+    pub bucket: Option<Bucket>,
+    /// The impact metrics; malformed ones are left out, as upstream does.
+    pub impact_metrics: Vec<ImpactMetric>,
+    /// What is known of the SDK.
+    pub metadata: Metadata,
+}
+
+impl ClientMetrics {
+    /// Reads the body of a usage report.
+    pub fn parse(body: &[u8]) -> Result<Self, ParseError> {
+        let mut object = Object::parse(body)?;
+        let bucket = match object.take("bucket") {
+            None => None,
+            Some(bucket) => {
+                let mut bucket = Object::of(bucket, object.path("bucket"))?;
+                let start = bucket.timestamp("start")?;
+                // Nothing depends on the end, so that a strange one is no reason to refuse.
+                let stop = bucket.timestamp("stop").ok();
+                let mut toggles = Vec::new();
+                for (name, stats) in bucket.entries("toggles")? {
+                    let path = bucket.path(&format!("toggles.{name}"));
+                    let stats = ToggleStats::take(&mut Object::of(stats, path)?)?;
+                    toggles.push((name.into(), stats));
+                }
+                Some(Bucket { start, stop, toggles })
+            }
+        };
+        Ok(Self {
+            app_name: object.name("appName")?,
+            instance_id: object.text("instanceId", MAX_TEXT),
+            connection_id: object.text("connectionId", MAX_TEXT),
+            bucket,
+            impact_metrics: impact::list(object.take("impactMetrics")).0,
+            metadata: Metadata::take(&mut object),
+        })
+    }
+}
+
+/// One counter of a bulk report: a flag, as one application used it in one hour.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BulkMetric {
+    /// The flag.
+    pub feature_name: Arc<str>,
+    /// The application.
+    pub app_name: Arc<str>,
+    /// The environment.
+    pub environment: Arc<str>,
+    /// A time inside the hour.
+    pub timestamp: Timestamp,
+    /// The counts.
+    pub stats: ToggleStats,
+    /// What is known of the SDK that counted last; upstream does not store it.
+    pub metadata: Metadata,
+}
+
+impl BulkMetric {
+    /// Reads one counter out of a larger body.
+    pub fn from_value(value: Value) -> Result<Self, ParseError> {
+        let mut object = Object::of(value, String::new())?;
+        Ok(Self {
+            feature_name: object.name("featureName")?,
+            app_name: object.name("appName")?,
+            environment: object.name("environment")?,
+            timestamp: object.timestamp("timestamp")?,
+            stats: ToggleStats::take(&mut object)?,
+            metadata: Metadata::take(&mut object),
+        })
+    }
+}
+
+impl Serialize for BulkMetric {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        map.serialize_entry("featureName", &*self.feature_name)?;
+        map.serialize_entry("appName", &*self.app_name)?;
+        map.serialize_entry("environment", &*self.environment)?;
+        map.serialize_entry("timestamp", &self.timestamp.to_string())?;
+        map.serialize_entry("yes", &self.stats.yes)?;
+        map.serialize_entry("no", &self.stats.no)?;
+        map.serialize_entry("variants", &self.stats.variants)?;
+        self.metadata.write(&mut map)?;
+        map.end()
+    }
+}
+
+/// What another edge reports of the SDKs behind it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Bulk {
+    /// The instances that registered there.
+    pub applications: Vec<Application>,
+    /// The counts.
+    pub metrics: Vec<BulkMetric>,
+    /// The impact metrics.
+    pub impact_metrics: Vec<ImpactMetric>,
+    /// How many items could not be read; the others do not suffer for them.
+    pub malformed: usize,
+}
+
+impl Bulk {
+    /// Reads the body of a bulk report.
+    pub fn parse(body: &[u8]) -> Result<Self, ParseError> {
+        let mut object = Object::parse(body)?;
+        let mut malformed = 0;
+        let applications = object.required_array("applications")?;
+        let metrics = object.required_array("metrics")?;
+        let applications = readable(applications, Application::from_value, &mut malformed);
+        let metrics = readable(metrics, BulkMetric::from_value, &mut malformed);
+        let (impact_metrics, unread) = impact::list(object.take("impactMetrics"));
+        Ok(Self { applications, metrics, impact_metrics, malformed: malformed + unread })
+    }
+}
+
+/// Those of `values` that `read` can read, counting the others.
+fn readable<T>(
+    values: Vec<Value>,
+    read: impl Fn(Value) -> Result<T, ParseError>,
+    malformed: &mut usize,
+) -> Vec<T> {
+    let total = values.len();
+    let read: Vec<_> = values.into_iter().filter_map(|value| read(value).ok()).collect();
+    *malformed += total - read.len();
+    read
+}
+
+/// What an edge tells of itself, kept as it is but for the name under which it is kept.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EdgeInstance {
+    identifier: Arc<str>,
+    value: Value,
+}
+
+impl EdgeInstance {
+    /// Reads the body that an edge sends about itself.
+    pub fn parse(body: &[u8]) -> Result<Self, ParseError> {
+        let mut object = Object::parse(body)?;
+        let identifier = object.name("identifier")?;
+        let mut fields = object.rest();
+        fields.insert("identifier".to_owned(), Value::from(&*identifier));
+        Ok(Self { identifier, value: Value::Object(fields) })
+    }
+
+    /// The identity that it chose.
+    pub fn identifier(&self) -> &Arc<str> {
+        &self.identifier
+    }
+
+    /// All that it told.
+    pub fn value(&self) -> &Value {
+        &self.value
+    }
+}
+
+/// The texts among `values`: upstream refuses empty ones and other types.
+fn texts(values: &[Value], limit: usize) -> Vec<Arc<str>> {
+    values.iter().filter_map(|value| lenient_text(value, MAX_TEXT)).take(limit).collect()
+}
+
+fn hop(value: Value) -> Option<ConnectVia> {
+    let mut object = Object::of(value, String::new()).ok()?;
+    Some(ConnectVia {
+        app_name: object.text("appName", MAX_TEXT)?,
+        instance_id: object.text("instanceId", MAX_TEXT)?,
+    })
+}
+
+fn write_some<M: SerializeMap, T: Serialize>(
+    map: &mut M,
+    name: &'static str,
+    value: Option<T>,
+) -> Result<(), M::Error> {
+    match value {
+        Some(value) => map.serialize_entry(name, &value),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn metrics(body: &str) -> Result<ClientMetrics, String> {
+        ClientMetrics::parse(body.as_bytes()).map_err(|error| error.to_string())
+    }
+
+    fn bucket(toggles: &str) -> String {
+        format!(
+            r#"{{"appName":"a","bucket":{{"start":"2026-01-02T03:04:05Z",
+            "stop":"2026-01-02T04:04:05Z","toggles":{toggles}}}}}"#
+        )
+    }
+
+    #[track_caller]
+    fn check_counts(stats: &str, yes: u64, no: u64, variants: &[(&str, u64)]) {
+        let report = metrics(&bucket(&format!(r#"{{"f":{stats}}}"#))).expect(stats);
+        let variants = variants.iter().map(|(name, count)| (Arc::from(*name), *count)).collect();
+        let expected = ToggleStats { yes, no, variants };
+        assert_eq!(report.bucket.unwrap().toggles, [(Arc::from("f"), expected)], "{stats}");
+    }
+
+    #[test]
+    fn counts_are_read_as_leniently_as_the_server_reads_them() {
+        check_counts(r#"{"yes":3,"no":4,"variants":{"a":1}}"#, 3, 4, &[("a", 1)]);
+        check_counts("{}", 0, 0, &[]);
+        check_counts(r#"{"yes":"7","no":"","variants":null}"#, 7, 0, &[]);
+        check_counts(r#"{"yes":1.0,"no":null,"variants":[]}"#, 1, 0, &[]);
+        check_counts(r#"{"yes":18446744073709551615}"#, u64::MAX, 0, &[]);
+    }
+
+    #[test]
+    fn an_error_names_the_field_and_does_not_repeat_the_body() {
+        let check = |body: &str, message: &str| {
+            assert_eq!(metrics(body).unwrap_err(), message, "{body}");
+        };
+        check("{", "the body is not JSON");
+        check("[]", "the body is not an object");
+        check("{}", "`appName` is missing");
+        check(r#"{"appName":""}"#, "`appName` is empty");
+        check(r#"{"appName":["secret"]}"#, "`appName` is not a text");
+        check(r#"{"appName":"a","bucket":{}}"#, "`bucket.start` is missing");
+        check(r#"{"appName":"a","bucket":{"start":"x"}}"#, "`bucket.start` is not a time");
+        check(&bucket(r#"{"f":{"yes":-1}}"#), "`bucket.toggles.f.yes` is not a count");
+        check(
+            &bucket(r#"{"f":{"variants":{"v":"x"}}}"#),
+            "`bucket.toggles.f.variants.v` is not a count",
+        );
+        check(&bucket(r#"{"f":3}"#), "`bucket.toggles.f` is not an object");
+        let long = metrics(&bucket(&format!(r#"{{"{}":3}}"#, "é".repeat(9000)))).unwrap_err();
+        assert!(long.len() < 200, "{long}");
+    }
+
+    #[test]
+    fn times_are_rfc_3339_or_milliseconds_and_small_numbers_are_seconds() {
+        let check = |start: &str| {
+            let body = format!(r#"{{"appName":"a","bucket":{{"start":{start},"toggles":{{}}}}}}"#);
+            let start = metrics(&body).expect(&body).bucket.unwrap().start;
+            assert_eq!(start.to_string(), "2023-07-27T11:24:09Z", "{body}");
+        };
+        check(r#""2023-07-27T11:24:09Z""#);
+        check(r#""2023-07-27T13:24:09+02:00""#);
+        check(r#""2023-07-27T11:24:09""#);
+        check("1690457049000");
+        check("1690457049");
+        check(r#""1690457049000""#);
+    }
+
+    #[test]
+    fn a_registration_keeps_what_it_does_not_know_and_leaves_out_what_upstream_refuses() {
+        let check = |body: &str, expected: &str| {
+            let application = Application::parse(body.as_bytes()).expect(body);
+            assert_eq!(serde_json::to_string(&application).unwrap(), expected);
+        };
+        let started = "2026-01-02T03:04:05Z";
+        check(
+            &format!(
+                r#"{{"appName":"a","instanceId":"i","started":"{started}","interval":15,
+                "strategies":["default",3,"",null],"sdkVersion":"x:1","sdkType":"frontend",
+                "connectVia":[{{"appName":"edge","instanceId":"e"}}],"novel":{{"x":[1]}}}}"#
+            ),
+            &format!(
+                r#"{{"appName":"a","instanceId":"i","connectVia":[{{"appName":"edge","instanceId":"e"}}],"interval":15,"started":"{started}","strategies":["default","3"],"sdkType":"frontend","sdkVersion":"x:1","novel":{{"x":[1]}}}}"#
+            ),
+        );
+        check(
+            &format!(
+                r#"{{"appName":"a","started":"{started}","interval":"15","sdkVersion":"",
+                "platformName":null,"sdkType":"toaster","project":{{}},"big":"{}"}}"#,
+                "x".repeat(MAX_EXTRA)
+            ),
+            &format!(r#"{{"appName":"a","connectVia":[],"interval":15,"started":"{started}"}}"#),
+        );
+    }
+
+    #[test]
+    fn one_unreadable_item_of_a_bulk_report_costs_only_itself() {
+        let body = r#"{"applications":[{"appName":""}],"seenTokens":["*:d.x"],"metrics":[
+            {"featureName":"f","appName":"a","environment":"d","timestamp":"2026-01-02T03:00:00Z","yes":2},
+            {"featureName":"f"}],"impactMetrics":[{"name":"x"}]}"#;
+        let bulk = Bulk::parse(body.as_bytes()).unwrap();
+        assert_eq!(bulk.malformed, 3);
+        assert_eq!(
+            serde_json::to_string(&bulk.metrics).unwrap(),
+            r#"[{"featureName":"f","appName":"a","environment":"d","timestamp":"2026-01-02T03:00:00Z","yes":2,"no":0,"variants":{}}]"#
+        );
+        assert_eq!(Bulk::parse(b"{}").unwrap_err().to_string(), "`applications` is missing");
+    }
+}

@@ -1,0 +1,275 @@
+//! Impact metrics: an application's own counters, gauges and histograms, as SDKs report them.
+
+use std::{cmp::Ordering, collections::BTreeMap, sync::Arc};
+
+use serde::ser::{Serialize, SerializeMap, Serializer};
+use serde_json::Value;
+
+use super::object::{Object, ParseError, lenient_text};
+
+/// The longest name of a metric, of a label, or value of a label, in bytes.
+const MAX_NAME: usize = 255;
+/// The longest text of help, in bytes.
+const MAX_HELP: usize = 1024;
+/// How many labels of a sample are kept.
+const MAX_LABELS: usize = 32;
+/// How many buckets of a histogram are read.
+const MAX_BUCKETS: usize = 256;
+
+/// Labels and their values, none of them empty: to Prometheus an empty label is no label, and to
+/// upstream's schema it is an error.
+pub type Labels = BTreeMap<Arc<str>, Arc<str>>;
+
+/// A metric and its samples.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ImpactMetric {
+    /// Its name.
+    pub name: Arc<str>,
+    /// What it measures; never empty, as upstream would refuse it.
+    pub help: Arc<str>,
+    /// What was measured.
+    pub samples: Samples,
+}
+
+/// The samples of a metric, by its type.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Samples {
+    /// Increments since the last report.
+    Counter(Vec<NumericSample>),
+    /// Values as they are now.
+    Gauge(Vec<NumericSample>),
+    /// Observations since the last report.
+    Histogram(Vec<HistogramSample>),
+}
+
+/// A value and the labels under which it was measured.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NumericSample {
+    /// The labels.
+    pub labels: Labels,
+    /// The value; finite.
+    pub value: f64,
+}
+
+/// Observations and the labels under which they were made.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HistogramSample {
+    /// The labels.
+    pub labels: Labels,
+    /// How many observations.
+    pub count: u64,
+    /// Their sum; finite.
+    pub sum: f64,
+    /// How many of them were at most as large as the bound.
+    pub buckets: BTreeMap<UpperBound, u64>,
+}
+
+/// The upper bound of a histogram's bucket: a number or infinity, never `NaN`.
+#[derive(Clone, Copy, Debug)]
+pub struct UpperBound(f64);
+
+impl UpperBound {
+    fn read(value: &Value) -> Option<Self> {
+        let bound = match value {
+            Value::Number(number) => number.as_f64()?,
+            Value::String(text) => match text.trim() {
+                "+Inf" | "Inf" => f64::INFINITY,
+                text => text.parse().ok().filter(|bound: &f64| bound.is_finite())?,
+            },
+            _ => return None,
+        };
+        // Adding zero turns -0 into 0, so that equal bounds are one.
+        Some(Self(bound + 0.0))
+    }
+}
+
+impl Ord for UpperBound {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.0.total_cmp(&other.0)
+    }
+}
+
+impl PartialOrd for UpperBound {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for UpperBound {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+
+impl Eq for UpperBound {}
+
+impl Serialize for UpperBound {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        if self.0.is_infinite() {
+            serializer.serialize_str("+Inf")
+        } else {
+            serializer.serialize_f64(self.0)
+        }
+    }
+}
+
+/// The readable ones of a list of metrics, and how many were not.
+pub(super) fn list(value: Option<Value>) -> (Vec<ImpactMetric>, usize) {
+    match value {
+        None => (Vec::new(), 0),
+        Some(Value::Array(values)) => {
+            let total = values.len();
+            let read: Vec<_> = values
+                .into_iter()
+                .filter_map(|value| ImpactMetric::from_value(value).ok())
+                .collect();
+            let unread = total - read.len();
+            (read, unread)
+        }
+        Some(_) => (Vec::new(), 1),
+    }
+}
+
+impl ImpactMetric {
+    /// Reads a metric out of a larger body.
+    pub fn from_value(value: Value) -> Result<Self, ParseError> {
+        let mut object = Object::of(value, String::new())?;
+        let missing = |path: &str| ParseError::Missing { path: path.to_owned() };
+        let name = object.text("name", MAX_NAME).ok_or_else(|| missing("name"))?;
+        let help = object.text("help", MAX_HELP).unwrap_or_else(|| Arc::clone(&name));
+        let kind = object.name("type")?;
+        let samples = object.required_array("samples")?;
+        let samples = match &*kind {
+            // A counter that shrinks would make upstream drop the whole list.
+            "counter" => Samples::Counter(collect(samples, |sample| {
+                numeric(sample).filter(|sample| sample.value >= 0.0)
+            })),
+            "gauge" => Samples::Gauge(collect(samples, numeric)),
+            "histogram" => Samples::Histogram(collect(samples, histogram)),
+            _ => {
+                let path = "type".to_owned();
+                return Err(ParseError::Type { path, expected: "counter, gauge or histogram" });
+            }
+        };
+        Ok(Self { name, help, samples })
+    }
+}
+
+fn collect<T>(samples: Vec<Value>, read: impl Fn(Object) -> Option<T>) -> Vec<T> {
+    let objects = samples.into_iter().filter_map(|sample| Object::of(sample, String::new()).ok());
+    objects.filter_map(read).collect()
+}
+
+fn numeric(mut object: Object) -> Option<NumericSample> {
+    Some(NumericSample { value: object.number("value").ok()?, labels: labels(&mut object) })
+}
+
+fn histogram(mut object: Object) -> Option<HistogramSample> {
+    let mut buckets = BTreeMap::new();
+    for bucket in object.required_array("buckets").ok()?.into_iter().take(MAX_BUCKETS) {
+        let mut bucket = Object::of(bucket, String::new()).ok()?;
+        let bound = UpperBound::read(&bucket.take("le")?)?;
+        buckets.insert(bound, bucket.required_count("count").ok()?);
+    }
+    Some(HistogramSample {
+        count: object.required_count("count").ok()?,
+        sum: object.number("sum").ok()?,
+        buckets,
+        labels: labels(&mut object),
+    })
+}
+
+fn labels(object: &mut Object) -> Labels {
+    let entries = object.entries("labels").unwrap_or_default();
+    let texts = entries.iter().filter_map(|(name, value)| {
+        let fits = !name.is_empty() && name.len() <= MAX_NAME;
+        fits.then(|| Some((name.as_str().into(), lenient_text(value, MAX_NAME)?)))?
+    });
+    texts.take(MAX_LABELS).collect()
+}
+
+impl Serialize for ImpactMetric {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(Some(4))?;
+        map.serialize_entry("name", &*self.name)?;
+        map.serialize_entry("help", &*self.help)?;
+        match &self.samples {
+            Samples::Counter(samples) => {
+                map.serialize_entry("type", "counter")?;
+                map.serialize_entry("samples", samples)?;
+            }
+            Samples::Gauge(samples) => {
+                map.serialize_entry("type", "gauge")?;
+                map.serialize_entry("samples", samples)?;
+            }
+            Samples::Histogram(samples) => {
+                map.serialize_entry("type", "histogram")?;
+                map.serialize_entry("samples", samples)?;
+            }
+        }
+        map.end()
+    }
+}
+
+impl Serialize for NumericSample {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(Some(2))?;
+        map.serialize_entry("value", &self.value)?;
+        map.serialize_entry("labels", &self.labels)?;
+        map.end()
+    }
+}
+
+impl Serialize for HistogramSample {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(serde::Serialize)]
+        struct Bucket {
+            le: UpperBound,
+            count: u64,
+        }
+        let buckets: Vec<_> =
+            self.buckets.iter().map(|(&le, &count)| Bucket { le, count }).collect();
+        let mut map = serializer.serialize_map(Some(4))?;
+        map.serialize_entry("count", &self.count)?;
+        map.serialize_entry("sum", &self.sum)?;
+        map.serialize_entry("buckets", &buckets)?;
+        map.serialize_entry("labels", &self.labels)?;
+        map.end()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(json: &str, expected: Option<&str>) {
+        let metric = ImpactMetric::from_value(serde_json::from_str(json).unwrap()).ok();
+        let written = metric.map(|metric| serde_json::to_string(&metric).unwrap());
+        assert_eq!(written.as_deref(), expected, "{json}");
+    }
+
+    #[test]
+    fn metrics_come_out_in_the_one_shape_that_upstream_takes() {
+        check(
+            r#"{"name":"n","help":"","type":"counter","samples":[{"value":2,"labels":{"a":7,"b":"","c":"x"}},{"value":-1}]}"#,
+            Some(
+                r#"{"name":"n","help":"n","type":"counter","samples":[{"value":2.0,"labels":{"a":"7","c":"x"}}]}"#,
+            ),
+        );
+        check(
+            r#"{"name":"n","help":"h","type":"gauge","samples":[{"value":-1.5}]}"#,
+            Some(
+                r#"{"name":"n","help":"h","type":"gauge","samples":[{"value":-1.5,"labels":{}}]}"#,
+            ),
+        );
+        check(
+            r#"{"name":"n","help":"h","type":"histogram","samples":[{"count":3,"sum":1.5,"buckets":[{"le":"+Inf","count":3},{"le":0.5,"count":1}]}]}"#,
+            Some(
+                r#"{"name":"n","help":"h","type":"histogram","samples":[{"count":3,"sum":1.5,"buckets":[{"le":0.5,"count":1},{"le":"+Inf","count":3}],"labels":{}}]}"#,
+            ),
+        );
+        check(r#"{"name":"n","help":"h","type":"toaster","samples":[]}"#, None);
+        check(r#"{"name":"","help":"h","type":"gauge","samples":[]}"#, None);
+    }
+}

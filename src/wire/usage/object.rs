@@ -1,0 +1,227 @@
+//! Fields taken out of a JSON object one by one, with the path of the one that is wrong.
+//!
+//! Reports are read through a tree rather than derived: the server's schema coerces (`"5"` is a
+//! count, `null` is absent, PHP's `[]` is an empty object), and what is left over must be kept.
+
+use std::sync::Arc;
+
+use jiff::{Timestamp, civil::DateTime, tz::TimeZone};
+use serde_json::{Map, Value};
+
+/// How much of a field's path an error repeats, in bytes: flags' names come from outside.
+const MAX_PATH: usize = 120;
+
+/// Why a report cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ParseError {
+    /// It is not JSON.
+    #[error("the body is not JSON")]
+    Syntax(#[source] serde_json::Error),
+    /// It is JSON, but no object.
+    #[error("the body is not an object")]
+    Shape,
+    /// A field that must be there is not.
+    #[error("`{path}` is missing")]
+    Missing {
+        /// Which one.
+        path: String,
+    },
+    /// A name is the empty text.
+    #[error("`{path}` is empty")]
+    Empty {
+        /// Which one.
+        path: String,
+    },
+    /// A field has the wrong type.
+    #[error("`{path}` is not {expected}")]
+    Type {
+        /// Which one.
+        path: String,
+        /// What it should have been.
+        expected: &'static str,
+    },
+}
+
+/// A JSON object that is being read.
+pub(super) struct Object {
+    path: String,
+    fields: Map<String, Value>,
+}
+
+impl Object {
+    pub(super) fn parse(body: &[u8]) -> Result<Self, ParseError> {
+        match serde_json::from_slice(body).map_err(ParseError::Syntax)? {
+            Value::Object(fields) => Ok(Self { path: String::new(), fields }),
+            _ => Err(ParseError::Shape),
+        }
+    }
+
+    pub(super) fn of(value: Value, path: String) -> Result<Self, ParseError> {
+        match value {
+            Value::Object(fields) => Ok(Self { path, fields }),
+            _ if path.is_empty() => Err(ParseError::Shape),
+            _ => Err(ParseError::Type { path, expected: "an object" }),
+        }
+    }
+
+    /// The path of the field `name`, cut short.
+    pub(super) fn path(&self, name: &str) -> String {
+        let dot = if self.path.is_empty() { "" } else { "." };
+        let mut path = format!("{}{dot}{name}", self.path);
+        path.truncate(path.floor_char_boundary(MAX_PATH));
+        path
+    }
+
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.fields.contains_key(name)
+    }
+
+    /// The field `name`, `null` being none.
+    pub(super) fn take(&mut self, name: &str) -> Option<Value> {
+        self.fields.remove(name).filter(|value| !value.is_null())
+    }
+
+    /// What has not been taken.
+    pub(super) fn rest(self) -> Map<String, Value> {
+        self.fields
+    }
+
+    /// A text that must be there and say something.
+    pub(super) fn name(&mut self, name: &str) -> Result<Arc<str>, ParseError> {
+        match self.take(name) {
+            None => Err(ParseError::Missing { path: self.path(name) }),
+            Some(Value::String(text)) if text.is_empty() => {
+                Err(ParseError::Empty { path: self.path(name) })
+            }
+            Some(Value::String(text)) => Ok(text.into()),
+            Some(_) => Err(self.wrong(name, "a text")),
+        }
+    }
+
+    /// A text that may be there.
+    pub(super) fn text(&mut self, name: &str, max: usize) -> Option<Arc<str>> {
+        self.take(name).and_then(|value| lenient_text(&value, max))
+    }
+
+    /// A count that is zero when absent.
+    pub(super) fn count(&mut self, name: &str) -> Result<u64, ParseError> {
+        let value = self.take(name);
+        count(value.as_ref(), || self.path(name))
+    }
+
+    pub(super) fn required_count(&mut self, name: &str) -> Result<u64, ParseError> {
+        if !self.has(name) {
+            return Err(ParseError::Missing { path: self.path(name) });
+        }
+        self.count(name)
+    }
+
+    pub(super) fn number(&mut self, name: &str) -> Result<f64, ParseError> {
+        let value = self.take(name);
+        let number = match &value {
+            None => return Err(ParseError::Missing { path: self.path(name) }),
+            Some(Value::Number(number)) => number.as_f64(),
+            Some(Value::String(text)) => text.trim().parse().ok(),
+            Some(_) => None,
+        };
+        number.filter(|number| number.is_finite()).ok_or_else(|| self.wrong(name, "a number"))
+    }
+
+    pub(super) fn timestamp(&mut self, name: &str) -> Result<Timestamp, ParseError> {
+        let value = self.take(name);
+        let value = value.ok_or_else(|| ParseError::Missing { path: self.path(name) })?;
+        timestamp(&value).ok_or_else(|| self.wrong(name, "a time"))
+    }
+
+    pub(super) fn array(&mut self, name: &str) -> Result<Option<Vec<Value>>, ParseError> {
+        match self.take(name) {
+            None => Ok(None),
+            Some(Value::Array(values)) => Ok(Some(values)),
+            Some(_) => Err(self.wrong(name, "an array")),
+        }
+    }
+
+    pub(super) fn required_array(&mut self, name: &str) -> Result<Vec<Value>, ParseError> {
+        self.array(name)?.ok_or_else(|| ParseError::Missing { path: self.path(name) })
+    }
+
+    /// The entries of an object that may be absent, or PHP's empty array.
+    pub(super) fn entries(&mut self, name: &str) -> Result<Map<String, Value>, ParseError> {
+        match self.take(name) {
+            None => Ok(Map::new()),
+            Some(Value::Object(entries)) => Ok(entries),
+            Some(Value::Array(values)) if values.is_empty() => Ok(Map::new()),
+            Some(_) => Err(self.wrong(name, "an object")),
+        }
+    }
+
+    fn wrong(&self, name: &str, expected: &'static str) -> ParseError {
+        ParseError::Type { path: self.path(name), expected }
+    }
+}
+
+/// A non-empty text no longer than `max` bytes; a number is taken for its digits.
+pub(super) fn lenient_text(value: &Value, max: usize) -> Option<Arc<str>> {
+    let text = match value {
+        Value::String(text) => text.as_str(),
+        Value::Number(number) => return Some(number.to_string().into()),
+        _ => return None,
+    };
+    let text = &text[..text.floor_char_boundary(max)];
+    // PostgreSQL stores no NUL, and upstream would lose a whole insert to it.
+    let text = if text.contains('\0') { &text.replace('\0', "") } else { text };
+    (!text.is_empty()).then(|| text.into())
+}
+
+/// A count as the server coerces it: `"5"` is 5, fractions are cut, nothing is 0.
+pub(super) fn count(
+    value: Option<&Value>,
+    path: impl FnOnce() -> String,
+) -> Result<u64, ParseError> {
+    let count = match value {
+        None | Some(Value::Null) => Some(0),
+        Some(Value::Number(number)) => number.as_u64().or_else(|| number.as_f64().and_then(whole)),
+        Some(Value::String(text)) if text.trim().is_empty() => Some(0),
+        Some(Value::String(text)) => text.trim().parse().ok(),
+        Some(_) => None,
+    };
+    count.ok_or_else(|| ParseError::Type { path: path(), expected: "a count" })
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "fractions are meant to be cut, the sign is checked, and the cast saturates"
+)]
+fn whole(number: f64) -> Option<u64> {
+    (number >= 0.0).then_some(number as u64)
+}
+
+/// A time as the server reads it: RFC 3339, or a number of milliseconds.
+///
+/// Its documentation calls the number a UNIX timestamp and shows seconds, although it would take
+/// those for a day in January 1970; so numbers too small for milliseconds are seconds here. A
+/// time without an offset is UTC. Years that RFC 3339 cannot write are refused.
+fn timestamp(value: &Value) -> Option<Timestamp> {
+    /// 1973 in milliseconds, the year 5138 in seconds.
+    const MILLISECONDS: i64 = 100_000_000_000;
+    let of_number = |number: i64| match number {
+        0..MILLISECONDS => Timestamp::from_second(number).ok(),
+        _ => Timestamp::from_millisecond(number).ok(),
+    };
+    let time = match value {
+        Value::Number(number) => {
+            of_number(number.as_i64().or_else(|| i64::try_from(whole(number.as_f64()?)?).ok())?)
+        }
+        Value::String(text) => {
+            let text = text.trim();
+            let without_offset = || {
+                let time: DateTime = text.parse().ok()?;
+                TimeZone::UTC.to_timestamp(time).ok()
+            };
+            text.parse().ok().or_else(|| of_number(text.parse().ok()?)).or_else(without_offset)
+        }
+        _ => None,
+    };
+    time.filter(|time| *time >= Timestamp::UNIX_EPOCH)
+}
