@@ -1,0 +1,180 @@
+//! One counter: how often a flag was used in one UTC hour, within what upstream can store.
+//!
+//! The limits are those of Unleash 7.5.1 and 8.2.0. Its columns for names are `varchar(255)`, and
+//! it inserts many rows at once, so that one name too long or with a NUL loses everybody's.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use jiff::Timestamp;
+
+use crate::wire::usage::{BulkMetric, Metadata, ToggleStats};
+
+/// The longest name that is kept, in bytes; upstream's limit is as many characters, but its index
+/// over four of them allows 2704 bytes altogether.
+pub(super) const MAX_NAME: usize = 255;
+/// How many variants of a flag are told apart.
+pub(super) const MAX_VARIANTS: usize = 256;
+/// The largest `yes` or `no`: upstream's JSON reader takes no integer above.
+const MAX_COUNT: u64 = (1 << 53) - 1;
+/// The largest count of a variant, upstream's column being a 32-bit integer.
+const MAX_VARIANT_COUNT: u64 = (1 << 31) - 1;
+
+/// An hour of UTC, counted from the epoch.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub(super) struct Hour(i64);
+
+impl Hour {
+    pub(super) fn of(time: Timestamp) -> Self {
+        Self(time.as_second().div_euclid(3600))
+    }
+
+    pub(super) fn start(self) -> Timestamp {
+        Timestamp::from_second(self.0 * 3600).expect("the hour of a timestamp is in range")
+    }
+}
+
+/// What is counted apart within an environment, the oldest first.
+#[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub(super) struct CounterKey {
+    pub(super) hour: Hour,
+    pub(super) app: Arc<str>,
+    pub(super) flag: Arc<str>,
+}
+
+/// The counts of one key.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Counter {
+    yes: u64,
+    no: u64,
+    variants: BTreeMap<Arc<str>, u64>,
+    metadata: Arc<Metadata>,
+}
+
+/// How many evaluations found no room.
+#[must_use]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub(super) struct Lost(pub(super) u64);
+
+impl Counter {
+    /// The counter of one report, and what of it exceeds the limits.
+    pub(super) fn of(stats: ToggleStats, metadata: &Arc<Metadata>) -> (Self, Lost) {
+        let mut counter = Self { metadata: Arc::clone(metadata), ..Self::default() };
+        let lost = counter.count(stats.yes, stats.no, stats.variants);
+        (counter, lost)
+    }
+
+    /// Adds another counter of the same key; what it tells of the SDK is newer.
+    pub(super) fn add(&mut self, other: Self) -> Lost {
+        self.metadata = other.metadata;
+        self.count(other.yes, other.no, other.variants)
+    }
+
+    /// How many evaluations it counts.
+    pub(super) fn total(&self) -> u64 {
+        self.yes + self.no
+    }
+
+    /// Whether upstream would take nothing from it.
+    pub(super) fn is_zero(&self) -> bool {
+        self.total() == 0 && self.variants.values().all(|count| *count == 0)
+    }
+
+    /// The counter as upstream takes it.
+    pub(super) fn to_wire(&self, environment: &str, key: &CounterKey) -> BulkMetric {
+        BulkMetric {
+            feature_name: Arc::clone(&key.flag),
+            app_name: Arc::clone(&key.app),
+            environment: environment.into(),
+            timestamp: key.hour.start(),
+            stats: ToggleStats { yes: self.yes, no: self.no, variants: self.variants.clone() },
+            metadata: Metadata::clone(&self.metadata),
+        }
+    }
+
+    fn count(&mut self, yes: u64, no: u64, variants: BTreeMap<Arc<str>, u64>) -> Lost {
+        let lost = saturate(&mut self.yes, yes, MAX_COUNT).saturating_add(saturate(
+            &mut self.no,
+            no,
+            MAX_COUNT,
+        ));
+        for (name, count) in variants {
+            let full = self.variants.len() >= MAX_VARIANTS;
+            // The flag's own count stays exact; only the share of this variant is not told.
+            if full && !self.variants.contains_key(&name) {
+                continue;
+            }
+            if let Some(name) = storable(name) {
+                saturate(self.variants.entry(name).or_default(), count, MAX_VARIANT_COUNT);
+            }
+        }
+        Lost(lost)
+    }
+}
+
+/// Adds `count` up to `max` and returns what did not fit.
+fn saturate(sum: &mut u64, count: u64, max: u64) -> u64 {
+    let added = count.min(max - *sum);
+    *sum += added;
+    count - added
+}
+
+/// The name of a flag or variant, if upstream can store it.
+pub(super) fn storable(name: Arc<str>) -> Option<Arc<str>> {
+    let fits = !name.is_empty() && name.len() <= MAX_NAME && !name.contains('\0');
+    fits.then_some(name)
+}
+
+/// The name of an application, cut to what upstream can store: its counts belong to flags too.
+pub(super) fn shortened(name: &Arc<str>) -> Arc<str> {
+    if name.len() <= MAX_NAME && !name.contains('\0') {
+        return Arc::clone(name);
+    }
+    name[..name.floor_char_boundary(MAX_NAME)].replace('\0', " ").into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn counter(yes: u64, no: u64, variants: &[(&str, u64)]) -> (Counter, Lost) {
+        let variants = variants.iter().map(|(name, count)| (Arc::from(*name), *count)).collect();
+        Counter::of(ToggleStats { yes, no, variants }, &Arc::default())
+    }
+
+    #[test]
+    fn counters_saturate_at_what_upstream_can_store_and_tell_what_was_lost() {
+        let (mut sum, lost) = counter(u64::MAX, 1, &[("v", u64::MAX)]);
+        assert_eq!((sum.yes, lost), (MAX_COUNT, Lost(u64::MAX - MAX_COUNT)));
+        assert_eq!(sum.add(counter(2, 3, &[("v", 1)]).0), Lost(2));
+        assert_eq!((sum.yes, sum.no, sum.variants["v"]), (MAX_COUNT, 4, MAX_VARIANT_COUNT));
+    }
+
+    #[test]
+    fn variants_are_bounded_and_the_flags_count_stays_exact() {
+        let (mut sum, _) = counter(0, 0, &[]);
+        for name in 0..MAX_VARIANTS + 10 {
+            assert_eq!(sum.add(counter(1, 0, &[(&name.to_string(), 1), ("\0", 1)]).0), Lost(0));
+        }
+        assert_eq!((sum.yes, sum.variants.len()), (MAX_VARIANTS as u64 + 10, MAX_VARIANTS));
+    }
+
+    #[test]
+    fn hours_begin_at_the_hour() {
+        let check = |time: &str, start: &str| {
+            assert_eq!(Hour::of(time.parse().unwrap()).start().to_string(), start);
+        };
+        check("2026-01-02T03:59:59.999Z", "2026-01-02T03:00:00Z");
+        check("2026-01-02T03:00:00Z", "2026-01-02T03:00:00Z");
+        check("1970-01-01T00:00:01Z", "1970-01-01T00:00:00Z");
+    }
+
+    #[test]
+    fn names_that_upstream_cannot_store_are_refused_or_cut() {
+        assert_eq!(storable("flag".into()).as_deref(), Some("flag"));
+        for name in ["", "a\0b", &"x".repeat(256)] {
+            assert_eq!(storable(name.into()), None);
+        }
+        assert_eq!(&*shortened(&"a\0b".into()), "a b");
+        assert_eq!(shortened(&"é".repeat(200).into()).len(), 254);
+    }
+}

@@ -1,0 +1,88 @@
+//! The metrics of usage: names, and the fixed sets of their labels.
+
+use std::time::Duration;
+
+use metrics::{counter, gauge};
+
+/// Where usage comes in.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Endpoint {
+    Metrics,
+    Bulk,
+    Register,
+    Edge,
+}
+
+/// Why evaluations, or other reported things, do not reach upstream.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub(super) enum Reason {
+    /// Upstream cannot store the flag's name.
+    Name,
+    /// A counter would exceed what upstream can store.
+    Overflow,
+    /// More distinct counters than are held.
+    Full,
+    /// Counted for another environment than the token's.
+    Environment,
+    /// Larger than a request may be.
+    Size,
+    /// Upstream refused the batch for good.
+    Rejected,
+    /// There is no upstream.
+    NoUpstream,
+}
+
+impl Reason {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Name => "name",
+            Self::Overflow => "overflow",
+            Self::Full => "full",
+            Self::Environment => "environment",
+            Self::Size => "size",
+            Self::Rejected => "rejected",
+            Self::NoUpstream => "no_upstream",
+        }
+    }
+}
+
+pub(super) fn reported(endpoint: Endpoint) {
+    let endpoint = match endpoint {
+        Endpoint::Metrics => "metrics",
+        Endpoint::Bulk => "bulk",
+        Endpoint::Register => "register",
+        Endpoint::Edge => "edge",
+    };
+    counter!("parapet_usage_reports_total", "endpoint" => endpoint).increment(1);
+}
+
+pub(super) fn received(count: u64) {
+    counter!("parapet_usage_counts_received_total").increment(count);
+}
+
+pub(super) fn sent(count: u64) {
+    counter!("parapet_usage_counts_sent_total").increment(count);
+}
+
+pub(super) fn dropped(reason: Reason, count: u64) {
+    if count > 0 {
+        counter!("parapet_usage_dropped_total", "reason" => reason.as_str()).increment(count);
+    }
+}
+
+/// Registrations, impact samples and unreadable items that were let go.
+pub(super) fn items_dropped(item: &'static str, count: usize) {
+    if count > 0 {
+        counter!("parapet_usage_items_dropped_total", "item" => item).increment(count as u64);
+    }
+}
+
+pub(super) fn batch(outcome: &'static str) {
+    counter!("parapet_usage_batches_total", "outcome" => outcome).increment(1);
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a gauge is a float")]
+pub(super) fn pending(counters: usize, oldest: Duration) {
+    gauge!("parapet_usage_pending").set(counters as f64);
+    gauge!("parapet_usage_oldest_pending_seconds").set(oldest.as_secs_f64());
+}

@@ -1,0 +1,608 @@
+//! What waits to be sent, and when to try: a state machine without clock, randomness or IO.
+//!
+//! Each environment has its lane, so that one that fails never delays another. A lane merges
+//! generation after generation and serialises only the one batch *in hand*: an outage of hours
+//! costs no more memory than its distinct counters, which are bounded. When they are too many,
+//! the applications of the oldest hours are merged, then the oldest hours dropped and counted.
+//!
+//! A batch in hand is sent again *unchanged* until upstream took or refused it. Where it is unknown
+//! whether upstream took it (the connection broke after it was sent) it may so be counted twice;
+//! everywhere else exactly once.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+
+use super::{
+    backoff::Backoff,
+    batch::{Batch, Item, MAX_BODY, Packer, Part},
+    counter::{Counter, CounterKey, Hour},
+    impact::ImpactSeries,
+    ledger::{Generation, MAX_APPLICATIONS, MAX_SAMPLES, MERGED_APP},
+    meter::{self, Reason},
+};
+use crate::{
+    token::Environment,
+    wire::usage::{Application, ImpactMetric, Samples},
+};
+
+/// A smaller body than this is not tried when upstream calls bodies too large.
+const MIN_BODY: usize = 4096;
+/// How many samples of one impact metric go into a piece.
+const SAMPLES_PER_ITEM: usize = 64;
+/// The largest piece that is made of several samples, in bytes.
+const MAX_IMPACT_ITEM: usize = 16 * 1024;
+
+/// Names a batch that was given out to be sent.
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
+pub(super) struct BatchId(u64);
+
+/// A batch to be sent now.
+#[derive(Clone, Debug)]
+pub(super) struct Dispatch {
+    pub(super) id: BatchId,
+    pub(super) environment: Environment,
+    pub(super) body: Bytes,
+}
+
+/// What came of sending a batch.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Outcome {
+    /// Upstream took it.
+    Sent,
+    /// Upstream refused it for good, having perhaps stored some of it: sending it again, or parts
+    /// of it, could count twice.
+    Rejected,
+    /// Upstream, or a proxy before it, found the body too large.
+    TooLarge,
+    /// Upstream refused the token, or there is none for the environment yet.
+    Unauthorized,
+    /// Upstream was away or busy; it may have asked for a pause.
+    Later(Option<Duration>),
+}
+
+impl Outcome {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Sent => "sent",
+            Self::Rejected => "rejected",
+            Self::TooLarge => "too_large",
+            Self::Unauthorized => "unauthorized",
+            Self::Later(_) => "later",
+        }
+    }
+}
+
+/// How many evaluations have been settled.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Totals {
+    /// Upstream took them.
+    pub sent: u64,
+    /// They were let go.
+    pub dropped: u64,
+}
+
+/// Everything that waits to be sent.
+#[derive(Debug)]
+pub(super) struct Outbox {
+    lanes: BTreeMap<Environment, Lane>,
+    max_counters: usize,
+    next_id: u64,
+    totals: Totals,
+}
+
+/// What waits for one environment.
+#[derive(Debug)]
+pub(super) struct Lane {
+    pub(super) applications: BTreeMap<(Arc<str>, Option<Arc<str>>), Application>,
+    pub(super) counters: BTreeMap<CounterKey, Counter>,
+    pub(super) impact: ImpactSeries,
+    /// Serialised pieces that come before all that.
+    pub(super) carry: VecDeque<Item>,
+    /// The batch that is being sent, or will be again.
+    pub(super) hand: Option<(BatchId, Batch)>,
+    flying: bool,
+    /// How large a body upstream is known to take.
+    limit: usize,
+    backoff: Backoff,
+    /// Since when something waits.
+    since: Option<Instant>,
+}
+
+impl Default for Lane {
+    fn default() -> Self {
+        Self {
+            applications: BTreeMap::new(),
+            counters: BTreeMap::new(),
+            impact: ImpactSeries::default(),
+            carry: VecDeque::new(),
+            hand: None,
+            flying: false,
+            limit: MAX_BODY,
+            backoff: Backoff::default(),
+            since: None,
+        }
+    }
+}
+
+impl Outbox {
+    pub(super) fn new(max_counters: usize) -> Self {
+        Self { lanes: BTreeMap::new(), max_counters, next_id: 0, totals: Totals::default() }
+    }
+
+    /// Merges a generation into what waits.
+    pub(super) fn absorb(&mut self, generations: BTreeMap<Environment, Generation>, now: Instant) {
+        let mut lost = 0;
+        for (environment, generation) in generations {
+            let lane = self.lanes.entry(environment).or_default();
+            lane.since.get_or_insert(now);
+            for (key, counter) in generation.counters {
+                lost += lane.counters.entry(key).or_default().add(counter).0;
+            }
+            for application in generation.applications {
+                lane.register(application);
+            }
+            let lost = lane.impact.absorb(generation.impact, MAX_SAMPLES);
+            meter::items_dropped("impact_sample", lost);
+        }
+        self.drop_counts(Reason::Overflow, lost);
+        self.shrink();
+    }
+
+    /// Puts back what a spool held; a batch among it is sent again as it was.
+    pub(super) fn restore(&mut self, environment: Environment, restored: Lane, now: Instant) {
+        let Lane { applications, counters, impact, carry, hand, .. } = restored;
+        let lane = self.lanes.entry(environment.clone()).or_default();
+        lane.carry.extend(carry);
+        match hand {
+            Some((_, batch)) if lane.hand.is_none() => {
+                lane.hand = Some((BatchId(self.next_id), batch));
+                self.next_id += 1;
+            }
+            Some((_, batch)) => lane.carry.extend(batch.into_items()),
+            None => {}
+        }
+        let applications = applications.into_values().collect();
+        let counters = counters.into_iter().collect();
+        let generation = Generation { counters, impact, applications };
+        self.absorb(BTreeMap::from([(environment, generation)]), now);
+    }
+
+    /// The next batch to send, if there is one whose time has come.
+    ///
+    /// At most one batch of an environment is out at a time.
+    pub(super) fn next(&mut self, now: Instant) -> Option<Dispatch> {
+        for (environment, lane) in &mut self.lanes {
+            if lane.flying || !lane.backoff.is_over(now) {
+                continue;
+            }
+            if lane.hand.is_none() {
+                let (batch, oversized) = lane.cut(environment);
+                meter::dropped(Reason::Size, oversized);
+                self.totals.dropped = self.totals.dropped.saturating_add(oversized);
+                lane.hand = batch.map(|batch| (BatchId(self.next_id), batch));
+                self.next_id += 1;
+            }
+            match &lane.hand {
+                Some((id, batch)) => {
+                    lane.flying = true;
+                    let environment = environment.clone();
+                    return Some(Dispatch { id: *id, environment, body: batch.body() });
+                }
+                None => lane.since = None,
+            }
+        }
+        None
+    }
+
+    /// Notes what came of a batch; `draw` is uniform in `0..1` and spreads the next attempt.
+    pub(super) fn settle(&mut self, id: BatchId, outcome: Outcome, now: Instant, draw: f64) {
+        let is_it = |lane: &&mut Lane| lane.hand.as_ref().is_some_and(|(hand, _)| *hand == id);
+        let Some(lane) = self.lanes.values_mut().find(is_it) else { return };
+        meter::batch(outcome.as_str());
+        lane.flying = false;
+        match outcome {
+            Outcome::Unauthorized => return lane.backoff.fail(now, None, draw),
+            Outcome::Later(pause) => return lane.backoff.fail(now, pause, draw),
+            Outcome::Sent | Outcome::Rejected | Outcome::TooLarge => lane.backoff.succeed(),
+        }
+        let Some((_, batch)) = lane.hand.take() else { return };
+        let count = batch.count();
+        match outcome {
+            Outcome::Sent => {
+                meter::sent(count);
+                self.totals.sent = self.totals.sent.saturating_add(count);
+            }
+            Outcome::TooLarge if batch.items().len() > 1 => {
+                lane.limit = (batch.body().len() / 2).max(MIN_BODY).min(lane.limit / 2 + 1);
+                let (front, back) = batch.halves();
+                lane.hand = Some((BatchId(self.next_id), front));
+                self.next_id += 1;
+                back.into_iter().rev().for_each(|item| lane.carry.push_front(item));
+            }
+            Outcome::TooLarge => self.drop_counts(Reason::Size, count),
+            _ => self.drop_counts(Reason::Rejected, count),
+        }
+    }
+
+    /// When the next batch's time comes, if there is one that waits for it.
+    pub(super) fn wake(&self) -> Option<Instant> {
+        let waiting = self.lanes.values().filter(|lane| !lane.flying && !lane.is_empty());
+        waiting.filter_map(|lane| lane.backoff.until()).min()
+    }
+
+    /// Forgets all pauses, for the last attempt before the end.
+    pub(super) fn hurry(&mut self) {
+        self.lanes.values_mut().for_each(|lane| lane.backoff.succeed());
+    }
+
+    /// Lets everything go: there is no upstream.
+    pub(super) fn discard(&mut self) {
+        let lanes = std::mem::take(&mut self.lanes);
+        let count = lanes.values().fold(0_u64, |sum, lane| sum.saturating_add(lane.total()));
+        self.drop_counts(Reason::NoUpstream, count);
+    }
+
+    /// How many counters wait.
+    pub(super) fn len(&self) -> usize {
+        self.lanes.values().map(|lane| lane.counters.len()).sum()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.lanes.values().all(Lane::is_empty)
+    }
+
+    /// For how long the oldest thing has been waiting.
+    pub(super) fn oldest(&self, now: Instant) -> Duration {
+        let since =
+            self.lanes.values().filter(|lane| !lane.is_empty()).filter_map(|lane| lane.since);
+        since.min().map_or(Duration::ZERO, |since| now.saturating_duration_since(since))
+    }
+
+    pub(super) fn totals(&self) -> &Totals {
+        &self.totals
+    }
+
+    pub(super) fn lanes(&self) -> impl Iterator<Item = (&Environment, &Lane)> {
+        self.lanes.iter()
+    }
+
+    fn drop_counts(&mut self, reason: Reason, count: u64) {
+        meter::dropped(reason, count);
+        self.totals.dropped = self.totals.dropped.saturating_add(count);
+    }
+
+    /// Brings the counters down to their limit: first by merging applications, the oldest hour
+    /// first, then by letting the oldest go.
+    fn shrink(&mut self) {
+        let mut excess = self.len().saturating_sub(self.max_counters);
+        if excess == 0 {
+            return;
+        }
+        let mut hours: Vec<_> = self.lanes.values().flat_map(Lane::hours).collect();
+        hours.sort_unstable();
+        hours.dedup();
+        let mut lost = 0;
+        for hour in &hours {
+            for lane in self.lanes.values_mut() {
+                lost += lane.merge_applications(*hour);
+            }
+            if self.len() <= self.max_counters {
+                return self.drop_counts(Reason::Overflow, lost);
+            }
+        }
+        self.drop_counts(Reason::Overflow, lost);
+        excess = self.len().saturating_sub(self.max_counters);
+        let mut lost = 0_u64;
+        for hour in hours {
+            for lane in self.lanes.values_mut() {
+                while excess > 0 && lane.counters.keys().next().is_some_and(|key| key.hour == hour)
+                {
+                    let oldest = lane.counters.pop_first();
+                    lost = lost.saturating_add(oldest.map_or(0, |(_, counter)| counter.total()));
+                    excess -= 1;
+                }
+            }
+        }
+        self.drop_counts(Reason::Full, lost);
+    }
+}
+
+impl Lane {
+    pub(super) fn is_empty(&self) -> bool {
+        self.hand.is_none()
+            && self.carry.is_empty()
+            && self.applications.is_empty()
+            && self.counters.is_empty()
+            && self.impact.is_empty()
+    }
+
+    fn register(&mut self, application: Application) {
+        let key = (Arc::clone(&application.app_name), application.instance_id.clone());
+        if self.applications.len() < MAX_APPLICATIONS || self.applications.contains_key(&key) {
+            self.applications.insert(key, application);
+        } else {
+            meter::items_dropped("application", 1);
+        }
+    }
+
+    /// Cuts a batch off what waits; also says how many evaluations were too large to be sent.
+    fn cut(&mut self, environment: &Environment) -> (Option<Batch>, u64) {
+        let mut packer = Packer::new(self.limit);
+        let mut oversized = 0_u64;
+        while let Some(item) = self.pop(environment) {
+            let alone = packer.is_empty();
+            match packer.push(item) {
+                Ok(()) => {}
+                Err(item) if alone => oversized = oversized.saturating_add(item.count),
+                Err(item) => {
+                    self.carry.push_front(item);
+                    break;
+                }
+            }
+        }
+        (packer.finish(), oversized)
+    }
+
+    /// Takes out the next piece: applications first, then the oldest counters.
+    fn pop(&mut self, environment: &Environment) -> Option<Item> {
+        if let Some(item) = self.carry.pop_front() {
+            return Some(item);
+        }
+        if let Some((_, application)) = self.applications.pop_first() {
+            return Some(Item { part: Part::Application, json: json(&application), count: 0 });
+        }
+        if let Some((key, counter)) = self.counters.pop_first() {
+            let json = json(&counter.to_wire(environment.as_str(), &key));
+            return Some(Item { part: Part::Metric, json, count: counter.total() });
+        }
+        let metric = self.impact.pop(SAMPLES_PER_ITEM)?;
+        impact_items(metric, &mut self.carry);
+        self.carry.pop_front()
+    }
+
+    /// How many evaluations wait.
+    fn total(&self) -> u64 {
+        let carried = self.carry.iter().map(|item| item.count);
+        let counted = self.counters.values().map(Counter::total);
+        let in_hand = self.hand.iter().map(|(_, batch)| batch.count());
+        carried.chain(counted).chain(in_hand).fold(0, u64::saturating_add)
+    }
+
+    fn hours(&self) -> Vec<Hour> {
+        let mut hours: Vec<_> = self.counters.keys().map(|key| key.hour).collect();
+        hours.dedup();
+        hours
+    }
+
+    /// Merges the applications of an hour into one; returns what no counter could hold.
+    fn merge_applications(&mut self, hour: Hour) -> u64 {
+        let start = CounterKey { hour, app: "".into(), flag: "".into() };
+        let mut later = self.counters.split_off(&start);
+        let mut lost = 0_u64;
+        while let Some(entry) = later.first_entry().filter(|entry| entry.key().hour == hour) {
+            let (key, counter) = entry.remove_entry();
+            let key = CounterKey { app: MERGED_APP.into(), ..key };
+            lost = lost.saturating_add(self.counters.entry(key).or_default().add(counter).0);
+        }
+        self.counters.append(&mut later);
+        lost
+    }
+}
+
+/// Serialises a metric in pieces that are not too large, as far as its samples can be parted.
+fn impact_items(metric: ImpactMetric, into: &mut VecDeque<Item>) {
+    fn halve<T>(samples: &mut Vec<T>) -> Option<Vec<T>> {
+        (samples.len() > 1).then(|| samples.split_off(samples.len() / 2))
+    }
+    let mut rest = vec![metric];
+    while let Some(mut metric) = rest.pop() {
+        let json = json(&metric);
+        let other = match &mut metric.samples {
+            _ if json.len() <= MAX_IMPACT_ITEM => None,
+            Samples::Counter(samples) => halve(samples).map(Samples::Counter),
+            Samples::Gauge(samples) => halve(samples).map(Samples::Gauge),
+            Samples::Histogram(samples) => halve(samples).map(Samples::Histogram),
+        };
+        match other {
+            None => into.push_back(Item { part: Part::Impact, json, count: 0 }),
+            Some(samples) => {
+                let (name, help) = (Arc::clone(&metric.name), Arc::clone(&metric.help));
+                rest.push(ImpactMetric { name, help, samples });
+                rest.push(metric);
+            }
+        }
+    }
+}
+
+fn json(value: &impl serde::Serialize) -> Box<str> {
+    serde_json::to_string(value).expect("wire types with text keys are JSON").into()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::Value;
+
+    use super::*;
+    use crate::wire::usage::{BulkMetric, ToggleStats};
+
+    fn counter(yes: u64) -> Counter {
+        let stats = ToggleStats { yes, ..ToggleStats::default() };
+        Counter::of(stats, &Arc::default()).0
+    }
+
+    fn key(hour: u8, app: &str, flag: &str) -> CounterKey {
+        let time = format!("2026-01-02T{hour:02}:00:00Z").parse().unwrap();
+        CounterKey { hour: Hour::of(time), app: app.into(), flag: flag.into() }
+    }
+
+    fn generation(
+        environment: &str,
+        counters: impl IntoIterator<Item = (CounterKey, u64)>,
+    ) -> BTreeMap<Environment, Generation> {
+        let counters = counters.into_iter().map(|(key, yes)| (key, counter(yes))).collect();
+        let generation = Generation { counters, ..Generation::default() };
+        BTreeMap::from([(Environment::new(environment), generation)])
+    }
+
+    fn metrics(body: &[u8]) -> Vec<BulkMetric> {
+        let body: Value = serde_json::from_slice(body).unwrap();
+        let metrics = body["metrics"].as_array().unwrap();
+        metrics.iter().map(|metric| BulkMetric::from_value(metric.clone()).unwrap()).collect()
+    }
+
+    fn yes(body: &[u8]) -> u64 {
+        metrics(body).iter().map(|metric| metric.stats.yes).sum()
+    }
+
+    #[test]
+    fn a_batch_is_sent_again_unchanged_while_new_counts_wait() {
+        let now = Instant::now();
+        let mut outbox = Outbox::new(100);
+        outbox.absorb(generation("dev", [(key(1, "a", "f"), 2)]), now);
+        let first = outbox.next(now).unwrap();
+        assert!(outbox.next(now).is_none());
+        outbox.settle(first.id, Outcome::Later(None), now, 0.5);
+        outbox.absorb(generation("dev", [(key(1, "a", "f"), 5)]), now);
+        assert!(outbox.next(now).is_none());
+        let later = outbox.wake().unwrap();
+        let again = outbox.next(later).unwrap();
+        assert_eq!(again.body, first.body);
+        outbox.settle(again.id, Outcome::Sent, later, 0.5);
+        let rest = outbox.next(later).unwrap();
+        assert_eq!(yes(&rest.body), 5);
+        outbox.settle(rest.id, Outcome::Sent, later, 0.5);
+        assert!(outbox.is_empty());
+        assert_eq!(outbox.totals(), &Totals { sent: 7, dropped: 0 });
+    }
+
+    #[test]
+    fn one_environments_failure_does_not_delay_another() {
+        let now = Instant::now();
+        let mut outbox = Outbox::new(100);
+        outbox.absorb(generation("a", [(key(1, "a", "f"), 1)]), now);
+        let first = outbox.next(now).unwrap();
+        let pause = Duration::from_secs(300);
+        outbox.settle(first.id, Outcome::Later(Some(pause)), now, 0.0);
+        assert!(outbox.wake().unwrap() >= now + pause);
+        outbox.absorb(generation("b", [(key(1, "a", "f"), 1)]), now);
+        assert_eq!(outbox.next(now).unwrap().environment.as_str(), "b");
+    }
+
+    #[test]
+    fn a_refused_batch_is_dropped_and_counted() {
+        let now = Instant::now();
+        let mut outbox = Outbox::new(100);
+        outbox.absorb(generation("dev", [(key(1, "a", "f"), 2)]), now);
+        let batch = outbox.next(now).unwrap();
+        outbox.settle(batch.id, Outcome::Rejected, now, 0.5);
+        assert!(outbox.is_empty());
+        assert_eq!(outbox.totals(), &Totals { sent: 0, dropped: 2 });
+    }
+
+    #[test]
+    fn a_batch_found_too_large_is_halved_until_it_passes_and_a_single_piece_is_dropped() {
+        let now = Instant::now();
+        let mut outbox = Outbox::new(10_000);
+        let counters = (0..900).map(|flag| (key(1, "a", &format!("{flag:0>90}")), 1));
+        outbox.absorb(generation("dev", counters), now);
+        let mut sent = 0;
+        let mut refused = 0;
+        while let Some(batch) = outbox.next(now) {
+            let fits = batch.body.len() <= 10_000;
+            (sent, refused) =
+                if fits { (sent + yes(&batch.body), refused) } else { (sent, refused + 1) };
+            let outcome = if fits { Outcome::Sent } else { Outcome::TooLarge };
+            outbox.settle(batch.id, outcome, now, 0.5);
+        }
+        assert_eq!((sent, refused), (900, 4));
+        outbox.absorb(generation("dev", [(key(1, "a", "f"), 2)]), now);
+        let single = outbox.next(now).unwrap();
+        outbox.settle(single.id, Outcome::TooLarge, now, 0.5);
+        assert!(outbox.is_empty());
+        assert_eq!(outbox.totals(), &Totals { sent: 900, dropped: 2 });
+    }
+
+    #[test]
+    fn too_many_counters_first_lose_their_applications_then_the_oldest_go() {
+        let now = Instant::now();
+        let mut outbox = Outbox::new(10);
+        let of_hour = |hour| (0..8).map(move |app| (key(hour, &app.to_string(), "f"), 1));
+        outbox.absorb(generation("dev", of_hour(1).chain(of_hour(2))), now);
+        // The first hour's eight are one now, the second hour's are still apart.
+        assert_eq!((outbox.len(), outbox.totals().dropped), (9, 0));
+        outbox.absorb(generation("dev", (3..20).map(|hour| (key(hour, "a", "f"), 1))), now);
+        assert_eq!((outbox.len(), outbox.totals().dropped), (10, 23));
+    }
+
+    #[test]
+    fn without_an_upstream_everything_is_let_go() {
+        let now = Instant::now();
+        let mut outbox = Outbox::new(100);
+        outbox.absorb(generation("dev", [(key(1, "a", "f"), 2)]), now);
+        outbox.discard();
+        assert!(outbox.is_empty());
+        assert_eq!(outbox.totals(), &Totals { sent: 0, dropped: 2 });
+    }
+
+    fn outcome() -> impl Strategy<Value = Outcome> {
+        prop_oneof![
+            4 => Just(Outcome::Sent),
+            1 => Just(Outcome::TooLarge),
+            1 => Just(Outcome::Unauthorized),
+            1 => Just(Outcome::Later(None)),
+            1 => Just(Outcome::Later(Some(Duration::from_secs(7)))),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+        #[test]
+        fn whatever_fails_every_count_arrives_once(
+            reports in prop::collection::vec(
+                (0..3_u8, 0..4_u8, "[a-c]{1,40}", "[a-z]{1,200}", 1..1000_u64), 1..150),
+            outcomes in prop::collection::vec(outcome(), 0..40),
+        ) {
+            let mut now = Instant::now();
+            let mut outbox = Outbox::new(1000);
+            let mut outcomes = outcomes.into_iter();
+            let mut expected = BTreeMap::new();
+            let mut arrived = BTreeMap::new();
+            let mut step = |outbox: &mut Outbox, now: Instant| {
+                let Some(batch) = outbox.next(now) else { return false };
+                assert!(batch.body.len() <= MAX_BODY);
+                let rows = metrics(&batch.body);
+                let outcome = outcomes.next().unwrap_or(Outcome::Sent);
+                // What is too large alone is dropped by design, which is another test's matter.
+                let single = rows.len() == 1 && outcome == Outcome::TooLarge;
+                let outcome = if single { Outcome::Later(None) } else { outcome };
+                if outcome == Outcome::Sent {
+                    for row in rows {
+                        *arrived.entry((row.environment, row.app_name, row.feature_name))
+                            .or_insert(0) += row.stats.yes;
+                    }
+                }
+                outbox.settle(batch.id, outcome, now, 0.3);
+                true
+            };
+            for (environment, hour, app, flag, count) in reports {
+                let environment = environment.to_string();
+                outbox.absorb(generation(&environment, [(key(hour, &app, &flag), count)]), now);
+                *expected.entry((environment.into(), app.into(), flag.into())).or_insert(0) += count;
+                step(&mut outbox, now);
+            }
+            while !outbox.is_empty() {
+                if !step(&mut outbox, now) {
+                    now = outbox.wake().unwrap();
+                }
+            }
+            prop_assert_eq!(arrived, expected);
+            prop_assert_eq!(outbox.totals().dropped, 0);
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! From the ledger to the outbox: what the recording threads and the sending task share.
+
+use std::{
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Instant,
+};
+
+use jiff::Timestamp;
+use serde_json::{Value, json};
+
+use super::{
+    batch::Part,
+    counter::{Counter, CounterKey},
+    ledger::Ledger,
+    meter,
+    outbox::{BatchId, Dispatch, Outbox, Outcome, Totals},
+    spool,
+};
+
+/// Everything counted that upstream does not have yet.
+#[derive(Debug)]
+pub(super) struct Pipeline {
+    pub(super) ledger: Ledger,
+    outbox: Mutex<Outbox>,
+}
+
+impl Pipeline {
+    pub(super) fn new(max_counters: usize) -> Self {
+        Self { ledger: Ledger::new(max_counters), outbox: Mutex::new(Outbox::new(max_counters)) }
+    }
+
+    /// Moves a generation from the ledger to the outbox.
+    ///
+    /// The outbox stays locked from before the drain until after, so that whoever looks into both
+    /// under that lock sees each counter once.
+    pub(super) fn collect(&self, wall: Timestamp, now: Instant) {
+        let mut outbox = self.outbox();
+        outbox.absorb(self.ledger.drain(wall), now);
+        meter::pending(outbox.len(), outbox.oldest(now));
+    }
+
+    pub(super) fn next(&self, now: Instant) -> Option<Dispatch> {
+        self.outbox().next(now)
+    }
+
+    pub(super) fn settle(&self, id: BatchId, outcome: Outcome, now: Instant, draw: f64) {
+        let mut outbox = self.outbox();
+        outbox.settle(id, outcome, now, draw);
+        meter::pending(outbox.len(), outbox.oldest(now));
+    }
+
+    pub(super) fn wake(&self) -> Option<Instant> {
+        self.outbox().wake()
+    }
+
+    pub(super) fn hurry(&self) {
+        self.outbox().hurry();
+    }
+
+    pub(super) fn discard(&self) {
+        self.outbox().discard();
+    }
+
+    pub(super) fn totals(&self) -> Totals {
+        self.outbox().totals().clone()
+    }
+
+    pub(super) fn save(&self) -> Option<Vec<u8>> {
+        spool::save(self.outbox().lanes())
+    }
+
+    pub(super) fn restore(&self, bytes: &[u8], now: Instant) -> Result<(), spool::Error> {
+        let lanes = spool::restore(bytes)?;
+        let mut outbox = self.outbox();
+        lanes.into_iter().for_each(|(environment, lane)| outbox.restore(environment, lane, now));
+        Ok(())
+    }
+
+    /// What waits, as Unleash Edge's `/internal-backstage/metricsbatch` shows it.
+    pub(super) fn pending(&self) -> Value {
+        let outbox = self.outbox();
+        let mut applications = Vec::new();
+        let mut metrics = Vec::new();
+        for ((environment, key), counter) in self.ledger.counters() {
+            metrics.push(shown(&metric(environment.as_str(), &key, &counter)));
+        }
+        for (environment, lane) in outbox.lanes() {
+            let in_hand = lane.hand.iter().flat_map(|(_, batch)| batch.items());
+            for item in in_hand.chain(&lane.carry) {
+                let value = serde_json::from_str(&item.json).unwrap_or_default();
+                match item.part {
+                    Part::Application => applications.push(value),
+                    Part::Metric => metrics.push(shown(&value)),
+                    Part::Impact => {}
+                }
+            }
+            applications.extend(lane.applications.values().map(|application| json!(application)));
+            let waiting = lane.counters.iter();
+            metrics.extend(
+                waiting.map(|(key, counter)| shown(&metric(environment.as_str(), key, counter))),
+            );
+        }
+        json!({ "applications": applications, "metrics": metrics })
+    }
+
+    fn outbox(&self) -> MutexGuard<'_, Outbox> {
+        self.outbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn metric(environment: &str, key: &CounterKey, counter: &Counter) -> Value {
+    json!(counter.to_wire(environment, key))
+}
+
+/// A metric with its key beside it.
+fn shown(metric: &Value) -> Value {
+    json!({
+        "key": {
+            "app_name": metric["appName"],
+            "feature_name": metric["featureName"],
+            "environment": metric["environment"],
+            "timestamp": metric["timestamp"],
+        },
+        "bucket": metric,
+    })
+}

@@ -1,0 +1,178 @@
+//! The loop that sends what waits, and the last flush.
+//!
+//! It knows the timer and the shutdown; whom it sends to is its caller's affair, when to try again
+//! the outbox's.
+
+use std::{
+    future::Future,
+    time::{Duration, Instant},
+};
+
+use futures_util::{StreamExt as _, stream::FuturesUnordered};
+use jiff::Timestamp;
+use tokio::time::{MissedTickBehavior, interval_at, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    outbox::{BatchId, Dispatch, Outcome},
+    pipeline::Pipeline,
+};
+
+/// Sends a generation after each `interval` until `shutdown`, then what is left within `grace`.
+///
+/// What could not be sent stays in the pipeline. Dropping the future loses nothing either, except
+/// the knowledge of what came of batches that were under way: those will be sent again.
+pub(super) async fn run<F>(
+    pipeline: &Pipeline,
+    interval: Duration,
+    shutdown: &CancellationToken,
+    grace: Duration,
+    send: impl Fn(Dispatch) -> F,
+) where
+    F: Future<Output = (BatchId, Outcome)>,
+{
+    let mut ticks = interval_at(tokio::time::Instant::now() + interval, interval);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut under_way = FuturesUnordered::new();
+    loop {
+        dispatch(pipeline, &under_way, &send);
+        tokio::select! {
+            () = shutdown.cancelled() => break,
+            _ = ticks.tick() => pipeline.collect(Timestamp::now(), now()),
+            Some((id, outcome)) = under_way.next() => settle(pipeline, id, outcome),
+            () = wake(pipeline) => {}
+        }
+    }
+    pipeline.collect(Timestamp::now(), now());
+    pipeline.hurry();
+    let flush = async {
+        loop {
+            dispatch(pipeline, &under_way, &send);
+            if under_way.is_empty() && pipeline.wake().is_none() {
+                break;
+            }
+            tokio::select! {
+                Some((id, outcome)) = under_way.next() => settle(pipeline, id, outcome),
+                () = wake(pipeline) => {}
+            }
+        }
+    };
+    if timeout(grace, flush).await.is_err() {
+        tracing::warn!("Usage could not all be sent within {grace:?}");
+    }
+}
+
+fn dispatch<F>(
+    pipeline: &Pipeline,
+    under_way: &FuturesUnordered<F>,
+    send: &impl Fn(Dispatch) -> F,
+) {
+    while let Some(batch) = pipeline.next(now()) {
+        under_way.push(send(batch));
+    }
+}
+
+fn settle(pipeline: &Pipeline, id: BatchId, outcome: Outcome) {
+    pipeline.settle(id, outcome, now(), rand::random());
+}
+
+/// Waits until a batch may be tried again; for ever when none waits for that.
+async fn wake(pipeline: &Pipeline) {
+    match pipeline.wake() {
+        Some(at) => sleep_until(at.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The runtime's clock, which tests can stop.
+fn now() -> Instant {
+    tokio::time::Instant::now().into_std()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        cell::{Cell, RefCell},
+        future::pending,
+        sync::Arc,
+    };
+
+    use super::*;
+    use crate::{
+        token::Environment,
+        usage::counter::{Counter, CounterKey, Hour},
+        wire::usage::ToggleStats,
+    };
+
+    const MINUTE: Duration = Duration::from_mins(1);
+
+    fn count(pipeline: &Pipeline, yes: u64) {
+        let stats = ToggleStats { yes, ..ToggleStats::default() };
+        let (counter, _) = Counter::of(stats, &Arc::default());
+        let hour = Hour::of(Timestamp::UNIX_EPOCH);
+        let key = CounterKey { hour, app: "a".into(), flag: "f".into() };
+        let _ = pipeline.ledger.count(&Environment::new("dev"), key, counter);
+    }
+
+    /// Runs the loop for a while; each batch has the next of the outcomes, at last `Sent`.
+    async fn attempts(
+        pipeline: &Pipeline,
+        run_for: Duration,
+        outcomes: &[Outcome],
+    ) -> Vec<(u64, Outcome)> {
+        let start = now();
+        let attempts = RefCell::new(Vec::new());
+        let shutdown = CancellationToken::new();
+        let send = |batch: Dispatch| {
+            let mut attempts = attempts.borrow_mut();
+            let outcome = outcomes.get(attempts.len()).copied().unwrap_or(Outcome::Sent);
+            attempts.push(((now() - start).as_secs(), outcome));
+            async move { (batch.id, outcome) }
+        };
+        tokio::join!(run(pipeline, MINUTE, &shutdown, MINUTE, send), async {
+            tokio::time::sleep(run_for).await;
+            shutdown.cancel();
+        });
+        attempts.into_inner()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_generation_is_sent_at_each_interval_and_the_last_at_shutdown() {
+        let pipeline = Pipeline::new(10);
+        count(&pipeline, 1);
+        assert_eq!(attempts(&pipeline, 2 * MINUTE + MINUTE / 2, &[]).await, [(60, Outcome::Sent)]);
+        count(&pipeline, 1);
+        assert_eq!(attempts(&pipeline, MINUTE / 2, &[]).await, [(30, Outcome::Sent)]);
+        assert_eq!(pipeline.totals(), crate::usage::outbox::Totals { sent: 2, dropped: 0 });
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_failed_batch_is_tried_again_when_its_time_has_come() {
+        let pipeline = Pipeline::new(10);
+        count(&pipeline, 1);
+        let pause = Outcome::Later(Some(Duration::from_secs(100)));
+        let made = attempts(&pipeline, 5 * MINUTE, &[pause]).await;
+        assert_eq!(made, [(60, pause), (160, Outcome::Sent)]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_cannot_be_flushed_in_time_is_saved_and_restored() {
+        let pipeline = Pipeline::new(10);
+        count(&pipeline, 7);
+        let shutdown = CancellationToken::new();
+        shutdown.cancel();
+        let tries = Cell::new(0);
+        run(&pipeline, MINUTE, &shutdown, MINUTE, |_| {
+            tries.set(tries.get() + 1);
+            pending()
+        })
+        .await;
+        assert_eq!(tries.get(), 1);
+        let saved = pipeline.save().unwrap();
+        let restarted = Pipeline::new(10);
+        restarted.restore(&saved, now()).unwrap();
+        assert_eq!(attempts(&restarted, MINUTE, &[]).await, [(0, Outcome::Sent)]);
+        assert_eq!(restarted.totals().sent, 7);
+        assert_eq!(restarted.save(), None);
+    }
+}
