@@ -18,6 +18,7 @@ mod meter;
 mod outbox;
 mod pipeline;
 mod sender;
+mod sink;
 mod spool;
 
 use std::{
@@ -28,6 +29,7 @@ use std::{
 
 use jiff::Timestamp;
 use serde_json::Value;
+use tokio_util::sync::CancellationToken;
 use xxhash_rust::xxh3::xxh3_64;
 
 use self::{
@@ -36,7 +38,7 @@ use self::{
     meter::{Endpoint, Reason},
     pipeline::Pipeline,
 };
-pub use self::{outbox::Totals, spool::Error};
+pub use self::{outbox::Totals, sink::Sink, spool::Error};
 pub use crate::wire::usage::SdkKind;
 use crate::{
     token::{Environment, Scope},
@@ -85,6 +87,7 @@ struct Edge {
 impl Usage {
     /// Starts with nothing counted; `hop` is how this instance names itself to upstream.
     pub fn new(config: &Config, hop: ConnectVia) -> Self {
+        meter::describe();
         let shared = Shared {
             pipeline: Pipeline::new(config.max_counters),
             interval: config.interval,
@@ -202,6 +205,22 @@ impl Usage {
         }
     }
 
+    /// Sends a generation to `sink` at each interval until `shutdown`, then what is left within
+    /// `grace`; to be run once.
+    ///
+    /// What could not be sent stays here, to be [saved](Self::save). Dropping the future loses
+    /// nothing, but batches under way will be sent again.
+    pub async fn run(&self, sink: Sink, shutdown: CancellationToken, grace: Duration) {
+        let Shared { pipeline, interval, .. } = &*self.shared;
+        match sink {
+            Sink::Upstream { upstream, credentials } => {
+                let send = |batch| sink::deliver(&upstream, &credentials, batch);
+                sender::run(pipeline, *interval, &shutdown, grace, send).await;
+            }
+            Sink::None => sender::discard(pipeline, *interval, &shutdown).await,
+        }
+    }
+
     /// What has not been sent, as Unleash Edge shows it at `/internal-backstage/metricsbatch`:
     /// `{applications: […], metrics: [{key, bucket}]}`.
     pub fn pending(&self) -> Value {
@@ -304,4 +323,250 @@ impl Usage {
 /// The runtime's clock where there is one, so that waiting times agree with the sender's.
 fn clock() -> Instant {
     tokio::time::Instant::now().into_std()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::{outbox::Outcome, *};
+    use crate::token::Projects;
+
+    fn usage(max_counters: usize) -> Usage {
+        let config = Config { interval: Duration::from_mins(1), max_counters };
+        let hop = ConnectVia { app_name: "parapet".into(), instance_id: "p1".into() };
+        Usage::new(&config, hop)
+    }
+
+    fn scope(environment: &str) -> Scope {
+        let projects = Projects::from_list(["default"]);
+        Scope { environment: Environment::new(environment), projects }
+    }
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(1_767_323_045 + second).unwrap()
+    }
+
+    fn report(json: &Value) -> ClientMetrics {
+        ClientMetrics::parse(json.to_string().as_bytes()).unwrap()
+    }
+
+    fn counts(app: &str, flag: &str, yes: u64) -> ClientMetrics {
+        let (start, stop) = (at(0).to_string(), at(60).to_string());
+        let toggles = json!({ flag: { "yes": yes, "no": 1, "variants": { "v": yes } } });
+        report(&json!({
+            "appName": app, "instanceId": "i",
+            "bucket": { "start": start, "stop": stop, "toggles": toggles },
+        }))
+    }
+
+    /// Sends all that waits, each batch with the next outcome and at last `Sent`; returns the
+    /// bodies that were sent.
+    fn sent(usage: &Usage, outcomes: impl IntoIterator<Item = Outcome>) -> Vec<Value> {
+        let pipeline = &usage.shared.pipeline;
+        pipeline.collect(at(0), clock());
+        let mut outcomes = outcomes.into_iter();
+        let mut now = clock();
+        let mut bodies = Vec::new();
+        loop {
+            while let Some(batch) = pipeline.next(now) {
+                let outcome = outcomes.next().unwrap_or(Outcome::Sent);
+                if outcome == Outcome::Sent {
+                    bodies.push(serde_json::from_slice(&batch.body).unwrap());
+                }
+                pipeline.settle(batch.id, outcome, now, 0.5);
+            }
+            match pipeline.wake() {
+                Some(at) => now = at,
+                None => return bodies,
+            }
+        }
+    }
+
+    /// The sum of a field over the metrics of all bodies.
+    fn sum(bodies: &[Value], field: &str) -> u64 {
+        let metrics = bodies.iter().flat_map(|body| body["metrics"].as_array().unwrap());
+        metrics.map(|metric| metric[field].as_u64().unwrap()).sum()
+    }
+
+    #[test]
+    fn reports_of_an_hour_are_one_counter_and_the_application_is_told_beside_it() {
+        let usage = usage(100);
+        for _ in 0..3 {
+            usage.record_metrics(&scope("dev"), SdkKind::Backend, counts("a", "f", 2), at(0));
+        }
+        insta::assert_snapshot!(json!(sent(&usage, [])).to_string(), @r#"[{"applications":[{"appName":"a","connectVia":[{"appName":"parapet","instanceId":"p1"}],"environment":"dev","instanceId":"i","interval":60,"projects":["default"],"sdkType":"backend","started":"2026-01-02T03:04:05Z"}],"metrics":[{"appName":"a","environment":"dev","featureName":"f","no":3,"timestamp":"2026-01-02T03:00:00Z","variants":{"v":6},"yes":6}]}]"#);
+        usage.record_metrics(&scope("dev"), SdkKind::Backend, counts("a", "f", 2), at(0));
+        let again = sent(&usage, []);
+        assert_eq!((&again[0]["applications"], sum(&again, "yes")), (&json!([]), 2));
+    }
+
+    #[test]
+    fn a_registration_gets_its_scope_from_its_token_and_our_hop() {
+        let usage = usage(100);
+        let body = json!({
+            "appName": "a", "started": at(0).to_string(), "interval": 15, "strategies": ["default"],
+            "environment": "prod", "projects": ["x"], "connectVia": [{ "appName": "edge", "instanceId": "e" }],
+        });
+        let application = Application::parse(body.to_string().as_bytes()).unwrap();
+        let register = |kind| {
+            usage.record_registration(&scope("dev"), kind, application.clone(), at(0));
+            sent(&usage, []).remove(0)["applications"][0].take()
+        };
+        let (backend, frontend) = (register(SdkKind::Backend), register(SdkKind::Frontend));
+        assert_eq!(backend["environment"], "dev");
+        assert_eq!(backend["projects"], json!(["default"]));
+        assert_eq!(backend["connectVia"][0]["appName"], "edge");
+        assert_eq!(backend["connectVia"][1], json!({ "appName": "parapet", "instanceId": "p1" }));
+        assert_eq!(
+            (&backend["sdkType"], &frontend["sdkType"]),
+            (&json!("backend"), &json!("frontend"))
+        );
+        assert_eq!(frontend["sdkVersion"], "unknown");
+        assert_ne!(backend["instanceId"], frontend["instanceId"]);
+        assert!(backend["instanceId"].as_str().unwrap().starts_with("parapet-"));
+    }
+
+    #[test]
+    fn of_a_bulk_report_only_the_tokens_environment_is_kept() {
+        let usage = usage(100);
+        let metric = |environment: &str| {
+            json!({ "featureName": "f", "appName": "a", "environment": environment,
+                    "timestamp": at(0).to_string(), "yes": 3 })
+        };
+        let app = |environment: &str| {
+            json!({ "appName": "a", "instanceId": "i", "environment": environment,
+                    "started": at(0).to_string(), "interval": 1, "sdkType": "frontend" })
+        };
+        let body = json!({
+            "applications": [app("dev"), app("prod")],
+            "metrics": [metric("dev"), metric("prod")],
+            "impactMetrics": [{ "name": "n", "help": "h", "type": "counter", "samples": [{ "value": 1 }] }],
+        });
+        let bulk = Bulk::parse(body.to_string().as_bytes()).unwrap();
+        usage.record_bulk(&scope("dev"), SdkKind::Backend, bulk, at(0));
+        let bodies = sent(&usage, []);
+        assert_eq!((bodies.len(), sum(&bodies, "yes")), (1, 3));
+        assert_eq!(bodies[0]["applications"].as_array().unwrap().len(), 1);
+        assert_eq!(bodies[0]["applications"][0]["sdkType"], "frontend");
+        assert_eq!(
+            bodies[0]["impactMetrics"][0]["samples"][0]["labels"],
+            json!({ "origin": "edge" })
+        );
+    }
+
+    #[test]
+    fn what_waits_is_shown_with_its_key() {
+        let usage = usage(100);
+        usage.record_metrics(&scope("dev"), SdkKind::Backend, counts("a", "f", 2), at(0));
+        let check = |applications: usize| {
+            let pending = usage.pending();
+            let key = json!({ "app_name": "a", "feature_name": "f", "environment": "dev",
+                              "timestamp": "2026-01-02T03:00:00Z" });
+            assert_eq!(pending["metrics"][0]["key"], key);
+            assert_eq!(pending["metrics"][0]["bucket"]["yes"], 2);
+            assert_eq!(pending["applications"].as_array().unwrap().len(), applications);
+        };
+        check(0);
+        usage.shared.pipeline.collect(at(0), clock());
+        check(1);
+        usage.shared.pipeline.next(clock()).unwrap();
+        check(1);
+    }
+
+    #[test]
+    fn edges_behind_this_one_are_remembered_while_they_report() {
+        let usage = usage(100);
+        let tell = |identifier: &str, second| {
+            let body = json!({ "identifier": identifier, "traffic": {} }).to_string();
+            let edge = EdgeInstance::parse(body.as_bytes()).unwrap();
+            usage.record_edge_instance(&edge, at(second));
+        };
+        tell("one", 0);
+        tell("two", 300);
+        assert_eq!(usage.instances().len(), 2);
+        tell("two", 600);
+        assert_eq!(usage.instances(), [json!({ "identifier": "two", "traffic": {} })]);
+        for edge in 0..MAX_EDGES + 10 {
+            tell(&edge.to_string(), 600);
+        }
+        assert_eq!(usage.instances().len(), MAX_EDGES);
+    }
+
+    #[test]
+    fn a_flood_of_names_is_bounded_and_real_flags_keep_counting() {
+        let usage = usage(1000);
+        usage.record_metrics(&scope("dev"), SdkKind::Frontend, counts("a", "real", 1), at(0));
+        for flood in 0..5000 {
+            let report = counts(&format!("app-{flood}"), &format!("flag-{flood}"), 1);
+            usage.record_metrics(&scope("dev"), SdkKind::Frontend, report, at(0));
+        }
+        usage.record_metrics(&scope("dev"), SdkKind::Frontend, counts("a", "real", 1), at(0));
+        assert_eq!(usage.shared.pipeline.ledger.len(), 1000);
+        let bodies = sent(&usage, []);
+        let metrics: Vec<_> =
+            bodies.iter().flat_map(|body| body["metrics"].as_array().unwrap()).collect();
+        assert_eq!(metrics.len(), 1000);
+        let real = metrics.iter().find(|metric| metric["featureName"] == "real").unwrap();
+        assert_eq!(real["yes"], 2);
+        assert_eq!(sum(&bodies, "yes"), 1001);
+    }
+
+    fn outcome() -> impl Strategy<Value = Outcome> {
+        prop_oneof![
+            3 => Just(Outcome::Sent),
+            1 => Just(Outcome::Unauthorized),
+            2 => Just(Outcome::Later(None)),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+        #[test]
+        fn threads_drains_failures_and_restarts_leave_every_count_exact(
+            reports in prop::collection::vec(
+                prop::collection::vec((0..3_u8, "[ab]", "[a-d]", 1..100_u64), 0..60), 1..4),
+            outcomes in prop::collection::vec(outcome(), 0..30),
+        ) {
+            let recorded = &AtomicU64::new(0);
+            let before = &usage(1000);
+            let mut outcomes = outcomes.into_iter();
+            let mut bodies = Vec::new();
+            std::thread::scope(|threads| {
+                for reports in &reports {
+                    threads.spawn(move || {
+                        for (environment, app, flag, yes) in reports {
+                            let scope = scope(&environment.to_string());
+                            before.record_metrics(&scope, SdkKind::Backend, counts(app, flag, *yes), at(0));
+                            recorded.fetch_add(*yes, Ordering::Relaxed);
+                        }
+                    });
+                }
+                let pipeline = &before.shared.pipeline;
+                for outcome in outcomes.by_ref().take(15) {
+                    pipeline.collect(at(0), clock());
+                    if let Some(batch) = pipeline.next(clock()) {
+                        if outcome == Outcome::Sent {
+                            bodies.push(serde_json::from_slice(&batch.body).unwrap());
+                        }
+                        pipeline.settle(batch.id, outcome, clock(), 0.5);
+                    }
+                }
+            });
+            let after = usage(1000);
+            if let Some(saved) = before.save() {
+                after.restore(&saved).unwrap();
+            }
+            bodies.extend(sent(&after, outcomes));
+            let expected = recorded.load(Ordering::Relaxed);
+            prop_assert_eq!(sum(&bodies, "yes"), expected);
+            let variants = bodies.iter().flat_map(|body| body["metrics"].as_array().unwrap());
+            let variants: u64 = variants.map(|metric| metric["variants"]["v"].as_u64().unwrap()).sum();
+            prop_assert_eq!(variants, expected);
+            prop_assert_eq!(before.totals().dropped + after.totals().dropped, 0);
+        }
+    }
 }

@@ -2,7 +2,16 @@
 
 use std::time::Duration;
 
-use metrics::{counter, gauge};
+use metrics::{Unit, counter, describe_counter, describe_gauge, gauge};
+
+const REPORTS: &str = "parapet_usage_reports_total";
+const RECEIVED: &str = "parapet_usage_counts_received_total";
+const SENT: &str = "parapet_usage_counts_sent_total";
+const DROPPED: &str = "parapet_usage_dropped_total";
+const ITEMS_DROPPED: &str = "parapet_usage_items_dropped_total";
+const BATCHES: &str = "parapet_usage_batches_total";
+const PENDING: &str = "parapet_usage_pending";
+const OLDEST: &str = "parapet_usage_oldest_pending_seconds";
 
 /// Where usage comes in.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -46,6 +55,18 @@ impl Reason {
     }
 }
 
+/// Tells the metric registry what the metrics of this module mean.
+pub(super) fn describe() {
+    describe_counter!(REPORTS, "Usage reports by endpoint.");
+    describe_counter!(RECEIVED, "Flag evaluations that were reported.");
+    describe_counter!(SENT, "Flag evaluations that upstream took.");
+    describe_counter!(DROPPED, "Flag evaluations that were let go, by reason.");
+    describe_counter!(ITEMS_DROPPED, "Other reported items that were let go, by kind.");
+    describe_counter!(BATCHES, "Batches of usage by what came of sending them.");
+    describe_gauge!(PENDING, "Counters that wait to be sent.");
+    describe_gauge!(OLDEST, Unit::Seconds, "For how long the oldest of them has waited.");
+}
+
 pub(super) fn reported(endpoint: Endpoint) {
     let endpoint = match endpoint {
         Endpoint::Metrics => "metrics",
@@ -53,36 +74,36 @@ pub(super) fn reported(endpoint: Endpoint) {
         Endpoint::Register => "register",
         Endpoint::Edge => "edge",
     };
-    counter!("parapet_usage_reports_total", "endpoint" => endpoint).increment(1);
+    counter!(REPORTS, "endpoint" => endpoint).increment(1);
 }
 
 pub(super) fn received(count: u64) {
-    counter!("parapet_usage_counts_received_total").increment(count);
+    counter!(RECEIVED).increment(count);
 }
 
 pub(super) fn sent(count: u64) {
-    counter!("parapet_usage_counts_sent_total").increment(count);
+    counter!(SENT).increment(count);
 }
 
 pub(super) fn dropped(reason: Reason, count: u64) {
     if count > 0 {
-        counter!("parapet_usage_dropped_total", "reason" => reason.as_str()).increment(count);
+        counter!(DROPPED, "reason" => reason.as_str()).increment(count);
     }
 }
 
 /// Registrations, impact samples and unreadable items that were let go.
 pub(super) fn items_dropped(item: &'static str, count: usize) {
     if count > 0 {
-        counter!("parapet_usage_items_dropped_total", "item" => item).increment(count as u64);
+        counter!(ITEMS_DROPPED, "item" => item).increment(count as u64);
     }
 }
 
 pub(super) fn batch(outcome: &'static str) {
-    counter!("parapet_usage_batches_total", "outcome" => outcome).increment(1);
+    counter!(BATCHES, "outcome" => outcome).increment(1);
 }
 
 #[expect(clippy::cast_precision_loss, reason = "a gauge is a float")]
 pub(super) fn pending(counters: usize, oldest: Duration) {
-    gauge!("parapet_usage_pending").set(counters as f64);
-    gauge!("parapet_usage_oldest_pending_seconds").set(oldest.as_secs_f64());
+    gauge!(PENDING).set(counters as f64);
+    gauge!(OLDEST).set(oldest.as_secs_f64());
 }

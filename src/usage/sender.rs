@@ -62,6 +62,20 @@ pub(super) async fn run<F>(
     }
 }
 
+/// Lets a generation go after each `interval` until `shutdown`: there is nobody to send it to.
+pub(super) async fn discard(pipeline: &Pipeline, interval: Duration, shutdown: &CancellationToken) {
+    let mut ticks = interval_at(tokio::time::Instant::now() + interval, interval);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    while !shutdown.is_cancelled() {
+        tokio::select! {
+            () = shutdown.cancelled() => {}
+            _ = ticks.tick() => {}
+        }
+        pipeline.collect(Timestamp::now(), now());
+        pipeline.discard();
+    }
+}
+
 fn dispatch<F>(
     pipeline: &Pipeline,
     under_way: &FuturesUnordered<F>,
@@ -153,6 +167,21 @@ mod tests {
         let pause = Outcome::Later(Some(Duration::from_secs(100)));
         let made = attempts(&pipeline, 5 * MINUTE, &[pause]).await;
         assert_eq!(made, [(60, pause), (160, Outcome::Sent)]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn without_an_upstream_nothing_piles_up() {
+        let pipeline = Pipeline::new(10);
+        count(&pipeline, 3);
+        let shutdown = CancellationToken::new();
+        tokio::join!(discard(&pipeline, MINUTE, &shutdown), async {
+            tokio::time::sleep(MINUTE * 3 / 2).await;
+            assert_eq!(pipeline.totals().dropped, 3);
+            count(&pipeline, 4);
+            shutdown.cancel();
+        });
+        assert_eq!(pipeline.totals().dropped, 7);
+        assert_eq!(pipeline.save(), None);
     }
 
     #[tokio::test(start_paused = true)]
