@@ -1,0 +1,190 @@
+//! Hashing people into buckets, and drawing lots where nobody is known.
+//!
+//! MurmurHash3 (x86, 32 bit) is what every Unleash SDK uses, over the UTF-8 bytes of
+//! `group:identifier`. The group is known when a flag is compiled, so its part of the hash is
+//! computed once. There is no source of randomness here: a draw arrives from outside.
+
+/// The seed that spreads people over the percentages of a rollout.
+pub(super) const ROLLOUT_SEED: u32 = 0;
+
+/// The seed that spreads people over variants, independent of the rollout's.
+/// <https://docs.getunleash.io/concepts/stickiness>
+pub(super) const VARIANT_SEED: u32 = 86_028_157;
+
+/// The hash of `group:`, ready to take an identifier.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Prefix {
+    state: u32,
+    /// The 0–3 bytes that did not fill a block, little-endian.
+    carry: u32,
+    carried: u32,
+    len: u32,
+}
+
+impl Prefix {
+    /// Starts the hash of an identifier in `group`.
+    pub(super) fn new(group: &str, seed: u32) -> Self {
+        let mut prefix = Self {
+            state: seed,
+            carry: 0,
+            carried: 0,
+            len: 0,
+        };
+        prefix.absorb(group.as_bytes());
+        prefix.absorb(b":");
+        prefix
+    }
+
+    /// Where `identifier` falls among `1..=buckets`; 0 if there are no buckets.
+    pub(super) fn bucket(self, identifier: &str, buckets: u32) -> u32 {
+        let mut hash = self;
+        hash.absorb(identifier.as_bytes());
+        hash.finish()
+            .checked_rem(buckets)
+            .map_or(0, |rest| rest + 1)
+    }
+
+    fn absorb(&mut self, bytes: &[u8]) {
+        // Lengths beyond 4 GiB wrap, as they do in the reference implementation's `int`.
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "murmur3 mixes the length modulo 2^32"
+        )]
+        let len = bytes.len() as u32;
+        self.len = self.len.wrapping_add(len);
+        let shift = self.carried * 8;
+        let (words, rest) = bytes.as_chunks::<4>();
+        for &word in words {
+            let wide = u64::from(u32::from_le_bytes(word)) << shift | u64::from(self.carry);
+            self.take_block(wide);
+        }
+        for &byte in rest {
+            self.carry |= u32::from(byte) << (self.carried * 8);
+            self.carried += 1;
+            if self.carried == 4 {
+                self.take_block(u64::from(self.carry));
+                self.carried = 0;
+            }
+        }
+    }
+
+    /// Mixes the low half in; the high half is carried into the next block.
+    fn take_block(&mut self, wide: u64) {
+        #[expect(clippy::cast_possible_truncation, reason = "the low half is the block")]
+        let block = wide as u32;
+        self.carry = u32::try_from(wide >> 32).expect("half of 64 bits fits 32");
+        self.state ^= scramble(block);
+        self.state = self
+            .state
+            .rotate_left(13)
+            .wrapping_mul(5)
+            .wrapping_add(0xe654_6b64);
+    }
+
+    fn finish(self) -> u32 {
+        let mut hash = self.state;
+        if self.carried > 0 {
+            hash ^= scramble(self.carry);
+        }
+        hash ^= self.len;
+        hash = (hash ^ (hash >> 16)).wrapping_mul(0x85eb_ca6b);
+        hash = (hash ^ (hash >> 13)).wrapping_mul(0xc2b2_ae35);
+        hash ^ (hash >> 16)
+    }
+}
+
+fn scramble(block: u32) -> u32 {
+    block
+        .wrapping_mul(0xcc9e_2d51)
+        .rotate_left(15)
+        .wrapping_mul(0x1b87_3593)
+}
+
+/// One number of `1..=buckets` from a context's draw, independent for each `site`; 0 if there are
+/// no buckets.
+///
+/// A site is one place that draws, for instance one strategy. The mixing is the finaliser of
+/// `SplitMix64` (Steele, Lea and Flood 2014).
+pub(super) fn draw(seed: u64, site: u32, buckets: u32) -> u32 {
+    let mut mixed = seed.wrapping_add((u64::from(site) + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^= mixed >> 31;
+    let high = u32::try_from(mixed >> 32).expect("half of 64 bits fits 32");
+    high.checked_rem(buckets).map_or(0, |rest| rest + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// MurmurHash3's own verification values: `hash(seed, "")` and of short strings.
+    #[test]
+    fn murmur3_matches_its_reference_values() {
+        let hash = |seed, text: &str| {
+            let mut hash = Prefix {
+                state: seed,
+                carry: 0,
+                carried: 0,
+                len: 0,
+            };
+            hash.absorb(text.as_bytes());
+            hash.finish()
+        };
+        assert_eq!(hash(0, ""), 0);
+        assert_eq!(hash(1, ""), 0x514e_28b7);
+        assert_eq!(hash(0, "test"), 0xba6b_d213);
+        assert_eq!(hash(0x9747_b28c, "Hello, world!"), 0x24884_cba);
+        assert_eq!(
+            hash(0, "The quick brown fox jumps over the lazy dog"),
+            0x2e4f_f723
+        );
+    }
+
+    /// <https://docs.getunleash.io/concepts/stickiness>: known values of the official SDKs.
+    #[test]
+    fn buckets_are_those_of_the_official_sdks() {
+        let check = |seed, group, id, buckets, expect| {
+            assert_eq!(
+                Prefix::new(group, seed).bucket(id, buckets),
+                expect,
+                "{group}:{id}"
+            );
+        };
+        check(ROLLOUT_SEED, "gr1", "123", 100, 73);
+        check(ROLLOUT_SEED, "groupX", "999", 100, 25);
+        check(VARIANT_SEED, "gr1", "123", 100, 96);
+        check(VARIANT_SEED, "groupX", "999", 100, 60);
+        check(VARIANT_SEED, "groupX", "999", 0, 0);
+    }
+
+    proptest! {
+        #[test]
+        fn the_prefix_changes_nothing(group in ".{0,12}", id in ".{0,12}") {
+            let whole = Prefix::new(&format!("{group}:{id}"), 7);
+            let mut split = Prefix::new(&group, 7);
+            split.absorb(id.as_bytes());
+            split.absorb(b":");
+            prop_assert_eq!(whole.finish(), split.finish());
+        }
+
+        #[test]
+        fn draws_stay_within_their_buckets(seed: u64, site: u32, buckets in 1..1000_u32) {
+            prop_assert!((1..=buckets).contains(&draw(seed, site, buckets)));
+        }
+    }
+
+    #[test]
+    fn draws_of_different_sites_are_spread_evenly() {
+        let mut counts = [0_u32; 10];
+        for site in 0..10_000 {
+            counts[draw(42, site, 10) as usize - 1] += 1;
+        }
+        assert!(
+            counts.iter().all(|count| (900..1100).contains(count)),
+            "{counts:?}"
+        );
+    }
+}

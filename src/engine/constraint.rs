@@ -1,0 +1,449 @@
+//! Conditions on one context field.
+//!
+//! A constraint whose operator is unknown or whose operand cannot be read never holds, inverted
+//! or not: an author's mistake must not open a flag to everybody. What a context lacks or what
+//! cannot be read in it makes the bare comparison false, which `inverted` then negates, as in the
+//! Node SDK.
+
+use std::cmp::Ordering;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use jiff::Timestamp;
+use regex::Regex;
+
+use super::context::{Bound, FieldId, Fields, Set, Slot};
+use super::pattern;
+use super::problem::{Defect, Part};
+use super::reads::Reads;
+use super::scalar::{self, Version};
+use crate::wire::features::{self as wire, Loose};
+
+/// What a constraint came to when it was compiled.
+#[derive(Debug)]
+pub(super) enum Compiled {
+    Always,
+    Never,
+    Test(Constraint),
+}
+
+/// A test of one field, perhaps negated.
+#[derive(Debug, Clone)]
+pub(super) struct Constraint {
+    test: Test,
+    inverted: bool,
+}
+
+#[derive(Debug, Clone)]
+enum Test {
+    In {
+        field: FieldId,
+        set: Set,
+    },
+    Number {
+        field: FieldId,
+        slot: Slot,
+        order: Order,
+        than: f64,
+    },
+    After(Timestamp),
+    Before(Timestamp),
+    Version {
+        field: FieldId,
+        slot: Slot,
+        order: Order,
+        than: Box<Version<Box<str>>>,
+    },
+    Address {
+        field: FieldId,
+        slot: Slot,
+        ranges: Box<[IpNet]>,
+    },
+    Text {
+        field: FieldId,
+        place: Place,
+        case: Case,
+        needles: Box<[Box<str>]>,
+    },
+    Regex {
+        field: FieldId,
+        regex: Box<Regex>,
+    },
+}
+
+/// Which side of the operand a value has to be on.
+#[derive(Debug, Clone, Copy)]
+enum Order {
+    Equal,
+    Greater,
+    GreaterOrEqual,
+    Less,
+    LessOrEqual,
+}
+
+/// Where in a value a text has to be.
+#[derive(Debug, Clone, Copy)]
+enum Place {
+    Start,
+    End,
+    Anywhere,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Case {
+    Sensitive,
+    /// The operands are in lower case already.
+    Ignored,
+}
+
+impl Constraint {
+    /// Compiles what the wire says; defects that matter or do not go to `defects` either way.
+    pub(super) fn compile(
+        source: &Loose<wire::Constraint<'_>>,
+        fields: &mut Fields,
+        defects: &mut Vec<Defect>,
+    ) -> Compiled {
+        let parts = match source {
+            Loose::Is(source) => Parts::read(source),
+            Loose::Missing | Loose::Malformed => None,
+        };
+        let Some(parts) = parts else {
+            defects.push(Defect::Malformed(Part::Constraint));
+            return Compiled::Never;
+        };
+        match parts.compile(fields, defects) {
+            Ok(Some(test)) => Compiled::Test(Self {
+                test,
+                inverted: parts.inverted,
+            }),
+            Ok(None) if parts.inverted => Compiled::Always,
+            Ok(None) => Compiled::Never,
+            Err(defect) => {
+                defects.push(defect);
+                Compiled::Never
+            }
+        }
+    }
+
+    /// Whether the constraint holds.
+    pub(super) fn holds(&self, bound: &Bound<'_>) -> bool {
+        self.test.holds(bound) != self.inverted
+    }
+
+    /// Roughly what testing costs; cheap tests go first.
+    pub(super) fn cost(&self) -> u8 {
+        match &self.test {
+            Test::In { .. } | Test::Number { .. } | Test::After(_) | Test::Before(_) => 0,
+            Test::Version { .. } | Test::Address { .. } => 1,
+            Test::Text {
+                case: Case::Sensitive,
+                ..
+            } => 2,
+            Test::Text {
+                case: Case::Ignored,
+                ..
+            } => 3,
+            Test::Regex { .. } => 4,
+        }
+    }
+
+    /// Adds what the constraint depends on to `reads`.
+    pub(super) fn note_reads(&self, reads: &mut Reads) {
+        match self.test {
+            Test::In { field, .. }
+            | Test::Number { field, .. }
+            | Test::Version { field, .. }
+            | Test::Address { field, .. }
+            | Test::Text { field, .. }
+            | Test::Regex { field, .. } => reads.field(field),
+            Test::After(instant) => {
+                reads.field(FieldId::CURRENT_TIME);
+                // The instant itself is not after it yet, the next nanosecond is.
+                let next = Timestamp::from_nanosecond(instant.as_nanosecond() + 1);
+                reads.change(next.unwrap_or(Timestamp::MAX));
+            }
+            Test::Before(instant) => {
+                reads.field(FieldId::CURRENT_TIME);
+                reads.change(instant);
+            }
+        }
+    }
+}
+
+impl Test {
+    fn holds(&self, bound: &Bound<'_>) -> bool {
+        match self {
+            Self::In { field, set } => set.contains(bound.symbol(*field)),
+            Self::Number {
+                slot, order, than, ..
+            } => order.admits(bound.number(*slot).partial_cmp(than)),
+            Self::After(instant) => bound.clock().is_some_and(|clock| clock > *instant),
+            Self::Before(instant) => bound.clock().is_some_and(|clock| clock < *instant),
+            Self::Version {
+                slot, order, than, ..
+            } => order.admits(bound.version(*slot).map(|version| version.compare(than))),
+            Self::Address { slot, ranges, .. } => bound
+                .address(*slot)
+                .is_some_and(|address| ranges.iter().any(|range| range.contains(&address))),
+            Self::Text {
+                field,
+                place,
+                case,
+                needles,
+            } => bound
+                .text(*field)
+                .is_some_and(|text| place.finds_any(needles, text, *case)),
+            Self::Regex { field, regex } => {
+                bound.text(*field).is_some_and(|text| regex.is_match(text))
+            }
+        }
+    }
+}
+
+impl Order {
+    fn admits(self, order: Option<Ordering>) -> bool {
+        order.is_some_and(|order| match self {
+            Self::Equal => order.is_eq(),
+            Self::Greater => order.is_gt(),
+            Self::GreaterOrEqual => order.is_ge(),
+            Self::Less => order.is_lt(),
+            Self::LessOrEqual => order.is_le(),
+        })
+    }
+}
+
+impl Place {
+    fn finds_any(self, needles: &[Box<str>], text: &str, case: Case) -> bool {
+        match case {
+            Case::Sensitive => needles.iter().any(|needle| match self {
+                Self::Start => text.starts_with(&**needle),
+                Self::End => text.ends_with(&**needle),
+                Self::Anywhere => text.contains(&**needle),
+            }),
+            Case::Ignored if text.is_ascii() => needles
+                .iter()
+                .any(|needle| self.finds_ascii(needle.as_bytes(), text.as_bytes())),
+            // Lower case can change lengths here, so this rare case pays for a copy.
+            Case::Ignored => self.finds_any(needles, &text.to_lowercase(), Case::Sensitive),
+        }
+    }
+
+    /// Compares without copying: `text` is ASCII, so a `needle` that is not cannot be in it.
+    fn finds_ascii(self, needle: &[u8], text: &[u8]) -> bool {
+        let Some(room) = text.len().checked_sub(needle.len()) else {
+            return false;
+        };
+        let at = |start: usize| text[start..start + needle.len()].eq_ignore_ascii_case(needle);
+        match self {
+            Self::Start => at(0),
+            Self::End => at(room),
+            Self::Anywhere => (0..=room).any(at),
+        }
+    }
+}
+
+/// A constraint's parts, all of the right kind.
+struct Parts<'a> {
+    field: &'a str,
+    operator: &'a str,
+    value: Option<&'a str>,
+    /// Without empty ones, and without the space around them, as the Node SDK reads them.
+    values: Vec<&'a str>,
+    inverted: bool,
+    case: Case,
+}
+
+impl<'a> Parts<'a> {
+    fn read(source: &'a wire::Constraint<'_>) -> Option<Self> {
+        let (Loose::Is(field), Loose::Is(operator)) = (&source.context_name, &source.operator)
+        else {
+            return None;
+        };
+        let value = match &source.value {
+            Loose::Is(value) => Some(&**value),
+            Loose::Missing => None,
+            Loose::Malformed => return None,
+        };
+        let mut values = Vec::new();
+        match &source.values {
+            Loose::Is(list) => {
+                for item in list {
+                    match item {
+                        Loose::Is(text) if !text.is_empty() => values.push(text.trim()),
+                        Loose::Is(_) | Loose::Missing => {}
+                        Loose::Malformed => return None,
+                    }
+                }
+            }
+            Loose::Missing => {}
+            Loose::Malformed => return None,
+        }
+        let ignored = source.case_insensitive.or_default()?;
+        let case = if ignored {
+            Case::Ignored
+        } else {
+            Case::Sensitive
+        };
+        let inverted = source.inverted.or_default()?;
+        let (operator, inverted) = match &**operator {
+            // Also where the field is missing or the list is empty.
+            "NOT_IN" => ("IN", !inverted),
+            operator => (operator, inverted),
+        };
+        Some(Self {
+            field,
+            operator,
+            value,
+            values,
+            inverted,
+            case,
+        })
+    }
+
+    /// The test, or none if the bare comparison is false for every context.
+    fn compile(
+        &self,
+        fields: &mut Fields,
+        defects: &mut Vec<Defect>,
+    ) -> Result<Option<Test>, Defect> {
+        match self.operator {
+            "IN" => Ok(self.one_of(fields)),
+            "STR_STARTS_WITH" => Ok(self.text(fields, Place::Start)),
+            "STR_ENDS_WITH" => Ok(self.text(fields, Place::End)),
+            "STR_CONTAINS" => Ok(self.text(fields, Place::Anywhere)),
+            "NUM_EQ" => self.number(fields, "NUM_EQ", Order::Equal).map(Some),
+            "NUM_GT" => self.number(fields, "NUM_GT", Order::Greater).map(Some),
+            "NUM_GTE" => self
+                .number(fields, "NUM_GTE", Order::GreaterOrEqual)
+                .map(Some),
+            "NUM_LT" => self.number(fields, "NUM_LT", Order::Less).map(Some),
+            "NUM_LTE" => self.number(fields, "NUM_LTE", Order::LessOrEqual).map(Some),
+            "SEMVER_EQ" => self.version(fields, "SEMVER_EQ", Order::Equal).map(Some),
+            "SEMVER_GT" => self.version(fields, "SEMVER_GT", Order::Greater).map(Some),
+            "SEMVER_GTE" => self
+                .version(fields, "SEMVER_GTE", Order::GreaterOrEqual)
+                .map(Some),
+            "SEMVER_LT" => self.version(fields, "SEMVER_LT", Order::Less).map(Some),
+            "SEMVER_LTE" => self
+                .version(fields, "SEMVER_LTE", Order::LessOrEqual)
+                .map(Some),
+            "DATE_AFTER" => self
+                .instant("DATE_AFTER")
+                .map(|instant| Some(Test::After(instant))),
+            "DATE_BEFORE" => self
+                .instant("DATE_BEFORE")
+                .map(|instant| Some(Test::Before(instant))),
+            "REGEX" => self.regex(fields).map(Some),
+            "IN_CIDR" => Ok(self.address(fields, defects)),
+            unknown => Err(Defect::UnknownOperator(unknown.to_owned())),
+        }
+    }
+
+    fn one_of(&self, fields: &mut Fields) -> Option<Test> {
+        let set = Set::new(fields, self.values.iter().copied());
+        (!set.is_empty()).then(|| Test::In {
+            field: fields.intern(self.field),
+            set,
+        })
+    }
+
+    fn text(&self, fields: &mut Fields, place: Place) -> Option<Test> {
+        let needle = |value: &&str| match self.case {
+            Case::Sensitive => Box::from(*value),
+            Case::Ignored => value.to_lowercase().into_boxed_str(),
+        };
+        let needles: Box<[Box<str>]> = self.values.iter().map(needle).collect();
+        let field = fields.intern(self.field);
+        (!needles.is_empty()).then_some(Test::Text {
+            field,
+            place,
+            case: self.case,
+            needles,
+        })
+    }
+
+    fn number(
+        &self,
+        fields: &mut Fields,
+        operator: &'static str,
+        order: Order,
+    ) -> Result<Test, Defect> {
+        let than = self.operand(operator, scalar::number)?;
+        let field = fields.intern(self.field);
+        Ok(Test::Number {
+            field,
+            slot: fields.number(field),
+            order,
+            than,
+        })
+    }
+
+    fn version(
+        &self,
+        fields: &mut Fields,
+        operator: &'static str,
+        order: Order,
+    ) -> Result<Test, Defect> {
+        let than = self.operand(operator, Version::parse)?.into_owned();
+        let field = fields.intern(self.field);
+        Ok(Test::Version {
+            field,
+            slot: fields.version(field),
+            order,
+            than: Box::new(than),
+        })
+    }
+
+    /// Dates compare with the current time whatever the field is called, as in the Node SDK.
+    fn instant(&self, operator: &'static str) -> Result<Timestamp, Defect> {
+        self.operand(operator, scalar::instant)
+    }
+
+    fn regex(&self, fields: &mut Fields) -> Result<Test, Defect> {
+        let regex = self.operand("REGEX", |value| {
+            pattern::compile(value, self.case == Case::Ignored)
+        })?;
+        Ok(Test::Regex {
+            field: fields.intern(self.field),
+            regex: Box::new(regex),
+        })
+    }
+
+    /// Ranges that cannot be read are left out, as the specification wants.
+    fn address(&self, fields: &mut Fields, defects: &mut Vec<Defect>) -> Option<Test> {
+        let mut ranges = Vec::with_capacity(self.values.len());
+        for &value in &self.values {
+            match value
+                .parse::<IpNet>()
+                .ok()
+                .or_else(|| value.parse().ok().map(IpAddr::into))
+            {
+                Some(range) => ranges.push(range),
+                None => {
+                    defects.push(Defect::Operand {
+                        operator: "IN_CIDR",
+                        operand: value.to_owned(),
+                    });
+                }
+            }
+        }
+        let field = fields.intern(self.field);
+        let slot = fields.address(field);
+        (!ranges.is_empty()).then(|| Test::Address {
+            field,
+            slot,
+            ranges: ranges.into(),
+        })
+    }
+
+    fn operand<T>(
+        &self,
+        operator: &'static str,
+        read: impl FnOnce(&'a str) -> Option<T>,
+    ) -> Result<T, Defect> {
+        self.value.and_then(read).ok_or_else(|| Defect::Operand {
+            operator,
+            operand: self.value.unwrap_or_default().to_owned(),
+        })
+    }
+}

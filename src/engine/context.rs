@@ -1,0 +1,328 @@
+//! Who is asking: the context of an evaluation, and its binding to what an engine reads.
+//!
+//! Compiling interns every context field that some flag reads and every text that some flag
+//! compares for equality. Binding a context looks its fields up once and reads numbers, versions
+//! and addresses once, so that evaluating thousands of flags only indexes and compares integers.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+
+use jiff::Timestamp;
+
+use super::scalar::{self, Version};
+
+/// What an application knows about whoever is asking, and the evaluation's clock and chance.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Context<'a> {
+    /// `userId`.
+    pub user_id: Option<&'a str>,
+    /// `sessionId`.
+    pub session_id: Option<&'a str>,
+    /// `environment`.
+    pub environment: Option<&'a str>,
+    /// `appName`.
+    pub app_name: Option<&'a str>,
+    /// `currentTime`, in ISO 8601; `now` where it is missing.
+    pub current_time: Option<&'a str>,
+    /// `remoteAddress`.
+    pub remote_address: Option<&'a str>,
+    /// All other fields by name. One named like a field above counts where that is missing; of
+    /// two with one name the last counts.
+    pub properties: &'a [(&'a str, &'a str)],
+    /// The name of the host that evaluates, for the strategy `applicationHostname`.
+    pub hostname: Option<&'a str>,
+    /// The time of the evaluation.
+    pub now: Timestamp,
+    /// A fresh random number. All draws of the evaluation are derived from it.
+    pub draw: u64,
+}
+
+/// A context field that some flag of an engine may read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FieldId(u32);
+
+impl FieldId {
+    /// `userId`.
+    pub const USER_ID: Self = Self(0);
+    /// `sessionId`.
+    pub const SESSION_ID: Self = Self(1);
+    /// `environment`.
+    pub const ENVIRONMENT: Self = Self(2);
+    /// `appName`.
+    pub const APP_NAME: Self = Self(3);
+    /// `currentTime`.
+    pub const CURRENT_TIME: Self = Self(4);
+    /// `remoteAddress`.
+    pub const REMOTE_ADDRESS: Self = Self(5);
+
+    /// The fields that every engine has, in the order of their ids.
+    const BUILT_IN: [&'static str; 6] = [
+        "userId",
+        "sessionId",
+        "environment",
+        "appName",
+        "currentTime",
+        "remoteAddress",
+    ];
+
+    /// The field's place among [`Fields::names`].
+    pub fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// The place of a field's reading as a number, version or address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Slot(u32);
+
+/// A text that some flag compares for equality.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Symbol(u32);
+
+/// Everything that the flags of one engine read from contexts.
+#[derive(Debug, Clone)]
+pub struct Fields {
+    names: Vec<Box<str>>,
+    by_name: HashMap<Box<str>, FieldId>,
+    symbols: HashMap<Box<str>, Symbol>,
+    numbers: Vec<FieldId>,
+    versions: Vec<FieldId>,
+    addresses: Vec<FieldId>,
+}
+
+impl Fields {
+    pub(super) fn new() -> Self {
+        let mut fields = Self {
+            names: Vec::new(),
+            by_name: HashMap::new(),
+            symbols: HashMap::new(),
+            numbers: Vec::new(),
+            versions: Vec::new(),
+            addresses: Vec::new(),
+        };
+        for name in FieldId::BUILT_IN {
+            fields.intern(name);
+        }
+        fields
+    }
+
+    /// The names of all fields; a field's id is its index.
+    pub fn names(&self) -> &[Box<str>] {
+        &self.names
+    }
+
+    pub(super) fn intern(&mut self, name: &str) -> FieldId {
+        if let Some(&id) = self.by_name.get(name) {
+            return id;
+        }
+        let id = FieldId(next_index(self.names.len()));
+        self.names.push(name.into());
+        self.by_name.insert(name.into(), id);
+        id
+    }
+
+    pub(super) fn symbol(&mut self, text: &str) -> Symbol {
+        if let Some(&symbol) = self.symbols.get(text) {
+            return symbol;
+        }
+        let symbol = Symbol(next_index(self.symbols.len()));
+        self.symbols.insert(text.into(), symbol);
+        symbol
+    }
+
+    pub(super) fn number(&mut self, field: FieldId) -> Slot {
+        slot_of(&mut self.numbers, field)
+    }
+
+    pub(super) fn version(&mut self, field: FieldId) -> Slot {
+        slot_of(&mut self.versions, field)
+    }
+
+    pub(super) fn address(&mut self, field: FieldId) -> Slot {
+        slot_of(&mut self.addresses, field)
+    }
+
+    pub(super) fn bind<'a>(&self, context: &Context<'a>) -> Bound<'a> {
+        let mut texts = vec![None; self.names.len()];
+        for &(name, value) in context.properties {
+            if let Some(id) = self.by_name.get(name) {
+                texts[id.index()] = Some(value);
+            }
+        }
+        let built_in = [
+            context.user_id,
+            context.session_id,
+            context.environment,
+            context.app_name,
+            context.current_time,
+            context.remote_address,
+        ];
+        for (text, value) in texts.iter_mut().zip(built_in) {
+            *text = value.or(*text);
+        }
+        let text = |field: &FieldId| texts[field.index()];
+        let symbol = |text: &Option<&str>| self.symbols.get((*text)?).copied();
+        let number = |field| text(field).and_then(scalar::number).unwrap_or(f64::NAN);
+        let address = |field| text(field)?.parse().ok();
+        let clock = match text(&FieldId::CURRENT_TIME) {
+            None | Some("") => Some(context.now),
+            Some(time) => scalar::instant(time),
+        };
+        Bound {
+            symbols: texts.iter().map(symbol).collect(),
+            numbers: self.numbers.iter().map(number).collect(),
+            versions: self
+                .versions
+                .iter()
+                .map(|field| Version::parse(text(field)?))
+                .collect(),
+            addresses: self.addresses.iter().map(address).collect(),
+            texts,
+            clock,
+            hostname: context.hostname,
+            draw: context.draw,
+        }
+    }
+}
+
+fn next_index(len: usize) -> u32 {
+    u32::try_from(len).expect("a document has fewer than 2^32 texts")
+}
+
+fn slot_of(slots: &mut Vec<FieldId>, field: FieldId) -> Slot {
+    let index = slots
+        .iter()
+        .position(|&slot| slot == field)
+        .unwrap_or_else(|| {
+            slots.push(field);
+            slots.len() - 1
+        });
+    Slot(next_index(index))
+}
+
+/// A context as one engine reads it. Only the engine that bound it can evaluate it.
+#[derive(Debug, Clone)]
+pub struct Bound<'a> {
+    texts: Vec<Option<&'a str>>,
+    symbols: Vec<Option<Symbol>>,
+    numbers: Vec<f64>,
+    versions: Vec<Option<Version<&'a str>>>,
+    addresses: Vec<Option<IpAddr>>,
+    /// The context's own time, else the evaluation's; `None` if the context's is unreadable.
+    clock: Option<Timestamp>,
+    hostname: Option<&'a str>,
+    draw: u64,
+}
+
+impl<'a> Bound<'a> {
+    /// The value of a field.
+    pub fn text(&self, field: FieldId) -> Option<&'a str> {
+        self.texts[field.index()]
+    }
+
+    pub(super) fn symbol(&self, field: FieldId) -> Option<Symbol> {
+        self.symbols[field.index()]
+    }
+
+    /// Not a number where the field is missing or does not read as one.
+    pub(super) fn number(&self, slot: Slot) -> f64 {
+        self.numbers[slot.0 as usize]
+    }
+
+    pub(super) fn version(&self, slot: Slot) -> Option<&Version<&'a str>> {
+        self.versions[slot.0 as usize].as_ref()
+    }
+
+    pub(super) fn address(&self, slot: Slot) -> Option<IpAddr> {
+        self.addresses[slot.0 as usize]
+    }
+
+    pub(super) fn clock(&self) -> Option<Timestamp> {
+        self.clock
+    }
+
+    pub(super) fn hostname(&self) -> Option<&'a str> {
+        self.hostname
+    }
+
+    pub(super) fn draw(&self) -> u64 {
+        self.draw
+    }
+}
+
+/// A set of texts to compare a field with.
+#[derive(Debug, Clone)]
+pub(super) struct Set(Box<[Symbol]>);
+
+impl Set {
+    /// Up to here a scan is faster than a search.
+    const SCAN: usize = 16;
+
+    pub(super) fn new<'t>(fields: &mut Fields, texts: impl Iterator<Item = &'t str>) -> Self {
+        let mut symbols: Vec<Symbol> = texts.map(|text| fields.symbol(text)).collect();
+        symbols.sort_unstable();
+        symbols.dedup();
+        Self(symbols.into())
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    pub(super) fn contains(&self, symbol: Option<Symbol>) -> bool {
+        let Some(symbol) = symbol else { return false };
+        if self.0.len() <= Self::SCAN {
+            self.0.contains(&symbol)
+        } else {
+            self.0.binary_search(&symbol).is_ok()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_built_in_field_wins_over_a_property_of_its_name() {
+        let mut fields = Fields::new();
+        let plan = fields.intern("plan");
+        let context = Context {
+            user_id: Some("7"),
+            properties: &[
+                ("userId", "8"),
+                ("plan", "old"),
+                ("appName", "web"),
+                ("plan", "new"),
+                ("x", "y"),
+            ],
+            ..Context::default()
+        };
+        let bound = fields.bind(&context);
+        assert_eq!(bound.text(FieldId::USER_ID), Some("7"));
+        assert_eq!(bound.text(FieldId::APP_NAME), Some("web"));
+        assert_eq!(bound.text(FieldId::SESSION_ID), None);
+        assert_eq!(bound.text(plan), Some("new"));
+    }
+
+    #[test]
+    fn sets_of_any_size_find_their_members() {
+        for size in [0, 1, 15, 16, 17, 500] {
+            let mut fields = Fields::new();
+            let members: Vec<String> = (0..size).map(|n| n.to_string()).collect();
+            let set = Set::new(&mut fields, members.iter().map(String::as_str));
+            for n in [0, 7, 16, 499, 500] {
+                let id = n.to_string();
+                let bound = fields.bind(&Context {
+                    user_id: Some(&id),
+                    ..Context::default()
+                });
+                assert_eq!(
+                    set.contains(bound.symbol(FieldId::USER_ID)),
+                    n < size,
+                    "{n} of {size}"
+                );
+            }
+        }
+    }
+}

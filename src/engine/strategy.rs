@@ -1,0 +1,423 @@
+//! Activation strategies: who a flag is on for.
+//!
+//! A strategy matches when its constraints, those of its segments and the rule of its kind all
+//! hold. Strategies that can never match are dropped when compiled, tests that always hold too.
+
+use ipnet::Ipv4Net;
+
+use super::bucket::{self, Prefix, ROLLOUT_SEED};
+use super::constraint::{Compiled, Constraint};
+use super::context::{Bound, FieldId, Fields, Set, Slot};
+use super::problem::{Defect, Part};
+use super::reads::Reads;
+use super::scalar;
+use super::variant::{self, Choice, Stickiness, Variant};
+use crate::wire::features::{self as wire, Loose, Parameters};
+
+/// A strategy that can match.
+#[derive(Debug, Clone)]
+pub(super) struct Strategy {
+    constraints: Box<[Constraint]>,
+    rule: Rule,
+    variants: Choice,
+}
+
+/// What a kind of strategy asks beyond its constraints.
+#[derive(Debug, Clone)]
+enum Rule {
+    Always,
+    /// The field is there: a rollout to everybody who has an identifier.
+    Known(FieldId),
+    Rollout {
+        stickiness: Stickiness,
+        prefix: Prefix,
+        percent: u32,
+        site: u32,
+    },
+    Lottery {
+        percent: u32,
+        site: u32,
+    },
+    Users(Set),
+    Addresses {
+        texts: Set,
+        slot: Slot,
+        ranges: Box<[Ipv4Net]>,
+    },
+    Hosts(Box<[Box<str>]>),
+}
+
+/// The default for rollouts: who is unknown draws lots.
+const DEFAULT: &[FieldId] = &[FieldId::USER_ID, FieldId::SESSION_ID];
+
+/// What compiling strategies needs to know and to add to.
+#[derive(Debug)]
+pub(super) struct Compiler<'c> {
+    pub(super) flag: &'c str,
+    pub(super) segments: &'c [wire::Segment],
+    pub(super) fields: &'c mut Fields,
+    pub(super) table: &'c mut Vec<Variant>,
+    pub(super) defects: &'c mut Vec<Defect>,
+    /// The number of places that draw lots so far, over all flags.
+    pub(super) sites: &'c mut u32,
+}
+
+impl Compiler<'_> {
+    /// Compiles a strategy; `None` if it can never match.
+    pub(super) fn strategy(&mut self, source: &Loose<wire::Strategy<'_>>) -> Option<Strategy> {
+        let none = Parameters::default();
+        let (strategy, name, parameters) = match source {
+            Loose::Is(wire::Strategy {
+                parameters: Loose::Malformed,
+                ..
+            })
+            | Loose::Is(wire::Strategy {
+                name: Loose::Missing | Loose::Malformed,
+                ..
+            })
+            | Loose::Missing
+            | Loose::Malformed => {
+                self.defects.push(Defect::Malformed(Part::Strategy));
+                return None;
+            }
+            Loose::Is(
+                strategy @ wire::Strategy {
+                    name: Loose::Is(name),
+                    parameters,
+                    ..
+                },
+            ) => {
+                let parameters = if let Loose::Is(parameters) = parameters {
+                    parameters
+                } else {
+                    &none
+                };
+                (strategy, name, parameters)
+            }
+        };
+        // Everything is compiled before anything is given up, so that every defect is reported.
+        let constraints = self.constraints(strategy);
+        let rule = self.rule(name, parameters);
+        let variants = self.variants(strategy, parameters);
+        Some(Strategy {
+            constraints: constraints?,
+            rule: rule?,
+            variants,
+        })
+    }
+
+    /// A list of variants of this flag.
+    pub(super) fn choice(
+        &mut self,
+        source: &Loose<Vec<Loose<wire::Variant<'_>>>>,
+        group: &str,
+        stickiness: Option<&str>,
+    ) -> Choice {
+        let source = match source {
+            Loose::Is(list) => &list[..],
+            Loose::Missing => &[],
+            Loose::Malformed => &[Loose::Malformed],
+        };
+        let site = self.site();
+        variant::compile(
+            source,
+            group,
+            stickiness,
+            site,
+            self.table,
+            self.fields,
+            self.defects,
+        )
+    }
+
+    /// The constraints with those of the segments, cheap ones first; `None` if they never hold.
+    fn constraints(&mut self, strategy: &wire::Strategy<'_>) -> Option<Box<[Constraint]>> {
+        let mut tests = Some(Vec::new());
+        self.add_constraints(&strategy.constraints, Part::Strategy, &mut tests);
+        match &strategy.segments {
+            Loose::Is(ids) => {
+                for id in ids {
+                    let Loose::Is(id) = id else {
+                        self.defects.push(Defect::Malformed(Part::Strategy));
+                        tests = None;
+                        continue;
+                    };
+                    match self.segments.binary_search_by_key(id, wire::Segment::id) {
+                        Ok(at) => {
+                            let constraints = self.segments[at].constraints();
+                            self.add_constraints(&constraints, Part::Segment, &mut tests);
+                        }
+                        Err(_) => {
+                            self.defects.push(Defect::MissingSegment(*id));
+                            tests = None;
+                        }
+                    }
+                }
+            }
+            Loose::Missing => {}
+            Loose::Malformed => {
+                self.defects.push(Defect::Malformed(Part::Strategy));
+                tests = None;
+            }
+        }
+        let mut tests = tests?;
+        tests.sort_by_key(Constraint::cost);
+        Some(tests.into())
+    }
+
+    fn add_constraints(
+        &mut self,
+        source: &Loose<Vec<Loose<wire::Constraint<'_>>>>,
+        part: Part,
+        tests: &mut Option<Vec<Constraint>>,
+    ) {
+        match source {
+            Loose::Is(list) => {
+                for constraint in list {
+                    match Constraint::compile(constraint, self.fields, self.defects) {
+                        Compiled::Always => {}
+                        Compiled::Never => *tests = None,
+                        Compiled::Test(test) => {
+                            if let Some(tests) = tests {
+                                tests.push(test);
+                            }
+                        }
+                    }
+                }
+            }
+            Loose::Missing => {}
+            Loose::Malformed => {
+                self.defects.push(Defect::Malformed(part));
+                *tests = None;
+            }
+        }
+    }
+
+    /// The rule of the strategy's kind; `None` if it never holds.
+    fn rule(&mut self, name: &str, parameters: &Parameters<'_>) -> Option<Rule> {
+        let text = |name| parameters.find(name).or_default();
+        match name {
+            "default" => Some(Rule::Always),
+            "flexibleRollout" => {
+                let percent = self.percent(parameters, "rollout")?;
+                let group = parameters.find("groupId").is().unwrap_or(self.flag);
+                let stickiness = match text("stickiness")? {
+                    "" | "default" => Stickiness::FirstOf(DEFAULT),
+                    "random" => Stickiness::FirstOf(&[]),
+                    field => Stickiness::Field(self.fields.intern(field)),
+                };
+                self.rollout(stickiness, group, percent)
+            }
+            "gradualRolloutUserId" => self.gradual(parameters, FieldId::USER_ID),
+            "gradualRolloutSessionId" => self.gradual(parameters, FieldId::SESSION_ID),
+            "gradualRolloutRandom" => match self.percent(parameters, "percentage")? {
+                0 => None,
+                100 => Some(Rule::Always),
+                percent => Some(Rule::Lottery {
+                    percent,
+                    site: self.site(),
+                }),
+            },
+            "userWithId" => {
+                let users = text("userIds")?;
+                let users = (!users.is_empty()).then(|| scalar::comma_list(users));
+                let set = Set::new(self.fields, users.into_iter().flatten());
+                (!set.is_empty()).then_some(Rule::Users(set))
+            }
+            "remoteAddress" => {
+                let addresses = text("IPs")?;
+                if addresses.is_empty() {
+                    return None;
+                }
+                // Besides equal texts only IPv4 counts, as in the Node SDK; the operator IN_CIDR
+                // is there for the rest.
+                let ranges = scalar::comma_list(addresses).filter_map(|item| item.parse().ok());
+                Some(Rule::Addresses {
+                    ranges: ranges.collect(),
+                    texts: Set::new(self.fields, scalar::comma_list(addresses)),
+                    slot: self.fields.address(FieldId::REMOTE_ADDRESS),
+                })
+            }
+            "applicationHostname" => {
+                let hosts = text("hostNames")?.to_lowercase();
+                if hosts.is_empty() {
+                    return None;
+                }
+                Some(Rule::Hosts(
+                    scalar::comma_list(&hosts).map(Box::from).collect(),
+                ))
+            }
+            unknown => {
+                self.defects
+                    .push(Defect::UnknownStrategy(unknown.to_owned()));
+                None
+            }
+        }
+    }
+
+    /// The rollouts that came before `flexibleRollout`; their group is empty unless given.
+    fn gradual(&mut self, parameters: &Parameters<'_>, field: FieldId) -> Option<Rule> {
+        let percent = self.percent(parameters, "percentage")?;
+        let group = parameters.find("groupId").or_default()?;
+        self.rollout(Stickiness::Field(field), group, percent)
+    }
+
+    fn rollout(&mut self, stickiness: Stickiness, group: &str, percent: u32) -> Option<Rule> {
+        match (percent, stickiness) {
+            (0, _) => None,
+            (100, Stickiness::FirstOf(_)) => Some(Rule::Always),
+            (100, Stickiness::Field(field)) => Some(Rule::Known(field)),
+            _ => {
+                let prefix = Prefix::new(group, ROLLOUT_SEED);
+                Some(Rule::Rollout {
+                    stickiness,
+                    prefix,
+                    percent,
+                    site: self.site(),
+                })
+            }
+        }
+    }
+
+    /// A percentage as the number of buckets that it covers, of 100.
+    fn percent(&mut self, parameters: &Parameters<'_>, name: &str) -> Option<u32> {
+        let text = parameters.find(name).is();
+        let Some(percent) = text.and_then(scalar::number) else {
+            self.defects
+                .push(Defect::Percentage(text.unwrap_or_default().to_owned()));
+            return None;
+        };
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "0 to 100"
+        )]
+        let covered = percent.clamp(0.0, 100.0) as u32;
+        Some(covered)
+    }
+
+    /// The strategy's own variants. The first one's stickiness counts before the strategy's.
+    fn variants(&mut self, strategy: &wire::Strategy<'_>, parameters: &Parameters<'_>) -> Choice {
+        let group = parameters.find("groupId").is().unwrap_or(self.flag);
+        let stickiness = first_stickiness(&strategy.variants).filter(|field| !field.is_empty());
+        let stickiness = stickiness.or(parameters.find("stickiness").is());
+        self.choice(&strategy.variants, group, stickiness)
+    }
+
+    fn site(&mut self) -> u32 {
+        *self.sites = self.sites.wrapping_add(1);
+        *self.sites
+    }
+}
+
+/// The stickiness of a list of variants is that of the first.
+pub(super) fn first_stickiness<'v>(
+    variants: &'v Loose<Vec<Loose<wire::Variant<'_>>>>,
+) -> Option<&'v str> {
+    let Loose::Is(variants) = variants else {
+        return None;
+    };
+    match variants.first()? {
+        Loose::Is(wire::Variant {
+            stickiness: Loose::Is(stickiness),
+            ..
+        }) => Some(stickiness),
+        Loose::Is(_) | Loose::Missing | Loose::Malformed => None,
+    }
+}
+
+impl Strategy {
+    /// The only strategy of a flag that has none: it is on for everybody.
+    pub(super) fn everybody() -> Self {
+        Self {
+            constraints: Box::default(),
+            rule: Rule::Always,
+            variants: Choice::Nobody,
+        }
+    }
+
+    /// Whether it matches every context.
+    pub(super) fn is_unconditional(&self) -> bool {
+        self.constraints.is_empty() && matches!(self.rule, Rule::Always)
+    }
+
+    /// Who gets which of its own variants.
+    pub(super) fn variants(&self) -> &Choice {
+        &self.variants
+    }
+
+    /// Whether it matches this context.
+    pub(super) fn matches(&self, bound: &Bound<'_>) -> bool {
+        self.constraints
+            .iter()
+            .all(|constraint| constraint.holds(bound))
+            && self.rule.holds(bound)
+    }
+
+    /// Adds what it depends on to `reads`.
+    pub(super) fn note_reads(&self, reads: &mut Reads) {
+        for constraint in &self.constraints {
+            constraint.note_reads(reads);
+        }
+        self.rule.note_reads(reads);
+        self.variants.note_reads(reads);
+    }
+}
+
+impl Rule {
+    fn holds(&self, bound: &Bound<'_>) -> bool {
+        match self {
+            Self::Always => true,
+            Self::Known(field) => bound.text(*field).is_some_and(|text| !text.is_empty()),
+            Self::Rollout {
+                stickiness,
+                prefix,
+                percent,
+                site,
+            } => match (stickiness.identifier(bound), stickiness) {
+                (Some(identifier), _) => prefix.bucket(identifier, 100) <= *percent,
+                (None, Stickiness::FirstOf(_)) => {
+                    bucket::draw(bound.draw(), *site, 100) <= *percent
+                }
+                (None, Stickiness::Field(_)) => false,
+            },
+            Self::Lottery { percent, site } => bucket::draw(bound.draw(), *site, 100) <= *percent,
+            Self::Users(users) => users.contains(bound.symbol(FieldId::USER_ID)),
+            Self::Addresses {
+                texts,
+                slot,
+                ranges,
+            } => {
+                texts.contains(bound.symbol(FieldId::REMOTE_ADDRESS))
+                    || match bound.address(*slot) {
+                        Some(std::net::IpAddr::V4(address)) => {
+                            ranges.iter().any(|range| range.contains(&address))
+                        }
+                        Some(std::net::IpAddr::V6(_)) | None => false,
+                    }
+            }
+            Self::Hosts(hosts) => bound
+                .hostname()
+                .is_some_and(|name| hosts.iter().any(|host| host.eq_ignore_ascii_case(name))),
+        }
+    }
+
+    fn note_reads(&self, reads: &mut Reads) {
+        match self {
+            // A host keeps its name, so it is nothing that an answer varies by.
+            Self::Always | Self::Hosts(_) => {}
+            Self::Known(field) => reads.field(*field),
+            Self::Rollout {
+                stickiness: Stickiness::FirstOf(fields),
+                ..
+            } => reads.chance(fields),
+            Self::Rollout {
+                stickiness: Stickiness::Field(field),
+                ..
+            } => reads.field(*field),
+            Self::Lottery { .. } => reads.chance(&[]),
+            Self::Users(_) => reads.field(FieldId::USER_ID),
+            Self::Addresses { .. } => reads.field(FieldId::REMOTE_ADDRESS),
+        }
+    }
+}
