@@ -1,3 +1,228 @@
 //! What is served: immutable state per environment, swapped whole.
+//!
+//! A [`Snapshot`] holds everything that a response can need: the compiled engine, the flags' text as
+//! it came, and ready-made bodies, each built once and shared. A request loads one snapshot and uses
+//! it to the end. This module fetches, stores and schedules nothing.
 
 pub mod body;
+mod fragments;
+mod listing;
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    hash::Hash,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
+};
+
+use arc_swap::ArcSwap;
+use jiff::Timestamp;
+use moka::sync::Cache;
+use tokio::sync::watch;
+
+use self::{body::Body, listing::ListingKey};
+pub use self::{
+    fragments::{Fragment, Fragments},
+    listing::{Filter, Segments},
+};
+use crate::{
+    engine::{Engine, FlagId, Problem},
+    token::{Environment, Projects},
+    wire::features::Document,
+};
+
+/// The most memory that one snapshot's ready-made bodies may hold, in bytes; beyond it the least
+/// used are built again when they are asked for.
+const LISTINGS_BYTES: u64 = 128 << 20;
+const ANSWERS_BYTES: u64 = 64 << 20;
+
+/// How many sets of projects have their flags listed; a deployment has as many as kinds of tokens.
+const PROJECT_SETS: u64 = 1_000;
+
+/// The state of one environment, as of one answer of its source.
+#[derive(Debug)]
+pub struct Snapshot {
+    environment: Environment,
+    document: Document,
+    engine: Engine,
+    problems: Vec<Problem>,
+    /// When the source last confirmed this state, in milliseconds of Unix time.
+    confirmed: AtomicI64,
+    listings: Cache<ListingKey, Arc<Body>>,
+    fragments: Fragments,
+    visible: Cache<Projects, Arc<[FlagId]>>,
+    answers: Cache<u128, Arc<Body>>,
+}
+
+impl Snapshot {
+    /// Compiles a document; what is wrong with single flags is kept as [`Snapshot::problems`].
+    ///
+    /// Milliseconds of work for thousands of flags.
+    pub fn build(environment: Environment, document: Document, as_of: Timestamp) -> Self {
+        let (engine, problems) = Engine::compile(&document);
+        Self {
+            fragments: Fragments::of(&engine),
+            listings: bodies(LISTINGS_BYTES),
+            answers: bodies(ANSWERS_BYTES),
+            visible: Cache::new(PROJECT_SETS),
+            environment,
+            document,
+            engine,
+            problems,
+            confirmed: AtomicI64::new(as_of.as_millisecond()),
+        }
+    }
+
+    /// The environment whose state this is.
+    pub fn environment(&self) -> &Environment {
+        &self.environment
+    }
+
+    /// The flags and segments as they came.
+    pub fn document(&self) -> &Document {
+        &self.document
+    }
+
+    /// The compiled flags.
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    /// What is wrong with single flags.
+    pub fn problems(&self) -> &[Problem] {
+        &self.problems
+    }
+
+    /// When the source last confirmed that this is the current state.
+    pub fn confirmed(&self) -> Timestamp {
+        let milliseconds = self.confirmed.load(Ordering::Relaxed);
+        Timestamp::from_millisecond(milliseconds).unwrap_or(Timestamp::UNIX_EPOCH)
+    }
+
+    /// Keeps that the source confirmed this state.
+    pub fn confirm(&self, now: Timestamp) {
+        self.confirmed.store(now.as_millisecond(), Ordering::Relaxed);
+    }
+
+    /// The flag configuration that `projects` and `filter` leave, as `/api/client/features` sends
+    /// it; built on the first wish.
+    pub fn listing(&self, projects: &Projects, filter: Filter, segments: Segments) -> Arc<Body> {
+        let key = ListingKey { projects: projects.clone(), filter, segments };
+        if let Some(body) = self.listings.get(&key) {
+            return body;
+        }
+        let body = Arc::new(listing::build(&self.environment, &self.document, &key));
+        self.listings.insert(key, Arc::clone(&body));
+        body
+    }
+
+    /// The flags that `projects` see, in the order of their names.
+    pub fn visible(&self, projects: &Projects) -> Arc<[FlagId]> {
+        if let Some(visible) = self.visible.get(projects) {
+            return visible;
+        }
+        let seen = |id: &FlagId| projects.contains(self.engine.flag(*id).project());
+        let visible: Arc<[FlagId]> = self.engine.ids().filter(seen).collect();
+        self.visible.insert(projects.clone(), Arc::clone(&visible));
+        visible
+    }
+
+    /// The ready-made JSON of each flag.
+    pub fn fragments(&self) -> &Fragments {
+        &self.fragments
+    }
+
+    /// The body of the answers that `hash` identifies, made unless it is kept.
+    pub fn answer(&self, hash: u128, make: impl FnOnce() -> Body) -> Arc<Body> {
+        self.answers.get_with(hash, || Arc::new(make()))
+    }
+
+    /// Builds the bodies that the previous snapshot had been asked for, so that no request after
+    /// the swap waits for them.
+    ///
+    /// A body whose content did not change is taken over as it is, with all its codings.
+    pub fn inherit(&self, previous: &Self) {
+        for (key, old) in &previous.listings {
+            let new = listing::build(&self.environment, &self.document, &key);
+            if new.etag() == old.etag() {
+                self.listings.insert((*key).clone(), old);
+                continue;
+            }
+            for coding in body::Coding::COMPRESSING {
+                if old.ready(coding).is_some() {
+                    new.make(coding);
+                }
+            }
+            self.listings.insert((*key).clone(), Arc::new(new));
+        }
+    }
+}
+
+/// A cache of bodies that holds so many bytes.
+fn bodies<K: Eq + Hash + Send + Sync + 'static>(bytes: u64) -> Cache<K, Arc<Body>> {
+    let weight = |_: &K, body: &Arc<Body>| u32::try_from(body.weight()).unwrap_or(u32::MAX);
+    Cache::builder().max_capacity(bytes).weigher(weight).build()
+}
+
+/// The snapshots of all environments. A cheap handle.
+///
+/// Reading is one atomic load and a look-up; whoever swaps a snapshot blocks no reader.
+#[derive(Clone, Debug)]
+pub struct Snapshots(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    current: ArcSwap<HashMap<Environment, Arc<Snapshot>>>,
+    swaps: watch::Sender<u64>,
+}
+
+impl Default for Snapshots {
+    fn default() -> Self {
+        let current = ArcSwap::from_pointee(HashMap::new());
+        Self(Arc::new(Inner { current, swaps: watch::Sender::new(0) }))
+    }
+}
+
+impl Snapshots {
+    /// The current state of an environment.
+    pub fn load(&self, environment: &Environment) -> Option<Arc<Snapshot>> {
+        self.0.current.load().get(environment).cloned()
+    }
+
+    /// The current state of every environment.
+    pub fn all(&self) -> Arc<HashMap<Environment, Arc<Snapshot>>> {
+        self.0.current.load_full()
+    }
+
+    /// Puts a snapshot in its environment's place.
+    pub fn swap(&self, snapshot: Snapshot) -> Arc<Snapshot> {
+        let snapshot = Arc::new(snapshot);
+        self.0.current.rcu(|current| {
+            let mut next = HashMap::clone(current);
+            next.insert(snapshot.environment.clone(), Arc::clone(&snapshot));
+            next
+        });
+        self.0.swaps.send_modify(|count| *count += 1);
+        snapshot
+    }
+
+    /// Waits until the environment has a snapshot. Dropping the future is safe.
+    pub async fn wait_for(&self, environment: &Environment) -> Arc<Snapshot> {
+        let mut swaps = self.0.swaps.subscribe();
+        loop {
+            if let Some(snapshot) = self.load(environment) {
+                return snapshot;
+            }
+            if swaps.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
+    /// The environments that have a snapshot, sorted.
+    pub fn environments(&self) -> BTreeSet<Environment> {
+        self.0.current.load().keys().cloned().collect()
+    }
+}

@@ -47,10 +47,7 @@ impl Document {
                 return Err(serde::de::Error::custom("`features` is not a list"));
             }
         };
-        let features = features
-            .into_iter()
-            .map(Feature::parse)
-            .collect::<Result<Vec<_>, _>>()?;
+        let features = features.into_iter().map(Feature::parse).collect::<Result<Vec<_>, _>>()?;
         let segments = body.segments.is().unwrap_or_default();
         let segments = segments.into_iter().filter_map(Segment::parse).collect();
         let revision = body.meta.is().and_then(|meta| meta.revision_id.is());
@@ -70,15 +67,18 @@ impl Document {
         }
         // A flag seen through two projects' tokens is no mistake, so what this shadows is not kept.
         let sorted = Self::sorted(union.features, union.segments, union.revision);
-        Self {
-            shadowed: union.shadowed,
-            ..sorted
-        }
+        Self { shadowed: union.shadowed, ..sorted }
     }
 
     /// The flags, sorted by name.
     pub fn features(&self) -> &[Feature] {
         &self.features
+    }
+
+    /// The flag with this name.
+    pub fn feature(&self, name: &str) -> Option<&Feature> {
+        let index = self.features.binary_search_by(|feature| (*feature.name).cmp(name)).ok()?;
+        self.features.get(index)
     }
 
     /// The segments, sorted by id.
@@ -106,12 +106,7 @@ impl Document {
         let features = last_of_each(features, |feature| Arc::clone(&feature.name), &mut shadowed);
         let segments = last_of_each(segments, |segment| segment.id, &mut Vec::new());
         shadowed.dedup();
-        Self {
-            features,
-            segments,
-            revision,
-            shadowed,
-        }
+        Self { features, segments, revision, shadowed }
     }
 }
 
@@ -134,9 +129,7 @@ fn last_of_each<T, K: Ord>(items: Vec<T>, key: impl Fn(&T) -> K, dropped: &mut V
 
 /// Looks a segment up among `segments` sorted by id.
 fn find_segment(segments: &[Segment], id: i64) -> Option<&Segment> {
-    let index = segments
-        .binary_search_by_key(&id, |segment| segment.id)
-        .ok()?;
+    let index = segments.binary_search_by_key(&id, |segment| segment.id).ok()?;
     segments.get(index)
 }
 
@@ -173,17 +166,12 @@ impl Feature {
             name: Arc<str>,
         }
         let (name, project, segment_ids) = match serde_json::from_str::<Definition<'_>>(raw.get()) {
-            Ok(Definition {
-                name: Loose::Is(name),
-                project,
-                strategies,
-                ..
-            }) => (Arc::from(name), project.is(), segment_ids(&strategies)),
-            Ok(_) | Err(_) => (
-                serde_json::from_str::<Named>(raw.get())?.name,
-                None,
-                Box::default(),
-            ),
+            Ok(Definition { name: Loose::Is(name), project, strategies, .. }) => {
+                (Arc::from(name), project.is(), segment_ids(&strategies))
+            }
+            Ok(_) | Err(_) => {
+                (serde_json::from_str::<Named>(raw.get())?.name, None, Box::default())
+            }
         };
         let project = project.filter(|project| !project.is_empty());
         Ok(Self {
@@ -239,11 +227,7 @@ fn segment_ids(strategies: &Loose<Vec<Loose<Strategy<'_>>>>) -> Box<[i64]> {
     };
     let mut ids: Vec<i64> = Vec::new();
     for strategy in strategies {
-        if let Loose::Is(Strategy {
-            segments: Loose::Is(segments),
-            ..
-        }) = strategy
-        {
+        if let Loose::Is(Strategy { segments: Loose::Is(segments), .. }) = strategy {
             ids.extend(segments.iter().filter_map(|id| id.is()));
         }
     }
@@ -267,10 +251,7 @@ impl Segment {
             id: i64,
         }
         let Numbered { id } = serde_json::from_str(raw.get()).ok()?;
-        Some(Self {
-            id,
-            raw: raw.to_owned(),
-        })
+        Some(Self { id, raw: raw.to_owned() })
     }
 
     /// The id that strategies refer to.
@@ -303,9 +284,8 @@ mod tests {
     #[test]
     fn text_survives_byte_for_byte() {
         let flag = r#"{"name":"a", "new":{"x" : [1.50, "\u0061"]},"strategies":[{"name":"default","constraints":[{"operator":"FUTURE"}]}]}"#;
-        let document = parse(&format!(
-            r#"{{"features":[{flag}],"segments":[{{"id":1,  "y":1e3}}]}}"#
-        ));
+        let document =
+            parse(&format!(r#"{{"features":[{flag}],"segments":[{{"id":1,  "y":1e3}}]}}"#));
         assert_eq!(document.features()[0].raw(), flag);
         assert_eq!(document.segments()[0].raw(), r#"{"id":1,  "y":1e3}"#);
     }
@@ -315,11 +295,8 @@ mod tests {
         let document = parse(
             r#"{"features":[{"name":"b"},{"name":"a","project":"x"},{"name":"b","project":"web"}],"meta":{"revisionId":7}}"#,
         );
-        let flags: Vec<_> = document
-            .features()
-            .iter()
-            .map(|f| (&**f.name(), &**f.project()))
-            .collect();
+        let flags: Vec<_> =
+            document.features().iter().map(|f| (&**f.name(), &**f.project())).collect();
         assert_eq!(flags, [("a", "x"), ("b", "web")]);
         assert_eq!(document.shadowed(), [Arc::from("b")]);
         assert_eq!(document.revision(), Some(7));
@@ -327,24 +304,14 @@ mod tests {
 
     #[test]
     fn only_a_body_that_is_no_client_features_object_fails() {
-        for body in [
-            "",
-            "[]",
-            "{}",
-            r#"{"features":3}"#,
-            r#"{"features":[1]}"#,
-            r#"{"features":[{}]}"#,
-        ] {
+        for body in
+            ["", "[]", "{}", r#"{"features":3}"#, r#"{"features":[1]}"#, r#"{"features":[{}]}"#]
+        {
             assert!(Document::parse(body.as_bytes()).is_err(), "{body}");
         }
         let odd = r#"{"features":[{"name":"a","strategies":7,"enabled":"yes","name2":1}],"segments":{"a":1},"meta":[]}"#;
         assert_eq!(parse(odd).features().len(), 1);
-        assert_eq!(
-            parse(r#"{"features":null,"segments":null,"meta":null}"#)
-                .features()
-                .len(),
-            0
-        );
+        assert_eq!(parse(r#"{"features":null,"segments":null,"meta":null}"#).features().len(), 0);
         let twice = r#"{"features":[{"name":"a","strategies":[],"strategies":[]}]}"#;
         assert!(parse(twice).features()[0].definition().is_err());
     }
@@ -366,16 +333,10 @@ mod tests {
             r#"{"features":[{"name":"a","project":"new"}],"segments":[{"id":1},{"id":2}],"meta":{"revisionId":4}}"#,
         );
         let union = Document::merge([one, two]);
-        let flags: Vec<_> = union
-            .features()
-            .iter()
-            .map(|f| (&**f.name(), &**f.project()))
-            .collect();
+        let flags: Vec<_> =
+            union.features().iter().map(|f| (&**f.name(), &**f.project())).collect();
         assert_eq!(flags, [("a", "new"), ("b", "default")]);
-        assert_eq!(
-            union.segments().iter().map(Segment::id).collect::<Vec<_>>(),
-            [1, 2]
-        );
+        assert_eq!(union.segments().iter().map(Segment::id).collect::<Vec<_>>(), [1, 2]);
         assert_eq!(union.revision(), Some(5));
         assert!(union.shadowed().is_empty());
     }

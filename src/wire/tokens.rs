@@ -148,6 +148,12 @@ impl Serialize for Validated {
 }
 
 impl Listed {
+    /// What it allows.
+    pub fn grant(&self) -> Grant {
+        let (environment, projects) = (self.environment.clone(), self.projects.clone());
+        Grant { kind: self.kind, scope: Scope { environment, projects } }
+    }
+
     /// Whether it is past its end at `now`.
     pub fn is_expired(&self, now: Timestamp) -> bool {
         self.expires_at.is_some_and(|end| end <= now)

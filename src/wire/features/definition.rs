@@ -301,14 +301,7 @@ macro_rules! objects {
     )*};
 }
 
-objects!(
-    Strategy<'a>,
-    Constraint<'a>,
-    Variant<'a>,
-    Payload<'a>,
-    Override<'a>,
-    Dependency<'a>
-);
+objects!(Strategy<'a>, Constraint<'a>, Variant<'a>, Payload<'a>, Override<'a>, Dependency<'a>);
 
 impl<'de> Form<'de> for super::Meta {
     fn of_object<A: MapAccess<'de>>(object: A) -> Result<Loose<Self>, A::Error> {
@@ -373,11 +366,7 @@ mod tests {
     use super::*;
 
     fn check<T: for<'a> Form<'a> + PartialEq + std::fmt::Debug>(json: &str, expect: Loose<T>) {
-        assert_eq!(
-            serde_json::from_str::<Loose<T>>(json).unwrap(),
-            expect,
-            "{json}"
-        );
+        assert_eq!(serde_json::from_str::<Loose<T>>(json).unwrap(), expect, "{json}");
     }
 
     #[test]
@@ -390,10 +379,7 @@ mod tests {
         check("3.5", Loose::<u32>::Malformed);
         check("[{\"a\":[1]}]", Loose::<u32>::Malformed);
         check("{\"a\":[1]}", Loose::<u32>::Malformed);
-        check(
-            "[1, null, []]",
-            Loose::Is(vec![Loose::Is(1_i64), Loose::Missing, Loose::Malformed]),
-        );
+        check("[1, null, []]", Loose::Is(vec![Loose::Is(1_i64), Loose::Missing, Loose::Malformed]));
     }
 
     #[test]

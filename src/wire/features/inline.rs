@@ -17,17 +17,15 @@ pub(super) fn feature<'s>(text: &str, find: impl Fn(i64) -> Option<&'s Segment>)
         return text.to_owned();
     };
     let mut out = String::with_capacity(text.len() + 256);
-    write_object(
-        &mut out,
-        entries.iter().map(|&(key, value)| (key, value)),
-        |out, key, value| match serde_json::from_str::<Vec<&RawValue>>(value) {
+    write_object(&mut out, entries.iter().map(|&(key, value)| (key, value)), |out, key, value| {
+        match serde_json::from_str::<Vec<&RawValue>>(value) {
             Ok(strategies) if key == r#""strategies""# => {
                 let strategies = strategies.iter().map(|strategy| strategy.get());
                 write_list(out, strategies, |out, text| strategy(out, text, &find));
             }
             Ok(_) | Err(_) => out.push_str(value),
-        },
-    );
+        }
+    });
     out
 }
 
@@ -41,17 +39,13 @@ fn strategy<'s>(out: &mut String, text: &str, find: &impl Fn(i64) -> Option<&'s 
     };
     let (_, ids) = entries.remove(at);
     let gained = match serde_json::from_str::<Option<Vec<&RawValue>>>(ids) {
-        Ok(ids) => ids
-            .unwrap_or_default()
-            .into_iter()
-            .flat_map(|id| constraints(id, find))
-            .collect(),
+        Ok(ids) => {
+            ids.unwrap_or_default().into_iter().flat_map(|id| constraints(id, find)).collect()
+        }
         Err(_) => vec![NEVER],
     };
     if gained.is_empty() {
-        return write_object(out, entries.into_iter(), |out, _, value| {
-            out.push_str(value)
-        });
+        return write_object(out, entries.into_iter(), |out, _, value| out.push_str(value));
     }
     if !entries.iter().any(|(key, _)| *key == CONSTRAINTS) {
         entries.push((CONSTRAINTS, "[]"));
@@ -61,11 +55,7 @@ fn strategy<'s>(out: &mut String, text: &str, find: &impl Fn(i64) -> Option<&'s 
             return out.push_str(value);
         }
         let own = match serde_json::from_str::<Option<Vec<&RawValue>>>(value) {
-            Ok(own) => own
-                .unwrap_or_default()
-                .into_iter()
-                .map(RawValue::get)
-                .collect(),
+            Ok(own) => own.unwrap_or_default().into_iter().map(RawValue::get).collect(),
             Err(_) => vec![NEVER],
         };
         let all = own.into_iter().chain(gained.iter().copied());
@@ -82,12 +72,9 @@ fn constraints<'s>(id: &RawValue, find: &impl Fn(i64) -> Option<&'s Segment>) ->
     }
     let segment = id.get().parse().ok().and_then(find);
     match segment.map(|segment| serde_json::from_str::<Body<'s>>(segment.raw.get())) {
-        Some(Ok(body)) => body
-            .constraints
-            .unwrap_or_default()
-            .into_iter()
-            .map(RawValue::get)
-            .collect(),
+        Some(Ok(body)) => {
+            body.constraints.unwrap_or_default().into_iter().map(RawValue::get).collect()
+        }
         Some(Err(_)) | None => vec![NEVER],
     }
 }
@@ -175,19 +162,13 @@ mod tests {
             r#"{"segments":[1],"name":"s"}"#,
             r#"{"name":"s","constraints":[{"x":1},{"y":2.0}]}"#,
         );
-        check(
-            r#"{"segments":[1],"constraints":null}"#,
-            r#"{"constraints":[{"x":1},{"y":2.0}]}"#,
-        );
+        check(r#"{"segments":[1],"constraints":null}"#, r#"{"constraints":[{"x":1},{"y":2.0}]}"#);
     }
 
     #[test]
     fn an_unknown_segment_becomes_a_constraint_that_never_holds() {
         for ids in ["[404]", "[\"x\"]", "7"] {
-            check(
-                &format!(r#"{{"segments":{ids}}}"#),
-                &format!(r#"{{"constraints":[{NEVER}]}}"#),
-            );
+            check(&format!(r#"{{"segments":{ids}}}"#), &format!(r#"{{"constraints":[{NEVER}]}}"#));
         }
     }
 

@@ -1,0 +1,103 @@
+//! Flag configuration for server SDKs: the document cut to a scope and a filter.
+//!
+//! Flags and segments are sent in the very text in which upstream told them.
+
+use std::collections::BTreeSet;
+
+use bytes::Bytes;
+
+use super::body::Body;
+use crate::{
+    token::{Environment, Project, Projects},
+    wire::features::{Document, Feature},
+};
+
+/// What a request narrows its scope to.
+#[derive(Clone, Debug, Default, Eq, Hash, PartialEq)]
+pub struct Filter {
+    /// Only flags whose names begin so.
+    pub name_prefix: Option<Box<str>>,
+    /// Only flags of these projects, when there are any.
+    pub projects: BTreeSet<Project>,
+}
+
+/// How segments are told.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub enum Segments {
+    /// Apart, referred to by id: for SDKs whose client specification is 4.2.0 or later.
+    Separate,
+    /// Written into the constraints of each strategy, for older SDKs.
+    Inlined,
+}
+
+/// What a listing depends on besides the document.
+#[derive(Clone, Debug, Eq, Hash, PartialEq)]
+pub(super) struct ListingKey {
+    pub(super) projects: Projects,
+    pub(super) filter: Filter,
+    pub(super) segments: Segments,
+}
+
+impl ListingKey {
+    fn shows(&self, feature: &Feature) -> bool {
+        let Filter { name_prefix, projects } = &self.filter;
+        self.projects.contains(feature.project())
+            && (projects.is_empty() || projects.contains(&**feature.project()))
+            && name_prefix.as_deref().is_none_or(|prefix| feature.name().starts_with(prefix))
+    }
+}
+
+/// Writes `{"version":2,"features":[…],"segments":[…],"query":{…}}`, flags sorted by name and only
+/// the segments that they refer to.
+///
+/// There is no `meta`: its revision counts changes outside the scope too, and would change the
+/// entity tag where nothing that is served has changed.
+pub(super) fn build(environment: &Environment, document: &Document, key: &ListingKey) -> Body {
+    let shown = || document.features().iter().filter(|feature| key.shows(feature));
+    let mut text = String::from(r#"{"version":2,"features":["#);
+    match key.segments {
+        Segments::Separate => {
+            push_list(&mut text, shown().map(Feature::raw));
+            let wanted: BTreeSet<i64> =
+                shown().flat_map(|feature| feature.segment_ids().iter().copied()).collect();
+            let segments = document.segments().iter().filter(|it| wanted.contains(&it.id()));
+            text.push_str(r#"],"segments":["#);
+            push_list(&mut text, segments.map(|segment| segment.raw()));
+        }
+        Segments::Inlined => {
+            push_list(&mut text, shown().map(|feature| feature.inlined(document.segments())));
+        }
+    }
+    text.push_str(r#"],"query":"#);
+    text.push_str(&query(environment, key));
+    text.push('}');
+    Body::new(Bytes::from(text))
+}
+
+fn push_list(text: &mut String, items: impl Iterator<Item = impl AsRef<str>>) {
+    for (n, item) in items.enumerate() {
+        if n > 0 {
+            text.push(',');
+        }
+        text.push_str(item.as_ref());
+    }
+}
+
+/// What was asked for, as Unleash repeats it.
+fn query(environment: &Environment, key: &ListingKey) -> String {
+    let Filter { name_prefix, projects } = &key.filter;
+    let projects = if projects.is_empty() {
+        key.projects.to_list()
+    } else {
+        projects.iter().map(Project::as_str).collect()
+    };
+    let mut query = serde_json::json!({
+        "projects": projects,
+        "environment": environment.as_str(),
+        "inlineSegmentConstraints": key.segments == Segments::Inlined,
+    });
+    if let Some(prefix) = name_prefix {
+        query["namePrefix"] = serde_json::Value::from(&**prefix);
+    }
+    query.to_string()
+}
