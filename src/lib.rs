@@ -1,5 +1,6 @@
 //! Parapet: an open-source edge for Unleash feature flags.
 
+pub mod answers;
 pub mod auth;
 pub mod config;
 pub mod engine;

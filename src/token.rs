@@ -72,7 +72,17 @@ impl Token {
 
     /// Reads a token from the value of an authorization header, with or without `Bearer`.
     pub fn from_header(value: &str) -> Result<Self, ParseError> {
-        Self::parse(strip_bearer(value))
+        Self::parse(Self::bare(value))
+    }
+
+    /// The text of the token in the value of an authorization header, whatever it is: what
+    /// [`TokenDigest::of`] takes to look up a known token without parsing it.
+    pub fn bare(value: &str) -> &str {
+        let value = value.trim();
+        match value.split_at_checked("bearer ".len()) {
+            Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer ") => token.trim_start(),
+            _ => value,
+        }
     }
 
     /// The plaintext, for a request to upstream or for its owner's eyes.
@@ -157,15 +167,6 @@ impl Form {
             return parts_are_there.then_some(Self::Scoped { colon, dot });
         }
         (text.starts_with("user:") && text.len() > "user:".len()).then_some(Self::Personal)
-    }
-}
-
-/// The value of an authorization header without its `Bearer` scheme, if it has one.
-fn strip_bearer(value: &str) -> &str {
-    let value = value.trim();
-    match value.get(.."bearer ".len()) {
-        Some(scheme) if scheme.eq_ignore_ascii_case("bearer ") => &value["bearer ".len()..],
-        _ => value,
     }
 }
 

@@ -1,10 +1,10 @@
 //! Paths and methods to routes: a pure table, no IO and no state.
 //!
-//! Which token a route wants is decided here, by the route and never by a part of its path.
+//! Which API a path belongs to is decided by the route and never by a part of its text.
 
 use hyper::Method;
 
-use crate::token::TokenKind;
+use crate::{answers::Shown, token::TokenKind};
 
 /// What a request to the data listener asks for; `'a` is the path.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -13,22 +13,18 @@ pub enum Route<'a> {
     ClientFeatures,
     /// `GET /api/client/features/{name}`, the name still percent-encoded
     ClientFeature(&'a str),
-    /// `POST /api/client/register`
-    ClientRegister,
-    /// `POST /api/client/metrics`
-    ClientMetrics,
+    /// `POST /api/client/register` and `/api/{frontend,proxy}[/all]/client/register`
+    Register(TokenKind),
+    /// `POST /api/client/metrics` and `/api/{frontend,proxy}[/all]/client/metrics`
+    Metrics(TokenKind),
     /// `POST /api/client/metrics/bulk`
-    ClientBulk,
+    Bulk,
     /// `POST /api/client/metrics/edge`
-    ClientEdge,
+    Instance,
     /// `GET` and `POST /api/frontend[/all]`, `/api/proxy[/all]`
     Frontend(Shown),
     /// `GET` and `POST /api/frontend/features/{name}`, the name still percent-encoded
     FrontendFeature(&'a str),
-    /// `POST /api/{frontend,proxy}[/all]/client/register`
-    FrontendRegister,
-    /// `POST /api/{frontend,proxy}[/all]/client/metrics`
-    FrontendMetrics,
     /// `POST /edge/validate`
     Validate,
     /// `GET /internal-backstage/health`
@@ -39,13 +35,21 @@ pub enum Route<'a> {
     Prometheus,
 }
 
-/// Which flags a frontend response lists.
-#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
-pub enum Shown {
-    /// Only those that are on for the context.
-    Enabled,
-    /// Every flag of the scope.
-    All,
+/// An endpoint that an operator can turn off.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub enum Endpoint {
+    /// `/api/frontend/all` and `/api/proxy/all`.
+    FrontendAll,
+    /// `/internal-backstage/metrics`, and its old name `prometheus`.
+    Metrics,
+    /// `/internal-backstage/metricsbatch`.
+    MetricsBatch,
+    /// `/internal-backstage/features`.
+    Features,
+    /// `/internal-backstage/tokens`.
+    Tokens,
+    /// `/internal-backstage/instancedata`.
+    InstanceData,
 }
 
 /// Why a request has no route.
@@ -62,6 +66,25 @@ const READ_OR_POST: &str = "GET, HEAD, POST";
 const POST: &str = "POST";
 
 impl<'a> Route<'a> {
+    /// The template of each route, a label value; a route's is at [`Route::index`].
+    pub const TEMPLATES: [&'static str; 15] = [
+        "/api/client/features",
+        "/api/client/features/{name}",
+        "/api/client/register",
+        "/api/client/metrics",
+        "/api/client/metrics/bulk",
+        "/api/client/metrics/edge",
+        "/api/frontend",
+        "/api/frontend/all",
+        "/api/frontend/features/{name}",
+        "/api/frontend/client/register",
+        "/api/frontend/client/metrics",
+        "/edge/validate",
+        "/internal-backstage/health",
+        "/internal-backstage/ready",
+        "/internal-backstage/metrics",
+    ];
+
     /// Finds the route of a normalised path (see [`normalise`]).
     pub fn parse(method: &Method, path: &'a str) -> Result<Self, NoRoute> {
         let (route, methods) = Self::of_path(path).ok_or(NoRoute::Path)?;
@@ -100,10 +123,10 @@ impl<'a> Route<'a> {
     fn of_client(rest: &'a str) -> Option<(Self, &'static str)> {
         match rest {
             "features" => Some((Self::ClientFeatures, READ_OR_POST)),
-            "register" => Some((Self::ClientRegister, POST)),
-            "metrics" => Some((Self::ClientMetrics, POST)),
-            "metrics/bulk" => Some((Self::ClientBulk, POST)),
-            "metrics/edge" => Some((Self::ClientEdge, POST)),
+            "register" => Some((Self::Register(TokenKind::Client), POST)),
+            "metrics" => Some((Self::Metrics(TokenKind::Client), POST)),
+            "metrics/bulk" => Some((Self::Bulk, POST)),
+            "metrics/edge" => Some((Self::Instance, POST)),
             _ => {
                 let name = one_segment(rest.strip_prefix("features/")?)?;
                 Some((Self::ClientFeature(name), READ))
@@ -115,47 +138,34 @@ impl<'a> Route<'a> {
         match rest {
             "" => Some((Self::Frontend(Shown::Enabled), READ_OR_POST)),
             "/all" => Some((Self::Frontend(Shown::All), READ_OR_POST)),
-            "/client/metrics" | "/all/client/metrics" => Some((Self::FrontendMetrics, POST)),
-            "/client/register" | "/all/client/register" => Some((Self::FrontendRegister, POST)),
+            "/client/metrics" | "/all/client/metrics" => {
+                Some((Self::Metrics(TokenKind::Frontend), POST))
+            }
+            "/client/register" | "/all/client/register" => {
+                Some((Self::Register(TokenKind::Frontend), POST))
+            }
             _ => None,
         }
     }
 
-    /// The kind of token that the route wants; `None` where everybody may ask.
-    pub fn wants(&self) -> Option<TokenKind> {
+    /// The route's place in [`Route::TEMPLATES`].
+    pub fn index(&self) -> usize {
         match self {
-            Self::ClientFeatures
-            | Self::ClientFeature(_)
-            | Self::ClientRegister
-            | Self::ClientMetrics
-            | Self::ClientBulk
-            | Self::ClientEdge => Some(TokenKind::Client),
-            Self::Frontend(_)
-            | Self::FrontendFeature(_)
-            | Self::FrontendRegister
-            | Self::FrontendMetrics => Some(TokenKind::Frontend),
-            Self::Validate | Self::Health | Self::Ready | Self::Prometheus => None,
-        }
-    }
-
-    /// The route's template, a label value from a fixed set.
-    pub fn template(&self) -> &'static str {
-        match self {
-            Self::ClientFeatures => "/api/client/features",
-            Self::ClientFeature(_) => "/api/client/features/{name}",
-            Self::ClientRegister => "/api/client/register",
-            Self::ClientMetrics => "/api/client/metrics",
-            Self::ClientBulk => "/api/client/metrics/bulk",
-            Self::ClientEdge => "/api/client/metrics/edge",
-            Self::Frontend(Shown::Enabled) => "/api/frontend",
-            Self::Frontend(Shown::All) => "/api/frontend/all",
-            Self::FrontendFeature(_) => "/api/frontend/features/{name}",
-            Self::FrontendRegister => "/api/frontend/client/register",
-            Self::FrontendMetrics => "/api/frontend/client/metrics",
-            Self::Validate => "/edge/validate",
-            Self::Health => "/internal-backstage/health",
-            Self::Ready => "/internal-backstage/ready",
-            Self::Prometheus => "/internal-backstage/metrics",
+            Self::ClientFeatures => 0,
+            Self::ClientFeature(_) => 1,
+            Self::Register(TokenKind::Client | TokenKind::Admin) => 2,
+            Self::Metrics(TokenKind::Client | TokenKind::Admin) => 3,
+            Self::Bulk => 4,
+            Self::Instance => 5,
+            Self::Frontend(Shown::Enabled) => 6,
+            Self::Frontend(Shown::All) => 7,
+            Self::FrontendFeature(_) => 8,
+            Self::Register(TokenKind::Frontend) => 9,
+            Self::Metrics(TokenKind::Frontend) => 10,
+            Self::Validate => 11,
+            Self::Health => 12,
+            Self::Ready => 13,
+            Self::Prometheus => 14,
         }
     }
 }
@@ -210,11 +220,15 @@ mod tests {
         check(&Method::POST, "/api/client/features", Ok(Route::ClientFeatures));
         check(&Method::HEAD, "/api/client/features/", Ok(Route::ClientFeatures));
         check(&Method::GET, "/api//client/features/a", Ok(Route::ClientFeature("a")));
-        check(&Method::POST, "/api/client/metrics/bulk", Ok(Route::ClientBulk));
+        check(&Method::POST, "/api/client/metrics/bulk", Ok(Route::Bulk));
         check(&Method::GET, "/api/proxy", Ok(Route::Frontend(Shown::Enabled)));
         check(&Method::POST, "/api/frontend/all", Ok(Route::Frontend(Shown::All)));
         check(&Method::GET, "/api/frontend/features/x", Ok(Route::FrontendFeature("x")));
-        check(&Method::POST, "/api/proxy/all/client/metrics", Ok(Route::FrontendMetrics));
+        check(
+            &Method::POST,
+            "/api/proxy/all/client/metrics",
+            Ok(Route::Metrics(TokenKind::Frontend)),
+        );
         check(&Method::POST, "/edge/validate", Ok(Route::Validate));
         check(&Method::GET, "/internal-backstage/prometheus", Ok(Route::Prometheus));
     }
@@ -231,10 +245,8 @@ mod tests {
     }
 
     #[test]
-    fn the_kind_of_token_follows_the_route_and_not_a_part_of_the_path() {
-        let path = "/api/client/features/frontend";
-        let route = Route::parse(&Method::GET, path).expect("it is a client route");
-        assert_eq!(route.wants(), Some(TokenKind::Client));
+    fn a_flag_named_like_another_api_is_still_a_client_route() {
+        check(&Method::GET, "/api/client/features/frontend", Ok(Route::ClientFeature("frontend")));
     }
 
     #[test]
