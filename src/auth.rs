@@ -1,6 +1,30 @@
 //! Who may read: verdicts on tokens, cached.
+//!
+//! A token with a verdict is answered from memory. Only a first-seen token waits, for one question
+//! that all requests with it share, put together with those about other tokens, at a bounded rate
+//! and with a deadline. Upstream being away changes no verdict that was reached before.
+//!
+//! This module does not know which route wants which kind of token; it says what a token grants.
 
-use std::time::Duration;
+mod queue;
+mod verdicts;
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use jiff::Timestamp;
+use metrics::{Counter, counter, describe_counter};
+use tokio::{sync::Notify, time::Instant};
+use tracing::{info, warn};
+
+pub use self::verdicts::{RestoreError, Verdict};
+use self::{
+    queue::{Answer, Queue},
+    verdicts::Verdicts,
+};
+use crate::{
+    token::{Grant, Token, TokenDigest, TokenKind},
+    upstream::{Credentials, Upstream},
+};
 
 /// How verdicts are kept.
 #[derive(Clone, Debug)]
@@ -15,4 +39,378 @@ pub struct Config {
     pub deadline: Duration,
     /// How many valid verdicts, and apart from them how many invalid ones, are kept.
     pub capacity: u64,
+}
+
+/// Why a token is not admitted.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum Denied {
+    /// No issuer knows it, or it is no token at all.
+    #[error("the token is not valid")]
+    Unknown,
+    /// Nobody can judge it at the moment.
+    #[error("the token cannot be judged at the moment")]
+    Unavailable,
+}
+
+/// A request's token, admitted.
+#[derive(Clone, Debug)]
+pub struct Admission {
+    /// What it allows.
+    pub grant: Arc<Grant>,
+    /// Whether this request was the one to bring it to our knowledge.
+    pub first_seen: bool,
+}
+
+/// Who vouches for tokens that are not known here.
+#[derive(Debug)]
+pub enum Authority {
+    /// Nobody: the tokens given at start are all there are.
+    Nobody,
+    /// Upstream.
+    Upstream(Box<Issuer>),
+}
+
+/// Upstream as an authority.
+#[derive(Debug)]
+pub struct Issuer {
+    /// Where to ask.
+    pub upstream: Upstream,
+    /// Opens upstream's token list.
+    pub admin: Option<Token>,
+    /// Is offered each valid client token, where the edge has none of its own.
+    pub credentials: Credentials,
+    /// Is told when such an offer widened what can be fetched.
+    pub discovered: Arc<Notify>,
+}
+
+/// Judges tokens. A cheap handle.
+#[derive(Clone, Debug)]
+pub struct Authenticator(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    config: Config,
+    authority: Authority,
+    /// Tokens that nobody needs to vouch for.
+    given: HashMap<TokenDigest, Arc<Grant>>,
+    verdicts: Verdicts,
+    queue: Queue,
+    tally: Tally,
+}
+
+impl Authenticator {
+    /// Judges by `given` tokens, what `authority` says, and what it said before.
+    pub fn new(
+        config: Config,
+        authority: Authority,
+        given: impl IntoIterator<Item = (TokenDigest, Grant)>,
+    ) -> Self {
+        Self(Arc::new(Inner {
+            verdicts: Verdicts::new(config.capacity, config.forget_invalid_after),
+            given: given.into_iter().map(|(digest, grant)| (digest, Arc::new(grant))).collect(),
+            queue: Queue::default(),
+            tally: Tally::new(),
+            authority,
+            config,
+        }))
+    }
+
+    /// Judges the token of an authorization header, with or without `Bearer`.
+    ///
+    /// Awaits for a first-seen token only, at most for the configured deadline. Dropping the future
+    /// is safe: the question that it waited for is still settled for others.
+    pub async fn authenticate(&self, header: &str) -> Result<Admission, Denied> {
+        let inner = &*self.0;
+        let digest = TokenDigest::of(Token::bare(header));
+        if let Some(grant) = inner.given.get(&digest) {
+            inner.tally.known.increment(1);
+            return Ok(Admission { grant: Arc::clone(grant), first_seen: false });
+        }
+        if let Some(verdict) = inner.verdicts.valid(&digest) {
+            inner.tally.known.increment(1);
+            if verdict.wants_plaintext() {
+                inner.learn(&verdict, header);
+            }
+            return Ok(Admission { grant: Arc::clone(verdict.grant()), first_seen: false });
+        }
+        if inner.verdicts.refuses(&digest) {
+            inner.tally.refused.increment(1);
+            return Err(Denied::Unknown);
+        }
+        let Ok(token) = Token::from_header(header) else {
+            inner.tally.malformed.increment(1);
+            return Err(Denied::Unknown);
+        };
+        self.ask(token).await
+    }
+
+    /// Judges tokens for somebody else, another edge for instance: in the order given, `None` for
+    /// those that are not valid.
+    pub async fn judge(&self, tokens: &[Token]) -> Result<Vec<Option<Arc<Grant>>>, Denied> {
+        let judged = tokens.iter().map(|token| async {
+            match self.authenticate(token.expose()).await {
+                Ok(admission) => Ok(Some(admission.grant)),
+                Err(Denied::Unknown) => Ok(None),
+                Err(Denied::Unavailable) => Err(Denied::Unavailable),
+            }
+        });
+        futures_util::future::join_all(judged).await.into_iter().collect()
+    }
+
+    async fn ask(&self, token: Token) -> Result<Admission, Denied> {
+        let inner = &*self.0;
+        if matches!(inner.authority, Authority::Nobody) {
+            inner.tally.refused.increment(1);
+            return Err(Denied::Unknown);
+        }
+        let Some(answer) = inner.queue.join(token) else {
+            inner.tally.unavailable.increment(1);
+            return Err(Denied::Unavailable);
+        };
+        let answer = match tokio::time::timeout(inner.config.deadline, answer).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(_)) | Err(_) => Err(Denied::Unavailable),
+        };
+        match &answer {
+            Ok(_) => inner.tally.accepted.increment(1),
+            Err(Denied::Unknown) => inner.tally.rejected.increment(1),
+            Err(Denied::Unavailable) => inner.tally.unavailable.increment(1),
+        }
+        answer.map(|grant| Admission { grant, first_seen: true })
+    }
+
+    /// Asks the authority what is to be asked, until dropped: about first-seen tokens as they come,
+    /// about known ones when their verdicts are due, and for its list at the interval.
+    pub async fn run(&self) {
+        let Authority::Upstream(issuer) = &self.0.authority else {
+            return std::future::pending().await;
+        };
+        tokio::join!(
+            self.0.ask_about_first_seen(issuer),
+            self.0.revalidate(issuer),
+            self.0.follow_list(issuer),
+        );
+    }
+
+    /// The verdicts to be stored, if they changed since the last call.
+    pub fn save(&self) -> Option<Vec<u8>> {
+        self.0.verdicts.save()
+    }
+
+    /// Says that what [`Authenticator::save`] gave could not be stored.
+    pub fn not_saved(&self) {
+        self.0.verdicts.not_saved();
+    }
+
+    /// Takes over what an earlier process saved; tells how many verdicts there were.
+    pub fn restore(&self, saved: &[u8]) -> Result<usize, RestoreError> {
+        self.0.verdicts.restore(saved)
+    }
+
+    /// Takes over a verdict that was reached elsewhere, in another edge's backup for instance.
+    pub fn import(&self, token: &Token, grant: Grant) {
+        self.0.verdicts.accept(token, grant, Timestamp::UNIX_EPOCH);
+    }
+
+    /// Every valid verdict, for the operator's eyes.
+    pub fn verdicts(&self) -> Vec<Arc<Verdict>> {
+        self.0.verdicts.all_valid()
+    }
+
+    /// How many tokens are refused without asking at the moment.
+    pub fn refused_count(&self) -> u64 {
+        self.0.verdicts.refused_count()
+    }
+}
+
+/// The questions of one batch begin this long after its first token came, so that a fleet which
+/// starts at once is asked for together.
+const GATHER: Duration = Duration::from_millis(3);
+
+/// The most questions about first-seen tokens: so many at once, then so many a second.
+const BURST: f64 = 20.0;
+const PER_SECOND: f64 = 10.0;
+
+/// How often due verdicts and changes of the list are looked for.
+const REVALIDATION_STEP: Duration = Duration::from_secs(1);
+
+/// Tokens of one revalidating question: below what Unleash reads (100 kB) at the longest.
+const REVALIDATION_BATCH: usize = 150;
+
+impl Inner {
+    /// A token whose digest is known from an earlier process, presented again.
+    fn learn(&self, verdict: &Verdict, header: &str) {
+        if let Ok(token) = Token::from_header(header) {
+            self.offer(&token, verdict.grant());
+            verdict.learn(token);
+        }
+    }
+
+    fn offer(&self, token: &Token, grant: &Grant) {
+        if let Authority::Upstream(issuer) = &self.authority
+            && grant.kind == TokenKind::Client
+            && issuer.credentials.offer(token, grant)
+        {
+            issuer.discovered.notify_one();
+        }
+    }
+
+    async fn ask_about_first_seen(&self, issuer: &Issuer) {
+        let mut allowance = Allowance::new(Instant::now());
+        loop {
+            self.queue.wait().await;
+            tokio::time::sleep(GATHER).await;
+            allowance.one().await;
+            let tokens = self.queue.take();
+            self.settle(issuer, &tokens).await;
+        }
+    }
+
+    /// Asks about `tokens` and tells those who wait.
+    async fn settle(&self, issuer: &Issuer, tokens: &[Token]) {
+        let reply = issuer.upstream.validate(tokens).await;
+        let Ok(valid) = reply else {
+            for token in tokens {
+                self.queue.settle(&token.digest(), &Err(Denied::Unavailable));
+            }
+            return;
+        };
+        let now = Timestamp::now();
+        let mut answers: HashMap<TokenDigest, Answer> =
+            tokens.iter().map(|token| (token.digest(), Err(Denied::Unknown))).collect();
+        for judged in valid {
+            let digest = judged.token.digest();
+            // Upstream has no say about tokens that were not asked for.
+            let Some(answer) = answers.get_mut(&digest) else { continue };
+            *answer = Ok(Arc::new(judged.grant.clone()));
+            self.offer(&judged.token, &judged.grant);
+            self.verdicts.accept(&judged.token, judged.grant, now);
+        }
+        for token in tokens {
+            let digest = token.digest();
+            let answer = &answers[&digest];
+            if answer.is_err() {
+                self.verdicts.refuse(token);
+            }
+            self.queue.settle(&digest, answer);
+        }
+    }
+
+    /// Asks again about verdicts that are due; nothing changes while upstream does not answer.
+    async fn revalidate(&self, issuer: &Issuer) {
+        let mut step = tokio::time::interval(REVALIDATION_STEP);
+        step.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            step.tick().await;
+            let due = self
+                .verdicts
+                .unconfirmed_since(Timestamp::now() - as_span(self.config.revalidate_after));
+            for tokens in due.chunks(REVALIDATION_BATCH) {
+                let Ok(valid) = issuer.upstream.validate(tokens).await else { break };
+                let now = Timestamp::now();
+                let mut gone: HashMap<_, _> =
+                    tokens.iter().map(|token| (token.digest(), token)).collect();
+                for judged in valid {
+                    if gone.remove(&judged.token.digest()).is_some() {
+                        self.verdicts.accept(&judged.token, judged.grant, now);
+                    }
+                }
+                for token in gone.values() {
+                    info!(token = %token.masked(), "A token is no longer valid");
+                    self.verdicts.refuse(token);
+                }
+            }
+        }
+    }
+
+    async fn follow_list(&self, issuer: &Issuer) {
+        let Some(admin) = &issuer.admin else { return std::future::pending().await };
+        let mut step = tokio::time::interval(self.config.list_interval);
+        step.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut failing = false;
+        loop {
+            step.tick().await;
+            let list = match issuer.upstream.api_tokens(admin).await {
+                Ok(list) => list,
+                Err(error) => {
+                    if !std::mem::replace(&mut failing, true) {
+                        warn!(error = error.report(), "Cannot read upstream's token list");
+                    }
+                    continue;
+                }
+            };
+            failing = false;
+            // The edge's own token is on it; an empty list is a fault and no revocation of all.
+            if list.is_empty() {
+                warn!("Upstream's token list is empty, although it was read with a token of it");
+                continue;
+            }
+            let changes = self.verdicts.take_list(&list, Timestamp::now());
+            if changes.learned + changes.revoked > 0 {
+                info!(changes.learned, changes.revoked, "Upstream's tokens changed");
+            }
+        }
+    }
+}
+
+fn as_span(duration: Duration) -> jiff::SignedDuration {
+    jiff::SignedDuration::try_from(duration).unwrap_or(jiff::SignedDuration::MAX)
+}
+
+/// A token bucket for questions.
+struct Allowance {
+    left: f64,
+    as_of: Instant,
+}
+
+impl Allowance {
+    fn new(now: Instant) -> Self {
+        Self { left: BURST, as_of: now }
+    }
+
+    /// Returns when one more question may be asked.
+    async fn one(&mut self) {
+        loop {
+            let now = Instant::now();
+            let earned = now.duration_since(self.as_of).as_secs_f64() * PER_SECOND;
+            self.left = (self.left + earned).min(BURST);
+            self.as_of = now;
+            if self.left >= 1.0 {
+                self.left -= 1.0;
+                return;
+            }
+            tokio::time::sleep(Duration::from_secs_f64((1.0 - self.left) / PER_SECOND)).await;
+        }
+    }
+}
+
+/// Counters of what became of presented tokens.
+#[derive(Debug)]
+struct Tally {
+    known: Counter,
+    refused: Counter,
+    malformed: Counter,
+    accepted: Counter,
+    rejected: Counter,
+    unavailable: Counter,
+}
+
+impl Tally {
+    fn new() -> Self {
+        const NAME: &str = "parapet_token_verdicts_total";
+        describe_counter!(
+            NAME,
+            "Tokens presented, by verdict: known and refused are answered from memory, accepted and \
+             rejected by upstream, malformed by their form, unavailable not at all"
+        );
+        let of = |verdict: &'static str| counter!(NAME, "verdict" => verdict);
+        Self {
+            known: of("known"),
+            refused: of("refused"),
+            malformed: of("malformed"),
+            accepted: of("accepted"),
+            rejected: of("rejected"),
+            unavailable: of("unavailable"),
+        }
+    }
 }
