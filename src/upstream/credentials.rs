@@ -5,7 +5,7 @@
 
 use std::{
     cmp::Reverse,
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     fmt,
     sync::{Arc, Mutex, PoisonError, RwLock},
 };
@@ -72,6 +72,12 @@ impl Credentials {
     pub fn tokens(&self, environment: &Environment) -> Vec<Credential> {
         let hands = self.0.hands.read().unwrap_or_else(PoisonError::into_inner);
         hands.get(environment).map(Hand::in_use).unwrap_or_default()
+    }
+
+    /// The environments that there are tokens in hand for.
+    pub fn environments(&self) -> BTreeSet<Environment> {
+        let hands = self.0.hands.read().unwrap_or_else(PoisonError::into_inner);
+        hands.keys().cloned().collect()
     }
 
     /// The token in hand for sending usage of `environment`: the widest.

@@ -1,0 +1,325 @@
+//! Flags from upstream: one loop per environment, and one that finds the environments.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use jiff::Timestamp;
+use tokio::{
+    sync::{Notify, watch},
+    task::{Id, JoinSet},
+    time::sleep,
+};
+use tracing::{debug, error, info, warn};
+
+use super::{Config, pace::Pace, publish};
+use crate::{
+    snapshot::{Filter, Segments, Snapshot, Snapshots, body::Coding},
+    store::{Key, Store},
+    telemetry::Latch,
+    token::{Environment, Projects, Token, TokenDigest},
+    upstream::{Credential, Credentials, Error, ExchangeError, Fetched, Retry, Upstream},
+    wire::features::Document,
+};
+
+/// How often upstream is asked which environments it has.
+const ENVIRONMENTS_EVERY: Duration = Duration::from_mins(1);
+
+/// Which environments are followed.
+#[derive(Clone, Debug)]
+pub enum Wanted {
+    /// Those that upstream has enabled, by this admin token.
+    Enabled(Token),
+    /// These.
+    Named(BTreeSet<Environment>),
+    /// Those that the edge has been given, or offered, tokens of.
+    Offered,
+}
+
+/// Follows upstream.
+#[derive(Clone, Debug)]
+pub struct Follower {
+    /// How often.
+    pub config: Config,
+    /// Which environments.
+    pub wanted: Wanted,
+    /// Whom to ask.
+    pub upstream: Upstream,
+    /// In whose name.
+    pub credentials: Credentials,
+    /// Tells that an offered token widened what can be fetched.
+    pub discovered: Arc<Notify>,
+    /// Where flags are served from.
+    pub snapshots: Snapshots,
+    /// Where flags are kept for a start without upstream.
+    pub store: Store,
+}
+
+impl Follower {
+    /// Serves what the store has kept, until upstream tells more; damaged records are left out.
+    pub async fn restore(&self) {
+        let stored = match self.store.environments().await {
+            Ok(stored) => stored,
+            Err(error) => return warn!(error = %report(&error), "Cannot look for stored flags"),
+        };
+        for environment in stored {
+            if let Wanted::Named(wanted) = &self.wanted
+                && !wanted.contains(&environment)
+            {
+                continue;
+            }
+            match self.store.load(&Key::Flags(environment.clone())).await {
+                Ok(Some(bytes)) => self.serve(&environment, &bytes).await,
+                Ok(None) => {}
+                Err(error) => warn!(error = %report(&error), "Cannot read stored flags"),
+            }
+        }
+    }
+
+    /// Serves flags that were kept somewhere, unless the environment has some already.
+    pub async fn serve(&self, environment: &Environment, text: &[u8]) {
+        if self.snapshots.load(environment).is_some() {
+            return;
+        }
+        match Document::parse(text) {
+            Ok(document) => {
+                let snapshot = publish(&self.snapshots, environment, document).await;
+                // Its age is not known any more; it has not been confirmed by this process.
+                snapshot.confirm(Timestamp::UNIX_EPOCH);
+            }
+            Err(error) => warn!(%environment, %error, "Stored flags cannot be read"),
+        }
+    }
+
+    /// Follows every wanted environment until dropped. The latch is released when each of those
+    /// wanted at the start has had flags.
+    pub async fn run(self, latch: Latch) {
+        let mut latch = Some(latch);
+        let mut loops = JoinSet::new();
+        let mut followed: BTreeMap<Environment, Id> = BTreeMap::new();
+        let kick = watch::Sender::new(());
+        let mut pace = Pace::new(ENVIRONMENTS_EVERY);
+        loop {
+            let (found, pause) = self.environments(&mut pace).await;
+            for environment in found.iter().flatten() {
+                if !followed.contains_key(environment) {
+                    let follower = self.clone();
+                    let (name, kicked) = (environment.clone(), kick.subscribe());
+                    let task = loops.spawn(follower.follow(name, kicked, latch.clone()));
+                    followed.insert(environment.clone(), task.id());
+                }
+            }
+            // What was found first is what readiness waits for; each loop holds a latch of its own.
+            if found.is_some_and(|found| !found.is_empty() || !self.expects_environments()) {
+                release(&mut latch);
+            }
+            tokio::select! {
+                () = sleep(pause) => {}
+                () = self.discovered.notified() => {
+                    kick.send_replace(());
+                }
+                Some(ended) = loops.join_next_with_id() => {
+                    let id = match ended {
+                        Ok((id, ())) => id,
+                        Err(error) => {
+                            error!(%error, "Following an environment ended, it begins anew");
+                            error.id()
+                        }
+                    };
+                    followed.retain(|_, task| *task != id);
+                }
+            }
+        }
+    }
+
+    /// Whether readiness waits for environments that are yet to be found.
+    fn expects_environments(&self) -> bool {
+        !matches!(self.wanted, Wanted::Offered)
+    }
+
+    /// The environments to follow, if they can be known now, and when to look again.
+    async fn environments(&self, pace: &mut Pace) -> (Option<BTreeSet<Environment>>, Duration) {
+        match &self.wanted {
+            Wanted::Named(named) => (Some(named.clone()), ENVIRONMENTS_EVERY),
+            Wanted::Offered => (Some(self.credentials.environments()), ENVIRONMENTS_EVERY),
+            Wanted::Enabled(admin) => match self.upstream.environments(admin).await {
+                Ok(listed) => {
+                    let enabled = listed.into_iter().filter(|it| it.enabled).map(|it| it.name);
+                    (Some(enabled.collect()), pace.after_success(rand::random()))
+                }
+                Err(error) => {
+                    if pace.failures() == 0 {
+                        warn!(error = error.report(), "Cannot read upstream's environments");
+                    }
+                    let pause = pace.after_failure(wish(&error), rand::random());
+                    let stored = self.snapshots.environments();
+                    (Some(stored).filter(|stored| !stored.is_empty()), pause)
+                }
+            },
+        }
+    }
+
+    async fn follow(
+        self,
+        environment: Environment,
+        mut kicked: watch::Receiver<()>,
+        mut latch: Option<Latch>,
+    ) {
+        let mut pace = Pace::new(self.config.interval);
+        let mut sources = Sources::default();
+        loop {
+            if self.snapshots.load(&environment).is_some() {
+                release(&mut latch);
+            }
+            let pause = match self.refresh(&environment, &mut sources).await {
+                Ok(()) => {
+                    if pace.failures() > 0 {
+                        info!(%environment, "Upstream answers again");
+                    }
+                    release(&mut latch);
+                    pace.after_success(rand::random())
+                }
+                Err(error) => {
+                    if pace.failures() == 0 {
+                        warn!(%environment, error = %report(&error), "Cannot refresh, what is known stays");
+                    } else {
+                        debug!(%environment, error = %report(&error), "Still cannot refresh");
+                    }
+                    pace.after_failure(error.wish(), rand::random())
+                }
+            };
+            tokio::select! {
+                () = sleep(pause) => {}
+                // The sender lives as long as this loop's owner.
+                Ok(()) = kicked.changed() => {}
+            }
+        }
+    }
+
+    /// Asks once for the environment's flags, with every token in hand, and publishes a change.
+    async fn refresh(
+        &self,
+        environment: &Environment,
+        sources: &mut Sources,
+    ) -> Result<(), Failure> {
+        let mut credentials = self.credentials.obtain(environment).await?;
+        let changed = match self.fetch(&credentials, sources).await {
+            Err(Failure::Upstream { error, token }) if error.is_unauthorized() => {
+                credentials = self.credentials.replace(environment, &token).await?;
+                self.fetch(&credentials, sources).await?
+            }
+            fetched => fetched?,
+        };
+        if !changed {
+            if let Some(snapshot) = self.snapshots.load(environment) {
+                snapshot.confirm(Timestamp::now());
+                return Ok(());
+            }
+        }
+        let snapshot = publish(&self.snapshots, environment, sources.merged()).await;
+        self.keep(&snapshot).await;
+        Ok(())
+    }
+
+    /// Asks with each of `credentials`; tells whether any has news.
+    async fn fetch(
+        &self,
+        credentials: &[Credential],
+        sources: &mut Sources,
+    ) -> Result<bool, Failure> {
+        let mut changed = sources.keep_only(credentials);
+        for Credential { token, .. } in credentials {
+            let digest = token.digest();
+            let known = sources.0.get(&digest).and_then(|source| source.etag.as_deref());
+            let fetched = self.upstream.features(token, known).await;
+            match fetched.map_err(|error| Failure::Upstream { error, token: digest })? {
+                Fetched::NotModified => {}
+                Fetched::Changed { body, etag } => {
+                    let document = Document::parse(&body).map_err(Failure::Document)?;
+                    sources.0.insert(digest, Source { etag, document });
+                    changed = true;
+                }
+            }
+        }
+        Ok(changed)
+    }
+
+    async fn keep(&self, snapshot: &Snapshot) {
+        let all = snapshot.listing(&Projects::All, Filter::default(), Segments::Separate);
+        let text = all.make(Coding::Identity).bytes.clone();
+        let key = Key::Flags(snapshot.environment().clone());
+        if let Err(error) = self.store.save(&key, &text).await {
+            warn!(error = %report(&error), "Cannot store flags");
+        }
+    }
+}
+
+fn release(latch: &mut Option<Latch>) {
+    if let Some(latch) = latch.take() {
+        latch.release();
+    }
+}
+
+/// What each token last fetched.
+#[derive(Debug, Default)]
+struct Sources(BTreeMap<TokenDigest, Source>);
+
+#[derive(Debug)]
+struct Source {
+    etag: Option<String>,
+    document: Document,
+}
+
+impl Sources {
+    /// Forgets what tokens fetched that are no longer used; tells whether there were any.
+    fn keep_only(&mut self, credentials: &[Credential]) -> bool {
+        let used: BTreeSet<_> = credentials.iter().map(|it| it.token.digest()).collect();
+        let before = self.0.len();
+        self.0.retain(|digest, _| used.contains(digest));
+        self.0.len() != before
+    }
+
+    fn merged(&self) -> Document {
+        Document::merge(self.0.values().map(|source| source.document.clone()))
+    }
+}
+
+/// Why a refresh brought nothing.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error("no token to ask with")]
+    Credentials(#[from] ExchangeError),
+    #[error("upstream gives no flags")]
+    Upstream {
+        #[source]
+        error: Error,
+        token: TokenDigest,
+    },
+    #[error("upstream's answer is no client-features document")]
+    Document(#[source] serde_json::Error),
+}
+
+impl Failure {
+    /// When the source wants to be asked again.
+    fn wish(&self) -> Option<Duration> {
+        match self {
+            Self::Upstream { error, .. } => wish(error),
+            Self::Credentials(_) | Self::Document(_) => None,
+        }
+    }
+}
+
+fn wish(error: &Error) -> Option<Duration> {
+    match error.retry() {
+        Retry::Later(wish) => wish,
+        Retry::Never => None,
+    }
+}
+
+/// An error and its causes in one line.
+fn report(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
