@@ -16,8 +16,8 @@ use std::ffi::OsString;
 
 pub use self::{
     checked::{
-        AdminListener, Config, Credentials, DataListener, Edge, Endpoint, Identity, Limits, Mode,
-        Offline, Probe, SeedTokens, Shutdown, Standalone,
+        AdminListener, Config, Credentials, DataListener, Edge, Identity, Mode, Offline, Probe,
+        SeedTokens, Shutdown, Standalone,
     },
     mistake::{Mistake, Mistakes},
 };

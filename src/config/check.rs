@@ -14,8 +14,8 @@ use reqwest::{
 
 use super::{
     checked::{
-        AdminListener, Config, Credentials, DataListener, Edge, Endpoint, Identity, Limits, Mode,
-        Offline, Probe, SeedTokens, Shutdown, Standalone,
+        AdminListener, Config, Credentials, DataListener, Edge, Identity, Mode, Offline, Probe,
+        SeedTokens, Shutdown, Standalone,
     },
     cli::{Question, Role, Verb},
     keys::{self, Key},
@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     auth,
-    http::{access, cors},
+    http::{access, cors, listener::Limits, route::Endpoint},
     sync, telemetry,
     token::{Environment, Token},
     upstream, usage,

@@ -9,7 +9,7 @@ use reqwest::{Url, header::HeaderName};
 
 use crate::{
     auth,
-    http::{access, cors},
+    http::{access, cors, listener::Limits, route::Endpoint},
     sync, telemetry,
     token::{Environment, Token},
     upstream, usage,
@@ -138,36 +138,6 @@ pub struct DataListener {
     pub disabled: BTreeSet<Endpoint>,
     /// What one client may take.
     pub limits: Limits,
-}
-
-/// An endpoint that an operator can turn off.
-#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
-pub enum Endpoint {
-    /// `/api/frontend/all` and `/api/proxy/all`.
-    FrontendAll,
-    /// `/internal-backstage/metrics`, and its old name `prometheus`.
-    Metrics,
-    /// `/internal-backstage/metricsbatch`.
-    MetricsBatch,
-    /// `/internal-backstage/features`.
-    Features,
-    /// `/internal-backstage/tokens`.
-    Tokens,
-    /// `/internal-backstage/instancedata`.
-    InstanceData,
-}
-
-/// What one client, and all of them together, may take.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Limits {
-    /// The largest request body, in bytes, after decompression.
-    pub body_bytes: usize,
-    /// How many connections may be open at once.
-    pub connections: usize,
-    /// The longest that a client may take to send a request's head.
-    pub header_read_timeout: Duration,
-    /// The longest that answering one request may take, streams excepted.
-    pub request_timeout: Duration,
 }
 
 /// The listener for operators.

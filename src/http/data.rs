@@ -1,0 +1,248 @@
+//! The data listener: what SDKs, other edges, probes and scrapes ask.
+//!
+//! Nothing secret is served here, and the only thing that a request may wait for, besides its own
+//! body, is the verdict on a first-seen token.
+
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use hyper::{HeaderMap, Method, Request, body::Incoming, header::HeaderName, http::request::Parts};
+
+use super::{
+    access, client,
+    cors::Cors,
+    edge,
+    frontend::{self, Question},
+    listener::Service,
+    meter::{Meter, Subject},
+    ops::Ops,
+    payload,
+    reply::{self, Failure, Reply},
+    report,
+    route::{Endpoint, NoRoute, Route, normalise},
+};
+use crate::{
+    answers::Shown,
+    auth::{Admission, Authenticator, Denied},
+    snapshot::{Snapshot, Snapshots},
+    token::{Grant, Scope, TokenKind},
+    usage::Usage,
+    wire::context::FrontendContext,
+};
+
+/// How the data listener behaves.
+#[derive(Debug)]
+pub struct Settings {
+    /// What precedes every path: empty, or `/…` without a final slash.
+    pub base_path: String,
+    /// The header in which SDKs present their token.
+    pub token_header: HeaderName,
+    /// What browsers on other origins may do.
+    pub cors: Cors,
+    /// Which addresses are served.
+    pub access: access::Config,
+    /// Routes that answer as if they did not exist.
+    pub disabled: BTreeSet<Endpoint>,
+    /// What a request's body may take.
+    pub payload: payload::Limits,
+    /// The longest that a request with a first-seen token waits for its environment's flags.
+    pub patience: Duration,
+    /// This machine's name.
+    pub hostname: String,
+}
+
+/// The data listener's service.
+#[derive(Debug)]
+pub struct Data {
+    /// How it behaves.
+    pub settings: Settings,
+    /// Who judges tokens.
+    pub auth: Authenticator,
+    /// What is served.
+    pub snapshots: Snapshots,
+    /// Where reports go.
+    pub usage: Usage,
+    /// What probes and scrapes are told.
+    pub ops: Ops,
+    /// What measures requests.
+    pub meter: Meter,
+}
+
+impl Service for Data {
+    async fn call(&self, request: Request<Incoming>, peer: SocketAddr) -> Reply {
+        let started = Instant::now();
+        let (head, body) = request.into_parts();
+        let path = normalise(head.uri.path(), &self.settings.base_path);
+        let (subject, mut reply) = self.answer(&head, path.as_deref(), body, peer).await;
+        if subject != Subject::Preflight {
+            self.settings.cors.decorate(&head.headers, reply.headers_mut());
+        }
+        self.meter.record(subject, &head.method, &reply, started.elapsed());
+        reply::without_body(&head.method, reply)
+    }
+}
+
+/// When a client is told to try again, where nothing better is known.
+const TRY_AGAIN: Duration = Duration::from_secs(5);
+
+impl Data {
+    async fn answer<'a>(
+        &self,
+        head: &Parts,
+        path: Option<&'a str>,
+        body: Incoming,
+        peer: SocketAddr,
+    ) -> (Subject<'a>, Reply) {
+        if head.method == Method::OPTIONS {
+            let mut reply = reply::preflight();
+            self.settings.cors.decorate_preflight(&head.headers, reply.headers_mut());
+            return (Subject::Preflight, reply);
+        }
+        let client = self.settings.access.proxies.client(peer, &head.headers);
+        if !self.settings.access.serves(client) {
+            return (Subject::Unknown, Failure::Blocked.into());
+        }
+        let route = match path.map_or(Err(NoRoute::Path), |path| Route::parse(&head.method, path)) {
+            Ok(route) if !self.is_disabled(route) => route,
+            Ok(_) | Err(NoRoute::Path) => return (Subject::Unknown, Failure::NotFound.into()),
+            Err(NoRoute::Method(known)) => {
+                return (Subject::Unknown, Failure::Method(known).into());
+            }
+        };
+        let reply = self.dispatch(route, head, body, client).await;
+        (Subject::Route(route), reply.unwrap_or_else(Reply::from))
+    }
+
+    async fn dispatch(
+        &self,
+        route: Route<'_>,
+        head: &Parts,
+        body: Incoming,
+        client: IpAddr,
+    ) -> Result<Reply, Failure> {
+        let headers = &head.headers;
+        let query = head.uri.query().unwrap_or_default();
+        match route {
+            Route::Health => Ok(self.ops.health()),
+            Route::Ready => Ok(self.ops.ready()),
+            Route::Prometheus => Ok(self.ops.metrics()),
+            Route::Validate => edge::validate(&self.auth, &self.read(headers, body).await?).await,
+            Route::ClientFeatures => {
+                let (grant, snapshot) = self.reader(headers, TokenKind::Client).await?;
+                client::features(headers, query, &snapshot, &grant.scope).await
+            }
+            Route::ClientFeature(name) => {
+                let (grant, snapshot) = self.reader(headers, TokenKind::Client).await?;
+                client::feature(headers, name, &snapshot, &grant.scope).await
+            }
+            Route::Frontend(shown) => {
+                let (grant, snapshot) = self.reader(headers, TokenKind::Frontend).await?;
+                let told = self.context(head, body).await?;
+                let asked = self.question(&told, client, &snapshot, &grant.scope);
+                Ok(frontend::flags(headers, shown, asked).await)
+            }
+            Route::FrontendFeature(name) => {
+                let (grant, snapshot) = self.reader(headers, TokenKind::Frontend).await?;
+                let told = self.context(head, body).await?;
+                let asked = self.question(&told, client, &snapshot, &grant.scope);
+                frontend::flag(headers, name, asked).await
+            }
+            Route::Register(kind) => {
+                let grant = self.admit(headers, kind).await?.grant;
+                let body = self.read(headers, body).await?;
+                report::register(&self.usage, &grant, &body)
+            }
+            Route::Metrics(kind) => {
+                let grant = self.admit(headers, kind).await?.grant;
+                let body = self.read(headers, body).await?;
+                report::metrics(&self.usage, &grant, &body)
+            }
+            Route::Bulk => {
+                let grant = self.admit(headers, TokenKind::Client).await?.grant;
+                let body = self.read(headers, body).await?;
+                report::bulk(&self.usage, &grant, &body)
+            }
+            Route::Instance => {
+                self.admit(headers, TokenKind::Client).await?;
+                report::instance(&self.usage, &self.read(headers, body).await?)
+            }
+        }
+    }
+
+    fn is_disabled(&self, route: Route<'_>) -> bool {
+        let what = match route {
+            Route::Frontend(Shown::All) => Endpoint::FrontendAll,
+            Route::Prometheus => Endpoint::Metrics,
+            _ => return false,
+        };
+        self.settings.disabled.contains(&what)
+    }
+
+    /// The grant of the request's token, if it is of the kind that the route wants.
+    async fn admit(&self, headers: &HeaderMap, wanted: TokenKind) -> Result<Admission, Failure> {
+        let header = headers.get(&self.settings.token_header).and_then(|it| it.to_str().ok());
+        let admission = self.auth.authenticate(header.ok_or(Failure::Unauthorized)?).await?;
+        if admission.grant.kind == wanted { Ok(admission) } else { Err(Failure::WrongKind) }
+    }
+
+    /// What a token of the wanted kind allows, and the flags of its environment.
+    ///
+    /// A first-seen token may be the one to have them fetched, and waits for that.
+    async fn reader(
+        &self,
+        headers: &HeaderMap,
+        wanted: TokenKind,
+    ) -> Result<(Arc<Grant>, Arc<Snapshot>), Failure> {
+        let Admission { grant, first_seen } = self.admit(headers, wanted).await?;
+        let environment = &grant.scope.environment;
+        let snapshot = match self.snapshots.load(environment) {
+            Some(snapshot) => Some(snapshot),
+            None if first_seen => {
+                let arrival = self.snapshots.wait_for(environment);
+                tokio::time::timeout(self.settings.patience, arrival).await.ok()
+            }
+            None => None,
+        };
+        let what = "the flags of this environment are not there";
+        let missing = Failure::Unavailable { what, retry_after: TRY_AGAIN };
+        snapshot.map(|snapshot| (grant, snapshot)).ok_or(missing)
+    }
+
+    async fn context(&self, head: &Parts, body: Incoming) -> Result<FrontendContext, Failure> {
+        if head.method == Method::POST {
+            return frontend::context_of_body(&self.read(&head.headers, body).await?);
+        }
+        Ok(FrontendContext::from_query(head.uri.query().unwrap_or_default()))
+    }
+
+    fn question<'a>(
+        &'a self,
+        told: &'a FrontendContext,
+        client: IpAddr,
+        snapshot: &'a Snapshot,
+        scope: &'a Scope,
+    ) -> Question<'a> {
+        Question { told, client, hostname: &self.settings.hostname, snapshot, scope }
+    }
+
+    async fn read(&self, headers: &HeaderMap, body: Incoming) -> Result<Bytes, Failure> {
+        payload::read(headers, body, self.settings.payload).await
+    }
+}
+
+impl From<Denied> for Failure {
+    fn from(denied: Denied) -> Self {
+        match denied {
+            Denied::Unknown => Self::Unauthorized,
+            Denied::Unavailable => Self::Unavailable {
+                what: "the token cannot be judged at the moment",
+                retry_after: TRY_AGAIN,
+            },
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! The API of frontend SDKs: flags evaluated for a context.
+//!
+//! A context field that the client sends is used as sent. What it leaves out is completed here: the
+//! environment from its token, the address from its connection.
+
+use std::{net::IpAddr, sync::Arc};
+
+use hyper::HeaderMap;
+use jiff::Timestamp;
+
+use super::{
+    client::decoded,
+    reply::{self, Failure, Freshness, Reply},
+};
+use crate::{
+    answers::{self, Answer, Shown},
+    engine::Context,
+    snapshot::Snapshot,
+    token::Scope,
+    wire::context::FrontendContext,
+};
+
+/// What is asked: a context, of the flags that a scope sees.
+#[derive(Clone, Copy, Debug)]
+pub struct Question<'a> {
+    /// What the request itself says of its user.
+    pub told: &'a FrontendContext,
+    /// The client's address.
+    pub client: IpAddr,
+    /// This machine's name, for the `applicationHostname` strategy.
+    pub hostname: &'a str,
+    /// The flags.
+    pub snapshot: &'a Snapshot,
+    /// What the token sees of them.
+    pub scope: &'a Scope,
+}
+
+impl<'a> Question<'a> {
+    /// Completes the context and answers by it.
+    fn answer<T>(&self, answer: impl FnOnce(&Context<'_>) -> T) -> T {
+        let Self { told, client, hostname, scope, .. } = *self;
+        let address;
+        let remote_address = match &told.remote_address {
+            Some(address) => address,
+            None => {
+                address = client.to_string();
+                &address
+            }
+        };
+        let properties: Vec<_> =
+            told.properties.iter().map(|(name, value)| (&**name, &**value)).collect();
+        answer(&Context {
+            user_id: told.user_id.as_deref(),
+            session_id: told.session_id.as_deref(),
+            environment: Some(told.environment.as_deref().unwrap_or(scope.environment.as_str())),
+            app_name: told.app_name.as_deref(),
+            current_time: told.current_time.as_deref(),
+            remote_address: Some(remote_address),
+            properties: &properties,
+            hostname: Some(hostname),
+            now: Timestamp::now(),
+            draw: rand::random(),
+        })
+    }
+}
+
+/// The context that a request's body tells.
+pub fn context_of_body(body: &[u8]) -> Result<FrontendContext, Failure> {
+    FrontendContext::from_json(body)
+        .map_err(|error| Failure::Malformed(format!("the context cannot be read: {error}")))
+}
+
+/// `/api/frontend` and `/api/frontend/all`.
+pub async fn flags(headers: &HeaderMap, shown: Shown, question: Question<'_>) -> Reply {
+    let projects = &question.scope.projects;
+    let body = question.answer(|context| {
+        let answer = Answer::of(question.snapshot, projects, context, shown);
+        match reply::unless_changed(headers, &answer.etag(), Freshness::Revalidate) {
+            Some(unchanged) => Err(unchanged),
+            None => Ok(answer.body()),
+        }
+    });
+    match body {
+        Ok(body) => reply::body(headers, &body, Freshness::Revalidate).await,
+        Err(unchanged) => unchanged,
+    }
+}
+
+/// `/api/frontend/features/{name}`.
+pub async fn flag(
+    headers: &HeaderMap,
+    name: &str,
+    question: Question<'_>,
+) -> Result<Reply, Failure> {
+    let name = decoded(name)?;
+    let projects = &question.scope.projects;
+    let body = question
+        .answer(|context| answers::one(question.snapshot, projects, context, &name))
+        .ok_or(Failure::NotFound)?;
+    Ok(reply::body(headers, &Arc::new(body), Freshness::Revalidate).await)
+}

@@ -1,0 +1,71 @@
+//! What probes and scrapes are told.
+
+use jiff::Timestamp;
+use metrics::{Unit, describe_gauge, gauge};
+use metrics_exporter_prometheus::PrometheusHandle;
+
+use super::reply::{self, Reply};
+use crate::{snapshot::Snapshots, telemetry::Readiness};
+
+const AGE: &str = "parapet_snapshot_age_seconds";
+const REVISION: &str = "parapet_snapshot_revision";
+const FLAGS: &str = "parapet_snapshot_flags";
+const PROBLEMS: &str = "parapet_snapshot_problems";
+
+/// Health, readiness and metrics of the instance.
+#[derive(Clone, Debug)]
+pub struct Ops {
+    readiness: Readiness,
+    registry: PrometheusHandle,
+    snapshots: Snapshots,
+}
+
+impl Ops {
+    /// Tells of these.
+    pub fn new(readiness: Readiness, registry: PrometheusHandle, snapshots: Snapshots) -> Self {
+        describe_gauge!(AGE, Unit::Seconds, "Time since the source last confirmed the flags");
+        describe_gauge!(REVISION, "The source's own number of the flags' state");
+        describe_gauge!(FLAGS, "Flags in the environment");
+        describe_gauge!(PROBLEMS, "Malformed parts of flags; each never matches");
+        Self { readiness, registry, snapshots }
+    }
+
+    /// Whether requests are welcome.
+    pub fn is_ready(&self) -> bool {
+        self.readiness.is_ready()
+    }
+
+    /// Alive as soon as it can answer.
+    pub fn health(&self) -> Reply {
+        reply::ok(r#"{"status":"OK"}"#)
+    }
+
+    /// Ready once every configured environment has had flags; from then until it drains.
+    pub fn ready(&self) -> Reply {
+        if self.readiness.is_ready() {
+            return reply::probe(true, r#"{"status":"READY"}"#);
+        }
+        let why = if self.readiness.is_draining() {
+            r#"{"status":"DRAINING","error":"Parapet is about to end"}"#
+        } else {
+            r#"{"status":"NOTREADY","error":"Parapet waits for the first flags of an environment"}"#
+        };
+        reply::probe(false, why)
+    }
+
+    /// The Prometheus exposition; what depends on the clock is measured now.
+    #[expect(clippy::cast_precision_loss, reason = "counts and revisions are far below 2^52")]
+    pub fn metrics(&self) -> Reply {
+        let now = Timestamp::now();
+        for (environment, snapshot) in &*self.snapshots.all() {
+            let labels = [("environment", environment.as_str().to_owned())];
+            gauge!(AGE, &labels).set(now.duration_since(snapshot.confirmed()).as_secs_f64());
+            gauge!(FLAGS, &labels).set(snapshot.document().features().len() as f64);
+            gauge!(PROBLEMS, &labels).set(snapshot.problems().len() as f64);
+            if let Some(revision) = snapshot.document().revision() {
+                gauge!(REVISION, &labels).set(revision as f64);
+            }
+        }
+        reply::prometheus(self.registry.render())
+    }
+}

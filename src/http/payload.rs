@@ -1,0 +1,117 @@
+//! Request bodies: read whole, within a size and a time, decompressed.
+//!
+//! What the bytes mean is for `wire` to say.
+
+use std::{io::Read, time::Duration};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, LengthLimitError, Limited};
+use hyper::{
+    HeaderMap,
+    body::Incoming,
+    header::{CONTENT_ENCODING, CONTENT_TYPE},
+};
+
+use super::reply::Failure;
+
+/// What a request body may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// The most bytes, before and after decompression.
+    pub bytes: usize,
+    /// The longest that it may take to arrive.
+    pub time: Duration,
+}
+
+/// Reads the body of a request that should hold JSON.
+///
+/// A missing content type is taken for JSON; one that says otherwise is refused. Dropping the future
+/// drops what had arrived.
+pub async fn read(headers: &HeaderMap, body: Incoming, limits: Limits) -> Result<Bytes, Failure> {
+    if headers.get(CONTENT_TYPE).is_some_and(|value| !names_json(value.as_bytes())) {
+        return Err(Failure::MediaType);
+    }
+    let whole = Limited::new(body, limits.bytes).collect();
+    let bytes = match tokio::time::timeout(limits.time, whole).await {
+        Err(_) => return Err(Failure::TooSlow(limits.time)),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => {
+            return Err(Failure::TooLarge(limits.bytes));
+        }
+        Ok(Err(_)) => return Err(Failure::Malformed("the body broke off".to_owned())),
+        Ok(Ok(collected)) => collected.to_bytes(),
+    };
+    let coding = headers.get(CONTENT_ENCODING).map(|value| value.as_bytes());
+    decompress(coding.unwrap_or_default(), bytes, limits.bytes)
+}
+
+fn names_json(content_type: &[u8]) -> bool {
+    let media = content_type.split(|byte| *byte == b';').next().unwrap_or_default().trim_ascii();
+    media.eq_ignore_ascii_case(b"application/json")
+        || (media.len() > 5 && media[media.len() - 5..].eq_ignore_ascii_case(b"+json"))
+}
+
+fn decompress(coding: &[u8], bytes: Bytes, limit: usize) -> Result<Bytes, Failure> {
+    let compressed = &*bytes;
+    let decoder: Box<dyn Read + '_> = match coding.trim_ascii().to_ascii_lowercase().as_slice() {
+        b"" | b"identity" => return Ok(bytes),
+        b"gzip" | b"x-gzip" => Box::new(flate2::read::MultiGzDecoder::new(compressed)),
+        b"deflate" => Box::new(flate2::read::ZlibDecoder::new(compressed)),
+        b"br" => Box::new(brotli::Decompressor::new(compressed, 4096)),
+        b"zstd" => match zstd::Decoder::new(compressed) {
+            Ok(decoder) => Box::new(decoder),
+            Err(_) => return Err(not_compressed_so()),
+        },
+        _ => {
+            return Err(Failure::Malformed(
+                "content-encoding must be gzip, deflate, br or zstd".to_owned(),
+            ));
+        }
+    };
+    let mut plain = Vec::new();
+    let room = u64::try_from(limit).unwrap_or(u64::MAX).saturating_add(1);
+    decoder.take(room).read_to_end(&mut plain).map_err(|_| not_compressed_so())?;
+    if plain.len() > limit {
+        return Err(Failure::TooLarge(limit));
+    }
+    Ok(plain.into())
+}
+
+fn not_compressed_so() -> Failure {
+    Failure::Malformed("the body is not compressed as content-encoding says".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    fn gzip(text: &[u8]) -> Bytes {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        encoder.write_all(text).unwrap();
+        encoder.finish().unwrap().into()
+    }
+
+    #[test]
+    fn compressed_bodies_are_decompressed_within_the_limit() {
+        assert_eq!(decompress(b"GZIP", gzip(b"{}"), 10).unwrap(), "{}");
+        let zstd = Bytes::from(zstd::bulk::compress(b"{}", 1).unwrap());
+        assert_eq!(decompress(b"zstd", zstd, 10).unwrap(), "{}");
+        let bomb = gzip(&[b' '; 1_000_000]);
+        assert!(bomb.len() < 10_000);
+        assert!(matches!(decompress(b"gzip", bomb, 10_000), Err(Failure::TooLarge(10_000))));
+        let plain = Bytes::from_static(b"{}");
+        assert!(matches!(decompress(b"gzip", plain.clone(), 10), Err(Failure::Malformed(_))));
+        assert!(matches!(decompress(b"snappy", plain, 10), Err(Failure::Malformed(_))));
+    }
+
+    #[test]
+    fn json_is_known_by_its_media_type() {
+        for yes in ["application/json", "Application/JSON; charset=utf-8", "application/ld+json"] {
+            assert!(names_json(yes.as_bytes()), "{yes}");
+        }
+        for no in ["text/plain", "application/x-www-form-urlencoded", "", "json"] {
+            assert!(!names_json(no.as_bytes()), "{no}");
+        }
+    }
+}
