@@ -3,6 +3,7 @@
 pub mod answers;
 pub mod auth;
 pub mod config;
+pub mod control;
 pub mod engine;
 pub mod http;
 pub mod probe;
