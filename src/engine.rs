@@ -215,26 +215,18 @@ impl Engine {
 
 impl Parent {
     fn admits(&self, outcome: Outcome) -> bool {
-        self.admitted
-            .get(outcome.ordinal())
-            .copied()
-            .unwrap_or(false)
+        self.admitted.get(outcome.ordinal()).copied().unwrap_or(false)
     }
 }
 
 impl Conditions {
     /// The outcome once the parents are satisfied.
     fn decide(&self, bound: &Bound<'_>) -> Outcome {
-        let Some(strategy) = self
-            .strategies
-            .iter()
-            .find(|strategy| strategy.matches(bound))
-        else {
+        let Some(strategy) = self.strategies.iter().find(|strategy| strategy.matches(bound)) else {
             return Outcome::Off;
         };
         let own = strategy.variants().choose(bound);
-        own.or_else(|| self.variants.choose(bound))
-            .map_or(Outcome::On, Outcome::Variant)
+        own.or_else(|| self.variants.choose(bound)).map_or(Outcome::On, Outcome::Variant)
     }
 
     /// Drops what can make no difference; the result is the outcome where nothing is left to ask.
@@ -281,10 +273,7 @@ impl Plan {
 }
 
 fn find(flags: &[Flag], name: &str) -> Option<FlagId> {
-    flags
-        .binary_search_by(|flag| (*flag.name).cmp(name))
-        .ok()
-        .map(next_id)
+    flags.binary_search_by(|flag| (*flag.name).cmp(name)).ok().map(next_id)
 }
 
 fn next_id(len: usize) -> FlagId {
@@ -311,10 +300,7 @@ struct Dependency<'d> {
 
 impl<'d> Compilation<'d> {
     fn new(document: &'d Document) -> Self {
-        let problem = |flag| Problem {
-            flag: Arc::clone(flag),
-            defect: Defect::DefinedTwice,
-        };
+        let problem = |flag| Problem { flag: Arc::clone(flag), defect: Defect::DefinedTwice };
         let flags = document.features().len();
         Self {
             segments: document.segments(),
@@ -347,10 +333,7 @@ impl<'d> Compilation<'d> {
                 (flag, Plan::Fixed(Outcome::Off))
             }
         };
-        let problem = |defect| Problem {
-            flag: Arc::clone(feature.name()),
-            defect,
-        };
+        let problem = |defect| Problem { flag: Arc::clone(feature.name()), defect };
         self.problems.extend(defects.into_iter().map(problem));
         self.engine.flags.push(flag);
         self.engine.plans.push(plan);
@@ -379,34 +362,24 @@ impl<'d> Compilation<'d> {
         let variants = compiler.choice(&definition.variants, feature.name(), stickiness);
         let strategies = match &definition.strategies {
             Loose::Is(list) if list.is_empty() => vec![Strategy::everybody()],
-            Loose::Is(list) => list
-                .iter()
-                .filter_map(|source| compiler.strategy(source))
-                .collect(),
+            Loose::Is(list) => list.iter().filter_map(|source| compiler.strategy(source)).collect(),
             Loose::Missing | Loose::Malformed => {
                 compiler.defects.push(Defect::Malformed(Part::Strategies));
                 Vec::new()
             }
         };
         let mut plan = if enabled {
-            Conditions {
-                parents: Box::default(),
-                strategies: strategies.into(),
-                variants,
-            }
-            .simplify()
+            Conditions { parents: Box::default(), strategies: strategies.into(), variants }
+                .simplify()
         } else {
             Plan::Fixed(Outcome::Off)
         };
         match dependencies(definition.dependencies) {
             Some(asked) if asked.is_empty() => {}
-            Some(asked) => self
-                .dependants
-                .push((next_id(self.engine.flags.len()), asked)),
+            Some(asked) => self.dependants.push((next_id(self.engine.flags.len()), asked)),
             None => {
                 defects.push(Defect::Malformed(Part::Dependency));
-                self.dependants
-                    .push((next_id(self.engine.flags.len()), Vec::new()));
+                self.dependants.push((next_id(self.engine.flags.len()), Vec::new()));
                 plan = Plan::Fixed(Outcome::Off);
             }
         }
@@ -461,21 +434,15 @@ impl<'d> Compilation<'d> {
         let mut parents = Some(Vec::new());
         for dependency in asked {
             let found = find(&self.engine.flags, &dependency.parent);
-            let nested = |parent| {
-                dependants
-                    .binary_search_by_key(&parent, |(id, _)| *id)
-                    .is_ok()
-            };
+            let nested = |parent| dependants.binary_search_by_key(&parent, |(id, _)| *id).is_ok();
             let defect = match found {
                 None => Defect::MissingParent(dependency.parent.clone().into_owned()),
                 Some(parent) if nested(parent) => {
                     Defect::NestedParent(dependency.parent.clone().into_owned())
                 }
                 Some(flag) => {
-                    let parent = Parent {
-                        flag,
-                        admitted: dependency.admitted(self.engine.flag(flag)),
-                    };
+                    let parent =
+                        Parent { flag, admitted: dependency.admitted(self.engine.flag(flag)) };
                     match self.engine.plans[flag.index()] {
                         Plan::Fixed(outcome) if parent.admits(outcome) => {}
                         Plan::Fixed(_) => parents = None,
@@ -525,9 +492,7 @@ impl Dependency<'_> {
             (false, _) => !outcome.is_on(),
             (true, []) => outcome.is_on(),
             (true, names) => {
-                let name = parent
-                    .variant(outcome)
-                    .map_or("disabled", |variant| &*variant.name);
+                let name = parent.variant(outcome).map_or("disabled", |variant| &*variant.name);
                 outcome.is_on() && names.iter().any(|other| other == name)
             }
         };

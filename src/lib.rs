@@ -1,6 +1,7 @@
 //! Parapet: an open-source edge for Unleash feature flags.
 
 pub mod answers;
+pub mod app;
 pub mod auth;
 pub mod config;
 pub mod control;

@@ -10,9 +10,11 @@ use std::{
 
 use anyhow::Context as _;
 use parapet::{
+    app::App,
     config::{Command, Config},
     probe, telemetry,
 };
+use tokio::signal::unix::{SignalKind, signal};
 
 /// The exit status of a command that was used wrongly, from BSD's `sysexits.h`.
 const EX_USAGE: u8 = 64;
@@ -55,8 +57,21 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
         .context("cannot start the runtime")
 }
 
-/// Stands in for `parapet::app::run` until there is one.
-#[expect(clippy::unused_async, reason = "its successor waits for the end of the process")]
 async fn run(config: Config) -> anyhow::Result<()> {
-    anyhow::bail!("nothing serves yet on {}", config.data.address)
+    let app = App::start(config).await?;
+    let end = end_of_process().context("cannot listen to signals")?;
+    app.run(end).await;
+    Ok(())
+}
+
+/// Completes when the process is asked to end, by the system or at the terminal.
+fn end_of_process() -> io::Result<impl Future<Output = ()>> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
 }

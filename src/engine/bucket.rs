@@ -24,12 +24,7 @@ pub(super) struct Prefix {
 impl Prefix {
     /// Starts the hash of an identifier in `group`.
     pub(super) fn new(group: &str, seed: u32) -> Self {
-        let mut prefix = Self {
-            state: seed,
-            carry: 0,
-            carried: 0,
-            len: 0,
-        };
+        let mut prefix = Self { state: seed, carry: 0, carried: 0, len: 0 };
         prefix.absorb(group.as_bytes());
         prefix.absorb(b":");
         prefix
@@ -39,17 +34,12 @@ impl Prefix {
     pub(super) fn bucket(self, identifier: &str, buckets: u32) -> u32 {
         let mut hash = self;
         hash.absorb(identifier.as_bytes());
-        hash.finish()
-            .checked_rem(buckets)
-            .map_or(0, |rest| rest + 1)
+        hash.finish().checked_rem(buckets).map_or(0, |rest| rest + 1)
     }
 
     fn absorb(&mut self, bytes: &[u8]) {
         // Lengths beyond 4 GiB wrap, as they do in the reference implementation's `int`.
-        #[expect(
-            clippy::cast_possible_truncation,
-            reason = "murmur3 mixes the length modulo 2^32"
-        )]
+        #[expect(clippy::cast_possible_truncation, reason = "murmur3 mixes the length modulo 2^32")]
         let len = bytes.len() as u32;
         self.len = self.len.wrapping_add(len);
         let shift = self.carried * 8;
@@ -74,11 +64,7 @@ impl Prefix {
         let block = wide as u32;
         self.carry = u32::try_from(wide >> 32).expect("half of 64 bits fits 32");
         self.state ^= scramble(block);
-        self.state = self
-            .state
-            .rotate_left(13)
-            .wrapping_mul(5)
-            .wrapping_add(0xe654_6b64);
+        self.state = self.state.rotate_left(13).wrapping_mul(5).wrapping_add(0xe654_6b64);
     }
 
     fn finish(self) -> u32 {
@@ -94,10 +80,7 @@ impl Prefix {
 }
 
 fn scramble(block: u32) -> u32 {
-    block
-        .wrapping_mul(0xcc9e_2d51)
-        .rotate_left(15)
-        .wrapping_mul(0x1b87_3593)
+    block.wrapping_mul(0xcc9e_2d51).rotate_left(15).wrapping_mul(0x1b87_3593)
 }
 
 /// One number of `1..=buckets` from a context's draw, independent for each `site`; 0 if there are
@@ -124,12 +107,7 @@ mod tests {
     #[test]
     fn murmur3_matches_its_reference_values() {
         let hash = |seed, text: &str| {
-            let mut hash = Prefix {
-                state: seed,
-                carry: 0,
-                carried: 0,
-                len: 0,
-            };
+            let mut hash = Prefix { state: seed, carry: 0, carried: 0, len: 0 };
             hash.absorb(text.as_bytes());
             hash.finish()
         };
@@ -137,21 +115,14 @@ mod tests {
         assert_eq!(hash(1, ""), 0x514e_28b7);
         assert_eq!(hash(0, "test"), 0xba6b_d213);
         assert_eq!(hash(0x9747_b28c, "Hello, world!"), 0x24884_cba);
-        assert_eq!(
-            hash(0, "The quick brown fox jumps over the lazy dog"),
-            0x2e4f_f723
-        );
+        assert_eq!(hash(0, "The quick brown fox jumps over the lazy dog"), 0x2e4f_f723);
     }
 
     /// <https://docs.getunleash.io/concepts/stickiness>: known values of the official SDKs.
     #[test]
     fn buckets_are_those_of_the_official_sdks() {
         let check = |seed, group, id, buckets, expect| {
-            assert_eq!(
-                Prefix::new(group, seed).bucket(id, buckets),
-                expect,
-                "{group}:{id}"
-            );
+            assert_eq!(Prefix::new(group, seed).bucket(id, buckets), expect, "{group}:{id}");
         };
         check(ROLLOUT_SEED, "gr1", "123", 100, 73);
         check(ROLLOUT_SEED, "groupX", "999", 100, 25);
@@ -182,9 +153,6 @@ mod tests {
         for site in 0..10_000 {
             counts[draw(42, site, 10) as usize - 1] += 1;
         }
-        assert!(
-            counts.iter().all(|count| (900..1100).contains(count)),
-            "{counts:?}"
-        );
+        assert!(counts.iter().all(|count| (900..1100).contains(count)), "{counts:?}");
     }
 }

@@ -36,39 +36,14 @@ pub(super) struct Constraint {
 
 #[derive(Debug, Clone)]
 enum Test {
-    In {
-        field: FieldId,
-        set: Set,
-    },
-    Number {
-        field: FieldId,
-        slot: Slot,
-        order: Order,
-        than: f64,
-    },
+    In { field: FieldId, set: Set },
+    Number { field: FieldId, slot: Slot, order: Order, than: f64 },
     After(Timestamp),
     Before(Timestamp),
-    Version {
-        field: FieldId,
-        slot: Slot,
-        order: Order,
-        than: Box<Version<Box<str>>>,
-    },
-    Address {
-        field: FieldId,
-        slot: Slot,
-        ranges: Box<[IpNet]>,
-    },
-    Text {
-        field: FieldId,
-        place: Place,
-        case: Case,
-        needles: Box<[Box<str>]>,
-    },
-    Regex {
-        field: FieldId,
-        regex: Box<Regex>,
-    },
+    Version { field: FieldId, slot: Slot, order: Order, than: Box<Version<Box<str>>> },
+    Address { field: FieldId, slot: Slot, ranges: Box<[IpNet]> },
+    Text { field: FieldId, place: Place, case: Case, needles: Box<[Box<str>]> },
+    Regex { field: FieldId, regex: Box<Regex> },
 }
 
 /// Which side of the operand a value has to be on.
@@ -112,10 +87,7 @@ impl Constraint {
             return Compiled::Never;
         };
         match parts.compile(fields, defects) {
-            Ok(Some(test)) => Compiled::Test(Self {
-                test,
-                inverted: parts.inverted,
-            }),
+            Ok(Some(test)) => Compiled::Test(Self { test, inverted: parts.inverted }),
             Ok(None) if parts.inverted => Compiled::Always,
             Ok(None) => Compiled::Never,
             Err(defect) => {
@@ -135,14 +107,8 @@ impl Constraint {
         match &self.test {
             Test::In { .. } | Test::Number { .. } | Test::After(_) | Test::Before(_) => 0,
             Test::Version { .. } | Test::Address { .. } => 1,
-            Test::Text {
-                case: Case::Sensitive,
-                ..
-            } => 2,
-            Test::Text {
-                case: Case::Ignored,
-                ..
-            } => 3,
+            Test::Text { case: Case::Sensitive, .. } => 2,
+            Test::Text { case: Case::Ignored, .. } => 3,
             Test::Regex { .. } => 4,
         }
     }
@@ -174,25 +140,20 @@ impl Test {
     fn holds(&self, bound: &Bound<'_>) -> bool {
         match self {
             Self::In { field, set } => set.contains(bound.symbol(*field)),
-            Self::Number {
-                slot, order, than, ..
-            } => order.admits(bound.number(*slot).partial_cmp(than)),
+            Self::Number { slot, order, than, .. } => {
+                order.admits(bound.number(*slot).partial_cmp(than))
+            }
             Self::After(instant) => bound.clock().is_some_and(|clock| clock > *instant),
             Self::Before(instant) => bound.clock().is_some_and(|clock| clock < *instant),
-            Self::Version {
-                slot, order, than, ..
-            } => order.admits(bound.version(*slot).map(|version| version.compare(than))),
+            Self::Version { slot, order, than, .. } => {
+                order.admits(bound.version(*slot).map(|version| version.compare(than)))
+            }
             Self::Address { slot, ranges, .. } => bound
                 .address(*slot)
                 .is_some_and(|address| ranges.iter().any(|range| range.contains(&address))),
-            Self::Text {
-                field,
-                place,
-                case,
-                needles,
-            } => bound
-                .text(*field)
-                .is_some_and(|text| place.finds_any(needles, text, *case)),
+            Self::Text { field, place, case, needles } => {
+                bound.text(*field).is_some_and(|text| place.finds_any(needles, text, *case))
+            }
             Self::Regex { field, regex } => {
                 bound.text(*field).is_some_and(|text| regex.is_match(text))
             }
@@ -220,9 +181,9 @@ impl Place {
                 Self::End => text.ends_with(&**needle),
                 Self::Anywhere => text.contains(&**needle),
             }),
-            Case::Ignored if text.is_ascii() => needles
-                .iter()
-                .any(|needle| self.finds_ascii(needle.as_bytes(), text.as_bytes())),
+            Case::Ignored if text.is_ascii() => {
+                needles.iter().any(|needle| self.finds_ascii(needle.as_bytes(), text.as_bytes()))
+            }
             // Lower case can change lengths here, so this rare case pays for a copy.
             Case::Ignored => self.finds_any(needles, &text.to_lowercase(), Case::Sensitive),
         }
@@ -279,25 +240,14 @@ impl<'a> Parts<'a> {
             Loose::Malformed => return None,
         }
         let ignored = source.case_insensitive.or_default()?;
-        let case = if ignored {
-            Case::Ignored
-        } else {
-            Case::Sensitive
-        };
+        let case = if ignored { Case::Ignored } else { Case::Sensitive };
         let inverted = source.inverted.or_default()?;
         let (operator, inverted) = match &**operator {
             // Also where the field is missing or the list is empty.
             "NOT_IN" => ("IN", !inverted),
             operator => (operator, inverted),
         };
-        Some(Self {
-            field,
-            operator,
-            value,
-            values,
-            inverted,
-            case,
-        })
+        Some(Self { field, operator, value, values, inverted, case })
     }
 
     /// The test, or none if the bare comparison is false for every context.
@@ -313,26 +263,16 @@ impl<'a> Parts<'a> {
             "STR_CONTAINS" => Ok(self.text(fields, Place::Anywhere)),
             "NUM_EQ" => self.number(fields, "NUM_EQ", Order::Equal).map(Some),
             "NUM_GT" => self.number(fields, "NUM_GT", Order::Greater).map(Some),
-            "NUM_GTE" => self
-                .number(fields, "NUM_GTE", Order::GreaterOrEqual)
-                .map(Some),
+            "NUM_GTE" => self.number(fields, "NUM_GTE", Order::GreaterOrEqual).map(Some),
             "NUM_LT" => self.number(fields, "NUM_LT", Order::Less).map(Some),
             "NUM_LTE" => self.number(fields, "NUM_LTE", Order::LessOrEqual).map(Some),
             "SEMVER_EQ" => self.version(fields, "SEMVER_EQ", Order::Equal).map(Some),
             "SEMVER_GT" => self.version(fields, "SEMVER_GT", Order::Greater).map(Some),
-            "SEMVER_GTE" => self
-                .version(fields, "SEMVER_GTE", Order::GreaterOrEqual)
-                .map(Some),
+            "SEMVER_GTE" => self.version(fields, "SEMVER_GTE", Order::GreaterOrEqual).map(Some),
             "SEMVER_LT" => self.version(fields, "SEMVER_LT", Order::Less).map(Some),
-            "SEMVER_LTE" => self
-                .version(fields, "SEMVER_LTE", Order::LessOrEqual)
-                .map(Some),
-            "DATE_AFTER" => self
-                .instant("DATE_AFTER")
-                .map(|instant| Some(Test::After(instant))),
-            "DATE_BEFORE" => self
-                .instant("DATE_BEFORE")
-                .map(|instant| Some(Test::Before(instant))),
+            "SEMVER_LTE" => self.version(fields, "SEMVER_LTE", Order::LessOrEqual).map(Some),
+            "DATE_AFTER" => self.instant("DATE_AFTER").map(|instant| Some(Test::After(instant))),
+            "DATE_BEFORE" => self.instant("DATE_BEFORE").map(|instant| Some(Test::Before(instant))),
             "REGEX" => self.regex(fields).map(Some),
             "IN_CIDR" => Ok(self.address(fields, defects)),
             unknown => Err(Defect::UnknownOperator(unknown.to_owned())),
@@ -341,10 +281,7 @@ impl<'a> Parts<'a> {
 
     fn one_of(&self, fields: &mut Fields) -> Option<Test> {
         let set = Set::new(fields, self.values.iter().copied());
-        (!set.is_empty()).then(|| Test::In {
-            field: fields.intern(self.field),
-            set,
-        })
+        (!set.is_empty()).then(|| Test::In { field: fields.intern(self.field), set })
     }
 
     fn text(&self, fields: &mut Fields, place: Place) -> Option<Test> {
@@ -354,12 +291,7 @@ impl<'a> Parts<'a> {
         };
         let needles: Box<[Box<str>]> = self.values.iter().map(needle).collect();
         let field = fields.intern(self.field);
-        (!needles.is_empty()).then_some(Test::Text {
-            field,
-            place,
-            case: self.case,
-            needles,
-        })
+        (!needles.is_empty()).then_some(Test::Text { field, place, case: self.case, needles })
     }
 
     fn number(
@@ -370,12 +302,7 @@ impl<'a> Parts<'a> {
     ) -> Result<Test, Defect> {
         let than = self.operand(operator, scalar::number)?;
         let field = fields.intern(self.field);
-        Ok(Test::Number {
-            field,
-            slot: fields.number(field),
-            order,
-            than,
-        })
+        Ok(Test::Number { field, slot: fields.number(field), order, than })
     }
 
     fn version(
@@ -386,12 +313,7 @@ impl<'a> Parts<'a> {
     ) -> Result<Test, Defect> {
         let than = self.operand(operator, Version::parse)?.into_owned();
         let field = fields.intern(self.field);
-        Ok(Test::Version {
-            field,
-            slot: fields.version(field),
-            order,
-            than: Box::new(than),
-        })
+        Ok(Test::Version { field, slot: fields.version(field), order, than: Box::new(than) })
     }
 
     /// Dates compare with the current time whatever the field is called, as in the Node SDK.
@@ -400,40 +322,26 @@ impl<'a> Parts<'a> {
     }
 
     fn regex(&self, fields: &mut Fields) -> Result<Test, Defect> {
-        let regex = self.operand("REGEX", |value| {
-            pattern::compile(value, self.case == Case::Ignored)
-        })?;
-        Ok(Test::Regex {
-            field: fields.intern(self.field),
-            regex: Box::new(regex),
-        })
+        let regex =
+            self.operand("REGEX", |value| pattern::compile(value, self.case == Case::Ignored))?;
+        Ok(Test::Regex { field: fields.intern(self.field), regex: Box::new(regex) })
     }
 
     /// Ranges that cannot be read are left out, as the specification wants.
     fn address(&self, fields: &mut Fields, defects: &mut Vec<Defect>) -> Option<Test> {
         let mut ranges = Vec::with_capacity(self.values.len());
         for &value in &self.values {
-            match value
-                .parse::<IpNet>()
-                .ok()
-                .or_else(|| value.parse().ok().map(IpAddr::into))
-            {
+            match value.parse::<IpNet>().ok().or_else(|| value.parse().ok().map(IpAddr::into)) {
                 Some(range) => ranges.push(range),
                 None => {
-                    defects.push(Defect::Operand {
-                        operator: "IN_CIDR",
-                        operand: value.to_owned(),
-                    });
+                    defects
+                        .push(Defect::Operand { operator: "IN_CIDR", operand: value.to_owned() });
                 }
             }
         }
         let field = fields.intern(self.field);
         let slot = fields.address(field);
-        (!ranges.is_empty()).then(|| Test::Address {
-            field,
-            slot,
-            ranges: ranges.into(),
-        })
+        (!ranges.is_empty()).then(|| Test::Address { field, slot, ranges: ranges.into() })
     }
 
     fn operand<T>(

@@ -56,14 +56,8 @@ impl FieldId {
     pub const REMOTE_ADDRESS: Self = Self(5);
 
     /// The fields that every engine has, in the order of their ids.
-    const BUILT_IN: [&'static str; 6] = [
-        "userId",
-        "sessionId",
-        "environment",
-        "appName",
-        "currentTime",
-        "remoteAddress",
-    ];
+    const BUILT_IN: [&'static str; 6] =
+        ["userId", "sessionId", "environment", "appName", "currentTime", "remoteAddress"];
 
     /// The field's place among [`Fields::names`].
     pub fn index(self) -> usize {
@@ -171,11 +165,7 @@ impl Fields {
         Bound {
             symbols: texts.iter().map(symbol).collect(),
             numbers: self.numbers.iter().map(number).collect(),
-            versions: self
-                .versions
-                .iter()
-                .map(|field| Version::parse(text(field)?))
-                .collect(),
+            versions: self.versions.iter().map(|field| Version::parse(text(field)?)).collect(),
             addresses: self.addresses.iter().map(address).collect(),
             texts,
             clock,
@@ -190,13 +180,10 @@ fn next_index(len: usize) -> u32 {
 }
 
 fn slot_of(slots: &mut Vec<FieldId>, field: FieldId) -> Slot {
-    let index = slots
-        .iter()
-        .position(|&slot| slot == field)
-        .unwrap_or_else(|| {
-            slots.push(field);
-            slots.len() - 1
-        });
+    let index = slots.iter().position(|&slot| slot == field).unwrap_or_else(|| {
+        slots.push(field);
+        slots.len() - 1
+    });
     Slot(next_index(index))
 }
 
@@ -313,15 +300,8 @@ mod tests {
             let set = Set::new(&mut fields, members.iter().map(String::as_str));
             for n in [0, 7, 16, 499, 500] {
                 let id = n.to_string();
-                let bound = fields.bind(&Context {
-                    user_id: Some(&id),
-                    ..Context::default()
-                });
-                assert_eq!(
-                    set.contains(bound.symbol(FieldId::USER_ID)),
-                    n < size,
-                    "{n} of {size}"
-                );
+                let bound = fields.bind(&Context { user_id: Some(&id), ..Context::default() });
+                assert_eq!(set.contains(bound.symbol(FieldId::USER_ID)), n < size, "{n} of {size}");
             }
         }
     }

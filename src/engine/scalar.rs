@@ -16,11 +16,7 @@ pub(super) fn number(text: &str) -> Option<f64> {
     if text.is_empty() {
         return Some(0.0);
     }
-    if let [
-        b'0',
-        radix @ (b'x' | b'X' | b'o' | b'O' | b'b' | b'B'),
-        digits @ ..,
-    ] = text.as_bytes()
+    if let [b'0', radix @ (b'x' | b'X' | b'o' | b'O' | b'b' | b'B'), digits @ ..] = text.as_bytes()
     {
         let radix = match radix.to_ascii_lowercase() {
             b'x' => 16,
@@ -29,9 +25,7 @@ pub(super) fn number(text: &str) -> Option<f64> {
         };
         return digits.iter().try_fold(None, |sum: Option<f64>, &digit| {
             let digit = char::from(digit).to_digit(radix)?;
-            Some(Some(
-                sum.unwrap_or(0.0) * f64::from(radix) + f64::from(digit),
-            ))
+            Some(Some(sum.unwrap_or(0.0) * f64::from(radix) + f64::from(digit)))
         })?;
     }
     match text.strip_prefix(['+', '-']).unwrap_or(text) {
@@ -67,16 +61,8 @@ pub(super) fn instant(text: &str) -> Option<Timestamp> {
 pub(super) fn comma_list(text: &str) -> impl Iterator<Item = &str> {
     let commas = text.bytes().filter(|&byte| byte == b',').count();
     text.split(',').enumerate().map(move |(position, item)| {
-        let item = if position > 0 {
-            item.trim_start()
-        } else {
-            item
-        };
-        if position < commas {
-            item.trim_end()
-        } else {
-            item
-        }
+        let item = if position > 0 { item.trim_start() } else { item };
+        if position < commas { item.trim_end() } else { item }
     })
 }
 
@@ -105,32 +91,24 @@ impl<'a> Version<&'a str> {
         let well_formed = numerals.next().is_none()
             && build.is_none_or(|build| build.split('.').all(is_identifier))
             && pre.is_none_or(|pre| pre.split('.').all(is_pre_release));
-        well_formed.then(|| Self {
-            core,
-            pre: pre.unwrap_or(""),
-        })
+        well_formed.then(|| Self { core, pre: pre.unwrap_or("") })
     }
 
     /// The same version, independent of the text it was read from.
     pub(super) fn into_owned(self) -> Version<Box<str>> {
-        Version {
-            core: self.core,
-            pre: self.pre.into(),
-        }
+        Version { core: self.core, pre: self.pre.into() }
     }
 }
 
 impl<P: AsRef<str>> Version<P> {
     /// Orders by precedence: a pre-release comes before its release.
     pub(super) fn compare<Q: AsRef<str>>(&self, other: &Version<Q>) -> Ordering {
-        self.core
-            .cmp(&other.core)
-            .then_with(|| match (self.pre.as_ref(), other.pre.as_ref()) {
-                ("", "") => Ordering::Equal,
-                ("", _) => Ordering::Greater,
-                (_, "") => Ordering::Less,
-                (ours, theirs) => compare_pre(ours, theirs),
-            })
+        self.core.cmp(&other.core).then_with(|| match (self.pre.as_ref(), other.pre.as_ref()) {
+            ("", "") => Ordering::Equal,
+            ("", _) => Ordering::Greater,
+            (_, "") => Ordering::Less,
+            (ours, theirs) => compare_pre(ours, theirs),
+        })
     }
 }
 
@@ -151,11 +129,7 @@ fn compare_pre(ours: &str, theirs: &str) -> Ordering {
             return order;
         }
     }
-    if theirs.next().is_some() {
-        Ordering::Less
-    } else {
-        Ordering::Equal
-    }
+    if theirs.next().is_some() { Ordering::Less } else { Ordering::Equal }
 }
 
 fn numeral(text: &str) -> Option<u64> {
@@ -172,10 +146,7 @@ fn is_pre_release(part: &str) -> bool {
 }
 
 fn is_identifier(text: &str) -> bool {
-    !text.is_empty()
-        && text
-            .bytes()
-            .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
 }
 
 #[cfg(test)]
@@ -248,10 +219,7 @@ mod tests {
         ];
         for (i, left) in order.iter().enumerate() {
             for (j, right) in order.iter().enumerate() {
-                let (left, right) = (
-                    Version::parse(left).unwrap(),
-                    Version::parse(right).unwrap(),
-                );
+                let (left, right) = (Version::parse(left).unwrap(), Version::parse(right).unwrap());
                 assert_eq!(left.compare(&right), i.cmp(&j));
             }
         }

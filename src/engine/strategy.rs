@@ -67,31 +67,16 @@ impl Compiler<'_> {
     pub(super) fn strategy(&mut self, source: &Loose<wire::Strategy<'_>>) -> Option<Strategy> {
         let none = Parameters::default();
         let (strategy, name, parameters) = match source {
-            Loose::Is(wire::Strategy {
-                parameters: Loose::Malformed,
-                ..
-            })
-            | Loose::Is(wire::Strategy {
-                name: Loose::Missing | Loose::Malformed,
-                ..
-            })
+            Loose::Is(wire::Strategy { parameters: Loose::Malformed, .. })
+            | Loose::Is(wire::Strategy { name: Loose::Missing | Loose::Malformed, .. })
             | Loose::Missing
             | Loose::Malformed => {
                 self.defects.push(Defect::Malformed(Part::Strategy));
                 return None;
             }
-            Loose::Is(
-                strategy @ wire::Strategy {
-                    name: Loose::Is(name),
-                    parameters,
-                    ..
-                },
-            ) => {
-                let parameters = if let Loose::Is(parameters) = parameters {
-                    parameters
-                } else {
-                    &none
-                };
+            Loose::Is(strategy @ wire::Strategy { name: Loose::Is(name), parameters, .. }) => {
+                let parameters =
+                    if let Loose::Is(parameters) = parameters { parameters } else { &none };
                 (strategy, name, parameters)
             }
         };
@@ -99,11 +84,7 @@ impl Compiler<'_> {
         let constraints = self.constraints(strategy);
         let rule = self.rule(name, parameters);
         let variants = self.variants(strategy, parameters);
-        Some(Strategy {
-            constraints: constraints?,
-            rule: rule?,
-            variants,
-        })
+        Some(Strategy { constraints: constraints?, rule: rule?, variants })
     }
 
     /// A list of variants of this flag.
@@ -119,15 +100,7 @@ impl Compiler<'_> {
             Loose::Malformed => &[Loose::Malformed],
         };
         let site = self.site();
-        variant::compile(
-            source,
-            group,
-            stickiness,
-            site,
-            self.table,
-            self.fields,
-            self.defects,
-        )
+        variant::compile(source, group, stickiness, site, self.table, self.fields, self.defects)
     }
 
     /// The constraints with those of the segments, cheap ones first; `None` if they never hold.
@@ -213,10 +186,7 @@ impl Compiler<'_> {
             "gradualRolloutRandom" => match self.percent(parameters, "percentage")? {
                 0 => None,
                 100 => Some(Rule::Always),
-                percent => Some(Rule::Lottery {
-                    percent,
-                    site: self.site(),
-                }),
+                percent => Some(Rule::Lottery { percent, site: self.site() }),
             },
             "userWithId" => {
                 let users = text("userIds")?;
@@ -243,13 +213,10 @@ impl Compiler<'_> {
                 if hosts.is_empty() {
                     return None;
                 }
-                Some(Rule::Hosts(
-                    scalar::comma_list(&hosts).map(Box::from).collect(),
-                ))
+                Some(Rule::Hosts(scalar::comma_list(&hosts).map(Box::from).collect()))
             }
             unknown => {
-                self.defects
-                    .push(Defect::UnknownStrategy(unknown.to_owned()));
+                self.defects.push(Defect::UnknownStrategy(unknown.to_owned()));
                 None
             }
         }
@@ -269,12 +236,7 @@ impl Compiler<'_> {
             (100, Stickiness::Field(field)) => Some(Rule::Known(field)),
             _ => {
                 let prefix = Prefix::new(group, ROLLOUT_SEED);
-                Some(Rule::Rollout {
-                    stickiness,
-                    prefix,
-                    percent,
-                    site: self.site(),
-                })
+                Some(Rule::Rollout { stickiness, prefix, percent, site: self.site() })
             }
         }
     }
@@ -283,15 +245,10 @@ impl Compiler<'_> {
     fn percent(&mut self, parameters: &Parameters<'_>, name: &str) -> Option<u32> {
         let text = parameters.find(name).is();
         let Some(percent) = text.and_then(scalar::number) else {
-            self.defects
-                .push(Defect::Percentage(text.unwrap_or_default().to_owned()));
+            self.defects.push(Defect::Percentage(text.unwrap_or_default().to_owned()));
             return None;
         };
-        #[expect(
-            clippy::cast_possible_truncation,
-            clippy::cast_sign_loss,
-            reason = "0 to 100"
-        )]
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 to 100")]
         let covered = percent.clamp(0.0, 100.0) as u32;
         Some(covered)
     }
@@ -318,10 +275,7 @@ pub(super) fn first_stickiness<'v>(
         return None;
     };
     match variants.first()? {
-        Loose::Is(wire::Variant {
-            stickiness: Loose::Is(stickiness),
-            ..
-        }) => Some(stickiness),
+        Loose::Is(wire::Variant { stickiness: Loose::Is(stickiness), .. }) => Some(stickiness),
         Loose::Is(_) | Loose::Missing | Loose::Malformed => None,
     }
 }
@@ -329,11 +283,7 @@ pub(super) fn first_stickiness<'v>(
 impl Strategy {
     /// The only strategy of a flag that has none: it is on for everybody.
     pub(super) fn everybody() -> Self {
-        Self {
-            constraints: Box::default(),
-            rule: Rule::Always,
-            variants: Choice::Nobody,
-        }
+        Self { constraints: Box::default(), rule: Rule::Always, variants: Choice::Nobody }
     }
 
     /// Whether it matches every context.
@@ -348,10 +298,7 @@ impl Strategy {
 
     /// Whether it matches this context.
     pub(super) fn matches(&self, bound: &Bound<'_>) -> bool {
-        self.constraints
-            .iter()
-            .all(|constraint| constraint.holds(bound))
-            && self.rule.holds(bound)
+        self.constraints.iter().all(|constraint| constraint.holds(bound)) && self.rule.holds(bound)
     }
 
     /// Adds what it depends on to `reads`.
@@ -369,25 +316,18 @@ impl Rule {
         match self {
             Self::Always => true,
             Self::Known(field) => bound.text(*field).is_some_and(|text| !text.is_empty()),
-            Self::Rollout {
-                stickiness,
-                prefix,
-                percent,
-                site,
-            } => match (stickiness.identifier(bound), stickiness) {
-                (Some(identifier), _) => prefix.bucket(identifier, 100) <= *percent,
-                (None, Stickiness::FirstOf(_)) => {
-                    bucket::draw(bound.draw(), *site, 100) <= *percent
+            Self::Rollout { stickiness, prefix, percent, site } => {
+                match (stickiness.identifier(bound), stickiness) {
+                    (Some(identifier), _) => prefix.bucket(identifier, 100) <= *percent,
+                    (None, Stickiness::FirstOf(_)) => {
+                        bucket::draw(bound.draw(), *site, 100) <= *percent
+                    }
+                    (None, Stickiness::Field(_)) => false,
                 }
-                (None, Stickiness::Field(_)) => false,
-            },
+            }
             Self::Lottery { percent, site } => bucket::draw(bound.draw(), *site, 100) <= *percent,
             Self::Users(users) => users.contains(bound.symbol(FieldId::USER_ID)),
-            Self::Addresses {
-                texts,
-                slot,
-                ranges,
-            } => {
+            Self::Addresses { texts, slot, ranges } => {
                 texts.contains(bound.symbol(FieldId::REMOTE_ADDRESS))
                     || match bound.address(*slot) {
                         Some(std::net::IpAddr::V4(address)) => {
@@ -407,14 +347,8 @@ impl Rule {
             // A host keeps its name, so it is nothing that an answer varies by.
             Self::Always | Self::Hosts(_) => {}
             Self::Known(field) => reads.field(*field),
-            Self::Rollout {
-                stickiness: Stickiness::FirstOf(fields),
-                ..
-            } => reads.chance(fields),
-            Self::Rollout {
-                stickiness: Stickiness::Field(field),
-                ..
-            } => reads.field(*field),
+            Self::Rollout { stickiness: Stickiness::FirstOf(fields), .. } => reads.chance(fields),
+            Self::Rollout { stickiness: Stickiness::Field(field), .. } => reads.field(*field),
             Self::Lottery { .. } => reads.chance(&[]),
             Self::Users(_) => reads.field(FieldId::USER_ID),
             Self::Addresses { .. } => reads.field(FieldId::REMOTE_ADDRESS),

@@ -66,11 +66,7 @@ pub(super) struct Lots {
 }
 
 /// The default for variants, which unlike a rollout's knows `remoteAddress`, as the Node SDK has it.
-const DEFAULT: &[FieldId] = &[
-    FieldId::USER_ID,
-    FieldId::SESSION_ID,
-    FieldId::REMOTE_ADDRESS,
-];
+const DEFAULT: &[FieldId] = &[FieldId::USER_ID, FieldId::SESSION_ID, FieldId::REMOTE_ADDRESS];
 
 /// Compiles a list of variants, whose values are appended to the flag's `table`.
 ///
@@ -94,10 +90,7 @@ pub(super) fn compile(
             continue;
         };
         let index = u32::try_from(table.len()).expect("a document has fewer than 2^32 variants");
-        table.push(Variant {
-            name: name.into(),
-            payload: payload(variant, defects),
-        });
+        table.push(Variant { name: name.into(), payload: payload(variant, defects) });
         if weight > 0 {
             total += weight;
             ends.push((total, index));
@@ -138,13 +131,9 @@ fn read<'w, 'a>(
 fn payload(variant: &wire::Variant<'_>, defects: &mut Vec<Defect>) -> Option<Payload> {
     match &variant.payload {
         Loose::Missing => None,
-        Loose::Is(wire::Payload {
-            kind: Loose::Is(kind),
-            value: Loose::Is(value),
-        }) => Some(Payload {
-            kind: (&**kind).into(),
-            value: (&**value).into(),
-        }),
+        Loose::Is(wire::Payload { kind: Loose::Is(kind), value: Loose::Is(value) }) => {
+            Some(Payload { kind: (&**kind).into(), value: (&**value).into() })
+        }
         Loose::Is(_) | Loose::Malformed => {
             defects.push(Defect::Malformed(Part::Payload));
             None
@@ -221,9 +210,6 @@ impl Lots {
             Some(identifier) => self.prefix.bucket(identifier, buckets),
             None => bucket::draw(bound.draw(), self.site, buckets),
         };
-        self.ends
-            .iter()
-            .find(|&&(end, _)| bucket <= end)
-            .map(|&(_, index)| index)
+        self.ends.iter().find(|&&(end, _)| bucket <= end).map(|&(_, index)| index)
     }
 }

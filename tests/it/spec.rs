@@ -14,9 +14,7 @@ use serde_json::{Value, json};
 
 fn read(file: &str) -> Value {
     let specifications = "tests/node_modules/@unleash/client-specification/specifications";
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-        .join(specifications)
-        .join(file);
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(specifications).join(file);
     let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     serde_json::from_str(&text).unwrap()
 }
@@ -113,10 +111,7 @@ fn the_official_specification_passes_whole() {
             if answer == test["expectedResult"] {
                 passed += 1;
             } else {
-                failures.push(format!(
-                    "{file}: {}: answered {answer}",
-                    test["description"]
-                ));
+                failures.push(format!("{file}: {}: answered {answer}", test["description"]));
             }
         };
         for test in tests("tests") {

@@ -1,0 +1,157 @@
+//! The edge: flags, verdicts and usage by way of upstream.
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use tokio::{sync::Notify, time::sleep};
+use tracing::{info, warn};
+
+use super::{Error, Plan, Source};
+use crate::{
+    auth::{self, Authenticator, Authority, Denied, Issuer},
+    config::{self, Credentials as Given},
+    snapshot::Snapshots,
+    store::{Store, edge_backup},
+    sync::upstream::{Follower, Wanted},
+    telemetry::Latch,
+    token::{Environment, Grant, Projects, Scope, Token, TokenKind},
+    upstream::{Credentials, Upstream},
+    usage::Sink,
+};
+
+/// How often tokens of the operator that nobody could judge are asked for again.
+const ASK_AGAIN_AFTER: Duration = Duration::from_secs(1);
+
+/// How often tokens of the operator that upstream refuses are asked for again.
+const ASK_REFUSED_AFTER: Duration = Duration::from_secs(30);
+
+/// What an edge does besides answering.
+#[derive(Debug)]
+pub(super) struct Edge {
+    follower: Follower,
+    /// Tokens of the operator, to be judged before they are used.
+    tokens: Vec<Token>,
+    backup: Vec<(Token, Grant)>,
+    latch: Latch,
+}
+
+/// Connects the parts of an edge and serves what an earlier run, of Parapet or of Unleash Edge, has
+/// left in the backup folder.
+pub(super) async fn plan(
+    edge: config::Edge,
+    auth: &auth::Config,
+    snapshots: &Snapshots,
+    latch: Latch,
+) -> Result<Plan, Error> {
+    let store = Store::directory(&edge.backup_folder)?;
+    let upstream = Upstream::new(edge.upstream)?;
+    let (credentials, wanted, admin, tokens) = match edge.credentials {
+        Given::Admin { token, fleet, environments } => {
+            let credentials =
+                Credentials::with_admin(token.clone(), &fleet, upstream.clone(), store.clone());
+            info!(fleet, list_interval = ?auth.list_interval, "Upstream's admin token is exchanged for a token per environment");
+            let wanted = environments.map_or_else(|| Wanted::Enabled(token.clone()), Wanted::Named);
+            (credentials, wanted, Some(token), Vec::new())
+        }
+        Given::Given(tokens) => {
+            if tokens.is_empty() {
+                info!(
+                    "No token is configured: the first valid client token of an environment that an SDK presents fetches its flags"
+                );
+            }
+            (Credentials::without_admin(), Wanted::Offered, None, tokens)
+        }
+    };
+    let discovered = Arc::new(Notify::new());
+    let follower = Follower {
+        config: edge.sync,
+        wanted,
+        upstream: upstream.clone(),
+        credentials: credentials.clone(),
+        discovered: Arc::clone(&discovered),
+        snapshots: snapshots.clone(),
+        store: store.clone(),
+    };
+    follower.restore().await;
+    let backup = migrate(&edge.backup_folder, &follower).await;
+    let operator = admin.iter().map(|token| {
+        let scope = Scope { environment: Environment::new("*"), projects: Projects::All };
+        (token.digest(), Grant { kind: TokenKind::Admin, scope })
+    });
+    let given = operator.collect();
+    Ok(Plan {
+        name: "edge",
+        source: Source::Upstream(Box::new(Edge { follower, tokens, backup, latch })),
+        authority: Authority::Upstream(Box::new(Issuer {
+            upstream: upstream.clone(),
+            admin,
+            credentials: credentials.clone(),
+            discovered,
+        })),
+        given,
+        sink: Sink::Upstream { upstream: upstream.clone(), credentials },
+        upstream: Some(upstream),
+        store,
+    })
+}
+
+/// Reads what Unleash Edge has left in the folder; what cannot be read is left out.
+async fn migrate(folder: &Path, follower: &Follower) -> Vec<(Token, Grant)> {
+    match edge_backup::features(folder).await {
+        Ok(backups) => {
+            for (environment, text) in backups {
+                follower.serve(&environment, text.get().as_bytes()).await;
+            }
+        }
+        Err(error) => warn!(%error, "Unleash Edge's backup of flags is not used"),
+    }
+    edge_backup::tokens(folder).await.unwrap_or_else(|error| {
+        warn!(%error, "Unleash Edge's backup of tokens is not used");
+        Vec::new()
+    })
+}
+
+impl Edge {
+    /// Follows upstream until dropped.
+    pub(super) async fn run(self, auth: &Authenticator) {
+        let Self { follower, tokens, backup, latch } = self;
+        for (token, grant) in backup {
+            auth.import(&token, grant);
+        }
+        let own = latch.clone();
+        tokio::join!(follower.run(latch), take_tokens(tokens, auth, own));
+    }
+}
+
+/// Has the operator's tokens judged; a valid one is offered as a credential on the way. The latch is
+/// released when all have been.
+async fn take_tokens(tokens: Vec<Token>, auth: &Authenticator, latch: Latch) {
+    let mut latch = Some(latch);
+    let mut open = tokens;
+    while !open.is_empty() {
+        let mut refused = Vec::new();
+        let mut unjudged = Vec::new();
+        for token in open {
+            match auth.authenticate(token.expose()).await {
+                Ok(admission) if admission.grant.kind == TokenKind::Client => {}
+                Ok(admission) => {
+                    let kind = admission.grant.kind.as_str();
+                    warn!(token = %token.masked(), kind, "A configured token is no client token and fetches nothing");
+                }
+                Err(Denied::Unknown) => refused.push(token),
+                Err(Denied::Unavailable) => unjudged.push(token),
+            }
+        }
+        let pause = if unjudged.is_empty() { ASK_REFUSED_AFTER } else { ASK_AGAIN_AFTER };
+        for token in &refused {
+            warn!(token = %token.masked(), "Upstream does not know a configured token");
+        }
+        open = unjudged;
+        open.append(&mut refused);
+        if !open.is_empty() {
+            sleep(pause).await;
+        }
+    }
+    if let Some(latch) = latch.take() {
+        latch.release();
+    }
+}
