@@ -111,12 +111,20 @@ impl Upstream {
 
     /// Asks which of `tokens` are valid and what those allow; the others are missing in the reply.
     ///
-    /// The request carries no token of its own (protocol: Unleash, `POST /edge/validate`).
+    /// The requests carry no token of their own (protocol: Unleash, `POST /edge/validate`). There are
+    /// several of them if one would be larger than upstream takes.
     pub async fn validate(&self, tokens: &[Token]) -> Result<Vec<Validated>, Error> {
-        let body = ValidateRequest { tokens: tokens.into() };
-        let request = self.request(Method::POST, &["edge", "validate"], None);
-        let reply: ValidateReply = self.call(Purpose::Validate, json(request, &body), read).await?;
-        Ok(reply.tokens)
+        let mut valid = Vec::new();
+        let mut rest = tokens;
+        while !rest.is_empty() {
+            let (batch, more) = rest.split_at(batch_len(rest));
+            let body = ValidateRequest { tokens: batch.into() };
+            let request = json(self.request(Method::POST, &["edge", "validate"], None), &body);
+            let reply: ValidateReply = self.call(Purpose::Validate, request, read).await?;
+            valid.extend(reply.tokens);
+            rest = more;
+        }
+        Ok(valid)
     }
 
     /// Sends a batch of usage, a body of `/api/client/metrics/bulk`.
@@ -243,6 +251,17 @@ fn read<T: for<'de> Deserialize<'de>>(answer: Answer) -> Result<T, Error> {
 #[expect(clippy::unnecessary_wraps, reason = "the shape that `call` wants")]
 fn done(_: Answer) -> Result<(), Error> {
     Ok(())
+}
+
+/// How many of `tokens`, at least one, go into one request: Unleash takes no JSON above 100 kB.
+fn batch_len(tokens: &[Token]) -> usize {
+    const MOST: usize = 90_000;
+    let mut size = 0;
+    let fit = tokens.iter().take_while(|token| {
+        size += token.expose().len() + r#""","#.len();
+        size <= MOST
+    });
+    fit.count().max(1)
 }
 
 /// The `ETag` as upstream issued it: Unleash compares texts, so a `W/` that some proxy has put before
@@ -394,6 +413,18 @@ mod tests {
         assert!(!format!("{error:?} {}", error.report()).contains("964a"));
         assert!(server.seen()[0].headers.get("authorization").is_none());
         assert_eq!(server.seen()[0].body, format!(r#"{{"tokens":["{SECRET}"]}}"#));
+    }
+
+    #[tokio::test]
+    async fn many_tokens_are_validated_in_requests_that_upstream_takes() {
+        let server = Scripted::start(|_| (200, &[], r#"{"tokens":[]}"#.to_owned())).await;
+        let upstream = Upstream::new(server.config()).expect("client");
+        let tokens = vec![token(); 3000];
+        assert_eq!(upstream.validate(&tokens).await.expect("a reply"), []);
+        let sizes: Vec<_> = server.seen().iter().map(|it| it.body.len()).collect();
+        assert!(sizes.iter().all(|&size| size <= 100_000), "{sizes:?}");
+        let sent = server.seen().iter().map(|it| it.body.matches(SECRET).count()).sum::<usize>();
+        assert_eq!(sent, tokens.len());
     }
 
     #[tokio::test]

@@ -224,6 +224,7 @@ impl Hand {
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
+    use proptest::prelude::*;
     use serde_json::{Value, json};
 
     use super::{
@@ -482,6 +483,31 @@ mod tests {
         assert_eq!(in_use(&edge), ["*:development.1"]);
         assert!(offer(&edge, "a:development.2", TokenKind::Client, &["a"]));
         assert_eq!(in_use(&edge), ["a:development.2"]);
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_in_use_sees_all_that_was_offered_and_nothing_twice(
+            offers in prop::collection::vec(prop::collection::vec("[a-d]", 1..4), 1..12),
+        ) {
+            let edge = Credentials::without_admin();
+            let mut seen = Vec::new();
+            for (number, ids) in offers.iter().enumerate() {
+                let ids: Vec<_> = ids.iter().map(String::as_str).collect();
+                let grew = offer(&edge, &format!("[]:development.{number}"), TokenKind::Client, &ids);
+                let projects = Projects::from_list(ids);
+                prop_assert_eq!(grew, !seen.iter().any(|it: &Projects| it.covers(&projects)));
+                seen.push(projects);
+            }
+            let used = edge.tokens(&dev());
+            for projects in &seen {
+                prop_assert!(used.iter().any(|it| it.projects.covers(projects)));
+            }
+            for (at, one) in used.iter().enumerate() {
+                let others = used.iter().enumerate().filter(|(other, _)| *other != at);
+                prop_assert!(others.into_iter().all(|(_, it)| !it.projects.covers(&one.projects)));
+            }
+        }
     }
 
     #[test]

@@ -201,8 +201,8 @@ impl Exchange {
         match self.upstream.delete_token(&self.admin, secret).await {
             Ok(()) => info!("Deleted a former token of ours for environment {environment}"),
             Err(error) => {
-                let error = error.report();
-                warn!("Could not delete a former token for environment {environment}: {error}");
+                let error: &dyn std::error::Error = &error;
+                warn!(error, "Could not delete a former token for environment {environment}");
             }
         }
     }
@@ -211,7 +211,8 @@ impl Exchange {
         let bytes = match self.store.load(&Key::Credentials(environment.clone())).await {
             Ok(bytes) => bytes?,
             Err(error) => {
-                warn!("Going on without the kept token for environment {environment}: {error}");
+                let error: &dyn std::error::Error = &error;
+                warn!(error, "Going on without the kept token for environment {environment}");
                 return None;
             }
         };
@@ -221,7 +222,9 @@ impl Exchange {
         };
         let token = self.seal.open(environment, &record.sealed);
         if token.is_none() {
-            info!("The kept token for environment {environment} belongs to another admin token");
+            info!(
+                "The kept token for environment {environment} is of another admin token or fleet"
+            );
         }
         let projects = Projects::from_list(record.projects.iter().map(String::as_str));
         let credential = token.map(|token| Credential { token, projects });
@@ -246,7 +249,10 @@ impl Exchange {
         let bytes = serde_json::to_vec(&record).expect("a record of plain fields serializes");
         match self.store.save(&Key::Credentials(environment.clone()), &bytes).await {
             Ok(()) => debug!("Kept token {} for environment {environment}", token.masked()),
-            Err(error) => warn!("Cannot keep the token for environment {environment}: {error}"),
+            Err(error) => {
+                let error: &dyn std::error::Error = &error;
+                warn!(error, "Cannot keep the token for environment {environment}");
+            }
         }
     }
 }
