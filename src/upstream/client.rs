@@ -200,12 +200,12 @@ impl Upstream {
         &self,
         purpose: Purpose,
         request: RequestBuilder,
-        read: impl FnOnce(Answer) -> Result<T, Error>,
+        parse: impl FnOnce(Answer) -> Result<T, Error>,
     ) -> Result<T, Error> {
         let started = Instant::now();
         let answer = self.exchange(request).await;
         let status = answer.as_ref().ok().map(|answer| answer.status);
-        let result = answer.and_then(read);
+        let result = answer.and_then(parse);
         outcome::count(purpose, Outcome::of(status, &result), started.elapsed());
         self.0.pulse.feel(&result);
         result

@@ -188,9 +188,10 @@ impl ListedSecret {
         if let Ok(token) = Token::parse(text) {
             return Some(Self::Full(token));
         }
-        let is_selector =
-            text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'));
-        (!text.is_empty() && is_selector).then(|| Self::Selector(text.to_owned()))
+        // Anything else than the 22 base64url characters of a selector may be a secret.
+        let is_selector = text.len() == 22
+            && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'));
+        is_selector.then(|| Self::Selector(text.to_owned()))
     }
 }
 
@@ -236,16 +237,8 @@ impl TryFrom<RawValidated<'_>> for Validated {
             return Err(Unreadable::Status);
         }
         let kind = TokenKind::parse(&raw.r#type.0).ok_or(Unreadable::Kind)?;
-        // Servers before 7.4.2 leave the environment out.
-        let environment = raw
-            .environment
-            .map(|name| Environment::new(&name.0))
-            .or_else(|| raw.token.environment())
-            .or_else(|| (kind == TokenKind::Admin).then(|| Environment::new("*")))
-            .ok_or(Unreadable::Environment)?;
-        let projects = projects(raw.projects.as_deref(), raw.project.as_ref())
-            .or_else(|| raw.token.projects())
-            .ok_or(Unreadable::Projects)?;
+        let environment = environment_of(kind, raw.environment, Some(&raw.token))?;
+        let projects = projects_of(raw.projects, raw.project, Some(&raw.token))?;
         let scope = Scope { environment, projects };
         Ok(Self { token: raw.token, grant: Grant { kind, scope } })
     }
@@ -287,15 +280,8 @@ impl TryFrom<RawListed<'_>> for Listed {
             ListedSecret::Selector(_) => None,
         };
         let kind = TokenKind::parse(&raw.r#type.0).ok_or(Unreadable::Kind)?;
-        let environment = raw
-            .environment
-            .map(|name| Environment::new(&name.0))
-            .or_else(|| text.and_then(Token::environment))
-            .or_else(|| (kind == TokenKind::Admin).then(|| Environment::new("*")))
-            .ok_or(Unreadable::Environment)?;
-        let projects = projects(raw.projects.as_deref(), raw.project.as_ref())
-            .or_else(|| text.and_then(Token::projects))
-            .ok_or(Unreadable::Projects)?;
+        let environment = environment_of(kind, raw.environment, text)?;
+        let projects = projects_of(raw.projects, raw.project, text)?;
         // A token whose end cannot be read must not pass for one without an end.
         let expires_at =
             raw.expires_at.map(|end| end.0.parse().map_err(|_| Unreadable::Expiry)).transpose()?;
@@ -313,10 +299,28 @@ impl TryFrom<RawListed<'_>> for Listed {
     }
 }
 
-/// The projects of a token object: `projects`, else the older `project`.
-fn projects(list: Option<&[Text<'_>]>, single: Option<&Text<'_>>) -> Option<Projects> {
-    list.map(|ids| Projects::from_list(ids.iter().map(|id| &*id.0)))
-        .or_else(|| single.map(|id| Projects::from_list([&*id.0])))
+/// The environment of a token object; servers before 7.4.2 tell it only in the token's text.
+fn environment_of(
+    kind: TokenKind,
+    told: Option<Text<'_>>,
+    token: Option<&Token>,
+) -> Result<Environment, Unreadable> {
+    told.map(|name| Environment::new(&name.0))
+        .or_else(|| token.and_then(Token::environment))
+        .or_else(|| (kind == TokenKind::Admin).then(|| Environment::new("*")))
+        .ok_or(Unreadable::Environment)
+}
+
+/// The projects of a token object: the list, else the older single one, else the token's text.
+fn projects_of(
+    list: Option<Vec<Text<'_>>>,
+    single: Option<Text<'_>>,
+    token: Option<&Token>,
+) -> Result<Projects, Unreadable> {
+    list.or_else(|| single.map(|id| vec![id]))
+        .map(|ids| Projects::from_list(ids.iter().map(|id| &*id.0)))
+        .or_else(|| token.and_then(Token::projects))
+        .ok_or(Unreadable::Projects)
 }
 
 /// A string that is borrowed from the JSON unless it has escapes there.
@@ -469,7 +473,8 @@ mod tests {
                 {{"secret":"AbCdEfGhIjKlMnOpQrStUv","tokenName":"b","type":"backend","projects":["x"],
                   "environment":"production","secure":true}},
                 {{"secret":"{V1}","username":"c","type":"client","expiresAt":"soon"}},
-                {{"secret":"","tokenName":"d","type":"client"}}
+                {{"secret":"","tokenName":"d","type":"client"}},
+                {{"secret":"a-custom-one","tokenName":"e","type":"client","environment":"dev","projects":[]}}
             ]}}"#
         );
         let list: TokenList = serde_json::from_str(&body).expect("list");
