@@ -252,7 +252,8 @@ impl Outbox {
         self.lanes.values().map(|lane| lane.counters.len()).sum()
     }
 
-    pub(super) fn is_empty(&self) -> bool {
+    #[cfg(test)]
+    fn is_empty(&self) -> bool {
         self.lanes.values().all(Lane::is_empty)
     }
 
@@ -487,7 +488,7 @@ mod tests {
         let mut outbox = Outbox::new(100);
         outbox.absorb(generation("a", [(key(1, "a", "f"), 1)]), now);
         let first = outbox.next(now).unwrap();
-        let pause = Duration::from_secs(300);
+        let pause = Duration::from_mins(5);
         outbox.settle(first.id, Outcome::Later(Some(pause)), now, 0.0);
         assert!(outbox.wake().unwrap() >= now + pause);
         outbox.absorb(generation("b", [(key(1, "a", "f"), 1)]), now);

@@ -36,7 +36,7 @@ impl Pipeline {
     pub(super) fn collect(&self, wall: Timestamp, now: Instant) {
         let mut outbox = self.outbox();
         outbox.absorb(self.ledger.drain(wall), now);
-        meter::pending(outbox.len(), outbox.oldest(now));
+        meter::pending(self.ledger.len() + outbox.len(), outbox.oldest(now));
     }
 
     pub(super) fn next(&self, now: Instant) -> Option<Dispatch> {
@@ -46,7 +46,7 @@ impl Pipeline {
     pub(super) fn settle(&self, id: BatchId, outcome: Outcome, now: Instant, draw: f64) {
         let mut outbox = self.outbox();
         outbox.settle(id, outcome, now, draw);
-        meter::pending(outbox.len(), outbox.oldest(now));
+        meter::pending(self.ledger.len() + outbox.len(), outbox.oldest(now));
     }
 
     pub(super) fn wake(&self) -> Option<Instant> {
@@ -72,7 +72,9 @@ impl Pipeline {
     pub(super) fn restore(&self, bytes: &[u8], now: Instant) -> Result<(), spool::Error> {
         let lanes = spool::restore(bytes)?;
         let mut outbox = self.outbox();
-        lanes.into_iter().for_each(|(environment, lane)| outbox.restore(environment, lane, now));
+        for (environment, lane) in lanes {
+            outbox.restore(environment, lane, now);
+        }
         Ok(())
     }
 
