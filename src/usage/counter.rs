@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use jiff::Timestamp;
 
-use crate::wire::usage::{BulkMetric, Metadata, ToggleStats};
+use crate::wire::usage::{BulkMetric, MAX_INTEGER, Metadata, ToggleStats};
 
 /// The longest name that is kept, in bytes; upstream's limit is as many characters, but its index
 /// over four of them allows 2704 bytes altogether.
@@ -15,7 +15,7 @@ pub(super) const MAX_NAME: usize = 255;
 /// How many variants of a flag are told apart.
 pub(super) const MAX_VARIANTS: usize = 256;
 /// The largest `yes` or `no`: upstream's JSON reader takes no integer above.
-const MAX_COUNT: u64 = (1 << 53) - 1;
+const MAX_COUNT: u64 = MAX_INTEGER;
 /// The largest count of a variant, upstream's column being a 32-bit integer.
 const MAX_VARIANT_COUNT: u64 = (1 << 31) - 1;
 
@@ -55,18 +55,32 @@ pub(super) struct Counter {
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub(super) struct Lost(pub(super) u64);
 
+/// Whether there is room for more.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Room {
+    Left,
+    None,
+}
+
 impl Counter {
     /// The counter of one report, and what of it exceeds the limits.
     pub(super) fn of(stats: ToggleStats, metadata: &Arc<Metadata>) -> (Self, Lost) {
         let mut counter = Self { metadata: Arc::clone(metadata), ..Self::default() };
-        let lost = counter.count(stats.yes, stats.no, stats.variants);
+        let lost = counter.count(stats.yes, stats.no, stats.variants, Room::Left);
         (counter, lost)
     }
 
     /// Adds another counter of the same key; what it tells of the SDK is newer.
-    pub(super) fn add(&mut self, other: Self) -> Lost {
+    ///
+    /// With `room` for them, variants that are new here are told apart too.
+    pub(super) fn add(&mut self, other: Self, room: Room) -> Lost {
         self.metadata = other.metadata;
-        self.count(other.yes, other.no, other.variants)
+        self.count(other.yes, other.no, other.variants, room)
+    }
+
+    /// How much it counts towards the number of counters held: its variants take space too.
+    pub(super) fn weight(&self) -> usize {
+        1 + self.variants.len()
     }
 
     /// How many evaluations it counts.
@@ -91,14 +105,14 @@ impl Counter {
         }
     }
 
-    fn count(&mut self, yes: u64, no: u64, variants: BTreeMap<Arc<str>, u64>) -> Lost {
+    fn count(&mut self, yes: u64, no: u64, variants: BTreeMap<Arc<str>, u64>, room: Room) -> Lost {
         let lost = saturate(&mut self.yes, yes, MAX_COUNT).saturating_add(saturate(
             &mut self.no,
             no,
             MAX_COUNT,
         ));
         for (name, count) in variants {
-            let full = self.variants.len() >= MAX_VARIANTS;
+            let full = room == Room::None || self.variants.len() >= MAX_VARIANTS;
             // The flag's own count stays exact; only the share of this variant is not told.
             if full && !self.variants.contains_key(&name) {
                 continue;
@@ -145,7 +159,7 @@ mod tests {
     fn counters_saturate_at_what_upstream_can_store_and_tell_what_was_lost() {
         let (mut sum, lost) = counter(u64::MAX, 1, &[("v", u64::MAX)]);
         assert_eq!((sum.yes, lost), (MAX_COUNT, Lost(u64::MAX - MAX_COUNT)));
-        assert_eq!(sum.add(counter(2, 3, &[("v", 1)]).0), Lost(2));
+        assert_eq!(sum.add(counter(2, 3, &[("v", 1)]).0, Room::Left), Lost(2));
         assert_eq!((sum.yes, sum.no, sum.variants["v"]), (MAX_COUNT, 4, MAX_VARIANT_COUNT));
     }
 
@@ -153,9 +167,20 @@ mod tests {
     fn variants_are_bounded_and_the_flags_count_stays_exact() {
         let (mut sum, _) = counter(0, 0, &[]);
         for name in 0..MAX_VARIANTS + 10 {
-            assert_eq!(sum.add(counter(1, 0, &[(&name.to_string(), 1), ("\0", 1)]).0), Lost(0));
+            let more = counter(1, 0, &[(&name.to_string(), 1), ("\0", 1)]).0;
+            assert_eq!(sum.add(more, Room::Left), Lost(0));
         }
-        assert_eq!((sum.yes, sum.variants.len()), (MAX_VARIANTS as u64 + 10, MAX_VARIANTS));
+        assert_eq!(sum.weight(), 1 + MAX_VARIANTS);
+        let mut sum = counter(1, 0, &[("a", 1)]).0;
+        assert_eq!(sum.add(counter(1, 0, &[("a", 1), ("b", 1)]).0, Room::None), Lost(0));
+        assert_eq!((sum.yes, sum.variants), (2, BTreeMap::from([("a".into(), 2)])));
+    }
+
+    #[test]
+    fn a_new_counter_has_no_more_variants_than_are_told_apart() {
+        let names: Vec<_> = (0..MAX_VARIANTS + 10).map(|name| name.to_string()).collect();
+        let variants: Vec<_> = names.iter().map(|name| (name.as_str(), 1)).collect();
+        assert_eq!(counter(1, 0, &variants).0.variants.len(), MAX_VARIANTS);
     }
 
     #[test]

@@ -6,7 +6,8 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use crate::wire::usage::{
-    HistogramSample, ImpactMetric, Labels, NumericSample, Samples, UpperBound,
+    HistogramSample, ImpactMetric, Labels, MAX_INTEGER, MAX_NUMBER, NumericSample, Samples,
+    UpperBound,
 };
 
 /// How many buckets of a histogram are kept.
@@ -90,6 +91,11 @@ impl ImpactSeries {
         added.filter(|added| !added).count()
     }
 
+    /// How many samples are held.
+    pub(super) fn len(&self) -> usize {
+        self.series.len()
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.series.is_empty()
     }
@@ -141,27 +147,29 @@ impl Sample {
     /// Adds a later sample; one of another type cannot come, the type being part of the key.
     fn merge(&mut self, later: Self) {
         match (self, later) {
-            // A sum beyond all numbers would be no JSON.
-            (Self::Counter(sum), Self::Counter(value)) => {
-                *sum = (*sum + value).min(f64::MAX);
-            }
+            (Self::Counter(sum), Self::Counter(value)) => *sum = clamped(*sum + value),
             (Self::Gauge(last), Self::Gauge(value)) => *last = value,
             (
                 Self::Histogram { count, sum, buckets },
                 Self::Histogram { count: more, sum: value, buckets: others },
             ) => {
-                *count = count.saturating_add(more);
-                *sum = (*sum + value).clamp(f64::MIN, f64::MAX);
+                *count = count.saturating_add(more).min(MAX_INTEGER);
+                *sum = clamped(*sum + value);
                 for (bound, more) in others {
                     if buckets.len() < MAX_BUCKETS || buckets.contains_key(&bound) {
                         let count = buckets.entry(bound).or_default();
-                        *count = count.saturating_add(more);
+                        *count = count.saturating_add(more).min(MAX_INTEGER);
                     }
                 }
             }
             (present, later) => *present = later,
         }
     }
+}
+
+/// A sum within the numbers that upstream takes; it would refuse all metrics for one beyond.
+fn clamped(sum: f64) -> f64 {
+    sum.clamp(-MAX_NUMBER, MAX_NUMBER)
 }
 
 fn to_wire(kind: Kind, samples: Vec<(Labels, Sample)>) -> Samples {

@@ -21,7 +21,7 @@ use jiff::Timestamp;
 
 use super::{
     applications::{Applications, InstanceKey},
-    counter::{Counter, CounterKey, Lost},
+    counter::{Counter, CounterKey, Lost, Room},
     impact::ImpactSeries,
 };
 use crate::{
@@ -33,7 +33,7 @@ use crate::{
 pub(super) const MERGED_APP: &str = "parapet-merged";
 /// How many application instances are known at a time, about.
 pub(super) const MAX_APPLICATIONS: usize = 16_384;
-/// How many samples of impact metrics are held, about.
+/// How many samples of impact metrics are held.
 pub(super) const MAX_SAMPLES: usize = 16_384;
 /// Enough that threads seldom meet in one.
 const SHARDS: usize = 64;
@@ -43,8 +43,10 @@ const SHARDS: usize = 64;
 pub(super) struct Ledger {
     shards: Box<[Mutex<Shard>]>,
     hasher: RandomState,
-    /// How many counters all shards hold; with many threads a few more may come in than allowed.
+    /// What all counters weigh; with many threads a few more may come in than allowed.
     held: AtomicUsize,
+    /// How many samples of impact metrics all shards hold; likewise.
+    samples: AtomicUsize,
     max_counters: usize,
 }
 
@@ -69,6 +71,7 @@ impl Ledger {
             shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
             hasher: RandomState::new(),
             held: AtomicUsize::new(0),
+            samples: AtomicUsize::new(0),
             max_counters,
         }
     }
@@ -101,7 +104,11 @@ impl Ledger {
             // One metric always comes to the same shard, so that a gauge's last value is the last.
             let mut shard = self.shard(&(environment, &metric.name));
             let series = shard.impact.entry(environment.clone()).or_default();
-            series.record(app, metric, MAX_SAMPLES / SHARDS)
+            let before = series.len();
+            let room = MAX_SAMPLES.saturating_sub(self.samples.load(Ordering::Relaxed));
+            let lost = series.record(app, metric, before + room);
+            self.samples.fetch_add(series.len() - before, Ordering::Relaxed);
+            lost
         };
         metrics.into_iter().map(add).sum()
     }
@@ -124,8 +131,12 @@ impl Ledger {
             let (counters, impact, applications) = {
                 let mut shard = lock(shard);
                 let counters = std::mem::take(&mut shard.counters);
-                self.held.fetch_sub(counters.len(), Ordering::Relaxed);
-                (counters, std::mem::take(&mut shard.impact), shard.applications.due(now))
+                let weight = counters.values().map(Counter::weight).sum();
+                self.held.fetch_sub(weight, Ordering::Relaxed);
+                let impact = std::mem::take(&mut shard.impact);
+                let samples = impact.values().map(ImpactSeries::len).sum();
+                self.samples.fetch_sub(samples, Ordering::Relaxed);
+                (counters, impact, shard.applications.due(now))
             };
             for ((environment, key), counter) in counters {
                 generations.entry(environment).or_default().counters.push((key, counter));
@@ -141,7 +152,7 @@ impl Ledger {
         generations
     }
 
-    /// How many counters are held.
+    /// How many counters are held, variants counting as such.
     pub(super) fn len(&self) -> usize {
         self.held.load(Ordering::Relaxed)
     }
@@ -166,12 +177,16 @@ impl Ledger {
     ) -> Result<Lost, Counter> {
         let mut shard = self.shard(&key);
         if let Some(present) = shard.counters.get_mut(&key) {
-            return Ok(present.add(counter));
+            let full = self.held.load(Ordering::Relaxed) >= self.max_counters;
+            let before = present.weight();
+            let lost = present.add(counter, if full { Room::None } else { Room::Left });
+            self.held.fetch_add(present.weight() - before, Ordering::Relaxed);
+            return Ok(lost);
         }
         if self.held.load(Ordering::Relaxed) >= limit {
             return Err(counter);
         }
-        self.held.fetch_add(1, Ordering::Relaxed);
+        self.held.fetch_add(counter.weight(), Ordering::Relaxed);
         shard.counters.insert(key, counter);
         Ok(Lost(0))
     }

@@ -20,7 +20,7 @@ use bytes::Bytes;
 use super::{
     backoff::Backoff,
     batch::{Batch, Item, MAX_BODY, Packer, Part},
-    counter::{Counter, CounterKey, Hour},
+    counter::{Counter, CounterKey, Hour, Room},
     impact::ImpactSeries,
     ledger::{Generation, MAX_APPLICATIONS, MAX_SAMPLES, MERGED_APP},
     meter::{self, Reason},
@@ -141,7 +141,8 @@ impl Outbox {
             let lane = self.lanes.entry(environment).or_default();
             lane.since.get_or_insert(now);
             for (key, counter) in generation.counters {
-                lost += lane.counters.entry(key).or_default().add(counter).0;
+                let sum = lane.counters.entry(key).or_default();
+                lost += sum.add(counter, Room::Left).0;
             }
             for application in generation.applications {
                 lane.register(application);
@@ -240,6 +241,11 @@ impl Outbox {
         self.lanes.values_mut().for_each(|lane| lane.backoff.succeed());
     }
 
+    /// Forgets that batches are being sent: nobody will say what came of them.
+    pub(super) fn recall(&mut self) {
+        self.lanes.values_mut().for_each(|lane| lane.flying = false);
+    }
+
     /// Lets everything go: there is no upstream.
     pub(super) fn discard(&mut self) {
         let lanes = std::mem::take(&mut self.lanes);
@@ -247,9 +253,10 @@ impl Outbox {
         self.drop_counts(Reason::NoUpstream, count);
     }
 
-    /// How many counters wait.
+    /// How many counters wait, variants counting as such.
     pub(super) fn len(&self) -> usize {
-        self.lanes.values().map(|lane| lane.counters.len()).sum()
+        let counters = self.lanes.values().flat_map(|lane| lane.counters.values());
+        counters.map(Counter::weight).sum()
     }
 
     #[cfg(test)]
@@ -303,9 +310,9 @@ impl Outbox {
             for lane in self.lanes.values_mut() {
                 while excess > 0 && lane.counters.keys().next().is_some_and(|key| key.hour == hour)
                 {
-                    let oldest = lane.counters.pop_first();
-                    lost = lost.saturating_add(oldest.map_or(0, |(_, counter)| counter.total()));
-                    excess -= 1;
+                    let Some((_, oldest)) = lane.counters.pop_first() else { break };
+                    lost = lost.saturating_add(oldest.total());
+                    excess = excess.saturating_sub(oldest.weight());
                 }
             }
         }
@@ -388,7 +395,8 @@ impl Lane {
         while let Some(entry) = later.first_entry().filter(|entry| entry.key().hour == hour) {
             let (key, counter) = entry.remove_entry();
             let key = CounterKey { app: MERGED_APP.into(), ..key };
-            lost = lost.saturating_add(self.counters.entry(key).or_default().add(counter).0);
+            let sum = self.counters.entry(key).or_default();
+            lost = lost.saturating_add(sum.add(counter, Room::Left).0);
         }
         self.counters.append(&mut later);
         lost

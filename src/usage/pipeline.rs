@@ -57,6 +57,10 @@ impl Pipeline {
         self.outbox().hurry();
     }
 
+    pub(super) fn recall(&self) {
+        self.outbox().recall();
+    }
+
     pub(super) fn discard(&self) {
         self.outbox().discard();
     }

@@ -31,6 +31,7 @@ pub(super) async fn run<F>(
 ) where
     F: Future<Output = (BatchId, Outcome)>,
 {
+    pipeline.recall();
     let mut ticks = interval_at(tokio::time::Instant::now() + interval, interval);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut under_way = FuturesUnordered::new();

@@ -18,7 +18,7 @@ use serde_json::{Map, Value};
 use self::object::{Object, lenient_text};
 pub use self::{
     impact::{HistogramSample, ImpactMetric, Labels, NumericSample, Samples, UpperBound},
-    object::ParseError,
+    object::{MAX_INTEGER, MAX_NUMBER, ParseError},
 };
 
 /// The longest text of a metadata field that is kept, in bytes (upstream: `varchar(255)`).
@@ -168,7 +168,7 @@ impl Application {
     fn take(mut object: Object) -> Result<Self, ParseError> {
         let app_name = object.name("appName")?;
         let started = object.timestamp("started")?;
-        let interval = object.required_count("interval")?;
+        let interval = object.required_count("interval")?.min(MAX_INTEGER);
         let strategies = object.array("strategies")?.map(|values| texts(&values, MAX_STRATEGIES));
         let projects = object.array("projects")?.map(|values| texts(&values, MAX_STRATEGIES));
         let hops = object.array("connectVia")?.unwrap_or_default();

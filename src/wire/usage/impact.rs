@@ -5,14 +5,14 @@ use std::{cmp::Ordering, collections::BTreeMap, sync::Arc};
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::Value;
 
-use super::object::{Object, ParseError, lenient_text};
+use super::object::{MAX_INTEGER, MAX_NUMBER, Object, ParseError, lenient_text};
 
 /// The longest name of a metric, of a label, or value of a label, in bytes.
 const MAX_NAME: usize = 255;
 /// The longest text of help, in bytes.
 const MAX_HELP: usize = 1024;
 /// How many labels of a sample are kept.
-const MAX_LABELS: usize = 32;
+const MAX_LABELS: usize = 16;
 /// How many buckets of a histogram are read.
 const MAX_BUCKETS: usize = 256;
 
@@ -71,10 +71,10 @@ pub struct UpperBound(f64);
 impl UpperBound {
     fn read(value: &Value) -> Option<Self> {
         let bound = match value {
-            Value::Number(number) => number.as_f64()?,
+            Value::Number(number) => number.as_f64().filter(|bound| bound.abs() <= MAX_NUMBER)?,
             Value::String(text) => match text.trim() {
                 "+Inf" | "Inf" => f64::INFINITY,
-                text => text.parse().ok().filter(|bound: &f64| bound.is_finite())?,
+                text => text.parse().ok().filter(|bound: &f64| bound.abs() <= MAX_NUMBER)?,
             },
             _ => return None,
         };
@@ -161,7 +161,7 @@ fn collect<T>(samples: Vec<Value>, read: impl Fn(Object) -> Option<T>) -> Vec<T>
 }
 
 fn numeric(mut object: Object) -> Option<NumericSample> {
-    Some(NumericSample { value: object.number("value").ok()?, labels: labels(&mut object) })
+    Some(NumericSample { value: number(&mut object, "value")?, labels: labels(&mut object) })
 }
 
 fn histogram(mut object: Object) -> Option<HistogramSample> {
@@ -169,14 +169,18 @@ fn histogram(mut object: Object) -> Option<HistogramSample> {
     for bucket in object.required_array("buckets").ok()?.into_iter().take(MAX_BUCKETS) {
         let mut bucket = Object::of(bucket, String::new()).ok()?;
         let bound = UpperBound::read(&bucket.take("le")?)?;
-        buckets.insert(bound, bucket.required_count("count").ok()?);
+        buckets.insert(bound, bucket.required_count("count").ok()?.min(MAX_INTEGER));
     }
     Some(HistogramSample {
-        count: object.required_count("count").ok()?,
-        sum: object.number("sum").ok()?,
+        count: object.required_count("count").ok()?.min(MAX_INTEGER),
+        sum: number(&mut object, "sum")?,
         buckets,
         labels: labels(&mut object),
     })
+}
+
+fn number(object: &mut Object, name: &str) -> Option<f64> {
+    object.number(name).ok().filter(|number| number.abs() <= MAX_NUMBER)
 }
 
 fn labels(object: &mut Object) -> Labels {

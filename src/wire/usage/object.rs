@@ -8,6 +8,11 @@ use std::sync::Arc;
 use jiff::{Timestamp, civil::DateTime, tz::TimeZone};
 use serde_json::{Map, Value};
 
+/// The largest integer that upstream's schemas take: a larger one costs the whole request.
+pub const MAX_INTEGER: u64 = (1 << 53) - 1;
+/// The same for other numbers, in either direction.
+pub const MAX_NUMBER: f64 = 9_007_199_254_740_991.0;
+
 /// How much of a field's path an error repeats, in bytes: flags' names come from outside.
 const MAX_PATH: usize = 120;
 
