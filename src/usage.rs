@@ -13,6 +13,7 @@ mod backoff;
 mod batch;
 mod counter;
 mod impact;
+mod lane;
 mod ledger;
 mod meter;
 mod outbox;

@@ -10,36 +10,19 @@
 //! everywhere else exactly once.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
-    sync::Arc,
+    collections::BTreeMap,
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 
 use super::{
-    backoff::Backoff,
-    batch::{Batch, Item, MAX_BODY, Packer, Part},
-    counter::{Counter, CounterKey, Hour, Room},
-    impact::ImpactSeries,
-    ledger::{Generation, MAX_APPLICATIONS, MAX_SAMPLES, MERGED_APP},
+    counter::Counter,
+    lane::{BatchId, Lane},
+    ledger::Generation,
     meter::{self, Reason},
 };
-use crate::{
-    token::Environment,
-    wire::usage::{Application, ImpactMetric, Samples},
-};
-
-/// A smaller body than this is not tried when upstream calls bodies too large.
-const MIN_BODY: usize = 4096;
-/// How many samples of one impact metric go into a piece.
-const SAMPLES_PER_ITEM: usize = 64;
-/// The largest piece that is made of several samples, in bytes.
-const MAX_IMPACT_ITEM: usize = 16 * 1024;
-
-/// Names a batch that was given out to be sent.
-#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
-pub(super) struct BatchId(u64);
+use crate::token::Environment;
 
 /// A batch to be sent now.
 #[derive(Clone, Debug)]
@@ -95,40 +78,6 @@ pub(super) struct Outbox {
     totals: Totals,
 }
 
-/// What waits for one environment.
-#[derive(Debug)]
-pub(super) struct Lane {
-    pub(super) applications: BTreeMap<(Arc<str>, Option<Arc<str>>), Application>,
-    pub(super) counters: BTreeMap<CounterKey, Counter>,
-    pub(super) impact: ImpactSeries,
-    /// Serialised pieces that come before all that.
-    pub(super) carry: VecDeque<Item>,
-    /// The batch that is being sent, or will be again.
-    pub(super) hand: Option<(BatchId, Batch)>,
-    flying: bool,
-    /// How large a body upstream is known to take.
-    limit: usize,
-    backoff: Backoff,
-    /// Since when something waits.
-    since: Option<Instant>,
-}
-
-impl Default for Lane {
-    fn default() -> Self {
-        Self {
-            applications: BTreeMap::new(),
-            counters: BTreeMap::new(),
-            impact: ImpactSeries::default(),
-            carry: VecDeque::new(),
-            hand: None,
-            flying: false,
-            limit: MAX_BODY,
-            backoff: Backoff::default(),
-            since: None,
-        }
-    }
-}
-
 impl Outbox {
     pub(super) fn new(max_counters: usize) -> Self {
         Self { lanes: BTreeMap::new(), max_counters, next_id: 0, totals: Totals::default() }
@@ -140,15 +89,7 @@ impl Outbox {
         for (environment, generation) in generations {
             let lane = self.lanes.entry(environment).or_default();
             lane.since.get_or_insert(now);
-            for (key, counter) in generation.counters {
-                let sum = lane.counters.entry(key).or_default();
-                lost += sum.add(counter, Room::Left).0;
-            }
-            for application in generation.applications {
-                lane.register(application);
-            }
-            let lost = lane.impact.absorb(generation.impact, MAX_SAMPLES);
-            meter::items_dropped("impact_sample", lost);
+            lost += lane.absorb(generation).0;
         }
         self.drop_counts(Reason::Overflow, lost);
         self.shrink();
@@ -161,7 +102,7 @@ impl Outbox {
         lane.carry.extend(carry);
         match hand {
             Some((_, batch)) if lane.hand.is_none() => {
-                lane.hand = Some((BatchId(self.next_id), batch));
+                lane.hand = Some((BatchId::nth(self.next_id), batch));
                 self.next_id += 1;
             }
             Some((_, batch)) => lane.carry.extend(batch.into_items()),
@@ -185,7 +126,7 @@ impl Outbox {
                 let (batch, oversized) = lane.cut(environment);
                 meter::dropped(Reason::Size, oversized);
                 self.totals.dropped = self.totals.dropped.saturating_add(oversized);
-                lane.hand = batch.map(|batch| (BatchId(self.next_id), batch));
+                lane.hand = batch.map(|batch| (BatchId::nth(self.next_id), batch));
                 self.next_id += 1;
             }
             match &lane.hand {
@@ -207,26 +148,25 @@ impl Outbox {
         meter::batch(outcome.as_str());
         lane.flying = false;
         match outcome {
-            Outcome::Unauthorized => return lane.backoff.fail(now, None, draw),
-            Outcome::Later(pause) => return lane.backoff.fail(now, pause, draw),
-            Outcome::Sent | Outcome::Rejected | Outcome::TooLarge => lane.backoff.succeed(),
-        }
-        let Some((_, batch)) = lane.hand.take() else { return };
-        let count = batch.count();
-        match outcome {
+            Outcome::Unauthorized => lane.backoff.fail(now, None, draw),
+            Outcome::Later(pause) => lane.backoff.fail(now, pause, draw),
             Outcome::Sent => {
+                let count = lane.put_down();
                 meter::sent(count);
                 self.totals.sent = self.totals.sent.saturating_add(count);
             }
-            Outcome::TooLarge if batch.items().len() > 1 => {
-                lane.limit = (batch.body().len() / 2).max(MIN_BODY).min(lane.limit / 2 + 1);
-                let (front, back) = batch.halves();
-                lane.hand = Some((BatchId(self.next_id), front));
-                self.next_id += 1;
-                back.into_iter().rev().for_each(|item| lane.carry.push_front(item));
+            Outcome::Rejected => {
+                let count = lane.put_down();
+                self.drop_counts(Reason::Rejected, count);
             }
-            Outcome::TooLarge => self.drop_counts(Reason::Size, count),
-            _ => self.drop_counts(Reason::Rejected, count),
+            Outcome::TooLarge => {
+                if lane.halve(BatchId::nth(self.next_id)) {
+                    self.next_id += 1;
+                } else {
+                    let count = lane.put_down();
+                    self.drop_counts(Reason::Size, count);
+                }
+            }
         }
     }
 
@@ -320,125 +260,21 @@ impl Outbox {
     }
 }
 
-impl Lane {
-    pub(super) fn is_empty(&self) -> bool {
-        self.hand.is_none()
-            && self.carry.is_empty()
-            && self.applications.is_empty()
-            && self.counters.is_empty()
-            && self.impact.is_empty()
-    }
-
-    fn register(&mut self, application: Application) {
-        let key = (Arc::clone(&application.app_name), application.instance_id.clone());
-        if self.applications.len() < MAX_APPLICATIONS || self.applications.contains_key(&key) {
-            self.applications.insert(key, application);
-        } else {
-            meter::items_dropped("application", 1);
-        }
-    }
-
-    /// Cuts a batch off what waits; also says how many evaluations were too large to be sent.
-    fn cut(&mut self, environment: &Environment) -> (Option<Batch>, u64) {
-        let mut packer = Packer::new(self.limit);
-        let mut oversized = 0_u64;
-        while let Some(item) = self.pop(environment) {
-            let alone = packer.is_empty();
-            match packer.push(item) {
-                Ok(()) => {}
-                Err(item) if alone => oversized = oversized.saturating_add(item.count),
-                Err(item) => {
-                    self.carry.push_front(item);
-                    break;
-                }
-            }
-        }
-        (packer.finish(), oversized)
-    }
-
-    /// Takes out the next piece: applications first, then the oldest counters.
-    fn pop(&mut self, environment: &Environment) -> Option<Item> {
-        if let Some(item) = self.carry.pop_front() {
-            return Some(item);
-        }
-        if let Some((_, application)) = self.applications.pop_first() {
-            return Some(Item { part: Part::Application, json: json(&application), count: 0 });
-        }
-        if let Some((key, counter)) = self.counters.pop_first() {
-            let json = json(&counter.to_wire(environment.as_str(), &key));
-            return Some(Item { part: Part::Metric, json, count: counter.total() });
-        }
-        let metric = self.impact.pop(SAMPLES_PER_ITEM)?;
-        impact_items(metric, &mut self.carry);
-        self.carry.pop_front()
-    }
-
-    /// How many evaluations wait.
-    fn total(&self) -> u64 {
-        let carried = self.carry.iter().map(|item| item.count);
-        let counted = self.counters.values().map(Counter::total);
-        let in_hand = self.hand.iter().map(|(_, batch)| batch.count());
-        carried.chain(counted).chain(in_hand).fold(0, u64::saturating_add)
-    }
-
-    fn hours(&self) -> Vec<Hour> {
-        let mut hours: Vec<_> = self.counters.keys().map(|key| key.hour).collect();
-        hours.dedup();
-        hours
-    }
-
-    /// Merges the applications of an hour into one; returns what no counter could hold.
-    fn merge_applications(&mut self, hour: Hour) -> u64 {
-        let start = CounterKey { hour, app: "".into(), flag: "".into() };
-        let mut later = self.counters.split_off(&start);
-        let mut lost = 0_u64;
-        while let Some(entry) = later.first_entry().filter(|entry| entry.key().hour == hour) {
-            let (key, counter) = entry.remove_entry();
-            let key = CounterKey { app: MERGED_APP.into(), ..key };
-            let sum = self.counters.entry(key).or_default();
-            lost = lost.saturating_add(sum.add(counter, Room::Left).0);
-        }
-        self.counters.append(&mut later);
-        lost
-    }
-}
-
-/// Serialises a metric in pieces that are not too large, as far as its samples can be parted.
-fn impact_items(metric: ImpactMetric, into: &mut VecDeque<Item>) {
-    fn halve<T>(samples: &mut Vec<T>) -> Option<Vec<T>> {
-        (samples.len() > 1).then(|| samples.split_off(samples.len() / 2))
-    }
-    let mut rest = vec![metric];
-    while let Some(mut metric) = rest.pop() {
-        let json = json(&metric);
-        let other = match &mut metric.samples {
-            _ if json.len() <= MAX_IMPACT_ITEM => None,
-            Samples::Counter(samples) => halve(samples).map(Samples::Counter),
-            Samples::Gauge(samples) => halve(samples).map(Samples::Gauge),
-            Samples::Histogram(samples) => halve(samples).map(Samples::Histogram),
-        };
-        match other {
-            None => into.push_back(Item { part: Part::Impact, json, count: 0 }),
-            Some(samples) => {
-                let (name, help) = (Arc::clone(&metric.name), Arc::clone(&metric.help));
-                rest.push(ImpactMetric { name, help, samples });
-                rest.push(metric);
-            }
-        }
-    }
-}
-
-fn json(value: &impl serde::Serialize) -> Box<str> {
-    serde_json::to_string(value).expect("wire types with text keys are JSON").into()
-}
-
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use proptest::prelude::*;
     use serde_json::Value;
 
     use super::*;
-    use crate::wire::usage::{BulkMetric, ToggleStats};
+    use crate::{
+        usage::{
+            batch::MAX_BODY,
+            counter::{CounterKey, Hour},
+        },
+        wire::usage::{BulkMetric, ToggleStats},
+    };
 
     fn counter(yes: u64) -> Counter {
         let stats = ToggleStats { yes, ..ToggleStats::default() };

@@ -11,9 +11,10 @@ use serde_json::{Value, json};
 use super::{
     batch::Part,
     counter::{Counter, CounterKey},
+    lane::BatchId,
     ledger::Ledger,
     meter,
-    outbox::{BatchId, Dispatch, Outbox, Outcome, Totals},
+    outbox::{Dispatch, Outbox, Outcome, Totals},
     spool,
 };
 

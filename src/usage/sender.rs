@@ -14,7 +14,8 @@ use tokio::time::{MissedTickBehavior, interval_at, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    outbox::{BatchId, Dispatch, Outcome},
+    lane::BatchId,
+    outbox::{Dispatch, Outcome},
     pipeline::Pipeline,
 };
 

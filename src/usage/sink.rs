@@ -7,7 +7,10 @@ use std::future::Future;
 use reqwest::StatusCode;
 use tracing::{debug, warn};
 
-use super::outbox::{BatchId, Dispatch, Outcome};
+use super::{
+    lane::BatchId,
+    outbox::{Dispatch, Outcome},
+};
 use crate::{
     token::{Environment, Token},
     upstream::{Credentials, Error, Retry, Upstream},

@@ -15,8 +15,8 @@ use super::{
     batch::{Batch, Item, Part},
     counter::{Counter, CounterKey, Hour},
     impact::ImpactSeries,
+    lane::{BatchId, Lane},
     ledger::MAX_SAMPLES,
-    outbox::{BatchId, Lane},
 };
 use crate::{
     token::Environment,

@@ -1,0 +1,221 @@
+//! What waits for one environment, and the batches cut from it.
+//!
+//! When to send is the outbox's affair.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+    time::Instant,
+};
+
+use super::{
+    backoff::Backoff,
+    batch::{Batch, Item, MAX_BODY, Packer, Part},
+    counter::{Counter, CounterKey, Hour, Lost, Room},
+    impact::ImpactSeries,
+    ledger::{Generation, MAX_APPLICATIONS, MAX_SAMPLES, MERGED_APP},
+    meter,
+};
+use crate::{
+    token::Environment,
+    wire::usage::{Application, ImpactMetric, Samples},
+};
+
+/// A smaller body than this is not tried when upstream calls bodies too large.
+const MIN_BODY: usize = 4096;
+/// How many samples of one impact metric go into a piece.
+const SAMPLES_PER_ITEM: usize = 64;
+/// The largest piece that is made of several samples, in bytes.
+const MAX_IMPACT_ITEM: usize = 16 * 1024;
+
+/// Names a batch that was given out to be sent.
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
+pub(super) struct BatchId(u64);
+
+impl BatchId {
+    pub(super) fn nth(n: u64) -> Self {
+        Self(n)
+    }
+}
+
+/// What waits for one environment.
+#[derive(Debug)]
+pub(super) struct Lane {
+    pub(super) applications: BTreeMap<(Arc<str>, Option<Arc<str>>), Application>,
+    pub(super) counters: BTreeMap<CounterKey, Counter>,
+    pub(super) impact: ImpactSeries,
+    /// Serialised pieces that come before all that.
+    pub(super) carry: VecDeque<Item>,
+    /// The batch that is being sent, or will be again.
+    pub(super) hand: Option<(BatchId, Batch)>,
+    pub(super) flying: bool,
+    /// How large a body upstream is known to take.
+    limit: usize,
+    pub(super) backoff: Backoff,
+    /// Since when something waits.
+    pub(super) since: Option<Instant>,
+}
+
+impl Default for Lane {
+    fn default() -> Self {
+        Self {
+            applications: BTreeMap::new(),
+            counters: BTreeMap::new(),
+            impact: ImpactSeries::default(),
+            carry: VecDeque::new(),
+            hand: None,
+            flying: false,
+            limit: MAX_BODY,
+            backoff: Backoff::default(),
+            since: None,
+        }
+    }
+}
+
+impl Lane {
+    pub(super) fn is_empty(&self) -> bool {
+        self.hand.is_none()
+            && self.carry.is_empty()
+            && self.applications.is_empty()
+            && self.counters.is_empty()
+            && self.impact.is_empty()
+    }
+
+    /// Merges a generation into what waits; returns what no counter could hold.
+    pub(super) fn absorb(&mut self, generation: Generation) -> Lost {
+        let mut lost = 0_u64;
+        for (key, counter) in generation.counters {
+            let sum = self.counters.entry(key).or_default();
+            lost = lost.saturating_add(sum.add(counter, Room::Left).0);
+        }
+        for application in generation.applications {
+            self.register(application);
+        }
+        let homeless = self.impact.absorb(generation.impact, MAX_SAMPLES);
+        meter::items_dropped("impact_sample", homeless);
+        Lost(lost)
+    }
+
+    /// Lets go of the batch in hand, which upstream took or refused; returns what it counted.
+    pub(super) fn put_down(&mut self) -> u64 {
+        self.backoff.succeed();
+        self.hand.take().map_or(0, |(_, batch)| batch.count())
+    }
+
+    /// Halves the batch in hand, which upstream found too large, and cuts smaller ones from now
+    /// on; false when it is a single piece.
+    pub(super) fn halve(&mut self, next: BatchId) -> bool {
+        self.backoff.succeed();
+        let Some((_, batch)) = self.hand.take_if(|(_, batch)| batch.items().len() > 1) else {
+            return false;
+        };
+        self.limit = (batch.body().len() / 2).clamp(MIN_BODY, self.limit.max(MIN_BODY));
+        let (front, back) = batch.halves();
+        self.hand = Some((next, front));
+        back.into_iter().rev().for_each(|item| self.carry.push_front(item));
+        true
+    }
+
+    fn register(&mut self, application: Application) {
+        let key = (Arc::clone(&application.app_name), application.instance_id.clone());
+        if self.applications.len() < MAX_APPLICATIONS || self.applications.contains_key(&key) {
+            self.applications.insert(key, application);
+        } else {
+            meter::items_dropped("application", 1);
+        }
+    }
+
+    /// Cuts a batch off what waits; also says how many evaluations were too large to be sent.
+    pub(super) fn cut(&mut self, environment: &Environment) -> (Option<Batch>, u64) {
+        let mut packer = Packer::new(self.limit);
+        let mut oversized = 0_u64;
+        while let Some(item) = self.pop(environment) {
+            let alone = packer.is_empty();
+            match packer.push(item) {
+                Ok(()) => {}
+                Err(item) if alone => oversized = oversized.saturating_add(item.count),
+                Err(item) => {
+                    self.carry.push_front(item);
+                    break;
+                }
+            }
+        }
+        (packer.finish(), oversized)
+    }
+
+    /// Takes out the next piece: applications first, then the oldest counters.
+    fn pop(&mut self, environment: &Environment) -> Option<Item> {
+        if let Some(item) = self.carry.pop_front() {
+            return Some(item);
+        }
+        if let Some((_, application)) = self.applications.pop_first() {
+            return Some(Item { part: Part::Application, json: json(&application), count: 0 });
+        }
+        if let Some((key, counter)) = self.counters.pop_first() {
+            let json = json(&counter.to_wire(environment.as_str(), &key));
+            return Some(Item { part: Part::Metric, json, count: counter.total() });
+        }
+        let metric = self.impact.pop(SAMPLES_PER_ITEM)?;
+        impact_items(metric, &mut self.carry);
+        self.carry.pop_front()
+    }
+
+    /// How many evaluations wait, those in hand among them.
+    pub(super) fn total(&self) -> u64 {
+        let carried = self.carry.iter().map(|item| item.count);
+        let counted = self.counters.values().map(Counter::total);
+        let in_hand = self.hand.iter().map(|(_, batch)| batch.count());
+        carried.chain(counted).chain(in_hand).fold(0, u64::saturating_add)
+    }
+
+    /// The hours in which something was counted, the oldest first.
+    pub(super) fn hours(&self) -> Vec<Hour> {
+        let mut hours: Vec<_> = self.counters.keys().map(|key| key.hour).collect();
+        hours.dedup();
+        hours
+    }
+
+    /// Merges the applications of an hour into one; returns what no counter could hold.
+    pub(super) fn merge_applications(&mut self, hour: Hour) -> u64 {
+        let start = CounterKey { hour, app: "".into(), flag: "".into() };
+        let mut later = self.counters.split_off(&start);
+        let mut lost = 0_u64;
+        while let Some(entry) = later.first_entry().filter(|entry| entry.key().hour == hour) {
+            let (key, counter) = entry.remove_entry();
+            let key = CounterKey { app: MERGED_APP.into(), ..key };
+            let sum = self.counters.entry(key).or_default();
+            lost = lost.saturating_add(sum.add(counter, Room::Left).0);
+        }
+        self.counters.append(&mut later);
+        lost
+    }
+}
+
+/// Serialises a metric in pieces that are not too large, as far as its samples can be parted.
+fn impact_items(metric: ImpactMetric, into: &mut VecDeque<Item>) {
+    fn halve<T>(samples: &mut Vec<T>) -> Option<Vec<T>> {
+        (samples.len() > 1).then(|| samples.split_off(samples.len() / 2))
+    }
+    let mut rest = vec![metric];
+    while let Some(mut metric) = rest.pop() {
+        let json = json(&metric);
+        let other = match &mut metric.samples {
+            _ if json.len() <= MAX_IMPACT_ITEM => None,
+            Samples::Counter(samples) => halve(samples).map(Samples::Counter),
+            Samples::Gauge(samples) => halve(samples).map(Samples::Gauge),
+            Samples::Histogram(samples) => halve(samples).map(Samples::Histogram),
+        };
+        match other {
+            None => into.push_back(Item { part: Part::Impact, json, count: 0 }),
+            Some(samples) => {
+                let (name, help) = (Arc::clone(&metric.name), Arc::clone(&metric.help));
+                rest.push(ImpactMetric { name, help, samples });
+                rest.push(metric);
+            }
+        }
+    }
+}
+
+fn json(value: &impl serde::Serialize) -> Box<str> {
+    serde_json::to_string(value).expect("wire types with text keys are JSON").into()
+}
