@@ -1,5 +1,18 @@
 //! The integration tests, one binary: each module tells one story about Parapet from outside.
+#![allow(
+    clippy::unwrap_used,
+    reason = "what fails here fails a test, and says where"
+)]
 
 /// Exit statuses, help and probes.
 mod command_line;
+/// Real servers, real SDKs and a network that can be made to fail.
+#[allow(
+    dead_code,
+    reason = "the rig is a kit: stories use the parts they need"
+)]
+mod rig;
+/// The official client specification.
 mod spec;
+/// What real Unleash servers do, as far as Parapet relies on it.
+mod upstream_facts;

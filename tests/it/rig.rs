@@ -1,0 +1,20 @@
+//! The rig: real Unleash servers on a private PostgreSQL, the official SDKs, the real `parapet` binary, and a proxy that
+//! breaks the connection between them.
+//!
+//! Everything listens on loopback ports that nobody else uses, lives in temporary directories, and dies with the test
+//! process, however that ends. The rig knows nothing of Parapet's insides. `tests/run` installs what it needs.
+
+pub(crate) mod chaos;
+mod net;
+mod parapet;
+mod postgres;
+mod process;
+mod sdk;
+pub(crate) mod secrets;
+mod unleash;
+
+pub(crate) use chaos::{ChaosProxy, Fault};
+pub(crate) use net::{http, until};
+pub(crate) use parapet::Parapet;
+pub(crate) use sdk::{Evaluation, Sdk};
+pub(crate) use unleash::{Kind, Unleash, Usage, Version};

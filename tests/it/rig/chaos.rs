@@ -1,0 +1,366 @@
+//! A proxy in front of an upstream that can be made to fail in the ways that networks and servers do, and that remembers
+//! what it was asked.
+
+use std::convert::Infallible;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper::{Request, Response};
+use hyper_util::rt::TokioIo;
+use reqwest::{Method, StatusCode};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use super::net::{free_port, http};
+
+/// What goes wrong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// Nothing: requests and answers pass.
+    None,
+    /// Connections break and new ones are refused.
+    Cut,
+    /// Requests are accepted and never answered.
+    Stall,
+    /// Requests reach the upstream, but the connection breaks before the answer comes back.
+    LoseAnswers,
+    /// The proxy answers itself, with this status, these headers and this body.
+    Answer {
+        status: StatusCode,
+        headers: Vec<(&'static str, &'static str)>,
+        body: &'static str,
+    },
+}
+
+/// A request that came to the proxy, whatever became of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Seen {
+    pub(crate) method: Method,
+    /// With its query.
+    pub(crate) path: String,
+    /// Undecoded.
+    pub(crate) body: Bytes,
+}
+
+/// The proxy; it ends with the runtime of the test.
+#[derive(Debug)]
+pub(crate) struct ChaosProxy {
+    address: SocketAddr,
+    fault: watch::Sender<Fault>,
+    /// Whether the proxy listens now, which trails `fault`.
+    listening: watch::Receiver<bool>,
+    seen: Arc<Mutex<Vec<Seen>>>,
+}
+
+impl ChaosProxy {
+    /// Starts a proxy for `upstream` (`http://host:port`), without a fault.
+    pub(crate) async fn start(upstream: &str) -> Self {
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()));
+        let (fault, faults) = watch::channel(Fault::None);
+        let (listens, mut listening) = watch::channel(false);
+        let seen = Arc::<Mutex<Vec<Seen>>>::default();
+        let line = Line {
+            upstream: upstream.to_owned(),
+            faults,
+            seen: Arc::clone(&seen),
+        };
+        tokio::spawn(line.run(address, listens));
+        listening
+            .wait_for(|&listening| listening)
+            .await
+            .expect("the proxy runs");
+        Self {
+            address,
+            fault,
+            listening,
+            seen,
+        }
+    }
+
+    /// Where clients go instead of the upstream.
+    pub(crate) fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// Makes this go wrong from now on; what is under way breaks if the fault is [`Fault::Cut`].
+    pub(crate) async fn set(&self, fault: Fault) {
+        let listening = fault != Fault::Cut;
+        self.fault.send_replace(fault);
+        let mut trailing = self.listening.clone();
+        trailing
+            .wait_for(|&now| now == listening)
+            .await
+            .expect("the proxy runs");
+    }
+
+    pub(crate) async fn cut(&self) {
+        self.set(Fault::Cut).await;
+    }
+
+    pub(crate) async fn stall(&self) {
+        self.set(Fault::Stall).await;
+    }
+
+    /// Answers every request with this status and headers instead of asking the upstream.
+    pub(crate) async fn answer(
+        &self,
+        status: StatusCode,
+        headers: &[(&'static str, &'static str)],
+    ) {
+        self.set(Fault::Answer {
+            status,
+            headers: headers.to_vec(),
+            body: "",
+        })
+        .await;
+    }
+
+    pub(crate) async fn restore(&self) {
+        self.set(Fault::None).await;
+    }
+
+    /// Every request so far, in the order they came.
+    pub(crate) fn seen(&self) -> Vec<Seen> {
+        self.seen
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// How many requests so far were for paths that begin so.
+    pub(crate) fn count(&self, path_prefix: &str) -> usize {
+        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.iter()
+            .filter(|request| request.path.starts_with(path_prefix))
+            .count()
+    }
+}
+
+/// The working half of the proxy.
+#[derive(Clone)]
+struct Line {
+    upstream: String,
+    faults: watch::Receiver<Fault>,
+    seen: Arc<Mutex<Vec<Seen>>>,
+}
+
+impl Line {
+    async fn run(mut self, address: SocketAddr, listens: watch::Sender<bool>) {
+        loop {
+            if self
+                .faults
+                .wait_for(|fault| *fault != Fault::Cut)
+                .await
+                .is_err()
+            {
+                return;
+            }
+            let listener = listen(address);
+            listens.send_replace(true);
+            // Dropping these two when the cut comes closes the port and every connection.
+            let mut connections = JoinSet::new();
+            let mut faults = self.faults.clone();
+            let cut = faults.wait_for(|fault| *fault == Fault::Cut);
+            let accept = async {
+                loop {
+                    if let Ok((stream, _)) = listener.accept().await {
+                        connections.spawn(self.clone().serve(stream));
+                    }
+                }
+            };
+            tokio::select! {
+                _ = cut => {}
+                () = accept => {}
+            }
+            connections.shutdown().await;
+            drop(listener);
+            listens.send_replace(false);
+        }
+    }
+
+    async fn serve(self, stream: TcpStream) {
+        let service = service_fn(|request| self.clone().answer(request));
+        // Ends with an error when the answer is lost on purpose, or when the client goes.
+        let _ = hyper::server::conn::http1::Builder::new()
+            .serve_connection(TokioIo::new(stream), service)
+            .await;
+    }
+
+    async fn answer(self, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, AnswerLost> {
+        let (head, body) = request.into_parts();
+        let body = body.collect().await.map_err(|_| AnswerLost)?.to_bytes();
+        let path = head
+            .uri
+            .path_and_query()
+            .map_or("/", |path| path.as_str())
+            .to_owned();
+        let seen = Seen {
+            method: head.method.clone(),
+            path: path.clone(),
+            body: body.clone(),
+        };
+        self.seen
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(seen);
+
+        let fault = self.faults.borrow().clone();
+        let forward = async || {
+            let mut headers = head.headers.clone();
+            headers.remove("host");
+            headers.remove("connection");
+            let request = http()
+                .request(head.method.clone(), self.upstream.clone() + &path)
+                .headers(headers);
+            request
+                .body(body.clone())
+                .send()
+                .await
+                .map_err(|_| AnswerLost)
+        };
+        match fault {
+            Fault::None => {
+                let answer = forward().await?;
+                let mut response = Response::builder().status(answer.status());
+                for (name, value) in answer.headers() {
+                    if !["connection", "transfer-encoding", "content-length"]
+                        .contains(&name.as_str())
+                    {
+                        response = response.header(name, value);
+                    }
+                }
+                let body = answer.bytes().await.map_err(|_| AnswerLost)?;
+                Ok(response
+                    .body(Full::new(body))
+                    .expect("the upstream's answer is well-formed"))
+            }
+            Fault::Stall => match std::future::pending::<Infallible>().await {},
+            Fault::LoseAnswers => {
+                forward().await?.bytes().await.map_err(|_| AnswerLost)?;
+                Err(AnswerLost)
+            }
+            Fault::Cut => Err(AnswerLost),
+            Fault::Answer {
+                status,
+                headers,
+                body,
+            } => {
+                let response = headers.into_iter().fold(
+                    Response::builder().status(status),
+                    |response, (name, value)| response.header(name, value),
+                );
+                Ok(response
+                    .body(Full::from(body))
+                    .expect("tests make well-formed answers"))
+            }
+        }
+    }
+}
+
+/// The connection closes without an answer.
+#[derive(Debug, thiserror::Error)]
+#[error("the answer was lost on purpose")]
+struct AnswerLost;
+
+/// Listens, also where connections of an earlier listener linger.
+fn listen(address: SocketAddr) -> TcpListener {
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.set_reuseaddr(true).unwrap();
+    socket.bind(address).unwrap();
+    socket.listen(1024).unwrap()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A proxy in front of another, which plays the upstream and says hello.
+    async fn proxy_and_upstream() -> (ChaosProxy, ChaosProxy) {
+        let upstream = ChaosProxy::start("http://127.0.0.1:9").await;
+        let hello = Fault::Answer {
+            status: StatusCode::ACCEPTED,
+            headers: vec![("etag", "\"1\"")],
+            body: "hello",
+        };
+        upstream.set(hello).await;
+        (ChaosProxy::start(&upstream.url()).await, upstream)
+    }
+
+    async fn post(proxy: &ChaosProxy) -> reqwest::Result<reqwest::Response> {
+        http()
+            .post(proxy.url() + "/a/b?c=d")
+            .body("question")
+            .send()
+            .await
+    }
+
+    #[tokio::test]
+    async fn requests_and_answers_pass_unchanged_without_a_fault() {
+        let (proxy, upstream) = proxy_and_upstream().await;
+        let answer = post(&proxy).await.unwrap();
+        assert_eq!(answer.status(), StatusCode::ACCEPTED);
+        assert_eq!(answer.headers()["etag"], "\"1\"");
+        assert_eq!(answer.text().await.unwrap(), "hello");
+        let question = Seen {
+            method: Method::POST,
+            path: "/a/b?c=d".to_owned(),
+            body: "question".into(),
+        };
+        assert_eq!(proxy.seen(), std::slice::from_ref(&question));
+        assert_eq!(upstream.seen(), [question]);
+    }
+
+    #[tokio::test]
+    async fn a_cut_refuses_connections_until_restored() {
+        let (proxy, upstream) = proxy_and_upstream().await;
+        proxy.cut().await;
+        assert!(post(&proxy).await.unwrap_err().is_connect());
+        proxy.restore().await;
+        assert!(post(&proxy).await.is_ok());
+        assert_eq!(upstream.count("/a"), 1);
+    }
+
+    #[tokio::test]
+    async fn a_cut_breaks_what_is_under_way() {
+        let (proxy, upstream) = proxy_and_upstream().await;
+        proxy.stall().await;
+        let stalled = post(&proxy);
+        let cut = async {
+            super::super::net::until(
+                "the request has come",
+                std::time::Duration::from_secs(10),
+                async || (proxy.count("/a") == 1).then_some(()),
+            )
+            .await;
+            proxy.cut().await;
+        };
+        let (answer, ()) = tokio::join!(stalled, cut);
+        assert!(answer.is_err());
+        assert_eq!(upstream.count("/"), 0);
+    }
+
+    #[tokio::test]
+    async fn a_lost_answer_has_reached_the_upstream() {
+        let (proxy, upstream) = proxy_and_upstream().await;
+        proxy.set(Fault::LoseAnswers).await;
+        assert!(post(&proxy).await.is_err());
+        assert_eq!(upstream.count("/a"), 1);
+    }
+
+    #[tokio::test]
+    async fn it_answers_itself_when_told_to() {
+        let (proxy, upstream) = proxy_and_upstream().await;
+        proxy
+            .answer(StatusCode::SERVICE_UNAVAILABLE, &[("retry-after", "7")])
+            .await;
+        let answer = post(&proxy).await.unwrap();
+        assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(answer.headers()["retry-after"], "7");
+        assert_eq!(upstream.count("/"), 0);
+    }
+}

@@ -1,0 +1,66 @@
+//! Ports, the HTTP client and waiting, for the rig and the tests themselves. No protocol lives here.
+
+use std::net::TcpListener;
+use std::sync::LazyLock;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::{Duration, Instant};
+
+/// Ports the rig hands out: below the range the kernel takes client ports from, so that a server which restarts finds
+/// its port still free.
+const PORTS: std::ops::Range<u16> = 12_000..32_000;
+
+/// A loopback port that is free now and that this process has not handed out lately.
+pub(crate) fn free_port() -> u16 {
+    static NEXT: LazyLock<AtomicU16> = LazyLock::new(|| {
+        // Test processes that run side by side start at different places.
+        let spread = std::process::id().wrapping_mul(97) % u32::from(PORTS.end - PORTS.start);
+        AtomicU16::new(u16::try_from(spread).expect("the spread is below the number of ports"))
+    });
+    loop {
+        let offset = NEXT.fetch_add(1, Ordering::Relaxed) % (PORTS.end - PORTS.start);
+        let port = PORTS.start + offset;
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
+}
+
+/// The HTTP client of the tests: bodies as sent (nothing is decompressed), no redirects, no proxies.
+///
+/// Keeps no idle connections: tests have a runtime each, and a connection must not outlive the one it was made on.
+pub(crate) fn http() -> &'static reqwest::Client {
+    static CLIENT: LazyLock<reqwest::Client> = LazyLock::new(|| {
+        // Fails only if somebody was faster, with the same provider: there is one in the tree.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        reqwest::Client::builder()
+            .pool_max_idle_per_host(0)
+            .redirect(reqwest::redirect::Policy::none())
+            .no_proxy()
+            .no_gzip()
+            .no_brotli()
+            .no_zstd()
+            .timeout(Duration::from_secs(30))
+            .build()
+            .unwrap()
+    });
+    &CLIENT
+}
+
+/// Asks `poll` again and again until it says `Some`; panics, naming `what`, after `limit`.
+pub(crate) async fn until<T>(
+    what: &str,
+    limit: Duration,
+    mut poll: impl AsyncFnMut() -> Option<T>,
+) -> T {
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(found) = poll().await {
+            return found;
+        }
+        assert!(
+            Instant::now() < deadline,
+            "waited {limit:?} in vain: {what}"
+        );
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}

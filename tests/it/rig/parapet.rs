@@ -1,0 +1,250 @@
+//! The real `parapet` binary, as an operator runs it: by flags and environment, with a data directory, on two ports.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use reqwest::StatusCode;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::net::{free_port, http, until};
+use super::process::{LastRites, Output, Process};
+use super::secrets;
+
+/// How to start an instance; kept by [`Parapet`] so that it can be started again as it was.
+#[derive(Debug)]
+pub(crate) struct Setup {
+    mode: &'static str,
+    arguments: Vec<OsString>,
+    environment: Vec<(OsString, OsString)>,
+}
+
+impl Setup {
+    /// Adds a flag and its value.
+    pub(crate) fn flag(self, name: &str, value: impl AsRef<Path>) -> Self {
+        self.arg(name).arg(value.as_ref())
+    }
+
+    /// Adds one argument.
+    pub(crate) fn arg(mut self, argument: impl Into<OsString>) -> Self {
+        self.arguments.push(argument.into());
+        self
+    }
+
+    /// Sets an environment variable; nothing but `PATH` is inherited.
+    pub(crate) fn env(mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> Self {
+        self.environment.push((name.into(), value.into()));
+        self
+    }
+
+    /// Sets the upstream admin token, in the environment, where no process list shows it.
+    pub(crate) fn admin_token(self, token: &str) -> Self {
+        secrets::remember(token);
+        self.env("UPSTREAM_ADMIN_TOKEN", token)
+    }
+
+    /// Starts it and waits until it is ready.
+    pub(crate) async fn start(self) -> Parapet {
+        let parapet = self.spawn();
+        parapet.wait_until_ready().await;
+        parapet
+    }
+
+    /// Starts it and waits for nothing.
+    pub(crate) fn spawn(self) -> Parapet {
+        let directory = tempfile::Builder::new()
+            .prefix("parapet-data-")
+            .tempdir()
+            .unwrap();
+        let (port, admin_port) = (free_port(), free_port());
+        let parapet = Parapet {
+            setup: self,
+            directory,
+            port,
+            admin_port,
+            process: Mutex::default(),
+            output: Mutex::default(),
+        };
+        parapet.launch();
+        parapet
+    }
+}
+
+/// An instance of Parapet with its own data directory and ports; killed when dropped.
+#[derive(Debug)]
+pub(crate) struct Parapet {
+    setup: Setup,
+    directory: TempDir,
+    port: u16,
+    admin_port: u16,
+    process: Mutex<Option<Process>>,
+    /// One per start.
+    output: Mutex<Vec<Arc<Output>>>,
+}
+
+impl Parapet {
+    /// `parapet edge --upstream-url <url>`.
+    pub(crate) fn edge(upstream_url: &str) -> Setup {
+        Self::mode("edge").arg("--upstream-url").arg(upstream_url)
+    }
+
+    /// `parapet <mode>`, for instance `offline`.
+    pub(crate) fn mode(mode: &'static str) -> Setup {
+        Setup {
+            mode,
+            arguments: Vec::new(),
+            environment: Vec::new(),
+        }
+    }
+
+    /// Where SDKs go: `http://127.0.0.1:<port>`.
+    pub(crate) fn url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.port)
+    }
+
+    /// Where the operator goes.
+    pub(crate) fn admin_url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.admin_port)
+    }
+
+    /// What outlives a restart.
+    pub(crate) fn data_dir(&self) -> PathBuf {
+        self.directory.path().join("data")
+    }
+
+    /// The answer to a GET on the data listener with this token.
+    pub(crate) async fn get(&self, path: &str, token: &str) -> (StatusCode, Value) {
+        let answer = http()
+            .get(self.url() + path)
+            .header("Authorization", token)
+            .send()
+            .await
+            .unwrap();
+        let (status, body) = (answer.status(), answer.bytes().await.unwrap());
+        (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
+    }
+
+    /// The Prometheus page.
+    pub(crate) async fn metrics(&self) -> String {
+        let answer = http()
+            .get(self.url() + "/internal-backstage/metrics")
+            .send()
+            .await
+            .unwrap();
+        assert_eq!(answer.status(), StatusCode::OK);
+        answer.text().await.unwrap()
+    }
+
+    /// The value of one sample of the Prometheus page, `name{label="…"}` as written there; `None` if it is not there.
+    pub(crate) async fn metric(&self, sample: &str) -> Option<f64> {
+        let page = self.metrics().await;
+        page.lines().find_map(|line| {
+            line.strip_prefix(sample)?
+                .strip_prefix(' ')?
+                .trim()
+                .parse()
+                .ok()
+        })
+    }
+
+    /// Everything printed so far, over all starts.
+    pub(crate) fn log(&self) -> String {
+        self.output
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .iter()
+            .map(|output| output.text())
+            .collect()
+    }
+
+    /// Waits until `/internal-backstage/ready` says 200; panics with the log if the process ends or a minute passes.
+    pub(crate) async fn wait_until_ready(&self) {
+        let ready = format!("{}/internal-backstage/ready", self.url());
+        until("Parapet is ready", Duration::from_mins(1), async || {
+            if let Some(status) = self.ended() {
+                panic!("parapet ended with {status}; it printed:\n{}", self.log());
+            }
+            let answer = http().get(&ready).send().await;
+            answer
+                .is_ok_and(|answer| answer.status().is_success())
+                .then_some(())
+        })
+        .await;
+    }
+
+    /// Its exit status, if it has ended by itself.
+    pub(crate) fn ended(&self) -> Option<ExitStatus> {
+        self.process
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .as_mut()?
+            .ended()
+    }
+
+    /// Ends it as a crash would.
+    pub(crate) fn kill(&self) {
+        self.take_process().kill();
+    }
+
+    /// Sends SIGTERM and waits for the end.
+    pub(crate) async fn terminate(&self) -> ExitStatus {
+        let process = self.take_process();
+        process.terminate().await
+    }
+
+    /// Starts it again after [`kill`](Self::kill) or [`terminate`](Self::terminate): same ports, same data directory.
+    /// Does not wait.
+    pub(crate) fn restart(&self) {
+        self.launch();
+    }
+
+    fn launch(&self) {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_parapet"));
+        command.arg(self.setup.mode).args(&self.setup.arguments);
+        command
+            .arg("--port")
+            .arg(self.port.to_string())
+            .arg("--interface")
+            .arg("127.0.0.1");
+        command
+            .arg("--admin-port")
+            .arg(self.admin_port.to_string())
+            .arg("--data-dir")
+            .arg(self.data_dir());
+        command.current_dir(self.directory.path()).env_clear();
+        command.env("PATH", std::env::var_os("PATH").unwrap_or_default());
+        command.envs(
+            self.setup
+                .environment
+                .iter()
+                .map(|(name, value)| (name, value)),
+        );
+
+        let process = Process::spawn("parapet", &command, LastRites::Kill);
+        secrets::watch(
+            &format!("parapet {} on port {}", self.setup.mode, self.port),
+            process.output(),
+        );
+        self.output
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(Arc::clone(process.output()));
+        let before = self
+            .process
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .replace(process);
+        assert!(before.is_none(), "it was running");
+    }
+
+    fn take_process(&self) -> Process {
+        self.process
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+            .expect("it is running")
+    }
+}

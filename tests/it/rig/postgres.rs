@@ -1,0 +1,187 @@
+//! One private PostgreSQL cluster for the test process: made on first use, unsafe on purpose (no fsync), gone at the end.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use tokio::sync::OnceCell;
+
+use super::net::free_port;
+use super::process::{LastRites, Process};
+
+/// A running cluster. Everybody on the loopback interface is let in as `postgres`.
+#[derive(Debug)]
+pub(crate) struct Postgres {
+    binaries: PathBuf,
+    port: u16,
+    _server: Process,
+}
+
+impl Postgres {
+    /// The cluster of this test process.
+    pub(crate) async fn shared() -> &'static Self {
+        static SHARED: OnceCell<Postgres> = OnceCell::const_new();
+        SHARED.get_or_init(Self::start).await
+    }
+
+    async fn start() -> Self {
+        let binaries = binaries();
+        let directory = tempfile::Builder::new()
+            .prefix("parapet-postgres-")
+            .tempdir()
+            .unwrap()
+            .keep();
+        if is_root() {
+            let owned = Command::new("chown")
+                .arg("postgres:")
+                .arg(&directory)
+                .status()
+                .unwrap();
+            assert!(
+                owned.success(),
+                "cannot give {} to the user postgres",
+                directory.display()
+            );
+        }
+        let data = directory.join("data");
+        let mut initdb = unprivileged(&binaries.join("initdb"));
+        initdb.current_dir(&directory).arg("--pgdata").arg(&data);
+        initdb.args([
+            "--username=postgres",
+            "--auth=trust",
+            "--encoding=UTF8",
+            "--locale=C.UTF-8",
+            "--no-sync",
+        ]);
+        succeed(&mut initdb);
+
+        let port = free_port();
+        let mut server = unprivileged(&binaries.join("postgres"));
+        server
+            .current_dir(&directory)
+            .arg("-D")
+            .arg(&data)
+            .arg("-k")
+            .arg(&directory)
+            .arg("-p")
+            .arg(port.to_string());
+        for setting in [
+            "listen_addresses=127.0.0.1",
+            "fsync=off",
+            "synchronous_commit=off",
+            "full_page_writes=off",
+            "autovacuum=off",
+            "max_connections=300",
+        ] {
+            server.args(["-c", setting]);
+        }
+        let mut server =
+            Process::spawn("PostgreSQL", &server, LastRites::QuitAndRemove(&directory));
+        server
+            .wait_until(async || psql(&binaries, port, "select 1").status.success())
+            .await;
+        Self {
+            binaries,
+            port,
+            _server: server,
+        }
+    }
+
+    /// The loopback port it listens on.
+    pub(crate) fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Makes an empty database and says its name.
+    pub(crate) async fn create_database(&self) -> String {
+        self.create("template0").await
+    }
+
+    /// Makes a copy of a database that nobody is connected to, and says its name.
+    pub(crate) async fn copy_database(&self, original: &str) -> String {
+        self.create(original).await
+    }
+
+    async fn create(&self, template: &str) -> String {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("parapet_{}", COUNT.fetch_add(1, Ordering::Relaxed));
+        let (binaries, port) = (self.binaries.clone(), self.port);
+        let sql = format!("create database {name} template {template}");
+        let output = tokio::task::spawn_blocking(move || psql(&binaries, port, &sql))
+            .await
+            .unwrap();
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        name
+    }
+}
+
+/// Where the server's programs are: Debian keeps them out of the search path, one directory per major version.
+fn binaries() -> PathBuf {
+    let mut versions: Vec<(u32, PathBuf)> = std::fs::read_dir("/usr/lib/postgresql")
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| {
+            let entry = entry.ok()?;
+            Some((
+                entry.file_name().to_str()?.parse().ok()?,
+                entry.path().join("bin"),
+            ))
+        })
+        .filter(|(_, binaries)| binaries.join("initdb").exists())
+        .collect();
+    versions.sort();
+    versions
+        .pop()
+        .expect("PostgreSQL is not installed: tests/run installs it")
+        .1
+}
+
+fn is_root() -> bool {
+    let id = Command::new("id").arg("-u").output().unwrap();
+    id.stdout == b"0\n"
+}
+
+/// PostgreSQL refuses to run as root.
+fn unprivileged(program: &Path) -> Command {
+    if !is_root() {
+        return Command::new(program);
+    }
+    let mut command = Command::new("setpriv");
+    command
+        .args(["--reuid=postgres", "--regid=postgres", "--clear-groups"])
+        .arg(program);
+    command
+}
+
+fn psql(binaries: &Path, port: u16, sql: &str) -> Output {
+    Command::new(binaries.join("psql"))
+        .args([
+            "--no-psqlrc",
+            "--quiet",
+            "-h",
+            "127.0.0.1",
+            "-p",
+            &port.to_string(),
+            "-U",
+            "postgres",
+            "-c",
+            sql,
+        ])
+        .output()
+        .unwrap()
+}
+
+fn succeed(command: &mut Command) {
+    let output = command
+        .output()
+        .unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
+    assert!(
+        output.status.success(),
+        "{command:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}

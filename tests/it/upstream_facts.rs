@@ -1,0 +1,441 @@
+//! What real Unleash servers do, as far as Parapet relies on it: when a release changes one of these, this fails first.
+//!
+//! Nothing here involves Parapet; the SDKs talk to Unleash directly. So it proves the rig, too.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use reqwest::{Method, StatusCode};
+use serde_json::{Value, json};
+
+use crate::rig::{Kind, Sdk, Unleash, Version, http, until};
+
+/// A request as an edge or an SDK makes it: `Null` for no body, `""` for no token.
+async fn call(
+    unleash: &Unleash,
+    method: Method,
+    path: &str,
+    token: &str,
+    body: &Value,
+) -> (StatusCode, Value) {
+    let mut request = http().request(method, unleash.url() + path);
+    if !token.is_empty() {
+        request = request.header("Authorization", token);
+    }
+    if !body.is_null() {
+        request = request
+            .header("Content-Type", "application/json")
+            .body(body.to_string());
+    }
+    let answer = request.send().await.unwrap();
+    let (status, body) = (answer.status(), answer.bytes().await.unwrap());
+    (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
+}
+
+/// One application's use of one flag in this hour, as an edge posts it.
+fn bulk(flag: &str, app_name: &str, uses: &[(&str, u64)]) -> Value {
+    let hour = jiff::Timestamp::now().to_string();
+    let metrics: Vec<Value> = uses
+        .iter()
+        .map(|(environment, yes)| {
+            json!({
+                "featureName": flag, "appName": app_name, "environment": environment, "timestamp": hour,
+                "yes": yes, "no": 0, "variants": {},
+            })
+        })
+        .collect();
+    json!({ "applications": [], "metrics": metrics })
+}
+
+/// Which of these tokens `/edge/validate` vouches for.
+async fn validate(unleash: &Unleash, tokens: &[&str]) -> Vec<Value> {
+    let (status, mut answer) = call(
+        unleash,
+        Method::POST,
+        "/edge/validate",
+        "",
+        &json!({ "tokens": tokens }),
+    )
+    .await;
+    assert_eq!(status, StatusCode::OK);
+    serde_json::from_value(answer["tokens"].take()).unwrap()
+}
+
+/// A strategy that everybody passes, with one variant.
+fn everybody_blue() -> Value {
+    json!({
+        "name": "flexibleRollout",
+        "parameters": { "rollout": "100", "stickiness": "default", "groupId": "blue" },
+        "variants": [{ "name": "blue", "weight": 1000, "weightType": "variable", "stickiness": "default" }],
+    })
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn every_sdk_sees_a_flag_and_its_usage_can_be_read_back() {
+    Unleash::on_every_version(async |unleash: Arc<Unleash>| {
+        let flag = "facts.seen-and-counted";
+        unleash
+            .create_enabled_flag(flag, "development", &[everybody_blue()])
+            .await;
+        let backend = unleash
+            .create_token(Kind::Backend, "development", &["*"], "facts-seen-backend")
+            .await;
+        let frontend = unleash
+            .create_token(Kind::Frontend, "development", &["*"], "facts-seen-frontend")
+            .await;
+        let url = unleash.url();
+        let sdks = [
+            ("facts-node", Sdk::node(&url, &backend, "facts-node").await),
+            (
+                "facts-python",
+                Sdk::python(&url, &backend, "facts-python").await,
+            ),
+            (
+                "facts-frontend",
+                Sdk::frontend(&url, &frontend, "facts-frontend").await,
+            ),
+            (
+                "facts-frontend-post",
+                Sdk::frontend_posting(&url, &frontend, "facts-frontend-post").await,
+            ),
+        ];
+        for (app_name, mut sdk) in sdks {
+            let what = format!("{app_name} sees the flag at {url}");
+            let blue = until(&what, Duration::from_secs(30), async || {
+                sdk.evaluate(json!({ "userId": "7" }))
+                    .await
+                    .remove(flag)
+                    .filter(|flag| flag.enabled)
+            })
+            .await;
+            assert_eq!(blue.variant["name"], "blue");
+            assert_eq!(blue.variant["enabled"], true);
+
+            sdk.count(flag, 3).await;
+            sdk.count("facts.no-such-flag", 2).await;
+            sdk.flush().await;
+            sdk.count_variant(flag, 4).await;
+            sdk.flush().await;
+            unleash
+                .wait_for_usage(flag, app_name, "development", (7, 0))
+                .await;
+            let usage = unleash.usage_of(flag).await;
+            let blue: u64 = usage
+                .iter()
+                .filter(|hour| hour.app_name == app_name)
+                .filter_map(|hour| hour.variants.get("blue"))
+                .sum();
+            assert_eq!(blue, 4, "{app_name} at {:?}", unleash.version());
+            sdk.close().await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn only_7_lets_an_admin_token_fetch_flags() {
+    Unleash::on_every_version(async |unleash: Arc<Unleash>| {
+        let admin = unleash.admin_token();
+        let (status, answer) = call(
+            &unleash,
+            Method::GET,
+            "/api/client/features",
+            admin,
+            &Value::Null,
+        )
+        .await;
+        if unleash.version() == Version::V7 {
+            assert_eq!(status, StatusCode::OK);
+        } else {
+            assert_eq!(status, StatusCode::FORBIDDEN);
+            let message = "invalid token: expected a different token type for this endpoint";
+            assert_eq!(answer, json!({ "message": message }));
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn usage_under_an_admin_token_is_refused_or_accepted_and_dropped() {
+    Unleash::on_every_version(async |unleash: Arc<Unleash>| {
+        let flag = "facts.usage-under-admin-token";
+        unleash.create_enabled_flag(flag, "development", &[]).await;
+        let usage = bulk(flag, "facts-admin", &[("development", 5)]);
+        let post = Method::POST;
+        let (status, _) = call(
+            &unleash,
+            post.clone(),
+            "/api/client/metrics/bulk",
+            unleash.admin_token(),
+            &usage,
+        )
+        .await;
+        let expected = if unleash.version() == Version::V7 {
+            StatusCode::ACCEPTED
+        } else {
+            StatusCode::FORBIDDEN
+        };
+        assert_eq!(status, expected);
+
+        // Usage sent later under a backend token arrives, and by then the first batch would have, too.
+        let token = unleash
+            .create_token(
+                Kind::Backend,
+                "development",
+                &["*"],
+                "facts-usage-under-admin",
+            )
+            .await;
+        let later = bulk(flag, "facts-backend", &[("development", 2)]);
+        let (status, _) = call(&unleash, post, "/api/client/metrics/bulk", &token, &later).await;
+        assert_eq!(status, StatusCode::ACCEPTED);
+        unleash
+            .wait_for_usage(flag, "facts-backend", "development", (2, 0))
+            .await;
+        assert!(
+            unleash
+                .usage_of(flag)
+                .await
+                .iter()
+                .all(|hour| hour.app_name == "facts-backend")
+        );
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn usage_of_another_environment_is_accepted_and_dropped() {
+    Unleash::on_every_version(async |unleash: Arc<Unleash>| {
+        let flag = "facts.usage-of-another-environment";
+        unleash.create_enabled_flag(flag, "development", &[]).await;
+        let token = unleash
+            .create_token(
+                Kind::Backend,
+                "production",
+                &["*"],
+                "facts-another-environment",
+            )
+            .await;
+        let usage = bulk(flag, "facts-two", &[("development", 5), ("production", 3)]);
+        let (status, _) = call(
+            &unleash,
+            Method::POST,
+            "/api/client/metrics/bulk",
+            &token,
+            &usage,
+        )
+        .await;
+        assert_eq!(status, StatusCode::ACCEPTED);
+        unleash
+            .wait_for_usage(flag, "facts-two", "production", (3, 0))
+            .await;
+        assert!(
+            unleash
+                .usage_of(flag)
+                .await
+                .iter()
+                .all(|hour| hour.environment == "production")
+        );
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn a_minted_token_works_at_once_and_is_found_again_by_name() {
+    Unleash::on_every_version(async |unleash: Arc<Unleash>| {
+        let token = unleash
+            .create_token(Kind::Backend, "production", &["*"], "facts-minted")
+            .await;
+        let (status, _) = call(
+            &unleash,
+            Method::GET,
+            "/api/client/features",
+            &token,
+            &Value::Null,
+        )
+        .await;
+        assert_eq!(status, StatusCode::OK);
+
+        let listed = unleash.tokens_named("facts-minted").await;
+        assert_eq!(listed.len(), 1);
+        assert_eq!(listed[0]["environment"], "production");
+        assert_eq!(listed[0]["type"], "backend");
+        let secret = listed[0]["secret"].as_str().unwrap();
+        if unleash.version() == Version::V8SecureTokens {
+            assert_eq!(listed[0]["secure"], true);
+            assert_eq!(secret.len(), 22);
+            assert!(
+                token.starts_with(&format!("*:production.v2_{secret}_")),
+                "the selector stands in the token"
+            );
+        } else {
+            assert_eq!(secret, token);
+        }
+
+        // A name is not a key: a second token of the same name is a second token.
+        unleash
+            .create_token(Kind::Backend, "production", &["*"], "facts-minted")
+            .await;
+        assert_eq!(unleash.tokens_named("facts-minted").await.len(), 2);
+        assert!(unleash.tokens_named("facts-never-minted").await.is_empty());
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn validation_needs_no_authorization_and_names_only_valid_tokens() {
+    Unleash::on_every_version(async |unleash: Arc<Unleash>| {
+        let backend = unleash
+            .create_token(Kind::Backend, "development", &["default"], "facts-valid-b")
+            .await;
+        let frontend = unleash
+            .create_token(Kind::Frontend, "production", &["*"], "facts-valid-f")
+            .await;
+        let valid = validate(
+            &unleash,
+            &[&backend, "*:development.unknown", "gibberish", &frontend],
+        )
+        .await;
+        let find = |token: &str| valid.iter().find(|valid| valid["token"] == token).unwrap();
+        assert_eq!(valid.len(), 2);
+        assert_eq!(find(&backend)["type"], "backend");
+        assert_eq!(find(&backend)["environment"], "development");
+        assert_eq!(find(&backend)["projects"], json!(["default"]));
+        assert_eq!(find(&frontend)["type"], "frontend");
+        assert_eq!(find(&frontend)["environment"], "production");
+        assert_eq!(find(&frontend)["projects"], json!(["*"]));
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn a_revoked_token_is_refused_at_once() {
+    Unleash::on_every_version(async |unleash: Arc<Unleash>| {
+        let token = unleash
+            .create_token(Kind::Backend, "development", &["*"], "facts-revoked")
+            .await;
+        assert_eq!(validate(&unleash, &[&token]).await.len(), 1);
+        unleash.delete_token(&token).await;
+        assert!(unleash.tokens_named("facts-revoked").await.is_empty());
+        let asked = std::time::Instant::now();
+        until("the token is refused", Duration::from_mins(3), async || {
+            validate(&unleash, &[&token]).await.is_empty().then_some(())
+        })
+        .await;
+        println!(
+            "{:?} revoked within {:?}",
+            unleash.version(),
+            asked.elapsed()
+        );
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn a_missing_or_unknown_token_gets_401_and_the_wrong_kind_403() {
+    Unleash::on_every_version(async |unleash: Arc<Unleash>| {
+        let missing = "This endpoint requires an API token. \
+                       Please add an authorization header to your request with a valid token";
+        for token in ["", "*:development.nobody-made-this"] {
+            let answer = call(&unleash, Method::GET, "/api/client/features", token, &Value::Null).await;
+            assert_eq!(answer, (StatusCode::UNAUTHORIZED, json!({ "message": missing })), "{:?}", unleash.version());
+        }
+        let token = unleash.create_token(Kind::Backend, "development", &["*"], "facts-wrong-kind").await;
+        let wrong_kind = json!({ "message": "invalid token: expected a different token type for this endpoint" });
+        let answer = call(&unleash, Method::GET, "/api/frontend", &token, &Value::Null).await;
+        assert_eq!(answer, (StatusCode::FORBIDDEN, wrong_kind));
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn flags_carry_a_strong_etag_that_an_exact_if_none_match_turns_into_304() {
+    Unleash::on_every_version(async |unleash: Arc<Unleash>| {
+        let token = unleash
+            .create_token(Kind::Backend, "development", &["*"], "facts-etag")
+            .await;
+        let fetch = async |etag: &str| {
+            let url = unleash.url() + "/api/client/features";
+            http()
+                .get(url)
+                .header("Authorization", &token)
+                .header("If-None-Match", etag)
+                .send()
+                .await
+                .unwrap()
+        };
+        // Other tests change flags meanwhile, so the pair of requests may need another try.
+        until("a 304", Duration::from_secs(30), async || {
+            let first = fetch("").await;
+            assert_eq!(first.status(), StatusCode::OK);
+            let etag = first.headers()["etag"].to_str().unwrap();
+            assert!(etag.starts_with('"'), "{etag} is strong");
+            (fetch(etag).await.status() == StatusCode::NOT_MODIFIED).then_some(())
+        })
+        .await;
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn the_environments_are_development_and_production_and_there_is_no_stream() {
+    Unleash::on_every_version(async |unleash: Arc<Unleash>| {
+        let listed = unleash.admin_get("/api/admin/environments").await;
+        let environments: Vec<_> = listed["environments"].as_array().unwrap().iter().collect();
+        let names: Vec<_> = environments
+            .iter()
+            .map(|environment| &environment["name"])
+            .collect();
+        assert_eq!(names, ["development", "production"]);
+        assert!(
+            environments
+                .iter()
+                .all(|environment| environment["enabled"] == true)
+        );
+
+        let token = unleash
+            .create_token(Kind::Backend, "development", &["*"], "facts-no-stream")
+            .await;
+        for path in ["/api/client/delta", "/api/client/streaming"] {
+            let (status, _) = call(&unleash, Method::GET, path, &token, &Value::Null).await;
+            assert_eq!(status, StatusCode::NOT_FOUND, "{path}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn a_killed_server_comes_back_with_its_flags_and_tokens() {
+    let unleash = Unleash::start(Version::V7).await;
+    unleash
+        .create_enabled_flag("facts.survivor", "production", &[])
+        .await;
+    let token = unleash
+        .create_token(Kind::Backend, "production", &["*"], "facts-survivor")
+        .await;
+    unleash.kill();
+    assert!(http().get(unleash.url() + "/health").send().await.is_err());
+    unleash.restart().await;
+    let (status, flags) = call(
+        &unleash,
+        Method::GET,
+        "/api/client/features",
+        &token,
+        &Value::Null,
+    )
+    .await;
+    assert_eq!(status, StatusCode::OK);
+    assert_eq!(flags["features"][0]["name"], "facts.survivor");
+    assert_eq!(flags["features"][0]["enabled"], true);
+}

@@ -1,0 +1,44 @@
+// Drives the official Node SDK: `node node-sdk.mjs '{"url": …, "token": …, "appName": …, "environment"?: …}'`.
+import unleash from 'unleash-client';
+import { serve } from './jsonl.mjs';
+
+const { url, token, appName, environment } = JSON.parse(process.argv[2]);
+const client = new unleash.Unleash({
+    url,
+    appName,
+    environment,
+    customHeaders: { Authorization: token },
+    refreshInterval: 200,
+    metricsInterval: 3_600_000,
+    storageProvider: new unleash.InMemStorageProvider(),
+});
+client.on('error', console.error);
+client.on('warn', console.error);
+await new Promise((resolve) => client.once('synchronized', resolve));
+
+await serve({
+    // The inner client evaluates without counting, so that a test may look as often as it likes.
+    evaluate: ({ context }) => ({
+        flags: Object.fromEntries(
+            client.getFeatureToggleDefinitions().map(({ name }) => [
+                name,
+                {
+                    enabled: client.client.isEnabled(name, inEnvironment(context), () => false),
+                    variant: client.client.getVariant(name, inEnvironment(context)),
+                },
+            ]),
+        ),
+    }),
+    count: ({ flag, times, context }) => {
+        for (let i = 0; i < times; i += 1) client.isEnabled(flag, context);
+    },
+    count_variant: ({ flag, times, context }) => {
+        for (let i = 0; i < times; i += 1) client.getVariant(flag, context);
+    },
+    flush: () => client.flushMetrics(),
+    close: () => client.destroy(),
+});
+
+function inEnvironment(context) {
+    return { appName, ...(environment && { environment }), ...context };
+}
