@@ -9,6 +9,7 @@ mod command_line;
 /// Real servers, real SDKs and a network that can be made to fail.
 #[allow(
     dead_code,
+    unused_imports,
     reason = "the rig is a kit: stories use the parts they need"
 )]
 mod rig;

@@ -47,6 +47,15 @@ fn bulk(flag: &str, app_name: &str, uses: &[(&str, u64)]) -> Value {
     json!({ "applications": [], "metrics": metrics })
 }
 
+/// What Unleash calls a backend token when listing or validating it: v1 tokens are stored under the old name.
+fn backend_type(unleash: &Unleash) -> &'static str {
+    if unleash.version() == Version::V8SecureTokens {
+        "backend"
+    } else {
+        "client"
+    }
+}
+
 /// Which of these tokens `/edge/validate` vouches for.
 async fn validate(unleash: &Unleash, tokens: &[&str]) -> Vec<Value> {
     let (status, mut answer) = call(
@@ -163,6 +172,7 @@ async fn usage_under_an_admin_token_is_refused_or_accepted_and_dropped() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
         let flag = "facts.usage-under-admin-token";
         unleash.create_enabled_flag(flag, "development", &[]).await;
+        unleash.wait_until_counted(flag, "development").await;
         let usage = bulk(flag, "facts-admin", &[("development", 5)]);
         let post = Method::POST;
         let (status, _) = call(
@@ -264,7 +274,7 @@ async fn a_minted_token_works_at_once_and_is_found_again_by_name() {
         let listed = unleash.tokens_named("facts-minted").await;
         assert_eq!(listed.len(), 1);
         assert_eq!(listed[0]["environment"], "production");
-        assert_eq!(listed[0]["type"], "backend");
+        assert_eq!(listed[0]["type"], backend_type(&unleash));
         let secret = listed[0]["secret"].as_str().unwrap();
         if unleash.version() == Version::V8SecureTokens {
             assert_eq!(listed[0]["secure"], true);
@@ -304,7 +314,7 @@ async fn validation_needs_no_authorization_and_names_only_valid_tokens() {
         .await;
         let find = |token: &str| valid.iter().find(|valid| valid["token"] == token).unwrap();
         assert_eq!(valid.len(), 2);
-        assert_eq!(find(&backend)["type"], "backend");
+        assert_eq!(find(&backend)["type"], backend_type(&unleash));
         assert_eq!(find(&backend)["environment"], "development");
         assert_eq!(find(&backend)["projects"], json!(["default"]));
         assert_eq!(find(&frontend)["type"], "frontend");
@@ -316,23 +326,37 @@ async fn validation_needs_no_authorization_and_names_only_valid_tokens() {
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn a_revoked_token_is_refused_at_once() {
+async fn a_revoked_token_is_unlisted_at_once_refused_later_and_vouched_for_ever_after() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
+        let version = unleash.version();
         let token = unleash
             .create_token(Kind::Backend, "development", &["*"], "facts-revoked")
             .await;
+        let fetch = async || {
+            call(
+                &unleash,
+                Method::GET,
+                "/api/client/features",
+                &token,
+                &Value::Null,
+            )
+            .await
+            .0
+        };
         assert_eq!(validate(&unleash, &[&token]).await.len(), 1);
+        assert_eq!(fetch().await, StatusCode::OK);
+
         unleash.delete_token(&token).await;
         assert!(unleash.tokens_named("facts-revoked").await.is_empty());
-        let asked = std::time::Instant::now();
-        until("the token is refused", Duration::from_mins(3), async || {
-            validate(&unleash, &[&token]).await.is_empty().then_some(())
-        })
+        until(
+            &format!("{version:?} refuses the token"),
+            Duration::from_secs(90),
+            async || (fetch().await == StatusCode::UNAUTHORIZED).then_some(()),
+        )
         .await;
-        println!(
-            "{:?} revoked within {:?}",
-            unleash.version(),
-            asked.elapsed()
+        eprintln!(
+            "FACT {version:?} still valid: {}",
+            validate(&unleash, &[&token]).await.len()
         );
     })
     .await;

@@ -21,6 +21,9 @@ use super::secrets;
 /// template that all databases are copied from.
 const ADMIN_TOKEN: &str = "*:*.parapet-rig-admin-2f7d0c55e6b94f0e8f3a1f0b7c1d9e64";
 
+/// The application that finds out whether use is counted.
+const PROBE: &str = "parapet-rig-probe";
+
 /// How long Unleash may take to store what it accepted: usage every 5 s, applications every 20 s.
 pub(crate) const STORED_WITHIN: Duration = Duration::from_secs(45);
 
@@ -319,8 +322,48 @@ impl Unleash {
             .await;
     }
 
+    /// Waits until use of a flag is counted.
+    ///
+    /// Unleash looks up which flags exist at most every 10 s, and until then accepts (202) and drops the use of a new one.
+    /// So a test that counts waits here first. What the probe uses shows nowhere else.
+    pub(crate) async fn wait_until_counted(&self, flag: &str, environment: &str) {
+        let token = self
+            .create_token(Kind::Backend, environment, &["*"], PROBE)
+            .await;
+        let what = format!("{flag} is counted in {environment} at {:?}", self.version);
+        until(&what, STORED_WITHIN, async || {
+            let body = json!({ "applications": [], "metrics": [{
+                "featureName": flag, "appName": PROBE, "environment": environment,
+                "timestamp": jiff::Timestamp::now().to_string(), "yes": 1, "no": 0, "variants": {},
+            }]});
+            let post = http()
+                .post(self.url() + "/api/client/metrics/bulk")
+                .header("Authorization", &token);
+            let posted = post
+                .header("Content-Type", "application/json")
+                .body(body.to_string())
+                .send()
+                .await
+                .unwrap();
+            assert_eq!(posted.status(), StatusCode::ACCEPTED);
+            self.all_usage_of(flag)
+                .await
+                .iter()
+                .any(|hour| hour.app_name == PROBE)
+                .then_some(())
+        })
+        .await;
+        self.delete_token(&token).await;
+    }
+
     /// What Unleash has stored of a flag's use in the last 24 hours. Hours without any (Unleash fills them in) are left out.
     pub(crate) async fn usage_of(&self, flag: &str) -> Vec<Usage> {
+        let mut usage = self.all_usage_of(flag).await;
+        usage.retain(|hour| hour.app_name != PROBE);
+        usage
+    }
+
+    async fn all_usage_of(&self, flag: &str) -> Vec<Usage> {
         let stored = self
             .admin_get(&format!("/api/admin/client-metrics/features/{flag}/raw"))
             .await;
