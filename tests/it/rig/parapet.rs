@@ -1,7 +1,7 @@
 //! The real `parapet` binary, as an operator runs it: by flags and environment, with a data directory, on two ports.
 
 use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, ExitStatus};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -24,8 +24,8 @@ pub(crate) struct Setup {
 
 impl Setup {
     /// Adds a flag and its value.
-    pub(crate) fn flag(self, name: &str, value: impl AsRef<Path>) -> Self {
-        self.arg(name).arg(value.as_ref())
+    pub(crate) fn flag(self, name: &str, value: impl Into<OsString>) -> Self {
+        self.arg(name).arg(value)
     }
 
     /// Adds one argument.

@@ -78,7 +78,11 @@ impl Postgres {
         let mut server =
             Process::spawn("PostgreSQL", &server, LastRites::QuitAndRemove(&directory));
         server
-            .wait_until(async || psql(&binaries, port, "select 1").status.success())
+            .wait_until(async || {
+                psql(&binaries, port, "postgres", "select 1")
+                    .status
+                    .success()
+            })
             .await;
         Self {
             binaries,
@@ -105,17 +109,25 @@ impl Postgres {
     async fn create(&self, template: &str) -> String {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let name = format!("parapet_{}", COUNT.fetch_add(1, Ordering::Relaxed));
+        self.execute(
+            "postgres",
+            &format!("create database {name} template {template}"),
+        )
+        .await;
+        name
+    }
+
+    /// Runs SQL in a database; panics if it fails.
+    pub(crate) async fn execute(&self, database: &str, sql: &str) {
         let (binaries, port) = (self.binaries.clone(), self.port);
-        let sql = format!("create database {name} template {template}");
-        let output = tokio::task::spawn_blocking(move || psql(&binaries, port, &sql))
-            .await
-            .unwrap();
+        let (database, sql) = (database.to_owned(), sql.to_owned());
+        let run = move || psql(&binaries, port, &database, &sql);
+        let output = tokio::task::spawn_blocking(run).await.unwrap();
         assert!(
             output.status.success(),
             "{}",
             String::from_utf8_lossy(&output.stderr)
         );
-        name
     }
 }
 
@@ -157,7 +169,7 @@ fn unprivileged(program: &Path) -> Command {
     command
 }
 
-fn psql(binaries: &Path, port: u16, sql: &str) -> Output {
+fn psql(binaries: &Path, port: u16, database: &str, sql: &str) -> Output {
     Command::new(binaries.join("psql"))
         .args([
             "--no-psqlrc",
@@ -168,6 +180,10 @@ fn psql(binaries: &Path, port: u16, sql: &str) -> Output {
             &port.to_string(),
             "-U",
             "postgres",
+            "-d",
+            database,
+            "-v",
+            "ON_ERROR_STOP=1",
             "-c",
             sql,
         ])

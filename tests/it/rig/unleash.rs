@@ -302,6 +302,24 @@ impl Unleash {
         token
     }
 
+    /// Makes a v1 token for all projects with a secret of our choice, which the admin API cannot: in the database.
+    ///
+    /// For tests in which a token is refused first and made later. Unleash notices within a minute.
+    pub(crate) async fn plant_token(&self, kind: Kind, token: &str, name: &str) {
+        secrets::remember(token);
+        let kind = match kind {
+            Kind::Backend => "client",
+            Kind::Frontend => "frontend",
+        };
+        let (scope, _) = token.split_once('.').expect("a v1 token");
+        let (_, environment) = scope.split_once(':').expect("a v1 token");
+        let sql = format!(
+            "insert into api_tokens (secret, username, token_name, type, environment)
+             values ('{token}', '{name}', '{name}', '{kind}', '{environment}')"
+        );
+        Postgres::shared().await.execute(&self.database, &sql).await;
+    }
+
     /// The tokens of this name, as the admin API lists them.
     pub(crate) async fn tokens_named(&self, name: &str) -> Vec<Value> {
         let mut listed = self
