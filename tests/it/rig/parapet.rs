@@ -214,8 +214,11 @@ impl Parapet {
             .arg(self.admin_port.to_string())
             .arg("--data-dir")
             .arg(self.data_dir());
-        command.current_dir(self.directory.path()).env_clear();
-        command.env("PATH", std::env::var_os("PATH").unwrap_or_default());
+        command.current_dir(self.directory.path());
+        // One by one: unlike `env_clear`, this is something that `Process` can see and pass on.
+        for (name, _) in std::env::vars_os().filter(|(name, _)| name != "PATH") {
+            command.env_remove(name);
+        }
         command.envs(
             self.setup
                 .environment

@@ -81,7 +81,7 @@ pub(crate) enum LastRites<'a> {
 }
 
 impl Process {
-    /// Starts `command` behind the guard.
+    /// Starts `command` behind the guard: its program, arguments, directory, and each variable it sets or removes.
     pub(crate) fn spawn(name: &str, command: &Command, last_rites: LastRites<'_>) -> Self {
         let mut guarded = Command::new(tests_dir().join("sdk/guard"));
         match last_rites {
