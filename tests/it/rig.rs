@@ -17,4 +17,4 @@ pub(crate) use chaos::{ChaosProxy, Fault};
 pub(crate) use net::{http, until};
 pub(crate) use parapet::Parapet;
 pub(crate) use sdk::{Evaluation, Sdk};
-pub(crate) use unleash::{Kind, Unleash, Usage, Version};
+pub(crate) use unleash::{Kind, STORED_WITHIN, Unleash, Usage, Version};

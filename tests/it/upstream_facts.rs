@@ -8,7 +8,7 @@ use std::time::Duration;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
-use crate::rig::{Kind, Sdk, Unleash, Version, http, until};
+use crate::rig::{Kind, STORED_WITHIN, Sdk, Unleash, Version, http, until};
 
 /// A request as an edge or an SDK makes it: `Null` for no body, `""` for no token.
 async fn call(
@@ -101,14 +101,15 @@ async fn every_sdk_sees_a_flag_and_its_usage_can_be_read_back() {
                 Sdk::python(&url, &backend, "facts-python").await,
             ),
             (
-                "facts-frontend",
-                Sdk::frontend(&url, &frontend, "facts-frontend").await,
+                "facts-browser",
+                Sdk::frontend(&url, &frontend, "facts-browser").await,
             ),
             (
-                "facts-frontend-post",
-                Sdk::frontend_posting(&url, &frontend, "facts-frontend-post").await,
+                "facts-post",
+                Sdk::frontend_posting(&url, &frontend, "facts-post").await,
             ),
         ];
+        let apps = sdks.each_ref().map(|(app_name, _)| *app_name);
         for (app_name, mut sdk) in sdks {
             let what = format!("{app_name} sees the flag at {url}");
             let blue = until(&what, Duration::from_secs(30), async || {
@@ -126,18 +127,30 @@ async fn every_sdk_sees_a_flag_and_its_usage_can_be_read_back() {
             sdk.flush().await;
             sdk.count_variant(flag, 4).await;
             sdk.flush().await;
+            sdk.close().await;
+        }
+        for app_name in apps {
             unleash
                 .wait_for_usage(flag, app_name, "development", (7, 0))
                 .await;
             let usage = unleash.usage_of(flag).await;
-            let blue: u64 = usage
-                .iter()
-                .filter(|hour| hour.app_name == app_name)
-                .filter_map(|hour| hour.variants.get("blue"))
-                .sum();
+            let of_app = usage.iter().filter(|hour| hour.app_name == app_name);
+            let blue: u64 = of_app.filter_map(|hour| hour.variants.get("blue")).sum();
             assert_eq!(blue, 4, "{app_name} at {:?}", unleash.version());
-            sdk.close().await;
         }
+        // Registrations are stored every 20 s.
+        until(
+            "the backend SDKs have registered",
+            STORED_WITHIN,
+            async || {
+                let stored = unleash.applications().await;
+                ["facts-node", "facts-python"]
+                    .iter()
+                    .all(|name| stored.iter().any(|app| app == name))
+                    .then_some(())
+            },
+        )
+        .await;
     })
     .await;
 }
@@ -441,6 +454,64 @@ async fn flags_carry_a_strong_etag_that_an_exact_if_none_match_turns_into_304() 
             let etag = first.headers()["etag"].to_str().unwrap();
             assert!(etag.starts_with('"'), "{etag} is strong");
             (fetch(etag).await.status() == StatusCode::NOT_MODIFIED).then_some(())
+        })
+        .await;
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn segments_stand_apart_for_sdks_of_spec_4_2_and_are_inlined_for_older_ones() {
+    Unleash::on_every_version(async |unleash: Arc<Unleash>| {
+        let flag = "facts.segmented";
+        let constraint = json!({ "contextName": "userId", "operator": "IN", "values": ["7"] });
+        let segment = unleash
+            .create_segment("facts-segment", &json!([constraint]))
+            .await;
+        let strategy = json!({ "name": "default", "parameters": {}, "segments": [segment] });
+        unleash
+            .create_enabled_flag(flag, "production", &[strategy])
+            .await;
+        let token = unleash
+            .create_token(Kind::Backend, "production", &["*"], "facts-segmented")
+            .await;
+        let fetch = async |spec: &str| {
+            let url = unleash.url() + "/api/client/features?namePrefix=facts.segmented";
+            let request = http()
+                .get(url)
+                .header("Authorization", &token)
+                .header("Unleash-Client-Spec", spec);
+            serde_json::from_slice::<Value>(&request.send().await.unwrap().bytes().await.unwrap())
+                .unwrap()
+        };
+        let apart = until("the flag is served", Duration::from_secs(30), async || {
+            let flags = fetch("4.2.0").await;
+            (flags["features"].as_array().unwrap().len() == 1).then_some(flags)
+        })
+        .await;
+        let inlined = fetch("4.1.0").await;
+        assert_eq!(apart["segments"][0]["id"], segment);
+        assert_eq!(
+            apart["segments"][0]["constraints"][0]["values"],
+            json!(["7"])
+        );
+        assert_eq!(
+            apart["features"][0]["strategies"][0]["segments"],
+            json!([segment])
+        );
+        assert_eq!(
+            inlined["features"][0]["strategies"][0]["constraints"][0]["values"],
+            json!(["7"])
+        );
+        assert_eq!(
+            inlined["features"][0]["strategies"][0]["segments"],
+            Value::Null
+        );
+
+        unleash.disable(flag, "production").await;
+        until("the flag is off", Duration::from_secs(30), async || {
+            (fetch("4.2.0").await["features"][0]["enabled"] == false).then_some(())
         })
         .await;
     })
