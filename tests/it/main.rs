@@ -1,17 +1,10 @@
 //! The integration tests, one binary: each module tells one story about Parapet from outside.
-#![allow(
-    clippy::unwrap_used,
-    reason = "what fails here fails a test, and says where"
-)]
+#![allow(clippy::unwrap_used, reason = "what fails here fails a test, and says where")]
 
 /// Exit statuses, help and probes.
 mod command_line;
 /// Real servers, real SDKs and a network that can be made to fail.
-#[allow(
-    dead_code,
-    unused_imports,
-    reason = "the rig is a kit: stories use the parts they need"
-)]
+#[allow(dead_code, unused_imports, reason = "the rig is a kit: stories use the parts they need")]
 mod rig;
 /// The official client specification.
 mod spec;

@@ -23,9 +23,7 @@ async fn call(
         request = request.header("Authorization", token);
     }
     if !body.is_null() {
-        request = request
-            .header("Content-Type", "application/json")
-            .body(body.to_string());
+        request = request.header("Content-Type", "application/json").body(body.to_string());
     }
     let answer = request.send().await.unwrap();
     let (status, body) = (answer.status(), answer.bytes().await.unwrap());
@@ -49,23 +47,13 @@ fn bulk(flag: &str, app_name: &str, uses: &[(&str, u64)]) -> Value {
 
 /// What Unleash calls a backend token when listing or validating it: v1 tokens are stored under the old name.
 fn backend_type(unleash: &Unleash) -> &'static str {
-    if unleash.version() == Version::V8SecureTokens {
-        "backend"
-    } else {
-        "client"
-    }
+    if unleash.version() == Version::V8SecureTokens { "backend" } else { "client" }
 }
 
 /// Which of these tokens `/edge/validate` vouches for.
 async fn validate(unleash: &Unleash, tokens: &[&str]) -> Vec<Value> {
-    let (status, mut answer) = call(
-        unleash,
-        Method::POST,
-        "/edge/validate",
-        "",
-        &json!({ "tokens": tokens }),
-    )
-    .await;
+    let (status, mut answer) =
+        call(unleash, Method::POST, "/edge/validate", "", &json!({ "tokens": tokens })).await;
     assert_eq!(status, StatusCode::OK);
     serde_json::from_value(answer["tokens"].take()).unwrap()
 }
@@ -84,30 +72,18 @@ fn everybody_blue() -> Value {
 async fn every_sdk_sees_a_flag_and_its_usage_can_be_read_back() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
         let flag = "facts.seen-and-counted";
-        unleash
-            .create_enabled_flag(flag, "development", &[everybody_blue()])
-            .await;
-        let backend = unleash
-            .create_token(Kind::Backend, "development", &["*"], "facts-seen-backend")
-            .await;
+        unleash.create_enabled_flag(flag, "development", &[everybody_blue()]).await;
+        let backend =
+            unleash.create_token(Kind::Backend, "development", &["*"], "facts-seen-backend").await;
         let frontend = unleash
             .create_token(Kind::Frontend, "development", &["*"], "facts-seen-frontend")
             .await;
         let url = unleash.url();
         let sdks = [
             ("facts-node", Sdk::node(&url, &backend, "facts-node").await),
-            (
-                "facts-python",
-                Sdk::python(&url, &backend, "facts-python").await,
-            ),
-            (
-                "facts-browser",
-                Sdk::frontend(&url, &frontend, "facts-browser").await,
-            ),
-            (
-                "facts-post",
-                Sdk::frontend_posting(&url, &frontend, "facts-post").await,
-            ),
+            ("facts-python", Sdk::python(&url, &backend, "facts-python").await),
+            ("facts-browser", Sdk::frontend(&url, &frontend, "facts-browser").await),
+            ("facts-post", Sdk::frontend_posting(&url, &frontend, "facts-post").await),
         ];
         let apps = sdks.each_ref().map(|(app_name, _)| *app_name);
         for (app_name, mut sdk) in sdks {
@@ -130,26 +106,20 @@ async fn every_sdk_sees_a_flag_and_its_usage_can_be_read_back() {
             sdk.close().await;
         }
         for app_name in apps {
-            unleash
-                .wait_for_usage(flag, app_name, "development", (7, 0))
-                .await;
+            unleash.wait_for_usage(flag, app_name, "development", (7, 0)).await;
             let usage = unleash.usage_of(flag).await;
             let of_app = usage.iter().filter(|hour| hour.app_name == app_name);
             let blue: u64 = of_app.filter_map(|hour| hour.variants.get("blue")).sum();
             assert_eq!(blue, 4, "{app_name} at {:?}", unleash.version());
         }
         // Registrations are stored every 20 s.
-        until(
-            "the backend SDKs have registered",
-            STORED_WITHIN,
-            async || {
-                let stored = unleash.applications().await;
-                ["facts-node", "facts-python"]
-                    .iter()
-                    .all(|name| stored.iter().any(|app| app == name))
-                    .then_some(())
-            },
-        )
+        until("the backend SDKs have registered", STORED_WITHIN, async || {
+            let stored = unleash.applications().await;
+            ["facts-node", "facts-python"]
+                .iter()
+                .all(|name| stored.iter().any(|app| app == name))
+                .then_some(())
+        })
         .await;
     })
     .await;
@@ -160,14 +130,8 @@ async fn every_sdk_sees_a_flag_and_its_usage_can_be_read_back() {
 async fn only_7_lets_an_admin_token_fetch_flags() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
         let admin = unleash.admin_token();
-        let (status, answer) = call(
-            &unleash,
-            Method::GET,
-            "/api/client/features",
-            admin,
-            &Value::Null,
-        )
-        .await;
+        let (status, answer) =
+            call(&unleash, Method::GET, "/api/client/features", admin, &Value::Null).await;
         if unleash.version() == Version::V7 {
             assert_eq!(status, StatusCode::OK);
         } else {
@@ -188,14 +152,9 @@ async fn usage_under_an_admin_token_is_refused_or_accepted_and_dropped() {
         unleash.wait_until_counted(flag, "development").await;
         let usage = bulk(flag, "facts-admin", &[("development", 5)]);
         let post = Method::POST;
-        let (status, _) = call(
-            &unleash,
-            post.clone(),
-            "/api/client/metrics/bulk",
-            unleash.admin_token(),
-            &usage,
-        )
-        .await;
+        let (status, _) =
+            call(&unleash, post.clone(), "/api/client/metrics/bulk", unleash.admin_token(), &usage)
+                .await;
         let expected = if unleash.version() == Version::V7 {
             StatusCode::ACCEPTED
         } else {
@@ -205,26 +164,13 @@ async fn usage_under_an_admin_token_is_refused_or_accepted_and_dropped() {
 
         // Usage sent later under a backend token arrives, and by then the first batch would have, too.
         let token = unleash
-            .create_token(
-                Kind::Backend,
-                "development",
-                &["*"],
-                "facts-usage-under-admin",
-            )
+            .create_token(Kind::Backend, "development", &["*"], "facts-usage-under-admin")
             .await;
         let later = bulk(flag, "facts-backend", &[("development", 2)]);
         let (status, _) = call(&unleash, post, "/api/client/metrics/bulk", &token, &later).await;
         assert_eq!(status, StatusCode::ACCEPTED);
-        unleash
-            .wait_for_usage(flag, "facts-backend", "development", (2, 0))
-            .await;
-        assert!(
-            unleash
-                .usage_of(flag)
-                .await
-                .iter()
-                .all(|hour| hour.app_name == "facts-backend")
-        );
+        unleash.wait_for_usage(flag, "facts-backend", "development", (2, 0)).await;
+        assert!(unleash.usage_of(flag).await.iter().all(|hour| hour.app_name == "facts-backend"));
     })
     .await;
 }
@@ -236,33 +182,14 @@ async fn usage_of_another_environment_is_accepted_and_dropped() {
         let flag = "facts.usage-of-another-environment";
         unleash.create_enabled_flag(flag, "development", &[]).await;
         let token = unleash
-            .create_token(
-                Kind::Backend,
-                "production",
-                &["*"],
-                "facts-another-environment",
-            )
+            .create_token(Kind::Backend, "production", &["*"], "facts-another-environment")
             .await;
         let usage = bulk(flag, "facts-two", &[("development", 5), ("production", 3)]);
-        let (status, _) = call(
-            &unleash,
-            Method::POST,
-            "/api/client/metrics/bulk",
-            &token,
-            &usage,
-        )
-        .await;
+        let (status, _) =
+            call(&unleash, Method::POST, "/api/client/metrics/bulk", &token, &usage).await;
         assert_eq!(status, StatusCode::ACCEPTED);
-        unleash
-            .wait_for_usage(flag, "facts-two", "production", (3, 0))
-            .await;
-        assert!(
-            unleash
-                .usage_of(flag)
-                .await
-                .iter()
-                .all(|hour| hour.environment == "production")
-        );
+        unleash.wait_for_usage(flag, "facts-two", "production", (3, 0)).await;
+        assert!(unleash.usage_of(flag).await.iter().all(|hour| hour.environment == "production"));
     })
     .await;
 }
@@ -271,17 +198,9 @@ async fn usage_of_another_environment_is_accepted_and_dropped() {
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
 async fn a_minted_token_works_at_once_and_is_found_again_by_name() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
-        let token = unleash
-            .create_token(Kind::Backend, "production", &["*"], "facts-minted")
-            .await;
-        let (status, _) = call(
-            &unleash,
-            Method::GET,
-            "/api/client/features",
-            &token,
-            &Value::Null,
-        )
-        .await;
+        let token = unleash.create_token(Kind::Backend, "production", &["*"], "facts-minted").await;
+        let (status, _) =
+            call(&unleash, Method::GET, "/api/client/features", &token, &Value::Null).await;
         assert_eq!(status, StatusCode::OK);
 
         let listed = unleash.tokens_named("facts-minted").await;
@@ -301,9 +220,7 @@ async fn a_minted_token_works_at_once_and_is_found_again_by_name() {
         }
 
         // A name is not a key: a second token of the same name is a second token.
-        unleash
-            .create_token(Kind::Backend, "production", &["*"], "facts-minted")
-            .await;
+        unleash.create_token(Kind::Backend, "production", &["*"], "facts-minted").await;
         assert_eq!(unleash.tokens_named("facts-minted").await.len(), 2);
         assert!(unleash.tokens_named("facts-never-minted").await.is_empty());
     })
@@ -314,17 +231,12 @@ async fn a_minted_token_works_at_once_and_is_found_again_by_name() {
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
 async fn validation_needs_no_authorization_and_names_only_valid_tokens() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
-        let backend = unleash
-            .create_token(Kind::Backend, "development", &["default"], "facts-valid-b")
-            .await;
-        let frontend = unleash
-            .create_token(Kind::Frontend, "production", &["*"], "facts-valid-f")
-            .await;
-        let valid = validate(
-            &unleash,
-            &[&backend, "*:development.unknown", "gibberish", &frontend],
-        )
-        .await;
+        let backend =
+            unleash.create_token(Kind::Backend, "development", &["default"], "facts-valid-b").await;
+        let frontend =
+            unleash.create_token(Kind::Frontend, "production", &["*"], "facts-valid-f").await;
+        let valid =
+            validate(&unleash, &[&backend, "*:development.unknown", "gibberish", &frontend]).await;
         let find = |token: &str| valid.iter().find(|valid| valid["token"] == token).unwrap();
         assert_eq!(valid.len(), 2);
         assert_eq!(find(&backend)["type"], backend_type(&unleash));
@@ -342,30 +254,19 @@ async fn validation_needs_no_authorization_and_names_only_valid_tokens() {
 async fn a_revoked_token_is_unlisted_at_once_refused_later_and_still_validated() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
         let version = unleash.version();
-        let token = unleash
-            .create_token(Kind::Backend, "development", &["*"], "facts-revoked")
-            .await;
+        let token =
+            unleash.create_token(Kind::Backend, "development", &["*"], "facts-revoked").await;
         let fetch = async || {
-            call(
-                &unleash,
-                Method::GET,
-                "/api/client/features",
-                &token,
-                &Value::Null,
-            )
-            .await
-            .0
+            call(&unleash, Method::GET, "/api/client/features", &token, &Value::Null).await.0
         };
         assert_eq!(validate(&unleash, &[&token]).await.len(), 1);
         assert_eq!(fetch().await, StatusCode::OK);
 
         unleash.delete_token(&token).await;
         assert!(unleash.tokens_named("facts-revoked").await.is_empty());
-        until(
-            &format!("{version:?} refuses the token"),
-            Duration::from_secs(90),
-            async || (fetch().await == StatusCode::UNAUTHORIZED).then_some(()),
-        )
+        until(&format!("{version:?} refuses the token"), Duration::from_secs(90), async || {
+            (fetch().await == StatusCode::UNAUTHORIZED).then_some(())
+        })
         .await;
         // So a verdict of `/edge/validate` can only ever be believed when it says no.
         assert_eq!(validate(&unleash, &[&token]).await.len(), 1, "{version:?}");
@@ -380,31 +281,16 @@ async fn a_token_made_after_its_first_refusal_is_listed_at_once_and_validated_la
         let version = unleash.version();
         let token = "*:development.facts-made-after-its-first-refusal-5a1c";
         let fetch = async || {
-            call(
-                &unleash,
-                Method::GET,
-                "/api/client/features",
-                token,
-                &Value::Null,
-            )
-            .await
-            .0
+            call(&unleash, Method::GET, "/api/client/features", token, &Value::Null).await.0
         };
         assert!(validate(&unleash, &[token]).await.is_empty());
         assert_eq!(fetch().await, StatusCode::UNAUTHORIZED);
 
-        unleash
-            .plant_token(Kind::Backend, token, "facts-planted")
-            .await;
-        assert_eq!(
-            unleash.tokens_named("facts-planted").await[0]["secret"],
-            token
-        );
-        until(
-            &format!("{version:?} takes the token"),
-            Duration::from_secs(90),
-            async || (fetch().await == StatusCode::OK).then_some(()),
-        )
+        unleash.plant_token(Kind::Backend, token, "facts-planted").await;
+        assert_eq!(unleash.tokens_named("facts-planted").await[0]["secret"], token);
+        until(&format!("{version:?} takes the token"), Duration::from_secs(90), async || {
+            (fetch().await == StatusCode::OK).then_some(())
+        })
         .await;
         // `/edge/validate` remembers its refusal for five minutes.
         assert!(validate(&unleash, &[token]).await.is_empty(), "{version:?}");
@@ -434,9 +320,7 @@ async fn a_missing_or_unknown_token_gets_401_and_the_wrong_kind_403() {
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
 async fn flags_carry_a_strong_etag_that_an_exact_if_none_match_turns_into_304() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
-        let token = unleash
-            .create_token(Kind::Backend, "development", &["*"], "facts-etag")
-            .await;
+        let token = unleash.create_token(Kind::Backend, "development", &["*"], "facts-etag").await;
         let fetch = async |etag: &str| {
             let url = unleash.url() + "/api/client/features";
             http()
@@ -466,22 +350,15 @@ async fn segments_stand_apart_for_sdks_of_spec_4_2_and_are_inlined_for_older_one
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
         let flag = "facts.segmented";
         let constraint = json!({ "contextName": "userId", "operator": "IN", "values": ["7"] });
-        let segment = unleash
-            .create_segment("facts-segment", &json!([constraint]))
-            .await;
+        let segment = unleash.create_segment("facts-segment", &json!([constraint])).await;
         let strategy = json!({ "name": "default", "parameters": {}, "segments": [segment] });
-        unleash
-            .create_enabled_flag(flag, "production", &[strategy])
-            .await;
-        let token = unleash
-            .create_token(Kind::Backend, "production", &["*"], "facts-segmented")
-            .await;
+        unleash.create_enabled_flag(flag, "production", &[strategy]).await;
+        let token =
+            unleash.create_token(Kind::Backend, "production", &["*"], "facts-segmented").await;
         let fetch = async |spec: &str| {
             let url = unleash.url() + "/api/client/features?namePrefix=facts.segmented";
-            let request = http()
-                .get(url)
-                .header("Authorization", &token)
-                .header("Unleash-Client-Spec", spec);
+            let request =
+                http().get(url).header("Authorization", &token).header("Unleash-Client-Spec", spec);
             serde_json::from_slice::<Value>(&request.send().await.unwrap().bytes().await.unwrap())
                 .unwrap()
         };
@@ -492,22 +369,13 @@ async fn segments_stand_apart_for_sdks_of_spec_4_2_and_are_inlined_for_older_one
         .await;
         let inlined = fetch("4.1.0").await;
         assert_eq!(apart["segments"][0]["id"], segment);
-        assert_eq!(
-            apart["segments"][0]["constraints"][0]["values"],
-            json!(["7"])
-        );
-        assert_eq!(
-            apart["features"][0]["strategies"][0]["segments"],
-            json!([segment])
-        );
+        assert_eq!(apart["segments"][0]["constraints"][0]["values"], json!(["7"]));
+        assert_eq!(apart["features"][0]["strategies"][0]["segments"], json!([segment]));
         assert_eq!(
             inlined["features"][0]["strategies"][0]["constraints"][0]["values"],
             json!(["7"])
         );
-        assert_eq!(
-            inlined["features"][0]["strategies"][0]["segments"],
-            Value::Null
-        );
+        assert_eq!(inlined["features"][0]["strategies"][0]["segments"], Value::Null);
 
         unleash.disable(flag, "production").await;
         until("the flag is off", Duration::from_secs(30), async || {
@@ -524,20 +392,12 @@ async fn the_environments_are_development_and_production_and_there_is_no_stream(
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
         let listed = unleash.admin_get("/api/admin/environments").await;
         let environments: Vec<_> = listed["environments"].as_array().unwrap().iter().collect();
-        let names: Vec<_> = environments
-            .iter()
-            .map(|environment| &environment["name"])
-            .collect();
+        let names: Vec<_> = environments.iter().map(|environment| &environment["name"]).collect();
         assert_eq!(names, ["development", "production"]);
-        assert!(
-            environments
-                .iter()
-                .all(|environment| environment["enabled"] == true)
-        );
+        assert!(environments.iter().all(|environment| environment["enabled"] == true));
 
-        let token = unleash
-            .create_token(Kind::Backend, "development", &["*"], "facts-no-stream")
-            .await;
+        let token =
+            unleash.create_token(Kind::Backend, "development", &["*"], "facts-no-stream").await;
         for path in ["/api/client/delta", "/api/client/streaming"] {
             let (status, _) = call(&unleash, Method::GET, path, &token, &Value::Null).await;
             assert_eq!(status, StatusCode::NOT_FOUND, "{path}");
@@ -550,23 +410,13 @@ async fn the_environments_are_development_and_production_and_there_is_no_stream(
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
 async fn a_killed_server_comes_back_with_its_flags_and_tokens() {
     let unleash = Unleash::start(Version::V7).await;
-    unleash
-        .create_enabled_flag("facts.survivor", "production", &[])
-        .await;
-    let token = unleash
-        .create_token(Kind::Backend, "production", &["*"], "facts-survivor")
-        .await;
+    unleash.create_enabled_flag("facts.survivor", "production", &[]).await;
+    let token = unleash.create_token(Kind::Backend, "production", &["*"], "facts-survivor").await;
     unleash.kill();
     assert!(http().get(unleash.url() + "/health").send().await.is_err());
     unleash.restart().await;
-    let (status, flags) = call(
-        &unleash,
-        Method::GET,
-        "/api/client/features",
-        &token,
-        &Value::Null,
-    )
-    .await;
+    let (status, flags) =
+        call(&unleash, Method::GET, "/api/client/features", &token, &Value::Null).await;
     assert_eq!(status, StatusCode::OK);
     assert_eq!(flags["features"][0]["name"], "facts.survivor");
     assert_eq!(flags["features"][0]["enabled"], true);

@@ -30,11 +30,7 @@ pub(crate) enum Fault {
     /// Requests reach the upstream, but the connection breaks before the answer comes back.
     LoseAnswers,
     /// The proxy answers itself, with this status, these headers and this body.
-    Answer {
-        status: StatusCode,
-        headers: Vec<(&'static str, &'static str)>,
-        body: &'static str,
-    },
+    Answer { status: StatusCode, headers: Vec<(&'static str, &'static str)>, body: &'static str },
 }
 
 /// A request that came to the proxy, whatever became of it.
@@ -64,22 +60,10 @@ impl ChaosProxy {
         let (fault, faults) = watch::channel(Fault::None);
         let (listens, mut listening) = watch::channel(false);
         let seen = Arc::<Mutex<Vec<Seen>>>::default();
-        let line = Line {
-            upstream: upstream.to_owned(),
-            faults,
-            seen: Arc::clone(&seen),
-        };
+        let line = Line { upstream: upstream.to_owned(), faults, seen: Arc::clone(&seen) };
         tokio::spawn(line.run(address, listens));
-        listening
-            .wait_for(|&listening| listening)
-            .await
-            .expect("the proxy runs");
-        Self {
-            address,
-            fault,
-            listening,
-            seen,
-        }
+        listening.wait_for(|&listening| listening).await.expect("the proxy runs");
+        Self { address, fault, listening, seen }
     }
 
     /// Where clients go instead of the upstream.
@@ -92,10 +76,7 @@ impl ChaosProxy {
         let listening = fault != Fault::Cut;
         self.fault.send_replace(fault);
         let mut trailing = self.listening.clone();
-        trailing
-            .wait_for(|&now| now == listening)
-            .await
-            .expect("the proxy runs");
+        trailing.wait_for(|&now| now == listening).await.expect("the proxy runs");
     }
 
     pub(crate) async fn cut(&self) {
@@ -112,12 +93,7 @@ impl ChaosProxy {
         status: StatusCode,
         headers: &[(&'static str, &'static str)],
     ) {
-        self.set(Fault::Answer {
-            status,
-            headers: headers.to_vec(),
-            body: "",
-        })
-        .await;
+        self.set(Fault::Answer { status, headers: headers.to_vec(), body: "" }).await;
     }
 
     pub(crate) async fn restore(&self) {
@@ -126,18 +102,13 @@ impl ChaosProxy {
 
     /// Every request so far, in the order they came.
     pub(crate) fn seen(&self) -> Vec<Seen> {
-        self.seen
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// How many requests so far were for paths that begin so.
     pub(crate) fn count(&self, path_prefix: &str) -> usize {
         let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        seen.iter()
-            .filter(|request| request.path.starts_with(path_prefix))
-            .count()
+        seen.iter().filter(|request| request.path.starts_with(path_prefix)).count()
     }
 }
 
@@ -152,12 +123,7 @@ struct Line {
 impl Line {
     async fn run(mut self, address: SocketAddr, listens: watch::Sender<bool>) {
         loop {
-            if self
-                .faults
-                .wait_for(|fault| *fault != Fault::Cut)
-                .await
-                .is_err()
-            {
+            if self.faults.wait_for(|fault| *fault != Fault::Cut).await.is_err() {
                 return;
             }
             let listener = listen(address);
@@ -194,34 +160,18 @@ impl Line {
     async fn answer(self, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, AnswerLost> {
         let (head, body) = request.into_parts();
         let body = body.collect().await.map_err(|_| AnswerLost)?.to_bytes();
-        let path = head
-            .uri
-            .path_and_query()
-            .map_or("/", |path| path.as_str())
-            .to_owned();
-        let seen = Seen {
-            method: head.method.clone(),
-            path: path.clone(),
-            body: body.clone(),
-        };
-        self.seen
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(seen);
+        let path = head.uri.path_and_query().map_or("/", |path| path.as_str()).to_owned();
+        let seen = Seen { method: head.method.clone(), path: path.clone(), body: body.clone() };
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).push(seen);
 
         let fault = self.faults.borrow().clone();
         let forward = async || {
             let mut headers = head.headers.clone();
             headers.remove("host");
             headers.remove("connection");
-            let request = http()
-                .request(head.method.clone(), self.upstream.clone() + &path)
-                .headers(headers);
-            request
-                .body(body.clone())
-                .send()
-                .await
-                .map_err(|_| AnswerLost)
+            let request =
+                http().request(head.method.clone(), self.upstream.clone() + &path).headers(headers);
+            request.body(body.clone()).send().await.map_err(|_| AnswerLost)
         };
         match fault {
             Fault::None => {
@@ -235,9 +185,7 @@ impl Line {
                     }
                 }
                 let body = answer.bytes().await.map_err(|_| AnswerLost)?;
-                Ok(response
-                    .body(Full::new(body))
-                    .expect("the upstream's answer is well-formed"))
+                Ok(response.body(Full::new(body)).expect("the upstream's answer is well-formed"))
             }
             Fault::Stall => match std::future::pending::<Infallible>().await {},
             Fault::LoseAnswers => {
@@ -245,18 +193,13 @@ impl Line {
                 Err(AnswerLost)
             }
             Fault::Cut => Err(AnswerLost),
-            Fault::Answer {
-                status,
-                headers,
-                body,
-            } => {
-                let response = headers.into_iter().fold(
-                    Response::builder().status(status),
-                    |response, (name, value)| response.header(name, value),
-                );
-                Ok(response
-                    .body(Full::from(body))
-                    .expect("tests make well-formed answers"))
+            Fault::Answer { status, headers, body } => {
+                let response = headers
+                    .into_iter()
+                    .fold(Response::builder().status(status), |response, (name, value)| {
+                        response.header(name, value)
+                    });
+                Ok(response.body(Full::from(body)).expect("tests make well-formed answers"))
             }
         }
     }
@@ -292,11 +235,7 @@ mod tests {
     }
 
     async fn post(proxy: &ChaosProxy) -> reqwest::Result<reqwest::Response> {
-        http()
-            .post(proxy.url() + "/a/b?c=d")
-            .body("question")
-            .send()
-            .await
+        http().post(proxy.url() + "/a/b?c=d").body("question").send().await
     }
 
     #[tokio::test]
@@ -306,11 +245,8 @@ mod tests {
         assert_eq!(answer.status(), StatusCode::ACCEPTED);
         assert_eq!(answer.headers()["etag"], "\"1\"");
         assert_eq!(answer.text().await.unwrap(), "hello");
-        let question = Seen {
-            method: Method::POST,
-            path: "/a/b?c=d".to_owned(),
-            body: "question".into(),
-        };
+        let question =
+            Seen { method: Method::POST, path: "/a/b?c=d".to_owned(), body: "question".into() };
         assert_eq!(proxy.seen(), std::slice::from_ref(&question));
         assert_eq!(upstream.seen(), [question]);
     }
@@ -355,9 +291,7 @@ mod tests {
     #[tokio::test]
     async fn it_answers_itself_when_told_to() {
         let (proxy, upstream) = proxy_and_upstream().await;
-        proxy
-            .answer(StatusCode::SERVICE_UNAVAILABLE, &[("retry-after", "7")])
-            .await;
+        proxy.answer(StatusCode::SERVICE_UNAVAILABLE, &[("retry-after", "7")]).await;
         let answer = post(&proxy).await.unwrap();
         assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE);
         assert_eq!(answer.headers()["retry-after"], "7");

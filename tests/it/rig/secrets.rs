@@ -10,10 +10,7 @@ static OUTPUTS: Mutex<Vec<(String, Arc<Output>)>> = Mutex::new(Vec::new());
 
 /// Remembers a token that must never show.
 pub(crate) fn remember(token: &str) {
-    SECRETS
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .insert(token.to_owned());
+    SECRETS.lock().unwrap_or_else(PoisonError::into_inner).insert(token.to_owned());
 }
 
 /// Remembers what a process prints from now on.
@@ -39,16 +36,9 @@ pub(crate) fn leaks(text: &[u8]) -> Vec<String> {
 
 /// Panics if a watched process has printed a remembered token.
 pub(crate) fn assert_none_printed() {
-    let outputs: Vec<_> = OUTPUTS
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .clone();
+    let outputs: Vec<_> = OUTPUTS.lock().unwrap_or_else(PoisonError::into_inner).clone();
     for (name, output) in outputs {
         let leaks = leaks(output.text().as_bytes());
-        assert!(
-            leaks.is_empty(),
-            "{name} printed {} of the tokens it must not show",
-            leaks.len()
-        );
+        assert!(leaks.is_empty(), "{name} printed {} of the tokens it must not show", leaks.len());
     }
 }

@@ -98,18 +98,10 @@ impl Unleash {
     /// Starts a server with a fresh database.
     pub(crate) async fn start(version: Version) -> Self {
         secrets::remember(ADMIN_TOKEN);
-        let database = Postgres::shared()
-            .await
-            .copy_database(version.template().await)
-            .await;
+        let database = Postgres::shared().await.copy_database(version.template().await).await;
         let port = free_port();
         let server = launch(version, port, &database).await;
-        Self {
-            version,
-            port,
-            database,
-            server: Mutex::new(Some(server)),
-        }
+        Self { version, port, database, server: Mutex::new(Some(server)) }
     }
 
     /// The server of this version that tests share; for those that neither stop it nor mind the flags of others.
@@ -122,11 +114,7 @@ impl Unleash {
             Version::V8 => &V8,
             Version::V8SecureTokens => &V8_SECURE_TOKENS,
         };
-        Arc::clone(
-            shared
-                .get_or_init(async || Arc::new(Self::start(version).await))
-                .await,
-        )
+        Arc::clone(shared.get_or_init(async || Arc::new(Self::start(version).await)).await)
     }
 
     /// Runs one test against the shared server of every version, all at once.
@@ -173,11 +161,7 @@ impl Unleash {
     /// Starts it again, after [`kill`](Self::kill) or [`stop`](Self::stop), on the same port and database.
     pub(crate) async fn restart(&self) {
         let server = launch(self.version, self.port, &self.database).await;
-        let before = self
-            .server
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .replace(server);
+        let before = self.server.lock().unwrap_or_else(PoisonError::into_inner).replace(server);
         assert!(before.is_none(), "the server was running");
     }
 
@@ -196,13 +180,10 @@ impl Unleash {
         path: &str,
         body: &Value,
     ) -> (StatusCode, Value) {
-        let mut request = http()
-            .request(method, self.url() + path)
-            .header("Authorization", ADMIN_TOKEN);
+        let mut request =
+            http().request(method, self.url() + path).header("Authorization", ADMIN_TOKEN);
         if !body.is_null() {
-            request = request
-                .header("Content-Type", "application/json")
-                .body(body.to_string());
+            request = request.header("Content-Type", "application/json").body(body.to_string());
         }
         let response = request.send().await.unwrap();
         let (status, body) = (response.status(), response.bytes().await.unwrap());
@@ -235,8 +216,7 @@ impl Unleash {
     /// Makes a flag of type `release`, off everywhere, without strategies. Its name must be new.
     pub(crate) async fn create_flag(&self, name: &str) {
         let flag = json!({ "name": name, "type": "release" });
-        self.admin_post("/api/admin/projects/default/features", &flag)
-            .await;
+        self.admin_post("/api/admin/projects/default/features", &flag).await;
     }
 
     /// Makes a flag with these strategies in `environment`, and switches it on there.
@@ -267,13 +247,11 @@ impl Unleash {
 
     /// Switches a flag on; one without strategies gets the default one, on for everybody.
     pub(crate) async fn enable(&self, flag: &str, environment: &str) {
-        self.admin_post(&format!("{}/on", flag_in(flag, environment)), &json!({}))
-            .await;
+        self.admin_post(&format!("{}/on", flag_in(flag, environment)), &json!({})).await;
     }
 
     pub(crate) async fn disable(&self, flag: &str, environment: &str) {
-        self.admin_post(&format!("{}/off", flag_in(flag, environment)), &json!({}))
-            .await;
+        self.admin_post(&format!("{}/off", flag_in(flag, environment)), &json!({})).await;
     }
 
     /// Makes a segment of these constraints and says its id.
@@ -322,9 +300,7 @@ impl Unleash {
 
     /// The tokens of this name, as the admin API lists them.
     pub(crate) async fn tokens_named(&self, name: &str) -> Vec<Value> {
-        let mut listed = self
-            .admin_get(&format!("/api/admin/api-tokens/{name}"))
-            .await;
+        let mut listed = self.admin_get(&format!("/api/admin/api-tokens/{name}")).await;
         let Value::Array(tokens) = listed["tokens"].take() else {
             panic!("no list of tokens: {listed}")
         };
@@ -333,11 +309,8 @@ impl Unleash {
 
     /// Revokes a token: by what it is listed as, the full token (v1) or its selector (v2).
     pub(crate) async fn delete_token(&self, token: &str) {
-        let listed_as = token
-            .split_once(".v2_")
-            .map_or(token, |(_, rest)| &rest[..22]);
-        self.admin_delete(&format!("/api/admin/api-tokens/{listed_as}"))
-            .await;
+        let listed_as = token.split_once(".v2_").map_or(token, |(_, rest)| &rest[..22]);
+        self.admin_delete(&format!("/api/admin/api-tokens/{listed_as}")).await;
     }
 
     /// Waits until use of a flag is counted.
@@ -345,9 +318,7 @@ impl Unleash {
     /// Unleash looks up which flags exist at most every 10 s, and until then accepts (202) and drops the use of a new one.
     /// So a test that counts waits here first. What the probe uses shows nowhere else.
     pub(crate) async fn wait_until_counted(&self, flag: &str, environment: &str) {
-        let token = self
-            .create_token(Kind::Backend, environment, &["*"], PROBE)
-            .await;
+        let token = self.create_token(Kind::Backend, environment, &["*"], PROBE).await;
         let what = format!("{flag} is counted in {environment} at {:?}", self.version);
         until(&what, STORED_WITHIN, async || {
             let body = json!({ "applications": [], "metrics": [{
@@ -364,11 +335,7 @@ impl Unleash {
                 .await
                 .unwrap();
             assert_eq!(posted.status(), StatusCode::ACCEPTED);
-            self.all_usage_of(flag)
-                .await
-                .iter()
-                .any(|hour| hour.app_name == PROBE)
-                .then_some(())
+            self.all_usage_of(flag).await.iter().any(|hour| hour.app_name == PROBE).then_some(())
         })
         .await;
         self.delete_token(&token).await;
@@ -382,15 +349,9 @@ impl Unleash {
     }
 
     async fn all_usage_of(&self, flag: &str) -> Vec<Usage> {
-        let stored = self
-            .admin_get(&format!("/api/admin/client-metrics/features/{flag}/raw"))
-            .await;
-        let mut usage: Vec<Usage> = stored["data"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(usage)
-            .collect();
+        let stored =
+            self.admin_get(&format!("/api/admin/client-metrics/features/{flag}/raw")).await;
+        let mut usage: Vec<Usage> = stored["data"].as_array().unwrap().iter().map(usage).collect();
         usage.retain(|hour| hour.yes > 0 || hour.no > 0);
         usage.sort();
         usage
@@ -406,10 +367,8 @@ impl Unleash {
         environment: &str,
         expect: (u64, u64),
     ) {
-        let what = format!(
-            "{expect:?} uses of {flag} by {app_name} in {environment} at {}",
-            self.url()
-        );
+        let what =
+            format!("{expect:?} uses of {flag} by {app_name} in {environment} at {}", self.url());
         until(&what, STORED_WITHIN, async || {
             let usage = self.usage_of(flag).await;
             let of_app = usage
@@ -427,9 +386,7 @@ impl Unleash {
 
     /// The names of the applications that have registered. Unleash stores them every 20 s.
     pub(crate) async fn applications(&self) -> Vec<String> {
-        let stored = self
-            .admin_get("/api/admin/metrics/applications?limit=1000")
-            .await;
+        let stored = self.admin_get("/api/admin/metrics/applications?limit=1000").await;
         let applications = stored["applications"].as_array().unwrap().iter();
         applications
             .map(|application| application["appName"].as_str().unwrap().to_owned())
@@ -450,9 +407,7 @@ fn usage(hour: &Value) -> Usage {
         timestamp: text("timestamp"),
         yes: hour["yes"].as_u64().unwrap(),
         no: hour["no"].as_u64().unwrap(),
-        variants: variants
-            .map(|(name, count)| (name.clone(), count.as_u64().unwrap()))
-            .collect(),
+        variants: variants.map(|(name, count)| (name.clone(), count.as_u64().unwrap())).collect(),
     }
 }
 
@@ -477,11 +432,7 @@ async fn launch(version: Version, port: u16, database: &str) -> Process {
     let health = format!("http://127.0.0.1:{port}/health");
     server
         .wait_until(async || {
-            http()
-                .get(&health)
-                .send()
-                .await
-                .is_ok_and(|answer| answer.status().is_success())
+            http().get(&health).send().await.is_ok_and(|answer| answer.status().is_success())
         })
         .await;
     server
