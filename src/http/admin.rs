@@ -3,7 +3,7 @@
 //! Everything that tells of flags, tokens or usage wants an admin token. Tokens are shown masked,
 //! always.
 
-use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
+use std::{collections::BTreeSet, fmt::Write as _, net::SocketAddr, time::Duration};
 
 use hyper::{HeaderMap, Method, Request, body::Incoming, header::HeaderName};
 use jiff::Timestamp;
@@ -179,7 +179,8 @@ impl Admin {
             let listing = snapshot.listing(&Projects::All, Filter::default(), Segments::Separate);
             let json = String::from_utf8_lossy(&listing.make(Coding::Identity).bytes).into_owned();
             let separator = if n > 0 { "," } else { "" };
-            text.push_str(&format!("{separator}{}:{json}", Value::from(environment.as_str())));
+            let name = Value::from(environment.as_str());
+            write!(text, "{separator}{name}:{json}").expect("writing to a string cannot fail");
         }
         text.push('}');
         text

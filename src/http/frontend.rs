@@ -10,6 +10,7 @@ use jiff::Timestamp;
 
 use super::{
     client::decoded,
+    conditional,
     reply::{self, Failure, Freshness, Reply},
 };
 use crate::{
@@ -35,18 +36,11 @@ pub struct Question<'a> {
     pub scope: &'a Scope,
 }
 
-impl<'a> Question<'a> {
+impl Question<'_> {
     /// Completes the context and answers by it.
     fn answer<T>(&self, answer: impl FnOnce(&Context<'_>) -> T) -> T {
         let Self { told, client, hostname, scope, .. } = *self;
-        let address;
-        let remote_address = match &told.remote_address {
-            Some(address) => address,
-            None => {
-                address = client.to_string();
-                &address
-            }
-        };
+        let remote_address = told.remote_address.clone().unwrap_or_else(|| client.to_string());
         let properties: Vec<_> =
             told.properties.iter().map(|(name, value)| (&**name, &**value)).collect();
         answer(&Context {
@@ -55,7 +49,7 @@ impl<'a> Question<'a> {
             environment: Some(told.environment.as_deref().unwrap_or(scope.environment.as_str())),
             app_name: told.app_name.as_deref(),
             current_time: told.current_time.as_deref(),
-            remote_address: Some(remote_address),
+            remote_address: Some(&remote_address),
             properties: &properties,
             hostname: Some(hostname),
             now: Timestamp::now(),
@@ -75,14 +69,13 @@ pub async fn flags(headers: &HeaderMap, shown: Shown, question: Question<'_>) ->
     let projects = &question.scope.projects;
     let body = question.answer(|context| {
         let answer = Answer::of(question.snapshot, projects, context, shown);
-        match reply::unless_changed(headers, &answer.etag(), Freshness::Revalidate) {
-            Some(unchanged) => Err(unchanged),
-            None => Ok(answer.body()),
-        }
+        let etag = answer.etag();
+        // Decided by the outcome alone: an unchanged answer needs no body.
+        if conditional::none_match_names(headers, &etag) { Err(etag) } else { Ok(answer.body()) }
     });
     match body {
         Ok(body) => reply::body(headers, &body, Freshness::Revalidate).await,
-        Err(unchanged) => unchanged,
+        Err(etag) => reply::not_modified(&etag, Freshness::Revalidate),
     }
 }
 

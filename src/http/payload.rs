@@ -9,7 +9,7 @@ use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use hyper::{
     HeaderMap,
     body::Incoming,
-    header::{CONTENT_ENCODING, CONTENT_TYPE},
+    header::{CONTENT_ENCODING, CONTENT_TYPE, HeaderValue},
 };
 
 use super::reply::Failure;
@@ -40,7 +40,7 @@ pub async fn read(headers: &HeaderMap, body: Incoming, limits: Limits) -> Result
         Ok(Err(_)) => return Err(Failure::Malformed("the body broke off".to_owned())),
         Ok(Ok(collected)) => collected.to_bytes(),
     };
-    let coding = headers.get(CONTENT_ENCODING).map(|value| value.as_bytes());
+    let coding = headers.get(CONTENT_ENCODING).map(HeaderValue::as_bytes);
     decompress(coding.unwrap_or_default(), bytes, limits.bytes)
 }
 

@@ -137,19 +137,12 @@ pub enum Freshness {
     Revalidate,
 }
 
-/// The 304 that answers a condition which names the representation of `etag`, if the request poses
-/// one.
-pub fn unless_changed(
-    request: &HeaderMap,
-    etag: &HeaderValue,
-    freshness: Freshness,
-) -> Option<Reply> {
-    conditional::none_match_names(request, etag).then(|| {
-        let mut reply = empty(StatusCode::NOT_MODIFIED);
-        reply.headers_mut().insert(ETAG, etag.clone());
-        describe(&mut reply, freshness);
-        reply
-    })
+/// The answer to a condition that names the representation of `etag`.
+pub fn not_modified(etag: &HeaderValue, freshness: Freshness) -> Reply {
+    let mut reply = empty(StatusCode::NOT_MODIFIED);
+    reply.headers_mut().insert(ETAG, etag.clone());
+    describe(&mut reply, freshness);
+    reply
 }
 
 /// The body in the coding that the client prefers, or a 304.
@@ -157,8 +150,8 @@ pub fn unless_changed(
 /// Awaits only while a coding is made for the first time, on a thread for such work. Dropping the
 /// future leaves that work to finish for the next who asks.
 pub async fn body(request: &HeaderMap, body: &Arc<Body>, freshness: Freshness) -> Reply {
-    if let Some(reply) = unless_changed(request, body.etag(), freshness) {
-        return reply;
+    if conditional::none_match_names(request, body.etag()) {
+        return not_modified(body.etag(), freshness);
     }
     let coding = body.effective(coding::preferred(request));
     if let Some(coded) = body.ready(coding) {

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use super::body::Body;
 use crate::{
     token::{Environment, Project, Projects},
-    wire::features::{Document, Feature},
+    wire::features::{Document, Feature, Segment},
 };
 
 /// What a request narrows its scope to.
@@ -62,7 +62,7 @@ pub(super) fn build(environment: &Environment, document: &Document, key: &Listin
                 shown().flat_map(|feature| feature.segment_ids().iter().copied()).collect();
             let segments = document.segments().iter().filter(|it| wanted.contains(&it.id()));
             text.push_str(r#"],"segments":["#);
-            push_list(&mut text, segments.map(|segment| segment.raw()));
+            push_list(&mut text, segments.map(Segment::raw));
         }
         Segments::Inlined => {
             push_list(&mut text, shown().map(|feature| feature.inlined(document.segments())));

@@ -212,11 +212,9 @@ impl Follower {
             }
             fetched => fetched?,
         };
-        if !changed {
-            if let Some(snapshot) = self.snapshots.load(environment) {
-                snapshot.confirm(Timestamp::now());
-                return Ok(());
-            }
+        if !changed && let Some(snapshot) = self.snapshots.load(environment) {
+            snapshot.confirm(Timestamp::now());
+            return Ok(());
         }
         let snapshot = publish(&self.snapshots, environment, sources.merged()).await;
         self.keep(&snapshot).await;
