@@ -95,13 +95,18 @@ impl Packer {
         Self { batch: Batch::default(), size: size(&[]), limit }
     }
 
-    /// Takes a piece, or gives it back when the body would be too large with it.
+    /// Takes a piece, or gives it back when the body would be too large with it, or when it belongs
+    /// to another list than those before: upstream refuses a request whole, and neither a
+    /// registration nor an impact metric that it dislikes shall cost counts.
     ///
     /// The first piece only has to fit into [`MAX_BODY`], else it could never be sent.
     pub(super) fn push(&mut self, item: Item) -> Result<(), Item> {
         let size = self.size + 1 + item.json.len();
-        let limit = if self.batch.items.is_empty() { MAX_BODY } else { self.limit };
-        if size > limit {
+        let (limit, fits) = match self.batch.items.first() {
+            None => (MAX_BODY, true),
+            Some(first) => (self.limit, first.part == item.part),
+        };
+        if size > limit || !fits {
             return Err(item);
         }
         self.size = size;
@@ -155,6 +160,14 @@ mod tests {
         assert!(packer.is_empty());
         assert!(packer.push(item(Part::Metric, 1000)).is_ok());
         assert!(packer.push(item(Part::Metric, 1)).is_err());
+    }
+
+    #[test]
+    fn a_batch_gathers_pieces_of_one_list() {
+        let mut packer = Packer::new(MAX_BODY);
+        let parts = [Part::Application, Part::Application, Part::Metric, Part::Impact];
+        let taken = parts.map(|part| packer.push(item(part, 1)).is_ok());
+        assert_eq!(taken, [true, true, false, false]);
     }
 
     proptest! {

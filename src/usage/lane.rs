@@ -125,7 +125,8 @@ impl Lane {
         }
     }
 
-    /// Cuts a batch off what waits; also says how many evaluations were too large to be sent.
+    /// Cuts a batch of one kind of pieces off what waits; also says how many evaluations were too
+    /// large to be sent.
     pub(super) fn cut(&mut self, environment: &Environment) -> (Option<Batch>, u64) {
         let mut packer = Packer::new(self.limit);
         let mut oversized = 0_u64;
@@ -133,7 +134,10 @@ impl Lane {
             let alone = packer.is_empty();
             match packer.push(item) {
                 Ok(()) => {}
-                Err(item) if alone => oversized = oversized.saturating_add(item.count),
+                Err(item) if alone => {
+                    oversized = oversized.saturating_add(item.count);
+                    meter::items_dropped("oversized", 1);
+                }
                 Err(item) => {
                     self.carry.push_front(item);
                     break;
