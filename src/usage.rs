@@ -132,7 +132,7 @@ impl Usage {
                 connect_via: Vec::new(),
                 interval: self.shared.interval.as_secs(),
                 started,
-                strategies: None,
+                strategies: Vec::new(),
                 sdk_kind: None,
                 metadata: metadata.clone(),
                 extra: serde_json::Map::new(),
@@ -400,7 +400,7 @@ mod tests {
         for _ in 0..3 {
             usage.record_metrics(&scope("dev"), SdkKind::Backend, counts("a", "f", 2), at(0));
         }
-        insta::assert_snapshot!(json!(sent(&usage, [])).to_string(), @r#"[{"applications":[{"appName":"a","connectVia":[{"appName":"parapet","instanceId":"p1"}],"environment":"dev","instanceId":"i","interval":60,"projects":["default"],"sdkType":"backend","started":"2026-01-02T03:04:05Z"}],"metrics":[]},{"applications":[],"metrics":[{"appName":"a","environment":"dev","featureName":"f","no":3,"timestamp":"2026-01-02T03:00:00Z","variants":{"v":6},"yes":6}]}]"#);
+        insta::assert_snapshot!(json!(sent(&usage, [])).to_string(), @r#"[{"applications":[{"appName":"a","connectVia":[{"appName":"parapet","instanceId":"p1"}],"environment":"dev","instanceId":"i","interval":60,"projects":["default"],"sdkType":"backend","started":"2026-01-02T03:04:05Z","strategies":[]}],"metrics":[]},{"applications":[],"metrics":[{"appName":"a","environment":"dev","featureName":"f","no":3,"timestamp":"2026-01-02T03:00:00Z","variants":{"v":6},"yes":6}]}]"#);
         usage.record_metrics(&scope("dev"), SdkKind::Backend, counts("a", "f", 2), at(0));
         let again = sent(&usage, []);
         assert_eq!((&again[0]["applications"], sum(&again, "yes")), (&json!([]), 2));

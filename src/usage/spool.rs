@@ -184,7 +184,7 @@ mod tests {
     const VERSION_1: &str = r#"{"version":1,"environments":{"dev":{
         "batch":[{"part":"metric","count":3,"json":{"featureName":"f","appName":"a","environment":"dev","timestamp":"2026-01-02T03:00:00Z","yes":2,"no":1,"variants":{}}}],
         "pieces":[{"part":"impact","count":0,"json":{"name":"n"}}],
-        "applications":[{"appName":"a","instanceId":"i","connectVia":[],"interval":15,"started":"2026-01-02T03:04:05Z"}],
+        "applications":[{"appName":"a","instanceId":"i","connectVia":[],"interval":15,"started":"2026-01-02T03:04:05Z","strategies":[]}],
         "metrics":[{"featureName":"f","appName":"a","environment":"dev","timestamp":"2026-01-02T04:00:00Z","yes":5,"no":0,"variants":{"v":5},"sdkVersion":"x:1"}],
         "impact":[{"app":"a","metric":{"name":"n","help":"h","type":"counter","samples":[{"value":1.0,"labels":{"origin":"edge"}}]}}]}}}"#;
 
