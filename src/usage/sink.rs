@@ -101,9 +101,88 @@ fn outcome(error: &Error) -> Outcome {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::{
+        sync::{Arc, Mutex},
+        time::Duration,
+    };
+
+    use bytes::Bytes;
+    use http_body_util::Empty;
+    use hyper::{Request, Response, body::Incoming, server::conn::http1, service::service_fn};
+    use hyper_util::rt::TokioIo;
 
     use super::*;
+    use crate::{
+        token::{Grant, Projects, Scope, TokenKind},
+        upstream::Config,
+    };
+
+    const GOOD: &str = "web:dev.good";
+    const REVOKED: &str = "*:dev.revoked";
+
+    /// An upstream that takes one token only; the tokens that it is shown.
+    async fn upstream() -> (Upstream, Arc<Mutex<Vec<String>>>) {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let log = Arc::clone(&seen);
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let log = Arc::clone(&log);
+                let service = service_fn(move |request: Request<Incoming>| {
+                    let token = request.headers()["authorization"].to_str().unwrap().to_owned();
+                    let status = if token == GOOD { 202 } else { 401 };
+                    log.lock().unwrap().push(token);
+                    async move { Response::builder().status(status).body(Empty::<Bytes>::new()) }
+                });
+                tokio::spawn(http1::Builder::new().serve_connection(TokioIo::new(stream), service));
+            }
+        });
+        let config = Config {
+            url: url.parse().unwrap(),
+            token_header: hyper::header::AUTHORIZATION,
+            extra_headers: Vec::new(),
+            request_timeout: Duration::from_secs(30),
+            connect_timeout: Duration::from_secs(30),
+            keepalive: Duration::from_secs(15),
+            certificate_file: None,
+            identity: None,
+            skip_certificate_verification: false,
+            app_name: "parapet".to_owned(),
+            instance_id: "one".to_owned(),
+        };
+        (Upstream::new(config).unwrap(), seen)
+    }
+
+    fn credentials(tokens: &[&str]) -> Credentials {
+        let credentials = Credentials::without_admin();
+        for text in tokens {
+            let token = Token::parse(text).unwrap();
+            let projects = token.projects().unwrap_or(Projects::All);
+            let scope = Scope { environment: Environment::new("dev"), projects };
+            credentials.offer(&token, &Grant { kind: TokenKind::Client, scope });
+        }
+        credentials
+    }
+
+    #[tokio::test]
+    async fn a_refused_token_is_replaced_and_without_any_the_batch_waits() {
+        let (upstream, seen) = upstream().await;
+        let check = async |tokens: &[&str], expected, shown: &[&str]| {
+            let batch = Dispatch {
+                id: BatchId::default(),
+                environment: Environment::new("dev"),
+                body: Bytes::from_static(b"{}"),
+            };
+            let (_, outcome) = deliver(&upstream, &credentials(tokens), batch).await;
+            assert_eq!(outcome, expected, "{tokens:?}");
+            assert_eq!(std::mem::take(&mut *seen.lock().unwrap()), shown, "{tokens:?}");
+        };
+        check(&[GOOD], Outcome::Sent, &[GOOD]).await;
+        check(&[GOOD, REVOKED], Outcome::Sent, &[REVOKED, GOOD]).await;
+        check(&[REVOKED], Outcome::Unauthorized, &[REVOKED]).await;
+        check(&[], Outcome::Unauthorized, &[]).await;
+    }
 
     #[test]
     fn an_answer_decides_what_becomes_of_a_batch() {
