@@ -119,8 +119,8 @@ impl App {
         let metrics = telemetry::start_metrics();
         let (readiness, latch) = Readiness::new();
         let snapshots = Snapshots::default();
-        let data = bind(config.data.address).await?;
-        let admin = bind(config.admin.address).await?;
+        let data = bind(config.data.address)?;
+        let admin = bind(config.admin.address)?;
         let addresses =
             (address(&data, config.data.address), address(&admin, config.admin.address));
         let ops = Ops::new(readiness.clone(), metrics.clone(), snapshots.clone());
@@ -264,7 +264,7 @@ impl App {
 
 /// Listens on an address. The unspecified IPv6 address means IPv4 too, and stands for the
 /// unspecified IPv4 address where the machine has no IPv6.
-async fn bind(address: SocketAddr) -> Result<TcpListener, Error> {
+fn bind(address: SocketAddr) -> Result<TcpListener, Error> {
     let bound = match listen(address) {
         Err(_) if address.is_ipv6() && address.ip().is_unspecified() => {
             listen(SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), address.port()))

@@ -110,12 +110,8 @@ impl Snapshot {
     /// it; built on the first wish.
     pub fn listing(&self, projects: &Projects, filter: Filter, segments: Segments) -> Arc<Body> {
         let key = ListingKey { projects: projects.clone(), filter, segments };
-        if let Some(body) = self.listings.get(&key) {
-            return body;
-        }
-        let body = Arc::new(listing::build(&self.environment, &self.document, &key));
-        self.listings.insert(key, Arc::clone(&body));
-        body
+        let build = || Arc::new(listing::build(&self.environment, &self.document, &key));
+        self.listings.get_with_by_ref(&key, build)
     }
 
     /// The flags that `projects` see, in the order of their names.

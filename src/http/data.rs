@@ -155,12 +155,12 @@ impl Data {
             Route::Register(kind) => {
                 let grant = self.admit(headers, kind).await?.grant;
                 let body = self.read(headers, body).await?;
-                report::register(&self.usage, &grant, &body)
+                report::register(&self.usage, &grant, headers, &body)
             }
             Route::Metrics(kind) => {
                 let grant = self.admit(headers, kind).await?.grant;
                 let body = self.read(headers, body).await?;
-                report::metrics(&self.usage, &grant, &body)
+                report::metrics(&self.usage, &grant, headers, &body)
             }
             Route::Bulk => {
                 let grant = self.admit(headers, TokenKind::Client).await?.grant;

@@ -1,24 +1,42 @@
 //! What SDKs and other edges report: applications and counts, taken in and answered at once.
 
+use std::sync::Arc;
+
+use hyper::HeaderMap;
 use jiff::Timestamp;
 
 use super::reply::{self, Failure, Reply};
 use crate::{
     token::{Grant, TokenKind},
     usage::Usage,
-    wire::usage::{Application, Bulk, ClientMetrics, EdgeInstance, ParseError, SdkKind},
+    wire::usage::{Application, Bulk, ClientMetrics, EdgeInstance, Metadata, ParseError, SdkKind},
 };
 
+/// The longest header value that is kept of an SDK, in bytes.
+const MAX_HEADER: usize = 100;
+
 /// An SDK that starts.
-pub fn register(usage: &Usage, grant: &Grant, body: &[u8]) -> Result<Reply, Failure> {
-    let application = Application::parse(body)?;
+pub fn register(
+    usage: &Usage,
+    grant: &Grant,
+    headers: &HeaderMap,
+    body: &[u8],
+) -> Result<Reply, Failure> {
+    let mut application = Application::parse(body)?;
+    complete(&mut application.metadata, headers);
     usage.record_registration(&grant.scope, kind(grant), application, Timestamp::now());
     Ok(reply::accepted())
 }
 
 /// What one SDK counted.
-pub fn metrics(usage: &Usage, grant: &Grant, body: &[u8]) -> Result<Reply, Failure> {
-    let report = ClientMetrics::parse(body)?;
+pub fn metrics(
+    usage: &Usage,
+    grant: &Grant,
+    headers: &HeaderMap,
+    body: &[u8],
+) -> Result<Reply, Failure> {
+    let mut report = ClientMetrics::parse(body)?;
+    complete(&mut report.metadata, headers);
     usage.record_metrics(&grant.scope, kind(grant), report, Timestamp::now());
     Ok(reply::accepted())
 }
@@ -34,6 +52,22 @@ pub fn bulk(usage: &Usage, grant: &Grant, body: &[u8]) -> Result<Reply, Failure>
 pub fn instance(usage: &Usage, body: &[u8]) -> Result<Reply, Failure> {
     usage.record_edge_instance(&EdgeInstance::parse(body)?, Timestamp::now());
     Ok(reply::accepted())
+}
+
+/// Takes from the headers what an SDK tells only there: frontend SDKs tell nothing in their bodies.
+fn complete(metadata: &mut Metadata, headers: &HeaderMap) {
+    let told = |name| headers.get(name).and_then(|value| value.to_str().ok()).map(Arc::from);
+    let fields = [
+        (&mut metadata.sdk_version, "unleash-sdk"),
+        (&mut metadata.sdk_flavor, "unleash-sdk-flavor"),
+        (&mut metadata.sdk_flavor_version, "unleash-sdk-flavor-version"),
+        (&mut metadata.spec_version, "unleash-client-spec"),
+    ];
+    for (field, name) in fields {
+        if field.is_none() {
+            *field = told(name).filter(|text: &Arc<str>| text.len() <= MAX_HEADER);
+        }
+    }
 }
 
 fn kind(grant: &Grant) -> SdkKind {

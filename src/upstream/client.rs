@@ -3,7 +3,7 @@
 //! Every request goes through one function, [`Upstream::call`], which bounds, times, counts and sorts
 //! it. Nothing here retries or follows redirects.
 
-use std::{fmt, sync::Arc};
+use std::{fmt, sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use jiff::Timestamp;
@@ -26,6 +26,10 @@ use crate::{
         TokenList, ValidateReply, ValidateRequest, Validated,
     },
 };
+
+/// The longest that sending usage may take, whatever other requests may: giving up on a batch that
+/// upstream is still storing would count it twice.
+const USAGE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The largest body that is taken from upstream, in bytes after decompression.
 const MAX_BODY: usize = 256 << 20;
@@ -132,7 +136,8 @@ impl Upstream {
     /// Upstream keeps only what belongs to the environment of `token`, and says nothing of the rest.
     pub async fn send_usage(&self, token: &Token, body: Bytes) -> Result<(), Error> {
         let path = &["api", "client", "metrics", "bulk"];
-        let request = self.request(Method::POST, path, Some(token)).body(body);
+        let request =
+            self.request(Method::POST, path, Some(token)).timeout(USAGE_TIMEOUT).body(body);
         self.call(Purpose::Usage, request.header(CONTENT_TYPE, JSON), done).await
     }
 
