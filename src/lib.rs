@@ -1,4 +1,67 @@
 //! Parapet: an open-source edge for Unleash feature flags.
+//!
+//! It stands in front of an Unleash server, and SDKs talk to it instead. It validates client tokens
+//! against an in-memory cache, serves flag configuration from an atomically swapped snapshot,
+//! evaluates flags for frontend SDKs, and sends usage upstream in batches under its own credentials.
+//!
+//! # Tenets, in order
+//!
+//! 1. **Correct**: the same answer the official SDKs give, proven by their specification and by real
+//!    servers and SDKs.
+//! 2. **Steady**: losing the upstream, a store or a neighbour never changes what is served, and never
+//!    loses what was counted.
+//! 3. **Fast**: the common request is a hash lookup, an atomic load and a `Bytes` clone.
+//! 4. **Plain**: one process, one crate, readable in an afternoon.
+//!
+//! # The map
+//!
+//! Imports only point down, and a child never imports its parent's facade; a test holds the code to
+//! it (`tests/it/house.rs`).
+//!
+//! | layer | modules | hold |
+//! |---|---|---|
+//! | assembly | [`app`], [`config`], [`probe`] | what a mode is made of, what the operator says, what a container's health check asks |
+//! | surface | [`http`] | listeners, routes, replies; the only place that chooses status codes |
+//! | control | [`control`] | the tokens of an instance that stands on its own |
+//! | services | [`sync`], [`auth`], [`usage`], [`answers`] | each owns its task and its state |
+//! | state | [`snapshot`], [`upstream`], [`store`] | what is served, the server in front of which we stand, what outlives a restart |
+//! | pure core | [`engine`] | flags compiled to data, and evaluated; no IO, clock, chance or logs |
+//! | words | [`token`], [`wire`], [`telemetry`] | tokens and grants, Unleash's JSON, logs and readiness |
+//!
+//! # Three questions make a mode
+//!
+//! Where do flags come from, who vouches for a token, and where does usage go? [`app`] answers them
+//! once per mode; nothing else asks which mode this is.
+//!
+//! # Walkthroughs
+//!
+//! **An SDK's request.** [`http::listener`] accepts; [`http::data`] parses the path to a
+//! [`http::route::Route`] and has [`auth`] judge the token: a known one is a look-up by digest, a
+//! first-seen one waits for one question that it shares with others. The handler loads the
+//! [`snapshot`] once. For server SDKs the body is there, in every coding; for frontends [`answers`]
+//! evaluates, and the hash of the outcome is the entity tag, so that a 304 needs no body.
+//!
+//! **A refresh.** [`sync`] asks [`upstream`] with a token that its `Credentials` have found or
+//! minted, reads the document ([`wire::features`]) without losing a byte of any flag, compiles it
+//! ([`engine`]), builds the bodies that the previous snapshot had been asked for, swaps, and stores.
+//! A malformed flag is a reported problem and never an abort.
+//!
+//! **A report.** [`http::report`] reads it, [`usage`] merges it per environment, hour, application
+//! and flag; at the interval a whole generation moves to the outbox, which says what to send and
+//! when. What upstream does not take is kept, merged further, and stored at the end.
+//!
+//! **The end.** Readiness goes first; after the drain delay the listeners stop and requests finish;
+//! the last usage is flushed or stored; the verdicts are stored.
+//!
+//! # What is deliberately absent
+//!
+//! * No snapshot is ever emptied by a failing upstream, whatever its status.
+//! * No request waits for upstream but one with a first-seen token, and that with a deadline.
+//! * No plaintext token outside [`token::Token`]; stores hold digests, or what is sealed under a key
+//!   derived from the admin token.
+//! * No typed round trip of flag configuration: text that came is text that goes.
+//! * No `meta` in flag configuration: upstream's revision counts changes outside a token's scope,
+//!   and would change the entity tag where nothing that is served has changed.
 
 pub mod answers;
 pub mod app;
