@@ -73,6 +73,7 @@ async fn every_sdk_sees_a_flag_and_its_usage_can_be_read_back() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
         let flag = "facts.seen-and-counted";
         unleash.create_enabled_flag(flag, "development", &[everybody_blue()]).await;
+        unleash.wait_until_counted(flag, "development").await;
         let backend =
             unleash.create_token(Kind::Backend, "development", &["*"], "facts-seen-backend").await;
         let frontend = unleash
@@ -181,6 +182,7 @@ async fn usage_of_another_environment_is_accepted_and_dropped() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
         let flag = "facts.usage-of-another-environment";
         unleash.create_enabled_flag(flag, "development", &[]).await;
+        unleash.wait_until_counted(flag, "development").await;
         let token = unleash
             .create_token(Kind::Backend, "production", &["*"], "facts-another-environment")
             .await;

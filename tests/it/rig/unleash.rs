@@ -367,8 +367,10 @@ impl Unleash {
         environment: &str,
         expect: (u64, u64),
     ) {
-        let what =
-            format!("{expect:?} uses of {flag} by {app_name} in {environment} at {}", self.url());
+        let what = format!(
+            "{expect:?} uses of {flag} by {app_name} in {environment} at {:?}",
+            self.version
+        );
         until(&what, STORED_WITHIN, async || {
             let usage = self.usage_of(flag).await;
             let of_app = usage
