@@ -447,7 +447,9 @@ impl<'d> Compilation<'d> {
                         Plan::Fixed(outcome) if parent.admits(outcome) => {}
                         Plan::Fixed(_) => parents = None,
                         Plan::Depends(_) => {
-                            parents.iter_mut().for_each(|all| all.push(parent.clone()))
+                            if let Some(parents) = &mut parents {
+                                parents.push(parent);
+                            }
                         }
                     }
                     continue;

@@ -155,7 +155,7 @@ impl Fields {
             *text = value.or(*text);
         }
         let text = |field: &FieldId| texts[field.index()];
-        let symbol = |text: &Option<&str>| self.symbols.get((*text)?).copied();
+        let symbol = |&text| self.symbols.get(text?).copied();
         let number = |field| text(field).and_then(scalar::number).unwrap_or(f64::NAN);
         let address = |field| text(field)?.parse().ok();
         let clock = match text(&FieldId::CURRENT_TIME) {

@@ -92,7 +92,7 @@ fn escape(rest: &str, in_class: bool, out: &mut String) -> usize {
             out.push_str(&regex::escape(text));
             return 2 + taken;
         }
-        _ => &rest[..1 + escaped.len_utf8()],
+        _ => &rest[..=escaped.len_utf8()],
     };
     out.push_str(ascii);
     1 + escaped.len_utf8()

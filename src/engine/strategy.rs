@@ -66,20 +66,11 @@ impl Compiler<'_> {
     /// Compiles a strategy; `None` if it can never match.
     pub(super) fn strategy(&mut self, source: &Loose<wire::Strategy<'_>>) -> Option<Strategy> {
         let none = Parameters::default();
-        let (strategy, name, parameters) = match source {
-            Loose::Is(wire::Strategy { parameters: Loose::Malformed, .. })
-            | Loose::Is(wire::Strategy { name: Loose::Missing | Loose::Malformed, .. })
-            | Loose::Missing
-            | Loose::Malformed => {
-                self.defects.push(Defect::Malformed(Part::Strategy));
-                return None;
-            }
-            Loose::Is(strategy @ wire::Strategy { name: Loose::Is(name), parameters, .. }) => {
-                let parameters =
-                    if let Loose::Is(parameters) = parameters { parameters } else { &none };
-                (strategy, name, parameters)
-            }
+        let Some((strategy, name, parameters)) = parts(source) else {
+            self.defects.push(Defect::Malformed(Part::Strategy));
+            return None;
         };
+        let parameters = parameters.unwrap_or(&none);
         // Everything is compiled before anything is given up, so that every defect is reported.
         let constraints = self.constraints(strategy);
         let rule = self.rule(name, parameters);
@@ -115,15 +106,13 @@ impl Compiler<'_> {
                         tests = None;
                         continue;
                     };
-                    match self.segments.binary_search_by_key(id, wire::Segment::id) {
-                        Ok(at) => {
-                            let constraints = self.segments[at].constraints();
-                            self.add_constraints(&constraints, Part::Segment, &mut tests);
-                        }
-                        Err(_) => {
-                            self.defects.push(Defect::MissingSegment(*id));
-                            tests = None;
-                        }
+                    let found = self.segments.binary_search_by_key(id, wire::Segment::id);
+                    if let Ok(at) = found {
+                        let constraints = self.segments[at].constraints();
+                        self.add_constraints(&constraints, Part::Segment, &mut tests);
+                    } else {
+                        self.defects.push(Defect::MissingSegment(*id));
+                        tests = None;
                     }
                 }
             }
@@ -267,6 +256,23 @@ impl Compiler<'_> {
     }
 }
 
+/// A strategy with its name and parameters, if they are of the right kind.
+fn parts<'s, 'a>(
+    source: &'s Loose<wire::Strategy<'a>>,
+) -> Option<(&'s wire::Strategy<'a>, &'s str, Option<&'s Parameters<'a>>)> {
+    let Loose::Is(strategy) = source else {
+        return None;
+    };
+    let Loose::Is(name) = &strategy.name else {
+        return None;
+    };
+    match &strategy.parameters {
+        Loose::Is(parameters) => Some((strategy, name, Some(parameters))),
+        Loose::Missing => Some((strategy, name, None)),
+        Loose::Malformed => None,
+    }
+}
+
 /// The stickiness of a list of variants is that of the first.
 pub(super) fn first_stickiness<'v>(
     variants: &'v Loose<Vec<Loose<wire::Variant<'_>>>>,
@@ -346,9 +352,10 @@ impl Rule {
         match self {
             // A host keeps its name, so it is nothing that an answer varies by.
             Self::Always | Self::Hosts(_) => {}
-            Self::Known(field) => reads.field(*field),
             Self::Rollout { stickiness: Stickiness::FirstOf(fields), .. } => reads.chance(fields),
-            Self::Rollout { stickiness: Stickiness::Field(field), .. } => reads.field(*field),
+            Self::Known(field) | Self::Rollout { stickiness: Stickiness::Field(field), .. } => {
+                reads.field(*field)
+            }
             Self::Lottery { .. } => reads.chance(&[]),
             Self::Users(_) => reads.field(FieldId::USER_ID),
             Self::Addresses { .. } => reads.field(FieldId::REMOTE_ADDRESS),

@@ -10,3 +10,5 @@ mod rig;
 mod spec;
 /// What real Unleash servers do, as far as Parapet relies on it.
 mod upstream_facts;
+/// Our engine beside the reference engine, on random flags.
+mod yggdrasil;

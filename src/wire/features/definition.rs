@@ -365,21 +365,24 @@ impl<'de, T: Form<'de>> Visitor<'de> for LooseVisitor<T> {
 mod tests {
     use super::*;
 
-    fn check<T: for<'a> Form<'a> + PartialEq + std::fmt::Debug>(json: &str, expect: Loose<T>) {
-        assert_eq!(serde_json::from_str::<Loose<T>>(json).unwrap(), expect, "{json}");
+    fn check<T: for<'a> Form<'a> + PartialEq + std::fmt::Debug>(json: &str, expect: &Loose<T>) {
+        assert_eq!(&serde_json::from_str::<Loose<T>>(json).unwrap(), expect, "{json}");
     }
 
     #[test]
     fn each_kind_says_whether_it_was_there_and_of_its_kind() {
-        check("true", Loose::Is(true));
-        check("null", Loose::<bool>::Missing);
-        check("\"true\"", Loose::<bool>::Malformed);
-        check("3", Loose::Is(3_u32));
-        check("-3", Loose::<u32>::Malformed);
-        check("3.5", Loose::<u32>::Malformed);
-        check("[{\"a\":[1]}]", Loose::<u32>::Malformed);
-        check("{\"a\":[1]}", Loose::<u32>::Malformed);
-        check("[1, null, []]", Loose::Is(vec![Loose::Is(1_i64), Loose::Missing, Loose::Malformed]));
+        check("true", &Loose::Is(true));
+        check("null", &Loose::<bool>::Missing);
+        check("\"true\"", &Loose::<bool>::Malformed);
+        check("3", &Loose::Is(3_u32));
+        check("-3", &Loose::<u32>::Malformed);
+        check("3.5", &Loose::<u32>::Malformed);
+        check("[{\"a\":[1]}]", &Loose::<u32>::Malformed);
+        check("{\"a\":[1]}", &Loose::<u32>::Malformed);
+        check(
+            "[1, null, []]",
+            &Loose::Is(vec![Loose::Is(1_i64), Loose::Missing, Loose::Malformed]),
+        );
     }
 
     #[test]

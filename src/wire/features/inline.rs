@@ -45,7 +45,9 @@ fn strategy<'s>(out: &mut String, text: &str, find: &impl Fn(i64) -> Option<&'s 
         Err(_) => vec![NEVER],
     };
     if gained.is_empty() {
-        return write_object(out, entries.into_iter(), |out, _, value| out.push_str(value));
+        return write_object(out, entries.into_iter(), |out, _, value| {
+            out.push_str(value);
+        });
     }
     if !entries.iter().any(|(key, _)| *key == CONSTRAINTS) {
         entries.push((CONSTRAINTS, "[]"));
@@ -59,7 +61,7 @@ fn strategy<'s>(out: &mut String, text: &str, find: &impl Fn(i64) -> Option<&'s 
             Err(_) => vec![NEVER],
         };
         let all = own.into_iter().chain(gained.iter().copied());
-        write_list(out, all, |out, constraint| out.push_str(constraint));
+        write_list(out, all, String::push_str);
     });
 }
 

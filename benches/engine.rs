@@ -1,0 +1,156 @@
+//! The engine beside yggdrasil, Unleash's own, over the same flags in the same run.
+//!
+//! `evaluate` is every flag for one context, `compile` is from the JSON text to something that
+//! evaluates. Both are counted per flag. The flags are plausible ones, the same in every run.
+#![expect(missing_docs, reason = "criterion's macros write undocumented functions")]
+
+use std::collections::HashMap;
+use std::hint::black_box;
+use std::time::Duration;
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use parapet::engine::{Context, Engine};
+use parapet::wire::features::Document;
+use rand::prelude::*;
+use rand::rngs::StdRng;
+use serde_json::{Value, json};
+use unleash_types::client_features::ClientFeatures;
+use unleash_yggdrasil::{EngineState, UpdateMessage};
+
+const SIZES: [usize; 3] = [350, 1000, 5000];
+
+fn flag(index: usize, random: &mut StdRng) -> Value {
+    let strategies: Vec<Value> = (0..*[0, 1, 1, 2].choose(random).expect("not empty"))
+        .map(|_| {
+            let mut constraints = Vec::new();
+            if random.random_bool(0.5) {
+                let fields = ["appName", "environment", "userId", "country", "plan"];
+                let values: Vec<String> = (0..random.random_range(1..=10))
+                    .map(|_| format!("v{}", random.random_range(0..=50)))
+                    .collect();
+                constraints.push(json!({
+                    "contextName": fields.choose(random), "operator": "IN", "values": values,
+                    "inverted": false, "caseInsensitive": false,
+                }));
+            }
+            if random.random_bool(0.1) {
+                constraints.push(json!({
+                    "contextName": "version", "operator": "SEMVER_GT",
+                    "value": format!("1.{}.0", random.random_range(0..=9)), "values": [],
+                    "inverted": false, "caseInsensitive": false,
+                }));
+            }
+            let rollout = [0, 10, 50, 100, 100].choose(random).expect("not empty");
+            json!({
+                "name": "flexibleRollout",
+                "constraints": constraints,
+                "parameters": {
+                    "groupId": format!("feature-{index}"),
+                    "rollout": rollout.to_string(),
+                    "stickiness": ["default", "userId", "sessionId"].choose(random),
+                },
+                "variants": [],
+            })
+        })
+        .collect();
+    let variant = |name: &str| {
+        json!({
+            "name": name, "weight": 500, "weightType": "variable", "stickiness": "default",
+            "payload": { "type": "string", "value": format!("val-{name}") }, "overrides": [],
+        })
+    };
+    let variants = if random.random_bool(0.15) { vec![variant("a"), variant("b")] } else { vec![] };
+    json!({
+        "name": format!("team{}.feature-{index:04}", index % 7),
+        "type": "release",
+        "enabled": random.random_bool(0.8),
+        "project": ["default", "web", "mobile"][index % 3],
+        "stale": false,
+        "strategies": strategies,
+        "variants": variants,
+        "description": format!("Some description of feature {index} which is moderately long"),
+        "impressionData": false,
+        "dependencies": [],
+    })
+}
+
+fn document(size: usize) -> String {
+    let mut random = StdRng::seed_from_u64(7);
+    let features: Vec<Value> = (0..size).map(|index| flag(index, &mut random)).collect();
+    json!({ "version": 2, "features": features, "segments": [] }).to_string()
+}
+
+fn yggdrasil(body: &str) -> EngineState {
+    let features: ClientFeatures = serde_json::from_str(body).expect("the document is sound");
+    let engine = EngineState::default();
+    engine.take_state(UpdateMessage::FullResponse(features));
+    engine
+}
+
+fn evaluate(c: &mut Criterion) {
+    let mut group = c.benchmark_group("evaluate");
+    let properties = [("country", "v7"), ("plan", "v12"), ("version", "1.5.2")];
+    for size in SIZES {
+        let body = document(size);
+        group.throughput(Throughput::Elements(size as u64));
+
+        let (engine, _) = Engine::compile(&Document::parse(body.as_bytes()).expect("sound"));
+        let context = Context {
+            user_id: Some("user-4711"),
+            session_id: Some("5f2b6a"),
+            environment: Some("v3"),
+            app_name: Some("v5"),
+            properties: &properties,
+            ..Context::default()
+        };
+        group.bench_function(BenchmarkId::new("parapet", size), |b| {
+            b.iter(|| {
+                let bound = engine.bind(black_box(&context));
+                engine.ids().map(|id| engine.evaluate(id, &bound).ordinal()).sum::<usize>()
+            });
+        });
+
+        let peer = yggdrasil(&body);
+        let context = unleash_yggdrasil::Context {
+            user_id: Some("user-4711".into()),
+            session_id: Some("5f2b6a".into()),
+            environment: Some("v3".into()),
+            app_name: Some("v5".into()),
+            properties: Some(
+                properties.iter().map(|&(k, v)| (k.into(), v.into())).collect::<HashMap<_, _>>(),
+            ),
+            ..Default::default()
+        };
+        group.bench_function(BenchmarkId::new("yggdrasil", size), |b| {
+            b.iter(|| peer.resolve_all(black_box(&context), &None));
+        });
+    }
+}
+
+fn compile(c: &mut Criterion) {
+    let mut group = c.benchmark_group("compile");
+    for size in SIZES {
+        let body = document(size);
+        group.throughput(Throughput::Elements(size as u64));
+        group.bench_function(BenchmarkId::new("parapet", size), |b| {
+            b.iter(|| {
+                let document = Document::parse(black_box(body.as_bytes())).expect("sound");
+                let engine = Engine::compile(&document);
+                (document, engine)
+            });
+        });
+        group.bench_function(BenchmarkId::new("yggdrasil", size), |b| {
+            b.iter(|| yggdrasil(black_box(&body)));
+        });
+    }
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default()
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(300))
+        .measurement_time(Duration::from_secs(1));
+    targets = evaluate, compile
+}
+criterion_main!(benches);
