@@ -2,7 +2,6 @@
 //!
 //! `evaluate` is every flag for one context, `compile` is from the JSON text to something that
 //! evaluates. Both are counted per flag. The flags are plausible ones, the same in every run.
-#![expect(missing_docs, reason = "criterion's macros write undocumented functions")]
 
 use std::collections::HashMap;
 use std::hint::black_box;
@@ -41,13 +40,14 @@ fn flag(index: usize, random: &mut StdRng) -> Value {
                 }));
             }
             let rollout = [0, 10, 50, 100, 100].choose(random).expect("not empty");
+            let stickiness = ["default", "userId", "sessionId"];
             json!({
                 "name": "flexibleRollout",
                 "constraints": constraints,
                 "parameters": {
                     "groupId": format!("feature-{index}"),
                     "rollout": rollout.to_string(),
-                    "stickiness": ["default", "userId", "sessionId"].choose(random),
+                    "stickiness": stickiness.choose(random),
                 },
                 "variants": [],
             })
@@ -60,11 +60,12 @@ fn flag(index: usize, random: &mut StdRng) -> Value {
         })
     };
     let variants = if random.random_bool(0.15) { vec![variant("a"), variant("b")] } else { vec![] };
+    let projects = ["default", "web", "mobile"];
     json!({
         "name": format!("team{}.feature-{index:04}", index % 7),
         "type": "release",
         "enabled": random.random_bool(0.8),
-        "project": ["default", "web", "mobile"][index % 3],
+        "project": projects[index % 3],
         "stale": false,
         "strategies": strategies,
         "variants": variants,

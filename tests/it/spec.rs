@@ -3,6 +3,7 @@
 //! It knows nothing of HTTP; the same files are put through a running edge elsewhere. The two
 //! files about delta events are applied to a document here, because what they test is the state
 //! that results, and the engine only ever sees states.
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

@@ -33,6 +33,7 @@
 //! * A flag without a list of strategies: on in yggdrasil, off in the SDK.
 //! * `applicationHostname`: this build of yggdrasil knows no host name.
 //! * Whatever draws lots for the context in question.
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::collections::HashMap;
 
@@ -182,13 +183,16 @@ fn dependency() -> impl Strategy<Value = Value> {
     ]
 }
 
+/// Whether a flag is enabled, its strategies, variants and dependencies.
+type Parts = (bool, Vec<Value>, Vec<Value>, Vec<Value>);
+
 fn document() -> impl Strategy<Value = Value> {
     let strategies = proptest::collection::vec(strategy(), 0..4);
     let dependencies = proptest::collection::vec(dependency(), 0..2);
     let flag = (prop::bool::weighted(0.9), strategies, flag_variants(), dependencies);
     let flags = proptest::collection::vec(flag, 2..6);
     (flags, constraints(), constraints()).prop_map(|(flags, first, second)| {
-        let feature = |(index, parts): (usize, (bool, Vec<Value>, Vec<Value>, Vec<Value>))| {
+        let feature = |(index, parts): (usize, Parts)| {
             let (enabled, mut strategies, mut variants, mut dependencies) = parts;
             if index == 0 {
                 dependencies.clear();
