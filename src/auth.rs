@@ -11,6 +11,7 @@ mod verdicts;
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
+use futures_util::{StreamExt as _, stream};
 use jiff::Timestamp;
 use metrics::{Counter, counter, describe_counter};
 use tokio::{sync::Notify, time::Instant};
@@ -23,7 +24,8 @@ use self::{
 };
 use crate::{
     token::{Grant, Token, TokenDigest, TokenKind},
-    upstream::{Credentials, Upstream},
+    upstream::{Credentials, Error, Upstream},
+    wire::tokens::Validated,
 };
 
 /// How verdicts are kept.
@@ -237,6 +239,9 @@ const REVALIDATION_STEP: Duration = Duration::from_secs(1);
 /// Tokens of one revalidating question: below what Unleash reads (100 kB) at the longest.
 const REVALIDATION_BATCH: usize = 150;
 
+/// How many tokens are probed at a time.
+const PROBES_AT_ONCE: usize = 8;
+
 impl Inner {
     /// A token whose digest is known from an earlier process, presented again.
     fn learn(&self, verdict: &Verdict, header: &str) {
@@ -268,7 +273,7 @@ impl Inner {
 
     /// Asks about `tokens` and tells those who wait.
     async fn settle(&self, issuer: &Issuer, tokens: &[Token]) {
-        let reply = issuer.upstream.validate(tokens).await;
+        let reply = issuer.vouched(tokens).await;
         let Ok(valid) = reply else {
             for token in tokens {
                 self.queue.settle(&token.digest(), &Err(Denied::Unavailable));
@@ -300,24 +305,22 @@ impl Inner {
     async fn revalidate(&self, issuer: &Issuer) {
         let mut step = tokio::time::interval(REVALIDATION_STEP);
         step.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let age = as_span(self.config.revalidate_after);
         loop {
             step.tick().await;
-            let due = self
-                .verdicts
-                .unconfirmed_since(Timestamp::now() - as_span(self.config.revalidate_after));
+            let due = self.verdicts.unconfirmed_since(Timestamp::now() - age);
             for tokens in due.chunks(REVALIDATION_BATCH) {
-                let Ok(valid) = issuer.upstream.validate(tokens).await else { break };
-                let now = Timestamp::now();
+                let Ok(valid) = issuer.vouched(tokens).await else { break };
                 let mut gone: HashMap<_, _> =
                     tokens.iter().map(|token| (token.digest(), token)).collect();
                 for judged in valid {
                     if gone.remove(&judged.token.digest()).is_some() {
-                        self.verdicts.accept(&judged.token, judged.grant, now);
+                        self.verdicts.accept(&judged.token, judged.grant, Timestamp::now());
                     }
                 }
                 for token in gone.values() {
                     info!(token = %token.masked(), "A token is no longer valid");
-                    self.verdicts.refuse(token);
+                    self.verdicts.revoke(token);
                 }
             }
         }
@@ -350,6 +353,26 @@ impl Inner {
                 info!(changes.learned, changes.revoked, "Upstream's tokens changed");
             }
         }
+    }
+}
+
+impl Issuer {
+    /// Those of `tokens` that upstream calls valid.
+    ///
+    /// Where no list tells of revocations, each must be admitted as well: upstream's word on a
+    /// deleted token stays good for long.
+    async fn vouched(&self, tokens: &[Token]) -> Result<Vec<Validated>, Error> {
+        let valid = self.upstream.validate(tokens).await?;
+        if self.admin.is_some() {
+            return Ok(valid);
+        }
+        let admitted = stream::iter(valid).map(|judged| async move {
+            let admitted = self.upstream.admits(&judged.token, judged.grant.kind).await;
+            // A question that fails denies nothing.
+            admitted.unwrap_or(true).then_some(judged)
+        });
+        let admitted: Vec<_> = admitted.buffer_unordered(PROBES_AT_ONCE).collect().await;
+        Ok(admitted.into_iter().flatten().collect())
     }
 }
 

@@ -161,6 +161,12 @@ impl Verdicts {
         }
     }
 
+    /// Keeps that the issuer took `token` back: it is not asked for soon, since the issuer may go on
+    /// vouching for it.
+    pub(super) fn revoke(&self, token: &Token) {
+        self.revoke_digest(token.digest());
+    }
+
     /// Takes over the issuer's own list of all its tokens.
     ///
     /// A verdict that came from such a list falls with its entry, at once and for longer than the
@@ -191,7 +197,7 @@ impl Verdicts {
                 verdict.listed.store(true, Ordering::Relaxed);
                 verdict.confirm(now);
             } else if verdict.listed.load(Ordering::Relaxed) {
-                self.revoke(*digest);
+                self.revoke_digest(*digest);
                 changes.revoked += 1;
             } else {
                 verdict.suspect();
@@ -259,7 +265,7 @@ impl Verdicts {
         Ok(count)
     }
 
-    fn revoke(&self, digest: TokenDigest) {
+    fn revoke_digest(&self, digest: TokenDigest) {
         self.revoked.insert(digest, ());
         self.valid.invalidate(&digest);
         self.unsaved.store(true, Ordering::Relaxed);

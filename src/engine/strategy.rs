@@ -354,7 +354,7 @@ impl Rule {
             Self::Always | Self::Hosts(_) => {}
             Self::Rollout { stickiness: Stickiness::FirstOf(fields), .. } => reads.chance(fields),
             Self::Known(field) | Self::Rollout { stickiness: Stickiness::Field(field), .. } => {
-                reads.field(*field)
+                reads.field(*field);
             }
             Self::Lottery { .. } => reads.chance(&[]),
             Self::Users(_) => reads.field(FieldId::USER_ID),

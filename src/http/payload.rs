@@ -97,7 +97,7 @@ mod tests {
         assert_eq!(decompress(b"GZIP", gzip(b"{}"), 10).unwrap(), "{}");
         let zstd = Bytes::from(zstd::bulk::compress(b"{}", 1).unwrap());
         assert_eq!(decompress(b"zstd", zstd, 10).unwrap(), "{}");
-        let bomb = gzip(&[b' '; 1_000_000]);
+        let bomb = gzip(&vec![b' '; 1_000_000]);
         assert!(bomb.len() < 10_000);
         assert!(matches!(decompress(b"gzip", bomb, 10_000), Err(Failure::TooLarge(10_000))));
         let plain = Bytes::from_static(b"{}");

@@ -18,6 +18,7 @@ const DURATION: &str = "parapet_upstream_request_duration_seconds";
 pub(super) enum Purpose {
     Features,
     Validate,
+    Probe,
     Usage,
     Environments,
     ListTokens,
@@ -30,6 +31,7 @@ impl Purpose {
         match self {
             Self::Features => "features",
             Self::Validate => "validate",
+            Self::Probe => "probe",
             Self::Usage => "usage",
             Self::Environments => "environments",
             Self::ListTokens => "list_tokens",
