@@ -12,24 +12,25 @@
 //! input or output, knows no async, and neither logs nor counts.
 
 mod bucket;
+mod compile;
 mod constraint;
 mod context;
+mod flag;
 mod pattern;
+mod plan;
 mod problem;
 mod reads;
 mod scalar;
 mod strategy;
 mod variant;
 
-use std::sync::Arc;
-
 pub use self::context::{Bound, Context, FieldId, Fields};
+pub use self::flag::{Flag, FlagId, Outcome};
+use self::plan::Plan;
 pub use self::problem::{Defect, Part, Problem};
 pub use self::reads::Reads;
-use self::strategy::{Compiler, Strategy};
-use self::variant::Choice;
 pub use self::variant::{Payload, Variant};
-use crate::wire::features::{self as wire, Document, Loose};
+use crate::wire::features::Document;
 
 /// The flags of one environment, compiled.
 #[derive(Debug, Clone)]
@@ -40,131 +41,11 @@ pub struct Engine {
     plans: Vec<Plan>,
 }
 
-/// A flag's place in its engine, the same as in the document it was compiled from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct FlagId(u32);
-
-impl FlagId {
-    /// The index into [`Engine::flags`] and [`Document::features`].
-    pub fn index(self) -> usize {
-        self.0 as usize
-    }
-}
-
-/// What evaluating a flag comes to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Outcome {
-    /// The flag is off; its variant is `disabled`.
-    Off,
-    /// The flag is on without a variant; its variant is `disabled`.
-    On,
-    /// The flag is on with the variant at this index of [`Flag::variants`].
-    Variant(u32),
-}
-
-impl Outcome {
-    /// Whether the flag is on.
-    pub fn is_on(self) -> bool {
-        !matches!(self, Self::Off)
-    }
-
-    /// A number for each outcome of a flag, dense from 0: off, on, then the variants.
-    pub fn ordinal(self) -> usize {
-        match self {
-            Self::Off => 0,
-            Self::On => 1,
-            Self::Variant(index) => 2 + index as usize,
-        }
-    }
-}
-
-/// What is known of a flag beside how it is decided.
-#[derive(Debug, Clone)]
-pub struct Flag {
-    name: Arc<str>,
-    project: Arc<str>,
-    enabled: bool,
-    impression_data: bool,
-    variants: Box<[Variant]>,
-    reads: Reads,
-}
-
-impl Flag {
-    /// The name, unique in the engine.
-    pub fn name(&self) -> &Arc<str> {
-        &self.name
-    }
-
-    /// The project that owns the flag.
-    pub fn project(&self) -> &Arc<str> {
-        &self.project
-    }
-
-    /// Whether the flag is switched on in this environment, whatever its strategies say.
-    pub fn enabled(&self) -> bool {
-        self.enabled
-    }
-
-    /// Whether SDKs should report each evaluation to the application.
-    pub fn impression_data(&self) -> bool {
-        self.impression_data
-    }
-
-    /// The variants of the flag itself, then those of its strategies.
-    pub fn variants(&self) -> &[Variant] {
-        &self.variants
-    }
-
-    /// The variant of an outcome; none stands for Unleash's variant `disabled`.
-    pub fn variant(&self, outcome: Outcome) -> Option<&Variant> {
-        match outcome {
-            Outcome::Off | Outcome::On => None,
-            Outcome::Variant(index) => self.variants.get(index as usize),
-        }
-    }
-
-    /// The number of different outcomes, all of whose ordinals are below it.
-    pub fn outcomes(&self) -> usize {
-        2 + self.variants.len()
-    }
-
-    /// What the outcome depends on.
-    pub fn reads(&self) -> &Reads {
-        &self.reads
-    }
-}
-
-/// How a flag is decided.
-#[derive(Debug, Clone)]
-enum Plan {
-    /// The same for everybody.
-    Fixed(Outcome),
-    Depends(Box<Conditions>),
-}
-
-#[derive(Debug, Clone)]
-struct Conditions {
-    parents: Box<[Parent]>,
-    strategies: Box<[Strategy]>,
-    variants: Choice,
-}
-
-/// A condition on another flag's outcome.
-#[derive(Debug, Clone)]
-struct Parent {
-    flag: FlagId,
-    /// The outcomes that satisfy the condition, by ordinal.
-    admitted: Box<[bool]>,
-}
-
 impl Engine {
     /// Compiles a document; the problems concern single flags, in the order of their names.
     pub fn compile(document: &Document) -> (Self, Vec<Problem>) {
-        let mut compilation = Compilation::new(document);
-        for feature in document.features() {
-            compilation.flag(feature);
-        }
-        compilation.finish()
+        let compile::Compilation { fields, flags, plans, problems } = compile::compile(document);
+        (Self { fields, flags, plans }, problems)
     }
 
     /// The flags, sorted by name.
@@ -174,7 +55,7 @@ impl Engine {
 
     /// The ids of all flags, in order.
     pub fn ids(&self) -> impl ExactSizeIterator<Item = FlagId> + use<> {
-        (0..next_id(self.flags.len()).0).map(FlagId)
+        (0..self.flags.len()).map(FlagId::new)
     }
 
     /// The flag with this id, which is one of this engine's.
@@ -184,7 +65,7 @@ impl Engine {
 
     /// The id of the flag with this name.
     pub fn find(&self, name: &str) -> Option<FlagId> {
-        find(&self.flags, name)
+        flag::find(&self.flags, name)
     }
 
     /// Every context field that any flag reads.
@@ -199,325 +80,391 @@ impl Engine {
 
     /// Evaluates one flag for a context, both of this engine.
     pub fn evaluate(&self, id: FlagId, bound: &Bound<'_>) -> Outcome {
-        match &self.plans[id.index()] {
-            Plan::Fixed(outcome) => *outcome,
-            Plan::Depends(conditions) => {
-                let admits = |parent: &Parent| parent.admits(self.evaluate(parent.flag, bound));
-                if conditions.parents.iter().all(admits) {
-                    conditions.decide(bound)
-                } else {
-                    Outcome::Off
-                }
-            }
-        }
+        self.plans[id.index()].decide(&self.plans, bound)
     }
 }
 
-impl Parent {
-    fn admits(&self, outcome: Outcome) -> bool {
-        self.admitted.get(outcome.ordinal()).copied().unwrap_or(false)
-    }
-}
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
 
-impl Conditions {
-    /// The outcome once the parents are satisfied.
-    fn decide(&self, bound: &Bound<'_>) -> Outcome {
-        let Some(strategy) = self.strategies.iter().find(|strategy| strategy.matches(bound)) else {
-            return Outcome::Off;
-        };
-        let own = strategy.variants().choose(bound);
-        own.or_else(|| self.variants.choose(bound)).map_or(Outcome::On, Outcome::Variant)
+    use super::*;
+
+    fn compile(features: &Value, segments: &Value) -> (Engine, Vec<Problem>) {
+        let body = json!({ "features": features, "segments": segments }).to_string();
+        Engine::compile(&Document::parse(body.as_bytes()).unwrap())
     }
 
-    /// Drops what can make no difference; the result is the outcome where nothing is left to ask.
-    fn simplify(mut self) -> Plan {
-        if let Some(last) = self.strategies.iter().position(Strategy::is_unconditional) {
-            let mut strategies = self.strategies.into_vec();
-            strategies.truncate(last + 1);
-            self.strategies = strategies.into();
-        }
-        match &self.strategies[..] {
-            [] => Plan::Fixed(Outcome::Off),
-            [only] if self.parents.is_empty() && only.is_unconditional() => {
-                match (only.variants(), &self.variants) {
-                    (Choice::Everybody(index), _) | (Choice::Nobody, Choice::Everybody(index)) => {
-                        Plan::Fixed(Outcome::Variant(*index))
-                    }
-                    (Choice::Nobody, Choice::Nobody) => Plan::Fixed(Outcome::On),
-                    (Choice::Lots(_), _) | (Choice::Nobody, Choice::Lots(_)) => {
-                        Plan::Depends(Box::new(self))
-                    }
-                }
-            }
-            [_, ..] => Plan::Depends(Box::new(self)),
+    /// The name of what flag `a` comes to: `off`, `on` or a variant's name.
+    fn answer(engine: &Engine, context: &Context<'_>) -> String {
+        let id = engine.find("a").unwrap();
+        let outcome = engine.evaluate(id, &engine.bind(context));
+        match engine.flag(id).variant(outcome) {
+            Some(variant) => variant.name.to_string(),
+            None if outcome.is_on() => "on".to_owned(),
+            None => "off".to_owned(),
         }
     }
 
-    fn reads(&self) -> Reads {
-        let mut reads = Reads::default();
-        for strategy in &self.strategies {
-            strategy.note_reads(&mut reads);
-        }
-        self.variants.note_reads(&mut reads);
-        reads
-    }
-}
-
-impl Plan {
-    fn reads(&self) -> Reads {
-        match self {
-            Self::Fixed(_) => Reads::default(),
-            Self::Depends(conditions) => conditions.reads(),
-        }
-    }
-}
-
-fn find(flags: &[Flag], name: &str) -> Option<FlagId> {
-    flags.binary_search_by(|flag| (*flag.name).cmp(name)).ok().map(next_id)
-}
-
-fn next_id(len: usize) -> FlagId {
-    FlagId(u32::try_from(len).expect("a document has fewer than 2^32 flags"))
-}
-
-/// An engine in the making.
-struct Compilation<'d> {
-    segments: &'d [wire::Segment],
-    engine: Engine,
-    /// The flags that depend on others, with what they ask of them.
-    dependants: Vec<(FlagId, Vec<Dependency<'d>>)>,
-    problems: Vec<Problem>,
-    sites: u32,
-}
-
-/// What a flag asks of another.
-struct Dependency<'d> {
-    parent: wire::Text<'d>,
-    enabled: bool,
-    /// Where any are named, the other flag has to be on with one of these.
-    variants: Vec<wire::Text<'d>>,
-}
-
-impl<'d> Compilation<'d> {
-    fn new(document: &'d Document) -> Self {
-        let problem = |flag| Problem { flag: Arc::clone(flag), defect: Defect::DefinedTwice };
-        let flags = document.features().len();
-        Self {
-            segments: document.segments(),
-            engine: Engine {
-                fields: Fields::new(),
-                flags: Vec::with_capacity(flags),
-                plans: Vec::with_capacity(flags),
-            },
-            dependants: Vec::new(),
-            problems: document.shadowed().iter().map(problem).collect(),
-            sites: 0,
-        }
+    fn user(id: &str) -> Context<'_> {
+        Context { user_id: Some(id), ..Context::default() }
     }
 
-    /// Compiles one flag, as if it had no dependencies.
-    fn flag(&mut self, feature: &'d wire::Feature) {
-        let mut defects = Vec::new();
-        let (flag, plan) = match feature.definition() {
-            Ok(definition) => self.defined(feature, definition, &mut defects),
-            Err(error) => {
-                defects.push(Defect::Unreadable(error.to_string()));
-                let flag = Flag {
-                    name: Arc::clone(feature.name()),
-                    project: Arc::clone(feature.project()),
-                    enabled: false,
-                    impression_data: false,
-                    variants: Box::default(),
-                    reads: Reads::default(),
-                };
-                (flag, Plan::Fixed(Outcome::Off))
-            }
-        };
-        let problem = |defect| Problem { flag: Arc::clone(feature.name()), defect };
-        self.problems.extend(defects.into_iter().map(problem));
-        self.engine.flags.push(flag);
-        self.engine.plans.push(plan);
+    /// Checks flag `a`, made of `parts` and enabled, for the user `7`, and its problems.
+    fn check(parts: Value, others: &[Value], expect: &str, problems: &[&str]) {
+        let mut flag = json!({ "name": "a", "enabled": true, "strategies": [] });
+        if let (Value::Object(flag), Value::Object(parts)) = (&mut flag, parts) {
+            flag.extend(parts);
+        }
+        let features: Vec<Value> = [&[flag][..], others].concat();
+        let (engine, found) = compile(&features.into(), &json!([{ "id": 1 }]));
+        let found: Vec<String> = found.iter().map(ToString::to_string).collect();
+        assert_eq!(answer(&engine, &user("7")), expect);
+        assert_eq!(found, problems);
     }
 
-    fn defined(
-        &mut self,
-        feature: &wire::Feature,
-        definition: wire::Definition<'d>,
-        defects: &mut Vec<Defect>,
-    ) -> (Flag, Plan) {
-        let enabled = definition.enabled.or_default().unwrap_or_else(|| {
-            defects.push(Defect::Malformed(Part::Enabled));
-            false
-        });
-        let mut table = Vec::new();
-        let mut compiler = Compiler {
-            flag: feature.name(),
-            segments: self.segments,
-            fields: &mut self.engine.fields,
-            table: &mut table,
-            defects,
-            sites: &mut self.sites,
-        };
-        let stickiness = strategy::first_stickiness(&definition.variants);
-        let variants = compiler.choice(&definition.variants, feature.name(), stickiness);
-        let strategies = match &definition.strategies {
-            Loose::Is(list) if list.is_empty() => vec![Strategy::everybody()],
-            Loose::Is(list) => list.iter().filter_map(|source| compiler.strategy(source)).collect(),
-            Loose::Missing | Loose::Malformed => {
-                compiler.defects.push(Defect::Malformed(Part::Strategies));
-                Vec::new()
-            }
-        };
-        let mut plan = if enabled {
-            Conditions { parents: Box::default(), strategies: strategies.into(), variants }
-                .simplify()
-        } else {
-            Plan::Fixed(Outcome::Off)
-        };
-        match dependencies(definition.dependencies) {
-            Some(asked) if asked.is_empty() => {}
-            Some(asked) => self.dependants.push((next_id(self.engine.flags.len()), asked)),
-            None => {
-                defects.push(Defect::Malformed(Part::Dependency));
-                self.dependants.push((next_id(self.engine.flags.len()), Vec::new()));
-                plan = Plan::Fixed(Outcome::Off);
-            }
-        }
-        let flag = Flag {
-            name: Arc::clone(feature.name()),
-            project: Arc::clone(feature.project()),
-            enabled,
-            impression_data: definition.impression_data.is().unwrap_or_default(),
-            variants: table.into(),
-            reads: plan.reads(),
-        };
-        (flag, plan)
+    fn check_constraint(constraint: Value, expect: &str, problems: &[&str]) {
+        let strategy = json!({ "name": "default", "constraints": [constraint] });
+        check(json!({ "strategies": [strategy] }), &[], expect, problems);
     }
 
-    /// Ties the flags that depend on others to them.
-    fn finish(mut self) -> (Engine, Vec<Problem>) {
-        let dependants = std::mem::take(&mut self.dependants);
-        for (id, asked) in &dependants {
-            let parents = self.parents(*id, asked, &dependants);
-            let plan = &mut self.engine.plans[id.index()];
-            let mut reads = Reads::default();
-            match parents {
-                None => *plan = Plan::Fixed(Outcome::Off),
-                Some(parents) if parents.is_empty() => {}
-                Some(parents) => {
-                    for parent in &parents {
-                        reads.all_of(&self.engine.flags[parent.flag.index()].reads);
-                    }
-                    plan.depend_on(parents);
-                }
-            }
-            reads.all_of(&plan.reads());
-            if let Plan::Fixed(_) = plan {
-                reads = Reads::default();
-            }
-            self.engine.flags[id.index()].reads = reads;
-        }
-        for flag in &mut self.engine.flags {
-            flag.reads = std::mem::take(&mut flag.reads).finish();
-        }
-        self.problems.sort_by(|a, b| a.flag.cmp(&b.flag));
-        (self.engine, self.problems)
+    #[test]
+    fn a_flag_is_on_for_everybody_or_for_nobody() {
+        check(json!({}), &[], "on", &[]);
+        check(json!({ "enabled": false }), &[], "off", &[]);
+        check(json!({ "enabled": null }), &[], "off", &[]);
+        check(json!({ "strategies": [{ "name": "default" }] }), &[], "on", &[]);
+        check(json!({ "strategies": [{ "name": "default", "segments": [1] }] }), &[], "on", &[]);
     }
 
-    /// What remains to be asked of other flags; `None` if that can never be satisfied.
-    fn parents(
-        &mut self,
-        id: FlagId,
-        asked: &[Dependency<'_>],
-        dependants: &[(FlagId, Vec<Dependency<'_>>)],
-    ) -> Option<Vec<Parent>> {
-        let mut parents = Some(Vec::new());
-        for dependency in asked {
-            let found = find(&self.engine.flags, &dependency.parent);
-            let nested = |parent| dependants.binary_search_by_key(&parent, |(id, _)| *id).is_ok();
-            let defect = match found {
-                None => Defect::MissingParent(dependency.parent.clone().into_owned()),
-                Some(parent) if nested(parent) => {
-                    Defect::NestedParent(dependency.parent.clone().into_owned())
-                }
-                Some(flag) => {
-                    let parent =
-                        Parent { flag, admitted: dependency.admitted(self.engine.flag(flag)) };
-                    match self.engine.plans[flag.index()] {
-                        Plan::Fixed(outcome) if parent.admits(outcome) => {}
-                        Plan::Fixed(_) => parents = None,
-                        Plan::Depends(_) => {
-                            if let Some(parents) = &mut parents {
-                                parents.push(parent);
-                            }
-                        }
-                    }
-                    continue;
-                }
+    #[test]
+    fn what_is_malformed_never_matches_and_is_reported() {
+        let report = "flag `a`: malformed ";
+        let strategies = format!("{report}list of strategies: the flag is off");
+        check(json!({ "strategies": null }), &[], "off", &[&strategies]);
+        check(
+            json!({ "enabled": "yes" }),
+            &[],
+            "off",
+            &[&format!("{report}`enabled`: the flag is off")],
+        );
+        let strategy = format!("{report}strategy never matches");
+        check(json!({ "strategies": [7, { "name": "default" }] }), &[], "on", &[&strategy]);
+        check(
+            json!({ "strategies": [{ "name": "default", "constraints": 7 }] }),
+            &[],
+            "off",
+            &[&strategy],
+        );
+        check(
+            json!({ "strategies": [{ "name": "new" }] }),
+            &[],
+            "off",
+            &["flag `a`: unknown strategy `new` never matches"],
+        );
+        check(
+            json!({ "strategies": [{ "name": "default", "segments": [404] }, { "name": "default" }] }),
+            &[],
+            "on",
+            &["flag `a`: segment 404 is missing, so its strategy never matches"],
+        );
+        let rollout = json!({ "name": "flexibleRollout", "parameters": { "rollout": "all" } });
+        check(
+            json!({ "strategies": [rollout] }),
+            &[],
+            "off",
+            &["flag `a`: `all` is no percentage, so its strategy never matches"],
+        );
+        let (engine, problems) = compile(&json!([{ "name": "b" }]), &json!("none"));
+        assert_eq!((engine.flags().len(), problems.len()), (1, 1));
+    }
+
+    #[test]
+    fn a_mistaken_constraint_does_not_hold_even_inverted() {
+        for inverted in [false, true] {
+            let with = |operator: &str, value: &str| json!({ "contextName": "userId", "operator": operator, "value": value, "inverted": inverted });
+            let cannot = |operator: &str, value: &str| {
+                format!("flag `a`: {operator} cannot compare with `{value}`")
             };
-            let flag = Arc::clone(self.engine.flag(id).name());
-            self.problems.push(Problem { flag, defect });
-            parents = None;
+            for (operator, value) in [
+                ("NUM_EQ", "seven"),
+                ("SEMVER_GT", "v1.2.3"),
+                ("DATE_AFTER", "tomorrow"),
+                ("REGEX", "(a"),
+            ] {
+                check_constraint(with(operator, value), "off", &[&cannot(operator, value)]);
+            }
+            check_constraint(
+                with("LIKE", "7"),
+                "off",
+                &["flag `a`: unknown operator `LIKE`, so its strategy never matches"],
+            );
         }
-        parents
     }
-}
 
-impl Plan {
-    /// Adds conditions on other flags.
-    fn depend_on(&mut self, parents: Vec<Parent>) {
-        let own = std::mem::replace(self, Self::Fixed(Outcome::Off));
-        *self = match own {
-            Self::Fixed(Outcome::Off) => return,
-            Self::Fixed(outcome) => Self::Depends(Box::new(Conditions {
-                parents: parents.into(),
-                strategies: [Strategy::everybody()].into(),
-                variants: match outcome {
-                    Outcome::Off | Outcome::On => Choice::Nobody,
-                    Outcome::Variant(index) => Choice::Everybody(index),
-                },
-            })),
-            Self::Depends(mut conditions) => {
-                conditions.parents = parents.into();
-                Self::Depends(conditions)
+    #[test]
+    fn a_missing_field_makes_the_bare_comparison_false() {
+        for (operator, operand) in [
+            ("IN", json!({ "values": ["7"] })),
+            ("STR_CONTAINS", json!({ "values": ["7"] })),
+            ("IN_CIDR", json!({ "values": ["0.0.0.0/0"] })),
+            ("NUM_LT", json!({ "value": "8" })),
+            ("SEMVER_LT", json!({ "value": "8.0.0" })),
+            ("REGEX", json!({ "value": "" })),
+        ] {
+            let mut constraint = operand;
+            constraint["operator"] = operator.into();
+            constraint["contextName"] = "absent".into();
+            check_constraint(constraint.clone(), "off", &[]);
+            constraint["inverted"] = true.into();
+            check_constraint(constraint, "on", &[]);
+        }
+    }
+
+    #[test]
+    fn operators_compare_as_the_node_sdk_does() {
+        let list = |operator: &str, values: Value, extra: Value| {
+            let mut all =
+                json!({ "contextName": "userId", "operator": operator, "values": values });
+            if let (Value::Object(all), Value::Object(extra)) = (&mut all, extra) {
+                all.extend(extra);
             }
+            all
         };
+        check_constraint(list("IN", json!([" 7 ", ""]), json!({})), "on", &[]);
+        check_constraint(list("IN", json!([7]), json!({})), "on", &[]);
+        check_constraint(list("IN", json!(null), json!({})), "off", &[]);
+        check_constraint(list("NOT_IN", json!([]), json!({})), "on", &[]);
+        check_constraint(list("NOT_IN", json!(["7"]), json!({ "inverted": true })), "on", &[]);
+        check_constraint(list("STR_CONTAINS", json!([]), json!({ "inverted": true })), "on", &[]);
+        let number = json!({ "contextName": "userId", "operator": "NUM_GTE", "value": 7 });
+        check_constraint(number, "on", &[]);
+        let any = json!({ "contextName": "any", "operator": "DATE_BEFORE", "value": "1970-01-02" });
+        check_constraint(any, "on", &[]);
     }
-}
 
-impl Dependency<'_> {
-    /// The outcomes of `parent` that satisfy the dependency, by ordinal.
-    fn admitted(&self, parent: &Flag) -> Box<[bool]> {
-        let outcomes = [Outcome::Off, Outcome::On];
-        let variants = (0..).map(Outcome::Variant).take(parent.variants.len());
-        let admits = |outcome: Outcome| match (self.enabled, &self.variants[..]) {
-            (false, _) => !outcome.is_on(),
-            (true, []) => outcome.is_on(),
-            (true, names) => {
-                let name = parent.variant(outcome).map_or("disabled", |variant| &*variant.name);
-                outcome.is_on() && names.iter().any(|other| other == name)
-            }
+    #[test]
+    fn ignoring_case_works_in_every_script() {
+        for (operator, needle, text, expect) in [
+            ("STR_STARTS_WITH", "AB", "abc", "on"),
+            ("STR_ENDS_WITH", "bC", "aBc", "on"),
+            ("STR_CONTAINS", "B", "abc", "on"),
+            ("STR_CONTAINS", "Ü", "glück", "on"),
+            ("STR_CONTAINS", "ü", "abc", "off"),
+            ("STR_ENDS_WITH", "xabc", "abc", "off"),
+        ] {
+            let constraint = json!({
+                "contextName": "userId", "operator": operator, "values": [needle], "caseInsensitive": true,
+            });
+            let strategy = json!({ "name": "default", "constraints": [constraint] });
+            let flag = json!([{ "name": "a", "enabled": true, "strategies": [strategy] }]);
+            assert_eq!(
+                answer(&compile(&flag, &json!([])).0, &user(text)),
+                expect,
+                "{operator} {needle}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_rollout_without_group_hashes_the_flags_name() {
+        let flag = |parameters| {
+            let strategy = json!({ "name": "flexibleRollout", "parameters": parameters });
+            compile(
+                &json!([{ "name": "a", "enabled": true, "strategies": [strategy] }]),
+                &json!([]),
+            )
+            .0
         };
-        outcomes.into_iter().chain(variants).map(admits).collect()
+        let named = flag(json!({ "rollout": "33.5", "stickiness": "userId", "groupId": "a" }));
+        let unnamed = flag(json!({ "rollout": 33, "stickiness": "userId" }));
+        let ids: Vec<String> = (0..200).map(|id| id.to_string()).collect();
+        let on =
+            |engine: &Engine| ids.iter().filter(|id| answer(engine, &user(id)) == "on").count();
+        assert!((40..95).contains(&on(&named)));
+        for id in &ids {
+            assert_eq!(answer(&named, &user(id)), answer(&unnamed, &user(id)));
+        }
     }
-}
 
-/// What a flag asks of others; `None` if it cannot be read.
-fn dependencies<'a>(
-    source: Loose<Vec<Loose<wire::Dependency<'a>>>>,
-) -> Option<Vec<Dependency<'a>>> {
-    let read = |dependency: Loose<wire::Dependency<'a>>| -> Option<Dependency<'a>> {
-        let dependency = dependency.is()?;
-        let variants = dependency.variants.or_default()?.into_iter().map(Loose::is);
-        Some(Dependency {
-            parent: dependency.feature.is()?,
-            enabled: match dependency.enabled {
-                Loose::Is(enabled) => enabled,
-                Loose::Missing => true,
-                Loose::Malformed => return None,
-            },
-            variants: variants.collect::<Option<_>>()?,
+    #[test]
+    fn strategy_variants_win_and_weights_of_zero_give_none() {
+        let variant = |name: &str, weight: i32| json!({ "name": name, "weight": weight });
+        let parts = |own: Value, flag: Value| json!({ "strategies": [{ "name": "default", "variants": own }], "variants": flag });
+        check(parts(json!([variant("own", 1)]), json!([variant("flag", 1)])), &[], "own", &[]);
+        check(parts(json!([]), json!([variant("flag", 1)])), &[], "flag", &[]);
+        check(parts(json!([variant("own", 0)]), json!([variant("flag", 1)])), &[], "flag", &[]);
+        let mut zero = variant("flag", 0);
+        zero["overrides"] = json!([{ "contextName": "userId", "values": ["7"] }]);
+        check(parts(json!(null), json!([zero])), &[], "on", &[]);
+        zero["weight"] = 0.into();
+        check(parts(json!(null), json!([variant("other", 1), zero])), &[], "flag", &[]);
+        check(
+            parts(json!(null), json!([variant("negative", -1), variant("flag", 1)])),
+            &[],
+            "flag",
+            &["flag `a`: malformed variant: nobody gets it"],
+        );
+        let huge = json!({ "name": "huge", "weight": u32::MAX });
+        let problem = "flag `a`: malformed variant: nobody gets it";
+        check(parts(json!(null), json!([huge, variant("flag", 1)])), &[], "huge", &[problem]);
+    }
+
+    #[test]
+    fn a_flag_depends_on_the_outcome_of_its_parents() {
+        let variants = json!([{ "name": "x", "weight": 1 }]);
+        let parents = [
+            json!({ "name": "on", "enabled": true, "strategies": [] }),
+            json!({ "name": "off", "enabled": false, "strategies": [] }),
+            json!({ "name": "x", "enabled": true, "strategies": [], "variants": variants }),
+            json!({ "name": "child", "enabled": true, "strategies": [], "dependencies": [{ "feature": "on" }] }),
+        ];
+        let cases = [
+            (json!({ "feature": "on" }), "on", None),
+            (json!({ "feature": "off" }), "off", None),
+            (json!({ "feature": "off", "enabled": false }), "on", None),
+            (json!({ "feature": "x", "variants": ["x"] }), "on", None),
+            (json!({ "feature": "x", "variants": ["y"] }), "off", None),
+            (json!({ "feature": "on", "variants": ["x"] }), "off", None),
+            (json!({ "feature": "on", "variants": ["disabled"] }), "on", None),
+            (
+                json!({ "feature": "?" }),
+                "off",
+                Some("flag `a`: depends on `?`, which is missing, so it is off"),
+            ),
+            (
+                json!({ "feature": "child" }),
+                "off",
+                Some("flag `a`: depends on `child`, which has dependencies itself, so it is off"),
+            ),
+            (json!(7), "off", Some("flag `a`: malformed dependency: the flag is off")),
+        ];
+        for (dependency, expect, problem) in cases {
+            let problems: Vec<&str> = problem.into_iter().collect();
+            check(json!({ "dependencies": [dependency] }), &parents, expect, &problems);
+        }
+    }
+
+    #[test]
+    fn reads_cover_parents_and_segments_and_nothing_folded_away() {
+        let date = json!({ "contextName": "currentTime", "operator": "DATE_AFTER", "value": "2030-01-01T00:00:00Z" });
+        let plan = json!({ "contextName": "plan", "operator": "IN", "values": ["pro"] });
+        let half = json!({ "name": "flexibleRollout", "parameters": { "rollout": 50 } });
+        let features = json!([
+            { "name": "child", "enabled": true, "dependencies": [{ "feature": "parent" }],
+              "strategies": [{ "name": "default", "constraints": [date] }] },
+            { "name": "fixed", "enabled": false, "strategies": [half] },
+            { "name": "lots", "enabled": true, "strategies": [{ "name": "default" }, half] },
+            { "name": "parent", "enabled": true, "strategies": [{ "name": "default", "segments": [1] }] },
+            { "name": "rollout", "enabled": true, "strategies": [half] },
+        ]);
+        let (engine, _) = compile(&features, &json!([{ "id": 1, "constraints": [plan] }]));
+        let reads = |name| engine.flag(engine.find(name).unwrap()).reads();
+        let names = |name| -> Vec<&str> {
+            let names = engine.fields().names();
+            reads(name).fields().iter().map(|field| &*names[field.index()]).collect()
+        };
+        assert_eq!(names("child"), ["currentTime", "plan"]);
+        let new_year = "2030-01-01T00:00:00Z".parse().unwrap();
+        let next = reads("child").next_change(new_year).unwrap();
+        assert_eq!(next.as_nanosecond(), new_year.as_nanosecond() + 1);
+        assert_eq!(reads("child").next_change(next), None);
+        assert!(reads("fixed").is_empty() && reads("lots").is_empty());
+        assert_eq!(names("rollout"), ["userId", "sessionId"]);
+        assert!(reads("rollout").is_random(&engine.bind(&Context::default())));
+        assert!(!reads("rollout").is_random(&engine.bind(&user("7"))));
+    }
+
+    /// Any JSON, with the words that the engine looks for more likely than others.
+    fn anything() -> impl Strategy<Value = Value> {
+        let words = prop::sample::select(vec![
+            "default",
+            "flexibleRollout",
+            "userWithId",
+            "remoteAddress",
+            "50",
+            "userId",
+            "a",
+            "b",
+            "IN",
+            "STR_CONTAINS",
+            "NUM_GT",
+            "SEMVER_EQ",
+            "DATE_BEFORE",
+            "REGEX",
+            "IN_CIDR",
+            "1.2.3",
+            "10.0.0.0/8",
+        ]);
+        let keys = || {
+            prop::sample::select(vec![
+                "name",
+                "enabled",
+                "strategies",
+                "variants",
+                "dependencies",
+                "parameters",
+                "constraints",
+                "segments",
+                "rollout",
+                "stickiness",
+                "contextName",
+                "operator",
+                "values",
+                "value",
+                "inverted",
+                "weight",
+                "payload",
+                "overrides",
+                "feature",
+                "type",
+                "userIds",
+                "IPs",
+            ])
+        };
+        let leaf = prop_oneof![
+            1 => Just(Value::Null),
+            1 => any::<bool>().prop_map(Value::from),
+            1 => any::<i64>().prop_map(Value::from),
+            1 => any::<f64>().prop_map(Value::from),
+            4 => words.prop_map(Value::from),
+            1 => ".{0,6}".prop_map(Value::from),
+        ];
+        leaf.prop_recursive(6, 64, 6, move |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+                prop::collection::hash_map(keys(), inner, 0..6).prop_map(|all| all
+                    .into_iter()
+                    .map(|(key, value)| (key.to_owned(), value))
+                    .collect()),
+            ]
         })
-    };
-    source.or_default()?.into_iter().map(read).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn no_definition_makes_it_panic(
+            parts in prop::collection::vec((anything(), anything(), anything()), 1..4),
+            segments in prop::collection::vec(anything(), 0..3),
+            id in ".{0,6}",
+        ) {
+            let features: Vec<Value> = parts
+                .into_iter()
+                .zip(["a", "b", "c"])
+                .map(|((strategies, variants, dependencies), name)| json!({
+                    "name": name, "enabled": true, "strategies": [strategies], "variants": [variants],
+                    "dependencies": if dependencies.is_array() { dependencies } else { json!([]) },
+                }))
+                .collect();
+            let (engine, _) = compile(&features.into(), &segments.into());
+            for context in [Context::default(), user(&id)] {
+                let bound = engine.bind(&context);
+                for id in engine.ids() {
+                    let outcome = engine.evaluate(id, &bound);
+                    prop_assert!(outcome.ordinal() < engine.flag(id).outcomes());
+                }
+            }
+        }
+    }
 }

@@ -1,0 +1,253 @@
+//! From a document to an engine's parts.
+//!
+//! Flags are compiled one by one as if they depended on nothing, then tied to their parents. What
+//! is wrong with a definition is noted and left out; nothing here fails.
+
+use std::sync::Arc;
+
+use super::context::Fields;
+use super::flag::{self, Flag, FlagId, Outcome};
+use super::plan::{Conditions, Parent, Plan};
+use super::problem::{Defect, Part, Problem};
+use super::reads::Reads;
+use super::strategy::{self, Compiler, Strategy};
+use crate::wire::features::{self as wire, Document, Loose};
+
+/// What an engine consists of, and what is wrong with the definitions.
+#[derive(Debug)]
+pub(super) struct Compilation {
+    pub(super) fields: Fields,
+    pub(super) flags: Vec<Flag>,
+    pub(super) plans: Vec<Plan>,
+    pub(super) problems: Vec<Problem>,
+}
+
+/// Compiles a document; the problems are in the order of the flags' names.
+pub(super) fn compile(document: &Document) -> Compilation {
+    let mut draft = Draft::new(document);
+    for feature in document.features() {
+        draft.flag(feature);
+    }
+    draft.finish()
+}
+
+/// A compilation in the making.
+struct Draft<'d> {
+    segments: &'d [wire::Segment],
+    fields: Fields,
+    flags: Vec<Flag>,
+    plans: Vec<Plan>,
+    /// The flags that depend on others, with what they ask of them.
+    dependants: Vec<(FlagId, Vec<Dependency<'d>>)>,
+    problems: Vec<Problem>,
+    sites: u32,
+}
+
+/// What a flag asks of another.
+struct Dependency<'d> {
+    parent: wire::Text<'d>,
+    enabled: bool,
+    /// Where any are named, the other flag has to be on with one of these.
+    variants: Vec<wire::Text<'d>>,
+}
+
+impl<'d> Draft<'d> {
+    fn new(document: &'d Document) -> Self {
+        let problem = |flag| Problem { flag: Arc::clone(flag), defect: Defect::DefinedTwice };
+        let flags = document.features().len();
+        Self {
+            segments: document.segments(),
+            fields: Fields::new(),
+            flags: Vec::with_capacity(flags),
+            plans: Vec::with_capacity(flags),
+            dependants: Vec::new(),
+            problems: document.shadowed().iter().map(problem).collect(),
+            sites: 0,
+        }
+    }
+
+    /// Compiles one flag, as if it had no dependencies.
+    fn flag(&mut self, feature: &'d wire::Feature) {
+        let mut defects = Vec::new();
+        let (flag, plan) = match feature.definition() {
+            Ok(definition) => self.defined(feature, definition, &mut defects),
+            Err(error) => {
+                defects.push(Defect::Unreadable(error.to_string()));
+                let flag = Flag {
+                    name: Arc::clone(feature.name()),
+                    project: Arc::clone(feature.project()),
+                    enabled: false,
+                    impression_data: false,
+                    variants: Box::default(),
+                    reads: Reads::default(),
+                };
+                (flag, Plan::Fixed(Outcome::Off))
+            }
+        };
+        let problem = |defect| Problem { flag: Arc::clone(feature.name()), defect };
+        self.problems.extend(defects.into_iter().map(problem));
+        self.flags.push(flag);
+        self.plans.push(plan);
+    }
+
+    fn defined(
+        &mut self,
+        feature: &wire::Feature,
+        definition: wire::Definition<'d>,
+        defects: &mut Vec<Defect>,
+    ) -> (Flag, Plan) {
+        let enabled = definition.enabled.or_default().unwrap_or_else(|| {
+            defects.push(Defect::Malformed(Part::Enabled));
+            false
+        });
+        let mut table = Vec::new();
+        let mut compiler = Compiler {
+            flag: feature.name(),
+            segments: self.segments,
+            fields: &mut self.fields,
+            table: &mut table,
+            defects,
+            sites: &mut self.sites,
+        };
+        let stickiness = strategy::first_stickiness(&definition.variants);
+        let variants = compiler.choice(&definition.variants, feature.name(), stickiness);
+        let strategies = match &definition.strategies {
+            Loose::Is(list) if list.is_empty() => vec![Strategy::everybody()],
+            Loose::Is(list) => list.iter().filter_map(|source| compiler.strategy(source)).collect(),
+            Loose::Missing | Loose::Malformed => {
+                compiler.defects.push(Defect::Malformed(Part::Strategies));
+                Vec::new()
+            }
+        };
+        let mut plan = if enabled {
+            Conditions { parents: Box::default(), strategies: strategies.into(), variants }
+                .simplify()
+        } else {
+            Plan::Fixed(Outcome::Off)
+        };
+        match dependencies(definition.dependencies) {
+            Some(asked) if asked.is_empty() => {}
+            Some(asked) => self.dependants.push((FlagId::new(self.flags.len()), asked)),
+            None => {
+                defects.push(Defect::Malformed(Part::Dependency));
+                self.dependants.push((FlagId::new(self.flags.len()), Vec::new()));
+                plan = Plan::Fixed(Outcome::Off);
+            }
+        }
+        let flag = Flag {
+            name: Arc::clone(feature.name()),
+            project: Arc::clone(feature.project()),
+            enabled,
+            impression_data: definition.impression_data.is().unwrap_or_default(),
+            variants: table.into(),
+            reads: plan.reads(),
+        };
+        (flag, plan)
+    }
+
+    /// Ties the flags that depend on others to them.
+    fn finish(mut self) -> Compilation {
+        let dependants = std::mem::take(&mut self.dependants);
+        for (id, asked) in &dependants {
+            let parents = self.parents(*id, asked, &dependants);
+            let plan = &mut self.plans[id.index()];
+            let mut reads = Reads::default();
+            match parents {
+                None => *plan = Plan::Fixed(Outcome::Off),
+                Some(parents) if parents.is_empty() => {}
+                Some(parents) => {
+                    for parent in &parents {
+                        reads.all_of(&self.flags[parent.flag.index()].reads);
+                    }
+                    plan.depend_on(parents);
+                }
+            }
+            reads.all_of(&plan.reads());
+            if let Plan::Fixed(_) = plan {
+                reads = Reads::default();
+            }
+            self.flags[id.index()].reads = reads;
+        }
+        for flag in &mut self.flags {
+            flag.reads = std::mem::take(&mut flag.reads).finish();
+        }
+        self.problems.sort_by(|a, b| a.flag.cmp(&b.flag));
+        let Self { fields, flags, plans, problems, .. } = self;
+        Compilation { fields, flags, plans, problems }
+    }
+
+    /// What remains to be asked of other flags; `None` if that can never be satisfied.
+    fn parents(
+        &mut self,
+        id: FlagId,
+        asked: &[Dependency<'_>],
+        dependants: &[(FlagId, Vec<Dependency<'_>>)],
+    ) -> Option<Vec<Parent>> {
+        let mut parents = Some(Vec::new());
+        for dependency in asked {
+            let found = flag::find(&self.flags, &dependency.parent);
+            let nested = |parent| dependants.binary_search_by_key(&parent, |(id, _)| *id).is_ok();
+            let defect = match found {
+                None => Defect::MissingParent(dependency.parent.clone().into_owned()),
+                Some(parent) if nested(parent) => {
+                    Defect::NestedParent(dependency.parent.clone().into_owned())
+                }
+                Some(flag) => {
+                    let parent =
+                        Parent { flag, admitted: dependency.admitted(&self.flags[flag.index()]) };
+                    match self.plans[flag.index()] {
+                        Plan::Fixed(outcome) if parent.admits(outcome) => {}
+                        Plan::Fixed(_) => parents = None,
+                        Plan::Depends(_) => {
+                            if let Some(parents) = &mut parents {
+                                parents.push(parent);
+                            }
+                        }
+                    }
+                    continue;
+                }
+            };
+            let flag = Arc::clone(self.flags[id.index()].name());
+            self.problems.push(Problem { flag, defect });
+            parents = None;
+        }
+        parents
+    }
+}
+
+impl Dependency<'_> {
+    /// The outcomes of `parent` that satisfy the dependency, by ordinal.
+    fn admitted(&self, parent: &Flag) -> Box<[bool]> {
+        let outcomes = [Outcome::Off, Outcome::On];
+        let variants = (0..).map(Outcome::Variant).take(parent.variants().len());
+        let admits = |outcome: Outcome| match (self.enabled, &self.variants[..]) {
+            (false, _) => !outcome.is_on(),
+            (true, []) => outcome.is_on(),
+            (true, names) => {
+                let name = parent.variant(outcome).map_or("disabled", |variant| &*variant.name);
+                outcome.is_on() && names.iter().any(|other| other == name)
+            }
+        };
+        outcomes.into_iter().chain(variants).map(admits).collect()
+    }
+}
+
+/// What a flag asks of others; `None` if it cannot be read.
+fn dependencies<'a>(
+    source: Loose<Vec<Loose<wire::Dependency<'a>>>>,
+) -> Option<Vec<Dependency<'a>>> {
+    let read = |dependency: Loose<wire::Dependency<'a>>| -> Option<Dependency<'a>> {
+        let dependency = dependency.is()?;
+        let variants = dependency.variants.or_default()?.into_iter().map(Loose::is);
+        Some(Dependency {
+            parent: dependency.feature.is()?,
+            enabled: match dependency.enabled {
+                Loose::Is(enabled) => enabled,
+                Loose::Missing => true,
+                Loose::Malformed => return None,
+            },
+            variants: variants.collect::<Option<_>>()?,
+        })
+    };
+    source.or_default()?.into_iter().map(read).collect()
+}

@@ -1,0 +1,109 @@
+//! A flag as the engine knows it, beside how it is decided: names, variants, what it reads.
+
+use std::sync::Arc;
+
+use super::reads::Reads;
+use super::variant::Variant;
+
+/// A flag's place in its engine, the same as in the document it was compiled from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FlagId(u32);
+
+impl FlagId {
+    pub(super) fn new(index: usize) -> Self {
+        Self(u32::try_from(index).expect("a document has fewer than 2^32 flags"))
+    }
+
+    /// The index into the engine's flags and its document's features.
+    pub fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// What evaluating a flag comes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Outcome {
+    /// The flag is off; its variant is `disabled`.
+    Off,
+    /// The flag is on without a variant; its variant is `disabled`.
+    On,
+    /// The flag is on with the variant at this index of [`Flag::variants`].
+    Variant(u32),
+}
+
+impl Outcome {
+    /// Whether the flag is on.
+    pub fn is_on(self) -> bool {
+        !matches!(self, Self::Off)
+    }
+
+    /// A number for each outcome of a flag, dense from 0: off, on, then the variants.
+    pub fn ordinal(self) -> usize {
+        match self {
+            Self::Off => 0,
+            Self::On => 1,
+            Self::Variant(index) => 2 + index as usize,
+        }
+    }
+}
+
+/// What is known of a flag beside how it is decided.
+#[derive(Debug, Clone)]
+pub struct Flag {
+    pub(super) name: Arc<str>,
+    pub(super) project: Arc<str>,
+    pub(super) enabled: bool,
+    pub(super) impression_data: bool,
+    pub(super) variants: Box<[Variant]>,
+    pub(super) reads: Reads,
+}
+
+impl Flag {
+    /// The name, unique in the engine.
+    pub fn name(&self) -> &Arc<str> {
+        &self.name
+    }
+
+    /// The project that owns the flag.
+    pub fn project(&self) -> &Arc<str> {
+        &self.project
+    }
+
+    /// Whether the flag is switched on in this environment, whatever its strategies say.
+    pub fn enabled(&self) -> bool {
+        self.enabled
+    }
+
+    /// Whether SDKs should report each evaluation to the application.
+    pub fn impression_data(&self) -> bool {
+        self.impression_data
+    }
+
+    /// The variants of the flag itself, then those of its strategies.
+    pub fn variants(&self) -> &[Variant] {
+        &self.variants
+    }
+
+    /// The variant of an outcome; none stands for Unleash's variant `disabled`.
+    pub fn variant(&self, outcome: Outcome) -> Option<&Variant> {
+        match outcome {
+            Outcome::Off | Outcome::On => None,
+            Outcome::Variant(index) => self.variants.get(index as usize),
+        }
+    }
+
+    /// The number of different outcomes, all of whose ordinals are below it.
+    pub fn outcomes(&self) -> usize {
+        2 + self.variants.len()
+    }
+
+    /// What the outcome depends on.
+    pub fn reads(&self) -> &Reads {
+        &self.reads
+    }
+}
+
+/// The id of the flag with this name, among flags sorted by name.
+pub(super) fn find(flags: &[Flag], name: &str) -> Option<FlagId> {
+    flags.binary_search_by(|flag| (*flag.name).cmp(name)).ok().map(FlagId::new)
+}

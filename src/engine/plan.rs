@@ -1,0 +1,131 @@
+//! How a flag is decided: its conditions on other flags, its strategies, its variants.
+
+use super::context::Bound;
+use super::flag::{FlagId, Outcome};
+use super::reads::Reads;
+use super::strategy::Strategy;
+use super::variant::Choice;
+
+/// How a flag is decided.
+#[derive(Debug, Clone)]
+pub(super) enum Plan {
+    /// The same for everybody.
+    Fixed(Outcome),
+    /// It depends.
+    Depends(Box<Conditions>),
+}
+
+/// What a flag is on for: all parents admit it, and the first strategy that matches.
+#[derive(Debug, Clone)]
+pub(super) struct Conditions {
+    pub(super) parents: Box<[Parent]>,
+    pub(super) strategies: Box<[Strategy]>,
+    pub(super) variants: Choice,
+}
+
+/// A condition on another flag's outcome.
+#[derive(Debug, Clone)]
+pub(super) struct Parent {
+    pub(super) flag: FlagId,
+    /// The outcomes that satisfy the condition, by ordinal.
+    pub(super) admitted: Box<[bool]>,
+}
+
+impl Plan {
+    /// The outcome for a context; `plans` are those of all flags.
+    pub(super) fn decide(&self, plans: &[Self], bound: &Bound<'_>) -> Outcome {
+        match self {
+            Self::Fixed(outcome) => *outcome,
+            Self::Depends(conditions) => {
+                // This recurs once at most, as parents have no parents.
+                let admits = |parent: &Parent| {
+                    parent.admits(plans[parent.flag.index()].decide(plans, bound))
+                };
+                if conditions.parents.iter().all(admits) {
+                    conditions.decide(bound)
+                } else {
+                    Outcome::Off
+                }
+            }
+        }
+    }
+
+    /// Adds conditions on other flags.
+    pub(super) fn depend_on(&mut self, parents: Vec<Parent>) {
+        let own = std::mem::replace(self, Self::Fixed(Outcome::Off));
+        *self = match own {
+            Self::Fixed(Outcome::Off) => return,
+            Self::Fixed(outcome) => Self::Depends(Box::new(Conditions {
+                parents: parents.into(),
+                strategies: [Strategy::everybody()].into(),
+                variants: match outcome {
+                    Outcome::Off | Outcome::On => Choice::Nobody,
+                    Outcome::Variant(index) => Choice::Everybody(index),
+                },
+            })),
+            Self::Depends(mut conditions) => {
+                conditions.parents = parents.into();
+                Self::Depends(conditions)
+            }
+        };
+    }
+
+    /// What the outcome depends on, the parents apart.
+    pub(super) fn reads(&self) -> Reads {
+        match self {
+            Self::Fixed(_) => Reads::default(),
+            Self::Depends(conditions) => conditions.reads(),
+        }
+    }
+}
+
+impl Parent {
+    /// Whether the condition holds if the other flag comes out like this.
+    pub(super) fn admits(&self, outcome: Outcome) -> bool {
+        self.admitted.get(outcome.ordinal()).copied().unwrap_or(false)
+    }
+}
+
+impl Conditions {
+    /// The outcome once the parents are satisfied.
+    fn decide(&self, bound: &Bound<'_>) -> Outcome {
+        let Some(strategy) = self.strategies.iter().find(|strategy| strategy.matches(bound)) else {
+            return Outcome::Off;
+        };
+        let own = strategy.variants().choose(bound);
+        own.or_else(|| self.variants.choose(bound)).map_or(Outcome::On, Outcome::Variant)
+    }
+
+    /// Drops what can make no difference; the result is the outcome where nothing is left to ask.
+    pub(super) fn simplify(mut self) -> Plan {
+        if let Some(last) = self.strategies.iter().position(Strategy::is_unconditional) {
+            let mut strategies = self.strategies.into_vec();
+            strategies.truncate(last + 1);
+            self.strategies = strategies.into();
+        }
+        match &self.strategies[..] {
+            [] => Plan::Fixed(Outcome::Off),
+            [only] if self.parents.is_empty() && only.is_unconditional() => {
+                match (only.variants(), &self.variants) {
+                    (Choice::Everybody(index), _) | (Choice::Nobody, Choice::Everybody(index)) => {
+                        Plan::Fixed(Outcome::Variant(*index))
+                    }
+                    (Choice::Nobody, Choice::Nobody) => Plan::Fixed(Outcome::On),
+                    (Choice::Lots(_), _) | (Choice::Nobody, Choice::Lots(_)) => {
+                        Plan::Depends(Box::new(self))
+                    }
+                }
+            }
+            [_, ..] => Plan::Depends(Box::new(self)),
+        }
+    }
+
+    fn reads(&self) -> Reads {
+        let mut reads = Reads::default();
+        for strategy in &self.strategies {
+            strategy.note_reads(&mut reads);
+        }
+        self.variants.note_reads(&mut reads);
+        reads
+    }
+}
