@@ -134,14 +134,14 @@ fn compile(c: &mut Criterion) {
         let body = document(size);
         group.throughput(Throughput::Elements(size as u64));
         group.bench_function(BenchmarkId::new("parapet", size), |b| {
-            b.iter(|| {
+            b.iter_with_large_drop(|| {
                 let document = Document::parse(black_box(body.as_bytes())).expect("sound");
                 let engine = Engine::compile(&document);
                 (document, engine)
             });
         });
         group.bench_function(BenchmarkId::new("yggdrasil", size), |b| {
-            b.iter(|| yggdrasil(black_box(&body)));
+            b.iter_with_large_drop(|| yggdrasil(black_box(&body)));
         });
     }
 }

@@ -78,7 +78,10 @@ impl Engine {
         self.fields.bind(context)
     }
 
-    /// Evaluates one flag for a context, both of this engine.
+    /// Evaluates one flag for a context.
+    ///
+    /// Both belong to the engine that handed them out: another one's mean something else here, or
+    /// panic for want of such a flag or field.
     pub fn evaluate(&self, id: FlagId, bound: &Bound<'_>) -> Outcome {
         self.plans[id.index()].decide(&self.plans, bound)
     }
@@ -124,7 +127,7 @@ mod tests {
         assert_eq!(found, problems);
     }
 
-    fn check_constraint(constraint: Value, expect: &str, problems: &[&str]) {
+    fn check_constraint(constraint: &Value, expect: &str, problems: &[&str]) {
         let strategy = json!({ "name": "default", "constraints": [constraint] });
         check(json!({ "strategies": [strategy] }), &[], expect, problems);
     }
@@ -193,10 +196,10 @@ mod tests {
                 ("DATE_AFTER", "tomorrow"),
                 ("REGEX", "(a"),
             ] {
-                check_constraint(with(operator, value), "off", &[&cannot(operator, value)]);
+                check_constraint(&with(operator, value), "off", &[&cannot(operator, value)]);
             }
             check_constraint(
-                with("LIKE", "7"),
+                &with("LIKE", "7"),
                 "off",
                 &["flag `a`: unknown operator `LIKE`, so its strategy never matches"],
             );
@@ -216,9 +219,9 @@ mod tests {
             let mut constraint = operand;
             constraint["operator"] = operator.into();
             constraint["contextName"] = "absent".into();
-            check_constraint(constraint.clone(), "off", &[]);
+            check_constraint(&constraint, "off", &[]);
             constraint["inverted"] = true.into();
-            check_constraint(constraint, "on", &[]);
+            check_constraint(&constraint, "on", &[]);
         }
     }
 
@@ -232,16 +235,16 @@ mod tests {
             }
             all
         };
-        check_constraint(list("IN", json!([" 7 ", ""]), json!({})), "on", &[]);
-        check_constraint(list("IN", json!([7]), json!({})), "on", &[]);
-        check_constraint(list("IN", json!(null), json!({})), "off", &[]);
-        check_constraint(list("NOT_IN", json!([]), json!({})), "on", &[]);
-        check_constraint(list("NOT_IN", json!(["7"]), json!({ "inverted": true })), "on", &[]);
-        check_constraint(list("STR_CONTAINS", json!([]), json!({ "inverted": true })), "on", &[]);
+        check_constraint(&list("IN", json!([" 7 ", ""]), json!({})), "on", &[]);
+        check_constraint(&list("IN", json!([7]), json!({})), "on", &[]);
+        check_constraint(&list("IN", json!(null), json!({})), "off", &[]);
+        check_constraint(&list("NOT_IN", json!([]), json!({})), "on", &[]);
+        check_constraint(&list("NOT_IN", json!(["7"]), json!({ "inverted": true })), "on", &[]);
+        check_constraint(&list("STR_CONTAINS", json!([]), json!({ "inverted": true })), "on", &[]);
         let number = json!({ "contextName": "userId", "operator": "NUM_GTE", "value": 7 });
-        check_constraint(number, "on", &[]);
+        check_constraint(&number, "on", &[]);
         let any = json!({ "contextName": "any", "operator": "DATE_BEFORE", "value": "1970-01-02" });
-        check_constraint(any, "on", &[]);
+        check_constraint(&any, "on", &[]);
     }
 
     #[test]

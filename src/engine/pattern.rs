@@ -119,6 +119,7 @@ mod tests {
         check(r"\s", "\u{b}", false);
         check(r"\bcat\b", "a cat!", true);
         check(r"\bt", "ét", true);
+        check(r"\Bt", "at", true);
         check(r"^\pL$", "é", true);
         check(r"^.$", "é", true);
     }

@@ -162,22 +162,17 @@ pub struct Feature {
 impl Feature {
     fn parse(raw: &RawValue) -> Result<Self, serde_json::Error> {
         #[derive(Deserialize)]
-        struct Named {
+        struct Named<'a> {
             name: Arc<str>,
+            #[serde(borrow, default)]
+            project: Loose<Text<'a>>,
         }
-        let (name, project, segment_ids) = match serde_json::from_str::<Definition<'_>>(raw.get()) {
-            Ok(Definition { name: Loose::Is(name), project, strategies, .. }) => {
-                (Arc::from(name), project.is(), segment_ids(&strategies))
-            }
-            Ok(_) | Err(_) => {
-                (serde_json::from_str::<Named>(raw.get())?.name, None, Box::default())
-            }
-        };
-        let project = project.filter(|project| !project.is_empty());
+        let Named { name, project } = serde_json::from_str(raw.get())?;
+        let project = project.is().filter(|project| !project.is_empty());
         Ok(Self {
             name,
             project: Arc::from(project.as_deref().unwrap_or(DEFAULT_PROJECT)),
-            segment_ids,
+            segment_ids: segment_ids(raw.get()),
             raw: raw.to_owned(),
         })
     }
@@ -221,16 +216,18 @@ impl Feature {
     }
 }
 
-fn segment_ids(strategies: &Loose<Vec<Loose<Strategy<'_>>>>) -> Box<[i64]> {
-    let Loose::Is(strategies) = strategies else {
+/// The ids of segments in a flag's text. Few flags have any, so most are spared the reading.
+fn segment_ids(text: &str) -> Box<[i64]> {
+    if !text.contains("\"segments\"") {
+        return Box::default();
+    }
+    let Ok(Definition { strategies: Loose::Is(strategies), .. }) = serde_json::from_str(text)
+    else {
         return Box::default();
     };
-    let mut ids: Vec<i64> = Vec::new();
-    for strategy in strategies {
-        if let Loose::Is(Strategy { segments: Loose::Is(segments), .. }) = strategy {
-            ids.extend(segments.iter().filter_map(|id| id.is()));
-        }
-    }
+    let of_strategy = |strategy: Loose<Strategy<'_>>| strategy.is()?.segments.is();
+    let ids = strategies.into_iter().filter_map(of_strategy).flatten();
+    let mut ids: Vec<i64> = ids.filter_map(Loose::is).collect();
     ids.sort_unstable();
     ids.dedup();
     ids.into_boxed_slice()
