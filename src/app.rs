@@ -22,6 +22,7 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::{net::TcpListener, task::JoinSet, time::sleep};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
+use xxhash_rust::xxh3::xxh3_64;
 
 use crate::{
     auth::{Authenticator, Authority},
@@ -46,7 +47,7 @@ use crate::{
     wire::usage::ConnectVia,
 };
 
-/// How often verdicts are stored, where there are new ones.
+/// How often verdicts and waiting usage are stored, where they changed.
 const SAVE_EVERY: Duration = Duration::from_secs(5);
 
 /// How often the registry of metrics is tidied up, as its library asks for.
@@ -238,8 +239,10 @@ impl App {
             let auth = judge.clone();
             async move { auth.run().await }
         }));
-        let (saver, place) = (auth.clone(), store.clone());
-        workers.spawn(supervised("save", move || save_verdicts(saver.clone(), place.clone())));
+        let (verdicts, backlog, place) = (auth.clone(), usage.clone(), store.clone());
+        workers.spawn(supervised("save", move || {
+            keep_saving(verdicts.clone(), backlog.clone(), place.clone())
+        }));
         let registry = self.registry;
         workers.spawn(supervised("metrics", move || upkeep(registry.clone())));
         let (sender, stop) = (usage.clone(), stop_working.clone());
@@ -376,6 +379,7 @@ async fn restore(store: &Store, auth: &Authenticator, usage: &Usage) {
         Err(error) => warn!(%error, "Stored verdicts on tokens are not used"),
     }
     match store.load(&Key::Usage).await {
+        Ok(Some(saved)) if saved.is_empty() => {}
         Ok(Some(saved)) => match usage.restore(&saved) {
             Ok(()) => info!("Usage of an earlier run waits to be sent"),
             Err(error) => warn!(%error, "Stored usage is lost"),
@@ -385,10 +389,24 @@ async fn restore(store: &Store, auth: &Authenticator, usage: &Usage) {
     }
 }
 
-async fn save_verdicts(auth: Authenticator, store: Store) {
+/// Stores what changes while Parapet runs, so that a crash loses little.
+///
+/// Usage is stored as long as upstream does not take it, and the record is emptied when it did: a
+/// crash within [`SAVE_EVERY`] of that counts twice, a later one does not.
+async fn keep_saving(auth: Authenticator, usage: Usage, store: Store) {
+    // What an earlier run left was restored, and is the first to be replaced.
+    let mut stored = None;
     loop {
         sleep(SAVE_EVERY).await;
         store_verdicts(&auth, &store).await;
+        let backlog = usage.backlog().unwrap_or_default();
+        let hash = xxh3_64(&backlog);
+        if stored != Some(hash) {
+            match store.save(&Key::Usage, &backlog).await {
+                Ok(()) => stored = Some(hash),
+                Err(error) => warn!(%error, "Usage that waits for upstream cannot be stored"),
+            }
+        }
     }
 }
 

@@ -239,6 +239,14 @@ impl Usage {
         self.shared.pipeline.totals()
     }
 
+    /// What waits although its interval is over, because upstream does not take it, as bytes for a
+    /// store; nothing if nothing does. It stays here too.
+    ///
+    /// Stored every few seconds, it bounds what a crash during an outage loses to the interval.
+    pub fn backlog(&self) -> Option<Vec<u8>> {
+        self.shared.pipeline.save()
+    }
+
     /// Everything that was reported and not sent, as bytes for a store; nothing if there is
     /// nothing. It stays here too.
     pub fn save(&self) -> Option<Vec<u8>> {
