@@ -103,25 +103,29 @@ impl Document {
 
     fn sorted(features: Vec<Feature>, segments: Vec<Segment>, revision: Option<u64>) -> Self {
         let mut shadowed = Vec::new();
-        let features = last_of_each(features, |feature| Arc::clone(&feature.name), &mut shadowed);
-        let segments = last_of_each(segments, |segment| segment.id, &mut Vec::new());
+        let mut note = |feature: &Feature| shadowed.push(Arc::clone(&feature.name));
+        let features = last_of_each(features, |feature| &feature.name, &mut note);
+        let segments = last_of_each(segments, |segment| &segment.id, |_| {});
         shadowed.dedup();
         Self { features, segments, revision, shadowed }
     }
 }
 
-/// Sorts by key and keeps the last of equal ones; the keys of dropped items go to `dropped`.
-fn last_of_each<T, K: Ord>(items: Vec<T>, key: impl Fn(&T) -> K, dropped: &mut Vec<K>) -> Vec<T> {
-    let mut items = items;
-    items.sort_by_key(&key);
+/// Sorts by key and keeps the last of equal ones; the others are shown to `drop` first.
+fn last_of_each<T, K: Ord>(
+    mut items: Vec<T>,
+    key: impl Fn(&T) -> &K,
+    mut drop: impl FnMut(&T),
+) -> Vec<T> {
+    items.sort_by(|a, b| key(a).cmp(key(b)));
     let mut kept: Vec<T> = Vec::with_capacity(items.len());
     for item in items {
         match kept.last_mut() {
             Some(last) if key(last) == key(&item) => {
-                dropped.push(key(last));
+                drop(last);
                 *last = item;
             }
-            _ => kept.push(item),
+            Some(_) | None => kept.push(item),
         }
     }
     kept
