@@ -72,7 +72,7 @@ enum Case {
 }
 
 impl Constraint {
-    /// Compiles what the wire says; defects that matter or do not go to `defects` either way.
+    /// Compiles what the wire says, and notes in `defects` what is wrong with it.
     pub(super) fn compile(
         source: &Loose<wire::Constraint<'_>>,
         fields: &mut Fields,

@@ -70,8 +70,8 @@ const DEFAULT: &[FieldId] = &[FieldId::USER_ID, FieldId::SESSION_ID, FieldId::RE
 
 /// Compiles a list of variants, whose values are appended to the flag's `table`.
 ///
-/// `stickiness` counts where `own` says so or the first variant names none; `site` is where their
-/// draws come from.
+/// `group` and `stickiness` (by default [`DEFAULT`]) place whoever is known; `site` is where the
+/// draws for everybody else come from.
 pub(super) fn compile(
     source: &[Loose<wire::Variant<'_>>],
     group: &str,
