@@ -3,6 +3,9 @@
 
 /// Exit statuses, help and probes.
 mod command_line;
+/// Parapet in this process, for tests of its answers.
+#[allow(dead_code, reason = "a kit like the rig: each story uses the parts it needs")]
+mod local;
 /// Real servers, real SDKs and a network that can be made to fail.
 #[allow(dead_code, unused_imports, reason = "the rig is a kit: stories use the parts they need")]
 mod rig;
