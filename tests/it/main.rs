@@ -1,8 +1,14 @@
 //! The integration tests, one binary: each module tells one story about Parapet from outside.
 #![allow(clippy::unwrap_used, reason = "what fails here fails a test, and says where")]
 
+/// Tokens at the door.
+mod auth;
+/// The API of server SDKs.
+mod client_api;
 /// Exit statuses, help and probes.
 mod command_line;
+/// The API of frontend SDKs.
+mod frontend_api;
 /// Parapet in this process, for tests of its answers.
 #[allow(dead_code, reason = "a kit like the rig: each story uses the parts it needs")]
 mod local;

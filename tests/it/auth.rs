@@ -1,0 +1,184 @@
+//! Tokens at the door: who is let in where, and what those hear who are not.
+
+use reqwest::{Method, StatusCode};
+use serde_json::json;
+
+use crate::local::{Answer, CLIENT, FRONTEND, Local, WEB_CLIENT, WEB_FRONTEND, answer};
+
+const FLAGS: &str = r#"{"features":[
+    {"name":"frontend","enabled":true,"strategies":[]},
+    {"name":"client","enabled":true,"strategies":[]}]}"#;
+
+/// Measured on Unleash 7.5.1 and 8.2.0.
+const NO_TOKEN: &str = "This endpoint requires an API token. Please add an authorization header to your request with a valid token";
+const WRONG_KIND: &str = "invalid token: expected a different token type for this endpoint";
+
+/// What wants a client token. The last ones have parts of the other API in their path.
+const CLIENT_ROUTES: [(Method, &str); 10] = [
+    (Method::GET, "/api/client/features"),
+    (Method::HEAD, "/api/client/features"),
+    (Method::POST, "/api/client/features"),
+    (Method::POST, "/api/client/register"),
+    (Method::POST, "/api/client/metrics"),
+    (Method::POST, "/api/client/metrics/bulk"),
+    (Method::POST, "/api/client/metrics/edge"),
+    (Method::GET, "/api/client/features/frontend"),
+    (Method::GET, "/api/client/features/proxy"),
+    (Method::GET, "/api/client/features/%2Ffrontend"),
+];
+
+/// What wants a frontend token.
+const FRONTEND_ROUTES: [(Method, &str); 10] = [
+    (Method::GET, "/api/frontend"),
+    (Method::POST, "/api/frontend"),
+    (Method::GET, "/api/frontend/all"),
+    (Method::GET, "/api/proxy"),
+    (Method::POST, "/api/proxy/all"),
+    (Method::POST, "/api/frontend/client/metrics"),
+    (Method::POST, "/api/frontend/client/register"),
+    (Method::POST, "/api/proxy/client/metrics"),
+    (Method::GET, "/api/frontend/features/client"),
+    (Method::GET, "/api/frontend/features/client%2F"),
+];
+
+async fn present(parapet: &Local, method: &Method, path: &str, token: &str) -> Answer {
+    let request = parapet.request(method.clone(), path).header("authorization", token);
+    answer(request.header("content-type", "application/json")).await
+}
+
+#[track_caller]
+fn check(answer: &Answer, method: &Method, status: StatusCode, message: &str) {
+    assert_eq!(answer.status, status, "{}", answer.text());
+    if method != Method::HEAD {
+        assert_eq!(answer.json()["message"], message);
+        assert_eq!(answer.header("content-type"), "application/json");
+    }
+}
+
+#[tokio::test]
+async fn without_a_valid_token_every_route_says_that_it_wants_one() {
+    let parapet = Local::offline(FLAGS).await;
+    let nearly = format!("{CLIENT}x");
+    let other_case = CLIENT.to_uppercase();
+    let long = format!("*:development.{}", "x".repeat(5000));
+    let unknown = [
+        "*:development.unknown",
+        &nearly,
+        &other_case,
+        &long,
+        "Basic dXNlcjpwYXNz",
+        "Bearer",
+        "Bearer Bearer x",
+        "nonsense",
+        "",
+        "*:*.secret",
+        "user:0123456789abcdef",
+        "[]:development.unknown",
+        "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
+        "*:development.ünknown",
+    ];
+    for (method, path) in CLIENT_ROUTES.iter().chain(&FRONTEND_ROUTES) {
+        let none = answer(parapet.request(method.clone(), path)).await;
+        check(&none, method, StatusCode::UNAUTHORIZED, NO_TOKEN);
+        for token in unknown {
+            let answer = present(&parapet, method, path, token).await;
+            check(&answer, method, StatusCode::UNAUTHORIZED, NO_TOKEN);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_token_of_the_other_kind_is_told_so_whatever_the_path_looks_like() {
+    let parapet = Local::offline(FLAGS).await;
+    for (method, path) in &CLIENT_ROUTES {
+        for token in [FRONTEND, WEB_FRONTEND] {
+            let answer = present(&parapet, method, path, token).await;
+            check(&answer, method, StatusCode::FORBIDDEN, WRONG_KIND);
+        }
+        let right = present(&parapet, method, path, CLIENT).await.status;
+        assert!(![StatusCode::UNAUTHORIZED, StatusCode::FORBIDDEN].contains(&right), "{path}");
+    }
+    for (method, path) in &FRONTEND_ROUTES {
+        for token in [CLIENT, WEB_CLIENT] {
+            let answer = present(&parapet, method, path, token).await;
+            check(&answer, method, StatusCode::FORBIDDEN, WRONG_KIND);
+        }
+        let right = present(&parapet, method, path, FRONTEND).await.status;
+        assert!(![StatusCode::UNAUTHORIZED, StatusCode::FORBIDDEN].contains(&right), "{path}");
+    }
+}
+
+#[tokio::test]
+async fn a_token_may_come_raw_or_as_bearer() {
+    let parapet = Local::offline(FLAGS).await;
+    for scheme in ["", "Bearer ", "bearer ", "BEARER   "] {
+        let answer = parapet.get("/api/client/features", &format!("{scheme}{CLIENT}")).await;
+        assert_eq!(answer.status, StatusCode::OK, "{scheme}");
+        let answer = parapet.get("/api/frontend", &format!("{scheme}{FRONTEND}")).await;
+        assert_eq!(answer.status, StatusCode::OK, "{scheme}");
+    }
+}
+
+#[tokio::test]
+async fn the_header_of_tokens_can_be_another() {
+    for flag in ["--edge-auth-header", "--token-header"] {
+        let parapet = Local::offline_with(FLAGS, &[flag, "X-Flags-Token"]).await;
+        let request = parapet.request(Method::GET, "/api/client/features");
+        let answer = answer(request.header("x-flags-token", CLIENT)).await;
+        assert_eq!(answer.status, StatusCode::OK);
+        let usual = parapet.get("/api/client/features", CLIENT).await;
+        assert_eq!(usual.status, StatusCode::UNAUTHORIZED);
+    }
+}
+
+#[tokio::test]
+async fn an_admin_token_reads_no_flags() {
+    const ADMIN: &str = "*:*.admin-0123456789abcdef0123456789abcdef";
+    let variables = [("INIT_ADMIN_API_TOKENS", ADMIN)];
+    let parapet = Local::standalone(FLAGS, &[], &variables).await;
+    for (method, path) in CLIENT_ROUTES.iter().chain(&FRONTEND_ROUTES) {
+        let answer = present(&parapet, method, path, ADMIN).await;
+        check(&answer, method, StatusCode::FORBIDDEN, WRONG_KIND);
+    }
+}
+
+#[tokio::test]
+async fn anybody_may_ask_which_of_their_tokens_are_valid() {
+    let parapet = Local::offline(FLAGS).await;
+    let body = json!({"tokens": [
+        CLIENT, "malformed", "*:development.unknown", WEB_FRONTEND, "", "user:abc",
+    ]});
+    let answer = answer(parapet.json("/edge/validate", &body)).await;
+    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+    let tokens = answer.json()["tokens"].clone();
+    let told: Vec<_> = tokens
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|it| (it["token"].as_str(), &it["projects"], it["environment"].as_str()))
+        .collect();
+    let environment = Some("development");
+    let (all, web) = (json!(["*"]), json!(["web"]));
+    assert_eq!(told, [(Some(CLIENT), &all, environment), (Some(WEB_FRONTEND), &web, environment)]);
+    let kinds: Vec<_> = (0..2).map(|n| tokens[n]["type"].as_str().unwrap()).collect();
+    assert!(["client", "backend"].contains(&kinds[0]) && kinds[1] == "frontend", "{kinds:?}");
+}
+
+#[tokio::test]
+async fn a_question_about_tokens_that_cannot_be_read_is_refused_without_repeating_it() {
+    let parapet = Local::offline(FLAGS).await;
+    let too_many = json!({"tokens": vec!["*:development.secret-of-many"; 1001]}).to_string();
+    for body in [
+        "",
+        "[]",
+        "{}",
+        r#"{"tokens":"*:development.secret-of-many"}"#,
+        r#"{"tokens":["*:development.secret-of-many"#,
+        &too_many,
+    ] {
+        let request = parapet.request(Method::POST, "/edge/validate");
+        let answer = answer(request.body(body.to_owned())).await;
+        assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{body}");
+        assert!(!answer.text().contains("secret-of"), "{}", answer.text());
+    }
+}

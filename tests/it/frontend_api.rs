@@ -1,0 +1,258 @@
+//! The API of frontend SDKs: flags evaluated for the context that a request tells.
+
+use std::collections::BTreeSet;
+
+use reqwest::{Method, StatusCode};
+use serde_json::{Value, json};
+
+use crate::local::{Answer, FRONTEND, Local, WEB_FRONTEND, answer};
+
+/// A flag of the project `web` that is on where this constraint holds.
+fn on_where(name: &str, field: &str, value: &str) -> Value {
+    let constraint = json!({"contextName": field, "operator": "IN", "values": [value]});
+    json!({
+        "name": name, "project": "web", "enabled": true, "impressionData": true,
+        "strategies": [{"name": "default", "constraints": [constraint]}],
+    })
+}
+
+fn flags() -> String {
+    let from = |name: &str, address: &str| {
+        json!({
+            "name": name, "enabled": true, "project": "default",
+            "strategies": [{"name": "remoteAddress", "parameters": {"IPs": address}}],
+        })
+    };
+    json!({"features": [
+        on_where("for-ada", "userId", "ada"),
+        on_where("in-session", "sessionId", "s1"),
+        on_where("in-app", "appName", "shop"),
+        on_where("in-development", "environment", "development"),
+        on_where("in-space", "environment", "space"),
+        on_where("premium", "plan", "premium & more"),
+        on_where("seven", "number", "7"),
+        on_where("true", "yes", "true"),
+        from("at-home", "127.0.0.1"),
+        from("elsewhere", "203.0.113.7"),
+        {"name": "always", "project": "default", "enabled": true, "strategies": [{"name": "default"}],
+         "variants": [{"name": "green", "weight": 1000, "payload": {"type": "string", "value": "é"}}]},
+        {"name": "never", "project": "default", "enabled": false, "strategies": []},
+    ]})
+    .to_string()
+}
+
+/// What is on regardless of what a request tells.
+const REGARDLESS: [&str; 3] = ["always", "at-home", "in-development"];
+
+#[track_caller]
+fn enabled(answer: &Answer) -> BTreeSet<String> {
+    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+    let json = answer.json();
+    let toggles = json["toggles"].as_array().unwrap().iter();
+    let on = toggles.filter(|toggle| toggle["enabled"] == true);
+    on.map(|toggle| toggle["name"].as_str().unwrap().to_owned()).collect()
+}
+
+#[track_caller]
+fn check_on(answer: &Answer, besides: &[&str], regardless: &[&str], how: &str) {
+    let expect = besides.iter().chain(regardless).map(|&name| name.to_owned()).collect();
+    assert_eq!(enabled(answer), expect, "{how}");
+}
+
+#[tokio::test]
+async fn a_query_tells_the_context() {
+    let parapet = Local::offline(&flags()).await;
+    let check = async |query: &str, besides: &[&str]| {
+        let answer = parapet.get(&format!("/api/frontend?{query}"), FRONTEND).await;
+        check_on(&answer, besides, &REGARDLESS, query);
+    };
+    check("", &[]).await;
+    check("userId=ada", &["for-ada"]).await;
+    check("userId=ada&sessionId=s1&appName=shop", &["for-ada", "in-session", "in-app"]).await;
+    check("properties[plan]=premium%20%26+more", &["premium"]).await;
+    check("properties%5Bplan%5D=premium+%26+more", &["premium"]).await;
+    check("plan=premium+%26+more", &["premium"]).await;
+    check("properties[userId]=ada", &["for-ada"]).await;
+    check("userId=bob&properties[userId]=ada", &[]).await;
+    check("properties[number]=7&properties[yes]=true", &["seven", "true"]).await;
+    check("properties[a][b]=1&&=&properties[]=x&properties[=%ff", &[]).await;
+}
+
+#[tokio::test]
+async fn a_body_tells_the_context_flat_or_wrapped() {
+    let parapet = Local::offline(&flags()).await;
+    let check = async |context: Value, besides: &[&str]| {
+        let flat = parapet.post("/api/frontend", FRONTEND, &context).await;
+        check_on(&flat, besides, &REGARDLESS, &format!("{context}"));
+        let wrapped = json!({"context": context, "userId": "not looked at"});
+        let wrapped = parapet.post("/api/frontend", FRONTEND, &wrapped).await;
+        assert_eq!(wrapped.text(), flat.text(), "{context}");
+    };
+    check(json!({}), &[]).await;
+    check(json!({"userId": "ada", "appName": "shop"}), &["for-ada", "in-app"]).await;
+    check(json!({"properties": {"plan": "premium & more"}}), &["premium"]).await;
+    check(json!({"properties": {"number": 7, "yes": true}}), &["seven", "true"]).await;
+    check(json!({"number": 7, "yes": true}), &["seven", "true"]).await;
+    check(json!({"properties": {"userId": "ada"}}), &["for-ada"]).await;
+    check(json!({"userId": null, "properties": null, "sessionId": ["s1"]}), &[]).await;
+    let empty = parapet.request(Method::POST, "/api/frontend").header("authorization", FRONTEND);
+    check_on(&answer(empty).await, &[], &REGARDLESS, "no body");
+}
+
+#[tokio::test]
+async fn an_environment_that_is_told_is_used_as_told() {
+    let parapet = Local::offline(&flags()).await;
+    let told = parapet.get("/api/frontend?environment=space", FRONTEND).await;
+    check_on(&told, &["in-space"], &["always", "at-home"], "told");
+}
+
+#[tokio::test]
+async fn all_tells_disabled_flags_too_and_a_token_sees_its_projects() {
+    let parapet = Local::offline(&flags()).await;
+    let all = parapet.get("/api/frontend/all", FRONTEND).await;
+    check_on(&all, &[], &REGARDLESS, "all");
+    let toggles = all.json()["toggles"].clone();
+    assert_eq!(toggles.as_array().unwrap().len(), 12);
+    let names: Vec<_> = toggles.as_array().unwrap().iter().map(|it| it["name"].as_str()).collect();
+    assert!(names.is_sorted(), "{names:?}");
+    let web = parapet.get("/api/frontend/all", WEB_FRONTEND).await;
+    assert_eq!(web.json()["toggles"].as_array().unwrap().len(), 8);
+    check_on(&web, &[], &["in-development"], "web");
+}
+
+#[tokio::test]
+async fn a_flag_is_told_with_its_variant_and_both_spellings_of_impression_data() {
+    let parapet = Local::offline(&flags()).await;
+    let always = parapet.get("/api/frontend/features/always", FRONTEND).await;
+    assert_eq!(
+        always.json(),
+        json!({
+            "name": "always", "enabled": true, "impression_data": false, "impressionData": false,
+            "variant": {
+                "name": "green", "enabled": true, "feature_enabled": true,
+                "payload": {"type": "string", "value": "é"},
+            },
+        })
+    );
+    let path = "/api/frontend/features/for-ada";
+    let off = json!({
+        "name": "for-ada", "enabled": false, "impression_data": true, "impressionData": true,
+        "variant": {"name": "disabled", "enabled": false, "feature_enabled": false},
+    });
+    assert_eq!(parapet.get(path, FRONTEND).await.json(), off);
+    let on = parapet.get(&format!("{path}?userId=ada"), FRONTEND).await.json();
+    assert_eq!((&on["enabled"], &on["variant"]["feature_enabled"]), (&true.into(), &true.into()));
+    assert_eq!(parapet.post(path, FRONTEND, &json!({"userId": "ada"})).await.json(), on);
+    let listed = parapet.get("/api/frontend/all?userId=ada", FRONTEND).await.json();
+    assert!(listed["toggles"].as_array().unwrap().contains(&on));
+}
+
+#[tokio::test]
+async fn a_flag_that_is_not_there_or_not_seen_is_not_found() {
+    let parapet = Local::offline(&flags()).await;
+    for (token, path) in [
+        (FRONTEND, "/api/frontend/features/none"),
+        (FRONTEND, "/api/frontend/features/"),
+        (FRONTEND, "/api/proxy/features/always"),
+        (FRONTEND, "/api/frontend/nothing"),
+        (WEB_FRONTEND, "/api/frontend/features/always"),
+    ] {
+        let answer = parapet.get(path, token).await;
+        assert_eq!(answer.status, StatusCode::NOT_FOUND, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn proxy_is_another_name_of_frontend() {
+    let parapet = Local::offline(&flags()).await;
+    for rest in ["?userId=ada", "/all?userId=ada"] {
+        let one = parapet.get(&format!("/api/frontend{rest}"), FRONTEND).await;
+        let other = parapet.get(&format!("/api/proxy{rest}"), FRONTEND).await;
+        assert_eq!((other.status, other.text()), (StatusCode::OK, one.text()));
+        assert_eq!(other.header("etag"), one.header("etag"));
+    }
+    let registration =
+        json!({"appName": "a", "interval": 1, "started": "2026-01-01T00:00:00Z", "strategies": []});
+    let report = json!({"appName": "a", "instanceId": "i", "bucket": {
+        "start": "2026-01-01T00:00:00Z", "stop": "2026-01-01T00:01:00Z",
+        "toggles": {"always": {"yes": 1, "no": 0, "variants": {"green": 1}}}}});
+    for base in ["/api/frontend", "/api/frontend/all", "/api/proxy", "/api/proxy/all"] {
+        for (path, body) in [("/client/register", &registration), ("/client/metrics", &report)] {
+            let answer = parapet.post(&format!("{base}{path}"), FRONTEND, body).await;
+            assert_eq!(answer.status, StatusCode::ACCEPTED, "{base}{path}: {}", answer.text());
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_has_the_current_answer_is_told_so() {
+    let parapet = Local::offline(&flags()).await;
+    for path in ["/api/frontend", "/api/frontend/all", "/api/frontend/features/for-ada"] {
+        let ask = async |query: &str, tag: &str| {
+            let request = parapet.request(Method::GET, &format!("{path}{query}"));
+            let request = request.header("authorization", FRONTEND).header("if-none-match", tag);
+            answer(request).await
+        };
+        let fresh = ask("?userId=bob", "\"none\"").await;
+        assert_eq!((fresh.status, fresh.header("cache-control")), (StatusCode::OK, "no-cache"));
+        let tag = fresh.header("etag");
+        assert!(tag.starts_with('"'), "{tag}");
+        for condition in [tag, "*", &format!("W/{tag}"), &format!("\"a\", {tag}")] {
+            let same = ask("?userId=bob", condition).await;
+            assert_eq!((same.status, same.text()), (StatusCode::NOT_MODIFIED, ""), "{path}");
+            assert_eq!((same.header("etag"), same.header("cache-control")), (tag, "no-cache"));
+        }
+        let same_outcome = ask("?userId=carol", tag).await;
+        assert_eq!(same_outcome.status, StatusCode::NOT_MODIFIED, "nothing differs for her");
+        assert_eq!(ask("?userId=ada", tag).await.status, StatusCode::OK, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn a_body_that_cannot_be_used_is_refused_with_what_is_wrong() {
+    let parapet = Local::offline_with(&flags(), &["--body-limit-bytes", "1000"]).await;
+    let check = async |kind: &str, body: String, expect: StatusCode| {
+        for path in ["/api/frontend", "/api/proxy/all", "/api/frontend/features/always"] {
+            let request = parapet.request(Method::POST, path).header("authorization", FRONTEND);
+            let answer = answer(request.header("content-type", kind).body(body.clone())).await;
+            assert_eq!(answer.status, expect, "{kind} {body}");
+            assert_eq!(answer.json()["message"].is_string(), expect != StatusCode::OK);
+        }
+    };
+    let json = "application/json";
+    for body in ["{", "[]", "7", "null", "\"a\"", "{\"context\":}", "{} {}", "\u{0}"] {
+        check(json, body.to_owned(), StatusCode::BAD_REQUEST).await;
+    }
+    check("text/plain", "{}".to_owned(), StatusCode::UNSUPPORTED_MEDIA_TYPE).await;
+    check("application/x-www-form-urlencoded", "a=b".into(), StatusCode::UNSUPPORTED_MEDIA_TYPE)
+        .await;
+    check("application/json; charset=utf-8", "{}".to_owned(), StatusCode::OK).await;
+    let fits = format!("{{\"userId\":\"{}\"}}", "x".repeat(1000 - 13));
+    check(json, fits.clone(), StatusCode::OK).await;
+    check(json, fits + " ", StatusCode::PAYLOAD_TOO_LARGE).await;
+}
+
+#[tokio::test]
+async fn the_address_is_the_peers_unless_a_trusted_proxy_tells_another() {
+    let (here, there) = (["at-home"], ["elsewhere"]);
+    let regardless = ["always", "in-development"];
+    let check = async |args: &[&str], headers: &[(&str, &str)], query: &str, on: &[&str]| {
+        let parapet = Local::offline_with(&flags(), args).await;
+        let path = format!("/api/frontend{query}");
+        let request = parapet.request(Method::GET, &path).header("authorization", FRONTEND);
+        let request = headers.iter().fold(request, |it, (name, value)| it.header(*name, *value));
+        check_on(&answer(request).await, on, &regardless, &format!("{args:?} {headers:?} {query}"));
+    };
+    let told = [("x-forwarded-for", "203.0.113.7")];
+    check(&[], &[], "", &here).await;
+    check(&[], &told, "", &here).await;
+    check(&["--trust-proxy"], &told, "", &there).await;
+    check(&["--trust-proxy"], &[("forwarded", "for=203.0.113.7;proto=https")], "", &there).await;
+    let only = |network| ["--trust-proxy", "--proxy-trusted-servers", network];
+    check(&only("10.0.0.0/8"), &told, "", &here).await;
+    check(&only("127.0.0.0/8"), &told, "", &there).await;
+    let spoofed = [("x-forwarded-for", "127.0.0.1, 203.0.113.7")];
+    check(&only("127.0.0.1"), &spoofed, "", &there).await;
+    check(&["--trust-proxy"], &told, "?remoteAddress=127.0.0.1", &here).await;
+    check(&[], &[], "?remoteAddress=203.0.113.7", &there).await;
+}
