@@ -4,7 +4,14 @@
 //! 0. What a request means is the [`Service`]'s business.
 
 use std::{
-    convert::Infallible, future::Future, net::SocketAddr, panic::AssertUnwindSafe, sync::Arc,
+    convert::Infallible,
+    future::Future,
+    net::SocketAddr,
+    panic::AssertUnwindSafe,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -83,14 +90,25 @@ pub async fn serve<S: Service>(
             }
         };
         let service = Arc::clone(&service);
+        let begun = Arc::new(AtomicBool::new(false));
+        let has_begun = Arc::clone(&begun);
         let answer = service_fn(move |request| {
+            begun.store(true, Ordering::Relaxed);
             let service = Arc::clone(&service);
             async move { Ok::<_, Infallible>(guarded(&*service, request, peer).await) }
         });
         let connection = protocol.serve_connection(TokioIo::new(stream), answer).into_owned();
         let connection = graceful.watch(connection);
+        let first_head = limits.header_read_timeout;
         tokio::spawn(async move {
-            if let Err(error) = connection.await {
+            let mut connection = std::pin::pin!(connection);
+            // Hyper's own timer starts when the protocol is known, which a silent client prevents.
+            let ended = match tokio::time::timeout(first_head, &mut connection).await {
+                Ok(ended) => ended,
+                Err(_) if has_begun.load(Ordering::Relaxed) => connection.await,
+                Err(_) => Ok(()),
+            };
+            if let Err(error) = ended {
                 debug!(error, "A connection ended early");
             }
             drop(permit);
