@@ -70,11 +70,7 @@ pub async fn serve<S: Service>(
     let graceful = GracefulShutdown::new();
     let room = Arc::new(Semaphore::new(limits.connections));
     let mut protocol = Builder::new(TokioExecutor::new());
-    protocol
-        .http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(limits.header_read_timeout)
-        .pipeline_flush(true);
+    protocol.http1().timer(TokioTimer::new()).header_read_timeout(limits.header_read_timeout);
     protocol.http2().timer(TokioTimer::new()).keep_alive_interval(PING_EVERY);
     loop {
         let accepted = tokio::select! {

@@ -9,9 +9,13 @@ mod client_api;
 mod command_line;
 /// The API of frontend SDKs.
 mod frontend_api;
+/// What one client may take and send.
+mod limits;
 /// Parapet in this process, for tests of its answers.
 #[allow(dead_code, reason = "a kit like the rig: each story uses the parts it needs")]
 mod local;
+/// What operators configure and see.
+mod ops;
 /// Real servers, real SDKs and a network that can be made to fail.
 #[allow(dead_code, unused_imports, reason = "the rig is a kit: stories use the parts they need")]
 mod rig;
