@@ -1,0 +1,302 @@
+//! What one client may take, and what it may send: whatever that is, others are served and no answer is a 5xx.
+
+use std::time::Duration;
+
+use proptest::prelude::*;
+use reqwest::{Method, StatusCode};
+use serde_json::json;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+
+use crate::local::{CLIENT, FRONTEND, Local, answer};
+
+const FLAGS: &str =
+    r#"{"features":[{"name":"a","enabled":true,"strategies":[{"name":"default"}]}]}"#;
+
+/// What takes a body, with the token that opens it.
+const POSTS: [(&str, &str); 9] = [
+    ("/api/client/register", CLIENT),
+    ("/api/client/metrics", CLIENT),
+    ("/api/client/metrics/bulk", CLIENT),
+    ("/api/client/metrics/edge", CLIENT),
+    ("/api/frontend", FRONTEND),
+    ("/api/frontend/features/a", FRONTEND),
+    ("/api/frontend/client/register", FRONTEND),
+    ("/api/frontend/client/metrics", FRONTEND),
+    ("/edge/validate", ""),
+];
+
+async fn post(parapet: &Local, path: &str, token: &str, coding: &str, body: Vec<u8>) -> StatusCode {
+    let request = parapet.request(Method::POST, path).header("authorization", token);
+    let request =
+        if coding.is_empty() { request } else { request.header("content-encoding", coding) };
+    answer(request.header("content-type", "application/json").body(body)).await.status
+}
+
+#[tokio::test]
+async fn a_body_that_is_no_use_is_the_clients_fault_everywhere() {
+    let parapet = Local::offline(FLAGS).await;
+    let deep = "[".repeat(100_000);
+    let deep_objects = "{\"a\":".repeat(50_000);
+    let bodies = [
+        "",
+        " ",
+        "{",
+        "}",
+        "[]",
+        "7",
+        "null",
+        "true",
+        "\"\"",
+        "{}",
+        "{\"appName\":",
+        "\u{0}",
+        "{\"appName\":null,\"bucket\":null,\"tokens\":null,\"applications\":null,\"metrics\":null}",
+        "{\"appName\":7,\"bucket\":7,\"tokens\":7,\"applications\":7,\"metrics\":7}",
+        "{\"appName\":\"\",\"bucket\":{\"start\":\"\",\"stop\":\"\",\"toggles\":{}}}",
+        "{\"appName\":\"a\",\"bucket\":{\"start\":\"-999999-01-01T00:00:00Z\",\"stop\":1e400,\"toggles\":{\"a\":{\"yes\":-1,\"no\":1e300}}}}",
+        "{\"appName\":\"a\",\"interval\":18446744073709551616,\"started\":-1e308,\"strategies\":[]}",
+        "{\"context\":{\"properties\":[]}}",
+        "{\"context\":7}",
+        "{\"tokens\":[\"a:b.c\",null,{}]}",
+        "{\"appName\":\"\\ud800\"}",
+        &deep,
+        &deep_objects,
+    ];
+    for (path, token) in POSTS {
+        for body in bodies {
+            let status = post(&parapet, path, token, "", body.into()).await;
+            assert!(status.as_u16() < 500, "{path} {:.60}: {status}", body);
+        }
+        let unencoded = post(&parapet, path, token, "gzip", b"{}".to_vec()).await;
+        assert_eq!(unencoded, StatusCode::BAD_REQUEST, "{path}");
+        let not_utf8 = post(&parapet, path, token, "", b"{\"appName\":\"\xff\"}".to_vec()).await;
+        assert_eq!(not_utf8, StatusCode::BAD_REQUEST, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn a_body_beyond_the_limit_is_refused_compressed_or_not() {
+    use std::io::Write as _;
+    let parapet = Local::offline_with(FLAGS, &["--body-limit-bytes", "10000"]).await;
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+    gzip.write_all(&[b' '; 1_000_000]).unwrap();
+    let bomb = gzip.finish().unwrap();
+    assert!(bomb.len() < 10_000);
+    for (path, token) in POSTS {
+        let plain = post(&parapet, path, token, "", vec![b' '; 10_001]).await;
+        assert_eq!(plain, StatusCode::PAYLOAD_TOO_LARGE, "{path}");
+        let packed = post(&parapet, path, token, "gzip", bomb.clone()).await;
+        assert_eq!(packed, StatusCode::PAYLOAD_TOO_LARGE, "{path}");
+    }
+}
+
+#[test]
+fn no_bytes_make_any_endpoint_fail() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let parapet = runtime.block_on(Local::offline(FLAGS));
+    let body = prop_oneof![
+        proptest::collection::vec(any::<u8>(), 0..300),
+        "[\\[\\]{}\":,a-z0-9. ]{0,100}".prop_map(String::into_bytes),
+        json_like().prop_map(|json| json.to_string().into_bytes()),
+    ];
+    let coding = prop_oneof![4 => Just(""), 1 => Just("gzip"), 1 => Just("br"), 1 => Just("zstd"), 1 => Just("deflate")];
+    let config =
+        ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() };
+    proptest!(config, |(body in body, coding in coding, path in "[a-z0-9%/?&=\\[\\].*~-]{0,40}", header in "[!-~]{0,80}")| {
+        runtime.block_on(async {
+            for (path, token) in POSTS {
+                let status = post(&parapet, path, token, coding, body.clone()).await;
+                prop_assert!(status.as_u16() < 500, "{}: {}", path, status);
+            }
+            for (base, token) in [("/", ""), ("/api/client/features/", CLIENT), ("/api/client/features?", CLIENT),
+                ("/api/frontend?", FRONTEND), ("/api/frontend/features/", FRONTEND)] {
+                let request = parapet.request(Method::GET, &format!("{base}{path}"));
+                let request = request.header("authorization", token).header("if-none-match", &header)
+                    .header("accept-encoding", &header).header("unleash-client-spec", &header)
+                    .header("x-forwarded-for", &header).header("forwarded", &header).header("origin", &header);
+                let status = answer(request).await.status;
+                prop_assert!(status.as_u16() < 500, "{}{}: {}", base, path, status);
+            }
+            let request = parapet.request(Method::GET, "/api/client/features").header("authorization", &header);
+            prop_assert_eq!(answer(request).await.status, StatusCode::UNAUTHORIZED);
+            Ok(())
+        })?;
+    });
+    let health = runtime.block_on(parapet.get("/internal-backstage/health", ""));
+    assert_eq!(health.status, StatusCode::OK);
+}
+
+/// JSON with the names that bodies have, and anything as their values.
+fn json_like() -> impl Strategy<Value = serde_json::Value> {
+    use serde_json::Value;
+    let name = proptest::sample::select(vec![
+        "appName",
+        "instanceId",
+        "bucket",
+        "start",
+        "stop",
+        "toggles",
+        "yes",
+        "no",
+        "variants",
+        "impactMetrics",
+        "samples",
+        "value",
+        "labels",
+        "buckets",
+        "le",
+        "type",
+        "count",
+        "sum",
+        "applications",
+        "metrics",
+        "started",
+        "interval",
+        "strategies",
+        "tokens",
+        "context",
+        "properties",
+        "userId",
+        "featureName",
+        "timestamp",
+        "connectVia",
+        "environment",
+        "projects",
+        "name",
+        "help",
+    ]);
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        any::<f64>().prop_map(Value::from),
+        Just(json!("2026-01-01T00:00:00Z")),
+        Just(json!("+Inf")),
+        "\\PC{0,10}".prop_map(Value::from),
+    ];
+    leaf.prop_recursive(5, 40, 6, move |inner| {
+        prop_oneof![
+            proptest::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+            proptest::collection::vec((name.clone(), inner), 0..6).prop_map(|entries| entries
+                .into_iter()
+                .map(|(name, it)| (name.to_owned(), it))
+                .collect()),
+        ]
+    })
+}
+
+#[tokio::test]
+async fn bytes_that_are_no_http_harm_nobody() {
+    let parapet = Local::offline_with(FLAGS, &["--header-read-timeout-seconds", "1"]).await;
+    let huge = format!("GET / HTTP/1.1\r\nx: {}\r\n\r\n", "y".repeat(1_000_000));
+    let many = format!("GET / HTTP/1.1\r\n{}\r\n", "a: b\r\n".repeat(10_000));
+    for bytes in [
+        &b"\x00\x01\x02\xff\xfe\r\n\r\n"[..],
+        b"GET\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\xff\xff\xff\xff\xff\xff\xff\xff\xff",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"POST /api/frontend HTTP/1.1\r\nhost: a\r\ncontent-length: 5\r\ncontent-length: 7\r\n\r\n{}",
+        b"POST /api/frontend HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+        huge.as_bytes(),
+        many.as_bytes(),
+    ] {
+        let back = parapet.exchange(bytes).await;
+        assert!(!back.starts_with(b"HTTP/1.1 5"), "{}", String::from_utf8_lossy(&back));
+    }
+    assert_eq!(parapet.get("/api/frontend", FRONTEND).await.status, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn a_client_that_does_not_finish_its_head_is_dropped() {
+    let parapet = Local::offline_with(FLAGS, &["--header-read-timeout-seconds", "1"]).await;
+    let half_heads: [&[u8]; 6] = [
+        b"",
+        b"G",
+        b"GET /api/frontend HTTP/1.1\r\nhost:",
+        // The beginning of the HTTP/2 preface, and all of it.
+        b"PRI * HT",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"GET /internal-backstage/health HTTP/1.1\r\nhost: a\r\n\r\nGET /again",
+    ];
+    let ends = half_heads.map(|head| parapet.exchange(head));
+    // `exchange` returns when the server closes the connection.
+    let ended = tokio::time::timeout(Duration::from_secs(20), futures_util::future::join_all(ends));
+    let ended = ended.await.expect("the server closes every connection");
+    assert!(ended[5].starts_with(b"HTTP/1.1 200"), "what was whole is answered");
+}
+
+#[tokio::test]
+async fn connections_beyond_the_limit_wait_until_one_ends() {
+    let parapet = Local::offline_with(FLAGS, &["--max-connections", "2"]).await;
+    let request = b"GET /internal-backstage/health HTTP/1.1\r\nhost: a\r\n\r\n";
+    let ask = async |stream: &mut TcpStream| {
+        stream.write_all(request).await.unwrap();
+        let mut answer = vec![0; 4096];
+        let length = stream.read(&mut answer).await.unwrap();
+        assert!(answer[..length].starts_with(b"HTTP/1.1 200"));
+    };
+    let connect = || async { TcpStream::connect(parapet.address()).await.unwrap() };
+    let (mut first, mut second) = (connect().await, connect().await);
+    ask(&mut first).await;
+    ask(&mut second).await;
+    let mut third = connect().await;
+    third.write_all(request).await.unwrap();
+    for _ in 0..20 {
+        ask(&mut first).await;
+        ask(&mut second).await;
+    }
+    let mut answer = [0; 12];
+    let early = third.try_read(&mut answer).unwrap_err();
+    assert_eq!(early.kind(), std::io::ErrorKind::WouldBlock);
+    drop(first);
+    third.read_exact(&mut answer).await.unwrap();
+    assert_eq!(&answer, b"HTTP/1.1 200");
+}
+
+#[tokio::test]
+async fn pipelined_requests_are_answered_in_order() {
+    let parapet = Local::offline(FLAGS).await;
+    let get = |path: &str, token: &str, more: &str| {
+        format!("GET {path} HTTP/1.1\r\nhost: a\r\nauthorization: {token}\r\n{more}\r\n")
+    };
+    let requests = [
+        get("/internal-backstage/health", "", ""),
+        get("/api/frontend", FRONTEND, ""),
+        get("/nothing", "", ""),
+        format!(
+            "POST /api/frontend HTTP/1.1\r\nhost: a\r\nauthorization: {FRONTEND}\r\ncontent-length: 1\r\n\r\n{{"
+        ),
+        get("/api/client/features", FRONTEND, ""),
+        get("/api/client/features", CLIENT, "connection: close\r\n"),
+    ];
+    let back = parapet.exchange(requests.concat().as_bytes()).await;
+    let back = String::from_utf8(back).unwrap();
+    let statuses: Vec<_> = back.split("HTTP/1.1 ").skip(1).map(|answer| &answer[..3]).collect();
+    assert_eq!(statuses, ["200", "200", "404", "400", "403", "200"], "{back}");
+}
+
+#[tokio::test]
+async fn http_2_is_spoken_with_those_who_know_it() {
+    let parapet = Local::offline(FLAGS).await;
+    let client = reqwest::Client::builder().http2_prior_knowledge().no_proxy().build().unwrap();
+    let url = format!("http://{}/api/frontend", parapet.address());
+    let ask = || client.get(&url).header("authorization", FRONTEND).send();
+    let answers = futures_util::future::join_all((0..300).map(|_| ask())).await;
+    for answer in answers {
+        let answer = answer.unwrap();
+        assert_eq!((answer.version(), answer.status()), (reqwest::Version::HTTP_2, StatusCode::OK));
+        assert!(answer.text().await.unwrap().contains("toggles"));
+    }
+}
+
+#[tokio::test]
+async fn a_body_that_does_not_arrive_in_time_is_not_waited_for() {
+    let parapet = Local::offline_with(FLAGS, &["--edge-request-timeout", "1"]).await;
+    let request = format!(
+        "POST /api/frontend HTTP/1.1\r\nhost: a\r\nauthorization: {FRONTEND}\r\ncontent-length: 9\r\n\r\n{{"
+    );
+    let back = parapet.exchange(request.as_bytes()).await;
+    assert!(back.starts_with(b"HTTP/1.1 408"), "{}", String::from_utf8_lossy(&back));
+}

@@ -1,0 +1,335 @@
+//! What operators configure and see: addresses, paths, browsers, probes, metrics and the admin listener.
+
+use std::collections::BTreeSet;
+
+use reqwest::{Method, StatusCode};
+use serde_json::json;
+
+use crate::local::{CLIENT, FRONTEND, Local, answer};
+use crate::rig::{Parapet, http};
+
+const FLAGS: &str = r#"{"features":[{"name":"a","enabled":true,"strategies":[]}]}"#;
+
+const ADMIN: &str = "*:*.admin-0123456789abcdef0123456789abcdef";
+const READER: &str = "*:development.reader-0123456789abcdef0123456789";
+const BROWSER: &str = "*:development.browser-0123456789abcdef012345678";
+
+const SEEDS: [(&str, &str); 3] = [
+    ("INIT_ADMIN_API_TOKENS", ADMIN),
+    ("INIT_BACKEND_API_TOKENS", READER),
+    ("INIT_FRONTEND_API_TOKENS", BROWSER),
+];
+
+#[tokio::test]
+async fn a_base_path_precedes_every_path() {
+    for base in ["/flags", "flags", "/flags/"] {
+        let parapet = Local::offline_with(FLAGS, &["--base-path", base]).await;
+        let check = async |path: &str, expect: u16| {
+            assert_eq!(parapet.get(path, CLIENT).await.status, expect, "{base} {path}");
+        };
+        check("/flags/api/client/features", 200).await;
+        check("/flags/internal-backstage/health", 200).await;
+        check("//flags//api/client/features/", 200).await;
+        check("/api/client/features", 404).await;
+        check("/internal-backstage/health", 404).await;
+        check("/flagsapi/client/features", 404).await;
+        check("/flags/flags/api/client/features", 404).await;
+        check("/flags", 404).await;
+    }
+}
+
+#[tokio::test]
+async fn doubled_and_trailing_slashes_do_not_matter() {
+    let parapet = Local::offline(FLAGS).await;
+    for path in ["//api//client///features", "/api/client/features/", "/api/client/features/a/"] {
+        assert_eq!(parapet.get(path, CLIENT).await.status, StatusCode::OK, "{path}");
+    }
+    assert_eq!(parapet.get("/api/frontend//", FRONTEND).await.status, StatusCode::OK);
+    assert_eq!(parapet.get("/", CLIENT).await.status, StatusCode::NOT_FOUND);
+    assert_eq!(parapet.get("//", CLIENT).await.status, StatusCode::NOT_FOUND);
+}
+
+#[tokio::test]
+async fn a_browser_may_ask_from_everywhere_unless_told_otherwise() {
+    let parapet = Local::offline(FLAGS).await;
+    let preflight = parapet
+        .request(Method::OPTIONS, "/api/frontend")
+        .header("origin", "https://shop.example")
+        .header("access-control-request-method", "GET")
+        .header("access-control-request-headers", "authorization,unleash-sdk");
+    let preflight = answer(preflight).await;
+    assert_eq!((preflight.status, preflight.text()), (StatusCode::OK, ""));
+    assert_eq!(preflight.header("access-control-allow-origin"), "*");
+    assert_eq!(preflight.header("access-control-allow-methods"), "*");
+    assert_eq!(preflight.header("access-control-allow-headers"), "authorization,unleash-sdk");
+    assert_eq!(preflight.header("access-control-max-age"), "172800");
+    for token in [FRONTEND, "refused"] {
+        let request = parapet.request(Method::GET, "/api/frontend").header("authorization", token);
+        let told = answer(request.header("origin", "https://shop.example")).await;
+        assert_eq!(told.header("access-control-allow-origin"), "*", "also where it is refused");
+        assert_eq!(told.header("access-control-expose-headers"), "*");
+    }
+    let same_origin = parapet.get("/api/frontend", FRONTEND).await;
+    assert!(!same_origin.headers.contains_key("access-control-allow-origin"));
+}
+
+#[tokio::test]
+async fn only_the_configured_origins_may_read() {
+    let rules = [
+        "--cors-origin=https://shop.example,https://www.example",
+        "--cors-methods=GET,POST",
+        "--cors-allowed-headers=authorization",
+        "--cors-exposed-headers=etag",
+        "--cors-credentials",
+        "--cors-max-age=60",
+    ];
+    let parapet = Local::offline_with(FLAGS, &rules).await;
+    let ask = async |method, origin| {
+        let request = parapet.request(method, "/api/frontend").header("authorization", FRONTEND);
+        answer(request.header("origin", origin)).await
+    };
+    let preflight = ask(Method::OPTIONS, "https://www.example").await;
+    assert_eq!(preflight.header("access-control-allow-origin"), "https://www.example");
+    assert_eq!(preflight.header("access-control-allow-methods").replace(' ', ""), "GET,POST");
+    assert_eq!(preflight.header("access-control-allow-headers"), "authorization");
+    assert_eq!(preflight.header("access-control-allow-credentials"), "true");
+    assert_eq!(preflight.header("access-control-max-age"), "60");
+    let shop = ask(Method::GET, "https://shop.example").await;
+    assert_eq!(shop.header("access-control-allow-origin"), "https://shop.example");
+    assert_eq!(shop.header("access-control-expose-headers"), "etag");
+    for method in [Method::OPTIONS, Method::GET] {
+        let other = ask(method, "https://evil.example").await;
+        assert!(!other.headers.contains_key("access-control-allow-origin"));
+        let vary: Vec<_> = other.headers.get_all("vary").iter().collect();
+        assert!(vary.iter().any(|value| *value == "origin"), "caches must tell origins apart");
+    }
+}
+
+#[tokio::test]
+async fn lists_say_which_addresses_are_served() {
+    let check = async |args: &[&str], from: Option<&str>, expect: StatusCode| {
+        let parapet = Local::offline_with(FLAGS, args).await;
+        let request = parapet.request(Method::GET, "/api/frontend");
+        let request = match from {
+            Some(address) => request.header("x-forwarded-for", address),
+            None => request,
+        };
+        let answer = answer(request.header("authorization", FRONTEND)).await;
+        assert_eq!(answer.status, expect, "{args:?} {from:?}");
+    };
+    check(&["--allow-list", "127.0.0.1"], None, StatusCode::OK).await;
+    check(&["--allow-list", "10.0.0.0/8,127.0.0.0/8"], None, StatusCode::OK).await;
+    check(&["--allow-list", "10.0.0.0/8"], None, StatusCode::FORBIDDEN).await;
+    check(&["--allow-list", "10.0.0.0/8"], Some("10.1.1.1"), StatusCode::FORBIDDEN).await;
+    check(&["--allow-list", "10.0.0.0/8", "--trust-proxy"], Some("10.1.1.1"), StatusCode::OK).await;
+    check(&["--deny-list", "127.0.0.1"], None, StatusCode::FORBIDDEN).await;
+    check(&["--deny-list", "::1,10.0.0.0/8"], None, StatusCode::OK).await;
+    check(&["--deny-list", "127.0.0.1", "--allow-list", "0.0.0.0/0"], None, StatusCode::FORBIDDEN)
+        .await;
+}
+
+#[tokio::test]
+async fn endpoints_that_are_turned_off_are_not_there() {
+    let check = async |flag: &str, paths: &[&str]| {
+        let parapet = Local::offline_with(FLAGS, &[flag]).await;
+        for path in paths {
+            let answer = parapet.get(path, FRONTEND).await;
+            assert_eq!(answer.status, StatusCode::NOT_FOUND, "{flag} {path}");
+        }
+        assert_eq!(parapet.get("/api/frontend", FRONTEND).await.status, StatusCode::OK);
+    };
+    check("--disable-all-endpoint", &["/api/frontend/all", "/api/proxy/all"]).await;
+    let metrics = ["/internal-backstage/metrics", "/internal-backstage/prometheus"];
+    check("--disable-metrics-endpoint", &metrics).await;
+    for (flag, path) in [
+        ("--disable-metrics-batch-endpoint", "/internal-backstage/metricsbatch"),
+        ("--disable-features-endpoint", "/internal-backstage/features"),
+        ("--disable-tokens-endpoint", "/internal-backstage/tokens"),
+        ("--disable-instance-data-endpoint", "/internal-backstage/instancedata"),
+        ("--disable-metrics-endpoint", "/metrics"),
+    ] {
+        let parapet = Local::standalone(FLAGS, &[flag], &SEEDS).await;
+        let request = parapet.admin_request(Method::GET, path).header("authorization", ADMIN);
+        assert_eq!(answer(request).await.status, StatusCode::NOT_FOUND, "{flag}");
+        let request = parapet.admin_request(Method::GET, "/status").header("authorization", ADMIN);
+        assert_eq!(answer(request).await.status, StatusCode::OK, "{flag}");
+    }
+}
+
+#[tokio::test]
+async fn probes_and_scrapes_need_no_token() {
+    let parapet = Local::offline(FLAGS).await;
+    let (health, ready) = (json!({"status": "OK"}), json!({"status": "READY"}));
+    for (path, expect) in
+        [("/internal-backstage/health", &health), ("/internal-backstage/ready", &ready)]
+    {
+        for request in
+            [parapet.request(Method::GET, path), parapet.admin_request(Method::GET, path)]
+        {
+            let answer = answer(request).await;
+            assert_eq!((answer.status, &answer.json()), (StatusCode::OK, expect), "{path}");
+        }
+        let head = answer(parapet.request(Method::HEAD, path)).await;
+        assert_eq!((head.status, head.text()), (StatusCode::OK, ""));
+        let post = answer(parapet.request(Method::POST, path)).await;
+        assert_eq!(
+            (post.status, post.header("allow")),
+            (StatusCode::METHOD_NOT_ALLOWED, "GET, HEAD")
+        );
+    }
+    for path in ["/live", "/ready", "/metrics"] {
+        let answer = answer(parapet.admin_request(Method::GET, path)).await;
+        assert_eq!(answer.status, StatusCode::OK, "{path}");
+    }
+    let scrape = answer(parapet.request(Method::GET, "/internal-backstage/prometheus")).await;
+    assert!(scrape.header("content-type").starts_with("text/plain"));
+    assert!(scrape.text().contains("build_info{"), "{}", scrape.text());
+    assert!(scrape.text().contains("parapet_snapshot_flags{environment=\"development\"} "));
+}
+
+/// What the admin listener tells to an admin token alone.
+const SECRETIVE: [&str; 5] = [
+    "/status",
+    "/internal-backstage/features",
+    "/internal-backstage/tokens",
+    "/internal-backstage/metricsbatch",
+    "/internal-backstage/instancedata",
+];
+
+#[tokio::test]
+async fn the_admin_listener_wants_an_admin_token_and_the_data_listener_has_none_of_it() {
+    let parapet = Local::standalone(FLAGS, &[], &SEEDS).await;
+    for path in SECRETIVE {
+        let ask = async |token: &str| {
+            let request = parapet.admin_request(Method::GET, path).header("authorization", token);
+            answer(request).await
+        };
+        let none = answer(parapet.admin_request(Method::GET, path)).await;
+        assert_eq!(none.status, StatusCode::UNAUTHORIZED, "{path}");
+        assert_eq!(ask("*:*.guessed").await.status, StatusCode::UNAUTHORIZED, "{path}");
+        assert_eq!(ask(READER).await.status, StatusCode::FORBIDDEN, "{path}");
+        assert_eq!(ask(BROWSER).await.status, StatusCode::FORBIDDEN, "{path}");
+        assert_eq!(ask(&format!("Bearer {ADMIN}")).await.status, StatusCode::OK, "{path}");
+        let public = parapet.request(Method::GET, path).header("authorization", ADMIN);
+        assert_eq!(answer(public).await.status, StatusCode::NOT_FOUND, "{path}");
+    }
+    for path in ["/", "/nothing", "/api/client/features", "/api/frontend"] {
+        let request = parapet.admin_request(Method::GET, path).header("authorization", ADMIN);
+        assert_eq!(answer(request).await.status, StatusCode::NOT_FOUND, "{path}");
+    }
+    let post = parapet.admin_request(Method::POST, "/status").header("authorization", ADMIN);
+    assert_eq!(answer(post).await.status, StatusCode::METHOD_NOT_ALLOWED);
+}
+
+#[tokio::test]
+async fn the_admin_listener_shows_flags_and_usage_but_no_token() {
+    let parapet = Local::standalone(FLAGS, &[], &SEEDS).await;
+    let report = json!({"appName": "shop", "instanceId": "one", "bucket": {
+        "start": "2026-01-01T00:00:00Z", "stop": "2026-01-01T00:01:00Z",
+        "toggles": {"a": {"yes": 3, "no": 1}}}});
+    let taken = parapet.post("/api/client/metrics", READER, &report).await;
+    assert_eq!(taken.status, StatusCode::ACCEPTED, "{}", taken.text());
+    let mut pages = String::new();
+    for path in SECRETIVE {
+        let request = parapet.admin_request(Method::GET, path).header("authorization", ADMIN);
+        let page = answer(request).await;
+        assert!(page.json().is_object(), "{path}");
+        pages.push_str(page.text());
+    }
+    for secret in [ADMIN, READER, BROWSER].map(|token| token.split_once('.').unwrap().1) {
+        assert!(!pages.contains(&secret[..8]), "more than four characters of a secret are shown");
+    }
+    let status = parapet.admin_request(Method::GET, "/status").header("authorization", ADMIN);
+    let status = answer(status).await.json();
+    assert_eq!((&status["mode"], &status["ready"]), (&json!("standalone"), &json!(true)));
+    assert_eq!(status["environments"][0]["name"], "development");
+    assert_eq!(status["environments"][0]["flags"], 1);
+    let features = parapet.admin_request(Method::GET, "/internal-backstage/features");
+    let features = answer(features.header("authorization", ADMIN)).await.json();
+    assert_eq!(features["development"]["features"][0]["name"], "a");
+}
+
+#[tokio::test]
+async fn what_is_malformed_in_a_flag_is_told_in_status_and_harms_no_other() {
+    let flags = r#"{"features":[
+        {"name":"broken","enabled":true,"strategies":[{"name":"default","constraints":
+            [{"contextName":"v","operator":"SEMVER_GT","value":"not a version"}]}]},
+        {"name":"whole","enabled":true,"strategies":[{"name":"default"}]}]}"#;
+    let parapet = Local::standalone(flags, &[], &SEEDS).await;
+    let toggles = parapet.get("/api/frontend", BROWSER).await.json()["toggles"].clone();
+    assert_eq!(toggles.as_array().unwrap().len(), 1);
+    assert_eq!(toggles[0]["name"], "whole");
+    let status = parapet.admin_request(Method::GET, "/status").header("authorization", ADMIN);
+    let problems = answer(status).await.json()["environments"][0]["problems"].clone();
+    assert!(problems[0].as_str().unwrap().contains("broken"), "{problems}");
+}
+
+/// Every series of the Prometheus page, without its value.
+async fn series(parapet: &Parapet) -> BTreeSet<String> {
+    let page = parapet.metrics().await;
+    let lines = page.lines().filter(|line| !line.starts_with('#') && !line.is_empty());
+    lines.map(|line| line.rsplit_once(' ').unwrap().0.to_owned()).collect()
+}
+
+#[tokio::test]
+async fn nothing_that_a_client_sends_becomes_a_label() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("flags.json");
+    std::fs::write(&file, FLAGS).unwrap();
+    let parapet = Parapet::mode("standalone").flag("--flags", &file);
+    let parapet = SEEDS.iter().fold(parapet, |it, (name, value)| it.env(*name, *value));
+    let parapet = parapet.start().await;
+    let hostile = async |round: usize| {
+        for n in 0..20 {
+            let made_up = format!("MadeUp{round}x{n}");
+            let send = async |method: &str, path: String, token: &str, body: String| {
+                let method = Method::from_bytes(method.as_bytes()).unwrap();
+                let request = http().request(method, format!("{}{path}", parapet.url()));
+                let request = request
+                    .header("authorization", token)
+                    .header("accept-encoding", &made_up)
+                    .header("origin", format!("https://{made_up}"))
+                    .header("unleash-sdk", &made_up)
+                    .header("unleash-appname", &made_up)
+                    .header("unleash-client-spec", &made_up)
+                    .header("content-type", "application/json")
+                    .body(body);
+                request.send().await.unwrap();
+            };
+            let unknown = format!("*:development.{made_up}");
+            let report = json!({"appName": made_up, "instanceId": made_up, "sdkVersion": made_up,
+                "environment": made_up, "bucket": {
+                    "start": "2026-01-01T00:00:00Z", "stop": "2026-01-01T00:01:00Z",
+                    "toggles": {made_up.clone(): {"yes": 1, "no": 1, "variants": {made_up.clone(): 1}}}},
+                "impactMetrics": [{"name": made_up, "help": made_up, "type": "counter",
+                    "samples": [{"value": 1, "labels": {made_up.clone(): made_up}}]}]});
+            let registration = json!({"appName": made_up, "interval": 1, "strategies": [made_up],
+                "started": "2026-01-01T00:00:00Z", "sdkVersion": made_up});
+            send("GET", format!("/{made_up}"), "", String::new()).await;
+            send("OPTIONS", format!("/{made_up}"), "", String::new()).await;
+            send(&made_up.to_uppercase(), format!("/{made_up}"), "", String::new()).await;
+            send(&made_up.to_uppercase(), "/api/frontend".to_owned(), "", String::new()).await;
+            send("GET", "/api/frontend".to_owned(), &unknown, String::new()).await;
+            send("GET", format!("/api/frontend/features/{made_up}"), BROWSER, String::new()).await;
+            send("GET", format!("/api/client/features/{made_up}"), READER, String::new()).await;
+            send("GET", format!("/api/client/features?project={made_up}"), READER, String::new())
+                .await;
+            send("POST", "/api/client/metrics".to_owned(), READER, report.to_string()).await;
+            send("POST", "/api/proxy/client/metrics".to_owned(), BROWSER, report.to_string()).await;
+            send("POST", "/api/client/register".to_owned(), READER, registration.to_string()).await;
+            send("POST", "/edge/validate".to_owned(), "", json!({"tokens": [unknown]}).to_string())
+                .await;
+        }
+    };
+    hostile(1).await;
+    // A scrape is a request too, and shows in the next.
+    series(&parapet).await;
+    let before = series(&parapet).await;
+    hostile(2).await;
+    let after = series(&parapet).await;
+    let grown: Vec<_> = after.difference(&before).collect();
+    assert!(grown.is_empty(), "{grown:?}");
+    assert!(!after.iter().any(|series| series.to_lowercase().contains("madeup")), "{after:?}");
+    let unknown = "http_server_requests_total{http_route=\"unknown\",http_request_method=\"other\",http_response_status_code=\"404\"}";
+    assert!(parapet.metric(unknown).await >= Some(40.0), "{after:#?}");
+}
