@@ -1,6 +1,6 @@
 //! The edge: flags, verdicts and usage by way of upstream.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, path::Path, sync::Arc, time::Duration};
 
 use tokio::{sync::Notify, time::sleep};
 use tracing::{info, warn};
@@ -117,22 +117,30 @@ impl Edge {
         for (token, grant) in backup {
             auth.import(&token, grant);
         }
-        let own = latch.clone();
-        tokio::join!(follower.run(latch), take_tokens(tokens, auth, own));
+        let (own, snapshots) = (latch.clone(), follower.snapshots.clone());
+        let taken = async {
+            for environment in take_tokens(tokens, auth).await {
+                snapshots.wait_for(&environment).await;
+            }
+            own.release();
+        };
+        tokio::join!(follower.run(latch), taken);
     }
 }
 
-/// Has the operator's tokens judged; a valid one is offered as a credential on the way. The latch is
-/// released when all have been.
-async fn take_tokens(tokens: Vec<Token>, auth: &Authenticator, latch: Latch) {
-    let mut latch = Some(latch);
+/// Has the operator's tokens judged, until all are valid; each is offered as a credential on the way.
+/// Returns the environments that they fetch.
+async fn take_tokens(tokens: Vec<Token>, auth: &Authenticator) -> BTreeSet<Environment> {
+    let mut environments = BTreeSet::new();
     let mut open = tokens;
     while !open.is_empty() {
         let mut refused = Vec::new();
         let mut unjudged = Vec::new();
         for token in open {
             match auth.authenticate(token.expose()).await {
-                Ok(admission) if admission.grant.kind == TokenKind::Client => {}
+                Ok(admission) if admission.grant.kind == TokenKind::Client => {
+                    environments.insert(admission.grant.scope.environment.clone());
+                }
                 Ok(admission) => {
                     let kind = admission.grant.kind.as_str();
                     warn!(token = %token.masked(), kind, "A configured token is no client token and fetches nothing");
@@ -151,7 +159,5 @@ async fn take_tokens(tokens: Vec<Token>, auth: &Authenticator, latch: Latch) {
             sleep(pause).await;
         }
     }
-    if let Some(latch) = latch.take() {
-        latch.release();
-    }
+    environments
 }
