@@ -56,7 +56,7 @@ impl Fragments {
 
 /// One fragment per outcome, in the order of [`Outcome::ordinal`].
 fn fragments(flag: &Flag) -> Box<[Fragment]> {
-    let none = |enabled| json!({"name": "disabled", "enabled": false, "feature_enabled": enabled});
+    let none = |enabled| json_of("disabled", false, enabled);
     let off = Fragment::new(flag, false, &none(false));
     let on = Fragment::new(flag, true, &none(true));
     let variants = flag.variants().iter().map(|it| Fragment::new(flag, true, &variant(it)));
@@ -64,9 +64,19 @@ fn fragments(flag: &Flag) -> Box<[Fragment]> {
 }
 
 fn variant(variant: &Variant) -> serde_json::Value {
-    let mut json = json!({"name": &*variant.name, "enabled": true, "feature_enabled": true});
+    let mut json = json_of(&variant.name, true, true);
     if let Some(payload) = &variant.payload {
         json["payload"] = json!({"type": &*payload.kind, "value": &*payload.value});
     }
     json
+}
+
+/// A variant without payload. Both spellings of the flag's own state: Unleash sends both.
+fn json_of(name: &str, enabled: bool, flag_enabled: bool) -> serde_json::Value {
+    json!({
+        "name": name,
+        "enabled": enabled,
+        "feature_enabled": flag_enabled,
+        "featureEnabled": flag_enabled,
+    })
 }
