@@ -1,7 +1,11 @@
 //! Hashing people into buckets, and drawing lots where nobody is known.
 //!
-//! `MurmurHash3` (x86, 32 bit) is what every Unleash SDK uses, over the UTF-8 bytes of
-//! `group:identifier`. The group is known when a flag is compiled, so its part of the hash is
+//! `MurmurHash3` (x86, 32 bit) is what every Unleash SDK uses, over `group:identifier`. Beyond
+//! ASCII they disagree about its bytes: most hash UTF-8, but the Node SDK, and with it Unleash's own
+//! frontend API, the low byte of each UTF-16 unit. Where SDKs disagree and the specification is
+//! silent, people are to see what Unleash shows them, so this does the same.
+//!
+//! The group is known when a flag is compiled, so its part of the hash is
 //! computed once. There is no source of randomness here: a draw arrives from outside.
 
 /// The seed that spreads people over the percentages of a rollout.
@@ -25,19 +29,29 @@ impl Prefix {
     /// Starts the hash of an identifier in `group`.
     pub(super) fn new(group: &str, seed: u32) -> Self {
         let mut prefix = Self { state: seed, carry: 0, carried: 0, len: 0 };
-        prefix.absorb(group.as_bytes());
-        prefix.absorb(b":");
+        prefix.absorb(group);
+        prefix.absorb(":");
         prefix
     }
 
     /// Where `identifier` falls among `1..=buckets`; 0 if there are no buckets.
     pub(super) fn bucket(self, identifier: &str, buckets: u32) -> u32 {
         let mut hash = self;
-        hash.absorb(identifier.as_bytes());
+        hash.absorb(identifier);
         hash.finish().checked_rem(buckets).map_or(0, |rest| rest + 1)
     }
 
-    fn absorb(&mut self, bytes: &[u8]) {
+    fn absorb(&mut self, text: &str) {
+        if text.is_ascii() {
+            return self.absorb_bytes(text.as_bytes());
+        }
+        for unit in text.encode_utf16() {
+            let [low, _] = unit.to_le_bytes();
+            self.absorb_bytes(&[low]);
+        }
+    }
+
+    fn absorb_bytes(&mut self, bytes: &[u8]) {
         // Lengths beyond 4 GiB wrap, as they do in the reference implementation's `int`.
         #[expect(clippy::cast_possible_truncation, reason = "murmur3 mixes the length modulo 2^32")]
         let len = bytes.len() as u32;
@@ -108,7 +122,7 @@ mod tests {
     fn murmur3_matches_its_reference_values() {
         let hash = |seed, text: &str| {
             let mut hash = Prefix { state: seed, carry: 0, carried: 0, len: 0 };
-            hash.absorb(text.as_bytes());
+            hash.absorb(text);
             hash.finish()
         };
         assert_eq!(hash(0, ""), 0);
@@ -131,13 +145,25 @@ mod tests {
         check(VARIANT_SEED, "groupX", "999", 0, 0);
     }
 
+    /// What `murmurhash3js` 3.0.1 makes of these, which is what Unleash evaluates with.
+    #[test]
+    fn beyond_ascii_buckets_are_those_of_the_node_sdk() {
+        let check = |seed, group, id, buckets, expect| {
+            assert_eq!(Prefix::new(group, seed).bucket(id, buckets), expect, "{group}:{id}");
+        };
+        check(ROLLOUT_SEED, "gr1", "äöü", 100, 3);
+        check(ROLLOUT_SEED, "gr1", "日本語", 100, 49);
+        check(VARIANT_SEED, "gr1", "😀x", 1000, 504);
+        check(ROLLOUT_SEED, "größe", "7", 100, 89);
+    }
+
     proptest! {
         #[test]
         fn the_prefix_changes_nothing(group in ".{0,12}", id in ".{0,12}") {
             let whole = Prefix::new(&format!("{group}:{id}"), 7);
             let mut split = Prefix::new(&group, 7);
-            split.absorb(id.as_bytes());
-            split.absorb(b":");
+            split.absorb(&id);
+            split.absorb(":");
             prop_assert_eq!(whole.finish(), split.finish());
         }
 
