@@ -5,8 +5,8 @@
 //! frontend API, the low byte of each UTF-16 unit. Where SDKs disagree and the specification is
 //! silent, people are to see what Unleash shows them, so this does the same.
 //!
-//! The group is known when a flag is compiled, so its part of the hash is
-//! computed once. There is no source of randomness here: a draw arrives from outside.
+//! The group is known when a flag is compiled, so that its part of the hash is computed once. There
+//! is no source of randomness here: a draw arrives from outside.
 
 /// The seed that spreads people over the percentages of a rollout.
 pub(super) const ROLLOUT_SEED: u32 = 0;
