@@ -129,7 +129,7 @@ async fn a_flag_is_told_with_its_variant_and_both_spellings_of_impression_data()
         json!({
             "name": "always", "enabled": true, "impression_data": false, "impressionData": false,
             "variant": {
-                "name": "green", "enabled": true, "feature_enabled": true,
+                "name": "green", "enabled": true, "feature_enabled": true, "featureEnabled": true,
                 "payload": {"type": "string", "value": "é"},
             },
         })
@@ -137,7 +137,9 @@ async fn a_flag_is_told_with_its_variant_and_both_spellings_of_impression_data()
     let path = "/api/frontend/features/for-ada";
     let off = json!({
         "name": "for-ada", "enabled": false, "impression_data": true, "impressionData": true,
-        "variant": {"name": "disabled", "enabled": false, "feature_enabled": false},
+        "variant": {
+            "name": "disabled", "enabled": false, "feature_enabled": false, "featureEnabled": false,
+        },
     });
     assert_eq!(parapet.get(path, FRONTEND).await.json(), off);
     let on = parapet.get(&format!("{path}?userId=ada"), FRONTEND).await.json();

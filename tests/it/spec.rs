@@ -195,7 +195,13 @@ fn answered(expected: Expected, test: &Value, answer: &Answer) -> Value {
         .find(|toggle| toggle["name"] == test["toggleName"]);
     match (expected, toggle) {
         (Expected::Enabled, Some(toggle)) => toggle["enabled"].clone(),
-        (Expected::Variant, Some(toggle)) => toggle["variant"].clone(),
+        (Expected::Variant, Some(toggle)) => {
+            let mut variant = toggle["variant"].clone();
+            // The newer spelling, which the specification does not know, says the same.
+            let newer = variant.as_object_mut().and_then(|it| it.remove("featureEnabled"));
+            assert_eq!(newer.as_ref(), variant.get("feature_enabled"));
+            variant
+        }
         (Expected::Enabled, None) => false.into(),
         (Expected::Variant, None) => {
             json!({ "name": "disabled", "enabled": false, "feature_enabled": false })
