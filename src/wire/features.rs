@@ -14,11 +14,11 @@ use std::sync::Arc;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use self::definition::SegmentBody;
 pub use self::definition::{
     Constraint, Definition, Dependency, Loose, Override, Parameters, Payload, Strategy, Text,
     Variant,
 };
+use self::definition::{Meta, SegmentBody};
 
 /// The project of a flag that names none, as in Unleash.
 const DEFAULT_PROJECT: &str = "default";
@@ -147,13 +147,6 @@ struct Body<'a> {
     meta: Loose<Meta>,
 }
 
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Meta {
-    #[serde(default)]
-    revision_id: Loose<u64>,
-}
-
 /// One flag: its text, and the little that is asked of it without compiling.
 #[derive(Debug, Clone)]
 pub struct Feature {
@@ -216,7 +209,7 @@ impl Feature {
     /// values keep their text and order. A reference to an unknown segment becomes a constraint
     /// that never holds.
     pub fn inlined(&self, segments: &[Segment]) -> String {
-        inline::feature(self.raw.get(), |id| find_segment(segments, id))
+        inline::feature(self.raw.get(), |id| find_segment(segments, id).map(|it| &*it.raw))
     }
 }
 

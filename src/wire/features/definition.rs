@@ -177,6 +177,14 @@ pub struct Dependency<'a> {
     pub variants: Loose<Vec<Loose<Text<'a>>>>,
 }
 
+/// What a document says of itself.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Meta {
+    #[serde(default)]
+    pub(super) revision_id: Loose<u64>,
+}
+
 /// The part of a segment that the engine reads.
 #[derive(Deserialize)]
 pub(super) struct SegmentBody<'a> {
@@ -303,7 +311,7 @@ macro_rules! objects {
 
 objects!(Strategy<'a>, Constraint<'a>, Variant<'a>, Payload<'a>, Override<'a>, Dependency<'a>);
 
-impl<'de> Form<'de> for super::Meta {
+impl<'de> Form<'de> for Meta {
     fn of_object<A: MapAccess<'de>>(object: A) -> Result<Loose<Self>, A::Error> {
         Self::deserialize(MapAccessDeserializer::new(object)).map(Loose::Is)
     }

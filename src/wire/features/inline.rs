@@ -6,13 +6,11 @@
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-use super::Segment;
-
 /// A constraint that holds for no context, in words that every SDK understands.
 const NEVER: &str = r#"{"contextName":"appName","operator":"IN","values":[],"inverted":false,"caseInsensitive":false}"#;
 
 /// The flag `text` with the segments that `find` knows written out.
-pub(super) fn feature<'s>(text: &str, find: impl Fn(i64) -> Option<&'s Segment>) -> String {
+pub(super) fn feature<'s>(text: &str, find: impl Fn(i64) -> Option<&'s RawValue>) -> String {
     let Ok(Object(entries)) = serde_json::from_str(text) else {
         return text.to_owned();
     };
@@ -29,7 +27,7 @@ pub(super) fn feature<'s>(text: &str, find: impl Fn(i64) -> Option<&'s Segment>)
     out
 }
 
-fn strategy<'s>(out: &mut String, text: &str, find: &impl Fn(i64) -> Option<&'s Segment>) {
+fn strategy<'s>(out: &mut String, text: &str, find: &impl Fn(i64) -> Option<&'s RawValue>) {
     const CONSTRAINTS: &str = r#""constraints""#;
     let Ok(Object(mut entries)) = serde_json::from_str(text) else {
         return out.push_str(text);
@@ -66,14 +64,14 @@ fn strategy<'s>(out: &mut String, text: &str, find: &impl Fn(i64) -> Option<&'s 
 }
 
 /// The text of the constraints of the segment with this id.
-fn constraints<'s>(id: &RawValue, find: &impl Fn(i64) -> Option<&'s Segment>) -> Vec<&'s str> {
+fn constraints<'s>(id: &RawValue, find: &impl Fn(i64) -> Option<&'s RawValue>) -> Vec<&'s str> {
     #[derive(serde::Deserialize)]
     struct Body<'a> {
         #[serde(borrow, default)]
         constraints: Option<Vec<&'a RawValue>>,
     }
     let segment = id.get().parse().ok().and_then(find);
-    match segment.map(|segment| serde_json::from_str::<Body<'s>>(segment.raw.get())) {
+    match segment.map(|segment| serde_json::from_str::<Body<'s>>(segment.get())) {
         Some(Ok(body)) => {
             body.constraints.unwrap_or_default().into_iter().map(RawValue::get).collect()
         }
