@@ -17,7 +17,10 @@ use metrics::{Counter, counter, describe_counter};
 use tokio::{sync::Notify, time::Instant};
 use tracing::{info, warn};
 
-pub use self::verdicts::{RestoreError, Verdict};
+pub use self::{
+    queue::Denied,
+    verdicts::{RestoreError, Verdict},
+};
 use self::{
     queue::{Answer, Queue},
     verdicts::Verdicts,
@@ -41,17 +44,6 @@ pub struct Config {
     pub deadline: Duration,
     /// How many valid verdicts, and apart from them how many invalid ones, are kept.
     pub capacity: u64,
-}
-
-/// Why a token is not admitted.
-#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
-pub enum Denied {
-    /// No issuer knows it, or it is no token at all.
-    #[error("the token is not valid")]
-    Unknown,
-    /// Nobody can judge it at the moment.
-    #[error("the token cannot be judged at the moment")]
-    Unavailable,
 }
 
 /// A request's token, admitted.

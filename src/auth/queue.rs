@@ -9,8 +9,18 @@ use std::{
 
 use tokio::sync::{Notify, oneshot};
 
-use super::Denied;
 use crate::token::{Grant, Token, TokenDigest};
+
+/// Why a token is not admitted.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum Denied {
+    /// No issuer knows it, or it is no token at all.
+    #[error("the token is not valid")]
+    Unknown,
+    /// Nobody can judge it at the moment.
+    #[error("the token cannot be judged at the moment")]
+    Unavailable,
+}
 
 /// What a waiting request is told.
 pub(super) type Answer = Result<Arc<Grant>, Denied>;
