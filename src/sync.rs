@@ -6,68 +6,7 @@
 
 pub mod files;
 mod pace;
+mod publish;
 pub mod upstream;
 
-use std::{sync::Arc, time::Duration};
-
-use jiff::Timestamp;
-use metrics::counter;
-use tracing::{info, warn};
-
-use crate::{
-    snapshot::{Snapshot, Snapshots},
-    token::Environment,
-    wire::features::Document,
-};
-
-/// How snapshots are kept current.
-#[derive(Clone, Debug)]
-pub struct Config {
-    /// The time between two fetches of an environment's flags.
-    pub interval: Duration,
-}
-
-/// How many problems of one document are logged one by one.
-const PROBLEMS_LOGGED: usize = 10;
-
-/// Compiles a document and puts it in its environment's place; nobody who reads waits for it.
-///
-/// Returns the snapshot that now is served.
-async fn publish(
-    snapshots: &Snapshots,
-    environment: &Environment,
-    document: Document,
-) -> Arc<Snapshot> {
-    let previous = snapshots.load(environment);
-    let name = environment.clone();
-    let built = tokio::task::spawn_blocking(move || {
-        let snapshot = Snapshot::build(name, document, Timestamp::now());
-        if let Some(previous) = previous {
-            snapshot.inherit(&previous);
-        }
-        snapshot
-    });
-    let snapshot =
-        built.await.expect("compiling flags does not panic, and the runtime waits for it");
-    report(&snapshot);
-    snapshots.swap(snapshot)
-}
-
-fn report(snapshot: &Snapshot) {
-    let (environment, problems) = (snapshot.environment(), snapshot.problems());
-    counter!("parapet_snapshot_swaps_total", "environment" => environment.as_str().to_owned())
-        .increment(1);
-    info!(
-        environment = %environment,
-        flags = snapshot.document().features().len(),
-        revision = snapshot.document().revision(),
-        problems = problems.len(),
-        "New flags"
-    );
-    for problem in problems.iter().take(PROBLEMS_LOGGED) {
-        warn!(environment = %environment, "{problem}");
-    }
-    if problems.len() > PROBLEMS_LOGGED {
-        warn!(environment = %environment, "{} problems more; /status lists all", problems.len() - PROBLEMS_LOGGED);
-    }
-}
+pub use self::upstream::Config;

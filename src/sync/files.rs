@@ -16,7 +16,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 use tracing::warn;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::publish;
+use super::publish::publish;
 use crate::{snapshot::Snapshots, token::Environment, wire::features::Document};
 
 /// How often files are looked at.

@@ -14,7 +14,7 @@ use tokio::{
 };
 use tracing::{debug, error, info, warn};
 
-use super::{Config, pace::Pace, publish};
+use super::{pace::Pace, publish::publish};
 use crate::{
     snapshot::{Filter, Segments, Snapshot, Snapshots, body::Coding},
     store::{Key, Store},
@@ -36,6 +36,13 @@ pub enum Wanted {
     Named(BTreeSet<Environment>),
     /// Those that the edge has been given, or offered, tokens of.
     Offered,
+}
+
+/// How snapshots are kept current.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The time between two fetches of an environment's flags.
+    pub interval: Duration,
 }
 
 /// Follows upstream.
