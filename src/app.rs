@@ -6,6 +6,7 @@
 
 mod banner;
 mod edge;
+mod plan;
 
 use std::{
     collections::BTreeSet,
@@ -24,6 +25,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 use xxhash_rust::xxh3::xxh3_64;
 
+pub use self::plan::Error;
+use self::plan::{Plan, Source};
 use crate::{
     auth::{Authenticator, Authority},
     config::{Config, Mode, Offline, Standalone},
@@ -38,11 +41,10 @@ use crate::{
         payload,
     },
     snapshot::Snapshots,
-    store::{self, Key, Store},
-    sync::files::{self, Files},
+    store::{Key, Store},
+    sync::files::Files,
     telemetry::{self, Latch, Readiness},
     token::{Environment, TokenKind},
-    upstream::{self, Upstream},
     usage::{Sink, Usage},
     wire::usage::ConnectVia,
 };
@@ -55,26 +57,6 @@ const UPKEEP_EVERY: Duration = Duration::from_secs(5);
 
 /// How long a task that panicked waits before it starts again.
 const RESTART_AFTER: Duration = Duration::from_secs(1);
-
-/// Why Parapet does not start.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// An address cannot be listened on.
-    #[error("cannot listen on {0}")]
-    Listen(SocketAddr, #[source] io::Error),
-    /// The store cannot be used.
-    #[error("cannot keep state")]
-    Store(#[from] store::Error),
-    /// The registry of tokens cannot be used.
-    #[error("cannot open the registry of tokens")]
-    Registry(#[from] registry::Error),
-    /// Flags cannot be read.
-    #[error("cannot read flags")]
-    Flags(#[from] files::Error),
-    /// Upstream cannot be talked to, whatever it says.
-    #[error("cannot set up the client of upstream")]
-    Upstream(#[from] upstream::Error),
-}
 
 /// A Parapet that listens and is about to serve.
 #[derive(Debug)]
@@ -90,26 +72,6 @@ pub struct App {
     auth: Authenticator,
     usage: Usage,
     store: Store,
-}
-
-/// What a mode comes to.
-#[derive(Debug)]
-struct Plan {
-    name: &'static str,
-    source: Source,
-    authority: Authority,
-    given: Vec<(crate::token::TokenDigest, crate::token::Grant)>,
-    sink: Sink,
-    upstream: Option<Upstream>,
-    /// Where verdicts, usage and credentials are kept between runs.
-    store: Store,
-}
-
-/// Where flags come from.
-#[derive(Debug)]
-enum Source {
-    Files(files::Running),
-    Upstream(Box<edge::Edge>),
 }
 
 impl App {

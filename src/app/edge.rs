@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, path::Path, sync::Arc, time::Duration};
 use tokio::{sync::Notify, time::sleep};
 use tracing::{info, warn};
 
-use super::{Error, Plan, Source};
+use super::plan::{Error, Plan, Source};
 use crate::{
     auth::{self, Authenticator, Authority, Denied, Issuer},
     config::{self, Credentials as Given},
