@@ -1,6 +1,8 @@
 //! The real `parapet` binary, as an operator runs it: by flags and environment, with a data directory, on two ports.
 
 use std::ffi::OsString;
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -46,6 +48,20 @@ impl Setup {
         self.env("UPSTREAM_ADMIN_TOKEN", token)
     }
 
+    /// Makes everything that happens at intervals happen often, and upstream's silence end soon.
+    pub(crate) fn impatient(self) -> Setup {
+        [
+            ("--features-refresh-interval-seconds", "0.5"),
+            ("--metrics-interval-seconds", "0.5"),
+            ("--token-list-interval-seconds", "0.5"),
+            ("--invalid-token-ttl-seconds", "0.5"),
+            ("--upstream-request-timeout", "2"),
+            ("--shutdown-timeout-seconds", "2"),
+        ]
+        .into_iter()
+        .fold(self, |setup, (name, value)| setup.flag(name, value))
+    }
+
     /// Starts it and waits until it is ready.
     pub(crate) async fn start(self) -> Parapet {
         let parapet = self.spawn();
@@ -71,6 +87,8 @@ impl Setup {
 }
 
 /// An instance of Parapet with its own data directory and ports; killed when dropped.
+///
+/// Whenever it ends, whatever it shows and keeps is searched for the tokens that the tests have made.
 #[derive(Debug)]
 pub(crate) struct Parapet {
     setup: Setup,
@@ -114,6 +132,26 @@ impl Parapet {
             http().get(self.url() + path).header("Authorization", token).send().await.unwrap();
         let (status, body) = (answer.status(), answer.bytes().await.unwrap());
         (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
+    }
+
+    /// The answer to a GET of the operator on the admin listener.
+    pub(crate) async fn admin_get(&self, path: &str) -> (StatusCode, Value) {
+        let request = http().get(self.admin_url() + path);
+        let answer = request.header("Authorization", self.operator_token()).send().await.unwrap();
+        let (status, body) = (answer.status(), answer.bytes().await.unwrap());
+        (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
+    }
+
+    /// Waits until it keeps something under its data directory that says `text`.
+    pub(crate) async fn wait_until_kept(&self, text: &str) {
+        until(&format!("{text} is kept on disk"), Duration::from_secs(30), async || {
+            let files = secrets::files(&self.data_dir());
+            files
+                .iter()
+                .any(|(_, bytes)| String::from_utf8_lossy(bytes).contains(text))
+                .then_some(())
+        })
+        .await;
     }
 
     /// The Prometheus page.
@@ -204,7 +242,64 @@ impl Parapet {
         assert!(before.is_none(), "it was running");
     }
 
+    /// Panics if a token shows in what it printed, keeps, or tells its operator.
+    fn assert_secretive(&self) {
+        let name = format!("parapet {} on port {}", self.setup.mode, self.port);
+        let mut shown = vec![("the log".to_owned(), self.log().into_bytes())];
+        shown.extend(secrets::files(self.directory.path()));
+        let (data, admin) = (["/internal-backstage/metrics"].as_slice(), ADMIN_PAGES);
+        for (port, pages) in [(self.port, data), (self.admin_port, admin)] {
+            let token = self.operator_token();
+            shown
+                .extend(pages.iter().map(|page| ((*page).to_owned(), page_of(port, page, &token))));
+        }
+        secrets::assert_none_in(&name, &shown);
+    }
+
+    /// What opens the admin listener, where the setup has given such a token; empty otherwise.
+    fn operator_token(&self) -> String {
+        let given = ["UPSTREAM_ADMIN_TOKEN", "INIT_ADMIN_API_TOKENS"];
+        let found =
+            self.setup.environment.iter().find(|(name, _)| given.iter().any(|it| name == it));
+        found.map(|(_, token)| token.to_string_lossy().into_owned()).unwrap_or_default()
+    }
+
     fn take_process(&self) -> Process {
+        self.assert_secretive();
         self.process.lock().unwrap_or_else(PoisonError::into_inner).take().expect("it is running")
     }
+}
+
+impl Drop for Parapet {
+    fn drop(&mut self) {
+        // A failing test has said what is wrong already.
+        if !std::thread::panicking() {
+            self.assert_secretive();
+        }
+    }
+}
+
+/// What an operator can read on the admin listener.
+const ADMIN_PAGES: &[&str] = &[
+    "/status",
+    "/internal-backstage/features",
+    "/internal-backstage/tokens",
+    "/internal-backstage/metricsbatch",
+    "/internal-backstage/instancedata",
+];
+
+/// A page, head and body, without a runtime; empty if nobody answers.
+fn page_of(port: u16, path: &str, token: &str) -> Vec<u8> {
+    let mut answer = Vec::new();
+    let mut ask = || -> std::io::Result<usize> {
+        let mut stream = TcpStream::connect(("127.0.0.1", port))?;
+        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+        write!(
+            stream,
+            "GET {path} HTTP/1.1\r\nhost: parapet\r\nauthorization: {token}\r\nconnection: close\r\n\r\n"
+        )?;
+        stream.read_to_end(&mut answer)
+    };
+    let _ = ask();
+    answer
 }

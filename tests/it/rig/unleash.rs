@@ -307,6 +307,28 @@ impl Unleash {
         tokens
     }
 
+    /// Remembers the tokens of this name as secrets, and says which environments they are of.
+    ///
+    /// Of a v2 token nobody but its maker knows the secret; what stands before it gives it away as well.
+    pub(crate) async fn remember_tokens_named(&self, name: &str) -> Vec<String> {
+        let tokens = self.tokens_named(name).await;
+        let mut environments: Vec<_> = tokens
+            .iter()
+            .map(|token| {
+                let environment = token["environment"].as_str().unwrap();
+                let secret = token["secret"].as_str().unwrap();
+                if secret.contains('.') {
+                    secrets::remember(secret);
+                } else {
+                    secrets::remember(&format!("*:{environment}.v2_{secret}_"));
+                }
+                environment.to_owned()
+            })
+            .collect();
+        environments.sort();
+        environments
+    }
+
     /// Revokes a token: by what it is listed as, the full token (v1) or its selector (v2).
     pub(crate) async fn delete_token(&self, token: &str) {
         let listed_as = token.split_once(".v2_").map_or(token, |(_, rest)| &rest[..22]);
