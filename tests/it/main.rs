@@ -16,6 +16,8 @@ mod limits;
 mod local;
 /// What operators configure and see.
 mod ops;
+/// An edge in front of a healthy Unleash.
+mod edge;
 /// Real servers, real SDKs and a network that can be made to fail.
 #[allow(dead_code, unused_imports, reason = "the rig is a kit: stories use the parts they need")]
 mod rig;

@@ -1,0 +1,373 @@
+//! An edge between real SDKs and a healthy Unleash: flags, usage, credentials and a clean end.
+//!
+//! What becomes of it all when Unleash is away is told in `outage`.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use reqwest::StatusCode;
+use serde_json::{Value, json};
+
+use crate::rig::{Evaluation, Kind, Parapet, STORED_WITHIN, Sdk, Unleash, Version, http, until};
+
+const ENVIRONMENTS: [&str; 2] = ["development", "production"];
+
+/// Long enough for a change to reach an SDK on this machine, whatever else it does.
+const SOON: Duration = Duration::from_secs(30);
+
+/// What the story's flags begin with; other tests make flags on the same servers.
+const OURS: &str = "edge.";
+
+/// Made last: an SDK that sees it on sees all the others as they are.
+const LAST: &str = "edge.zz-last";
+
+#[derive(Debug, Clone, Copy)]
+enum Flavour {
+    Node,
+    Python,
+    BrowserGet,
+    BrowserPost,
+}
+
+impl Flavour {
+    const ALL: [Self; 4] = [Self::Node, Self::Python, Self::BrowserGet, Self::BrowserPost];
+
+    fn kind(self) -> Kind {
+        match self {
+            Self::Node | Self::Python => Kind::Backend,
+            Self::BrowserGet | Self::BrowserPost => Kind::Frontend,
+        }
+    }
+
+    fn app_name(self, environment: &str) -> String {
+        format!("edge-{self:?}-{environment}").to_lowercase()
+    }
+
+    async fn start(self, server: &str, token: &str, app_name: &str) -> Sdk {
+        match self {
+            Self::Node => Sdk::node(server, token, app_name).await,
+            Self::Python => Sdk::python(server, token, app_name).await,
+            Self::BrowserGet => Sdk::frontend(server, token, app_name).await,
+            Self::BrowserPost => Sdk::frontend_posting(server, token, app_name).await,
+        }
+    }
+}
+
+fn rollout(percent: u8, stickiness: &str) -> Value {
+    let parameters =
+        json!({ "rollout": percent.to_string(), "stickiness": stickiness, "groupId": "edge" });
+    json!({ "name": "flexibleRollout", "parameters": parameters })
+}
+
+fn when(mut strategy: Value, constraints: Value) -> Value {
+    strategy["constraints"] = constraints;
+    strategy
+}
+
+fn variants() -> Value {
+    let variant = |name: &str, payload: Value| {
+        json!({
+            "name": name, "weight": 500, "weightType": "variable", "stickiness": "default",
+            "payload": payload,
+        })
+    };
+    json!([
+        variant("blue", json!({ "type": "json", "value": "{\"shade\": \"äöü \\\"light\\\"\"}" })),
+        variant("green", json!({ "type": "string", "value": "plain" })),
+    ])
+}
+
+/// Flags of every kind that the open-source server has, in both environments, not the same in each.
+async fn create_flags(unleash: &Unleash) {
+    let constraint = json!({ "contextName": "userId", "operator": "IN", "values": ["7", "11"] });
+    let segment = unleash.create_segment("edge-segment", &json!([constraint])).await;
+    let european = json!([
+        { "contextName": "region", "operator": "STR_STARTS_WITH", "values": ["EU-"], "caseInsensitive": true },
+        { "contextName": "age", "operator": "NUM_GTE", "value": "18" },
+    ]);
+    let not_old = json!([
+        { "contextName": "version", "operator": "SEMVER_LT", "value": "2.0.0", "inverted": true },
+    ]);
+    let mut segmented = rollout(100, "default");
+    segmented["segments"] = json!([segment]);
+    let mut with_variants = rollout(100, "default");
+    with_variants["variants"] = variants();
+    let flags = [
+        ("edge.everybody", vec![rollout(100, "default")]),
+        ("edge.constrained", vec![when(rollout(100, "default"), european)]),
+        ("edge.inverted", vec![when(rollout(100, "default"), not_old)]),
+        ("edge.segmented", vec![segmented]),
+        ("edge.variants", vec![with_variants]),
+        (
+            "edge.addresses",
+            vec![json!({ "name": "remoteAddress", "parameters": { "IPs": "127.0.0.0/8" } })],
+        ),
+        (
+            "edge.one-of-two",
+            vec![when(rollout(0, "default"), json!([])), when(rollout(60, "sessionId"), json!([]))],
+        ),
+    ];
+    for (flag, strategies) in flags {
+        unleash.create_flag(flag).await;
+        for environment in ENVIRONMENTS {
+            for strategy in &strategies {
+                unleash.add_strategy(flag, environment, strategy).await;
+            }
+            unleash.enable(flag, environment).await;
+        }
+    }
+    for (flag, percent) in
+        [("edge.gradual", [50, 20]), ("edge.child", [100, 100]), (LAST, [100, 100])]
+    {
+        let new = json!({ "name": flag, "type": "experiment", "impressionData": true });
+        unleash.admin_post("/api/admin/projects/default/features", &new).await;
+        if flag == "edge.child" {
+            let path = format!("/api/admin/projects/default/features/{flag}/dependencies");
+            unleash.admin_post(&path, &json!({ "feature": "edge.gradual" })).await;
+        }
+        for (environment, percent) in ENVIRONMENTS.into_iter().zip(percent) {
+            unleash.add_strategy(flag, environment, &rollout(percent, "userId")).await;
+            unleash.enable(flag, environment).await;
+        }
+        if flag == "edge.gradual" {
+            unleash.create_flag("edge.disabled").await;
+            unleash.add_strategy("edge.disabled", "production", &rollout(100, "default")).await;
+            unleash.create_enabled_flag("edge.production-only", "production", &[]).await;
+        }
+    }
+}
+
+/// Every context says what flags hang on, so that no SDK draws anything at random.
+fn contexts() -> Vec<Value> {
+    let context = |user: &str, more: Value| {
+        let mut context = json!({ "userId": user, "sessionId": format!("session-{user}") });
+        context.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        context
+    };
+    let properties = |region: &str, age: &str, version: &str| json!({ "properties": { "region": region, "age": age, "version": version } });
+    let mut contexts = vec![
+        context("7", json!({})),
+        context("42", properties("eu-north", "18", "2.0.0")),
+        context("äöü &=", properties("EU-west", "17.5", "1.9.9-beta")),
+        context("11", json!({ "remoteAddress": "10.0.0.1" })),
+    ];
+    contexts.extend((100..106).map(|user| context(&user.to_string(), json!({}))));
+    contexts
+}
+
+async fn ours(sdk: &mut Sdk, context: &Value) -> BTreeMap<String, Evaluation> {
+    let mut flags = sdk.evaluate(context.clone()).await;
+    flags.retain(|name, _| name.starts_with(OURS));
+    flags
+}
+
+/// What one SDK sees through Parapet is what it sees at Unleash, and what it uses through Parapet is counted.
+async fn see_and_use(
+    unleash: &Unleash,
+    parapet: &Parapet,
+    flavour: Flavour,
+    environment: &str,
+    token: &str,
+) {
+    let app_name = flavour.app_name(environment);
+    let (direct, through) = (unleash.url(), parapet.url());
+    let mut direct = flavour.start(&direct, token, "edge-direct").await;
+    let mut through = flavour.start(&through, token, &app_name).await;
+    let mut seen = Vec::new();
+    for sdk in [&mut direct, &mut through] {
+        until(
+            &format!("{app_name} sees the last flag of {:?}", unleash.version()),
+            SOON,
+            async || {
+                let flags = sdk.evaluate(json!({ "userId": "1" })).await;
+                flags.get(LAST).is_some_and(|flag| flag.enabled).then_some(())
+            },
+        )
+        .await;
+    }
+    for context in contexts() {
+        let (expected, actual) =
+            (ours(&mut direct, &context).await, ours(&mut through, &context).await);
+        assert_eq!(actual, expected, "{app_name} of {:?} sees for {context}", unleash.version());
+        seen.push(expected);
+    }
+    assert!(seen.iter().any(|flags| flags != &seen[0]), "the contexts make a difference");
+    direct.close().await;
+
+    through.count("edge.everybody", 3).await;
+    through.count("edge.disabled", 2).await;
+    through.flush().await;
+    through.count_variant("edge.variants", 4).await;
+    through.flush().await;
+    through.close().await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn with_nothing_but_an_admin_token_every_sdk_sees_what_unleash_shows_and_its_usage_arrives() {
+    Unleash::on_every_version(async |unleash: Arc<Unleash>| {
+        create_flags(&unleash).await;
+        let counted = ["edge.everybody", "edge.variants", "edge.disabled"];
+        let known =
+            counted.iter().flat_map(|flag| ENVIRONMENTS.map(|environment| (flag, environment)));
+        join_all(known.map(|(flag, environment)| unleash.wait_until_counted(flag, environment)))
+            .await;
+
+        let edge = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token()).impatient();
+        let parapet = edge.flag("--fleet-name", "edge-story").start().await;
+        let each = ENVIRONMENTS.map(async |environment| {
+            for flavour in Flavour::ALL {
+                let name = format!("edge-{flavour:?}");
+                let token = unleash.create_token(flavour.kind(), environment, &["*"], &name).await;
+                see_and_use(&unleash, &parapet, flavour, environment, &token).await;
+            }
+        });
+        join_all(each).await;
+        assert!(parapet.terminate().await.success());
+
+        for (environment, flavour) in
+            ENVIRONMENTS.iter().flat_map(|it| Flavour::ALL.map(|flavour| (it, flavour)))
+        {
+            let app_name = flavour.app_name(environment);
+            unleash.wait_for_usage("edge.everybody", &app_name, environment, (3, 0)).await;
+            unleash.wait_for_usage("edge.variants", &app_name, environment, (4, 0)).await;
+            unleash.wait_for_usage("edge.disabled", &app_name, environment, (0, 2)).await;
+            let stored = unleash.usage_of("edge.variants").await;
+            let of_app = stored.iter().filter(|hour| hour.app_name == app_name);
+            assert_eq!(
+                of_app.flat_map(|hour| hour.variants.values()).sum::<u64>(),
+                4,
+                "{app_name}"
+            );
+            until(&format!("{app_name} has registered as what it is"), STORED_WITHIN, async || {
+                let path = format!("/api/admin/metrics/applications/{app_name}/overview");
+                let overview = unleash.admin(reqwest::Method::GET, &path, &Value::Null).await.1;
+                let environments = overview["environments"].as_array()?;
+                let here = environments.iter().find(|it| it["name"] == *environment)?;
+                let has = |list: &str| here[list].as_array().is_some_and(|sdks| !sdks.is_empty());
+                match flavour.kind() {
+                    Kind::Backend => has("backendSdks") && !has("frontendSdks"),
+                    Kind::Frontend => has("frontendSdks") && !has("backendSdks"),
+                }
+                .then_some(())
+            })
+            .await;
+        }
+
+        // It has made one token for each environment, and finds them again whatever ended it.
+        assert_eq!(unleash.remember_tokens_named("parapet-edge-story").await, ENVIRONMENTS);
+        parapet.restart();
+        parapet.wait_until_ready().await;
+        parapet.kill();
+        parapet.restart();
+        parapet.wait_until_ready().await;
+        assert_eq!(unleash.remember_tokens_named("parapet-edge-story").await, ENVIRONMENTS);
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn without_an_admin_token_the_tokens_given_at_start_fetch_flags_and_send_usage() {
+    Unleash::on_every_version(async |unleash: Arc<Unleash>| {
+        let flag = "given.flag";
+        unleash.create_enabled_flag(flag, "production", &[]).await;
+        unleash.wait_until_counted(flag, "production").await;
+        let given = unleash.create_token(Kind::Backend, "production", &["*"], "given").await;
+        let other = unleash.create_token(Kind::Backend, "production", &["*"], "given-other").await;
+        let frontend =
+            unleash.create_token(Kind::Frontend, "production", &["*"], "given-frontend").await;
+
+        let parapet = Parapet::edge(&unleash.url()).impatient().env("TOKENS", &given).start().await;
+        // It is ready, so the flags are there, for whoever has a token of that environment.
+        for token in [&given, &other] {
+            let (status, flags) = parapet.get("/api/client/features", token).await;
+            assert_eq!(status, StatusCode::OK);
+            let names = flags["features"].as_array().unwrap().iter().map(|flag| &flag["name"]);
+            assert!(names.into_iter().any(|name| name == flag), "{flags}");
+        }
+        assert_eq!(parapet.get("/api/frontend", &frontend).await.0, StatusCode::OK);
+
+        let mut sdk = Sdk::node(&parapet.url(), &other, "given-node").await;
+        sdk.count(flag, 5).await;
+        sdk.flush().await;
+        sdk.close().await;
+        unleash.wait_for_usage(flag, "given-node", "production", (5, 0)).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn without_any_token_the_first_sdk_of_an_environment_brings_its_flags() {
+    Unleash::on_every_version(async |unleash: Arc<Unleash>| {
+        let flag = "brought.flag";
+        unleash.create_enabled_flag(flag, "development", &[]).await;
+        unleash.wait_until_counted(flag, "development").await;
+        let frontend =
+            unleash.create_token(Kind::Frontend, "development", &["*"], "brought-frontend").await;
+        let backend = unleash.create_token(Kind::Backend, "development", &["*"], "brought").await;
+
+        let parapet = Parapet::edge(&unleash.url())
+            .impatient()
+            .flag("--edge-request-timeout", "3")
+            .start()
+            .await;
+        // A frontend token is valid, but cannot fetch flags.
+        let (status, _) = parapet.get("/api/frontend", &frontend).await;
+        assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
+        let (status, flags) = parapet.get("/api/client/features", &backend).await;
+        assert_eq!(status, StatusCode::OK);
+        let names = flags["features"].as_array().unwrap().iter().map(|flag| &flag["name"]);
+        assert!(names.into_iter().any(|name| name == flag), "{flags}");
+
+        let mut sdk = Sdk::frontend(&parapet.url(), &frontend, "brought-browser").await;
+        assert!(sdk.evaluate(json!({})).await[flag].enabled);
+        sdk.count(flag, 2).await;
+        sdk.flush().await;
+        sdk.close().await;
+        unleash.wait_for_usage(flag, "brought-browser", "development", (2, 0)).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn told_to_end_it_serves_through_the_drain_delay_and_sends_what_it_has_counted() {
+    let unleash = Unleash::shared(Version::V8).await;
+    let flag = "drain.flag";
+    unleash.create_enabled_flag(flag, "development", &[]).await;
+    unleash.wait_until_counted(flag, "development").await;
+    let token = unleash.create_token(Kind::Backend, "development", &["*"], "drain").await;
+    // Usage is sent at the end or never.
+    let edge = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token());
+    let edge = edge.flag("--fleet-name", "drain").flag("--metrics-interval-seconds", "3600");
+    let parapet = edge.flag("--drain-delay-seconds", "4").start().await;
+    let mut before = Sdk::node(&parapet.url(), &token, "drain-before").await;
+    before.count(flag, 3).await;
+    before.flush().await;
+
+    let ready = parapet.url() + "/internal-backstage/ready";
+    let ready = async || http().get(&ready).send().await.unwrap().status();
+    assert_eq!(ready().await, StatusCode::OK);
+    let meanwhile = async {
+        until("it is not ready any more", Duration::from_secs(3), async || {
+            (ready().await == StatusCode::SERVICE_UNAVAILABLE).then_some(())
+        })
+        .await;
+        assert_eq!(parapet.get("/internal-backstage/health", "").await.0, StatusCode::OK);
+        assert_eq!(parapet.get("/api/client/features", &token).await.0, StatusCode::OK);
+        let mut late = Sdk::node(&parapet.url(), &token, "drain-late").await;
+        late.count(flag, 2).await;
+        late.flush().await;
+        before.count(flag, 1).await;
+        before.flush().await;
+        assert_eq!(ready().await, StatusCode::SERVICE_UNAVAILABLE);
+    };
+    let (status, ()) = tokio::join!(parapet.terminate(), meanwhile);
+    assert_eq!(status.code(), Some(0), "{}", parapet.log());
+    unleash.wait_for_usage(flag, "drain-before", "development", (4, 0)).await;
+    unleash.wait_for_usage(flag, "drain-late", "development", (2, 0)).await;
+}
