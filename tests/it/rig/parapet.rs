@@ -49,7 +49,7 @@ impl Setup {
     }
 
     /// Makes everything that happens at intervals happen often, and upstream's silence end soon.
-    pub(crate) fn impatient(self) -> Setup {
+    pub(crate) fn impatient(self) -> Self {
         [
             ("--features-refresh-interval-seconds", "0.5"),
             ("--metrics-interval-seconds", "0.5"),
