@@ -7,8 +7,12 @@ mod auth;
 mod client_api;
 /// Exit statuses, help and probes.
 mod command_line;
+/// An edge in front of a healthy Unleash.
+mod edge;
 /// The API of frontend SDKs.
 mod frontend_api;
+/// The rules of the house.
+mod house;
 /// What one client may take and send.
 mod limits;
 /// Parapet in this process, for tests of its answers.
@@ -16,8 +20,6 @@ mod limits;
 mod local;
 /// What operators configure and see.
 mod ops;
-/// An edge in front of a healthy Unleash.
-mod edge;
 /// Real servers, real SDKs and a network that can be made to fail.
 #[allow(dead_code, unused_imports, reason = "the rig is a kit: stories use the parts they need")]
 mod rig;

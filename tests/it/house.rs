@@ -1,0 +1,321 @@
+//! The rules of the house, read from the source: which module may know which, and what is deliberately absent where.
+//!
+//! Unit tests at the end of a file are free to do as they like, and so is everything under `tests`.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use regex::Regex;
+
+/// The layers, lowest first. A module may import those of lower layers, and of its own layer those named behind it.
+const LAYERS: [&[(&str, &[&str])]; 8] = [
+    &[("token", &[]), ("wire", &["token"]), ("telemetry", &[])],
+    &[("engine", &[])],
+    // Upstream keeps the tokens that it was given in the store.
+    &[("snapshot", &[]), ("store", &[]), ("upstream", &["store"])],
+    &[("answers", &[]), ("auth", &[]), ("sync", &[]), ("usage", &[])],
+    &[("control", &[])],
+    &[("http", &[])],
+    // Above all whose settings it gathers; `app` and `probe` alone read it.
+    &[("config", &[])],
+    &[("app", &[]), ("probe", &[])],
+];
+
+/// Within `http`, who may import whom; the listeners' services are above the rest.
+const SURFACE: [&[&str]; 5] = [
+    &["access", "coding", "conditional", "cors", "route"],
+    &["reply"],
+    &["client", "edge", "listener", "meter", "ops", "payload", "report"],
+    &["frontend"],
+    &["admin", "data"],
+];
+
+/// A source file, without comments and unit tests.
+struct Source {
+    /// Below `src`, for instance `http/reply.rs`.
+    path: String,
+    text: String,
+    code: String,
+}
+
+impl Source {
+    /// The module of the crate's root that it belongs to.
+    fn module(&self) -> &str {
+        self.path.split(['/', '.']).next().expect("split gives at least one part")
+    }
+
+    /// The path of its module, for instance `["http", "reply"]`.
+    fn module_path(&self) -> Vec<&str> {
+        self.path.trim_end_matches(".rs").split('/').collect()
+    }
+
+    fn is(&self, paths: &[&str]) -> bool {
+        paths.iter().any(|path| self.path == *path || self.path.starts_with(&format!("{path}/")))
+    }
+
+    /// The first two segments of every path that begins with `crate::` or climbs with `super::`, as seen from the root.
+    fn imports(&self) -> Vec<Vec<String>> {
+        let paths =
+            Regex::new(r"\b(crate|super)((?:::\s*super)*)::\s*").expect("the pattern is right");
+        let (mut imports, mut read_to) = (Vec::new(), 0);
+        for found in paths.captures_iter(&self.code) {
+            let whole = found.get(0).expect("there is a match");
+            // Part of a tree that has been read.
+            if whole.start() < read_to {
+                continue;
+            }
+            let mut base = self.module_path();
+            if &found[1] == "crate" {
+                base.clear();
+            } else {
+                let up = 1 + found[2].matches("super").count();
+                base.truncate(base.len().saturating_sub(up));
+            }
+            let rest = &self.code[whole.end()..];
+            read_to = whole.end() + end_of_tree(rest);
+            for import in expand(rest) {
+                let mut path: Vec<String> = base.iter().map(|&it| it.to_owned()).collect();
+                for segment in import {
+                    match segment.as_str() {
+                        "super" => drop(path.pop()),
+                        _ => path.push(segment),
+                    }
+                }
+                imports.push(path);
+            }
+        }
+        imports
+    }
+}
+
+/// How far the tree reaches that a text begins with; 0 where it begins with a plain path.
+fn end_of_tree(text: &str) -> usize {
+    let mut depth = 0_usize;
+    for (at, letter) in text.char_indices() {
+        match letter {
+            '{' => depth += 1,
+            '}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        if depth == 0 {
+            return at;
+        }
+    }
+    text.len()
+}
+
+/// The paths that a `use` tree, or a plain path, begins with: `{a::B, c::{D}}` is `a::B` and `c::D`.
+fn expand(text: &str) -> Vec<Vec<String>> {
+    let Some(tree) = text.strip_prefix('{') else {
+        let name: String = text
+            .chars()
+            .take_while(|it| it.is_alphanumeric() || *it == '_' || *it == '*')
+            .collect();
+        let rest = text[name.len()..].trim_start();
+        let below = rest.strip_prefix("::").map(str::trim_start);
+        let one = || vec![vec![name.clone()]];
+        return below.map_or_else(one, |below| {
+            let below = expand(below).into_iter();
+            below.map(|path| std::iter::once(name.clone()).chain(path).collect()).collect()
+        });
+    };
+    let (mut depth, mut items, mut start) = (0_usize, Vec::new(), 0);
+    for (at, letter) in tree.char_indices() {
+        match letter {
+            '{' => depth += 1,
+            ',' if depth == 0 => {
+                items.push(&tree[start..at]);
+                start = at + 1;
+            }
+            '}' if depth == 0 => {
+                items.push(&tree[start..at]);
+                break;
+            }
+            '}' => depth -= 1,
+            _ => {}
+        }
+    }
+    items.into_iter().map(str::trim).filter(|item| !item.is_empty()).flat_map(expand).collect()
+}
+
+fn sources() -> Vec<Source> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let (mut folders, mut sources) = (vec![root.clone()], Vec::new());
+    while let Some(folder) = folders.pop() {
+        let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+        for path in entries.collect::<Vec<PathBuf>>() {
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                sources.push(read(&root, &path));
+            }
+        }
+    }
+    sources.sort_by(|one, other| one.path.cmp(&other.path));
+    sources
+}
+
+fn read(root: &Path, path: &Path) -> Source {
+    let text = std::fs::read_to_string(path).unwrap();
+    let path = path.strip_prefix(root).unwrap().to_str().unwrap().to_owned();
+    let is_test = path.ends_with("/tests.rs") || path.ends_with("/scripted.rs");
+    let before_tests = text.split("\n#[cfg(test)]\nmod tests").next().unwrap_or_default();
+    // Blank rather than left out, so that line numbers stay.
+    let is_comment = |line: &str| line.trim_start().starts_with("//");
+    let lines = before_tests.lines().map(|line| if is_comment(line) { "" } else { line });
+    let code = if is_test { String::new() } else { lines.collect::<Vec<_>>().join("\n") };
+    Source { path, text, code }
+}
+
+/// Fails with every line of `sources`, tests aside, that `pattern` finds.
+#[track_caller]
+fn check_absent(why: &str, pattern: &str, allowed: &[&str]) {
+    let pattern = Regex::new(pattern).unwrap();
+    let mut found = Vec::new();
+    for source in sources().iter().filter(|source| !source.is(allowed)) {
+        for (number, line) in source.code.lines().enumerate() {
+            if pattern.is_match(line) {
+                found.push(format!("src/{}:{}: {}", source.path, number + 1, line.trim()));
+            }
+        }
+    }
+    assert!(found.is_empty(), "{why}:\n{}", found.join("\n"));
+}
+
+#[test]
+fn imports_are_found_however_they_are_written() {
+    let path = |path: &str| path.split("::").map(str::to_owned).collect::<Vec<_>>();
+    let code =
+        "use crate::{a::B, c::{self, D as E, f::{G, H}}}; fn x() { super::y(); crate::z::w() }
+        use super::{\n    super::up,\n    i::*,\n};";
+    let source = Source { path: "m/n.rs".to_owned(), text: String::new(), code: code.to_owned() };
+    let expect = ["a::B", "c::self", "c::D", "c::f::G", "c::f::H", "m::y", "z::w", "up", "m::i::*"];
+    assert_eq!(source.imports(), expect.map(path));
+}
+
+#[test]
+fn imports_point_down_the_layers() {
+    let height =
+        |module: &str| LAYERS.iter().position(|layer| layer.iter().any(|it| it.0 == module));
+    let mut upward = Vec::new();
+    for source in sources() {
+        let module = source.module();
+        if ["lib", "main"].contains(&module) {
+            continue;
+        }
+        let own = height(module).unwrap_or_else(|| panic!("{module} is in no layer of the table"));
+        let beside = LAYERS[own].iter().find(|it| it.0 == module).map_or(&[][..], |it| it.1);
+        for import in source.imports() {
+            let other = import[0].as_str();
+            let Some(height) = height(other) else {
+                panic!("src/{}: {other} is in no layer of the table", source.path)
+            };
+            if other != module && height >= own && !beside.contains(&other) {
+                upward.push(format!("src/{}: {}", source.path, import.join("::")));
+            }
+        }
+    }
+    assert!(upward.is_empty(), "these imports do not point down:\n{}", upward.join("\n"));
+}
+
+#[test]
+fn the_table_of_layers_names_the_modules_that_there_are() {
+    let root = sources().into_iter().find(|source| source.path == "lib.rs").unwrap();
+    let declared = Regex::new(r"(?m)^pub mod (\w+);").unwrap();
+    let mut declared: Vec<_> =
+        declared.captures_iter(&root.code).map(|it| it[1].to_owned()).collect();
+    let mut named: Vec<_> = LAYERS.iter().copied().flatten().map(|it| it.0.to_owned()).collect();
+    declared.sort();
+    named.sort();
+    assert_eq!(named, declared);
+}
+
+#[test]
+fn the_surface_is_layered_too() {
+    let height = |module: &str| SURFACE.iter().position(|layer| layer.contains(&module));
+    let mut upward = Vec::new();
+    for source in sources().iter().filter(|source| source.path.starts_with("http/")) {
+        let module = source.module_path()[1];
+        let own = height(module).unwrap_or_else(|| panic!("http/{module} is not in the table"));
+        for import in source.imports().into_iter().filter(|import| import[0] == "http") {
+            let other = import[1].as_str();
+            if other != module && height(other).is_none_or(|height| height >= own) {
+                upward.push(format!("src/{}: {}", source.path, import.join("::")));
+            }
+        }
+    }
+    assert!(upward.is_empty(), "these imports do not point down:\n{}", upward.join("\n"));
+}
+
+#[test]
+fn a_child_imports_nothing_from_its_parents_facade() {
+    let all = sources();
+    // What a parent declares itself, below its `mod` lines, is where the arrow would turn.
+    let children = |parent: &[&str]| -> Vec<String> {
+        let folder = parent.join("/") + "/";
+        let paths = all.iter().filter_map(|source| source.path.strip_prefix(&folder));
+        paths.map(|path| path.split(['/', '.']).next().unwrap_or(path).to_owned()).collect()
+    };
+    let mut upward: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for source in &all {
+        let path = source.module_path();
+        let [parent @ .., _] = &path[..] else { continue };
+        if parent.is_empty() {
+            continue;
+        }
+        let children = children(parent);
+        for import in source.imports() {
+            let Some(name) = import.get(parent.len()) else { continue };
+            if import[..parent.len()].iter().eq(parent.iter()) && !children.contains(name) {
+                upward.entry(source.path.clone()).or_default().push(import.join("::"));
+            }
+        }
+    }
+    assert!(upward.is_empty(), "{upward:#?}");
+}
+
+#[test]
+fn the_engine_is_pure() {
+    let outside = r"\b(tokio|std::(time|fs|io|env|thread|process)|Tcp\w+|Udp\w+|rand|tracing|metrics|async)\b|::now\(";
+    let others: Vec<_> =
+        sources().into_iter().filter(|it| it.module() != "engine").map(|it| it.path).collect();
+    let others: Vec<_> = others.iter().map(String::as_str).collect();
+    check_absent("time, chance and the world arrive in the engine's context", outside, &others);
+}
+
+#[test]
+fn every_file_says_what_it_is_for() {
+    for source in sources() {
+        assert!(source.text.starts_with("//! "), "src/{} does not begin with `//!`", source.path);
+        assert!(!source.path.ends_with("mod.rs"), "src/{} wants another name", source.path);
+    }
+}
+
+#[test]
+fn status_codes_are_chosen_by_the_surface_alone() {
+    let allowed = ["http", "upstream", "upstream.rs", "probe.rs", "usage/sink.rs"];
+    // `usage/sink.rs` reads upstream's statuses and chooses none.
+    check_absent("only `http` chooses a status", r"\bStatusCode\b", &allowed);
+}
+
+#[test]
+fn the_environment_is_read_by_the_configuration_alone() {
+    let reading = r"\benv::(var|var_os|vars|vars_os|args|args_os|set_var|remove_var)\b";
+    check_absent(
+        "everything that can be set is in `config/keys.rs`",
+        reading,
+        &["config.rs", "config"],
+    );
+}
+
+#[test]
+fn tasks_without_an_owner_are_spawned_by_the_assembly_and_the_listener() {
+    let spawning = r"\b(tokio|task|thread)::spawn\b|Handle::spawn";
+    check_absent("a task belongs to a JoinSet", spawning, &["app.rs", "app", "http/listener.rs"]);
+}
+
+#[test]
+fn plaintext_tokens_are_exposed_only_where_they_leave() {
+    let allowed = ["token.rs", "wire", "upstream", "auth", "auth.rs", "app", "control"];
+    check_absent("a token's text leaves by few doors", r"\.expose\(\)", &allowed);
+}
