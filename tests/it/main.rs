@@ -25,6 +25,8 @@ mod ops;
 mod rig;
 /// The official client specification.
 mod spec;
+/// A server of its own, as its owner meets it.
+mod standalone;
 /// What real Unleash servers do, as far as Parapet relies on it.
 mod upstream_facts;
 /// Our engine beside the reference engine, on random flags.

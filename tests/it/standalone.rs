@@ -1,0 +1,225 @@
+//! `parapet standalone` as its owner meets it: the first start, the next ones, and what goes wrong.
+
+use std::process::Command;
+use std::time::Duration;
+
+use reqwest::StatusCode;
+
+use crate::rig::{Parapet, http, until};
+
+const FLAGS: &str =
+    r#"{"features":[{"name":"first","enabled":true,"strategies":[{"name":"default"}]}]}"#;
+
+/// An instance in a folder of its own, with a file of flags that the test may edit.
+struct Home {
+    folder: tempfile::TempDir,
+}
+
+impl Home {
+    fn new() -> Self {
+        let home = Self { folder: tempfile::tempdir().unwrap() };
+        home.edit(FLAGS);
+        home
+    }
+
+    fn flags(&self) -> std::path::PathBuf {
+        self.folder.path().join("flags.json")
+    }
+
+    fn edit(&self, flags: &str) {
+        std::fs::write(self.flags(), flags).unwrap();
+    }
+
+    async fn start(&self, variables: &[(&str, &str)]) -> Parapet {
+        let setup = Parapet::mode("standalone").flag("--flags", self.flags());
+        variables.iter().fold(setup, |setup, (name, value)| setup.env(*name, *value)).start().await
+    }
+}
+
+/// The commands that the first start printed.
+fn curl_lines(log: &str) -> Vec<String> {
+    let lines = log.lines().map(str::trim).filter(|line| line.starts_with("curl "));
+    lines.map(str::to_owned).collect()
+}
+
+/// The tokens that the first start printed: client, frontend, admin.
+fn printed_tokens(log: &str) -> [String; 3] {
+    ["client", "frontend", "admin"].map(|kind| {
+        let line = log.lines().find(|line| line.trim_start().starts_with(kind));
+        line.expect("each kind is printed").split_whitespace().nth(1).unwrap().to_owned()
+    })
+}
+
+#[tokio::test]
+async fn the_first_start_prints_tokens_once_with_commands_that_work() {
+    let home = Home::new();
+    let parapet = home.start(&[]).await;
+    let log = parapet.log();
+    let commands = curl_lines(&log);
+    assert_eq!(commands.len(), 3, "{log}");
+    if Command::new("curl").arg("--version").output().is_ok() {
+        for (command, expect) in
+            commands.iter().zip(["\"features\"", "\"toggles\"", "\"standalone\""])
+        {
+            let line = format!("{command} --silent --fail");
+            let output = Command::new("sh").args(["-c", &line]).output().unwrap();
+            let answer = String::from_utf8(output.stdout).unwrap();
+            assert!(output.status.success() && answer.contains(expect), "{command}: {answer}");
+        }
+    }
+    let [client, frontend, admin] = printed_tokens(&log);
+    let works = async || {
+        assert_eq!(parapet.get("/api/client/features", &client).await.0, StatusCode::OK);
+        assert_eq!(parapet.get("/api/frontend", &frontend).await.0, StatusCode::OK);
+        let status = http().get(parapet.admin_url() + "/status").header("authorization", &admin);
+        assert_eq!(status.send().await.unwrap().status(), StatusCode::OK);
+    };
+    works().await;
+    for token in [&client, &frontend, &admin] {
+        let secret = token.split_once('.').unwrap().1;
+        assert_eq!(log.matches(secret).count(), 2, "once, and once in its command");
+        assert!(stored(&parapet).iter().all(|bytes| !contains(bytes, secret)));
+    }
+    assert!(parapet.terminate().await.success());
+    parapet.restart();
+    parapet.wait_until_ready().await;
+    works().await;
+    let later = parapet.log()[log.len()..].to_owned();
+    assert!(curl_lines(&later).is_empty() && !later.contains(client.split_once('.').unwrap().1));
+}
+
+fn contains(bytes: &[u8], text: &str) -> bool {
+    bytes.windows(text.len()).any(|window| window == text.as_bytes())
+}
+
+/// Everything in the data folder.
+fn stored(parapet: &Parapet) -> Vec<Vec<u8>> {
+    let mut files = Vec::new();
+    let mut folders = vec![parapet.data_dir()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                files.push(std::fs::read(path).unwrap());
+            }
+        }
+    }
+    assert!(!files.is_empty(), "nothing is stored");
+    files
+}
+
+#[tokio::test]
+async fn seeds_are_the_tokens_of_the_first_start_and_are_printed_nowhere() {
+    const ADMIN: &str = "*:*.seeded-admin-0123456789abcdef";
+    const BACKEND: &str = "*:production.seeded-backend-0123456789abcdef";
+    const OLD_NAME: &str = "*:development.seeded-client-0123456789abcdef";
+    const FRONTEND: &str = "*:production.seeded-frontend-0123456789abcdef";
+    let home = Home::new();
+    let parapet = home
+        .start(&[
+            ("INIT_ADMIN_API_TOKENS", ADMIN),
+            ("INIT_BACKEND_API_TOKENS", BACKEND),
+            ("INIT_CLIENT_API_TOKENS", OLD_NAME),
+            ("INIT_FRONTEND_API_TOKENS", FRONTEND),
+        ])
+        .await;
+    for token in [BACKEND, OLD_NAME] {
+        let (status, flags) = parapet.get("/api/client/features", token).await;
+        assert_eq!((status, &flags["features"][0]["name"]), (StatusCode::OK, &"first".into()));
+    }
+    assert_eq!(parapet.get("/api/frontend", FRONTEND).await.0, StatusCode::OK);
+    let status = http().get(parapet.admin_url() + "/status").header("authorization", ADMIN);
+    assert_eq!(status.send().await.unwrap().status(), StatusCode::OK);
+    let log = parapet.log();
+    assert!(!log.contains("seeded") && curl_lines(&log).is_empty(), "{log}");
+    assert!(stored(&parapet).iter().all(|bytes| !contains(bytes, "seeded-")));
+}
+
+#[tokio::test]
+async fn an_edited_file_is_served_and_a_bad_edit_changes_nothing() {
+    let token = "*:development.reader-of-an-edited-file-0123456789";
+    let home = Home::new();
+    let parapet = home.start(&[("INIT_BACKEND_API_TOKENS", token)]).await;
+    let served = async || parapet.get("/api/client/features", token).await.1.to_string();
+    let limit = Duration::from_secs(20);
+    home.edit(&FLAGS.replace("first", "second"));
+    let shows = async |name: &'static str| {
+        until("the edit is served", limit, async || served().await.contains(name).then_some(()))
+            .await;
+    };
+    shows("second").await;
+    home.edit("{ this is no flag file");
+    let told = async || parapet.log().contains("cannot be read again").then_some(());
+    until("the bad edit is told", limit, told).await;
+    assert!(served().await.contains("second"));
+    std::fs::remove_file(home.flags()).unwrap();
+    let told = async || (parapet.log().matches("cannot be read again").count() > 1).then_some(());
+    until("the missing file is told", limit, told).await;
+    assert!(served().await.contains("second"));
+    home.edit(&FLAGS.replace("first", "third"));
+    shows("third").await;
+}
+
+/// The binary in a folder with a file of flags.
+fn run(args: &[&str], variables: &[(&str, &str)]) -> std::process::Output {
+    let home = Home::new();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_parapet"));
+    command.args(args).env_clear().envs(variables.iter().copied());
+    command.current_dir(home.folder.path()).output().unwrap()
+}
+
+#[test]
+fn a_port_that_is_taken_is_told_and_ends_with_1() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    for (ours, other) in [("--port", "--admin-port"), ("--admin-port", "--port")] {
+        let args = ["--flags=flags.json", "--interface=127.0.0.1", other, "0", ours, &port];
+        let output = run(&args, &[]);
+        let told = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{told}");
+        assert_eq!(told.lines().count(), 1, "{told}");
+        assert!(told.contains(&format!("127.0.0.1:{port}")) && told.contains("in use"), "{told}");
+        assert!(curl_lines(&String::from_utf8(output.stdout).unwrap()).is_empty());
+    }
+}
+
+#[test]
+fn flags_that_cannot_be_read_end_the_start_with_1() {
+    let home = Home::new();
+    home.edit("{ this is no flag file");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_parapet"));
+    let flags = home.flags();
+    command.arg("--flags").arg(flags).args(["--port=0", "--admin-port=0"]).env_clear();
+    let output = command.current_dir(home.folder.path()).output().unwrap();
+    let told = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    assert!(told.contains("flags.json is not a client-features document"), "{told}");
+}
+
+#[test]
+fn mistakes_of_configuration_are_all_told_at_once_without_secrets_and_end_with_64() {
+    let check = |args: &[&str], variables: &[(&str, &str)], mistakes: &[&str]| {
+        let output = run(args, variables);
+        let told = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(64), "{args:?}: {told}");
+        assert!(!told.contains("s3cret"), "{told}");
+        for mistake in mistakes {
+            assert!(told.contains(mistake), "{args:?}: {mistake} is missing in: {told}");
+        }
+    };
+    check(&["edge"], &[], &["upstream-url"]);
+    check(
+        &["edge", "-u", "nonsense", "--port", "70000", "--tokens", "s3cret"],
+        &[("METRICS_INTERVAL_SECONDS", "often")],
+        &["upstream-url", "port", "METRICS_INTERVAL_SECONDS", "tokens"],
+    );
+    check(&["offline"], &[("FRONTEND_TOKENS", "s3cret")], &["bootstrap-file", "FRONTEND_TOKENS"]);
+    check(&["offline", "-b", "nowhere.json"], &[], &["bootstrap-file"]);
+    check(&["--flags=nowhere.json", "--log-format=xml"], &[], &["flags", "log-format"]);
+    check(&["--flags=flags.json", "--port=3063", "--admin-port=3063"], &[], &["admin-port"]);
+    check(&["--flags=flags.json"], &[("INIT_ADMIN_API_TOKENS", "s3cret")], &["INIT_ADMIN"]);
+    check(&["--flags=flags.json", "--allow-list=here"], &[], &["allow-list"]);
+    check(&["--flags=flags.json", "--config=nowhere.toml"], &[], &["nowhere.toml"]);
+}
