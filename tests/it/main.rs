@@ -9,6 +9,8 @@ mod client_api;
 mod command_line;
 /// An edge in front of a healthy Unleash.
 mod edge;
+/// A flood of made-up tokens.
+mod flood;
 /// The API of frontend SDKs.
 mod frontend_api;
 /// The rules of the house.

@@ -191,6 +191,16 @@ impl Parapet {
         .await;
     }
 
+    /// A number of `/proc/<pid>/status`, for instance `VmHWM`: the most memory it has had, in KiB.
+    pub(crate) fn proc_status(&self, field: &str) -> u64 {
+        let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
+        let id = process.as_ref().expect("it is running").id();
+        let status = std::fs::read_to_string(format!("/proc/{id}/status")).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+        let number = line.expect("the system tells it").split_whitespace().next();
+        number.expect("there is a number").parse().unwrap()
+    }
+
     /// Its exit status, if it has ended by itself.
     pub(crate) fn ended(&self) -> Option<ExitStatus> {
         self.process.lock().unwrap_or_else(PoisonError::into_inner).as_mut()?.ended()

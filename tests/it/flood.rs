@@ -1,0 +1,232 @@
+//! A flood of made-up tokens: what it costs upstream and memory is bounded, and nobody with a valid token notices.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Full};
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper::{Request, Response};
+use hyper_util::rt::TokioIo;
+use reqwest::StatusCode;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+
+use crate::rig::{Parapet, http, until};
+
+/// Made-up tokens, each of the form of a real one and different from all others: so many in the headers of requests, and
+/// in questions to `/edge/validate`, which anybody may ask, so many each.
+const BY_HEADER: usize = 20_000;
+const QUESTIONS: usize = 80;
+const BY_QUESTION: usize = 1000;
+const FLOOD: usize = BY_HEADER + QUESTIONS * BY_QUESTION;
+
+/// Connections of the attacker and requests under way on each, and questions under way. With the latter, more tokens
+/// want a verdict at a time than the 10,000 that may wait for one.
+const CONNECTIONS: usize = 20;
+const STREAMS: usize = 100;
+const ASKERS: usize = 12;
+
+/// The most questions about first-seen tokens: so many at once, and so many more per second.
+const BURST: usize = 20;
+const PER_SECOND: f64 = 10.0;
+
+/// How much memory the flood may cost, in KiB, requests under way included.
+const MEMORY: u64 = 128 * 1024;
+
+const KNOWN: &str = "*:development.valid-and-known-0123456789abcdef";
+
+/// An upstream that knows the tokens that say of themselves that they are valid, and counts what it is asked.
+#[derive(Clone, Default)]
+struct Upstream {
+    asked: Arc<Mutex<BTreeMap<String, usize>>>,
+}
+
+impl Upstream {
+    async fn start(&self) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let upstream = self.clone();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let upstream = upstream.clone();
+                let answer = service_fn(move |request| {
+                    let upstream = upstream.clone();
+                    async move { Ok::<_, Infallible>(upstream.answer(request).await) }
+                });
+                let http = hyper::server::conn::http1::Builder::new();
+                tokio::spawn(http.serve_connection(TokioIo::new(stream), answer));
+            }
+        });
+        address
+    }
+
+    async fn answer(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
+        let path = request.uri().path().to_owned();
+        let body = request.into_body().collect().await.unwrap().to_bytes();
+        *self.lock().entry(path.clone()).or_default() += 1;
+        let answer = match path.as_str() {
+            "/edge/validate" => validate(&serde_json::from_slice(&body).unwrap()),
+            _ => {
+                json!({"version": 2, "features": [{"name": "a", "enabled": true, "strategies": []}]})
+            }
+        };
+        Response::new(Full::from(answer.to_string()))
+    }
+
+    fn asked(&self, path: &str) -> usize {
+        self.lock().get(path).copied().unwrap_or_default()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, usize>> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn validate(question: &Value) -> Value {
+    let tokens = question["tokens"].as_array().unwrap().iter();
+    let valid = tokens.filter(|token| token.as_str().unwrap().contains(".valid-")).map(|token| {
+        json!({"token": token, "type": "client", "environment": "development", "projects": ["*"]})
+    });
+    json!({ "tokens": valid.collect::<Vec<_>>() })
+}
+
+/// What the attacker heard: how many tokens were refused, and how many turned away unjudged.
+type Heard = BTreeMap<StatusCode, usize>;
+
+fn made_up() -> String {
+    format!("*:development.{:032x}{:024x}", rand::random::<u128>(), rand::random::<u64>())
+}
+
+/// Whether there was something left to take.
+fn take(left: &AtomicUsize) -> bool {
+    left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |it| it.checked_sub(1)).is_ok()
+}
+
+/// Presents tokens in headers, on one connection.
+fn present(parapet: &Parapet, left: &Arc<AtomicUsize>, attackers: &mut JoinSet<Heard>) {
+    let client = reqwest::Client::builder().http2_prior_knowledge().no_proxy().build().unwrap();
+    let url: reqwest::Url = (parapet.url() + "/api/client/features").parse().unwrap();
+    for _ in 0..STREAMS {
+        let (client, url, left) = (client.clone(), url.clone(), Arc::clone(left));
+        attackers.spawn(async move {
+            let mut heard = Heard::new();
+            while take(&left) {
+                let request = client.get(url.clone()).header("authorization", made_up());
+                *heard.entry(request.send().await.unwrap().status()).or_default() += 1;
+            }
+            heard
+        });
+    }
+}
+
+/// Asks about many tokens at a time.
+fn ask(parapet: &Parapet, left: &Arc<AtomicUsize>, attackers: &mut JoinSet<Heard>) {
+    let (url, left) = (parapet.url() + "/edge/validate", Arc::clone(left));
+    attackers.spawn(async move {
+        let mut heard = Heard::new();
+        while take(&left) {
+            let tokens: Vec<_> = (0..BY_QUESTION).map(|_| made_up()).collect();
+            let question = http().post(&url).body(json!({ "tokens": tokens }).to_string());
+            let answer = question.send().await.unwrap();
+            let status = answer.status();
+            if status == StatusCode::OK {
+                assert_eq!(answer.text().await.unwrap(), r#"{"tokens":[]}"#);
+            }
+            *heard.entry(status).or_default() += BY_QUESTION;
+        }
+        heard
+    });
+}
+
+async fn total(mut parts: JoinSet<Heard>) -> Heard {
+    let mut sum = Heard::new();
+    while let Some(part) = parts.join_next().await {
+        for (status, count) in part.unwrap() {
+            *sum.entry(status).or_default() += count;
+        }
+    }
+    sum
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flood_of_made_up_tokens_is_bounded_and_hurts_nobody() {
+    let upstream = Upstream::default();
+    let address = upstream.start().await;
+    let parapet = Parapet::edge(&format!("http://{address}")).env("TOKENS", KNOWN).start().await;
+    assert_eq!(parapet.get("/api/client/features", KNOWN).await.0, StatusCode::OK);
+
+    let asked_before = upstream.asked("/edge/validate");
+    let memory_before = parapet.proc_status("VmRSS");
+    let begin = Instant::now();
+    let (headers, questions) =
+        (Arc::new(AtomicUsize::new(BY_HEADER)), Arc::new(AtomicUsize::new(QUESTIONS)));
+    let mut attackers = JoinSet::new();
+    for _ in 0..CONNECTIONS {
+        present(&parapet, &headers, &mut attackers);
+    }
+    for _ in 0..ASKERS {
+        ask(&parapet, &questions, &mut attackers);
+    }
+
+    let over = AtomicBool::new(false);
+    let known = async {
+        let mut served = 0_usize;
+        while !over.load(Ordering::Relaxed) {
+            assert_eq!(parapet.get("/api/client/features", KNOWN).await.0, StatusCode::OK);
+            served += 1;
+        }
+        served
+    };
+    let fresh = async {
+        let mut accepted = 0;
+        let url = parapet.url() + "/api/client/features";
+        while headers.load(Ordering::Relaxed) > 0 {
+            let token = format!("*:development.valid-and-fresh-{accepted}");
+            until("a fresh token is accepted", Duration::from_mins(1), async || {
+                let answer = http().get(&url).header("authorization", &token).send().await.unwrap();
+                // Full house: it is told to come again, never that it is invalid.
+                let busy = answer.status() == StatusCode::SERVICE_UNAVAILABLE;
+                assert!(busy || answer.status() == StatusCode::OK, "{}", answer.status());
+                assert_eq!(answer.headers().contains_key("retry-after"), busy);
+                (!busy).then_some(())
+            })
+            .await;
+            accepted += 1;
+        }
+        accepted
+    };
+    let heard = async {
+        let heard = total(attackers).await;
+        over.store(true, Ordering::Relaxed);
+        heard
+    };
+    let (heard, served, accepted) = tokio::join!(heard, known, fresh);
+    let took = begin.elapsed();
+    let asked = upstream.asked("/edge/validate") - asked_before;
+    let peak = parapet.proc_status("VmHWM").saturating_sub(memory_before);
+    println!(
+        "{FLOOD} tokens in {took:?}: {heard:?}; {asked} questions; {peak} KiB; {served} known, {accepted} fresh served"
+    );
+
+    assert_eq!(heard.values().sum::<usize>(), FLOOD);
+    // Refused by header, named as not valid by question, or turned away unjudged.
+    let known = [StatusCode::UNAUTHORIZED, StatusCode::OK, StatusCode::SERVICE_UNAVAILABLE];
+    assert!(heard.keys().all(|status| known.contains(status)), "{heard:?}");
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a flood of seconds"
+    )]
+    let bound = BURST + (PER_SECOND * took.as_secs_f64()).ceil() as usize;
+    assert!(asked <= bound, "{asked} questions in {took:?}, more than {bound}");
+    assert!(peak <= MEMORY, "{peak} KiB more than before, allowed are {MEMORY}");
+    assert!(served > 0 && accepted > 0, "{served} known, {accepted} fresh");
+    assert_eq!(upstream.lock().keys().filter(|path| path.contains("admin")).count(), 0);
+}
