@@ -139,13 +139,16 @@ impl Line {
                     }
                 }
             };
-            tokio::select! {
-                _ = cut => {}
-                () = accept => {}
-            }
+            let gone = tokio::select! {
+                cut = cut => cut.is_err(),
+                () = accept => false,
+            };
             connections.shutdown().await;
             drop(listener);
             listens.send_replace(false);
+            if gone {
+                return;
+            }
         }
     }
 
