@@ -238,7 +238,12 @@ impl Verdicts {
     pub(super) fn save(&self) -> Option<Vec<u8>> {
         self.unsaved.swap(false, Ordering::Relaxed).then(|| {
             let verdicts = self.valid.iter().map(|(digest, verdict)| Saved::of(&digest, &verdict));
-            let saved = SavedVerdicts { version: SAVED_VERSION, verdicts: verdicts.collect() };
+            let revoked = self.revoked.iter().map(|(digest, ())| digest.hex());
+            let saved = SavedVerdicts {
+                version: SAVED_VERSION,
+                verdicts: verdicts.collect(),
+                revoked: revoked.collect(),
+            };
             serde_json::to_vec(&saved).expect("verdicts are plain text and numbers")
         })
     }
@@ -261,6 +266,9 @@ impl Verdicts {
         for (digest, verdict) in saved.verdicts.iter().filter_map(Saved::verdict) {
             self.valid.insert(digest, Arc::new(verdict));
             count += 1;
+        }
+        for digest in saved.revoked.iter().filter_map(|hex| TokenDigest::from_hex(hex)) {
+            self.revoked.insert(digest, ());
         }
         Ok(count)
     }
@@ -289,6 +297,9 @@ const SAVED_VERSION: u32 = 1;
 struct SavedVerdicts {
     version: u32,
     verdicts: Vec<Saved>,
+    /// Digests of tokens that their issuer took back not long ago.
+    #[serde(default)]
+    revoked: Vec<String>,
 }
 
 /// A verdict as it is stored; never the token.
