@@ -22,12 +22,12 @@ pub use self::{
     verdicts::{RestoreError, Verdict},
 };
 use self::{
-    queue::{Answer, Queue},
-    verdicts::Verdicts,
+    queue::Queue,
+    verdicts::{Accepted, Verdicts},
 };
 use crate::{
     token::{Grant, Token, TokenDigest, TokenKind},
-    upstream::{Credentials, Error, Upstream},
+    upstream::{Credentials, Upstream},
     wire::tokens::Validated,
 };
 
@@ -225,8 +225,9 @@ const GATHER: Duration = Duration::from_millis(3);
 const BURST: f64 = 20.0;
 const PER_SECOND: f64 = 10.0;
 
-/// How often due verdicts and changes of the list are looked for.
+/// How often due verdicts are looked for, and how long nobody looks after upstream did not answer.
 const REVALIDATION_STEP: Duration = Duration::from_secs(1);
+const REVALIDATION_PAUSE: Duration = Duration::from_secs(15);
 
 /// Tokens of one revalidating question: below what Unleash reads (100 kB) at the longest.
 const REVALIDATION_BATCH: usize = 150;
@@ -253,6 +254,7 @@ impl Inner {
     }
 
     async fn ask_about_first_seen(&self, issuer: &Issuer) {
+        self.queue.abandon();
         let mut allowance = Allowance::new(Instant::now());
         loop {
             self.queue.wait().await;
@@ -265,54 +267,55 @@ impl Inner {
 
     /// Asks about `tokens` and tells those who wait.
     async fn settle(&self, issuer: &Issuer, tokens: &[Token]) {
-        let reply = issuer.vouched(tokens).await;
-        let Ok(valid) = reply else {
-            for token in tokens {
-                self.queue.settle(&token.digest(), &Err(Denied::Unavailable));
-            }
-            return;
-        };
+        let judged = issuer.judge(tokens).await;
         let now = Timestamp::now();
-        let mut answers: HashMap<TokenDigest, Answer> =
-            tokens.iter().map(|token| (token.digest(), Err(Denied::Unknown))).collect();
-        for judged in valid {
-            let digest = judged.token.digest();
-            // Upstream has no say about tokens that were not asked for.
-            let Some(answer) = answers.get_mut(&digest) else { continue };
-            *answer = Ok(Arc::new(judged.grant.clone()));
-            self.offer(&judged.token, &judged.grant);
-            self.verdicts.accept(&judged.token, judged.grant, now);
-        }
         for token in tokens {
             let digest = token.digest();
-            let answer = &answers[&digest];
-            if answer.is_err() {
-                self.verdicts.refuse(token);
-            }
-            self.queue.settle(&digest, answer);
+            let answer = match judged.get(&digest) {
+                Some(Judgement::Valid(grant)) => {
+                    match self.verdicts.accept(token, grant.clone(), now) {
+                        Accepted::New | Accepted::Known => {
+                            self.offer(token, grant);
+                            Ok(Arc::new(grant.clone()))
+                        }
+                        Accepted::Revoked => Err(Denied::Unknown),
+                    }
+                }
+                Some(Judgement::Invalid) => {
+                    self.verdicts.refuse(token);
+                    Err(Denied::Unknown)
+                }
+                None => Err(Denied::Unavailable),
+            };
+            self.queue.settle(&digest, &answer);
         }
     }
 
     /// Asks again about verdicts that are due; nothing changes while upstream does not answer.
     async fn revalidate(&self, issuer: &Issuer) {
-        let mut step = tokio::time::interval(REVALIDATION_STEP);
-        step.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let age = as_span(self.config.revalidate_after);
+        let mut pause = REVALIDATION_STEP;
         loop {
-            step.tick().await;
+            tokio::time::sleep(pause).await;
+            pause = REVALIDATION_STEP;
             let due = self.verdicts.unconfirmed_since(Timestamp::now() - age);
             for tokens in due.chunks(REVALIDATION_BATCH) {
-                let Ok(valid) = issuer.vouched(tokens).await else { break };
-                let mut gone: HashMap<_, _> =
-                    tokens.iter().map(|token| (token.digest(), token)).collect();
-                for judged in valid {
-                    if gone.remove(&judged.token.digest()).is_some() {
-                        self.verdicts.accept(&judged.token, judged.grant, Timestamp::now());
-                    }
+                let judged = issuer.judge(tokens).await;
+                if judged.len() < tokens.len() {
+                    pause = REVALIDATION_PAUSE;
                 }
-                for token in gone.values() {
-                    info!(token = %token.masked(), "A token is no longer valid");
-                    self.verdicts.revoke(token);
+                let now = Timestamp::now();
+                for token in tokens {
+                    match judged.get(&token.digest()) {
+                        Some(Judgement::Valid(grant)) => {
+                            self.verdicts.accept(token, grant.clone(), now);
+                        }
+                        Some(Judgement::Invalid) => {
+                            info!(token = %token.masked(), "A token is no longer valid");
+                            self.verdicts.revoke(token);
+                        }
+                        None => {}
+                    }
                 }
             }
         }
@@ -348,23 +351,40 @@ impl Inner {
     }
 }
 
+/// What an issuer says of a token.
+#[derive(Debug)]
+enum Judgement {
+    Valid(Grant),
+    Invalid,
+}
+
 impl Issuer {
-    /// Those of `tokens` that upstream calls valid.
+    /// What upstream says of `tokens`; those of which it says nothing at the moment are left out.
     ///
-    /// Where no list tells of revocations, each must be admitted as well: upstream's word on a
-    /// deleted token stays good for long.
-    async fn vouched(&self, tokens: &[Token]) -> Result<Vec<Validated>, Error> {
-        let valid = self.upstream.validate(tokens).await?;
-        if self.admin.is_some() {
-            return Ok(valid);
+    /// One that validates must be admitted as well: upstream's word on a deleted token stays good
+    /// for long, and a list tells of no token that came and went between two readings.
+    async fn judge(&self, tokens: &[Token]) -> HashMap<TokenDigest, Judgement> {
+        let Ok(valid) = self.upstream.validate(tokens).await else { return HashMap::new() };
+        // Upstream has no say about tokens that were not asked for.
+        let mut judged: HashMap<_, _> =
+            tokens.iter().map(|token| (token.digest(), Judgement::Invalid)).collect();
+        let valid = valid.into_iter().filter(|it| judged.contains_key(&it.token.digest()));
+        let probes: Vec<_> = stream::iter(valid.collect::<Vec<_>>())
+            .map(|Validated { token, grant }| async move {
+                let admitted = self.upstream.admits(&token, grant.kind).await;
+                (token.digest(), grant, admitted)
+            })
+            .buffer_unordered(PROBES_AT_ONCE)
+            .collect()
+            .await;
+        for (digest, grant, admitted) in probes {
+            match admitted {
+                Ok(true) => drop(judged.insert(digest, Judgement::Valid(grant))),
+                Ok(false) => {}
+                Err(_) => drop(judged.remove(&digest)),
+            }
         }
-        let admitted = stream::iter(valid).map(|judged| async move {
-            let admitted = self.upstream.admits(&judged.token, judged.grant.kind).await;
-            // A question that fails denies nothing.
-            admitted.unwrap_or(true).then_some(judged)
-        });
-        let admitted: Vec<_> = admitted.buffer_unordered(PROBES_AT_ONCE).collect().await;
-        Ok(admitted.into_iter().flatten().collect())
+        judged
     }
 }
 

@@ -98,6 +98,12 @@ impl Queue {
         batch
     }
 
+    /// Turns away all who wait for tokens that were taken and never settled, because whoever took
+    /// them died.
+    pub(super) fn abandon(&self) {
+        self.lock().tokens.retain(|_, (untaken, _)| untaken.is_some());
+    }
+
     /// Tells all who wait for a token.
     pub(super) fn settle(&self, digest: &TokenDigest, answer: &Answer) {
         let settled = self.lock().tokens.remove(digest);
@@ -132,6 +138,21 @@ mod tests {
         queue.settle(&token(1).digest(), &Err(Denied::Unknown));
         assert_eq!(first.await.unwrap(), Err(Denied::Unknown));
         assert_eq!(second.await.unwrap(), Err(Denied::Unknown));
+    }
+
+    #[tokio::test]
+    async fn a_token_whose_question_was_abandoned_can_be_asked_for_again() {
+        let queue = Queue::default();
+        let (taken, untaken) = (queue.join(token(1)).unwrap(), queue.join(token(2)).unwrap());
+        assert_eq!(queue.take().len(), 2);
+        drop(untaken);
+        let waiting = queue.join(token(3)).unwrap();
+        queue.abandon();
+        assert!(taken.await.is_err(), "nobody will answer");
+        assert_eq!(queue.take(), [token(3)]);
+        let _again = queue.join(token(1)).unwrap();
+        assert_eq!(queue.take(), [token(1)]);
+        drop(waiting);
     }
 
     #[test]

@@ -84,6 +84,23 @@ struct Refusal {
     selector: Option<Box<str>>,
 }
 
+impl Refusal {
+    fn of(selector: Option<&str>) -> Self {
+        Self { selector: selector.map(Into::into) }
+    }
+}
+
+/// What became of a token that its issuer calls valid.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Accepted {
+    /// It was not known before, or allows something else now.
+    New,
+    /// It was known already.
+    Known,
+    /// It has lately been revoked and stays so.
+    Revoked,
+}
+
 /// What reading a list changed.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub(super) struct Changes {
@@ -100,7 +117,7 @@ pub(super) struct Changes {
 pub(super) struct Verdicts {
     valid: Cache<TokenDigest, Arc<Verdict>>,
     refused: Cache<TokenDigest, Refusal>,
-    revoked: Cache<TokenDigest, ()>,
+    revoked: Cache<TokenDigest, Refusal>,
     unsaved: AtomicBool,
 }
 
@@ -126,9 +143,13 @@ impl Verdicts {
         self.refused.contains_key(digest) || self.revoked.contains_key(digest)
     }
 
-    /// Keeps that the issuer calls `token` valid now; tells whether it was unknown.
-    pub(super) fn accept(&self, token: &Token, grant: Grant, now: Timestamp) -> bool {
+    /// Keeps that the issuer calls `token` valid now, unless it has lately been revoked: an answer
+    /// may be older than the list that told of the revocation.
+    pub(super) fn accept(&self, token: &Token, grant: Grant, now: Timestamp) -> Accepted {
         let digest = token.digest();
+        if self.revoked.contains_key(&digest) {
+            return Accepted::Revoked;
+        }
         self.refused.invalidate(&digest);
         if let Some(known) = self.valid.get(&digest)
             && *known.grant == grant
@@ -137,7 +158,7 @@ impl Verdicts {
             if known.wants_plaintext() {
                 known.learn(token.clone());
             }
-            return false;
+            return Accepted::Known;
         }
         let verdict = Verdict {
             grant: Arc::new(grant),
@@ -149,13 +170,13 @@ impl Verdicts {
         };
         self.valid.insert(digest, Arc::new(verdict));
         self.unsaved.store(true, Ordering::Relaxed);
-        true
+        Accepted::New
     }
 
     /// Keeps that the issuer does not know `token`.
     pub(super) fn refuse(&self, token: &Token) {
         let digest = token.digest();
-        self.refused.insert(digest, Refusal { selector: token.selector().map(Into::into) });
+        self.refused.insert(digest, Refusal::of(token.selector()));
         if self.valid.remove(&digest).is_some() {
             self.unsaved.store(true, Ordering::Relaxed);
         }
@@ -164,7 +185,7 @@ impl Verdicts {
     /// Keeps that the issuer took `token` back: it is not asked for soon, since the issuer may go on
     /// vouching for it.
     pub(super) fn revoke(&self, token: &Token) {
-        self.revoke_digest(token.digest());
+        self.revoke_digest(token.digest(), token.selector());
     }
 
     /// Takes over the issuer's own list of all its tokens.
@@ -180,7 +201,8 @@ impl Verdicts {
                 ListedSecret::Full(token) => {
                     let digest = token.digest();
                     self.revoked.invalidate(&digest);
-                    changes.learned += usize::from(self.accept(token, entry.grant(), now));
+                    let accepted = self.accept(token, entry.grant(), now);
+                    changes.learned += usize::from(accepted == Accepted::New);
                     digests.insert(digest);
                 }
                 ListedSecret::Selector(selector) => {
@@ -194,19 +216,23 @@ impl Verdicts {
                 None => digests.contains(&*digest),
             };
             if present {
-                verdict.listed.store(true, Ordering::Relaxed);
+                if !verdict.listed.swap(true, Ordering::Relaxed) {
+                    self.unsaved.store(true, Ordering::Relaxed);
+                }
                 verdict.confirm(now);
             } else if verdict.listed.load(Ordering::Relaxed) {
-                self.revoke_digest(*digest);
+                self.revoke_digest(*digest, verdict.selector.as_deref());
                 changes.revoked += 1;
             } else {
                 verdict.suspect();
                 changes.suspected += 1;
             }
         }
-        for (digest, refusal) in &self.refused {
-            if refusal.selector.as_deref().is_some_and(|selector| selectors.contains(selector)) {
-                self.refused.invalidate(&*digest);
+        for refusals in [&self.refused, &self.revoked] {
+            for (digest, Refusal { selector }) in refusals {
+                if selector.as_deref().is_some_and(|selector| selectors.contains(selector)) {
+                    refusals.invalidate(&*digest);
+                }
             }
         }
         changes
@@ -238,7 +264,7 @@ impl Verdicts {
     pub(super) fn save(&self) -> Option<Vec<u8>> {
         self.unsaved.swap(false, Ordering::Relaxed).then(|| {
             let verdicts = self.valid.iter().map(|(digest, verdict)| Saved::of(&digest, &verdict));
-            let revoked = self.revoked.iter().map(|(digest, ())| digest.hex());
+            let revoked = self.revoked.iter().map(|(digest, _)| digest.hex());
             let saved = SavedVerdicts {
                 version: SAVED_VERSION,
                 verdicts: verdicts.collect(),
@@ -268,13 +294,13 @@ impl Verdicts {
             count += 1;
         }
         for digest in saved.revoked.iter().filter_map(|hex| TokenDigest::from_hex(hex)) {
-            self.revoked.insert(digest, ());
+            self.revoked.insert(digest, Refusal::of(None));
         }
         Ok(count)
     }
 
-    fn revoke_digest(&self, digest: TokenDigest) {
-        self.revoked.insert(digest, ());
+    fn revoke_digest(&self, digest: TokenDigest, selector: Option<&str>) {
+        self.revoked.insert(digest, Refusal::of(selector));
         self.valid.invalidate(&digest);
         self.unsaved.store(true, Ordering::Relaxed);
     }
@@ -427,6 +453,41 @@ mod tests {
         assert!(verdicts.valid(&secure.digest()).is_some());
         verdicts.take_list(&[selector("another-selector-here_")], now());
         assert!(verdicts.refuses(&secure.digest()));
+    }
+
+    #[test]
+    fn a_revoked_token_stays_revoked_whatever_is_still_said_of_it() {
+        let verdicts = verdicts();
+        let (a, b) = (token("*:dev.aaaa"), token("*:dev.bbbb"));
+        verdicts.take_list(&[whole(&a), whole(&b)], now());
+        verdicts.take_list(&[whole(&b)], now());
+        assert_eq!(verdicts.accept(&a, grant(), now()), Accepted::Revoked);
+        assert!(verdicts.refuses(&a.digest()));
+        let after_a_restart = self::verdicts();
+        after_a_restart.restore(&verdicts.save().unwrap()).unwrap();
+        assert!(after_a_restart.refuses(&a.digest()));
+        verdicts.take_list(&[whole(&a), whole(&b)], now());
+        assert!(verdicts.valid(&a.digest()).is_some(), "the list has it again");
+    }
+
+    #[test]
+    fn that_a_token_is_listed_outlives_a_restart() {
+        let (old, new) = (verdicts(), verdicts());
+        let (secure, other) = (token(V2), token("*:dev.bbbb"));
+        old.accept(&secure, grant(), now());
+        old.save().unwrap();
+        old.take_list(&[selector(secure.selector().unwrap())], now());
+        new.restore(&old.save().expect("it is listed now")).unwrap();
+        assert_eq!(new.take_list(&[whole(&other)], now()).revoked, 1);
+    }
+
+    #[test]
+    fn a_revoked_v2_token_that_is_listed_again_is_asked_for_again() {
+        let verdicts = verdicts();
+        let secure = token(V2);
+        verdicts.revoke(&secure);
+        verdicts.take_list(&[selector(secure.selector().unwrap())], now());
+        assert!(!verdicts.refuses(&secure.digest()));
     }
 
     #[test]
