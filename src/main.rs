@@ -60,8 +60,7 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 async fn run(config: Config) -> anyhow::Result<()> {
     let app = App::start(config).await?;
     let end = end_of_process().context("cannot listen to signals")?;
-    app.run(end).await;
-    Ok(())
+    Ok(app.run(end).await?)
 }
 
 /// Completes when the process is asked to end, by the system or at the terminal.

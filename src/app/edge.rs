@@ -1,16 +1,21 @@
 //! The edge: flags, verdicts and usage by way of upstream.
 
-use std::{collections::BTreeSet, path::Path, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use tokio::{sync::Notify, time::sleep};
 use tracing::{info, warn};
 
 use super::plan::{Error, Plan, Source};
 use crate::{
-    auth::{self, Authenticator, Authority, Denied, Issuer},
+    auth::{self, Admission, Authenticator, Authority, Denied, Issuer},
     config::{self, Credentials as Given},
     snapshot::Snapshots,
-    store::{Store, edge_backup},
+    store::{Key, Store, edge_backup},
     sync::upstream::{Follower, Wanted},
     telemetry::Latch,
     token::{Environment, Grant, Projects, Scope, Token, TokenKind},
@@ -31,7 +36,8 @@ pub(super) struct Edge {
     /// Tokens of the operator, to be judged before they are used.
     tokens: Vec<Token>,
     backup: Vec<(Token, Grant)>,
-    latch: Latch,
+    /// Held until there are flags; taken by the first run.
+    latch: Mutex<Option<Latch>>,
 }
 
 /// Connects the parts of an edge and serves what an earlier run, of Parapet or of Unleash Edge, has
@@ -73,6 +79,9 @@ pub(super) async fn plan(
     };
     follower.restore().await;
     let backup = migrate(&edge.backup_folder, &follower).await;
+    // Later starts have verdicts of their own, which know of revocations since.
+    let first_start = matches!(store.load(&Key::Verdicts).await, Ok(None));
+    let backup = if first_start { backup } else { Vec::new() };
     let operator = admin.iter().map(|token| {
         let scope = Scope { environment: Environment::new("*"), projects: Projects::All };
         (token.digest(), Grant { kind: TokenKind::Admin, scope })
@@ -80,7 +89,12 @@ pub(super) async fn plan(
     let given = operator.collect();
     Ok(Plan {
         name: "edge",
-        source: Source::Upstream(Box::new(Edge { follower, tokens, backup, latch })),
+        source: Source::Upstream(Box::new(Edge {
+            follower,
+            tokens,
+            backup,
+            latch: Mutex::new(Some(latch)),
+        })),
         authority: Authority::Upstream(Box::new(Issuer {
             upstream: upstream.clone(),
             admin,
@@ -112,52 +126,61 @@ async fn migrate(folder: &Path, follower: &Follower) -> Vec<(Token, Grant)> {
 
 impl Edge {
     /// Follows upstream until dropped.
-    pub(super) async fn run(self, auth: &Authenticator) {
-        let Self { follower, tokens, backup, latch } = self;
-        for (token, grant) in backup {
-            auth.import(&token, grant);
+    pub(super) async fn run(&self, auth: &Authenticator) {
+        for (token, grant) in &self.backup {
+            auth.import(token, grant.clone());
         }
-        let (own, snapshots) = (latch.clone(), follower.snapshots.clone());
-        let taken = async {
-            for environment in take_tokens(tokens, auth).await {
-                snapshots.wait_for(&environment).await;
-            }
-            own.release();
-        };
-        tokio::join!(follower.run(latch), taken);
+        let latch = self.latch.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let tokens = take_tokens(&self.tokens, auth, &self.follower.snapshots, latch.clone());
+        tokio::join!(self.follower.clone().run(latch), tokens);
     }
 }
 
 /// Has the operator's tokens judged, until all are valid; each is offered as a credential on the way.
-/// Returns the environments that they fetch.
-async fn take_tokens(tokens: Vec<Token>, auth: &Authenticator) -> BTreeSet<Environment> {
+///
+/// The latch is released when each has been judged once and those that are valid have flags: a
+/// mistyped token keeps nobody from the flags of the others. Without any valid one there are none.
+async fn take_tokens(
+    tokens: &[Token],
+    auth: &Authenticator,
+    snapshots: &Snapshots,
+    latch: Option<Latch>,
+) {
+    let mut latch = latch;
     let mut environments = BTreeSet::new();
-    let mut open = tokens;
-    while !open.is_empty() {
-        let mut refused = Vec::new();
-        let mut unjudged = Vec::new();
+    let mut open = tokens.to_vec();
+    loop {
+        let (mut refused, mut unjudged) = (Vec::new(), Vec::new());
         for token in open {
             match auth.authenticate(token.expose()).await {
-                Ok(admission) if admission.grant.kind == TokenKind::Client => {
-                    environments.insert(admission.grant.scope.environment.clone());
+                Ok(Admission { grant, .. }) if grant.kind == TokenKind::Client => {
+                    environments.insert(grant.scope.environment.clone());
                 }
-                Ok(admission) => {
-                    let kind = admission.grant.kind.as_str();
-                    warn!(token = %token.masked(), kind, "A configured token is no client token and fetches nothing");
+                Ok(Admission { grant, .. }) => {
+                    let (token, kind) = (token.masked(), grant.kind.as_str());
+                    warn!(%token, kind, "A configured token is no client token and fetches nothing");
                 }
                 Err(Denied::Unknown) => refused.push(token),
                 Err(Denied::Unavailable) => unjudged.push(token),
             }
         }
-        let pause = if unjudged.is_empty() { ASK_REFUSED_AFTER } else { ASK_AGAIN_AFTER };
         for token in &refused {
             warn!(token = %token.masked(), "Upstream does not know a configured token");
         }
+        if unjudged.is_empty() && (tokens.is_empty() || !environments.is_empty()) {
+            for environment in &environments {
+                snapshots.wait_for(environment).await;
+            }
+            if let Some(latch) = latch.take() {
+                latch.release();
+            }
+        }
+        let pause = if unjudged.is_empty() { ASK_REFUSED_AFTER } else { ASK_AGAIN_AFTER };
         open = unjudged;
         open.append(&mut refused);
-        if !open.is_empty() {
-            sleep(pause).await;
+        if open.is_empty() {
+            return;
         }
+        sleep(pause).await;
     }
-    environments
 }

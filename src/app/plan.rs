@@ -1,10 +1,10 @@
 //! What a mode comes to, and why it may not come to it.
 
-use std::{io, net::SocketAddr};
+use std::{io, net::SocketAddr, sync::Arc};
 
-use super::edge::Edge;
+use super::{edge::Edge, tasks::Tasks};
 use crate::{
-    auth::Authority,
+    auth::{Authenticator, Authority},
     control::tokens as registry,
     store::{self, Store},
     sync::files,
@@ -19,6 +19,9 @@ pub enum Error {
     /// An address cannot be listened on.
     #[error("cannot listen on {0}")]
     Listen(SocketAddr, #[source] io::Error),
+    /// A listener ended although nobody told it to.
+    #[error("a listener ended on its own")]
+    Listener,
     /// The store cannot be used.
     #[error("cannot keep state")]
     Store(#[from] store::Error),
@@ -46,9 +49,32 @@ pub(super) struct Plan {
     pub(super) store: Store,
 }
 
+impl Plan {
+    /// Who vouches for tokens; asked once.
+    pub(super) fn take_authority(&mut self) -> Authority {
+        std::mem::replace(&mut self.authority, Authority::Nobody)
+    }
+}
+
 /// Where flags come from.
 #[derive(Debug)]
 pub(super) enum Source {
     Files(files::Running),
     Upstream(Box<Edge>),
+}
+
+impl Source {
+    /// Keeps flags current from now on.
+    pub(super) fn spawn(self, workers: &mut Tasks, auth: &Authenticator) {
+        match self {
+            Self::Files(running) => workers.spawn("files", move || running.clone().run()),
+            Self::Upstream(edge) => {
+                let (edge, auth) = (Arc::new(*edge), auth.clone());
+                workers.spawn("sync", move || {
+                    let (edge, auth) = (Arc::clone(&edge), auth.clone());
+                    async move { edge.run(&auth).await }
+                });
+            }
+        }
+    }
 }

@@ -74,7 +74,7 @@ struct Read {
 }
 
 /// What a look at the files is compared with.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Memory {
     seen: Vec<Seen>,
     hash: u64,
@@ -146,7 +146,7 @@ impl Files {
 }
 
 /// Flags of files that are being served.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Running {
     files: Files,
     memory: Memory,

@@ -101,9 +101,8 @@ impl Follower {
     }
 
     /// Follows every wanted environment until dropped. The latch is released when each of those
-    /// wanted at the start has had flags.
-    pub async fn run(self, latch: Latch) {
-        let mut latch = Some(latch);
+    /// wanted at the start has had flags; without one, readiness was settled before.
+    pub async fn run(self, mut latch: Option<Latch>) {
         let mut loops = JoinSet::new();
         let mut followed: BTreeMap<Environment, Id> = BTreeMap::new();
         let kick = watch::Sender::new(());

@@ -1,0 +1,89 @@
+//! What outlives a run: verdicts on tokens, and usage that upstream did not take.
+//!
+//! What is stored is its owners' matter; here is decided when.
+
+use std::time::Duration;
+
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::{
+    auth::Authenticator,
+    store::{Key, Store},
+    usage::Usage,
+};
+
+/// How often verdicts and waiting usage are stored, where they changed.
+const SAVE_EVERY: Duration = Duration::from_secs(5);
+
+/// Keeps state for the next run.
+#[derive(Clone, Debug)]
+pub(super) struct Keeper {
+    pub(super) store: Store,
+    pub(super) auth: Authenticator,
+    pub(super) usage: Usage,
+}
+
+impl Keeper {
+    /// Takes over what an earlier run left; what cannot be read is left out.
+    pub(super) async fn restore(&self) {
+        match self.store.load(&Key::Verdicts).await {
+            Ok(Some(saved)) => match self.auth.restore(&saved) {
+                Ok(count) => info!(count, "Tokens known from an earlier run"),
+                Err(error) => warn!(%error, "Stored verdicts on tokens are not used"),
+            },
+            Ok(None) => {}
+            Err(error) => warn!(%error, "Stored verdicts on tokens are not used"),
+        }
+        match self.store.load(&Key::Usage).await {
+            Ok(Some(saved)) if saved.is_empty() => {}
+            Ok(Some(saved)) => match self.usage.restore(&saved) {
+                Ok(()) => info!("Usage of an earlier run waits to be sent"),
+                Err(error) => warn!(%error, "Stored usage is lost"),
+            },
+            Ok(None) => {}
+            Err(error) => warn!(%error, "Stored usage is lost"),
+        }
+    }
+
+    /// Stores what changes until `stop`, so that a crash loses little.
+    ///
+    /// Usage is stored as long as upstream does not take it, and the record is emptied when it did: a
+    /// crash within [`SAVE_EVERY`] of that counts twice, a later one does not. Not to be dropped
+    /// while it runs: a write goes on without it and may end after a later one.
+    pub(super) async fn run(&self, stop: &CancellationToken) {
+        // What an earlier run left was restored, and is the first to be replaced.
+        let mut stored = None;
+        while stop.run_until_cancelled(sleep(SAVE_EVERY)).await.is_some() {
+            self.store_verdicts().await;
+            let backlog = self.usage.backlog().unwrap_or_default();
+            let hash = xxh3_64(&backlog);
+            if stored != Some(hash) {
+                match self.store.save(&Key::Usage, &backlog).await {
+                    Ok(()) => stored = Some(hash),
+                    Err(error) => warn!(%error, "Usage that waits for upstream cannot be stored"),
+                }
+            }
+        }
+    }
+
+    /// Stores everything, at the end.
+    pub(super) async fn finish(&self) {
+        self.store_verdicts().await;
+        // Nothing left is stored too: the next start must not send what has been sent.
+        let left = self.usage.save().unwrap_or_default();
+        if let Err(error) = self.store.save(&Key::Usage, &left).await {
+            error!(%error, "Usage that was not sent is lost");
+        }
+    }
+
+    async fn store_verdicts(&self) {
+        let Some(verdicts) = self.auth.save() else { return };
+        if let Err(error) = self.store.save(&Key::Verdicts, &verdicts).await {
+            self.auth.not_saved();
+            warn!(%error, "Verdicts on tokens cannot be stored");
+        }
+    }
+}

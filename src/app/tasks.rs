@@ -1,0 +1,70 @@
+//! Long-lived tasks: started here, and started again when they die of a panic.
+
+use std::{future::Future, time::Duration};
+
+use metrics::{counter, describe_counter};
+use tokio::{task::JoinSet, time::sleep};
+use tracing::error;
+
+/// How long a task that panicked waits before it starts again.
+const RESTART_AFTER: Duration = Duration::from_secs(1);
+
+const RESTARTS: &str = "parapet_task_restarts_total";
+
+/// The tasks of a running instance; dropping them ends them.
+#[derive(Debug, Default)]
+pub(super) struct Tasks(JoinSet<()>);
+
+impl Tasks {
+    /// Runs a task, again after each panic, until it returns.
+    pub(super) fn spawn<F>(&mut self, name: &'static str, task: impl Fn() -> F + Send + 'static)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        describe_counter!(RESTARTS, "Tasks that panicked and were started again");
+        self.0.spawn(async move {
+            // Owned by this future, so that aborting it aborts the task.
+            let mut running = JoinSet::new();
+            loop {
+                running.spawn(task());
+                let Some(Err(panic)) = running.join_next().await else { return };
+                error!(task = name, %panic, "A task panicked and is started again");
+                counter!(RESTARTS, "task" => name).increment(1);
+                sleep(RESTART_AFTER).await;
+            }
+        });
+    }
+
+    /// Ends every task where it stands.
+    pub(super) async fn end(mut self) {
+        self.0.shutdown().await;
+    }
+
+    /// Waits until every task has returned.
+    pub(super) async fn join(mut self) {
+        while self.0.join_next().await.is_some() {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    };
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_task_that_panics_is_started_again_until_it_returns() {
+        let runs = Arc::new(AtomicU32::new(0));
+        let mut tasks = Tasks::default();
+        let counted = Arc::clone(&runs);
+        tasks.spawn("test", move || {
+            let run = counted.fetch_add(1, Ordering::Relaxed);
+            async move { assert!(run >= 2, "this run is meant to panic") }
+        });
+        tasks.join().await;
+        assert_eq!(runs.load(Ordering::Relaxed), 3);
+    }
+}
