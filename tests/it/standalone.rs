@@ -162,6 +162,56 @@ async fn an_edited_file_is_served_and_a_bad_edit_changes_nothing() {
     shows("third").await;
 }
 
+#[tokio::test]
+async fn a_probe_asks_a_running_instance() {
+    let home = Home::new();
+    let parapet = home.start(&[]).await;
+    for probe in ["health", "ready"] {
+        for place in [["--edge-url".to_owned(), parapet.url()], port_of(&parapet)] {
+            let output = run(&[&[probe], &place.each_ref().map(String::as_str)[..]].concat(), &[]);
+            assert_eq!(output.status.code(), Some(0), "{probe} {place:?}: {output:?}");
+        }
+    }
+    let url = parapet.url();
+    parapet.kill();
+    assert_eq!(run(&["health", "--edge-url", &url], &[]).status.code(), Some(1));
+}
+
+fn port_of(parapet: &Parapet) -> [String; 2] {
+    let url = parapet.url();
+    ["--port".to_owned(), url.rsplit_once(':').unwrap().1.to_owned()]
+}
+
+#[tokio::test]
+async fn an_instance_that_is_told_to_end_is_unready_first_and_serves_until_it_ends() {
+    let token = "*:development.reader-of-an-ending-one-0123456789";
+    let home = Home::new();
+    let setup = Parapet::mode("standalone").flag("--flags", home.flags());
+    let setup = setup.flag("--drain-delay-seconds", "3").env("INIT_BACKEND_API_TOKENS", token);
+    let parapet = setup.start().await;
+    let while_draining = async {
+        until("it is not ready", Duration::from_secs(20), async || {
+            let (status, told) = parapet.get("/internal-backstage/ready", "").await;
+            assert!(told["status"] == "READY" || status == StatusCode::SERVICE_UNAVAILABLE);
+            (told["status"] == "DRAINING").then_some(())
+        })
+        .await;
+        assert_eq!(parapet.get("/api/client/features", token).await.0, StatusCode::OK);
+        assert_eq!(parapet.get("/internal-backstage/health", "").await.0, StatusCode::OK);
+    };
+    let (status, ()) = tokio::join!(parapet.terminate(), while_draining);
+    assert_eq!(status.code(), Some(0));
+}
+
+#[test]
+fn a_data_folder_that_cannot_be_used_ends_the_start_with_1() {
+    let output =
+        run(&["--flags=flags.json", "--port=0", "--admin-port=0", "--data-dir=flags.json"], &[]);
+    let told = String::from_utf8(output.stderr).unwrap();
+    assert_eq!((output.status.code(), told.lines().count()), (Some(1), 1), "{told}");
+    assert!(told.contains("flags.json"), "{told}");
+}
+
 /// The binary in a folder with a file of flags.
 fn run(args: &[&str], variables: &[(&str, &str)]) -> std::process::Output {
     let home = Home::new();
