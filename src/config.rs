@@ -39,6 +39,7 @@ pub enum Command {
 
 impl Command {
     /// Reads the command line and the environment of this process.
+    #[expect(clippy::disallowed_methods, reason = "nothing else reads the environment")]
     pub fn from_process() -> Result<Self, Mistakes> {
         let variable =
             |name: &str| std::env::var_os(name).map(|text| text.to_string_lossy().into_owned());

@@ -1,5 +1,6 @@
 //! The rules of the house, read from the source: which module may know which, and what is deliberately absent where.
 //!
+//! What the compiler can see is a lint in `Cargo.toml` or `clippy.toml` instead, who reads the environment for instance.
 //! Unit tests at the end of a file are free to do as they like, and so is everything under `tests`.
 
 use std::collections::BTreeMap;
@@ -296,16 +297,6 @@ fn status_codes_are_chosen_by_the_surface_alone() {
     let allowed = ["http", "upstream", "upstream.rs", "probe.rs", "usage/sink.rs"];
     // `usage/sink.rs` reads upstream's statuses and chooses none.
     check_absent("only `http` chooses a status", r"\bStatusCode\b", &allowed);
-}
-
-#[test]
-fn the_environment_is_read_by_the_configuration_alone() {
-    let reading = r"\benv::(var|var_os|vars|vars_os|args|args_os|set_var|remove_var)\b";
-    check_absent(
-        "everything that can be set is in `config/keys.rs`",
-        reading,
-        &["config.rs", "config"],
-    );
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! The integration tests, one binary: each module tells one story about Parapet from outside.
 #![allow(clippy::unwrap_used, reason = "what fails here fails a test, and says where")]
+#![allow(clippy::disallowed_methods, reason = "the rules of the house are for the house")]
 
 /// Tokens at the door.
 mod auth;
