@@ -22,7 +22,7 @@ pub use self::{
     verdicts::{RestoreError, Verdict},
 };
 use self::{
-    queue::Queue,
+    queue::{Behalf, Queue},
     verdicts::{Accepted, Verdicts},
 };
 use crate::{
@@ -114,6 +114,10 @@ impl Authenticator {
     /// Awaits for a first-seen token only, at most for the configured deadline. Dropping the future
     /// is safe: the question that it waited for is still settled for others.
     pub async fn authenticate(&self, header: &str) -> Result<Admission, Denied> {
+        self.admit(header, Behalf::Bearer).await
+    }
+
+    async fn admit(&self, header: &str, behalf: Behalf) -> Result<Admission, Denied> {
         let inner = &*self.0;
         let digest = TokenDigest::of(Token::bare(header));
         if let Some(grant) = inner.given.get(&digest) {
@@ -135,14 +139,14 @@ impl Authenticator {
             inner.tally.malformed.increment(1);
             return Err(Denied::Unknown);
         };
-        self.ask(token).await
+        self.ask(token, behalf).await
     }
 
     /// Judges tokens for somebody else, another edge for instance: in the order given, `None` for
     /// those that are not valid.
     pub async fn judge(&self, tokens: &[Token]) -> Result<Vec<Option<Arc<Grant>>>, Denied> {
         let judged = tokens.iter().map(|token| async {
-            match self.authenticate(token.expose()).await {
+            match self.admit(token.expose(), Behalf::Other).await {
                 Ok(admission) => Ok(Some(admission.grant)),
                 Err(Denied::Unknown) => Ok(None),
                 Err(Denied::Unavailable) => Err(Denied::Unavailable),
@@ -151,13 +155,13 @@ impl Authenticator {
         futures_util::future::join_all(judged).await.into_iter().collect()
     }
 
-    async fn ask(&self, token: Token) -> Result<Admission, Denied> {
+    async fn ask(&self, token: Token, behalf: Behalf) -> Result<Admission, Denied> {
         let inner = &*self.0;
         if matches!(inner.authority, Authority::Nobody) {
             inner.tally.refused.increment(1);
             return Err(Denied::Unknown);
         }
-        let Some(answer) = inner.queue.join(token) else {
+        let Some(answer) = inner.queue.join(token, behalf) else {
             inner.tally.unavailable.increment(1);
             return Err(Denied::Unavailable);
         };

@@ -28,9 +28,25 @@ pub(super) type Answer = Result<Arc<Grant>, Denied>;
 /// The most tokens that wait at a time; further ones are turned away.
 const CAPACITY: usize = 10_000;
 
+/// The most that wait at a time on behalf of others: `/edge/validate` takes a thousand tokens from
+/// anybody, and must not fill the line for those who present one.
+const CAPACITY_FOR_OTHERS: usize = CAPACITY / 2;
+
 /// The most tokens of one question, in number and in bytes: Unleash reads bodies up to 100 kB.
 const BATCH: usize = 500;
 const BATCH_BYTES: usize = 60_000;
+
+/// What is kept of each question for those who ask on behalf of others.
+const SHARE_OF_OTHERS: usize = BATCH / 4;
+
+/// On whose behalf a verdict is wanted.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Behalf {
+    /// Of who presents the token.
+    Bearer,
+    /// Of somebody who asks about it.
+    Other,
+}
 
 /// Tokens that wait, and the requests that wait for them.
 #[derive(Debug, Default)]
@@ -43,13 +59,22 @@ pub(super) struct Queue {
 struct Waiting {
     /// By digest: the token until it is taken, and who wants to know.
     tokens: HashMap<TokenDigest, (Option<Token>, Vec<oneshot::Sender<Answer>>)>,
-    /// The order of arrival of those that are not taken yet.
-    untaken: Vec<TokenDigest>,
+    /// Those that are not taken yet, in the order of arrival: presented ones, which are taken
+    /// first except for the others' share, and those that others ask about.
+    presented: Vec<TokenDigest>,
+    asked_about: Vec<TokenDigest>,
+}
+
+impl Waiting {
+    /// Whether no token waits to be taken.
+    fn is_taken(&self) -> bool {
+        self.presented.is_empty() && self.asked_about.is_empty()
+    }
 }
 
 impl Queue {
     /// Waits in line with `token`; `None` when the line is full.
-    pub(super) fn join(&self, token: Token) -> Option<oneshot::Receiver<Answer>> {
+    pub(super) fn join(&self, token: Token, behalf: Behalf) -> Option<oneshot::Receiver<Answer>> {
         let (sender, receiver) = oneshot::channel();
         let digest = token.digest();
         let mut waiting = self.lock();
@@ -58,11 +83,18 @@ impl Queue {
             waiters.retain(|waiter| !waiter.is_closed());
             waiters.push(sender);
         } else {
-            if waiting.tokens.len() >= CAPACITY {
+            let capacity = match behalf {
+                Behalf::Bearer => CAPACITY,
+                Behalf::Other => CAPACITY_FOR_OTHERS,
+            };
+            if waiting.tokens.len() >= capacity {
                 return None;
             }
             waiting.tokens.insert(digest, (Some(token), vec![sender]));
-            waiting.untaken.push(digest);
+            match behalf {
+                Behalf::Bearer => waiting.presented.push(digest),
+                Behalf::Other => waiting.asked_about.push(digest),
+            }
             self.wake.notify_one();
         }
         Some(receiver)
@@ -70,7 +102,7 @@ impl Queue {
 
     /// Returns when there are tokens to be taken.
     pub(super) async fn wait(&self) {
-        while self.lock().untaken.is_empty() {
+        while self.lock().is_taken() {
             self.wake.notified().await;
         }
     }
@@ -78,23 +110,26 @@ impl Queue {
     /// Takes the next tokens to ask for; each must be settled.
     pub(super) fn take(&self) -> Vec<Token> {
         let mut waiting = self.lock();
-        let Waiting { tokens, untaken } = &mut *waiting;
+        let Waiting { tokens, presented, asked_about } = &mut *waiting;
         let mut bytes = 0;
         let mut batch = Vec::new();
-        let mut seen = 0;
-        for digest in untaken.iter().take(BATCH) {
-            let Some(token) = tokens.get(digest).and_then(|(token, _)| token.as_ref()) else {
+        let share = BATCH - asked_about.len().min(SHARE_OF_OTHERS);
+        for (line, most) in [(presented, share), (asked_about, BATCH)] {
+            let mut seen = 0;
+            for digest in line.iter().take(most - batch.len()) {
+                let Some(token) = tokens.get(digest).and_then(|(token, _)| token.as_ref()) else {
+                    seen += 1;
+                    continue;
+                };
+                bytes += token.expose().len();
+                if bytes > BATCH_BYTES && !batch.is_empty() {
+                    break;
+                }
                 seen += 1;
-                continue;
-            };
-            bytes += token.expose().len();
-            if bytes > BATCH_BYTES && !batch.is_empty() {
-                break;
+                batch.extend(tokens.get_mut(digest).and_then(|(token, _)| token.take()));
             }
-            seen += 1;
-            batch.extend(tokens.get_mut(digest).and_then(|(token, _)| token.take()));
+            line.drain(..seen);
         }
-        untaken.drain(..seen);
         batch
     }
 
@@ -130,10 +165,10 @@ mod tests {
     #[tokio::test]
     async fn many_requests_with_one_token_ask_once_and_all_are_told() {
         let queue = Queue::default();
-        let first = queue.join(token(1)).unwrap();
+        let first = queue.join(token(1), Behalf::Bearer).unwrap();
         queue.wait().await;
         assert_eq!(queue.take(), [token(1)]);
-        let second = queue.join(token(1)).unwrap();
+        let second = queue.join(token(1), Behalf::Bearer).unwrap();
         assert!(queue.take().is_empty(), "it is being asked for already");
         queue.settle(&token(1).digest(), &Err(Denied::Unknown));
         assert_eq!(first.await.unwrap(), Err(Denied::Unknown));
@@ -158,19 +193,34 @@ mod tests {
     #[test]
     fn batches_and_the_line_are_bounded() {
         let queue = Queue::default();
-        let waiting: Vec<_> = (0..CAPACITY).map(|n| queue.join(token(n))).collect();
+        let waiting: Vec<_> = (0..CAPACITY).map(|n| queue.join(token(n), Behalf::Bearer)).collect();
         assert!(waiting.iter().all(Option::is_some));
-        assert!(queue.join(token(CAPACITY)).is_none());
+        assert!(queue.join(token(CAPACITY), Behalf::Bearer).is_none());
         let sizes: Vec<_> =
             std::iter::from_fn(|| Some(queue.take().len()).filter(|n| *n > 0)).collect();
         assert_eq!(sizes, [BATCH; CAPACITY / BATCH]);
     }
 
     #[test]
+    fn who_presents_a_token_goes_before_those_who_ask_about_many() {
+        let queue = Queue::default();
+        let asked = |n| queue.join(token(n), Behalf::Other);
+        let asked: Vec<_> = (0..CAPACITY).filter_map(asked).collect();
+        assert_eq!(asked.len(), CAPACITY_FOR_OTHERS);
+        let present = |n| queue.join(token(n), Behalf::Bearer);
+        let presented: Vec<_> = (CAPACITY..CAPACITY + BATCH).map(present).collect();
+        assert!(presented.iter().all(Option::is_some));
+        let batch = queue.take();
+        let last = BATCH - SHARE_OF_OTHERS - 1;
+        assert_eq!((&batch[0], &batch[last]), (&token(CAPACITY), &token(CAPACITY + last)));
+        assert_eq!((&batch[last + 1], batch.len()), (&token(0), BATCH), "others get their share");
+    }
+
+    #[test]
     fn a_batch_of_long_tokens_stays_below_what_upstream_reads() {
         let queue = Queue::default();
         let long = |n: usize| Token::parse(&format!("*:dev.{}-{n}", "x".repeat(490))).unwrap();
-        let _waiting: Vec<_> = (0..300).map(|n| queue.join(long(n))).collect();
+        let _waiting: Vec<_> = (0..300).map(|n| queue.join(long(n), Behalf::Bearer)).collect();
         let bytes = queue.take().iter().map(|token| token.expose().len()).sum::<usize>();
         assert!((50_000..=BATCH_BYTES).contains(&bytes), "{bytes}");
     }
