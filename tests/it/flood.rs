@@ -27,8 +27,8 @@ const QUESTIONS: usize = 80;
 const BY_QUESTION: usize = 1000;
 const FLOOD: usize = BY_HEADER + QUESTIONS * BY_QUESTION;
 
-/// Connections of the attacker and requests under way on each, and questions under way. With the latter, more tokens
-/// want a verdict at a time than the 10,000 that may wait for one.
+/// Connections of the attacker and requests under way on each, and questions under way. The latter want verdicts on more
+/// tokens at a time than the 5,000 that may wait on behalf of those who ask.
 const CONNECTIONS: usize = 20;
 const STREAMS: usize = 100;
 const ASKERS: usize = 12;
