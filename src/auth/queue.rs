@@ -178,14 +178,15 @@ mod tests {
     #[tokio::test]
     async fn a_token_whose_question_was_abandoned_can_be_asked_for_again() {
         let queue = Queue::default();
-        let (taken, untaken) = (queue.join(token(1)).unwrap(), queue.join(token(2)).unwrap());
+        let join = |n| queue.join(token(n), Behalf::Bearer);
+        let (taken, untaken) = (join(1).unwrap(), join(2).unwrap());
         assert_eq!(queue.take().len(), 2);
         drop(untaken);
-        let waiting = queue.join(token(3)).unwrap();
+        let waiting = join(3).unwrap();
         queue.abandon();
         assert!(taken.await.is_err(), "nobody will answer");
         assert_eq!(queue.take(), [token(3)]);
-        let _again = queue.join(token(1)).unwrap();
+        let _again = join(1).unwrap();
         assert_eq!(queue.take(), [token(1)]);
         drop(waiting);
     }
