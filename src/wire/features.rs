@@ -42,8 +42,8 @@ impl Document {
         let body: Body<'_> = serde_json::from_slice(body)?;
         let features = match body.features {
             Loose::Is(features) => features,
-            Loose::Missing => Vec::new(),
-            Loose::Malformed => {
+            // An answer that says nothing of flags is no flag configuration, least of all an empty one.
+            Loose::Missing | Loose::Malformed => {
                 return Err(serde::de::Error::custom("`features` is not a list"));
             }
         };
@@ -298,14 +298,20 @@ mod tests {
 
     #[test]
     fn only_a_body_that_is_no_client_features_object_fails() {
-        for body in
-            ["", "[]", "{}", r#"{"features":3}"#, r#"{"features":[1]}"#, r#"{"features":[{}]}"#]
-        {
+        for body in [
+            "",
+            "[]",
+            "{}",
+            r#"{"features":3}"#,
+            r#"{"features":null}"#,
+            r#"{"features":[1]}"#,
+            r#"{"features":[{}]}"#,
+        ] {
             assert!(Document::parse(body.as_bytes()).is_err(), "{body}");
         }
         let odd = r#"{"features":[{"name":"a","strategies":7,"enabled":"yes","name2":1}],"segments":{"a":1},"meta":[]}"#;
         assert_eq!(parse(odd).features().len(), 1);
-        assert_eq!(parse(r#"{"features":null,"segments":null,"meta":null}"#).features().len(), 0);
+        assert_eq!(parse(r#"{"features":[],"segments":null,"meta":null}"#).features().len(), 0);
         let twice = r#"{"features":[{"name":"a","strategies":[],"strategies":[]}]}"#;
         assert!(parse(twice).features()[0].definition().is_err());
     }
