@@ -23,6 +23,8 @@ mod limits;
 mod local;
 /// What operators configure and see.
 mod ops;
+/// An edge whose upstream is away.
+mod outage;
 /// Real servers, real SDKs and a network that can be made to fail.
 #[allow(dead_code, unused_imports, reason = "the rig is a kit: stories use the parts they need")]
 mod rig;

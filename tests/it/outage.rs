@@ -1,0 +1,239 @@
+//! Upstream is away, in every way that servers and networks have: what is served stays, nothing that was counted is lost.
+//!
+//! What a healthy upstream brings is told in `edge`.
+
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use reqwest::StatusCode;
+use serde_json::{Value, json};
+
+use crate::rig::{ChaosProxy, Fault, Kind, Parapet, Sdk, Unleash, Version, http, secrets, until};
+
+/// Longer than the pauses that grow while upstream stays away for the length of a story.
+const SOON: Duration = Duration::from_secs(60);
+
+const HERE: &str = "development";
+
+/// An edge that has seen its upstream healthy, and the clients that it knows.
+struct Edge<'a> {
+    unleash: &'a Unleash,
+    parapet: Parapet,
+    /// On for everybody; what is counted.
+    flag: String,
+    /// On at first, off after the outage.
+    changing: String,
+    backend: String,
+    frontend: String,
+}
+
+impl<'a> Edge<'a> {
+    async fn start(unleash: &'a Unleash, upstream_url: &str, name: &str) -> Self {
+        let (flag, changing) = (format!("outage.{name}.flag"), format!("outage.{name}.changing"));
+        for flag in [&flag, &changing] {
+            unleash.create_enabled_flag(flag, HERE, &[]).await;
+        }
+        unleash.wait_until_counted(&flag, HERE).await;
+        let fleet = format!("outage-{name}");
+        let backend = unleash.create_token(Kind::Backend, HERE, &["*"], &fleet).await;
+        let frontend = unleash.create_token(Kind::Frontend, HERE, &["*"], &fleet).await;
+        let edge = Parapet::edge(upstream_url).admin_token(unleash.admin_token()).impatient();
+        let parapet = edge.flag("--fleet-name", &fleet).start().await;
+        let edge = Self { unleash, parapet, flag, changing, backend, frontend };
+        edge.assert_served().await;
+        // A crash may cost what was learned in the last seconds before it; this is not about those.
+        edge.parapet.wait_until_kept(&edge.changing).await;
+        for token in [&edge.backend, &edge.frontend] {
+            edge.parapet.wait_until_kept(&masked(token)).await;
+        }
+        edge
+    }
+
+    /// Both APIs answer known tokens with the flags.
+    async fn assert_served(&self) {
+        let asked = [
+            ("/api/client/features", &self.backend, "features"),
+            ("/api/frontend", &self.frontend, "toggles"),
+        ];
+        for (path, token, list) in asked {
+            let (status, body) = self.parapet.get(path, token).await;
+            assert_eq!(status, StatusCode::OK, "{path}: {body}");
+            for flag in [&self.flag, &self.changing] {
+                let flag = find(&body[list], flag);
+                assert_eq!(flag["enabled"], true, "{path}: {body}");
+            }
+        }
+    }
+
+    /// Waits until something that Parapet wanted from its upstream after now has failed.
+    async fn wait_until_upstream_is_missed(&self) {
+        let begin = jiff::Timestamp::now();
+        until("Parapet misses its upstream", SOON, async || {
+            let (_, status) = self.parapet.admin_get("/status").await;
+            let failed = status["upstream"]["lastError"]["at"].as_str()?;
+            (failed.parse::<jiff::Timestamp>().unwrap() > begin).then_some(())
+        })
+        .await;
+    }
+
+    /// Waits until upstream has confirmed the flags of both environments after now.
+    async fn wait_until_upstream_answers(&self) {
+        let begin = jiff::Timestamp::now();
+        until("Parapet has its upstream back", SOON, async || {
+            let (_, status) = self.parapet.admin_get("/status").await;
+            let environments = status["environments"].as_array()?;
+            let confirmed = |it: &Value| it["confirmed"].as_str()?.parse::<jiff::Timestamp>().ok();
+            let all = environments.iter().all(|it| confirmed(it).is_some_and(|at| at > begin));
+            (environments.len() == 2 && all).then_some(())
+        })
+        .await;
+    }
+
+    /// The answer to a token that nobody has presented before.
+    async fn present(&self, token: &str) -> reqwest::Response {
+        secrets::remember(token);
+        let url = self.parapet.url() + "/api/client/features";
+        http().get(url).header("Authorization", token).send().await.unwrap()
+    }
+
+    /// An SDK that starts now has the flags, and uses one.
+    async fn use_flag(&self, mut sdk: Sdk, times: u32) {
+        assert!(sdk.evaluate(json!({})).await[&self.flag].enabled);
+        sdk.count(&self.flag, times).await;
+        sdk.flush().await;
+        sdk.close().await;
+    }
+
+    /// The story: `begin` takes upstream away; `end` brings it back and switches the changing flag off.
+    async fn ride_out(&self, name: &str, begin: impl AsyncFnOnce(), end: impl AsyncFnOnce()) {
+        let apps = [format!("outage-{name}-node"), format!("outage-{name}-browser")];
+        begin().await;
+        self.wait_until_upstream_is_missed().await;
+        self.assert_served().await;
+
+        self.parapet.kill();
+        self.parapet.restart();
+        self.parapet.wait_until_ready().await;
+        self.assert_served().await;
+        let first_seen = format!("*:{HERE}.outage-first-seen-{name}");
+        let answer = self.present(&first_seen).await;
+        assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE);
+        assert!(answer.headers().contains_key("retry-after"), "{answer:?}");
+        self.use_flag(Sdk::node(&self.parapet.url(), &self.backend, &apps[0]).await, 3).await;
+        self.use_flag(Sdk::frontend(&self.parapet.url(), &self.frontend, &apps[1]).await, 4).await;
+
+        let status = self.parapet.terminate().await;
+        assert_eq!(status.code(), Some(0), "{}", self.parapet.log());
+        self.parapet.restart();
+        self.parapet.wait_until_ready().await;
+        self.assert_served().await;
+        self.use_flag(Sdk::node(&self.parapet.url(), &self.backend, &apps[0]).await, 2).await;
+
+        end().await;
+        until("what changed meanwhile arrives", SOON, async || {
+            let (status, flags) = self.parapet.get("/api/client/features", &self.backend).await;
+            assert_eq!(status, StatusCode::OK);
+            assert_eq!(find(&flags["features"], &self.flag)["enabled"], true);
+            (find(&flags["features"], &self.changing)["enabled"] == false).then_some(())
+        })
+        .await;
+        until("the first-seen token is judged", SOON, async || {
+            (self.present(&first_seen).await.status() == StatusCode::UNAUTHORIZED).then_some(())
+        })
+        .await;
+        // Both at once, and again when nothing more can come.
+        let counts = [(&apps[0], 5), (&apps[1], 4)];
+        for last in [false, true] {
+            for (app, count) in counts {
+                self.unleash.wait_for_usage(&self.flag, app, HERE, (count, 0)).await;
+            }
+            if !last {
+                assert!(self.parapet.terminate().await.success());
+            }
+        }
+        let fleet = format!("parapet-outage-{name}");
+        let environments = self.unleash.remember_tokens_named(&fleet).await;
+        assert_eq!(environments, ["development", "production"], "no token is made in vain");
+    }
+}
+
+fn find<'a>(flags: &'a Value, name: &str) -> &'a Value {
+    let mut flags = flags.as_array().expect("a list of flags").iter();
+    flags.find(|flag| flag["name"] == name).unwrap_or_else(|| panic!("{name} is missing"))
+}
+
+/// A v1 token, or a v2 one, as stores and pages show it.
+fn masked(token: &str) -> String {
+    let (scope, secret) = token.split_once('.').expect("a token of an environment");
+    let secret = secret.strip_prefix("v2_").unwrap_or(secret);
+    format!("{scope}.{}****", &secret[..4])
+}
+
+fn answer(status: u16, body: &'static str) -> Fault {
+    let headers = vec![("content-type", "application/json"), ("retry-after", "1")];
+    Fault::Answer { status: StatusCode::from_u16(status).unwrap(), headers, body }
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn an_unreachable_silent_or_failing_upstream_changes_nothing_and_gets_the_usage_afterwards() {
+    let faults = [
+        ("cut", Fault::Cut),
+        ("stalled", Fault::Stall),
+        ("busy", answer(503, "")),
+        ("refusing", answer(401, r#"{"message":"no"}"#)),
+        ("broken", answer(500, "<html>")),
+    ];
+    let unleash = Unleash::shared(Version::V8).await;
+    let stories = faults.map(async |(name, fault)| {
+        let proxy = ChaosProxy::start(&unleash.url()).await;
+        let edge = Edge::start(&unleash, &proxy.url(), name).await;
+        let end = async || {
+            unleash.disable(&edge.changing, HERE).await;
+            proxy.restore().await;
+        };
+        edge.ride_out(name, async || proxy.set(fault).await, end).await;
+    });
+    join_all(stories).await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn a_killed_upstream_changes_nothing_and_gets_the_usage_when_it_is_back() {
+    let each = [(Version::V7, "killed-7"), (Version::V8SecureTokens, "killed-8")];
+    let stories = each.map(async |(version, name)| {
+        let unleash = Unleash::start(version).await;
+        let edge = Edge::start(&unleash, &unleash.url(), name).await;
+        let end = async || {
+            unleash.restart().await;
+            unleash.disable(&edge.changing, HERE).await;
+        };
+        edge.ride_out(name, async || unleash.kill(), end).await;
+    });
+    join_all(stories).await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn whatever_upstream_answers_no_flag_is_lost() {
+    let unleash = Unleash::shared(Version::V8).await;
+    let proxy = ChaosProxy::start(&unleash.url()).await;
+    let edge = Edge::start(&unleash, &proxy.url(), "statuses").await;
+    let statuses = [204, 301, 302, 304, 400, 401, 403, 404, 410, 429, 500, 502, 504];
+    let bodies =
+        ["", "{}", "[]", "null", "<html>", r#"{"features":null}"#, r#"{"version":2,"featu"#];
+    let answers = statuses.map(|status| answer(status, ""));
+    for fault in answers.into_iter().chain(bodies.map(|body| answer(200, body))) {
+        let before = proxy.count("/api/client/features");
+        proxy.set(fault.clone()).await;
+        // The second question of both environments shows that the first answer has been dealt with.
+        until(&format!("{fault:?} is answered"), SOON, async || {
+            (proxy.count("/api/client/features") >= before + 4).then_some(())
+        })
+        .await;
+        edge.assert_served().await;
+        proxy.restore().await;
+        edge.wait_until_upstream_answers().await;
+        edge.assert_served().await;
+    }
+}
