@@ -25,6 +25,8 @@ mod local;
 mod ops;
 /// An edge whose upstream is away.
 mod outage;
+/// Tokens that are made and revoked while an edge runs.
+mod revocation;
 /// Real servers, real SDKs and a network that can be made to fail.
 #[allow(dead_code, unused_imports, reason = "the rig is a kit: stories use the parts they need")]
 mod rig;
