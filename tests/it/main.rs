@@ -30,6 +30,8 @@ mod revocation;
 /// Real servers, real SDKs and a network that can be made to fail.
 #[allow(dead_code, unused_imports, reason = "the rig is a kit: stories use the parts they need")]
 mod rig;
+/// What must not show anywhere.
+mod secrecy;
 /// The official client specification.
 mod spec;
 /// A server of its own, as its owner meets it.

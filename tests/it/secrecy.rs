@@ -1,0 +1,68 @@
+//! No token shows where it must not, not even to somebody who asks for it in the wrong way.
+//!
+//! What Parapet prints and keeps, and its metrics and pages, the rig searches whenever an instance ends; this adds the
+//! bodies of errors, and logs at their most talkative.
+
+use std::sync::Arc;
+
+use reqwest::{Method, StatusCode};
+
+use crate::rig::{Kind, Parapet, Sdk, Unleash, http, secrets};
+
+const HERE: &str = "development";
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn no_error_log_line_file_or_page_shows_a_token() {
+    Unleash::on_every_version(async |unleash: Arc<Unleash>| {
+        let backend = unleash.create_token(Kind::Backend, HERE, &["*"], "secrecy").await;
+        let frontend = unleash.create_token(Kind::Frontend, HERE, &["*"], "secrecy").await;
+        let unknown = format!("*:{HERE}.secrecy-0f1e2d3c4b5a69788796a5b4c3d2e1f0");
+        let malformed = "secrecy-without-a-dot-0f1e2d3c4b5a6978";
+        secrets::remember(&unknown);
+        secrets::remember(malformed);
+        let edge = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token()).impatient();
+        let edge = edge.flag("--fleet-name", "secrecy").flag("--log", "debug,parapet=trace");
+        let parapet = edge.start().await;
+        unleash.remember_tokens_named("parapet-secrecy").await;
+        Sdk::node(&parapet.url(), &backend, "secrecy-node").await.close().await;
+        Sdk::frontend(&parapet.url(), &frontend, "secrecy-browser").await.close().await;
+
+        let tokens = [&backend, &frontend, &unknown, malformed, unleash.admin_token()];
+        let mut errors = 0;
+        for token in tokens {
+            let asked = [
+                (Method::GET, "/api/client/features".to_owned(), String::new()),
+                (Method::GET, format!("/api/client/features/{token}"), String::new()),
+                (Method::GET, "/api/frontend".to_owned(), String::new()),
+                (Method::GET, format!("/api/frontend/features/{token}"), String::new()),
+                (Method::GET, format!("/{token}?token={token}"), String::new()),
+                (Method::PUT, "/api/client/features".to_owned(), token.to_owned()),
+                (Method::POST, "/api/client/register".to_owned(), format!("{{\"appName\":{token}")),
+                (Method::POST, "/api/client/metrics".to_owned(), format!("[\"{token}\"]")),
+                (Method::POST, "/api/frontend".to_owned(), format!("\"{token}\"")),
+                (Method::POST, "/edge/validate".to_owned(), format!("{{\"tokens\":\"{token}\"}}")),
+            ];
+            for (method, path, body) in asked {
+                for base in [parapet.url(), parapet.admin_url()] {
+                    let request = http().request(method.clone(), base + &path).body(body.clone());
+                    let request = request.header("Content-Type", "application/json");
+                    let answer = request.header("Authorization", token).send().await.unwrap();
+                    let (status, headers) = (answer.status(), format!("{:?}", answer.headers()));
+                    let body = answer.text().await.unwrap();
+                    let leaks = secrets::leaks(format!("{headers}\n{body}").as_bytes());
+                    assert!(leaks.is_empty(), "{method} {path}: {status} {headers} {body}");
+                    errors += u32::from(status.is_client_error());
+                }
+            }
+        }
+        assert!(errors > 50, "{errors} errors");
+        for path in ["/status", "/internal-backstage/tokens", "/internal-backstage/features"] {
+            assert_eq!(parapet.admin_get(path).await.0, StatusCode::OK);
+        }
+        // Ending it searches the rest.
+        assert!(parapet.terminate().await.success());
+        assert!(parapet.log().contains("DEBUG"), "the log is talkative");
+    })
+    .await;
+}
