@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::rig::{ChaosProxy, Fault, Kind, Parapet, Sdk, Unleash, Version, http, secrets, until};
 
 /// Longer than the pauses that grow while upstream stays away for the length of a story.
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_mins(1);
 
 const HERE: &str = "development";
 
