@@ -12,6 +12,7 @@ mod applications;
 mod backoff;
 mod batch;
 mod counter;
+mod counters;
 mod impact;
 mod lane;
 mod ledger;

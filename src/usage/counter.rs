@@ -3,7 +3,7 @@
 //! The limits are those of Unleash 7.5.1 and 8.2.0. Its columns for names are `varchar(255)`, and
 //! it inserts many rows at once, so that one name too long or with a NUL loses everybody's.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, ops::Range, sync::Arc};
 
 use jiff::Timestamp;
 
@@ -39,6 +39,14 @@ pub(super) struct CounterKey {
     pub(super) hour: Hour,
     pub(super) app: Arc<str>,
     pub(super) flag: Arc<str>,
+}
+
+impl CounterKey {
+    /// All keys of an hour.
+    pub(super) fn range(hour: Hour) -> Range<Self> {
+        let first = |hour| Self { hour, app: "".into(), flag: "".into() };
+        first(hour)..first(Hour(hour.0 + 1))
+    }
 }
 
 /// The counts of one key.

@@ -11,9 +11,10 @@ use std::{
 use super::{
     backoff::Backoff,
     batch::{Batch, Item, MAX_BODY, Packer, Part},
-    counter::{Counter, CounterKey, Hour, Lost, Room},
+    counter::Lost,
+    counters::Counters,
     impact::ImpactSeries,
-    ledger::{Generation, MAX_APPLICATIONS, MAX_SAMPLES, MERGED_APP},
+    ledger::{Generation, MAX_APPLICATIONS, MAX_SAMPLES},
     meter,
 };
 use crate::{
@@ -42,7 +43,7 @@ impl BatchId {
 #[derive(Debug)]
 pub(super) struct Lane {
     pub(super) applications: BTreeMap<(Arc<str>, Option<Arc<str>>), Application>,
-    pub(super) counters: BTreeMap<CounterKey, Counter>,
+    pub(super) counters: Counters,
     pub(super) impact: ImpactSeries,
     /// Serialised pieces that come before all that.
     pub(super) carry: VecDeque<Item>,
@@ -60,7 +61,7 @@ impl Default for Lane {
     fn default() -> Self {
         Self {
             applications: BTreeMap::new(),
-            counters: BTreeMap::new(),
+            counters: Counters::default(),
             impact: ImpactSeries::default(),
             carry: VecDeque::new(),
             hand: None,
@@ -85,8 +86,7 @@ impl Lane {
     pub(super) fn absorb(&mut self, generation: Generation) -> Lost {
         let mut lost = 0_u64;
         for (key, counter) in generation.counters {
-            let sum = self.counters.entry(key).or_default();
-            lost = lost.saturating_add(sum.add(counter, Room::Left).0);
+            lost = lost.saturating_add(self.counters.add(key, counter).0);
         }
         for application in generation.applications {
             self.register(application);
@@ -155,7 +155,7 @@ impl Lane {
         if let Some((_, application)) = self.applications.pop_first() {
             return Some(Item { part: Part::Application, json: json(&application), count: 0 });
         }
-        if let Some((key, counter)) = self.counters.pop_first() {
+        if let Some((key, counter)) = self.counters.pop() {
             let json = json(&counter.to_wire(environment.as_str(), &key));
             return Some(Item { part: Part::Metric, json, count: counter.total() });
         }
@@ -167,31 +167,8 @@ impl Lane {
     /// How many evaluations wait, those in hand among them.
     pub(super) fn total(&self) -> u64 {
         let carried = self.carry.iter().map(|item| item.count);
-        let counted = self.counters.values().map(Counter::total);
         let in_hand = self.hand.iter().map(|(_, batch)| batch.count());
-        carried.chain(counted).chain(in_hand).fold(0, u64::saturating_add)
-    }
-
-    /// The hours in which something was counted, the oldest first.
-    pub(super) fn hours(&self) -> Vec<Hour> {
-        let mut hours: Vec<_> = self.counters.keys().map(|key| key.hour).collect();
-        hours.dedup();
-        hours
-    }
-
-    /// Merges the applications of an hour into one; returns what no counter could hold.
-    pub(super) fn merge_applications(&mut self, hour: Hour) -> u64 {
-        let start = CounterKey { hour, app: "".into(), flag: "".into() };
-        let mut later = self.counters.split_off(&start);
-        let mut lost = 0_u64;
-        while let Some(entry) = later.first_entry().filter(|entry| entry.key().hour == hour) {
-            let (key, counter) = entry.remove_entry();
-            let key = CounterKey { app: MERGED_APP.into(), ..key };
-            let sum = self.counters.entry(key).or_default();
-            lost = lost.saturating_add(sum.add(counter, Room::Left).0);
-        }
-        self.counters.append(&mut later);
-        lost
+        carried.chain(in_hand).fold(self.counters.total(), u64::saturating_add)
     }
 }
 

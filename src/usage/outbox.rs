@@ -10,14 +10,13 @@
 //! everywhere else exactly once.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 
 use super::{
-    counter::Counter,
     lane::{BatchId, Lane},
     ledger::Generation,
     meter::{self, Reason},
@@ -195,8 +194,7 @@ impl Outbox {
 
     /// How many counters wait, variants counting as such.
     pub(super) fn len(&self) -> usize {
-        let counters = self.lanes.values().flat_map(|lane| lane.counters.values());
-        counters.map(Counter::weight).sum()
+        self.lanes.values().map(|lane| lane.counters.weight()).sum()
     }
 
     #[cfg(test)]
@@ -227,30 +225,28 @@ impl Outbox {
     /// Brings the counters down to their limit: first by merging applications, the oldest hour
     /// first, then by letting the oldest go.
     fn shrink(&mut self) {
-        let mut excess = self.len().saturating_sub(self.max_counters);
-        if excess == 0 {
+        if self.len() <= self.max_counters {
             return;
         }
-        let mut hours: Vec<_> = self.lanes.values().flat_map(Lane::hours).collect();
-        hours.sort_unstable();
-        hours.dedup();
-        let mut lost = 0;
+        let hours: BTreeSet<_> =
+            self.lanes.values().flat_map(|lane| lane.counters.hours()).collect();
+        let mut lost = 0_u64;
         for hour in &hours {
             for lane in self.lanes.values_mut() {
-                lost += lane.merge_applications(*hour);
+                lost = lost.saturating_add(lane.counters.merge_applications(*hour).0);
             }
             if self.len() <= self.max_counters {
-                return self.drop_counts(Reason::Overflow, lost);
+                break;
             }
         }
         self.drop_counts(Reason::Overflow, lost);
-        excess = self.len().saturating_sub(self.max_counters);
+        let mut excess = self.len().saturating_sub(self.max_counters);
         let mut lost = 0_u64;
         for hour in hours {
             for lane in self.lanes.values_mut() {
-                while excess > 0 && lane.counters.keys().next().is_some_and(|key| key.hour == hour)
+                while excess > 0
+                    && let Some(oldest) = lane.counters.pop_of(hour)
                 {
-                    let Some((_, oldest)) = lane.counters.pop_first() else { break };
                     lost = lost.saturating_add(oldest.total());
                     excess = excess.saturating_sub(oldest.weight());
                 }
@@ -271,7 +267,7 @@ mod tests {
     use crate::{
         usage::{
             batch::MAX_BODY,
-            counter::{CounterKey, Hour},
+            counter::{Counter, CounterKey, Hour},
         },
         wire::usage::{BulkMetric, ToggleStats},
     };
@@ -383,6 +379,22 @@ mod tests {
         assert_eq!((outbox.len(), outbox.totals().dropped), (9, 0));
         outbox.absorb(generation("dev", (3..20).map(|hour| (key(hour, "a", "f"), 1))), now);
         assert_eq!((outbox.len(), outbox.totals().dropped), (10, 23));
+    }
+
+    #[test]
+    fn a_flood_of_distinct_hours_stays_within_the_limit_and_is_accounted_for() {
+        let now = Instant::now();
+        let mut outbox = Outbox::new(10_000);
+        let of_hour = |hour: i64| {
+            let time = jiff::Timestamp::from_second(3600 * hour).unwrap();
+            (CounterKey { hour: Hour::of(time), app: "a".into(), flag: "f".into() }, 1)
+        };
+        for report in 0..6 {
+            let hours = 8000 * report..8000 * (report + 1);
+            outbox.absorb(generation("dev", hours.map(of_hour)), now);
+            assert!(outbox.len() <= 10_000);
+        }
+        assert_eq!((outbox.len(), outbox.totals().dropped), (10_000, 38_000));
     }
 
     #[test]

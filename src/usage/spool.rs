@@ -143,7 +143,7 @@ fn lane(waiting: Waiting) -> Result<Lane, Error> {
         let hour = Hour::of(metric.timestamp);
         let key = CounterKey { hour, app: metric.app_name, flag: metric.feature_name };
         let (counter, _) = Counter::of(metric.stats, &Arc::new(metric.metadata));
-        lane.counters.insert(key, counter);
+        let _ = lane.counters.add(key, counter);
     }
     let mut impact = ImpactSeries::default();
     for Impact { app, metric } in waiting.impact {

@@ -1,0 +1,146 @@
+//! The counters that wait in one environment, the oldest hour first, and what they weigh.
+//!
+//! The weight is kept as a running sum and nothing here looks at more counters than it changes,
+//! [`Counters::hours`] and [`Counters::total`] excepted: how many there are is the clients' choice.
+//! How many there may be is not decided here.
+
+use std::collections::{
+    BTreeMap,
+    btree_map::{self, Entry},
+};
+
+use super::{
+    counter::{Counter, CounterKey, Hour, Lost, Room},
+    ledger::MERGED_APP,
+};
+
+/// Counters by key.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Counters {
+    held: BTreeMap<CounterKey, Counter>,
+    weight: usize,
+}
+
+impl Counters {
+    /// Adds to the counter of a key; returns what it could not hold.
+    pub(super) fn add(&mut self, key: CounterKey, counter: Counter) -> Lost {
+        match self.held.entry(key) {
+            Entry::Vacant(place) => {
+                self.weight += counter.weight();
+                place.insert(counter);
+                Lost(0)
+            }
+            Entry::Occupied(present) => {
+                let present = present.into_mut();
+                let before = present.weight();
+                let lost = present.add(counter, Room::Left);
+                self.weight += present.weight() - before;
+                lost
+            }
+        }
+    }
+
+    /// Takes out the oldest.
+    pub(super) fn pop(&mut self) -> Option<(CounterKey, Counter)> {
+        let (key, counter) = self.held.pop_first()?;
+        self.weight -= counter.weight();
+        Some((key, counter))
+    }
+
+    /// Takes out the oldest, if it is of this hour.
+    pub(super) fn pop_of(&mut self, hour: Hour) -> Option<Counter> {
+        let is_of_hour = self.held.first_key_value().is_some_and(|(key, _)| key.hour == hour);
+        if is_of_hour { self.pop().map(|(_, counter)| counter) } else { None }
+    }
+
+    /// Merges the applications of an hour into one; returns what no counter could hold.
+    pub(super) fn merge_applications(&mut self, hour: Hour) -> Lost {
+        let named = |key: &CounterKey, _: &mut Counter| &*key.app != MERGED_APP;
+        let apart: Vec<_> = self.held.extract_if(CounterKey::range(hour), named).collect();
+        let mut lost = 0_u64;
+        for (key, counter) in apart {
+            self.weight -= counter.weight();
+            let key = CounterKey { app: MERGED_APP.into(), ..key };
+            lost = lost.saturating_add(self.add(key, counter).0);
+        }
+        Lost(lost)
+    }
+
+    /// The hours in which something was counted, the oldest first, each perhaps many times.
+    pub(super) fn hours(&self) -> impl Iterator<Item = Hour> {
+        self.held.keys().map(|key| key.hour)
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&CounterKey, &Counter)> {
+        self.held.iter()
+    }
+
+    /// How much all of them count towards the number of counters held.
+    pub(super) fn weight(&self) -> usize {
+        self.weight
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.held.is_empty()
+    }
+
+    /// How many evaluations they count.
+    pub(super) fn total(&self) -> u64 {
+        self.held.values().map(Counter::total).fold(0, u64::saturating_add)
+    }
+}
+
+impl IntoIterator for Counters {
+    type Item = (CounterKey, Counter);
+    type IntoIter = btree_map::IntoIter<CounterKey, Counter>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.held.into_iter()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use jiff::Timestamp;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::wire::usage::ToggleStats;
+
+    fn hour(nth: u8) -> Hour {
+        Hour::of(Timestamp::from_second(3600 * i64::from(nth)).unwrap())
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_done_the_weight_is_that_of_what_is_held_and_no_count_is_lost(
+            steps in prop::collection::vec((0..8_u8, 0..6_u8, "[a-c]", "[ab]", "[v-z]", 1..9_u64), 0..200),
+        ) {
+            let mut counters = Counters::default();
+            let mut expected = 0;
+            for (step, nth, app, flag, variant, yes) in steps {
+                match step {
+                    0 => expected -= counters.pop().map_or(0, |(_, counter)| counter.total()),
+                    1 => expected -= counters.pop_of(hour(nth)).map_or(0, |counter| counter.total()),
+                    2 => {
+                        prop_assert_eq!(counters.merge_applications(hour(nth)), Lost(0));
+                        let mut of_hour = counters.iter().filter(|(key, _)| key.hour == hour(nth));
+                        prop_assert!(of_hour.all(|(key, _)| &*key.app == MERGED_APP));
+                    }
+                    _ => {
+                        let variants = [(variant.into(), yes)].into();
+                        let stats = ToggleStats { yes, no: 0, variants };
+                        let counter = Counter::of(stats, &Arc::default()).0;
+                        let key = CounterKey { hour: hour(nth), app: app.into(), flag: flag.into() };
+                        prop_assert_eq!(counters.add(key, counter), Lost(0));
+                        expected += yes;
+                    }
+                }
+                let weight: usize = counters.iter().map(|(_, counter)| counter.weight()).sum();
+                prop_assert_eq!((counters.weight(), counters.total()), (weight, expected));
+            }
+        }
+    }
+}
