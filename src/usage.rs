@@ -3,7 +3,8 @@
 //! The way of a report: [`Usage`] bounds its names and adds it to the *ledger*, which many threads
 //! share; at an interval the *sender* moves a whole generation from there to the *outbox*, which
 //! says what to send and when; what could not be sent at the end is *spooled*. Upstream stores
-//! counts by flag, application, environment and hour of UTC, so these are what is merged.
+//! counts by flag, application, environment and hour of UTC, so these are what is merged. An hour
+//! is the client's word only within a week: beyond, the count stays and the hour is the nearest.
 //!
 //! Whether a token may report is not judged here, and bytes are kept by whoever calls
 //! [`Usage::save`].
@@ -142,8 +143,9 @@ impl Usage {
         }
         let environment = &scope.environment;
         let metadata = Arc::new(metadata);
+        let hour = Hour::reported(started, now);
         for (flag, stats) in bucket.into_iter().flat_map(|bucket| bucket.toggles) {
-            self.count(environment, started, &app, flag, stats, &metadata);
+            self.count(environment, hour, &app, flag, stats, &metadata);
         }
         let lost = self.shared.pipeline.ledger.measure(environment, &app, impact_metrics);
         meter::items_dropped("impact_sample", lost);
@@ -166,7 +168,8 @@ impl Usage {
             let (flag, stats) = (metric.feature_name, metric.stats);
             if ours(&metric.environment) {
                 let metadata = Arc::new(metric.metadata);
-                self.count(environment, metric.timestamp, &app, flag, stats, &metadata);
+                let hour = Hour::reported(metric.timestamp, now);
+                self.count(environment, hour, &app, flag, stats, &metadata);
             } else {
                 let count = stats.yes.saturating_add(stats.no);
                 meter::received(count);
@@ -307,7 +310,7 @@ impl Usage {
     fn count(
         &self,
         environment: &Environment,
-        start: Timestamp,
+        hour: Hour,
         app: &Arc<str>,
         flag: Arc<str>,
         stats: ToggleStats,
@@ -321,7 +324,7 @@ impl Usage {
         if counter.is_zero() {
             return;
         }
-        let key = CounterKey { hour: Hour::of(start), app: Arc::clone(app), flag };
+        let key = CounterKey { hour, app: Arc::clone(app), flag };
         let lost = self.shared.pipeline.ledger.count(environment, key, counter);
         meter::dropped(Reason::Full, lost.0);
     }
@@ -467,6 +470,21 @@ mod tests {
             bodies[2]["impactMetrics"][0]["samples"][0]["labels"],
             json!({ "origin": "edge" })
         );
+    }
+
+    #[test]
+    fn made_up_hours_make_few_counters_and_lose_no_count() {
+        let usage = usage(100_000);
+        let metric = |hour: i64| {
+            json!({ "featureName": "f", "appName": "a", "environment": "dev",
+                    "timestamp": at(3600 * hour).to_string(), "yes": 1 })
+        };
+        let metrics: Vec<_> = (-4000..4000).map(metric).collect();
+        let body = json!({ "applications": [], "metrics": metrics });
+        let bulk = Bulk::parse(body.to_string().as_bytes()).unwrap();
+        usage.record_bulk(&scope("dev"), SdkKind::Frontend, bulk, at(0));
+        assert_eq!(usage.shared.pipeline.ledger.len(), 170);
+        assert_eq!(sum(&sent(&usage, []), "yes"), 8000);
     }
 
     #[test]

@@ -19,6 +19,12 @@ const MAX_COUNT: u64 = MAX_INTEGER;
 /// The largest count of a variant, upstream's column being a 32-bit integer.
 const MAX_VARIANT_COUNT: u64 = (1 << 31) - 1;
 
+/// How many hours before the present one something may be counted: as long as an edge behind this
+/// one may have been cut off.
+const OLDEST: i64 = 7 * 24;
+/// How many hours after it: clocks differ.
+const NEWEST: i64 = 1;
+
 /// An hour of UTC, counted from the epoch.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub(super) struct Hour(i64);
@@ -28,8 +34,19 @@ impl Hour {
         Self(time.as_second().div_euclid(3600))
     }
 
+    /// The hour in which something is counted that was reported `now`, for the time that the client
+    /// tells.
+    ///
+    /// Seven days ago is the oldest and the next hour the newest; what is told to be beyond is
+    /// counted under the nearest of these. A client can so neither lose counts by a wrong clock nor
+    /// make more than 170 counters of one.
+    pub(super) fn reported(told: Timestamp, now: Timestamp) -> Self {
+        let now = Self::of(now).0;
+        Self(Self::of(told).0.clamp(now - OLDEST, now + NEWEST))
+    }
+
     pub(super) fn start(self) -> Timestamp {
-        Timestamp::from_second(self.0 * 3600).expect("the hour of a timestamp is in range")
+        Timestamp::from_second(self.0 * 3600).expect("an hour near a timestamp is in range")
     }
 }
 
@@ -199,6 +216,22 @@ mod tests {
         check("2026-01-02T03:59:59.999Z", "2026-01-02T03:00:00Z");
         check("2026-01-02T03:00:00Z", "2026-01-02T03:00:00Z");
         check("1970-01-01T00:00:01Z", "1970-01-01T00:00:00Z");
+    }
+
+    #[test]
+    fn what_is_told_to_be_long_ago_or_to_come_is_counted_at_the_edge_of_a_week() {
+        let check = |told: &str, hour: &str| {
+            let now = "2026-01-08T12:34:56Z".parse().unwrap();
+            let counted = Hour::reported(told.parse().unwrap(), now);
+            assert_eq!(counted.start().to_string(), hour, "{told}");
+        };
+        check("2026-01-08T12:00:01Z", "2026-01-08T12:00:00Z");
+        check("2026-01-08T13:59:59Z", "2026-01-08T13:00:00Z");
+        check("2026-01-08T14:00:00Z", "2026-01-08T13:00:00Z");
+        check("9999-12-30T00:00:00Z", "2026-01-08T13:00:00Z");
+        check("2026-01-01T12:00:00Z", "2026-01-01T12:00:00Z");
+        check("2026-01-01T11:59:59Z", "2026-01-01T12:00:00Z");
+        check("1970-01-01T00:00:00Z", "2026-01-01T12:00:00Z");
     }
 
     #[test]
