@@ -15,7 +15,7 @@ use super::{
     ledger::Ledger,
     meter,
     outbox::{Dispatch, Outbox, Outcome, Totals},
-    spool,
+    spool::{self, Restored},
 };
 
 /// Everything counted that upstream does not have yet.
@@ -75,7 +75,11 @@ impl Pipeline {
     }
 
     pub(super) fn restore(&self, bytes: &[u8], now: Instant) -> Result<(), spool::Error> {
-        let lanes = spool::restore(bytes)?;
+        let Restored { lanes, unreadable } = spool::restore(bytes)?;
+        meter::items_dropped("spool", unreadable);
+        if unreadable > 0 {
+            tracing::warn!(unreadable, "Items of the spool of usage cannot be read and are lost");
+        }
         let mut outbox = self.outbox();
         for (environment, lane) in lanes {
             outbox.restore(environment, lane, now);

@@ -1,26 +1,23 @@
 //! What waits to be sent, as bytes that survive a restart.
 //!
 //! Version 1 is JSON: for each environment the batch in hand, which must be sent again as it was,
-//! and what else waits, in upstream's own shapes. Where the bytes are kept is not known here.
+//! and what else waits, in upstream's own shapes. An item that cannot be read is left out and
+//! counted: it costs no other. Where the bytes are kept is not known here.
 
-use std::{
-    collections::{BTreeMap, VecDeque},
-    sync::Arc,
-};
+use std::{collections::BTreeMap, sync::Arc};
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, value::RawValue};
+use serde_json::value::{RawValue, to_raw_value};
 
 use super::{
     batch::{Batch, Item, Part},
     counter::{Counter, CounterKey, Hour},
-    impact::ImpactSeries,
     lane::{BatchId, Lane},
     ledger::MAX_SAMPLES,
 };
 use crate::{
     token::Environment,
-    wire::usage::{Application, BulkMetric, ImpactMetric, ParseError},
+    wire::usage::{Application, BulkMetric, ImpactMetric},
 };
 
 const VERSION: u32 = 1;
@@ -34,9 +31,6 @@ pub enum Error {
     /// It was written by a version that this one does not know.
     #[error("the spool of usage has the unknown version {0}")]
     Version(u32),
-    /// An item of it cannot be read.
-    #[error("the spool of usage holds an item that cannot be read")]
-    Item(#[source] ParseError),
 }
 
 #[derive(Deserialize)]
@@ -50,16 +44,19 @@ struct Spool {
     environments: BTreeMap<String, Waiting>,
 }
 
-/// What waits for one environment.
+/// What waits for one environment, each item as JSON of its own.
 #[derive(Deserialize, Serialize)]
 struct Waiting {
-    /// The batch in hand.
-    batch: Vec<Piece>,
-    /// Pieces that were serialised and not sent.
-    pieces: Vec<Piece>,
-    applications: Vec<Value>,
-    metrics: Vec<Value>,
-    impact: Vec<Impact>,
+    /// The [`Piece`]s of the batch in hand.
+    batch: Vec<Box<RawValue>>,
+    /// [`Piece`]s that were serialised and not sent.
+    pieces: Vec<Box<RawValue>>,
+    /// Each an [`Application`].
+    applications: Vec<Box<RawValue>>,
+    /// Each a [`BulkMetric`].
+    metrics: Vec<Box<RawValue>>,
+    /// Each an [`Impact`].
+    impact: Vec<Box<RawValue>>,
 }
 
 /// A piece of a body, kept byte for byte.
@@ -73,7 +70,15 @@ struct Piece {
 #[derive(Deserialize, Serialize)]
 struct Impact {
     app: Arc<str>,
-    metric: Value,
+    metric: Box<RawValue>,
+}
+
+/// What a spool held.
+#[derive(Debug)]
+pub(super) struct Restored {
+    pub(super) lanes: Vec<(Environment, Lane)>,
+    /// How many items could not be read.
+    pub(super) unreadable: usize,
 }
 
 /// Writes what the lanes hold; nothing when there is nothing.
@@ -92,65 +97,93 @@ pub(super) fn save<'a>(
 }
 
 /// Reads what [`save`] wrote.
-pub(super) fn restore(bytes: &[u8]) -> Result<Vec<(Environment, Lane)>, Error> {
+pub(super) fn restore(bytes: &[u8]) -> Result<Restored, Error> {
     let Versioned { version } = serde_json::from_slice(bytes).map_err(Error::Damaged)?;
     if version != VERSION {
         return Err(Error::Version(version));
     }
     let spool: Spool = serde_json::from_slice(bytes).map_err(Error::Damaged)?;
-    let lane = |(name, waiting): (String, Waiting)| Ok((Environment::new(&name), lane(waiting)?));
-    spool.environments.into_iter().map(lane).collect()
+    let mut unreadable = 0;
+    let environments = spool.environments.into_iter();
+    let lanes = environments
+        .map(|(name, waiting)| (Environment::new(&name), lane(waiting, &mut unreadable)))
+        .collect();
+    Ok(Restored { lanes, unreadable })
 }
 
 fn waiting(environment: &Environment, lane: &Lane) -> Waiting {
-    let value = |value: Result<Value, _>| value.expect("wire types with text keys are JSON");
-    let metric = |(key, counter): (&CounterKey, &Counter)| {
-        value(serde_json::to_value(counter.to_wire(environment.as_str(), key)))
-    };
+    let metric =
+        |(key, counter): (&CounterKey, &Counter)| json(&counter.to_wire(environment.as_str(), key));
     let mut series = lane.impact.clone();
     let mut impact = Vec::new();
     while let Some((app, metric)) = series.pop_of_app() {
-        impact.push(Impact { app, metric: value(serde_json::to_value(metric)) });
+        impact.push(json(&Impact { app, metric: json(&metric) }));
     }
     let in_hand = lane.hand.iter().flat_map(|(_, batch)| batch.items());
+    let piece = |item| json(&Piece::of(item));
     Waiting {
-        batch: in_hand.map(Piece::of).collect(),
-        pieces: lane.carry.iter().map(Piece::of).collect(),
-        applications: lane
-            .applications
-            .values()
-            .map(|app| value(serde_json::to_value(app)))
-            .collect(),
+        batch: in_hand.map(piece).collect(),
+        pieces: lane.carry.iter().map(piece).collect(),
+        applications: lane.applications.values().map(json).collect(),
         metrics: lane.counters.iter().map(metric).collect(),
         impact,
     }
 }
 
-fn lane(waiting: Waiting) -> Result<Lane, Error> {
+fn json(item: &impl Serialize) -> Box<RawValue> {
+    to_raw_value(item).expect("wire types with text keys are JSON")
+}
+
+/// A lane of what can be read, counting the rest.
+fn lane(waiting: Waiting, unreadable: &mut usize) -> Lane {
     let mut lane = Lane::default();
-    let batch: Vec<_> = waiting.batch.into_iter().filter_map(Piece::into_item).collect();
+    let batch = readable(&waiting.batch, piece, unreadable);
     if !batch.is_empty() {
         lane.hand = Some((BatchId::default(), Batch::of(batch)));
     }
-    lane.carry = waiting.pieces.into_iter().filter_map(Piece::into_item).collect::<VecDeque<_>>();
-    for value in waiting.applications {
-        let application = Application::from_value(value).map_err(Error::Item)?;
+    lane.carry = readable(&waiting.pieces, piece, unreadable).into();
+    for application in readable(&waiting.applications, application, unreadable) {
         let key = (Arc::clone(&application.app_name), application.instance_id.clone());
         lane.applications.insert(key, application);
     }
-    for value in waiting.metrics {
-        let metric = BulkMetric::from_value(value).map_err(Error::Item)?;
+    for metric in readable(&waiting.metrics, metric, unreadable) {
         let hour = Hour::of(metric.timestamp);
         let key = CounterKey { hour, app: metric.app_name, flag: metric.feature_name };
         let (counter, _) = Counter::of(metric.stats, &Arc::new(metric.metadata));
         let _ = lane.counters.add(key, counter);
     }
-    let mut impact = ImpactSeries::default();
-    for Impact { app, metric } in waiting.impact {
-        impact.record(&app, ImpactMetric::from_value(metric).map_err(Error::Item)?, MAX_SAMPLES);
+    for (app, metric) in readable(&waiting.impact, impact, unreadable) {
+        lane.impact.record(&app, metric, MAX_SAMPLES);
     }
-    lane.impact = impact;
-    Ok(lane)
+    lane
+}
+
+/// Those of `items` that `read` can read, counting the others.
+fn readable<T>(
+    items: &[Box<RawValue>],
+    read: impl Fn(&str) -> Option<T>,
+    unreadable: &mut usize,
+) -> Vec<T> {
+    let read: Vec<_> = items.iter().filter_map(|item| read(item.get())).collect();
+    *unreadable += items.len() - read.len();
+    read
+}
+
+fn piece(json: &str) -> Option<Item> {
+    serde_json::from_str::<Piece>(json).ok()?.into_item()
+}
+
+fn application(json: &str) -> Option<Application> {
+    Application::parse(json.as_bytes()).ok()
+}
+
+fn metric(json: &str) -> Option<BulkMetric> {
+    BulkMetric::from_value(serde_json::from_str(json).ok()?).ok()
+}
+
+fn impact(json: &str) -> Option<(Arc<str>, ImpactMetric)> {
+    let Impact { app, metric } = serde_json::from_str(json).ok()?;
+    Some((app, ImpactMetric::from_value(serde_json::from_str(metric.get()).ok()?).ok()?))
 }
 
 impl Piece {
@@ -178,6 +211,8 @@ impl Piece {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::Value;
+
     use super::*;
 
     /// As version 1 was written; never to be changed.
@@ -190,7 +225,22 @@ mod tests {
 
     #[test]
     fn version_1_is_read_and_written_back_as_it_was() {
-        let lanes = restore(VERSION_1.as_bytes()).unwrap();
+        let Restored { lanes, unreadable } = restore(VERSION_1.as_bytes()).unwrap();
+        assert_eq!(unreadable, 0);
+        let saved = save(lanes.iter().map(|(environment, lane)| (environment, lane))).unwrap();
+        let saved: Value = serde_json::from_slice(&saved).unwrap();
+        assert_eq!(saved, serde_json::from_str::<Value>(VERSION_1).unwrap());
+    }
+
+    #[test]
+    fn an_item_that_cannot_be_read_costs_only_itself() {
+        let mut spool: Value = serde_json::from_str(VERSION_1).unwrap();
+        let lists = spool["environments"]["dev"].as_object_mut().unwrap();
+        for list in lists.values_mut() {
+            list.as_array_mut().unwrap().insert(0, serde_json::json!({ "metric": "?" }));
+        }
+        let Restored { lanes, unreadable } = restore(spool.to_string().as_bytes()).unwrap();
+        assert_eq!(unreadable, 5);
         let saved = save(lanes.iter().map(|(environment, lane)| (environment, lane))).unwrap();
         let saved: Value = serde_json::from_slice(&saved).unwrap();
         assert_eq!(saved, serde_json::from_str::<Value>(VERSION_1).unwrap());
