@@ -211,10 +211,11 @@ keys! {
         ALLOW_LIST = list("allow-list");
         /// Networks (CIDR) or addresses that are never served.
         DENY_LIST = list("deny-list");
-        /// Believe Forwarded and X-Forwarded-For, whoever sends them.
+        /// Believe X-Forwarded-For, and Forwarded where that is absent, whoever sends them.
         TRUST_PROXY = switch("trust-proxy");
         /// Networks (CIDR) or addresses of the proxies whose word on the client's address is
-        /// believed.
+        /// believed: X-Forwarded-For, else Forwarded; one that sets Forwarded alone has to remove
+        /// the client's X-Forwarded-For.
         PROXY_TRUSTED_SERVERS = list("proxy-trusted-servers");
     }
     Everywhere, "Limits": {

@@ -1,5 +1,10 @@
 //! Who may connect, by address: allow and deny lists, and which proxies are believed.
 //!
+//! A proxy's word is its `X-Forwarded-For`; `Forwarded` (RFC 7239) counts only where that is absent.
+//! Nearly every proxy sets the former and hands the latter through as the client sent it, so that a
+//! client could choose its address if `Forwarded` were read beside or before the other. A proxy that
+//! sets `Forwarded` alone has to remove the client's `X-Forwarded-For`.
+//!
 //! Tokens are none of its business.
 
 use std::net::{IpAddr, SocketAddr};
@@ -43,8 +48,7 @@ impl Config {
 impl Proxies {
     /// The client's address: the peer's, or what believed proxies say of it.
     ///
-    /// `Forwarded` (RFC 7239) is read before `X-Forwarded-For`. An address that cannot be read ends
-    /// the search: nothing further left can be believed.
+    /// An address that cannot be read ends the search: nothing further left can be believed.
     pub fn client(&self, peer: SocketAddr, headers: &HeaderMap) -> IpAddr {
         let peer = peer.ip().to_canonical();
         let trusted = match self {
@@ -64,6 +68,9 @@ impl Proxies {
 
 /// The addresses that the headers tell, the client's first; `None` for one that cannot be read.
 fn hops(headers: &HeaderMap) -> Vec<Option<IpAddr>> {
+    if headers.contains_key(X_FORWARDED_FOR) {
+        return items(headers, &X_FORWARDED_FOR).map(address).collect();
+    }
     let forwarded = items(headers, &FORWARDED).map(|item| {
         let node = item.split(';').find_map(|pair| {
             let (name, value) = pair.split_once('=')?;
@@ -71,11 +78,7 @@ fn hops(headers: &HeaderMap) -> Vec<Option<IpAddr>> {
         })?;
         address(node.trim_matches('"'))
     });
-    let forwarded: Vec<_> = forwarded.collect();
-    if forwarded.is_empty() {
-        return items(headers, &X_FORWARDED_FOR).map(address).collect();
-    }
-    forwarded
+    forwarded.collect()
 }
 
 fn items<'a>(headers: &'a HeaderMap, name: &'a HeaderName) -> impl Iterator<Item = &'a str> {
@@ -110,10 +113,17 @@ mod tests {
 
     #[track_caller]
     fn check(proxies: &Proxies, name: &'static str, value: &'static str, expect: &str) {
+        check_all(proxies, &[(name, value)], expect);
+    }
+
+    #[track_caller]
+    fn check_all(proxies: &Proxies, told: &[(&'static str, &'static str)], expect: &str) {
         let mut headers = HeaderMap::new();
-        headers.append(name, HeaderValue::from_static(value));
+        for (name, value) in told {
+            headers.append(*name, HeaderValue::from_static(value));
+        }
         let peer = "[::ffff:10.0.0.1]:4000".parse().unwrap();
-        assert_eq!(proxies.client(peer, &headers).to_string(), expect, "{name}: {value}");
+        assert_eq!(proxies.client(peer, &headers).to_string(), expect, "{told:?}");
     }
 
     #[test]
@@ -138,6 +148,22 @@ mod tests {
         check(&ours, "x-forwarded-for", "6.6.6.6, nonsense, 10.9.9.9", "10.9.9.9");
         let others = Proxies::Only(networks(&["192.168.0.0/16"]));
         check(&others, "x-forwarded-for", "1.2.3.4", "10.0.0.1");
+    }
+
+    #[test]
+    fn a_client_does_not_choose_its_address_by_the_header_that_its_proxy_hands_through() {
+        let ours = Proxies::Only(networks(&["10.0.0.0/8"]));
+        let set_by_proxy = ("x-forwarded-for", "1.2.3.4");
+        for proxies in [&ours, &Proxies::Any] {
+            check_all(proxies, &[("forwarded", "for=6.6.6.6"), set_by_proxy], "1.2.3.4");
+            check_all(proxies, &[set_by_proxy, ("forwarded", "for=6.6.6.6")], "1.2.3.4");
+            check_all(
+                proxies,
+                &[("x-forwarded-for", ""), ("forwarded", "for=6.6.6.6")],
+                "10.0.0.1",
+            );
+        }
+        check_all(&ours, &[("forwarded", "for=6.6.6.6, for=1.2.3.4")], "1.2.3.4");
     }
 
     #[test]
