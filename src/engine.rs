@@ -181,6 +181,11 @@ mod tests {
         );
         let (engine, problems) = compile(&json!([{ "name": "b" }]), &json!("none"));
         assert_eq!((engine.flags().len(), problems.len()), (1, 1));
+        let on = json!({ "name": "a", "enabled": true, "strategies": [] });
+        let (engine, problems) = compile(&json!([{ "name": null }, on]), &json!([]));
+        assert_eq!(answer(&engine, &user("7")), "on");
+        let told = problems[0].to_string();
+        assert!(told.starts_with("flag `#1`: unreadable, so it is left out"), "{told}");
     }
 
     #[test]

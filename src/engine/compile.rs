@@ -53,7 +53,12 @@ struct Dependency<'d> {
 
 impl<'d> Draft<'d> {
     fn new(document: &'d Document) -> Self {
-        let problem = |flag| Problem { flag: Arc::clone(flag), defect: Defect::DefinedTwice };
+        let twice = |flag| Problem { flag: Arc::clone(flag), defect: Defect::DefinedTwice };
+        let left_out = |flag: &wire::Unreadable| Problem {
+            flag: format!("#{}", flag.position).into(),
+            defect: Defect::LeftOut(flag.reason.clone()),
+        };
+        let problems = document.unreadable().iter().map(left_out);
         let flags = document.features().len();
         Self {
             segments: document.segments(),

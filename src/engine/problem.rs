@@ -9,7 +9,7 @@ use std::sync::Arc;
 /// One thing wrong with one flag.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
-    /// The flag concerned.
+    /// The flag concerned; `#4` is the fourth of its list where that has no name to be read.
     pub flag: Arc<str>,
     /// What is wrong with it.
     pub defect: Defect,
@@ -28,6 +28,9 @@ pub enum Defect {
     /// The name is defined more than once.
     #[error("defined more than once; the last definition counts")]
     DefinedTwice,
+    /// Not even the name can be read.
+    #[error("unreadable, so it is left out: {0}")]
+    LeftOut(String),
     /// The definition as a whole cannot be read.
     #[error("unreadable, so it is off: {0}")]
     Unreadable(String),

@@ -30,14 +30,25 @@ pub struct Document {
     segments: Vec<Segment>,
     revision: Option<u64>,
     shadowed: Vec<Arc<str>>,
+    unreadable: Vec<Unreadable>,
+}
+
+/// A flag that was left out of its document, for want of a name that can be read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unreadable {
+    /// Its place in the list that it came in, counted from 1.
+    pub position: usize,
+    /// What is wrong with its text.
+    pub reason: String,
 }
 
 impl Document {
     /// Reads a client-features body.
     ///
     /// # Errors
-    /// Only a body that is no client-features object fails: not JSON, or without a `features` list
-    /// of objects that have names. A malformed flag inside is kept, and reported when compiled.
+    /// Only a body that is no client-features object fails: not JSON, without a `features` list, or
+    /// with nothing in that list that is a flag. A malformed flag is kept if it can be told which it
+    /// is, and left out otherwise ([`Document::unreadable`]); both are reported when compiled.
     pub fn parse(body: &[u8]) -> Result<Self, serde_json::Error> {
         let body: Body<'_> = serde_json::from_slice(body)?;
         let features = match body.features {
@@ -47,11 +58,11 @@ impl Document {
                 return Err(serde::de::Error::custom("`features` is not a list"));
             }
         };
-        let features = features.into_iter().map(Feature::parse).collect::<Result<Vec<_>, _>>()?;
+        let (features, unreadable) = readable(features)?;
         let segments = body.segments.is().unwrap_or_default();
         let segments = segments.into_iter().filter_map(Segment::parse).collect();
         let revision = body.meta.is().and_then(|meta| meta.revision_id.is());
-        Ok(Self::sorted(features, segments, revision))
+        Ok(Self { unreadable, ..Self::sorted(features, segments, revision) })
     }
 
     /// The union of several fetches of one environment, made with tokens of different projects.
@@ -64,10 +75,11 @@ impl Document {
             union.segments.extend(document.segments);
             union.revision = union.revision.max(document.revision);
             union.shadowed.extend(document.shadowed);
+            union.unreadable.extend(document.unreadable);
         }
         // A flag seen through two projects' tokens is no mistake, so what this shadows is not kept.
         let sorted = Self::sorted(union.features, union.segments, union.revision);
-        Self { shadowed: union.shadowed, ..sorted }
+        Self { shadowed: union.shadowed, unreadable: union.unreadable, ..sorted }
     }
 
     /// The flags, sorted by name.
@@ -101,13 +113,38 @@ impl Document {
         &self.shadowed
     }
 
+    /// The flags that were left out.
+    pub fn unreadable(&self) -> &[Unreadable] {
+        &self.unreadable
+    }
+
     fn sorted(features: Vec<Feature>, segments: Vec<Segment>, revision: Option<u64>) -> Self {
         let mut shadowed = Vec::new();
         let mut note = |feature: &Feature| shadowed.push(Arc::clone(&feature.name));
         let features = last_of_each(features, |feature| &feature.name, &mut note);
         let segments = last_of_each(segments, |segment| &segment.id, |_| {});
         shadowed.dedup();
-        Self { features, segments, revision, shadowed }
+        Self { features, segments, revision, shadowed, unreadable: Vec::new() }
+    }
+}
+
+/// Sets apart what is no flag; when nothing is one, the last reason is the whole body's error.
+fn readable(items: Vec<&RawValue>) -> Result<(Vec<Feature>, Vec<Unreadable>), serde_json::Error> {
+    let mut features = Vec::with_capacity(items.len());
+    let mut unreadable = Vec::new();
+    let mut last = None;
+    for (position, item) in (1..).zip(items) {
+        match Feature::parse(item) {
+            Ok(feature) => features.push(feature),
+            Err(error) => {
+                unreadable.push(Unreadable { position, reason: error.to_string() });
+                last = Some(error);
+            }
+        }
+    }
+    match last {
+        Some(error) if features.is_empty() => Err(error),
+        Some(_) | None => Ok((features, unreadable)),
     }
 }
 
@@ -314,6 +351,26 @@ mod tests {
         assert_eq!(parse(r#"{"features":[],"segments":null,"meta":null}"#).features().len(), 0);
         let twice = r#"{"features":[{"name":"a","strategies":[],"strategies":[]}]}"#;
         assert!(parse(twice).features()[0].definition().is_err());
+    }
+
+    #[test]
+    fn a_flag_whose_name_cannot_be_read_is_left_out_and_the_others_stay() {
+        let check = |odd: &str, reason: &str| {
+            let body = format!(r#"{{"features":[{{"name":"a"}},{odd},{{"name":"b"}}]}}"#);
+            let document = parse(&body);
+            let names: Vec<_> = document.features().iter().map(|it| &**it.name()).collect();
+            assert_eq!(names, ["a", "b"], "{odd}");
+            let [Unreadable { position: 2, reason: told }] = document.unreadable() else {
+                panic!("{odd}: {:?}", document.unreadable());
+            };
+            assert!(told.starts_with(reason), "{odd}: {told}");
+            assert_eq!(Document::merge([document.clone()]).unreadable(), document.unreadable());
+        };
+        check("{}", "missing field `name`");
+        check("7", "invalid type: integer `7`");
+        check(r#"{"name":null}"#, "invalid type: null");
+        check(r#"{"name":"x","name":"y"}"#, "duplicate field `name`");
+        check(r#"{"name":"x","project":"y","project":"z"}"#, "duplicate field `project`");
     }
 
     #[test]

@@ -254,6 +254,7 @@ async fn what_is_malformed_in_a_flag_is_told_in_status_and_harms_no_other() {
     let flags = r#"{"features":[
         {"name":"broken","enabled":true,"strategies":[{"name":"default","constraints":
             [{"contextName":"v","operator":"SEMVER_GT","value":"not a version"}]}]},
+        {"name":null,"enabled":true,"strategies":[{"name":"default"}]},
         {"name":"whole","enabled":true,"strategies":[{"name":"default"}]}]}"#;
     let parapet = Local::standalone(flags, &[], &SEEDS).await;
     let toggles = parapet.get("/api/frontend", BROWSER).await.json()["toggles"].clone();
@@ -261,7 +262,8 @@ async fn what_is_malformed_in_a_flag_is_told_in_status_and_harms_no_other() {
     assert_eq!(toggles[0]["name"], "whole");
     let status = parapet.admin_request(Method::GET, "/status").header("authorization", ADMIN);
     let problems = answer(status).await.json()["environments"][0]["problems"].clone();
-    assert!(problems[0].as_str().unwrap().contains("broken"), "{problems}");
+    assert!(problems[0].as_str().unwrap().contains("#2"), "{problems}");
+    assert!(problems[1].as_str().unwrap().contains("broken"), "{problems}");
 }
 
 /// Every series of the Prometheus page, without its value.
