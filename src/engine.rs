@@ -276,24 +276,25 @@ mod tests {
     }
 
     #[test]
-    fn a_rollout_without_group_hashes_the_flags_name() {
-        let flag = |parameters| {
-            let strategy = json!({ "name": "flexibleRollout", "parameters": parameters });
-            compile(
-                &json!([{ "name": "a", "enabled": true, "strategies": [strategy] }]),
-                &json!([]),
-            )
-            .0
-        };
-        let named = flag(json!({ "rollout": "33.5", "stickiness": "userId", "groupId": "a" }));
-        let unnamed = flag(json!({ "rollout": 33, "stickiness": "userId" }));
+    fn without_a_group_people_are_placed_as_the_node_sdk_places_them() {
         let ids: Vec<String> = (0..200).map(|id| id.to_string()).collect();
-        let on =
-            |engine: &Engine| ids.iter().filter(|id| answer(engine, &user(id)) == "on").count();
-        assert!((40..95).contains(&on(&named)));
-        for id in &ids {
-            assert_eq!(answer(&named, &user(id)), answer(&unnamed, &user(id)));
-        }
+        let answers = |parameters: Value, variants: &Value| -> Vec<String> {
+            let mut strategy = json!({ "name": "flexibleRollout", "variants": variants });
+            strategy["parameters"] = parameters;
+            let flag = json!([{ "name": "a", "enabled": true, "strategies": [strategy] }]);
+            let engine = compile(&flag, &json!([])).0;
+            ids.iter().map(|id| answer(&engine, &user(id))).collect()
+        };
+        let none = json!([]);
+        let named =
+            answers(json!({ "rollout": "33.5", "stickiness": "userId", "groupId": "" }), &none);
+        let on = named.iter().filter(|answer| *answer == "on").count();
+        assert!((40..95).contains(&on), "{on}");
+        assert_eq!(answers(json!({ "rollout": 33, "stickiness": "userId" }), &none), named);
+        let halves = json!([{ "name": "x", "weight": 1 }, { "name": "y", "weight": 1 }]);
+        let named = answers(json!({ "rollout": 100, "groupId": "undefined" }), &halves);
+        assert_ne!(answers(json!({ "rollout": 100, "groupId": "a" }), &halves), named);
+        assert_eq!(answers(json!({ "rollout": 100 }), &halves), named);
     }
 
     #[test]

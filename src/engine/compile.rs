@@ -66,7 +66,7 @@ impl<'d> Draft<'d> {
             flags: Vec::with_capacity(flags),
             plans: Vec::with_capacity(flags),
             dependants: Vec::new(),
-            problems: document.shadowed().iter().map(problem).collect(),
+            problems: problems.chain(document.shadowed().iter().map(twice)).collect(),
             sites: 0,
         }
     }
@@ -107,7 +107,6 @@ impl<'d> Draft<'d> {
         });
         let mut table = Vec::new();
         let mut compiler = Compiler {
-            flag: feature.name(),
             segments: self.segments,
             fields: &mut self.fields,
             table: &mut table,

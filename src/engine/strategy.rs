@@ -53,7 +53,6 @@ const DEFAULT: &[FieldId] = &[FieldId::USER_ID, FieldId::SESSION_ID];
 /// What compiling strategies needs to know and to add to.
 #[derive(Debug)]
 pub(super) struct Compiler<'c> {
-    pub(super) flag: &'c str,
     pub(super) segments: &'c [wire::Segment],
     pub(super) fields: &'c mut Fields,
     pub(super) table: &'c mut Vec<Variant>,
@@ -162,7 +161,8 @@ impl Compiler<'_> {
             "default" => Some(Rule::Always),
             "flexibleRollout" => {
                 let percent = self.percent(parameters, "rollout")?;
-                let group = parameters.find("groupId").is().unwrap_or(self.flag);
+                // The Node SDK and Unleash itself do not fall back on the flag's name.
+                let group = parameters.find("groupId").is().unwrap_or_default();
                 let stickiness = match text("stickiness")? {
                     "" | "default" => Stickiness::FirstOf(DEFAULT),
                     "random" => Stickiness::FirstOf(&[]),
@@ -243,8 +243,11 @@ impl Compiler<'_> {
     }
 
     /// The strategy's own variants. The first one's stickiness counts before the strategy's.
+    ///
+    /// Without a group the Node SDK, and with it Unleash, hashes what JavaScript makes of its
+    /// absence.
     fn variants(&mut self, strategy: &wire::Strategy<'_>, parameters: &Parameters<'_>) -> Choice {
-        let group = parameters.find("groupId").is().unwrap_or(self.flag);
+        let group = parameters.find("groupId").is().unwrap_or("undefined");
         let stickiness = first_stickiness(&strategy.variants).filter(|field| !field.is_empty());
         let stickiness = stickiness.or(parameters.find("stickiness").is());
         self.choice(&strategy.variants, group, stickiness)

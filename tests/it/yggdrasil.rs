@@ -18,8 +18,9 @@
 //! * Versions with a leading `v` or padding: the specification refuses the former, the SDK trims.
 //! * Regular expressions beyond ASCII: the SDK's `\d`, `\w`, `\s` and `\b` are RE2's, of ASCII.
 //! * Rollouts that are no whole number of 0–100: the SDK takes 33.5, yggdrasil switches off.
-//! * Rollouts without `groupId` in a parent: yggdrasil hashes them under the name of the child.
-//! * Rollouts of the old kind without `groupId`: never on in yggdrasil, group `""` in the SDK.
+//! * Rollouts without `groupId`: yggdrasil hashes them under the flag's name (a parent's under the
+//!   child's), and those of the old kind are never on; the SDK takes the group `""`. Strategy
+//!   variants without it: the flag's name in yggdrasil, the text `undefined` in the SDK.
 //! * `remoteAddress` (the strategy) with IPv6 ranges, netmasks or texts that are no addresses: the
 //!   SDK compares texts, and ranges of IPv4 only.
 //! * `userWithId` with space at the ends of the list: yggdrasil trims it, the SDK does not.
@@ -144,11 +145,8 @@ fn strategy() -> impl Strategy<Value = Value> {
     let stickiness = select(vec!["default", "random", "userId", "sessionId", "plan", "appName"]);
     let kind = prop_oneof![
         2 => Just(json!({ "name": "default" })),
-        6 => (percent(), stickiness, proptest::option::of(group())).prop_map(|(rollout, stickiness, group)| {
-            let mut parameters = json!({ "rollout": rollout, "stickiness": stickiness });
-            if let Some(group) = group {
-                parameters["groupId"] = group.into();
-            }
+        6 => (percent(), stickiness, group()).prop_map(|(rollout, stickiness, group)| {
+            let parameters = json!({ "rollout": rollout, "stickiness": stickiness, "groupId": group });
             json!({ "name": "flexibleRollout", "parameters": parameters })
         }),
         2 => (select(vec!["gradualRolloutUserId", "gradualRolloutSessionId"]), percent(), group())
@@ -202,12 +200,9 @@ fn document() -> impl Strategy<Value = Value> {
                     variants = vec![json!({ "name": "v0", "weight": 1 })];
                 }
             }
-            if PARENTS.contains(&&*format!("f{index}")) {
-                for strategy in &mut strategies {
-                    let name = strategy["name"].clone();
-                    strategy["parameters"]
-                        .as_object_mut()
-                        .map(|all| all.entry("groupId").or_insert(name));
+            for strategy in &mut strategies {
+                if strategy["parameters"]["groupId"].is_null() {
+                    strategy["parameters"]["groupId"] = strategy["name"].clone();
                 }
             }
             json!({
