@@ -215,9 +215,9 @@ impl Data {
 
     async fn context(&self, head: &Parts, body: Incoming) -> Result<FrontendContext, Failure> {
         if head.method == Method::POST {
-            return frontend::context_of_body(&self.read(&head.headers, body).await?);
+            return Ok(FrontendContext::from_json(&self.read(&head.headers, body).await?)?);
         }
-        Ok(FrontendContext::from_query(head.uri.query().unwrap_or_default()))
+        Ok(FrontendContext::from_query(head.uri.query().unwrap_or_default())?)
     }
 
     fn question<'a>(

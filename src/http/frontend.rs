@@ -18,7 +18,7 @@ use crate::{
     engine::Context,
     snapshot::Snapshot,
     token::Scope,
-    wire::context::FrontendContext,
+    wire::context::{self, FrontendContext},
 };
 
 /// What is asked: a context, of the flags that a scope sees.
@@ -58,10 +58,10 @@ impl Question<'_> {
     }
 }
 
-/// The context that a request's body tells.
-pub fn context_of_body(body: &[u8]) -> Result<FrontendContext, Failure> {
-    FrontendContext::from_json(body)
-        .map_err(|error| Failure::Malformed(format!("the context cannot be read: {error}")))
+impl From<context::Error> for Failure {
+    fn from(error: context::Error) -> Self {
+        Self::Malformed(format!("the context cannot be read: {error}"))
+    }
 }
 
 /// `/api/frontend` and `/api/frontend/all`.

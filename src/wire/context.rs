@@ -1,7 +1,8 @@
 //! The context of a frontend request, as query or as JSON body.
 //!
 //! Lenient like the servers that SDKs were written against: a value of an unusable type is left
-//! out, a body that is no JSON object is an error. It fills in nothing: what a request does not say
+//! out. A body that is no JSON object is an error, and so is a context of a size that no flag is
+//! written for, because evaluating costs time in proportion. It fills in nothing: what a request does not say
 //! is for the caller to complete.
 
 use std::{borrow::Cow, fmt};
@@ -30,9 +31,27 @@ pub struct FrontendContext {
 /// How many properties of one request are looked at.
 const MAX_PROPERTIES: usize = 256;
 
+/// The longest value, and the most that all names and values may come to, in bytes.
+const MAX_VALUE: usize = 4 << 10;
+const MAX_CONTEXT: usize = 64 << 10;
+
+/// Why a context is not read.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The body is no JSON object.
+    #[error(transparent)]
+    Json(#[from] serde_json::Error),
+    /// One value is too long.
+    #[error("a value is longer than {MAX_VALUE} bytes")]
+    LongValue,
+    /// Names and values are too much together.
+    #[error("its names and values are more than {MAX_CONTEXT} bytes")]
+    TooLarge,
+}
+
 impl FrontendContext {
     /// Reads `userId=…&properties[plan]=…`; other names are properties too.
-    pub fn from_query(query: &str) -> Self {
+    pub fn from_query(query: &str) -> Result<Self, Error> {
         let mut context = Self::default();
         for (name, value) in form_urlencoded::parse(query.as_bytes()) {
             match property_of(&name) {
@@ -42,17 +61,34 @@ impl FrontendContext {
                 None => context.set(&name, value.into_owned()),
             }
         }
-        context
+        context.within_bounds()
     }
 
     /// Reads the fields themselves or `{"context": fields}`.
     ///
     /// An empty body is an empty context.
-    pub fn from_json(body: &[u8]) -> Result<Self, serde_json::Error> {
+    pub fn from_json(body: &[u8]) -> Result<Self, Error> {
         if body.iter().all(u8::is_ascii_whitespace) {
             return Ok(Self::default());
         }
-        serde_json::from_slice::<Envelope>(body).map(|Envelope(context)| context)
+        let Envelope(context) = serde_json::from_slice(body)?;
+        context.within_bounds()
+    }
+
+    fn within_bounds(self) -> Result<Self, Error> {
+        let Self {
+            user_id, session_id, environment, app_name, current_time, remote_address, ..
+        } = &self;
+        let fields =
+            [user_id, session_id, environment, app_name, current_time, remote_address].into_iter();
+        let values: Vec<&String> =
+            fields.flatten().chain(self.properties.iter().map(|(_, value)| value)).collect();
+        if values.iter().any(|value| value.len() > MAX_VALUE) {
+            return Err(Error::LongValue);
+        }
+        let names: usize = self.properties.iter().map(|(name, _)| name.len()).sum();
+        let bytes = names + values.iter().map(|value| value.len()).sum::<usize>();
+        if bytes > MAX_CONTEXT { Err(Error::TooLarge) } else { Ok(self) }
     }
 
     fn known(&mut self, name: &str) -> Option<&mut Option<String>> {
@@ -228,9 +264,9 @@ mod tests {
     #[test]
     fn a_query_and_both_forms_of_a_body_say_the_same() {
         let query = "userId=7&appName=shop&properties[plan]=gold+%26%20co";
-        assert_eq!(FrontendContext::from_query(query), expected());
+        assert_eq!(FrontendContext::from_query(query).unwrap(), expected());
         let escaped = "userId=7&appName=shop&properties%5Bplan%5D=gold%20%26%20co";
-        assert_eq!(FrontendContext::from_query(escaped), expected());
+        assert_eq!(FrontendContext::from_query(escaped).unwrap(), expected());
         let fields = r#"{"userId": 7, "appName": "shop", "properties": {"plan": "gold & co"}}"#;
         for body in [fields.to_owned(), format!(r#"{{"context": {fields}, "toggles": []}}"#)] {
             assert_eq!(FrontendContext::from_json(body.as_bytes()).unwrap(), expected(), "{body}");
@@ -275,6 +311,28 @@ mod tests {
     #[test]
     fn the_number_of_properties_is_bounded() {
         let query: Vec<_> = (0..1000).map(|i| format!("p{i}=x")).collect();
-        assert_eq!(FrontendContext::from_query(&query.join("&")).properties.len(), MAX_PROPERTIES);
+        let context = FrontendContext::from_query(&query.join("&")).unwrap();
+        assert_eq!(context.properties.len(), MAX_PROPERTIES);
+    }
+
+    #[test]
+    fn values_and_their_sum_are_bounded() {
+        let check = |properties: &[usize], user: usize, expect: Option<&str>| {
+            let properties: serde_json::Map<_, _> = (0..)
+                .zip(properties)
+                .map(|(n, len)| (format!("p{n:03}"), "x".repeat(*len).into()))
+                .collect();
+            let body = serde_json::json!({"userId": "x".repeat(user), "properties": properties});
+            let error = FrontendContext::from_json(body.to_string().as_bytes()).err();
+            assert_eq!(error.map(|it| it.to_string()).as_deref(), expect);
+        };
+        check(&[MAX_VALUE], MAX_VALUE, None);
+        check(&[], MAX_VALUE + 1, Some("a value is longer than 4096 bytes"));
+        check(&[MAX_VALUE + 1], 0, Some("a value is longer than 4096 bytes"));
+        let many = [MAX_VALUE - 4; 16];
+        check(&many, 0, None);
+        check(&many, 1, Some("its names and values are more than 65536 bytes"));
+        let long = format!("plan={}", "x".repeat(MAX_VALUE + 1));
+        assert!(FrontendContext::from_query(&long).is_err());
     }
 }

@@ -91,6 +91,24 @@ async fn a_body_beyond_the_limit_is_refused_compressed_or_not() {
     }
 }
 
+#[tokio::test]
+async fn a_context_of_a_size_that_no_flag_is_written_for_is_refused() {
+    let parapet = Local::offline(FLAGS).await;
+    for path in ["/api/frontend", "/api/proxy/all", "/api/frontend/features/a"] {
+        let check = async |context: serde_json::Value, expect: StatusCode| {
+            let answer = parapet.post(path, FRONTEND, &context).await;
+            assert_eq!(answer.status, expect, "{path}: {}", answer.text());
+        };
+        let get = parapet.get(&format!("{path}?plan={}", "x".repeat(4097)), FRONTEND).await;
+        assert_eq!(get.status, StatusCode::BAD_REQUEST, "{path}: {}", get.text());
+        check(json!({"userId": "x".repeat(4096)}), StatusCode::OK).await;
+        check(json!({"userId": "x".repeat(4097)}), StatusCode::BAD_REQUEST).await;
+        let many = (0..20).map(|n| (format!("p{n}"), json!("x".repeat(4000))));
+        let many: serde_json::Map<_, _> = many.collect();
+        check(json!({"context": {"properties": many}}), StatusCode::BAD_REQUEST).await;
+    }
+}
+
 #[test]
 fn no_bytes_make_any_endpoint_fail() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
