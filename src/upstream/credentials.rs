@@ -49,7 +49,8 @@ struct Held {
 #[derive(Clone, Copy, Eq, PartialEq)]
 enum State {
     Good,
-    /// Upstream has refused it; used only when there is no other, since it may have been a mistake.
+    /// Upstream has refused it, which may have been a mistake: it is asked with again where no good
+    /// one sees as much.
     Refused,
 }
 
@@ -68,7 +69,8 @@ impl Credentials {
         Self(Arc::new(Inner { hands: RwLock::default(), exchange: None }))
     }
 
-    /// The tokens in hand for `environment`: the widest first, none covered by another.
+    /// The tokens in hand for `environment`: good ones before refused ones, the widest first, none
+    /// covered by one before it.
     pub fn tokens(&self, environment: &Environment) -> Vec<Credential> {
         let hands = self.0.hands.read().unwrap_or_else(PoisonError::into_inner);
         hands.get(environment).map(Hand::in_use).unwrap_or_default()
@@ -77,7 +79,7 @@ impl Credentials {
     /// The environments that there are tokens in hand for.
     pub fn environments(&self) -> BTreeSet<Environment> {
         let hands = self.0.hands.read().unwrap_or_else(PoisonError::into_inner);
-        hands.keys().cloned().collect()
+        hands.iter().filter(|(_, hand)| !hand.0.is_empty()).map(|(name, _)| name.clone()).collect()
     }
 
     /// The token in hand for sending usage of `environment`: the widest.
@@ -94,6 +96,24 @@ impl Credentials {
         let credential =
             Credential { token: token.clone(), projects: grant.scope.projects.clone() };
         self.with_hand(&grant.scope.environment, |hand| hand.take(credential))
+    }
+
+    /// Takes note that upstream has answered to a token: a refusal of it was a mistake.
+    pub fn accept(&self, environment: &Environment, token: &TokenDigest) {
+        self.with_hand(environment, |hand| hand.mark(token, State::Good));
+    }
+
+    /// Lets go of an offered token because it is known to be revoked; what it fetched may go then.
+    ///
+    /// A refusal alone is not that knowledge. Tokens of the edge's own are replaced, not withdrawn.
+    pub fn withdraw(&self, token: &TokenDigest) {
+        if self.0.exchange.is_some() {
+            return;
+        }
+        let mut hands = self.0.hands.write().unwrap_or_else(PoisonError::into_inner);
+        for hand in hands.values_mut() {
+            hand.0.retain(|held| held.credential.token.digest() != *token);
+        }
     }
 
     /// The tokens for `environment`, exchanged for if none is in hand; never empty.
@@ -129,9 +149,14 @@ impl Credentials {
         refused: &TokenDigest,
     ) -> Result<Vec<Credential>, Error> {
         let Some((exchange, pasts)) = &self.0.exchange else {
-            warn!("Upstream refuses a token for environment {environment}");
-            let left = self.with_hand(environment, |hand| hand.refuse(refused));
-            return left.ok_or_else(|| Error::Unknown { environment: environment.clone() });
+            let (news, left) = self.with_hand(environment, |hand| {
+                (hand.mark(refused, State::Refused), hand.of(State::Good).next().is_some())
+            });
+            if news {
+                warn!("Upstream refuses a token for environment {environment}");
+            }
+            let unknown = || Error::Unknown { environment: environment.clone() };
+            return left.then(|| self.tokens(environment)).ok_or_else(unknown);
         };
         let past = past(pasts, environment);
         let mut past = past.lock().await;
@@ -173,18 +198,18 @@ impl Hand {
         self.0.iter().filter(move |held| held.state == state).map(|held| &held.credential)
     }
 
-    /// The good tokens, else the refused ones, without those that a wider one makes needless.
+    /// The good tokens, then the refused ones, without those that one before makes needless.
     fn in_use(&self) -> Vec<Credential> {
-        let mut candidates: Vec<_> = self.of(State::Good).collect();
-        if candidates.is_empty() {
-            candidates = self.of(State::Refused).collect();
-        }
-        candidates.sort_by_key(|it| match &it.projects {
-            Projects::All => (Reverse(usize::MAX), it.token.digest()),
-            Projects::Only(ids) => (Reverse(ids.len()), it.token.digest()),
-        });
+        let by_width = |state| {
+            let mut candidates: Vec<_> = self.of(state).collect();
+            candidates.sort_by_key(|it| match &it.projects {
+                Projects::All => (Reverse(usize::MAX), it.token.digest()),
+                Projects::Only(ids) => (Reverse(ids.len()), it.token.digest()),
+            });
+            candidates
+        };
         let mut chosen: Vec<Credential> = Vec::new();
-        for candidate in candidates {
+        for candidate in by_width(State::Good).into_iter().chain(by_width(State::Refused)) {
             if !chosen.iter().any(|wider| wider.projects.covers(&candidate.projects)) {
                 chosen.push(candidate.clone());
             }
@@ -200,7 +225,9 @@ impl Hand {
             return grows;
         }
         if self.0.len() >= SPARE {
-            self.0.retain(|held| held.state == State::Good);
+            self.0.retain(|held| {
+                held.state == State::Good || !credential.projects.covers(&held.credential.projects)
+            });
         }
         if grows || self.0.len() < SPARE {
             self.0.push(Held { credential, state: State::Good });
@@ -208,15 +235,10 @@ impl Hand {
         grows
     }
 
-    /// Marks a token as refused; returns what is in use then, unless all are refused.
-    fn refuse(&mut self, token: &TokenDigest) -> Option<Vec<Credential>> {
-        for held in &mut self.0 {
-            if held.credential.token.digest() == *token {
-                held.state = State::Refused;
-            }
-        }
-        self.of(State::Good).next()?;
-        Some(self.in_use())
+    /// Notes how upstream takes a token; true if that is news.
+    fn mark(&mut self, token: &TokenDigest, state: State) -> bool {
+        let held = self.0.iter_mut().find(|held| held.credential.token.digest() == *token);
+        held.is_some_and(|held| std::mem::replace(&mut held.state, state) != state)
     }
 }
 
@@ -471,18 +493,36 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_refused_offer_gives_way_to_others_and_is_the_last_resort() {
+    async fn a_refused_offer_gives_way_to_others_and_is_tried_again_where_they_do_not_reach() {
         let edge = Credentials::without_admin();
         offer(&edge, "*:development.1", TokenKind::Client, &["*"]);
         offer(&edge, "a:development.2", TokenKind::Client, &["a"]);
         let first = token("*:development.1").digest();
         edge.replace(&dev(), &first).await.expect("the other");
-        assert_eq!(in_use(&edge), ["a:development.2"]);
+        assert_eq!(in_use(&edge), ["a:development.2", "*:development.1"]);
         let second = token("a:development.2").digest();
         edge.replace(&dev(), &second).await.expect_err("no other");
         assert_eq!(in_use(&edge), ["*:development.1"]);
         assert!(offer(&edge, "a:development.2", TokenKind::Client, &["a"]));
-        assert_eq!(in_use(&edge), ["a:development.2"]);
+        assert_eq!(in_use(&edge), ["a:development.2", "*:development.1"]);
+        edge.accept(&dev(), &first);
+        assert_eq!(in_use(&edge), ["*:development.1"]);
+    }
+
+    #[tokio::test]
+    async fn only_what_is_known_to_be_revoked_is_let_go_of() {
+        let edge = Credentials::without_admin();
+        offer(&edge, "a:development.1", TokenKind::Client, &["a"]);
+        for number in 0..2 * SPARE {
+            offer(&edge, &format!("b:development.{number}"), TokenKind::Client, &["b"]);
+        }
+        let first = token("a:development.1").digest();
+        edge.replace(&dev(), &first).await.expect("the other");
+        offer(&edge, "b:development.more", TokenKind::Client, &["b"]);
+        assert!(in_use(&edge).contains(&"a:development.1".to_owned()));
+        edge.withdraw(&first);
+        assert!(!in_use(&edge).contains(&"a:development.1".to_owned()));
+        assert_eq!(edge.environments(), BTreeSet::from([dev()]));
     }
 
     proptest! {
