@@ -7,6 +7,7 @@
 pub mod files;
 mod pace;
 mod publish;
+mod sources;
 pub mod upstream;
 
 pub use self::upstream::Config;

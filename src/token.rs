@@ -329,6 +329,15 @@ impl Projects {
         }
     }
 
+    /// What is seen here or there.
+    #[must_use]
+    pub fn union(&self, other: &Self) -> Self {
+        match (self, other) {
+            (Self::All, _) | (_, Self::All) => Self::All,
+            (Self::Only(ours), Self::Only(theirs)) => Self::Only(ours | theirs),
+        }
+    }
+
     /// Whether whatever `other` sees is seen here too.
     pub fn covers(&self, other: &Self) -> bool {
         match (self, other) {
@@ -433,6 +442,8 @@ mod tests {
         assert!(only(&["a", "b"]).covers(&only(&["b"])));
         assert!(!only(&["a"]).covers(&only(&["a", "b"])));
         assert_eq!(only(&["a", "*"]), Projects::All);
+        assert_eq!(only(&["a", "b"]).union(&only(&["b", "c"])), only(&["a", "b", "c"]));
+        assert_eq!(only(&["a"]).union(&Projects::All), Projects::All);
     }
 
     proptest! {

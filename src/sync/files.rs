@@ -41,6 +41,12 @@ pub enum Error {
         /// What is wrong, and where.
         source: serde_json::Error,
     },
+    /// Flags cannot be compiled.
+    #[error("compiling flags came to no end")]
+    Panic {
+        /// The cause.
+        source: tokio::task::JoinError,
+    },
     /// A folder holds no flags.
     #[error("{} holds no file named <environment>.json", path.display())]
     Empty {
@@ -123,7 +129,10 @@ impl Files {
         }
         for (environments, document) in documents {
             for environment in environments {
-                publish(&self.snapshots, &environment, document.clone()).await;
+                let document = document.clone();
+                let published =
+                    publish(&self.snapshots, &environment, Timestamp::now(), || document).await;
+                published.map_err(|source| Error::Panic { source })?;
             }
         }
         *memory = Memory { seen, hash };

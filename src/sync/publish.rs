@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 use metrics::counter;
+use tokio::task::{JoinError, spawn_blocking};
 use tracing::{info, warn};
 
 use crate::{
@@ -17,27 +18,28 @@ use crate::{
 /// How many problems of one document are logged one by one.
 const PROBLEMS_LOGGED: usize = 10;
 
-/// Compiles a document and puts it in its environment's place; nobody who reads waits for it.
+/// Compiles what `make` makes, on a thread for such work, and puts it in its environment's place;
+/// nobody who reads waits for it.
 ///
-/// Returns the snapshot that now is served.
+/// Returns the snapshot that now is served. Fails where compiling panics, which changes nothing.
 pub(super) async fn publish(
     snapshots: &Snapshots,
     environment: &Environment,
-    document: Document,
-) -> Arc<Snapshot> {
+    confirmed: Timestamp,
+    make: impl FnOnce() -> Document + Send + 'static,
+) -> Result<Arc<Snapshot>, JoinError> {
     let previous = snapshots.load(environment);
     let name = environment.clone();
-    let built = tokio::task::spawn_blocking(move || {
-        let snapshot = Snapshot::build(name, document, Timestamp::now());
+    let built = spawn_blocking(move || {
+        let snapshot = Snapshot::build(name, make(), confirmed);
         if let Some(previous) = previous {
             snapshot.inherit(&previous);
         }
         snapshot
     });
-    let snapshot =
-        built.await.expect("compiling flags does not panic, and the runtime waits for it");
+    let snapshot = built.await?;
     report(&snapshot);
-    snapshots.swap(snapshot)
+    Ok(snapshots.swap(snapshot))
 }
 
 fn report(snapshot: &Snapshot) {

@@ -6,26 +6,34 @@ use std::{
     time::Duration,
 };
 
+use futures_util::{StreamExt as _, stream};
 use jiff::Timestamp;
 use tokio::{
     sync::{Notify, watch},
-    task::{Id, JoinSet},
+    task::{Id, JoinError, JoinSet, spawn_blocking},
     time::sleep,
 };
 use tracing::{debug, error, info, warn};
 
-use super::{pace::Pace, publish::publish};
+use super::{
+    pace::Pace,
+    publish::publish,
+    sources::{Sources, merged},
+};
 use crate::{
     snapshot::{Filter, Segments, Snapshot, Snapshots, body::Coding},
     store::{Key, Store},
     telemetry::Latch,
-    token::{Environment, Projects, Token, TokenDigest},
+    token::{Environment, Projects, Token},
     upstream::{Credential, Credentials, Error, ExchangeError, Fetched, Retry, Upstream},
     wire::features::Document,
 };
 
 /// How often upstream is asked which environments it has.
 const ENVIRONMENTS_EVERY: Duration = Duration::from_mins(1);
+
+/// With how many tokens of an environment flags are fetched at a time.
+const FETCHES_AT_ONCE: usize = 4;
 
 /// Which environments are followed.
 #[derive(Clone, Debug)]
@@ -90,13 +98,14 @@ impl Follower {
         if self.snapshots.load(environment).is_some() {
             return;
         }
-        match Document::parse(text) {
-            Ok(document) => {
-                let snapshot = publish(&self.snapshots, environment, document).await;
-                // Its age is not known any more; it has not been confirmed by this process.
-                snapshot.confirm(Timestamp::UNIX_EPOCH);
-            }
-            Err(error) => warn!(%environment, %error, "Stored flags cannot be read"),
+        // Its age is not known any more; it has not been confirmed by this process.
+        let never = Timestamp::UNIX_EPOCH;
+        let published = match Document::parse(text) {
+            Ok(document) => publish(&self.snapshots, environment, never, || document).await,
+            Err(error) => return warn!(%environment, %error, "Stored flags cannot be read"),
+        };
+        if let Err(error) = published {
+            warn!(%environment, %error, "Stored flags cannot be compiled");
         }
     }
 
@@ -174,7 +183,7 @@ impl Follower {
         mut latch: Option<Latch>,
     ) {
         let mut pace = Pace::new(self.config.interval);
-        let mut sources = Sources::default();
+        let mut sources = Sources::new();
         loop {
             if self.snapshots.load(&environment).is_some() {
                 release(&mut latch);
@@ -204,50 +213,95 @@ impl Follower {
         }
     }
 
-    /// Asks once for the environment's flags, with every token in hand, and publishes a change.
+    /// Asks once for the environment's flags, with every token in hand, and publishes what is new.
+    ///
+    /// What some tokens brought is published although others failed.
     async fn refresh(
         &self,
         environment: &Environment,
         sources: &mut Sources,
     ) -> Result<(), Failure> {
-        let mut credentials = self.credentials.obtain(environment).await?;
-        let changed = match self.fetch(&credentials, sources).await {
-            Err(Failure::Upstream { error, token }) if error.is_unauthorized() => {
-                credentials = self.credentials.replace(environment, &token).await?;
-                self.fetch(&credentials, sources).await?
-            }
-            fetched => fetched?,
-        };
-        if !changed && let Some(snapshot) = self.snapshots.load(environment) {
-            snapshot.confirm(Timestamp::now());
-            return Ok(());
+        sources.begin();
+        let asked = self.ask_all(environment, sources).await;
+        let whole = sources.settle(&self.credentials.tokens(environment));
+        let served = self.snapshots.load(environment);
+        if sources.is_dirty() || (whole && served.is_none()) {
+            let confirmed = match &served {
+                Some(served) if !whole => served.confirmed(),
+                _ => Timestamp::now(),
+            };
+            let parts = sources.parts();
+            let make = move || merged(&parts);
+            let snapshot = publish(&self.snapshots, environment, confirmed, make).await?;
+            sources.published();
+            self.keep(&snapshot).await;
+        } else if whole && let Some(served) = served {
+            served.confirm(Timestamp::now());
         }
-        let snapshot = publish(&self.snapshots, environment, sources.merged()).await;
-        self.keep(&snapshot).await;
-        Ok(())
+        asked
     }
 
-    /// Asks with each of `credentials`; tells whether any has news.
-    async fn fetch(
+    /// Asks with every token in hand; fails unless all answered, a refusal of some aside.
+    async fn ask_all(
         &self,
-        credentials: &[Credential],
+        environment: &Environment,
         sources: &mut Sources,
-    ) -> Result<bool, Failure> {
-        let mut changed = sources.keep_only(credentials);
-        for Credential { token, .. } in credentials {
-            let digest = token.digest();
-            let known = sources.0.get(&digest).and_then(|source| source.etag.as_deref());
-            let fetched = self.upstream.features(token, known).await;
-            match fetched.map_err(|error| Failure::Upstream { error, token: digest })? {
-                Fetched::NotModified => {}
-                Fetched::Changed { body, etag } => {
-                    let document = Document::parse(&body).map_err(Failure::Document)?;
-                    sources.0.insert(digest, Source { etag, document });
-                    changed = true;
+    ) -> Result<(), Failure> {
+        let mut tokens = self.credentials.obtain(environment).await?;
+        let mut asked = BTreeSet::new();
+        let (mut answered, mut refusal, mut failure) = (false, None, None);
+        while !tokens.is_empty() {
+            let mut others = Vec::new();
+            for (credential, answer) in self.fetch(tokens, sources).await {
+                let digest = credential.token.digest();
+                asked.insert(digest);
+                match take(&credential, answer, sources).await {
+                    Ok(()) => {
+                        self.credentials.accept(environment, &digest);
+                        answered = true;
+                    }
+                    Err(Failure::Upstream(error)) if error.is_unauthorized() => {
+                        let cause = match self.credentials.replace(environment, &digest).await {
+                            // One replacement in a round: upstream may refuse every token.
+                            Ok(found) if refusal.is_none() => {
+                                others = found;
+                                Failure::Upstream(error)
+                            }
+                            Ok(_) => Failure::Upstream(error),
+                            Err(cause) => Failure::Credentials(cause),
+                        };
+                        refusal.get_or_insert(cause);
+                    }
+                    Err(cause) => {
+                        failure.get_or_insert(cause);
+                    }
                 }
             }
+            others.retain(|it| !asked.contains(&it.token.digest()));
+            tokens = others;
         }
-        Ok(changed)
+        match failure.or(refusal.filter(|_| !answered)) {
+            Some(failure) => Err(failure),
+            None => Ok(()),
+        }
+    }
+
+    /// Asks with each of `tokens`, with a few at a time.
+    async fn fetch(
+        &self,
+        tokens: Vec<Credential>,
+        sources: &Sources,
+    ) -> Vec<(Credential, Result<Fetched, Error>)> {
+        let fetch = |credential: Credential| {
+            let upstream = self.upstream.clone();
+            let known = sources.etag(&credential.token.digest()).map(str::to_owned);
+            async move {
+                let fetched = upstream.features(&credential.token, known.as_deref()).await;
+                (credential, fetched)
+            }
+        };
+        let fetches: Vec<_> = tokens.into_iter().map(fetch).collect();
+        stream::iter(fetches).buffered(FETCHES_AT_ONCE).collect().await
     }
 
     async fn keep(&self, snapshot: &Snapshot) {
@@ -266,28 +320,20 @@ fn release(latch: &mut Option<Latch>) {
     }
 }
 
-/// What each token last fetched.
-#[derive(Debug, Default)]
-struct Sources(BTreeMap<TokenDigest, Source>);
-
-#[derive(Debug)]
-struct Source {
-    etag: Option<String>,
-    document: Document,
-}
-
-impl Sources {
-    /// Forgets what tokens fetched that are no longer used; tells whether there were any.
-    fn keep_only(&mut self, credentials: &[Credential]) -> bool {
-        let used: BTreeSet<_> = credentials.iter().map(|it| it.token.digest()).collect();
-        let before = self.0.len();
-        self.0.retain(|digest, _| used.contains(digest));
-        self.0.len() != before
+/// Takes what a token was answered.
+async fn take(
+    credential: &Credential,
+    answer: Result<Fetched, Error>,
+    sources: &mut Sources,
+) -> Result<(), Failure> {
+    match answer.map_err(Failure::Upstream)? {
+        Fetched::NotModified => sources.confirm(credential),
+        Fetched::Changed { body, etag } => {
+            let document = spawn_blocking(move || Document::parse(&body)).await?;
+            sources.insert(credential, etag, document.map_err(Failure::Document)?);
+        }
     }
-
-    fn merged(&self) -> Document {
-        Document::merge(self.0.values().map(|source| source.document.clone()))
-    }
+    Ok(())
 }
 
 /// Why a refresh brought nothing.
@@ -296,21 +342,19 @@ enum Failure {
     #[error("no token to ask with")]
     Credentials(#[from] ExchangeError),
     #[error("upstream gives no flags")]
-    Upstream {
-        #[source]
-        error: Error,
-        token: TokenDigest,
-    },
+    Upstream(#[source] Error),
     #[error("upstream's answer is no client-features document")]
     Document(#[source] serde_json::Error),
+    #[error("reading and compiling flags came to no end")]
+    Panic(#[from] JoinError),
 }
 
 impl Failure {
     /// When the source wants to be asked again.
     fn wish(&self) -> Option<Duration> {
         match self {
-            Self::Upstream { error, .. } => wish(error),
-            Self::Credentials(_) | Self::Document(_) => None,
+            Self::Upstream(error) => wish(error),
+            Self::Credentials(_) | Self::Document(_) | Self::Panic(_) => None,
         }
     }
 }

@@ -19,6 +19,7 @@ pub use self::definition::{
     Variant,
 };
 use self::definition::{Meta, SegmentBody};
+use crate::token::Projects;
 
 /// The project of a flag that names none, as in Unleash.
 const DEFAULT_PROJECT: &str = "default";
@@ -80,6 +81,18 @@ impl Document {
         // A flag seen through two projects' tokens is no mistake, so what this shadows is not kept.
         let sorted = Self::sorted(union.features, union.segments, union.revision);
         Self { shadowed: union.shadowed, unreadable: union.unreadable, ..sorted }
+    }
+
+    /// The document without the flags of `projects`.
+    #[must_use]
+    pub fn outside(&self, projects: &Projects) -> Self {
+        let outside = self.features.iter().filter(|it| !projects.contains(&it.project));
+        Self {
+            features: outside.cloned().collect(),
+            segments: self.segments.clone(),
+            revision: self.revision,
+            shadowed: self.shadowed.clone(),
+        }
     }
 
     /// The flags, sorted by name.
