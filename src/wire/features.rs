@@ -92,6 +92,7 @@ impl Document {
             segments: self.segments.clone(),
             revision: self.revision,
             shadowed: self.shadowed.clone(),
+            unreadable: self.unreadable.clone(),
         }
     }
 
