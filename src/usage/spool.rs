@@ -106,7 +106,7 @@ pub(super) fn restore(bytes: &[u8]) -> Result<Restored, Error> {
     let mut unreadable = 0;
     let environments = spool.environments.into_iter();
     let lanes = environments
-        .map(|(name, waiting)| (Environment::new(&name), lane(waiting, &mut unreadable)))
+        .map(|(name, waiting)| (Environment::new(&name), lane(&waiting, &mut unreadable)))
         .collect();
     Ok(Restored { lanes, unreadable })
 }
@@ -135,7 +135,7 @@ fn json(item: &impl Serialize) -> Box<RawValue> {
 }
 
 /// A lane of what can be read, counting the rest.
-fn lane(waiting: Waiting, unreadable: &mut usize) -> Lane {
+fn lane(waiting: &Waiting, unreadable: &mut usize) -> Lane {
     let mut lane = Lane::default();
     let batch = readable(&waiting.batch, piece, unreadable);
     if !batch.is_empty() {
