@@ -212,10 +212,11 @@ impl Usage {
     }
 
     /// Sends a generation to `sink` at each interval until `shutdown`, then what is left within
-    /// `grace`; to be run once.
+    /// `grace`; only once at a time.
     ///
     /// What could not be sent stays here, to be [saved](Self::save). Dropping the future loses
-    /// nothing, but batches under way will be sent again.
+    /// nothing, and neither does a panic: run again, it goes on, and sends the batches again that
+    /// were under way.
     pub async fn run(&self, sink: Sink, shutdown: CancellationToken, grace: Duration) {
         let Shared { pipeline, interval, .. } = &*self.shared;
         match sink {

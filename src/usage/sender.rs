@@ -110,8 +110,11 @@ mod tests {
     use std::{
         cell::{Cell, RefCell},
         future::pending,
+        panic::AssertUnwindSafe,
         sync::Arc,
     };
+
+    use futures_util::FutureExt as _;
 
     use super::*;
     use crate::{
@@ -169,6 +172,22 @@ mod tests {
         let pause = Outcome::Later(Some(Duration::from_secs(100)));
         let made = attempts(&pipeline, 5 * MINUTE, &[pause]).await;
         assert_eq!(made, [(60, pause), (160, Outcome::Sent)]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn run_again_after_a_panic_it_sends_what_was_under_way() {
+        let pipeline = Pipeline::new(10);
+        count(&pipeline, 3);
+        let shutdown = CancellationToken::new();
+        let dies = |_| async { panic!("a batch that cannot be sent") };
+        let died = AssertUnwindSafe(run(&pipeline, MINUTE, &shutdown, MINUTE, dies)).catch_unwind();
+        assert!(died.await.is_err());
+        count(&pipeline, 4);
+        assert_eq!(
+            attempts(&pipeline, MINUTE * 3 / 2, &[]).await,
+            [(0, Outcome::Sent), (60, Outcome::Sent)]
+        );
+        assert_eq!(pipeline.totals(), crate::usage::outbox::Totals { sent: 7, dropped: 0 });
     }
 
     #[tokio::test(start_paused = true)]
