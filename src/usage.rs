@@ -41,7 +41,12 @@ use self::{
     meter::{Endpoint, Reason},
     pipeline::Pipeline,
 };
-pub use self::{outbox::Totals, sink::Sink, spool::Error};
+pub use self::{
+    outbox::{Revision, Totals},
+    pipeline::Backlog,
+    sink::Sink,
+    spool::Error,
+};
 pub use crate::wire::usage::SdkKind;
 use crate::{
     token::{Environment, Scope},
@@ -244,12 +249,21 @@ impl Usage {
         self.shared.pipeline.totals()
     }
 
-    /// What waits although its interval is over, because upstream does not take it, as bytes for a
-    /// store; nothing if nothing does. It stays here too.
+    /// What waits although its interval is over, because upstream does not take it; none if that is
+    /// what a store holds already, the revision that is `stored`. It stays here too.
     ///
     /// Stored every few seconds, it bounds what a crash during an outage loses to the interval.
-    pub fn backlog(&self) -> Option<Vec<u8>> {
-        self.shared.pipeline.save()
+    pub fn backlog(&self, stored: Option<Revision>) -> Option<Backlog> {
+        self.shared.pipeline.backlog(stored)
+    }
+
+    /// Completes when everything of an environment has been settled of which some was restored or
+    /// given out as [backlog](Self::backlog): a restart before the next backlog is stored would send
+    /// it again.
+    ///
+    /// For one waiter. What happened while nobody waited counts; dropping the future loses nothing.
+    pub async fn settled(&self) {
+        self.shared.pipeline.outdated().await;
     }
 
     /// Everything that was reported and not sent, as bytes for a store; nothing if there is
@@ -344,6 +358,7 @@ fn clock() -> Instant {
 mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
 
+    use futures_util::FutureExt as _;
     use proptest::prelude::*;
     use serde_json::json;
 
@@ -505,6 +520,36 @@ mod tests {
         check(1);
         usage.shared.pipeline.next(clock()).unwrap();
         check(1);
+    }
+
+    #[test]
+    fn what_is_stored_is_outdated_as_soon_as_it_is_sent_and_replaced_only_then() {
+        let settled = |usage: &Usage| usage.settled().now_or_never().is_some();
+        let before = usage(100);
+        before.record_metrics(&scope("dev"), SdkKind::Backend, counts("a", "f", 2), at(0));
+        let saved = before.save().unwrap();
+
+        let restarted = usage(100);
+        restarted.restore(&saved).unwrap();
+        assert_eq!((sum(&sent(&restarted, []), "yes"), settled(&restarted)), (2, true));
+        let empty = restarted.backlog(None).unwrap();
+        assert!(empty.bytes.is_empty());
+
+        let restarted = usage(100);
+        restarted.restore(&saved).unwrap();
+        let backlog = restarted.backlog(None).unwrap();
+        assert_eq!(backlog.bytes, saved);
+        assert_eq!(restarted.backlog(Some(backlog.revision)), None);
+        assert!(!settled(&restarted));
+        sent(&restarted, [Outcome::Later(None)]);
+        assert!(settled(&restarted));
+        assert_eq!(restarted.backlog(Some(backlog.revision)), Some(empty.clone()));
+        assert!(!settled(&restarted));
+
+        restarted.record_metrics(&scope("dev"), SdkKind::Backend, counts("a", "f", 2), at(0));
+        sent(&restarted, []);
+        assert!(!settled(&restarted));
+        assert_eq!(restarted.backlog(Some(empty.revision)), None);
     }
 
     #[test]

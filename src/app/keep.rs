@@ -7,7 +7,6 @@ use std::time::Duration;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
-use xxhash_rust::xxh3::xxh3_64;
 
 use crate::{
     auth::Authenticator,
@@ -50,21 +49,23 @@ impl Keeper {
 
     /// Stores what changes until `stop`, so that a crash loses little.
     ///
-    /// Usage is stored as long as upstream does not take it, and the record is emptied when it did: a
-    /// crash within [`SAVE_EVERY`] of that counts twice, a later one does not. Not to be dropped
-    /// while it runs: a write goes on without it and may end after a later one.
+    /// Usage is stored as long as upstream does not take it, and the record is emptied as soon as it
+    /// did: only a crash in the middle of that counts twice. Not to be dropped while it runs: a
+    /// write goes on without it and may end after a later one.
     pub(super) async fn run(&self, stop: &CancellationToken) {
         // What an earlier run left was restored, and is the first to be replaced.
         let mut stored = None;
-        while stop.run_until_cancelled(sleep(SAVE_EVERY)).await.is_some() {
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = sleep(SAVE_EVERY) => {}
+                () = self.usage.settled() => {}
+            }
             self.store_verdicts().await;
-            let backlog = self.usage.backlog().unwrap_or_default();
-            let hash = xxh3_64(&backlog);
-            if stored != Some(hash) {
-                match self.store.save(&Key::Usage, &backlog).await {
-                    Ok(()) => stored = Some(hash),
-                    Err(error) => warn!(%error, "Usage that waits for upstream cannot be stored"),
-                }
+            let Some(backlog) = self.usage.backlog(stored) else { continue };
+            match self.store.save(&Key::Usage, &backlog.bytes).await {
+                Ok(()) => stored = Some(backlog.revision),
+                Err(error) => warn!(%error, "Usage that waits for upstream cannot be stored"),
             }
         }
     }

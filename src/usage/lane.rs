@@ -40,7 +40,7 @@ impl BatchId {
 }
 
 /// What waits for one environment.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Lane {
     pub(super) applications: BTreeMap<(Arc<str>, Option<Arc<str>>), Application>,
     pub(super) counters: Counters,
@@ -55,6 +55,8 @@ pub(super) struct Lane {
     pub(super) backoff: Backoff,
     /// Since when something waits.
     pub(super) since: Option<Instant>,
+    /// Whether a store holds some of what waits, or waited when last asked.
+    pub(super) stored: bool,
 }
 
 impl Default for Lane {
@@ -69,6 +71,7 @@ impl Default for Lane {
             limit: MAX_BODY,
             backoff: Backoff::default(),
             since: None,
+            stored: false,
         }
     }
 }

@@ -59,6 +59,16 @@ impl Outcome {
     }
 }
 
+/// Names a state of what waits for upstream: as long as it is the same, so is what waits.
+///
+/// That nothing waits is always the same state.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Revision(u64);
+
+impl Revision {
+    const EMPTY: Self = Self(0);
+}
+
 /// How many evaluations have been settled.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Totals {
@@ -74,17 +84,21 @@ pub(super) struct Outbox {
     lanes: BTreeMap<Environment, Lane>,
     max_counters: usize,
     next_id: u64,
+    /// How often what waits has changed.
+    changes: u64,
     totals: Totals,
 }
 
 impl Outbox {
     pub(super) fn new(max_counters: usize) -> Self {
-        Self { lanes: BTreeMap::new(), max_counters, next_id: 0, totals: Totals::default() }
+        let (lanes, totals) = (BTreeMap::new(), Totals::default());
+        Self { lanes, max_counters, next_id: 0, changes: 0, totals }
     }
 
     /// Merges a generation into what waits.
     pub(super) fn absorb(&mut self, generations: BTreeMap<Environment, Generation>, now: Instant) {
         let mut lost = 0;
+        self.changes += u64::from(!generations.is_empty());
         for (environment, generation) in generations {
             let lane = self.lanes.entry(environment).or_default();
             lane.since.get_or_insert(now);
@@ -94,10 +108,12 @@ impl Outbox {
         self.shrink();
     }
 
-    /// Puts back what a spool held; a batch among it is sent again as it was.
+    /// Puts back what a spool held; a batch among it is sent again as it was. The store is taken to
+    /// hold it still.
     pub(super) fn restore(&mut self, environment: Environment, restored: Lane, now: Instant) {
         let Lane { applications, counters, impact, carry, hand, .. } = restored;
         let lane = self.lanes.entry(environment.clone()).or_default();
+        lane.stored = true;
         lane.carry.extend(carry);
         match hand {
             Some((_, batch)) if lane.hand.is_none() => {
@@ -122,6 +138,7 @@ impl Outbox {
                 continue;
             }
             if lane.hand.is_none() {
+                self.changes += u64::from(!lane.is_empty());
                 let (batch, oversized) = lane.cut(environment);
                 meter::dropped(Reason::Size, oversized);
                 self.totals.dropped = self.totals.dropped.saturating_add(oversized);
@@ -146,6 +163,10 @@ impl Outbox {
         let Some(lane) = self.lanes.values_mut().find(is_it) else { return };
         meter::batch(outcome.as_str());
         lane.flying = false;
+        self.changes += match outcome {
+            Outcome::Unauthorized | Outcome::Later(_) => 0,
+            Outcome::Sent | Outcome::Rejected | Outcome::TooLarge => 1,
+        };
         match outcome {
             Outcome::Unauthorized => lane.backoff.fail(now, None, draw),
             Outcome::Later(pause) => lane.backoff.fail(now, pause, draw),
@@ -197,7 +218,6 @@ impl Outbox {
         self.lanes.values().map(|lane| lane.counters.weight()).sum()
     }
 
-    #[cfg(test)]
     fn is_empty(&self) -> bool {
         self.lanes.values().all(Lane::is_empty)
     }
@@ -211,6 +231,22 @@ impl Outbox {
 
     pub(super) fn totals(&self) -> &Totals {
         &self.totals
+    }
+
+    /// Which state of what waits this is.
+    pub(super) fn revision(&self) -> Revision {
+        if self.is_empty() { Revision::EMPTY } else { Revision(self.changes) }
+    }
+
+    /// A copy of what waits, for a store: it is taken to hold this from here on.
+    pub(super) fn copy(&mut self) -> Vec<(Environment, Lane)> {
+        self.lanes.values_mut().for_each(|lane| lane.stored = !lane.is_empty());
+        self.lanes().map(|(environment, lane)| (environment.clone(), lane.clone())).collect()
+    }
+
+    /// Whether a store holds something of an environment for which nothing waits any more.
+    pub(super) fn is_store_outdated(&self) -> bool {
+        self.lanes.values().any(|lane| lane.stored && lane.is_empty())
     }
 
     pub(super) fn lanes(&self) -> impl Iterator<Item = (&Environment, &Lane)> {
@@ -395,6 +431,35 @@ mod tests {
             assert!(outbox.len() <= 10_000);
         }
         assert_eq!((outbox.len(), outbox.totals().dropped), (10_000, 38_000));
+    }
+
+    #[test]
+    fn a_revision_lasts_as_long_as_what_waits_and_emptiness_has_one() {
+        let now = Instant::now();
+        let mut outbox = Outbox::new(100);
+        let empty = outbox.revision();
+        let mut revisions = vec![empty];
+        let mut changed = |outbox: &Outbox| {
+            let known = revisions.contains(&outbox.revision());
+            revisions.push(outbox.revision());
+            !known
+        };
+        outbox.absorb(generation("dev", [(key(1, "a", "f"), 2), (key(1, "a", "g"), 2)]), now);
+        assert!(changed(&outbox));
+        outbox.absorb(BTreeMap::new(), now);
+        assert!(!changed(&outbox));
+        let batch = outbox.next(now).unwrap();
+        assert!(changed(&outbox));
+        outbox.settle(batch.id, Outcome::Later(None), now, 0.5);
+        let later = outbox.wake().unwrap();
+        let batch = outbox.next(later).unwrap();
+        assert!(!changed(&outbox));
+        outbox.settle(batch.id, Outcome::TooLarge, later, 0.5);
+        assert!(changed(&outbox));
+        while let Some(batch) = outbox.next(later) {
+            outbox.settle(batch.id, Outcome::Sent, later, 0.5);
+        }
+        assert_eq!(outbox.revision(), empty);
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::{
 
 use jiff::Timestamp;
 use serde_json::{Value, json};
+use tokio::sync::Notify;
 
 use super::{
     batch::Part,
@@ -14,20 +15,34 @@ use super::{
     lane::BatchId,
     ledger::Ledger,
     meter,
-    outbox::{Dispatch, Outbox, Outcome, Totals},
+    outbox::{Dispatch, Outbox, Outcome, Revision, Totals},
     spool::{self, Restored},
 };
+
+/// What waits for upstream at a time, for a store.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Backlog {
+    /// Which state of it this is.
+    pub revision: Revision,
+    /// What to store; empty when nothing waits.
+    pub bytes: Vec<u8>,
+}
 
 /// Everything counted that upstream does not have yet.
 #[derive(Debug)]
 pub(super) struct Pipeline {
     pub(super) ledger: Ledger,
     outbox: Mutex<Outbox>,
+    outdated: Notify,
 }
 
 impl Pipeline {
     pub(super) fn new(max_counters: usize) -> Self {
-        Self { ledger: Ledger::new(max_counters), outbox: Mutex::new(Outbox::new(max_counters)) }
+        Self {
+            ledger: Ledger::new(max_counters),
+            outbox: Mutex::new(Outbox::new(max_counters)),
+            outdated: Notify::new(),
+        }
     }
 
     /// Moves a generation from the ledger to the outbox.
@@ -47,6 +62,9 @@ impl Pipeline {
     pub(super) fn settle(&self, id: BatchId, outcome: Outcome, now: Instant, draw: f64) {
         let mut outbox = self.outbox();
         outbox.settle(id, outcome, now, draw);
+        if outbox.is_store_outdated() {
+            self.outdated.notify_one();
+        }
         meter::pending(self.ledger.len() + outbox.len(), outbox.oldest(now));
     }
 
@@ -70,8 +88,29 @@ impl Pipeline {
         self.outbox().totals().clone()
     }
 
+    /// What waits in the outbox, unless it is what it was at the revision that is `stored`.
+    ///
+    /// It is copied under the lock, names being shared, and serialised outside.
+    pub(super) fn backlog(&self, stored: Option<Revision>) -> Option<Backlog> {
+        let (revision, lanes) = {
+            let mut outbox = self.outbox();
+            let revision = outbox.revision();
+            if stored == Some(revision) {
+                return None;
+            }
+            (revision, outbox.copy())
+        };
+        Some(Backlog { revision, bytes: spool::save(&lanes).unwrap_or_default() })
+    }
+
+    /// Completes when a store holds something of an environment for which nothing waits any more.
+    pub(super) async fn outdated(&self) {
+        self.outdated.notified().await;
+    }
+
     pub(super) fn save(&self) -> Option<Vec<u8>> {
-        spool::save(self.outbox().lanes())
+        let lanes = self.outbox().copy();
+        spool::save(&lanes)
     }
 
     pub(super) fn restore(&self, bytes: &[u8], now: Instant) -> Result<(), spool::Error> {

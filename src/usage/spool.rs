@@ -82,10 +82,9 @@ pub(super) struct Restored {
 }
 
 /// Writes what the lanes hold; nothing when there is nothing.
-pub(super) fn save<'a>(
-    lanes: impl Iterator<Item = (&'a Environment, &'a Lane)>,
-) -> Option<Vec<u8>> {
+pub(super) fn save(lanes: &[(Environment, Lane)]) -> Option<Vec<u8>> {
     let environments: BTreeMap<_, _> = lanes
+        .iter()
         .filter(|(_, lane)| !lane.is_empty())
         .map(|(environment, lane)| (environment.as_str().to_owned(), waiting(environment, lane)))
         .collect();
@@ -227,7 +226,7 @@ mod tests {
     fn version_1_is_read_and_written_back_as_it_was() {
         let Restored { lanes, unreadable } = restore(VERSION_1.as_bytes()).unwrap();
         assert_eq!(unreadable, 0);
-        let saved = save(lanes.iter().map(|(environment, lane)| (environment, lane))).unwrap();
+        let saved = save(&lanes).unwrap();
         let saved: Value = serde_json::from_slice(&saved).unwrap();
         assert_eq!(saved, serde_json::from_str::<Value>(VERSION_1).unwrap());
     }
@@ -241,7 +240,7 @@ mod tests {
         }
         let Restored { lanes, unreadable } = restore(spool.to_string().as_bytes()).unwrap();
         assert_eq!(unreadable, 5);
-        let saved = save(lanes.iter().map(|(environment, lane)| (environment, lane))).unwrap();
+        let saved = save(&lanes).unwrap();
         let saved: Value = serde_json::from_slice(&saved).unwrap();
         assert_eq!(saved, serde_json::from_str::<Value>(VERSION_1).unwrap());
     }
@@ -258,7 +257,6 @@ mod tests {
 
     #[test]
     fn nothing_waiting_is_nothing_saved() {
-        let environment = Environment::new("dev");
-        assert_eq!(save([(&environment, &Lane::default())].into_iter()), None);
+        assert_eq!(save(&[(Environment::new("dev"), Lane::default())]), None);
     }
 }
