@@ -9,6 +9,7 @@ mod fragments;
 mod listing;
 
 use std::{
+    cmp::Reverse,
     collections::{BTreeSet, HashMap},
     hash::Hash,
     sync::{
@@ -22,7 +23,10 @@ use jiff::Timestamp;
 use moka::sync::Cache;
 use tokio::sync::watch;
 
-use self::{body::Body, listing::ListingKey};
+use self::{
+    body::Body,
+    listing::{Listing, ListingKey},
+};
 pub use self::{
     fragments::{Fragment, Fragments},
     listing::{Filter, Segments},
@@ -38,6 +42,10 @@ use crate::{
 const LISTINGS_BYTES: u64 = 128 << 20;
 const ANSWERS_BYTES: u64 = 64 << 20;
 
+/// How many filtered listings a snapshot takes over from the one before. Who sends a new filter each
+/// time must not make each change of flags cost more.
+const INHERITED_FILTERS: usize = 64;
+
 /// How many sets of projects have their flags listed; a deployment has as many as kinds of tokens.
 const PROJECT_SETS: u64 = 1_000;
 
@@ -50,7 +58,7 @@ pub struct Snapshot {
     problems: Vec<Problem>,
     /// When the source last confirmed this state, in milliseconds of Unix time.
     confirmed: AtomicI64,
-    listings: Cache<ListingKey, Arc<Body>>,
+    listings: Cache<ListingKey, Arc<Listing>>,
     fragments: Fragments,
     visible: Cache<Projects, Arc<[FlagId]>>,
     answers: Cache<u128, Arc<Body>>,
@@ -64,8 +72,8 @@ impl Snapshot {
         let (engine, problems) = Engine::compile(&document);
         Self {
             fragments: Fragments::of(&engine),
-            listings: bodies(LISTINGS_BYTES),
-            answers: bodies(ANSWERS_BYTES),
+            listings: bodies(LISTINGS_BYTES, |listing: &Arc<Listing>| listing.body()),
+            answers: bodies(ANSWERS_BYTES, |answer: &Arc<Body>| answer),
             visible: Cache::new(PROJECT_SETS),
             environment,
             document,
@@ -110,8 +118,8 @@ impl Snapshot {
     /// it; built on the first wish.
     pub fn listing(&self, projects: &Projects, filter: Filter, segments: Segments) -> Arc<Body> {
         let key = ListingKey { projects: projects.clone(), filter, segments };
-        let build = || Arc::new(listing::build(&self.environment, &self.document, &key));
-        self.listings.get_with_by_ref(&key, build)
+        let build = || Listing::of(listing::build(&self.environment, &self.document, &key));
+        self.listings.get_with_by_ref(&key, build).ask()
     }
 
     /// The flags that `projects` see, in the order of their names.
@@ -135,30 +143,43 @@ impl Snapshot {
         self.answers.get_with(hash, || Arc::new(make()))
     }
 
-    /// Builds the bodies that the previous snapshot had been asked for, so that no request after
-    /// the swap waits for them.
+    /// Builds the bodies that requests after the swap will ask for, so that none waits for them:
+    /// those that the previous snapshot holds without a filter, and of the filtered ones that it
+    /// was itself asked for the most wanted.
     ///
     /// A body whose content did not change is taken over as it is, with all its codings.
     pub fn inherit(&self, previous: &Self) {
-        for (key, old) in &previous.listings {
+        let listings = previous.listings.iter();
+        let (mut wanted, mut filtered): (Vec<_>, Vec<_>) =
+            listings.partition(|(key, _)| key.filter == Filter::default());
+        filtered.retain(|(_, listing)| listing.asked() > 0);
+        filtered.sort_by_key(|(_, listing)| Reverse(listing.asked()));
+        filtered.truncate(INHERITED_FILTERS);
+        wanted.append(&mut filtered);
+        for (key, old) in wanted {
             let new = listing::build(&self.environment, &self.document, &key);
-            if new.etag() == old.etag() {
-                self.listings.insert((*key).clone(), old);
-                continue;
-            }
-            for coding in body::Coding::COMPRESSING {
-                if old.ready(coding).is_some() {
-                    new.make(coding);
+            let listing = if new.etag() == old.body().etag() {
+                old.anew()
+            } else {
+                for coding in body::Coding::COMPRESSING {
+                    if old.body().ready(coding).is_some() {
+                        new.make(coding);
+                    }
                 }
-            }
-            self.listings.insert((*key).clone(), Arc::new(new));
+                Listing::of(new)
+            };
+            self.listings.insert((*key).clone(), listing);
         }
     }
 }
 
-/// A cache of bodies that holds so many bytes.
-fn bodies<K: Eq + Hash + Send + Sync + 'static>(bytes: u64) -> Cache<K, Arc<Body>> {
-    let weight = |_: &K, body: &Arc<Body>| u32::try_from(body.weight()).unwrap_or(u32::MAX);
+/// A cache that holds so many bytes of bodies.
+fn bodies<K, V>(bytes: u64, body: impl Fn(&V) -> &Body + Send + Sync + 'static) -> Cache<K, V>
+where
+    K: Eq + Hash + Send + Sync + 'static,
+    V: Clone + Send + Sync + 'static,
+{
+    let weight = move |_: &K, value: &V| u32::try_from(body(value).weight()).unwrap_or(u32::MAX);
     Cache::builder().max_capacity(bytes).weigher(weight).build()
 }
 
@@ -220,5 +241,48 @@ impl Snapshots {
     /// The environments that have a snapshot, sorted.
     pub fn environments(&self) -> BTreeSet<Environment> {
         self.0.current.load().keys().cloned().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn snapshot(flag: &str) -> Snapshot {
+        let text = format!(r#"{{"features":[{{"name":"{flag}"}}]}}"#);
+        let document = Document::parse(text.as_bytes()).unwrap();
+        Snapshot::build(Environment::new("development"), document, Timestamp::UNIX_EPOCH)
+    }
+
+    fn ask(snapshot: &Snapshot, prefix: usize) -> Arc<Body> {
+        let filter = Filter { name_prefix: Some(prefix.to_string().into()), ..Filter::default() };
+        snapshot.listing(&Projects::All, filter, Segments::Separate)
+    }
+
+    fn kept(snapshot: &Snapshot) -> usize {
+        snapshot.listings.iter().count()
+    }
+
+    #[test]
+    fn a_snapshot_inherits_what_is_asked_for_and_of_filters_only_the_most_wanted() {
+        let first = snapshot("a");
+        let whole = || first.listing(&Projects::All, Filter::default(), Segments::Separate);
+        let (body, _) = (whole(), ask(&first, 0));
+        ask(&first, 0);
+        for prefix in 1..1000 {
+            ask(&first, prefix);
+        }
+        let second = snapshot("a");
+        second.inherit(&first);
+        assert_eq!(kept(&second), 1 + INHERITED_FILTERS);
+        let taken = second.listing(&Projects::All, Filter::default(), Segments::Separate);
+        assert!(Arc::ptr_eq(&body, &taken), "nothing has changed");
+        assert!(Arc::ptr_eq(&ask(&first, 0), &ask(&second, 0)), "it was asked for twice");
+        let third = snapshot("b");
+        third.inherit(&second);
+        assert_eq!(kept(&third), 2, "the others were not asked for since");
+        let fourth = snapshot("b");
+        fourth.inherit(&third);
+        assert_eq!(kept(&fourth), 1, "nobody asked");
     }
 }

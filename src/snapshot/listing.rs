@@ -2,7 +2,13 @@
 //!
 //! Flags and segments are sent in the very text in which upstream told them.
 
-use std::collections::BTreeSet;
+use std::{
+    collections::BTreeSet,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use bytes::Bytes;
 
@@ -44,6 +50,41 @@ impl ListingKey {
         self.projects.contains(feature.project())
             && (projects.is_empty() || projects.contains(&**feature.project()))
             && name_prefix.as_deref().is_none_or(|prefix| feature.name().starts_with(prefix))
+    }
+}
+
+/// A listing, and how often its snapshot was asked for it.
+#[derive(Debug)]
+pub(super) struct Listing {
+    body: Arc<Body>,
+    asked: AtomicU64,
+}
+
+impl Listing {
+    /// A new listing, not asked for yet.
+    pub(super) fn of(body: Body) -> Arc<Self> {
+        Arc::new(Self { body: Arc::new(body), asked: AtomicU64::new(0) })
+    }
+
+    /// The same listing for another snapshot, which was not asked for it yet.
+    pub(super) fn anew(&self) -> Arc<Self> {
+        Arc::new(Self { body: Arc::clone(&self.body), asked: AtomicU64::new(0) })
+    }
+
+    /// The body, for a request.
+    pub(super) fn ask(&self) -> Arc<Body> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        Arc::clone(&self.body)
+    }
+
+    /// The body, for nobody in particular.
+    pub(super) fn body(&self) -> &Body {
+        &self.body
+    }
+
+    /// How often it was asked for.
+    pub(super) fn asked(&self) -> u64 {
+        self.asked.load(Ordering::Relaxed)
     }
 }
 
