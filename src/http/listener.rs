@@ -1,7 +1,7 @@
 //! Accepts connections and speaks HTTP/1.1 and HTTP/2 on them until it is told to stop.
 //!
 //! The listener and the signal to stop are arguments, so that a test starts the real thing on port
-//! 0. What a request means is the [`Service`]'s business.
+//! 0. What a request means, and how long answering it may take, is the [`Service`]'s business.
 
 use std::{
     convert::Infallible,
@@ -9,21 +9,22 @@ use std::{
     net::SocketAddr,
     panic::AssertUnwindSafe,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
 
 use futures_util::FutureExt as _;
-use hyper::{Request, body::Incoming, service::service_fn};
+use hyper::{Request, body::Incoming, rt::Executor, service::service_fn};
 use hyper_util::{
-    rt::{TokioExecutor, TokioIo, TokioTimer},
+    rt::{TokioIo, TokioTimer},
     server::{conn::auto::Builder, graceful::GracefulShutdown},
 };
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::Semaphore,
+    task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
@@ -49,7 +50,7 @@ pub struct Limits {
     pub connections: usize,
     /// The longest that a client may take to send a request's head.
     pub header_read_timeout: Duration,
-    /// The longest that answering one request may take, streams excepted.
+    /// The longest that one request may take, from its head until its answer is ready.
     pub request_timeout: Duration,
 }
 
@@ -59,7 +60,12 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How often HTTP/2 connections are probed, so that dead ones do not stay.
 const PING_EVERY: Duration = Duration::from_secs(20);
 
-/// Serves until `stop`, then lets requests under way finish, at most for `grace`.
+/// How long a client may leave what it was sent untaken, by not reading or by being gone.
+#[cfg(target_os = "linux")]
+const STALLED_AFTER: Duration = Duration::from_secs(60);
+
+/// Serves until `stop`, then lets requests under way finish, at most for `grace`; those that do not
+/// are dropped before this returns.
 pub async fn serve<S: Service>(
     listener: TcpListener,
     service: Arc<S>,
@@ -69,7 +75,8 @@ pub async fn serve<S: Service>(
 ) {
     let graceful = GracefulShutdown::new();
     let room = Arc::new(Semaphore::new(limits.connections));
-    let mut protocol = Builder::new(TokioExecutor::new());
+    let tasks = Tasks::default();
+    let mut protocol = Builder::new(tasks.clone());
     protocol.http1().timer(TokioTimer::new()).header_read_timeout(limits.header_read_timeout);
     protocol.http2().timer(TokioTimer::new()).keep_alive_interval(PING_EVERY);
     loop {
@@ -96,7 +103,7 @@ pub async fn serve<S: Service>(
         let connection = protocol.serve_connection(TokioIo::new(stream), answer).into_owned();
         let connection = graceful.watch(connection);
         let first_head = limits.header_read_timeout;
-        tokio::spawn(async move {
+        tasks.spawn(async move {
             let mut connection = std::pin::pin!(connection);
             // Hyper's own timer starts when the protocol is known, which a silent client prevents.
             let ended = match tokio::time::timeout(first_head, &mut connection).await {
@@ -114,6 +121,7 @@ pub async fn serve<S: Service>(
     if tokio::time::timeout(grace, graceful.shutdown()).await.is_err() {
         warn!(?grace, "Requests under way did not finish in time");
     }
+    tasks.abort().await;
 }
 
 async fn accept(
@@ -123,7 +131,46 @@ async fn accept(
     let permit = Arc::clone(room).acquire_owned().await.expect("the semaphore is never closed");
     let (stream, peer) = listener.accept().await?;
     stream.set_nodelay(true)?;
+    // Elsewhere a client that reads nothing keeps its connection until the system gives it up.
+    #[cfg(target_os = "linux")]
+    socket2::SockRef::from(&stream).set_tcp_user_timeout(Some(STALLED_AFTER))?;
     Ok((stream, peer, permit))
+}
+
+/// Everything that a listener runs: connections, and the requests of those that speak HTTP/2.
+#[derive(Clone, Debug, Default)]
+struct Tasks(Arc<Mutex<JoinSet<()>>>);
+
+impl Tasks {
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let mut tasks = self.lock();
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn(task);
+    }
+
+    /// Ends all, and those that they may still start.
+    async fn abort(&self) {
+        loop {
+            let mut tasks = std::mem::take(&mut *self.lock());
+            if tasks.is_empty() {
+                return;
+            }
+            tasks.shutdown().await;
+        }
+    }
+
+    /// A panic under this lock leaves a set of tasks, usable as it is.
+    fn lock(&self) -> MutexGuard<'_, JoinSet<()>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<F: Future<Output: Send> + Send + 'static> Executor<F> for Tasks {
+    fn execute(&self, task: F) {
+        self.spawn(async {
+            task.await;
+        });
+    }
 }
 
 /// Answers, with a 500 where answering panics: one request's fault must not take its connection's
@@ -133,4 +180,55 @@ async fn guarded<S: Service>(service: &S, request: Request<Incoming>, peer: Sock
         error!("Answering a request panicked");
         Failure::Internal.into()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Weak;
+
+    use tokio::{io::AsyncWriteExt as _, sync::mpsc};
+
+    use super::*;
+
+    /// Tells of each request, holds something as long as it lasts, and never answers.
+    struct Silent(mpsc::UnboundedSender<Weak<()>>);
+
+    impl Service for Silent {
+        async fn call(&self, _: Request<Incoming>, _: SocketAddr) -> Reply {
+            let held = Arc::new(());
+            self.0.send(Arc::downgrade(&held)).unwrap();
+            std::future::pending::<()>().await;
+            drop(held);
+            Failure::Internal.into()
+        }
+    }
+
+    #[tokio::test]
+    async fn requests_that_outlast_the_grace_are_dropped_before_serving_ends() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let limits = Limits {
+            body_bytes: 0,
+            connections: 10,
+            header_read_timeout: Duration::from_secs(60),
+            request_timeout: Duration::from_secs(60),
+        };
+        let (seen, mut requests) = mpsc::unbounded_channel();
+        let stop = CancellationToken::new();
+        let (service, stopped) = (Arc::new(Silent(seen)), stop.clone());
+        let serving = tokio::spawn(async move {
+            serve(listener, service, &limits, stopped, Duration::ZERO).await;
+        });
+        let mut first = TcpStream::connect(address).await.unwrap();
+        first.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let second = reqwest::Client::builder().http2_prior_knowledge().no_proxy().build().unwrap();
+        let second = tokio::spawn(second.get(format!("http://{address}")).send());
+        let held = [requests.recv().await.unwrap(), requests.recv().await.unwrap()];
+        assert!(held.iter().all(|request| request.upgrade().is_some()));
+        stop.cancel();
+        serving.await.unwrap();
+        assert!(held.iter().all(|request| request.upgrade().is_none()));
+        assert!(second.await.unwrap().is_err());
+    }
 }
