@@ -225,7 +225,8 @@ keys! {
         MAX_CONNECTIONS = one("max-connections").default("20000");
         /// The longest that a client may take to send a request's head.
         HEADER_READ_TIMEOUT_SECONDS = one("header-read-timeout-seconds").default("15");
-        /// The longest that one request may take, in seconds; streams excepted.
+        /// The longest that one request may take, in seconds, from its head until its answer is
+        /// ready.
         EDGE_REQUEST_TIMEOUT = one("edge-request-timeout").default("10");
         /// How many valid tokens, and apart from them how many invalid ones, are remembered.
         TOKEN_CACHE_CAPACITY = one("token-cache-capacity").default("100000");
@@ -333,7 +334,8 @@ keys! {
     Everywhere, "Without effect": {
         /// as many threads run as there are processors.
         WORKERS = ignored("workers", One).short('w');
-        /// idle connections end by --header-read-timeout-seconds.
+        /// idle HTTP/1.1 connections end by --header-read-timeout-seconds, HTTP/2 ones when a ping
+        /// every 20 s stays unanswered.
         EDGE_KEEPALIVE_TIMEOUT = ignored("edge-keepalive-timeout", One);
         /// nothing is sent to Sentry; errors are logged.
         SENTRY_DSN = ignored("sentry-dsn", One);

@@ -48,8 +48,10 @@ pub struct Settings {
     pub access: access::Config,
     /// Routes that answer as if they did not exist.
     pub disabled: BTreeSet<Endpoint>,
-    /// What a request's body may take.
-    pub payload: payload::Limits,
+    /// The largest request body, in bytes.
+    pub body_bytes: usize,
+    /// The longest that one request may take, from its head until its answer is ready.
+    pub request_timeout: Duration,
     /// The longest that a request with a first-seen token waits for its environment's flags.
     pub patience: Duration,
     /// This machine's name.
@@ -114,7 +116,9 @@ impl Data {
                 return (Subject::Unknown, Failure::Method(known).into());
             }
         };
-        let reply = self.dispatch(route, head, body, client).await;
+        let limit = self.settings.request_timeout;
+        let reply = tokio::time::timeout(limit, self.dispatch(route, head, body, client)).await;
+        let reply = reply.unwrap_or(Err(Failure::TooSlow(limit)));
         (Subject::Route(route), reply.unwrap_or_else(Reply::from))
     }
 
@@ -231,7 +235,7 @@ impl Data {
     }
 
     async fn read(&self, headers: &HeaderMap, body: Incoming) -> Result<Bytes, Failure> {
-        payload::read(headers, body, self.settings.payload).await
+        payload::read(headers, body, self.settings.body_bytes).await
     }
 }
 

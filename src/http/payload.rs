@@ -1,8 +1,9 @@
-//! Request bodies: read whole, within a size and a time, decompressed.
+//! Request bodies: read whole, within a size, decompressed.
 //!
-//! What the bytes mean is for `wire` to say.
+//! What the bytes mean is for `wire` to say. How long they may take to arrive is the caller's
+//! business: it is part of the time that the request may take.
 
-use std::{io::Read, time::Duration};
+use std::io::Read;
 
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
@@ -14,34 +15,22 @@ use hyper::{
 
 use super::reply::Failure;
 
-/// What a request body may take.
-#[derive(Clone, Copy, Debug)]
-pub struct Limits {
-    /// The most bytes, before and after decompression.
-    pub bytes: usize,
-    /// The longest that it may take to arrive.
-    pub time: Duration,
-}
-
-/// Reads the body of a request that should hold JSON.
+/// Reads the body of a request that should hold JSON, of at most `limit` bytes before and after
+/// decompression.
 ///
 /// A missing content type is taken for JSON; one that says otherwise is refused. Dropping the future
 /// drops what had arrived.
-pub async fn read(headers: &HeaderMap, body: Incoming, limits: Limits) -> Result<Bytes, Failure> {
+pub async fn read(headers: &HeaderMap, body: Incoming, limit: usize) -> Result<Bytes, Failure> {
     if headers.get(CONTENT_TYPE).is_some_and(|value| !names_json(value.as_bytes())) {
         return Err(Failure::MediaType);
     }
-    let whole = Limited::new(body, limits.bytes).collect();
-    let bytes = match tokio::time::timeout(limits.time, whole).await {
-        Err(_) => return Err(Failure::TooSlow(limits.time)),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => {
-            return Err(Failure::TooLarge(limits.bytes));
-        }
-        Ok(Err(_)) => return Err(Failure::Malformed("the body broke off".to_owned())),
-        Ok(Ok(collected)) => collected.to_bytes(),
+    let bytes = match Limited::new(body, limit).collect().await {
+        Err(error) if error.is::<LengthLimitError>() => return Err(Failure::TooLarge(limit)),
+        Err(_) => return Err(Failure::Malformed("the body broke off".to_owned())),
+        Ok(collected) => collected.to_bytes(),
     };
     let coding = headers.get(CONTENT_ENCODING).map(HeaderValue::as_bytes);
-    decompress(coding.unwrap_or_default(), bytes, limits.bytes)
+    decompress(coding.unwrap_or_default(), bytes, limit)
 }
 
 fn names_json(content_type: &[u8]) -> bool {

@@ -65,8 +65,8 @@ pub enum Failure {
     /// A body beyond the limit.
     #[error("the body is larger than {0} bytes")]
     TooLarge(usize),
-    /// A request that did not arrive in time.
-    #[error("the request took longer than {0:?} to arrive")]
+    /// A request that took longer than one may, mostly to arrive.
+    #[error("the request took longer than {0:?}")]
     TooSlow(Duration),
     /// Our own fault.
     #[error("internal error")]
