@@ -33,6 +33,7 @@ pub(super) async fn offline(
     };
     let mut given = grants(TokenKind::Client, &offline.client_tokens);
     given.extend(grants(TokenKind::Frontend, &offline.frontend_tokens));
+    given.extend(grants(TokenKind::Admin, &offline.admin_tokens));
     let path = offline.bootstrap_file;
     let files = Files::new(path, environments(&given), snapshots.clone(), offline.reload_interval);
     plan("offline", files, given, Store::memory(), latch).await

@@ -236,6 +236,7 @@ fn offline(s: &mut Settings) -> Option<Offline> {
         bootstrap_file: bootstrap_file?,
         client_tokens,
         frontend_tokens,
+        admin_tokens: s.tokens(&keys::INIT_ADMIN_API_TOKENS),
         reload_interval,
     })
 }

@@ -45,7 +45,7 @@ pub struct Config {
 pub enum Mode {
     /// In front of an Unleash server.
     Edge(Box<Edge>),
-    /// Flags of a file, tokens of the command line, and nothing else.
+    /// Flags of a file, tokens that are given, and nothing else.
     Offline(Offline),
     /// A server of its own.
     Standalone(Standalone),
@@ -90,6 +90,8 @@ pub struct Offline {
     pub client_tokens: Vec<Token>,
     /// Tokens that may read evaluated flags.
     pub frontend_tokens: Vec<Token>,
+    /// Tokens that open the admin listener.
+    pub admin_tokens: Vec<Token>,
     /// How often the file is read again although nothing told of a change; `None` is never.
     pub reload_interval: Option<Duration>,
 }

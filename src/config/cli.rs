@@ -170,7 +170,7 @@ fn command() -> Command {
         .into_iter()
         .fold(Command::new("parapet"), |command, verb| {
             let own = Command::new(verb.name()).about(verb.about());
-            command.subcommand(own.args(args_of(verb.scope())))
+            command.subcommand(own.args(own_args(verb)))
         })
         .about("An open-source edge for Unleash feature flags")
         .long_about(
@@ -181,14 +181,19 @@ fn command() -> Command {
         )
         .version(env!("CARGO_PKG_VERSION"))
         .long_version(format!("{} ({REVISION})", env!("CARGO_PKG_VERSION")))
-        .args(args_of(Scope::Everywhere).map(|arg| arg.global(true)))
-        .args(args_of(Scope::Standalone))
+        .args(args_of(|scope| scope == Scope::Everywhere).map(|arg| arg.global(true)))
+        .args(own_args(Verb::Serve(Role::Standalone)))
         .arg(switch(CHECK_CONFIG, "Check the configuration, print it without secrets, and exit"))
         .arg(switch(PRINT_CONFIG, "The same as --check-config"))
 }
 
-fn args_of(scope: Scope) -> impl Iterator<Item = Arg> {
-    KEYS.iter().filter(move |key| key.scope == scope).map(|key| arg(key))
+/// What concerns a command, less what concerns every one.
+fn own_args(verb: Verb) -> impl Iterator<Item = Arg> {
+    args_of(move |scope| scope != Scope::Everywhere && scope.concerns(verb.scope()))
+}
+
+fn args_of(wanted: impl Fn(Scope) -> bool) -> impl Iterator<Item = Arg> {
+    KEYS.iter().filter(move |key| wanted(key.scope)).map(|key| arg(key))
 }
 
 fn arg(key: &'static Key) -> Arg {

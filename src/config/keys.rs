@@ -44,8 +44,21 @@ pub(super) enum Scope {
     Edge,
     Offline,
     Standalone,
+    /// `offline` and `standalone`, which have no upstream.
+    Local,
     /// `health` and `ready`.
     Probe,
+}
+
+impl Scope {
+    /// Whether a key of this scope has a meaning for the command whose own scope is `command`.
+    pub(super) fn concerns(self, command: Self) -> bool {
+        match self {
+            Self::Everywhere => true,
+            Self::Local => matches!(command, Self::Offline | Self::Standalone),
+            own => own == command,
+        }
+    }
 }
 
 /// What becomes of a value that was given.
@@ -312,11 +325,14 @@ keys! {
         /// never.
         RELOAD_INTERVAL = one("reload-interval").short('r').default("0");
     }
+    Local, "Without upstream": {
+        /// Admin tokens, for the admin listener: those of offline mode; in standalone mode those
+        /// that the first start creates.
+        INIT_ADMIN_API_TOKENS = list("init-admin-api-tokens").secret();
+    }
     Standalone, "Standalone": {
         /// The file of flags, or the folder of such files.
         FLAGS = one("flags").env("PARAPET_FLAGS").default("config/flags.json");
-        /// Admin tokens that the first start creates.
-        INIT_ADMIN_API_TOKENS = list("init-admin-api-tokens").secret();
         /// Backend tokens that the first start creates.
         INIT_BACKEND_API_TOKENS = list("init-backend-api-tokens").secret();
         /// The older name of --init-backend-api-tokens.
@@ -441,7 +457,7 @@ mod tests {
         assert_eq!((names.len(), variables.len()), (KEYS.len(), KEYS.len()));
         for scope in [Scope::Edge, Scope::Offline, Scope::Standalone, Scope::Probe] {
             let mut letters = HashSet::from(['h', 'V']);
-            for key in KEYS.iter().filter(|key| [scope, Scope::Everywhere].contains(&key.scope)) {
+            for key in KEYS.iter().filter(|key| key.scope.concerns(scope)) {
                 assert!(key.short.is_none_or(|letter| letters.insert(letter)), "{}", key.name);
             }
         }

@@ -292,7 +292,7 @@ impl Settings {
 
 impl Verb {
     fn concerns(self, key: &Key) -> bool {
-        key.scope == Scope::Everywhere || key.scope == self.scope()
+        key.scope.concerns(self.scope())
     }
 }
 

@@ -287,6 +287,7 @@ fn secrets_are_never_shown() {
         format!("edge --tokns={TOKEN}"),
         format!("edge --skip-ssl-verification={TOKEN}"),
         format!("offline -b config/flags.json -c {TOKEN} -f {TOKEN}"),
+        format!("offline -b config/flags.json --init-admin-api-tokens {ADMIN}"),
         format!("--init-admin-api-tokens {ADMIN} --init-client-api-tokens {TOKEN}"),
         format!("{EDGE} --redis-url redis://u:{SECRET}@h --sentry-dsn https://{SECRET}@s"),
     ];

@@ -222,6 +222,19 @@ async fn the_admin_listener_wants_an_admin_token_and_the_data_listener_has_none_
 }
 
 #[tokio::test]
+async fn offline_the_admin_listener_opens_to_the_admin_tokens_that_were_given() {
+    let check = async |args: &[&str], expect: StatusCode| {
+        let parapet = Local::offline_with(FLAGS, args).await;
+        for path in SECRETIVE {
+            let request = parapet.admin_request(Method::GET, path).header("authorization", ADMIN);
+            assert_eq!(answer(request).await.status, expect, "{args:?} {path}");
+        }
+    };
+    check(&[], StatusCode::UNAUTHORIZED).await;
+    check(&["--init-admin-api-tokens", ADMIN], StatusCode::OK).await;
+}
+
+#[tokio::test]
 async fn the_admin_listener_shows_flags_and_usage_but_no_token() {
     let parapet = Local::standalone(FLAGS, &[], &SEEDS).await;
     let report = json!({"appName": "shop", "instanceId": "one", "bucket": {
