@@ -62,7 +62,7 @@ const PING_EVERY: Duration = Duration::from_secs(20);
 
 /// How long a client may leave what it was sent untaken, by not reading or by being gone.
 #[cfg(target_os = "linux")]
-const STALLED_AFTER: Duration = Duration::from_secs(60);
+const STALLED_AFTER: Duration = Duration::from_mins(1);
 
 /// Serves until `stop`, then lets requests under way finish, at most for `grace`; those that do not
 /// are dropped before this returns.
@@ -210,8 +210,8 @@ mod tests {
         let limits = Limits {
             body_bytes: 0,
             connections: 10,
-            header_read_timeout: Duration::from_secs(60),
-            request_timeout: Duration::from_secs(60),
+            header_read_timeout: Duration::from_mins(1),
+            request_timeout: Duration::from_mins(1),
         };
         let (seen, mut requests) = mpsc::unbounded_channel();
         let stop = CancellationToken::new();
