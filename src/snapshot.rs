@@ -33,7 +33,7 @@ pub use self::{
 };
 use crate::{
     engine::{Engine, FlagId, Problem},
-    token::{Environment, Projects},
+    token::{Environment, Projects, Scope},
     wire::features::Document,
 };
 
@@ -53,6 +53,7 @@ const PROJECT_SETS: u64 = 1_000;
 #[derive(Debug)]
 pub struct Snapshot {
     environment: Environment,
+    projects: Projects,
     document: Document,
     engine: Engine,
     problems: Vec<Problem>,
@@ -65,10 +66,12 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// Compiles a document; what is wrong with single flags is kept as [`Snapshot::problems`].
+    /// Compiles a document that has every flag of the scope's projects; what is wrong with single
+    /// flags is kept as [`Snapshot::problems`].
     ///
     /// Milliseconds of work for thousands of flags.
-    pub fn build(environment: Environment, document: Document, as_of: Timestamp) -> Self {
+    pub fn build(scope: Scope, document: Document, as_of: Timestamp) -> Self {
+        let Scope { environment, projects } = scope;
         let (engine, problems) = Engine::compile(&document);
         Self {
             fragments: Fragments::of(&engine),
@@ -76,6 +79,7 @@ impl Snapshot {
             answers: bodies(ANSWERS_BYTES, |answer: &Arc<Body>| answer),
             visible: Cache::new(PROJECT_SETS),
             environment,
+            projects,
             document,
             engine,
             problems,
@@ -86,6 +90,11 @@ impl Snapshot {
     /// The environment whose state this is.
     pub fn environment(&self) -> &Environment {
         &self.environment
+    }
+
+    /// The projects whose flags are known; of others there may be some, or none.
+    pub fn projects(&self) -> &Projects {
+        &self.projects
     }
 
     /// The flags and segments as they came.
@@ -208,6 +217,11 @@ impl Snapshots {
         self.0.current.load().get(environment).cloned()
     }
 
+    /// The current state of the scope's environment, if it has the flags of the scope's projects.
+    pub fn load_for(&self, scope: &Scope) -> Option<Arc<Snapshot>> {
+        self.load(&scope.environment).filter(|it| it.projects.covers(&scope.projects))
+    }
+
     /// The current state of every environment.
     pub fn all(&self) -> Arc<HashMap<Environment, Arc<Snapshot>>> {
         self.0.current.load_full()
@@ -227,9 +241,19 @@ impl Snapshots {
 
     /// Waits until the environment has a snapshot. Dropping the future is safe.
     pub async fn wait_for(&self, environment: &Environment) -> Arc<Snapshot> {
+        self.wait(|| self.load(environment)).await
+    }
+
+    /// Waits until the scope's environment has a snapshot with the flags of the scope's projects.
+    /// Dropping the future is safe.
+    pub async fn wait_for_scope(&self, scope: &Scope) -> Arc<Snapshot> {
+        self.wait(|| self.load_for(scope)).await
+    }
+
+    async fn wait(&self, look: impl Fn() -> Option<Arc<Snapshot>>) -> Arc<Snapshot> {
         let mut swaps = self.0.swaps.subscribe();
         loop {
-            if let Some(snapshot) = self.load(environment) {
+            if let Some(snapshot) = look() {
                 return snapshot;
             }
             if swaps.changed().await.is_err() {

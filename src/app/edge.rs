@@ -109,19 +109,28 @@ pub(super) async fn plan(
 }
 
 /// Reads what Unleash Edge has left in the folder; what cannot be read is left out.
+///
+/// Its flags of an environment are those that the client tokens which it knew see.
 async fn migrate(folder: &Path, follower: &Follower) -> Vec<(Token, Grant)> {
+    let tokens = edge_backup::tokens(folder).await.unwrap_or_else(|error| {
+        warn!(%error, "Unleash Edge's backup of tokens is not used");
+        Vec::new()
+    });
     match edge_backup::features(folder).await {
         Ok(backups) => {
             for (environment, text) in backups {
-                follower.serve(&environment, text.get().as_bytes()).await;
+                let grants = tokens.iter().map(|(_, grant)| grant).filter(|grant| {
+                    grant.kind == TokenKind::Client && grant.scope.environment == environment
+                });
+                let projects = grants.fold(Projects::Only(BTreeSet::new()), |seen, grant| {
+                    seen.union(&grant.scope.projects)
+                });
+                follower.serve(Scope { environment, projects }, text.get().as_bytes()).await;
             }
         }
         Err(error) => warn!(%error, "Unleash Edge's backup of flags is not used"),
     }
-    edge_backup::tokens(folder).await.unwrap_or_else(|error| {
-        warn!(%error, "Unleash Edge's backup of tokens is not used");
-        Vec::new()
-    })
+    tokens
 }
 
 impl Edge {

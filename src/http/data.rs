@@ -194,25 +194,25 @@ impl Data {
         if admission.grant.kind == wanted { Ok(admission) } else { Err(Failure::WrongKind) }
     }
 
-    /// What a token of the wanted kind allows, and the flags of its environment.
+    /// What a token of the wanted kind allows, and flags that include all that it sees.
     ///
-    /// A first-seen token may be the one to have them fetched, and waits for that.
+    /// A first-seen token may be the one to have them fetched, and waits for that. Flags that were
+    /// never fetched are not there, which is something else than that there are none.
     async fn reader(
         &self,
         headers: &HeaderMap,
         wanted: TokenKind,
     ) -> Result<(Arc<Grant>, Arc<Snapshot>), Failure> {
         let Admission { grant, first_seen } = self.admit(headers, wanted).await?;
-        let environment = &grant.scope.environment;
-        let snapshot = match self.snapshots.load(environment) {
+        let snapshot = match self.snapshots.load_for(&grant.scope) {
             Some(snapshot) => Some(snapshot),
             None if first_seen => {
-                let arrival = self.snapshots.wait_for(environment);
+                let arrival = self.snapshots.wait_for_scope(&grant.scope);
                 tokio::time::timeout(self.settings.patience, arrival).await.ok()
             }
             None => None,
         };
-        let what = "the flags of this environment are not there";
+        let what = "the flags that this token sees have not been fetched";
         let missing = Failure::Unavailable { what, retry_after: TRY_AGAIN };
         snapshot.map(|snapshot| (grant, snapshot)).ok_or(missing)
     }

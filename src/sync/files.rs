@@ -17,7 +17,11 @@ use tracing::warn;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::publish::publish;
-use crate::{snapshot::Snapshots, token::Environment, wire::features::Document};
+use crate::{
+    snapshot::Snapshots,
+    token::{Environment, Projects, Scope},
+    wire::features::Document,
+};
 
 /// How often files are looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -130,8 +134,9 @@ impl Files {
         for (environments, document) in documents {
             for environment in environments {
                 let document = document.clone();
+                let scope = Scope { environment, projects: Projects::All };
                 let published =
-                    publish(&self.snapshots, &environment, Timestamp::now(), || document).await;
+                    publish(&self.snapshots, scope, Timestamp::now(), || document).await;
                 published.map_err(|source| Error::Panic { source })?;
             }
         }

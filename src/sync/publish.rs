@@ -11,27 +11,26 @@ use tracing::{info, warn};
 
 use crate::{
     snapshot::{Snapshot, Snapshots},
-    token::Environment,
+    token::Scope,
     wire::features::Document,
 };
 
 /// How many problems of one document are logged one by one.
 const PROBLEMS_LOGGED: usize = 10;
 
-/// Compiles what `make` makes, on a thread for such work, and puts it in its environment's place;
-/// nobody who reads waits for it.
+/// Compiles what `make` makes, which is to have every flag of `scope`, on a thread for such work, and
+/// puts it in its environment's place; nobody who reads waits for it.
 ///
 /// Returns the snapshot that now is served. Fails where compiling panics, which changes nothing.
 pub(super) async fn publish(
     snapshots: &Snapshots,
-    environment: &Environment,
+    scope: Scope,
     confirmed: Timestamp,
     make: impl FnOnce() -> Document + Send + 'static,
 ) -> Result<Arc<Snapshot>, JoinError> {
-    let previous = snapshots.load(environment);
-    let name = environment.clone();
+    let previous = snapshots.load(&scope.environment);
     let built = spawn_blocking(move || {
-        let snapshot = Snapshot::build(name, make(), confirmed);
+        let snapshot = Snapshot::build(scope, make(), confirmed);
         if let Some(previous) = previous {
             snapshot.inherit(&previous);
         }

@@ -1,7 +1,7 @@
 //! What the tokens of one environment have fetched, and how that becomes one document.
 //!
 //! A fetch that fails takes nothing away: what a token brought stays until every token in use has
-//! answered without it. Whom to ask, and when, is the business of those who call.
+//! answered without it, and what an earlier run has left stays where no token sees. Whom to ask, and when, is the business of those who call.
 
 use std::{
     cmp::Reverse,
@@ -10,6 +10,7 @@ use std::{
 };
 
 use crate::{
+    snapshot::Snapshot,
     token::{Projects, TokenDigest},
     upstream::Credential,
     wire::features::Document,
@@ -19,6 +20,8 @@ use crate::{
 #[derive(Debug)]
 pub(super) struct Sources {
     fetched: BTreeMap<TokenDigest, Source>,
+    /// What was served before the first fetch.
+    inherited: Option<Part>,
     round: u64,
     dirty: bool,
 }
@@ -39,8 +42,13 @@ pub(super) struct Part {
 }
 
 impl Sources {
-    pub(super) fn new() -> Self {
-        Self { fetched: BTreeMap::new(), round: 0, dirty: false }
+    /// Begins where `served` is what is known.
+    pub(super) fn new(served: Option<&Snapshot>) -> Self {
+        let inherited = served.map(|it| Part {
+            projects: it.projects().clone(),
+            document: Arc::new(it.document().clone()),
+        });
+        Self { fetched: BTreeMap::new(), inherited, round: 0, dirty: false }
     }
 
     /// Begins a round in which every token in use is asked with.
@@ -87,6 +95,10 @@ impl Sources {
         let before = self.fetched.len();
         self.fetched.retain(|token, _| used.contains(token));
         self.dirty |= self.fetched.len() != before;
+        let seen = in_use.iter().fold(nothing(), |seen, it| seen.union(&it.projects));
+        if self.inherited.take_if(|part| seen.covers(&part.projects)).is_some() {
+            self.dirty = true;
+        }
         true
     }
 
@@ -104,13 +116,24 @@ impl Sources {
     pub(super) fn parts(&self) -> Vec<Part> {
         let mut sources: Vec<_> = self.fetched.values().collect();
         sources.sort_by_key(|source| Reverse(source.confirmed));
-        sources.into_iter().map(|source| source.part.clone()).collect()
+        let fetched = sources.into_iter().map(|source| source.part.clone());
+        fetched.chain(self.inherited.clone()).collect()
     }
+
+    /// The projects that [`Sources::parts`] have every flag of.
+    pub(super) fn projects(&self) -> Projects {
+        let fetched = self.fetched.values().map(|source| &source.part);
+        fetched.chain(&self.inherited).fold(nothing(), |seen, part| seen.union(&part.projects))
+    }
+}
+
+fn nothing() -> Projects {
+    Projects::Only(BTreeSet::new())
 }
 
 /// The union of `parts`; a project's flags come from the first that sees the project.
 pub(super) fn merged(parts: &[Part]) -> Document {
-    let mut seen = Projects::Only(BTreeSet::new());
+    let mut seen = nothing();
     let mut documents = Vec::new();
     for Part { projects, document } in parts {
         documents.push(document.outside(&seen));
@@ -122,8 +145,10 @@ pub(super) fn merged(parts: &[Part]) -> Document {
 
 #[cfg(test)]
 mod tests {
+    use jiff::Timestamp;
+
     use super::*;
-    use crate::token::Token;
+    use crate::token::{Environment, Scope, Token};
 
     fn credential(projects: &[&str]) -> Credential {
         let token = Token::parse(&format!("[]:dev.{}", projects.concat())).unwrap();
@@ -148,7 +173,7 @@ mod tests {
     #[test]
     fn news_wait_for_being_published_whatever_other_tokens_do() {
         let (one, two) = (credential(&["a"]), credential(&["b"]));
-        let mut sources = Sources::new();
+        let mut sources = Sources::new(None);
         sources.begin();
         sources.insert(&one, Some("1".to_owned()), document(&["a/x"]));
         assert!(!sources.settle(&[one.clone(), two]), "the other did not answer");
@@ -163,7 +188,7 @@ mod tests {
     #[test]
     fn what_a_token_fetched_stays_until_all_in_use_have_answered_without_it() {
         let (one, two, all) = (credential(&["a"]), credential(&["b"]), credential(&["*"]));
-        let mut sources = Sources::new();
+        let mut sources = Sources::new(None);
         sources.begin();
         sources.insert(&one, None, document(&["a/x"]));
         sources.insert(&two, None, document(&["b/y"]));
@@ -190,7 +215,7 @@ mod tests {
     #[test]
     fn of_two_that_see_a_project_the_latest_confirmed_tells_its_flags() {
         let (old, new) = (credential(&["a", "b"]), credential(&["b", "c"]));
-        let mut sources = Sources::new();
+        let mut sources = Sources::new(None);
         sources.begin();
         sources.insert(&old, None, document(&["a/x", "b/gone", "b/kept"]));
         sources.begin();
@@ -204,12 +229,34 @@ mod tests {
     #[test]
     fn a_token_that_sees_more_than_before_is_news() {
         let mut one = credential(&["a"]);
-        let mut sources = Sources::new();
+        let mut sources = Sources::new(None);
         sources.begin();
         sources.insert(&one, None, document(&["a/x"]));
         sources.published();
         one.projects = Projects::All;
         sources.confirm(&one);
         assert!(sources.is_dirty());
+    }
+
+    #[test]
+    fn what_was_served_before_stays_where_no_token_sees() {
+        let projects = Projects::from_list(["a", "b"]);
+        let scope = Scope { environment: Environment::new("dev"), projects: projects.clone() };
+        let flags = document(&["a/gone", "b/kept"]);
+        let before = Snapshot::build(scope, flags, Timestamp::UNIX_EPOCH);
+        let (one, two) = (credential(&["a"]), credential(&["b"]));
+        let mut sources = Sources::new(Some(&before));
+        sources.begin();
+        sources.insert(&one, None, document(&["a/x"]));
+        assert!(sources.settle(std::slice::from_ref(&one)));
+        assert_eq!(
+            (names(&sources), sources.projects()),
+            (vec!["kept".into(), "x".into()], projects)
+        );
+        sources.begin();
+        sources.confirm(&one);
+        sources.insert(&two, None, document(&[]));
+        assert!(sources.settle(&[one, two]));
+        assert_eq!(names(&sources), ["x"]);
     }
 }

@@ -24,9 +24,9 @@ use crate::{
     snapshot::{Filter, Segments, Snapshot, Snapshots, body::Coding},
     store::{Key, Store},
     telemetry::Latch,
-    token::{Environment, Projects, Token},
+    token::{Environment, Scope, Token},
     upstream::{Credential, Credentials, Error, ExchangeError, Fetched, Retry, Upstream},
-    wire::features::Document,
+    wire::features::{Document, projects_of},
 };
 
 /// How often upstream is asked which environments it has.
@@ -86,22 +86,27 @@ impl Follower {
                 continue;
             }
             match self.store.load(&Key::Flags(environment.clone())).await {
-                Ok(Some(bytes)) => self.serve(&environment, &bytes).await,
+                Ok(Some(bytes)) => {
+                    let scope = Scope { environment, projects: projects_of(&bytes) };
+                    self.serve(scope, &bytes).await;
+                }
                 Ok(None) => {}
                 Err(error) => warn!(error = %report(&error), "Cannot read stored flags"),
             }
         }
     }
 
-    /// Serves flags that were kept somewhere, unless the environment has some already.
-    pub async fn serve(&self, environment: &Environment, text: &[u8]) {
-        if self.snapshots.load(environment).is_some() {
+    /// Serves the flags of `scope` that were kept somewhere, unless the environment has some
+    /// already.
+    pub async fn serve(&self, scope: Scope, text: &[u8]) {
+        let environment = scope.environment.clone();
+        if self.snapshots.load(&environment).is_some() {
             return;
         }
         // Its age is not known any more; it has not been confirmed by this process.
         let never = Timestamp::UNIX_EPOCH;
         let published = match Document::parse(text) {
-            Ok(document) => publish(&self.snapshots, environment, never, || document).await,
+            Ok(document) => publish(&self.snapshots, scope, never, || document).await,
             Err(error) => return warn!(%environment, %error, "Stored flags cannot be read"),
         };
         if let Err(error) = published {
@@ -183,7 +188,7 @@ impl Follower {
         mut latch: Option<Latch>,
     ) {
         let mut pace = Pace::new(self.config.interval);
-        let mut sources = Sources::new();
+        let mut sources = Sources::new(self.snapshots.load(&environment).as_deref());
         loop {
             if self.snapshots.load(&environment).is_some() {
                 release(&mut latch);
@@ -232,7 +237,8 @@ impl Follower {
             };
             let parts = sources.parts();
             let make = move || merged(&parts);
-            let snapshot = publish(&self.snapshots, environment, confirmed, make).await?;
+            let scope = Scope { environment: environment.clone(), projects: sources.projects() };
+            let snapshot = publish(&self.snapshots, scope, confirmed, make).await?;
             sources.published();
             self.keep(&snapshot).await;
         } else if whole && let Some(served) = served {
@@ -305,7 +311,8 @@ impl Follower {
     }
 
     async fn keep(&self, snapshot: &Snapshot) {
-        let all = snapshot.listing(&Projects::All, Filter::default(), Segments::Separate);
+        // Its query says whose flags these are.
+        let all = snapshot.listing(snapshot.projects(), Filter::default(), Segments::Separate);
         let text = all.make(Coding::Identity).bytes.clone();
         let key = Key::Flags(snapshot.environment().clone());
         if let Err(error) = self.store.save(&key, &text).await {

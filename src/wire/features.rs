@@ -188,6 +188,22 @@ fn find_segment(segments: &[Segment], id: i64) -> Option<&Segment> {
     segments.get(index)
 }
 
+/// The projects that a listing says it was asked for; all where it does not say.
+pub fn projects_of(listing: &[u8]) -> Projects {
+    #[derive(Deserialize)]
+    struct Listing {
+        query: Query,
+    }
+    #[derive(Deserialize)]
+    struct Query {
+        projects: Vec<String>,
+    }
+    match serde_json::from_slice::<Listing>(listing) {
+        Ok(listing) => Projects::from_list(listing.query.projects.iter().map(String::as_str)),
+        Err(_) => Projects::All,
+    }
+}
+
 #[derive(Deserialize)]
 struct Body<'a> {
     #[serde(borrow)]
@@ -410,5 +426,14 @@ mod tests {
         assert_eq!(union.segments().iter().map(Segment::id).collect::<Vec<_>>(), [1, 2]);
         assert_eq!(union.revision(), Some(5));
         assert!(union.shadowed().is_empty());
+    }
+
+    #[test]
+    fn a_listing_tells_whose_flags_it_has() {
+        let of = |query: &str| projects_of(format!(r#"{{"features":[]{query}}}"#).as_bytes());
+        assert_eq!(of(r#","query":{"projects":["a","b"]}"#), Projects::from_list(["a", "b"]));
+        assert_eq!(of(r#","query":{"projects":["*"]}"#), Projects::All);
+        assert_eq!(of(r#","query":{"environment":"dev"}"#), Projects::All);
+        assert_eq!(of(""), Projects::All);
     }
 }

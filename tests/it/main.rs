@@ -25,6 +25,8 @@ mod local;
 mod ops;
 /// An edge whose upstream is away.
 mod outage;
+/// An edge whose tokens see a part each, and whose environments come and go.
+mod parts;
 /// Tokens that are made and revoked while an edge runs.
 mod revocation;
 /// Real servers, real SDKs and a network that can be made to fail.

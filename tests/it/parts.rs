@@ -1,0 +1,256 @@
+//! An edge of which no single token sees everything: tokens of single projects, one of which may fail, and environments
+//! that come and go.
+//!
+//! The upstream is made up, because a real open-source Unleash has one project only.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Full};
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper::{Request, Response};
+use hyper_util::rt::TokioIo;
+use reqwest::StatusCode;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+
+use crate::rig::{Parapet, until};
+
+const A: &str = "a:development.of-project-a-0123456789abcdef012345";
+const B: &str = "b:development.of-project-b-0123456789abcdef012345";
+
+const FEATURES: &str = "/api/client/features";
+const SOON: Duration = Duration::from_secs(30);
+
+/// What the made-up upstream answers.
+#[derive(Default)]
+struct State {
+    /// The flag of each token's project.
+    flags: BTreeMap<String, String>,
+    /// The status of answers to a token, where it is not 200.
+    failing: BTreeMap<String, StatusCode>,
+    /// How often flags were asked for with a token.
+    asked: BTreeMap<String, usize>,
+    /// The environments, and whether they are enabled.
+    environments: Vec<(&'static str, bool)>,
+    /// Whether it answers nothing but 503.
+    away: bool,
+}
+
+#[derive(Clone, Default)]
+struct Upstream(Arc<Mutex<State>>);
+
+impl Upstream {
+    async fn start() -> (Self, String) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address: SocketAddr = listener.local_addr().unwrap();
+        let upstream = Self::default();
+        let shared = upstream.clone();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let upstream = shared.clone();
+                let answer = service_fn(move |request| {
+                    let upstream = upstream.clone();
+                    async move { Ok::<_, Infallible>(upstream.answer(request).await) }
+                });
+                let http = hyper::server::conn::http1::Builder::new();
+                tokio::spawn(http.serve_connection(TokioIo::new(stream), answer));
+            }
+        });
+        (upstream, format!("http://{address}"))
+    }
+
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set_flag(&self, token: &str, flag: &str) {
+        self.state().flags.insert(token.to_owned(), flag.to_owned());
+    }
+
+    fn fail(&self, token: &str, status: StatusCode) {
+        self.state().failing.insert(token.to_owned(), status);
+    }
+
+    fn heal(&self) {
+        self.state().failing.clear();
+    }
+
+    /// Waits until flags were asked for with a token so many times more.
+    async fn asked(&self, token: &str, more: usize) {
+        let asked = || self.state().asked.get(token).copied().unwrap_or_default();
+        let enough = asked() + more;
+        until("flags are asked for", SOON, async || (asked() >= enough).then_some(())).await;
+    }
+
+    async fn answer(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
+        let (head, body) = request.into_parts();
+        let body = body.collect().await.unwrap().to_bytes();
+        let token = head.headers.get("authorization").map_or("", |it| it.to_str().unwrap());
+        let known = head.headers.get("if-none-match").map_or("", |it| it.to_str().unwrap());
+        let mut state = self.state();
+        if state.away {
+            return status(StatusCode::SERVICE_UNAVAILABLE);
+        }
+        match head.uri.path() {
+            "/edge/validate" => {
+                let question: Value = serde_json::from_slice(&body).unwrap();
+                let tokens = question["tokens"].as_array().unwrap().iter();
+                let valid = tokens.map(|token| {
+                    let (project, rest) = token.as_str().unwrap().split_once(':').unwrap();
+                    let (environment, _) = rest.split_once('.').unwrap();
+                    json!({"token": token, "type": "client", "environment": environment, "projects": [project]})
+                });
+                ok(&json!({ "tokens": valid.collect::<Vec<_>>() }))
+            }
+            FEATURES => {
+                *state.asked.entry(token.to_owned()).or_default() += 1;
+                if let Some(failure) = state.failing.get(token) {
+                    return status(*failure);
+                }
+                let (project, _) = token.split_once(':').unwrap();
+                let flag = state.flags.get(token).map_or("x", String::as_str);
+                let etag = format!("\"{flag}\"");
+                if known == etag {
+                    return status(StatusCode::NOT_MODIFIED);
+                }
+                let flags =
+                    json!([{"name": flag, "project": project, "enabled": true, "strategies": []}]);
+                let mut answer = ok(&json!({"version": 2, "features": flags}));
+                answer.headers_mut().insert("etag", etag.parse().unwrap());
+                answer
+            }
+            "/api/admin/environments" => {
+                let listed = state.environments.iter();
+                let listed =
+                    listed.map(|(name, enabled)| json!({"name": name, "enabled": enabled}));
+                ok(&json!({"version": 1, "environments": listed.collect::<Vec<_>>()}))
+            }
+            path if path.starts_with("/api/admin/api-tokens") && head.method == "POST" => {
+                let wish: Value = serde_json::from_slice(&body).unwrap();
+                let environment = wish["environment"].as_str().unwrap();
+                let mut answer = ok(
+                    &json!({"secret": format!("*:{environment}.minted-0123456789abcdef0123456789")}),
+                );
+                *answer.status_mut() = StatusCode::CREATED;
+                answer
+            }
+            path if path.starts_with("/api/admin/api-tokens") => ok(&json!({"tokens": []})),
+            _ => status(StatusCode::NOT_FOUND),
+        }
+    }
+}
+
+fn ok(body: &Value) -> Response<Full<Bytes>> {
+    Response::new(Full::from(body.to_string()))
+}
+
+fn status(status: StatusCode) -> Response<Full<Bytes>> {
+    let mut answer = Response::new(Full::default());
+    *answer.status_mut() = status;
+    answer
+}
+
+/// The names of the flags that a token is served; the status where it is served none.
+async fn served(parapet: &Parapet, token: &str) -> Result<Vec<String>, StatusCode> {
+    match parapet.get(FEATURES, token).await {
+        (StatusCode::OK, body) => {
+            let flags = body["features"].as_array().unwrap().iter();
+            Ok(flags.map(|flag| flag["name"].as_str().unwrap().to_owned()).collect())
+        }
+        (status, _) => Err(status),
+    }
+}
+
+async fn until_served(parapet: &Parapet, token: &str, flag: &str) {
+    let wanted = Ok(vec![flag.to_owned()]);
+    let what = format!("{flag} is served");
+    until(&what, SOON, async || (served(parapet, token).await == wanted).then_some(())).await;
+}
+
+fn flags(names: &[&str]) -> Result<Vec<String>, StatusCode> {
+    Ok(names.iter().map(|&name| name.to_owned()).collect())
+}
+
+#[tokio::test]
+async fn a_change_is_served_although_another_token_fails_in_the_same_round() {
+    let (upstream, url) = Upstream::start().await;
+    upstream.set_flag(A, "a1");
+    upstream.set_flag(B, "b1");
+    let setup = Parapet::edge(&url).env("TOKENS", format!("{A},{B}"));
+    let parapet = setup.impatient().start().await;
+    until_served(&parapet, A, "a1").await;
+    until_served(&parapet, B, "b1").await;
+    // Whichever is asked with first, the change of the other meets a failure.
+    for (sound, failing, flag) in [(A, B, "a2"), (B, A, "b2")] {
+        upstream.fail(failing, StatusCode::INTERNAL_SERVER_ERROR);
+        upstream.set_flag(sound, flag);
+        upstream.asked(sound, 2).await;
+        upstream.heal();
+        until_served(&parapet, sound, flag).await;
+    }
+}
+
+#[tokio::test]
+async fn a_refused_token_takes_no_flags_away_and_is_asked_with_again() {
+    let (upstream, url) = Upstream::start().await;
+    upstream.set_flag(A, "a1");
+    upstream.set_flag(B, "b1");
+    let setup = Parapet::edge(&url).env("TOKENS", format!("{A},{B}"));
+    let parapet = setup.impatient().start().await;
+    until_served(&parapet, A, "a1").await;
+    until_served(&parapet, B, "b1").await;
+    for refusal in [StatusCode::UNAUTHORIZED, StatusCode::FORBIDDEN] {
+        upstream.fail(A, refusal);
+        upstream.set_flag(B, refusal.as_str());
+        until_served(&parapet, B, refusal.as_str()).await;
+        upstream.asked(A, 2).await;
+        assert_eq!(served(&parapet, A).await, flags(&["a1"]));
+    }
+    upstream.heal();
+    upstream.set_flag(A, "a2");
+    until_served(&parapet, A, "a2").await;
+}
+
+#[tokio::test]
+async fn flags_that_were_never_fetched_are_not_told_to_be_none() {
+    let (upstream, url) = Upstream::start().await;
+    upstream.set_flag(A, "a1");
+    upstream.set_flag(B, "b1");
+    let parapet = Parapet::edge(&url).impatient().start().await;
+    assert_eq!(served(&parapet, A).await, flags(&["a1"]));
+    assert_eq!(served(&parapet, B).await, flags(&["b1"]), "it waits for them");
+
+    parapet.wait_until_kept("b1").await;
+    parapet.terminate().await;
+    upstream.set_flag(A, "a2");
+    parapet.restart();
+    parapet.wait_until_ready().await;
+    until_served(&parapet, A, "a2").await;
+    parapet.wait_until_kept("a2").await;
+    parapet.terminate().await;
+    upstream.state().away = true;
+    parapet.restart();
+    parapet.wait_until_ready().await;
+    assert_eq!(served(&parapet, A).await, flags(&["a2"]));
+    assert_eq!(served(&parapet, B).await, flags(&["b1"]), "nobody has fetched others since");
+}
+
+#[tokio::test]
+async fn flags_that_cannot_be_fetched_are_unavailable() {
+    let (upstream, url) = Upstream::start().await;
+    upstream.set_flag(A, "a1");
+    upstream.fail(B, StatusCode::INTERNAL_SERVER_ERROR);
+    let parapet = Parapet::edge(&url).impatient().start().await;
+    assert_eq!(served(&parapet, A).await, flags(&["a1"]));
+    for _ in 0..2 {
+        assert_eq!(served(&parapet, B).await, Err(StatusCode::SERVICE_UNAVAILABLE));
+    }
+    upstream.heal();
+    until_served(&parapet, B, "x").await;
+}
