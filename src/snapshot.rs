@@ -200,13 +200,41 @@ pub struct Snapshots(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    current: ArcSwap<HashMap<Environment, Arc<Snapshot>>>,
+    current: ArcSwap<Current>,
     swaps: watch::Sender<u64>,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Current {
+    served: Served,
+    snapshots: Arc<HashMap<Environment, Arc<Snapshot>>>,
+}
+
+/// Which environments are served at all.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub enum Served {
+    /// All that there are snapshots of.
+    #[default]
+    Any,
+    /// These.
+    Only(BTreeSet<Environment>),
+    /// All but these.
+    Except(BTreeSet<Environment>),
+}
+
+impl Served {
+    fn contains(&self, environment: &Environment) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Only(these) => these.contains(environment),
+            Self::Except(these) => !these.contains(environment),
+        }
+    }
 }
 
 impl Default for Snapshots {
     fn default() -> Self {
-        let current = ArcSwap::from_pointee(HashMap::new());
+        let current = ArcSwap::default();
         Self(Arc::new(Inner { current, swaps: watch::Sender::new(0) }))
     }
 }
@@ -214,7 +242,7 @@ impl Default for Snapshots {
 impl Snapshots {
     /// The current state of an environment.
     pub fn load(&self, environment: &Environment) -> Option<Arc<Snapshot>> {
-        self.0.current.load().get(environment).cloned()
+        self.0.current.load().snapshots.get(environment).cloned()
     }
 
     /// The current state of the scope's environment, if it has the flags of the scope's projects.
@@ -224,37 +252,62 @@ impl Snapshots {
 
     /// The current state of every environment.
     pub fn all(&self) -> Arc<HashMap<Environment, Arc<Snapshot>>> {
-        self.0.current.load_full()
+        Arc::clone(&self.0.current.load().snapshots)
     }
 
-    /// Puts a snapshot in its environment's place.
+    /// Whether the environment has a snapshot, or may get one.
+    pub fn serves(&self, environment: &Environment) -> bool {
+        self.0.current.load().served.contains(environment)
+    }
+
+    /// Serves these environments only, from now on; true if that is a change.
+    pub fn limit(&self, served: &Served) -> bool {
+        let before = self.0.current.rcu(|current| {
+            let kept = current.snapshots.iter().filter(|(name, _)| served.contains(name));
+            let kept = kept.map(|(name, snapshot)| (name.clone(), Arc::clone(snapshot)));
+            Current { served: served.clone(), snapshots: Arc::new(kept.collect()) }
+        });
+        self.0.swaps.send_modify(|count| *count += 1);
+        before.served != *served
+    }
+
+    /// Puts a snapshot in its environment's place, if that is served.
     pub fn swap(&self, snapshot: Snapshot) -> Arc<Snapshot> {
         let snapshot = Arc::new(snapshot);
         self.0.current.rcu(|current| {
-            let mut next = HashMap::clone(current);
-            next.insert(snapshot.environment.clone(), Arc::clone(&snapshot));
+            let mut next = Current::clone(current);
+            if next.served.contains(&snapshot.environment) {
+                let place = (snapshot.environment.clone(), Arc::clone(&snapshot));
+                Arc::make_mut(&mut next.snapshots).extend([place]);
+            }
             next
         });
         self.0.swaps.send_modify(|count| *count += 1);
         snapshot
     }
 
-    /// Waits until the environment has a snapshot. Dropping the future is safe.
-    pub async fn wait_for(&self, environment: &Environment) -> Arc<Snapshot> {
-        self.wait(|| self.load(environment)).await
+    /// Waits until the environment has a snapshot; `None` once it is not served. Dropping the future
+    /// is safe.
+    pub async fn wait_for(&self, environment: &Environment) -> Option<Arc<Snapshot>> {
+        self.wait(environment, || self.load(environment)).await
     }
 
-    /// Waits until the scope's environment has a snapshot with the flags of the scope's projects.
-    /// Dropping the future is safe.
-    pub async fn wait_for_scope(&self, scope: &Scope) -> Arc<Snapshot> {
-        self.wait(|| self.load_for(scope)).await
+    /// Waits until the scope's environment has a snapshot with the flags of the scope's projects;
+    /// `None` once it is not served. Dropping the future is safe.
+    pub async fn wait_for_scope(&self, scope: &Scope) -> Option<Arc<Snapshot>> {
+        self.wait(&scope.environment, || self.load_for(scope)).await
     }
 
-    async fn wait(&self, look: impl Fn() -> Option<Arc<Snapshot>>) -> Arc<Snapshot> {
+    async fn wait(
+        &self,
+        environment: &Environment,
+        look: impl Fn() -> Option<Arc<Snapshot>>,
+    ) -> Option<Arc<Snapshot>> {
         let mut swaps = self.0.swaps.subscribe();
         loop {
-            if let Some(snapshot) = look() {
-                return snapshot;
+            let found = look();
+            if found.is_some() || !self.serves(environment) {
+                return found;
             }
             if swaps.changed().await.is_err() {
                 std::future::pending::<()>().await;
@@ -264,7 +317,7 @@ impl Snapshots {
 
     /// The environments that have a snapshot, sorted.
     pub fn environments(&self) -> BTreeSet<Environment> {
-        self.0.current.load().keys().cloned().collect()
+        self.0.current.load().snapshots.keys().cloned().collect()
     }
 }
 

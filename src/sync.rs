@@ -7,6 +7,7 @@
 pub mod files;
 mod pace;
 mod publish;
+mod roll;
 mod sources;
 pub mod upstream;
 

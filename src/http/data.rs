@@ -206,9 +206,12 @@ impl Data {
         let Admission { grant, first_seen } = self.admit(headers, wanted).await?;
         let snapshot = match self.snapshots.load_for(&grant.scope) {
             Some(snapshot) => Some(snapshot),
+            None if !self.snapshots.serves(&grant.scope.environment) => {
+                return Err(Failure::NotServed);
+            }
             None if first_seen => {
                 let arrival = self.snapshots.wait_for_scope(&grant.scope);
-                tokio::time::timeout(self.settings.patience, arrival).await.ok()
+                tokio::time::timeout(self.settings.patience, arrival).await.ok().flatten()
             }
             None => None,
         };

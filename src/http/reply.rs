@@ -39,6 +39,9 @@ pub enum Failure {
     /// A valid token of another kind. The text is Unleash's own.
     #[error("invalid token: expected a different token type for this endpoint")]
     WrongKind,
+    /// A valid token of an environment that is not served here, and will not be by itself.
+    #[error("this instance does not serve the environment of this token")]
+    NotServed,
     /// The client's address is not served here.
     #[error("requests from this address are not allowed")]
     Blocked,
@@ -77,7 +80,7 @@ impl Failure {
     fn status(&self) -> StatusCode {
         match self {
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
-            Self::WrongKind | Self::Blocked => StatusCode::FORBIDDEN,
+            Self::WrongKind | Self::NotServed | Self::Blocked => StatusCode::FORBIDDEN,
             Self::Unavailable { .. } => StatusCode::SERVICE_UNAVAILABLE,
             Self::NotFound => StatusCode::NOT_FOUND,
             Self::Method(_) => StatusCode::METHOD_NOT_ALLOWED,
@@ -93,7 +96,7 @@ impl Failure {
     fn name(&self) -> &'static str {
         match self {
             Self::Unauthorized => "AuthenticationRequired",
-            Self::WrongKind | Self::Blocked => "NoAccessError",
+            Self::WrongKind | Self::NotServed | Self::Blocked => "NoAccessError",
             Self::Unavailable { .. } => "UnavailableError",
             Self::NotFound => "NotFoundError",
             Self::Method(_) => "MethodNotAllowedError",

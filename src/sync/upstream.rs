@@ -18,10 +18,11 @@ use tracing::{debug, error, info, warn};
 use super::{
     pace::Pace,
     publish::publish,
+    roll::Roll,
     sources::{Sources, merged},
 };
 use crate::{
-    snapshot::{Filter, Segments, Snapshot, Snapshots, body::Coding},
+    snapshot::{Filter, Segments, Served, Snapshot, Snapshots, body::Coding},
     store::{Key, Store},
     telemetry::Latch,
     token::{Environment, Scope, Token},
@@ -73,18 +74,16 @@ pub struct Follower {
 }
 
 impl Follower {
-    /// Serves what the store has kept, until upstream tells more; damaged records are left out.
+    /// Serves what the store has kept of wanted environments, until upstream tells more; damaged records are left out.
     pub async fn restore(&self) {
+        if let Wanted::Named(wanted) = &self.wanted {
+            self.snapshots.limit(&Served::Only(wanted.clone()));
+        }
         let stored = match self.store.environments().await {
             Ok(stored) => stored,
             Err(error) => return warn!(error = %report(&error), "Cannot look for stored flags"),
         };
         for environment in stored {
-            if let Wanted::Named(wanted) = &self.wanted
-                && !wanted.contains(&environment)
-            {
-                continue;
-            }
             match self.store.load(&Key::Flags(environment.clone())).await {
                 Ok(Some(bytes)) => {
                     let scope = Scope { environment, projects: projects_of(&bytes) };
@@ -96,11 +95,11 @@ impl Follower {
         }
     }
 
-    /// Serves the flags of `scope` that were kept somewhere, unless the environment has some
-    /// already.
+    /// Serves the flags of `scope` that were kept somewhere, unless the environment has some already
+    /// or is not wanted.
     pub async fn serve(&self, scope: Scope, text: &[u8]) {
         let environment = scope.environment.clone();
-        if self.snapshots.load(&environment).is_some() {
+        if self.snapshots.load(&environment).is_some() || !self.snapshots.serves(&environment) {
             return;
         }
         // Its age is not known any more; it has not been confirmed by this process.
@@ -114,15 +113,23 @@ impl Follower {
         }
     }
 
-    /// Follows every wanted environment until dropped. The latch is released when each of those
-    /// wanted at the start has had flags; without one, readiness was settled before.
+    /// Follows every wanted environment until dropped; those that upstream has no more, or has
+    /// disabled, are neither followed nor served. The latch is released when each of those wanted
+    /// at the start has had flags; without one, readiness was settled before.
     pub async fn run(self, mut latch: Option<Latch>) {
         let mut loops = JoinSet::new();
         let mut followed: BTreeMap<Environment, Id> = BTreeMap::new();
         let kick = watch::Sender::new(());
         let mut pace = Pace::new(ENVIRONMENTS_EVERY);
+        let mut roll = Roll::default();
         loop {
-            let (found, pause) = self.environments(&mut pace).await;
+            let (found, pause) = self.environments(&mut pace, &mut roll).await;
+            if matches!(self.wanted, Wanted::Enabled(_))
+                && self.snapshots.limit(&Served::Except(roll.gone()))
+            {
+                // Those that follow a gone one notice that.
+                kick.send_replace(());
+            }
             for environment in found.iter().flatten() {
                 if !followed.contains_key(environment) {
                     let follower = self.clone();
@@ -160,25 +167,36 @@ impl Follower {
     }
 
     /// The environments to follow, if they can be known now, and when to look again.
-    async fn environments(&self, pace: &mut Pace) -> (Option<BTreeSet<Environment>>, Duration) {
-        match &self.wanted {
-            Wanted::Named(named) => (Some(named.clone()), ENVIRONMENTS_EVERY),
-            Wanted::Offered => (Some(self.credentials.environments()), ENVIRONMENTS_EVERY),
-            Wanted::Enabled(admin) => match self.upstream.environments(admin).await {
-                Ok(listed) => {
-                    let enabled = listed.into_iter().filter(|it| it.enabled).map(|it| it.name);
-                    (Some(enabled.collect()), pace.after_success(rand::random()))
+    async fn environments(
+        &self,
+        pace: &mut Pace,
+        roll: &mut Roll,
+    ) -> (Option<BTreeSet<Environment>>, Duration) {
+        let admin = match &self.wanted {
+            Wanted::Named(named) => return (Some(named.clone()), ENVIRONMENTS_EVERY),
+            Wanted::Offered => return (Some(self.credentials.environments()), ENVIRONMENTS_EVERY),
+            Wanted::Enabled(admin) => admin,
+        };
+        let served = self.snapshots.environments();
+        let wish = match self.upstream.environments(admin).await {
+            Ok(list) => {
+                if let Some(enabled) = roll.call(&list, served.clone()) {
+                    return (Some(enabled), pace.after_success(rand::random()));
                 }
-                Err(error) => {
-                    if pace.failures() == 0 {
-                        warn!(error = error.report(), "Cannot read upstream's environments");
-                    }
-                    let pause = pace.after_failure(wish(&error), rand::random());
-                    let stored = self.snapshots.environments();
-                    (Some(stored).filter(|stored| !stored.is_empty()), pause)
+                if pace.failures() == 0 {
+                    warn!("Upstream lists no enabled environment, which changes nothing");
                 }
-            },
-        }
+                None
+            }
+            Err(error) => {
+                if pace.failures() == 0 {
+                    warn!(error = error.report(), "Cannot read upstream's environments");
+                }
+                wish(&error)
+            }
+        };
+        let pause = pace.after_failure(wish, rand::random());
+        (Some(served).filter(|served| !served.is_empty()), pause)
     }
 
     async fn follow(
@@ -190,6 +208,11 @@ impl Follower {
         let mut pace = Pace::new(self.config.interval);
         let mut sources = Sources::new(self.snapshots.load(&environment).as_deref());
         loop {
+            if !self.snapshots.serves(&environment) {
+                info!(%environment, "Upstream has this environment no more, or has disabled it");
+                release(&mut latch);
+                return;
+            }
             if self.snapshots.load(&environment).is_some() {
                 release(&mut latch);
             }

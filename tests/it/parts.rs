@@ -173,10 +173,6 @@ async fn until_served(parapet: &Parapet, token: &str, flag: &str) {
     until(&what, SOON, async || (served(parapet, token).await == wanted).then_some(())).await;
 }
 
-fn flags(names: &[&str]) -> Result<Vec<String>, StatusCode> {
-    Ok(names.iter().map(|&name| name.to_owned()).collect())
-}
-
 #[tokio::test]
 async fn a_change_is_served_although_another_token_fails_in_the_same_round() {
     let (upstream, url) = Upstream::start().await;
@@ -210,7 +206,7 @@ async fn a_refused_token_takes_no_flags_away_and_is_asked_with_again() {
         upstream.set_flag(B, refusal.as_str());
         until_served(&parapet, B, refusal.as_str()).await;
         upstream.asked(A, 2).await;
-        assert_eq!(served(&parapet, A).await, flags(&["a1"]));
+        assert_eq!(served(&parapet, A).await, Ok(vec!["a1".to_owned()]));
     }
     upstream.heal();
     upstream.set_flag(A, "a2");
@@ -223,8 +219,8 @@ async fn flags_that_were_never_fetched_are_not_told_to_be_none() {
     upstream.set_flag(A, "a1");
     upstream.set_flag(B, "b1");
     let parapet = Parapet::edge(&url).impatient().start().await;
-    assert_eq!(served(&parapet, A).await, flags(&["a1"]));
-    assert_eq!(served(&parapet, B).await, flags(&["b1"]), "it waits for them");
+    assert_eq!(served(&parapet, A).await, Ok(vec!["a1".to_owned()]));
+    assert_eq!(served(&parapet, B).await, Ok(vec!["b1".to_owned()]), "it waits for them");
 
     parapet.wait_until_kept("b1").await;
     parapet.terminate().await;
@@ -237,8 +233,12 @@ async fn flags_that_were_never_fetched_are_not_told_to_be_none() {
     upstream.state().away = true;
     parapet.restart();
     parapet.wait_until_ready().await;
-    assert_eq!(served(&parapet, A).await, flags(&["a2"]));
-    assert_eq!(served(&parapet, B).await, flags(&["b1"]), "nobody has fetched others since");
+    assert_eq!(served(&parapet, A).await, Ok(vec!["a2".to_owned()]));
+    assert_eq!(
+        served(&parapet, B).await,
+        Ok(vec!["b1".to_owned()]),
+        "nobody has fetched others since"
+    );
 }
 
 #[tokio::test]
@@ -247,10 +247,78 @@ async fn flags_that_cannot_be_fetched_are_unavailable() {
     upstream.set_flag(A, "a1");
     upstream.fail(B, StatusCode::INTERNAL_SERVER_ERROR);
     let parapet = Parapet::edge(&url).impatient().start().await;
-    assert_eq!(served(&parapet, A).await, flags(&["a1"]));
+    assert_eq!(served(&parapet, A).await, Ok(vec!["a1".to_owned()]));
     for _ in 0..2 {
         assert_eq!(served(&parapet, B).await, Err(StatusCode::SERVICE_UNAVAILABLE));
     }
     upstream.heal();
     until_served(&parapet, B, "x").await;
+}
+
+const ADMIN: &str = "*:*.admin-0123456789abcdef0123456789abcdef";
+const DEVELOPMENT: &str = "*:development.client-0123456789abcdef0123456789";
+const PRODUCTION: &str = "*:production.client-0123456789abcdef0123456789ab";
+
+#[tokio::test]
+async fn an_environment_that_upstream_has_disabled_is_not_served_from_the_store() {
+    let (upstream, url) = Upstream::start().await;
+    upstream.state().environments = vec![("development", true), ("production", true)];
+    let parapet = Parapet::edge(&url).admin_token(ADMIN).impatient().start().await;
+    assert!(served(&parapet, DEVELOPMENT).await.is_ok());
+    assert!(served(&parapet, PRODUCTION).await.is_ok());
+    parapet.terminate().await;
+    upstream.state().environments = vec![("development", true), ("production", false)];
+    parapet.restart();
+    parapet.wait_until_ready().await;
+    until("production is not served", SOON, async || {
+        (served(&parapet, PRODUCTION).await == Err(StatusCode::FORBIDDEN)).then_some(())
+    })
+    .await;
+    assert!(served(&parapet, DEVELOPMENT).await.is_ok());
+    let (_, status) = parapet.admin_get("/status").await;
+    let environments = status["environments"].as_array().unwrap();
+    assert_eq!(environments.len(), 1, "{status}");
+    parapet.terminate().await;
+
+    // Nothing enabled is no state of an Unleash but a fault.
+    upstream.state().environments = vec![("development", false), ("production", false)];
+    parapet.restart();
+    parapet.wait_until_ready().await;
+    assert!(served(&parapet, DEVELOPMENT).await.is_ok());
+}
+
+#[tokio::test]
+async fn an_edge_of_named_environments_says_which_it_does_not_serve() {
+    let (_, url) = Upstream::start().await;
+    let setup = Parapet::edge(&url).admin_token(ADMIN).flag("--environments", "development");
+    let parapet = setup.impatient().start().await;
+    assert!(served(&parapet, DEVELOPMENT).await.is_ok());
+    let (status, body) = parapet.get(FEATURES, PRODUCTION).await;
+    assert_eq!(status, StatusCode::FORBIDDEN);
+    assert_eq!(body["message"], "this instance does not serve the environment of this token");
+}
+
+#[tokio::test]
+async fn a_backup_of_unleash_edge_serves_wanted_environments_and_known_projects_only() {
+    let folder = tempfile::tempdir().unwrap();
+    let flags =
+        |name| json!({"version": 2, "features": [{"name": name, "project": "a", "enabled": true}]});
+    let features = json!([["development", flags("dev")], ["production", flags("prod")]]);
+    std::fs::write(folder.path().join("unleash_features.json"), features.to_string()).unwrap();
+    let known = |token: &str, environment: &str, project: &str| {
+        json!({"token": token, "type": "client", "environment": environment, "projects": [project],
+            "status": "Validated"})
+    };
+    let tokens = json!([known(A, "development", "a"), known(PRODUCTION, "production", "*")]);
+    std::fs::write(folder.path().join("unleash_tokens.json"), tokens.to_string()).unwrap();
+    let (upstream, url) = Upstream::start().await;
+    for token in [A, B, "*:development.minted-0123456789abcdef0123456789"] {
+        upstream.fail(token, StatusCode::BAD_GATEWAY);
+    }
+    let folder = folder.path().to_str().unwrap();
+    let setup = Parapet::edge(&url).admin_token(ADMIN).flag("--environments", "development");
+    let parapet = setup.flag("--backup-folder", folder).impatient().start().await;
+    assert_eq!(served(&parapet, A).await, Ok(vec!["dev".to_owned()]));
+    assert_eq!(served(&parapet, B).await, Err(StatusCode::SERVICE_UNAVAILABLE));
+    assert_eq!(served(&parapet, PRODUCTION).await, Err(StatusCode::FORBIDDEN));
 }
