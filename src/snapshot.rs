@@ -328,7 +328,9 @@ mod tests {
     fn snapshot(flag: &str) -> Snapshot {
         let text = format!(r#"{{"features":[{{"name":"{flag}"}}]}}"#);
         let document = Document::parse(text.as_bytes()).unwrap();
-        Snapshot::build(Environment::new("development"), document, Timestamp::UNIX_EPOCH)
+        let environment = Environment::new("development");
+        let scope = Scope { environment, projects: Projects::All };
+        Snapshot::build(scope, document, Timestamp::UNIX_EPOCH)
     }
 
     fn ask(snapshot: &Snapshot, prefix: usize) -> Arc<Body> {
