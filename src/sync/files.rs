@@ -2,19 +2,25 @@
 //! change.
 //!
 //! One file serves every environment that is asked for. Files are looked at once a second, which
-//! works on every kind of mount, Kubernetes' links included.
+//! works on every kind of mount, Kubernetes' links included. An environment whose file has vanished
+//! from the folder keeps the flags last known, unconfirmed from then on: a file that is being
+//! replaced, or was deleted by mistake, takes no flags away before a restart.
 
 use std::{
     collections::BTreeSet,
     io,
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use jiff::Timestamp;
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::{
+    task::{JoinError, spawn_blocking},
+    time::{Instant, MissedTickBehavior, interval},
+};
 use tracing::warn;
-use xxhash_rust::xxh3::xxh3_64;
+use xxhash_rust::xxh3::Xxh3;
 
 use super::publish::publish;
 use crate::{
@@ -49,7 +55,7 @@ pub enum Error {
     #[error("compiling flags came to no end")]
     Panic {
         /// The cause.
-        source: tokio::task::JoinError,
+        source: JoinError,
     },
     /// A folder holds no flags.
     #[error("{} holds no file named <environment>.json", path.display())]
@@ -76,19 +82,16 @@ struct Seen {
     length: u64,
 }
 
-/// A file that was read.
-#[derive(Debug)]
-struct Read {
-    path: PathBuf,
-    text: Vec<u8>,
-}
-
 /// What a look at the files is compared with.
 #[derive(Clone, Debug, Default)]
 struct Memory {
     seen: Vec<Seen>,
+    /// Of the files' names and content.
     hash: u64,
 }
+
+/// What a look has found: the files, and their flags if anything has changed.
+type Found = (Memory, Option<Vec<(PathBuf, Document)>>);
 
 impl Files {
     /// The flags of `path`; where that is one file, it serves each of `environments`.
@@ -113,48 +116,41 @@ impl Files {
 
     /// Reads the files if they may have changed and publishes what did.
     async fn look(&self, memory: &mut Memory, reread: bool) -> Result<(), Error> {
-        let seen = seen(&self.path)?;
-        if seen == memory.seen && !reread {
-            self.confirm();
-            return Ok(());
-        }
-        let files = seen.iter().map(|seen| read(&seen.path)).collect::<Result<Vec<_>, _>>()?;
-        let hash = xxh3_64(&files.iter().flat_map(|file| file.text.clone()).collect::<Vec<_>>());
-        if hash == memory.hash {
-            memory.seen = seen;
-            self.confirm();
-            return Ok(());
-        }
-        let mut documents = Vec::new();
-        for file in &files {
-            let document = Document::parse(&file.text)
-                .map_err(|source| Error::Document { path: file.path.clone(), source })?;
-            documents.push((self.environments_of(&file.path), document));
-        }
-        for (environments, document) in documents {
-            for environment in environments {
-                let document = document.clone();
+        let (path, known) = (self.path.clone(), memory.clone());
+        let found = spawn_blocking(move || find(&path, &known, reread)).await;
+        let (found, documents) = found.map_err(|source| Error::Panic { source })??;
+        let before = self.environments_in(memory);
+        let now = self.environments_in(&found);
+        for (path, document) in documents.unwrap_or_default() {
+            let document = Arc::new(document);
+            for environment in self.environments_of(&path) {
+                let document = Arc::clone(&document);
+                let make = move || Document::clone(&document);
                 let scope = Scope { environment, projects: Projects::All };
-                let published =
-                    publish(&self.snapshots, scope, Timestamp::now(), || document).await;
+                let published = publish(&self.snapshots, scope, Timestamp::now(), make).await;
                 published.map_err(|source| Error::Panic { source })?;
             }
         }
-        *memory = Memory { seen, hash };
+        *memory = found;
+        for environment in before.difference(&now) {
+            warn!(%environment, "The file of an environment has vanished, the flags known stay");
+        }
+        for environment in now {
+            if let Some(snapshot) = self.snapshots.load(&environment) {
+                snapshot.confirm(Timestamp::now());
+            }
+        }
         Ok(())
+    }
+
+    fn environments_in(&self, memory: &Memory) -> BTreeSet<Environment> {
+        memory.seen.iter().flat_map(|seen| self.environments_of(&seen.path)).collect()
     }
 
     fn environments_of(&self, file: &Path) -> BTreeSet<Environment> {
         match file.file_stem().and_then(|stem| stem.to_str()) {
             Some(name) if file != self.path => BTreeSet::from([Environment::new(name)]),
             _ => self.environments.clone(),
-        }
-    }
-
-    fn confirm(&self) {
-        let now = Timestamp::now();
-        for snapshot in self.snapshots.all().values() {
-            snapshot.confirm(now);
         }
     }
 }
@@ -226,10 +222,32 @@ impl Seen {
     }
 }
 
-fn read(path: &Path) -> Result<Read, Error> {
-    let text =
-        std::fs::read(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
-    Ok(Read { path: path.to_owned(), text })
+/// Looks at the files of `path`, and reads them if they may differ from those `known`.
+fn find(path: &Path, known: &Memory, reread: bool) -> Result<Found, Error> {
+    let seen = seen(path)?;
+    if seen == known.seen && !reread {
+        return Ok((known.clone(), None));
+    }
+    let (mut hasher, mut texts) = (Xxh3::new(), Vec::new());
+    for Seen { path, .. } in &seen {
+        let failed = |source| Error::Read { path: path.clone(), source };
+        let text = std::fs::read(path).map_err(failed)?;
+        for part in [path.as_os_str().as_encoded_bytes(), &text] {
+            hasher.update(&part.len().to_le_bytes());
+            hasher.update(part);
+        }
+        texts.push((path.clone(), text));
+    }
+    let found = Memory { seen, hash: hasher.digest() };
+    if found.hash == known.hash {
+        return Ok((found, None));
+    }
+    let parse = |(path, text): (PathBuf, Vec<u8>)| match Document::parse(&text) {
+        Ok(document) => Ok((path, document)),
+        Err(source) => Err(Error::Document { path, source }),
+    };
+    let documents = texts.into_iter().map(parse).collect::<Result<_, _>>()?;
+    Ok((found, Some(documents)))
 }
 
 #[cfg(test)]
@@ -276,5 +294,24 @@ mod tests {
         files().start().await.unwrap();
         assert_eq!(names(&snapshots, "dev"), ["one"]);
         assert_eq!(names(&snapshots, "prod"), ["two"]);
+    }
+
+    #[tokio::test]
+    async fn a_renamed_file_is_published_and_its_former_environment_stays_unconfirmed() {
+        let folder = tempfile::tempdir().unwrap();
+        let snapshots = Snapshots::default();
+        let path = folder.path().to_owned();
+        std::fs::write(path.join("dev.json"), flags("one")).unwrap();
+        let files = Files::new(path.clone(), BTreeSet::new(), snapshots.clone(), None);
+        let mut running = files.start().await.unwrap();
+        std::fs::rename(path.join("dev.json"), path.join("prod.json")).unwrap();
+        running.files.look(&mut running.memory, false).await.unwrap();
+        assert_eq!(names(&snapshots, "prod"), ["one"]);
+        assert_eq!(names(&snapshots, "dev"), ["one"]);
+        let confirmed = |name| snapshots.load(&Environment::new(name)).unwrap().confirmed();
+        let (before, since) = (confirmed("dev"), confirmed("prod"));
+        running.files.look(&mut running.memory, false).await.unwrap();
+        assert_eq!(confirmed("dev"), before);
+        assert!(confirmed("prod") >= since);
     }
 }
