@@ -7,8 +7,8 @@
 use std::{
     io::{self, IsTerminal as _},
     sync::{
-        Arc, OnceLock, Weak,
-        atomic::{AtomicBool, Ordering},
+        Arc, OnceLock,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
@@ -120,27 +120,31 @@ fn install_recorder() -> PrometheusHandle {
 /// Once ready, nothing but draining makes it unready: losing the upstream does not.
 #[derive(Clone, Debug)]
 pub struct Readiness {
-    pending: Weak<()>,
+    /// How many latches are not released.
+    pending: Arc<AtomicUsize>,
     draining: Arc<AtomicBool>,
 }
 
-/// Something that must happen before the process is ready; released when dropped. Clones are
-/// further latches.
-#[derive(Clone, Debug)]
-pub struct Latch(#[expect(dead_code, reason = "held for its count of owners only")] Arc<()>);
+/// Something that must happen before the process is ready. Clones are further latches.
+///
+/// One that is dropped unreleased keeps the process unready for good: what was waited for has not
+/// happened, and whoever was to see to it may have died of a panic.
+#[derive(Debug)]
+#[must_use = "a process is never ready whose latch is dropped"]
+pub struct Latch(Arc<AtomicUsize>);
 
 impl Readiness {
     /// An unready process and its first latch.
     pub fn new() -> (Self, Latch) {
-        let latch = Arc::new(());
-        let pending = Arc::downgrade(&latch);
-        (Self { pending, draining: Arc::default() }, Latch(latch))
+        let pending = Arc::new(AtomicUsize::new(1));
+        let latch = Latch(Arc::clone(&pending));
+        (Self { pending, draining: Arc::default() }, latch)
     }
 
     /// Whether requests are welcome.
     pub fn is_ready(&self) -> bool {
-        // A count of zero stays zero: no latch is left to clone, and a `Weak` never makes one here.
-        self.pending.strong_count() == 0 && !self.is_draining()
+        // A count of zero stays zero: no latch is left to clone.
+        self.pending.load(Ordering::Acquire) == 0 && !self.is_draining()
     }
 
     /// Makes the process unready for good, because it is about to end.
@@ -155,8 +159,17 @@ impl Readiness {
 }
 
 impl Latch {
-    /// Says that what was waited for has happened; the same as dropping, but legible.
-    pub fn release(self) {}
+    /// Says that what was waited for has happened.
+    pub fn release(self) {
+        self.0.fetch_sub(1, Ordering::Release);
+    }
+}
+
+impl Clone for Latch {
+    fn clone(&self) -> Self {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(&self.0))
+    }
 }
 
 #[cfg(test)]
@@ -173,6 +186,19 @@ mod tests {
         second.release();
         assert!(readiness.is_ready());
         readiness.drain();
+        assert!(!readiness.is_ready());
+    }
+
+    #[test]
+    fn a_task_that_dies_of_a_panic_makes_no_process_ready() {
+        let (readiness, latch) = Readiness::new();
+        let task = latch.clone();
+        let death = std::thread::spawn(move || {
+            let _ = &task;
+            std::panic::resume_unwind(Box::new("the task dies"));
+        });
+        assert!(death.join().is_err());
+        latch.release();
         assert!(!readiness.is_ready());
     }
 

@@ -9,7 +9,7 @@ use std::{
 use futures_util::{StreamExt as _, stream};
 use jiff::Timestamp;
 use tokio::{
-    sync::{Notify, watch},
+    sync::{Notify, oneshot, watch},
     task::{Id, JoinError, JoinSet, spawn_blocking},
     time::sleep,
 };
@@ -32,6 +32,9 @@ use crate::{
 
 /// How often upstream is asked which environments it has.
 const ENVIRONMENTS_EVERY: Duration = Duration::from_mins(1);
+
+/// How long following an environment waits after it ended of a panic.
+const BEGIN_ANEW_AFTER: Duration = Duration::from_secs(1);
 
 /// With how many tokens of an environment flags are fetched at a time.
 const FETCHES_AT_ONCE: usize = 4;
@@ -116,7 +119,29 @@ impl Follower {
     /// Follows every wanted environment until dropped; those that upstream has no more, or has
     /// disabled, are neither followed nor served. The latch is released when each of those wanted
     /// at the start has had flags; without one, readiness was settled before.
-    pub async fn run(self, mut latch: Option<Latch>) {
+    pub async fn run(self, latch: Option<Latch>) {
+        let (tell, first) = oneshot::channel();
+        tokio::join!(self.follow_all(tell), self.await_first(first, latch));
+    }
+
+    /// Releases the latch when each environment that was found first has had flags, or is not served
+    /// any more.
+    async fn await_first(
+        &self,
+        first: oneshot::Receiver<BTreeSet<Environment>>,
+        latch: Option<Latch>,
+    ) {
+        let Some(latch) = latch else { return };
+        // Told by the loop beside this one, which does not end.
+        let Ok(first) = first.await else { return };
+        for environment in &first {
+            self.snapshots.wait_for(environment).await;
+        }
+        latch.release();
+    }
+
+    async fn follow_all(&self, tell: oneshot::Sender<BTreeSet<Environment>>) {
+        let mut tell = Some(tell);
         let mut loops = JoinSet::new();
         let mut followed: BTreeMap<Environment, Id> = BTreeMap::new();
         let kick = watch::Sender::new(());
@@ -134,13 +159,17 @@ impl Follower {
                 if !followed.contains_key(environment) {
                     let follower = self.clone();
                     let (name, kicked) = (environment.clone(), kick.subscribe());
-                    let task = loops.spawn(follower.follow(name, kicked, latch.clone()));
+                    let task = loops.spawn(follower.follow(name, kicked));
                     followed.insert(environment.clone(), task.id());
                 }
             }
-            // What was found first is what readiness waits for; each loop holds a latch of its own.
-            if found.is_some_and(|found| !found.is_empty() || !self.expects_environments()) {
-                release(&mut latch);
+            // What was found first is what readiness waits for.
+            if let Some(found) = found
+                && (!found.is_empty() || !self.expects_environments())
+                && let Some(tell) = tell.take()
+            {
+                // Whoever waits for it does so as long as this runs.
+                let _ = tell.send(found);
             }
             tokio::select! {
                 () = sleep(pause) => {}
@@ -152,6 +181,7 @@ impl Follower {
                         Ok((id, ())) => id,
                         Err(error) => {
                             error!(%error, "Following an environment ended, it begins anew");
+                            sleep(BEGIN_ANEW_AFTER).await;
                             error.id()
                         }
                     };
@@ -199,29 +229,19 @@ impl Follower {
         (Some(served).filter(|served| !served.is_empty()), pause)
     }
 
-    async fn follow(
-        self,
-        environment: Environment,
-        mut kicked: watch::Receiver<()>,
-        mut latch: Option<Latch>,
-    ) {
+    async fn follow(self, environment: Environment, mut kicked: watch::Receiver<()>) {
         let mut pace = Pace::new(self.config.interval);
         let mut sources = Sources::new(self.snapshots.load(&environment).as_deref());
         loop {
             if !self.snapshots.serves(&environment) {
                 info!(%environment, "Upstream has this environment no more, or has disabled it");
-                release(&mut latch);
                 return;
-            }
-            if self.snapshots.load(&environment).is_some() {
-                release(&mut latch);
             }
             let pause = match self.refresh(&environment, &mut sources).await {
                 Ok(()) => {
                     if pace.failures() > 0 {
                         info!(%environment, "Upstream answers again");
                     }
-                    release(&mut latch);
                     pace.after_success(rand::random())
                 }
                 Err(error) => {
@@ -341,12 +361,6 @@ impl Follower {
         if let Err(error) = self.store.save(&key, &text).await {
             warn!(error = %report(&error), "Cannot store flags");
         }
-    }
-}
-
-fn release(latch: &mut Option<Latch>) {
-    if let Some(latch) = latch.take() {
-        latch.release();
     }
 }
 
