@@ -317,6 +317,7 @@ impl Inner {
                         Some(Judgement::Invalid) => {
                             info!(token = %token.masked(), "A token is no longer valid");
                             self.verdicts.revoke(token);
+                            issuer.credentials.withdraw(&token.digest());
                         }
                         None => {}
                     }
