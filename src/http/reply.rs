@@ -1,6 +1,6 @@
 //! What goes back: the only place that chooses status codes.
 //!
-//! A [`Failure`] says what is wrong; the table in [`Failure::status`] says which status that is, and
+//! A [`Failure`] says what is wrong; a table says which status that is, and
 //! its `Display` is the message that the client reads. Messages never repeat what a client sent.
 
 use std::{sync::Arc, time::Duration};

@@ -107,7 +107,7 @@ impl Files {
         Self { path, environments, snapshots, reread_every }
     }
 
-    /// Reads and serves the flags; from then on [`Files::run`] keeps them current.
+    /// Reads and serves the flags; from then on [`Running::run`] keeps them current.
     pub async fn start(self) -> Result<Running, Error> {
         let mut memory = Memory::default();
         self.look(&mut memory, true).await?;
