@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    pin::pin,
     sync::Arc,
     time::Duration,
 };
@@ -171,21 +172,24 @@ impl Follower {
                 // Whoever waits for it does so as long as this runs.
                 let _ = tell.send(found);
             }
-            tokio::select! {
-                () = sleep(pause) => {}
-                () = self.discovered.notified() => {
-                    kick.send_replace(());
-                }
-                Some(ended) = loops.join_next_with_id() => {
-                    let id = match ended {
-                        Ok((id, ())) => id,
+            let mut next = pin!(sleep(pause));
+            loop {
+                tokio::select! {
+                    () = &mut next => break,
+                    () = self.discovered.notified() => {
+                        kick.send_replace(());
+                        break;
+                    }
+                    Some(ended) = loops.join_next_with_id() => match ended {
+                        // Its environment is gone: no reason to ask for another list before its time.
+                        Ok((id, ())) => followed.retain(|_, task| *task != id),
                         Err(error) => {
                             error!(%error, "Following an environment ended, it begins anew");
+                            followed.retain(|_, task| *task != error.id());
                             sleep(BEGIN_ANEW_AFTER).await;
-                            error.id()
+                            break;
                         }
-                    };
-                    followed.retain(|_, task| *task != id);
+                    }
                 }
             }
         }
