@@ -102,6 +102,11 @@ impl Sources {
         true
     }
 
+    /// Whether upstream has answered to any token in this round.
+    pub(super) fn heard(&self) -> bool {
+        self.fetched.values().any(|source| source.confirmed == self.round)
+    }
+
     /// Whether something here is not published.
     pub(super) fn is_dirty(&self) -> bool {
         self.dirty
@@ -178,7 +183,9 @@ mod tests {
         sources.insert(&one, Some("1".to_owned()), document(&["a/x"]));
         assert!(!sources.settle(&[one.clone(), two]), "the other did not answer");
         sources.begin();
+        assert!(!sources.heard());
         sources.confirm(&one);
+        assert!(sources.heard());
         assert!(sources.is_dirty(), "what nobody has published is news still");
         sources.published();
         assert!(!sources.is_dirty());

@@ -254,7 +254,10 @@ impl Follower {
                     } else {
                         debug!(%environment, error = %report(&error), "Still cannot refresh");
                     }
-                    pace.after_failure(error.wish(), rand::random())
+                    let pause = pace.after_failure(error.wish(), rand::random());
+                    // One token's failure does not make the others' flags older.
+                    let sound = sources.heard() && error.wish().is_none();
+                    if sound { pause.min(self.config.interval) } else { pause }
                 }
             };
             tokio::select! {
