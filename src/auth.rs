@@ -316,7 +316,9 @@ impl Inner {
                         }
                         Some(Judgement::Invalid) => {
                             info!(token = %token.masked(), "A token is no longer valid");
-                            self.verdicts.revoke(token);
+                            // Believed for a short time only: should upstream have been wrong, the
+                            // token is asked for again as soon as that is over.
+                            self.verdicts.refuse(token);
                             issuer.credentials.withdraw(&token.digest());
                         }
                         None => {}

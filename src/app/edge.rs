@@ -26,8 +26,8 @@ use crate::{
 /// How often tokens of the operator that nobody could judge are asked for again.
 const ASK_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
-/// How often tokens of the operator that upstream refuses are asked for again.
-const ASK_REFUSED_AFTER: Duration = Duration::from_secs(30);
+/// How often the operator's tokens are looked at again.
+const LOOK_AGAIN_AFTER: Duration = Duration::from_secs(30);
 
 /// What an edge does besides answering.
 #[derive(Debug)]
@@ -145,7 +145,8 @@ impl Edge {
     }
 }
 
-/// Has the operator's tokens judged, until all are valid; each is offered as a credential on the way.
+/// Has the operator's tokens judged, again and again: each that is valid is offered as a credential on
+/// the way, also one that upstream denied for a while.
 ///
 /// The latch is released when each has been judged once and those that are valid have flags: a
 /// mistyped token keeps nobody from the flags of the others. Without any valid one there are none.
@@ -153,43 +154,48 @@ async fn take_tokens(
     tokens: &[Token],
     auth: &Authenticator,
     snapshots: &Snapshots,
-    latch: Option<Latch>,
+    mut latch: Option<Latch>,
 ) {
-    let mut latch = latch;
+    if tokens.is_empty() {
+        return release(&mut latch);
+    }
     let mut environments = BTreeSet::new();
-    let mut open = tokens.to_vec();
+    let mut useless = BTreeSet::new();
     loop {
-        let (mut refused, mut unjudged) = (Vec::new(), Vec::new());
-        for token in open {
-            match auth.authenticate(token.expose()).await {
+        let mut judged = true;
+        for token in tokens {
+            let why = match auth.authenticate(token.expose()).await {
                 Ok(Admission { grant, .. }) if grant.kind == TokenKind::Client => {
                     environments.insert(grant.scope.environment.clone());
+                    useless.remove(&token.digest());
+                    continue;
                 }
-                Ok(Admission { grant, .. }) => {
-                    let (token, kind) = (token.masked(), grant.kind.as_str());
-                    warn!(%token, kind, "A configured token is no client token and fetches nothing");
+                Err(Denied::Unavailable) => {
+                    judged = false;
+                    continue;
                 }
-                Err(Denied::Unknown) => refused.push(token),
-                Err(Denied::Unavailable) => unjudged.push(token),
+                Ok(_) => "it is no client token",
+                Err(Denied::Unknown) => "upstream does not know it",
+            };
+            if useless.insert(token.digest()) {
+                warn!(token = %token.masked(), "A configured token fetches nothing: {why}");
             }
         }
-        for token in &refused {
-            warn!(token = %token.masked(), "Upstream does not know a configured token");
-        }
-        if unjudged.is_empty() && (tokens.is_empty() || !environments.is_empty()) {
+        let flags_are_there = async {
             for environment in &environments {
                 snapshots.wait_for(environment).await;
             }
-            if let Some(latch) = latch.take() {
-                latch.release();
-            }
+        };
+        let waits_for_flags = judged && latch.is_some() && !environments.is_empty();
+        tokio::select! {
+            () = sleep(if judged { LOOK_AGAIN_AFTER } else { ASK_AGAIN_AFTER }) => {}
+            () = flags_are_there, if waits_for_flags => release(&mut latch),
         }
-        let pause = if unjudged.is_empty() { ASK_REFUSED_AFTER } else { ASK_AGAIN_AFTER };
-        open = unjudged;
-        open.append(&mut refused);
-        if open.is_empty() {
-            return;
-        }
-        sleep(pause).await;
+    }
+}
+
+fn release(latch: &mut Option<Latch>) {
+    if let Some(latch) = latch.take() {
+        latch.release();
     }
 }

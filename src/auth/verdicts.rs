@@ -182,12 +182,6 @@ impl Verdicts {
         }
     }
 
-    /// Keeps that the issuer took `token` back: it is not asked for soon, since the issuer may go on
-    /// vouching for it.
-    pub(super) fn revoke(&self, token: &Token) {
-        self.revoke_digest(token.digest(), token.selector());
-    }
-
     /// Takes over the issuer's own list of all its tokens.
     ///
     /// A verdict that came from such a list falls with its entry, at once and for longer than the
@@ -221,7 +215,7 @@ impl Verdicts {
                 }
                 verdict.confirm(now);
             } else if verdict.listed.load(Ordering::Relaxed) {
-                self.revoke_digest(*digest, verdict.selector.as_deref());
+                self.revoke(*digest, verdict.selector.as_deref());
                 changes.revoked += 1;
             } else {
                 verdict.suspect();
@@ -299,7 +293,7 @@ impl Verdicts {
         Ok(count)
     }
 
-    fn revoke_digest(&self, digest: TokenDigest, selector: Option<&str>) {
+    fn revoke(&self, digest: TokenDigest, selector: Option<&str>) {
         self.revoked.insert(digest, Refusal::of(selector));
         self.valid.invalidate(&digest);
         self.unsaved.store(true, Ordering::Relaxed);
@@ -485,7 +479,7 @@ mod tests {
     fn a_revoked_v2_token_that_is_listed_again_is_asked_for_again() {
         let verdicts = verdicts();
         let secure = token(V2);
-        verdicts.revoke(&secure);
+        verdicts.revoke(secure.digest(), secure.selector());
         verdicts.take_list(&[selector(secure.selector().unwrap())], now());
         assert!(!verdicts.refuses(&secure.digest()));
     }
