@@ -19,6 +19,9 @@ use super::{
     pipeline::Pipeline,
 };
 
+/// How long after the grace the answers to batches under way are waited for.
+const LAST_ANSWERS: Duration = Duration::from_secs(5);
+
 /// Sends a generation after each `interval` until `shutdown`, then what is left within `grace`.
 ///
 /// What could not be sent stays in the pipeline. Dropping the future loses nothing either, except
@@ -61,6 +64,14 @@ pub(super) async fn run<F>(
     };
     if timeout(grace, flush).await.is_err() {
         tracing::warn!("Usage could not all be sent within {grace:?}");
+        // No more is sent, but what is under way is waited for a little: what upstream took without
+        // our knowing is sent again by the next run.
+        let answers = async {
+            while let Some((id, outcome)) = under_way.next().await {
+                settle(pipeline, id, outcome);
+            }
+        };
+        let _ = timeout(LAST_ANSWERS, answers).await;
     }
 }
 
