@@ -204,9 +204,17 @@ fn seen(path: &Path) -> Result<Vec<Seen>, Error> {
     let mut files = Vec::new();
     for entry in std::fs::read_dir(path).map_err(failed)? {
         let path = entry.map_err(failed)?.path();
-        let metadata = std::fs::metadata(&path).map_err(failed)?;
-        if metadata.is_file() && path.extension().is_some_and(|it| it == "json") {
-            files.push(Seen::of(path, &metadata));
+        // An editor's lock and the like is hidden, and may be a link to nothing.
+        let hidden = path.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b"."));
+        if hidden || path.extension().is_none_or(|extension| extension != "json") {
+            continue;
+        }
+        match std::fs::metadata(&path) {
+            Ok(metadata) if metadata.is_file() => files.push(Seen::of(path, &metadata)),
+            Ok(_) => {}
+            // It went between the listing and now.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(failed(error)),
         }
     }
     if files.is_empty() {
@@ -291,6 +299,8 @@ mod tests {
         assert!(matches!(files().start().await, Err(Error::Empty { .. })));
         std::fs::write(path.join("dev.json"), flags("one")).unwrap();
         std::fs::write(path.join("prod.json"), flags("two")).unwrap();
+        std::os::unix::fs::symlink("nowhere", path.join(".#dev.json")).unwrap();
+        std::os::unix::fs::symlink("nowhere", path.join("gone.json")).unwrap();
         files().start().await.unwrap();
         assert_eq!(names(&snapshots, "dev"), ["one"]);
         assert_eq!(names(&snapshots, "prod"), ["two"]);
