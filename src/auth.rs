@@ -9,7 +9,11 @@
 mod queue;
 mod verdicts;
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use futures_util::{StreamExt as _, stream};
 use jiff::Timestamp;
@@ -206,8 +210,11 @@ impl Authenticator {
     }
 
     /// Takes over a verdict that was reached elsewhere, in another edge's backup for instance.
-    pub fn import(&self, token: &Token, grant: Grant) {
-        self.0.verdicts.accept(token, grant, Timestamp::UNIX_EPOCH);
+    pub fn import(&self, token: &Token, grant: &Grant) {
+        let accepted = self.0.verdicts.accept(token, grant.clone(), Timestamp::UNIX_EPOCH);
+        if accepted != Accepted::Revoked {
+            self.0.offer(token, grant);
+        }
     }
 
     /// Every valid verdict, for the operator's eyes.
@@ -232,6 +239,9 @@ const PER_SECOND: f64 = 10.0;
 /// How often due verdicts are looked for, and how long nobody looks after upstream did not answer.
 const REVALIDATION_STEP: Duration = Duration::from_secs(1);
 const REVALIDATION_PAUSE: Duration = Duration::from_secs(15);
+
+/// How long after a known token was denied it is asked for again, before that is believed.
+const DOUBT: Duration = Duration::from_secs(5);
 
 /// Tokens of one revalidating question: below what Unleash reads (100 kB) at the longest.
 const REVALIDATION_BATCH: usize = 150;
@@ -296,13 +306,18 @@ impl Inner {
     }
 
     /// Asks again about verdicts that are due; nothing changes while upstream does not answer.
+    ///
+    /// A denial counts when it is repeated: one answer of an upstream that is not itself, an empty
+    /// list of valid tokens for instance, denies nobody.
     async fn revalidate(&self, issuer: &Issuer) {
         let age = as_span(self.config.revalidate_after);
+        let mut denied_once = HashSet::new();
         let mut pause = REVALIDATION_STEP;
         loop {
             tokio::time::sleep(pause).await;
             pause = REVALIDATION_STEP;
             let due = self.verdicts.unconfirmed_since(Timestamp::now() - age);
+            let denied_before = std::mem::take(&mut denied_once);
             for tokens in due.chunks(REVALIDATION_BATCH) {
                 let judged = issuer.judge(tokens).await;
                 if judged.len() < tokens.len() {
@@ -310,16 +325,25 @@ impl Inner {
                 }
                 let now = Timestamp::now();
                 for token in tokens {
-                    match judged.get(&token.digest()) {
+                    let digest = token.digest();
+                    match judged.get(&digest) {
                         Some(Judgement::Valid(grant)) => {
-                            self.verdicts.accept(token, grant.clone(), now);
+                            let accepted = self.verdicts.accept(token, grant.clone(), now);
+                            // What it allows has changed.
+                            if accepted == Accepted::New {
+                                self.offer(token, grant);
+                            }
                         }
-                        Some(Judgement::Invalid) => {
+                        Some(Judgement::Invalid) if denied_before.contains(&digest) => {
                             info!(token = %token.masked(), "A token is no longer valid");
                             // Believed for a short time only: should upstream have been wrong, the
                             // token is asked for again as soon as that is over.
                             self.verdicts.refuse(token);
-                            issuer.credentials.withdraw(&token.digest());
+                            issuer.credentials.withdraw(&digest);
+                        }
+                        Some(Judgement::Invalid) => {
+                            denied_once.insert(digest);
+                            pause = pause.max(DOUBT);
                         }
                         None => {}
                     }

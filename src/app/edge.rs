@@ -137,7 +137,7 @@ impl Edge {
     /// Follows upstream until dropped.
     pub(super) async fn run(&self, auth: &Authenticator) {
         for (token, grant) in &self.backup {
-            auth.import(token, grant.clone());
+            auth.import(token, grant);
         }
         let latch = self.latch.lock().unwrap_or_else(PoisonError::into_inner).take();
         let tokens = take_tokens(&self.tokens, auth, &self.follower.snapshots, latch.clone());
@@ -159,9 +159,9 @@ async fn take_tokens(
     if tokens.is_empty() {
         return release(&mut latch);
     }
-    let mut environments = BTreeSet::new();
     let mut useless = BTreeSet::new();
     loop {
+        let mut environments = BTreeSet::new();
         let mut judged = true;
         for token in tokens {
             let why = match auth.authenticate(token.expose()).await {

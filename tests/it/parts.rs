@@ -322,3 +322,23 @@ async fn a_backup_of_unleash_edge_serves_wanted_environments_and_known_projects_
     assert_eq!(served(&parapet, B).await, Err(StatusCode::SERVICE_UNAVAILABLE));
     assert_eq!(served(&parapet, PRODUCTION).await, Err(StatusCode::FORBIDDEN));
 }
+
+#[tokio::test]
+async fn a_token_of_unleash_edges_backup_fetches_what_upstream_has_by_now() {
+    let folder = tempfile::tempdir().unwrap();
+    let old = json!({"version": 2, "features": [{"name": "old", "project": "a", "enabled": true}]});
+    let features = json!([["development", old]]);
+    std::fs::write(folder.path().join("unleash_features.json"), features.to_string()).unwrap();
+    let tokens = json!([{"token": A, "type": "client", "environment": "development", "projects": ["a"],
+        "status": "Validated"}]);
+    std::fs::write(folder.path().join("unleash_tokens.json"), tokens.to_string()).unwrap();
+    let (upstream, url) = Upstream::start().await;
+    upstream.set_flag(A, "new");
+    let setup = Parapet::edge(&url).flag("--tokens", A);
+    let setup = setup.flag("--backup-folder", folder.path().to_str().unwrap());
+    let parapet = setup.impatient().start().await;
+    until("the new flag is served", SOON, async || {
+        (served(&parapet, A).await == Ok(vec!["new".to_owned()])).then_some(())
+    })
+    .await;
+}
