@@ -23,7 +23,7 @@ use tracing::{error, info};
 pub use self::plan::Error;
 use self::{keep::Keeper, listen::bind, plan::Plan, tasks::Tasks};
 use crate::{
-    auth::Authenticator,
+    auth::{self, Authenticator},
     config::{Config, Mode},
     http::{
         admin::{Admin, Identity},
@@ -85,8 +85,12 @@ impl App {
             region: config.identity.region,
             started: Timestamp::now(),
         };
-        let deadline = config.auth.deadline;
-        let auth = Authenticator::new(config.auth, plan.take_authority(), plan.given.drain(..));
+        let limits = config.data.limits;
+        // A first-seen token may wait for its verdict and then for flags; both fit into the time of
+        // one request, so that the answer tells what is missing.
+        let deadline = config.auth.deadline.min(limits.request_timeout / 3);
+        let settings = auth::Config { deadline, ..config.auth };
+        let auth = Authenticator::new(settings, plan.take_authority(), plan.given.drain(..));
         let hop = ConnectVia {
             app_name: identity.app_name.as_str().into(),
             instance_id: identity.instance_id.as_str().into(),
@@ -95,7 +99,6 @@ impl App {
         let keeper = Keeper { store: plan.store.clone(), auth: auth.clone(), usage: usage.clone() };
         keeper.restore().await;
         let ops = Ops::new(readiness.clone(), registry.clone(), snapshots.clone());
-        let limits = config.data.limits;
         let service = Data {
             settings: Settings {
                 base_path: config.data.base_path,

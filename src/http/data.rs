@@ -187,11 +187,18 @@ impl Data {
         self.settings.disabled.contains(&what)
     }
 
-    /// The grant of the request's token, if it is of the kind that the route wants.
+    /// The grant of the request's token, if it is of the kind that the route wants and of an
+    /// environment that is served here.
     async fn admit(&self, headers: &HeaderMap, wanted: TokenKind) -> Result<Admission, Failure> {
         let header = headers.get(&self.settings.token_header).and_then(|it| it.to_str().ok());
         let admission = self.auth.authenticate(header.ok_or(Failure::Unauthorized)?).await?;
-        if admission.grant.kind == wanted { Ok(admission) } else { Err(Failure::WrongKind) }
+        if admission.grant.kind != wanted {
+            return Err(Failure::WrongKind);
+        }
+        if !self.snapshots.serves(&admission.grant.scope.environment) {
+            return Err(Failure::NotServed);
+        }
+        Ok(admission)
     }
 
     /// What a token of the wanted kind allows, and flags that include all that it sees.
@@ -206,9 +213,6 @@ impl Data {
         let Admission { grant, first_seen } = self.admit(headers, wanted).await?;
         let snapshot = match self.snapshots.load_for(&grant.scope) {
             Some(snapshot) => Some(snapshot),
-            None if !self.snapshots.serves(&grant.scope.environment) => {
-                return Err(Failure::NotServed);
-            }
             None if first_seen => {
                 let arrival = self.snapshots.wait_for_scope(&grant.scope);
                 tokio::time::timeout(self.settings.patience, arrival).await.ok().flatten()
