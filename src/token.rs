@@ -118,11 +118,6 @@ impl Token {
         }
     }
 
-    /// Whether the text has the form of an admin token, `*:*.secret`.
-    pub fn looks_admin(&self) -> bool {
-        self.text.starts_with("*:*.")
-    }
-
     /// The public half of a v2 token, under which admin listings show it.
     pub fn selector(&self) -> Option<&str> {
         selector_of(self.secret())
