@@ -10,7 +10,7 @@ mod error;
 mod exchange;
 mod outcome;
 #[cfg(test)]
-mod scripted;
+pub(crate) mod scripted;
 mod seal;
 
 pub use client::{Fetched, Upstream};

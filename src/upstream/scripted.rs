@@ -90,7 +90,7 @@ impl Drop for Scripted {
 }
 
 /// A configuration that leads to `url`.
-pub(super) fn config(url: &str) -> Config {
+pub(crate) fn config(url: &str) -> Config {
     Config {
         url: Url::parse(url).expect("url"),
         token_header: hyper::header::AUTHORIZATION,

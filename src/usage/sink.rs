@@ -114,7 +114,7 @@ mod tests {
     use super::*;
     use crate::{
         token::{Grant, Projects, Scope, TokenKind},
-        upstream::Config,
+        upstream::scripted::config,
     };
 
     const GOOD: &str = "web:dev.good";
@@ -138,20 +138,7 @@ mod tests {
                 tokio::spawn(http1::Builder::new().serve_connection(TokioIo::new(stream), service));
             }
         });
-        let config = Config {
-            url: url.parse().unwrap(),
-            token_header: hyper::header::AUTHORIZATION,
-            extra_headers: Vec::new(),
-            request_timeout: Duration::from_secs(30),
-            connect_timeout: Duration::from_secs(30),
-            keepalive: Duration::from_secs(15),
-            certificate_file: None,
-            identity: None,
-            skip_certificate_verification: false,
-            app_name: "parapet".to_owned(),
-            instance_id: "one".to_owned(),
-        };
-        (Upstream::new(config).unwrap(), seen)
+        (Upstream::new(config(&url)).unwrap(), seen)
     }
 
     fn credentials(tokens: &[&str]) -> Credentials {
