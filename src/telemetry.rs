@@ -5,7 +5,9 @@
 //! the registry, and `app` spawns the upkeep.
 
 use std::{
+    error::Error,
     io::{self, IsTerminal as _},
+    iter,
     sync::{
         Arc, OnceLock,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -86,6 +88,14 @@ pub fn start_logging(config: &Config) {
         LogFormat::Json => lines.json().flatten_event(true).finish().try_init(),
         LogFormat::Pretty => lines.pretty().finish().try_init(),
     };
+}
+
+/// An error and its causes in one line, for a log.
+///
+/// Not for errors whose causes may quote what they could not read where that holds tokens.
+pub fn report(error: &dyn Error) -> String {
+    let causes = iter::successors(Some(error), |error| Error::source(*error));
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 /// Starts the registry of metrics, once per process; later calls return the same one.

@@ -11,6 +11,7 @@ use tracing::{error, info, warn};
 use crate::{
     auth::Authenticator,
     store::{Key, Store},
+    telemetry::report,
     usage::Usage,
 };
 
@@ -31,19 +32,21 @@ impl Keeper {
         match self.store.load(&Key::Verdicts).await {
             Ok(Some(saved)) => match self.auth.restore(&saved) {
                 Ok(count) => info!(count, "Tokens known from an earlier run"),
-                Err(error) => warn!(%error, "Stored verdicts on tokens are not used"),
+                Err(error) => {
+                    warn!(error = report(&error), "Stored verdicts on tokens are not used");
+                }
             },
             Ok(None) => {}
-            Err(error) => warn!(%error, "Stored verdicts on tokens are not used"),
+            Err(error) => warn!(error = report(&error), "Stored verdicts on tokens are not used"),
         }
         match self.store.load(&Key::Usage).await {
             Ok(Some(saved)) if saved.is_empty() => {}
             Ok(Some(saved)) => match self.usage.restore(&saved) {
                 Ok(()) => info!("Usage of an earlier run waits to be sent"),
-                Err(error) => warn!(%error, "Stored usage is lost"),
+                Err(error) => warn!(error = report(&error), "Stored usage is lost"),
             },
             Ok(None) => {}
-            Err(error) => warn!(%error, "Stored usage is lost"),
+            Err(error) => warn!(error = report(&error), "Stored usage is lost"),
         }
     }
 
@@ -65,7 +68,9 @@ impl Keeper {
             let Some(backlog) = self.usage.backlog(stored) else { continue };
             match self.store.save(&Key::Usage, &backlog.bytes).await {
                 Ok(()) => stored = Some(backlog.revision),
-                Err(error) => warn!(%error, "Usage that waits for upstream cannot be stored"),
+                Err(error) => {
+                    warn!(error = report(&error), "Usage that waits for upstream cannot be stored");
+                }
             }
         }
     }
@@ -76,7 +81,7 @@ impl Keeper {
         // Nothing left is stored too: the next start must not send what has been sent.
         let left = self.usage.save().unwrap_or_default();
         if let Err(error) = self.store.save(&Key::Usage, &left).await {
-            error!(%error, "Usage that was not sent is lost");
+            error!(error = report(&error), "Usage that was not sent is lost");
         }
     }
 
@@ -84,7 +89,7 @@ impl Keeper {
         let Some(verdicts) = self.auth.save() else { return };
         if let Err(error) = self.store.save(&Key::Verdicts, &verdicts).await {
             self.auth.not_saved();
-            warn!(%error, "Verdicts on tokens cannot be stored");
+            warn!(error = report(&error), "Verdicts on tokens cannot be stored");
         }
     }
 }

@@ -25,6 +25,7 @@ use xxhash_rust::xxh3::Xxh3;
 use super::publish::publish;
 use crate::{
     snapshot::Snapshots,
+    telemetry::report,
     token::{Environment, Projects, Scope},
     wire::features::Document,
 };
@@ -176,10 +177,7 @@ impl Running {
                 reread_at = self.next_reread();
             }
             let failure = self.files.look(&mut self.memory, reread).await.err();
-            let failure = failure.map(|error| match std::error::Error::source(&error) {
-                Some(cause) => format!("{error}: {cause}"),
-                None => error.to_string(),
-            });
+            let failure = failure.map(|error| report(&error));
             if failure != failing
                 && let Some(error) = &failure
             {

@@ -25,7 +25,7 @@ use super::{
 use crate::{
     snapshot::{Filter, Segments, Served, Snapshot, Snapshots, body::Coding},
     store::{Key, Store},
-    telemetry::Latch,
+    telemetry::{Latch, report},
     token::{Environment, Scope, Token},
     upstream::{Credential, Credentials, Error, ExchangeError, Fetched, Retry, Upstream},
     wire::features::{Document, projects_of},
@@ -415,10 +415,4 @@ fn wish(error: &Error) -> Option<Duration> {
         Retry::Later(wish) => wish,
         Retry::Never => None,
     }
-}
-
-/// An error and its causes in one line.
-fn report(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }

@@ -2,10 +2,12 @@
 //!
 //! No error shows a token, a body or a URL: URLs may hold passwords, and bodies may echo tokens.
 
-use std::{error::Error as _, fmt::Write as _, io, path::PathBuf, time::Duration};
+use std::{io, path::PathBuf, time::Duration};
 
 use jiff::{Timestamp, fmt::rfc2822};
 use reqwest::{StatusCode, header::HeaderValue};
+
+use crate::telemetry;
 
 /// The longest pause that upstream may ask for by `Retry-After`; longer ones are shortened to it.
 const LONGEST_PAUSE: Duration = Duration::from_mins(10);
@@ -186,13 +188,7 @@ impl Error {
 
     /// The error and its causes in one line.
     pub fn report(&self) -> String {
-        let mut text = self.to_string();
-        let mut cause = self.source();
-        while let Some(error) = cause {
-            let _ = write!(text, ": {error}");
-            cause = error.source();
-        }
-        text
+        telemetry::report(self)
     }
 }
 
