@@ -40,6 +40,13 @@ impl<'a> Edge<'a> {
         let edge = Parapet::edge(upstream_url).admin_token(unleash.admin_token()).impatient();
         let parapet = edge.flag("--fleet-name", &fleet).start().await;
         let edge = Self { unleash, parapet, flag, changing, backend, frontend };
+        // A new flag takes Unleash a moment to tell, and Parapet an interval to fetch.
+        until("the new flags are served", SOON, async || {
+            let (_, body) = edge.parapet.get("/api/client/features", &edge.backend).await;
+            let names: Vec<_> = body["features"].as_array()?.iter().map(|it| &it["name"]).collect();
+            [&edge.flag, &edge.changing].iter().all(|it| names.contains(&&json!(it))).then_some(())
+        })
+        .await;
         edge.assert_served().await;
         // A crash may cost what was learned in the last seconds before it; this is not about those.
         edge.parapet.wait_until_kept(&edge.changing).await;
