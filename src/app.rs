@@ -98,7 +98,9 @@ impl App {
         let usage = Usage::new(&config.usage, hop);
         let keeper = Keeper { store: plan.store.clone(), auth: auth.clone(), usage: usage.clone() };
         keeper.restore().await;
-        let ops = Ops::new(readiness.clone(), registry.clone(), snapshots.clone());
+        let meter = Arc::new(Meter::default());
+        let ops =
+            Ops::new(readiness.clone(), registry.clone(), snapshots.clone(), Arc::clone(&meter));
         let service = Data {
             settings: Settings {
                 base_path: config.data.base_path,
@@ -115,7 +117,7 @@ impl App {
             snapshots: snapshots.clone(),
             usage: usage.clone(),
             ops: ops.clone(),
-            meter: Meter::default(),
+            meter,
         };
         info!(
             mode = plan.name,

@@ -25,13 +25,13 @@ pub const REVISION: &str = match option_env!("PARAPET_REVISION") {
 
 /// Bounds of histograms whose names end in `_seconds`: from 50 µs, a cached answer, to 10 s, the
 /// longest that a request may wait by default.
-const SECONDS: [f64; 17] = [
+pub const SECONDS: [f64; 17] = [
     0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
     1.0, 2.5, 5.0, 10.0,
 ];
 
 /// Bounds of histograms whose names end in `_bytes`: from an empty reply to a large flag set.
-const BYTES: [f64; 8] =
+pub const BYTES: [f64; 8] =
     [256.0, 1_024.0, 4_096.0, 16_384.0, 65_536.0, 262_144.0, 1_048_576.0, 8_388_608.0];
 
 /// How logs look.

@@ -72,7 +72,7 @@ pub struct Data {
     /// What probes and scrapes are told.
     pub ops: Ops,
     /// What measures requests.
-    pub meter: Meter,
+    pub meter: Arc<Meter>,
 }
 
 impl Service for Data {

@@ -1,10 +1,15 @@
 //! What probes and scrapes are told.
 
+use std::sync::Arc;
+
 use jiff::Timestamp;
 use metrics::{Unit, describe_gauge, gauge};
 use metrics_exporter_prometheus::PrometheusHandle;
 
-use super::reply::{self, Reply};
+use super::{
+    meter::Meter,
+    reply::{self, Reply},
+};
 use crate::{snapshot::Snapshots, telemetry::Readiness};
 
 const AGE: &str = "parapet_snapshot_age_seconds";
@@ -18,16 +23,22 @@ pub struct Ops {
     readiness: Readiness,
     registry: PrometheusHandle,
     snapshots: Snapshots,
+    requests: Arc<Meter>,
 }
 
 impl Ops {
     /// Tells of these.
-    pub fn new(readiness: Readiness, registry: PrometheusHandle, snapshots: Snapshots) -> Self {
+    pub fn new(
+        readiness: Readiness,
+        registry: PrometheusHandle,
+        snapshots: Snapshots,
+        requests: Arc<Meter>,
+    ) -> Self {
         describe_gauge!(AGE, Unit::Seconds, "Time since the source last confirmed the flags");
         describe_gauge!(REVISION, "The source's own number of the flags' state");
         describe_gauge!(FLAGS, "Flags in the environment");
         describe_gauge!(PROBLEMS, "Malformed parts of flags; each never matches");
-        Self { readiness, registry, snapshots }
+        Self { readiness, registry, snapshots, requests }
     }
 
     /// Whether requests are welcome.
@@ -66,6 +77,8 @@ impl Ops {
                 gauge!(REVISION, &labels).set(revision as f64);
             }
         }
-        reply::prometheus(self.registry.render())
+        let mut text = self.registry.render();
+        text.push_str(&self.requests.render());
+        reply::prometheus(text)
     }
 }
