@@ -6,6 +6,7 @@
 
 pub mod access;
 pub mod admin;
+pub mod attended;
 pub mod client;
 pub mod coding;
 pub mod conditional;

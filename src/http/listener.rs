@@ -5,13 +5,10 @@
 
 use std::{
     convert::Infallible,
-    future::Future,
+    future::{Future, poll_fn},
     net::SocketAddr,
     panic::AssertUnwindSafe,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -19,7 +16,7 @@ use futures_util::FutureExt as _;
 use hyper::{Request, body::Incoming, rt::Executor, service::service_fn};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
-    server::{conn::auto::Builder, graceful::GracefulShutdown},
+    server::conn::auto::Builder,
 };
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -29,7 +26,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 
-use super::reply::{Failure, Reply};
+use super::{
+    attended::{Attended, End, HeadTimer, Stop, Watch},
+    reply::{Failure, Reply},
+};
 
 /// What answers requests.
 pub trait Service: Send + Sync + 'static {
@@ -73,11 +73,12 @@ pub async fn serve<S: Service>(
     stop: CancellationToken,
     grace: Duration,
 ) {
-    let graceful = GracefulShutdown::new();
+    let told = Stop::default();
     let room = Arc::new(Semaphore::new(limits.connections));
     let tasks = Tasks::default();
+    let patience = limits.header_read_timeout;
     let mut protocol = Builder::new(tasks.clone());
-    protocol.http1().timer(TokioTimer::new()).header_read_timeout(limits.header_read_timeout);
+    protocol.http1().header_read_timeout(patience);
     protocol.http2().timer(TokioTimer::new()).keep_alive_interval(PING_EVERY);
     loop {
         let accepted = tokio::select! {
@@ -93,32 +94,30 @@ pub async fn serve<S: Service>(
             }
         };
         let service = Arc::clone(&service);
-        let begun = Arc::new(AtomicBool::new(false));
-        let has_begun = Arc::clone(&begun);
+        let watch = Watch::new(patience);
+        let heads = Arc::clone(&watch);
         let answer = service_fn(move |request| {
-            begun.store(true, Ordering::Relaxed);
+            // Where the protocol is HTTP/2, nobody else says so.
+            heads.rest();
             let service = Arc::clone(&service);
             async move { Ok::<_, Infallible>(guarded(&*service, request, peer).await) }
         });
+        let mut protocol = protocol.clone();
+        protocol.http1().timer(HeadTimer(Arc::clone(&watch)));
         let connection = protocol.serve_connection(TokioIo::new(stream), answer).into_owned();
-        let connection = graceful.watch(connection);
-        let first_head = limits.header_read_timeout;
+        let connection = Attended::new(connection, watch, patience, told.clone());
         tasks.spawn(async move {
-            let mut connection = std::pin::pin!(connection);
-            // Hyper's own timer starts when the protocol is known, which a silent client prevents.
-            let ended = match tokio::time::timeout(first_head, &mut connection).await {
-                Ok(ended) => ended,
-                Err(_) if has_begun.load(Ordering::Relaxed) => connection.await,
-                Err(_) => Ok(()),
-            };
-            if let Err(error) = ended {
-                debug!(error, "A connection ended early");
+            match connection.await {
+                Ok(()) => {}
+                Err(End::Silence) => debug!("A client was silent for too long"),
+                Err(End::Error(error)) => debug!(error, "A connection ended early"),
             }
             drop(permit);
         });
     }
     drop(listener);
-    if tokio::time::timeout(grace, graceful.shutdown()).await.is_err() {
+    told.give();
+    if tokio::time::timeout(grace, tasks.finish()).await.is_err() {
         warn!(?grace, "Requests under way did not finish in time");
     }
     tasks.abort().await;
@@ -146,6 +145,11 @@ impl Tasks {
         let mut tasks = self.lock();
         while tasks.try_join_next().is_some() {}
         tasks.spawn(task);
+    }
+
+    /// Waits for all to end, and for those that they may still start.
+    async fn finish(&self) {
+        while poll_fn(|cx| self.lock().poll_join_next(cx)).await.is_some() {}
     }
 
     /// Ends all, and those that they may still start.
@@ -186,7 +190,10 @@ async fn guarded<S: Service>(service: &S, request: Request<Incoming>, peer: Sock
 mod tests {
     use std::sync::Weak;
 
-    use tokio::{io::AsyncWriteExt as _, sync::mpsc};
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        sync::mpsc,
+    };
 
     use super::*;
 
@@ -201,6 +208,73 @@ mod tests {
             drop(held);
             Failure::Internal.into()
         }
+    }
+
+    /// Answers after a while.
+    struct Slow(Duration);
+
+    impl Service for Slow {
+        async fn call(&self, _: Request<Incoming>, _: SocketAddr) -> Reply {
+            tokio::time::sleep(self.0).await;
+            Failure::NotFound.into()
+        }
+    }
+
+    /// A client's connection to `service`, whose heads may take `patience`, and the sign to stop.
+    async fn connected<S: Service>(service: S, patience: Duration) -> (TcpStream, Serving) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let limits = Limits {
+            body_bytes: 0,
+            connections: 10,
+            header_read_timeout: patience,
+            request_timeout: Duration::from_mins(1),
+        };
+        let stop = CancellationToken::new();
+        let stopped = stop.clone();
+        let task = tokio::spawn(async move {
+            serve(listener, Arc::new(service), &limits, stopped, Duration::from_mins(1)).await;
+        });
+        (TcpStream::connect(address).await.unwrap(), Serving { stop, task })
+    }
+
+    struct Serving {
+        stop: CancellationToken,
+        task: tokio::task::JoinHandle<()>,
+    }
+
+    const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n";
+
+    /// Sends a request and reads the whole answer.
+    async fn ask(stream: &mut TcpStream) {
+        stream.write_all(REQUEST).await.unwrap();
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"}") {
+            assert_ne!(stream.read_buf(&mut answer).await.unwrap(), 0, "{answer:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn only_waiting_for_a_head_is_limited_and_each_time_anew() {
+        let patience = Duration::from_millis(300);
+        let (mut stream, _serving) = connected(Slow(patience * 2), patience).await;
+        ask(&mut stream).await;
+        tokio::time::sleep(patience / 2).await;
+        ask(&mut stream).await;
+        stream.write_all(&REQUEST[..5]).await.unwrap();
+        assert_eq!(stream.read(&mut [0]).await.unwrap(), 0, "half a head ends the connection");
+    }
+
+    #[tokio::test]
+    async fn silent_clients_are_dropped_and_idle_ones_do_not_delay_the_end() {
+        let (mut silent, _serving) = connected(Slow(Duration::ZERO), Duration::ZERO).await;
+        assert_eq!(silent.read(&mut [0]).await.unwrap(), 0);
+        let patience = Duration::from_mins(1);
+        let (mut idle, serving) = connected(Slow(Duration::ZERO), patience).await;
+        ask(&mut idle).await;
+        serving.stop.cancel();
+        serving.task.await.unwrap();
+        assert_eq!(idle.read(&mut [0]).await.unwrap(), 0);
     }
 
     #[tokio::test]

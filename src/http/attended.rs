@@ -1,0 +1,190 @@
+//! A connection with somebody who watches the clock for it, and the sign to stop.
+//!
+//! Hyper asks its timer for a new sleep before each request's head and drops it when the head has
+//! come: on a busy connection that is two visits to the runtime's timers a request, for a limit that
+//! is hardly ever reached. [`HeadTimer`] only notes until when a head may take, and [`Attended`]
+//! looks at the note when its one alarm rings, which then is set anew. What a request means, and what
+//! its answer may take, is nothing to it.
+
+use std::{
+    future::Future,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+use hyper::rt::{Sleep, Timer};
+use hyper_util::server::graceful::GracefulConnection;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+
+/// Until when a connection waits for the head of a request: nanoseconds after `start`, or
+/// [`Watch::NOTHING`].
+#[derive(Debug)]
+pub struct Watch {
+    start: Instant,
+    until: AtomicU64,
+}
+
+impl Watch {
+    /// No head is waited for: a request is being answered, or the protocol has limits of its own.
+    const NOTHING: u64 = u64::MAX;
+
+    /// Waits for the first head from now on, whatever the protocol.
+    pub fn new(patience: Duration) -> Arc<Self> {
+        let start = Instant::now();
+        let watch = Self { start, until: AtomicU64::new(Self::NOTHING) };
+        watch.wait_until(start + patience);
+        Arc::new(watch)
+    }
+
+    /// Says that a head has come.
+    pub fn rest(&self) {
+        self.until.store(Self::NOTHING, Ordering::Relaxed);
+    }
+
+    fn wait_until(&self, deadline: Instant) {
+        let after = deadline.saturating_duration_since(self.start).as_nanos();
+        self.until.store(u64::try_from(after).unwrap_or(Self::NOTHING), Ordering::Relaxed);
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        let after = self.until.load(Ordering::Relaxed);
+        (after != Self::NOTHING).then(|| self.start + Duration::from_nanos(after))
+    }
+}
+
+/// Hyper's timer for one HTTP/1 connection, which uses it for the limit on heads alone.
+#[derive(Clone, Debug)]
+pub struct HeadTimer(pub Arc<Watch>);
+
+impl Timer for HeadTimer {
+    fn sleep(&self, duration: Duration) -> Pin<Box<dyn Sleep>> {
+        self.sleep_until(Instant::now() + duration)
+    }
+
+    fn sleep_until(&self, deadline: Instant) -> Pin<Box<dyn Sleep>> {
+        self.0.wait_until(deadline);
+        Box::pin(Note(Arc::clone(&self.0)))
+    }
+
+    /// The sleep stays: its end would count as a head that has come.
+    fn reset(&self, _: &mut Pin<Box<dyn Sleep>>, deadline: Instant) {
+        self.0.wait_until(deadline);
+    }
+}
+
+/// Stands for a deadline that is noted, until it is dropped. Nobody is woken by it: [`Attended`]
+/// ends the connection instead.
+#[derive(Debug)]
+struct Note(Arc<Watch>);
+
+impl Sleep for Note {}
+
+impl Future for Note {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<()> {
+        Poll::Pending
+    }
+}
+
+impl Drop for Note {
+    fn drop(&mut self) {
+        self.0.rest();
+    }
+}
+
+/// The sign to stop, as connections see it: looking at it costs a load.
+#[derive(Clone, Debug, Default)]
+pub struct Stop {
+    given: Arc<AtomicBool>,
+    wake: CancellationToken,
+}
+
+impl Stop {
+    /// Gives the sign.
+    pub fn give(&self) {
+        self.given.store(true, Ordering::Release);
+        self.wake.cancel();
+    }
+}
+
+/// How a connection ended that was not served to its end.
+#[derive(Debug)]
+pub enum End<E> {
+    /// The client did not send a head in time.
+    Silence,
+    /// The connection's own error.
+    Error(E),
+}
+
+pin_project_lite::pin_project! {
+    /// Serves a connection until its end, until its client is silent for too long, or, once the sign
+    /// to stop was given, until the requests under way are answered.
+    pub struct Attended<C> {
+        #[pin]
+        connection: C,
+        watch: Arc<Watch>,
+        patience: Duration,
+        #[pin]
+        alarm: tokio::time::Sleep,
+        stop: Stop,
+        #[pin]
+        wake: WaitForCancellationFutureOwned,
+        stage: Stage,
+    }
+}
+
+#[derive(Debug)]
+enum Stage {
+    /// Not polled yet, so that nothing will wake it.
+    New,
+    Serving,
+    Stopping,
+}
+
+impl<C> Attended<C> {
+    /// Attends `connection`, whose requests call [`Watch::rest`] and whose timer is a [`HeadTimer`]
+    /// of the same watch.
+    pub fn new(connection: C, watch: Arc<Watch>, patience: Duration, stop: Stop) -> Self {
+        let alarm = tokio::time::sleep(patience);
+        let wake = stop.wake.clone().cancelled_owned();
+        Self { connection, watch, patience, alarm, stop, wake, stage: Stage::New }
+    }
+}
+
+impl<C: GracefulConnection> Future for Attended<C> {
+    type Output = Result<(), End<C::Error>>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut this = self.project();
+        // Nearly every wake is for the connection.
+        if let Poll::Ready(ended) = this.connection.as_mut().poll(cx) {
+            return Poll::Ready(ended.map_err(End::Error));
+        }
+        while this.alarm.as_mut().poll(cx).is_ready() {
+            let now = Instant::now();
+            let next = this.watch.deadline().unwrap_or(now + *this.patience);
+            if next <= now {
+                return Poll::Ready(Err(End::Silence));
+            }
+            this.alarm.as_mut().reset(next.into());
+        }
+        // Waiting for the sign takes locks that all connections share. A task's waker stays the
+        // same, so that waiting once is enough: whoever is woken looks at the flag.
+        if matches!(this.stage, Stage::New) {
+            let _ = this.wake.poll(cx);
+            *this.stage = Stage::Serving;
+        }
+        if matches!(this.stage, Stage::Serving) && this.stop.given.load(Ordering::Acquire) {
+            *this.stage = Stage::Stopping;
+            this.connection.as_mut().graceful_shutdown();
+            return this.connection.poll(cx).map_err(End::Error);
+        }
+        Poll::Pending
+    }
+}
