@@ -6,6 +6,7 @@
 use std::{
     collections::BTreeSet,
     net::{IpAddr, SocketAddr},
+    pin::Pin,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -50,7 +51,7 @@ pub struct Settings {
     pub disabled: BTreeSet<Endpoint>,
     /// The largest request body, in bytes.
     pub body_bytes: usize,
-    /// The longest that one request may take, from its head until its answer is ready.
+    /// The longest that one request may take, from its head until its body is there.
     pub request_timeout: Duration,
     /// The longest that a request with a first-seen token waits for its environment's flags.
     pub patience: Duration,
@@ -80,6 +81,7 @@ impl Service for Data {
         let started = Instant::now();
         let (head, body) = request.into_parts();
         let path = normalise(head.uri.path(), &self.settings.base_path);
+        let body = Arriving { body, until: started + self.settings.request_timeout };
         let (subject, mut reply) = self.answer(&head, path.as_deref(), body, peer).await;
         if subject != Subject::Preflight {
             self.settings.cors.decorate(&head.headers, reply.headers_mut());
@@ -87,6 +89,12 @@ impl Service for Data {
         self.meter.record(subject, &head.method, &reply, started.elapsed());
         reply::without_body(&head.method, reply)
     }
+}
+
+/// A request's body on its way, and how long it may take.
+struct Arriving {
+    body: Incoming,
+    until: Instant,
 }
 
 /// When a client is told to try again, where nothing better is known.
@@ -97,7 +105,7 @@ impl Data {
         &self,
         head: &Parts,
         path: Option<&'a str>,
-        body: Incoming,
+        body: Arriving,
         peer: SocketAddr,
     ) -> (Subject<'a>, Reply) {
         if head.method == Method::OPTIONS {
@@ -116,17 +124,19 @@ impl Data {
                 return (Subject::Unknown, Failure::Method(known).into());
             }
         };
-        let limit = self.settings.request_timeout;
-        let reply = tokio::time::timeout(limit, self.dispatch(route, head, body, client)).await;
-        let reply = reply.unwrap_or(Err(Failure::TooSlow(limit)));
+        let reply = self.dispatch(route, head, body, client).await;
         (Subject::Route(route), reply.unwrap_or_else(Reply::from))
     }
 
+    /// Answers what was asked.
+    ///
+    /// A request is moved about before it runs, so that everything it seldom waits for is boxed:
+    /// what is left is no larger than reading flags needs, which waits for nothing.
     async fn dispatch(
         &self,
         route: Route<'_>,
         head: &Parts,
-        body: Incoming,
+        body: Arriving,
         client: IpAddr,
     ) -> Result<Reply, Failure> {
         let headers = &head.headers;
@@ -135,7 +145,10 @@ impl Data {
             Route::Health => Ok(self.ops.health()),
             Route::Ready => Ok(self.ops.ready()),
             Route::Prometheus => Ok(self.ops.metrics()),
-            Route::Validate => edge::validate(&self.auth, &self.read(headers, body).await?).await,
+            Route::Validate => {
+                let body = self.read(headers, body).await?;
+                Box::pin(edge::validate(&self.auth, &body)).await
+            }
             Route::ClientFeatures => {
                 let (grant, snapshot) = self.reader(headers, TokenKind::Client).await?;
                 client::features(headers, query, &snapshot, &grant.scope).await
@@ -215,7 +228,8 @@ impl Data {
             Some(snapshot) => Some(snapshot),
             None if first_seen => {
                 let arrival = self.snapshots.wait_for_scope(&grant.scope);
-                tokio::time::timeout(self.settings.patience, arrival).await.ok().flatten()
+                let arrival = tokio::time::timeout(self.settings.patience, arrival);
+                Box::pin(arrival).await.ok().flatten()
             }
             None => None,
         };
@@ -224,7 +238,7 @@ impl Data {
         snapshot.map(|snapshot| (grant, snapshot)).ok_or(missing)
     }
 
-    async fn context(&self, head: &Parts, body: Incoming) -> Result<FrontendContext, Failure> {
+    async fn context(&self, head: &Parts, body: Arriving) -> Result<FrontendContext, Failure> {
         if head.method == Method::POST {
             return Ok(FrontendContext::from_json(&self.read(&head.headers, body).await?)?);
         }
@@ -241,8 +255,18 @@ impl Data {
         Question { told, client, hostname: &self.settings.hostname, snapshot, scope }
     }
 
-    async fn read(&self, headers: &HeaderMap, body: Incoming) -> Result<Bytes, Failure> {
-        payload::read(headers, body, self.settings.body_bytes).await
+    /// The request's body, unless it takes longer to arrive than a request may.
+    fn read<'a>(
+        &'a self,
+        headers: &'a HeaderMap,
+        body: Arriving,
+    ) -> Pin<Box<dyn Future<Output = Result<Bytes, Failure>> + Send + 'a>> {
+        Box::pin(async move {
+            let Arriving { body, until } = body;
+            let body = payload::read(headers, body, self.settings.body_bytes);
+            let body = tokio::time::timeout_at(until.into(), body).await;
+            body.unwrap_or(Err(Failure::TooSlow(self.settings.request_timeout)))
+        })
     }
 }
 

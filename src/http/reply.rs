@@ -160,7 +160,11 @@ pub async fn body(request: &HeaderMap, body: &Arc<Body>, freshness: Freshness) -
     if let Some(coded) = body.ready(coding) {
         return body_as(coded.clone(), coding, freshness);
     }
-    let shared = Arc::clone(body);
+    Box::pin(body_made(Arc::clone(body), coding, freshness)).await
+}
+
+async fn body_made(body: Arc<Body>, coding: Coding, freshness: Freshness) -> Reply {
+    let shared = Arc::clone(&body);
     match tokio::task::spawn_blocking(move || shared.make(coding).clone()).await {
         Ok(coded) => body_as(coded, coding, freshness),
         // The runtime is going down; the plain bytes are always there.
