@@ -19,6 +19,7 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use foldhash::fast::RandomState;
 use jiff::Timestamp;
 use moka::sync::Cache;
 use tokio::sync::watch;
@@ -207,7 +208,7 @@ struct Inner {
 #[derive(Clone, Debug, Default)]
 struct Current {
     served: Served,
-    snapshots: Arc<HashMap<Environment, Arc<Snapshot>>>,
+    snapshots: Arc<HashMap<Environment, Arc<Snapshot>, RandomState>>,
 }
 
 /// Which environments are served at all.
@@ -251,7 +252,7 @@ impl Snapshots {
     }
 
     /// The current state of every environment.
-    pub fn all(&self) -> Arc<HashMap<Environment, Arc<Snapshot>>> {
+    pub fn all(&self) -> Arc<HashMap<Environment, Arc<Snapshot>, RandomState>> {
         Arc::clone(&self.0.current.load().snapshots)
     }
 

@@ -12,6 +12,7 @@ use std::{
     time::Duration,
 };
 
+use foldhash::fast::RandomState;
 use jiff::Timestamp;
 use moka::sync::Cache;
 use serde::{Deserialize, Serialize};
@@ -115,9 +116,9 @@ pub(super) struct Changes {
 /// Every verdict that is kept.
 #[derive(Debug)]
 pub(super) struct Verdicts {
-    valid: Cache<TokenDigest, Arc<Verdict>>,
-    refused: Cache<TokenDigest, Refusal>,
-    revoked: Cache<TokenDigest, Refusal>,
+    valid: Cache<TokenDigest, Arc<Verdict>, RandomState>,
+    refused: Cache<TokenDigest, Refusal, RandomState>,
+    revoked: Cache<TokenDigest, Refusal, RandomState>,
     unsaved: AtomicBool,
 }
 
@@ -125,10 +126,12 @@ impl Verdicts {
     /// Room for `capacity` valid verdicts and as many refusals, which are believed for
     /// `refuse_for`.
     pub(super) fn new(capacity: u64, refuse_for: Duration) -> Self {
+        let hasher = RandomState::default;
+        let refusals = || Cache::builder().max_capacity(capacity);
         Self {
-            valid: Cache::new(capacity),
-            refused: Cache::builder().max_capacity(capacity).time_to_live(refuse_for).build(),
-            revoked: Cache::builder().max_capacity(capacity).time_to_live(REVOKED_FOR).build(),
+            valid: Cache::builder().max_capacity(capacity).build_with_hasher(hasher()),
+            refused: refusals().time_to_live(refuse_for).build_with_hasher(hasher()),
+            revoked: refusals().time_to_live(REVOKED_FOR).build_with_hasher(hasher()),
             unsaved: AtomicBool::new(false),
         }
     }
