@@ -1,7 +1,9 @@
 //! The engine beside yggdrasil, Unleash's own, over the same flags in the same run.
 //!
 //! `evaluate` is every flag for one context, `compile` is from the JSON text to something that
-//! evaluates. Both are counted per flag. The flags are plausible ones, the same in every run.
+//! evaluates. Both are counted per flag.
+
+mod flags;
 
 use std::collections::HashMap;
 use std::hint::black_box;
@@ -10,76 +12,12 @@ use std::time::Duration;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use parapet::engine::{Context, Engine};
 use parapet::wire::features::Document;
-use rand::prelude::*;
-use rand::rngs::StdRng;
-use serde_json::{Value, json};
 use unleash_types::client_features::ClientFeatures;
 use unleash_yggdrasil::{EngineState, UpdateMessage};
 
+use flags::document;
+
 const SIZES: [usize; 3] = [350, 1000, 5000];
-
-fn flag(index: usize, random: &mut StdRng) -> Value {
-    let strategies: Vec<Value> = (0..*[0, 1, 1, 2].choose(random).expect("not empty"))
-        .map(|_| {
-            let mut constraints = Vec::new();
-            if random.random_bool(0.5) {
-                let fields = ["appName", "environment", "userId", "country", "plan"];
-                let values: Vec<String> = (0..random.random_range(1..=10))
-                    .map(|_| format!("v{}", random.random_range(0..=50)))
-                    .collect();
-                constraints.push(json!({
-                    "contextName": fields.choose(random), "operator": "IN", "values": values,
-                    "inverted": false, "caseInsensitive": false,
-                }));
-            }
-            if random.random_bool(0.1) {
-                constraints.push(json!({
-                    "contextName": "version", "operator": "SEMVER_GT",
-                    "value": format!("1.{}.0", random.random_range(0..=9)), "values": [],
-                    "inverted": false, "caseInsensitive": false,
-                }));
-            }
-            let rollout = [0, 10, 50, 100, 100].choose(random).expect("not empty");
-            let stickiness = ["default", "userId", "sessionId"];
-            json!({
-                "name": "flexibleRollout",
-                "constraints": constraints,
-                "parameters": {
-                    "groupId": format!("feature-{index}"),
-                    "rollout": rollout.to_string(),
-                    "stickiness": stickiness.choose(random),
-                },
-                "variants": [],
-            })
-        })
-        .collect();
-    let variant = |name: &str| {
-        json!({
-            "name": name, "weight": 500, "weightType": "variable", "stickiness": "default",
-            "payload": { "type": "string", "value": format!("val-{name}") }, "overrides": [],
-        })
-    };
-    let variants = if random.random_bool(0.15) { vec![variant("a"), variant("b")] } else { vec![] };
-    let projects = ["default", "web", "mobile"];
-    json!({
-        "name": format!("team{}.feature-{index:04}", index % 7),
-        "type": "release",
-        "enabled": random.random_bool(0.8),
-        "project": projects[index % 3],
-        "stale": false,
-        "strategies": strategies,
-        "variants": variants,
-        "description": format!("Some description of feature {index} which is moderately long"),
-        "impressionData": false,
-        "dependencies": [],
-    })
-}
-
-fn document(size: usize) -> String {
-    let mut random = StdRng::seed_from_u64(7);
-    let features: Vec<Value> = (0..size).map(|index| flag(index, &mut random)).collect();
-    json!({ "version": 2, "features": features, "segments": [] }).to_string()
-}
 
 fn yggdrasil(body: &str) -> EngineState {
     let features: ClientFeatures = serde_json::from_str(body).expect("the document is sound");
