@@ -1,0 +1,319 @@
+//! Requests over a connection in memory, to Parapet's own service or to bare hyper, which answers
+//! the same bytes without having to think.
+//!
+//! What is counted is the server's side of the connection, from reading to writing; the client and
+//! the runtime that wakes them are not.
+
+use std::collections::BTreeSet;
+use std::convert::Infallible;
+use std::fmt::Write as _;
+use std::future::Future;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Full};
+use hyper::StatusCode;
+use hyper::body::Incoming;
+use hyper::header::{
+    AUTHORIZATION, CONTENT_LENGTH, DATE, ETAG, HeaderMap, HeaderName, HeaderValue,
+};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use parapet::http::access;
+use parapet::http::cors::{self, Cors};
+use parapet::http::data::{Data, Settings};
+use parapet::http::listener::Service as _;
+use parapet::http::meter::Meter;
+use parapet::http::ops::Ops;
+use parapet::http::reply::Reply;
+use parapet::snapshot::Snapshots;
+use parapet::telemetry::{self, Readiness};
+use parapet::token::{Token, TokenKind};
+use parapet::usage::{self, Usage};
+use parapet::wire::usage::ConnectVia;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
+
+use crate::{counted, scenarios};
+
+const CLIENT: &str = "*:development.client-0123456789abcdef0123456789abcdef";
+const FRONTEND_TOKEN: &str = "*:development.frontend-0123456789abcdef0123456789ab";
+const NOBODY: &str = "*:development.nobody-0123456789abcdef0123456789abcdef";
+
+/// What a connection holds in each direction.
+const BUFFER: usize = 256 << 10;
+
+/// How often each request is made before any is counted.
+const WARM_UP: u64 = 50;
+
+/// Who answers.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Server {
+    Parapet,
+    Bare,
+}
+
+/// What is asked, and which status comes back.
+#[derive(Debug)]
+pub(crate) struct Request {
+    target: Target,
+    token: &'static str,
+    accept: &'static str,
+    /// Whether the client has the answer already.
+    revalidates: bool,
+    status: StatusCode,
+}
+
+#[derive(Debug)]
+enum Target {
+    Features,
+    /// Evaluated flags of one user.
+    Frontend,
+    /// Evaluated flags of a user who never asked before.
+    NewUser,
+    Metrics,
+}
+
+pub(crate) const FEATURES: Request = Request {
+    target: Target::Features,
+    token: CLIENT,
+    accept: "identity",
+    revalidates: false,
+    status: StatusCode::OK,
+};
+pub(crate) const FEATURES_GZIP: Request = Request { accept: "gzip", ..FEATURES };
+pub(crate) const FEATURES_UNCHANGED: Request =
+    Request { revalidates: true, status: StatusCode::NOT_MODIFIED, ..FEATURES };
+pub(crate) const FRONTEND: Request =
+    Request { target: Target::Frontend, token: FRONTEND_TOKEN, ..FEATURES };
+pub(crate) const FRONTEND_UNCHANGED: Request =
+    Request { revalidates: true, status: StatusCode::NOT_MODIFIED, ..FRONTEND };
+pub(crate) const FRONTEND_NEW_USERS: Request = Request { target: Target::NewUser, ..FRONTEND };
+pub(crate) const METRICS: Request =
+    Request { target: Target::Metrics, status: StatusCode::ACCEPTED, ..FEATURES };
+pub(crate) const UNKNOWN_TOKEN: Request =
+    Request { token: NOBODY, status: StatusCode::UNAUTHORIZED, ..FEATURES };
+
+/// What a frontend SDK asks for a user.
+pub(crate) fn query(user: &str) -> String {
+    format!(
+        "userId={user}&sessionId=5f2b6a&environment=v3&appName=v5&properties%5Bcountry%5D=v7\
+         &properties%5Bplan%5D=v12&properties%5Bversion%5D=1.5.2"
+    )
+}
+
+impl Request {
+    /// Makes it over and over, and counts the last so many times.
+    pub(crate) fn run(&self, server: Server, flags: usize, times: u64) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        runtime.expect("the system gives one").block_on(self.repeat(server, flags, times));
+    }
+
+    async fn repeat(&self, server: Server, flags: usize, times: u64) {
+        let mut connection = Connection::to_parapet(flags);
+        let mut etag = None;
+        if self.revalidates {
+            etag = connection.ask(&self.text(0, None)).await.headers.remove(ETAG);
+        }
+        if server == Server::Bare {
+            let answer = connection.ask(&self.text(0, etag.as_ref())).await;
+            connection = Connection::to_bare(answer);
+        }
+        for n in 0..WARM_UP + times {
+            connection.is_counted.store(n >= WARM_UP, Ordering::Relaxed);
+            let answer = connection.ask(&self.text(n, etag.as_ref())).await;
+            assert_eq!(answer.status, self.status);
+        }
+    }
+
+    /// The request as it is sent for the `n`th time.
+    fn text(&self, n: u64, etag: Option<&HeaderValue>) -> String {
+        let (method, path, body) = match self.target {
+            Target::Features => ("GET", "/api/client/features".to_owned(), ""),
+            Target::Frontend => ("GET", format!("/api/frontend?{}", query("user-4711")), ""),
+            Target::NewUser => {
+                ("GET", format!("/api/frontend?{}", query(&format!("user-{n:04}"))), "")
+            }
+            Target::Metrics => ("POST", "/api/client/metrics".to_owned(), REPORT),
+        };
+        let Self { token, accept, .. } = self;
+        let mut text = format!(
+            "{method} {path} HTTP/1.1\r\nhost: localhost:3063\r\nauthorization: {token}\r\n\
+             unleash-client-spec: 5.2.0\r\nuser-agent: bench\r\naccept-encoding: {accept}\r\n"
+        );
+        if let Some(etag) = etag {
+            write!(text, "if-none-match: {}\r\n", etag.to_str().expect("visible")).expect(MEMORY);
+        }
+        if !body.is_empty() {
+            let length = body.len();
+            write!(text, "content-type: application/json\r\ncontent-length: {length}\r\n")
+                .expect(MEMORY);
+        }
+        text.push_str("\r\n");
+        text.push_str(body);
+        text
+    }
+}
+
+const MEMORY: &str = "memory takes it";
+
+/// What an SDK reports after a minute in which three flags were asked for.
+const REPORT: &str = r#"{"appName":"shop","instanceId":"shop-1","bucket":{"start":"2026-01-01T10:00:00.000Z","stop":"2026-01-01T10:01:00.000Z","toggles":{"team0.feature-0000":{"yes":120,"no":7,"variants":{"a":80,"b":40}},"team1.feature-0001":{"yes":3,"no":0,"variants":{}},"team2.feature-0002":{"yes":0,"no":912,"variants":{}}}}}"#;
+
+/// An answer as it came.
+struct Answer {
+    status: StatusCode,
+    headers: HeaderMap,
+    body: Bytes,
+}
+
+/// A client's end of a connection, whose other end is served in the same thread.
+struct Connection {
+    stream: DuplexStream,
+    is_counted: Arc<AtomicBool>,
+}
+
+impl Connection {
+    /// To the service of the data listener, served as there.
+    fn to_parapet(flags: usize) -> Self {
+        let data = Arc::new(data(flags));
+        Self::serve(|stream| {
+            let mut protocol = auto::Builder::new(TokioExecutor::new());
+            protocol.http1().timer(TokioTimer::new()).header_read_timeout(TIMEOUT);
+            let service = service_fn(move |request: hyper::Request<Incoming>| {
+                let data = Arc::clone(&data);
+                async move { Ok::<_, Infallible>(data.call(request, PEER).await) }
+            });
+            let connection = protocol.serve_connection(TokioIo::new(stream), service).into_owned();
+            async { connection.await.expect("it ends with its client") }
+        })
+    }
+
+    /// To a server that gives this answer whatever it is asked, once it has read the question.
+    fn to_bare(answer: Answer) -> Self {
+        let Answer { status, mut headers, body } = answer;
+        // These hyper says itself.
+        headers.remove(DATE);
+        headers.remove(CONTENT_LENGTH);
+        let answer = move || {
+            let mut reply = Reply::new(Full::new(body.clone()));
+            *reply.status_mut() = status;
+            reply.headers_mut().clone_from(&headers);
+            reply
+        };
+        Self::serve(|stream| {
+            let service = service_fn(move |request: hyper::Request<Incoming>| {
+                let reply = answer();
+                async move {
+                    request.into_body().collect().await?;
+                    Ok::<_, hyper::Error>(reply)
+                }
+            });
+            let connection = http1::Builder::new().serve_connection(TokioIo::new(stream), service);
+            async { connection.await.expect("it ends with its client") }
+        })
+    }
+
+    fn serve<F>(serving: impl FnOnce(DuplexStream) -> F) -> Self
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let (stream, other) = tokio::io::duplex(BUFFER);
+        let is_counted = Arc::new(AtomicBool::new(false));
+        let serving = Box::pin(serving(other));
+        tokio::spawn(Counted { serving, is_counted: Arc::clone(&is_counted) });
+        Self { stream, is_counted }
+    }
+
+    async fn ask(&mut self, request: &str) -> Answer {
+        self.stream.write_all(request.as_bytes()).await.expect("the server reads");
+        let mut received = Vec::new();
+        let head = loop {
+            self.receive(&mut received).await;
+            if let Some(at) = received.windows(4).position(|it| it == b"\r\n\r\n") {
+                break at + 4;
+            }
+        };
+        let (status, headers) = read_head(&received[..head]);
+        let length = headers.get(CONTENT_LENGTH).and_then(|it| it.to_str().ok()?.parse().ok());
+        let length = if status == StatusCode::NOT_MODIFIED { 0 } else { length.unwrap_or(0) };
+        while received.len() < head + length {
+            self.receive(&mut received).await;
+        }
+        Answer { status, headers, body: Bytes::from(received).slice(head..) }
+    }
+
+    async fn receive(&mut self, received: &mut Vec<u8>) {
+        let read = self.stream.read_buf(received).await.expect("the server writes");
+        assert!(read > 0, "the server hung up");
+    }
+}
+
+fn read_head(head: &[u8]) -> (StatusCode, HeaderMap) {
+    let head = std::str::from_utf8(head).expect("a head is ASCII");
+    let (first, fields) = head.split_once("\r\n").expect("it has an end");
+    let status = first.split(' ').nth(1).and_then(|it| it.parse().ok()).expect("it has a status");
+    let field = |line: &str| -> Option<(HeaderName, HeaderValue)> {
+        let (name, value) = line.split_once(": ")?;
+        Some((name.parse().ok()?, value.parse().ok()?))
+    };
+    (status, fields.lines().filter_map(field).collect())
+}
+
+/// A connection being served, counted while that is wanted.
+struct Counted<F> {
+    serving: Pin<Box<F>>,
+    is_counted: Arc<AtomicBool>,
+}
+
+impl<F: Future<Output = ()>> Future for Counted<F> {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+        if !self.is_counted.load(Ordering::Relaxed) {
+            return self.serving.as_mut().poll(context);
+        }
+        let mut polled = Poll::Pending;
+        counted(&mut || polled = self.serving.as_mut().poll(context));
+        polled
+    }
+}
+
+const TIMEOUT: Duration = Duration::from_secs(30);
+const PEER: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 40_000);
+
+/// The data listener's service as an edge has it, by default settings.
+fn data(flags: usize) -> Data {
+    let registry = telemetry::start_metrics();
+    let (readiness, _) = Readiness::new();
+    let snapshots = Snapshots::default();
+    snapshots.swap(scenarios::snapshot(flags));
+    let tokens = [(CLIENT, TokenKind::Client), (FRONTEND_TOKEN, TokenKind::Frontend)];
+    let tokens = tokens.map(|(text, kind)| (Token::parse(text).expect("sound"), kind));
+    let interval = Duration::from_mins(1);
+    let hop = ConnectVia { app_name: "parapet".into(), instance_id: "bench".into() };
+    Data {
+        settings: Settings {
+            base_path: String::new(),
+            token_header: AUTHORIZATION,
+            cors: Cors::new(cors::Config::default()),
+            access: access::Config::default(),
+            disabled: BTreeSet::new(),
+            body_bytes: 1 << 20,
+            request_timeout: TIMEOUT,
+            patience: TIMEOUT,
+            hostname: "bench".to_owned(),
+        },
+        auth: scenarios::authenticator(tokens),
+        snapshots: snapshots.clone(),
+        usage: Usage::new(&usage::Config { interval, max_counters: 100_000 }, hop),
+        ops: Ops::new(readiness, registry, snapshots),
+        meter: Meter::default(),
+    }
+}
