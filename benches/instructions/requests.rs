@@ -5,7 +5,6 @@
 //! the runtime that wakes them are not.
 
 use std::collections::BTreeSet;
-use std::convert::Infallible;
 use std::fmt::Write as _;
 use std::future::Future;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -24,12 +23,11 @@ use hyper::header::{
 };
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::conn::auto;
+use hyper_util::rt::TokioIo;
 use parapet::http::access;
 use parapet::http::cors::{self, Cors};
 use parapet::http::data::{Data, Settings};
-use parapet::http::listener::Service as _;
+use parapet::http::listener::{Limits, Protocol};
 use parapet::http::meter::Meter;
 use parapet::http::ops::Ops;
 use parapet::http::reply::Reply;
@@ -183,16 +181,7 @@ impl Connection {
     /// To the service of the data listener, served as there.
     fn to_parapet(flags: usize) -> Self {
         let data = Arc::new(data(flags));
-        Self::serve(|stream| {
-            let mut protocol = auto::Builder::new(TokioExecutor::new());
-            protocol.http1().timer(TokioTimer::new()).header_read_timeout(TIMEOUT);
-            let service = service_fn(move |request: hyper::Request<Incoming>| {
-                let data = Arc::clone(&data);
-                async move { Ok::<_, Infallible>(data.call(request, PEER).await) }
-            });
-            let connection = protocol.serve_connection(TokioIo::new(stream), service).into_owned();
-            async { connection.await.expect("it ends with its client") }
-        })
+        Self::serve(|stream| Protocol::new(data, &LIMITS).serve(stream, PEER))
     }
 
     /// To a server that gives this answer whatever it is asked, once it has read the question.
@@ -286,6 +275,13 @@ impl<F: Future<Output = ()>> Future for Counted<F> {
 }
 
 const TIMEOUT: Duration = Duration::from_secs(30);
+
+const LIMITS: Limits = Limits {
+    body_bytes: 1 << 20,
+    connections: 1,
+    header_read_timeout: TIMEOUT,
+    request_timeout: TIMEOUT,
+};
 const PEER: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 40_000);
 
 /// The data listener's service as an edge has it, by default settings.
@@ -298,6 +294,7 @@ fn data(flags: usize) -> Data {
     let tokens = tokens.map(|(text, kind)| (Token::parse(text).expect("sound"), kind));
     let interval = Duration::from_mins(1);
     let hop = ConnectVia { app_name: "parapet".into(), instance_id: "bench".into() };
+    let meter = Arc::new(Meter::default());
     Data {
         settings: Settings {
             base_path: String::new(),
@@ -305,15 +302,15 @@ fn data(flags: usize) -> Data {
             cors: Cors::new(cors::Config::default()),
             access: access::Config::default(),
             disabled: BTreeSet::new(),
-            body_bytes: 1 << 20,
-            request_timeout: TIMEOUT,
+            body_bytes: LIMITS.body_bytes,
+            request_timeout: LIMITS.request_timeout,
             patience: TIMEOUT,
             hostname: "bench".to_owned(),
         },
         auth: scenarios::authenticator(tokens),
         snapshots: snapshots.clone(),
         usage: Usage::new(&usage::Config { interval, max_counters: 100_000 }, hop),
-        ops: Ops::new(readiness, registry, snapshots),
-        meter: Meter::default(),
+        ops: Ops::new(readiness, registry, snapshots, Arc::clone(&meter)),
+        meter,
     }
 }

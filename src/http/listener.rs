@@ -19,6 +19,7 @@ use hyper_util::{
     server::conn::auto::Builder,
 };
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     sync::Semaphore,
     task::JoinSet,
@@ -73,28 +74,68 @@ pub async fn serve<S: Service>(
     stop: CancellationToken,
     grace: Duration,
 ) {
-    let told = Stop::default();
     let room = Arc::new(Semaphore::new(limits.connections));
-    let tasks = Tasks::default();
-    let patience = limits.header_read_timeout;
-    let mut protocol = Builder::new(tasks.clone());
-    protocol.http1().header_read_timeout(patience);
-    protocol.http2().timer(TokioTimer::new()).keep_alive_interval(PING_EVERY);
+    let protocol = Protocol::new(service, limits);
     loop {
         let accepted = tokio::select! {
             () = stop.cancelled() => break,
             accepted = accept(&listener, &room) => accepted,
         };
-        let (stream, peer, permit) = match accepted {
-            Ok(accepted) => accepted,
+        match accepted {
+            Ok((stream, peer, permit)) => {
+                let connection = protocol.serve(stream, peer);
+                protocol.tasks.spawn(async move {
+                    connection.await;
+                    drop(permit);
+                });
+            }
             Err(error) => {
                 warn!(%error, "Cannot accept a connection");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
-                continue;
             }
-        };
-        let service = Arc::clone(&service);
-        let watch = Watch::new(patience);
+        }
+    }
+    drop(listener);
+    protocol.stop.give();
+    if tokio::time::timeout(grace, protocol.tasks.finish()).await.is_err() {
+        warn!(?grace, "Requests under way did not finish in time");
+    }
+    protocol.tasks.abort().await;
+}
+
+/// Speaks HTTP/1.1 and HTTP/2 on connections, for one service.
+#[derive(Debug)]
+pub struct Protocol<S> {
+    service: Arc<S>,
+    builder: Builder<Tasks>,
+    /// How long a head may take.
+    patience: Duration,
+    stop: Stop,
+    tasks: Tasks,
+}
+
+impl<S: Service> Protocol<S> {
+    /// Speaks for `service`.
+    pub fn new(service: Arc<S>, limits: &Limits) -> Self {
+        let tasks = Tasks::default();
+        let patience = limits.header_read_timeout;
+        let mut builder = Builder::new(tasks.clone());
+        builder.http1().header_read_timeout(patience);
+        builder.http2().timer(TokioTimer::new()).keep_alive_interval(PING_EVERY);
+        Self { service, builder, patience, stop: Stop::default(), tasks }
+    }
+
+    /// Serves one connection to its end. Dropping the future closes it.
+    pub fn serve<I>(
+        &self,
+        stream: I,
+        peer: SocketAddr,
+    ) -> impl Future<Output = ()> + Send + use<S, I>
+    where
+        I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let service = Arc::clone(&self.service);
+        let watch = Watch::new(self.patience);
         let heads = Arc::clone(&watch);
         let answer = service_fn(move |request| {
             // Where the protocol is HTTP/2, nobody else says so.
@@ -102,25 +143,18 @@ pub async fn serve<S: Service>(
             let service = Arc::clone(&service);
             async move { Ok::<_, Infallible>(guarded(&*service, request, peer).await) }
         });
-        let mut protocol = protocol.clone();
-        protocol.http1().timer(HeadTimer(Arc::clone(&watch)));
-        let connection = protocol.serve_connection(TokioIo::new(stream), answer).into_owned();
-        let connection = Attended::new(connection, watch, patience, told.clone());
-        tasks.spawn(async move {
+        let mut builder = self.builder.clone();
+        builder.http1().timer(HeadTimer(Arc::clone(&watch)));
+        let connection = builder.serve_connection(TokioIo::new(stream), answer).into_owned();
+        let connection = Attended::new(connection, watch, self.patience, self.stop.clone());
+        async {
             match connection.await {
                 Ok(()) => {}
                 Err(End::Silence) => debug!("A client was silent for too long"),
                 Err(End::Error(error)) => debug!(error, "A connection ended early"),
             }
-            drop(permit);
-        });
+        }
     }
-    drop(listener);
-    told.give();
-    if tokio::time::timeout(grace, tasks.finish()).await.is_err() {
-        warn!(?grace, "Requests under way did not finish in time");
-    }
-    tasks.abort().await;
 }
 
 async fn accept(
