@@ -24,11 +24,11 @@ mod scalar;
 mod strategy;
 mod variant;
 
-pub use self::context::{Bound, Context, FieldId, Fields};
+pub use self::context::{Bound, Context, FieldId, Fields, Values};
 pub use self::flag::{Flag, FlagId, Outcome};
 use self::plan::Plan;
 pub use self::problem::{Defect, Part, Problem};
-pub use self::reads::Reads;
+pub use self::reads::{Key, Reads};
 pub use self::variant::{Payload, Variant};
 use crate::wire::features::Document;
 
@@ -73,9 +73,39 @@ impl Engine {
         &self.fields
     }
 
-    /// Reads a context once, for evaluating any number of flags of this engine.
+    /// What the outcomes of these flags depend on.
+    pub fn reads(&self, flags: impl IntoIterator<Item = FlagId>) -> Reads {
+        let mut reads = Reads::default();
+        for id in flags {
+            self.plans[id.index()].note_reads(&self.plans, &mut reads);
+        }
+        reads.finish()
+    }
+
+    /// The outcome of a flag that has the same one for everybody, always.
+    pub fn fixed(&self, id: FlagId) -> Option<Outcome> {
+        self.plans[id.index()].fixed()
+    }
+
+    /// Reads a context as far as it takes to tell it from others by [`Engine::tell`].
+    pub fn read<'a>(&self, context: &Context<'a>) -> Values<'a> {
+        self.fields.read(context)
+    }
+
+    /// Appends to `key` all that `reads`, which are of flags of this engine, can tell of a context:
+    /// those flags have equal outcomes for contexts of equal keys, unless they draw lots.
+    pub fn tell(&self, reads: &Reads, values: &Values<'_>, key: &mut Key) {
+        reads.tell(&self.fields, values, key);
+    }
+
+    /// Prepares a context for evaluating any number of flags of this engine.
     pub fn bind<'a>(&self, context: &Context<'a>) -> Bound<'a> {
-        self.fields.bind(context)
+        self.bind_values(self.read(context))
+    }
+
+    /// Prepares what was read of a context for evaluating any number of flags of this engine.
+    pub fn bind_values<'a>(&self, values: Values<'a>) -> Bound<'a> {
+        self.fields.bind(values)
     }
 
     /// Evaluates one flag for a context.
@@ -369,20 +399,74 @@ mod tests {
             { "name": "rollout", "enabled": true, "strategies": [half] },
         ]);
         let (engine, _) = compile(&features, &json!([{ "id": 1, "constraints": [plan] }]));
-        let reads = |name| engine.flag(engine.find(name).unwrap()).reads();
+        let reads = |name| engine.reads(engine.find(name));
         let names = |name| -> Vec<&str> {
             let names = engine.fields().names();
-            reads(name).fields().iter().map(|field| &*names[field.index()]).collect()
+            reads(name).fields().map(|field| &*names[field.index()]).collect()
         };
-        assert_eq!(names("child"), ["currentTime", "plan"]);
+        assert_eq!(names("child"), ["plan"]);
+        assert!(reads("child").is_timed());
         let new_year = "2030-01-01T00:00:00Z".parse().unwrap();
         let next = reads("child").next_change(new_year).unwrap();
         assert_eq!(next.as_nanosecond(), new_year.as_nanosecond() + 1);
         assert_eq!(reads("child").next_change(next), None);
         assert!(reads("fixed").is_empty() && reads("lots").is_empty());
         assert_eq!(names("rollout"), ["userId", "sessionId"]);
-        assert!(reads("rollout").is_random(&engine.bind(&Context::default())));
-        assert!(!reads("rollout").is_random(&engine.bind(&user("7"))));
+        assert!(reads("rollout").is_random(&engine.read(&Context::default())));
+        assert!(!reads("rollout").is_random(&engine.read(&user("7"))));
+    }
+
+    #[test]
+    fn a_key_tells_what_flags_can_tell_and_nothing_else() {
+        let constraint = |field: &str, operator: &str, value: &str| json!({ "contextName": field, "operator": operator, "values": [value], "value": value });
+        let flag = |name: &str, rollout: u32, stickiness: &str, constraint: &Value| {
+            let parameters = json!({ "rollout": rollout, "stickiness": stickiness });
+            let strategy = json!({ "name": "flexibleRollout", "parameters": parameters, "constraints": [constraint] });
+            json!({ "name": name, "enabled": true, "strategies": [strategy] })
+        };
+        let (engine, _) = compile(
+            &json!([
+                flag("a", 50, "default", &constraint("plan", "IN", "pro")),
+                flag("b", 100, "appName", &constraint("now", "DATE_AFTER", "2030-01-01")),
+                flag("c", 100, "default", &constraint("region", "STR_CONTAINS", "eu")),
+            ]),
+            &json!([]),
+        );
+        let reads = engine.reads(engine.ids());
+        let key = |context: &Context<'_>| {
+            let mut key = Key::new();
+            engine.tell(&reads, &engine.read(context), &mut key);
+            key
+        };
+        let base = Context { user_id: Some("7"), session_id: Some("s"), ..Context::default() };
+        let properties = |properties| key(&Context { properties, ..base });
+        let same = [
+            Context { session_id: Some("t"), ..base },
+            Context { session_id: None, ..base },
+            Context { remote_address: Some("::1"), properties: &[("else", "x")], ..base },
+            Context { properties: &[("plan", "free")], ..base },
+            Context { app_name: Some(""), ..base },
+            Context { now: "2029-12-31T23:59:59Z".parse().unwrap(), ..base },
+            Context { current_time: Some("2001-01-01"), ..base },
+        ];
+        for other in same {
+            assert_eq!(key(&base), key(&other), "{other:?}");
+        }
+        let others = [
+            key(&base),
+            key(&Context { user_id: Some("8"), ..base }),
+            key(&Context { user_id: None, ..base }),
+            key(&Context { user_id: None, session_id: Some("t"), ..base }),
+            key(&Context { app_name: Some("x"), ..base }),
+            key(&Context { now: "2030-01-01T00:00:00.000000001Z".parse().unwrap(), ..base }),
+            key(&Context { current_time: Some("soon"), ..base }),
+            properties(&[("plan", "pro")]),
+            properties(&[("region", "")]),
+            properties(&[("region", "eu")]),
+        ];
+        for (n, one) in others.iter().enumerate() {
+            assert!(others[..n].iter().all(|other| other != one), "{n}");
+        }
     }
 
     /// Any JSON, with the words that the engine looks for more likely than others.

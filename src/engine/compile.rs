@@ -9,7 +9,6 @@ use super::context::Fields;
 use super::flag::{self, Flag, FlagId, Outcome};
 use super::plan::{Conditions, Parent, Plan};
 use super::problem::{Defect, Part, Problem};
-use super::reads::Reads;
 use super::strategy::{self, Compiler, Strategy};
 use crate::wire::features::{self as wire, Document, Loose};
 
@@ -84,7 +83,6 @@ impl<'d> Draft<'d> {
                     enabled: false,
                     impression_data: false,
                     variants: Box::default(),
-                    reads: Reads::default(),
                 };
                 (flag, Plan::Fixed(Outcome::Off))
             }
@@ -144,7 +142,6 @@ impl<'d> Draft<'d> {
             enabled,
             impression_data: definition.impression_data.is().unwrap_or_default(),
             variants: table.into(),
-            reads: plan.reads(),
         };
         (flag, plan)
     }
@@ -155,25 +152,11 @@ impl<'d> Draft<'d> {
         for (id, asked) in &dependants {
             let parents = self.parents(*id, asked, &dependants);
             let plan = &mut self.plans[id.index()];
-            let mut reads = Reads::default();
             match parents {
                 None => *plan = Plan::Fixed(Outcome::Off),
                 Some(parents) if parents.is_empty() => {}
-                Some(parents) => {
-                    for parent in &parents {
-                        reads.all_of(&self.flags[parent.flag.index()].reads);
-                    }
-                    plan.depend_on(parents);
-                }
+                Some(parents) => plan.depend_on(parents),
             }
-            reads.all_of(&plan.reads());
-            if let Plan::Fixed(_) = plan {
-                reads = Reads::default();
-            }
-            self.flags[id.index()].reads = reads;
-        }
-        for flag in &mut self.flags {
-            flag.reads = std::mem::take(&mut flag.reads).finish();
         }
         self.problems.sort_by(|a, b| a.flag.cmp(&b.flag));
         let Self { fields, flags, plans, problems, .. } = self;

@@ -116,22 +116,18 @@ impl Constraint {
     /// Adds what the constraint depends on to `reads`.
     pub(super) fn note_reads(&self, reads: &mut Reads) {
         match self.test {
-            Test::In { field, .. }
-            | Test::Number { field, .. }
+            Test::In { field, .. } => reads.symbol(field),
+            Test::Number { field, .. }
             | Test::Version { field, .. }
             | Test::Address { field, .. }
             | Test::Text { field, .. }
-            | Test::Regex { field, .. } => reads.field(field),
+            | Test::Regex { field, .. } => reads.text(field),
             Test::After(instant) => {
-                reads.field(FieldId::CURRENT_TIME);
                 // The instant itself is not after it yet, the next nanosecond is.
                 let next = Timestamp::from_nanosecond(instant.as_nanosecond() + 1);
                 reads.change(next.unwrap_or(Timestamp::MAX));
             }
-            Test::Before(instant) => {
-                reads.field(FieldId::CURRENT_TIME);
-                reads.change(instant);
-            }
+            Test::Before(instant) => reads.change(instant),
         }
     }
 }

@@ -1,13 +1,15 @@
 //! Who is asking: the context of an evaluation, and its binding to what an engine reads.
 //!
 //! Compiling interns every context field that some flag reads and every text that some flag
-//! compares for equality. Binding a context looks its fields up once and reads numbers, versions
-//! and addresses once, so that evaluating thousands of flags only indexes and compares integers.
+//! compares for equality. Reading a context looks its fields up once; binding also reads numbers,
+//! versions and addresses once, so that evaluating thousands of flags only indexes and compares
+//! integers.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
 
 use jiff::Timestamp;
+use smallvec::SmallVec;
 
 use super::scalar::{self, Version};
 
@@ -136,8 +138,13 @@ impl Fields {
         slot_of(&mut self.addresses, field)
     }
 
-    pub(super) fn bind<'a>(&self, context: &Context<'a>) -> Bound<'a> {
-        let mut texts = vec![None; self.names.len()];
+    /// The number of the symbol that this text is, if any flag names it.
+    pub(super) fn known(&self, text: &str) -> Option<usize> {
+        self.symbols.get(text).map(|symbol| symbol.0 as usize)
+    }
+
+    pub(super) fn read<'a>(&self, context: &Context<'a>) -> Values<'a> {
+        let mut texts = SmallVec::from_elem(None, self.names.len());
         for &(name, value) in context.properties {
             if let Some(id) = self.by_name.get(name) {
                 texts[id.index()] = Some(value);
@@ -154,23 +161,21 @@ impl Fields {
         for (text, value) in texts.iter_mut().zip(built_in) {
             *text = value.or(*text);
         }
-        let text = |field: &FieldId| texts[field.index()];
+        Values { texts, now: context.now, hostname: context.hostname, draw: context.draw }
+    }
+
+    pub(super) fn bind<'a>(&self, values: Values<'a>) -> Bound<'a> {
+        let text = |field: &FieldId| values.text(*field);
         let symbol = |&text| self.symbols.get(text?).copied();
         let number = |field| text(field).and_then(scalar::number).unwrap_or(f64::NAN);
         let address = |field| text(field)?.parse().ok();
-        let clock = match text(&FieldId::CURRENT_TIME) {
-            None | Some("") => Some(context.now),
-            Some(time) => scalar::instant(time),
-        };
         Bound {
-            symbols: texts.iter().map(symbol).collect(),
+            symbols: values.texts.iter().map(symbol).collect(),
             numbers: self.numbers.iter().map(number).collect(),
             versions: self.versions.iter().map(|field| Version::parse(text(field)?)).collect(),
             addresses: self.addresses.iter().map(address).collect(),
-            texts,
-            clock,
-            hostname: context.hostname,
-            draw: context.draw,
+            clock: values.clock(),
+            values,
         }
     }
 }
@@ -187,24 +192,55 @@ fn slot_of(slots: &mut Vec<FieldId>, field: FieldId) -> Slot {
     Slot(next_index(index))
 }
 
-/// A context as one engine reads it. Only the engine that bound it can evaluate it.
+/// What a context says of the fields that one engine reads.
+#[derive(Debug, Clone)]
+pub struct Values<'a> {
+    texts: SmallVec<[Option<&'a str>; 16]>,
+    now: Timestamp,
+    hostname: Option<&'a str>,
+    draw: u64,
+}
+
+impl<'a> Values<'a> {
+    /// The value of a field.
+    pub fn text(&self, field: FieldId) -> Option<&'a str> {
+        self.texts[field.index()]
+    }
+
+    /// Whether the field is missing or empty.
+    pub(super) fn lacks(&self, field: FieldId) -> bool {
+        self.text(field).is_none_or(str::is_empty)
+    }
+
+    /// The context's own time, else the evaluation's; `None` if the context's is unreadable.
+    pub(super) fn clock(&self) -> Option<Timestamp> {
+        match self.text(FieldId::CURRENT_TIME) {
+            None | Some("") => Some(self.now),
+            Some(time) => scalar::instant(time),
+        }
+    }
+}
+
+/// A context as one engine evaluates it. Only the engine that bound it can do so.
 #[derive(Debug, Clone)]
 pub struct Bound<'a> {
-    texts: Vec<Option<&'a str>>,
+    values: Values<'a>,
     symbols: Vec<Option<Symbol>>,
     numbers: Vec<f64>,
     versions: Vec<Option<Version<&'a str>>>,
     addresses: Vec<Option<IpAddr>>,
-    /// The context's own time, else the evaluation's; `None` if the context's is unreadable.
     clock: Option<Timestamp>,
-    hostname: Option<&'a str>,
-    draw: u64,
 }
 
 impl<'a> Bound<'a> {
     /// The value of a field.
     pub fn text(&self, field: FieldId) -> Option<&'a str> {
-        self.texts[field.index()]
+        self.values.text(field)
+    }
+
+    /// What was bound.
+    pub fn values(&self) -> &Values<'a> {
+        &self.values
     }
 
     pub(super) fn symbol(&self, field: FieldId) -> Option<Symbol> {
@@ -229,11 +265,11 @@ impl<'a> Bound<'a> {
     }
 
     pub(super) fn hostname(&self) -> Option<&'a str> {
-        self.hostname
+        self.values.hostname
     }
 
     pub(super) fn draw(&self) -> u64 {
-        self.draw
+        self.values.draw
     }
 }
 
@@ -285,7 +321,7 @@ mod tests {
             ],
             ..Context::default()
         };
-        let bound = fields.bind(&context);
+        let bound = fields.bind(fields.read(&context));
         assert_eq!(bound.text(FieldId::USER_ID), Some("7"));
         assert_eq!(bound.text(FieldId::APP_NAME), Some("web"));
         assert_eq!(bound.text(FieldId::SESSION_ID), None);
@@ -300,7 +336,8 @@ mod tests {
             let set = Set::new(&mut fields, members.iter().map(String::as_str));
             for n in [0, 7, 16, 499, 500] {
                 let id = n.to_string();
-                let bound = fields.bind(&Context { user_id: Some(&id), ..Context::default() });
+                let bound =
+                    fields.bind(fields.read(&Context { user_id: Some(&id), ..Context::default() }));
                 assert_eq!(set.contains(bound.symbol(FieldId::USER_ID)), n < size, "{n} of {size}");
             }
         }

@@ -1,8 +1,7 @@
-//! A flag as the engine knows it, beside how it is decided: names, variants, what it reads.
+//! A flag as the engine knows it, beside how it is decided: names and variants.
 
 use std::sync::Arc;
 
-use super::reads::Reads;
 use super::variant::Variant;
 
 /// A flag's place in its engine, the same as in the document it was compiled from.
@@ -55,7 +54,6 @@ pub struct Flag {
     pub(super) enabled: bool,
     pub(super) impression_data: bool,
     pub(super) variants: Box<[Variant]>,
-    pub(super) reads: Reads,
 }
 
 impl Flag {
@@ -95,11 +93,6 @@ impl Flag {
     /// The number of different outcomes, all of whose ordinals are below it.
     pub fn outcomes(&self) -> usize {
         2 + self.variants.len()
-    }
-
-    /// What the outcome depends on.
-    pub fn reads(&self) -> &Reads {
-        &self.reads
     }
 }
 

@@ -70,12 +70,24 @@ impl Plan {
         };
     }
 
-    /// What the outcome depends on, the parents apart.
-    pub(super) fn reads(&self) -> Reads {
+    /// The outcome, if it is the same for everybody, always.
+    pub(super) fn fixed(&self) -> Option<Outcome> {
         match self {
-            Self::Fixed(_) => Reads::default(),
-            Self::Depends(conditions) => conditions.reads(),
+            Self::Fixed(outcome) => Some(*outcome),
+            Self::Depends(_) => None,
         }
+    }
+
+    /// Adds what the outcome depends on to `reads`; `plans` are those of all flags.
+    pub(super) fn note_reads(&self, plans: &[Self], reads: &mut Reads) {
+        let Self::Depends(conditions) = self else { return };
+        for parent in &conditions.parents {
+            plans[parent.flag.index()].note_reads(plans, reads);
+        }
+        for strategy in &conditions.strategies {
+            strategy.note_reads(reads);
+        }
+        conditions.variants.note_reads(reads);
     }
 }
 
@@ -118,14 +130,5 @@ impl Conditions {
             }
             [_, ..] => Plan::Depends(Box::new(self)),
         }
-    }
-
-    fn reads(&self) -> Reads {
-        let mut reads = Reads::default();
-        for strategy in &self.strategies {
-            strategy.note_reads(&mut reads);
-        }
-        self.variants.note_reads(&mut reads);
-        reads
     }
 }

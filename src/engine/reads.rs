@@ -1,68 +1,185 @@
-//! What a flag's answer depends on, for those who cache it.
+//! What flags' outcomes depend on, for those who cache them.
+//!
+//! Flags ask little of a context: whether a value is one of a few, which bucket an identifier falls
+//! into, whether an instant has passed. What they can tell apart is the key of a cached answer, so
+//! that users who differ elsewhere share it. Keys hold what was told itself and no hash of it:
+//! contexts come from strangers, and no collision that they find may hand one user another's answer.
 
 use jiff::Timestamp;
+use smallvec::SmallVec;
 
-use super::context::{Bound, FieldId};
+use super::context::{FieldId, Fields, Values};
 
-/// Whatever can change the outcome of one flag, its parents and segments included.
+/// Bytes that identify what some flags can tell of a context; short ones need no allocation.
+pub type Key = SmallVec<[u8; 256]>;
+
+/// Whatever can change the outcomes of some flags, their parents and segments included.
 #[derive(Debug, Clone, Default)]
 pub struct Reads {
-    fields: Vec<FieldId>,
+    uses: Vec<Use>,
     /// Each is one source of chance, which draws only where all its fields are missing or empty.
-    chances: Vec<Vec<FieldId>>,
+    chances: Vec<Box<[FieldId]>>,
     changes: Vec<Timestamp>,
 }
 
+/// What is asked of one field.
+#[derive(Debug, Clone, Copy)]
+struct Use {
+    field: FieldId,
+    /// Which of the texts that flags name it is.
+    symbol: bool,
+    /// Whether it is there and not empty.
+    presence: bool,
+    /// The very text, which tells the former two as well.
+    text: Text,
+}
+
+/// When the very text of a field matters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Text {
+    Never,
+    /// Where all of these, which are read themselves, are missing or empty.
+    Without(&'static [FieldId]),
+    Always,
+}
+
 impl Reads {
-    /// The context fields whose values matter, sorted.
-    pub fn fields(&self) -> &[FieldId] {
-        &self.fields
+    /// The context fields whose values matter, in the order of their ids.
+    pub fn fields(&self) -> impl Iterator<Item = FieldId> {
+        self.uses.iter().map(|it| it.field)
     }
 
-    /// Whether evaluating the flag for this context may draw lots, so that the answer holds once.
-    pub fn is_random(&self, bound: &Bound<'_>) -> bool {
-        let known = |&field: &FieldId| bound.text(field).is_some_and(|text| !text.is_empty());
-        self.chances.iter().any(|fields| !fields.iter().any(known))
+    /// Whether the value of this field matters.
+    pub fn contains(&self, field: FieldId) -> bool {
+        self.uses.binary_search_by_key(&field, |it| it.field).is_ok()
     }
 
-    /// The first instant after `after` at which the answer may change by itself.
+    /// Whether the time of the evaluation matters, unless the context tells its own.
+    pub fn is_timed(&self) -> bool {
+        !self.changes.is_empty()
+    }
+
+    /// Whether there is a context for which lots are drawn.
+    pub fn may_be_random(&self) -> bool {
+        !self.chances.is_empty()
+    }
+
+    /// Whether evaluating the flags for this context may draw lots, so that the answer holds once.
+    pub fn is_random(&self, values: &Values<'_>) -> bool {
+        self.chances.iter().any(|fields| fields.iter().all(|&field| values.lacks(field)))
+    }
+
+    /// The first instant after `after` at which an outcome may change by itself.
     pub fn next_change(&self, after: Timestamp) -> Option<Timestamp> {
-        let later = self.changes.partition_point(|&change| change <= after);
-        self.changes.get(later).copied()
+        self.changes.get(self.era(after)).copied()
     }
 
-    /// Whether nothing matters: the flag has the same outcome for everybody, always.
+    /// Whether nothing matters: the flags have the same outcomes for everybody, always.
     pub fn is_empty(&self) -> bool {
-        self.fields.is_empty() && self.chances.is_empty() && self.changes.is_empty()
+        self.uses.is_empty() && self.chances.is_empty() && self.changes.is_empty()
     }
 
-    pub(super) fn field(&mut self, field: FieldId) {
-        self.fields.push(field);
+    /// How many of the changes have come to pass at `now`.
+    fn era(&self, now: Timestamp) -> usize {
+        self.changes.partition_point(|&change| change <= now)
     }
 
-    pub(super) fn chance(&mut self, unless: &[FieldId]) {
-        self.fields.extend(unless);
-        self.chances.push(unless.to_vec());
+    /// Appends to `key` what can be told of a context: the flags have equal outcomes for contexts of
+    /// equal keys, unless they draw lots.
+    ///
+    /// The time is told by how many changes lie behind it, so that a key stands for one stretch
+    /// between two of them: what was kept under it is found until the next change, and again should
+    /// the clock be set back.
+    pub(super) fn tell(&self, fields: &Fields, values: &Values<'_>, key: &mut Key) {
+        for it in &self.uses {
+            let value = values.text(it.field);
+            let in_full = match it.text {
+                Text::Never => false,
+                Text::Without(others) => others.iter().all(|&other| values.lacks(other)),
+                Text::Always => true,
+            };
+            // Nothing here says which form follows, as the fields before it do: `others` are read in
+            // full where they come first, as in every list of identifiers.
+            if in_full {
+                push(key, value.map_or(0, |text| text.len() + 1));
+                key.extend_from_slice(value.unwrap_or_default().as_bytes());
+                continue;
+            }
+            if it.presence {
+                key.push(u8::from(!values.lacks(it.field)));
+            }
+            if it.symbol {
+                push(key, value.and_then(|text| fields.known(text)).map_or(0, |known| known + 1));
+            }
+        }
+        if self.is_timed() {
+            push(key, values.clock().map_or(0, |clock| self.era(clock) + 1));
+        }
+    }
+
+    /// Notes that a field is compared with texts of [`Fields::symbol`], and nothing else.
+    pub(super) fn symbol(&mut self, field: FieldId) {
+        self.uses.push(Use { field, symbol: true, presence: false, text: Text::Never });
+    }
+
+    /// Notes that it matters whether a field is there and not empty, and nothing else.
+    pub(super) fn presence(&mut self, field: FieldId) {
+        self.uses.push(Use { field, symbol: false, presence: true, text: Text::Never });
+    }
+
+    /// Notes that everything about a field matters.
+    pub(super) fn text(&mut self, field: FieldId) {
+        self.uses.push(Use { field, symbol: false, presence: false, text: Text::Always });
+    }
+
+    /// Notes that the first of these fields that is there and not empty matters; their ids ascend.
+    pub(super) fn first_of(&mut self, fields: &'static [FieldId]) {
+        for (place, &field) in fields.iter().enumerate() {
+            let text = if place == 0 { Text::Always } else { Text::Without(&fields[..place]) };
+            self.uses.push(Use { field, symbol: false, presence: false, text });
+        }
+    }
+
+    /// Notes that lots are drawn where all these fields, which are noted apart, are missing or empty.
+    pub(super) fn chance(&mut self, without: &[FieldId]) {
+        self.chances.push(without.into());
     }
 
     pub(super) fn change(&mut self, at: Timestamp) {
         self.changes.push(at);
     }
 
-    pub(super) fn all_of(&mut self, other: &Self) {
-        self.fields.extend(&other.fields);
-        self.chances.extend_from_slice(&other.chances);
-        self.changes.extend(&other.changes);
-    }
-
     /// Puts everything in order and drops repetitions.
     pub(super) fn finish(mut self) -> Self {
-        self.fields.sort_unstable();
-        self.fields.dedup();
+        self.uses.sort_by_key(|it| it.field);
+        self.uses.dedup_by(|next, kept| kept.absorb(*next));
         self.chances.sort_unstable();
         self.chances.dedup();
         self.changes.sort_unstable();
         self.changes.dedup();
         self
     }
+}
+
+impl Use {
+    /// Takes over what `other` asks, if it asks it of the same field.
+    fn absorb(&mut self, other: Self) -> bool {
+        if self.field != other.field {
+            return false;
+        }
+        self.symbol |= other.symbol;
+        self.presence |= other.presence;
+        self.text = match (self.text, other.text) {
+            (Text::Never, text) | (text, Text::Never) => text,
+            (ours, theirs) if ours == theirs => ours,
+            _ => Text::Always,
+        };
+        true
+    }
+}
+
+/// Four bytes: no context or document has more of anything.
+fn push(key: &mut Key, number: usize) {
+    let number = u32::try_from(number).expect("contexts and documents are smaller than 4 GiB");
+    key.extend_from_slice(&number.to_le_bytes());
 }

@@ -355,13 +355,15 @@ impl Rule {
         match self {
             // A host keeps its name, so it is nothing that an answer varies by.
             Self::Always | Self::Hosts(_) => {}
-            Self::Rollout { stickiness: Stickiness::FirstOf(fields), .. } => reads.chance(fields),
-            Self::Known(field) | Self::Rollout { stickiness: Stickiness::Field(field), .. } => {
-                reads.field(*field);
+            Self::Known(field) => reads.presence(*field),
+            Self::Rollout { stickiness: Stickiness::FirstOf(fields), .. } => {
+                reads.first_of(fields);
+                reads.chance(fields);
             }
+            Self::Rollout { stickiness: Stickiness::Field(field), .. } => reads.text(*field),
             Self::Lottery { .. } => reads.chance(&[]),
-            Self::Users(_) => reads.field(FieldId::USER_ID),
-            Self::Addresses { .. } => reads.field(FieldId::REMOTE_ADDRESS),
+            Self::Users(_) => reads.symbol(FieldId::USER_ID),
+            Self::Addresses { .. } => reads.text(FieldId::REMOTE_ADDRESS),
         }
     }
 }

@@ -189,11 +189,17 @@ impl Choice {
     pub(super) fn note_reads(&self, reads: &mut Reads) {
         let Self::Lots(lots) = self else { return };
         for (field, ..) in &lots.overrides {
-            reads.field(*field);
+            reads.symbol(*field);
         }
         match lots.stickiness {
-            Stickiness::FirstOf(fields) => reads.chance(fields),
-            Stickiness::Field(field) => reads.chance(&[field]),
+            Stickiness::FirstOf(fields) => {
+                reads.first_of(fields);
+                reads.chance(fields);
+            }
+            Stickiness::Field(field) => {
+                reads.text(field);
+                reads.chance(&[field]);
+            }
         }
     }
 }

@@ -282,8 +282,9 @@ fn check(document: &Value, context: &unleash_yggdrasil::Context) -> Result<(), T
     for id in engine.ids() {
         let flag = engine.flag(id);
         let hashes_otherwise =
-            |field: &FieldId| bound.text(*field).is_some_and(|identifier| !identifier.is_ascii());
-        if flag.reads().is_random(&bound) || flag.reads().fields().iter().any(hashes_otherwise) {
+            |field: FieldId| bound.text(field).is_some_and(|identifier| !identifier.is_ascii());
+        let reads = engine.reads([id]);
+        if reads.is_random(bound.values()) || reads.fields().any(hashes_otherwise) {
             continue;
         }
         let outcome = engine.evaluate(id, &bound);
