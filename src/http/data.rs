@@ -159,13 +159,15 @@ impl Data {
             }
             Route::Frontend(shown) => {
                 let (grant, snapshot) = self.reader(headers, TokenKind::Frontend).await?;
-                let told = self.context(head, body).await?;
+                let body = self.context_body(head, body).await?;
+                let told = context(head, body.as_ref())?;
                 let asked = self.question(&told, client, &snapshot, &grant.scope);
                 Ok(frontend::flags(headers, shown, asked).await)
             }
             Route::FrontendFeature(name) => {
                 let (grant, snapshot) = self.reader(headers, TokenKind::Frontend).await?;
-                let told = self.context(head, body).await?;
+                let body = self.context_body(head, body).await?;
+                let told = context(head, body.as_ref())?;
                 let asked = self.question(&told, client, &snapshot, &grant.scope);
                 frontend::flag(headers, name, asked).await
             }
@@ -238,16 +240,17 @@ impl Data {
         snapshot.map(|snapshot| (grant, snapshot)).ok_or(missing)
     }
 
-    async fn context(&self, head: &Parts, body: Arriving) -> Result<FrontendContext, Failure> {
+    /// The body that holds the context, where it is not in the query.
+    async fn context_body(&self, head: &Parts, body: Arriving) -> Result<Option<Bytes>, Failure> {
         if head.method == Method::POST {
-            return Ok(FrontendContext::from_json(&self.read(&head.headers, body).await?)?);
+            return self.read(&head.headers, body).await.map(Some);
         }
-        Ok(FrontendContext::from_query(head.uri.query().unwrap_or_default())?)
+        Ok(None)
     }
 
     fn question<'a>(
         &'a self,
-        told: &'a FrontendContext,
+        told: &'a FrontendContext<'a>,
         client: IpAddr,
         snapshot: &'a Snapshot,
         scope: &'a Scope,
@@ -268,6 +271,14 @@ impl Data {
             body.unwrap_or(Err(Failure::TooSlow(self.settings.request_timeout)))
         })
     }
+}
+
+/// The context of a request, which borrows from its body or query.
+fn context<'a>(head: &'a Parts, body: Option<&'a Bytes>) -> Result<FrontendContext<'a>, Failure> {
+    Ok(match body {
+        Some(body) => FrontendContext::from_json(body)?,
+        None => FrontendContext::from_query(head.uri.query().unwrap_or_default())?,
+    })
 }
 
 impl From<Denied> for Failure {

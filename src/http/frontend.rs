@@ -25,7 +25,7 @@ use crate::{
 #[derive(Clone, Copy, Debug)]
 pub struct Question<'a> {
     /// What the request itself says of its user.
-    pub told: &'a FrontendContext,
+    pub told: &'a FrontendContext<'a>,
     /// The client's address.
     pub client: IpAddr,
     /// This machine's name, for the `applicationHostname` strategy.
@@ -40,7 +40,8 @@ impl Question<'_> {
     /// Completes the context and answers by it.
     fn answer<T>(&self, answer: impl FnOnce(&Context<'_>) -> T) -> T {
         let Self { told, client, hostname, scope, .. } = *self;
-        let remote_address = told.remote_address.clone().unwrap_or_else(|| client.to_string());
+        let told_address = told.remote_address.as_deref();
+        let remote_address = told_address.map_or_else(|| client.to_string(), str::to_owned);
         let properties: Vec<_> =
             told.properties.iter().map(|(name, value)| (&**name, &**value)).collect();
         answer(&Context {

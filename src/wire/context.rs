@@ -9,23 +9,24 @@ use std::{borrow::Cow, fmt};
 
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 
-/// What a frontend request says of its user; every value is text.
+/// What a frontend request says of its user; every value is text, borrowed from the request where
+/// it stands there as it is.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub struct FrontendContext {
+pub struct FrontendContext<'a> {
     /// `userId`
-    pub user_id: Option<String>,
+    pub user_id: Option<Cow<'a, str>>,
     /// `sessionId`
-    pub session_id: Option<String>,
+    pub session_id: Option<Cow<'a, str>>,
     /// `environment`, a context field like any other: it does not choose the configuration.
-    pub environment: Option<String>,
+    pub environment: Option<Cow<'a, str>>,
     /// `appName`
-    pub app_name: Option<String>,
+    pub app_name: Option<Cow<'a, str>>,
     /// `currentTime`, RFC 3339
-    pub current_time: Option<String>,
+    pub current_time: Option<Cow<'a, str>>,
     /// `remoteAddress`
-    pub remote_address: Option<String>,
+    pub remote_address: Option<Cow<'a, str>>,
     /// Everything else, by name, each name once.
-    pub properties: Vec<(String, String)>,
+    pub properties: Vec<(Cow<'a, str>, Cow<'a, str>)>,
 }
 
 /// How many properties of one request are looked at.
@@ -49,16 +50,16 @@ pub enum Error {
     TooLarge,
 }
 
-impl FrontendContext {
+impl<'a> FrontendContext<'a> {
     /// Reads `userId=…&properties[plan]=…`; other names are properties too.
-    pub fn from_query(query: &str) -> Result<Self, Error> {
+    pub fn from_query(query: &'a str) -> Result<Self, Error> {
         let mut context = Self::default();
         for (name, value) in form_urlencoded::parse(query.as_bytes()) {
             match property_of(&name) {
-                Some(property) => context.set_property(property, value.into_owned()),
+                Some(property) => context.set_property(within(&name, property), value),
                 // `properties[a][b]=` and the like name nothing that a flag could read.
                 None if name.contains('[') => {}
-                None => context.set(&name, value.into_owned()),
+                None => context.set(name, value),
             }
         }
         context.within_bounds()
@@ -67,7 +68,7 @@ impl FrontendContext {
     /// Reads the fields themselves or `{"context": fields}`.
     ///
     /// An empty body is an empty context.
-    pub fn from_json(body: &[u8]) -> Result<Self, Error> {
+    pub fn from_json(body: &'a [u8]) -> Result<Self, Error> {
         if body.iter().all(u8::is_ascii_whitespace) {
             return Ok(Self::default());
         }
@@ -79,19 +80,21 @@ impl FrontendContext {
         let Self {
             user_id, session_id, environment, app_name, current_time, remote_address, ..
         } = &self;
-        let fields =
-            [user_id, session_id, environment, app_name, current_time, remote_address].into_iter();
-        let values: Vec<&String> =
-            fields.flatten().chain(self.properties.iter().map(|(_, value)| value)).collect();
-        if values.iter().any(|value| value.len() > MAX_VALUE) {
-            return Err(Error::LongValue);
+        let fields = [user_id, session_id, environment, app_name, current_time, remote_address];
+        let mut bytes = 0;
+        let properties = self.properties.iter();
+        for value in fields.into_iter().flatten().chain(properties.clone().map(|(_, value)| value))
+        {
+            if value.len() > MAX_VALUE {
+                return Err(Error::LongValue);
+            }
+            bytes += value.len();
         }
-        let names: usize = self.properties.iter().map(|(name, _)| name.len()).sum();
-        let bytes = names + values.iter().map(|value| value.len()).sum::<usize>();
+        bytes += properties.map(|(name, _)| name.len()).sum::<usize>();
         if bytes > MAX_CONTEXT { Err(Error::TooLarge) } else { Ok(self) }
     }
 
-    fn known(&mut self, name: &str) -> Option<&mut Option<String>> {
+    fn known(&mut self, name: &str) -> Option<&mut Option<Cow<'a, str>>> {
         Some(match name {
             "userId" => &mut self.user_id,
             "sessionId" => &mut self.session_id,
@@ -103,31 +106,32 @@ impl FrontendContext {
         })
     }
 
-    fn set(&mut self, name: &str, value: String) {
-        match self.known(name) {
+    fn set(&mut self, name: Cow<'a, str>, value: Cow<'a, str>) {
+        match self.known(&name) {
             Some(field) => *field = Some(value),
             None => self.set_property(name, value),
         }
     }
 
     /// A known field among the properties stands for the field where the top level has none.
-    fn set_property(&mut self, name: &str, value: String) {
-        if let Some(field) = self.known(name) {
+    fn set_property(&mut self, name: Cow<'a, str>, value: Cow<'a, str>) {
+        if let Some(field) = self.known(&name) {
             field.get_or_insert(value);
-        } else if let Some((_, old)) = self.properties.iter_mut().find(|(known, _)| known == name) {
+        } else if let Some((_, old)) = self.properties.iter_mut().find(|(known, _)| *known == name)
+        {
             *old = value;
         } else if self.properties.len() < MAX_PROPERTIES {
-            self.properties.push((name.to_owned(), value));
+            self.properties.push((name, value));
         }
     }
 
-    fn set_json(&mut self, name: &str, value: Value<'_>) {
+    fn set_json(&mut self, name: Cow<'a, str>, value: Value<'a>) {
         match value {
-            Value::Scalar(value) => self.set(name, value.into_owned()),
+            Value::Scalar(value) => self.set(name, value),
             Value::Object(fields) if name == "properties" => {
                 for (name, value) in fields {
                     if let Value::Scalar(value) = value {
-                        self.set_property(&name, value.into_owned());
+                        self.set_property(name, value);
                     }
                 }
             }
@@ -142,10 +146,18 @@ fn property_of(name: &str) -> Option<&str> {
     (!property.contains(['[', ']'])).then_some(property)
 }
 
-/// A body, with or without the `context` around it.
-struct Envelope(FrontendContext);
+/// What [`property_of`] finds in a name, for as long as the name itself lives.
+fn within<'a>(name: &Cow<'a, str>, property: &str) -> Cow<'a, str> {
+    match name {
+        Cow::Borrowed(name) => property_of(name).map_or_else(Cow::default, Cow::Borrowed),
+        Cow::Owned(_) => Cow::Owned(property.to_owned()),
+    }
+}
 
-impl<'de> Deserialize<'de> for Envelope {
+/// A body, with or without the `context` around it.
+struct Envelope<'a>(FrontendContext<'a>);
+
+impl<'de> Deserialize<'de> for Envelope<'de> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let Value::Object(mut fields) = Value::deserialize(deserializer)? else {
             return Err(serde::de::Error::custom("the context must be a JSON object"));
@@ -162,7 +174,7 @@ impl<'de> Deserialize<'de> for Envelope {
         fields.sort_by_key(|(name, _)| name == "properties");
         let mut context = FrontendContext::default();
         for (name, value) in fields {
-            context.set_json(&name, value);
+            context.set_json(name, value);
         }
         Ok(Self(context))
     }
@@ -252,11 +264,11 @@ impl<'de> Deserialize<'de> for Key<'de> {
 mod tests {
     use super::*;
 
-    fn expected() -> FrontendContext {
+    fn expected() -> FrontendContext<'static> {
         FrontendContext {
-            user_id: Some("7".to_owned()),
-            app_name: Some("shop".to_owned()),
-            properties: vec![("plan".to_owned(), "gold & co".to_owned())],
+            user_id: Some("7".into()),
+            app_name: Some("shop".into()),
+            properties: vec![("plan".into(), "gold & co".into())],
             ..FrontendContext::default()
         }
     }
@@ -274,7 +286,7 @@ mod tests {
     }
 
     #[track_caller]
-    fn check(body: &str, expect: &FrontendContext) {
+    fn check(body: &str, expect: &FrontendContext<'_>) {
         assert_eq!(&FrontendContext::from_json(body.as_bytes()).unwrap(), expect, "{body}");
     }
 
@@ -311,7 +323,8 @@ mod tests {
     #[test]
     fn the_number_of_properties_is_bounded() {
         let query: Vec<_> = (0..1000).map(|i| format!("p{i}=x")).collect();
-        let context = FrontendContext::from_query(&query.join("&")).unwrap();
+        let query = query.join("&");
+        let context = FrontendContext::from_query(&query).unwrap();
         assert_eq!(context.properties.len(), MAX_PROPERTIES);
     }
 
@@ -323,7 +336,8 @@ mod tests {
                 .map(|(n, len)| (format!("p{n:03}"), "x".repeat(*len).into()))
                 .collect();
             let body = serde_json::json!({"userId": "x".repeat(user), "properties": properties});
-            let error = FrontendContext::from_json(body.to_string().as_bytes()).err();
+            let body = body.to_string();
+            let error = FrontendContext::from_json(body.as_bytes()).err();
             assert_eq!(error.map(|it| it.to_string()).as_deref(), expect);
         };
         check(&[MAX_VALUE], MAX_VALUE, None);
