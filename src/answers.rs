@@ -1,19 +1,29 @@
-//! Evaluated flags for frontends, by outcome: the hash of what every flag came to is the entity tag,
-//! and equal outcomes share one body.
+//! Evaluated flags for frontends: what a context comes to, remembered.
 //!
-//! It reads a snapshot and a context and has no state of its own: bodies are kept by the snapshot
-//! that they were made from, and vanish with it.
+//! An answer is a function of a snapshot, the projects that are seen, and a context. Three facts make
+//! it cheap.
+//!
+//! * Few fields matter. What the seen flags can tell of a context ([`Reads`](crate::engine::Reads))
+//!   is the key under which the outcome is remembered; where they depend on the time, the stretch
+//!   between two of their dates is part of it. Flags that read nothing were decided when the snapshot
+//!   was built.
+//! * Few outcomes exist. The hash of what every flag came to is the entity tag, so that a client which
+//!   has the answer is told so without a body; and equal outcomes share one body with all its codings.
+//! * The JSON of each flag is there for each outcome; a new body strings it together.
+//!
+//! Where lots are drawn, nothing is remembered but the body. There is no state here: all that is
+//! remembered belongs to the snapshot and vanishes with it.
 
-use std::{fmt::Write as _, sync::Arc};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use hyper::header::HeaderValue;
 use xxhash_rust::xxh3::xxh3_128;
 
 use crate::{
-    engine::Context,
+    engine::{Context, Key, Values},
     snapshot::{
-        Fragment, Snapshot,
+        Fragment, Snapshot, Toggle, View,
         body::{Body, etag_of},
     },
     token::Projects,
@@ -32,32 +42,47 @@ pub enum Shown {
 #[derive(Debug)]
 pub struct Answer<'a> {
     snapshot: &'a Snapshot,
-    fragments: Vec<&'a Fragment>,
+    view: &'a View,
+    shown: Shown,
     hash: u128,
+    known: Known<'a>,
+}
+
+/// What there is to write a body from.
+#[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "there is one per request, on the stack")]
+enum Known<'a> {
+    /// The flags were evaluated now, to these.
+    Fragments(Vec<Fragment<'a>>),
+    /// They were before, for a context that this one equals.
+    Values(Values<'a>),
 }
 
 impl<'a> Answer<'a> {
-    /// Evaluates every flag that `projects` see.
-    pub fn of(
-        snapshot: &'a Snapshot,
-        projects: &Projects,
-        context: &Context<'_>,
-        shown: Shown,
-    ) -> Self {
-        let engine = snapshot.engine();
-        let bound = engine.bind(context);
-        let visible = snapshot.visible(projects);
-        let mut fragments = Vec::with_capacity(visible.len());
-        for &flag in visible.iter() {
-            let outcome = engine.evaluate(flag, &bound);
-            if shown == Shown::All || outcome.is_on() {
-                fragments.push(snapshot.fragments().get(flag, outcome));
-            }
+    /// What the flags of `view`, which is one of the snapshot's, come to for a context.
+    pub fn of(snapshot: &'a Snapshot, view: &'a View, context: &Context<'a>, shown: Shown) -> Self {
+        let (engine, answers) = (snapshot.engine(), snapshot.answers());
+        let values = engine.read(context);
+        if view.reads().is_random(&values) {
+            let fragments = evaluate(snapshot, view, values, shown);
+            let hash = hash_of(&fragments);
+            return Self { snapshot, view, shown, hash, known: Known::Fragments(fragments) };
         }
-        // What the body is made of, hashed without writing it: equal bodies have equal tags on every
-        // instance and across snapshots.
-        let hashes: Vec<u8> = fragments.iter().flat_map(|it| it.hash().to_le_bytes()).collect();
-        Self { snapshot, fragments, hash: xxh3_128(&hashes) }
+        let mut key = Key::from_slice(&view.number().to_le_bytes());
+        key.push(match shown {
+            Shown::Enabled => 0,
+            Shown::All => 1,
+        });
+        engine.tell(view.reads(), &values, &mut key);
+        let (hash, known) = if let Some(hash) = answers.outcome(&key) {
+            (hash, Known::Values(values))
+        } else {
+            let fragments = evaluate(snapshot, view, values, shown);
+            let hash = hash_of(&fragments);
+            answers.remember(&key, hash);
+            (hash, Known::Fragments(fragments))
+        };
+        Self { snapshot, view, shown, hash, known }
     }
 
     /// The entity tag of the answer.
@@ -66,20 +91,62 @@ impl<'a> Answer<'a> {
     }
 
     /// `{"toggles":[…]}`, flags sorted by name.
-    pub fn body(&self) -> Arc<Body> {
-        self.snapshot.answer(self.hash, || {
-            let length: usize = self.fragments.iter().map(|it| it.json().len() + 1).sum();
-            let mut text = String::with_capacity(length + 16);
-            text.push_str(r#"{"toggles":["#);
-            for (n, fragment) in self.fragments.iter().enumerate() {
-                let separator = if n > 0 { "," } else { "" };
-                write!(text, "{separator}{}", fragment.json())
-                    .expect("writing to a string cannot fail");
-            }
-            text.push_str("]}");
-            Body::tagged(Bytes::from(text), self.hash)
+    pub fn body(self) -> Arc<Body> {
+        let Self { snapshot, view, shown, hash, known } = self;
+        snapshot.answers().body(hash, || {
+            let fragments = match known {
+                Known::Fragments(fragments) => fragments,
+                Known::Values(values) => evaluate(snapshot, view, values, shown),
+            };
+            Body::tagged(write(&fragments), hash)
         })
     }
+}
+
+/// What every flag of the view that is shown comes to.
+fn evaluate<'a>(
+    snapshot: &'a Snapshot,
+    view: &View,
+    values: Values<'_>,
+    shown: Shown,
+) -> Vec<Fragment<'a>> {
+    let (engine, all) = (snapshot.engine(), snapshot.fragments());
+    let bound = engine.bind_values(values);
+    let mut fragments = Vec::with_capacity(view.toggles().len());
+    for toggle in view.toggles() {
+        let (on, fragment) = match *toggle {
+            Toggle::Fixed { on, fragment } => (on, fragment),
+            Toggle::Varies(flag) => {
+                let outcome = engine.evaluate(flag, &bound);
+                (outcome.is_on(), all.id(flag, outcome))
+            }
+        };
+        if on || shown == Shown::All {
+            fragments.push(all.get(fragment));
+        }
+    }
+    fragments
+}
+
+/// What the body is made of, hashed without writing it: equal bodies have equal tags on every instance
+/// and across snapshots.
+fn hash_of(fragments: &[Fragment<'_>]) -> u128 {
+    let hashes: Vec<u8> = fragments.iter().flat_map(|it| it.hash().to_le_bytes()).collect();
+    xxh3_128(&hashes)
+}
+
+fn write(fragments: &[Fragment<'_>]) -> Bytes {
+    let (opening, end) = (r#"{"toggles":["#, "]}");
+    let length = fragments.iter().map(|it| it.with_comma().len()).sum::<usize>().saturating_sub(1);
+    // Exactly the right size: nothing is copied again.
+    let mut text = String::with_capacity(opening.len() + length + end.len());
+    text.push_str(opening);
+    if let Some((last, others)) = fragments.split_last() {
+        text.extend(others.iter().map(|it| it.with_comma()));
+        text.push_str(last.json());
+    }
+    text.push_str(end);
+    Bytes::from(text)
 }
 
 /// The answer about one flag that `projects` see; `None` if there is no such flag.
@@ -95,6 +162,10 @@ pub fn one(
         return None;
     }
     let outcome = engine.evaluate(flag, &engine.bind(context));
-    let json = snapshot.fragments().get(flag, outcome).json();
+    let fragments = snapshot.fragments();
+    let json = fragments.get(fragments.id(flag, outcome)).json();
     Some(Body::new(Bytes::copy_from_slice(json.as_bytes())))
 }
+
+#[cfg(test)]
+mod tests;

@@ -38,8 +38,9 @@
 //! **An SDK's request.** [`http::listener`] accepts; [`http::data`] parses the path to a
 //! [`http::route::Route`] and has [`auth`] judge the token: a known one is a look-up by digest, a
 //! first-seen one waits for one question that it shares with others. The handler loads the
-//! [`snapshot`] once. For server SDKs the body is there, in every coding; for frontends [`answers`]
-//! evaluates, and the hash of the outcome is the entity tag, so that a 304 needs no body.
+//! [`snapshot`] once. For server SDKs the body is there, in every coding. For frontends [`answers`]
+//! takes what of the context the flags can tell, and evaluates only what nobody was told before; the
+//! hash of the outcome is the entity tag, so that a 304 needs no body.
 //!
 //! **A refresh.** [`sync`] asks [`upstream`] with a token that its `Credentials` have found or
 //! minted, reads the document ([`wire::features`]) without losing a byte of any flag, compiles it

@@ -4,9 +4,11 @@
 //! it came, and ready-made bodies, each built once and shared. A request loads one snapshot and uses
 //! it to the end. This module fetches, stores and schedules nothing.
 
+mod answers;
 pub mod body;
 mod fragments;
 mod listing;
+mod view;
 
 use std::{
     cmp::Reverse,
@@ -14,7 +16,7 @@ use std::{
     hash::Hash,
     sync::{
         Arc,
-        atomic::{AtomicI64, Ordering},
+        atomic::{AtomicI64, AtomicU64, Ordering},
     },
 };
 
@@ -24,31 +26,30 @@ use jiff::Timestamp;
 use moka::sync::Cache;
 use tokio::sync::watch;
 
+pub use self::{
+    answers::Answers,
+    fragments::{Fragment, FragmentId, Fragments},
+    listing::{Filter, Segments},
+    view::{Toggle, View},
+};
 use self::{
     body::Body,
     listing::{Listing, ListingKey},
 };
-pub use self::{
-    fragments::{Fragment, Fragments},
-    listing::{Filter, Segments},
-};
 use crate::{
-    engine::{Engine, FlagId, Problem},
+    engine::{Engine, Problem},
     token::{Environment, Projects, Scope},
     wire::features::Document,
 };
 
-/// The most memory that one snapshot's ready-made bodies may hold, in bytes; beyond it the least
+/// The most memory that one snapshot's listings and views may hold, in bytes; beyond it the least
 /// used are built again when they are asked for.
 const LISTINGS_BYTES: u64 = 128 << 20;
-const ANSWERS_BYTES: u64 = 64 << 20;
+const VIEWS_BYTES: u64 = 16 << 20;
 
 /// How many filtered listings a snapshot takes over from the one before. Who sends a new filter each
 /// time must not make each change of flags cost more.
 const INHERITED_FILTERS: usize = 64;
-
-/// How many sets of projects have their flags listed; a deployment has as many as kinds of tokens.
-const PROJECT_SETS: u64 = 1_000;
 
 /// The state of one environment, as of one answer of its source.
 #[derive(Debug)]
@@ -62,8 +63,10 @@ pub struct Snapshot {
     confirmed: AtomicI64,
     listings: Cache<ListingKey, Arc<Listing>>,
     fragments: Fragments,
-    visible: Cache<Projects, Arc<[FlagId]>>,
-    answers: Cache<u128, Arc<Body>>,
+    views: Cache<Projects, Arc<View>>,
+    /// How many views there have been.
+    viewed: AtomicU64,
+    answers: Answers,
 }
 
 impl Snapshot {
@@ -76,9 +79,10 @@ impl Snapshot {
         let (engine, problems) = Engine::compile(&document);
         Self {
             fragments: Fragments::of(&engine),
-            listings: bodies(LISTINGS_BYTES, |listing: &Arc<Listing>| listing.body()),
-            answers: bodies(ANSWERS_BYTES, |answer: &Arc<Body>| answer),
-            visible: Cache::new(PROJECT_SETS),
+            listings: cache(LISTINGS_BYTES, |listing: &Arc<Listing>| listing.body().weight()),
+            views: cache(VIEWS_BYTES, |view: &Arc<View>| view.weight()),
+            viewed: AtomicU64::new(0),
+            answers: Answers::new(),
             environment,
             projects,
             document,
@@ -132,15 +136,12 @@ impl Snapshot {
         self.listings.get_with_by_ref(&key, build).ask()
     }
 
-    /// The flags that `projects` see, in the order of their names.
-    pub fn visible(&self, projects: &Projects) -> Arc<[FlagId]> {
-        if let Some(visible) = self.visible.get(projects) {
-            return visible;
-        }
-        let seen = |id: &FlagId| projects.contains(self.engine.flag(*id).project());
-        let visible: Arc<[FlagId]> = self.engine.ids().filter(seen).collect();
-        self.visible.insert(projects.clone(), Arc::clone(&visible));
-        visible
+    /// What `projects` see, prepared for answering frontends; on the first wish.
+    pub fn view(&self, projects: &Projects) -> Arc<View> {
+        self.views.get_with_by_ref(projects, || {
+            let number = self.viewed.fetch_add(1, Ordering::Relaxed);
+            Arc::new(View::of(&self.engine, &self.fragments, projects, number))
+        })
     }
 
     /// The ready-made JSON of each flag.
@@ -148,9 +149,9 @@ impl Snapshot {
         &self.fragments
     }
 
-    /// The body of the answers that `hash` identifies, made unless it is kept.
-    pub fn answer(&self, hash: u128, make: impl FnOnce() -> Body) -> Arc<Body> {
-        self.answers.get_with(hash, || Arc::new(make()))
+    /// What is remembered of answers to frontends.
+    pub fn answers(&self) -> &Answers {
+        &self.answers
     }
 
     /// Builds the bodies that requests after the swap will ask for, so that none waits for them:
@@ -183,13 +184,13 @@ impl Snapshot {
     }
 }
 
-/// A cache that holds so many bytes of bodies.
-fn bodies<K, V>(bytes: u64, body: impl Fn(&V) -> &Body + Send + Sync + 'static) -> Cache<K, V>
+/// A cache that holds so many bytes of values.
+fn cache<K, V>(bytes: u64, weight: impl Fn(&V) -> usize + Send + Sync + 'static) -> Cache<K, V>
 where
     K: Eq + Hash + Send + Sync + 'static,
     V: Clone + Send + Sync + 'static,
 {
-    let weight = move |_: &K, value: &V| u32::try_from(body(value).weight()).unwrap_or(u32::MAX);
+    let weight = move |_: &K, value: &V| u32::try_from(weight(value)).unwrap_or(u32::MAX);
     Cache::builder().max_capacity(bytes).weigher(weight).build()
 }
 

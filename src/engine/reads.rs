@@ -79,6 +79,12 @@ impl Reads {
         self.uses.is_empty() && self.chances.is_empty() && self.changes.is_empty()
     }
 
+    /// The memory that it holds, roughly, in bytes.
+    pub fn weight(&self) -> usize {
+        let chances = self.chances.iter().map(|it| size_of_val(it) + size_of_val(&**it));
+        size_of_val(&*self.uses) + size_of_val(&*self.changes) + chances.sum::<usize>()
+    }
+
     /// How many of the changes have come to pass at `now`.
     fn era(&self, now: Timestamp) -> usize {
         self.changes.partition_point(|&change| change <= now)

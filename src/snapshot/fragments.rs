@@ -1,82 +1,184 @@
 //! Ready-made JSON of each flag for frontends: one text per outcome, written when a snapshot is
 //! built.
+//!
+//! All texts stand in one, so that writing an answer reads memory that lies together.
 
-use serde_json::json;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::engine::{Engine, Flag, FlagId, Outcome, Variant};
 
 /// A flag's JSON for one outcome, as an item of `toggles`.
-#[derive(Debug)]
-pub struct Fragment {
-    json: Box<str>,
+#[derive(Clone, Copy, Debug)]
+pub struct Fragment<'a> {
+    with_comma: &'a str,
     hash: u64,
 }
 
-impl Fragment {
+impl<'a> Fragment<'a> {
     /// The text.
-    pub fn json(&self) -> &str {
-        &self.json
+    pub fn json(self) -> &'a str {
+        self.with_comma.strip_suffix(',').unwrap_or(self.with_comma)
+    }
+
+    /// The text and a comma.
+    pub fn with_comma(self) -> &'a str {
+        self.with_comma
     }
 
     /// A hash of the text: equal texts have equal hashes on every instance.
-    pub fn hash(&self) -> u64 {
+    pub fn hash(self) -> u64 {
         self.hash
-    }
-
-    fn new(flag: &Flag, enabled: bool, variant: &serde_json::Value) -> Self {
-        // Both spellings: Unleash sends the second, older edges sent the first as well.
-        let json = json!({
-            "name": &**flag.name(),
-            "enabled": enabled,
-            "variant": variant,
-            "impression_data": flag.impression_data(),
-            "impressionData": flag.impression_data(),
-        });
-        let json = json.to_string().into_boxed_str();
-        Self { hash: xxh3_64(json.as_bytes()), json }
     }
 }
 
-/// The fragments of every flag of an engine, by the flag's index and the outcome's ordinal.
+/// The place of a fragment among those of its engine.
+#[derive(Clone, Copy, Debug)]
+pub struct FragmentId(usize);
+
+/// The fragments of every flag of an engine.
 #[derive(Debug)]
-pub struct Fragments(Box<[Box<[Fragment]>]>);
+pub struct Fragments {
+    text: String,
+    /// Where each ends in the text, with its hash.
+    ends: Vec<(usize, u64)>,
+    /// The place of each flag's first fragment; the others follow by the outcome's ordinal.
+    firsts: Vec<usize>,
+}
 
 impl Fragments {
     /// Writes the fragments of every flag.
     pub fn of(engine: &Engine) -> Self {
-        Self(engine.flags().iter().map(fragments).collect())
+        let mut fragments = Self {
+            text: String::new(),
+            ends: Vec::with_capacity(2 * engine.flags().len()),
+            firsts: Vec::with_capacity(engine.flags().len()),
+        };
+        for flag in engine.flags() {
+            fragments.add(flag);
+        }
+        fragments.text.shrink_to_fit();
+        fragments
     }
 
-    /// The fragment of a flag of the same engine for an outcome of that flag.
-    pub fn get(&self, flag: FlagId, outcome: Outcome) -> &Fragment {
-        &self.0[flag.index()][outcome.ordinal()]
+    /// The place of a flag's fragment for one of its outcomes; the flag is of the same engine.
+    pub fn id(&self, flag: FlagId, outcome: Outcome) -> FragmentId {
+        FragmentId(self.firsts[flag.index()] + outcome.ordinal())
+    }
+
+    /// The fragment at a place.
+    pub fn get(&self, id: FragmentId) -> Fragment<'_> {
+        let start = id.0.checked_sub(1).map_or(0, |before| self.ends[before].0);
+        let (end, hash) = self.ends[id.0];
+        Fragment { with_comma: &self.text[start..end], hash }
+    }
+
+    /// One fragment per outcome, in the order of [`Outcome::ordinal`].
+    fn add(&mut self, flag: &Flag) {
+        self.firsts.push(self.ends.len());
+        let name = quoted(flag.name());
+        let impressions = bool_text(flag.impression_data());
+        self.push(&name, impressions, false, r#"{"name":"disabled","enabled":false"#);
+        self.push(&name, impressions, true, r#"{"name":"disabled","enabled":false"#);
+        for variant in flag.variants() {
+            self.push(&name, impressions, true, &opening(variant));
+        }
+    }
+
+    /// Appends the fragment of one outcome; `variant` lacks what all have at their ends.
+    ///
+    /// Both spellings where they differ: Unleash sends both of a variant's, and of the flag's own
+    /// the second, where older edges sent the first as well.
+    fn push(&mut self, name: &str, impressions: &str, on: bool, variant: &str) {
+        let start = self.text.len();
+        let on = bool_text(on);
+        self.text.extend([
+            r#"{"name":"#,
+            name,
+            r#","enabled":"#,
+            on,
+            r#","variant":"#,
+            variant,
+            r#","feature_enabled":"#,
+            on,
+            r#","featureEnabled":"#,
+            on,
+            r#"},"impression_data":"#,
+            impressions,
+            r#","impressionData":"#,
+            impressions,
+            "}",
+        ]);
+        let hash = xxh3_64(&self.text.as_bytes()[start..]);
+        self.text.push(',');
+        self.ends.push((self.text.len(), hash));
     }
 }
 
-/// One fragment per outcome, in the order of [`Outcome::ordinal`].
-fn fragments(flag: &Flag) -> Box<[Fragment]> {
-    let none = |enabled| json_of("disabled", false, enabled);
-    let off = Fragment::new(flag, false, &none(false));
-    let on = Fragment::new(flag, true, &none(true));
-    let variants = flag.variants().iter().map(|it| Fragment::new(flag, true, &variant(it)));
-    [off, on].into_iter().chain(variants).collect()
-}
-
-fn variant(variant: &Variant) -> serde_json::Value {
-    let mut json = json_of(&variant.name, true, true);
+/// The JSON of a variant up to what depends on its flag.
+fn opening(variant: &Variant) -> String {
+    let mut text = format!(r#"{{"name":{}"#, quoted(&variant.name));
     if let Some(payload) = &variant.payload {
-        json["payload"] = json!({"type": &*payload.kind, "value": &*payload.value});
+        let (kind, value) = (quoted(&payload.kind), quoted(&payload.value));
+        text.extend([r#","payload":{"type":"#, &kind, r#","value":"#, &value, "}"]);
     }
-    json
+    text.push_str(r#","enabled":true"#);
+    text
 }
 
-/// A variant without payload. Both spellings of the flag's own state: Unleash sends both.
-fn json_of(name: &str, enabled: bool, flag_enabled: bool) -> serde_json::Value {
-    json!({
-        "name": name,
-        "enabled": enabled,
-        "feature_enabled": flag_enabled,
-        "featureEnabled": flag_enabled,
-    })
+fn quoted(text: &str) -> String {
+    serde_json::to_string(text).expect("writing text to memory cannot fail")
+}
+
+fn bool_text(value: bool) -> &'static str {
+    if value { "true" } else { "false" }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::wire::features::Document;
+
+    #[test]
+    fn each_outcome_has_its_json() {
+        let payload = json!({ "type": "json", "value": "{\"a\":\"\u{1}é\"}" });
+        let variants = json!([
+            { "name": "x \"y\"", "weight": 1, "payload": payload },
+            { "name": "z", "weight": 1 },
+        ]);
+        let strategies = json!([{ "name": "default" }]);
+        let features = json!([
+            { "name": "a\\b", "enabled": true, "impressionData": true, "strategies": strategies,
+              "variants": variants },
+            { "name": "c", "enabled": false, "strategies": strategies },
+        ]);
+        let text = json!({ "features": features }).to_string();
+        let (engine, _) = Engine::compile(&Document::parse(text.as_bytes()).unwrap());
+        let fragments = Fragments::of(&engine);
+        let check = |flag: &str, outcome: Outcome, expect: &Value| {
+            let id = fragments.id(engine.find(flag).unwrap(), outcome);
+            let fragment = fragments.get(id);
+            assert_eq!(serde_json::from_str::<Value>(fragment.json()).unwrap(), *expect);
+            assert_eq!(fragment.hash(), xxh3_64(fragment.json().as_bytes()));
+            assert_eq!(fragment.with_comma(), format!("{},", fragment.json()));
+        };
+        let toggle = |name: &str, on: bool, impressions: bool, mut variant: Value| {
+            variant["feature_enabled"] = on.into();
+            variant["featureEnabled"] = on.into();
+            json!({
+                "name": name, "enabled": on, "variant": variant,
+                "impression_data": impressions, "impressionData": impressions,
+            })
+        };
+        let none = json!({ "name": "disabled", "enabled": false });
+        let x = json!({ "name": "x \"y\"", "enabled": true, "payload": payload });
+        let z = json!({ "name": "z", "enabled": true });
+        check("a\\b", Outcome::Off, &toggle("a\\b", false, true, none.clone()));
+        check("a\\b", Outcome::On, &toggle("a\\b", true, true, none.clone()));
+        check("a\\b", Outcome::Variant(0), &toggle("a\\b", true, true, x));
+        check("a\\b", Outcome::Variant(1), &toggle("a\\b", true, true, z));
+        check("c", Outcome::Off, &toggle("c", false, false, none.clone()));
+        check("c", Outcome::On, &toggle("c", true, false, none));
+    }
 }

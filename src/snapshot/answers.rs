@@ -1,0 +1,136 @@
+//! What a snapshot remembers of its answers to frontends: what a context came to, and bodies.
+//!
+//! Both are bounded by bytes, and everything may be forgotten at any time: who asks evaluates again.
+//! How an answer comes about is for `crate::answers` to know.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
+
+use moka::sync::Cache;
+
+use super::body::Body;
+
+/// The most memory that a snapshot's remembered outcomes may hold, in bytes, and its bodies.
+const OUTCOMES_BYTES: u64 = 32 << 20;
+const BODIES_BYTES: u64 = 64 << 20;
+
+/// What remembering one outcome takes besides its key, in bytes, as measured over a million.
+const OUTCOME_BYTES: usize = 360;
+
+/// How many outcomes are known to have been asked for before.
+const RECENT: usize = 4096;
+
+/// What a snapshot remembers of its answers.
+#[derive(Debug)]
+pub struct Answers {
+    outcomes: Cache<Box<[u8]>, u128>,
+    bodies: Cache<u128, Arc<Body>>,
+    recent: Recent,
+}
+
+impl Answers {
+    pub(super) fn new() -> Self {
+        let outcomes = Cache::<Box<[u8]>, u128>::builder()
+            .max_capacity(OUTCOMES_BYTES)
+            .weigher(|key, _| saturating(key.len() + OUTCOME_BYTES));
+        let bodies = Cache::<u128, Arc<Body>>::builder()
+            .max_capacity(BODIES_BYTES)
+            .weigher(|_, body| saturating(body.weight()));
+        Self { outcomes: outcomes.build(), bodies: bodies.build(), recent: Recent::default() }
+    }
+
+    /// The hash of what was answered under this key.
+    pub fn outcome(&self, key: &[u8]) -> Option<u128> {
+        self.outcomes.get(key)
+    }
+
+    /// Remembers the hash of what is answered under this key.
+    pub fn remember(&self, key: &[u8], hash: u128) {
+        self.outcomes.insert(key.into(), hash);
+    }
+
+    /// The body of the answers that `hash` identifies, made unless it is kept.
+    ///
+    /// It is kept once it is asked for again: where every user sees flags of their own, keeping all
+    /// bodies would only push out those that are shared.
+    ///
+    /// Equal hashes are taken for equal bodies, here as by every client that sends a hash back as an
+    /// entity tag. A stranger cannot bring about two that collide: contexts choose among fragments,
+    /// a few of each flag, and only upstream writes those.
+    pub fn body(&self, hash: u128, make: impl FnOnce() -> Body) -> Arc<Body> {
+        if let Some(body) = self.bodies.get(&hash) {
+            return body;
+        }
+        let body = Arc::new(make());
+        if self.recent.names(hash) {
+            self.bodies.insert(hash, Arc::clone(&body));
+        }
+        body
+    }
+}
+
+/// Some of the hashes that were seen last: each pushes out another, and none waits for a lock.
+#[derive(Debug)]
+struct Recent(Box<[AtomicU64]>);
+
+impl Default for Recent {
+    fn default() -> Self {
+        Self((0..RECENT).map(|_| AtomicU64::new(0)).collect())
+    }
+}
+
+impl Recent {
+    /// Whether the hash is among them, as it is from now on.
+    fn names(&self, hash: u128) -> bool {
+        // Two halves of the hash: the place, and what tells it from others of that place.
+        let (place, mark) = ((hash % RECENT as u128) as usize, (hash >> 64) as u64);
+        self.0[place].swap(mark, Ordering::Relaxed) == mark
+    }
+}
+
+fn saturating(weight: usize) -> u32 {
+    u32::try_from(weight).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+
+    #[test]
+    fn what_strangers_make_up_is_forgotten_within_bounds() {
+        let answers = Answers::new();
+        for n in 0..20_000_u32 {
+            let mut key = vec![0; 4096];
+            key[..4].copy_from_slice(&n.to_le_bytes());
+            answers.remember(&key, 7);
+        }
+        answers.outcomes.run_pending_tasks();
+        let kept = answers.outcomes.iter().map(|(key, _)| (key.len() + OUTCOME_BYTES) as u64);
+        assert!((1..=OUTCOMES_BYTES).contains(&kept.sum()));
+        for n in 0..1_000_u128 {
+            for _ in 0..2 {
+                answers.body(n << 64 | n, || Body::new(Bytes::from(vec![b'x'; 100_000])));
+            }
+        }
+        answers.bodies.run_pending_tasks();
+        let kept = answers.bodies.iter().map(|(_, body)| body.weight() as u64);
+        assert!((1..=BODIES_BYTES).contains(&kept.sum()));
+    }
+
+    #[test]
+    fn a_body_is_kept_when_it_is_asked_for_again() {
+        let answers = Answers::new();
+        let ask = |hash: u128| answers.body(hash << 64 | hash, || Body::new(Bytes::new()));
+        let (first, second, third) = (ask(1), ask(1), ask(1));
+        assert!(!Arc::ptr_eq(&first, &second) && Arc::ptr_eq(&second, &third));
+        for hash in 2..100 {
+            ask(hash);
+        }
+        assert!(Arc::ptr_eq(&third, &ask(1)));
+        assert_eq!(answers.bodies.iter().count(), 1);
+    }
+}
