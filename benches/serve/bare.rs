@@ -1,0 +1,79 @@
+//! The physical yardstick: hyper that says one thing to everybody.
+//!
+//! As lean as hyper's own example: no route, no token, no timer, no limit. It runs as a process of
+//! its own, which is this executable called as `serve bare`.
+
+use std::{
+    convert::Infallible,
+    net::{Ipv4Addr, SocketAddr},
+    path::Path,
+};
+
+use anyhow::{Context as _, Result};
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::{
+    HeaderMap, Response, StatusCode,
+    header::{HeaderName, HeaderValue},
+    server::conn::http1,
+    service::service_fn,
+};
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpListener;
+
+use super::exchange::Answer;
+
+/// Headers that hyper writes by itself.
+const OWN: [&str; 3] = ["date", "content-length", "transfer-encoding"];
+
+/// Writes down what the baseline is to say: the bytes of somebody else's answer.
+pub(crate) fn record(answer: &Answer, file: &Path) -> Result<()> {
+    let mut text = format!("{}\n", answer.status).into_bytes();
+    for (name, value) in answer.headers.iter().filter(|(name, _)| !OWN.contains(&name.as_str())) {
+        text.extend_from_slice(format!("{name}: {value}\n").as_bytes());
+    }
+    text.push(b'\n');
+    text.extend_from_slice(&answer.body);
+    std::fs::write(file, text).context("cannot write what the baseline is to say")
+}
+
+/// Reads what [`record`] wrote.
+fn recorded(file: &Path) -> Result<(StatusCode, HeaderMap, Bytes)> {
+    let text = std::fs::read(file)?;
+    let end = text.windows(2).position(|two| two == b"\n\n").context("no end of the head")?;
+    let head = std::str::from_utf8(&text[..end])?;
+    let mut lines = head.lines();
+    let status = lines.next().context("no status")?.parse()?;
+    let mut headers = HeaderMap::new();
+    for line in lines {
+        let (name, value) = line.split_once(": ").context("no header")?;
+        let name = HeaderName::from_bytes(name.as_bytes())?;
+        headers.append(name, HeaderValue::from_str(value)?);
+    }
+    Ok((status, headers, Bytes::from(text).slice(end + 2..)))
+}
+
+/// Says it, until the process is ended.
+pub(crate) fn serve(file: &Path, port: u16) -> Result<()> {
+    let (status, headers, body) = recorded(file)?;
+    let answer = (status, headers, Full::new(body));
+    tokio::runtime::Builder::new_multi_thread().enable_io().build()?.block_on(async {
+        let listener = TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, port))).await?;
+        loop {
+            let (stream, _) = listener.accept().await?;
+            stream.set_nodelay(true)?;
+            let answer = answer.clone();
+            tokio::spawn(async move {
+                let service = service_fn(|_| {
+                    let (status, headers, body) = answer.clone();
+                    let mut response = Response::new(body);
+                    *response.status_mut() = status;
+                    *response.headers_mut() = headers;
+                    async { Ok::<_, Infallible>(response) }
+                });
+                // A client that leaves is none of the baseline's business.
+                let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
+            });
+        }
+    })
+}

@@ -1,0 +1,181 @@
+//! Who is measured: the baseline, Parapet, and the peer where it is installed.
+
+use std::{
+    fmt::Write as _,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result};
+
+use super::{exchange::Request, flags::document, process::Process};
+
+/// Who answers, in the order of the tables.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub(crate) enum Contender {
+    /// Hyper that always says the same.
+    Bare,
+    Parapet,
+    /// Unleash Edge.
+    Edge,
+}
+
+impl Contender {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Bare => "bare hyper",
+            Self::Parapet => "Parapet",
+            Self::Edge => "Unleash Edge",
+        }
+    }
+}
+
+/// The version of the peer that the table is about.
+pub(crate) const EDGE_VERSION: &str = "20.1.0";
+
+const CLIENT: &str = "*:development.client-of-the-benchmark-0123456789abcdef";
+const FRONTEND: &str = "*:development.frontend-of-the-benchmark-0123456789ab";
+
+/// Which token a request bears.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Bearer {
+    Client,
+    Frontend,
+    /// One of several client tokens, drawn.
+    Drawn,
+}
+
+impl Bearer {
+    pub(crate) fn token(self) -> String {
+        match self {
+            Self::Client => CLIENT.to_owned(),
+            Self::Frontend => FRONTEND.to_owned(),
+            Self::Drawn => numbered(super::exchange::DRAWN),
+        }
+    }
+}
+
+fn numbered(n: &str) -> String {
+    format!("*:development.client-0123456789abcdef0123456789abcdef-{n}")
+}
+
+/// How to start contenders, and where their files go.
+#[derive(Debug)]
+pub(crate) struct Stable {
+    folder: PathBuf,
+    /// The peer's executable, where there is one.
+    edge: Option<PathBuf>,
+}
+
+impl Stable {
+    /// Uses this peer, or the one that is installed.
+    pub(crate) fn new(folder: &Path, edge: Option<&Path>) -> Result<Self> {
+        let wanted = edge.unwrap_or(Path::new("unleash-edge"));
+        let found = Command::new(wanted).arg("--help").output().is_ok_and(|it| it.status.success());
+        if let (Some(edge), false) = (edge, found) {
+            anyhow::bail!("{} cannot be run", edge.display());
+        }
+        Ok(Self { folder: folder.to_owned(), edge: found.then(|| wanted.to_owned()) })
+    }
+
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    pub(crate) fn has_edge(&self) -> bool {
+        self.edge.is_some()
+    }
+
+    /// The baseline, which says what `record` wrote in `file`.
+    pub(crate) fn bare(&self, file: &Path) -> Result<Process> {
+        let this = std::env::current_exe()?;
+        Process::start(&self.folder.join("bare.log"), |port| {
+            let mut command = Command::new(this);
+            command.args(["bare", "--port", &port.to_string(), "--answer"]).arg(file);
+            command
+        })
+    }
+
+    /// An upstream whose flags change.
+    pub(crate) fn upstream(&self, flags: usize) -> Result<Process> {
+        let this = std::env::current_exe()?;
+        Process::start(&self.folder.join("upstream.log"), |port| {
+            let mut command = Command::new(this);
+            let (port, flags) = (port.to_string(), flags.to_string());
+            command.args(["upstream", "--port", &port, "--flags", &flags]);
+            command
+        })
+    }
+
+    /// Parapet, offline, with so many flags, and so many numbered client tokens besides the two.
+    pub(crate) fn parapet(&self, flags: usize, tokens: u64) -> Result<Process> {
+        let mut config = format!("bootstrap_file = '{}'\n", self.flags_file(flags)?.display());
+        let clients = std::iter::once(CLIENT.to_owned());
+        let clients = clients.chain((0..tokens).map(|n| numbered(&n.to_string())));
+        write!(config, "frontend_tokens = [{FRONTEND:?}]\nclient_tokens = [\n")?;
+        for token in clients {
+            writeln!(config, "{token:?},")?;
+        }
+        config.push_str("]\n");
+        self.start_parapet("offline", &config)
+    }
+
+    /// Parapet as an edge in front of `upstream`, whose every change it follows at once.
+    pub(crate) fn parapet_edge(&self, upstream: &Process) -> Result<Process> {
+        let config = format!(
+            "upstream_url = \"http://{}\"\ntokens = [{CLIENT:?}]\n\
+             features_refresh_interval_seconds = 0.001\n",
+            upstream.address
+        );
+        self.start_parapet("edge", &config)
+    }
+
+    fn start_parapet(&self, mode: &str, config: &str) -> Result<Process> {
+        let file = self.folder.join("parapet.toml");
+        std::fs::write(&file, config)?;
+        let data = tempfile::tempdir_in(&self.folder)?.keep();
+        let process = Process::start(&self.folder.join("parapet.log"), |port| {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_parapet"));
+            command.args([mode, "--interface=127.0.0.1", "--admin-port=0"]);
+            command.arg(format!("--port={port}")).arg("--config").arg(file);
+            command.arg("--data-dir").arg(data);
+            command
+        })?;
+        ready(&process)?;
+        Ok(process)
+    }
+
+    /// The peer, offline, if it is installed.
+    pub(crate) fn edge(&self, flags: usize) -> Result<Option<Process>> {
+        let Some(program) = &self.edge else { return Ok(None) };
+        let file = self.flags_file(flags)?;
+        let process = Process::start(&self.folder.join("edge.log"), |port| {
+            let mut command = Command::new(program);
+            command.args(["--interface", "127.0.0.1", "--port", &port.to_string(), "offline"]);
+            command.args(["--client-tokens", CLIENT, "--frontend-tokens", FRONTEND]);
+            command.arg("--bootstrap-file").arg(file);
+            command
+        })?;
+        Ok(Some(process))
+    }
+
+    fn flags_file(&self, flags: usize) -> Result<PathBuf> {
+        let file = self.folder.join(format!("flags-{flags}.json"));
+        if !file.exists() {
+            std::fs::write(&file, document(flags))?;
+        }
+        Ok(file)
+    }
+}
+
+/// Waits until a Parapet has flags.
+fn ready(parapet: &Process) -> Result<()> {
+    let probe = Request::get("/internal-backstage/ready");
+    for _ in 0..500 {
+        if probe.ask(parapet.address, 0).is_ok_and(|answer| answer.status == 200) {
+            return Ok(());
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    None.with_context(|| format!("Parapet is not ready: {}", parapet.log()))
+}

@@ -1,0 +1,166 @@
+//! Parapet beside a bare hyper server that sends the same bytes, and beside Unleash Edge where that
+//! is installed: `cargo bench --bench serve`, `-- --help` for more.
+//!
+//! It measures real processes from outside, on one machine, and promises nothing: the numbers that
+//! count are the ratios of one run.
+
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program for the terminal")]
+
+mod bare;
+mod contender;
+mod exchange;
+#[path = "../flags.rs"]
+mod flags;
+mod load;
+mod machine;
+mod measure;
+mod memory;
+mod plot;
+mod process;
+mod report;
+mod rows;
+mod scaling;
+mod swap;
+mod upstream;
+
+use std::{
+    cell::Cell,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::Result;
+use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use crate::{contender::Stable, measure::Session, report::Report, rows::ROWS, scaling::CURVES};
+
+fn main() -> Result<()> {
+    let matches = command().get_matches();
+    match matches.subcommand() {
+        Some(("bare", matches)) => bare::serve(path(matches, "answer"), number(matches, "port")),
+        Some(("upstream", matches)) => {
+            upstream::serve(number(matches, "flags"), number(matches, "port"))
+        }
+        Some(_) => unreachable!("clap knows no other subcommands"),
+        None if matches.get_flag("bench") => bench(&matches),
+        None => {
+            // `cargo test --all-targets` runs this, too.
+            println!("nothing measured: this runs by `cargo bench --bench serve`");
+            Ok(())
+        }
+    }
+}
+
+fn command() -> Command {
+    let switch = |name, help| Arg::new(name).long(name).help(help).action(ArgAction::SetTrue);
+    let option = |name, help| Arg::new(name).long(name).help(help);
+    let needed = |name| Arg::new(name).long(name).required(true);
+    let count = || value_parser!(u16).range(1..);
+    Command::new("serve")
+        .about(
+            "Measures Parapet beside a bare hyper server, and beside Unleash Edge if it is there",
+        )
+        .arg(switch("quick", "A short look: one round of one second"))
+        .arg(
+            option("only", "Measure this only; may be repeated")
+                .action(ArgAction::Append)
+                .value_parser(parts().collect::<Vec<_>>()),
+        )
+        .arg(option("rounds", "How many rounds [default: 5]").value_parser(count()))
+        .arg(
+            option("seconds", "How long each contender is loaded in a round [default: 2]")
+                .value_parser(count()),
+        )
+        .arg(
+            option("unleash-edge", "Unleash Edge's executable, where it is not in the PATH")
+                .value_parser(value_parser!(PathBuf)),
+        )
+        .arg(
+            option(
+                "docs",
+                "Write speed.md and its plots into this folder [default: docs, of a full run]",
+            )
+            .value_parser(value_parser!(PathBuf)),
+        )
+        .arg(switch("bench", "Given by cargo").hide(true))
+        .subcommand(
+            Command::new("bare")
+                .about("The baseline; started by the benchmark itself")
+                .arg(needed("answer").value_parser(value_parser!(PathBuf)))
+                .arg(needed("port").value_parser(value_parser!(u16))),
+        )
+        .subcommand(
+            Command::new("upstream")
+                .about("A server whose flags change; started by the benchmark itself")
+                .arg(needed("flags").value_parser(value_parser!(usize)))
+                .arg(needed("port").value_parser(value_parser!(u16))),
+        )
+}
+
+const SWAP: &str = "swap";
+const MEMORY: &str = "memory";
+
+/// What can be measured alone.
+fn parts() -> impl Iterator<Item = &'static str> {
+    let rows = ROWS.iter().map(|row| row.id);
+    rows.chain(CURVES.iter().map(|curve| curve.id)).chain([SWAP, MEMORY])
+}
+
+fn number<T: Clone + Send + Sync + 'static>(matches: &ArgMatches, name: &str) -> T {
+    matches.get_one::<T>(name).expect("it is required").clone()
+}
+
+fn path<'a>(matches: &'a ArgMatches, name: &str) -> &'a Path {
+    matches.get_one::<PathBuf>(name).expect("it is required")
+}
+
+fn bench(matches: &ArgMatches) -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let edge = matches.get_one::<PathBuf>("unleash-edge");
+    let quick = matches.get_flag("quick");
+    let count = |name, usual| match matches.get_one::<u16>(name) {
+        Some(&count) => count,
+        None if quick => 1,
+        None => usual,
+    };
+    let session = Session {
+        stable: Stable::new(folder.path(), edge.map(PathBuf::as_path))?,
+        rounds: usize::from(count("rounds", 5)),
+        time: Duration::from_secs(count("seconds", 2).into()),
+        drawn: Cell::new(1_000_000_000),
+    };
+    if !session.stable.has_edge() {
+        eprintln!(
+            "Unleash Edge is not installed, and left out: `cargo install unleash-edge --version {} --locked`",
+            contender::EDGE_VERSION
+        );
+    }
+    raise_open_files()?;
+    let only: Vec<&String> = matches.get_many("only").unwrap_or_default().collect();
+    let wanted = |id: &str| only.is_empty() || only.iter().any(|it| *it == id);
+    let rows = ROWS.iter().filter(|row| wanted(row.id));
+    let curves = CURVES.iter().filter(|curve| wanted(curve.id));
+    let report = Report {
+        outcomes: rows.map(|row| row.run(&session)).collect::<Result<_>>()?,
+        growths: curves.map(|curve| curve.run(&session)).collect::<Result<_>>()?,
+        swaps: if wanted(SWAP) { swap::run(&session)? } else { Vec::new() },
+        memory: if wanted(MEMORY) { memory::run(&session)? } else { Vec::new() },
+    };
+    let machine = machine::describe(&session.stable)?;
+    println!("{machine}\n\n{}", report.tables());
+    let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs");
+    let asked = matches.get_one::<PathBuf>("docs");
+    let whole = !quick && only.is_empty() && session.stable.has_edge();
+    if let Some(docs) = asked.or(Some(&own).filter(|_| whole)) {
+        report.write(docs, &machine, "cargo bench --bench serve")?;
+        eprintln!("{} is written", docs.join("speed.md").display());
+    }
+    Ok(())
+}
+
+/// Lets this process and those that it starts open as many files as the system allows.
+fn raise_open_files() -> Result<()> {
+    let limit = getrlimit(Resource::Nofile);
+    Ok(setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })?)
+}

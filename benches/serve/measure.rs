@@ -1,0 +1,259 @@
+//! One case, measured for all contenders in turn, round by round, and what that comes to.
+
+use std::{cell::Cell, collections::BTreeMap, time::Duration};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use super::{
+    bare,
+    contender::{Contender, Stable},
+    exchange::{Answer, Request},
+    load::{self, Draw, Sample},
+    process::Process,
+};
+
+/// How the whole benchmark is run.
+#[derive(Debug)]
+pub(crate) struct Session {
+    pub(crate) stable: Stable,
+    pub(crate) rounds: usize,
+    /// How long each contender is loaded in each round.
+    pub(crate) time: Duration,
+    /// The last number that was drawn, so that none is drawn twice.
+    pub(crate) drawn: Cell<u64>,
+}
+
+/// What is asked, and what has to come back.
+#[derive(Clone, Debug)]
+pub(crate) struct Case {
+    pub(crate) flags: usize,
+    /// Numbered client tokens.
+    pub(crate) tokens: u64,
+    pub(crate) connections: usize,
+    pub(crate) request: Request,
+    pub(crate) draw: Draw,
+    pub(crate) expected: Expected,
+}
+
+/// What has to come back.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Expected {
+    /// 200 with a body in this coding.
+    Body(Option<&'static str>),
+    /// 304: the request names the tag of what it got before.
+    NotModified,
+}
+
+/// What a contender needs for a case, by the median over rounds.
+#[derive(Clone, Debug)]
+pub(crate) struct Measured {
+    pub(crate) per_second: f64,
+    pub(crate) p50_micros: f64,
+    pub(crate) p99_micros: f64,
+    /// Processor time for each request.
+    pub(crate) cpu_micros: f64,
+    /// At the end.
+    pub(crate) resident: u64,
+    /// Requests per second, of each round.
+    rounds: Vec<f64>,
+}
+
+impl Measured {
+    /// The median of the rounds' ratios: what slows both down in one round cancels out.
+    pub(crate) fn ratio(&self, to: &Self) -> f64 {
+        median(self.rounds.iter().zip(&to.rounds).map(|(this, other)| this / other))
+    }
+}
+
+/// How many answers are looked at where they differ.
+const LOOKS: u64 = 31;
+
+/// More numbers than one run draws.
+const RUN: u64 = 10_000_000;
+
+/// How long each contender is loaded before the first round.
+const WARM_UP: Duration = Duration::from_secs(1);
+
+/// A contender that is ready to be loaded.
+struct Runner {
+    contender: Contender,
+    process: Process,
+    request: Request,
+    answer: Answer,
+    samples: Vec<(Sample, f64)>,
+}
+
+impl Session {
+    /// Measures `case` for these contenders. One that is not there, or does not answer as the case
+    /// wants, is left out; if it is Parapet or the baseline, that is an error.
+    pub(crate) fn measure(
+        &self,
+        case: &Case,
+        contenders: &[Contender],
+        rounds: usize,
+    ) -> Result<BTreeMap<Contender, Measured>> {
+        let mut runners = self.runners(case, contenders)?;
+        for runner in &mut runners {
+            self.round(case, runner, WARM_UP)?;
+            runner.samples.clear();
+        }
+        for round in 1..=rounds {
+            for runner in &mut runners {
+                self.round(case, runner, self.time)?;
+            }
+            let numbers: Vec<String> = runners.iter().map(Runner::last).collect();
+            eprintln!("  round {round} of {rounds}: {}", numbers.join(", "));
+        }
+        runners.iter().map(|it| Ok((it.contender, it.measured()?))).collect()
+    }
+
+    fn runners(&self, case: &Case, contenders: &[Contender]) -> Result<Vec<Runner>> {
+        let parapet = self.stable.parapet(case.flags, case.tokens)?;
+        let parapet = Runner::new(case, Contender::Parapet, parapet)?;
+        let mut runners = Vec::new();
+        if contenders.contains(&Contender::Bare) {
+            let file = self.stable.folder().join("answer");
+            bare::record(&parapet.answer, &file)?;
+            let request = parapet.request.clone();
+            let process = self.stable.bare(&file)?;
+            let answer = request.ask(process.address, 0)?;
+            let theirs = &parapet.answer;
+            let same = (answer.status, answer.length) == (theirs.status, theirs.length);
+            ensure!(same, "the baseline says {answer:?}, Parapet {theirs:?}");
+            let contender = Contender::Bare;
+            runners.push(Runner { contender, process, request, answer, samples: Vec::new() });
+        }
+        runners.push(parapet);
+        if contenders.contains(&Contender::Edge)
+            && let Some(process) = self.stable.edge(case.flags)?
+        {
+            match Runner::new(case, Contender::Edge, process) {
+                Ok(runner) => runners.push(runner),
+                Err(error) => eprintln!("  Unleash Edge is left out: {error:#}"),
+            }
+        }
+        Ok(runners)
+    }
+
+    /// Loads a server; every answer has to be as long as was found before.
+    pub(crate) fn load(
+        &self,
+        case: &Case,
+        process: &Process,
+        request: &Request,
+        answer: &Answer,
+        time: Duration,
+    ) -> Result<(Sample, f64)> {
+        let first = self.drawn.get();
+        self.drawn.set(first + RUN);
+        let before = process.cpu_micros()?;
+        let draw = (case.draw, first);
+        let folder = self.stable.folder();
+        let sample = load::run(folder, process.address, request, draw, case.connections, time)
+            .with_context(|| process.log())?;
+        let cpu = to_f64(process.cpu_micros()? - before) / sample.requests;
+        let length = to_f64(answer.length as u64);
+        let mean = sample.bytes / sample.requests;
+        // Answers that were under way at the end count as bytes only.
+        let under_way = length * to_f64(case.connections as u64) / sample.requests;
+        let tolerance = match case.draw {
+            Draw::Nothing => 0.01,
+            Draw::Next | Draw::Below(_) => 0.25,
+        };
+        if (mean - length).abs() > length * tolerance + under_way {
+            bail!("answers have {mean} bytes, expected were {length}");
+        }
+        Ok((sample, cpu))
+    }
+
+    fn round(&self, case: &Case, runner: &mut Runner, time: Duration) -> Result<()> {
+        let Runner { process, request, answer, .. } = &*runner;
+        let sample = self.load(case, process, request, answer, time);
+        let sample = sample.with_context(|| format!("while {} served", runner.contender.name()))?;
+        runner.samples.push(sample);
+        Ok(())
+    }
+}
+
+impl Case {
+    /// The request as this server has to be asked, and a typical answer to it.
+    pub(crate) fn prepare(&self, process: &Process) -> Result<(Request, Answer)> {
+        let mut request = self.request.clone();
+        if self.expected == Expected::NotModified {
+            let full = request.ask(process.address, 0)?;
+            let tag = full.header("etag");
+            let tag = tag.with_context(|| format!("{} has no entity tag", request.path))?;
+            request = request.header("If-None-Match", tag);
+        }
+        let looks = match self.draw {
+            Draw::Nothing => 1,
+            Draw::Next => LOOKS,
+            Draw::Below(end) => end.min(LOOKS),
+        };
+        let mut answers = Vec::new();
+        for n in 0..looks {
+            let answer = request.ask(process.address, n)?;
+            self.expected.check(&answer)?;
+            answers.push(answer);
+        }
+        answers.sort_by_key(|answer| answer.length);
+        let typical = answers.swap_remove(answers.len() / 2);
+        Ok((request, typical))
+    }
+}
+
+impl Expected {
+    fn check(self, answer: &Answer) -> Result<()> {
+        let (status, coding) = match self {
+            Self::Body(coding) => (200, coding),
+            Self::NotModified => (304, None),
+        };
+        ensure!(answer.status == status, "the answer is {}, not {status}", answer.status);
+        let found = answer.header("content-encoding");
+        ensure!(found == coding, "the answer comes in {found:?}, not in {coding:?}");
+        ensure!(status == 304 || answer.body.len() > 10, "the answer is empty");
+        Ok(())
+    }
+}
+
+impl Runner {
+    /// A contender that answers as it should.
+    fn new(case: &Case, contender: Contender, process: Process) -> Result<Self> {
+        let (request, answer) = case.prepare(&process)?;
+        Ok(Self { contender, process, request, answer, samples: Vec::new() })
+    }
+
+    fn measured(&self) -> Result<Measured> {
+        let median = |of: fn(&Sample) -> f64| median(self.samples.iter().map(|(it, _)| of(it)));
+        Ok(Measured {
+            per_second: median(Sample::per_second),
+            p50_micros: median(|it| it.p50_micros),
+            p99_micros: median(|it| it.p99_micros),
+            cpu_micros: self::median(self.samples.iter().map(|(_, cpu)| *cpu)),
+            resident: self.process.resident()?,
+            rounds: self.samples.iter().map(|(it, _)| it.per_second()).collect(),
+        })
+    }
+
+    fn last(&self) -> String {
+        let rate = self.samples.last().map_or(0.0, |(it, _)| it.per_second());
+        format!("{} {rate:.0}/s", self.contender.name())
+    }
+}
+
+/// The middle; of an even number the mean of the two in the middle.
+pub(crate) fn median(numbers: impl Iterator<Item = f64>) -> f64 {
+    let mut numbers: Vec<f64> = numbers.collect();
+    numbers.sort_by(f64::total_cmp);
+    let half = numbers.len() / 2;
+    match numbers.len() {
+        0 => f64::NAN,
+        length if length % 2 == 1 => numbers[half],
+        _ => f64::midpoint(numbers[half - 1], numbers[half]),
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "counts of one run are far below 2^52")]
+pub(crate) fn to_f64(count: u64) -> f64 {
+    count as f64
+}

@@ -1,0 +1,93 @@
+//! Processes under measurement: started, watched through `/proc`, and ended whatever happens.
+
+use std::{
+    fs::File,
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    process::{Child, ChildStdin, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail};
+
+/// How long a contender may take until it listens; compiling 10,000 flags takes some of them seconds.
+const PATIENCE: Duration = Duration::from_mins(1);
+
+/// The unit of times in `/proc/PID/stat`, in microseconds: Linux says hundredths of a second on all
+/// architectures that people serve from.
+const TICK: u64 = 10_000;
+
+/// A server that is ended when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Process {
+    child: Child,
+    pub(crate) address: SocketAddr,
+    log: PathBuf,
+}
+
+impl Process {
+    /// Runs what `command` makes of a free port, its output in `log`, and waits until it listens.
+    pub(crate) fn start(log: &Path, command: impl FnOnce(u16) -> Command) -> Result<Self> {
+        let port = free_port()?;
+        let mut command = command(port);
+        let output = File::create(log)?;
+        command.stdout(output.try_clone()?).stderr(output);
+        // Every server but the changing upstream ignores its input.
+        let child = command.stdin(Stdio::piped()).spawn();
+        let child = child.with_context(|| format!("cannot start {command:?}"))?;
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        let mut process = Self { child, address, log: log.to_owned() };
+        let started = Instant::now();
+        while TcpStream::connect(address).is_err() {
+            if let Some(status) = process.child.try_wait()? {
+                bail!("{command:?} ended with {status}: {}", process.log());
+            }
+            if started.elapsed() > PATIENCE {
+                bail!("{command:?} does not listen: {}", process.log());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(process)
+    }
+
+    /// Its input.
+    pub(crate) fn input(&mut self) -> Result<&mut ChildStdin> {
+        self.child.stdin.as_mut().context("no input")
+    }
+
+    /// The end of what it printed.
+    pub(crate) fn log(&self) -> String {
+        let text = std::fs::read(&self.log).unwrap_or_default();
+        String::from_utf8_lossy(&text[text.len().saturating_sub(2000)..]).into_owned()
+    }
+
+    /// The processor time that it has taken so far, in microseconds.
+    pub(crate) fn cpu_micros(&self) -> Result<u64> {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id()))?;
+        // The second field is a name in parentheses, which may hold anything.
+        let rest = stat.rsplit_once(')').context("/proc/PID/stat has a name")?.1;
+        let field = |n: usize| rest.split_whitespace().nth(n).and_then(|it| it.parse::<u64>().ok());
+        let (user, system) = field(11).zip(field(12)).context("/proc/PID/stat has times")?;
+        Ok((user + system) * TICK)
+    }
+
+    /// Its resident memory, in bytes.
+    pub(crate) fn resident(&self) -> Result<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let number = line.and_then(|it| it.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+        Ok(number.context("/proc/PID/status has VmRSS")? * 1024)
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
+}

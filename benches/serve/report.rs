@@ -1,0 +1,255 @@
+//! What is said in the end: tables in Markdown that can be read in a terminal, too.
+
+use std::{fmt::Write as _, fs, path::Path};
+
+use anyhow::Result;
+
+use super::{
+    contender::Contender,
+    measure::Measured,
+    memory::Stated,
+    plot,
+    rows::Outcome,
+    scaling::Growth,
+    swap::{self, Swapped},
+};
+
+/// All that was measured; what was not is empty.
+#[derive(Debug, Default)]
+pub(crate) struct Report {
+    pub(crate) outcomes: Vec<Outcome>,
+    pub(crate) growths: Vec<Growth>,
+    pub(crate) swaps: Vec<Swapped>,
+    pub(crate) memory: Vec<Stated>,
+}
+
+const CONTENDERS: [Contender; 3] = [Contender::Bare, Contender::Parapet, Contender::Edge];
+
+/// What stands for a number that there is not.
+const NONE: &str = "–";
+
+impl Report {
+    /// The tables, each under a heading.
+    pub(crate) fn tables(&self) -> String {
+        let parts = [
+            ("Requests per second", self.requests()),
+            ("Latency, processor time and memory", self.costs()),
+            ("Growth", self.growth()),
+            ("Swaps", self.swapped()),
+            ("Memory", self.stated()),
+        ];
+        let mut text = String::new();
+        for (heading, table) in parts.iter().filter(|(_, table)| !table.rows.is_empty()) {
+            write!(text, "## {heading}\n\n{}\n", table.text()).expect("a string takes all");
+        }
+        text
+    }
+
+    /// Writes `speed.md` and the plots that it shows.
+    pub(crate) fn write(&self, folder: &Path, machine: &str, command: &str) -> Result<()> {
+        let plots = folder.join("speed");
+        fs::create_dir_all(&plots)?;
+        fs::write(plots.join("requests.svg"), plot::requests(&self.outcomes))?;
+        fs::write(plots.join("p99.svg"), plot::p99(&self.outcomes))?;
+        fs::write(plots.join("growth.svg"), plot::growth(&self.growths))?;
+        let text = format!(
+            "# Speed\n\n{INTRODUCTION}\n```sh\n{command}\n```\n\n{machine}\n\n\
+             ![Requests per second](speed/requests.svg)\n\n\
+             ![The slowest of a hundred requests](speed/p99.svg)\n\n\
+             ![How cost grows](speed/growth.svg)\n\n{}",
+            self.tables()
+        );
+        Ok(fs::write(folder.join("speed.md"), text)?)
+    }
+
+    fn requests(&self) -> Table {
+        let head = [
+            "request",
+            "bare hyper",
+            "Parapet",
+            "Unleash Edge",
+            "Parapet ÷ bare",
+            "goal",
+            "",
+            "Parapet ÷ Edge",
+        ];
+        let rows = self.outcomes.iter().map(|outcome| {
+            let rate = |it| {
+                number(outcome.measured.get(&it).map(|it: &Measured| it.per_second), thousands)
+            };
+            let ratio = outcome.ratio(Contender::Bare);
+            let goal = outcome.row.goal;
+            let mut row = vec![outcome.row.title.to_owned()];
+            row.extend(CONTENDERS.map(rate));
+            row.extend([
+                number(ratio, |it| format!("{it:.2}")),
+                format!("≥ {goal:.2}"),
+                verdict(ratio.is_some_and(|it| it >= goal)),
+                number(outcome.ratio(Contender::Edge), times),
+            ]);
+            row
+        });
+        Table::new(&head, rows.collect())
+    }
+
+    fn costs(&self) -> Table {
+        let head = ["request", "", "p50", "p99", "processor time each", "resident"];
+        let rows = self.outcomes.iter().flat_map(|outcome| {
+            outcome.measured.iter().map(|(contender, measured)| {
+                vec![
+                    outcome.row.title.to_owned(),
+                    contender.name().to_owned(),
+                    micros(measured.p50_micros),
+                    micros(measured.p99_micros),
+                    format!("{:.1} µs", measured.cpu_micros),
+                    mebibytes(super::measure::to_f64(measured.resident)),
+                ]
+            })
+        });
+        Table::new(&head, rows.collect())
+    }
+
+    fn growth(&self) -> Table {
+        let head = [
+            "request",
+            "with",
+            "bare hyper",
+            "Parapet",
+            "Unleash Edge",
+            "Parapet ÷ bare",
+            "p99",
+            "processor time each",
+            "resident",
+        ];
+        let rows = self.growths.iter().flat_map(|growth| {
+            growth.points.iter().map(|(point, measured)| {
+                let rate =
+                    |it| number(measured.get(&it).map(|it: &Measured| it.per_second), thousands);
+                let parapet = &measured[&Contender::Parapet];
+                let bare = measured.get(&Contender::Bare);
+                let point = thousands(super::measure::to_f64(*point));
+                let with = format!("{point} {}", growth.curve.axis);
+                let mut row = vec![growth.curve.request.to_owned(), with];
+                row.extend(CONTENDERS.map(rate));
+                row.extend([
+                    number(bare.map(|bare| parapet.ratio(bare)), |it| format!("{it:.2}")),
+                    micros(parapet.p99_micros),
+                    format!("{:.1} µs", parapet.cpu_micros),
+                    mebibytes(super::measure::to_f64(parapet.resident)),
+                ]);
+                row
+            })
+        });
+        Table::new(&head, rows.collect())
+    }
+
+    fn swapped(&self) -> Table {
+        let head = [
+            "request, 5,000 flags",
+            "swaps per second",
+            "calm",
+            "swapping",
+            "calm p99",
+            "swapping p99",
+            "ratio of p99",
+            "goal",
+            "",
+        ];
+        let rows = self.swaps.iter().map(|it| {
+            vec![
+                it.title.to_owned(),
+                format!("{:.1}", it.swaps_per_second),
+                thousands(it.calm.per_second),
+                thousands(it.swapping.per_second),
+                micros(it.calm.p99_micros),
+                micros(it.swapping.p99_micros),
+                format!("{:.2}", it.p99_ratio),
+                format!("≤ {:.2}", swap::GOAL),
+                verdict(it.p99_ratio <= swap::GOAL),
+            ]
+        });
+        Table::new(&head, rows.collect())
+    }
+
+    fn stated(&self) -> Table {
+        let rows = self.memory.iter().map(|it| vec![it.what.clone(), mebibytes(it.bytes)]);
+        Table::new(&["resident memory of Parapet, for", ""], rows.collect())
+    }
+}
+
+const INTRODUCTION: &str = "\
+Parapet beside a bare hyper server that sends the same bytes and does nothing else, which is as fast
+as this machine can be, and beside Unleash Edge. All run as processes of their own on one machine
+together with the load generator, each in its turn within each round; numbers are medians over
+rounds, ratios medians of the rounds' ratios. Unless said otherwise there are 350 flags (175 kB) and
+32 connections. Made by
+";
+
+fn verdict(met: bool) -> String {
+    if met { "met" } else { "missed" }.to_owned()
+}
+
+fn number(value: Option<f64>, write: impl Fn(f64) -> String) -> String {
+    value.map_or_else(|| NONE.to_owned(), write)
+}
+
+fn times(ratio: f64) -> String {
+    if ratio < 10.0 { format!("{ratio:.1} ×") } else { format!("{ratio:.0} ×") }
+}
+
+fn micros(value: f64) -> String {
+    if value < 1e4 { format!("{} µs", thousands(value)) } else { format!("{:.1} ms", value / 1e3) }
+}
+
+fn mebibytes(value: f64) -> String {
+    format!("{:.1} MiB", value / 1024.0 / 1024.0)
+}
+
+/// A whole number with commas.
+pub(crate) fn thousands(value: f64) -> String {
+    let digits = format!("{value:.0}");
+    let mut text = String::new();
+    for (at, digit) in digits.chars().enumerate() {
+        if at > 0 && (digits.len() - at) % 3 == 0 {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+/// A table; the first column is text, others are numbers or short.
+struct Table {
+    rows: Vec<Vec<String>>,
+    head: Vec<String>,
+}
+
+impl Table {
+    fn new(head: &[&str], rows: Vec<Vec<String>>) -> Self {
+        Self { head: head.iter().map(|&it| it.to_owned()).collect(), rows }
+    }
+
+    fn text(&self) -> String {
+        let lines = || std::iter::once(&self.head).chain(&self.rows);
+        let width = |column: usize| lines().map(|row| row[column].chars().count()).max();
+        let widths: Vec<usize> = (0..self.head.len()).filter_map(width).collect();
+        let mut text = String::new();
+        for (at, row) in lines().enumerate() {
+            for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
+                let cell =
+                    if column == 0 { format!("{cell:<width$}") } else { format!("{cell:>width$}") };
+                write!(text, "| {cell} ").expect("a string takes all");
+            }
+            text.push_str("|\n");
+            if at == 0 {
+                for (column, width) in widths.iter().enumerate() {
+                    let (dashes, colon) =
+                        ("-".repeat(width + 1), if column == 0 { "-" } else { ":" });
+                    write!(text, "|{dashes}{colon}").expect("a string takes all");
+                }
+                text.push_str("|\n");
+            }
+        }
+        text
+    }
+}
