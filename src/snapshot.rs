@@ -8,12 +8,12 @@ mod answers;
 pub mod body;
 mod fragments;
 mod listing;
+mod part;
 mod view;
 
 use std::{
     cmp::Reverse,
     collections::{BTreeSet, HashMap},
-    hash::Hash,
     sync::{
         Arc,
         atomic::{AtomicI64, AtomicU64, Ordering},
@@ -35,6 +35,7 @@ pub use self::{
 use self::{
     body::Body,
     listing::{Listing, ListingKey},
+    part::{Part, Parts},
 };
 use crate::{
     engine::{Engine, Problem},
@@ -42,10 +43,9 @@ use crate::{
     wire::features::Document,
 };
 
-/// The most memory that one snapshot's listings and views may hold, in bytes; beyond it the least
-/// used are built again when they are asked for.
-const LISTINGS_BYTES: u64 = 128 << 20;
-const VIEWS_BYTES: u64 = 16 << 20;
+/// The most memory that one snapshot's filtered listings may hold, in bytes; beyond it the least used
+/// are built again when they are asked for.
+const FILTERED_BYTES: u64 = 64 << 20;
 
 /// How many filtered listings a snapshot takes over from the one before. Who sends a new filter each
 /// time must not make each change of flags cost more.
@@ -61,9 +61,10 @@ pub struct Snapshot {
     problems: Vec<Problem>,
     /// When the source last confirmed this state, in milliseconds of Unix time.
     confirmed: AtomicI64,
+    /// The filtered ones.
     listings: Cache<ListingKey, Arc<Listing>>,
     fragments: Fragments,
-    views: Cache<Projects, Arc<View>>,
+    parts: Parts,
     /// How many views there have been.
     viewed: AtomicU64,
     answers: Answers,
@@ -79,8 +80,13 @@ impl Snapshot {
         let (engine, problems) = Engine::compile(&document);
         Self {
             fragments: Fragments::of(&engine),
-            listings: cache(LISTINGS_BYTES, |listing: &Arc<Listing>| listing.body().weight()),
-            views: cache(VIEWS_BYTES, |view: &Arc<View>| view.weight()),
+            listings: Cache::builder()
+                .max_capacity(FILTERED_BYTES)
+                .weigher(|_, listing: &Arc<Listing>| {
+                    u32::try_from(listing.body().weight()).unwrap_or(u32::MAX)
+                })
+                .build(),
+            parts: Parts::default(),
             viewed: AtomicU64::new(0),
             answers: Answers::new(),
             environment,
@@ -131,17 +137,40 @@ impl Snapshot {
     /// The flag configuration that `projects` and `filter` leave, as `/api/client/features` sends
     /// it; built on the first wish.
     pub fn listing(&self, projects: &Projects, filter: Filter, segments: Segments) -> Arc<Body> {
+        if filter == Filter::default() {
+            return self.whole(&self.parts.of(projects), projects, segments);
+        }
         let key = ListingKey { projects: projects.clone(), filter, segments };
-        let build = || Listing::of(listing::build(&self.environment, &self.document, &key));
+        let build =
+            || Listing::of(Arc::new(listing::build(&self.environment, &self.document, &key)));
         self.listings.get_with_by_ref(&key, build).ask()
+    }
+
+    /// The flag configuration of a part, without a filter.
+    fn whole(&self, part: &Part, projects: &Projects, segments: Segments) -> Arc<Body> {
+        let slot = part.listing(segments);
+        if let Some(body) = slot.get() {
+            return Arc::clone(body);
+        }
+        let key = ListingKey { projects: projects.clone(), filter: Filter::default(), segments };
+        let build = || Arc::new(listing::build(&self.environment, &self.document, &key));
+        let body = Arc::clone(slot.get_or_init(build));
+        self.parts.keep_within_bounds(projects);
+        body
     }
 
     /// What `projects` see, prepared for answering frontends; on the first wish.
     pub fn view(&self, projects: &Projects) -> Arc<View> {
-        self.views.get_with_by_ref(projects, || {
+        let part = self.parts.of(projects);
+        if let Some(view) = part.view().get() {
+            return Arc::clone(view);
+        }
+        let view = Arc::clone(part.view().get_or_init(|| {
             let number = self.viewed.fetch_add(1, Ordering::Relaxed);
             Arc::new(View::of(&self.engine, &self.fragments, projects, number))
-        })
+        }));
+        self.parts.keep_within_bounds(projects);
+        view
     }
 
     /// The ready-made JSON of each flag.
@@ -154,44 +183,48 @@ impl Snapshot {
         &self.answers
     }
 
-    /// Builds the bodies that requests after the swap will ask for, so that none waits for them:
-    /// those that the previous snapshot holds without a filter, and of the filtered ones that it
-    /// was itself asked for the most wanted.
+    /// Builds what requests after the swap will ask for, so that none waits for it: the parts that the
+    /// previous snapshot holds, and of the filtered listings that it was itself asked for the most
+    /// wanted.
     ///
     /// A body whose content did not change is taken over as it is, with all its codings.
     pub fn inherit(&self, previous: &Self) {
-        let listings = previous.listings.iter();
-        let (mut wanted, mut filtered): (Vec<_>, Vec<_>) =
-            listings.partition(|(key, _)| key.filter == Filter::default());
-        filtered.retain(|(_, listing)| listing.asked() > 0);
+        for (projects, old) in &*previous.parts.all() {
+            let part = self.parts.of(projects);
+            if old.view().get().is_some() {
+                self.view(projects);
+            }
+            for segments in [Segments::Separate, Segments::Inlined] {
+                let Some(old) = old.listing(segments).get() else { continue };
+                let filter = Filter::default();
+                let key = ListingKey { projects: projects.clone(), filter, segments };
+                part.listing(segments).get_or_init(|| self.rebuilt(&key, old));
+            }
+            self.parts.keep_within_bounds(projects);
+        }
+        let mut filtered: Vec<_> =
+            previous.listings.iter().filter(|(_, listing)| listing.asked() > 0).collect();
         filtered.sort_by_key(|(_, listing)| Reverse(listing.asked()));
         filtered.truncate(INHERITED_FILTERS);
-        wanted.append(&mut filtered);
-        for (key, old) in wanted {
-            let new = listing::build(&self.environment, &self.document, &key);
-            let listing = if new.etag() == old.body().etag() {
-                old.anew()
-            } else {
-                for coding in body::Coding::COMPRESSING {
-                    if old.body().ready(coding).is_some() {
-                        new.make(coding);
-                    }
-                }
-                Listing::of(new)
-            };
-            self.listings.insert((*key).clone(), listing);
+        for (key, old) in filtered {
+            let body = self.rebuilt(&key, old.body());
+            self.listings.insert((*key).clone(), Listing::of(body));
         }
     }
-}
 
-/// A cache that holds so many bytes of values.
-fn cache<K, V>(bytes: u64, weight: impl Fn(&V) -> usize + Send + Sync + 'static) -> Cache<K, V>
-where
-    K: Eq + Hash + Send + Sync + 'static,
-    V: Clone + Send + Sync + 'static,
-{
-    let weight = move |_: &K, value: &V| u32::try_from(weight(value)).unwrap_or(u32::MAX);
-    Cache::builder().max_capacity(bytes).weigher(weight).build()
+    /// A listing of this snapshot in the codings that it had in the previous one.
+    fn rebuilt(&self, key: &ListingKey, old: &Arc<Body>) -> Arc<Body> {
+        let new = listing::build(&self.environment, &self.document, key);
+        if new.etag() == old.etag() {
+            return Arc::clone(old);
+        }
+        for coding in body::Coding::COMPRESSING {
+            if old.ready(coding).is_some() {
+                new.make(coding);
+            }
+        }
+        Arc::new(new)
+    }
 }
 
 /// The snapshots of all environments. A cheap handle.
@@ -355,15 +388,16 @@ mod tests {
         }
         let second = snapshot("a");
         second.inherit(&first);
-        assert_eq!(kept(&second), 1 + INHERITED_FILTERS);
+        assert_eq!(kept(&second), INHERITED_FILTERS);
         let taken = second.listing(&Projects::All, Filter::default(), Segments::Separate);
         assert!(Arc::ptr_eq(&body, &taken), "nothing has changed");
         assert!(Arc::ptr_eq(&ask(&first, 0), &ask(&second, 0)), "it was asked for twice");
         let third = snapshot("b");
         third.inherit(&second);
-        assert_eq!(kept(&third), 2, "the others were not asked for since");
+        assert_eq!(kept(&third), 1, "the others were not asked for since");
         let fourth = snapshot("b");
         fourth.inherit(&third);
-        assert_eq!(kept(&fourth), 1, "nobody asked");
+        assert_eq!(kept(&fourth), 0, "nobody asked");
+        assert_eq!(fourth.parts.all().len(), 1, "but the part is kept, which no client made up");
     }
 }

@@ -53,7 +53,7 @@ impl ListingKey {
     }
 }
 
-/// A listing, and how often its snapshot was asked for it.
+/// A filtered listing, and how often its snapshot was asked for it.
 #[derive(Debug)]
 pub(super) struct Listing {
     body: Arc<Body>,
@@ -61,14 +61,9 @@ pub(super) struct Listing {
 }
 
 impl Listing {
-    /// A new listing, not asked for yet.
-    pub(super) fn of(body: Body) -> Arc<Self> {
-        Arc::new(Self { body: Arc::new(body), asked: AtomicU64::new(0) })
-    }
-
-    /// The same listing for another snapshot, which was not asked for it yet.
-    pub(super) fn anew(&self) -> Arc<Self> {
-        Arc::new(Self { body: Arc::clone(&self.body), asked: AtomicU64::new(0) })
+    /// A listing that was not asked for yet.
+    pub(super) fn of(body: Arc<Body>) -> Arc<Self> {
+        Arc::new(Self { body, asked: AtomicU64::new(0) })
     }
 
     /// The body, for a request.
@@ -78,7 +73,7 @@ impl Listing {
     }
 
     /// The body, for nobody in particular.
-    pub(super) fn body(&self) -> &Body {
+    pub(super) fn body(&self) -> &Arc<Body> {
         &self.body
     }
 
