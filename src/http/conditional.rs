@@ -12,9 +12,12 @@ use hyper::header::{HeaderMap, HeaderValue, IF_NONE_MATCH};
 pub fn none_match_names(headers: &HeaderMap, etag: &HeaderValue) -> bool {
     let opaque = etag.as_bytes();
     let opaque = opaque.get(1..opaque.len().saturating_sub(1)).unwrap_or_default();
-    headers.get_all(IF_NONE_MATCH).iter().any(|value| {
-        value.to_str().is_ok_and(|value| value.trim() == "*" || list_names(value, opaque))
-    })
+    let names = |value: &str| value.trim() == "*" || list_names(value, opaque);
+    // The tag as it was given is what clients mostly send back.
+    headers
+        .get_all(IF_NONE_MATCH)
+        .iter()
+        .any(|value| value == etag || value.to_str().is_ok_and(names))
 }
 
 fn list_names(mut list: &str, opaque: &[u8]) -> bool {

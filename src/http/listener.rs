@@ -134,14 +134,16 @@ impl<S: Service> Protocol<S> {
     where
         I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let service = Arc::clone(&self.service);
+        // A count of this connection's own: that of all of them would go from core to core with every
+        // request.
+        let service = Arc::new(Arc::clone(&self.service));
         let watch = Watch::new(self.patience);
         let heads = Arc::clone(&watch);
         let answer = service_fn(move |request| {
             // Where the protocol is HTTP/2, nobody else says so.
             heads.rest();
             let service = Arc::clone(&service);
-            async move { Ok::<_, Infallible>(guarded(&*service, request, peer).await) }
+            async move { Ok::<_, Infallible>(guarded(&**service, request, peer).await) }
         });
         let mut builder = self.builder.clone();
         builder.http1().timer(HeadTimer(Arc::clone(&watch)));
