@@ -29,7 +29,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
@@ -141,14 +141,22 @@ fn bench(matches: &ArgMatches) -> Result<()> {
     let wanted = |id: &str| only.is_empty() || only.iter().any(|it| *it == id);
     let rows = ROWS.iter().filter(|row| wanted(row.id));
     let curves = CURVES.iter().filter(|curve| wanted(curve.id));
+    let mut failures = Failures::default();
     let report = Report {
-        outcomes: rows.map(|row| row.run(&session)).collect::<Result<_>>()?,
-        growths: curves.map(|curve| curve.run(&session)).collect::<Result<_>>()?,
-        swaps: if wanted(SWAP) { swap::run(&session)? } else { Vec::new() },
-        memory: if wanted(MEMORY) { memory::run(&session)? } else { Vec::new() },
+        outcomes: rows.filter_map(|row| failures.attempt(row.id, || row.run(&session))).collect(),
+        growths: curves.filter_map(|it| failures.attempt(it.id, || it.run(&session))).collect(),
+        swaps: Some(SWAP)
+            .filter(|id| wanted(id))
+            .and_then(|id| failures.attempt(id, || swap::run(&session)))
+            .unwrap_or_default(),
+        memory: Some(MEMORY)
+            .filter(|id| wanted(id))
+            .and_then(|id| failures.attempt(id, || memory::run(&session)))
+            .unwrap_or_default(),
     };
     let machine = machine::describe(&session.stable)?;
     println!("{machine}\n\n{}", report.tables());
+    ensure!(failures.0.is_empty(), "not measured, and nothing written: {}", failures.0.join(", "));
     let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs");
     let asked = matches.get_one::<PathBuf>("docs");
     let whole = !quick && only.is_empty() && session.stable.has_edge();
@@ -157,6 +165,22 @@ fn bench(matches: &ArgMatches) -> Result<()> {
         eprintln!("{} is written", docs.join("speed.md").display());
     }
     Ok(())
+}
+
+/// What could not be measured.
+#[derive(Debug, Default)]
+struct Failures(Vec<&'static str>);
+
+impl Failures {
+    /// The result of one part; a failure is told and does not end the others.
+    fn attempt<T>(&mut self, id: &'static str, part: impl FnOnce() -> Result<T>) -> Option<T> {
+        part()
+            .inspect_err(|error| {
+                eprintln!("{id} failed: {error:#}");
+                self.0.push(id);
+            })
+            .ok()
+    }
 }
 
 /// Lets this process and those that it starts open as many files as the system allows.

@@ -93,14 +93,12 @@ impl Session {
         rounds: usize,
     ) -> Result<BTreeMap<Contender, Measured>> {
         let mut runners = self.runners(case, contenders)?;
+        self.round(case, &mut runners, WARM_UP)?;
         for runner in &mut runners {
-            self.round(case, runner, WARM_UP)?;
             runner.samples.clear();
         }
         for round in 1..=rounds {
-            for runner in &mut runners {
-                self.round(case, runner, self.time)?;
-            }
+            self.round(case, &mut runners, self.time)?;
             let numbers: Vec<String> = runners.iter().map(Runner::last).collect();
             eprintln!("  round {round} of {rounds}: {}", numbers.join(", "));
         }
@@ -166,11 +164,22 @@ impl Session {
         Ok((sample, cpu))
     }
 
-    fn round(&self, case: &Case, runner: &mut Runner, time: Duration) -> Result<()> {
-        let Runner { process, request, answer, .. } = &*runner;
-        let sample = self.load(case, process, request, answer, time);
-        let sample = sample.with_context(|| format!("while {} served", runner.contender.name()))?;
-        runner.samples.push(sample);
+    /// Loads each in turn. A peer that fails is out of the race: what it did before is no number.
+    fn round(&self, case: &Case, runners: &mut Vec<Runner>, time: Duration) -> Result<()> {
+        let mut out = None;
+        for runner in &mut *runners {
+            let Runner { contender, process, request, answer, samples } = runner;
+            let sample = self.load(case, process, request, answer, time);
+            match sample.with_context(|| format!("while {} served", contender.name())) {
+                Ok(sample) => samples.push(sample),
+                Err(error) if *contender == Contender::Edge => out = Some(error),
+                Err(error) => return Err(error),
+            }
+        }
+        if let Some(error) = out {
+            eprintln!("  Unleash Edge is left out: {error:#}");
+            runners.retain(|runner| runner.contender != Contender::Edge);
+        }
         Ok(())
     }
 }

@@ -26,6 +26,9 @@ pub(crate) const FLAGS: usize = 5_000;
 /// What p99 may grow to, as a multiple of the calm one.
 pub(crate) const GOAL: f64 = 2.0;
 
+/// How many changes must have arrived each second for the goal to count as met.
+const ENOUGH: f64 = 9.0;
+
 /// How long a change of pace may take to arrive.
 const SETTLE: Duration = Duration::from_millis(500);
 
@@ -53,6 +56,13 @@ pub(crate) struct Swapped {
 pub(crate) struct Pace {
     pub(crate) per_second: f64,
     pub(crate) p99_micros: f64,
+}
+
+impl Swapped {
+    /// Whether the goal was met, by changes that came as often as they should.
+    pub(crate) fn is_met(&self) -> bool {
+        self.p99_ratio <= GOAL && self.swaps_per_second >= ENOUGH
+    }
 }
 
 /// Measures all of them.
