@@ -49,6 +49,15 @@ function done(summary, latency, requests)
 end
 "#;
 
+/// Fails where there is no `wrk`.
+pub(crate) fn installed() -> Result<()> {
+    // It has no way of telling its version that it counts as a success.
+    Command::new("wrk").arg("--version").output().context(MISSING)?;
+    Ok(())
+}
+
+const MISSING: &str = "cannot run `wrk` (the package of this name in Debian)";
+
 /// Loads `host` for a time. An answer that is not one, or of a status above 399, is an error.
 ///
 /// Numbers that are [`Draw::Next`] begin after `first`.
@@ -66,7 +75,7 @@ pub(crate) fn run(
     command.args(["-t1", &format!("-c{connections}"), &format!("-d{}s", time.as_secs())]);
     command.args(["--timeout", "30s", "--latency", "-s"]).arg(&script);
     let output = command.arg(format!("http://{host}{}", request.path)).output();
-    let output = output.context("cannot run `wrk` (the package of this name in Debian)")?;
+    let output = output.context(MISSING)?;
     let text = String::from_utf8_lossy(&output.stdout);
     let sample = text.lines().find_map(|line| line.strip_prefix("SAMPLE "));
     let Some(sample) = sample else {

@@ -116,6 +116,7 @@ fn path<'a>(matches: &'a ArgMatches, name: &str) -> &'a Path {
 }
 
 fn bench(matches: &ArgMatches) -> Result<()> {
+    load::installed()?;
     let folder = tempfile::tempdir()?;
     let edge = matches.get_one::<PathBuf>("unleash-edge");
     let quick = matches.get_flag("quick");

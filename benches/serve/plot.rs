@@ -144,11 +144,12 @@ struct Decades {
 }
 
 impl Decades {
-    fn around(values: impl Iterator<Item = f64>) -> Self {
+    /// All that hold the values, and so many at least that a small difference looks small.
+    fn around(values: impl Iterator<Item = f64>, least: f64) -> Self {
         let (low, high) =
             values.fold((f64::MAX, f64::MIN), |(low, high), it| (low.min(it), high.max(it)));
         let (first, last) = (low.log10().floor(), high.log10().ceil());
-        Self { first, last: last.max(first + 1.0) }
+        Self { first: first.min(last - least), last }
     }
 
     /// Where a value lies between the two, from 0 to 1.
@@ -168,9 +169,9 @@ fn panel(picture: &mut Picture, growth: &Growth, (x, y): (f64, f64), (width, hei
     let (left, right) = (x + 52.0, x + width - 16.0);
     let (top, bottom) = (y + 34.0, y + height - 34.0);
     let points = || growth.points.iter().map(|(n, by)| (crate::measure::to_f64(*n), by));
-    let across = Decades::around(points().map(|(n, _)| n));
+    let across = Decades::around(points().map(|(n, _)| n), 1.0);
     let rates = points().flat_map(|(_, by)| by.values().map(|it| it.per_second));
-    let up = Decades::around(rates);
+    let up = Decades::around(rates, 2.0);
     let at_x = |value| left + across.place(value) * (right - left);
     let at_y = |value| bottom - up.place(value) * (bottom - top);
     picture.text((left, y + 22.0), "start", "", growth.curve.request);
