@@ -60,17 +60,17 @@ const MISSING: &str = "cannot run `wrk` (the package of this name in Debian)";
 
 /// Loads `host` for a time. An answer that is not one, or of a status above 399, is an error.
 ///
-/// Numbers that are [`Draw::Next`] begin after `first`.
+/// Numbers that are [`Draw::Next`] begin after `first`. Each connection pauses before each request.
 pub(crate) fn run(
     folder: &Path,
     host: SocketAddr,
     request: &Request,
     (draw, first): (Draw, u64),
-    connections: usize,
+    (connections, pause): (usize, Duration),
     time: Duration,
 ) -> Result<Sample> {
     let script = folder.join("load.lua");
-    std::fs::write(&script, lua(host, request, draw, first))?;
+    std::fs::write(&script, lua(host, request, draw, first, pause))?;
     let mut command = Command::new("wrk");
     command.args(["-t1", &format!("-c{connections}"), &format!("-d{}s", time.as_secs())]);
     command.args(["--timeout", "30s", "--latency", "-s"]).arg(&script);
@@ -89,7 +89,7 @@ pub(crate) fn run(
 }
 
 /// The script for `wrk`. Requests that are all the same are left to its fastest way.
-fn lua(host: SocketAddr, request: &Request, draw: Draw, first: u64) -> String {
+fn lua(host: SocketAddr, request: &Request, draw: Draw, first: u64, pause: Duration) -> String {
     let mut script = String::new();
     let mut line = |text: String| writeln!(script, "{text}").expect("a string takes all");
     if let Draw::Nothing = draw {
@@ -112,6 +112,9 @@ fn lua(host: SocketAddr, request: &Request, draw: Draw, first: u64) -> String {
             "  local drawn = string.format(\"%d\", n)\n  return {}\nend",
             names.join(" .. drawn .. ")
         ));
+    }
+    if !pause.is_zero() {
+        line(format!("function delay()\n  return {}\nend", pause.as_millis()));
     }
     line(DONE.to_owned());
     script

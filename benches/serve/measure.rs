@@ -30,6 +30,8 @@ pub(crate) struct Case {
     /// Numbered client tokens.
     pub(crate) tokens: u64,
     pub(crate) connections: usize,
+    /// How long each connection rests before each request.
+    pub(crate) pause: Duration,
     pub(crate) request: Request,
     pub(crate) draw: Draw,
     pub(crate) expected: Expected,
@@ -146,8 +148,9 @@ impl Session {
         self.drawn.set(first + RUN);
         let before = process.cpu_micros()?;
         let draw = (case.draw, first);
+        let pressure = (case.connections, case.pause);
         let folder = self.stable.folder();
-        let sample = load::run(folder, process.address, request, draw, case.connections, time)
+        let sample = load::run(folder, process.address, request, draw, pressure, time)
             .with_context(|| process.log())?;
         let cpu = to_f64(process.cpu_micros()? - before) / sample.requests;
         let length = to_f64(answer.length as u64);

@@ -1,6 +1,6 @@
 //! The rows of the table: what SDKs ask most, with the goal of each.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use anyhow::Result;
 
@@ -118,6 +118,7 @@ impl Ask {
             flags,
             tokens: 0,
             connections: CONNECTIONS,
+            pause: Duration::ZERO,
             request,
             draw: if let Self::FrontendNewUser = self { Draw::Next } else { Draw::Nothing },
             expected: match self {

@@ -1,7 +1,9 @@
 //! What a client notices while flags change ten times a second.
 //!
 //! The whole way is under load: Parapet as an edge fetches, parses, compiles, builds, swaps and
-//! keeps 5,000 flags at each change, on the processors that answer requests. Calm and swapping take
+//! keeps 5,000 flags at each change, on the processors that answer requests. Both with pauses between
+//! requests, as clients have them, and with as many requests as there is an answer for, where swaps
+//! come as often as they get a processor. Calm and swapping take
 //! turns in one process.
 
 use std::{
@@ -14,7 +16,7 @@ use anyhow::{Context as _, Result};
 
 use super::{
     exchange::Request,
-    measure::{Session, median},
+    measure::{Case, Session, median},
     process::Process,
     rows::Ask,
     upstream::COUNT,
@@ -32,17 +34,23 @@ const ENOUGH: f64 = 9.0;
 /// How long a change of pace may take to arrive.
 const SETTLE: Duration = Duration::from_millis(500);
 
-const ASKS: [(&str, Ask); 4] = [
-    ("`/api/client/features`, 200, identity (2.4 MB)", Ask::Features(None)),
-    ("`/api/frontend`, same context again", Ask::Frontend),
-    ("`/api/frontend`, 304", Ask::FrontendUnlessKnown),
-    ("`/api/frontend`, a new user each request", Ask::FrontendNewUser),
+/// What is asked, and how long a connection rests between requests where not all that can be had is
+/// asked for.
+const ASKS: [(&str, Ask, Duration); 4] = [
+    ("`/api/client/features`, 200, identity (2.4 MB)", Ask::Features(None), REST.saturating_mul(5)),
+    ("`/api/frontend`, same context again", Ask::Frontend, REST),
+    ("`/api/frontend`, 304", Ask::FrontendUnlessKnown, REST),
+    ("`/api/frontend`, a new user each request", Ask::FrontendNewUser, REST),
 ];
+
+const REST: Duration = Duration::from_millis(20);
 
 /// What one kind of request notices.
 #[derive(Debug)]
 pub(crate) struct Swapped {
     pub(crate) title: &'static str,
+    /// How long each connection rests before each request.
+    pub(crate) pause: Duration,
     pub(crate) calm: Pace,
     pub(crate) swapping: Pace,
     /// By the median over rounds.
@@ -69,7 +77,12 @@ impl Swapped {
 pub(crate) fn run(session: &Session) -> Result<Vec<Swapped>> {
     let mut upstream = session.stable.upstream(FLAGS)?;
     let parapet = session.stable.parapet_edge(&upstream)?;
-    ASKS.iter().map(|&(title, ask)| one(session, &mut upstream, &parapet, title, ask)).collect()
+    let paced = ASKS.iter().map(|&(title, ask, pause)| (title, Case { pause, ..ask.case(FLAGS) }));
+    let full = ASKS.iter().map(|&(title, ask, _)| (title, ask.case(FLAGS)));
+    paced
+        .chain(full)
+        .map(|(title, case)| one(session, &mut upstream, &parapet, title, &case))
+        .collect()
 }
 
 fn one(
@@ -77,19 +90,18 @@ fn one(
     upstream: &mut Process,
     parapet: &Process,
     title: &'static str,
-    ask: Ask,
+    case: &Case,
 ) -> Result<Swapped> {
-    eprintln!("{title}, calm and while {FLAGS} flags are swapped");
-    let case = ask.case(FLAGS);
+    eprintln!("{title}, pauses of {:?}, calm and while {FLAGS} flags are swapped", case.pause);
     let (request, answer) = case.prepare(parapet)?;
-    session.load(&case, parapet, &request, &answer, Duration::from_secs(1))?;
+    session.load(case, parapet, &request, &answer, Duration::from_secs(1))?;
     let (mut calm, mut swapping, mut rates) = (Vec::new(), Vec::new(), Vec::new());
     for round in 1..=session.rounds {
-        calm.push(session.load(&case, parapet, &request, &answer, session.time)?.0);
+        calm.push(session.load(case, parapet, &request, &answer, session.time)?.0);
         writeln!(upstream.input()?, "swap")?;
         sleep(SETTLE);
         let (before, began) = (fetched(upstream)?, Instant::now());
-        swapping.push(session.load(&case, parapet, &request, &answer, session.time)?.0);
+        swapping.push(session.load(case, parapet, &request, &answer, session.time)?.0);
         rates.push((fetched(upstream)? - before) / began.elapsed().as_secs_f64());
         writeln!(upstream.input()?, "calm")?;
         sleep(SETTLE);
@@ -108,6 +120,7 @@ fn one(
     let ratios = swapping.iter().zip(&calm).map(|(new, old)| new.p99_micros / old.p99_micros);
     Ok(Swapped {
         title,
+        pause: case.pause,
         calm: pace(&calm),
         swapping: pace(&swapping),
         p99_ratio: median(ratios),
