@@ -8,6 +8,7 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 
+use foldhash::fast::RandomState;
 use jiff::Timestamp;
 use smallvec::SmallVec;
 
@@ -79,8 +80,9 @@ pub(super) struct Symbol(u32);
 #[derive(Debug, Clone)]
 pub struct Fields {
     names: Vec<Box<str>>,
-    by_name: HashMap<Box<str>, FieldId>,
-    symbols: HashMap<Box<str>, Symbol>,
+    // Whoever asks only looks up in these: what is in them is the flags' alone.
+    by_name: HashMap<Box<str>, FieldId, RandomState>,
+    symbols: HashMap<Box<str>, Symbol, RandomState>,
     numbers: Vec<FieldId>,
     versions: Vec<FieldId>,
     addresses: Vec<FieldId>,
@@ -90,8 +92,8 @@ impl Fields {
     pub(super) fn new() -> Self {
         let mut fields = Self {
             names: Vec::new(),
-            by_name: HashMap::new(),
-            symbols: HashMap::new(),
+            by_name: HashMap::default(),
+            symbols: HashMap::default(),
             numbers: Vec::new(),
             versions: Vec::new(),
             addresses: Vec::new(),
@@ -225,7 +227,7 @@ impl<'a> Values<'a> {
 #[derive(Debug, Clone)]
 pub struct Bound<'a> {
     values: Values<'a>,
-    symbols: Vec<Option<Symbol>>,
+    symbols: SmallVec<[Option<Symbol>; 16]>,
     numbers: Vec<f64>,
     versions: Vec<Option<Version<&'a str>>>,
     addresses: Vec<Option<IpAddr>>,
