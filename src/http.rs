@@ -21,3 +21,4 @@ pub mod payload;
 pub mod reply;
 pub mod report;
 pub mod route;
+pub mod stream;

@@ -162,29 +162,28 @@ impl<C: GracefulConnection> Future for Attended<C> {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
-        // Nearly every wake is for the connection.
-        if let Poll::Ready(ended) = this.connection.as_mut().poll(cx) {
-            return Poll::Ready(ended.map_err(End::Error));
-        }
-        while this.alarm.as_mut().poll(cx).is_ready() {
-            let now = Instant::now();
-            let next = this.watch.deadline().unwrap_or(now + *this.patience);
-            if next <= now {
-                return Poll::Ready(Err(End::Silence));
+        // A task's waker stays the same, so that waiting for what seldom comes is done once, with its
+        // locks and its bookkeeping; whoever is woken only looks whether it has come. It is done
+        // first, as long as the task may still wait for anything (tokio's budget).
+        let is_new = matches!(this.stage, Stage::New);
+        if is_new || this.alarm.is_elapsed() {
+            while this.alarm.as_mut().poll(cx).is_ready() {
+                let now = Instant::now();
+                let next = this.watch.deadline().unwrap_or(now + *this.patience);
+                if next <= now {
+                    return Poll::Ready(Err(End::Silence));
+                }
+                this.alarm.as_mut().reset(next.into());
             }
-            this.alarm.as_mut().reset(next.into());
         }
-        // Waiting for the sign takes locks that all connections share. A task's waker stays the
-        // same, so that waiting once is enough: whoever is woken looks at the flag.
-        if matches!(this.stage, Stage::New) {
+        if is_new {
             let _ = this.wake.poll(cx);
             *this.stage = Stage::Serving;
         }
         if matches!(this.stage, Stage::Serving) && this.stop.given.load(Ordering::Acquire) {
             *this.stage = Stage::Stopping;
             this.connection.as_mut().graceful_shutdown();
-            return this.connection.poll(cx).map_err(End::Error);
         }
-        Poll::Pending
+        this.connection.poll(cx).map_err(End::Error)
     }
 }

@@ -14,10 +14,7 @@ use std::{
 
 use futures_util::FutureExt as _;
 use hyper::{Request, body::Incoming, rt::Executor, service::service_fn};
-use hyper_util::{
-    rt::{TokioIo, TokioTimer},
-    server::conn::auto::Builder,
-};
+use hyper_util::{rt::TokioTimer, server::conn::auto::Builder};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
@@ -30,6 +27,7 @@ use tracing::{debug, error, warn};
 use super::{
     attended::{Attended, End, HeadTimer, Stop, Watch},
     reply::{Failure, Reply},
+    stream::Stream,
 };
 
 /// What answers requests.
@@ -147,7 +145,7 @@ impl<S: Service> Protocol<S> {
         });
         let mut builder = self.builder.clone();
         builder.http1().timer(HeadTimer(Arc::clone(&watch)));
-        let connection = builder.serve_connection(TokioIo::new(stream), answer).into_owned();
+        let connection = builder.serve_connection(Stream::new(stream), answer).into_owned();
         let connection = Attended::new(connection, watch, self.patience, self.stop.clone());
         async {
             match connection.await {
