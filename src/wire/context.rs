@@ -7,6 +7,7 @@
 
 use std::{borrow::Cow, fmt};
 
+use percent_encoding::percent_decode_str;
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 
 /// What a frontend request says of its user; every value is text, borrowed from the request where
@@ -54,7 +55,7 @@ impl<'a> FrontendContext<'a> {
     /// Reads `userId=…&properties[plan]=…`; other names are properties too.
     pub fn from_query(query: &'a str) -> Result<Self, Error> {
         let mut context = Self::default();
-        for (name, value) in form_urlencoded::parse(query.as_bytes()) {
+        for (name, value) in pairs(query) {
             match property_of(&name) {
                 Some(property) => context.set_property(within(&name, property), value),
                 // `properties[a][b]=` and the like name nothing that a flag could read.
@@ -136,6 +137,31 @@ impl<'a> FrontendContext<'a> {
                 }
             }
             Value::Object(_) | Value::Other => {}
+        }
+    }
+}
+
+/// The pairs of a query, decoded as a form is (URL standard, 5.1). Most texts have nothing to decode
+/// and are borrowed after one look.
+fn pairs(query: &str) -> impl Iterator<Item = (Cow<'_, str>, Cow<'_, str>)> {
+    query.split('&').filter(|pair| !pair.is_empty()).map(|pair| {
+        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+        (decoded(name), decoded(value))
+    })
+}
+
+fn decoded(text: &str) -> Cow<'_, str> {
+    let (mut pluses, mut percents) = (false, false);
+    for byte in text.bytes() {
+        pluses |= byte == b'+';
+        percents |= byte == b'%';
+    }
+    match (pluses, percents) {
+        (false, false) => Cow::Borrowed(text),
+        (false, true) => percent_decode_str(text).decode_utf8_lossy(),
+        (true, _) => {
+            let spaced = text.replace('+', " ");
+            Cow::Owned(percent_decode_str(&spaced).decode_utf8_lossy().into_owned())
         }
     }
 }
@@ -262,7 +288,18 @@ impl<'de> Deserialize<'de> for Key<'de> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        #[test]
+        fn queries_are_decoded_as_forms_are(query in "[ab%+&=0-9A-Fé]{0,40}") {
+            let ours: Vec<_> = pairs(&query).collect();
+            let standard: Vec<_> = form_urlencoded::parse(query.as_bytes()).collect();
+            prop_assert_eq!(ours, standard);
+        }
+    }
 
     fn expected() -> FrontendContext<'static> {
         FrontendContext {
