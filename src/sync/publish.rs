@@ -2,7 +2,7 @@
 //!
 //! Where documents come from is the business of those who call.
 
-use std::sync::Arc;
+use std::{sync::Arc, thread, time::Duration};
 
 use jiff::Timestamp;
 use metrics::counter;
@@ -29,16 +29,36 @@ pub(super) async fn publish(
     make: impl FnOnce() -> Document + Send + 'static,
 ) -> Result<Arc<Snapshot>, JoinError> {
     let previous = snapshots.load(&scope.environment);
+    let inherited = previous.clone();
     let built = spawn_blocking(move || {
         let snapshot = Snapshot::build(scope, make(), confirmed);
-        if let Some(previous) = previous {
+        if let Some(previous) = inherited {
             snapshot.inherit(&previous);
         }
         snapshot
     });
     let snapshot = built.await?;
     report(&snapshot);
-    Ok(snapshots.swap(snapshot))
+    let snapshot = snapshots.swap(snapshot);
+    if let Some(previous) = previous {
+        spawn_blocking(|| retire(previous));
+    }
+    Ok(snapshot)
+}
+
+/// How long a snapshot's last readers are waited for, and how often they are looked for.
+const LAST_READERS: Duration = Duration::from_secs(1);
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+/// Takes a snapshot down once nobody reads it: milliseconds of work for thousands of flags, with all
+/// that it remembers, which else would fall to the last request that reads it.
+fn retire(snapshot: Arc<Snapshot>) {
+    let mut waited = Duration::ZERO;
+    while Arc::strong_count(&snapshot) > 1 && waited < LAST_READERS {
+        thread::sleep(LOOK_EVERY);
+        waited += LOOK_EVERY;
+    }
+    drop(snapshot);
 }
 
 fn report(snapshot: &Snapshot) {
