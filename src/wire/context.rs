@@ -5,8 +5,9 @@
 //! written for, because evaluating costs time in proportion. It fills in nothing: what a request does not say
 //! is for the caller to complete.
 
-use std::{borrow::Cow, fmt};
+use std::{borrow::Cow, fmt, iter};
 
+use memchr::{memchr, memchr2};
 use percent_encoding::percent_decode_str;
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 
@@ -144,26 +145,36 @@ impl<'a> FrontendContext<'a> {
 /// The pairs of a query, decoded as a form is (URL standard, 5.1). Most texts have nothing to decode
 /// and are borrowed after one look.
 fn pairs(query: &str) -> impl Iterator<Item = (Cow<'_, str>, Cow<'_, str>)> {
-    query.split('&').filter(|pair| !pair.is_empty()).map(|pair| {
-        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+    let mut rest = query;
+    let pairs = iter::from_fn(move || {
+        let (pair, next) = split(rest, b'&')?;
+        rest = next;
+        Some(pair)
+    });
+    pairs.filter(|pair| !pair.is_empty()).map(|pair| {
+        let (name, value) = split(pair, b'=').unwrap_or_default();
         (decoded(name), decoded(value))
     })
 }
 
+/// What stands before the first `separator`, which is ASCII, and what behind it; `None` of nothing.
+fn split(text: &str, separator: u8) -> Option<(&str, &str)> {
+    let first = || match memchr(separator, text.as_bytes()) {
+        Some(at) => (&text[..at], &text[at + 1..]),
+        None => (text, ""),
+    };
+    (!text.is_empty()).then(first)
+}
+
 fn decoded(text: &str) -> Cow<'_, str> {
-    let (mut pluses, mut percents) = (false, false);
-    for byte in text.bytes() {
-        pluses |= byte == b'+';
-        percents |= byte == b'%';
+    if memchr2(b'%', b'+', text.as_bytes()).is_none() {
+        return Cow::Borrowed(text);
     }
-    match (pluses, percents) {
-        (false, false) => Cow::Borrowed(text),
-        (false, true) => percent_decode_str(text).decode_utf8_lossy(),
-        (true, _) => {
-            let spaced = text.replace('+', " ");
-            Cow::Owned(percent_decode_str(&spaced).decode_utf8_lossy().into_owned())
-        }
+    if memchr(b'+', text.as_bytes()).is_none() {
+        return percent_decode_str(text).decode_utf8_lossy();
     }
+    let spaced = text.replace('+', " ");
+    Cow::Owned(percent_decode_str(&spaced).decode_utf8_lossy().into_owned())
 }
 
 /// The `k` of `properties[k]`.
