@@ -22,7 +22,7 @@ use hyper_util::server::graceful::GracefulConnection;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 /// Until when a connection waits for the head of a request: nanoseconds after `start`, or
-/// [`Watch::NOTHING`].
+/// `NOTHING`.
 #[derive(Debug)]
 pub struct Watch {
     start: Instant,
