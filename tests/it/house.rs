@@ -24,10 +24,10 @@ const LAYERS: [&[(&str, &[&str])]; 8] = [
 
 /// Within `http`, who may import whom; the listeners' services are above the rest.
 const SURFACE: [&[&str]; 5] = [
-    &["access", "coding", "conditional", "cors", "route"],
+    &["access", "attended", "coding", "conditional", "cors", "route", "stream"],
     &["reply"],
-    &["client", "edge", "listener", "meter", "ops", "payload", "report"],
-    &["frontend"],
+    &["client", "edge", "listener", "meter", "payload", "report"],
+    &["frontend", "ops"],
     &["admin", "data"],
 ];
 
