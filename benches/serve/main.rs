@@ -162,7 +162,9 @@ fn bench(matches: &ArgMatches) -> Result<()> {
     let asked = matches.get_one::<PathBuf>("docs");
     let whole = !quick && only.is_empty() && session.stable.has_edge();
     if let Some(docs) = asked.or(Some(&own).filter(|_| whole)) {
-        report.write(docs, &machine, "cargo bench --bench serve")?;
+        let (rounds, seconds) = (session.rounds, session.time.as_secs());
+        let command = format!("cargo bench --bench serve -- --rounds {rounds} --seconds {seconds}");
+        report.write(docs, &machine, &command)?;
         eprintln!("{} is written", docs.join("speed.md").display());
     }
     Ok(())
