@@ -15,6 +15,8 @@ pub(crate) fn describe(stable: &Stable) -> Result<String> {
     let memory = memory.lines().find_map(|line| line.strip_prefix("MemTotal:"));
     let memory = memory.and_then(|it| it.trim().strip_suffix(" kB")?.parse::<u64>().ok());
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    // Without what its builder calls it.
+    let kernel = kernel.split('-').next().unwrap_or_default();
     let cores = std::thread::available_parallelism()?;
     let edge = if stable.has_edge() { EDGE_VERSION } else { "not installed" };
     let facts = [
