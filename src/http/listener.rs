@@ -49,7 +49,8 @@ pub struct Limits {
     pub connections: usize,
     /// The longest that a client may take to send a request's head.
     pub header_read_timeout: Duration,
-    /// The longest that one request may take, from its head until its answer is ready.
+    /// The longest that one request may take, from its head until its body is there; services wait
+    /// for nothing else as long.
     pub request_timeout: Duration,
 }
 
