@@ -6,6 +6,7 @@
 //!
 //! This module does not know which route wants which kind of token; it says what a token grants.
 
+mod given;
 mod queue;
 mod verdicts;
 
@@ -21,13 +22,14 @@ use metrics::{Counter, counter, describe_counter};
 use tokio::{sync::Notify, time::Instant};
 use tracing::{info, warn};
 
+use self::{
+    given::Given,
+    queue::{Behalf, Queue},
+    verdicts::{Accepted, Verdicts},
+};
 pub use self::{
     queue::Denied,
     verdicts::{RestoreError, Verdict},
-};
-use self::{
-    queue::{Behalf, Queue},
-    verdicts::{Accepted, Verdicts},
 };
 use crate::{
     token::{Grant, Token, TokenDigest, TokenKind},
@@ -62,7 +64,7 @@ pub struct Admission {
 /// Who vouches for tokens that are not known here.
 #[derive(Debug)]
 pub enum Authority {
-    /// Nobody: the tokens given at start are all there are.
+    /// Nobody: the given tokens are all there are.
     Nobody,
     /// Upstream.
     Upstream(Box<Issuer>),
@@ -90,7 +92,7 @@ struct Inner {
     config: Config,
     authority: Authority,
     /// Tokens that nobody needs to vouch for.
-    given: HashMap<TokenDigest, Arc<Grant>, foldhash::fast::RandomState>,
+    given: Given,
     verdicts: Verdicts,
     queue: Queue,
     tally: Tally,
@@ -105,7 +107,7 @@ impl Authenticator {
     ) -> Self {
         Self(Arc::new(Inner {
             verdicts: Verdicts::new(config.capacity, config.forget_invalid_after),
-            given: given.into_iter().map(|(digest, grant)| (digest, Arc::new(grant))).collect(),
+            given: Given::new(given),
             queue: Queue::default(),
             tally: Tally::new(),
             authority,
@@ -124,9 +126,9 @@ impl Authenticator {
     async fn admit(&self, header: &str, behalf: Behalf) -> Result<Admission, Denied> {
         let inner = &*self.0;
         let digest = TokenDigest::of(Token::bare(header));
-        if let Some(grant) = inner.given.get(&digest) {
+        if let Some(grant) = inner.given.admit(&digest) {
             inner.tally.known.increment(1);
-            return Ok(Admission { grant: Arc::clone(grant), first_seen: false });
+            return Ok(Admission { grant, first_seen: false });
         }
         if let Some(verdict) = inner.verdicts.valid(&digest) {
             inner.tally.known.increment(1);
@@ -145,6 +147,18 @@ impl Authenticator {
         };
         // Boxed, because callers hold room for it in every request and hardly any comes here.
         Box::pin(self.ask(token, behalf)).await
+    }
+
+    /// Replaces the given tokens: from here on these are admitted, and no others of them.
+    ///
+    /// Work for as many tokens as there are; requests meanwhile see the former ones.
+    pub fn set_given(&self, given: impl IntoIterator<Item = (TokenDigest, Grant)>) {
+        self.0.given.replace(given);
+    }
+
+    /// The given tokens that were presented since the last call.
+    pub fn take_used(&self) -> Vec<TokenDigest> {
+        self.0.given.take_used()
     }
 
     /// Judges tokens for somebody else, another edge for instance: in the order given, `None` for

@@ -44,7 +44,7 @@ use self::{
 pub use self::{
     outbox::{Revision, Totals},
     pipeline::Backlog,
-    sink::Sink,
+    sink::{Delivery, Sink, Taken},
     spool::Error,
 };
 pub use crate::wire::usage::SdkKind;
@@ -227,6 +227,10 @@ impl Usage {
         match sink {
             Sink::Upstream { upstream, credentials } => {
                 let send = |batch| sink::deliver(&upstream, &credentials, batch);
+                sender::run(pipeline, *interval, &shutdown, grace, send).await;
+            }
+            Sink::Registry(registry) => {
+                let send = |batch| sink::hand_over(&registry, batch);
                 sender::run(pipeline, *interval, &shutdown, grace, send).await;
             }
             Sink::None => sender::discard(pipeline, *interval, &shutdown).await,

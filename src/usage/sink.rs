@@ -4,7 +4,9 @@
 
 use std::future::Future;
 
+use bytes::Bytes;
 use reqwest::StatusCode;
+use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, warn};
 
 use super::{
@@ -26,8 +28,32 @@ pub enum Sink {
         /// With which tokens.
         credentials: Credentials,
     },
+    /// To whoever keeps it on this instance; when it is gone, usage waits.
+    Registry(mpsc::Sender<Delivery>),
     /// Nowhere: it is counted and let go.
     None,
+}
+
+/// A batch for the registry of this instance.
+#[derive(Debug)]
+pub struct Delivery {
+    /// The environment of all that is in it.
+    pub environment: Environment,
+    /// The body that `/api/client/metrics/bulk` would be sent.
+    pub body: Bytes,
+    /// Where to say what became of it; dropped, the batch comes again.
+    pub done: oneshot::Sender<Taken>,
+}
+
+/// What became of a delivery.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Taken {
+    /// It is stored.
+    Stored,
+    /// It cannot be stored, now or later.
+    Refused,
+    /// It could not be stored now.
+    Failed,
 }
 
 /// Sends a batch; a refused token is replaced once, and the same bytes are sent with the new one.
@@ -67,6 +93,25 @@ pub(super) fn deliver(
                 );
                 outcome
             }
+        };
+        (id, outcome)
+    }
+}
+
+/// Hands a batch to the registry and waits for its word.
+pub(super) fn hand_over(
+    registry: &mpsc::Sender<Delivery>,
+    batch: Dispatch,
+) -> impl Future<Output = (BatchId, Outcome)> {
+    let registry = registry.clone();
+    async move {
+        let Dispatch { id, environment, body } = batch;
+        let (done, taken) = oneshot::channel();
+        let sent = registry.send(Delivery { environment, body, done }).await;
+        let outcome = match taken.await {
+            Ok(Taken::Stored) if sent.is_ok() => Outcome::Sent,
+            Ok(Taken::Refused) => Outcome::Rejected,
+            Ok(Taken::Stored | Taken::Failed) | Err(_) => Outcome::Later(None),
         };
         (id, outcome)
     }
@@ -169,6 +214,30 @@ mod tests {
         check(&[GOOD, REVOKED], Outcome::Sent, &[REVOKED, GOOD]).await;
         check(&[REVOKED], Outcome::Unauthorized, &[REVOKED]).await;
         check(&[], Outcome::Unauthorized, &[]).await;
+    }
+
+    #[tokio::test]
+    async fn what_the_registry_does_not_store_comes_again() {
+        let check = async |answer: Option<Taken>, expected| {
+            let (registry, mut deliveries) = mpsc::channel::<Delivery>(1);
+            let batch = Dispatch {
+                id: BatchId::default(),
+                environment: Environment::new("dev"),
+                body: Bytes::from_static(b"{}"),
+            };
+            let keep = async {
+                let delivery = deliveries.recv().await.unwrap();
+                if let Some(answer) = answer {
+                    delivery.done.send(answer).unwrap();
+                }
+            };
+            let ((_, outcome), ()) = tokio::join!(hand_over(&registry, batch), keep);
+            assert_eq!(outcome, expected, "{answer:?}");
+        };
+        check(Some(Taken::Stored), Outcome::Sent).await;
+        check(Some(Taken::Refused), Outcome::Rejected).await;
+        check(Some(Taken::Failed), Outcome::Later(None)).await;
+        check(None, Outcome::Later(None)).await;
     }
 
     #[test]
