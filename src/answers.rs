@@ -14,6 +14,8 @@
 //! Where lots are drawn, nothing is remembered but the body. There is no state here: all that is
 //! remembered belongs to the snapshot and vanishes with it.
 
+pub mod explained;
+
 use std::sync::Arc;
 
 use bytes::Bytes;

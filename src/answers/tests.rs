@@ -1,16 +1,12 @@
 //! What is remembered is what evaluating afresh would give.
 
 use jiff::{SignedDuration, Timestamp};
-use proptest::{
-    collection::vec,
-    option,
-    prelude::*,
-    sample::{select, subsequence},
-};
+use proptest::{collection::vec, prelude::*, sample::select};
 use serde_json::{Value, json};
 
 use super::*;
 use crate::{
+    engine::arbitrary::{Asking, DATES, asking, definitions},
     snapshot::Snapshots,
     token::{Environment, Scope},
     wire::features::Document,
@@ -52,135 +48,13 @@ fn is_remembered(answer: &Answer<'_>) -> bool {
 
 // Random flags, contexts, clocks and swaps.
 
-const FIELDS: [&str; 8] = [
-    "userId",
-    "sessionId",
-    "environment",
-    "appName",
-    "remoteAddress",
-    "currentTime",
-    "plan",
-    "region",
-];
-const TEXTS: [&str; 9] = ["", "a", "A", "ab", "7", "12", "1.2.3", "10.0.0.7", "2024-05-01"];
-const DATES: [&str; 3] = ["2024-05-01T00:00:00Z", "2024-05-01T00:00:01Z", "2025-01-01T00:00:00Z"];
-const STICKINESS: [&str; 6] = ["default", "random", "userId", "sessionId", "plan", "currentTime"];
-
-fn constraint() -> impl Strategy<Value = Value> {
-    let operators = [
-        "IN",
-        "NOT_IN",
-        "STR_CONTAINS",
-        "STR_STARTS_WITH",
-        "NUM_GT",
-        "SEMVER_GTE",
-        "REGEX",
-        "IN_CIDR",
-        "DATE_AFTER",
-        "DATE_BEFORE",
-    ];
-    let values = subsequence(TEXTS.to_vec(), 1..4);
-    let all = (select(operators.to_vec()), select(FIELDS.to_vec()), values, select(DATES.to_vec()));
-    (all, any::<[bool; 2]>()).prop_map(
-        |((operator, field, values, date), [inverted, ignore_case])| {
-            let value = match operator {
-                "NUM_GT" => "8",
-                "SEMVER_GTE" => "1.2.0",
-                "REGEX" => "^[a-c]",
-                _ => date,
-            };
-            let values = if operator == "IN_CIDR" { vec!["10.0.0.0/8"] } else { values };
-            json!({
-                "contextName": field, "operator": operator, "value": value, "values": values,
-                "inverted": inverted, "caseInsensitive": ignore_case,
-            })
-        },
-    )
-}
-
-fn variants() -> impl Strategy<Value = Value> {
-    let overriding = option::of((select(FIELDS.to_vec()), select(TEXTS.to_vec())));
-    let variant = (0..3_u32, select(STICKINESS.to_vec()), overriding);
-    vec(variant, 0..3).prop_map(|all| {
-        let variant = |(n, (weight, stickiness, overriding)): (usize, (u32, _, Option<_>))| {
-            let overrides = overriding
-                .map(|(field, value)| json!([{ "contextName": field, "values": [value] }]));
-            json!({
-                "name": format!("v{n}"), "weight": weight, "stickiness": stickiness,
-                "overrides": overrides.unwrap_or_else(|| json!([])),
-                "payload": { "type": "string", "value": "\"x\"" },
-            })
-        };
-        all.into_iter().enumerate().map(variant).collect()
-    })
-}
-
-fn strategy() -> impl Strategy<Value = Value> {
-    let rollout = (select(vec![0, 30, 50, 100]), select(STICKINESS.to_vec()), variants()).prop_map(
-        |(rollout, stickiness, variants)| {
-            json!({
-                "name": "flexibleRollout", "variants": variants,
-                "parameters": { "rollout": rollout, "stickiness": stickiness, "groupId": "g" },
-            })
-        },
-    );
-    let others = select(vec![
-        json!({ "name": "default" }),
-        json!({ "name": "userWithId", "parameters": { "userIds": "7,a" } }),
-        json!({ "name": "remoteAddress", "parameters": { "IPs": "10.0.0.0/8,a" } }),
-        json!({ "name": "gradualRolloutRandom", "parameters": { "percentage": "50" } }),
-        json!({ "name": "gradualRolloutSessionId", "parameters": { "percentage": "50" } }),
-        json!({ "name": "applicationHostname", "parameters": { "hostNames": "here" } }),
-    ]);
-    let kind = prop_oneof![3 => rollout, 1 => others];
-    (kind, vec(constraint(), 0..3), prop::bool::weighted(0.2)).prop_map(
-        |(mut strategy, constraints, segment)| {
-            strategy["constraints"] = constraints.into();
-            strategy["segments"] = if segment { json!([1]) } else { json!([]) };
-            strategy
-        },
-    )
-}
-
-fn snapshot() -> impl Strategy<Value = (Value, Value)> {
-    let parent = option::weighted(0.2, (select(vec!["f0", "f1"]), any::<bool>()));
-    let flag = (vec(strategy(), 0..3), variants(), parent, prop::bool::weighted(0.9));
-    let segment = vec(constraint(), 1..3);
-    (vec(flag, 1..5), segment).prop_map(|(flags, segment)| {
-        let flag = |(n, (strategies, variants, parent, enabled)): (usize, (_, _, Option<_>, _))| {
-            let dependencies = parent
-                .map(|(feature, enabled)| json!([{ "feature": feature, "enabled": enabled }]));
-            let project = if n % 2 == 0 { "red" } else { "blue" };
-            json!({
-                "name": format!("f{n}"), "project": project, "enabled": enabled,
-                "strategies": strategies, "variants": variants,
-                "dependencies": dependencies.unwrap_or_else(|| json!([])),
-            })
-        };
-        let flags = flags.into_iter().enumerate().map(flag).collect();
-        (flags, json!([{ "id": 1, "constraints": segment }]))
-    })
-}
-
 /// One request, or a swap before it.
 #[derive(Clone, Debug)]
 struct Step {
     swap: bool,
-    /// One value or none for each of the fields.
-    values: Vec<Option<&'static str>>,
-    date: usize,
-    /// How far from that date the clock stands, in nanoseconds.
-    off: i64,
-    draw: u64,
+    asking: Asking,
     shown: Shown,
     projects: Projects,
-}
-
-impl Step {
-    fn now(&self) -> Timestamp {
-        let date: Timestamp = DATES[self.date].parse().unwrap();
-        date + SignedDuration::from_nanos(self.off)
-    }
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -190,41 +64,13 @@ fn step() -> impl Strategy<Value = Step> {
         Projects::from_list(["blue"]),
         Projects::from_list(["none"]),
     ]);
-    let value = option::weighted(0.4, select(TEXTS.to_vec()));
-    let clock = (0..DATES.len(), select(vec![-1_000_000_000, -1, 0, 1, 1_000_000_000_i64]));
     let shown = select(vec![Shown::Enabled, Shown::All]);
-    let swap = prop::bool::weighted(0.1);
-    (swap, vec(value, FIELDS.len()), clock, any::<u64>(), shown, projects).prop_map(
-        |(swap, values, (date, off), draw, shown, projects)| Step {
-            swap,
-            values,
-            date,
-            off,
-            draw,
-            shown,
-            projects,
-        },
-    )
+    (prop::bool::weighted(0.1), asking(), shown, projects)
+        .prop_map(|(swap, asking, shown, projects)| Step { swap, asking, shown, projects })
 }
 
 fn check(snapshot: &Snapshot, step: &Step) -> Result<(), TestCaseError> {
-    let properties: Vec<_> = ["plan", "region"]
-        .into_iter()
-        .zip(&step.values[6..])
-        .filter_map(|(name, value)| Some((name, (*value)?)))
-        .collect();
-    let context = Context {
-        user_id: step.values[0],
-        session_id: step.values[1],
-        environment: step.values[2],
-        app_name: step.values[3],
-        remote_address: step.values[4],
-        current_time: step.values[5],
-        properties: &properties,
-        hostname: Some("here"),
-        now: step.now(),
-        draw: step.draw,
-    };
+    let context = step.asking.context();
     let view = snapshot.view(&step.projects);
     let (text, etag) = afresh(snapshot, &step.projects, &context, step.shown);
     let random = view.reads().is_random(&snapshot.engine().read(&context));
@@ -246,7 +92,7 @@ proptest! {
     /// more are nearly so.
     #[test]
     fn what_is_remembered_is_what_evaluating_gives(
-        documents in vec(snapshot(), 2),
+        documents in vec(definitions(), 2),
         steps in vec(step(), 1..120),
     ) {
         let snapshots = Snapshots::default();

@@ -18,6 +18,7 @@ pub(super) struct Compilation {
     pub(super) fields: Fields,
     pub(super) flags: Vec<Flag>,
     pub(super) plans: Vec<Plan>,
+    pub(super) sites: Vec<u32>,
     pub(super) problems: Vec<Problem>,
 }
 
@@ -39,15 +40,17 @@ struct Draft<'d> {
     /// The flags that depend on others, with what they ask of them.
     dependants: Vec<(FlagId, Vec<Dependency<'d>>)>,
     problems: Vec<Problem>,
+    /// How many places had drawn lots before each flag.
+    first_sites: Vec<u32>,
     sites: u32,
 }
 
 /// What a flag asks of another.
-struct Dependency<'d> {
-    parent: wire::Text<'d>,
-    enabled: bool,
+pub(super) struct Dependency<'d> {
+    pub(super) parent: wire::Text<'d>,
+    pub(super) enabled: bool,
     /// Where any are named, the other flag has to be on with one of these.
-    variants: Vec<wire::Text<'d>>,
+    pub(super) variants: Vec<wire::Text<'d>>,
 }
 
 impl<'d> Draft<'d> {
@@ -65,6 +68,7 @@ impl<'d> Draft<'d> {
             flags: Vec::with_capacity(flags),
             plans: Vec::with_capacity(flags),
             dependants: Vec::new(),
+            first_sites: Vec::with_capacity(flags),
             problems: problems.chain(document.shadowed().iter().map(twice)).collect(),
             sites: 0,
         }
@@ -72,6 +76,7 @@ impl<'d> Draft<'d> {
 
     /// Compiles one flag, as if it had no dependencies.
     fn flag(&mut self, feature: &'d wire::Feature) {
+        self.first_sites.push(self.sites);
         let mut defects = Vec::new();
         let (flag, plan) = match feature.definition() {
             Ok(definition) => self.defined(feature, definition, &mut defects),
@@ -159,8 +164,8 @@ impl<'d> Draft<'d> {
             }
         }
         self.problems.sort_by(|a, b| a.flag.cmp(&b.flag));
-        let Self { fields, flags, plans, problems, .. } = self;
-        Compilation { fields, flags, plans, problems }
+        let Self { fields, flags, plans, first_sites: sites, problems, .. } = self;
+        Compilation { fields, flags, plans, sites, problems }
     }
 
     /// What remains to be asked of other flags; `None` if that can never be satisfied.
@@ -207,34 +212,40 @@ impl Dependency<'_> {
     fn admitted(&self, parent: &Flag) -> Box<[bool]> {
         let outcomes = [Outcome::Off, Outcome::On];
         let variants = (0..).map(Outcome::Variant).take(parent.variants().len());
-        let admits = |outcome: Outcome| match (self.enabled, &self.variants[..]) {
+        outcomes.into_iter().chain(variants).map(|outcome| self.admits(parent, outcome)).collect()
+    }
+
+    /// Whether the dependency is satisfied where `parent` comes to `outcome`.
+    pub(super) fn admits(&self, parent: &Flag, outcome: Outcome) -> bool {
+        match (self.enabled, &self.variants[..]) {
             (false, _) => !outcome.is_on(),
             (true, []) => outcome.is_on(),
             (true, names) => {
                 let name = parent.variant(outcome).map_or("disabled", |variant| &*variant.name);
                 outcome.is_on() && names.iter().any(|other| other == name)
             }
-        };
-        outcomes.into_iter().chain(variants).map(admits).collect()
+        }
     }
 }
 
 /// What a flag asks of others; `None` if it cannot be read.
-fn dependencies<'a>(
-    source: Loose<Vec<Loose<wire::Dependency<'a>>>>,
-) -> Option<Vec<Dependency<'a>>> {
-    let read = |dependency: Loose<wire::Dependency<'a>>| -> Option<Dependency<'a>> {
-        let dependency = dependency.is()?;
-        let variants = dependency.variants.or_default()?.into_iter().map(Loose::is);
-        Some(Dependency {
-            parent: dependency.feature.is()?,
-            enabled: match dependency.enabled {
-                Loose::Is(enabled) => enabled,
-                Loose::Missing => true,
-                Loose::Malformed => return None,
-            },
-            variants: variants.collect::<Option<_>>()?,
-        })
-    };
-    source.or_default()?.into_iter().map(read).collect()
+pub(super) fn dependencies(
+    source: Loose<Vec<Loose<wire::Dependency<'_>>>>,
+) -> Option<Vec<Dependency<'_>>> {
+    source.or_default()?.into_iter().map(dependency).collect()
+}
+
+/// What a flag asks of another; `None` if it cannot be read.
+pub(super) fn dependency(source: Loose<wire::Dependency<'_>>) -> Option<Dependency<'_>> {
+    let source = source.is()?;
+    let variants = source.variants.or_default()?.into_iter().map(Loose::is);
+    Some(Dependency {
+        parent: source.feature.is()?,
+        enabled: match source.enabled {
+            Loose::Is(enabled) => enabled,
+            Loose::Missing => true,
+            Loose::Malformed => return None,
+        },
+        variants: variants.collect::<Option<_>>()?,
+    })
 }

@@ -199,6 +199,16 @@ impl Place {
     }
 }
 
+/// Whether an operator compares with a list of values, and not with a single one.
+pub(super) fn takes_list(operator: &str) -> bool {
+    matches!(operator, "IN" | "NOT_IN" | "IN_CIDR") || operator.starts_with("STR_")
+}
+
+/// Whether an operator compares the time, whatever the constraint calls the field.
+pub(super) fn is_of_time(operator: &str) -> bool {
+    matches!(operator, "DATE_AFTER" | "DATE_BEFORE")
+}
+
 /// A constraint's parts, all of the right kind.
 struct Parts<'a> {
     field: &'a str,

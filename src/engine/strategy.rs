@@ -24,16 +24,11 @@ pub(super) struct Strategy {
 
 /// What a kind of strategy asks beyond its constraints.
 #[derive(Debug, Clone)]
-enum Rule {
+pub(super) enum Rule {
     Always,
     /// The field is there: a rollout to everybody who has an identifier.
     Known(FieldId),
-    Rollout {
-        stickiness: Stickiness,
-        prefix: Prefix,
-        percent: u32,
-        site: u32,
-    },
+    Rollout(Rollout),
     Lottery {
         percent: u32,
         site: u32,
@@ -45,6 +40,25 @@ enum Rule {
         ranges: Box<[Ipv4Net]>,
     },
     Hosts(Box<[Box<str>]>),
+}
+
+/// A share of those who have an identifier, or of all where chance may stand in for it.
+#[derive(Debug, Clone)]
+pub(super) struct Rollout {
+    pub(super) stickiness: Stickiness,
+    prefix: Prefix,
+    /// How many of 100 buckets are in.
+    pub(super) percent: u32,
+    site: u32,
+}
+
+/// What the kind of a strategy and its parameters come to.
+#[derive(Debug)]
+pub(super) struct Terms<'p> {
+    /// The rule as it is written, which may be one that always or never holds.
+    pub(super) rule: Rule,
+    /// What a rollout hashes identifiers with.
+    pub(super) group: Option<&'p str>,
 }
 
 /// The default for rollouts: who is unknown draws lots.
@@ -61,18 +75,16 @@ pub(super) struct Compiler<'c> {
     pub(super) sites: &'c mut u32,
 }
 
-impl Compiler<'_> {
+impl<'c> Compiler<'c> {
     /// Compiles a strategy; `None` if it can never match.
     pub(super) fn strategy(&mut self, source: &Loose<wire::Strategy<'_>>) -> Option<Strategy> {
-        let none = Parameters::default();
-        let Some((strategy, name, parameters)) = parts(source) else {
+        let Some(Parts { strategy, name, parameters }) = Parts::read(source) else {
             self.defects.push(Defect::Malformed(Part::Strategy));
             return None;
         };
-        let parameters = parameters.unwrap_or(&none);
         // Everything is compiled before anything is given up, so that every defect is reported.
         let constraints = self.constraints(strategy);
-        let rule = self.rule(name, parameters);
+        let rule = self.terms(name, parameters).and_then(|terms| terms.rule.simplify());
         let variants = self.variants(strategy, parameters);
         Some(Strategy { constraints: constraints?, rule: rule?, variants })
     }
@@ -105,10 +117,8 @@ impl Compiler<'_> {
                         tests = None;
                         continue;
                     };
-                    let found = self.segments.binary_search_by_key(id, wire::Segment::id);
-                    if let Ok(at) = found {
-                        let constraints = self.segments[at].constraints();
-                        self.add_constraints(&constraints, Part::Segment, &mut tests);
+                    if let Some(segment) = self.segment(*id) {
+                        self.add_constraints(&segment.constraints(), Part::Segment, &mut tests);
                     } else {
                         self.defects.push(Defect::MissingSegment(*id));
                         tests = None;
@@ -124,6 +134,12 @@ impl Compiler<'_> {
         let mut tests = tests?;
         tests.sort_by_key(Constraint::cost);
         Some(tests.into())
+    }
+
+    /// The segment with this id.
+    pub(super) fn segment(&self, id: i64) -> Option<&'c wire::Segment> {
+        let at = self.segments.binary_search_by_key(&id, wire::Segment::id).ok()?;
+        Some(&self.segments[at])
     }
 
     fn add_constraints(
@@ -154,11 +170,15 @@ impl Compiler<'_> {
         }
     }
 
-    /// The rule of the strategy's kind; `None` if it never holds.
-    fn rule(&mut self, name: &str, parameters: &Parameters<'_>) -> Option<Rule> {
+    /// What the strategy's kind asks; `None` if its parameters leave nothing that could hold.
+    pub(super) fn terms<'p>(
+        &mut self,
+        name: &str,
+        parameters: &'p Parameters<'_>,
+    ) -> Option<Terms<'p>> {
         let text = |name| parameters.find(name).or_default();
-        match name {
-            "default" => Some(Rule::Always),
+        let rule = match name {
+            "default" => Rule::Always,
             "flexibleRollout" => {
                 let percent = self.percent(parameters, "rollout")?;
                 // The Node SDK and Unleash itself do not fall back on the flag's name.
@@ -168,20 +188,18 @@ impl Compiler<'_> {
                     "random" => Stickiness::FirstOf(&[]),
                     field => Stickiness::Field(self.fields.intern(field)),
                 };
-                self.rollout(stickiness, group, percent)
+                return Some(self.rollout(stickiness, group, percent));
             }
-            "gradualRolloutUserId" => self.gradual(parameters, FieldId::USER_ID),
-            "gradualRolloutSessionId" => self.gradual(parameters, FieldId::SESSION_ID),
-            "gradualRolloutRandom" => match self.percent(parameters, "percentage")? {
-                0 => None,
-                100 => Some(Rule::Always),
-                percent => Some(Rule::Lottery { percent, site: self.site() }),
-            },
+            "gradualRolloutUserId" => return self.gradual(parameters, FieldId::USER_ID),
+            "gradualRolloutSessionId" => return self.gradual(parameters, FieldId::SESSION_ID),
+            "gradualRolloutRandom" => {
+                let percent = self.percent(parameters, "percentage")?;
+                Rule::Lottery { percent, site: self.site() }
+            }
             "userWithId" => {
                 let users = text("userIds")?;
                 let users = (!users.is_empty()).then(|| scalar::comma_list(users));
-                let set = Set::new(self.fields, users.into_iter().flatten());
-                (!set.is_empty()).then_some(Rule::Users(set))
+                Rule::Users(Set::new(self.fields, users.into_iter().flatten()))
             }
             "remoteAddress" => {
                 let addresses = text("IPs")?;
@@ -191,43 +209,38 @@ impl Compiler<'_> {
                 // Besides equal texts only IPv4 counts, as in the Node SDK; the operator IN_CIDR
                 // is there for the rest.
                 let ranges = scalar::comma_list(addresses).filter_map(|item| item.parse().ok());
-                Some(Rule::Addresses {
+                Rule::Addresses {
                     ranges: ranges.collect(),
                     texts: Set::new(self.fields, scalar::comma_list(addresses)),
                     slot: self.fields.address(FieldId::REMOTE_ADDRESS),
-                })
+                }
             }
             "applicationHostname" => {
                 let hosts = text("hostNames")?.to_lowercase();
                 if hosts.is_empty() {
                     return None;
                 }
-                Some(Rule::Hosts(scalar::comma_list(&hosts).map(Box::from).collect()))
+                Rule::Hosts(scalar::comma_list(&hosts).map(Box::from).collect())
             }
             unknown => {
                 self.defects.push(Defect::UnknownStrategy(unknown.to_owned()));
-                None
+                return None;
             }
-        }
+        };
+        Some(Terms { rule, group: None })
     }
 
     /// The rollouts that came before `flexibleRollout`; their group is empty unless given.
-    fn gradual(&mut self, parameters: &Parameters<'_>, field: FieldId) -> Option<Rule> {
+    fn gradual<'p>(&mut self, parameters: &'p Parameters<'_>, field: FieldId) -> Option<Terms<'p>> {
         let percent = self.percent(parameters, "percentage")?;
         let group = parameters.find("groupId").or_default()?;
-        self.rollout(Stickiness::Field(field), group, percent)
+        Some(self.rollout(Stickiness::Field(field), group, percent))
     }
 
-    fn rollout(&mut self, stickiness: Stickiness, group: &str, percent: u32) -> Option<Rule> {
-        match (percent, stickiness) {
-            (0, _) => None,
-            (100, Stickiness::FirstOf(_)) => Some(Rule::Always),
-            (100, Stickiness::Field(field)) => Some(Rule::Known(field)),
-            _ => {
-                let prefix = Prefix::new(group, ROLLOUT_SEED);
-                Some(Rule::Rollout { stickiness, prefix, percent, site: self.site() })
-            }
-        }
+    fn rollout<'p>(&mut self, stickiness: Stickiness, group: &'p str, percent: u32) -> Terms<'p> {
+        let prefix = Prefix::new(group, ROLLOUT_SEED);
+        let rollout = Rollout { stickiness, prefix, percent, site: self.site() };
+        Terms { rule: Rule::Rollout(rollout), group: Some(group) }
     }
 
     /// A percentage as the number of buckets that it covers, of 100.
@@ -242,15 +255,10 @@ impl Compiler<'_> {
         Some(covered)
     }
 
-    /// The strategy's own variants. The first one's stickiness counts before the strategy's.
-    ///
-    /// Without a group the Node SDK, and with it Unleash, hashes what JavaScript makes of its
-    /// absence.
+    /// The strategy's own variants.
     fn variants(&mut self, strategy: &wire::Strategy<'_>, parameters: &Parameters<'_>) -> Choice {
-        let group = parameters.find("groupId").is().unwrap_or("undefined");
-        let stickiness = first_stickiness(&strategy.variants).filter(|field| !field.is_empty());
-        let stickiness = stickiness.or(parameters.find("stickiness").is());
-        self.choice(&strategy.variants, group, stickiness)
+        let stickiness = variant_stickiness(strategy, parameters);
+        self.choice(&strategy.variants, variant_group(parameters), stickiness)
     }
 
     fn site(&mut self) -> u32 {
@@ -259,20 +267,28 @@ impl Compiler<'_> {
     }
 }
 
-/// A strategy with its name and parameters, if they are of the right kind.
-fn parts<'s, 'a>(
-    source: &'s Loose<wire::Strategy<'a>>,
-) -> Option<(&'s wire::Strategy<'a>, &'s str, Option<&'s Parameters<'a>>)> {
-    let Loose::Is(strategy) = source else {
-        return None;
-    };
-    let Loose::Is(name) = &strategy.name else {
-        return None;
-    };
-    match &strategy.parameters {
-        Loose::Is(parameters) => Some((strategy, name, Some(parameters))),
-        Loose::Missing => Some((strategy, name, None)),
-        Loose::Malformed => None,
+/// A strategy with its name and parameters.
+pub(super) struct Parts<'s, 'a> {
+    pub(super) strategy: &'s wire::Strategy<'a>,
+    pub(super) name: &'s str,
+    pub(super) parameters: &'s Parameters<'a>,
+}
+
+impl<'s, 'a> Parts<'s, 'a> {
+    /// The parts, if they are of the right kind.
+    pub(super) fn read(source: &'s Loose<wire::Strategy<'a>>) -> Option<Self> {
+        let Loose::Is(strategy) = source else {
+            return None;
+        };
+        let Loose::Is(name) = &strategy.name else {
+            return None;
+        };
+        let parameters = match &strategy.parameters {
+            Loose::Is(parameters) => parameters,
+            Loose::Missing => Parameters::NONE,
+            Loose::Malformed => return None,
+        };
+        Some(Self { strategy, name, parameters })
     }
 }
 
@@ -287,6 +303,22 @@ pub(super) fn first_stickiness<'v>(
         Loose::Is(wire::Variant { stickiness: Loose::Is(stickiness), .. }) => Some(stickiness),
         Loose::Is(_) | Loose::Missing | Loose::Malformed => None,
     }
+}
+
+/// What a strategy's variants hash identifiers with.
+///
+/// Without a group the Node SDK, and with it Unleash, hashes what JavaScript makes of its absence.
+pub(super) fn variant_group<'p>(parameters: &'p Parameters<'_>) -> &'p str {
+    parameters.find("groupId").is().unwrap_or("undefined")
+}
+
+/// The stickiness of a strategy's variants: the first one's counts before the strategy's.
+pub(super) fn variant_stickiness<'p>(
+    strategy: &'p wire::Strategy<'_>,
+    parameters: &'p Parameters<'_>,
+) -> Option<&'p str> {
+    let own = first_stickiness(&strategy.variants).filter(|field| !field.is_empty());
+    own.or(parameters.find("stickiness").is())
 }
 
 impl Strategy {
@@ -321,20 +353,27 @@ impl Strategy {
 }
 
 impl Rule {
-    fn holds(&self, bound: &Bound<'_>) -> bool {
+    /// The same rule without what can make no difference; `None` if it never holds.
+    fn simplify(self) -> Option<Self> {
+        match self {
+            Self::Rollout(Rollout { percent: 0, .. }) | Self::Lottery { percent: 0, .. } => None,
+            Self::Lottery { percent: 100, .. } => Some(Self::Always),
+            Self::Rollout(Rollout { percent: 100, stickiness, .. }) => Some(match stickiness {
+                Stickiness::FirstOf(_) => Self::Always,
+                Stickiness::Field(field) => Self::Known(field),
+            }),
+            Self::Users(users) if users.is_empty() => None,
+            rule => Some(rule),
+        }
+    }
+
+    /// Whether the rule holds.
+    pub(super) fn holds(&self, bound: &Bound<'_>) -> bool {
         match self {
             Self::Always => true,
             Self::Known(field) => bound.text(*field).is_some_and(|text| !text.is_empty()),
-            Self::Rollout { stickiness, prefix, percent, site } => {
-                match (stickiness.identifier(bound), stickiness) {
-                    (Some(identifier), _) => prefix.bucket(identifier, 100) <= *percent,
-                    (None, Stickiness::FirstOf(_)) => {
-                        bucket::draw(bound.draw(), *site, 100) <= *percent
-                    }
-                    (None, Stickiness::Field(_)) => false,
-                }
-            }
-            Self::Lottery { percent, site } => bucket::draw(bound.draw(), *site, 100) <= *percent,
+            Self::Rollout(rollout) => rollout.holds(bound),
+            Self::Lottery { percent, site } => lot(bound, *site) <= *percent,
             Self::Users(users) => users.contains(bound.symbol(FieldId::USER_ID)),
             Self::Addresses { texts, slot, ranges } => {
                 texts.contains(bound.symbol(FieldId::REMOTE_ADDRESS))
@@ -356,14 +395,36 @@ impl Rule {
             // A host keeps its name, so it is nothing that an answer varies by.
             Self::Always | Self::Hosts(_) => {}
             Self::Known(field) => reads.presence(*field),
-            Self::Rollout { stickiness: Stickiness::FirstOf(fields), .. } => {
-                reads.first_of(fields);
-                reads.chance(fields);
-            }
-            Self::Rollout { stickiness: Stickiness::Field(field), .. } => reads.text(*field),
+            Self::Rollout(rollout) => match rollout.stickiness {
+                Stickiness::FirstOf(fields) => {
+                    reads.first_of(fields);
+                    reads.chance(fields);
+                }
+                Stickiness::Field(field) => reads.text(field),
+            },
             Self::Lottery { .. } => reads.chance(&[]),
             Self::Users(_) => reads.symbol(FieldId::USER_ID),
             Self::Addresses { .. } => reads.text(FieldId::REMOTE_ADDRESS),
         }
     }
+}
+
+impl Rollout {
+    fn holds(&self, bound: &Bound<'_>) -> bool {
+        self.bucket(bound).is_some_and(|bucket| bucket <= self.percent)
+    }
+
+    /// Where the context falls among 1 to 100; `None` if it lacks the field to be placed by.
+    pub(super) fn bucket(&self, bound: &Bound<'_>) -> Option<u32> {
+        match (self.stickiness.identifier(bound), self.stickiness) {
+            (Some(identifier), _) => Some(self.prefix.bucket(identifier, 100)),
+            (None, Stickiness::FirstOf(_)) => Some(lot(bound, self.site)),
+            (None, Stickiness::Field(_)) => None,
+        }
+    }
+}
+
+/// What a place that draws lots of 1 to 100 draws for this context.
+pub(super) fn lot(bound: &Bound<'_>, site: u32) -> u32 {
+    bucket::draw(bound.draw(), site, 100)
 }

@@ -36,7 +36,12 @@ pub(super) enum Stickiness {
 impl Stickiness {
     /// The identifier, if it is there and not empty.
     pub(super) fn identifier<'a>(self, bound: &Bound<'a>) -> Option<&'a str> {
-        let text = |field| bound.text(field).filter(|text| !text.is_empty());
+        self.source(bound).map(|(_, identifier)| identifier)
+    }
+
+    /// The identifier and the field that it stands in.
+    pub(super) fn source<'a>(self, bound: &Bound<'a>) -> Option<(FieldId, &'a str)> {
+        let text = |field| Some((field, bound.text(field).filter(|text| !text.is_empty())?));
         match self {
             Self::FirstOf(fields) => fields.iter().find_map(|&field| text(field)),
             Self::Field(field) => text(field),
@@ -58,7 +63,7 @@ pub(super) enum Choice {
 #[derive(Debug, Clone)]
 pub(super) struct Lots {
     overrides: Box<[(FieldId, Set, u32)]>,
-    stickiness: Stickiness,
+    pub(super) stickiness: Stickiness,
     prefix: Prefix,
     site: u32,
     /// The last bucket of each variant that has any; the last one's is the number of buckets.
@@ -114,7 +119,7 @@ pub(super) fn compile(
 }
 
 /// A variant with its name and weight, if both are sound and the sum of weights stays in range.
-fn read<'w, 'a>(
+pub(super) fn read<'w, 'a>(
     variant: &'w Loose<wire::Variant<'a>>,
     total: u32,
 ) -> Option<(&'w wire::Variant<'a>, &'w str, u32)> {
@@ -206,16 +211,33 @@ impl Choice {
 
 impl Lots {
     fn choose(&self, bound: &Bound<'_>) -> Option<u32> {
-        for (field, set, index) in &self.overrides {
-            if set.contains(bound.symbol(*field)) {
-                return Some(*index);
-            }
+        if let Some((_, index)) = self.overriding(bound) {
+            return Some(index);
         }
-        let buckets = self.ends.last().map_or(0, |&(end, _)| end);
-        let bucket = match self.stickiness.identifier(bound) {
-            Some(identifier) => self.prefix.bucket(identifier, buckets),
-            None => bucket::draw(bound.draw(), self.site, buckets),
-        };
+        self.at(self.bucket(bound))
+    }
+
+    /// The first override that is for this context: the field that it looks at, and the variant.
+    pub(super) fn overriding(&self, bound: &Bound<'_>) -> Option<(FieldId, u32)> {
+        let hit = |(field, set, _): &&(FieldId, Set, u32)| set.contains(bound.symbol(*field));
+        self.overrides.iter().find(hit).map(|&(field, _, index)| (field, index))
+    }
+
+    /// Where the context falls among 1 to [`Lots::buckets`], by its identifier or else by chance.
+    pub(super) fn bucket(&self, bound: &Bound<'_>) -> u32 {
+        match self.stickiness.identifier(bound) {
+            Some(identifier) => self.prefix.bucket(identifier, self.buckets()),
+            None => bucket::draw(bound.draw(), self.site, self.buckets()),
+        }
+    }
+
+    /// The sum of all weights.
+    pub(super) fn buckets(&self) -> u32 {
+        self.ends.last().map_or(0, |&(end, _)| end)
+    }
+
+    /// The variant that a bucket belongs to.
+    pub(super) fn at(&self, bucket: u32) -> Option<u32> {
         self.ends.iter().find(|&&(end, _)| bucket <= end).map(|&(_, index)| index)
     }
 }
