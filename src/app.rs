@@ -26,7 +26,7 @@ use crate::{
     auth::{self, Authenticator},
     config::{Config, Mode},
     http::{
-        admin::{Admin, Identity},
+        admin::{Admin, Identity, Insight},
         cors::Cors,
         data::{Data, Settings},
         listener::{self, Limits},
@@ -72,7 +72,7 @@ impl App {
             Mode::Standalone(standalone) => {
                 let addresses = (data_address, admin_address);
                 let base = &config.data.base_path;
-                let announce = |generated: &_| banner::announce(generated, addresses, base);
+                let announce = |opened: &_| banner::announce(opened, addresses, base);
                 let data_dir = &config.data_dir;
                 alone::standalone(standalone, data_dir, &snapshots, latch, announce).await?
             }
@@ -126,18 +126,18 @@ impl App {
             version = env!("CARGO_PKG_VERSION"),
             "Parapet listens"
         );
+        let service = Arc::new(service);
+        let insight =
+            Insight { identity, auth, snapshots, usage, upstream: plan.upstream.clone(), ops };
         let operators = Admin {
-            identity,
+            insight,
+            control: plan.control.as_ref().map(|(control, _)| control.clone()),
             token_header: config.data.token_header,
             disabled: config.data.disabled,
-            auth,
-            snapshots,
-            usage,
-            upstream: plan.upstream.clone(),
-            ops,
+            data: Arc::clone(&service),
         };
         Ok(Self {
-            data: (data, Arc::new(service)),
+            data: (data, service),
             admin: (admin, Arc::new(operators)),
             limits,
             drain_delay: config.shutdown.drain_delay,
@@ -179,6 +179,17 @@ impl App {
         });
         workers.spawn("metrics", move || upkeep(registry.clone()));
 
+        // Outlives all who deliver to it.
+        let mut registry_keeper = JoinSet::new();
+        if let Some((control, mut deliveries)) = plan.control {
+            let (followed, auth) = (control.clone(), keeper.auth.clone());
+            workers.spawn("control", move || {
+                let (control, auth) = (followed.clone(), auth.clone());
+                async move { control.run(&auth).await }
+            });
+            registry_keeper.spawn(async move { control.run_usage(&mut deliveries).await });
+        }
+
         // These end by themselves, when they have done the last of their work.
         let mut closers = Tasks::default();
         let (usage, sink, stop) = (keeper.usage.clone(), plan.sink, stop_working.clone());
@@ -209,6 +220,7 @@ impl App {
         workers.end().await;
         stop_working.cancel();
         closers.join().await;
+        registry_keeper.shutdown().await;
         keeper.finish().await;
         info!("Parapet ends");
         outcome

@@ -16,8 +16,8 @@ use std::ffi::OsString;
 
 pub use self::{
     checked::{
-        AdminListener, Config, Credentials, DataListener, Edge, Identity, Mode, Offline, Probe,
-        SeedTokens, Shutdown, Standalone,
+        AdminListener, Config, Credentials, DataListener, Edge, Explain, Identity, Mode, Offline,
+        Probe, Shutdown, Standalone,
     },
     mistake::{Mistake, Mistakes},
 };
@@ -33,6 +33,8 @@ pub enum Command {
     Run(Box<Config>),
     /// To ask a running instance how it is.
     Probe(Probe),
+    /// To tell why a flag comes out as it does.
+    Explain(Explain),
     /// To tell something: help, the version, or the effective configuration without secrets.
     Show(String),
 }
@@ -55,6 +57,7 @@ impl Command {
     ) -> Result<Self, Mistakes> {
         let (verb, purpose, flags) = match cli::parse(args)? {
             Line::Show(text) => return Ok(Self::Show(text)),
+            Line::Explain(asked) => return Ok(Self::Explain(asked)),
             Line::Do { verb, purpose, flags } => (verb, purpose, flags),
         };
         let settings = Settings::gather(verb, flags, variable);

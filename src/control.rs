@@ -1,5 +1,401 @@
-//! Who may do what: the tokens of an instance that stands on its own.
+//! Who may do what, and what they did: accounts, API tokens, sessions, the audit log, and the usage
+//! that was reported, over SQL.
 //!
-//! Nothing here listens or serves; `auth` asks for the grants once, at the start.
+//! Tokens are held in memory, and `auth` is given them at each change, so that no request waits for
+//! the database and losing it changes nothing that is served. There is no HTTP in here.
 
-pub mod tokens;
+mod accounts;
+mod audit;
+mod database;
+mod error;
+mod first_start;
+mod migrations;
+mod password;
+mod permission;
+mod registry;
+mod secret;
+mod sessions;
+mod throttle;
+mod usage;
+
+use std::{collections::BTreeSet, net::IpAddr, sync::Arc, time::Duration};
+
+use jiff::Timestamp;
+use serde_json::json;
+use tokio::sync::mpsc;
+use tracing::warn;
+
+pub use self::{
+    accounts::{Account, AccountChange, NewAccount},
+    audit::{Event, EventKind, EventPage, EventQuery},
+    database::{DatabaseUrl, DatabaseUrlError, Location},
+    error::Error,
+    first_start::{FirstAccount, FoundTokens, Generated, MadeAccount, Opened, Seed, grant_of},
+    password::{Password, PasswordError},
+    permission::{Action, Actor, Missing, Operator, Permission, RootRole},
+    registry::{ApiToken, NewToken},
+    secret::Secret,
+    sessions::{SignIn, SignedIn},
+    usage::{ApplicationSummary, UsageHour},
+};
+use self::{
+    audit::Entry, database::Database, password::Hasher, registry::Registry, sessions::Sessions,
+};
+use crate::{
+    auth::Authenticator,
+    telemetry::report,
+    token::{Grant, Token, TokenDigest},
+    usage::{Delivery, Taken},
+};
+
+/// What a control plane is made of.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where its database is.
+    pub location: Location,
+    /// Tokens for an empty registry.
+    pub seed: Seed,
+    /// The account of an empty database.
+    pub first_account: FirstAccount,
+    /// How many tokens there may be.
+    pub token_limit: usize,
+    /// How many accounts there may be.
+    pub account_limit: usize,
+    /// After which time without a request a session ends.
+    pub session_idle: Duration,
+    /// After which time a session ends at any rate.
+    pub session_lifetime: Duration,
+    /// How long events are kept; `None` for ever.
+    pub event_retention: Option<Duration>,
+    /// How long usage is kept.
+    pub usage_retention: Duration,
+}
+
+/// The control plane of an instance that stands on its own. A cheap handle.
+#[derive(Clone, Debug)]
+pub struct Control(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    database: Database,
+    hasher: Hasher,
+    registry: Registry,
+    sessions: Sessions,
+    account_limit: usize,
+    event_retention: Option<Duration>,
+    usage_retention: Duration,
+}
+
+/// How often uses are noted, and what is over is forgotten.
+const UPKEEP: Duration = Duration::from_secs(30);
+/// The longest that nobody looks whether a token has expired: clocks are set.
+const EXPIRY_LOOK: Duration = Duration::from_secs(1);
+/// How long after a failure of the database the next look is.
+const RETRY: Duration = Duration::from_secs(1);
+
+impl Control {
+    /// Opens the database, and makes or migrates it; the first start makes an admin's account and
+    /// tokens. Safe when several instances start at once.
+    pub async fn open(config: Config) -> Result<(Self, Opened), Error> {
+        let database = Database::open(&config.location).await?;
+        let hasher = Hasher::new();
+        let opened =
+            first_start::begin(&database, &hasher, &config.seed, &config.first_account).await?;
+        let registry = Registry::open(database.clone(), config.token_limit).await?;
+        let sessions = Sessions::new(
+            database.clone(),
+            hasher.clone(),
+            config.session_idle,
+            config.session_lifetime,
+        );
+        let inner = Inner {
+            database,
+            hasher,
+            registry,
+            sessions,
+            account_limit: config.account_limit,
+            event_retention: config.event_retention,
+            usage_retention: config.usage_retention,
+        };
+        Ok((Self(Arc::new(inner)), opened))
+    }
+
+    /// What each token allows that is valid now, by its digest.
+    pub fn grants(&self) -> Vec<(TokenDigest, Grant)> {
+        self.0.registry.grants()
+    }
+
+    /// Keeps `auth` told of every change here and on other instances, and the database in order;
+    /// until dropped.
+    ///
+    /// While the database is away, the tokens known stay in force.
+    pub async fn run(&self, auth: &Authenticator) {
+        self.0.registry.publish_to(auth);
+        tokio::join!(self.watch(), self.expire(), self.keep_in_order(auth));
+    }
+
+    /// Follows what other instances and the command line change.
+    async fn watch(&self) {
+        let mut failing = false;
+        loop {
+            let Err(error) = self.follow(&mut failing).await;
+            if !std::mem::replace(&mut failing, true) {
+                let error = report(&error);
+                warn!(error, "Changes of tokens by others cannot be followed; those known stay");
+            }
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+
+    async fn follow(&self, failing: &mut bool) -> Result<std::convert::Infallible, Error> {
+        let mut listener = self.0.database.listen().await?;
+        loop {
+            // First of all what was missed.
+            self.0.registry.reload().await?;
+            *failing = false;
+            listener.changed().await?;
+        }
+    }
+
+    async fn expire(&self) {
+        loop {
+            let next = self.0.registry.next_expiry();
+            let left = next.and_then(|at| Duration::try_from(at - Timestamp::now()).ok());
+            tokio::time::sleep(left.unwrap_or(EXPIRY_LOOK).min(EXPIRY_LOOK)).await;
+            if next.is_some_and(|at| at <= Timestamp::now()) {
+                self.0.registry.publish();
+            }
+        }
+    }
+
+    async fn keep_in_order(&self, auth: &Authenticator) {
+        let mut failing = false;
+        loop {
+            tokio::time::sleep(UPKEEP).await;
+            match self.tidy(auth).await {
+                Ok(()) => failing = false,
+                Err(error) if !failing => {
+                    failing = true;
+                    warn!(error = report(&error), "The control plane cannot be kept in order");
+                }
+                Err(_) => {}
+            }
+        }
+    }
+
+    async fn tidy(&self, auth: &Authenticator) -> Result<(), Error> {
+        let inner = &*self.0;
+        inner.registry.note_uses(&auth.take_used()).await?;
+        inner.sessions.prune().await?;
+        usage::prune(&inner.database, past(inner.usage_retention)).await?;
+        match inner.event_retention {
+            Some(retention) => audit::prune(&inner.database, past(retention)).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Stores usage as it is delivered, until nobody can deliver any more.
+    pub async fn run_usage(&self, deliveries: &mut mpsc::Receiver<Delivery>) {
+        while let Some(delivery) = deliveries.recv().await {
+            let taken = match usage::store(&self.0.database, &delivery.body).await {
+                Ok(true) => Taken::Stored,
+                Ok(false) => Taken::Refused,
+                Err(error) => {
+                    warn!(error = report(&error), "Usage could not be stored, and waits");
+                    Taken::Failed
+                }
+            };
+            // Whoever delivered may have given up; then it comes again.
+            let _ = delivery.done.send(taken);
+        }
+    }
+
+    /// The tokens that `operator` may see, the oldest first.
+    pub fn tokens(&self, operator: &Operator) -> Vec<ApiToken> {
+        self.0.registry.tokens(operator)
+    }
+
+    /// One token that `operator` may see, by its id or its secret.
+    pub fn token(&self, operator: &Operator, identifier: &str) -> Option<ApiToken> {
+        self.0.registry.token(operator, identifier)
+    }
+
+    /// The name of a token that is valid now.
+    pub fn token_name(&self, digest: &TokenDigest) -> Option<String> {
+        self.0.registry.name(digest)
+    }
+
+    /// Makes a token, whose secret is here for the only time; it is valid when this returns.
+    pub async fn create_token(
+        &self,
+        actor: &Actor,
+        new: NewToken,
+    ) -> Result<(Token, ApiToken), Error> {
+        let made = self.0.registry.create(actor, new).await;
+        self.noting(actor, "create an API token", made).await
+    }
+
+    /// Changes when a token expires, by its id or its secret; `None` where there is no such token.
+    pub async fn update_token(
+        &self,
+        actor: &Actor,
+        identifier: &str,
+        expires_at: Option<Timestamp>,
+    ) -> Result<Option<ApiToken>, Error> {
+        let changed = self.0.registry.update(actor, identifier, expires_at).await;
+        self.noting(actor, "change an API token", changed).await
+    }
+
+    /// Ends a token, by its id or its secret; it is refused when this returns. `None` where there
+    /// is no such token.
+    pub async fn delete_token(
+        &self,
+        actor: &Actor,
+        identifier: &str,
+    ) -> Result<Option<ApiToken>, Error> {
+        let deleted = self.0.registry.delete(actor, identifier).await;
+        self.noting(actor, "delete an API token", deleted).await
+    }
+
+    /// Every account, the oldest first; for admins.
+    pub async fn accounts(&self, operator: &Operator) -> Result<Vec<Account>, Error> {
+        operator.require_admin()?;
+        accounts::all(&self.0.database).await
+    }
+
+    /// One account; for admins and for itself.
+    pub async fn account(&self, operator: &Operator, id: i64) -> Result<Option<Account>, Error> {
+        if operator.id() != Some(id) {
+            operator.require_admin()?;
+        }
+        let mut connection = self.0.database.pool().acquire().await?;
+        accounts::find(&mut connection, id).await
+    }
+
+    /// Makes an account; for admins.
+    pub async fn create_account(&self, actor: &Actor, new: NewAccount) -> Result<Account, Error> {
+        self.admin(actor, "create an account").await?;
+        let hash = self.0.hasher.hash(&new.password).await?;
+        accounts::create(&self.0.database, actor, new, &hash, self.0.account_limit).await
+    }
+
+    /// Changes an account; for admins. `None` where there is no such account, here and below.
+    pub async fn update_account(
+        &self,
+        actor: &Actor,
+        id: i64,
+        change: AccountChange,
+    ) -> Result<Option<Account>, Error> {
+        self.admin(actor, "change an account").await?;
+        accounts::update(&self.0.database, actor, id, change).await
+    }
+
+    /// Replaces what is granted to an account beyond its role; for admins.
+    pub async fn set_permissions(
+        &self,
+        actor: &Actor,
+        id: i64,
+        permissions: BTreeSet<Permission>,
+    ) -> Result<Option<Account>, Error> {
+        self.admin(actor, "grant permissions").await?;
+        accounts::set_permissions(&self.0.database, actor, id, permissions).await
+    }
+
+    /// Sets an account's password and ends all of its sessions; for admins.
+    pub async fn set_password(
+        &self,
+        actor: &Actor,
+        id: i64,
+        password: Password,
+    ) -> Result<Option<Account>, Error> {
+        self.admin(actor, "set a password").await?;
+        let hash = self.0.hasher.hash(&password).await?;
+        accounts::set_password(&self.0.database, actor, id, &hash, None).await
+    }
+
+    /// Sets the actor's own password, and ends its sessions but that of the cookie `session`.
+    pub async fn change_own_password(
+        &self,
+        actor: &Actor,
+        session: &str,
+        current: &Password,
+        new: Password,
+    ) -> Result<(), Error> {
+        let Some(id) = actor.operator.id() else { return Err(Error::WrongPassword) };
+        let known = accounts::hash_of(&self.0.database, id).await?;
+        if !self.0.hasher.verify(current, known.as_deref()).await? {
+            return Err(Error::WrongPassword);
+        }
+        let hash = self.0.hasher.hash(&new).await?;
+        let keep = secret::Kept::of(session).map(|kept| kept.selector);
+        let database = &self.0.database;
+        accounts::set_password(database, actor, id, &hash, keep.as_deref()).await.map(drop)
+    }
+
+    /// Deletes an account and ends its sessions; for admins, and never the last of them.
+    pub async fn delete_account(&self, actor: &Actor, id: i64) -> Result<Option<Account>, Error> {
+        self.admin(actor, "delete an account").await?;
+        accounts::delete(&self.0.database, actor, id).await
+    }
+
+    /// Begins a session for whoever has the password.
+    pub async fn sign_in(&self, attempt: SignIn<'_>) -> Result<SignedIn, Error> {
+        self.0.sessions.sign_in(attempt).await
+    }
+
+    /// Whose session a cookie opens; `None` where it opens none.
+    pub async fn session(&self, cookie: &str, address: IpAddr) -> Result<Option<Account>, Error> {
+        self.0.sessions.find(cookie, address).await
+    }
+
+    /// Ends the session of a cookie, if it is one.
+    pub async fn sign_out(&self, cookie: &str, address: IpAddr) -> Result<(), Error> {
+        self.0.sessions.sign_out(cookie, address).await
+    }
+
+    /// What happened, the newest first; for admins.
+    pub async fn events(
+        &self,
+        operator: &Operator,
+        query: &EventQuery,
+    ) -> Result<EventPage, Error> {
+        operator.require_admin()?;
+        audit::page(&self.0.database, query).await
+    }
+
+    /// The applications that reported usage, by name.
+    pub async fn applications(&self) -> Result<Vec<ApplicationSummary>, Error> {
+        usage::applications(&self.0.database).await
+    }
+
+    /// How a flag was used since a time, by hour.
+    pub async fn usage_of(&self, flag: &str, since: Timestamp) -> Result<Vec<UsageHour>, Error> {
+        usage::of_flag(&self.0.database, flag, since).await
+    }
+
+    /// Insists on an admin; who is none is written down.
+    async fn admin(&self, actor: &Actor, what: &str) -> Result<(), Error> {
+        let judged = actor.operator.require_admin().map_err(Error::from);
+        self.noting(actor, what, judged).await
+    }
+
+    /// The outcome of an operation; a refusal is written down.
+    async fn noting<T>(
+        &self,
+        actor: &Actor,
+        what: &str,
+        outcome: Result<T, Error>,
+    ) -> Result<T, Error> {
+        if let Err(Error::Missing(missing)) = &outcome {
+            let data = json!({ "operation": what, "permission": missing.permission() });
+            let entry = Entry { data: Some(data), ..Entry::default() };
+            self.0.sessions.record_denial(actor, entry).await?;
+        }
+        outcome
+    }
+}
+
+/// So long ago.
+fn past(age: Duration) -> Timestamp {
+    Timestamp::now().checked_sub(age).unwrap_or(Timestamp::UNIX_EPOCH)
+}

@@ -20,9 +20,9 @@
 //!
 //! | layer | modules | hold |
 //! |---|---|---|
-//! | assembly | [`app`], [`config`], [`probe`] | what a mode is made of, what the operator says, what a container's health check asks |
+//! | assembly | [`app`], [`config`], [`command`], [`probe`] | what a mode is made of, what the operator says, what the command line tells by itself, what a container's health check asks |
 //! | surface | [`http`] | listeners, routes, replies; the only place that chooses status codes |
-//! | control | [`control`] | the tokens of an instance that stands on its own |
+//! | control | [`control`] | accounts, tokens, sessions, the audit log and the usage of an instance that stands on its own, over SQL |
 //! | services | [`sync`], [`auth`], [`usage`], [`answers`] | each owns its task and its state |
 //! | state | [`snapshot`], [`upstream`], [`store`] | what is served, the server in front of which we stand, what outlives a restart |
 //! | pure core | [`engine`] | flags compiled to data, and evaluated; no IO, clock, chance or logs |
@@ -51,6 +51,11 @@
 //! and flag; at the interval a whole generation moves to the outbox, which says what to send and
 //! when. What upstream does not take is kept, merged further, and stored at the end.
 //!
+//! **An operator's change.** [`http::admin`] finds the row of its table, and who asks: by an admin
+//! token, or by a session that changes things from its own pages only. [`control`] judges whether they
+//! may, changes the database and writes the audit event in one transaction, and gives [`auth`] the
+//! tokens that are valid now before it answers. Other instances learn of it from the database.
+//!
 //! **The end.** Readiness goes first; after the drain delay the listeners stop and requests finish;
 //! the last usage is flushed or stored; the verdicts are stored.
 //!
@@ -67,6 +72,7 @@
 pub mod answers;
 pub mod app;
 pub mod auth;
+pub mod command;
 pub mod config;
 pub mod control;
 pub mod engine;

@@ -44,8 +44,6 @@ pub enum Key {
     Credentials(Environment),
     /// Usage that is not sent yet.
     Usage,
-    /// The tokens of a standalone instance, hashed.
-    Registry,
 }
 
 /// Why the store did not do what it was asked for.
@@ -206,7 +204,6 @@ impl Key {
                 format!("credentials-{}{SUFFIX}", encoded(environment))
             }
             Self::Usage => format!("usage{SUFFIX}"),
-            Self::Registry => format!("registry{SUFFIX}"),
         }
     }
 }

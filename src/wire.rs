@@ -3,7 +3,9 @@
 //! Reading is lenient where servers and SDKs differ, and what is passed on keeps fields unknown
 //! here. Nothing is judged or kept.
 
+pub mod admin;
 pub mod context;
+pub mod explain;
 pub mod features;
 pub mod tokens;
 pub mod usage;

@@ -2,13 +2,14 @@
 
 use std::{collections::BTreeSet, path::Path};
 
+use tokio::sync::mpsc;
 use tracing::warn;
 
 use super::plan::{Error, Plan, Source};
 use crate::{
     auth::Authority,
     config::{Offline, Standalone},
-    control::tokens::{Generated, Opened, Registry, Seed, grant_of},
+    control::{Control, FoundTokens, Opened, grant_of},
     snapshot::Snapshots,
     store::Store,
     sync::files::Files,
@@ -39,28 +40,34 @@ pub(super) async fn offline(
     plan("offline", files, given, Store::memory(), latch).await
 }
 
-/// A server of its own; tokens that it generates are announced once.
+/// How many batches of usage may wait for the registry.
+const DELIVERIES: usize = 16;
+
+/// A server of its own; what its first start makes is announced once.
 pub(super) async fn standalone(
     standalone: Standalone,
     data_dir: &Path,
     snapshots: &Snapshots,
     latch: Latch,
-    announce: impl FnOnce(&Generated),
+    announce: impl FnOnce(&Opened),
 ) -> Result<Plan, Error> {
     let store = Store::directory(data_dir)?;
-    let seed = &standalone.seed;
-    let seeds = Seed { admin: &seed.admin, client: &seed.client, frontend: &seed.frontend };
-    let (registry, opened) = Registry::open(&store, seeds).await?;
-    let given: Vec<_> = registry.grants().collect();
-    let files = Files::new(standalone.flags, environments(&given), snapshots.clone(), None);
-    let plan = plan("standalone", files, given, store, latch).await?;
-    match opened {
-        Opened::Existing if !seed.is_empty() => {
-            warn!("INIT_*_API_TOKENS are ignored: the registry has tokens already");
-        }
-        Opened::Existing | Opened::Seeded => {}
-        Opened::Generated(generated) => announce(&generated),
+    let seeded = !standalone.control.seed.is_empty();
+    let (control, opened) = Control::open(standalone.control).await?;
+    let given = control.grants();
+    let mut served = environments(&given);
+    served.extend(standalone.environments);
+    let files = Files::new(standalone.flags, served, snapshots.clone(), None);
+    let mut plan = plan("standalone", files, given, store, latch).await?;
+    let (deliver, deliveries) = mpsc::channel(DELIVERIES);
+    plan.sink = Sink::Registry(deliver);
+    // They are the registry's to give, which changes them.
+    plan.given.clear();
+    plan.control = Some((control, deliveries));
+    if seeded && matches!(opened.tokens, FoundTokens::Existing) {
+        warn!("INIT_*_API_TOKENS are ignored: the registry has tokens already");
     }
+    announce(&opened);
     Ok(plan)
 }
 
@@ -75,7 +82,8 @@ async fn plan(
     let source = Source::Files(files.start().await?);
     latch.release();
     let (authority, sink, upstream) = (Authority::Nobody, Sink::None, None);
-    Ok(Plan { name, source, authority, given, sink, upstream, store })
+    let control = None;
+    Ok(Plan { name, source, authority, given, sink, upstream, control, store })
 }
 
 /// The environments that tokens for SDKs name.

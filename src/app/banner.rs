@@ -5,19 +5,44 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-use crate::control::tokens::Generated;
+use crate::control::{FoundTokens, Generated, Opened};
 
-/// Prints the tokens, once and nowhere else, with commands that work when pasted.
-pub(super) fn announce(
+/// Prints what was created, once and nowhere else, with commands that work when pasted.
+pub(super) fn announce(opened: &Opened, (data, admin): (SocketAddr, SocketAddr), base_path: &str) {
+    let mut text = String::new();
+    if let Some(account) = &opened.account {
+        let (name, console) = (&account.username, url(admin));
+        let password = match &account.generated {
+            Some(password) => format!("{}   (shown only now)", password.expose()),
+            None => "the one that was given".to_owned(),
+        };
+        let made = format!(
+            "
+This is the first start. The console is at {console}/
+
+  username  {name}
+  password  {password}
+"
+        );
+        text.push_str(&made);
+    }
+    if let FoundTokens::Generated(generated) = &opened.tokens {
+        text.push_str(&tokens(generated, (data, admin), base_path));
+    }
+    // Nobody may be reading; what is lost can be made anew by the command line.
+    let _ = io::stdout().write_all(text.as_bytes());
+}
+
+fn tokens(
     generated: &Generated,
     (data, admin): (SocketAddr, SocketAddr),
     base_path: &str,
-) {
+) -> String {
     let Generated { admin: admin_token, client, frontend } = generated;
     let (client, frontend) = (client.expose(), frontend.expose());
-    let text = format!(
+    format!(
         "
-This is the first start: these tokens were created and are shown only now.
+These tokens were created and are shown only now.
 
   client    {client}
   frontend  {frontend}
@@ -33,9 +58,7 @@ Try them:
         admin = admin_token.expose(),
         data = url(data),
         operators = url(admin),
-    );
-    // Nobody may be reading; the tokens can be had again by starting over with an empty data folder.
-    let _ = io::stdout().write_all(text.as_bytes());
+    )
 }
 
 /// An address that works on this machine.

@@ -88,6 +88,7 @@ pub(super) async fn plan(
     });
     let given = operator.collect();
     Ok(Plan {
+        control: None,
         name: "edge",
         source: Source::Upstream(Box::new(Edge {
             follower,

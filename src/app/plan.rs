@@ -2,15 +2,17 @@
 
 use std::{io, net::SocketAddr, sync::Arc};
 
+use tokio::sync::mpsc;
+
 use super::{edge::Edge, tasks::Tasks};
 use crate::{
     auth::{Authenticator, Authority},
-    control::tokens as registry,
+    control::{self, Control},
     store::{self, Store},
     sync::files,
     token::{Grant, TokenDigest},
     upstream::{self, Upstream},
-    usage::Sink,
+    usage::{Delivery, Sink},
 };
 
 /// Why Parapet does not start.
@@ -25,9 +27,9 @@ pub enum Error {
     /// The store cannot be used.
     #[error("cannot keep state")]
     Store(#[from] store::Error),
-    /// The registry of tokens cannot be used.
-    #[error("cannot open the registry of tokens")]
-    Registry(#[from] registry::Error),
+    /// Accounts and tokens cannot be used.
+    #[error("cannot open the registry of accounts and tokens")]
+    Registry(#[from] control::Error),
     /// Flags cannot be read.
     #[error("cannot read flags")]
     Flags(#[from] files::Error),
@@ -45,6 +47,8 @@ pub(super) struct Plan {
     pub(super) given: Vec<(TokenDigest, Grant)>,
     pub(super) sink: Sink,
     pub(super) upstream: Option<Upstream>,
+    /// Accounts and tokens, and the usage that is kept with them, where that is here.
+    pub(super) control: Option<(Control, mpsc::Receiver<Delivery>)>,
     /// Where verdicts, usage and credentials are kept between runs.
     pub(super) store: Store,
 }

@@ -84,7 +84,7 @@ mod tests {
         let given = Given::new([a.clone(), b.clone()]);
         assert!(given.admit(&a.0).is_some() && given.admit(&b.0).is_some());
         let changed = token("b", TokenKind::Frontend);
-        given.replace([changed.clone(), token("c", TokenKind::Client)]);
+        given.replace([changed, token("c", TokenKind::Client)]);
         assert!(given.admit(&a.0).is_none());
         assert_eq!(given.admit(&b.0).unwrap().kind, TokenKind::Frontend);
     }

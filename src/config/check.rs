@@ -15,7 +15,7 @@ use reqwest::{
 use super::{
     checked::{
         AdminListener, Config, Credentials, DataListener, Edge, Identity, Mode, Offline, Probe,
-        SeedTokens, Shutdown, Standalone,
+        Shutdown, Standalone,
     },
     cli::{Question, Role, Verb},
     keys::{self, Key},
@@ -24,6 +24,7 @@ use super::{
 };
 use crate::{
     auth,
+    control::{self, DatabaseUrl, FirstAccount, Location, Password, Seed},
     http::{access, cors, listener::Limits, route::Endpoint},
     sync, telemetry,
     token::{Environment, Token},
@@ -38,7 +39,7 @@ pub(super) fn config(mut settings: Settings, role: Role) -> Result<Config, Mista
     let mode = match role {
         Role::Edge => edge(s, &identity, &data_dir).map(Box::new).map(Mode::Edge),
         Role::Offline => offline(s).map(Mode::Offline),
-        Role::Standalone => Some(Mode::Standalone(standalone(s))),
+        Role::Standalone => standalone(s, &data_dir).map(Mode::Standalone),
     };
     let (data, admin) = listeners(s);
     let auth = auth::Config {
@@ -241,7 +242,7 @@ fn offline(s: &mut Settings) -> Option<Offline> {
     })
 }
 
-fn standalone(s: &mut Settings) -> Standalone {
+fn standalone(s: &mut Settings, data_dir: &Path) -> Option<Standalone> {
     let flags = s.value(&keys::FLAGS, "a file or folder", |text| Some(PathBuf::from(text)));
     if !flags.exists() {
         s.mistake(
@@ -251,12 +252,41 @@ fn standalone(s: &mut Settings) -> Standalone {
     }
     let mut client = s.tokens(&keys::INIT_BACKEND_API_TOKENS);
     client.extend(s.tokens(&keys::INIT_CLIENT_API_TOKENS));
-    let seed = SeedTokens {
+    let seed = Seed {
         admin: s.tokens(&keys::INIT_ADMIN_API_TOKENS),
         client,
         frontend: s.tokens(&keys::INIT_FRONTEND_API_TOKENS),
     };
-    Standalone { flags, seed }
+    let environments = s.list(&keys::FLAG_ENVIRONMENTS, "names of environments", |text| {
+        (!text.is_empty()).then(|| Environment::new(text))
+    });
+    let username = s.value(&keys::UNLEASH_DEFAULT_ADMIN_USERNAME, "a name", |text| {
+        (!text.is_empty()).then(|| text.to_owned())
+    });
+    let expected = "a password of at least 10 characters";
+    let password =
+        s.read(&keys::UNLEASH_DEFAULT_ADMIN_PASSWORD, expected, |text| Password::parse(text).ok());
+    let location = if s.has(&keys::DATABASE_URL) {
+        s.read(&keys::DATABASE_URL, "postgres://user:password@host:port/database", |text| {
+            DatabaseUrl::parse(text).ok()
+        })
+        .map(Location::Postgres)
+    } else {
+        Some(Location::Sqlite(data_dir.join("parapet.db")))
+    };
+    let event_retention = s.delay(&keys::AUDIT_RETENTION_SECONDS);
+    let control = control::Config {
+        location: location?,
+        seed,
+        first_account: FirstAccount { username, password },
+        token_limit: s.count(&keys::UNLEASH_API_TOKENS_LIMIT),
+        account_limit: s.count(&keys::ACCOUNTS_LIMIT),
+        session_idle: s.interval(&keys::SESSION_IDLE_SECONDS),
+        session_lifetime: s.interval(&keys::SESSION_LIFETIME_SECONDS),
+        event_retention: (!event_retention.is_zero()).then_some(event_retention),
+        usage_retention: s.interval(&keys::USAGE_RETENTION_SECONDS),
+    };
+    Some(Standalone { flags, environments: environments.into_iter().collect(), control })
 }
 
 fn listeners(s: &mut Settings) -> (DataListener, AdminListener) {

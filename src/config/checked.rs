@@ -5,10 +5,11 @@
 
 use std::{collections::BTreeSet, net::SocketAddr, path::PathBuf, time::Duration};
 
+use jiff::Timestamp;
 use reqwest::{Url, header::HeaderName};
 
 use crate::{
-    auth,
+    auth, control,
     http::{access, cors, listener::Limits, route::Endpoint},
     sync, telemetry,
     token::{Environment, Token},
@@ -101,26 +102,10 @@ pub struct Offline {
 pub struct Standalone {
     /// The file of flags, or the folder of such files.
     pub flags: PathBuf,
-    /// Tokens that the first start creates; when there are none, it generates them.
-    pub seed: SeedTokens,
-}
-
-/// Tokens that the first start creates.
-#[derive(Clone, Debug, Default)]
-pub struct SeedTokens {
-    /// Tokens for operators.
-    pub admin: Vec<Token>,
-    /// Tokens for server SDKs.
-    pub client: Vec<Token>,
-    /// Tokens for frontend SDKs.
-    pub frontend: Vec<Token>,
-}
-
-impl SeedTokens {
-    /// Whether none of any kind was given.
-    pub fn is_empty(&self) -> bool {
-        self.admin.is_empty() && self.client.is_empty() && self.frontend.is_empty()
-    }
+    /// Which environments one file of flags serves, besides those that the first tokens name.
+    pub environments: BTreeSet<Environment>,
+    /// Accounts and tokens.
+    pub control: control::Config,
 }
 
 /// The listener that SDKs talk to.
@@ -178,4 +163,27 @@ pub struct Probe {
     pub url: Url,
     /// A certificate authority (PEM) to trust besides the platform's.
     pub ca_certificate_file: Option<PathBuf>,
+}
+
+/// What `explain` explains.
+#[derive(Clone, Debug)]
+pub struct Explain {
+    /// The file of flags, or the folder with one per environment.
+    pub flags: PathBuf,
+    /// The flag's name.
+    pub flag: String,
+    /// Whose flags they are.
+    pub environment: Environment,
+    /// The context's `userId`.
+    pub user_id: Option<String>,
+    /// The context's `sessionId`.
+    pub session_id: Option<String>,
+    /// The context's `remoteAddress`.
+    pub remote_address: Option<String>,
+    /// Other fields of the context.
+    pub properties: Vec<(String, String)>,
+    /// The time; `None` is now.
+    pub at: Option<Timestamp>,
+    /// Whether JSON is wanted instead of text.
+    pub json: bool,
 }

@@ -46,6 +46,8 @@ pub(super) enum Scope {
     Standalone,
     /// `offline` and `standalone`, which have no upstream.
     Local,
+    /// `edge` and `standalone`, which hand usage on.
+    Serving,
     /// `health` and `ready`.
     Probe,
 }
@@ -55,6 +57,7 @@ impl Scope {
     pub(super) fn concerns(self, command: Self) -> bool {
         match self {
             Self::Everywhere => true,
+            Self::Serving => matches!(command, Self::Edge | Self::Standalone),
             Self::Local => matches!(command, Self::Offline | Self::Standalone),
             own => own == command,
         }
@@ -270,6 +273,10 @@ keys! {
         /// The longest that requests under way and the last usage may take at the end.
         SHUTDOWN_TIMEOUT_SECONDS = one("shutdown-timeout-seconds").default("10");
     }
+    Serving, "Usage": {
+        /// How often usage is sent, or stored where it is kept.
+        METRICS_INTERVAL_SECONDS = one("metrics-interval-seconds").short('m').default("60");
+    }
     Edge, "Upstream": {
         /// The address of the Unleash server, without /api; required.
         UPSTREAM_URL = one("upstream-url").short('u');
@@ -286,8 +293,6 @@ keys! {
         /// How often flags are fetched.
         FEATURES_REFRESH_INTERVAL_SECONDS =
             one("features-refresh-interval-seconds").short('f').default("15");
-        /// How often usage is sent.
-        METRICS_INTERVAL_SECONDS = one("metrics-interval-seconds").short('m').default("60");
         /// How old a valid verdict on a token may become.
         TOKEN_REVALIDATION_INTERVAL_SECONDS =
             one("token-revalidation-interval-seconds").default("3600");
@@ -339,6 +344,28 @@ keys! {
         INIT_CLIENT_API_TOKENS = list("init-client-api-tokens").secret();
         /// Frontend tokens that the first start creates.
         INIT_FRONTEND_API_TOKENS = list("init-frontend-api-tokens").secret();
+        /// The environments that one file of flags serves, besides those that the first tokens
+        /// name.
+        FLAG_ENVIRONMENTS = list("flag-environments").default("development");
+        /// Where accounts and tokens are kept: postgres://… for instances that share them;
+        /// parapet.db in the data dir when not given.
+        DATABASE_URL = one("database-url").secret();
+        /// The account that the first start creates.
+        UNLEASH_DEFAULT_ADMIN_USERNAME = one("unleash-default-admin-username").default("admin");
+        /// Its password, of at least 10 characters; generated and printed once when not given.
+        UNLEASH_DEFAULT_ADMIN_PASSWORD = one("unleash-default-admin-password").secret();
+        /// How many API tokens there may be.
+        UNLEASH_API_TOKENS_LIMIT = one("unleash-api-tokens-limit").default("2000");
+        /// How many accounts there may be.
+        ACCOUNTS_LIMIT = one("accounts-limit").default("1000");
+        /// After how many seconds without a request a session ends.
+        SESSION_IDLE_SECONDS = one("session-idle-seconds").default("28800");
+        /// After how many seconds a session ends at any rate.
+        SESSION_LIFETIME_SECONDS = one("session-lifetime-seconds").default("604800");
+        /// How many seconds the audit log is kept; 0 is for ever.
+        AUDIT_RETENTION_SECONDS = one("audit-retention-seconds").default("0");
+        /// How many seconds usage is kept.
+        USAGE_RETENTION_SECONDS = one("usage-retention-seconds").default("2592000");
     }
     Probe, "Probe": {
         /// The instance to ask; localhost and --port when not given.

@@ -64,7 +64,7 @@ fn no_arguments_are_standalone_with_the_sample_and_unleash_edges_port() {
     let config = config("", &[]);
     let Mode::Standalone(standalone) = &config.mode else { panic!("{config:?}") };
     assert_eq!(standalone.flags, Path::new("config/flags.json"));
-    assert!(standalone.seed.is_empty());
+    assert!(standalone.control.seed.is_empty());
     assert_eq!(config.data.address.to_string(), "[::]:3063");
     assert_eq!(config.admin.address.to_string(), "127.0.0.1:3064");
     assert_eq!(config.warnings, [""; 0]);

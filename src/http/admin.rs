@@ -1,249 +1,233 @@
-//! The admin listener: what operators ask.
+//! The admin listener: what operators ask, and beside it all that SDKs and other edges may ask, so
+//! that this one address is a whole upstream.
 //!
-//! Everything that tells of flags, tokens or usage wants an admin token. Tokens are shown masked,
-//! always.
+//! One table (`operation`) says what can be asked; here it is decided who asks, and each call finds
+//! its answer in the module of its topic. Who may do what is judged by [`crate::control`].
 
-use std::{collections::BTreeSet, fmt::Write as _, net::SocketAddr, time::Duration};
+mod accounts;
+mod body;
+mod caller;
+mod catalogue;
+mod explain;
+mod failure;
+mod insight;
+mod openapi;
+mod operation;
+mod records;
+mod session;
+mod tokens;
 
-use hyper::{HeaderMap, Method, Request, body::Incoming, header::HeaderName};
-use jiff::Timestamp;
-use serde_json::{Map, Value, json};
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
+    sync::{Arc, LazyLock},
+    time::Instant,
+};
 
+use bytes::Bytes;
+use hyper::{Request, body::Incoming, header::HeaderName, http::request::Parts};
+
+pub use self::insight::{Identity, Insight};
+use self::{
+    body::Query,
+    caller::{Caller, Gate},
+    catalogue::Catalogue,
+    operation::{Access, Call, Found, NotFound},
+    tokens::Wanted,
+};
 use super::{
+    data::Data,
     listener::Service,
-    ops::Ops,
+    payload::Arriving,
     reply::{self, Failure, Reply},
     route::{Endpoint, normalise},
 };
-use crate::{
-    auth::Authenticator,
-    snapshot::{Filter, Segments, Snapshot, Snapshots, body::Coding},
-    token::{Projects, TokenKind},
-    upstream::Upstream,
-    usage::Usage,
-};
+use crate::control::Control;
 
-/// What an operator can ask.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum Route {
-    Live,
-    Ready,
-    Metrics,
-    Status,
-    Features,
-    Tokens,
-    MetricsBatch,
-    InstanceData,
-}
-
-impl Route {
-    fn parse(path: &str) -> Option<Self> {
-        Some(match path {
-            "/live" | "/internal-backstage/health" => Self::Live,
-            "/ready" | "/internal-backstage/ready" => Self::Ready,
-            "/metrics" | "/internal-backstage/metrics" | "/internal-backstage/prometheus" => {
-                Self::Metrics
-            }
-            "/status" => Self::Status,
-            "/internal-backstage/features" => Self::Features,
-            "/internal-backstage/tokens" => Self::Tokens,
-            "/internal-backstage/metricsbatch" => Self::MetricsBatch,
-            "/internal-backstage/instancedata" => Self::InstanceData,
-            _ => return None,
-        })
-    }
-
-    /// Whether probes and scrapes may ask without a token.
-    fn is_open(self) -> bool {
-        matches!(self, Self::Live | Self::Ready | Self::Metrics)
-    }
-
-    fn endpoint(self) -> Option<Endpoint> {
-        match self {
-            Self::Metrics => Some(Endpoint::Metrics),
-            Self::Features => Some(Endpoint::Features),
-            Self::Tokens => Some(Endpoint::Tokens),
-            Self::MetricsBatch => Some(Endpoint::MetricsBatch),
-            Self::InstanceData => Some(Endpoint::InstanceData),
-            Self::Live | Self::Ready | Self::Status => None,
-        }
-    }
-}
-
-/// What the instance says of itself.
-#[derive(Clone, Debug)]
-pub struct Identity {
-    /// The mode that it runs in.
-    pub mode: &'static str,
-    /// The name that all instances of a deployment share.
-    pub app_name: String,
-    /// The name of this instance.
-    pub instance_id: String,
-    /// Who runs it, in Unleash's words.
-    pub hosting: String,
-    /// The region that it runs in, where known.
-    pub region: Option<String>,
-    /// When it started.
-    pub started: Timestamp,
-}
+/// The API's document, which is the same for every instance.
+static DOCUMENT: LazyLock<Bytes> = LazyLock::new(|| openapi::document().to_string().into());
 
 /// The admin listener's service.
 #[derive(Debug)]
 pub struct Admin {
-    /// What the instance says of itself.
-    pub identity: Identity,
+    /// What there is to see of the instance.
+    pub insight: Insight,
+    /// Accounts, tokens and the audit log, where they are kept here.
+    pub control: Option<Control>,
     /// The header in which operators present their token.
     pub token_header: HeaderName,
     /// Endpoints that answer as if they did not exist.
     pub disabled: BTreeSet<Endpoint>,
-    /// Who judges tokens.
-    pub auth: Authenticator,
-    /// What is served.
-    pub snapshots: Snapshots,
-    /// What waits to be sent.
-    pub usage: Usage,
-    /// Where it is sent, if anywhere.
-    pub upstream: Option<Upstream>,
-    /// What probes and scrapes are told.
-    pub ops: Ops,
+    /// What SDKs and other edges ask.
+    pub data: Arc<Data>,
 }
 
 impl Service for Admin {
-    async fn call(&self, request: Request<Incoming>, _peer: SocketAddr) -> Reply {
-        let reply = self.answer(&request).await.unwrap_or_else(Reply::from);
-        reply::without_body(request.method(), reply)
+    async fn call(&self, request: Request<Incoming>, peer: SocketAddr) -> Reply {
+        let started = Instant::now();
+        if self.data.serves(request.uri().path()) {
+            return self.data.call(request, peer).await;
+        }
+        let (head, body) = request.into_parts();
+        let body = Arriving::new(body, started, self.data.settings.request_timeout);
+        let reply = self.answer(&head, body, peer).await.unwrap_or_else(Reply::from);
+        reply::without_body(&head.method, reply)
     }
 }
 
 impl Admin {
-    async fn answer(&self, request: &Request<Incoming>) -> Result<Reply, Failure> {
-        let path = normalise(request.uri().path(), "").ok_or(Failure::NotFound)?;
-        let route = Route::parse(&path).ok_or(Failure::NotFound)?;
-        if route.endpoint().is_some_and(|endpoint| self.disabled.contains(&endpoint)) {
+    async fn answer(
+        &self,
+        head: &Parts,
+        body: Arriving,
+        peer: SocketAddr,
+    ) -> Result<Reply, Failure> {
+        let path = normalise(head.uri.path(), "").ok_or(Failure::NotFound)?;
+        let found = operation::find(&head.method, &path).map_err(|missing| match missing {
+            NotFound::Path => Failure::NotFound,
+            NotFound::Method(known) => Failure::Method(known.into()),
+        })?;
+        let Found { operation, arguments } = &found;
+        if operation.endpoint.is_some_and(|endpoint| self.disabled.contains(&endpoint)) {
             return Err(Failure::NotFound);
         }
-        if !matches!(*request.method(), Method::GET | Method::HEAD) {
-            return Err(Failure::Method("GET, HEAD"));
-        }
-        if !route.is_open() {
-            self.admit(request.headers()).await?;
-        }
-        Ok(match route {
-            Route::Live => self.ops.health(),
-            Route::Ready => self.ops.ready(),
-            Route::Metrics => self.ops.metrics(),
-            Route::Status => reply::ok(self.status().to_string()),
-            Route::Features => reply::ok(self.features()),
-            Route::Tokens => reply::ok(self.tokens().to_string()),
-            Route::MetricsBatch => reply::ok(self.usage.pending().to_string()),
-            Route::InstanceData => reply::ok(self.instance_data().to_string()),
-        })
-    }
-
-    async fn admit(&self, headers: &HeaderMap) -> Result<(), Failure> {
-        let header = headers.get(&self.token_header).and_then(|it| it.to_str().ok());
-        let admission = self.auth.authenticate(header.ok_or(Failure::Unauthorized)?).await?;
-        match admission.grant.kind {
-            TokenKind::Admin => Ok(()),
-            TokenKind::Client | TokenKind::Frontend => Err(Failure::WrongKind),
-        }
-    }
-
-    /// Everything that an operator needs to see at a glance.
-    fn status(&self) -> Value {
-        let now = Timestamp::now();
-        let snapshots = self.snapshots.all();
-        let mut environments: Vec<_> = snapshots.values().collect();
-        environments.sort_by_key(|snapshot| snapshot.environment());
-        json!({
-            "version": env!("CARGO_PKG_VERSION"),
-            "mode": self.identity.mode,
-            "appName": self.identity.app_name,
-            "instanceId": self.identity.instance_id,
-            "started": self.identity.started.to_string(),
-            "ready": self.ops.is_ready(),
-            "environments": environments.iter().map(|it| environment(it, now)).collect::<Vec<_>>(),
-            "upstream": self.upstream.as_ref().map(upstream),
-            "tokens": {
-                "valid": self.auth.verdicts().len(),
-                "refused": self.auth.refused_count(),
+        let address = self.data.settings.access.proxies.client(peer, &head.headers);
+        let caller = match operation.access {
+            Access::Open => None,
+            Access::Operator => {
+                Some(self.gate().admit(head, address, operation.method.changes()).await?)
+            }
+        };
+        let body = match operation.body {
+            Some(_) => body.read(&head.headers, self.data.settings.body_bytes).await?,
+            None => Bytes::new(),
+        };
+        let arguments: Vec<&str> = arguments.iter().map(|argument| &**argument).collect();
+        match caller {
+            None => self.open(operation.call, head, address, &body).await,
+            Some(caller) => match self.of_instance(operation.call, &arguments, head, &body) {
+                Some(reply) => reply,
+                None => self.of_control(operation.call, &caller, &arguments, head, &body).await,
             },
-        })
-    }
-
-    /// The flag configuration of each environment, as Unleash Edge shows it.
-    fn features(&self) -> String {
-        let snapshots = self.snapshots.all();
-        let mut text = String::from("{");
-        for (n, (environment, snapshot)) in snapshots.iter().enumerate() {
-            let listing = snapshot.listing(&Projects::All, Filter::default(), Segments::Separate);
-            let json = String::from_utf8_lossy(&listing.make(Coding::Identity).bytes).into_owned();
-            let separator = if n > 0 { "," } else { "" };
-            let name = Value::from(environment.as_str());
-            write!(text, "{separator}{name}:{json}").expect("writing to a string cannot fail");
         }
-        text.push('}');
-        text
     }
 
-    /// The known tokens, in the shape that Unleash Edge shows them in.
-    fn tokens(&self) -> Value {
-        let known = self.auth.verdicts().into_iter().map(|verdict| {
-            let grant = verdict.grant();
-            json!({
-                "token": verdict.masked(),
-                "type": grant.kind.as_str(),
-                "environment": grant.scope.environment.as_str(),
-                "projects": grant.scope.projects.to_list(),
-                "status": "Validated",
-                "lastChecked": verdict.checked().to_string(),
-            })
-        });
-        json!({
-            "tokenRefreshes": [],
-            "tokenValidationStatus": known.collect::<Vec<_>>(),
-            "invalidTokenCount": self.auth.refused_count(),
+    fn gate(&self) -> Gate<'_> {
+        let (token_header, auth) = (&self.token_header, &self.insight.auth);
+        Gate { token_header, auth, control: self.control.as_ref() }
+    }
+
+    /// What is kept here, or why that is not so.
+    fn control(&self) -> Result<&Control, Failure> {
+        self.control.as_ref().ok_or_else(|| {
+            Failure::Missing(
+                "this instance has no accounts and tokens of its own; those of its upstream count"
+                    .to_owned(),
+            )
         })
     }
 
-    fn instance_data(&self) -> Value {
-        json!({
-            "this_instance": {
-                "identifier": self.identity.instance_id,
-                "appName": self.identity.app_name,
-                "hosting": self.identity.hosting,
-                "region": self.identity.region,
-                "edgeVersion": env!("CARGO_PKG_VERSION"),
-                "started": self.identity.started.to_string(),
-            },
-            "connected_instances": self.usage.instances(),
+    /// What everybody may ask.
+    async fn open(
+        &self,
+        call: Call,
+        head: &Parts,
+        address: IpAddr,
+        body: &Bytes,
+    ) -> Result<Reply, Failure> {
+        let ops = &self.insight.ops;
+        match call {
+            Call::Live => Ok(ops.health()),
+            Call::Ready => Ok(ops.ready()),
+            Call::Metrics => Ok(ops.metrics()),
+            Call::Document => Ok(reply::ok(DOCUMENT.clone())),
+            Call::SignIn => session::sign_in(self.control()?, &head.headers, address, body).await,
+            Call::SignOut => session::sign_out(self.control()?, &head.headers, address).await,
+            _ => Err(Failure::Internal),
+        }
+    }
+
+    /// What is told from memory, to every operator alike.
+    fn of_instance(
+        &self,
+        call: Call,
+        arguments: &[&str],
+        head: &Parts,
+        body: &Bytes,
+    ) -> Option<Result<Reply, Failure>> {
+        let insight = &self.insight;
+        let query = Query::of(head.uri.query());
+        let catalogue = || Catalogue::of(&insight.snapshots);
+        Some(match call {
+            Call::Status => Ok(reply::ok(insight.status().to_string())),
+            Call::Features => Ok(reply::ok(insight.features())),
+            Call::KnownTokens => Ok(reply::ok(insight.tokens().to_string())),
+            Call::MetricsBatch => Ok(reply::ok(insight.usage.pending().to_string())),
+            Call::InstanceData => Ok(reply::ok(insight.instance_data().to_string())),
+            Call::Environments => Ok(catalogue().environments()),
+            Call::Projects => Ok(catalogue().projects()),
+            Call::Explain => explain::explain(&insight.snapshots, body),
+            Call::Flags => query.required("environment").and_then(|it| catalogue().flags(&it)),
+            Call::Flag => {
+                query.required("environment").and_then(|it| catalogue().flag(&it, arguments[0]))
+            }
+            _ => return None,
         })
     }
-}
 
-fn environment(snapshot: &Snapshot, now: Timestamp) -> Value {
-    let confirmed = snapshot.confirmed();
-    let age = Duration::try_from(now.duration_since(confirmed)).unwrap_or_default();
-    let problems = snapshot.problems().iter().map(ToString::to_string);
-    let known = confirmed != Timestamp::UNIX_EPOCH;
-    json!({
-        "name": snapshot.environment().as_str(),
-        "flags": snapshot.document().features().len(),
-        "segments": snapshot.document().segments().len(),
-        "revision": snapshot.document().revision(),
-        "confirmed": known.then(|| confirmed.to_string()),
-        "ageSeconds": known.then_some(age.as_secs()),
-        "problems": problems.collect::<Vec<_>>(),
-    })
-}
-
-fn upstream(upstream: &Upstream) -> Value {
-    let health = upstream.health();
-    let mut json = Map::new();
-    json.insert("lastSuccess".to_owned(), json!(health.last_success.map(|at| at.to_string())));
-    if let Some((at, error)) = health.last_error {
-        json.insert("lastError".to_owned(), json!({"at": at.to_string(), "error": error}));
+    /// What the control plane has a say in.
+    async fn of_control(
+        &self,
+        call: Call,
+        caller: &Caller,
+        arguments: &[&str],
+        head: &Parts,
+        body: &Bytes,
+    ) -> Result<Reply, Failure> {
+        let (actor, operator) = (&caller.actor, &caller.actor.operator);
+        if call == Call::Me {
+            return Ok(session::me(caller));
+        }
+        let control = self.control()?;
+        let query = Query::of(head.uri.query());
+        let catalogue = || Catalogue::of(&self.insight.snapshots);
+        match (call, arguments) {
+            (Call::ChangeOwnPassword, _) => {
+                session::change_password(control, &head.headers, caller, body).await
+            }
+            (Call::Tokens, _) => Ok(tokens::list(control, actor, Wanted::All)),
+            (Call::TokensNamed, [name]) => Ok(tokens::list(control, actor, Wanted::Named(name))),
+            (Call::CreateToken, _) => {
+                tokens::create(control, actor, &catalogue(), None, body).await
+            }
+            (Call::UpdateToken, [token]) => tokens::update(control, actor, token, body).await,
+            (Call::DeleteToken, [token]) => tokens::delete(control, actor, token).await,
+            (Call::ProjectTokens, [project]) => {
+                catalogue().require_project(project)?;
+                Ok(tokens::list(control, actor, Wanted::Of(project)))
+            }
+            (Call::CreateProjectToken, [project]) => {
+                let catalogue = catalogue();
+                catalogue.require_project(project)?;
+                tokens::create(control, actor, &catalogue, Some(project), body).await
+            }
+            (Call::DeleteProjectToken, [project, token]) => {
+                tokens::delete_of_project(control, actor, project, token).await
+            }
+            (Call::Users, _) => accounts::list(control, operator).await,
+            (Call::CreateUser, _) => accounts::create(control, actor, body).await,
+            (Call::User, [id]) => accounts::show(control, operator, id).await,
+            (Call::UpdateUser, [id]) => accounts::update(control, actor, id, body).await,
+            (Call::DeleteUser, [id]) => accounts::delete(control, actor, id).await,
+            (Call::SetPermissions, [id]) => {
+                accounts::set_permissions(control, actor, id, body).await
+            }
+            (Call::ResetPassword, [id]) => accounts::reset_password(control, actor, id, body).await,
+            (Call::Events, _) => records::events(control, operator, &query).await,
+            (Call::Applications, _) => records::applications(control).await,
+            (Call::FlagUsage, [flag]) => records::usage(control, flag, &query).await,
+            // Each call is answered in one of these three; a test asks for every row of the table.
+            _ => Err(Failure::Internal),
+        }
     }
-    json.insert("consecutiveFailures".to_owned(), json!(health.consecutive_failures));
-    Value::Object(json)
 }

@@ -22,7 +22,7 @@ use super::{
     listener::Service,
     meter::{Meter, Subject},
     ops::Ops,
-    payload,
+    payload::Arriving,
     reply::{self, Failure, Reply},
     report,
     route::{Endpoint, NoRoute, Route, normalise},
@@ -81,7 +81,7 @@ impl Service for Data {
         let started = Instant::now();
         let (head, body) = request.into_parts();
         let path = normalise(head.uri.path(), &self.settings.base_path);
-        let body = Arriving { body, until: started + self.settings.request_timeout };
+        let body = Arriving::new(body, started, self.settings.request_timeout);
         let (subject, mut reply) = self.answer(&head, path.as_deref(), body, peer).await;
         if subject != Subject::Preflight {
             self.settings.cors.decorate(&head.headers, reply.headers_mut());
@@ -91,16 +91,16 @@ impl Service for Data {
     }
 }
 
-/// A request's body on its way, and how long it may take.
-struct Arriving {
-    body: Incoming,
-    until: Instant,
-}
-
 /// When a client is told to try again, where nothing better is known.
 const TRY_AGAIN: Duration = Duration::from_secs(5);
 
 impl Data {
+    /// Whether a path is one that SDKs and other edges ask for, of whatever method.
+    pub fn serves(&self, path: &str) -> bool {
+        let path = normalise(path, &self.settings.base_path);
+        path.is_some_and(|path| Route::is_of_sdks(&path))
+    }
+
     async fn answer<'a>(
         &self,
         head: &Parts,
@@ -121,7 +121,7 @@ impl Data {
             Ok(route) if !self.is_disabled(route) => route,
             Ok(_) | Err(NoRoute::Path) => return (Subject::Unknown, Failure::NotFound.into()),
             Err(NoRoute::Method(known)) => {
-                return (Subject::Unknown, Failure::Method(known).into());
+                return (Subject::Unknown, Failure::Method(known.into()).into());
             }
         };
         let reply = self.dispatch(route, head, body, client).await;
@@ -258,18 +258,12 @@ impl Data {
         Question { told, client, hostname: &self.settings.hostname, snapshot, scope }
     }
 
-    /// The request's body, unless it takes longer to arrive than a request may.
     fn read<'a>(
         &'a self,
         headers: &'a HeaderMap,
         body: Arriving,
     ) -> Pin<Box<dyn Future<Output = Result<Bytes, Failure>> + Send + 'a>> {
-        Box::pin(async move {
-            let Arriving { body, until } = body;
-            let body = payload::read(headers, body, self.settings.body_bytes);
-            let body = tokio::time::timeout_at(until.into(), body).await;
-            body.unwrap_or(Err(Failure::TooSlow(self.settings.request_timeout)))
-        })
+        Box::pin(body.read(headers, self.settings.body_bytes))
     }
 }
 

@@ -1,9 +1,11 @@
 //! Request bodies: read whole, within a size, decompressed.
 //!
-//! What the bytes mean is for `wire` to say. How long they may take to arrive is the caller's
-//! business: it is part of the time that the request may take.
+//! What the bytes mean is for `wire` to say.
 
-use std::io::Read;
+use std::{
+    io::Read,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
@@ -15,12 +17,36 @@ use hyper::{
 
 use super::reply::Failure;
 
+/// A request's body on its way, and how long it may take: the arrival is part of the time that the
+/// request may take.
+#[derive(Debug)]
+pub struct Arriving {
+    body: Incoming,
+    started: Instant,
+    timeout: Duration,
+}
+
+impl Arriving {
+    /// The body of a request whose head was there at `started`.
+    pub fn new(body: Incoming, started: Instant, timeout: Duration) -> Self {
+        Self { body, started, timeout }
+    }
+
+    /// The whole body, JSON of at most `limit` bytes, unless it takes too long.
+    pub async fn read(self, headers: &HeaderMap, limit: usize) -> Result<Bytes, Failure> {
+        let Self { body, started, timeout } = self;
+        let body = read(headers, body, limit);
+        let body = tokio::time::timeout_at((started + timeout).into(), body).await;
+        body.unwrap_or(Err(Failure::TooSlow(timeout)))
+    }
+}
+
 /// Reads the body of a request that should hold JSON, of at most `limit` bytes before and after
 /// decompression.
 ///
 /// A missing content type is taken for JSON; one that says otherwise is refused. Dropping the future
 /// drops what had arrived.
-pub async fn read(headers: &HeaderMap, body: Incoming, limit: usize) -> Result<Bytes, Failure> {
+async fn read(headers: &HeaderMap, body: Incoming, limit: usize) -> Result<Bytes, Failure> {
     if headers.get(CONTENT_TYPE).is_some_and(|value| !names_json(value.as_bytes())) {
         return Err(Failure::MediaType);
     }

@@ -3,18 +3,22 @@
 //! A [`Failure`] says what is wrong; a table says which status that is, and
 //! its `Display` is the message that the client reads. Messages never repeat what a client sent.
 
-use std::{sync::Arc, time::Duration};
+mod failure;
+
+use std::sync::Arc;
 
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::{
     HeaderMap, Method, Response, StatusCode,
     header::{
-        ALLOW, CACHE_CONTROL, CONTENT_ENCODING, CONTENT_TYPE, ETAG, HeaderValue, RETRY_AFTER, VARY,
-        WWW_AUTHENTICATE,
+        CACHE_CONTROL, CONTENT_ENCODING, CONTENT_TYPE, ETAG, HeaderValue, LOCATION, SET_COOKIE,
+        VARY,
     },
 };
+use serde::Serialize;
 
+pub use self::failure::Failure;
 use super::{coding, conditional};
 use crate::snapshot::body::{Body, Coded, Coding};
 
@@ -24,108 +28,15 @@ pub type Reply = Response<Full<Bytes>>;
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 const PROMETHEUS_TEXT: HeaderValue = HeaderValue::from_static("text/plain; version=0.0.4");
 const BY_CODING: HeaderValue = HeaderValue::from_static("accept-encoding");
+const NO_STORE: HeaderValue = HeaderValue::from_static("no-store");
 const REVALIDATE: HeaderValue = HeaderValue::from_static("no-cache");
-
-/// Why a request is not served.
-#[derive(Debug, thiserror::Error)]
-pub enum Failure {
-    /// No authorization header, or one that no issuer knows. The text is Unleash's own, which SDKs'
-    /// users search for.
-    #[error(
-        "This endpoint requires an API token. Please add an authorization header to your request \
-         with a valid token"
-    )]
-    Unauthorized,
-    /// A valid token of another kind. The text is Unleash's own.
-    #[error("invalid token: expected a different token type for this endpoint")]
-    WrongKind,
-    /// A valid token of an environment that is not served here, and will not be by itself.
-    #[error("this instance does not serve the environment of this token")]
-    NotServed,
-    /// The client's address is not served here.
-    #[error("requests from this address are not allowed")]
-    Blocked,
-    /// Something that would answer is not there yet, or not reachable.
-    #[error("{what}; try again later")]
-    Unavailable {
-        /// What is missing.
-        what: &'static str,
-        /// When trying again makes sense.
-        retry_after: Duration,
-    },
-    /// No resource of this path.
-    #[error("not found")]
-    NotFound,
-    /// The resource knows other methods.
-    #[error("this resource allows {0}")]
-    Method(&'static str),
-    /// A body in something else than JSON.
-    #[error("the body must be JSON, sent with content-type application/json")]
-    MediaType,
-    /// A body or query that says nothing usable; the text tells where.
-    #[error("{0}")]
-    Malformed(String),
-    /// A body beyond the limit.
-    #[error("the body is larger than {0} bytes")]
-    TooLarge(usize),
-    /// A request that took longer than one may, mostly to arrive.
-    #[error("the request took longer than {0:?}")]
-    TooSlow(Duration),
-    /// Our own fault.
-    #[error("internal error")]
-    Internal,
-}
-
-impl Failure {
-    fn status(&self) -> StatusCode {
-        match self {
-            Self::Unauthorized => StatusCode::UNAUTHORIZED,
-            Self::WrongKind | Self::NotServed | Self::Blocked => StatusCode::FORBIDDEN,
-            Self::Unavailable { .. } => StatusCode::SERVICE_UNAVAILABLE,
-            Self::NotFound => StatusCode::NOT_FOUND,
-            Self::Method(_) => StatusCode::METHOD_NOT_ALLOWED,
-            Self::MediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
-            Self::Malformed(_) => StatusCode::BAD_REQUEST,
-            Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::TooSlow(_) => StatusCode::REQUEST_TIMEOUT,
-            Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
-        }
-    }
-
-    /// The name that Unleash gives errors of this status in its JSON.
-    fn name(&self) -> &'static str {
-        match self {
-            Self::Unauthorized => "AuthenticationRequired",
-            Self::WrongKind | Self::NotServed | Self::Blocked => "NoAccessError",
-            Self::Unavailable { .. } => "UnavailableError",
-            Self::NotFound => "NotFoundError",
-            Self::Method(_) => "MethodNotAllowedError",
-            Self::MediaType => "UnsupportedMediaTypeError",
-            Self::Malformed(_) => "BadDataError",
-            Self::TooLarge(_) => "ContentTooLargeError",
-            Self::TooSlow(_) => "RequestTimeoutError",
-            Self::Internal => "InternalError",
-        }
-    }
-}
 
 impl From<Failure> for Reply {
     fn from(failure: Failure) -> Self {
-        let text = serde_json::json!({ "name": failure.name(), "message": failure.to_string() });
-        let mut reply = json(failure.status(), Bytes::from(text.to_string()));
-        let headers = reply.headers_mut();
-        match failure {
-            Failure::Unavailable { retry_after, .. } => {
-                let seconds = retry_after.as_secs().max(1);
-                headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
-            }
-            Failure::Method(methods) => {
-                headers.insert(ALLOW, HeaderValue::from_static(methods));
-            }
-            Failure::Unauthorized => {
-                headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
-            }
-            _ => {}
+        let text = serde_json::to_vec(&failure.error()).expect("errors are plain text");
+        let mut reply = json(failure.status(), text.into());
+        if let Some((name, value)) = failure.header() {
+            reply.headers_mut().insert(name, value);
         }
         reply
     }
@@ -194,6 +105,46 @@ fn describe(reply: &mut Reply, freshness: Freshness) {
 /// A JSON document that is served as it is.
 pub fn ok(text: impl Into<Bytes>) -> Reply {
     json(StatusCode::OK, text.into())
+}
+
+/// A document made for this answer, which nobody else may keep.
+pub fn document(document: &impl Serialize) -> Reply {
+    private(StatusCode::OK, document)
+}
+
+/// The answer to something that was created, with where it can be found.
+pub fn created(document: &impl Serialize, location: &str) -> Reply {
+    let mut reply = private(StatusCode::CREATED, document);
+    if let Ok(location) = HeaderValue::from_str(location) {
+        reply.headers_mut().insert(LOCATION, location);
+    }
+    reply
+}
+
+/// The answer to something that was done and has nothing to tell.
+pub fn done() -> Reply {
+    empty(StatusCode::OK)
+}
+
+/// The same where the protocol wants that said.
+pub fn nothing() -> Reply {
+    empty(StatusCode::NO_CONTENT)
+}
+
+/// The answer with a cookie to be kept.
+pub fn with_cookie(mut reply: Reply, cookie: &str) -> Reply {
+    // Cookies hold random text and fixed attributes.
+    let mut cookie = HeaderValue::from_str(cookie).expect("a cookie is visible ASCII");
+    cookie.set_sensitive(true);
+    reply.headers_mut().append(SET_COOKIE, cookie);
+    reply
+}
+
+fn private(status: StatusCode, document: &impl Serialize) -> Reply {
+    let text = serde_json::to_vec(document).expect("documents are plain data");
+    let mut reply = json(status, text.into());
+    reply.headers_mut().insert(CACHE_CONTROL, NO_STORE);
+    reply
 }
 
 /// The answer to usage that was taken in.

@@ -96,6 +96,13 @@ impl<'a> Route<'a> {
         if known { Ok(route) } else { Err(NoRoute::Method(methods)) }
     }
 
+    /// Whether a normalised path is among those of SDKs and other edges, known or not.
+    pub fn is_of_sdks(path: &str) -> bool {
+        ["/api/client/", "/api/frontend", "/api/proxy", "/edge/"]
+            .iter()
+            .any(|root| path.starts_with(root))
+    }
+
     fn of_path(path: &'a str) -> Option<(Self, &'static str)> {
         if let Some(rest) = path.strip_prefix("/api/client/") {
             return Self::of_client(rest);

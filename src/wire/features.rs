@@ -325,6 +325,11 @@ impl Segment {
         self.raw.get()
     }
 
+    /// What its author calls it, where the text says.
+    pub fn name(&self) -> Option<Text<'_>> {
+        serde_json::from_str::<SegmentBody<'_>>(self.raw.get()).ok()?.name.is()
+    }
+
     /// Its constraints, all of which must hold.
     pub fn constraints(&self) -> Loose<Vec<Loose<Constraint<'_>>>> {
         match serde_json::from_str::<SegmentBody<'_>>(self.raw.get()) {

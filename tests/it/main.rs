@@ -8,6 +8,8 @@ mod auth;
 mod client_api;
 /// Exit statuses, help and probes.
 mod command_line;
+/// Accounts, tokens and the audit log of a standalone.
+mod control;
 /// An edge in front of a healthy Unleash.
 mod edge;
 /// A flood of made-up tokens.

@@ -16,5 +16,6 @@ mod unleash;
 pub(crate) use chaos::{ChaosProxy, Fault};
 pub(crate) use net::{http, until};
 pub(crate) use parapet::Parapet;
+pub(crate) use postgres::Postgres;
 pub(crate) use sdk::{Evaluation, Sdk};
 pub(crate) use unleash::{Kind, STORED_WITHIN, Unleash, Usage, Version};

@@ -82,6 +82,12 @@ pub struct Strategy<'a> {
     /// Which kind of strategy it is.
     #[serde(borrow, default)]
     pub name: Loose<Text<'a>>,
+    /// What its author calls it; means nothing.
+    #[serde(borrow, default)]
+    pub title: Loose<Text<'a>>,
+    /// A mark that SDKs do not read: Unleash does not send them strategies that have it.
+    #[serde(default)]
+    pub disabled: Loose<bool>,
     /// The settings of its kind.
     #[serde(borrow, default)]
     pub parameters: Loose<Parameters<'a>>,
@@ -185,9 +191,11 @@ pub(super) struct Meta {
     pub(super) revision_id: Loose<u64>,
 }
 
-/// The part of a segment that the engine reads.
+/// The parts of a segment that are read; its name means nothing.
 #[derive(Deserialize)]
 pub(super) struct SegmentBody<'a> {
+    #[serde(borrow, default)]
+    pub(super) name: Loose<Text<'a>>,
     #[serde(borrow, default)]
     pub(super) constraints: Loose<Vec<Loose<Constraint<'a>>>>,
 }
@@ -196,7 +204,20 @@ pub(super) struct SegmentBody<'a> {
 #[derive(Debug, Default)]
 pub struct Parameters<'a>(Vec<(Text<'a>, Loose<Text<'a>>)>);
 
+impl Parameters<'static> {
+    /// No settings.
+    pub const NONE: &'static Self = &Self(Vec::new());
+}
+
 impl Parameters<'_> {
+    /// All settings in the order of the text; a value that is no text is `None`.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, Option<&str>)> {
+        self.0.iter().map(|(name, value)| match value {
+            Loose::Is(value) => (&**name, Some(&**value)),
+            Loose::Missing | Loose::Malformed => (&**name, None),
+        })
+    }
+
     /// The setting called `name`; where it is given twice, the last.
     pub fn find(&self, name: &str) -> Loose<&str> {
         match self.0.iter().rfind(|(key, _)| key == name) {

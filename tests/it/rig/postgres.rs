@@ -102,6 +102,17 @@ impl Postgres {
         let output = tokio::task::spawn_blocking(run).await.unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
+
+    /// All that a database holds, as SQL.
+    pub(crate) async fn dump(&self, database: &str) -> String {
+        let (port, url) =
+            (self.port, format!("postgres://postgres@127.0.0.1:{}/{database}", self.port));
+        let mut dump = Command::new(self.binaries.join("pg_dump"));
+        dump.args(["--dbname", &url, "--inserts"]);
+        let output = tokio::task::spawn_blocking(move || dump.output().unwrap()).await.unwrap();
+        assert!(output.status.success(), "{port}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
 }
 
 /// Where the server's programs are: Debian keeps them out of the search path, one directory per major version.

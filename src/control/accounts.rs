@@ -1,0 +1,334 @@
+//! Accounts: people with a password, a role, and what was granted to them beyond it.
+//!
+//! Who is signed in is `sessions`' business.
+
+use std::collections::BTreeSet;
+
+use jiff::Timestamp;
+use serde_json::{Value, json};
+use sqlx::{AnyConnection, Row as _, any::AnyRow};
+
+use super::{
+    audit::{self, Entry, EventKind},
+    database::{Database, Lane, now, of_millis},
+    error::Error,
+    password::Password,
+    permission::{Actor, Operator, Permission, RootRole},
+};
+
+/// The longest name or address of a person, in bytes.
+const MAX_NAME: usize = 200;
+
+/// What may be told of an account.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Account {
+    /// Its number.
+    pub id: i64,
+    /// The name to sign in with; its letters' case is remembered and does not matter.
+    pub username: String,
+    /// The person's name.
+    pub name: Option<String>,
+    /// The person's address.
+    pub email: Option<String>,
+    /// What it may do.
+    pub role: RootRole,
+    /// What it may do beyond its role.
+    pub permissions: BTreeSet<Permission>,
+    /// When it was made.
+    pub created_at: Timestamp,
+    /// When somebody last signed in to it.
+    pub seen_at: Option<Timestamp>,
+}
+
+impl Account {
+    /// The account as somebody who acts.
+    pub fn operator(&self) -> Operator {
+        let (username, permissions) = (self.username.clone(), self.permissions.clone());
+        Operator::Account { id: self.id, username, role: self.role, permissions }
+    }
+
+    /// The account as audit events tell it.
+    fn data(&self) -> Value {
+        let permissions: Vec<_> = self.permissions.iter().map(|it| it.as_str()).collect();
+        json!({
+            "id": self.id,
+            "username": self.username,
+            "name": self.name,
+            "email": self.email,
+            "rootRole": self.role.id(),
+            "permissions": permissions,
+        })
+    }
+}
+
+/// An account to create.
+#[derive(Clone, Debug)]
+pub struct NewAccount {
+    /// The name to sign in with.
+    pub username: String,
+    /// The person's name.
+    pub name: Option<String>,
+    /// The person's address.
+    pub email: Option<String>,
+    /// What it may do.
+    pub role: RootRole,
+    /// What it signs in with.
+    pub password: Password,
+}
+
+/// What to change of an account; `None` leaves a field as it is.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct AccountChange {
+    /// The person's name, or that none is known.
+    pub name: Option<Option<String>>,
+    /// The person's address, or that none is known.
+    pub email: Option<Option<String>>,
+    /// What it may do.
+    pub role: Option<RootRole>,
+}
+
+/// The form of a username under which it is found.
+pub(super) fn key_of(username: &str) -> String {
+    username.trim().to_lowercase()
+}
+
+fn check_username(username: &str) -> Result<String, Error> {
+    let name = username.trim();
+    let is_odd = |letter: char| letter.is_control() || letter.is_whitespace();
+    if name.is_empty() || name.len() > MAX_NAME || name.chars().any(is_odd) {
+        let reason = format!("must be 1 to {MAX_NAME} bytes without white space");
+        return Err(Error::invalid("username", reason));
+    }
+    Ok(name.to_owned())
+}
+
+/// A text about a person; an empty one is none.
+fn check_text(field: &'static str, text: Option<String>) -> Result<Option<String>, Error> {
+    let text = text.map(|text| text.trim().to_owned()).filter(|text| !text.is_empty());
+    if text.iter().any(|text| text.len() > MAX_NAME || text.chars().any(char::is_control)) {
+        return Err(Error::invalid(field, format!("must be a text of at most {MAX_NAME} bytes")));
+    }
+    Ok(text)
+}
+
+/// Every account, the oldest first.
+pub(super) async fn all(database: &Database) -> Result<Vec<Account>, Error> {
+    let mut transaction = database.read().await?;
+    let rows = sqlx::query("SELECT * FROM accounts ORDER BY id").fetch_all(&mut *transaction);
+    let rows = rows.await?;
+    let grants = sqlx::query("SELECT * FROM account_permissions").fetch_all(&mut *transaction);
+    let grants = grants.await?;
+    rows.iter().map(|row| Ok(read(row, &grants)?)).collect()
+}
+
+/// One account.
+pub(super) async fn find(
+    connection: &mut AnyConnection,
+    id: i64,
+) -> Result<Option<Account>, Error> {
+    let row = sqlx::query("SELECT * FROM accounts WHERE id = $1").bind(id);
+    let Some(row) = row.fetch_optional(&mut *connection).await? else { return Ok(None) };
+    let grants = sqlx::query("SELECT * FROM account_permissions WHERE account_id = $1").bind(id);
+    let grants = grants.fetch_all(connection).await?;
+    Ok(Some(read(&row, &grants)?))
+}
+
+/// The number and the password's hash of the account of that name.
+pub(super) async fn credentials(
+    database: &Database,
+    username: &str,
+) -> Result<Option<(i64, String)>, Error> {
+    let query = sqlx::query_as("SELECT id, password FROM accounts WHERE username_key = $1");
+    Ok(query.bind(key_of(username)).fetch_optional(database.pool()).await?)
+}
+
+/// The hash of an account's password.
+pub(super) async fn hash_of(database: &Database, id: i64) -> Result<Option<String>, Error> {
+    let query = sqlx::query_scalar("SELECT password FROM accounts WHERE id = $1");
+    Ok(query.bind(id).fetch_optional(database.pool()).await?)
+}
+
+/// How many accounts there are.
+pub(super) async fn count(connection: &mut AnyConnection) -> Result<i64, Error> {
+    Ok(sqlx::query_scalar("SELECT COUNT(*) FROM accounts").fetch_one(connection).await?)
+}
+
+/// Makes an account whose password has this hash, and writes the event.
+pub(super) async fn insert(
+    transaction: &mut AnyConnection,
+    actor: &Actor,
+    new: NewAccount,
+    hash: &str,
+) -> Result<Account, Error> {
+    let username = check_username(&new.username)?;
+    let (name, email) = (check_text("name", new.name)?, check_text("email", new.email)?);
+    let taken = sqlx::query("SELECT id FROM accounts WHERE username_key = $1");
+    let taken = taken.bind(key_of(&username)).fetch_optional(&mut *transaction).await?;
+    if taken.is_some() {
+        return Err(Error::Taken("username"));
+    }
+    let id: i64 = sqlx::query_scalar(
+        "INSERT INTO accounts (username, username_key, name, email, role, password, created_at) \
+         VALUES ($1, $2, $3, $4, $5, $6, $7) RETURNING id",
+    )
+    .bind(&username)
+    .bind(key_of(&username))
+    .bind(name)
+    .bind(email)
+    .bind(new.role.id())
+    .bind(hash)
+    .bind(now().as_millisecond())
+    .fetch_one(&mut *transaction)
+    .await?;
+    let account = find(transaction, id).await?.ok_or(Error::Busy)?;
+    let entry = Entry { data: Some(account.data()), ..Entry::default() };
+    audit::record(transaction, actor, EventKind::UserCreated, entry).await?;
+    Ok(account)
+}
+
+/// Makes an account, unless there are `limit`.
+pub(super) async fn create(
+    database: &Database,
+    actor: &Actor,
+    new: NewAccount,
+    hash: &str,
+    limit: usize,
+) -> Result<Account, Error> {
+    let mut transaction = database.write(Lane::Control).await?;
+    if usize::try_from(count(&mut transaction).await?).is_ok_and(|count| count >= limit) {
+        return Err(Error::Limit { what: "accounts", limit });
+    }
+    let account = insert(&mut transaction, actor, new, hash).await?;
+    transaction.commit().await?;
+    Ok(account)
+}
+
+/// Changes what is known of an account, and its role.
+pub(super) async fn update(
+    database: &Database,
+    actor: &Actor,
+    id: i64,
+    change: AccountChange,
+) -> Result<Option<Account>, Error> {
+    let mut transaction = database.write(Lane::Control).await?;
+    let Some(before) = find(&mut transaction, id).await? else { return Ok(None) };
+    let mut after = before.clone();
+    if let Some(name) = change.name {
+        after.name = check_text("name", name)?;
+    }
+    if let Some(email) = change.email {
+        after.email = check_text("email", email)?;
+    }
+    after.role = change.role.unwrap_or(before.role);
+    if after.role != RootRole::Admin {
+        keep_an_admin(&mut transaction, id).await?;
+    }
+    sqlx::query("UPDATE accounts SET name = $1, email = $2, role = $3 WHERE id = $4")
+        .bind(after.name.as_deref())
+        .bind(after.email.as_deref())
+        .bind(after.role.id())
+        .bind(id)
+        .execute(&mut *transaction)
+        .await?;
+    let entry = changed(&before, &after);
+    audit::record(&mut transaction, actor, EventKind::UserUpdated, entry).await?;
+    transaction.commit().await?;
+    Ok(Some(after))
+}
+
+/// Replaces what is granted to an account beyond its role.
+pub(super) async fn set_permissions(
+    database: &Database,
+    actor: &Actor,
+    id: i64,
+    permissions: BTreeSet<Permission>,
+) -> Result<Option<Account>, Error> {
+    let mut transaction = database.write(Lane::Control).await?;
+    let Some(before) = find(&mut transaction, id).await? else { return Ok(None) };
+    let delete = sqlx::query("DELETE FROM account_permissions WHERE account_id = $1").bind(id);
+    delete.execute(&mut *transaction).await?;
+    for permission in &permissions {
+        sqlx::query("INSERT INTO account_permissions (account_id, permission) VALUES ($1, $2)")
+            .bind(id)
+            .bind(permission.as_str())
+            .execute(&mut *transaction)
+            .await?;
+    }
+    let after = Account { permissions, ..before.clone() };
+    let entry = changed(&before, &after);
+    audit::record(&mut transaction, actor, EventKind::UserPermissionsChanged, entry).await?;
+    transaction.commit().await?;
+    Ok(Some(after))
+}
+
+/// Sets the hash of an account's password, and ends its sessions but the one of the selector
+/// `keep`.
+pub(super) async fn set_password(
+    database: &Database,
+    actor: &Actor,
+    id: i64,
+    hash: &str,
+    keep: Option<&str>,
+) -> Result<Option<Account>, Error> {
+    let mut transaction = database.write(Lane::Control).await?;
+    let Some(account) = find(&mut transaction, id).await? else { return Ok(None) };
+    let update = sqlx::query("UPDATE accounts SET password = $1 WHERE id = $2");
+    update.bind(hash).bind(id).execute(&mut *transaction).await?;
+    let end = sqlx::query("DELETE FROM sessions WHERE account_id = $1 AND selector <> $2");
+    end.bind(id).bind(keep.unwrap_or_default()).execute(&mut *transaction).await?;
+    let entry = Entry { data: Some(account.data()), ..Entry::default() };
+    audit::record(&mut transaction, actor, EventKind::UserPasswordChanged, entry).await?;
+    transaction.commit().await?;
+    Ok(Some(account))
+}
+
+/// Deletes an account, with its sessions.
+pub(super) async fn delete(
+    database: &Database,
+    actor: &Actor,
+    id: i64,
+) -> Result<Option<Account>, Error> {
+    let mut transaction = database.write(Lane::Control).await?;
+    let Some(account) = find(&mut transaction, id).await? else { return Ok(None) };
+    keep_an_admin(&mut transaction, id).await?;
+    let delete = sqlx::query("DELETE FROM accounts WHERE id = $1").bind(id);
+    delete.execute(&mut *transaction).await?;
+    let entry = Entry { pre_data: Some(account.data()), ..Entry::default() };
+    audit::record(&mut transaction, actor, EventKind::UserDeleted, entry).await?;
+    transaction.commit().await?;
+    Ok(Some(account))
+}
+
+/// Insists on an admin beside the account `id`.
+async fn keep_an_admin(transaction: &mut AnyConnection, id: i64) -> Result<(), Error> {
+    let others = sqlx::query("SELECT id FROM accounts WHERE role = $1 AND id <> $2 LIMIT 1");
+    let others = others.bind(RootRole::Admin.id()).bind(id).fetch_optional(transaction).await?;
+    others.map(drop).ok_or(Error::LastAdmin)
+}
+
+fn changed(before: &Account, after: &Account) -> Entry {
+    Entry { data: Some(after.data()), pre_data: Some(before.data()), ..Entry::default() }
+}
+
+/// The account of a row; `grants` are rows of all accounts' permissions, or of its own.
+fn read(row: &AnyRow, grants: &[AnyRow]) -> Result<Account, sqlx::Error> {
+    let id: i64 = row.try_get("id")?;
+    let mut permissions = BTreeSet::new();
+    for grant in grants {
+        if grant.try_get::<i64, _>("account_id")? == id {
+            // What only a later version knows is not granted by this one.
+            permissions.extend(Permission::parse(grant.try_get("permission")?));
+        }
+    }
+    Ok(Account {
+        id,
+        username: row.try_get("username")?,
+        name: row.try_get("name")?,
+        email: row.try_get("email")?,
+        // Likewise a role.
+        role: RootRole::from_id(row.try_get("role")?).unwrap_or(RootRole::Viewer),
+        permissions,
+        created_at: of_millis(row.try_get("created_at")?),
+        seen_at: row.try_get::<Option<i64>, _>("seen_at")?.map(of_millis),
+    })
+}

@@ -1,0 +1,86 @@
+//! Why an operation of the control plane failed, without telling any secret.
+
+use std::time::Duration;
+
+use sqlx::migrate::MigrateError;
+
+use super::permission::Missing;
+
+/// Why an operation failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The operator may not do this.
+    #[error(transparent)]
+    Missing(#[from] Missing),
+    /// Somebody else has this name.
+    #[error("the {0} is taken")]
+    Taken(&'static str),
+    /// Nobody could administer the instance any more.
+    #[error("the last admin can be neither deleted nor given another role")]
+    LastAdmin,
+    /// There are as many as there may be.
+    #[error("there may be at most {limit} {what}")]
+    Limit {
+        /// Of what.
+        what: &'static str,
+        /// How many.
+        limit: usize,
+    },
+    /// Too many attempts; the next may be made after this time.
+    #[error("too many attempts, try again in {} seconds", .0.as_secs().max(1))]
+    Throttled(Duration),
+    /// The password does not match, or there is no such account.
+    #[error("the username or the password is wrong")]
+    WrongPassword,
+    /// What was given cannot be.
+    #[error("{field}: {reason}")]
+    Invalid {
+        /// The field, as the admin API names it.
+        field: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The database has too much to do; trying again helps.
+    #[error("the database of the control plane is busy")]
+    Busy,
+    /// A newer version has written the database.
+    #[error(
+        "the database of the control plane was written by a newer version of Parapet (its schema \
+         has version {found}, this one knows {known})"
+    )]
+    Newer {
+        /// The version of the database.
+        found: i64,
+        /// The newest version that is known here.
+        known: i64,
+    },
+    /// The database cannot be brought to this version.
+    #[error("the database of the control plane cannot be migrated")]
+    Migration(#[source] MigrateError),
+    /// The file of the database cannot be made.
+    #[error("the file of the control plane's database cannot be opened")]
+    File(#[source] std::io::Error),
+    /// The database failed.
+    #[error("the database of the control plane failed")]
+    Database(#[source] sqlx::Error),
+}
+
+impl Error {
+    /// A field that cannot be as it is.
+    pub(super) fn invalid(field: &'static str, reason: impl Into<String>) -> Self {
+        Self::Invalid { field, reason: reason.into() }
+    }
+}
+
+impl From<sqlx::Error> for Error {
+    fn from(error: sqlx::Error) -> Self {
+        /// SQLite: another connection is writing.
+        const SQLITE_BUSY: &str = "5";
+        let is_busy = match &error {
+            sqlx::Error::PoolTimedOut => true,
+            sqlx::Error::Database(error) => error.code().is_some_and(|code| code == SQLITE_BUSY),
+            _ => false,
+        };
+        if is_busy { Self::Busy } else { Self::Database(error) }
+    }
+}

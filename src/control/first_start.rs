@@ -1,0 +1,165 @@
+//! What an empty database begins with: an admin's account, and tokens.
+
+use super::{
+    accounts::{self, NewAccount},
+    database::{Database, Lane},
+    error::Error,
+    password::{Hasher, Password},
+    permission::{Actor, Operator, RootRole},
+    registry::{self, ApiToken, NewToken},
+};
+use crate::token::{Environment, Grant, Projects, Scope, Token, TokenKind};
+
+/// The environment of tokens that name none.
+const FIRST_ENVIRONMENT: &str = "development";
+
+/// Tokens for an empty registry.
+#[derive(Clone, Debug, Default)]
+pub struct Seed {
+    /// For operators.
+    pub admin: Vec<Token>,
+    /// For server SDKs.
+    pub client: Vec<Token>,
+    /// For frontend SDKs.
+    pub frontend: Vec<Token>,
+}
+
+impl Seed {
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.admin.is_empty() && self.client.is_empty() && self.frontend.is_empty()
+    }
+}
+
+/// The account of an empty database.
+#[derive(Clone, Debug)]
+pub struct FirstAccount {
+    /// Its name.
+    pub username: String,
+    /// Its password; `None` generates one.
+    pub password: Option<Password>,
+}
+
+/// What was found and what was made.
+#[derive(Debug)]
+pub struct Opened {
+    /// The account, when this was the first start.
+    pub account: Option<MadeAccount>,
+    /// The tokens.
+    pub tokens: FoundTokens,
+}
+
+/// The account of the first start.
+#[derive(Debug)]
+pub struct MadeAccount {
+    /// Its name.
+    pub username: String,
+    /// Its password where that was generated, to be shown to its owner once.
+    pub generated: Option<Password>,
+}
+
+/// How the registry of tokens was found.
+#[derive(Debug)]
+pub enum FoundTokens {
+    /// It had tokens, or has lost them all since the first start; seeds are ignored where it had.
+    Existing,
+    /// It was empty and has taken over the seeds.
+    Seeded,
+    /// This was the first start, there were no seeds, and these were generated.
+    Generated(Box<Generated>),
+}
+
+/// Freshly made tokens, to be shown to their owner once.
+#[derive(Debug)]
+pub struct Generated {
+    /// Opens the admin listener.
+    pub admin: Token,
+    /// For server SDKs.
+    pub client: Token,
+    /// For frontend SDKs.
+    pub frontend: Token,
+}
+
+/// The grant that a token's own text names; for forms that name no environment, that of `fallback`.
+pub fn grant_of(kind: TokenKind, token: &Token, fallback: &Environment) -> Grant {
+    let environment = match kind {
+        TokenKind::Admin => Environment::new("*"),
+        _ => token.environment().unwrap_or_else(|| fallback.clone()),
+    };
+    let projects = token.projects().unwrap_or(Projects::All);
+    Grant { kind, scope: Scope { environment, projects } }
+}
+
+/// Gives an empty database its first account and tokens; of instances that start at once, one does.
+pub(super) async fn begin(
+    database: &Database,
+    hasher: &Hasher,
+    seed: &Seed,
+    first: &FirstAccount,
+) -> Result<Opened, Error> {
+    let existing = Opened { account: None, tokens: FoundTokens::Existing };
+    if accounts::count(&mut *database.pool().acquire().await?).await? > 0 {
+        return Ok(existing);
+    }
+    let generated = first.password.is_none().then(Password::generate);
+    let password = first.password.clone().or_else(|| generated.clone());
+    let password = password.unwrap_or_else(Password::generate);
+    // Slow, and so not while the database is locked.
+    let hash = hasher.hash(&password).await?;
+    let mut transaction = database.write(Lane::Control).await?;
+    if accounts::count(&mut transaction).await? > 0 {
+        return Ok(existing);
+    }
+    let actor = Actor { operator: Operator::Shell, address: None };
+    let new = NewAccount {
+        username: first.username.clone(),
+        name: None,
+        email: None,
+        role: RootRole::Admin,
+        password,
+    };
+    let account = accounts::insert(&mut transaction, &actor, new, &hash).await?;
+    let (tokens, found) = if seed.is_empty() {
+        let generated = Generated::new();
+        let tokens = [
+            ("first admin", TokenKind::Admin, generated.admin.clone()),
+            ("first client", TokenKind::Client, generated.client.clone()),
+            ("first frontend", TokenKind::Frontend, generated.frontend.clone()),
+        ];
+        (tokens.to_vec(), FoundTokens::Generated(Box::new(generated)))
+    } else {
+        let of = |kind, tokens: &[Token]| {
+            tokens.iter().map(move |it| ("init", kind, it.clone())).collect::<Vec<_>>()
+        };
+        let mut tokens = of(TokenKind::Admin, &seed.admin);
+        tokens.extend(of(TokenKind::Client, &seed.client));
+        tokens.extend(of(TokenKind::Frontend, &seed.frontend));
+        (tokens, FoundTokens::Seeded)
+    };
+    for (name, kind, secret) in tokens {
+        let Grant { scope, .. } = grant_of(kind, &secret, &Environment::new(FIRST_ENVIRONMENT));
+        let Scope { environment, projects } = scope;
+        let new = NewToken { name: name.to_owned(), kind, environment, projects, expires_at: None };
+        let token = ApiToken::new(new, &secret, actor.operator.name());
+        registry::insert(&mut transaction, &actor, &token, &secret).await?;
+    }
+    database.announce(&mut transaction).await?;
+    transaction.commit().await?;
+    let account = MadeAccount { username: account.username, generated };
+    Ok(Opened { account: Some(account), tokens: found })
+}
+
+impl Generated {
+    fn new() -> Self {
+        let secret = |kind, environment: &str| {
+            let environment = Environment::new(environment);
+            let projects = Projects::All;
+            NewToken { name: String::new(), kind, environment, projects, expires_at: None }.secret()
+        };
+        Self {
+            admin: secret(TokenKind::Admin, "*"),
+            client: secret(TokenKind::Client, FIRST_ENVIRONMENT),
+            frontend: secret(TokenKind::Frontend, FIRST_ENVIRONMENT),
+        }
+    }
+}

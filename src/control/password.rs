@@ -1,0 +1,229 @@
+//! Passwords: read, generated, and hashed with Argon2id.
+//!
+//! A hash is made to be slow and large, so that few are computed at once and few may wait: a flood
+//! of sign-ins costs its senders, and not the process. Who may try how often is `throttle`'s.
+
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use argon2::{
+    Algorithm, Argon2, Params, Version,
+    password_hash::{PasswordHasher as _, PasswordVerifier as _, phc::PasswordHash},
+};
+use rand::Rng as _;
+use tokio::sync::{OnceCell, Semaphore};
+use zeroize::Zeroizing;
+
+use super::error::Error;
+
+/// The shortest password, in bytes.
+const MIN_LEN: usize = 10;
+/// The longest password, in bytes.
+const MAX_LEN: usize = 1024;
+/// How many hashes are computed at once.
+const AT_ONCE: usize = 2;
+/// How many hashes may wait.
+const MAX_WAITING: usize = 64;
+/// When those may come back that were too many.
+const COME_BACK: Duration = Duration::from_secs(2);
+
+/// A password in plaintext: wiped when dropped, and never printed.
+#[derive(Clone)]
+pub struct Password(Zeroizing<String>);
+
+/// Why a text cannot be a password; never repeats the text.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum PasswordError {
+    /// It could be guessed.
+    #[error("the password must have at least {MIN_LEN} characters")]
+    TooShort,
+    /// It would cost too much.
+    #[error("the password must have at most {MAX_LEN} bytes")]
+    TooLong,
+}
+
+impl Password {
+    /// Reads a password that is to be set.
+    pub fn parse(text: &str) -> Result<Self, PasswordError> {
+        if text.chars().count() < MIN_LEN {
+            return Err(PasswordError::TooShort);
+        }
+        Self::for_sign_in(text)
+    }
+
+    /// Reads a password that is to be compared: any text of a bearable length.
+    pub fn for_sign_in(text: &str) -> Result<Self, PasswordError> {
+        if text.len() > MAX_LEN {
+            return Err(PasswordError::TooLong);
+        }
+        Ok(Self(Zeroizing::new(text.to_owned())))
+    }
+
+    /// A random one of 130 bits, without letters that are easily taken for others.
+    pub fn generate() -> Self {
+        const LETTERS: &[u8; 32] = b"abcdefghjkmnpqrstuvwxyz023456789";
+        const LEN: usize = 26;
+        let mut bytes = Zeroizing::new([0_u8; LEN]);
+        rand::rng().fill_bytes(&mut *bytes);
+        let mut text = Zeroizing::new(String::with_capacity(LEN + 4));
+        for (at, byte) in bytes.iter().enumerate() {
+            if at > 0 && at.is_multiple_of(6) {
+                text.push('-');
+            }
+            text.push(char::from(LETTERS[usize::from(byte % 32)]));
+        }
+        Self(text)
+    }
+
+    /// The text, for its owner's eyes.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Password {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Password(..)")
+    }
+}
+
+/// Computes and compares hashes, a few at once. A cheap handle.
+#[derive(Clone, Debug)]
+pub(super) struct Hasher {
+    free: Arc<Semaphore>,
+    waiting: Arc<AtomicUsize>,
+    /// What a password is compared with where there is no account: takes as long, matches nothing.
+    decoy: Arc<OnceCell<String>>,
+}
+
+impl Hasher {
+    pub(super) fn new() -> Self {
+        Self {
+            free: Arc::new(Semaphore::new(AT_ONCE)),
+            waiting: Arc::default(),
+            decoy: Arc::default(),
+        }
+    }
+
+    /// The PHC string of a password.
+    pub(super) async fn hash(&self, password: &Password) -> Result<String, Error> {
+        let password = password.clone();
+        let hash = move || argon2().hash_password(password.0.as_bytes()).map(|it| it.to_string());
+        Ok(self.compute(hash).await?.expect("a salt can be drawn and the parameters are valid"))
+    }
+
+    /// Whether `password` is that of `hash`; without a hash it is not, after the same time.
+    pub(super) async fn verify(
+        &self,
+        password: &Password,
+        hash: Option<&str>,
+    ) -> Result<bool, Error> {
+        let known = hash.is_some();
+        let hash = if let Some(hash) = hash {
+            hash.to_owned()
+        } else {
+            let decoy = async || self.hash(&Password::generate()).await;
+            self.decoy.get_or_try_init(decoy).await?.clone()
+        };
+        let password = password.clone();
+        let verify = move || {
+            let matches = |hash| argon2().verify_password(password.0.as_bytes(), &hash).is_ok();
+            PasswordHash::new(&hash).is_ok_and(matches)
+        };
+        Ok(self.compute(verify).await? && known)
+    }
+
+    /// Does slow work on a thread of its own when one is free.
+    async fn compute<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Error> {
+        let Some(waiting) = Waiting::join(&self.waiting) else {
+            return Err(Error::Throttled(COME_BACK));
+        };
+        let free = Arc::clone(&self.free);
+        let permit = free.acquire_owned().await.expect("the semaphore is never closed");
+        drop(waiting);
+        // The permit goes with the work: a caller that gives up does not make room for another.
+        let run = move || {
+            let done = work();
+            drop(permit);
+            done
+        };
+        Ok(tokio::task::spawn_blocking(run).await.expect("hashing does not panic"))
+    }
+}
+
+/// A place in the queue, given back when dropped.
+struct Waiting<'a>(&'a AtomicUsize);
+
+impl<'a> Waiting<'a> {
+    fn join(count: &'a AtomicUsize) -> Option<Self> {
+        let place = Self(count);
+        (count.fetch_add(1, Ordering::Relaxed) < MAX_WAITING).then_some(place)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn argon2() -> Argon2<'static> {
+    /// 19 MiB.
+    const MEMORY_KIB: u32 = 19_456;
+    let params = Params::new(MEMORY_KIB, 2, 1, None).expect("the parameters are valid");
+    Argon2::new(Algorithm::Argon2id, Version::V0x13, params)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_password_has_a_length_and_shows_nothing() {
+        let error = |text: &str| Password::parse(text).err();
+        assert_eq!(error("nine char"), Some(PasswordError::TooShort));
+        assert_eq!(error("ten chars!"), None);
+        assert_eq!(error(&"x".repeat(1025)), Some(PasswordError::TooLong));
+        assert!(Password::for_sign_in("short").is_ok());
+        assert!(Password::for_sign_in(&"x".repeat(1025)).is_err());
+        let generated = Password::generate();
+        assert!(Password::parse(generated.expose()).is_ok());
+        assert_ne!(generated.expose(), Password::generate().expose());
+        assert!(!format!("{generated:?}").contains(generated.expose()));
+    }
+
+    #[tokio::test]
+    async fn a_hash_matches_its_password_and_no_other() {
+        let hasher = Hasher::new();
+        let password = Password::generate();
+        let hash = hasher.hash(&password).await.unwrap();
+        assert!(hash.starts_with("$argon2id$v=19$m=19456,t=2,p=1$"), "{hash}");
+        assert!(hasher.verify(&password, Some(&hash)).await.unwrap());
+        assert!(!hasher.verify(&Password::generate(), Some(&hash)).await.unwrap());
+        assert!(!hasher.verify(&password, None).await.unwrap());
+        assert!(!hasher.verify(&password, Some("no hash")).await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn more_than_can_wait_are_turned_away() {
+        let hasher = Hasher::new();
+        let all = Arc::clone(&hasher.free).acquire_many_owned(2).await.unwrap();
+        let mut queue: Vec<_> = (0..MAX_WAITING).map(|_| Box::pin(hasher.compute(|| ()))).collect();
+        for place in &mut queue {
+            assert!(futures_util::poll!(place.as_mut()).is_pending());
+        }
+        assert!(matches!(hasher.compute(|| ()).await, Err(Error::Throttled(_))));
+        drop(queue);
+        drop(all);
+        hasher.compute(|| ()).await.unwrap();
+    }
+}

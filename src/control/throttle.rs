@@ -1,0 +1,134 @@
+//! How often may be tried: token buckets in memory, of which there is a bounded number.
+//!
+//! A bucket that has filled up again says nothing and is forgotten. While there are as many as
+//! there may be, whoever is new shares one: a flood throttles newcomers rather than forgetting whom
+//! it was throttling.
+
+use std::{
+    collections::HashMap,
+    hash::Hash,
+    net::{IpAddr, Ipv6Addr},
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+/// How many buckets there may be.
+const MAX_KEYS: usize = 10_000;
+
+/// How often something may be done.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rate {
+    /// So often at once.
+    pub(super) burst: u32,
+    /// And then once in this time.
+    pub(super) every: Duration,
+}
+
+impl Rate {
+    /// How long it takes to fill a bucket that is `used`.
+    fn refill(self, used: u32) -> Duration {
+        self.every * used
+    }
+}
+
+/// Buckets by key.
+#[derive(Debug)]
+pub(super) struct Buckets<K> {
+    rate: Rate,
+    max: usize,
+    /// By key, when its bucket will be full.
+    full_at: Mutex<HashMap<Option<K>, Instant>>,
+}
+
+impl<K: Clone + Eq + Hash> Buckets<K> {
+    pub(super) fn new(rate: Rate) -> Self {
+        Self { rate, max: MAX_KEYS, full_at: Mutex::default() }
+    }
+
+    /// Takes one from the bucket of `key`, or says when there will be one.
+    pub(super) fn take(&self, key: &K) -> Result<(), Duration> {
+        let now = Instant::now();
+        let mut buckets = self.full_at.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut key = Some(key.clone());
+        if !buckets.contains_key(&key) && buckets.len() >= self.max {
+            buckets.retain(|_, full_at| *full_at > now);
+            if buckets.len() >= self.max {
+                key = None;
+            }
+        }
+        let full_at = buckets.get(&key).map_or(now, |at| (*at).max(now)) + self.rate.every;
+        let wait = (full_at - now).saturating_sub(self.rate.refill(self.rate.burst));
+        if wait > Duration::ZERO {
+            return Err(wait);
+        }
+        buckets.insert(key, full_at);
+        Ok(())
+    }
+
+    /// Gives back what [`Buckets::take`] took.
+    pub(super) fn give_back(&self, key: &K) {
+        let mut buckets = self.full_at.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(full_at) = buckets.get_mut(&Some(key.clone())) {
+            *full_at = full_at.checked_sub(self.rate.every).unwrap_or(*full_at);
+        }
+    }
+}
+
+/// Where somebody comes from, as far as they cannot choose it: of IPv6 the network of 64 bits.
+pub(super) fn origin(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => {
+            let network = address.to_bits() & (u128::MAX << 64);
+            IpAddr::V6(Ipv6Addr::from_bits(network))
+        }
+        address @ IpAddr::V4(_) => address,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RATE: Rate = Rate { burst: 2, every: Duration::from_secs(10) };
+
+    #[tokio::test(start_paused = true)]
+    async fn a_bucket_empties_and_fills_again() {
+        let buckets = Buckets::new(RATE);
+        assert_eq!(buckets.take(&"a"), Ok(()));
+        assert_eq!(buckets.take(&"a"), Ok(()));
+        assert_eq!(buckets.take(&"a"), Err(Duration::from_secs(10)));
+        assert_eq!(buckets.take(&"b"), Ok(()));
+        tokio::time::advance(Duration::from_secs(10)).await;
+        assert_eq!(buckets.take(&"a"), Ok(()));
+        assert_eq!(buckets.take(&"a"), Err(Duration::from_secs(10)));
+        buckets.give_back(&"a");
+        assert_eq!(buckets.take(&"a"), Ok(()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn buckets_are_bounded_and_a_flood_of_keys_throttles_newcomers() {
+        let buckets = Buckets { max: 3, ..Buckets::new(RATE) };
+        for key in 0..3 {
+            assert_eq!(buckets.take(&key), Ok(()));
+        }
+        let admitted = (3..1000).filter(|key| buckets.take(key).is_ok()).count();
+        assert_eq!(admitted, 2);
+        assert_eq!(buckets.take(&0), Ok(()), "whoever was known has a bucket still");
+        assert!(buckets.full_at.lock().unwrap().len() <= 4);
+        tokio::time::advance(Duration::from_mins(1)).await;
+        assert_eq!(buckets.take(&5), Ok(()));
+        assert_eq!(buckets.full_at.lock().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn an_origin_is_what_its_holder_cannot_vary() {
+        let check = |one: &str, other: &str| {
+            assert_eq!(origin(one.parse().unwrap()), other.parse::<IpAddr>().unwrap());
+        };
+        check("192.0.2.7", "192.0.2.7");
+        check("::ffff:192.0.2.7", "192.0.2.7");
+        check("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::");
+    }
+}

@@ -1,0 +1,140 @@
+//! What there is: environments, projects, and flags, as the snapshots have them.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use serde_json::Value;
+
+use crate::{
+    http::reply::{self, Failure, Reply},
+    snapshot::{Snapshot, Snapshots},
+    wire::{admin as wire, features::Feature},
+};
+
+/// The project that is there even when no flag is of it.
+const DEFAULT_PROJECT: &str = "default";
+
+/// What there is at the moment.
+#[derive(Debug)]
+pub(super) struct Catalogue(BTreeMap<String, Arc<Snapshot>>);
+
+impl Catalogue {
+    /// What `snapshots` hold.
+    pub(super) fn of(snapshots: &Snapshots) -> Self {
+        let all = snapshots.all();
+        let entry = |snapshot: &Arc<Snapshot>| {
+            (snapshot.environment().as_str().to_owned(), Arc::clone(snapshot))
+        };
+        Self(all.values().map(entry).collect())
+    }
+
+    /// Whether there is an environment of this name.
+    pub(super) fn has_environment(&self, name: &str) -> bool {
+        self.0.contains_key(name)
+    }
+
+    /// The names of the environments.
+    pub(super) fn environment_names(&self) -> Vec<String> {
+        self.0.keys().cloned().collect()
+    }
+
+    /// Whether there is a project of this id.
+    pub(super) fn has_project(&self, id: &str) -> bool {
+        id == DEFAULT_PROJECT || self.features().any(|feature| **feature.project() == *id)
+    }
+
+    /// Insists on a project.
+    pub(super) fn require_project(&self, id: &str) -> Result<(), Failure> {
+        let missing = || Failure::Missing("there is no such project".to_owned());
+        self.has_project(id).then_some(()).ok_or_else(missing)
+    }
+
+    /// The ids of the projects.
+    pub(super) fn project_ids(&self) -> Vec<String> {
+        let of_flags = self.features().map(|feature| &**feature.project());
+        let ids: BTreeSet<_> = of_flags.chain([DEFAULT_PROJECT]).collect();
+        ids.into_iter().map(str::to_owned).collect()
+    }
+
+    fn features(&self) -> impl Iterator<Item = &Feature> {
+        self.0.values().flat_map(|snapshot| snapshot.document().features())
+    }
+
+    /// The environments.
+    pub(super) fn environments(&self) -> Reply {
+        let environments =
+            self.0.iter().enumerate().map(|(at, (name, snapshot))| wire::Environment {
+                r#type: if name.starts_with("prod") { "production" } else { "development" },
+                name: name.clone(),
+                enabled: true,
+                protected: false,
+                sort_order: at + 1,
+                total_toggle_count: snapshot.document().features().len(),
+            });
+        reply::document(&wire::Environments { version: 1, environments: environments.collect() })
+    }
+
+    /// The projects.
+    pub(super) fn projects(&self) -> Reply {
+        let mut flags: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+        flags.entry(DEFAULT_PROJECT).or_default();
+        for feature in self.features() {
+            flags.entry(feature.project()).or_default().insert(feature.name());
+        }
+        let project = |(id, flags): (&str, BTreeSet<&str>)| wire::Project {
+            id: id.to_owned(),
+            name: id.to_owned(),
+            feature_count: flags.len(),
+        };
+        let projects = flags.into_iter().map(project).collect();
+        reply::document(&wire::Projects { version: 1, projects })
+    }
+
+    /// The flags of an environment.
+    pub(super) fn flags(&self, environment: &str) -> Result<Reply, Failure> {
+        let flags = self.snapshot(environment)?.document().features().iter().map(summary);
+        let environment = environment.to_owned();
+        Ok(reply::document(&wire::Flags { environment, flags: flags.collect() }))
+    }
+
+    /// One flag of an environment.
+    pub(super) fn flag(&self, environment: &str, name: &str) -> Result<Reply, Failure> {
+        let document = self.snapshot(environment)?.document();
+        let feature = document
+            .feature(name)
+            .ok_or_else(|| Failure::Missing("there is no such flag".to_owned()))?;
+        let parse = |raw: &str| serde_json::from_str(raw).unwrap_or(Value::Null);
+        let segments = feature.segment_ids().iter().filter_map(|id| document.segment(*id));
+        Ok(reply::document(&wire::FlagDetail {
+            environment: environment.to_owned(),
+            flag: parse(feature.raw()),
+            segments: segments.map(|segment| parse(segment.raw())).collect(),
+        }))
+    }
+
+    fn snapshot(&self, environment: &str) -> Result<&Snapshot, Failure> {
+        let missing = || Failure::Missing("there is no such environment".to_owned());
+        self.0.get(environment).map(|snapshot| &**snapshot).ok_or_else(missing)
+    }
+}
+
+/// A flag at a glance; of one that cannot be read there is just the name.
+fn summary(feature: &Feature) -> wire::FlagSummary {
+    let parsed: Value = serde_json::from_str(feature.raw()).unwrap_or(Value::Null);
+    let text = |name: &str| parsed[name].as_str().map(str::to_owned);
+    let is = |name: &str| parsed[name].as_bool().unwrap_or(false);
+    let count = |name: &str| parsed[name].as_array().map_or(0, Vec::len);
+    wire::FlagSummary {
+        name: feature.name().to_string(),
+        r#type: text("type"),
+        project: feature.project().to_string(),
+        enabled: is("enabled"),
+        stale: is("stale"),
+        description: text("description"),
+        strategies: count("strategies"),
+        variants: count("variants"),
+        impression_data: is("impressionData"),
+    }
+}

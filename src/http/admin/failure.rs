@@ -1,0 +1,35 @@
+//! What the control plane's errors are to whoever asked.
+
+use std::time::Duration;
+
+use tracing::error;
+
+use crate::{control::Error, http::reply::Failure, telemetry::report, wire::admin::Problem};
+
+/// When trying again makes sense where the database does not answer.
+const TRY_AGAIN: Duration = Duration::from_secs(5);
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Missing(missing) => Self::Permission(missing.permission()),
+            Error::Taken(_) => Self::Taken(error.to_string()),
+            Error::LastAdmin => Self::Denied(error.to_string()),
+            Error::Limit { .. } => Self::Malformed(error.to_string()),
+            Error::Throttled(pause) => Self::Throttled(pause),
+            Error::WrongPassword => Self::WrongPassword,
+            Error::Invalid { field, reason } => {
+                Self::Invalid(vec![Problem { path: field, reason }])
+            }
+            Error::Busy
+            | Error::Newer { .. }
+            | Error::Migration(_)
+            | Error::File(_)
+            | Error::Database(_) => {
+                error!(error = report(&error), "The control plane cannot use its database");
+                let what = "the database of accounts and tokens does not answer";
+                Self::Unavailable { what, retry_after: TRY_AGAIN }
+            }
+        }
+    }
+}

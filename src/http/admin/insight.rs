@@ -1,0 +1,152 @@
+//! What operators see of the instance: its state, its flags, and the tokens it knows.
+//!
+//! Tokens are shown masked, always. Nothing is changed here.
+
+use std::{fmt::Write as _, time::Duration};
+
+use jiff::Timestamp;
+use serde_json::{Map, Value, json};
+
+use crate::{
+    auth::Authenticator,
+    http::ops::Ops,
+    snapshot::{Filter, Segments, Snapshot, Snapshots, body::Coding},
+    token::Projects,
+    upstream::Upstream,
+    usage::Usage,
+};
+
+/// What the instance says of itself.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// The mode that it runs in.
+    pub mode: &'static str,
+    /// The name that all instances of a deployment share.
+    pub app_name: String,
+    /// The name of this instance.
+    pub instance_id: String,
+    /// Who runs it, in Unleash's words.
+    pub hosting: String,
+    /// The region that it runs in, where known.
+    pub region: Option<String>,
+    /// When it started.
+    pub started: Timestamp,
+}
+
+/// What there is to see.
+#[derive(Debug)]
+pub struct Insight {
+    /// What the instance says of itself.
+    pub identity: Identity,
+    /// Who judges tokens.
+    pub auth: Authenticator,
+    /// What is served.
+    pub snapshots: Snapshots,
+    /// What waits to be sent.
+    pub usage: Usage,
+    /// Where it is sent, if anywhere.
+    pub upstream: Option<Upstream>,
+    /// What probes and scrapes are told.
+    pub ops: Ops,
+}
+
+impl Insight {
+    /// Everything that an operator needs to see at a glance.
+    pub fn status(&self) -> Value {
+        let now = Timestamp::now();
+        let snapshots = self.snapshots.all();
+        let mut environments: Vec<_> = snapshots.values().collect();
+        environments.sort_by_key(|snapshot| snapshot.environment());
+        json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "mode": self.identity.mode,
+            "appName": self.identity.app_name,
+            "instanceId": self.identity.instance_id,
+            "started": self.identity.started.to_string(),
+            "ready": self.ops.is_ready(),
+            "environments": environments.iter().map(|it| environment(it, now)).collect::<Vec<_>>(),
+            "upstream": self.upstream.as_ref().map(upstream),
+            "tokens": {
+                "valid": self.auth.verdicts().len(),
+                "refused": self.auth.refused_count(),
+            },
+        })
+    }
+
+    /// The flag configuration of each environment, as Unleash Edge shows it.
+    pub fn features(&self) -> String {
+        let snapshots = self.snapshots.all();
+        let mut text = String::from("{");
+        for (n, (environment, snapshot)) in snapshots.iter().enumerate() {
+            let listing = snapshot.listing(&Projects::All, Filter::default(), Segments::Separate);
+            let json = String::from_utf8_lossy(&listing.make(Coding::Identity).bytes).into_owned();
+            let separator = if n > 0 { "," } else { "" };
+            let name = Value::from(environment.as_str());
+            write!(text, "{separator}{name}:{json}").expect("writing to a string cannot fail");
+        }
+        text.push('}');
+        text
+    }
+
+    /// The known tokens, in the shape that Unleash Edge shows them in.
+    pub fn tokens(&self) -> Value {
+        let known = self.auth.verdicts().into_iter().map(|verdict| {
+            let grant = verdict.grant();
+            json!({
+                "token": verdict.masked(),
+                "type": grant.kind.as_str(),
+                "environment": grant.scope.environment.as_str(),
+                "projects": grant.scope.projects.to_list(),
+                "status": "Validated",
+                "lastChecked": verdict.checked().to_string(),
+            })
+        });
+        json!({
+            "tokenRefreshes": [],
+            "tokenValidationStatus": known.collect::<Vec<_>>(),
+            "invalidTokenCount": self.auth.refused_count(),
+        })
+    }
+
+    /// This instance and the edges behind it, as Unleash Edge shows them.
+    pub fn instance_data(&self) -> Value {
+        json!({
+            "this_instance": {
+                "identifier": self.identity.instance_id,
+                "appName": self.identity.app_name,
+                "hosting": self.identity.hosting,
+                "region": self.identity.region,
+                "edgeVersion": env!("CARGO_PKG_VERSION"),
+                "started": self.identity.started.to_string(),
+            },
+            "connected_instances": self.usage.instances(),
+        })
+    }
+}
+
+fn environment(snapshot: &Snapshot, now: Timestamp) -> Value {
+    let confirmed = snapshot.confirmed();
+    let age = Duration::try_from(now.duration_since(confirmed)).unwrap_or_default();
+    let problems = snapshot.problems().iter().map(ToString::to_string);
+    let known = confirmed != Timestamp::UNIX_EPOCH;
+    json!({
+        "name": snapshot.environment().as_str(),
+        "flags": snapshot.document().features().len(),
+        "segments": snapshot.document().segments().len(),
+        "revision": snapshot.document().revision(),
+        "confirmed": known.then(|| confirmed.to_string()),
+        "ageSeconds": known.then_some(age.as_secs()),
+        "problems": problems.collect::<Vec<_>>(),
+    })
+}
+
+fn upstream(upstream: &Upstream) -> Value {
+    let health = upstream.health();
+    let mut json = Map::new();
+    json.insert("lastSuccess".to_owned(), json!(health.last_success.map(|at| at.to_string())));
+    if let Some((at, error)) = health.last_error {
+        json.insert("lastError".to_owned(), json!({"at": at.to_string(), "error": error}));
+    }
+    json.insert("consecutiveFailures".to_owned(), json!(health.consecutive_failures));
+    Value::Object(json)
+}

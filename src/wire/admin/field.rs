@@ -1,0 +1,122 @@
+//! Members of a request that are judged one by one, so that all that is wrong is told at once.
+
+use std::borrow::Cow;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator};
+use serde::{Deserialize, Deserializer};
+use serde_json::Value;
+
+/// A member of a request.
+#[derive(Debug, Default)]
+pub enum Field<T> {
+    /// It is not there.
+    #[default]
+    Missing,
+    /// It is there and can be used.
+    Is(T),
+    /// It is there and cannot be used.
+    Wrong(String),
+}
+
+/// What is wrong with one member of a request; repeats nothing of it.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Problem {
+    /// The member, as in `projects`.
+    pub path: &'static str,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+/// Everything that is wrong with a request.
+#[derive(Debug, Default)]
+pub struct Problems(Vec<Problem>);
+
+impl Problems {
+    /// Notes what is wrong with a member.
+    pub fn add(&mut self, path: &'static str, reason: impl Into<String>) {
+        self.0.push(Problem { path, reason: reason.into() });
+    }
+
+    /// The value of a member that may be left out.
+    pub fn optional<T>(&mut self, path: &'static str, field: Field<T>) -> Option<T> {
+        match field {
+            Field::Missing => None,
+            Field::Is(value) => Some(value),
+            Field::Wrong(reason) => {
+                self.add(path, reason);
+                None
+            }
+        }
+    }
+
+    /// The value of a member that must be there.
+    pub fn required<T>(&mut self, path: &'static str, field: Field<T>) -> Option<T> {
+        if matches!(field, Field::Missing) {
+            self.add(path, "is missing");
+        }
+        self.optional(path, field)
+    }
+
+    /// All of them, if there are any.
+    pub fn finish(self) -> Result<(), Vec<Problem>> {
+        if self.0.is_empty() { Ok(()) } else { Err(self.0) }
+    }
+}
+
+impl<T> Field<T> {
+    /// This member, or where it is missing another under its older name.
+    #[must_use]
+    pub fn or(self, older: Self) -> Self {
+        match self {
+            Self::Missing => older,
+            Self::Is(_) | Self::Wrong(_) => self,
+        }
+    }
+}
+
+/// A type that a member can have.
+pub trait Member: Sized {
+    /// Reads it; an error says what was expected, without repeating what came.
+    fn read(value: &Value) -> Result<Self, String>;
+}
+
+impl<'de, T: Member> Deserialize<'de> for Field<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let value = Value::deserialize(deserializer)?;
+        Ok(T::read(&value).map_or_else(Self::Wrong, Self::Is))
+    }
+}
+
+impl<T: JsonSchema> JsonSchema for Field<T> {
+    fn schema_name() -> Cow<'static, str> {
+        T::schema_name()
+    }
+
+    fn inline_schema() -> bool {
+        T::inline_schema()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        T::json_schema(generator)
+    }
+}
+
+impl<T: Member> Member for Option<T> {
+    fn read(value: &Value) -> Result<Self, String> {
+        if value.is_null() { Ok(None) } else { T::read(value).map(Some) }
+    }
+}
+
+impl<T: Member> Member for Vec<T> {
+    fn read(value: &Value) -> Result<Self, String> {
+        let items = value.as_array().ok_or("must be a list")?;
+        let read = |(at, item)| T::read(item).map_err(|why| format!("item {}: {why}", at + 1));
+        items.iter().enumerate().map(read).collect()
+    }
+}
+
+impl Member for i64 {
+    fn read(value: &Value) -> Result<Self, String> {
+        value.as_i64().ok_or_else(|| "must be a whole number".to_owned())
+    }
+}

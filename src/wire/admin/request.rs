@@ -1,0 +1,328 @@
+//! What operators send to the admin API.
+//!
+//! Each type is what the API's document describes. Reading one collects everything that is wrong;
+//! whether an environment exists, or who may do it, is for others to say.
+
+use std::{borrow::Cow, fmt};
+
+use jiff::Timestamp;
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::Deserialize;
+use serde_json::Value;
+use zeroize::Zeroizing;
+
+use super::field::{Field, Member};
+
+/// The longest name, of a token or an account, in characters.
+const MAX_NAME: usize = 255;
+
+/// The longest name of an environment or a project, in characters.
+const MAX_ID: usize = 100;
+
+/// A name for people: one line.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Name(pub String);
+
+impl Member for Name {
+    fn read(value: &Value) -> Result<Self, String> {
+        let text = value.as_str().ok_or("must be a text")?.trim();
+        if text.is_empty() || text.chars().count() > MAX_NAME || text.chars().any(char::is_control)
+        {
+            return Err(format!("must be one line of 1 to {MAX_NAME} characters"));
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+impl JsonSchema for Name {
+    fn schema_name() -> Cow<'static, str> {
+        "Name".into()
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({ "type": "string", "minLength": 1, "maxLength": MAX_NAME })
+    }
+}
+
+/// The name of an environment or the id of a project; it becomes part of tokens.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Id(pub String);
+
+impl Member for Id {
+    fn read(value: &Value) -> Result<Self, String> {
+        let text = value.as_str().ok_or("must be a text")?;
+        let fits = |c: char| c.is_ascii_alphanumeric() || "-_~".contains(c);
+        if text != "*" && (text.is_empty() || text.len() > MAX_ID || !text.chars().all(fits)) {
+            return Err(format!("must be * or 1 to {MAX_ID} letters, digits, `-`, `_` or `~`"));
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+impl JsonSchema for Id {
+    fn schema_name() -> Cow<'static, str> {
+        "Id".into()
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "type": "string", "minLength": 1, "maxLength": MAX_ID,
+            "pattern": r"^(\*|[A-Za-z0-9_~-]+)$",
+        })
+    }
+}
+
+/// The kind of a token, as [`crate::token::TokenKind::parse`] reads it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Kind(pub crate::token::TokenKind);
+
+impl Member for Kind {
+    fn read(value: &Value) -> Result<Self, String> {
+        let kind = value.as_str().and_then(crate::token::TokenKind::parse);
+        kind.map(Self).ok_or_else(|| "must be backend (or client), frontend or admin".to_owned())
+    }
+}
+
+impl JsonSchema for Kind {
+    fn schema_name() -> Cow<'static, str> {
+        "TokenKind".into()
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "type": "string",
+            "enum": ["backend", "client", "frontend", "admin"],
+            "description": "In any case; `client` is the older name of `backend`.",
+        })
+    }
+}
+
+/// A point in time, RFC 3339.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Instant(pub Timestamp);
+
+impl Member for Instant {
+    fn read(value: &Value) -> Result<Self, String> {
+        let time = value.as_str().and_then(|text| text.parse().ok());
+        time.map(Self).ok_or_else(|| "must be a time, as in 2027-01-31T12:00:00Z".to_owned())
+    }
+}
+
+impl JsonSchema for Instant {
+    fn schema_name() -> Cow<'static, str> {
+        "Instant".into()
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({ "type": "string", "format": "date-time" })
+    }
+}
+
+/// A password on its way to be judged; not shown, and wiped.
+pub struct Hidden(pub Zeroizing<String>);
+
+impl fmt::Debug for Hidden {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Hidden")
+    }
+}
+
+impl Member for Hidden {
+    fn read(value: &Value) -> Result<Self, String> {
+        let text = value.as_str().ok_or("must be a text")?;
+        if text.is_empty() || text.len() > 1024 {
+            return Err("must have 1 to 1024 bytes".to_owned());
+        }
+        Ok(Self(Zeroizing::new(text.to_owned())))
+    }
+}
+
+impl JsonSchema for Hidden {
+    fn schema_name() -> Cow<'static, str> {
+        "Password".into()
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({ "type": "string", "format": "password", "minLength": 1, "maxLength": 1024 })
+    }
+}
+
+/// `POST /auth/simple/login`
+#[derive(Debug, Deserialize, JsonSchema)]
+pub struct Login {
+    /// The account's name.
+    #[serde(default)]
+    #[schemars(required)]
+    pub username: Field<Name>,
+    /// Its password.
+    #[serde(default)]
+    #[schemars(required)]
+    pub password: Field<Hidden>,
+}
+
+/// `POST /api/admin/api-tokens`
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct CreateToken {
+    /// What tells it apart in lists and in the audit log.
+    #[serde(default)]
+    #[schemars(required)]
+    pub token_name: Field<Name>,
+    /// The name that `tokenName` had before Unleash 4.22.
+    #[serde(default)]
+    pub username: Field<Name>,
+    /// What it is for.
+    #[serde(default)]
+    #[schemars(required)]
+    pub r#type: Field<Kind>,
+    /// The environment that it sees, `development` where none is named; `*` for admin tokens.
+    #[serde(default)]
+    pub environment: Field<Id>,
+    /// The projects that it sees, all where none is named.
+    #[serde(default)]
+    #[schemars(length(min = 1, max = 500))]
+    pub projects: Field<Vec<Id>>,
+    /// One project, as before Unleash 4.5.
+    #[serde(default)]
+    pub project: Field<Id>,
+    /// When it ends.
+    #[serde(default)]
+    pub expires_at: Field<Option<Instant>>,
+}
+
+/// `PUT /api/admin/api-tokens/{token}`
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct UpdateToken {
+    /// When it ends; null is never.
+    #[serde(default)]
+    #[schemars(required)]
+    pub expires_at: Field<Option<Instant>>,
+}
+
+/// `POST /api/admin/user-admin`
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct CreateUser {
+    /// The name to sign in with; `email` stands in for it.
+    #[serde(default)]
+    pub username: Field<Option<Name>>,
+    /// The name to be shown.
+    #[serde(default)]
+    pub name: Field<Option<Name>>,
+    /// Where its owner can be reached.
+    #[serde(default)]
+    pub email: Field<Option<Name>>,
+    /// 1 Admin, 2 Editor, 3 Viewer; or that name.
+    #[serde(default)]
+    #[schemars(required)]
+    pub root_role: Field<Role>,
+    /// Its first password.
+    #[serde(default)]
+    #[schemars(required)]
+    pub password: Field<Hidden>,
+}
+
+/// `PUT /api/admin/user-admin/{id}`; what is left out stays.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct UpdateUser {
+    /// The name to be shown; null for none.
+    #[serde(default)]
+    pub name: Field<Option<Name>>,
+    /// Where its owner can be reached; null for nowhere.
+    #[serde(default)]
+    pub email: Field<Option<Name>>,
+    /// 1 Admin, 2 Editor, 3 Viewer; or that name.
+    #[serde(default)]
+    pub root_role: Field<Role>,
+}
+
+/// `PUT /api/admin/user-admin/{id}/permissions`
+#[derive(Debug, Deserialize, JsonSchema)]
+pub struct SetPermissions {
+    /// All that the account is granted beyond its role.
+    #[serde(default)]
+    #[schemars(required)]
+    pub permissions: Field<Vec<Name>>,
+}
+
+/// `POST /api/admin/user-admin/{id}/change-password`
+#[derive(Debug, Deserialize, JsonSchema)]
+pub struct ResetPassword {
+    /// The new password.
+    #[serde(default)]
+    #[schemars(required)]
+    pub password: Field<Hidden>,
+}
+
+/// `POST /api/admin/user/change-password`
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ChangePassword {
+    /// The new password.
+    #[serde(default)]
+    #[schemars(required)]
+    pub password: Field<Hidden>,
+    /// The new one again, where a form asks for it twice.
+    #[serde(default)]
+    pub confirm_password: Field<Hidden>,
+    /// The present one.
+    #[serde(default)]
+    #[schemars(required)]
+    pub old_password: Field<Hidden>,
+}
+
+/// A root role by its number or its name.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Role {
+    /// 1, 2 or 3.
+    Id(i64),
+    /// `Admin`, `Editor` or `Viewer`.
+    Name(String),
+}
+
+impl Member for Role {
+    fn read(value: &Value) -> Result<Self, String> {
+        match value {
+            Value::Number(number) => number.as_i64().map(Self::Id),
+            Value::String(name) => Some(Self::Name(name.clone())),
+            _ => None,
+        }
+        .ok_or_else(|| "must be 1 (Admin), 2 (Editor) or 3 (Viewer)".to_owned())
+    }
+}
+
+impl JsonSchema for Role {
+    fn schema_name() -> Cow<'static, str> {
+        "RootRole".into()
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({ "enum": [1, 2, 3, "Admin", "Editor", "Viewer"] })
+    }
+}

@@ -1,0 +1,98 @@
+//! The request to explain a flag: `{"environment", "flag", "context"}`.
+//!
+//! The context is read as a frontend's is. What the answer holds is the engine's business.
+
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use super::{
+    context::{self, FrontendContext},
+    features::{Loose, Text},
+};
+
+/// What is to be explained.
+#[derive(Debug)]
+pub struct Question<'a> {
+    /// The environment whose flag it is.
+    pub environment: Text<'a>,
+    /// The flag's name.
+    pub flag: Text<'a>,
+    /// For whom.
+    pub context: FrontendContext<'a>,
+}
+
+/// Why a request says nothing that could be explained.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The body is no JSON object.
+    #[error("the body must be a JSON object: {0}")]
+    Json(#[from] serde_json::Error),
+    /// A name is missing, empty, or no text.
+    #[error("`{0}` must be a name")]
+    Name(&'static str),
+    /// The context cannot be read.
+    #[error("`context` cannot be read: {0}")]
+    Context(#[from] context::Error),
+}
+
+impl<'a> Question<'a> {
+    /// Reads a body; a context that is absent or `null` is an empty one.
+    pub fn parse(body: &'a [u8]) -> Result<Self, Error> {
+        #[derive(Deserialize)]
+        struct Body<'a> {
+            #[serde(borrow, default)]
+            environment: Loose<Text<'a>>,
+            #[serde(borrow, default)]
+            flag: Loose<Text<'a>>,
+            #[serde(borrow, default)]
+            context: Option<&'a RawValue>,
+        }
+        let body: Body<'a> = serde_json::from_slice(body)?;
+        let name = |text: Loose<Text<'a>>, field| {
+            text.is().filter(|text| !text.is_empty()).ok_or(Error::Name(field))
+        };
+        Ok(Self {
+            environment: name(body.environment, "environment")?,
+            flag: name(body.flag, "flag")?,
+            context: match body.context {
+                Some(text) => FrontendContext::from_json(text.get().as_bytes())?,
+                None => FrontendContext::default(),
+            },
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_question_names_a_flag_and_may_say_for_whom() {
+        let body = br#"{"environment":"dev","flag":"a","context":{"userId":7,"plan":"gold"}}"#;
+        let question = Question::parse(body).unwrap();
+        assert_eq!((&*question.environment, &*question.flag), ("dev", "a"));
+        assert_eq!(question.context.user_id.as_deref(), Some("7"));
+        assert_eq!(question.context.properties, [("plan".into(), "gold".into())]);
+        for context in ["", r#","context":null"#, r#","context":{}"#] {
+            let body = format!(r#"{{"environment":"dev","flag":"a"{context}}}"#);
+            let question = Question::parse(body.as_bytes()).unwrap();
+            assert_eq!(question.context, FrontendContext::default(), "{body}");
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let check = |body: &str, expect: &str| {
+            let error = Question::parse(body.as_bytes()).unwrap_err().to_string();
+            assert!(error.starts_with(expect), "{body}: {error}");
+        };
+        check("[", "the body must be a JSON object");
+        check("{}", "`environment` must be a name");
+        check(r#"{"environment":["dev"],"flag":"a"}"#, "`environment` must be a name");
+        check(r#"{"environment":"dev","flag":""}"#, "`flag` must be a name");
+        check(r#"{"environment":"dev","flag":"a","context":3}"#, "`context` cannot be read");
+        let long = "x".repeat(5000);
+        let body = format!(r#"{{"environment":"dev","flag":"a","context":{{"userId":"{long}"}}}}"#);
+        check(&body, "`context` cannot be read: a value is longer than 4096 bytes");
+    }
+}

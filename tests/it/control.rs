@@ -1,0 +1,525 @@
+//! A standalone as a control plane: accounts, tokens, permissions and the audit log through HTTP, on both databases.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use reqwest::{Method, StatusCode};
+use serde_json::{Value, json};
+
+use crate::rig::{Parapet, Postgres, http, secrets, until};
+
+const FLAGS: &str = r#"{"features":[
+    {"name":"first","project":"default","enabled":true,"strategies":[{"name":"default"}]},
+    {"name":"other","project":"web","enabled":true,"strategies":[{"name":"default"}]}]}"#;
+
+const OWNER: &str = "admin";
+const PASSWORD: &str = "correct horse battery";
+
+/// A password that is given later.
+const OTHER: &str = "another long password";
+
+/// Where accounts and tokens are kept.
+#[derive(Clone, Copy, Debug)]
+enum Kept {
+    Sqlite,
+    Postgres,
+}
+
+/// A place for instances.
+struct Place {
+    folder: tempfile::TempDir,
+    database: Option<String>,
+}
+
+impl Place {
+    async fn new(kept: Kept) -> Self {
+        secrets::remember(PASSWORD);
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("flags.json"), FLAGS).unwrap();
+        let database = match kept {
+            Kept::Sqlite => None,
+            Kept::Postgres => {
+                let postgres = Postgres::shared().await;
+                let (port, name) = (postgres.port(), postgres.create_database().await);
+                Some(format!("postgres://postgres@127.0.0.1:{port}/{name}"))
+            }
+        };
+        Self { folder, database }
+    }
+
+    async fn start(&self) -> Parapet {
+        let setup = Parapet::mode("standalone")
+            .flag("--flags", self.folder.path().join("flags.json"))
+            .flag("--metrics-interval-seconds", "1")
+            .env("UNLEASH_DEFAULT_ADMIN_PASSWORD", PASSWORD);
+        let setup = match &self.database {
+            Some(url) => setup.env("DATABASE_URL", url),
+            None => setup,
+        };
+        setup.start().await
+    }
+}
+
+/// Somebody who has signed in.
+struct Session {
+    url: String,
+    cookies: String,
+}
+
+async fn sign_in(parapet: &Parapet, username: &str, password: &str) -> Result<Session, StatusCode> {
+    sign_in_with(parapet, username, password, "").await
+}
+
+async fn sign_in_with(
+    parapet: &Parapet,
+    username: &str,
+    password: &str,
+    cookies: &str,
+) -> Result<Session, StatusCode> {
+    let url = parapet.admin_url();
+    let body = json!({ "username": username, "password": password }).to_string();
+    let request = http().post(format!("{url}/auth/simple/login")).header("cookie", cookies);
+    let answer =
+        request.header("content-type", "application/json").body(body).send().await.unwrap();
+    if !answer.status().is_success() {
+        return Err(answer.status());
+    }
+    let set = answer.headers().get_all("set-cookie").iter();
+    let cookies: Vec<_> = set
+        .map(|cookie| {
+            let cookie = cookie.to_str().unwrap();
+            assert!(cookie.contains("HttpOnly") && cookie.contains("SameSite=Strict"), "{cookie}");
+            let pair = cookie.split(';').next().unwrap().to_owned();
+            secrets::remember(pair.split_once('=').unwrap().1);
+            pair
+        })
+        .collect();
+    Ok(Session { url, cookies: cookies.join("; ") })
+}
+
+impl Session {
+    async fn call(&self, method: Method, path: &str, body: &Value) -> (StatusCode, Value) {
+        let origin = ("origin", self.url.as_str());
+        self.call_as(method, path, body, &[("cookie", &self.cookies), origin]).await
+    }
+
+    async fn call_as(
+        &self,
+        method: Method,
+        path: &str,
+        body: &Value,
+        headers: &[(&str, &str)],
+    ) -> (StatusCode, Value) {
+        let mut request = http().request(method, format!("{}{path}", self.url));
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        if !body.is_null() {
+            request = request.header("content-type", "application/json").body(body.to_string());
+        }
+        let answer = request.send().await.unwrap();
+        let (status, body) = (answer.status(), answer.bytes().await.unwrap());
+        (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
+    }
+
+    async fn get(&self, path: &str) -> Value {
+        let (status, body) = self.call(Method::GET, path, &Value::Null).await;
+        assert_eq!(status, StatusCode::OK, "{path}: {body}");
+        body
+    }
+
+    async fn create_token(&self, kind: &str, name: &str) -> (StatusCode, Value) {
+        let environment = if kind == "admin" { "*" } else { "development" };
+        let token = json!({ "tokenName": name, "type": kind, "environment": environment });
+        let (status, made) = self.call(Method::POST, "/api/admin/api-tokens", &token).await;
+        if status == StatusCode::CREATED {
+            secrets::remember(made["secret"].as_str().unwrap());
+        }
+        (status, made)
+    }
+
+    async fn token_names(&self) -> Vec<String> {
+        let listed = self.get("/api/admin/api-tokens").await;
+        let tokens = listed["tokens"].as_array().unwrap().iter();
+        tokens.map(|token| token["tokenName"].as_str().unwrap().to_owned()).collect()
+    }
+
+    async fn create_account(&self, username: &str, role: i64) -> i64 {
+        let account = json!({ "username": username, "rootRole": role, "password": PASSWORD });
+        let (status, made) = self.call(Method::POST, "/api/admin/user-admin", &account).await;
+        assert_eq!(status, StatusCode::CREATED, "{made}");
+        made["id"].as_i64().unwrap()
+    }
+
+    async fn grant(&self, id: i64, permissions: &[&str]) {
+        let path = format!("/api/admin/user-admin/{id}/permissions");
+        let body = json!({ "permissions": permissions });
+        let (status, answer) = self.call(Method::PUT, &path, &body).await;
+        assert_eq!(status, StatusCode::OK, "{answer}");
+    }
+}
+
+async fn features(parapet: &Parapet, token: &str) -> StatusCode {
+    parapet.get("/api/client/features", token).await.0
+}
+
+/// The identifier under which lists show the token of this name.
+async fn identifier(session: &Session, name: &str) -> String {
+    let listed = session.get(&format!("/api/admin/api-tokens/{name}")).await;
+    listed["tokens"][0]["secret"].as_str().unwrap().to_owned()
+}
+
+async fn the_life_of_a_token(kept: Kept) {
+    let place = Place::new(kept).await;
+    let parapet = place.start().await;
+    let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
+    let me = owner.get("/api/admin/user").await;
+    assert_eq!(me["permissions"], json!([{ "permission": "ADMIN" }]));
+
+    let (status, made) = owner.create_token("client", "checkout").await;
+    assert_eq!(status, StatusCode::CREATED, "{made}");
+    let secret = made["secret"].as_str().unwrap().to_owned();
+    assert_eq!(features(&parapet, &secret).await, StatusCode::OK, "it works at once");
+    let listed = owner.get("/api/admin/api-tokens/checkout").await;
+    assert!(!listed.to_string().contains(&secret), "lists show no secret");
+    assert_eq!(listed["tokens"][0]["type"], "backend");
+
+    // What is reported is stored and shown.
+    let report = json!({ "appName": "shop", "instanceId": "i", "bucket": {
+        "start": jiff::Timestamp::now().to_string(), "stop": jiff::Timestamp::now().to_string(),
+        "toggles": { "first": { "yes": 3, "no": 1, "variants": { "a": 2 } } } } });
+    for _ in 0..2 {
+        let post =
+            http().post(parapet.url() + "/api/client/metrics").header("authorization", &secret);
+        let post = post.header("content-type", "application/json").body(report.to_string());
+        assert_eq!(post.send().await.unwrap().status(), StatusCode::ACCEPTED);
+    }
+    until("the usage is shown", Duration::from_secs(30), async || {
+        let usage = owner.get("/api/admin/client-metrics/features/first/raw").await;
+        let hours = usage["data"].as_array().unwrap();
+        let sum = |name: &str| hours.iter().map(|hour| hour[name].as_u64().unwrap()).sum::<u64>();
+        let a = hours.iter().map(|hour| hour["variants"]["a"].as_u64().unwrap_or(0)).sum::<u64>();
+        ((sum("yes"), sum("no"), a) == (6, 2, 4)).then_some(())
+    })
+    .await;
+    let applications = owner.get("/api/admin/metrics/applications").await;
+    assert_eq!(applications["applications"][0]["appName"], "shop");
+
+    // A token ends when it expires, without anybody doing anything.
+    let end = jiff::Timestamp::now() + jiff::SignedDuration::from_millis(1500);
+    let path = format!("/api/admin/api-tokens/{}", identifier(&owner, "checkout").await);
+    let (status, _) =
+        owner.call(Method::PUT, &path, &json!({ "expiresAt": end.to_string() })).await;
+    assert_eq!(status, StatusCode::OK);
+    until("the token has expired", Duration::from_secs(10), async || {
+        (features(&parapet, &secret).await == StatusCode::UNAUTHORIZED).then_some(())
+    })
+    .await;
+    owner.call(Method::PUT, &path, &json!({ "expiresAt": null })).await;
+    assert_eq!(features(&parapet, &secret).await, StatusCode::OK, "and comes back");
+
+    // Deleted by its secret, it is refused at once, here and after a restart.
+    let path = format!("/api/admin/api-tokens/{secret}");
+    assert_eq!(owner.call(Method::DELETE, &path, &Value::Null).await.0, StatusCode::OK);
+    assert_eq!(features(&parapet, &secret).await, StatusCode::UNAUTHORIZED);
+    let (_, kept_token) = owner.create_token("frontend", "kept").await;
+    assert!(parapet.terminate().await.success());
+    parapet.restart();
+    parapet.wait_until_ready().await;
+    assert_eq!(features(&parapet, &secret).await, StatusCode::UNAUTHORIZED);
+    let frontend = kept_token["secret"].as_str().unwrap();
+    assert_eq!(parapet.get("/api/frontend", frontend).await.0, StatusCode::OK);
+
+    // The session has outlived the restart, and the audit log tells all of it.
+    let events = owner.get("/api/admin/events?limit=1000").await;
+    let mut kinds: BTreeMap<&str, usize> = BTreeMap::new();
+    for event in events["events"].as_array().unwrap() {
+        *kinds.entry(event["type"].as_str().unwrap()).or_default() += 1;
+    }
+    assert_eq!(kinds["api-token-updated"], 2);
+    assert_eq!(kinds["api-token-deleted"], 1);
+    assert!(kinds["api-token-created"] >= 2 && kinds["user-signed-in"] == 1, "{kinds:?}");
+    assert!(!events.to_string().contains(&secret));
+    let deleted = owner.get("/api/admin/events?type=api-token-deleted").await;
+    assert_eq!(deleted["events"][0]["createdBy"], OWNER);
+    assert_eq!(deleted["events"][0]["preData"]["tokenName"], "checkout");
+    if let Some(url) = &place.database {
+        let name = url.rsplit('/').next().unwrap();
+        let dump = Postgres::shared().await.dump(name).await;
+        assert!(dump.contains("checkout"), "the dump is of this database");
+        secrets::assert_none_in("the database", &[("its dump".to_owned(), dump.into_bytes())]);
+    }
+}
+
+#[tokio::test]
+async fn a_token_lives_as_its_owner_says_on_sqlite() {
+    the_life_of_a_token(Kept::Sqlite).await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL"]
+async fn a_token_lives_as_its_owner_says_on_postgresql() {
+    the_life_of_a_token(Kept::Postgres).await;
+}
+
+/// Each role and each grant, for each operation on each kind of token.
+async fn permissions(kept: Kept) {
+    let place = Place::new(kept).await;
+    let parapet = place.start().await;
+    let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
+    for kind in ["client", "frontend", "admin"] {
+        owner.create_token(kind, &format!("a-{kind}")).await;
+    }
+    let grants = [
+        "",
+        "CREATE_CLIENT_API_TOKEN",
+        "READ_CLIENT_API_TOKEN",
+        "UPDATE_CLIENT_API_TOKEN",
+        "DELETE_CLIENT_API_TOKEN",
+        "CREATE_FRONTEND_API_TOKEN",
+        "READ_FRONTEND_API_TOKEN",
+        "UPDATE_FRONTEND_API_TOKEN",
+        "DELETE_FRONTEND_API_TOKEN",
+        "CREATE_API_TOKEN",
+    ];
+    let ids = [1, 2, 3].map(|role| (role, format!("user-{role}")));
+    for (role, username) in ids {
+        let id = owner.create_account(&username, role).await;
+        let user = sign_in(&parapet, &username, PASSWORD).await.unwrap();
+        for grant in grants {
+            let granted: &[&str] = if grant.is_empty() { &[] } else { &[grant] };
+            owner.grant(id, granted).await;
+            let seen = user.token_names().await;
+            for kind in ["client", "frontend", "admin"] {
+                let what = format!("role {role}, granted {grant:?}, {kind}");
+                let upper = kind.to_uppercase();
+                let holds = |action: &str| {
+                    role == 1
+                        || (kind != "admin"
+                            && (grant == format!("{action}_{upper}_API_TOKEN")
+                                || (grant == "CREATE_API_TOKEN" && action == "CREATE")))
+                };
+                let sees = match kind {
+                    "client" => true,
+                    "frontend" => {
+                        role < 3 || grant.contains("FRONTEND") || grant == "CREATE_API_TOKEN"
+                    }
+                    _ => role == 1,
+                };
+                assert_eq!(seen.contains(&format!("a-{kind}")), sees, "{what}");
+                let expect =
+                    |action, good| if holds(action) { good } else { StatusCode::FORBIDDEN };
+                let (status, answer) = user.create_token(kind, &format!("b-{kind}")).await;
+                assert_eq!(status, expect("CREATE", StatusCode::CREATED), "{what}: {answer}");
+                if status == StatusCode::FORBIDDEN {
+                    let missing = if kind == "admin" {
+                        "ADMIN".to_owned()
+                    } else {
+                        format!("CREATE_{upper}_API_TOKEN")
+                    };
+                    assert_eq!(answer["permissions"], json!([missing]), "{what}");
+                    owner.create_token(kind, &format!("b-{kind}")).await;
+                }
+                let path = format!(
+                    "/api/admin/api-tokens/{}",
+                    identifier(&owner, &format!("b-{kind}")).await
+                );
+                let body = json!({ "expiresAt": "2099-01-01T00:00:00Z" });
+                let status = user.call(Method::PUT, &path, &body).await.0;
+                assert_eq!(status, expect("UPDATE", StatusCode::OK), "{what}");
+                let status = user.call(Method::DELETE, &path, &Value::Null).await.0;
+                assert_eq!(status, expect("DELETE", StatusCode::OK), "{what}");
+                owner.call(Method::DELETE, &path, &Value::Null).await;
+            }
+            for path in ["/api/admin/user-admin", "/api/admin/events"] {
+                let (status, answer) = user.call(Method::GET, path, &Value::Null).await;
+                let expect = if role == 1 { StatusCode::OK } else { StatusCode::FORBIDDEN };
+                assert_eq!(status, expect, "role {role}, {path}: {answer}");
+            }
+        }
+    }
+    let refused = owner.get("/api/admin/events?type=permission-denied&limit=1").await;
+    assert!(refused["totalEvents"].as_u64().unwrap() > 0);
+}
+
+#[tokio::test]
+async fn each_right_comes_with_its_role_or_its_grant_and_no_other_on_sqlite() {
+    permissions(Kept::Sqlite).await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL"]
+async fn each_right_comes_with_its_role_or_its_grant_and_no_other_on_postgresql() {
+    permissions(Kept::Postgres).await;
+}
+
+#[tokio::test]
+async fn sessions_end_with_their_password_and_change_nothing_for_other_pages() {
+    let place = Place::new(Kept::Sqlite).await;
+    let parapet = place.start().await;
+    let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
+    let id = owner.create_account("ann", 3).await;
+    let ann = sign_in(&parapet, "Ann", PASSWORD).await.unwrap();
+    assert_eq!(sign_in(&parapet, "ann", "wrong").await.err(), Some(StatusCode::UNAUTHORIZED));
+    assert_eq!(sign_in(&parapet, "nobody", "wrong").await.err(), Some(StatusCode::UNAUTHORIZED));
+
+    // A page of another origin cannot change anything with somebody's cookies.
+    let token = json!({ "tokenName": "x", "type": "client" });
+    for headers in [
+        vec![("cookie", owner.cookies.as_str())],
+        vec![("cookie", owner.cookies.as_str()), ("origin", "http://evil.example")],
+        vec![("cookie", owner.cookies.as_str()), ("sec-fetch-site", "cross-site")],
+    ] {
+        let answer = owner.call_as(Method::POST, "/api/admin/api-tokens", &token, &headers).await;
+        assert_eq!(answer.0, StatusCode::FORBIDDEN, "{headers:?}");
+    }
+
+    secrets::remember(OTHER);
+    let path = format!("/api/admin/user-admin/{id}/change-password");
+    let (status, answer) = owner.call(Method::POST, &path, &json!({ "password": OTHER })).await;
+    assert_eq!(status, StatusCode::OK, "{answer}");
+    let status = ann.call(Method::GET, "/api/admin/user", &Value::Null).await.0;
+    assert_eq!(status, StatusCode::UNAUTHORIZED, "a new password ends sessions");
+    assert_eq!(sign_in(&parapet, "ann", PASSWORD).await.err(), Some(StatusCode::UNAUTHORIZED));
+    let ann = sign_in(&parapet, "ann", OTHER).await.unwrap();
+    assert_eq!(ann.call(Method::POST, "/logout", &Value::Null).await.0, StatusCode::NO_CONTENT);
+    let status = ann.call(Method::GET, "/api/admin/user", &Value::Null).await.0;
+    assert_eq!(status, StatusCode::UNAUTHORIZED);
+
+    // Nobody can make the instance ownerless, and each bad field is named.
+    let (status, _) = owner.call(Method::DELETE, "/api/admin/user-admin/1", &Value::Null).await;
+    assert_eq!(status, StatusCode::FORBIDDEN);
+    let bad = json!({ "type": "gateway", "environment": "nowhere", "projects": ["none"], "expiresAt": 7 });
+    let (status, answer) = owner.call(Method::POST, "/api/admin/api-tokens", &bad).await;
+    assert_eq!(status, StatusCode::BAD_REQUEST);
+    let details = answer["details"].as_array().unwrap().iter();
+    let named: Vec<_> = details.map(|it| it["path"].as_str().unwrap()).collect();
+    assert_eq!(named, ["tokenName", "type", "expiresAt", "projects"], "{answer}");
+    let text = [
+        ("cookie", owner.cookies.as_str()),
+        ("origin", &owner.url),
+        ("content-type", "text/plain"),
+    ];
+    let answer = owner.call_as(Method::POST, "/api/admin/api-tokens", &Value::Null, &text).await;
+    assert_eq!(answer.0, StatusCode::UNSUPPORTED_MEDIA_TYPE);
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL"]
+async fn a_token_deleted_on_one_instance_is_refused_by_the_other() {
+    let place = Place::new(Kept::Postgres).await;
+    let (one, other) = tokio::join!(place.start(), place.start());
+    let owner = sign_in(&one, OWNER, PASSWORD).await.unwrap();
+    let accounts = owner.get("/api/admin/user-admin").await;
+    assert_eq!(accounts["users"].as_array().unwrap().len(), 1, "one of two starts makes it");
+    let (_, made) = owner.create_token("client", "shared").await;
+    let secret = made["secret"].as_str().unwrap();
+    let at_other = async |expect| {
+        until("the other instance knows", Duration::from_secs(10), async || {
+            (features(&other, secret).await == expect).then_some(())
+        })
+        .await;
+    };
+    at_other(StatusCode::OK).await;
+    let path = format!("/api/admin/api-tokens/{}", identifier(&owner, "shared").await);
+    assert_eq!(owner.call(Method::DELETE, &path, &Value::Null).await.0, StatusCode::OK);
+    at_other(StatusCode::UNAUTHORIZED).await;
+    // A session of one is one of the other.
+    let there = Session { url: other.admin_url(), cookies: owner.cookies.clone() };
+    assert_eq!(there.get("/api/admin/user").await["user"]["username"], OWNER);
+}
+
+#[tokio::test]
+async fn an_edge_lives_on_a_standalone_as_on_unleash() {
+    const ADMIN: &str = "*:*.seeded-admin-for-an-edge-0123456789";
+    secrets::remember(ADMIN);
+    let place = Place::new(Kept::Sqlite).await;
+    let flags = place.folder.path().join("flags.json");
+    let standalone = Parapet::mode("standalone")
+        .flag("--flags", flags)
+        .flag("--metrics-interval-seconds", "1")
+        .env("INIT_ADMIN_API_TOKENS", ADMIN)
+        .env("UNLEASH_DEFAULT_ADMIN_PASSWORD", PASSWORD)
+        .start()
+        .await;
+    let owner = sign_in(&standalone, OWNER, PASSWORD).await.unwrap();
+    let edge = Parapet::edge(&standalone.admin_url()).admin_token(ADMIN).impatient().start().await;
+    let (_, made) = owner.create_token("client", "behind the edge").await;
+    let secret = made["secret"].as_str().unwrap();
+    assert_eq!(features(&edge, secret).await, StatusCode::OK);
+    let report = json!({ "appName": "far", "instanceId": "i", "bucket": {
+        "start": jiff::Timestamp::now().to_string(), "stop": jiff::Timestamp::now().to_string(),
+        "toggles": { "first": { "yes": 5, "no": 0 } } } });
+    let post = http().post(edge.url() + "/api/client/metrics").header("authorization", secret);
+    let post = post.header("content-type", "application/json").body(report.to_string());
+    assert_eq!(post.send().await.unwrap().status(), StatusCode::ACCEPTED);
+    until("the usage has come through", Duration::from_mins(1), async || {
+        let usage = owner.get("/api/admin/client-metrics/features/first/raw").await;
+        let hours = usage["data"].as_array().unwrap().iter();
+        (hours.map(|hour| hour["yes"].as_u64().unwrap()).sum::<u64>() == 5).then_some(())
+    })
+    .await;
+    let path = format!("/api/admin/api-tokens/{}", identifier(&owner, "behind%20the%20edge").await);
+    assert_eq!(owner.call(Method::DELETE, &path, &Value::Null).await.0, StatusCode::OK);
+    until("the edge refuses it", Duration::from_mins(1), async || {
+        (features(&edge, secret).await == StatusCode::UNAUTHORIZED).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn floods_of_passwords_and_cookies_admit_nobody_and_lock_no_owner_out() {
+    let place = Place::new(Kept::Sqlite).await;
+    let parapet = place.start().await;
+    let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
+    let mut seen: BTreeMap<u16, usize> = BTreeMap::new();
+    for number in 0..10_000 {
+        let status = sign_in(&parapet, OWNER, &format!("guess-{number}-guess")).await.err();
+        *seen.entry(status.expect("nobody is admitted").as_u16()).or_default() += 1;
+    }
+    assert!(seen[&429] > 9_000 && seen.keys().all(|it| [401, 429].contains(it)), "{seen:?}");
+    // The owner's browser is known.
+    let again = sign_in_with(&parapet, OWNER, PASSWORD, &owner.cookies).await;
+    assert!(again.is_ok(), "{:?}", again.err());
+    let mut seen: BTreeMap<u16, usize> = BTreeMap::new();
+    for number in 0..10_000_u64 {
+        let cookie = format!("parapet-session={number:022}.{number:043}");
+        let answer = owner
+            .call_as(Method::GET, "/api/admin/user", &Value::Null, &[("cookie", &cookie)])
+            .await;
+        *seen.entry(answer.0.as_u16()).or_default() += 1;
+    }
+    assert!(seen[&429] > 5_000 && seen.keys().all(|it| [401, 429].contains(it)), "{seen:?}");
+    assert_eq!(owner.get("/api/admin/user").await["user"]["username"], OWNER);
+}
+
+#[tokio::test]
+async fn the_document_of_the_api_and_the_explanation_are_served() {
+    let place = Place::new(Kept::Sqlite).await;
+    let parapet = place.start().await;
+    let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
+    let document = owner.get("/docs/openapi.json").await;
+    assert!(document["paths"]["/api/admin/api-tokens"]["post"].is_object());
+    // Every row of the table is answered by somebody.
+    for (path, item) in document["paths"].as_object().unwrap() {
+        for method in item.as_object().unwrap().keys() {
+            let method = Method::from_bytes(method.to_uppercase().as_bytes()).unwrap();
+            let path = path.replace("{id}", "999").replace("{project}", "default");
+            let path = path.replace(['{', '}'], "");
+            if path.contains("logout") || path == "/api/admin/api-tokens/token" {
+                continue;
+            }
+            let (status, answer) = owner.call(method.clone(), &path, &json!({})).await;
+            assert!(
+                status.as_u16() < 500 && status != StatusCode::METHOD_NOT_ALLOWED,
+                "{method} {path}: {status} {answer}"
+            );
+        }
+    }
+    let question =
+        json!({ "environment": "development", "flag": "first", "context": { "userId": "7" } });
+    let (status, why) = owner.call(Method::POST, "/api/admin/explain", &question).await;
+    assert_eq!((status, &why["enabled"]), (StatusCode::OK, &json!(true)), "{why}");
+    let flags = owner.get("/api/admin/flags?environment=development").await;
+    assert_eq!(flags["flags"][1]["project"], "web");
+}
