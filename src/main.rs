@@ -11,6 +11,7 @@ use std::{
 use anyhow::Context as _;
 use parapet::{
     app::App,
+    command,
     config::{Command, Config},
     probe, telemetry,
 };
@@ -39,6 +40,9 @@ fn main() -> ExitCode {
 fn execute(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Show(text) => write!(io::stdout(), "{text}").context("cannot write"),
+        Command::Explain(asked) => {
+            write!(io::stdout(), "{}", command::explain(&asked)?).context("cannot write")
+        }
         Command::Probe(probe) => Ok(runtime()?.block_on(probe::ask(&probe))?),
         Command::Run(config) => {
             telemetry::start_logging(&config.log);

@@ -5,21 +5,29 @@
 use std::ffi::OsString;
 
 use clap::{Arg, ArgAction, ArgMatches, Command, error::ErrorKind};
+use jiff::Timestamp;
 
 use super::{
+    checked::Explain,
     keys::{KEYS, Key, Scope, Shape, Support},
     mistake::{Mistake, Mistakes},
 };
-use crate::{telemetry::REVISION, token::Token};
+use crate::{
+    telemetry::REVISION,
+    token::{Environment, Token},
+};
 
 const CHECK_CONFIG: &str = "check-config";
 const PRINT_CONFIG: &str = "print-config";
+const EXPLAIN: &str = "explain";
 
 /// What the command line asks for.
 #[derive(Debug)]
 pub(super) enum Line {
     /// A text for the person at the terminal.
     Show(String),
+    /// An explanation, which needs no settings.
+    Explain(Explain),
     /// Something that needs the settings.
     Do { verb: Verb, purpose: Purpose, flags: Flags },
 }
@@ -136,6 +144,9 @@ pub(super) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Line, Mi
     };
     let (verb, below) = match matches.subcommand() {
         Some((name, below)) => {
+            if name == EXPLAIN {
+                return explain(&matches, below).map(Line::Explain);
+            }
             let verb = Verb::ALL.into_iter().find(|verb| verb.name() == name);
             (verb.expect("clap knows no other subcommands"), below)
         }
@@ -172,6 +183,7 @@ fn command() -> Command {
             let own = Command::new(verb.name()).about(verb.about());
             command.subcommand(own.args(own_args(verb)))
         })
+        .subcommand(explain_command())
         .about("An open-source edge for Unleash feature flags")
         .long_about(
             "An open-source edge for Unleash feature flags.\n\n\
@@ -212,6 +224,79 @@ fn arg(key: &'static Key) -> Arg {
         Shape::List => arg.action(ArgAction::Append),
         Shape::Switch => arg.num_args(0..=1).require_equals(true).default_missing_value("true"),
     }
+}
+
+/// `parapet explain`, whose options are its own: they are neither variables nor lines of the file.
+fn explain_command() -> Command {
+    let text = |name: &'static str, value: &'static str, help: &'static str| {
+        Arg::new(id_of(name)).long(name).value_name(value).help(help)
+    };
+    let given = [
+        text("flags", "PATH", "The file of flags, or the folder of such files").required(true),
+        text("flag", "NAME", "The flag to explain").required(true),
+        text("environment", "NAME", "Whose flags they are").default_value("development"),
+        text("user-id", "TEXT", "The context's userId"),
+        text("session-id", "TEXT", "The context's sessionId"),
+        text("remote-address", "ADDRESS", "The context's remoteAddress"),
+        text("property", "NAME=VALUE", "Another field of the context; may be repeated")
+            .action(ArgAction::Append),
+        text("at", "TIME", "The time, as in 2030-01-01T00:00:00Z; now when not given"),
+    ];
+    let json = Arg::new(id_of("json")).long("json").action(ArgAction::SetTrue);
+    // What concerns serving has no meaning here; clap would show it all the same.
+    let foreign = args_of(|scope| scope == Scope::Everywhere).map(|arg| arg.hide(true));
+    Command::new(EXPLAIN)
+        .about("Tell why a flag of a file comes out as it does for somebody")
+        .after_help(
+            "Example:\n  parapet explain --flags config/flags.json --flag checkout --user-id 7 \
+             --property plan=gold",
+        )
+        .args(given)
+        .arg(json.help("Print JSON instead of text"))
+        .args(foreign)
+}
+
+/// Apart from the keys, which share some names.
+fn id_of(name: &str) -> String {
+    format!("{EXPLAIN}-{name}")
+}
+
+fn explain(above: &ArgMatches, own: &ArgMatches) -> Result<Explain, Mistakes> {
+    for key in KEYS {
+        if values(own, key).or_else(|| values(above, key)).is_some() {
+            let reason = format!("has no meaning for `{EXPLAIN}`");
+            return Err(Mistake { place: format!("--{}", key.name), reason }.into());
+        }
+    }
+    let text = |name: &str| own.get_one::<String>(&id_of(name)).cloned();
+    let mut properties = Vec::new();
+    for property in own.get_many::<String>(&id_of("property")).into_iter().flatten() {
+        let Some((name, value)) = property.split_once('=').filter(|(name, _)| !name.is_empty())
+        else {
+            let (place, reason) = ("--property".to_owned(), "expected NAME=VALUE".to_owned());
+            return Err(Mistake { place, reason }.into());
+        };
+        properties.push((name.to_owned(), value.to_owned()));
+    }
+    let at = match text("at").map(|text| text.parse::<Timestamp>()) {
+        None => None,
+        Some(Ok(at)) => Some(at),
+        Some(Err(_)) => {
+            let reason = "expected a time as in 2030-01-01T00:00:00Z".to_owned();
+            return Err(Mistake { place: "--at".to_owned(), reason }.into());
+        }
+    };
+    Ok(Explain {
+        flags: text("flags").expect("clap insists on it").into(),
+        flag: text("flag").expect("clap insists on it"),
+        environment: Environment::new(&text("environment").expect("it has a default")),
+        user_id: text("user-id"),
+        session_id: text("session-id"),
+        remote_address: text("remote-address"),
+        properties,
+        at,
+        json: own.get_flag(&id_of("json")),
+    })
 }
 
 /// Clap repeats what it does not understand, which may be a misplaced token.

@@ -31,6 +31,55 @@ fn what_was_asked_for_is_told_on_standard_output() {
 }
 
 #[test]
+fn a_flag_of_a_file_is_explained_in_words_or_as_json() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("production.json");
+    let flags = r#"{"features":[{"name":"cart","enabled":true,"strategies":[
+        {"name":"flexibleRollout","parameters":{"rollout":"50","stickiness":"userId","groupId":"gr1"},
+         "constraints":[{"contextName":"plan","operator":"IN","values":["gold"]},
+                        {"contextName":"t","operator":"DATE_AFTER","value":"2030-01-01"}]},
+        {"name":"default","title":"The rest"}]}]}"#;
+    std::fs::write(&path, flags).unwrap();
+    let (file, folder) = (path.to_str().unwrap(), folder.path().to_str().unwrap());
+    let whom = ["--flag", "cart", "--user-id", "123", "--property", "plan=gold"];
+    let explain = |more: &[&str]| parapet(&[&["explain"], &whom[..], more].concat());
+
+    let output = explain(&["--flags", file, "--at", "2030-06-01T00:00:00Z"]);
+    assert_eq!((output.status.code(), &*output.stderr), (Some(0), &b""[..]));
+    // The bucket is the one that the official SDKs document.
+    let expect = "\
+`cart` is on: strategy 2 (`The rest`) matches: it is for everybody
+  switched on
+  [no]  strategy 1, flexibleRollout
+    [no]  `userId` `123` of group `gr1` is in bucket 73 of 100, beyond the rollout's 50 %
+    [yes] `plan` is one of `gold`; it is `gold`; this holds
+    [yes] the time is after `2030-01-01`; it is `2030-06-01T00:00:00Z`; this holds
+  [yes] strategy 2, default (The rest)
+    [yes] it is for everybody
+";
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), expect);
+
+    let output = explain(&["--flags", folder, "--environment", "production", "--json"]);
+    let told: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(told["decision"], serde_json::json!({ "by": "strategy", "index": 1 }));
+    assert_eq!(told["strategies"][0]["rule"]["placement"]["bucket"], 73);
+
+    let check = |args: &[&str], code: i32, expect: &str| {
+        let output = parapet(args);
+        let told = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{told}");
+        assert!(told.contains(expect), "{told}");
+    };
+    check(&["explain", "--flags", file, "--flag", "Cart2"], 1, "; similar: cart");
+    check(&["explain", "--flags", "/nowhere", "--flag", "cart"], 1, "cannot read /nowhere");
+    check(&["explain", "--flag", "cart"], 64, "--flags");
+    let args = ["explain", "--flags", file, "--flag", "cart"];
+    check(&[&args[..], &["--at", "soon"]].concat(), 64, "--at: expected a time");
+    check(&[&args[..], &["--property", "plan"]].concat(), 64, "--property: expected NAME=VALUE");
+    check(&[&args[..], &["--port", "1"]].concat(), 64, "--port: has no meaning for `explain`");
+}
+
+#[test]
 fn a_probe_of_nobody_exits_1_with_one_line() {
     // The port of an address that nothing can be reached at.
     let output = parapet(&["health", "--edge-url", "http://127.0.0.1:0"]);
