@@ -1,8 +1,8 @@
 //! What the command line does by itself: commands that answer and end.
 //!
-//! They print one text and change nothing. Serving is `app`'s, asking an instance for its health
-//! `probe`'s.
+//! They print one text. Serving is `app`'s, asking an instance for its health `probe`'s.
 
+pub mod manage;
 mod tree;
 
 use std::{io, path::PathBuf};

@@ -9,6 +9,7 @@ mod checked;
 mod cli;
 mod file;
 mod keys;
+mod manage;
 mod mistake;
 mod settings;
 
@@ -16,9 +17,10 @@ use std::ffi::OsString;
 
 pub use self::{
     checked::{
-        AdminListener, Config, Credentials, DataListener, Edge, Explain, Identity, Mode, Offline,
-        Probe, Shutdown, Standalone,
+        AdminListener, Config, Credentials, DataListener, Edge, Explain, Identity, Manage, Mode,
+        Offline, Probe, Shutdown, Standalone,
     },
+    manage::{PasswordSource, Task},
     mistake::{Mistake, Mistakes},
 };
 use self::{
@@ -33,6 +35,8 @@ pub enum Command {
     Run(Box<Config>),
     /// To ask a running instance how it is.
     Probe(Probe),
+    /// To manage tokens or accounts.
+    Manage(Manage),
     /// To tell why a flag comes out as it does.
     Explain(Explain),
     /// To tell something: help, the version, or the effective configuration without secrets.
@@ -58,6 +62,11 @@ impl Command {
         let (verb, purpose, flags) = match cli::parse(args)? {
             Line::Show(text) => return Ok(Self::Show(text)),
             Line::Explain(asked) => return Ok(Self::Explain(asked)),
+            Line::Manage { task, flags } => {
+                let verb = Verb::Serve(cli::Role::Standalone);
+                let settings = Settings::gather(verb, flags, variable);
+                return check::manage(settings, task).map(Self::Manage);
+            }
             Line::Do { verb, purpose, flags } => (verb, purpose, flags),
         };
         let settings = Settings::gather(verb, flags, variable);

@@ -120,6 +120,25 @@ impl Control {
         Ok((Self(Arc::new(inner)), opened))
     }
 
+    /// Opens a database that an instance has begun, for the command line.
+    pub async fn attach(location: Location) -> Result<Self, Error> {
+        if let Location::Sqlite(path) = &location {
+            tokio::fs::metadata(path).await.map_err(Error::File)?;
+        }
+        let database = Database::open(&location).await?;
+        let hasher = Hasher::new();
+        let inner = Inner {
+            registry: Registry::open(database.clone(), usize::MAX).await?,
+            sessions: Sessions::new(database.clone(), hasher.clone(), Duration::MAX, Duration::MAX),
+            database,
+            hasher,
+            account_limit: usize::MAX,
+            event_retention: None,
+            usage_retention: Duration::MAX,
+        };
+        Ok(Self(Arc::new(inner)))
+    }
+
     /// What each token allows that is valid now, by its digest.
     pub fn grants(&self) -> Vec<(TokenDigest, Grant)> {
         self.0.registry.grants()

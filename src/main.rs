@@ -40,6 +40,10 @@ fn main() -> ExitCode {
 fn execute(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Show(text) => write!(io::stdout(), "{text}").context("cannot write"),
+        Command::Manage(asked) => {
+            let told = runtime()?.block_on(command::manage::run(asked))?;
+            write!(io::stdout(), "{told}").context("cannot write")
+        }
         Command::Explain(asked) => {
             write!(io::stdout(), "{}", command::explain(&asked)?).context("cannot write")
         }

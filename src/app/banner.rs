@@ -11,14 +11,14 @@ use crate::control::{FoundTokens, Generated, Opened};
 pub(super) fn announce(opened: &Opened, (data, admin): (SocketAddr, SocketAddr), base_path: &str) {
     let mut text = String::new();
     if let Some(account) = &opened.account {
-        let (name, console) = (&account.username, url(admin));
+        let (name, operators) = (&account.username, url(admin));
         let password = match &account.generated {
             Some(password) => format!("{}   (shown only now)", password.expose()),
             None => "the one that was given".to_owned(),
         };
         let made = format!(
             "
-This is the first start. The console is at {console}/
+This is the first start. Sign in to the admin API at {operators}/auth/simple/login as
 
   username  {name}
   password  {password}
@@ -29,7 +29,7 @@ This is the first start. The console is at {console}/
     if let FoundTokens::Generated(generated) = &opened.tokens {
         text.push_str(&tokens(generated, (data, admin), base_path));
     }
-    // Nobody may be reading; what is lost can be made anew by the command line.
+    // Nobody may be reading; `parapet account password` and `token create` make them anew.
     let _ = io::stdout().write_all(text.as_bytes());
 }
 

@@ -14,11 +14,12 @@ use reqwest::{
 
 use super::{
     checked::{
-        AdminListener, Config, Credentials, DataListener, Edge, Identity, Mode, Offline, Probe,
-        Shutdown, Standalone,
+        AdminListener, Config, Credentials, DataListener, Edge, Identity, Manage, Mode, Offline,
+        Probe, Shutdown, Standalone,
     },
     cli::{Question, Role, Verb},
     keys::{self, Key},
+    manage::Task,
     mistake::Mistakes,
     settings::Settings,
 };
@@ -266,14 +267,7 @@ fn standalone(s: &mut Settings, data_dir: &Path) -> Option<Standalone> {
     let expected = "a password of at least 10 characters";
     let password =
         s.read(&keys::UNLEASH_DEFAULT_ADMIN_PASSWORD, expected, |text| Password::parse(text).ok());
-    let location = if s.has(&keys::DATABASE_URL) {
-        s.read(&keys::DATABASE_URL, "postgres://user:password@host:port/database", |text| {
-            DatabaseUrl::parse(text).ok()
-        })
-        .map(Location::Postgres)
-    } else {
-        Some(Location::Sqlite(data_dir.join("parapet.db")))
-    };
+    let location = location(s, data_dir);
     let event_retention = s.delay(&keys::AUDIT_RETENTION_SECONDS);
     let control = control::Config {
         location: location?,
@@ -287,6 +281,25 @@ fn standalone(s: &mut Settings, data_dir: &Path) -> Option<Standalone> {
         usage_retention: s.interval(&keys::USAGE_RETENTION_SECONDS),
     };
     Some(Standalone { flags, environments: environments.into_iter().collect(), control })
+}
+
+/// Where accounts and tokens are kept.
+fn location(s: &mut Settings, data_dir: &Path) -> Option<Location> {
+    if !s.has(&keys::DATABASE_URL) {
+        return Some(Location::Sqlite(data_dir.join("parapet.db")));
+    }
+    let expected = "postgres://user:password@host:port/database";
+    let url = s.read(&keys::DATABASE_URL, expected, |text| DatabaseUrl::parse(text).ok());
+    url.map(Location::Postgres)
+}
+
+/// Checks the settings of `token` and `account`.
+pub(super) fn manage(mut settings: Settings, task: Task) -> Result<Manage, Mistakes> {
+    let data_dir = path(&mut settings, &keys::DATA_DIR);
+    let location = location(&mut settings, &data_dir);
+    Mistakes::none_in(settings.mistakes)?;
+    let location = location.expect("an address that cannot be read is a mistake");
+    Ok(Manage { location, task })
 }
 
 fn listeners(s: &mut Settings) -> (DataListener, AdminListener) {

@@ -8,6 +8,7 @@ use std::{collections::BTreeSet, net::SocketAddr, path::PathBuf, time::Duration}
 use jiff::Timestamp;
 use reqwest::{Url, header::HeaderName};
 
+use super::manage::Task;
 use crate::{
     auth, control,
     http::{access, cors, listener::Limits, route::Endpoint},
@@ -163,6 +164,15 @@ pub struct Probe {
     pub url: Url,
     /// A certificate authority (PEM) to trust besides the platform's.
     pub ca_certificate_file: Option<PathBuf>,
+}
+
+/// What `token` and `account` do, and to which database.
+#[derive(Clone, Debug)]
+pub struct Manage {
+    /// The database.
+    pub location: control::Location,
+    /// What to do.
+    pub task: Task,
 }
 
 /// What `explain` explains.

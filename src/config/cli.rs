@@ -9,7 +9,8 @@ use jiff::Timestamp;
 
 use super::{
     checked::Explain,
-    keys::{KEYS, Key, Scope, Shape, Support},
+    keys::{CONFIG, DATA_DIR, DATABASE_URL, KEYS, Key, Scope, Shape, Support},
+    manage::{self, Task},
     mistake::{Mistake, Mistakes},
 };
 use crate::{
@@ -28,6 +29,8 @@ pub(super) enum Line {
     Show(String),
     /// An explanation, which needs no settings.
     Explain(Explain),
+    /// A task for the database of a standalone instance.
+    Manage { task: Task, flags: Flags },
     /// Something that needs the settings.
     Do { verb: Verb, purpose: Purpose, flags: Flags },
 }
@@ -144,6 +147,9 @@ pub(super) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Line, Mi
     };
     let (verb, below) = match matches.subcommand() {
         Some((name, below)) => {
+            if matches!(name, "token" | "account") {
+                return manage(name, &matches, below);
+            }
             if name == EXPLAIN {
                 return explain(&matches, below).map(Line::Explain);
             }
@@ -184,6 +190,15 @@ fn command() -> Command {
             command.subcommand(own.args(own_args(verb)))
         })
         .subcommand(explain_command())
+        .subcommands(manage::commands().map(|command| {
+            // What finds the database is shared with the server, the rest of its keys is not.
+            let foreign = args_of(|scope| scope == Scope::Everywhere);
+            let foreign = foreign.map(|arg| {
+                let ours = FINDS.iter().any(|key| arg.get_id().as_str() == key.name);
+                arg.global(true).hide(!ours)
+            });
+            command.arg(arg(&DATABASE_URL).global(true)).args(foreign)
+        }))
         .about("An open-source edge for Unleash feature flags")
         .long_about(
             "An open-source edge for Unleash feature flags.\n\n\
@@ -224,6 +239,28 @@ fn arg(key: &'static Key) -> Arg {
         Shape::List => arg.action(ArgAction::Append),
         Shape::Switch => arg.num_args(0..=1).require_equals(true).default_missing_value("true"),
     }
+}
+
+/// What tells where a standalone instance keeps its accounts and tokens.
+static FINDS: [&Key; 3] = [&CONFIG, &DATA_DIR, &DATABASE_URL];
+
+fn manage(name: &str, above: &ArgMatches, below: &ArgMatches) -> Result<Line, Mistakes> {
+    let task = manage::read(name, below)?;
+    let deepest = below.subcommand().map_or(below, |(_, deepest)| deepest);
+    let given = |key: &Key| {
+        let values = |level| values(level, key);
+        values(deepest).or_else(|| values(below)).or_else(|| values(above))
+    };
+    let mut flags = Vec::new();
+    for key in KEYS.iter().copied() {
+        let Some(values) = given(key) else { continue };
+        if !FINDS.iter().any(|ours| ours.name == key.name) {
+            let reason = format!("has no meaning for `{name}`");
+            return Err(Mistake { place: format!("--{}", key.name), reason }.into());
+        }
+        flags.push((key, values));
+    }
+    Ok(Line::Manage { task, flags: Flags(flags) })
 }
 
 /// `parapet explain`, whose options are its own: they are neither variables nor lines of the file.

@@ -523,3 +523,63 @@ async fn the_document_of_the_api_and_the_explanation_are_served() {
     let flags = owner.get("/api/admin/flags?environment=development").await;
     assert_eq!(flags["flags"][1]["project"], "web");
 }
+
+/// What `parapet` says to these arguments, about the instance's database.
+fn shell(parapet: &Parapet, arguments: &[&str], input: &str) -> Result<String, String> {
+    use std::io::Write;
+    use std::process::{Command, Stdio};
+    let mut command = Command::new(env!("CARGO_BIN_EXE_parapet"));
+    command.args(arguments).arg("--data-dir").arg(parapet.data_dir()).env_clear();
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut process = command.spawn().unwrap();
+    process.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    let output = process.wait_with_output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    if output.status.success() { Ok(text(output.stdout)) } else { Err(text(output.stderr)) }
+}
+
+#[tokio::test]
+async fn the_shell_manages_what_a_running_instance_enforces() {
+    let place = Place::new(Kept::Sqlite).await;
+    let parapet = place.start().await;
+    let made = shell(&parapet, &["token", "create", "--name", "from the shell"], "").unwrap();
+    let secret = made.trim();
+    secrets::remember(secret);
+    until("the new token works", Duration::from_secs(10), async || {
+        (features(&parapet, secret).await == StatusCode::OK).then_some(())
+    })
+    .await;
+    let listed = shell(&parapet, &["token", "list"], "").unwrap();
+    assert!(listed.contains("from the shell") && !listed.contains(secret), "{listed}");
+    shell(&parapet, &["token", "revoke", "-"], secret).unwrap();
+    until("it is refused", Duration::from_secs(10), async || {
+        (features(&parapet, secret).await == StatusCode::UNAUTHORIZED).then_some(())
+    })
+    .await;
+    assert!(
+        shell(&parapet, &["token", "revoke", "-"], secret).unwrap_err().contains("no such token")
+    );
+
+    // A lost password is no lost instance.
+    let old = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
+    shell(&parapet, &["account", "password", OWNER, "--password-file", "-"], OTHER).unwrap();
+    secrets::remember(OTHER);
+    let status = old.call(Method::GET, "/api/admin/user", &Value::Null).await.0;
+    assert_eq!(status, StatusCode::UNAUTHORIZED);
+    let owner = sign_in(&parapet, OWNER, OTHER).await.unwrap();
+    let made = shell(&parapet, &["account", "add", "ann", "--role", "Viewer"], "").unwrap();
+    let password = made.split_whitespace().skip_while(|word| *word != "password").nth(1).unwrap();
+    secrets::remember(password);
+    shell(&parapet, &["account", "grant", "ann", "CREATE_API_TOKEN"], "").unwrap();
+    let ann = sign_in(&parapet, "ann", password).await.unwrap();
+    assert_eq!(ann.create_token("frontend", "ann's").await.0, StatusCode::CREATED);
+    let accounts = shell(&parapet, &["account", "list"], "").unwrap();
+    assert!(accounts.contains("CREATE_CLIENT_API_TOKEN"), "{accounts}");
+    let events = owner.get("/api/admin/events?createdBy=command%20line").await;
+    assert!(events["totalEvents"].as_u64().unwrap() >= 5, "{events}");
+    let wrong = shell(&parapet, &["account", "grant", "ann", "EVERYTHING"], "").unwrap_err();
+    assert!(wrong.contains("expected CREATE_CLIENT_API_TOKEN"), "{wrong}");
+    assert!(
+        shell(&parapet, &["token", "list", "--port", "1"], "").unwrap_err().contains("no meaning")
+    );
+}

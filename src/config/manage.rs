@@ -1,0 +1,221 @@
+//! `parapet token` and `parapet account`: what may be written there, and what was.
+//!
+//! They work on the database of a standalone instance, whether that runs or not, and find it by the
+//! same settings.
+
+use clap::{Arg, ArgAction, ArgMatches, Command};
+use jiff::Timestamp;
+
+use super::mistake::Mistake;
+use crate::{
+    control::{Permission, RootRole},
+    token::TokenKind,
+};
+
+/// What to do.
+#[derive(Clone, Debug)]
+pub enum Task {
+    /// `token create`
+    CreateToken {
+        /// What tells it apart.
+        name: String,
+        /// What it is for.
+        kind: TokenKind,
+        /// The environment that it sees.
+        environment: String,
+        /// The projects that it sees; empty is all.
+        projects: Vec<String>,
+        /// When it ends.
+        expires_at: Option<Timestamp>,
+    },
+    /// `token list`
+    ListTokens {
+        /// Those of this name only.
+        name: Option<String>,
+    },
+    /// `token revoke`
+    RevokeToken {
+        /// Its identifier; `None` reads that, or the token itself, from the standard input.
+        identifier: Option<String>,
+    },
+    /// `account add`
+    AddAccount {
+        /// The name to sign in with.
+        username: String,
+        /// What it may do.
+        role: RootRole,
+        /// The name to be shown.
+        name: Option<String>,
+        /// Where its owner can be reached.
+        email: Option<String>,
+        /// Where its password is.
+        password: PasswordSource,
+    },
+    /// `account list`
+    ListAccounts,
+    /// `account grant`
+    Grant {
+        /// Whose.
+        username: String,
+        /// Which permissions.
+        permissions: Vec<Permission>,
+        /// Take them away rather than give them.
+        revoke: bool,
+    },
+    /// `account password`
+    SetPassword {
+        /// Whose.
+        username: String,
+        /// Where the new one is.
+        password: PasswordSource,
+    },
+}
+
+/// Where a password comes from; never from an argument, which others on the machine can see.
+#[derive(Clone, Debug)]
+pub enum PasswordSource {
+    /// It is generated, and printed once.
+    Generated,
+    /// The first line of this file; `-` is the standard input.
+    File(String),
+}
+
+/// The two commands.
+pub(super) fn commands() -> [Command; 2] {
+    let text = |name: &'static str, value: &'static str, help: &'static str| {
+        Arg::new(name).long(name).value_name(value).help(help)
+    };
+    let positional = |name: &'static str, help: &'static str| {
+        Arg::new(name).value_name(name.to_ascii_uppercase()).help(help)
+    };
+    let password = || {
+        text(
+            "password-file",
+            "PATH",
+            "A file with the password in its first line, `-` for the standard input; generated and \
+             printed once when not given",
+        )
+    };
+    let token = Command::new("token")
+        .about("Create, list and revoke API tokens of a standalone instance")
+        .subcommand_required(true)
+        .after_help(
+            "Examples:\n  parapet token create --name checkout --type backend --environment \
+             production\n  parapet token list\n  parapet token revoke 4Zr1T2x0QmWQ7o9Yv3c8Kg",
+        )
+        .subcommand(
+            Command::new("create")
+                .about("Create a token; its secret is printed once")
+                .arg(text("name", "TEXT", "What tells it apart").required(true))
+                .arg(text("type", "TYPE", "backend, frontend or admin").default_value("backend"))
+                .arg(text("environment", "NAME", "What it sees").default_value("development"))
+                .arg(
+                    text("project", "ID", "A project that it sees, all when not given; repeatable")
+                        .action(ArgAction::Append),
+                )
+                .arg(text("expires", "TIME", "When it ends, as in 2030-01-01T00:00:00Z")),
+        )
+        .subcommand(Command::new("list").about("List the tokens, without their secrets").arg(text(
+            "name",
+            "TEXT",
+            "Those of this name only",
+        )))
+        .subcommand(
+            Command::new("revoke").about("Delete a token").arg(
+                positional("identifier", "What lists show; `-` reads it, or the token, from stdin")
+                    .required(true),
+            ),
+        );
+    let account = Command::new("account")
+        .about("Manage the accounts of a standalone instance")
+        .subcommand_required(true)
+        .after_help(
+            "Examples:\n  parapet account add ann --role Editor\n  parapet account grant ann \
+             CREATE_API_TOKEN\n  parapet account password admin",
+        )
+        .subcommand(
+            Command::new("add")
+                .about("Create an account")
+                .arg(positional("username", "The name to sign in with").required(true))
+                .arg(text("role", "ROLE", "Admin, Editor or Viewer").default_value("Viewer"))
+                .arg(text("name", "TEXT", "The name to be shown"))
+                .arg(text("email", "TEXT", "Where its owner can be reached"))
+                .arg(password()),
+        )
+        .subcommand(Command::new("list").about("List the accounts"))
+        .subcommand(
+            Command::new("grant")
+                .about("Say what an account may do beyond its role")
+                .arg(positional("username", "The account").required(true))
+                .arg(
+                    positional("permission", "As in CREATE_CLIENT_API_TOKEN")
+                        .required(true)
+                        .num_args(1..),
+                )
+                .arg(
+                    Arg::new("revoke")
+                        .long("revoke")
+                        .action(ArgAction::SetTrue)
+                        .help("Take them away"),
+                ),
+        )
+        .subcommand(
+            Command::new("password")
+                .about("Give an account a new password; ends its sessions")
+                .arg(positional("username", "The account").required(true))
+                .arg(password()),
+        );
+    [token, account]
+}
+
+/// Reads what was written of one of the two.
+pub(super) fn read(command: &str, below: &ArgMatches) -> Result<Task, Mistake> {
+    let (verb, args) = below.subcommand().expect("clap insists on one");
+    let text = |name: &str| args.get_one::<String>(name).cloned();
+    let needed = |name: &str| text(name).expect("clap insists on it, or it has a default");
+    let wrong = |place: &str, reason: String| Mistake { place: place.to_owned(), reason };
+    let password = || text("password-file").map_or(PasswordSource::Generated, PasswordSource::File);
+    Ok(match (command, verb) {
+        ("token", "create") => Task::CreateToken {
+            name: needed("name"),
+            kind: TokenKind::parse(&needed("type"))
+                .ok_or_else(|| wrong("--type", "expected backend, frontend or admin".to_owned()))?,
+            environment: needed("environment"),
+            projects: args.get_many("project").into_iter().flatten().cloned().collect(),
+            expires_at: text("expires").map(|text| text.parse()).transpose().map_err(|_| {
+                wrong("--expires", "expected a time as in 2030-01-01T00:00:00Z".to_owned())
+            })?,
+        },
+        ("token", "list") => Task::ListTokens { name: text("name") },
+        ("token", _) => {
+            Task::RevokeToken { identifier: text("identifier").filter(|text| text != "-") }
+        }
+        (_, "add") => {
+            let name = needed("role");
+            let role = RootRole::ALL.into_iter().find(|it| it.name().eq_ignore_ascii_case(&name));
+            Task::AddAccount {
+                username: needed("username"),
+                role: role.ok_or_else(|| {
+                    wrong("--role", "expected Admin, Editor or Viewer".to_owned())
+                })?,
+                name: text("name"),
+                email: text("email"),
+                password: password(),
+            }
+        }
+        (_, "list") => Task::ListAccounts,
+        (_, "grant") => {
+            let mut permissions = Vec::new();
+            for name in args.get_many::<String>("permission").into_iter().flatten() {
+                let granted = Permission::granted_by(name).ok_or_else(|| {
+                    let known = Permission::ALL.map(Permission::as_str).join(", ");
+                    wrong("PERMISSION", format!("expected {known} or CREATE_API_TOKEN"))
+                })?;
+                permissions.extend(granted);
+            }
+            let (username, revoke) = (needed("username"), args.get_flag("revoke"));
+            Task::Grant { username, permissions, revoke }
+        }
+        _ => Task::SetPassword { username: needed("username"), password: password() },
+    })
+}
