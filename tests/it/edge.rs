@@ -312,7 +312,7 @@ async fn without_any_token_the_first_sdk_of_an_environment_brings_its_flags() {
 
         let parapet = Parapet::edge(&unleash.url())
             .impatient()
-            .flag("--edge-request-timeout", "3")
+            .flag("--edge-request-timeout", "9")
             .start()
             .await;
         // A frontend token is valid, but cannot fetch flags.

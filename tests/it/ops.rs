@@ -213,10 +213,16 @@ async fn the_admin_listener_wants_an_admin_token_and_the_data_listener_has_none_
         let public = parapet.request(Method::GET, path).header("authorization", ADMIN);
         assert_eq!(answer(public).await.status, StatusCode::NOT_FOUND, "{path}");
     }
-    for path in ["/", "/nothing", "/api/client/features", "/api/frontend"] {
-        let request = parapet.admin_request(Method::GET, path).header("authorization", ADMIN);
-        assert_eq!(answer(request).await.status, StatusCode::NOT_FOUND, "{path}");
-    }
+    let check = async |path: &str, token: &str, expect| {
+        let request = parapet.admin_request(Method::GET, path).header("authorization", token);
+        assert_eq!(answer(request).await.status, expect, "{path}");
+    };
+    check("/", ADMIN, StatusCode::NOT_FOUND).await;
+    check("/nothing", ADMIN, StatusCode::NOT_FOUND).await;
+    // For edges in front of which this is the upstream.
+    check("/api/client/features", ADMIN, StatusCode::FORBIDDEN).await;
+    check("/api/client/features", READER, StatusCode::OK).await;
+    check("/api/frontend", BROWSER, StatusCode::OK).await;
     let post = parapet.admin_request(Method::POST, "/status").header("authorization", ADMIN);
     assert_eq!(answer(post).await.status, StatusCode::METHOD_NOT_ALLOWED);
 }
