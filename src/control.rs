@@ -17,6 +17,7 @@ mod secret;
 mod sessions;
 mod throttle;
 mod usage;
+mod watch;
 
 use std::{collections::BTreeSet, net::IpAddr, sync::Arc, time::Duration};
 
@@ -40,6 +41,7 @@ pub use self::{
 };
 use self::{
     audit::Entry, database::Database, password::Hasher, registry::Registry, sessions::Sessions,
+    watch::Retention,
 };
 use crate::{
     auth::Authenticator,
@@ -82,16 +84,8 @@ struct Inner {
     registry: Registry,
     sessions: Sessions,
     account_limit: usize,
-    event_retention: Option<Duration>,
-    usage_retention: Duration,
+    retention: Retention,
 }
-
-/// How often uses are noted, and what is over is forgotten.
-const UPKEEP: Duration = Duration::from_secs(30);
-/// The longest that nobody looks whether a token has expired: clocks are set.
-const EXPIRY_LOOK: Duration = Duration::from_secs(1);
-/// How long after a failure of the database the next look is.
-const RETRY: Duration = Duration::from_secs(1);
 
 impl Control {
     /// Opens the database, and makes or migrates it; the first start makes an admin's account and
@@ -114,8 +108,7 @@ impl Control {
             registry,
             sessions,
             account_limit: config.account_limit,
-            event_retention: config.event_retention,
-            usage_retention: config.usage_retention,
+            retention: Retention { events: config.event_retention, usage: config.usage_retention },
         };
         Ok((Self(Arc::new(inner)), opened))
     }
@@ -133,8 +126,7 @@ impl Control {
             database,
             hasher,
             account_limit: usize::MAX,
-            event_retention: None,
-            usage_retention: Duration::MAX,
+            retention: Retention { events: None, usage: Duration::MAX },
         };
         Ok(Self(Arc::new(inner)))
     }
@@ -149,68 +141,14 @@ impl Control {
     ///
     /// While the database is away, the tokens known stay in force.
     pub async fn run(&self, auth: &Authenticator) {
-        self.0.registry.publish_to(auth);
-        tokio::join!(self.watch(), self.expire(), self.keep_in_order(auth));
-    }
-
-    /// Follows what other instances and the command line change.
-    async fn watch(&self) {
-        let mut failing = false;
-        loop {
-            let Err(error) = self.follow(&mut failing).await;
-            if !std::mem::replace(&mut failing, true) {
-                let error = report(&error);
-                warn!(error, "Changes of tokens by others cannot be followed; those known stay");
-            }
-            tokio::time::sleep(RETRY).await;
-        }
-    }
-
-    async fn follow(&self, failing: &mut bool) -> Result<std::convert::Infallible, Error> {
-        let mut listener = self.0.database.listen().await?;
-        loop {
-            // First of all what was missed.
-            self.0.registry.reload().await?;
-            *failing = false;
-            listener.changed().await?;
-        }
-    }
-
-    async fn expire(&self) {
-        loop {
-            let next = self.0.registry.next_expiry();
-            let left = next.and_then(|at| Duration::try_from(at - Timestamp::now()).ok());
-            tokio::time::sleep(left.unwrap_or(EXPIRY_LOOK).min(EXPIRY_LOOK)).await;
-            if next.is_some_and(|at| at <= Timestamp::now()) {
-                self.0.registry.publish();
-            }
-        }
-    }
-
-    async fn keep_in_order(&self, auth: &Authenticator) {
-        let mut failing = false;
-        loop {
-            tokio::time::sleep(UPKEEP).await;
-            match self.tidy(auth).await {
-                Ok(()) => failing = false,
-                Err(error) if !failing => {
-                    failing = true;
-                    warn!(error = report(&error), "The control plane cannot be kept in order");
-                }
-                Err(_) => {}
-            }
-        }
-    }
-
-    async fn tidy(&self, auth: &Authenticator) -> Result<(), Error> {
-        let inner = &*self.0;
-        inner.registry.note_uses(&auth.take_used()).await?;
-        inner.sessions.prune().await?;
-        usage::prune(&inner.database, past(inner.usage_retention)).await?;
-        match inner.event_retention {
-            Some(retention) => audit::prune(&inner.database, past(retention)).await,
-            None => Ok(()),
-        }
+        let Inner { database, registry, sessions, retention, .. } = &*self.0;
+        registry.publish_to(auth);
+        tokio::join!(
+            watch::follow(database, registry),
+            watch::expire(registry),
+            watch::note_uses(registry, auth),
+            watch::prune(database, sessions, *retention),
+        );
     }
 
     /// Stores usage as it is delivered, until nobody can deliver any more.
@@ -412,9 +350,4 @@ impl Control {
         }
         outcome
     }
-}
-
-/// So long ago.
-fn past(age: Duration) -> Timestamp {
-    Timestamp::now().checked_sub(age).unwrap_or(Timestamp::UNIX_EPOCH)
 }

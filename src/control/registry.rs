@@ -266,10 +266,9 @@ impl Registry {
         found.filter(|held| held.token.is_valid(now)).map(|held| held.token.name.clone())
     }
 
-    /// When the next token expires.
-    pub(super) fn next_expiry(&self) -> Option<Timestamp> {
-        let (now, held) = (Timestamp::now(), self.held());
-        held.iter().filter_map(|held| held.token.expires_at).filter(|at| *at > now).min()
+    /// When the next token expires after `now`.
+    pub(super) fn next_expiry(&self, now: Timestamp) -> Option<Timestamp> {
+        self.held().iter().filter_map(|held| held.token.expires_at).filter(|at| *at > now).min()
     }
 
     /// Reads what others may have changed, and publishes it.
@@ -367,8 +366,8 @@ impl Registry {
     }
 
     /// Notes that tokens were used just now, at most once a minute each.
-    pub(super) async fn note_uses(&self, used: &[TokenDigest]) -> Result<(), Error> {
-        let (now, used) = (now(), used.iter().copied().collect::<HashSet<_>>());
+    pub(super) async fn note_uses(&self, used: &HashSet<TokenDigest>) -> Result<(), Error> {
+        let now = now();
         let is_due = |held: &&Held| {
             let seen = held.token.seen_at.is_some_and(|at| now.duration_since(at) < SEEN);
             !seen && used.contains(&held.digest)
