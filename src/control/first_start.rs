@@ -1,5 +1,7 @@
 //! What an empty database begins with: an admin's account, and tokens.
 
+use std::collections::HashSet;
+
 use super::{
     accounts::{self, NewAccount},
     database::{Database, Lane},
@@ -90,63 +92,69 @@ pub fn grant_of(kind: TokenKind, token: &Token, fallback: &Environment) -> Grant
     Grant { kind, scope: Scope { environment, projects } }
 }
 
-/// Gives an empty database its first account and tokens; of instances that start at once, one does.
+/// Makes what an empty database lacks; of instances that start at once, one does.
 pub(super) async fn begin(
     database: &Database,
     hasher: &Hasher,
     seed: &Seed,
     first: &FirstAccount,
 ) -> Result<Opened, Error> {
-    let existing = Opened { account: None, tokens: FoundTokens::Existing };
-    if accounts::count(&mut *database.pool().acquire().await?).await? > 0 {
-        return Ok(existing);
-    }
-    let generated = first.password.is_none().then(Password::generate);
-    let password = first.password.clone().or_else(|| generated.clone());
-    let password = password.unwrap_or_else(Password::generate);
-    // Slow, and so not while the database is locked.
-    let hash = hasher.hash(&password).await?;
-    let mut transaction = database.write(Lane::Control).await?;
-    if accounts::count(&mut transaction).await? > 0 {
-        return Ok(existing);
-    }
-    let actor = Actor { operator: Operator::Shell, address: None };
-    let new = NewAccount {
-        username: first.username.clone(),
-        name: None,
-        email: None,
-        role: RootRole::Admin,
-        password,
+    let password = first.password.clone().unwrap_or_else(Password::generate);
+    let generated = first.password.is_none().then(|| password.clone());
+    // The last account is never deleted, so that only a first start finds none. Hashing is slow,
+    // and so done before the database is locked.
+    let hash = match accounts::count(&mut *database.pool().acquire().await?).await? {
+        0 => Some(hasher.hash(&password).await?),
+        _ => None,
     };
-    let account = accounts::insert(&mut transaction, &actor, new, &hash).await?;
-    let (tokens, found) = if seed.is_empty() {
+    let mut transaction = database.write(Lane::Control).await?;
+    let actor = Actor { operator: Operator::Shell, address: None };
+    let mut account = None;
+    if let Some(hash) = &hash
+        && accounts::count(&mut transaction).await? == 0
+    {
+        let username = first.username.clone();
+        let role = RootRole::Admin;
+        let new = NewAccount { username, name: None, email: None, role, password };
+        let made = accounts::insert(&mut transaction, &actor, new, hash).await?;
+        account = Some(MadeAccount { username: made.username, generated });
+    }
+    let (seeds, tokens) = if !registry::is_empty(&mut transaction).await? {
+        (Vec::new(), FoundTokens::Existing)
+    } else if !seed.is_empty() {
+        let of = |kind, tokens: &[Token]| {
+            tokens.iter().map(move |it| ("init", kind, it.clone())).collect::<Vec<_>>()
+        };
+        let mut seeds = of(TokenKind::Admin, &seed.admin);
+        seeds.extend(of(TokenKind::Client, &seed.client));
+        seeds.extend(of(TokenKind::Frontend, &seed.frontend));
+        (seeds, FoundTokens::Seeded)
+    } else if account.is_some() {
         let generated = Generated::new();
-        let tokens = [
+        let seeds = vec![
             ("first admin", TokenKind::Admin, generated.admin.clone()),
             ("first client", TokenKind::Client, generated.client.clone()),
             ("first frontend", TokenKind::Frontend, generated.frontend.clone()),
         ];
-        (tokens.to_vec(), FoundTokens::Generated(Box::new(generated)))
+        (seeds, FoundTokens::Generated(Box::new(generated)))
     } else {
-        let of = |kind, tokens: &[Token]| {
-            tokens.iter().map(move |it| ("init", kind, it.clone())).collect::<Vec<_>>()
-        };
-        let mut tokens = of(TokenKind::Admin, &seed.admin);
-        tokens.extend(of(TokenKind::Client, &seed.client));
-        tokens.extend(of(TokenKind::Frontend, &seed.frontend));
-        (tokens, FoundTokens::Seeded)
+        // Somebody has deleted them all, and was not asked for others.
+        (Vec::new(), FoundTokens::Existing)
     };
-    for (name, kind, secret) in tokens {
+    // A token that is given twice is what it was given for first.
+    let mut seen = HashSet::new();
+    for (name, kind, secret) in seeds.into_iter().filter(|it| seen.insert(it.2.digest())) {
         let Grant { scope, .. } = grant_of(kind, &secret, &Environment::new(FIRST_ENVIRONMENT));
         let Scope { environment, projects } = scope;
         let new = NewToken { name: name.to_owned(), kind, environment, projects, expires_at: None };
         let token = ApiToken::new(new, &secret, actor.operator.name());
         registry::insert(&mut transaction, &actor, &token, &secret).await?;
     }
-    database.announce(&mut transaction).await?;
+    if !seen.is_empty() {
+        database.announce(&mut transaction).await?;
+    }
     transaction.commit().await?;
-    let account = MadeAccount { username: account.username, generated };
-    Ok(Opened { account: Some(account), tokens: found })
+    Ok(Opened { account, tokens })
 }
 
 impl Generated {

@@ -458,6 +458,12 @@ fn read(row: &AnyRow) -> Result<Option<Held>, sqlx::Error> {
     Ok(Some(Held { digest, token }))
 }
 
+/// Whether there is no token.
+pub(super) async fn is_empty(connection: &mut AnyConnection) -> Result<bool, Error> {
+    let any = sqlx::query("SELECT id FROM tokens LIMIT 1").fetch_optional(connection).await?;
+    Ok(any.is_none())
+}
+
 /// Writes a new token and its event.
 pub(super) async fn insert(
     transaction: &mut AnyConnection,
