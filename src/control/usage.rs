@@ -1,9 +1,9 @@
 //! The usage that this instance was told of: stored by flag, application, environment and hour.
 //!
-//! Merging and when to try again are `usage`'s. What is old is forgotten, and how many values of a
-//! kind an application may have is bounded.
+//! Merging and when to try again are `usage`'s. What is old is forgotten, and so is the oldest where
+//! there is too much.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use jiff::{SignedDuration, Timestamp};
@@ -17,8 +17,16 @@ use crate::wire::usage::{Application, Bulk, BulkMetric};
 
 /// How many milliseconds an hour has.
 const HOUR: i64 = 3_600_000;
-/// How many values of one kind are kept of an application.
-const MAX_TRAITS: i64 = 1000;
+/// The highest count: JavaScript knows no higher ones either.
+const MAX_COUNT: i64 = (1 << 53) - 1;
+/// The longest name, in bytes.
+const MAX_TEXT: usize = 255;
+/// How many rows are kept of flags' usage, and apart from them how many of variants'.
+const MAX_KEPT: i64 = 1_000_000;
+/// How many applications are kept.
+const MAX_APPLICATIONS: i64 = 5000;
+/// How many environments, SDKs, strategies and instances of all applications are kept.
+const MAX_TRAITS: i64 = 100_000;
 /// How many rows of usage are told at once.
 const MAX_ROWS: i64 = 50_000;
 /// After which time an instance no longer counts.
@@ -67,30 +75,36 @@ pub struct UsageHour {
 pub(super) async fn store(database: &Database, body: &Bytes) -> Result<bool, Error> {
     let Ok(bulk) = Bulk::parse(body) else { return Ok(false) };
     let mut transaction = database.write(Lane::Usage).await?;
+    let mut seen = Seen::default();
     for application in &bulk.applications {
-        store_application(&mut transaction, application).await?;
+        seen.application(application);
     }
     for metric in &bulk.metrics {
         store_metric(&mut transaction, metric).await?;
+        seen.metric(metric);
     }
+    seen.store(&mut transaction).await?;
     transaction.commit().await?;
     Ok(true)
 }
 
 async fn store_metric(transaction: &mut AnyConnection, metric: &BulkMetric) -> Result<(), Error> {
     let hour = metric.timestamp.as_millisecond().div_euclid(HOUR) * HOUR;
-    let count = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
     sqlx::query(
         "INSERT INTO flag_usage (flag, environment, app_name, hour, yes, no) \
          VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (flag, environment, app_name, hour) \
-         DO UPDATE SET yes = flag_usage.yes + excluded.yes, no = flag_usage.no + excluded.no",
+         DO UPDATE SET yes = CASE WHEN flag_usage.yes > $7 - excluded.yes THEN $7 \
+         ELSE flag_usage.yes + excluded.yes END, \
+         no = CASE WHEN flag_usage.no > $7 - excluded.no THEN $7 \
+         ELSE flag_usage.no + excluded.no END",
     )
-    .bind(&*metric.feature_name)
-    .bind(&*metric.environment)
-    .bind(&*metric.app_name)
+    .bind(text(&metric.feature_name))
+    .bind(text(&metric.environment))
+    .bind(text(&metric.app_name))
     .bind(hour)
     .bind(count(metric.stats.yes))
     .bind(count(metric.stats.no))
+    .bind(MAX_COUNT)
     .execute(&mut *transaction)
     .await?;
     for (variant, times) in &metric.stats.variants {
@@ -98,86 +112,82 @@ async fn store_metric(transaction: &mut AnyConnection, metric: &BulkMetric) -> R
             "INSERT INTO variant_usage (flag, environment, app_name, hour, variant, count) \
              VALUES ($1, $2, $3, $4, $5, $6) \
              ON CONFLICT (flag, environment, app_name, hour, variant) \
-             DO UPDATE SET count = variant_usage.count + excluded.count",
+             DO UPDATE SET count = CASE WHEN variant_usage.count > $7 - excluded.count THEN $7 \
+             ELSE variant_usage.count + excluded.count END",
         )
-        .bind(&*metric.feature_name)
-        .bind(&*metric.environment)
-        .bind(&*metric.app_name)
+        .bind(text(&metric.feature_name))
+        .bind(text(&metric.environment))
+        .bind(text(&metric.app_name))
         .bind(hour)
-        .bind(&**variant)
+        .bind(text(variant))
         .bind(count(*times))
+        .bind(MAX_COUNT)
         .execute(&mut *transaction)
         .await?;
     }
-    see(transaction, &metric.app_name).await?;
-    note(transaction, &metric.app_name, "environment", &metric.environment).await?;
-    if let Some(sdk) = &metric.metadata.sdk_version {
-        note(transaction, &metric.app_name, "sdk", sdk).await?;
-    }
     Ok(())
 }
 
-async fn store_application(
-    transaction: &mut AnyConnection,
-    application: &Application,
-) -> Result<(), Error> {
-    let name = &application.app_name;
-    see(transaction, name).await?;
-    let traits = [
-        ("environment", &application.environment),
-        ("instance", &application.instance_id),
-        ("sdk", &application.metadata.sdk_version),
-    ];
-    for (kind, value) in traits {
-        if let Some(value) = value {
-            note(transaction, name, kind, value).await?;
+/// A count as it is stored; the sum of two of them is one still.
+fn count(count: u64) -> i64 {
+    i64::try_from(count).unwrap_or(MAX_COUNT).min(MAX_COUNT)
+}
+
+/// A name as it is stored: PostgreSQL takes no NUL, and an index no long texts.
+fn text(name: &str) -> String {
+    name[..name.floor_char_boundary(MAX_TEXT)].replace('\0', "")
+}
+
+/// The applications of a report, and what they were seen with, each once.
+#[derive(Debug, Default)]
+struct Seen(BTreeMap<String, BTreeSet<(&'static str, String)>>);
+
+impl Seen {
+    fn application(&mut self, application: &Application) {
+        let traits = self.0.entry(text(&application.app_name)).or_default();
+        let named = [
+            ("environment", &application.environment),
+            ("instance", &application.instance_id),
+            ("sdk", &application.metadata.sdk_version),
+        ];
+        let named = named.into_iter().filter_map(|(kind, it)| Some((kind, text(it.as_ref()?))));
+        traits.extend(named);
+        traits.extend(application.strategies.iter().map(|it| ("strategy", text(it))));
+    }
+
+    fn metric(&mut self, metric: &BulkMetric) {
+        let traits = self.0.entry(text(&metric.app_name)).or_default();
+        traits.insert(("environment", text(&metric.environment)));
+        traits.extend(metric.metadata.sdk_version.as_deref().map(|sdk| ("sdk", text(sdk))));
+    }
+
+    async fn store(&self, transaction: &mut AnyConnection) -> Result<(), Error> {
+        let now = now().as_millisecond();
+        for (name, traits) in &self.0 {
+            sqlx::query(
+                "INSERT INTO applications (app_name, created_at, seen_at) VALUES ($1, $2, $2) \
+                 ON CONFLICT (app_name) DO UPDATE SET seen_at = excluded.seen_at",
+            )
+            .bind(name)
+            .bind(now)
+            .execute(&mut *transaction)
+            .await?;
+            for (kind, value) in traits {
+                sqlx::query(
+                    "INSERT INTO application_traits (app_name, kind, value, seen_at) \
+                     VALUES ($1, $2, $3, $4) \
+                     ON CONFLICT (app_name, kind, value) DO UPDATE SET seen_at = excluded.seen_at",
+                )
+                .bind(name)
+                .bind(*kind)
+                .bind(value)
+                .bind(now)
+                .execute(&mut *transaction)
+                .await?;
+            }
         }
+        Ok(())
     }
-    for strategy in &application.strategies {
-        note(transaction, name, "strategy", strategy).await?;
-    }
-    Ok(())
-}
-
-/// Notes that an application is there.
-async fn see(transaction: &mut AnyConnection, name: &Arc<str>) -> Result<(), Error> {
-    sqlx::query(
-        "INSERT INTO applications (app_name, created_at, seen_at) VALUES ($1, $2, $2) \
-         ON CONFLICT (app_name) DO UPDATE SET seen_at = excluded.seen_at",
-    )
-    .bind(&**name)
-    .bind(now().as_millisecond())
-    .execute(transaction)
-    .await?;
-    Ok(())
-}
-
-/// Notes what an application was seen with.
-async fn note(
-    transaction: &mut AnyConnection,
-    name: &Arc<str>,
-    kind: &'static str,
-    value: &Arc<str>,
-) -> Result<(), Error> {
-    let count = sqlx::query_scalar(
-        "SELECT COUNT(*) FROM application_traits WHERE app_name = $1 AND kind = $2 AND value <> $3",
-    );
-    let others: i64 =
-        count.bind(&**name).bind(kind).bind(&**value).fetch_one(&mut *transaction).await?;
-    if others >= MAX_TRAITS {
-        return Ok(());
-    }
-    sqlx::query(
-        "INSERT INTO application_traits (app_name, kind, value, seen_at) VALUES ($1, $2, $3, $4) \
-         ON CONFLICT (app_name, kind, value) DO UPDATE SET seen_at = excluded.seen_at",
-    )
-    .bind(&**name)
-    .bind(kind)
-    .bind(&**value)
-    .bind(now().as_millisecond())
-    .execute(transaction)
-    .await?;
-    Ok(())
 }
 
 /// The applications, by name.
@@ -232,8 +242,11 @@ pub(super) async fn of_flag(
          ORDER BY hour DESC, environment, app_name LIMIT $3",
     );
     let rows = rows.bind(flag).bind(from).bind(MAX_ROWS).fetch_all(&mut *transaction).await?;
-    let variants = sqlx::query("SELECT * FROM variant_usage WHERE flag = $1 AND hour >= $2");
-    let variants = variants.bind(flag).bind(from).fetch_all(&mut *transaction).await?;
+    let variants = sqlx::query(
+        "SELECT * FROM variant_usage WHERE flag = $1 AND hour >= $2 ORDER BY hour DESC LIMIT $3",
+    );
+    let variants =
+        variants.bind(flag).bind(from).bind(MAX_ROWS).fetch_all(&mut *transaction).await?;
     let mut counts: BTreeMap<(i64, String, String), BTreeMap<String, u64>> = BTreeMap::new();
     for row in &variants {
         let key = (row.try_get("hour")?, row.try_get("environment")?, row.try_get("app_name")?);
@@ -258,16 +271,33 @@ pub(super) async fn of_flag(
     Ok(rows.iter().map(hour).collect::<Result<_, _>>()?)
 }
 
-/// Forgets usage and applications from before a time.
+/// Forgets usage and applications from before a time, and the oldest where there is too much.
 pub(super) async fn prune(database: &Database, before: Timestamp) -> Result<(), Error> {
     let mut transaction = database.write(Lane::Usage).await?;
-    for forget in [
-        "DELETE FROM flag_usage WHERE hour < $1",
-        "DELETE FROM variant_usage WHERE hour < $1",
-        "DELETE FROM application_traits WHERE seen_at < $1",
-        "DELETE FROM applications WHERE seen_at < $1",
+    for (forget, most) in [
+        (
+            "DELETE FROM flag_usage WHERE hour < $1 OR hour <= \
+             (SELECT hour FROM flag_usage ORDER BY hour DESC LIMIT 1 OFFSET $2)",
+            MAX_KEPT,
+        ),
+        (
+            "DELETE FROM variant_usage WHERE hour < $1 OR hour <= \
+             (SELECT hour FROM variant_usage ORDER BY hour DESC LIMIT 1 OFFSET $2)",
+            MAX_KEPT,
+        ),
+        (
+            "DELETE FROM application_traits WHERE seen_at < $1 OR seen_at <= \
+             (SELECT seen_at FROM application_traits ORDER BY seen_at DESC LIMIT 1 OFFSET $2)",
+            MAX_TRAITS,
+        ),
+        (
+            "DELETE FROM applications WHERE seen_at < $1 OR seen_at <= \
+             (SELECT seen_at FROM applications ORDER BY seen_at DESC LIMIT 1 OFFSET $2)",
+            MAX_APPLICATIONS,
+        ),
     ] {
-        sqlx::query(forget).bind(before.as_millisecond()).execute(&mut *transaction).await?;
+        let forget = sqlx::query(forget).bind(before.as_millisecond()).bind(most);
+        forget.execute(&mut *transaction).await?;
     }
     transaction.commit().await?;
     Ok(())
