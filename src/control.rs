@@ -12,6 +12,7 @@ mod first_start;
 mod migrations;
 mod password;
 mod permission;
+mod refusals;
 mod registry;
 mod secret;
 mod sessions;
@@ -22,7 +23,6 @@ mod watch;
 use std::{collections::BTreeSet, net::IpAddr, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
-use serde_json::json;
 use tokio::sync::mpsc;
 use tracing::warn;
 
@@ -40,8 +40,8 @@ pub use self::{
     usage::{ApplicationSummary, UsageHour},
 };
 use self::{
-    audit::Entry, database::Database, password::Hasher, registry::Registry, sessions::Sessions,
-    watch::Retention,
+    database::Database, password::Hasher, refusals::Refusals, registry::Registry,
+    sessions::Sessions, watch::Retention,
 };
 use crate::{
     auth::Authenticator,
@@ -84,6 +84,7 @@ struct Inner {
     registry: Registry,
     sessions: Sessions,
     account_limit: usize,
+    refusals: Refusals,
     retention: Retention,
 }
 
@@ -103,6 +104,7 @@ impl Control {
             config.session_lifetime,
         );
         let inner = Inner {
+            refusals: Refusals::new(database.clone()),
             database,
             hasher,
             registry,
@@ -123,6 +125,7 @@ impl Control {
         let inner = Inner {
             registry: Registry::open(database.clone(), usize::MAX).await?,
             sessions: Sessions::new(database.clone(), hasher.clone(), Duration::MAX, Duration::MAX),
+            refusals: Refusals::new(database.clone()),
             database,
             hasher,
             account_limit: usize::MAX,
@@ -278,15 +281,7 @@ impl Control {
         current: &Password,
         new: Password,
     ) -> Result<(), Error> {
-        let Some(id) = actor.operator.id() else { return Err(Error::WrongPassword) };
-        let known = accounts::hash_of(&self.0.database, id).await?;
-        if !self.0.hasher.verify(current, known.as_deref()).await? {
-            return Err(Error::WrongPassword);
-        }
-        let hash = self.0.hasher.hash(&new).await?;
-        let keep = secret::Kept::of(session).map(|kept| kept.selector);
-        let database = &self.0.database;
-        accounts::set_password(database, actor, id, &hash, keep.as_deref()).await.map(drop)
+        self.0.sessions.change_password(actor, session, current, &new).await
     }
 
     /// Deletes an account and ends its sessions; for admins, and never the last of them.
@@ -297,7 +292,7 @@ impl Control {
 
     /// Begins a session for whoever has the password.
     pub async fn sign_in(&self, attempt: SignIn<'_>) -> Result<SignedIn, Error> {
-        self.0.sessions.sign_in(attempt).await
+        self.0.sessions.sign_in(attempt, &self.0.refusals).await
     }
 
     /// Whose session a cookie opens; `None` where it opens none.
@@ -344,9 +339,7 @@ impl Control {
         outcome: Result<T, Error>,
     ) -> Result<T, Error> {
         if let Err(Error::Missing(missing)) = &outcome {
-            let data = json!({ "operation": what, "permission": missing.permission() });
-            let entry = Entry { data: Some(data), ..Entry::default() };
-            self.0.sessions.record_denial(actor, entry).await?;
+            self.0.refusals.operation(actor, what, *missing).await;
         }
         outcome
     }

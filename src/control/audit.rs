@@ -2,6 +2,8 @@
 //!
 //! An event is written in the transaction of the change that it tells of, and holds no secret.
 
+use std::net::IpAddr;
+
 use jiff::Timestamp;
 use serde_json::Value;
 use sqlx::{AnyConnection, Row as _, any::AnyRow};
@@ -140,10 +142,34 @@ pub(super) struct Entry {
     pub(super) pre_data: Option<Value>,
 }
 
+/// Whose doing an event is.
+#[derive(Debug)]
+pub(super) struct Author<'a> {
+    pub(super) name: &'a str,
+    pub(super) id: Option<i64>,
+    pub(super) address: Option<IpAddr>,
+}
+
+impl<'a> From<&'a Actor> for Author<'a> {
+    fn from(Actor { operator, address }: &'a Actor) -> Self {
+        Self { name: operator.name(), id: operator.id(), address: *address }
+    }
+}
+
 /// Writes an event in the transaction of the change that it tells of.
 pub(super) async fn record(
     transaction: &mut AnyConnection,
     actor: &Actor,
+    kind: EventKind,
+    entry: Entry,
+) -> Result<(), Error> {
+    record_by(transaction, &actor.into(), kind, entry).await
+}
+
+/// The same for an author who is no operator.
+pub(super) async fn record_by(
+    transaction: &mut AnyConnection,
+    author: &Author<'_>,
     kind: EventKind,
     entry: Entry,
 ) -> Result<(), Error> {
@@ -153,10 +179,10 @@ pub(super) async fn record(
          project, data, pre_data) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)",
     )
     .bind(kind.as_str())
-    .bind(actor.operator.name())
-    .bind(actor.operator.id())
+    .bind(author.name.to_owned())
+    .bind(author.id)
     .bind(now().as_millisecond())
-    .bind(actor.address.map(|address| address.to_string()))
+    .bind(author.address.map(|address| address.to_string()))
     .bind(entry.environment)
     .bind(entry.project)
     .bind(text(entry.data))

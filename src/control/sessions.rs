@@ -4,10 +4,14 @@
 //! by both together; a browser from which somebody has signed in before waits for its own attempts
 //! only, so that nobody can lock an owner out.
 
-use std::{net::IpAddr, time::Duration};
+use std::{
+    hash::{BuildHasher as _, RandomState},
+    net::IpAddr,
+    time::Duration,
+};
 
 use jiff::{SignedDuration, Timestamp};
-use sqlx::{AnyConnection, Row as _};
+use sqlx::Row as _;
 
 use super::{
     accounts::{self, Account},
@@ -15,23 +19,25 @@ use super::{
     database::{Database, Lane, now, of_millis},
     error::Error,
     password::{Hasher, Password},
-    permission::{Actor, Operator},
+    permission::Actor,
+    refusals::{Reason, Refusals},
     secret::{Kept, Secret},
     throttle::{Buckets, Rate, origin},
 };
 
-/// How often sign-ins may be tried from one address.
+/// Attempts from one address.
 const BY_ADDRESS: Rate = Rate { burst: 20, every: Duration::from_secs(3) };
-/// How often to one account from one address.
-const BY_PAIR: Rate = Rate { burst: 5, every: Duration::from_secs(10) };
-/// How often to one account from anywhere.
-const BY_ACCOUNT: Rate = Rate { burst: 50, every: Duration::from_secs(2) };
-/// How often from one known browser.
+/// Attempts from one address on one account: what one guesser gets.
+const BY_PAIR: Rate = Rate { burst: 5, every: Duration::from_secs(15) };
+/// Attempts from anywhere on one account: more than one guesser gets, so that no single one can
+/// keep the owner out.
+const BY_ACCOUNT: Rate = Rate { burst: 100, every: Duration::from_secs(10) };
+/// Attempts from one known browser, whatever others do.
 const BY_DEVICE: Rate = Rate { burst: 10, every: Duration::from_secs(10) };
-/// How often one address may present cookies that open nothing.
+/// Attempts to change one's own password.
+const OWN_PASSWORD: Rate = Rate { burst: 5, every: Duration::from_mins(1) };
+/// Cookies from one address that open nothing.
 const STRANGERS: Rate = Rate { burst: 50, every: Duration::from_secs(1) };
-/// How often refusals are written down, so that a flood of them does not fill the disk.
-const RECORDED: Rate = Rate { burst: 100, every: Duration::from_secs(1) };
 
 /// How exact the last use of a session is.
 const TOUCH: SignedDuration = SignedDuration::from_mins(1);
@@ -70,11 +76,19 @@ pub(super) struct Sessions {
     idle: SignedDuration,
     lifetime: SignedDuration,
     by_address: Buckets<IpAddr>,
-    by_pair: Buckets<(IpAddr, String)>,
-    by_account: Buckets<String>,
+    by_pair: Buckets<(IpAddr, u64)>,
+    by_account: Buckets<u64>,
     by_device: Buckets<String>,
+    own_password: Buckets<i64>,
     strangers: Buckets<IpAddr>,
-    recorded: Buckets<()>,
+    /// Usernames come in all lengths; what is kept of them in buckets does not.
+    names: RandomState,
+}
+
+/// The buckets that an attempt was taken from.
+enum Paid {
+    Known { selector: String },
+    Stranger { from: IpAddr, name: u64 },
 }
 
 impl Sessions {
@@ -95,50 +109,83 @@ impl Sessions {
             by_pair: Buckets::new(BY_PAIR),
             by_account: Buckets::new(BY_ACCOUNT),
             by_device: Buckets::new(BY_DEVICE),
+            own_password: Buckets::new(OWN_PASSWORD),
             strangers: Buckets::new(STRANGERS),
-            recorded: Buckets::new(RECORDED),
+            names: RandomState::new(),
         }
     }
 
     /// Begins a session for whoever has the password.
-    pub(super) async fn sign_in(&self, attempt: SignIn<'_>) -> Result<SignedIn, Error> {
-        let from = origin(attempt.address);
-        let name = accounts::key_of(&attempt.username.chars().take(256).collect::<String>());
-        let known = accounts::credentials(&self.database, &name).await?;
-        let device = self.device(attempt.device, known.as_ref().map(|it| it.0)).await?;
-        if let Some(device) = &device {
-            self.by_device.take(&device.selector).map_err(Error::Throttled)?;
-        } else {
-            self.by_address.take(&from).map_err(Error::Throttled)?;
-            self.by_pair.take(&(from, name.clone())).map_err(Error::Throttled)?;
-            self.by_account.take(&name).map_err(Error::Throttled)?;
+    pub(super) async fn sign_in(
+        &self,
+        attempt: SignIn<'_>,
+        refusals: &Refusals,
+    ) -> Result<SignedIn, Error> {
+        let device = self.device(attempt).await?;
+        let paid = match self.pay(attempt, device) {
+            Ok(paid) => paid,
+            Err(wait) => {
+                refusals.sign_in(None, attempt.address, Reason::Throttled).await;
+                return Err(Error::Throttled(wait));
+            }
+        };
+        let found = accounts::credentials(&self.database, attempt.username).await?;
+        let hash = found.as_ref().map(|(_, hash)| hash.as_str());
+        let verdict = self.hasher.verify(attempt.password, hash).await;
+        // What could not be judged was no guess.
+        let matches = verdict.inspect_err(|_| self.pay_back(&paid))?;
+        if let Some((id, hash)) = found.as_ref().filter(|_| matches)
+            && let Some(signed_in) = self.begin(*id, hash, attempt.address).await?
+        {
+            self.pay_back(&paid);
+            return Ok(signed_in);
         }
-        let hash = known.as_ref().map(|(_, hash)| hash.as_str());
-        if !self.hasher.verify(attempt.password, hash).await? {
-            self.record_refusal(known.map(|it| it.0), attempt.address).await?;
-            return Err(Error::WrongPassword);
-        }
-        if let Some(device) = &device {
-            self.by_device.give_back(&device.selector);
-        } else {
-            self.by_address.give_back(&from);
-            self.by_pair.give_back(&(from, name.clone()));
-            self.by_account.give_back(&name);
-        }
-        let (id, _) = known.ok_or(Error::WrongPassword)?;
-        self.begin(id, attempt.address).await
+        let known = found.map(|_| attempt.username.trim());
+        refusals.sign_in(known, attempt.address, Reason::WrongPassword).await;
+        Err(Error::WrongPassword)
     }
 
-    async fn begin(&self, id: i64, address: IpAddr) -> Result<SignedIn, Error> {
+    /// Takes an attempt from the buckets that it belongs to, or says when it may be made.
+    fn pay(&self, attempt: SignIn<'_>, device: Option<Kept>) -> Result<Paid, Duration> {
+        if let Some(Kept { selector, .. }) = device {
+            self.by_device.take(&selector)?;
+            return Ok(Paid::Known { selector });
+        }
+        let from = origin(attempt.address);
+        let name = self.names.hash_one(accounts::key_of(attempt.username));
+        self.by_address.take(&from)?;
+        let pair = (from, name);
+        self.by_pair.take(&pair).inspect_err(|_| self.by_address.give_back(&from))?;
+        self.by_account.take(&name).inspect_err(|_| {
+            self.by_address.give_back(&from);
+            self.by_pair.give_back(&pair);
+        })?;
+        Ok(Paid::Stranger { from, name })
+    }
+
+    fn pay_back(&self, paid: &Paid) {
+        match paid {
+            Paid::Known { selector } => self.by_device.give_back(selector),
+            Paid::Stranger { from, name } => {
+                self.by_address.give_back(from);
+                self.by_pair.give_back(&(*from, *name));
+                self.by_account.give_back(name);
+            }
+        }
+    }
+
+    /// Begins a session, unless the password was changed since its `hash` was read.
+    async fn begin(&self, id: i64, hash: &str, address: IpAddr) -> Result<Option<SignedIn>, Error> {
         let (session, device) = (Secret::generate(), Secret::generate());
         let now = now().as_millisecond();
         let mut transaction = self.database.write(Lane::Control).await?;
-        sqlx::query("UPDATE accounts SET seen_at = $1 WHERE id = $2")
-            .bind(now)
-            .bind(id)
-            .execute(&mut *transaction)
-            .await?;
-        let account = accounts::find(&mut transaction, id).await?.ok_or(Error::WrongPassword)?;
+        let update =
+            sqlx::query("UPDATE accounts SET seen_at = $1 WHERE id = $2 AND password = $3");
+        let update = update.bind(now).bind(id).bind(hash).execute(&mut *transaction).await?;
+        if update.rows_affected() == 0 {
+            return Ok(None);
+        }
+        let Some(account) = accounts::find(&mut transaction, id).await? else { return Ok(None) };
         let kept = session.kept();
         sqlx::query(
             "INSERT INTO sessions (selector, digest, account_id, created_at, seen_at) \
@@ -172,7 +219,7 @@ impl Sessions {
         let actor = Actor { operator: account.operator(), address: Some(address) };
         audit::record(&mut transaction, &actor, EventKind::UserSignedIn, Entry::default()).await?;
         transaction.commit().await?;
-        Ok(SignedIn { session, device, account })
+        Ok(Some(SignedIn { session, device, account }))
     }
 
     /// Whose session a cookie opens.
@@ -236,58 +283,40 @@ impl Sessions {
         Ok(())
     }
 
-    /// Writes down that somebody was not let do something, unless there was too much of that.
-    pub(super) async fn record_denial(&self, actor: &Actor, entry: Entry) -> Result<(), Error> {
-        self.record(actor, EventKind::PermissionDenied, entry).await
-    }
-
-    /// What the attempted name was is not told where there is no such account: people type
-    /// passwords into the wrong field.
-    async fn record_refusal(&self, account: Option<i64>, address: IpAddr) -> Result<(), Error> {
-        let account = match account {
-            Some(id) => {
-                let mut connection = self.database.pool().acquire().await?;
-                accounts::find(&mut connection, id).await?
-            }
-            None => None,
-        };
-        let unknown = || Operator::Token { name: "unknown account".to_owned() };
-        let operator = account.as_ref().map_or_else(unknown, Account::operator);
-        let actor = Actor { operator, address: Some(address) };
-        self.record(&actor, EventKind::SignInRefused, Entry::default()).await
-    }
-
-    async fn record(&self, actor: &Actor, kind: EventKind, entry: Entry) -> Result<(), Error> {
-        if self.recorded.take(&()).is_err() {
-            return Ok(());
+    /// Sets the actor's own password, if `current` is it, and ends its sessions but that of the
+    /// cookie `session`.
+    pub(super) async fn change_password(
+        &self,
+        actor: &Actor,
+        session: &str,
+        current: &Password,
+        new: &Password,
+    ) -> Result<(), Error> {
+        let Some(id) = actor.operator.id() else { return Err(Error::WrongPassword) };
+        self.own_password.take(&id).map_err(Error::Throttled)?;
+        let hash = accounts::hash_of(&self.database, id).await?;
+        if !self.hasher.verify(current, hash.as_deref()).await? {
+            return Err(Error::WrongPassword);
         }
-        let mut transaction = self.database.write(Lane::Control).await?;
-        audit::record(&mut transaction, actor, kind, entry).await?;
-        transaction.commit().await?;
+        let hash = self.hasher.hash(new).await?;
+        let keep = Kept::of(session).map(|kept| kept.selector);
+        let changed = accounts::set_password(&self.database, actor, id, &hash, keep.as_deref());
+        changed.await?.ok_or(Error::WrongPassword)?;
+        self.own_password.give_back(&id);
         Ok(())
     }
 
-    /// The known browser that a cookie stands for, if it is one of this account.
-    async fn device(
-        &self,
-        cookie: Option<&str>,
-        account: Option<i64>,
-    ) -> Result<Option<Kept>, Error> {
-        let (Some(kept), Some(account)) = (cookie.and_then(Kept::of), account) else {
-            return Ok(None);
-        };
-        let mut connection = self.database.pool().acquire().await?;
-        let digest = device_digest(&mut connection, &kept.selector, account).await?;
+    /// The known browser that an attempt comes from, if it is one of its account's.
+    async fn device(&self, attempt: SignIn<'_>) -> Result<Option<Kept>, Error> {
+        let Some(kept) = attempt.device.and_then(Kept::of) else { return Ok(None) };
+        let digest: Option<String> = sqlx::query_scalar(
+            "SELECT devices.digest FROM devices JOIN accounts ON accounts.id = devices.account_id \
+             WHERE selector = $1 AND username_key = $2",
+        )
+        .bind(&kept.selector)
+        .bind(accounts::key_of(attempt.username))
+        .fetch_optional(self.database.pool())
+        .await?;
         Ok(digest.is_some_and(|digest| kept.proves(&digest)).then_some(kept))
     }
-}
-
-async fn device_digest(
-    connection: &mut AnyConnection,
-    selector: &str,
-    account: i64,
-) -> Result<Option<String>, Error> {
-    let digest =
-        sqlx::query_scalar("SELECT digest FROM devices WHERE selector = $1 AND account_id = $2");
-    Ok(digest.bind(selector).bind(account).fetch_optional(connection).await?)
 }
