@@ -10,6 +10,8 @@ mod client_api;
 mod command_line;
 /// Accounts, tokens and the audit log of a standalone.
 mod control;
+/// The control plane in this process, on each of its databases.
+mod database;
 /// An edge in front of a healthy Unleash.
 mod edge;
 /// A flood of made-up tokens.

@@ -1,0 +1,171 @@
+//! A control plane on an empty database of either kind, and the outside view of that database.
+
+use std::time::Duration;
+
+use parapet::auth::{self, Authenticator, Authority};
+use parapet::control::{
+    Actor, Config, Control, DatabaseUrl, EventQuery, FirstAccount, Location, Opened, Operator,
+    Password, Seed, SignIn, SignedIn,
+};
+use parapet::token::Token;
+use sqlx::{AnyConnection, AssertSqlSafe, Connection as _, Executor as _};
+use tempfile::TempDir;
+use tokio::task::JoinSet;
+
+use crate::rig::Postgres;
+
+/// The password of the first account.
+pub(super) const PASSWORD: &str = "correct horse battery";
+/// The command line, which may do everything.
+pub(super) const SHELL: Actor = Actor { operator: Operator::Shell, address: None };
+
+/// An empty database.
+pub(super) enum Bed {
+    Sqlite(TempDir),
+    Postgres { url: String, name: String },
+}
+
+impl Bed {
+    pub(super) fn sqlite() -> Self {
+        Self::Sqlite(tempfile::tempdir().unwrap())
+    }
+
+    pub(super) async fn postgres() -> Self {
+        let server = Postgres::shared().await;
+        let name = server.create_database().await;
+        let url = format!("postgres://postgres@127.0.0.1:{}/{name}", server.port());
+        Self::Postgres { url, name }
+    }
+
+    pub(super) fn config(&self) -> Config {
+        let location = match self {
+            Self::Sqlite(directory) => Location::Sqlite(directory.path().join("control.db")),
+            Self::Postgres { url, .. } => Location::Postgres(DatabaseUrl::parse(url).unwrap()),
+        };
+        Config {
+            location,
+            seed: Seed::default(),
+            first_account: FirstAccount {
+                username: "admin".to_owned(),
+                password: Some(password(PASSWORD)),
+            },
+            token_limit: 20,
+            account_limit: 5,
+            session_idle: Duration::from_hours(8),
+            session_lifetime: Duration::from_hours(24),
+            event_retention: None,
+            usage_retention: Duration::from_hours(24),
+        }
+    }
+
+    pub(super) async fn open(&self) -> Control {
+        self.open_as(self.config()).await.0
+    }
+
+    pub(super) async fn open_as(&self, config: Config) -> (Control, Opened) {
+        Control::open(config).await.unwrap()
+    }
+
+    /// A connection of somebody else to the database.
+    pub(super) async fn connect(&self) -> AnyConnection {
+        sqlx::any::install_default_drivers();
+        let url = match self {
+            Self::Sqlite(directory) => {
+                format!("sqlite:{}?mode=rwc", directory.path().join("control.db").display())
+            }
+            Self::Postgres { url, .. } => url.clone(),
+        };
+        AnyConnection::connect(&url).await.unwrap()
+    }
+
+    /// Runs SQL behind the control plane's back.
+    pub(super) async fn execute(&self, sql: &str) {
+        self.connect().await.execute(AssertSqlSafe(sql)).await.unwrap();
+    }
+
+    /// Everything that the database keeps, as bytes in which texts can be found.
+    pub(super) async fn dump(&self) -> Vec<u8> {
+        match self {
+            Self::Sqlite(directory) => {
+                let files = std::fs::read_dir(directory.path()).unwrap();
+                files.flat_map(|file| std::fs::read(file.unwrap().path()).unwrap()).collect()
+            }
+            Self::Postgres { url, .. } => {
+                let mut connection = sqlx::PgConnection::connect(url).await.unwrap();
+                let tables: Vec<String> = sqlx::query_scalar(
+                    "SELECT table_name::text FROM information_schema.tables \
+                     WHERE table_schema = 'public'",
+                )
+                .fetch_all(&mut connection)
+                .await
+                .unwrap();
+                let mut dump = Vec::new();
+                for table in tables {
+                    let rows = format!("SELECT it::text FROM {table} it");
+                    let rows: Vec<String> = sqlx::query_scalar(AssertSqlSafe(rows))
+                        .fetch_all(&mut connection)
+                        .await
+                        .unwrap();
+                    dump.extend(rows.join("\n").into_bytes());
+                }
+                dump
+            }
+        }
+    }
+}
+
+/// The tokens that a running instance admits.
+pub(super) struct Door {
+    auth: Authenticator,
+    _running: JoinSet<()>,
+}
+
+impl Door {
+    /// Runs `control`.
+    pub(super) fn of(control: &Control) -> Self {
+        let config = auth::Config {
+            revalidate_after: Duration::from_mins(1),
+            forget_invalid_after: Duration::from_mins(1),
+            list_interval: Duration::from_mins(1),
+            deadline: Duration::from_secs(1),
+            capacity: 100,
+        };
+        let auth = Authenticator::new(config, Authority::Nobody, control.grants());
+        let mut running = JoinSet::new();
+        let (control, told) = (control.clone(), auth.clone());
+        running.spawn(async move { control.run(&told).await });
+        Self { auth, _running: running }
+    }
+
+    pub(super) async fn admits(&self, token: &Token) -> bool {
+        self.auth.authenticate(token.expose()).await.is_ok()
+    }
+
+    /// Waits until `token` is admitted, or refused; at most a second, as is promised.
+    pub(super) async fn until(&self, token: &Token, admitted: bool) {
+        let what = format!("{token:?} is {}", if admitted { "admitted" } else { "refused" });
+        let poll = async || (self.admits(token).await == admitted).then_some(());
+        crate::rig::until(&what, Duration::from_secs(1), poll).await;
+    }
+}
+
+pub(super) fn password(text: &str) -> Password {
+    Password::parse(text).unwrap()
+}
+
+/// An attempt to sign in from an address of its own.
+pub(super) fn attempt<'a>(username: &'a str, password: &'a Password) -> SignIn<'a> {
+    SignIn { username, password, address: [192, 0, 2, 1].into(), device: None }
+}
+
+/// The first account, signed in.
+pub(super) async fn admin(control: &Control) -> SignedIn {
+    control.sign_in(attempt("admin", &password(PASSWORD))).await.unwrap()
+}
+
+/// The kinds of all events, the oldest first.
+pub(super) async fn kinds(control: &Control) -> Vec<String> {
+    let query = EventQuery { limit: 1000, ..EventQuery::default() };
+    let page = control.events(&SHELL.operator, &query).await.unwrap();
+    page.events.into_iter().rev().map(|event| event.kind).collect()
+}

@@ -1,0 +1,283 @@
+//! Accounts, sessions, and those who try to get in.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::Duration;
+
+use parapet::control::{
+    Account, AccountChange, Actor, Config, Control, Error, FirstAccount, NewAccount, Password,
+    Permission, RootRole, SignIn,
+};
+
+use super::bed::{Bed, PASSWORD, SHELL, admin, attempt, kinds, password};
+use crate::rig::until;
+
+super::on_both!(
+    accounts_are_made_changed_and_deleted,
+    the_last_admin_stays_one,
+    only_admins_handle_accounts,
+    the_first_account_has_the_given_password_or_a_generated_one,
+    a_session_begins_with_the_password_and_ends,
+    a_new_password_ends_the_sessions_of_the_old_one,
+    sessions_end_by_themselves,
+    ten_thousand_wrong_passwords_admit_nobody_and_keep_nobody_out,
+    ten_thousand_made_up_cookies_open_nothing,
+);
+
+const HOME: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
+
+fn new(username: &str, role: RootRole) -> NewAccount {
+    let username = username.to_owned();
+    NewAccount { username, name: None, email: None, role, password: password("ann's password") }
+}
+
+fn actor(account: &Account) -> Actor {
+    Actor { operator: account.operator(), address: Some(HOME) }
+}
+
+async fn accounts_are_made_changed_and_deleted(bed: Bed) {
+    let control = bed.open().await;
+    let before = kinds(&control).await.len();
+    let ann = NewAccount { name: Some(" Ann ".to_owned()), ..new("Ann", RootRole::Viewer) };
+    let ann = control.create_account(&SHELL, ann).await.unwrap();
+    assert_eq!((ann.username.as_str(), ann.name.as_deref()), ("Ann", Some("Ann")));
+    let taken = control.create_account(&SHELL, new("aNN", RootRole::Editor)).await;
+    assert!(matches!(taken, Err(Error::Taken("username"))), "{taken:?}");
+    let odd = control.create_account(&SHELL, new("a b", RootRole::Editor)).await;
+    assert!(matches!(odd, Err(Error::Invalid { field: "username", .. })), "{odd:?}");
+
+    let change = AccountChange {
+        name: Some(None),
+        email: Some(Some("ann@example.org".to_owned())),
+        role: Some(RootRole::Editor),
+    };
+    let changed = control.update_account(&SHELL, ann.id, change).await.unwrap().unwrap();
+    let email = Some("ann@example.org".to_owned());
+    let expect = Account { name: None, email, role: RootRole::Editor, ..ann.clone() };
+    assert_eq!(changed, expect);
+    let granted: BTreeSet<_> =
+        [Permission::CreateClientApiToken, Permission::DeleteFrontendApiToken].into();
+    let changed = control.set_permissions(&SHELL, ann.id, granted.clone()).await.unwrap();
+    let expect = Account { permissions: granted, ..expect };
+    assert_eq!(changed.as_ref(), Some(&expect));
+    assert_eq!(control.account(&SHELL.operator, ann.id).await.unwrap(), Some(expect.clone()));
+    let all = control.accounts(&SHELL.operator).await.unwrap();
+    assert_eq!(all.len(), 2);
+    assert_eq!(all[1], expect);
+    let none = control.set_permissions(&SHELL, ann.id, BTreeSet::new()).await.unwrap().unwrap();
+    assert!(none.permissions.is_empty());
+
+    assert!(control.delete_account(&SHELL, ann.id).await.unwrap().is_some());
+    assert_eq!(control.delete_account(&SHELL, ann.id).await.unwrap(), None);
+    assert_eq!(control.account(&SHELL.operator, ann.id).await.unwrap(), None);
+    let expect = [
+        "user-created",
+        "user-updated",
+        "user-permissions-changed",
+        "user-permissions-changed",
+        "user-deleted",
+    ];
+    assert_eq!(kinds(&control).await[before..], expect);
+
+    for name in ["a", "b", "c", "d"] {
+        control.create_account(&SHELL, new(name, RootRole::Viewer)).await.unwrap();
+    }
+    let more = control.create_account(&SHELL, new("e", RootRole::Viewer)).await;
+    assert!(matches!(more, Err(Error::Limit { limit: 5, .. })), "{more:?}");
+}
+
+async fn the_last_admin_stays_one(bed: Bed) {
+    let control = bed.open().await;
+    let first = admin(&control).await.account;
+    let demote = AccountChange { role: Some(RootRole::Editor), ..AccountChange::default() };
+    let demoted = control.update_account(&SHELL, first.id, demote.clone()).await;
+    assert!(matches!(demoted, Err(Error::LastAdmin)), "{demoted:?}");
+    let deleted = control.delete_account(&SHELL, first.id).await;
+    assert!(matches!(deleted, Err(Error::LastAdmin)), "{deleted:?}");
+    let second = control.create_account(&SHELL, new("second", RootRole::Admin)).await.unwrap();
+    control.update_account(&actor(&second), first.id, demote).await.unwrap().unwrap();
+    let deleted = control.delete_account(&SHELL, second.id).await;
+    assert!(matches!(deleted, Err(Error::LastAdmin)), "{deleted:?}");
+}
+
+async fn only_admins_handle_accounts(bed: Bed) {
+    let control = bed.open().await;
+    let granted = Permission::ALL.into_iter().collect();
+    let ann = control.create_account(&SHELL, new("ann", RootRole::Editor)).await.unwrap();
+    let ann = control.set_permissions(&SHELL, ann.id, granted).await.unwrap().unwrap();
+    let (ann, id) = (actor(&ann), ann.id);
+    let refused = |outcome: Result<(), Error>| {
+        let Err(Error::Missing(missing)) = outcome else { panic!("{outcome:?}") };
+        assert_eq!(missing.permission(), "ADMIN");
+    };
+    let mallory = new("mallory", RootRole::Admin);
+    refused(control.create_account(&ann, mallory).await.map(drop));
+    let promote = AccountChange { role: Some(RootRole::Admin), ..AccountChange::default() };
+    refused(control.update_account(&ann, id, promote).await.map(drop));
+    refused(control.set_permissions(&ann, id, BTreeSet::new()).await.map(drop));
+    refused(control.set_password(&ann, 1, password("mallory's own")).await.map(drop));
+    refused(control.delete_account(&ann, 1).await.map(drop));
+    refused(control.accounts(&ann.operator).await.map(drop));
+    refused(control.account(&ann.operator, id + 1).await.map(drop));
+    assert!(control.account(&ann.operator, id).await.unwrap().is_some(), "her own she sees");
+}
+
+async fn the_first_account_has_the_given_password_or_a_generated_one(bed: Bed) {
+    let first_account = FirstAccount { username: "root".to_owned(), password: None };
+    let config = Config { first_account, ..bed.config() };
+    let (control, opened) = bed.open_as(config.clone()).await;
+    let made = opened.account.unwrap();
+    let generated = made.generated.unwrap();
+    let signed_in = control.sign_in(attempt(&made.username, &generated)).await.unwrap();
+    assert_eq!(signed_in.account.role, RootRole::Admin);
+    let (_, again) = bed.open_as(config).await;
+    assert!(again.account.is_none());
+}
+
+async fn a_session_begins_with_the_password_and_ends(bed: Bed) {
+    let control = bed.open().await;
+    let wrong = control.sign_in(attempt("admin", &password("not the password"))).await;
+    assert!(matches!(wrong, Err(Error::WrongPassword)), "{wrong:?}");
+    let nobody = control.sign_in(attempt("nobody", &password(PASSWORD))).await;
+    assert!(matches!(nobody, Err(Error::WrongPassword)), "{nobody:?}");
+    let signed_in = control.sign_in(attempt(" ADMIN ", &password(PASSWORD))).await.unwrap();
+    let cookie = signed_in.session.expose();
+    let account = control.session(cookie, HOME).await.unwrap().unwrap();
+    assert_eq!(account, signed_in.account);
+    assert!(account.seen_at.is_some());
+    // Every instance knows it, and that it has ended.
+    let other = bed.open().await;
+    assert!(other.session(cookie, HOME).await.unwrap().is_some());
+    let device = signed_in.device.expose();
+    assert!(control.session(device, HOME).await.unwrap().is_none(), "another cookie's value");
+    other.sign_out(cookie, HOME).await.unwrap();
+    assert!(control.session(cookie, HOME).await.unwrap().is_none());
+    control.sign_out(cookie, HOME).await.unwrap();
+    let told = kinds(&control).await;
+    let expect = ["sign-in-refused", "sign-in-refused", "user-signed-in", "user-signed-out"];
+    assert_eq!(told[told.len() - 4..], expect);
+}
+
+async fn a_new_password_ends_the_sessions_of_the_old_one(bed: Bed) {
+    let control = bed.open().await;
+    let ann = control.create_account(&SHELL, new("ann", RootRole::Viewer)).await.unwrap();
+    let old = password("ann's password");
+    let is_open = async |session: &parapet::control::Secret| {
+        control.session(session.expose(), HOME).await.unwrap().is_some()
+    };
+    let one = control.sign_in(attempt("ann", &old)).await.unwrap().session;
+    let other = control.sign_in(attempt("ann", &old)).await.unwrap().session;
+    let hers = actor(&ann);
+    let guess = password("perhaps this one");
+    let guessed = control.change_own_password(&hers, one.expose(), &guess, guess.clone()).await;
+    assert!(matches!(guessed, Err(Error::WrongPassword)), "{guessed:?}");
+    assert!(is_open(&one).await && is_open(&other).await);
+
+    let second = password("ann's second one");
+    control.change_own_password(&hers, one.expose(), &old, second.clone()).await.unwrap();
+    assert!(is_open(&one).await && !is_open(&other).await);
+    assert!(control.sign_in(attempt("ann", &old)).await.is_err());
+
+    control.set_password(&SHELL, ann.id, password("ann's third one")).await.unwrap().unwrap();
+    assert!(!is_open(&one).await);
+    assert!(control.sign_in(attempt("ann", &second)).await.is_err());
+    let third = password("ann's third one");
+    let last = control.sign_in(attempt("ann", &third)).await.unwrap().session;
+    control.delete_account(&SHELL, ann.id).await.unwrap();
+    assert!(!is_open(&last).await);
+
+    // Whoever has a session only cannot find out the password at leisure.
+    let mut throttled = false;
+    for _ in 0..50 {
+        let guessed =
+            control.change_own_password(&hers, last.expose(), &guess, guess.clone()).await;
+        throttled |= matches!(guessed, Err(Error::Throttled(_)));
+    }
+    assert!(throttled);
+}
+
+async fn sessions_end_by_themselves(bed: Bed) {
+    let brief = Duration::from_millis(300);
+    for config in [
+        Config { session_idle: brief, ..bed.config() },
+        Config { session_lifetime: brief, ..bed.config() },
+    ] {
+        let (control, _) = bed.open_as(config).await;
+        let session = admin(&control).await.session;
+        let is_over =
+            async || control.session(session.expose(), HOME).await.unwrap().is_none().then_some(());
+        until("the session is over", Duration::from_secs(5), is_over).await;
+    }
+}
+
+async fn ten_thousand_wrong_passwords_admit_nobody_and_keep_nobody_out(bed: Bed) {
+    let control = bed.open().await;
+    let right = password(PASSWORD);
+    let device = admin(&control).await.device;
+    let attacker = [198, 51, 100, 7].into();
+    let (mut judged, mut throttled) = (0, 0);
+    for number in 0..10_000 {
+        let wrong = Password::for_sign_in(&format!("guess {number}")).unwrap();
+        let username = if number % 2 == 0 { "admin" } else { "nobody" };
+        let guess = SignIn { username, password: &wrong, address: attacker, device: None };
+        match control.sign_in(guess).await {
+            Err(Error::WrongPassword) => judged += 1,
+            Err(Error::Throttled(_)) => throttled += 1,
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(judged + throttled, 10_000);
+    assert!(judged < 500, "{judged} hashes were computed");
+    // Even with the right password, from there.
+    let guess = SignIn { address: attacker, ..attempt("admin", &right) };
+    assert!(matches!(control.sign_in(guess).await, Err(Error::Throttled(_))));
+    // The owner from elsewhere, and from behind the same address with a browser that is known.
+    control.sign_in(attempt("admin", &right)).await.unwrap();
+    let known = SignIn { device: Some(device.expose()), ..guess };
+    control.sign_in(known).await.unwrap();
+    let told = kinds(&control).await.len();
+    assert!(told < 1000, "{told} events were written");
+
+    // From many addresses at once, what is left is the browser that is known.
+    for number in 0..1000_u16 {
+        let [high, low] = number.to_be_bytes();
+        let wrong = password("another guess");
+        let address = [203, 0, high, low].into();
+        let guess = SignIn { username: "admin", password: &wrong, address, device: None };
+        assert!(control.sign_in(guess).await.is_err());
+    }
+    let stranger = attempt("admin", &right);
+    assert!(matches!(control.sign_in(stranger).await, Err(Error::Throttled(_))));
+    let known = SignIn { device: Some(device.expose()), ..stranger };
+    control.sign_in(known).await.unwrap();
+    // The device of another account is none of this one's.
+    control.create_account(&SHELL, new("ann", RootRole::Viewer)).await.unwrap();
+    let hers = password("ann's password");
+    let hers = control.sign_in(attempt("ann", &hers)).await.unwrap().device;
+    let guess = SignIn { device: Some(hers.expose()), ..stranger };
+    assert!(matches!(control.sign_in(guess).await, Err(Error::Throttled(_))));
+}
+
+async fn ten_thousand_made_up_cookies_open_nothing(bed: Bed) {
+    let control = bed.open().await;
+    let session = admin(&control).await.session;
+    let mut throttled = 0;
+    for number in 0..10_000 {
+        let made_up = format!("{number:022}.{number:043}");
+        match control.session(&made_up, HOME).await {
+            Ok(None) => {}
+            Err(Error::Throttled(_)) => throttled += 1,
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(throttled > 5000, "{throttled}");
+    assert!(control.session(session.expose(), HOME).await.unwrap().is_some());
+    let again = admin(&control).await.session;
+    assert!(control.session(again.expose(), HOME).await.unwrap().is_some());
+    _ = check_is_send(&control);
+}
+
+/// Requests are served on many threads.
+fn check_is_send(control: &Control) -> impl Future<Output = Result<Option<Account>, Error>> + Send {
+    control.session("", HOME)
+}

@@ -1,0 +1,237 @@
+//! What was done, what was used, and what is kept of secrets.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use bytes::Bytes;
+use jiff::{SignedDuration, Timestamp};
+use parapet::control::{
+    Actor, Config, Control, EventKind, EventQuery, FoundTokens, NewAccount, NewToken, Operator,
+    RootRole, SignIn,
+};
+use parapet::token::{Environment, Projects, TokenKind};
+use parapet::usage::{Delivery, Taken};
+use serde_json::{Value, json};
+use tokio::sync::{mpsc, oneshot};
+
+use super::bed::{Bed, Door, SHELL, admin, attempt, password};
+use crate::rig::until;
+
+super::on_both!(
+    events_tell_who_did_what_when_and_from_where,
+    usage_is_merged_by_hour_and_told,
+    usage_that_cannot_be_stored_is_refused,
+    what_is_too_old_is_forgotten,
+    no_secret_is_kept,
+);
+
+async fn events_tell_who_did_what_when_and_from_where(bed: Bed) {
+    let control = bed.open().await;
+    let ann = Actor {
+        operator: Operator::Token { name: "ci".to_owned() },
+        address: Some("2001:db8::7".parse().unwrap()),
+    };
+    let since = Timestamp::now() - SignedDuration::from_millis(1);
+    for (name, projects) in [("one", &["web"][..]), ("two", &["web", "app"]), ("all", &["*"])] {
+        let new = NewToken {
+            name: name.to_owned(),
+            kind: TokenKind::Client,
+            environment: Environment::new("production"),
+            projects: Projects::from_list(projects.iter().copied()),
+            expires_at: None,
+        };
+        let (_, token) = control.create_token(&ann, new).await.unwrap();
+        control.update_token(&ann, &token.id, Some(Timestamp::MAX)).await.unwrap();
+    }
+    let all = EventQuery { limit: 1000, ..EventQuery::default() };
+    let ask = async |query: &EventQuery| control.events(&SHELL.operator, query).await.unwrap();
+    let page = ask(&EventQuery { since: Some(since), ..all.clone() }).await;
+    assert_eq!((page.total, page.events.len()), (6, 6));
+    let last = &page.events[0];
+    assert_eq!((last.kind.as_str(), last.created_by.as_str()), ("api-token-updated", "ci"));
+    assert_eq!((last.created_by_user_id, last.ip.as_deref()), (None, Some("2001:db8::7")));
+    assert_eq!(last.environment.as_deref(), Some("production"));
+    let field = |value: &Option<Value>, name: &str| value.as_ref().unwrap()[name].clone();
+    assert_eq!(field(&last.data, "tokenName"), "all");
+    assert_eq!(field(&last.pre_data, "expiresAt"), Value::Null);
+    assert_ne!(field(&last.data, "expiresAt"), Value::Null);
+    assert!(page.events.is_sorted_by(|newer, older| newer.id > older.id));
+
+    let count = async |query: EventQuery| ask(&query).await.total;
+    let kinds = vec![EventKind::TokenCreated, EventKind::UserCreated];
+    let before = count(EventQuery { until: Some(since), ..all.clone() }).await;
+    assert_eq!(count(EventQuery { kinds, ..all.clone() }).await, 3 + before);
+    let named = |name: &str| Some(name.to_owned());
+    assert_eq!(count(EventQuery { created_by: named("ci"), ..all.clone() }).await, 6);
+    assert_eq!(count(EventQuery { created_by: named("c%"), ..all.clone() }).await, 0);
+    assert_eq!(count(EventQuery { environment: named("production"), ..all.clone() }).await, 6);
+    assert_eq!(count(EventQuery { project: named("web"), ..all.clone() }).await, 4);
+    assert_eq!(count(EventQuery { project: named("app"), ..all.clone() }).await, 2);
+    assert_eq!(count(EventQuery { project: named("we"), ..all.clone() }).await, 0);
+
+    let query = EventQuery { limit: 2, offset: 1, since: Some(since), ..EventQuery::default() };
+    let part = ask(&query).await;
+    assert_eq!((part.total, &part.events[..]), (6, &page.events[1..3]));
+    let editor = Operator::Account {
+        id: 2,
+        username: "eve".to_owned(),
+        role: RootRole::Editor,
+        permissions: [].into(),
+    };
+    assert!(control.events(&editor, &all).await.is_err());
+}
+
+/// Hands a report to the registry and tells what became of it.
+async fn deliver(control: &Control, body: &Value) -> Taken {
+    let (deliver, mut deliveries) = mpsc::channel(1);
+    let (done, taken) = oneshot::channel();
+    let body = Bytes::from(body.to_string());
+    deliver.send(Delivery { environment: Environment::new("dev"), body, done }).await.unwrap();
+    drop(deliver);
+    control.run_usage(&mut deliveries).await;
+    taken.await.unwrap()
+}
+
+fn report(hour: &str, yes: u64, variants: &Value) -> Value {
+    json!({
+        "applications": [{
+            "appName": "shop", "instanceId": "shop-1", "environment": "dev", "interval": 15,
+            "started": "2026-01-01T00:00:00Z", "strategies": ["default", "gradual"],
+            "sdkVersion": "node:6.0.0",
+        }],
+        "metrics": [{
+            "featureName": "blue", "appName": "shop", "environment": "dev", "timestamp": hour,
+            "yes": yes, "no": 1, "variants": variants, "sdkVersion": "node:6.1.0",
+        }],
+    })
+}
+
+async fn usage_is_merged_by_hour_and_told(bed: Bed) {
+    let control = bed.open().await;
+    let noon = "2026-05-05T12:20:00Z";
+    assert_eq!(deliver(&control, &report(noon, 2, &json!({ "a": 2 }))).await, Taken::Stored);
+    let later = report("2026-05-05T12:59:59Z", 3, &json!({ "a": 1, "b": 2 }));
+    assert_eq!(deliver(&control, &later).await, Taken::Stored);
+    let next = report("2026-05-05T13:00:00Z", 0, &json!({}));
+    assert_eq!(deliver(&control, &next).await, Taken::Stored);
+
+    let since: Timestamp = "2026-05-05T12:30:00Z".parse().unwrap();
+    let hours = control.usage_of("blue", since).await.unwrap();
+    let told: Vec<_> = hours.iter().map(|it| (it.hour.to_string(), it.yes, it.no)).collect();
+    let expect = [("2026-05-05T13:00:00Z", 0, 1), ("2026-05-05T12:00:00Z", 5, 2)];
+    assert_eq!(told, expect.map(|(hour, yes, no)| (hour.to_owned(), yes, no)));
+    let variants = BTreeMap::from([("a".to_owned(), 3), ("b".to_owned(), 2)]);
+    assert_eq!((&hours[0].variants, &hours[1].variants), (&BTreeMap::new(), &variants));
+    assert_eq!((hours[1].app_name.as_str(), hours[1].environment.as_str()), ("shop", "dev"));
+    assert_eq!(control.usage_of("green", since).await.unwrap(), []);
+    let since = "2026-05-05T13:30:00Z".parse().unwrap();
+    assert_eq!(control.usage_of("blue", since).await.unwrap().len(), 1);
+
+    let applications = control.applications().await.unwrap();
+    assert_eq!(applications.len(), 1);
+    let shop = &applications[0];
+    assert_eq!((shop.name.as_str(), shop.instances), ("shop", 1));
+    assert_eq!(shop.environments, ["dev"]);
+    assert_eq!(shop.sdk_versions, ["node:6.0.0", "node:6.1.0"]);
+    assert_eq!(shop.strategies, ["default", "gradual"]);
+    assert!(shop.created_at <= shop.seen_at);
+}
+
+async fn usage_that_cannot_be_stored_is_refused(bed: Bed) {
+    let control = bed.open().await;
+    assert_eq!(deliver(&control, &json!("usage")).await, Taken::Refused);
+    // What would fail for ever must not: PostgreSQL stores no NUL and no number beyond its own.
+    let noon = "2026-05-05T12:00:00Z";
+    let huge = report(noon, u64::MAX, &json!({ "a": u64::MAX, "b\0": 1 }));
+    assert_eq!(deliver(&control, &huge).await, Taken::Stored);
+    assert_eq!(deliver(&control, &huge).await, Taken::Stored);
+    let mut odd = report(noon, 1, &json!({}));
+    odd["metrics"][0]["featureName"] = "gr\0een".into();
+    odd["metrics"][0]["appName"] = "x".repeat(5000).into();
+    assert_eq!(deliver(&control, &odd).await, Taken::Stored);
+    let hours = control.usage_of("blue", Timestamp::UNIX_EPOCH).await.unwrap();
+    assert!(hours[0].yes >= (1 << 53) - 1, "{hours:?}");
+    assert_eq!(control.usage_of("green", Timestamp::UNIX_EPOCH).await.unwrap()[0].yes, 1);
+}
+
+async fn what_is_too_old_is_forgotten(bed: Bed) {
+    let hour = Duration::from_hours(1);
+    let control = bed.open().await;
+    let old = "INSERT INTO events (kind, created_by, created_at) VALUES ('user-created', 'x', 1)";
+    bed.execute(old).await;
+    // The usage is of long ago, its application was seen just now.
+    let long_ago = report("2020-01-01T00:00:00Z", 1, &json!({ "a": 1 }));
+    assert_eq!(deliver(&control, &long_ago).await, Taken::Stored);
+    let has_old = async |control: &Control| {
+        let query = EventQuery { created_by: Some("x".to_owned()), ..EventQuery::default() };
+        control.events(&SHELL.operator, &query).await.unwrap().total == 1
+    };
+    let has_usage = async |control: &Control| {
+        !control.usage_of("blue", Timestamp::UNIX_EPOCH).await.unwrap().is_empty()
+    };
+    // Events are kept for ever, unless the operator says otherwise.
+    let door = Door::of(&control);
+    let usage_is_gone = async || (!has_usage(&control).await).then_some(());
+    until("old usage is forgotten", Duration::from_secs(10), usage_is_gone).await;
+    assert!(has_old(&control).await);
+    assert_eq!(control.applications().await.unwrap().len(), 1);
+    drop(door);
+    let config = Config { event_retention: Some(hour), ..bed.config() };
+    let (control, _) = bed.open_as(config).await;
+    let _door = Door::of(&control);
+    let event_is_gone = async || (!has_old(&control).await).then_some(());
+    until("old events are forgotten", Duration::from_secs(10), event_is_gone).await;
+    let all = EventQuery { limit: 1000, ..EventQuery::default() };
+    assert!(control.events(&SHELL.operator, &all).await.unwrap().total > 1);
+}
+
+async fn no_secret_is_kept(bed: Bed) {
+    let (control, opened) = bed.open_as(bed.config()).await;
+    let FoundTokens::Generated(generated) = opened.tokens else { panic!("{opened:?}") };
+    let mut secrets = vec![super::bed::PASSWORD.to_owned()];
+    let tokens = [&generated.admin, &generated.client, &generated.frontend];
+    secrets.extend(tokens.map(|token| token.expose().to_owned()));
+    let new = NewToken {
+        name: "made".to_owned(),
+        kind: TokenKind::Frontend,
+        environment: Environment::new("dev"),
+        projects: Projects::All,
+        expires_at: None,
+    };
+    let (token, _) = control.create_token(&SHELL, new).await.unwrap();
+    secrets.push(token.expose().to_owned());
+    control.delete_token(&SHELL, token.expose()).await.unwrap();
+
+    let (old, hers) = (password("ann's first secret"), password("ann's second secret"));
+    let new = NewAccount {
+        username: "ann".to_owned(),
+        name: None,
+        email: None,
+        role: RootRole::Viewer,
+        password: old.clone(),
+    };
+    let ann = control.create_account(&SHELL, new).await.unwrap();
+    let signed_in = control.sign_in(attempt("ann", &old)).await.unwrap();
+    let actor = Actor { operator: ann.operator(), address: None };
+    let session = signed_in.session.expose();
+    control.change_own_password(&actor, session, &old, hers.clone()).await.unwrap();
+    secrets.extend([old.expose().to_owned(), hers.expose().to_owned()]);
+    secrets.extend([session.to_owned(), signed_in.device.expose().to_owned()]);
+    // A password in the wrong field, and one that is wrong.
+    let typed = password("a password typed as a name");
+    let slip = SignIn { username: typed.expose(), ..attempt("", &typed) };
+    control.sign_in(slip).await.unwrap_err();
+    control.sign_in(attempt("ann", &typed)).await.unwrap_err();
+    secrets.push(typed.expose().to_owned());
+    admin(&control).await;
+
+    let dump = bed.dump().await;
+    let keeps = |text: &str| dump.windows(text.len()).any(|part| part == text.as_bytes());
+    assert!(keeps("ann") && keeps("api-token-created") && keeps("$argon2id$"));
+    for secret in &secrets {
+        assert!(!keeps(secret), "the database keeps {secret}");
+        // Nor the part of it that proves, which is the last of a token and of a cookie.
+        let proof = &secret[secret.len().saturating_sub(43)..];
+        assert!(!keeps(proof), "the database keeps {proof}, of {secret}");
+    }
+}

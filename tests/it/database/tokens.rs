@@ -1,0 +1,226 @@
+//! API tokens: made, listed, changed, ended, and in force at the door at once.
+
+use std::collections::BTreeSet;
+
+use jiff::{SignedDuration, Timestamp};
+use parapet::control::{
+    Actor, ApiToken, Control, Error, FoundTokens, NewToken, Operator, Permission, RootRole, Seed,
+};
+use parapet::token::{Environment, Projects, Token, TokenKind};
+
+use super::bed::{Bed, Door, SHELL, kinds};
+
+super::on_both!(
+    a_token_is_made_listed_changed_and_ended,
+    tokens_are_in_force_at_once_and_until_they_expire,
+    what_cannot_be_a_token_is_told_by_field,
+    rights_are_asked_for_and_refusals_written_down,
+    there_are_as_many_tokens_as_may_be,
+    seeds_fill_an_empty_registry_once,
+    an_empty_registry_without_seeds_gets_a_token_of_each_kind,
+);
+
+fn new(name: &str, kind: TokenKind) -> NewToken {
+    let environment = if kind == TokenKind::Admin { "*" } else { "development" };
+    NewToken {
+        name: name.to_owned(),
+        kind,
+        environment: Environment::new(environment),
+        projects: Projects::All,
+        expires_at: None,
+    }
+}
+
+async fn make(control: &Control, kind: TokenKind) -> (Token, ApiToken) {
+    control.create_token(&SHELL, new("made", kind)).await.unwrap()
+}
+
+fn soon() -> Timestamp {
+    Timestamp::now() + SignedDuration::from_millis(300)
+}
+
+async fn a_token_is_made_listed_changed_and_ended(bed: Bed) {
+    let control = bed.open().await;
+    let first = control.tokens(&SHELL.operator).len();
+    let wanted = NewToken {
+        projects: Projects::from_list(["web", "app"]),
+        ..new("billing", TokenKind::Client)
+    };
+    let (secret, made) = control.create_token(&SHELL, wanted.clone()).await.unwrap();
+    assert!(secret.expose().starts_with("[]:development.v2_"), "{secret:?}");
+    assert_eq!(secret.selector(), Some(made.id.as_str()));
+    assert_eq!((made.name.as_str(), made.kind), ("billing", TokenKind::Client));
+    assert_eq!((&made.projects, made.created_by.as_str()), (&wanted.projects, "command line"));
+    assert_eq!((made.expires_at, made.seen_at), (None, None));
+    assert_eq!(control.token_name(&secret.digest()).as_deref(), Some("billing"));
+    let one = NewToken { projects: Projects::from_list(["web"]), ..wanted };
+    let (of_one, _) = control.create_token(&SHELL, one).await.unwrap();
+    assert!(of_one.expose().starts_with("web:development.v2_"), "{of_one:?}");
+
+    // Another instance, or this one after a restart, knows it the same.
+    let again = bed.open().await;
+    assert_eq!(again.tokens(&SHELL.operator), control.tokens(&SHELL.operator));
+    assert!(again.tokens(&SHELL.operator).contains(&made));
+
+    let end = Timestamp::from_second(4_000_000_000).unwrap();
+    let changed = control.update_token(&SHELL, &made.id, Some(end)).await.unwrap().unwrap();
+    assert_eq!(changed, ApiToken { expires_at: Some(end), ..made.clone() });
+    let changed = control.update_token(&SHELL, secret.expose(), None).await.unwrap().unwrap();
+    assert_eq!(changed, made);
+
+    assert_eq!(control.delete_token(&SHELL, secret.expose()).await.unwrap(), Some(made.clone()));
+    assert_eq!(control.delete_token(&SHELL, &made.id).await.unwrap(), None);
+    assert_eq!(control.update_token(&SHELL, &made.id, None).await.unwrap(), None);
+    let by_id = control.delete_token(&SHELL, of_one.selector().unwrap()).await.unwrap();
+    assert_eq!(by_id.map(|token| token.name).as_deref(), Some("billing"));
+    assert_eq!(control.tokens(&SHELL.operator).len(), first);
+    assert_eq!(control.token_name(&secret.digest()), None);
+    let told = kinds(&control).await.split_off(1 + first);
+    let expect = ["created", "created", "updated", "updated", "deleted", "deleted"];
+    assert_eq!(told, expect.map(|what| format!("api-token-{what}")));
+}
+
+async fn tokens_are_in_force_at_once_and_until_they_expire(bed: Bed) {
+    let control = bed.open().await;
+    let door = Door::of(&control);
+    let (secret, made) = make(&control, TokenKind::Frontend).await;
+    // `run` may begin a moment later; from then on nothing is late.
+    door.until(&secret, true).await;
+    let (other, _) = make(&control, TokenKind::Client).await;
+    assert!(door.admits(&other).await);
+    control.delete_token(&SHELL, &made.id).await.unwrap();
+    assert!(!door.admits(&secret).await);
+    assert!(door.admits(&other).await);
+
+    let brief = NewToken { expires_at: Some(soon()), ..new("brief", TokenKind::Client) };
+    let (brief, _) = control.create_token(&SHELL, brief).await.unwrap();
+    door.until(&brief, false).await;
+    assert_eq!(control.token_name(&brief.digest()), None);
+    let grants = control.grants();
+    assert!(grants.iter().all(|(digest, _)| *digest != brief.digest()));
+
+    let (lasting, _) = make(&control, TokenKind::Client).await;
+    control.update_token(&SHELL, lasting.expose(), Some(soon())).await.unwrap();
+    door.until(&lasting, false).await;
+    control.update_token(&SHELL, lasting.expose(), None).await.unwrap();
+    assert!(door.admits(&lasting).await);
+}
+
+async fn what_cannot_be_a_token_is_told_by_field(bed: Bed) {
+    let control = bed.open().await;
+    let check = async |new: NewToken, expected: &str| match control.create_token(&SHELL, new).await
+    {
+        Err(Error::Invalid { field, .. }) => assert_eq!(field, expected),
+        other => panic!("{expected}: {other:?}"),
+    };
+    let client = || new("it", TokenKind::Client);
+    let environment = |name| Environment::new(name);
+    check(NewToken { name: " ".to_owned(), ..client() }, "tokenName").await;
+    check(NewToken { name: "a\nb".to_owned(), ..client() }, "tokenName").await;
+    check(NewToken { name: "x".repeat(1000), ..client() }, "tokenName").await;
+    check(NewToken { environment: environment("*"), ..client() }, "environment").await;
+    check(NewToken { environment: environment("a.b"), ..client() }, "environment").await;
+    check(NewToken { environment: environment(""), ..client() }, "environment").await;
+    check(NewToken { projects: Projects::from_list([]), ..client() }, "projects").await;
+    check(NewToken { projects: Projects::from_list(["a b"]), ..client() }, "projects").await;
+    let past = Timestamp::from_second(1_000_000_000).ok();
+    check(NewToken { expires_at: past, ..client() }, "expiresAt").await;
+    let admin = NewToken { kind: TokenKind::Admin, ..client() };
+    check(admin, "environment").await;
+}
+
+/// The whole table of rights is a unit test; here it is that operations ask for them.
+async fn rights_are_asked_for_and_refusals_written_down(bed: Bed) {
+    let control = bed.open().await;
+    let actor = |role, permissions: &[Permission]| Actor {
+        operator: Operator::Account {
+            id: 99,
+            username: "ann".to_owned(),
+            role,
+            permissions: permissions.iter().copied().collect::<BTreeSet<_>>(),
+        },
+        address: Some([192, 0, 2, 9].into()),
+    };
+    let missing = |outcome: Result<(), Error>| match outcome {
+        Err(Error::Missing(missing)) => missing.permission(),
+        other => panic!("{other:?}"),
+    };
+    let viewer = actor(RootRole::Viewer, &[]);
+    let creator = actor(RootRole::Viewer, &[Permission::CreateClientApiToken]);
+    for (kind, permission) in [
+        (TokenKind::Client, "CREATE_CLIENT_API_TOKEN"),
+        (TokenKind::Frontend, "CREATE_FRONTEND_API_TOKEN"),
+        (TokenKind::Admin, "ADMIN"),
+    ] {
+        let made = control.create_token(&viewer, new("it", kind)).await;
+        assert_eq!(missing(made.map(drop)), permission);
+    }
+    let (secret, made) =
+        control.create_token(&creator, new("hers", TokenKind::Client)).await.unwrap();
+    assert_eq!(made.created_by, "ann");
+    let changed = control.update_token(&creator, secret.expose(), Some(soon())).await;
+    assert_eq!(missing(changed.map(drop)), "UPDATE_CLIENT_API_TOKEN");
+    let ended = control.delete_token(&creator, &made.id).await;
+    assert_eq!(missing(ended.map(drop)), "DELETE_CLIENT_API_TOKEN");
+    let deleter = actor(RootRole::Editor, &[Permission::DeleteClientApiToken]);
+    assert!(control.delete_token(&deleter, &made.id).await.unwrap().is_some());
+
+    let kinds_seen = |actor: &Actor| {
+        let tokens = control.tokens(&actor.operator);
+        tokens.into_iter().map(|token| token.kind).collect::<BTreeSet<_>>()
+    };
+    assert_eq!(kinds_seen(&viewer), [TokenKind::Client].into());
+    assert_eq!(
+        kinds_seen(&actor(RootRole::Editor, &[])),
+        [TokenKind::Client, TokenKind::Frontend].into()
+    );
+    assert_eq!(kinds_seen(&SHELL).len(), 3);
+
+    let told = kinds(&control).await;
+    assert_eq!(told.iter().filter(|kind| *kind == "permission-denied").count(), 5, "{told:?}");
+}
+
+async fn there_are_as_many_tokens_as_may_be(bed: Bed) {
+    let control = bed.open().await;
+    for _ in control.tokens(&SHELL.operator).len()..20 {
+        make(&control, TokenKind::Client).await;
+    }
+    let more = control.create_token(&SHELL, new("one more", TokenKind::Client)).await;
+    assert!(matches!(more, Err(Error::Limit { limit: 20, .. })), "{more:?}");
+}
+
+async fn seeds_fill_an_empty_registry_once(bed: Bed) {
+    let token = |text| Token::parse(text).unwrap();
+    let old = format!("*:*.{}", "a0".repeat(28));
+    let client = [token("web:production.some-secret"), token("web:production.some-secret")];
+    let seed = Seed {
+        admin: vec![token(&old)],
+        client: client.to_vec(),
+        frontend: vec![token("[]:development.some-other-secret")],
+    };
+    let (control, opened) = bed.open_as(parapet::control::Config { seed, ..bed.config() }).await;
+    assert!(matches!(opened.tokens, FoundTokens::Seeded), "{opened:?}");
+    let tokens = control.tokens(&SHELL.operator);
+    assert_eq!(tokens.len(), 3);
+    let web = tokens.iter().find(|token| token.environment.as_str() == "production").unwrap();
+    assert_eq!((web.kind, &web.projects), (TokenKind::Client, &Projects::from_list(["web"])));
+    assert!(tokens.iter().all(|token| token.id.len() == 22), "{tokens:?}");
+    assert_eq!(control.token_name(&token(&old).digest()).as_deref(), Some(&*tokens[0].name));
+
+    let seed = Seed { client: vec![token("*:staging.later")], ..Seed::default() };
+    let (control, opened) = bed.open_as(parapet::control::Config { seed, ..bed.config() }).await;
+    assert!(matches!(opened.tokens, FoundTokens::Existing), "{opened:?}");
+    assert_eq!(control.tokens(&SHELL.operator), tokens);
+}
+
+async fn an_empty_registry_without_seeds_gets_a_token_of_each_kind(bed: Bed) {
+    let (control, opened) = bed.open_as(bed.config()).await;
+    let FoundTokens::Generated(generated) = opened.tokens else { panic!("{opened:?}") };
+    let door = Door::of(&control);
+    for token in [&generated.admin, &generated.client, &generated.frontend] {
+        door.until(token, true).await;
+    }
+    let (_, opened) = bed.open_as(bed.config()).await;
+    assert!(matches!(opened.tokens, FoundTokens::Existing));
+    assert!(opened.account.is_none());
+}
