@@ -54,7 +54,11 @@ fn printed_tokens(log: &str) -> [String; 3] {
 async fn the_first_start_prints_tokens_once_with_commands_that_work() {
     let home = Home::new();
     let parapet = home.start(&[]).await;
-    let log = parapet.log();
+    // What is printed before the instance is ready may be read a little later.
+    let log = until("the commands are printed", Duration::from_secs(10), async || {
+        Some(parapet.log()).filter(|log| curl_lines(log).len() == 3)
+    })
+    .await;
     let commands = curl_lines(&log);
     assert_eq!(commands.len(), 3, "{log}");
     if Command::new("curl").arg("--version").output().is_ok() {
