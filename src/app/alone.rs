@@ -61,8 +61,6 @@ pub(super) async fn standalone(
     let mut plan = plan("standalone", files, given, store, latch).await?;
     let (deliver, deliveries) = mpsc::channel(DELIVERIES);
     plan.sink = Sink::Registry(deliver);
-    // They are the registry's to give, which changes them.
-    plan.given.clear();
     plan.control = Some((control, deliveries));
     if seeded && matches!(opened.tokens, FoundTokens::Existing) {
         warn!("INIT_*_API_TOKENS are ignored: the registry has tokens already");
