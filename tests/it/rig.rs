@@ -5,6 +5,7 @@
 //! process, however that ends. The rig knows nothing of Parapet's insides. `tests/run` installs what it needs.
 
 pub(crate) mod chaos;
+mod driver;
 mod net;
 mod parapet;
 mod postgres;
@@ -14,8 +15,10 @@ pub(crate) mod secrets;
 mod unleash;
 
 pub(crate) use chaos::{ChaosProxy, Fault};
+pub(crate) use driver::Driver;
 pub(crate) use net::{http, until};
 pub(crate) use parapet::Parapet;
 pub(crate) use postgres::Postgres;
+pub(crate) use process::{node, tests_dir};
 pub(crate) use sdk::{Evaluation, Sdk};
 pub(crate) use unleash::{Kind, STORED_WITHIN, Unleash, Usage, Version};

@@ -1,0 +1,93 @@
+//! Programs that are driven by JSON lines: one command in, one answer out, in order (`tests/sdk/jsonl.mjs`).
+
+use std::ffi::OsString;
+use std::process::Stdio;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines};
+use tokio::process::{Child, ChildStdin, ChildStdout, Command};
+
+/// How long a driver may take for one answer.
+const PATIENCE: Duration = Duration::from_mins(1);
+
+/// A running driver that is ready; killed when dropped.
+#[derive(Debug)]
+pub(crate) struct Driver {
+    name: String,
+    child: Child,
+    commands: ChildStdin,
+    answers: Lines<BufReader<ChildStdout>>,
+    complaints: Arc<Mutex<String>>,
+}
+
+impl Driver {
+    /// Starts `command` with `options` as its last argument, and waits until it is ready.
+    pub(crate) async fn start(name: &str, mut command: Command, options: &Value) -> Self {
+        // The driver ends when its input does, so it needs no guard.
+        command.arg(OsString::from(options.to_string()));
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true);
+        let mut child =
+            command.spawn().unwrap_or_else(|error| panic!("cannot start the {name}: {error}"));
+        let complaints = Arc::<Mutex<String>>::default();
+        let (mut stderr, heard) =
+            (child.stderr.take().expect("it is piped"), Arc::clone(&complaints));
+        tokio::spawn(async move {
+            let mut chunk = [0; 1024];
+            while let Ok(read @ 1..) = stderr.read(&mut chunk).await {
+                heard
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .push_str(&String::from_utf8_lossy(&chunk[..read]));
+            }
+        });
+        let commands = child.stdin.take().expect("it is piped");
+        let answers = BufReader::new(child.stdout.take().expect("it is piped")).lines();
+        let mut driver = Self { name: name.to_owned(), child, commands, answers, complaints };
+        assert_eq!(driver.answer().await, json!({ "ready": true }));
+        driver
+    }
+
+    /// What it answers to a command; that it fails is the test's failure.
+    pub(crate) async fn ask(&mut self, command: &str, argument: Value) -> Value {
+        self.commands
+            .write_all(format!("{}\n", json!({ command: argument })).as_bytes())
+            .await
+            .unwrap();
+        let answer = self.answer().await;
+        assert!(answer["error"].is_null(), "{}, {command}: {}", self.name, answer["error"]);
+        answer
+    }
+
+    /// Ends it in good order.
+    pub(crate) async fn close(mut self) {
+        self.ask("close", Value::Null).await;
+        drop(self.commands);
+        tokio::time::timeout(PATIENCE, self.child.wait())
+            .await
+            .expect("it ends with its input")
+            .unwrap();
+    }
+
+    /// What it has said on its standard error.
+    pub(crate) fn complaints(&self) -> String {
+        self.complaints.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    async fn answer(&mut self) -> Value {
+        let line = tokio::time::timeout(PATIENCE, self.answers.next_line()).await;
+        match line {
+            Ok(Ok(Some(line))) => serde_json::from_str(&line).unwrap(),
+            other => panic!(
+                "the {} gave no answer ({other:?}); it complained:\n{}",
+                self.name,
+                self.complaints()
+            ),
+        }
+    }
+}
