@@ -10,6 +10,7 @@ pub mod attended;
 pub mod client;
 pub mod coding;
 pub mod conditional;
+pub mod console;
 pub mod cors;
 pub mod data;
 pub mod edge;

@@ -18,7 +18,7 @@ pub(super) fn announce(opened: &Opened, (data, admin): (SocketAddr, SocketAddr),
         };
         let made = format!(
             "
-This is the first start. Sign in to the admin API at {operators}/auth/simple/login as
+This is the first start. Open the console at {operators} and sign in as
 
   username  {name}
   password  {password}

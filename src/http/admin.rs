@@ -1,5 +1,5 @@
-//! The admin listener: what operators ask, and beside it all that SDKs and other edges may ask, so
-//! that this one address is a whole upstream.
+//! The admin listener: the console, what operators ask, and beside it all that SDKs and other edges
+//! may ask, so that this one address is a whole upstream.
 //!
 //! One table (`operation`) says what can be asked; here it is decided who asks, and each call finds
 //! its answer in the module of its topic. Who may do what is judged by [`crate::control`].
@@ -25,7 +25,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use hyper::{Request, body::Incoming, header::HeaderName, http::request::Parts};
+use hyper::{HeaderMap, Method, Request, body::Incoming, header::HeaderName, http::request::Parts};
 
 pub use self::insight::{Identity, Insight};
 use self::{
@@ -36,6 +36,7 @@ use self::{
     tokens::Wanted,
 };
 use super::{
+    console,
     data::Data,
     listener::Service,
     payload::Arriving,
@@ -83,6 +84,9 @@ impl Admin {
         peer: SocketAddr,
     ) -> Result<Reply, Failure> {
         let path = normalise(head.uri.path(), "").ok_or(Failure::NotFound)?;
+        if let Some(file) = self.console_file(&head.method, &path, &head.headers).await {
+            return Ok(file);
+        }
         let found = operation::find(&head.method, &path).map_err(|missing| match missing {
             NotFound::Path => Failure::NotFound,
             NotFound::Method(known) => Failure::Method(known.into()),
@@ -110,6 +114,19 @@ impl Admin {
                 None => self.of_control(operation.call, &caller, &arguments, head, &body).await,
             },
         }
+    }
+
+    /// A file of the console, where there is something to sign in to.
+    async fn console_file(
+        &self,
+        method: &Method,
+        path: &str,
+        headers: &HeaderMap,
+    ) -> Option<Reply> {
+        if self.control.is_none() || !matches!(*method, Method::GET | Method::HEAD) {
+            return None;
+        }
+        console::file(path, headers).await
     }
 
     fn gate(&self) -> Gate<'_> {

@@ -12,8 +12,8 @@ use http_body_util::Full;
 use hyper::{
     HeaderMap, Method, Response, StatusCode,
     header::{
-        CACHE_CONTROL, CONTENT_ENCODING, CONTENT_TYPE, ETAG, HeaderValue, LOCATION, SET_COOKIE,
-        VARY,
+        CACHE_CONTROL, CONTENT_ENCODING, CONTENT_SECURITY_POLICY, CONTENT_TYPE, ETAG, HeaderValue,
+        LOCATION, REFERRER_POLICY, SET_COOKIE, VARY, X_CONTENT_TYPE_OPTIONS,
     },
 };
 use serde::Serialize;
@@ -30,6 +30,12 @@ const PROMETHEUS_TEXT: HeaderValue = HeaderValue::from_static("text/plain; versi
 const BY_CODING: HeaderValue = HeaderValue::from_static("accept-encoding");
 const NO_STORE: HeaderValue = HeaderValue::from_static("no-store");
 const REVALIDATE: HeaderValue = HeaderValue::from_static("no-cache");
+
+/// What the console's pages may do: run and show what came with them, and ask where they came from.
+const PAGE_POLICY: HeaderValue = HeaderValue::from_static(
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; \
+     img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+);
 
 impl From<Failure> for Reply {
     fn from(failure: Failure) -> Self {
@@ -100,6 +106,20 @@ fn describe(reply: &mut Reply, freshness: Freshness) {
     if freshness == Freshness::Revalidate {
         headers.insert(CACHE_CONTROL, REVALIDATE);
     }
+}
+
+/// A file that browsers show, in the coding that the client prefers, or a 304; awaits as [`body()`].
+pub async fn page(request: &HeaderMap, content_type: HeaderValue, file: &Arc<Body>) -> Reply {
+    let mut reply = body(request, file, Freshness::Revalidate).await;
+    let is_whole = reply.status() == StatusCode::OK;
+    let headers = reply.headers_mut();
+    if is_whole {
+        headers.insert(CONTENT_TYPE, content_type);
+    }
+    headers.insert(CONTENT_SECURITY_POLICY, PAGE_POLICY);
+    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.insert(REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+    reply
 }
 
 /// A JSON document that is served as it is.

@@ -26,7 +26,7 @@ const LAYERS: [&[(&str, &[&str])]; 8] = [
 const SURFACE: [&[&str]; 6] = [
     &["access", "attended", "coding", "conditional", "cors", "route", "stream"],
     &["reply"],
-    &["client", "edge", "listener", "meter", "payload", "report"],
+    &["client", "console", "edge", "listener", "meter", "payload", "report"],
     &["frontend", "ops"],
     &["data"],
     // The admin listener is a whole upstream.

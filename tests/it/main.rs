@@ -8,6 +8,8 @@ mod auth;
 mod client_api;
 /// Exit statuses, help and probes.
 mod command_line;
+/// The console in a browser.
+mod console;
 /// Accounts, tokens and the audit log of a standalone.
 mod control;
 /// The control plane in this process, on each of its databases.

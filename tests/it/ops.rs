@@ -217,7 +217,6 @@ async fn the_admin_listener_wants_an_admin_token_and_the_data_listener_has_none_
         let request = parapet.admin_request(Method::GET, path).header("authorization", token);
         assert_eq!(answer(request).await.status, expect, "{path}");
     };
-    check("/", ADMIN, StatusCode::NOT_FOUND).await;
     check("/nothing", ADMIN, StatusCode::NOT_FOUND).await;
     // For edges in front of which this is the upstream.
     check("/api/client/features", ADMIN, StatusCode::FORBIDDEN).await;

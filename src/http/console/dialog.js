@@ -1,0 +1,46 @@
+// Modal dialogs: the browser's own, which keep the focus inside and give it back to where it was.
+
+import { h, uniqueId } from './dom.js';
+import { form } from './form.js';
+
+/**
+ * Opens a dialog with `body` (an element, or a function that is given `close`).
+ * `mustAnswer` makes Escape do nothing, for what would be lost by it.
+ */
+export function open(title, body, { mustAnswer = false, wide = false, onclose } = {}) {
+    const titleId = uniqueId('dialog');
+    const dialog = h(wide ? 'dialog.wide' : 'dialog', { 'aria-labelledby': titleId });
+    const close = () => dialog.close();
+    dialog.append(h('h2', { id: titleId }, title), typeof body === 'function' ? body(close) : body);
+    if (mustAnswer) dialog.addEventListener('cancel', (event) => event.preventDefault());
+    dialog.addEventListener('close', () => {
+        dialog.remove();
+        onclose?.();
+    });
+    document.body.append(dialog);
+    dialog.showModal();
+    return dialog;
+}
+
+/** Asks before something that cannot be undone; `act` is what happens on yes. */
+export function confirm({ title, text, yes, act }) {
+    open(title, (close) => form({
+        parts: [h('p', text)],
+        buttons: [
+            h('button.button', { type: 'button', onclick: close, autofocus: true }, 'Cancel'),
+            h('button.button.danger', { type: 'submit' }, yes),
+        ],
+        submit: async () => {
+            await act();
+            close();
+        },
+    }));
+}
+
+/** The buttons at the foot of a form in a dialog. */
+export function buttons(close, yes) {
+    return [
+        h('button.button', { type: 'button', onclick: close }, 'Cancel'),
+        h('button.button.primary', { type: 'submit' }, yes),
+    ];
+}

@@ -1,0 +1,139 @@
+// One flag: who gets it in words, how it is used, and why it comes out as it does.
+
+import { get, getIfThere, path } from '../api.js';
+import { barChart } from '../charts.js';
+import { h } from '../dom.js';
+import { explainForm } from '../explain.js';
+import { field, select } from '../form.js';
+import { empty } from '../notice.js';
+import { address } from '../router.js';
+import { table } from '../table.js';
+import { counted, number } from '../time.js';
+import { constraint, strategy } from '../words.js';
+import { environmentNames, environmentOf } from './flags.js';
+
+const HOUR = 3_600_000;
+
+export async function flagPage({ params, query, signal }) {
+    const { name } = params;
+    const environments = await environmentNames(signal);
+    const environment = environmentOf(query, environments);
+    const [{ flag, segments = [] }, usage] = await Promise.all([
+        get(path('api/admin/flags', name), { query: { environment }, signal }),
+        getIfThere(`${path('api/admin/client-metrics/features', name)}/raw`, { query: { hoursBack: 24 }, signal }),
+    ]);
+    const choice = select(environments, environment, { onchange: () => {
+        location.hash = address(['flags', name], { environment: choice.value });
+    } });
+    return [
+        h('p.crumbs', h('a', { href: address(['flags'], { environment }) }, 'Flags')),
+        h('div.page-head', h('div', h('h1', name), description(flag)), field('Environment', choice)),
+        h('div.pair.uneven',
+            h('div.stack', whoCard(flag, segments), variantsCard(flag.variants ?? [])),
+            h('div.stack', usageCard(usage, environment, name))),
+        h('section.card', { 'aria-labelledby': 'explain' }, h('h2', { id: 'explain' }, 'Explain'),
+            h('p', 'Fill in what an application would tell of its user, and see what the flag comes to and why.'),
+            explainForm({ flag: name, environment, signal })),
+    ];
+}
+
+function description(flag) {
+    return h('div.lead',
+        h('span', { class: `badge ${flag.enabled ? 'good' : 'off'}` }, flag.enabled ? 'On' : 'Off'),
+        flag.stale && h('span.badge.warn', 'Stale'),
+        [flag.type, flag.project && `project ${flag.project}`, flag.impressionData && 'impression data on'].filter(Boolean).map((it) => h('span.fact', it)),
+        flag.description && h('p', flag.description));
+}
+
+function whoCard(flag, segments) {
+    const list = flag.strategies ?? [];
+    const parents = flag.dependencies ?? [];
+    return h('section.card', { 'aria-labelledby': 'who' }, h('h2', { id: 'who' }, 'Who gets it'),
+        !flag.enabled && h('p.note', 'Nobody: it is switched off here. Were it on:'),
+        parents.length > 0 && h('div.parents', h('h3', 'Only where'), h('ul', parents.map(parentLine))),
+        list.length === 0 ? h('p', 'Everyone: it has no strategies.')
+            : h('ol.strategies', list.map((it) => h('li', strategyBox(it, segments)))),
+        list.length > 1 && h('p.hint', 'The first strategy that matches decides.'));
+}
+
+function parentLine({ feature, enabled = true, variants = [] }) {
+    const state = !enabled ? 'is off' : variants.length > 0 ? `has the variant ${variants.join(' or ')}` : 'is on';
+    return h('li', h('code', feature), ` ${state}`);
+}
+
+function strategyBox(told, segments) {
+    const { who, how } = strategy(told);
+    const ids = told.segments ?? [];
+    return [
+        h('p.who', who, told.title && h('span.muted', told.title)),
+        how && h('p.hint', how),
+        constraintList(told.constraints ?? []),
+        ids.map((id) => segmentBox(id, segments.find((it) => it.id === id))),
+        (told.variants ?? []).length > 0 && h('p.hint', `Variants: ${told.variants.map((it) => it.name).join(', ')}.`),
+    ];
+}
+
+function segmentBox(id, segment) {
+    if (!segment) return h('p.hint.bad-text', `Segment ${id} is missing: the strategy never matches.`);
+    return h('div.segment', h('p', 'In the segment ', h('strong', segment.name ?? `number ${id}`)), constraintList(segment.constraints ?? []));
+}
+
+function constraintList(list) {
+    if (list.length === 0) return null;
+    return h('ul.constraints', list.map((told) => {
+        const { field, phrase, values, note } = constraint(told);
+        return h('li', h('code', field), ` ${phrase} `, values.map((value, n) => [n > 0 && ', ', h('code', value)]), note && ` ${note}`);
+    }));
+}
+
+function variantsCard(variants) {
+    if (variants.length === 0) return null;
+    const total = variants.reduce((sum, it) => sum + (it.weight ?? 0), 0);
+    const grid = table({ caption: 'Variants', columns: [
+        { label: 'Variant', cell: (it) => it.name },
+        { label: 'Share', class: 'number', cell: (it) => (total > 0 ? `${Number(((it.weight / total) * 100).toFixed(1))} %` : '–') },
+        { label: 'Payload', cell: (it) => (it.payload ? [h('span.muted', `${it.payload.type} `), h('code.payload', it.payload.value)] : h('span.muted', 'None')) },
+        { label: 'Reserved for', cell: (it) => (it.overrides ?? []).map((o) => `${o.contextName}: ${o.values.join(', ')}`).join('; ') || h('span.muted', 'Nobody') },
+    ] });
+    grid.show(variants, null);
+    return h('section.card.flush', { 'aria-labelledby': 'variants' }, h('h2', { id: 'variants' }, 'Variants'), grid);
+}
+
+function usageCard(told, environment, name) {
+    const data = (told?.data ?? []).filter((it) => it.environment === environment);
+    const heading = h('h2', { id: 'usage' }, 'Usage, last 24 hours');
+    const section = (...parts) => h('section.card', { 'aria-labelledby': 'usage' }, heading, parts);
+    if (told === null) return section(empty('Not known here', 'This server keeps no usage.'));
+    const [yes, no] = ['yes', 'no'].map((key) => data.reduce((sum, it) => sum + it[key], 0));
+    if (yes + no === 0) return section(empty('Not used yet', `No application has reported checks of this flag in ${environment}. SDKs report about once a minute.`));
+    return section(
+        h('p.usage', h('span.swatch.yes'), h('strong', number(yes)), ' yes ', h('span.swatch.no'), h('strong', number(no)), ' no'),
+        barChart({ title: `Usage of ${name} by hour`, bars: hours(data) }),
+        h('ul.plain', byApplication(data).map(([app, count]) => h('li', h('span', app), h('span.muted', counted(count, 'check'))))),
+        h('p.hint', variantWords(data)));
+}
+
+/** The last 24 hours, the empty ones too. */
+function hours(data) {
+    const last = Math.floor(Date.now() / HOUR) * HOUR;
+    return Array.from({ length: 24 }, (_, n) => {
+        const start = last - (23 - n) * HOUR;
+        const within = data.filter((it) => Math.floor(Date.parse(it.timestamp) / HOUR) * HOUR === start);
+        const sum = (key) => within.reduce((total, it) => total + it[key], 0);
+        const label = new Intl.DateTimeFormat('en-GB', { hour: '2-digit', minute: '2-digit' }).format(start);
+        return { label, yes: sum('yes'), no: sum('no') };
+    });
+}
+
+function byApplication(data) {
+    const sums = new Map();
+    for (const it of data) sums.set(it.appName, (sums.get(it.appName) ?? 0) + it.yes + it.no);
+    return [...sums].sort((one, other) => other[1] - one[1]);
+}
+
+function variantWords(data) {
+    const sums = new Map();
+    for (const it of data) for (const [variant, count] of Object.entries(it.variants ?? {})) sums.set(variant, (sums.get(variant) ?? 0) + count);
+    const words = [...sums].map(([variant, count]) => `${variant} ${number(count)}`);
+    return words.length > 0 ? `Variants given out: ${words.join(', ')}.` : '';
+}

@@ -1,0 +1,189 @@
+// How the instance is doing: what it serves, how much, to whom.
+
+import { get, getIfThere } from '../api.js';
+import { lineChart, short } from '../charts.js';
+import { fill, h } from '../dom.js';
+import { empty } from '../notice.js';
+import { rate, samples, sums } from '../prometheus.js';
+import { address } from '../router.js';
+import { loadStatus } from '../status.js';
+import { table } from '../table.js';
+import { ago, at, lasting, number } from '../time.js';
+
+/** How often the numbers are asked for, in milliseconds, and how many of them the charts show. */
+const EVERY = 2_000;
+const MOMENTS = 61;
+
+const REQUESTS = 'http_server_requests_total';
+const SECONDS = ['http_server_request_duration_seconds_sum', 'http_server_request_duration_seconds_count'];
+const VERDICTS = 'parapet_token_verdicts_total';
+
+const BY_STATUS = [
+    { key: 'served', label: 'Served', class: 'good' },
+    { key: 'refused', label: 'Refused (4xx)', class: 'warn' },
+    { key: 'failed', label: 'Failed (5xx)', class: 'bad' },
+];
+const BY_VERDICT = [
+    { key: 'valid', label: 'Valid', class: 'good' },
+    { key: 'invalid', label: 'Turned away', class: 'warn' },
+    { key: 'unavailable', label: 'Undecided', class: 'bad' },
+];
+const VERDICT = { known: 'valid', accepted: 'valid', refused: 'invalid', rejected: 'invalid', malformed: 'invalid', unavailable: 'unavailable' };
+
+export async function overviewPage({ status, signal }) {
+    const told = await getIfThere('api/admin/metrics/applications', { signal });
+    const head = h('p.lead');
+    const environments = h('div');
+    const upstream = h('div');
+    const requests = lineChart({ title: 'Requests', unit: 'per second', series: BY_STATUS, moments: MOMENTS, span: '2 minutes ago' });
+    const verdicts = lineChart({ title: 'Tokens presented', unit: 'per second', series: BY_VERDICT, moments: MOMENTS, span: '2 minutes ago' });
+    const routes = table({ caption: 'Requests by route', columns: ROUTE_COLUMNS, order: '-Since the start' });
+    const grids = { environments: table({ caption: 'Environments', columns: ENVIRONMENT_COLUMNS }) };
+    environments.append(grids.environments);
+
+    const showStatus = (now) => {
+        fill(head, summary(now));
+        grids.environments.show(now.environments ?? [], now.isTold
+            ? empty('No environments yet', 'The instance has nothing to serve so far.')
+            : empty('Not told to this account', 'The state of this instance is shown to accounts and admin tokens of its own.'));
+        fill(upstream, now.upstream && upstreamCard(now.upstream));
+    };
+    const stop = watch({ signal, showStatus, requests, verdicts, routes });
+    signal.addEventListener('abort', stop);
+    showStatus(status);
+    return [
+        h('div.page-head', h('div', h('h1', 'Overview'), head)),
+        upstream,
+        h('section.card.flush', { 'aria-labelledby': 'environments' }, h('h2', { id: 'environments' }, 'Environments'), environments),
+        h('div.pair', requests, verdicts),
+        applicationsCard(told),
+        h('section.card.flush', { 'aria-labelledby': 'routes' }, h('h2', { id: 'routes' }, 'Requests by route'), routes),
+    ];
+}
+
+/** Asks again and again while the page can be seen; gives what ends it. */
+function watch({ signal, showStatus, requests, verdicts, routes }) {
+    let before = null;
+    let timer = null;
+    let isStopped = false;
+    const look = async () => {
+        clearTimeout(timer);
+        if (isStopped || document.hidden) return;
+        try {
+            const [text, now] = await Promise.all([get('metrics', { signal }), loadStatus(signal)]);
+            if (isStopped) return;
+            const after = measure(String(text));
+            if (before) draw(before, after, { requests, verdicts });
+            routes.show(byRoute(before, after), empty('No requests yet', 'Once a service asks, its requests are counted here.'));
+            before = after;
+            showStatus(now);
+        } catch {
+            // The charts show a gap, and the next moment may do better.
+            before = null;
+            if (!isStopped) [requests, verdicts].forEach((chart) => chart.add({}));
+        }
+        if (!isStopped) timer = setTimeout(look, EVERY);
+    };
+    document.addEventListener('visibilitychange', look, { signal });
+    look();
+    return () => {
+        isStopped = true;
+        clearTimeout(timer);
+    };
+}
+
+function measure(text) {
+    const found = samples(text, [REQUESTS, ...SECONDS, VERDICTS]);
+    const of = (name) => found.filter((sample) => sample.name === name);
+    return {
+        time: performance.now() / 1000,
+        status: sums(of(REQUESTS), ({ labels }) => ({ 4: 'refused', 5: 'failed' })[labels.http_response_status_code?.[0]] ?? 'served'),
+        verdicts: sums(of(VERDICTS), ({ labels }) => VERDICT[labels.verdict] ?? null),
+        routes: sums(of(REQUESTS), ({ labels }) => labels.http_route ?? null),
+        took: SECONDS.map((name) => sums(of(name), ({ labels }) => labels.http_route ?? null)),
+    };
+}
+
+function draw(before, after, { requests, verdicts }) {
+    const seconds = after.time - before.time;
+    const rates = (series, what) => Object.fromEntries(series.map(({ key }) => [key, rate(before[what], after[what], key, seconds)]));
+    requests.add(rates(BY_STATUS, 'status'));
+    verdicts.add(rates(BY_VERDICT, 'verdicts'));
+}
+
+function byRoute(before, after) {
+    const [sum, count] = after.took;
+    return [...after.routes].filter(([, total]) => total > 0).map(([route, total]) => ({
+        route,
+        total,
+        perSecond: before && rate(before.routes, after.routes, route, after.time - before.time),
+        mean: count.get(route) > 0 ? sum.get(route) / count.get(route) : null,
+    }));
+}
+
+const ROUTE_COLUMNS = [
+    { label: 'Route', sort: (it) => it.route, cell: (it) => h('code', it.route) },
+    { label: 'Per second', class: 'number', sort: (it) => it.perSecond ?? 0, cell: (it) => (it.perSecond === null ? '–' : short(it.perSecond)) },
+    { label: 'Since the start', class: 'number', sort: (it) => it.total, cell: (it) => number(it.total) },
+    { label: 'Mean time', class: 'number', sort: (it) => it.mean ?? 0, cell: (it) => (it.mean === null ? '–' : duration(it.mean)) },
+];
+
+const ENVIRONMENT_COLUMNS = [
+    { label: 'Environment', cell: (it) => h('a', { href: address(['flags'], { environment: it.name }) }, it.name) },
+    { label: 'Flags', class: 'number', cell: (it) => number(it.flags) },
+    { label: 'Segments', class: 'number', cell: (it) => number(it.segments ?? 0) },
+    { label: 'Revision', class: 'number', cell: (it) => it.revision ?? '–' },
+    { label: 'Confirmed', cell: (it) => (it.ageSeconds === null || it.ageSeconds === undefined ? h('span.muted', 'Not yet') : `${lasting(it.ageSeconds)} ago`) },
+    { label: 'Problems', cell: (it) => problems(it.problems ?? []) },
+];
+
+function problems(list) {
+    if (list.length === 0) return h('span.muted', 'None');
+    return h('details.problems', h('summary', h('span.badge.warn', String(list.length))), h('ul', list.map((it) => h('li', it))));
+}
+
+function summary(status) {
+    if (!status.isTold) return 'What connects, and how much.';
+    const ready = status.ready === false ? h('span.badge.bad', 'Not ready') : h('span.badge.good', 'Ready');
+    return [ready, ` Parapet ${status.version}, ${status.mode}, started `, ago(status.started, 'at an unknown time'),
+        '. SDKs go to ', h('code', status.dataUrl), '.'];
+}
+
+function upstreamCard({ url, lastSuccess, lastError, consecutiveFailures = 0 }) {
+    const fine = consecutiveFailures === 0;
+    return h('section.card', { 'aria-labelledby': 'upstream' },
+        h('h2', { id: 'upstream' }, 'Upstream', h('span.badge', { class: `badge ${fine ? 'good' : 'bad'}` }, fine ? 'Reachable' : `${consecutiveFailures} failures in a row`)),
+        h('dl.facts',
+            url && [h('dt', 'Address'), h('dd', h('code', url))],
+            h('dt', 'Last answer'), h('dd', ago(lastSuccess, 'None yet')),
+            lastError && [h('dt', 'Last error'), h('dd', lastError.error, ' (', at(lastError.at), ')')]));
+}
+
+function applicationsCard(told) {
+    const grid = table({ caption: 'Connected applications', order: 'Application', columns: [
+        { label: 'Application', sort: (it) => it.appName, cell: (it) => it.appName },
+        { label: 'SDKs', cell: (it) => (it.sdkVersions ?? []).join(', ') || h('span.muted', 'Not told') },
+        { label: 'Environments', cell: (it) => (it.environments ?? []).join(', ') },
+        { label: 'Instances', class: 'number', sort: (it) => it.instances ?? 0, cell: (it) => number(it.instances ?? 0) },
+        { label: 'Strategies', cell: (it) => (it.strategies ?? []).join(', ') || h('span.muted', 'None told') },
+        { label: 'Last seen', sort: (it) => it.seenAt ?? '', cell: (it) => ago(it.seenAt, 'Never') },
+    ] });
+    grid.show((told?.applications ?? []).map(application), told === null
+        ? empty('Not known here', 'This server does not tell which applications connect.')
+        : empty('No applications yet', 'An application appears once its SDK has registered or reported usage.'));
+    return h('section.card.flush', { 'aria-labelledby': 'applications' }, h('h2', { id: 'applications' }, 'Connected applications'), grid);
+}
+
+/** An application, also as Unleash tells it: its environments hold the rest. */
+function application(told) {
+    const usage = told.usage ?? [];
+    return {
+        ...told,
+        environments: told.environments ?? [...new Set(usage.flatMap((it) => it.environments ?? []))],
+        instances: told.instances?.length ?? told.instances,
+    };
+}
+
+function duration(seconds) {
+    return seconds >= 1 ? `${seconds.toFixed(2)} s` : seconds >= 0.001 ? `${(seconds * 1e3).toFixed(1)} ms` : `${(seconds * 1e6).toFixed(0)} µs`;
+}

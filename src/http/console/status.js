@@ -1,0 +1,23 @@
+// What the instance says of itself, as far as it lets us see it.
+
+import { getIfThere } from './api.js';
+
+/** The port that SDKs go to where nothing else is told. */
+const DATA_PORT = 3063;
+
+/**
+ * What `/status` tells, or `null`; `isUnleash` is whether the control plane behind the console is an Unleash server,
+ * `dataUrl` where SDKs go.
+ */
+export async function loadStatus(signal) {
+    const told = await getIfThere('status', { signal });
+    const isTold = told !== null && typeof told === 'object';
+    // A relayed session is Unleash's own: the edge in between does not know who it is.
+    const isUnleash = isTold ? told.consoleFor === 'unleash' : true;
+    return { ...(isTold ? told : {}), isTold, isUnleash, dataUrl: (isTold && told.dataUrl) || nearby() };
+}
+
+function nearby() {
+    const { protocol, hostname } = location;
+    return `${protocol}//${hostname}:${DATA_PORT}`;
+}

@@ -1,0 +1,195 @@
+// Drives the console in a headless Chromium, as a person would: `node console.mjs '{"url": …, "chromium": …}'`.
+// Everything is found by what a screen reader would say, so that what cannot be named cannot be used either.
+import { readFileSync } from 'node:fs';
+import { createRequire } from 'node:module';
+import { chromium } from 'playwright-core';
+import { serve } from './jsonl.mjs';
+
+const { url, chromium: executablePath } = JSON.parse(process.argv[2]);
+const axe = readFileSync(createRequire(import.meta.url).resolve('axe-core/axe.min.js'), 'utf8');
+
+// Whoever runs the tests may be root, for whom Chromium has no sandbox.
+const browser = await chromium.launch({ executablePath, args: ['--no-sandbox'] });
+const context = await browser.newContext({ viewport: { width: 1280, height: 800 }, locale: 'en-GB', timezoneId: 'UTC' });
+await context.grantPermissions(['clipboard-read', 'clipboard-write'], { origin: url });
+const page = await context.newPage();
+page.setDefaultTimeout(20_000);
+
+/** What went wrong in the page: scripts that failed, and what its policy forbade. */
+const troubles = [];
+page.on('pageerror', (error) => troubles.push(`error: ${error.stack ?? error}`));
+page.on('console', (message) => {
+    // A refused request is told by the page itself, and is what some tests are after.
+    if (message.type() === 'error' && !message.text().startsWith('Failed to load resource')) troubles.push(`console: ${message.text()}`);
+});
+page.on('request', (request) => {
+    if (!request.url().startsWith(url)) troubles.push(`asked elsewhere: ${request.url()}`);
+});
+await page.goto(url);
+
+const button = (name, within = page) => within.getByRole('button', { name, exact: true });
+const dialog = () => page.getByRole('dialog');
+const heading = (name) => page.getByRole('heading', { level: 1, name, exact: true });
+
+/** The cells of a table, by its caption: an object for each row. */
+async function rows(caption) {
+    const table = page.getByRole('table', { name: caption });
+    if ((await table.count()) === 0) return [];
+    const heads = await table.locator('thead th').allInnerTexts();
+    const lines = table.locator('tbody > tr:not(.detail)');
+    const read = async (line) => {
+        const cells = await line.locator(':scope > th, :scope > td').allInnerTexts();
+        return Object.fromEntries(cells.map((cell, n) => [heads[n].trim().split('\n')[0], cell.trim()]));
+    };
+    return Promise.all((await lines.all()).map(read));
+}
+
+const pageUp = async (section) => {
+    const menu = button('Menu');
+    if (await menu.isVisible() && (await menu.getAttribute('aria-expanded')) === 'false') await menu.click();
+    await page.getByRole('navigation', { name: 'Main' }).getByRole('link', { name: section, exact: true }).click();
+    await heading(section).waitFor();
+    await page.getByText('Loading…').waitFor({ state: 'detached' });
+};
+
+await serve({
+    sign_in: async ({ username, password }) => {
+        await page.getByLabel('Username').fill(username);
+        await page.getByLabel('Password').fill(password);
+        await button('Sign in').click();
+        await Promise.race([heading('Overview').waitFor(), page.getByRole('alert').filter({ hasText: /\S/ }).waitFor()]);
+        return { signedIn: await heading('Overview').isVisible(), text: await page.locator('main').innerText() };
+    },
+    sign_out: async () => {
+        await button('Sign out').click();
+        await heading('Sign in').waitFor();
+    },
+    /** The groups of the navigation, each with its links. */
+    navigation: async () => ({ text: await page.getByRole('navigation', { name: 'Main' }).innerText() }),
+    go: async ({ section }) => pageUp(section),
+    open_flag: async ({ flag }) => {
+        await page.getByRole('link', { name: flag, exact: true }).click();
+        await heading(flag).waitFor();
+    },
+    reload: async ({ heading: name }) => {
+        await page.reload();
+        await heading(name).waitFor();
+    },
+    text: async () => ({ text: await page.locator('main').innerText() }),
+    rows: async ({ table }) => ({ rows: await rows(table) }),
+    buttons: async () => ({ buttons: (await page.locator('main').getByRole('button').allInnerTexts()).map((it) => it.trim()) }),
+    create_token: async ({ name, kind, environment, projects }) => {
+        await button('New API token').click();
+        await dialog().getByLabel('Name', { exact: true }).fill(name);
+        await dialog().getByRole('radio', { name: kind }).check();
+        if (environment) await dialog().getByLabel('Environment').selectOption(environment);
+        if (projects) {
+            await dialog().getByRole('radio', { name: 'Only these' }).check();
+            for (const project of projects) await dialog().getByRole('checkbox', { name: project }).check();
+        }
+        await button('Create token', dialog()).click();
+        const secret = dialog().getByLabel('The token’s secret');
+        await secret.waitFor();
+        const shown = await secret.innerText();
+        await button('Copy', dialog()).click();
+        await button('Copied', dialog()).waitFor();
+        const snippets = {};
+        for (const tab of await dialog().getByRole('tab').all()) {
+            await tab.click();
+            snippets[await tab.innerText()] = await dialog().getByRole('tabpanel').locator('pre').innerText();
+        }
+        const clipboard = await page.evaluate(() => navigator.clipboard.readText());
+        return { secret: shown, clipboard, snippets };
+    },
+    /** A mistake in the form of a new token: what it says beside the field. */
+    create_token_wrongly: async ({ name }) => {
+        await button('New API token').click();
+        await dialog().getByLabel('Name', { exact: true }).fill(name);
+        await button('Create token', dialog()).click();
+        const field = dialog().getByLabel('Name', { exact: true });
+        await page.waitForFunction((it) => it.getAttribute('aria-invalid') === 'true', await field.elementHandle());
+        const told = await dialog().locator('.wrong').allInnerTexts();
+        await page.keyboard.press('Escape');
+        await dialog().waitFor({ state: 'detached' });
+        return { told: told.filter((it) => it !== '') };
+    },
+    close_dialog: async () => {
+        await button('Done', dialog()).click();
+        await dialog().waitFor({ state: 'detached' });
+    },
+    delete_token: async ({ name }) => {
+        await button(`Delete ${name}`).click();
+        await button('Cancel', dialog()).click();
+        await button(`Delete ${name}`).click();
+        await button('Delete token', dialog()).click();
+        await dialog().waitFor({ state: 'detached' });
+    },
+    create_account: async ({ username, password, role }) => {
+        await button('New account').click();
+        await dialog().getByLabel('Username').fill(username);
+        await dialog().getByLabel('Password', { exact: true }).fill(password);
+        await dialog().getByRole('radio', { name: role }).check();
+        await button('Create account', dialog()).click();
+        await dialog().waitFor({ state: 'detached' });
+    },
+    grant: async ({ username, kind, permission }) => {
+        await button(`Permissions of ${username}`).click();
+        await dialog().getByRole('group', { name: kind }).getByRole('checkbox', { name: permission }).check();
+        await button('Save permissions', dialog()).click();
+        await dialog().waitFor({ state: 'detached' });
+    },
+    explain: async ({ fields }) => {
+        for (const [label, value] of Object.entries(fields)) await page.getByLabel(label, { exact: true }).fill(value);
+        await button('Explain').click();
+        const verdict = page.getByRole('region', { name: 'Explanation' });
+        await verdict.getByText(/\S/).first().waitFor();
+        return { text: await verdict.innerText() };
+    },
+    /** What the page itself is refused when it asks for what it does not offer. */
+    ask: async ({ method, path, body }) => page.evaluate(async ([method, path, body]) => {
+        const init = { method, headers: { 'Content-Type': 'application/json' }, body: body && JSON.stringify(body) };
+        const answer = await fetch(path, init);
+        return { status: answer.status, text: await answer.text() };
+    }, [method, path, body]),
+    /** Walks by the tab key alone until the focus is on what is called so. */
+    tab_to: async ({ name }) => {
+        for (let n = 0; n < 60; n += 1) {
+            await page.keyboard.press('Tab');
+            const at = await page.evaluate(() => {
+                const { activeElement: it } = document;
+                return { name: (it.getAttribute('aria-label') ?? it.innerText ?? '').trim(), outline: getComputedStyle(it).outlineStyle };
+            });
+            if (at.name === name) return { found: true, visible: at.outline !== 'none' };
+        }
+        return { found: false };
+    },
+    press: async ({ key }) => page.keyboard.press(key),
+    /** What axe finds wrong with the page, in this theme and width. */
+    audit: async ({ theme, width }) => {
+        await look(theme, width);
+        await page.evaluate(axe);
+        const { violations } = await page.evaluate(() => globalThis.axe.run(document, { resultTypes: ['violations'] }));
+        const told = violations.map(({ id, help, nodes }) => `${id}: ${help}: ${nodes.map((it) => `${it.html} ${it.failureSummary}`).join(' | ')}`);
+        const wide = await page.evaluate(() => document.documentElement.scrollWidth - innerWidth);
+        if (wide > 0) told.push(`the page is ${wide} px wider than the window`);
+        return { violations: told };
+    },
+    screenshot: async ({ path, theme, width }) => {
+        await look(theme, width);
+        // As high as the page, so that what stands at the window's foot stands at the picture's.
+        const height = await page.evaluate(() => document.documentElement.scrollHeight);
+        await page.setViewportSize({ width, height: Math.max(height, 640) });
+        const bytes = await page.screenshot({ path, animations: 'disabled' });
+        return { bytes: bytes.length };
+    },
+    troubles: async () => ({ troubles }),
+    close: () => browser.close(),
+});
+
+async function look(theme, width) {
+    await page.setViewportSize({ width, height: 800 });
+    await page.emulateMedia({ colorScheme: theme });
+    await page.waitForFunction((it) => document.documentElement.dataset.theme === it, theme);
+    // Colours fade from one theme to the other; what is judged is where they end.
+    await page.evaluate(() => Promise.all(document.getAnimations().map((it) => it.finished.catch(() => {}))));
+}
