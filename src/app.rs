@@ -26,7 +26,7 @@ use crate::{
     auth::{self, Authenticator},
     config::{Config, Mode},
     http::{
-        admin::{Admin, Identity, Insight},
+        admin::{Admin, Identity, Insight, Relay},
         cors::Cors,
         data::{Data, Settings},
         listener::{self, Limits},
@@ -132,6 +132,7 @@ impl App {
         let operators = Admin {
             insight,
             control: plan.control.as_ref().map(|(control, _)| control.clone()),
+            relay: plan.upstream.clone().filter(|_| plan.relays).map(|upstream| Relay { upstream }),
             token_header: config.data.token_header,
             disabled: config.data.disabled,
             data: Arc::clone(&service),

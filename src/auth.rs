@@ -34,7 +34,7 @@ pub use self::{
 use crate::{
     token::{Grant, Token, TokenDigest, TokenKind},
     upstream::{Credentials, Upstream},
-    wire::tokens::Validated,
+    wire::tokens::{ListedSecret, Validated},
 };
 
 /// How verdicts are kept.
@@ -96,6 +96,8 @@ struct Inner {
     verdicts: Verdicts,
     queue: Queue,
     tally: Tally,
+    /// Told when upstream's list is to be read before its time.
+    relist: Notify,
 }
 
 impl Authenticator {
@@ -110,6 +112,7 @@ impl Authenticator {
             given: Given::new(given),
             queue: Queue::default(),
             tally: Tally::new(),
+            relist: Notify::new(),
             authority,
             config,
         }))
@@ -207,6 +210,27 @@ impl Authenticator {
             self.0.revalidate(issuer),
             self.0.follow_list(issuer),
         );
+    }
+
+    /// Takes note that upstream has just deleted the token that is `named` so: it is refused from
+    /// here on, before upstream's list or its caches tell.
+    pub fn withdraw(&self, named: &ListedSecret) {
+        let digests = self.0.verdicts.withdraw(named);
+        if let Authority::Upstream(issuer) = &self.0.authority {
+            for digest in &digests {
+                issuer.credentials.withdraw(digest);
+            }
+        }
+        self.0.relist.notify_one();
+    }
+
+    /// Takes note that upstream has just made or changed a token: its list is read again, and the
+    /// token that is `named` so is asked for again.
+    pub fn reconsider(&self, named: Option<&ListedSecret>) {
+        if let Some(named) = named {
+            self.0.verdicts.suspect(named);
+        }
+        self.0.relist.notify_one();
     }
 
     /// The verdicts to be stored, if they changed since the last call.
@@ -373,7 +397,10 @@ impl Inner {
         step.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut failing = false;
         loop {
-            step.tick().await;
+            tokio::select! {
+                _ = step.tick() => {}
+                () = self.relist.notified() => {}
+            }
             let list = match issuer.upstream.api_tokens(admin).await {
                 Ok(list) => list,
                 Err(error) => {

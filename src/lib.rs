@@ -51,10 +51,12 @@
 //! and flag; at the interval a whole generation moves to the outbox, which says what to send and
 //! when. What upstream does not take is kept, merged further, and stored at the end.
 //!
-//! **An operator's change.** [`http::admin`] finds the row of its table, and who asks: by an admin
-//! token, or by a session that changes things from its own pages only. [`control`] judges whether they
-//! may, changes the database and writes the audit event in one transaction, and gives [`auth`] the
-//! tokens that are valid now before it answers. Other instances learn of it from the database.
+//! **An operator's change.** The pages of [`http::console`] ask the admin API, as `curl` does.
+//! [`http::admin`] finds the row of its table, and who asks: by an admin token, or by a session that
+//! changes things from its own pages only. [`control`] judges whether they may, changes the database
+//! and writes the audit event in one transaction, and gives [`auth`] the tokens that are valid now
+//! before it answers. Other instances learn of it from the database. At an edge that relays, upstream
+//! does all this, and [`auth`] is told which token a change was of.
 //!
 //! **The end.** Readiness goes first; after the drain delay the listeners stop and requests finish;
 //! the last usage is flushed or stored; the verdicts are stored.

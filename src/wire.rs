@@ -7,5 +7,6 @@ pub mod admin;
 pub mod context;
 pub mod explain;
 pub mod features;
+pub mod person;
 pub mod tokens;
 pub mod usage;

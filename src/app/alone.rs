@@ -80,8 +80,8 @@ async fn plan(
     let source = Source::Files(files.start().await?);
     latch.release();
     let (authority, sink, upstream) = (Authority::Nobody, Sink::None, None);
-    let control = None;
-    Ok(Plan { name, source, authority, given, sink, upstream, control, store })
+    let (control, relays) = (None, false);
+    Ok(Plan { name, source, authority, given, sink, upstream, relays, control, store })
 }
 
 /// The environments that tokens for SDKs name.

@@ -105,6 +105,7 @@ pub(super) async fn plan(
         given,
         sink: Sink::Upstream { upstream: upstream.clone(), credentials },
         upstream: Some(upstream),
+        relays: edge.admin_relay,
         store,
     })
 }

@@ -47,6 +47,8 @@ pub(super) struct Plan {
     pub(super) given: Vec<(TokenDigest, Grant)>,
     pub(super) sink: Sink,
     pub(super) upstream: Option<Upstream>,
+    /// Whether upstream's admin API is passed on.
+    pub(super) relays: bool,
     /// Accounts and tokens, and the usage that is kept with them, where that is here.
     pub(super) control: Option<(Control, mpsc::Receiver<Delivery>)>,
     /// Where verdicts, usage and credentials are kept between runs.

@@ -235,6 +235,41 @@ impl Verdicts {
         changes
     }
 
+    /// Takes note that the issuer has just deleted a token, before any list tells.
+    pub(super) fn withdraw(&self, named: &ListedSecret) -> Vec<TokenDigest> {
+        let mut digests: Vec<_> = self.named(named).map(|(digest, _)| digest).collect();
+        if let ListedSecret::Full(token) = named {
+            digests.push(token.digest());
+        }
+        for digest in &digests {
+            let selector = match named {
+                ListedSecret::Full(token) => token.selector(),
+                ListedSecret::Selector(selector) => Some(selector.as_str()),
+            };
+            self.revoke(*digest, selector);
+        }
+        digests
+    }
+
+    /// Makes the next revalidation ask for a token, however young its verdict is.
+    pub(super) fn suspect(&self, named: &ListedSecret) {
+        for (_, verdict) in self.named(named) {
+            verdict.suspect();
+        }
+    }
+
+    fn named<'a>(
+        &'a self,
+        named: &'a ListedSecret,
+    ) -> impl Iterator<Item = (TokenDigest, Arc<Verdict>)> + 'a {
+        let is_named = |digest: &TokenDigest, verdict: &Verdict| match named {
+            ListedSecret::Full(token) => token.digest() == *digest,
+            ListedSecret::Selector(selector) => verdict.selector.as_deref() == Some(selector),
+        };
+        let known = self.valid.iter().filter(move |(digest, verdict)| is_named(digest, verdict));
+        known.map(|(digest, verdict)| (*digest, verdict))
+    }
+
     /// The plaintexts of valid tokens that were not confirmed since `limit`.
     ///
     /// Those whose plaintext is yet to be presented are left for then.

@@ -109,7 +109,8 @@ fn edge(s: &mut Settings, identity: &Identity, data_dir: &Path) -> Option<Edge> 
     let upstream = upstream(s, identity);
     let sync = sync::Config { interval: s.interval(&keys::FEATURES_REFRESH_INTERVAL_SECONDS) };
     let backup_folder = s.path(&keys::BACKUP_FOLDER).unwrap_or_else(|| data_dir.join("backup"));
-    Some(Edge { upstream: upstream?, credentials: credentials?, sync, backup_folder })
+    let admin_relay = s.switch(&keys::ADMIN_RELAY);
+    Some(Edge { upstream: upstream?, credentials: credentials?, sync, backup_folder, admin_relay })
 }
 
 fn credentials(s: &mut Settings) -> Option<Credentials> {

@@ -64,6 +64,8 @@ pub struct Edge {
     pub sync: sync::Config,
     /// Where flags and digests of tokens are kept for a start without upstream.
     pub backup_folder: PathBuf,
+    /// Whether upstream's admin API is passed on.
+    pub admin_relay: bool,
 }
 
 /// In whose name the edge fetches flags and sends usage.

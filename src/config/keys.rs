@@ -318,6 +318,9 @@ keys! {
         /// Where flags and digests of tokens are kept for a start without upstream; `backup` in the
         /// data dir when not given.
         BACKUP_FOLDER = one("backup-folder").short('b');
+        /// Pass the admin API and the sign-in of upstream on at the admin listener, with the console:
+        /// callers use their own tokens and accounts of upstream.
+        ADMIN_RELAY = switch("admin-relay");
     }
     Offline, "Offline": {
         /// The file of flags; required.

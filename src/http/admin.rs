@@ -13,7 +13,9 @@ mod failure;
 mod insight;
 mod openapi;
 mod operation;
+mod origin;
 mod records;
+mod relay;
 mod session;
 mod tokens;
 
@@ -26,14 +28,19 @@ use std::{
 
 use bytes::Bytes;
 use hyper::{HeaderMap, Method, Request, body::Incoming, header::HeaderName, http::request::Parts};
+use serde_json::Value;
 
-pub use self::insight::{Identity, Insight};
 use self::{
     body::Query,
     caller::{Caller, Gate},
     catalogue::Catalogue,
     operation::{Access, Call, Found, NotFound},
+    relay::Here,
     tokens::Wanted,
+};
+pub use self::{
+    insight::{Identity, Insight},
+    relay::Relay,
 };
 use super::{
     console,
@@ -55,6 +62,8 @@ pub struct Admin {
     pub insight: Insight,
     /// Accounts, tokens and the audit log, where they are kept here.
     pub control: Option<Control>,
+    /// The server that has them instead, where its admin API is passed on.
+    pub relay: Option<Relay>,
     /// The header in which operators present their token.
     pub token_header: HeaderName,
     /// Endpoints that answer as if they did not exist.
@@ -87,6 +96,12 @@ impl Admin {
         if let Some(file) = self.console_file(&head.method, &path, &head.headers).await {
             return Ok(file);
         }
+        let address = self.data.settings.access.proxies.client(peer, &head.headers);
+        if let Some(relay) = self.relay.as_ref().filter(|_| relay::concerns(&path)) {
+            let body = body.read(&head.headers, self.data.settings.body_bytes).await?;
+            let (token_header, auth) = (&self.token_header, &self.insight.auth);
+            return relay.pass(Here { token_header, auth }, head, &path, body, address).await;
+        }
         let found = operation::find(&head.method, &path).map_err(|missing| match missing {
             NotFound::Path => Failure::NotFound,
             NotFound::Method(known) => Failure::Method(known.into()),
@@ -95,7 +110,6 @@ impl Admin {
         if operation.endpoint.is_some_and(|endpoint| self.disabled.contains(&endpoint)) {
             return Err(Failure::NotFound);
         }
-        let address = self.data.settings.access.proxies.client(peer, &head.headers);
         let caller = match operation.access {
             Access::Open => None,
             Access::Operator => {
@@ -116,6 +130,16 @@ impl Admin {
         }
     }
 
+    fn status(&self) -> Value {
+        let mut status = self.insight.status();
+        status["consoleFor"] = match (&self.control, &self.relay) {
+            (Some(_), _) => "parapet".into(),
+            (None, Some(_)) => "unleash".into(),
+            (None, None) => Value::Null,
+        };
+        status
+    }
+
     /// A file of the console, where there is something to sign in to.
     async fn console_file(
         &self,
@@ -123,7 +147,8 @@ impl Admin {
         path: &str,
         headers: &HeaderMap,
     ) -> Option<Reply> {
-        if self.control.is_none() || !matches!(*method, Method::GET | Method::HEAD) {
+        let nobody_signs_in = self.control.is_none() && self.relay.is_none();
+        if nobody_signs_in || !matches!(*method, Method::GET | Method::HEAD) {
             return None;
         }
         console::file(path, headers).await
@@ -131,7 +156,8 @@ impl Admin {
 
     fn gate(&self) -> Gate<'_> {
         let (token_header, auth) = (&self.token_header, &self.insight.auth);
-        Gate { token_header, auth, control: self.control.as_ref() }
+        let (control, relay) = (self.control.as_ref(), self.relay.as_ref());
+        Gate { token_header, auth, control, relay }
     }
 
     /// What is kept here, or why that is not so.
@@ -176,7 +202,7 @@ impl Admin {
         let query = Query::of(head.uri.query());
         let catalogue = || Catalogue::of(&insight.snapshots);
         Some(match call {
-            Call::Status => Ok(reply::ok(insight.status().to_string())),
+            Call::Status => Ok(reply::ok(self.status().to_string())),
             Call::Features => Ok(reply::ok(insight.features())),
             Call::KnownTokens => Ok(reply::ok(insight.tokens().to_string())),
             Call::MetricsBatch => Ok(reply::ok(insight.usage.pending().to_string())),

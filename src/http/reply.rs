@@ -127,6 +127,14 @@ pub fn ok(text: impl Into<Bytes>) -> Reply {
     json(StatusCode::OK, text.into())
 }
 
+/// An answer of somebody else, as it came.
+pub fn relayed(head: hyper::http::response::Parts, body: Bytes) -> Reply {
+    let mut reply = Response::new(Full::new(body));
+    *reply.status_mut() = head.status;
+    *reply.headers_mut() = head.headers;
+    reply
+}
+
 /// A document made for this answer, which nobody else may keep.
 pub fn document(document: &impl Serialize) -> Reply {
     private(StatusCode::OK, document)

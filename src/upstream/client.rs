@@ -37,6 +37,9 @@ const USAGE_TIMEOUT: Duration = Duration::from_secs(30);
 /// The largest body that is taken from upstream, in bytes after decompression.
 const MAX_BODY: usize = 256 << 20;
 
+/// The largest answer that is passed on to whoever asked by way of us, in bytes.
+const MAX_RELAYED: usize = 32 << 20;
+
 /// The Unleash server that Parapet stands in front of.
 ///
 /// A cheap handle: clones share connections and [`Health`]. Dropping a request's future abandons
@@ -207,6 +210,39 @@ impl Upstream {
         let path = &["api", "admin", "api-tokens", secret.expose()];
         let request = self.request(Method::DELETE, path, Some(admin));
         self.call(Purpose::DeleteToken, request, done).await
+    }
+
+    /// The header in which upstream wants tokens.
+    pub fn token_header(&self) -> &HeaderName {
+        &self.0.token_header
+    }
+
+    /// Passes on somebody else's request, whose URI is a path and query below the server's URL, and
+    /// gives the answer, whatever it says.
+    ///
+    /// Nothing of ours goes along but the standing headers that the operator chose.
+    pub async fn relay(
+        &self,
+        asked: hyper::Request<Bytes>,
+    ) -> Result<hyper::Response<Bytes>, Error> {
+        let started = Instant::now();
+        let (head, asked) = asked.into_parts();
+        let mut url = self.0.url.clone();
+        url.set_path(&format!("{}{}", url.path().trim_end_matches('/'), head.uri.path()));
+        url.set_query(head.uri.query());
+        let request = self.0.pool.request(head.method, url).headers(head.headers).body(asked);
+        let answer = async {
+            let response = request.send().await.map_err(Error::transport)?;
+            let (status, headers) = (response.status(), response.headers().clone());
+            let mut answer = hyper::Response::new(body(response, MAX_RELAYED).await?);
+            *answer.status_mut() = status;
+            *answer.headers_mut() = headers;
+            Ok(answer)
+        };
+        let answer = answer.await;
+        let status = answer.as_ref().ok().map(hyper::Response::status);
+        self.note(Purpose::Relay, status, &answer, started);
+        answer
     }
 
     fn request(&self, method: Method, path: &[&str], token: Option<&Token>) -> RequestBuilder {

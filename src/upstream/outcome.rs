@@ -24,6 +24,7 @@ pub(super) enum Purpose {
     ListTokens,
     CreateToken,
     DeleteToken,
+    Relay,
 }
 
 impl Purpose {
@@ -37,6 +38,7 @@ impl Purpose {
             Self::ListTokens => "list_tokens",
             Self::CreateToken => "create_token",
             Self::DeleteToken => "delete_token",
+            Self::Relay => "relay",
         }
     }
 }

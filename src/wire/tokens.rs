@@ -184,7 +184,8 @@ impl ListedSecret {
         }
     }
 
-    fn parse(text: &str) -> Option<Self> {
+    /// Reads what the admin API calls a token by; `None` where it is neither form.
+    pub fn parse(text: &str) -> Option<Self> {
         if let Ok(token) = Token::parse(text) {
             return Some(Self::Full(token));
         }

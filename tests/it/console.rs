@@ -6,7 +6,7 @@ use std::time::Duration;
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 
-use crate::rig::{Driver, Parapet, Sdk, http, node, secrets, until};
+use crate::rig::{Driver, Parapet, Sdk, Unleash, Version, http, node, secrets, until};
 
 const OWNER: &str = "admin";
 const PASSWORD: &str = "correct horse battery";
@@ -283,6 +283,45 @@ async fn a_flag_is_told_in_words_and_explained_for_a_user() {
     assert!(told.contains("30"), "{told}");
     console.audit("a flag, explained").await;
     console.photograph("flag").await;
+    console.close().await;
+}
+
+#[tokio::test]
+async fn the_console_of_an_edge_works_with_the_accounts_and_tokens_of_its_unleash() {
+    let unleash = Unleash::shared(Version::V8).await;
+    unleash.create_enabled_flag("told-in-words", "development", &[]).await;
+    let parapet = Parapet::edge(&unleash.url())
+        .admin_token(unleash.admin_token())
+        .arg("--admin-relay")
+        .impatient()
+        .start()
+        .await;
+    let mut console = Console::open(&parapet.admin_url()).await;
+    assert_eq!(console.sign_in("admin", "unleash4all").await["signedIn"], true);
+    console.go("API access").await;
+    let wish = json!({ "name": "of the edge", "kind": "Backend", "environment": "development" });
+    let made = console.ask("create_token", wish).await;
+    let secret = text_of(&made["secret"]).to_owned();
+    secrets::remember(&secret);
+    console.ask("close_dialog", Value::Null).await;
+    let text = console.text().await;
+    assert!(
+        text.contains("of the edge") && !text.contains(&secret),
+        "lists mask what Unleash tells"
+    );
+    let status = async || parapet.get("/api/client/features", &secret).await.0;
+    assert_eq!(status().await, StatusCode::OK);
+    for (section, _) in PAGES.iter().filter(|(section, _)| *section != "Flags") {
+        console.go(section).await;
+        console.audit(section).await;
+    }
+    console.go("Flags").await;
+    console.ask("open_flag", json!({ "flag": "told-in-words" })).await;
+    let explained = console.ask("explain", json!({ "fields": { "User ID": "7" } })).await;
+    assert!(text_of(&explained["text"]).contains("On"), "{explained}");
+    console.go("API access").await;
+    console.ask("delete_token", json!({ "name": "of the edge" })).await;
+    assert_eq!(status().await, StatusCode::UNAUTHORIZED);
     console.close().await;
 }
 

@@ -33,6 +33,8 @@ mod ops;
 mod outage;
 /// An edge whose tokens see a part each, and whose environments come and go.
 mod parts;
+/// An edge that passes upstream's admin API on.
+mod relay;
 /// Tokens that are made and revoked while an edge runs.
 mod revocation;
 /// Real servers, real SDKs and a network that can be made to fail.

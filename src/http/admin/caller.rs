@@ -3,19 +3,22 @@
 //! A caller presents an admin token, or the cookie of a session. What they may do is judged where it
 //! is done.
 
-use std::net::IpAddr;
+use std::{collections::BTreeSet, net::IpAddr};
 
 use hyper::{
     HeaderMap,
-    header::{COOKIE, HOST, HeaderName, ORIGIN},
+    header::{COOKIE, HeaderName},
     http::request::Parts,
 };
 
+use super::{origin::is_same_origin, relay::Relay};
+
 use crate::{
     auth::Authenticator,
-    control::{Account, Actor, Control, Operator},
+    control::{Account, Actor, Control, Operator, RootRole},
     http::reply::Failure,
     token::{Token, TokenKind},
+    wire::person::Person,
 };
 
 /// The cookie of a session.
@@ -23,10 +26,6 @@ pub(super) const SESSION: &str = "parapet-session";
 
 /// The cookie of a browser from which somebody has signed in before.
 pub(super) const DEVICE: &str = "parapet-device";
-
-/// Says whether a request comes from a page of the same origin; sent by browsers, and not to be
-/// chosen by pages.
-const FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 
 /// Who is asking.
 #[derive(Debug)]
@@ -46,6 +45,8 @@ pub(super) struct Gate<'a> {
     pub(super) auth: &'a Authenticator,
     /// Where sessions are kept, if there are any.
     pub(super) control: Option<&'a Control>,
+    /// The server that has the sessions instead.
+    pub(super) relay: Option<&'a Relay>,
 }
 
 impl Gate<'_> {
@@ -61,9 +62,18 @@ impl Gate<'_> {
             let header = header.to_str().map_err(|_| Failure::Unauthorized)?;
             return self.by_token(header, address).await;
         }
+        let is_foreign = changes && !is_same_origin(&head.headers);
+        if let Some(relay) = self.relay {
+            let person = relay.person(&head.headers).await?;
+            return if is_foreign {
+                Err(Failure::CrossOrigin)
+            } else {
+                Ok(of_upstream(&person, address))
+            };
+        }
         let control = self.control.ok_or(Failure::Unauthorized)?;
         let cookie = cookie(&head.headers, SESSION).ok_or(Failure::SignIn)?;
-        if changes && !is_same_origin(&head.headers) {
+        if is_foreign {
             return Err(Failure::CrossOrigin);
         }
         let account = control.session(cookie, address).await?.ok_or(Failure::SignIn)?;
@@ -85,25 +95,22 @@ impl Gate<'_> {
     }
 }
 
+/// Somebody whom upstream knows. What is asked of this edge itself needs no permission.
+fn of_upstream(person: &Person, address: IpAddr) -> Caller {
+    let operator = Operator::Account {
+        id: person.id,
+        username: person.name(),
+        role: RootRole::Viewer,
+        permissions: BTreeSet::new(),
+    };
+    Caller { actor: Actor { operator, address: Some(address) }, account: None }
+}
+
 /// The value of a cookie.
 pub(super) fn cookie<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     let cookies = headers.get_all(COOKIE).into_iter().filter_map(|value| value.to_str().ok());
     let mut pairs = cookies.flat_map(|cookies| cookies.split(';')).map(str::trim);
     pairs.find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='))
-}
-
-/// Whether a page of this very origin made the request.
-///
-/// Behind a proxy that rewrites `Host` the browser's own word decides.
-pub(super) fn is_same_origin(headers: &HeaderMap) -> bool {
-    let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
-    if let Some(site) = text(FETCH_SITE) {
-        return site == "same-origin";
-    }
-    let origin = text(ORIGIN).and_then(|origin| origin.split_once("://"));
-    origin.is_some_and(|(_, authority)| {
-        text(HOST).is_some_and(|host| host.eq_ignore_ascii_case(authority))
-    })
 }
 
 #[cfg(test)]
@@ -124,26 +131,5 @@ mod tests {
         assert_eq!(cookie(&headers, "b"), Some("2"));
         assert_eq!(cookie(&headers, "session"), None);
         assert_eq!(cookie(&headers, "parapet"), None);
-    }
-
-    #[test]
-    fn only_pages_of_the_same_origin_change_anything() {
-        let check = |pairs: &[(&'static str, &str)], expect| {
-            assert_eq!(is_same_origin(&headers(pairs)), expect, "{pairs:?}");
-        };
-        check(&[("sec-fetch-site", "same-origin")], true);
-        check(
-            &[("sec-fetch-site", "same-origin"), ("origin", "https://proxy"), ("host", "x")],
-            true,
-        );
-        check(&[("sec-fetch-site", "same-site"), ("origin", "http://a"), ("host", "a")], false);
-        check(&[("sec-fetch-site", "cross-site")], false);
-        check(&[("sec-fetch-site", "none")], false);
-        check(&[("origin", "http://a:3064"), ("host", "a:3064")], true);
-        check(&[("origin", "http://a:3065"), ("host", "a:3064")], false);
-        check(&[("origin", "http://b"), ("host", "a")], false);
-        check(&[("origin", "null"), ("host", "a")], false);
-        check(&[("host", "a")], false);
-        check(&[], false);
     }
 }

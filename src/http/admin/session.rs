@@ -7,7 +7,8 @@ use hyper::HeaderMap;
 
 use super::{
     body,
-    caller::{Caller, DEVICE, SESSION, cookie, is_same_origin},
+    caller::{Caller, DEVICE, SESSION, cookie},
+    origin::is_same_origin,
 };
 use crate::{
     control::{Account, Control, Operator, RootRole, SignIn},

@@ -1,0 +1,57 @@
+//! Whether a page of somebody else's made a browser ask.
+
+use hyper::{
+    HeaderMap,
+    header::{HOST, HeaderName, ORIGIN},
+};
+
+/// Says whether a request comes from a page of the same origin; sent by browsers, and not to be
+/// chosen by pages.
+const FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
+
+/// Whether a page of this very origin made the request.
+///
+/// Behind a proxy that rewrites `Host` the browser's own word decides.
+pub(super) fn is_same_origin(headers: &HeaderMap) -> bool {
+    let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
+    if let Some(site) = text(FETCH_SITE) {
+        return site == "same-origin";
+    }
+    let origin = text(ORIGIN).and_then(|origin| origin.split_once("://"));
+    origin.is_some_and(|(_, authority)| {
+        text(HOST).is_some_and(|host| host.eq_ignore_ascii_case(authority))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(pairs: &[(&'static str, &str)]) -> HeaderMap {
+        let pairs = pairs
+            .iter()
+            .map(|(name, value)| (HeaderName::from_static(name), value.parse().expect("a header")));
+        pairs.collect()
+    }
+
+    #[test]
+    fn only_pages_of_the_same_origin_change_anything() {
+        let check = |pairs: &[(&'static str, &str)], expect| {
+            assert_eq!(is_same_origin(&headers(pairs)), expect, "{pairs:?}");
+        };
+        check(&[("sec-fetch-site", "same-origin")], true);
+        check(
+            &[("sec-fetch-site", "same-origin"), ("origin", "https://proxy"), ("host", "x")],
+            true,
+        );
+        check(&[("sec-fetch-site", "same-site"), ("origin", "http://a"), ("host", "a")], false);
+        check(&[("sec-fetch-site", "cross-site")], false);
+        check(&[("sec-fetch-site", "none")], false);
+        check(&[("origin", "http://a:3064"), ("host", "a:3064")], true);
+        check(&[("origin", "http://a:3065"), ("host", "a:3064")], false);
+        check(&[("origin", "http://b"), ("host", "a")], false);
+        check(&[("origin", "null"), ("host", "a")], false);
+        check(&[("host", "a")], false);
+        check(&[], false);
+    }
+}

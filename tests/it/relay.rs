@@ -1,0 +1,173 @@
+//! An edge that passes the admin API of its Unleash on: tokens are made, used and deleted through the edge.
+
+use reqwest::{Method, RequestBuilder, StatusCode};
+use serde_json::{Value, json};
+
+use crate::rig::{Parapet, Sdk, Unleash, Version, http, secrets};
+
+/// The account that a fresh Unleash has.
+const OWNER: (&str, &str) = ("admin", "unleash4all");
+
+async fn edge(unleash: &Unleash) -> Parapet {
+    Parapet::edge(&unleash.url())
+        .admin_token(unleash.admin_token())
+        // Nothing that is seen here comes from looking often.
+        .flag("--token-list-interval-seconds", "3600")
+        .flag("--metrics-interval-seconds", "0.5")
+        .arg("--admin-relay")
+        .start()
+        .await
+}
+
+async fn answer(request: RequestBuilder) -> (StatusCode, Value) {
+    let answer = request.send().await.unwrap();
+    let (status, body) = (answer.status(), answer.bytes().await.unwrap());
+    (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
+}
+
+/// The cookies of whoever signs in at Unleash through the edge.
+async fn sign_in(parapet: &Parapet) -> String {
+    let body = json!({ "username": OWNER.0, "password": OWNER.1 }).to_string();
+    let login = http().post(parapet.admin_url() + "/auth/simple/login");
+    let answer = login.header("content-type", "application/json").body(body).send().await.unwrap();
+    assert_eq!(answer.status(), StatusCode::OK);
+    let cookies = answer.headers().get_all("set-cookie").iter();
+    let cookies: Vec<_> = cookies
+        .map(|cookie| cookie.to_str().unwrap().split(';').next().unwrap().to_owned())
+        .collect();
+    for cookie in &cookies {
+        secrets::remember(cookie.split_once('=').unwrap().1);
+    }
+    cookies.join("; ")
+}
+
+async fn features(parapet: &Parapet, token: &str) -> StatusCode {
+    parapet.get("/api/client/features", token).await.0
+}
+
+async fn the_life_of_a_token(version: Version) {
+    let unleash = Unleash::shared(version).await;
+    let flag = format!("relayed-{version:?}").to_lowercase();
+    unleash.create_enabled_flag(&flag, "development", &[]).await;
+    let parapet = edge(&unleash).await;
+    let url = parapet.admin_url();
+    let cookies = sign_in(&parapet).await;
+    let ask = |method: Method, path: &str, body: Option<Value>| {
+        let request = http().request(method, format!("{url}{path}")).header("cookie", &cookies);
+        match body {
+            Some(body) => request.header("content-type", "application/json").body(body.to_string()),
+            None => request,
+        }
+    };
+    let own = |request: RequestBuilder| request.header("origin", &url);
+
+    let (status, me) = answer(ask(Method::GET, "/api/admin/user", None)).await;
+    assert_eq!((status, &me["user"]["username"]), (StatusCode::OK, &OWNER.0.into()));
+
+    // Made: it works at once.
+    let name = format!("by way of the edge, {version:?}");
+    let new = json!({ "tokenName": name, "type": "client", "environment": "development",
+        "projects": ["*"] });
+    let create = || ask(Method::POST, "/api/admin/api-tokens", Some(new.clone()));
+    let (status, refused) = answer(create().header("origin", "https://elsewhere.example")).await;
+    assert_eq!(status, StatusCode::FORBIDDEN, "{refused}");
+    assert!(unleash.tokens_named(&name).await.is_empty(), "nothing was passed on");
+    let (status, made) = answer(own(create())).await;
+    assert_eq!(status, StatusCode::CREATED, "{made}");
+    let secret = made["secret"].as_str().unwrap().to_owned();
+    secrets::remember(&secret);
+    let listed = unleash.tokens_named(&name).await;
+    let [listed] = &listed[..] else { panic!("{listed:?}") };
+
+    // Used.
+    let mut sdk = Sdk::node(&parapet.url(), &secret, "relayed").await;
+    assert!(sdk.evaluate(json!({})).await[&flag].enabled);
+    sdk.close().await;
+
+    // Deleted, by what lists call it: it is refused with the next request.
+    let identifier = listed["secret"].as_str().unwrap();
+    let path = format!("/api/admin/api-tokens/{identifier}");
+    let (status, gone) = answer(own(ask(Method::DELETE, &path, None))).await;
+    assert!(status.is_success(), "{status} {gone}");
+    assert_eq!(features(&parapet, &secret).await, StatusCode::UNAUTHORIZED);
+    assert!(unleash.tokens_named(&name).await.is_empty());
+    assert_eq!(features(&parapet, &secret).await, StatusCode::UNAUTHORIZED, "and stays so");
+}
+
+#[tokio::test]
+async fn a_token_is_made_used_and_deleted_through_the_edge() {
+    the_life_of_a_token(Version::V8).await;
+}
+
+#[tokio::test]
+async fn a_token_with_a_secret_of_its_own_is_made_used_and_deleted_through_the_edge() {
+    the_life_of_a_token(Version::V8SecureTokens).await;
+}
+
+#[tokio::test]
+async fn callers_come_with_their_own_credentials_only() {
+    let unleash = Unleash::shared(Version::V8).await;
+    let parapet = edge(&unleash).await;
+    let url = parapet.admin_url();
+    let get = |path: &str| http().get(format!("{url}{path}"));
+    // The edge has an admin token, and lends it to nobody.
+    for path in
+        ["/api/admin/api-tokens", "/api/admin/user", "/api/admin/flags?environment=development"]
+    {
+        assert_eq!(answer(get(path)).await.0, StatusCode::UNAUTHORIZED, "{path}");
+        let made_up = get(path).header("cookie", "unleash-session=s%3Amade-up.made-up");
+        assert_eq!(answer(made_up).await.0, StatusCode::UNAUTHORIZED, "{path}");
+    }
+    let wrong = json!({ "username": OWNER.0, "password": "not the password" }).to_string();
+    let login = http().post(format!("{url}/auth/simple/login"));
+    let login = login.header("content-type", "application/json").body(wrong);
+    assert_eq!(answer(login).await.0, StatusCode::UNAUTHORIZED);
+
+    // By a token of one's own, and by a session.
+    let by_token = |path: &str| get(path).header("authorization", unleash.admin_token());
+    let (status, tokens) = answer(by_token("/api/admin/api-tokens")).await;
+    assert_eq!(status, StatusCode::OK);
+    assert_eq!(
+        tokens["tokens"].as_array().unwrap().is_empty(),
+        unleash.admin_get("/api/admin/api-tokens").await["tokens"].as_array().unwrap().is_empty()
+    );
+    let cookies = sign_in(&parapet).await;
+    // What the edge serves, it tells itself.
+    let flags = get("/api/admin/flags?environment=development").header("cookie", &cookies);
+    let (status, flags) = answer(flags).await;
+    assert_eq!((status, &flags["environment"]), (StatusCode::OK, &"development".into()));
+    let (status, state) = answer(get("/status").header("cookie", &cookies)).await;
+    assert_eq!((status, &state["consoleFor"]), (StatusCode::OK, &"unleash".into()));
+
+    // No path leads out of the admin API.
+    for path in ["/api/admin/a%2f..%2f..%2fclient%2ffeatures", "/auth/%2e%2e%2fapi/admin/user"] {
+        assert_eq!(answer(by_token(path)).await.0, StatusCode::NOT_FOUND, "{path}");
+    }
+    // The data listener passes nothing on.
+    let there = http().get(parapet.url() + "/api/admin/api-tokens");
+    let there = there.header("authorization", unleash.admin_token());
+    assert_eq!(answer(there).await.0, StatusCode::NOT_FOUND);
+}
+
+#[tokio::test]
+async fn an_edge_that_was_not_told_to_passes_nothing_on() {
+    let unleash = Unleash::shared(Version::V8).await;
+    let parapet = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token()).start().await;
+    for path in ["/api/admin/api-tokens", "/"] {
+        let asked = http().get(parapet.admin_url() + path);
+        let asked = asked.header("authorization", unleash.admin_token());
+        assert_eq!(answer(asked).await.0, StatusCode::NOT_FOUND, "{path}");
+    }
+    let login = http().post(parapet.admin_url() + "/auth/simple/login").body("{}");
+    assert_eq!(answer(login).await.0, StatusCode::NOT_FOUND);
+}
+
+#[tokio::test]
+async fn an_upstream_that_is_away_is_told_as_such() {
+    let unleash = Unleash::start(Version::V8).await;
+    let parapet = edge(&unleash).await;
+    unleash.kill();
+    let asked = http().get(parapet.admin_url() + "/api/admin/user").header("cookie", "a=b");
+    let (status, told) = answer(asked).await;
+    assert_eq!((status, &told["name"]), (StatusCode::BAD_GATEWAY, &"BadGatewayError".into()));
+}
