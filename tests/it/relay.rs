@@ -1,9 +1,11 @@
 //! An edge that passes the admin API of its Unleash on: tokens are made, used and deleted through the edge.
 
+use std::time::Duration;
+
 use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
 
-use crate::rig::{Parapet, Sdk, Unleash, Version, http, secrets};
+use crate::rig::{Parapet, Sdk, Unleash, Version, http, secrets, until};
 
 /// The account that a fresh Unleash has.
 const OWNER: (&str, &str) = ("admin", "unleash4all");
@@ -81,7 +83,11 @@ async fn the_life_of_a_token(version: Version) {
 
     // Used.
     let mut sdk = Sdk::node(&parapet.url(), &secret, "relayed").await;
-    assert!(sdk.evaluate(json!({})).await[&flag].enabled);
+    until("the SDK sees the new flag", Duration::from_secs(15), async || {
+        let flags = sdk.evaluate(json!({})).await;
+        flags.get(&flag).filter(|it| it.enabled).map(|_| ())
+    })
+    .await;
     sdk.close().await;
 
     // Deleted, by what lists call it: it is refused with the next request.
