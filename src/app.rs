@@ -26,7 +26,7 @@ use crate::{
     auth::{self, Authenticator},
     config::{Config, Mode},
     http::{
-        admin::{Admin, Identity, Insight, Relay},
+        admin::{self, Admin, Door, Identity, Insight, Relay},
         cors::Cors,
         data::{Data, Settings},
         listener::{self, Limits},
@@ -98,7 +98,7 @@ impl App {
         let usage = Usage::new(&config.usage, hop);
         let keeper = Keeper { store: plan.store.clone(), auth: auth.clone(), usage: usage.clone() };
         keeper.restore().await;
-        let meter = Arc::new(Meter::default());
+        let meter = Arc::new(Meter::new(admin::templates()));
         let ops =
             Ops::new(readiness.clone(), registry.clone(), snapshots.clone(), Arc::clone(&meter));
         let service = Data {
@@ -127,8 +127,9 @@ impl App {
             "Parapet listens"
         );
         let service = Arc::new(service);
-        let insight =
-            Insight { identity, auth, snapshots, usage, upstream: plan.upstream.clone(), ops };
+        let door = Door { address: data_address, base_path: service.settings.base_path.clone() };
+        let upstream = plan.upstream.clone();
+        let insight = Insight { identity, door, auth, snapshots, usage, upstream, ops };
         let operators = Admin {
             insight,
             control: plan.control.as_ref().map(|(control, _)| control.clone()),

@@ -39,13 +39,14 @@ use self::{
     tokens::Wanted,
 };
 pub use self::{
-    insight::{Identity, Insight},
+    insight::{Door, Identity, Insight},
     relay::Relay,
 };
 use super::{
     console,
     data::Data,
     listener::Service,
+    meter::Subject,
     payload::Arriving,
     reply::{self, Failure, Reply},
     route::{Endpoint, normalise},
@@ -80,36 +81,88 @@ impl Service for Admin {
         }
         let (head, body) = request.into_parts();
         let body = Arriving::new(body, started, self.data.settings.request_timeout);
-        let reply = self.answer(&head, body, peer).await.unwrap_or_else(Reply::from);
+        let (subject, reply) = match normalise(head.uri.path(), "") {
+            Some(path) => self.serve(&path, &head, body, peer).await,
+            None => (Subject::Unknown, Err(Failure::NotFound)),
+        };
+        let reply = reply.unwrap_or_else(Reply::from);
+        self.data.meter.record(subject, &head.method, &reply, started.elapsed());
         reply::without_body(&head.method, reply)
     }
 }
 
+/// The template under which the console's files are counted.
+const CONSOLE: &str = "/console/{file}";
+
+/// The template under which all is counted that upstream answers.
+const RELAYED: &str = "/api/admin/{relayed}";
+
+/// The templates of all that operators can ask, for a [`Meter`](super::meter::Meter).
+pub fn templates() -> impl Iterator<Item = &'static str> {
+    let operations = operation::OPERATIONS.iter().map(|operation| operation.path);
+    operations.chain([CONSOLE, RELAYED])
+}
+
 impl Admin {
-    async fn answer(
+    /// The answer, and what it is counted as.
+    async fn serve(
         &self,
+        path: &str,
         head: &Parts,
         body: Arriving,
         peer: SocketAddr,
-    ) -> Result<Reply, Failure> {
-        let path = normalise(head.uri.path(), "").ok_or(Failure::NotFound)?;
-        if let Some(file) = self.console_file(&head.method, &path, &head.headers).await {
-            return Ok(file);
+    ) -> (Subject<'static>, Result<Reply, Failure>) {
+        if let Some(file) = self.console_file(&head.method, path, &head.headers).await {
+            return (Subject::Operation(CONSOLE), Ok(file));
         }
         let address = self.data.settings.access.proxies.client(peer, &head.headers);
-        if let Some(relay) = self.relay.as_ref().filter(|_| relay::concerns(&path)) {
-            let body = body.read(&head.headers, self.data.settings.body_bytes).await?;
-            let (token_header, auth) = (&self.token_header, &self.insight.auth);
-            return relay.pass(Here { token_header, auth }, head, &path, body, address).await;
+        if let Some(relay) = self.relay.as_ref().filter(|_| relay::concerns(path)) {
+            let reply = self.pass_on(relay, head, path, body, address).await;
+            return (Subject::Operation(RELAYED), reply);
         }
-        let found = operation::find(&head.method, &path).map_err(|missing| match missing {
+        match self.find(&head.method, path) {
+            Ok(found) => {
+                let subject = Subject::Operation(found.operation.path);
+                (subject, self.answer(&found, head, body, address).await)
+            }
+            Err(failure) => (Subject::Unknown, Err(failure)),
+        }
+    }
+
+    async fn pass_on(
+        &self,
+        relay: &Relay,
+        head: &Parts,
+        path: &str,
+        body: Arriving,
+        address: IpAddr,
+    ) -> Result<Reply, Failure> {
+        let body = body.read(&head.headers, self.data.settings.body_bytes).await?;
+        let (token_header, auth) = (&self.token_header, &self.insight.auth);
+        relay.pass(Here { token_header, auth }, head, path, body, address).await
+    }
+
+    fn find<'a>(&self, method: &Method, path: &'a str) -> Result<Found<'a>, Failure> {
+        let found = operation::find(method, path).map_err(|missing| match missing {
             NotFound::Path => Failure::NotFound,
             NotFound::Method(known) => Failure::Method(known.into()),
         })?;
-        let Found { operation, arguments } = &found;
-        if operation.endpoint.is_some_and(|endpoint| self.disabled.contains(&endpoint)) {
-            return Err(Failure::NotFound);
+        let is_off = |endpoint| self.disabled.contains(&endpoint);
+        if found.operation.endpoint.is_some_and(is_off) {
+            Err(Failure::NotFound)
+        } else {
+            Ok(found)
         }
+    }
+
+    async fn answer(
+        &self,
+        found: &Found<'_>,
+        head: &Parts,
+        body: Arriving,
+        address: IpAddr,
+    ) -> Result<Reply, Failure> {
+        let Found { operation, arguments } = found;
         let caller = match operation.access {
             Access::Open => None,
             Access::Operator => {

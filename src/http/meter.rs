@@ -24,42 +24,33 @@ const REQUESTS: &str = "http_server_requests_total";
 const DURATION: &str = "http_server_request_duration_seconds";
 const SIZE: &str = "http_server_response_size_bytes";
 
-const METHODS: [&str; 5] = ["GET", "POST", "HEAD", "OPTIONS", "other"];
-const STATUSES: [u16; 14] = [200, 202, 304, 400, 401, 403, 404, 405, 408, 413, 415, 500, 503, 0];
+const METHODS: [&str; 7] = ["GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "other"];
+const STATUSES: [u16; 18] =
+    [200, 202, 304, 400, 401, 403, 404, 405, 408, 413, 415, 500, 503, 201, 204, 409, 429, 0];
 
 /// What a request turned out to be.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Subject<'a> {
     /// A route of ours.
     Route(Route<'a>),
+    /// What operators ask, by its template, which is one that the meter was made with.
+    Operation(&'static str),
     /// A browser's preflight.
     Preflight,
     /// Nothing of ours.
     Unknown,
 }
 
-/// The labels of subjects: those of routes, then the two others.
-const SUBJECTS: usize = Route::TEMPLATES.len() + 2;
+/// What the labels of routes are followed by.
+const OTHERS: [&str; 2] = ["preflight", "unknown"];
 
-impl Subject<'_> {
-    fn index(self) -> usize {
-        match self {
-            Self::Route(route) => route.index(),
-            Self::Preflight => Route::TEMPLATES.len(),
-            Self::Unknown => Route::TEMPLATES.len() + 1,
-        }
-    }
-}
-
-/// The label of the subject at `index`.
-fn label(index: usize) -> &'static str {
-    const OTHERS: [&str; 2] = ["preflight", "unknown"];
-    Route::TEMPLATES.get(index).unwrap_or_else(|| &OTHERS[index - Route::TEMPLATES.len()])
-}
-
-/// The series of one listener's requests; each is made when it is first needed.
+/// The series of requests; each is made when it is first needed.
 #[derive(Debug)]
-pub struct Meter(Box<[OnceLock<Box<Series>>]>);
+pub struct Meter {
+    /// Of subjects: those of routes, the two others, and those of operations that no route has.
+    labels: Box<[&'static str]>,
+    series: Box<[OnceLock<Box<Series>>]>,
+}
 
 /// One series, in lanes that threads share as little as they can.
 #[derive(Debug, Default)]
@@ -89,16 +80,29 @@ struct Histogram<const BUCKETS: usize> {
 
 impl Default for Meter {
     fn default() -> Self {
-        let count = SUBJECTS * METHODS.len() * STATUSES.len();
-        Self((0..count).map(|_| OnceLock::new()).collect())
+        Self::new([])
     }
 }
 
 impl Meter {
+    /// One that tells the operations of these templates apart, besides the routes.
+    pub fn new(operations: impl IntoIterator<Item = &'static str>) -> Self {
+        let mut labels = [&Route::TEMPLATES[..], &OTHERS].concat();
+        for template in operations {
+            if !labels.contains(&template) {
+                labels.push(template);
+            }
+        }
+        let count = labels.len() * METHODS.len() * STATUSES.len();
+        let series = (0..count).map(|_| OnceLock::new()).collect();
+        Self { labels: labels.into(), series }
+    }
+
     /// Counts one answered request.
     #[expect(clippy::cast_precision_loss, reason = "bodies are far below 2^52 bytes")]
     pub fn record(&self, subject: Subject<'_>, method: &Method, reply: &Reply, took: Duration) {
-        let series = self.0[index(subject, method, reply.status())].get_or_init(Box::default);
+        let series =
+            self.series[self.index(subject, method, reply.status())].get_or_init(Box::default);
         let lane = &series.0[lane()];
         let nanoseconds = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
         lane.durations.record(bucket(&SECONDS, took.as_secs_f64()), nanoseconds);
@@ -110,10 +114,10 @@ impl Meter {
     #[expect(clippy::cast_precision_loss, reason = "nanoseconds of a century are below 2^62")]
     pub fn render(&self) -> String {
         let measured: Vec<_> = self
-            .0
+            .series
             .iter()
             .enumerate()
-            .filter_map(|(index, series)| Some((labels(index), series.get()?)))
+            .filter_map(|(index, series)| Some((self.labels(index), series.get()?)))
             .collect();
         let mut text = Exposition::default();
 
@@ -135,6 +139,37 @@ impl Meter {
             text.histogram(SIZE, labels, &BYTES, &buckets, sum);
         }
         text.0
+    }
+
+    /// The place of a series, in the mixed base of its labels.
+    fn index(&self, subject: Subject<'_>, method: &Method, status: StatusCode) -> usize {
+        let unknown = Route::TEMPLATES.len() + 1;
+        let subject = match subject {
+            Subject::Route(route) => route.index(),
+            Subject::Preflight => Route::TEMPLATES.len(),
+            Subject::Unknown => unknown,
+            Subject::Operation(template) => {
+                self.labels.iter().position(|label| *label == template).unwrap_or(unknown)
+            }
+        };
+        let method = METHODS.iter().position(|it| *it == method.as_str());
+        let method = method.unwrap_or(METHODS.len() - 1);
+        let status = STATUSES.iter().position(|it| *it == status.as_u16());
+        let status = status.unwrap_or(STATUSES.len() - 1);
+        (subject * METHODS.len() + method) * STATUSES.len() + status
+    }
+
+    /// The labels of the series at `index`; no value has a character that would need escaping.
+    fn labels(&self, index: usize) -> String {
+        let status = match STATUSES[index % STATUSES.len()] {
+            0 => "other".to_owned(),
+            status => status.to_string(),
+        };
+        let method = METHODS[index / STATUSES.len() % METHODS.len()];
+        let route = self.labels[index / STATUSES.len() / METHODS.len()];
+        format!(
+            r#"http_route="{route}",http_request_method="{method}",http_response_status_code="{status}""#
+        )
     }
 }
 
@@ -182,28 +217,6 @@ fn lane() -> usize {
         static LANE: Cell<usize> = Cell::new(THREADS.fetch_add(1, Ordering::Relaxed) % LANES);
     }
     LANE.get()
-}
-
-/// The place of a series, in the mixed base of its labels.
-fn index(subject: Subject<'_>, method: &Method, status: StatusCode) -> usize {
-    let method = METHODS.iter().position(|it| *it == method.as_str());
-    let method = method.unwrap_or(METHODS.len() - 1);
-    let status = STATUSES.iter().position(|it| *it == status.as_u16());
-    let status = status.unwrap_or(STATUSES.len() - 1);
-    (subject.index() * METHODS.len() + method) * STATUSES.len() + status
-}
-
-/// The labels of the series at `index`; no value has a character that would need escaping.
-fn labels(index: usize) -> String {
-    let status = match STATUSES[index % STATUSES.len()] {
-        0 => "other".to_owned(),
-        status => status.to_string(),
-    };
-    let method = METHODS[index / STATUSES.len() % METHODS.len()];
-    let route = label(index / STATUSES.len() / METHODS.len());
-    format!(
-        r#"http_route="{route}",http_request_method="{method}",http_response_status_code="{status}""#
-    )
 }
 
 /// Prometheus's text format, version 0.0.4.
@@ -294,11 +307,26 @@ mod tests {
 
     #[test]
     fn every_series_has_labels_of_its_own() {
-        let count = SUBJECTS * METHODS.len() * STATUSES.len();
-        let labels: std::collections::HashSet<_> = (0..count).map(labels).collect();
-        assert_eq!(labels.len(), count);
-        let teapot = StatusCode::IM_A_TEAPOT;
-        let at = index(Subject::Unknown, &Method::PATCH, teapot);
-        assert!(super::labels(at).contains(r#"="unknown",http_request_method="other""#));
+        let meter = Meter::new(["/status", "/internal-backstage/health", "/status"]);
+        let labels: std::collections::HashSet<_> =
+            (0..meter.series.len()).map(|index| meter.labels(index)).collect();
+        assert_eq!(labels.len(), meter.series.len());
+        let check = |subject, method, status, expect: &str| {
+            let labels = meter.labels(meter.index(subject, &method, status));
+            assert!(labels.contains(expect), "{labels}");
+        };
+        let unknown = r#""unknown",http_request_method="other""#;
+        check(Subject::Unknown, Method::PATCH, StatusCode::IM_A_TEAPOT, unknown);
+        let operation = r#""/status",http_request_method="PUT",http_response_status_code="409""#;
+        check(Subject::Operation("/status"), Method::PUT, StatusCode::CONFLICT, operation);
+        check(Subject::Operation("/other"), Method::PATCH, StatusCode::OK, unknown);
+        assert_eq!(
+            meter.index(Subject::Route(Route::Health), &Method::GET, StatusCode::OK),
+            meter.index(
+                Subject::Operation("/internal-backstage/health"),
+                &Method::GET,
+                StatusCode::OK
+            )
+        );
     }
 }

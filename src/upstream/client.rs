@@ -92,6 +92,11 @@ impl Upstream {
         Ok(Self(Arc::new(Inner { pool, url, token_header, max_body, pulse: Pulse::default() })))
     }
 
+    /// Its scheme, host and port, without what else its address may hold.
+    pub fn origin(&self) -> String {
+        self.0.url.origin().ascii_serialization()
+    }
+
     /// How upstream has been doing.
     pub fn health(&self) -> Health {
         self.0.pulse.health()

@@ -2,7 +2,7 @@
 //!
 //! Tokens are shown masked, always. Nothing is changed here.
 
-use std::{fmt::Write as _, time::Duration};
+use std::{fmt::Write as _, net::SocketAddr, time::Duration};
 
 use jiff::Timestamp;
 use serde_json::{Map, Value, json};
@@ -33,11 +33,31 @@ pub struct Identity {
     pub started: Timestamp,
 }
 
+/// Where SDKs go.
+#[derive(Clone, Debug)]
+pub struct Door {
+    /// Where the data listener is bound.
+    pub address: SocketAddr,
+    /// What precedes every path: empty, or `/…` without a final slash.
+    pub base_path: String,
+}
+
+impl Door {
+    /// The address for SDKs, where this instance can know it: one that is bound to all of its
+    /// machine's addresses cannot.
+    fn url(&self) -> Option<String> {
+        let Self { address, base_path } = self;
+        (!address.ip().is_unspecified()).then(|| format!("http://{address}{base_path}"))
+    }
+}
+
 /// What there is to see.
 #[derive(Debug)]
 pub struct Insight {
     /// What the instance says of itself.
     pub identity: Identity,
+    /// Where SDKs go.
+    pub door: Door,
     /// Who judges tokens.
     pub auth: Authenticator,
     /// What is served.
@@ -64,6 +84,9 @@ impl Insight {
             "instanceId": self.identity.instance_id,
             "started": self.identity.started.to_string(),
             "ready": self.ops.is_ready(),
+            "dataUrl": self.door.url(),
+            "dataPort": self.door.address.port(),
+            "dataPath": self.door.base_path,
             "environments": environments.iter().map(|it| environment(it, now)).collect::<Vec<_>>(),
             "upstream": self.upstream.as_ref().map(upstream),
             "tokens": {
@@ -143,6 +166,7 @@ fn environment(snapshot: &Snapshot, now: Timestamp) -> Value {
 fn upstream(upstream: &Upstream) -> Value {
     let health = upstream.health();
     let mut json = Map::new();
+    json.insert("url".to_owned(), json!(upstream.origin()));
     json.insert("lastSuccess".to_owned(), json!(health.last_success.map(|at| at.to_string())));
     if let Some((at, error)) = health.last_error {
         json.insert("lastError".to_owned(), json!({"at": at.to_string(), "error": error}));

@@ -2,7 +2,7 @@
 
 import { getIfThere } from './api.js';
 
-/** The port that SDKs go to where nothing else is told. */
+/** The port that SDKs go to where nothing is told. */
 const DATA_PORT = 3063;
 
 /**
@@ -14,10 +14,11 @@ export async function loadStatus(signal) {
     const isTold = told !== null && typeof told === 'object';
     // A relayed session is Unleash's own: the edge in between does not know who it is.
     const isUnleash = isTold ? told.consoleFor === 'unleash' : true;
-    return { ...(isTold ? told : {}), isTold, isUnleash, dataUrl: (isTold && told.dataUrl) || nearby() };
+    return { ...(isTold ? told : {}), isTold, isUnleash, dataUrl: told?.dataUrl ?? nearby(told) };
 }
 
-function nearby() {
-    const { protocol, hostname } = location;
-    return `${protocol}//${hostname}:${DATA_PORT}`;
+/** The data listener at the host that the console was found at, which is all that is known of one bound to every address. */
+function nearby(told) {
+    const host = location.hostname;
+    return `http://${host}:${told?.dataPort ?? DATA_PORT}${told?.dataPath ?? ''}`;
 }
