@@ -57,9 +57,11 @@ pub struct Error {
     /// What is wrong, for people.
     pub message: String,
     /// What is wrong with each part of the request.
+    #[schemars(default)]
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub details: Vec<Detail>,
     /// The permissions of which one is missing.
+    #[schemars(default)]
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub permissions: Vec<&'static str>,
     /// How to sign in, where that is missing.

@@ -2,6 +2,9 @@
 //!
 //! The context is read as a frontend's is. What the answer holds is the engine's business.
 
+use std::borrow::Cow;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
@@ -57,6 +60,28 @@ impl<'a> Question<'a> {
             context: match body.context {
                 Some(text) => FrontendContext::from_json(text.get().as_bytes())?,
                 None => FrontendContext::default(),
+            },
+        })
+    }
+}
+
+impl JsonSchema for Question<'_> {
+    fn schema_name() -> Cow<'static, str> {
+        "Question".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "type": "object",
+            "description": "What is to be explained.",
+            "required": ["environment", "flag"],
+            "properties": {
+                "environment": {
+                    "type": "string", "minLength": 1, "description": "Whose flags are meant",
+                    "examples": ["development"],
+                },
+                "flag": { "type": "string", "minLength": 1, "description": "The flag's name" },
+                "context": { "$ref": "#/components/schemas/Context" },
             },
         })
     }

@@ -27,6 +27,8 @@ mod limits;
 /// Parapet in this process, for tests of its answers.
 #[allow(dead_code, reason = "a kit like the rig: each story uses the parts it needs")]
 mod local;
+/// The API's document.
+mod openapi;
 /// What operators configure and see.
 mod ops;
 /// An edge whose upstream is away.

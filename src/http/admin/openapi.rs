@@ -1,50 +1,16 @@
 //! The document of the API (OpenAPI 3.1), written from the tables that requests are dispatched by.
 //!
-//! Schemas come from the types that are read and written. What SDKs ask is described by its outer
-//! form only: the bodies are Unleash's, and pass through as they are.
+//! Schemas come from the types that are read and written; those of what SDKs ask are in `sdks`.
+
+mod parts;
+mod sdks;
 
 use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value, json};
 
+use self::parts::{arguments, content};
 use super::operation::{Access, Answer, OPERATIONS, Operation, Query, QueryKind};
 use crate::wire::admin::Error;
-
-/// Something that SDKs and other edges ask.
-struct DataOperation {
-    method: &'static str,
-    path: &'static str,
-    summary: &'static str,
-    takes_body: bool,
-    statuses: &'static [u16],
-}
-
-const fn data(
-    method: &'static str,
-    path: &'static str,
-    takes_body: bool,
-    statuses: &'static [u16],
-    summary: &'static str,
-) -> DataOperation {
-    DataOperation { method, path, summary, takes_body, statuses }
-}
-
-#[rustfmt::skip]
-const DATA: &[DataOperation] = &[
-    data("get", "/api/client/features", false, &[200, 304], "The flag configuration that the token sees"),
-    data("get", "/api/client/features/{name}", false, &[200, 304], "One flag's configuration"),
-    data("post", "/api/client/register", true, &[202], "An application starts"),
-    data("post", "/api/client/metrics", true, &[202], "What an SDK counted"),
-    data("post", "/api/client/metrics/bulk", true, &[202], "What an edge gathered"),
-    data("post", "/api/client/metrics/edge", true, &[202], "How an edge is doing"),
-    data("get", "/api/frontend", false, &[200, 304], "The flags that are on for a context"),
-    data("post", "/api/frontend", true, &[200, 304], "The same, the context in the body"),
-    data("get", "/api/frontend/all", false, &[200, 304], "All flags for a context"),
-    data("post", "/api/frontend/all", true, &[200, 304], "The same, the context in the body"),
-    data("get", "/api/frontend/features/{name}", false, &[200, 304], "One flag for a context"),
-    data("post", "/api/frontend/client/register", true, &[202], "A frontend application starts"),
-    data("post", "/api/frontend/client/metrics", true, &[202], "What a frontend SDK counted"),
-    data("post", "/edge/validate", true, &[200], "Which of these tokens are valid"),
-];
 
 /// The document.
 pub(super) fn document() -> Value {
@@ -61,20 +27,21 @@ pub(super) fn document() -> Value {
     };
     for row in OPERATIONS {
         let success = match row.answer {
-            Answer::Json(shape) | Answer::Created(shape) => {
+            Answer::Json(shape) | Answer::Created(shape) | Answer::Probe(shape) => {
                 let schema = shape(&mut generator);
                 content("application/json", &schema.to_value())
             }
-            Answer::Probe => content("application/json", &json!({ "type": "object" })),
             Answer::Text => content("text/plain", &json!({ "type": "string" })),
             Answer::Done | Answer::Nothing => json!({ "description": "Done" }),
         };
         let body = row.body.map(|shape| shape(&mut generator).to_value());
         add(row.path, row.method.as_str(), described(row, success, body, &error));
     }
-    for row in DATA {
-        add(row.path, row.method, data_described(row, &error));
+    for (path, method, operation) in sdks::operations(&error) {
+        add(path, method, operation);
     }
+    let mut schemas = generator.take_definitions(true);
+    schemas.extend(sdks::schemas());
     json!({
         "openapi": "3.1.0",
         "info": {
@@ -86,7 +53,7 @@ pub(super) fn document() -> Value {
         },
         "paths": paths,
         "components": {
-            "schemas": generator.take_definitions(true),
+            "schemas": schemas,
             "securitySchemes": {
                 "token": {
                     "type": "apiKey", "in": "header", "name": "Authorization",
@@ -101,22 +68,17 @@ pub(super) fn document() -> Value {
     })
 }
 
-fn content(media: &str, schema: &Value) -> Value {
-    json!({ "description": "Done", "content": { media: { "schema": schema } } })
-}
-
 fn described(row: &Operation, success: Value, body: Option<Value>, error: &Value) -> Value {
     let status = match row.answer {
-        Answer::Json(_) | Answer::Done | Answer::Probe | Answer::Text => "200",
+        Answer::Json(_) | Answer::Done | Answer::Probe(_) | Answer::Text => "200",
         Answer::Created(_) => "201",
         Answer::Nothing => "204",
     };
     let mut responses = Map::new();
-    responses.insert(status.to_owned(), success);
-    if matches!(row.answer, Answer::Probe) {
-        responses
-            .insert("503".to_owned(), content("application/json", &json!({ "type": "object" })));
+    if matches!(row.answer, Answer::Probe(_)) {
+        responses.insert("503".to_owned(), success.clone());
     }
+    responses.insert(status.to_owned(), success);
     let mut refusals = vec![];
     if row.access == Access::Operator {
         refusals.extend([401, 403, 404, 429, 503]);
@@ -166,48 +128,11 @@ fn discriminator(row: &Operation) -> String {
     }
 }
 
-fn data_described(row: &DataOperation, error: &Value) -> Value {
-    let mut responses = Map::new();
-    for status in row.statuses {
-        let description = if *status == 304 { "As before" } else { "Done" };
-        responses.insert(status.to_string(), json!({ "description": description }));
-    }
-    for status in [400, 401, 403, 404, 408, 413, 415, 503] {
-        responses.insert(status.to_string(), error.clone());
-    }
-    let mut operation = json!({
-        "operationId": format!("{}{}", row.method, row.path.replace(['/', '{', '}'], "_")),
-        "tags": ["SDKs"],
-        "summary": row.summary,
-        "parameters": arguments(row.path),
-        "responses": responses,
-        "security": if row.path == "/edge/validate" { json!([]) } else { json!([{ "token": [] }]) },
-    });
-    if row.takes_body {
-        operation["requestBody"] = json!({
-            "required": true,
-            "content": { "application/json": { "schema": { "type": "object" } } },
-        });
-    }
-    operation
-}
-
-/// The parts in braces of a path.
-fn arguments(path: &str) -> Vec<Value> {
-    let named = path.split('/').filter_map(|part| part.strip_prefix('{')?.strip_suffix('}'));
-    let described = named.map(|name| {
-        let schema = if name == "id" {
-            json!({ "type": "integer", "format": "int64" })
-        } else {
-            json!({ "type": "string", "minLength": 1 })
-        };
-        json!({ "name": name, "in": "path", "required": true, "schema": schema })
-    });
-    described.collect()
-}
-
 fn query(query: &Query) -> Value {
     let schema = match query.kind {
+        QueryKind::Text if query.name == "environment" => {
+            json!({ "type": "string", "examples": ["development"] })
+        }
         QueryKind::Text => json!({ "type": "string" }),
         QueryKind::Time => json!({ "type": "string", "format": "date-time" }),
         QueryKind::Number { least, most } => {
@@ -222,8 +147,6 @@ fn query(query: &Query) -> Value {
 
 #[cfg(test)]
 mod tests {
-    use hyper::Method;
-
     use super::*;
     use crate::http::route::Route;
 
@@ -234,10 +157,11 @@ mod tests {
         let described = paths.values().flat_map(|item| item.as_object().unwrap().values());
         let mut names: Vec<_> =
             described.map(|it| it["operationId"].as_str().unwrap().to_owned()).collect();
-        assert_eq!(names.len(), OPERATIONS.len() + DATA.len());
+        let count = names.len();
+        assert!(count > OPERATIONS.len());
         names.sort();
         names.dedup();
-        assert_eq!(names.len(), OPERATIONS.len() + DATA.len());
+        assert_eq!(names.len(), count);
     }
 
     #[test]
@@ -252,11 +176,10 @@ mod tests {
     }
 
     #[test]
-    fn what_is_told_of_sdks_is_what_the_data_listener_serves() {
-        for row in DATA {
-            let method = Method::from_bytes(row.method.to_ascii_uppercase().as_bytes()).unwrap();
-            let path = row.path.replace("{name}", "x");
-            assert!(Route::parse(&method, &path).is_ok(), "{method} {path}");
+    fn every_route_of_the_data_listener_is_told() {
+        let document = document();
+        for template in Route::TEMPLATES {
+            assert!(document["paths"].get(template).is_some(), "{template}");
         }
     }
 }

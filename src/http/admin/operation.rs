@@ -9,7 +9,11 @@ use hyper::Method;
 use percent_encoding::percent_decode_str;
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 
-use crate::{http::route::Endpoint, wire::admin as wire};
+use crate::{
+    engine::explanation::Explanation,
+    http::route::Endpoint,
+    wire::{admin as wire, explain::Question},
+};
 
 /// One thing that can be asked.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -66,8 +70,8 @@ pub(super) enum Answer {
     Done,
     /// 204.
     Nothing,
-    /// 200, or 503 while it is not so.
-    Probe,
+    /// 200, or 503 while it is not so, with JSON.
+    Probe(Shape),
     /// The Prometheus exposition.
     Text,
 }
@@ -206,6 +210,15 @@ fn shape<T: JsonSchema>(generator: &mut SchemaGenerator) -> Schema {
     generator.subschema_for::<T>()
 }
 
+/// The state of the instance.
+fn state(_: &mut SchemaGenerator) -> Schema {
+    schemars::json_schema!({
+        "type": "object",
+        "required": ["status"],
+        "properties": { "status": { "type": "string" }, "error": { "type": "string" } },
+    })
+}
+
 /// Anything that is an object.
 fn object(_: &mut SchemaGenerator) -> Schema {
     schemars::json_schema!({ "type": "object" })
@@ -322,13 +335,13 @@ pub(super) const MOST_HOURS: u32 = 24 * 90;
 /// All that operators can ask.
 #[rustfmt::skip]
 pub(super) static OPERATIONS: &[Operation] = &[
-    get("/live", Call::Live, "Whether the instance lives").of(INSTANCE).open(),
-    get("/ready", Call::Ready, "Whether it is ready for requests").of(INSTANCE).open().answers(Answer::Probe),
+    get("/live", Call::Live, "Whether the instance lives").of(INSTANCE).open().answers(Answer::Json(state)),
+    get("/ready", Call::Ready, "Whether it is ready for requests").of(INSTANCE).open().answers(Answer::Probe(state)),
     get("/metrics", Call::Metrics, "Its metrics, as Prometheus text").of(INSTANCE).open().answers(Answer::Text).off_by(Endpoint::Metrics),
     get("/docs/openapi.json", Call::Document, "This document").of(INSTANCE).open(),
     get("/status", Call::Status, "Environments, upstream and tokens at a glance").of(INSTANCE),
-    get("/internal-backstage/health", Call::Live, "Whether the instance lives").of(INSTANCE).open(),
-    get("/internal-backstage/ready", Call::Ready, "Whether it is ready for requests").of(INSTANCE).open().answers(Answer::Probe),
+    get("/internal-backstage/health", Call::Live, "Whether the instance lives").of(INSTANCE).open().answers(Answer::Json(state)),
+    get("/internal-backstage/ready", Call::Ready, "Whether it is ready for requests").of(INSTANCE).open().answers(Answer::Probe(state)),
     get("/internal-backstage/metrics", Call::Metrics, "Its metrics, as Prometheus text").of(INSTANCE).open().answers(Answer::Text).off_by(Endpoint::Metrics),
     get("/internal-backstage/prometheus", Call::Metrics, "The same under its older name").of(INSTANCE).open().answers(Answer::Text).off_by(Endpoint::Metrics),
     get("/internal-backstage/features", Call::Features, "The flag configuration of each environment").of(INSTANCE).off_by(Endpoint::Features),
@@ -374,7 +387,7 @@ pub(super) static OPERATIONS: &[Operation] = &[
     get("/api/admin/projects", Call::Projects, "The projects of which there are flags").of(FLAGS).json::<wire::Projects>(),
     get("/api/admin/flags", Call::Flags, "The flags of an environment").of(FLAGS).json::<wire::Flags>().asks(ENVIRONMENT).may_miss(),
     get("/api/admin/flags/{name}", Call::Flag, "One flag as SDKs are sent it").of(FLAGS).json::<wire::FlagDetail>().asks(ENVIRONMENT).may_miss(),
-    Operation { body: Some(object), ..post("/api/admin/explain", Call::Explain, "Why a flag comes out as it does for a context").of(FLAGS).json::<crate::engine::explanation::Explanation>().may_miss() },
+    post("/api/admin/explain", Call::Explain, "Why a flag comes out as it does for a context").of(FLAGS).takes::<Question<'static>>().json::<Explanation>().may_miss(),
 
     get("/api/admin/metrics/applications", Call::Applications, "The applications that use flags").of(USAGE).json::<wire::Applications>(),
     get("/api/admin/client-metrics/features/{name}/raw", Call::FlagUsage, "How often a flag was used, by hour").of(USAGE).json::<wire::FlagUsage>().asks(&[

@@ -169,31 +169,29 @@ impl JsonSchema for Hidden {
 
 /// `POST /auth/simple/login`
 #[derive(Debug, Deserialize, JsonSchema)]
+#[schemars(extend("required" = ["username", "password"]))]
 pub struct Login {
     /// The account's name.
     #[serde(default)]
-    #[schemars(required)]
     pub username: Field<Name>,
     /// Its password.
     #[serde(default)]
-    #[schemars(required)]
     pub password: Field<Hidden>,
 }
 
 /// `POST /api/admin/api-tokens`
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
+#[schemars(extend("required" = ["tokenName", "type"]))]
 pub struct CreateToken {
     /// What tells it apart in lists and in the audit log.
     #[serde(default)]
-    #[schemars(required)]
     pub token_name: Field<Name>,
     /// The name that `tokenName` had before Unleash 4.22.
     #[serde(default)]
     pub username: Field<Name>,
     /// What it is for.
     #[serde(default)]
-    #[schemars(required)]
     pub r#type: Field<Kind>,
     /// The environment that it sees, `development` where none is named; `*` for admin tokens.
     #[serde(default)]
@@ -213,16 +211,17 @@ pub struct CreateToken {
 /// `PUT /api/admin/api-tokens/{token}`
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
+#[schemars(extend("required" = ["expiresAt"]))]
 pub struct UpdateToken {
     /// When it ends; null is never.
     #[serde(default)]
-    #[schemars(required)]
     pub expires_at: Field<Option<Instant>>,
 }
 
 /// `POST /api/admin/user-admin`
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
+#[schemars(extend("required" = ["rootRole", "password"]))]
 pub struct CreateUser {
     /// The name to sign in with; `email` stands in for it.
     #[serde(default)]
@@ -235,11 +234,10 @@ pub struct CreateUser {
     pub email: Field<Option<Name>>,
     /// 1 Admin, 2 Editor, 3 Viewer; or that name.
     #[serde(default)]
-    #[schemars(required)]
     pub root_role: Field<Role>,
     /// Its first password.
     #[serde(default)]
-    #[schemars(required)]
+    #[schemars(length(min = 10))]
     pub password: Field<Hidden>,
 }
 
@@ -260,36 +258,37 @@ pub struct UpdateUser {
 
 /// `PUT /api/admin/user-admin/{id}/permissions`
 #[derive(Debug, Deserialize, JsonSchema)]
+#[schemars(extend("required" = ["permissions"]))]
 pub struct SetPermissions {
     /// All that the account is granted beyond its role.
     #[serde(default)]
-    #[schemars(required)]
     pub permissions: Field<Vec<Name>>,
 }
 
 /// `POST /api/admin/user-admin/{id}/change-password`
 #[derive(Debug, Deserialize, JsonSchema)]
+#[schemars(extend("required" = ["password"]))]
 pub struct ResetPassword {
     /// The new password.
     #[serde(default)]
-    #[schemars(required)]
+    #[schemars(length(min = 10))]
     pub password: Field<Hidden>,
 }
 
 /// `POST /api/admin/user/change-password`
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
+#[schemars(extend("required" = ["password", "oldPassword"]))]
 pub struct ChangePassword {
     /// The new password.
     #[serde(default)]
-    #[schemars(required)]
+    #[schemars(length(min = 10))]
     pub password: Field<Hidden>,
     /// The new one again, where a form asks for it twice.
     #[serde(default)]
     pub confirm_password: Field<Hidden>,
     /// The present one.
     #[serde(default)]
-    #[schemars(required)]
     pub old_password: Field<Hidden>,
 }
 

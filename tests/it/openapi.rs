@@ -1,0 +1,206 @@
+//! The API's document held against what is served: schemathesis makes requests from it and judges the answers.
+//!
+//! Each run has an instance of its own, because the requests change and delete what they find there.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use reqwest::StatusCode;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::process::Command;
+
+use crate::rig::{Parapet, http, secrets, tests_dir, until};
+
+const FLAGS: &str = r#"{"features":[
+    {"name":"cart","type":"release","project":"default","enabled":true,
+     "strategies":[{"name":"flexibleRollout","segments":[1],
+                    "parameters":{"rollout":"50","stickiness":"default","groupId":"cart"},
+                    "constraints":[{"contextName":"plan","operator":"IN","values":["gold"]}]}],
+     "variants":[{"name":"a","weight":1000,"payload":{"type":"string","value":"x"}}]},
+    {"name":"shop","project":"web","enabled":true,"strategies":[{"name":"default"}]}],
+    "segments":[{"id":1,"constraints":[{"contextName":"userId","operator":"IN","values":["7"]}]}]}"#;
+
+const ADMIN: &str = "*:*.admin-of-the-document-0123456789abcdef";
+const CLIENT: &str = "*:development.reader-of-the-document-0123456789abcdef";
+const FRONTEND: &str = "*:development.browser-of-the-document-0123456789abcdef";
+const PASSWORD: &str = "correct horse battery";
+
+/// How long one run may take; it ends with a failure then.
+const PATIENCE: Duration = Duration::from_mins(4);
+
+/// An instance, and a folder for the run.
+struct Bench {
+    folder: TempDir,
+    parapet: Parapet,
+}
+
+impl Bench {
+    async fn new() -> Self {
+        [ADMIN, CLIENT, FRONTEND, PASSWORD].into_iter().for_each(secrets::remember);
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("flags.json"), FLAGS).unwrap();
+        let parapet = Parapet::mode("standalone")
+            .flag("--flags", folder.path().join("flags.json"))
+            .env("INIT_ADMIN_API_TOKENS", ADMIN)
+            .env("INIT_BACKEND_API_TOKENS", CLIENT)
+            .env("INIT_FRONTEND_API_TOKENS", FRONTEND)
+            .env("UNLEASH_DEFAULT_ADMIN_PASSWORD", PASSWORD)
+            .start()
+            .await;
+        Self { folder, parapet }
+    }
+
+    /// Has requests made from the document, `examples` to an operation, and panics with what is wrong with the answers.
+    /// `settings` is in the words of schemathesis.
+    async fn hold(&self, examples: u32, settings: &str) {
+        let url = self.parapet.admin_url();
+        let general = "[generation]\ndeterministic = true\ndatabase = \"none\"\n";
+        let file = self.folder.path().join("schemathesis.toml");
+        std::fs::write(file, format!("{settings}\n{general}")).unwrap();
+        let mut command = Command::new(tests_dir().join(".venv/bin/schemathesis"));
+        command
+            .args(["--no-color", "run", &format!("{url}/docs/openapi.json"), "--url", &url])
+            .args(["--seed", "1", "--max-examples", &examples.to_string()])
+            .args(["--phases", "examples,coverage,fuzzing", "--continue-on-failure"])
+            .args(["--checks", CHECKS])
+            .env_clear()
+            .env("HOME", self.folder.path())
+            .current_dir(self.folder.path())
+            .kill_on_drop(true);
+        let output = tokio::time::timeout(PATIENCE, command.output()).await;
+        let output = output.expect("it ends in time").expect("schemathesis runs");
+        let told = String::from_utf8_lossy(&output.stdout);
+        let complaint = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{told}\n{complaint}\n{}", self.parapet.log());
+        // All but the document itself, which schemathesis has read already.
+        let count = self.operations().await.len() - 1;
+        assert!(told.contains(&format!("Tested: {count}\n")), "{count} operations:\n{told}");
+    }
+
+    /// All of the document's, as method and path.
+    async fn operations(&self) -> BTreeSet<(String, String)> {
+        let document = http().get(self.parapet.admin_url() + "/docs/openapi.json");
+        let document = document.send().await.unwrap().bytes().await.unwrap();
+        let document: Value = serde_json::from_slice(&document).unwrap();
+        let paths = document["paths"].as_object().unwrap().iter();
+        let operations = paths.flat_map(|(path, item)| {
+            let methods = item.as_object().unwrap().keys();
+            methods.map(|method| (method.to_uppercase(), path.clone()))
+        });
+        operations.collect()
+    }
+
+    /// The statuses with which this operation was answered so far, as the metrics tell them.
+    async fn statuses(&self, method: &str, path: &str) -> BTreeSet<String> {
+        let series = format!(
+            r#"http_server_requests_total{{http_route="{path}",http_request_method="{method}",http_response_status_code=""#
+        );
+        let page = http().get(self.parapet.admin_url() + "/metrics").send().await.unwrap();
+        let page = page.text().await.unwrap();
+        let statuses =
+            page.lines().filter_map(|line| line.strip_prefix(&series)?.split('"').next());
+        statuses.map(str::to_owned).collect()
+    }
+}
+
+const CHECKS: &str = "not_a_server_error,status_code_conformance,content_type_conformance,\
+                      response_headers_conformance,response_schema_conformance,ignored_auth";
+
+#[tokio::test]
+async fn an_admin_is_answered_as_the_document_says() {
+    let bench = Bench::new().await;
+    let settings = format!(
+        r#"
+headers = {{ Authorization = "{ADMIN}" }}
+[[operations]]
+include-path-regex = "^/api/client/"
+headers = {{ Authorization = "{CLIENT}" }}
+[[operations]]
+include-path-regex = "^/api/(frontend|proxy)"
+headers = {{ Authorization = "{FRONTEND}" }}
+"#
+    );
+    bench.hold(8, &settings).await;
+
+    // The run reached what it was to judge: answers, not only refusals.
+    for (method, path) in bench.operations().await {
+        // Needs what no generated request can know: the name of a flag, or a password.
+        let needs_luck = path.contains("{name}")
+            || path.contains("{id}")
+            || path.contains("{token}")
+            || ["/api/admin/explain", "/auth/simple/login", "/api/admin/user/change-password"]
+                .contains(&&*path);
+        if needs_luck {
+            continue;
+        }
+        let statuses = bench.statuses(&method, &template(&path)).await;
+        let is_answered = statuses.iter().any(|status| status.starts_with('2'));
+        assert!(is_answered, "{method} {path}: {statuses:?}");
+    }
+}
+
+/// The template under which older paths are counted.
+fn template(path: &str) -> String {
+    let path = path.replace("/api/proxy", "/api/frontend");
+    path.replace("/api/frontend/all/client", "/api/frontend/client")
+}
+
+#[tokio::test]
+async fn a_viewer_is_refused_as_the_document_says() {
+    let bench = Bench::new().await;
+    let url = bench.parapet.admin_url();
+    let post = async |path: &str, body: Value| {
+        let request = http().post(format!("{url}{path}")).header("authorization", ADMIN);
+        let request = request.header("content-type", "application/json").body(body.to_string());
+        request.send().await.unwrap()
+    };
+    let account = json!({ "username": "vera", "rootRole": 3, "password": PASSWORD });
+    assert_eq!(post("/api/admin/user-admin", account).await.status(), StatusCode::CREATED);
+    let signed_in =
+        post("/auth/simple/login", json!({ "username": "vera", "password": PASSWORD })).await;
+    let cookies = signed_in.headers().get_all("set-cookie").iter();
+    let mut cookies = cookies.map(|cookie| cookie.to_str().unwrap().split(';').next().unwrap());
+    let cookie = cookies.find(|cookie| cookie.starts_with("parapet-session=")).unwrap();
+    secrets::remember(cookie.split_once('=').unwrap().1);
+
+    // Signing out would end the run's own session: there it shows another.
+    let settings = format!(
+        r#"
+headers = {{ Cookie = "{cookie}", Origin = "{url}" }}
+[[operations]]
+include-path-regex = "logout$"
+headers = {{ Cookie = "parapet-session=nobody", Origin = "{url}" }}
+"#
+    );
+    bench.hold(2, &settings).await;
+    let me = async || {
+        let me = http().get(format!("{url}/api/admin/user")).header("cookie", cookie);
+        (me.send().await.unwrap().status() == StatusCode::OK).then_some(())
+    };
+    until("the session is as it was", Duration::from_secs(30), me).await;
+    let mut forbidden = vec![];
+    for (method, path) in bench.operations().await {
+        if bench.statuses(&method, &path).await.contains("403") {
+            forbidden.push(path);
+        }
+    }
+    assert!(forbidden.len() > 2, "{forbidden:?}");
+}
+
+#[tokio::test]
+async fn nobody_is_refused_as_the_document_says() {
+    let bench = Bench::new().await;
+    bench.hold(2, "").await;
+    for (method, path) in bench.operations().await {
+        if path.starts_with("/api/admin") {
+            let statuses = bench.statuses(&method, &path).await;
+            // A cookie that comes without its page's origin is told that first.
+            let is_refusal = |status: &String| ["401", "403"].contains(&&**status);
+            assert!(
+                !statuses.is_empty() && statuses.iter().all(is_refusal),
+                "{method} {path}: {statuses:?}"
+            );
+        }
+    }
+}
