@@ -5,6 +5,7 @@
 
 pub mod admin;
 pub mod context;
+pub mod delta;
 pub mod explain;
 pub mod features;
 pub mod person;

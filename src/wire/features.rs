@@ -132,6 +132,11 @@ impl Document {
         &self.unreadable
     }
 
+    /// A document of these; where two have the same name or id, the later one counts.
+    pub(super) fn of(features: Vec<Feature>, segments: Vec<Segment>) -> Self {
+        Self::sorted(features, segments, None)
+    }
+
     fn sorted(features: Vec<Feature>, segments: Vec<Segment>, revision: Option<u64>) -> Self {
         let mut shadowed = Vec::new();
         let mut note = |feature: &Feature| shadowed.push(Arc::clone(&feature.name));
@@ -224,7 +229,7 @@ pub struct Feature {
 }
 
 impl Feature {
-    fn parse(raw: &RawValue) -> Result<Self, serde_json::Error> {
+    pub(super) fn parse(raw: &RawValue) -> Result<Self, serde_json::Error> {
         #[derive(Deserialize)]
         struct Named<'a> {
             name: Arc<str>,
@@ -306,7 +311,7 @@ pub struct Segment {
 
 impl Segment {
     /// A segment without a numeric id cannot be referred to, so it is dropped.
-    fn parse(raw: &RawValue) -> Option<Self> {
+    pub(super) fn parse(raw: &RawValue) -> Option<Self> {
         #[derive(Deserialize)]
         struct Numbered {
             id: i64,

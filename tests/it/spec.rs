@@ -1,14 +1,13 @@
 //! The official client specification: every test of every file, in process and through HTTP.
 //!
-//! The files about delta events are applied to a document here, because what they test is the state
-//! that results, and both the engine and a file of flags only ever see states.
+//! The files about delta events are read as events and applied to nothing, because both the engine
+//! and a file of flags only ever see states.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use jiff::Timestamp;
 use parapet::engine::{Context, Engine, Outcome};
-use parapet::wire::features::Document;
+use parapet::wire::{delta, features::Document};
 use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
 
@@ -21,37 +20,14 @@ fn read(file: &str) -> Value {
     serde_json::from_str(&text).unwrap()
 }
 
-/// The features and segments that a sequence of delta events leads to.
-fn apply(events: &[Value]) -> Value {
-    let mut features = BTreeMap::new();
-    let mut segments = BTreeMap::new();
-    let mut put = |list: &Value| {
-        for feature in list["features"].as_array().into_iter().flatten() {
-            features.insert(feature["name"].to_string(), feature.clone());
-        }
-        for segment in list["segments"].as_array().into_iter().flatten() {
-            segments.insert(segment["id"].to_string(), segment.clone());
-        }
-        if let Some(name) = list.get("featureName") {
-            features.remove(&name.to_string());
-        }
-        if let Some(id) = list.get("segmentId") {
-            segments.remove(&id.to_string());
-        }
-    };
-    for event in events {
-        match event["type"].as_str().unwrap() {
-            "hydration" | "feature-removed" | "segment-removed" => put(event),
-            "feature-updated" => put(&json!({ "features": [event["feature"]] })),
-            "segment-updated" => put(&json!({ "segments": [event["segment"]] })),
-            unknown => panic!("unknown delta event {unknown}"),
-        }
-    }
-    let (features, segments) = (features.values(), segments.values());
-    json!({
-        "features": features.collect::<Vec<_>>(),
-        "segments": segments.collect::<Vec<_>>(),
-    })
+/// The state that a sequence of delta events leads to, as a server would have sent it whole.
+fn apply(state: &Value) -> Value {
+    let events = delta::parse(state.to_string().as_bytes()).unwrap();
+    let state = delta::apply(&Document::default(), events.iter().map(|event| &event.change));
+    let json = |raw: &str| serde_json::from_str::<Value>(raw).unwrap();
+    let features: Vec<_> = state.features().iter().map(|it| json(it.raw())).collect();
+    let segments: Vec<_> = state.segments().iter().map(|it| json(it.raw())).collect();
+    json!({ "features": features, "segments": segments })
 }
 
 fn evaluate(engine: &Engine, test: &Value) -> (bool, Value) {
@@ -116,9 +92,9 @@ fn files() -> Vec<File> {
 
 fn file(name: &str) -> File {
     let specification = read(name);
-    let state = match specification["state"]["events"].as_array() {
-        Some(events) => apply(events),
-        None => specification["state"].clone(),
+    let state = match &specification["state"] {
+        state if state["events"].is_array() => apply(state),
+        state => state.clone(),
     };
     let tests = |kind: &str, expected| {
         let tests = specification[kind].as_array().cloned().unwrap_or_default();

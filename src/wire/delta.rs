@@ -1,0 +1,375 @@
+//! Delta events: what turns one state of an environment's flags into a later one.
+//!
+//! `/api/client/delta` and `/api/client/streaming` carry them as `{"events":[…]}`. Flags and segments
+//! keep their text byte for byte, as in `features`. Which events somebody may see, and
+//! which they have seen, is nobody's business here.
+
+use std::{borrow::Cow, cmp::Ordering, collections::BTreeMap, fmt::Write as _, sync::Arc};
+
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use super::features::{Document, Feature, Segment};
+
+/// The number of a state within one environment: each later state has a higher one.
+pub type EventId = u32;
+
+/// A change, and the state that it belongs to.
+#[derive(Clone, Debug)]
+pub struct Event {
+    /// The state that is reached with the last of the events of this number.
+    pub id: EventId,
+    /// What changes.
+    pub change: Change,
+}
+
+/// One change of a state.
+#[derive(Clone, Debug)]
+pub enum Change {
+    /// Everything is replaced by this.
+    Hydration(Document),
+    /// The flag is new, or has another text.
+    FeatureUpdated(Feature),
+    /// The flag is gone.
+    FeatureRemoved {
+        /// What it was called.
+        name: Arc<str>,
+        /// Whose it was.
+        project: Arc<str>,
+    },
+    /// The segment is new, or has another text.
+    SegmentUpdated(Segment),
+    /// The segment of this id is gone.
+    SegmentRemoved(i64),
+}
+
+/// Why a list of events cannot be followed. What it leads to is unknown then: whoever reads it needs
+/// the whole state.
+#[derive(Debug, thiserror::Error)]
+pub enum Unreadable {
+    /// Not what events look like.
+    #[error("the events cannot be read: {0}")]
+    Malformed(#[from] serde_json::Error),
+    /// A change of a kind that is not known here.
+    #[error("an event is of an unknown type")]
+    UnknownType,
+    /// A segment without an id.
+    #[error("a segment has no id that can be read")]
+    Segment,
+}
+
+/// What turns `old` into `new`, in an order that leaves no flag without its segments on the way.
+pub fn diff(old: &Document, new: &Document) -> Vec<Change> {
+    let mut updated = vec![];
+    let mut removed = vec![];
+    let segments = (old.segments(), new.segments());
+    walk(
+        segments,
+        |a, b| a.id().cmp(&b.id()),
+        |a, b| a.raw() == b.raw(),
+        |step| match step {
+            Step::Set(segment) => updated.push(Change::SegmentUpdated(segment.clone())),
+            Step::Gone(segment) => removed.push(Change::SegmentRemoved(segment.id())),
+        },
+    );
+    let features = (old.features(), new.features());
+    walk(
+        features,
+        |a, b| a.name().cmp(b.name()),
+        |a, b| a.raw() == b.raw(),
+        |step| match step {
+            Step::Set(feature) => updated.push(Change::FeatureUpdated(feature.clone())),
+            Step::Gone(feature) => updated.push(Change::FeatureRemoved {
+                name: Arc::clone(feature.name()),
+                project: Arc::clone(feature.project()),
+            }),
+        },
+    );
+    updated.append(&mut removed);
+    updated
+}
+
+enum Step<'a, T> {
+    Set(&'a T),
+    Gone(&'a T),
+}
+
+/// Walks two sorted lists and tells what leads from the first to the second.
+fn walk<'a, T>(
+    (old, new): (&'a [T], &'a [T]),
+    order: impl Fn(&T, &T) -> Ordering,
+    same: impl Fn(&T, &T) -> bool,
+    mut tell: impl FnMut(Step<'a, T>),
+) {
+    let (mut old, mut new) = (old.iter().peekable(), new.iter().peekable());
+    loop {
+        let next = match (old.peek(), new.peek()) {
+            (None, None) => return,
+            (Some(_), None) => Ordering::Less,
+            (None, Some(_)) => Ordering::Greater,
+            (Some(a), Some(b)) => order(a, b),
+        };
+        let before = if next.is_le() { old.next() } else { None };
+        let after = if next.is_ge() { new.next() } else { None };
+        match (before, after) {
+            (Some(a), Some(b)) if same(a, b) => {}
+            (_, Some(b)) => tell(Step::Set(b)),
+            (Some(a), None) => tell(Step::Gone(a)),
+            (None, None) => {}
+        }
+    }
+}
+
+/// The state that follows from `state` by these changes, in their order.
+#[must_use]
+pub fn apply<'a>(state: &Document, changes: impl IntoIterator<Item = &'a Change>) -> Document {
+    let by_name = |it: &Feature| (Arc::clone(it.name()), it.clone());
+    let by_id = |it: &Segment| (it.id(), it.clone());
+    let mut features: BTreeMap<Arc<str>, Feature> = state.features().iter().map(by_name).collect();
+    let mut segments: BTreeMap<i64, Segment> = state.segments().iter().map(by_id).collect();
+    for change in changes {
+        match change {
+            Change::Hydration(whole) => {
+                features = whole.features().iter().map(by_name).collect();
+                segments = whole.segments().iter().map(by_id).collect();
+            }
+            Change::FeatureUpdated(feature) => features.extend([by_name(feature)]),
+            Change::FeatureRemoved { name, .. } => drop(features.remove(name)),
+            Change::SegmentUpdated(segment) => segments.extend([by_id(segment)]),
+            Change::SegmentRemoved(id) => drop(segments.remove(id)),
+        }
+    }
+    Document::of(features.into_values().collect(), segments.into_values().collect())
+}
+
+/// Writes `{"events":[…]}`.
+pub fn encode<'a>(events: impl IntoIterator<Item = &'a Event>) -> String {
+    let mut text = String::from(r#"{"events":["#);
+    for (n, event) in events.into_iter().enumerate() {
+        if n > 0 {
+            text.push(',');
+        }
+        push(&mut text, event);
+    }
+    text.push_str("]}");
+    text
+}
+
+fn push(text: &mut String, Event { id, change }: &Event) {
+    let kind = match change {
+        Change::Hydration(_) => HYDRATION,
+        Change::FeatureUpdated(_) => FEATURE_UPDATED,
+        Change::FeatureRemoved { .. } => FEATURE_REMOVED,
+        Change::SegmentUpdated(_) => SEGMENT_UPDATED,
+        Change::SegmentRemoved(_) => SEGMENT_REMOVED,
+    };
+    // Writing to a string cannot fail.
+    let _ = write!(text, r#"{{"type":"{kind}","eventId":{id},"#);
+    let _ = match change {
+        Change::Hydration(whole) => {
+            text.push_str(r#""features":["#);
+            push_list(text, whole.features().iter().map(Feature::raw));
+            text.push_str(r#"],"segments":["#);
+            push_list(text, whole.segments().iter().map(Segment::raw));
+            text.write_str("]}")
+        }
+        Change::FeatureUpdated(feature) => write!(text, r#""feature":{}}}"#, feature.raw()),
+        Change::FeatureRemoved { name, project } => {
+            let (name, project) = (serde_json::json!(&**name), serde_json::json!(&**project));
+            write!(text, r#""featureName":{name},"project":{project}}}"#)
+        }
+        Change::SegmentUpdated(segment) => write!(text, r#""segment":{}}}"#, segment.raw()),
+        Change::SegmentRemoved(segment) => write!(text, r#""segmentId":{segment}}}"#),
+    };
+}
+
+fn push_list<'a>(text: &mut String, items: impl Iterator<Item = &'a str>) {
+    for (n, item) in items.enumerate() {
+        if n > 0 {
+            text.push(',');
+        }
+        text.push_str(item);
+    }
+}
+
+const HYDRATION: &str = "hydration";
+const FEATURE_UPDATED: &str = "feature-updated";
+const FEATURE_REMOVED: &str = "feature-removed";
+const SEGMENT_UPDATED: &str = "segment-updated";
+const SEGMENT_REMOVED: &str = "segment-removed";
+
+/// Reads `{"events":[…]}`; fields that are not known are passed over.
+///
+/// # Errors
+/// When a single event cannot be read or is of an unknown type: what follows from the others would
+/// be no state that there ever was.
+pub fn parse(body: &[u8]) -> Result<Vec<Event>, Unreadable> {
+    #[derive(Deserialize)]
+    struct Body<'a> {
+        #[serde(borrow)]
+        events: Vec<&'a RawValue>,
+    }
+    let Body { events } = serde_json::from_slice(body)?;
+    events.into_iter().map(|event| parse_one(event.get())).collect()
+}
+
+fn parse_one(text: &str) -> Result<Event, Unreadable> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Head<'a> {
+        #[serde(borrow, rename = "type")]
+        kind: Cow<'a, str>,
+        event_id: EventId,
+    }
+    #[derive(Deserialize)]
+    struct WithFeature<'a> {
+        #[serde(borrow)]
+        feature: &'a RawValue,
+    }
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct WithoutFeature {
+        feature_name: Arc<str>,
+        #[serde(default)]
+        project: Option<Arc<str>>,
+    }
+    #[derive(Deserialize)]
+    struct WithSegment<'a> {
+        #[serde(borrow)]
+        segment: &'a RawValue,
+    }
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct WithoutSegment {
+        segment_id: i64,
+    }
+
+    let Head { kind, event_id } = serde_json::from_str(text)?;
+    let change = match &*kind {
+        HYDRATION => Change::Hydration(Document::parse(text.as_bytes())?),
+        FEATURE_UPDATED => {
+            let WithFeature { feature } = serde_json::from_str(text)?;
+            Change::FeatureUpdated(Feature::parse(feature)?)
+        }
+        FEATURE_REMOVED => {
+            let WithoutFeature { feature_name, project } = serde_json::from_str(text)?;
+            let project = project.unwrap_or_else(|| Arc::from(""));
+            Change::FeatureRemoved { name: feature_name, project }
+        }
+        SEGMENT_UPDATED => {
+            let WithSegment { segment } = serde_json::from_str(text)?;
+            let segment = Segment::parse(segment).ok_or(Unreadable::Segment)?;
+            Change::SegmentUpdated(segment)
+        }
+        SEGMENT_REMOVED => {
+            let WithoutSegment { segment_id } = serde_json::from_str(text)?;
+            Change::SegmentRemoved(segment_id)
+        }
+        _ => return Err(Unreadable::UnknownType),
+    };
+    Ok(Event { id: event_id, change })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::{collection::vec, prelude::*};
+
+    use super::*;
+
+    fn texts(document: &Document) -> (Vec<&str>, Vec<&str>) {
+        let features = document.features().iter().map(Feature::raw).collect();
+        (features, document.segments().iter().map(Segment::raw).collect())
+    }
+
+    /// A state of a few flags and segments, so that two of them share some.
+    fn state() -> impl Strategy<Value = Document> {
+        let feature = (0..6_u8, 0..3_u8, 0..3_u8).prop_map(|(name, project, rest)| {
+            // The spaces, the unknown field and the escape must come through.
+            format!(
+                r#"{{ "name":"fl\"ag-{name}", "project":"p{project}","x":1e0{rest},
+                "strategies":[{{"name":"default","segments":[{rest}]}}]}}"#
+            )
+        });
+        let segment = (0..5_u8, 0..3_u8)
+            .prop_map(|(id, rest)| format!(r#"{{"id":{id}, "constraints":[],"y":"{rest}"}}"#));
+        (vec(feature, 0..6), vec(segment, 0..5)).prop_map(|(features, segments)| {
+            let (features, segments) = (features.join(","), segments.join(","));
+            let text = format!(r#"{{"features":[{features}],"segments":[{segments}]}}"#);
+            Document::parse(text.as_bytes()).unwrap()
+        })
+    }
+
+    fn events(id: EventId, changes: Vec<Change>) -> Vec<Event> {
+        changes.into_iter().map(|change| Event { id, change }).collect()
+    }
+
+    fn received(sent: &[Event]) -> Vec<Event> {
+        parse(encode(sent).as_bytes()).unwrap()
+    }
+
+    proptest! {
+        #[test]
+        fn what_was_sent_leads_to_the_new_state(states in vec(state(), 2..5)) {
+            // From any earlier state on, one after the other, and by a jump.
+            let mut follower = states[0].clone();
+            for (n, pair) in (1..).zip(states.windows(2)) {
+                let sent = events(n, diff(&pair[0], &pair[1]));
+                let received = received(&sent);
+                prop_assert!(received.iter().all(|event| event.id == n));
+                follower = apply(&follower, received.iter().map(|event| &event.change));
+                prop_assert_eq!(texts(&follower), texts(&pair[1]));
+            }
+            let (first, last) = (&states[0], &states[states.len() - 1]);
+            let jump = apply(first, &diff(first, last));
+            prop_assert_eq!(texts(&jump), texts(last));
+            prop_assert!(diff(&follower, last).is_empty());
+        }
+
+        #[test]
+        fn a_hydration_replaces_whatever_there_was(before in state(), after in state()) {
+            let sent = [Event { id: 7, change: Change::Hydration(after.clone()) }];
+            let received = received(&sent);
+            let state = apply(&before, received.iter().map(|event| &event.change));
+            prop_assert_eq!(texts(&state), texts(&after));
+        }
+
+        #[test]
+        fn no_text_makes_reading_panic(text in ".{0,200}") {
+            let _ = parse(text.as_bytes());
+            let _ = parse(format!(r#"{{"events":[{text}]}}"#).as_bytes());
+        }
+    }
+
+    #[test]
+    fn no_flag_is_without_its_segments_on_the_way() {
+        let parse = |text: &str| Document::parse(text.as_bytes()).unwrap();
+        let with = r#"{"features":[{"name":"a","strategies":[{"name":"default","segments":[1]}]}],"segments":[{"id":1}]}"#;
+        let (with, without) = (parse(with), parse(r#"{"features":[{"name":"a"}]}"#));
+        let appearing = diff(&without, &with);
+        assert!(
+            matches!(&appearing[..], [Change::SegmentUpdated(_), Change::FeatureUpdated(_)]),
+            "{appearing:?}"
+        );
+        let going = diff(&with, &without);
+        assert!(
+            matches!(&going[..], [Change::FeatureUpdated(_), Change::SegmentRemoved(1)]),
+            "{going:?}"
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_followed_is_told_apart() {
+        let parse = |event: &str| parse(format!(r#"{{"events":[{event}]}}"#).as_bytes());
+        let unknown = parse(r#"{"type":"environment-renamed","eventId":3}"#);
+        assert!(matches!(unknown, Err(Unreadable::UnknownType)), "{unknown:?}");
+        let nameless = parse(r#"{"type":"feature-updated","eventId":3,"feature":{}}"#);
+        assert!(matches!(nameless, Err(Unreadable::Malformed(_))), "{nameless:?}");
+        let segment = parse(r#"{"type":"segment-updated","eventId":3,"segment":{}}"#);
+        assert!(matches!(segment, Err(Unreadable::Segment)), "{segment:?}");
+        let numberless = parse(r#"{"type":"segment-removed","segmentId":3}"#);
+        assert!(matches!(numberless, Err(Unreadable::Malformed(_))), "{numberless:?}");
+        let known = parse(r#"{"type":"segment-removed","segmentId":3,"eventId":4,"more":{}}"#);
+        let known = known.unwrap();
+        assert!(matches!(known[..], [Event { id: 4, change: Change::SegmentRemoved(3) }]));
+    }
+}
