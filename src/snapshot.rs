@@ -29,7 +29,7 @@ use tokio::sync::watch;
 pub use self::{
     answers::Answers,
     fragments::{Fragment, FragmentId, Fragments},
-    listing::{Filter, Segments},
+    listing::{Filter, Segments, cut},
     view::{Toggle, View},
 };
 use self::{
@@ -56,7 +56,7 @@ const INHERITED_FILTERS: usize = 64;
 pub struct Snapshot {
     environment: Environment,
     projects: Projects,
-    document: Document,
+    document: Arc<Document>,
     engine: Engine,
     problems: Vec<Problem>,
     /// When the source last confirmed this state, in milliseconds of Unix time.
@@ -91,7 +91,7 @@ impl Snapshot {
             answers: Answers::new(),
             environment,
             projects,
-            document,
+            document: Arc::new(document),
             engine,
             problems,
             confirmed: AtomicI64::new(as_of.as_millisecond()),
@@ -109,7 +109,7 @@ impl Snapshot {
     }
 
     /// The flags and segments as they came.
-    pub fn document(&self) -> &Document {
+    pub fn document(&self) -> &Arc<Document> {
         &self.document
     }
 
@@ -319,6 +319,11 @@ impl Snapshots {
         });
         self.0.swaps.send_modify(|count| *count += 1);
         snapshot
+    }
+
+    /// Is told of each swap and of each change of what is served.
+    pub fn swaps(&self) -> watch::Receiver<u64> {
+        self.0.swaps.subscribe()
     }
 
     /// Waits until the environment has a snapshot; `None` once it is not served. Dropping the future

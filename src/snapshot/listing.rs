@@ -27,6 +27,15 @@ pub struct Filter {
     pub projects: BTreeSet<Project>,
 }
 
+impl Filter {
+    fn shows(&self, projects: &Projects, feature: &Feature) -> bool {
+        let project = feature.project();
+        projects.contains(project)
+            && (self.projects.is_empty() || self.projects.contains(&**project))
+            && self.name_prefix.as_deref().is_none_or(|it| feature.name().starts_with(it))
+    }
+}
+
 /// How segments are told.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub enum Segments {
@@ -44,13 +53,16 @@ pub(super) struct ListingKey {
     pub(super) segments: Segments,
 }
 
-impl ListingKey {
-    fn shows(&self, feature: &Feature) -> bool {
-        let Filter { name_prefix, projects } = &self.filter;
-        self.projects.contains(feature.project())
-            && (projects.is_empty() || projects.contains(&**feature.project()))
-            && name_prefix.as_deref().is_none_or(|prefix| feature.name().starts_with(prefix))
-    }
+/// What `projects` and `filter` leave of a document: their flags, and only the segments that these
+/// refer to.
+pub fn cut(document: &Document, projects: &Projects, filter: &Filter) -> Document {
+    let features = document.features().iter().filter(|it| filter.shows(projects, it)).cloned();
+    let features: Vec<_> = features.collect();
+    let wanted: BTreeSet<i64> =
+        features.iter().flat_map(|feature| feature.segment_ids().iter().copied()).collect();
+    let segments = document.segments().iter().filter(|it| wanted.contains(&it.id())).cloned();
+    let segments = segments.collect();
+    Document::of(features, segments)
 }
 
 /// A filtered listing, and how often its snapshot was asked for it.
@@ -89,19 +101,16 @@ impl Listing {
 /// There is no `meta`: its revision counts changes outside the scope too, and would change the
 /// entity tag where nothing that is served has changed.
 pub(super) fn build(environment: &Environment, document: &Document, key: &ListingKey) -> Body {
-    let shown = || document.features().iter().filter(|feature| key.shows(feature));
+    let shown = cut(document, &key.projects, &key.filter);
     let mut text = String::from(r#"{"version":2,"features":["#);
     match key.segments {
         Segments::Separate => {
-            push_list(&mut text, shown().map(Feature::raw));
-            let wanted: BTreeSet<i64> =
-                shown().flat_map(|feature| feature.segment_ids().iter().copied()).collect();
-            let segments = document.segments().iter().filter(|it| wanted.contains(&it.id()));
+            push_list(&mut text, shown.features().iter().map(Feature::raw));
             text.push_str(r#"],"segments":["#);
-            push_list(&mut text, segments.map(Segment::raw));
+            push_list(&mut text, shown.segments().iter().map(Segment::raw));
         }
         Segments::Inlined => {
-            push_list(&mut text, shown().map(|feature| feature.inlined(document.segments())));
+            push_list(&mut text, shown.features().iter().map(|it| it.inlined(shown.segments())));
         }
     }
     text.push_str(r#"],"query":"#);

@@ -31,10 +31,11 @@ pub(super) async fn publish(
     let previous = snapshots.load(&scope.environment);
     let inherited = previous.clone();
     let built = spawn_blocking(move || {
-        let snapshot = Snapshot::build(scope, make(), confirmed);
-        if let Some(previous) = inherited {
-            snapshot.inherit(&previous);
-        }
+        let Some(previous) = inherited else {
+            return Snapshot::build(scope, make(), confirmed);
+        };
+        let snapshot = Snapshot::build(scope, make().sharing(previous.document()), confirmed);
+        snapshot.inherit(&previous);
         snapshot
     });
     let snapshot = built.await?;

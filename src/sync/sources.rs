@@ -46,7 +46,7 @@ impl Sources {
     pub(super) fn new(served: Option<&Snapshot>) -> Self {
         let inherited = served.map(|it| Part {
             projects: it.projects().clone(),
-            document: Arc::new(it.document().clone()),
+            document: Arc::clone(it.document()),
         });
         Self { fetched: BTreeMap::new(), inherited, round: 0, dirty: false }
     }

@@ -66,7 +66,6 @@ pub fn diff(old: &Document, new: &Document) -> Vec<Change> {
     walk(
         segments,
         |a, b| a.id().cmp(&b.id()),
-        |a, b| a.raw() == b.raw(),
         |step| match step {
             Step::Set(segment) => updated.push(Change::SegmentUpdated(segment.clone())),
             Step::Gone(segment) => removed.push(Change::SegmentRemoved(segment.id())),
@@ -76,7 +75,6 @@ pub fn diff(old: &Document, new: &Document) -> Vec<Change> {
     walk(
         features,
         |a, b| a.name().cmp(b.name()),
-        |a, b| a.raw() == b.raw(),
         |step| match step {
             Step::Set(feature) => updated.push(Change::FeatureUpdated(feature.clone())),
             Step::Gone(feature) => updated.push(Change::FeatureRemoved {
@@ -95,10 +93,9 @@ enum Step<'a, T> {
 }
 
 /// Walks two sorted lists and tells what leads from the first to the second.
-fn walk<'a, T>(
+fn walk<'a, T: PartialEq>(
     (old, new): (&'a [T], &'a [T]),
     order: impl Fn(&T, &T) -> Ordering,
-    same: impl Fn(&T, &T) -> bool,
     mut tell: impl FnMut(Step<'a, T>),
 ) {
     let (mut old, mut new) = (old.iter().peekable(), new.iter().peekable());
@@ -112,7 +109,7 @@ fn walk<'a, T>(
         let before = if next.is_le() { old.next() } else { None };
         let after = if next.is_ge() { new.next() } else { None };
         match (before, after) {
-            (Some(a), Some(b)) if same(a, b) => {}
+            (Some(a), Some(b)) if a == b => {}
             (_, Some(b)) => tell(Step::Set(b)),
             (Some(a), None) => tell(Step::Gone(a)),
             (None, None) => {}

@@ -86,7 +86,7 @@ impl Document {
     /// The document without the flags of `projects`.
     #[must_use]
     pub fn outside(&self, projects: &Projects) -> Self {
-        let outside = self.features.iter().filter(|it| !projects.contains(&it.project));
+        let outside = self.features.iter().filter(|it| !projects.contains(it.project()));
         Self {
             features: outside.cloned().collect(),
             segments: self.segments.clone(),
@@ -103,7 +103,7 @@ impl Document {
 
     /// The flag with this name.
     pub fn feature(&self, name: &str) -> Option<&Feature> {
-        let index = self.features.binary_search_by(|feature| (*feature.name).cmp(name)).ok()?;
+        let index = self.features.binary_search_by(|feature| (**feature.name()).cmp(name)).ok()?;
         self.features.get(index)
     }
 
@@ -133,14 +133,35 @@ impl Document {
     }
 
     /// A document of these; where two have the same name or id, the later one counts.
-    pub(super) fn of(features: Vec<Feature>, segments: Vec<Segment>) -> Self {
+    pub fn of(features: Vec<Feature>, segments: Vec<Segment>) -> Self {
         Self::sorted(features, segments, None)
+    }
+
+    /// The same document, which shares with `previous` what did not change: states that are kept
+    /// beside each other then cost no more than their differences.
+    #[must_use]
+    pub fn sharing(mut self, previous: &Self) -> Self {
+        for feature in &mut self.features {
+            if let Some(before) = previous.feature(feature.name())
+                && before == feature
+            {
+                *feature = before.clone();
+            }
+        }
+        for segment in &mut self.segments {
+            if let Some(before) = previous.segment(segment.id)
+                && before == segment
+            {
+                *segment = before.clone();
+            }
+        }
+        self
     }
 
     fn sorted(features: Vec<Feature>, segments: Vec<Segment>, revision: Option<u64>) -> Self {
         let mut shadowed = Vec::new();
-        let mut note = |feature: &Feature| shadowed.push(Arc::clone(&feature.name));
-        let features = last_of_each(features, |feature| &feature.name, &mut note);
+        let mut note = |feature: &Feature| shadowed.push(Arc::clone(feature.name()));
+        let features = last_of_each(features, Feature::name, &mut note);
         let segments = last_of_each(segments, |segment| &segment.id, |_| {});
         shadowed.dedup();
         Self { features, segments, revision, shadowed, unreadable: Vec::new() }
@@ -220,13 +241,26 @@ struct Body<'a> {
 }
 
 /// One flag: its text, and the little that is asked of it without compiling.
+///
+/// A clone is the same flag; two are equal when their texts are.
 #[derive(Debug, Clone)]
-pub struct Feature {
+pub struct Feature(Arc<Flag>);
+
+#[derive(Debug)]
+struct Flag {
     name: Arc<str>,
     project: Arc<str>,
     segment_ids: Box<[i64]>,
     raw: Box<RawValue>,
 }
+
+impl PartialEq for Feature {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0) || self.raw() == other.raw()
+    }
+}
+
+impl Eq for Feature {}
 
 impl Feature {
     pub(super) fn parse(raw: &RawValue) -> Result<Self, serde_json::Error> {
@@ -238,32 +272,32 @@ impl Feature {
         }
         let Named { name, project } = serde_json::from_str(raw.get())?;
         let project = project.is().filter(|project| !project.is_empty());
-        Ok(Self {
+        Ok(Self(Arc::new(Flag {
             name,
             project: Arc::from(project.as_deref().unwrap_or(DEFAULT_PROJECT)),
             segment_ids: segment_ids(raw.get()),
             raw: raw.to_owned(),
-        })
+        })))
     }
 
     /// The flag's name, unique in its document.
     pub fn name(&self) -> &Arc<str> {
-        &self.name
+        &self.0.name
     }
 
     /// The project that owns the flag; `default` where the text names none.
     pub fn project(&self) -> &Arc<str> {
-        &self.project
+        &self.0.project
     }
 
     /// The ids of the segments that its strategies refer to, sorted and unique.
     pub fn segment_ids(&self) -> &[i64] {
-        &self.segment_ids
+        &self.0.segment_ids
     }
 
     /// The flag's JSON exactly as received.
     pub fn raw(&self) -> &str {
-        self.raw.get()
+        self.0.raw.get()
     }
 
     /// Reads the text for compiling; the result borrows from it.
@@ -271,7 +305,7 @@ impl Feature {
     /// # Errors
     /// When the object cannot be read at all, for instance because a key occurs twice.
     pub fn definition(&self) -> Result<Definition<'_>, serde_json::Error> {
-        serde_json::from_str(self.raw.get())
+        serde_json::from_str(self.0.raw.get())
     }
 
     /// The flag's JSON with segments written out, for SDKs that know no segments
@@ -281,7 +315,7 @@ impl Feature {
     /// values keep their text and order. A reference to an unknown segment becomes a constraint
     /// that never holds.
     pub fn inlined(&self, segments: &[Segment]) -> String {
-        inline::feature(self.raw.get(), |id| find_segment(segments, id).map(|it| &*it.raw))
+        inline::feature(self.0.raw.get(), |id| find_segment(segments, id).map(|it| &*it.raw))
     }
 }
 
@@ -303,11 +337,21 @@ fn segment_ids(text: &str) -> Box<[i64]> {
 }
 
 /// One segment: a reusable list of constraints.
+///
+/// A clone is the same segment; two are equal when their texts are.
 #[derive(Debug, Clone)]
 pub struct Segment {
     id: i64,
-    raw: Box<RawValue>,
+    raw: Arc<RawValue>,
 }
+
+impl PartialEq for Segment {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.raw, &other.raw) || self.raw() == other.raw()
+    }
+}
+
+impl Eq for Segment {}
 
 impl Segment {
     /// A segment without a numeric id cannot be referred to, so it is dropped.
@@ -317,7 +361,7 @@ impl Segment {
             id: i64,
         }
         let Numbered { id } = serde_json::from_str(raw.get()).ok()?;
-        Some(Self { id, raw: raw.to_owned() })
+        Some(Self { id, raw: raw.to_owned().into() })
     }
 
     /// The id that strategies refer to.
@@ -419,6 +463,22 @@ mod tests {
             r#"{"features":[{"name":"a","strategies":[{"segments":[3,1]},{"segments":[3,"x"]},{"segments":null},7]}]}"#,
         );
         assert_eq!(document.features()[0].segment_ids(), [1, 3]);
+    }
+
+    #[test]
+    fn what_stays_is_shared_and_what_changes_is_not() {
+        let first = r#"{"features":[{"name":"a"},{"name":"b"}],"segments":[{"id":1},{"id":2}]}"#;
+        let then = r#"{"features":[{"name":"a"},{"name":"b","x":1},{"name":"c"}],"segments":[{"id":1},{"id":2,"x":1}]}"#;
+        let (first, then) = (parse(first), parse(then));
+        let shared = then.clone().sharing(&first);
+        assert_eq!(shared.features(), then.features());
+        assert_eq!(shared.segments(), then.segments());
+        let same =
+            |n: usize| shared.features()[n].raw().as_ptr() == first.features()[n].raw().as_ptr();
+        assert_eq!([same(0), same(1)], [true, false]);
+        let same =
+            |n: usize| shared.segments()[n].raw().as_ptr() == first.segments()[n].raw().as_ptr();
+        assert_eq!([same(0), same(1)], [true, false]);
     }
 
     #[test]
