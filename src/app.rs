@@ -25,6 +25,7 @@ use self::{keep::Keeper, listen::bind, plan::Plan, tasks::Tasks};
 use crate::{
     auth::{self, Authenticator},
     config::{Config, Mode},
+    feed::Feed,
     http::{
         admin::{self, Admin, Door, Identity, Insight, Relay},
         cors::Cors,
@@ -32,6 +33,7 @@ use crate::{
         listener::{self, Limits},
         meter::Meter,
         ops::Ops,
+        streaming::Streams,
     },
     snapshot::Snapshots,
     telemetry::{self, Readiness},
@@ -101,6 +103,7 @@ impl App {
         let meter = Arc::new(Meter::new(admin::templates()));
         let ops =
             Ops::new(readiness.clone(), registry.clone(), snapshots.clone(), Arc::clone(&meter));
+        let feed = Feed::new(snapshots.clone());
         let service = Data {
             settings: Settings {
                 base_path: config.data.base_path,
@@ -115,6 +118,8 @@ impl App {
             },
             auth: auth.clone(),
             snapshots: snapshots.clone(),
+            streams: Streams::new(config.data.streams, feed.clone(), auth.clone()),
+            feed,
             usage: usage.clone(),
             ops: ops.clone(),
             meter,
@@ -162,6 +167,7 @@ impl App {
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), Error> {
         let Self { data, admin, limits, drain_delay, grace, readiness, registry, plan, keeper } =
             self;
+        let (feed, streams) = (data.1.feed.clone(), data.1.streams.clone());
         let (stop_serving, stop_working) = (CancellationToken::new(), CancellationToken::new());
 
         let mut listeners = JoinSet::new();
@@ -178,6 +184,15 @@ impl App {
         workers.spawn("auth", move || {
             let auth = auth.clone();
             async move { auth.run().await }
+        });
+        workers.spawn("feed", move || {
+            let feed = feed.clone();
+            async move { feed.run().await }
+        });
+        let open = streams.clone();
+        workers.spawn("streams", move || {
+            let streams = open.clone();
+            async move { streams.run().await }
         });
         workers.spawn("metrics", move || upkeep(registry.clone()));
 
@@ -218,6 +233,7 @@ impl App {
         readiness.drain();
         sleep(drain_delay).await;
         stop_serving.cancel();
+        streams.end(grace);
         while listeners.join_next().await.is_some() {}
         workers.end().await;
         stop_working.cancel();

@@ -152,6 +152,13 @@ impl Authenticator {
         Box::pin(self.ask(token, behalf)).await
     }
 
+    /// What a token that was admitted before allows now, if it still holds; being looked at counts as
+    /// its use.
+    pub fn standing(&self, digest: &TokenDigest) -> Option<Arc<Grant>> {
+        let verdict = || Some(Arc::clone(self.0.verdicts.valid(digest)?.grant()));
+        self.0.given.admit(digest).or_else(verdict)
+    }
+
     /// Replaces the given tokens: from here on these are admitted, and no others of them.
     ///
     /// Work for as many tokens as there are; requests meanwhile see the former ones.

@@ -23,3 +23,4 @@ pub mod reply;
 pub mod report;
 pub mod route;
 pub mod stream;
+pub mod streaming;

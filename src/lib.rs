@@ -23,7 +23,7 @@
 //! | assembly | [`app`], [`config`], [`command`], [`probe`] | what a mode is made of, what the operator says, what the command line tells by itself, what a container's health check asks |
 //! | surface | [`http`] | listeners, routes, replies; the only place that chooses status codes |
 //! | control | [`control`] | accounts, tokens, sessions, the audit log and the usage of an instance that stands on its own, over SQL |
-//! | services | [`sync`], [`auth`], [`usage`], [`answers`] | each owns its task and its state |
+//! | services | [`sync`], [`auth`], [`usage`], [`answers`], [`feed`] | each owns its task and its state |
 //! | state | [`snapshot`], [`upstream`], [`store`] | what is served, the server in front of which we stand, what outlives a restart |
 //! | pure core | [`engine`] | flags compiled to data, and evaluated; no IO, clock, chance or logs |
 //! | words | [`token`], [`wire`], [`telemetry`] | tokens and grants, Unleash's JSON, logs and readiness |
@@ -46,6 +46,11 @@
 //! minted, reads the document ([`wire::features`]) without losing a byte of any flag, compiles it
 //! ([`engine`]), builds the bodies that the previous snapshot had been asked for, swaps, and stores.
 //! A malformed flag is a reported problem and never an abort.
+//!
+//! **A change.** [`feed`] numbers each new state and wakes those who follow its environment. Each
+//! asks, when its connection has room, what has changed since the state that it was told last;
+//! that is written once for all who see the same and come from the same state
+//! ([`http::streaming`]).
 //!
 //! **A report.** [`http::report`] reads it, [`usage`] merges it per environment, hour, application
 //! and flag; at the interval a whole generation moves to the outbox, which says what to send and
@@ -78,6 +83,7 @@ pub mod command;
 pub mod config;
 pub mod control;
 pub mod engine;
+pub mod feed;
 pub mod http;
 pub mod probe;
 pub mod snapshot;

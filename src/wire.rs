@@ -9,5 +9,6 @@ pub mod delta;
 pub mod explain;
 pub mod features;
 pub mod person;
+pub mod sse;
 pub mod tokens;
 pub mod usage;

@@ -15,7 +15,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http_body_util::{BodyExt as _, Full};
+use http_body_util::BodyExt as _;
 use hyper::StatusCode;
 use hyper::body::Incoming;
 use hyper::header::{
@@ -24,6 +24,7 @@ use hyper::header::{
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
+use parapet::feed::Feed;
 use parapet::http::access;
 use parapet::http::cors::{self, Cors};
 use parapet::http::data::{Data, Settings};
@@ -31,6 +32,7 @@ use parapet::http::listener::{Limits, Protocol};
 use parapet::http::meter::Meter;
 use parapet::http::ops::Ops;
 use parapet::http::reply::Reply;
+use parapet::http::streaming::{self, Streams};
 use parapet::snapshot::Snapshots;
 use parapet::telemetry::{self, Readiness};
 use parapet::token::{Token, TokenKind};
@@ -191,7 +193,7 @@ impl Connection {
         headers.remove(DATE);
         headers.remove(CONTENT_LENGTH);
         let answer = move || {
-            let mut reply = Reply::new(Full::new(body.clone()));
+            let mut reply = Reply::new(body.clone().into());
             *reply.status_mut() = status;
             reply.headers_mut().clone_from(&headers);
             reply
@@ -295,6 +297,8 @@ fn data(flags: usize) -> Data {
     let interval = Duration::from_mins(1);
     let hop = ConnectVia { app_name: "parapet".into(), instance_id: "bench".into() };
     let meter = Arc::new(Meter::default());
+    let (feed, auth) = (Feed::new(snapshots.clone()), scenarios::authenticator(tokens));
+    let streams = streaming::Config { most: 1, max_age: interval, fetch_mode: None };
     Data {
         settings: Settings {
             base_path: String::new(),
@@ -307,8 +311,10 @@ fn data(flags: usize) -> Data {
             patience: TIMEOUT,
             hostname: "bench".to_owned(),
         },
-        auth: scenarios::authenticator(tokens),
         snapshots: snapshots.clone(),
+        streams: Streams::new(streams, feed.clone(), auth.clone()),
+        feed,
+        auth,
         usage: Usage::new(&usage::Config { interval, max_counters: 100_000 }, hop),
         ops: Ops::new(readiness, registry, snapshots, Arc::clone(&meter)),
         meter,

@@ -26,7 +26,12 @@ use super::{
 use crate::{
     auth,
     control::{self, DatabaseUrl, FirstAccount, Location, Password, Seed},
-    http::{access, cors, listener::Limits, route::Endpoint},
+    http::{
+        access, cors,
+        listener::Limits,
+        route::Endpoint,
+        streaming::{self, FetchMode},
+    },
     sync, telemetry,
     token::{Environment, Token},
     upstream, usage,
@@ -312,8 +317,10 @@ fn listeners(s: &mut Settings) -> (DataListener, AdminListener) {
         s.mistake(&keys::ADMIN_PORT, "expected another port than --port");
     }
     let (token_header, _) = token_headers(s);
+    let streams = streams(s);
     let data = DataListener {
         address,
+        streams,
         base_path: base_path(s),
         token_header,
         cors: cors(s),
@@ -327,6 +334,22 @@ fn listeners(s: &mut Settings) -> (DataListener, AdminListener) {
         },
     };
     (data, AdminListener { address: admin })
+}
+
+fn streams(s: &mut Settings) -> streaming::Config {
+    let fetch_mode = s.read(&keys::SDK_FETCH_MODE, "polling or streaming", FetchMode::parse);
+    let streams = streaming::Config {
+        most: s.count(&keys::MAX_STREAMS),
+        max_age: s.interval(&keys::STREAM_MAX_AGE_SECONDS),
+        fetch_mode,
+    };
+    if s.count(&keys::MAX_CONNECTIONS) <= streams.most {
+        s.warnings.push(
+            "--max-streams leaves no room for other connections: --max-connections is no larger"
+                .to_owned(),
+        );
+    }
+    streams
 }
 
 /// The headers that carry tokens: from SDKs, and to upstream.

@@ -11,7 +11,7 @@ use reqwest::{Url, header::HeaderName};
 use super::manage::Task;
 use crate::{
     auth, control,
-    http::{access, cors, listener::Limits, route::Endpoint},
+    http::{access, cors, listener::Limits, route::Endpoint, streaming},
     sync, telemetry,
     token::{Environment, Token},
     upstream, usage,
@@ -128,6 +128,8 @@ pub struct DataListener {
     pub disabled: BTreeSet<Endpoint>,
     /// What one client may take.
     pub limits: Limits,
+    /// How streams are kept.
+    pub streams: streaming::Config,
 }
 
 /// The listener for operators.

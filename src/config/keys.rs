@@ -208,6 +208,15 @@ keys! {
         /// Do not serve /internal-backstage/instancedata.
         DISABLE_INSTANCE_DATA_ENDPOINT = switch("disable-instance-data-endpoint");
     }
+    Everywhere, "Streams": {
+        /// Where SDKs that can do both are sent: `streaming` (those that poll) or `polling` (those
+        /// that follow a stream); as they are set up themselves when left out.
+        SDK_FETCH_MODE = one("sdk-fetch-mode");
+        /// How many streams may be open at once; beyond it SDKs are told to poll (429).
+        MAX_STREAMS = one("max-streams").default("10000");
+        /// About how long a stream lasts before its client has to open another, in seconds.
+        STREAM_MAX_AGE_SECONDS = one("stream-max-age-seconds").default("3600");
+    }
     Everywhere, "Browsers": {
         /// Origins that may read; `*` is any.
         CORS_ORIGIN = list("cors-origin").default("*");

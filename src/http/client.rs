@@ -2,14 +2,19 @@
 
 use std::sync::Arc;
 
-use hyper::HeaderMap;
+use hyper::{
+    HeaderMap,
+    header::{HeaderValue, IF_NONE_MATCH},
+};
 use percent_encoding::percent_decode_str;
 use semver::Version;
 
 use super::reply::{self, Failure, Freshness, Reply};
 use crate::{
+    feed::{Feed, News, Topic},
     snapshot::{Filter, Segments, Snapshot, body::Body},
     token::{Project, Scope},
+    wire::delta::EventId,
 };
 
 /// `/api/client/features`: everything that the token sees and the query leaves.
@@ -42,6 +47,23 @@ pub async fn feature(
     Ok(reply::body(headers, &Arc::new(Body::new(text.into())), Freshness::Unsaid).await)
 }
 
+/// `/api/client/delta`: what has changed since the state that `If-None-Match` names; everything,
+/// where it names none that is known. `None` where there are no flags.
+pub async fn delta(headers: &HeaderMap, topic: Topic, feed: &Feed) -> Option<Reply> {
+    let frame = feed.since(&Arc::new(topic), state_of(headers.get(IF_NONE_MATCH)))?;
+    Some(match frame.news() {
+        News::Nothing => reply::no_delta(frame.id()),
+        News::Changes | News::Everything => reply::delta(headers, frame.body(), frame.id()).await,
+    })
+}
+
+/// The number of a state in an entity tag, or on its own.
+pub fn state_of(value: Option<&HeaderValue>) -> Option<EventId> {
+    let text = value?.to_str().ok()?.trim();
+    let opaque = text.strip_prefix("W/").unwrap_or(text).trim_matches('"');
+    opaque.parse().ok()
+}
+
 /// A flag's name as it stands in a path.
 pub fn decoded(name: &str) -> Result<std::borrow::Cow<'_, str>, Failure> {
     let malformed = |_| Failure::Malformed("the flag's name is not UTF-8".to_owned());
@@ -52,7 +74,8 @@ pub fn decoded(name: &str) -> Result<std::borrow::Cow<'_, str>, Failure> {
 const MAX_PREFIX: usize = 255;
 const MAX_PROJECTS: usize = 500;
 
-fn filter(query: &str) -> Result<Filter, Failure> {
+/// What the query narrows the token's scope to.
+pub fn filter(query: &str) -> Result<Filter, Failure> {
     let mut filter = Filter::default();
     for (name, value) in form_urlencoded::parse(query.as_bytes()) {
         match &*name {
@@ -90,8 +113,6 @@ fn segments(headers: &HeaderMap) -> Segments {
 
 #[cfg(test)]
 mod tests {
-    use hyper::header::HeaderValue;
-
     use super::*;
 
     #[test]
@@ -101,6 +122,21 @@ mod tests {
         assert_eq!(parsed.projects, ["x", "y"].map(Project::new).into());
         assert_eq!(filter("project=*&namePrefix=").unwrap(), Filter::default());
         assert!(filter(&format!("namePrefix={}", "x".repeat(300))).is_err());
+    }
+
+    #[test]
+    fn a_state_is_named_by_a_tag_or_by_its_number() {
+        let check = |text: &'static str, expect| {
+            assert_eq!(state_of(Some(&HeaderValue::from_static(text))), expect, "{text}");
+        };
+        check("\"17\"", Some(17));
+        check("W/\"17\"", Some(17));
+        check(" 17 ", Some(17));
+        check("\"\"", None);
+        check("17a", None);
+        check("-1", None);
+        check("4294967296", None);
+        assert_eq!(state_of(None), None);
     }
 
     #[test]

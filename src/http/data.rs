@@ -26,12 +26,14 @@ use super::{
     reply::{self, Failure, Reply},
     report,
     route::{Endpoint, NoRoute, Route, normalise},
+    streaming::Streams,
 };
 use crate::{
     answers::Shown,
     auth::{Admission, Authenticator, Denied},
+    feed::{Feed, Topic},
     snapshot::{Snapshot, Snapshots},
-    token::{Grant, Scope, TokenKind},
+    token::{Grant, Scope, Token, TokenDigest, TokenKind},
     usage::Usage,
     wire::context::FrontendContext,
 };
@@ -68,6 +70,10 @@ pub struct Data {
     pub auth: Authenticator,
     /// What is served.
     pub snapshots: Snapshots,
+    /// What changes of it.
+    pub feed: Feed,
+    /// Who follows that.
+    pub streams: Streams,
     /// Where reports go.
     pub usage: Usage,
     /// What probes and scrapes are told.
@@ -93,6 +99,11 @@ impl Service for Data {
 
 /// When a client is told to try again, where nothing better is known.
 const TRY_AGAIN: Duration = Duration::from_secs(5);
+
+const NO_FLAGS: Failure = Failure::Unavailable {
+    what: "the flags that this token sees have not been fetched",
+    retry_after: TRY_AGAIN,
+};
 
 impl Data {
     /// Whether a path is one that SDKs and other edges ask for, of whatever method.
@@ -151,12 +162,18 @@ impl Data {
             }
             Route::ClientFeatures => {
                 let (grant, snapshot) = self.reader(headers, TokenKind::Client).await?;
-                client::features(headers, query, &snapshot, &grant.scope).await
+                let mut reply = client::features(headers, query, &snapshot, &grant.scope).await?;
+                if self.streams.are_preferred() {
+                    reply::prefer_streaming(&mut reply);
+                }
+                Ok(reply)
             }
             Route::ClientFeature(name) => {
                 let (grant, snapshot) = self.reader(headers, TokenKind::Client).await?;
                 client::feature(headers, name, &snapshot, &grant.scope).await
             }
+            Route::ClientDelta => Box::pin(self.delta(headers, query)).await,
+            Route::ClientStreaming => Box::pin(self.stream(headers, query)).await,
             Route::Frontend(shown) => {
                 let (grant, snapshot) = self.reader(headers, TokenKind::Frontend).await?;
                 let body = self.context_body(head, body).await?;
@@ -193,6 +210,29 @@ impl Data {
         }
     }
 
+    async fn delta(&self, headers: &HeaderMap, query: &str) -> Result<Reply, Failure> {
+        let (_, topic) = self.topic(headers, query).await?;
+        client::delta(headers, topic, &self.feed).await.ok_or(NO_FLAGS)
+    }
+
+    async fn stream(&self, headers: &HeaderMap, query: &str) -> Result<Reply, Failure> {
+        let (grant, topic) = self.topic(headers, query).await?;
+        let digest = TokenDigest::of(Token::bare(self.presented(headers)?));
+        let last = client::state_of(headers.get("last-event-id"));
+        self.streams.follow(digest, grant, topic, last)?.ok_or(NO_FLAGS)
+    }
+
+    /// What a request follows.
+    async fn topic(
+        &self,
+        headers: &HeaderMap,
+        query: &str,
+    ) -> Result<(Arc<Grant>, Topic), Failure> {
+        let (grant, _) = self.reader(headers, TokenKind::Client).await?;
+        let Scope { environment, projects } = grant.scope.clone();
+        Ok((grant, Topic { environment, projects, filter: client::filter(query)? }))
+    }
+
     fn is_disabled(&self, route: Route<'_>) -> bool {
         let what = match route {
             Route::Frontend(Shown::All) => Endpoint::FrontendAll,
@@ -202,11 +242,16 @@ impl Data {
         self.settings.disabled.contains(&what)
     }
 
+    /// The text in which the request presents its token.
+    fn presented<'a>(&self, headers: &'a HeaderMap) -> Result<&'a str, Failure> {
+        let header = headers.get(&self.settings.token_header).and_then(|it| it.to_str().ok());
+        header.ok_or(Failure::Unauthorized)
+    }
+
     /// The grant of the request's token, if it is of the kind that the route wants and of an
     /// environment that is served here.
     async fn admit(&self, headers: &HeaderMap, wanted: TokenKind) -> Result<Admission, Failure> {
-        let header = headers.get(&self.settings.token_header).and_then(|it| it.to_str().ok());
-        let admission = self.auth.authenticate(header.ok_or(Failure::Unauthorized)?).await?;
+        let admission = self.auth.authenticate(self.presented(headers)?).await?;
         if admission.grant.kind != wanted {
             return Err(Failure::WrongKind);
         }
@@ -235,9 +280,7 @@ impl Data {
             }
             None => None,
         };
-        let what = "the flags that this token sees have not been fetched";
-        let missing = Failure::Unavailable { what, retry_after: TRY_AGAIN };
-        snapshot.map(|snapshot| (grant, snapshot)).ok_or(missing)
+        snapshot.map(|snapshot| (grant, snapshot)).ok_or(NO_FLAGS)
     }
 
     /// The body that holds the context, where it is not in the query.

@@ -258,13 +258,12 @@ impl Exposition {
 #[cfg(test)]
 mod tests {
     use bytes::Bytes;
-    use http_body_util::Full;
     use hyper::Response;
 
     use super::*;
 
     fn reply(status: u16, size: usize) -> Reply {
-        let mut reply = Response::new(Full::new(Bytes::from(vec![b'x'; size])));
+        let mut reply = Response::new(Bytes::from(vec![b'x'; size]).into());
         *reply.status_mut() = StatusCode::from_u16(status).unwrap();
         reply
     }

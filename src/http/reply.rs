@@ -4,11 +4,11 @@
 //! its `Display` is the message that the client reads. Messages never repeat what a client sent.
 
 mod failure;
+mod outgoing;
 
 use std::sync::Arc;
 
 use bytes::Bytes;
-use http_body_util::Full;
 use hyper::{
     HeaderMap, Method, Response, StatusCode,
     header::{
@@ -18,16 +18,20 @@ use hyper::{
 };
 use serde::Serialize;
 
-pub use self::failure::Failure;
+pub use self::{
+    failure::Failure,
+    outgoing::{Live, Outgoing},
+};
 use super::{coding, conditional};
 use crate::snapshot::body::{Body, Coded, Coding};
 
-/// A response, whole: every body that is served is in memory.
-pub type Reply = Response<Full<Bytes>>;
+/// A response.
+pub type Reply = Response<Outgoing>;
 
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 const PROMETHEUS_TEXT: HeaderValue = HeaderValue::from_static("text/plain; version=0.0.4");
 const BY_CODING: HeaderValue = HeaderValue::from_static("accept-encoding");
+const EVENT_STREAM: HeaderValue = HeaderValue::from_static("text/event-stream");
 const NO_STORE: HeaderValue = HeaderValue::from_static("no-store");
 const REVALIDATE: HeaderValue = HeaderValue::from_static("no-cache");
 
@@ -129,7 +133,7 @@ pub fn ok(text: impl Into<Bytes>) -> Reply {
 
 /// An answer of somebody else, as it came.
 pub fn relayed(head: hyper::http::response::Parts, body: Bytes) -> Reply {
-    let mut reply = Response::new(Full::new(body));
+    let mut reply = Response::new(Outgoing::from(body));
     *reply.status_mut() = head.status;
     *reply.headers_mut() = head.headers;
     reply
@@ -185,9 +189,41 @@ pub fn probe(ready: bool, text: impl Into<Bytes>) -> Reply {
     json(if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, text.into())
 }
 
+/// A list of delta events that lead to the state `id`, which is its entity tag in every coding: SDKs
+/// name by it the state that they have. Awaits as [`body()`].
+pub async fn delta(request: &HeaderMap, events: &Arc<Body>, id: u32) -> Reply {
+    let mut reply = body(request, events, Freshness::Unsaid).await;
+    reply.headers_mut().insert(ETAG, state_tag(id));
+    reply
+}
+
+/// The answer to a client that has all that is to be told of the state `id`.
+pub fn no_delta(id: u32) -> Reply {
+    not_modified(&state_tag(id), Freshness::Unsaid)
+}
+
+fn state_tag(id: u32) -> HeaderValue {
+    HeaderValue::try_from(format!("\"{id}\"")).expect("digits are visible ASCII")
+}
+
+/// Server-sent events, as they come about; proxies are told to hold nothing back.
+pub fn event_stream(events: Live) -> Reply {
+    let mut reply = Response::new(Outgoing::Live(events));
+    let headers = reply.headers_mut();
+    headers.insert(CONTENT_TYPE, EVENT_STREAM);
+    headers.insert(CACHE_CONTROL, NO_STORE);
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    reply
+}
+
+/// Says that SDKs which can had better follow a stream.
+pub fn prefer_streaming(reply: &mut Reply) {
+    reply.headers_mut().insert("fetch-mode", HeaderValue::from_static("streaming"));
+}
+
 /// The Prometheus exposition.
 pub fn prometheus(text: String) -> Reply {
-    let mut reply = Response::new(Full::new(Bytes::from(text)));
+    let mut reply = Response::new(Outgoing::from(Bytes::from(text)));
     reply.headers_mut().insert(CONTENT_TYPE, PROMETHEUS_TEXT);
     reply
 }
@@ -204,20 +240,20 @@ pub fn without_body(method: &Method, mut reply: Reply) -> Reply {
         if let Some(length) = reply.body().size_hint().exact() {
             reply.headers_mut().insert(hyper::header::CONTENT_LENGTH, length.into());
         }
-        *reply.body_mut() = Full::default();
+        *reply.body_mut() = Outgoing::default();
     }
     reply
 }
 
 fn json(status: StatusCode, bytes: Bytes) -> Reply {
-    let mut reply = Response::new(Full::new(bytes));
+    let mut reply = Response::new(Outgoing::from(bytes));
     *reply.status_mut() = status;
     reply.headers_mut().insert(CONTENT_TYPE, JSON);
     reply
 }
 
 fn empty(status: StatusCode) -> Reply {
-    let mut reply = Response::new(Full::default());
+    let mut reply = Response::new(Outgoing::default());
     *reply.status_mut() = status;
     reply
 }

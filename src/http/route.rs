@@ -13,6 +13,10 @@ pub enum Route<'a> {
     ClientFeatures,
     /// `GET /api/client/features/{name}`, the name still percent-encoded
     ClientFeature(&'a str),
+    /// `GET /api/client/delta`
+    ClientDelta,
+    /// `GET /api/client/streaming`
+    ClientStreaming,
     /// `POST /api/client/register` and `/api/{frontend,proxy}[/all]/client/register`
     Register(TokenKind),
     /// `POST /api/client/metrics` and `/api/{frontend,proxy}[/all]/client/metrics`
@@ -67,7 +71,7 @@ const POST: &str = "POST";
 
 impl<'a> Route<'a> {
     /// The template of each route, a label value; a route's is at [`Route::index`].
-    pub const TEMPLATES: [&'static str; 15] = [
+    pub const TEMPLATES: [&'static str; 17] = [
         "/api/client/features",
         "/api/client/features/{name}",
         "/api/client/register",
@@ -83,6 +87,8 @@ impl<'a> Route<'a> {
         "/internal-backstage/health",
         "/internal-backstage/ready",
         "/internal-backstage/metrics",
+        "/api/client/delta",
+        "/api/client/streaming",
     ];
 
     /// Finds the route of a normalised path (see [`normalise`]).
@@ -130,6 +136,8 @@ impl<'a> Route<'a> {
     fn of_client(rest: &'a str) -> Option<(Self, &'static str)> {
         match rest {
             "features" => Some((Self::ClientFeatures, READ_OR_POST)),
+            "delta" => Some((Self::ClientDelta, READ)),
+            "streaming" => Some((Self::ClientStreaming, READ)),
             "register" => Some((Self::Register(TokenKind::Client), POST)),
             "metrics" => Some((Self::Metrics(TokenKind::Client), POST)),
             "metrics/bulk" => Some((Self::Bulk, POST)),
@@ -173,6 +181,8 @@ impl<'a> Route<'a> {
             Self::Health => 12,
             Self::Ready => 13,
             Self::Prometheus => 14,
+            Self::ClientDelta => 15,
+            Self::ClientStreaming => 16,
         }
     }
 }
@@ -227,6 +237,8 @@ mod tests {
         check(&Method::POST, "/api/client/features", Ok(Route::ClientFeatures));
         check(&Method::HEAD, "/api/client/features/", Ok(Route::ClientFeatures));
         check(&Method::GET, "/api//client/features/a", Ok(Route::ClientFeature("a")));
+        check(&Method::GET, "/api/client/delta", Ok(Route::ClientDelta));
+        check(&Method::GET, "/api/client/streaming", Ok(Route::ClientStreaming));
         check(&Method::POST, "/api/client/metrics/bulk", Ok(Route::Bulk));
         check(&Method::GET, "/api/proxy", Ok(Route::Frontend(Shown::Enabled)));
         check(&Method::POST, "/api/frontend/all", Ok(Route::Frontend(Shown::All)));

@@ -14,7 +14,7 @@ const LAYERS: [&[(&str, &[&str])]; 8] = [
     &[("engine", &[])],
     // Upstream keeps the tokens that it was given in the store.
     &[("snapshot", &[]), ("store", &[]), ("upstream", &["store"])],
-    &[("answers", &[]), ("auth", &[]), ("sync", &[]), ("usage", &[])],
+    &[("answers", &[]), ("auth", &[]), ("feed", &[]), ("sync", &[]), ("usage", &[])],
     &[("control", &[])],
     &[("http", &[])],
     // Above all whose settings it gathers; the layer above alone reads it.
@@ -27,7 +27,7 @@ const SURFACE: [&[&str]; 6] = [
     &["access", "attended", "coding", "conditional", "cors", "route", "stream"],
     &["reply"],
     &["client", "console", "edge", "listener", "meter", "payload", "report"],
-    &["frontend", "ops"],
+    &["frontend", "ops", "streaming"],
     &["data"],
     // The admin listener is a whole upstream.
     &["admin"],

@@ -48,6 +48,7 @@ mod secrecy;
 mod spec;
 /// A server of its own, as its owner meets it.
 mod standalone;
+mod streaming;
 /// What real Unleash servers do, as far as Parapet relies on it.
 mod upstream_facts;
 /// Our engine beside the reference engine, on random flags.

@@ -1,8 +1,8 @@
-// Drives the official Node SDK: `node node-sdk.mjs '{"url": …, "token": …, "appName": …, "environment"?: …}'`.
+// Drives the official Node SDK: `node node-sdk.mjs '{"url": …, "token": …, "appName": …, "environment"?: …, "streaming"?: …}'`.
 import unleash from 'unleash-client';
 import { serve } from './jsonl.mjs';
 
-const { url, token, appName, environment } = JSON.parse(process.argv[2]);
+const { url, token, appName, environment, streaming } = JSON.parse(process.argv[2]);
 const client = new unleash.Unleash({
     url,
     appName,
@@ -10,10 +10,12 @@ const client = new unleash.Unleash({
     customHeaders: { Authorization: token },
     refreshInterval: 200,
     metricsInterval: 3_600_000,
+    ...(streaming && { experimentalMode: { type: 'streaming' } }),
     storageProvider: new unleash.InMemStorageProvider(),
 });
 client.on('error', console.error);
 client.on('warn', console.error);
+client.on('mode', console.error);
 await new Promise((resolve) => client.once('synchronized', resolve));
 
 await serve({

@@ -57,6 +57,9 @@ pub enum Failure {
     /// Too many attempts.
     #[error("too many attempts; try again later")]
     Throttled(Duration),
+    /// As many streams are open as may be.
+    #[error("too many clients follow streams here; poll, or try again later")]
+    Crowded(Duration),
     /// No resource of this path.
     #[error("not found")]
     NotFound,
@@ -115,7 +118,9 @@ impl Failure {
             Self::Permission(_) => (StatusCode::FORBIDDEN, "PermissionError"),
             Self::Denied(_) => (StatusCode::FORBIDDEN, "OperationDeniedError"),
             Self::Unavailable { .. } => (StatusCode::SERVICE_UNAVAILABLE, "UnavailableError"),
-            Self::Throttled(_) => (StatusCode::TOO_MANY_REQUESTS, "TooManyRequestsError"),
+            Self::Throttled(_) | Self::Crowded(_) => {
+                (StatusCode::TOO_MANY_REQUESTS, "TooManyRequestsError")
+            }
             Self::NotFound | Self::Missing(_) => (StatusCode::NOT_FOUND, "NotFoundError"),
             Self::Taken(_) => (StatusCode::CONFLICT, "NameExistsError"),
             Self::Method(_) => (StatusCode::METHOD_NOT_ALLOWED, "MethodNotAllowedError"),
@@ -166,7 +171,9 @@ impl Failure {
     /// What is said beside the body.
     pub(super) fn header(&self) -> Option<(HeaderName, HeaderValue)> {
         match self {
-            Self::Unavailable { retry_after, .. } | Self::Throttled(retry_after) => {
+            Self::Unavailable { retry_after, .. }
+            | Self::Throttled(retry_after)
+            | Self::Crowded(retry_after) => {
                 // Rounded up: who comes a moment too early is sent away again.
                 let seconds = retry_after.as_millis().div_ceil(1000).max(1);
                 let seconds = u64::try_from(seconds).unwrap_or(u64::MAX);

@@ -28,6 +28,13 @@ impl Sdk {
         Self::start("Node SDK", node("node-sdk.mjs").into(), &options).await
     }
 
+    /// The Node SDK, following a stream. It complains of each change of mode too.
+    pub(crate) async fn node_streaming(server: &str, token: &str, app_name: &str) -> Self {
+        let url = format!("{server}/api");
+        let options = json!({ "url": url, "token": token, "appName": app_name, "streaming": true });
+        Self::start("Node SDK", node("node-sdk.mjs").into(), &options).await
+    }
+
     /// The Python SDK, polling every second.
     pub(crate) async fn python(server: &str, token: &str, app_name: &str) -> Self {
         let options =

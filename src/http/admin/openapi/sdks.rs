@@ -24,6 +24,8 @@ enum Answer {
     Cached(&'static str),
     /// 200.
     Told(&'static str),
+    /// 200, and events for as long as it is open.
+    Events,
     /// 202 without a body.
     Accepted,
 }
@@ -73,6 +75,8 @@ static ROWS: &[Row] = &[
     get("/api/client/features", "ClientFeatures", "The flag configuration that the token sees").asks(FILTER),
     Row { takes: None, ..post("/api/client/features", "", "The same") }.tells(Answer::Cached("ClientFeatures")).asks(FILTER),
     get("/api/client/features/{name}", "ClientFeature", "One flag's configuration"),
+    get("/api/client/delta", "ClientDelta", "What changed since the state that If-None-Match names").asks(FILTER),
+    get("/api/client/streaming", "", "What changes, as server-sent events").tells(Answer::Events).asks(FILTER),
     post("/api/client/register", "Registration", "An application starts"),
     post("/api/client/metrics", "ClientMetrics", "What an SDK counted"),
     post("/api/client/metrics/bulk", "BulkMetrics", "What an edge gathered"),
@@ -125,6 +129,11 @@ fn described(row: &Row, path: &str, error: &Value) -> Value {
         }
         Answer::Told(name) => {
             responses.insert("200".to_owned(), done(name));
+        }
+        Answer::Events => {
+            let events = content("text/event-stream", &json!({ "type": "string" }));
+            responses.insert("200".to_owned(), events);
+            responses.insert("429".to_owned(), error.clone());
         }
         Answer::Accepted => {
             responses.insert("202".to_owned(), json!({ "description": "Taken in" }));
@@ -200,6 +209,15 @@ pub(super) fn schemas() -> Map<String, Value> {
             "features": list(json!({ "$ref": "#/components/schemas/ClientFeature" })),
             "segments": list(object(&["id"], json!({ "id": { "type": "integer" } }))),
             "query": { "type": "object" },
+        })),
+        "ClientDelta": object(&["events"], json!({
+            "events": list(object(&["type", "eventId"], json!({
+                "type": { "enum": [
+                    "hydration", "feature-updated", "feature-removed", "segment-updated",
+                    "segment-removed",
+                ] },
+                "eventId": count(),
+            }))),
         })),
         "ClientFeature": object(&["name"], json!({ "name": name() })),
         "Toggles": object(&["toggles"], json!({

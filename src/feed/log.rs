@@ -1,0 +1,159 @@
+//! The last states of one environment.
+
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use jiff::Timestamp;
+use tokio::sync::watch;
+
+use crate::{
+    snapshot::Snapshot,
+    wire::{
+        delta::{self, Change, EventId},
+        features::Document,
+    },
+};
+
+/// How many states are kept: as many as Unleash Edge keeps.
+const STATES: usize = 100;
+
+/// The most memory that earlier states may hold, in bytes.
+const BYTES: usize = 32 << 20;
+
+/// One state.
+#[derive(Clone, Debug)]
+pub(super) struct State {
+    /// Its number: positive, and below 2^31, as SDKs may keep it in a signed integer.
+    pub(super) id: EventId,
+    /// Everything that there was.
+    pub(super) document: Arc<Document>,
+    /// When its source told it.
+    pub(super) told: Timestamp,
+}
+
+/// The states of one environment, the oldest first; there always is one.
+#[derive(Debug)]
+pub(super) struct Log {
+    states: Mutex<States>,
+    current: watch::Sender<EventId>,
+}
+
+#[derive(Debug)]
+struct States {
+    earlier: VecDeque<(State, usize)>,
+    /// What the earlier ones hold besides what the current one does, in bytes.
+    bytes: usize,
+    current: State,
+}
+
+impl Log {
+    /// Begins with this state, under a number that no earlier process is likely to have told.
+    pub(super) fn of(snapshot: &Snapshot) -> Self {
+        let id = rand::random_range(1..1 << 30);
+        let document = Arc::clone(snapshot.document());
+        let current = State { id, document, told: snapshot.confirmed() };
+        let states = States { earlier: VecDeque::new(), bytes: 0, current };
+        Self { states: Mutex::new(states), current: watch::Sender::new(id) }
+    }
+
+    pub(super) fn follow(&self) -> watch::Receiver<EventId> {
+        self.current.subscribe()
+    }
+
+    /// Takes over what is served now, if that is another state. It is asked for under the lock, so
+    /// that of two who ask, none takes over an older one after a newer.
+    pub(super) fn catch_up(&self, served: impl FnOnce() -> Option<Arc<Snapshot>>) {
+        let mut states = self.lock();
+        let Some(snapshot) = served() else { return };
+        if states.take(&snapshot) {
+            self.current.send_replace(states.current.id);
+        }
+    }
+
+    /// The state `from`, if it is known, and the current one.
+    pub(super) fn between(&self, from: Option<EventId>) -> (Option<State>, State) {
+        let states = self.lock();
+        let known = |id: EventId| {
+            if states.current.id == id {
+                return Some(&states.current);
+            }
+            states.earlier.iter().map(|(state, _)| state).find(|state| state.id == id)
+        };
+        (from.and_then(known).cloned(), states.current.clone())
+    }
+
+    /// A panic under this lock leaves states that can be followed.
+    fn lock(&self) -> MutexGuard<'_, States> {
+        self.states.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl States {
+    /// True if that is a new state.
+    fn take(&mut self, snapshot: &Snapshot) -> bool {
+        let document = snapshot.document();
+        if Arc::ptr_eq(document, &self.current.document) {
+            return false;
+        }
+        let lost = delta::diff(document, &self.current.document);
+        if lost.is_empty() {
+            self.current.document = Arc::clone(document);
+            return false;
+        }
+        let id = if self.current.id < EventId::MAX >> 1 { self.current.id + 1 } else { 1 };
+        let next = State { id, document: Arc::clone(document), told: snapshot.confirmed() };
+        let before = std::mem::replace(&mut self.current, next);
+        let weight = weight(&before.document, &lost);
+        self.bytes += weight;
+        self.earlier.push_back((before, weight));
+        while self.earlier.len() >= STATES || self.bytes > BYTES {
+            let Some((_, weight)) = self.earlier.pop_front() else { break };
+            self.bytes -= weight;
+        }
+        true
+    }
+}
+
+/// What a document holds that the one after it does not: its lists, and what `lost` has of texts.
+fn weight(document: &Document, lost: &[Change]) -> usize {
+    let handles = size_of_val(document.features()) + size_of_val(document.segments());
+    let text = |change: &Change| match change {
+        Change::FeatureUpdated(feature) => feature.raw().len(),
+        Change::SegmentUpdated(segment) => segment.raw().len(),
+        Change::Hydration(_) | Change::FeatureRemoved { .. } | Change::SegmentRemoved(_) => 0,
+    };
+    handles + lost.iter().map(text).sum::<usize>()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::token::{Environment, Projects, Scope};
+
+    fn snapshot(text: &str) -> Arc<Snapshot> {
+        let scope = Scope { environment: Environment::new("development"), projects: Projects::All };
+        let document = Document::parse(text.as_bytes()).unwrap();
+        Arc::new(Snapshot::build(scope, document, Timestamp::UNIX_EPOCH))
+    }
+
+    #[test]
+    fn only_the_last_states_are_kept_by_number_and_by_bytes() {
+        let log = Log::of(&snapshot(r#"{"features":[]}"#));
+        let first = *log.follow().borrow();
+        for n in 1..=300 {
+            log.catch_up(|| Some(snapshot(&format!(r#"{{"features":[{{"name":"a","x":{n}}}]}}"#))));
+        }
+        assert_eq!(*log.follow().borrow(), first + 300);
+        let known = |id| log.between(Some(id)).0.is_some();
+        assert!(!known(first + 200) && known(first + 201) && known(first + 300));
+        for large in ["x", "y", "z"] {
+            let text = large.repeat(20 << 20);
+            let text = format!(r#"{{"features":[{{"name":"a","x":"{text}"}}]}}"#);
+            log.catch_up(|| Some(snapshot(&text)));
+        }
+        assert!(!known(first + 301) && known(first + 302) && known(first + 303));
+        assert!(log.lock().bytes <= BYTES);
+    }
+}

@@ -1,0 +1,76 @@
+//! What follows the head of a response.
+
+use std::{
+    convert::Infallible,
+    fmt,
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use bytes::Bytes;
+use futures_util::Stream;
+use http_body_util::Full;
+use hyper::body::{Body, Frame, SizeHint};
+
+/// Bytes as they come about; it ends when there will be no more.
+pub type Live = Pin<Box<dyn Stream<Item = Bytes> + Send>>;
+
+/// The body of a response.
+pub enum Outgoing {
+    /// All of it is there.
+    Whole(Full<Bytes>),
+    /// It is told as it happens.
+    Live(Live),
+}
+
+impl Default for Outgoing {
+    fn default() -> Self {
+        Self::Whole(Full::default())
+    }
+}
+
+impl From<Bytes> for Outgoing {
+    fn from(bytes: Bytes) -> Self {
+        Self::Whole(Full::new(bytes))
+    }
+}
+
+impl fmt::Debug for Outgoing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Whole(bytes) => f.debug_tuple("Whole").field(bytes).finish(),
+            Self::Live(_) => f.write_str("Live"),
+        }
+    }
+}
+
+impl Body for Outgoing {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        match self.get_mut() {
+            Self::Whole(bytes) => Pin::new(bytes).poll_frame(cx),
+            Self::Live(live) => {
+                live.as_mut().poll_next(cx).map(|it| it.map(|bytes| Ok(Frame::data(bytes))))
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Whole(bytes) => bytes.is_end_stream(),
+            Self::Live(_) => false,
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Whole(bytes) => bytes.size_hint(),
+            Self::Live(_) => SizeHint::default(),
+        }
+    }
+}

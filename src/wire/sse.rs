@@ -1,0 +1,221 @@
+//! Server-sent events: `text/event-stream` as the WHATWG HTML standard (section 9.2) defines it.
+//!
+//! Text in, text out. Who reads and writes the bytes, and what becomes of a broken stream, is their
+//! business; `retry` is for whoever opens it again.
+
+use std::fmt::Write as _;
+
+/// What keeps proxies from giving up a stream on which nothing happens.
+pub const COMMENT: &[u8] = b": keep-alive\n\n";
+
+/// An event as it arrived.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Event {
+    /// What kind of event it is; `message` where the stream does not say.
+    pub name: String,
+    /// The last id that the stream told, with this event or before.
+    pub id: String,
+    /// Its lines, joined.
+    pub data: String,
+}
+
+/// Writes one event. `name` and `id` have no line breaks; `data` may have any.
+pub fn event(name: &str, id: Option<u32>, data: &str) -> String {
+    let mut text = String::with_capacity(data.len() + 64);
+    // Writing to a string cannot fail.
+    let _ = writeln!(text, "event: {name}");
+    if let Some(id) = id {
+        let _ = writeln!(text, "id: {id}");
+    }
+    for line in data.split("\r\n").flat_map(|it| it.split(['\r', '\n'])) {
+        let _ = writeln!(text, "data: {line}");
+    }
+    text.push('\n');
+    text
+}
+
+/// Tells a client how many milliseconds to wait before it opens a stream again.
+pub fn retry(milliseconds: u64) -> String {
+    format!("retry: {milliseconds}\n\n")
+}
+
+/// An event, or a line of one, that is longer than its reader takes.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+#[error("an event of the stream is longer than {0} bytes")]
+pub struct TooLong(pub usize);
+
+/// Puts events together from the bytes of a stream, however these are cut.
+#[derive(Debug)]
+pub struct Decoder {
+    /// The most bytes that one event may have.
+    limit: usize,
+    /// The line that has begun.
+    line: Vec<u8>,
+    /// The last byte ended a line and was a carriage return.
+    after_return: bool,
+    is_first_line: bool,
+    /// What the lines so far make; its id outlives it.
+    event: Event,
+    has_data: bool,
+}
+
+impl Decoder {
+    /// Reads events of up to `limit` bytes.
+    pub fn new(limit: usize) -> Self {
+        let (line, event) = Default::default();
+        Self { limit, line, after_return: false, is_first_line: true, event, has_data: false }
+    }
+
+    /// Reads on, and gives the events that are complete now to `tell`.
+    ///
+    /// # Errors
+    /// When an event is too long; the stream cannot be read further then.
+    pub fn read(&mut self, bytes: &[u8], mut tell: impl FnMut(Event)) -> Result<(), TooLong> {
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            if std::mem::take(&mut self.after_return) && rest[0] == b'\n' {
+                rest = &rest[1..];
+                continue;
+            }
+            let end = rest.iter().position(|byte| matches!(byte, b'\r' | b'\n'));
+            let (part, after) = rest.split_at(end.unwrap_or(rest.len()));
+            if self.line.len() + self.event.data.len() + part.len() > self.limit {
+                return Err(TooLong(self.limit));
+            }
+            self.line.extend_from_slice(part);
+            let Some((&ending, after)) = after.split_first() else { return Ok(()) };
+            self.after_return = ending == b'\r';
+            rest = after;
+            if let Some(event) = self.take_line() {
+                tell(event);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the line that is complete; a blank one ends an event.
+    fn take_line(&mut self) -> Option<Event> {
+        let line = std::mem::take(&mut self.line);
+        let line = String::from_utf8_lossy(&line);
+        let is_first = std::mem::take(&mut self.is_first_line);
+        let line = if is_first { line.strip_prefix('\u{feff}').unwrap_or(&line) } else { &line };
+        if line.is_empty() {
+            return self.dispatch();
+        }
+        let (field, value) = line.split_once(':').unwrap_or((line, ""));
+        let value = value.strip_prefix(' ').unwrap_or(value);
+        match field {
+            "event" => value.clone_into(&mut self.event.name),
+            "id" if !value.contains('\0') => value.clone_into(&mut self.event.id),
+            "data" => {
+                if std::mem::replace(&mut self.has_data, true) {
+                    self.event.data.push('\n');
+                }
+                self.event.data.push_str(value);
+            }
+            // A comment, which begins with a colon, is a field without a name.
+            _ => {}
+        }
+        None
+    }
+
+    fn dispatch(&mut self) -> Option<Event> {
+        let id = self.event.id.clone();
+        let mut event = std::mem::replace(&mut self.event, Event { id, ..Event::default() });
+        if !std::mem::take(&mut self.has_data) {
+            return None;
+        }
+        if event.name.is_empty() {
+            "message".clone_into(&mut event.name);
+        }
+        Some(event)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::{collection::vec, prelude::*};
+
+    use super::*;
+
+    fn decoded<'a>(chunks: impl IntoIterator<Item = &'a [u8]>) -> Vec<Event> {
+        let mut decoder = Decoder::new(10_000);
+        let mut events = vec![];
+        for chunk in chunks {
+            decoder.read(chunk, |event| events.push(event)).unwrap();
+        }
+        events
+    }
+
+    fn chunks<'a>(mut text: &'a [u8], cuts: &[usize]) -> Vec<&'a [u8]> {
+        let mut chunks = vec![];
+        for cut in cuts {
+            let (chunk, rest) = text.split_at((*cut).min(text.len()));
+            chunks.push(chunk);
+            text = rest;
+        }
+        chunks.push(text);
+        chunks
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_the_chunks_the_events_are_the_same(
+            stream in vec("(data|event|id|retry|other|\u{feff}data|): ?[a-zé:\0 ]{0,5}(\r|\n|\r\n|\n\n|\r\r|\r\n\r\n)|[^\n]{0,9}", 0..20),
+            cuts in vec(0..7_usize, 0..60),
+        ) {
+            let stream = stream.concat();
+            let whole = decoded([stream.as_bytes()]);
+            prop_assert_eq!(&decoded(chunks(stream.as_bytes(), &cuts)), &whole);
+            let bytes = stream.as_bytes().chunks(1);
+            prop_assert_eq!(&decoded(bytes), &whole);
+        }
+
+        #[test]
+        fn what_is_written_is_read(
+            events in vec(("[a-z-]{1,9}", any::<u32>(), "[ -~é\r\n:]{0,40}"), 0..6),
+            cuts in vec(0..9_usize, 0..60),
+        ) {
+            let mut text = retry(100);
+            let mut expect = vec![];
+            for (name, id, data) in events {
+                text += &event(&name, Some(id), &data);
+                text += std::str::from_utf8(COMMENT).unwrap();
+                let data = data.replace("\r\n", "\n").replace('\r', "\n");
+                expect.push(Event { name, id: id.to_string(), data });
+            }
+            prop_assert_eq!(decoded(chunks(text.as_bytes(), &cuts)), expect);
+        }
+
+        #[test]
+        fn no_more_is_held_than_the_limit(stream in vec(any::<u8>(), 0..300), limit in 0..50_usize) {
+            let mut decoder = Decoder::new(limit);
+            for byte in stream {
+                if decoder.read(&[byte], |_| {}).is_err() {
+                    break;
+                }
+                prop_assert!(decoder.line.len() <= limit);
+                prop_assert!(decoder.event.data.len() <= 3 * limit + 1);
+            }
+        }
+    }
+
+    #[test]
+    fn the_examples_of_the_standard_are_read_as_it_says() {
+        let data = |stream: &str| {
+            let events = decoded([stream.as_bytes()]);
+            events.into_iter().map(|it| it.data).collect::<Vec<_>>()
+        };
+        assert_eq!(data("data: YHOO\ndata: +2\ndata: 10\n\n"), ["YHOO\n+2\n10"]);
+        assert_eq!(data("data\n\ndata\ndata\n\ndata:"), ["", "\n"]);
+        assert_eq!(data("data:test\n\ndata: test\n\n"), ["test", "test"]);
+        let stream = ": test stream\n\ndata: first event\nid: 1\n\ndata:second event\nid\n\ndata:  third event\n";
+        let events = decoded([stream.as_bytes()]);
+        let event = |id: &str, data: &str| Event {
+            name: "message".to_owned(),
+            id: id.to_owned(),
+            data: data.to_owned(),
+        };
+        assert_eq!(events, [event("1", "first event"), event("", "second event")]);
+    }
+}

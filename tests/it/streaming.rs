@@ -1,0 +1,290 @@
+//! Changes arrive: delta events and streams, by hand and by the official SDK.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use parapet::wire::sse::{Decoder, Event};
+use reqwest::{Method, Response, StatusCode};
+use serde_json::{Value, json};
+
+use crate::local::{CLIENT, FRONTEND, Local, WEB_CLIENT, answer};
+use crate::rig::{Kind, Parapet, Sdk, Unleash, http, until};
+
+const ADMIN: &str = "*:*.admin-0123456789abcdef0123456789abcdef";
+
+/// The longest that anything of this takes.
+const PATIENCE: Duration = Duration::from_mins(1);
+
+const STREAM: &str = "/api/client/streaming";
+const DELTA: &str = "/api/client/delta";
+
+/// Flags of the projects `web` and `default`, the first with a segment.
+fn flags(web: bool, other: bool) -> String {
+    let flag = |name: &str, project: &str, enabled: bool, segments: Value| {
+        let strategy = json!({ "name": "default", "segments": segments });
+        json!({ "name": name, "project": project, "enabled": enabled, "strategies": [strategy] })
+    };
+    let segment = json!({ "id": 7, "constraints": [] });
+    let features =
+        [flag("in-web", "web", web, json!([7])), flag("other", "default", other, json!([]))];
+    // Line breaks within the text of a flag have to come through.
+    let text = json!({ "features": features, "segments": [segment] });
+    serde_json::to_string_pretty(&text).unwrap()
+}
+
+fn write(parapet: &Local, flags: &str) {
+    std::fs::write(parapet.flags_file(), flags).unwrap();
+}
+
+/// What the events are of, and which flag or segment each names.
+fn told(events: &Value) -> Vec<(String, String)> {
+    let name = |event: &Value| match event["type"].as_str().unwrap() {
+        "hydration" => {
+            let names = event["features"].as_array().unwrap().iter();
+            names.map(|it| it["name"].as_str().unwrap()).collect::<Vec<_>>().join(",")
+        }
+        "feature-updated" => event["feature"]["name"].as_str().unwrap().to_owned(),
+        "feature-removed" => event["featureName"].as_str().unwrap().to_owned(),
+        "segment-updated" => event["segment"]["id"].to_string(),
+        _ => event["segmentId"].to_string(),
+    };
+    let events = events["events"].as_array().unwrap().iter();
+    events.map(|it| (it["type"].as_str().unwrap().to_owned(), name(it))).collect()
+}
+
+fn of(kind: &str, name: &str) -> (String, String) {
+    (kind.to_owned(), name.to_owned())
+}
+
+/// A stream as a client has it.
+struct Stream {
+    response: Response,
+    decoder: Decoder,
+    events: VecDeque<Event>,
+}
+
+impl Stream {
+    async fn open(url: &str, token: &str, last: Option<&str>) -> Self {
+        let request = http().get(format!("{url}{STREAM}")).timeout(2 * PATIENCE);
+        let request = request.header("authorization", token);
+        let request = last.into_iter().fold(request, |it, id| it.header("last-event-id", id));
+        let response = request.send().await.unwrap();
+        assert_eq!(response.status(), StatusCode::OK);
+        assert_eq!(response.headers()["content-type"], "text/event-stream");
+        Self { response, decoder: Decoder::new(1 << 20), events: VecDeque::new() }
+    }
+
+    async fn of(parapet: &Local, token: &str, last: Option<&str>) -> Self {
+        Self::open(&format!("http://{}", parapet.address()), token, last).await
+    }
+
+    /// The next event; `None` at the stream's end.
+    async fn next(&mut self) -> Option<Event> {
+        while self.events.is_empty() {
+            let chunk = tokio::time::timeout(PATIENCE, self.response.chunk());
+            let chunk = chunk.await.expect("something is told, or the stream ends");
+            let Ok(Some(chunk)) = chunk else { return None };
+            self.decoder.read(&chunk, |event| self.events.push_back(event)).unwrap();
+        }
+        self.events.pop_front()
+    }
+
+    /// The next event's name, number, and what it tells.
+    async fn news(&mut self) -> (String, String, Vec<(String, String)>) {
+        let event = self.next().await.expect("the stream goes on");
+        let data = serde_json::from_str(&event.data).unwrap();
+        (event.name, event.id, told(&data))
+    }
+}
+
+#[tokio::test]
+async fn a_delta_tells_what_changed_since_the_state_that_a_client_names() {
+    let parapet = Local::offline(&flags(false, false)).await;
+    let ask = async |token: &str, etag: &str| {
+        let request = parapet.request(Method::GET, DELTA).header("authorization", token);
+        answer(request.header("if-none-match", etag)).await
+    };
+    let first = ask(CLIENT, "\"0\"").await;
+    assert_eq!(told(&first.json()), [of("hydration", "in-web,other")]);
+    let etag = first.header("etag").to_owned();
+    assert_eq!(etag, format!("\"{}\"", first.json()["events"][0]["eventId"]));
+    let again = ask(CLIENT, &etag).await;
+    assert_eq!((again.status, again.header("etag")), (StatusCode::NOT_MODIFIED, &*etag));
+
+    write(&parapet, &flags(false, true));
+    let then = until("the change is told", PATIENCE, async || {
+        let then = ask(CLIENT, &etag).await;
+        (then.status == StatusCode::OK).then_some(then)
+    })
+    .await;
+    assert_eq!(told(&then.json()), [of("feature-updated", "other")]);
+    assert_eq!(then.json()["events"][0]["feature"]["enabled"], true);
+    assert_ne!(then.header("etag"), etag);
+    assert_eq!(ask(CLIENT, then.header("etag")).await.status, StatusCode::NOT_MODIFIED);
+    // Of a project where nothing has changed there is nothing to tell, wherever one comes from.
+    assert_eq!(ask(WEB_CLIENT, &etag).await.status, StatusCode::NOT_MODIFIED);
+    let whole = ask(WEB_CLIENT, "\"5\"").await.json();
+    assert_eq!(told(&whole), [of("hydration", "in-web")]);
+    assert_eq!(whole["events"][0]["segments"][0]["id"], 7);
+
+    let status = async |path: &str, token: &str| parapet.get(path, token).await.status.as_u16();
+    assert_eq!(status(DELTA, FRONTEND).await, 403);
+    assert_eq!(status(DELTA, "*:development.nobody").await, 401);
+    assert_eq!(status(&format!("{DELTA}?namePrefix={}", "x".repeat(300)), CLIENT).await, 400);
+    let prefixed = parapet.get(&format!("{DELTA}?namePrefix=oth"), CLIENT).await.json();
+    assert_eq!(told(&prefixed), [of("hydration", "other")]);
+}
+
+#[tokio::test]
+async fn a_stream_begins_with_everything_or_with_what_was_missed_and_tells_each_change() {
+    let parapet = Local::offline(&flags(false, false)).await;
+    let mut all = Stream::of(&parapet, CLIENT, None).await;
+    let mut web = Stream::of(&parapet, WEB_CLIENT, None).await;
+    let (name, first, events) = all.news().await;
+    assert_eq!((&*name, events), ("unleash-connected", vec![of("hydration", "in-web,other")]));
+    assert_eq!(web.news().await.2, [of("hydration", "in-web")]);
+
+    write(&parapet, &flags(false, true));
+    let (name, second, events) = all.news().await;
+    assert_eq!((&*name, events), ("unleash-updated", vec![of("feature-updated", "other")]));
+    write(&parapet, &flags(true, true));
+    assert_eq!(all.news().await.2, [of("feature-updated", "in-web")]);
+    let (_, third, events) = web.news().await;
+    assert_eq!(events, [of("feature-updated", "in-web")], "of the other there was nothing to tell");
+
+    // Who comes back is told what it missed, in one piece; who has it all, nothing.
+    let resumed = Stream::of(&parapet, CLIENT, Some(&first)).await.news().await;
+    let missed = vec![of("feature-updated", "in-web"), of("feature-updated", "other")];
+    assert_eq!(resumed, ("unleash-connected".to_owned(), third.clone(), missed));
+    let resumed = Stream::of(&parapet, CLIENT, Some(&second)).await.news().await;
+    assert_eq!(resumed.2, [of("feature-updated", "in-web")]);
+    assert!(Stream::of(&parapet, CLIENT, Some(&third)).await.news().await.2.is_empty());
+    let unknown = Stream::of(&parapet, CLIENT, Some("1")).await.news().await;
+    assert_eq!(unknown.2, [of("hydration", "in-web,other")]);
+
+    write(&parapet, r#"{"features":[]}"#);
+    let events = all.news().await.2;
+    let gone = ["in-web", "other"].map(|name| of("feature-removed", name));
+    assert_eq!(events, [&gone[..], &[of("segment-removed", "7")]].concat());
+}
+
+#[tokio::test]
+async fn a_stream_ends_when_its_token_dies_and_others_go_on() {
+    let variables = [("INIT_ADMIN_API_TOKENS", ADMIN), ("INIT_BACKEND_API_TOKENS", CLIENT)];
+    let parapet = Local::standalone(&flags(false, false), &[], &variables).await;
+    let admin = |method: Method, path: &str| {
+        let request = parapet.admin_request(method, &format!("/api/admin/api-tokens{path}"));
+        request.header("authorization", ADMIN).header("content-type", "application/json")
+    };
+    let body = json!({ "tokenName": "short", "type": "client", "environment": "development" });
+    let made = answer(admin(Method::POST, "").body(body.to_string())).await;
+    assert_eq!(made.status, StatusCode::CREATED);
+    let secret = made.json()["secret"].as_str().unwrap().to_owned();
+    let (mut doomed, mut other) =
+        (Stream::of(&parapet, &secret, None).await, Stream::of(&parapet, CLIENT, None).await);
+    doomed.news().await;
+    other.news().await;
+    let deleted = answer(admin(Method::DELETE, &format!("/{secret}"))).await;
+    assert_eq!(deleted.status, StatusCode::OK);
+    assert_eq!(doomed.next().await, None, "it is told nothing more");
+    write(&parapet, &flags(true, false));
+    assert_eq!(other.news().await.2, [of("feature-updated", "in-web")]);
+}
+
+#[tokio::test]
+async fn beyond_the_room_for_streams_sdks_are_told_to_poll() {
+    let parapet = Local::offline_with(&flags(false, false), &["--max-streams", "1"]).await;
+    let first = Stream::of(&parapet, CLIENT, None).await;
+    let refused = parapet.get(STREAM, CLIENT).await;
+    assert_eq!(refused.status, StatusCode::TOO_MANY_REQUESTS);
+    assert_eq!(refused.header("retry-after"), "60");
+    drop(first);
+    until("there is room again", PATIENCE, async || {
+        let request = parapet.request(Method::GET, STREAM).header("authorization", CLIENT);
+        let response = request.send().await.unwrap();
+        (response.status() == StatusCode::OK).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_fleet_is_sent_to_streaming_or_to_polling() {
+    let parapet = Local::offline(&flags(false, false)).await;
+    assert_eq!(parapet.get("/api/client/features", CLIENT).await.header("fetch-mode"), "");
+    let args = ["--sdk-fetch-mode", "streaming"];
+    let parapet = Local::offline_with(&flags(false, false), &args).await;
+    let poll = parapet.get("/api/client/features", CLIENT).await;
+    assert_eq!(poll.header("fetch-mode"), "streaming");
+    let args = ["--sdk-fetch-mode", "polling"];
+    let parapet = Local::offline_with(&flags(false, false), &args).await;
+    assert_eq!(parapet.get("/api/client/features", CLIENT).await.header("fetch-mode"), "");
+    let mut stream = Stream::of(&parapet, CLIENT, None).await;
+    assert_eq!(stream.news().await.2, [of("hydration", "in-web,other")]);
+    let sent = stream.next().await.unwrap();
+    assert_eq!((&*sent.name, &*sent.data), ("fetch-mode", "polling"));
+    // An SDK that cannot poll goes on.
+    write(&parapet, &flags(true, false));
+    assert_eq!(stream.news().await.2, [of("feature-updated", "in-web")]);
+}
+
+#[tokio::test]
+async fn streams_end_in_order_with_the_process_and_at_their_age() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("flags.json");
+    std::fs::write(&file, flags(false, false)).unwrap();
+    let offline = Parapet::mode("offline").flag("--bootstrap-file", &file);
+    let parapet = offline.flag("--client-tokens", CLIENT).start().await;
+    let mut stream = Stream::open(&parapet.url(), CLIENT, None).await;
+    stream.news().await;
+    let (end, status) = tokio::join!(stream.next(), parapet.terminate());
+    assert_eq!(end, None);
+    assert!(status.success(), "{}", parapet.log());
+    assert!(!parapet.log().contains("did not finish in time"), "{}", parapet.log());
+
+    let args = ["--stream-max-age-seconds", "1"];
+    let parapet = Local::offline_with(&flags(false, false), &args).await;
+    let mut stream = Stream::of(&parapet, CLIENT, None).await;
+    stream.news().await;
+    assert_eq!(stream.next().await, None);
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn the_node_sdk_streams_in_front_of_an_unleash_that_cannot() {
+    Unleash::on_every_version(async |unleash| {
+        let flag = format!("streamed-{:?}", unleash.version()).to_lowercase();
+        unleash.create_enabled_flag(&flag, "development", &[]).await;
+        let edge = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token()).impatient();
+        let parapet = edge.flag("--fleet-name", "streaming").start().await;
+        let token = unleash.create_token(Kind::Backend, "development", &["*"], "streaming").await;
+        let mut sdk = Sdk::node_streaming(&parapet.url(), &token, "streaming").await;
+        let mut wait_for = async |expect: bool| {
+            until(&format!("the SDK sees the flag {expect}"), PATIENCE, async || {
+                let flags = sdk.evaluate(json!({})).await;
+                flags.get(&flag).is_some_and(|it| it.enabled == expect).then_some(())
+            })
+            .await;
+        };
+        wait_for(true).await;
+        unleash.disable(&flag, "development").await;
+        wait_for(false).await;
+        // Killed and started again, it is found again, and what changed meanwhile is told.
+        parapet.kill();
+        unleash.enable(&flag, "development").await;
+        parapet.restart();
+        parapet.wait_until_ready().await;
+        wait_for(true).await;
+        unleash.disable(&flag, "development").await;
+        wait_for(false).await;
+        assert_eq!(sdk.complaints(), "", "no warning, and no change of mode");
+        assert_eq!(parapet.metric("parapet_streams").await, Some(1.0));
+        let polls = r#"http_server_requests_total{http_route="/api/client/features",http_request_method="GET",http_response_status_code="200"}"#;
+        assert_eq!(parapet.metric(polls).await, None, "the SDK polled nothing");
+        sdk.close().await;
+        until("the stream is closed", Duration::from_secs(30), async || {
+            (parapet.metric("parapet_streams").await == Some(0.0)).then_some(())
+        })
+        .await;
+    })
+    .await;
+}
