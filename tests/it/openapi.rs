@@ -46,6 +46,8 @@ impl Bench {
             .env("INIT_BACKEND_API_TOKENS", CLIENT)
             .env("INIT_FRONTEND_API_TOKENS", FRONTEND)
             .env("UNLEASH_DEFAULT_ADMIN_PASSWORD", PASSWORD)
+            // Whoever asks for a stream reads it to its end.
+            .flag("--stream-max-age-seconds", "0.1")
             .start()
             .await;
         Self { folder, parapet }

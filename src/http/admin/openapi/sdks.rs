@@ -131,7 +131,13 @@ fn described(row: &Row, path: &str, error: &Value) -> Value {
             responses.insert("200".to_owned(), done(name));
         }
         Answer::Events => {
-            let events = content("text/event-stream", &json!({ "type": "string" }));
+            let text = json!({ "type": "string" });
+            let event = json!({
+                "type": "object",
+                "required": ["event", "data"],
+                "properties": { "event": text, "id": text, "data": text },
+            });
+            let events = content("text/event-stream", &event);
             responses.insert("200".to_owned(), events);
             responses.insert("429".to_owned(), error.clone());
         }
