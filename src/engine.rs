@@ -95,6 +95,12 @@ impl Engine {
         self.plans[id.index()].fixed()
     }
 
+    /// Whether the outcome may depend on the bucket that somebody falls into: of a rollout, a lottery
+    /// or variants.
+    pub fn splits(&self, id: FlagId) -> bool {
+        self.plans[id.index()].splits()
+    }
+
     /// Reads a context as far as it takes to tell it from others by [`Engine::tell`].
     pub fn read<'a>(&self, context: &Context<'a>) -> Values<'a> {
         self.fields.read(context)

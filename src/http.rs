@@ -17,6 +17,7 @@ pub mod edge;
 pub mod frontend;
 pub mod listener;
 pub mod meter;
+pub mod ofrep;
 pub mod ops;
 pub mod payload;
 pub mod reply;

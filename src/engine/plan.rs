@@ -78,6 +78,12 @@ impl Plan {
         }
     }
 
+    /// Whether it may depend on the bucket that somebody falls into, parents aside.
+    pub(super) fn splits(&self) -> bool {
+        let Self::Depends(conditions) = self else { return false };
+        conditions.variants.splits() || conditions.strategies.iter().any(Strategy::splits)
+    }
+
     /// Adds what the outcome depends on to `reads`; `plans` are those of all flags.
     pub(super) fn note_reads(&self, plans: &[Self], reads: &mut Reads) {
         let Self::Depends(conditions) = self else { return };

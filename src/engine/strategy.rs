@@ -332,6 +332,11 @@ impl Strategy {
         self.constraints.is_empty() && matches!(self.rule, Rule::Always)
     }
 
+    /// Whether a bucket decides who matches it, or who gets which of its variants.
+    pub(super) fn splits(&self) -> bool {
+        matches!(self.rule, Rule::Rollout(_) | Rule::Lottery { .. }) || self.variants.splits()
+    }
+
     /// Who gets which of its own variants.
     pub(super) fn variants(&self) -> &Choice {
         &self.variants

@@ -181,6 +181,11 @@ fn compile_overrides(
 }
 
 impl Choice {
+    /// Whether a bucket decides who gets which.
+    pub(super) fn splits(&self) -> bool {
+        matches!(self, Self::Lots(_))
+    }
+
     /// The variant for this context, as an index into the flag's table.
     pub(super) fn choose(&self, bound: &Bound<'_>) -> Option<u32> {
         match self {

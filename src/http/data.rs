@@ -21,6 +21,7 @@ use super::{
     frontend::{self, Question},
     listener::Service,
     meter::{Meter, Subject},
+    ofrep,
     ops::Ops,
     payload::Arriving,
     reply::{self, Failure, Reply},
@@ -35,7 +36,7 @@ use crate::{
     snapshot::{Snapshot, Snapshots},
     token::{Grant, Scope, Token, TokenDigest, TokenKind},
     usage::Usage,
-    wire::context::FrontendContext,
+    wire::{self, context::FrontendContext},
 };
 
 /// How the data listener behaves.
@@ -100,6 +101,9 @@ impl Service for Data {
 /// When a client is told to try again, where nothing better is known.
 const TRY_AGAIN: Duration = Duration::from_secs(5);
 
+/// Where OpenFeature's providers may present their token; it does no harm elsewhere.
+const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
+
 const NO_FLAGS: Failure = Failure::Unavailable {
     what: "the flags that this token sees have not been fetched",
     retry_after: TRY_AGAIN,
@@ -161,7 +165,7 @@ impl Data {
                 Box::pin(edge::validate(&self.auth, &body)).await
             }
             Route::ClientFeatures => {
-                let (grant, snapshot) = self.reader(headers, TokenKind::Client).await?;
+                let (grant, snapshot) = self.reader(headers, &[TokenKind::Client]).await?;
                 let mut reply = client::features(headers, query, &snapshot, &grant.scope).await?;
                 if self.streams.are_preferred() {
                     reply::prefer_streaming(&mut reply);
@@ -169,45 +173,72 @@ impl Data {
                 Ok(reply)
             }
             Route::ClientFeature(name) => {
-                let (grant, snapshot) = self.reader(headers, TokenKind::Client).await?;
+                let (grant, snapshot) = self.reader(headers, &[TokenKind::Client]).await?;
                 client::feature(headers, name, &snapshot, &grant.scope).await
             }
             Route::ClientDelta => Box::pin(self.delta(headers, query)).await,
             Route::ClientStreaming => Box::pin(self.stream(headers, query)).await,
             Route::Frontend(shown) => {
-                let (grant, snapshot) = self.reader(headers, TokenKind::Frontend).await?;
+                let (grant, snapshot) = self.reader(headers, &[TokenKind::Frontend]).await?;
                 let body = self.context_body(head, body).await?;
                 let told = context(head, body.as_ref())?;
                 let asked = self.question(&told, client, &snapshot, &grant.scope);
                 Ok(frontend::flags(headers, shown, asked).await)
             }
             Route::FrontendFeature(name) => {
-                let (grant, snapshot) = self.reader(headers, TokenKind::Frontend).await?;
+                let (grant, snapshot) = self.reader(headers, &[TokenKind::Frontend]).await?;
                 let body = self.context_body(head, body).await?;
                 let told = context(head, body.as_ref())?;
                 let asked = self.question(&told, client, &snapshot, &grant.scope);
                 frontend::flag(headers, name, asked).await
             }
+            Route::OfrepFlags => Ok(Box::pin(self.ofrep(head, None, body, client)).await),
+            Route::OfrepFlag(key) => Ok(Box::pin(self.ofrep(head, Some(key), body, client)).await),
             Route::Register(kind) => {
-                let grant = self.admit(headers, kind).await?.grant;
+                let grant = self.admit(headers, &[kind]).await?.grant;
                 let body = self.read(headers, body).await?;
                 report::register(&self.usage, &grant, headers, &body)
             }
             Route::Metrics(kind) => {
-                let grant = self.admit(headers, kind).await?.grant;
+                let grant = self.admit(headers, &[kind]).await?.grant;
                 let body = self.read(headers, body).await?;
                 report::metrics(&self.usage, &grant, headers, &body)
             }
             Route::Bulk => {
-                let grant = self.admit(headers, TokenKind::Client).await?.grant;
+                let grant = self.admit(headers, &[TokenKind::Client]).await?.grant;
                 let body = self.read(headers, body).await?;
                 report::bulk(&self.usage, &grant, &body)
             }
             Route::Instance => {
-                self.admit(headers, TokenKind::Client).await?;
+                self.admit(headers, &[TokenKind::Client]).await?;
                 report::instance(&self.usage, &self.read(headers, body).await?)
             }
         }
+    }
+
+    /// Answers OpenFeature's providers, refusals included.
+    async fn ofrep(
+        &self,
+        head: &Parts,
+        key: Option<&str>,
+        body: Arriving,
+        client: IpAddr,
+    ) -> Reply {
+        let answer = async {
+            let wanted: &[_] = match key {
+                Some(_) => &[TokenKind::Frontend, TokenKind::Client],
+                None => &[TokenKind::Frontend],
+            };
+            let (grant, snapshot) = self.reader(&head.headers, wanted).await?;
+            let body = self.read(&head.headers, body).await?;
+            let told = wire::ofrep::context(&body)?;
+            let asked = self.question(&told, client, &snapshot, &grant.scope);
+            match key {
+                Some(key) => ofrep::flag(&head.headers, key, asked).await,
+                None => Ok(ofrep::flags(&head.headers, asked).await),
+            }
+        };
+        answer.await.unwrap_or_else(|failure| ofrep::refusal(key, &failure))
     }
 
     async fn delta(&self, headers: &HeaderMap, query: &str) -> Result<Reply, Failure> {
@@ -228,7 +259,7 @@ impl Data {
         headers: &HeaderMap,
         query: &str,
     ) -> Result<(Arc<Grant>, Topic), Failure> {
-        let (grant, _) = self.reader(headers, TokenKind::Client).await?;
+        let (grant, _) = self.reader(headers, &[TokenKind::Client]).await?;
         let Scope { environment, projects } = grant.scope.clone();
         Ok((grant, Topic { environment, projects, filter: client::filter(query)? }))
     }
@@ -244,15 +275,16 @@ impl Data {
 
     /// The text in which the request presents its token.
     fn presented<'a>(&self, headers: &'a HeaderMap) -> Result<&'a str, Failure> {
-        let header = headers.get(&self.settings.token_header).and_then(|it| it.to_str().ok());
+        let header = headers.get(&self.settings.token_header);
+        let header = header.or_else(|| headers.get(API_KEY)).and_then(|it| it.to_str().ok());
         header.ok_or(Failure::Unauthorized)
     }
 
-    /// The grant of the request's token, if it is of the kind that the route wants and of an
+    /// The grant of the request's token, if it is of a kind that the route wants and of an
     /// environment that is served here.
-    async fn admit(&self, headers: &HeaderMap, wanted: TokenKind) -> Result<Admission, Failure> {
+    async fn admit(&self, headers: &HeaderMap, wanted: &[TokenKind]) -> Result<Admission, Failure> {
         let admission = self.auth.authenticate(self.presented(headers)?).await?;
-        if admission.grant.kind != wanted {
+        if !wanted.contains(&admission.grant.kind) {
             return Err(Failure::WrongKind);
         }
         if !self.snapshots.serves(&admission.grant.scope.environment) {
@@ -261,14 +293,14 @@ impl Data {
         Ok(admission)
     }
 
-    /// What a token of the wanted kind allows, and flags that include all that it sees.
+    /// What a token of a wanted kind allows, and flags that include all that it sees.
     ///
     /// A first-seen token may be the one to have them fetched, and waits for that. Flags that were
     /// never fetched are not there, which is something else than that there are none.
     async fn reader(
         &self,
         headers: &HeaderMap,
-        wanted: TokenKind,
+        wanted: &[TokenKind],
     ) -> Result<(Arc<Grant>, Arc<Snapshot>), Failure> {
         let Admission { grant, first_seen } = self.admit(headers, wanted).await?;
         let snapshot = match self.snapshots.load_for(&grant.scope) {

@@ -39,7 +39,7 @@ pub struct Question<'a> {
 
 impl Question<'_> {
     /// Completes the context as far as the flags of `view` read it, and answers by it.
-    fn answer<T>(&self, view: &View, answer: impl FnOnce(&Context<'_>) -> T) -> T {
+    pub fn answer<T>(&self, view: &View, answer: impl FnOnce(&Context<'_>) -> T) -> T {
         let Self { told, client, hostname, scope, .. } = *self;
         let reads = view.reads();
         let mut address = [0; LONGEST_ADDRESS];
@@ -77,7 +77,7 @@ fn written(address: IpAddr, buffer: &mut [u8; LONGEST_ADDRESS]) -> &str {
 
 impl From<context::Error> for Failure {
     fn from(error: context::Error) -> Self {
-        Self::Malformed(format!("the context cannot be read: {error}"))
+        Self::Context(error.to_string())
     }
 }
 

@@ -52,6 +52,15 @@ impl From<Failure> for Reply {
     }
 }
 
+/// A failure in other words than Unleash's: `document` is the whole body.
+pub fn refusal(failure: &Failure, document: &impl Serialize) -> Reply {
+    let mut reply = private(failure.status(), document);
+    if let Some((name, value)) = failure.header() {
+        reply.headers_mut().insert(name, value);
+    }
+    reply
+}
+
 /// Whether caches between us and the client must ask again before using an answer.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Freshness {

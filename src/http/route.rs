@@ -29,6 +29,10 @@ pub enum Route<'a> {
     Frontend(Shown),
     /// `GET` and `POST /api/frontend/features/{name}`, the name still percent-encoded
     FrontendFeature(&'a str),
+    /// `POST /ofrep/v1/evaluate/flags`
+    OfrepFlags,
+    /// `POST /ofrep/v1/evaluate/flags/{key}`, the key still percent-encoded
+    OfrepFlag(&'a str),
     /// `POST /edge/validate`
     Validate,
     /// `GET /internal-backstage/health`
@@ -71,7 +75,7 @@ const POST: &str = "POST";
 
 impl<'a> Route<'a> {
     /// The template of each route, a label value; a route's is at [`Route::index`].
-    pub const TEMPLATES: [&'static str; 17] = [
+    pub const TEMPLATES: [&'static str; 19] = [
         "/api/client/features",
         "/api/client/features/{name}",
         "/api/client/register",
@@ -89,6 +93,8 @@ impl<'a> Route<'a> {
         "/internal-backstage/metrics",
         "/api/client/delta",
         "/api/client/streaming",
+        "/ofrep/v1/evaluate/flags",
+        "/ofrep/v1/evaluate/flags/{key}",
     ];
 
     /// Finds the route of a normalised path (see [`normalise`]).
@@ -104,7 +110,7 @@ impl<'a> Route<'a> {
 
     /// Whether a normalised path is among those of SDKs and other edges, known or not.
     pub fn is_of_sdks(path: &str) -> bool {
-        ["/api/client/", "/api/frontend", "/api/proxy", "/edge/"]
+        ["/api/client/", "/api/frontend", "/api/proxy", "/ofrep/", "/edge/"]
             .iter()
             .any(|root| path.starts_with(root))
     }
@@ -121,6 +127,12 @@ impl<'a> Route<'a> {
         }
         if let Some(rest) = path.strip_prefix("/api/proxy") {
             return Self::of_frontend(rest);
+        }
+        if let Some(rest) = path.strip_prefix("/ofrep/v1/evaluate/flags") {
+            return match rest.strip_prefix('/') {
+                Some(key) => Some((Self::OfrepFlag(one_segment(key)?), POST)),
+                None => rest.is_empty().then_some((Self::OfrepFlags, POST)),
+            };
         }
         match path {
             "/edge/validate" => Some((Self::Validate, POST)),
@@ -183,6 +195,8 @@ impl<'a> Route<'a> {
             Self::Prometheus => 14,
             Self::ClientDelta => 15,
             Self::ClientStreaming => 16,
+            Self::OfrepFlags => 17,
+            Self::OfrepFlag(_) => 18,
         }
     }
 }
@@ -248,6 +262,8 @@ mod tests {
             "/api/proxy/all/client/metrics",
             Ok(Route::Metrics(TokenKind::Frontend)),
         );
+        check(&Method::POST, "/ofrep/v1/evaluate/flags", Ok(Route::OfrepFlags));
+        check(&Method::POST, "/ofrep/v1/evaluate/flags/a", Ok(Route::OfrepFlag("a")));
         check(&Method::POST, "/edge/validate", Ok(Route::Validate));
         check(&Method::GET, "/internal-backstage/prometheus", Ok(Route::Prometheus));
     }
@@ -258,6 +274,8 @@ mod tests {
         check(&Method::GET, "/api/client/features/a/b", Err(NoRoute::Path));
         check(&Method::GET, "/api/proxy/features/x", Err(NoRoute::Path));
         check(&Method::GET, "/api/frontendx", Err(NoRoute::Path));
+        check(&Method::POST, "/ofrep/v1/evaluate/flagsx", Err(NoRoute::Path));
+        check(&Method::GET, "/ofrep/v1/evaluate/flags", Err(NoRoute::Method(POST)));
         check(&Method::GET, "/api/client/metrics", Err(NoRoute::Method(POST)));
         check(&Method::PUT, "/api/frontend", Err(NoRoute::Method(READ_OR_POST)));
         check(&Method::DELETE, "/internal-backstage/health", Err(NoRoute::Method(READ)));

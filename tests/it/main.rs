@@ -27,9 +27,10 @@ mod limits;
 /// Parapet in this process, for tests of its answers.
 #[allow(dead_code, reason = "a kit like the rig: each story uses the parts it needs")]
 mod local;
+/// What operators configure and see.
+mod ofrep;
 /// The API's document.
 mod openapi;
-/// What operators configure and see.
 mod ops;
 /// An edge whose upstream is away.
 mod outage;

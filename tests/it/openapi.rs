@@ -119,7 +119,7 @@ headers = {{ Authorization = "{ADMIN}" }}
 include-path-regex = "^/api/client/"
 headers = {{ Authorization = "{CLIENT}" }}
 [[operations]]
-include-path-regex = "^/api/(frontend|proxy)"
+include-path-regex = "^/(api/(frontend|proxy)|ofrep)"
 headers = {{ Authorization = "{FRONTEND}" }}
 "#
     );

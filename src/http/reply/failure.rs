@@ -78,6 +78,9 @@ pub enum Failure {
     /// A body or query that says nothing usable; the text tells where.
     #[error("{0}")]
     Malformed(String),
+    /// A context that says nothing usable; the text tells why.
+    #[error("the context cannot be read: {0}")]
+    Context(String),
     /// A body of which parts cannot be used.
     #[error("the request cannot be used as it is: {}", summary(.0))]
     Invalid(Vec<Problem>),
@@ -125,7 +128,9 @@ impl Failure {
             Self::Taken(_) => (StatusCode::CONFLICT, "NameExistsError"),
             Self::Method(_) => (StatusCode::METHOD_NOT_ALLOWED, "MethodNotAllowedError"),
             Self::MediaType => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "UnsupportedMediaTypeError"),
-            Self::Malformed(_) | Self::Invalid(_) => (StatusCode::BAD_REQUEST, "BadDataError"),
+            Self::Malformed(_) | Self::Context(_) | Self::Invalid(_) => {
+                (StatusCode::BAD_REQUEST, "BadDataError")
+            }
             Self::TooLarge(_) => (StatusCode::PAYLOAD_TOO_LARGE, "ContentTooLargeError"),
             Self::TooSlow(_) => (StatusCode::REQUEST_TIMEOUT, "RequestTimeoutError"),
             Self::Upstream => (StatusCode::BAD_GATEWAY, "BadGatewayError"),
@@ -139,7 +144,7 @@ impl Failure {
                 let detail = |it: &Problem| Detail { message: sentence(it), path: Some(it.path) };
                 problems.iter().map(detail).collect()
             }
-            Self::Malformed(_) | Self::Permission(_) => {
+            Self::Malformed(_) | Self::Context(_) | Self::Permission(_) => {
                 vec![Detail { message: self.to_string(), path: None }]
             }
             _ => Vec::new(),

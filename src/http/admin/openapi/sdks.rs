@@ -24,6 +24,8 @@ enum Answer {
     Cached(&'static str),
     /// 200.
     Told(&'static str),
+    /// As the former, refusals in the words of OpenFeature.
+    Evaluated(&'static str),
     /// 200, and events for as long as it is open.
     Events,
     /// 202 without a body.
@@ -89,6 +91,8 @@ static ROWS: &[Row] = &[
     post("/api/frontend/features/{name}", "Context", "The same, the context in the body").tells(Answer::Cached("Toggle")),
     post("/api/frontend/client/register", "Registration", "A frontend application starts"),
     post("/api/frontend/client/metrics", "ClientMetrics", "What a frontend SDK counted"),
+    post("/ofrep/v1/evaluate/flags", "OfrepQuestion", "All flags for an OpenFeature provider").tells(Answer::Evaluated("OfrepFlags")),
+    post("/ofrep/v1/evaluate/flags/{key}", "OfrepQuestion", "One flag for an OpenFeature provider").tells(Answer::Evaluated("OfrepFlag")),
     post("/edge/validate", "Tokens", "Which of these tokens are valid").tells(Answer::Told("ValidTokens")),
 ];
 
@@ -123,7 +127,7 @@ fn described(row: &Row, path: &str, error: &Value) -> Value {
     let done = |name| content("application/json", &schema(name));
     let mut responses = Map::new();
     match row.answer {
-        Answer::Cached(name) => {
+        Answer::Cached(name) | Answer::Evaluated(name) => {
             responses.insert("200".to_owned(), done(name));
             responses.insert("304".to_owned(), json!({ "description": "As before" }));
         }
@@ -145,8 +149,12 @@ fn described(row: &Row, path: &str, error: &Value) -> Value {
             responses.insert("202".to_owned(), json!({ "description": "Taken in" }));
         }
     }
+    let refusal = match row.answer {
+        Answer::Evaluated(_) => &content("application/json", &schema("OfrepRefusal")),
+        _ => error,
+    };
     for status in [400, 401, 403, 404, 408, 413, 415, 503] {
-        responses.insert(status.to_string(), error.clone());
+        responses.insert(status.to_string(), refusal.clone());
     }
     let mut parameters = arguments(path);
     parameters.extend(row.query.iter().map(|(name, kind)| query(name, *kind)));
@@ -265,6 +273,29 @@ pub(super) fn schemas() -> Map<String, Value> {
             "metrics": list(object(&["featureName", "appName", "environment", "timestamp"], counter)),
         })),
         "EdgeInstance": object(&["identifier"], json!({ "identifier": name() })),
+        "OfrepQuestion": object(&[], json!({ "context": {
+            "type": "object", "properties": { "targetingKey": text() },
+        } })),
+        "OfrepFlags": object(&["flags"], json!({
+            "flags": list(json!({ "$ref": "#/components/schemas/OfrepFlag" })),
+        })),
+        "OfrepFlag": object(&["key", "reason", "variant", "metadata"], json!({
+            "key": name(),
+            "value": { "type": ["boolean", "string", "number", "object"] },
+            "variant": text(),
+            "reason": { "enum": ["STATIC", "TARGETING_MATCH", "SPLIT", "DISABLED", "UNKNOWN"] },
+            "metadata": {
+                "type": "object",
+                "additionalProperties": { "type": ["boolean", "string", "number"] },
+            },
+        })),
+        "OfrepRefusal": object(&["errorDetails"], json!({
+            "key": text(),
+            "errorCode": { "enum": [
+                "PARSE_ERROR", "TARGETING_KEY_MISSING", "INVALID_CONTEXT", "FLAG_NOT_FOUND", "GENERAL",
+            ] },
+            "errorDetails": text(),
+        })),
         "Tokens": object(&["tokens"], json!({ "tokens": list(text()) })),
         "ValidTokens": object(&["tokens"], json!({
             "tokens": list(object(&["token", "type", "environment", "projects"], json!({
