@@ -18,9 +18,9 @@ use std::ffi::OsString;
 pub use self::{
     checked::{
         AdminListener, Config, Credentials, DataListener, Edge, Explain, Identity, Manage, Mode,
-        Offline, Probe, Shutdown, Standalone,
+        Offline, Place, Probe, Shutdown, Standalone,
     },
-    manage::{PasswordSource, Task},
+    manage::{PasswordSource, Server, Task},
     mistake::{Mistake, Mistakes},
 };
 use self::{
@@ -62,10 +62,10 @@ impl Command {
         let (verb, purpose, flags) = match cli::parse(args)? {
             Line::Show(text) => return Ok(Self::Show(text)),
             Line::Explain(asked) => return Ok(Self::Explain(asked)),
-            Line::Manage { task, flags } => {
+            Line::Manage { errand, flags } => {
                 let verb = Verb::Serve(cli::Role::Standalone);
                 let settings = Settings::gather(verb, flags, variable);
-                return check::manage(settings, task).map(Self::Manage);
+                return check::manage(settings, errand).map(Self::Manage);
             }
             Line::Do { verb, purpose, flags } => (verb, purpose, flags),
         };

@@ -15,11 +15,11 @@ use reqwest::{
 use super::{
     checked::{
         AdminListener, Config, Credentials, DataListener, Edge, Identity, Manage, Mode, Offline,
-        Probe, Shutdown, Standalone,
+        Place, Probe, Shutdown, Standalone,
     },
     cli::{Question, Role, Verb},
     keys::{self, Key},
-    manage::Task,
+    manage::Errand,
     mistake::Mistakes,
     settings::Settings,
 };
@@ -300,12 +300,17 @@ fn location(s: &mut Settings, data_dir: &Path) -> Option<Location> {
 }
 
 /// Checks the settings of `token` and `account`.
-pub(super) fn manage(mut settings: Settings, task: Task) -> Result<Manage, Mistakes> {
+pub(super) fn manage(mut settings: Settings, errand: Errand) -> Result<Manage, Mistakes> {
+    let Errand { task, json, server } = errand;
+    if let Some(server) = server {
+        // What else a shared environment or file may say concerns the server.
+        return Ok(Manage { place: Place::Server(server), task, json });
+    }
     let data_dir = path(&mut settings, &keys::DATA_DIR);
     let location = location(&mut settings, &data_dir);
     Mistakes::none_in(settings.mistakes)?;
     let location = location.expect("an address that cannot be read is a mistake");
-    Ok(Manage { location, task })
+    Ok(Manage { place: Place::Database(location), task, json })
 }
 
 fn listeners(s: &mut Settings) -> (DataListener, AdminListener) {

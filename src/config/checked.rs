@@ -8,7 +8,7 @@ use std::{collections::BTreeSet, net::SocketAddr, path::PathBuf, time::Duration}
 use jiff::Timestamp;
 use reqwest::{Url, header::HeaderName};
 
-use super::manage::Task;
+use super::manage::{Server, Task};
 use crate::{
     auth, control,
     http::{access, cors, listener::Limits, route::Endpoint, streaming},
@@ -170,13 +170,24 @@ pub struct Probe {
     pub ca_certificate_file: Option<PathBuf>,
 }
 
-/// What `token` and `account` do, and to which database.
+/// What `token` and `account` do, and where.
 #[derive(Clone, Debug)]
 pub struct Manage {
-    /// The database.
-    pub location: control::Location,
+    /// Where.
+    pub place: Place,
     /// What to do.
     pub task: Task,
+    /// Whether the outcome is printed as JSON.
+    pub json: bool,
+}
+
+/// Where tokens and accounts are managed.
+#[derive(Clone, Debug)]
+pub enum Place {
+    /// The database of a standalone instance.
+    Database(control::Location),
+    /// A running server.
+    Server(Server),
 }
 
 /// What `explain` explains.

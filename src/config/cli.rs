@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use super::{
     checked::Explain,
     keys::{CONFIG, DATA_DIR, DATABASE_URL, KEYS, Key, Scope, Shape, Support},
-    manage::{self, Task},
+    manage::{self, Errand},
     mistake::{Mistake, Mistakes},
 };
 use crate::{
@@ -29,8 +29,8 @@ pub(super) enum Line {
     Show(String),
     /// An explanation, which needs no settings.
     Explain(Explain),
-    /// A task for the database of a standalone instance.
-    Manage { task: Task, flags: Flags },
+    /// A task for the control plane.
+    Manage { errand: Errand, flags: Flags },
     /// Something that needs the settings.
     Do { verb: Verb, purpose: Purpose, flags: Flags },
 }
@@ -183,13 +183,15 @@ fn values(matches: &ArgMatches, key: &Key) -> Option<Vec<String>> {
 fn command() -> Command {
     let switch =
         |name, help| Arg::new(name).long(name).help(help).action(ArgAction::SetTrue).global(true);
+    // Refused by commands that have no configuration to print, and not offered by them.
+    let refused = || [CHECK_CONFIG, PRINT_CONFIG].map(|name| switch(name, "").hide(true));
     Verb::ALL
         .into_iter()
         .fold(Command::new("parapet"), |command, verb| {
             let own = Command::new(verb.name()).about(verb.about());
             command.subcommand(own.args(own_args(verb)))
         })
-        .subcommand(explain_command())
+        .subcommand(explain_command().args(refused()))
         .subcommands(manage::commands().map(|command| {
             // What finds the database is shared with the server, the rest of its keys is not.
             let foreign = args_of(|scope| scope == Scope::Everywhere);
@@ -197,7 +199,7 @@ fn command() -> Command {
                 let ours = FINDS.iter().any(|key| arg.get_id().as_str() == key.name);
                 arg.global(true).hide(!ours)
             });
-            command.arg(arg(&DATABASE_URL).global(true)).args(foreign)
+            command.arg(arg(&DATABASE_URL).global(true)).args(foreign).args(refused())
         }))
         .about("An open-source edge for Unleash feature flags")
         .long_about(
@@ -245,8 +247,9 @@ fn arg(key: &'static Key) -> Arg {
 static FINDS: [&Key; 3] = [&CONFIG, &DATA_DIR, &DATABASE_URL];
 
 fn manage(name: &str, above: &ArgMatches, below: &ArgMatches) -> Result<Line, Mistakes> {
-    let task = manage::read(name, below)?;
+    let errand = manage::read(name, below)?;
     let deepest = below.subcommand().map_or(below, |(_, deepest)| deepest);
+    refuse_checking(name, deepest)?;
     let given = |key: &Key| {
         let values = |level| values(level, key);
         values(deepest).or_else(|| values(below)).or_else(|| values(above))
@@ -258,9 +261,24 @@ fn manage(name: &str, above: &ArgMatches, below: &ArgMatches) -> Result<Line, Mi
             let reason = format!("has no meaning for `{name}`");
             return Err(Mistake { place: format!("--{}", key.name), reason }.into());
         }
+        if errand.server.is_some() {
+            let reason = "has no meaning beside --url".to_owned();
+            return Err(Mistake { place: format!("--{}", key.name), reason }.into());
+        }
         flags.push((key, values));
     }
-    Ok(Line::Manage { task, flags: Flags(flags) })
+    Ok(Line::Manage { errand, flags: Flags(flags) })
+}
+
+/// Commands that have no configuration to print do not pretend to.
+fn refuse_checking(name: &str, matches: &ArgMatches) -> Result<(), Mistakes> {
+    for flag in [CHECK_CONFIG, PRINT_CONFIG] {
+        if matches.get_flag(flag) {
+            let reason = format!("has no meaning for `{name}`");
+            return Err(Mistake { place: format!("--{flag}"), reason }.into());
+        }
+    }
+    Ok(())
 }
 
 /// `parapet explain`, whose options are its own: they are neither variables nor lines of the file.
@@ -299,6 +317,7 @@ fn id_of(name: &str) -> String {
 }
 
 fn explain(above: &ArgMatches, own: &ArgMatches) -> Result<Explain, Mistakes> {
+    refuse_checking(EXPLAIN, own)?;
     for key in KEYS {
         if values(own, key).or_else(|| values(above, key)).is_some() {
             let reason = format!("has no meaning for `{EXPLAIN}`");

@@ -1,10 +1,11 @@
 //! `parapet token` and `parapet account`: what may be written there, and what was.
 //!
 //! They work on the database of a standalone instance, whether that runs or not, and find it by the
-//! same settings.
+//! same settings; or they ask a running server.
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use jiff::Timestamp;
+use reqwest::Url;
 
 use super::mistake::Mistake;
 use crate::{
@@ -71,6 +72,25 @@ pub enum Task {
     },
 }
 
+/// A task, where it is done, and how its outcome is told.
+#[derive(Clone, Debug)]
+pub(super) struct Errand {
+    pub(super) task: Task,
+    pub(super) json: bool,
+    /// `None` is the database.
+    pub(super) server: Option<Server>,
+}
+
+/// A running server.
+#[derive(Clone, Debug)]
+pub struct Server {
+    /// Where its admin API is.
+    pub url: Url,
+    /// The file whose first line is the token to present; `-` is the standard input. Never an
+    /// argument, which others on the machine can see.
+    pub token_file: String,
+}
+
 /// Where a password comes from; never from an argument, which others on the machine can see.
 #[derive(Clone, Debug)]
 pub enum PasswordSource {
@@ -97,11 +117,12 @@ pub(super) fn commands() -> [Command; 2] {
         )
     };
     let token = Command::new("token")
-        .about("Create, list and revoke API tokens of a standalone instance")
+        .about("Create, list and revoke API tokens")
         .subcommand_required(true)
         .after_help(
             "Examples:\n  parapet token create --name checkout --type backend --environment \
-             production\n  parapet token list\n  parapet token revoke 4Zr1T2x0QmWQ7o9Yv3c8Kg",
+             production\n  parapet token list\n  parapet token revoke 4Zr1T2x0QmWQ7o9Yv3c8Kg\n  \
+             parapet token list --json --url http://127.0.0.1:3064 --token-file admin.token",
         )
         .subcommand(
             Command::new("create")
@@ -127,7 +148,7 @@ pub(super) fn commands() -> [Command; 2] {
             ),
         );
     let account = Command::new("account")
-        .about("Manage the accounts of a standalone instance")
+        .about("Manage accounts")
         .subcommand_required(true)
         .after_help(
             "Examples:\n  parapet account add ann --role Editor\n  parapet account grant ann \
@@ -165,11 +186,55 @@ pub(super) fn commands() -> [Command; 2] {
                 .arg(positional("username", "The account").required(true))
                 .arg(password()),
         );
-    [token, account]
+    [token, account].map(|command| {
+        let server = [
+            text(URL, "URL", "Ask this server instead: the admin listener of a running Parapet, also one that relays, or Unleash")
+                .requires(TOKEN_FILE),
+            text(TOKEN_FILE, "PATH", "A file with the token to present there in its first line, `-` for the standard input")
+                .requires(URL),
+            Arg::new(JSON).long(JSON).action(ArgAction::SetTrue).help("Print JSON instead of text"),
+        ];
+        command.args(server.map(|arg| arg.global(true)))
+    })
 }
 
+const URL: &str = "url";
+const TOKEN_FILE: &str = "token-file";
+const JSON: &str = "json";
+
 /// Reads what was written of one of the two.
-pub(super) fn read(command: &str, below: &ArgMatches) -> Result<Task, Mistake> {
+pub(super) fn read(command: &str, below: &ArgMatches) -> Result<Errand, Mistake> {
+    let task = task(command, below)?;
+    let (_, args) = below.subcommand().expect("clap insists on one");
+    let mistake = |place: &str, reason: &str| {
+        Err(Mistake { place: format!("--{place}"), reason: reason.to_owned() })
+    };
+    let given = |name| args.get_one::<String>(name);
+    let server = match (given(URL), given(TOKEN_FILE)) {
+        (Some(url), Some(token_file)) => match url.parse::<Url>() {
+            Ok(url) if matches!(url.scheme(), "http" | "https") => {
+                Some(Server { url, token_file: token_file.clone() })
+            }
+            _ => return mistake(URL, "expected an address as in http://127.0.0.1:3064"),
+        },
+        (None, None) => None,
+        (Some(_), None) => return mistake(TOKEN_FILE, "is needed beside --url"),
+        (None, Some(_)) => return mistake(URL, "is needed beside --token-file"),
+    };
+    let reads_input = match &task {
+        Task::RevokeToken { identifier } => identifier.is_none(),
+        Task::AddAccount { password, .. } | Task::SetPassword { password, .. } => {
+            matches!(password, PasswordSource::File(path) if path == "-")
+        }
+        _ => false,
+    };
+    if reads_input && server.as_ref().is_some_and(|server| server.token_file == "-") {
+        return mistake(TOKEN_FILE, "the standard input cannot be read twice");
+    }
+    Ok(Errand { task, json: args.get_flag(JSON), server })
+}
+
+fn task(command: &str, below: &ArgMatches) -> Result<Task, Mistake> {
     let (verb, args) = below.subcommand().expect("clap insists on one");
     let text = |name: &str| args.get_one::<String>(name).cloned();
     let needed = |name: &str| text(name).expect("clap insists on it, or it has a default");

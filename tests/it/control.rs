@@ -526,10 +526,16 @@ async fn the_document_of_the_api_and_the_explanation_are_served() {
 
 /// What `parapet` says to these arguments, about the instance's database.
 fn shell(parapet: &Parapet, arguments: &[&str], input: &str) -> Result<String, String> {
+    let data_dir = parapet.data_dir();
+    run(&[arguments, &["--data-dir", data_dir.to_str().unwrap()]].concat(), input)
+}
+
+/// What `parapet` says to these arguments.
+pub(crate) fn run(arguments: &[&str], input: &str) -> Result<String, String> {
     use std::io::Write;
     use std::process::{Command, Stdio};
     let mut command = Command::new(env!("CARGO_BIN_EXE_parapet"));
-    command.args(arguments).arg("--data-dir").arg(parapet.data_dir()).env_clear();
+    command.args(arguments).env_clear();
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut process = command.spawn().unwrap();
     process.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
@@ -582,4 +588,101 @@ async fn the_shell_manages_what_a_running_instance_enforces() {
     assert!(
         shell(&parapet, &["token", "list", "--port", "1"], "").unwrap_err().contains("no meaning")
     );
+}
+
+/// A file with this in its first line.
+pub(crate) fn file_of(text: &str) -> tempfile::NamedTempFile {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), format!("{text}\n")).unwrap();
+    file
+}
+
+#[tokio::test]
+async fn the_shell_asks_a_running_instance_as_it_works_on_a_database() {
+    let place = Place::new(Kept::Sqlite).await;
+    let parapet = place.start().await;
+    let admin = run(
+        &[
+            &["token", "create", "--name", "shell", "--type", "admin"][..],
+            &["--data-dir", parapet.data_dir().to_str().unwrap()],
+        ]
+        .concat(),
+        "",
+    );
+    let admin = admin.unwrap().trim().to_owned();
+    secrets::remember(&admin);
+    let (url, file) = (parapet.admin_url(), file_of(&admin));
+    let place = ["--url", &url, "--token-file", file.path().to_str().unwrap()];
+    let ask = |arguments: &[&str], input: &str| run(&[arguments, &place].concat(), input);
+    let json = |arguments: &[&str]| -> Value {
+        let told = ask(&[arguments, &["--json"]].concat(), "").unwrap();
+        serde_json::from_str(&told).unwrap_or_else(|_| panic!("{told}"))
+    };
+    until("the new admin token works", Duration::from_secs(10), async || {
+        ask(&["token", "list"], "").is_ok().then_some(())
+    })
+    .await;
+
+    let made = json(&["token", "create", "--name", "far", "--project", "web"]);
+    let secret = made["secret"].as_str().unwrap();
+    secrets::remember(secret);
+    assert_eq!(features(&parapet, secret).await, StatusCode::OK);
+    let listed = json(&["token", "list", "--name", "far"]);
+    assert_eq!(listed[0]["projects"], json!(["web"]));
+    // Both ways tell the same.
+    let near = shell(&parapet, &["token", "list", "--name", "far", "--json"], "").unwrap();
+    let near: Value = serde_json::from_str(&near).unwrap();
+    assert_eq!(near[0]["identifier"], listed[0]["identifier"]);
+    assert_eq!(near[0]["type"], listed[0]["type"]);
+    let gone = ask(&["token", "revoke", "-"], secret).unwrap();
+    assert!(gone.starts_with("revoked far (") && !gone.contains(secret), "{gone}");
+    assert_eq!(features(&parapet, secret).await, StatusCode::UNAUTHORIZED);
+    let again = ask(&["token", "revoke", "-"], secret).unwrap_err();
+    assert!(again.contains("there is no such token"), "{again}");
+
+    let made = json(&["account", "add", "ann", "--role", "Editor"]);
+    let first = made["password"].as_str().unwrap();
+    secrets::remember(first);
+    assert_eq!((&made["username"], &made["role"]), (&json!("ann"), &json!("Editor")));
+    let granted = json(&["account", "grant", "ann", "CREATE_API_TOKEN"]);
+    let both = json!(["CREATE_CLIENT_API_TOKEN", "CREATE_FRONTEND_API_TOKEN"]);
+    assert_eq!(granted["permissions"], both);
+    let taken = json(&["account", "grant", "ann", "CREATE_FRONTEND_API_TOKEN", "--revoke"]);
+    assert_eq!(taken["permissions"], json!(["CREATE_CLIENT_API_TOKEN"]));
+    let accounts = json(&["account", "list"]);
+    let ann = accounts.as_array().unwrap().iter().find(|it| it["username"] == "ann").unwrap();
+    assert_eq!(ann, &taken);
+    ask(&["account", "password", "ann", "--password-file", "-"], OTHER).unwrap();
+    secrets::remember(OTHER);
+    assert!(sign_in(&parapet, "ann", first).await.is_err());
+    let ann = sign_in(&parapet, "ann", OTHER).await.unwrap();
+    assert_eq!(ann.create_token("client", "ann's").await.0, StatusCode::CREATED);
+
+    // What is wrong is told as the server tells it, and what was presented never.
+    let wrong = file_of("*:*.nobody-0123456789abcdef0123456789abcdef");
+    let stranger = ["--url", &url, "--token-file", wrong.path().to_str().unwrap()];
+    let refused = run(&[&["token", "list"][..], &stranger].concat(), "").unwrap_err();
+    assert!(refused.contains("answered 401"), "{refused}");
+    assert!(!refused.contains("nobody-0123456789"), "{refused}");
+    let taken = ask(&["account", "add", "ann"], "").unwrap_err();
+    assert!(taken.contains("answered 409: the username is taken"), "{taken}");
+    let absent = ask(&["account", "grant", "bob", "CREATE_API_TOKEN"], "").unwrap_err();
+    assert!(absent.contains("there is no account `bob`"), "{absent}");
+    let silent = ["--url", "http://127.0.0.1:1", "--token-file", file.path().to_str().unwrap()];
+    let silent = run(&[&["token", "list"][..], &silent].concat(), "").unwrap_err();
+    assert!(silent.contains("no answer from http://127.0.0.1:1"), "{silent}");
+    for (arguments, reason) in [
+        (&["token", "list", "--url", &url][..], "--token-file"),
+        (&["token", "list", "--url", "ftp://a", "--token-file", "-"], "expected an address"),
+        (&["token", "list", "--check-config"], "--check-config: has no meaning for `token`"),
+        (
+            &["explain", "--flags", "a", "--flag", "b", "--print-config"],
+            "has no meaning for `explain`",
+        ),
+        (&["token", "revoke", "-", "--url", &url, "--token-file", "-"], "cannot be read twice"),
+        (&["token", "list", "--url", &url, "--token-file", "-", "--data-dir", "x"], "beside --url"),
+    ] {
+        let told = run(arguments, "").unwrap_err();
+        assert!(told.contains(reason), "{arguments:?}: {told}");
+    }
 }

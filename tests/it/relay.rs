@@ -5,6 +5,7 @@ use std::time::Duration;
 use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
 
+use crate::control::{file_of, run};
 use crate::rig::{Parapet, Sdk, Unleash, Version, http, secrets, until};
 
 /// The account that a fresh Unleash has.
@@ -176,4 +177,35 @@ async fn an_upstream_that_is_away_is_told_as_such() {
     let asked = http().get(parapet.admin_url() + "/api/admin/user").header("cookie", "a=b");
     let (status, told) = answer(asked).await;
     assert_eq!((status, &told["name"]), (StatusCode::BAD_GATEWAY, &"BadGatewayError".into()));
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn the_shell_manages_tokens_of_unleash_by_way_of_an_edge_or_by_itself() {
+    Unleash::on_every_version(async |unleash| {
+        let edge = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token()).impatient();
+        let parapet = edge.arg("--admin-relay").flag("--fleet-name", "shell").start().await;
+        let file = file_of(unleash.admin_token());
+        for url in [parapet.admin_url(), unleash.url()] {
+            let place = ["--url", &url, "--token-file", file.path().to_str().unwrap()];
+            let ask = |arguments: &[&str], input: &str| {
+                run(&[arguments, &place].concat(), input).unwrap_or_else(|error| panic!("{error}"))
+            };
+            let made = ask(&["token", "create", "--name", "by-shell"], "");
+            let secret = made.trim();
+            secrets::remember(secret);
+            assert_eq!(unleash.tokens_named("by-shell").await.len(), 1);
+            until("the new token works", Duration::from_secs(10), async || {
+                (parapet.get("/api/client/features", secret).await.0 == StatusCode::OK)
+                    .then_some(())
+            })
+            .await;
+            let listed = ask(&["token", "list", "--name", "by-shell"], "");
+            assert!(listed.contains("by-shell") && !listed.contains(secret), "{listed}");
+            let gone = ask(&["token", "revoke", "-"], secret);
+            assert!(gone.starts_with("revoked by-shell") && !gone.contains(secret), "{gone}");
+            assert!(unleash.tokens_named("by-shell").await.is_empty());
+        }
+    })
+    .await;
 }

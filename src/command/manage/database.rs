@@ -1,0 +1,119 @@
+//! Tasks done on the database of a standalone instance, whether that runs or not.
+//!
+//! A running instance takes up what is changed within a second. Whoever may write the database may
+//! do everything; the audit log says that it was the command line.
+
+use super::{
+    error::Error,
+    input::{first_line, password},
+    told::{AccountRow, TokenRow, Told},
+};
+use crate::{
+    config::Task,
+    control::{
+        Account, Actor, ApiToken, Control, Location, NewAccount, NewToken, Operator, Permission,
+    },
+    token::{Environment, Projects, TokenKind},
+};
+
+/// Does a task.
+pub(super) async fn run(location: Location, task: Task) -> Result<Told, Error> {
+    let control = Control::attach(location).await?;
+    let actor = Actor { operator: Operator::Shell, address: None };
+    match task {
+        Task::CreateToken { name, kind, environment, projects, expires_at } => {
+            let all = projects.is_empty() || kind == TokenKind::Admin;
+            let new = NewToken {
+                name,
+                kind,
+                environment: Environment::new(match kind {
+                    TokenKind::Admin => "*",
+                    TokenKind::Client | TokenKind::Frontend => &environment,
+                }),
+                projects: if all {
+                    Projects::All
+                } else {
+                    Projects::from_list(projects.iter().map(String::as_str))
+                },
+                expires_at,
+            };
+            let (secret, _) = control.create_token(&actor, new).await?;
+            Ok(Told::Token { secret: secret.expose().to_owned() })
+        }
+        Task::ListTokens { name } => {
+            let all = control.tokens(&actor.operator).into_iter();
+            let wanted = all.filter(|token| name.as_ref().is_none_or(|name| token.name == *name));
+            Ok(Told::Tokens(wanted.map(row_of_token).collect()))
+        }
+        Task::RevokeToken { identifier } => {
+            let identifier = match identifier {
+                Some(identifier) => identifier,
+                None => first_line("-")?,
+            };
+            let gone = control.delete_token(&actor, &identifier).await?.ok_or(Error::NoToken)?;
+            Ok(Told::Revoked { name: gone.name, masked: gone.masked.to_string() })
+        }
+        Task::AddAccount { username, role, name, email, password } => {
+            let (password, shown) = self::password(password)?;
+            let new = NewAccount { username, name, email, role, password };
+            let account = control.create_account(&actor, new).await?;
+            Ok(Told::Created { account: row_of_account(account), password: shown })
+        }
+        Task::ListAccounts => {
+            let accounts = control.accounts(&actor.operator).await?;
+            Ok(Told::Accounts(accounts.into_iter().map(row_of_account).collect()))
+        }
+        Task::Grant { username, permissions, revoke } => {
+            let account = find(&control, &actor, username).await?;
+            let mut granted = account.permissions;
+            for permission in permissions {
+                if revoke {
+                    granted.remove(&permission);
+                } else {
+                    granted.insert(permission);
+                }
+            }
+            let changed = control.set_permissions(&actor, account.id, granted).await?;
+            let account = changed.ok_or(Error::NoAccount(account.username))?;
+            Ok(Told::Granted(row_of_account(account)))
+        }
+        Task::SetPassword { username, password } => {
+            let account = find(&control, &actor, username).await?;
+            let (password, shown) = self::password(password)?;
+            control.set_password(&actor, account.id, password).await?;
+            Ok(Told::Password { username: account.username, password: shown })
+        }
+    }
+}
+
+async fn find(control: &Control, actor: &Actor, username: String) -> Result<Account, Error> {
+    let accounts = control.accounts(&actor.operator).await?;
+    let wanted = username.to_lowercase();
+    let mut found = accounts.into_iter().filter(|it| it.username.to_lowercase() == wanted);
+    found.next().ok_or(Error::NoAccount(username))
+}
+
+fn row_of_token(token: ApiToken) -> TokenRow {
+    TokenRow {
+        identifier: token.id,
+        name: token.name,
+        r#type: token.kind.as_str().to_owned(),
+        environment: token.environment.as_str().to_owned(),
+        projects: token.projects.to_list().into_iter().map(str::to_owned).collect(),
+        expires_at: token.expires_at,
+        last_seen_at: token.seen_at,
+    }
+}
+
+fn row_of_account(account: Account) -> AccountRow {
+    AccountRow {
+        id: account.id,
+        role: account.role.name().to_owned(),
+        permissions: account
+            .permissions
+            .iter()
+            .map(|it| Permission::as_str(*it).to_owned())
+            .collect(),
+        username: account.username,
+    }
+}

@@ -1,0 +1,31 @@
+//! What is read from files and the standard input: passwords, and what opens or names a token.
+
+use std::io::{self, Read as _};
+
+use super::error::Error;
+use crate::{config::PasswordSource, control::Password};
+
+/// A password, and what is to be shown of it: one that was generated.
+pub(super) fn password(source: PasswordSource) -> Result<(Password, Option<String>), Error> {
+    Ok(match source {
+        PasswordSource::Generated => {
+            let password = Password::generate();
+            let shown = password.expose().to_owned();
+            (password, Some(shown))
+        }
+        PasswordSource::File(path) => (Password::parse(&first_line(&path)?)?, None),
+    })
+}
+
+/// The first line of a file; of the standard input where the path is `-`.
+pub(super) fn first_line(path: &str) -> Result<String, Error> {
+    let mut text = String::new();
+    let read = match path {
+        "-" => io::stdin().lock().take(64 << 10).read_to_string(&mut text).map(drop),
+        path => std::fs::read_to_string(path).map(|read| text = read),
+    };
+    read.map_err(|error| {
+        Error::Read(if path == "-" { "the standard input" } else { path }.to_owned(), error)
+    })?;
+    Ok(text.lines().next().unwrap_or_default().to_owned())
+}

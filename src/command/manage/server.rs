@@ -1,0 +1,262 @@
+//! Tasks done by asking a running server: Parapet's admin listener, also one that relays, or Unleash.
+//!
+//! What may be done is what the token's owner may do; the server judges and writes its own audit log.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use jiff::Timestamp;
+use reqwest::{Client, Method, Url, header::AUTHORIZATION, redirect};
+use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::{Value, json};
+
+use super::{
+    error::Error,
+    input::{first_line, password},
+    told::{AccountRow, TokenRow, Told},
+};
+use crate::{
+    config::{Server, Task},
+    control::RootRole,
+    token::{Token, TokenKind},
+};
+
+/// The longest that one answer may take.
+const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Does a task.
+pub(super) async fn run(server: Server, task: Task) -> Result<Told, Error> {
+    let api = Api::new(server)?;
+    match task {
+        Task::CreateToken { name, kind, environment, projects, expires_at } => {
+            let is_admin = kind == TokenKind::Admin;
+            let mut body = json!({ "tokenName": name, "type": kind.as_str() });
+            body["environment"] = if is_admin { "*".into() } else { environment.into() };
+            let everything = is_admin || projects.is_empty();
+            body["projects"] = if everything { json!(["*"]) } else { projects.into() };
+            if let Some(end) = expires_at {
+                body["expiresAt"] = end.to_string().into();
+            }
+            let created: Created = api.read(Method::POST, TOKENS, Some(&body)).await?;
+            Ok(Told::Token { secret: created.secret })
+        }
+        Task::ListTokens { name } => {
+            let wanted =
+                |token: &ListedToken| name.as_ref().is_none_or(|it| *it == token.token_name);
+            let tokens = api.tokens().await?.into_iter().filter(wanted);
+            Ok(Told::Tokens(tokens.map(row_of_token).collect()))
+        }
+        Task::RevokeToken { identifier } => {
+            let identifier = match identifier {
+                Some(identifier) => identifier,
+                None => first_line("-")?,
+            };
+            // Servers say that all is well of a token that they never had.
+            let token = Token::parse(&identifier).ok();
+            let selector = token.as_ref().and_then(Token::selector);
+            let same = |it: &ListedToken| it.secret == identifier || selector == Some(&it.secret);
+            let gone = api.tokens().await?.into_iter().find(same).ok_or(Error::NoToken)?;
+            api.ask(Method::DELETE, &[TOKENS, &[&identifier]].concat(), None).await?;
+            let masked = gone.masked.unwrap_or_else(|| masked(&gone.secret));
+            Ok(Told::Revoked { name: gone.token_name, masked })
+        }
+        Task::AddAccount { username, role, name, email, password } => {
+            let (password, shown) = self::password(password)?;
+            let body = json!({
+                "username": username, "name": name, "email": email, "rootRole": role.id(),
+                "password": password.expose(), "sendEmail": false,
+            });
+            let user: User = api.read(Method::POST, ACCOUNTS, Some(&body)).await?;
+            Ok(Told::Created { account: row_of_account(user), password: shown })
+        }
+        Task::ListAccounts => {
+            Ok(Told::Accounts(api.users().await?.into_iter().map(row_of_account).collect()))
+        }
+        Task::Grant { username, permissions, revoke } => {
+            let user = api.user(username).await?;
+            let mut granted = user.permissions;
+            let names = permissions.iter().map(|it| it.as_str());
+            granted.retain(|it| !names.clone().any(|name| name == it));
+            if !revoke {
+                granted.extend(names.map(str::to_owned));
+            }
+            let id = user.id.to_string();
+            let path = [ACCOUNTS, &[&id, "permissions"]].concat();
+            let body = json!({ "permissions": granted });
+            let user: User = api.read(Method::PUT, &path, Some(&body)).await?;
+            Ok(Told::Granted(row_of_account(user)))
+        }
+        Task::SetPassword { username, password } => {
+            let user = api.user(username).await?;
+            let (password, shown) = self::password(password)?;
+            let id = user.id.to_string();
+            let path = [ACCOUNTS, &[&id, "change-password"]].concat();
+            let body = json!({ "password": password.expose() });
+            api.ask(Method::POST, &path, Some(&body)).await?;
+            Ok(Told::Password { username: user.username.unwrap_or_default(), password: shown })
+        }
+    }
+}
+
+const TOKENS: &[&str] = &["api", "admin", "api-tokens"];
+const ACCOUNTS: &[&str] = &["api", "admin", "user-admin"];
+
+#[derive(Deserialize)]
+struct Created {
+    secret: String,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ListedToken {
+    /// The whole token, or what names it.
+    secret: String,
+    token_name: String,
+    r#type: String,
+    environment: Option<String>,
+    #[serde(default)]
+    projects: Vec<String>,
+    expires_at: Option<Timestamp>,
+    seen_at: Option<Timestamp>,
+    /// What may be shown of it; Parapet alone tells.
+    masked: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct User {
+    id: i64,
+    username: Option<String>,
+    email: Option<String>,
+    root_role: Value,
+    #[serde(default)]
+    permissions: Vec<String>,
+}
+
+/// The admin API of a server, in somebody's name.
+struct Api {
+    client: Client,
+    url: Url,
+    token: Token,
+}
+
+impl Api {
+    fn new(server: Server) -> Result<Self, Error> {
+        let Server { url, token_file } = server;
+        let token = Token::parse(&first_line(&token_file)?);
+        let token = token.map_err(|error| Error::Token(token_file, error))?;
+        // Fails where a provider has been chosen already, which serves as well.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        // A redirect could lead the token elsewhere.
+        let client = Client::builder().timeout(TIMEOUT).redirect(redirect::Policy::none()).build();
+        let client = client.map_err(|error| Error::Silent(origin(&url), error))?;
+        Ok(Self { client, url, token })
+    }
+
+    async fn tokens(&self) -> Result<Vec<ListedToken>, Error> {
+        #[derive(Deserialize)]
+        struct List {
+            tokens: Vec<ListedToken>,
+        }
+        Ok(self.read::<List>(Method::GET, TOKENS, None).await?.tokens)
+    }
+
+    async fn users(&self) -> Result<Vec<User>, Error> {
+        #[derive(Deserialize)]
+        struct List {
+            users: Vec<User>,
+        }
+        Ok(self.read::<List>(Method::GET, ACCOUNTS, None).await?.users)
+    }
+
+    async fn user(&self, username: String) -> Result<User, Error> {
+        let wanted = username.to_lowercase();
+        let named = |it: &User| it.username.as_ref().is_some_and(|it| it.to_lowercase() == wanted);
+        self.users().await?.into_iter().find(named).ok_or(Error::NoAccount(username))
+    }
+
+    async fn read<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &[&str],
+        body: Option<&Value>,
+    ) -> Result<T, Error> {
+        let answer = self.ask(method, path, body).await?;
+        serde_json::from_slice(&answer).map_err(|error| Error::Foreign(origin(&self.url), error))
+    }
+
+    /// Asks, and gives the body of an answer that says yes.
+    async fn ask(
+        &self,
+        method: Method,
+        path: &[&str],
+        body: Option<&Value>,
+    ) -> Result<Bytes, Error> {
+        let mut url = self.url.clone();
+        if let Ok(mut segments) = url.path_segments_mut() {
+            segments.pop_if_empty().extend(path);
+        }
+        let request = self.client.request(method, url).header(AUTHORIZATION, self.token.expose());
+        let request = match body {
+            Some(body) => request.header("content-type", "application/json").body(body.to_string()),
+            None => request,
+        };
+        let silent = |error: reqwest::Error| Error::Silent(origin(&self.url), error.without_url());
+        let answer = request.send().await.map_err(silent)?;
+        let status = answer.status();
+        let body = answer.bytes().await.map_err(silent)?;
+        if status.is_success() {
+            return Ok(body);
+        }
+        let (origin, message) = (origin(&self.url), said(&body));
+        Err(Error::Refused { origin, status: status.as_u16(), message })
+    }
+}
+
+fn origin(url: &Url) -> String {
+    url.origin().ascii_serialization()
+}
+
+/// What an error's body says: of each part that is wrong, where it tells, else of the whole.
+fn said(body: &[u8]) -> String {
+    #[derive(Deserialize)]
+    struct Body {
+        #[serde(default)]
+        message: String,
+        #[serde(default)]
+        details: Vec<Detail>,
+    }
+    #[derive(Deserialize)]
+    struct Detail {
+        message: String,
+    }
+    let Ok(Body { message, details }) = serde_json::from_slice(body) else { return String::new() };
+    if details.is_empty() {
+        return message;
+    }
+    details.into_iter().map(|it| it.message).collect::<Vec<_>>().join("; ")
+}
+
+/// What may be shown of a token or of what names it.
+fn masked(secret: &str) -> String {
+    Token::parse(secret).map_or_else(|_| secret.to_owned(), |token| token.masked().to_string())
+}
+
+fn row_of_token(token: ListedToken) -> TokenRow {
+    TokenRow {
+        identifier: masked(&token.secret),
+        name: token.token_name,
+        r#type: token.r#type,
+        environment: token.environment.unwrap_or_default(),
+        projects: token.projects,
+        expires_at: token.expires_at,
+        last_seen_at: token.seen_at,
+    }
+}
+
+fn row_of_account(user: User) -> AccountRow {
+    let role = RootRole::ALL.into_iter().find(|role| user.root_role == role.id());
+    let role = role.map_or_else(|| user.root_role.to_string(), |role| role.name().to_owned());
+    let username = user.username.or(user.email).unwrap_or_default();
+    AccountRow { id: user.id, username, role, permissions: user.permissions }
+}

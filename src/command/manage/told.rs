@@ -1,0 +1,139 @@
+//! What a task came to: as text for people, or as JSON for scripts.
+
+use std::fmt::Write as _;
+
+use jiff::Timestamp;
+use serde::Serialize;
+
+/// What a task came to.
+#[derive(Serialize)]
+#[serde(untagged)]
+pub(super) enum Told {
+    /// A token was created; this is the only time that it is shown.
+    Token { secret: String },
+    /// These are the tokens.
+    Tokens(Vec<TokenRow>),
+    /// This token is gone.
+    Revoked { name: String, masked: String },
+    /// An account was created, with this generated password or one of its owner's.
+    Created {
+        #[serde(flatten)]
+        account: AccountRow,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        password: Option<String>,
+    },
+    /// These are the accounts.
+    Accounts(Vec<AccountRow>),
+    /// An account is granted these permissions now.
+    Granted(AccountRow),
+    /// An account has a new password, this generated one or its owner's.
+    Password {
+        username: String,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        password: Option<String>,
+    },
+}
+
+/// A token in a list.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct TokenRow {
+    /// What revokes it; masked where that would open something.
+    pub(super) identifier: String,
+    pub(super) name: String,
+    pub(super) r#type: String,
+    pub(super) environment: String,
+    pub(super) projects: Vec<String>,
+    pub(super) expires_at: Option<Timestamp>,
+    pub(super) last_seen_at: Option<Timestamp>,
+}
+
+/// An account in a list.
+#[derive(Serialize)]
+pub(super) struct AccountRow {
+    pub(super) id: i64,
+    pub(super) username: String,
+    pub(super) role: String,
+    pub(super) permissions: Vec<String>,
+}
+
+impl Told {
+    /// One JSON value.
+    pub(super) fn json(&self) -> String {
+        serde_json::to_string_pretty(self).expect("it has texts and numbers only") + "\n"
+    }
+
+    /// Lines for people.
+    pub(super) fn text(&self) -> String {
+        match self {
+            Self::Token { secret } => format!("{secret}\n"),
+            Self::Tokens(tokens) => table(HEADS_OF_TOKENS, tokens.iter().map(cells_of_token)),
+            Self::Revoked { name, masked } => format!("revoked {name} ({masked})\n"),
+            Self::Created { account, password } => {
+                format!(
+                    "created {} ({})\n{}",
+                    account.username,
+                    account.role,
+                    shown(password.as_ref())
+                )
+            }
+            Self::Accounts(accounts) => {
+                table(HEADS_OF_ACCOUNTS, accounts.iter().map(cells_of_account))
+            }
+            Self::Granted(account) => format!("{}: {}\n", account.username, names(account)),
+            Self::Password { username, password } => {
+                let shown = shown(password.as_ref());
+                format!("{username} has a new password, and no open session\n{shown}")
+            }
+        }
+    }
+}
+
+fn shown(password: Option<&String>) -> String {
+    password
+        .map_or_else(String::new, |password| format!("password  {password}   (shown only now)\n"))
+}
+
+const HEADS_OF_TOKENS: [&str; 7] =
+    ["IDENTIFIER", "NAME", "TYPE", "ENVIRONMENT", "PROJECTS", "EXPIRES", "LAST SEEN"];
+
+fn cells_of_token(token: &TokenRow) -> [String; 7] {
+    let time = |time: Option<Timestamp>, none: &str| {
+        time.map_or_else(|| none.to_owned(), |time| time.strftime("%Y-%m-%dT%H:%M:%SZ").to_string())
+    };
+    [
+        token.identifier.clone(),
+        token.name.clone(),
+        token.r#type.clone(),
+        token.environment.clone(),
+        token.projects.join(","),
+        time(token.expires_at, "never"),
+        time(token.last_seen_at, "-"),
+    ]
+}
+
+const HEADS_OF_ACCOUNTS: [&str; 4] = ["ID", "USERNAME", "ROLE", "GRANTED"];
+
+fn cells_of_account(account: &AccountRow) -> [String; 4] {
+    let AccountRow { id, username, role, .. } = account;
+    [id.to_string(), username.clone(), role.clone(), names(account)]
+}
+
+fn names(account: &AccountRow) -> String {
+    if account.permissions.is_empty() { "-".to_owned() } else { account.permissions.join(",") }
+}
+
+/// Columns as wide as their widest text.
+fn table<const N: usize>(heads: [&str; N], rows: impl Iterator<Item = [String; N]>) -> String {
+    let rows: Vec<_> = std::iter::once(heads.map(str::to_owned)).chain(rows).collect();
+    let widths: [usize; N] = std::array::from_fn(|at| {
+        rows.iter().map(|row| row[at].chars().count()).max().unwrap_or_default()
+    });
+    let mut text = String::new();
+    for row in &rows {
+        let cells = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}"));
+        let line = cells.collect::<Vec<_>>().join("  ");
+        writeln!(text, "{}", line.trim_end()).expect("writing to a string cannot fail");
+    }
+    text
+}
