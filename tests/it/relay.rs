@@ -14,8 +14,9 @@ const OWNER: (&str, &str) = ("admin", "unleash4all");
 async fn edge(unleash: &Unleash) -> Parapet {
     Parapet::edge(&unleash.url())
         .admin_token(unleash.admin_token())
-        // Nothing that is seen here comes from looking often.
+        // Nothing that is seen here of tokens comes from looking often.
         .flag("--token-list-interval-seconds", "3600")
+        .flag("--features-refresh-interval-seconds", "0.5")
         .flag("--metrics-interval-seconds", "0.5")
         .arg("--admin-relay")
         .start()
