@@ -118,7 +118,7 @@ impl App {
             },
             auth: auth.clone(),
             snapshots: snapshots.clone(),
-            streams: Streams::new(config.data.streams, feed.clone(), auth.clone()),
+            streams: Streams::new(config.data.streams, auth.clone()),
             feed,
             usage: usage.clone(),
             ops: ops.clone(),

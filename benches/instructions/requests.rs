@@ -312,7 +312,7 @@ fn data(flags: usize) -> Data {
             hostname: "bench".to_owned(),
         },
         snapshots: snapshots.clone(),
-        streams: Streams::new(streams, feed.clone(), auth.clone()),
+        streams: Streams::new(streams, auth.clone()),
         feed,
         auth,
         usage: Usage::new(&usage::Config { interval, max_counters: 100_000 }, hop),

@@ -1,5 +1,7 @@
 //! The API of server SDKs: flag configuration as it is.
 
+mod changes;
+
 use std::sync::Arc;
 
 use hyper::{
@@ -9,6 +11,7 @@ use hyper::{
 use percent_encoding::percent_decode_str;
 use semver::Version;
 
+pub use self::changes::Changes;
 use super::reply::{self, Failure, Freshness, Reply};
 use crate::{
     feed::{Feed, News, Topic},

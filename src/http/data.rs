@@ -27,7 +27,7 @@ use super::{
     reply::{self, Failure, Reply},
     report,
     route::{Endpoint, NoRoute, Route, normalise},
-    streaming::Streams,
+    streaming::{FetchMode, Streams},
 };
 use crate::{
     answers::Shown,
@@ -167,7 +167,7 @@ impl Data {
             Route::ClientFeatures => {
                 let (grant, snapshot) = self.reader(headers, &[TokenKind::Client]).await?;
                 let mut reply = client::features(headers, query, &snapshot, &grant.scope).await?;
-                if self.streams.are_preferred() {
+                if self.streams.fetch_mode() == Some(FetchMode::Streaming) {
                     reply::prefer_streaming(&mut reply);
                 }
                 Ok(reply)
@@ -249,8 +249,11 @@ impl Data {
     async fn stream(&self, headers: &HeaderMap, query: &str) -> Result<Reply, Failure> {
         let (grant, topic) = self.topic(headers, query).await?;
         let digest = TokenDigest::of(Token::bare(self.presented(headers)?));
+        let states = self.feed.follow(&topic.environment).ok_or(NO_FLAGS)?;
         let last = client::state_of(headers.get("last-event-id"));
-        self.streams.follow(digest, grant, topic, last)?.ok_or(NO_FLAGS)
+        let mode = self.streams.fetch_mode();
+        let changes = client::Changes::new(self.feed.clone(), topic, last, mode);
+        self.streams.open(digest, grant, states, changes)
     }
 
     /// What a request follows.

@@ -23,11 +23,12 @@ const LAYERS: [&[(&str, &[&str])]; 8] = [
 ];
 
 /// Within `http`, who may import whom; the listeners' services are above the rest.
-const SURFACE: [&[&str]; 7] = [
+const SURFACE: [&[&str]; 8] = [
     &["access", "attended", "coding", "conditional", "cors", "route", "stream"],
     &["reply"],
-    &["client", "console", "edge", "listener", "meter", "payload", "report"],
-    &["frontend", "ops", "streaming"],
+    &["console", "edge", "listener", "meter", "payload", "report", "streaming"],
+    &["client", "ops"],
+    &["frontend"],
     &["ofrep"],
     &["data"],
     // The admin listener is a whole upstream.
