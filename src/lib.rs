@@ -50,7 +50,8 @@
 //! **A change.** [`feed`] numbers each new state and wakes those who follow its environment. Each
 //! asks, when its connection has room, what has changed since the state that it was told last;
 //! that is written once for all who see the same and come from the same state
-//! ([`http::streaming`]).
+//! ([`http::streaming`]). Frontends that follow are evaluated for anew, once for all whose contexts the
+//! flags cannot tell apart, and told what came to something else ([`answers::followed`]).
 //!
 //! **A report.** [`http::report`] reads it, [`usage`] merges it per environment, hour, application
 //! and flag; at the interval a whole generation moves to the outbox, which says what to send and

@@ -8,6 +8,7 @@ mod answers;
 pub mod body;
 mod fragments;
 mod listing;
+mod outcomes;
 mod part;
 mod view;
 
@@ -30,6 +31,7 @@ pub use self::{
     answers::Answers,
     fragments::{Fragment, FragmentId, Fragments},
     listing::{Filter, Segments, cut},
+    outcomes::{Listed, Outcomes},
     view::{Toggle, View},
 };
 use self::{

@@ -13,6 +13,7 @@ use std::{
     sync::Arc,
 };
 
+use hkdf::Hkdf;
 use sha2::{Digest as _, Sha256};
 use zeroize::Zeroizing;
 
@@ -98,6 +99,16 @@ impl Token {
     /// The key under which everything about this token is kept.
     pub fn digest(&self) -> TokenDigest {
         TokenDigest::of(&self.text)
+    }
+
+    /// A key that everybody can derive who knows the token, and nobody else: another for each
+    /// `purpose` (HKDF-SHA256, RFC 5869).
+    pub fn derive_key(&self, purpose: &[u8]) -> Zeroizing<[u8; 32]> {
+        let mut key = Zeroizing::new([0; 32]);
+        Hkdf::<Sha256>::new(None, self.text.as_bytes())
+            .expand(purpose, key.as_mut())
+            .expect("32 bytes are a length that HKDF-SHA256 gives");
+        key
     }
 
     /// The environment that the text names; `None` for `*` and for forms that name none.
@@ -199,6 +210,16 @@ impl TokenDigest {
     /// The digest of a token's text.
     pub fn of(text: &str) -> Self {
         Self(Sha256::digest(text.as_bytes()).into())
+    }
+
+    /// The digest of these bytes, which [`TokenDigest::as_bytes`] gave.
+    pub fn from_bytes(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
+    /// Its bytes.
+    pub fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
     }
 
     /// Reads the 64 hexadecimal digits that [`TokenDigest::hex`] writes.

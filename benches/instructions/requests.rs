@@ -30,6 +30,7 @@ use parapet::http::cors::{self, Cors};
 use parapet::http::data::{Data, Settings};
 use parapet::http::listener::{Limits, Protocol};
 use parapet::http::meter::Meter;
+use parapet::http::ofrep::{TicketKey, Tickets};
 use parapet::http::ops::Ops;
 use parapet::http::reply::Reply;
 use parapet::http::streaming::{self, Streams};
@@ -309,11 +310,12 @@ fn data(flags: usize) -> Data {
             body_bytes: LIMITS.body_bytes,
             request_timeout: LIMITS.request_timeout,
             patience: TIMEOUT,
-            hostname: "bench".to_owned(),
+            hostname: "bench".into(),
         },
         snapshots: snapshots.clone(),
         streams: Streams::new(streams, auth.clone()),
         feed,
+        tickets: Tickets::new(TicketKey::random()),
         auth,
         usage: Usage::new(&usage::Config { interval, max_counters: 100_000 }, hop),
         ops: Ops::new(readiness, registry, snapshots, Arc::clone(&meter)),

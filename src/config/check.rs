@@ -29,6 +29,7 @@ use crate::{
     http::{
         access, cors,
         listener::Limits,
+        ofrep::TicketKey,
         route::Endpoint,
         streaming::{self, FetchMode},
     },
@@ -47,7 +48,8 @@ pub(super) fn config(mut settings: Settings, role: Role) -> Result<Config, Mista
         Role::Offline => offline(s).map(Mode::Offline),
         Role::Standalone => standalone(s, &data_dir).map(Mode::Standalone),
     };
-    let (data, admin) = listeners(s);
+    let ticket_key = ticket_key(s, mode.as_ref());
+    let (data, admin) = listeners(s, ticket_key);
     let auth = auth::Config {
         revalidate_after: s.interval(&keys::TOKEN_REVALIDATION_INTERVAL_SECONDS),
         forget_invalid_after: s.interval(&keys::INVALID_TOKEN_TTL_SECONDS),
@@ -313,7 +315,21 @@ pub(super) fn manage(mut settings: Settings, errand: Errand) -> Result<Manage, M
     Ok(Manage { place: Place::Database(location), task, json })
 }
 
-fn listeners(s: &mut Settings) -> (DataListener, AdminListener) {
+/// A secret that is given, else one that all edges of a fleet know, else one of this run.
+fn ticket_key(s: &mut Settings, mode: Option<&Mode>) -> TicketKey {
+    let given = s.read(&keys::OFREP_TICKET_SECRET, "at least 16 characters", |text| {
+        (text.len() >= 16).then(|| TicketKey::derive(text))
+    });
+    given.unwrap_or_else(|| match mode {
+        Some(Mode::Edge(edge)) => match &edge.credentials {
+            Credentials::Admin { token, .. } => TicketKey::of(token),
+            Credentials::Given(_) => TicketKey::random(),
+        },
+        _ => TicketKey::random(),
+    })
+}
+
+fn listeners(s: &mut Settings, ticket_key: TicketKey) -> (DataListener, AdminListener) {
     let address = SocketAddr::new(interface(s, &keys::INTERFACE), port(s, &keys::PORT));
     let admin = SocketAddr::new(interface(s, &keys::ADMIN_INTERFACE), port(s, &keys::ADMIN_PORT));
     let overlap =
@@ -326,6 +342,7 @@ fn listeners(s: &mut Settings) -> (DataListener, AdminListener) {
     let data = DataListener {
         address,
         streams,
+        ticket_key,
         base_path: base_path(s),
         token_header,
         cors: cors(s),

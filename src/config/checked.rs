@@ -11,7 +11,7 @@ use reqwest::{Url, header::HeaderName};
 use super::manage::{Server, Task};
 use crate::{
     auth, control,
-    http::{access, cors, listener::Limits, route::Endpoint, streaming},
+    http::{access, cors, listener::Limits, ofrep::TicketKey, route::Endpoint, streaming},
     sync, telemetry,
     token::{Environment, Token},
     upstream, usage,
@@ -130,6 +130,8 @@ pub struct DataListener {
     pub limits: Limits,
     /// How streams are kept.
     pub streams: streaming::Config,
+    /// What OpenFeature's providers open streams with is sealed by this.
+    pub ticket_key: TicketKey,
 }
 
 /// The listener for operators.

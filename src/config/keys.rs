@@ -216,6 +216,10 @@ keys! {
         MAX_STREAMS = one("max-streams").default("10000");
         /// About how long a stream lasts before its client has to open another, in seconds.
         STREAM_MAX_AGE_SECONDS = one("stream-max-age-seconds").default("3600");
+        /// What instances behind one address have in common, so that each takes the addresses of event
+        /// streams that another told to OpenFeature's providers; by default the upstream admin
+        /// token, else a secret of this run's own.
+        OFREP_TICKET_SECRET = one("ofrep-ticket-secret").secret();
     }
     Everywhere, "Browsers": {
         /// Origins that may read; `*` is any.

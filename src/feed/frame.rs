@@ -96,7 +96,7 @@ impl Frame {
     fn event(&self, name: &str) -> Bytes {
         // Flags' text was read from UTF-8.
         let json = String::from_utf8_lossy(self.json());
-        sse::event(name, Some(self.id), &json).into()
+        sse::event(name, Some(&self.id), &json).into()
     }
 
     /// The memory that it may come to hold, in bytes: of each frame either event is made, hardly

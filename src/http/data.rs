@@ -13,15 +13,16 @@ use std::{
 
 use bytes::Bytes;
 use hyper::{HeaderMap, Method, Request, body::Incoming, header::HeaderName, http::request::Parts};
+use jiff::Timestamp;
 
 use super::{
     access, client,
     cors::Cors,
     edge,
-    frontend::{self, Question},
+    frontend::{self, Asker, Question},
     listener::Service,
     meter::{Meter, Subject},
-    ofrep,
+    ofrep::{self, Tickets},
     ops::Ops,
     payload::Arriving,
     reply::{self, Failure, Reply},
@@ -59,7 +60,7 @@ pub struct Settings {
     /// The longest that a request with a first-seen token waits for its environment's flags.
     pub patience: Duration,
     /// This machine's name.
-    pub hostname: String,
+    pub hostname: Arc<str>,
 }
 
 /// The data listener's service.
@@ -75,6 +76,8 @@ pub struct Data {
     pub feed: Feed,
     /// Who follows that.
     pub streams: Streams,
+    /// What OpenFeature's providers follow with.
+    pub tickets: Tickets,
     /// Where reports go.
     pub usage: Usage,
     /// What probes and scrapes are told.
@@ -103,6 +106,8 @@ const TRY_AGAIN: Duration = Duration::from_secs(5);
 
 /// Where OpenFeature's providers may present their token; it does no harm elsewhere.
 const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
+
+const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
 
 const NO_FLAGS: Failure = Failure::Unavailable {
     what: "the flags that this token sees have not been fetched",
@@ -192,8 +197,15 @@ impl Data {
                 let asked = self.question(&told, client, &snapshot, &grant.scope);
                 frontend::flag(headers, name, asked).await
             }
-            Route::OfrepFlags => Ok(Box::pin(self.ofrep(head, None, body, client)).await),
-            Route::OfrepFlag(key) => Ok(Box::pin(self.ofrep(head, Some(key), body, client)).await),
+            Route::FrontendStreaming => Box::pin(self.follow_flags(head, body, client)).await,
+            Route::OfrepEvents => Ok(ofrep::told(None, self.ofrep_events(head, client))),
+            Route::OfrepFlags => {
+                Ok(ofrep::told(None, Box::pin(self.ofrep_flags(head, body, client)).await))
+            }
+            Route::OfrepFlag(key) => {
+                let answer = Box::pin(self.ofrep_flag(head, key, body, client)).await;
+                Ok(ofrep::told(Some(key), answer))
+            }
             Route::Register(kind) => {
                 let grant = self.admit(headers, &[kind]).await?.grant;
                 let body = self.read(headers, body).await?;
@@ -216,29 +228,84 @@ impl Data {
         }
     }
 
-    /// Answers OpenFeature's providers, refusals included.
-    async fn ofrep(
+    /// Answers OpenFeature's web providers.
+    async fn ofrep_flags(
         &self,
         head: &Parts,
-        key: Option<&str>,
         body: Arriving,
         client: IpAddr,
-    ) -> Reply {
-        let answer = async {
-            let wanted: &[_] = match key {
-                Some(_) => &[TokenKind::Frontend, TokenKind::Client],
-                None => &[TokenKind::Frontend],
-            };
-            let (grant, snapshot) = self.reader(&head.headers, wanted).await?;
-            let body = self.read(&head.headers, body).await?;
-            let told = wire::ofrep::context(&body)?;
-            let asked = self.question(&told, client, &snapshot, &grant.scope);
-            match key {
-                Some(key) => ofrep::flag(&head.headers, key, asked).await,
-                None => Ok(ofrep::flags(&head.headers, asked).await),
-            }
-        };
-        answer.await.unwrap_or_else(|failure| ofrep::refusal(key, &failure))
+    ) -> Result<Reply, Failure> {
+        let headers = &head.headers;
+        let (grant, snapshot) = self.reader(headers, &[TokenKind::Frontend]).await?;
+        let body = self.read(headers, body).await?;
+        let told = wire::ofrep::context(&body)?;
+        let asked = self.question(&told, client, &snapshot, &grant.scope);
+        let digest = self.digest(headers)?;
+        let events = format!("{}/ofrep/v1/events", self.settings.base_path);
+        Ok(ofrep::flags(headers, asked, &digest, &self.tickets, &events).await)
+    }
+
+    /// Answers OpenFeature's server providers.
+    async fn ofrep_flag(
+        &self,
+        head: &Parts,
+        key: &str,
+        body: Arriving,
+        client: IpAddr,
+    ) -> Result<Reply, Failure> {
+        let headers = &head.headers;
+        let wanted = [TokenKind::Frontend, TokenKind::Client];
+        let (grant, snapshot) = self.reader(headers, &wanted).await?;
+        let body = self.read(headers, body).await?;
+        let told = wire::ofrep::context(&body)?;
+        let asked = self.question(&told, client, &snapshot, &grant.scope);
+        ofrep::flag(headers, key, asked).await
+    }
+
+    /// Opens the stream that a provider was told of.
+    fn ofrep_events(&self, head: &Parts, client: IpAddr) -> Result<Reply, Failure> {
+        let query = head.uri.query().unwrap_or_default();
+        let mut pairs = form_urlencoded::parse(query.as_bytes());
+        let ticket = pairs.find(|(name, _)| name == "ticket").ok_or(Failure::Ticket)?;
+        let ticket = self.tickets.take(&ticket.1, Timestamp::now()).ok_or(Failure::Ticket)?;
+        let grant = self.auth.standing(&ticket.digest).ok_or(Failure::Ticket)?;
+        if grant.kind != TokenKind::Frontend {
+            return Err(Failure::WrongKind);
+        }
+        let states = self.feed.follow(&grant.scope.environment).ok_or(NO_FLAGS)?;
+        let asker = self.asker(ticket.context, client, &grant.scope, ticket.draw);
+        let known = frontend::answer_of(head.headers.get(LAST_EVENT_ID)).unwrap_or(ticket.outcome);
+        let notices = ofrep::Notices::new(self.snapshots.clone(), asker, known);
+        self.streams.open(ticket.digest, grant, states, notices)
+    }
+
+    /// Opens a stream of evaluated flags.
+    async fn follow_flags(
+        &self,
+        head: &Parts,
+        body: Arriving,
+        client: IpAddr,
+    ) -> Result<Reply, Failure> {
+        let headers = &head.headers;
+        let (grant, _) = self.reader(headers, &[TokenKind::Frontend]).await?;
+        let body = self.context_body(head, body).await?;
+        let told = context(head, body.as_ref())?.into_owned();
+        let states = self.feed.follow(&grant.scope.environment).ok_or(NO_FLAGS)?;
+        let asker = self.asker(told, client, &grant.scope, rand::random());
+        let last = frontend::answer_of(headers.get(LAST_EVENT_ID));
+        let changes = frontend::Changes::new(self.snapshots.clone(), asker, last);
+        self.streams.open(self.digest(headers)?, grant, states, changes)
+    }
+
+    fn asker(
+        &self,
+        told: FrontendContext<'static>,
+        client: IpAddr,
+        scope: &Scope,
+        draw: u64,
+    ) -> Asker {
+        let hostname = Arc::clone(&self.settings.hostname);
+        Asker { told, client, hostname, scope: scope.clone(), draw }
     }
 
     async fn delta(&self, headers: &HeaderMap, query: &str) -> Result<Reply, Failure> {
@@ -248,9 +315,9 @@ impl Data {
 
     async fn stream(&self, headers: &HeaderMap, query: &str) -> Result<Reply, Failure> {
         let (grant, topic) = self.topic(headers, query).await?;
-        let digest = TokenDigest::of(Token::bare(self.presented(headers)?));
+        let digest = self.digest(headers)?;
         let states = self.feed.follow(&topic.environment).ok_or(NO_FLAGS)?;
-        let last = client::state_of(headers.get("last-event-id"));
+        let last = client::state_of(headers.get(LAST_EVENT_ID));
         let mode = self.streams.fetch_mode();
         let changes = client::Changes::new(self.feed.clone(), topic, last, mode);
         self.streams.open(digest, grant, states, changes)
@@ -281,6 +348,10 @@ impl Data {
         let header = headers.get(&self.settings.token_header);
         let header = header.or_else(|| headers.get(API_KEY)).and_then(|it| it.to_str().ok());
         header.ok_or(Failure::Unauthorized)
+    }
+
+    fn digest(&self, headers: &HeaderMap) -> Result<TokenDigest, Failure> {
+        Ok(TokenDigest::of(Token::bare(self.presented(headers)?)))
     }
 
     /// The grant of the request's token, if it is of a kind that the route wants and of an
@@ -333,7 +404,8 @@ impl Data {
         snapshot: &'a Snapshot,
         scope: &'a Scope,
     ) -> Question<'a> {
-        Question { told, client, hostname: &self.settings.hostname, snapshot, scope }
+        let hostname = &*self.settings.hostname;
+        Question { told, client, hostname, snapshot, scope, draw: None }
     }
 
     fn read<'a>(

@@ -4,21 +4,37 @@
 //! payload says it is. A flag whose variants have payloads has no value while it is off, so that the
 //! application uses its own default instead of a value of another type.
 
+mod notices;
+mod ticket;
+
 use std::sync::Arc;
 
-use hyper::HeaderMap;
+use bytes::Bytes;
+use hyper::{HeaderMap, header::IF_NONE_MATCH};
+use jiff::Timestamp;
+use xxhash_rust::xxh3::xxh3_128;
 
+pub use self::{
+    notices::Notices,
+    ticket::{Ticket, TicketKey, Tickets},
+};
 use super::{
     client::decoded,
+    conditional,
     frontend::Question,
     reply::{self, Failure, Freshness, Reply},
 };
 use crate::{
+    answers::{Answer, Shown},
     engine::{Bound, Engine, FlagId, Outcome},
-    snapshot::body::Body,
+    snapshot::{
+        Filter, Segments,
+        body::{Body, etag_of},
+    },
+    token::TokenDigest,
     wire::ofrep::{
-        self as wire, ErrorCode, Evaluation, Evaluations, Metadata, Reason, Refusal, Unreadable,
-        Value,
+        self as wire, ErrorCode, Evaluation, Evaluations, EventStream, Metadata, Reason, Refusal,
+        Unreadable, Value,
     },
 };
 
@@ -31,17 +47,50 @@ impl From<Unreadable> for Failure {
     }
 }
 
-/// `/ofrep/v1/evaluate/flags`: every flag that the token sees.
-pub async fn flags(headers: &HeaderMap, question: Question<'_>) -> Reply {
-    let Question { snapshot, scope, .. } = question;
+/// `/ofrep/v1/evaluate/flags`: every flag that the token of `digest` sees, and where changes are told
+/// of: at `events`, the path of our own events as the provider reaches it.
+pub async fn flags(
+    headers: &HeaderMap,
+    question: Question<'_>,
+    digest: &TokenDigest,
+    tickets: &Tickets,
+    events: &str,
+) -> Reply {
+    let Question { told, snapshot, scope, .. } = question;
     let engine = snapshot.engine();
     let view = snapshot.view(&scope.projects);
+    let now = Timestamp::now();
+    let asked = told.to_json();
+    let draw = if view.reads().may_be_random() { rand::random() } else { 0 };
+    let question = Question { draw: Some(draw), ..question };
     let body = question.answer(&view, |context| {
+        let outcome = Answer::of(snapshot, &view, context, Shown::All).hash();
+        // What the flags are, who asks and for whom, what that comes to, and in which period: whoever
+        // has the answer of this tag has the ticket for this context too. It is known before anything
+        // is evaluated that was evaluated before.
+        let flags = snapshot.listing(&scope.projects, Filter::default(), Segments::Separate);
+        let period = tickets.period(digest, &asked, now);
+        let (outcome_bytes, period) = (outcome.to_le_bytes(), period.to_le_bytes());
+        let parts = [flags.etag().as_bytes(), digest.as_bytes(), &outcome_bytes, &period];
+        let hash = xxh3_128(&[&parts.concat(), asked.as_bytes()].concat());
+        if headers.contains_key(IF_NONE_MATCH) {
+            let etag = etag_of(hash);
+            if conditional::none_match_names(headers, &etag) {
+                return Err(etag);
+            }
+        }
+        let ticket = tickets.give(digest, (outcome, draw), &asked, now);
+        let stream = |ticket| [EventStream::sse(format!("{events}?ticket={ticket}"))];
         let bound = engine.bind(context);
         let seen = engine.ids().filter(|&id| scope.projects.contains(engine.flag(id).project()));
-        json(&Evaluations { flags: seen.map(|id| evaluation(engine, id, &bound)).collect() })
+        let flags = seen.map(|id| evaluation(engine, id, &bound)).collect();
+        let all = Evaluations { flags, event_streams: ticket.map(stream) };
+        Ok(Body::tagged(json(&all), hash))
     });
-    reply::body(headers, &Arc::new(body), Freshness::Revalidate).await
+    match body {
+        Ok(body) => reply::body(headers, &Arc::new(body), Freshness::Personal).await,
+        Err(etag) => reply::not_modified(&etag, Freshness::Personal),
+    }
 }
 
 /// `/ofrep/v1/evaluate/flags/{key}`: one of them.
@@ -57,11 +106,16 @@ pub async fn flag(
     let view = snapshot.view(&scope.projects);
     let body =
         question.answer(&view, |context| json(&evaluation(engine, id, &engine.bind(context))));
-    Ok(reply::body(headers, &Arc::new(body), Freshness::Revalidate).await)
+    Ok(reply::body(headers, &Arc::new(Body::new(body)), Freshness::Personal).await)
 }
 
-/// Why a question about `key`, or about all flags, is not answered.
-pub fn refusal(key: Option<&str>, failure: &Failure) -> Reply {
+/// The answer to a question about `key`, or about all flags; why there is none, in the words of the
+/// protocol.
+pub fn told(key: Option<&str>, answer: Result<Reply, Failure>) -> Reply {
+    answer.unwrap_or_else(|failure| refusal(key, &failure))
+}
+
+fn refusal(key: Option<&str>, failure: &Failure) -> Reply {
     let error_code = match failure {
         Failure::Context(_) => Some(ErrorCode::InvalidContext),
         Failure::Malformed(_) | Failure::MediaType => Some(ErrorCode::ParseError),
@@ -73,8 +127,8 @@ pub fn refusal(key: Option<&str>, failure: &Failure) -> Reply {
     reply::refusal(failure, &Refusal { key: key.as_deref(), error_code, error_details })
 }
 
-fn json(document: &impl serde::Serialize) -> Body {
-    Body::new(serde_json::to_vec(document).expect("answers are plain data").into())
+fn json(document: &impl serde::Serialize) -> Bytes {
+    serde_json::to_vec(document).expect("answers are plain data").into()
 }
 
 fn evaluation<'a>(engine: &'a Engine, id: FlagId, bound: &Bound<'_>) -> Evaluation<'a> {

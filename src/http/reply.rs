@@ -31,8 +31,11 @@ pub type Reply = Response<Outgoing>;
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 const PROMETHEUS_TEXT: HeaderValue = HeaderValue::from_static("text/plain; version=0.0.4");
 const BY_CODING: HeaderValue = HeaderValue::from_static("accept-encoding");
+const BY_CODING_AND_TOKEN: HeaderValue =
+    HeaderValue::from_static("accept-encoding, authorization, x-api-key");
 const EVENT_STREAM: HeaderValue = HeaderValue::from_static("text/event-stream");
 const NO_STORE: HeaderValue = HeaderValue::from_static("no-store");
+const PERSONAL: HeaderValue = HeaderValue::from_static("private, no-cache");
 const REVALIDATE: HeaderValue = HeaderValue::from_static("no-cache");
 
 /// What the console's pages may do: run and show what came with them, and ask where they came from.
@@ -68,6 +71,8 @@ pub enum Freshness {
     Unsaid,
     /// `Cache-Control: no-cache`, as Unleash does for evaluated flags.
     Revalidate,
+    /// The same, and that nobody else may be given it.
+    Personal,
 }
 
 /// The answer to a condition that names the representation of `etag`.
@@ -116,8 +121,13 @@ fn body_as(coded: Coded, coding: Coding, freshness: Freshness) -> Reply {
 fn describe(reply: &mut Reply, freshness: Freshness) {
     let headers = reply.headers_mut();
     headers.insert(VARY, BY_CODING);
-    if freshness == Freshness::Revalidate {
-        headers.insert(CACHE_CONTROL, REVALIDATE);
+    match freshness {
+        Freshness::Unsaid => {}
+        Freshness::Revalidate => drop(headers.insert(CACHE_CONTROL, REVALIDATE)),
+        Freshness::Personal => {
+            headers.insert(VARY, BY_CODING_AND_TOKEN);
+            headers.insert(CACHE_CONTROL, PERSONAL);
+        }
     }
 }
 

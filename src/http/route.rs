@@ -29,10 +29,14 @@ pub enum Route<'a> {
     Frontend(Shown),
     /// `GET` and `POST /api/frontend/features/{name}`, the name still percent-encoded
     FrontendFeature(&'a str),
+    /// `GET` and `POST /api/frontend/streaming`, `/api/proxy/streaming`
+    FrontendStreaming,
     /// `POST /ofrep/v1/evaluate/flags`
     OfrepFlags,
     /// `POST /ofrep/v1/evaluate/flags/{key}`, the key still percent-encoded
     OfrepFlag(&'a str),
+    /// `GET /ofrep/v1/events`
+    OfrepEvents,
     /// `POST /edge/validate`
     Validate,
     /// `GET /internal-backstage/health`
@@ -75,7 +79,7 @@ const POST: &str = "POST";
 
 impl<'a> Route<'a> {
     /// The template of each route, a label value; a route's is at [`Route::index`].
-    pub const TEMPLATES: [&'static str; 19] = [
+    pub const TEMPLATES: [&'static str; 21] = [
         "/api/client/features",
         "/api/client/features/{name}",
         "/api/client/register",
@@ -95,6 +99,8 @@ impl<'a> Route<'a> {
         "/api/client/streaming",
         "/ofrep/v1/evaluate/flags",
         "/ofrep/v1/evaluate/flags/{key}",
+        "/api/frontend/streaming",
+        "/ofrep/v1/events",
     ];
 
     /// Finds the route of a normalised path (see [`normalise`]).
@@ -135,6 +141,7 @@ impl<'a> Route<'a> {
             };
         }
         match path {
+            "/ofrep/v1/events" => Some((Self::OfrepEvents, READ)),
             "/edge/validate" => Some((Self::Validate, POST)),
             "/internal-backstage/health" => Some((Self::Health, READ)),
             "/internal-backstage/ready" => Some((Self::Ready, READ)),
@@ -165,6 +172,7 @@ impl<'a> Route<'a> {
         match rest {
             "" => Some((Self::Frontend(Shown::Enabled), READ_OR_POST)),
             "/all" => Some((Self::Frontend(Shown::All), READ_OR_POST)),
+            "/streaming" => Some((Self::FrontendStreaming, READ_OR_POST)),
             "/client/metrics" | "/all/client/metrics" => {
                 Some((Self::Metrics(TokenKind::Frontend), POST))
             }
@@ -197,6 +205,8 @@ impl<'a> Route<'a> {
             Self::ClientStreaming => 16,
             Self::OfrepFlags => 17,
             Self::OfrepFlag(_) => 18,
+            Self::FrontendStreaming => 19,
+            Self::OfrepEvents => 20,
         }
     }
 }
@@ -255,6 +265,9 @@ mod tests {
         check(&Method::GET, "/api/client/streaming", Ok(Route::ClientStreaming));
         check(&Method::POST, "/api/client/metrics/bulk", Ok(Route::Bulk));
         check(&Method::GET, "/api/proxy", Ok(Route::Frontend(Shown::Enabled)));
+        check(&Method::GET, "/api/frontend/streaming", Ok(Route::FrontendStreaming));
+        check(&Method::POST, "/api/proxy/streaming", Ok(Route::FrontendStreaming));
+        check(&Method::GET, "/ofrep/v1/events", Ok(Route::OfrepEvents));
         check(&Method::POST, "/api/frontend/all", Ok(Route::Frontend(Shown::All)));
         check(&Method::GET, "/api/frontend/features/x", Ok(Route::FrontendFeature("x")));
         check(

@@ -1,6 +1,7 @@
-//! What a snapshot remembers of its answers to frontends: what a context came to, and bodies.
+//! What a snapshot remembers of its answers to frontends: what a context came to, bodies, and what it
+//! told those who follow.
 //!
-//! Both are bounded by bytes, and everything may be forgotten at any time: who asks evaluates again.
+//! All are bounded by bytes, and everything may be forgotten at any time: who asks evaluates again.
 //! How an answer comes about is for `crate::answers` to know.
 
 use std::sync::{
@@ -8,13 +9,21 @@ use std::sync::{
     atomic::{AtomicU64, Ordering},
 };
 
+use bytes::Bytes;
 use moka::sync::Cache;
 
-use super::body::Body;
+use super::{body::Body, outcomes::Outcomes};
 
 /// The most memory that a snapshot's remembered outcomes may hold, in bytes, and its bodies.
 const OUTCOMES_BYTES: u64 = 32 << 20;
 const BODIES_BYTES: u64 = 64 << 20;
+
+/// The same of what each flag came to for those who follow, and of the events that were written.
+const LISTED_BYTES: u64 = 32 << 20;
+const EVENTS_BYTES: u64 = 64 << 20;
+
+/// What remembering anything takes besides its content, in bytes, roughly.
+const ENTRY_BYTES: usize = 256;
 
 /// What remembering one outcome takes besides its key, in bytes, as measured over a million.
 const OUTCOME_BYTES: usize = 360;
@@ -28,6 +37,9 @@ pub struct Answers {
     outcomes: Cache<Box<[u8]>, u128>,
     bodies: Cache<u128, Arc<Body>>,
     recent: Recent,
+    listed: Cache<u128, Arc<Outcomes>>,
+    /// By what was told before and what is told.
+    events: Cache<(Option<u128>, u128), Bytes>,
 }
 
 impl Answers {
@@ -38,7 +50,19 @@ impl Answers {
         let bodies = Cache::<u128, Arc<Body>>::builder()
             .max_capacity(BODIES_BYTES)
             .weigher(|_, body| saturating(body.weight()));
-        Self { outcomes: outcomes.build(), bodies: bodies.build(), recent: Recent::default() }
+        let listed = Cache::<u128, Arc<Outcomes>>::builder()
+            .max_capacity(LISTED_BYTES)
+            .weigher(|_, outcomes| saturating(outcomes.weight() + ENTRY_BYTES));
+        let events = Cache::<_, Bytes>::builder()
+            .max_capacity(EVENTS_BYTES)
+            .weigher(|_, event| saturating(event.len() + ENTRY_BYTES));
+        Self {
+            outcomes: outcomes.build(),
+            bodies: bodies.build(),
+            recent: Recent::default(),
+            listed: listed.build(),
+            events: events.build(),
+        }
     }
 
     /// The hash of what was answered under this key.
@@ -68,6 +92,18 @@ impl Answers {
             self.bodies.insert(hash, Arc::clone(&body));
         }
         body
+    }
+
+    /// What each flag came to in the answers that `hash` identifies, found out unless it is kept: once,
+    /// however many ask at the same time.
+    pub fn outcomes(&self, hash: u128, make: impl FnOnce() -> Outcomes) -> Arc<Outcomes> {
+        self.listed.get_with(hash, || Arc::new(make()))
+    }
+
+    /// What those are told who have the first of two answers, or none, and are to have the second;
+    /// written unless it is kept, once for all who ask at the same time.
+    pub fn event(&self, way: (Option<u128>, u128), make: impl FnOnce() -> Bytes) -> Bytes {
+        self.events.get_with(way, make)
     }
 }
 

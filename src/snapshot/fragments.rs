@@ -65,6 +65,11 @@ impl Fragments {
         FragmentId(self.firsts[flag.index()] + outcome.ordinal())
     }
 
+    /// The index of the flag whose fragment stands at a place.
+    pub fn flag(&self, id: FragmentId) -> usize {
+        self.firsts.partition_point(|&first| first <= id.0) - 1
+    }
+
     /// The fragment at a place.
     pub fn get(&self, id: FragmentId) -> Fragment<'_> {
         let start = id.0.checked_sub(1).map_or(0, |before| self.ends[before].0);

@@ -78,6 +78,43 @@ impl<'a> FrontendContext<'a> {
         context.within_bounds()
     }
 
+    /// The same, without what it borrows from.
+    pub fn into_owned(self) -> FrontendContext<'static> {
+        let owned = |text: Cow<'a, str>| Cow::Owned(text.into_owned());
+        let properties = self.properties.into_iter();
+        FrontendContext {
+            user_id: self.user_id.map(owned),
+            session_id: self.session_id.map(owned),
+            environment: self.environment.map(owned),
+            app_name: self.app_name.map(owned),
+            current_time: self.current_time.map(owned),
+            remote_address: self.remote_address.map(owned),
+            properties: properties.map(|(name, value)| (owned(name), owned(value))).collect(),
+        }
+    }
+
+    /// Writes what [`FrontendContext::from_json`] reads.
+    pub fn to_json(&self) -> String {
+        let fields = [
+            ("userId", &self.user_id),
+            ("sessionId", &self.session_id),
+            ("environment", &self.environment),
+            ("appName", &self.app_name),
+            ("currentTime", &self.current_time),
+            ("remoteAddress", &self.remote_address),
+        ];
+        let fields = fields.into_iter().filter_map(|(name, value)| Some((name, value.as_deref()?)));
+        let mut object: serde_json::Map<_, _> =
+            fields.map(|(name, value)| (name.to_owned(), value.into())).collect();
+        if !self.properties.is_empty() {
+            let properties = self.properties.iter();
+            let properties: serde_json::Map<_, _> =
+                properties.map(|(name, value)| (name.to_string(), (&**value).into())).collect();
+            object.insert("properties".to_owned(), properties.into());
+        }
+        serde_json::Value::Object(object).to_string()
+    }
+
     fn within_bounds(self) -> Result<Self, Error> {
         let Self {
             user_id, session_id, environment, app_name, current_time, remote_address, ..
@@ -304,6 +341,24 @@ mod tests {
     use super::*;
 
     proptest! {
+        #[test]
+        fn what_is_written_is_read_as_it_was(
+            user in proptest::option::of(".{0,9}"),
+            address in proptest::option::of("[0-9.]{0,9}"),
+            properties in proptest::collection::btree_map("[a-z\"é]{1,3}|context|properties", ".{0,5}", 0..5),
+        ) {
+            let context = FrontendContext {
+                user_id: user.map(Cow::Owned),
+                remote_address: address.map(Cow::Owned),
+                properties: properties.into_iter().map(|(a, b)| (a.into(), b.into())).collect(),
+                ..FrontendContext::default()
+            };
+            let text = context.to_json();
+            let mut read = FrontendContext::from_json(text.as_bytes()).unwrap();
+            read.properties.sort();
+            prop_assert_eq!(read, context);
+        }
+
         #[test]
         fn queries_are_decoded_as_forms_are(query in "[ab%+&=0-9A-Fé]{0,40}") {
             let ours: Vec<_> = pairs(&query).collect();

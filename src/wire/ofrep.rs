@@ -71,7 +71,39 @@ pub struct Metadata<'a> {
 pub struct Evaluations<'a> {
     /// One for each flag.
     pub flags: Vec<Evaluation<'a>>,
+    /// Where changes are told of.
+    #[serde(rename = "eventStreams", skip_serializing_if = "Option::is_none")]
+    pub event_streams: Option<[EventStream; 1]>,
 }
+
+/// A stream that tells when to ask again.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EventStream {
+    r#type: &'static str,
+    endpoint: Endpoint,
+    /// After how many seconds out of sight a provider had better close it.
+    inactivity_delay_sec: u32,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Endpoint {
+    request_uri: String,
+}
+
+impl EventStream {
+    /// Server-sent events at this path and query of wherever the provider reaches us.
+    pub fn sse(request_uri: String) -> Self {
+        let endpoint = Endpoint { request_uri };
+        Self { r#type: "sse", endpoint, inactivity_delay_sec: 120 }
+    }
+}
+
+/// The name of a stream's events, and what one says that asks for another evaluation.
+pub const EVENT: &str = "message";
+/// See [`EVENT`].
+pub const REFETCH: &str = r#"{"type":"refetchEvaluation"}"#;
 
 /// Why a question is not answered.
 #[derive(Debug, Serialize)]

@@ -3,7 +3,7 @@
 //! Text in, text out. Who reads and writes the bytes, and what becomes of a broken stream, is their
 //! business; `retry` is for whoever opens it again.
 
-use std::fmt::Write as _;
+use std::fmt::{Display, Write as _};
 
 /// What keeps proxies from giving up a stream on which nothing happens.
 pub const COMMENT: &[u8] = b": keep-alive\n\n";
@@ -20,7 +20,7 @@ pub struct Event {
 }
 
 /// Writes one event. `name` and `id` have no line breaks; `data` may have any.
-pub fn event(name: &str, id: Option<u32>, data: &str) -> String {
+pub fn event(name: &str, id: Option<&dyn Display>, data: &str) -> String {
     let mut text = String::with_capacity(data.len() + 64);
     // Writing to a string cannot fail.
     let _ = writeln!(text, "event: {name}");
@@ -32,6 +32,11 @@ pub fn event(name: &str, id: Option<u32>, data: &str) -> String {
     }
     text.push('\n');
     text
+}
+
+/// Tells a client by what to name the state that it has, without an event.
+pub fn state(id: &dyn Display) -> String {
+    format!("id: {id}\n\n")
 }
 
 /// Tells a client how many milliseconds to wait before it opens a stream again.
@@ -179,7 +184,7 @@ mod tests {
             let mut text = retry(100);
             let mut expect = vec![];
             for (name, id, data) in events {
-                text += &event(&name, Some(id), &data);
+                text += &event(&name, Some(&id), &data);
                 text += std::str::from_utf8(COMMENT).unwrap();
                 let data = data.replace("\r\n", "\n").replace('\r', "\n");
                 expect.push(Event { name, id: id.to_string(), data });

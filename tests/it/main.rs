@@ -18,6 +18,8 @@ mod database;
 mod edge;
 /// A flood of made-up tokens.
 mod flood;
+/// Frontends that follow changes.
+mod following;
 /// The API of frontend SDKs.
 mod frontend_api;
 /// The rules of the house.
@@ -27,10 +29,11 @@ mod limits;
 /// Parapet in this process, for tests of its answers.
 #[allow(dead_code, reason = "a kit like the rig: each story uses the parts it needs")]
 mod local;
-/// What operators configure and see.
+/// OpenFeature's providers.
 mod ofrep;
 /// The API's document.
 mod openapi;
+/// What operators configure and see.
 mod ops;
 /// An edge whose upstream is away.
 mod outage;
@@ -49,6 +52,7 @@ mod secrecy;
 mod spec;
 /// A server of its own, as its owner meets it.
 mod standalone;
+/// Server SDKs that follow changes.
 mod streaming;
 /// What real Unleash servers do, as far as Parapet relies on it.
 mod upstream_facts;

@@ -6,7 +6,7 @@ use reqwest::StatusCode;
 use serde_json::{Value, json};
 
 use crate::local::{Answer, CLIENT, FRONTEND, Local, WEB_FRONTEND, answer};
-use crate::rig::{Driver, node, until};
+use crate::rig::{Driver, Events, node, until};
 
 const ALL: &str = "/ofrep/v1/evaluate/flags";
 
@@ -60,7 +60,14 @@ fn assert_allowed(path: &str, status: u64, body: &Value) {
     };
     let is_bulk = path.ends_with(ALL);
     match status {
-        200 if is_bulk => body["flags"].as_array().unwrap().iter().for_each(success),
+        200 if is_bulk => {
+            body["flags"].as_array().unwrap().iter().for_each(success);
+            for stream in body["eventStreams"].as_array().into_iter().flatten() {
+                assert_eq!(stream["type"], "sse", "{stream}");
+                assert!(stream["endpoint"]["requestUri"].as_str().unwrap().starts_with('/'));
+                assert!(stream["inactivityDelaySec"].as_u64().unwrap() >= 1, "{stream}");
+            }
+        }
         200 => success(body),
         304 => assert_eq!(*body, "", "a 304 has no body"),
         400 => {
@@ -190,13 +197,117 @@ async fn tokens_are_taken_from_each_of_their_places_and_refusals_are_of_the_prot
     let long = json!({ "context": { "plan": "x".repeat(5000) } }).to_string();
     assert_eq!(check(ALL, raw(FRONTEND), &long, 400).await["errorCode"], "INVALID_CONTEXT");
 
-    // The tag is of the outcome: who reads differently and gets the same has it already.
-    let first = ask(ALL, raw(FRONTEND), r#"{"context":{"targetingKey":"7"}}"#).await;
+    // The tag is of the outcome and of who asks.
+    let first = ask(ALL, raw(FRONTEND), r#"{"context":{"targetingKey":"7","plan":"x"}}"#).await;
+    assert_eq!(first.header("cache-control"), "private, no-cache");
     let etag = first.header("etag").to_owned();
-    let again = async |body: &Value, expect: StatusCode| {
-        let request = parapet.json(ALL, body).header("authorization", FRONTEND);
-        assert_eq!(answer(request.header("if-none-match", &etag)).await.status, expect, "{body}");
+    let again = async |token: &str, body: &str, expect: StatusCode| {
+        let request = parapet.json(ALL, &Value::Null).body(body.to_owned());
+        let request = request.header("authorization", token).header("if-none-match", &etag);
+        assert_eq!(answer(request).await.status, expect, "{body}");
     };
-    again(&json!({ "context": { "targetingKey": "8" } }), StatusCode::NOT_MODIFIED).await;
-    again(&json!({ "context": { "plan": "gold" } }), StatusCode::OK).await;
+    let same = r#"{"context":{"plan":"x","targetingKey":"7"}}"#;
+    again(FRONTEND, same, StatusCode::NOT_MODIFIED).await;
+    again(WEB_FRONTEND, same, StatusCode::OK).await;
+    again(FRONTEND, r#"{"context":{"targetingKey":"8","plan":"x"}}"#, StatusCode::OK).await;
+    again(FRONTEND, r#"{"context":{"targetingKey":"7","plan":"gold"}}"#, StatusCode::OK).await;
+}
+
+#[tokio::test]
+#[ignore = "needs the npm packages of tests/, see tests/run"]
+async fn the_web_provider_is_told_of_a_change_and_asks_for_nothing_meanwhile() {
+    let parapet = Local::offline(&flags(true)).await;
+    let options = json!({ "url": format!("http://{}", parapet.address()), "frontend": FRONTEND, "client": CLIENT });
+    let mut command: tokio::process::Command = node("ofrep.mjs").into();
+    command.env("NODE_OPTIONS", "--experimental-eventsource --no-warnings");
+    let mut providers = Driver::start("OFREP providers", command, &options).await;
+    let open = || async {
+        let metrics = parapet.get("/internal-backstage/metrics", "").await;
+        metrics.text().contains("\nparapet_streams 1\n").then_some(())
+    };
+    until("the provider follows", PATIENCE, open).await;
+    let traffic = providers.ask("traffic", Value::Null).await;
+    assert_eq!(traffic["traffic"].as_array().unwrap().len(), 1, "{traffic}");
+
+    std::fs::write(parapet.flags_file(), flags(false)).unwrap();
+    let question = json!({ "type": "boolean", "flag": "plain", "fallback": true });
+    until("the change arrives", PATIENCE, async || {
+        (providers.ask("web", question.clone()).await["value"] == false).then_some(())
+    })
+    .await;
+    let changes = providers.ask("changes", Value::Null).await;
+    assert_eq!(changes["changes"], 1);
+    let traffic = providers.ask("traffic", Value::Null).await;
+    let traffic = traffic["traffic"].as_array().unwrap();
+    assert_eq!(traffic.len(), 1, "it asked once, when it was told to: {traffic:?}");
+    assert_allowed(ALL, traffic[0]["status"].as_u64().unwrap(), &traffic[0]["body"]);
+
+    // For another context it follows another stream.
+    providers.ask("context", json!({ "context": { "targetingKey": "8", "plan": "gold" } })).await;
+    until("the provider follows", PATIENCE, open).await;
+    std::fs::write(parapet.flags_file(), flags(true)).unwrap();
+    until("the change arrives", PATIENCE, async || {
+        (providers.ask("web", question.clone()).await["value"] == true).then_some(())
+    })
+    .await;
+    assert_eq!(providers.complaints(), "");
+    providers.close().await;
+}
+
+/// The address of the stream that an answer tells.
+fn stream_of(answer: &Answer) -> String {
+    let streams = answer.json()["eventStreams"].take();
+    streams[0]["endpoint"]["requestUri"].as_str().unwrap().to_owned()
+}
+
+#[tokio::test]
+async fn a_stream_tells_its_context_to_ask_again_and_no_other() {
+    let parapet = Local::offline_with(&flags(true), &["--base-path", "/edge"]).await;
+    let path = format!("/edge{ALL}");
+    let ask = async |context: Value| {
+        let answer = parapet.post(&path, FRONTEND, &json!({ "context": context })).await;
+        assert_eq!(answer.status, StatusCode::OK);
+        answer
+    };
+    let gold = || json!({ "targetingKey": "7", "plan": "gold" });
+    let (plain, golden) = (stream_of(&ask(json!({})).await), stream_of(&ask(gold()).await));
+    assert!(plain.starts_with("/edge/ofrep/v1/events?ticket="), "{plain}");
+    assert_eq!(stream_of(&ask(gold()).await), golden, "the same question, the same stream");
+    assert!(!golden.contains("gold") && !golden.contains(FRONTEND));
+    let open = async |path: &str, last: Option<&str>| {
+        Events::open(parapet.request(reqwest::Method::GET, path), last).await
+    };
+    let (mut one, mut two) = (open(&plain, None).await, open(&golden, None).await);
+
+    // A change for gold users only.
+    let before = flags(true);
+    let silver = before.replace(r#""values":["gold"]"#, r#""values":["silver"]"#);
+    assert_ne!(before, silver);
+    std::fs::write(parapet.flags_file(), &silver).unwrap();
+    let told = two.next().await.unwrap();
+    assert_eq!((&*told.name, &*told.data), ("message", r#"{"type":"refetchEvaluation"}"#));
+    // A change for all: the first that the other hears of.
+    std::fs::write(parapet.flags_file(), flags(false)).unwrap();
+    let both = (one.next().await.unwrap(), two.next().await.unwrap());
+    assert!(both.0.data.contains("refetch") && both.1.data.contains("refetch"));
+
+    // Who was away meanwhile is told at once, who has all that there is is not.
+    assert!(open(&golden, None).await.next().await.unwrap().data.contains("refetch"));
+    assert!(open(&golden, Some(&told.id)).await.next().await.unwrap().data.contains("refetch"));
+    let mut current = open(&golden, Some(&both.1.id)).await;
+    std::fs::write(parapet.flags_file(), flags(true)).unwrap();
+    let next = current.next().await.unwrap();
+    assert_ne!(next.id, both.1.id, "that was the change after");
+
+    let refused = async |path: &str| {
+        let answer = answer(parapet.request(reqwest::Method::GET, path)).await;
+        assert_eq!(answer.status, StatusCode::UNAUTHORIZED, "{path}");
+        assert!(answer.json()["errorDetails"].is_string());
+    };
+    refused("/edge/ofrep/v1/events").await;
+    refused("/edge/ofrep/v1/events?ticket=nonsense").await;
+    refused(&golden[..golden.len() - 1]).await;
+    // A context that no address holds is answered, and not followed.
+    let long = json!({ "a": "x".repeat(4000), "b": "x".repeat(4000) });
+    assert!(ask(long).await.json().get("eventStreams").is_none());
 }

@@ -6,6 +6,7 @@
 
 pub(crate) mod chaos;
 mod driver;
+mod events;
 mod net;
 mod parapet;
 mod postgres;
@@ -16,6 +17,7 @@ mod unleash;
 
 pub(crate) use chaos::{ChaosProxy, Fault};
 pub(crate) use driver::Driver;
+pub(crate) use events::Events;
 pub(crate) use net::{http, until};
 pub(crate) use parapet::Parapet;
 pub(crate) use postgres::Postgres;

@@ -1,14 +1,12 @@
 //! Changes arrive: delta events and streams, by hand and by the official SDK.
 
-use std::collections::VecDeque;
 use std::time::Duration;
 
-use parapet::wire::sse::{Decoder, Event};
-use reqwest::{Method, Response, StatusCode};
+use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
 use crate::local::{CLIENT, FRONTEND, Local, WEB_CLIENT, answer};
-use crate::rig::{Kind, Parapet, Sdk, Unleash, http, until};
+use crate::rig::{Events, Kind, Parapet, Sdk, Unleash, http, until};
 
 const ADMIN: &str = "*:*.admin-0123456789abcdef0123456789abcdef";
 
@@ -56,42 +54,22 @@ fn of(kind: &str, name: &str) -> (String, String) {
     (kind.to_owned(), name.to_owned())
 }
 
-/// A stream as a client has it.
-struct Stream {
-    response: Response,
-    decoder: Decoder,
-    events: VecDeque<Event>,
-}
+/// A stream of delta events.
+struct Stream(Events);
 
 impl Stream {
     async fn open(url: &str, token: &str, last: Option<&str>) -> Self {
-        let request = http().get(format!("{url}{STREAM}")).timeout(2 * PATIENCE);
-        let request = request.header("authorization", token);
-        let request = last.into_iter().fold(request, |it, id| it.header("last-event-id", id));
-        let response = request.send().await.unwrap();
-        assert_eq!(response.status(), StatusCode::OK);
-        assert_eq!(response.headers()["content-type"], "text/event-stream");
-        Self { response, decoder: Decoder::new(1 << 20), events: VecDeque::new() }
+        let request = http().get(format!("{url}{STREAM}"));
+        Self(Events::open(request.header("authorization", token), last).await)
     }
 
     async fn of(parapet: &Local, token: &str, last: Option<&str>) -> Self {
         Self::open(&format!("http://{}", parapet.address()), token, last).await
     }
 
-    /// The next event; `None` at the stream's end.
-    async fn next(&mut self) -> Option<Event> {
-        while self.events.is_empty() {
-            let chunk = tokio::time::timeout(PATIENCE, self.response.chunk());
-            let chunk = chunk.await.expect("something is told, or the stream ends");
-            let Ok(Some(chunk)) = chunk else { return None };
-            self.decoder.read(&chunk, |event| self.events.push_back(event)).unwrap();
-        }
-        self.events.pop_front()
-    }
-
     /// The next event's name, number, and what it tells.
     async fn news(&mut self) -> (String, String, Vec<(String, String)>) {
-        let event = self.next().await.expect("the stream goes on");
+        let event = self.0.next().await.expect("the stream goes on");
         let data = serde_json::from_str(&event.data).unwrap();
         (event.name, event.id, told(&data))
     }
@@ -186,7 +164,7 @@ async fn a_stream_ends_when_its_token_dies_and_others_go_on() {
     other.news().await;
     let deleted = answer(admin(Method::DELETE, &format!("/{secret}"))).await;
     assert_eq!(deleted.status, StatusCode::OK);
-    assert_eq!(doomed.next().await, None, "it is told nothing more");
+    assert_eq!(doomed.0.next().await, None, "it is told nothing more");
     write(&parapet, &flags(true, false));
     assert_eq!(other.news().await.2, [of("feature-updated", "in-web")]);
 }
@@ -220,7 +198,7 @@ async fn a_fleet_is_sent_to_streaming_or_to_polling() {
     assert_eq!(parapet.get("/api/client/features", CLIENT).await.header("fetch-mode"), "");
     let mut stream = Stream::of(&parapet, CLIENT, None).await;
     assert_eq!(stream.news().await.2, [of("hydration", "in-web,other")]);
-    let sent = stream.next().await.unwrap();
+    let sent = stream.0.next().await.unwrap();
     assert_eq!((&*sent.name, &*sent.data), ("fetch-mode", "polling"));
     // An SDK that cannot poll goes on.
     write(&parapet, &flags(true, false));
@@ -236,7 +214,7 @@ async fn streams_end_in_order_with_the_process_and_at_their_age() {
     let parapet = offline.flag("--client-tokens", CLIENT).start().await;
     let mut stream = Stream::open(&parapet.url(), CLIENT, None).await;
     stream.news().await;
-    let (end, status) = tokio::join!(stream.next(), parapet.terminate());
+    let (end, status) = tokio::join!(stream.0.next(), parapet.terminate());
     assert_eq!(end, None);
     assert!(status.success(), "{}", parapet.log());
     assert!(!parapet.log().contains("did not finish in time"), "{}", parapet.log());
@@ -245,7 +223,7 @@ async fn streams_end_in_order_with_the_process_and_at_their_age() {
     let parapet = Local::offline_with(&flags(false, false), &args).await;
     let mut stream = Stream::of(&parapet, CLIENT, None).await;
     stream.news().await;
-    assert_eq!(stream.next().await, None);
+    assert_eq!(stream.0.next().await, None);
 }
 
 #[tokio::test]

@@ -1,4 +1,5 @@
-// Drives OpenFeature's official OFREP providers: `node ofrep.mjs '{"url": …, "frontend": token, "client": token}'`.
+// Drives OpenFeature's official OFREP providers: `node ofrep.mjs '{"url": …, "frontend": token, "client": token}'`. The web
+// provider follows a stream where there is an `EventSource` (`node --experimental-eventsource`), and polls otherwise.
 import { OFREPProvider } from '@openfeature/ofrep-provider';
 import { OFREPWebProvider } from '@openfeature/ofrep-web-provider';
 import { OpenFeature as Server } from '@openfeature/server-sdk';
@@ -21,7 +22,7 @@ await Server.setProviderAndWait(new OFREPProvider(reach([['X-API-Key', client]])
 const server = Server.getClient();
 
 await Web.setContext({ targetingKey: '7' });
-const provider = new OFREPWebProvider({ ...reach([['Authorization', `Bearer ${frontend}`]]), pollInterval: 100 });
+const provider = new OFREPWebProvider({ ...reach([['Authorization', `Bearer ${frontend}`]]), pollInterval: globalThis.EventSource ? 0 : 100 });
 await Web.setProviderAndWait(provider);
 const web = Web.getClient();
 let changes = 0;

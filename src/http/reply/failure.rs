@@ -19,6 +19,9 @@ pub enum Failure {
          with a valid token"
     )]
     Unauthorized,
+    /// An address of events that is not, or no longer, taken.
+    #[error("this address of events has expired; ask for the flags again, which tells another")]
+    Ticket,
     /// Neither a session nor an admin token.
     #[error("you must sign in, or present an admin token, to use this")]
     SignIn,
@@ -111,7 +114,7 @@ impl Failure {
     /// The status and the name that Unleash gives errors of its kind in its JSON.
     fn parts(&self) -> (StatusCode, &'static str) {
         match self {
-            Self::Unauthorized | Self::SignIn => {
+            Self::Unauthorized | Self::SignIn | Self::Ticket => {
                 (StatusCode::UNAUTHORIZED, "AuthenticationRequired")
             }
             Self::WrongPassword => (StatusCode::UNAUTHORIZED, "PasswordMismatch"),

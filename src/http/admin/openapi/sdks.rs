@@ -28,6 +28,8 @@ enum Answer {
     Evaluated(&'static str),
     /// 200, and events for as long as it is open.
     Events,
+    /// As the former, refusals in the words of OpenFeature.
+    Notices,
     /// 202 without a body.
     Accepted,
 }
@@ -41,6 +43,11 @@ enum Kind {
 }
 
 const FILTER: &[(&str, Kind)] = &[("namePrefix", Kind::Text), ("project", Kind::Texts)];
+
+const TICKET: &[(&str, Kind)] = &[("ticket", Kind::Text)];
+
+/// What is asked without a token; a ticket stands for one.
+const OPEN: [&str; 2] = ["/edge/validate", "/ofrep/v1/events"];
 
 const CONTEXT: &[(&str, Kind)] = &[
     ("userId", Kind::Text),
@@ -89,17 +96,21 @@ static ROWS: &[Row] = &[
     post("/api/frontend/all", "Context", "The same, the context in the body").tells(Answer::Cached("Toggles")),
     get("/api/frontend/features/{name}", "Toggle", "One flag for a context").asks(CONTEXT),
     post("/api/frontend/features/{name}", "Context", "The same, the context in the body").tells(Answer::Cached("Toggle")),
+    get("/api/frontend/streaming", "", "The flags that are on for a context, and what changes of that, as server-sent events").tells(Answer::Events).asks(CONTEXT),
+    post("/api/frontend/streaming", "Context", "The same, the context in the body").tells(Answer::Events),
     post("/api/frontend/client/register", "Registration", "A frontend application starts"),
     post("/api/frontend/client/metrics", "ClientMetrics", "What a frontend SDK counted"),
     post("/ofrep/v1/evaluate/flags", "OfrepQuestion", "All flags for an OpenFeature provider").tells(Answer::Evaluated("OfrepFlags")),
     post("/ofrep/v1/evaluate/flags/{key}", "OfrepQuestion", "One flag for an OpenFeature provider").tells(Answer::Evaluated("OfrepFlag")),
+    get("/ofrep/v1/events", "", "When an OpenFeature provider is to ask again, as server-sent events").tells(Answer::Notices).asks(TICKET),
     post("/edge/validate", "Tokens", "Which of these tokens are valid").tells(Answer::Told("ValidTokens")),
 ];
 
 /// Older paths, and what they stand for.
-const OLDER: [(&str, &str); 8] = [
+const OLDER: [(&str, &str); 9] = [
     ("/api/proxy", "/api/frontend"),
     ("/api/proxy/all", "/api/frontend/all"),
+    ("/api/proxy/streaming", "/api/frontend/streaming"),
     ("/api/proxy/client/register", "/api/frontend/client/register"),
     ("/api/proxy/client/metrics", "/api/frontend/client/metrics"),
     ("/api/proxy/all/client/register", "/api/frontend/client/register"),
@@ -125,6 +136,12 @@ pub(super) fn operations(error: &Value) -> Vec<(&'static str, &'static str, Valu
 fn described(row: &Row, path: &str, error: &Value) -> Value {
     let schema = |name: &str| json!({ "$ref": format!("#/components/schemas/{name}") });
     let done = |name| content("application/json", &schema(name));
+    let refusal = match row.answer {
+        Answer::Evaluated(_) | Answer::Notices => {
+            &content("application/json", &schema("OfrepRefusal"))
+        }
+        _ => error,
+    };
     let mut responses = Map::new();
     match row.answer {
         Answer::Cached(name) | Answer::Evaluated(name) => {
@@ -134,7 +151,7 @@ fn described(row: &Row, path: &str, error: &Value) -> Value {
         Answer::Told(name) => {
             responses.insert("200".to_owned(), done(name));
         }
-        Answer::Events => {
+        Answer::Events | Answer::Notices => {
             let text = json!({ "type": "string" });
             let event = json!({
                 "type": "object",
@@ -143,16 +160,12 @@ fn described(row: &Row, path: &str, error: &Value) -> Value {
             });
             let events = content("text/event-stream", &event);
             responses.insert("200".to_owned(), events);
-            responses.insert("429".to_owned(), error.clone());
+            responses.insert("429".to_owned(), refusal.clone());
         }
         Answer::Accepted => {
             responses.insert("202".to_owned(), json!({ "description": "Taken in" }));
         }
     }
-    let refusal = match row.answer {
-        Answer::Evaluated(_) => &content("application/json", &schema("OfrepRefusal")),
-        _ => error,
-    };
     for status in [400, 401, 403, 404, 408, 413, 415, 503] {
         responses.insert(status.to_string(), refusal.clone());
     }
@@ -164,7 +177,7 @@ fn described(row: &Row, path: &str, error: &Value) -> Value {
         "summary": row.summary,
         "parameters": parameters,
         "responses": responses,
-        "security": if row.path == "/edge/validate" { json!([]) } else { json!([{ "token": [] }]) },
+        "security": if OPEN.contains(&row.path) { json!([]) } else { json!([{ "token": [] }]) },
     });
     if let Some(name) = row.takes {
         operation["requestBody"] = json!({
@@ -278,6 +291,11 @@ pub(super) fn schemas() -> Map<String, Value> {
         } })),
         "OfrepFlags": object(&["flags"], json!({
             "flags": list(json!({ "$ref": "#/components/schemas/OfrepFlag" })),
+            "eventStreams": list(object(&["type", "endpoint"], json!({
+                "type": { "const": "sse" },
+                "endpoint": object(&["requestUri"], json!({ "requestUri": text() })),
+                "inactivityDelaySec": { "type": "integer", "minimum": 1 },
+            }))),
         })),
         "OfrepFlag": object(&["key", "reason", "variant", "metadata"], json!({
             "key": name(),

@@ -1,0 +1,174 @@
+//! What a context's flags come to, from memory or evaluated; its entity tag, and its body.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use hyper::header::HeaderValue;
+use xxhash_rust::xxh3::xxh3_128;
+
+use crate::{
+    engine::{Context, Key, Values},
+    snapshot::{
+        Fragment, FragmentId, Snapshot, Toggle, View,
+        body::{Body, etag_of},
+    },
+    token::Projects,
+};
+
+/// Which flags an answer lists.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub enum Shown {
+    /// Only those that are on for the context.
+    Enabled,
+    /// Every flag of the scope.
+    All,
+}
+
+/// What a context's flags came to; its body is not written yet.
+#[derive(Debug)]
+pub struct Answer<'a> {
+    snapshot: &'a Snapshot,
+    view: &'a View,
+    shown: Shown,
+    hash: u128,
+    known: Known<'a>,
+}
+
+/// What there is to write a body from.
+#[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "there is one per request, on the stack")]
+enum Known<'a> {
+    /// The flags were evaluated now, to these.
+    Fragments(Vec<Fragment<'a>>),
+    /// They were before, for a context that this one equals.
+    Values(Values<'a>),
+}
+
+impl<'a> Answer<'a> {
+    /// What the flags of `view`, which is one of the snapshot's, come to for a context.
+    pub fn of(snapshot: &'a Snapshot, view: &'a View, context: &Context<'a>, shown: Shown) -> Self {
+        let (engine, answers) = (snapshot.engine(), snapshot.answers());
+        let values = engine.read(context);
+        if view.reads().is_random(&values) {
+            let fragments = evaluate(snapshot, view, values, shown);
+            let hash = hash_of(&fragments);
+            return Self { snapshot, view, shown, hash, known: Known::Fragments(fragments) };
+        }
+        let mut key = Key::from_slice(&view.number().to_le_bytes());
+        key.push(match shown {
+            Shown::Enabled => 0,
+            Shown::All => 1,
+        });
+        engine.tell(view.reads(), &values, &mut key);
+        let (hash, known) = if let Some(hash) = answers.outcome(&key) {
+            (hash, Known::Values(values))
+        } else {
+            let fragments = evaluate(snapshot, view, values, shown);
+            let hash = hash_of(&fragments);
+            answers.remember(&key, hash);
+            (hash, Known::Fragments(fragments))
+        };
+        Self { snapshot, view, shown, hash, known }
+    }
+
+    /// What identifies the answer, its flags and what they came to.
+    pub fn hash(&self) -> u128 {
+        self.hash
+    }
+
+    /// The entity tag of the answer.
+    pub fn etag(&self) -> HeaderValue {
+        etag_of(self.hash)
+    }
+
+    /// `{"toggles":[…]}`, flags sorted by name.
+    pub fn body(self) -> Arc<Body> {
+        let Self { snapshot, view, shown, hash, known } = self;
+        snapshot.answers().body(hash, || {
+            let fragments = match known {
+                Known::Fragments(fragments) => fragments,
+                Known::Values(values) => evaluate(snapshot, view, values, shown),
+            };
+            Body::tagged(write(&fragments), hash)
+        })
+    }
+}
+
+/// What every flag of the view that is shown comes to.
+fn evaluate<'a>(
+    snapshot: &'a Snapshot,
+    view: &View,
+    values: Values<'_>,
+    shown: Shown,
+) -> Vec<Fragment<'a>> {
+    let all = snapshot.fragments();
+    let mut fragments = Vec::with_capacity(view.toggles().len());
+    listed(snapshot, view, values, shown, |fragment| fragments.push(all.get(fragment)));
+    fragments
+}
+
+/// Evaluates every flag of the view, and tells of those that are shown what they come to.
+pub(super) fn listed(
+    snapshot: &Snapshot,
+    view: &View,
+    values: Values<'_>,
+    shown: Shown,
+    mut tell: impl FnMut(FragmentId),
+) {
+    let (engine, all) = (snapshot.engine(), snapshot.fragments());
+    let bound = engine.bind_values(values);
+    for toggle in view.toggles() {
+        let (on, fragment) = match *toggle {
+            Toggle::Fixed { on, fragment } => (on, fragment),
+            Toggle::Varies(flag) => {
+                let outcome = engine.evaluate(flag, &bound);
+                (outcome.is_on(), all.id(flag, outcome))
+            }
+        };
+        if on || shown == Shown::All {
+            tell(fragment);
+        }
+    }
+}
+
+/// What the body is made of, hashed without writing it: equal bodies have equal tags on every instance
+/// and across snapshots.
+fn hash_of(fragments: &[Fragment<'_>]) -> u128 {
+    let hashes: Vec<u8> = fragments.iter().flat_map(|it| it.hash().to_le_bytes()).collect();
+    xxh3_128(&hashes)
+}
+
+fn write(fragments: &[Fragment<'_>]) -> Bytes {
+    let (opening, end) = (r#"{"toggles":["#, "]}");
+    let length = fragments.iter().map(|it| it.with_comma().len()).sum::<usize>().saturating_sub(1);
+    // Exactly the right size: nothing is copied again.
+    let mut text = String::with_capacity(opening.len() + length + end.len());
+    text.push_str(opening);
+    if let Some((last, others)) = fragments.split_last() {
+        text.extend(others.iter().map(|it| it.with_comma()));
+        text.push_str(last.json());
+    }
+    text.push_str(end);
+    Bytes::from(text)
+}
+
+/// The answer about one flag that `projects` see; `None` if there is no such flag.
+pub fn one(
+    snapshot: &Snapshot,
+    projects: &Projects,
+    context: &Context<'_>,
+    name: &str,
+) -> Option<Body> {
+    let engine = snapshot.engine();
+    let flag = engine.find(name)?;
+    if !projects.contains(engine.flag(flag).project()) {
+        return None;
+    }
+    let outcome = engine.evaluate(flag, &engine.bind(context));
+    let fragments = snapshot.fragments();
+    let json = fragments.get(fragments.id(flag, outcome)).json();
+    Some(Body::new(Bytes::copy_from_slice(json.as_bytes())))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,230 @@
+//! What a provider opens its stream with: a short-lived ticket in the stream's address.
+//!
+//! Browsers' `EventSource` sends no headers, and a token has no place in an address, which proxies
+//! log. A ticket tells whose token it was, by its digest, and for which context flags were asked; it
+//! is sealed, because contexts are nobody's business either. Whoever has one may learn that some
+//! flag has changed, and nothing else, until it expires or the token does.
+//!
+//! The same question has the same ticket for an hour, so that a provider which asks again keeps its
+//! stream. Instances that share a key take each other's.
+
+use std::fmt;
+
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use chacha20poly1305::{KeyInit as _, XChaCha20Poly1305, XNonce, aead::Aead as _};
+use hkdf::Hkdf;
+use jiff::Timestamp;
+use sha2::Sha256;
+use xxhash_rust::xxh3::xxh3_64;
+use zeroize::Zeroizing;
+
+use crate::{
+    token::{Token, TokenDigest},
+    wire::context::FrontendContext,
+};
+
+const NONCE: usize = 24;
+const PURPOSE: &[u8] = b"parapet: OFREP tickets, 1";
+const CIPHER: &[u8] = b"parapet: OFREP ticket, cipher, 1";
+const NONCES: &[u8] = b"parapet: OFREP ticket, nonces, 1";
+
+/// How many seconds a ticket is given out, and how many of these periods after its own it is taken.
+const PERIOD: i64 = 3600;
+const TAKEN_LATER: i64 = 1;
+
+/// The longest context that a ticket holds, as JSON, in bytes: addresses beyond 8 kB are refused by
+/// many proxies.
+const LONGEST_CONTEXT: usize = 4 << 10;
+
+/// What tickets are sealed with.
+#[derive(Clone)]
+pub struct TicketKey(Zeroizing<[u8; 32]>);
+
+impl TicketKey {
+    /// The key that everybody has who knows this secret.
+    pub fn derive(secret: &str) -> Self {
+        let mut key = Zeroizing::new([0; 32]);
+        expand(&Hkdf::new(None, secret.as_bytes()), PURPOSE, &mut *key);
+        Self(key)
+    }
+
+    /// The key that everybody has who knows this token.
+    pub fn of(token: &Token) -> Self {
+        Self(token.derive_key(PURPOSE))
+    }
+
+    /// A key that nobody else has.
+    pub fn random() -> Self {
+        Self(Zeroizing::new(rand::random()))
+    }
+}
+
+impl fmt::Debug for TicketKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("TicketKey(..)")
+    }
+}
+
+/// What a stream is opened for.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Ticket {
+    /// The token that asked.
+    pub digest: TokenDigest,
+    /// What identifies the answer that the provider has.
+    pub outcome: u128,
+    /// The lots that were drawn for it; 0 where none were.
+    pub draw: u64,
+    /// What it was asked for.
+    pub context: FrontendContext<'static>,
+}
+
+/// Gives out and takes tickets.
+#[derive(Debug)]
+pub struct Tickets(TicketKey);
+
+impl Tickets {
+    /// Those of this key.
+    pub fn new(key: TicketKey) -> Self {
+        Self(key)
+    }
+
+    /// The number of the period in which a question is asked: another for each hour, and not for all
+    /// questions at once.
+    pub fn period(&self, digest: &TokenDigest, context: &str, now: Timestamp) -> i64 {
+        let phase = xxh3_64(&[&digest.as_bytes()[..], context.as_bytes()].concat());
+        let phase = i64::try_from(phase % PERIOD.unsigned_abs()).unwrap_or_default();
+        (now.as_second() + phase).div_euclid(PERIOD)
+    }
+
+    /// The ticket of a question whose context is written as `context`, in letters that addresses take
+    /// as they are; `None` where the context is too long for that.
+    pub fn give(
+        &self,
+        digest: &TokenDigest,
+        (outcome, draw): (u128, u64),
+        context: &str,
+        now: Timestamp,
+    ) -> Option<String> {
+        if context.len() > LONGEST_CONTEXT {
+            return None;
+        }
+        let period = self.period(digest, context, now);
+        let plain = [
+            &period.to_le_bytes()[..],
+            digest.as_bytes(),
+            &outcome.to_le_bytes(),
+            &draw.to_le_bytes(),
+            context.as_bytes(),
+        ]
+        .concat();
+        let nonce = self.nonce(&plain);
+        let sealed = self.cipher().encrypt(&XNonce::from(nonce), &*plain);
+        let sealed = sealed.expect("a ticket is far below the cipher's limit");
+        Some(URL_SAFE_NO_PAD.encode([&nonce[..], &sealed].concat()))
+    }
+
+    /// Reads a ticket of ours that has not expired.
+    pub fn take(&self, text: &str, now: Timestamp) -> Option<Ticket> {
+        let sealed = URL_SAFE_NO_PAD.decode(text).ok()?;
+        let (nonce, sealed) = sealed.split_first_chunk::<NONCE>()?;
+        let plain = self.cipher().decrypt(&XNonce::from(*nonce), sealed).ok()?;
+        let (period, rest) = plain.split_first_chunk()?;
+        let (digest, rest) = rest.split_first_chunk()?;
+        let (outcome, rest) = rest.split_first_chunk()?;
+        let (draw, context) = rest.split_first_chunk()?;
+        let digest = TokenDigest::from_bytes(*digest);
+        let late =
+            self.period(&digest, str::from_utf8(context).ok()?, now) - i64::from_le_bytes(*period);
+        if !(0..=TAKEN_LATER).contains(&late) {
+            return None;
+        }
+        let context = FrontendContext::from_json(context).ok()?.into_owned();
+        let (outcome, draw) = (u128::from_le_bytes(*outcome), u64::from_le_bytes(*draw));
+        Some(Ticket { digest, outcome, draw, context })
+    }
+
+    /// A nonce that another text does not have: the same text is sealed the same way, which tells
+    /// those who see both that they are the same.
+    fn nonce(&self, plain: &[u8]) -> [u8; NONCE] {
+        let mut key = Zeroizing::new([0; 32]);
+        expand(&self.derivation(), NONCES, &mut *key);
+        let mut nonce = [0; NONCE];
+        let from_key = Hkdf::from_prk(&*key).expect("the key is as long as the hash");
+        expand(&from_key, plain, &mut nonce);
+        nonce
+    }
+
+    fn cipher(&self) -> XChaCha20Poly1305 {
+        let mut key = Zeroizing::new([0; 32]);
+        expand(&self.derivation(), CIPHER, &mut *key);
+        XChaCha20Poly1305::new((&*key).into())
+    }
+
+    fn derivation(&self) -> Hkdf<Sha256> {
+        Hkdf::from_prk(&*self.0.0).expect("the key is as long as the hash")
+    }
+}
+
+fn expand(from: &Hkdf<Sha256>, info: &[u8], into: &mut [u8]) {
+    from.expand(info, into).expect("HKDF-SHA256 gives keys and nonces of this length");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CONTEXT: &str = r#"{"userId":"7","properties":{"plan":"gold"}}"#;
+
+    fn now() -> Timestamp {
+        "2026-01-01T00:00:00Z".parse().unwrap()
+    }
+
+    fn given(tickets: &Tickets, at: Timestamp) -> String {
+        tickets.give(&TokenDigest::of("a token"), (1 << 100, 5), CONTEXT, at).unwrap()
+    }
+
+    #[test]
+    fn a_ticket_tells_what_it_was_given_for_to_those_who_have_the_key() {
+        let tickets = Tickets::new(TicketKey::derive("secret"));
+        let text = given(&tickets, now());
+        assert!(text.bytes().all(|it| it.is_ascii_alphanumeric() || matches!(it, b'-' | b'_')));
+        let ticket = tickets.take(&text, now()).unwrap();
+        let context = FrontendContext::from_json(CONTEXT.as_bytes()).unwrap().into_owned();
+        let digest = TokenDigest::of("a token");
+        assert_eq!(ticket, Ticket { digest, outcome: 1 << 100, draw: 5, context });
+        assert!(Tickets::new(TicketKey::derive("secret")).take(&text, now()).is_some());
+        let token = Token::parse("*:*.secret").unwrap();
+        assert!(Tickets::new(TicketKey::of(&token)).take(&text, now()).is_none());
+        assert!(Tickets::new(TicketKey::derive("other")).take(&text, now()).is_none());
+        assert!(Tickets::new(TicketKey::random()).take(&text, now()).is_none());
+        for other in ["", "x", "Zg", &text[1..], &text[..text.len() - 1], &format!("{text}A")] {
+            assert!(tickets.take(other, now()).is_none(), "{other}");
+        }
+        for at in 0..text.len() {
+            let mut altered = text.clone().into_bytes();
+            altered[at] = if altered[at] == b'A' { b'B' } else { b'A' };
+            assert!(tickets.take(str::from_utf8(&altered).unwrap(), now()).is_none(), "{at}");
+        }
+    }
+
+    #[test]
+    fn it_is_the_same_within_its_period_and_expires_after_the_next() {
+        let tickets = Tickets::new(TicketKey::random());
+        let minutes = |n: i64| now() + jiff::SignedDuration::from_mins(n);
+        let first = given(&tickets, now());
+        let renewed = (0..=60).find(|&n| given(&tickets, minutes(n)) != first).unwrap();
+        assert!((1..=60).contains(&renewed));
+        assert!((renewed..renewed + 59).all(|n| given(&tickets, minutes(n)) != first));
+        assert!(tickets.take(&first, minutes(renewed + 59)).is_some());
+        assert!(tickets.take(&first, minutes(renewed + 60)).is_none());
+        assert!(tickets.take(&first, minutes(-61)).is_none(), "the clock was set back");
+    }
+
+    #[test]
+    fn a_context_that_no_address_holds_gets_none() {
+        let tickets = Tickets::new(TicketKey::random());
+        let give = |context: &str| tickets.give(&TokenDigest::of(""), (0, 0), context, now());
+        assert!(give(&"x".repeat(LONGEST_CONTEXT)).unwrap().len() < 6000);
+        assert!(give(&"x".repeat(LONGEST_CONTEXT + 1)).is_none());
+    }
+}

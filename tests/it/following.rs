@@ -1,0 +1,166 @@
+//! Frontends that follow their flags: by hand, and by the example of a client.
+
+use std::time::Duration;
+
+use jiff::{SignedDuration, Timestamp};
+use reqwest::{Method, StatusCode};
+use serde_json::{Value, json};
+
+use crate::local::{CLIENT, FRONTEND, Local, WEB_FRONTEND};
+use crate::rig::{Driver, Events, Parapet, http, node, until};
+
+const STREAM: &str = "/api/frontend/streaming";
+
+const PATIENCE: Duration = Duration::from_mins(1);
+
+/// A flag of the project `web` with these strategies.
+fn flag(name: &str, strategies: &[Value]) -> Value {
+    json!({ "name": name, "project": "web", "enabled": true, "strategies": strategies })
+}
+
+fn everybody() -> Value {
+    json!({ "name": "default" })
+}
+
+fn only(field: &str, value: &str) -> Value {
+    let constraint = json!({ "contextName": field, "operator": "IN", "values": [value] });
+    json!({ "name": "default", "constraints": [constraint] })
+}
+
+fn text(flags: &[Value]) -> String {
+    json!({ "features": flags }).to_string()
+}
+
+fn write(parapet: &Local, flags: &[Value]) {
+    std::fs::write(parapet.flags_file(), text(flags)).unwrap();
+}
+
+async fn follow(parapet: &Local, query: &str, last: Option<&str>) -> Events {
+    let request = parapet.request(Method::GET, &format!("{STREAM}?{query}"));
+    Events::open(request.header("authorization", FRONTEND), last).await
+}
+
+/// The next event's name and id, the flags that it tells, and those that it takes back.
+async fn next(events: &mut Events) -> (String, String, Vec<String>, Vec<String>) {
+    let event = events.next().await.expect("the stream goes on");
+    let data: Value = serde_json::from_str(&event.data).unwrap();
+    let toggles = data["toggles"].as_array().unwrap().iter();
+    let told = toggles.map(|it| it["name"].as_str().unwrap().to_owned()).collect();
+    let removed = data["removed"].as_array().into_iter().flatten();
+    let removed = removed.map(|it| it.as_str().unwrap().to_owned()).collect();
+    (event.name, event.id, told, removed)
+}
+
+#[tokio::test]
+async fn a_context_is_told_what_changes_for_it_and_nothing_else() {
+    let all = flag("all", &[everybody()]);
+    let parapet =
+        Local::offline(&text(&[all.clone(), flag("gold", &[only("plan", "gold")])])).await;
+    let mut seven = follow(&parapet, "userId=7", None).await;
+    let (name, first, told, _) = next(&mut seven).await;
+    assert_eq!((&*name, told), ("unleash-connected", vec!["all".to_owned()]));
+    // The context of a POST is in its body.
+    let gold = parapet.json(STREAM, &json!({ "context": { "properties": { "plan": "gold" } } }));
+    let mut gold = Events::open(gold.header("authorization", WEB_FRONTEND), None).await;
+    assert_eq!(next(&mut gold).await.2, ["all", "gold"]);
+
+    // For the one it is on no more, for the other it never was, and is told nothing of it.
+    write(&parapet, &[all.clone(), flag("gold", &[only("plan", "silver")])]);
+    let (name, _, told, removed) = next(&mut gold).await;
+    assert_eq!((&*name, told.len(), removed), ("unleash-updated", 0, vec!["gold".to_owned()]));
+    write(&parapet, &[all.clone(), flag("seven", &[only("userId", "7")])]);
+    let (name, second, told, removed) = next(&mut seven).await;
+    assert_eq!((&*name, told), ("unleash-updated", vec!["seven".to_owned()]));
+    assert!(removed.is_empty());
+    let asked = parapet.get("/api/frontend?userId=7", FRONTEND).await.json();
+    assert_eq!(asked["toggles"].as_array().unwrap().len(), 2);
+
+    // Who comes back is told everything, or that it has everything.
+    let (name, id, told, _) = next(&mut follow(&parapet, "userId=7", Some(&first)).await).await;
+    assert_eq!((&*name, &id, told.len()), ("unleash-connected", &second, 2));
+    let (name, id, told, removed) =
+        next(&mut follow(&parapet, "userId=7", Some(&second)).await).await;
+    assert_eq!((&*name, id, told.len() + removed.len()), ("unleash-updated", second, 0));
+
+    let status = async |token: &str| parapet.get(STREAM, token).await.status.as_u16();
+    assert_eq!(status(CLIENT).await, 403);
+    assert_eq!(status("*:development.nobody").await, 401);
+    let long = format!("{STREAM}?plan={}", "x".repeat(5000));
+    assert_eq!(parapet.get(&long, FRONTEND).await.status, StatusCode::BAD_REQUEST);
+}
+
+#[tokio::test]
+async fn a_date_that_comes_is_told_although_nothing_was_changed() {
+    let date = |operator: &str, seconds: i64| {
+        let at = Timestamp::now() + SignedDuration::from_secs(seconds);
+        let constraint =
+            json!({ "contextName": "currentTime", "operator": operator, "value": at.to_string() });
+        json!({ "name": "default", "constraints": [constraint] })
+    };
+    let flags = [flag("ends", &[date("DATE_BEFORE", 3)]), flag("begins", &[date("DATE_AFTER", 3)])];
+    let parapet = Local::offline(&text(&flags)).await;
+    let mut events = follow(&parapet, "", None).await;
+    assert_eq!(next(&mut events).await.2, ["ends"]);
+    let (_, _, told, removed) = next(&mut events).await;
+    assert_eq!(told.len() + removed.len(), if told.len() == removed.len() { 2 } else { 1 });
+}
+
+#[tokio::test]
+async fn lots_are_drawn_once_for_a_stream() {
+    let lots: Vec<_> = (0..32)
+        .map(|n| {
+            let half = json!({ "rollout": "50", "stickiness": "random", "groupId": n.to_string() });
+            flag(&format!("lot-{n}"), &[json!({ "name": "flexibleRollout", "parameters": half })])
+        })
+        .collect();
+    let parapet = Local::offline(&text(&lots)).await;
+    let mut events = follow(&parapet, "", None).await;
+    next(&mut events).await;
+    write(&parapet, &[&lots[..], &[flag("new", &[everybody()])]].concat());
+    let (_, _, told, removed) = next(&mut events).await;
+    assert_eq!((told, removed.len()), (vec!["new".to_owned()], 0));
+}
+
+#[tokio::test]
+#[ignore = "needs the npm packages of tests/, see tests/run"]
+async fn the_example_of_a_client_follows_through_a_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("flags.json");
+    let write = |flags: &[Value]| std::fs::write(&file, text(flags)).unwrap();
+    write(&[flag("one", &[everybody()]), flag("two", &[only("plan", "gold")])]);
+    let offline = Parapet::mode("offline").flag("--bootstrap-file", &file);
+    let parapet = offline.flag("--frontend-tokens", FRONTEND).start().await;
+    let options = |token: &str| {
+        let url = format!("{}/api/frontend", parapet.url());
+        json!({ "url": url, "token": token, "context": { "properties": { "plan": "gold" } } })
+    };
+    let node = || node("follow-flags.mjs").into();
+    let mut client = Driver::start("example", node(), &options(FRONTEND)).await;
+    let mut wait_for = async |expect: &[&str]| {
+        until(&format!("the client has {expect:?}"), PATIENCE, async || {
+            let has = client.ask("toggles", Value::Null).await;
+            has["toggles"].as_object().unwrap().keys().eq(expect).then_some(())
+        })
+        .await;
+    };
+    wait_for(&["one", "two"]).await;
+    write(&[flag("one", &[everybody()]), flag("three", &[everybody()])]);
+    wait_for(&["one", "three"]).await;
+    parapet.kill();
+    write(&[flag("three", &[everybody()])]);
+    parapet.restart();
+    wait_for(&["three"]).await;
+    let changes = client.ask("changes", Value::Null).await;
+    let expect = json!([[["one", "two"], []], [["three"], ["two"]], [["three"], ["one"]]]);
+    assert_eq!(changes["changes"], expect);
+    client.close().await;
+
+    // A token that is refused ends it.
+    let refused = Driver::start("example", node(), &options("*:development.nobody")).await;
+    until("the refusal is told", PATIENCE, async || {
+        refused.complaints().contains("401").then_some(())
+    })
+    .await;
+    refused.close().await;
+    assert_eq!(http().get(parapet.url() + STREAM).send().await.unwrap().status(), 401);
+}

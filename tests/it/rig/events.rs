@@ -1,0 +1,41 @@
+//! Server-sent events, as a client has them.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use parapet::wire::sse::{Decoder, Event};
+use reqwest::{RequestBuilder, Response, StatusCode};
+
+/// The longest that the next event takes.
+const PATIENCE: Duration = Duration::from_mins(1);
+
+/// An open stream.
+#[derive(Debug)]
+pub(crate) struct Events {
+    response: Response,
+    decoder: Decoder,
+    ready: VecDeque<Event>,
+}
+
+impl Events {
+    /// Opens one, which is to succeed; `last` is the id of the last event that the client has.
+    pub(crate) async fn open(request: RequestBuilder, last: Option<&str>) -> Self {
+        let request = request.timeout(3 * PATIENCE);
+        let request = last.into_iter().fold(request, |it, id| it.header("last-event-id", id));
+        let response = request.send().await.unwrap();
+        assert_eq!(response.status(), StatusCode::OK);
+        assert_eq!(response.headers()["content-type"], "text/event-stream");
+        Self { response, decoder: Decoder::new(1 << 20), ready: VecDeque::new() }
+    }
+
+    /// The next event; `None` at the stream's end.
+    pub(crate) async fn next(&mut self) -> Option<Event> {
+        while self.ready.is_empty() {
+            let chunk = tokio::time::timeout(PATIENCE, self.response.chunk());
+            let chunk = chunk.await.expect("something is told, or the stream ends");
+            let Ok(Some(chunk)) = chunk else { return None };
+            self.decoder.read(&chunk, |event| self.ready.push_back(event)).unwrap();
+        }
+        self.ready.pop_front()
+    }
+}
