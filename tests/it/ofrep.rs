@@ -6,7 +6,7 @@ use reqwest::StatusCode;
 use serde_json::{Value, json};
 
 use crate::local::{Answer, CLIENT, FRONTEND, Local, WEB_FRONTEND, answer};
-use crate::rig::{Driver, Events, node, until};
+use crate::rig::{Driver, Events, node, tests_dir, until};
 
 const ALL: &str = "/ofrep/v1/evaluate/flags";
 
@@ -252,6 +252,37 @@ async fn the_web_provider_is_told_of_a_change_and_asks_for_nothing_meanwhile() {
     .await;
     assert_eq!(providers.complaints(), "");
     providers.close().await;
+}
+
+#[tokio::test]
+#[ignore = "needs the Python packages of tests/, see tests/run"]
+async fn the_python_provider_gets_every_type_of_value() {
+    let parapet = Local::offline(&flags(true)).await;
+    let options = json!({ "url": format!("http://{}", parapet.address()), "token": CLIENT });
+    let mut command = tokio::process::Command::new(tests_dir().join(".venv/bin/python"));
+    command.arg(tests_dir().join("sdk/ofrep.py"));
+    let mut provider = Driver::start("Python provider", command, &options).await;
+    let mut check = async |kind: &str, flag: &str, fallback: Value, expect: Value| {
+        let context = json!({ "targetingKey": "7", "plan": "gold" });
+        let question =
+            json!({ "type": kind, "flag": flag, "fallback": fallback, "context": context });
+        let told = provider.ask("ask", question).await;
+        let told = json!([told["value"], told["variant"], told["reason"], told["errorCode"]]);
+        assert_eq!(told, expect, "{flag}");
+    };
+    let none = Value::Null;
+    check("boolean", "plain", json!(false), json!([true, "enabled", "STATIC", none])).await;
+    check("boolean", "gold", json!(false), json!([true, "enabled", "TARGETING_MATCH", none])).await;
+    check("string", "text", json!("own"), json!(["azure", "blue", "STATIC", none])).await;
+    check("number", "number", json!(-0.5), json!([0.5, "half", "STATIC", none])).await;
+    let columns = json!({ "columns": 3 });
+    check("object", "object", json!({}), json!([columns, "wide", "STATIC", none])).await;
+    // Without a value it is the application's own.
+    check("string", "off-text", json!("own"), json!(["own", "disabled", "DISABLED", none])).await;
+    check("string", "plain", json!("own"), json!(["own", none, "ERROR", "TYPE_MISMATCH"])).await;
+    check("string", "nowhere", json!("own"), json!(["own", none, "ERROR", "FLAG_NOT_FOUND"])).await;
+    assert_eq!(provider.complaints(), "");
+    provider.close().await;
 }
 
 /// The address of the stream that an answer tells.
