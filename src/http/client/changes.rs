@@ -65,3 +65,68 @@ impl Teller for Changes {
         Some(Piece { bytes: frame.updated(), told })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use jiff::Timestamp;
+
+    use super::*;
+    use crate::{
+        snapshot::{Filter, Snapshot, Snapshots},
+        token::{Environment, Projects, Scope},
+        wire::{
+            delta::{self, apply},
+            features::Document,
+            sse::Decoder,
+        },
+    };
+
+    fn swap(snapshots: &Snapshots, n: usize) {
+        let text = format!(r#"{{"features":[{{"name":"a","n":{n}}},{{"name":"b{n}"}}]}}"#);
+        let document = Document::parse(text.as_bytes()).unwrap();
+        let scope = Scope { environment: Environment::new("dev"), projects: Projects::All };
+        snapshots.swap(Snapshot::build(scope, document, Timestamp::UNIX_EPOCH));
+    }
+
+    /// Takes what there is to take, and tells what the last piece was of.
+    fn read(changes: &mut Changes, has: &mut Document) -> Option<Told> {
+        let mut last = None;
+        while let Some(piece) = changes.tell() {
+            let mut decoder = Decoder::new(1 << 20);
+            let take = |event: sse::Event| {
+                let events = delta::parse(event.data.as_bytes()).unwrap();
+                *has = apply(has, events.iter().map(|event| &event.change));
+            };
+            decoder.read(&piece.bytes, take).unwrap();
+            last = Some(piece.told);
+        }
+        last
+    }
+
+    #[test]
+    fn a_client_that_is_slow_is_told_the_changes_in_one_and_one_that_is_slower_everything() {
+        let (environment, projects) = (Environment::new("dev"), Projects::All);
+        let snapshots = Snapshots::default();
+        swap(&snapshots, 0);
+        let feed = Feed::new(snapshots.clone());
+        let topic = Topic { environment, projects, filter: Filter::default() };
+        let mut changes = Changes::new(feed.clone(), topic.clone(), None, None);
+        let mut has = Document::default();
+        assert_eq!(read(&mut changes, &mut has), Some(Told::Whole));
+        // Changes come while it reads nothing: fewer than are kept, then more.
+        for (changed, expect) in
+            [(1..50, Told::Changed(Timestamp::UNIX_EPOCH)), (50..250, Told::Overtaken)]
+        {
+            let last = changed.end - 1;
+            for n in changed {
+                swap(&snapshots, n);
+                // The feed hears of each, as its own task sees to.
+                feed.since(&Arc::new(topic.clone()), None);
+            }
+            assert_eq!(read(&mut changes, &mut has), Some(expect));
+            let names: Vec<_> = has.features().iter().map(|it| it.name().to_string()).collect();
+            assert_eq!(names, ["a".to_owned(), format!("b{last}")]);
+            assert_eq!(read(&mut changes, &mut has), None);
+        }
+    }
+}
