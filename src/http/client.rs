@@ -107,8 +107,13 @@ const KNOWS_SEGMENTS: Version = Version::new(4, 2, 0);
 
 /// How the SDK wants its segments; one that names no specification is older than all that do.
 fn segments(headers: &HeaderMap) -> Segments {
-    let version = headers.get("unleash-client-spec").and_then(|value| value.to_str().ok());
-    match version.and_then(|text| Version::parse(text.trim()).ok()) {
+    let Some(version) = headers.get("unleash-client-spec") else { return Segments::Inlined };
+    // As it is nearly always written, which is compared without a parser.
+    if let [major @ b'0'..=b'9', b'.', minor @ b'0'..=b'9', b'.', b'0'..=b'9'] = *version.as_bytes()
+    {
+        return if (major, minor) >= (b'4', b'2') { Segments::Separate } else { Segments::Inlined };
+    }
+    match version.to_str().ok().and_then(|text| Version::parse(text.trim()).ok()) {
         Some(version) if version >= KNOWS_SEGMENTS => Segments::Separate,
         _ => Segments::Inlined,
     }
@@ -154,6 +159,12 @@ mod tests {
         check(Some("5.2.0"), Segments::Separate);
         check(Some("4.2.0"), Segments::Separate);
         check(Some("4.1.9"), Segments::Inlined);
+        check(Some("3.9.0"), Segments::Inlined);
+        check(Some("10.0.0"), Segments::Separate);
+        check(Some("4.10.0"), Segments::Separate);
+        check(Some("4.2.0-beta"), Segments::Inlined);
+        check(Some(" 5.2.0"), Segments::Separate);
+        check(Some("5.2"), Segments::Inlined);
         check(Some("new"), Segments::Inlined);
         check(None, Segments::Inlined);
     }
