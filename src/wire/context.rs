@@ -57,6 +57,12 @@ impl<'a> FrontendContext<'a> {
     pub fn from_query(query: &'a str) -> Result<Self, Error> {
         let mut context = Self::default();
         for (name, value) in pairs(query) {
+            let value = decoded(value);
+            if let Some(property) = plain_property(name) {
+                context.set_property(Cow::Borrowed(property), value);
+                continue;
+            }
+            let name = decoded(name);
             match property_of(&name) {
                 Some(property) => context.set_property(within(&name, property), value),
                 // `properties[a][b]=` and the like name nothing that a flag could read.
@@ -179,19 +185,15 @@ impl<'a> FrontendContext<'a> {
     }
 }
 
-/// The pairs of a query, decoded as a form is (URL standard, 5.1). Most texts have nothing to decode
-/// and are borrowed after one look.
-fn pairs(query: &str) -> impl Iterator<Item = (Cow<'_, str>, Cow<'_, str>)> {
+/// The pairs of a query, as a form has them (URL standard, 5.1), to be [`decoded`].
+fn pairs(query: &str) -> impl Iterator<Item = (&str, &str)> {
     let mut rest = query;
     let pairs = iter::from_fn(move || {
         let (pair, next) = split(rest, b'&')?;
         rest = next;
         Some(pair)
     });
-    pairs.filter(|pair| !pair.is_empty()).map(|pair| {
-        let (name, value) = split(pair, b'=').unwrap_or_default();
-        (decoded(name), decoded(value))
-    })
+    pairs.filter(|pair| !pair.is_empty()).map(|pair| split(pair, b'=').unwrap_or_default())
 }
 
 /// What stands before the first `separator`, which is ASCII, and what behind it; `None` of nothing.
@@ -203,8 +205,17 @@ fn split(text: &str, separator: u8) -> Option<(&str, &str)> {
     (!text.is_empty()).then(first)
 }
 
+/// Up to so many bytes are looked through before a search that is faster has begun.
+const SHORT: usize = 24;
+
+/// A name or value of a form. Most have nothing to decode and are borrowed after one look.
 fn decoded(text: &str) -> Cow<'_, str> {
-    if memchr2(b'%', b'+', text.as_bytes()).is_none() {
+    let is_plain = if text.len() <= SHORT {
+        text.bytes().all(|byte| byte != b'%' && byte != b'+')
+    } else {
+        memchr2(b'%', b'+', text.as_bytes()).is_none()
+    };
+    if is_plain {
         return Cow::Borrowed(text);
     }
     if memchr(b'+', text.as_bytes()).is_none() {
@@ -212,6 +223,14 @@ fn decoded(text: &str) -> Cow<'_, str> {
     }
     let spaced = text.replace('+', " ");
     Cow::Owned(percent_decode_str(&spaced).decode_utf8_lossy().into_owned())
+}
+
+/// The `k` of `properties[k]` as browsers and SDKs write it, `properties%5Bk%5D`, where nothing else is
+/// to be decoded.
+fn plain_property(name: &str) -> Option<&str> {
+    let property = name.strip_prefix("properties%5B")?.strip_suffix("%5D")?;
+    let is_plain = |byte: u8| !matches!(byte, b'%' | b'+' | b'[' | b']');
+    property.bytes().all(is_plain).then_some(property)
 }
 
 /// The `k` of `properties[k]`.
@@ -361,9 +380,24 @@ mod tests {
 
         #[test]
         fn queries_are_decoded_as_forms_are(query in "[ab%+&=0-9A-Fé]{0,40}") {
-            let ours: Vec<_> = pairs(&query).collect();
+            let pairs = pairs(&query).map(|(name, value)| (decoded(name), decoded(value)));
+            let ours: Vec<_> = pairs.collect();
             let standard: Vec<_> = form_urlencoded::parse(query.as_bytes()).collect();
             prop_assert_eq!(ours, standard);
+        }
+    }
+
+    #[test]
+    fn a_name_that_is_written_plainly_is_read_as_any_other() {
+        for (plain, other) in [
+            ("properties%5Bplan%5D=x", "properties[plan]=x"),
+            ("properties%5Bé%5D=x+y", "properties%5b%C3%A9%5D=x%20y"),
+            ("properties%5B%5D=x", "properties[]=x"),
+            ("properties%5Ba%5D%5Bb%5D=x", "properties[a][b]=x"),
+            ("properties%5BuserId%5D=7", "properties[userId]=7"),
+        ] {
+            let read = |query| FrontendContext::from_query(query).unwrap();
+            assert_eq!(read(plain), read(other), "{plain}");
         }
     }
 
