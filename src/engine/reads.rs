@@ -54,6 +54,19 @@ impl Reads {
         self.uses.binary_search_by_key(&field, |it| it.field).is_ok()
     }
 
+    /// Whether the value of this field matters for a context of which `lacks` says what is missing or
+    /// empty; where that is not known, it is to say so of everything.
+    pub fn matters(&self, field: FieldId, lacks: impl Fn(FieldId) -> bool) -> bool {
+        let Ok(at) = self.uses.binary_search_by_key(&field, |it| it.field) else { return false };
+        let it = &self.uses[at];
+        let in_full = match it.text {
+            Text::Never => false,
+            Text::Without(others) => others.iter().all(|&other| lacks(other)),
+            Text::Always => true,
+        };
+        it.symbol || it.presence || in_full
+    }
+
     /// Whether the time of the evaluation matters, unless the context tells its own.
     pub fn is_timed(&self) -> bool {
         !self.changes.is_empty()

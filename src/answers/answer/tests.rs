@@ -6,7 +6,10 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::{
-    engine::arbitrary::{Asking, DATES, asking, definitions},
+    engine::{
+        FieldId,
+        arbitrary::{Asking, DATES, asking, definitions},
+    },
     snapshot::Snapshots,
     token::{Environment, Scope},
     wire::features::Document,
@@ -87,6 +90,30 @@ fn check(snapshot: &Snapshot, step: &Step) -> Result<(), TestCaseError> {
 
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(192) })]
+
+    /// What is left out because no flag asks for it changes nothing.
+    #[test]
+    fn an_address_that_does_not_matter_is_not_missed(
+        (flags, segments) in definitions(),
+        askings in vec(asking(), 1..20),
+    ) {
+        let snapshot = build(&flags, &segments);
+        for asking in &askings {
+            let bare = Context { remote_address: None, ..asking.context() };
+            let lacks = |field| match field {
+                FieldId::USER_ID => bare.user_id.is_none_or(str::is_empty),
+                FieldId::SESSION_ID => bare.session_id.is_none_or(str::is_empty),
+                _ => true,
+            };
+            let view = snapshot.view(&Projects::All);
+            if view.reads().matters(FieldId::REMOTE_ADDRESS, lacks) {
+                continue;
+            }
+            let with = Context { remote_address: Some("10.1.2.3"), ..bare };
+            let [bare, with] = [bare, with].map(|it| afresh(&snapshot, &Projects::All, &it, Shown::All));
+            prop_assert_eq!(bare, with);
+        }
+    }
 
     /// Contexts come from small sets of values, so that many are equal in what the flags ask, and
     /// more are nearly so.

@@ -36,7 +36,10 @@ impl Question<'_> {
         let reads = view.reads();
         let mut address = [0; LONGEST_ADDRESS];
         let remote_address = match told.remote_address.as_deref() {
-            None if reads.contains(FieldId::REMOTE_ADDRESS) => Some(written(client, &mut address)),
+            // Few flags read it where the user is known.
+            None if reads.matters(FieldId::REMOTE_ADDRESS, |field| lacks(told, field)) => {
+                Some(written(client, &mut address))
+            }
             told => told,
         };
         let properties: SmallVec<[_; 16]> =
@@ -58,6 +61,16 @@ impl Question<'_> {
             },
         })
     }
+}
+
+/// Whether a field is missing or empty that identifies a user; others are taken for missing.
+fn lacks(told: &FrontendContext<'_>, field: FieldId) -> bool {
+    let value = match field {
+        FieldId::USER_ID => &told.user_id,
+        FieldId::SESSION_ID => &told.session_id,
+        _ => &None,
+    };
+    value.as_deref().is_none_or(str::is_empty)
 }
 
 /// The length of `ffff:ffff:ffff:ffff:ffff:ffff:255.255.255.255`; no address is written longer.
