@@ -39,7 +39,7 @@ const OWN_PASSWORD: Rate = Rate { burst: 5, every: Duration::from_mins(1) };
 /// Cookies from one address that open nothing.
 const STRANGERS: Rate = Rate { burst: 50, every: Duration::from_secs(1) };
 
-/// How exact the last use of a session is.
+/// How exact the last use of a session is, where a quarter of the idle time is not less.
 const TOUCH: SignedDuration = SignedDuration::from_mins(1);
 /// How many sessions, and apart from them how many browsers, an account may have; older ones go.
 const PER_ACCOUNT: i64 = 20;
@@ -248,7 +248,7 @@ impl Sessions {
         if is_over || !kept.proves(row.try_get("digest")?) {
             return Ok(None);
         }
-        if now.duration_since(seen) >= TOUCH {
+        if now.duration_since(seen) >= TOUCH.min(self.idle / 4) {
             let touch = sqlx::query("UPDATE sessions SET seen_at = $1 WHERE selector = $2");
             let touch = touch.bind(now.as_millisecond()).bind(&kept.selector);
             touch.execute(self.database.pool()).await?;

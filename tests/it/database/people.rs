@@ -10,7 +10,6 @@ use parapet::control::{
 };
 
 use super::bed::{Bed, PASSWORD, SHELL, admin, attempt, kinds, password};
-use crate::rig::until;
 
 super::on_both!(
     accounts_are_made_changed_and_deleted,
@@ -20,6 +19,7 @@ super::on_both!(
     a_session_begins_with_the_password_and_ends,
     a_new_password_ends_the_sessions_of_the_old_one,
     sessions_end_by_themselves,
+    a_session_that_is_used_goes_on,
     ten_thousand_wrong_passwords_admit_nobody_and_keep_nobody_out,
     ten_thousand_made_up_cookies_open_nothing,
 );
@@ -197,17 +197,39 @@ async fn a_new_password_ends_the_sessions_of_the_old_one(bed: Bed) {
 }
 
 async fn sessions_end_by_themselves(bed: Bed) {
-    let brief = Duration::from_millis(300);
-    for config in [
-        Config { session_idle: brief, ..bed.config() },
-        Config { session_lifetime: brief, ..bed.config() },
-    ] {
-        let (control, _) = bed.open_as(config).await;
-        let session = admin(&control).await.session;
-        let is_over =
-            async || control.session(session.expose(), HOME).await.unwrap().is_none().then_some(());
-        until("the session is over", Duration::from_secs(5), is_over).await;
+    let control = bed.open().await;
+    let is_open = async |session: &parapet::control::Secret| {
+        control.session(session.expose(), HOME).await.unwrap().is_some()
+    };
+    // The hours pass in the database: idle ones after eight, and all after a day.
+    let pass = async |time: &str, hours: u32| {
+        let millis = u64::from(hours) * 3_600_000;
+        bed.execute(&format!("UPDATE sessions SET {time} = {time} - {millis}")).await;
+    };
+    let session = admin(&control).await.session;
+    pass("seen_at", 7).await;
+    assert!(is_open(&session).await);
+    pass("seen_at", 9).await;
+    assert!(!is_open(&session).await);
+    let session = admin(&control).await.session;
+    pass("created_at", 23).await;
+    assert!(is_open(&session).await);
+    pass("created_at", 2).await;
+    assert!(!is_open(&session).await, "although it was used just now");
+}
+
+async fn a_session_that_is_used_goes_on(bed: Bed) {
+    let minute = Duration::from_mins(1);
+    let (control, _) = bed.open_as(Config { session_idle: minute, ..bed.config() }).await;
+    let session = admin(&control).await.session;
+    let later = async || bed.execute("UPDATE sessions SET seen_at = seen_at - 40000").await;
+    for _ in 0..3 {
+        later().await;
+        assert!(control.session(session.expose(), HOME).await.unwrap().is_some());
     }
+    later().await;
+    later().await;
+    assert!(control.session(session.expose(), HOME).await.unwrap().is_none());
 }
 
 async fn ten_thousand_wrong_passwords_admit_nobody_and_keep_nobody_out(bed: Bed) {
