@@ -46,7 +46,7 @@ use self::{
 use crate::{
     auth::Authenticator,
     telemetry::report,
-    token::{Grant, Token, TokenDigest},
+    token::{Grant, Token, TokenDigest, TokenKind},
     usage::{Delivery, Taken},
 };
 
@@ -185,6 +185,21 @@ impl Control {
         self.0.registry.name(digest)
     }
 
+    /// Insists on the permission to create tokens of `kind`, or of any where none is said; who
+    /// lacks it is written down.
+    pub async fn require_create(
+        &self,
+        actor: &Actor,
+        kind: Option<TokenKind>,
+    ) -> Result<(), Error> {
+        let may = |kind| actor.operator.may(Action::Create, kind);
+        let judged = match kind {
+            Some(kind) => may(kind),
+            None => may(TokenKind::Frontend).or_else(|_| may(TokenKind::Client)),
+        };
+        self.noting(actor, "create an API token", judged.map_err(Error::from)).await
+    }
+
     /// Makes a token, whose secret is here for the only time; it is valid when this returns.
     pub async fn create_token(
         &self,
@@ -224,9 +239,9 @@ impl Control {
     }
 
     /// One account; for admins and for itself.
-    pub async fn account(&self, operator: &Operator, id: i64) -> Result<Option<Account>, Error> {
-        if operator.id() != Some(id) {
-            operator.require_admin()?;
+    pub async fn account(&self, actor: &Actor, id: i64) -> Result<Option<Account>, Error> {
+        if actor.operator.id() != Some(id) {
+            self.require_admin(actor, "see an account").await?;
         }
         let mut connection = self.0.database.pool().acquire().await?;
         accounts::find(&mut connection, id).await
@@ -234,20 +249,25 @@ impl Control {
 
     /// Makes an account; for admins.
     pub async fn create_account(&self, actor: &Actor, new: NewAccount) -> Result<Account, Error> {
-        self.admin(actor, "create an account").await?;
+        self.require_admin(actor, "create an account").await?;
         let hash = self.0.hasher.hash(&new.password).await?;
         accounts::create(&self.0.database, actor, new, &hash, self.0.account_limit).await
     }
 
-    /// Changes an account; for admins. `None` where there is no such account, here and below.
+    /// Changes an account; for admins. A new password ends its sessions. `None` where there is no
+    /// such account, here and below.
     pub async fn update_account(
         &self,
         actor: &Actor,
         id: i64,
         change: AccountChange,
     ) -> Result<Option<Account>, Error> {
-        self.admin(actor, "change an account").await?;
-        accounts::update(&self.0.database, actor, id, change).await
+        self.require_admin(actor, "change an account").await?;
+        let hash = match &change.password {
+            Some(password) => Some(self.0.hasher.hash(password).await?),
+            None => None,
+        };
+        accounts::update(&self.0.database, actor, id, change, hash.as_deref()).await
     }
 
     /// Replaces what is granted to an account beyond its role; for admins.
@@ -257,7 +277,7 @@ impl Control {
         id: i64,
         permissions: BTreeSet<Permission>,
     ) -> Result<Option<Account>, Error> {
-        self.admin(actor, "grant permissions").await?;
+        self.require_admin(actor, "grant permissions").await?;
         accounts::set_permissions(&self.0.database, actor, id, permissions).await
     }
 
@@ -268,7 +288,7 @@ impl Control {
         id: i64,
         password: Password,
     ) -> Result<Option<Account>, Error> {
-        self.admin(actor, "set a password").await?;
+        self.require_admin(actor, "set a password").await?;
         let hash = self.0.hasher.hash(&password).await?;
         accounts::set_password(&self.0.database, actor, id, &hash, None).await
     }
@@ -286,7 +306,7 @@ impl Control {
 
     /// Deletes an account and ends its sessions; for admins, and never the last of them.
     pub async fn delete_account(&self, actor: &Actor, id: i64) -> Result<Option<Account>, Error> {
-        self.admin(actor, "delete an account").await?;
+        self.require_admin(actor, "delete an account").await?;
         accounts::delete(&self.0.database, actor, id).await
     }
 
@@ -325,8 +345,8 @@ impl Control {
         usage::of_flag(&self.0.database, flag, since).await
     }
 
-    /// Insists on an admin; who is none is written down.
-    async fn admin(&self, actor: &Actor, what: &str) -> Result<(), Error> {
+    /// Insists on an admin, to do `what`; who is none is written down.
+    pub async fn require_admin(&self, actor: &Actor, what: &str) -> Result<(), Error> {
         let judged = actor.operator.require_admin().map_err(Error::from);
         self.noting(actor, what, judged).await
     }

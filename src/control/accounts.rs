@@ -15,9 +15,7 @@ use super::{
     password::Password,
     permission::{Actor, Operator, Permission, RootRole},
 };
-
-/// The longest name or address of a person, in bytes.
-const MAX_NAME: usize = 200;
+use crate::wire::admin::{Email, Name, Username};
 
 /// What may be told of an account.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -77,7 +75,7 @@ pub struct NewAccount {
 }
 
 /// What to change of an account; `None` leaves a field as it is.
-#[derive(Clone, Debug, Default, Eq, PartialEq)]
+#[derive(Clone, Debug, Default)]
 pub struct AccountChange {
     /// The person's name, or that none is known.
     pub name: Option<Option<String>>,
@@ -85,6 +83,8 @@ pub struct AccountChange {
     pub email: Option<Option<String>>,
     /// What it may do.
     pub role: Option<RootRole>,
+    /// What it signs in with.
+    pub password: Option<Password>,
 }
 
 /// The form of a username under which it is found.
@@ -93,22 +93,22 @@ pub(super) fn key_of(username: &str) -> String {
 }
 
 fn check_username(username: &str) -> Result<String, Error> {
-    let name = username.trim();
-    let is_odd = |letter: char| letter.is_control() || letter.is_whitespace();
-    if name.is_empty() || name.len() > MAX_NAME || name.chars().any(is_odd) {
-        let reason = format!("must be 1 to {MAX_NAME} bytes without white space");
-        return Err(Error::invalid("username", reason));
-    }
-    Ok(name.to_owned())
+    let read = Username::parse(username).map_err(|reason| Error::invalid("username", reason))?;
+    Ok(read.0)
 }
 
-/// A text about a person; an empty one is none.
-fn check_text(field: &'static str, text: Option<String>) -> Result<Option<String>, Error> {
-    let text = text.map(|text| text.trim().to_owned()).filter(|text| !text.is_empty());
-    if text.iter().any(|text| text.len() > MAX_NAME || text.chars().any(char::is_control)) {
-        return Err(Error::invalid(field, format!("must be a text of at most {MAX_NAME} bytes")));
-    }
-    Ok(text)
+/// What a person is called; an empty text is nothing.
+fn check_name(name: Option<String>) -> Result<Option<String>, Error> {
+    let Some(name) = name.filter(|name| !name.trim().is_empty()) else { return Ok(None) };
+    let read = Name::parse(&name).map_err(|reason| Error::invalid("name", reason))?;
+    Ok(Some(read.0))
+}
+
+/// Where a person can be reached; an empty text is nowhere.
+fn check_email(email: Option<String>) -> Result<Option<String>, Error> {
+    let Some(email) = email.filter(|email| !email.trim().is_empty()) else { return Ok(None) };
+    let read = Email::parse(&email).map_err(|reason| Error::invalid("email", reason))?;
+    Ok(Some(read.0))
 }
 
 /// Every account, the oldest first.
@@ -161,7 +161,7 @@ pub(super) async fn insert(
     hash: &str,
 ) -> Result<Account, Error> {
     let username = check_username(&new.username)?;
-    let (name, email) = (check_text("name", new.name)?, check_text("email", new.email)?);
+    let (name, email) = (check_name(new.name)?, check_email(new.email)?);
     let taken = sqlx::query("SELECT id FROM accounts WHERE username_key = $1");
     let taken = taken.bind(key_of(&username)).fetch_optional(&mut *transaction).await?;
     if taken.is_some() {
@@ -203,21 +203,23 @@ pub(super) async fn create(
     Ok(account)
 }
 
-/// Changes what is known of an account, and its role.
+/// Changes what is known of an account, its role, and the hash of its password where there is a new
+/// one.
 pub(super) async fn update(
     database: &Database,
     actor: &Actor,
     id: i64,
     change: AccountChange,
+    hash: Option<&str>,
 ) -> Result<Option<Account>, Error> {
     let mut transaction = database.write(Lane::Control).await?;
     let Some(before) = find(&mut transaction, id).await? else { return Ok(None) };
     let mut after = before.clone();
     if let Some(name) = change.name {
-        after.name = check_text("name", name)?;
+        after.name = check_name(name)?;
     }
     if let Some(email) = change.email {
-        after.email = check_text("email", email)?;
+        after.email = check_email(email)?;
     }
     after.role = change.role.unwrap_or(before.role);
     if after.role != RootRole::Admin {
@@ -230,8 +232,13 @@ pub(super) async fn update(
         .bind(id)
         .execute(&mut *transaction)
         .await?;
-    let entry = changed(&before, &after);
-    audit::record(&mut transaction, actor, EventKind::UserUpdated, entry).await?;
+    if after != before {
+        let entry = changed(&before, &after);
+        audit::record(&mut transaction, actor, EventKind::UserUpdated, entry).await?;
+    }
+    if let Some(hash) = hash {
+        replace_hash(&mut transaction, actor, &after, hash, None).await?;
+    }
     transaction.commit().await?;
     Ok(Some(after))
 }
@@ -272,14 +279,24 @@ pub(super) async fn set_password(
 ) -> Result<Option<Account>, Error> {
     let mut transaction = database.write(Lane::Control).await?;
     let Some(account) = find(&mut transaction, id).await? else { return Ok(None) };
-    let update = sqlx::query("UPDATE accounts SET password = $1 WHERE id = $2");
-    update.bind(hash).bind(id).execute(&mut *transaction).await?;
-    let end = sqlx::query("DELETE FROM sessions WHERE account_id = $1 AND selector <> $2");
-    end.bind(id).bind(keep.unwrap_or_default()).execute(&mut *transaction).await?;
-    let entry = Entry { data: Some(account.data()), ..Entry::default() };
-    audit::record(&mut transaction, actor, EventKind::UserPasswordChanged, entry).await?;
+    replace_hash(&mut transaction, actor, &account, hash, keep).await?;
     transaction.commit().await?;
     Ok(Some(account))
+}
+
+async fn replace_hash(
+    transaction: &mut AnyConnection,
+    actor: &Actor,
+    account: &Account,
+    hash: &str,
+    keep: Option<&str>,
+) -> Result<(), Error> {
+    let update = sqlx::query("UPDATE accounts SET password = $1 WHERE id = $2");
+    update.bind(hash).bind(account.id).execute(&mut *transaction).await?;
+    let end = sqlx::query("DELETE FROM sessions WHERE account_id = $1 AND selector <> $2");
+    end.bind(account.id).bind(keep.unwrap_or_default()).execute(&mut *transaction).await?;
+    let entry = Entry { data: Some(account.data()), ..Entry::default() };
+    audit::record(transaction, actor, EventKind::UserPasswordChanged, entry).await
 }
 
 /// Deletes an account, with its sessions.

@@ -41,10 +41,10 @@ pub struct Password(Zeroizing<String>);
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum PasswordError {
     /// It could be guessed.
-    #[error("the password must have at least {MIN_LEN} characters")]
+    #[error("must have at least {MIN_LEN} characters")]
     TooShort,
     /// It would cost too much.
-    #[error("the password must have at most {MAX_LEN} bytes")]
+    #[error("must have at most {MAX_LEN} bytes")]
     TooLong,
 }
 

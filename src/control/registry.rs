@@ -25,12 +25,11 @@ use super::{
 use crate::{
     auth::Authenticator,
     token::{Environment, Grant, Projects, Scope, Token, TokenDigest, TokenKind},
+    wire::admin::{MAX_PROJECTS, Name},
 };
 
-/// The longest name of a token, an environment or a project, in bytes.
-const MAX_NAME: usize = 100;
-/// How many projects a token may name.
-const MAX_PROJECTS: usize = 100;
+/// The longest name of an environment or a project, in bytes.
+const MAX_WORD: usize = 100;
 /// How exact `seen_at` is.
 const SEEN: SignedDuration = SignedDuration::from_mins(1);
 
@@ -92,16 +91,12 @@ impl NewToken {
     }
 
     fn check(&self) -> Result<(), Error> {
-        let name = self.name.trim();
-        if name.is_empty() || name.len() > MAX_NAME || name.chars().any(char::is_control) {
-            let reason = format!("must be a text of 1 to {MAX_NAME} bytes");
-            return Err(Error::invalid("tokenName", reason));
-        }
+        Name::parse(&self.name).map_err(|reason| Error::invalid("tokenName", reason))?;
         let environment = self.environment.as_str();
         let is_any = environment == "*";
         match self.kind {
             TokenKind::Admin if !is_any => {
-                return Err(Error::invalid("environment", "admin tokens are for all: *"));
+                return Err(Error::invalid("environment", "must be *: admin tokens see all"));
             }
             TokenKind::Client | TokenKind::Frontend if is_any => {
                 let reason = format!("{} tokens are for one environment", self.kind.as_str());
@@ -120,7 +115,7 @@ impl NewToken {
                 return Err(Error::invalid("projects", reason));
             }
             if self.kind == TokenKind::Admin {
-                return Err(Error::invalid("projects", "admin tokens are for all: *"));
+                return Err(Error::invalid("projects", "must be *: admin tokens see all"));
             }
         }
         if self.expires_at.is_some_and(|at| at <= now()) {
@@ -133,7 +128,7 @@ impl NewToken {
 /// Whether a text can stand in a token's first part.
 fn is_word(text: &str) -> bool {
     let is_letter = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'~');
-    (1..=MAX_NAME).contains(&text.len()) && text.bytes().all(is_letter)
+    (1..=MAX_WORD).contains(&text.len()) && text.bytes().all(is_letter)
 }
 
 impl ApiToken {

@@ -165,10 +165,17 @@ impl Admin {
         let Found { operation, arguments } = found;
         let caller = match operation.access {
             Access::Open => None,
-            Access::Operator => {
+            Access::Operator | Access::Admin => {
                 Some(self.gate().admit(head, address, operation.method.changes()).await?)
             }
         };
+        // Before anything is read, whose mistakes would be told first.
+        if let (Access::Admin, Some(caller), Some(control)) =
+            (operation.access, &caller, &self.control)
+        {
+            let what = format!("{} {}", operation.method.as_str(), operation.path);
+            control.require_admin(&caller.actor, &what).await?;
+        }
         let body = match operation.body {
             Some(_) => body.read(&head.headers, self.data.settings.body_bytes).await?,
             None => Bytes::new(),
@@ -312,7 +319,7 @@ impl Admin {
             }
             (Call::Users, _) => accounts::list(control, operator).await,
             (Call::CreateUser, _) => accounts::create(control, actor, body).await,
-            (Call::User, [id]) => accounts::show(control, operator, id).await,
+            (Call::User, [id]) => accounts::show(control, actor, id).await,
             (Call::UpdateUser, [id]) => accounts::update(control, actor, id, body).await,
             (Call::DeleteUser, [id]) => accounts::delete(control, actor, id).await,
             (Call::SetPermissions, [id]) => {

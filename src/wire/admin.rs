@@ -14,10 +14,10 @@ use serde::{Serialize, Serializer};
 use serde_json::Value;
 
 pub use self::{
-    field::{Field, Member, Problem, Problems},
+    field::{Blank, Field, Member, Problem, Problems},
     request::{
-        ChangePassword, CreateToken, CreateUser, Hidden, Id, Instant, Kind, Login, Name,
-        ResetPassword, Role, SetPermissions, UpdateToken, UpdateUser,
+        ChangePassword, CreateToken, CreateUser, Email, Hidden, Id, Instant, Kind, Login,
+        MAX_PROJECTS, Name, ResetPassword, Role, SetPermissions, UpdateToken, UpdateUser, Username,
     },
 };
 

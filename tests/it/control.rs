@@ -1,5 +1,7 @@
 //! A standalone as a control plane: accounts, tokens, permissions and the audit log through HTTP, on both databases.
 
+mod requests;
+
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -48,6 +50,10 @@ impl Place {
     }
 
     async fn start(&self) -> Parapet {
+        self.start_with(&[]).await
+    }
+
+    async fn start_with(&self, arguments: &[&str]) -> Parapet {
         let setup = Parapet::mode("standalone")
             .flag("--flags", self.folder.path().join("flags.json"))
             .flag("--metrics-interval-seconds", "1")
@@ -56,7 +62,7 @@ impl Place {
             Some(url) => setup.env("DATABASE_URL", url),
             None => setup,
         };
-        setup.start().await
+        arguments.iter().fold(setup, |setup, argument| setup.arg(*argument)).start().await
     }
 }
 
@@ -386,22 +392,9 @@ async fn sessions_end_with_their_password_and_change_nothing_for_other_pages() {
     let status = ann.call(Method::GET, "/api/admin/user", &Value::Null).await.0;
     assert_eq!(status, StatusCode::UNAUTHORIZED);
 
-    // Nobody can make the instance ownerless, and each bad field is named.
+    // Nobody can make the instance ownerless.
     let (status, _) = owner.call(Method::DELETE, "/api/admin/user-admin/1", &Value::Null).await;
     assert_eq!(status, StatusCode::FORBIDDEN);
-    let bad = json!({ "type": "gateway", "environment": "nowhere", "projects": ["none"], "expiresAt": 7 });
-    let (status, answer) = owner.call(Method::POST, "/api/admin/api-tokens", &bad).await;
-    assert_eq!(status, StatusCode::BAD_REQUEST);
-    let details = answer["details"].as_array().unwrap().iter();
-    let named: Vec<_> = details.map(|it| it["path"].as_str().unwrap()).collect();
-    assert_eq!(named, ["tokenName", "type", "expiresAt", "projects"], "{answer}");
-    let text = [
-        ("cookie", owner.cookies.as_str()),
-        ("origin", &owner.url),
-        ("content-type", "text/plain"),
-    ];
-    let answer = owner.call_as(Method::POST, "/api/admin/api-tokens", &Value::Null, &text).await;
-    assert_eq!(answer.0, StatusCode::UNSUPPORTED_MEDIA_TYPE);
 }
 
 #[tokio::test]
@@ -665,7 +658,7 @@ async fn the_shell_asks_a_running_instance_as_it_works_on_a_database() {
     assert!(refused.contains("answered 401"), "{refused}");
     assert!(!refused.contains("nobody-0123456789"), "{refused}");
     let taken = ask(&["account", "add", "ann"], "").unwrap_err();
-    assert!(taken.contains("answered 409: the username is taken"), "{taken}");
+    assert!(taken.contains("answered 400: username is taken"), "{taken}");
     let absent = ask(&["account", "grant", "bob", "CREATE_API_TOKEN"], "").unwrap_err();
     assert!(absent.contains("there is no account `bob`"), "{absent}");
     let silent = ["--url", "http://127.0.0.1:1", "--token-file", file.path().to_str().unwrap()];

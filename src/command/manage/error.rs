@@ -17,8 +17,8 @@ pub enum Error {
     #[error("cannot read {0}")]
     Read(String, #[source] io::Error),
     /// What was read is no password.
-    #[error(transparent)]
-    Password(#[from] PasswordError),
+    #[error("the password {0}")]
+    Password(PasswordError),
     /// There is nobody of that name.
     #[error("there is no account `{0}`")]
     NoAccount(String),

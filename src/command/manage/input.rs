@@ -13,7 +13,9 @@ pub(super) fn password(source: PasswordSource) -> Result<(Password, Option<Strin
             let shown = password.expose().to_owned();
             (password, Some(shown))
         }
-        PasswordSource::File(path) => (Password::parse(&first_line(&path)?)?, None),
+        PasswordSource::File(path) => {
+            (Password::parse(&first_line(&path)?).map_err(Error::Password)?, None)
+        }
     })
 }
 

@@ -8,7 +8,7 @@ use super::body;
 use crate::{
     control::{Account, AccountChange, Actor, Control, NewAccount, Operator, Permission, RootRole},
     http::reply::{self, Failure, Reply},
-    wire::admin::{self as wire, Field, Name, Problems, Role, Time},
+    wire::admin::{self as wire, Field, Problems, Role, Time},
 };
 
 /// All accounts, and the roles that there are.
@@ -28,12 +28,8 @@ pub(super) async fn list(control: &Control, operator: &Operator) -> Result<Reply
 }
 
 /// One account.
-pub(super) async fn show(
-    control: &Control,
-    operator: &Operator,
-    id: &str,
-) -> Result<Reply, Failure> {
-    found(control.account(operator, number(id)?).await?)
+pub(super) async fn show(control: &Control, actor: &Actor, id: &str) -> Result<Reply, Failure> {
+    found(control.account(actor, number(id)?).await?)
 }
 
 /// Creates an account.
@@ -44,22 +40,22 @@ pub(super) async fn create(
 ) -> Result<Reply, Failure> {
     let asked: wire::CreateUser = body::read(body)?;
     let mut problems = Problems::default();
-    let username = problems.optional("username", asked.username).flatten();
-    let name = problems.optional("name", asked.name).flatten();
-    let email = problems.optional("email", asked.email).flatten();
+    let may_be_missing = !matches!(asked.username, Field::Wrong(_));
+    let username = problems.optional("username", asked.username).and_then(|it| it.0);
+    let name = problems.optional("name", asked.name).and_then(|it| it.0).map(|name| name.0);
+    let email = problems.optional("email", asked.email).and_then(|it| it.0).map(|email| email.0);
     let role = role(&mut problems, asked.root_role, true);
     let password = problems.required("password", asked.password);
     let password = body::new_password(&mut problems, password.as_ref());
-    let username = username.or_else(|| email.clone());
-    if username.is_none() {
+    let username = username.map(|name| name.0).or_else(|| email.clone());
+    if username.is_none() && may_be_missing {
         problems.add("username", "is missing");
     }
     problems.finish().map_err(Failure::Invalid)?;
     let (Some(username), Some(role), Some(password)) = (username, role, password) else {
         return Err(Failure::Internal);
     };
-    let (name, email) = (name.map(|it| it.0), email.map(|it| it.0));
-    let new = NewAccount { username: username.0, name, email, role, password };
+    let new = NewAccount { username, name, email, role, password };
     let account = control.create_account(actor, new).await?;
     let location = account.id.to_string();
     Ok(reply::created(&shown(account), &location))
@@ -74,12 +70,13 @@ pub(super) async fn update(
 ) -> Result<Reply, Failure> {
     let asked: wire::UpdateUser = body::read(body)?;
     let mut problems = Problems::default();
-    let text = |name: Option<Name>| name.map(|name| name.0);
-    let name = problems.optional("name", asked.name).map(text);
-    let email = problems.optional("email", asked.email).map(text);
+    let name = problems.optional("name", asked.name).map(|it| it.0.map(|name| name.0));
+    let email = problems.optional("email", asked.email).map(|it| it.0.map(|email| email.0));
     let role = role(&mut problems, asked.root_role, false);
+    let password = problems.optional("password", asked.password);
+    let password = body::new_password(&mut problems, password.as_ref());
     problems.finish().map_err(Failure::Invalid)?;
-    let change = AccountChange { name, email, role };
+    let change = AccountChange { name, email, role, password };
     found(control.update_account(actor, number(id)?, change).await?)
 }
 

@@ -4,21 +4,26 @@ use bytes::Bytes;
 use form_urlencoded::parse;
 use jiff::Timestamp;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use crate::{
     control::{Password, PasswordError},
     http::reply::Failure,
-    wire::admin::{Hidden, Problem, Problems},
+    wire::admin::{Hidden, Problems},
 };
 
 /// Reads a JSON object; what is wrong with its members is for them to say.
 pub(super) fn read<T: DeserializeOwned>(body: &Bytes) -> Result<T, Failure> {
-    serde_json::from_slice(body).map_err(|error| {
-        Failure::Malformed(match error.classify() {
-            serde_json::error::Category::Data => "the body must be a JSON object".to_owned(),
-            _ => format!("the body is not JSON: line {}, column {}", error.line(), error.column()),
-        })
-    })
+    let no_object = || Failure::Malformed("the body must be a JSON object".to_owned());
+    // A list would be taken for the members in their order.
+    let value: Value = serde_json::from_slice(body).map_err(|error| {
+        let (line, column) = (error.line(), error.column());
+        Failure::Malformed(format!("the body is not JSON: line {line}, column {column}"))
+    })?;
+    if !value.is_object() {
+        return Err(no_object());
+    }
+    T::deserialize(value).map_err(|_| no_object())
 }
 
 /// A password that somebody chooses.
@@ -50,7 +55,7 @@ fn password(
     }
 }
 
-/// The members of a query.
+/// The members of a query; what is empty is not there.
 #[derive(Debug)]
 pub(super) struct Query<'a>(&'a str);
 
@@ -60,40 +65,57 @@ impl<'a> Query<'a> {
         Self(text.unwrap_or_default())
     }
 
-    /// The first value of a name that is not empty.
-    pub(super) fn text(&self, name: &str) -> Option<String> {
-        let value = parse(self.0.as_bytes()).find(|(key, _)| key == name)?.1;
-        (!value.is_empty()).then(|| value.into_owned())
+    /// Every value of a name.
+    pub(super) fn texts(&self, problems: &mut Problems, name: &'static str) -> Vec<String> {
+        let named =
+            parse(self.0.as_bytes()).filter(|(key, value)| key == name && !value.is_empty());
+        let mut values: Vec<_> = named.map(|(_, value)| value.into_owned()).collect();
+        // No name has one, and PostgreSQL takes none.
+        if values.iter().any(|value| value.contains('\0')) {
+            problems.add(name, "must be a text without NUL");
+            values.clear();
+        }
+        values
+    }
+
+    /// The first value of a name.
+    pub(super) fn text(&self, problems: &mut Problems, name: &'static str) -> Option<String> {
+        self.texts(problems, name).into_iter().next()
     }
 
     /// A value that must be there.
     pub(super) fn required(&self, name: &'static str) -> Result<String, Failure> {
-        self.text(name).ok_or_else(|| wrong(name, "is missing from the query"))
+        let mut problems = Problems::default();
+        let value = self.text(&mut problems, name);
+        if value.is_none() {
+            problems.add(name, "is missing from the query");
+        }
+        problems.finish().map_err(Failure::Invalid)?;
+        value.ok_or(Failure::Internal)
     }
 
     /// A time.
-    pub(super) fn time(&self, name: &'static str) -> Result<Option<Timestamp>, Failure> {
-        let read = |text: String| {
-            text.parse().map_err(|_| wrong(name, "must be a time, as in 2027-01-31T12:00:00Z"))
-        };
-        self.text(name).map(read).transpose()
+    pub(super) fn time(&self, problems: &mut Problems, name: &'static str) -> Option<Timestamp> {
+        let time = self.text(problems, name)?.parse().ok();
+        if time.is_none() {
+            problems.add(name, "must be a time, as in 2027-01-31T12:00:00Z");
+        }
+        time
     }
 
     /// A number between two others.
     pub(super) fn number(
         &self,
+        problems: &mut Problems,
         name: &'static str,
         least: u32,
         most: u32,
-    ) -> Result<Option<u32>, Failure> {
-        let read = |text: String| {
-            let number = text.parse().ok().filter(|number| (least..=most).contains(number));
-            number.ok_or_else(|| wrong(name, &format!("must be a number from {least} to {most}")))
-        };
-        self.text(name).map(read).transpose()
+    ) -> Option<u32> {
+        let number = self.text(problems, name)?.parse().ok();
+        let number = number.filter(|number| (least..=most).contains(number));
+        if number.is_none() {
+            problems.add(name, format!("must be a number from {least} to {most}"));
+        }
+        number
     }
-}
-
-fn wrong(path: &'static str, reason: &str) -> Failure {
-    Failure::Invalid(vec![Problem { path, reason: reason.to_owned() }])
 }

@@ -13,7 +13,9 @@ impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         match error {
             Error::Missing(missing) => Self::Permission(missing.permission()),
-            Error::Taken(_) => Self::Taken(error.to_string()),
+            Error::Taken(field) => {
+                Self::Invalid(vec![Problem { path: field, reason: "is taken".to_owned() }])
+            }
             Error::LastAdmin => Self::Denied(error.to_string()),
             Error::Limit { .. } => Self::Malformed(error.to_string()),
             Error::Throttled(pause) => Self::Throttled(pause),

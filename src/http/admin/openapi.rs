@@ -80,20 +80,20 @@ fn described(row: &Operation, success: Value, body: Option<Value>, error: &Value
     }
     responses.insert(status.to_owned(), success);
     let mut refusals = vec![];
-    if row.access == Access::Operator {
+    if row.access != Access::Open {
         refusals.extend([401, 403, 404, 429, 503]);
     }
     if row.endpoint.is_some() || row.may_miss {
         refusals.push(404);
     }
     if row.body.is_some() {
-        refusals.extend([400, 401, 403, 404, 408, 409, 413, 415, 429, 503]);
+        refusals.extend([400, 401, 403, 404, 408, 413, 415, 429, 503]);
     }
     if !row.query.is_empty() || row.path.contains('{') {
         refusals.push(400);
     }
     if row.method.changes() {
-        refusals.extend([403, 404, 409, 429, 503]);
+        refusals.extend([403, 404, 429, 503]);
     }
     for status in refusals {
         responses.entry(status.to_string()).or_insert_with(|| error.clone());
@@ -108,7 +108,7 @@ fn described(row: &Operation, success: Value, body: Option<Value>, error: &Value
         "responses": responses,
         "security": match row.access {
             Access::Open => json!([]),
-            Access::Operator => json!([{ "token": [] }, { "session": [] }]),
+            Access::Operator | Access::Admin => json!([{ "token": [] }, { "session": [] }]),
         },
     });
     if let Some(schema) = body {
@@ -134,6 +134,7 @@ fn query(query: &Query) -> Value {
             json!({ "type": "string", "examples": ["development"] })
         }
         QueryKind::Text => json!({ "type": "string" }),
+        QueryKind::Texts => json!({ "type": "array", "items": { "type": "string" } }),
         QueryKind::Time => json!({ "type": "string", "format": "date-time" }),
         QueryKind::Number { least, most } => {
             json!({ "type": "integer", "minimum": least, "maximum": most })

@@ -83,6 +83,8 @@ pub(super) enum Access {
     Open,
     /// Whoever has signed in or presents an admin token; more may be asked for by what is done.
     Operator,
+    /// Admins.
+    Admin,
 }
 
 /// A member of a query.
@@ -98,8 +100,13 @@ pub(super) struct Query {
 #[derive(Clone, Copy, Debug)]
 pub(super) enum QueryKind {
     Text,
+    /// One text, or several in as many members.
+    Texts,
     Time,
-    Number { least: u32, most: u32 },
+    Number {
+        least: u32,
+        most: u32,
+    },
 }
 
 /// One row of the table.
@@ -195,7 +202,8 @@ fn arguments<'a>(template: &str, path: &'a str) -> Option<Vec<Cow<'a, str>>> {
             (None, None) => return Some(arguments),
             (Some(wanted), Some(given)) if wanted.starts_with('{') => {
                 let argument = percent_decode_str(given).decode_utf8().ok()?;
-                if argument.is_empty() {
+                // Nothing has a name with NUL, and PostgreSQL is not to be asked for one.
+                if argument.is_empty() || argument.contains('\0') {
                     return None;
                 }
                 arguments.push(argument);
@@ -270,6 +278,10 @@ impl Operation {
         Self { access: Access::Open, ..self }
     }
 
+    const fn for_admins(self) -> Self {
+        Self { access: Access::Admin, ..self }
+    }
+
     const fn answers(self, answer: Answer) -> Self {
         Self { answer, ..self }
     }
@@ -301,6 +313,10 @@ impl Operation {
 
 const fn text(name: &'static str, help: &'static str) -> Query {
     Query { name, help, kind: QueryKind::Text, required: false }
+}
+
+const fn texts(name: &'static str, help: &'static str) -> Query {
+    Query { name, help, kind: QueryKind::Texts, required: false }
 }
 
 const fn time(name: &'static str, help: &'static str) -> Query {
@@ -364,16 +380,16 @@ pub(super) static OPERATIONS: &[Operation] = &[
     post("/api/admin/projects/{project}/api-tokens", Call::CreateProjectToken, "Create a token for this project").of(TOKENS).takes::<wire::CreateToken>().creates::<wire::ApiToken>().may_miss(),
     delete("/api/admin/projects/{project}/api-tokens/{token}", Call::DeleteProjectToken, "Delete a token of this project").of(TOKENS).may_miss(),
 
-    get("/api/admin/user-admin", Call::Users, "All accounts").of(ACCOUNTS).json::<wire::Users>(),
-    post("/api/admin/user-admin", Call::CreateUser, "Create an account").of(ACCOUNTS).takes::<wire::CreateUser>().creates::<wire::User>(),
+    get("/api/admin/user-admin", Call::Users, "All accounts").of(ACCOUNTS).for_admins().json::<wire::Users>(),
+    post("/api/admin/user-admin", Call::CreateUser, "Create an account").of(ACCOUNTS).for_admins().takes::<wire::CreateUser>().creates::<wire::User>(),
     get("/api/admin/user-admin/{id}", Call::User, "One account").of(ACCOUNTS).json::<wire::User>().may_miss(),
-    put("/api/admin/user-admin/{id}", Call::UpdateUser, "Change an account").of(ACCOUNTS).takes::<wire::UpdateUser>().json::<wire::User>().may_miss(),
-    delete("/api/admin/user-admin/{id}", Call::DeleteUser, "Delete an account").of(ACCOUNTS).may_miss(),
-    put("/api/admin/user-admin/{id}/permissions", Call::SetPermissions, "Say what an account may do beyond its role").of(ACCOUNTS).takes::<wire::SetPermissions>().json::<wire::User>().may_miss(),
-    post("/api/admin/user-admin/{id}/change-password", Call::ResetPassword, "Give an account a new password; ends its sessions").of(ACCOUNTS).takes::<wire::ResetPassword>().may_miss(),
+    put("/api/admin/user-admin/{id}", Call::UpdateUser, "Change an account").of(ACCOUNTS).for_admins().takes::<wire::UpdateUser>().json::<wire::User>().may_miss(),
+    delete("/api/admin/user-admin/{id}", Call::DeleteUser, "Delete an account").of(ACCOUNTS).for_admins().may_miss(),
+    put("/api/admin/user-admin/{id}/permissions", Call::SetPermissions, "Say what an account may do beyond its role").of(ACCOUNTS).for_admins().takes::<wire::SetPermissions>().json::<wire::User>().may_miss(),
+    post("/api/admin/user-admin/{id}/change-password", Call::ResetPassword, "Give an account a new password; ends its sessions").of(ACCOUNTS).for_admins().takes::<wire::ResetPassword>().may_miss(),
 
-    get("/api/admin/events", Call::Events, "What was done, and what was refused").of(AUDIT).json::<wire::Events>().asks(&[
-        text("type", "Events of this kind alone, as in api-token-created"),
+    get("/api/admin/events", Call::Events, "What was done, and what was refused").of(AUDIT).for_admins().json::<wire::Events>().asks(&[
+        texts("type", "Events of this kind alone, as in api-token-created; repeated, of any of these"),
         text("createdBy", "Those by this account or token"),
         text("environment", "Those of this environment"),
         text("project", "Those of this project"),
@@ -424,5 +440,6 @@ mod tests {
         check(Method::GET, "/api/admin/api-tokens/", NotFound::Path);
         check(Method::GET, "/api/admin", NotFound::Path);
         check(Method::GET, "/api/admin/user-admin/1/2", NotFound::Path);
+        check(Method::DELETE, "/api/admin/api-tokens/a%00", NotFound::Path);
     }
 }

@@ -9,7 +9,7 @@ use super::{
 use crate::{
     control::{ApplicationSummary, Control, Event, EventKind, EventQuery, Operator, UsageHour},
     http::reply::{self, Failure, Reply},
-    wire::admin::{self as wire, Problem, Time},
+    wire::admin::{self as wire, Problems, Time},
 };
 
 /// How many events are told where nobody says.
@@ -24,22 +24,24 @@ pub(super) async fn events(
     operator: &Operator,
     query: &Query<'_>,
 ) -> Result<Reply, Failure> {
-    let kind = query.text("type").map(|name| {
-        EventKind::parse(&name).ok_or_else(|| {
-            let known = EventKind::ALL.map(EventKind::as_str).join(", ");
-            Failure::Invalid(vec![Problem { path: "type", reason: format!("must be of {known}") }])
-        })
-    });
+    let mut problems = Problems::default();
+    let names = query.texts(&mut problems, "type");
+    let kinds: Option<Vec<_>> = names.iter().map(|name| EventKind::parse(name)).collect();
+    if kinds.is_none() {
+        let known = EventKind::ALL.map(EventKind::as_str).join(", ");
+        problems.add("type", format!("must be of {known}"));
+    }
     let asked = EventQuery {
-        kinds: kind.transpose()?.into_iter().collect(),
-        created_by: query.text("createdBy"),
-        environment: query.text("environment"),
-        project: query.text("project"),
-        since: query.time("from")?,
-        until: query.time("to")?,
-        limit: query.number("limit", 1, MOST_EVENTS)?.unwrap_or(PAGE),
-        offset: query.number("offset", 0, u32::MAX)?.unwrap_or(0),
+        kinds: kinds.unwrap_or_default(),
+        created_by: query.text(&mut problems, "createdBy"),
+        environment: query.text(&mut problems, "environment"),
+        project: query.text(&mut problems, "project"),
+        since: query.time(&mut problems, "from"),
+        until: query.time(&mut problems, "to"),
+        limit: query.number(&mut problems, "limit", 1, MOST_EVENTS).unwrap_or(PAGE),
+        offset: query.number(&mut problems, "offset", 0, u32::MAX).unwrap_or(0),
     };
+    problems.finish().map_err(Failure::Invalid)?;
     let page = control.events(operator, &asked).await?;
     let events = page.events.into_iter().map(event).collect();
     Ok(reply::document(&wire::Events { version: 1, events, total_events: page.total }))
@@ -85,7 +87,9 @@ pub(super) async fn usage(
     flag: &str,
     query: &Query<'_>,
 ) -> Result<Reply, Failure> {
-    let hours = query.number("hoursBack", 1, MOST_HOURS)?.unwrap_or(DAY);
+    let mut problems = Problems::default();
+    let hours = query.number(&mut problems, "hoursBack", 1, MOST_HOURS).unwrap_or(DAY);
+    problems.finish().map_err(Failure::Invalid)?;
     let since = Timestamp::now() - SignedDuration::from_hours(i64::from(hours));
     let data = control.usage_of(flag, since).await?.into_iter().map(hour).collect();
     let feature_name = flag.to_owned();

@@ -8,7 +8,7 @@ use crate::{
     control::{Actor, ApiToken, Control, NewToken},
     http::reply::{self, Failure, Reply},
     token::{Environment, Project, Projects, TokenKind},
-    wire::admin::{self as wire, Field, Id, Instant, Problems, Shown, Time},
+    wire::admin::{self as wire, Field, Id, Instant, MAX_PROJECTS, Problems, Shown, Time},
 };
 
 /// The environment of a token for which none is named.
@@ -51,7 +51,14 @@ pub(super) async fn create(
     project: Option<&str>,
     body: &Bytes,
 ) -> Result<Reply, Failure> {
-    let new = parse(body::read(body)?, catalogue, project)?;
+    let asked: wire::CreateToken = body::read(body)?;
+    let kind = match &asked.r#type {
+        Field::Is(kind) => Some(kind.0),
+        Field::Missing | Field::Wrong(_) => None,
+    };
+    // Whoever may not do this at all is told that before anything else.
+    control.require_create(actor, kind).await?;
+    let new = parse(asked, catalogue, project)?;
     let (token, created) = control.create_token(actor, new).await?;
     let created = wire::ApiToken { secret: Shown::Secret(token), ..shown(created) };
     Ok(reply::created(&created, "api-tokens"))
@@ -65,42 +72,85 @@ fn parse(
     let mut problems = Problems::default();
     let name = problems.required("tokenName", asked.token_name.or(asked.username));
     let kind = problems.required("type", asked.r#type).map(|kind| kind.0);
-    let environment = problems.optional("environment", asked.environment).map(|id| id.0);
-    let single = problems.optional("project", asked.project);
-    let listed = problems.optional("projects", asked.projects);
     let expires_at = ending(&mut problems, asked.expires_at);
-    let projects = match (project, listed) {
-        (Some(project), _) => vec![Id(project.to_owned())],
-        (None, Some(listed)) => listed,
-        (None, None) => vec![single.unwrap_or_else(|| Id("*".to_owned()))],
+    let environment = environment(&mut problems, asked.environment, kind, catalogue);
+    let projects = match project {
+        Some(_) if kind == Some(TokenKind::Admin) => {
+            problems.add("type", "must be another than admin, which sees all projects");
+            None
+        }
+        Some(project) => Some(vec![Id(project.to_owned())]),
+        None => projects(&mut problems, asked.projects, asked.project, kind, catalogue),
     };
-    let environment = match kind {
-        Some(TokenKind::Admin) => "*".to_owned(),
-        _ => environment.unwrap_or_else(|| DEFAULT_ENVIRONMENT.to_owned()),
-    };
-    let for_sdks = matches!(kind, Some(TokenKind::Client | TokenKind::Frontend));
-    if for_sdks && environment == "*" {
-        problems.add("environment", "must be one: only admin tokens see all of them");
-    } else if for_sdks && !catalogue.has_environment(&environment) {
-        problems.add("environment", unknown(&environment, &catalogue.environment_names()));
-    }
-    if projects.is_empty() {
-        problems.add("projects", "must name at least one, or `*` for all");
-    }
-    let missing = projects.iter().find(|id| id.0 != "*" && !catalogue.has_project(&id.0));
-    if let Some(missing) = missing {
-        problems.add("projects", unknown(&missing.0, &catalogue.project_ids()));
-    }
     problems.finish().map_err(Failure::Invalid)?;
     // Nothing is missing where there is no problem.
-    let (Some(name), Some(kind)) = (name, kind) else { return Err(Failure::Internal) };
+    let (Some(name), Some(kind), Some(environment), Some(projects)) =
+        (name, kind, environment, projects)
+    else {
+        return Err(Failure::Internal);
+    };
     Ok(NewToken {
         name: name.0,
         kind,
-        environment: Environment::new(&environment),
+        environment: Environment::new(&environment.0),
         projects: Projects::from_list(projects.iter().map(|id| id.0.as_str())),
         expires_at,
     })
+}
+
+/// Why an admin token is for nothing less: whoever asks for less must not get more.
+const SEES_ALL: &str = "must be *: admin tokens see all";
+
+fn environment(
+    problems: &mut Problems,
+    field: Field<Id>,
+    kind: Option<TokenKind>,
+    catalogue: &Catalogue,
+) -> Option<Id> {
+    const NAME: &str = "environment";
+    let field = match (field, kind) {
+        (Field::Missing, Some(TokenKind::Admin)) => Field::Is(Id("*".to_owned())),
+        (Field::Missing, _) => Field::Is(Id(DEFAULT_ENVIRONMENT.to_owned())),
+        (field, _) => field,
+    };
+    let environment = problems.optional(NAME, field)?;
+    match (kind, environment.0.as_str()) {
+        (Some(TokenKind::Admin) | None, "*") => {}
+        (Some(TokenKind::Admin), _) => problems.add(NAME, SEES_ALL),
+        (Some(TokenKind::Client | TokenKind::Frontend), "*") => {
+            problems.add(NAME, "must be one: only admin tokens see all of them");
+        }
+        (_, name) if !catalogue.has_environment(name) => {
+            problems.add(NAME, unknown(name, &catalogue.environment_names()));
+        }
+        _ => {}
+    }
+    Some(environment)
+}
+
+fn projects(
+    problems: &mut Problems,
+    listed: Field<Vec<Id>>,
+    single: Field<Id>,
+    kind: Option<TokenKind>,
+    catalogue: &Catalogue,
+) -> Option<Vec<Id>> {
+    let single = problems.optional("project", single);
+    let (path, projects) = match (listed, single) {
+        (Field::Missing, Some(single)) => ("project", vec![single]),
+        (Field::Missing, None) => ("projects", vec![Id("*".to_owned())]),
+        (listed, _) => ("projects", problems.optional("projects", listed)?),
+    };
+    if projects.is_empty() || projects.len() > MAX_PROJECTS {
+        problems.add(path, format!("must name 1 to {MAX_PROJECTS}, or `*` for all"));
+    } else if kind == Some(TokenKind::Admin) && projects.iter().any(|id| id.0 != "*") {
+        problems.add(path, SEES_ALL);
+    } else if let Some(missing) =
+        projects.iter().find(|id| id.0 != "*" && !catalogue.has_project(&id.0))
+    {
+        problems.add(path, unknown(&missing.0, &catalogue.project_ids()));
+    }
+    Some(projects)
 }
 
 /// An end that lies ahead.

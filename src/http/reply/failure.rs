@@ -69,9 +69,6 @@ pub enum Failure {
     /// What the path or the query names is not there; the text tells what.
     #[error("{0}")]
     Missing(String),
-    /// What is to be created is there already.
-    #[error("{0}")]
-    Taken(String),
     /// The resource knows other methods.
     #[error("this resource allows {0}")]
     Method(Cow<'static, str>),
@@ -128,7 +125,6 @@ impl Failure {
                 (StatusCode::TOO_MANY_REQUESTS, "TooManyRequestsError")
             }
             Self::NotFound | Self::Missing(_) => (StatusCode::NOT_FOUND, "NotFoundError"),
-            Self::Taken(_) => (StatusCode::CONFLICT, "NameExistsError"),
             Self::Method(_) => (StatusCode::METHOD_NOT_ALLOWED, "MethodNotAllowedError"),
             Self::MediaType => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "UnsupportedMediaTypeError"),
             Self::Malformed(_) | Self::Context(_) | Self::Invalid(_) => {

@@ -107,6 +107,33 @@ impl<T: Member> Member for Option<T> {
     }
 }
 
+/// A text that may be left empty, which says as much as null.
+#[derive(Debug)]
+pub struct Blank<T>(pub Option<T>);
+
+impl<T: Member> Member for Blank<T> {
+    fn read(value: &Value) -> Result<Self, String> {
+        if value.as_str().is_some_and(|text| text.trim().is_empty()) {
+            return Ok(Self(None));
+        }
+        Option::read(value).map(Self)
+    }
+}
+
+impl<T: JsonSchema> JsonSchema for Blank<T> {
+    fn schema_name() -> Cow<'static, str> {
+        Option::<T>::schema_name()
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        Option::<T>::json_schema(generator)
+    }
+}
+
 impl<T: Member> Member for Vec<T> {
     fn read(value: &Value) -> Result<Self, String> {
         let items = value.as_array().ok_or("must be a list")?;

@@ -11,10 +11,13 @@ use serde::Deserialize;
 use serde_json::Value;
 use zeroize::Zeroizing;
 
-use super::field::{Field, Member};
+use super::field::{Blank, Field, Member};
 
 /// The longest name, of a token or an account, in characters.
 const MAX_NAME: usize = 255;
+
+/// How many projects a token may name.
+pub const MAX_PROJECTS: usize = 100;
 
 /// The longest name of an environment or a project, in characters.
 const MAX_ID: usize = 100;
@@ -23,14 +26,21 @@ const MAX_ID: usize = 100;
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Name(pub String);
 
-impl Member for Name {
-    fn read(value: &Value) -> Result<Self, String> {
-        let text = value.as_str().ok_or("must be a text")?.trim();
+impl Name {
+    /// Reads it, without what surrounds it; an error says what was expected.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let text = text.trim();
         if text.is_empty() || text.chars().count() > MAX_NAME || text.chars().any(char::is_control)
         {
             return Err(format!("must be one line of 1 to {MAX_NAME} characters"));
         }
         Ok(Self(text.to_owned()))
+    }
+}
+
+impl Member for Name {
+    fn read(value: &Value) -> Result<Self, String> {
+        Self::parse(value.as_str().ok_or("must be a text")?)
     }
 }
 
@@ -45,6 +55,78 @@ impl JsonSchema for Name {
 
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
         json_schema!({ "type": "string", "minLength": 1, "maxLength": MAX_NAME })
+    }
+}
+
+/// A name to sign in with: one word.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Username(pub String);
+
+impl Username {
+    /// Reads it, without what surrounds it; an error says what was expected.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let is_word = |name: &Name| !name.0.chars().any(char::is_whitespace);
+        let word = Name::parse(text).ok().filter(is_word).map(|name| Self(name.0));
+        word.ok_or_else(|| format!("must be 1 to {MAX_NAME} characters without white space"))
+    }
+}
+
+impl Member for Username {
+    fn read(value: &Value) -> Result<Self, String> {
+        Self::parse(value.as_str().ok_or("must be a text")?)
+    }
+}
+
+impl JsonSchema for Username {
+    fn schema_name() -> Cow<'static, str> {
+        "Username".into()
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "type": "string", "minLength": 1, "maxLength": MAX_NAME, "pattern": r"^\S+$",
+        })
+    }
+}
+
+/// The address of a person's mailbox, as far as it can be told without writing to it.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Email(pub String);
+
+impl Email {
+    /// Reads it, without what surrounds it; an error says what was expected.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let has_place = |word: &Username| {
+            word.0.split_once('@').is_some_and(|(who, place)| {
+                !who.is_empty() && !place.is_empty() && !place.contains('@')
+            })
+        };
+        let address = Username::parse(text).ok().filter(has_place).map(|word| Self(word.0));
+        address.ok_or_else(|| "must be an address, as in ann@example.org".to_owned())
+    }
+}
+
+impl Member for Email {
+    fn read(value: &Value) -> Result<Self, String> {
+        Self::parse(value.as_str().ok_or("must be a text")?)
+    }
+}
+
+impl JsonSchema for Email {
+    fn schema_name() -> Cow<'static, str> {
+        "Email".into()
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({ "type": "string", "format": "email", "maxLength": MAX_NAME })
     }
 }
 
@@ -193,12 +275,12 @@ pub struct CreateToken {
     /// What it is for.
     #[serde(default)]
     pub r#type: Field<Kind>,
-    /// The environment that it sees, `development` where none is named; `*` for admin tokens.
+    /// The environment that it sees, `development` where none is named; admin tokens see all, `*`.
     #[serde(default)]
     pub environment: Field<Id>,
-    /// The projects that it sees, all where none is named.
+    /// The projects that it sees, all where none is named; admin tokens see all, `*`.
     #[serde(default)]
-    #[schemars(length(min = 1, max = 500))]
+    #[schemars(length(min = 1, max = MAX_PROJECTS))]
     pub projects: Field<Vec<Id>>,
     /// One project, as before Unleash 4.5.
     #[serde(default)]
@@ -225,13 +307,13 @@ pub struct UpdateToken {
 pub struct CreateUser {
     /// The name to sign in with; `email` stands in for it.
     #[serde(default)]
-    pub username: Field<Option<Name>>,
+    pub username: Field<Blank<Username>>,
     /// The name to be shown.
     #[serde(default)]
-    pub name: Field<Option<Name>>,
+    pub name: Field<Blank<Name>>,
     /// Where its owner can be reached.
     #[serde(default)]
-    pub email: Field<Option<Name>>,
+    pub email: Field<Blank<Email>>,
     /// 1 Admin, 2 Editor, 3 Viewer; or that name.
     #[serde(default)]
     pub root_role: Field<Role>,
@@ -245,15 +327,19 @@ pub struct CreateUser {
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct UpdateUser {
-    /// The name to be shown; null for none.
+    /// The name to be shown; null or nothing for none.
     #[serde(default)]
-    pub name: Field<Option<Name>>,
-    /// Where its owner can be reached; null for nowhere.
+    pub name: Field<Blank<Name>>,
+    /// Where its owner can be reached; null or nothing for nowhere.
     #[serde(default)]
-    pub email: Field<Option<Name>>,
+    pub email: Field<Blank<Email>>,
     /// 1 Admin, 2 Editor, 3 Viewer; or that name.
     #[serde(default)]
     pub root_role: Field<Role>,
+    /// A new password; ends its sessions.
+    #[serde(default)]
+    #[schemars(length(min = 10))]
+    pub password: Field<Hidden>,
 }
 
 /// `PUT /api/admin/user-admin/{id}/permissions`
