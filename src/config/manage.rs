@@ -3,7 +3,7 @@
 //! They work on the database of a standalone instance, whether that runs or not, and find it by the
 //! same settings; or they ask a running server.
 
-use clap::{Arg, ArgAction, ArgMatches, Command};
+use clap::{Arg, ArgAction, ArgMatches, Command, parser::ValueSource};
 use jiff::Timestamp;
 use reqwest::Url;
 
@@ -240,17 +240,26 @@ fn task(command: &str, below: &ArgMatches) -> Result<Task, Mistake> {
     let needed = |name: &str| text(name).expect("clap insists on it, or it has a default");
     let wrong = |place: &str, reason: String| Mistake { place: place.to_owned(), reason };
     let password = || text("password-file").map_or(PasswordSource::Generated, PasswordSource::File);
+    let is_written = |name| args.value_source(name) == Some(ValueSource::CommandLine);
     Ok(match (command, verb) {
-        ("token", "create") => Task::CreateToken {
-            name: needed("name"),
-            kind: TokenKind::parse(&needed("type"))
-                .ok_or_else(|| wrong("--type", "expected backend, frontend or admin".to_owned()))?,
-            environment: needed("environment"),
-            projects: args.get_many("project").into_iter().flatten().cloned().collect(),
-            expires_at: text("expires").map(|text| text.parse()).transpose().map_err(|_| {
-                wrong("--expires", "expected a time as in 2030-01-01T00:00:00Z".to_owned())
-            })?,
-        },
+        ("token", "create") => {
+            let kind = TokenKind::parse(&needed("type"))
+                .ok_or_else(|| wrong("--type", "expected backend, frontend or admin".to_owned()))?;
+            let narrowing = ["environment", "project"].into_iter().find(|name| is_written(name));
+            if let (TokenKind::Admin, Some(name)) = (kind, narrowing) {
+                let reason = "has no meaning for an admin token, which sees all".to_owned();
+                return Err(wrong(&format!("--{name}"), reason));
+            }
+            Task::CreateToken {
+                name: needed("name"),
+                kind,
+                environment: needed("environment"),
+                projects: args.get_many("project").into_iter().flatten().cloned().collect(),
+                expires_at: text("expires").map(|text| text.parse()).transpose().map_err(|_| {
+                    wrong("--expires", "expected a time as in 2030-01-01T00:00:00Z".to_owned())
+                })?,
+            }
+        }
         ("token", "list") => Task::ListTokens { name: text("name") },
         ("token", _) => {
             Task::RevokeToken { identifier: text("identifier").filter(|text| text != "-") }

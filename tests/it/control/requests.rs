@@ -156,6 +156,11 @@ async fn an_admin_token_is_not_made_where_less_was_asked_for() {
         assert_eq!(status, StatusCode::BAD_REQUEST, "{answer}");
         assert_eq!(named(&answer), [member]);
     }
+    for (option, value) in [("--environment", "development"), ("--project", "web")] {
+        let create = ["token", "create", "--name", "robot", "--type", "admin", option, value];
+        let told = super::shell(&parapet, &create, "").unwrap_err();
+        assert!(told.starts_with(&format!("{option}: has no meaning")), "{told}");
+    }
     assert_eq!(owner.token_names().await, before);
     assert_eq!(owner.create_token("admin", "robot").await.0, StatusCode::CREATED);
 }
