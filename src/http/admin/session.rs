@@ -58,8 +58,10 @@ pub(super) async fn sign_in(
 /// Whoever lies about it changes the own cookie only.
 fn is_encrypted(headers: &HeaderMap) -> bool {
     let text = |name| headers.get(name).and_then(|it| it.to_str().ok()).unwrap_or_default();
+    // A value may stand in quotes (RFC 7239, section 4).
+    let forwarded = text("forwarded").to_ascii_lowercase().replace('"', "");
     text("x-forwarded-proto").eq_ignore_ascii_case("https")
-        || text("forwarded").to_ascii_lowercase().contains("proto=https")
+        || forwarded.contains("proto=https")
         || text("origin").starts_with("https://")
 }
 

@@ -246,6 +246,60 @@ async fn an_account_is_changed_with_its_password_or_without() {
     assert_eq!(both.len(), 3, "of either kind: {both:?}");
 }
 
+/// Nothing of this instance is encrypted by itself; whoever is in front of it says so.
+#[tokio::test]
+async fn cookies_are_secure_where_the_browser_is_connected_so() {
+    let place = Place::new(Kept::Sqlite).await;
+    let parapet = place.start().await;
+    let is_secure = async |headers: &[(&str, &str)]| {
+        let body = json!({ "username": OWNER, "password": PASSWORD }).to_string();
+        let login = http().post(parapet.admin_url() + "/auth/simple/login").body(body);
+        let login = login.header("content-type", "application/json");
+        let login = headers.iter().fold(login, |it, (name, value)| it.header(*name, *value));
+        let answer = login.send().await.unwrap();
+        assert_eq!(answer.status(), StatusCode::OK, "{headers:?}");
+        let cookies = answer.headers().get_all("set-cookie").iter();
+        let cookies: Vec<_> = cookies.map(|cookie| cookie.to_str().unwrap().to_owned()).collect();
+        assert_eq!(cookies.len(), 2);
+        let secure = cookies.iter().filter(|cookie| cookie.ends_with("; Secure")).count();
+        assert!(secure == 0 || secure == cookies.len(), "{cookies:?}");
+        secure > 0
+    };
+    assert!(!is_secure(&[]).await);
+    assert!(!is_secure(&[("x-forwarded-proto", "http")]).await);
+    assert!(is_secure(&[("x-forwarded-proto", "https")]).await);
+    assert!(is_secure(&[("forwarded", "for=192.0.2.7;proto=https")]).await);
+    assert!(is_secure(&[("forwarded", "Proto=\"HTTPS\";for=\"[2001:db8::7]\"")]).await);
+    assert!(!is_secure(&[("forwarded", "for=192.0.2.7;proto=http")]).await);
+    let browser = [("origin", "https://flags.example"), ("sec-fetch-site", "same-origin")];
+    assert!(is_secure(&browser).await, "a browser says where its page is from");
+}
+
+#[tokio::test]
+async fn events_tell_the_address_that_trusted_proxies_tell() {
+    let place = Place::new(Kept::Sqlite).await;
+    for (arguments, expect) in [
+        (&[][..], "127.0.0.1"),
+        (&["--trust-proxy"], "192.0.2.7"),
+        (&["--trust-proxy", "--proxy-trusted-servers=127.0.0.0/8"], "192.0.2.7"),
+        (&["--trust-proxy", "--proxy-trusted-servers=198.51.100.0/24"], "127.0.0.1"),
+    ] {
+        let parapet = place.start_with(arguments).await;
+        let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
+        let behind = [
+            ("cookie", owner.cookies.as_str()),
+            ("origin", &owner.url),
+            ("x-forwarded-for", "192.0.2.7"),
+        ];
+        let token = json!({ "tokenName": "x", "type": "client" });
+        let (status, made) = owner.call_as(Method::POST, TOKENS, &token, &behind).await;
+        assert_eq!(status, StatusCode::CREATED, "{made}");
+        secrets::remember(made["secret"].as_str().unwrap());
+        let created = events(&owner, "api-token-created").await;
+        assert_eq!(created[0]["ip"], expect, "{arguments:?}");
+    }
+}
+
 /// What nothing can be called is not asked for: PostgreSQL refuses to compare it.
 async fn odd_names(kept: Kept) {
     let place = Place::new(kept).await;
