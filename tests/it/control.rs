@@ -1,6 +1,7 @@
 //! A standalone as a control plane: accounts, tokens, permissions and the audit log through HTTP, on both databases.
 
 mod requests;
+mod run;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
