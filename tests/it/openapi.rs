@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::process::Command;
 
-use crate::rig::{Parapet, http, secrets, tests_dir, until};
+use crate::rig::{Parapet, Postgres, http, secrets, tests_dir, until};
 
 const FLAGS: &str = r#"{"features":[
     {"name":"cart","type":"release","project":"default","enabled":true,
@@ -37,20 +37,33 @@ struct Bench {
 
 impl Bench {
     async fn new() -> Self {
+        Self::on(None).await
+    }
+
+    async fn on_postgres() -> Self {
+        let postgres = Postgres::shared().await;
+        let (port, name) = (postgres.port(), postgres.create_database().await);
+        Self::on(Some(format!("postgres://postgres@127.0.0.1:{port}/{name}"))).await
+    }
+
+    /// On a database of PostgreSQL, or on SQLite.
+    async fn on(database: Option<String>) -> Self {
         [ADMIN, CLIENT, FRONTEND, PASSWORD].into_iter().for_each(secrets::remember);
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("flags.json"), FLAGS).unwrap();
-        let parapet = Parapet::mode("standalone")
+        let setup = Parapet::mode("standalone")
             .flag("--flags", folder.path().join("flags.json"))
             .env("INIT_ADMIN_API_TOKENS", ADMIN)
             .env("INIT_BACKEND_API_TOKENS", CLIENT)
             .env("INIT_FRONTEND_API_TOKENS", FRONTEND)
             .env("UNLEASH_DEFAULT_ADMIN_PASSWORD", PASSWORD)
             // Whoever asks for a stream reads it to its end.
-            .flag("--stream-max-age-seconds", "0.1")
-            .start()
-            .await;
-        Self { folder, parapet }
+            .flag("--stream-max-age-seconds", "0.1");
+        let setup = match database {
+            Some(url) => setup.env("DATABASE_URL", url),
+            None => setup,
+        };
+        Self { folder, parapet: setup.start().await }
     }
 
     /// Has requests made from the document, `examples` to an operation, and panics with what is wrong with the answers.
@@ -109,9 +122,7 @@ impl Bench {
 const CHECKS: &str = "not_a_server_error,status_code_conformance,content_type_conformance,\
                       response_headers_conformance,response_schema_conformance,ignored_auth";
 
-#[tokio::test]
-async fn an_admin_is_answered_as_the_document_says() {
-    let bench = Bench::new().await;
+async fn answers_to_an_admin(bench: Bench) {
     let settings = format!(
         r#"
 headers = {{ Authorization = "{ADMIN}" }}
@@ -145,6 +156,17 @@ headers = {{ Authorization = "{FRONTEND}" }}
         let is_answered = statuses.iter().any(|status| status.starts_with('2'));
         assert!(is_answered, "{method} {path}: {statuses:?}");
     }
+}
+
+#[tokio::test]
+async fn an_admin_is_answered_as_the_document_says() {
+    answers_to_an_admin(Bench::new().await).await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL"]
+async fn an_admin_is_answered_as_the_document_says_on_postgresql() {
+    answers_to_an_admin(Bench::on_postgres().await).await;
 }
 
 /// The template under which older paths are counted.
