@@ -16,6 +16,7 @@ export function lineChart({ title, unit, series, moments, span }) {
     const top = h('span.scale-top');
     const values = series.map(() => h('span.value', '–'));
     const legend = h('ul.legend', series.map((it, n) => h('li', h('span.swatch', { class: `swatch ${it.class}` }), it.label, values[n])));
+    fill(drawing, grid());
     const id = uniqueId('chart');
     const box = h('section.card.chart', { 'aria-labelledby': id },
         h('h2', { id }, title, h('span.unit', unit)),

@@ -68,8 +68,8 @@ function columns({ known, session, isGranting }, { edit, grant, reset, drop }) {
     const label = (verb, it) => `${verb} ${called(it)}`;
     const columns = [
         { label: 'Username', class: 'name', sort: called, cell: (it) => [called(it), it.id === session.user.id && h('span.by', 'You')] },
-        { label: 'Name', sort: (it) => it.name ?? '', cell: (it) => it.name ?? '' },
-        { label: 'Email', sort: (it) => it.email ?? '', cell: (it) => it.email ?? '' },
+        { label: 'Name', class: 'words', sort: (it) => it.name ?? '', cell: (it) => it.name ?? '' },
+        { label: 'Email', class: 'words', sort: (it) => it.email ?? '', cell: (it) => it.email ?? '' },
         { label: 'Role', sort: role, cell: (it) => h('span.badge', { class: `badge ${it.rootRole === 1 ? 'kind' : 'off'}` }, role(it)) },
         isGranting && { label: 'Also may', cell: granted },
         { label: 'Last seen', sort: (it) => it.seenAt ?? '', cell: (it) => ago(it.seenAt, 'Never') },
@@ -89,7 +89,7 @@ function granted({ permissions = [], rootRole }) {
         const verbs = ACTIONS.filter(([action]) => permissions.includes(`${action}_${kind}_API_TOKEN`)).map(([, verb]) => verb.toLowerCase());
         return verbs.length > 0 && `${label}: ${verbs.join(', ')}`;
     }).filter(Boolean);
-    return words.length > 0 ? words.map((it) => h('span.line', it)) : h('span.muted', 'Nothing more');
+    return words.length > 0 ? h('div', words.map((it) => h('span.line', it))) : h('span.muted', 'Nothing more');
 }
 
 function openAccount(account, roles, changed) {

@@ -100,10 +100,10 @@ function filters(asked, environments, status) {
 const COLUMNS = [
     { label: 'When', class: 'name', cell: (it) => at(it.createdAt) },
     { label: 'What', cell: (it) => h('span.badge', { class: `badge ${REFUSALS.includes(it.type) ? 'warn' : 'off'}` }, KINDS[it.type] ?? it.label ?? it.type) },
-    { label: 'Of', cell: subject },
-    { label: 'By whom', cell: (it) => it.createdBy ?? '' },
-    { label: 'From', cell: (it) => (it.ip ? h('code', it.ip) : '') },
-    { label: 'Environment', cell: (it) => it.environment ?? '' },
+    { label: 'Of', class: 'words', cell: subject },
+    { label: 'By whom', class: 'words', cell: (it) => it.createdBy ?? '' },
+    { label: 'Address', class: 'address', cell: (it) => (it.ip ? h('code', it.ip) : '') },
+    { label: 'Environment', cell: (it) => (it.environment === '*' ? 'All' : it.environment ?? '') },
 ];
 
 function subject({ data, preData, featureName }) {

@@ -1,6 +1,6 @@
 // One flag: who gets it in words, how it is used, and why it comes out as it does.
 
-import { get, getIfThere, path } from '../api.js';
+import { ApiError, get, getIfThere, path } from '../api.js';
 import { barChart } from '../charts.js';
 import { h } from '../dom.js';
 import { explainForm } from '../explain.js';
@@ -18,15 +18,21 @@ export async function flagPage({ params, query, signal }) {
     const { name } = params;
     const environments = await environmentNames(signal);
     const environment = environmentOf(query, environments);
-    const [{ flag, segments = [] }, usage] = await Promise.all([
-        get(path('api/admin/flags', name), { query: { environment }, signal }),
+    const [told, usage] = await Promise.all([
+        flagIfThere(name, environment, signal),
         getIfThere(`${path('api/admin/client-metrics/features', name)}/raw`, { query: { hoursBack: 24 }, signal }),
     ]);
     const choice = select(environments, environment, { onchange: () => {
         location.hash = address(['flags', name], { environment: choice.value });
     } });
+    const crumbs = h('p.crumbs', h('a', { href: address(['flags'], { environment }) }, 'Flags'));
+    if (told === null) {
+        return [crumbs, h('div.page-head', h('div', h('h1', name)), field('Environment', choice)),
+            empty('No such flag', `${environment} has no flag of this name, or none any more.`)];
+    }
+    const { flag, segments = [] } = told;
     return [
-        h('p.crumbs', h('a', { href: address(['flags'], { environment }) }, 'Flags')),
+        crumbs,
         h('div.page-head', h('div', h('h1', name), description(flag)), field('Environment', choice)),
         h('div.pair.uneven',
             h('div.stack', whoCard(flag, segments), variantsCard(flag.variants ?? [])),
@@ -35,6 +41,15 @@ export async function flagPage({ params, query, signal }) {
             h('p', 'Fill in what an application would tell of its user, and see what the flag comes to and why.'),
             explainForm({ flag: name, environment, signal })),
     ];
+}
+
+async function flagIfThere(name, environment, signal) {
+    try {
+        return await get(path('api/admin/flags', name), { query: { environment }, signal });
+    } catch (error) {
+        if (error instanceof ApiError && error.status === 404) return null;
+        throw error;
+    }
 }
 
 function description(flag) {

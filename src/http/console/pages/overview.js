@@ -13,6 +13,10 @@ import { ago, at, lasting, number } from '../time.js';
 /** How often the numbers are asked for, in milliseconds, and how many of them the charts show. */
 const EVERY = 2_000;
 const MOMENTS = 61;
+/** What this page itself asks for all the while: no part of anybody's load. */
+const OWN = ['/metrics', '/status'];
+/** How many routes are shown at first. */
+const BUSIEST = 8;
 
 const REQUESTS = 'http_server_requests_total';
 const SECONDS = ['http_server_request_duration_seconds_sum', 'http_server_request_duration_seconds_count'];
@@ -37,7 +41,7 @@ export async function overviewPage({ status, signal }) {
     const upstream = h('div');
     const requests = lineChart({ title: 'Requests', unit: 'per second', series: BY_STATUS, moments: MOMENTS, span: '2 minutes ago' });
     const verdicts = lineChart({ title: 'Tokens presented', unit: 'per second', series: BY_VERDICT, moments: MOMENTS, span: '2 minutes ago' });
-    const routes = table({ caption: 'Requests by route', columns: ROUTE_COLUMNS, order: '-Since the start' });
+    const routes = table({ caption: 'Requests by route', columns: ROUTE_COLUMNS, order: '-Since the start', page: BUSIEST });
     const grids = { environments: table({ caption: 'Environments', columns: ENVIRONMENT_COLUMNS }) };
     environments.append(grids.environments);
 
@@ -94,7 +98,7 @@ function watch({ signal, showStatus, requests, verdicts, routes }) {
 
 function measure(text) {
     const found = samples(text, [REQUESTS, ...SECONDS, VERDICTS]);
-    const of = (name) => found.filter((sample) => sample.name === name);
+    const of = (name) => found.filter((sample) => sample.name === name && !OWN.includes(sample.labels.http_route));
     return {
         time: performance.now() / 1000,
         status: sums(of(REQUESTS), ({ labels }) => ({ 4: 'refused', 5: 'failed' })[labels.http_response_status_code?.[0]] ?? 'served'),
@@ -133,7 +137,7 @@ const ENVIRONMENT_COLUMNS = [
     { label: 'Flags', class: 'number', cell: (it) => number(it.flags) },
     { label: 'Segments', class: 'number', cell: (it) => number(it.segments ?? 0) },
     { label: 'Revision', class: 'number', cell: (it) => it.revision ?? '–' },
-    { label: 'Confirmed', cell: (it) => (it.ageSeconds === null || it.ageSeconds === undefined ? h('span.muted', 'Not yet') : `${lasting(it.ageSeconds)} ago`) },
+    { label: 'Confirmed', cell: (it) => (it.ageSeconds === null || it.ageSeconds === undefined ? h('span.muted', 'Not yet') : it.ageSeconds < 3 ? 'just now' : `${lasting(it.ageSeconds)} ago`) },
     { label: 'Problems', cell: (it) => problems(it.problems ?? []) },
 ];
 

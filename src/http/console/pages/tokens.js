@@ -9,7 +9,7 @@ import { icon } from '../icons.js';
 import { announce, empty } from '../notice.js';
 import { keep } from '../router.js';
 import { snippets } from '../snippets.js';
-import { table } from '../table.js';
+import { hidden, table } from '../table.js';
 import { ago, atText } from '../time.js';
 
 const KINDS = {
@@ -114,12 +114,11 @@ const searchable = (token) =>
 
 function columns({ session, edit, drop }) {
     const columns = [
-        { label: 'Name', sort: (it) => it.name, class: 'name', cell: (it) => it.name },
-        { label: 'Secret', class: 'secret', cell: (it) => h('code', it.masked) },
+        { label: 'Name', sort: (it) => it.name, class: 'name', cell: (it) => [it.name, h('span.by', hidden('Secret '), h('code', it.masked))] },
         { label: 'Type', sort: kindOf, cell: (it) => h('span.badge', { class: `badge kind-${it.kind}` }, kindOf(it)) },
         { label: 'Environment', sort: environmentOf, cell: environmentOf },
-        { label: 'Projects', sort: places, cell: places },
-        { label: 'Created', sort: (it) => it.createdAt ?? '', cell: (it) => [ago(it.createdAt, ''), it.createdBy && h('span.by', `by ${it.createdBy}`)] },
+        { label: 'Projects', class: 'words', sort: places, cell: places },
+        { label: 'Created', class: 'words', sort: (it) => it.createdAt ?? '', cell: (it) => [ago(it.createdAt, ''), it.createdBy && h('span.by', `by ${it.createdBy}`)] },
         { label: 'Last seen', sort: (it) => it.seenAt ?? '', cell: (it) => ago(it.seenAt, 'Never') },
         { label: 'Expires', sort: (it) => it.expiresAt ?? '9', cell: (it) =>
             (hasExpired(it) ? h('span.badge.bad', { title: atText(it.expiresAt) }, 'Expired') : ago(it.expiresAt, 'Never')) },
