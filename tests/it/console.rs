@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use reqwest::StatusCode;
 use serde_json::{Value, json};
+use tokio::task::JoinSet;
 
 use crate::rig::{Driver, Parapet, Sdk, Unleash, Version, http, node, secrets, until};
 
@@ -23,6 +24,8 @@ const PAGES: [(&str, &str); 5] = [
 const THEMES: [&str; 2] = ["light", "dark"];
 const WIDE: u32 = 1280;
 const NARROW: u32 = 390;
+/// From a large phone held across to a small one, and what lies around where the layout changes.
+const WIDTHS: [u32; 8] = [1440, 1100, 1000, 900, 861, 760, 480, 320];
 
 /// A browser that shows the console.
 struct Console(Driver);
@@ -73,6 +76,17 @@ impl Console {
         }
     }
 
+    /// Nothing sticks out of the page, whatever its width.
+    async fn fits(&mut self, page: &str) {
+        let told = self.ask("fit", json!({ "widths": WIDTHS })).await;
+        assert_eq!(told["told"], json!([]), "{page}");
+    }
+
+    async fn focus(&mut self) -> String {
+        let focus = self.ask("focus", Value::Null).await;
+        text_of(&focus["name"]).to_owned()
+    }
+
     /// A picture of the page in each theme.
     async fn photograph(&mut self, name: &str) {
         let folder = pictures();
@@ -117,6 +131,17 @@ async fn standalone() -> Parapet {
         .env("UNLEASH_DEFAULT_ADMIN_PASSWORD", PASSWORD)
         .start()
         .await
+}
+
+/// Polls for flags, now and then with a token that nobody knows, until dropped.
+async fn traffic(url: String, token: String) {
+    let mut ticks = tokio::time::interval(Duration::from_millis(40));
+    for count in 0_u32.. {
+        ticks.tick().await;
+        let token = if count.is_multiple_of(9) { "*:development.nobodys" } else { &token };
+        let poll = http().get(format!("{url}/api/client/features"));
+        poll.header("authorization", token).send().await.unwrap();
+    }
 }
 
 #[tokio::test]
@@ -182,11 +207,17 @@ async fn an_admin_makes_a_token_in_the_console_and_an_sdk_works_with_it() {
     assert!(text_of(&made["snippets"]["Frontend SDK"]).contains(text_of(&made["secret"])));
     console.audit("the new secret").await;
     console.ask("close_dialog", Value::Null).await;
+    let load = JoinSet::from_iter([traffic(parapet.url(), secret.clone())]);
     for (section, picture) in PAGES {
         console.go(section).await;
+        if section == "Overview" {
+            console.ask("chart", json!({ "moments": 5 })).await;
+        }
+        console.fits(section).await;
         console.audit(section).await;
         console.photograph(picture).await;
     }
+    drop(load);
 
     // Deleting asks first, and ends the token.
     let status = async || parapet.get("/api/client/features", &secret).await.0;
@@ -338,6 +369,135 @@ async fn the_console_is_walked_by_keyboard() {
         assert_eq!(there["found"], true, "{then} is reached from {name}");
         console.ask("press", json!({ "key": "Shift+Tab" })).await;
     }
+    // Escape leaves a form, and gives the focus back.
+    console.ask("press", json!({ "key": "Escape" })).await;
+    assert_eq!(console.focus().await, "New API token");
+    assert_eq!(console.ask("dialog", Value::Null).await["open"], false);
+
+    // It does not take a secret away that nobody can see again.
+    for name in ["first", "second"] {
+        let made = console.ask("create_token", json!({ "name": name, "kind": "Backend" })).await;
+        secrets::remember(text_of(&made["secret"]));
+        for _ in 0..3 {
+            console.ask("press", json!({ "key": "Escape" })).await;
+        }
+        assert_eq!(console.ask("dialog", Value::Null).await["open"], true);
+        console.ask("close_dialog", Value::Null).await;
+        assert_eq!(console.focus().await, "New API token");
+    }
+
+    // Where the table was drawn anew, the focus is where it was, and else where reading begins.
+    console.ask("delete_token", json!({ "name": "first" })).await;
+    assert_eq!(console.focus().await, "API access");
+    console.ask("click", json!({ "name": "Change expiry of second" })).await;
+    console.ask("press", json!({ "key": "Escape" })).await;
+    assert_eq!(console.focus().await, "Change expiry of second");
+    console.ask("click", json!({ "name": "Change expiry of second" })).await;
+    console.ask("click", json!({ "name": "Save expiry" })).await;
+    until("the focus is back", Duration::from_secs(10), async || {
+        (console.focus().await == "Change expiry of second").then_some(())
+    })
+    .await;
+    console.go("Accounts").await;
+    let account = json!({ "username": "vera", "password": VIEWERS, "role": "Viewer" });
+    console.ask("create_account", account).await;
+    let grant = json!({ "username": "vera", "kind": "Backend tokens", "permission": "Create" });
+    console.ask("grant", grant).await;
+    until("the focus is back", Duration::from_secs(10), async || {
+        (console.focus().await == "Permissions of vera").then_some(())
+    })
+    .await;
+    // The overview's tables are drawn anew all the while.
+    console.go("Overview").await;
+    console.ask("click", json!({ "name": "Mean time" })).await;
+    console.ask("chart", json!({ "moments": 3 })).await;
+    assert!(console.focus().await.starts_with("Mean time"));
+    console.close().await;
+}
+
+#[tokio::test]
+async fn names_of_any_length_stay_within_the_page() {
+    let parapet = standalone().await;
+    let mut console = Console::open(&parapet.admin_url()).await;
+    console.sign_in(OWNER, PASSWORD).await;
+    // Nowhere to break it.
+    let long = "longname".repeat(31);
+    console.go("API access").await;
+    let wish = json!({ "name": long, "kind": "Frontend", "environment": "production" });
+    let made = console.ask("create_token", wish).await;
+    secrets::remember(text_of(&made["secret"]));
+    console.audit("the secret of a long name").await;
+    console.ask("close_dialog", Value::Null).await;
+    console.fits("API access").await;
+    console.go("Accounts").await;
+    let account = json!({ "username": long, "password": VIEWERS, "role": "Editor" });
+    console.ask("create_account", account).await;
+    console.ask("says", json!({ "text": long })).await;
+    console.fits("Accounts").await;
+    console.go("Overview").await;
+    console.ask("sign_out", Value::Null).await;
+    assert_eq!(console.sign_in(&long, VIEWERS).await["signedIn"], true);
+    console.fits("the overview of somebody with a long name").await;
+    console.ask("sign_out", Value::Null).await;
+    console.sign_in(OWNER, PASSWORD).await;
+    console.go("Audit log").await;
+    console.fits("Audit log").await;
+    console.close().await;
+}
+
+#[tokio::test]
+async fn what_is_empty_or_wrong_or_away_is_said_in_words() {
+    let parapet = standalone().await;
+    let mut console = Console::open(&parapet.admin_url()).await;
+    console.sign_in(OWNER, PASSWORD).await;
+    let visit = |hash: &str, heading: &str| json!({ "hash": hash, "heading": heading });
+    for (hash, heading, text) in [
+        ("#/nowhere", "Not found", "There is no page at this address."),
+        (
+            "#/flags/nothing?environment=production",
+            "nothing",
+            "production has no flag of this name",
+        ),
+        ("#/flags?q=nothing-like-that", "Flags", "No flag matches"),
+        ("#/api-access?q=nothing-like-that", "API access", "No token matches"),
+        ("#/audit-log?type=user-deleted", "Audit log", "No event fits these filters."),
+        ("#/audit-log?type=unheard-of", "Audit log", "The server refused"),
+        ("#/overview", "Overview", "No applications yet"),
+    ] {
+        console.ask("visit", visit(hash, heading)).await;
+        console.ask("says", json!({ "text": text })).await;
+        console.audit(hash).await;
+        console.fits(hash).await;
+    }
+    console.ask("visit", visit("#/audit-log?type=unheard-of", "Audit log")).await;
+    let told = console.text().await;
+    assert_eq!(told.matches("must be of api-token-created").count(), 1, "it is said once: {told}");
+
+    // Mistakes stand beside the fields, in the fields' own words.
+    console.go("Accounts").await;
+    let account = json!({ "username": "vera", "password": VIEWERS, "role": "Viewer" });
+    console.ask("create_account", account).await;
+    console.ask("click", json!({ "name": "New account" })).await;
+    for (label, value) in
+        [("Username", "VERA"), ("Email", "vera@example.org"), ("Password", VIEWERS)]
+    {
+        console.ask("fill", json!({ "label": label, "value": value })).await;
+    }
+    console.ask("click", json!({ "name": "Create account" })).await;
+    let wrong = console.ask("mistakes", Value::Null).await;
+    assert_eq!(wrong["told"], json!(["Is taken."]));
+    console.audit("a form with a mistake").await;
+    console.ask("press", json!({ "key": "Escape" })).await;
+
+    assert!(parapet.terminate().await.success());
+    console.ask("visit", visit("#/flags", "Flags")).await;
+    console.ask("says", json!({ "text": "The server cannot be reached" })).await;
+    console.audit("no server").await;
+    console.fits("no server").await;
+    parapet.restart();
+    parapet.wait_until_ready().await;
+    console.ask("click", json!({ "name": "Try again" })).await;
+    console.ask("says", json!({ "text": "demo.on-for-all" })).await;
     console.close().await;
 }
 

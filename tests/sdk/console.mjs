@@ -31,7 +31,7 @@ const button = (name, within = page) => within.getByRole('button', { name, exact
 const dialog = () => page.getByRole('dialog');
 const heading = (name) => page.getByRole('heading', { level: 1, name, exact: true });
 
-/** The cells of a table, by its caption: an object for each row. */
+/** The first lines of the cells of a table, by its caption: an object for each row. */
 async function rows(caption) {
     const table = page.getByRole('table', { name: caption });
     if ((await table.count()) === 0) return [];
@@ -39,7 +39,7 @@ async function rows(caption) {
     const lines = table.locator('tbody > tr:not(.detail)');
     const read = async (line) => {
         const cells = await line.locator(':scope > th, :scope > td').allInnerTexts();
-        return Object.fromEntries(cells.map((cell, n) => [heads[n].trim().split('\n')[0], cell.trim()]));
+        return Object.fromEntries(cells.map((cell, n) => [heads[n].trim().split('\n')[0], cell.trim().split('\n')[0]]));
     };
     return Promise.all((await lines.all()).map(read));
 }
@@ -174,6 +174,47 @@ await serve({
         if (wide > 0) told.push(`the page is ${wide} px wider than the window`);
         return { violations: told };
     },
+    /** Which of these widths the page is too wide for, with what sticks out. */
+    fit: async ({ widths }) => {
+        const told = [];
+        for (const width of widths) {
+            await look('light', width);
+            const wide = await page.evaluate(() => document.documentElement.scrollWidth - innerWidth);
+            if (wide > 0) told.push(`${width} px: ${wide} px too wide`);
+            const hidden = await page.evaluate(() => [...document.querySelectorAll('.table-box')].filter((it) => it.scrollWidth > it.clientWidth)
+                .map((it) => it.querySelector('caption').textContent));
+            told.push(...hidden.map((it) => `${width} px: the table ${it} is cut off`));
+        }
+        await look('light', 1280);
+        return { told };
+    },
+    /** Waits until the charts have so many moments. */
+    chart: async ({ moments }) => {
+        await page.waitForFunction((count) => [...document.querySelectorAll('path.line')].some((it) => it.getAttribute('d').split(/[ML]/).length > count), moments);
+    },
+    /** What a form says is wrong, beside its fields. */
+    mistakes: async () => {
+        await dialog().locator('.wrong').filter({ hasText: /\S/ }).first().waitFor();
+        const told = await dialog().locator('.wrong').allInnerTexts();
+        return { told: told.filter((it) => it !== '') };
+    },
+    /** What has the focus: its name, or its element. */
+    focus: async () => page.evaluate(() => {
+        const { activeElement: it } = document;
+        return { name: it.getAttribute('aria-label') ?? (it === document.body ? '' : it.innerText.trim()), tag: it.tagName.toLowerCase() };
+    }),
+    /** Whether a dialog is open. */
+    dialog: async () => ({ open: await dialog().isVisible() }),
+    fill: async ({ label, value }) => page.getByLabel(label, { exact: true }).fill(value),
+    click: async ({ name }) => button(name).click(),
+    /** Changes the address by hand; the page has this heading then. */
+    visit: async ({ hash, heading: name }) => {
+        await page.evaluate((it) => { location.hash = it; }, hash);
+        await heading(name).waitFor();
+        await page.getByText('Loading…').waitFor({ state: 'detached' });
+    },
+    /** Waits until the page says this. */
+    says: async ({ text }) => page.locator('main').getByText(text).first().waitFor(),
     screenshot: async ({ path, theme, width }) => {
         await look(theme, width);
         // As high as the page, so that what stands at the window's foot stands at the picture's.

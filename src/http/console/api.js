@@ -84,8 +84,8 @@ function messageOf(response, answer) {
     return `The server answered ${response.status} ${response.statusText}`.trim() + '.';
 }
 
-/** Errors of the API begin small and end without a full stop. */
-function sentence(text) {
+/** A text that begins small and ends without a full stop, as errors of the API do, as a sentence. */
+export function sentence(text) {
     const begun = text[0].toUpperCase() + text.slice(1);
     return /[.!?]$/.test(begun) ? begun : `${begun}.`;
 }

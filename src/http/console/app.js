@@ -51,7 +51,8 @@ async function start() {
         session = await Session.load();
         await showShell();
     } catch (error) {
-        if (error instanceof ApiError && error.status === 401) showSignIn();
+        // Whoever comes with an old cookie from an address of which others guess can sign in still.
+        if (error instanceof ApiError && [401, 429].includes(error.status)) showSignIn();
         else fill(root, h('main.alone', failure(error, start)));
     }
 }

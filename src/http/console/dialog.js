@@ -1,6 +1,6 @@
 // Modal dialogs: the browser's own, which keep the focus inside and give it back to where it was.
 
-import { h, uniqueId } from './dom.js';
+import { h, refocus, uniqueId } from './dom.js';
 import { form } from './form.js';
 
 /**
@@ -12,10 +12,17 @@ export function open(title, body, { mustAnswer = false, wide = false, onclose } 
     const dialog = h(wide ? 'dialog.wide' : 'dialog', { 'aria-labelledby': titleId });
     const close = () => dialog.close();
     dialog.append(h('h2', { id: titleId }, title), typeof body === 'function' ? body(close) : body);
-    if (mustAnswer) dialog.addEventListener('cancel', (event) => event.preventDefault());
+    if (mustAnswer) {
+        dialog.addEventListener('cancel', (event) => event.preventDefault());
+        // Browsers close at a second Escape, whatever is made of the first, unless they never see it.
+        dialog.addEventListener('keydown', (event) => event.key === 'Escape' && event.preventDefault());
+    }
+    const before = document.activeElement;
     dialog.addEventListener('close', () => {
         dialog.remove();
         onclose?.();
+        // What opened it may have been drawn anew since.
+        if (!before?.isConnected && !document.querySelector('dialog[open]')) refocus(before);
     });
     document.body.append(dialog);
     dialog.showModal();

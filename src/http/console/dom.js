@@ -21,6 +21,32 @@ export function fill(element, ...children) {
     return element;
 }
 
+/** What a control is called, whichever way a column is sorted. */
+const nameOf = (control) => control.getAttribute('aria-label') ?? control.textContent.replace(/[↑↓]$/, '');
+
+const CONTROLS = 'a[href], button, summary, input, select, [tabindex]';
+
+/** Puts `children` as `fill` does; the focus goes to what has the name and the place of that which had it, and what was unfolded stays so. */
+export function refill(element, ...children) {
+    const { activeElement: held } = document;
+    const namesakes = (name) => [...element.querySelectorAll(CONTROLS)].filter((it) => nameOf(it) === name);
+    const name = element.contains(held) ? nameOf(held) : null;
+    const at = name === null ? -1 : namesakes(name).indexOf(held);
+    const unfolded = [...element.querySelectorAll('details')].map((it) => it.open);
+    fill(element, ...children);
+    const details = [...element.querySelectorAll('details')];
+    if (details.length === unfolded.length) details.forEach((it, n) => { it.open = unfolded[n]; });
+    if (name !== null) (namesakes(name)[at] ?? namesakes(name)[0] ?? document.querySelector('main h1'))?.focus({ preventScroll: true });
+    return element;
+}
+
+/** Puts the focus where it was, or on what has the same name by now, or where reading begins. */
+export function refocus(before) {
+    if (before?.isConnected) return before.focus();
+    const same = before && [...document.querySelectorAll('main :is(a[href], button)')].find((it) => nameOf(it) === nameOf(before));
+    return (same ?? document.querySelector('main h1'))?.focus();
+}
+
 let count = 0;
 
 /** An id that no other element has. */

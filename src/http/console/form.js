@@ -1,6 +1,6 @@
 // Labelled controls, and forms that say beside each field what the server found wrong with it.
 
-import { ApiError } from './api.js';
+import { ApiError, sentence } from './api.js';
 import { h, fill, uniqueId } from './dom.js';
 import { message } from './notice.js';
 
@@ -86,6 +86,11 @@ function tellable(box, control, wrong, names) {
     return box;
 }
 
+/** The API begins with its own name of the field, which stands there in words already. */
+function besideField({ path, message: text }) {
+    return path && text.startsWith(`${path} `) ? sentence(text.slice(path.length + 1)) : text;
+}
+
 function show(error, fields, trouble) {
     const ofField = (name) => fields.find((it) => it.names.includes(name));
     const mistakes = error instanceof FieldError
@@ -95,7 +100,7 @@ function show(error, fields, trouble) {
     for (const mistake of mistakes) {
         const owner = ofField(String(mistake.path ?? '').replace(/^[/.]/, '').split(/[/.[]/)[0]);
         if (!owner) continue;
-        owner.tell(mistake.message);
+        owner.tell(besideField(mistake));
         told ??= owner;
     }
     if (told) told.focusControl();

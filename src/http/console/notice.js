@@ -20,7 +20,8 @@ export function message(error) {
         console.error(error);
         return 'Something in this page failed. The browser’s console has the details.';
     }
-    const more = error.details.map((it) => it.message).filter((it) => it !== error.message);
+    const told = error.message.toLowerCase();
+    const more = error.details.map((it) => it.message).filter((it) => !told.includes(it.toLowerCase()));
     const wait = error.retryAfter && `Try again in ${error.retryAfter} ${error.retryAfter === 1 ? 'second' : 'seconds'}.`;
     return [error.message, ...more, wait].filter(Boolean).join(' ');
 }

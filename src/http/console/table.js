@@ -1,9 +1,9 @@
 // Tables that stay tables for a screen reader when narrow screens show each row as a card.
 
-import { h, fill } from './dom.js';
+import { h, refill } from './dom.js';
 import { icon } from './icons.js';
 
-/** So many rows are drawn at once; the rest on demand. */
+/** So many rows are drawn at once where nothing is said; the rest on demand. */
 const PAGE = 200;
 
 /**
@@ -11,20 +11,26 @@ const PAGE = 200;
  *
  * `columns`: `{ label, cell(row) -> child, sort?(row) -> string or number, class?, hideLabel? }`; the first is the row's heading.
  * `detail(row)`, where given, is what a row unfolds to. `order` is the label of the column that the rows are in, `-` before it
- * for the largest first. The result's `show(rows, empty)` replaces the rows; `empty` stands there when there are none.
+ * for the largest first. `page` is how many rows are drawn at once. The result's `show(rows, empty)` replaces the rows; `empty` stands there when there are none.
  */
-export function table({ caption, columns, detail, order = '' }) {
-    let shown = { rows: [], empty: null, limit: PAGE };
+export function table({ caption, columns, detail, order = '', page = PAGE }) {
+    let shown = { rows: [], empty: null };
+    let limit = page;
     let sorting = { label: order.replace(/^-/, ''), down: order.startsWith('-') };
     const box = h('div.table-box');
     const draw = () => {
-        const { rows, empty, limit } = shown;
-        if (rows.length === 0) return fill(box, empty);
+        const { rows, empty } = shown;
+        if (rows.length === 0) return refill(box, empty);
         const sorted = arranged(rows, columns, sorting);
         const more = sorted.length > limit && h('button.button', { type: 'button', onclick: () => {
-            shown.limit += PAGE;
+            const at = limit;
+            limit += Math.max(page, PAGE);
             draw();
-        } }, `Show ${Math.min(PAGE, sorted.length - limit)} more of ${sorted.length}`);
+            // The button is gone, or another: reading goes on at the first row that is new.
+            const next = box.querySelectorAll('tbody > tr:not(.detail)')[at];
+            next?.setAttribute('tabindex', '-1');
+            next?.focus();
+        } }, `Show ${Math.min(Math.max(page, PAGE), sorted.length - limit)} more of ${sorted.length}`);
         const head = h('tr', { role: 'row' }, columns.map((column) => heading(column, sorting, (next) => {
             sorting = next;
             draw();
@@ -33,10 +39,10 @@ export function table({ caption, columns, detail, order = '' }) {
         const body = sorted.slice(0, limit).flatMap((row) => line(row, columns, detail));
         const grid = h('table', { role: 'table' }, h('caption.visually-hidden', caption),
             h('thead', { role: 'rowgroup' }, head), h('tbody', { role: 'rowgroup' }, body));
-        return fill(box, grid, more && h('div.table-more', more));
+        return refill(box, grid, more && h('div.table-more', more));
     };
     box.show = (rows, empty) => {
-        shown = { rows, empty, limit: PAGE };
+        shown = { rows, empty };
         draw();
     };
     return box;
