@@ -7,6 +7,7 @@ use reqwest::StatusCode;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
+use crate::control::run;
 use crate::rig::{Driver, Parapet, Sdk, Unleash, Version, http, node, secrets, until};
 
 const OWNER: &str = "admin";
@@ -353,6 +354,46 @@ async fn the_console_of_an_edge_works_with_the_accounts_and_tokens_of_its_unleas
     console.go("API access").await;
     console.ask("delete_token", json!({ "name": "of the edge" })).await;
     assert_eq!(status().await, StatusCode::UNAUTHORIZED);
+    console.close().await;
+}
+
+#[tokio::test]
+async fn the_console_of_an_edge_in_front_of_a_standalone_is_that_of_the_standalone() {
+    let standalone = standalone().await;
+    let token = run(
+        &[
+            &["token", "create", "--name", "edge", "--type", "admin"][..],
+            &["--data-dir", standalone.data_dir().to_str().unwrap()],
+        ]
+        .concat(),
+        "",
+    );
+    let edge = Parapet::edge(&standalone.admin_url()).admin_token(token.unwrap().trim());
+    let edge = edge.arg("--admin-relay").impatient().start().await;
+    let mut console = Console::open(&edge.admin_url()).await;
+    assert_eq!(console.sign_in(OWNER, PASSWORD).await["signedIn"], true);
+    console.go("API access").await;
+    let wish = json!({ "name": "far", "kind": "Admin" });
+    let made = console.ask("create_token", wish).await;
+    secrets::remember(text_of(&made["secret"]));
+    console.ask("close_dialog", Value::Null).await;
+    console.ask("delete_token", json!({ "name": "far" })).await;
+    console.go("Accounts").await;
+    let account = json!({ "username": "vera", "password": VIEWERS, "role": "Viewer" });
+    console.ask("create_account", account).await;
+    let grant = json!({ "username": "vera", "kind": "Frontend tokens", "permission": "Delete" });
+    console.ask("grant", grant).await;
+    console.go("Audit log").await;
+    let log = console.rows("Audit log", "By whom", OWNER).await;
+    let told: Vec<_> = log.iter().map(|row| text_of(&row["What"])).collect();
+    let expect = [
+        "Permissions changed",
+        "Account created",
+        "API token deleted",
+        "API token created",
+        "Signed in",
+    ];
+    assert_eq!(told, expect);
     console.close().await;
 }
 

@@ -85,7 +85,8 @@ async fn sign_in_with(
 ) -> Result<Session, StatusCode> {
     let url = parapet.admin_url();
     let body = json!({ "username": username, "password": password }).to_string();
-    let request = http().post(format!("{url}/auth/simple/login")).header("cookie", cookies);
+    let request = http().post(format!("{url}/auth/simple/login"));
+    let request = if cookies.is_empty() { request } else { request.header("cookie", cookies) };
     let answer =
         request.header("content-type", "application/json").body(body).send().await.unwrap();
     if !answer.status().is_success() {
@@ -459,6 +460,46 @@ async fn an_edge_lives_on_a_standalone_as_on_unleash() {
         (features(&edge, secret).await == StatusCode::UNAUTHORIZED).then_some(())
     })
     .await;
+}
+
+/// By way of an edge in front of it, with the session that was begun there.
+#[tokio::test]
+async fn a_token_is_made_used_and_deleted_through_an_edge_that_relays_to_a_standalone() {
+    const ADMIN: &str = "*:*.seeded-admin-for-a-relay-0123456789";
+    secrets::remember(ADMIN);
+    let place = Place::new(Kept::Sqlite).await;
+    let flags = place.folder.path().join("flags.json");
+    let standalone = Parapet::mode("standalone")
+        .flag("--flags", flags)
+        .flag("--proxy-trusted-servers", "127.0.0.1")
+        .arg("--trust-proxy")
+        .env("INIT_ADMIN_API_TOKENS", ADMIN)
+        .env("UNLEASH_DEFAULT_ADMIN_PASSWORD", PASSWORD)
+        .start()
+        .await;
+    let edge = Parapet::edge(&standalone.admin_url()).admin_token(ADMIN).arg("--admin-relay");
+    // Nothing that is seen here comes from looking often.
+    let edge = edge.flag("--token-list-interval-seconds", "3600").start().await;
+
+    let owner = sign_in(&edge, OWNER, PASSWORD).await.unwrap();
+    let foreign = [("cookie", owner.cookies.as_str()), ("origin", "http://evil.example")];
+    let token = json!({ "tokenName": "x", "type": "client" });
+    let refused = owner.call_as(Method::POST, "/api/admin/api-tokens", &token, &foreign).await;
+    assert_eq!(refused.0, StatusCode::FORBIDDEN, "{}", refused.1);
+    let (status, made) = owner.create_token("client", "through the edge").await;
+    assert_eq!(status, StatusCode::CREATED, "{made}");
+    let secret = made["secret"].as_str().unwrap();
+    assert_eq!(features(&edge, secret).await, StatusCode::OK);
+    let path =
+        format!("/api/admin/api-tokens/{}", identifier(&owner, "through%20the%20edge").await);
+    assert_eq!(owner.call(Method::DELETE, &path, &Value::Null).await.0, StatusCode::OK);
+    assert_eq!(features(&edge, secret).await, StatusCode::UNAUTHORIZED);
+    assert_eq!(features(&standalone, secret).await, StatusCode::UNAUTHORIZED);
+    let deleted = owner.get("/api/admin/events?type=api-token-deleted").await;
+    assert_eq!(deleted["events"][0]["createdBy"], OWNER);
+    assert_eq!(owner.call(Method::POST, "/logout", &Value::Null).await.0, StatusCode::NO_CONTENT);
+    let status = owner.call(Method::GET, "/api/admin/user", &Value::Null).await.0;
+    assert_eq!(status, StatusCode::UNAUTHORIZED);
 }
 
 #[tokio::test]

@@ -78,7 +78,8 @@ impl Relay {
         let changes = !matches!(head.method, Method::GET | Method::HEAD | Method::OPTIONS);
         let is_browser = [COOKIE, ORIGIN].iter().any(|it| head.headers.contains_key(it));
         let by_token = head.headers.contains_key(here.token_header);
-        if changes && is_browser && !by_token && !is_same_origin(&head.headers) {
+        let is_own_page = is_same_origin(&head.headers);
+        if changes && is_browser && !by_token && !is_own_page {
             return Err(Failure::CrossOrigin);
         }
         if climbs(path) {
@@ -87,6 +88,11 @@ impl Relay {
         let mut headers = forwarded(&head.headers);
         if let Some(token) = headers.remove(here.token_header) {
             headers.insert(self.upstream.token_header(), token);
+        }
+        if is_own_page && headers.contains_key(ORIGIN) {
+            // What is of the same origin here is so there, whose name is another.
+            let origin = HeaderValue::from_str(&self.upstream.origin());
+            headers.insert(ORIGIN, origin.map_err(|_| Failure::Internal)?);
         }
         append_address(&mut headers, address);
         let target = match head.uri.query() {
