@@ -1,14 +1,17 @@
 //! The console, as people use it: a real browser, and real SDKs with the tokens that were made in it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::Duration;
 
 use reqwest::StatusCode;
 use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::process::Command;
 use tokio::task::JoinSet;
 
 use crate::control::run;
-use crate::rig::{Driver, Parapet, Sdk, Unleash, Version, http, node, secrets, until};
+use crate::rig::{Driver, Parapet, Sdk, Unleash, Version, http, node, secrets, tests_dir, until};
 
 const OWNER: &str = "admin";
 const PASSWORD: &str = "correct horse battery";
@@ -235,6 +238,63 @@ async fn an_admin_makes_a_token_in_the_console_and_an_sdk_works_with_it() {
     let told: Vec<_> = log.iter().map(|row| text_of(&row["What"])).collect();
     assert_eq!(told, ["API token deleted", "API token created"]);
     console.ask("sign_out", Value::Null).await;
+    console.close().await;
+}
+
+/// The first line that a program prints of what it reads on its standard input.
+async fn first_line(program: &Path, arguments: &[&str], input: &str) -> String {
+    let mut command = Command::new(program);
+    command.args(arguments).current_dir(tests_dir()).kill_on_drop(true);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut process = command.spawn().unwrap();
+    let mut stdin = process.stdin.take().unwrap();
+    stdin.write_all(input.as_bytes()).await.unwrap();
+    drop(stdin);
+    let mut line = String::new();
+    let mut output = BufReader::new(process.stdout.take().unwrap());
+    let read = tokio::time::timeout(Duration::from_secs(30), output.read_line(&mut line)).await;
+    read.unwrap_or_else(|_| panic!("{} prints nothing", program.display())).unwrap();
+    line.trim().to_owned()
+}
+
+#[tokio::test]
+async fn what_is_offered_to_start_with_works_as_it_stands() {
+    let parapet = standalone().await;
+    let mut console = Console::open(&parapet.admin_url()).await;
+    console.sign_in(OWNER, PASSWORD).await;
+    console.go("API access").await;
+    let (shell, python) = (Path::new("/bin/sh"), tests_dir().join(".venv/bin/python"));
+    let module = ["--input-type=module", "-"];
+    for (kind, ways) in [
+        (
+            "Backend",
+            &[
+                ("curl", shell, &["-"][..], "\"features\":["),
+                ("Node", Path::new("node"), &module, "true"),
+                ("Python", &python, &["-"], "True"),
+            ][..],
+        ),
+        (
+            "Frontend",
+            &[
+                ("curl", shell, &["-"], "demo.on-for-all"),
+                ("Frontend SDK", Path::new("node"), &module, "true"),
+            ],
+        ),
+        ("Admin", &[("curl", shell, &["-"], "\"tokenName\":\"for Admin\"")]),
+    ] {
+        let wish = json!({ "name": format!("for {kind}"), "kind": kind });
+        let made = console.ask("create_token", wish).await;
+        secrets::remember(text_of(&made["secret"]));
+        console.ask("close_dialog", Value::Null).await;
+        assert_eq!(made["snippets"].as_object().unwrap().len(), ways.len(), "{kind}");
+        for (way, program, arguments, expect) in ways {
+            // The flag stands for one of the reader's own.
+            let text = text_of(&made["snippets"][way]).replace("my-flag", "demo.on-for-all");
+            let told = first_line(program, arguments, &text).await;
+            assert!(told.contains(expect), "{kind}, {way}: {told}");
+        }
+    }
     console.close().await;
 }
 
