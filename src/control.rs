@@ -118,7 +118,8 @@ impl Control {
     /// Opens a database that an instance has begun, for the command line.
     pub async fn attach(location: Location) -> Result<Self, Error> {
         if let Location::Sqlite(path) = &location {
-            tokio::fs::metadata(path).await.map_err(Error::File)?;
+            let there = tokio::fs::metadata(path).await;
+            there.map_err(|error| Error::File(path.clone(), error))?;
         }
         let database = Database::open(&location).await?;
         let hasher = Hasher::new();

@@ -116,7 +116,7 @@ impl Database {
         sqlx::any::install_default_drivers();
         let (dialect, url) = match location {
             Location::Sqlite(path) => {
-                make_private(path).await.map_err(Error::File)?;
+                make_private(path).await.map_err(|error| Error::File(path.clone(), error))?;
                 (Dialect::Sqlite, Zeroizing::new(sqlite_url(path)?))
             }
             Location::Postgres(url) => (Dialect::Postgres, url.url.clone()),
@@ -263,8 +263,8 @@ async fn prepare(connection: &mut AnyConnection, dialect: Dialect) -> Result<(),
 
 fn sqlite_url(path: &Path) -> Result<String, Error> {
     let not_text = || {
-        let reason = "the path of the database is not valid UTF-8";
-        Error::File(std::io::Error::new(std::io::ErrorKind::InvalidInput, reason))
+        let reason = "its path is not valid UTF-8";
+        Error::File(path.to_owned(), std::io::Error::new(std::io::ErrorKind::InvalidInput, reason))
     };
     let path = path.to_str().ok_or_else(not_text)?;
     Ok(format!("sqlite:{}?mode=rw", utf8_percent_encode(path, NON_ALPHANUMERIC)))

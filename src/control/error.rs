@@ -1,6 +1,6 @@
 //! Why an operation of the control plane failed, without telling any secret.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use sqlx::migrate::MigrateError;
 
@@ -57,9 +57,9 @@ pub enum Error {
     /// The database cannot be brought to this version.
     #[error("the database of the control plane cannot be migrated")]
     Migration(#[source] MigrateError),
-    /// The file of the database cannot be made.
-    #[error("the file of the control plane's database cannot be opened")]
-    File(#[source] std::io::Error),
+    /// The file of the database cannot be opened or made.
+    #[error("the control plane's database {} cannot be opened", .0.display())]
+    File(PathBuf, #[source] std::io::Error),
     /// The database failed.
     #[error("the database of the control plane failed")]
     Database(#[source] sqlx::Error),

@@ -623,6 +623,8 @@ async fn the_shell_manages_what_a_running_instance_enforces() {
     assert!(
         shell(&parapet, &["token", "list", "--port", "1"], "").unwrap_err().contains("no meaning")
     );
+    let nowhere = run(&["token", "list", "--data-dir", "/nowhere"], "").unwrap_err();
+    assert!(nowhere.contains("/nowhere/parapet.db cannot be opened"), "{nowhere}");
 }
 
 /// A file with this in its first line.

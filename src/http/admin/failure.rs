@@ -26,7 +26,7 @@ impl From<Error> for Failure {
             Error::Busy
             | Error::Newer { .. }
             | Error::Migration(_)
-            | Error::File(_)
+            | Error::File(..)
             | Error::Database(_) => {
                 error!(error = report(&error), "The control plane cannot use its database");
                 let what = "the database of accounts and tokens does not answer";
