@@ -12,10 +12,12 @@ mod outcome;
 #[cfg(test)]
 pub(crate) mod scripted;
 mod seal;
+mod stream;
 
-pub use client::{Fetched, Upstream};
+pub use client::{Fetched, Polled, Upstream};
 pub use connect::{Config, Identity};
 pub use credentials::Credentials;
 pub use error::{Error, Fault, Retry};
 pub use exchange::{Credential, Error as ExchangeError};
 pub use outcome::Health;
+pub use stream::Stream;

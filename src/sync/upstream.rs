@@ -353,7 +353,7 @@ impl Follower {
             let known = sources.etag(&credential.token.digest()).map(str::to_owned);
             async move {
                 let fetched = upstream.features(&credential.token, known.as_deref()).await;
-                (credential, fetched)
+                (credential, fetched.map(|it| it.flags))
             }
         };
         let fetches: Vec<_> = tokens.into_iter().map(fetch).collect();

@@ -1,7 +1,8 @@
 //! The requests that Parapet makes of an Unleash server.
 //!
 //! Every request goes through one function, [`Upstream::call`], which bounds, times, counts and sorts
-//! it. Nothing here retries or follows redirects.
+//! it, or is bounded, timed, counted and sorted by itself for what is different about it. Nothing here
+//! retries or follows redirects.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -9,21 +10,28 @@ use bytes::{Bytes, BytesMut};
 use jiff::Timestamp;
 use reqwest::{
     Client, Method, RequestBuilder, Response, StatusCode, Url,
-    header::{CONTENT_TYPE, ETAG, HeaderMap, HeaderName, HeaderValue, IF_NONE_MATCH, RETRY_AFTER},
+    header::{
+        ACCEPT, ACCEPT_ENCODING, CONTENT_TYPE, ETAG, HeaderMap, HeaderName, HeaderValue,
+        IF_NONE_MATCH, RETRY_AFTER,
+    },
 };
 use serde::{Deserialize, Serialize};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use super::{
     connect::{self, Config},
     error::{self, Error},
     outcome::{self, Health, Outcome, Pulse, Purpose},
+    stream::Stream,
 };
 use crate::{
     token::{Environment, Token, TokenKind},
-    wire::tokens::{
-        CreateRequest, Created, EnvironmentList, Listed, ListedEnvironment, ListedSecret,
-        TokenList, ValidateReply, ValidateRequest, Validated,
+    wire::{
+        delta::EventId,
+        tokens::{
+            CreateRequest, Created, EnvironmentList, Listed, ListedEnvironment, ListedSecret,
+            TokenList, ValidateReply, ValidateRequest, Validated,
+        },
     },
 };
 
@@ -51,8 +59,18 @@ struct Inner {
     pool: Client,
     url: Url,
     token_header: HeaderName,
+    request_timeout: Duration,
     max_body: usize,
-    pulse: Pulse,
+    pulse: Arc<Pulse>,
+}
+
+/// What asking for flags brought, and what upstream said besides.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Polled {
+    /// The flags.
+    pub flags: Fetched,
+    /// Whether those who poll are to follow a stream instead.
+    pub prefers_streaming: bool,
 }
 
 /// What asking for flags brought.
@@ -88,8 +106,9 @@ impl Upstream {
         }
         outcome::describe();
         let pool = connect::pool(&config)?;
-        let Config { url, token_header, .. } = config;
-        Ok(Self(Arc::new(Inner { pool, url, token_header, max_body, pulse: Pulse::default() })))
+        let Config { url, token_header, request_timeout, .. } = config;
+        let pulse = Arc::default();
+        Ok(Self(Arc::new(Inner { pool, url, token_header, request_timeout, max_body, pulse })))
     }
 
     /// Its scheme, host and port, without what else its address may hold.
@@ -103,7 +122,7 @@ impl Upstream {
     }
 
     /// Fetches the flags that `token` sees, unless they still are what `etag` stands for.
-    pub async fn features(&self, token: &Token, etag: Option<&str>) -> Result<Fetched, Error> {
+    pub async fn features(&self, token: &Token, etag: Option<&str>) -> Result<Polled, Error> {
         let mut request = self.request(Method::GET, &["api", "client", "features"], Some(token));
         let known = etag.and_then(strong_form);
         let conditional = known.is_some();
@@ -111,17 +130,53 @@ impl Upstream {
             request = request.header(IF_NONE_MATCH, known);
         }
         self.call(Purpose::Features, request, |answer| {
-            if answer.status == StatusCode::NOT_MODIFIED {
-                return if conditional {
-                    Ok(Fetched::NotModified)
-                } else {
-                    Err(Error::Unconditional)
-                };
-            }
-            let etag = answer.headers.get(ETAG).and_then(|it| it.to_str().ok());
-            Ok(Fetched::Changed { etag: etag.map(str::to_owned), body: answer.body })
+            let prefers_streaming =
+                answer.headers.get(FETCH_MODE).is_some_and(|mode| mode == "streaming");
+            let flags = match answer.status {
+                StatusCode::NOT_MODIFIED if conditional => Fetched::NotModified,
+                StatusCode::NOT_MODIFIED => return Err(Error::Unconditional),
+                _ => {
+                    let etag = answer.headers.get(ETAG).and_then(|it| it.to_str().ok());
+                    Fetched::Changed { etag: etag.map(str::to_owned), body: answer.body }
+                }
+            };
+            Ok(Polled { flags, prefers_streaming })
         })
         .await
+    }
+
+    /// Opens the stream of what changes of the flags that `token` sees, since the state `last` if that
+    /// is named; `None` where upstream offers no stream.
+    pub async fn follow(
+        &self,
+        token: &Token,
+        last: Option<EventId>,
+    ) -> Result<Option<Stream>, Error> {
+        let started = Instant::now();
+        let path = &["api", "client", "streaming"];
+        // A coding would have to be flushed with each event, which not every proxy does.
+        let request = self
+            .endless(Method::GET, path, Some(token))
+            .header(ACCEPT, EVENT_STREAM)
+            .header(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+        let request = last.into_iter().fold(request, |it, last| it.header(LAST_EVENT_ID, last));
+        let limit = self.0.request_timeout;
+        let head = timeout(limit, self.head(request)).await;
+        let answer = match head.unwrap_or(Err(Error::Silent(limit))) {
+            Ok(response) if is_event_stream(&response) => {
+                Ok(Some(Stream::new(response, self.0.max_body, &self.0.pulse)))
+            }
+            Ok(_) => Ok(None),
+            Err(Error::Status { status, .. }) if knows_no_path(status) => Ok(None),
+            Err(error) => Err(error),
+        };
+        let outcome = match &answer {
+            Ok(None) => Outcome::NotOffered,
+            Ok(Some(_)) | Err(_) => Outcome::of(None, &answer),
+        };
+        outcome::count(Purpose::Stream, outcome, started.elapsed());
+        self.0.pulse.feel(&answer);
+        answer
     }
 
     /// Asks which of `tokens` are valid and what those allow; the others are missing in the reply.
@@ -236,6 +291,7 @@ impl Upstream {
         url.set_path(&format!("{}{}", url.path().trim_end_matches('/'), head.uri.path()));
         url.set_query(head.uri.query());
         let request = self.0.pool.request(head.method, url).headers(head.headers).body(asked);
+        let request = request.timeout(self.0.request_timeout);
         let answer = async {
             let response = request.send().await.map_err(Error::transport)?;
             let (status, headers) = (response.status(), response.headers().clone());
@@ -251,6 +307,11 @@ impl Upstream {
     }
 
     fn request(&self, method: Method, path: &[&str], token: Option<&Token>) -> RequestBuilder {
+        self.endless(method, path, token).timeout(self.0.request_timeout)
+    }
+
+    /// A request that may take as long as it likes.
+    fn endless(&self, method: Method, path: &[&str], token: Option<&Token>) -> RequestBuilder {
         let mut url = self.0.url.clone();
         url.path_segments_mut()
             .expect("URLs of http and https have a path")
@@ -295,20 +356,26 @@ impl Upstream {
     }
 
     async fn exchange(&self, request: RequestBuilder) -> Result<Answer, Error> {
-        let response = request.send().await.map_err(Error::transport)?;
-        let status = response.status();
-        if !status.is_success() && status != StatusCode::NOT_MODIFIED {
-            return Err(if status.is_redirection() {
-                Error::Redirect(status)
-            } else {
-                let pause = response.headers().get(RETRY_AFTER);
-                let pause = pause.and_then(|it| error::retry_after(it, Timestamp::now()));
-                Error::Status { status, retry_after: pause }
-            });
-        }
-        let headers = response.headers().clone();
+        let response = self.head(request).await?;
+        let (status, headers) = (response.status(), response.headers().clone());
         let body = body(response, self.0.max_body).await?;
         Ok(Answer { status, headers, body })
+    }
+
+    /// Makes a request and reads the head of its answer.
+    async fn head(&self, request: RequestBuilder) -> Result<Response, Error> {
+        let response = request.send().await.map_err(Error::transport)?;
+        let status = response.status();
+        if status.is_success() || status == StatusCode::NOT_MODIFIED {
+            return Ok(response);
+        }
+        Err(if status.is_redirection() {
+            Error::Redirect(status)
+        } else {
+            let pause = response.headers().get(RETRY_AFTER);
+            let pause = pause.and_then(|it| error::retry_after(it, Timestamp::now()));
+            Error::Status { status, retry_after: pause }
+        })
     }
 }
 
@@ -320,6 +387,11 @@ impl fmt::Debug for Upstream {
 }
 
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
+const EVENT_STREAM: HeaderValue = HeaderValue::from_static("text/event-stream");
+const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
+
+/// In which upstream says how SDKs are to fetch flags.
+const FETCH_MODE: HeaderName = HeaderName::from_static("fetch-mode");
 
 fn json(request: RequestBuilder, body: &impl Serialize) -> RequestBuilder {
     let body = serde_json::to_vec(body).expect("shapes of text always serialize");
@@ -334,6 +406,22 @@ fn read<T: for<'de> Deserialize<'de>>(answer: Answer) -> Result<T, Error> {
 #[expect(clippy::unnecessary_wraps, reason = "the shape that `call` wants")]
 fn done(_: Answer) -> Result<(), Error> {
     Ok(())
+}
+
+/// Whether an answer is a stream, and not what some server says to all that it does not know.
+fn is_event_stream(response: &Response) -> bool {
+    let kind = response.headers().get(CONTENT_TYPE).and_then(|it| it.to_str().ok());
+    let kind = kind.and_then(|it| it.split(';').next()).map(str::trim);
+    response.status() == StatusCode::OK
+        && kind.is_some_and(|it| it.eq_ignore_ascii_case("text/event-stream"))
+}
+
+/// Whether a status says that there is nothing by that path, whoever asks.
+fn knows_no_path(status: StatusCode) -> bool {
+    matches!(
+        status,
+        StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED
+    )
 }
 
 /// How many of `tokens`, at least one, go into one request: Unleash takes no JSON above 100 kB.
@@ -390,7 +478,7 @@ mod tests {
     async fn fetch(reply: Reply, etag: Option<&str>) -> (Result<Fetched, Error>, Upstream) {
         let server = Scripted::start(move |_| reply.clone()).await;
         let upstream = Upstream::with_max_body(server.config(), 64).expect("client");
-        (upstream.features(&token(), etag).await, upstream)
+        (upstream.features(&token(), etag).await.map(|it| it.flags), upstream)
     }
 
     #[tokio::test]
@@ -432,11 +520,11 @@ mod tests {
         })
         .await;
         let upstream = Upstream::new(server.config()).expect("client");
-        let first = upstream.features(&token(), None).await.expect("200");
+        let first = upstream.features(&token(), None).await.expect("200").flags;
         let Fetched::Changed { body, etag } = first else { panic!("{first:?}") };
         assert_eq!((&body[..], etag.as_deref()), (&b"{}"[..], Some("W/\"a:1:v1\"")));
         let second = upstream.features(&token(), etag.as_deref()).await.expect("304");
-        assert_eq!(second, Fetched::NotModified);
+        assert_eq!(second, Polled { flags: Fetched::NotModified, prefers_streaming: false });
     }
 
     #[tokio::test]
@@ -448,6 +536,77 @@ mod tests {
         );
         let (unasked, _) = fetch((304, &[], String::new()), None).await;
         assert!(matches!(unasked, Err(Error::Unconditional)), "{unasked:?}");
+    }
+
+    #[tokio::test]
+    async fn an_answer_may_send_those_who_poll_to_the_stream() {
+        for (mode, prefers_streaming) in [("streaming", true), ("polling", false)] {
+            let headers: &'static [_] = vec![("fetch-mode", mode)].leak();
+            let server = Scripted::start(move |_| (200, headers, "{}".to_owned())).await;
+            let upstream = Upstream::new(server.config()).expect("client");
+            let polled = upstream.features(&token(), None).await.expect("200");
+            assert_eq!(polled.prefers_streaming, prefers_streaming, "{mode}");
+        }
+    }
+
+    const STREAM: &[(&str, &str)] = &[("content-type", "Text/Event-Stream; charset=utf-8")];
+
+    #[tokio::test]
+    async fn a_stream_names_the_last_state_and_tells_what_comes() {
+        let told = "event: e\nid: 7\ndata: x\n\n";
+        let server = Scripted::start(move |_| (200, STREAM, told.to_owned())).await;
+        let upstream = Upstream::new(server.config()).expect("client");
+        for last in [None, Some(7)] {
+            let stream = upstream.follow(&token(), last).await.expect("200");
+            let mut stream = stream.expect("a stream");
+            let events = stream.next().await.expect("no failure").expect("events");
+            assert_eq!((events.len(), &*events[0].id), (1, "7"));
+            assert_eq!(stream.next().await.expect("no failure"), None);
+        }
+        let [first, second] = &server.seen()[..] else { panic!("{:?}", server.seen()) };
+        assert_eq!(first.line, "GET /base/api/client/streaming");
+        let header = |name: &str| second.headers[name].to_str().expect("text");
+        assert_eq!(header("accept"), "text/event-stream");
+        assert_eq!(header("accept-encoding"), "identity");
+        assert_eq!(header("authorization"), SECRET);
+        assert_eq!(header("unleash-appname"), "parapet");
+        assert_eq!((first.headers.get("last-event-id"), header("last-event-id")), (None, "7"));
+    }
+
+    #[tokio::test]
+    async fn what_knows_no_stream_is_an_answer_and_what_fails_is_none() {
+        let follow = async |status: u16, headers: &'static [_]| {
+            let server = Scripted::start(move |_| (status, headers, "<html>".to_owned())).await;
+            let upstream = Upstream::new(server.config()).expect("client");
+            (upstream.follow(&token(), None).await, upstream.health())
+        };
+        for (status, headers) in [(404, STREAM), (405, &[]), (501, &[]), (200, &[]), (204, STREAM)]
+        {
+            let (answer, health) = follow(status, headers).await;
+            assert!(answer.expect("an answer").is_none(), "{status}");
+            assert_eq!((health.consecutive_failures, health.last_error), (0, None));
+        }
+        for status in [401, 429, 500] {
+            let (answer, health) = follow(status, &[("retry-after", "7")]).await;
+            let error = answer.expect_err("a failure");
+            assert_eq!(error.status().map(|it| it.as_u16()), Some(status));
+            assert_eq!(health.last_error.map(|(_, text)| text), Some(error.report()));
+        }
+    }
+
+    #[tokio::test]
+    async fn neither_the_head_of_a_stream_nor_another_answer_is_waited_for_without_end() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let mut config = config(&format!("http://{}", listener.local_addr().expect("an address")));
+        config.request_timeout = Duration::from_millis(50);
+        let upstream = Upstream::new(config).expect("client");
+        let error = upstream.follow(&token(), None).await.expect_err("no head");
+        assert!(matches!(error, Error::Silent(_)), "{error:?}");
+        let error = upstream.features(&token(), None).await.expect_err("no answer");
+        assert!(matches!(error, Error::Timeout(_)), "{error:?}");
+        let relayed = upstream.relay(hyper::Request::new(Bytes::new())).await;
+        let error = relayed.expect_err("no answer");
+        assert!(matches!(error, Error::Timeout(_)), "{error:?}");
     }
 
     #[tokio::test]

@@ -28,7 +28,7 @@ pub struct Config {
     pub token_header: HeaderName,
     /// Headers that the operator adds to every request; values are marked sensitive.
     pub extra_headers: Vec<(HeaderName, HeaderValue)>,
-    /// The longest that one request may take, the body included.
+    /// The longest that one request may take, the body included; of a stream, its head.
     pub request_timeout: Duration,
     /// The longest that connecting may take.
     pub connect_timeout: Duration,
@@ -60,13 +60,14 @@ pub struct Identity {
 const CLIENT_SPEC: &str = "6.1.0";
 
 /// Builds the pool of connections that `config` describes.
+///
+/// How long a request may take is set on each: a stream has no end.
 pub(super) fn pool(config: &Config) -> Result<Client, Error> {
     // The process may have chosen a provider already; any will do.
     let _ = ring::default_provider().install_default();
     let mut builder = Client::builder()
         .user_agent(concat!("parapet/", env!("CARGO_PKG_VERSION")))
         .default_headers(standing_headers(config)?)
-        .timeout(config.request_timeout)
         .connect_timeout(config.connect_timeout)
         .pool_idle_timeout(config.keepalive)
         // A redirect could carry a token to another host, and turns a POST into a GET.

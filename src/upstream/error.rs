@@ -24,6 +24,9 @@ pub enum Error {
     /// No whole answer within the time allowed.
     #[error("upstream did not answer in time")]
     Timeout(#[source] reqwest::Error),
+    /// Nothing of a stream within the time allowed.
+    #[error("upstream's stream was silent for {0:?}")]
+    Silent(Duration),
     /// A status that tells of no success.
     #[error("upstream answered {status}")]
     Status {
@@ -129,6 +132,7 @@ impl Error {
             Self::Unreachable(_)
             | Self::Interrupted(_)
             | Self::Timeout(_)
+            | Self::Silent(_)
             | Self::Unconditional
             | Self::TooLarge { .. }
             | Self::Decode { .. } => Fault::Upstream,

@@ -5,18 +5,22 @@
 use std::{sync::Mutex, time::Duration};
 
 use jiff::Timestamp;
-use metrics::{Unit, counter, describe_counter, describe_histogram, histogram};
+use metrics::{
+    Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
+};
 use reqwest::StatusCode;
 
 use super::error::{Error, Fault};
 
 const REQUESTS: &str = "parapet_upstream_requests_total";
 const DURATION: &str = "parapet_upstream_request_duration_seconds";
+const STREAMS: &str = "parapet_upstream_streams";
 
 /// What a request is made for.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Purpose {
     Features,
+    Stream,
     Validate,
     Probe,
     Usage,
@@ -31,6 +35,7 @@ impl Purpose {
     fn as_str(self) -> &'static str {
         match self {
             Self::Features => "features",
+            Self::Stream => "stream",
             Self::Validate => "validate",
             Self::Probe => "probe",
             Self::Usage => "usage",
@@ -48,6 +53,7 @@ impl Purpose {
 pub(super) enum Outcome {
     Ok,
     NotModified,
+    NotOffered,
     Unauthorized,
     Rejected,
     Throttled,
@@ -68,7 +74,7 @@ impl Outcome {
             Ok(_) => Self::Ok,
             Err(Error::Unreachable(_)) => Self::Unreachable,
             Err(Error::Interrupted(_)) => Self::Interrupted,
-            Err(Error::Timeout(_)) => Self::Timeout,
+            Err(Error::Timeout(_) | Error::Silent(_)) => Self::Timeout,
             Err(Error::Redirect(_)) => Self::Redirected,
             Err(Error::Status { status, .. }) => match *status {
                 StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Self::Unauthorized,
@@ -93,6 +99,7 @@ impl Outcome {
         match self {
             Self::Ok => "ok",
             Self::NotModified => "not_modified",
+            Self::NotOffered => "not_offered",
             Self::Unauthorized => "unauthorized",
             Self::Rejected => "rejected",
             Self::Throttled => "throttled",
@@ -111,6 +118,7 @@ impl Outcome {
 pub(super) fn describe() {
     describe_counter!(REQUESTS, "Requests to upstream by purpose and outcome.");
     describe_histogram!(DURATION, Unit::Seconds, "Duration of requests to upstream by purpose.");
+    describe_gauge!(STREAMS, "Streams on which upstream tells changes.");
 }
 
 /// Counts a finished request.
@@ -129,6 +137,8 @@ pub struct Health {
     pub last_error: Option<(Timestamp, String)>,
     /// How many requests in a row have failed by upstream's fault; a refusal is an answer.
     pub consecutive_failures: u64,
+    /// On how many streams it tells what changes.
+    pub streams: usize,
 }
 
 /// The [`Health`] that requests keep current.
@@ -138,22 +148,40 @@ pub(super) struct Pulse(Mutex<Health>);
 impl Pulse {
     /// Takes note of how a request ended.
     pub(super) fn feel<T>(&self, result: &Result<T, Error>) {
-        let now = Timestamp::now();
-        let report = result.as_ref().err().map(|error| (error.fault(), error.report()));
-        let mut health = self.lock();
-        match report {
-            None => {
-                health.last_success = Some(now);
-                health.consecutive_failures = 0;
-            }
-            Some((fault, report)) => {
-                health.last_error = Some((now, report));
-                match fault {
-                    Fault::Upstream => health.consecutive_failures += 1,
-                    Fault::Credentials | Fault::Ours => health.consecutive_failures = 0,
-                }
-            }
+        match result {
+            Ok(_) => self.beat(),
+            Err(error) => self.miss(error),
         }
+    }
+
+    /// Takes note of a sign of life.
+    pub(super) fn beat(&self) {
+        let mut health = self.lock();
+        health.last_success = Some(Timestamp::now());
+        health.consecutive_failures = 0;
+    }
+
+    /// Takes note of a failure.
+    pub(super) fn miss(&self, error: &Error) {
+        let report = error.report();
+        let mut health = self.lock();
+        health.last_error = Some((Timestamp::now(), report));
+        match error.fault() {
+            Fault::Upstream => health.consecutive_failures += 1,
+            Fault::Credentials | Fault::Ours => health.consecutive_failures = 0,
+        }
+    }
+
+    /// Takes note of a stream more.
+    pub(super) fn opened(&self) {
+        self.lock().streams += 1;
+        gauge!(STREAMS).increment(1);
+    }
+
+    /// Takes note of a stream less.
+    pub(super) fn closed(&self) {
+        self.lock().streams -= 1;
+        gauge!(STREAMS).decrement(1);
     }
 
     /// How upstream is doing.

@@ -3,7 +3,10 @@
 //! Text in, text out. Who reads and writes the bytes, and what becomes of a broken stream, is their
 //! business; `retry` is for whoever opens it again.
 
-use std::fmt::{Display, Write as _};
+use std::{
+    fmt::{Display, Write as _},
+    time::Duration,
+};
 
 /// What keeps proxies from giving up a stream on which nothing happens.
 pub const COMMENT: &[u8] = b": keep-alive\n\n";
@@ -62,13 +65,27 @@ pub struct Decoder {
     /// What the lines so far make; its id outlives it.
     event: Event,
     has_data: bool,
+    retry: Option<Duration>,
 }
 
 impl Decoder {
     /// Reads events of up to `limit` bytes.
     pub fn new(limit: usize) -> Self {
-        let (line, event) = Default::default();
-        Self { limit, line, after_return: false, is_first_line: true, event, has_data: false }
+        let (line, event, retry) = Default::default();
+        Self {
+            limit,
+            line,
+            after_return: false,
+            is_first_line: true,
+            event,
+            has_data: false,
+            retry,
+        }
+    }
+
+    /// How long whoever reads is to wait before it opens the stream again, where that was told.
+    pub fn retry(&self) -> Option<Duration> {
+        self.retry
     }
 
     /// Reads on, and gives the events that are complete now to `tell`.
@@ -117,6 +134,9 @@ impl Decoder {
                     self.event.data.push('\n');
                 }
                 self.event.data.push_str(value);
+            }
+            "retry" if value.bytes().all(|byte| byte.is_ascii_digit()) => {
+                self.retry = value.parse().ok().map(Duration::from_millis).or(self.retry);
             }
             // A comment, which begins with a colon, is a field without a name.
             _ => {}
@@ -222,5 +242,18 @@ mod tests {
             data: data.to_owned(),
         };
         assert_eq!(events, [event("1", "first event"), event("", "second event")]);
+    }
+
+    #[test]
+    fn the_last_time_that_was_told_is_the_time_to_wait() {
+        let mut decoder = Decoder::new(100);
+        let mut read = |text: &str| {
+            decoder.read(text.as_bytes(), |event| panic!("{event:?}")).unwrap();
+            decoder.retry()
+        };
+        assert_eq!(read("retry: soon\n\nretry:\n\nretry: -1\n\n"), None);
+        let told = Some(Duration::from_millis(700));
+        assert_eq!(read("retry: 7000\n\nretry: 700\n"), told);
+        assert_eq!(read("retry: 99999999999999999999\nretry: 8s\n"), told);
     }
 }
