@@ -4,11 +4,16 @@
 //! again with growing pauses. What a malformed flag means is the engine's matter, who may see it
 //! `auth`'s.
 
+mod course;
 pub mod files;
+mod followed;
+mod lines;
 mod pace;
 mod publish;
 mod roll;
+mod round;
 mod sources;
+mod told;
 pub mod upstream;
 
-pub use self::upstream::Config;
+pub use self::{course::Mode, followed::Config};

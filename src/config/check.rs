@@ -114,7 +114,10 @@ fn identity(s: &mut Settings) -> Identity {
 fn edge(s: &mut Settings, identity: &Identity, data_dir: &Path) -> Option<Edge> {
     let credentials = credentials(s);
     let upstream = upstream(s, identity);
-    let sync = sync::Config { interval: s.interval(&keys::FEATURES_REFRESH_INTERVAL_SECONDS) };
+    let sync = sync::Config {
+        interval: s.interval(&keys::FEATURES_REFRESH_INTERVAL_SECONDS),
+        mode: s.value(&keys::UPSTREAM_MODE, "auto, poll or stream", sync::Mode::parse),
+    };
     let backup_folder = s.path(&keys::BACKUP_FOLDER).unwrap_or_else(|| data_dir.join("backup"));
     let admin_relay = s.switch(&keys::ADMIN_RELAY);
     Some(Edge { upstream: upstream?, credentials: credentials?, sync, backup_folder, admin_relay })

@@ -303,7 +303,10 @@ keys! {
         FLEET_NAME = one("fleet-name").default("default");
         /// Without an admin token: backend tokens to fetch flags with from the start.
         TOKENS = list("tokens").short('t').secret();
-        /// How often flags are fetched.
+        /// How flags come from upstream: `auto` (its stream is followed where it offers one, else it is
+        /// polled), `poll`, or `stream` (expected: a warning is logged when it is not offered).
+        UPSTREAM_MODE = one("upstream-mode").default("auto");
+        /// How often flags are fetched while no stream tells of changes.
         FEATURES_REFRESH_INTERVAL_SECONDS =
             one("features-refresh-interval-seconds").short('f').default("15");
         /// How old a valid verdict on a token may become.
@@ -414,11 +417,12 @@ keys! {
         STRICT = ignored("strict", Switch);
         /// every token that upstream finds valid is served.
         DYNAMIC = ignored("dynamic", Switch);
-        /// flags are fetched whole, and only when they changed.
+        /// changes come by upstream's stream where it offers one (--upstream-mode), else flags are
+        /// fetched whole, and only when they changed.
         DELTA = ignored("delta", Switch);
         /// flags are fetched whole.
         DELTA_DIFF = ignored("delta-diff", Switch);
-        /// upstream is polled by --features-refresh-interval-seconds.
+        /// upstream's stream is followed where it offers one (--upstream-mode).
         STREAMING = ignored("streaming", Switch);
         /// consumption is not billed.
         CONSUMPTION = ignored("consumption", Switch);

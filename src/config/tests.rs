@@ -8,7 +8,7 @@ use super::{
     keys::{CONFIG, KEYS, Key, Scope, Shape, Support},
     settings, *,
 };
-use crate::{http::access::Proxies, telemetry::LogFormat};
+use crate::{http::access::Proxies, sync, telemetry::LogFormat};
 
 const TOKEN: &str = "*:development.0123456789abcdef0123456789abcdef";
 /// What must never be seen of [`TOKEN`].
@@ -82,9 +82,22 @@ fn defaults_are_unleash_edges() {
     assert_eq!(config.log.format, LogFormat::Plain);
     let edge = edge(EDGE, &[]);
     assert_eq!(edge.sync.interval, Duration::from_secs(15));
+    assert_eq!(edge.sync.mode, sync::Mode::Auto);
     assert_eq!(edge.upstream.request_timeout, Duration::from_secs(5));
     assert_eq!(edge.backup_folder, Path::new("data/backup"));
     assert!(matches!(edge.credentials, Credentials::Given(tokens) if tokens.is_empty()));
+}
+
+#[test]
+fn how_flags_come_from_upstream_has_a_name() {
+    use sync::Mode::{Auto, Poll, Stream};
+    for (name, mode) in [("auto", Auto), ("poll", Poll), ("stream", Stream)] {
+        assert_eq!(edge(EDGE, &[("UPSTREAM_MODE", name)]).sync.mode, mode);
+    }
+    assert_eq!(
+        mistakes(&format!("{EDGE} --upstream-mode delta"), &[]),
+        ["--upstream-mode: expected auto, poll or stream, not `delta`"]
+    );
 }
 
 #[test]

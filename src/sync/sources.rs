@@ -1,7 +1,11 @@
 //! What the tokens of one environment have fetched, and how that becomes one document.
 //!
 //! A fetch that fails takes nothing away: what a token brought stays until every token in use has
-//! answered without it, and what an earlier run has left stays where no token sees. Whom to ask, and when, is the business of those who call.
+//! answered without it, and what an earlier run has left stays where no token sees. Whom to ask, and
+//! when, is the business of those who call.
+//!
+//! Upstream has two names for what a token sees: the entity tag that it gave when it was asked, and the
+//! number that it told on a stream. Each is kept with the flags that it names, and goes with them.
 
 use std::{
     cmp::Reverse,
@@ -13,7 +17,7 @@ use crate::{
     snapshot::Snapshot,
     token::{Projects, TokenDigest},
     upstream::Credential,
-    wire::features::Document,
+    wire::{delta::EventId, features::Document},
 };
 
 /// What each token last fetched, and whether it is all published.
@@ -29,6 +33,7 @@ pub(super) struct Sources {
 #[derive(Debug)]
 struct Source {
     etag: Option<String>,
+    event: Option<EventId>,
     part: Part,
     /// The round in which upstream last said that this is current.
     confirmed: u64,
@@ -61,6 +66,16 @@ impl Sources {
         self.fetched.get(token)?.etag.as_deref()
     }
 
+    /// The number under which a stream told what a token sees, to go on from there.
+    pub(super) fn event(&self, token: &TokenDigest) -> Option<EventId> {
+        self.fetched.get(token)?.event
+    }
+
+    /// What a token sees, as far as is known.
+    pub(super) fn document(&self, token: &TokenDigest) -> Option<&Arc<Document>> {
+        Some(&self.fetched.get(token)?.part.document)
+    }
+
     /// Keeps that what a token fetched before is current.
     pub(super) fn confirm(&mut self, credential: &Credential) {
         if let Some(source) = self.fetched.get_mut(&credential.token.digest()) {
@@ -72,23 +87,74 @@ impl Sources {
         }
     }
 
-    /// Keeps what a token fetched.
+    /// Keeps what a token fetched; `is_news` tells whether these are other flags than before.
     pub(super) fn insert(
         &mut self,
         credential: &Credential,
         etag: Option<String>,
         document: Document,
+        is_news: bool,
     ) {
-        let part = Part { projects: credential.projects.clone(), document: Arc::new(document) };
-        let source = Source { etag, part, confirmed: self.round };
-        self.fetched.insert(credential.token.digest(), source);
+        let digest = credential.token.digest();
+        let event = self.event(&digest).filter(|_| !is_news);
+        self.put(credential, (etag, event), Arc::new(document));
         self.dirty = true;
     }
 
-    /// Ends a round: true if every token in use has answered, and then what others fetched goes.
-    pub(super) fn settle(&mut self, in_use: &[Credential]) -> bool {
+    /// Keeps what a stream told of what a token sees: that it is current under this number, and the
+    /// flags where they are others than before.
+    pub(super) fn follow(
+        &mut self,
+        credential: &Credential,
+        event: Option<EventId>,
+        news: Option<Document>,
+    ) {
+        self.begin();
+        let digest = credential.token.digest();
+        match (news, self.fetched.get_mut(&digest)) {
+            (Some(document), _) => {
+                // The tag names other flags; by it upstream would confirm those as ours.
+                self.put(credential, (None, event), Arc::new(document));
+                self.dirty = true;
+            }
+            (None, Some(source)) => {
+                source.event = event;
+                self.confirm(credential);
+            }
+            (None, None) => {}
+        }
+    }
+
+    /// Lets go of the number that a stream told, so that the next tells everything.
+    pub(super) fn forget_event(&mut self, token: &TokenDigest) {
+        if let Some(source) = self.fetched.get_mut(token) {
+            source.event = None;
+        }
+    }
+
+    fn put(
+        &mut self,
+        credential: &Credential,
+        (etag, event): (Option<String>, Option<EventId>),
+        document: Arc<Document>,
+    ) {
+        let part = Part { projects: credential.projects.clone(), document };
+        let source = Source { etag, event, part, confirmed: self.round };
+        self.fetched.insert(credential.token.digest(), source);
+    }
+
+    /// Ends a round: true if every token in use has answered, or upstream follows up on it by itself
+    /// (`followed`), and then what others fetched goes.
+    pub(super) fn settle(
+        &mut self,
+        in_use: &[Credential],
+        followed: &BTreeSet<TokenDigest>,
+    ) -> bool {
         let used: BTreeSet<_> = in_use.iter().map(|it| it.token.digest()).collect();
-        let current = |token| self.fetched.get(token).is_some_and(|it| it.confirmed == self.round);
+        let current = |token: &TokenDigest| {
+            let source = self.fetched.get(token);
+            source.is_some_and(|it| it.confirmed == self.round || followed.contains(token))
+        };
         if used.is_empty() || !used.iter().all(current) {
             return false;
         }
@@ -170,6 +236,9 @@ mod tests {
         Document::parse(format!(r#"{{"features":[{}]}}"#, flags.join(",")).as_bytes()).unwrap()
     }
 
+    /// What upstream tells by itself is none of the tokens'.
+    const NOBODY: &BTreeSet<TokenDigest> = &BTreeSet::new();
+
     fn names(sources: &Sources) -> Vec<String> {
         let document = merged(&sources.parts());
         document.features().iter().map(|it| it.name().to_string()).collect()
@@ -180,8 +249,8 @@ mod tests {
         let (one, two) = (credential(&["a"]), credential(&["b"]));
         let mut sources = Sources::new(None);
         sources.begin();
-        sources.insert(&one, Some("1".to_owned()), document(&["a/x"]));
-        assert!(!sources.settle(&[one.clone(), two]), "the other did not answer");
+        sources.insert(&one, Some("1".to_owned()), document(&["a/x"]), true);
+        assert!(!sources.settle(&[one.clone(), two], NOBODY), "the other did not answer");
         sources.begin();
         assert!(!sources.heard());
         sources.confirm(&one);
@@ -197,25 +266,28 @@ mod tests {
         let (one, two, all) = (credential(&["a"]), credential(&["b"]), credential(&["*"]));
         let mut sources = Sources::new(None);
         sources.begin();
-        sources.insert(&one, None, document(&["a/x"]));
-        sources.insert(&two, None, document(&["b/y"]));
-        assert!(sources.settle(&[one.clone(), two.clone()]));
+        sources.insert(&one, None, document(&["a/x"]), true);
+        sources.insert(&two, None, document(&["b/y"]), true);
+        assert!(sources.settle(&[one.clone(), two.clone()], NOBODY));
         sources.published();
         sources.begin();
         sources.confirm(&two);
         assert!(
-            !sources.settle(&[two.clone(), one.clone()]),
+            !sources.settle(&[two.clone(), one.clone()], NOBODY),
             "one is refused, and asked with still"
         );
-        assert!(!sources.settle(std::slice::from_ref(&all)), "a wider one has not answered yet");
-        assert!(!sources.settle(&[]), "there is no token at all");
+        assert!(
+            !sources.settle(std::slice::from_ref(&all), NOBODY),
+            "a wider one has not answered yet"
+        );
+        assert!(!sources.settle(&[], NOBODY), "there is no token at all");
         assert_eq!(
             (names(&sources).as_slice(), sources.is_dirty()),
             (&["x", "y"].map(String::from)[..], false)
         );
         sources.begin();
-        sources.insert(&all, None, document(&["b/y", "c/z"]));
-        assert!(sources.settle(&[all]));
+        sources.insert(&all, None, document(&["b/y", "c/z"]), true);
+        assert!(sources.settle(&[all], NOBODY));
         assert_eq!(names(&sources), ["y", "z"]);
     }
 
@@ -224,13 +296,73 @@ mod tests {
         let (old, new) = (credential(&["a", "b"]), credential(&["b", "c"]));
         let mut sources = Sources::new(None);
         sources.begin();
-        sources.insert(&old, None, document(&["a/x", "b/gone", "b/kept"]));
+        sources.insert(&old, None, document(&["a/x", "b/gone", "b/kept"]), true);
         sources.begin();
-        sources.insert(&new, None, document(&["b/kept", "c/z"]));
+        sources.insert(&new, None, document(&["b/kept", "c/z"]), true);
         assert_eq!(names(&sources), ["kept", "x", "z"]);
         sources.begin();
         sources.confirm(&old);
         assert_eq!(names(&sources), ["gone", "kept", "x", "z"]);
+    }
+
+    /// The entity tag and the number of what a token sees.
+    fn known(sources: &Sources, credential: &Credential) -> (Option<String>, Option<EventId>) {
+        let digest = credential.token.digest();
+        (sources.etag(&digest).map(str::to_owned), sources.event(&digest))
+    }
+
+    #[test]
+    fn the_names_of_a_state_go_with_it() {
+        let one = credential(&["a"]);
+        let mut sources = Sources::new(None);
+        let etag = |name: &str| Some(name.to_owned());
+        let state = |flag: &str| document(&[&format!("a/{flag}")]);
+        sources.follow(&one, Some(1), None);
+        assert_eq!(known(&sources, &one), (None, None), "there is nothing that it could be of");
+
+        sources.insert(&one, etag("x"), state("x"), true);
+        assert_eq!(known(&sources, &one), (etag("x"), None));
+        sources.follow(&one, Some(1), None);
+        assert_eq!(known(&sources, &one), (etag("x"), Some(1)), "both are of one state");
+        // Else the answer that nothing has changed since x would confirm y.
+        sources.follow(&one, Some(2), Some(state("y")));
+        assert_eq!(known(&sources, &one), (None, Some(2)));
+        sources.insert(&one, etag("y"), state("y"), false);
+        assert_eq!(known(&sources, &one), (etag("y"), Some(2)));
+        // Else the changes since y would be taken for changes of z.
+        sources.insert(&one, etag("z"), state("z"), true);
+        assert_eq!(known(&sources, &one), (etag("z"), None));
+
+        sources.follow(&one, Some(4), None);
+        sources.forget_event(&one.token.digest());
+        assert_eq!(known(&sources, &one), (etag("z"), None));
+        assert_eq!(names(&sources), ["z"]);
+    }
+
+    #[test]
+    fn a_token_that_upstream_follows_up_on_need_not_be_asked_with() {
+        let (one, two) = (credential(&["a", "b"]), credential(&["b", "c"]));
+        let both = [one.clone(), two.clone()];
+        let followed = |of: &[&Credential]| of.iter().map(|it| it.token.digest()).collect();
+        let mut sources = Sources::new(None);
+        sources.begin();
+        sources.insert(&one, None, document(&["a/x", "b/old"]), true);
+        sources.insert(&two, None, document(&["b/old", "c/z"]), true);
+        sources.published();
+        sources.begin();
+        assert!(!sources.settle(&both, &followed(&[&one])));
+        sources.confirm(&two);
+        assert!(sources.settle(&both, &followed(&[&one])));
+        assert!(!sources.is_dirty());
+        // What is told last counts, whoever is asked with.
+        for (told, name) in [(&one, "new"), (&two, "newer"), (&one, "newest")] {
+            let flags = if told == &one { ["a/x", "b/"] } else { ["c/z", "b/"] };
+            let flags = [flags[0].to_owned(), format!("{}{name}", flags[1])];
+            sources.follow(told, Some(1), Some(document(&[&flags[0], &flags[1]])));
+            assert!(sources.settle(&both, &followed(&[&one, &two])));
+            assert_eq!(names(&sources), [name, "x", "z"]);
+        }
+        assert!(!sources.settle(&both, &followed(&[&one])), "the other is to be asked with");
     }
 
     #[test]
@@ -238,7 +370,7 @@ mod tests {
         let mut one = credential(&["a"]);
         let mut sources = Sources::new(None);
         sources.begin();
-        sources.insert(&one, None, document(&["a/x"]));
+        sources.insert(&one, None, document(&["a/x"]), true);
         sources.published();
         one.projects = Projects::All;
         sources.confirm(&one);
@@ -254,16 +386,16 @@ mod tests {
         let (one, two) = (credential(&["a"]), credential(&["b"]));
         let mut sources = Sources::new(Some(&before));
         sources.begin();
-        sources.insert(&one, None, document(&["a/x"]));
-        assert!(sources.settle(std::slice::from_ref(&one)));
+        sources.insert(&one, None, document(&["a/x"]), true);
+        assert!(sources.settle(std::slice::from_ref(&one), NOBODY));
         assert_eq!(
             (names(&sources), sources.projects()),
             (vec!["kept".into(), "x".into()], projects)
         );
         sources.begin();
         sources.confirm(&one);
-        sources.insert(&two, None, document(&[]));
-        assert!(sources.settle(&[one, two]));
+        sources.insert(&two, None, document(&[]), true);
+        assert!(sources.settle(&[one, two], NOBODY));
         assert_eq!(names(&sources), ["x"]);
     }
 }

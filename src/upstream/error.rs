@@ -102,6 +102,16 @@ pub enum Retry {
     Later(Option<Duration>),
 }
 
+impl Retry {
+    /// The pause that upstream named, if any.
+    pub fn wish(self) -> Option<Duration> {
+        match self {
+            Self::Later(wish) => wish,
+            Self::Never => None,
+        }
+    }
+}
+
 impl Error {
     /// Sorts a failure of the HTTP client; its URL is dropped.
     pub(super) fn transport(error: reqwest::Error) -> Self {
@@ -179,6 +189,11 @@ impl Error {
     /// Whether upstream refused the token (401 or 403).
     pub fn is_unauthorized(&self) -> bool {
         self.fault() == Fault::Credentials
+    }
+
+    /// Whether upstream has no room for the request now (429).
+    pub fn is_crowded(&self) -> bool {
+        self.status() == Some(StatusCode::TOO_MANY_REQUESTS)
     }
 
     /// The status, if upstream answered with one.

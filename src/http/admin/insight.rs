@@ -172,5 +172,6 @@ fn upstream(upstream: &Upstream) -> Value {
         json.insert("lastError".to_owned(), json!({"at": at.to_string(), "error": error}));
     }
     json.insert("consecutiveFailures".to_owned(), json!(health.consecutive_failures));
+    json.insert("streams".to_owned(), json!(health.streams));
     Value::Object(json)
 }

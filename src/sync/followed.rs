@@ -1,0 +1,347 @@
+//! One environment of upstream that is followed: by polls in rounds, and by streams between them.
+//!
+//! As long as upstream tells on streams what changes for every token in use, nothing is polled. What a
+//! stream tells is published as what a poll brings is.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use tokio::{
+    sync::watch,
+    task::{JoinError, spawn_blocking},
+    time::{Instant, interval_at, sleep_until},
+};
+use tracing::{debug, info, warn};
+
+use super::{
+    course::{End, Mode, Next, Refusal},
+    lines::{Happened, Lines},
+    pace::Pace,
+    publish::publish,
+    round::{Asked, Failure, Round},
+    sources::{Sources, merged},
+    told::{self, Reached, Step},
+};
+use crate::{
+    snapshot::{Filter, Segments, Snapshot, Snapshots, body::Coding},
+    store::{Key, Store},
+    telemetry::report,
+    token::{Environment, Scope},
+    upstream::{Credentials, Upstream},
+    wire::sse::Event,
+};
+
+/// How snapshots are kept current.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The time between two fetches of an environment's flags.
+    pub interval: Duration,
+    /// Whether upstream's streams are followed.
+    pub mode: Mode,
+}
+
+/// How often it is looked whether other tokens are in use than those that streams are of.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+
+/// What following an environment needs of others.
+#[derive(Clone, Debug)]
+pub(super) struct Means {
+    pub(super) config: Config,
+    pub(super) upstream: Upstream,
+    pub(super) credentials: Credentials,
+    pub(super) snapshots: Snapshots,
+    pub(super) store: Store,
+}
+
+/// An environment, and what is known of it.
+#[derive(Debug)]
+pub(super) struct Followed {
+    environment: Environment,
+    means: Means,
+    sources: Sources,
+    lines: Lines,
+    pace: Pace,
+    way: Way,
+}
+
+/// How flags come, as was said last.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Way {
+    /// By polls; of streams nothing was said.
+    Polls,
+    /// By polls, for want of streams.
+    PollsFor(Want),
+    /// By streams.
+    Streams,
+}
+
+/// Why there is no stream.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Want {
+    NotOffered,
+    NotAdmitted,
+    Crowded,
+    Failed,
+    Lost,
+    Dismissed,
+}
+
+impl Want {
+    fn of(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::NotOffered => Self::NotOffered,
+            Refusal::NotAdmitted => Self::NotAdmitted,
+            Refusal::Crowded(_) => Self::Crowded,
+            Refusal::Failed(_) => Self::Failed,
+        }
+    }
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::NotOffered => "it offers no stream",
+            Self::NotAdmitted => "it does not admit our token to its stream",
+            Self::Crowded => "it has no room for another stream",
+            Self::Failed => "its stream cannot be opened",
+            Self::Lost => "its stream was lost",
+            Self::Dismissed => "it sends those who can poll to polling",
+        }
+    }
+}
+
+impl Followed {
+    pub(super) fn new(environment: Environment, means: Means) -> Self {
+        let sources = Sources::new(means.snapshots.load(&environment).as_deref());
+        let lines = Lines::new(means.config.mode, means.upstream.clone());
+        let pace = Pace::new(means.config.interval);
+        Self { environment, means, sources, lines, pace, way: Way::Polls }
+    }
+
+    /// Follows the environment until it is not served any more. Whoever kicks wants a round at once.
+    pub(super) async fn run(mut self, mut kicked: watch::Receiver<()>) {
+        while self.is_served() {
+            let due = Instant::now() + self.round().await;
+            self.listen(due, &mut kicked).await;
+        }
+        let environment = &self.environment;
+        info!(%environment, "Upstream has this environment no more, or has disabled it");
+    }
+
+    fn is_served(&self) -> bool {
+        self.means.snapshots.serves(&self.environment)
+    }
+
+    /// Asks once for the environment's flags, and says when to ask again.
+    async fn round(&mut self) -> Duration {
+        let refreshed = self.refresh().await;
+        let (environment, sources) = (&self.environment, &self.sources);
+        let in_use = self.means.credentials.tokens(&self.environment);
+        self.lines.keep(in_use, |token| sources.document(token).is_some());
+        let Err(failure) = refreshed else {
+            if self.pace.failures() > 0 {
+                info!(%environment, "Upstream answers again");
+            }
+            return self.pace.after_success(rand::random());
+        };
+        if self.pace.failures() == 0 {
+            warn!(%environment, error = %report(&failure), "Cannot refresh, what is known stays");
+        } else {
+            debug!(%environment, error = %report(&failure), "Still cannot refresh");
+        }
+        let pause = self.pace.after_failure(failure.wish(), rand::random());
+        // One token's failure does not make the others' flags older.
+        let sound = self.sources.heard() && failure.wish().is_none();
+        if sound { pause.min(self.means.config.interval) } else { pause }
+    }
+
+    /// Asks once, with every token in hand of which upstream does not tell by itself what changes, and
+    /// publishes what is new.
+    ///
+    /// What some tokens brought is published although others failed.
+    async fn refresh(&mut self) -> Result<(), Failure> {
+        let Means { upstream, credentials, .. } = &self.means;
+        let round = Round { upstream, credentials, environment: &self.environment };
+        self.sources.begin();
+        let followed = self.lines.speak_for();
+        let Asked { failure, prefers_streaming } = round.ask(&mut self.sources, &followed).await;
+        if prefers_streaming {
+            self.lines.hint();
+        }
+        self.publish(Timestamp::now()).await?;
+        failure.map_or(Ok(()), Err)
+    }
+
+    /// Publishes what is not yet, and keeps since when it is known to be current: `heard`, if by then
+    /// upstream has answered for, or follows up on, every token in use.
+    async fn publish(&mut self, heard: Timestamp) -> Result<(), Failure> {
+        let Self { environment, means, sources, lines, .. } = self;
+        let in_use = means.credentials.tokens(environment);
+        let whole = sources.settle(&in_use, &lines.speak_for());
+        let served = means.snapshots.load(environment);
+        if sources.is_dirty() || (whole && served.is_none()) {
+            let confirmed = match &served {
+                Some(served) if !whole => served.confirmed(),
+                _ => Timestamp::now(),
+            };
+            let parts = sources.parts();
+            let make = move || merged(&parts);
+            let scope = Scope { environment: environment.clone(), projects: sources.projects() };
+            let snapshot = publish(&means.snapshots, scope, confirmed, make).await?;
+            sources.published();
+            means.keep(&snapshot).await;
+        } else if whole && let Some(served) = served {
+            served.confirm(heard.max(served.confirmed()));
+        }
+        Ok(())
+    }
+
+    /// Follows the streams until flags are to be asked for: when that is due and not every token in use
+    /// has a stream that speaks for it, when other tokens are in use, or when somebody kicks.
+    async fn listen(&mut self, mut due: Instant, kicked: &mut watch::Receiver<()>) {
+        let look_every = LOOK_EVERY.min(self.means.config.interval);
+        let mut looks = interval_at(Instant::now() + look_every, look_every);
+        loop {
+            let (sources, spoke) = (&self.sources, self.lines.speak_for_all());
+            let (at, happened) = tokio::select! {
+                () = sleep_until(due), if !spoke => return,
+                // The sender lives as long as the owner of this.
+                Ok(()) = kicked.changed() => return,
+                _ = looks.tick() => {
+                    let in_use = self.means.credentials.tokens(&self.environment);
+                    if !self.is_served() || in_use != self.lines.in_use() {
+                        return;
+                    }
+                    continue;
+                }
+                happened = self.lines.next(|token| sources.event(token)) => happened,
+            };
+            let lost = match happened {
+                Happened::Told(events) => self.follow(at, events).await,
+                Happened::Refused(refusal, next, error) => {
+                    self.miss(Want::of(refusal), error.map(|it| it.report()).as_deref());
+                    Some(next)
+                }
+                Happened::Ended(End::Over(_), next, None) => {
+                    debug!(environment = %self.environment, "Upstream has ended its stream");
+                    Some(next)
+                }
+                Happened::Ended(_, next, error) => {
+                    self.miss(Want::Lost, error.map(|it| it.report()).as_deref());
+                    Some(next)
+                }
+            };
+            match lost {
+                Some(Next { polls_now: true, .. }) => due = Instant::now(),
+                Some(_) if spoke => due = Instant::now() + self.pace.after_success(rand::random()),
+                _ => {}
+            }
+        }
+    }
+
+    /// Takes what a line told; says what follows where the line was closed for it.
+    async fn follow(&mut self, at: usize, events: Vec<Event>) -> Option<Next> {
+        let step = match self.read(at, events).await {
+            Ok(step) => step,
+            Err(error) => return Some(self.leave(at, &error)),
+        };
+        if let Some(Reached { id, news }) = step.reached {
+            let credential = self.lines.credential(at);
+            self.sources.follow(credential, id, news);
+            self.means.credentials.accept(&self.environment, &credential.token.digest());
+            self.lines.understood(at);
+            if self.lines.speak_for_all() {
+                self.arrive();
+            }
+        }
+        let heard = self.lines.heard().unwrap_or(Timestamp::UNIX_EPOCH);
+        if let Err(error) = self.publish(heard).await {
+            return Some(self.leave(at, &error));
+        }
+        step.dismissed.then(|| {
+            self.miss(Want::Dismissed, None);
+            self.lines.close(at, End::Dismissed)
+        })
+    }
+
+    /// Reads what a line told, on a thread for such work.
+    fn read(
+        &self,
+        at: usize,
+        events: Vec<Event>,
+    ) -> impl Future<Output = Result<Step, Untold>> + use<> {
+        let digest = self.lines.credential(at).token.digest();
+        let goes_on = self.lines.goes_on(at, self.sources.event(&digest));
+        let known = self.sources.document(&digest).cloned();
+        async move {
+            // Most signs of life are comments.
+            if events.is_empty() {
+                return Ok(Step::default());
+            }
+            let step = move || told::follow(known.as_deref(), goes_on, &events);
+            Ok(spawn_blocking(step).await??)
+        }
+    }
+
+    /// Closes a line that told what cannot be followed; the next is to tell everything.
+    fn leave(&mut self, at: usize, error: &dyn std::error::Error) -> Next {
+        self.miss(Want::Lost, Some(&report(error)));
+        self.sources.forget_event(&self.lines.credential(at).token.digest());
+        self.lines.close(at, End::Unreadable)
+    }
+
+    /// Takes note that upstream tells by itself what changes, for every token in use.
+    fn arrive(&mut self) {
+        // Failed polls are nobody's concern any more.
+        self.pace.after_success(rand::random());
+        if self.way != Way::Streams {
+            info!(environment = %self.environment, "Follows upstream's stream");
+            self.way = Way::Streams;
+        }
+    }
+
+    /// Takes note of want of a stream; says so when that is new.
+    fn miss(&mut self, want: Want, error: Option<&str>) {
+        let (environment, why, before) = (&self.environment, want.as_str(), self.way);
+        let is_new = match (before, want) {
+            (Way::Polls | Way::Streams, _) => true,
+            // Why streams are missing is said already; that they still are is no news.
+            (Way::PollsFor(_), Want::Failed | Want::Lost) => false,
+            (Way::PollsFor(said), want) => said != want,
+        };
+        if !is_new {
+            return debug!(%environment, error, "Still polls upstream: {why}");
+        }
+        self.way = Way::PollsFor(want);
+        let is_expected = self.means.config.mode == Mode::Stream;
+        match (before, want) {
+            (_, Want::NotOffered | Want::NotAdmitted) if is_expected => {
+                warn!(%environment, "Polls upstream, although --upstream-mode is stream: {why}");
+            }
+            (Way::Streams, _) => info!(%environment, error, "Polls upstream again: {why}"),
+            (Way::Polls | Way::PollsFor(_), _) => {
+                info!(%environment, error, "Polls upstream: {why}");
+            }
+        }
+    }
+}
+
+impl Means {
+    /// Stores what is served.
+    async fn keep(&self, snapshot: &Snapshot) {
+        // Its query says whose flags these are.
+        let all = snapshot.listing(snapshot.projects(), Filter::default(), Segments::Separate);
+        let text = all.make(Coding::Identity).bytes.clone();
+        let key = Key::Flags(snapshot.environment().clone());
+        if let Err(error) = self.store.save(&key, &text).await {
+            warn!(error = %report(&error), "Cannot store flags");
+        }
+    }
+}
+
+/// Why what a stream told leads nowhere.
+#[derive(Debug, thiserror::Error)]
+enum Untold {
+    #[error(transparent)]
+    Events(#[from] told::Error),
+    #[error("reading upstream's stream came to no end")]
+    Panic(#[from] JoinError),
+}

@@ -1,0 +1,187 @@
+//! What the events of a stream come to: the state that they lead to, and its number.
+//!
+//! Pure. All that arrived together is one step; a single event that cannot be followed spoils it, as
+//! what the others lead to is no state that there ever was.
+
+use crate::wire::{
+    delta::{self, Change, EventId, Unreadable},
+    features::Document,
+    sse::Event,
+};
+
+/// The events that tell changes: the first of a stream, and the others.
+const CONNECTED: &str = "unleash-connected";
+const UPDATED: &str = "unleash-updated";
+
+/// The event that says how to fetch flags from now on.
+const FETCH_MODE: &str = "fetch-mode";
+
+/// What a stream told.
+#[derive(Debug, Default)]
+pub(super) struct Step {
+    /// The state that was reached, if any was told.
+    pub(super) reached: Option<Reached>,
+    /// Upstream sends those who can poll to polling.
+    pub(super) dismissed: bool,
+}
+
+/// A state that a stream led to.
+#[derive(Debug)]
+pub(super) struct Reached {
+    /// What to name when the stream is opened again, if there is such a number.
+    pub(super) id: Option<EventId>,
+    /// The flags, where they are not those that were known already.
+    pub(super) news: Option<Document>,
+}
+
+/// Why a stream cannot be followed any further.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Error {
+    /// Events that cannot be read.
+    #[error("what upstream's stream tells cannot be followed")]
+    Unreadable(#[from] Unreadable),
+    /// Changes of a state that is not known.
+    #[error("upstream's stream begins with changes of an unknown state")]
+    Unfounded,
+}
+
+/// Follows `events` from the state that is `known`; if they do not continue that one, they have to begin
+/// with a whole state.
+pub(super) fn follow(
+    known: Option<&Document>,
+    continues: bool,
+    events: &[Event],
+) -> Result<Step, Error> {
+    let (mut step, mut told, mut id) = (Step::default(), None::<Vec<Change>>, None);
+    for event in events {
+        match &*event.name {
+            CONNECTED | UPDATED => {
+                let changes = delta::parse(event.data.as_bytes())?;
+                told.get_or_insert_default().extend(changes.into_iter().map(|it| it.change));
+                id = event.id.parse().ok();
+            }
+            FETCH_MODE => step.dismissed |= event.data.trim() == "polling",
+            // What else there may be is for others.
+            _ => {}
+        }
+    }
+    let Some(changes) = told else { return Ok(step) };
+    let base = match (known, changes.first()) {
+        (_, Some(Change::Hydration(_))) => &Document::default(),
+        (Some(known), _) if continues => known,
+        _ => return Err(Error::Unfounded),
+    };
+    let state = delta::apply(base, &changes);
+    let is_news = known.is_none_or(|known| !delta::diff(known, &state).is_empty());
+    step.reached = Some(Reached { id, news: is_news.then_some(state) });
+    Ok(step)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn document(text: &str) -> Document {
+        Document::parse(format!(r#"{{"features":[{text}]}}"#).as_bytes()).unwrap()
+    }
+
+    fn event(name: &str, id: &str, data: &str) -> Event {
+        Event { name: name.to_owned(), id: id.to_owned(), data: data.to_owned() }
+    }
+
+    /// An event that tells these changes, written as their JSON without the type's `eventId`.
+    fn changes(name: &str, id: &str, changes: &str) -> Event {
+        let text = changes.replace(r#"{"type""#, &format!(r#"{{"eventId":{id},"type""#));
+        event(name, id, &format!(r#"{{"events":[{text}]}}"#))
+    }
+
+    const A: &str = r#"{"name":"a"}"#;
+    const B: &str = r#"{"name":"b"}"#;
+    const WHOLE: &str = r#"{"type":"hydration","features":[{"name":"a"}],"segments":[]}"#;
+    const ADD_B: &str = r#"{"type":"feature-updated","feature":{"name":"b"}}"#;
+    const REMOVE_A: &str = r#"{"type":"feature-removed","featureName":"a","project":"default"}"#;
+
+    /// The number that was reached and the names of the flags, if these are news.
+    #[track_caller]
+    fn check(
+        known: Option<&str>,
+        continues: bool,
+        events: &[Event],
+        expect: (Option<EventId>, Option<&[&str]>),
+    ) {
+        let known = known.map(document);
+        let step = follow(known.as_ref(), continues, events).unwrap();
+        let Reached { id, news } = step.reached.unwrap();
+        let names = news.map(|it| it.features().iter().map(|it| it.name().to_string()).collect());
+        assert_eq!(id, expect.0);
+        assert_eq!(
+            names,
+            expect.1.map(|it| it.iter().map(|&it| it.to_owned()).collect::<Vec<_>>())
+        );
+    }
+
+    #[test]
+    fn a_stream_begins_with_a_whole_state_or_goes_on_from_the_known_one() {
+        let connected = |text: &str| [changes(CONNECTED, "7", text)];
+        check(None, false, &connected(WHOLE), (Some(7), Some(&["a"])));
+        check(Some(B), true, &connected(WHOLE), (Some(7), Some(&["a"])));
+        check(Some(A), true, &connected(ADD_B), (Some(7), Some(&["a", "b"])));
+        for (known, continues) in [(None, true), (None, false), (Some(A), false)] {
+            for text in [ADD_B, ""] {
+                let known = known.map(document);
+                let error = follow(known.as_ref(), continues, &connected(text)).unwrap_err();
+                assert!(matches!(error, Error::Unfounded), "{error}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_was_known_already_is_no_news() {
+        check(Some(A), false, &[changes(CONNECTED, "7", WHOLE)], (Some(7), None));
+        check(Some(A), true, &[changes(CONNECTED, "7", "")], (Some(7), None));
+        let there_and_back = [changes(UPDATED, "8", ADD_B), changes(UPDATED, "9", WHOLE)];
+        check(Some(A), true, &there_and_back, (Some(9), None));
+    }
+
+    #[test]
+    fn what_arrived_together_is_one_step() {
+        let events = [
+            changes(CONNECTED, "7", WHOLE),
+            event("message", "7", "hello"),
+            changes(UPDATED, "8", ADD_B),
+            changes(UPDATED, "9", REMOVE_A),
+        ];
+        check(None, false, &events, (Some(9), Some(&["b"])));
+    }
+
+    #[test]
+    fn a_number_that_is_none_is_not_named_again() {
+        let mut events = [changes(CONNECTED, "7", WHOLE)];
+        events[0].id = "x".to_owned();
+        check(None, false, &events, (None, Some(&["a"])));
+    }
+
+    #[test]
+    fn one_event_that_cannot_be_followed_spoils_the_step() {
+        for odd in [
+            "hello",
+            r#"{"events":7}"#,
+            r#"{"events":[{"eventId":8,"type":"feature-vanished"}]}"#,
+            r#"{"events":[{"eventId":8,"type":"feature-updated","feature":{}}]}"#,
+        ] {
+            let events = [changes(CONNECTED, "7", WHOLE), event(UPDATED, "8", odd)];
+            let error = follow(None, false, &events).unwrap_err();
+            assert!(matches!(error, Error::Unreadable(_)), "{odd}: {error}");
+        }
+    }
+
+    #[test]
+    fn those_who_can_poll_may_be_sent_to_polling() {
+        let step = |data| follow(None, false, &[event(FETCH_MODE, "", data)]).unwrap();
+        assert!(step("polling").dismissed && !step("streaming").dismissed);
+        assert!(step("polling").reached.is_none());
+        let events = [event(FETCH_MODE, "", "polling"), changes(CONNECTED, "7", WHOLE)];
+        let step = follow(None, false, &events).unwrap();
+        assert!(step.dismissed && step.reached.is_some());
+    }
+}
