@@ -69,8 +69,8 @@ impl Credentials {
         Self(Arc::new(Inner { hands: RwLock::default(), exchange: None }))
     }
 
-    /// The tokens in hand for `environment`: good ones before refused ones, the widest first, none
-    /// covered by one before it.
+    /// The tokens in hand for `environment`: good ones before refused ones, the widest first, and of
+    /// such the one that was offered first; none covered by one before it.
     pub fn tokens(&self, environment: &Environment) -> Vec<Credential> {
         let hands = self.0.hands.read().unwrap_or_else(PoisonError::into_inner);
         hands.get(environment).map(Hand::in_use).unwrap_or_default()
@@ -202,9 +202,10 @@ impl Hand {
     fn in_use(&self) -> Vec<Credential> {
         let by_width = |state| {
             let mut candidates: Vec<_> = self.of(state).collect();
+            // Of two that see as much the first stays: upstream may be telling what it sees.
             candidates.sort_by_key(|it| match &it.projects {
-                Projects::All => (Reverse(usize::MAX), it.token.digest()),
-                Projects::Only(ids) => (Reverse(ids.len()), it.token.digest()),
+                Projects::All => Reverse(usize::MAX),
+                Projects::Only(ids) => Reverse(ids.len()),
             });
             candidates
         };
@@ -490,6 +491,15 @@ mod tests {
         assert_eq!(in_use(&edge).len(), 2);
         assert!(offer(&edge, "*:development.4", Client, &["*"]));
         assert_eq!(in_use(&edge), ["*:development.4"]);
+    }
+
+    #[test]
+    fn a_token_in_use_does_not_give_way_to_one_that_sees_no_more() {
+        let edge = Credentials::without_admin();
+        for number in 0..SPARE {
+            offer(&edge, &format!("*:development.{number}"), TokenKind::Client, &["*"]);
+            assert_eq!(in_use(&edge), ["*:development.0"]);
+        }
     }
 
     #[tokio::test]
