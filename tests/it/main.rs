@@ -4,6 +4,8 @@
 
 /// Tokens at the door.
 mod auth;
+/// Two edges, one behind the other.
+mod chain;
 /// The API of server SDKs.
 mod client_api;
 /// Exit statuses, help and probes.
@@ -18,6 +20,8 @@ mod database;
 mod edge;
 /// A flood of made-up tokens.
 mod flood;
+/// An edge whose upstream tells changes on a stream, or fails at that.
+mod follow;
 /// Frontends that follow changes.
 mod following;
 /// The API of frontend SDKs.

@@ -37,6 +37,16 @@ await serve({
     count_variant: ({ flag, times, context }) => {
         for (let i = 0; i < times; i += 1) client.getVariant(flag, context);
     },
+    /** Measures impact: adds to a counter, sets a gauge, and lets a histogram observe. */
+    impact: ({ name, add, set, observe }) => {
+        const { impactMetrics } = client;
+        impactMetrics.defineCounter(`${name}_counter`, 'a counter');
+        impactMetrics.incrementCounter(`${name}_counter`, add);
+        impactMetrics.defineGauge(`${name}_gauge`, 'a gauge');
+        impactMetrics.updateGauge(`${name}_gauge`, set);
+        impactMetrics.defineHistogram(`${name}_histogram`, 'a histogram', [10, 100]);
+        impactMetrics.observeHistogram(`${name}_histogram`, observe);
+    },
     flush: () => client.flushMetrics(),
     close: () => client.destroy(),
 });

@@ -4,10 +4,13 @@
 use std::convert::Infallible;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full};
-use hyper::body::Incoming;
+use futures_util::stream;
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Full, StreamBody};
+use hyper::body::{Frame, Incoming};
 use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
@@ -25,7 +28,7 @@ pub(crate) enum Fault {
     None,
     /// Connections break and new ones are refused.
     Cut,
-    /// Requests are accepted and never answered.
+    /// Requests are accepted and never answered, and streams tell nothing.
     Stall,
     /// Requests reach the upstream, but the connection breaks before the answer comes back.
     LoseAnswers,
@@ -160,7 +163,7 @@ impl Line {
             .await;
     }
 
-    async fn answer(self, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, AnswerLost> {
+    async fn answer(self, request: Request<Incoming>) -> Result<Response<Body>, AnswerLost> {
         let (head, body) = request.into_parts();
         let body = body.collect().await.map_err(|_| AnswerLost)?.to_bytes();
         let path = head.uri.path_and_query().map_or("/", |path| path.as_str()).to_owned();
@@ -174,7 +177,11 @@ impl Line {
             headers.remove("connection");
             let request =
                 http().request(head.method.clone(), self.upstream.clone() + &path).headers(headers);
-            request.body(body.clone()).send().await.map_err(|_| AnswerLost)
+            let mut request = request.body(body.clone());
+            if path.ends_with("/streaming") {
+                request = request.timeout(LONGEST);
+            }
+            request.send().await.map_err(|_| AnswerLost)
         };
         match fault {
             Fault::None => {
@@ -187,8 +194,16 @@ impl Line {
                         response = response.header(name, value);
                     }
                 }
-                let body = answer.bytes().await.map_err(|_| AnswerLost)?;
-                Ok(response.body(Full::new(body)).expect("the upstream's answer is well-formed"))
+                let is_stream = answer
+                    .headers()
+                    .get("content-type")
+                    .is_some_and(|it| it == "text/event-stream");
+                let body = if is_stream {
+                    self.pass_on(answer)
+                } else {
+                    whole(answer.bytes().await.map_err(|_| AnswerLost)?)
+                };
+                Ok(response.body(body).expect("the upstream's answer is well-formed"))
             }
             Fault::Stall => match std::future::pending::<Infallible>().await {},
             Fault::LoseAnswers => {
@@ -202,11 +217,31 @@ impl Line {
                     .fold(Response::builder().status(status), |response, (name, value)| {
                         response.header(name, value)
                     });
-                Ok(response.body(Full::from(body)).expect("tests make well-formed answers"))
+                Ok(response.body(whole(body.into())).expect("tests make well-formed answers"))
             }
         }
     }
+
+    /// What a stream tells, piece by piece.
+    fn pass_on(self, answer: reqwest::Response) -> Body {
+        let pieces = stream::unfold((answer, self.faults), async |(mut answer, mut faults)| {
+            let piece = answer.chunk().await;
+            faults.wait_for(|fault| *fault != Fault::Stall).await.ok()?;
+            let piece = piece.map(|it| it.map(Frame::data)).map_err(|_| AnswerLost).transpose()?;
+            Some((piece, (answer, faults)))
+        });
+        StreamBody::new(pieces).boxed_unsync()
+    }
 }
+
+type Body = UnsyncBoxBody<Bytes, AnswerLost>;
+
+fn whole(body: Bytes) -> Body {
+    Full::from(body).map_err(|never| match never {}).boxed_unsync()
+}
+
+/// How long a stream may last.
+const LONGEST: Duration = Duration::from_hours(1);
 
 /// The connection closes without an answer.
 #[derive(Debug, thiserror::Error)]
@@ -270,11 +305,9 @@ mod tests {
         proxy.stall().await;
         let stalled = post(&proxy);
         let cut = async {
-            super::super::net::until(
-                "the request has come",
-                std::time::Duration::from_secs(10),
-                async || (proxy.count("/a") == 1).then_some(()),
-            )
+            super::super::net::until("the request has come", Duration::from_secs(10), async || {
+                (proxy.count("/a") == 1).then_some(())
+            })
             .await;
             proxy.cut().await;
         };

@@ -83,6 +83,12 @@ impl Sdk {
         self.0.ask("count_variant", json!({ "flag": flag, "times": times })).await;
     }
 
+    /// Measures impact, by metrics of this name with `_counter`, `_gauge` and `_histogram` (10, 100) behind it. Node only.
+    pub(crate) async fn measure(&mut self, name: &str, add: u32, set: u32, observe: u32) {
+        let impact = json!({ "name": name, "add": add, "set": set, "observe": observe });
+        self.0.ask("impact", impact).await;
+    }
+
     /// Sends the usage counted so far.
     pub(crate) async fn flush(&mut self) {
         self.0.ask("flush", Value::Null).await;

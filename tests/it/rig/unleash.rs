@@ -408,6 +408,25 @@ impl Unleash {
         .await;
     }
 
+    /// The impact metrics whose names hold this, as Unleash shows them to Prometheus: each sample as it is written, without
+    /// the prefix and labels that differ between versions, and its value.
+    pub(crate) async fn impact(&self, name: &str) -> BTreeMap<String, f64> {
+        let page = http().get(self.url() + "/internal-backstage/impact/metrics");
+        let page = page.send().await.unwrap().text().await.unwrap();
+        let samples = page.lines().filter(|line| !line.starts_with('#') && line.contains(name));
+        let mut sums = BTreeMap::new();
+        for sample in samples {
+            let (series, value) = sample.rsplit_once(' ').unwrap();
+            let (metric, labels) = series.split_once('{').unwrap_or((series, ""));
+            let (_, metric) = metric.split_at(metric.find(name).unwrap());
+            let bound = labels.split(',').find_map(|label| label.strip_prefix("le="));
+            let bound = bound.map(|it| format!(" {}", it.trim_matches(['"', '}'])));
+            let series = metric.to_owned() + &bound.unwrap_or_default();
+            *sums.entry(series).or_default() += value.parse::<f64>().unwrap();
+        }
+        sums
+    }
+
     /// The names of the applications that have registered. Unleash stores them every 20 s.
     pub(crate) async fn applications(&self) -> Vec<String> {
         let stored = self.admin_get("/api/admin/metrics/applications?limit=1000").await;
@@ -449,9 +468,12 @@ async fn launch(version: Version, port: u16, database: &str) -> Process {
         .arg(version.package())
         .arg(options.to_string())
         .env("INIT_ADMIN_API_TOKENS", ADMIN_TOKEN);
-    if version == Version::V8SecureTokens {
-        command.env("UNLEASH_EXPERIMENTAL_SECURE_TOKEN", "true");
-    }
+    match version {
+        // What later releases do unasked.
+        Version::V7 => command.env("UNLEASH_EXPERIMENTAL_IMPACT_METRICS", "true"),
+        Version::V8 => &mut command,
+        Version::V8SecureTokens => command.env("UNLEASH_EXPERIMENTAL_SECURE_TOKEN", "true"),
+    };
     let mut server = Process::spawn(&format!("Unleash {version:?}"), &command, LastRites::Kill);
     let health = format!("http://127.0.0.1:{port}/health");
     server

@@ -1,0 +1,216 @@
+//! Unleash, an edge, an edge behind that, and SDKs behind the second: what is known at one end is known at the other.
+//!
+//! What becomes of an edge whose upstream's stream fails is told in `follow`.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use reqwest::StatusCode;
+use serde_json::json;
+
+use crate::rig::{Kind, Parapet, STORED_WITHIN, Sdk, Unleash, http, until};
+
+const HERE: &str = "development";
+
+const FEATURES: &str = "/api/client/features";
+
+/// Many times the intervals of half a second, and far below those of an hour.
+const SOON: Duration = Duration::from_mins(1);
+
+/// How often an edge has polled for flags, whatever the answer.
+async fn polls(parapet: &Parapet) -> u64 {
+    let page = parapet.metrics().await;
+    let polls = "parapet_upstream_requests_total{purpose=\"features\"";
+    let samples = page.lines().filter(|line| line.starts_with(polls));
+    samples.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
+}
+
+/// An edge with an admin token of Unleash, and one behind it that has a token for itself and would poll once an hour.
+struct Chain {
+    first: Parapet,
+    second: Parapet,
+    /// The second's own token.
+    own: String,
+}
+
+impl Chain {
+    async fn start(unleash: &Unleash, name: &str) -> Self {
+        let edge = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token()).impatient();
+        let first = edge.flag("--fleet-name", name).start().await;
+        let own = unleash.create_token(Kind::Backend, HERE, &["*"], name).await;
+        let edge = Parapet::edge(&first.url()).env("TOKENS", &own);
+        let second = [
+            ("--features-refresh-interval-seconds", "3600"),
+            ("--token-revalidation-interval-seconds", "0.5"),
+            ("--metrics-interval-seconds", "0.5"),
+            ("--upstream-request-timeout", "2"),
+        ];
+        let edge = second.into_iter().fold(edge, |edge, (name, value)| edge.flag(name, value));
+        let chain = Self { first, second: edge.start().await, own };
+        chain.until_follows(1).await;
+        chain
+    }
+
+    /// Waits until the second has said so many times that it follows the first's stream.
+    async fn until_follows(&self, times: usize) {
+        until("the second edge follows the first", SOON, async || {
+            (self.second.log().matches("Follows upstream's stream").count() == times).then_some(())
+        })
+        .await;
+    }
+}
+
+async fn until_sees(sdk: &mut Sdk, flag: &str, enabled: bool) {
+    until(&format!("the SDK sees {flag} {enabled}"), SOON, async || {
+        let flags = sdk.evaluate(json!({})).await;
+        flags.get(flag).is_some_and(|it| it.enabled == enabled).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn a_change_crosses_two_edges_without_a_poll() {
+    Unleash::on_every_version(async |unleash: Arc<Unleash>| {
+        let flag = format!("chain.change-{:?}", unleash.version()).to_lowercase();
+        unleash.create_enabled_flag(&flag, HERE, &[]).await;
+        let chain = Chain::start(&unleash, "chain-change").await;
+        let token = unleash.create_token(Kind::Backend, HERE, &["*"], "chain-change").await;
+        let mut sdk = Sdk::node_streaming(&chain.second.url(), &token, "chain-change").await;
+        until_sees(&mut sdk, &flag, true).await;
+        let before = polls(&chain.second).await;
+        for enabled in [false, true, false] {
+            if enabled {
+                unleash.enable(&flag, HERE).await;
+            } else {
+                unleash.disable(&flag, HERE).await;
+            }
+            until_sees(&mut sdk, &flag, enabled).await;
+        }
+        // One that is killed is found again, and what changed meanwhile arrives.
+        chain.first.kill();
+        unleash.enable(&flag, HERE).await;
+        until_sees(&mut sdk, &flag, false).await;
+        chain.first.restart();
+        until_sees(&mut sdk, &flag, true).await;
+        chain.until_follows(2).await;
+
+        assert_eq!(polls(&chain.second).await, before, "{}", chain.second.log());
+        assert_eq!(sdk.complaints(), "", "nothing of it was seen behind the second");
+        // Each of its two environments has been asked once at each start, and is polled.
+        let refused = "Polls upstream: it offers no stream";
+        until("each environment was asked once", SOON, async || {
+            (chain.first.log().matches(refused).count() == 2 * 2).then_some(())
+        })
+        .await;
+        let sample = "parapet_upstream_requests_total{purpose=\"stream\",outcome=\"not_offered\"}";
+        assert_eq!(chain.first.metric(sample).await, Some(2.0));
+        let log = chain.first.log();
+        let warns = |line: &&str| line.contains("WARN") && line.contains("stream");
+        assert_eq!(log.lines().find(warns), None, "that is nothing to worry about");
+        sdk.close().await;
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn usage_and_impact_are_counted_once_at_the_other_end() {
+    Unleash::on_every_version(async |unleash: Arc<Unleash>| {
+        let (name, app) = ("chain-usage", "chain-usage-node");
+        let flag = format!("chain.usage-{:?}", unleash.version()).to_lowercase();
+        unleash.create_enabled_flag(&flag, HERE, &[]).await;
+        unleash.wait_until_counted(&flag, HERE).await;
+        let chain = Chain::start(&unleash, name).await;
+        let backend = unleash.create_token(Kind::Backend, HERE, &["*"], name).await;
+        let frontend = unleash.create_token(Kind::Frontend, HERE, &["*"], name).await;
+        let mut node = Sdk::node(&chain.second.url(), &backend, app).await;
+        let mut browser = Sdk::frontend(&chain.second.url(), &frontend, "chain-usage-web").await;
+        until_sees(&mut node, &flag, true).await;
+        for (uses, add, set, observe) in [(3, 2, 5, 7), (4, 3, 4, 70)] {
+            node.count(&flag, uses).await;
+            node.measure("chain_impact", add, set, observe).await;
+            node.flush().await;
+            browser.count(&flag, uses).await;
+            browser.flush().await;
+        }
+        node.count("chain.unknown", 2).await;
+        node.flush().await;
+        // Once it is there, and again when nothing more can come.
+        let impact = [
+            ("chain_impact_counter", 5.0),
+            ("chain_impact_gauge", 4.0),
+            ("chain_impact_histogram_bucket +Inf", 2.0),
+            ("chain_impact_histogram_bucket 10", 1.0),
+            ("chain_impact_histogram_bucket 100", 2.0),
+            ("chain_impact_histogram_count", 2.0),
+            ("chain_impact_histogram_sum", 77.0),
+        ];
+        let impact = impact.map(|(series, value)| (series.to_owned(), value)).into();
+        for last in [false, true] {
+            unleash.wait_for_usage(&flag, app, HERE, (7, 0)).await;
+            unleash.wait_for_usage(&flag, "chain-usage-web", HERE, (7, 0)).await;
+            until("the impact has arrived", SOON, async || {
+                let measured = unleash.impact("chain_impact").await;
+                let sum = measured.get("chain_impact_counter").copied().unwrap_or_default();
+                assert!(sum <= 5.0, "counted too much: {measured:?}");
+                (measured == impact).then_some(())
+            })
+            .await;
+            if !last {
+                assert!(chain.second.terminate().await.success(), "{}", chain.second.log());
+                assert!(chain.first.terminate().await.success(), "{}", chain.first.log());
+            }
+        }
+        until("the application is registered", STORED_WITHIN, async || {
+            unleash.applications().await.iter().any(|it| it == app).then_some(())
+        })
+        .await;
+        node.close().await;
+        browser.close().await;
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn a_token_that_is_revoked_is_refused_at_the_other_end_and_its_streams_end() {
+    Unleash::on_every_version(async |unleash: Arc<Unleash>| {
+        let name = "chain-revocation";
+        let flag = format!("chain.revocation-{:?}", unleash.version()).to_lowercase();
+        unleash.create_enabled_flag(&flag, HERE, &[]).await;
+        let chain = Chain::start(&unleash, name).await;
+        let status = async |token: &str| chain.second.get(FEATURES, token).await.0;
+        let until_status = async |token: &str, expect: StatusCode| {
+            until(&format!("a token gets {expect}"), SOON, async || {
+                (status(token).await == expect).then_some(())
+            })
+            .await;
+        };
+        let doomed = unleash.create_token(Kind::Backend, HERE, &["*"], name).await;
+        let other = unleash.create_token(Kind::Backend, HERE, &["*"], name).await;
+        until_status(&doomed, StatusCode::OK).await;
+        until_status(&other, StatusCode::OK).await;
+        let mut sdk = Sdk::node_streaming(&chain.second.url(), &other, name).await;
+        until_sees(&mut sdk, &flag, true).await;
+        let stream = http().get(chain.second.url() + "/api/client/streaming").timeout(2 * SOON);
+        let mut stream = stream.header("authorization", &doomed).send().await.unwrap();
+        assert_eq!(stream.status(), StatusCode::OK);
+        unleash.delete_token(&doomed).await;
+        until_status(&doomed, StatusCode::UNAUTHORIZED).await;
+        let end = async { while stream.chunk().await.unwrap().is_some() {} };
+        tokio::time::timeout(SOON, end).await.expect("its stream ends");
+
+        // Without its own token the second edge goes on with one that it has seen.
+        unleash.delete_token(&chain.own).await;
+        until_status(&chain.own, StatusCode::UNAUTHORIZED).await;
+        unleash.disable(&flag, HERE).await;
+        until_sees(&mut sdk, &flag, false).await;
+        let streams = "parapet_upstream_streams";
+        assert_eq!(chain.second.metric(streams).await, Some(1.0));
+        assert_eq!(status(&other).await, StatusCode::OK);
+        assert_eq!(sdk.complaints(), "");
+        sdk.close().await;
+    })
+    .await;
+}
