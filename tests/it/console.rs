@@ -36,9 +36,14 @@ struct Console(Driver);
 
 impl Console {
     async fn open(url: &str) -> Self {
+        Self::open_with(url, &Value::Null).await
+    }
+
+    /// With a session's cookie that the browser has kept.
+    async fn open_with(url: &str, session: &Value) -> Self {
         let chromium = PathBuf::from("/usr/bin/chromium");
         assert!(chromium.exists(), "no Chromium: tests/run installs it");
-        let options = json!({ "url": url, "chromium": chromium });
+        let options = json!({ "url": url, "chromium": chromium, "session": session });
         Self(Driver::start("console", node("console.mjs").into(), &options).await)
     }
 
@@ -513,6 +518,32 @@ async fn the_console_is_walked_by_keyboard() {
     console.ask("click", json!({ "name": "Mean time" })).await;
     console.ask("chart", json!({ "moments": 3 })).await;
     assert!(console.focus().await.starts_with("Mean time"));
+    console.close().await;
+}
+
+async fn guess_cookie(url: &str, number: u64) -> StatusCode {
+    let cookie = format!("parapet-session={number:022}.{number:043}");
+    let me = http().get(format!("{url}/api/admin/user")).header("cookie", cookie);
+    me.send().await.unwrap().status()
+}
+
+#[tokio::test]
+async fn an_owner_with_an_old_cookie_signs_in_where_others_guess_cookies() {
+    let parapet = standalone().await;
+    let url = parapet.admin_url();
+    let mut number = 0;
+    while guess_cookie(&url, number).await != StatusCode::TOO_MANY_REQUESTS {
+        number += 1;
+    }
+    let guessing = JoinSet::from_iter([async move {
+        for number in 0.. {
+            guess_cookie(&url, number).await;
+        }
+    }]);
+    let old = json!(format!("{}.{}", "o".repeat(22), "l".repeat(43)));
+    let mut console = Console::open_with(&parapet.admin_url(), &old).await;
+    assert_eq!(console.sign_in(OWNER, PASSWORD).await["signedIn"], true);
+    drop(guessing);
     console.close().await;
 }
 

@@ -5,12 +5,14 @@ import { createRequire } from 'node:module';
 import { chromium } from 'playwright-core';
 import { serve } from './jsonl.mjs';
 
-const { url, chromium: executablePath } = JSON.parse(process.argv[2]);
+const { url, chromium: executablePath, session } = JSON.parse(process.argv[2]);
 const axe = readFileSync(createRequire(import.meta.url).resolve('axe-core/axe.min.js'), 'utf8');
 
 // Whoever runs the tests may be root, for whom Chromium has no sandbox.
 const browser = await chromium.launch({ executablePath, args: ['--no-sandbox'] });
 const context = await browser.newContext({ viewport: { width: 1280, height: 800 }, locale: 'en-GB', timezoneId: 'UTC' });
+// The cookie of an earlier visit.
+if (session) await context.addCookies([{ name: 'parapet-session', value: session, url, httpOnly: true, sameSite: 'Strict' }]);
 await context.grantPermissions(['clipboard-read', 'clipboard-write'], { origin: url });
 const page = await context.newPage();
 page.setDefaultTimeout(20_000);
