@@ -106,7 +106,7 @@ async fn a_change_crosses_two_edges_without_a_poll() {
         let sample = "parapet_upstream_requests_total{purpose=\"stream\",outcome=\"not_offered\"}";
         assert_eq!(chain.first.metric(sample).await, Some(2.0));
         let log = chain.first.log();
-        let warns = |line: &&str| line.contains("WARN") && line.contains("stream");
+        let warns = |line: &&str| line.contains("WARN") && line.contains(" stream");
         assert_eq!(log.lines().find(warns), None, "that is nothing to worry about");
         sdk.close().await;
     })

@@ -390,7 +390,9 @@ async fn the_console_of_an_edge_works_with_the_accounts_and_tokens_of_its_unleas
     let parapet = Parapet::edge(&unleash.url())
         .admin_token(unleash.admin_token())
         .arg("--admin-relay")
-        .impatient()
+        // Not impatient: Unleash takes its time to judge a password, and is given it.
+        .flag("--features-refresh-interval-seconds", "0.5")
+        .flag("--token-list-interval-seconds", "0.5")
         .start()
         .await;
     let mut console = Console::open(&parapet.admin_url()).await;
