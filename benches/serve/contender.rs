@@ -6,9 +6,9 @@ use std::{
     process::Command,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 
-use super::{exchange::Request, flags::document, process::Process};
+use super::{flags::document, parapet, process::Process};
 
 /// Who answers, in the order of the tables.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -117,7 +117,7 @@ impl Stable {
             writeln!(config, "{token:?},")?;
         }
         config.push_str("]\n");
-        self.start_parapet("offline", &config)
+        parapet::start(&self.folder, "offline", &config)
     }
 
     /// Parapet as an edge in front of `upstream`, whose every change it follows at once.
@@ -127,22 +127,7 @@ impl Stable {
              features_refresh_interval_seconds = 0.001\n",
             upstream.address
         );
-        self.start_parapet("edge", &config)
-    }
-
-    fn start_parapet(&self, mode: &str, config: &str) -> Result<Process> {
-        let file = self.folder.join("parapet.toml");
-        std::fs::write(&file, config)?;
-        let data = tempfile::tempdir_in(&self.folder)?.keep();
-        let process = Process::start(&self.folder.join("parapet.log"), |port| {
-            let mut command = Command::new(env!("CARGO_BIN_EXE_parapet"));
-            command.args([mode, "--interface=127.0.0.1", "--admin-port=0"]);
-            command.arg(format!("--port={port}")).arg("--config").arg(file);
-            command.arg("--data-dir").arg(data);
-            command
-        })?;
-        ready(&process)?;
-        Ok(process)
+        parapet::start(&self.folder, "edge", &config)
     }
 
     /// The peer, offline, if it is installed.
@@ -166,16 +151,4 @@ impl Stable {
         }
         Ok(file)
     }
-}
-
-/// Waits until a Parapet has flags.
-fn ready(parapet: &Process) -> Result<()> {
-    let probe = Request::get("/internal-backstage/ready");
-    for _ in 0..500 {
-        if probe.ask(parapet.address, 0).is_ok_and(|answer| answer.status == 200) {
-            return Ok(());
-        }
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    }
-    None.with_context(|| format!("Parapet is not ready: {}", parapet.log()))
 }

@@ -8,19 +8,30 @@
 
 mod bare;
 mod contender;
+#[path = "../exchange.rs"]
 mod exchange;
 #[path = "../flags.rs"]
 mod flags;
 mod load;
+#[path = "../machine.rs"]
 mod machine;
 mod measure;
 mod memory;
+#[path = "../numbers.rs"]
+mod numbers;
+#[path = "../parapet.rs"]
+mod parapet;
+#[path = "../picture.rs"]
+mod picture;
 mod plot;
+#[path = "../process.rs"]
 mod process;
 mod report;
 mod rows;
 mod scaling;
 mod swap;
+#[path = "../table.rs"]
+mod table;
 mod upstream;
 
 use std::{
@@ -31,7 +42,6 @@ use std::{
 
 use anyhow::{Result, ensure};
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::{contender::Stable, measure::Session, report::Report, rows::ROWS, scaling::CURVES};
 
@@ -137,7 +147,7 @@ fn bench(matches: &ArgMatches) -> Result<()> {
             contender::EDGE_VERSION
         );
     }
-    raise_open_files()?;
+    process::raise_room()?;
     let only: Vec<&String> = matches.get_many("only").unwrap_or_default().collect();
     let wanted = |id: &str| only.is_empty() || only.iter().any(|it| *it == id);
     let rows = ROWS.iter().filter(|row| wanted(row.id));
@@ -155,7 +165,10 @@ fn bench(matches: &ArgMatches) -> Result<()> {
             .and_then(|id| failures.attempt(id, || memory::run(&session)))
             .unwrap_or_default(),
     };
-    let machine = machine::describe(&session.stable)?;
+    let edge = if session.stable.has_edge() { contender::EDGE_VERSION } else { "not installed" };
+    let load = format!("{}, one thread", machine::first_line("wrk", "--version"));
+    let facts = [("Unleash Edge", edge), ("load", &load)];
+    let machine = machine::describe("the load generator shares", &facts)?;
     println!("{machine}\n\n{}", report.tables());
     ensure!(failures.0.is_empty(), "not measured, and nothing written: {}", failures.0.join(", "));
     let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs");
@@ -184,10 +197,4 @@ impl Failures {
             })
             .ok()
     }
-}
-
-/// Lets this process and those that it starts open as many files as the system allows.
-fn raise_open_files() -> Result<()> {
-    let limit = getrlimit(Resource::Nofile);
-    Ok(setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })?)
 }

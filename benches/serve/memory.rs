@@ -3,11 +3,11 @@
 use std::{net::TcpStream, time::Duration};
 
 use anyhow::Result;
-use rustix::process::{Resource, getrlimit};
 
 use super::{
-    measure::{Session, to_f64},
-    process::Process,
+    measure::Session,
+    numbers::to_f64,
+    process::{self, Process},
     rows::{Ask, FLAGS},
 };
 
@@ -44,7 +44,7 @@ pub(crate) fn run(session: &Session) -> Result<Vec<Stated>> {
     let many = asked(session, FLAGS, MANY_TOKENS)?.resident()?;
     stated.push(Stated { what: "100,000 tokens".to_owned(), bytes: to_f64(many) - start });
 
-    let room = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    let room = process::room();
     let count = room.saturating_sub(OTHER_FILES).min(MANY_CONNECTIONS);
     let idle = connect(&usual, count)?;
     let (what, each) = ("10,000 idle connections", to_f64(MANY_CONNECTIONS) / to_f64(count));

@@ -1,4 +1,4 @@
-//! What is said in the end: tables in Markdown that can be read in a terminal, too.
+//! What is said in the end.
 
 use std::{fmt::Write as _, fs, path::Path};
 
@@ -8,10 +8,12 @@ use super::{
     contender::Contender,
     measure::Measured,
     memory::Stated,
+    numbers::{thousands, to_f64, verdict},
     plot,
     rows::Outcome,
     scaling::Growth,
     swap::{self, Swapped},
+    table::Table,
 };
 
 /// All that was measured; what was not is empty.
@@ -39,7 +41,7 @@ impl Report {
             ("Memory", "", self.stated()),
         ];
         let mut text = String::new();
-        for (heading, about, table) in parts.iter().filter(|(.., table)| !table.rows.is_empty()) {
+        for (heading, about, table) in parts.iter().filter(|(.., table)| !table.is_empty()) {
             write!(text, "## {heading}\n\n{about}{}\n", table.text()).expect("a string takes all");
         }
         text
@@ -102,7 +104,7 @@ impl Report {
                     micros(measured.p50_micros),
                     micros(measured.p99_micros),
                     format!("{:.1} µs", measured.cpu_micros),
-                    mebibytes(super::measure::to_f64(measured.resident)),
+                    mebibytes(to_f64(measured.resident)),
                 ]
             })
         });
@@ -127,7 +129,7 @@ impl Report {
                     |it| number(measured.get(&it).map(|it: &Measured| it.per_second), thousands);
                 let parapet = &measured[&Contender::Parapet];
                 let bare = measured.get(&Contender::Bare);
-                let point = thousands(super::measure::to_f64(*point));
+                let point = thousands(to_f64(*point));
                 let with = format!("{point} {}", growth.curve.axis);
                 let mut row = vec![growth.curve.request.to_owned(), with];
                 row.extend(CONTENDERS.map(rate));
@@ -135,7 +137,7 @@ impl Report {
                     number(bare.map(|bare| parapet.ratio(bare)), |it| format!("{it:.2}")),
                     micros(parapet.p99_micros),
                     format!("{:.1} µs", parapet.cpu_micros),
-                    mebibytes(super::measure::to_f64(parapet.resident)),
+                    mebibytes(to_f64(parapet.resident)),
                 ]);
                 row
             })
@@ -195,10 +197,6 @@ request, as clients do, or asks again at once, and then nobody has a processor t
 
 ";
 
-fn verdict(met: bool) -> String {
-    if met { "met" } else { "missed" }.to_owned()
-}
-
 fn number(value: Option<f64>, write: impl Fn(f64) -> String) -> String {
     value.map_or_else(|| NONE.to_owned(), write)
 }
@@ -213,53 +211,4 @@ fn micros(value: f64) -> String {
 
 fn mebibytes(value: f64) -> String {
     format!("{:.1} MiB", value / 1024.0 / 1024.0)
-}
-
-/// A whole number with commas.
-pub(crate) fn thousands(value: f64) -> String {
-    let digits = format!("{value:.0}");
-    let mut text = String::new();
-    for (at, digit) in digits.chars().enumerate() {
-        if at > 0 && (digits.len() - at) % 3 == 0 {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
-}
-
-/// A table; the first column is text, others are numbers or short.
-struct Table {
-    rows: Vec<Vec<String>>,
-    head: Vec<String>,
-}
-
-impl Table {
-    fn new(head: &[&str], rows: Vec<Vec<String>>) -> Self {
-        Self { head: head.iter().map(|&it| it.to_owned()).collect(), rows }
-    }
-
-    fn text(&self) -> String {
-        let lines = || std::iter::once(&self.head).chain(&self.rows);
-        let width = |column: usize| lines().map(|row| row[column].chars().count()).max();
-        let widths: Vec<usize> = (0..self.head.len()).filter_map(width).collect();
-        let mut text = String::new();
-        for (at, row) in lines().enumerate() {
-            for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
-                let cell =
-                    if column == 0 { format!("{cell:<width$}") } else { format!("{cell:>width$}") };
-                write!(text, "| {cell} ").expect("a string takes all");
-            }
-            text.push_str("|\n");
-            if at == 0 {
-                for (column, width) in widths.iter().enumerate() {
-                    let (dashes, colon) =
-                        ("-".repeat(width + 1), if column == 0 { "-" } else { ":" });
-                    write!(text, "|{dashes}{colon}").expect("a string takes all");
-                }
-                text.push_str("|\n");
-            }
-        }
-        text
-    }
 }

@@ -16,7 +16,8 @@ use anyhow::{Context as _, Result};
 
 use super::{
     exchange::Request,
-    measure::{Case, Session, median},
+    measure::{Case, Session},
+    numbers::median,
     process::Process,
     rows::Ask,
     upstream::COUNT,

@@ -9,13 +9,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// How long a contender may take until it listens; compiling 10,000 flags takes some of them seconds.
 const PATIENCE: Duration = Duration::from_mins(1);
-
-/// The unit of times in `/proc/PID/stat`, in microseconds: Linux says hundredths of a second on all
-/// architectures that people serve from.
-const TICK: u64 = 10_000;
 
 /// A server that is ended when this is dropped.
 #[derive(Debug)]
@@ -61,19 +58,14 @@ impl Process {
         String::from_utf8_lossy(&text[text.len().saturating_sub(2000)..]).into_owned()
     }
 
-    /// The processor time that it has taken so far, in microseconds.
-    pub(crate) fn cpu_micros(&self) -> Result<u64> {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id()))?;
-        // The second field is a name in parentheses, which may hold anything.
-        let rest = stat.rsplit_once(')').context("/proc/PID/stat has a name")?.1;
-        let field = |n: usize| rest.split_whitespace().nth(n).and_then(|it| it.parse::<u64>().ok());
-        let (user, system) = field(11).zip(field(12)).context("/proc/PID/stat has times")?;
-        Ok((user + system) * TICK)
+    /// Its folder below `/proc`.
+    pub(crate) fn proc(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/{}", self.child.id()))
     }
 
     /// Its resident memory, in bytes.
     pub(crate) fn resident(&self) -> Result<u64> {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
+        let status = std::fs::read_to_string(self.proc().join("status"))?;
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
         let number = line.and_then(|it| it.trim().strip_suffix(" kB")?.parse::<u64>().ok());
         Ok(number.context("/proc/PID/status has VmRSS")? * 1024)
@@ -90,4 +82,15 @@ impl Drop for Process {
 
 fn free_port() -> Result<u16> {
     Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
+}
+
+/// Lets this process and those that it starts open as many files as the system allows.
+pub(crate) fn raise_room() -> Result<()> {
+    let limit = getrlimit(Resource::Nofile);
+    Ok(setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })?)
+}
+
+/// How many files this process, and each that it starts, may have open.
+pub(crate) fn room() -> u64 {
+    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }

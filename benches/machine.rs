@@ -5,10 +5,9 @@ use std::{fs, process::Command};
 use anyhow::Result;
 use jiff::Timestamp;
 
-use super::contender::{EDGE_VERSION, Stable};
-
-/// What a reader has to know to judge the numbers, as a list in Markdown.
-pub(crate) fn describe(stable: &Stable) -> Result<String> {
+/// What a reader has to know to judge the numbers, as a list in Markdown: the machine, what was built
+/// how, and these further facts. `sharers` says who takes processor time besides the servers.
+pub(crate) fn describe(sharers: &str, facts: &[(&str, &str)]) -> Result<String> {
     let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = cpu.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
     let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
@@ -18,28 +17,22 @@ pub(crate) fn describe(stable: &Stable) -> Result<String> {
     // Without what its builder calls it.
     let kernel = kernel.split('-').next().unwrap_or_default();
     let cores = std::thread::available_parallelism()?;
-    let edge = if stable.has_edge() { EDGE_VERSION } else { "not installed" };
-    let facts = [
-        (
-            "machine",
-            format!(
-                "{}, {cores} cores that the load generator shares, {:.0} GiB, Linux {}",
-                model.map_or("unknown processor", |(_, model)| model),
-                memory.map_or(f64::NAN, super::measure::to_f64) / 1024.0 / 1024.0,
-                kernel.trim(),
-            ),
-        ),
-        ("built by", first_line("rustc", "--version")),
-        ("Parapet", format!("{} ({})", env!("CARGO_PKG_VERSION"), revision())),
-        ("Unleash Edge", edge.to_owned()),
-        ("load", format!("{}, one thread", first_line("wrk", "--version"))),
-        ("date", Timestamp::now().strftime("%Y-%m-%d").to_string()),
-    ];
-    Ok(facts.map(|(name, value)| format!("* {name}: {value}")).join("\n"))
+    let machine = format!(
+        "{}, {cores} cores that {sharers}, {:.0} GiB, Linux {}",
+        model.map_or("unknown processor", |(_, model)| model),
+        memory.map_or(f64::NAN, super::numbers::to_f64) / 1024.0 / 1024.0,
+        kernel.trim(),
+    );
+    let built = first_line("rustc", "--version");
+    let parapet = format!("{} ({})", env!("CARGO_PKG_VERSION"), revision());
+    let date = Timestamp::now().strftime("%Y-%m-%d").to_string();
+    let first = [("machine", &*machine), ("built by", &built), ("Parapet", &parapet)];
+    let all = [&first, facts, &[("date", &date)]].concat();
+    Ok(all.iter().map(|(name, value)| format!("* {name}: {value}")).collect::<Vec<_>>().join("\n"))
 }
 
 /// The first line of what a program says of itself.
-fn first_line(program: &str, argument: &str) -> String {
+pub(crate) fn first_line(program: &str, argument: &str) -> String {
     let output = Command::new(program).arg(argument).output();
     let text = output.map(|it| String::from_utf8_lossy(&it.stdout).into_owned());
     let line = text.ok().and_then(|text| text.lines().next().map(str::to_owned));
