@@ -1,0 +1,140 @@
+//! What thousands of open streams cost: `cargo bench --bench streams`, `-- --help` for more.
+//!
+//! It measures real processes from outside, on one machine, and promises nothing: beside Parapet
+//! runs a bare server that writes the same bytes, and what counts is the ratio.
+
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program for the terminal")]
+
+mod audience;
+mod bare;
+#[path = "../exchange.rs"]
+mod exchange;
+#[path = "../flags.rs"]
+mod flags;
+#[path = "../machine.rs"]
+mod machine;
+mod measure;
+#[path = "../numbers.rs"]
+mod numbers;
+#[path = "../parapet.rs"]
+mod parapet;
+#[path = "../picture.rs"]
+mod picture;
+#[path = "../process.rs"]
+mod process;
+mod report;
+mod server;
+#[path = "../table.rs"]
+mod table;
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Result, ensure};
+use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
+
+use crate::{measure::Session, report::Report};
+
+/// How many streams there are, one level after the other.
+const LEVELS: [u64; 3] = [100, 1_000, 10_000];
+
+/// How often a change is told at each level.
+const ROUNDS: u16 = 7;
+
+/// For how long it is watched what keeping alive costs.
+const STRETCH: Duration = Duration::from_secs(12);
+
+/// Open files that are needed besides streams.
+const OTHER_FILES: u64 = 100;
+
+fn main() -> Result<()> {
+    let matches = command().get_matches();
+    match matches.subcommand() {
+        Some(("bare", matches)) => {
+            let port = *matches.get_one("port").expect("it is required");
+            bare::serve(path(matches, "first"), path(matches, "then"), port)
+        }
+        Some(_) => unreachable!("clap knows no other subcommands"),
+        None if matches.get_flag("bench") => bench(&matches),
+        None => {
+            // `cargo test --all-targets` runs this, too.
+            println!("nothing measured: this runs by `cargo bench --bench streams`");
+            Ok(())
+        }
+    }
+}
+
+fn command() -> Command {
+    let switch = |name, help| Arg::new(name).long(name).help(help).action(ArgAction::SetTrue);
+    let option = |name, help| Arg::new(name).long(name).help(help);
+    let needed = |name| Arg::new(name).long(name).required(true);
+    Command::new("streams")
+        .about("Measures what thousands of open streams cost, beside a bare server")
+        .arg(switch("quick", "A short look: two rounds, and keeping alive is left out"))
+        .arg(
+            option("streams", "Measure so many only; may be repeated")
+                .action(ArgAction::Append)
+                .value_parser(value_parser!(u64).range(1..)),
+        )
+        .arg(
+            option("rounds", "How often a change is told [default: 7]")
+                .value_parser(value_parser!(u16).range(1..)),
+        )
+        .arg(
+            option(
+                "docs",
+                "Write streams.md and its plots into this folder [default: docs, of a full run]",
+            )
+            .value_parser(value_parser!(PathBuf)),
+        )
+        .arg(switch("bench", "Given by cargo").hide(true))
+        .subcommand(
+            Command::new("bare")
+                .about("The baseline; started by the benchmark itself")
+                .arg(needed("first").value_parser(value_parser!(PathBuf)))
+                .arg(needed("then").value_parser(value_parser!(PathBuf)))
+                .arg(needed("port").value_parser(value_parser!(u16))),
+        )
+}
+
+fn path<'a>(matches: &'a ArgMatches, name: &str) -> &'a Path {
+    matches.get_one::<PathBuf>(name).expect("it is required")
+}
+
+fn bench(matches: &ArgMatches) -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let quick = matches.get_flag("quick");
+    let rounds = *matches.get_one::<u16>("rounds").unwrap_or(if quick { &2 } else { &ROUNDS });
+    let session = Session {
+        folder: folder.path().to_owned(),
+        rounds: rounds.into(),
+        stretch: (!quick).then_some(STRETCH),
+    };
+    process::raise_room()?;
+    let room = process::room().saturating_sub(OTHER_FILES);
+    let asked: Option<Vec<u64>> = matches.get_many("streams").map(|them| them.copied().collect());
+    let wanted = asked.clone().unwrap_or(LEVELS.into());
+    let (levels, beyond): (Vec<u64>, Vec<u64>) = wanted.iter().partition(|&&it| it <= room);
+    if !beyond.is_empty() {
+        eprintln!(
+            "{beyond:?} streams are left out: {} files may be open; raise the hard limit \
+             (`ulimit -Hn`)",
+            process::room()
+        );
+    }
+    ensure!(!levels.is_empty(), "nothing is left to measure");
+    let levels = levels.into_iter().map(|it| session.measure(it)).collect::<Result<_>>()?;
+    let report = Report { levels };
+    let machine = machine::describe("the clients share", &[])?;
+    println!("{machine}\n\n{}", report.tables());
+    let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs");
+    let whole = !quick && asked.is_none() && beyond.is_empty();
+    if let Some(docs) = matches.get_one::<PathBuf>("docs").or(Some(&own).filter(|_| whole)) {
+        let command = format!("cargo bench --bench streams -- --rounds {rounds}");
+        report.write(docs, &machine, &command)?;
+        eprintln!("{} is written", docs.join("streams.md").display());
+    }
+    Ok(())
+}

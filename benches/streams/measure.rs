@@ -1,0 +1,223 @@
+//! What so many streams cost: memory, the way of a change to all of them, and their keeping alive.
+
+use std::{
+    net::TcpStream,
+    path::PathBuf,
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+use anyhow::Result;
+use jiff::Timestamp;
+
+use super::{
+    audience::{Audience, record},
+    numbers::{median, to_f64},
+    process::Process,
+    server::Server,
+};
+
+/// How the whole benchmark is run.
+#[derive(Debug)]
+pub(crate) struct Session {
+    pub(crate) folder: PathBuf,
+    /// How often a change is told.
+    pub(crate) rounds: usize,
+    /// For how long it is watched what keeping alive costs, if it is.
+    pub(crate) stretch: Option<Duration>,
+}
+
+/// What so many streams cost, beside as many connections on which nothing is asked any more, and
+/// beside the baseline.
+#[derive(Debug)]
+pub(crate) struct Level {
+    pub(crate) streams: u64,
+    /// Resident memory of each, in bytes.
+    pub(crate) stream: f64,
+    /// The same when all have ended and come back.
+    pub(crate) again: f64,
+    pub(crate) idle: f64,
+    pub(crate) bare: f64,
+    pub(crate) told: Spread,
+    pub(crate) bare_told: Spread,
+    pub(crate) kept: Option<Kept>,
+}
+
+/// When clients had a change, in milliseconds since the server began to tell it; by the median over
+/// rounds.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Spread {
+    pub(crate) first: f64,
+    pub(crate) p50: f64,
+    pub(crate) p99: f64,
+    pub(crate) last: f64,
+}
+
+/// What keeping alive costs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Kept {
+    /// Comments sent on all streams, each second.
+    pub(crate) comments: f64,
+    /// Processor time of streams, as a share of one core.
+    pub(crate) streams: f64,
+    /// The same of connections without streams.
+    pub(crate) idle: f64,
+}
+
+/// How long a server is left alone between rounds where it does not take its time itself.
+const BETWEEN_ROUNDS: Duration = Duration::from_millis(300);
+
+/// Memory is read when so many looks in a row have seen about the same.
+const LOOKS: usize = 5;
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+const SAME: u64 = 64 << 10;
+const LONGEST_SETTLING: usize = 50;
+
+impl Session {
+    /// Measures so many streams.
+    pub(crate) fn measure(&self, streams: u64) -> Result<Level> {
+        eprintln!("{streams} streams");
+        let (idle, idle_share) = self.idle(streams)?;
+        eprintln!("  {idle:.0} bytes an idle connection");
+
+        let mut server = Server::parapet(&self.folder, streams)?;
+        let (request, host) = (server.request(), server.process.address);
+        let (first, then) = record(host, &request, || server.change())?;
+        server.await_nobody()?;
+        let before = settled(&server.process)?;
+        let mut audience = Audience::new()?;
+        let each = |server: &Server| -> Result<f64> {
+            Ok((to_f64(settled(&server.process)?) - to_f64(before)) / to_f64(streams))
+        };
+        audience.open(streams, host, &request)?;
+        let stream = each(&server)?;
+        eprintln!("  {stream:.0} bytes a stream");
+        let told = self.tell(&mut server, &audience, streams)?;
+        let kept = self.keep(&server, &audience)?;
+        let kept = kept.zip(idle_share).map(|((comments, streams), idle)| {
+            eprintln!("  {comments:.1} comments/s, {:.3} % of a core", streams * 100.0);
+            Kept { comments, streams, idle }
+        });
+        audience.leave();
+        server.await_nobody()?;
+        audience.open(streams, host, &request)?;
+        let again = each(&server)?;
+        eprintln!("  {again:.0} bytes a stream, when all have come back");
+        drop((audience, server));
+
+        let mut server = Server::bare(&self.folder, &first, &then)?;
+        let before = settled(&server.process)?;
+        let mut audience = Audience::new()?;
+        audience.open(streams, server.process.address, &request)?;
+        let bare = (to_f64(settled(&server.process)?) - to_f64(before)) / to_f64(streams);
+        eprintln!("  {bare:.0} bytes a stream of the baseline");
+        let bare_told = self.tell(&mut server, &audience, streams)?;
+        Ok(Level { streams, stream, again, idle, bare, told, bare_told, kept })
+    }
+
+    /// What each of so many connections takes that have been used once and stay open, and all of them
+    /// as a share of one core.
+    fn idle(&self, count: u64) -> Result<(f64, Option<f64>)> {
+        let server = Server::parapet(&self.folder, count)?;
+        let (poll, host) = (server.poll()?, server.process.address);
+        let before = settled(&server.process)?;
+        let open = (0..count).map(|_| {
+            let stream = TcpStream::connect(host)?;
+            poll.ask_on(&stream, host, 0)?;
+            Ok(stream)
+        });
+        let open = open.collect::<Result<Vec<_>>>()?;
+        let each = (to_f64(settled(&server.process)?) - to_f64(before)) / to_f64(count);
+        let share = self.stretch.map(|time| share(&server.process, time)).transpose()?;
+        drop(open);
+        Ok((each, share))
+    }
+
+    /// Tells a change several times, after once that does not count.
+    fn tell(&self, server: &mut Server, audience: &Audience, streams: u64) -> Result<Spread> {
+        let mut rounds = Vec::new();
+        for round in 0..=self.rounds {
+            audience.forget();
+            server.change()?;
+            let frames = audience.await_frames(streams)?;
+            let spread = Spread::of(&frames, server.changed_at()?);
+            if round > 0 {
+                eprintln!(
+                    "  round {round} of {}: the last after {:.1} ms",
+                    self.rounds, spread.last
+                );
+                rounds.push(spread);
+            }
+            sleep(BETWEEN_ROUNDS);
+        }
+        Ok(Spread::median(&rounds))
+    }
+
+    /// Comments each second, and the share of one core, from when comments have begun to come.
+    fn keep(&self, server: &Server, audience: &Audience) -> Result<Option<(f64, f64)>> {
+        let Some(time) = self.stretch else { return Ok(None) };
+        audience.await_comments(1)?;
+        let (before, began) = (audience.comments(), Instant::now());
+        let share = share(&server.process, time)?;
+        let comments = to_f64(audience.comments() - before) / began.elapsed().as_secs_f64();
+        Ok(Some((comments, share)))
+    }
+}
+
+impl Spread {
+    /// Of what arrived at these times, the earliest first, since `start`.
+    fn of(arrivals: &[Timestamp], start: Timestamp) -> Self {
+        let after = |share: usize| {
+            let arrival = arrivals[(arrivals.len() - 1) * share / 100];
+            arrival.duration_since(start).as_secs_f64() * 1e3
+        };
+        Self { first: after(0), p50: after(50), p99: after(99), last: after(100) }
+    }
+
+    fn median(rounds: &[Self]) -> Self {
+        let of = |part: fn(&Self) -> f64| median(rounds.iter().map(part));
+        Self {
+            first: of(|it| it.first),
+            p50: of(|it| it.p50),
+            p99: of(|it| it.p99),
+            last: of(|it| it.last),
+        }
+    }
+}
+
+/// Processor time over a stretch, as a share of one core.
+fn share(process: &Process, stretch: Duration) -> Result<f64> {
+    let (before, began) = (cpu_nanos(process)?, Instant::now());
+    sleep(stretch);
+    let nanos = cpu_nanos(process)?.saturating_sub(before);
+    Ok(to_f64(nanos) / 1e9 / began.elapsed().as_secs_f64())
+}
+
+/// The processor time that a process's present threads have taken so far, in nanoseconds; times of
+/// the whole process are too coarse for what takes little.
+fn cpu_nanos(process: &Process) -> Result<u64> {
+    let mut nanos = 0;
+    for thread in std::fs::read_dir(process.proc().join("task"))? {
+        // One that has just ended has no file any more.
+        let text = std::fs::read_to_string(thread?.path().join("schedstat")).unwrap_or_default();
+        let first = text.split_whitespace().next().and_then(|it| it.parse::<u64>().ok());
+        nanos += first.unwrap_or_default();
+    }
+    Ok(nanos)
+}
+
+/// The resident memory of a process once it changes no more, in bytes.
+fn settled(process: &Process) -> Result<u64> {
+    let mut looks = Vec::new();
+    for _ in 0..LONGEST_SETTLING {
+        looks.push(process.resident()?);
+        let last = looks.iter().rev().take(LOOKS);
+        let (low, high) =
+            last.clone().fold((u64::MAX, 0), |(low, high), &it| (low.min(it), high.max(it)));
+        if last.count() == LOOKS && high - low <= SAME {
+            break;
+        }
+        sleep(LOOK_EVERY);
+    }
+    process.resident()
+}

@@ -1,0 +1,204 @@
+//! What is said in the end.
+
+use std::{fs, path::Path};
+
+use anyhow::Result;
+
+use super::{
+    measure::{Kept, Level},
+    numbers::{thousands, to_f64, verdict},
+    picture::{Panel, Picture},
+    table::Table,
+};
+
+/// What a stream may take, in bytes.
+const MEMORY_GOAL: f64 = 16.0 * 1024.0;
+
+/// Within how many milliseconds all have a change.
+const TOLD_GOAL: f64 = 150.0;
+
+/// All that was measured.
+#[derive(Debug)]
+pub(crate) struct Report {
+    pub(crate) levels: Vec<Level>,
+}
+
+impl Report {
+    /// The tables, each under a heading.
+    pub(crate) fn tables(&self) -> String {
+        let parts = [
+            ("Memory", MEMORY, self.memory()),
+            ("From a change to its last reader", TOLD, self.told()),
+            ("Keeping alive", KEPT, self.kept()),
+        ];
+        let parts = parts.iter().filter(|(.., table)| !table.is_empty());
+        let parts =
+            parts.map(|(title, about, table)| format!("## {title}\n\n{about}\n\n{}", table.text()));
+        parts.collect::<Vec<_>>().join("\n")
+    }
+
+    /// Writes `streams.md` and the plots that it shows.
+    pub(crate) fn write(&self, folder: &Path, machine: &str, command: &str) -> Result<()> {
+        let plots = folder.join("streams");
+        fs::create_dir_all(&plots)?;
+        fs::write(plots.join("growth.svg"), self.growth())?;
+        let text = format!(
+            "# Streams\n\n{INTRODUCTION}\n```sh\n{command}\n```\n\n{machine}\n\n\
+             ![What streams cost as they become more](streams/growth.svg)\n\n{}",
+            self.tables()
+        );
+        Ok(fs::write(folder.join("streams.md"), text)?)
+    }
+
+    fn memory(&self) -> Table {
+        let head = [
+            "streams",
+            "Parapet, each",
+            "all come back, each",
+            "goal",
+            "",
+            "idle connection without a stream",
+            "bare tokio, each",
+        ];
+        let rows = self.levels.iter().map(|it| {
+            vec![
+                thousands(to_f64(it.streams)),
+                kibibytes(it.stream),
+                kibibytes(it.again),
+                format!("≤ {}", kibibytes(MEMORY_GOAL)),
+                verdict(it.stream.max(it.again) <= MEMORY_GOAL),
+                kibibytes(it.idle),
+                kibibytes(it.bare),
+            ]
+        });
+        Table::new(&head, rows.collect())
+    }
+
+    fn told(&self) -> Table {
+        let head =
+            ["streams", "", "first", "half", "99 of 100", "last", "goal", "", "last ÷ bare tokio"];
+        let rows = self.levels.iter().flat_map(|it| {
+            let row = |name: &str, told: &super::measure::Spread, rest: [String; 3]| {
+                let times = [told.first, told.p50, told.p99, told.last].map(millis);
+                let mut row = vec![thousands(to_f64(it.streams)), name.to_owned()];
+                row.extend(times.into_iter().chain(rest));
+                row
+            };
+            let rest = [
+                format!("≤ {}", millis(TOLD_GOAL)),
+                verdict(it.told.last <= TOLD_GOAL),
+                format!("{:.2}", it.told.last / it.bare_told.last),
+            ];
+            [
+                row("Parapet", &it.told, rest),
+                row("bare tokio", &it.bare_told, [const { String::new() }; 3]),
+            ]
+        });
+        Table::new(&head, rows.collect())
+    }
+
+    fn kept(&self) -> Table {
+        let head = [
+            "streams",
+            "comments per second",
+            "processor, of one core",
+            "as many idle connections",
+            "each comment",
+        ];
+        let rows = self.levels.iter().filter_map(|it| {
+            let Kept { comments, streams, idle } = it.kept?;
+            Some(vec![
+                thousands(to_f64(it.streams)),
+                format!("{comments:.1}"),
+                percent(streams),
+                percent(idle),
+                format!("{:.0} µs", (streams - idle) / comments * 1e6),
+            ])
+        });
+        Table::new(&head, rows.collect())
+    }
+
+    /// All of it against the number of streams.
+    fn growth(&self) -> String {
+        const WIDTH: f64 = 300.0;
+        const HEIGHT: f64 = 270.0;
+        let line = |of: &dyn Fn(&Level) -> Option<f64>| {
+            let points = self.levels.iter().filter_map(|it| Some((to_f64(it.streams), of(it)?)));
+            points.collect::<Vec<_>>()
+        };
+        let panels = [
+            Panel {
+                title: "resident memory of each, KiB",
+                axis: "streams",
+                lines: vec![
+                    ("bare", line(&|it| Some(it.bare / 1024.0))),
+                    ("edge", line(&|it| Some(it.idle / 1024.0))),
+                    ("parapet", line(&|it| Some(it.stream.max(it.again) / 1024.0))),
+                ],
+                goal: Some(MEMORY_GOAL / 1024.0),
+            },
+            Panel {
+                title: "from a change to its last reader, ms",
+                axis: "streams",
+                lines: vec![
+                    ("bare", line(&|it| Some(it.bare_told.last))),
+                    ("parapet", line(&|it| Some(it.told.last))),
+                ],
+                goal: Some(TOLD_GOAL),
+            },
+            Panel {
+                title: "keeping alive, % of one core",
+                axis: "streams",
+                lines: vec![
+                    ("edge", line(&|it| Some(it.kept?.idle * 100.0))),
+                    ("parapet", line(&|it| Some(it.kept?.streams * 100.0))),
+                ],
+                goal: None,
+            },
+        ];
+        let mut picture = Picture::new("What streams cost, less is better");
+        let names = [
+            ("bare", "bare tokio"),
+            ("parapet", "Parapet, streams"),
+            ("edge", "Parapet, idle connections"),
+        ];
+        picture.legend((WIDTH * 3.0 - 480.0, 28.0), &names);
+        for (at, panel) in panels.iter().enumerate() {
+            let place = (to_f64(at as u64) * WIDTH, 44.0);
+            panel.draw(&mut picture, place, (WIDTH, HEIGHT));
+        }
+        picture.finish(WIDTH * 3.0, 52.0 + HEIGHT)
+    }
+}
+
+const INTRODUCTION: &str = "\
+Clients that follow `/api/client/streaming` of an offline Parapet with 350 flags (175 kB), beside a
+bare tokio server that writes the same bytes to as many connections when told, which is as fast as
+this machine can be. Servers are processes of their own, and the clients are one thread of another,
+all on one machine; numbers are medians over rounds. Made by
+";
+
+const MEMORY: &str = "\
+Resident memory after each stream has had its 175 kB and all is quiet, less what there was before,
+divided by the number of streams; once more after all clients have left and come back. Beside it
+connections that have been asked one thing and are kept alive.";
+
+const TOLD: &str = "\
+One flag changes. From the swap, as the server's log tells it, until a client has read the last byte
+of the event; the clients take their processor time from the same cores.";
+
+const KEPT: &str = "\
+Processor time of the server while nothing happens but the comments that keep proxies from giving up,
+one each 15 to 25 seconds on each stream.";
+
+fn kibibytes(bytes: f64) -> String {
+    format!("{:.1} KiB", bytes / 1024.0)
+}
+
+fn millis(value: f64) -> String {
+    if value < 10.0 { format!("{value:.2} ms") } else { format!("{value:.0} ms") }
+}
+
+fn percent(share: f64) -> String {
+    format!("{:.3} %", share * 100.0)
+}

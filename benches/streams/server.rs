@@ -1,0 +1,133 @@
+//! Who streams: Parapet, or the baseline; and how either is brought to tell a change.
+
+use std::{
+    io::Write as _,
+    path::{Path, PathBuf},
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use jiff::Timestamp;
+
+use super::{exchange::Request, flags::document, parapet, process::Process};
+
+/// How many flags there are.
+pub(crate) const FLAGS: usize = 350;
+
+/// What either server's log says right before it begins to tell a change.
+pub(crate) const CHANGED: &str = "New flags";
+
+const CLIENT: &str = "*:development.client-of-the-benchmark-0123456789abcdef";
+
+/// What changes: the description of one flag.
+const DESCRIPTION: &str = "Some description of feature 0 ";
+
+/// The longest that closed connections may stay open.
+const PATIENCE: Duration = Duration::from_mins(1);
+
+/// A server that streams.
+#[derive(Debug)]
+pub(crate) struct Server {
+    pub(crate) process: Process,
+    kind: Kind,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Parapet {
+        flags: PathBuf,
+        changes: u32,
+    },
+    /// Writes what it was given.
+    Bare,
+}
+
+impl Server {
+    /// Parapet, offline, that lets this many clients in.
+    pub(crate) fn parapet(folder: &Path, clients: u64) -> Result<Self> {
+        let flags = folder.join("flags.json");
+        std::fs::write(&flags, document(FLAGS))?;
+        let config = format!(
+            "bootstrap_file = '{}'\nclient_tokens = [{CLIENT:?}]\nmax_streams = {clients}\n\
+             max_connections = {}\nheader_read_timeout_seconds = 600\n",
+            flags.display(),
+            clients * 2
+        );
+        let process = parapet::start(folder, "offline", &config)?;
+        Ok(Self { process, kind: Kind::Parapet { flags, changes: 0 } })
+    }
+
+    /// The baseline, which says these bytes first, and those at each change.
+    pub(crate) fn bare(folder: &Path, first: &[u8], then: &[u8]) -> Result<Self> {
+        let this = std::env::current_exe()?;
+        let files = [folder.join("first"), folder.join("then")];
+        std::fs::write(&files[0], first)?;
+        std::fs::write(&files[1], then)?;
+        let process = Process::start(&folder.join("bare.log"), |port| {
+            let mut command = Command::new(this);
+            command.args(["bare", "--port", &port.to_string()]);
+            command.arg("--first").arg(&files[0]).arg("--then").arg(&files[1]);
+            command
+        })?;
+        Ok(Self { process, kind: Kind::Bare })
+    }
+
+    /// What a client asks for a stream.
+    pub(crate) fn request(&self) -> String {
+        ask("/api/client/streaming")
+            .header("Accept", "text/event-stream")
+            .text(self.process.address)
+    }
+
+    /// What a client asks that polls and knows all there is.
+    pub(crate) fn poll(&self) -> Result<Request> {
+        let request = ask("/api/client/features");
+        let answer = request.ask(self.process.address, 0)?;
+        let tag = answer.header("etag").context("flags have an entity tag")?;
+        Ok(request.header("If-None-Match", tag))
+    }
+
+    /// Changes a flag; it is told of soon.
+    pub(crate) fn change(&mut self) -> Result<()> {
+        match &mut self.kind {
+            Kind::Parapet { flags, changes } => {
+                *changes += 1;
+                // As long as the others, so that only what is said differs.
+                let change = format!("{DESCRIPTION}(as of {changes:06}) ");
+                let text = document(FLAGS).replacen(DESCRIPTION, &change, 1);
+                ensure!(text.contains(&change), "the first flag is described");
+                let new = flags.with_extension("new");
+                std::fs::write(&new, text)?;
+                Ok(std::fs::rename(new, flags)?)
+            }
+            Kind::Bare => Ok(writeln!(self.process.input()?, "change")?),
+        }
+    }
+
+    /// When the server began to tell the last change.
+    pub(crate) fn changed_at(&self) -> Result<Timestamp> {
+        let log = self.process.log();
+        let line = log.lines().rev().find(|line| line.contains(CHANGED));
+        let time = line.and_then(|line| line.split_whitespace().next());
+        time.and_then(|time| time.parse().ok()).with_context(|| format!("no change told: {log}"))
+    }
+
+    /// Waits until a Parapet has noticed that all clients of streams are gone.
+    pub(crate) fn await_nobody(&self) -> Result<()> {
+        let began = Instant::now();
+        loop {
+            let metrics =
+                Request::get("/internal-backstage/metrics").ask(self.process.address, 0)?;
+            if String::from_utf8_lossy(&metrics.body).lines().any(|it| it == "parapet_streams 0") {
+                return Ok(());
+            }
+            ensure!(began.elapsed() < PATIENCE, "streams do not end with their clients");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+fn ask(path: &str) -> Request {
+    Request::get(path).header("Authorization", CLIENT)
+}
