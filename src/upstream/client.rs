@@ -38,9 +38,10 @@ use crate::{
 /// A flag and a path that no server has.
 const PROBE: &str = "parapet-asks-for-nothing";
 
-/// The longest that sending usage may take, whatever other requests may: giving up on a batch that
-/// upstream is still storing would count it twice.
-const USAGE_TIMEOUT: Duration = Duration::from_secs(30);
+/// The longest that sending usage and making a token may take, whatever other requests may: giving up
+/// on a batch that upstream is still storing would count it twice, and a token whose secret is told
+/// once would be lost.
+const PATIENT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The largest body that is taken from upstream, in bytes after decompression.
 const MAX_BODY: usize = 256 << 20;
@@ -226,7 +227,7 @@ impl Upstream {
     pub async fn send_usage(&self, token: &Token, body: Bytes) -> Result<(), Error> {
         let path = &["api", "client", "metrics", "bulk"];
         let request =
-            self.request(Method::POST, path, Some(token)).timeout(USAGE_TIMEOUT).body(body);
+            self.request(Method::POST, path, Some(token)).timeout(PATIENT_TIMEOUT).body(body);
         self.call(Purpose::Usage, request.header(CONTENT_TYPE, JSON), done).await
     }
 
@@ -261,7 +262,8 @@ impl Upstream {
     ) -> Result<Token, Error> {
         let body = CreateRequest::backend(name, environment);
         let request = self.request(Method::POST, &["api", "admin", "api-tokens"], Some(admin));
-        let created: Created = self.call(Purpose::CreateToken, json(request, &body), read).await?;
+        let request = json(request, &body).timeout(PATIENT_TIMEOUT);
+        let created: Created = self.call(Purpose::CreateToken, request, read).await?;
         Ok(created.secret)
     }
 

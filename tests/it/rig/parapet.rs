@@ -178,10 +178,11 @@ impl Parapet {
             .collect()
     }
 
-    /// Waits until `/internal-backstage/ready` says 200; panics with the log if the process ends or a minute passes.
+    /// Waits until `/internal-backstage/ready` says 200; panics with the log if the process ends or three minutes pass:
+    /// what it needs from upstream it may have to ask for twice, a minute apart.
     pub(crate) async fn wait_until_ready(&self) {
         let ready = format!("{}/internal-backstage/ready", self.url());
-        until("Parapet is ready", Duration::from_mins(1), async || {
+        until("Parapet is ready", Duration::from_mins(3), async || {
             if let Some(status) = self.ended() {
                 panic!("parapet ended with {status}; it printed:\n{}", self.log());
             }
