@@ -6,7 +6,6 @@
 
 pub mod access;
 pub mod admin;
-pub mod attended;
 pub mod client;
 pub mod coding;
 pub mod conditional;
@@ -23,5 +22,4 @@ pub mod payload;
 pub mod reply;
 pub mod report;
 pub mod route;
-pub mod stream;
 pub mod streaming;

@@ -3,32 +3,32 @@
 //! The listener and the signal to stop are arguments, so that a test starts the real thing on port
 //! 0. What a request means, and how long answering it may take, is the [`Service`]'s business.
 
+mod attended;
+mod stream;
+mod tasks;
+
 use std::{
-    convert::Infallible,
-    future::{Future, poll_fn},
-    net::SocketAddr,
-    panic::AssertUnwindSafe,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    convert::Infallible, future::Future, net::SocketAddr, panic::AssertUnwindSafe, sync::Arc,
     time::Duration,
 };
 
 use futures_util::FutureExt as _;
-use hyper::{Request, body::Incoming, rt::Executor, service::service_fn};
+use hyper::{Request, body::Incoming, service::service_fn};
 use hyper_util::{rt::TokioTimer, server::conn::auto::Builder};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     sync::Semaphore,
-    task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 
-use super::{
+use self::{
     attended::{Attended, End, HeadTimer, Stop, Watch},
-    reply::{Failure, Reply},
     stream::Stream,
+    tasks::Tasks,
 };
+use super::reply::{Failure, Reply};
 
 /// What answers requests.
 pub trait Service: Send + Sync + 'static {
@@ -169,47 +169,6 @@ async fn accept(
     #[cfg(target_os = "linux")]
     socket2::SockRef::from(&stream).set_tcp_user_timeout(Some(STALLED_AFTER))?;
     Ok((stream, peer, permit))
-}
-
-/// Everything that a listener runs: connections, and the requests of those that speak HTTP/2.
-#[derive(Clone, Debug, Default)]
-struct Tasks(Arc<Mutex<JoinSet<()>>>);
-
-impl Tasks {
-    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
-        let mut tasks = self.lock();
-        while tasks.try_join_next().is_some() {}
-        tasks.spawn(task);
-    }
-
-    /// Waits for all to end, and for those that they may still start.
-    async fn finish(&self) {
-        while poll_fn(|cx| self.lock().poll_join_next(cx)).await.is_some() {}
-    }
-
-    /// Ends all, and those that they may still start.
-    async fn abort(&self) {
-        loop {
-            let mut tasks = std::mem::take(&mut *self.lock());
-            if tasks.is_empty() {
-                return;
-            }
-            tasks.shutdown().await;
-        }
-    }
-
-    /// A panic under this lock leaves a set of tasks, usable as it is.
-    fn lock(&self) -> MutexGuard<'_, JoinSet<()>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl<F: Future<Output: Send> + Send + 'static> Executor<F> for Tasks {
-    fn execute(&self, task: F) {
-        self.spawn(async {
-            task.await;
-        });
-    }
 }
 
 /// Answers, with a 500 where answering panics: one request's fault must not take its connection's

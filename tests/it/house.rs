@@ -24,7 +24,7 @@ const LAYERS: [&[(&str, &[&str])]; 8] = [
 
 /// Within `http`, who may import whom; the listeners' services are above the rest.
 const SURFACE: [&[&str]; 8] = [
-    &["access", "attended", "coding", "conditional", "cors", "route", "stream"],
+    &["access", "coding", "conditional", "cors", "route"],
     &["reply"],
     &["console", "edge", "listener", "meter", "payload", "report", "streaming"],
     &["client", "ops"],

@@ -16,11 +16,11 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 /// The bytes of a connection.
 #[derive(Debug)]
-pub struct Stream<I>(TokioIo<I>);
+pub(super) struct Stream<I>(TokioIo<I>);
 
 impl<I> Stream<I> {
     /// Reads from and writes to `inner`.
-    pub fn new(inner: I) -> Self {
+    pub(super) fn new(inner: I) -> Self {
         Self(TokioIo::new(inner))
     }
 }

@@ -24,7 +24,7 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 /// Until when a connection waits for the head of a request: nanoseconds after `start`, or
 /// `NOTHING`.
 #[derive(Debug)]
-pub struct Watch {
+pub(super) struct Watch {
     start: Instant,
     until: AtomicU64,
 }
@@ -34,7 +34,7 @@ impl Watch {
     const NOTHING: u64 = u64::MAX;
 
     /// Waits for the first head from now on, whatever the protocol.
-    pub fn new(patience: Duration) -> Arc<Self> {
+    pub(super) fn new(patience: Duration) -> Arc<Self> {
         let start = Instant::now();
         let watch = Self { start, until: AtomicU64::new(Self::NOTHING) };
         watch.wait_until(start + patience);
@@ -42,7 +42,7 @@ impl Watch {
     }
 
     /// Says that a head has come.
-    pub fn rest(&self) {
+    pub(super) fn rest(&self) {
         self.until.store(Self::NOTHING, Ordering::Relaxed);
     }
 
@@ -59,7 +59,7 @@ impl Watch {
 
 /// Hyper's timer for one HTTP/1 connection, which uses it for the limit on heads alone.
 #[derive(Clone, Debug)]
-pub struct HeadTimer(pub Arc<Watch>);
+pub(super) struct HeadTimer(pub(super) Arc<Watch>);
 
 impl Timer for HeadTimer {
     fn sleep(&self, duration: Duration) -> Pin<Box<dyn Sleep>> {
@@ -100,14 +100,14 @@ impl Drop for Note {
 
 /// The sign to stop, as connections see it: looking at it costs a load.
 #[derive(Clone, Debug, Default)]
-pub struct Stop {
+pub(super) struct Stop {
     given: Arc<AtomicBool>,
     wake: CancellationToken,
 }
 
 impl Stop {
     /// Gives the sign.
-    pub fn give(&self) {
+    pub(super) fn give(&self) {
         self.given.store(true, Ordering::Release);
         self.wake.cancel();
     }
@@ -115,7 +115,7 @@ impl Stop {
 
 /// How a connection ended that was not served to its end.
 #[derive(Debug)]
-pub enum End<E> {
+pub(super) enum End<E> {
     /// The client did not send a head in time.
     Silence,
     /// The connection's own error.
@@ -125,7 +125,7 @@ pub enum End<E> {
 pin_project_lite::pin_project! {
     /// Serves a connection until its end, until its client is silent for too long, or, once the sign
     /// to stop was given, until the requests under way are answered.
-    pub struct Attended<C> {
+    pub(super) struct Attended<C> {
         #[pin]
         connection: C,
         watch: Arc<Watch>,
@@ -150,7 +150,7 @@ enum Stage {
 impl<C> Attended<C> {
     /// Attends `connection`, whose requests call [`Watch::rest`] and whose timer is a [`HeadTimer`]
     /// of the same watch.
-    pub fn new(connection: C, watch: Arc<Watch>, patience: Duration, stop: Stop) -> Self {
+    pub(super) fn new(connection: C, watch: Arc<Watch>, patience: Duration, stop: Stop) -> Self {
         let alarm = tokio::time::sleep(patience);
         let wake = stop.wake.clone().cancelled_owned();
         Self { connection, watch, patience, alarm, stop, wake, stage: Stage::New }
