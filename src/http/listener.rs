@@ -4,6 +4,7 @@
 //! 0. What a request means, and how long answering it may take, is the [`Service`]'s business.
 
 mod attended;
+mod spoken;
 mod stream;
 mod tasks;
 
@@ -13,8 +14,13 @@ use std::{
 };
 
 use futures_util::FutureExt as _;
-use hyper::{Request, body::Incoming, service::service_fn};
-use hyper_util::{rt::TokioTimer, server::conn::auto::Builder};
+use hyper::{
+    Request,
+    body::Incoming,
+    server::conn::{http1, http2},
+    service::service_fn,
+};
+use hyper_util::rt::TokioTimer;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
@@ -24,8 +30,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 
 use self::{
-    attended::{Attended, End, HeadTimer, Stop, Watch},
-    stream::Stream,
+    attended::{Attended, End, Stop, Watch},
+    spoken::{Protocols, Spoken},
     tasks::Tasks,
 };
 use super::reply::{Failure, Reply};
@@ -106,7 +112,7 @@ pub async fn serve<S: Service>(
 #[derive(Debug)]
 pub struct Protocol<S> {
     service: Arc<S>,
-    builder: Builder<Tasks>,
+    protocols: Arc<Protocols>,
     /// How long a head may take.
     patience: Duration,
     stop: Stop,
@@ -118,10 +124,12 @@ impl<S: Service> Protocol<S> {
     pub fn new(service: Arc<S>, limits: &Limits) -> Self {
         let tasks = Tasks::default();
         let patience = limits.header_read_timeout;
-        let mut builder = Builder::new(tasks.clone());
-        builder.http1().header_read_timeout(patience);
-        builder.http2().timer(TokioTimer::new()).keep_alive_interval(PING_EVERY);
-        Self { service, builder, patience, stop: Stop::default(), tasks }
+        let mut http1 = http1::Builder::new();
+        http1.header_read_timeout(patience);
+        let mut http2 = http2::Builder::new(tasks.clone());
+        http2.timer(TokioTimer::new()).keep_alive_interval(PING_EVERY);
+        let protocols = Arc::new(Protocols { http1, http2 });
+        Self { service, protocols, patience, stop: Stop::default(), tasks }
     }
 
     /// Serves one connection to its end. Dropping the future closes it.
@@ -144,17 +152,15 @@ impl<S: Service> Protocol<S> {
             let service = Arc::clone(&service);
             async move { Ok::<_, Infallible>(guarded(&**service, request, peer).await) }
         });
-        let mut builder = self.builder.clone();
-        builder.http1().timer(HeadTimer(Arc::clone(&watch)));
-        let connection = builder.serve_connection(Stream::new(stream), answer).into_owned();
-        let connection = Attended::new(connection, watch, self.patience, self.stop.clone());
-        async {
-            match connection.await {
-                Ok(()) => {}
-                Err(End::Silence) => debug!("A client was silent for too long"),
-                Err(End::Error(error)) => debug!(error, "A connection ended early"),
-            }
-        }
+        let protocols = Arc::clone(&self.protocols);
+        let spoken = Spoken::new(stream, answer, protocols, Arc::clone(&watch));
+        let attended = Attended::new(spoken, watch, self.patience, self.stop.clone());
+        // In a box, because futures that hold it would keep room for it several times.
+        Box::pin(attended).map(|end| match end {
+            Ok(()) => {}
+            Err(End::Silence) => debug!("A client was silent for too long"),
+            Err(End::Error(error)) => debug!(error, "A connection ended early"),
+        })
     }
 }
 
@@ -185,7 +191,7 @@ mod tests {
     use std::sync::Weak;
 
     use tokio::{
-        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream},
         sync::mpsc,
     };
 
@@ -298,5 +304,55 @@ mod tests {
         serving.await.unwrap();
         assert!(held.iter().all(|request| request.upgrade().is_none()));
         assert!(second.await.unwrap().is_err());
+    }
+
+    /// A client's end of a connection to `service` that brings so many bytes at once.
+    fn speaking<S: Service>(service: S, at_once: usize) -> DuplexStream {
+        let limits = Limits {
+            body_bytes: 0,
+            connections: 10,
+            header_read_timeout: Duration::from_mins(1),
+            request_timeout: Duration::from_mins(1),
+        };
+        let (client, io) = tokio::io::duplex(at_once);
+        let peer = SocketAddr::from(([127, 0, 0, 1], 1));
+        tokio::spawn(Protocol::new(Arc::new(service), &limits).serve(io, peer));
+        client
+    }
+
+    /// Reads until there is `end`.
+    async fn read_to(client: &mut DuplexStream, end: &str) -> String {
+        let mut text = Vec::new();
+        while !text.ends_with(end.as_bytes()) {
+            let read = client.read_buf(&mut text).await.unwrap();
+            assert_ne!(read, 0, "{}", String::from_utf8_lossy(&text));
+        }
+        String::from_utf8(text).unwrap()
+    }
+
+    #[tokio::test]
+    async fn the_first_bytes_tell_the_protocol_however_few_come_at_once() {
+        const FRAME_OF_SETTINGS: u8 = 4;
+        for at_once in [1, 30, 1 << 16] {
+            let mut client = speaking(Slow(Duration::ZERO), at_once);
+            let head = format!("POST /{} HTTP/1.1\r\nhost: a\r\n\r\n", "x".repeat(3000));
+            client.write_all(head.as_bytes()).await.unwrap();
+            let answer = read_to(&mut client, "}").await;
+            assert!(answer.starts_with("HTTP/1.1 404"), "{answer}");
+
+            let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+            let client = speaking(Slow(Duration::ZERO), at_once);
+            let (mut from, mut to) = tokio::io::split(client);
+            let mut frame = [0; 9];
+            // The server does not read on before its own settings are taken.
+            tokio::spawn(async move { to.write_all(preface).await });
+            from.read_exact(&mut frame).await.unwrap();
+            assert_eq!(frame[3], FRAME_OF_SETTINGS, "{frame:?}");
+
+            let mut client = speaking(Slow(Duration::ZERO), at_once);
+            client.write_all(b"PRI * HTTP/1.1\r\n\r\n").await.unwrap();
+            let answer = read_to(&mut client, "}").await;
+            assert!(answer.starts_with("HTTP/1.1 404"), "{answer}");
+        }
     }
 }

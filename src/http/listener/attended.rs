@@ -18,7 +18,6 @@ use std::{
 };
 
 use hyper::rt::{Sleep, Timer};
-use hyper_util::server::graceful::GracefulConnection;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 /// Until when a connection waits for the head of a request: nanoseconds after `start`, or
@@ -113,6 +112,12 @@ impl Stop {
     }
 }
 
+/// A connection that can be told to end.
+pub(super) trait Graceful: Future {
+    /// Ends it when the requests under way are answered.
+    fn shut_down(self: Pin<&mut Self>);
+}
+
 /// How a connection ended that was not served to its end.
 #[derive(Debug)]
 pub(super) enum End<E> {
@@ -157,8 +162,8 @@ impl<C> Attended<C> {
     }
 }
 
-impl<C: GracefulConnection> Future for Attended<C> {
-    type Output = Result<(), End<C::Error>>;
+impl<C: Graceful<Output = Result<T, E>>, T, E> Future for Attended<C> {
+    type Output = Result<T, End<E>>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
@@ -182,7 +187,7 @@ impl<C: GracefulConnection> Future for Attended<C> {
         }
         if matches!(this.stage, Stage::Serving) && this.stop.given.load(Ordering::Acquire) {
             *this.stage = Stage::Stopping;
-            this.connection.as_mut().graceful_shutdown();
+            this.connection.as_mut().shut_down();
         }
         this.connection.poll(cx).map_err(End::Error)
     }

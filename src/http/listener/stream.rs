@@ -1,8 +1,9 @@
 //! A connection's bytes, as hyper reads and writes them.
 //!
-//! It differs from [`TokioIo`] in one thing: a single buffer is written plainly. Hyper hands every
-//! answer over as a list of buffers, and for a list the kernel does work that an answer without a
-//! body, or one that is not sent whole, does not need.
+//! It differs from [`TokioIo`] in two things. It begins with what was read before, and brings what
+//! came after that along, so that hyper has a whole head in its first buffer. And a single buffer is
+//! written plainly: hyper hands every answer over as a list of buffers, and for a list the kernel
+//! does work that an answer without a body, or one that is not sent whole, does not need.
 
 use std::{
     io::{self, IoSlice},
@@ -10,18 +11,22 @@ use std::{
     task::{Context, Poll},
 };
 
+use bytes::Bytes;
 use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 /// The bytes of a connection.
 #[derive(Debug)]
-pub(super) struct Stream<I>(TokioIo<I>);
+pub(super) struct Stream<I> {
+    io: TokioIo<I>,
+    begun: Bytes,
+}
 
 impl<I> Stream<I> {
-    /// Reads from and writes to `inner`.
-    pub(super) fn new(inner: I) -> Self {
-        Self(TokioIo::new(inner))
+    /// Reads `begun`, and then from `inner`; writes to that.
+    pub(super) fn new(inner: I, begun: Bytes) -> Self {
+        Self { io: TokioIo::new(inner), begun }
     }
 }
 
@@ -29,9 +34,16 @@ impl<I: AsyncRead + Unpin> Read for Stream<I> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-        buffer: ReadBufCursor<'_>,
+        mut buffer: ReadBufCursor<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(cx, buffer)
+        if self.begun.is_empty() {
+            return Pin::new(&mut self.io).poll_read(cx, buffer);
+        }
+        let length = self.begun.len().min(buffer.remaining());
+        buffer.put_slice(&self.begun.split_to(length));
+        // An error comes again when nothing else does.
+        let _ = Pin::new(&mut self.io).poll_read(cx, buffer);
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -41,19 +53,19 @@ impl<I: AsyncWrite + Unpin> Write for Stream<I> {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(cx, bytes)
+        Pin::new(&mut self.io).poll_write(cx, bytes)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(cx)
+        Pin::new(&mut self.io).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(cx)
+        Pin::new(&mut self.io).poll_shutdown(cx)
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.0.is_write_vectored()
+        self.io.is_write_vectored()
     }
 
     fn poll_write_vectored(
@@ -61,7 +73,7 @@ impl<I: AsyncWrite + Unpin> Write for Stream<I> {
         cx: &mut Context<'_>,
         buffers: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let mut stream = Pin::new(&mut self.0);
+        let mut stream = Pin::new(&mut self.io);
         match buffers {
             [only] => stream.as_mut().poll_write(cx, only),
             _ => stream.poll_write_vectored(cx, buffers),
