@@ -4,9 +4,12 @@
 //! 0. What a request means, and how long answering it may take, is the [`Service`]'s business.
 
 mod attended;
+mod connection;
+mod handover;
 mod spoken;
 mod stream;
 mod tasks;
+mod telling;
 
 use std::{
     convert::Infallible, future::Future, net::SocketAddr, panic::AssertUnwindSafe, sync::Arc,
@@ -27,10 +30,12 @@ use tokio::{
     sync::Semaphore,
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, error, warn};
+use tracing::{error, warn};
 
 use self::{
-    attended::{Attended, End, Stop, Watch},
+    attended::{Attended, Stop, Watch},
+    connection::Connection,
+    handover::Handover,
     spoken::{Protocols, Spoken},
     tasks::Tasks,
 };
@@ -144,23 +149,22 @@ impl<S: Service> Protocol<S> {
         // A count of this connection's own: that of all of them would go from core to core with every
         // request.
         let service = Arc::new(Arc::clone(&self.service));
-        let watch = Watch::new(self.patience);
-        let heads = Arc::clone(&watch);
-        let answer = service_fn(move |request| {
+        let (watch, handover) = (Watch::new(self.patience), Arc::<Handover>::default());
+        let (heads, streams) = (Arc::clone(&watch), Arc::clone(&handover));
+        let answer = service_fn(move |request: Request<Incoming>| {
             // Where the protocol is HTTP/2, nobody else says so.
             heads.rest();
-            let service = Arc::clone(&service);
-            async move { Ok::<_, Infallible>(guarded(&**service, request, peer).await) }
+            let (service, streams) = (Arc::clone(&service), Arc::clone(&streams));
+            let version = request.version();
+            async move {
+                let reply = guarded(&**service, request, peer).await;
+                Ok::<_, Infallible>(streams.keep(version, reply))
+            }
         });
         let protocols = Arc::clone(&self.protocols);
-        let spoken = Spoken::new(stream, answer, protocols, Arc::clone(&watch));
+        let spoken = Spoken::new(stream, answer, protocols, Arc::clone(&watch), handover);
         let attended = Attended::new(spoken, watch, self.patience, self.stop.clone());
-        // In a box, because futures that hold it would keep room for it several times.
-        Box::pin(attended).map(|end| match end {
-            Ok(()) => {}
-            Err(End::Silence) => debug!("A client was silent for too long"),
-            Err(End::Error(error)) => debug!(error, "A connection ended early"),
-        })
+        Connection::Answering(Box::pin(attended))
     }
 }
 
@@ -188,14 +192,17 @@ async fn guarded<S: Service>(service: &S, request: Request<Incoming>, peer: Sock
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Weak;
+    use std::sync::{Mutex, Weak};
 
+    use bytes::Bytes;
+    use futures_util::stream;
     use tokio::{
         io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream},
         sync::mpsc,
     };
 
     use super::*;
+    use crate::http::reply;
 
     /// Tells of each request, holds something as long as it lasts, and never answers.
     struct Silent(mpsc::UnboundedSender<Weak<()>>);
@@ -306,6 +313,20 @@ mod tests {
         assert!(second.await.unwrap().is_err());
     }
 
+    /// Tells what it is given, to the first who asks.
+    struct Teller(Mutex<Option<mpsc::UnboundedReceiver<&'static str>>>);
+
+    impl Service for Teller {
+        async fn call(&self, _: Request<Incoming>, _: SocketAddr) -> Reply {
+            let pieces = self.0.lock().unwrap().take().unwrap();
+            let live = stream::unfold(pieces, |mut pieces| async {
+                let piece = pieces.recv().await?;
+                Some((Bytes::from(piece), pieces))
+            });
+            reply::event_stream(Box::pin(live))
+        }
+    }
+
     /// A client's end of a connection to `service` that brings so many bytes at once.
     fn speaking<S: Service>(service: S, at_once: usize) -> DuplexStream {
         let limits = Limits {
@@ -328,6 +349,41 @@ mod tests {
             assert_ne!(read, 0, "{}", String::from_utf8_lossy(&text));
         }
         String::from_utf8(text).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_stream_is_told_in_the_framing_of_the_request_until_it_ends() {
+        for (version, is_chunked) in [("1.0", false), ("1.1", true)] {
+            let (pieces, told) = mpsc::unbounded_channel();
+            let mut client = speaking(Teller(Mutex::new(Some(told))), 1 << 16);
+            let request = format!("GET / HTTP/{version}\r\nhost: a\r\n\r\nGET /more");
+            client.write_all(request.as_bytes()).await.unwrap();
+            let head = read_to(&mut client, "\r\n\r\n").await;
+            assert!(head.contains("\r\nconnection: close\r\n"), "{head}");
+            assert_eq!(head.contains("\r\ntransfer-encoding: chunked\r\n"), is_chunked, "{head}");
+            for piece in ["one", "another"] {
+                pieces.send(piece).unwrap();
+                let length =
+                    if is_chunked { format!("{:x}\r\n", piece.len()) } else { String::new() };
+                let end = if is_chunked { "\r\n" } else { "" };
+                let all = format!("{length}{piece}{end}");
+                assert_eq!(read_to(&mut client, &all).await, all);
+            }
+            drop(pieces);
+            let mut rest = String::new();
+            client.read_to_string(&mut rest).await.unwrap();
+            assert_eq!(rest, if is_chunked { "0\r\n\r\n" } else { "" });
+        }
+    }
+
+    #[tokio::test]
+    async fn a_client_that_leaves_ends_its_stream() {
+        let (pieces, told) = mpsc::unbounded_channel();
+        let mut client = speaking(Teller(Mutex::new(Some(told))), 1 << 16);
+        client.write_all(REQUEST).await.unwrap();
+        read_to(&mut client, "\r\n\r\n").await;
+        drop(client);
+        pieces.closed().await;
     }
 
     #[tokio::test]

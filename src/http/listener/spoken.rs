@@ -24,10 +24,11 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::{
     attended::{Graceful, HeadTimer, Watch},
+    handover::{Handover, Sent},
     stream::Stream,
     tasks::Tasks,
+    telling::Telling,
 };
-use crate::http::reply::Outgoing;
 
 /// With what a client begins that speaks HTTP/2 without having agreed on it.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -47,7 +48,7 @@ pub(super) struct Protocols {
 pub(super) enum Spoken<I, S: HttpService<Incoming>> {
     /// Nothing has come that would tell.
     Opening(Opening<I, S>),
-    Http1(http1::Connection<Stream<I>, S>),
+    Http1(http1::Connection<Stream<I>, S>, Arc<Handover>),
     Http2(Box<http2::Connection<Stream<I>, S, Tasks>>),
     Over,
 }
@@ -58,6 +59,7 @@ pub(super) struct Opening<I, S> {
     service: S,
     protocols: Arc<Protocols>,
     watch: Arc<Watch>,
+    handover: Arc<Handover>,
     begun: Vec<u8>,
 }
 
@@ -65,9 +67,15 @@ impl<I, S> Spoken<I, S>
 where
     S: HttpService<Incoming>,
 {
-    /// Speaks on `io`, and lets `service` answer.
-    pub(super) fn new(io: I, service: S, protocols: Arc<Protocols>, watch: Arc<Watch>) -> Self {
-        Self::Opening(Opening { io, service, protocols, watch, begun: Vec::new() })
+    /// Speaks on `io`, and lets `service` answer, which keeps streams back in `handover`.
+    pub(super) fn new(
+        io: I,
+        service: S,
+        protocols: Arc<Protocols>,
+        watch: Arc<Watch>,
+        handover: Arc<Handover>,
+    ) -> Self {
+        Self::Opening(Opening { io, service, protocols, watch, handover, begun: Vec::new() })
     }
 }
 
@@ -98,10 +106,11 @@ impl<I: AsyncRead + Unpin, S> Opening<I, S> {
 impl<I, S> Future for Spoken<I, S>
 where
     I: AsyncRead + AsyncWrite + Unpin,
-    S: HttpService<Incoming, ResBody = Outgoing, Error = Infallible> + Unpin,
-    Tasks: Http2ServerConnExec<S::Future, Outgoing>,
+    S: HttpService<Incoming, ResBody = Sent, Error = Infallible> + Unpin,
+    Tasks: Http2ServerConnExec<S::Future, Sent>,
 {
-    type Output = Result<(), Box<dyn Error + Send + Sync>>;
+    /// There may be a stream left to be told.
+    type Output = Result<Option<Telling<I>>, Box<dyn Error + Send + Sync>>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         loop {
@@ -111,8 +120,8 @@ where
                     let Self::Opening(opening) = std::mem::replace(&mut *self, Self::Over) else {
                         unreachable!("it has just been seen");
                     };
-                    let Opening { io, service, protocols, watch, begun } = opening;
-                    let stream = Stream::new(io, begun.into());
+                    let Opening { io, service, protocols, watch, handover, begun } = opening;
+                    let stream = Stream::new(io, begun.into(), Arc::clone(&handover));
                     *self = match is_http2 {
                         None => Self::Over,
                         Some(true) => {
@@ -121,17 +130,27 @@ where
                         Some(false) => {
                             let mut builder = protocols.http1.clone();
                             builder.timer(HeadTimer(watch));
-                            Self::Http1(builder.serve_connection(stream, service))
+                            Self::Http1(builder.serve_connection(stream, service), handover)
                         }
                     };
                 }
-                Self::Http1(connection) => {
-                    return Pin::new(connection).poll(cx).map_err(Into::into);
+                Self::Http1(connection, handover) => {
+                    if let Poll::Ready(end) = Pin::new(connection).poll(cx) {
+                        return Poll::Ready(end.map(|()| None).map_err(Into::into));
+                    }
+                    let Some((live, framing)) = handover.take() else { return Poll::Pending };
+                    let Self::Http1(connection, _) = std::mem::replace(&mut *self, Self::Over)
+                    else {
+                        unreachable!("it has just been seen");
+                    };
+                    let io = connection.into_parts().io.into_inner();
+                    return Poll::Ready(Ok(Some(Telling::new(io, live, framing))));
                 }
                 Self::Http2(connection) => {
-                    return Pin::new(&mut **connection).poll(cx).map_err(Into::into);
+                    let end = ready!(Pin::new(&mut **connection).poll(cx));
+                    return Poll::Ready(end.map(|()| None).map_err(Into::into));
                 }
-                Self::Over => return Poll::Ready(Ok(())),
+                Self::Over => return Poll::Ready(Ok(None)),
             }
         }
     }
@@ -140,13 +159,13 @@ where
 impl<I, S> Graceful for Spoken<I, S>
 where
     I: AsyncRead + AsyncWrite + Unpin,
-    S: HttpService<Incoming, ResBody = Outgoing, Error = Infallible> + Unpin,
-    Tasks: Http2ServerConnExec<S::Future, Outgoing>,
+    S: HttpService<Incoming, ResBody = Sent, Error = Infallible> + Unpin,
+    Tasks: Http2ServerConnExec<S::Future, Sent>,
 {
     fn shut_down(mut self: Pin<&mut Self>) {
         match &mut *self {
             Self::Opening(_) => *self = Self::Over,
-            Self::Http1(connection) => Pin::new(connection).graceful_shutdown(),
+            Self::Http1(connection, _) => Pin::new(connection).graceful_shutdown(),
             Self::Http2(connection) => Pin::new(&mut **connection).graceful_shutdown(),
             Self::Over => {}
         }

@@ -1,13 +1,15 @@
 //! A connection's bytes, as hyper reads and writes them.
 //!
-//! It differs from [`TokioIo`] in two things. It begins with what was read before, and brings what
+//! It differs from [`TokioIo`] in three things. It begins with what was read before, and brings what
 //! came after that along, so that hyper has a whole head in its first buffer. And a single buffer is
 //! written plainly: hyper hands every answer over as a list of buffers, and for a list the kernel
-//! does work that an answer without a body, or one that is not sent whole, does not need.
+//! does work that an answer without a body, or one that is not sent whole, does not need. And it
+//! tells the [`Handover`] when all is sent.
 
 use std::{
     io::{self, IoSlice},
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll},
 };
 
@@ -16,17 +18,24 @@ use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
 
+use super::handover::Handover;
+
 /// The bytes of a connection.
-#[derive(Debug)]
 pub(super) struct Stream<I> {
     io: TokioIo<I>,
     begun: Bytes,
+    handover: Arc<Handover>,
 }
 
 impl<I> Stream<I> {
     /// Reads `begun`, and then from `inner`; writes to that.
-    pub(super) fn new(inner: I, begun: Bytes) -> Self {
-        Self { io: TokioIo::new(inner), begun }
+    pub(super) fn new(inner: I, begun: Bytes, handover: Arc<Handover>) -> Self {
+        Self { io: TokioIo::new(inner), begun, handover }
+    }
+
+    /// What it reads from and writes to.
+    pub(super) fn into_inner(self) -> I {
+        self.io.into_inner()
     }
 }
 
@@ -57,7 +66,11 @@ impl<I: AsyncWrite + Unpin> Write for Stream<I> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
+        let flushed = Pin::new(&mut self.io).poll_flush(cx);
+        if let Poll::Ready(Ok(())) = flushed {
+            self.handover.flushed();
+        }
+        flushed
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -1,0 +1,218 @@
+//! Tells a stream on a connection of its own, without buffers.
+//!
+//! The next piece is asked for when the last is sent, so that a client which reads slowly holds one
+//! piece and nothing else. What clients send is of no interest, and that they leave is noticed. Neither
+//! the clock is watched here nor the sign to stop: whose stream this is ends it.
+
+use std::{
+    future::Future,
+    io::{self, IoSlice, Write as _},
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use bytes::Bytes;
+use smallvec::SmallVec;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use super::handover::Framing;
+use crate::http::reply::Live;
+
+/// Up to how many bytes are copied to be written at once, which costs less than writing a list: one
+/// flag's change, mostly.
+const SMALL: usize = 2048;
+
+/// The most that a chunk begins with: 16 digits, and the end of the line.
+const HEAD: usize = 18;
+
+const LAST_CHUNK: &[u8] = b"0\r\n\r\n";
+
+/// A stream that is told on `io`.
+pub(super) struct Telling<I> {
+    io: I,
+    live: Live,
+    framing: Framing,
+    /// What is being sent.
+    piece: Option<Piece>,
+    is_last: bool,
+}
+
+impl<I: AsyncRead + AsyncWrite + Unpin> Telling<I> {
+    /// Tells what `live` does, after a head that was sent.
+    pub(super) fn new(io: I, live: Live, framing: Framing) -> Self {
+        Self { io, live, framing, piece: None, is_last: false }
+    }
+
+    /// Ready when the client has left.
+    fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        loop {
+            let mut ignored = [0; 64];
+            let mut ignored = ReadBuf::new(&mut ignored);
+            ready!(Pin::new(&mut self.io).poll_read(cx, &mut ignored))?;
+            if ignored.filled().is_empty() {
+                return Poll::Ready(Ok(()));
+            }
+        }
+    }
+
+    /// Ready when everything is told.
+    fn poll_told(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        loop {
+            if let Some(piece) = &mut self.piece {
+                ready!(piece.poll_send(Pin::new(&mut self.io), cx))?;
+                ready!(Pin::new(&mut self.io).poll_flush(cx))?;
+                self.piece = None;
+            }
+            if self.is_last {
+                return Pin::new(&mut self.io).poll_shutdown(cx);
+            }
+            let bytes = ready!(self.live.as_mut().poll_next(cx));
+            self.is_last = bytes.is_none();
+            self.piece = match (bytes, self.framing) {
+                (Some(bytes), Framing::Chunked) => Piece::chunk(bytes),
+                (Some(bytes), Framing::Plain) => Some(Piece::plain(bytes)),
+                (None, Framing::Chunked) => Some(Piece::plain(Bytes::from_static(LAST_CHUNK))),
+                (None, Framing::Plain) => None,
+            };
+        }
+    }
+}
+
+impl<I: AsyncRead + AsyncWrite + Unpin> Future for Telling<I> {
+    type Output = io::Result<()>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        match self.poll_left(cx) {
+            Poll::Pending => self.poll_told(cx),
+            left @ Poll::Ready(_) => left,
+        }
+    }
+}
+
+/// Bytes to be sent.
+struct Piece {
+    /// How long the chunk is.
+    head: ([u8; HEAD], usize),
+    bytes: Bytes,
+    tail: &'static [u8],
+    sent: usize,
+}
+
+impl Piece {
+    /// A chunk of these bytes; none of no bytes would be the last.
+    fn chunk(bytes: Bytes) -> Option<Self> {
+        let mut head = [0; HEAD];
+        let mut room = &mut head[..];
+        write!(room, "{:x}\r\n", bytes.len()).expect("there is room for any length");
+        let length = HEAD - room.len();
+        (!bytes.is_empty()).then_some(Self { head: (head, length), bytes, tail: b"\r\n", sent: 0 })
+    }
+
+    /// The bytes as they are.
+    fn plain(bytes: Bytes) -> Self {
+        Self { head: ([0; HEAD], 0), bytes, tail: b"", sent: 0 }
+    }
+
+    fn poll_send<W: AsyncWrite>(
+        &mut self,
+        mut io: Pin<&mut W>,
+        cx: &mut Context<'_>,
+    ) -> Poll<io::Result<()>> {
+        let (head, length) = &self.head;
+        let parts = [&head[..*length], &self.bytes, self.tail];
+        let whole: usize = parts.iter().map(|part| part.len()).sum();
+        while self.sent < whole {
+            let mut before = self.sent;
+            let rest = parts.map(|part| {
+                let skipped = before.min(part.len());
+                before -= skipped;
+                &part[skipped..]
+            });
+            let sent = if whole - self.sent <= SMALL {
+                let mut all = SmallVec::<[u8; SMALL]>::new();
+                for part in rest {
+                    all.extend_from_slice(part);
+                }
+                io.as_mut().poll_write(cx, &all)
+            } else {
+                io.as_mut().poll_write_vectored(cx, &rest.map(IoSlice::new))
+            };
+            self.sent += match ready!(sent)? {
+                0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                sent => sent,
+            };
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    };
+
+    use futures_util::stream;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
+
+    use super::*;
+
+    /// Bytes that are small, none, and many.
+    fn pieces() -> [Bytes; 4] {
+        [Bytes::from("small"), Bytes::new(), vec![b'x'; 3 * SMALL].into(), Bytes::from("last")]
+    }
+
+    /// What a client reads that takes so many bytes at once.
+    async fn told(framing: Framing, at_once: usize) -> Vec<u8> {
+        let (io, mut client) = tokio::io::duplex(at_once);
+        let telling = Telling::new(io, Box::pin(stream::iter(pieces())), framing);
+        let mut bytes = Vec::new();
+        let (told, read) = tokio::join!(telling, client.read_to_end(&mut bytes));
+        told.unwrap();
+        read.unwrap();
+        bytes
+    }
+
+    #[tokio::test]
+    async fn every_piece_arrives_however_little_a_client_takes_at_once() {
+        let whole = pieces().concat();
+        let many = &whole[5..5 + 3 * SMALL];
+        let chunks = [b"5\r\nsmall\r\n1800\r\n", many, b"\r\n4\r\nlast\r\n0\r\n\r\n"].concat();
+        for at_once in [1, 7, 1 << 20] {
+            assert_eq!(told(Framing::Plain, at_once).await, whole);
+            assert_eq!(told(Framing::Chunked, at_once).await, chunks);
+        }
+    }
+
+    /// A stream without end, with how many pieces it was asked for.
+    fn endless(piece: &'static [u8]) -> (Live, Arc<AtomicUsize>) {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&asked);
+        let live = stream::repeat_with(move || {
+            count.fetch_add(1, Ordering::Relaxed);
+            Bytes::from_static(piece)
+        });
+        (Box::pin(live), asked)
+    }
+
+    fn tell(live: Live) -> (Telling<DuplexStream>, DuplexStream) {
+        let (io, client) = tokio::io::duplex(8);
+        (Telling::new(io, live, Framing::Chunked), client)
+    }
+
+    #[tokio::test]
+    async fn a_client_that_reads_nothing_holds_one_piece_and_one_that_leaves_ends_its_stream() {
+        let (live, asked) = endless(&[b'x'; 100]);
+        let (telling, mut client) = tell(live);
+        let telling = tokio::spawn(telling);
+        let mut read = [0; 8];
+        client.read_exact(&mut read).await.unwrap();
+        assert_eq!(&read, b"64\r\nxxxx");
+        client.write_all(b"whatever").await.unwrap();
+        tokio::task::yield_now().await;
+        assert_eq!(asked.load(Ordering::Relaxed), 1, "the first piece is not sent yet");
+        drop(client);
+        let _ = telling.await.unwrap();
+    }
+}
