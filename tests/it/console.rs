@@ -393,6 +393,7 @@ async fn the_console_of_an_edge_works_with_the_accounts_and_tokens_of_its_unleas
         // Not impatient: Unleash takes its time to judge a password, and is given it.
         .flag("--features-refresh-interval-seconds", "0.5")
         .flag("--token-list-interval-seconds", "0.5")
+        .flag("--upstream-request-timeout", "30")
         .start()
         .await;
     let mut console = Console::open(&parapet.admin_url()).await;
