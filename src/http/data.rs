@@ -319,7 +319,7 @@ impl Data {
         let states = self.feed.follow(&topic.environment).ok_or(NO_FLAGS)?;
         let last = client::state_of(headers.get(LAST_EVENT_ID));
         let mode = self.streams.fetch_mode();
-        let changes = client::Changes::new(self.feed.clone(), topic, last, mode);
+        let changes = client::Changes::new(self.feed.clone(), states.clone(), topic, last, mode);
         self.streams.open(digest, grant, states, changes)
     }
 

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use tokio::sync::watch;
+
 use crate::{
     feed::{Feed, News, Topic},
     http::streaming::{FetchMode, Piece, Teller, Told},
@@ -12,6 +14,8 @@ use crate::{
 #[derive(Debug)]
 pub struct Changes {
     feed: Feed,
+    /// The numbers of its states.
+    states: watch::Receiver<EventId>,
     topic: Arc<Topic>,
     /// The state that the client has.
     last: Option<EventId>,
@@ -27,14 +31,16 @@ enum Stage {
 }
 
 impl Changes {
-    /// Begins with all that was missed since the state `last`.
+    /// Begins with all that was missed since the state `last`; `states` are the numbers of those of the
+    /// topic's environment.
     pub fn new(
         feed: Feed,
+        states: watch::Receiver<EventId>,
         topic: Topic,
         last: Option<EventId>,
         fetch_mode: Option<FetchMode>,
     ) -> Self {
-        Self { feed, topic: Arc::new(topic), last, stage: Stage::Connecting(fetch_mode) }
+        Self { feed, states, topic: Arc::new(topic), last, stage: Stage::Connecting(fetch_mode) }
     }
 }
 
@@ -46,6 +52,10 @@ impl Teller for Changes {
                 let bytes = sse::event("fetch-mode", None, "polling").into();
                 return Some(Piece { bytes, told: Told::Directions });
             }
+        }
+        // Asked again after each piece, it mostly has told everything.
+        if self.stage == Stage::Following && self.last == Some(*self.states.borrow()) {
+            return None;
         }
         let frame = self.feed.since(&self.topic, self.last)?;
         self.last = Some(frame.id());
@@ -109,8 +119,9 @@ mod tests {
         let snapshots = Snapshots::default();
         swap(&snapshots, 0);
         let feed = Feed::new(snapshots.clone());
+        let states = feed.follow(&environment).unwrap();
         let topic = Topic { environment, projects, filter: Filter::default() };
-        let mut changes = Changes::new(feed.clone(), topic.clone(), None, None);
+        let mut changes = Changes::new(feed.clone(), states, topic.clone(), None, None);
         let mut has = Document::default();
         assert_eq!(read(&mut changes, &mut has), Some(Told::Whole));
         // Changes come while it reads nothing: fewer than are kept, then more.
