@@ -69,7 +69,7 @@ pub async fn flags(
         // has the answer of this tag has the ticket for this context too. It is known before anything
         // is evaluated that was evaluated before.
         let flags = snapshot.listing(&scope.projects, Filter::default(), Segments::Separate);
-        let period = tickets.period(digest, &asked, now);
+        let period = Tickets::period(digest, &asked, now);
         let (outcome_bytes, period) = (outcome.to_le_bytes(), period.to_le_bytes());
         let parts = [flags.etag().as_bytes(), digest.as_bytes(), &outcome_bytes, &period];
         let hash = xxh3_128(&[&parts.concat(), asked.as_bytes()].concat());

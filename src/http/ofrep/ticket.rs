@@ -79,18 +79,27 @@ pub struct Ticket {
 }
 
 /// Gives out and takes tickets.
-#[derive(Debug)]
-pub struct Tickets(TicketKey);
+pub struct Tickets {
+    cipher: XChaCha20Poly1305,
+    /// What nonces are derived from.
+    nonces: Hkdf<Sha256>,
+}
 
 impl Tickets {
     /// Those of this key.
+    #[expect(clippy::needless_pass_by_value, reason = "nobody else is to keep the key")]
     pub fn new(key: TicketKey) -> Self {
-        Self(key)
+        let from_prk = |key: &[u8]| Hkdf::from_prk(key).expect("the key is as long as the hash");
+        let (given, mut derived) = (from_prk(&*key.0), Zeroizing::new([0; 32]));
+        expand(&given, CIPHER, &mut *derived);
+        let cipher = XChaCha20Poly1305::new((&*derived).into());
+        expand(&given, NONCES, &mut *derived);
+        Self { cipher, nonces: from_prk(&*derived) }
     }
 
     /// The number of the period in which a question is asked: another for each hour, and not for all
     /// questions at once.
-    pub fn period(&self, digest: &TokenDigest, context: &str, now: Timestamp) -> i64 {
+    pub fn period(digest: &TokenDigest, context: &str, now: Timestamp) -> i64 {
         let phase = xxh3_64(&[&digest.as_bytes()[..], context.as_bytes()].concat());
         let phase = i64::try_from(phase % PERIOD.unsigned_abs()).unwrap_or_default();
         (now.as_second() + phase).div_euclid(PERIOD)
@@ -108,7 +117,7 @@ impl Tickets {
         if context.len() > LONGEST_CONTEXT {
             return None;
         }
-        let period = self.period(digest, context, now);
+        let period = Self::period(digest, context, now);
         let plain = [
             &period.to_le_bytes()[..],
             digest.as_bytes(),
@@ -118,7 +127,7 @@ impl Tickets {
         ]
         .concat();
         let nonce = self.nonce(&plain);
-        let sealed = self.cipher().encrypt(&XNonce::from(nonce), &*plain);
+        let sealed = self.cipher.encrypt(&XNonce::from(nonce), &*plain);
         let sealed = sealed.expect("a ticket is far below the cipher's limit");
         Some(URL_SAFE_NO_PAD.encode([&nonce[..], &sealed].concat()))
     }
@@ -127,14 +136,14 @@ impl Tickets {
     pub fn take(&self, text: &str, now: Timestamp) -> Option<Ticket> {
         let sealed = URL_SAFE_NO_PAD.decode(text).ok()?;
         let (nonce, sealed) = sealed.split_first_chunk::<NONCE>()?;
-        let plain = self.cipher().decrypt(&XNonce::from(*nonce), sealed).ok()?;
+        let plain = self.cipher.decrypt(&XNonce::from(*nonce), sealed).ok()?;
         let (period, rest) = plain.split_first_chunk()?;
         let (digest, rest) = rest.split_first_chunk()?;
         let (outcome, rest) = rest.split_first_chunk()?;
         let (draw, context) = rest.split_first_chunk()?;
         let digest = TokenDigest::from_bytes(*digest);
         let late =
-            self.period(&digest, str::from_utf8(context).ok()?, now) - i64::from_le_bytes(*period);
+            Self::period(&digest, str::from_utf8(context).ok()?, now) - i64::from_le_bytes(*period);
         if !(0..=TAKEN_LATER).contains(&late) {
             return None;
         }
@@ -146,22 +155,15 @@ impl Tickets {
     /// A nonce that another text does not have: the same text is sealed the same way, which tells
     /// those who see both that they are the same.
     fn nonce(&self, plain: &[u8]) -> [u8; NONCE] {
-        let mut key = Zeroizing::new([0; 32]);
-        expand(&self.derivation(), NONCES, &mut *key);
         let mut nonce = [0; NONCE];
-        let from_key = Hkdf::from_prk(&*key).expect("the key is as long as the hash");
-        expand(&from_key, plain, &mut nonce);
+        expand(&self.nonces, plain, &mut nonce);
         nonce
     }
+}
 
-    fn cipher(&self) -> XChaCha20Poly1305 {
-        let mut key = Zeroizing::new([0; 32]);
-        expand(&self.derivation(), CIPHER, &mut *key);
-        XChaCha20Poly1305::new((&*key).into())
-    }
-
-    fn derivation(&self) -> Hkdf<Sha256> {
-        Hkdf::from_prk(&*self.0.0).expect("the key is as long as the hash")
+impl fmt::Debug for Tickets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Tickets(..)")
     }
 }
 
