@@ -7,8 +7,6 @@ use chacha20poly1305::{
     KeyInit as _, XChaCha20Poly1305, XNonce,
     aead::{Aead as _, Payload},
 };
-use hkdf::Hkdf;
-use sha2::Sha256;
 use zeroize::Zeroizing;
 
 use crate::token::{Environment, Token};
@@ -25,11 +23,7 @@ pub(super) struct Seal {
 impl Seal {
     /// The seal of `fleet`, to be opened only by who knows the same admin token.
     pub(super) fn new(admin: &Token, fleet: &str) -> Self {
-        let mut key = Zeroizing::new([0; 32]);
-        Hkdf::<Sha256>::new(None, admin.expose().as_bytes())
-            .expand(INFO, key.as_mut())
-            .expect("32 bytes are a length that HKDF-SHA256 gives");
-        Self { key, fleet: fleet.to_owned() }
+        Self { key: admin.derive_key(INFO), fleet: fleet.to_owned() }
     }
 
     /// A nonce and the sealed text of `token`, bound to `environment` and to the fleet.
