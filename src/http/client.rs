@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use hyper::{
     HeaderMap,
-    header::{HeaderValue, IF_NONE_MATCH},
+    header::{HeaderName, HeaderValue, IF_NONE_MATCH},
 };
 use percent_encoding::percent_decode_str;
 use semver::Version;
@@ -105,9 +105,12 @@ pub fn filter(query: &str) -> Result<Filter, Failure> {
 /// The first client specification whose SDKs resolve segments themselves.
 const KNOWS_SEGMENTS: Version = Version::new(4, 2, 0);
 
+/// In which SDKs tell the client specification that they follow.
+const CLIENT_SPEC: HeaderName = HeaderName::from_static("unleash-client-spec");
+
 /// How the SDK wants its segments; one that names no specification is older than all that do.
 fn segments(headers: &HeaderMap) -> Segments {
-    let Some(version) = headers.get("unleash-client-spec") else { return Segments::Inlined };
+    let Some(version) = headers.get(CLIENT_SPEC) else { return Segments::Inlined };
     // As it is nearly always written, which is compared without a parser.
     if let [major @ b'0'..=b'9', b'.', minor @ b'0'..=b'9', b'.', b'0'..=b'9'] = *version.as_bytes()
     {
