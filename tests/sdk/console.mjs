@@ -15,7 +15,9 @@ const context = await browser.newContext({ viewport: { width: 1280, height: 800 
 if (session) await context.addCookies([{ name: 'parapet-session', value: session, url, httpOnly: true, sameSite: 'Strict' }]);
 await context.grantPermissions(['clipboard-read', 'clipboard-write'], { origin: url });
 const page = await context.newPage();
-page.setDefaultTimeout(20_000);
+/** How long anything may take, in milliseconds. */
+const PATIENCE = 20_000;
+page.setDefaultTimeout(PATIENCE);
 
 /** What went wrong in the page: scripts that failed, and what its policy forbade. */
 const troubles = [];
@@ -31,6 +33,8 @@ await page.goto(url);
 
 const button = (name, within = page) => within.getByRole('button', { name, exact: true });
 const dialog = () => page.getByRole('dialog');
+/** A dialog that is closed hands the focus back as it leaves the page, a moment after it can be seen no more. */
+const dialogGone = () => page.locator('dialog').waitFor({ state: 'detached' });
 const heading = (name) => page.getByRole('heading', { level: 1, name, exact: true });
 
 /** The first lines of the cells of a table, by its caption: an object for each row. */
@@ -112,19 +116,19 @@ await serve({
         await page.waitForFunction((it) => it.getAttribute('aria-invalid') === 'true', await field.elementHandle());
         const told = await dialog().locator('.wrong').allInnerTexts();
         await page.keyboard.press('Escape');
-        await dialog().waitFor({ state: 'detached' });
+        await dialogGone();
         return { told: told.filter((it) => it !== '') };
     },
     close_dialog: async () => {
         await button('Done', dialog()).click();
-        await dialog().waitFor({ state: 'detached' });
+        await dialogGone();
     },
     delete_token: async ({ name }) => {
         await button(`Delete ${name}`).click();
         await button('Cancel', dialog()).click();
         await button(`Delete ${name}`).click();
         await button('Delete token', dialog()).click();
-        await dialog().waitFor({ state: 'detached' });
+        await dialogGone();
     },
     create_account: async ({ username, password, role }) => {
         await button('New account').click();
@@ -132,13 +136,13 @@ await serve({
         await dialog().getByLabel('Password', { exact: true }).fill(password);
         await dialog().getByRole('radio', { name: role }).check();
         await button('Create account', dialog()).click();
-        await dialog().waitFor({ state: 'detached' });
+        await dialogGone();
     },
     grant: async ({ username, kind, permission }) => {
         await button(`Permissions of ${username}`).click();
         await dialog().getByRole('group', { name: kind }).getByRole('checkbox', { name: permission }).check();
         await button('Save permissions', dialog()).click();
-        await dialog().waitFor({ state: 'detached' });
+        await dialogGone();
     },
     explain: async ({ fields }) => {
         for (const [label, value] of Object.entries(fields)) await page.getByLabel(label, { exact: true }).fill(value);
@@ -153,9 +157,9 @@ await serve({
         const answer = await fetch(path, init);
         return { status: answer.status, text: await answer.text() };
     }, [method, path, body]),
-    /** Walks by the tab key alone until the focus is on what is called so. */
+    /** Walks by the tab key alone until the focus is on what is called so, which may be on a page that is still on its way. */
     tab_to: async ({ name }) => {
-        for (let n = 0; n < 60; n += 1) {
+        for (const until = Date.now() + PATIENCE; Date.now() < until;) {
             await page.keyboard.press('Tab');
             const at = await page.evaluate(() => {
                 const { activeElement: it } = document;
@@ -203,12 +207,18 @@ await serve({
     /** What has the focus: its name, or its element. */
     focus: async () => page.evaluate(() => {
         const { activeElement: it } = document;
-        return { name: it.getAttribute('aria-label') ?? (it === document.body ? '' : it.innerText.trim()), tag: it.tagName.toLowerCase() };
+        return { name: it.getAttribute('aria-label') ?? (it === document.body ? '' : it.innerText.trim().replace(/\s+/g, ' ')), tag: it.tagName.toLowerCase() };
     }),
     /** Whether a dialog is open. */
     dialog: async () => ({ open: await dialog().isVisible() }),
     fill: async ({ label, value }) => page.getByLabel(label, { exact: true }).fill(value),
     click: async ({ name }) => button(name).click(),
+    /** The two halves of a click, as a slow hand makes them. */
+    hold: async ({ name }) => {
+        await button(name).hover();
+        await page.mouse.down();
+    },
+    release: () => page.mouse.up(),
     /** Changes the address by hand; the page has this heading then. */
     visit: async ({ hash, heading: name }) => {
         await page.evaluate((it) => { location.hash = it; }, hash);

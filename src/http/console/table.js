@@ -41,11 +41,34 @@ export function table({ caption, columns, detail, order = '', page = PAGE }) {
             h('thead', { role: 'rowgroup' }, head), h('tbody', { role: 'rowgroup' }, body));
         return refill(box, grid, more && h('div.table-more', more));
     };
+    const drawFreely = unlessHeld(box, draw);
     box.show = (rows, empty) => {
         shown = { rows, empty };
-        draw();
+        drawFreely();
     };
     return box;
+}
+
+/** `act`, put off for as long as something in `box` is pressed: a click ends on what it began on, or is none. */
+function unlessHeld(box, act) {
+    let isHeld = false;
+    let isDue = false;
+    const letGo = () => setTimeout(() => {
+        isHeld = false;
+        if (isDue) act();
+        isDue = false;
+    });
+    const hold = (ends) => () => {
+        isHeld = true;
+        const over = new AbortController();
+        for (const end of [...ends, 'blur']) addEventListener(end, () => (over.abort(), letGo()), { signal: over.signal });
+    };
+    box.addEventListener('pointerdown', hold(['pointerup', 'pointercancel']));
+    box.addEventListener('keydown', hold(['keyup']));
+    return () => {
+        if (isHeld) isDue = true;
+        else act();
+    };
 }
 
 /** Text for screen readers only. */
