@@ -51,6 +51,8 @@ pub(crate) struct Spread {
     pub(crate) p50: f64,
     pub(crate) p99: f64,
     pub(crate) last: f64,
+    /// Processor time of the server for each, in microseconds.
+    pub(crate) cpu_micros: f64,
 }
 
 /// What keeping alive costs.
@@ -91,18 +93,17 @@ impl Session {
         };
         audience.open(streams, host, &request)?;
         let stream = each(&server)?;
-        eprintln!("  {stream:.0} bytes a stream");
+        audience.leave();
+        server.await_nobody()?;
+        audience.open(streams, host, &request)?;
+        let again = each(&server)?;
+        eprintln!("  {stream:.0} bytes a stream, {again:.0} when all have come back");
         let told = self.tell(&mut server, &audience, streams)?;
         let kept = self.keep(&server, &audience)?;
         let kept = kept.zip(idle_share).map(|((comments, streams), idle)| {
             eprintln!("  {comments:.1} comments/s, {:.3} % of a core", streams * 100.0);
             Kept { comments, streams, idle }
         });
-        audience.leave();
-        server.await_nobody()?;
-        audience.open(streams, host, &request)?;
-        let again = each(&server)?;
-        eprintln!("  {again:.0} bytes a stream, when all have come back");
         drop((audience, server));
 
         let mut server = Server::bare(&self.folder, &first, &then)?;
@@ -138,12 +139,15 @@ impl Session {
         let mut rounds = Vec::new();
         for round in 0..=self.rounds {
             audience.forget();
+            let before = cpu_nanos(&server.process)?;
             server.change()?;
             let frames = audience.await_frames(streams)?;
-            let spread = Spread::of(&frames, server.changed_at()?);
+            let nanos = cpu_nanos(&server.process)?.saturating_sub(before);
+            let cpu_micros = to_f64(nanos) / 1e3 / to_f64(streams);
+            let spread = Spread::of(&frames, server.changed_at()?, cpu_micros);
             if round > 0 {
                 eprintln!(
-                    "  round {round} of {}: the last after {:.1} ms",
+                    "  round {round} of {}: the last after {:.1} ms, {cpu_micros:.1} µs each",
                     self.rounds, spread.last
                 );
                 rounds.push(spread);
@@ -166,12 +170,13 @@ impl Session {
 
 impl Spread {
     /// Of what arrived at these times, the earliest first, since `start`.
-    fn of(arrivals: &[Timestamp], start: Timestamp) -> Self {
+    fn of(arrivals: &[Timestamp], start: Timestamp, cpu_micros: f64) -> Self {
         let after = |share: usize| {
             let arrival = arrivals[(arrivals.len() - 1) * share / 100];
             arrival.duration_since(start).as_secs_f64() * 1e3
         };
-        Self { first: after(0), p50: after(50), p99: after(99), last: after(100) }
+        let (first, p50, p99, last) = (after(0), after(50), after(99), after(100));
+        Self { first, p50, p99, last, cpu_micros }
     }
 
     fn median(rounds: &[Self]) -> Self {
@@ -181,6 +186,7 @@ impl Spread {
             p50: of(|it| it.p50),
             p99: of(|it| it.p99),
             last: of(|it| it.last),
+            cpu_micros: of(|it| it.cpu_micros),
         }
     }
 }

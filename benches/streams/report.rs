@@ -75,13 +75,24 @@ impl Report {
     }
 
     fn told(&self) -> Table {
-        let head =
-            ["streams", "", "first", "half", "99 of 100", "last", "goal", "", "last ÷ bare tokio"];
+        let head = [
+            "streams",
+            "",
+            "first",
+            "half",
+            "99 of 100",
+            "last",
+            "goal",
+            "",
+            "last ÷ bare tokio",
+            "processor, each",
+        ];
         let rows = self.levels.iter().flat_map(|it| {
             let row = |name: &str, told: &super::measure::Spread, rest: [String; 3]| {
                 let times = [told.first, told.p50, told.p99, told.last].map(millis);
                 let mut row = vec![thousands(to_f64(it.streams)), name.to_owned()];
                 row.extend(times.into_iter().chain(rest));
+                row.push(format!("{:.1} µs", told.cpu_micros));
                 row
             };
             let rest = [
@@ -185,7 +196,8 @@ connections that have been asked one thing and are kept alive.";
 
 const TOLD: &str = "\
 One flag changes. From the swap, as the server's log tells it, until a client has read the last byte
-of the event; the clients take their processor time from the same cores.";
+of the event; the clients take their processor time from the same cores. The server's own, each, has
+reading and compiling the flags in it.";
 
 const KEPT: &str = "\
 Processor time of the server while nothing happens but the comments that keep proxies from giving up,
