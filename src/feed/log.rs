@@ -67,8 +67,14 @@ impl Log {
     pub(super) fn catch_up(&self, served: impl FnOnce() -> Option<Arc<Snapshot>>) {
         let mut states = self.lock();
         let Some(snapshot) = served() else { return };
-        if states.take(&snapshot) {
-            self.current.send_replace(states.current.id);
+        let is_new = states.take(&snapshot);
+        // Whoever is woken takes this lock first of all, and there may be thousands.
+        drop(states);
+        if is_new {
+            self.current.send_if_modified(|id| {
+                let newest = self.lock().current.id;
+                std::mem::replace(id, newest) != newest
+            });
         }
     }
 
