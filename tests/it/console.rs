@@ -448,6 +448,7 @@ async fn the_console_of_an_edge_in_front_of_a_standalone_is_that_of_the_standalo
     let edge = edge.arg("--admin-relay").impatient().start().await;
     let mut console = Console::open(&edge.admin_url()).await;
     assert_eq!(console.sign_in(OWNER, PASSWORD).await["signedIn"], true);
+    console.ask("says", json!({ "text": "on 2 streams" })).await;
     console.go("API access").await;
     let wish = json!({ "name": "far", "kind": "Admin" });
     let made = console.ask("create_token", wish).await;

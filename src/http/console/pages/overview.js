@@ -153,12 +153,13 @@ function summary(status) {
         '. SDKs go to ', h('code', status.dataUrl), '.'];
 }
 
-function upstreamCard({ url, lastSuccess, lastError, consecutiveFailures = 0 }) {
+function upstreamCard({ url, streams = 0, lastSuccess, lastError, consecutiveFailures = 0 }) {
     const fine = consecutiveFailures === 0;
     return h('section.card', { 'aria-labelledby': 'upstream' },
         h('h2', { id: 'upstream' }, 'Upstream', h('span.badge', { class: `badge ${fine ? 'good' : 'bad'}` }, fine ? 'Reachable' : `${consecutiveFailures} failures in a row`)),
         h('dl.facts',
             url && [h('dt', 'Address'), h('dd', h('code', url))],
+            h('dt', 'Changes come'), h('dd', streams === 0 ? 'by polling' : streams === 1 ? 'on a stream' : `on ${number(streams)} streams`),
             h('dt', 'Last answer'), h('dd', ago(lastSuccess, 'None yet')),
             lastError && [h('dt', 'Last error'), h('dd', lastError.error, ' (', at(lastError.at), ')')]));
 }
