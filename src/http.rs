@@ -22,4 +22,5 @@ pub mod payload;
 pub mod reply;
 pub mod report;
 pub mod route;
+pub mod stop;
 pub mod streaming;

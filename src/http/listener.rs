@@ -33,13 +33,16 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
 
 use self::{
-    attended::{Attended, Stop, Watch},
+    attended::{Attended, Watch},
     connection::Connection,
     handover::Handover,
     spoken::{Protocols, Spoken},
     tasks::Tasks,
 };
-use super::reply::{Failure, Reply};
+use super::{
+    reply::{Failure, Reply},
+    stop::Stop,
+};
 
 /// What answers requests.
 pub trait Service: Send + Sync + 'static {

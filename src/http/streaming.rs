@@ -101,6 +101,6 @@ impl Streams {
         let seat = self.seats.take(digest, grant).ok_or(Failure::Crowded(CROWDED_FOR))?;
         let age = self.config.max_age.mul_f64(rand::random_range(0.9..1.1));
         let follower = Follower::new(seat, states, teller, age);
-        Ok(reply::event_stream(follower.into_stream()))
+        Ok(reply::event_stream(Box::pin(follower)))
     }
 }

@@ -11,14 +11,16 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     task::{Context, Poll},
     time::{Duration, Instant},
 };
 
 use hyper::rt::{Sleep, Timer};
-use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tokio_util::sync::WaitForCancellationFutureOwned;
+
+use crate::http::stop::Stop;
 
 /// Until when a connection waits for the head of a request: nanoseconds after `start`, or
 /// `NOTHING`.
@@ -97,21 +99,6 @@ impl Drop for Note {
     }
 }
 
-/// The sign to stop, as connections see it: looking at it costs a load.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Stop {
-    given: Arc<AtomicBool>,
-    wake: CancellationToken,
-}
-
-impl Stop {
-    /// Gives the sign.
-    pub(super) fn give(&self) {
-        self.given.store(true, Ordering::Release);
-        self.wake.cancel();
-    }
-}
-
 /// A connection that can be told to end.
 pub(super) trait Graceful: Future {
     /// Ends it when the requests under way are answered.
@@ -157,7 +144,7 @@ impl<C> Attended<C> {
     /// of the same watch.
     pub(super) fn new(connection: C, watch: Arc<Watch>, patience: Duration, stop: Stop) -> Self {
         let alarm = tokio::time::sleep(patience);
-        let wake = stop.wake.clone().cancelled_owned();
+        let wake = stop.wake();
         Self { connection, watch, patience, alarm, stop, wake, stage: Stage::New }
     }
 }
@@ -185,7 +172,7 @@ impl<C: Graceful<Output = Result<T, E>>, T, E> Future for Attended<C> {
             let _ = this.wake.poll(cx);
             *this.stage = Stage::Serving;
         }
-        if matches!(this.stage, Stage::Serving) && this.stop.given.load(Ordering::Acquire) {
+        if matches!(this.stage, Stage::Serving) && this.stop.is_given() {
             *this.stage = Stage::Stopping;
             this.connection.as_mut().shut_down();
         }

@@ -1,16 +1,25 @@
 //! One open stream, from its first piece to its end.
+//!
+//! Thousands are woken by one change, so that what each then does counts: what a stream waits for
+//! stays in place from wake to wake, and only what has come is looked at.
 
-use std::time::Duration;
+use std::{
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
 
 use bytes::Bytes;
-use futures_util::stream;
-use tokio::{sync::watch, time::Instant};
+use futures_util::Stream;
+use tokio::{
+    sync::watch,
+    task::coop::{Unconstrained, unconstrained},
+    time::{Instant, Sleep, sleep_until},
+};
+use tokio_util::sync::{ReusableBoxFuture, WaitForCancellationFutureOwned};
 
 use super::{seats::Seat, teller::Teller};
-use crate::{
-    http::reply::Live,
-    wire::{delta::EventId, sse},
-};
+use crate::wire::{delta::EventId, sse};
 
 /// How often a comment is sent at least: Node's SDK gives up after 60 s of silence.
 const COMMENT_EVERY: Duration = Duration::from_secs(25);
@@ -18,21 +27,34 @@ const COMMENT_EVERY: Duration = Duration::from_secs(25);
 /// After how many milliseconds clients come back after an orderly end.
 const COME_BACK: std::ops::Range<u64> = 500..5_000;
 
-pub(super) struct Follower<T> {
-    seat: Seat,
-    states: watch::Receiver<EventId>,
-    teller: T,
-    stage: Stage,
-    comment_at: Instant,
-    over_at: Instant,
+pin_project_lite::pin_project! {
+    /// The stream that a seat is for.
+    pub(super) struct Follower<T> {
+        seat: Seat,
+        // Always to be polled in full: it is polled once.
+        #[pin]
+        over: Unconstrained<WaitForCancellationFutureOwned>,
+        states: States,
+        teller: T,
+        stage: Stage,
+        comment_at: Instant,
+        over_at: Instant,
+        // Rings when the next thing is due, or before.
+        #[pin]
+        alarm: Sleep,
+    }
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Stage {
+    /// Not polled yet, so that nothing will wake it.
+    New,
     /// There may be something to tell.
     Telling,
     /// All has been told.
     Waiting,
+    /// To be over when the alarm rings, with a good-bye.
+    Leaving,
     Over,
 }
 
@@ -46,74 +68,109 @@ impl<T: Teller> Follower<T> {
     ) -> Self {
         let now = Instant::now();
         let (comment_at, over_at) = (now + between_comments(), now + age);
-        Self { seat, states, teller, stage: Stage::Telling, comment_at, over_at }
+        let (over, alarm) = (unconstrained(seat.over().wake()), sleep_until(over_at));
+        let (states, stage) = (States::new(states), Stage::New);
+        Self { seat, over, states, teller, stage, comment_at, over_at, alarm }
     }
+}
 
-    pub(super) fn into_stream(self) -> Live {
-        Box::pin(stream::unfold(self, |mut follower| async {
-            let bytes = follower.next().await?;
-            follower.seat.tally().bytes.increment(bytes.len() as u64);
-            Some((bytes, follower))
-        }))
-    }
+impl<T: Teller> Stream for Follower<T> {
+    type Item = Bytes;
 
-    /// The next piece, when there is one; `None` when the stream is over.
-    async fn next(&mut self) -> Option<Bytes> {
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
+        let mut this = self.project();
+        let tally = this.seat.tally();
+        if *this.stage == Stage::New {
+            let _ = this.over.poll(cx);
+            *this.stage = Stage::Telling;
+        }
+        if matches!(this.stage, Stage::Telling | Stage::Waiting) && this.seat.over().is_given() {
+            let Some(stagger) = this.seat.stagger() else {
+                tally.revoked.increment(1);
+                *this.stage = Stage::Over;
+                return Poll::Ready(None);
+            };
+            tally.shut.increment(1);
+            this.alarm.as_mut().reset(Instant::now() + stagger.mul_f64(rand::random()));
+            *this.stage = Stage::Leaving;
+        }
         loop {
-            let over = self.seat.over();
-            match self.stage {
-                Stage::Over => return None,
-                Stage::Telling if !over.is_cancelled() => {
-                    if let Some(piece) = self.teller.tell() {
-                        self.seat.tally().count(piece.told);
-                        return Some(piece.bytes);
+            match this.stage {
+                Stage::New | Stage::Telling => {
+                    if let Some(piece) = this.teller.tell() {
+                        tally.count(piece.told);
+                        tally.bytes.increment(piece.bytes.len() as u64);
+                        return Poll::Ready(Some(piece.bytes));
                     }
-                    self.stage = Stage::Waiting;
+                    *this.stage = Stage::Waiting;
                 }
-                Stage::Telling | Stage::Waiting => {}
-            }
-            let tally = self.seat.tally();
-            let timer = self.comment_at.min(self.over_at);
-            let timer = self.teller.wakes_at().map_or(timer, |wake| wake.min(timer));
-            tokio::select! {
-                biased;
-                () = over.cancelled() => return self.end().await,
-                changed = self.states.changed() => {
-                    if changed.is_err() {
-                        tally.gone.increment(1);
-                        return None;
+                Stage::Waiting => {
+                    match this.states.poll_changed(cx) {
+                        Poll::Ready(Ok(())) => {
+                            *this.stage = Stage::Telling;
+                            continue;
+                        }
+                        Poll::Ready(Err(_)) => {
+                            tally.gone.increment(1);
+                            *this.stage = Stage::Over;
+                            return Poll::Ready(None);
+                        }
+                        Poll::Pending => {}
                     }
-                    self.stage = Stage::Telling;
-                }
-                () = tokio::time::sleep_until(timer) => {
+                    let due = (*this.comment_at).min(*this.over_at);
+                    let due = this.teller.wakes_at().map_or(due, |wake| wake.min(due));
+                    if due < this.alarm.deadline() || this.alarm.is_elapsed() {
+                        this.alarm.as_mut().reset(due);
+                    }
+                    ready!(this.alarm.as_mut().poll(cx));
                     let now = Instant::now();
-                    if self.over_at <= now {
+                    if *this.over_at <= now {
                         tally.aged.increment(1);
-                        return None;
+                        *this.stage = Stage::Over;
+                        return Poll::Ready(None);
                     }
-                    if self.comment_at <= now {
-                        self.comment_at = now + between_comments();
+                    if *this.comment_at <= now {
+                        *this.comment_at = now + between_comments();
+                        let comment = Bytes::from_static(sse::COMMENT);
                         tally.comments.increment(1);
-                        return Some(Bytes::from_static(sse::COMMENT));
+                        tally.bytes.increment(comment.len() as u64);
+                        return Poll::Ready(Some(comment));
                     }
-                    self.stage = Stage::Telling;
+                    *this.stage = Stage::Telling;
                 }
+                Stage::Leaving => {
+                    ready!(this.alarm.as_mut().poll(cx));
+                    *this.stage = Stage::Over;
+                    let good_bye = Bytes::from(sse::retry(rand::random_range(COME_BACK)));
+                    tally.bytes.increment(good_bye.len() as u64);
+                    return Poll::Ready(Some(good_bye));
+                }
+                Stage::Over => return Poll::Ready(None),
             }
         }
     }
+}
 
-    /// Says good-bye where the client may come back.
-    async fn end(&mut self) -> Option<Bytes> {
-        let tally = self.seat.tally();
-        let Some(stagger) = self.seat.stagger() else {
-            tally.revoked.increment(1);
-            return None;
-        };
-        tally.shut.increment(1);
-        self.stage = Stage::Over;
-        tokio::time::sleep(stagger.mul_f64(rand::random())).await;
-        Some(sse::retry(rand::random_range(COME_BACK)).into())
+/// The numbers of an environment's states, waited for in one place.
+struct States(ReusableBoxFuture<'static, (Changed, watch::Receiver<EventId>)>);
+
+type Changed = Result<(), watch::error::RecvError>;
+
+impl States {
+    fn new(states: watch::Receiver<EventId>) -> Self {
+        Self(ReusableBoxFuture::new(next(states)))
     }
+
+    /// Ready when there is another number; fails when there will be none.
+    fn poll_changed(&mut self, cx: &mut Context<'_>) -> Poll<Changed> {
+        let (changed, states) = ready!(self.0.poll(cx));
+        self.0.set(next(states));
+        Poll::Ready(changed)
+    }
+}
+
+async fn next(mut states: watch::Receiver<EventId>) -> (Changed, watch::Receiver<EventId>) {
+    (states.changed().await, states)
 }
 
 /// Spread, so that comments do not go out all at once.

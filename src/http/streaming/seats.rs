@@ -7,11 +7,11 @@ use std::{
 };
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio_util::sync::CancellationToken;
 
 use super::tally::Tally;
 use crate::{
     auth::Authenticator,
+    http::stop::Stop,
     token::{Grant, TokenDigest},
 };
 
@@ -31,8 +31,7 @@ struct Inner {
     room: Arc<Semaphore>,
     /// Of each token with a stream.
     lives: Mutex<HashMap<TokenDigest, Weak<Life>>>,
-    ending: CancellationToken,
-    /// Over how long streams end.
+    /// Over how long all streams end, once they are to.
     stagger: OnceLock<Duration>,
     tally: Tally,
 }
@@ -41,15 +40,14 @@ struct Inner {
 #[derive(Debug)]
 struct Life {
     grant: Arc<Grant>,
-    over: CancellationToken,
+    over: Stop,
 }
 
 impl Seats {
     pub(super) fn new(most: usize, auth: Authenticator) -> Self {
         let room = Arc::new(Semaphore::new(most.min(Semaphore::MAX_PERMITS)));
         let (lives, stagger) = Default::default();
-        let (ending, tally) = (CancellationToken::new(), Tally::new());
-        Self(Arc::new(Inner { auth, room, lives, ending, stagger, tally }))
+        Self(Arc::new(Inner { auth, room, lives, stagger, tally: Tally::new() }))
     }
 
     /// Takes a place for the bearer of a token; `None` where there is none.
@@ -64,10 +62,14 @@ impl Seats {
             Some(life) if life.grant == grant => life,
             other => {
                 if let Some(outdated) = other {
-                    outdated.over.cancel();
+                    outdated.over.give();
                 }
-                let life = Arc::new(Life { grant, over: inner.ending.child_token() });
+                let life = Arc::new(Life { grant, over: Stop::default() });
                 lives.insert(digest, Arc::downgrade(&life));
+                // Set under the lock of the lives.
+                if inner.stagger.get().is_some() {
+                    life.over.give();
+                }
                 life
             }
         };
@@ -83,7 +85,7 @@ impl Seats {
                 let Some(life) = life.upgrade() else { return false };
                 let stands = self.0.auth.standing(digest).is_some_and(|it| it == life.grant);
                 if !stands {
-                    life.over.cancel();
+                    life.over.give();
                 }
                 stands
             });
@@ -92,8 +94,11 @@ impl Seats {
 
     /// Ends all, one by one.
     pub(super) fn end(&self, grace: Duration) {
+        let lives = self.0.lives();
         self.0.stagger.get_or_init(|| (grace / 2).min(LONGEST_STAGGER));
-        self.0.ending.cancel();
+        for life in lives.values().filter_map(Weak::upgrade) {
+            life.over.give();
+        }
     }
 }
 
@@ -113,15 +118,14 @@ pub(super) struct Seat {
 }
 
 impl Seat {
-    /// Is cancelled when the place is to be left.
-    pub(super) fn over(&self) -> &CancellationToken {
+    /// Is given when the place is to be left.
+    pub(super) fn over(&self) -> &Stop {
         &self.life.over
     }
 
     /// Where all places are to be left: over how long.
     pub(super) fn stagger(&self) -> Option<Duration> {
-        let inner = &self.seats.0;
-        inner.ending.is_cancelled().then(|| inner.stagger.get().copied().unwrap_or_default())
+        self.seats.0.stagger.get().copied()
     }
 
     pub(super) fn tally(&self) -> &Tally {
