@@ -24,6 +24,10 @@ use crate::wire::{delta::EventId, sse};
 /// How often a comment is sent at least: Node's SDK gives up after 60 s of silence.
 const COMMENT_EVERY: Duration = Duration::from_secs(25);
 
+/// Comments go out at multiples of this after a time that is the same for all: waking up costs more
+/// than sending what is short, and is done once for several.
+const TOGETHER: Duration = Duration::from_millis(100);
+
 /// After how many milliseconds clients come back after an orderly end.
 const COME_BACK: std::ops::Range<u64> = 500..5_000;
 
@@ -67,7 +71,7 @@ impl<T: Teller> Follower<T> {
         age: Duration,
     ) -> Self {
         let now = Instant::now();
-        let (comment_at, over_at) = (now + between_comments(), now + age);
+        let (comment_at, over_at) = (next_comment(now, seat.epoch()), now + age);
         let (over, alarm) = (unconstrained(seat.over().wake()), sleep_until(over_at));
         let (states, stage) = (States::new(states), Stage::New);
         Self { seat, over, states, teller, stage, comment_at, over_at, alarm }
@@ -130,7 +134,7 @@ impl<T: Teller> Stream for Follower<T> {
                         return Poll::Ready(None);
                     }
                     if *this.comment_at <= now {
-                        *this.comment_at = now + between_comments();
+                        *this.comment_at = next_comment(now, this.seat.epoch());
                         let comment = Bytes::from_static(sse::COMMENT);
                         tally.comments.increment(1);
                         tally.bytes.increment(comment.len() as u64);
@@ -173,7 +177,10 @@ async fn next(mut states: watch::Receiver<EventId>) -> (Changed, watch::Receiver
     (states.changed().await, states)
 }
 
-/// Spread, so that comments do not go out all at once.
-fn between_comments() -> Duration {
-    COMMENT_EVERY.mul_f64(rand::random_range(0.6..1.0))
+/// When to send a comment next: spread, so that not all go out at once.
+fn next_comment(now: Instant, epoch: Instant) -> Instant {
+    let due = now + COMMENT_EVERY.mul_f64(rand::random_range(0.6..1.0));
+    let after = due.saturating_duration_since(epoch);
+    let early = after.as_nanos() % TOGETHER.as_nanos();
+    due - Duration::from_nanos_u128(early)
 }

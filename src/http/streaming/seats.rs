@@ -6,7 +6,10 @@ use std::{
     time::Duration,
 };
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::Instant,
+};
 
 use super::tally::Tally;
 use crate::{
@@ -27,6 +30,7 @@ pub(super) struct Seats(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
+    epoch: Instant,
     auth: Authenticator,
     room: Arc<Semaphore>,
     /// Of each token with a stream.
@@ -47,7 +51,8 @@ impl Seats {
     pub(super) fn new(most: usize, auth: Authenticator) -> Self {
         let room = Arc::new(Semaphore::new(most.min(Semaphore::MAX_PERMITS)));
         let (lives, stagger) = Default::default();
-        Self(Arc::new(Inner { auth, room, lives, stagger, tally: Tally::new() }))
+        let (epoch, tally) = (Instant::now(), Tally::new());
+        Self(Arc::new(Inner { epoch, auth, room, lives, stagger, tally }))
     }
 
     /// Takes a place for the bearer of a token; `None` where there is none.
@@ -118,6 +123,11 @@ pub(super) struct Seat {
 }
 
 impl Seat {
+    /// A time that is the same for all places.
+    pub(super) fn epoch(&self) -> Instant {
+        self.seats.0.epoch
+    }
+
     /// Is given when the place is to be left.
     pub(super) fn over(&self) -> &Stop {
         &self.life.over
