@@ -197,8 +197,15 @@ impl Use {
     }
 }
 
-/// Four bytes: no context or document has more of anything.
-fn push(key: &mut Key, number: usize) {
-    let number = u32::try_from(number).expect("contexts and documents are smaller than 4 GiB");
-    key.extend_from_slice(&number.to_le_bytes());
+/// Seven bits a byte, the last without the eighth: a length or a symbol mostly takes one.
+fn push(key: &mut Key, mut number: usize) {
+    while number > 0x7f {
+        key.push(low_byte(number) | 0x80);
+        number >>= 7;
+    }
+    key.push(low_byte(number));
+}
+
+fn low_byte(number: usize) -> u8 {
+    number.to_le_bytes()[0]
 }
