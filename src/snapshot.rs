@@ -10,6 +10,7 @@ mod fragments;
 mod listing;
 mod outcomes;
 mod part;
+mod verbatim;
 mod view;
 
 use std::{
@@ -32,6 +33,7 @@ pub use self::{
     fragments::{Fragment, FragmentId, Fragments},
     listing::{Filter, Segments, cut},
     outcomes::{Listed, Outcomes},
+    verbatim::Holds,
     view::{Toggle, View},
 };
 use self::{

@@ -31,6 +31,7 @@ pub struct Answer<'a> {
     view: &'a View,
     shown: Shown,
     hash: u128,
+    is_settled: bool,
     known: Known<'a>,
 }
 
@@ -52,13 +53,10 @@ impl<'a> Answer<'a> {
         if view.reads().is_random(&values) {
             let fragments = evaluate(snapshot, view, values, shown);
             let hash = hash_of(&fragments);
-            return Self { snapshot, view, shown, hash, known: Known::Fragments(fragments) };
+            let known = Known::Fragments(fragments);
+            return Self { snapshot, view, shown, hash, is_settled: false, known };
         }
-        let mut key = Key::from_slice(&view.number().to_le_bytes());
-        key.push(match shown {
-            Shown::Enabled => 0,
-            Shown::All => 1,
-        });
+        let mut key = key(view, shown);
         engine.tell(view.reads(), &values, &mut key);
         let (hash, known) = if let Some(hash) = answers.outcome(&key) {
             (hash, Known::Values(values))
@@ -68,7 +66,12 @@ impl<'a> Answer<'a> {
             answers.remember(&key, hash);
             (hash, Known::Fragments(fragments))
         };
-        Self { snapshot, view, shown, hash, known }
+        Self { snapshot, view, shown, hash, is_settled: true, known }
+    }
+
+    /// Whether the context decided it, and no lots.
+    pub fn is_settled(&self) -> bool {
+        self.is_settled
     }
 
     /// What identifies the answer, its flags and what they came to.
@@ -83,7 +86,7 @@ impl<'a> Answer<'a> {
 
     /// `{"toggles":[…]}`, flags sorted by name.
     pub fn body(self) -> Arc<Body> {
-        let Self { snapshot, view, shown, hash, known } = self;
+        let Self { snapshot, view, shown, hash, known, .. } = self;
         snapshot.answers().body(hash, || {
             let fragments = match known {
                 Known::Fragments(fragments) => fragments,
@@ -92,6 +95,16 @@ impl<'a> Answer<'a> {
             Body::tagged(write(&fragments), hash)
         })
     }
+}
+
+/// What begins the key of whatever is asked of a view.
+pub(super) fn key(view: &View, shown: Shown) -> Key {
+    let mut key = Key::from_slice(&view.number().to_le_bytes());
+    key.push(match shown {
+        Shown::Enabled => 0,
+        Shown::All => 1,
+    });
+    key
 }
 
 /// What every flag of the view that is shown comes to.

@@ -31,7 +31,7 @@ use super::{
     streaming::{FetchMode, Streams},
 };
 use crate::{
-    answers::Shown,
+    answers::{Shown, Wording},
     auth::{Admission, Authenticator, Denied},
     feed::{Feed, Topic},
     snapshot::{Snapshot, Snapshots},
@@ -186,9 +186,8 @@ impl Data {
             Route::Frontend(shown) => {
                 let (grant, snapshot) = self.reader(headers, &[TokenKind::Frontend]).await?;
                 let body = self.context_body(head, body).await?;
-                let told = context(head, body.as_ref())?;
-                let asked = self.question(&told, client, &snapshot, &grant.scope);
-                Ok(frontend::flags(headers, shown, asked).await)
+                let found = self.find(head, body.as_ref(), shown, client, &snapshot, &grant)?;
+                Ok(frontend::flags(headers, found).await)
             }
             Route::FrontendFeature(name) => {
                 let (grant, snapshot) = self.reader(headers, &[TokenKind::Frontend]).await?;
@@ -226,6 +225,31 @@ impl Data {
                 report::instance(&self.usage, &self.read(headers, body).await?)
             }
         }
+    }
+
+    /// What a frontend's flags come to, from memory if it asks in the same words again.
+    fn find(
+        &self,
+        head: &Parts,
+        body: Option<&Bytes>,
+        shown: Shown,
+        client: IpAddr,
+        snapshot: &Snapshot,
+        grant: &Grant,
+    ) -> Result<frontend::Found, Failure> {
+        let headers = &head.headers;
+        let view = snapshot.view(&grant.scope.projects);
+        // What was read of a body is not worth remembering: few clients send one.
+        let wording = body.is_none().then(|| {
+            let query = head.uri.query().unwrap_or_default();
+            Wording::of(snapshot, &view, shown, client, query)
+        });
+        if let Some(found) = wording.as_ref().and_then(|it| frontend::again(headers, it)) {
+            return Ok(found);
+        }
+        let told = context(head, body)?;
+        let question = self.question(&told, client, snapshot, &grant.scope);
+        Ok(frontend::evaluated(headers, shown, &view, question, wording.as_ref()))
     }
 
     /// Answers OpenFeature's web providers.

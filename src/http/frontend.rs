@@ -23,7 +23,11 @@ use super::{
     reply::{self, Failure, Freshness, Reply},
 };
 use crate::{
-    answers::{self, Answer, Shown, followed},
+    answers::{self, Answer, Shown, Wording, followed},
+    snapshot::{
+        View,
+        body::{Body, etag_of},
+    },
     wire::context,
 };
 
@@ -38,21 +42,50 @@ pub fn answer_of(last_event_id: Option<&HeaderValue>) -> Option<u128> {
     followed::parse_id(last_event_id?.to_str().ok()?.trim())
 }
 
-/// `/api/frontend` and `/api/frontend/all`.
-pub async fn flags(headers: &HeaderMap, shown: Shown, question: Question<'_>) -> Reply {
-    let view = question.snapshot.view(&question.scope.projects);
-    let body = question.answer(&view, |context| {
-        let answer = Answer::of(question.snapshot, &view, context, shown);
-        if headers.contains_key(IF_NONE_MATCH) {
-            let etag = answer.etag();
-            // Decided by the outcome alone: an unchanged answer needs no body.
-            if conditional::none_match_names(headers, &etag) {
-                return Err(etag);
-            }
+/// An answer: a body, or that the client has the one of this entity tag.
+pub type Found = Result<Arc<Body>, HeaderValue>;
+
+/// What was answered before to the same words, if there is enough of it left.
+pub fn again(headers: &HeaderMap, wording: &Wording<'_>) -> Option<Found> {
+    let hash = wording.hash()?;
+    if let Some(etag) = revalidated(headers, || etag_of(hash)) {
+        return Some(Err(etag));
+    }
+    wording.snapshot().answers().kept_body(hash).map(Ok)
+}
+
+/// What a question comes to, which was asked in these words, if they are to be remembered.
+pub fn evaluated(
+    headers: &HeaderMap,
+    shown: Shown,
+    view: &View,
+    question: Question<'_>,
+    wording: Option<&Wording<'_>>,
+) -> Found {
+    question.answer(view, |context| {
+        let answer = Answer::of(question.snapshot, view, context, shown);
+        if let Some(wording) = wording {
+            wording.remember(&answer);
         }
-        Ok(answer.body())
-    });
-    match body {
+        match revalidated(headers, || answer.etag()) {
+            Some(etag) => Err(etag),
+            None => Ok(answer.body()),
+        }
+    })
+}
+
+/// The answer's entity tag, if the client has that: decided by the outcome alone, an unchanged answer
+/// needs no body.
+fn revalidated(headers: &HeaderMap, etag: impl FnOnce() -> HeaderValue) -> Option<HeaderValue> {
+    if !headers.contains_key(IF_NONE_MATCH) {
+        return None;
+    }
+    Some(etag()).filter(|etag| conditional::none_match_names(headers, etag))
+}
+
+/// `/api/frontend` and `/api/frontend/all`.
+pub async fn flags(headers: &HeaderMap, found: Found) -> Reply {
+    match found {
         Ok(body) => reply::body(headers, &body, Freshness::Revalidate).await,
         Err(etag) => reply::not_modified(&etag, Freshness::Revalidate),
     }

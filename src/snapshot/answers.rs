@@ -1,7 +1,7 @@
-//! What a snapshot remembers of its answers to frontends: what a context came to, bodies, and what it
-//! told those who follow.
+//! What a snapshot remembers of its answers to frontends: what was asked, what a context came to,
+//! bodies, and what it told those who follow.
 //!
-//! All are bounded by bytes, and everything may be forgotten at any time: who asks evaluates again.
+//! All are bounded, and everything may be forgotten at any time: who asks evaluates again.
 //! How an answer comes about is for `crate::answers` to know.
 
 use std::sync::{
@@ -12,7 +12,7 @@ use std::sync::{
 use bytes::Bytes;
 use moka::sync::Cache;
 
-use super::{body::Body, outcomes::Outcomes};
+use super::{body::Body, outcomes::Outcomes, verbatim::Verbatim};
 
 /// The most memory that a snapshot's remembered outcomes may hold, in bytes, and its bodies.
 const OUTCOMES_BYTES: u64 = 32 << 20;
@@ -34,6 +34,7 @@ const RECENT: usize = 4096;
 /// What a snapshot remembers of its answers.
 #[derive(Debug)]
 pub struct Answers {
+    verbatim: Verbatim,
     outcomes: Cache<Box<[u8]>, u128>,
     bodies: Cache<u128, Arc<Body>>,
     recent: Recent,
@@ -57,12 +58,18 @@ impl Answers {
             .max_capacity(EVENTS_BYTES)
             .weigher(|_, event| saturating(event.len() + ENTRY_BYTES));
         Self {
+            verbatim: Verbatim::new(),
             outcomes: outcomes.build(),
             bodies: bodies.build(),
             recent: Recent::default(),
             listed: listed.build(),
             events: events.build(),
         }
+    }
+
+    /// The questions that were asked before.
+    pub fn verbatim(&self) -> &Verbatim {
+        &self.verbatim
     }
 
     /// The hash of what was answered under this key.
@@ -92,6 +99,11 @@ impl Answers {
             self.bodies.insert(hash, Arc::clone(&body));
         }
         body
+    }
+
+    /// The body of the answers that `hash` identifies, if it is kept.
+    pub fn kept_body(&self, hash: u128) -> Option<Arc<Body>> {
+        self.bodies.get(&hash)
     }
 
     /// What each flag came to in the answers that `hash` identifies, found out unless it is kept: once,

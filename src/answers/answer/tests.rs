@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::{
+    answers::Wording,
     engine::{
         FieldId,
         arbitrary::{Asking, DATES, asking, definitions},
@@ -45,6 +46,9 @@ fn afresh(
     (format!(r#"{{"toggles":[{}]}}"#, toggles.join(",")), etag_of(xxh3_128(&hashes)))
 }
 
+/// Of which flags tell some apart.
+const CLIENTS: [&str; 3] = ["10.1.2.3", "10.0.0.7", "2001:db8::1"];
+
 fn is_remembered(answer: &Answer<'_>) -> bool {
     matches!(answer.known, Known::Values(_))
 }
@@ -58,6 +62,8 @@ struct Step {
     asking: Asking,
     shown: Shown,
     projects: Projects,
+    /// Whether it is asked in words, too.
+    is_worded: bool,
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -68,8 +74,10 @@ fn step() -> impl Strategy<Value = Step> {
         Projects::from_list(["none"]),
     ]);
     let shown = select(vec![Shown::Enabled, Shown::All]);
-    (prop::bool::weighted(0.1), asking(), shown, projects)
-        .prop_map(|(swap, asking, shown, projects)| Step { swap, asking, shown, projects })
+    let chances = (prop::bool::weighted(0.1), prop::bool::weighted(0.3));
+    (chances, asking(), shown, projects).prop_map(|((swap, is_worded), asking, shown, projects)| {
+        Step { swap, asking, shown, projects, is_worded }
+    })
 }
 
 fn check(snapshot: &Snapshot, step: &Step) -> Result<(), TestCaseError> {
@@ -84,6 +92,31 @@ fn check(snapshot: &Snapshot, step: &Step) -> Result<(), TestCaseError> {
         let body = answer.body();
         prop_assert_eq!(&body.make(crate::snapshot::body::Coding::Identity).bytes, &text);
         prop_assert_eq!(body.etag(), &etag);
+    }
+    Ok(())
+}
+
+/// The same, asked in words, which the client's address, the time and lots complete: of each of
+/// those several, so that what is remembered of one is not told to another.
+fn check_words(snapshot: &Snapshot, step: &Step) -> Result<(), TestCaseError> {
+    let view = snapshot.view(&step.projects);
+    let asked = step.asking.context();
+    let said = Context { now: Timestamp::UNIX_EPOCH, draw: 0, remote_address: None, ..asked };
+    let said = format!("{said:?}");
+    let date: Timestamp = DATES[0].parse().unwrap();
+    let second = SignedDuration::from_secs(1);
+    let times = [date, asked.now, date + second, date - second, date];
+    for (now, client) in times.iter().flat_map(|now| CLIENTS.map(|client| (*now, client))) {
+        let context = Context { now, remote_address: Some(client), ..asked };
+        let (_, etag) = afresh(snapshot, &step.projects, &context, step.shown);
+        let client = client.parse().unwrap();
+        let wording = Wording::at(snapshot, &view, step.shown, client, &said, || now);
+        if let Some(hash) = wording.hash() {
+            prop_assert_eq!(etag_of(hash), &etag);
+        }
+        let answer = Answer::of(snapshot, &view, &context, step.shown);
+        wording.remember_at(&answer, || now);
+        prop_assert_eq!(wording.hash().is_some(), answer.is_settled());
     }
     Ok(())
 }
@@ -133,6 +166,9 @@ proptest! {
                 check(&before, step)?;
             }
             check(&current, step)?;
+            if step.is_worded {
+                check_words(&current, step)?;
+            }
         }
     }
 }
