@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use jiff::Timestamp;
 
-use super::{Answer, Shown};
+use super::answer::{self, Answer, Shown};
 use crate::{
     engine::{FieldId, Key},
     snapshot::{Holds, Snapshot, View},
@@ -42,7 +42,7 @@ impl<'a> Wording<'a> {
         now: impl FnOnce() -> Timestamp,
     ) -> Self {
         let reads = view.reads();
-        let mut words = super::answer::key(view, shown);
+        let mut words = answer::key(view, shown);
         // It completes a context, unless that has its own.
         if reads.matters(FieldId::REMOTE_ADDRESS, |_| true) {
             let client = match client {

@@ -24,7 +24,7 @@ const LAYERS: [&[(&str, &[&str])]; 8] = [
 
 /// Within `http`, who may import whom; the listeners' services are above the rest.
 const SURFACE: [&[&str]; 8] = [
-    &["access", "coding", "conditional", "cors", "route"],
+    &["access", "coding", "conditional", "cors", "route", "stop"],
     &["reply"],
     &["console", "edge", "listener", "meter", "payload", "report", "streaming"],
     &["client", "ops"],
