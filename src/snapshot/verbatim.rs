@@ -4,7 +4,10 @@
 //! be read. A table of fixed size, in which a question takes the place of another: what is gone is
 //! read and answered anew. Nobody waits for a lock here. What the words mean is not known here.
 
-use std::{hash::BuildHasher as _, sync::Arc};
+use std::{
+    hash::BuildHasher as _,
+    sync::{Arc, OnceLock},
+};
 
 use arc_swap::ArcSwapOption;
 use foldhash::quality::RandomState;
@@ -19,7 +22,8 @@ const LONGEST: usize = 1024;
 /// The questions that were asked of one snapshot.
 #[derive(Debug)]
 pub struct Verbatim {
-    places: Box<[ArcSwapOption<Known>]>,
+    // Made when there is a question to remember: many snapshots are asked none.
+    places: OnceLock<Box<[ArcSwapOption<Known>]>>,
     // Strangers cannot tell whose place a question takes.
     hasher: RandomState,
 }
@@ -55,13 +59,12 @@ impl Holds {
 
 impl Verbatim {
     pub(super) fn new() -> Self {
-        let places = (0..PLACES).map(|_| ArcSwapOption::empty()).collect();
-        Self { places, hasher: RandomState::default() }
+        Self { places: OnceLock::new(), hasher: RandomState::default() }
     }
 
     /// The hash of what was answered to these words, if that holds now.
     pub fn find(&self, words: &[u8], now: Option<Timestamp>) -> Option<u128> {
-        let known = self.place(words).load();
+        let known = self.places.get()?[self.place(words)].load();
         let known = known.as_deref()?;
         (*known.words == *words && known.holds.at(now)).then_some(known.hash)
     }
@@ -70,13 +73,14 @@ impl Verbatim {
     pub fn remember(&self, words: &[u8], hash: u128, holds: Holds) {
         if words.len() <= LONGEST {
             let known = Known { words: words.into(), hash, holds };
-            self.place(words).store(Some(Arc::new(known)));
+            let make = || (0..PLACES).map(|_| ArcSwapOption::empty()).collect();
+            self.places.get_or_init(make)[self.place(words)].store(Some(Arc::new(known)));
         }
     }
 
-    fn place(&self, words: &[u8]) -> &ArcSwapOption<Known> {
+    fn place(&self, words: &[u8]) -> usize {
         let [low, high, ..] = self.hasher.hash_one(words).to_le_bytes();
-        &self.places[usize::from(u16::from_le_bytes([low, high])) % PLACES]
+        usize::from(u16::from_le_bytes([low, high])) % PLACES
     }
 }
 
