@@ -91,7 +91,7 @@ impl Answers {
     /// entity tag. A stranger cannot bring about two that collide: contexts choose among fragments,
     /// a few of each flag, and only upstream writes those.
     pub fn body(&self, hash: u128, make: impl FnOnce() -> Body) -> Arc<Body> {
-        if let Some(body) = self.bodies.get(&hash) {
+        if let Some(body) = self.kept_body(hash) {
             return body;
         }
         let body = Arc::new(make());
