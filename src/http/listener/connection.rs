@@ -13,11 +13,11 @@ use tracing::debug;
 
 use super::{
     attended::{Attended, End},
-    handover::Sent,
     spoken::Spoken,
     tasks::Tasks,
     telling::Telling,
 };
+use crate::http::reply::Outgoing;
 
 /// A connection, and what is done with it.
 pub(super) enum Connection<I, S: HttpService<Incoming>> {
@@ -30,8 +30,8 @@ pub(super) enum Connection<I, S: HttpService<Incoming>> {
 impl<I, S> Future for Connection<I, S>
 where
     I: AsyncRead + AsyncWrite + Unpin,
-    S: HttpService<Incoming, ResBody = Sent, Error = Infallible> + Unpin,
-    Tasks: Http2ServerConnExec<S::Future, Sent>,
+    S: HttpService<Incoming, ResBody = Outgoing, Error = Infallible> + Unpin,
+    Tasks: Http2ServerConnExec<S::Future, Outgoing>,
 {
     type Output = ();
 

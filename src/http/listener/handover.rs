@@ -7,19 +7,16 @@
 //! Streams over HTTP/2, of which a connection may have many, stay with hyper.
 
 use std::{
-    convert::Infallible,
-    pin::Pin,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU8, Ordering},
     },
-    task::{Context, Poll},
+    task::Poll,
 };
 
-use bytes::Bytes;
+use futures_util::stream;
 use hyper::{
     Response, Version,
-    body::{Body, Frame, SizeHint},
     header::{CONNECTION, HeaderValue},
 };
 
@@ -49,7 +46,7 @@ const SENT: u8 = 2;
 
 impl Handover {
     /// Keeps the body of a reply back, to a request of this version, if it is one to be handed over.
-    pub(super) fn keep(self: &Arc<Self>, version: Version, reply: Reply) -> Response<Sent> {
+    pub(super) fn keep(self: &Arc<Self>, version: Version, reply: Reply) -> Reply {
         let (mut head, body) = reply.into_parts();
         let framing = match version {
             Version::HTTP_2 => None,
@@ -61,9 +58,14 @@ impl Handover {
                 head.headers.insert(CONNECTION, HeaderValue::from_static("close"));
                 // A panic under this lock cannot leave a part of it.
                 *self.stream.lock().unwrap_or_else(PoisonError::into_inner) = Some((live, framing));
-                Sent::Elsewhere(Arc::clone(self))
+                let handover = Arc::clone(self);
+                // Nobody is to be woken: who polls the connection takes it away.
+                Outgoing::Live(Box::pin(stream::poll_fn(move |_| {
+                    handover.advance(NOT_ASKED, ASKED);
+                    Poll::Pending
+                })))
             }
-            (body, _) => Sent::Here(body),
+            (body, _) => body,
         };
         Response::from_parts(head, body)
     }
@@ -86,46 +88,5 @@ impl Handover {
             return None;
         }
         self.stream.lock().unwrap_or_else(PoisonError::into_inner).take()
-    }
-}
-
-/// The body of a response, as hyper has it.
-pub(super) enum Sent {
-    /// Hyper sends it.
-    Here(Outgoing),
-    /// Somebody else will.
-    Elsewhere(Arc<Handover>),
-}
-
-impl Body for Sent {
-    type Data = Bytes;
-    type Error = Infallible;
-
-    fn poll_frame(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        match self.get_mut() {
-            Self::Here(body) => Pin::new(body).poll_frame(cx),
-            // Nobody is to be woken: who polls the connection takes it away.
-            Self::Elsewhere(handover) => {
-                handover.advance(NOT_ASKED, ASKED);
-                Poll::Pending
-            }
-        }
-    }
-
-    fn is_end_stream(&self) -> bool {
-        match self {
-            Self::Here(body) => body.is_end_stream(),
-            Self::Elsewhere(_) => false,
-        }
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        match self {
-            Self::Here(body) => body.size_hint(),
-            Self::Elsewhere(_) => SizeHint::default(),
-        }
     }
 }

@@ -24,11 +24,12 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::{
     attended::{Graceful, HeadTimer, Watch},
-    handover::{Handover, Sent},
+    handover::Handover,
     stream::Stream,
     tasks::Tasks,
     telling::Telling,
 };
+use crate::http::reply::Outgoing;
 
 /// With what a client begins that speaks HTTP/2 without having agreed on it.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -106,8 +107,8 @@ impl<I: AsyncRead + Unpin, S> Opening<I, S> {
 impl<I, S> Future for Spoken<I, S>
 where
     I: AsyncRead + AsyncWrite + Unpin,
-    S: HttpService<Incoming, ResBody = Sent, Error = Infallible> + Unpin,
-    Tasks: Http2ServerConnExec<S::Future, Sent>,
+    S: HttpService<Incoming, ResBody = Outgoing, Error = Infallible> + Unpin,
+    Tasks: Http2ServerConnExec<S::Future, Outgoing>,
 {
     /// There may be a stream left to be told.
     type Output = Result<Option<Telling<I>>, Box<dyn Error + Send + Sync>>;
@@ -159,8 +160,8 @@ where
 impl<I, S> Graceful for Spoken<I, S>
 where
     I: AsyncRead + AsyncWrite + Unpin,
-    S: HttpService<Incoming, ResBody = Sent, Error = Infallible> + Unpin,
-    Tasks: Http2ServerConnExec<S::Future, Sent>,
+    S: HttpService<Incoming, ResBody = Outgoing, Error = Infallible> + Unpin,
+    Tasks: Http2ServerConnExec<S::Future, Outgoing>,
 {
     fn shut_down(mut self: Pin<&mut Self>) {
         match &mut *self {
