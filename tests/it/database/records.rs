@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::Bytes;
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use parapet::control::{
     Actor, Config, Control, EventKind, EventQuery, FoundTokens, NewAccount, NewToken, Operator,
     RootRole, SignIn,
@@ -31,7 +31,9 @@ async fn events_tell_who_did_what_when_and_from_where(bed: Bed) {
         operator: Operator::Token { name: "ci".to_owned() },
         address: Some("2001:db8::7".parse().unwrap()),
     };
-    let since = Timestamp::now() - SignedDuration::from_millis(1);
+    // Times are kept in milliseconds: what opening wrote is of an earlier one.
+    tokio::time::sleep(Duration::from_millis(2)).await;
+    let since = Timestamp::now();
     for (name, projects) in [("one", &["web"][..]), ("two", &["web", "app"]), ("all", &["*"])] {
         let new = NewToken {
             name: name.to_owned(),
