@@ -11,18 +11,16 @@
 //!   has the answer is told so without a body; and equal outcomes share one body with all its codings.
 //! * The JSON of each flag is there for each outcome; a new body strings it together.
 //!
-//! And who polls asks in the same words each time ([`Wording`]): what they came to is found without
-//! reading them.
-//!
-//! Where lots are drawn, nothing is remembered but the body. There is no state here: all that is
+//! Where lots are drawn, nothing is remembered but the body. How long an answer may be given again
+//! without asking here is told by [`Holds`]. There is no state here: all that is
 //! remembered belongs to the snapshot and vanishes with it.
 
 mod answer;
 pub mod explained;
 pub mod followed;
-mod wording;
+mod holds;
 
 pub use self::{
     answer::{Answer, Shown, one},
-    wording::Wording,
+    holds::Holds,
 };

@@ -57,6 +57,8 @@ pub struct Config {
 pub struct Admission {
     /// What it allows.
     pub grant: Arc<Grant>,
+    /// The token.
+    pub digest: TokenDigest,
     /// Whether this request was the one to bring it to our knowledge.
     pub first_seen: bool,
 }
@@ -131,14 +133,15 @@ impl Authenticator {
         let digest = TokenDigest::of(Token::bare(header));
         if let Some(grant) = inner.given.admit(&digest) {
             inner.tally.known.increment(1);
-            return Ok(Admission { grant, first_seen: false });
+            return Ok(Admission { grant, digest, first_seen: false });
         }
         if let Some(verdict) = inner.verdicts.valid(&digest) {
             inner.tally.known.increment(1);
             if verdict.wants_plaintext() {
                 inner.learn(&verdict, header);
             }
-            return Ok(Admission { grant: Arc::clone(verdict.grant()), first_seen: false });
+            let grant = Arc::clone(verdict.grant());
+            return Ok(Admission { grant, digest, first_seen: false });
         }
         if inner.verdicts.refuses(&digest) {
             inner.tally.refused.increment(1);
@@ -157,6 +160,17 @@ impl Authenticator {
     pub fn standing(&self, digest: &TokenDigest) -> Option<Arc<Grant>> {
         let verdict = || Some(Arc::clone(self.0.verdicts.valid(digest)?.grant()));
         self.0.given.admit(digest).or_else(verdict)
+    }
+
+    /// Whether a token that was admitted before is so now, to the same; being asked for counts as its
+    /// use, as if it had been presented.
+    pub fn still_admits(&self, digest: &TokenDigest, grant: &Arc<Grant>) -> bool {
+        let standing = self.standing(digest);
+        let same = standing.is_some_and(|it| Arc::ptr_eq(&it, grant) || it == *grant);
+        if same {
+            self.0.tally.known.increment(1);
+        }
+        same
     }
 
     /// Replaces the given tokens: from here on these are admitted, and no others of them.
@@ -186,6 +200,7 @@ impl Authenticator {
 
     async fn ask(&self, token: Token, behalf: Behalf) -> Result<Admission, Denied> {
         let inner = &*self.0;
+        let digest = token.digest();
         if matches!(inner.authority, Authority::Nobody) {
             inner.tally.refused.increment(1);
             return Err(Denied::Unknown);
@@ -203,7 +218,7 @@ impl Authenticator {
             Err(Denied::Unknown) => inner.tally.rejected.increment(1),
             Err(Denied::Unavailable) => inner.tally.unavailable.increment(1),
         }
-        answer.map(|grant| Admission { grant, first_seen: true })
+        answer.map(|grant| Admission { grant, digest, first_seen: true })
     }
 
     /// Asks the authority what is to be asked, until dropped: about first-seen tokens as they come,

@@ -40,7 +40,9 @@
 //! first-seen one waits for one question that it shares with others. The handler loads the
 //! [`snapshot`] once. For server SDKs the body is there, in every coding. For frontends [`answers`]
 //! takes what of the context the flags can tell, and evaluates only what nobody was told before; the
-//! hash of the outcome is the entity tag, so that a 304 needs no body.
+//! hash of the outcome is the entity tag, so that a 304 needs no body. Who polls sends the same bytes
+//! each time, and the listener remembers what was answered to them: as long as the token stands and
+//! the snapshot is the current one, they are not even read.
 //!
 //! **A refresh.** [`sync`] asks [`upstream`] with a token that its `Credentials` have found or
 //! minted, reads the document ([`wire::features`]) without losing a byte of any flag, compiles it

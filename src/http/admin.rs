@@ -44,8 +44,8 @@ pub use self::{
 };
 use super::{
     console,
-    data::Data,
-    listener::Service,
+    data::{Data, Terms},
+    listener::{Answered, Service},
     meter::Subject,
     payload::Arriving,
     reply::{self, Failure, Reply},
@@ -74,7 +74,9 @@ pub struct Admin {
 }
 
 impl Service for Admin {
-    async fn call(&self, request: Request<Incoming>, peer: SocketAddr) -> Reply {
+    type Terms = Terms;
+
+    async fn call(&self, request: Request<Incoming>, peer: SocketAddr) -> Answered<Terms> {
         let started = Instant::now();
         if self.data.serves(request.uri().path()) {
             return self.data.call(request, peer).await;
@@ -87,7 +89,11 @@ impl Service for Admin {
         };
         let reply = reply.unwrap_or_else(Reply::from);
         self.data.meter.record(subject, &head.method, &reply, started.elapsed());
-        reply::without_body(&head.method, reply)
+        reply::without_body(&head.method, reply).into()
+    }
+
+    fn again(&self, terms: &Terms, started: Instant) -> bool {
+        self.data.again(terms, started)
     }
 }
 

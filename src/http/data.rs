@@ -3,6 +3,8 @@
 //! Nothing secret is served here, and the only thing that a request may wait for, besides its own
 //! body, is the verdict on a first-seen token.
 
+mod terms;
+
 use std::{
     collections::BTreeSet,
     net::{IpAddr, SocketAddr},
@@ -15,13 +17,15 @@ use bytes::Bytes;
 use hyper::{HeaderMap, Method, Request, body::Incoming, header::HeaderName, http::request::Parts};
 use jiff::Timestamp;
 
+use self::terms::Basis;
+pub use self::terms::Terms;
 use super::{
     access, client,
     cors::Cors,
     edge,
     frontend::{self, Asker, Question},
-    listener::Service,
-    meter::{Meter, Subject},
+    listener::{Answered, Service},
+    meter::{self, Meter, Subject},
     ofrep::{self, Tickets},
     ops::Ops,
     payload::Arriving,
@@ -31,7 +35,7 @@ use super::{
     streaming::{FetchMode, Streams},
 };
 use crate::{
-    answers::{Shown, Wording},
+    answers::{Holds, Shown},
     auth::{Admission, Authenticator, Denied},
     feed::{Feed, Topic},
     snapshot::{Snapshot, Snapshots},
@@ -87,17 +91,26 @@ pub struct Data {
 }
 
 impl Service for Data {
-    async fn call(&self, request: Request<Incoming>, peer: SocketAddr) -> Reply {
+    type Terms = Terms;
+
+    async fn call(&self, request: Request<Incoming>, peer: SocketAddr) -> Answered<Terms> {
         let started = Instant::now();
         let (head, body) = request.into_parts();
         let path = normalise(head.uri.path(), &self.settings.base_path);
         let body = Arriving::new(body, started, self.settings.request_timeout);
-        let (subject, mut reply) = self.answer(&head, path.as_deref(), body, peer).await;
+        let (subject, mut reply, basis) = self.answer(&head, path.as_deref(), body, peer).await;
         if subject != Subject::Preflight {
             self.settings.cors.decorate(&head.headers, reply.headers_mut());
         }
-        self.meter.record(subject, &head.method, &reply, started.elapsed());
-        reply::without_body(&head.method, reply)
+        let (series, size) =
+            (self.meter.series(subject, &head.method, &reply), meter::length(&reply));
+        self.meter.count(series, size, started.elapsed());
+        let terms = basis.map(|basis| Terms { basis, series, size });
+        Answered { reply: reply::without_body(&head.method, reply), terms }
+    }
+
+    fn again(&self, terms: &Terms, started: Instant) -> bool {
+        terms.hold(&self.auth, &self.snapshots, &self.meter, started)
     }
 }
 
@@ -127,28 +140,31 @@ impl Data {
         path: Option<&'a str>,
         body: Arriving,
         peer: SocketAddr,
-    ) -> (Subject<'a>, Reply) {
+    ) -> (Subject<'a>, Reply, Option<Basis>) {
         if head.method == Method::OPTIONS {
             let mut reply = reply::preflight();
             self.settings.cors.decorate_preflight(&head.headers, reply.headers_mut());
-            return (Subject::Preflight, reply);
+            return (Subject::Preflight, reply, None);
         }
         let client = self.settings.access.proxies.client(peer, &head.headers);
         if !self.settings.access.serves(client) {
-            return (Subject::Unknown, Failure::Blocked.into());
+            return (Subject::Unknown, Failure::Blocked.into(), None);
         }
         let route = match path.map_or(Err(NoRoute::Path), |path| Route::parse(&head.method, path)) {
             Ok(route) if !self.is_disabled(route) => route,
-            Ok(_) | Err(NoRoute::Path) => return (Subject::Unknown, Failure::NotFound.into()),
+            Ok(_) | Err(NoRoute::Path) => {
+                return (Subject::Unknown, Failure::NotFound.into(), None);
+            }
             Err(NoRoute::Method(known)) => {
-                return (Subject::Unknown, Failure::Method(known.into()).into());
+                return (Subject::Unknown, Failure::Method(known.into()).into(), None);
             }
         };
-        let reply = self.dispatch(route, head, body, client).await;
-        (Subject::Route(route), reply.unwrap_or_else(Reply::from))
+        let answer = self.dispatch(route, head, body, client).await;
+        let (reply, basis) = answer.unwrap_or_else(|failure| (failure.into(), None));
+        (Subject::Route(route), reply, basis)
     }
 
-    /// Answers what was asked.
+    /// Answers what was asked; tells what that rests on where it is asked again and again.
     ///
     /// A request is moved about before it runs, so that everything it seldom waits for is boxed:
     /// what is left is no larger than reading flags needs, which waits for nothing.
@@ -158,10 +174,12 @@ impl Data {
         head: &Parts,
         body: Arriving,
         client: IpAddr,
-    ) -> Result<Reply, Failure> {
+    ) -> Result<(Reply, Option<Basis>), Failure> {
         let headers = &head.headers;
         let query = head.uri.query().unwrap_or_default();
-        match route {
+        let reply = match route {
+            Route::ClientFeatures => return self.features(headers, query).await,
+            Route::Frontend(shown) => return self.flags(shown, head, body, client).await,
             Route::Health => Ok(self.ops.health()),
             Route::Ready => Ok(self.ops.ready()),
             Route::Prometheus => Ok(self.ops.metrics()),
@@ -169,28 +187,16 @@ impl Data {
                 let body = self.read(headers, body).await?;
                 Box::pin(edge::validate(&self.auth, &body)).await
             }
-            Route::ClientFeatures => {
-                let (grant, snapshot) = self.reader(headers, &[TokenKind::Client]).await?;
-                let mut reply = client::features(headers, query, &snapshot, &grant.scope).await?;
-                if self.streams.fetch_mode() == Some(FetchMode::Streaming) {
-                    reply::prefer_streaming(&mut reply);
-                }
-                Ok(reply)
-            }
             Route::ClientFeature(name) => {
-                let (grant, snapshot) = self.reader(headers, &[TokenKind::Client]).await?;
+                let Reader { grant, snapshot, .. } =
+                    self.reader(headers, &[TokenKind::Client]).await?;
                 client::feature(headers, name, &snapshot, &grant.scope).await
             }
             Route::ClientDelta => Box::pin(self.delta(headers, query)).await,
             Route::ClientStreaming => Box::pin(self.stream(headers, query)).await,
-            Route::Frontend(shown) => {
-                let (grant, snapshot) = self.reader(headers, &[TokenKind::Frontend]).await?;
-                let body = self.context_body(head, body).await?;
-                let found = self.find(head, body.as_ref(), shown, client, &snapshot, &grant)?;
-                Ok(frontend::flags(headers, found).await)
-            }
             Route::FrontendFeature(name) => {
-                let (grant, snapshot) = self.reader(headers, &[TokenKind::Frontend]).await?;
+                let Reader { grant, snapshot, .. } =
+                    self.reader(headers, &[TokenKind::Frontend]).await?;
                 let body = self.context_body(head, body).await?;
                 let told = context(head, body.as_ref())?;
                 let asked = self.question(&told, client, &snapshot, &grant.scope);
@@ -224,32 +230,44 @@ impl Data {
                 self.admit(headers, &[TokenKind::Client]).await?;
                 report::instance(&self.usage, &self.read(headers, body).await?)
             }
-        }
+        };
+        reply.map(|reply| (reply, None))
     }
 
-    /// What a frontend's flags come to, from memory if it asks in the same words again.
-    fn find(
+    /// Answers server SDKs.
+    async fn features(
         &self,
-        head: &Parts,
-        body: Option<&Bytes>,
-        shown: Shown,
-        client: IpAddr,
-        snapshot: &Snapshot,
-        grant: &Grant,
-    ) -> Result<frontend::Found, Failure> {
-        let headers = &head.headers;
-        let view = snapshot.view(&grant.scope.projects);
-        // What was read of a body is not worth remembering: few clients send one.
-        let wording = body.is_none().then(|| {
-            let query = head.uri.query().unwrap_or_default();
-            Wording::of(snapshot, &view, shown, client, query)
-        });
-        if let Some(found) = wording.as_ref().and_then(|it| frontend::again(headers, it)) {
-            return Ok(found);
+        headers: &HeaderMap,
+        query: &str,
+    ) -> Result<(Reply, Option<Basis>), Failure> {
+        let reader = self.reader(headers, &[TokenKind::Client]).await?;
+        let scope = &reader.grant.scope;
+        let mut reply = client::features(headers, query, &reader.snapshot, scope).await?;
+        if self.streams.fetch_mode() == Some(FetchMode::Streaming) {
+            reply::prefer_streaming(&mut reply);
         }
-        let told = context(head, body)?;
-        let question = self.question(&told, client, snapshot, &grant.scope);
-        Ok(frontend::evaluated(headers, shown, &view, question, wording.as_ref()))
+        Ok((reply, Some(reader.basis(Holds::Always))))
+    }
+
+    /// Answers frontends.
+    async fn flags(
+        &self,
+        shown: Shown,
+        head: &Parts,
+        body: Arriving,
+        client: IpAddr,
+    ) -> Result<(Reply, Option<Basis>), Failure> {
+        let headers = &head.headers;
+        let reader = self.reader(headers, &[TokenKind::Frontend]).await?;
+        let body = self.context_body(head, body).await?;
+        let found = {
+            let told = context(head, body.as_ref())?;
+            let scope = &reader.grant.scope;
+            let question = self.question(&told, client, &reader.snapshot, scope);
+            frontend::evaluated(headers, shown, &reader.snapshot.view(&scope.projects), question)
+        };
+        let basis = found.holds.map(|holds| reader.basis(holds));
+        Ok((frontend::flags(headers, found).await, basis))
     }
 
     /// Answers OpenFeature's web providers.
@@ -260,7 +278,7 @@ impl Data {
         client: IpAddr,
     ) -> Result<Reply, Failure> {
         let headers = &head.headers;
-        let (grant, snapshot) = self.reader(headers, &[TokenKind::Frontend]).await?;
+        let Reader { grant, snapshot, .. } = self.reader(headers, &[TokenKind::Frontend]).await?;
         let body = self.read(headers, body).await?;
         let told = wire::ofrep::context(&body)?;
         let asked = self.question(&told, client, &snapshot, &grant.scope);
@@ -279,7 +297,7 @@ impl Data {
     ) -> Result<Reply, Failure> {
         let headers = &head.headers;
         let wanted = [TokenKind::Frontend, TokenKind::Client];
-        let (grant, snapshot) = self.reader(headers, &wanted).await?;
+        let Reader { grant, snapshot, .. } = self.reader(headers, &wanted).await?;
         let body = self.read(headers, body).await?;
         let told = wire::ofrep::context(&body)?;
         let asked = self.question(&told, client, &snapshot, &grant.scope);
@@ -311,7 +329,7 @@ impl Data {
         client: IpAddr,
     ) -> Result<Reply, Failure> {
         let headers = &head.headers;
-        let (grant, _) = self.reader(headers, &[TokenKind::Frontend]).await?;
+        let Reader { grant, .. } = self.reader(headers, &[TokenKind::Frontend]).await?;
         let body = self.context_body(head, body).await?;
         let told = context(head, body.as_ref())?.into_owned();
         let states = self.feed.follow(&grant.scope.environment).ok_or(NO_FLAGS)?;
@@ -353,7 +371,7 @@ impl Data {
         headers: &HeaderMap,
         query: &str,
     ) -> Result<(Arc<Grant>, Topic), Failure> {
-        let (grant, _) = self.reader(headers, &[TokenKind::Client]).await?;
+        let Reader { grant, .. } = self.reader(headers, &[TokenKind::Client]).await?;
         let Scope { environment, projects } = grant.scope.clone();
         Ok((grant, Topic { environment, projects, filter: client::filter(query)? }))
     }
@@ -395,12 +413,8 @@ impl Data {
     ///
     /// A first-seen token may be the one to have them fetched, and waits for that. Flags that were
     /// never fetched are not there, which is something else than that there are none.
-    async fn reader(
-        &self,
-        headers: &HeaderMap,
-        wanted: &[TokenKind],
-    ) -> Result<(Arc<Grant>, Arc<Snapshot>), Failure> {
-        let Admission { grant, first_seen } = self.admit(headers, wanted).await?;
+    async fn reader(&self, headers: &HeaderMap, wanted: &[TokenKind]) -> Result<Reader, Failure> {
+        let Admission { grant, digest, first_seen } = self.admit(headers, wanted).await?;
         let snapshot = match self.snapshots.load_for(&grant.scope) {
             Some(snapshot) => Some(snapshot),
             None if first_seen => {
@@ -410,7 +424,7 @@ impl Data {
             }
             None => None,
         };
-        snapshot.map(|snapshot| (grant, snapshot)).ok_or(NO_FLAGS)
+        snapshot.map(|snapshot| Reader { grant, digest, snapshot }).ok_or(NO_FLAGS)
     }
 
     /// The body that holds the context, where it is not in the query.
@@ -438,6 +452,21 @@ impl Data {
         body: Arriving,
     ) -> Pin<Box<dyn Future<Output = Result<Bytes, Failure>> + Send + 'a>> {
         Box::pin(body.read(headers, self.settings.body_bytes))
+    }
+}
+
+/// Who reads flags, and which.
+struct Reader {
+    grant: Arc<Grant>,
+    digest: TokenDigest,
+    snapshot: Arc<Snapshot>,
+}
+
+impl Reader {
+    /// What an answer to them rests on.
+    fn basis(&self, holds: Holds) -> Basis {
+        let snapshot = Arc::downgrade(&self.snapshot);
+        Basis { digest: self.digest, grant: Arc::clone(&self.grant), snapshot, holds }
     }
 }
 

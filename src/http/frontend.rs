@@ -12,6 +12,7 @@ use hyper::{
     HeaderMap,
     header::{HeaderValue, IF_NONE_MATCH},
 };
+use jiff::Timestamp;
 
 pub use self::{
     changes::{Changes, Wake},
@@ -23,11 +24,8 @@ use super::{
     reply::{self, Failure, Freshness, Reply},
 };
 use crate::{
-    answers::{self, Answer, Shown, Wording, followed},
-    snapshot::{
-        View,
-        body::{Body, etag_of},
-    },
+    answers::{self, Answer, Holds, Shown, followed},
+    snapshot::{View, body::Body},
     wire::context,
 };
 
@@ -42,36 +40,31 @@ pub fn answer_of(last_event_id: Option<&HeaderValue>) -> Option<u128> {
     followed::parse_id(last_event_id?.to_str().ok()?.trim())
 }
 
-/// An answer: a body, or that the client has the one of this entity tag.
-pub type Found = Result<Arc<Body>, HeaderValue>;
-
-/// What was answered before to the same words, if there is enough of it left.
-pub fn again(headers: &HeaderMap, wording: &Wording<'_>) -> Option<Found> {
-    let hash = wording.hash()?;
-    if let Some(etag) = revalidated(headers, || etag_of(hash)) {
-        return Some(Err(etag));
-    }
-    wording.snapshot().answers().kept_body(hash).map(Ok)
+/// What a question came to.
+#[derive(Debug)]
+pub struct Found {
+    /// A body, or that the client has the one of this entity tag.
+    answer: Result<Arc<Body>, HeaderValue>,
+    /// As of when it holds, if it is not of one time only.
+    pub holds: Option<Holds>,
 }
 
-/// What a question comes to, which was asked in these words, if they are to be remembered.
-pub fn evaluated(
-    headers: &HeaderMap,
-    shown: Shown,
-    view: &View,
-    question: Question<'_>,
-    wording: Option<&Wording<'_>>,
-) -> Found {
-    question.answer(view, |context| {
+/// Answers a question about the flags of `view`.
+pub fn evaluated(headers: &HeaderMap, shown: Shown, view: &View, question: Question<'_>) -> Found {
+    let reads = view.reads();
+    let clock = || if reads.is_timed() { Timestamp::now() } else { Timestamp::UNIX_EPOCH };
+    let asked = clock();
+    let (answer, is_settled) = question.answer(view, |context| {
         let answer = Answer::of(question.snapshot, view, context, shown);
-        if let Some(wording) = wording {
-            wording.remember(&answer);
-        }
-        match revalidated(headers, || answer.etag()) {
+        let is_settled = answer.is_settled();
+        let answer = match revalidated(headers, || answer.etag()) {
             Some(etag) => Err(etag),
             None => Ok(answer.body()),
-        }
-    })
+        };
+        (answer, is_settled)
+    });
+    let holds = if is_settled { Holds::of(reads, asked, clock()) } else { None };
+    Found { answer, holds }
 }
 
 /// The answer's entity tag, if the client has that: decided by the outcome alone, an unchanged answer
@@ -85,7 +78,7 @@ fn revalidated(headers: &HeaderMap, etag: impl FnOnce() -> HeaderValue) -> Optio
 
 /// `/api/frontend` and `/api/frontend/all`.
 pub async fn flags(headers: &HeaderMap, found: Found) -> Reply {
-    match found {
+    match found.answer {
         Ok(body) => reply::body(headers, &body, Freshness::Revalidate).await,
         Err(etag) => reply::not_modified(&etag, Freshness::Revalidate),
     }

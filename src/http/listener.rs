@@ -5,11 +5,16 @@
 
 mod attended;
 mod connection;
+mod gather;
 mod handover;
+mod memory;
+mod repeats;
+mod service;
 mod spoken;
 mod stream;
 mod tasks;
 mod telling;
+mod turn;
 
 use std::{
     convert::Infallible, future::Future, net::SocketAddr, panic::AssertUnwindSafe, sync::Arc,
@@ -32,27 +37,21 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
 
+pub use self::service::{Answered, Service};
 use self::{
     attended::{Attended, Watch},
     connection::Connection,
     handover::Handover,
+    memory::Memory,
+    repeats::{Known, Recall, Repeats},
     spoken::{Protocols, Spoken},
     tasks::Tasks,
+    turn::Turn,
 };
 use super::{
     reply::{Failure, Reply},
     stop::Stop,
 };
-
-/// What answers requests.
-pub trait Service: Send + Sync + 'static {
-    /// Answers one request of a peer.
-    fn call(
-        &self,
-        request: Request<Incoming>,
-        peer: SocketAddr,
-    ) -> impl Future<Output = Reply> + Send;
-}
 
 /// What one client, and all of them together, may take.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -118,8 +117,9 @@ pub async fn serve<S: Service>(
 
 /// Speaks HTTP/1.1 and HTTP/2 on connections, for one service.
 #[derive(Debug)]
-pub struct Protocol<S> {
+pub struct Protocol<S: Service> {
     service: Arc<S>,
+    memory: Arc<Memory<S::Terms>>,
     protocols: Arc<Protocols>,
     /// How long a head may take.
     patience: Duration,
@@ -137,7 +137,8 @@ impl<S: Service> Protocol<S> {
         let mut http2 = http2::Builder::new(tasks.clone());
         http2.timer(TokioTimer::new()).keep_alive_interval(PING_EVERY);
         let protocols = Arc::new(Protocols { http1, http2 });
-        Self { service, protocols, patience, stop: Stop::default(), tasks }
+        let memory = Arc::new(Memory::new());
+        Self { service, memory, protocols, patience, stop: Stop::default(), tasks }
     }
 
     /// Serves one connection to its end. Dropping the future closes it.
@@ -151,22 +152,33 @@ impl<S: Service> Protocol<S> {
     {
         // A count of this connection's own: that of all of them would go from core to core with every
         // request.
-        let service = Arc::new(Arc::clone(&self.service));
+        let known = Arc::new(Known {
+            service: Arc::clone(&self.service),
+            memory: Arc::clone(&self.memory),
+            peer,
+        });
         let (watch, handover) = (Watch::new(self.patience), Arc::<Handover>::default());
+        let turn = Arc::<Turn>::default();
+        let recall: Arc<dyn Recall> = Arc::<Known<S>>::clone(&known);
+        let repeats = Repeats { known: recall, turn: Arc::clone(&turn), watch: Arc::clone(&watch) };
         let (heads, streams) = (Arc::clone(&watch), Arc::clone(&handover));
         let answer = service_fn(move |request: Request<Incoming>| {
             // Where the protocol is HTTP/2, nobody else says so.
             heads.rest();
-            let (service, streams) = (Arc::clone(&service), Arc::clone(&streams));
+            let words = turn.asked(&request);
+            let (known, streams, turn) =
+                (Arc::clone(&known), Arc::clone(&streams), Arc::clone(&turn));
             let version = request.version();
             async move {
-                let reply = guarded(&**service, request, peer).await;
+                let answered = guarded(&*known.service, request, peer).await;
+                let reply = known.note(words, answered);
+                turn.answered(&reply);
                 Ok::<_, Infallible>(streams.keep(version, reply))
             }
         });
         let protocols = Arc::clone(&self.protocols);
-        let spoken = Spoken::new(stream, answer, protocols, Arc::clone(&watch), handover);
-        let attended = Attended::new(spoken, watch, self.patience, self.stop.clone());
+        let spoken = Spoken::new(stream, answer, protocols, repeats, handover);
+        let attended = Attended::new(spoken, watch, self.stop.clone());
         Connection::Answering(Box::pin(attended))
     }
 }
@@ -186,16 +198,23 @@ async fn accept(
 
 /// Answers, with a 500 where answering panics: one request's fault must not take its connection's
 /// other requests along.
-async fn guarded<S: Service>(service: &S, request: Request<Incoming>, peer: SocketAddr) -> Reply {
+async fn guarded<S: Service>(
+    service: &S,
+    request: Request<Incoming>,
+    peer: SocketAddr,
+) -> Answered<S::Terms> {
     AssertUnwindSafe(service.call(request, peer)).catch_unwind().await.unwrap_or_else(|_| {
         error!("Answering a request panicked");
-        Failure::Internal.into()
+        Reply::from(Failure::Internal).into()
     })
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Mutex, Weak};
+    use std::{
+        sync::{Mutex, Weak},
+        time::Instant,
+    };
 
     use bytes::Bytes;
     use futures_util::stream;
@@ -211,12 +230,18 @@ mod tests {
     struct Silent(mpsc::UnboundedSender<Weak<()>>);
 
     impl Service for Silent {
-        async fn call(&self, _: Request<Incoming>, _: SocketAddr) -> Reply {
+        type Terms = ();
+
+        async fn call(&self, _: Request<Incoming>, _: SocketAddr) -> Answered<()> {
             let held = Arc::new(());
             self.0.send(Arc::downgrade(&held)).unwrap();
             std::future::pending::<()>().await;
             drop(held);
-            Failure::Internal.into()
+            Reply::from(Failure::Internal).into()
+        }
+
+        fn again(&self, (): &(), _: Instant) -> bool {
+            false
         }
     }
 
@@ -224,9 +249,15 @@ mod tests {
     struct Slow(Duration);
 
     impl Service for Slow {
-        async fn call(&self, _: Request<Incoming>, _: SocketAddr) -> Reply {
+        type Terms = ();
+
+        async fn call(&self, _: Request<Incoming>, _: SocketAddr) -> Answered<()> {
             tokio::time::sleep(self.0).await;
-            Failure::NotFound.into()
+            Reply::from(Failure::NotFound).into()
+        }
+
+        fn again(&self, (): &(), _: Instant) -> bool {
+            false
         }
     }
 
@@ -320,13 +351,19 @@ mod tests {
     struct Teller(Mutex<Option<mpsc::UnboundedReceiver<&'static str>>>);
 
     impl Service for Teller {
-        async fn call(&self, _: Request<Incoming>, _: SocketAddr) -> Reply {
+        type Terms = ();
+
+        async fn call(&self, _: Request<Incoming>, _: SocketAddr) -> Answered<()> {
             let pieces = self.0.lock().unwrap().take().unwrap();
             let live = stream::unfold(pieces, |mut pieces| async {
                 let piece = pieces.recv().await?;
                 Some((Bytes::from(piece), pieces))
             });
-            reply::event_stream(Box::pin(live))
+            reply::event_stream(Box::pin(live)).into()
+        }
+
+        fn again(&self, (): &(), _: Instant) -> bool {
+            false
         }
     }
 

@@ -5,6 +5,7 @@
 
 mod failure;
 mod outgoing;
+mod written;
 
 use std::sync::Arc;
 
@@ -21,6 +22,7 @@ use serde::Serialize;
 pub use self::{
     failure::Failure,
     outgoing::{Live, Outgoing},
+    written::Written,
 };
 use super::{coding, conditional};
 use crate::snapshot::body::{Body, Coded, Coding};

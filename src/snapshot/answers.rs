@@ -1,5 +1,4 @@
-//! What a snapshot remembers of its answers to frontends: what was asked, what a context came to,
-//! bodies, and what it told those who follow.
+//! What a snapshot remembers of its answers to frontends: what a context came to, bodies, and what it told those who follow.
 //!
 //! All are bounded, and everything may be forgotten at any time: who asks evaluates again.
 //! How an answer comes about is for `crate::answers` to know.
@@ -12,7 +11,7 @@ use std::sync::{
 use bytes::Bytes;
 use moka::sync::Cache;
 
-use super::{body::Body, outcomes::Outcomes, verbatim::Verbatim};
+use super::{body::Body, outcomes::Outcomes};
 
 /// The most memory that a snapshot's remembered outcomes may hold, in bytes, and its bodies.
 const OUTCOMES_BYTES: u64 = 32 << 20;
@@ -34,7 +33,6 @@ const RECENT: usize = 4096;
 /// What a snapshot remembers of its answers.
 #[derive(Debug)]
 pub struct Answers {
-    verbatim: Verbatim,
     outcomes: Cache<Box<[u8]>, u128>,
     bodies: Cache<u128, Arc<Body>>,
     recent: Recent,
@@ -58,18 +56,12 @@ impl Answers {
             .max_capacity(EVENTS_BYTES)
             .weigher(|_, event| saturating(event.len() + ENTRY_BYTES));
         Self {
-            verbatim: Verbatim::new(),
             outcomes: outcomes.build(),
             bodies: bodies.build(),
             recent: Recent::default(),
             listed: listed.build(),
             events: events.build(),
         }
-    }
-
-    /// The questions that were asked before.
-    pub fn verbatim(&self) -> &Verbatim {
-        &self.verbatim
     }
 
     /// The hash of what was answered under this key.

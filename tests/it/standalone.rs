@@ -4,6 +4,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use reqwest::StatusCode;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 
 use crate::rig::{Parapet, http, until};
 
@@ -276,4 +278,106 @@ fn mistakes_of_configuration_are_all_told_at_once_without_secrets_and_end_with_6
     check(&["--flags=flags.json"], &[("INIT_ADMIN_API_TOKENS", "s3cret")], &["INIT_ADMIN"]);
     check(&["--flags=flags.json", "--allow-list=here"], &[], &["allow-list"]);
     check(&["--flags=flags.json", "--config=nowhere.toml"], &[], &["nowhere.toml"]);
+}
+
+/// A connection on which the very same bytes are sent again and again.
+struct Poll {
+    stream: TcpStream,
+    request: String,
+}
+
+impl Poll {
+    async fn connect(parapet: &Parapet, path: &str, token: &str, more: &str) -> Self {
+        let address = parapet.url().replace("http://", "");
+        let stream = TcpStream::connect(&address).await.unwrap();
+        let request = format!(
+            "GET {path} HTTP/1.1\r\nhost: {address}\r\nauthorization: {token}\r\n{more}\r\n"
+        );
+        Self { stream, request }
+    }
+
+    /// The answer, as it came.
+    async fn ask(&mut self) -> String {
+        self.stream.write_all(self.request.as_bytes()).await.unwrap();
+        let mut answer = Vec::new();
+        loop {
+            assert_ne!(self.stream.read_buf(&mut answer).await.unwrap(), 0, "{answer:?}");
+            let text = String::from_utf8_lossy(&answer);
+            let Some((head, body)) = text.split_once("\r\n\r\n") else { continue };
+            let length = head.lines().find_map(|line| line.strip_prefix("content-length: "));
+            if body.len() >= length.map_or(0, |length| length.parse().unwrap()) {
+                return text.into_owned();
+            }
+        }
+    }
+}
+
+/// An answer but for its date, which it has.
+fn undated(answer: &str) -> String {
+    let (before, rest) = answer.split_once("\r\ndate: ").unwrap_or_else(|| panic!("{answer}"));
+    let (date, after) = rest.split_once("\r\n").unwrap();
+    assert!(date.len() == 29 && date.ends_with(" GMT"), "{answer}");
+    format!("{before}\r\n{after}")
+}
+
+fn etag(answer: &str) -> &str {
+    answer.lines().find_map(|line| line.strip_prefix("etag: ")).unwrap()
+}
+
+#[tokio::test]
+async fn polling_in_the_same_words_follows_every_change_and_each_poll_counts() {
+    const POLLS: u32 = 20;
+    let home = Home::new();
+    let parapet = home.start(&[]).await;
+    let [client, frontend, admin] = printed_tokens(&parapet.log());
+    let paths = [("/api/client/features", &client), ("/api/frontend", &frontend)];
+    let known = "parapet_token_verdicts_total{verdict=\"known\"}";
+    let sample = async |sample: &str| format!("{}", parapet.metric(sample).await.unwrap_or(0.0));
+    let counted = async |path: &str, status: u16| {
+        let labels = format!(
+            r#"{{http_route="{path}",http_request_method="GET",http_response_status_code="{status}"}}"#
+        );
+        sample(&format!("http_server_requests_total{labels}")).await
+    };
+    let mut polls = Vec::new();
+    assert_eq!(sample(known).await, "0");
+    for (path, token) in paths {
+        let mut whole = Poll::connect(&parapet, path, token, "").await;
+        let first = undated(&whole.ask().await);
+        assert!(first.starts_with("HTTP/1.1 200 OK\r\n") && first.contains("\"first\""), "{first}");
+        let condition = format!("if-none-match: {}\r\n", etag(&first));
+        let mut condition = Poll::connect(&parapet, path, token, &condition).await;
+        let unchanged = undated(&condition.ask().await);
+        assert!(unchanged.starts_with("HTTP/1.1 304 Not Modified\r\n"), "{unchanged}");
+        for _ in 1..POLLS {
+            assert_eq!(undated(&whole.ask().await), first);
+            assert_eq!(undated(&condition.ask().await), unchanged);
+        }
+        assert_eq!(counted(path, 200).await, POLLS.to_string());
+        assert_eq!(counted(path, 304).await, POLLS.to_string());
+        polls.extend([whole, condition]);
+    }
+    assert_eq!(sample(known).await, (4 * POLLS).to_string());
+
+    home.edit(&FLAGS.replace("first", "second"));
+    for poll in &mut polls {
+        until("the new flags are served", Duration::from_secs(10), async || {
+            poll.ask().await.contains("\"second\"").then_some(())
+        })
+        .await;
+    }
+    for (path, token) in paths {
+        let url = format!("{}/api/admin/api-tokens/{token}", parapet.admin_url());
+        let deleted = http().delete(url).header("authorization", &admin).send().await.unwrap();
+        assert_eq!(deleted.status(), StatusCode::OK);
+        let (refused, served): (Vec<_>, Vec<_>) =
+            polls.iter_mut().partition(|poll| poll.request.contains(token.as_str()));
+        for poll in refused {
+            let answer = poll.ask().await;
+            assert!(answer.starts_with("HTTP/1.1 401 "), "{path}: {answer}");
+        }
+        for poll in served.into_iter().filter(|poll| poll.request.contains(frontend.as_str())) {
+            assert!(poll.ask().await.starts_with("HTTP/1.1 200 "));
+        }
+    }
 }

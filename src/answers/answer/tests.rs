@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::{
-    answers::Wording,
+    answers::Holds,
     engine::{
         FieldId,
         arbitrary::{Asking, DATES, asking, definitions},
@@ -46,9 +46,6 @@ fn afresh(
     (format!(r#"{{"toggles":[{}]}}"#, toggles.join(",")), etag_of(xxh3_128(&hashes)))
 }
 
-/// Of which flags tell some apart.
-const CLIENTS: [&str; 3] = ["10.1.2.3", "10.0.0.7", "2001:db8::1"];
-
 fn is_remembered(answer: &Answer<'_>) -> bool {
     matches!(answer.known, Known::Values(_))
 }
@@ -62,8 +59,8 @@ struct Step {
     asking: Asking,
     shown: Shown,
     projects: Projects,
-    /// Whether it is asked in words, too.
-    is_worded: bool,
+    /// Whether it is asked how long the answer holds, too.
+    is_timed: bool,
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -75,8 +72,8 @@ fn step() -> impl Strategy<Value = Step> {
     ]);
     let shown = select(vec![Shown::Enabled, Shown::All]);
     let chances = (prop::bool::weighted(0.1), prop::bool::weighted(0.3));
-    (chances, asking(), shown, projects).prop_map(|((swap, is_worded), asking, shown, projects)| {
-        Step { swap, asking, shown, projects, is_worded }
+    (chances, asking(), shown, projects).prop_map(|((swap, is_timed), asking, shown, projects)| {
+        Step { swap, asking, shown, projects, is_timed }
     })
 }
 
@@ -96,27 +93,29 @@ fn check(snapshot: &Snapshot, step: &Step) -> Result<(), TestCaseError> {
     Ok(())
 }
 
-/// The same, asked in words, which the client's address, the time and lots complete: of each of
-/// those several, so that what is remembered of one is not told to another.
-fn check_words(snapshot: &Snapshot, step: &Step) -> Result<(), TestCaseError> {
+/// An answer holds as long as is told, and what it was made of decides whether that is for ever.
+fn check_holds(snapshot: &Snapshot, step: &Step) -> Result<(), TestCaseError> {
     let view = snapshot.view(&step.projects);
     let asked = step.asking.context();
-    let said = Context { now: Timestamp::UNIX_EPOCH, draw: 0, remote_address: None, ..asked };
-    let said = format!("{said:?}");
     let date: Timestamp = DATES[0].parse().unwrap();
     let second = SignedDuration::from_secs(1);
-    let times = [date, asked.now, date + second, date - second, date];
-    for (now, client) in times.iter().flat_map(|now| CLIENTS.map(|client| (*now, client))) {
-        let context = Context { now, remote_address: Some(client), ..asked };
-        let (_, etag) = afresh(snapshot, &step.projects, &context, step.shown);
-        let client = client.parse().unwrap();
-        let wording = Wording::at(snapshot, &view, step.shown, client, &said, || now);
-        if let Some(hash) = wording.hash() {
-            prop_assert_eq!(etag_of(hash), &etag);
-        }
+    let times = [date - second, date, date + second, asked.now];
+    for now in times {
+        let context = Context { now, ..asked };
         let answer = Answer::of(snapshot, &view, &context, step.shown);
-        wording.remember_at(&answer, || now);
-        prop_assert_eq!(wording.hash().is_some(), answer.is_settled());
+        let holds = Holds::of(view.reads(), now, now);
+        prop_assert!(holds.is_some_and(|holds| holds.at(now)));
+        if !answer.is_settled() {
+            continue;
+        }
+        for later in times.into_iter().filter(|later| holds.unwrap().at(*later)) {
+            let context = Context { now: later, draw: !asked.draw, ..asked };
+            let (_, etag) = afresh(snapshot, &step.projects, &context, step.shown);
+            prop_assert_eq!(answer.etag(), etag, "{:?} at {}, as of {}", holds, later, now);
+        }
+        if let Some(Holds::During(_, Some(until))) = holds {
+            prop_assert_eq!(Holds::of(view.reads(), now, until), None);
+        }
     }
     Ok(())
 }
@@ -166,8 +165,8 @@ proptest! {
                 check(&before, step)?;
             }
             check(&current, step)?;
-            if step.is_worded {
-                check_words(&current, step)?;
+            if step.is_timed {
+                check_holds(&current, step)?;
             }
         }
     }

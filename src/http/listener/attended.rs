@@ -27,6 +27,7 @@ use crate::http::stop::Stop;
 #[derive(Debug)]
 pub(super) struct Watch {
     start: Instant,
+    patience: Duration,
     until: AtomicU64,
 }
 
@@ -36,15 +37,19 @@ impl Watch {
 
     /// Waits for the first head from now on, whatever the protocol.
     pub(super) fn new(patience: Duration) -> Arc<Self> {
-        let start = Instant::now();
-        let watch = Self { start, until: AtomicU64::new(Self::NOTHING) };
-        watch.wait_until(start + patience);
+        let watch = Self { start: Instant::now(), patience, until: AtomicU64::new(Self::NOTHING) };
+        watch.wait();
         Arc::new(watch)
     }
 
     /// Says that a head has come.
     pub(super) fn rest(&self) {
         self.until.store(Self::NOTHING, Ordering::Relaxed);
+    }
+
+    /// Waits for another head from now on.
+    pub(super) fn wait(&self) {
+        self.wait_until(Instant::now() + self.patience);
     }
 
     fn wait_until(&self, deadline: Instant) {
@@ -121,7 +126,6 @@ pin_project_lite::pin_project! {
         #[pin]
         connection: C,
         watch: Arc<Watch>,
-        patience: Duration,
         #[pin]
         alarm: tokio::time::Sleep,
         stop: Stop,
@@ -142,10 +146,10 @@ enum Stage {
 impl<C> Attended<C> {
     /// Attends `connection`, whose requests call [`Watch::rest`] and whose timer is a [`HeadTimer`]
     /// of the same watch.
-    pub(super) fn new(connection: C, watch: Arc<Watch>, patience: Duration, stop: Stop) -> Self {
-        let alarm = tokio::time::sleep(patience);
+    pub(super) fn new(connection: C, watch: Arc<Watch>, stop: Stop) -> Self {
+        let alarm = tokio::time::sleep(watch.patience);
         let wake = stop.wake();
-        Self { connection, watch, patience, alarm, stop, wake, stage: Stage::New }
+        Self { connection, watch, alarm, stop, wake, stage: Stage::New }
     }
 }
 
@@ -161,7 +165,7 @@ impl<C: Graceful<Output = Result<T, E>>, T, E> Future for Attended<C> {
         if is_new || this.alarm.is_elapsed() {
             while this.alarm.as_mut().poll(cx).is_ready() {
                 let now = Instant::now();
-                let next = this.watch.deadline().unwrap_or(now + *this.patience);
+                let next = this.watch.deadline().unwrap_or(now + this.watch.patience);
                 if next <= now {
                     return Poll::Ready(Err(End::Silence));
                 }

@@ -23,8 +23,9 @@ use hyper::{
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::{
-    attended::{Graceful, HeadTimer, Watch},
+    attended::{Graceful, HeadTimer},
     handover::Handover,
+    repeats::Repeats,
     stream::Stream,
     tasks::Tasks,
     telling::Telling,
@@ -59,7 +60,7 @@ pub(super) struct Opening<I, S> {
     io: I,
     service: S,
     protocols: Arc<Protocols>,
-    watch: Arc<Watch>,
+    repeats: Repeats,
     handover: Arc<Handover>,
     begun: Vec<u8>,
 }
@@ -73,10 +74,10 @@ where
         io: I,
         service: S,
         protocols: Arc<Protocols>,
-        watch: Arc<Watch>,
+        repeats: Repeats,
         handover: Arc<Handover>,
     ) -> Self {
-        Self::Opening(Opening { io, service, protocols, watch, handover, begun: Vec::new() })
+        Self::Opening(Opening { io, service, protocols, repeats, handover, begun: Vec::new() })
     }
 }
 
@@ -121,16 +122,19 @@ where
                     let Self::Opening(opening) = std::mem::replace(&mut *self, Self::Over) else {
                         unreachable!("it has just been seen");
                     };
-                    let Opening { io, service, protocols, watch, handover, begun } = opening;
-                    let stream = Stream::new(io, begun.into(), Arc::clone(&handover));
+                    let Opening { io, service, protocols, repeats, handover, begun } = opening;
+                    let start =
+                        |io, repeats| Stream::new(io, begun.into(), Arc::clone(&handover), repeats);
                     *self = match is_http2 {
                         None => Self::Over,
                         Some(true) => {
+                            let stream = start(io, None);
                             Self::Http2(Box::new(protocols.http2.serve_connection(stream, service)))
                         }
                         Some(false) => {
                             let mut builder = protocols.http1.clone();
-                            builder.timer(HeadTimer(watch));
+                            builder.timer(HeadTimer(Arc::clone(&repeats.watch)));
+                            let stream = start(io, Some(repeats));
                             Self::Http1(builder.serve_connection(stream, service), handover)
                         }
                     };

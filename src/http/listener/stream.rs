@@ -1,36 +1,53 @@
 //! A connection's bytes, as hyper reads and writes them.
 //!
-//! It differs from [`TokioIo`] in three things. It begins with what was read before, and brings what
-//! came after that along, so that hyper has a whole head in its first buffer. And a single buffer is
-//! written plainly: hyper hands every answer over as a list of buffers, and for a list the kernel
-//! does work that an answer without a body, or one that is not sent whole, does not need. And it
-//! tells the [`Handover`] when all is sent.
+//! It differs from [`TokioIo`] in four things. It begins with what was read before, and brings what
+//! came after that along, so that hyper has a whole head in its first buffer. It answers what is
+//! answered from [memory](super::memory) itself, and hyper never learns of it: that is done only
+//! where hyper waits for a request and has nothing of it, nor of an answer ([`Given`]). It writes small
+//! answers plainly: hyper hands every answer over as a list of buffers, and for a list the kernel does
+//! work that these do not need. And it tells the [`Handover`] when all is sent.
 
 use std::{
     io::{self, IoSlice},
+    mem::MaybeUninit,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use bytes::Bytes;
 use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::handover::Handover;
+use super::{gather, handover::Handover, memory::Recalled, repeats::Repeats, turn::Given};
 
 /// The bytes of a connection.
 pub(super) struct Stream<I> {
     io: TokioIo<I>,
     begun: Bytes,
     handover: Arc<Handover>,
+    repeats: Option<Repeats>,
+    given: Given,
+    /// What is left to be sent of an answer that hyper knows nothing of, and how much of it was.
+    rest: Option<Box<(Recalled, usize)>>,
 }
 
+/// How much is read at once where bytes are looked at: as much as hyper would.
+const READ: usize = 8192;
+
 impl<I> Stream<I> {
-    /// Reads `begun`, and then from `inner`; writes to that.
-    pub(super) fn new(inner: I, begun: Bytes, handover: Arc<Handover>) -> Self {
-        Self { io: TokioIo::new(inner), begun, handover }
+    /// Reads `begun`, and then from `inner`; writes to that. What is spoken is HTTP/1 where there are
+    /// `repeats`.
+    pub(super) fn new(
+        inner: I,
+        begun: Bytes,
+        handover: Arc<Handover>,
+        repeats: Option<Repeats>,
+    ) -> Self {
+        let given = if repeats.is_some() { Given::Nothing } else { Given::Unknown };
+        let io = TokioIo::new(inner);
+        Self { io, begun, handover, repeats, given, rest: None }
     }
 
     /// What it reads from and writes to.
@@ -39,41 +56,124 @@ impl<I> Stream<I> {
     }
 }
 
-impl<I: AsyncRead + Unpin> Read for Stream<I> {
+impl<I: AsyncWrite + Unpin> Stream<I> {
+    /// Sends what is left of an answer that hyper knows nothing of.
+    fn poll_rest(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let Some(rest) = &mut self.rest else { return Poll::Ready(Ok(())) };
+        let (answer, sent) = &mut **rest;
+        ready!(poll_send(Pin::new(self.io.inner_mut()), cx, answer, sent))?;
+        self.rest = None;
+        if let Some(repeats) = &self.repeats {
+            repeats.watch.wait();
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Answers a request of these bytes, if the answer is known; whether it is. If not, hyper is to be
+    /// given them, and they are `given` then.
+    fn answer(&mut self, bytes: &[u8], given: Given, cx: &mut Context<'_>) -> io::Result<bool> {
+        let Some(repeats) = &self.repeats else { return Ok(false) };
+        let known = if given.is_a_head() { repeats.known.recall(bytes) } else { Err(None) };
+        let mut answer = match known {
+            Ok(answer) => answer,
+            Err(words) => {
+                repeats.turn.begin(words);
+                return Ok(false);
+            }
+        };
+        let mut sent = 0;
+        match poll_send(Pin::new(self.io.inner_mut()), cx, &mut answer, &mut sent) {
+            Poll::Ready(sent) => {
+                sent?;
+                repeats.watch.wait();
+            }
+            Poll::Pending => {
+                repeats.watch.rest();
+                self.rest = Some(Box::new((answer, sent)));
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// Sends what is left of an answer after so many bytes.
+fn poll_send<W: AsyncWrite>(
+    mut io: Pin<&mut W>,
+    cx: &mut Context<'_>,
+    answer: &mut Recalled,
+    sent: &mut usize,
+) -> Poll<io::Result<()>> {
+    let Recalled { head, body } = answer;
+    while *sent < head.len() + body.len() {
+        let head_left = head.get(*sent..).unwrap_or_default();
+        let body_left = &body[sent.saturating_sub(head.len())..];
+        let pieces = [IoSlice::new(head_left), IoSlice::new(body_left)];
+        *sent += match ready!(gather::poll_write(io.as_mut(), cx, &pieces))? {
+            0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+            sent => sent,
+        };
+    }
+    io.poll_flush(cx)
+}
+
+impl<I: AsyncRead + AsyncWrite + Unpin> Read for Stream<I> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         mut buffer: ReadBufCursor<'_>,
     ) -> Poll<io::Result<()>> {
-        if self.begun.is_empty() {
-            return Pin::new(&mut self.io).poll_read(cx, buffer);
+        let this = &mut *self;
+        loop {
+            ready!(this.poll_rest(cx))?;
+            if let Some(repeats) = &this.repeats {
+                this.given = this.given.settled(&repeats.turn);
+            }
+            if this.given == Given::Unknown && this.begun.is_empty() {
+                return Pin::new(&mut this.io).poll_read(cx, buffer);
+            }
+            let mut bytes = [MaybeUninit::uninit(); READ];
+            let mut bytes = ReadBuf::uninit(&mut bytes);
+            let mut bytes = bytes.take(buffer.remaining());
+            let begun = this.begun.len().min(bytes.remaining());
+            bytes.put_slice(&this.begun.split_to(begun));
+            let read = Pin::new(this.io.inner_mut()).poll_read(cx, &mut bytes);
+            if bytes.filled().is_empty() {
+                return read;
+            }
+            // An error comes again when nothing else does.
+            let bytes = bytes.filled();
+            let given = this.given.and(bytes);
+            if this.given == Given::Nothing && this.answer(bytes, given, cx)? {
+                continue;
+            }
+            this.given = given;
+            buffer.put_slice(bytes);
+            return Poll::Ready(Ok(()));
         }
-        let length = self.begun.len().min(buffer.remaining());
-        buffer.put_slice(&self.begun.split_to(length));
-        // An error comes again when nothing else does.
-        let _ = Pin::new(&mut self.io).poll_read(cx, buffer);
-        Poll::Ready(Ok(()))
     }
 }
 
 impl<I: AsyncWrite + Unpin> Write for Stream<I> {
     fn poll_write(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write(cx, bytes)
+        self.poll_write_vectored(cx, &[IoSlice::new(bytes)])
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let flushed = Pin::new(&mut self.io).poll_flush(cx);
-        if let Poll::Ready(Ok(())) = flushed {
-            self.handover.flushed();
+        ready!(self.poll_rest(cx))?;
+        ready!(Pin::new(&mut self.io).poll_flush(cx))?;
+        self.handover.flushed();
+        if let Some(repeats) = &self.repeats {
+            repeats.turn.flushed();
         }
-        flushed
+        Poll::Ready(Ok(()))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_rest(cx))?;
         Pin::new(&mut self.io).poll_shutdown(cx)
     }
 
@@ -86,10 +186,10 @@ impl<I: AsyncWrite + Unpin> Write for Stream<I> {
         cx: &mut Context<'_>,
         buffers: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let mut stream = Pin::new(&mut self.io);
-        match buffers {
-            [only] => stream.as_mut().poll_write(cx, only),
-            _ => stream.poll_write_vectored(cx, buffers),
+        ready!(self.poll_rest(cx))?;
+        if let Some(repeats) = &self.repeats {
+            repeats.turn.written();
         }
+        gather::poll_write(Pin::new(self.io.inner_mut()), cx, buffers)
     }
 }

@@ -12,15 +12,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use smallvec::SmallVec;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::handover::Framing;
+use super::{gather, handover::Framing};
 use crate::http::reply::Live;
-
-/// Up to how many bytes are copied to be written at once, which costs less than writing a list: one
-/// flag's change, mostly.
-const SMALL: usize = 2048;
 
 /// The most that a chunk begins with: 16 digits, and the end of the line.
 const HEAD: usize = 18;
@@ -128,15 +123,7 @@ impl Piece {
                 before -= skipped;
                 &part[skipped..]
             });
-            let sent = if whole - self.sent <= SMALL {
-                let mut all = SmallVec::<[u8; SMALL]>::new();
-                for part in rest {
-                    all.extend_from_slice(part);
-                }
-                io.as_mut().poll_write(cx, &all)
-            } else {
-                io.as_mut().poll_write_vectored(cx, &rest.map(IoSlice::new))
-            };
+            let sent = gather::poll_write(io.as_mut(), cx, &rest.map(IoSlice::new));
             self.sent += match ready!(sent)? {
                 0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
                 sent => sent,
@@ -158,9 +145,12 @@ mod tests {
 
     use super::*;
 
+    /// More than is copied to be sent.
+    const LARGE: usize = 3 * gather::SMALL;
+
     /// Bytes that are small, none, and many.
     fn pieces() -> [Bytes; 4] {
-        [Bytes::from("small"), Bytes::new(), vec![b'x'; 3 * SMALL].into(), Bytes::from("last")]
+        [Bytes::from("small"), Bytes::new(), vec![b'x'; LARGE].into(), Bytes::from("last")]
     }
 
     /// What a client reads that takes so many bytes at once.
@@ -177,8 +167,8 @@ mod tests {
     #[tokio::test]
     async fn every_piece_arrives_however_little_a_client_takes_at_once() {
         let whole = pieces().concat();
-        let many = &whole[5..5 + 3 * SMALL];
-        let chunks = [b"5\r\nsmall\r\n1800\r\n", many, b"\r\n4\r\nlast\r\n0\r\n\r\n"].concat();
+        let many = &whole[5..5 + LARGE];
+        let chunks = [b"5\r\nsmall\r\n3000\r\n", many, b"\r\n4\r\nlast\r\n0\r\n\r\n"].concat();
         for at_once in [1, 7, 1 << 20] {
             assert_eq!(told(Framing::Plain, at_once).await, whole);
             assert_eq!(told(Framing::Chunked, at_once).await, chunks);

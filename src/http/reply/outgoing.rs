@@ -9,7 +9,6 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::Stream;
-use http_body_util::Full;
 use hyper::body::{Body, Frame, SizeHint};
 
 /// Bytes as they come about; it ends when there will be no more.
@@ -17,21 +16,21 @@ pub type Live = Pin<Box<dyn Stream<Item = Bytes> + Send>>;
 
 /// The body of a response.
 pub enum Outgoing {
-    /// All of it is there.
-    Whole(Full<Bytes>),
+    /// All of it is there; `None` where there is nothing, or it has been sent.
+    Whole(Option<Bytes>),
     /// It is told as it happens.
     Live(Live),
 }
 
 impl Default for Outgoing {
     fn default() -> Self {
-        Self::Whole(Full::default())
+        Self::Whole(None)
     }
 }
 
 impl From<Bytes> for Outgoing {
     fn from(bytes: Bytes) -> Self {
-        Self::Whole(Full::new(bytes))
+        Self::Whole(Some(bytes).filter(|bytes| !bytes.is_empty()))
     }
 }
 
@@ -53,7 +52,7 @@ impl Body for Outgoing {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         match self.get_mut() {
-            Self::Whole(bytes) => Pin::new(bytes).poll_frame(cx),
+            Self::Whole(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
             Self::Live(live) => {
                 live.as_mut().poll_next(cx).map(|it| it.map(|bytes| Ok(Frame::data(bytes))))
             }
@@ -62,14 +61,14 @@ impl Body for Outgoing {
 
     fn is_end_stream(&self) -> bool {
         match self {
-            Self::Whole(bytes) => bytes.is_end_stream(),
+            Self::Whole(bytes) => bytes.is_none(),
             Self::Live(_) => false,
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match self {
-            Self::Whole(bytes) => bytes.size_hint(),
+            Self::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, Bytes::len) as u64),
             Self::Live(_) => SizeHint::default(),
         }
     }

@@ -1,0 +1,255 @@
+//! Answers by the very bytes that asked for them.
+//!
+//! Who polls sends the same bytes again and again. An answer that is found by them needs no reading of
+//! a head and no writing of one. Requests are known by a keyed hash of 128 bits, so that nothing of
+//! them is kept, tokens least of all, and nobody can make up two that are taken for one. What an
+//! answer rests on, and whether it still holds, is not known here.
+//!
+//! A table of fixed size, in which an answer takes the place of another, with a bound on its bytes at
+//! which all is forgotten. Nobody waits for a lock.
+
+use std::{
+    cell::Cell,
+    hash::Hasher as _,
+    net::IpAddr,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+};
+
+use arc_swap::ArcSwapOption;
+use bytes::Bytes;
+use jiff::{Timestamp, fmt::rfc2822::DateTimePrinter};
+use siphasher::sip128::{Hasher128 as _, SipHasher13};
+use smallvec::SmallVec;
+
+use crate::http::reply::{Reply, Written};
+
+/// How many answers are remembered at most, and the most that they may hold together, in bytes.
+const PLACES: usize = 8192;
+const MOST_BYTES: usize = 32 << 20;
+
+/// The longest body that is remembered: where much is sent, little is saved.
+const LONGEST_BODY: usize = 64 << 10;
+
+/// A request, by its bytes and where it came from.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) struct Words(u128);
+
+/// What was answered, on terms of the kind `T`.
+#[derive(Debug)]
+pub(super) struct Memory<T> {
+    // Made when there is something to remember: some listeners never answer the same twice.
+    places: OnceLock<Box<[Place<T>]>>,
+    key: [u8; 16],
+    bytes: AtomicUsize,
+}
+
+#[derive(Debug)]
+struct Place<T> {
+    /// A part of the words that were asked last.
+    asked: AtomicU64,
+    known: ArcSwapOption<Known<T>>,
+}
+
+#[derive(Debug)]
+struct Known<T> {
+    words: Words,
+    answer: Written,
+    terms: T,
+}
+
+/// An answer that is ready to be sent.
+#[derive(Debug)]
+pub(super) struct Recalled {
+    pub(super) head: SmallVec<[u8; 512]>,
+    pub(super) body: Bytes,
+}
+
+impl<T> Memory<T> {
+    pub(super) fn new() -> Self {
+        Self { places: OnceLock::new(), key: rand::random(), bytes: AtomicUsize::new(0) }
+    }
+
+    /// The words of a request from `peer`: its whole head, and there is nothing else of it.
+    pub(super) fn words(&self, peer: IpAddr, head: &[u8]) -> Words {
+        let peer = match peer {
+            IpAddr::V4(address) => address.to_ipv6_mapped(),
+            IpAddr::V6(address) => address,
+        };
+        let mut hasher = SipHasher13::new_with_key(&self.key);
+        hasher.write(&peer.octets());
+        hasher.write(head);
+        Words(hasher.finish128().as_u128())
+    }
+
+    /// What was answered to these words, if that `holds`; if not, it is forgotten.
+    pub(super) fn find(&self, words: Words, holds: impl FnOnce(&T) -> bool) -> Option<Recalled> {
+        let place = self.place(words)?;
+        let known = place.known.load();
+        let known = known.as_deref().filter(|known| known.words == words)?;
+        if !holds(&known.terms) {
+            self.put(place, None);
+            return None;
+        }
+        let mut head = SmallVec::from_slice(&known.answer.head);
+        head.extend_from_slice(&date());
+        head.extend_from_slice(b"\r\n\r\n");
+        Some(Recalled { head, body: known.answer.body.clone() })
+    }
+
+    /// Whether these words were asked lately, as they are now: what is asked once is not worth
+    /// remembering.
+    pub(super) fn hears_again(&self, words: Words) -> bool {
+        let make = || {
+            let place = || Place { asked: AtomicU64::new(0), known: ArcSwapOption::empty() };
+            (0..PLACES).map(|_| place()).collect()
+        };
+        self.places.get_or_init(make);
+        let mark = (words.0 >> 64) as u64;
+        self.place(words).is_some_and(|it| it.asked.swap(mark, Ordering::Relaxed) == mark)
+    }
+
+    /// Remembers what was answered to these words, if it is an answer to be remembered.
+    pub(super) fn remember(&self, words: Words, reply: &Reply, terms: T) {
+        let (Some(answer), Some(place)) = (Written::of(reply), self.place(words)) else { return };
+        if answer.body.len() > LONGEST_BODY {
+            return;
+        }
+        let known = Known { words, answer, terms };
+        if self.put(place, Some(Arc::new(known))) > MOST_BYTES {
+            for place in self.places.get().into_iter().flatten() {
+                self.put(place, None);
+            }
+        }
+    }
+
+    /// Puts something in a place; tells how many bytes are held then.
+    fn put(&self, place: &Place<T>, known: Option<Arc<Known<T>>>) -> usize {
+        let new = known.as_ref().map_or(0, |known| known.weight());
+        let before = self.bytes.fetch_add(new, Ordering::Relaxed);
+        let old = place.known.swap(known).map_or(0, |known| known.weight());
+        self.bytes.fetch_sub(old, Ordering::Relaxed);
+        (before + new).saturating_sub(old)
+    }
+
+    fn place(&self, words: Words) -> Option<&Place<T>> {
+        Some(&self.places.get()?[(words.0 % PLACES as u128) as usize])
+    }
+}
+
+impl<T> Known<T> {
+    fn weight(&self) -> usize {
+        size_of::<Self>() + self.answer.head.len() + self.answer.body.len()
+    }
+}
+
+/// `Sun, 06 Nov 1994 08:49:37 GMT`.
+type Date = [u8; 29];
+
+/// The time as HTTP writes it, which is written once a second and thread.
+fn date() -> Date {
+    thread_local! {
+        static WRITTEN: Cell<(i64, Date)> = const { Cell::new((i64::MIN, [0; _])) };
+    }
+    let now = Timestamp::now();
+    let (second, date) = WRITTEN.get();
+    if second == now.as_second() {
+        return date;
+    }
+    let text = DateTimePrinter::new().timestamp_to_rfc9110_string(&now);
+    let text = text.expect("the clock tells a year of four digits");
+    let date = text.as_bytes().try_into().expect("all times are as long");
+    WRITTEN.set((now.as_second(), date));
+    date
+}
+
+#[cfg(test)]
+mod tests {
+    use hyper::{Response, StatusCode};
+
+    use super::*;
+    use crate::http::reply::Outgoing;
+
+    const PEER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
+
+    fn reply(length: usize) -> Reply {
+        Response::new(Bytes::from(vec![b'x'; length]).into())
+    }
+
+    /// The words of a request that was asked before.
+    fn asked(memory: &Memory<()>, head: &str) -> Words {
+        let words = memory.words(PEER, head.as_bytes());
+        memory.hears_again(words);
+        words
+    }
+
+    #[test]
+    fn an_answer_is_found_by_its_words_as_long_as_it_holds() {
+        let memory = Memory::new();
+        let words = asked(&memory, "GET /");
+        memory.remember(words, &reply(3), ());
+        let found = memory.find(words, |()| true).unwrap();
+        let head = std::str::from_utf8(&found.head).unwrap();
+        assert!(head.starts_with("HTTP/1.1 200 OK\r\ncontent-length: 3\r\ndate: "), "{head}");
+        assert!(head.ends_with(" GMT\r\n\r\n"), "{head}");
+        assert_eq!(&found.body[..], b"xxx");
+
+        let elsewhere = memory.words("::1".parse().unwrap(), b"GET /");
+        let mapped = memory.words("::ffff:127.0.0.1".parse().unwrap(), b"GET /");
+        assert!(elsewhere != words && mapped == words);
+        assert!(memory.find(elsewhere, |()| true).is_none());
+        assert_ne!(Memory::<()>::new().words(PEER, b"GET /"), words, "strangers know no key");
+
+        assert!(memory.find(words, |()| false).is_none());
+        assert!(memory.find(words, |()| true).is_none(), "it was forgotten");
+        assert_eq!(memory.bytes.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn what_is_asked_once_is_not_worth_remembering() {
+        let memory = Memory::<()>::new();
+        let words = memory.words(PEER, b"GET /");
+        assert_eq!([(); 3].map(|()| memory.hears_again(words)), [false, true, true]);
+    }
+
+    #[test]
+    fn only_what_is_asked_again_and_again_is_remembered() {
+        let memory = Memory::new();
+        let mut unchanged = reply(0);
+        *unchanged.status_mut() = StatusCode::NOT_MODIFIED;
+        let mut refused = reply(1);
+        *refused.status_mut() = StatusCode::UNAUTHORIZED;
+        let told = Response::new(Outgoing::Live(Box::pin(futures_util::stream::empty())));
+        for (reply, expect) in [
+            (reply(LONGEST_BODY), true),
+            (reply(LONGEST_BODY + 1), false),
+            (reply(0), false),
+            (unchanged, true),
+            (refused, false),
+            (told, false),
+        ] {
+            let words = asked(&memory, "GET /");
+            memory.remember(words, &reply, ());
+            assert_eq!(memory.find(words, |()| true).is_some(), expect, "{reply:?}");
+            memory.find(words, |()| false);
+        }
+    }
+
+    #[test]
+    fn what_is_remembered_stays_within_bounds() {
+        let memory = Memory::new();
+        let mut most = 0;
+        for n in 0..5000 {
+            memory.remember(asked(&memory, &format!("GET /{n}")), &reply(10_000), ());
+            let held = memory.places.get().into_iter().flatten();
+            if n % 500 == 0 {
+                let held = held.filter_map(|it| it.known.load().as_ref().map(|it| it.weight()));
+                assert_eq!(held.sum::<usize>(), memory.bytes.load(Ordering::Relaxed));
+            }
+            most = most.max(memory.bytes.load(Ordering::Relaxed));
+        }
+        assert!((MOST_BYTES / 2..=MOST_BYTES).contains(&most), "{most}");
+    }
+}

@@ -1,0 +1,195 @@
+//! Whose turn it is on a connection: what hyper was given, and whether it is done with it.
+//!
+//! Bytes may be answered without hyper only where hyper has nothing of theirs, and nothing of its own
+//! left to be sent. It does not say so, and so it is followed: it was given one request and no byte
+//! more, the service has answered that request, and what hyper wrote since is flushed.
+
+use std::{
+    cmp::Ordering,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU8, AtomicU64, Ordering::Relaxed},
+    },
+};
+
+use hyper::{
+    HeaderMap, Method, Request, Version,
+    body::Body,
+    header::{CONNECTION, EXPECT, UPGRADE},
+};
+
+use super::memory::Words;
+use crate::http::reply::{Outgoing, Reply};
+
+/// The request that hyper has been given, as far as the service knows of it. All is seen by the task
+/// of the connection alone.
+#[derive(Debug)]
+pub(super) struct Turn {
+    /// How long its body is.
+    body: AtomicU64,
+    stage: AtomicU8,
+    /// By which its answer is to be remembered.
+    words: Mutex<Option<Words>>,
+}
+
+/// No request has come, or nobody knows how long its body is, or it does not matter.
+const UNKNOWN: u64 = u64::MAX;
+
+/// The service has not answered; it has, with all that there will be; hyper writes that; it is sent.
+const UNANSWERED: u8 = 0;
+const ANSWERED: u8 = 1;
+const WRITTEN: u8 = 2;
+const SENT: u8 = 3;
+
+impl Default for Turn {
+    fn default() -> Self {
+        Self {
+            body: AtomicU64::new(UNKNOWN),
+            stage: AtomicU8::new(UNANSWERED),
+            words: Mutex::default(),
+        }
+    }
+}
+
+impl Turn {
+    /// Hyper is given a request, whose answer is to be remembered by `words`.
+    pub(super) fn begin(&self, words: Option<Words>) {
+        self.body.store(UNKNOWN, Relaxed);
+        self.stage.store(UNANSWERED, Relaxed);
+        // A panic under this lock cannot leave a part of it.
+        *self.words.lock().unwrap_or_else(PoisonError::into_inner) = words;
+    }
+
+    /// The service is asked by hyper; by which the answer is to be remembered.
+    pub(super) fn asked<B: Body>(&self, request: &Request<B>) -> Option<Words> {
+        // Of another version hyper keeps that it was the last.
+        let body = match request.version() {
+            Version::HTTP_11 => request.body().size_hint().exact().unwrap_or(UNKNOWN),
+            _ => UNKNOWN,
+        };
+        self.body.store(body, Relaxed);
+        let words = self.words.lock().unwrap_or_else(PoisonError::into_inner).take();
+        words.filter(|_| body == 0 && is_plain(request))
+    }
+
+    /// The service has answered; hyper is about to write that. Where there is more to come, nobody here
+    /// would notice the end of it.
+    pub(super) fn answered(&self, reply: &Reply) {
+        if matches!(reply.body(), Outgoing::Whole(_)) {
+            self.stage.store(ANSWERED, Relaxed);
+        }
+    }
+
+    /// Hyper writes something.
+    pub(super) fn written(&self) {
+        if self.stage.load(Relaxed) >= ANSWERED {
+            self.stage.store(WRITTEN, Relaxed);
+        }
+    }
+
+    /// All that hyper has written is sent.
+    pub(super) fn flushed(&self) {
+        if self.stage.load(Relaxed) == WRITTEN {
+            self.stage.store(SENT, Relaxed);
+        }
+    }
+
+    /// How long the body was of the request whose answer is sent.
+    fn body(&self) -> Option<u64> {
+        (self.stage.load(Relaxed) == SENT).then(|| self.body.load(Relaxed))
+    }
+}
+
+/// Whether a request asks for nothing but an answer, to which the connection is as before.
+fn is_plain<B>(request: &Request<B>) -> bool {
+    let headers = request.headers();
+    let keeps_alive = |headers: &HeaderMap| {
+        headers
+            .get_all(CONNECTION)
+            .iter()
+            .all(|it| it.as_bytes().eq_ignore_ascii_case(b"keep-alive"))
+    };
+    request.method() == Method::GET
+        && keeps_alive(headers)
+        && !headers.contains_key(UPGRADE)
+        && !headers.contains_key(EXPECT)
+}
+
+/// What hyper was given of a connection's bytes.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Given {
+    /// Nothing that it is not done with.
+    Nothing,
+    /// A request's whole head, which was so long, with all that followed it so far.
+    Request { head: usize, bytes: usize },
+    /// Nobody has kept count.
+    Unknown,
+}
+
+impl Given {
+    /// What hyper has if it is given `bytes` as well.
+    pub(super) fn and(self, bytes: &[u8]) -> Self {
+        match self {
+            Self::Nothing if bytes.is_empty() => Self::Nothing,
+            Self::Nothing => head_length(bytes)
+                .map_or(Self::Unknown, |head| Self::Request { head, bytes: bytes.len() }),
+            Self::Request { head, bytes: before } => {
+                Self::Request { head, bytes: before + bytes.len() }
+            }
+            Self::Unknown => Self::Unknown,
+        }
+    }
+
+    /// What hyper has by now.
+    pub(super) fn settled(self, turn: &Turn) -> Self {
+        let (Self::Request { head, bytes }, Some(body)) = (self, turn.body()) else { return self };
+        match ((bytes - head) as u64).cmp(&body) {
+            // The service did not wait for the rest.
+            Ordering::Less if body != UNKNOWN => self,
+            Ordering::Equal => Self::Nothing,
+            _ => Self::Unknown,
+        }
+    }
+
+    /// Whether it is a head and nothing else.
+    pub(super) fn is_a_head(self) -> bool {
+        matches!(self, Self::Request { head, bytes } if head == bytes)
+    }
+}
+
+/// How long the head of a request is with which `bytes` begin: up to the first empty line, which
+/// hyper's parser takes for the end as well, whether lines end as they should or with a line feed
+/// alone. `None` if there is no end, or an empty line to begin with, over which hyper reads.
+pub(super) fn head_length(bytes: &[u8]) -> Option<usize> {
+    if matches!(bytes, [b'\r' | b'\n', ..]) {
+        return None;
+    }
+    memchr::memchr_iter(b'\n', bytes).find_map(|at| match bytes.get(at + 1..)? {
+        [b'\n', ..] => Some(at + 2),
+        [b'\r', b'\n', ..] => Some(at + 3),
+        _ => None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_head_ends_where_a_line_is_empty_however_lines_end() {
+        for (bytes, expect) in [
+            ("GET / HTTP/1.1\r\nhost: a\r\n\r\n", Some(27)),
+            ("GET / HTTP/1.1\r\nhost: a\r\n\r\nGET", Some(27)),
+            ("GET / HTTP/1.1\n\nGET / HTTP/1.1\r\n\r\n", Some(16)),
+            ("GET / HTTP/1.1\n\r\nGET", Some(17)),
+            ("GET / HTTP/1.1\r\n\n", Some(17)),
+            ("GET / HTTP/1.1\r\nhost: a\r\n", None),
+            ("GET / HTTP/1.1\r\nhost: a\r\n\r", None),
+            ("\r\nGET / HTTP/1.1\r\n\r\n", None),
+            ("\nGET / HTTP/1.1\r\n\r\n", None),
+            ("", None),
+        ] {
+            assert_eq!(head_length(bytes.as_bytes()), expect, "{bytes:?}");
+        }
+    }
+}
