@@ -152,7 +152,7 @@ impl Authenticator {
             return Err(Denied::Unknown);
         };
         // Boxed, because callers hold room for it in every request and hardly any comes here.
-        Box::pin(self.ask(token, behalf)).await
+        Box::pin(self.ask(token, digest, behalf)).await
     }
 
     /// What a token that was admitted before allows now, if it still holds; being looked at counts as
@@ -198,9 +198,13 @@ impl Authenticator {
         futures_util::future::join_all(judged).await.into_iter().collect()
     }
 
-    async fn ask(&self, token: Token, behalf: Behalf) -> Result<Admission, Denied> {
+    async fn ask(
+        &self,
+        token: Token,
+        digest: TokenDigest,
+        behalf: Behalf,
+    ) -> Result<Admission, Denied> {
         let inner = &*self.0;
-        let digest = token.digest();
         if matches!(inner.authority, Authority::Nobody) {
             inner.tally.refused.increment(1);
             return Err(Denied::Unknown);

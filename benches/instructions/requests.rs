@@ -68,6 +68,8 @@ pub(crate) struct Request {
     accept: &'static str,
     /// Whether the client has the answer already.
     revalidates: bool,
+    /// Whether something is another each time that does not matter, so that all has to be read.
+    varies: bool,
     status: StatusCode,
 }
 
@@ -86,15 +88,18 @@ pub(crate) const FEATURES: Request = Request {
     token: CLIENT,
     accept: "identity",
     revalidates: false,
+    varies: false,
     status: StatusCode::OK,
 };
 pub(crate) const FEATURES_GZIP: Request = Request { accept: "gzip", ..FEATURES };
 pub(crate) const FEATURES_UNCHANGED: Request =
     Request { revalidates: true, status: StatusCode::NOT_MODIFIED, ..FEATURES };
+pub(crate) const FEATURES_VARIED: Request = Request { varies: true, ..FEATURES_UNCHANGED };
 pub(crate) const FRONTEND: Request =
     Request { target: Target::Frontend, token: FRONTEND_TOKEN, ..FEATURES };
 pub(crate) const FRONTEND_UNCHANGED: Request =
     Request { revalidates: true, status: StatusCode::NOT_MODIFIED, ..FRONTEND };
+pub(crate) const FRONTEND_VARIED: Request = Request { varies: true, ..FRONTEND_UNCHANGED };
 pub(crate) const FRONTEND_NEW_USERS: Request = Request { target: Target::NewUser, ..FRONTEND };
 pub(crate) const METRICS: Request =
     Request { target: Target::Metrics, status: StatusCode::ACCEPTED, ..FEATURES };
@@ -148,6 +153,9 @@ impl Request {
             "{method} {path} HTTP/1.1\r\nhost: localhost:3063\r\nauthorization: {token}\r\n\
              unleash-client-spec: 5.2.0\r\nuser-agent: bench\r\naccept-encoding: {accept}\r\n"
         );
+        if self.varies {
+            write!(text, "x-request-id: {n:08}\r\n").expect(MEMORY);
+        }
         if let Some(etag) = etag {
             write!(text, "if-none-match: {}\r\n", etag.to_str().expect("visible")).expect(MEMORY);
         }

@@ -20,6 +20,7 @@ use std::{
 
 use arc_swap::ArcSwapOption;
 use bytes::Bytes;
+use hyper::body::Body as _;
 use jiff::{Timestamp, fmt::rfc2822::DateTimePrinter};
 use siphasher::sip128::{Hasher128 as _, SipHasher13};
 use smallvec::SmallVec;
@@ -31,7 +32,7 @@ const PLACES: usize = 8192;
 const MOST_BYTES: usize = 32 << 20;
 
 /// The longest body that is remembered: where much is sent, little is saved.
-const LONGEST_BODY: usize = 64 << 10;
+const LONGEST_BODY: u64 = 64 << 10;
 
 /// A request, by its bytes and where it came from.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -113,10 +114,10 @@ impl<T> Memory<T> {
 
     /// Remembers what was answered to these words, if it is an answer to be remembered.
     pub(super) fn remember(&self, words: Words, reply: &Reply, terms: T) {
-        let (Some(answer), Some(place)) = (Written::of(reply), self.place(words)) else { return };
-        if answer.body.len() > LONGEST_BODY {
+        if reply.body().size_hint().lower() > LONGEST_BODY {
             return;
         }
+        let (Some(answer), Some(place)) = (Written::of(reply), self.place(words)) else { return };
         let known = Known { words, answer, terms };
         if self.put(place, Some(Arc::new(known))) > MOST_BYTES {
             for place in self.places.get().into_iter().flatten() {
@@ -172,6 +173,9 @@ mod tests {
     use super::*;
     use crate::http::reply::Outgoing;
 
+    #[expect(clippy::cast_possible_truncation, reason = "it is far below 2^32")]
+    const LONGEST: usize = LONGEST_BODY as usize;
+
     const PEER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
 
     fn reply(length: usize) -> Reply {
@@ -223,8 +227,8 @@ mod tests {
         *refused.status_mut() = StatusCode::UNAUTHORIZED;
         let told = Response::new(Outgoing::Live(Box::pin(futures_util::stream::empty())));
         for (reply, expect) in [
-            (reply(LONGEST_BODY), true),
-            (reply(LONGEST_BODY + 1), false),
+            (reply(LONGEST), true),
+            (reply(LONGEST + 1), false),
             (reply(0), false),
             (unchanged, true),
             (refused, false),
