@@ -23,10 +23,13 @@ pub(crate) struct Row {
     /// What `--only` knows it by.
     pub(crate) id: &'static str,
     pub(crate) title: &'static str,
-    /// Requests per second, as a share of the baseline's.
-    pub(crate) goal: f64,
+    /// Requests per second, as a share of the baseline's, if there is one.
+    pub(crate) goal: Option<f64>,
     flags: usize,
     ask: Ask,
+    /// Whether each request has a header of its own, as where they are traced, so that none is like
+    /// the one before.
+    is_traced: bool,
 }
 
 /// What is asked.
@@ -44,7 +47,7 @@ pub(crate) enum Ask {
     FrontendNewUser,
 }
 
-pub(crate) const ROWS: [Row; 9] = [
+pub(crate) const ROWS: [Row; 11] = [
     Row::of("features-304", "`/api/client/features`, 304", 0.85, Ask::FeaturesUnlessKnown),
     Row::of("features", "`/api/client/features`, 200, identity", 0.90, Ask::Features(None)),
     Row::of(
@@ -67,6 +70,16 @@ pub(crate) const ROWS: [Row; 9] = [
         flags: 5,
         ..Row::of("five", "5 flags (2 kB), `/api/client/features`, 200", 0.85, Ask::Features(None))
     },
+    Row::traced(
+        "features-304-traced",
+        "`/api/client/features`, 304, a new `traceparent` each",
+        Ask::FeaturesUnlessKnown,
+    ),
+    Row::traced(
+        "frontend-304-traced",
+        "`/api/frontend`, 304, a new `traceparent` each",
+        Ask::FrontendUnlessKnown,
+    ),
 ];
 
 /// What came of a row.
@@ -78,13 +91,23 @@ pub(crate) struct Outcome {
 
 impl Row {
     const fn of(id: &'static str, title: &'static str, goal: f64, ask: Ask) -> Self {
-        Self { id, title, goal, flags: FLAGS, ask }
+        Self { id, title, goal: Some(goal), flags: FLAGS, ask, is_traced: false }
+    }
+
+    const fn traced(id: &'static str, title: &'static str, ask: Ask) -> Self {
+        Self { id, title, goal: None, flags: FLAGS, ask, is_traced: true }
     }
 
     pub(crate) fn run(&'static self, session: &Session) -> Result<Outcome> {
         eprintln!("{}", self.title);
         let contenders = [Contender::Bare, Contender::Parapet, Contender::Edge];
-        let measured = session.measure(&self.ask.case(self.flags), &contenders, session.rounds)?;
+        let mut case = self.ask.case(self.flags);
+        if self.is_traced {
+            let trace = format!("00-0af7651916cd43dd8448eb211c80319c-{DRAWN}-01");
+            case.request = case.request.header("traceparent", &trace);
+            case.draw = Draw::Next;
+        }
+        let measured = session.measure(&case, &contenders, session.rounds)?;
         Ok(Outcome { row: self, measured })
     }
 }

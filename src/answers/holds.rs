@@ -20,9 +20,9 @@ impl Holds {
         if !reads.is_timed() {
             return Some(Self::Always);
         }
-        let until = reads.next_change(asked);
-        // A date may have come meanwhile.
-        until.is_none_or(|until| now < until).then_some(Self::During(asked, until))
+        let during = Self::During(asked, reads.next_change(asked));
+        // A date may have come meanwhile, or the clock been set.
+        during.at(now).then_some(during)
     }
 
     /// Whether it holds at this time.

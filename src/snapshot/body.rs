@@ -158,22 +158,24 @@ fn suffixed(etag: &HeaderValue, coding: Coding) -> HeaderValue {
 fn compress(bytes: &[u8], coding: Coding) -> Bytes {
     use std::io::Write as _;
     const TO_MEMORY: &str = "writing to memory cannot fail";
-    match coding {
-        Coding::Identity => Bytes::copy_from_slice(bytes),
+    let compressed = match coding {
+        Coding::Identity => bytes.to_vec(),
         Coding::Gzip => {
             let mut encoder =
                 flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::new(6));
             encoder.write_all(bytes).expect(TO_MEMORY);
-            encoder.finish().expect(TO_MEMORY).into()
+            encoder.finish().expect(TO_MEMORY)
         }
-        Coding::Zstd => zstd::bulk::compress(bytes, 9).expect(TO_MEMORY).into(),
+        Coding::Zstd => zstd::bulk::compress(bytes, 9).expect(TO_MEMORY),
         Coding::Brotli => {
             let params = brotli::enc::BrotliEncoderParams { quality: 5, ..Default::default() };
             let mut compressed = Vec::new();
             brotli::BrotliCompress(&mut &*bytes, &mut compressed, &params).expect(TO_MEMORY);
-            compressed.into()
+            compressed
         }
-    }
+    };
+    // Encoders take room for the worst, which would stay taken.
+    compressed.into_boxed_slice().into()
 }
 
 #[cfg(test)]

@@ -10,8 +10,6 @@ use std::{
     },
 };
 
-use bytes::Bytes;
-
 use super::body::Body;
 use crate::{
     token::{Environment, Project, Projects},
@@ -65,7 +63,8 @@ pub fn cut(document: &Document, projects: &Projects, filter: &Filter) -> Documen
     Document::of(features, segments)
 }
 
-/// A filtered listing, and how often its snapshot was asked for it.
+/// A filtered listing, and how often its snapshot was asked for it; who asked before in the same
+/// words and was answered by the listener did not ask the snapshot.
 #[derive(Debug)]
 pub(super) struct Listing {
     body: Arc<Body>,
@@ -116,7 +115,7 @@ pub(super) fn build(environment: &Environment, document: &Document, key: &Listin
     text.push_str(r#"],"query":"#);
     text.push_str(&query(environment, key));
     text.push('}');
-    Body::new(Bytes::from(text))
+    Body::new(text.into_bytes().into_boxed_slice().into())
 }
 
 fn push_list(text: &mut String, items: impl Iterator<Item = impl AsRef<str>>) {

@@ -5,8 +5,8 @@
 //! them is kept, tokens least of all, and nobody can make up two that are taken for one. What an
 //! answer rests on, and whether it still holds, is not known here.
 //!
-//! A table of fixed size, in which an answer takes the place of another, with a bound on its bytes at
-//! which all is forgotten. Nobody waits for a lock.
+//! A table of fixed size, in which an answer takes the place of another, and with a bound on its bytes,
+//! for which places are emptied in turn. Nobody waits for a lock.
 
 use std::{
     cell::Cell,
@@ -41,10 +41,12 @@ pub(super) struct Words(u128);
 /// What was answered, on terms of the kind `T`.
 #[derive(Debug)]
 pub(super) struct Memory<T> {
-    // Made when there is something to remember: some listeners never answer the same twice.
+    // Made when something is asked: some listeners are not even connected to.
     places: OnceLock<Box<[Place<T>]>>,
     key: [u8; 16],
     bytes: AtomicUsize,
+    /// The place that is emptied next where there are too many bytes.
+    next: AtomicUsize,
 }
 
 #[derive(Debug)]
@@ -70,7 +72,12 @@ pub(super) struct Recalled {
 
 impl<T> Memory<T> {
     pub(super) fn new() -> Self {
-        Self { places: OnceLock::new(), key: rand::random(), bytes: AtomicUsize::new(0) }
+        Self {
+            places: OnceLock::new(),
+            key: rand::random(),
+            bytes: AtomicUsize::new(0),
+            next: AtomicUsize::new(0),
+        }
     }
 
     /// The words of a request from `peer`: its whole head, and there is nothing else of it.
@@ -118,21 +125,27 @@ impl<T> Memory<T> {
             return;
         }
         let (Some(answer), Some(place)) = (Written::of(reply), self.place(words)) else { return };
-        let known = Known { words, answer, terms };
-        if self.put(place, Some(Arc::new(known))) > MOST_BYTES {
-            for place in self.places.get().into_iter().flatten() {
-                self.put(place, None);
+        self.put(place, Some(Arc::new(Known { words, answer, terms })));
+        self.keep_within_bounds();
+    }
+
+    fn keep_within_bounds(&self) {
+        let Some(places) = self.places.get() else { return };
+        // Others may be at it, too: nobody goes round more than once.
+        for _ in 0..PLACES {
+            if self.bytes.load(Ordering::Relaxed) <= MOST_BYTES {
+                return;
             }
+            let next = self.next.fetch_add(1, Ordering::Relaxed) % PLACES;
+            self.put(&places[next], None);
         }
     }
 
-    /// Puts something in a place; tells how many bytes are held then.
-    fn put(&self, place: &Place<T>, known: Option<Arc<Known<T>>>) -> usize {
-        let new = known.as_ref().map_or(0, |known| known.weight());
-        let before = self.bytes.fetch_add(new, Ordering::Relaxed);
-        let old = place.known.swap(known).map_or(0, |known| known.weight());
-        self.bytes.fetch_sub(old, Ordering::Relaxed);
-        (before + new).saturating_sub(old)
+    fn put(&self, place: &Place<T>, known: Option<Arc<Known<T>>>) {
+        let weight = |known: Option<&Arc<Known<T>>>| known.map_or(0, |known| known.weight());
+        self.bytes.fetch_add(weight(known.as_ref()), Ordering::Relaxed);
+        let old = place.known.swap(known);
+        self.bytes.fetch_sub(weight(old.as_ref()), Ordering::Relaxed);
     }
 
     fn place(&self, words: Words) -> Option<&Place<T>> {
@@ -255,5 +268,7 @@ mod tests {
             most = most.max(memory.bytes.load(Ordering::Relaxed));
         }
         assert!((MOST_BYTES / 2..=MOST_BYTES).contains(&most), "{most}");
+        let kept = memory.bytes.load(Ordering::Relaxed);
+        assert!(kept > MOST_BYTES - 30_000, "no more is forgotten than has to be: {kept}");
     }
 }

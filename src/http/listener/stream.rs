@@ -59,14 +59,18 @@ impl<I> Stream<I> {
 impl<I: AsyncWrite + Unpin> Stream<I> {
     /// Sends what is left of an answer that hyper knows nothing of.
     fn poll_rest(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let Some(rest) = &mut self.rest else { return Poll::Ready(Ok(())) };
+        let (Some(rest), Some(repeats)) = (&mut self.rest, &self.repeats) else {
+            return Poll::Ready(Ok(()));
+        };
         let (answer, sent) = &mut **rest;
-        ready!(poll_send(Pin::new(self.io.inner_mut()), cx, answer, sent))?;
+        let Poll::Ready(done) = poll_send(Pin::new(self.io.inner_mut()), cx, answer, sent) else {
+            // A client that reads slowly is not one that says nothing.
+            repeats.watch.rest();
+            return Poll::Pending;
+        };
         self.rest = None;
-        if let Some(repeats) = &self.repeats {
-            repeats.watch.wait();
-        }
-        Poll::Ready(Ok(()))
+        repeats.watch.wait();
+        Poll::Ready(done)
     }
 
     /// Answers a request of these bytes, if the answer is known; whether it is. If not, hyper is to be
@@ -87,10 +91,7 @@ impl<I: AsyncWrite + Unpin> Stream<I> {
                 sent?;
                 repeats.watch.wait();
             }
-            Poll::Pending => {
-                repeats.watch.rest();
-                self.rest = Some(Box::new((answer, sent)));
-            }
+            Poll::Pending => self.rest = Some(Box::new((answer, sent))),
         }
         Ok(true)
     }
@@ -140,7 +141,7 @@ impl<I: AsyncRead + AsyncWrite + Unpin> Read for Stream<I> {
             if bytes.filled().is_empty() {
                 return read;
             }
-            // An error comes again when nothing else does.
+            // Of an error, the end comes as well.
             let bytes = bytes.filled();
             let given = this.given.and(bytes);
             if this.given == Given::Nothing && this.answer(bytes, given, cx)? {

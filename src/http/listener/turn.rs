@@ -22,7 +22,7 @@ use super::memory::Words;
 use crate::http::reply::{Outgoing, Reply};
 
 /// The request that hyper has been given, as far as the service knows of it. All is seen by the task
-/// of the connection alone.
+/// of the connection alone, and is of no interest where that speaks HTTP/2.
 #[derive(Debug)]
 pub(super) struct Turn {
     /// How long its body is.
@@ -62,9 +62,8 @@ impl Turn {
 
     /// The service is asked by hyper; by which the answer is to be remembered.
     pub(super) fn asked<B: Body>(&self, request: &Request<B>) -> Option<Words> {
-        // Of another version hyper keeps that it was the last.
-        let body = match request.version() {
-            Version::HTTP_11 => request.body().size_hint().exact().unwrap_or(UNKNOWN),
+        let body = match request.body().size_hint().exact() {
+            Some(length) if leaves_nothing(request) => length,
             _ => UNKNOWN,
         };
         self.body.store(body, Relaxed);
@@ -100,19 +99,22 @@ impl Turn {
     }
 }
 
+/// Whether hyper is after a request as it was before: it keeps that the last was of another version,
+/// and that one wanted to go on in another protocol.
+fn leaves_nothing<B>(request: &Request<B>) -> bool {
+    request.version() == Version::HTTP_11
+        && request.method() != Method::CONNECT
+        && !request.headers().contains_key(UPGRADE)
+}
+
 /// Whether a request asks for nothing but an answer, to which the connection is as before.
 fn is_plain<B>(request: &Request<B>) -> bool {
     let headers = request.headers();
     let keeps_alive = |headers: &HeaderMap| {
-        headers
-            .get_all(CONNECTION)
-            .iter()
-            .all(|it| it.as_bytes().eq_ignore_ascii_case(b"keep-alive"))
+        let mut all = headers.get_all(CONNECTION).iter();
+        all.all(|it| it.as_bytes().eq_ignore_ascii_case(b"keep-alive"))
     };
-    request.method() == Method::GET
-        && keeps_alive(headers)
-        && !headers.contains_key(UPGRADE)
-        && !headers.contains_key(EXPECT)
+    request.method() == Method::GET && keeps_alive(headers) && !headers.contains_key(EXPECT)
 }
 
 /// What hyper was given of a connection's bytes.

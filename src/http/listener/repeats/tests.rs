@@ -16,7 +16,7 @@ use hyper::{
 };
 use proptest::{collection::vec, prelude::*, sample::select};
 use regex::Regex;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
 
 use super::*;
 use crate::http::listener::{Limits, Protocol};
@@ -137,7 +137,7 @@ fn post(path: &str, length: usize, told: usize) -> Vec<u8> {
 }
 
 /// Heads that are not what they seem, or that leave the connection another than it was.
-const ODD: [&str; 18] = [
+const ODD: [&str; 19] = [
     "GET /a HTTP/1.1\n\n",
     "GET /a HTTP/1.1\nhost: a\n\nGET /b HTTP/1.1\r\nhost: a\r\n\r\n",
     "\r\nGET /a HTTP/1.1\r\nhost: a\r\n\r\n",
@@ -151,6 +151,7 @@ const ODD: [&str; 18] = [
     "GET /a HTTP/1.1\r\nhost: a\r\ncontent-length: 47\r\n\r\n",
     "GET /a HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n",
     "5\r\nGET /\r\n0\r\n\r\n",
+    "GET /a HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n",
     "HEAD /a HTTP/1.1\r\nhost: a\r\n\r\n",
     "POST /read HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
     "GET /a HTTP/1.1\r\nhost: a\r\n",
@@ -260,4 +261,54 @@ fn other_words_from_elsewhere_and_what_no_longer_holds_are_asked_anew() {
     library.holds.store(1, Relaxed);
     assert_eq!(ask(&again), 1, "it held once, and then was forgotten");
     assert_eq!(ask(&again), 0, "nothing holds");
+}
+
+/// A client's end of a connection to a service that has its answers to `/long` and `/a` by heart.
+async fn connected(protocol: &Protocol<Library>, at_once: usize) -> DuplexStream {
+    let questions = [get("/long"), get("/a")];
+    told(protocol, &questions, 1 << 20).await;
+    told(protocol, &questions, 1 << 20).await;
+    let (client, io) = tokio::io::duplex(at_once);
+    tokio::spawn(protocol.serve(io, SocketAddr::from(([10, 0, 0, 1], 1))));
+    client
+}
+
+#[tokio::test]
+async fn waiting_is_limited_from_the_last_answer_on_whoever_gave_it() {
+    let patience = Duration::from_secs(1);
+    let library = Library::of(true);
+    let limits = Limits { header_read_timeout: patience, ..LIMITS };
+    let protocol = Protocol::new(Arc::clone(&library), &limits);
+    let mut client = connected(&protocol, 1 << 20).await;
+    for _ in 0..3 {
+        client.write_all(&get("/a")).await.unwrap();
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"10.0.0.1") {
+            assert_ne!(client.read_buf(&mut answer).await.unwrap(), 0);
+        }
+        tokio::time::sleep(patience * 6 / 10).await;
+    }
+    assert_eq!(library.given_again.load(Relaxed), 3);
+    assert_eq!(client.read(&mut [0]).await.unwrap(), 0, "a silent client is left");
+}
+
+#[tokio::test]
+async fn an_answer_that_is_being_sent_is_sent_whole_at_the_end() {
+    for before in ["", "connection: upgrade\r\nupgrade: h2c\r\n"] {
+        let library = Library::of(true);
+        let protocol = protocol(&library);
+        let mut client = connected(&protocol, 100).await;
+        let first = format!("GET /a HTTP/1.1\r\nhost: a\r\n{before}\r\n");
+        client.write_all(first.as_bytes()).await.unwrap();
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"10.0.0.1") {
+            assert_ne!(client.read_buf(&mut answer).await.unwrap(), 0);
+        }
+        client.write_all(&get("/long")).await.unwrap();
+        client.read_exact(&mut [0; 10]).await.unwrap();
+        protocol.stop.give();
+        let mut rest = Vec::new();
+        client.read_to_end(&mut rest).await.unwrap();
+        assert!(rest.ends_with(&vec![b'x'; LONG]), "{} bytes came", rest.len());
+    }
 }
