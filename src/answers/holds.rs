@@ -14,22 +14,19 @@ pub enum Holds {
 }
 
 impl Holds {
-    /// As of when an answer holds that rests on what `reads`, was asked for at a time, and has been
-    /// found since; `None` if nobody can tell of when it is.
-    pub fn of(reads: &Reads, asked: Timestamp, now: Timestamp) -> Option<Self> {
-        if !reads.is_timed() {
-            return Some(Self::Always);
-        }
-        let during = Self::During(asked, reads.next_change(asked));
-        // A date may have come meanwhile, or the clock been set.
-        during.at(now).then_some(during)
+    /// As of when an answer holds that rests on what `reads`, and is of the time `asked`.
+    pub fn of(reads: &Reads, asked: Timestamp) -> Self {
+        if reads.is_timed() { Self::During(asked, reads.next_change(asked)) } else { Self::Always }
     }
 
-    /// Whether it holds at this time.
-    pub fn at(self, now: Timestamp) -> bool {
+    /// Whether it holds at this time, which is not looked at where it does not matter.
+    pub fn at(self, now: impl FnOnce() -> Timestamp) -> bool {
         match self {
             Self::Always => true,
-            Self::During(from, until) => from <= now && until.is_none_or(|until| now < until),
+            Self::During(from, until) => {
+                let now = now();
+                from <= now && until.is_none_or(|until| now < until)
+            }
         }
     }
 }

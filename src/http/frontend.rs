@@ -12,7 +12,6 @@ use hyper::{
     HeaderMap,
     header::{HeaderValue, IF_NONE_MATCH},
 };
-use jiff::Timestamp;
 
 pub use self::{
     changes::{Changes, Wake},
@@ -51,20 +50,15 @@ pub struct Found {
 
 /// Answers a question about the flags of `view`.
 pub fn evaluated(headers: &HeaderMap, shown: Shown, view: &View, question: Question<'_>) -> Found {
-    let reads = view.reads();
-    let clock = || if reads.is_timed() { Timestamp::now() } else { Timestamp::UNIX_EPOCH };
-    let asked = clock();
-    let (answer, is_settled) = question.answer(view, |context| {
+    question.answer(view, |context| {
         let answer = Answer::of(question.snapshot, view, context, shown);
-        let is_settled = answer.is_settled();
+        let holds = answer.is_settled().then(|| Holds::of(view.reads(), context.now));
         let answer = match revalidated(headers, || answer.etag()) {
             Some(etag) => Err(etag),
             None => Ok(answer.body()),
         };
-        (answer, is_settled)
-    });
-    let holds = if is_settled { Holds::of(reads, asked, clock()) } else { None };
-    Found { answer, holds }
+        Found { answer, holds }
+    })
 }
 
 /// The answer's entity tag, if the client has that: decided by the outcome alone, an unchanged answer

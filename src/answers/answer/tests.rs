@@ -103,18 +103,18 @@ fn check_holds(snapshot: &Snapshot, step: &Step) -> Result<(), TestCaseError> {
     for now in times {
         let context = Context { now, ..asked };
         let answer = Answer::of(snapshot, &view, &context, step.shown);
-        let holds = Holds::of(view.reads(), now, now);
-        prop_assert!(holds.is_some_and(|holds| holds.at(now)));
+        let holds = Holds::of(view.reads(), now);
+        prop_assert!(holds.at(|| now));
         if !answer.is_settled() {
             continue;
         }
-        for later in times.into_iter().filter(|later| holds.unwrap().at(*later)) {
+        for later in times.into_iter().filter(|later| holds.at(|| *later)) {
             let context = Context { now: later, draw: !asked.draw, ..asked };
             let (_, etag) = afresh(snapshot, &step.projects, &context, step.shown);
             prop_assert_eq!(answer.etag(), etag, "{:?} at {}, as of {}", holds, later, now);
         }
-        if let Some(Holds::During(_, Some(until))) = holds {
-            prop_assert_eq!(Holds::of(view.reads(), now, until), None);
+        if let Holds::During(_, Some(until)) = holds {
+            prop_assert!(!holds.at(|| until));
         }
     }
     Ok(())

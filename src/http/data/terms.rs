@@ -37,8 +37,7 @@ pub(super) struct Basis {
 impl Basis {
     /// Whether the same would be answered now; that counts as the token's use.
     fn is_same(&self, auth: &Authenticator, snapshots: &Snapshots) -> bool {
-        let is_timely = self.holds == Holds::Always || self.holds.at(Timestamp::now());
-        is_timely
+        self.holds.at(Timestamp::now)
             && snapshots.is_current(&self.grant.scope.environment, &self.snapshot)
             && auth.still_admits(&self.digest, &self.grant)
     }
