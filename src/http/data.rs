@@ -25,7 +25,7 @@ use super::{
     edge,
     frontend::{self, Asker, Question},
     listener::{Answered, Service},
-    meter::{self, Meter, Subject},
+    meter::{Meter, Subject},
     ofrep::{self, Tickets},
     ops::Ops,
     payload::Arriving,
@@ -103,7 +103,7 @@ impl Service for Data {
             self.settings.cors.decorate(&head.headers, reply.headers_mut());
         }
         let (series, size) =
-            (self.meter.series(subject, &head.method, &reply), meter::length(&reply));
+            (self.meter.series(subject, &head.method, &reply), reply::length(&reply));
         self.meter.count(series, size, started.elapsed());
         let terms = basis.map(|basis| Terms { basis, series, size });
         Answered { reply: reply::without_body(&head.method, reply), terms }

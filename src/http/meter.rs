@@ -15,9 +15,12 @@ use std::{
     time::Duration,
 };
 
-use hyper::{Method, StatusCode, body::Body as _};
+use hyper::{Method, StatusCode};
 
-use super::{reply::Reply, route::Route};
+use super::{
+    reply::{self, Reply},
+    route::Route,
+};
 use crate::telemetry::{BYTES, SECONDS};
 
 const REQUESTS: &str = "http_server_requests_total";
@@ -104,7 +107,7 @@ impl Meter {
 
     /// Counts one answered request.
     pub fn record(&self, subject: Subject<'_>, method: &Method, reply: &Reply, took: Duration) {
-        self.count(self.series(subject, method, reply), length(reply), took);
+        self.count(self.series(subject, method, reply), reply::length(reply), took);
     }
 
     /// What requests are counted as that are answered so.
@@ -213,11 +216,6 @@ impl<const BUCKETS: usize> Histogram<BUCKETS> {
             self.sum.fetch_add(value, Ordering::Relaxed);
         }
     }
-}
-
-/// How long the body of a reply is, if that is known.
-pub fn length(reply: &Reply) -> u64 {
-    reply.body().size_hint().lower()
 }
 
 /// The first bucket whose bound the value does not exceed. Most values are small: no search is

@@ -254,6 +254,12 @@ pub fn preflight() -> Reply {
     empty(StatusCode::OK)
 }
 
+/// How long the body of a reply is, in bytes; 0 where that is not known yet.
+pub fn length(reply: &Reply) -> u64 {
+    use hyper::body::Body as _;
+    reply.body().size_hint().lower()
+}
+
 /// The reply without its body, for `HEAD`; the length stays told.
 pub fn without_body(method: &Method, mut reply: Reply) -> Reply {
     use hyper::body::Body as _;

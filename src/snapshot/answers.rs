@@ -1,4 +1,5 @@
-//! What a snapshot remembers of its answers to frontends: what a context came to, bodies, and what it told those who follow.
+//! What a snapshot remembers of its answers to frontends: what a context came to, bodies, and what it
+//! told those who follow.
 //!
 //! All are bounded, and everything may be forgotten at any time: who asks evaluates again.
 //! How an answer comes about is for `crate::answers` to know.
@@ -83,7 +84,7 @@ impl Answers {
     /// entity tag. A stranger cannot bring about two that collide: contexts choose among fragments,
     /// a few of each flag, and only upstream writes those.
     pub fn body(&self, hash: u128, make: impl FnOnce() -> Body) -> Arc<Body> {
-        if let Some(body) = self.kept_body(hash) {
+        if let Some(body) = self.bodies.get(&hash) {
             return body;
         }
         let body = Arc::new(make());
@@ -91,11 +92,6 @@ impl Answers {
             self.bodies.insert(hash, Arc::clone(&body));
         }
         body
-    }
-
-    /// The body of the answers that `hash` identifies, if it is kept.
-    pub fn kept_body(&self, hash: u128) -> Option<Arc<Body>> {
-        self.bodies.get(&hash)
     }
 
     /// What each flag came to in the answers that `hash` identifies, found out unless it is kept: once,

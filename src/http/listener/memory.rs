@@ -20,12 +20,11 @@ use std::{
 
 use arc_swap::ArcSwapOption;
 use bytes::Bytes;
-use hyper::body::Body as _;
 use jiff::{Timestamp, fmt::rfc2822::DateTimePrinter};
 use siphasher::sip128::{Hasher128 as _, SipHasher13};
 use smallvec::SmallVec;
 
-use crate::http::reply::{Reply, Written};
+use crate::http::reply::{self, Reply, Written};
 
 /// How many answers are remembered at most, and the most that they may hold together, in bytes.
 const PLACES: usize = 8192;
@@ -121,7 +120,7 @@ impl<T> Memory<T> {
 
     /// Remembers what was answered to these words, if it is an answer to be remembered.
     pub(super) fn remember(&self, words: Words, reply: &Reply, terms: T) {
-        if reply.body().size_hint().lower() > LONGEST_BODY {
+        if reply::length(reply) > LONGEST_BODY {
             return;
         }
         let (Some(answer), Some(place)) = (Written::of(reply), self.place(words)) else { return };
