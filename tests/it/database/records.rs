@@ -31,9 +31,14 @@ async fn events_tell_who_did_what_when_and_from_where(bed: Bed) {
         operator: Operator::Token { name: "ci".to_owned() },
         address: Some("2001:db8::7".parse().unwrap()),
     };
-    // Times are kept in milliseconds: what opening wrote is of an earlier one.
-    tokio::time::sleep(Duration::from_millis(2)).await;
-    let since = Timestamp::now();
+    let all = EventQuery { limit: 1000, ..EventQuery::default() };
+    let ask = async |query: &EventQuery| control.events(&SHELL.operator, query).await.unwrap();
+    // Times are kept in milliseconds: what follows is of a later one than what opening wrote.
+    let opened = ask(&all).await.events[0].created_at;
+    let since = until("the clock goes on", Duration::from_secs(10), async || {
+        Some(Timestamp::now()).filter(|now| now.as_millisecond() > opened.as_millisecond())
+    })
+    .await;
     for (name, projects) in [("one", &["web"][..]), ("two", &["web", "app"]), ("all", &["*"])] {
         let new = NewToken {
             name: name.to_owned(),
@@ -45,8 +50,6 @@ async fn events_tell_who_did_what_when_and_from_where(bed: Bed) {
         let (_, token) = control.create_token(&ann, new).await.unwrap();
         control.update_token(&ann, &token.id, Some(Timestamp::MAX)).await.unwrap();
     }
-    let all = EventQuery { limit: 1000, ..EventQuery::default() };
-    let ask = async |query: &EventQuery| control.events(&SHELL.operator, query).await.unwrap();
     let page = ask(&EventQuery { since: Some(since), ..all.clone() }).await;
     assert_eq!((page.total, page.events.len()), (6, 6));
     let last = &page.events[0];
