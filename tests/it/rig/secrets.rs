@@ -30,12 +30,26 @@ pub(crate) fn leaks(text: &[u8]) -> Vec<String> {
 }
 
 /// What makes a token secret. The selector of a v2 token does not: lists show it.
+///
+/// The selector is cut by its length, since underscores may stand within it.
 fn secret_of(token: &str) -> &str {
+    const SELECTOR: usize = "v2_".len() + 22;
     let secret = token.rsplit('.').next().unwrap_or(token);
-    match secret.strip_prefix("v2_").and_then(|rest| rest.split_once('_')) {
-        Some((_selector, secret)) if !secret.is_empty() => secret,
+    let after_selector = secret.get(SELECTOR..).filter(|_| secret.starts_with("v2_"));
+    match after_selector.and_then(|rest| rest.strip_prefix('_')) {
+        Some(verifier) if !verifier.is_empty() => verifier,
         _ => secret,
     }
+}
+
+#[test]
+fn what_is_looked_for_is_the_secret_and_never_a_scrap_of_it() {
+    assert_eq!(secret_of("*:development.0123456789abcdef"), "0123456789abcdef");
+    assert_eq!(secret_of("0123456789abcdef"), "0123456789abcdef");
+    let selector = "AbCd_fGhIjKlMnOpQrStU_";
+    assert_eq!(secret_of(&format!("[]:production.v2_{selector}_secret_part")), "secret_part");
+    let listed = format!("v2_{selector}_");
+    assert_eq!(secret_of(&format!("*:production.{listed}")), listed);
 }
 
 /// Every file under `directory`, with its name.
