@@ -15,11 +15,12 @@ mod topic;
 
 use std::{
     collections::HashMap,
+    panic::resume_unwind,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use moka::sync::Cache;
-use tokio::sync::watch;
+use tokio::{sync::watch, task::spawn_blocking};
 
 use self::log::Log;
 pub use self::{
@@ -65,7 +66,12 @@ impl Feed {
         let mut swaps = self.0.snapshots.swaps();
         loop {
             swaps.borrow_and_update();
-            self.catch_up();
+            // All flags are compared.
+            let feed = self.clone();
+            let caught_up = spawn_blocking(move || feed.catch_up()).await;
+            if let Some(panic) = caught_up.err().and_then(|it| it.try_into_panic().ok()) {
+                resume_unwind(panic);
+            }
             if swaps.changed().await.is_err() {
                 return std::future::pending().await;
             }

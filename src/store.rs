@@ -13,9 +13,10 @@ use std::{
     fs::{self, DirBuilder, File, OpenOptions},
     io::{self, Write as _},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, MutexGuard},
 };
 
+use bytes::Bytes;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 use ulid::Ulid;
 
@@ -30,7 +31,7 @@ pub struct Store(Arc<Backend>);
 
 enum Backend {
     Directory(PathBuf),
-    Memory(Mutex<HashMap<Key, Vec<u8>>>),
+    Memory(Mutex<HashMap<Key, Bytes>>),
 }
 
 /// What is kept.
@@ -113,7 +114,7 @@ impl Store {
     /// The bytes last saved under `key`, if any.
     pub async fn load(&self, key: &Key) -> Result<Option<Vec<u8>>, Error> {
         match &*self.0 {
-            Backend::Memory(records) => Ok(lock(records).get(key).cloned()),
+            Backend::Memory(records) => Ok(lock(records).get(key).map(|bytes| bytes.to_vec())),
             Backend::Directory(directory) => {
                 let file = directory.join(key.file_name());
                 let path = file.clone();
@@ -128,17 +129,17 @@ impl Store {
     ///
     /// When this returns, a loss of power no longer takes the bytes away. Dropping the future leaves
     /// either the old record or the new one.
-    pub async fn save(&self, key: &Key, bytes: &[u8]) -> Result<(), Error> {
+    pub async fn save(&self, key: &Key, bytes: impl Into<Bytes>) -> Result<(), Error> {
+        let bytes = bytes.into();
         match &*self.0 {
             Backend::Memory(records) => {
-                lock(records).insert(key.clone(), bytes.to_vec());
+                lock(records).insert(key.clone(), bytes);
                 Ok(())
             }
             Backend::Directory(directory) => {
                 let file = directory.join(key.file_name());
-                let record = envelope::wrap(bytes);
                 let path = file.clone();
-                blocking(move || replace(&path, &record))
+                blocking(move || replace(&path, &bytes))
                     .await
                     .flatten()
                     .map_err(|source| Error::Write { file, source })
@@ -214,9 +215,7 @@ fn environment_of(file_name: &str) -> Option<Environment> {
     Some(Environment::new(&name))
 }
 
-fn lock(
-    records: &Mutex<HashMap<Key, Vec<u8>>>,
-) -> std::sync::MutexGuard<'_, HashMap<Key, Vec<u8>>> {
+fn lock(records: &Mutex<HashMap<Key, Bytes>>) -> MutexGuard<'_, HashMap<Key, Bytes>> {
     records.lock().expect("nothing panics while it holds this lock")
 }
 
@@ -270,12 +269,17 @@ fn load(file: &Path) -> Result<Option<Vec<u8>>, Error> {
     }
 }
 
-/// Puts `record` in the place of `file` so that no reader and no crash sees a part of it.
-fn replace(file: &Path, record: &[u8]) -> io::Result<()> {
+/// Puts the record of `bytes` in the place of `file` so that no reader and no crash sees a part of it.
+fn replace(file: &Path, bytes: &[u8]) -> io::Result<()> {
     let temporary = temporary(file);
-    let written = create(&temporary)
-        .and_then(|mut new| new.write_all(record).and_then(|()| new.sync_all()))
-        .and_then(|()| fs::rename(&temporary, file));
+    let write = || {
+        let mut new = create(&temporary)?;
+        new.write_all(envelope::head(bytes).as_bytes())?;
+        new.write_all(bytes)?;
+        new.sync_all()?;
+        fs::rename(&temporary, file)
+    };
+    let written = write();
     if written.is_err() {
         // The cause is what matters; a file left behind is removed at the next start.
         let _ = fs::remove_file(&temporary);
@@ -316,7 +320,7 @@ mod tests {
             assert_eq!(store.load(&Key::Verdicts).await.expect("load").as_deref(), Some(bytes));
         }
         for name in ["production", "Dev", "dev", "../été/%"] {
-            store.save(&flags(name), name.as_bytes()).await.expect("save");
+            store.save(&flags(name), name).await.expect("save");
         }
         let kept = store.environments().await.expect("list");
         let kept: Vec<_> = kept.iter().map(Environment::as_str).collect();
@@ -349,7 +353,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("folder");
         let inside = folder.path().join("data");
         let store = Store::directory(&inside).expect("store");
-        store.save(&Key::Usage, b"x").await.expect("save");
+        store.save(&Key::Usage, "x").await.expect("save");
         let mode = |path: &Path| fs::metadata(path).expect("metadata").permissions().mode() & 0o777;
         assert_eq!(mode(&inside), 0o700);
         assert_eq!(mode(&inside.join("usage.parapet")), 0o600);
@@ -359,7 +363,7 @@ mod tests {
     async fn what_a_crash_has_left_is_removed_and_never_loaded() {
         let folder = tempfile::tempdir().expect("folder");
         let store = Store::directory(folder.path()).expect("store");
-        store.save(&Key::Usage, b"whole").await.expect("save");
+        store.save(&Key::Usage, "whole").await.expect("save");
         let half = temporary(&folder.path().join(Key::Usage.file_name()));
         fs::write(&half, b"parapet 1 5").expect("write");
         let store = Store::directory(folder.path()).expect("store");

@@ -66,7 +66,7 @@ impl Keeper {
             }
             self.store_verdicts().await;
             let Some(backlog) = self.usage.backlog(stored) else { continue };
-            match self.store.save(&Key::Usage, &backlog.bytes).await {
+            match self.store.save(&Key::Usage, backlog.bytes).await {
                 Ok(()) => stored = Some(backlog.revision),
                 Err(error) => {
                     warn!(error = report(&error), "Usage that waits for upstream cannot be stored");
@@ -80,14 +80,14 @@ impl Keeper {
         self.store_verdicts().await;
         // Nothing left is stored too: the next start must not send what has been sent.
         let left = self.usage.save().unwrap_or_default();
-        if let Err(error) = self.store.save(&Key::Usage, &left).await {
+        if let Err(error) = self.store.save(&Key::Usage, left).await {
             error!(error = report(&error), "Usage that was not sent is lost");
         }
     }
 
     async fn store_verdicts(&self) {
         let Some(verdicts) = self.auth.save() else { return };
-        if let Err(error) = self.store.save(&Key::Verdicts, &verdicts).await {
+        if let Err(error) = self.store.save(&Key::Verdicts, verdicts).await {
             self.auth.not_saved();
             warn!(error = report(&error), "Verdicts on tokens cannot be stored");
         }

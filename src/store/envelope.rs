@@ -17,11 +17,6 @@ pub(super) enum Error {
     Newer(u32),
 }
 
-/// The record of `bytes`.
-pub(super) fn wrap(bytes: &[u8]) -> Vec<u8> {
-    [head(bytes).as_bytes(), bytes].concat()
-}
-
 /// The bytes of `record`, whose memory is reused.
 pub(super) fn unwrap(mut record: Vec<u8>) -> Result<Vec<u8>, Error> {
     let end = record.iter().position(|&byte| byte == b'\n').ok_or(Error::Damaged)?;
@@ -33,8 +28,8 @@ pub(super) fn unwrap(mut record: Vec<u8>) -> Result<Vec<u8>, Error> {
     Ok(record)
 }
 
-/// The line that stands before `bytes`.
-fn head(bytes: &[u8]) -> String {
+/// The line that stands before `bytes`; with them it is their record.
+pub(super) fn head(bytes: &[u8]) -> String {
     format!("{NAME} {VERSION} {} {:032x}\n", bytes.len(), xxh3_128(bytes))
 }
 
@@ -50,6 +45,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    fn wrap(bytes: &[u8]) -> Vec<u8> {
+        [head(bytes).as_bytes(), bytes].concat()
+    }
 
     #[test]
     fn a_record_of_version_1_is_read() {

@@ -182,8 +182,11 @@ impl Followed {
                 Some(served) if !whole => served.confirmed(),
                 _ => Timestamp::now(),
             };
-            let parts = sources.parts();
-            let make = move || merged(&parts);
+            let (parts, replaced) = (sources.parts(), sources.take_replaced());
+            let make = move || {
+                drop(replaced);
+                merged(&parts)
+            };
             let scope = Scope { environment: environment.clone(), projects: sources.projects() };
             let snapshot = publish(&means.snapshots, scope, confirmed, make).await?;
             sources.published();
@@ -331,7 +334,7 @@ impl Means {
         let all = snapshot.listing(snapshot.projects(), Filter::default(), Segments::Separate);
         let text = all.make(Coding::Identity).bytes.clone();
         let key = Key::Flags(snapshot.environment().clone());
-        if let Err(error) = self.store.save(&key, &text).await {
+        if let Err(error) = self.store.save(&key, text).await {
             warn!(error = %report(&error), "Cannot store flags");
         }
     }

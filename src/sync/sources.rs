@@ -10,6 +10,7 @@
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, BTreeSet},
+    mem,
     sync::Arc,
 };
 
@@ -24,6 +25,8 @@ use crate::{
 #[derive(Debug)]
 pub(super) struct Sources {
     fetched: BTreeMap<TokenDigest, Source>,
+    /// What stood in the place of something fetched since.
+    replaced: Vec<Part>,
     /// What was served before the first fetch.
     inherited: Option<Part>,
     round: u64,
@@ -53,7 +56,8 @@ impl Sources {
             projects: it.projects().clone(),
             document: Arc::clone(it.document()),
         });
-        Self { fetched: BTreeMap::new(), inherited, round: 0, dirty: false }
+        let (fetched, replaced) = (BTreeMap::new(), Vec::new());
+        Self { fetched, replaced, inherited, round: 0, dirty: false }
     }
 
     /// Begins a round in which every token in use is asked with.
@@ -140,7 +144,8 @@ impl Sources {
     ) {
         let part = Part { projects: credential.projects.clone(), document };
         let source = Source { etag, event, part, confirmed: self.round };
-        self.fetched.insert(credential.token.digest(), source);
+        let old = self.fetched.insert(credential.token.digest(), source);
+        self.replaced.extend(old.map(|it| it.part));
     }
 
     /// Ends a round: true if every token in use has answered, or upstream follows up on it by itself
@@ -189,6 +194,12 @@ impl Sources {
         sources.sort_by_key(|source| Reverse(source.confirmed));
         let fetched = sources.into_iter().map(|source| source.part.clone());
         fetched.chain(self.inherited.clone()).collect()
+    }
+
+    /// What was replaced since this was called last. To let go of it takes milliseconds for thousands of
+    /// flags: it is for a thread that may take that time.
+    pub(super) fn take_replaced(&mut self) -> Vec<Part> {
+        mem::take(&mut self.replaced)
     }
 
     /// The projects that [`Sources::parts`] have every flag of.
@@ -259,6 +270,20 @@ mod tests {
         sources.published();
         assert!(!sources.is_dirty());
         assert_eq!(sources.etag(&one.token.digest()), Some("1"));
+    }
+
+    #[test]
+    fn what_was_replaced_is_handed_out_once_to_whoever_lets_go_of_it() {
+        let one = credential(&["a"]);
+        let mut sources = Sources::new(None);
+        sources.insert(&one, None, document(&["a/x"]), true);
+        assert!(sources.take_replaced().is_empty());
+        let first = Arc::downgrade(sources.document(&one.token.digest()).unwrap());
+        sources.insert(&one, None, document(&["a/y"]), true);
+        sources.follow(&one, None, Some(document(&["a/z"])));
+        let replaced = sources.take_replaced();
+        assert_eq!((replaced.len(), first.strong_count()), (2, 1));
+        assert!(sources.take_replaced().is_empty());
     }
 
     #[test]

@@ -247,7 +247,7 @@ impl Exchange {
             sealed: self.seal.close(environment, token),
         };
         let bytes = serde_json::to_vec(&record).expect("a record of plain fields serializes");
-        match self.store.save(&Key::Credentials(environment.clone()), &bytes).await {
+        match self.store.save(&Key::Credentials(environment.clone()), bytes).await {
             Ok(()) => debug!("Kept token {} for environment {environment}", token.masked()),
             Err(error) => {
                 let error: &dyn std::error::Error = &error;
