@@ -15,12 +15,14 @@
 //! without asking here is told by [`Holds`]. There is no state here: all that is
 //! remembered belongs to the snapshot and vanishes with it.
 
+mod ahead;
 mod answer;
 pub mod explained;
 pub mod followed;
 mod holds;
 
 pub use self::{
-    answer::{Answer, Shown, one},
+    ahead::prepare,
+    answer::{Answer, one},
     holds::Holds,
 };

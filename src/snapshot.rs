@@ -5,11 +5,13 @@
 //! it to the end. This module fetches, stores and schedules nothing.
 
 mod answers;
+mod asked;
 pub mod body;
 mod fragments;
 mod listing;
 mod outcomes;
 mod part;
+mod recent;
 mod view;
 
 use std::{
@@ -29,6 +31,7 @@ use tokio::sync::watch;
 
 pub use self::{
     answers::Answers,
+    asked::{Asked, Shown},
     fragments::{Fragment, FragmentId, Fragments},
     listing::{Filter, Segments, cut},
     outcomes::{Listed, Outcomes},
@@ -90,7 +93,7 @@ impl Snapshot {
                 .build(),
             parts: Parts::default(),
             viewed: AtomicU64::new(0),
-            answers: Answers::new(),
+            answers: Answers::new(None),
             environment,
             projects,
             document: Arc::new(document),
@@ -190,7 +193,8 @@ impl Snapshot {
     /// wanted.
     ///
     /// A body whose content did not change is taken over as it is, with all its codings.
-    pub fn inherit(&self, previous: &Self) {
+    pub fn inherit(&mut self, previous: &Self) {
+        self.answers = Answers::new(Some(&previous.answers));
         for (projects, old) in &*previous.parts.all() {
             let part = self.parts.of(projects);
             if old.view().get().is_some() {
@@ -400,16 +404,16 @@ mod tests {
         for prefix in 1..1000 {
             ask(&first, prefix);
         }
-        let second = snapshot("a");
+        let mut second = snapshot("a");
         second.inherit(&first);
         assert_eq!(kept(&second), INHERITED_FILTERS);
         let taken = second.listing(&Projects::All, Filter::default(), Segments::Separate);
         assert!(Arc::ptr_eq(&body, &taken), "nothing has changed");
         assert!(Arc::ptr_eq(&ask(&first, 0), &ask(&second, 0)), "it was asked for twice");
-        let third = snapshot("b");
+        let mut third = snapshot("b");
         third.inherit(&second);
         assert_eq!(kept(&third), 1, "the others were not asked for since");
-        let fourth = snapshot("b");
+        let mut fourth = snapshot("b");
         fourth.inherit(&third);
         assert_eq!(kept(&fourth), 0, "nobody asked");
         assert_eq!(fourth.parts.all().len(), 1, "but the part is kept, which no client made up");

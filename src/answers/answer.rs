@@ -9,20 +9,11 @@ use xxhash_rust::xxh3::xxh3_128;
 use crate::{
     engine::{Context, Key, Values},
     snapshot::{
-        Fragment, FragmentId, Snapshot, Toggle, View,
+        Fragment, FragmentId, Shown, Snapshot, Toggle, View,
         body::{Body, etag_of},
     },
     token::Projects,
 };
-
-/// Which flags an answer lists.
-#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
-pub enum Shown {
-    /// Only those that are on for the context.
-    Enabled,
-    /// Every flag of the scope.
-    All,
-}
 
 /// What a context's flags came to; its body is not written yet.
 #[derive(Debug)]
@@ -48,6 +39,22 @@ enum Known<'a> {
 impl<'a> Answer<'a> {
     /// What the flags of `view`, which is one of the snapshot's, come to for a context.
     pub fn of(snapshot: &'a Snapshot, view: &'a View, context: &Context<'a>, shown: Shown) -> Self {
+        let answer = Self::unnoted(snapshot, view, context, shown);
+        if answer.is_settled {
+            let is_known = matches!(answer.known, Known::Values(_));
+            let question = (view.projects(), shown, context);
+            snapshot.answers().note(question, is_known, answer.hash);
+        }
+        answer
+    }
+
+    /// The same for somebody who only wants to know beforehand.
+    pub(super) fn unnoted(
+        snapshot: &'a Snapshot,
+        view: &'a View,
+        context: &Context<'a>,
+        shown: Shown,
+    ) -> Self {
         let (engine, answers) = (snapshot.engine(), snapshot.answers());
         let values = engine.read(context);
         if view.reads().is_random(&values) {

@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::answer::{Answer, Shown, listed};
+use super::answer::{Answer, listed};
 use crate::{
     engine::Context,
-    snapshot::{Listed, Outcomes, Snapshot, View, body::Coding},
+    snapshot::{Listed, Outcomes, Shown, Snapshot, View, body::Coding},
     wire::sse,
 };
 

@@ -35,10 +35,10 @@ use super::{
     streaming::{FetchMode, Streams},
 };
 use crate::{
-    answers::{Holds, Shown},
+    answers::Holds,
     auth::{Admission, Authenticator, Denied},
     feed::{Feed, Topic},
-    snapshot::{Snapshot, Snapshots},
+    snapshot::{Shown, Snapshot, Snapshots},
     token::{Grant, Scope, Token, TokenDigest, TokenKind},
     usage::Usage,
     wire::{self, context::FrontendContext},

@@ -23,8 +23,8 @@ use super::{
     reply::{self, Failure, Freshness, Reply},
 };
 use crate::{
-    answers::{self, Answer, Holds, Shown, followed},
-    snapshot::{View, body::Body},
+    answers::{self, Answer, Holds, followed},
+    snapshot::{Shown, View, body::Body},
     wire::context,
 };
 

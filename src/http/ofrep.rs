@@ -25,10 +25,10 @@ use super::{
     reply::{self, Failure, Freshness, Reply},
 };
 use crate::{
-    answers::{Answer, Shown},
+    answers::Answer,
     engine::{Bound, Engine, FlagId, Outcome},
     snapshot::{
-        Filter, Segments,
+        Filter, Segments, Shown,
         body::{Body, etag_of},
     },
     token::TokenDigest,

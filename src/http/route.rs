@@ -4,7 +4,7 @@
 
 use hyper::Method;
 
-use crate::{answers::Shown, token::TokenKind};
+use crate::{snapshot::Shown, token::TokenKind};
 
 /// What a request to the data listener asks for; `'a` is the path.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

@@ -1,18 +1,21 @@
 //! What a snapshot remembers of its answers to frontends: what a context came to, bodies, and what it
-//! told those who follow.
+//! told those who follow; and what it was asked more than once.
 //!
 //! All are bounded, and everything may be forgotten at any time: who asks evaluates again.
 //! How an answer comes about is for `crate::answers` to know.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
-};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use moka::sync::Cache;
 
-use super::{body::Body, outcomes::Outcomes};
+use super::{
+    asked::{Asked, Often, Shown},
+    body::Body,
+    outcomes::Outcomes,
+    recent::Recent,
+};
+use crate::{engine::Context, token::Projects};
 
 /// The most memory that a snapshot's remembered outcomes may hold, in bytes, and its bodies.
 const OUTCOMES_BYTES: u64 = 32 << 20;
@@ -28,13 +31,11 @@ const ENTRY_BYTES: usize = 256;
 /// What remembering one outcome takes besides its key, in bytes, as measured over a million.
 const OUTCOME_BYTES: usize = 360;
 
-/// How many outcomes are known to have been asked for before.
-const RECENT: usize = 4096;
-
 /// What a snapshot remembers of its answers.
 #[derive(Debug)]
 pub struct Answers {
     outcomes: Cache<Box<[u8]>, u128>,
+    often: Often,
     bodies: Cache<u128, Arc<Body>>,
     recent: Recent,
     listed: Cache<u128, Arc<Outcomes>>,
@@ -43,7 +44,8 @@ pub struct Answers {
 }
 
 impl Answers {
-    pub(super) fn new() -> Self {
+    /// Those of a snapshot that takes the place of another, if there is one.
+    pub(super) fn new(previous: Option<&Self>) -> Self {
         let outcomes = Cache::<Box<[u8]>, u128>::builder()
             .max_capacity(OUTCOMES_BYTES)
             .weigher(|key, _| saturating(key.len() + OUTCOME_BYTES));
@@ -58,6 +60,7 @@ impl Answers {
             .weigher(|_, event| saturating(event.len() + ENTRY_BYTES));
         Self {
             outcomes: outcomes.build(),
+            often: previous.map_or_else(Often::default, |it| Often::after(&it.often)),
             bodies: bodies.build(),
             recent: Recent::default(),
             listed: listed.build(),
@@ -75,6 +78,27 @@ impl Answers {
         self.outcomes.insert(key.into(), hash);
     }
 
+    /// Takes note of a question about the flags of some projects, and of what identifies the answer,
+    /// which was at hand if `is_known`.
+    pub fn note(&self, question: (&Projects, Shown, &Context<'_>), is_known: bool, hash: u128) {
+        self.often.note(question, is_known, hash);
+    }
+
+    /// Some of what was asked more than once, of this snapshot or of one before it.
+    pub fn often_asked(&self) -> impl Iterator<Item = &Asked> {
+        self.often.all()
+    }
+
+    /// The body of the answers that `hash` identifies, if it is kept.
+    pub fn kept(&self, hash: u128) -> Option<Arc<Body>> {
+        self.bodies.get(&hash)
+    }
+
+    /// Keeps the body of the answers that `hash` identifies.
+    pub fn keep(&self, hash: u128, body: Arc<Body>) {
+        self.bodies.insert(hash, body);
+    }
+
     /// The body of the answers that `hash` identifies, made unless it is kept.
     ///
     /// It is kept once it is asked for again: where every user sees flags of their own, keeping all
@@ -84,12 +108,12 @@ impl Answers {
     /// entity tag. A stranger cannot bring about two that collide: contexts choose among fragments,
     /// a few of each flag, and only upstream writes those.
     pub fn body(&self, hash: u128, make: impl FnOnce() -> Body) -> Arc<Body> {
-        if let Some(body) = self.bodies.get(&hash) {
+        if let Some(body) = self.kept(hash) {
             return body;
         }
         let body = Arc::new(make());
         if self.recent.names(hash) {
-            self.bodies.insert(hash, Arc::clone(&body));
+            self.keep(hash, Arc::clone(&body));
         }
         body
     }
@@ -107,25 +131,6 @@ impl Answers {
     }
 }
 
-/// Some of the hashes that were seen last: each pushes out another, and none waits for a lock.
-#[derive(Debug)]
-struct Recent(Box<[AtomicU64]>);
-
-impl Default for Recent {
-    fn default() -> Self {
-        Self((0..RECENT).map(|_| AtomicU64::new(0)).collect())
-    }
-}
-
-impl Recent {
-    /// Whether the hash is among them, as it is from now on.
-    fn names(&self, hash: u128) -> bool {
-        // Two halves of the hash: the place, and what tells it from others of that place.
-        let (place, mark) = ((hash % RECENT as u128) as usize, (hash >> 64) as u64);
-        self.0[place].swap(mark, Ordering::Relaxed) == mark
-    }
-}
-
 fn saturating(weight: usize) -> u32 {
     u32::try_from(weight).unwrap_or(u32::MAX)
 }
@@ -138,7 +143,7 @@ mod tests {
 
     #[test]
     fn what_strangers_make_up_is_forgotten_within_bounds() {
-        let answers = Answers::new();
+        let answers = Answers::new(None);
         for n in 0..20_000_u32 {
             let mut key = vec![0; 4096];
             key[..4].copy_from_slice(&n.to_le_bytes());
@@ -159,7 +164,7 @@ mod tests {
 
     #[test]
     fn a_body_is_kept_when_it_is_asked_for_again() {
-        let answers = Answers::new();
+        let answers = Answers::new(None);
         let ask = |hash: u128| answers.body(hash << 64 | hash, || Body::new(Bytes::new()));
         let (first, second, third) = (ask(1), ask(1), ask(1));
         assert!(!Arc::ptr_eq(&first, &second) && Arc::ptr_eq(&second, &third));

@@ -14,6 +14,7 @@ use crate::{
 #[derive(Debug)]
 pub struct View {
     number: u64,
+    projects: Projects,
     toggles: Box<[Toggle]>,
     reads: Reads,
 }
@@ -53,12 +54,17 @@ impl View {
             Toggle::Fixed { .. } => None,
         });
         let reads = engine.reads(varying);
-        Self { number, toggles, reads }
+        Self { number, projects: projects.clone(), toggles, reads }
     }
 
     /// What tells it from the other views of its snapshot.
     pub fn number(&self) -> u64 {
         self.number
+    }
+
+    /// Whose flags are seen.
+    pub fn projects(&self) -> &Projects {
+        &self.projects
     }
 
     /// The flags, sorted by name.

@@ -10,6 +10,7 @@ use tokio::task::{JoinError, spawn_blocking};
 use tracing::{info, warn};
 
 use crate::{
+    answers,
     snapshot::{Snapshot, Snapshots},
     token::Scope,
     wire::features::Document,
@@ -34,8 +35,9 @@ pub(super) async fn publish(
         let Some(previous) = inherited else {
             return Snapshot::build(scope, make(), confirmed);
         };
-        let snapshot = Snapshot::build(scope, make().sharing(previous.document()), confirmed);
+        let mut snapshot = Snapshot::build(scope, make().sharing(previous.document()), confirmed);
         snapshot.inherit(&previous);
+        answers::prepare(&snapshot, &previous, Timestamp::now());
         snapshot
     });
     let snapshot = built.await?;

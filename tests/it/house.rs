@@ -14,7 +14,7 @@ const LAYERS: [&[(&str, &[&str])]; 8] = [
     &[("engine", &[])],
     // Upstream keeps the tokens that it was given in the store.
     &[("snapshot", &[]), ("store", &[]), ("upstream", &["store"])],
-    &[("answers", &[]), ("auth", &[]), ("feed", &[]), ("sync", &[]), ("usage", &[])],
+    &[("answers", &[]), ("auth", &[]), ("feed", &[]), ("sync", &["answers"]), ("usage", &[])],
     &[("control", &[])],
     &[("http", &[])],
     // Above all whose settings it gathers; the layer above alone reads it.

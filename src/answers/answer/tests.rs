@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::{
-    answers::Holds,
+    answers::{Holds, prepare},
     engine::{
         FieldId,
         arbitrary::{Asking, DATES, asking, definitions},
@@ -56,6 +56,8 @@ fn is_remembered(answer: &Answer<'_>) -> bool {
 #[derive(Clone, Debug)]
 struct Step {
     swap: bool,
+    /// Whether that was prepared.
+    is_prepared: bool,
     asking: Asking,
     shown: Shown,
     projects: Projects,
@@ -71,10 +73,17 @@ fn step() -> impl Strategy<Value = Step> {
         Projects::from_list(["none"]),
     ]);
     let shown = select(vec![Shown::Enabled, Shown::All]);
-    let chances = (prop::bool::weighted(0.1), prop::bool::weighted(0.3));
-    (chances, asking(), shown, projects).prop_map(|((swap, is_timed), asking, shown, projects)| {
-        Step { swap, asking, shown, projects, is_timed }
-    })
+    let chances = (prop::bool::weighted(0.1), any::<bool>(), prop::bool::weighted(0.3));
+    (chances, asking(), shown, projects).prop_map(
+        |((swap, is_prepared, is_timed), asking, shown, projects)| Step {
+            swap,
+            is_prepared,
+            asking,
+            shown,
+            projects,
+            is_timed,
+        },
+    )
 }
 
 fn check(snapshot: &Snapshot, step: &Step) -> Result<(), TestCaseError> {
@@ -160,7 +169,11 @@ proptest! {
         for step in &steps {
             if step.swap {
                 let before = Arc::clone(&current);
-                current = snapshots.swap(builds.next().unwrap());
+                let next = builds.next().unwrap();
+                if step.is_prepared {
+                    prepare(&next, &before, step.asking.context().now);
+                }
+                current = snapshots.swap(next);
                 // A request under way uses the snapshot that it loaded to its end.
                 check(&before, step)?;
             }
@@ -259,4 +272,60 @@ fn equal_outcomes_share_a_body_once_it_is_asked_for_again() {
         }
     }
     assert_eq!(distinct.len(), 4, "two outcomes: each was made once, then once to be kept");
+}
+
+/// A snapshot in the place of another, which is prepared for what that was asked.
+fn after(previous: &Snapshot, flags: &Value) -> Snapshot {
+    let mut next = build(flags, &json!([]));
+    next.inherit(previous);
+    prepare(&next, previous, Timestamp::UNIX_EPOCH);
+    next
+}
+
+#[test]
+fn what_is_asked_again_is_answered_before_the_next_snapshot_is_served() {
+    let flags = |others: usize| {
+        let others = (0..others).map(|n| flag(&format!("other{n}"), &json!({ "name": "off" })));
+        let flags = std::iter::once(flag("a", &rollout("userId"))).chain(others);
+        Value::Array(flags.collect())
+    };
+    let ask = |snapshot: &Snapshot, id: &str, shown| {
+        let view = snapshot.view(&Projects::All);
+        let answer = Answer::of(snapshot, &view, &user(id), shown);
+        (is_remembered(&answer), answer.body())
+    };
+    let first = build(&flags(1), &json!([]));
+    ask(&first, "1", Shown::All);
+    let [_, _, enabled] = [(); 3].map(|()| ask(&first, "2", Shown::Enabled).1);
+    let [_, _, all] = [(); 3].map(|()| ask(&first, "2", Shown::All).1);
+
+    let second = after(&first, &flags(2));
+    let (remembered, body) = ask(&second, "2", Shown::Enabled);
+    assert!(remembered && Arc::ptr_eq(&body, &enabled), "nothing that it shows has changed");
+    let (remembered, body) = ask(&second, "2", Shown::All);
+    assert!(remembered && !Arc::ptr_eq(&body, &all), "there is one flag more");
+    assert!(!ask(&second, "1", Shown::All).0, "it was asked once");
+
+    let third = after(&second, &flags(2));
+    assert!(ask(&third, "1", Shown::All).0, "it was asked of one after the other");
+    assert!(ask(&third, "2", Shown::All).0, "once is enough where it is known to be asked again");
+    let fifth = after(&after(&third, &flags(2)), &flags(2));
+    assert!(!ask(&fifth, "1", Shown::All).0, "nobody asked the fourth");
+}
+
+#[test]
+fn only_some_of_what_strangers_ask_twice_is_answered_before() {
+    let flags = json!([flag("a", &rollout("userId"))]);
+    let ask = |snapshot: &Snapshot, n: u32| {
+        let (view, id) = (snapshot.view(&Projects::All), n.to_string());
+        is_remembered(&Answer::of(snapshot, &view, &user(&id), Shown::All))
+    };
+    let first = build(&flags, &json!([]));
+    for n in 0..1000 {
+        assert!(!ask(&first, n));
+        assert!(ask(&first, n));
+    }
+    let second = after(&first, &flags);
+    let known = (0..1000).filter(|&n| ask(&second, n)).count();
+    assert!((32..=64).contains(&known), "{known}");
 }

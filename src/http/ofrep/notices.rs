@@ -4,12 +4,12 @@ use bytes::Bytes;
 use tokio::time::Instant;
 
 use crate::{
-    answers::{Answer, Shown},
+    answers::Answer,
     http::{
         frontend::{Asker, Wake},
         streaming::{Piece, Teller, Told},
     },
-    snapshot::Snapshots,
+    snapshot::{Shown, Snapshots},
     wire::{ofrep, sse},
 };
 
