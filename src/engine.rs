@@ -29,11 +29,11 @@ mod scalar;
 mod strategy;
 mod variant;
 
+use self::compile::{Compilation, Earlier};
 pub use self::context::{Bound, Context, FieldId, Fields, Values};
 use self::explanation::Explanation;
 pub use self::flag::{Flag, FlagId, Outcome};
 pub use self::kept::KeptContext;
-use self::plan::Plan;
 pub use self::problem::{Defect, Part, Problem};
 pub use self::reads::{Key, Reads};
 pub use self::variant::{Payload, Variant};
@@ -42,76 +42,83 @@ use crate::wire::features::Document;
 /// The flags of one environment, compiled.
 #[derive(Debug, Clone)]
 pub struct Engine {
-    fields: Fields,
-    flags: Vec<Flag>,
-    /// What decides each flag; apart from [`Flag`] so that evaluating many touches little memory.
-    plans: Vec<Plan>,
-    /// How many places had drawn lots before each flag, so that explaining it draws the same.
-    sites: Vec<u32>,
+    compiled: Compilation,
 }
 
 impl Engine {
     /// Compiles a document; the problems concern single flags, in the order of their names.
     pub fn compile(document: &Document) -> (Self, Vec<Problem>) {
-        let compilation = compile::compile(document);
-        let compile::Compilation { fields, flags, plans, sites, problems } = compilation;
-        (Self { fields, flags, plans, sites }, problems)
+        let (compiled, problems) = compile::compile(document, None);
+        (Self { compiled }, problems)
+    }
+
+    /// Compiles a document that takes the place of another, `before`, from which this engine was
+    /// compiled with these problems: of the flags that did not change nothing is read again.
+    pub fn recompile(
+        &self,
+        before: &Document,
+        problems: &[Problem],
+        document: &Document,
+    ) -> (Self, Vec<Problem>) {
+        let earlier = Earlier { compiled: &self.compiled, document: before, problems };
+        let (compiled, problems) = compile::compile(document, Some(&earlier));
+        (Self { compiled }, problems)
     }
 
     /// The flags, sorted by name.
     pub fn flags(&self) -> &[Flag] {
-        &self.flags
+        &self.compiled.flags
     }
 
     /// The ids of all flags, in order.
     pub fn ids(&self) -> impl ExactSizeIterator<Item = FlagId> + use<> {
-        (0..self.flags.len()).map(FlagId::new)
+        (0..self.compiled.flags.len()).map(FlagId::new)
     }
 
     /// The flag with this id, which is one of this engine's.
     pub fn flag(&self, id: FlagId) -> &Flag {
-        &self.flags[id.index()]
+        &self.compiled.flags[id.index()]
     }
 
     /// The id of the flag with this name.
     pub fn find(&self, name: &str) -> Option<FlagId> {
-        flag::find(&self.flags, name)
+        flag::find(&self.compiled.flags, name)
     }
 
     /// Every context field that any flag reads.
     pub fn fields(&self) -> &Fields {
-        &self.fields
+        &self.compiled.fields
     }
 
     /// What the outcomes of these flags depend on.
     pub fn reads(&self, flags: impl IntoIterator<Item = FlagId>) -> Reads {
         let mut reads = Reads::default();
         for id in flags {
-            self.plans[id.index()].note_reads(&self.plans, &mut reads);
+            self.compiled.plans[id.index()].note_reads(&self.compiled.plans, &mut reads);
         }
         reads.finish()
     }
 
     /// The outcome of a flag that has the same one for everybody, always.
     pub fn fixed(&self, id: FlagId) -> Option<Outcome> {
-        self.plans[id.index()].fixed()
+        self.compiled.plans[id.index()].fixed()
     }
 
     /// Whether the outcome may depend on the bucket that somebody falls into: of a rollout, a lottery
     /// or variants.
     pub fn splits(&self, id: FlagId) -> bool {
-        self.plans[id.index()].splits()
+        self.compiled.plans[id.index()].splits()
     }
 
     /// Reads a context as far as it takes to tell it from others by [`Engine::tell`].
     pub fn read<'a>(&self, context: &Context<'a>) -> Values<'a> {
-        self.fields.read(context)
+        self.compiled.fields.read(context)
     }
 
     /// Appends to `key` all that `reads`, which are of flags of this engine, can tell of a context:
     /// those flags have equal outcomes for contexts of equal keys, unless they draw lots.
     pub fn tell(&self, reads: &Reads, values: &Values<'_>, key: &mut Key) {
-        reads.tell(&self.fields, values, key);
+        reads.tell(&self.compiled.fields, values, key);
     }
 
     /// Prepares a context for evaluating any number of flags of this engine.
@@ -121,7 +128,7 @@ impl Engine {
 
     /// Prepares what was read of a context for evaluating any number of flags of this engine.
     pub fn bind_values<'a>(&self, values: Values<'a>) -> Bound<'a> {
-        self.fields.bind(values)
+        self.compiled.fields.bind(values)
     }
 
     /// Evaluates one flag for a context.
@@ -129,7 +136,7 @@ impl Engine {
     /// Both belong to the engine that handed them out: another one's mean something else here, or
     /// panic for want of such a flag or field.
     pub fn evaluate(&self, id: FlagId, bound: &Bound<'_>) -> Outcome {
-        self.plans[id.index()].decide(&self.plans, bound)
+        self.compiled.plans[id.index()].decide(&self.compiled.plans, bound)
     }
 
     /// Tells why a flag comes out as it does for a context: every piece of its definition, with what
@@ -138,7 +145,7 @@ impl Engine {
     /// `document` is the one that this engine was compiled from; with another it may panic. It costs
     /// about a millisecond, far more than evaluating.
     pub fn explain(&self, document: &Document, id: FlagId, context: &Context<'_>) -> Explanation {
-        let Self { fields, flags, sites, .. } = self;
+        let Compilation { fields, flags, sites, .. } = &self.compiled;
         explain::Case { fields, flags, sites, document, context }.explain(id).1
     }
 }

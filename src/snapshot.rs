@@ -81,10 +81,36 @@ impl Snapshot {
     ///
     /// Milliseconds of work for thousands of flags.
     pub fn build(scope: Scope, document: Document, as_of: Timestamp) -> Self {
-        let Scope { environment, projects } = scope;
         let (engine, problems) = Engine::compile(&document);
+        let (fragments, answers) = (Fragments::of(&engine, None), Answers::new(None));
+        Self::of(scope, document, (engine, problems, fragments), answers, as_of)
+    }
+
+    /// The same, to take the place of a snapshot of this environment: with all that requests after the
+    /// swap will ask for, so that none waits for it. That is the parts that the previous one holds, and
+    /// of the filtered listings that it was itself asked for the most wanted.
+    ///
+    /// What did not change is taken over: flags as they are compiled, and bodies with all their codings.
+    pub fn after(previous: &Self, scope: Scope, document: Document, as_of: Timestamp) -> Self {
+        let Self { document: before, engine, problems, fragments, .. } = previous;
+        let document = document.sharing(before);
+        let (new, problems) = engine.recompile(before, problems, &document);
+        let fragments = Fragments::of(&new, Some((engine, fragments)));
+        let answers = Answers::new(Some(&previous.answers));
+        let snapshot = Self::of(scope, document, (new, problems, fragments), answers, as_of);
+        snapshot.inherit(previous);
+        snapshot
+    }
+
+    fn of(
+        Scope { environment, projects }: Scope,
+        document: Document,
+        (engine, problems, fragments): (Engine, Vec<Problem>, Fragments),
+        answers: Answers,
+        as_of: Timestamp,
+    ) -> Self {
         Self {
-            fragments: Fragments::of(&engine),
+            fragments,
             listings: Cache::builder()
                 .max_capacity(FILTERED_BYTES)
                 .weigher(|_, listing: &Arc<Listing>| {
@@ -93,7 +119,7 @@ impl Snapshot {
                 .build(),
             parts: Parts::default(),
             viewed: AtomicU64::new(0),
-            answers: Answers::new(None),
+            answers,
             environment,
             projects,
             document: Arc::new(document),
@@ -188,13 +214,8 @@ impl Snapshot {
         &self.answers
     }
 
-    /// Builds what requests after the swap will ask for, so that none waits for it: the parts that the
-    /// previous snapshot holds, and of the filtered listings that it was itself asked for the most
-    /// wanted.
-    ///
-    /// A body whose content did not change is taken over as it is, with all its codings.
-    pub fn inherit(&mut self, previous: &Self) {
-        self.answers = Answers::new(Some(&previous.answers));
+    /// Builds what the previous snapshot was asked for.
+    fn inherit(&self, previous: &Self) {
         for (projects, old) in &*previous.parts.all() {
             let part = self.parts.of(projects);
             if old.view().get().is_some() {
@@ -378,12 +399,15 @@ impl Snapshots {
 mod tests {
     use super::*;
 
-    fn snapshot(flag: &str) -> Snapshot {
+    fn snapshot(flag: &str, previous: Option<&Snapshot>) -> Snapshot {
         let text = format!(r#"{{"features":[{{"name":"{flag}"}}]}}"#);
         let document = Document::parse(text.as_bytes()).unwrap();
         let environment = Environment::new("development");
         let scope = Scope { environment, projects: Projects::All };
-        Snapshot::build(scope, document, Timestamp::UNIX_EPOCH)
+        match previous {
+            Some(previous) => Snapshot::after(previous, scope, document, Timestamp::UNIX_EPOCH),
+            None => Snapshot::build(scope, document, Timestamp::UNIX_EPOCH),
+        }
     }
 
     fn ask(snapshot: &Snapshot, prefix: usize) -> Arc<Body> {
@@ -397,24 +421,21 @@ mod tests {
 
     #[test]
     fn a_snapshot_inherits_what_is_asked_for_and_of_filters_only_the_most_wanted() {
-        let first = snapshot("a");
+        let first = snapshot("a", None);
         let whole = || first.listing(&Projects::All, Filter::default(), Segments::Separate);
         let (body, _) = (whole(), ask(&first, 0));
         ask(&first, 0);
         for prefix in 1..1000 {
             ask(&first, prefix);
         }
-        let mut second = snapshot("a");
-        second.inherit(&first);
+        let second = snapshot("a", Some(&first));
         assert_eq!(kept(&second), INHERITED_FILTERS);
         let taken = second.listing(&Projects::All, Filter::default(), Segments::Separate);
         assert!(Arc::ptr_eq(&body, &taken), "nothing has changed");
         assert!(Arc::ptr_eq(&ask(&first, 0), &ask(&second, 0)), "it was asked for twice");
-        let mut third = snapshot("b");
-        third.inherit(&second);
+        let third = snapshot("b", Some(&second));
         assert_eq!(kept(&third), 1, "the others were not asked for since");
-        let mut fourth = snapshot("b");
-        fourth.inherit(&third);
+        let fourth = snapshot("b", Some(&third));
         assert_eq!(kept(&fourth), 0, "nobody asked");
         assert_eq!(fourth.parts.all().len(), 1, "but the part is kept, which no client made up");
     }

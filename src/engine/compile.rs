@@ -2,6 +2,10 @@
 //!
 //! Flags are compiled one by one as if they depended on nothing, then tied to their parents. What
 //! is wrong with a definition is noted and left out; nothing here fails.
+//!
+//! Where a document takes the place of another, flags that did not change are taken over as they are,
+//! and refer to fields and texts by the numbers that they have. Numbers which nobody refers to any more
+//! stay until they are as many as the others; then everything is compiled.
 
 use std::sync::Arc;
 
@@ -12,23 +16,88 @@ use super::problem::{Defect, Part, Problem};
 use super::strategy::{self, Compiler, Strategy};
 use crate::wire::features::{self as wire, Document, Loose};
 
-/// What an engine consists of, and what is wrong with the definitions.
-#[derive(Debug)]
+/// What an engine consists of.
+#[derive(Clone, Debug)]
 pub(super) struct Compilation {
     pub(super) fields: Fields,
     pub(super) flags: Vec<Flag>,
+    /// What decides each flag; apart from [`Flag`] so that evaluating many touches little memory.
     pub(super) plans: Vec<Plan>,
+    /// The number of the last place that drew lots before each flag was compiled, so that explaining it
+    /// draws the same.
     pub(super) sites: Vec<u32>,
-    pub(super) problems: Vec<Problem>,
+    /// The number of the last place that draws lots.
+    last_site: u32,
+    /// The flags that depend on others, in order.
+    dependants: Vec<FlagId>,
+    /// How many numbers there were when everything was compiled last.
+    needed: usize,
+}
+
+impl Compilation {
+    /// How many numbers there are, whether anybody refers to them or not.
+    fn numbers(&self) -> usize {
+        self.fields.len() + self.last_site as usize
+    }
+}
+
+/// What was compiled before, from what, and with which problems.
+pub(super) struct Earlier<'e> {
+    pub(super) compiled: &'e Compilation,
+    pub(super) document: &'e Document,
+    pub(super) problems: &'e [Problem],
+}
+
+/// How many numbers are no reason to compile everything.
+const FEW: usize = 256;
+
+impl<'e> Earlier<'e> {
+    /// Whether anything can be taken over from it.
+    fn serves(&self, document: &Document) -> bool {
+        // A segment is compiled into each flag that refers to it.
+        document.segments() == self.document.segments()
+            && self.compiled.numbers() <= 2 * self.compiled.needed + FEW
+    }
+
+    /// Where a flag that did not change stands in it, if that can be taken over. It is looked for from
+    /// the place `from` on, which is moved up to it: both documents are in the order of names.
+    fn unchanged(&self, feature: &wire::Feature, from: &mut usize) -> Option<FlagId> {
+        let features = self.document.features();
+        while features.get(*from).is_some_and(|it| it.name() < feature.name()) {
+            *from += 1;
+        }
+        let id = FlagId::new(*from);
+        let is_same = features.get(*from).is_some_and(|it| it == feature);
+        // What somebody asks of others is tied to these others.
+        let depends = || self.compiled.dependants.binary_search(&id).is_ok();
+        (is_same && !depends()).then_some(id)
+    }
+
+    /// What is wrong with the definition of a flag.
+    fn problems_of(&self, name: &str) -> impl Iterator<Item = &'e Problem> {
+        let start = self.problems.partition_point(|it| *it.flag < *name);
+        let own = self.problems[start..].iter().take_while(move |it| *it.flag == *name);
+        own.filter(|it| !matches!(it.defect, Defect::DefinedTwice | Defect::LeftOut(_)))
+    }
 }
 
 /// Compiles a document; the problems are in the order of the flags' names.
-pub(super) fn compile(document: &Document) -> Compilation {
-    let mut draft = Draft::new(document);
+pub(super) fn compile(
+    document: &Document,
+    earlier: Option<&Earlier<'_>>,
+) -> (Compilation, Vec<Problem>) {
+    let earlier = earlier.filter(|it| it.serves(document));
+    let mut draft = Draft::new(document, earlier.map(|it| it.compiled));
+    let mut from = 0;
     for feature in document.features() {
-        draft.flag(feature);
+        match earlier.and_then(|it| Some((it, it.unchanged(feature, &mut from)?))) {
+            Some((earlier, id)) => draft.take_over(earlier, id),
+            None => draft.flag(feature),
+        }
     }
-    draft.finish()
+    let (mut compiled, problems) = draft.finish();
+    compiled.needed = earlier.map_or(compiled.numbers(), |it| it.compiled.needed);
+    (compiled, problems)
 }
 
 /// A compilation in the making.
@@ -40,9 +109,8 @@ struct Draft<'d> {
     /// The flags that depend on others, with what they ask of them.
     dependants: Vec<(FlagId, Vec<Dependency<'d>>)>,
     problems: Vec<Problem>,
-    /// How many places had drawn lots before each flag.
-    first_sites: Vec<u32>,
-    sites: u32,
+    sites: Vec<u32>,
+    last_site: u32,
 }
 
 /// What a flag asks of another.
@@ -54,7 +122,7 @@ pub(super) struct Dependency<'d> {
 }
 
 impl<'d> Draft<'d> {
-    fn new(document: &'d Document) -> Self {
+    fn new(document: &'d Document, earlier: Option<&Compilation>) -> Self {
         let twice = |flag| Problem { flag: Arc::clone(flag), defect: Defect::DefinedTwice };
         let left_out = |flag: &wire::Unreadable| Problem {
             flag: format!("#{}", flag.position).into(),
@@ -64,19 +132,29 @@ impl<'d> Draft<'d> {
         let flags = document.features().len();
         Self {
             segments: document.segments(),
-            fields: Fields::new(),
+            fields: earlier.map_or_else(Fields::new, |it| it.fields.clone()),
             flags: Vec::with_capacity(flags),
             plans: Vec::with_capacity(flags),
             dependants: Vec::new(),
-            first_sites: Vec::with_capacity(flags),
+            sites: Vec::with_capacity(flags),
             problems: problems.chain(document.shadowed().iter().map(twice)).collect(),
-            sites: 0,
+            last_site: earlier.map_or(0, |it| it.last_site),
         }
+    }
+
+    /// Takes over a flag that depends on no other.
+    fn take_over(&mut self, earlier: &Earlier<'_>, id: FlagId) {
+        let (compiled, index) = (earlier.compiled, id.index());
+        let flag = compiled.flags[index].clone();
+        self.problems.extend(earlier.problems_of(&flag.name).cloned());
+        self.flags.push(flag);
+        self.plans.push(compiled.plans[index].clone());
+        self.sites.push(compiled.sites[index]);
     }
 
     /// Compiles one flag, as if it had no dependencies.
     fn flag(&mut self, feature: &'d wire::Feature) {
-        self.first_sites.push(self.sites);
+        self.sites.push(self.last_site);
         let mut defects = Vec::new();
         let (flag, plan) = match feature.definition() {
             Ok(definition) => self.defined(feature, definition, &mut defects),
@@ -87,7 +165,7 @@ impl<'d> Draft<'d> {
                     project: Arc::clone(feature.project()),
                     enabled: false,
                     impression_data: false,
-                    variants: Box::default(),
+                    variants: Arc::default(),
                 };
                 (flag, Plan::Fixed(Outcome::Off))
             }
@@ -114,7 +192,7 @@ impl<'d> Draft<'d> {
             fields: &mut self.fields,
             table: &mut table,
             defects,
-            sites: &mut self.sites,
+            sites: &mut self.last_site,
         };
         let stickiness = strategy::first_stickiness(&definition.variants);
         let variants = compiler.choice(&definition.variants, feature.name(), stickiness);
@@ -152,7 +230,7 @@ impl<'d> Draft<'d> {
     }
 
     /// Ties the flags that depend on others to them.
-    fn finish(mut self) -> Compilation {
+    fn finish(mut self) -> (Compilation, Vec<Problem>) {
         let dependants = std::mem::take(&mut self.dependants);
         for (id, asked) in &dependants {
             let parents = self.parents(*id, asked, &dependants);
@@ -164,8 +242,11 @@ impl<'d> Draft<'d> {
             }
         }
         self.problems.sort_by(|a, b| a.flag.cmp(&b.flag));
-        let Self { fields, flags, plans, first_sites: sites, problems, .. } = self;
-        Compilation { fields, flags, plans, sites, problems }
+        let Self { fields, flags, plans, sites, last_site, problems, .. } = self;
+        let dependants = dependants.into_iter().map(|(id, _)| id).collect();
+        let compiled =
+            Compilation { fields, flags, plans, sites, last_site, dependants, needed: 0 };
+        (compiled, problems)
     }
 
     /// What remains to be asked of other flags; `None` if that can never be satisfied.
@@ -249,3 +330,6 @@ pub(super) fn dependency(source: Loose<wire::Dependency<'_>>) -> Option<Dependen
         variants: variants.collect::<Option<_>>()?,
     })
 }
+
+#[cfg(test)]
+mod tests;

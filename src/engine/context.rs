@@ -104,6 +104,12 @@ impl Fields {
         fields
     }
 
+    /// How many fields, texts and readings there are.
+    pub(super) fn len(&self) -> usize {
+        let readings = self.numbers.len() + self.versions.len() + self.addresses.len();
+        self.names.len() + self.symbols.len() + readings
+    }
+
     /// The names of all fields; a field's id is its index.
     pub fn names(&self) -> &[Box<str>] {
         &self.names

@@ -53,10 +53,15 @@ pub struct Flag {
     pub(super) project: Arc<str>,
     pub(super) enabled: bool,
     pub(super) impression_data: bool,
-    pub(super) variants: Box<[Variant]>,
+    pub(super) variants: Arc<[Variant]>,
 }
 
 impl Flag {
+    /// Whether the other is the very same: one was taken over from the other's engine.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.name, &other.name) && Arc::ptr_eq(&self.variants, &other.variants)
+    }
+
     /// The name, unique in the engine.
     pub fn name(&self) -> &Arc<str> {
         &self.name

@@ -1,5 +1,7 @@
 //! How a flag is decided: its conditions on other flags, its strategies, its variants.
 
+use std::sync::Arc;
+
 use super::context::Bound;
 use super::flag::{FlagId, Outcome};
 use super::reads::Reads;
@@ -12,7 +14,7 @@ pub(super) enum Plan {
     /// The same for everybody.
     Fixed(Outcome),
     /// It depends.
-    Depends(Box<Conditions>),
+    Depends(Arc<Conditions>),
 }
 
 /// What a flag is on for: all parents admit it, and the first strategy that matches.
@@ -55,7 +57,7 @@ impl Plan {
         let own = std::mem::replace(self, Self::Fixed(Outcome::Off));
         *self = match own {
             Self::Fixed(Outcome::Off) => return,
-            Self::Fixed(outcome) => Self::Depends(Box::new(Conditions {
+            Self::Fixed(outcome) => Self::Depends(Arc::new(Conditions {
                 parents: parents.into(),
                 strategies: [Strategy::everybody()].into(),
                 variants: match outcome {
@@ -64,7 +66,7 @@ impl Plan {
                 },
             })),
             Self::Depends(mut conditions) => {
-                conditions.parents = parents.into();
+                Arc::make_mut(&mut conditions).parents = parents.into();
                 Self::Depends(conditions)
             }
         };
@@ -130,11 +132,11 @@ impl Conditions {
                     }
                     (Choice::Nobody, Choice::Nobody) => Plan::Fixed(Outcome::On),
                     (Choice::Lots(_), _) | (Choice::Nobody, Choice::Lots(_)) => {
-                        Plan::Depends(Box::new(self))
+                        Plan::Depends(Arc::new(self))
                     }
                 }
             }
-            [_, ..] => Plan::Depends(Box::new(self)),
+            [_, ..] => Plan::Depends(Arc::new(self)),
         }
     }
 }

@@ -46,18 +46,46 @@ pub struct Fragments {
 }
 
 impl Fragments {
-    /// Writes the fragments of every flag.
-    pub fn of(engine: &Engine) -> Self {
+    /// Writes the fragments of every flag, or copies them from those of another engine, of which this
+    /// one has taken over flags.
+    pub fn of(engine: &Engine, earlier: Option<(&Engine, &Self)>) -> Self {
         let mut fragments = Self {
-            text: String::new(),
+            text: String::with_capacity(earlier.map_or(0, |(_, it)| it.text.len())),
             ends: Vec::with_capacity(2 * engine.flags().len()),
             firsts: Vec::with_capacity(engine.flags().len()),
         };
+        let mut others = earlier.map(|(engine, it)| (engine.flags(), it, 0));
         for flag in engine.flags() {
+            if let Some((flags, written, at)) = &mut others {
+                while flags.get(*at).is_some_and(|it| it.name() < flag.name()) {
+                    *at += 1;
+                }
+                if flags.get(*at).is_some_and(|it| it.is(flag)) {
+                    fragments.copy(flag, written, *at);
+                    continue;
+                }
+            }
             fragments.add(flag);
         }
         fragments.text.shrink_to_fit();
         fragments
+    }
+
+    /// Copies the fragments of the flag that stands at a place among others.
+    fn copy(&mut self, flag: &Flag, written: &Self, at: usize) {
+        let first = written.firsts[at];
+        let start = written.start(first);
+        let ends = &written.ends[first..first + flag.outcomes()];
+        let moved = self.text.len();
+        self.firsts.push(self.ends.len());
+        self.ends.extend(ends.iter().map(|&(end, hash)| (end - start + moved, hash)));
+        let end = ends.last().map_or(start, |&(end, _)| end);
+        self.text.push_str(&written.text[start..end]);
+    }
+
+    /// Where the text of the fragment at a place begins.
+    fn start(&self, place: usize) -> usize {
+        place.checked_sub(1).map_or(0, |before| self.ends[before].0)
     }
 
     /// The place of a flag's fragment for one of its outcomes; the flag is of the same engine.
@@ -72,7 +100,7 @@ impl Fragments {
 
     /// The fragment at a place.
     pub fn get(&self, id: FragmentId) -> Fragment<'_> {
-        let start = id.0.checked_sub(1).map_or(0, |before| self.ends[before].0);
+        let start = self.start(id.0);
         let (end, hash) = self.ends[id.0];
         Fragment { with_comma: &self.text[start..end], hash }
     }
@@ -160,7 +188,7 @@ mod tests {
         ]);
         let text = json!({ "features": features }).to_string();
         let (engine, _) = Engine::compile(&Document::parse(text.as_bytes()).unwrap());
-        let fragments = Fragments::of(&engine);
+        let fragments = Fragments::of(&engine, None);
         let check = |flag: &str, outcome: Outcome, expect: &Value| {
             let id = fragments.id(engine.find(flag).unwrap(), outcome);
             let fragment = fragments.get(id);
@@ -185,5 +213,34 @@ mod tests {
         check("a\\b", Outcome::Variant(1), &toggle("a\\b", true, true, z));
         check("c", Outcome::Off, &toggle("c", false, false, none.clone()));
         check("c", Outcome::On, &toggle("c", true, false, none));
+    }
+
+    #[test]
+    fn those_of_flags_that_were_taken_over_are_copied() {
+        let flag = |name: &str, variant: &str| {
+            json!({ "name": name, "enabled": true, "strategies": [{ "name": "default" }],
+                "variants": [{ "name": variant, "weight": 1 }] })
+        };
+        let document = |flags: &[Value], before: &Document| {
+            let text = json!({ "features": flags }).to_string();
+            Document::parse(text.as_bytes()).unwrap().sharing(before)
+        };
+        let before = document(
+            &[flag("a", "1"), flag("b", "1"), flag("c", "1"), flag("e", "1")],
+            &Document::default(),
+        );
+        let (old, problems) = Engine::compile(&before);
+        let written = Fragments::of(&old, None);
+        let mut marked = Fragments::of(&old, None);
+        marked.text = marked.text.replace("impression_data", "imprEssion_data");
+        let after =
+            document(&[flag("b", "1"), flag("c", "2"), flag("d", "1"), flag("e", "1")], &before);
+        let (new, _) = old.recompile(&before, &problems, &after);
+        let expect = Fragments::of(&new, None);
+        let copied = Fragments::of(&new, Some((&old, &written)));
+        assert_eq!(copied.text, expect.text);
+        assert_eq!((copied.ends, copied.firsts), (expect.ends, expect.firsts));
+        let marked = Fragments::of(&new, Some((&old, &marked)));
+        assert_eq!(marked.text.matches("imprEssion_data").count(), 2 * 3, "b and e");
     }
 }

@@ -35,8 +35,7 @@ pub(super) async fn publish(
         let Some(previous) = inherited else {
             return Snapshot::build(scope, make(), confirmed);
         };
-        let mut snapshot = Snapshot::build(scope, make().sharing(previous.document()), confirmed);
-        snapshot.inherit(&previous);
+        let snapshot = Snapshot::after(&previous, scope, make(), confirmed);
         answers::prepare(&snapshot, &previous, Timestamp::now());
         snapshot
     });

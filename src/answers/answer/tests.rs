@@ -16,10 +16,14 @@ use crate::{
     wire::features::Document,
 };
 
-fn build(features: &Value, segments: &Value) -> Snapshot {
+fn parse(features: &Value, segments: &Value) -> (Scope, Document) {
     let text = json!({ "version": 2, "features": features, "segments": segments }).to_string();
     let document = Document::parse(text.as_bytes()).unwrap();
-    let scope = Scope { environment: Environment::new("development"), projects: Projects::All };
+    (Scope { environment: Environment::new("development"), projects: Projects::All }, document)
+}
+
+fn build(features: &Value, segments: &Value) -> Snapshot {
+    let (scope, document) = parse(features, segments);
     Snapshot::build(scope, document, Timestamp::UNIX_EPOCH)
 }
 
@@ -164,12 +168,14 @@ proptest! {
         steps in vec(step(), 1..120),
     ) {
         let snapshots = Snapshots::default();
-        let mut builds = documents.iter().cycle().map(|(flags, segments)| build(flags, segments));
-        let mut current = snapshots.swap(builds.next().unwrap());
+        let mut documents = documents.iter().cycle().map(|(flags, segments)| parse(flags, segments));
+        let (scope, document) = documents.next().unwrap();
+        let mut current = snapshots.swap(Snapshot::build(scope, document, Timestamp::UNIX_EPOCH));
         for step in &steps {
             if step.swap {
                 let before = Arc::clone(&current);
-                let next = builds.next().unwrap();
+                let (scope, document) = documents.next().unwrap();
+                let next = Snapshot::after(&before, scope, document, Timestamp::UNIX_EPOCH);
                 if step.is_prepared {
                     prepare(&next, &before, step.asking.context().now);
                 }
@@ -276,8 +282,8 @@ fn equal_outcomes_share_a_body_once_it_is_asked_for_again() {
 
 /// A snapshot in the place of another, which is prepared for what that was asked.
 fn after(previous: &Snapshot, flags: &Value) -> Snapshot {
-    let mut next = build(flags, &json!([]));
-    next.inherit(previous);
+    let (scope, document) = parse(flags, &json!([]));
+    let next = Snapshot::after(previous, scope, document, Timestamp::UNIX_EPOCH);
     prepare(&next, previous, Timestamp::UNIX_EPOCH);
     next
 }
