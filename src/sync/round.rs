@@ -120,8 +120,9 @@ async fn take(
         Fetched::Changed { body, etag } => {
             let known = sources.document(&credential.token.digest()).cloned();
             let read = spawn_blocking(move || {
-                let document = Document::parse(&body)?;
-                let is_news = known.is_none_or(|it| !delta::diff(&it, &document).is_empty());
+                let Some(known) = known else { return Ok((Document::parse(&body)?, true)) };
+                let document = Document::parse_after(&body, &known)?;
+                let is_news = !delta::diff(&known, &document).is_empty();
                 Ok((document, is_news))
             });
             let (document, is_news) = read.await?.map_err(Failure::Document)?;

@@ -9,8 +9,9 @@
 mod definition;
 mod inline;
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
+use foldhash::fast::RandomState;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
@@ -51,6 +52,15 @@ impl Document {
     /// with nothing in that list that is a flag. A malformed flag is kept if it can be told which it
     /// is, and left out otherwise ([`Document::unreadable`]); both are reported when compiled.
     pub fn parse(body: &[u8]) -> Result<Self, serde_json::Error> {
+        Self::parse_after(body, &Self::default())
+    }
+
+    /// Reads a client-features body that comes after another, with which the document shares what did
+    /// not change. Little of that is read again: it is known by its text.
+    ///
+    /// # Errors
+    /// As [`Document::parse`].
+    pub fn parse_after(body: &[u8], before: &Self) -> Result<Self, serde_json::Error> {
         let body: Body<'_> = serde_json::from_slice(body)?;
         let features = match body.features {
             Loose::Is(features) => features,
@@ -59,11 +69,13 @@ impl Document {
                 return Err(serde::de::Error::custom("`features` is not a list"));
             }
         };
-        let (features, unreadable) = readable(features)?;
+        let (features, unreadable) = readable(features, &before.by_text())?;
         let segments = body.segments.is().unwrap_or_default();
         let segments = segments.into_iter().filter_map(Segment::parse).collect();
         let revision = body.meta.is().and_then(|meta| meta.revision_id.is());
-        Ok(Self { unreadable, ..Self::sorted(features, segments, revision) })
+        let mut document = Self { unreadable, ..Self::sorted(features, segments, revision) };
+        document.share_segments(before);
+        Ok(document)
     }
 
     /// The union of several fetches of one environment, made with tokens of different projects.
@@ -141,13 +153,19 @@ impl Document {
     /// beside each other then cost no more than their differences.
     #[must_use]
     pub fn sharing(mut self, previous: &Self) -> Self {
+        // Both are in the order of names.
+        let mut others = previous.features.iter().peekable();
         for feature in &mut self.features {
-            if let Some(before) = previous.feature(feature.name())
-                && before == feature
-            {
+            while others.next_if(|it| it.name() < feature.name()).is_some() {}
+            if let Some(before) = others.next_if(|it| *it == feature) {
                 *feature = before.clone();
             }
         }
+        self.share_segments(previous);
+        self
+    }
+
+    fn share_segments(&mut self, previous: &Self) {
         for segment in &mut self.segments {
             if let Some(before) = previous.segment(segment.id)
                 && before == segment
@@ -155,7 +173,10 @@ impl Document {
                 *segment = before.clone();
             }
         }
-        self
+    }
+
+    fn by_text(&self) -> ByText<'_> {
+        self.features.iter().map(|feature| (feature.raw(), feature)).collect()
     }
 
     fn sorted(features: Vec<Feature>, segments: Vec<Segment>, revision: Option<u64>) -> Self {
@@ -168,12 +189,23 @@ impl Document {
     }
 }
 
-/// Sets apart what is no flag; when nothing is one, the last reason is the whole body's error.
-fn readable(items: Vec<&RawValue>) -> Result<(Vec<Feature>, Vec<Unreadable>), serde_json::Error> {
+/// Flags by all that they say.
+type ByText<'d> = HashMap<&'d str, &'d Feature, RandomState>;
+
+/// Sets apart what is no flag; when nothing is one, the last reason is the whole body's error. Those
+/// that are known are not read.
+fn readable(
+    items: Vec<&RawValue>,
+    known: &ByText<'_>,
+) -> Result<(Vec<Feature>, Vec<Unreadable>), serde_json::Error> {
     let mut features = Vec::with_capacity(items.len());
     let mut unreadable = Vec::new();
     let mut last = None;
     for (position, item) in (1..).zip(items) {
+        if let Some(&feature) = known.get(item.get()) {
+            features.push(feature.clone());
+            continue;
+        }
         match Feature::parse(item) {
             Ok(feature) => features.push(feature),
             Err(error) => {
@@ -469,16 +501,34 @@ mod tests {
     fn what_stays_is_shared_and_what_changes_is_not() {
         let first = r#"{"features":[{"name":"a"},{"name":"b"}],"segments":[{"id":1},{"id":2}]}"#;
         let then = r#"{"features":[{"name":"a"},{"name":"b","x":1},{"name":"c"}],"segments":[{"id":1},{"id":2,"x":1}]}"#;
-        let (first, then) = (parse(first), parse(then));
-        let shared = then.clone().sharing(&first);
-        assert_eq!(shared.features(), then.features());
-        assert_eq!(shared.segments(), then.segments());
-        let same =
-            |n: usize| shared.features()[n].raw().as_ptr() == first.features()[n].raw().as_ptr();
-        assert_eq!([same(0), same(1)], [true, false]);
-        let same =
-            |n: usize| shared.segments()[n].raw().as_ptr() == first.segments()[n].raw().as_ptr();
-        assert_eq!([same(0), same(1)], [true, false]);
+        let (first, text, then) = (parse(first), then, parse(then));
+        let read = Document::parse_after(text.as_bytes(), &first).unwrap();
+        for shared in [then.clone().sharing(&first), read] {
+            assert_eq!(shared.features(), then.features());
+            assert_eq!(shared.segments(), then.segments());
+            let same = |n: usize| {
+                shared.features()[n].raw().as_ptr() == first.features()[n].raw().as_ptr()
+            };
+            assert_eq!([same(0), same(1)], [true, false]);
+            let same = |n: usize| {
+                shared.segments()[n].raw().as_ptr() == first.segments()[n].raw().as_ptr()
+            };
+            assert_eq!([same(0), same(1)], [true, false]);
+        }
+    }
+
+    #[test]
+    fn what_is_known_is_read_as_if_it_were_not() {
+        let b = r#"{"name":"b","project":"x"}"#;
+        let before = parse(&format!(r#"{{"features":[{b},{{"name":"gone"}}]}}"#));
+        let body = format!(
+            r#"{{"features":[{{"name":7}},{b},{{"name":"a"}},{{"name":"b"}},{b}],"meta":{{"revisionId":3}}}}"#
+        );
+        let (read, expect) = (Document::parse_after(body.as_bytes(), &before), parse(&body));
+        assert_eq!(format!("{:?}", read.unwrap()), format!("{expect:?}"));
+        for body in [r#"{"features":7}"#, r#"{"features":[{"name":7}]}"#, "["] {
+            assert!(Document::parse_after(body.as_bytes(), &before).is_err());
+        }
     }
 
     #[test]

@@ -9,19 +9,26 @@ use serde_json::value::RawValue;
 /// A constraint that holds for no context, in words that every SDK understands.
 const NEVER: &str = r#"{"contextName":"appName","operator":"IN","values":[],"inverted":false,"caseInsensitive":false}"#;
 
+const SEGMENTS: &str = r#""segments""#;
+
 /// The flag `text` with the segments that `find` knows written out.
 pub(super) fn feature<'s>(text: &str, find: impl Fn(i64) -> Option<&'s RawValue>) -> String {
+    // Most flags refer to none, and are spared the reading.
+    if !text.contains(SEGMENTS) {
+        return text.to_owned();
+    }
     let Ok(Object(entries)) = serde_json::from_str(text) else {
         return text.to_owned();
     };
     let mut out = String::with_capacity(text.len() + 256);
     write_object(&mut out, entries.iter().map(|&(key, value)| (key, value)), |out, key, value| {
-        match serde_json::from_str::<Vec<&RawValue>>(value) {
-            Ok(strategies) if key == r#""strategies""# => {
-                let strategies = strategies.iter().map(|strategy| strategy.get());
-                write_list(out, strategies, |out, text| strategy(out, text, &find));
-            }
-            Ok(_) | Err(_) => out.push_str(value),
+        if key == r#""strategies""#
+            && let Ok(strategies) = serde_json::from_str::<Vec<&RawValue>>(value)
+        {
+            let strategies = strategies.iter().map(|strategy| strategy.get());
+            write_list(out, strategies, |out, text| strategy(out, text, &find));
+        } else {
+            out.push_str(value);
         }
     });
     out
@@ -32,7 +39,7 @@ fn strategy<'s>(out: &mut String, text: &str, find: &impl Fn(i64) -> Option<&'s 
     let Ok(Object(mut entries)) = serde_json::from_str(text) else {
         return out.push_str(text);
     };
-    let Some(at) = entries.iter().position(|(key, _)| *key == r#""segments""#) else {
+    let Some(at) = entries.iter().position(|(key, _)| *key == SEGMENTS) else {
         return out.push_str(text);
     };
     let (_, ids) = entries.remove(at);
