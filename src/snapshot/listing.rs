@@ -94,6 +94,9 @@ impl Listing {
     }
 }
 
+/// What a listing takes besides its flags and segments, in bytes, if its query is short.
+const ENDS: usize = 512;
+
 /// Writes `{"version":2,"features":[…],"segments":[…],"query":{…}}`, flags sorted by name and only
 /// the segments that they refer to.
 ///
@@ -101,7 +104,11 @@ impl Listing {
 /// entity tag where nothing that is served has changed.
 pub(super) fn build(environment: &Environment, document: &Document, key: &ListingKey) -> Body {
     let shown = cut(document, &key.projects, &key.filter);
-    let mut text = String::from(r#"{"version":2,"features":["#);
+    let features = shown.features().iter().map(|it| it.raw().len() + 1).sum::<usize>();
+    let segments = shown.segments().iter().map(|it| it.raw().len() + 1).sum::<usize>();
+    // Large texts are not to be moved as they grow.
+    let mut text = String::with_capacity(features + segments + ENDS);
+    text.push_str(r#"{"version":2,"features":["#);
     match key.segments {
         Segments::Separate => {
             push_list(&mut text, shown.features().iter().map(Feature::raw));
