@@ -5,6 +5,9 @@
 //! requests, as clients have them, and with as many requests as there is an answer for, where swaps
 //! come as often as they get a processor. Calm and swapping take
 //! turns in one process.
+//!
+//! What others notice of all this on the same processors is measured as well: the baseline, which
+//! swaps nothing, is asked the same while Parapet swaps beside it and answers nobody.
 
 use std::{
     io::Write as _,
@@ -15,6 +18,7 @@ use std::{
 use anyhow::{Context as _, Result};
 
 use super::{
+    bare,
     exchange::Request,
     measure::{Case, Session},
     numbers::median,
@@ -54,6 +58,8 @@ pub(crate) struct Swapped {
     pub(crate) pause: Duration,
     pub(crate) calm: Pace,
     pub(crate) swapping: Pace,
+    /// The baseline's, while Parapet swaps beside it.
+    pub(crate) beside: Pace,
     /// By the median over rounds.
     pub(crate) p99_ratio: f64,
     /// How many changes arrived, each second.
@@ -95,8 +101,14 @@ fn one(
 ) -> Result<Swapped> {
     eprintln!("{title}, pauses of {:?}, calm and while {FLAGS} flags are swapped", case.pause);
     let (request, answer) = case.prepare(parapet)?;
-    session.load(case, parapet, &request, &answer, Duration::from_secs(1))?;
-    let (mut calm, mut swapping, mut rates) = (Vec::new(), Vec::new(), Vec::new());
+    let file = session.stable.folder().join("answer");
+    bare::record(&answer, &file)?;
+    let bare = session.stable.bare(&file)?;
+    for process in [parapet, &bare] {
+        session.load(case, process, &request, &answer, Duration::from_secs(1))?;
+    }
+    let (mut calm, mut swapping, mut beside) = (Vec::new(), Vec::new(), Vec::new());
+    let mut rates = Vec::new();
     for round in 1..=session.rounds {
         calm.push(session.load(case, parapet, &request, &answer, session.time)?.0);
         writeln!(upstream.input()?, "swap")?;
@@ -104,14 +116,16 @@ fn one(
         let (before, began) = (fetched(upstream)?, Instant::now());
         swapping.push(session.load(case, parapet, &request, &answer, session.time)?.0);
         rates.push((fetched(upstream)? - before) / began.elapsed().as_secs_f64());
+        beside.push(session.load(case, &bare, &request, &answer, session.time)?.0);
         writeln!(upstream.input()?, "calm")?;
         sleep(SETTLE);
         let p99 = |samples: &[super::load::Sample]| samples[round - 1].p99_micros;
         eprintln!(
-            "  round {round} of {}: p99 {} µs, while swapping {} µs",
+            "  round {round} of {}: p99 {} µs, while swapping {} µs, bare hyper beside it {} µs",
             session.rounds,
             p99(&calm),
-            p99(&swapping)
+            p99(&swapping),
+            p99(&beside)
         );
     }
     let pace = |samples: &[super::load::Sample]| Pace {
@@ -124,6 +138,7 @@ fn one(
         pause: case.pause,
         calm: pace(&calm),
         swapping: pace(&swapping),
+        beside: pace(&beside),
         p99_ratio: median(ratios),
         swaps_per_second: median(rates.into_iter()),
     })
