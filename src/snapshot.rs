@@ -21,6 +21,7 @@ use std::{
         Arc, Weak,
         atomic::{AtomicI64, AtomicU64, Ordering},
     },
+    thread,
 };
 
 use arc_swap::ArcSwap;
@@ -94,8 +95,11 @@ impl Snapshot {
     pub fn after(previous: &Self, scope: Scope, document: Document, as_of: Timestamp) -> Self {
         let Self { document: before, engine, problems, fragments, .. } = previous;
         let document = document.sharing(before);
+        give_way();
         let (new, problems) = engine.recompile(before, problems, &document);
+        give_way();
         let fragments = Fragments::of(&new, Some((engine, fragments)));
+        give_way();
         let answers = Answers::new(Some(&previous.answers));
         let snapshot = Self::of(scope, document, (new, problems, fragments), answers, as_of);
         snapshot.inherit(previous);
@@ -221,6 +225,7 @@ impl Snapshot {
             if old.view().get().is_some() {
                 self.view(projects);
             }
+            give_way();
             for segments in [Segments::Separate, Segments::Inlined] {
                 let Some(old) = old.listing(segments).get() else { continue };
                 let filter = Filter::default();
@@ -252,6 +257,13 @@ impl Snapshot {
         }
         Arc::new(new)
     }
+}
+
+/// Lets others have the processor, if any wait for it, between two steps of work for milliseconds.
+/// Kernels of servers may take it away at ticks of 4 ms only, and so long a request would wait that
+/// needs it for microseconds.
+fn give_way() {
+    thread::yield_now();
 }
 
 /// The snapshots of all environments. A cheap handle.

@@ -1,6 +1,8 @@
 //! What is asked again and again is answered before a new snapshot is served, so that nobody waits for
 //! an evaluation of all flags who had an answer at hand before.
 
+use std::thread;
+
 use jiff::Timestamp;
 
 use super::answer::Answer;
@@ -12,6 +14,8 @@ use crate::snapshot::Snapshot;
 /// Bodies whose content did not change are taken over as they are, with all their codings.
 pub fn prepare(next: &Snapshot, previous: &Snapshot, now: Timestamp) {
     for asked in previous.answers().often_asked() {
+        // Requests that wait for the processor have it first.
+        thread::yield_now();
         let view = next.view(&asked.projects);
         let hash = asked
             .context

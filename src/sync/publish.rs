@@ -35,7 +35,10 @@ pub(super) async fn publish(
         let Some(previous) = inherited else {
             return Snapshot::build(scope, make(), confirmed);
         };
-        let snapshot = Snapshot::after(&previous, scope, make(), confirmed);
+        let document = make();
+        // Requests that wait for the processor have it first.
+        thread::yield_now();
+        let snapshot = Snapshot::after(&previous, scope, document, confirmed);
         answers::prepare(&snapshot, &previous, Timestamp::now());
         snapshot
     });
