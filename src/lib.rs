@@ -46,8 +46,9 @@
 //!
 //! **A refresh.** [`sync`] asks [`upstream`] with a token that its `Credentials` have found or
 //! minted, reads the document ([`wire::features`]) without losing a byte of any flag, compiles it
-//! ([`engine`]), builds the bodies that the previous snapshot had been asked for, swaps, and stores.
-//! A malformed flag is a reported problem and never an abort. Where upstream tells by a stream what
+//! ([`engine`]), builds the bodies that the previous snapshot had been asked for, answers what
+//! frontends asked it before ([`answers::prepare`]), swaps, and stores. What did not change is shared:
+//! the text of flags, their compiled form, their JSON, and whole bodies. A malformed flag is a reported problem and never an abort. Where upstream tells by a stream what
 //! changes, that is applied to what is known instead, and nothing is polled as long as it tells.
 //!
 //! **A change.** [`feed`] numbers each new state and wakes those who follow its environment. Each
