@@ -15,51 +15,27 @@ const LONGEST: usize = 4 << 10;
 /// What a [`Context`] says.
 #[derive(Debug)]
 pub struct KeptContext {
-    user_id: Option<Box<str>>,
-    session_id: Option<Box<str>>,
-    environment: Option<Box<str>>,
-    app_name: Option<Box<str>>,
-    current_time: Option<Box<str>>,
-    remote_address: Option<Box<str>>,
+    texts: [Option<Box<str>>; 7],
     properties: Box<[(Box<str>, Box<str>)]>,
-    hostname: Option<Box<str>>,
 }
 
 impl KeptContext {
     /// Keeps what a context says; `None` if that is too much.
     pub fn of(context: &Context<'_>) -> Option<Self> {
-        let Context {
-            user_id,
-            session_id,
-            environment,
-            app_name,
-            current_time,
-            remote_address,
-            properties,
-            hostname,
-            now: _,
-            draw: _,
-        } = *context;
-        let texts =
-            [user_id, session_id, environment, app_name, current_time, remote_address, hostname];
+        let texts = context.texts();
         let length = texts.into_iter().flatten().map(str::len).sum::<usize>()
-            + properties.iter().map(|(name, value)| name.len() + value.len()).sum::<usize>();
+            + context
+                .properties
+                .iter()
+                .map(|(name, value)| name.len() + value.len())
+                .sum::<usize>();
         if length > LONGEST {
             return None;
         }
-        let kept = |text: Option<&str>| text.map(Box::from);
+        let properties = context.properties.iter();
         Some(Self {
-            user_id: kept(user_id),
-            session_id: kept(session_id),
-            environment: kept(environment),
-            app_name: kept(app_name),
-            current_time: kept(current_time),
-            remote_address: kept(remote_address),
-            properties: properties
-                .iter()
-                .map(|&(name, value)| (name.into(), value.into()))
-                .collect(),
-            hostname: kept(hostname),
+            texts: texts.map(|text| text.map(Box::from)),
+            properties: properties.map(|&(name, value)| (name.into(), value.into())).collect(),
         })
     }
 
@@ -67,38 +43,37 @@ impl KeptContext {
     pub fn at<T>(&self, now: Timestamp, ask: impl FnOnce(&Context<'_>) -> T) -> T {
         let properties: SmallVec<[_; 16]> =
             self.properties.iter().map(|(name, value)| (&**name, &**value)).collect();
+        let texts = self.texts.each_ref().map(Option::as_deref);
+        let [user_id, session_id, environment, app_name, current_time, remote_address, hostname] =
+            texts;
         ask(&Context {
-            user_id: self.user_id.as_deref(),
-            session_id: self.session_id.as_deref(),
-            environment: self.environment.as_deref(),
-            app_name: self.app_name.as_deref(),
-            current_time: self.current_time.as_deref(),
-            remote_address: self.remote_address.as_deref(),
-            properties: &properties,
-            hostname: self.hostname.as_deref(),
-            now,
-            draw: 0,
-        })
-    }
-}
-
-/// Of what is kept.
-impl Hash for Context<'_> {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        let Context {
             user_id,
             session_id,
             environment,
             app_name,
             current_time,
             remote_address,
-            properties,
+            properties: &properties,
             hostname,
-            now: _,
-            draw: _,
-        } = self;
-        (user_id, session_id, environment, app_name).hash(state);
-        (current_time, remote_address, properties, hostname).hash(state);
+            now,
+            draw: 0,
+        })
+    }
+}
+
+impl<'a> Context<'a> {
+    /// What it says besides its properties, in the order that [`KeptContext`] has it in.
+    fn texts(&self) -> [Option<&'a str>; 7] {
+        let Self { user_id, session_id, environment, app_name, .. } = *self;
+        let Self { current_time, remote_address, hostname, .. } = *self;
+        [user_id, session_id, environment, app_name, current_time, remote_address, hostname]
+    }
+}
+
+/// Of what is kept.
+impl Hash for Context<'_> {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        (self.texts(), self.properties).hash(state);
     }
 }
 
