@@ -2,7 +2,8 @@
 //!
 //! A [`Snapshot`] holds everything that a response can need: the compiled engine, the flags' text as
 //! it came, and ready-made bodies, each built once and shared. A request loads one snapshot and uses
-//! it to the end. This module fetches, stores and schedules nothing.
+//! it to the end. This module fetches, stores and schedules nothing; whoever builds a snapshot chooses
+//! the thread, whose processor others may have between the steps.
 
 mod answers;
 mod asked;

@@ -1,5 +1,6 @@
 //! What is asked again and again is answered before a new snapshot is served, so that nobody waits for
-//! an evaluation of all flags who had an answer at hand before.
+//! an evaluation of all flags who had an answer at hand before. Which questions those are is for the
+//! snapshot to know, and nothing depends on it: who asks something else is evaluated for as ever.
 
 use std::thread;
 

@@ -14,6 +14,7 @@ const LAYERS: [&[(&str, &[&str])]; 8] = [
     &[("engine", &[])],
     // Upstream keeps the tokens that it was given in the store.
     &[("snapshot", &[]), ("store", &[]), ("upstream", &["store"])],
+    // What is about to be served is asked beforehand what it will be asked most.
     &[("answers", &[]), ("auth", &[]), ("feed", &[]), ("sync", &["answers"]), ("usage", &[])],
     &[("control", &[])],
     &[("http", &[])],
