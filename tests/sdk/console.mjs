@@ -227,6 +227,8 @@ await serve({
     },
     /** Waits until the page says this. */
     says: async ({ text }) => page.locator('main').getByText(text).first().waitFor(),
+    /** From now on nothing that is read there arrives. */
+    withhold: async ({ path }) => page.route(new URL(path, url).href, (route) => (route.request().method() === 'GET' ? null : route.continue())),
     screenshot: async ({ path, theme, width }) => {
         await look(theme, width);
         // As high as the page, so that what stands at the window's foot stands at the picture's.

@@ -59,7 +59,8 @@ export function form({ fields = [], parts = fields, buttons, submit }) {
         try {
             await submit();
         } catch (error) {
-            show(error, fields, trouble);
+            // Whoever has left for another page waits for nothing here any more.
+            if (error.name !== 'AbortError') show(error, fields, trouble);
         } finally {
             box.removeAttribute('aria-busy');
         }
