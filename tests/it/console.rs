@@ -450,7 +450,7 @@ async fn the_console_of_an_edge_in_front_of_a_standalone_is_that_of_the_standalo
         "",
     );
     let edge = Parapet::edge(&standalone.admin_url()).admin_token(token.unwrap().trim());
-    let edge = edge.arg("--admin-relay").impatient().start().await;
+    let edge = edge.arg("--admin-relay").start().await;
     let mut console = Console::open(&edge.admin_url()).await;
     console.sign_in(OWNER, PASSWORD).await;
     console.ask("says", json!({ "text": "on 2 streams" })).await;
