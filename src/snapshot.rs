@@ -13,6 +13,7 @@ mod listing;
 mod outcomes;
 mod part;
 mod recent;
+mod table;
 mod view;
 
 use std::{

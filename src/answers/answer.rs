@@ -65,12 +65,13 @@ impl<'a> Answer<'a> {
         }
         let mut key = key(view, shown);
         engine.tell(view.reads(), &values, &mut key);
-        let (hash, known) = if let Some(hash) = answers.outcome(&key) {
+        let known_by = answers.known_by(&key);
+        let (hash, known) = if let Some(hash) = answers.outcome(known_by) {
             (hash, Known::Values(values))
         } else {
             let fragments = evaluate(snapshot, view, values, shown);
             let hash = hash_of(&fragments);
-            answers.remember(&key, hash);
+            answers.remember(known_by, hash);
             (hash, Known::Fragments(fragments))
         };
         Self { snapshot, view, shown, hash, is_settled: true, known }
@@ -154,8 +155,8 @@ pub(super) fn listed(
 /// What the body is made of, hashed without writing it: equal bodies have equal tags on every instance
 /// and across snapshots.
 fn hash_of(fragments: &[Fragment<'_>]) -> u128 {
-    let hashes: Vec<u8> = fragments.iter().flat_map(|it| it.hash().to_le_bytes()).collect();
-    xxh3_128(&hashes)
+    let hashes: Vec<_> = fragments.iter().map(|it| it.hash().to_le_bytes()).collect();
+    xxh3_128(hashes.as_flattened())
 }
 
 fn write(fragments: &[Fragment<'_>]) -> Bytes {

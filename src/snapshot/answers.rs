@@ -4,21 +4,22 @@
 //! All are bounded, and everything may be forgotten at any time: who asks evaluates again.
 //! How an answer comes about is for `crate::answers` to know.
 
-use std::sync::Arc;
+use std::{hash::Hasher as _, sync::Arc};
 
 use bytes::Bytes;
 use moka::sync::Cache;
+use siphasher::sip128::{Hasher128 as _, SipHasher13};
 
 use super::{
     asked::{Asked, Often, Shown},
     body::Body,
     outcomes::Outcomes,
     recent::Recent,
+    table::Table,
 };
 use crate::{engine::Context, token::Projects};
 
-/// The most memory that a snapshot's remembered outcomes may hold, in bytes, and its bodies.
-const OUTCOMES_BYTES: u64 = 32 << 20;
+/// The most memory that a snapshot's bodies may hold, in bytes.
 const BODIES_BYTES: u64 = 64 << 20;
 
 /// The same of what each flag came to for those who follow, and of the events that were written.
@@ -28,13 +29,17 @@ const EVENTS_BYTES: u64 = 64 << 20;
 /// What remembering anything takes besides its content, in bytes, roughly.
 const ENTRY_BYTES: usize = 256;
 
-/// What remembering one outcome takes besides its key, in bytes, as measured over a million.
-const OUTCOME_BYTES: usize = 360;
+/// What an outcome is remembered by: a hash that is keyed, so that nobody can make up two contexts that
+/// are taken for one.
+#[derive(Clone, Copy, Debug)]
+pub struct KnownBy(u128);
 
 /// What a snapshot remembers of its answers.
 #[derive(Debug)]
 pub struct Answers {
-    outcomes: Cache<Box<[u8]>, u128>,
+    /// Of one snapshot after the other, each of which hashes in its own way.
+    outcomes: Arc<Table>,
+    way: SipHasher13,
     often: Often,
     bodies: Cache<u128, Arc<Body>>,
     recent: Recent,
@@ -46,9 +51,6 @@ pub struct Answers {
 impl Answers {
     /// Those of a snapshot that takes the place of another, if there is one.
     pub(super) fn new(previous: Option<&Self>) -> Self {
-        let outcomes = Cache::<Box<[u8]>, u128>::builder()
-            .max_capacity(OUTCOMES_BYTES)
-            .weigher(|key, _| saturating(key.len() + OUTCOME_BYTES));
         let bodies = Cache::<u128, Arc<Body>>::builder()
             .max_capacity(BODIES_BYTES)
             .weigher(|_, body| saturating(body.weight()));
@@ -59,7 +61,8 @@ impl Answers {
             .max_capacity(EVENTS_BYTES)
             .weigher(|_, event| saturating(event.len() + ENTRY_BYTES));
         Self {
-            outcomes: outcomes.build(),
+            outcomes: previous.map_or_else(Arc::default, |it| Arc::clone(&it.outcomes)),
+            way: SipHasher13::new_with_key(&rand::random()),
             often: previous.map_or_else(Often::default, |it| Often::after(&it.often)),
             bodies: bodies.build(),
             recent: Recent::default(),
@@ -68,14 +71,21 @@ impl Answers {
         }
     }
 
-    /// The hash of what was answered under this key.
-    pub fn outcome(&self, key: &[u8]) -> Option<u128> {
-        self.outcomes.get(key)
+    /// What the outcome for a context is remembered by, whose `key` is all that makes a difference.
+    pub fn known_by(&self, key: &[u8]) -> KnownBy {
+        let mut hasher = self.way;
+        hasher.write(key);
+        KnownBy(hasher.finish128().as_u128())
     }
 
-    /// Remembers the hash of what is answered under this key.
-    pub fn remember(&self, key: &[u8], hash: u128) {
-        self.outcomes.insert(key.into(), hash);
+    /// The hash of what was answered.
+    pub fn outcome(&self, known_by: KnownBy) -> Option<u128> {
+        self.outcomes.get(known_by.0)
+    }
+
+    /// Remembers the hash of what is answered.
+    pub fn remember(&self, known_by: KnownBy, hash: u128) {
+        self.outcomes.put(known_by.0, hash);
     }
 
     /// Takes note of a question about the flags of some projects, and of what identifies the answer,
@@ -144,14 +154,6 @@ mod tests {
     #[test]
     fn what_strangers_make_up_is_forgotten_within_bounds() {
         let answers = Answers::new(None);
-        for n in 0..20_000_u32 {
-            let mut key = vec![0; 4096];
-            key[..4].copy_from_slice(&n.to_le_bytes());
-            answers.remember(&key, 7);
-        }
-        answers.outcomes.run_pending_tasks();
-        let kept = answers.outcomes.iter().map(|(key, _)| (key.len() + OUTCOME_BYTES) as u64);
-        assert!((1..=OUTCOMES_BYTES).contains(&kept.sum()));
         for n in 0..1_000_u128 {
             for _ in 0..2 {
                 answers.body(n << 64 | n, || Body::new(Bytes::from(vec![b'x'; 100_000])));
@@ -160,6 +162,19 @@ mod tests {
         answers.bodies.run_pending_tasks();
         let kept = answers.bodies.iter().map(|(_, body)| body.weight() as u64);
         assert!((1..=BODIES_BYTES).contains(&kept.sum()));
+    }
+
+    #[test]
+    fn outcomes_are_those_of_one_snapshot() {
+        let before = Answers::new(None);
+        before.remember(before.known_by(b"a"), 7);
+        let after = Answers::new(Some(&before));
+        assert_eq!(after.outcome(after.known_by(b"a")), None);
+        after.remember(after.known_by(b"a"), 8);
+        for (answers, expect) in [(&before, 7), (&after, 8)] {
+            assert_eq!(answers.outcome(answers.known_by(b"a")), Some(expect));
+            assert_eq!(answers.outcome(answers.known_by(b"b")), None);
+        }
     }
 
     #[test]
