@@ -5,14 +5,28 @@
 //! to what serves requests: Parapet's flags, frontend answers and the listing with its entity tag,
 //! beside what of this yggdrasil has, a state that evaluates; `compile` is Parapet without what
 //! yggdrasil does not have. Counted per flag where there are many.
+//!
+//! A run of everything writes `docs/engine.md`.
 
+#![expect(clippy::print_stdout, reason = "a program for the terminal")]
+
+#[path = "../flags.rs"]
 mod flags;
+#[path = "../machine.rs"]
+mod machine;
+#[path = "../numbers.rs"]
+mod numbers;
+mod report;
+#[path = "../table.rs"]
+mod table;
 
 use std::collections::HashMap;
 use std::hint::black_box;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use anyhow::{Context as _, Result};
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group};
 use jiff::Timestamp;
 use parapet::engine::{Context, Engine};
 use parapet::snapshot::{Filter, Segments, Snapshot};
@@ -23,6 +37,7 @@ use unleash_types::client_features::ClientFeatures;
 use unleash_yggdrasil::{EngineState, UpdateMessage};
 
 use flags::document;
+use report::Group;
 
 const SIZES: [usize; 3] = [350, 1000, 5000];
 
@@ -196,9 +211,48 @@ fn operators(c: &mut Criterion) {
 criterion_group! {
     name = benches;
     config = Criterion::default()
+        .output_directory(&folder())
         .sample_size(10)
         .warm_up_time(Duration::from_millis(300))
         .measurement_time(Duration::from_secs(1));
     targets = evaluate, compile, refresh, operators
 }
-criterion_main!(benches);
+/// Where criterion keeps what it measures.
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join("criterion")
+}
+
+/// The ids of a group's benchmarks.
+fn ids(group: &Group) -> Vec<String> {
+    if group.by_flag {
+        SIZES.iter().map(usize::to_string).collect()
+    } else {
+        strategies().into_iter().map(|(name, _)| name.to_owned()).collect()
+    }
+}
+
+fn main() -> Result<()> {
+    let began = SystemTime::now();
+    benches();
+    Criterion::default().configure_from_args().final_summary();
+    let (tables, is_whole) = report::tables(&folder(), ids, began)?;
+    if tables.is_empty() {
+        return Ok(());
+    }
+    let facts = [("yggdrasil", &*version_of("unleash-yggdrasil")?)];
+    let machine = machine::describe("run nothing else", &facts)?;
+    println!("{machine}\n\n{tables}");
+    if is_whole {
+        report::write(&Path::new(env!("CARGO_MANIFEST_DIR")).join("docs"), &machine, &tables)?;
+    }
+    Ok(())
+}
+
+/// The version of a crate that this was built with.
+fn version_of(name: &str) -> Result<String> {
+    let lock = include_str!("../../Cargo.lock");
+    let (_, rest) =
+        lock.split_once(&format!("name = \"{name}\"\nversion = \"")).context("no such crate")?;
+    let (version, _) = rest.split_once('"').context("a version ends")?;
+    Ok(version.to_owned())
+}
