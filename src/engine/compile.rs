@@ -9,6 +9,9 @@
 
 use std::sync::Arc;
 
+use itertools::EitherOrBoth::{Both, Left, Right};
+use itertools::Itertools as _;
+
 use super::context::Fields;
 use super::flag::{self, Flag, FlagId, Outcome};
 use super::plan::{Conditions, Parent, Plan};
@@ -59,18 +62,10 @@ impl<'e> Earlier<'e> {
             && self.compiled.numbers() <= 2 * self.compiled.needed + FEW
     }
 
-    /// Where a flag that did not change stands in it, if that can be taken over. It is looked for from
-    /// the place `from` on, which is moved up to it: both documents are in the order of names.
-    fn unchanged(&self, feature: &wire::Feature, from: &mut usize) -> Option<FlagId> {
-        let features = self.document.features();
-        while features.get(*from).is_some_and(|it| it.name() < feature.name()) {
-            *from += 1;
-        }
-        let id = FlagId::new(*from);
-        let is_same = features.get(*from).is_some_and(|it| it == feature);
+    /// Whether the flag that stands in it there can be taken over in the place of one of its name.
+    fn admits(&self, id: FlagId, before: &wire::Feature, feature: &wire::Feature) -> bool {
         // What somebody asks of others is tied to these others.
-        let depends = || self.compiled.dependants.binary_search(&id).is_ok();
-        (is_same && !depends()).then_some(id)
+        before == feature && self.compiled.dependants.binary_search(&id).is_err()
     }
 
     /// What is wrong with the definition of a flag.
@@ -88,11 +83,17 @@ pub(super) fn compile(
 ) -> (Compilation, Vec<Problem>) {
     let earlier = earlier.filter(|it| it.serves(document));
     let mut draft = Draft::new(document, earlier.map(|it| it.compiled));
-    let mut from = 0;
-    for feature in document.features() {
-        match earlier.and_then(|it| Some((it, it.unchanged(feature, &mut from)?))) {
-            Some((earlier, id)) => draft.take_over(earlier, id),
-            None => draft.flag(feature),
+    let before = earlier.map_or_else(Default::default, |it| it.document.features());
+    let before = before.iter().enumerate();
+    for pair in before.merge_join_by(document.features(), |(_, a), b| a.name().cmp(b.name())) {
+        match (pair, earlier) {
+            (Both((at, before), feature), Some(earlier))
+                if earlier.admits(FlagId::new(at), before, feature) =>
+            {
+                draft.take_over(earlier, FlagId::new(at));
+            }
+            (Both(_, feature) | Right(feature), _) => draft.flag(feature),
+            (Left(_), _) => {}
         }
     }
     let (mut compiled, problems) = draft.finish();

@@ -3,6 +3,10 @@
 //!
 //! All texts stand in one, so that writing an answer reads memory that lies together.
 
+use itertools::{
+    EitherOrBoth::{Both, Left, Right},
+    Itertools as _,
+};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::engine::{Engine, Flag, FlagId, Outcome, Variant};
@@ -54,18 +58,16 @@ impl Fragments {
             ends: Vec::with_capacity(2 * engine.flags().len()),
             firsts: Vec::with_capacity(engine.flags().len()),
         };
-        let mut others = earlier.map(|(engine, it)| (engine.flags(), it, 0));
-        for flag in engine.flags() {
-            if let Some((flags, written, at)) = &mut others {
-                while flags.get(*at).is_some_and(|it| it.name() < flag.name()) {
-                    *at += 1;
+        let before = earlier.map_or_else(Default::default, |(engine, _)| engine.flags());
+        let before = before.iter().enumerate();
+        for pair in before.merge_join_by(engine.flags(), |(_, a), b| a.name().cmp(b.name())) {
+            match (pair, earlier) {
+                (Both((at, old), flag), Some((_, written))) if old.is(flag) => {
+                    fragments.copy(flag, written, at);
                 }
-                if flags.get(*at).is_some_and(|it| it.is(flag)) {
-                    fragments.copy(flag, written, *at);
-                    continue;
-                }
+                (Both(_, flag) | Right(flag), _) => fragments.add(flag),
+                (Left(_), _) => {}
             }
-            fragments.add(flag);
         }
         fragments.text.shrink_to_fit();
         fragments

@@ -3,7 +3,12 @@
 //! It outlives its snapshot in the hands of those who were told; only their texts are the snapshot's
 //! own.
 
-use std::{cmp::Ordering, sync::Arc};
+use std::sync::Arc;
+
+use itertools::{
+    EitherOrBoth::{Both, Left, Right},
+    Itertools as _,
+};
 
 use super::fragments::{FragmentId, Fragments};
 
@@ -42,22 +47,14 @@ impl Outcomes {
     ///
     /// `fragments` are those of the snapshot in which these were evaluated; `before` is of any.
     pub fn since(&self, before: &Self, fragments: &Fragments) -> String {
-        let (mut old, mut new) = (before.flags.iter().peekable(), self.flags.iter().peekable());
         let (mut changed, mut removed) = (String::new(), Vec::new());
-        loop {
-            let next = match (old.peek(), new.peek()) {
-                (None, None) => break,
-                (Some(_), None) => Ordering::Less,
-                (None, Some(_)) => Ordering::Greater,
-                (Some(a), Some(b)) => a.name.cmp(&b.name),
-            };
-            let gone = if next.is_le() { old.next() } else { None };
-            let here = if next.is_ge() { new.next() } else { None };
-            match (gone, here) {
-                (Some(a), Some(b)) if a.hash == b.hash => {}
-                (_, Some(b)) => changed.push_str(fragments.get(b.fragment).with_comma()),
-                (Some(a), None) => removed.push(&*a.name),
-                (None, None) => {}
+        for pair in before.flags.iter().merge_join_by(&self.flags, |a, b| a.name.cmp(&b.name)) {
+            match pair {
+                Both(before, now) if before.hash == now.hash => {}
+                Both(_, now) | Right(now) => {
+                    changed.push_str(fragments.get(now.fragment).with_comma());
+                }
+                Left(gone) => removed.push(&*gone.name),
             }
         }
         let changed = changed.strip_suffix(',').unwrap_or(&changed);

@@ -4,8 +4,12 @@
 //! keep their text byte for byte, as in `features`. Which events somebody may see, and
 //! which they have seen, is nobody's business here.
 
-use std::{borrow::Cow, cmp::Ordering, collections::BTreeMap, fmt::Write as _, sync::Arc};
+use std::{borrow::Cow, collections::BTreeMap, fmt::Write as _, sync::Arc};
 
+use itertools::{
+    EitherOrBoth::{Both, Left, Right},
+    Itertools as _,
+};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
@@ -60,61 +64,28 @@ pub enum Unreadable {
 
 /// What turns `old` into `new`, in an order that leaves no flag without its segments on the way.
 pub fn diff(old: &Document, new: &Document) -> Vec<Change> {
-    let mut updated = vec![];
-    let mut removed = vec![];
-    let segments = (old.segments(), new.segments());
-    walk(
-        segments,
-        |a, b| a.id().cmp(&b.id()),
-        |step| match step {
-            Step::Set(segment) => updated.push(Change::SegmentUpdated(segment.clone())),
-            Step::Gone(segment) => removed.push(Change::SegmentRemoved(segment.id())),
-        },
-    );
-    let features = (old.features(), new.features());
-    walk(
-        features,
-        |a, b| a.name().cmp(b.name()),
-        |step| match step {
-            Step::Set(feature) => updated.push(Change::FeatureUpdated(feature.clone())),
-            Step::Gone(feature) => updated.push(Change::FeatureRemoved {
-                name: Arc::clone(feature.name()),
-                project: Arc::clone(feature.project()),
-            }),
-        },
-    );
-    updated.append(&mut removed);
-    updated
-}
-
-enum Step<'a, T> {
-    Set(&'a T),
-    Gone(&'a T),
-}
-
-/// Walks two sorted lists and tells what leads from the first to the second.
-fn walk<'a, T: PartialEq>(
-    (old, new): (&'a [T], &'a [T]),
-    order: impl Fn(&T, &T) -> Ordering,
-    mut tell: impl FnMut(Step<'a, T>),
-) {
-    let (mut old, mut new) = (old.iter().peekable(), new.iter().peekable());
-    loop {
-        let next = match (old.peek(), new.peek()) {
-            (None, None) => return,
-            (Some(_), None) => Ordering::Less,
-            (None, Some(_)) => Ordering::Greater,
-            (Some(a), Some(b)) => order(a, b),
-        };
-        let before = if next.is_le() { old.next() } else { None };
-        let after = if next.is_ge() { new.next() } else { None };
-        match (before, after) {
-            (Some(a), Some(b)) if a == b => {}
-            (_, Some(b)) => tell(Step::Set(b)),
-            (Some(a), None) => tell(Step::Gone(a)),
-            (None, None) => {}
+    let (mut changes, mut last) = (vec![], vec![]);
+    let by_id = |a: &&Segment, b: &&Segment| a.id().cmp(&b.id());
+    for pair in old.segments().iter().merge_join_by(new.segments(), by_id) {
+        match pair {
+            Both(before, now) if before == now => {}
+            Both(_, now) | Right(now) => changes.push(Change::SegmentUpdated(now.clone())),
+            Left(gone) => last.push(Change::SegmentRemoved(gone.id())),
         }
     }
+    let by_name = |a: &&Feature, b: &&Feature| a.name().cmp(b.name());
+    for pair in old.features().iter().merge_join_by(new.features(), by_name) {
+        match pair {
+            Both(before, now) if before == now => {}
+            Both(_, now) | Right(now) => changes.push(Change::FeatureUpdated(now.clone())),
+            Left(gone) => changes.push(Change::FeatureRemoved {
+                name: Arc::clone(gone.name()),
+                project: Arc::clone(gone.project()),
+            }),
+        }
+    }
+    changes.append(&mut last);
+    changes
 }
 
 /// The state that follows from `state` by these changes, in their order.
@@ -351,6 +322,11 @@ mod tests {
         assert!(
             matches!(&going[..], [Change::FeatureUpdated(_), Change::SegmentRemoved(1)]),
             "{going:?}"
+        );
+        let gone = diff(&with, &Document::default());
+        assert!(
+            matches!(&gone[..], [Change::FeatureRemoved { .. }, Change::SegmentRemoved(1)]),
+            "{gone:?}"
         );
     }
 

@@ -12,6 +12,7 @@ mod inline;
 use std::{collections::HashMap, sync::Arc, thread};
 
 use foldhash::fast::RandomState;
+use itertools::{EitherOrBoth::Both, Itertools as _};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
@@ -155,12 +156,12 @@ impl Document {
     /// beside each other then cost no more than their differences.
     #[must_use]
     pub fn sharing(mut self, previous: &Self) -> Self {
-        // Both are in the order of names.
-        let mut others = previous.features.iter().peekable();
-        for feature in &mut self.features {
-            while others.next_if(|it| it.name() < feature.name()).is_some() {}
-            if let Some(before) = others.next_if(|it| *it == feature) {
-                *feature = before.clone();
+        let features = previous.features.iter();
+        for pair in features.merge_join_by(&mut self.features, |a, b| a.name().cmp(b.name())) {
+            if let Both(before, now) = pair
+                && before == now
+            {
+                *now = before.clone();
             }
         }
         self.share_segments(previous);
