@@ -145,8 +145,8 @@ impl Engine {
     /// `document` is the one that this engine was compiled from; with another it may panic. It costs
     /// about a millisecond, far more than evaluating.
     pub fn explain(&self, document: &Document, id: FlagId, context: &Context<'_>) -> Explanation {
-        let Compilation { fields, flags, sites, .. } = &self.compiled;
-        explain::Case { fields, flags, sites, document, context }.explain(id).1
+        let Compilation { fields, flags, .. } = &self.compiled;
+        explain::Case { fields, flags, document, context }.explain(id).1
     }
 }
 

@@ -8,6 +8,8 @@
 //! The group is known when a flag is compiled, so that its part of the hash is computed once. There
 //! is no source of randomness here: a draw arrives from outside.
 
+use xxhash_rust::xxh3::xxh3_64;
+
 /// The seed that spreads people over the percentages of a rollout.
 pub(super) const ROLLOUT_SEED: u32 = 0;
 
@@ -97,13 +99,33 @@ fn scramble(block: u32) -> u32 {
     block.wrapping_mul(0xcc9e_2d51).rotate_left(15).wrapping_mul(0x1b87_3593)
 }
 
+/// One place of a flag that draws, for instance one strategy.
+///
+/// Which one it is depends on the flag alone: with the same seed the same is drawn as long as the flag
+/// stays as it is, whatever becomes of others.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Site(u64);
+
+impl Site {
+    /// The first of the flag with this name.
+    pub(super) fn first_of(flag: &str) -> Self {
+        Self(xxh3_64(flag.as_bytes()))
+    }
+
+    /// This one, and moves on to the next.
+    pub(super) fn take(&mut self) -> Self {
+        let this = *self;
+        self.0 = self.0.wrapping_add(1);
+        this
+    }
+}
+
 /// One number of `1..=buckets` from a context's draw, independent for each `site`; 0 if there are
 /// no buckets.
 ///
-/// A site is one place that draws, for instance one strategy. The mixing is the finaliser of
-/// `SplitMix64` (Steele, Lea and Flood 2014).
-pub(super) fn draw(seed: u64, site: u32, buckets: u32) -> u32 {
-    let mut mixed = seed.wrapping_add((u64::from(site) + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+/// The mixing is the finaliser of `SplitMix64` (Steele, Lea and Flood 2014).
+pub(super) fn draw(seed: u64, site: Site, buckets: u32) -> u32 {
+    let mut mixed = seed.wrapping_add(site.0.wrapping_mul(0x9e37_79b9_7f4a_7c15));
     mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     mixed ^= mixed >> 31;
@@ -168,17 +190,22 @@ mod tests {
         }
 
         #[test]
-        fn draws_stay_within_their_buckets(seed: u64, site: u32, buckets in 1..1000_u32) {
-            prop_assert!((1..=buckets).contains(&draw(seed, site, buckets)));
+        fn draws_stay_within_their_buckets(seed: u64, site: u64, buckets in 1..1000_u32) {
+            prop_assert!((1..=buckets).contains(&draw(seed, Site(site), buckets)));
         }
     }
 
     #[test]
     fn draws_of_different_sites_are_spread_evenly() {
-        let mut counts = [0_u32; 10];
-        for site in 0..10_000 {
-            counts[draw(42, site, 10) as usize - 1] += 1;
+        let mut site = Site::first_of("flag");
+        let of_one: Vec<Site> = (0..10_000).map(|_| site.take()).collect();
+        let of_many = (0..10_000).map(|n| Site::first_of(&format!("flag-{n}"))).collect();
+        for sites in [of_one, of_many] {
+            let mut counts = [0_u32; 10];
+            for site in sites {
+                counts[draw(42, site, 10) as usize - 1] += 1;
+            }
+            assert!(counts.iter().all(|count| (900..1100).contains(count)), "{counts:?}");
         }
-        assert!(counts.iter().all(|count| (900..1100).contains(count)), "{counts:?}");
     }
 }

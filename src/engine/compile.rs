@@ -12,6 +12,7 @@ use std::sync::Arc;
 use itertools::EitherOrBoth::{Both, Left, Right};
 use itertools::Itertools as _;
 
+use super::bucket::Site;
 use super::context::Fields;
 use super::flag::{self, Flag, FlagId, Outcome};
 use super::plan::{Conditions, Parent, Plan};
@@ -26,22 +27,10 @@ pub(super) struct Compilation {
     pub(super) flags: Vec<Flag>,
     /// What decides each flag; apart from [`Flag`] so that evaluating many touches little memory.
     pub(super) plans: Vec<Plan>,
-    /// The number of the last place that drew lots before each flag was compiled, so that explaining it
-    /// draws the same.
-    pub(super) sites: Vec<u32>,
-    /// The number of the last place that draws lots.
-    last_site: u32,
     /// The flags that depend on others, in order.
     dependants: Vec<FlagId>,
     /// How many numbers there were when everything was compiled last.
     needed: usize,
-}
-
-impl Compilation {
-    /// How many numbers there are, whether anybody refers to them or not.
-    fn numbers(&self) -> usize {
-        self.fields.len() + self.last_site as usize
-    }
 }
 
 /// What was compiled before, from what, and with which problems.
@@ -59,7 +48,7 @@ impl<'e> Earlier<'e> {
     fn serves(&self, document: &Document) -> bool {
         // A segment is compiled into each flag that refers to it.
         document.segments() == self.document.segments()
-            && self.compiled.numbers() <= 2 * self.compiled.needed + FEW
+            && self.compiled.fields.len() <= 2 * self.compiled.needed + FEW
     }
 
     /// Whether the flag that stands in it there can be taken over in the place of one of its name.
@@ -97,7 +86,7 @@ pub(super) fn compile(
         }
     }
     let (mut compiled, problems) = draft.finish();
-    compiled.needed = earlier.map_or(compiled.numbers(), |it| it.compiled.needed);
+    compiled.needed = earlier.map_or(compiled.fields.len(), |it| it.compiled.needed);
     (compiled, problems)
 }
 
@@ -110,8 +99,6 @@ struct Draft<'d> {
     /// The flags that depend on others, with what they ask of them.
     dependants: Vec<(FlagId, Vec<Dependency<'d>>)>,
     problems: Vec<Problem>,
-    sites: Vec<u32>,
-    last_site: u32,
 }
 
 /// What a flag asks of another.
@@ -137,9 +124,7 @@ impl<'d> Draft<'d> {
             flags: Vec::with_capacity(flags),
             plans: Vec::with_capacity(flags),
             dependants: Vec::new(),
-            sites: Vec::with_capacity(flags),
             problems: problems.chain(document.shadowed().iter().map(twice)).collect(),
-            last_site: earlier.map_or(0, |it| it.last_site),
         }
     }
 
@@ -150,12 +135,10 @@ impl<'d> Draft<'d> {
         self.problems.extend(earlier.problems_of(&flag.name).cloned());
         self.flags.push(flag);
         self.plans.push(compiled.plans[index].clone());
-        self.sites.push(compiled.sites[index]);
     }
 
     /// Compiles one flag, as if it had no dependencies.
     fn flag(&mut self, feature: &'d wire::Feature) {
-        self.sites.push(self.last_site);
         let mut defects = Vec::new();
         let (flag, plan) = match feature.definition() {
             Ok(definition) => self.defined(feature, definition, &mut defects),
@@ -193,7 +176,7 @@ impl<'d> Draft<'d> {
             fields: &mut self.fields,
             table: &mut table,
             defects,
-            sites: &mut self.last_site,
+            site: Site::first_of(feature.name()),
         };
         let stickiness = strategy::first_stickiness(&definition.variants);
         let variants = compiler.choice(&definition.variants, feature.name(), stickiness);
@@ -243,11 +226,9 @@ impl<'d> Draft<'d> {
             }
         }
         self.problems.sort_by(|a, b| a.flag.cmp(&b.flag));
-        let Self { fields, flags, plans, sites, last_site, problems, .. } = self;
+        let Self { fields, flags, plans, problems, .. } = self;
         let dependants = dependants.into_iter().map(|(id, _)| id).collect();
-        let compiled =
-            Compilation { fields, flags, plans, sites, last_site, dependants, needed: 0 };
-        (compiled, problems)
+        (Compilation { fields, flags, plans, dependants, needed: 0 }, problems)
     }
 
     /// What remains to be asked of other flags; `None` if that can never be satisfied.

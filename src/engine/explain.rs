@@ -8,6 +8,7 @@
 
 use std::fmt::Write as _;
 
+use super::bucket::Site;
 use super::compile::{self, Dependency};
 use super::constraint::{self, Compiled};
 use super::context::{Bound, Context, FieldId, Fields};
@@ -29,8 +30,6 @@ const NAMED: usize = 8;
 pub(super) struct Case<'a> {
     pub(super) fields: &'a Fields,
     pub(super) flags: &'a [Flag],
-    /// How many places had drawn lots before each flag.
-    pub(super) sites: &'a [u32],
     pub(super) document: &'a Document,
     pub(super) context: &'a Context<'a>,
 }
@@ -57,7 +56,7 @@ impl Case<'_> {
             problems: Vec::new(),
         };
         let outcome = match feature.definition() {
-            Ok(definition) => self.defined(id, definition, &mut told, &mut defects),
+            Ok(definition) => self.defined(definition, &mut told, &mut defects),
             Err(error) => {
                 defects.push(Defect::Unreadable(error.to_string()));
                 Outcome::Off
@@ -70,7 +69,6 @@ impl Case<'_> {
 
     fn defined(
         self,
-        id: FlagId,
         definition: wire::Definition<'_>,
         told: &mut Explanation,
         defects: &mut Vec<Defect>,
@@ -83,14 +81,13 @@ impl Case<'_> {
         let mut fields = self.fields.clone();
         let bound = fields.bind(fields.read(self.context));
         let mut table = Vec::new();
-        let mut sites = self.sites[id.index()];
         let mut desk = Desk {
             compiler: Compiler {
                 segments: self.document.segments(),
                 fields: &mut fields,
                 table: &mut table,
                 defects,
-                sites: &mut sites,
+                site: Site::first_of(&told.flag),
             },
             bound: &bound,
             context: self.context,

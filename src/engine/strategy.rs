@@ -5,7 +5,7 @@
 
 use ipnet::Ipv4Net;
 
-use super::bucket::{self, Prefix, ROLLOUT_SEED};
+use super::bucket::{self, Prefix, ROLLOUT_SEED, Site};
 use super::constraint::{Compiled, Constraint};
 use super::context::{Bound, FieldId, Fields, Set, Slot};
 use super::problem::{Defect, Part};
@@ -31,7 +31,7 @@ pub(super) enum Rule {
     Rollout(Rollout),
     Lottery {
         percent: u32,
-        site: u32,
+        site: Site,
     },
     Users(Set),
     Addresses {
@@ -49,7 +49,7 @@ pub(super) struct Rollout {
     prefix: Prefix,
     /// How many of 100 buckets are in.
     pub(super) percent: u32,
-    site: u32,
+    site: Site,
 }
 
 /// What the kind of a strategy and its parameters come to.
@@ -71,8 +71,8 @@ pub(super) struct Compiler<'c> {
     pub(super) fields: &'c mut Fields,
     pub(super) table: &'c mut Vec<Variant>,
     pub(super) defects: &'c mut Vec<Defect>,
-    /// The number of places that draw lots so far, over all flags.
-    pub(super) sites: &'c mut u32,
+    /// The flag's next place that draws lots.
+    pub(super) site: Site,
 }
 
 impl<'c> Compiler<'c> {
@@ -101,7 +101,7 @@ impl<'c> Compiler<'c> {
             Loose::Missing => &[],
             Loose::Malformed => &[Loose::Malformed],
         };
-        let site = self.site();
+        let site = self.site.take();
         variant::compile(source, group, stickiness, site, self.table, self.fields, self.defects)
     }
 
@@ -194,7 +194,7 @@ impl<'c> Compiler<'c> {
             "gradualRolloutSessionId" => return self.gradual(parameters, FieldId::SESSION_ID),
             "gradualRolloutRandom" => {
                 let percent = self.percent(parameters, "percentage")?;
-                Rule::Lottery { percent, site: self.site() }
+                Rule::Lottery { percent, site: self.site.take() }
             }
             "userWithId" => {
                 let users = text("userIds")?;
@@ -239,7 +239,7 @@ impl<'c> Compiler<'c> {
 
     fn rollout<'p>(&mut self, stickiness: Stickiness, group: &'p str, percent: u32) -> Terms<'p> {
         let prefix = Prefix::new(group, ROLLOUT_SEED);
-        let rollout = Rollout { stickiness, prefix, percent, site: self.site() };
+        let rollout = Rollout { stickiness, prefix, percent, site: self.site.take() };
         Terms { rule: Rule::Rollout(rollout), group: Some(group) }
     }
 
@@ -259,11 +259,6 @@ impl<'c> Compiler<'c> {
     fn variants(&mut self, strategy: &wire::Strategy<'_>, parameters: &Parameters<'_>) -> Choice {
         let stickiness = variant_stickiness(strategy, parameters);
         self.choice(&strategy.variants, variant_group(parameters), stickiness)
-    }
-
-    fn site(&mut self) -> u32 {
-        *self.sites = self.sites.wrapping_add(1);
-        *self.sites
     }
 }
 
@@ -430,6 +425,6 @@ impl Rollout {
 }
 
 /// What a place that draws lots of 1 to 100 draws for this context.
-pub(super) fn lot(bound: &Bound<'_>, site: u32) -> u32 {
+pub(super) fn lot(bound: &Bound<'_>, site: Site) -> u32 {
     bucket::draw(bound.draw(), site, 100)
 }

@@ -1,6 +1,6 @@
 //! Variants: the values that a flag can take, and who gets which.
 
-use super::bucket::{self, Prefix, VARIANT_SEED};
+use super::bucket::{self, Prefix, Site, VARIANT_SEED};
 use super::context::{Bound, FieldId, Fields, Set};
 use super::problem::{Defect, Part};
 use super::reads::Reads;
@@ -65,7 +65,7 @@ pub(super) struct Lots {
     overrides: Box<[(FieldId, Set, u32)]>,
     pub(super) stickiness: Stickiness,
     prefix: Prefix,
-    site: u32,
+    site: Site,
     /// The last bucket of each variant that has any; the last one's is the number of buckets.
     ends: Box<[(u32, u32)]>,
 }
@@ -81,7 +81,7 @@ pub(super) fn compile(
     source: &[Loose<wire::Variant<'_>>],
     group: &str,
     stickiness: Option<&str>,
-    site: u32,
+    site: Site,
     table: &mut Vec<Variant>,
     fields: &mut Fields,
     defects: &mut Vec<Defect>,

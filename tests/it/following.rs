@@ -113,18 +113,26 @@ async fn a_date_that_comes_is_told_although_nothing_was_changed() {
 
 #[tokio::test]
 async fn lots_are_drawn_once_for_a_stream() {
-    let lots: Vec<_> = (0..32)
+    let mut lots: Vec<_> = (0..64)
         .map(|n| {
             let half = json!({ "rollout": "50", "stickiness": "random", "groupId": n.to_string() });
             flag(&format!("lot-{n}"), &[json!({ "name": "flexibleRollout", "parameters": half })])
         })
         .collect();
+    for child in &mut lots[32..] {
+        child["dependencies"] = json!([{ "feature": "parent" }]);
+    }
+    lots.push(flag("parent", &[everybody()]));
     let parapet = Local::offline(&text(&lots)).await;
     let mut events = follow(&parapet, "", None).await;
     next(&mut events).await;
-    write(&parapet, &[&lots[..], &[flag("new", &[everybody()])]].concat());
-    let (_, _, told, removed) = next(&mut events).await;
-    assert_eq!((told, removed.len()), (vec!["new".to_owned()], 0));
+    for (name, segments) in [("a", json!([])), ("b", json!([{ "id": 1, "constraints": [] }]))] {
+        lots.push(flag(name, &[everybody()]));
+        let all = json!({ "version": 2, "features": lots, "segments": segments }).to_string();
+        std::fs::write(parapet.flags_file(), all).unwrap();
+        let (_, _, told, removed) = next(&mut events).await;
+        assert_eq!((told, removed.len()), (vec![name.to_owned()], 0));
+    }
 }
 
 #[tokio::test]
