@@ -6,10 +6,11 @@
 //! nothing itself: it only puts what it is told into order and words. It costs far more than
 //! evaluating and is not for the request path.
 
-use std::fmt::Write as _;
+mod words;
 
+use self::words::{in_list, quoted};
 use super::bucket::Site;
-use super::compile::{self, Dependency};
+use super::compile;
 use super::constraint::{self, Compiled};
 use super::context::{Bound, Context, FieldId, Fields};
 use super::explanation::{
@@ -21,9 +22,6 @@ use super::problem::{Defect, Part};
 use super::strategy::{self, Compiler, Parts, Terms};
 use super::variant::{self, Stickiness};
 use crate::wire::features::{self as wire, Document, Loose, Parameters};
-
-/// How many of a list of values a sentence names.
-const NAMED: usize = 8;
 
 /// An engine with the document that it was compiled from, and a context.
 #[derive(Clone, Copy, Debug)]
@@ -63,7 +61,7 @@ impl Case<'_> {
             }
         };
         told.problems = defects.iter().map(ToString::to_string).collect();
-        told.summary = summary(&told);
+        told.summary = words::summary(&told);
         (outcome, told)
     }
 
@@ -195,7 +193,7 @@ impl Case<'_> {
             Some(id) => {
                 let (outcome, explanation) = self.explain(id);
                 told.satisfied = dependency.admits(&self.flags[id.index()], outcome);
-                told.why = parent_in_words(&dependency, &explanation, told.satisfied);
+                told.why = words::parent(&dependency, &explanation, told.satisfied);
                 told.explanation = Some(Box::new(explanation));
                 return told;
             }
@@ -349,7 +347,7 @@ impl Desk<'_, '_, '_> {
                 value_of(self.context, &told.field)
             };
         }
-        told.why = constraint_in_words(&told, &compiled, problem);
+        told.why = words::constraint(&told, &compiled, problem);
         told
     }
 
@@ -433,7 +431,7 @@ impl Desk<'_, '_, '_> {
                 let stickiness = rollout.stickiness;
                 let bucket = rollout.bucket(self.bound);
                 let placement = self.placement(stickiness, group, bucket, 100);
-                let why = share_in_words(&placement, rollout.percent, holds);
+                let why = words::share(&placement, rollout.percent, holds);
                 told.placement = Some(placement);
                 told.percentage = Some(rollout.percent);
                 why
@@ -441,7 +439,7 @@ impl Desk<'_, '_, '_> {
             strategy::Rule::Lottery { percent, site } => {
                 let bucket = Some(strategy::lot(self.bound, *site));
                 let placement = self.placement(Stickiness::FirstOf(&[]), None, bucket, 100);
-                let why = share_in_words(&placement, *percent, holds);
+                let why = words::share(&placement, *percent, holds);
                 told.placement = Some(placement);
                 told.percentage = Some(*percent);
                 why
@@ -449,7 +447,9 @@ impl Desk<'_, '_, '_> {
             strategy::Rule::Users(_) => self.listed(FieldId::USER_ID, holds),
             strategy::Rule::Addresses { .. } => self.listed(FieldId::REMOTE_ADDRESS, holds),
             strategy::Rule::Hosts(_) => match self.bound.hostname() {
-                Some(name) => format!("the host {} is {}", quoted(name), in_list(holds)),
+                Some(name) => {
+                    format!("the host {} is {}", quoted(name), in_list(holds))
+                }
                 None => "the name of the host is not known".to_owned(),
             },
         };
@@ -505,7 +505,7 @@ impl Desk<'_, '_, '_> {
                     let bucket = Some(lots.bucket(self.bound));
                     let placement =
                         self.placement(lots.stickiness, Some(group), bucket, lots.buckets());
-                    let why = format!("{}, which is {given}'s", placement_in_words(&placement));
+                    let why = format!("{}, which is {given}'s", words::placement(&placement));
                     (Choice::Bucket, Some(placement), why)
                 }
             }
@@ -548,147 +548,6 @@ fn value_of(context: &Context<'_>, name: &str) -> Option<String> {
     let mut fields = Fields::new();
     let field = fields.intern(name);
     fields.read(context).text(field).map(str::to_owned)
-}
-
-// Words.
-
-fn quoted(text: &str) -> String {
-    format!("`{text}`")
-}
-
-fn in_list(holds: bool) -> &'static str {
-    if holds { "in the list" } else { "not in the list" }
-}
-
-/// The first of some texts, and how many more there are.
-fn listed(texts: &[String]) -> String {
-    let named: Vec<String> = texts.iter().take(NAMED).map(|text| quoted(text)).collect();
-    match texts.len().saturating_sub(NAMED) {
-        0 => named.join(", "),
-        more => format!("{} and {more} more", named.join(", ")),
-    }
-}
-
-fn summary(told: &Explanation) -> String {
-    let because = match told.decision {
-        Decision::Unreadable => "its definition cannot be read".to_owned(),
-        Decision::Switch => "it is switched off in this environment".to_owned(),
-        Decision::Parent { index } => told.parents[index].why.clone(),
-        Decision::Everybody => "it has no strategies, so it is on for everybody".to_owned(),
-        Decision::Strategy { index } => {
-            let Strategy { name, title, why, .. } = &told.strategies[index];
-            let called = title.as_ref().unwrap_or(name);
-            format!("strategy {} ({}) {why}", index + 1, quoted(called))
-        }
-        Decision::NoStrategy if told.strategies.is_empty() => {
-            "its list of strategies cannot be read".to_owned()
-        }
-        Decision::NoStrategy => "no strategy matches".to_owned(),
-    };
-    let verdict = match &told.variant {
-        Some(variant) => format!("on with the variant {}", quoted(&variant.name)),
-        None if told.enabled => "on".to_owned(),
-        None => "off".to_owned(),
-    };
-    format!("{} is {verdict}: {because}", quoted(&told.flag))
-}
-
-fn parent_in_words(dependency: &Dependency<'_>, parent: &Explanation, satisfied: bool) -> String {
-    let state = match &parent.variant {
-        Some(variant) => format!("on with the variant {}", quoted(&variant.name)),
-        None if parent.enabled => "on without a variant".to_owned(),
-        None => "off".to_owned(),
-    };
-    let names: Vec<String> = dependency.variants.iter().map(ToString::to_string).collect();
-    let wanted = match (dependency.enabled, &names[..]) {
-        (false, _) => "off".to_owned(),
-        (true, []) => "on".to_owned(),
-        (true, names) => format!("on with one of {}", listed(names)),
-    };
-    let so = if satisfied { "and is" } else { "but is" };
-    format!("parent {} has to be {wanted} {so} {state}", quoted(&parent.flag))
-}
-
-fn constraint_in_words(told: &Constraint, compiled: &Compiled, problem: Option<String>) -> String {
-    let phrase = match told.operator.as_str() {
-        "IN" => "is one of",
-        "NOT_IN" => "is none of",
-        "STR_STARTS_WITH" => "starts with one of",
-        "STR_ENDS_WITH" => "ends with one of",
-        "STR_CONTAINS" => "contains one of",
-        "NUM_EQ" => "is the number",
-        "NUM_GT" => "is a number greater than",
-        "NUM_GTE" => "is a number not less than",
-        "NUM_LT" => "is a number less than",
-        "NUM_LTE" => "is a number not greater than",
-        "SEMVER_EQ" => "is the version",
-        "SEMVER_GT" => "is a version after",
-        "SEMVER_GTE" => "is a version not before",
-        "SEMVER_LT" => "is a version before",
-        "SEMVER_LTE" => "is a version not after",
-        "DATE_AFTER" => "is after",
-        "DATE_BEFORE" => "is before",
-        "REGEX" => "matches",
-        "IN_CIDR" => "is an address in one of",
-        other => other,
-    };
-    let subject = if constraint::is_of_time(&told.operator) {
-        "the time".to_owned()
-    } else {
-        quoted(&told.field)
-    };
-    let values = if told.values.is_empty() { "nothing".to_owned() } else { listed(&told.values) };
-    let mut words = format!("{subject} {phrase} {values}");
-    if told.case_insensitive {
-        words.push_str(", ignoring case");
-    }
-    if told.inverted {
-        words = format!("not ({words})");
-    }
-    match &told.context_value {
-        Some(value) => {
-            let _ = write!(words, "; it is {}", quoted(value));
-        }
-        None => words.push_str("; it is not given"),
-    }
-    let verdict = match (compiled, told.holds) {
-        (Compiled::Always, _) => "this always holds",
-        (Compiled::Never, _) => "this never holds",
-        (Compiled::Test(_), true) => "this holds",
-        (Compiled::Test(_), false) => "this does not hold",
-    };
-    match problem {
-        Some(problem) if told.operator.is_empty() => problem,
-        Some(problem) => format!("{words}; {verdict}: {problem}"),
-        None => format!("{words}; {verdict}"),
-    }
-}
-
-fn placement_in_words(placement: &Placement) -> String {
-    let Placement { stickiness, field, value, group, bucket, buckets, .. } = placement;
-    match (bucket, field, value) {
-        (None, ..) => format!("the context lacks {}, which it takes", quoted(stickiness)),
-        (Some(bucket), Some(field), Some(value)) => {
-            let group = group.as_deref().unwrap_or_default();
-            format!(
-                "{} {} of group {} is in bucket {bucket} of {buckets}",
-                quoted(field),
-                quoted(value),
-                quoted(group)
-            )
-        }
-        (Some(bucket), ..) => format!("the lot drawn is bucket {bucket} of {buckets}"),
-    }
-}
-
-fn share_in_words(placement: &Placement, percent: u32, holds: bool) -> String {
-    let place = placement_in_words(placement);
-    let share = match (placement.bucket, holds) {
-        (None, _) => return place,
-        (Some(_), true) => "within",
-        (Some(_), false) => "beyond",
-    };
-    format!("{place}, {share} the rollout's {percent} %")
 }
 
 #[cfg(test)]
