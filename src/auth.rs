@@ -12,7 +12,10 @@ mod verdicts;
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -100,6 +103,8 @@ struct Inner {
     tally: Tally,
     /// Told when upstream's list is to be read before its time.
     relist: Notify,
+    /// Whether upstream has not answered what it was asked last about tokens.
+    unanswered: AtomicBool,
 }
 
 impl Authenticator {
@@ -115,6 +120,7 @@ impl Authenticator {
             queue: Queue::default(),
             tally: Tally::new(),
             relist: Notify::new(),
+            unanswered: AtomicBool::new(false),
             authority,
             config,
         }))
@@ -346,7 +352,7 @@ impl Inner {
 
     /// Asks about `tokens` and tells those who wait.
     async fn settle(&self, issuer: &Issuer, tokens: &[Token]) {
-        let judged = issuer.judge(tokens).await;
+        let judged = self.judge(issuer, tokens).await;
         let now = Timestamp::now();
         for token in tokens {
             let digest = token.digest();
@@ -384,7 +390,7 @@ impl Inner {
             let due = self.verdicts.unconfirmed_since(Timestamp::now() - age);
             let denied_before = std::mem::take(&mut denied_once);
             for tokens in due.chunks(REVALIDATION_BATCH) {
-                let judged = issuer.judge(tokens).await;
+                let judged = self.judge(issuer, tokens).await;
                 if judged.len() < tokens.len() {
                     pause = REVALIDATION_PAUSE;
                 }
@@ -415,6 +421,48 @@ impl Inner {
                 }
             }
         }
+    }
+
+    /// What upstream says of `tokens`; those of which it says nothing at the moment are left out.
+    ///
+    /// One that validates must be admitted as well: upstream's word on a deleted token stays good
+    /// for long, and a list tells of no token that came and went between two readings.
+    async fn judge(&self, issuer: &Issuer, tokens: &[Token]) -> HashMap<TokenDigest, Judgement> {
+        let valid = match issuer.upstream.validate(tokens).await {
+            Ok(valid) => valid,
+            Err(error) => {
+                if !self.unanswered.swap(true, Ordering::Relaxed) {
+                    warn!(
+                        error = error.report(),
+                        "Cannot ask upstream about tokens; those that are new get a 503"
+                    );
+                }
+                return HashMap::new();
+            }
+        };
+        if self.unanswered.swap(false, Ordering::Relaxed) {
+            info!("Upstream answers about tokens again");
+        }
+        // Upstream has no say about tokens that were not asked for.
+        let mut judged: HashMap<_, _> =
+            tokens.iter().map(|token| (token.digest(), Judgement::Invalid)).collect();
+        let valid = valid.into_iter().filter(|it| judged.contains_key(&it.token.digest()));
+        let probes: Vec<_> = stream::iter(valid.collect::<Vec<_>>())
+            .map(|Validated { token, grant }| async move {
+                let admitted = issuer.upstream.admits(&token, grant.kind).await;
+                (token.digest(), grant, admitted)
+            })
+            .buffer_unordered(PROBES_AT_ONCE)
+            .collect()
+            .await;
+        for (digest, grant, admitted) in probes {
+            match admitted {
+                Ok(true) => drop(judged.insert(digest, Judgement::Valid(grant))),
+                Ok(false) => {}
+                Err(_) => drop(judged.remove(&digest)),
+            }
+        }
+        judged
     }
 
     async fn follow_list(&self, issuer: &Issuer) {
@@ -455,36 +503,6 @@ impl Inner {
 enum Judgement {
     Valid(Grant),
     Invalid,
-}
-
-impl Issuer {
-    /// What upstream says of `tokens`; those of which it says nothing at the moment are left out.
-    ///
-    /// One that validates must be admitted as well: upstream's word on a deleted token stays good
-    /// for long, and a list tells of no token that came and went between two readings.
-    async fn judge(&self, tokens: &[Token]) -> HashMap<TokenDigest, Judgement> {
-        let Ok(valid) = self.upstream.validate(tokens).await else { return HashMap::new() };
-        // Upstream has no say about tokens that were not asked for.
-        let mut judged: HashMap<_, _> =
-            tokens.iter().map(|token| (token.digest(), Judgement::Invalid)).collect();
-        let valid = valid.into_iter().filter(|it| judged.contains_key(&it.token.digest()));
-        let probes: Vec<_> = stream::iter(valid.collect::<Vec<_>>())
-            .map(|Validated { token, grant }| async move {
-                let admitted = self.upstream.admits(&token, grant.kind).await;
-                (token.digest(), grant, admitted)
-            })
-            .buffer_unordered(PROBES_AT_ONCE)
-            .collect()
-            .await;
-        for (digest, grant, admitted) in probes {
-            match admitted {
-                Ok(true) => drop(judged.insert(digest, Judgement::Valid(grant))),
-                Ok(false) => {}
-                Err(_) => drop(judged.remove(&digest)),
-            }
-        }
-        judged
-    }
 }
 
 fn as_span(duration: Duration) -> jiff::SignedDuration {

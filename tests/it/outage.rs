@@ -244,3 +244,28 @@ async fn whatever_upstream_answers_no_flag_is_lost() {
         edge.assert_served().await;
     }
 }
+
+#[tokio::test]
+async fn an_upstream_that_was_never_there_is_told_once() {
+    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", nobody.local_addr().unwrap());
+    drop(nobody);
+    let token = "*:development.0123456789abcdef0123456789abcdef";
+    let parapet = Parapet::edge(&url).flag("--tokens", token).impatient().spawn();
+    let told = "Cannot ask upstream about tokens";
+    let ask = async || {
+        let request = http().get(format!("{}/api/client/features", parapet.url()));
+        Some(request.header("authorization", token).send().await.ok()?.status())
+    };
+    until("upstream is missed", SOON, async || {
+        let is_told = parapet.log().contains(told);
+        (ask().await? == StatusCode::SERVICE_UNAVAILABLE && is_told).then_some(())
+    })
+    .await;
+    for _ in 0..3 {
+        assert_eq!(ask().await, Some(StatusCode::SERVICE_UNAVAILABLE));
+    }
+    let log = parapet.log();
+    assert_eq!(log.matches(told).count(), 1, "{log}");
+    assert!(log.contains("onnection refused") && !log.contains("0123456789abcdef"), "{log}");
+}
