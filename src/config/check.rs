@@ -173,13 +173,15 @@ fn admin_token(s: &mut Settings) -> Option<Token> {
             }
         },
     };
-    match Token::parse(&text) {
-        Ok(token) => Some(token),
-        Err(error) => {
-            s.mistake(key, format!("expected an admin token; {error}"));
-            None
-        }
-    }
+    let reason = match Token::parse(&text) {
+        Ok(token) => match token.environment() {
+            None => return Some(token),
+            Some(environment) => format!("this one is for the environment `{environment}`"),
+        },
+        Err(error) => error.to_string(),
+    };
+    s.mistake(key, format!("expected an admin token; {reason}"));
+    None
 }
 
 fn upstream(s: &mut Settings, identity: &Identity) -> Option<upstream::Config> {
@@ -279,7 +281,7 @@ fn standalone(s: &mut Settings, data_dir: &Path) -> Option<Standalone> {
     let password =
         s.read(&keys::UNLEASH_DEFAULT_ADMIN_PASSWORD, expected, |text| Password::parse(text).ok());
     let location = location(s, data_dir);
-    let event_retention = s.delay(&keys::AUDIT_RETENTION_SECONDS);
+    let event_retention = s.retention(&keys::AUDIT_RETENTION_SECONDS);
     let control = control::Config {
         location: location?,
         seed,

@@ -303,8 +303,8 @@ fn explain_command() -> Command {
     Command::new(EXPLAIN)
         .about("Tell why a flag of a file comes out as it does for somebody")
         .after_help(
-            "Example:\n  parapet explain --flags config/flags.json --flag checkout --user-id 7 \
-             --property plan=gold",
+            "Example:\n  parapet explain --flags config/flags.json --flag demo.checkout-button \
+             --user-id 7",
         )
         .args(given)
         .arg(json.help("Print JSON instead of text"))

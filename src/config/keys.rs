@@ -183,7 +183,7 @@ keys! {
         PORT = one("port").short('p').default("3063");
         /// The IP address that SDKs talk to; `::` is every address, IPv4 too.
         INTERFACE = one("interface").short('i').default("::");
-        /// What precedes every path, as in `/flags`.
+        /// What precedes every path of what SDKs ask, as in `/flags`.
         BASE_PATH = one("base-path").default("");
         /// The port for operators; 0 lets the system choose.
         ADMIN_PORT = one("admin-port").default("3064");
@@ -197,7 +197,7 @@ keys! {
         UPSTREAM_AUTH_HEADER = one("upstream-auth-header").default("authorization");
         /// Do not serve /api/frontend/all and /api/proxy/all.
         DISABLE_ALL_ENDPOINT = switch("disable-all-endpoint");
-        /// Do not serve /internal-backstage/metrics.
+        /// Do not serve /internal-backstage/metrics, nor /metrics on the admin listener.
         DISABLE_METRICS_ENDPOINT = switch("disable-metrics-endpoint");
         /// Do not serve /internal-backstage/metricsbatch.
         DISABLE_METRICS_BATCH_ENDPOINT = switch("disable-metrics-batch-endpoint");
@@ -236,13 +236,15 @@ keys! {
         CORS_MAX_AGE = one("cors-max-age").default("172800");
     }
     Everywhere, "Access": {
-        /// Networks (CIDR) or addresses that alone are served; empty is all.
+        /// Networks (CIDR) or addresses that alone are served what SDKs ask, health and metrics
+        /// included; empty is all.
         ALLOW_LIST = list("allow-list");
-        /// Networks (CIDR) or addresses that are never served.
+        /// Networks (CIDR) or addresses that are never served these.
         DENY_LIST = list("deny-list");
-        /// Believe X-Forwarded-For, and Forwarded where that is absent, whoever sends them.
+        /// Believe X-Forwarded-For, and Forwarded where that is absent: of anybody, or of
+        /// --proxy-trusted-servers alone.
         TRUST_PROXY = switch("trust-proxy");
-        /// Networks (CIDR) or addresses of the proxies whose word on the client's address is
+        /// With --trust-proxy: networks (CIDR) or addresses of the proxies whose word on the client's address is
         /// believed: X-Forwarded-For, else Forwarded; one that sets Forwarded alone has to remove
         /// the client's X-Forwarded-For.
         PROXY_TRUSTED_SERVERS = list("proxy-trusted-servers");
@@ -250,7 +252,7 @@ keys! {
     Everywhere, "Limits": {
         /// The largest request body.
         BODY_LIMIT_BYTES = one("body-limit-bytes").default("2097152");
-        /// How many connections may be open at once.
+        /// How many connections may be open at once, on each listener.
         MAX_CONNECTIONS = one("max-connections").default("20000");
         /// The longest that a client may take to send a request's head.
         HEADER_READ_TIMEOUT_SECONDS = one("header-read-timeout-seconds").default("15");
@@ -278,7 +280,7 @@ keys! {
         /// The name of this instance; a new one at each start when not given.
         INSTANCE_ID = one("instance-id");
         /// Who runs this instance: self-hosted, hosted or enterprise-self-hosted.
-        HOSTING = one("hosting").default("self-hosted");
+        HOSTING = one("hosting").env("EDGE_HOSTING").default("self-hosted");
         /// The region that this instance reports.
         AWS_REGION = one("aws-region");
         /// How long requests are still accepted after readiness was withdrawn.
@@ -293,7 +295,7 @@ keys! {
     Edge, "Upstream": {
         /// The address of the Unleash server, without /api; required.
         UPSTREAM_URL = one("upstream-url").short('u');
-        /// An admin token of upstream; exchanged for one backend token per environment.
+        /// An admin token of upstream (`*:*.…`); exchanged for one backend token per environment.
         UPSTREAM_ADMIN_TOKEN = one("upstream-admin-token").secret();
         /// A file that holds the admin token.
         UPSTREAM_ADMIN_TOKEN_FILE = one("upstream-admin-token-file");
@@ -363,8 +365,8 @@ keys! {
         INIT_CLIENT_API_TOKENS = list("init-client-api-tokens").secret();
         /// Frontend tokens that the first start creates.
         INIT_FRONTEND_API_TOKENS = list("init-frontend-api-tokens").secret();
-        /// The environments that one file of flags serves, besides those that the first tokens
-        /// name.
+        /// The environments that one file of flags serves, besides those that tokens name when the
+        /// server starts.
         FLAG_ENVIRONMENTS = list("flag-environments").default("development");
         /// Where accounts and tokens are kept: postgres://… for instances that share them;
         /// parapet.db in the data dir when not given.

@@ -143,7 +143,9 @@ pub(super) fn commands() -> [Command; 2] {
         )))
         .subcommand(
             Command::new("revoke").about("Delete a token").arg(
+                // One in 64 begins with a hyphen.
                 positional("identifier", "What lists show; `-` reads it, or the token, from stdin")
+                    .allow_hyphen_values(true)
                     .required(true),
             ),
         );

@@ -235,13 +235,19 @@ impl Settings {
 
     /// A time that may be none at all.
     pub(super) fn delay(&mut self, key: &Key) -> Duration {
-        self.value(key, "a number of seconds", seconds)
+        self.value(key, "a number of seconds, at most a year", |text| seconds(text, LONGEST_WAIT))
+    }
+
+    /// How long something is kept.
+    pub(super) fn retention(&mut self, key: &Key) -> Duration {
+        let expected = "a number of seconds, at most a hundred years";
+        self.value(key, expected, |text| seconds(text, LONGEST_KEPT))
     }
 
     /// A time that must pass.
     pub(super) fn interval(&mut self, key: &Key) -> Duration {
-        self.value(key, "a number of seconds above 0", |text| {
-            seconds(text).filter(|time| !time.is_zero())
+        self.value(key, "a number of seconds above 0, at most a year", |text| {
+            seconds(text, LONGEST_WAIT).filter(|time| !time.is_zero())
         })
     }
 
@@ -319,11 +325,14 @@ fn yes_or_no(text: &str) -> Option<bool> {
     }
 }
 
-/// A year, in seconds: beyond every use and below every overflow of a clock.
-const LONGEST: f64 = 366.0 * 86_400.0;
+/// A year, in seconds: longer than anything is waited for, and below what timers can wait.
+const LONGEST_WAIT: f64 = 366.0 * 86_400.0;
+
+/// A hundred years, in seconds: longer than anything is kept, and below every overflow of a clock.
+const LONGEST_KEPT: f64 = 100.0 * LONGEST_WAIT;
 
 /// Seconds, whole or decimal.
-fn seconds(text: &str) -> Option<Duration> {
+fn seconds(text: &str, most: f64) -> Option<Duration> {
     let seconds: f64 = text.parse().ok()?;
-    (0.0..=LONGEST).contains(&seconds).then(|| Duration::from_secs_f64(seconds))
+    (0.0..=most).contains(&seconds).then(|| Duration::from_secs_f64(seconds))
 }

@@ -344,6 +344,45 @@ fn an_admin_token_comes_from_an_option_or_a_file_but_not_both() {
 }
 
 #[test]
+fn an_identifier_may_begin_with_a_hyphen() {
+    for line in ["token revoke -QRSb0aB --data-dir d", "token revoke --data-dir d -dRSb0aB"] {
+        let Ok(Command::Manage(manage)) = parse(line, &[]) else { panic!("{line}") };
+        assert!(format!("{manage:?}").contains("RSb0aB"), "{manage:?}");
+    }
+}
+
+#[test]
+fn a_token_of_one_environment_is_no_admin_token() {
+    let told = mistakes(EDGE, &[("UPSTREAM_ADMIN_TOKEN", TOKEN)]);
+    assert!(
+        told[0].contains("expected an admin token; this one is for the environment"),
+        "{told:?}"
+    );
+    assert!(!told[0].contains(TOKEN), "{told:?}");
+    let personal = edge(EDGE, &[("UPSTREAM_ADMIN_TOKEN", "user:0123456789abcdef0123456789abcdef")]);
+    assert!(matches!(personal.credentials, Credentials::Admin { .. }));
+}
+
+#[test]
+fn what_is_kept_may_be_kept_for_longer_than_anything_is_waited_for() {
+    let seven_years = "220898664";
+    let audit = |text: &str| mistakes("standalone", &[("AUDIT_RETENTION_SECONDS", text)]);
+    let kept = config("standalone", &[("AUDIT_RETENTION_SECONDS", seven_years)]);
+    assert!(format!("{kept:?}").contains("event_retention: Some(220898664s)"), "{kept:?}");
+    assert!(audit("1e10")[0].contains("at most a hundred years"));
+    let interval = mistakes(EDGE, &[("METRICS_INTERVAL_SECONDS", seven_years)]);
+    assert!(interval[0].contains("at most a year"), "{interval:?}");
+}
+
+#[test]
+fn what_is_checked_is_shown_with_what_a_start_warns_of() {
+    let both = [("UPSTREAM_ADMIN_TOKEN", ADMIN), ("TOKENS", TOKEN)];
+    let shown = shown(&format!("{EDGE} --check-config"), &both);
+    assert!(shown.starts_with("# Warning: --tokens has no effect beside"), "{shown}");
+    assert!(shown.parse::<toml::Table>().is_ok(), "{shown}");
+}
+
+#[test]
 fn an_edge_without_credentials_says_what_it_will_do() {
     let warnings = config(EDGE, &[]).warnings;
     assert!(warnings[0].contains("first of its SDK tokens"), "{warnings:?}");
@@ -448,9 +487,10 @@ fn sample(comment: &str) -> String {
     let mut text = String::from(
         "# Parapet's configuration: every key with its default.\n\
          #\n\
-         # Each may also be a flag (`--upstream-url`) or a variable (`UPSTREAM_URL`); flags win over\n\
-         # the environment, the environment over this file. An empty text is no value. Times are in\n\
-         # seconds, whole or decimal. `parapet --check-config` shows what is in effect.\n",
+         # Each may also be a flag (`--upstream-url`) or a variable (`UPSTREAM_URL`; of log, flags and\n\
+         # hosting `RUST_LOG`, `PARAPET_FLAGS` and `EDGE_HOSTING`); flags win over the environment,\n\
+         # the environment over this file. An empty text is no value. Times are in seconds, whole or\n\
+         # decimal. `parapet --check-config` shows what is in effect.\n",
     );
     let mut heading = "";
     for key in KEYS.iter().filter(|key| is_in_file(key)) {
@@ -489,7 +529,8 @@ fn the_sample_file_changes_nothing_when_its_comments_are_taken_away() {
     ] {
         let values = |line: &str| -> Vec<String> {
             let shown = shown(&format!("{line} --check-config"), env);
-            let values = shown.lines().skip(1).filter_map(|line| line.split(" # ").next());
+            let lines = shown.lines().filter(|line| !line.starts_with('#'));
+            let values = lines.filter_map(|line| line.split(" # ").next());
             values.map(str::to_owned).collect()
         };
         assert_eq!(values(line), values(&format!("{line} --config {path}")));
