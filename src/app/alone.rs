@@ -55,13 +55,16 @@ pub(super) async fn standalone(
     let seeded = !standalone.control.seed.is_empty();
     let (control, opened) = Control::open(standalone.control).await?;
     let given = control.grants();
-    let mut served = environments(&given);
-    served.extend(standalone.environments);
+    let named = environments(&given);
+    let served = named.iter().cloned().chain(standalone.environments).collect();
     let files = Files::new(standalone.flags, served, snapshots.clone(), None);
     let mut plan = plan("standalone", files, given, store, latch).await?;
     let (deliver, deliveries) = mpsc::channel(DELIVERIES);
     plan.sink = Sink::Registry(deliver);
     plan.control = Some((control, deliveries));
+    for environment in named.difference(&snapshots.environments()) {
+        warn!(%environment, "There are tokens for an environment that no file has flags of");
+    }
     if seeded && matches!(opened.tokens, FoundTokens::Existing) {
         warn!("INIT_*_API_TOKENS are ignored: the registry has tokens already");
     }

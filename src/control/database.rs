@@ -5,6 +5,7 @@
 
 use std::{
     fmt,
+    io::ErrorKind,
     path::{Path, PathBuf},
     str::FromStr as _,
     time::Duration,
@@ -17,7 +18,7 @@ use sqlx::{
     any::{AnyConnectOptions, AnyPoolOptions},
     postgres::{PgConnectOptions, PgListener},
 };
-use tokio::fs::OpenOptions;
+use tokio::{fs::OpenOptions, time::timeout};
 use zeroize::Zeroizing;
 
 use super::{
@@ -125,7 +126,15 @@ impl Database {
             .max_connections(CONNECTIONS)
             .acquire_timeout(PATIENCE)
             .after_connect(move |connection, _| Box::pin(prepare(connection, dialect)));
-        let pool = options.connect_with(quiet(&url)?).await?;
+        let url_options = quiet(&url)?;
+        if let Dialect::Postgres = dialect {
+            // The pool tries until its patience ends, and then tells that and not the reason.
+            let connection = timeout(PATIENCE, AnyConnection::connect_with(&url_options)).await;
+            let connection =
+                connection.unwrap_or_else(|_| Err(sqlx::Error::Io(ErrorKind::TimedOut.into())));
+            connection.map_err(Error::Unreachable)?.close().await?;
+        }
+        let pool = options.connect_with(url_options).await?;
         let database = Self { pool, dialect, url };
         let mut transaction = database.write(Lane::Control).await?;
         migrations::migrate(&mut transaction, dialect).await?;
@@ -264,7 +273,7 @@ async fn prepare(connection: &mut AnyConnection, dialect: Dialect) -> Result<(),
 fn sqlite_url(path: &Path) -> Result<String, Error> {
     let not_text = || {
         let reason = "its path is not valid UTF-8";
-        Error::File(path.to_owned(), std::io::Error::new(std::io::ErrorKind::InvalidInput, reason))
+        Error::File(path.to_owned(), std::io::Error::new(ErrorKind::InvalidInput, reason))
     };
     let path = path.to_str().ok_or_else(not_text)?;
     Ok(format!("sqlite:{}?mode=rw", utf8_percent_encode(path, NON_ALPHANUMERIC)))

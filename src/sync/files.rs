@@ -24,7 +24,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 use super::publish::publish;
 use crate::{
-    snapshot::Snapshots,
+    snapshot::{Served, Snapshots},
     telemetry::report,
     token::{Environment, Projects, Scope},
     wire::features::Document,
@@ -122,6 +122,11 @@ impl Files {
         let (found, documents) = found.map_err(|source| Error::Panic { source })??;
         let before = self.environments_in(memory);
         let now = self.environments_in(&found);
+        if documents.is_some() {
+            // Files alone say what there is; an environment without one has nothing to wait for.
+            let served = self.snapshots.environments().union(&now).cloned().collect();
+            self.snapshots.limit(&Served::Only(served));
+        }
         for (path, document) in documents.unwrap_or_default() {
             let document = Arc::new(document);
             for environment in self.environments_of(&path) {

@@ -94,6 +94,32 @@ async fn the_first_start_prints_tokens_once_with_commands_that_work() {
     assert!(curl_lines(&later).is_empty() && !later.contains(client.split_once('.').unwrap().1));
 }
 
+#[tokio::test]
+async fn a_token_of_an_environment_without_flags_is_told_so() {
+    let home = Home::new();
+    let folder = home.folder.path().join("flags");
+    std::fs::create_dir(&folder).unwrap();
+    std::fs::copy(home.flags(), folder.join("production.json")).unwrap();
+    let parapet = Parapet::mode("standalone").flag("--flags", &folder).start().await;
+    let told = "There are tokens for an environment that no file has flags of";
+    let log = until("the operator is told", Duration::from_secs(10), async || {
+        Some(parapet.log()).filter(|log| log.contains(told) && curl_lines(log).len() == 3)
+    })
+    .await;
+    let [client, frontend, _] = printed_tokens(&log);
+    for (path, token) in [("/api/client/features", &client), ("/api/frontend", &frontend)] {
+        let (status, answer) = parapet.get(path, token).await;
+        assert_eq!(status, StatusCode::FORBIDDEN);
+        assert!(answer["message"].as_str().unwrap().contains("does not serve the environment"));
+    }
+    std::fs::copy(home.flags(), folder.join("development.json")).unwrap();
+    until("the new file is served", Duration::from_secs(10), async || {
+        let (status, _) = parapet.get("/api/client/features", &client).await;
+        (status == StatusCode::OK).then_some(())
+    })
+    .await;
+}
+
 fn contains(bytes: &[u8], text: &str) -> bool {
     bytes.windows(text.len()).any(|window| window == text.as_bytes())
 }
@@ -216,6 +242,18 @@ fn a_data_folder_that_cannot_be_used_ends_the_start_with_1() {
     let told = String::from_utf8(output.stderr).unwrap();
     assert_eq!((output.status.code(), told.lines().count()), (Some(1), 1), "{told}");
     assert!(told.contains("flags.json"), "{told}");
+}
+
+#[test]
+fn a_database_that_is_not_there_is_told_with_the_reason() {
+    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("postgres://u:a-password@{}/db", nobody.local_addr().unwrap());
+    drop(nobody);
+    let output = run(&["--flags=flags.json", "--database-url", &url], &[]);
+    let told = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    assert!(told.contains("cannot be reached") && told.contains("refused"), "{told}");
+    assert!(!told.contains("a-password"), "{told}");
 }
 
 /// The binary in a folder with a file of flags.

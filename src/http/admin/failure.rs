@@ -27,6 +27,7 @@ impl From<Error> for Failure {
             | Error::Newer { .. }
             | Error::Migration(_)
             | Error::File(..)
+            | Error::Unreachable(_)
             | Error::Database(_) => {
                 error!(error = report(&error), "The control plane cannot use its database");
                 let what = "the database of accounts and tokens does not answer";
