@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use jiff::Timestamp;
-use metrics::{Unit, describe_gauge, gauge};
+use metrics::{Unit, describe_counter, describe_gauge, gauge};
 use metrics_exporter_prometheus::PrometheusHandle;
 
 use super::{
@@ -36,6 +36,7 @@ impl Ops {
     ) -> Self {
         describe_gauge!(AGE, Unit::Seconds, "Time since the source last confirmed the flags");
         describe_gauge!(REVISION, "The source's own number of the flags' state");
+        describe_counter!("parapet_snapshot_swaps_total", "How often other flags were served");
         describe_gauge!(FLAGS, "Flags in the environment");
         describe_gauge!(PROBLEMS, "Malformed parts of flags; each never matches");
         Self { readiness, registry, snapshots, requests }
