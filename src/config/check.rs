@@ -86,7 +86,12 @@ pub(super) fn probe(mut settings: Settings, question: Question) -> Result<Probe,
     let edge_url = if s.has(&keys::EDGE_URL) {
         s.read(&keys::EDGE_URL, HTTP_URL, http_url)
     } else {
-        http_url(&format!("http://localhost:{port}"))
+        let listens = SocketAddr::new(interface(s, &keys::INTERFACE), port);
+        http_url(&if listens.ip().is_unspecified() {
+            format!("http://localhost:{port}")
+        } else {
+            format!("http://{listens}")
+        })
     };
     Mistakes::none_in(settings.mistakes)?;
     let mut url = edge_url.expect("an address that cannot be read is a mistake");
@@ -481,7 +486,7 @@ fn required<T>(
 }
 
 const HTTP_URL: &str =
-    "an http or https address without a user, as in `https://unleash.example.com`";
+    "an http or https address without user or query, as in `https://unleash.example.com`";
 const FILE: &str = "a file that exists";
 const HEADER_NAME: &str = "the name of a header";
 const NETWORKS: &str = "networks or addresses, as in `10.0.0.0/8`";

@@ -4,7 +4,10 @@
 
 use std::ffi::OsString;
 
-use clap::{Arg, ArgAction, ArgMatches, Command, error::ErrorKind};
+use clap::{
+    Arg, ArgAction, ArgMatches, Command,
+    error::{ContextKind, ContextValue, ErrorKind},
+};
 use jiff::Timestamp;
 
 use super::{
@@ -137,11 +140,8 @@ pub(super) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Line, Mi
                 ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
                     Ok(Line::Show(error.render().to_string()))
                 }
-                _ => Err(Mistake {
-                    place: "command line".to_owned(),
-                    reason: without_tokens(&error.render().to_string(), &args),
-                }
-                .into()),
+                _ => Err(Mistake { place: "command line".to_owned(), reason: told(&error, &args) }
+                    .into()),
             };
         }
     };
@@ -355,7 +355,34 @@ fn explain(above: &ArgMatches, own: &ArgMatches) -> Result<Explain, Mistakes> {
     })
 }
 
-/// Clap repeats what it does not understand, which may be a misplaced token.
+/// What is wrong with a command line.
+///
+/// Clap repeats what it does not understand, which may be a misplaced token or password.
+fn told(error: &clap::Error, args: &[OsString]) -> String {
+    if error.kind() == ErrorKind::UnknownArgument
+        && let Some(ContextValue::String(found)) = error.get(ContextKind::InvalidArg)
+    {
+        let is_plain = !found.starts_with('-');
+        if is_plain && args.iter().any(|arg| arg == "account") {
+            return "one argument is too many, which is not repeated here: passwords are given by \
+                    --password-file"
+                .to_owned();
+        }
+        if let Some(told) = found.strip_prefix("--").and_then(belongs_elsewhere) {
+            return told;
+        }
+    }
+    without_tokens(&error.render().to_string(), args)
+}
+
+/// Whose a setting is that was written for another command.
+fn belongs_elsewhere(name: &str) -> Option<String> {
+    let key = KEYS.iter().find(|key| key.name == name)?;
+    let verbs = Verb::ALL.iter().filter(|verb| key.scope.concerns(verb.scope()));
+    let verbs: Vec<_> = verbs.map(|verb| format!("`parapet {}`", verb.name())).collect();
+    Some(format!("`--{name}` belongs to {}", verbs.join(" and ")))
+}
+
 fn without_tokens(message: &str, args: &[OsString]) -> String {
     let message = message.trim().trim_start_matches("error: ").to_owned();
     args.iter().filter_map(|arg| arg.to_str()).fold(message, |message, arg| {

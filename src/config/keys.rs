@@ -389,7 +389,8 @@ keys! {
         USAGE_RETENTION_SECONDS = one("usage-retention-seconds").default("2592000");
     }
     Probe, "Probe": {
-        /// The instance to ask; localhost and --port when not given.
+        /// The instance to ask; --interface, or localhost where that is every address, and --port when
+        /// not given.
         EDGE_URL = one("edge-url").short('e');
         /// A certificate authority (PEM) to trust besides the platform's.
         CA_CERTIFICATE_FILE = one("ca-certificate-file").short('c');

@@ -217,8 +217,9 @@ impl Settings {
     }
 
     fn refuse(&mut self, key: &Key, expected: &str, text: &str) {
-        // A token, or an address with a password, in the wrong place is no reason to print it.
-        let repeatable = !key.secret && Token::parse(text).is_err() && !text.contains('@');
+        // A token, or an address with a password or a key, in the wrong place is no reason to print
+        // it.
+        let repeatable = !key.secret && Token::parse(text).is_err() && !text.contains(['@', '?']);
         let but = if repeatable { format!(", not `{text}`") } else { String::new() };
         self.mistake(key, format!("expected {expected}{but}"));
     }

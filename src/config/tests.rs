@@ -344,6 +344,43 @@ fn an_admin_token_comes_from_an_option_or_a_file_but_not_both() {
 }
 
 #[test]
+fn what_belongs_to_another_command_is_told_by_its_name() {
+    for (line, expect) in [
+        ("--upstream-url http://u", "`--upstream-url` belongs to `parapet edge`"),
+        ("offline --tokens x", "`--tokens` belongs to `parapet edge`"),
+        (&format!("{EDGE} --metrics-interval-second 7"), "--metrics-interval-seconds"),
+        ("edge --flag-environments=x", "`--flag-environments` belongs to `parapet standalone`"),
+        ("health --tokens x", "`--tokens` belongs to `parapet edge`"),
+    ] {
+        let told = mistakes(line, &[]);
+        assert!(told[0].contains(expect), "{line}: {told:?}");
+    }
+}
+
+#[test]
+fn a_password_in_the_wrong_place_is_not_repeated() {
+    for line in ["account add bob Pa55word-in-clear", "account password bob Pa55word-in-clear"] {
+        let told = mistakes(line, &[]);
+        assert!(told[0].contains("--password-file") && !told[0].contains("Pa55"), "{told:?}");
+    }
+    let told = mistakes("edge -u http://u/?key=Pa55word-in-clear", &[]);
+    assert!(told[0].contains("without user or query") && !told[0].contains("Pa55"), "{told:?}");
+}
+
+#[test]
+fn a_probe_asks_where_the_instance_listens() {
+    for (line, expect) in [
+        ("health", "http://localhost:3063/internal-backstage/health"),
+        ("health -i 0.0.0.0 -p 7", "http://localhost:7/internal-backstage/health"),
+        ("ready -i 127.0.0.2", "http://127.0.0.2:3063/internal-backstage/ready"),
+        ("ready -i ::1 --base-path /x", "http://[::1]:3063/x/internal-backstage/ready"),
+    ] {
+        let Ok(Command::Probe(probe)) = parse(line, &[]) else { panic!("{line}") };
+        assert_eq!(probe.url.as_str(), expect);
+    }
+}
+
+#[test]
 fn an_identifier_may_begin_with_a_hyphen() {
     for line in ["token revoke -QRSb0aB --data-dir d", "token revoke --data-dir d -dRSb0aB"] {
         let Ok(Command::Manage(manage)) = parse(line, &[]) else { panic!("{line}") };
