@@ -55,7 +55,7 @@ pub(crate) const GROUPS: [Group; 4] = [
 
 const INTRODUCTION: &str = "\
 Parapet's engine beside yggdrasil, which evaluates in Unleash Edge and many SDKs, over the same flags\n\
-in one process, each in its turn; medians by criterion. Made by\n";
+in one process, each in its turn; medians of criterion's samples. Made by\n";
 
 /// A benchmark, and how many nanoseconds once took with each engine.
 struct Pair {
@@ -114,8 +114,8 @@ fn time(folder: &Path, since: SystemTime) -> Result<Option<f64>> {
         times: Vec<f64>,
     }
     let file = folder.join("new/sample.json");
-    let is_new = |file: &Path| Ok::<_, std::io::Error>(fs::metadata(file)?.modified()? >= since);
-    if !is_new(&file).unwrap_or(false) {
+    let written = fs::metadata(&file).and_then(|it| it.modified());
+    if !written.is_ok_and(|it| it >= since) {
         return Ok(None);
     }
     let Samples { iters, times } = serde_json::from_slice(&fs::read(&file)?)?;
