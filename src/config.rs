@@ -71,21 +71,16 @@ impl Command {
         };
         let settings = Settings::gather(verb, flags, variable);
         let effective = settings.to_toml();
-        let (command, warnings) = match verb {
-            Verb::Serve(role) => {
-                let config = Box::new(check::config(settings, role)?);
-                let warnings = config.warnings.clone();
-                (Self::Run(config), warnings)
-            }
-            Verb::Ask(question) => (Self::Probe(check::probe(settings, question)?), Vec::new()),
+        let command = match verb {
+            Verb::Serve(role) => Self::Run(Box::new(check::config(settings, role)?)),
+            Verb::Ask(question) => Self::Probe(check::probe(settings, question)?),
         };
-        Ok(match purpose {
-            Purpose::Run => command,
-            Purpose::Print => {
-                let warnings = warnings.iter().map(|it| format!("# Warning: {it}\n"));
-                Self::Show(warnings.chain([effective]).collect())
-            }
-        })
+        if purpose == Purpose::Run {
+            return Ok(command);
+        }
+        let warnings = if let Self::Run(config) = &command { &config.warnings[..] } else { &[] };
+        let warnings = warnings.iter().map(|it| format!("# Warning: {it}\n"));
+        Ok(Self::Show(warnings.chain([effective]).collect()))
     }
 }
 
