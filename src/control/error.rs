@@ -60,8 +60,8 @@ pub enum Error {
     /// The file of the database cannot be opened or made.
     #[error("the control plane's database {} cannot be opened", .0.display())]
     File(PathBuf, #[source] std::io::Error),
-    /// The database cannot be reached.
-    #[error("the control plane's database cannot be reached")]
+    /// There is no first connection to the database.
+    #[error("cannot connect to the control plane's database")]
     Unreachable(#[source] sqlx::Error),
     /// The database failed.
     #[error("the database of the control plane failed")]

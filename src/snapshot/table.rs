@@ -45,7 +45,7 @@ impl Table {
         Some(value)
     }
 
-    /// Puts a key with its value in the place of another that has come since, or has come once.
+    /// Puts a key with its value where the last stands that came to its place and was not asked for.
     pub(super) fn put(&self, key: u128, value: u128) {
         let places = self.0.get_or_init(|| (0..PLACES).map(|_| Place::default()).collect());
         places[index(key)].comes.put(key, value);
