@@ -35,19 +35,17 @@ pub(super) struct Turn {
 /// No request has come, or nobody knows how long its body is, or it does not matter.
 const UNKNOWN: u64 = u64::MAX;
 
-/// The service has not answered; it has, with all that there will be; hyper writes that; it is sent.
-const UNANSWERED: u8 = 0;
-const ANSWERED: u8 = 1;
-const WRITTEN: u8 = 2;
-const SENT: u8 = 3;
+/// Hyper has been given a request; it has asked the service; which has answered, with all that there
+/// will be; hyper writes that; it is sent.
+const GIVEN: u8 = 0;
+const ASKED: u8 = 1;
+const ANSWERED: u8 = 2;
+const WRITTEN: u8 = 3;
+const SENT: u8 = 4;
 
 impl Default for Turn {
     fn default() -> Self {
-        Self {
-            body: AtomicU64::new(UNKNOWN),
-            stage: AtomicU8::new(UNANSWERED),
-            words: Mutex::default(),
-        }
+        Self { body: AtomicU64::new(UNKNOWN), stage: AtomicU8::new(ASKED), words: Mutex::default() }
     }
 }
 
@@ -55,15 +53,20 @@ impl Turn {
     /// Hyper is given a request, whose answer is to be remembered by `words`.
     pub(super) fn begin(&self, words: Option<Words>) {
         self.body.store(UNKNOWN, Relaxed);
-        self.stage.store(UNANSWERED, Relaxed);
+        self.stage.store(GIVEN, Relaxed);
         // A panic under this lock cannot leave a part of it.
         *self.words.lock().unwrap_or_else(PoisonError::into_inner) = words;
     }
 
     /// The service is asked by hyper; by which the answer is to be remembered.
+    ///
+    /// A second time it is so about a request that came in one piece with the first. Nobody has seen
+    /// where that ended, so that what follows could be its body, and would look like a request.
     pub(super) fn asked<B: Body>(&self, request: &Request<B>) -> Option<Words> {
+        let is_first = self.stage.load(Relaxed) == GIVEN;
+        self.stage.store(ASKED, Relaxed);
         let body = match request.body().size_hint().exact() {
-            Some(length) if leaves_nothing(request) => length,
+            Some(length) if is_first && leaves_nothing(request) => length,
             _ => UNKNOWN,
         };
         self.body.store(body, Relaxed);

@@ -247,6 +247,31 @@ fn what_comes_a_third_time_is_answered_without_the_service() {
     assert_eq!(spared(&[first.to_vec(), second.to_vec()]), 0);
 }
 
+/// A body whose end has the words of another client's request, sent so that from the end of the first
+/// head to there it is as long as it says: as if one request had come with all of its body.
+#[test]
+fn the_body_of_a_second_request_in_one_piece_is_no_request() {
+    let victim = get(&format!("/{}", "a".repeat(99)));
+    let begun = b"so far";
+    let length = begun.len() + victim.len();
+    let head = |x: &str| {
+        format!("POST /read HTTP/1.1\r\nhost: a\r\nx: {x}\r\ncontent-length: {length}\r\n\r\n")
+    };
+    let head = head(&"x".repeat(victim.len() - head("").len()));
+    let script = [[&get("/b"), head.as_bytes(), begun].concat(), victim.clone(), get("/b")];
+    // Whether it was asked often enough to be remembered by then, or is remembered already.
+    for asked_before in [1, 2] {
+        let (with, without) = (protocol(&Library::of(true)), protocol(&Library::of(false)));
+        let told = |protocol, pieces: &[_]| paused().block_on(told(protocol, pieces, 1 << 20));
+        let honest = told(&without, std::slice::from_ref(&victim));
+        for _ in 0..asked_before {
+            assert_eq!(told(&with, std::slice::from_ref(&victim)), honest);
+        }
+        assert_eq!(told(&with, &script), told(&without, &script));
+        assert_eq!(told(&with, std::slice::from_ref(&victim)), honest);
+    }
+}
+
 #[test]
 fn other_words_from_elsewhere_and_what_no_longer_holds_are_asked_anew() {
     let library = Library::of(true);
