@@ -69,10 +69,10 @@ impl Proxies {
 /// The addresses that the headers tell, the client's first; `None` for one that cannot be read.
 fn hops(headers: &HeaderMap) -> Vec<Option<IpAddr>> {
     if headers.contains_key(X_FORWARDED_FOR) {
-        return items(headers, &X_FORWARDED_FOR).map(address).collect();
+        return items(headers, &X_FORWARDED_FOR).map(|item| address(item?)).collect();
     }
     let forwarded = items(headers, &FORWARDED).map(|item| {
-        let node = item.split(';').find_map(|pair| {
+        let node = item?.split(';').find_map(|pair| {
             let (name, value) = pair.split_once('=')?;
             name.trim().eq_ignore_ascii_case("for").then_some(value.trim())
         })?;
@@ -81,14 +81,19 @@ fn hops(headers: &HeaderMap) -> Vec<Option<IpAddr>> {
     forwarded.collect()
 }
 
-fn items<'a>(headers: &'a HeaderMap, name: &'a HeaderName) -> impl Iterator<Item = &'a str> {
+/// The items of a list; `None` for one that is no text. What a client has sent stands left of what a
+/// proxy has added to the same list, and must not keep that from being read.
+fn items<'a>(
+    headers: &'a HeaderMap,
+    name: &'a HeaderName,
+) -> impl Iterator<Item = Option<&'a str>> {
     headers
         .get_all(name)
         .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .map(str::trim)
+        .flat_map(|value| value.as_bytes().split(|byte| *byte == b','))
+        .map(<[u8]>::trim_ascii)
         .filter(|item| !item.is_empty())
+        .map(|item| str::from_utf8(item).ok())
 }
 
 /// An address as proxies write it: bare, with a port, in brackets.
@@ -113,14 +118,14 @@ mod tests {
 
     #[track_caller]
     fn check(proxies: &Proxies, name: &'static str, value: &'static str, expect: &str) {
-        check_all(proxies, &[(name, value)], expect);
+        check_all(proxies, &[(name, value.as_bytes())], expect);
     }
 
     #[track_caller]
-    fn check_all(proxies: &Proxies, told: &[(&'static str, &'static str)], expect: &str) {
+    fn check_all(proxies: &Proxies, told: &[(&'static str, &[u8])], expect: &str) {
         let mut headers = HeaderMap::new();
         for (name, value) in told {
-            headers.append(*name, HeaderValue::from_static(value));
+            headers.append(*name, HeaderValue::from_bytes(value).unwrap());
         }
         let peer = "[::ffff:10.0.0.1]:4000".parse().unwrap();
         assert_eq!(proxies.client(peer, &headers).to_string(), expect, "{told:?}");
@@ -153,17 +158,21 @@ mod tests {
     #[test]
     fn a_client_does_not_choose_its_address_by_the_header_that_its_proxy_hands_through() {
         let ours = Proxies::Only(networks(&["10.0.0.0/8"]));
-        let set_by_proxy = ("x-forwarded-for", "1.2.3.4");
+        let set_by_proxy = ("x-forwarded-for", &b"1.2.3.4"[..]);
         for proxies in [&ours, &Proxies::Any] {
-            check_all(proxies, &[("forwarded", "for=6.6.6.6"), set_by_proxy], "1.2.3.4");
-            check_all(proxies, &[set_by_proxy, ("forwarded", "for=6.6.6.6")], "1.2.3.4");
+            check_all(proxies, &[("forwarded", b"for=6.6.6.6"), set_by_proxy], "1.2.3.4");
+            check_all(proxies, &[set_by_proxy, ("forwarded", b"for=6.6.6.6")], "1.2.3.4");
             check_all(
                 proxies,
-                &[("x-forwarded-for", ""), ("forwarded", "for=6.6.6.6")],
+                &[("x-forwarded-for", b""), ("forwarded", b"for=6.6.6.6")],
                 "10.0.0.1",
             );
         }
-        check_all(&ours, &[("forwarded", "for=6.6.6.6, for=1.2.3.4")], "1.2.3.4");
+        check_all(&ours, &[("forwarded", b"for=6.6.6.6, for=1.2.3.4")], "1.2.3.4");
+        for before in [&b"\xff, 1.2.3.4"[..], b"\xc3\xa9,1.2.3.4"] {
+            check_all(&ours, &[("x-forwarded-for", before)], "1.2.3.4");
+        }
+        check_all(&ours, &[("x-forwarded-for", b"1.2.3.4, \xff")], "10.0.0.1");
     }
 
     #[test]
