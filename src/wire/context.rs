@@ -31,8 +31,11 @@ pub struct FrontendContext<'a> {
     pub properties: Vec<(Cow<'a, str>, Cow<'a, str>)>,
 }
 
-/// How many properties of one request are looked at.
+/// How many properties of one request are kept; more are left out.
 const MAX_PROPERTIES: usize = 256;
+
+/// How many fields one request may name: each is looked for among those that are there already.
+const MAX_FIELDS: usize = 1024;
 
 /// The longest value, and the most that all names and values may come to, in bytes.
 const MAX_VALUE: usize = 4 << 10;
@@ -44,6 +47,9 @@ pub enum Error {
     /// The body is no JSON object.
     #[error(transparent)]
     Json(#[from] serde_json::Error),
+    /// There are too many names.
+    #[error("it has more than {MAX_FIELDS} fields")]
+    TooMany,
     /// One value is too long.
     #[error("a value is longer than {MAX_VALUE} bytes")]
     LongValue,
@@ -56,7 +62,10 @@ impl<'a> FrontendContext<'a> {
     /// Reads `userId=…&properties[plan]=…`; other names are properties too.
     pub fn from_query(query: &'a str) -> Result<Self, Error> {
         let mut context = Self::default();
-        for (name, value) in pairs(query) {
+        for (count, (name, value)) in pairs(query).enumerate() {
+            if count == MAX_FIELDS {
+                return Err(Error::TooMany);
+            }
             let value = decoded(value);
             if let Some(property) = plain_property(name) {
                 context.set_property(Cow::Borrowed(property), value);
@@ -335,6 +344,9 @@ impl<'de> Visitor<'de> for ValueVisitor {
     fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Self::Value, A::Error> {
         let mut fields = Vec::new();
         while let Some(Key(name)) = entries.next_key()? {
+            if fields.len() == MAX_FIELDS {
+                return Err(serde::de::Error::custom(Error::TooMany));
+            }
             fields.push((name, entries.next_value()?));
         }
         Ok(Value::Object(fields))
@@ -463,6 +475,28 @@ mod tests {
         let query = query.join("&");
         let context = FrontendContext::from_query(&query).unwrap();
         assert_eq!(context.properties.len(), MAX_PROPERTIES);
+    }
+
+    #[test]
+    fn the_number_of_fields_is_bounded() {
+        let check = |count: usize, is_read: bool| {
+            let query = vec!["plan=gold"; count].join("&");
+            let fields = format!("{{{}}}", vec![r#""plan":"gold""#; count].join(","));
+            let inner = format!(r#"{{"properties":{fields}}}"#);
+            let [fields, inner] =
+                [&fields, &inner].map(|it| FrontendContext::from_json(it.as_bytes()));
+            for read in [FrontendContext::from_query(&query), fields, inner] {
+                let told = read.map_err(|error| error.to_string());
+                match told {
+                    Ok(context) => assert!(is_read, "{context:?}"),
+                    Err(told) => {
+                        assert!(!is_read && told.starts_with("it has more than 1024 fields"));
+                    }
+                }
+            }
+        };
+        check(MAX_FIELDS, true);
+        check(MAX_FIELDS + 1, false);
     }
 
     #[test]
