@@ -10,33 +10,47 @@ use crate::snapshot::body::Coding;
 /// The RFC lets a server answer in identity when nothing else is acceptable, so that this never
 /// refuses.
 pub fn preferred(headers: &HeaderMap) -> Coding {
-    let mut best = (0, Coding::Identity);
+    let mut named: [Option<u16>; Coding::ALL.len()] = Default::default();
+    let mut others = None;
     for value in headers.get_all(ACCEPT_ENCODING) {
         let Ok(value) = value.to_str() else { continue };
         for item in value.split(',') {
             let (name, weight) = weighed(item);
-            let coding = match name {
-                _ if name.eq_ignore_ascii_case("br") || name == "*" => Coding::Brotli,
-                _ if name.eq_ignore_ascii_case("zstd") => Coding::Zstd,
-                _ if name.eq_ignore_ascii_case("gzip") || name.eq_ignore_ascii_case("x-gzip") => {
-                    Coding::Gzip
-                }
-                _ if name.eq_ignore_ascii_case("identity") => Coding::Identity,
-                _ => continue,
+            let place = match name {
+                "*" => &mut others,
+                name => match of_name(name) {
+                    Some(coding) => &mut named[coding as usize],
+                    None => continue,
+                },
             };
-            if (weight, coding.rank()) > (best.0, best.1.rank()) && weight > 0 {
-                best = (weight, coding);
-            }
+            *place = (*place).max(Some(weight));
         }
     }
-    best.1
+    // The star is for what is not named.
+    let weight = |coding: Coding| named[coding as usize].or(others).unwrap_or(0);
+    let accepted = Coding::ALL.into_iter().filter(|coding| weight(*coding) > 0);
+    accepted.max_by_key(|coding| (weight(*coding), *coding)).unwrap_or(Coding::Identity)
+}
+
+fn of_name(name: &str) -> Option<Coding> {
+    let is = |other| name.eq_ignore_ascii_case(other);
+    match () {
+        () if is("br") => Some(Coding::Brotli),
+        () if is("zstd") => Some(Coding::Zstd),
+        () if is("gzip") || is("x-gzip") => Some(Coding::Gzip),
+        () if is("identity") => Some(Coding::Identity),
+        () => None,
+    }
 }
 
 /// A coding's name and its weight in thousandths.
 fn weighed(item: &str) -> (&str, u16) {
     let (name, parameters) = item.split_once(';').unwrap_or((item, ""));
-    let weight = parameters.trim().strip_prefix("q=").or(parameters.trim().strip_prefix("Q="));
-    let weight = match weight.map(|text| text.trim().parse::<f32>()) {
+    let weight = parameters.split(';').find_map(|parameter| {
+        let (name, value) = parameter.split_once('=')?;
+        name.trim().eq_ignore_ascii_case("q").then_some(value.trim())
+    });
+    let weight = match weight.map(str::parse::<f32>) {
         None => 1000,
         #[expect(
             clippy::cast_possible_truncation,
@@ -71,6 +85,17 @@ mod tests {
         check("*", Coding::Brotli);
         check("br;q=0, gzip;q=0.1", Coding::Gzip);
         check("identity, gzip;q=0.5", Coding::Identity);
+        check("br; foo=1 ; Q=0, gzip;q=0.1", Coding::Gzip);
+    }
+
+    #[test]
+    fn a_star_is_for_what_is_not_named() {
+        check("br;q=0, *", Coding::Zstd);
+        check("*, br;q=0", Coding::Zstd);
+        check("*;q=0.5, br;q=0", Coding::Zstd);
+        check("*;q=0.5, gzip", Coding::Gzip);
+        check("gzip;q=0, zstd;q=0, br;q=0, *", Coding::Identity);
+        check("*;q=0", Coding::Identity);
     }
 
     #[test]

@@ -12,8 +12,8 @@ use xxhash_rust::xxh3::xxh3_128;
 /// Below this many bytes compressing costs more than it saves on the wire.
 const WORTH_COMPRESSING: usize = 1024;
 
-/// How a body is coded on the wire.
-#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+/// How a body is coded on the wire; a greater one makes the JSON that is served here smaller.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub enum Coding {
     /// As it is.
     Identity,
@@ -26,6 +26,9 @@ pub enum Coding {
 }
 
 impl Coding {
+    /// Every coding, in order.
+    pub const ALL: [Self; 4] = [Self::Identity, Self::Gzip, Self::Zstd, Self::Brotli];
+
     /// Every coding that compresses.
     pub const COMPRESSING: [Self; 3] = [Self::Gzip, Self::Zstd, Self::Brotli];
 
@@ -36,16 +39,6 @@ impl Coding {
             Self::Gzip => Some("gzip"),
             Self::Zstd => Some("zstd"),
             Self::Brotli => Some("br"),
-        }
-    }
-
-    /// Greater is smaller on the wire for the JSON that is served here.
-    pub fn rank(self) -> u8 {
-        match self {
-            Self::Identity => 0,
-            Self::Gzip => 1,
-            Self::Zstd => 2,
-            Self::Brotli => 3,
         }
     }
 }
