@@ -41,6 +41,12 @@ impl Default for Config {
 }
 
 const ANY: HeaderValue = HeaderValue::from_static("*");
+
+/// All that SDKs are sent and browsers show to nobody unasked, for where `*` is no more than a name:
+/// with credentials (Fetch, 3.3.3).
+const ALL_THAT_IS_SENT: HeaderValue = HeaderValue::from_static(
+    "allow, content-encoding, date, etag, fetch-mode, retry-after, vary, www-authenticate",
+);
 const TRUE: HeaderValue = HeaderValue::from_static("true");
 
 /// The rules with their header values ready.
@@ -49,7 +55,7 @@ pub struct Cors {
     origins: Option<Vec<HeaderValue>>,
     methods: Option<HeaderValue>,
     headers: Option<HeaderValue>,
-    exposed: Option<HeaderValue>,
+    exposed: HeaderValue,
     credentials: bool,
     max_age: HeaderValue,
 }
@@ -57,13 +63,14 @@ pub struct Cors {
 impl Cors {
     /// Readies the rules.
     pub fn new(config: Config) -> Self {
+        let any = if config.credentials { ALL_THAT_IS_SENT } else { ANY };
+        let exposed = config.exposed_headers;
+        let exposed = exposed.map(|names| joined(names.iter().map(HeaderName::as_str)));
         Self {
             origins: config.origins,
             methods: config.methods.map(|methods| joined(methods.iter().map(Method::as_str))),
             headers: config.headers.map(|names| joined(names.iter().map(HeaderName::as_str))),
-            exposed: config
-                .exposed_headers
-                .map(|names| joined(names.iter().map(HeaderName::as_str))),
+            exposed: exposed.unwrap_or(any),
             credentials: config.credentials,
             max_age: HeaderValue::from(config.max_age.as_secs()),
         }
@@ -78,10 +85,7 @@ impl Cors {
             return;
         };
         self.allow_origin(origin, reply);
-        match &self.exposed {
-            Some(names) => reply.insert(ACCESS_CONTROL_EXPOSE_HEADERS, names.clone()),
-            None => reply.insert(ACCESS_CONTROL_EXPOSE_HEADERS, ANY),
-        };
+        reply.insert(ACCESS_CONTROL_EXPOSE_HEADERS, self.exposed.clone());
     }
 
     /// Adds what the answer to a preflight carries.
@@ -174,6 +178,22 @@ mod tests {
         let mut reply = HeaderMap::new();
         cors.decorate(&request("https://b.example"), &mut reply);
         assert_eq!(text(&reply, &ACCESS_CONTROL_ALLOW_ORIGIN), None);
+    }
+
+    #[test]
+    fn what_scripts_may_read_is_named_where_a_star_would_not_do() {
+        let check = |exposed_headers: Option<&[HeaderName]>, credentials, expect: &str| {
+            let exposed_headers = exposed_headers.map(<[_]>::to_vec);
+            let cors = Cors::new(Config { exposed_headers, credentials, ..Config::default() });
+            let mut reply = HeaderMap::new();
+            cors.decorate(&request("https://a.example"), &mut reply);
+            let exposed = text(&reply, &ACCESS_CONTROL_EXPOSE_HEADERS).unwrap();
+            assert!(exposed.split(", ").any(|name| name == expect), "{exposed}");
+        };
+        check(None, false, "*");
+        check(None, true, "etag");
+        check(Some(&[ORIGIN]), false, "origin");
+        check(Some(&[ORIGIN]), true, "origin");
     }
 
     #[test]
