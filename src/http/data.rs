@@ -39,7 +39,7 @@ use crate::{
     auth::{Admission, Authenticator, Denied},
     feed::{Feed, Topic},
     snapshot::{Shown, Snapshot, Snapshots},
-    token::{Grant, Scope, Token, TokenDigest, TokenKind},
+    token::{Grant, Scope, TokenDigest, TokenKind},
     usage::Usage,
     wire::{self, context::FrontendContext},
 };
@@ -102,11 +102,11 @@ impl Service for Data {
         if subject != Subject::Preflight {
             self.settings.cors.decorate(&head.headers, reply.headers_mut());
         }
+        let reply = reply::without_body(&head.method, reply);
         let (series, size) =
             (self.meter.series(subject, &head.method, &reply), reply::length(&reply));
         self.meter.count(series, size, started.elapsed());
-        let terms = basis.map(|basis| Terms { basis, series, size });
-        Answered { reply: reply::without_body(&head.method, reply), terms }
+        Answered { reply, terms: basis.map(|basis| Terms { basis, series, size }) }
     }
 
     fn again(&self, terms: &Terms, started: Instant) -> bool {
@@ -278,11 +278,11 @@ impl Data {
         client: IpAddr,
     ) -> Result<Reply, Failure> {
         let headers = &head.headers;
-        let Reader { grant, snapshot, .. } = self.reader(headers, &[TokenKind::Frontend]).await?;
+        let Reader { grant, digest, snapshot } =
+            self.reader(headers, &[TokenKind::Frontend]).await?;
         let body = self.read(headers, body).await?;
         let told = wire::ofrep::context(&body)?;
         let asked = self.question(&told, client, &snapshot, &grant.scope);
-        let digest = self.digest(headers)?;
         let events = format!("{}/ofrep/v1/events", self.settings.base_path);
         Ok(ofrep::flags(headers, asked, &digest, &self.tickets, &events).await)
     }
@@ -329,14 +329,14 @@ impl Data {
         client: IpAddr,
     ) -> Result<Reply, Failure> {
         let headers = &head.headers;
-        let Reader { grant, .. } = self.reader(headers, &[TokenKind::Frontend]).await?;
+        let Reader { grant, digest, .. } = self.reader(headers, &[TokenKind::Frontend]).await?;
         let body = self.context_body(head, body).await?;
         let told = context(head, body.as_ref())?.into_owned();
         let states = self.feed.follow(&grant.scope.environment).ok_or(NO_FLAGS)?;
         let asker = self.asker(told, client, &grant.scope, rand::random());
         let last = frontend::answer_of(headers.get(LAST_EVENT_ID));
         let changes = frontend::Changes::new(self.snapshots.clone(), asker, last);
-        self.streams.open(self.digest(headers)?, grant, states, changes)
+        self.streams.open(digest, grant, states, changes)
     }
 
     fn asker(
@@ -351,29 +351,19 @@ impl Data {
     }
 
     async fn delta(&self, headers: &HeaderMap, query: &str) -> Result<Reply, Failure> {
-        let (_, topic) = self.topic(headers, query).await?;
+        let reader = self.reader(headers, &[TokenKind::Client]).await?;
+        let topic = topic(&reader.grant, query)?;
         client::delta(headers, topic, &self.feed).await.ok_or(NO_FLAGS)
     }
 
     async fn stream(&self, headers: &HeaderMap, query: &str) -> Result<Reply, Failure> {
-        let (grant, topic) = self.topic(headers, query).await?;
-        let digest = self.digest(headers)?;
+        let Reader { grant, digest, .. } = self.reader(headers, &[TokenKind::Client]).await?;
+        let topic = topic(&grant, query)?;
         let states = self.feed.follow(&topic.environment).ok_or(NO_FLAGS)?;
         let last = client::state_of(headers.get(LAST_EVENT_ID));
         let mode = self.streams.fetch_mode();
         let changes = client::Changes::new(self.feed.clone(), states.clone(), topic, last, mode);
         self.streams.open(digest, grant, states, changes)
-    }
-
-    /// What a request follows.
-    async fn topic(
-        &self,
-        headers: &HeaderMap,
-        query: &str,
-    ) -> Result<(Arc<Grant>, Topic), Failure> {
-        let Reader { grant, .. } = self.reader(headers, &[TokenKind::Client]).await?;
-        let Scope { environment, projects } = grant.scope.clone();
-        Ok((grant, Topic { environment, projects, filter: client::filter(query)? }))
     }
 
     fn is_disabled(&self, route: Route<'_>) -> bool {
@@ -390,10 +380,6 @@ impl Data {
         let header = headers.get(&self.settings.token_header);
         let header = header.or_else(|| headers.get(API_KEY)).and_then(|it| it.to_str().ok());
         header.ok_or(Failure::Unauthorized)
-    }
-
-    fn digest(&self, headers: &HeaderMap) -> Result<TokenDigest, Failure> {
-        Ok(TokenDigest::of(Token::bare(self.presented(headers)?)))
     }
 
     /// The grant of the request's token, if it is of a kind that the route wants and of an
@@ -468,6 +454,12 @@ impl Reader {
         let snapshot = Arc::downgrade(&self.snapshot);
         Basis { digest: self.digest, grant: Arc::clone(&self.grant), snapshot, holds }
     }
+}
+
+/// What a request with this grant follows.
+fn topic(grant: &Grant, query: &str) -> Result<Topic, Failure> {
+    let Scope { environment, projects } = grant.scope.clone();
+    Ok(Topic { environment, projects, filter: client::filter(query)? })
 }
 
 /// The context of a request, which borrows from its body or query.

@@ -28,8 +28,13 @@ const DURATION: &str = "http_server_request_duration_seconds";
 const SIZE: &str = "http_server_response_size_bytes";
 
 const METHODS: [&str; 7] = ["GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "other"];
-const STATUSES: [u16; 18] =
-    [200, 202, 304, 400, 401, 403, 404, 405, 408, 413, 415, 500, 503, 201, 204, 409, 429, 0];
+
+/// The statuses that are told apart; the most frequent first. All others, which only a relayed answer
+/// has, are told by their hundreds.
+const STATUSES: [u16; 19] =
+    [200, 202, 304, 400, 401, 403, 404, 405, 408, 413, 415, 500, 503, 201, 204, 409, 429, 502, 504];
+const HUNDREDS: [&str; 5] = ["1xx", "2xx", "3xx", "4xx", "5xx"];
+const ANSWERS: usize = STATUSES.len() + HUNDREDS.len();
 
 /// What a request turned out to be.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -100,7 +105,7 @@ impl Meter {
                 labels.push(template);
             }
         }
-        let count = labels.len() * METHODS.len() * STATUSES.len();
+        let count = labels.len() * METHODS.len() * ANSWERS;
         let series = (0..count).map(|_| OnceLock::new()).collect();
         Self { labels: labels.into(), series }
     }
@@ -168,19 +173,23 @@ impl Meter {
         };
         let method = METHODS.iter().position(|it| *it == method.as_str());
         let method = method.unwrap_or(METHODS.len() - 1);
-        let status = STATUSES.iter().position(|it| *it == status.as_u16());
-        let status = status.unwrap_or(STATUSES.len() - 1);
-        (subject * METHODS.len() + method) * STATUSES.len() + status
+        let status = status.as_u16();
+        let answer = STATUSES.iter().position(|it| *it == status).unwrap_or_else(|| {
+            let hundreds = usize::from(status / 100).clamp(1, HUNDREDS.len());
+            STATUSES.len() + hundreds - 1
+        });
+        (subject * METHODS.len() + method) * ANSWERS + answer
     }
 
     /// The labels of the series at `index`; no value has a character that would need escaping.
     fn labels(&self, index: usize) -> String {
-        let status = match STATUSES[index % STATUSES.len()] {
-            0 => "other".to_owned(),
-            status => status.to_string(),
+        let answer = index % ANSWERS;
+        let status = match STATUSES.get(answer) {
+            Some(status) => status.to_string(),
+            None => HUNDREDS[answer - STATUSES.len()].to_owned(),
         };
-        let method = METHODS[index / STATUSES.len() % METHODS.len()];
-        let route = self.labels[index / STATUSES.len() / METHODS.len()];
+        let method = METHODS[index / ANSWERS % METHODS.len()];
+        let route = self.labels[index / ANSWERS / METHODS.len()];
         format!(
             r#"http_route="{route}",http_request_method="{method}",http_response_status_code="{status}""#
         )
@@ -329,7 +338,12 @@ mod tests {
             assert!(labels.contains(expect), "{labels}");
         };
         let unknown = r#""unknown",http_request_method="other""#;
-        check(Subject::Unknown, Method::PATCH, StatusCode::IM_A_TEAPOT, unknown);
+        let teapot = format!(r#"{unknown},http_response_status_code="4xx""#);
+        check(Subject::Unknown, Method::PATCH, StatusCode::IM_A_TEAPOT, &teapot);
+        for (status, expect) in [(502, "\"502\""), (507, "\"5xx\""), (999, "\"5xx\"")] {
+            let status = StatusCode::from_u16(status).unwrap();
+            check(Subject::Operation("/status"), Method::GET, status, expect);
+        }
         let operation = r#""/status",http_request_method="PUT",http_response_status_code="409""#;
         check(Subject::Operation("/status"), Method::PUT, StatusCode::CONFLICT, operation);
         check(Subject::Operation("/other"), Method::PATCH, StatusCode::OK, unknown);
