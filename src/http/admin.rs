@@ -34,7 +34,9 @@ use self::{
     body::Query,
     caller::{Caller, Gate},
     catalogue::Catalogue,
-    operation::{Access, Call, Found, NotFound},
+    operation::{
+        Access, Arguments, Call, ControlCall, Found, InstanceCall, NotFound, OpenCall, Operation,
+    },
     relay::Here,
     tokens::Wanted,
 };
@@ -87,9 +89,9 @@ impl Service for Admin {
             Some(path) => self.serve(&path, &head, body, peer).await,
             None => (Subject::Unknown, Err(Failure::NotFound)),
         };
-        let reply = reply.unwrap_or_else(Reply::from);
+        let reply = reply::without_body(&head.method, reply.unwrap_or_else(Reply::from));
         self.data.meter.record(subject, &head.method, &reply, started.elapsed());
-        reply::without_body(&head.method, reply).into()
+        reply.into()
     }
 
     fn again(&self, terms: &Terms, started: Instant) -> bool {
@@ -169,30 +171,49 @@ impl Admin {
         address: IpAddr,
     ) -> Result<Reply, Failure> {
         let Found { operation, arguments } = found;
-        let caller = match operation.access {
-            Access::Open => None,
-            Access::Operator | Access::Admin => {
-                Some(self.gate().admit(head, address, operation.method.changes()).await?)
+        match operation.call {
+            Call::Open(call) => {
+                let body = self.body(operation, head, body).await?;
+                self.open(call, head, address, &body).await
             }
-        };
-        // Before anything is read, whose mistakes would be told first.
-        if let (Access::Admin, Some(caller), Some(control)) =
-            (operation.access, &caller, &self.control)
-        {
+            Call::Instance(call) => {
+                let caller = self.admit(operation, head, address).await?;
+                let body = self.body(operation, head, body).await?;
+                self.of_instance(call, &caller, arguments, head, &body)
+            }
+            Call::Control(call) => {
+                let caller = self.admit(operation, head, address).await?;
+                let body = self.body(operation, head, body).await?;
+                self.of_control(call, &caller, arguments, head, &body).await
+            }
+        }
+    }
+
+    /// Who asks, if they may at all; judged before anything is read, whose mistakes would be told
+    /// first.
+    async fn admit(
+        &self,
+        operation: &Operation,
+        head: &Parts,
+        address: IpAddr,
+    ) -> Result<Caller, Failure> {
+        let caller = self.gate().admit(head, address, operation.method.changes()).await?;
+        if let (Access::Admin, Some(control)) = (operation.access, &self.control) {
             let what = format!("{} {}", operation.method.as_str(), operation.path);
             control.require_admin(&caller.actor, &what).await?;
         }
-        let body = match operation.body {
-            Some(_) => body.read(&head.headers, self.data.settings.body_bytes).await?,
-            None => Bytes::new(),
-        };
-        let arguments: Vec<&str> = arguments.iter().map(|argument| &**argument).collect();
-        match caller {
-            None => self.open(operation.call, head, address, &body).await,
-            Some(caller) => match self.of_instance(operation.call, &arguments, head, &body) {
-                Some(reply) => reply,
-                None => self.of_control(operation.call, &caller, &arguments, head, &body).await,
-            },
+        Ok(caller)
+    }
+
+    async fn body(
+        &self,
+        operation: &Operation,
+        head: &Parts,
+        body: Arriving,
+    ) -> Result<Bytes, Failure> {
+        match operation.body {
+            Some(_) => body.read(&head.headers, self.data.settings.body_bytes).await,
+            None => Ok(Bytes::new()),
         }
     }
 
@@ -239,104 +260,101 @@ impl Admin {
     /// What everybody may ask.
     async fn open(
         &self,
-        call: Call,
+        call: OpenCall,
         head: &Parts,
         address: IpAddr,
         body: &Bytes,
     ) -> Result<Reply, Failure> {
         let ops = &self.insight.ops;
         match call {
-            Call::Live => Ok(ops.health()),
-            Call::Ready => Ok(ops.ready()),
-            Call::Metrics => Ok(ops.metrics()),
-            Call::Document => Ok(reply::ok(DOCUMENT.clone())),
-            Call::SignIn => session::sign_in(self.control()?, &head.headers, address, body).await,
-            Call::SignOut => session::sign_out(self.control()?, &head.headers, address).await,
-            _ => Err(Failure::Internal),
+            OpenCall::Live => Ok(ops.health()),
+            OpenCall::Ready => Ok(ops.ready()),
+            OpenCall::Metrics => Ok(ops.metrics()),
+            OpenCall::Document => Ok(reply::ok(DOCUMENT.clone())),
+            OpenCall::SignIn => {
+                session::sign_in(self.control()?, &head.headers, address, body).await
+            }
+            OpenCall::SignOut => session::sign_out(self.control()?, &head.headers, address).await,
         }
     }
 
     /// What is told from memory, to every operator alike.
     fn of_instance(
         &self,
-        call: Call,
-        arguments: &[&str],
+        call: InstanceCall,
+        caller: &Caller,
+        [name, _]: &Arguments<'_>,
         head: &Parts,
         body: &Bytes,
-    ) -> Option<Result<Reply, Failure>> {
+    ) -> Result<Reply, Failure> {
         let insight = &self.insight;
-        let query = Query::of(head.uri.query());
+        let environment = || Query::of(head.uri.query()).required("environment");
         let catalogue = || Catalogue::of(&insight.snapshots);
-        Some(match call {
-            Call::Status => Ok(reply::ok(self.status().to_string())),
-            Call::Features => Ok(reply::ok(insight.features())),
-            Call::KnownTokens => Ok(reply::ok(insight.tokens().to_string())),
-            Call::MetricsBatch => Ok(reply::ok(insight.usage.pending().to_string())),
-            Call::InstanceData => Ok(reply::ok(insight.instance_data().to_string())),
-            Call::Environments => Ok(catalogue().environments()),
-            Call::Projects => Ok(catalogue().projects()),
-            Call::Explain => explain::explain(&insight.snapshots, body),
-            Call::Flags => query.required("environment").and_then(|it| catalogue().flags(&it)),
-            Call::Flag => {
-                query.required("environment").and_then(|it| catalogue().flag(&it, arguments[0]))
-            }
-            _ => return None,
-        })
+        match call {
+            InstanceCall::Status => Ok(reply::ok(self.status().to_string())),
+            InstanceCall::Features => Ok(reply::ok(insight.features())),
+            InstanceCall::KnownTokens => Ok(reply::ok(insight.tokens().to_string())),
+            InstanceCall::MetricsBatch => Ok(reply::ok(insight.usage.pending().to_string())),
+            InstanceCall::InstanceData => Ok(reply::ok(insight.instance_data().to_string())),
+            InstanceCall::Me => Ok(session::me(caller)),
+            InstanceCall::Environments => Ok(catalogue().environments()),
+            InstanceCall::Projects => Ok(catalogue().projects()),
+            InstanceCall::Flags => catalogue().flags(&environment()?),
+            InstanceCall::Flag => catalogue().flag(&environment()?, name),
+            InstanceCall::Explain => explain::explain(&insight.snapshots, body),
+        }
     }
 
     /// What the control plane has a say in.
     async fn of_control(
         &self,
-        call: Call,
+        call: ControlCall,
         caller: &Caller,
-        arguments: &[&str],
+        [first, second]: &Arguments<'_>,
         head: &Parts,
         body: &Bytes,
     ) -> Result<Reply, Failure> {
-        let (actor, operator) = (&caller.actor, &caller.actor.operator);
-        if call == Call::Me {
-            return Ok(session::me(caller));
-        }
         let control = self.control()?;
+        let (actor, operator) = (&caller.actor, &caller.actor.operator);
         let query = Query::of(head.uri.query());
         let catalogue = || Catalogue::of(&self.insight.snapshots);
-        match (call, arguments) {
-            (Call::ChangeOwnPassword, _) => {
+        match call {
+            ControlCall::ChangeOwnPassword => {
                 session::change_password(control, &head.headers, caller, body).await
             }
-            (Call::Tokens, _) => Ok(tokens::list(control, actor, Wanted::All)),
-            (Call::TokensNamed, [name]) => Ok(tokens::list(control, actor, Wanted::Named(name))),
-            (Call::CreateToken, _) => {
+            ControlCall::Tokens => Ok(tokens::list(control, actor, Wanted::All)),
+            ControlCall::TokensNamed => Ok(tokens::list(control, actor, Wanted::Named(first))),
+            ControlCall::CreateToken => {
                 tokens::create(control, actor, &catalogue(), None, body).await
             }
-            (Call::UpdateToken, [token]) => tokens::update(control, actor, token, body).await,
-            (Call::DeleteToken, [token]) => tokens::delete(control, actor, token).await,
-            (Call::ProjectTokens, [project]) => {
-                catalogue().require_project(project)?;
-                Ok(tokens::list(control, actor, Wanted::Of(project)))
+            ControlCall::UpdateToken => tokens::update(control, actor, first, body).await,
+            ControlCall::DeleteToken => tokens::delete(control, actor, first).await,
+            ControlCall::ProjectTokens => {
+                catalogue().require_project(first)?;
+                Ok(tokens::list(control, actor, Wanted::Of(first)))
             }
-            (Call::CreateProjectToken, [project]) => {
+            ControlCall::CreateProjectToken => {
                 let catalogue = catalogue();
-                catalogue.require_project(project)?;
-                tokens::create(control, actor, &catalogue, Some(project), body).await
+                catalogue.require_project(first)?;
+                tokens::create(control, actor, &catalogue, Some(first), body).await
             }
-            (Call::DeleteProjectToken, [project, token]) => {
-                tokens::delete_of_project(control, actor, project, token).await
+            ControlCall::DeleteProjectToken => {
+                tokens::delete_of_project(control, actor, first, second).await
             }
-            (Call::Users, _) => accounts::list(control, operator).await,
-            (Call::CreateUser, _) => accounts::create(control, actor, body).await,
-            (Call::User, [id]) => accounts::show(control, actor, id).await,
-            (Call::UpdateUser, [id]) => accounts::update(control, actor, id, body).await,
-            (Call::DeleteUser, [id]) => accounts::delete(control, actor, id).await,
-            (Call::SetPermissions, [id]) => {
-                accounts::set_permissions(control, actor, id, body).await
+            ControlCall::Users => accounts::list(control, operator).await,
+            ControlCall::CreateUser => accounts::create(control, actor, body).await,
+            ControlCall::User => accounts::show(control, actor, first).await,
+            ControlCall::UpdateUser => accounts::update(control, actor, first, body).await,
+            ControlCall::DeleteUser => accounts::delete(control, actor, first).await,
+            ControlCall::SetPermissions => {
+                accounts::set_permissions(control, actor, first, body).await
             }
-            (Call::ResetPassword, [id]) => accounts::reset_password(control, actor, id, body).await,
-            (Call::Events, _) => records::events(control, operator, &query).await,
-            (Call::Applications, _) => records::applications(control).await,
-            (Call::FlagUsage, [flag]) => records::usage(control, flag, &query).await,
-            // Each call is answered in one of these three; a test asks for every row of the table.
-            _ => Err(Failure::Internal),
+            ControlCall::ResetPassword => {
+                accounts::reset_password(control, actor, first, body).await
+            }
+            ControlCall::Events => records::events(control, operator, &query).await,
+            ControlCall::Applications => records::applications(control).await,
+            ControlCall::FlagUsage => records::usage(control, first, &query).await,
         }
     }
 }

@@ -25,6 +25,5 @@ pub async fn validate(auth: &Authenticator, body: &[u8]) -> Result<Reply, Failur
     let valid = request.tokens.iter().zip(judged).filter_map(|(token, grant)| {
         Some(Validated { token: token.clone(), grant: (*grant?).clone() })
     });
-    let text = serde_json::to_vec(&ValidateReply { tokens: valid.collect() });
-    text.map(reply::ok).map_err(|_| Failure::Internal)
+    Ok(reply::document(&ValidateReply { tokens: valid.collect() }))
 }

@@ -51,12 +51,11 @@ pub(super) async fn create(
     if username.is_none() && may_be_missing {
         problems.add("username", "is missing");
     }
-    problems.finish().map_err(Failure::Invalid)?;
-    let (Some(username), Some(role), Some(password)) = (username, role, password) else {
-        return Err(Failure::Internal);
+    let new = || {
+        let (username, role, password) = (username?, role?, password?);
+        Some(NewAccount { username, name, email, role, password })
     };
-    let new = NewAccount { username, name, email, role, password };
-    let account = control.create_account(actor, new).await?;
+    let account = control.create_account(actor, problems.or(new())?).await?;
     let location = account.id.to_string();
     Ok(reply::created(&shown(account), &location))
 }
@@ -75,7 +74,7 @@ pub(super) async fn update(
     let role = role(&mut problems, asked.root_role, false);
     let password = problems.optional("password", asked.password);
     let password = body::new_password(&mut problems, password.as_ref());
-    problems.finish().map_err(Failure::Invalid)?;
+    problems.finish()?;
     let change = AccountChange { name, email, role, password };
     found(control.update_account(actor, number(id)?, change).await?)
 }
@@ -106,7 +105,7 @@ pub(super) async fn set_permissions(
             break;
         }
     }
-    problems.finish().map_err(Failure::Invalid)?;
+    problems.finish()?;
     found(control.set_permissions(actor, number(id)?, permissions).await?)
 }
 
@@ -121,8 +120,7 @@ pub(super) async fn reset_password(
     let mut problems = Problems::default();
     let password = problems.required("password", asked.password);
     let password = body::new_password(&mut problems, password.as_ref());
-    problems.finish().map_err(Failure::Invalid)?;
-    let password = password.ok_or(Failure::Internal)?;
+    let password = problems.or(password)?;
     control.set_password(actor, number(id)?, password).await?.ok_or_else(missing)?;
     Ok(reply::done())
 }

@@ -90,8 +90,7 @@ impl<'a> Query<'a> {
         if value.is_none() {
             problems.add(name, "is missing from the query");
         }
-        problems.finish().map_err(Failure::Invalid)?;
-        value.ok_or(Failure::Internal)
+        Ok(problems.or(value)?)
     }
 
     /// A time.

@@ -25,10 +25,7 @@ pub(super) fn explain(snapshots: &Snapshots, body: &[u8]) -> Result<Reply, Failu
     };
     let (now, draw) = (Timestamp::now(), rand::random());
     match explained::explain(&snapshot, &question.flag, &question.context, now, draw) {
-        Ok(explanation) => {
-            let text = serde_json::to_vec(&explanation).map_err(|_| Failure::Internal)?;
-            Ok(reply::ok(text))
-        }
+        Ok(explanation) => Ok(reply::document(&explanation)),
         Err(Missing { alike }) if alike.is_empty() => {
             Err(Failure::Missing("there is no such flag in this environment".to_owned()))
         }

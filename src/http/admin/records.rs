@@ -41,7 +41,7 @@ pub(super) async fn events(
         limit: query.number(&mut problems, "limit", 1, MOST_EVENTS).unwrap_or(PAGE),
         offset: query.number(&mut problems, "offset", 0, u32::MAX).unwrap_or(0),
     };
-    problems.finish().map_err(Failure::Invalid)?;
+    problems.finish()?;
     let page = control.events(operator, &asked).await?;
     let events = page.events.into_iter().map(event).collect();
     Ok(reply::document(&wire::Events { version: 1, events, total_events: page.total }))
@@ -89,7 +89,7 @@ pub(super) async fn usage(
 ) -> Result<Reply, Failure> {
     let mut problems = Problems::default();
     let hours = query.number(&mut problems, "hoursBack", 1, MOST_HOURS).unwrap_or(DAY);
-    problems.finish().map_err(Failure::Invalid)?;
+    problems.finish()?;
     let since = Timestamp::now() - SignedDuration::from_hours(i64::from(hours));
     let data = control.usage_of(flag, since).await?.into_iter().map(hour).collect();
     let feature_name = flag.to_owned();

@@ -22,6 +22,7 @@ use super::origin::is_same_origin;
 use crate::{
     auth::Authenticator,
     http::reply::{self, Failure, Reply},
+    telemetry::report,
     upstream::Upstream,
     wire::{person::Person, tokens::ListedSecret},
 };
@@ -91,8 +92,8 @@ impl Relay {
         }
         if is_own_page && headers.contains_key(ORIGIN) {
             // What is of the same origin here is so there, whose name is another.
-            let origin = HeaderValue::from_str(&self.upstream.origin());
-            headers.insert(ORIGIN, origin.map_err(|_| Failure::Internal)?);
+            let origin = HeaderValue::try_from(self.upstream.origin());
+            headers.insert(ORIGIN, origin.expect("an origin is visible ASCII"));
         }
         append_address(&mut headers, address);
         let target = match head.uri.query() {
@@ -139,7 +140,7 @@ impl Relay {
         *request.uri_mut() = uri;
         *request.headers_mut() = headers;
         self.upstream.relay(request).await.map_err(|error| {
-            warn!(error = error.report(), "Upstream gives no answer to be passed on");
+            warn!(error = report(&error), "Upstream gives no answer to be passed on");
             Failure::Upstream
         })
     }

@@ -35,10 +35,7 @@ pub(super) async fn sign_in(
     let username = problems.required("username", asked.username);
     let password = problems.required("password", asked.password);
     let password = body::shown_password(&mut problems, "password", password.as_ref());
-    problems.finish().map_err(Failure::Invalid)?;
-    let (Some(username), Some(password)) = (username, password) else {
-        return Err(Failure::Internal);
-    };
+    let (username, password) = problems.or(username.zip(password))?;
     let device = cookie(headers, DEVICE);
     let attempt = SignIn { username: &username.0, password: &password, address, device };
     let signed_in = control.sign_in(attempt).await?;
@@ -141,8 +138,7 @@ pub(super) async fn change_password(
         problems.add("confirmPassword", "is another than the password");
     }
     let new = body::new_password(&mut problems, new.as_ref());
-    problems.finish().map_err(Failure::Invalid)?;
-    let (Some(old), Some(new)) = (old, new) else { return Err(Failure::Internal) };
+    let (old, new) = problems.or(old.zip(new))?;
     let session = cookie(headers, SESSION).unwrap_or_default();
     control.change_own_password(&caller.actor, session, &old, new).await?;
     Ok(reply::done())

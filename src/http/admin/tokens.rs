@@ -82,20 +82,16 @@ fn parse(
         Some(project) => Some(vec![Id(project.to_owned())]),
         None => projects(&mut problems, asked.projects, asked.project, kind, catalogue),
     };
-    problems.finish().map_err(Failure::Invalid)?;
-    // Nothing is missing where there is no problem.
-    let (Some(name), Some(kind), Some(environment), Some(projects)) =
-        (name, kind, environment, projects)
-    else {
-        return Err(Failure::Internal);
+    let new = || {
+        Some(NewToken {
+            name: name?.0,
+            kind: kind?,
+            environment: Environment::new(&environment?.0),
+            projects: Projects::from_list(projects?.iter().map(|id| id.0.as_str())),
+            expires_at,
+        })
     };
-    Ok(NewToken {
-        name: name.0,
-        kind,
-        environment: Environment::new(&environment.0),
-        projects: Projects::from_list(projects.iter().map(|id| id.0.as_str())),
-        expires_at,
-    })
+    Ok(problems.or(new())?)
 }
 
 /// Why an admin token is for nothing less: whoever asks for less must not get more.
@@ -181,7 +177,7 @@ pub(super) async fn update(
     let asked: wire::UpdateToken = body::read(body)?;
     let mut problems = Problems::default();
     let end = problems.required("expiresAt", asked.expires_at);
-    problems.finish().map_err(Failure::Invalid)?;
+    problems.finish()?;
     let end = end.flatten().map(|end| end.0);
     control.update_token(actor, token, end).await?;
     Ok(reply::done())

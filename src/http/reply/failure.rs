@@ -98,6 +98,12 @@ pub enum Failure {
     Internal,
 }
 
+impl From<Vec<Problem>> for Failure {
+    fn from(problems: Vec<Problem>) -> Self {
+        Self::Invalid(problems)
+    }
+}
+
 /// What is wrong with each part, in one line.
 fn summary(problems: &[Problem]) -> String {
     problems.iter().map(sentence).collect::<Vec<_>>().join("; ")

@@ -59,7 +59,13 @@ impl Problems {
 
     /// All of them, if there are any.
     pub fn finish(self) -> Result<(), Vec<Problem>> {
-        if self.0.is_empty() { Ok(()) } else { Err(self.0) }
+        self.or(Some(()))
+    }
+
+    /// All of them, if there are any, else `value`: it is made of what was read, and is there unless
+    /// something was wrong.
+    pub fn or<T>(self, value: Option<T>) -> Result<T, Vec<Problem>> {
+        value.filter(|_| self.0.is_empty()).ok_or(self.0)
     }
 }
 
