@@ -182,45 +182,29 @@ impl App {
 
         let mut workers = Tasks::default();
         plan.source.spawn(&mut workers, &keeper.auth);
-        let auth = keeper.auth.clone();
-        workers.spawn("auth", move || {
-            let auth = auth.clone();
-            async move { auth.run().await }
-        });
-        workers.spawn("feed", move || {
-            let feed = feed.clone();
-            async move { feed.run().await }
-        });
-        let open = streams.clone();
-        workers.spawn("streams", move || {
-            let streams = open.clone();
-            async move { streams.run().await }
-        });
-        workers.spawn("metrics", move || upkeep(registry.clone()));
+        workers.spawn("auth", keeper.auth.clone(), |auth| async move { auth.run().await });
+        workers.spawn("feed", feed, |feed| async move { feed.run().await });
+        workers.spawn("streams", streams.clone(), |streams| async move { streams.run().await });
+        workers.spawn("metrics", registry, upkeep);
 
-        // Outlives all who deliver to it.
-        let mut registry_keeper = JoinSet::new();
-        if let Some((control, mut deliveries)) = plan.control {
-            let (followed, auth) = (control.clone(), keeper.auth.clone());
-            workers.spawn("control", move || {
-                let (control, auth) = (followed.clone(), auth.clone());
-                async move { control.run(&auth).await }
-            });
-            registry_keeper.spawn(async move { control.run_usage(&mut deliveries).await });
-        }
-
-        // These end by themselves, when they have done the last of their work.
+        // These end by themselves, when they have done the last of their work; the registry's when
+        // nobody is left who could deliver usage to it.
         let mut closers = Tasks::default();
-        let (usage, sink, stop) = (keeper.usage.clone(), plan.sink, stop_working.clone());
-        closers.spawn("usage", move || {
-            let (usage, sink, stop) = (usage.clone(), sink.clone(), stop.clone());
-            async move { usage.run(sink, stop, grace).await }
+        if let Some((control, deliveries)) = plan.control {
+            let parts = (control.clone(), keeper.auth.clone());
+            workers.spawn("control", parts, |(control, auth)| async move {
+                control.run(&auth).await;
+            });
+            closers.spawn("registry", (control, deliveries), |(control, deliveries)| async move {
+                control.run_usage(&mut *deliveries.lock().await).await;
+            });
+        }
+        let parts = (keeper.usage.clone(), plan.sink, stop_working.clone());
+        closers.spawn("usage", parts, move |(usage, sink, stop)| async move {
+            usage.run(sink, stop, grace).await;
         });
-        let (saver, stop) = (keeper.clone(), stop_working.clone());
-        closers.spawn("save", move || {
-            let (saver, stop) = (saver.clone(), stop.clone());
-            async move { saver.run(&stop).await }
-        });
+        let parts = (keeper.clone(), stop_working.clone());
+        closers.spawn("save", parts, |(saver, stop)| async move { saver.run(&stop).await });
 
         let outcome = tokio::select! {
             () = shutdown => {
@@ -240,7 +224,6 @@ impl App {
         workers.end().await;
         stop_working.cancel();
         closers.join().await;
-        registry_keeper.shutdown().await;
         keeper.finish().await;
         info!("Parapet ends");
         outcome

@@ -135,25 +135,27 @@ pub struct Readiness {
     draining: Arc<AtomicBool>,
 }
 
-/// Something that must happen before the process is ready. Clones are further latches.
+/// Something that must happen before the process is ready.
 ///
 /// One that is dropped unreleased keeps the process unready for good: what was waited for has not
-/// happened, and whoever was to see to it may have died of a panic.
+/// happened. A task that may be started again after a panic is therefore lent its latch.
 #[derive(Debug)]
 #[must_use = "a process is never ready whose latch is dropped"]
-pub struct Latch(Arc<AtomicUsize>);
+pub struct Latch {
+    pending: Arc<AtomicUsize>,
+    is_released: AtomicBool,
+}
 
 impl Readiness {
     /// An unready process and its first latch.
     pub fn new() -> (Self, Latch) {
         let pending = Arc::new(AtomicUsize::new(1));
-        let latch = Latch(Arc::clone(&pending));
+        let latch = Latch::of(&pending);
         (Self { pending, draining: Arc::default() }, latch)
     }
 
     /// Whether requests are welcome.
     pub fn is_ready(&self) -> bool {
-        // A count of zero stays zero: no latch is left to clone.
         self.pending.load(Ordering::Acquire) == 0 && !self.is_draining()
     }
 
@@ -169,16 +171,27 @@ impl Readiness {
 }
 
 impl Latch {
-    /// Says that what was waited for has happened.
-    pub fn release(self) {
-        self.0.fetch_sub(1, Ordering::Release);
+    /// One of those that `pending` has counted.
+    fn of(pending: &Arc<AtomicUsize>) -> Self {
+        Self { pending: Arc::clone(pending), is_released: AtomicBool::new(false) }
     }
-}
 
-impl Clone for Latch {
-    fn clone(&self) -> Self {
-        self.0.fetch_add(1, Ordering::Relaxed);
-        Self(Arc::clone(&self.0))
+    /// Another thing that must happen, to be made before this one is released.
+    pub fn another(&self) -> Self {
+        self.pending.fetch_add(1, Ordering::Relaxed);
+        Self::of(&self.pending)
+    }
+
+    /// Says that what was waited for has happened; saying it again changes nothing.
+    pub fn release(&self) {
+        if !self.is_released.swap(true, Ordering::Relaxed) {
+            self.pending.fetch_sub(1, Ordering::Release);
+        }
+    }
+
+    /// Whether it was released.
+    pub fn is_released(&self) -> bool {
+        self.is_released.load(Ordering::Relaxed)
     }
 }
 
@@ -189,8 +202,9 @@ mod tests {
     #[test]
     fn a_process_is_ready_when_its_last_latch_is_released_and_until_it_drains() {
         let (readiness, first) = Readiness::new();
-        let second = first.clone();
+        let second = first.another();
         assert!(!readiness.is_ready());
+        first.release();
         first.release();
         assert!(!readiness.is_ready());
         second.release();
@@ -202,7 +216,7 @@ mod tests {
     #[test]
     fn a_task_that_dies_of_a_panic_makes_no_process_ready() {
         let (readiness, latch) = Readiness::new();
-        let task = latch.clone();
+        let task = latch.another();
         let death = std::thread::spawn(move || {
             let _ = &task;
             std::panic::resume_unwind(Box::new("the task dies"));

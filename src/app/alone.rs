@@ -1,8 +1,8 @@
 //! The modes without an upstream: flags from files, tokens given or of an own registry.
 
-use std::{collections::BTreeSet, path::Path};
+use std::{collections::BTreeSet, path::Path, sync::Arc};
 
-use tokio::sync::mpsc;
+use tokio::sync::{Mutex, mpsc};
 use tracing::warn;
 
 use super::plan::{Error, Plan, Source};
@@ -61,7 +61,7 @@ pub(super) async fn standalone(
     let mut plan = plan("standalone", files, given, store, latch).await?;
     let (deliver, deliveries) = mpsc::channel(DELIVERIES);
     plan.sink = Sink::Registry(deliver);
-    plan.control = Some((control, deliveries));
+    plan.control = Some((control, Arc::new(Mutex::new(deliveries))));
     for environment in named.difference(&snapshots.environments()) {
         warn!(%environment, "There are tokens for an environment that no file has flags of");
     }

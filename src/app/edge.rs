@@ -1,11 +1,6 @@
 //! The edge: flags, verdicts and usage by way of upstream.
 
-use std::{
-    collections::BTreeSet,
-    path::Path,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{collections::BTreeSet, path::Path, sync::Arc, time::Duration};
 
 use tokio::{sync::Notify, time::sleep};
 use tracing::{info, warn};
@@ -17,7 +12,7 @@ use crate::{
     snapshot::Snapshots,
     store::{Key, Store, edge_backup},
     sync::upstream::{Follower, Wanted},
-    telemetry::Latch,
+    telemetry::{Latch, report},
     token::{Environment, Grant, Projects, Scope, Token, TokenKind},
     upstream::{Credentials, Upstream},
     usage::Sink,
@@ -36,8 +31,10 @@ pub(super) struct Edge {
     /// Tokens of the operator, to be judged before they are used.
     tokens: Vec<Token>,
     backup: Vec<(Token, Grant)>,
-    /// Held until there are flags; taken by the first run.
-    latch: Mutex<Option<Latch>>,
+    /// Released when the operator's tokens are judged and have flags.
+    tokens_taken: Latch,
+    /// Released when the environments that are wanted at the start have flags.
+    flags_there: Latch,
 }
 
 /// Connects the parts of an edge and serves what an earlier run, of Parapet or of Unleash Edge, has
@@ -94,7 +91,8 @@ pub(super) async fn plan(
             follower,
             tokens,
             backup,
-            latch: Mutex::new(Some(latch)),
+            tokens_taken: latch.another(),
+            flags_there: latch,
         })),
         authority: Authority::Upstream(Box::new(Issuer {
             upstream: upstream.clone(),
@@ -115,7 +113,7 @@ pub(super) async fn plan(
 /// Its flags of an environment are those that the client tokens which it knew see.
 async fn migrate(folder: &Path, follower: &Follower) -> Vec<(Token, Grant)> {
     let tokens = edge_backup::tokens(folder).await.unwrap_or_else(|error| {
-        warn!(%error, "Unleash Edge's backup of tokens is not used");
+        warn!(error = report(&error), "Unleash Edge's backup of tokens is not used");
         Vec::new()
     });
     match edge_backup::features(folder).await {
@@ -130,7 +128,7 @@ async fn migrate(folder: &Path, follower: &Follower) -> Vec<(Token, Grant)> {
                 follower.serve(Scope { environment, projects }, text.get().as_bytes()).await;
             }
         }
-        Err(error) => warn!(%error, "Unleash Edge's backup of flags is not used"),
+        Err(error) => warn!(error = report(&error), "Unleash Edge's backup of flags is not used"),
     }
     tokens
 }
@@ -141,9 +139,9 @@ impl Edge {
         for (token, grant) in &self.backup {
             auth.import(token, grant);
         }
-        let latch = self.latch.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let tokens = take_tokens(&self.tokens, auth, &self.follower.snapshots, latch.clone());
-        tokio::join!(self.follower.clone().run(latch), tokens);
+        let Self { follower, tokens, tokens_taken, flags_there, .. } = self;
+        let tokens = take_tokens(tokens, auth, &follower.snapshots, tokens_taken);
+        tokio::join!(follower.clone().run(flags_there), tokens);
     }
 }
 
@@ -152,14 +150,9 @@ impl Edge {
 ///
 /// The latch is released when each has been judged once and those that are valid have flags: a
 /// mistyped token keeps nobody from the flags of the others. Without any valid one there are none.
-async fn take_tokens(
-    tokens: &[Token],
-    auth: &Authenticator,
-    snapshots: &Snapshots,
-    mut latch: Option<Latch>,
-) {
+async fn take_tokens(tokens: &[Token], auth: &Authenticator, snapshots: &Snapshots, latch: &Latch) {
     if tokens.is_empty() {
-        return release(&mut latch);
+        return latch.release();
     }
     let mut useless = BTreeSet::new();
     loop {
@@ -188,16 +181,10 @@ async fn take_tokens(
                 snapshots.wait_for(environment).await;
             }
         };
-        let waits_for_flags = judged && latch.is_some() && !environments.is_empty();
+        let waits_for_flags = judged && !latch.is_released() && !environments.is_empty();
         tokio::select! {
             () = sleep(if judged { LOOK_AGAIN_AFTER } else { ASK_AGAIN_AFTER }) => {}
-            () = flags_are_there, if waits_for_flags => release(&mut latch),
+            () = flags_are_there, if waits_for_flags => latch.release(),
         }
-    }
-}
-
-fn release(latch: &mut Option<Latch>) {
-    if let Some(latch) = latch.take() {
-        latch.release();
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{io, net::SocketAddr, sync::Arc};
 
-use tokio::sync::mpsc;
+use tokio::sync::{Mutex, mpsc};
 
 use super::{edge::Edge, tasks::Tasks};
 use crate::{
@@ -38,6 +38,9 @@ pub enum Error {
     Upstream(#[from] upstream::Error),
 }
 
+/// The usage that is on its way to the registry, for the one task that takes it.
+pub(super) type Deliveries = Arc<Mutex<mpsc::Receiver<Delivery>>>;
+
 /// What a mode comes to.
 #[derive(Debug)]
 pub(super) struct Plan {
@@ -50,7 +53,7 @@ pub(super) struct Plan {
     /// Whether upstream's admin API is passed on.
     pub(super) relays: bool,
     /// Accounts and tokens, and the usage that is kept with them, where that is here.
-    pub(super) control: Option<(Control, mpsc::Receiver<Delivery>)>,
+    pub(super) control: Option<(Control, Deliveries)>,
     /// Where verdicts, usage and credentials are kept between runs.
     pub(super) store: Store,
 }
@@ -73,13 +76,10 @@ impl Source {
     /// Keeps flags current from now on.
     pub(super) fn spawn(self, workers: &mut Tasks, auth: &Authenticator) {
         match self {
-            Self::Files(running) => workers.spawn("files", move || running.clone().run()),
+            Self::Files(running) => workers.spawn("files", running, files::Running::run),
             Self::Upstream(edge) => {
-                let (edge, auth) = (Arc::new(*edge), auth.clone());
-                workers.spawn("sync", move || {
-                    let (edge, auth) = (Arc::clone(&edge), auth.clone());
-                    async move { edge.run(&auth).await }
-                });
+                let parts = (Arc::new(*edge), auth.clone());
+                workers.spawn("sync", parts, |(edge, auth)| async move { edge.run(&auth).await });
             }
         }
     }

@@ -16,9 +16,14 @@ const RESTARTS: &str = "parapet_task_restarts_total";
 pub(super) struct Tasks(JoinSet<()>);
 
 impl Tasks {
-    /// Runs a task, again after each panic, until it returns.
-    pub(super) fn spawn<F>(&mut self, name: &'static str, task: impl Fn() -> F + Send + 'static)
-    where
+    /// Runs a task on what it works with, again after each panic, until it returns.
+    pub(super) fn spawn<T, F>(
+        &mut self,
+        name: &'static str,
+        with: T,
+        task: impl Fn(T) -> F + Send + 'static,
+    ) where
+        T: Clone + Send + 'static,
         F: Future<Output = ()> + Send + 'static,
     {
         describe_counter!(RESTARTS, "Tasks that panicked and were started again");
@@ -26,7 +31,7 @@ impl Tasks {
             // Owned by this future, so that aborting it aborts the task.
             let mut running = JoinSet::new();
             loop {
-                running.spawn(task());
+                running.spawn(task(with.clone()));
                 let Some(Err(panic)) = running.join_next().await else { return };
                 error!(task = name, %panic, "A task panicked and is started again");
                 counter!(RESTARTS, "task" => name).increment(1);
@@ -59,10 +64,9 @@ mod tests {
     async fn a_task_that_panics_is_started_again_until_it_returns() {
         let runs = Arc::new(AtomicU32::new(0));
         let mut tasks = Tasks::default();
-        let counted = Arc::clone(&runs);
-        tasks.spawn("test", move || {
-            let run = counted.fetch_add(1, Ordering::Relaxed);
-            async move { assert!(run >= 2, "this run is meant to panic") }
+        tasks.spawn("test", Arc::clone(&runs), |runs| async move {
+            let run = runs.fetch_add(1, Ordering::Relaxed);
+            assert!(run >= 2, "this run is meant to panic");
         });
         tasks.join().await;
         assert_eq!(runs.load(Ordering::Relaxed), 3);

@@ -75,7 +75,7 @@ impl Follower {
         }
         let stored = match self.store.environments().await {
             Ok(stored) => stored,
-            Err(error) => return warn!(error = %report(&error), "Cannot look for stored flags"),
+            Err(error) => return warn!(error = report(&error), "Cannot look for stored flags"),
         };
         for environment in stored {
             match self.store.load(&Key::Flags(environment.clone())).await {
@@ -84,7 +84,7 @@ impl Follower {
                     self.serve(scope, &bytes).await;
                 }
                 Ok(None) => {}
-                Err(error) => warn!(error = %report(&error), "Cannot read stored flags"),
+                Err(error) => warn!(error = report(&error), "Cannot read stored flags"),
             }
         }
     }
@@ -100,17 +100,19 @@ impl Follower {
         let never = Timestamp::UNIX_EPOCH;
         let published = match Document::parse(text) {
             Ok(document) => publish(&self.snapshots, scope, never, || document).await,
-            Err(error) => return warn!(%environment, %error, "Stored flags cannot be read"),
+            Err(error) => {
+                return warn!(%environment, error = report(&error), "Stored flags cannot be read");
+            }
         };
         if let Err(error) = published {
-            warn!(%environment, %error, "Stored flags cannot be compiled");
+            warn!(%environment, error = report(&error), "Stored flags cannot be compiled");
         }
     }
 
     /// Follows every wanted environment until dropped; those that upstream has no more, or has
     /// disabled, are neither followed nor served. The latch is released when each of those wanted
-    /// at the start has had flags; without one, readiness was settled before.
-    pub async fn run(self, latch: Option<Latch>) {
+    /// at the start has had flags.
+    pub async fn run(self, latch: &Latch) {
         lines::describe();
         let (tell, first) = oneshot::channel();
         tokio::join!(self.follow_all(tell), self.await_first(first, latch));
@@ -118,12 +120,7 @@ impl Follower {
 
     /// Releases the latch when each environment that was found first has had flags, or is not served
     /// any more.
-    async fn await_first(
-        &self,
-        first: oneshot::Receiver<BTreeSet<Environment>>,
-        latch: Option<Latch>,
-    ) {
-        let Some(latch) = latch else { return };
+    async fn await_first(&self, first: oneshot::Receiver<BTreeSet<Environment>>, latch: &Latch) {
         // Told by the loop beside this one, which does not end.
         let Ok(first) = first.await else { return };
         for environment in &first {
@@ -174,7 +171,7 @@ impl Follower {
                         // Its environment is gone: no reason to ask for another list before its time.
                         Ok((id, ())) => followed.retain(|_, task| *task != id),
                         Err(error) => {
-                            error!(%error, "Following an environment ended, it begins anew");
+                            error!(error = report(&error), "Following an environment ended, it begins anew");
                             followed.retain(|_, task| *task != error.id());
                             sleep(BEGIN_ANEW_AFTER).await;
                             break;
@@ -214,7 +211,7 @@ impl Follower {
             }
             Err(error) => {
                 if pace.failures() == 0 {
-                    warn!(error = error.report(), "Cannot read upstream's environments");
+                    warn!(error = report(&error), "Cannot read upstream's environments");
                 }
                 error.retry().wish()
             }
