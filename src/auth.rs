@@ -35,6 +35,7 @@ pub use self::{
     verdicts::{RestoreError, Verdict},
 };
 use crate::{
+    telemetry::report,
     token::{Grant, Token, TokenDigest, TokenKind},
     upstream::{Credentials, Upstream},
     wire::tokens::{ListedSecret, Validated},
@@ -433,7 +434,7 @@ impl Inner {
             Err(error) => {
                 if !self.unanswered.swap(true, Ordering::Relaxed) {
                     warn!(
-                        error = error.report(),
+                        error = report(&error),
                         "Cannot ask upstream about tokens; those that are new get a 503"
                     );
                 }
@@ -479,7 +480,7 @@ impl Inner {
                 Ok(list) => list,
                 Err(error) => {
                     if !std::mem::replace(&mut failing, true) {
-                        warn!(error = error.report(), "Cannot read upstream's token list");
+                        warn!(error = report(&error), "Cannot read upstream's token list");
                     }
                     continue;
                 }

@@ -1,7 +1,8 @@
 //! The client of the Unleash server that Parapet stands in front of.
 //!
 //! [`Upstream`] makes the requests, [`Credentials`] knows with which tokens. Neither retries, caches
-//! what it fetched, nor interprets flags: callers decide by [`Error::retry`] and [`Error::fault`].
+//! what it fetched, nor interprets flags: callers decide by what the errors tell: [`Error::retry`], [`Error::fault`] and
+//! [`ExchangeError::retry`].
 
 mod client;
 mod connect;

@@ -16,6 +16,7 @@ use super::{
     permission::{Actor, Missing},
     throttle::{Buckets, Rate, origin},
 };
+use crate::telemetry::report;
 
 /// How many events one origin may cause.
 const OF_ONE: Rate = Rate { burst: 20, every: Duration::from_mins(1) };
@@ -77,7 +78,7 @@ impl Refusals {
             data["leftOutBefore"] = left_out.into();
         }
         if let Err(error) = self.write(author, kind, data).await {
-            warn!(error = %error, "a refusal could not be noted in the audit log");
+            warn!(error = report(&error), "A refusal could not be noted in the audit log");
         }
     }
 

@@ -44,14 +44,14 @@ pub(super) async fn follow(database: &Database, registry: &Registry) {
             Ok(()) => {
                 wait = RETRY.0;
                 if std::mem::take(&mut is_away) {
-                    info!("the control plane's database is back");
+                    info!("The control plane's database is back");
                 }
             }
             Err(error) => {
                 listener = None;
                 if !std::mem::replace(&mut is_away, true) {
                     let error = report(&error);
-                    warn!(error, "the control plane's database is away; tokens stay as they are");
+                    warn!(error, "The control plane's database is away; tokens stay as they are");
                 }
                 tokio::time::sleep(wait).await;
                 wait = (wait * 2).min(RETRY.1);
@@ -106,7 +106,7 @@ pub(super) async fn note_uses(registry: &Registry, auth: &Authenticator) {
         used.extend(auth.take_used());
         match registry.note_uses(&used).await {
             Ok(()) => used.clear(),
-            Err(error) => debug!(error = report(&error), "uses of tokens are written later"),
+            Err(error) => debug!(error = report(&error), "Uses of tokens are written later"),
         }
     }
 }
@@ -115,7 +115,7 @@ pub(super) async fn note_uses(registry: &Registry, auth: &Authenticator) {
 pub(super) async fn prune(database: &Database, sessions: &Sessions, retention: Retention) {
     loop {
         if let Err(error) = prune_once(database, sessions, retention).await {
-            debug!(error = report(&error), "what is too old is forgotten later");
+            debug!(error = report(&error), "What is too old is forgotten later");
         }
         tokio::time::sleep(PRUNE).await;
     }

@@ -52,6 +52,7 @@ use super::{
     reply::{Failure, Reply},
     stop::Stop,
 };
+use crate::telemetry::report;
 
 /// What one client, and all of them together, may take.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -102,7 +103,7 @@ pub async fn serve<S: Service>(
                 });
             }
             Err(error) => {
-                warn!(%error, "Cannot accept a connection");
+                warn!(error = report(&error), "Cannot accept a connection");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }

@@ -53,7 +53,7 @@ pub enum Error {
         source: serde_json::Error,
     },
     /// Flags cannot be compiled.
-    #[error("compiling flags came to no end")]
+    #[error("compiling flags has panicked")]
     Panic {
         /// The cause.
         source: JoinError,

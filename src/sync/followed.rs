@@ -143,9 +143,9 @@ impl Followed {
             return self.pace.after_success(rand::random());
         };
         if self.pace.failures() == 0 {
-            warn!(%environment, error = %report(&failure), "Cannot refresh, what is known stays");
+            warn!(%environment, error = report(&failure), "Cannot refresh, what is known stays");
         } else {
-            debug!(%environment, error = %report(&failure), "Still cannot refresh");
+            debug!(%environment, error = report(&failure), "Still cannot refresh");
         }
         let pause = self.pace.after_failure(failure.wish(), rand::random());
         // One token's failure does not make the others' flags older.
@@ -220,7 +220,7 @@ impl Followed {
             let lost = match happened {
                 Happened::Told(events) => self.follow(at, events).await,
                 Happened::Refused(refusal, next, error) => {
-                    self.miss(Want::of(refusal), error.map(|it| it.report()).as_deref());
+                    self.miss(Want::of(refusal), error.map(|it| report(&it)).as_deref());
                     Some(next)
                 }
                 Happened::Ended(End::Over(_), next, None) => {
@@ -228,7 +228,7 @@ impl Followed {
                     Some(next)
                 }
                 Happened::Ended(_, next, error) => {
-                    self.miss(Want::Lost, error.map(|it| it.report()).as_deref());
+                    self.miss(Want::Lost, error.map(|it| report(&it)).as_deref());
                     Some(next)
                 }
             };
@@ -335,7 +335,7 @@ impl Means {
         let text = all.make(Coding::Identity).bytes.clone();
         let key = Key::Flags(snapshot.environment().clone());
         if let Err(error) = self.store.save(&key, text).await {
-            warn!(error = %report(&error), "Cannot store flags");
+            warn!(error = report(&error), "Cannot store flags");
         }
     }
 }
@@ -345,6 +345,6 @@ impl Means {
 enum Untold {
     #[error(transparent)]
     Events(#[from] told::Error),
-    #[error("reading upstream's stream came to no end")]
+    #[error("reading or compiling what upstream's stream told has panicked")]
     Panic(#[from] JoinError),
 }

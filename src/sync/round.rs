@@ -141,7 +141,7 @@ pub(super) enum Failure {
     Upstream(#[source] Error),
     #[error("upstream's answer is no client-features document")]
     Document(#[source] serde_json::Error),
-    #[error("reading and compiling flags came to no end")]
+    #[error("reading or compiling flags has panicked")]
     Panic(#[from] JoinError),
 }
 
@@ -150,7 +150,8 @@ impl Failure {
     pub(super) fn wish(&self) -> Option<Duration> {
         match self {
             Self::Upstream(error) => error.retry().wish(),
-            Self::Credentials(_) | Self::Document(_) | Self::Panic(_) => None,
+            Self::Credentials(error) => error.retry().wish(),
+            Self::Document(_) | Self::Panic(_) => None,
         }
     }
 }

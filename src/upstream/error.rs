@@ -7,8 +7,6 @@ use std::{io, path::PathBuf, time::Duration};
 use jiff::{Timestamp, fmt::rfc2822};
 use reqwest::{StatusCode, header::HeaderValue};
 
-use crate::telemetry;
-
 /// The longest pause that upstream may ask for by `Retry-After`; longer ones are shortened to it.
 const LONGEST_PAUSE: Duration = Duration::from_mins(10);
 
@@ -203,11 +201,6 @@ impl Error {
             Self::Unconditional => Some(StatusCode::NOT_MODIFIED),
             _ => None,
         }
-    }
-
-    /// The error and its causes in one line.
-    pub fn report(&self) -> String {
-        telemetry::report(self)
     }
 }
 

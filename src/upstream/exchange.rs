@@ -13,7 +13,7 @@ use tracing::{debug, info, warn};
 
 use super::{
     client::Upstream,
-    error::{self, Fault, Retry},
+    error::{self, Retry},
     seal::Seal,
 };
 use crate::{
@@ -67,14 +67,6 @@ pub enum Error {
 }
 
 impl Error {
-    /// Whose fault it is.
-    pub fn fault(&self) -> Fault {
-        match self {
-            Self::Upstream { source, .. } => source.fault(),
-            Self::Throttled { .. } | Self::Unknown { .. } => Fault::Credentials,
-        }
-    }
-
     /// When asking again may help: always later, since what is missing can be made upstream.
     pub fn retry(&self) -> Retry {
         match self {

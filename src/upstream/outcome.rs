@@ -11,6 +11,7 @@ use metrics::{
 use reqwest::StatusCode;
 
 use super::error::{Error, Fault};
+use crate::telemetry;
 
 const REQUESTS: &str = "parapet_upstream_requests_total";
 const DURATION: &str = "parapet_upstream_request_duration_seconds";
@@ -163,7 +164,7 @@ impl Pulse {
 
     /// Takes note of a failure.
     pub(super) fn miss(&self, error: &Error) {
-        let report = error.report();
+        let report = telemetry::report(error);
         let mut health = self.lock();
         health.last_error = Some((Timestamp::now(), report));
         match error.fault() {

@@ -14,6 +14,7 @@ use super::{
     outbox::{Dispatch, Outcome},
 };
 use crate::{
+    telemetry::report,
     token::{Environment, Token},
     upstream::{Credentials, Error, Retry, Upstream},
 };
@@ -89,7 +90,7 @@ pub(super) fn deliver(
                 };
                 warn!(
                     "A batch of usage for environment {environment} {what}{again}: {}",
-                    error.report()
+                    report(&error)
                 );
                 outcome
             }

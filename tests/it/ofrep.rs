@@ -75,7 +75,10 @@ fn assert_allowed(path: &str, status: u64, body: &Value) {
             assert!(codes.contains(&body["errorCode"].as_str().unwrap()), "{body}");
             assert_eq!(body["key"].is_string(), !is_bulk, "{body}");
         }
-        404 => assert_eq!(body["errorCode"], "FLAG_NOT_FOUND", "{body}"),
+        404 => {
+            assert_eq!(body["errorCode"], "FLAG_NOT_FOUND", "{body}");
+            assert!(body["key"].is_string(), "{body}");
+        }
         401 | 403 => assert!(body["errorDetails"].is_string(), "{body}"),
         _ => panic!("{status} {body}"),
     }

@@ -17,7 +17,7 @@ use super::{
     tasks::Tasks,
     telling::Telling,
 };
-use crate::http::reply::Outgoing;
+use crate::{http::reply::Outgoing, telemetry::report};
 
 /// A connection, and what is done with it.
 pub(super) enum Connection<I, S: HttpService<Incoming>> {
@@ -52,7 +52,7 @@ where
                 },
                 Self::Telling(telling) => {
                     if let Err(error) = ready!(Pin::new(telling).poll(cx)) {
-                        debug!(%error, "A stream ended early");
+                        debug!(error = report(&error), "A stream ended early");
                     }
                     return Poll::Ready(());
                 }
