@@ -8,6 +8,7 @@ pub mod context;
 pub mod delta;
 pub mod explain;
 pub mod features;
+pub mod instant;
 pub mod ofrep;
 pub mod person;
 pub mod sse;

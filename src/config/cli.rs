@@ -8,7 +8,6 @@ use clap::{
     Arg, ArgAction, ArgMatches, Command,
     error::{ContextKind, ContextValue, ErrorKind},
 };
-use jiff::Timestamp;
 
 use super::{
     checked::Explain,
@@ -19,6 +18,7 @@ use super::{
 use crate::{
     telemetry::REVISION,
     token::{Environment, Token},
+    wire::instant,
 };
 
 const CHECK_CONFIG: &str = "check-config";
@@ -334,10 +334,10 @@ fn explain(above: &ArgMatches, own: &ArgMatches) -> Result<Explain, Mistakes> {
         };
         properties.push((name.to_owned(), value.to_owned()));
     }
-    let at = match text("at").map(|text| text.parse::<Timestamp>()) {
+    let at = match text("at").map(|text| instant::parse(&text)) {
         None => None,
-        Some(Ok(at)) => Some(at),
-        Some(Err(_)) => {
+        Some(Some(at)) => Some(at),
+        Some(None) => {
             let reason = "expected a time as in 2030-01-01T00:00:00Z".to_owned();
             return Err(Mistake { place: "--at".to_owned(), reason }.into());
         }

@@ -11,6 +11,7 @@ use super::mistake::Mistake;
 use crate::{
     control::{Permission, RootRole},
     token::TokenKind,
+    wire::instant,
 };
 
 /// What to do.
@@ -242,6 +243,10 @@ fn task(command: &str, below: &ArgMatches) -> Result<Task, Mistake> {
     let needed = |name: &str| text(name).expect("clap insists on it, or it has a default");
     let wrong = |place: &str, reason: String| Mistake { place: place.to_owned(), reason };
     let password = || text("password-file").map_or(PasswordSource::Generated, PasswordSource::File);
+    let expiry = |text: String| {
+        let expected = || "expected a time as in 2030-01-01T00:00:00Z".to_owned();
+        instant::parse(&text).ok_or_else(|| wrong("--expires", expected()))
+    };
     let is_written = |name| args.value_source(name) == Some(ValueSource::CommandLine);
     Ok(match (command, verb) {
         ("token", "create") => {
@@ -257,9 +262,7 @@ fn task(command: &str, below: &ArgMatches) -> Result<Task, Mistake> {
                 kind,
                 environment: needed("environment"),
                 projects: args.get_many("project").into_iter().flatten().cloned().collect(),
-                expires_at: text("expires").map(|text| text.parse()).transpose().map_err(|_| {
-                    wrong("--expires", "expected a time as in 2030-01-01T00:00:00Z".to_owned())
-                })?,
+                expires_at: text("expires").map(expiry).transpose()?,
             }
         }
         ("token", "list") => Task::ListTokens { name: text("name") },

@@ -9,6 +9,8 @@ use jiff::Timestamp;
 use jiff::civil::{Date, DateTime};
 use jiff::tz::TimeZone;
 
+use crate::wire::instant;
+
 /// Reads a number as JavaScript's `Number(text)`: surrounding space is ignored, nothing is zero,
 /// and `0x`, `0o`, `0b` prefix integers.
 pub(super) fn number(text: &str) -> Option<f64> {
@@ -46,7 +48,7 @@ pub(super) fn number(text: &str) -> Option<f64> {
 /// Reads an instant in ISO 8601: with an offset, or without one in UTC, or a date in UTC.
 pub(super) fn instant(text: &str) -> Option<Timestamp> {
     let text = text.trim();
-    if let Ok(instant) = text.parse::<Timestamp>() {
+    if let Some(instant) = instant::parse(text) {
         return Some(instant);
     }
     let civil = match text.parse::<Date>() {
@@ -54,7 +56,7 @@ pub(super) fn instant(text: &str) -> Option<Timestamp> {
         Ok(_) | Err(_) if text.ends_with(['Z', 'z']) => return None,
         Ok(_) | Err(_) => text.parse::<DateTime>().ok()?,
     };
-    TimeZone::UTC.to_timestamp(civil).ok()
+    TimeZone::UTC.to_timestamp(civil).ok().or_else(|| instant::farthest(civil.year()))
 }
 
 /// Splits at commas; space around a comma does not count, space at the ends does.

@@ -10,6 +10,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use serde_json::value::RawValue;
 
+use super::instant;
 use crate::token::{Environment, Grant, ParseError, Projects, Scope, Token, TokenKind};
 
 /// The body of `POST /edge/validate`: tokens to be judged.
@@ -284,9 +285,9 @@ impl TryFrom<RawListed<'_>> for Listed {
         let environment = environment_of(kind, raw.environment, text)?;
         let projects = projects_of(raw.projects, raw.project, text)?;
         // A token whose end cannot be read must not pass for one without an end.
-        let expires_at =
-            raw.expires_at.map(|end| end.0.parse().map_err(|_| Unreadable::Expiry)).transpose()?;
-        let time = |text: Option<Text<'_>>| text.and_then(|it| it.0.parse().ok());
+        let end = |text: Text<'_>| instant::parse(&text.0).ok_or(Unreadable::Expiry);
+        let expires_at = raw.expires_at.map(end).transpose()?;
+        let time = |text: Option<Text<'_>>| text.and_then(|it| instant::parse(&it.0));
         Ok(Self {
             name: raw.token_name.or(raw.username).map_or_else(String::new, |it| it.0.into_owned()),
             kind,

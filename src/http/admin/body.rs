@@ -9,7 +9,10 @@ use serde_json::Value;
 use crate::{
     control::{Password, PasswordError},
     http::reply::Failure,
-    wire::admin::{Hidden, Problems},
+    wire::{
+        admin::{Hidden, Problems},
+        instant,
+    },
 };
 
 /// Reads a JSON object; what is wrong with its members is for them to say.
@@ -95,7 +98,7 @@ impl<'a> Query<'a> {
 
     /// A time.
     pub(super) fn time(&self, problems: &mut Problems, name: &'static str) -> Option<Timestamp> {
-        let time = self.text(problems, name)?.parse().ok();
+        let time = instant::parse(&self.text(problems, name)?);
         if time.is_none() {
             problems.add(name, "must be a time, as in 2027-01-31T12:00:00Z");
         }

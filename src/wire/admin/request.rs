@@ -12,6 +12,7 @@ use serde_json::Value;
 use zeroize::Zeroizing;
 
 use super::field::{Blank, Field, Member};
+use crate::wire::instant;
 
 /// The longest name, of a token or an account, in characters.
 const MAX_NAME: usize = 255;
@@ -30,12 +31,20 @@ impl Name {
     /// Reads it, without what surrounds it; an error says what was expected.
     pub fn parse(text: &str) -> Result<Self, String> {
         let text = text.trim();
-        if text.is_empty() || text.chars().count() > MAX_NAME || text.chars().any(char::is_control)
-        {
-            return Err(format!("must be one line of 1 to {MAX_NAME} characters"));
+        if text.is_empty() || text.chars().count() > MAX_NAME || text.chars().any(is_unseen) {
+            return Err(format!("must be one line of 1 to {MAX_NAME} visible characters"));
         }
         Ok(Self(text.to_owned()))
     }
+}
+
+/// Whether a character has no look of its own: two names that differ in such alone would look alike,
+/// and one may turn the rest of a line around (Unicode's categories Cc, Zl and Zp, and of Cf those that
+/// texts have no use for).
+fn is_unseen(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{ad}' | '\u{200b}' | '\u{200e}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
+            | '\u{2060}'..='\u{206f}' | '\u{feff}')
 }
 
 impl Member for Name {
@@ -197,8 +206,11 @@ pub struct Instant(pub Timestamp);
 
 impl Member for Instant {
     fn read(value: &Value) -> Result<Self, String> {
-        let time = value.as_str().and_then(|text| text.parse().ok());
-        time.map(Self).ok_or_else(|| "must be a time, as in 2027-01-31T12:00:00Z".to_owned())
+        value
+            .as_str()
+            .and_then(instant::parse)
+            .map(Self)
+            .ok_or_else(|| "must be a time, as in 2027-01-31T12:00:00Z".to_owned())
     }
 }
 
