@@ -125,15 +125,26 @@ impl Database {
         let options = AnyPoolOptions::new()
             .max_connections(CONNECTIONS)
             .acquire_timeout(PATIENCE)
-            .after_connect(move |connection, _| Box::pin(prepare(connection, dialect)));
+            .after_connect(move |connection, _| Box::pin(prepare(connection, dialect)))
+            // SQLite ends a transaction by itself where the disk is full, and the driver, which does
+            // not learn of it, would begin no other on that connection.
+            .before_acquire(|connection, _| {
+                let is_usable = !connection.is_in_transaction();
+                Box::pin(async move { Ok(is_usable) })
+            });
         let url_options = quiet(&url)?;
-        if let Dialect::Postgres = dialect {
-            // The pool tries until its patience ends, and then tells that and not the reason.
-            let connection = timeout(PATIENCE, AnyConnection::connect_with(&url_options)).await;
-            let connection =
-                connection.unwrap_or_else(|_| Err(sqlx::Error::Io(ErrorKind::TimedOut.into())));
-            connection.map_err(Error::Unreachable)?.close().await?;
-        }
+        // The pool tries until its patience ends, and then tells that and not the reason.
+        let first = async {
+            let mut connection = AnyConnection::connect_with(&url_options).await?;
+            prepare(&mut connection, dialect).await?;
+            connection.close().await
+        };
+        let first = timeout(PATIENCE, first).await;
+        let timed_out = |_| Err(sqlx::Error::Io(ErrorKind::TimedOut.into()));
+        first.unwrap_or_else(timed_out).map_err(|error| match Error::from(error) {
+            Error::Database(error) => Error::Unreachable(error),
+            other => other,
+        })?;
         let pool = options.connect_with(url_options).await?;
         let database = Self { pool, dialect, url };
         let mut transaction = database.write(Lane::Control).await?;
@@ -291,6 +302,28 @@ async fn make_private(path: &Path) -> std::io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_transaction_that_ended_by_itself_keeps_no_connection_from_others() {
+        let folder = tempfile::tempdir().unwrap();
+        let location = Location::Sqlite(folder.path().join("parapet.db"));
+        let database = Database::open(&location).await.unwrap();
+        for _ in 0..2 * CONNECTIONS {
+            let mut transaction = database.write(Lane::Control).await.unwrap();
+            // As SQLite does when there is no room for what was to be written.
+            transaction.execute("ROLLBACK").await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_file_that_is_no_database_is_called_so() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("parapet.db");
+        std::fs::write(&path, "This is another file.".repeat(200)).unwrap();
+        let error = Database::open(&Location::Sqlite(path)).await.unwrap_err();
+        let told = crate::telemetry::report(&error);
+        assert!(told.contains("file is not a database"), "{told}");
+    }
 
     #[test]
     fn a_database_url_shows_where_and_not_with_what() {
