@@ -12,6 +12,7 @@ use std::{
 
 use jiff::{SignedDuration, Timestamp};
 use sqlx::Row as _;
+use tracing::warn;
 
 use super::{
     accounts::{self, Account},
@@ -24,6 +25,7 @@ use super::{
     secret::{Kept, Secret},
     throttle::{Buckets, Rate, origin},
 };
+use crate::telemetry::report;
 
 /// Attempts from one address.
 const BY_ADDRESS: Rate = Rate { burst: 20, every: Duration::from_secs(3) };
@@ -66,6 +68,15 @@ pub struct SignedIn {
     pub device: Secret,
     /// Whose session it is.
     pub account: Account,
+}
+
+/// What made a browser ask.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Cause {
+    /// Somebody who is there.
+    Person,
+    /// A page that looks for news by itself: its session ends as if it did not.
+    Page,
 }
 
 /// Open sessions, and who may try to open one.
@@ -227,9 +238,10 @@ impl Sessions {
         &self,
         cookie: &str,
         address: IpAddr,
+        cause: Cause,
     ) -> Result<Option<Account>, Error> {
         if let Some(kept) = Kept::of(cookie)
-            && let Some(account) = self.open_session(&kept).await?
+            && let Some(account) = self.open_session(&kept, cause).await?
         {
             return Ok(Some(account));
         }
@@ -237,7 +249,7 @@ impl Sessions {
         Ok(None)
     }
 
-    async fn open_session(&self, kept: &Kept) -> Result<Option<Account>, Error> {
+    async fn open_session(&self, kept: &Kept, cause: Cause) -> Result<Option<Account>, Error> {
         let row = sqlx::query("SELECT * FROM sessions WHERE selector = $1").bind(&kept.selector);
         let Some(row) = row.fetch_optional(self.database.pool()).await? else { return Ok(None) };
         let (created, seen) =
@@ -248,10 +260,13 @@ impl Sessions {
         if is_over || !kept.proves(row.try_get("digest")?) {
             return Ok(None);
         }
-        if now.duration_since(seen) >= TOUCH.min(self.idle / 4) {
+        if cause == Cause::Person && now.duration_since(seen) >= TOUCH.min(self.idle / 4) {
             let touch = sqlx::query("UPDATE sessions SET seen_at = $1 WHERE selector = $2");
             let touch = touch.bind(now.as_millisecond()).bind(&kept.selector);
-            touch.execute(self.database.pool()).await?;
+            // A disk without room keeps nobody from reading.
+            if let Err(error) = touch.execute(self.database.pool()).await {
+                warn!(error = report(&error), "The use of a session could not be written down");
+            }
         }
         let mut connection = self.database.pool().acquire().await?;
         accounts::find(&mut connection, row.try_get("account_id")?).await
@@ -260,7 +275,7 @@ impl Sessions {
     /// Ends the session of a cookie, if it is one.
     pub(super) async fn sign_out(&self, cookie: &str, address: IpAddr) -> Result<(), Error> {
         let Some(kept) = Kept::of(cookie) else { return Ok(()) };
-        let Some(account) = self.open_session(&kept).await? else { return Ok(()) };
+        let Some(account) = self.open_session(&kept, Cause::Person).await? else { return Ok(()) };
         let mut transaction = self.database.write(Lane::Control).await?;
         let delete = sqlx::query("DELETE FROM sessions WHERE selector = $1").bind(&kept.selector);
         delete.execute(&mut *transaction).await?;

@@ -177,29 +177,49 @@ impl Admin {
                 self.open(call, head, address, &body).await
             }
             Call::Instance(call) => {
-                let caller = self.admit(operation, head, address).await?;
-                let body = self.body(operation, head, body).await?;
+                let (caller, body) = self.admit_with(found, head, body, address).await?;
                 self.of_instance(call, &caller, arguments, head, &body)
             }
             Call::Control(call) => {
-                let caller = self.admit(operation, head, address).await?;
-                let body = self.body(operation, head, body).await?;
+                let (caller, body) = self.admit_with(found, head, body, address).await?;
                 self.of_control(call, &caller, arguments, head, &body).await
             }
         }
     }
 
-    /// Who asks, if they may at all; judged before anything is read, whose mistakes would be told
-    /// first.
+    /// Who asks, if they may at all, and with which body.
+    ///
+    /// That is judged before anything is read, whose mistakes would be told first; and again when all
+    /// has come, for which a client may take seconds: its account or its token may be gone by then.
+    async fn admit_with(
+        &self,
+        found: &Found<'_>,
+        head: &Parts,
+        body: Arriving,
+        address: IpAddr,
+    ) -> Result<(Caller, Bytes), Failure> {
+        let caller = self.admit(found, head, address).await?;
+        if found.operation.body.is_none() {
+            return Ok((caller, Bytes::new()));
+        }
+        let body = self.body(found.operation, head, body).await?;
+        Ok((self.admit(found, head, address).await?, body))
+    }
+
     async fn admit(
         &self,
-        operation: &Operation,
+        found: &Found<'_>,
         head: &Parts,
         address: IpAddr,
     ) -> Result<Caller, Failure> {
+        let operation = found.operation;
         let caller = self.gate().admit(head, address, operation.method.changes()).await?;
         if let (Access::Admin, Some(control)) = (operation.access, &self.control) {
-            let what = format!("{} {}", operation.method.as_str(), operation.path);
+            let path = match found.arguments[0].parse::<i64>() {
+                Ok(id) => operation.path.replace("{id}", &id.to_string()),
+                Err(_) => operation.path.to_owned(),
+            };
+            let what = format!("{} {path}", operation.method.as_str());
             control.require_admin(&caller.actor, &what).await?;
         }
         Ok(caller)

@@ -6,7 +6,9 @@ use bytes::Bytes;
 
 use super::body;
 use crate::{
-    control::{Account, AccountChange, Actor, Control, NewAccount, Operator, Permission, RootRole},
+    control::{
+        Account, AccountChange, Actor, Control, Grants, NewAccount, Operator, Permission, RootRole,
+    },
     http::reply::{self, Failure, Reply},
     wire::admin::{self as wire, Field, Problems, Role, Time},
 };
@@ -106,7 +108,7 @@ pub(super) async fn set_permissions(
         }
     }
     problems.finish()?;
-    found(control.set_permissions(actor, number(id)?, permissions).await?)
+    found(control.grant(actor, number(id)?, Grants::Only(permissions)).await?)
 }
 
 /// Gives an account a new password.

@@ -7,7 +7,7 @@ use std::{collections::BTreeSet, net::IpAddr};
 
 use hyper::{
     HeaderMap,
-    header::{COOKIE, HeaderName},
+    header::{COOKIE, HeaderName, HeaderValue},
     http::request::Parts,
 };
 
@@ -15,7 +15,7 @@ use super::{origin::is_same_origin, relay::Relay};
 
 use crate::{
     auth::Authenticator,
-    control::{Account, Actor, Control, Operator, RootRole},
+    control::{Account, Actor, Cause, Control, Operator, RootRole},
     http::reply::Failure,
     token::{Token, TokenKind},
     wire::person::Person,
@@ -26,6 +26,9 @@ pub(super) const SESSION: &str = "parapet-session";
 
 /// The cookie of a browser from which somebody has signed in before.
 pub(super) const DEVICE: &str = "parapet-device";
+
+/// The header by which a page says that nobody made it ask.
+const BACKGROUND: &str = "parapet-background";
 
 /// Who is asking.
 #[derive(Debug)]
@@ -58,7 +61,7 @@ impl Gate<'_> {
         address: IpAddr,
         changes: bool,
     ) -> Result<Caller, Failure> {
-        if let Some(header) = head.headers.get(self.token_header) {
+        if let Some(header) = presented(&head.headers, self.token_header) {
             let header = header.to_str().map_err(|_| Failure::Unauthorized)?;
             return self.by_token(header, address).await;
         }
@@ -76,7 +79,9 @@ impl Gate<'_> {
         if is_foreign {
             return Err(Failure::CrossOrigin);
         }
-        let account = control.session(cookie, address).await?.ok_or(Failure::SignIn)?;
+        let by_itself = !changes && head.headers.contains_key(BACKGROUND);
+        let cause = if by_itself { Cause::Page } else { Cause::Person };
+        let account = control.session(cookie, address, cause).await?.ok_or(Failure::SignIn)?;
         let actor = Actor { operator: account.operator(), address: Some(address) };
         Ok(Caller { actor, account: Some(account) })
     }
@@ -106,6 +111,16 @@ fn of_upstream(person: &Person, address: IpAddr) -> Caller {
     Caller { actor: Actor { operator, address: Some(address) }, account: None }
 }
 
+/// The token that a request presents. Basic credentials are for a proxy on the way, to which browsers
+/// send them with every request.
+pub(super) fn presented<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a HeaderValue> {
+    let is_basic = |value: &HeaderValue| {
+        let scheme = value.as_bytes().split(|byte| *byte == b' ').next();
+        scheme.is_some_and(|scheme| scheme.eq_ignore_ascii_case(b"basic"))
+    };
+    headers.get(name).filter(|value| !is_basic(value))
+}
+
 /// The value of a cookie.
 pub(super) fn cookie<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     let cookies = headers.get_all(COOKIE).into_iter().filter_map(|value| value.to_str().ok());
@@ -122,6 +137,17 @@ mod tests {
             .iter()
             .map(|(name, value)| (HeaderName::from_static(name), value.parse().expect("a header")));
         pairs.collect()
+    }
+
+    #[test]
+    fn credentials_for_a_proxy_are_no_token() {
+        let name = HeaderName::from_static("authorization");
+        for (value, is_token) in
+            [("Basic YTpi", false), ("basic x", false), ("Bearer a", true), ("*:*.basic", true)]
+        {
+            let headers = headers(&[("authorization", value)]);
+            assert_eq!(presented(&headers, &name).is_some(), is_token, "{value}");
+        }
     }
 
     #[test]

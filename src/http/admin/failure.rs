@@ -26,6 +26,7 @@ impl From<Error> for Failure {
             Error::Busy
             | Error::Newer { .. }
             | Error::Migration(_)
+            | Error::NotBegun
             | Error::File(..)
             | Error::Unreachable(_)
             | Error::Database(_) => {

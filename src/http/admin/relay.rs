@@ -18,7 +18,7 @@ use hyper::{
 use percent_encoding::percent_decode_str;
 use tracing::warn;
 
-use super::origin::is_same_origin;
+use super::{caller::presented, origin::is_same_origin};
 use crate::{
     auth::Authenticator,
     http::reply::{self, Failure, Reply},
@@ -78,17 +78,18 @@ impl Relay {
     ) -> Result<Reply, Failure> {
         let changes = !matches!(head.method, Method::GET | Method::HEAD | Method::OPTIONS);
         let is_browser = [COOKIE, ORIGIN].iter().any(|it| head.headers.contains_key(it));
-        let by_token = head.headers.contains_key(here.token_header);
+        let token = presented(&head.headers, here.token_header);
         let is_own_page = is_same_origin(&head.headers);
-        if changes && is_browser && !by_token && !is_own_page {
+        if changes && is_browser && token.is_none() && !is_own_page {
             return Err(Failure::CrossOrigin);
         }
         if climbs(path) {
             return Err(Failure::NotFound);
         }
         let mut headers = forwarded(&head.headers);
-        if let Some(token) = headers.remove(here.token_header) {
-            headers.insert(self.upstream.token_header(), token);
+        headers.remove(here.token_header);
+        if let Some(token) = token {
+            headers.insert(self.upstream.token_header(), token.clone());
         }
         if is_own_page && headers.contains_key(ORIGIN) {
             // What is of the same origin here is so there, whose name is another.

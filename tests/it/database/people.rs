@@ -5,8 +5,8 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
 use parapet::control::{
-    Account, AccountChange, Actor, Config, Control, Error, FirstAccount, NewAccount, Password,
-    Permission, RootRole, SignIn,
+    Account, AccountChange, Actor, Cause, Config, Control, Error, FirstAccount, Grants, NewAccount,
+    Password, Permission, RootRole, SignIn,
 };
 
 use super::bed::{Bed, PASSWORD, SHELL, admin, attempt, kinds, password};
@@ -58,14 +58,14 @@ async fn accounts_are_made_changed_and_deleted(bed: Bed) {
     assert_eq!(changed, expect);
     let granted: BTreeSet<_> =
         [Permission::CreateClientApiToken, Permission::DeleteFrontendApiToken].into();
-    let changed = control.set_permissions(&SHELL, ann.id, granted.clone()).await.unwrap();
+    let changed = control.grant(&SHELL, ann.id, Grants::Only(granted.clone())).await.unwrap();
     let expect = Account { permissions: granted, ..expect };
     assert_eq!(changed.as_ref(), Some(&expect));
     assert_eq!(control.account(&SHELL, ann.id).await.unwrap(), Some(expect.clone()));
     let all = control.accounts(&SHELL.operator).await.unwrap();
     assert_eq!(all.len(), 2);
     assert_eq!(all[1], expect);
-    let none = control.set_permissions(&SHELL, ann.id, BTreeSet::new()).await.unwrap().unwrap();
+    let none = control.grant(&SHELL, ann.id, Grants::Only(BTreeSet::new())).await.unwrap().unwrap();
     assert!(none.permissions.is_empty());
 
     assert!(control.delete_account(&SHELL, ann.id).await.unwrap().is_some());
@@ -105,7 +105,7 @@ async fn only_admins_handle_accounts(bed: Bed) {
     let control = bed.open().await;
     let granted = Permission::ALL.into_iter().collect();
     let ann = control.create_account(&SHELL, new("ann", RootRole::Editor)).await.unwrap();
-    let ann = control.set_permissions(&SHELL, ann.id, granted).await.unwrap().unwrap();
+    let ann = control.grant(&SHELL, ann.id, Grants::Only(granted)).await.unwrap().unwrap();
     let (ann, id) = (actor(&ann), ann.id);
     let refused = |outcome: Result<(), Error>| {
         let Err(Error::Missing(missing)) = outcome else { panic!("{outcome:?}") };
@@ -115,7 +115,7 @@ async fn only_admins_handle_accounts(bed: Bed) {
     refused(control.create_account(&ann, mallory).await.map(drop));
     let promote = AccountChange { role: Some(RootRole::Admin), ..AccountChange::default() };
     refused(control.update_account(&ann, id, promote).await.map(drop));
-    refused(control.set_permissions(&ann, id, BTreeSet::new()).await.map(drop));
+    refused(control.grant(&ann, id, Grants::Only(BTreeSet::new())).await.map(drop));
     refused(control.set_password(&ann, 1, password("mallory's own")).await.map(drop));
     refused(control.delete_account(&ann, 1).await.map(drop));
     refused(control.accounts(&ann.operator).await.map(drop));
@@ -143,16 +143,19 @@ async fn a_session_begins_with_the_password_and_ends(bed: Bed) {
     assert!(matches!(nobody, Err(Error::WrongPassword)), "{nobody:?}");
     let signed_in = control.sign_in(attempt(" ADMIN ", &password(PASSWORD))).await.unwrap();
     let cookie = signed_in.session.expose();
-    let account = control.session(cookie, HOME).await.unwrap().unwrap();
+    let account = control.session(cookie, HOME, Cause::Person).await.unwrap().unwrap();
     assert_eq!(account, signed_in.account);
     assert!(account.seen_at.is_some());
     // Every instance knows it, and that it has ended.
     let other = bed.open().await;
-    assert!(other.session(cookie, HOME).await.unwrap().is_some());
+    assert!(other.session(cookie, HOME, Cause::Person).await.unwrap().is_some());
     let device = signed_in.device.expose();
-    assert!(control.session(device, HOME).await.unwrap().is_none(), "another cookie's value");
+    assert!(
+        control.session(device, HOME, Cause::Person).await.unwrap().is_none(),
+        "another cookie's value"
+    );
     other.sign_out(cookie, HOME).await.unwrap();
-    assert!(control.session(cookie, HOME).await.unwrap().is_none());
+    assert!(control.session(cookie, HOME, Cause::Person).await.unwrap().is_none());
     control.sign_out(cookie, HOME).await.unwrap();
     let told = kinds(&control).await;
     let expect = ["sign-in-refused", "sign-in-refused", "user-signed-in", "user-signed-out"];
@@ -164,7 +167,7 @@ async fn a_new_password_ends_the_sessions_of_the_old_one(bed: Bed) {
     let ann = control.create_account(&SHELL, new("ann", RootRole::Viewer)).await.unwrap();
     let old = password("ann's password");
     let is_open = async |session: &parapet::control::Secret| {
-        control.session(session.expose(), HOME).await.unwrap().is_some()
+        control.session(session.expose(), HOME, Cause::Person).await.unwrap().is_some()
     };
     let one = control.sign_in(attempt("ann", &old)).await.unwrap().session;
     let other = control.sign_in(attempt("ann", &old)).await.unwrap().session;
@@ -200,7 +203,7 @@ async fn a_new_password_ends_the_sessions_of_the_old_one(bed: Bed) {
 async fn sessions_end_by_themselves(bed: Bed) {
     let control = bed.open().await;
     let is_open = async |session: &parapet::control::Secret| {
-        control.session(session.expose(), HOME).await.unwrap().is_some()
+        control.session(session.expose(), HOME, Cause::Person).await.unwrap().is_some()
     };
     // The hours pass in the database: idle ones after eight, and all after a day.
     let pass = async |time: &str, hours: u32| {
@@ -226,11 +229,13 @@ async fn a_session_that_is_used_goes_on(bed: Bed) {
     let later = async || bed.execute("UPDATE sessions SET seen_at = seen_at - 40000").await;
     for _ in 0..3 {
         later().await;
-        assert!(control.session(session.expose(), HOME).await.unwrap().is_some());
+        assert!(control.session(session.expose(), HOME, Cause::Person).await.unwrap().is_some());
     }
     later().await;
+    let by_itself = control.session(session.expose(), HOME, Cause::Page).await;
+    assert!(by_itself.unwrap().is_some());
     later().await;
-    assert!(control.session(session.expose(), HOME).await.unwrap().is_none());
+    assert!(control.session(session.expose(), HOME, Cause::Person).await.unwrap().is_none());
 }
 
 async fn ten_thousand_wrong_passwords_admit_nobody_and_keep_nobody_out(bed: Bed) {
@@ -287,20 +292,20 @@ async fn ten_thousand_made_up_cookies_open_nothing(bed: Bed) {
     let mut throttled = 0;
     for number in 0..10_000 {
         let made_up = format!("{number:022}.{number:043}");
-        match control.session(&made_up, HOME).await {
+        match control.session(&made_up, HOME, Cause::Person).await {
             Ok(None) => {}
             Err(Error::Throttled(_)) => throttled += 1,
             other => panic!("{other:?}"),
         }
     }
     assert!(throttled > 5000, "{throttled}");
-    assert!(control.session(session.expose(), HOME).await.unwrap().is_some());
+    assert!(control.session(session.expose(), HOME, Cause::Person).await.unwrap().is_some());
     let again = admin(&control).await.session;
-    assert!(control.session(again.expose(), HOME).await.unwrap().is_some());
+    assert!(control.session(again.expose(), HOME, Cause::Person).await.unwrap().is_some());
     _ = check_is_send(&control);
 }
 
 /// Requests are served on many threads.
 fn check_is_send(control: &Control) -> impl Future<Output = Result<Option<Account>, Error>> + Send {
-    control.session("", HOME)
+    control.session("", HOME, Cause::Person)
 }
