@@ -20,14 +20,14 @@ mod throttle;
 mod usage;
 mod watch;
 
-use std::{collections::BTreeSet, net::IpAddr, sync::Arc, time::Duration};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use tokio::sync::mpsc;
 use tracing::warn;
 
 pub use self::{
-    accounts::{Account, AccountChange, NewAccount},
+    accounts::{Account, AccountChange, Grants, NewAccount},
     audit::{Event, EventKind, EventPage, EventQuery},
     database::{DatabaseUrl, DatabaseUrlError, Location},
     error::Error,
@@ -36,12 +36,16 @@ pub use self::{
     permission::{Action, Actor, Missing, Operator, Permission, RootRole},
     registry::{ApiToken, NewToken},
     secret::Secret,
-    sessions::{SignIn, SignedIn},
+    sessions::{Cause, SignIn, SignedIn},
     usage::{ApplicationSummary, UsageHour},
 };
 use self::{
-    database::Database, password::Hasher, refusals::Refusals, registry::Registry,
-    sessions::Sessions, watch::Retention,
+    database::Database,
+    password::Hasher,
+    refusals::{Denial, Refusals},
+    registry::Registry,
+    sessions::Sessions,
+    watch::Retention,
 };
 use crate::{
     auth::Authenticator,
@@ -122,6 +126,9 @@ impl Control {
             there.map_err(|error| Error::File(path.clone(), error))?;
         }
         let database = Database::open(&location).await?;
+        if accounts::count(&mut *database.pool().acquire().await?).await? == 0 {
+            return Err(Error::NotBegun);
+        }
         let hasher = Hasher::new();
         let inner = Inner {
             registry: Registry::open(database.clone(), usize::MAX).await?,
@@ -218,8 +225,9 @@ impl Control {
         identifier: &str,
         expires_at: Option<Timestamp>,
     ) -> Result<Option<ApiToken>, Error> {
+        let what = self.of_token("change", identifier);
         let changed = self.0.registry.update(actor, identifier, expires_at).await;
-        self.noting(actor, "change an API token", changed).await
+        self.noting(actor, &what, changed).await
     }
 
     /// Ends a token, by its id or its secret; it is refused when this returns. `None` where there
@@ -229,8 +237,9 @@ impl Control {
         actor: &Actor,
         identifier: &str,
     ) -> Result<Option<ApiToken>, Error> {
+        let what = self.of_token("delete", identifier);
         let deleted = self.0.registry.delete(actor, identifier).await;
-        self.noting(actor, "delete an API token", deleted).await
+        self.noting(actor, &what, deleted).await
     }
 
     /// Every account, the oldest first; for admins.
@@ -242,7 +251,7 @@ impl Control {
     /// One account; for admins and for itself.
     pub async fn account(&self, actor: &Actor, id: i64) -> Result<Option<Account>, Error> {
         if actor.operator.id() != Some(id) {
-            self.require_admin(actor, "see an account").await?;
+            self.require_admin(actor, &of_account("see", id)).await?;
         }
         let mut connection = self.0.database.pool().acquire().await?;
         accounts::find(&mut connection, id).await
@@ -263,23 +272,25 @@ impl Control {
         id: i64,
         change: AccountChange,
     ) -> Result<Option<Account>, Error> {
-        self.require_admin(actor, "change an account").await?;
+        let what = of_account("change", id);
+        self.require_admin(actor, &what).await?;
         let hash = match &change.password {
             Some(password) => Some(self.0.hasher.hash(password).await?),
             None => None,
         };
-        accounts::update(&self.0.database, actor, id, change, hash.as_deref()).await
+        let changed = accounts::update(&self.0.database, actor, id, change, hash.as_deref()).await;
+        self.noting(actor, &what, changed).await
     }
 
-    /// Replaces what is granted to an account beyond its role; for admins.
-    pub async fn set_permissions(
+    /// Changes what is granted to an account beyond its role; for admins.
+    pub async fn grant(
         &self,
         actor: &Actor,
         id: i64,
-        permissions: BTreeSet<Permission>,
+        change: Grants,
     ) -> Result<Option<Account>, Error> {
-        self.require_admin(actor, "grant permissions").await?;
-        accounts::set_permissions(&self.0.database, actor, id, permissions).await
+        self.require_admin(actor, &of_account("grant permissions to", id)).await?;
+        accounts::grant(&self.0.database, actor, id, change).await
     }
 
     /// Sets an account's password and ends all of its sessions; for admins.
@@ -289,7 +300,7 @@ impl Control {
         id: i64,
         password: Password,
     ) -> Result<Option<Account>, Error> {
-        self.require_admin(actor, "set a password").await?;
+        self.require_admin(actor, &of_account("set the password of", id)).await?;
         let hash = self.0.hasher.hash(&password).await?;
         accounts::set_password(&self.0.database, actor, id, &hash, None).await
     }
@@ -302,13 +313,16 @@ impl Control {
         current: &Password,
         new: Password,
     ) -> Result<(), Error> {
-        self.0.sessions.change_password(actor, session, current, &new).await
+        let changed = self.0.sessions.change_password(actor, session, current, &new).await;
+        self.noting(actor, "change the own password", changed).await
     }
 
     /// Deletes an account and ends its sessions; for admins, and never the last of them.
     pub async fn delete_account(&self, actor: &Actor, id: i64) -> Result<Option<Account>, Error> {
-        self.require_admin(actor, "delete an account").await?;
-        accounts::delete(&self.0.database, actor, id).await
+        let what = of_account("delete", id);
+        self.require_admin(actor, &what).await?;
+        let deleted = accounts::delete(&self.0.database, actor, id).await;
+        self.noting(actor, &what, deleted).await
     }
 
     /// Begins a session for whoever has the password.
@@ -317,8 +331,13 @@ impl Control {
     }
 
     /// Whose session a cookie opens; `None` where it opens none.
-    pub async fn session(&self, cookie: &str, address: IpAddr) -> Result<Option<Account>, Error> {
-        self.0.sessions.find(cookie, address).await
+    pub async fn session(
+        &self,
+        cookie: &str,
+        address: IpAddr,
+        cause: Cause,
+    ) -> Result<Option<Account>, Error> {
+        self.0.sessions.find(cookie, address, cause).await
     }
 
     /// Ends the session of a cookie, if it is one.
@@ -359,9 +378,25 @@ impl Control {
         what: &str,
         outcome: Result<T, Error>,
     ) -> Result<T, Error> {
-        if let Err(Error::Missing(missing)) = &outcome {
-            self.0.refusals.operation(actor, what, *missing).await;
+        if let Err(error) = &outcome
+            && let Some(denial) = Denial::of(error)
+        {
+            self.0.refusals.operation(actor, what, denial).await;
         }
         outcome
     }
+
+    /// What is done to a token, in the words of the audit log: by the name that everybody may know,
+    /// since its secret may have been given instead.
+    fn of_token(&self, verb: &str, identifier: &str) -> String {
+        match self.0.registry.id(identifier) {
+            Some(id) => format!("{verb} the API token {id}"),
+            None => format!("{verb} an API token"),
+        }
+    }
+}
+
+/// What is done to an account, in the words of the audit log.
+fn of_account(verb: &str, id: i64) -> String {
+    format!("{verb} the account {id}")
 }

@@ -2,7 +2,7 @@
 //!
 //! Who is signed in is `sessions`' business.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 use serde_json::{Value, json};
@@ -87,6 +87,27 @@ pub struct AccountChange {
     pub password: Option<Password>,
 }
 
+/// A change of what is granted to an account.
+#[derive(Clone, Debug)]
+pub enum Grants {
+    /// These, and no others.
+    Only(BTreeSet<Permission>),
+    /// These as well.
+    With(BTreeSet<Permission>),
+    /// These no longer.
+    Without(BTreeSet<Permission>),
+}
+
+impl Grants {
+    fn applied_to(&self, granted: &BTreeSet<Permission>) -> BTreeSet<Permission> {
+        match self {
+            Self::Only(these) => these.clone(),
+            Self::With(these) => granted | these,
+            Self::Without(these) => granted - these,
+        }
+    }
+}
+
 /// The form of a username under which it is found.
 pub(super) fn key_of(username: &str) -> String {
     username.trim().to_lowercase()
@@ -117,8 +138,15 @@ pub(super) async fn all(database: &Database) -> Result<Vec<Account>, Error> {
     let rows = sqlx::query("SELECT * FROM accounts ORDER BY id").fetch_all(&mut *transaction);
     let rows = rows.await?;
     let grants = sqlx::query("SELECT * FROM account_permissions").fetch_all(&mut *transaction);
-    let grants = grants.await?;
-    rows.iter().map(|row| Ok(read(row, &grants)?)).collect()
+    let mut granted = BTreeMap::<i64, Vec<AnyRow>>::new();
+    for grant in grants.await? {
+        granted.entry(grant.try_get("account_id")?).or_default().push(grant);
+    }
+    let account = |row: &AnyRow| {
+        let grants = granted.get(&row.try_get("id")?).map_or(&[][..], Vec::as_slice);
+        read(row, grants)
+    };
+    rows.iter().map(|row| Ok(account(row)?)).collect()
 }
 
 /// One account.
@@ -243,15 +271,16 @@ pub(super) async fn update(
     Ok(Some(after))
 }
 
-/// Replaces what is granted to an account beyond its role.
-pub(super) async fn set_permissions(
+/// Changes what is granted to an account beyond its role.
+pub(super) async fn grant(
     database: &Database,
     actor: &Actor,
     id: i64,
-    permissions: BTreeSet<Permission>,
+    change: Grants,
 ) -> Result<Option<Account>, Error> {
     let mut transaction = database.write(Lane::Control).await?;
     let Some(before) = find(&mut transaction, id).await? else { return Ok(None) };
+    let permissions = change.applied_to(&before.permissions);
     let delete = sqlx::query("DELETE FROM account_permissions WHERE account_id = $1").bind(id);
     delete.execute(&mut *transaction).await?;
     for permission in &permissions {
@@ -327,18 +356,15 @@ fn changed(before: &Account, after: &Account) -> Entry {
     Entry { data: Some(after.data()), pre_data: Some(before.data()), ..Entry::default() }
 }
 
-/// The account of a row; `grants` are rows of all accounts' permissions, or of its own.
+/// The account of a row; `grants` are the rows of its permissions.
 fn read(row: &AnyRow, grants: &[AnyRow]) -> Result<Account, sqlx::Error> {
-    let id: i64 = row.try_get("id")?;
     let mut permissions = BTreeSet::new();
     for grant in grants {
-        if grant.try_get::<i64, _>("account_id")? == id {
-            // What only a later version knows is not granted by this one.
-            permissions.extend(Permission::parse(grant.try_get("permission")?));
-        }
+        // What only a later version knows is not granted by this one.
+        permissions.extend(Permission::parse(grant.try_get("permission")?));
     }
     Ok(Account {
-        id,
+        id: row.try_get("id")?,
         username: row.try_get("username")?,
         name: row.try_get("name")?,
         email: row.try_get("email")?,

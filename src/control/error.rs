@@ -57,6 +57,12 @@ pub enum Error {
     /// The database cannot be brought to this version.
     #[error("the database of the control plane cannot be migrated")]
     Migration(#[source] MigrateError),
+    /// No instance has been started on the database.
+    #[error(
+        "no instance has been started on this database: the first start makes the account of an \
+         admin in it"
+    )]
+    NotBegun,
     /// The file of the database cannot be opened or made.
     #[error("the control plane's database {} cannot be opened", .0.display())]
     File(PathBuf, #[source] std::io::Error),

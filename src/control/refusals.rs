@@ -40,15 +40,42 @@ pub(super) enum Reason {
     Throttled,
 }
 
+/// Why an operation was denied.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Denial {
+    /// A right is lacking.
+    Permission(Missing),
+    /// Nobody may do it, or who does it has not shown to be who it is.
+    Reason(&'static str),
+}
+
+impl Denial {
+    /// What an error says of it; `None` for one that denies nothing.
+    pub(super) fn of(error: &Error) -> Option<Self> {
+        Some(match error {
+            Error::Missing(missing) => Self::Permission(*missing),
+            Error::LastAdmin => Self::Reason("it is the last admin"),
+            Error::WrongPassword => Self::Reason("wrong password"),
+            Error::Throttled(_) => Self::Reason("too many attempts"),
+            _ => return None,
+        })
+    }
+}
+
 impl Refusals {
     pub(super) fn new(database: Database) -> Self {
         let (of_one, of_all) = (Buckets::new(OF_ONE), Buckets::new(OF_ALL));
         Self { database, of_one, of_all, left_out: AtomicU64::new(0) }
     }
 
-    /// Notes an operation for which `actor` lacks a right.
-    pub(super) async fn operation(&self, actor: &Actor, operation: &str, missing: Missing) {
-        let data = json!({ "operation": operation, "permission": missing.permission() });
+    /// Notes an operation that `actor` was denied.
+    pub(super) async fn operation(&self, actor: &Actor, operation: &str, denial: Denial) {
+        let data = match denial {
+            Denial::Permission(missing) => {
+                json!({ "operation": operation, "permission": missing.permission() })
+            }
+            Denial::Reason(reason) => json!({ "operation": operation, "reason": reason }),
+        };
         let author = Author::from(actor);
         self.note(&author, EventKind::PermissionDenied, data).await;
     }

@@ -254,6 +254,13 @@ impl Registry {
         operator.may_see(found.token.kind).then(|| found.token.clone())
     }
 
+    /// The id of a token, by that or by its secret.
+    pub(super) fn id(&self, identifier: &str) -> Option<String> {
+        let (digest, held) = (TokenDigest::of(identifier), self.held());
+        let found = held.iter().find(|it| it.token.id == identifier || it.digest == digest)?;
+        Some(found.token.id.clone())
+    }
+
     /// The name of a valid token.
     pub(super) fn name(&self, digest: &TokenDigest) -> Option<String> {
         let (now, held) = (Timestamp::now(), self.held());

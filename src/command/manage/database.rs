@@ -11,7 +11,8 @@ use super::{
 use crate::{
     config::Task,
     control::{
-        Account, Actor, ApiToken, Control, Location, NewAccount, NewToken, Operator, Permission,
+        Account, Actor, ApiToken, Control, Grants, Location, NewAccount, NewToken, Operator,
+        Permission,
     },
     token::{Environment, Projects, TokenKind},
 };
@@ -38,7 +39,7 @@ pub(super) async fn run(location: Location, task: Task) -> Result<Told, Error> {
                 expires_at,
             };
             let (secret, _) = control.create_token(&actor, new).await?;
-            Ok(Told::Token { secret: secret.expose().to_owned() })
+            Ok(Told::Token { secret })
         }
         Task::ListTokens { name } => {
             let all = control.tokens(&actor.operator).into_iter();
@@ -65,15 +66,10 @@ pub(super) async fn run(location: Location, task: Task) -> Result<Told, Error> {
         }
         Task::Grant { username, permissions, revoke } => {
             let account = find(&control, &actor, username).await?;
-            let mut granted = account.permissions;
-            for permission in permissions {
-                if revoke {
-                    granted.remove(&permission);
-                } else {
-                    granted.insert(permission);
-                }
-            }
-            let changed = control.set_permissions(&actor, account.id, granted).await?;
+            let permissions = permissions.into_iter().collect();
+            let change =
+                if revoke { Grants::Without(permissions) } else { Grants::With(permissions) };
+            let changed = control.grant(&actor, account.id, change).await?;
             let account = changed.ok_or(Error::NoAccount(account.username))?;
             Ok(Told::Granted(row_of_account(account)))
         }

@@ -5,7 +5,6 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use jiff::Timestamp;
 use reqwest::{Client, Method, Url, header::AUTHORIZATION, redirect};
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, json};
@@ -19,6 +18,7 @@ use crate::{
     config::{Server, Task},
     control::RootRole,
     token::{Token, TokenKind},
+    wire::tokens::{Created, Listed, ListedSecret, TokenList},
 };
 
 /// The longest that one answer may take.
@@ -41,8 +41,7 @@ pub(super) async fn run(server: Server, task: Task) -> Result<Told, Error> {
             Ok(Told::Token { secret: created.secret })
         }
         Task::ListTokens { name } => {
-            let wanted =
-                |token: &ListedToken| name.as_ref().is_none_or(|it| *it == token.token_name);
+            let wanted = |token: &Listed| name.as_ref().is_none_or(|it| *it == token.name);
             let tokens = api.tokens().await?.into_iter().filter(wanted);
             Ok(Told::Tokens(tokens.map(row_of_token).collect()))
         }
@@ -54,11 +53,12 @@ pub(super) async fn run(server: Server, task: Task) -> Result<Told, Error> {
             // Servers say that all is well of a token that they never had.
             let token = Token::parse(&identifier).ok();
             let selector = token.as_ref().and_then(Token::selector);
-            let same = |it: &ListedToken| it.secret == identifier || selector == Some(&it.secret);
+            let same = |it: &Listed| {
+                it.secret.expose() == identifier || selector == Some(it.secret.expose())
+            };
             let gone = api.tokens().await?.into_iter().find(same).ok_or(Error::NoToken)?;
             api.ask(Method::DELETE, &[TOKENS, &[&identifier]].concat(), None).await?;
-            let masked = gone.masked.unwrap_or_else(|| masked(&gone.secret));
-            Ok(Told::Revoked { name: gone.token_name, masked })
+            Ok(Told::Revoked { masked: masked(&gone.secret), name: gone.name })
         }
         Task::AddAccount { username, role, name, email, password } => {
             let (password, shown) = self::password(password)?;
@@ -102,27 +102,6 @@ const TOKENS: &[&str] = &["api", "admin", "api-tokens"];
 const ACCOUNTS: &[&str] = &["api", "admin", "user-admin"];
 
 #[derive(Deserialize)]
-struct Created {
-    secret: String,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct ListedToken {
-    /// The whole token, or what names it.
-    secret: String,
-    token_name: String,
-    r#type: String,
-    environment: Option<String>,
-    #[serde(default)]
-    projects: Vec<String>,
-    expires_at: Option<Timestamp>,
-    seen_at: Option<Timestamp>,
-    /// What may be shown of it; Parapet alone tells.
-    masked: Option<String>,
-}
-
-#[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct User {
     id: i64,
@@ -153,12 +132,8 @@ impl Api {
         Ok(Self { client, url, token })
     }
 
-    async fn tokens(&self) -> Result<Vec<ListedToken>, Error> {
-        #[derive(Deserialize)]
-        struct List {
-            tokens: Vec<ListedToken>,
-        }
-        Ok(self.read::<List>(Method::GET, TOKENS, None).await?.tokens)
+    async fn tokens(&self) -> Result<Vec<Listed>, Error> {
+        Ok(self.read::<TokenList>(Method::GET, TOKENS, None).await?.tokens)
     }
 
     async fn users(&self) -> Result<Vec<User>, Error> {
@@ -238,17 +213,20 @@ fn said(body: &[u8]) -> String {
 }
 
 /// What may be shown of a token or of what names it.
-fn masked(secret: &str) -> String {
-    Token::parse(secret).map_or_else(|_| secret.to_owned(), |token| token.masked().to_string())
+fn masked(secret: &ListedSecret) -> String {
+    match secret {
+        ListedSecret::Full(token) => token.masked().to_string(),
+        ListedSecret::Selector(selector) => selector.clone(),
+    }
 }
 
-fn row_of_token(token: ListedToken) -> TokenRow {
+fn row_of_token(token: Listed) -> TokenRow {
     TokenRow {
         identifier: masked(&token.secret),
-        name: token.token_name,
-        r#type: token.r#type,
-        environment: token.environment.unwrap_or_default(),
-        projects: token.projects,
+        name: token.name,
+        r#type: token.kind.as_str().to_owned(),
+        environment: token.environment.as_str().to_owned(),
+        projects: token.projects.to_list().into_iter().map(str::to_owned).collect(),
         expires_at: token.expires_at,
         last_seen_at: token.seen_at,
     }

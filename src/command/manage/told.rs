@@ -3,14 +3,19 @@
 use std::fmt::Write as _;
 
 use jiff::Timestamp;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
+
+use crate::token::Token;
 
 /// What a task came to.
 #[derive(Serialize)]
 #[serde(untagged)]
 pub(super) enum Told {
     /// A token was created; this is the only time that it is shown.
-    Token { secret: String },
+    Token {
+        #[serde(serialize_with = "plainly")]
+        secret: Token,
+    },
     /// These are the tokens.
     Tokens(Vec<TokenRow>),
     /// This token is gone.
@@ -66,7 +71,7 @@ impl Told {
     /// Lines for people.
     pub(super) fn text(&self) -> String {
         match self {
-            Self::Token { secret } => format!("{secret}\n"),
+            Self::Token { secret } => format!("{}\n", secret.expose()),
             Self::Tokens(tokens) => table(HEADS_OF_TOKENS, tokens.iter().map(cells_of_token)),
             Self::Revoked { name, masked } => format!("revoked {name} ({masked})\n"),
             Self::Created { account, password } => {
@@ -87,6 +92,10 @@ impl Told {
             }
         }
     }
+}
+
+fn plainly<S: Serializer>(secret: &Token, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(secret.expose())
 }
 
 fn shown(password: Option<&String>) -> String {

@@ -2,6 +2,7 @@
 
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::{Kept, OTHER, OWNER, PASSWORD, Place, Session, identifier, sign_in};
 use crate::rig::{http, secrets};
@@ -336,4 +337,119 @@ async fn odd_names_are_no_failure_on_sqlite() {
 #[ignore = "needs PostgreSQL"]
 async fn odd_names_are_no_failure_on_postgresql() {
     odd_names(Kept::Postgres).await;
+}
+
+/// A request that a client sends in two pieces: a part of its body, and the rest.
+struct Slow {
+    connection: tokio::net::TcpStream,
+    rest: Vec<u8>,
+}
+
+impl Slow {
+    async fn begin(session: &Session, path: &str, body: &Value) -> Self {
+        let host = session.url.strip_prefix("http://").unwrap();
+        let (cookies, body) = (&session.cookies, body.to_string());
+        let request = format!(
+            "POST {path} HTTP/1.1\r\nhost: {host}\r\norigin: {}\r\ncookie: {cookies}\r\n\
+             content-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
+            session.url,
+            body.len()
+        );
+        let (first, rest) = request.as_bytes().split_at(request.len() - body.len() + 1);
+        let mut connection = tokio::net::TcpStream::connect(host).await.unwrap();
+        connection.write_all(first).await.unwrap();
+        Self { connection, rest: rest.to_vec() }
+    }
+
+    /// The status of the answer to it.
+    async fn end(mut self) -> String {
+        self.connection.write_all(&self.rest).await.unwrap();
+        let mut answer = String::new();
+        self.connection.read_to_string(&mut answer).await.unwrap();
+        answer["HTTP/1.1 ".len()..][..3].to_owned()
+    }
+}
+
+#[tokio::test]
+async fn whoever_is_gone_when_all_has_come_changes_nothing() {
+    let place = Place::new(Kept::Sqlite).await;
+    let parapet = place.start().await;
+    let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
+    let id = owner.create_account("leaver", 1).await;
+    let leaver = sign_in(&parapet, "leaver", PASSWORD).await.unwrap();
+    let account = json!({ "username": "mallory", "rootRole": 1, "password": PASSWORD });
+    let others = json!({ "username": "successor", "rootRole": 1, "password": PASSWORD });
+    let slow = Slow::begin(&leaver, ACCOUNTS, &account).await;
+    let in_time = Slow::begin(&leaver, ACCOUNTS, &others).await;
+    assert_eq!(in_time.end().await, "201");
+    let (status, _) = owner.call(Method::DELETE, &format!("{ACCOUNTS}/{id}"), &Value::Null).await;
+    assert_eq!(status, StatusCode::OK);
+    assert_eq!(slow.end().await, "401");
+    let told = owner.get(ACCOUNTS).await.to_string();
+    assert!(told.contains("successor") && !told.contains("mallory"), "{told}");
+}
+
+#[tokio::test]
+async fn a_session_counts_beside_the_credentials_of_a_proxy() {
+    let place = Place::new(Kept::Sqlite).await;
+    let parapet = place.start().await;
+    let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
+    let ask = async |origin: Option<&str>| {
+        let request = http().post(parapet.admin_url() + TOKENS).header("cookie", &owner.cookies);
+        let request = request.header("authorization", "Basic cHJveHk6cHJveHk=");
+        let request = request.header("content-type", "application/json").body("{}");
+        let request = origin.into_iter().fold(request, |it, origin| it.header("origin", origin));
+        request.send().await.unwrap().status()
+    };
+    // A body that says nothing is read only if the caller may ask.
+    assert_eq!(ask(Some(&owner.url)).await, StatusCode::BAD_REQUEST);
+    // Browsers send such credentials with what any page asks for: they are no reason to trust it.
+    assert_eq!(ask(Some("http://elsewhere.example")).await, StatusCode::FORBIDDEN);
+    assert_eq!(ask(None).await, StatusCode::FORBIDDEN);
+}
+
+#[tokio::test]
+async fn what_was_denied_is_told_with_its_reason_and_its_object() {
+    secrets::remember(OTHER);
+    let place = Place::new(Kept::Sqlite).await;
+    let parapet = place.start().await;
+    let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
+    owner.create_account("vera", 3).await;
+    let vera = sign_in(&parapet, "vera", PASSWORD).await.unwrap();
+    let client = json!({ "tokenName": "ours", "type": "client" });
+    let (_, made) = owner.call(Method::POST, TOKENS, &client).await;
+    let secret = made["secret"].as_str().unwrap();
+    secrets::remember(secret);
+    let id = identifier(&owner, "ours").await;
+
+    let own = "/api/admin/user/change-password";
+    let guess = json!({ "oldPassword": "a wrong guess", "password": OTHER });
+    let denied = [
+        (&owner, Method::DELETE, format!("{ACCOUNTS}/1"), Value::Null),
+        (&owner, Method::PUT, format!("{ACCOUNTS}/1"), json!({ "rootRole": 3 })),
+        (&vera, Method::POST, own.to_owned(), guess),
+        (&vera, Method::DELETE, format!("{TOKENS}/{secret}"), Value::Null),
+        (&vera, Method::DELETE, format!("{ACCOUNTS}/1"), Value::Null),
+    ];
+    for (session, method, path, body) in denied {
+        let (status, answer) = session.call(method, &path, &body).await;
+        assert!(status.is_client_error(), "{path}: {status} {answer}");
+    }
+    let told = events(&owner, "permission-denied").await.into_iter().rev();
+    let told = told.map(|event| {
+        let data = &event["data"];
+        let why = ["reason", "permission"].into_iter().find_map(|name| data[name].as_str());
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        (text(&event["createdBy"]), text(&data["operation"]), why.unwrap_or_default().to_owned())
+    });
+    let told: Vec<_> = told.collect();
+    let expect = [
+        (OWNER, "delete the account 1".to_owned(), "it is the last admin"),
+        (OWNER, "change the account 1".to_owned(), "it is the last admin"),
+        ("vera", "change the own password".to_owned(), "wrong password"),
+        ("vera", format!("delete the API token {id}"), "DELETE_CLIENT_API_TOKEN"),
+        ("vera", "DELETE /api/admin/user-admin/1".to_owned(), "ADMIN"),
+    ];
+    let expect = expect.map(|(who, what, why)| (who.to_owned(), what, why.to_owned()));
+    assert_eq!(told, expect);
 }
