@@ -14,10 +14,11 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
     task::{Context, Poll},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use hyper::rt::{Sleep, Timer};
+use tokio::time::Instant;
 use tokio_util::sync::WaitForCancellationFutureOwned;
 
 use crate::http::stop::Stop;
@@ -69,17 +70,21 @@ pub(super) struct HeadTimer(pub(super) Arc<Watch>);
 
 impl Timer for HeadTimer {
     fn sleep(&self, duration: Duration) -> Pin<Box<dyn Sleep>> {
-        self.sleep_until(Instant::now() + duration)
+        self.sleep_until(self.now() + duration)
     }
 
-    fn sleep_until(&self, deadline: Instant) -> Pin<Box<dyn Sleep>> {
-        self.0.wait_until(deadline);
+    fn sleep_until(&self, deadline: std::time::Instant) -> Pin<Box<dyn Sleep>> {
+        self.0.wait_until(deadline.into());
         Box::pin(Note(Arc::clone(&self.0)))
     }
 
     /// The sleep stays: its end would count as a head that has come.
-    fn reset(&self, _: &mut Pin<Box<dyn Sleep>>, deadline: Instant) {
-        self.0.wait_until(deadline);
+    fn reset(&self, _: &mut Pin<Box<dyn Sleep>>, deadline: std::time::Instant) {
+        self.0.wait_until(deadline.into());
+    }
+
+    fn now(&self) -> std::time::Instant {
+        Instant::now().into_std()
     }
 }
 
@@ -169,7 +174,7 @@ impl<C: Graceful<Output = Result<T, E>>, T, E> Future for Attended<C> {
                 if next <= now {
                     return Poll::Ready(Err(End::Silence));
                 }
-                this.alarm.as_mut().reset(next.into());
+                this.alarm.as_mut().reset(next);
             }
         }
         if is_new {

@@ -298,7 +298,7 @@ async fn connected(protocol: &Protocol<Library>, at_once: usize) -> DuplexStream
     client
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn waiting_is_limited_from_the_last_answer_on_whoever_gave_it() {
     let patience = Duration::from_secs(1);
     let library = Library::of(true);
