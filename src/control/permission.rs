@@ -230,11 +230,6 @@ impl Operator {
         }
     }
 
-    /// Insists on [`Operator::may_see`].
-    pub fn require_sight(&self, kind: TokenKind) -> Result<(), Missing> {
-        if self.may_see(kind) { Ok(()) } else { self.may(Action::Read, kind) }
-    }
-
     /// What it holds by name: `ADMIN`, or each permission by role or grant.
     pub fn permissions(&self) -> impl Iterator<Item = &'static str> {
         let held = Permission::ALL.into_iter().filter(|it| !self.is_admin() && self.holds(*it));

@@ -49,11 +49,6 @@ impl Reads {
         self.uses.iter().map(|it| it.field)
     }
 
-    /// Whether the value of this field matters.
-    pub fn contains(&self, field: FieldId) -> bool {
-        self.uses.binary_search_by_key(&field, |it| it.field).is_ok()
-    }
-
     /// Whether the value of this field matters for a context of which `lacks` says what is missing or
     /// empty; where that is not known, it is to say so of everything.
     pub fn matters(&self, field: FieldId, lacks: impl Fn(FieldId) -> bool) -> bool {

@@ -129,8 +129,6 @@ pub enum ErrorCode {
     InvalidContext,
     /// There is no such flag.
     FlagNotFound,
-    /// Something else.
-    General,
 }
 
 /// Why the context of a question cannot be used.

@@ -162,13 +162,6 @@ impl Listed {
 }
 
 impl ListedSecret {
-    /// What names `token` in the admin API without telling more than needed.
-    pub fn of(token: &Token) -> Self {
-        token
-            .selector()
-            .map_or_else(|| Self::Full(token.clone()), |it| Self::Selector(it.to_owned()))
-    }
-
     /// Whether this is the listed form of `token`.
     pub fn is_of(&self, token: &Token) -> bool {
         match self {

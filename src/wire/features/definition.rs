@@ -53,12 +53,6 @@ pub type Text<'a> = Cow<'a, str>;
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Definition<'a> {
-    /// Its name.
-    #[serde(borrow, default)]
-    pub name: Loose<Text<'a>>,
-    /// The project that owns it.
-    #[serde(borrow, default)]
-    pub project: Loose<Text<'a>>,
     /// Whether it is on in this environment; off wins over every strategy.
     #[serde(default)]
     pub enabled: Loose<bool>,
