@@ -549,6 +549,28 @@ async fn what_is_left_while_it_is_read_again_does_not_fail() {
     console.close().await;
 }
 
+#[tokio::test]
+async fn a_session_that_has_ended_elsewhere_is_told_whatever_page_finds_it() {
+    let parapet = standalone().await;
+    let mut console = Console::open(&parapet.admin_url()).await;
+    let elsewhere = json!({ "method": "POST", "path": "logout" });
+    let ended = json!({ "text": "Your session has ended." });
+    // The overview asks again and again.
+    console.sign_in(OWNER, PASSWORD).await;
+    console.ask("ask", elsewhere.clone()).await;
+    console.ask("says", ended.clone()).await;
+
+    // That something is not told to a session does not end it.
+    console.sign_in(OWNER, PASSWORD).await;
+    console.ask("refuse", json!({ "path": "status" })).await;
+    console.ask("says", json!({ "text": "Not told to this account" })).await;
+    console.go("API access").await;
+    console.ask("ask", elsewhere).await;
+    console.ask("visit", json!({ "hash": "#/flags", "heading": "Sign in" })).await;
+    console.ask("says", ended).await;
+    console.close().await;
+}
+
 async fn guess_cookie(url: &str, number: u64) -> StatusCode {
     let cookie = format!("parapet-session={number:022}.{number:043}");
     let me = http().get(format!("{url}/api/admin/user")).header("cookie", cookie);

@@ -229,6 +229,8 @@ await serve({
     says: async ({ text }) => page.locator('main').getByText(text).first().waitFor(),
     /** From now on nothing that is read there arrives. */
     withhold: async ({ path }) => page.route(new URL(path, url).href, (route) => (route.request().method() === 'GET' ? null : route.continue())),
+    /** From now on what is asked there is refused, as an edge's own pages may be to a session of its Unleash's. */
+    refuse: async ({ path }) => page.route(new URL(path, url).href, (route) => route.fulfill({ status: 401, json: { message: 'not for you' } })),
     screenshot: async ({ path, theme, width }) => {
         await look(theme, width);
         // As high as the page, so that what stands at the window's foot stands at the picture's.

@@ -39,9 +39,10 @@ export function path(...parts) {
 
 /**
  * Asks, and gives the parsed JSON (or the text where the answer is no JSON; `null` where it is empty).
- * `query` leaves out what is empty; `quiet` keeps a 401 from ending the session.
+ * `query` leaves out what is empty. A 401 ends the session; a `quiet` one only where that is over indeed, and one that an
+ * `anonymous` request is given never.
  */
-async function request(method, where, { body, query, signal, quiet = false } = {}) {
+async function request(method, where, { body, query, signal, quiet = false, anonymous = false } = {}) {
     const url = new URL(where, document.baseURI);
     for (const [name, value] of Object.entries(query ?? {})) {
         if (value !== null && value !== undefined && value !== '') url.searchParams.set(name, value);
@@ -64,8 +65,21 @@ async function request(method, where, { body, query, signal, quiet = false } = {
     const told = Number(response.headers.get('Retry-After'));
     const retryAfter = Number.isFinite(told) && told > 0 ? told : null;
     const error = new ApiError(response.status, messageOf(response, answer), answer, retryAfter);
-    if (response.status === 401 && !quiet) document.dispatchEvent(new Event(SIGNED_OUT));
+    if (response.status === 401 && !anonymous && (!quiet || await isOver())) document.dispatchEvent(new Event(SIGNED_OUT));
     throw error;
+}
+
+/** The question whether the session is over, while it is on its way: all that is refused at once waits for one answer. */
+let question = null;
+
+/** Whether the session is over, by who knows it: what is an edge's own may refuse a session of its Unleash's that is good. */
+function isOver() {
+    question ??= get('api/admin/user', { anonymous: true })
+        .then(() => false, (error) => error.status === 401)
+        .finally(() => {
+            question = null;
+        });
+    return question;
 }
 
 async function parsed(response) {

@@ -71,6 +71,8 @@ function showSignIn(reason = '') {
 
 async function showShell() {
     status = await loadStatus();
+    // The session may have ended before there was anything to show for it.
+    if (session === null) return;
     const main = h('main', { id: 'main', tabindex: '-1' });
     const menu = h('button.menu', { type: 'button', 'aria-expanded': 'false', 'aria-controls': 'navigation', onclick: () => {
         const isOpen = menu.getAttribute('aria-expanded') === 'true';

@@ -37,7 +37,7 @@ export function explainForm({ flag, environment, signal }) {
             if (time.value !== '') context.currentTime = new Date(time.value).toISOString();
             const properties = readProperties(rows);
             if (Object.keys(properties).length > 0) context.properties = properties;
-            const told = await post('api/admin/explain', { environment, flag, context }, { signal });
+            const told = await post('api/admin/explain', { environment, flag, context }, { signal, quiet: true });
             fill(result, verdict(told.explanation ?? told));
         },
     });

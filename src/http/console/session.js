@@ -11,11 +11,11 @@ export class Session {
 
     /** The signed-in account; an `ApiError` of status 401 where there is none. */
     static async load() {
-        return new Session(await get('api/admin/user', { quiet: true }));
+        return new Session(await get('api/admin/user', { anonymous: true }));
     }
 
     static async signIn(username, password) {
-        await post('auth/simple/login', { username, password }, { quiet: true });
+        await post('auth/simple/login', { username, password }, { anonymous: true });
         return Session.load();
     }
 

@@ -45,7 +45,7 @@ export async function flagPage({ params, query, signal }) {
 
 async function flagIfThere(name, environment, signal) {
     try {
-        return await get(path('api/admin/flags', name), { query: { environment }, signal });
+        return await get(path('api/admin/flags', name), { query: { environment }, signal, quiet: true });
     } catch (error) {
         if (error instanceof ApiError && error.status === 404) return null;
         throw error;

@@ -8,7 +8,7 @@ import { address, keep } from '../router.js';
 import { table } from '../table.js';
 import { counted, number } from '../time.js';
 
-export async function flagsPage({ query, signal }) {
+export async function flagsPage({ query, status, signal }) {
     const environments = await environmentNames(signal);
     const chosen = environmentOf(query, environments);
     const list = await flagsOf(chosen, signal);
@@ -25,7 +25,7 @@ export async function flagsPage({ query, signal }) {
         const wanted = search.value.trim().toLowerCase();
         const rows = (list ?? []).filter((it) => [it.name, it.project, it.description].join(' ').toLowerCase().includes(wanted));
         count.textContent = list === null ? '' : rows.length === list.length ? counted(list.length, 'flag') : `${rows.length} of ${list.length} flags`;
-        grid.show(rows, nothing(list, chosen));
+        grid.show(rows, nothing(list, chosen, status));
     };
     draw();
     return [
@@ -59,8 +59,8 @@ async function flagsOf(environment, signal) {
     }
 }
 
-function nothing(list, environment) {
-    if (list === null) return empty('Not shown here', `This server does not tell the flags${environment ? ` of ${environment}` : ''}. They are where they are made: in Unleash.`);
+function nothing(list, environment, { isUnleash }) {
+    if (list === null) return empty('Not shown here', `This server does not tell the flags${environment ? ` of ${environment}` : ''}.${isUnleash ? ' They are where they are made: in Unleash.' : ''}`);
     if (list.length === 0) return empty('No flags', `${environment} has none yet. They appear here as soon as the instance serves them.`);
     return empty('No flag matches', 'Try fewer letters of its name, project or description.');
 }
