@@ -671,7 +671,10 @@ async fn what_is_empty_or_wrong_or_away_is_said_in_words() {
     console.audit("a form with a mistake").await;
     console.ask("press", json!({ "key": "Escape" })).await;
 
+    console.go("Overview").await;
+    console.ask("chart", json!({ "moments": 1 })).await;
     assert!(parapet.terminate().await.success());
+    console.ask("gap", Value::Null).await;
     console.ask("visit", visit("#/flags", "Flags")).await;
     console.ask("says", json!({ "text": "The server cannot be reached" })).await;
     console.audit("no server").await;

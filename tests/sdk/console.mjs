@@ -198,6 +198,10 @@ await serve({
     chart: async ({ moments }) => {
         await page.waitForFunction((count) => [...document.querySelectorAll('path.line')].some((it) => it.getAttribute('d').split(/[ML]/).length > count), moments);
     },
+    /** Waits until the charts show that nothing was heard. */
+    gap: async () => {
+        await page.waitForFunction(() => [...document.querySelectorAll('.chart .value')].every((it) => it.textContent === '–'));
+    },
     /** What a form says is wrong, beside its fields. */
     mistakes: async () => {
         await dialog().locator('.wrong').filter({ hasText: /\S/ }).first().waitFor();

@@ -28,7 +28,8 @@ export function lineChart({ title, unit, series, moments, span }) {
         top.textContent = short(most);
         fill(drawing, grid(), series.map((it) => line(history, it, most, moments)));
         values.forEach((value, n) => {
-            value.textContent = now[series[n].key] === null ? '–' : short(now[series[n].key]);
+            const told = now[series[n].key];
+            value.textContent = told === null || told === undefined ? '–' : short(told);
         });
     };
     return box;
