@@ -40,15 +40,17 @@ export function path(...parts) {
 /**
  * Asks, and gives the parsed JSON (or the text where the answer is no JSON; `null` where it is empty).
  * `query` leaves out what is empty. A 401 ends the session; a `quiet` one only where that is over indeed, and one that an
- * `anonymous` request is given never.
+ * `anonymous` request is given never. What no person caused is told apart as `background`, so that a page that is left open
+ * does not keep its session alive.
  */
-async function request(method, where, { body, query, signal, quiet = false, anonymous = false } = {}) {
+async function request(method, where, { body, query, signal, quiet = false, anonymous = false, background = false } = {}) {
     const url = new URL(where, document.baseURI);
     for (const [name, value] of Object.entries(query ?? {})) {
         if (value !== null && value !== undefined && value !== '') url.searchParams.set(name, value);
     }
     url.hash = '';
     const init = { method, signal, credentials: 'same-origin', headers: { Accept: 'application/json, text/plain;q=0.9' } };
+    if (background) init.headers['Parapet-Background'] = '1';
     if (body !== undefined) {
         init.headers['Content-Type'] = 'application/json';
         init.body = JSON.stringify(body);
@@ -74,7 +76,7 @@ let question = null;
 
 /** Whether the session is over, by who knows it: what is an edge's own may refuse a session of its Unleash's that is good. */
 function isOver() {
-    question ??= get('api/admin/user', { anonymous: true })
+    question ??= get('api/admin/user', { anonymous: true, background: true })
         .then(() => false, (error) => error.status === 401)
         .finally(() => {
             question = null;

@@ -10,21 +10,21 @@ let isRelayedUnleash = null;
 
 /**
  * What `/status` tells, or `null`; `isUnleash` is whether the control plane behind the console is an Unleash server,
- * `dataUrl` where SDKs go.
+ * `dataUrl` where SDKs go. `options` are those of the requests.
  */
-export async function loadStatus(signal) {
-    const told = await getIfThere('status', { signal });
+export async function loadStatus(options) {
+    const told = await getIfThere('status', options);
     const isTold = told !== null && typeof told === 'object';
     const isRelayed = isTold ? told.consoleFor === 'unleash' : true;
-    if (isRelayed) isRelayedUnleash ??= await relaysToUnleash(signal);
+    if (isRelayed) isRelayedUnleash ??= await relaysToUnleash(options);
     const isUnleash = isRelayed && (isRelayedUnleash ?? true);
     return { ...(isTold ? told : {}), isTold, isUnleash, dataUrl: told?.dataUrl ?? nearby(told) };
 }
 
 /** An edge may stand in front of another Parapet, which has no settings of Unleash's pages to tell. */
-async function relaysToUnleash(signal) {
+async function relaysToUnleash(options) {
     try {
-        await get('api/admin/ui-config', { signal, quiet: true });
+        await get('api/admin/ui-config', { ...options, quiet: true });
         return true;
     } catch (error) {
         return error instanceof ApiError && error.status === 404 ? false : null;

@@ -67,6 +67,7 @@ export async function overviewPage({ status, signal }) {
 
 /** Asks again and again while the page can be seen; gives what ends it. */
 function watch({ signal, showStatus, requests, verdicts, routes }) {
+    const unasked = { signal, background: true };
     let before = null;
     let timer = null;
     let isStopped = false;
@@ -74,7 +75,7 @@ function watch({ signal, showStatus, requests, verdicts, routes }) {
         clearTimeout(timer);
         if (isStopped || document.hidden) return;
         try {
-            const [text, now] = await Promise.all([get('metrics', { signal }), loadStatus(signal)]);
+            const [text, now] = await Promise.all([get('metrics', unasked), loadStatus(unasked)]);
             if (isStopped) return;
             const after = measure(String(text));
             if (before) draw(before, after, { requests, verdicts });
