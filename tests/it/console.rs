@@ -509,6 +509,18 @@ async fn the_console_is_walked_by_keyboard() {
         console.focuses("New API token").await;
     }
 
+    // Nor does the way back, which leads to another page behind it.
+    console.go("Flags").await;
+    console.go("API access").await;
+    let made = console.ask("create_token", json!({ "name": "third", "kind": "Backend" })).await;
+    secrets::remember(text_of(&made["secret"]));
+    console.ask("back", Value::Null).await;
+    console.ask("says", json!({ "text": "Open a flag to see who gets it" })).await;
+    assert_eq!(console.ask("dialog", Value::Null).await["open"], true);
+    console.ask("close_dialog", Value::Null).await;
+    console.focuses("Flags").await;
+    console.go("API access").await;
+
     // Where the table was drawn anew, the focus is where it was, and else where reading begins.
     console.ask("delete_token", json!({ "name": "first" })).await;
     console.focuses("API access").await;

@@ -229,6 +229,10 @@ await serve({
         await heading(name).waitFor();
         await page.getByText('Loading…').waitFor({ state: 'detached' });
     },
+    /** The browser's own way back. */
+    back: async () => {
+        await page.goBack();
+    },
     /** Waits until the page says this. */
     says: async ({ text }) => page.locator('main').getByText(text).first().waitFor(),
     /** From now on nothing that is read there arrives. */

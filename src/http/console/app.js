@@ -1,7 +1,7 @@
 // The shell: who is signed in, the navigation, and the page that the address means.
 
 import { ApiError, SIGNED_OUT } from './api.js';
-import { open } from './dialog.js';
+import { closeAll, open } from './dialog.js';
 import { fill, h } from './dom.js';
 import { icon, mark } from './icons.js';
 import { announce, empty, failure } from './notice.js';
@@ -60,7 +60,7 @@ async function start() {
 function showSignIn(reason = '') {
     session = null;
     leaving.abort();
-    document.querySelectorAll('dialog').forEach((dialog) => dialog.close());
+    closeAll();
     document.title = 'Sign in · Parapet';
     fill(root, signInPage({ reason, theme: themeButton(), signedIn: async (now) => {
         session = now;
@@ -129,7 +129,7 @@ async function showPage() {
     leaving.abort();
     leaving = new AbortController();
     const { signal } = leaving;
-    document.querySelectorAll('dialog').forEach((dialog) => dialog.close());
+    closeAll();
     document.querySelector('button.menu')?.setAttribute('aria-expanded', 'false');
     const main = document.getElementById('main');
     const found = match(ROUTES);

@@ -27,7 +27,7 @@ export function signInPage({ reason, theme, signedIn }) {
     });
     return h('main.sign-in', h('div.card',
         h('p.brand', mark(), 'Parapet'),
-        h('h1', 'Sign in'),
+        h('h1', { tabindex: '-1' }, 'Sign in'),
         reason && h('p.reason', { role: 'status' }, reason),
         box,
         h('p.hint', 'The first start printed the name and password of the first admin, unless its operator had chosen them.')),
