@@ -142,10 +142,14 @@ fn text_of(value: &Value) -> &str {
 
 /// A standalone that serves the example flags, and whose owner has the password above.
 async fn standalone() -> Parapet {
+    standalone_of(&Path::new(env!("CARGO_MANIFEST_DIR")).join("config/flags.json")).await
+}
+
+/// The same with other flags.
+async fn standalone_of(flags: &Path) -> Parapet {
     for password in [PASSWORD, VIEWERS] {
         secrets::remember(password);
     }
-    let flags = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("config/flags.json");
     Parapet::mode("standalone")
         .flag("--flags", flags)
         .flag("--flag-environments", "development,production")
@@ -393,6 +397,40 @@ async fn a_flag_is_told_in_words_and_explained_for_a_user() {
     assert!(told.contains("30"), "{told}");
     console.audit("a flag, explained").await;
     console.photograph("flag").await;
+    console.close().await;
+}
+
+/// Parts of flags that are not as they are meant, and what is said of them.
+const ODD: [(&str, &str); 7] = [
+    (r#""strategies":"x","variants":{"a":1}"#, "a strategy here cannot be read"),
+    (r#""strategies":[null,{"name":"default","parameters":"x"}]"#, "The first strategy that"),
+    (r#""strategies":[{"name":"default","segments":"x","variants":[null]}]"#, "A segment cannot"),
+    (r#""strategies":[{"name":"default","constraints":[{"values":"abc"}]}]"#, "it never holds"),
+    (r#""strategies":[],"dependencies":[{"feature":"a","variants":null},"x"]"#, "it never holds"),
+    (r#""strategies":[],"description":{"onclick":"x"},"type":["x"]"#, "Everyone"),
+    (r#""strategies":[],"variants":[{"name":"v","weight":1,"overrides":[{}]}]"#, "100 %"),
+];
+
+#[tokio::test]
+async fn a_flag_that_cannot_be_read_is_shown_as_far_as_it_can_be() {
+    let named = ODD
+        .iter()
+        .enumerate()
+        .map(|(at, (flag, _))| format!(r#"{{"name":"flag-{at}","enabled":true,{flag}}}"#));
+    let document = format!(r#"{{"features":[{}]}}"#, named.collect::<Vec<_>>().join(","));
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("flags.json");
+    std::fs::write(&file, document).unwrap();
+    let parapet = standalone_of(&file).await;
+    let mut console = Console::open(&parapet.admin_url()).await;
+    console.sign_in(OWNER, PASSWORD).await;
+    for (at, (_, text)) in ODD.iter().enumerate() {
+        console.go("Flags").await;
+        console.ask("open_flag", json!({ "flag": format!("flag-{at}") })).await;
+        console.ask("says", json!({ "text": text })).await;
+        let explained = console.ask("explain", json!({ "fields": {} })).await;
+        assert!(text_of(&explained["text"]).contains(&format!("flag-{at}")), "{explained}");
+    }
     console.close().await;
 }
 

@@ -1,5 +1,7 @@
 // Strategies and constraints in words.
 
+import { entry } from './loose.js';
+
 /** What an operator says, and what it says when it is negated. */
 const OPERATORS = {
     IN: ['is one of', 'is none of'],
@@ -26,21 +28,21 @@ const OPERATORS = {
 /** Where more values than these stand, the rest is counted. */
 const NAMED = 12;
 
-/** `{ field, phrase, values, note }` of a constraint. */
+/** `{ field, phrase, values, note }` of a constraint that can be read. */
 export function constraint({ contextName, operator, values, value, inverted, caseInsensitive }) {
-    const [plain, negated] = OPERATORS[operator] ?? [`${operator} (unknown here: it never holds)`, `not ${operator} (unknown here: it never holds)`];
-    const told = values?.length > 0 ? values : value !== undefined && value !== null && value !== '' ? [value] : [];
+    const [plain, negated] = entry(OPERATORS, operator) ?? [`${operator} (unknown here: it never holds)`, `not ${operator} (unknown here: it never holds)`];
+    const told = values.length > 0 ? values : value !== '' ? [value] : [];
     return {
-        field: contextName ?? 'unknown',
+        field: contextName,
         phrase: inverted ? negated : plain,
-        values: told.slice(0, NAMED).map(String),
+        values: told.slice(0, NAMED),
         note: [told.length > NAMED && `and ${told.length - NAMED} more`, caseInsensitive && 'in upper or lower case'].filter(Boolean).join(', '),
     };
 }
 
-/** Who a strategy is for, as a headline and a line of small print. */
-export function strategy({ name, parameters = {} }) {
-    const list = (value) => String(value ?? '').split(',').map((it) => it.trim()).filter((it) => it !== '');
+/** Who a strategy that can be read is for, as a headline and a line of small print. */
+export function strategy({ name, parameters }) {
+    const list = (value) => (value ?? '').split(',').map((it) => it.trim()).filter((it) => it !== '');
     const share = (value) => `${Number.parseInt(value, 10) || 0} %`;
     const grouped = parameters.groupId ? `Hashed with the group “${parameters.groupId}”.` : '';
     switch (name) {
@@ -65,14 +67,18 @@ export function strategy({ name, parameters = {} }) {
     }
 }
 
+/** What keeps somebody in the same bucket. */
+const STICKINESS = {
+    '': 'By user ID, else session ID, else drawn anew each time.',
+    default: 'By user ID, else session ID, else drawn anew each time.',
+    random: 'Drawn anew each time.',
+    userId: 'By user ID.',
+    sessionId: 'By session ID.',
+};
+
 function rollout({ rollout = '0', stickiness = 'default' }, grouped) {
     const percent = Number.parseInt(rollout, 10) || 0;
-    const by = {
-        default: 'By user ID, else session ID, else drawn anew each time.',
-        random: 'Drawn anew each time.',
-        userId: 'By user ID.',
-        sessionId: 'By session ID.',
-    }[stickiness] ?? `By the context field “${stickiness}”.`;
+    const by = entry(STICKINESS, stickiness) ?? `By the context field “${stickiness}”.`;
     const everyone = percent >= 100;
     const known = everyone && !['default', 'random', ''].includes(stickiness);
     return { who: everyone ? (known ? `Everyone with ${stickiness}` : 'Everyone') : `${percent} %`, how: everyone && !known ? '' : `${by} ${grouped}`.trim() };

@@ -2,9 +2,11 @@
 
 import { ApiError, get, getIfThere, path } from '../api.js';
 import { barChart } from '../charts.js';
+import { flagOf, segmentsOf } from '../definition.js';
 import { h } from '../dom.js';
 import { explainForm } from '../explain.js';
 import { field, select } from '../form.js';
+import { list } from '../loose.js';
 import { empty } from '../notice.js';
 import { address } from '../router.js';
 import { table } from '../table.js';
@@ -30,12 +32,12 @@ export async function flagPage({ params, query, signal }) {
         return [crumbs, h('div.page-head', h('div', h('h1', name)), field('Environment', choice)),
             empty('No such flag', `${environment} has no flag of this name, or none any more.`)];
     }
-    const { flag, segments = [] } = told;
+    const [flag, segments] = [flagOf(told.flag), segmentsOf(told.segments)];
     return [
         crumbs,
         h('div.page-head', h('div', h('h1', name), description(flag)), field('Environment', choice)),
         h('div.pair.uneven',
-            h('div.stack', whoCard(flag, segments), variantsCard(flag.variants ?? [])),
+            h('div.stack', whoCard(flag, segments), variantsCard(flag.variants)),
             h('div.stack', usageCard(usage, environment, name))),
         h('section.card', { 'aria-labelledby': 'explain' }, h('h2', { id: 'explain' }, 'Explain'),
             h('p', 'Fill in what an application would tell of its user, and see what the flag comes to and why.'),
@@ -60,42 +62,45 @@ function description(flag) {
         flag.description && h('p', flag.description));
 }
 
-function whoCard(flag, segments) {
-    const list = flag.strategies ?? [];
-    const parents = flag.dependencies ?? [];
+function whoCard({ enabled, dependencies, strategies }, segments) {
     return h('section.card', { 'aria-labelledby': 'who' }, h('h2', { id: 'who' }, 'Who gets it'),
-        !flag.enabled && h('p.note', 'Nobody: it is switched off here. Were it on:'),
-        parents.length > 0 && h('div.parents', h('h3', 'Only where'), h('ul', parents.map(parentLine))),
-        list.length === 0 ? h('p', 'Everyone: it has no strategies.')
-            : h('ol.strategies', list.map((it) => h('li', strategyBox(it, segments)))),
-        list.length > 1 && h('p.hint', 'The first strategy that matches decides.'));
+        !enabled && h('p.note', 'Nobody: it is switched off here. Were it on:'),
+        dependencies.length > 0 && h('div.parents', h('h3', 'Only where'), h('ul', dependencies.map(parentLine))),
+        strategies.length === 0 ? h('p', 'Everyone: it has no strategies.')
+            : h('ol.strategies', strategies.map((it) => h('li', strategyBox(it, segments)))),
+        strategies.length > 1 && h('p.hint', 'The first strategy that matches decides.'));
 }
 
-function parentLine({ feature, enabled = true, variants = [] }) {
+function parentLine(told) {
+    if (told === null) return h('li.bad-text', 'something that cannot be read: it never holds.');
+    const { feature, enabled, variants } = told;
     const state = !enabled ? 'is off' : variants.length > 0 ? `has the variant ${variants.join(' or ')}` : 'is on';
     return h('li', h('code', feature), ` ${state}`);
 }
 
 function strategyBox(told, segments) {
+    if (told === null) return [h('p.who', 'Nobody'), h('p.hint.bad-text', 'What stands for a strategy here cannot be read: it never matches.')];
     const { who, how } = strategy(told);
-    const ids = told.segments ?? [];
     return [
         h('p.who', who, told.title && h('span.muted', told.title)),
         how && h('p.hint', how),
-        constraintList(told.constraints ?? []),
-        ids.map((id) => segmentBox(id, segments.find((it) => it.id === id))),
-        (told.variants ?? []).length > 0 && h('p.hint', `Variants: ${told.variants.map((it) => it.name).join(', ')}.`),
+        told.unreadable.length > 0 && h('p.hint.bad-text', `Cannot be read: ${told.unreadable.join(', ')}. Explain tells what becomes of it.`),
+        constraintList(told.constraints),
+        told.segments.map((id) => segmentBox(id, segments.find((it) => it.id === id))),
+        told.variants.length > 0 && h('p.hint', `Variants: ${told.variants.map((it) => it?.name ?? 'one that cannot be read').join(', ')}.`),
     ];
 }
 
 function segmentBox(id, segment) {
+    if (id === null) return h('p.hint.bad-text', 'A segment cannot be read: the strategy never matches.');
     if (!segment) return h('p.hint.bad-text', `Segment ${id} is missing: the strategy never matches.`);
-    return h('div.segment', h('p', 'In the segment ', h('strong', segment.name ?? `number ${id}`)), constraintList(segment.constraints ?? []));
+    return h('div.segment', h('p', 'In the segment ', h('strong', segment.name ?? `number ${id}`)), constraintList(segment.constraints));
 }
 
-function constraintList(list) {
-    if (list.length === 0) return null;
-    return h('ul.constraints', list.map((told) => {
+function constraintList(constraints) {
+    if (constraints.length === 0) return null;
+    return h('ul.constraints', constraints.map((told) => {
+        if (told === null) return h('li.bad-text', 'A constraint cannot be read: it never holds.');
         const { field, phrase, values, note } = constraint(told);
         return h('li', h('code', field), ` ${phrase} `, values.map((value, n) => [n > 0 && ', ', h('code', value)]), note && ` ${note}`);
     }));
@@ -103,19 +108,19 @@ function constraintList(list) {
 
 function variantsCard(variants) {
     if (variants.length === 0) return null;
-    const total = variants.reduce((sum, it) => sum + (it.weight ?? 0), 0);
+    const total = variants.reduce((sum, it) => sum + (it?.weight ?? 0), 0);
     const grid = table({ caption: 'Variants', columns: [
-        { label: 'Variant', cell: (it) => it.name },
-        { label: 'Share', class: 'number', cell: (it) => (total > 0 ? `${Number(((it.weight / total) * 100).toFixed(1))} %` : '–') },
-        { label: 'Payload', cell: (it) => (it.payload ? [h('span.muted', `${it.payload.type} `), h('code.payload', it.payload.value)] : h('span.muted', 'None')) },
-        { label: 'Reserved for', cell: (it) => (it.overrides ?? []).map((o) => `${o.contextName}: ${o.values.join(', ')}`).join('; ') || h('span.muted', 'Nobody') },
+        { label: 'Variant', cell: (it) => it?.name ?? h('span.bad-text', 'Cannot be read') },
+        { label: 'Share', class: 'number', cell: (it) => (it && total > 0 ? `${Number(((it.weight / total) * 100).toFixed(1))} %` : '–') },
+        { label: 'Payload', cell: (it) => (it?.payload ? [h('span.muted', `${it.payload.type} `), h('code.payload', it.payload.value)] : h('span.muted', 'None')) },
+        { label: 'Reserved for', cell: (it) => it?.overrides.map((o) => `${o.contextName}: ${o.values.join(', ')}`).join('; ') || h('span.muted', 'Nobody') },
     ] });
     grid.show(variants, null);
     return h('section.card.flush', { 'aria-labelledby': 'variants' }, h('h2', { id: 'variants' }, 'Variants'), grid);
 }
 
 function usageCard(told, environment, name) {
-    const data = (told?.data ?? []).filter((it) => it.environment === environment);
+    const data = (list(told?.data) ?? []).filter((it) => it.environment === environment);
     const heading = h('h2', { id: 'usage' }, 'Usage, last 24 hours');
     const section = (...parts) => h('section.card', { 'aria-labelledby': 'usage' }, heading, parts);
     if (told === null) return section(empty('Not known here', 'This server keeps no usage.'));
