@@ -32,8 +32,13 @@ export async function getIfThere(path, options, otherwise = null) {
     }
 }
 
-/** A path from parts that may hold anything: each is encoded. */
+/** Whether browsers take a part of a path for a step, which `%2E` is as well: no address has it for a name. */
+export const isStep = (part) => part === '.' || part === '..';
+
+/** A path from parts that may hold anything but a step: each is encoded. */
 export function path(...parts) {
+    const step = parts.find(isStep);
+    if (step !== undefined) throw new ApiError(404, `No address can have the name “${step}”.`);
     return parts.map((part, n) => (n === 0 ? part : encodeURIComponent(part))).join('/');
 }
 

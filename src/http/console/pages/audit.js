@@ -3,6 +3,7 @@
 import { get, getIfThere } from '../api.js';
 import { h } from '../dom.js';
 import { field, form, select } from '../form.js';
+import { entry, text } from '../loose.js';
 import { empty, failure } from '../notice.js';
 import { address } from '../router.js';
 import { table } from '../table.js';
@@ -30,6 +31,8 @@ const REFUSALS = ['sign-in-refused', 'permission-denied'];
 export async function auditPage({ query, status, signal }) {
     const environments = (await getIfThere('api/admin/environments', { signal }))?.environments ?? [];
     const asked = Object.fromEntries(['type', 'createdBy', 'environment', 'from', 'to'].map((name) => [name, query.get(name) ?? '']));
+    // A time that is none, as somebody may write it into the address, filters nothing.
+    for (const name of ['from', 'to']) if (Number.isNaN(Date.parse(asked[name]))) asked[name] = '';
     const offset = Math.max(0, Number.parseInt(query.get('offset') ?? '0', 10) || 0);
     const grid = table({ caption: 'Audit log', columns: COLUMNS, detail });
     const count = h('p.count', { role: 'status' });
@@ -57,14 +60,14 @@ export async function auditPage({ query, status, signal }) {
 }
 
 async function load(asked, offset, status, signal) {
-    const instant = (text) => (text === '' ? '' : new Date(text).toISOString());
+    const instant = (time) => (time === '' ? '' : new Date(time).toISOString());
     const times = { from: instant(asked.from), to: instant(asked.to) };
     if (!status.isUnleash) {
         const told = await get('api/admin/events', { query: { ...asked, ...times, limit: PAGE, offset }, signal });
         return { events: told.events, total: told.totalEvents ?? told.events.length };
     }
     // Unleash searches by expressions, and days are its finest times.
-    const is = (text) => (text === '' ? '' : `IS:${text}`);
+    const is = (value) => (value === '' ? '' : `IS:${value}`);
     const told = await get('api/admin/search/events', { signal, query: {
         type: is(asked.type), environment: is(asked.environment), from: is(asked.from.slice(0, 10)), to: is(asked.to.slice(0, 10)), limit: PAGE, offset,
     } });
@@ -73,7 +76,7 @@ async function load(asked, offset, status, signal) {
 
 function filters(asked, environments, status) {
     const kinds = Object.entries(KINDS);
-    if (asked.type !== '' && !(asked.type in KINDS)) kinds.push([asked.type, asked.type]);
+    if (asked.type !== '' && !Object.hasOwn(KINDS, asked.type)) kinds.push([asked.type, asked.type]);
     const type = select([['', 'All'], ...kinds], asked.type, { name: 'type' });
     const createdBy = h('input', { name: 'createdBy', value: asked.createdBy, autocomplete: 'off', spellcheck: 'false' });
     const environment = select([['', 'All'], ...environments.map((it) => [it.name, it.name])], asked.environment, { name: 'environment' });
@@ -99,7 +102,7 @@ function filters(asked, environments, status) {
 
 const COLUMNS = [
     { label: 'When', class: 'name', cell: (it) => at(it.createdAt) },
-    { label: 'What', cell: (it) => h('span.badge', { class: `badge ${REFUSALS.includes(it.type) ? 'warn' : 'off'}` }, KINDS[it.type] ?? it.label ?? it.type) },
+    { label: 'What', cell: (it) => h('span.badge', { class: `badge ${REFUSALS.includes(it.type) ? 'warn' : 'off'}` }, entry(KINDS, it.type) ?? text(it.label) ?? text(it.type)) },
     { label: 'Of', class: 'words', cell: subject },
     { label: 'By whom', class: 'words', cell: (it) => it.createdBy ?? '' },
     { label: 'Address', class: 'address', cell: (it) => (it.ip ? h('code', it.ip) : '') },
@@ -108,7 +111,8 @@ const COLUMNS = [
 
 function subject({ data, preData, featureName }) {
     const told = { ...preData, ...data };
-    return told.tokenName ?? told.username ?? told.name ?? featureName ?? (told.permissions ? [told.permissions].flat().join(', ') : '');
+    const name = [told.tokenName, told.username, told.name, featureName].map(text).find((it) => it !== null);
+    return name ?? [told.permissions].flat().map(text).filter(Boolean).join(', ');
 }
 
 /** What an event changed, line by line. */

@@ -1,12 +1,12 @@
 // One flag: who gets it in words, how it is used, and why it comes out as it does.
 
-import { ApiError, get, getIfThere, path } from '../api.js';
+import { ApiError, get, getIfThere, isStep, path } from '../api.js';
 import { barChart } from '../charts.js';
 import { flagOf, segmentsOf } from '../definition.js';
 import { h } from '../dom.js';
 import { explainForm } from '../explain.js';
 import { field, select } from '../form.js';
-import { list } from '../loose.js';
+import { entry, list, object } from '../loose.js';
 import { empty } from '../notice.js';
 import { address } from '../router.js';
 import { table } from '../table.js';
@@ -21,8 +21,8 @@ export async function flagPage({ params, query, signal }) {
     const environments = await environmentNames(signal);
     const environment = environmentOf(query, environments);
     const [told, usage] = await Promise.all([
-        flagIfThere(name, environment, signal),
-        getIfThere(`${path('api/admin/client-metrics/features', name)}/raw`, { query: { hoursBack: 24 }, signal }),
+        isStep(name) ? flagAmongAll(name, environment, signal) : flagIfThere(name, environment, signal),
+        isStep(name) ? null : getIfThere(`${path('api/admin/client-metrics/features', name)}/raw`, { query: { hoursBack: 24 }, signal }),
     ]);
     const choice = select(environments, environment, { onchange: () => {
         location.hash = address(['flags', name], { environment: choice.value });
@@ -52,6 +52,15 @@ async function flagIfThere(name, environment, signal) {
         if (error instanceof ApiError && error.status === 404) return null;
         throw error;
     }
+}
+
+/** A flag that no address can name, out of the whole configuration, where that is told. */
+async function flagAmongAll(name, environment, signal) {
+    const told = await getIfThere('internal-backstage/features', { signal });
+    if (told === null) throw new ApiError(404, `No address can have the name “${name}”, and this instance does not tell its flags without one.`);
+    const { features, segments } = object(entry(told, environment)) ?? {};
+    const flag = (list(features) ?? []).find((it) => object(it)?.name === name);
+    return flag ? { flag, segments } : null;
 }
 
 function description(flag) {
@@ -123,7 +132,7 @@ function usageCard(told, environment, name) {
     const data = (list(told?.data) ?? []).filter((it) => it.environment === environment);
     const heading = h('h2', { id: 'usage' }, 'Usage, last 24 hours');
     const section = (...parts) => h('section.card', { 'aria-labelledby': 'usage' }, heading, parts);
-    if (told === null) return section(empty('Not known here', 'This server keeps no usage.'));
+    if (told === null) return section(empty('Not known here', isStep(name) ? 'No address can have this name, so nothing is told of its usage.' : 'This server keeps no usage.'));
     const [yes, no] = ['yes', 'no'].map((key) => data.reduce((sum, it) => sum + it[key], 0));
     if (yes + no === 0) return section(empty('Not used yet', `No application has reported checks of this flag in ${environment}. SDKs report about once a minute.`));
     return section(
