@@ -19,6 +19,9 @@ const ROLES = [
 const KINDS = [['CLIENT', 'Backend tokens'], ['FRONTEND', 'Frontend tokens']];
 const ACTIONS = [['CREATE', 'Create'], ['READ', 'See'], ['UPDATE', 'Change expiry'], ['DELETE', 'Delete']];
 
+/** What an account is known by: those of an Unleash need no username. */
+const called = (it) => it.username ?? it.email ?? it.name ?? String(it.id);
+
 export async function accountsPage({ session, status, signal }) {
     let told = await get('api/admin/user-admin', { signal });
     const roles = (told.rootRoles ?? []).filter((it) => it.type === undefined || it.type.startsWith('root'));
@@ -35,22 +38,22 @@ export async function accountsPage({ session, status, signal }) {
         announce(text);
     };
     function edit(account) {
-        openAccount(account, known, done(`The account ${account.username} is changed.`));
+        openAccount(account, known, done(`The account ${called(account)} is changed.`));
     }
     function grant(account) {
-        openGrants(account, done(`The permissions of ${account.username} are changed.`));
+        openGrants(account, done(`The permissions of ${called(account)} are changed.`));
     }
     function reset(account) {
-        openReset(account, done(`The password of ${account.username} is changed.`));
+        openReset(account, done(`The password of ${called(account)} is changed.`));
     }
     function drop(account) {
         confirm({
-            title: `Delete the account “${account.username ?? account.name}”?`,
+            title: `Delete the account “${called(account)}”?`,
             text: 'Its sessions end at once. Tokens that it has created go on working. This cannot be undone.',
             yes: 'Delete account',
             act: async () => {
                 await remove(path('api/admin/user-admin', account.id));
-                await done(`The account ${account.username} is deleted.`)();
+                await done(`The account ${called(account)} is deleted.`)();
             },
         });
     }
@@ -64,7 +67,6 @@ export async function accountsPage({ session, status, signal }) {
 
 function columns({ known, session, isGranting }, { edit, grant, reset, drop }) {
     const role = (it) => known.find((role) => role.id === it.rootRole)?.name ?? String(it.rootRole ?? '');
-    const called = (it) => it.username ?? it.email ?? it.name ?? String(it.id);
     const label = (verb, it) => `${verb} ${called(it)}`;
     const columns = [
         { label: 'Username', class: 'name', sort: called, cell: (it) => [called(it), it.id === session.user.id && h('span.by', 'You')] },
@@ -107,7 +109,7 @@ function openAccount(account, roles, changed) {
         password,
         role,
     ].filter(Boolean);
-    open(account ? `Edit ${account.username}` : 'New account', (close) => form({
+    open(account ? `Edit ${called(account)}` : 'New account', (close) => form({
         fields,
         buttons: buttons(close, account ? 'Save' : 'Create account'),
         submit: async () => {
@@ -132,7 +134,7 @@ function openGrants(account, changed) {
         const permission = `${action}_${kind}_API_TOKEN`;
         return choice('checkbox', 'permissions', permission, verb, { checked: current.has(permission) });
     }), { names: ['permissions'] }));
-    open(`Permissions of ${account.username}`, (close) => form({
+    open(`Permissions of ${called(account)}`, (close) => form({
         fields: groups,
         parts: [h('p', 'What the account may do beyond its role. It takes effect at once.'), h('div.field-pair', groups)],
         buttons: buttons(close, 'Save permissions'),
@@ -147,7 +149,7 @@ function openGrants(account, changed) {
 
 function openReset(account, changed) {
     const password = newPassword();
-    open(`New password for ${account.username}`, (close) => form({
+    open(`New password for ${called(account)}`, (close) => form({
         fields: [password],
         parts: [h('p', 'All sessions of the account end. Tell the person the password in a safe way; they can change it themselves.'), password],
         buttons: buttons(close, 'Set password'),
