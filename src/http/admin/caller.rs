@@ -28,7 +28,7 @@ pub(super) const SESSION: &str = "parapet-session";
 pub(super) const DEVICE: &str = "parapet-device";
 
 /// The header by which a page says that nobody made it ask.
-const BACKGROUND: &str = "parapet-background";
+pub(super) const BACKGROUND: HeaderName = HeaderName::from_static("parapet-background");
 
 /// Who is asking.
 #[derive(Debug)]
@@ -79,7 +79,7 @@ impl Gate<'_> {
         if is_foreign {
             return Err(Failure::CrossOrigin);
         }
-        let by_itself = !changes && head.headers.contains_key(BACKGROUND);
+        let by_itself = !changes && head.headers.contains_key(&BACKGROUND);
         let cause = if by_itself { Cause::Page } else { Cause::Person };
         let account = control.session(cookie, address, cause).await?.ok_or(Failure::SignIn)?;
         let actor = Actor { operator: account.operator(), address: Some(address) };

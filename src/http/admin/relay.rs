@@ -18,7 +18,10 @@ use hyper::{
 use percent_encoding::percent_decode_str;
 use tracing::warn;
 
-use super::{caller::presented, origin::is_same_origin};
+use super::{
+    caller::{BACKGROUND, presented},
+    origin::is_same_origin,
+};
 use crate::{
     auth::Authenticator,
     http::reply::{self, Failure, Reply},
@@ -112,12 +115,14 @@ impl Relay {
 
     /// Who has signed in upstream with these cookies.
     pub(super) async fn person(&self, headers: &HeaderMap) -> Result<Person, Failure> {
-        let cookies = headers.get_all(COOKIE).iter().map(|it| (COOKIE, it.clone()));
-        let cookies: HeaderMap = cookies.collect();
-        if cookies.is_empty() {
+        if !headers.contains_key(COOKIE) {
             return Err(Failure::SignIn);
         }
-        let answer = self.ask(&Method::GET, "/api/admin/user", cookies, Bytes::new()).await?;
+        let passed = [COOKIE, BACKGROUND].into_iter().flat_map(|name| {
+            headers.get_all(&name).iter().map(move |value| (name.clone(), value.clone()))
+        });
+        let passed = passed.collect();
+        let answer = self.ask(&Method::GET, "/api/admin/user", passed, Bytes::new()).await?;
         if !answer.status().is_success() {
             return Err(if answer.status().is_server_error() {
                 Failure::Upstream

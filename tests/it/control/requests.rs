@@ -1,11 +1,13 @@
 //! What operators send, and what they are told when it is wrong or not theirs to ask.
 
+use std::time::Duration;
+
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::{Kept, OTHER, OWNER, PASSWORD, Place, Session, identifier, sign_in};
-use crate::rig::{http, secrets};
+use crate::rig::{http, secrets, until};
 
 const TOKENS: &str = "/api/admin/api-tokens";
 const ACCOUNTS: &str = "/api/admin/user-admin";
@@ -452,4 +454,18 @@ async fn what_was_denied_is_told_with_its_reason_and_its_object() {
     ];
     let expect = expect.map(|(who, what, why)| (who.to_owned(), what, why.to_owned()));
     assert_eq!(told, expect);
+}
+
+#[tokio::test]
+async fn a_page_that_asks_by_itself_keeps_no_session_alive() {
+    let place = Place::new(Kept::Sqlite).await;
+    let parapet = place.start_with(&["--session-idle-seconds", "2"]).await;
+    let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
+    let by_itself = [("cookie", owner.cookies.as_str()), ("parapet-background", "1")];
+    let ask = async || owner.call_as(Method::GET, "/status", &Value::Null, &by_itself).await.0;
+    assert_eq!(ask().await, StatusCode::OK);
+    until("the session has ended", Duration::from_mins(1), async || {
+        (ask().await == StatusCode::UNAUTHORIZED).then_some(())
+    })
+    .await;
 }
