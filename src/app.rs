@@ -10,6 +10,7 @@ mod edge;
 mod keep;
 mod listen;
 mod plan;
+mod spools;
 mod tasks;
 
 use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
@@ -99,8 +100,7 @@ impl App {
             instance_id: identity.instance_id.as_str().into(),
         };
         let usage = Usage::new(&config.usage, hop);
-        let keeper = Keeper { store: plan.store.clone(), auth: auth.clone(), usage: usage.clone() };
-        keeper.restore().await;
+        let keeper = Keeper::restore(plan.store.clone(), auth.clone(), usage.clone()).await;
         let meter = Arc::new(Meter::new(admin::templates()));
         let ops =
             Ops::new(readiness.clone(), registry.clone(), snapshots.clone(), Arc::clone(&meter));

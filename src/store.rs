@@ -4,6 +4,7 @@
 //! whoever wanted it goes on without. What the bytes mean is their owner's matter, and so is keeping
 //! plaintext tokens out of them.
 
+mod claim;
 pub mod edge_backup;
 mod envelope;
 
@@ -14,18 +15,21 @@ use std::{
     io::{self, Write as _},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
 };
 
 use bytes::Bytes;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 use ulid::Ulid;
 
+pub use self::claim::{Claim, Slot};
 use crate::token::Environment;
 
 /// A place for what must outlive a restart.
 ///
 /// A cheap handle. Each key should have one owner that awaits a `save` before the next one: of two
-/// at once either may win.
+/// at once either may win. Several processes may keep a directory; what must not be shared among
+/// them is [claimed](Self::claim).
 #[derive(Clone)]
 pub struct Store(Arc<Backend>);
 
@@ -43,8 +47,8 @@ pub enum Key {
     Verdicts,
     /// The sealed token with which the edge itself speaks for an environment.
     Credentials(Environment),
-    /// Usage that is not sent yet.
-    Usage,
+    /// Usage that is not sent yet; each process that keeps the store has a slot of its own.
+    Usage(Slot),
 }
 
 /// Why the store did not do what it was asked for.
@@ -62,6 +66,14 @@ pub enum Error {
     #[error("{} cannot be read", file.display())]
     Read {
         /// Its file.
+        file: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// Whose a record is cannot be told, as on a file system without locks.
+    #[error("{} cannot be locked", file.display())]
+    Lock {
+        /// The file that is locked in the record's stead.
         file: PathBuf,
         /// The cause.
         source: io::Error,
@@ -97,7 +109,7 @@ pub enum Error {
 impl Store {
     /// Keeps records as files of `directory`, which is made if it is missing, for its owner only.
     ///
-    /// Files that an interrupted save has left are removed.
+    /// Files that an interrupted save has left are removed once they are old.
     pub fn directory(directory: impl Into<PathBuf>) -> Result<Self, Error> {
         let directory = directory.into();
         match prepare(&directory) {
@@ -147,6 +159,35 @@ impl Store {
         }
     }
 
+    /// Makes the record of `key` this claim's alone until it is dropped or the process ends; none
+    /// where another claim has it. Nobody is kept from loading and saving without a claim.
+    pub async fn claim(&self, key: &Key) -> Result<Option<Claim>, Error> {
+        let Backend::Directory(directory) = &*self.0 else { return Ok(Some(Claim::of_memory())) };
+        let file = directory.join(key.file_name()).with_extension(LOCK);
+        let path = file.clone();
+        blocking(move || Claim::of_file(&path))
+            .await
+            .flatten()
+            .map_err(|source| Error::Lock { file, source })
+    }
+
+    /// The slots in which usage is kept, or was.
+    pub async fn slots(&self) -> Result<Vec<Slot>, Error> {
+        let mut slots: Vec<_> = match &*self.0 {
+            Backend::Memory(records) => {
+                let slot = |key: &Key| if let Key::Usage(slot) = key { Some(*slot) } else { None };
+                lock(records).keys().filter_map(slot).collect()
+            }
+            Backend::Directory(directory) => {
+                let names = names_in(directory).await?;
+                let all = Slot::all();
+                all.filter(|slot| names.contains(&Key::Usage(*slot).file_name())).collect()
+            }
+        };
+        slots.sort_unstable();
+        Ok(slots)
+    }
+
     /// The environments of which flags are kept, in the order of their names.
     pub async fn environments(&self) -> Result<Vec<Environment>, Error> {
         let mut environments: Vec<_> = match &*self.0 {
@@ -158,11 +199,7 @@ impl Store {
                 lock(records).keys().filter_map(flags).collect()
             }
             Backend::Directory(directory) => {
-                let path = directory.clone();
-                let names = blocking(move || names(&path))
-                    .await
-                    .flatten()
-                    .map_err(|source| Error::Read { file: directory.clone(), source })?;
+                let names = names_in(directory).await?;
                 names.iter().filter_map(|name| environment_of(name)).collect()
             }
         };
@@ -183,6 +220,11 @@ impl fmt::Debug for Store {
 const FLAGS: &str = "flags-";
 const SUFFIX: &str = ".parapet";
 const TEMPORARY: &str = ".parapet-tmp";
+const LOCK: &str = "lock";
+
+/// How old a file becomes that only a crash can have left: a save takes no such time, but another
+/// process may be about one right now.
+const ABANDONED_AFTER: Duration = Duration::from_hours(1);
 
 /// Upper case is encoded too: some file systems do not tell it from lower case.
 const PLAIN: &AsciiSet = &{
@@ -204,7 +246,7 @@ impl Key {
             Self::Credentials(environment) => {
                 format!("credentials-{}{SUFFIX}", encoded(environment))
             }
-            Self::Usage => format!("usage{SUFFIX}"),
+            Self::Usage(slot) => format!("usage{slot}{SUFFIX}"),
         }
     }
 }
@@ -235,9 +277,30 @@ fn prepare(directory: &Path) -> io::Result<()> {
     create(&probe)?;
     fs::remove_file(&probe)?;
     for name in names(directory)?.iter().filter(|name| name.ends_with(TEMPORARY)) {
-        fs::remove_file(directory.join(name))?;
+        remove_abandoned(&directory.join(name))?;
     }
     Ok(())
+}
+
+fn remove_abandoned(file: &Path) -> io::Result<()> {
+    let remove = || {
+        // One from the future is no older.
+        let age = fs::metadata(file)?.modified()?.elapsed().unwrap_or_default();
+        if age < ABANDONED_AFTER { Ok(()) } else { fs::remove_file(file) }
+    };
+    match remove() {
+        // Whoever made it, or another that starts, was faster.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
+}
+
+async fn names_in(directory: &Path) -> Result<Vec<String>, Error> {
+    let path = directory.to_owned();
+    blocking(move || names(&path))
+        .await
+        .flatten()
+        .map_err(|source| Error::Read { file: directory.to_owned(), source })
 }
 
 fn names(directory: &Path) -> io::Result<Vec<String>> {
@@ -307,6 +370,8 @@ fn create(file: &Path) -> io::Result<File> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::SystemTime;
+
     use super::*;
 
     fn flags(name: &str) -> Key {
@@ -353,7 +418,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("folder");
         let inside = folder.path().join("data");
         let store = Store::directory(&inside).expect("store");
-        store.save(&Key::Usage, "x").await.expect("save");
+        store.save(&Key::Usage(Slot::FIRST), "x").await.expect("save");
         let mode = |path: &Path| fs::metadata(path).expect("metadata").permissions().mode() & 0o777;
         assert_eq!(mode(&inside), 0o700);
         assert_eq!(mode(&inside.join("usage.parapet")), 0o600);
@@ -363,29 +428,66 @@ mod tests {
     async fn what_a_crash_has_left_is_removed_and_never_loaded() {
         let folder = tempfile::tempdir().expect("folder");
         let store = Store::directory(folder.path()).expect("store");
-        store.save(&Key::Usage, "whole").await.expect("save");
-        let half = temporary(&folder.path().join(Key::Usage.file_name()));
+        store.save(&Key::Usage(Slot::FIRST), "whole").await.expect("save");
+        let half = temporary(&folder.path().join(Key::Usage(Slot::FIRST).file_name()));
         fs::write(&half, b"parapet 1 5").expect("write");
+        let store_of_another = Store::directory(folder.path());
+        assert!(store_of_another.is_ok() && half.exists(), "it may be about to become a record");
+        let long_ago = SystemTime::now() - ABANDONED_AFTER;
+        File::open(&half).and_then(|half| half.set_modified(long_ago)).expect("set the time");
         let store = Store::directory(folder.path()).expect("store");
         assert!(!half.exists());
-        assert_eq!(store.load(&Key::Usage).await.expect("load").as_deref(), Some(&b"whole"[..]));
+        assert_eq!(
+            store.load(&Key::Usage(Slot::FIRST)).await.expect("load").as_deref(),
+            Some(&b"whole"[..])
+        );
     }
 
     #[tokio::test]
     async fn damaged_and_newer_records_are_set_aside() {
         let folder = tempfile::tempdir().expect("folder");
         let store = Store::directory(folder.path()).expect("store");
-        let file = folder.path().join(Key::Usage.file_name());
+        let file = folder.path().join(Key::Usage(Slot::FIRST).file_name());
         fs::write(&file, b"something else").expect("write");
-        let error = store.load(&Key::Usage).await.expect_err("damaged");
+        let error = store.load(&Key::Usage(Slot::FIRST)).await.expect_err("damaged");
         assert!(matches!(error, Error::Damaged { .. }), "{error:?}");
         assert!(folder.path().join("usage.damaged").exists());
-        assert_eq!(store.load(&Key::Usage).await.expect("load"), None);
+        assert_eq!(store.load(&Key::Usage(Slot::FIRST)).await.expect("load"), None);
 
         fs::write(&file, b"parapet 2 anything\nmore").expect("write");
-        let error = store.load(&Key::Usage).await.expect_err("newer");
+        let error = store.load(&Key::Usage(Slot::FIRST)).await.expect_err("newer");
         assert!(matches!(error, Error::Newer { version: 2, .. }), "{error:?}");
         assert!(folder.path().join("usage.newer").exists());
+    }
+
+    #[tokio::test]
+    async fn a_claim_excludes_others_until_it_is_dropped() {
+        let folder = tempfile::tempdir().expect("folder");
+        let (one, other) = (Store::directory(folder.path()), Store::directory(folder.path()));
+        let (one, other) = (one.expect("store"), other.expect("store"));
+        let [first, second] = [0, 1].map(|n| Key::Usage(Slot::all().nth(n).expect("slot")));
+        let claim = one.claim(&first).await.expect("claim").expect("nobody has it");
+        assert!(other.claim(&first).await.expect("claim").is_none());
+        assert!(other.claim(&second).await.expect("claim").is_some());
+        drop(claim);
+        assert!(other.claim(&first).await.expect("claim").is_some());
+    }
+
+    #[tokio::test]
+    async fn slots_are_those_that_have_a_record() {
+        let folder = tempfile::tempdir().expect("folder");
+        for store in [Store::memory(), Store::directory(folder.path()).expect("store")] {
+            assert_eq!(store.slots().await.expect("slots"), []);
+            let kept: Vec<_> = [0, 2].map(|n| Slot::all().nth(n).expect("slot")).into();
+            for slot in kept.iter().rev() {
+                store.save(&Key::Usage(*slot), "x").await.expect("save");
+            }
+            store.save(&Key::Verdicts, "x").await.expect("save");
+            assert!(store.claim(&Key::Usage(Slot::FIRST)).await.expect("claim").is_some());
+            assert_eq!(store.slots().await.expect("slots"), kept);
+        }
+        let files = ["usage.lock", "usage.parapet", "usage-3.parapet"];
+        assert!(files.iter().all(|name| folder.path().join(name).exists()));
     }
 
     #[test]

@@ -2,35 +2,40 @@
 //!
 //! What is stored is its owners' matter; here is decided when.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
+use super::spools::Spools;
 use crate::{
     auth::Authenticator,
     store::{Key, Store},
     telemetry::report,
-    usage::Usage,
+    usage::{Revision, Usage},
 };
 
 /// How often verdicts and waiting usage are stored, where they changed.
 const SAVE_EVERY: Duration = Duration::from_secs(5);
 
+/// How often usage of instances that have ended is looked for, besides at the start.
+const ADOPT_EVERY: Duration = Duration::from_mins(1);
+
 /// Keeps state for the next run.
 #[derive(Clone, Debug)]
 pub(super) struct Keeper {
-    pub(super) store: Store,
+    store: Store,
     pub(super) auth: Authenticator,
     pub(super) usage: Usage,
+    spools: Arc<Spools>,
 }
 
 impl Keeper {
     /// Takes over what an earlier run left; what cannot be read is left out.
-    pub(super) async fn restore(&self) {
-        match self.store.load(&Key::Verdicts).await {
-            Ok(Some(saved)) => match self.auth.restore(&saved) {
+    pub(super) async fn restore(store: Store, auth: Authenticator, usage: Usage) -> Self {
+        match store.load(&Key::Verdicts).await {
+            Ok(Some(saved)) => match auth.restore(&saved) {
                 Ok(count) => info!(count, "Tokens known from an earlier run"),
                 Err(error) => {
                     warn!(error = report(&error), "Stored verdicts on tokens are not used");
@@ -39,15 +44,12 @@ impl Keeper {
             Ok(None) => {}
             Err(error) => warn!(error = report(&error), "Stored verdicts on tokens are not used"),
         }
-        match self.store.load(&Key::Usage).await {
-            Ok(Some(saved)) if saved.is_empty() => {}
-            Ok(Some(saved)) => match self.usage.restore(&saved) {
-                Ok(()) => info!("Usage of an earlier run waits to be sent"),
-                Err(error) => warn!(error = report(&error), "Stored usage is lost"),
-            },
-            Ok(None) => {}
-            Err(error) => warn!(error = report(&error), "Stored usage is lost"),
+        let spools = Arc::new(Spools::open(store.clone(), &usage).await);
+        let keeper = Self { store, auth, usage, spools };
+        if keeper.spools.adopt(&keeper.usage).await {
+            keeper.store_usage(&mut None).await;
         }
+        keeper
     }
 
     /// Stores what changes until `stop`, so that a crash loses little.
@@ -58,6 +60,7 @@ impl Keeper {
     pub(super) async fn run(&self, stop: &CancellationToken) {
         // What an earlier run left was restored, and is the first to be replaced.
         let mut stored = None;
+        let mut adopted = Instant::now();
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
@@ -65,13 +68,14 @@ impl Keeper {
                 () = self.usage.settled() => {}
             }
             self.store_verdicts().await;
-            let Some(backlog) = self.usage.backlog(stored) else { continue };
-            match self.store.save(&Key::Usage, backlog.bytes).await {
-                Ok(()) => stored = Some(backlog.revision),
-                Err(error) => {
-                    warn!(error = report(&error), "Usage that waits for upstream cannot be stored");
+            if adopted.elapsed() >= ADOPT_EVERY {
+                adopted = Instant::now();
+                if self.spools.adopt(&self.usage).await {
+                    // Also where it came to nothing: what it was read from is to be emptied.
+                    stored = None;
                 }
             }
+            self.store_usage(&mut stored).await;
         }
     }
 
@@ -80,8 +84,19 @@ impl Keeper {
         self.store_verdicts().await;
         // Nothing left is stored too: the next start must not send what has been sent.
         let left = self.usage.save().unwrap_or_default();
-        if let Err(error) = self.store.save(&Key::Usage, left).await {
+        if let Err(error) = self.spools.save(left).await {
             error!(error = report(&error), "Usage that was not sent is lost");
+        }
+    }
+
+    /// Stores what waits for upstream, unless it is what is `stored`.
+    async fn store_usage(&self, stored: &mut Option<Revision>) {
+        let Some(backlog) = self.usage.backlog(*stored) else { return };
+        match self.spools.save(backlog.bytes).await {
+            Ok(()) => *stored = Some(backlog.revision),
+            Err(error) => {
+                warn!(error = report(&error), "Usage that waits for upstream cannot be stored");
+            }
         }
     }
 
@@ -91,5 +106,126 @@ impl Keeper {
             self.auth.not_saved();
             warn!(error = report(&error), "Verdicts on tokens cannot be stored");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use jiff::Timestamp;
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::{
+        auth::{self, Authority},
+        token::{Environment, Projects, Scope},
+        usage::{self, SdkKind},
+        wire::usage::{ClientMetrics, ConnectVia},
+    };
+
+    /// An instance that keeps a folder; upstream is away.
+    async fn start(folder: &Path) -> Keeper {
+        let config = auth::Config {
+            revalidate_after: Duration::from_mins(1),
+            forget_invalid_after: Duration::from_mins(1),
+            list_interval: Duration::from_mins(1),
+            deadline: Duration::from_secs(1),
+            capacity: 10,
+        };
+        let config_of_usage = usage::Config { interval: Duration::from_mins(1), max_counters: 100 };
+        let hop = ConnectVia { app_name: "parapet".into(), instance_id: "i".into() };
+        Keeper::restore(
+            Store::directory(folder).expect("store"),
+            Authenticator::new(config, Authority::Nobody, []),
+            Usage::new(&config_of_usage, hop),
+        )
+        .await
+    }
+
+    fn count(keeper: &Keeper, yes: u64) {
+        let scope = Scope { environment: Environment::new("dev"), projects: Projects::All };
+        let now = Timestamp::now();
+        let bucket = json!({"start": now, "stop": now, "toggles": {"f": {"yes": yes, "no": 0}}});
+        let report = json!({"appName": "a", "instanceId": "i", "bucket": bucket}).to_string();
+        let report = ClientMetrics::parse(report.as_bytes()).expect("report");
+        keeper.usage.record_metrics(&scope, SdkKind::Backend, report, now);
+    }
+
+    /// How many evaluations an instance would send.
+    fn waiting(keeper: &Keeper) -> u64 {
+        let pending = keeper.usage.pending();
+        let metrics = pending["metrics"].as_array().expect("list").iter();
+        metrics.filter_map(|metric| Value::as_u64(&metric["bucket"]["yes"])).sum()
+    }
+
+    /// Stores what waits, as every few seconds, and dies without a word.
+    async fn store_and_crash(keeper: Keeper) {
+        let _ = keeper.usage.save();
+        keeper.store_usage(&mut None).await;
+    }
+
+    #[tokio::test]
+    async fn two_instances_on_one_folder_lose_nothing() {
+        let folder = tempfile::tempdir().expect("folder");
+        let (one, other) = (start(folder.path()).await, start(folder.path()).await);
+        count(&one, 100);
+        count(&other, 7);
+        one.finish().await;
+        other.finish().await;
+        drop((one, other));
+        assert_eq!(waiting(&start(folder.path()).await), 107);
+    }
+
+    #[tokio::test]
+    async fn what_an_instance_has_stored_is_nobody_elses_while_it_runs() {
+        let folder = tempfile::tempdir().expect("folder");
+        let one = start(folder.path()).await;
+        count(&one, 100);
+        let _ = one.usage.save();
+        one.store_usage(&mut None).await;
+        let other = start(folder.path()).await;
+        assert_eq!(waiting(&other), 0);
+        other.finish().await;
+        store_and_crash(one).await;
+        assert_eq!(waiting(&start(folder.path()).await), 100);
+    }
+
+    #[tokio::test]
+    async fn what_was_taken_over_is_stored_once() {
+        let folder = tempfile::tempdir().expect("folder");
+        let (one, other) = (start(folder.path()).await, start(folder.path()).await);
+        count(&other, 7);
+        store_and_crash(other).await;
+        // Two that start at once: one has it, from here on in its own record.
+        let (third, fourth) = tokio::join!(start(folder.path()), start(folder.path()));
+        assert_eq!(waiting(&third) + waiting(&fourth), 7);
+        drop((one, third, fourth));
+        assert_eq!(waiting(&start(folder.path()).await), 7);
+        // And once more, from a record that was emptied by its second owner.
+        assert_eq!(waiting(&start(folder.path()).await), 7);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_running_instance_takes_over_what_ended_beside_it() {
+        let folder = tempfile::tempdir().expect("folder");
+        let (one, other) = (start(folder.path()).await, start(folder.path()).await);
+        count(&other, 7);
+        other.finish().await;
+        drop(other);
+        let stop = CancellationToken::new();
+        tokio::join!(one.run(&stop), async {
+            for _ in 0..100 {
+                if waiting(&one) > 0 {
+                    break;
+                }
+                sleep(SAVE_EVERY).await;
+            }
+            stop.cancel();
+        });
+        assert_eq!(waiting(&one), 7);
+        one.finish().await;
+        drop(one);
+        assert_eq!(waiting(&start(folder.path()).await), 7);
     }
 }
