@@ -17,8 +17,8 @@ use std::ffi::OsString;
 
 pub use self::{
     checked::{
-        AdminListener, Config, Credentials, DataListener, Edge, Explain, Identity, Manage, Mode,
-        Offline, Place, Probe, Shutdown, Standalone,
+        AdminListener, Config, Credentials, DataListener, Edge, Explain, Folder, Identity, Manage,
+        Mode, Offline, Place, Probe, Shutdown, Standalone,
     },
     manage::{PasswordSource, Server, Task},
     mistake::{Mistake, Mistakes},

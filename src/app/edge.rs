@@ -8,9 +8,9 @@ use tracing::{info, warn};
 use super::plan::{Error, Plan, Source};
 use crate::{
     auth::{self, Admission, Authenticator, Authority, Denied, Issuer},
-    config::{self, Credentials as Given},
+    config::{self, Credentials as Given, Folder},
     snapshot::Snapshots,
-    store::{Key, Store, edge_backup},
+    store::{self, Key, Store, edge_backup},
     sync::upstream::{Follower, Wanted},
     telemetry::{Latch, report},
     token::{Environment, Grant, Projects, Scope, Token, TokenKind},
@@ -45,7 +45,7 @@ pub(super) async fn plan(
     snapshots: &Snapshots,
     latch: Latch,
 ) -> Result<Plan, Error> {
-    let store = Store::directory(&edge.backup_folder)?;
+    let store = keep_in(&edge.backup_folder)?;
     let upstream = Upstream::new(edge.upstream)?;
     let (credentials, wanted, admin, tokens) = match edge.credentials {
         Given::Admin { token, fleet, environments } => {
@@ -75,7 +75,7 @@ pub(super) async fn plan(
         store: store.clone(),
     };
     follower.restore().await;
-    let backup = migrate(&edge.backup_folder, &follower).await;
+    let backup = migrate(edge.backup_folder.path(), &follower).await;
     // Later starts have verdicts of their own, which know of revocations since.
     let first_start = matches!(store.load(&Key::Verdicts).await, Ok(None));
     let backup = if first_start { backup } else { Vec::new() };
@@ -105,6 +105,21 @@ pub(super) async fn plan(
         upstream: Some(upstream),
         relays: edge.admin_relay,
         store,
+    })
+}
+
+/// Keeps state in a folder. One that nobody named is not insisted on: Unleash Edge starts in a
+/// container that has no place to write to, and so does its successor.
+fn keep_in(folder: &Folder) -> Result<Store, store::Error> {
+    Store::directory(folder.path()).or_else(|error| match folder {
+        Folder::Named(_) => Err(error),
+        Folder::Default(_) => {
+            warn!(
+                error = report(&error),
+                "Nothing is kept for the next start, which needs upstream for flags and tokens; usage that upstream has not taken at the end is lost. Name a place that can be written to by --backup-folder"
+            );
+            Ok(Store::memory())
+        }
     })
 }
 
@@ -186,5 +201,24 @@ async fn take_tokens(tokens: &[Token], auth: &Authenticator, snapshots: &Snapsho
             () = sleep(if judged { LOOK_AGAIN_AFTER } else { ASK_AGAIN_AFTER }) => {}
             () = flags_are_there, if waits_for_flags => latch.release(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn only_a_folder_that_was_named_must_be_writable() {
+        let file = tempfile::NamedTempFile::new().expect("file");
+        let nowhere = file.path().join("backup");
+        let error = keep_in(&Folder::Named(nowhere.clone())).expect_err("a file is in the way");
+        assert!(matches!(error, store::Error::Directory { .. }), "{error:?}");
+        let store = keep_in(&Folder::Default(nowhere)).expect("memory");
+        store.save(&Key::Verdicts, "x").await.expect("save");
+
+        let folder = tempfile::tempdir().expect("folder");
+        keep_in(&Folder::Default(folder.path().join("backup"))).expect("store");
+        assert!(folder.path().join("backup").is_dir());
     }
 }

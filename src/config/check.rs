@@ -14,8 +14,8 @@ use reqwest::{
 
 use super::{
     checked::{
-        AdminListener, Config, Credentials, DataListener, Edge, Identity, Manage, Mode, Offline,
-        Place, Probe, Shutdown, Standalone,
+        AdminListener, Config, Credentials, DataListener, Edge, Folder, Identity, Manage, Mode,
+        Offline, Place, Probe, Shutdown, Standalone,
     },
     cli::{Question, Role, Verb},
     keys::{self, Key},
@@ -123,9 +123,20 @@ fn edge(s: &mut Settings, identity: &Identity, data_dir: &Path) -> Option<Edge> 
         interval: s.interval(&keys::FEATURES_REFRESH_INTERVAL_SECONDS),
         mode: s.value(&keys::UPSTREAM_MODE, "auto, poll or stream", sync::Mode::parse),
     };
-    let backup_folder = s.path(&keys::BACKUP_FOLDER).unwrap_or_else(|| data_dir.join("backup"));
+    let backup_folder = backup_folder(s, data_dir);
     let admin_relay = s.switch(&keys::ADMIN_RELAY);
     Some(Edge { upstream: upstream?, credentials: credentials?, sync, backup_folder, admin_relay })
+}
+
+/// The folder of either key; an empty name of the backup folder is none, as deployments of Unleash
+/// Edge write it.
+fn backup_folder(s: &Settings, data_dir: &Path) -> Folder {
+    let named = s.path(&keys::BACKUP_FOLDER).filter(|path| !path.as_os_str().is_empty());
+    match named {
+        Some(path) => Folder::Named(path),
+        None if s.has(&keys::DATA_DIR) => Folder::Named(data_dir.join("backup")),
+        None => Folder::Default(data_dir.join("backup")),
+    }
 }
 
 fn credentials(s: &mut Settings) -> Option<Credentials> {

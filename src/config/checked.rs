@@ -3,7 +3,12 @@
 //! No field is an `Option` that means "default", nothing needs a second look, and `Debug` shows no
 //! secret. How the values were found is `settings`' and `check`'s business.
 
-use std::{collections::BTreeSet, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    collections::BTreeSet,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use jiff::Timestamp;
 use reqwest::{Url, header::HeaderName};
@@ -63,9 +68,27 @@ pub struct Edge {
     /// How flags are kept current.
     pub sync: sync::Config,
     /// Where flags and digests of tokens are kept for a start without upstream.
-    pub backup_folder: PathBuf,
+    pub backup_folder: Folder,
     /// Whether upstream's admin API is passed on.
     pub admin_relay: bool,
+}
+
+/// A folder to keep state in.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Folder {
+    /// The operator's choice, which must do.
+    Named(PathBuf),
+    /// Nobody's choice, which a machine need not have.
+    Default(PathBuf),
+}
+
+impl Folder {
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Named(path) | Self::Default(path) => path,
+        }
+    }
 }
 
 /// In whose name the edge fetches flags and sends usage.

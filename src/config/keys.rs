@@ -334,7 +334,7 @@ keys! {
         /// Headers for every request to upstream, as in `X-Api-Key: secret`.
         CUSTOM_CLIENT_HEADERS = list("custom-client-headers").short('H').secret();
         /// Where flags and digests of tokens are kept for a start without upstream; `backup` in the
-        /// data dir when not given.
+        /// data dir when not given. A place that is given, by this or --data-dir, must be writable.
         BACKUP_FOLDER = one("backup-folder").short('b');
         /// Pass the admin API and the sign-in of upstream on at the admin listener, with the console:
         /// callers use their own tokens and accounts of upstream.

@@ -84,8 +84,20 @@ fn defaults_are_unleash_edges() {
     assert_eq!(edge.sync.interval, Duration::from_secs(15));
     assert_eq!(edge.sync.mode, sync::Mode::Auto);
     assert_eq!(edge.upstream.request_timeout, Duration::from_secs(5));
-    assert_eq!(edge.backup_folder, Path::new("data/backup"));
+    assert_eq!(edge.backup_folder, Folder::Default("data/backup".into()));
     assert!(matches!(edge.credentials, Credentials::Given(tokens) if tokens.is_empty()));
+}
+
+#[test]
+fn a_backup_folder_is_named_by_either_key_and_not_by_an_empty_one() {
+    let of = |line: &str, env: &[(&str, &str)]| edge(&format!("{EDGE} {line}"), env).backup_folder;
+    let default = Folder::Default("data/backup".into());
+    assert_eq!(of("", &[("BACKUP_FOLDER", "")]), default);
+    assert_eq!(of("--backup-folder=", &[]), default);
+    assert_eq!(of("", &[("BACKUP_FOLDER", "/b")]), Folder::Named("/b".into()));
+    assert_eq!(of("--backup-folder= --data-dir /d", &[]), Folder::Named("/d/backup".into()));
+    let (_folder, path) = file("data_dir = '/d'");
+    assert_eq!(of("", &[("PARAPET_CONFIG", &path)]), Folder::Named("/d/backup".into()));
 }
 
 #[test]
