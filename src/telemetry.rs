@@ -68,9 +68,34 @@ pub struct Config {
 }
 
 impl Config {
-    /// Whether [`Config::filter`] can be read.
-    pub fn filter_is_valid(filter: &str) -> bool {
-        EnvFilter::try_new(filter).is_ok()
+    /// Reads a [`Config::filter`].
+    ///
+    /// A bare word that is no level would name a target, and turn everything else off: it is far more
+    /// likely a level that is misspelt.
+    pub fn parse_filter(text: &str) -> Option<String> {
+        let directives: Option<Vec<_>> = text.split(',').map(directive).collect();
+        let filter = directives?.join(",");
+        EnvFilter::try_new(&filter).is_ok().then_some(filter)
+    }
+}
+
+/// What is understood as a level where no target is named.
+const LEVELS: [&str; 12] =
+    ["off", "error", "warn", "info", "debug", "trace", "0", "1", "2", "3", "4", "5"];
+
+/// A directive, if it is none that only looks like one. `warning` is a level in many programs.
+fn directive(text: &str) -> Option<String> {
+    let text = text.trim();
+    let (target, level) =
+        text.rsplit_once('=').map_or((None, text), |(target, level)| (Some(target), level));
+    let level = if level.eq_ignore_ascii_case("warning") { "warn" } else { level };
+    match target {
+        Some(target) => Some(format!("{target}={level}")),
+        // A path and a span are meant as such; and nothing between two commas means nothing.
+        None if text.is_empty() || text.contains("::") || text.contains(['[', ']', '{', '}']) => {
+            Some(text.to_owned())
+        }
+        None => LEVELS.iter().any(|it| it.eq_ignore_ascii_case(level)).then(|| level.to_owned()),
     }
 }
 
@@ -232,6 +257,22 @@ mod tests {
         let text = start_metrics().render();
         let version = env!("CARGO_PKG_VERSION");
         assert!(text.contains(&format!("version=\"{version}\"")), "{text}");
+    }
+
+    #[test]
+    fn a_misspelt_level_is_no_target() {
+        let check = |text: &str, read: Option<&str>| {
+            assert_eq!(Config::parse_filter(text).as_deref(), read, "{text}");
+        };
+        for text in ["info", "DEBUG", "off", "3", "info,parapet=debug", "hyper::client", "[span]"] {
+            check(text, Some(text));
+        }
+        check("warning", Some("warn"));
+        check(" Warning , hyper=warning", Some("warn,hyper=warn"));
+        check("parapet[{token=x}]=info", Some("parapet[{token=x}]=info"));
+        for text in ["debugg", "info,verbose", "parapet", "hyper=loud", "fatal"] {
+            check(text, None);
+        }
     }
 
     #[test]

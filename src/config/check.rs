@@ -38,6 +38,9 @@ use crate::{
     upstream, usage,
 };
 
+const LEVELS: &str =
+    "a level (off, error, warn, info, debug or trace), or levels by target as in `info,hyper=warn`";
+
 /// Checks the settings of a command that serves.
 pub(super) fn config(mut settings: Settings, role: Role) -> Result<Config, Mistakes> {
     let s = &mut settings;
@@ -63,9 +66,7 @@ pub(super) fn config(mut settings: Settings, role: Role) -> Result<Config, Mista
     };
     let log = telemetry::Config {
         format: s.value(&keys::LOG_FORMAT, "plain, json or pretty", telemetry::LogFormat::parse),
-        filter: s.value(&keys::LOG, "a level, or levels by target", |text| {
-            telemetry::Config::filter_is_valid(text).then(|| text.to_owned())
-        }),
+        filter: s.value(&keys::LOG, LEVELS, telemetry::Config::parse_filter),
     };
     let shutdown = Shutdown {
         drain_delay: s.delay(&keys::DRAIN_DELAY_SECONDS),

@@ -124,6 +124,14 @@ fn flags_win_over_the_environment_and_that_over_the_file() {
 }
 
 #[test]
+fn a_level_of_the_log_is_one_that_is_known() {
+    let told = mistakes("--log debugg", &[]);
+    let expected = "--log: expected a level (off, error, warn, info, debug or trace)";
+    assert!(told[0].starts_with(expected) && told[0].ends_with("not `debugg`"), "{told:?}");
+    assert_eq!(config("", &[("RUST_LOG", "warning")]).log.filter, "warn");
+}
+
+#[test]
 fn common_options_may_precede_the_subcommand_or_follow_it() {
     for line in
         ["-p 7 edge -u http://u", "edge -u http://u -p 7", "edge --upstream-url=http://u --port=7"]
