@@ -102,8 +102,13 @@ impl App {
         let usage = Usage::new(&config.usage, hop);
         let keeper = Keeper::restore(plan.store.clone(), auth.clone(), usage.clone()).await;
         let meter = Arc::new(Meter::new(admin::templates()));
-        let ops =
-            Ops::new(readiness.clone(), registry.clone(), snapshots.clone(), Arc::clone(&meter));
+        let ops = Ops::new(
+            readiness.clone(),
+            registry.clone(),
+            snapshots.clone(),
+            usage.clone(),
+            Arc::clone(&meter),
+        );
         let feed = Feed::new(snapshots.clone());
         let service = Data {
             settings: Settings {

@@ -240,7 +240,12 @@ impl Usage {
     /// What has not been sent, as Unleash Edge shows it at `/internal-backstage/metricsbatch`:
     /// `{applications: […], metrics: [{key, bucket}]}`.
     pub fn pending(&self) -> Value {
-        self.shared.pipeline.pending()
+        self.shared.pipeline.pending(Timestamp::now())
+    }
+
+    /// Tells the metrics how much waits, and for how long; to be called when they are read.
+    pub fn measure(&self) {
+        self.shared.pipeline.measure(clock());
     }
 
     /// What the edges behind this one last told of themselves.
@@ -363,6 +368,7 @@ mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
 
     use futures_util::FutureExt as _;
+    use metrics_exporter_prometheus::PrometheusBuilder;
     use proptest::prelude::*;
     use serde_json::json;
 
@@ -519,11 +525,34 @@ mod tests {
             assert_eq!(pending["metrics"][0]["bucket"]["yes"], 2);
             assert_eq!(pending["applications"].as_array().unwrap().len(), applications);
         };
-        check(0);
+        check(1);
         usage.shared.pipeline.collect(at(0), clock());
         check(1);
         usage.shared.pipeline.next(clock()).unwrap();
         check(1);
+    }
+
+    #[test]
+    fn what_waits_is_measured_when_it_is_asked_for() {
+        let recorder = PrometheusBuilder::new().build_recorder();
+        let registry = recorder.handle();
+        metrics::with_local_recorder(&recorder, || {
+            let usage = usage(100);
+            let check = |pending: u64| {
+                usage.measure();
+                let (text, line) =
+                    (registry.render(), format!("parapet_usage_pending {pending}\n"));
+                assert!(text.contains(&line), "{text}");
+            };
+            check(0);
+            // A flag and its variant.
+            usage.record_metrics(&scope("dev"), SdkKind::Backend, counts("a", "f", 2), at(0));
+            check(2);
+            usage.shared.pipeline.collect(at(0), clock());
+            check(2);
+            sent(&usage, []);
+            check(0);
+        });
     }
 
     #[test]

@@ -308,6 +308,7 @@ fn data(flags: usize) -> Data {
     let meter = Arc::new(Meter::default());
     let (feed, auth) = (Feed::new(snapshots.clone()), scenarios::authenticator(tokens));
     let streams = streaming::Config { most: 1, max_age: interval, fetch_mode: None };
+    let usage = Usage::new(&usage::Config { interval, max_counters: 100_000 }, hop);
     Data {
         settings: Settings {
             base_path: String::new(),
@@ -325,8 +326,8 @@ fn data(flags: usize) -> Data {
         feed,
         tickets: Tickets::new(TicketKey::random()),
         auth,
-        usage: Usage::new(&usage::Config { interval, max_counters: 100_000 }, hop),
-        ops: Ops::new(readiness, registry, snapshots, Arc::clone(&meter)),
+        ops: Ops::new(readiness, registry, snapshots, usage.clone(), Arc::clone(&meter)),
+        usage,
         meter,
     }
 }

@@ -10,7 +10,7 @@ use super::{
     meter::Meter,
     reply::{self, Reply},
 };
-use crate::{snapshot::Snapshots, telemetry::Readiness};
+use crate::{snapshot::Snapshots, telemetry::Readiness, usage::Usage};
 
 const AGE: &str = "parapet_snapshot_age_seconds";
 const REVISION: &str = "parapet_snapshot_revision";
@@ -23,6 +23,7 @@ pub struct Ops {
     readiness: Readiness,
     registry: PrometheusHandle,
     snapshots: Snapshots,
+    usage: Usage,
     requests: Arc<Meter>,
 }
 
@@ -32,6 +33,7 @@ impl Ops {
         readiness: Readiness,
         registry: PrometheusHandle,
         snapshots: Snapshots,
+        usage: Usage,
         requests: Arc<Meter>,
     ) -> Self {
         describe_gauge!(AGE, Unit::Seconds, "Time since the source last confirmed the flags");
@@ -39,7 +41,7 @@ impl Ops {
         describe_counter!("parapet_snapshot_swaps_total", "How often other flags were served");
         describe_gauge!(FLAGS, "Flags in the environment");
         describe_gauge!(PROBLEMS, "Malformed parts of flags; each never matches");
-        Self { readiness, registry, snapshots, requests }
+        Self { readiness, registry, snapshots, usage, requests }
     }
 
     /// Whether requests are welcome.
@@ -65,7 +67,7 @@ impl Ops {
         reply::probe(false, why)
     }
 
-    /// The Prometheus exposition; what depends on the clock is measured now.
+    /// The Prometheus exposition; what depends on the clock or changes at all times is measured now.
     #[expect(clippy::cast_precision_loss, reason = "counts and revisions are far below 2^52")]
     pub fn metrics(&self) -> Reply {
         let now = Timestamp::now();
@@ -78,6 +80,7 @@ impl Ops {
                 gauge!(REVISION, &labels).set(revision as f64);
             }
         }
+        self.usage.measure();
         let mut text = self.registry.render();
         text.push_str(&self.requests.render());
         reply::prometheus(text)

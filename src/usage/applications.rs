@@ -66,23 +66,34 @@ impl Applications {
 
     /// Those to be told now, which count as told from here on; forgets those long unseen.
     pub(super) fn due(&mut self, now: Timestamp) -> Vec<(Environment, Application)> {
-        let passed = |since: Timestamp, time: Duration| {
-            Duration::try_from(now.duration_since(since)).is_ok_and(|passed| passed >= time)
-        };
         let mut due = Vec::new();
         for (key, known) in &mut self.known {
-            let tell = match known.told {
-                None => true,
-                Some(told) => known.seen > told && passed(told, TELL_AGAIN),
-            };
-            if tell {
+            if known.is_due(now) {
                 known.told = Some(now);
                 due.push((key.environment.clone(), known.application.clone()));
             }
         }
-        self.known.retain(|_, known| !passed(known.seen, FORGET));
+        self.known.retain(|_, known| !has_passed(known.seen, FORGET, now));
         due
     }
+
+    /// Those that would be told now, left as they are.
+    pub(super) fn waiting(&self, now: Timestamp) -> impl Iterator<Item = &Application> {
+        self.known.values().filter(move |known| known.is_due(now)).map(|known| &known.application)
+    }
+}
+
+impl Known {
+    fn is_due(&self, now: Timestamp) -> bool {
+        match self.told {
+            None => true,
+            Some(told) => self.seen > told && has_passed(told, TELL_AGAIN, now),
+        }
+    }
+}
+
+fn has_passed(since: Timestamp, time: Duration, now: Timestamp) -> bool {
+    Duration::try_from(now.duration_since(since)).is_ok_and(|passed| passed >= time)
 }
 
 #[cfg(test)]

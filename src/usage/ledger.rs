@@ -169,6 +169,12 @@ impl Ledger {
         self.shards.iter().flat_map(copy).collect()
     }
 
+    /// A copy of the registrations that the next drain takes out, likewise.
+    pub(super) fn applications(&self, now: Timestamp) -> Vec<Application> {
+        let copy = |shard| -> Vec<_> { lock(shard).applications.waiting(now).cloned().collect() };
+        self.shards.iter().flat_map(copy).collect()
+    }
+
     fn add(
         &self,
         key: (Environment, CounterKey),

@@ -64,7 +64,11 @@ pub(super) fn describe() {
     describe_counter!(ITEMS_DROPPED, "Other reported items that were let go, by kind.");
     describe_counter!(BATCHES, "Batches of usage by what came of sending them.");
     describe_gauge!(PENDING, "Counters that wait to be sent.");
-    describe_gauge!(OLDEST, Unit::Seconds, "For how long the oldest of them has waited.");
+    describe_gauge!(
+        OLDEST,
+        Unit::Seconds,
+        "For how long the oldest of them has waited since its interval ended."
+    );
 }
 
 pub(super) fn reported(endpoint: Endpoint) {

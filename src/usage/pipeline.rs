@@ -52,7 +52,6 @@ impl Pipeline {
     pub(super) fn collect(&self, wall: Timestamp, now: Instant) {
         let mut outbox = self.outbox();
         outbox.absorb(self.ledger.drain(wall), now);
-        meter::pending(self.ledger.len() + outbox.len(), outbox.oldest(now));
     }
 
     pub(super) fn next(&self, now: Instant) -> Option<Dispatch> {
@@ -65,6 +64,11 @@ impl Pipeline {
         if outbox.is_store_outdated() {
             self.outdated.notify_one();
         }
+    }
+
+    /// Tells the metrics what waits at this moment.
+    pub(super) fn measure(&self, now: Instant) {
+        let outbox = self.outbox();
         meter::pending(self.ledger.len() + outbox.len(), outbox.oldest(now));
     }
 
@@ -127,9 +131,10 @@ impl Pipeline {
     }
 
     /// What waits, as Unleash Edge's `/internal-backstage/metricsbatch` shows it.
-    pub(super) fn pending(&self) -> Value {
+    pub(super) fn pending(&self, wall: Timestamp) -> Value {
         let outbox = self.outbox();
-        let mut applications = Vec::new();
+        let waiting = self.ledger.applications(wall);
+        let mut applications: Vec<_> = waiting.iter().map(|it| json!(it)).collect();
         let mut metrics = Vec::new();
         for ((environment, key), counter) in self.ledger.counters() {
             metrics.push(shown(&metric(environment.as_str(), &key, &counter)));
