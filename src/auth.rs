@@ -294,6 +294,11 @@ impl Authenticator {
         self.0.verdicts.all_valid()
     }
 
+    /// What each given token allows, for the operator's eyes.
+    pub fn given(&self) -> Vec<Arc<Grant>> {
+        self.0.given.grants()
+    }
+
     /// How many tokens are refused without asking at the moment.
     pub fn refused_count(&self) -> u64 {
         self.0.verdicts.refused_count()

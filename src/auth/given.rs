@@ -51,6 +51,11 @@ impl Given {
         self.0.store(Arc::new(table));
     }
 
+    /// What each of them allows.
+    pub(super) fn grants(&self) -> Vec<Arc<Grant>> {
+        self.0.load().values().map(|known| Arc::clone(&known.grant)).collect()
+    }
+
     /// Those presented since the last call.
     pub(super) fn take_used(&self) -> Vec<TokenDigest> {
         let table = self.0.load();

@@ -2,7 +2,7 @@
 //!
 //! Tokens are shown masked, always. Nothing is changed here.
 
-use std::{fmt::Write as _, net::SocketAddr, time::Duration};
+use std::{fmt::Write as _, net::SocketAddr, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use serde_json::{Map, Value, json};
@@ -11,7 +11,7 @@ use crate::{
     auth::Authenticator,
     http::ops::Ops,
     snapshot::{Filter, Segments, Snapshot, Snapshots, body::Coding},
-    token::Projects,
+    token::{Grant, Projects, Scope, TokenKind},
     upstream::Upstream,
     usage::Usage,
 };
@@ -90,7 +90,7 @@ impl Insight {
             "environments": environments.iter().map(|it| environment(it, now)).collect::<Vec<_>>(),
             "upstream": self.upstream.as_ref().map(upstream),
             "tokens": {
-                "valid": self.auth.verdicts().len(),
+                "valid": known_count(&self.auth),
                 "refused": self.auth.refused_count(),
             },
         })
@@ -111,22 +111,11 @@ impl Insight {
         text
     }
 
-    /// The known tokens, in the shape that Unleash Edge shows them in.
+    /// The known tokens for SDKs, in the shape that Unleash Edge shows them in.
     pub fn tokens(&self) -> Value {
-        let known = self.auth.verdicts().into_iter().map(|verdict| {
-            let grant = verdict.grant();
-            json!({
-                "token": verdict.masked(),
-                "type": grant.kind.as_str(),
-                "environment": grant.scope.environment.as_str(),
-                "projects": grant.scope.projects.to_list(),
-                "status": "Validated",
-                "lastChecked": verdict.checked().to_string(),
-            })
-        });
         json!({
             "tokenRefreshes": [],
-            "tokenValidationStatus": known.collect::<Vec<_>>(),
+            "tokenValidationStatus": known(&self.auth),
             "invalidTokenCount": self.auth.refused_count(),
         })
     }
@@ -145,6 +134,49 @@ impl Insight {
             "connected_instances": self.usage.instances(),
         })
     }
+}
+
+/// The tokens for SDKs that are admitted: those of which upstream has said so, and those that are
+/// given. Admin tokens are not for the eyes of everybody who may look here.
+fn known(auth: &Authenticator) -> Vec<Value> {
+    let judged = auth.verdicts().into_iter().map(|verdict| {
+        let checked = Some(verdict.checked().to_string());
+        (Arc::clone(verdict.grant()), verdict.masked().to_owned(), "Validated", checked)
+    });
+    let given = auth.given().into_iter().map(|grant| {
+        let masked = masked(&grant.scope);
+        (grant, masked, "Trusted", None)
+    });
+    let known = judged.chain(given).filter(|(grant, ..)| is_for_sdks(grant));
+    let known = known.map(|(grant, masked, status, checked)| {
+        json!({
+            "token": masked,
+            "type": grant.kind.as_str(),
+            "environment": grant.scope.environment.as_str(),
+            "projects": grant.scope.projects.to_list(),
+            "status": status,
+            "lastChecked": checked,
+        })
+    });
+    known.collect()
+}
+
+fn known_count(auth: &Authenticator) -> usize {
+    let judged = auth.verdicts().iter().filter(|verdict| is_for_sdks(verdict.grant())).count();
+    judged + auth.given().iter().filter(|grant| is_for_sdks(grant)).count()
+}
+
+fn is_for_sdks(grant: &Grant) -> bool {
+    grant.kind != TokenKind::Admin
+}
+
+/// How tokens of a scope are written, as far as that is known of one that is kept as a digest.
+fn masked(scope: &Scope) -> String {
+    let projects = match scope.projects.to_list()[..] {
+        [project] => project,
+        _ => "[]",
+    };
+    format!("{projects}:{}.****", scope.environment)
 }
 
 fn environment(snapshot: &Snapshot, now: Timestamp) -> Value {
@@ -174,4 +206,45 @@ fn upstream(upstream: &Upstream) -> Value {
     json.insert("consecutiveFailures".to_owned(), json!(health.consecutive_failures));
     json.insert("streams".to_owned(), json!(health.streams));
     Value::Object(json)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        auth::{self, Authority},
+        token::{Environment, TokenDigest},
+    };
+
+    #[test]
+    fn given_tokens_are_known_and_admin_tokens_not_shown() {
+        let config = auth::Config {
+            revalidate_after: Duration::from_mins(1),
+            forget_invalid_after: Duration::from_mins(1),
+            list_interval: Duration::from_mins(1),
+            deadline: Duration::from_secs(1),
+            capacity: 10,
+        };
+        let kinds = [
+            (TokenKind::Client, Projects::All),
+            (TokenKind::Frontend, Projects::from_list(["web", "shop"])),
+            (TokenKind::Admin, Projects::All),
+        ];
+        let given = kinds.map(|(kind, projects)| {
+            let scope = Scope { environment: Environment::new("dev"), projects };
+            (TokenDigest::of(kind.as_str()), Grant { kind, scope })
+        });
+        let auth = Authenticator::new(config, Authority::Nobody, given);
+        let mut known = known(&auth);
+        assert_eq!(known.len(), known_count(&auth));
+        known.sort_by_key(|token| token["type"].to_string());
+        let shown = known.iter().map(|token| (token["token"].as_str(), token["status"].as_str()));
+        let trusted = Some("Trusted");
+        assert_eq!(
+            shown.collect::<Vec<_>>(),
+            [(Some("*:dev.****"), trusted), (Some("[]:dev.****"), trusted)]
+        );
+        assert_eq!(known[1]["projects"], json!(["shop", "web"]));
+        assert_eq!(known[1]["lastChecked"], Value::Null);
+    }
 }
