@@ -13,13 +13,14 @@ mod plan;
 mod spools;
 mod tasks;
 
-use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
+use futures_util::{Stream, StreamExt as _};
 use jiff::Timestamp;
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::{net::TcpListener, task::JoinSet, time::sleep};
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 pub use self::plan::Error;
 use self::{keep::Keeper, listen::bind, plan::Plan, tasks::Tasks};
@@ -39,7 +40,7 @@ use crate::{
     },
     snapshot::Snapshots,
     telemetry::{self, Readiness},
-    usage::Usage,
+    usage::{Ending, Usage},
     wire::usage::ConnectVia,
 };
 
@@ -168,14 +169,17 @@ impl App {
         Ok((self.data.0.local_addr()?, self.admin.0.local_addr()?))
     }
 
-    /// Serves until `shutdown`, then ends in order: readiness first, connections next, usage last.
+    /// Serves until the first of `signals`, then ends in order: readiness first, connections next,
+    /// usage last. At the second it waits for nobody any more, but still stores usage.
     ///
     /// A listener that dies ends the rest in the same order, and is an error.
-    pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), Error> {
+    pub async fn run(self, signals: impl Stream<Item = ()>) -> Result<(), Error> {
+        let mut signals = pin!(signals);
         let Self { data, admin, limits, drain_delay, grace, readiness, registry, plan, keeper } =
             self;
         let (feed, streams) = (data.1.feed.clone(), data.1.streams.clone());
         let (stop_serving, stop_working) = (CancellationToken::new(), CancellationToken::new());
+        let hurry = CancellationToken::new();
 
         let mut listeners = JoinSet::new();
         let (stop, limits_too) = (stop_serving.clone(), limits.clone());
@@ -204,15 +208,16 @@ impl App {
                 control.run_usage(&mut *deliveries.lock().await).await;
             });
         }
-        let parts = (keeper.usage.clone(), plan.sink, stop_working.clone());
-        closers.spawn("usage", parts, move |(usage, sink, stop)| async move {
-            usage.run(sink, stop, grace).await;
+        let ending = Ending { begins: stop_working.clone(), grace, hurries: hurry.clone() };
+        let parts = (keeper.usage.clone(), plan.sink, ending);
+        closers.spawn("usage", parts, |(usage, sink, ending)| async move {
+            usage.run(sink, ending).await;
         });
         let parts = (keeper.clone(), stop_working.clone());
         closers.spawn("save", parts, |(saver, stop)| async move { saver.run(&stop).await });
 
         let outcome = tokio::select! {
-            () = shutdown => {
+            Some(()) = signals.next() => {
                 info!(?drain_delay, "Parapet is told to end; it is not ready any more");
                 Ok(())
             }
@@ -221,15 +226,34 @@ impl App {
                 Err(Error::Listener)
             }
         };
-        readiness.drain();
-        sleep(drain_delay).await;
-        stop_serving.cancel();
-        streams.end(grace);
-        while listeners.join_next().await.is_some() {}
-        workers.end().await;
-        stop_working.cancel();
-        closers.join().await;
-        keeper.finish().await;
+        let mut end = pin!(async {
+            readiness.drain();
+            tokio::select! {
+                () = sleep(drain_delay) => {}
+                () = hurry.cancelled() => {}
+            }
+            stop_serving.cancel();
+            streams.end(grace);
+            let served = async { while listeners.join_next().await.is_some() {} };
+            tokio::select! {
+                () = served => {}
+                () = hurry.cancelled() => {}
+            }
+            listeners.shutdown().await;
+            workers.end().await;
+            stop_working.cancel();
+            closers.join().await;
+            keeper.finish().await;
+        });
+        loop {
+            tokio::select! {
+                () = &mut end => break,
+                Some(()) = signals.next(), if !hurry.is_cancelled() => {
+                    warn!("Parapet is told to end once more, and waits for nobody");
+                    hurry.cancel();
+                }
+            }
+        }
         info!("Parapet ends");
         outcome
     }
@@ -246,4 +270,47 @@ async fn upkeep(registry: PrometheusHandle) {
 fn hostname() -> String {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     name.trim().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::stream;
+    use serde_json::json;
+
+    use super::*;
+    use crate::{
+        config::Command,
+        token::{Environment, Projects, Scope},
+        usage::SdkKind,
+        wire::usage::ClientMetrics,
+    };
+
+    #[tokio::test]
+    async fn told_to_end_twice_it_waits_for_nobody_and_keeps_what_was_counted() {
+        let folder = tempfile::tempdir().expect("folder");
+        let data_dir = format!("--data-dir={}", folder.path().display());
+        let line = [
+            "parapet edge --upstream-url=http://127.0.0.1:1 --port=0 --admin-port=0",
+            "--interface=127.0.0.1 --drain-delay-seconds=3600 --shutdown-timeout-seconds=3600",
+            &data_dir,
+        ];
+        let args = line.iter().flat_map(|it| it.split(' ')).map(Into::into);
+        let command = Command::parse(args, &|_| None).expect("sound");
+        let Command::Run(config) = command else { panic!("{command:?}") };
+        let app = App::start(*config).await.expect("starts");
+
+        let scope = Scope { environment: Environment::new("dev"), projects: Projects::All };
+        let now = Timestamp::now();
+        let bucket = json!({"start": now, "stop": now, "toggles": {"f": {"yes": 7, "no": 0}}});
+        let report = json!({"appName": "a", "instanceId": "i", "bucket": bucket}).to_string();
+        let report = ClientMetrics::parse(report.as_bytes()).expect("report");
+        app.keeper.usage.record_metrics(&scope, SdkKind::Backend, report, now);
+
+        let signals = stream::iter([(), ()]).chain(stream::pending());
+        let end = tokio::time::timeout(Duration::from_mins(1), app.run(signals));
+        end.await.expect("it does not wait for an hour").expect("no error");
+        let record = folder.path().join("backup/usage.parapet");
+        let record = std::fs::read_to_string(record).expect("usage is stored");
+        assert!(record.contains(r#""yes":7"#), "{record}");
+    }
 }

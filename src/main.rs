@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::Context as _;
+use futures_util::{Stream, stream};
 use parapet::{
     app::App,
     command,
@@ -67,18 +68,18 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 
 async fn run(config: Config) -> anyhow::Result<()> {
     let app = App::start(config).await?;
-    let end = end_of_process().context("cannot listen to signals")?;
-    Ok(app.run(end).await?)
+    let signals = signals().context("cannot listen to signals")?;
+    Ok(app.run(signals).await?)
 }
 
-/// Completes when the process is asked to end, by the system or at the terminal.
-fn end_of_process() -> io::Result<impl Future<Output = ()>> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    Ok(async move {
+/// Says each time that the process is asked to end, by the system or at the terminal.
+fn signals() -> io::Result<impl Stream<Item = ()>> {
+    let both = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    Ok(stream::unfold(both, |(mut terminate, mut interrupt)| async move {
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
-    })
+        Some(((), (terminate, interrupt)))
+    }))
 }

@@ -32,7 +32,6 @@ use std::{
 
 use jiff::Timestamp;
 use serde_json::Value;
-use tokio_util::sync::CancellationToken;
 use xxhash_rust::xxh3::xxh3_64;
 
 use self::{
@@ -44,6 +43,7 @@ use self::{
 pub use self::{
     outbox::{Revision, Totals},
     pipeline::Backlog,
+    sender::Ending,
     sink::{Delivery, Sink, Taken},
     spool::Error,
 };
@@ -216,24 +216,24 @@ impl Usage {
         }
     }
 
-    /// Sends a generation to `sink` at each interval until `shutdown`, then what is left within
-    /// `grace`; only once at a time.
+    /// Sends a generation to `sink` at each interval until the ending begins, then what is left within
+    /// its grace; only once at a time.
     ///
     /// What could not be sent stays here, to be [saved](Self::save). Dropping the future loses
     /// nothing, and neither does a panic: run again, it goes on, and sends the batches again that
     /// were under way.
-    pub async fn run(&self, sink: Sink, shutdown: CancellationToken, grace: Duration) {
+    pub async fn run(&self, sink: Sink, ending: Ending) {
         let Shared { pipeline, interval, .. } = &*self.shared;
         match sink {
             Sink::Upstream { upstream, credentials } => {
                 let send = |batch| sink::deliver(&upstream, &credentials, batch);
-                sender::run(pipeline, *interval, &shutdown, grace, send).await;
+                sender::run(pipeline, *interval, &ending, send).await;
             }
             Sink::Registry(registry) => {
                 let send = |batch| sink::hand_over(&registry, batch);
-                sender::run(pipeline, *interval, &shutdown, grace, send).await;
+                sender::run(pipeline, *interval, &ending, send).await;
             }
-            Sink::None => sender::discard(pipeline, *interval, &shutdown).await,
+            Sink::None => sender::discard(pipeline, *interval, &ending.begins).await,
         }
     }
 

@@ -283,7 +283,8 @@ keys! {
         HOSTING = one("hosting").env("EDGE_HOSTING").default("self-hosted");
         /// The region that this instance reports.
         AWS_REGION = one("aws-region");
-        /// How long requests are still accepted after readiness was withdrawn.
+        /// How long requests are still accepted after readiness was withdrawn; a second signal to end
+        /// ends this, and what follows, early.
         DRAIN_DELAY_SECONDS = one("drain-delay-seconds").default("0");
         /// The longest that requests under way and the last usage may take at the end.
         SHUTDOWN_TIMEOUT_SECONDS = one("shutdown-timeout-seconds").default("10");

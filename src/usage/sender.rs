@@ -21,16 +21,29 @@ use super::{
 
 /// How long after the grace the answers to batches under way are waited for.
 const LAST_ANSWERS: Duration = Duration::from_secs(5);
+/// How long they are waited for where the end is hurried.
+const HURRIED_ANSWERS: Duration = Duration::from_secs(1);
 
-/// Sends a generation after each `interval` until `shutdown`, then what is left within `grace`.
+/// How sending ends.
+#[derive(Clone, Debug)]
+pub struct Ending {
+    /// Told when nothing more is reported.
+    pub begins: CancellationToken,
+    /// The longest that what is left may then take to be sent.
+    pub grace: Duration,
+    /// Told when that is not to be waited for.
+    pub hurries: CancellationToken,
+}
+
+/// Sends a generation after each `interval` until the ending begins, then what is left within its
+/// grace.
 ///
 /// What could not be sent stays in the pipeline. Dropping the future loses nothing either, except
 /// the knowledge of what came of batches that were under way: those will be sent again.
 pub(super) async fn run<F>(
     pipeline: &Pipeline,
     interval: Duration,
-    shutdown: &CancellationToken,
-    grace: Duration,
+    ending: &Ending,
     send: impl Fn(Dispatch) -> F,
 ) where
     F: Future<Output = (BatchId, Outcome)>,
@@ -42,7 +55,7 @@ pub(super) async fn run<F>(
     loop {
         dispatch(pipeline, &under_way, &send);
         tokio::select! {
-            () = shutdown.cancelled() => break,
+            () = ending.begins.cancelled() => break,
             _ = ticks.tick() => pipeline.collect(Timestamp::now(), now()),
             Some((id, outcome)) = under_way.next() => settle(pipeline, id, outcome),
             () = wake(pipeline) => {}
@@ -62,8 +75,13 @@ pub(super) async fn run<F>(
             }
         }
     };
-    if timeout(grace, flush).await.is_err() {
-        tracing::warn!("Usage could not all be sent within {grace:?}");
+    let grace = ending.grace;
+    let flushed = tokio::select! {
+        flushed = timeout(grace, flush) => flushed.map_err(|_| LAST_ANSWERS),
+        () = ending.hurries.cancelled() => Err(HURRIED_ANSWERS),
+    };
+    if let Err(patience) = flushed {
+        tracing::warn!("Usage could not all be sent within {grace:?}, or until told to hurry");
         // No more is sent, but what is under way is waited for a little: what upstream took without
         // our knowing is sent again by the next run.
         let answers = async {
@@ -71,7 +89,7 @@ pub(super) async fn run<F>(
                 settle(pipeline, id, outcome);
             }
         };
-        let _ = timeout(LAST_ANSWERS, answers).await;
+        let _ = timeout(patience, answers).await;
     }
 }
 
@@ -144,6 +162,11 @@ mod tests {
         let _ = pipeline.ledger.count(&Environment::new("dev"), key, counter);
     }
 
+    fn ending() -> Ending {
+        let (begins, hurries) = (CancellationToken::new(), CancellationToken::new());
+        Ending { begins, grace: MINUTE, hurries }
+    }
+
     /// Runs the loop for a while; each batch has the next of the outcomes, at last `Sent`.
     async fn attempts(
         pipeline: &Pipeline,
@@ -152,16 +175,16 @@ mod tests {
     ) -> Vec<(u64, Outcome)> {
         let start = now();
         let attempts = RefCell::new(Vec::new());
-        let shutdown = CancellationToken::new();
         let send = |batch: Dispatch| {
             let mut attempts = attempts.borrow_mut();
             let outcome = outcomes.get(attempts.len()).copied().unwrap_or(Outcome::Sent);
             attempts.push(((now() - start).as_secs(), outcome));
             async move { (batch.id, outcome) }
         };
-        tokio::join!(run(pipeline, MINUTE, &shutdown, MINUTE, send), async {
+        let ending = ending();
+        tokio::join!(run(pipeline, MINUTE, &ending, send), async {
             tokio::time::sleep(run_for).await;
-            shutdown.cancel();
+            ending.begins.cancel();
         });
         attempts.into_inner()
     }
@@ -189,9 +212,9 @@ mod tests {
     async fn run_again_after_a_panic_it_sends_what_was_under_way() {
         let pipeline = Pipeline::new(10);
         count(&pipeline, 3);
-        let shutdown = CancellationToken::new();
+        let ending = ending();
         let dies = |_| async { panic!("a batch that cannot be sent") };
-        let died = AssertUnwindSafe(run(&pipeline, MINUTE, &shutdown, MINUTE, dies)).catch_unwind();
+        let died = AssertUnwindSafe(run(&pipeline, MINUTE, &ending, dies)).catch_unwind();
         assert!(died.await.is_err());
         count(&pipeline, 4);
         assert_eq!(
@@ -220,10 +243,10 @@ mod tests {
     async fn what_cannot_be_flushed_in_time_is_saved_and_restored() {
         let pipeline = Pipeline::new(10);
         count(&pipeline, 7);
-        let shutdown = CancellationToken::new();
-        shutdown.cancel();
+        let ending = ending();
+        ending.begins.cancel();
         let tries = Cell::new(0);
-        run(&pipeline, MINUTE, &shutdown, MINUTE, |_| {
+        run(&pipeline, MINUTE, &ending, |_| {
             tries.set(tries.get() + 1);
             pending()
         })
@@ -235,5 +258,21 @@ mod tests {
         assert_eq!(attempts(&restarted, MINUTE, &[]).await, [(0, Outcome::Sent)]);
         assert_eq!(restarted.totals().sent, 7);
         assert_eq!(restarted.save(), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_hurried_end_waits_for_answers_under_way_and_keeps_the_rest() {
+        let pipeline = Pipeline::new(10);
+        count(&pipeline, 7);
+        let ending = ending();
+        ending.begins.cancel();
+        let start = now();
+        let slow = |batch: Dispatch| async move {
+            tokio::time::sleep(HURRIED_ANSWERS / 2).await;
+            (batch.id, Outcome::Later(None))
+        };
+        tokio::join!(run(&pipeline, MINUTE, &ending, slow), async { ending.hurries.cancel() });
+        assert_eq!(now() - start, HURRIED_ANSWERS / 2);
+        assert!(pipeline.save().is_some());
     }
 }

@@ -89,7 +89,7 @@ impl Local {
         let Command::Run(config) = command else { panic!("the arguments say to serve") };
         let app = App::start(*config).await.unwrap();
         let (data, admin) = app.addresses().unwrap();
-        tokio::spawn(app.run(std::future::pending()));
+        tokio::spawn(app.run(futures_util::stream::pending()));
         Self { data, admin, folder }
     }
 
