@@ -208,8 +208,11 @@ mod tests {
     #[test]
     fn what_is_malformed_never_matches_and_is_reported() {
         let report = "flag `a`: malformed ";
+        let missing =
+            "flag `a`: no list of strategies, so it is off; one that is empty is for everybody";
+        check(json!({ "strategies": null }), &[], "off", &[missing]);
         let strategies = format!("{report}list of strategies: the flag is off");
-        check(json!({ "strategies": null }), &[], "off", &[&strategies]);
+        check(json!({ "strategies": 7 }), &[], "off", &[&strategies]);
         check(
             json!({ "enabled": "yes" }),
             &[],

@@ -183,7 +183,11 @@ impl<'d> Draft<'d> {
         let strategies = match &definition.strategies {
             Loose::Is(list) if list.is_empty() => vec![Strategy::everybody()],
             Loose::Is(list) => list.iter().filter_map(|source| compiler.strategy(source)).collect(),
-            Loose::Missing | Loose::Malformed => {
+            Loose::Missing => {
+                compiler.defects.push(Defect::NoStrategies);
+                Vec::new()
+            }
+            Loose::Malformed => {
                 compiler.defects.push(Defect::Malformed(Part::Strategies));
                 Vec::new()
             }

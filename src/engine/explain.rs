@@ -104,7 +104,8 @@ impl Case<'_> {
                     told.strategies.push(strategy);
                 }
             }
-            Loose::Missing | Loose::Malformed => {
+            Loose::Missing => desk.compiler.defects.push(Defect::NoStrategies),
+            Loose::Malformed => {
                 desk.compiler.defects.push(Defect::Malformed(Part::Strategies));
             }
         }

@@ -34,6 +34,9 @@ pub enum Defect {
     /// The definition as a whole cannot be read.
     #[error("unreadable, so it is off: {0}")]
     Unreadable(String),
+    /// There is no list of strategies.
+    #[error("no list of strategies, so it is off; one that is empty is for everybody")]
+    NoStrategies,
     /// One part has the wrong shape.
     #[error("malformed {0}")]
     Malformed(Part),

@@ -62,6 +62,12 @@ impl Document {
     /// # Errors
     /// As [`Document::parse`].
     pub fn parse_after(body: &[u8], before: &Self) -> Result<Self, serde_json::Error> {
+        // A list would do for the fields of an object, one after the other.
+        if body.trim_ascii_start().starts_with(b"[") {
+            return Err(serde::de::Error::custom(format_args!(
+                "a list, where {EXPECTED} is expected"
+            )));
+        }
         let body: Body<'_> = serde_json::from_slice(body)?;
         // Half of the work is done; who waits for the processor is not to wait for all of it.
         thread::yield_now();
@@ -265,7 +271,10 @@ pub fn projects_of(listing: &[u8]) -> Projects {
     }
 }
 
+const EXPECTED: &str = "an object with a list `features`";
+
 #[derive(Deserialize)]
+#[serde(expecting = "an object with a list `features`")]
 struct Body<'a> {
     #[serde(borrow)]
     features: Loose<Vec<&'a RawValue>>,
@@ -470,6 +479,14 @@ mod tests {
         assert_eq!(parse(r#"{"features":[],"segments":null,"meta":null}"#).features().len(), 0);
         let twice = r#"{"features":[{"name":"a","strategies":[],"strategies":[]}]}"#;
         assert!(parse(twice).features()[0].definition().is_err());
+    }
+
+    #[test]
+    fn a_body_of_another_kind_is_told_what_is_expected() {
+        for body in ["[]", " [[],[],{}]", "7", "\"x\""] {
+            let error = Document::parse(body.as_bytes()).unwrap_err().to_string();
+            assert!(error.contains("an object with a list `features`"), "{body}: {error}");
+        }
     }
 
     #[test]

@@ -138,7 +138,10 @@ fn the_verdict_is_told_in_a_sentence() {
     let check = |parts: Value, expect: &str| assert_eq!(told_of(parts, &[]).summary, expect);
     check(json!({}), "`a` is on: it has no strategies, so it is on for everybody");
     check(json!({ "enabled": false }), "`a` is off: it is switched off in this environment");
-    check(json!({ "strategies": null }), "`a` is off: its list of strategies cannot be read");
+    check(
+        json!({ "strategies": null }),
+        "`a` is off: it has no list of strategies that can be read",
+    );
     check(json!({ "strategies": [{ "name": "new" }] }), "`a` is off: no strategy matches");
     check(
         json!({ "strategies": [

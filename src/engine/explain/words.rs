@@ -41,7 +41,7 @@ pub(super) fn summary(told: &Explanation) -> String {
             format!("strategy {} ({}) {why}", index + 1, quoted(called))
         }
         Decision::NoStrategy if told.strategies.is_empty() => {
-            "its list of strategies cannot be read".to_owned()
+            "it has no list of strategies that can be read".to_owned()
         }
         Decision::NoStrategy => "no strategy matches".to_owned(),
     };
