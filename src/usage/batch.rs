@@ -51,6 +51,11 @@ impl Batch {
         self.items.iter().fold(0, |sum, item| sum.saturating_add(item.count))
     }
 
+    /// How many of its pieces are impact metrics.
+    pub(super) fn impact(&self) -> usize {
+        self.items.iter().filter(|item| item.part == Part::Impact).count()
+    }
+
     /// The first half of the pieces as a batch, and the others.
     pub(super) fn halves(mut self) -> (Self, Vec<Item>) {
         let back = self.items.split_off(self.items.len() / 2);

@@ -29,6 +29,8 @@ pub(super) struct Dispatch {
     pub(super) id: BatchId,
     pub(super) environment: Environment,
     pub(super) body: Bytes,
+    /// How many impact metrics are in it, or parts of such.
+    pub(super) impact: usize,
 }
 
 /// What came of sending a batch.
@@ -149,7 +151,8 @@ impl Outbox {
                 Some((id, batch)) => {
                     lane.flying = true;
                     let environment = environment.clone();
-                    return Some(Dispatch { id: *id, environment, body: batch.body() });
+                    let (body, impact) = (batch.body(), batch.impact());
+                    return Some(Dispatch { id: *id, environment, body, impact });
                 }
                 None => lane.since = None,
             }

@@ -11,6 +11,7 @@ use tracing::{debug, warn};
 
 use super::{
     lane::BatchId,
+    meter,
     outbox::{Dispatch, Outcome},
 };
 use crate::{
@@ -65,7 +66,7 @@ pub(super) fn deliver(
 ) -> impl Future<Output = (BatchId, Outcome)> {
     let (upstream, credentials) = (upstream.clone(), credentials.clone());
     async move {
-        let Dispatch { id, environment, body } = batch;
+        let Dispatch { id, environment, body, .. } = batch;
         let Some(token) = token(&credentials, &environment).await else {
             debug!("Usage of environment {environment} waits for a token");
             return (id, Outcome::Unauthorized);
@@ -99,18 +100,23 @@ pub(super) fn deliver(
     }
 }
 
-/// Hands a batch to the registry and waits for its word.
+/// Hands a batch to the registry and waits for its word. Impact metrics are not kept there, and are
+/// counted as dropped.
 pub(super) fn hand_over(
     registry: &mpsc::Sender<Delivery>,
     batch: Dispatch,
 ) -> impl Future<Output = (BatchId, Outcome)> {
     let registry = registry.clone();
     async move {
-        let Dispatch { id, environment, body } = batch;
+        let Dispatch { id, environment, body, impact } = batch;
         let (done, taken) = oneshot::channel();
         let sent = registry.send(Delivery { environment, body, done }).await;
         let outcome = match taken.await {
-            Ok(Taken::Stored) if sent.is_ok() => Outcome::Sent,
+            Ok(Taken::Stored) if sent.is_ok() => {
+                // A registry has no place for them.
+                meter::items_dropped("impact_metric_not_kept", impact);
+                Outcome::Sent
+            }
             Ok(Taken::Refused) => Outcome::Rejected,
             Ok(Taken::Stored | Taken::Failed) | Err(_) => Outcome::Later(None),
         };
@@ -156,6 +162,7 @@ mod tests {
     use http_body_util::Empty;
     use hyper::{Request, Response, body::Incoming, server::conn::http1, service::service_fn};
     use hyper_util::rt::TokioIo;
+    use metrics_exporter_prometheus::PrometheusBuilder;
 
     use super::*;
     use crate::{
@@ -206,6 +213,7 @@ mod tests {
                 id: BatchId::default(),
                 environment: Environment::new("dev"),
                 body: Bytes::from_static(b"{}"),
+                impact: 0,
             };
             let (_, outcome) = deliver(&upstream, &credentials(tokens), batch).await;
             assert_eq!(outcome, expected, "{tokens:?}");
@@ -225,6 +233,7 @@ mod tests {
                 id: BatchId::default(),
                 environment: Environment::new("dev"),
                 body: Bytes::from_static(b"{}"),
+                impact: 0,
             };
             let keep = async {
                 let delivery = deliveries.recv().await.unwrap();
@@ -239,6 +248,28 @@ mod tests {
         check(Some(Taken::Refused), Outcome::Rejected).await;
         check(Some(Taken::Failed), Outcome::Later(None)).await;
         check(None, Outcome::Later(None)).await;
+    }
+
+    #[tokio::test]
+    async fn impact_metrics_that_a_registry_cannot_keep_are_counted() {
+        let recorder = PrometheusBuilder::new().build_recorder();
+        let registry = recorder.handle();
+        let hand = async |answer| {
+            let (registry, mut deliveries) = mpsc::channel::<Delivery>(1);
+            let batch = Dispatch {
+                id: BatchId::default(),
+                environment: Environment::new("dev"),
+                body: Bytes::from_static(b"{}"),
+                impact: 3,
+            };
+            let keep = async { deliveries.recv().await.unwrap().done.send(answer).unwrap() };
+            tokio::join!(hand_over(&registry, batch), keep);
+        };
+        let _counting = metrics::set_default_local_recorder(&recorder);
+        hand(Taken::Failed).await;
+        hand(Taken::Stored).await;
+        let (text, item) = (registry.render(), "{item=\"impact_metric_not_kept\"} 3\n");
+        assert!(text.contains(&format!("parapet_usage_items_dropped_total{item}")), "{text}");
     }
 
     #[test]
