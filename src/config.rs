@@ -69,18 +69,17 @@ impl Command {
             }
             Line::Do { verb, purpose, flags } => (verb, purpose, flags),
         };
-        let settings = Settings::gather(verb, flags, variable);
-        let effective = settings.to_toml();
+        let mut settings = Settings::gather(verb, flags, variable);
         let command = match verb {
-            Verb::Serve(role) => Self::Run(Box::new(check::config(settings, role)?)),
-            Verb::Ask(question) => Self::Probe(check::probe(settings, question)?),
+            Verb::Serve(role) => Self::Run(Box::new(check::config(&mut settings, role)?)),
+            Verb::Ask(question) => Self::Probe(check::probe(&mut settings, question)?),
         };
         if purpose == Purpose::Run {
             return Ok(command);
         }
         let warnings = if let Self::Run(config) = &command { &config.warnings[..] } else { &[] };
         let warnings = warnings.iter().map(|it| format!("# Warning: {it}\n"));
-        Ok(Self::Show(warnings.chain([effective]).collect()))
+        Ok(Self::Show(warnings.chain([settings.to_toml()]).collect()))
     }
 }
 

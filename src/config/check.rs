@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeSet,
+    mem::take,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
 };
@@ -42,8 +43,7 @@ const LEVELS: &str =
     "a level (off, error, warn, info, debug or trace), or levels by target as in `info,hyper=warn`";
 
 /// Checks the settings of a command that serves.
-pub(super) fn config(mut settings: Settings, role: Role) -> Result<Config, Mistakes> {
-    let s = &mut settings;
+pub(super) fn config(s: &mut Settings, role: Role) -> Result<Config, Mistakes> {
     let identity = identity(s);
     let data_dir = path(s, &keys::DATA_DIR);
     let mode = match role {
@@ -72,15 +72,14 @@ pub(super) fn config(mut settings: Settings, role: Role) -> Result<Config, Mista
         drain_delay: s.delay(&keys::DRAIN_DELAY_SECONDS),
         timeout: s.interval(&keys::SHUTDOWN_TIMEOUT_SECONDS),
     };
-    Mistakes::none_in(settings.mistakes)?;
+    Mistakes::none_in(take(&mut s.mistakes))?;
     let mode = mode.expect("a mode that cannot be made is a mistake");
-    let warnings = settings.warnings;
+    let warnings = take(&mut s.warnings);
     Ok(Config { mode, data, admin, auth, usage, log, data_dir, shutdown, identity, warnings })
 }
 
 /// Checks the settings of `health` and `ready`.
-pub(super) fn probe(mut settings: Settings, question: Question) -> Result<Probe, Mistakes> {
-    let s = &mut settings;
+pub(super) fn probe(s: &mut Settings, question: Question) -> Result<Probe, Mistakes> {
     let port = port(s, &keys::PORT);
     let base_path = base_path(s);
     let ca_certificate_file = s.read(&keys::CA_CERTIFICATE_FILE, FILE, existing_file);
@@ -94,7 +93,7 @@ pub(super) fn probe(mut settings: Settings, question: Question) -> Result<Probe,
             format!("http://{listens}")
         })
     };
-    Mistakes::none_in(settings.mistakes)?;
+    Mistakes::none_in(take(&mut s.mistakes))?;
     let mut url = edge_url.expect("an address that cannot be read is a mistake");
     let before = url.path().trim_end_matches('/').to_owned();
     let name = Verb::Ask(question).name();
@@ -248,6 +247,7 @@ fn without_api(s: &mut Settings, mut url: Url) -> Url {
     let path = url.path().trim_end_matches('/').to_owned();
     if let Some(base) = path.strip_suffix("/api") {
         url.set_path(base);
+        s.amend(&keys::UPSTREAM_URL, url.as_str().trim_end_matches('/').to_owned());
         s.warnings.push("--upstream-url is meant without /api; it was left out".to_owned());
     }
     url
@@ -512,7 +512,26 @@ fn existing_file(text: &str) -> Option<PathBuf> {
 }
 
 fn port(s: &mut Settings, key: &Key) -> u16 {
-    s.value(key, "a port, 0 to 65535", |text| text.parse().ok())
+    let expected = "a port, 0 to 65535";
+    if key.name == keys::PORT.name && s.verb == Verb::Serve(Role::Edge) && is_pretrusted(s, key) {
+        let reason = format!(
+            "expected {expected}; Unleash Edge's -p of `edge` is --pretrusted-tokens, which is not \
+             supported: {}",
+            keys::PRETRUSTED_TOKENS.help()
+        );
+        s.mistake(key, reason);
+        return 0;
+    }
+    s.value(key, expected, |text| text.parse().ok())
+}
+
+/// Whether a value is written like Unleash Edge's pretrusted tokens, `<token>` or
+/// `<token>@<environment>`.
+fn is_pretrusted(s: &Settings, key: &Key) -> bool {
+    s.text(key).is_some_and(|text| {
+        let token = text.split_once('@').map_or(text, |(token, _)| token);
+        text.contains('@') || Token::parse(token).is_ok()
+    })
 }
 
 fn interface(s: &mut Settings, key: &Key) -> IpAddr {

@@ -209,6 +209,7 @@ fn command() -> Command {
              environment over the file.",
         )
         .version(env!("CARGO_PKG_VERSION"))
+        .propagate_version(true)
         .long_version(format!("{} ({REVISION})", env!("CARGO_PKG_VERSION")))
         .args(args_of(|scope| scope == Scope::Everywhere).map(|arg| arg.global(true)))
         .args(own_args(Verb::Serve(Role::Standalone)))

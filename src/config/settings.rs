@@ -147,6 +147,13 @@ impl Settings {
         self.given.contains_key(key.name)
     }
 
+    /// Puts what was meant in the place of what was given.
+    pub(super) fn amend(&mut self, key: &Key, text: String) {
+        if let Some(given) = self.given.get_mut(key.name) {
+            given.texts = vec![text];
+        }
+    }
+
     /// The text of `key`, given or default.
     pub(super) fn text(&self, key: &Key) -> Option<&str> {
         match self.given.get(key.name) {

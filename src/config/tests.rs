@@ -124,6 +124,31 @@ fn flags_win_over_the_environment_and_that_over_the_file() {
 }
 
 #[test]
+fn pretrusted_tokens_are_no_port() {
+    for text in [TOKEN, "secret-123@development"] {
+        let told = mistakes(&format!("{EDGE} -p {text}"), &[]);
+        assert!(told[0].contains("-p of `edge` is --pretrusted-tokens"), "{told:?}");
+        assert!(!told[0].contains("secret-123") && !told[0].contains(SECRET), "{told:?}");
+    }
+    assert_eq!(mistakes("-p x", &[])[0], "--port: expected a port, 0 to 65535, not `x`");
+}
+
+#[test]
+fn what_is_shown_is_what_was_meant() {
+    let shown = shown("edge -u http://unleash:4242/base/api/ --check-config", &[]);
+    assert!(shown.contains("# Warning: --upstream-url is meant without /api"), "{shown}");
+    assert!(shown.contains("upstream_url = \"http://unleash:4242/base\" # -"), "{shown}");
+}
+
+#[test]
+fn every_command_tells_the_version() {
+    for line in ["--version", "edge --version", "standalone -V", "token --version", "health -V"] {
+        let told = shown(line, &[]);
+        assert!(told.contains(env!("CARGO_PKG_VERSION")), "{line}: {told}");
+    }
+}
+
+#[test]
 fn a_level_of_the_log_is_one_that_is_known() {
     let told = mistakes("--log debugg", &[]);
     let expected = "--log: expected a level (off, error, warn, info, debug or trace)";
