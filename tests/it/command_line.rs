@@ -19,11 +19,18 @@ fn a_wrong_configuration_exits_64_and_lists_its_mistakes_on_standard_error() {
     assert_eq!(output.stdout, b"");
     assert_eq!(parapet(&["--no-such-flag"]).status.code(), Some(64));
     assert_eq!(parapet(&["standalone"]).status.code(), Some(64), "there are no flags here");
+    let misspelt = parapet(&["edge", "-u", "http://u", "--log", "debugg"]);
+    assert_eq!(misspelt.status.code(), Some(64), "{misspelt:?}");
 }
 
 #[test]
 fn what_was_asked_for_is_told_on_standard_output() {
-    for args in [&["--help"][..], &["--version"], &["edge", "-u", "http://u", "--check-config"]] {
+    for args in [
+        &["--help"][..],
+        &["--version"],
+        &["edge", "--version"],
+        &["edge", "-u", "http://u", "--check-config"],
+    ] {
         let output = parapet(args);
         assert_eq!(output.status.code(), Some(0), "{args:?}");
         assert!(output.stdout.ends_with(b"\n") && output.stderr.is_empty(), "{output:?}");
