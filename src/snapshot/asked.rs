@@ -17,6 +17,10 @@ use crate::{
 /// them.
 const PLACES: usize = 64;
 
+/// In how many places, one behind the other, a question may stand: one alone would be taken by another
+/// of a few questions often enough to matter.
+const TRIED: usize = 4;
+
 /// Which flags an answer lists.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub enum Shown {
@@ -46,7 +50,8 @@ pub struct Asked {
 /// nothing is written where requests read.
 #[derive(Debug)]
 pub(super) struct Often {
-    places: Box<[OnceLock<Asked>]>,
+    /// With the hash of the question.
+    places: Box<[OnceLock<(u64, Asked)>]>,
     heard: Arc<Heard>,
 }
 
@@ -80,19 +85,35 @@ impl Often {
         is_known: bool,
         hash: u128,
     ) {
-        let asked = u128::from(self.heard.hasher.hash_one((projects, shown, context)));
-        let place = &self.places[(asked % PLACES as u128) as usize];
-        if place.get().is_some() || !(self.heard.recent.names(asked << 64 | asked) || is_known) {
+        let asked = self.heard.hasher.hash_one((projects, shown, context));
+        let Some(place) = self.place(asked) else { return };
+        let both_halves = u128::from(asked) << 64 | u128::from(asked);
+        if !(self.heard.recent.names(both_halves) || is_known) {
             return;
         }
         if let Some(context) = KeptContext::of(context) {
+            let projects = projects.clone();
             // Somebody else may have been faster.
-            let _ = place.set(Asked { projects: projects.clone(), shown, context, hash });
+            let _ = place.set((asked, Asked { projects, shown, context, hash }));
         }
+    }
+
+    /// Where a question of this hash may be kept; `None` if it is already, or there is no room.
+    fn place(&self, asked: u64) -> Option<&OnceLock<(u64, Asked)>> {
+        let first = (u128::from(asked) % PLACES as u128) as usize;
+        for n in first..first + TRIED {
+            let place = &self.places[n % PLACES];
+            match place.get() {
+                None => return Some(place),
+                Some((kept, _)) if *kept == asked => return None,
+                Some(_) => {}
+            }
+        }
+        None
     }
 
     /// Those that are kept.
     pub(super) fn all(&self) -> impl Iterator<Item = &Asked> {
-        self.places.iter().filter_map(OnceLock::get)
+        self.places.iter().filter_map(OnceLock::get).map(|(_, asked)| asked)
     }
 }
