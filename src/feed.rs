@@ -25,6 +25,7 @@ use tokio::{sync::watch, task::spawn_blocking};
 use self::log::Log;
 pub use self::{
     frame::{Frame, News},
+    log::Number,
     topic::Topic,
 };
 use crate::{snapshot::Snapshots, token::Environment, wire::delta::EventId};
@@ -47,8 +48,8 @@ struct Inner {
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
 struct FrameKey {
     topic: Arc<Topic>,
-    from: Option<EventId>,
-    to: EventId,
+    from: Option<Number>,
+    to: Number,
 }
 
 impl Feed {
@@ -89,19 +90,21 @@ impl Feed {
 
     /// The number of the environment's current state, and of each that follows; `None` while it has
     /// no flags. It ends with the environment.
-    pub fn follow(&self, environment: &Environment) -> Option<watch::Receiver<EventId>> {
+    pub fn follow(&self, environment: &Environment) -> Option<watch::Receiver<Number>> {
         Some(self.log(environment)?.follow())
     }
 
-    /// What has changed of the topic since the state `from`: everything, where that is not known.
+    /// What has changed of the topic since the state of the id `from`: everything, where that is not
+    /// known, or was told of another topic.
     ///
     /// Work for as many flags as there are, once for all who ask the same.
     pub fn since(&self, topic: &Arc<Topic>, from: Option<EventId>) -> Option<Arc<Frame>> {
+        let from = from.and_then(|id| topic.number(id));
         let (from, to) = self.log(&topic.environment)?.between(from);
         let key = FrameKey {
             topic: Arc::clone(topic),
-            from: from.as_ref().map(|state| state.id),
-            to: to.id,
+            from: from.as_ref().map(|state| state.number),
+            to: to.number,
         };
         Some(self.0.frames.get_with(key, || Arc::new(Frame::of(topic, from.as_ref(), &to))))
     }
@@ -158,7 +161,7 @@ mod tests {
 
     fn topic(projects: Projects, prefix: Option<&str>) -> Arc<Topic> {
         let filter = Filter { name_prefix: prefix.map(Into::into), ..Filter::default() };
-        Arc::new(Topic { environment: development(), projects, filter })
+        Arc::new(Topic::new(development(), projects, filter))
     }
 
     fn texts(document: &Document) -> (Vec<&str>, Vec<&str>) {
@@ -246,7 +249,30 @@ mod tests {
         swap(&snapshots, r#"{"features":[{"name":"a","project":"web"},{"name":"b"}]}"#);
         let then = feed.since(&web, Some(first.id())).unwrap();
         assert_eq!((then.news(), then.id()), (News::Nothing, first.id() + 1));
-        assert_eq!(*numbers.borrow(), then.id());
-        assert_eq!(feed.since(&all, Some(first.id())).unwrap().news(), News::Changes);
+        assert_eq!(web.id(*numbers.borrow()), then.id());
+        let before = feed.since(&all, None).unwrap();
+        swap(&snapshots, r#"{"features":[{"name":"a","project":"web"},{"name":"c"}]}"#);
+        assert_eq!(feed.since(&all, Some(before.id())).unwrap().news(), News::Changes);
+    }
+
+    #[test]
+    fn whoever_sees_something_else_than_before_is_told_everything() {
+        let snapshots = Snapshots::default();
+        let feed = Feed::new(snapshots.clone());
+        swap(&snapshots, r#"{"features":[{"name":"a","project":"web"},{"name":"b"}]}"#);
+        let topics = [
+            topic(Projects::All, None),
+            topic(Projects::from_list(["web"]), None),
+            topic(Projects::from_list(["web", "default"]), None),
+            topic(Projects::All, Some("b")),
+        ];
+        for (n, now) in topics.iter().enumerate() {
+            for (m, before) in topics.iter().enumerate() {
+                let told = feed.since(before, None).unwrap();
+                let frame = feed.since(now, Some(told.id())).unwrap();
+                let expect = if n == m { News::Nothing } else { News::Everything };
+                assert_eq!(frame.news(), expect, "{before:?} became {now:?}");
+            }
+        }
     }
 }

@@ -45,20 +45,20 @@ impl Frame {
         let cut = |state: &State| cut(&state.document, &topic.projects, &topic.filter);
         let (news, changes) = match from {
             None => (News::Everything, vec![Change::Hydration(cut(to))]),
-            Some(from) if from.id == to.id => (News::Nothing, vec![]),
+            Some(from) if from.number == to.number => (News::Nothing, vec![]),
             Some(from) => {
                 let changes = delta::diff(&cut(from), &cut(to));
                 (if changes.is_empty() { News::Nothing } else { News::Changes }, changes)
             }
         };
-        let events: Vec<_> =
-            changes.into_iter().map(|change| Event { id: to.id, change }).collect();
+        let id = topic.id(to.number);
+        let events: Vec<_> = changes.into_iter().map(|change| Event { id, change }).collect();
         let body = Arc::new(Body::new(delta::encode(&events).into()));
         let (connected, updated) = Default::default();
-        Self { id: to.id, news, told: to.told, body, connected, updated }
+        Self { id, news, told: to.told, body, connected, updated }
     }
 
-    /// The number of the state that it leads to.
+    /// The id of the state that it leads to.
     pub fn id(&self) -> EventId {
         self.id
     }

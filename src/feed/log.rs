@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use crate::{
     snapshot::Snapshot,
     wire::{
-        delta::{self, Change, EventId},
+        delta::{self, Change},
         features::Document,
     },
 };
@@ -22,11 +22,15 @@ const STATES: usize = 100;
 /// The most memory that earlier states may hold, in bytes.
 const BYTES: usize = 32 << 20;
 
+/// The number of a state within its environment: positive, and below 2^31. Who follows is told it as
+/// the id that it has in what they see of the state ([`Topic::id`](super::Topic::id)).
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub struct Number(pub(super) u32);
+
 /// One state.
 #[derive(Clone, Debug)]
 pub(super) struct State {
-    /// Its number: positive, and below 2^31, as SDKs may keep it in a signed integer.
-    pub(super) id: EventId,
+    pub(super) number: Number,
     /// Everything that there was.
     pub(super) document: Arc<Document>,
     /// When its source told it.
@@ -37,7 +41,7 @@ pub(super) struct State {
 #[derive(Debug)]
 pub(super) struct Log {
     states: Mutex<States>,
-    current: watch::Sender<EventId>,
+    current: watch::Sender<Number>,
 }
 
 #[derive(Debug)]
@@ -51,14 +55,14 @@ struct States {
 impl Log {
     /// Begins with this state, under a number that no earlier process is likely to have told.
     pub(super) fn of(snapshot: &Snapshot) -> Self {
-        let id = rand::random_range(1..1 << 30);
+        let number = Number(rand::random_range(1..1 << 30));
         let document = Arc::clone(snapshot.document());
-        let current = State { id, document, told: snapshot.confirmed() };
+        let current = State { number, document, told: snapshot.confirmed() };
         let states = States { earlier: VecDeque::new(), bytes: 0, current };
-        Self { states: Mutex::new(states), current: watch::Sender::new(id) }
+        Self { states: Mutex::new(states), current: watch::Sender::new(number) }
     }
 
-    pub(super) fn follow(&self) -> watch::Receiver<EventId> {
+    pub(super) fn follow(&self) -> watch::Receiver<Number> {
         self.current.subscribe()
     }
 
@@ -71,21 +75,21 @@ impl Log {
         // Whoever is woken takes this lock first of all, and there may be thousands.
         drop(states);
         if is_new {
-            self.current.send_if_modified(|id| {
-                let newest = self.lock().current.id;
-                std::mem::replace(id, newest) != newest
+            self.current.send_if_modified(|number| {
+                let newest = self.lock().current.number;
+                std::mem::replace(number, newest) != newest
             });
         }
     }
 
     /// The state `from`, if it is known, and the current one.
-    pub(super) fn between(&self, from: Option<EventId>) -> (Option<State>, State) {
+    pub(super) fn between(&self, from: Option<Number>) -> (Option<State>, State) {
         let states = self.lock();
-        let known = |id: EventId| {
-            if states.current.id == id {
+        let known = |number: Number| {
+            if states.current.number == number {
                 return Some(&states.current);
             }
-            states.earlier.iter().map(|(state, _)| state).find(|state| state.id == id)
+            states.earlier.iter().map(|(state, _)| state).find(|state| state.number == number)
         };
         (from.and_then(known).cloned(), states.current.clone())
     }
@@ -108,8 +112,9 @@ impl States {
             self.current.document = Arc::clone(document);
             return false;
         }
-        let id = if self.current.id < EventId::MAX >> 1 { self.current.id + 1 } else { 1 };
-        let next = State { id, document: Arc::clone(document), told: snapshot.confirmed() };
+        let Number(last) = self.current.number;
+        let number = Number(if last < u32::MAX >> 1 { last + 1 } else { 1 });
+        let next = State { number, document: Arc::clone(document), told: snapshot.confirmed() };
         let before = std::mem::replace(&mut self.current, next);
         let weight = weight(&before.document, &lost);
         self.bytes += weight;
@@ -147,12 +152,12 @@ mod tests {
     #[test]
     fn only_the_last_states_are_kept_by_number_and_by_bytes() {
         let log = Log::of(&snapshot(r#"{"features":[]}"#));
-        let first = *log.follow().borrow();
+        let Number(first) = *log.follow().borrow();
         for n in 1..=300 {
             log.catch_up(|| Some(snapshot(&format!(r#"{{"features":[{{"name":"a","x":{n}}}]}}"#))));
         }
-        assert_eq!(*log.follow().borrow(), first + 300);
-        let known = |id| log.between(Some(id)).0.is_some();
+        assert_eq!(*log.follow().borrow(), Number(first + 300));
+        let known = |number| log.between(Some(Number(number))).0.is_some();
         assert!(!known(first + 200) && known(first + 201) && known(first + 300));
         for large in ["x", "y", "z"] {
             let text = large.repeat(20 << 20);

@@ -359,7 +359,7 @@ impl Data {
     async fn stream(&self, headers: &HeaderMap, query: &str) -> Result<Reply, Failure> {
         let Reader { grant, digest, .. } = self.reader(headers, &[TokenKind::Client]).await?;
         let topic = topic(&grant, query)?;
-        let states = self.feed.follow(&topic.environment).ok_or(NO_FLAGS)?;
+        let states = self.feed.follow(topic.environment()).ok_or(NO_FLAGS)?;
         let last = client::state_of(headers.get(LAST_EVENT_ID));
         let mode = self.streams.fetch_mode();
         let changes = client::Changes::new(self.feed.clone(), states.clone(), topic, last, mode);
@@ -459,7 +459,7 @@ impl Reader {
 /// What a request with this grant follows.
 fn topic(grant: &Grant, query: &str) -> Result<Topic, Failure> {
     let Scope { environment, projects } = grant.scope.clone();
-    Ok(Topic { environment, projects, filter: client::filter(query)? })
+    Ok(Topic::new(environment, projects, client::filter(query)?))
 }
 
 /// The context of a request, which borrows from its body or query.

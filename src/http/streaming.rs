@@ -18,8 +18,8 @@ use self::{follower::Follower, seats::Seats};
 use super::reply::{self, Failure, Reply};
 use crate::{
     auth::Authenticator,
+    feed::Number,
     token::{Grant, TokenDigest},
-    wire::delta::EventId,
 };
 
 /// Where SDKs that can do both are to go.
@@ -95,7 +95,7 @@ impl Streams {
         &self,
         digest: TokenDigest,
         grant: Arc<Grant>,
-        states: watch::Receiver<EventId>,
+        states: watch::Receiver<Number>,
         teller: impl Teller,
     ) -> Result<Reply, Failure> {
         let seat = self.seats.take(digest, grant).ok_or(Failure::Crowded(CROWDED_FOR))?;

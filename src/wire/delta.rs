@@ -15,7 +15,8 @@ use serde_json::value::RawValue;
 
 use super::features::{Document, Feature, Segment};
 
-/// The number of a state within one environment: each later state has a higher one.
+/// What a state is told under: of those that one follower is told, each later one has a higher one, but
+/// for where they begin anew.
 pub type EventId = u32;
 
 /// A change, and the state that it belongs to.

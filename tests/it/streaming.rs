@@ -88,6 +88,7 @@ async fn a_delta_tells_what_changed_since_the_state_that_a_client_names() {
     assert_eq!(etag, format!("\"{}\"", first.json()["events"][0]["eventId"]));
     let again = ask(CLIENT, &etag).await;
     assert_eq!((again.status, again.header("etag")), (StatusCode::NOT_MODIFIED, &*etag));
+    let web = ask(WEB_CLIENT, "").await;
 
     write(&parapet, &flags(false, true));
     let then = until("the change is told", PATIENCE, async || {
@@ -99,8 +100,11 @@ async fn a_delta_tells_what_changed_since_the_state_that_a_client_names() {
     assert_eq!(then.json()["events"][0]["feature"]["enabled"], true);
     assert_ne!(then.header("etag"), etag);
     assert_eq!(ask(CLIENT, then.header("etag")).await.status, StatusCode::NOT_MODIFIED);
-    // Of a project where nothing has changed there is nothing to tell, wherever one comes from.
-    assert_eq!(ask(WEB_CLIENT, &etag).await.status, StatusCode::NOT_MODIFIED);
+    // Of a project where nothing has changed there is nothing to tell.
+    assert_eq!(ask(WEB_CLIENT, web.header("etag")).await.status, StatusCode::NOT_MODIFIED);
+    // Who has seen something else is told everything, as is who comes from nowhere.
+    let whole = ask(WEB_CLIENT, then.header("etag")).await.json();
+    assert_eq!(told(&whole), [of("hydration", "in-web")]);
     let whole = ask(WEB_CLIENT, "\"5\"").await.json();
     assert_eq!(told(&whole), [of("hydration", "in-web")]);
     assert_eq!(whole["events"][0]["segments"][0]["id"], 7);
@@ -126,8 +130,9 @@ async fn a_stream_begins_with_everything_or_with_what_was_missed_and_tells_each_
     let (name, second, events) = all.news().await;
     assert_eq!((&*name, events), ("unleash-updated", vec![of("feature-updated", "other")]));
     write(&parapet, &flags(true, true));
-    assert_eq!(all.news().await.2, [of("feature-updated", "in-web")]);
-    let (_, third, events) = web.news().await;
+    let (_, third, events) = all.news().await;
+    assert_eq!(events, [of("feature-updated", "in-web")]);
+    let events = web.news().await.2;
     assert_eq!(events, [of("feature-updated", "in-web")], "of the other there was nothing to tell");
 
     // Who comes back is told what it missed, in one piece; who has it all, nothing.
@@ -139,6 +144,9 @@ async fn a_stream_begins_with_everything_or_with_what_was_missed_and_tells_each_
     assert!(Stream::of(&parapet, CLIENT, Some(&third)).await.news().await.2.is_empty());
     let unknown = Stream::of(&parapet, CLIENT, Some("1")).await.news().await;
     assert_eq!(unknown.2, [of("hydration", "in-web,other")]);
+    // Who saw something else before has seen nothing of this.
+    let narrowed = Stream::of(&parapet, WEB_CLIENT, Some(&third)).await.news().await;
+    assert_eq!(narrowed.2, [of("hydration", "in-web")]);
 
     write(&parapet, r#"{"features":[]}"#);
     let events = all.news().await.2;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tokio::sync::watch;
 
 use crate::{
-    feed::{Feed, News, Topic},
+    feed::{Feed, News, Number, Topic},
     http::streaming::{FetchMode, Piece, Teller, Told},
     wire::{delta::EventId, sse},
 };
@@ -15,9 +15,9 @@ use crate::{
 pub struct Changes {
     feed: Feed,
     /// The numbers of its states.
-    states: watch::Receiver<EventId>,
+    states: watch::Receiver<Number>,
     topic: Arc<Topic>,
-    /// The state that the client has.
+    /// The id of the state that the client has.
     last: Option<EventId>,
     stage: Stage,
 }
@@ -35,7 +35,7 @@ impl Changes {
     /// topic's environment.
     pub fn new(
         feed: Feed,
-        states: watch::Receiver<EventId>,
+        states: watch::Receiver<Number>,
         topic: Topic,
         last: Option<EventId>,
         fetch_mode: Option<FetchMode>,
@@ -54,7 +54,8 @@ impl Teller for Changes {
             }
         }
         // Asked again after each piece, it mostly has told everything.
-        if self.stage == Stage::Following && self.last == Some(*self.states.borrow()) {
+        if self.stage == Stage::Following && self.last == Some(self.topic.id(*self.states.borrow()))
+        {
             return None;
         }
         let frame = self.feed.since(&self.topic, self.last)?;
@@ -120,7 +121,7 @@ mod tests {
         swap(&snapshots, 0);
         let feed = Feed::new(snapshots.clone());
         let states = feed.follow(&environment).unwrap();
-        let topic = Topic { environment, projects, filter: Filter::default() };
+        let topic = Topic::new(environment, projects, Filter::default());
         let mut changes = Changes::new(feed.clone(), states, topic.clone(), None, None);
         let mut has = Document::default();
         assert_eq!(read(&mut changes, &mut has), Some(Told::Whole));

@@ -19,7 +19,7 @@ use tokio::{
 use tokio_util::sync::{ReusableBoxFuture, WaitForCancellationFutureOwned};
 
 use super::{seats::Seat, teller::Teller};
-use crate::wire::{delta::EventId, sse};
+use crate::{feed::Number, wire::sse};
 
 /// How often a comment is sent at least: Node's SDK gives up after 60 s of silence.
 const COMMENT_EVERY: Duration = Duration::from_secs(25);
@@ -66,7 +66,7 @@ impl<T: Teller> Follower<T> {
     /// One that lasts for `age` at most.
     pub(super) fn new(
         seat: Seat,
-        states: watch::Receiver<EventId>,
+        states: watch::Receiver<Number>,
         teller: T,
         age: Duration,
     ) -> Self {
@@ -156,12 +156,12 @@ impl<T: Teller> Stream for Follower<T> {
 }
 
 /// The numbers of an environment's states, waited for in one place.
-struct States(ReusableBoxFuture<'static, (Changed, watch::Receiver<EventId>)>);
+struct States(ReusableBoxFuture<'static, (Changed, watch::Receiver<Number>)>);
 
 type Changed = Result<(), watch::error::RecvError>;
 
 impl States {
-    fn new(states: watch::Receiver<EventId>) -> Self {
+    fn new(states: watch::Receiver<Number>) -> Self {
         Self(ReusableBoxFuture::new(next(states)))
     }
 
@@ -173,7 +173,7 @@ impl States {
     }
 }
 
-async fn next(mut states: watch::Receiver<EventId>) -> (Changed, watch::Receiver<EventId>) {
+async fn next(mut states: watch::Receiver<Number>) -> (Changed, watch::Receiver<Number>) {
     (states.changed().await, states)
 }
 
