@@ -23,6 +23,6 @@ mod holds;
 
 pub use self::{
     ahead::prepare,
-    answer::{Answer, one},
+    answer::{Answer, one, reworded},
     holds::Holds,
 };

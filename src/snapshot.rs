@@ -35,7 +35,7 @@ use tokio::sync::watch;
 pub use self::{
     answers::Answers,
     asked::{Asked, Shown},
-    fragments::{Fragment, FragmentId, Fragments},
+    fragments::{Fragment, FragmentId, Fragments, Reworded},
     listing::{Filter, Segments, cut},
     outcomes::{Listed, Outcomes},
     view::{Toggle, View},

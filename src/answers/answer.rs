@@ -1,4 +1,5 @@
-//! What a context's flags come to, from memory or evaluated; its entity tag, and its body.
+//! What a context's flags come to, from memory or evaluated; its entity tag, and its body. In other
+//! words than those of frontends' SDKs: what identifies it.
 
 use std::sync::Arc;
 
@@ -7,7 +8,7 @@ use hyper::header::HeaderValue;
 use xxhash_rust::xxh3::xxh3_128;
 
 use crate::{
-    engine::{Context, Key, Values},
+    engine::{Context, FlagId, Key, Outcome, Values},
     snapshot::{
         Fragment, FragmentId, Shown, Snapshot, Toggle, View,
         body::{Body, etag_of},
@@ -63,7 +64,7 @@ impl<'a> Answer<'a> {
             let known = Known::Fragments(fragments);
             return Self { snapshot, view, shown, hash, is_settled: false, known };
         }
-        let mut key = key(view, shown);
+        let mut key = key(view, Words::Toggles(shown));
         engine.tell(view.reads(), &values, &mut key);
         let known_by = answers.known_by(&key);
         let (hash, known) = if let Some(hash) = answers.outcome(known_by) {
@@ -105,12 +106,53 @@ impl<'a> Answer<'a> {
     }
 }
 
+/// What identifies what all flags of `view`, which is one of the snapshot's, come to for a context in
+/// the words of the one other protocol, of which `hash` hashes each flag's for an outcome.
+pub fn reworded(
+    snapshot: &Snapshot,
+    view: &View,
+    context: &Context<'_>,
+    hash: impl Fn(FlagId, Outcome) -> u64,
+) -> u128 {
+    let (engine, answers) = (snapshot.engine(), snapshot.answers());
+    let values = engine.read(context);
+    let evaluated = |values| {
+        let words = snapshot.fragments().reworded(engine, hash);
+        let mut hashes = Vec::with_capacity(view.toggles().len());
+        listed(snapshot, view, values, Shown::All, |fragment| {
+            hashes.push(words.hash(fragment).to_le_bytes());
+        });
+        xxh3_128(hashes.as_flattened())
+    };
+    if view.reads().is_random(&values) {
+        return evaluated(values);
+    }
+    let mut key = key(view, Words::Others);
+    engine.tell(view.reads(), &values, &mut key);
+    let known_by = answers.known_by(&key);
+    answers.outcome(known_by).unwrap_or_else(|| {
+        let hash = evaluated(values);
+        answers.remember(known_by, hash);
+        hash
+    })
+}
+
+/// In which words an answer is given.
+#[derive(Clone, Copy, Debug)]
+enum Words {
+    /// As a list of flags, some of which are shown.
+    Toggles(Shown),
+    /// In those of the one other protocol.
+    Others,
+}
+
 /// What begins the key of whatever is asked of a view.
-pub(super) fn key(view: &View, shown: Shown) -> Key {
+fn key(view: &View, words: Words) -> Key {
     let mut key = Key::from_slice(&view.number().to_le_bytes());
-    key.push(match shown {
-        Shown::Enabled => 0,
-        Shown::All => 1,
+    key.push(match words {
+        Words::Toggles(Shown::Enabled) => 0,
+        Words::Toggles(Shown::All) => 1,
+        Words::Others => 2,
     });
     key
 }

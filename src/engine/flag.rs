@@ -99,6 +99,12 @@ impl Flag {
     pub fn outcomes(&self) -> usize {
         2 + self.variants.len()
     }
+
+    /// The different outcomes, in the order of their ordinals.
+    pub fn each_outcome(&self) -> impl Iterator<Item = Outcome> + use<> {
+        let variants = (0..self.variants.len()).map_while(|it| u32::try_from(it).ok());
+        [Outcome::Off, Outcome::On].into_iter().chain(variants.map(Outcome::Variant))
+    }
 }
 
 /// The id of the flag with this name, among flags sorted by name.

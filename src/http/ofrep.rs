@@ -1,19 +1,16 @@
 //! The OpenFeature Remote Evaluation Protocol: Unleash's flags for any OpenFeature SDK.
-//!
-//! An outcome becomes a typed value so: without a payload, whether the flag is on; with one, what the
-//! payload says it is. A flag whose variants have payloads has no value while it is off, so that the
-//! application uses its own default instead of a value of another type.
 
+mod evaluation;
 mod notices;
 mod ticket;
 
 use std::sync::Arc;
 
-use bytes::Bytes;
 use hyper::{HeaderMap, header::IF_NONE_MATCH};
 use jiff::Timestamp;
 use xxhash_rust::xxh3::xxh3_128;
 
+use self::evaluation::{evaluation, json, outcome_of};
 pub use self::{
     notices::Notices,
     ticket::{Ticket, TicketKey, Tickets},
@@ -26,16 +23,12 @@ use super::{
 };
 use crate::{
     answers::Answer,
-    engine::{Bound, Engine, FlagId, Outcome},
     snapshot::{
         Filter, Segments, Shown,
         body::{Body, etag_of},
     },
     token::TokenDigest,
-    wire::ofrep::{
-        self as wire, ErrorCode, Evaluation, Evaluations, EventStream, Metadata, Reason, Refusal,
-        Unreadable, Value,
-    },
+    wire::ofrep::{ErrorCode, Evaluations, EventStream, Refusal, Unreadable},
 };
 
 impl From<Unreadable> for Failure {
@@ -64,14 +57,14 @@ pub async fn flags(
     let draw = if view.reads().may_be_random() { rand::random() } else { 0 };
     let question = Question { draw: Some(draw), ..question };
     let body = question.answer(&view, |context| {
-        let outcome = Answer::of(snapshot, &view, context, Shown::All).hash();
+        let came_to = Answer::of(snapshot, &view, context, Shown::All).hash();
         // What the flags are, who asks and for whom, what that comes to, and in which period: whoever
         // has the answer of this tag has the ticket for this context too. It is known before anything
         // is evaluated that was evaluated before.
         let flags = snapshot.listing(&scope.projects, Filter::default(), Segments::Separate);
         let period = Tickets::period(digest, &asked, now);
-        let (outcome_bytes, period) = (outcome.to_le_bytes(), period.to_le_bytes());
-        let parts = [flags.etag().as_bytes(), digest.as_bytes(), &outcome_bytes, &period];
+        let (came_to, period) = (came_to.to_le_bytes(), period.to_le_bytes());
+        let parts = [flags.etag().as_bytes(), digest.as_bytes(), &came_to, &period];
         let hash = xxh3_128(&[&parts.concat(), asked.as_bytes()].concat());
         if headers.contains_key(IF_NONE_MATCH) {
             let etag = etag_of(hash);
@@ -79,11 +72,12 @@ pub async fn flags(
                 return Err(etag);
             }
         }
-        let ticket = tickets.give(digest, (outcome, draw), &asked, now);
+        let told = outcome_of(snapshot, &view, context);
+        let ticket = tickets.give(digest, (told, draw), &asked, now);
         let stream = |ticket| [EventStream::sse(format!("{events}?ticket={ticket}"))];
         let bound = engine.bind(context);
         let seen = engine.ids().filter(|&id| scope.projects.contains(engine.flag(id).project()));
-        let flags = seen.map(|id| evaluation(engine, id, &bound)).collect();
+        let flags = seen.map(|id| evaluation(engine, id, engine.evaluate(id, &bound))).collect();
         let all = Evaluations { flags, event_streams: ticket.map(stream) };
         Ok(Body::tagged(json(&all), hash))
     });
@@ -104,8 +98,10 @@ pub async fn flag(
     let found = engine.find(&key).filter(|&id| scope.projects.contains(engine.flag(id).project()));
     let id = found.ok_or(Failure::NotFound)?;
     let view = snapshot.view(&scope.projects);
-    let body =
-        question.answer(&view, |context| json(&evaluation(engine, id, &engine.bind(context))));
+    let body = question.answer(&view, |context| {
+        let outcome = engine.evaluate(id, &engine.bind(context));
+        json(&evaluation(engine, id, outcome))
+    });
     Ok(reply::body(headers, &Arc::new(Body::new(body)), Freshness::Personal).await)
 }
 
@@ -125,43 +121,4 @@ fn refusal(key: Option<&str>, failure: &Failure) -> Reply {
     let key = key.and_then(|key| decoded(key).ok());
     let error_details = failure.to_string();
     reply::refusal(failure, &Refusal { key: key.as_deref(), error_code, error_details })
-}
-
-fn json(document: &impl serde::Serialize) -> Bytes {
-    serde_json::to_vec(document).expect("answers are plain data").into()
-}
-
-fn evaluation<'a>(engine: &'a Engine, id: FlagId, bound: &Bound<'_>) -> Evaluation<'a> {
-    let (flag, outcome) = (engine.flag(id), engine.evaluate(id, bound));
-    let variant = flag.variant(outcome);
-    let payload = variant.and_then(|variant| variant.payload.as_ref());
-    let is_typed = flag.variants().iter().any(|variant| variant.payload.is_some());
-    let value = match payload {
-        Some(payload) => Some(wire::value(&payload.kind, &payload.value)),
-        None if outcome == Outcome::Off && is_typed => None,
-        None => Some(Value::Boolean(outcome.is_on())),
-    };
-    let plain = if outcome.is_on() { "enabled" } else { "disabled" };
-    let reason = if !flag.enabled() {
-        Reason::Disabled
-    } else if engine.fixed(id).is_some_and(Outcome::is_on) {
-        Reason::Static
-    } else if !outcome.is_on() {
-        Reason::Unknown
-    } else if engine.splits(id) {
-        Reason::Split
-    } else {
-        Reason::TargetingMatch
-    };
-    Evaluation {
-        key: flag.name(),
-        value,
-        variant: variant.map_or(plain, |variant| &variant.name),
-        reason,
-        metadata: Metadata {
-            project: flag.project(),
-            enabled: outcome.is_on(),
-            impression_data: flag.impression_data(),
-        },
-    }
 }

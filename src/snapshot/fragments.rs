@@ -1,7 +1,10 @@
 //! Ready-made JSON of each flag for frontends: one text per outcome, written when a snapshot is
 //! built.
 //!
-//! All texts stand in one, so that writing an answer reads memory that lies together.
+//! All texts stand in one, so that writing an answer reads memory that lies together. What the outcomes
+//! come to in the words of another protocol is for others to know; here are only its hashes.
+
+use std::sync::OnceLock;
 
 use itertools::{
     EitherOrBoth::{Both, Left, Right},
@@ -47,6 +50,18 @@ pub struct Fragments {
     ends: Vec<(usize, u64)>,
     /// The place of each flag's first fragment; the others follow by the outcome's ordinal.
     firsts: Vec<usize>,
+    reworded: OnceLock<Box<[u64]>>,
+}
+
+/// Of each fragment, a hash of what its outcome comes to in other words.
+#[derive(Clone, Copy, Debug)]
+pub struct Reworded<'a>(&'a [u64]);
+
+impl Reworded<'_> {
+    /// That of one of them.
+    pub fn hash(self, id: FragmentId) -> u64 {
+        self.0[id.0]
+    }
 }
 
 impl Fragments {
@@ -57,6 +72,7 @@ impl Fragments {
             text: String::with_capacity(earlier.map_or(0, |(_, it)| it.text.len())),
             ends: Vec::with_capacity(2 * engine.flags().len()),
             firsts: Vec::with_capacity(engine.flags().len()),
+            reworded: OnceLock::new(),
         };
         let before = earlier.map_or_else(Default::default, |(engine, _)| engine.flags());
         let before = before.iter().enumerate();
@@ -105,6 +121,19 @@ impl Fragments {
         let start = self.start(id.0);
         let (end, hash) = self.ends[id.0];
         Fragment { with_comma: &self.text[start..end], hash }
+    }
+
+    /// The hashes of what each outcome of each flag of `engine`, of which these are the fragments, comes
+    /// to in the words of the one other protocol: by `hash`, on the first wish.
+    pub fn reworded(&self, engine: &Engine, hash: impl Fn(FlagId, Outcome) -> u64) -> Reworded<'_> {
+        let hashes = || {
+            let mut hashes = Vec::with_capacity(self.ends.len());
+            for id in engine.ids() {
+                hashes.extend(engine.flag(id).each_outcome().map(|outcome| hash(id, outcome)));
+            }
+            hashes.into_boxed_slice()
+        };
+        Reworded(self.reworded.get_or_init(hashes))
     }
 
     /// One fragment per outcome, in the order of [`Outcome::ordinal`].

@@ -1,0 +1,64 @@
+//! What an outcome is in the words of the protocol.
+//!
+//! An outcome becomes a typed value so: without a payload, whether the flag is on; with one, what the
+//! payload says it is. A flag whose variants have payloads has no value while it is off, so that the
+//! application uses its own default instead of a value of another type.
+
+use bytes::Bytes;
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::{
+    answers::reworded,
+    engine::{Context, Engine, FlagId, Outcome},
+    snapshot::{Snapshot, View},
+    wire::ofrep::{Evaluation, Metadata, Reason, Value, value},
+};
+
+/// The JSON of what is written in the protocol's words.
+pub(super) fn json(document: &impl serde::Serialize) -> Bytes {
+    serde_json::to_vec(document).expect("answers are plain data").into()
+}
+
+/// What identifies what an answer about all flags of `view` says of them to a context.
+pub(super) fn outcome_of(snapshot: &Snapshot, view: &View, context: &Context<'_>) -> u128 {
+    let engine = snapshot.engine();
+    reworded(snapshot, view, context, |id, outcome| {
+        xxh3_64(&json(&evaluation(engine, id, outcome)))
+    })
+}
+
+/// What a flag comes to by an outcome of its.
+pub(super) fn evaluation(engine: &Engine, id: FlagId, outcome: Outcome) -> Evaluation<'_> {
+    let flag = engine.flag(id);
+    let variant = flag.variant(outcome);
+    let payload = variant.and_then(|variant| variant.payload.as_ref());
+    let is_typed = flag.variants().iter().any(|variant| variant.payload.is_some());
+    let value = match payload {
+        Some(payload) => Some(value(&payload.kind, &payload.value)),
+        None if outcome == Outcome::Off && is_typed => None,
+        None => Some(Value::Boolean(outcome.is_on())),
+    };
+    let plain = if outcome.is_on() { "enabled" } else { "disabled" };
+    let reason = if !flag.enabled() {
+        Reason::Disabled
+    } else if engine.fixed(id).is_some_and(Outcome::is_on) {
+        Reason::Static
+    } else if !outcome.is_on() {
+        Reason::Unknown
+    } else if engine.splits(id) {
+        Reason::Split
+    } else {
+        Reason::TargetingMatch
+    };
+    Evaluation {
+        key: flag.name(),
+        value,
+        variant: variant.map_or(plain, |variant| &variant.name),
+        reason,
+        metadata: Metadata {
+            project: flag.project(),
+            enabled: outcome.is_on(),
+            impression_data: flag.impression_data(),
+        },
+    }
+}
