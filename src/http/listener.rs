@@ -218,7 +218,7 @@ mod tests {
     };
 
     use bytes::Bytes;
-    use futures_util::stream;
+    use futures_util::{StreamExt as _, stream};
     use tokio::{
         io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream},
         sync::mpsc,
@@ -360,7 +360,7 @@ mod tests {
                 let piece = pieces.recv().await?;
                 Some((Bytes::from(piece), pieces))
             });
-            reply::event_stream(Box::pin(live)).into()
+            reply::event_stream(Box::pin(live.fuse())).into()
         }
 
         fn again(&self, (): &(), _: Instant) -> bool {

@@ -21,7 +21,7 @@ use serde::Serialize;
 
 pub use self::{
     failure::Failure,
-    outgoing::{Live, Outgoing},
+    outgoing::{Flow, Live, Outgoing},
     written::Written,
 };
 use super::{coding, conditional};

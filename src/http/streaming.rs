@@ -1,7 +1,8 @@
 //! Open streams: how many there may be, how long they last, and what ends them.
 //!
 //! A stream's connection asks for its next piece when it has sent the last, so that a client which
-//! reads slowly holds one piece and delays nobody. What there is to tell is the business of a
+//! reads slowly holds one piece and delays nobody. Over HTTP/1 one that does not read at all loses its
+//! stream like any other, and after a while without any other reason. What there is to tell is the business of a
 //! [`Teller`]; each API has its own.
 
 mod follower;
@@ -102,5 +103,99 @@ impl Streams {
         let age = self.config.max_age.mul_f64(rand::random_range(0.9..1.1));
         let follower = Follower::new(seat, states, teller, age);
         Ok(reply::event_stream(Box::pin(follower)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{future::poll_fn, task::Poll};
+
+    use bytes::Bytes;
+    use futures_util::StreamExt as _;
+    use jiff::Timestamp;
+    use tokio::time::Instant;
+
+    use super::*;
+    use crate::{
+        auth::{self, Authority},
+        feed::Feed,
+        http::reply::{Live, Outgoing},
+        snapshot::{Snapshot, Snapshots},
+        token::{Environment, Projects, Scope, TokenKind},
+        wire::features::Document,
+    };
+
+    const LONG: Duration = Duration::from_hours(1);
+    const AGE: Duration = Duration::from_mins(10);
+
+    /// Always has something to tell.
+    struct Talker;
+
+    impl Teller for Talker {
+        fn tell(&mut self) -> Option<Piece> {
+            Some(Piece { bytes: Bytes::from_static(b"x"), told: Told::Whole })
+        }
+    }
+
+    /// A stream that has told a piece, among what keeps it.
+    async fn told() -> (Live, Streams, Authenticator) {
+        let scope = Scope { environment: Environment::new("dev"), projects: Projects::All };
+        let config = auth::Config {
+            revalidate_after: LONG,
+            forget_invalid_after: LONG,
+            list_interval: LONG,
+            deadline: LONG,
+            capacity: 10,
+        };
+        let grant = Grant { kind: TokenKind::Client, scope: scope.clone() };
+        let digest = TokenDigest::of("a token");
+        let auth = Authenticator::new(config, Authority::Nobody, [(digest, grant)]);
+        let config = Config { most: 1, max_age: AGE, fetch_mode: None };
+        let streams = Streams::new(config, auth.clone());
+        let snapshots = Snapshots::default();
+        let states = {
+            let environment = scope.environment.clone();
+            snapshots.swap(Snapshot::build(scope, Document::default(), Timestamp::UNIX_EPOCH));
+            Feed::new(snapshots).follow(&environment).unwrap()
+        };
+        let grant = auth.standing(&digest).unwrap();
+        let reply = streams.open(digest, grant, states, Talker).unwrap();
+        let Outgoing::Live(mut live) = reply.into_body() else { panic!("it is no stream") };
+        assert!(live.next().await.is_some());
+        (live, streams, auth)
+    }
+
+    /// Waits until a stream is over whose last piece nobody takes.
+    async fn over(live: &mut Live, late: Instant) -> Instant {
+        poll_fn(|cx| live.as_mut().poll_over(cx, late)).await;
+        assert!(live.next().await.is_none());
+        Instant::now()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_does_not_read_loses_its_stream_in_time() {
+        let (mut live, _streams, _auth) = told().await;
+        let late = Instant::now() + Duration::from_mins(1);
+        assert!(over(&mut live, late).await >= late);
+        let (mut live, _streams, _auth) = told().await;
+        let begun = Instant::now();
+        let age = over(&mut live, begun + LONG).await - begun;
+        assert!(age >= AGE.mul_f64(0.9) && age < AGE.mul_f64(1.2), "{age:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_loses_its_stream_with_its_token_and_with_the_process() {
+        let (mut live, streams, auth) = told().await;
+        let late = Instant::now() + LONG;
+        let first = poll_fn(|cx| Poll::Ready(live.as_mut().poll_over(cx, late))).await;
+        assert!(first.is_pending());
+        auth.set_given([]);
+        tokio::select! {
+            at = over(&mut live, late) => assert!(at < late),
+            () = streams.run() => unreachable!("it runs until it is dropped"),
+        }
+        let (mut live, streams, _auth) = told().await;
+        streams.end(LONG);
+        assert!(over(&mut live, late).await < late);
     }
 }

@@ -7,20 +7,23 @@
 //! Streams over HTTP/2, of which a connection may have many, stay with hyper.
 
 use std::{
+    pin::Pin,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU8, Ordering},
     },
-    task::Poll,
+    task::{Context, Poll},
 };
 
-use futures_util::stream;
+use bytes::Bytes;
+use futures_util::Stream;
 use hyper::{
     Response, Version,
     header::{CONNECTION, HeaderValue},
 };
+use tokio::time::Instant;
 
-use crate::http::reply::{Live, Outgoing, Reply};
+use crate::http::reply::{Flow, Live, Outgoing, Reply};
 
 /// How pieces of a body are told from what follows it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -36,6 +39,25 @@ pub(super) enum Framing {
 pub(super) struct Handover {
     stage: AtomicU8,
     stream: Mutex<Option<(Live, Framing)>>,
+}
+
+/// What hyper is given in a stream's place: it never tells anything.
+struct Kept(Arc<Handover>);
+
+impl Stream for Kept {
+    type Item = Bytes;
+
+    fn poll_next(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Bytes>> {
+        // Nobody is to be woken: who polls the connection takes it away.
+        self.0.advance(NOT_ASKED, ASKED);
+        Poll::Pending
+    }
+}
+
+impl Flow for Kept {
+    fn poll_over(self: Pin<&mut Self>, _: &mut Context<'_>, _: Instant) -> Poll<()> {
+        Poll::Pending
+    }
 }
 
 /// Hyper has not asked for what follows a head; it has, when it had written that; and then all that it
@@ -59,11 +81,7 @@ impl Handover {
                 // A panic under this lock cannot leave a part of it.
                 *self.stream.lock().unwrap_or_else(PoisonError::into_inner) = Some((live, framing));
                 let handover = Arc::clone(self);
-                // Nobody is to be woken: who polls the connection takes it away.
-                Outgoing::Live(Box::pin(stream::poll_fn(move |_| {
-                    handover.advance(NOT_ASKED, ASKED);
-                    Poll::Pending
-                })))
+                Outgoing::Live(Box::pin(Kept(handover)))
             }
             (body, _) => body,
         };

@@ -180,6 +180,7 @@ fn date() -> Date {
 
 #[cfg(test)]
 mod tests {
+    use futures_util::{StreamExt as _, stream};
     use hyper::{Response, StatusCode};
 
     use super::*;
@@ -237,7 +238,7 @@ mod tests {
         *unchanged.status_mut() = StatusCode::NOT_MODIFIED;
         let mut refused = reply(1);
         *refused.status_mut() = StatusCode::UNAUTHORIZED;
-        let told = Response::new(Outgoing::Live(Box::pin(futures_util::stream::empty())));
+        let told = Response::new(Outgoing::Live(Box::pin(stream::empty().fuse())));
         for (reply, expect) in [
             (reply(LONGEST), true),
             (reply(LONGEST + 1), false),
