@@ -1,7 +1,9 @@
 //! One environment of upstream that is followed: by polls in rounds, and by streams between them.
 //!
 //! As long as upstream tells on streams what changes for every token in use, nothing is polled. What a
-//! stream tells is published as what a poll brings is.
+//! stream tells is published as what a poll brings is. Where there are several tokens, that one sees a
+//! flag no more is published when the others have had time to tell of it: those whose streams do not
+//! speak are asked with at once.
 
 use std::time::Duration;
 
@@ -43,6 +45,10 @@ pub struct Config {
 /// How often it is looked whether other tokens are in use than those that streams are of.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 
+/// How long others' word is waited for of a flag that a token sees no more. Where streams tell of both,
+/// milliseconds pass between.
+const HELD_FOR: Duration = Duration::from_secs(1);
+
 /// What following an environment needs of others.
 #[derive(Clone, Debug)]
 pub(super) struct Means {
@@ -62,6 +68,7 @@ pub(super) struct Followed {
     lines: Lines,
     pace: Pace,
     way: Way,
+    held_for: Duration,
 }
 
 /// How flags come, as was said last.
@@ -73,6 +80,17 @@ enum Way {
     PollsFor(Want),
     /// By streams.
     Streams,
+}
+
+/// What follows from what happened on a line.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Then {
+    /// Nothing.
+    Listen,
+    /// Those tokens are asked with whose lines do not speak, if there are such.
+    Ask,
+    /// What follows from the loss of a stream, or from not getting one.
+    Lost(Next),
 }
 
 /// Why there is no stream.
@@ -113,7 +131,7 @@ impl Followed {
         let sources = Sources::new(means.snapshots.load(&environment).as_deref());
         let lines = Lines::new(means.config.mode, means.upstream.clone());
         let pace = Pace::new(means.config.interval);
-        Self { environment, means, sources, lines, pace, way: Way::Polls }
+        Self { environment, means, sources, lines, pace, way: Way::Polls, held_for: HELD_FOR }
     }
 
     /// Follows the environment until it is not served any more. Whoever kicks wants a round at once.
@@ -159,7 +177,8 @@ impl Followed {
     /// What some tokens brought is published although others failed.
     async fn refresh(&mut self) -> Result<(), Failure> {
         let Means { upstream, credentials, .. } = &self.means;
-        let round = Round { upstream, credentials, environment: &self.environment };
+        let (environment, held_for) = (&self.environment, self.held_for);
+        let round = Round { upstream, credentials, environment, held_for };
         self.sources.begin();
         let followed = self.lines.speak_for();
         let Asked { failure, prefers_streaming } = round.ask(&mut self.sources, &followed).await;
@@ -173,6 +192,7 @@ impl Followed {
     /// Publishes what is not yet, and keeps since when it is known to be current: `heard`, if by then
     /// upstream has answered for, or follows up on, every token in use.
     async fn publish(&mut self, heard: Timestamp) -> Result<(), Failure> {
+        self.sources.release(Instant::now());
         let Self { environment, means, sources, lines, .. } = self;
         let in_use = means.credentials.tokens(environment);
         let whole = sources.settle(&in_use, &lines.speak_for());
@@ -204,8 +224,16 @@ impl Followed {
         let mut looks = interval_at(Instant::now() + look_every, look_every);
         loop {
             let (sources, spoke) = (&self.sources, self.lines.speak_for_all());
+            let held = sources.held_until();
             let (at, happened) = tokio::select! {
                 () = sleep_until(due), if !spoke => return,
+                () = sleep_until(held.unwrap_or(due)), if held.is_some() => {
+                    // A round tries again, and tells of it.
+                    if self.publish(self.heard()).await.is_err() {
+                        return;
+                    }
+                    continue;
+                }
                 // The sender lives as long as the owner of this.
                 Ok(()) = kicked.changed() => return,
                 _ = looks.tick() => {
@@ -217,37 +245,49 @@ impl Followed {
                 }
                 happened = self.lines.next(|token| sources.event(token)) => happened,
             };
-            let lost = match happened {
+            let then = match happened {
                 Happened::Told(events) => self.follow(at, events).await,
                 Happened::Refused(refusal, next, error) => {
                     self.miss(Want::of(refusal), error.map(|it| report(&it)).as_deref());
-                    Some(next)
+                    Then::Lost(next)
                 }
                 Happened::Ended(End::Over(_), next, None) => {
                     debug!(environment = %self.environment, "Upstream has ended its stream");
-                    Some(next)
+                    Then::Lost(next)
                 }
                 Happened::Ended(_, next, error) => {
                     self.miss(Want::Lost, error.map(|it| report(&it)).as_deref());
-                    Some(next)
+                    Then::Lost(next)
                 }
             };
-            match lost {
-                Some(Next { polls_now: true, .. }) => due = Instant::now(),
-                Some(_) if spoke => due = Instant::now() + self.pace.after_success(rand::random()),
-                _ => {}
+            match then {
+                Then::Ask | Then::Lost(Next { polls_now: true, .. }) => due = Instant::now(),
+                Then::Lost(_) if spoke => {
+                    due = Instant::now() + self.pace.after_success(rand::random());
+                }
+                Then::Lost(_) | Then::Listen => {}
             }
         }
     }
 
-    /// Takes what a line told; says what follows where the line was closed for it.
-    async fn follow(&mut self, at: usize, events: Vec<Event>) -> Option<Next> {
+    /// Takes what a line told.
+    async fn follow(&mut self, at: usize, events: Vec<Event>) -> Then {
         let step = match self.read(at, events).await {
             Ok(step) => step,
-            Err(error) => return Some(self.leave(at, &error)),
+            Err(error) => return Then::Lost(self.leave(at, &error)),
         };
-        if let Some(Reached { id, news }) = step.reached {
+        let mut then = Then::Listen;
+        if let Some(Reached { id, news, gone }) = step.reached {
             let credential = self.lines.credential(at);
+            let has_others = self.lines.in_use().len() > 1;
+            let until = Instant::now() + self.held_for;
+            // One that fails, or wants to be left alone, is not asked for this.
+            if has_others
+                && self.sources.hold(credential, &gone, until)
+                && self.pace.failures() == 0
+            {
+                then = Then::Ask;
+            }
             self.sources.follow(credential, id, news);
             self.means.credentials.accept(&self.environment, &credential.token.digest());
             self.lines.understood(at);
@@ -255,14 +295,19 @@ impl Followed {
                 self.arrive();
             }
         }
-        let heard = self.lines.heard().unwrap_or(Timestamp::UNIX_EPOCH);
-        if let Err(error) = self.publish(heard).await {
-            return Some(self.leave(at, &error));
+        if let Err(error) = self.publish(self.heard()).await {
+            return Then::Lost(self.leave(at, &error));
         }
-        step.dismissed.then(|| {
+        if step.dismissed {
             self.miss(Want::Dismissed, None);
-            self.lines.close(at, End::Dismissed)
-        })
+            then = Then::Lost(self.lines.close(at, End::Dismissed));
+        }
+        then
+    }
+
+    /// Since when all flags are known to be current, if upstream tells by itself.
+    fn heard(&self) -> Timestamp {
+        self.lines.heard().unwrap_or(Timestamp::UNIX_EPOCH)
     }
 
     /// Reads what a line told, on a thread for such work.
@@ -348,3 +393,6 @@ enum Untold {
     #[error("reading or compiling what upstream's stream told has panicked")]
     Panic(#[from] JoinError),
 }
+
+#[cfg(test)]
+mod tests;

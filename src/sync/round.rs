@@ -5,13 +5,16 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use futures_util::{StreamExt as _, stream};
-use tokio::task::{JoinError, spawn_blocking};
+use tokio::{
+    task::{JoinError, spawn_blocking},
+    time::Instant,
+};
 
-use super::sources::Sources;
+use super::{sources::Sources, told::differences};
 use crate::{
     token::{Environment, TokenDigest},
     upstream::{Credential, Credentials, Error, ExchangeError, Fetched, Polled, Upstream},
-    wire::{delta, features::Document},
+    wire::features::Document,
 };
 
 /// With how many tokens of an environment flags are fetched at a time.
@@ -23,6 +26,8 @@ pub(super) struct Round<'a> {
     pub(super) upstream: &'a Upstream,
     pub(super) credentials: &'a Credentials,
     pub(super) environment: &'a Environment,
+    /// How long flags that a token sees no more are held where streams tell of others' meanwhile.
+    pub(super) held_for: Duration,
 }
 
 /// How a round went.
@@ -43,6 +48,7 @@ impl Round<'_> {
         followed: &BTreeSet<TokenDigest>,
     ) -> Asked {
         let mut asked = Asked::default();
+        let held_for = (!followed.is_empty()).then_some(self.held_for);
         let mut tokens = match self.credentials.obtain(self.environment).await {
             Ok(tokens) => tokens,
             Err(error) => return Asked { failure: Some(error.into()), ..asked },
@@ -55,7 +61,7 @@ impl Round<'_> {
             for (credential, answer) in self.fetch(tokens, sources).await {
                 let digest = credential.token.digest();
                 done.insert(digest);
-                match take(&credential, answer, sources).await {
+                match take(&credential, answer, sources, held_for).await {
                     Ok(prefers_streaming) => {
                         self.credentials.accept(self.environment, &digest);
                         answered = true;
@@ -108,11 +114,13 @@ impl Round<'_> {
     }
 }
 
-/// Takes what a token was answered; true if that hints at streams.
+/// Takes what a token was answered, and holds for so long what it sees no more; true if that hints at
+/// streams.
 async fn take(
     credential: &Credential,
     answer: Result<Polled, Error>,
     sources: &mut Sources,
+    held_for: Option<Duration>,
 ) -> Result<bool, Failure> {
     let Polled { flags, prefers_streaming } = answer.map_err(Failure::Upstream)?;
     match flags {
@@ -120,12 +128,17 @@ async fn take(
         Fetched::Changed { body, etag } => {
             let known = sources.document(&credential.token.digest()).cloned();
             let read = spawn_blocking(move || {
-                let Some(known) = known else { return Ok((Document::parse(&body)?, true)) };
+                let Some(known) = known else {
+                    return Ok((Document::parse(&body)?, (true, Vec::new())));
+                };
                 let document = Document::parse_after(&body, &known)?;
-                let is_news = !delta::diff(&known, &document).is_empty();
-                Ok((document, is_news))
+                let differences = differences(&known, &document);
+                Ok((document, differences))
             });
-            let (document, is_news) = read.await?.map_err(Failure::Document)?;
+            let (document, (is_news, gone)) = read.await?.map_err(Failure::Document)?;
+            if let Some(held_for) = held_for {
+                sources.hold(credential, &gone, Instant::now() + held_for);
+            }
             sources.insert(credential, etag, document, is_news);
         }
     }

@@ -6,6 +6,10 @@
 //!
 //! Upstream has two names for what a token sees: the entity tag that it gave when it was asked, and the
 //! number that it told on a stream. Each is kept with the flags that it names, and goes with them.
+//!
+//! Tokens are told of the same change one after the other. A flag that moves from the projects of one
+//! to those of another goes at the first before it comes at the second; so what one token sees no more
+//! can be held for a while, until the others have had time to tell of it.
 
 use std::{
     cmp::Reverse,
@@ -14,11 +18,16 @@ use std::{
     sync::Arc,
 };
 
+use tokio::time::Instant;
+
 use crate::{
     snapshot::Snapshot,
     token::{Projects, TokenDigest},
     upstream::Credential,
-    wire::{delta::EventId, features::Document},
+    wire::{
+        delta::EventId,
+        features::{Document, Feature},
+    },
 };
 
 /// What each token last fetched, and whether it is all published.
@@ -29,6 +38,9 @@ pub(super) struct Sources {
     replaced: Vec<Part>,
     /// What was served before the first fetch.
     inherited: Option<Part>,
+    /// The flags that a token sees no more and another may still tell of, and until when that is waited
+    /// for, the earliest first.
+    held: Vec<(Instant, Arc<Document>)>,
     round: u64,
     dirty: bool,
 }
@@ -40,6 +52,15 @@ struct Source {
     part: Part,
     /// The round in which upstream last said that this is current.
     confirmed: u64,
+}
+
+/// What there is to publish.
+#[derive(Debug)]
+pub(super) struct Parts {
+    /// The latest confirmed first.
+    fetched: Vec<Part>,
+    /// Where nothing that was fetched tells of them.
+    held: Vec<Arc<Document>>,
 }
 
 /// Every flag of some projects.
@@ -56,8 +77,8 @@ impl Sources {
             projects: it.projects().clone(),
             document: Arc::clone(it.document()),
         });
-        let (fetched, replaced) = (BTreeMap::new(), Vec::new());
-        Self { fetched, replaced, inherited, round: 0, dirty: false }
+        let (fetched, replaced, held) = Default::default();
+        Self { fetched, replaced, inherited, held, round: 0, dirty: false }
     }
 
     /// Begins a round in which every token in use is asked with.
@@ -129,6 +150,44 @@ impl Sources {
         }
     }
 
+    /// Holds the flags of the names `gone`, which a token has seen and is about not to, until that time,
+    /// as another may yet tell of them; whether there is any. Those that another tells of elsewhere
+    /// already need not be held.
+    pub(super) fn hold(
+        &mut self,
+        credential: &Credential,
+        gone: &[Arc<str>],
+        until: Instant,
+    ) -> bool {
+        let Some(document) = self.document(&credential.token.digest()) else { return false };
+        let is_told = |feature: &Feature| {
+            let mut told =
+                self.fetched.values().filter_map(|it| it.part.document.feature(feature.name()));
+            told.any(|it| !credential.projects.contains(it.project()))
+        };
+        let gone = gone.iter().filter_map(|name| document.feature(name));
+        let gone: Vec<_> = gone.filter(|feature| !is_told(feature)).cloned().collect();
+        if gone.is_empty() {
+            return false;
+        }
+        let ids: BTreeSet<_> = gone.iter().flat_map(Feature::segment_ids).collect();
+        let segments = ids.into_iter().filter_map(|id| document.segment(*id)).cloned().collect();
+        self.held.push((until, Arc::new(Document::of(gone, segments))));
+        true
+    }
+
+    /// Lets go of what was held until now.
+    pub(super) fn release(&mut self, now: Instant) {
+        let before = self.held.len();
+        self.held.retain(|(until, _)| *until > now);
+        self.dirty |= self.held.len() != before;
+    }
+
+    /// Until when the first of what is held is.
+    pub(super) fn held_until(&self) -> Option<Instant> {
+        self.held.first().map(|(until, _)| *until)
+    }
+
     /// Lets go of the number that a stream told, so that the next tells everything.
     pub(super) fn forget_event(&mut self, token: &TokenDigest) {
         if let Some(source) = self.fetched.get_mut(token) {
@@ -188,12 +247,13 @@ impl Sources {
         self.dirty = false;
     }
 
-    /// What there is to publish, the latest confirmed first.
-    pub(super) fn parts(&self) -> Vec<Part> {
+    /// What there is to publish.
+    pub(super) fn parts(&self) -> Parts {
         let mut sources: Vec<_> = self.fetched.values().collect();
         sources.sort_by_key(|source| Reverse(source.confirmed));
         let fetched = sources.into_iter().map(|source| source.part.clone());
-        fetched.chain(self.inherited.clone()).collect()
+        let held = self.held.iter().map(|(_, document)| Arc::clone(document)).collect();
+        Parts { fetched: fetched.chain(self.inherited.clone()).collect(), held }
     }
 
     /// What was replaced since this was called last. To let go of it takes milliseconds for thousands of
@@ -214,19 +274,22 @@ fn nothing() -> Projects {
 }
 
 /// The union of `parts`; a project's flags come from the first that sees the project.
-pub(super) fn merged(parts: &[Part]) -> Document {
+pub(super) fn merged(Parts { fetched, held }: &Parts) -> Document {
     let mut seen = nothing();
     let mut documents = Vec::new();
-    for Part { projects, document } in parts {
+    for Part { projects, document } in fetched {
         documents.push(document.outside(&seen));
         seen = seen.union(projects);
     }
     // The later document counts where two hold the same.
-    Document::merge(documents.into_iter().rev())
+    let held = held.iter().map(|document| Document::clone(document));
+    Document::merge(held.chain(documents.into_iter().rev()))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use jiff::Timestamp;
 
     use super::*;
@@ -388,6 +451,70 @@ mod tests {
             assert_eq!(names(&sources), [name, "x", "z"]);
         }
         assert!(!sources.settle(&both, &followed(&[&one])), "the other is to be asked with");
+    }
+
+    /// The flags that are served, as `project/name`.
+    fn flags(sources: &Sources) -> Vec<String> {
+        let document = merged(&sources.parts());
+        let flags = document.features().iter();
+        flags.map(|it| format!("{}/{}", it.project(), it.name())).collect()
+    }
+
+    #[test]
+    fn a_flag_that_one_token_sees_no_more_is_held_until_another_tells_of_it_or_time_is_over() {
+        let (one, two) = (credential(&["a", "b"]), credential(&["b", "c"]));
+        let (now, gone) = (Instant::now(), [Arc::from("x")]);
+        let later = now + Duration::from_secs(1);
+        for (told, expect) in [(Some("c/x"), "c/x"), (None, "nothing")] {
+            let mut sources = Sources::new(None);
+            sources.insert(&one, None, document(&["a/x", "b/y"]), true);
+            sources.insert(&two, None, document(&["b/y"]), true);
+            assert!(sources.hold(&one, &gone, later));
+            assert!(!sources.hold(&one, &[Arc::from("never")], later), "it was not there");
+            sources.follow(&one, None, Some(document(&["b/y"])));
+            sources.release(now);
+            assert_eq!(
+                (flags(&sources), sources.held_until()),
+                (vec!["a/x".into(), "b/y".into()], Some(later))
+            );
+            if let Some(told) = told {
+                sources.follow(&two, None, Some(document(&["b/y", told])));
+                assert_eq!(flags(&sources), [told, "b/y"], "what is told counts");
+            }
+            sources.published();
+            sources.release(later);
+            assert!(sources.is_dirty() && sources.held_until().is_none());
+            assert_eq!(flags(&sources)[0] == expect, told.is_some());
+            assert!(flags(&sources).contains(&"b/y".to_owned()));
+            assert!(!flags(&sources).contains(&"a/x".to_owned()));
+        }
+    }
+
+    #[test]
+    fn what_another_token_tells_of_elsewhere_is_not_held_and_what_it_has_not_lost_yet_is() {
+        let (one, two) = (credential(&["a", "b"]), credential(&["b", "c"]));
+        let gone = [Arc::from("x")];
+        let holds = |other: &str, first: &str| {
+            let mut sources = Sources::new(None);
+            sources.insert(&one, None, document(&[first]), true);
+            sources.insert(&two, None, document(&[other]), true);
+            sources.hold(&one, &gone, Instant::now())
+        };
+        assert!(!holds("c/x", "a/x"), "it has moved");
+        assert!(holds("b/x", "b/x"), "it goes from both, and may come back at either");
+    }
+
+    #[test]
+    fn a_held_flag_has_its_segments() {
+        let text = r#"{"features":[{"name":"x","project":"a","strategies":[{"name":"default","segments":[2]}]}],"segments":[{"id":1},{"id":2}]}"#;
+        let one = credential(&["a"]);
+        let mut sources = Sources::new(None);
+        sources.insert(&one, None, Document::parse(text.as_bytes()).unwrap(), true);
+        assert!(sources.hold(&one, &[Arc::from("x")], Instant::now()));
+        sources.follow(&one, None, Some(document(&[])));
+        let document = merged(&sources.parts());
+        assert!(document.feature("x").is_some());
+        assert!(document.segment(2).is_some() && document.segment(1).is_none());
     }
 
     #[test]

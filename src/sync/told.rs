@@ -3,6 +3,8 @@
 //! Pure. All that arrived together is one step; a single event that cannot be followed spoils it, as
 //! what the others lead to is no state that there ever was.
 
+use std::sync::Arc;
+
 use crate::wire::{
     delta::{self, Change, EventId, Unreadable},
     features::Document,
@@ -32,6 +34,8 @@ pub(super) struct Reached {
     pub(super) id: Option<EventId>,
     /// The flags, where they are not those that were known already.
     pub(super) news: Option<Document>,
+    /// The names of those that were known and are gone.
+    pub(super) gone: Vec<Arc<str>>,
 }
 
 /// Why a stream cannot be followed any further.
@@ -72,9 +76,23 @@ pub(super) fn follow(
         _ => return Err(Error::Unfounded),
     };
     let state = delta::apply(base, &changes);
-    let is_news = known.is_none_or(|known| !delta::diff(known, &state).is_empty());
-    step.reached = Some(Reached { id, news: is_news.then_some(state) });
+    let (is_news, gone) = known.map_or((true, Vec::new()), |known| differences(known, &state));
+    step.reached = Some(Reached { id, news: is_news.then_some(state), gone });
     Ok(step)
+}
+
+/// Whether one state differs from the other, and the names of the flags that it lacks.
+pub(super) fn differences(known: &Document, state: &Document) -> (bool, Vec<Arc<str>>) {
+    let changes = delta::diff(known, state);
+    let is_news = !changes.is_empty();
+    let gone = changes.into_iter().filter_map(|change| match change {
+        Change::FeatureRemoved { name, .. } => Some(name),
+        Change::Hydration(_)
+        | Change::FeatureUpdated(_)
+        | Change::SegmentUpdated(_)
+        | Change::SegmentRemoved(_) => None,
+    });
+    (is_news, gone.collect())
 }
 
 #[cfg(test)]
@@ -111,7 +129,7 @@ mod tests {
     ) {
         let known = known.map(document);
         let step = follow(known.as_ref(), continues, events).unwrap();
-        let Reached { id, news } = step.reached.unwrap();
+        let Reached { id, news, .. } = step.reached.unwrap();
         let names = news.map(|it| it.features().iter().map(|it| it.name().to_string()).collect());
         assert_eq!(id, expect.0);
         assert_eq!(
@@ -133,6 +151,18 @@ mod tests {
                 assert!(matches!(error, Error::Unfounded), "{error}");
             }
         }
+    }
+
+    #[test]
+    fn it_is_told_which_flags_are_gone() {
+        let gone = |known: Option<&str>, text: &str| {
+            let known = known.map(document);
+            let step = follow(known.as_ref(), true, &[changes(CONNECTED, "7", text)]).unwrap();
+            step.reached.unwrap().gone
+        };
+        assert_eq!(gone(Some(B), WHOLE), [Arc::from("b")]);
+        assert_eq!(gone(Some(A), REMOVE_A), [Arc::from("a")]);
+        assert!(gone(Some(A), ADD_B).is_empty() && gone(None, WHOLE).is_empty());
     }
 
     #[test]
