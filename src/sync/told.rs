@@ -81,10 +81,11 @@ pub(super) fn follow(
     Ok(step)
 }
 
-/// Whether one state differs from the other, and the names of the flags that it lacks.
+/// Whether one state differs from the other, also in what is to be reported of it, and the names of the
+/// flags that it lacks.
 pub(super) fn differences(known: &Document, state: &Document) -> (bool, Vec<Arc<str>>) {
     let changes = delta::diff(known, state);
-    let is_news = !changes.is_empty();
+    let is_news = !changes.is_empty() || !state.reports_as(known);
     let gone = changes.into_iter().filter_map(|change| match change {
         Change::FeatureRemoved { name, .. } => Some(name),
         Change::Hydration(_)
@@ -151,6 +152,20 @@ mod tests {
                 assert!(matches!(error, Error::Unfounded), "{error}");
             }
         }
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_news() {
+        let with_odd = WHOLE.replace(r#"[{"name":"a"}]"#, r#"[{"name":"a"},{"title":"b"}]"#);
+        let known = document(A);
+        let step = |known: &Document, text: &str| {
+            let step = follow(Some(known), true, &[changes(CONNECTED, "7", text)]).unwrap();
+            step.reached.unwrap().news
+        };
+        let news = step(&known, &with_odd).unwrap();
+        assert_eq!(news.unreadable().len(), 1);
+        assert!(step(&news, &with_odd).is_none(), "it is known");
+        assert!(step(&news, WHOLE).unwrap().unreadable().is_empty());
     }
 
     #[test]

@@ -90,8 +90,12 @@ pub fn diff(old: &Document, new: &Document) -> Vec<Change> {
 }
 
 /// The state that follows from `state` by these changes, in their order.
+///
+/// What is to be reported of a state, flags that could not be read for instance, is told with all of it
+/// only, so that it stays until the next that is whole.
 #[must_use]
 pub fn apply<'a>(state: &Document, changes: impl IntoIterator<Item = &'a Change>) -> Document {
+    let mut reported = state;
     let by_name = |it: &Feature| (Arc::clone(it.name()), it.clone());
     let by_id = |it: &Segment| (it.id(), it.clone());
     let mut features: BTreeMap<Arc<str>, Feature> = state.features().iter().map(by_name).collect();
@@ -99,6 +103,7 @@ pub fn apply<'a>(state: &Document, changes: impl IntoIterator<Item = &'a Change>
     for change in changes {
         match change {
             Change::Hydration(whole) => {
+                reported = whole;
                 features = whole.features().iter().map(by_name).collect();
                 segments = whole.segments().iter().map(by_id).collect();
             }
@@ -108,7 +113,8 @@ pub fn apply<'a>(state: &Document, changes: impl IntoIterator<Item = &'a Change>
             Change::SegmentRemoved(id) => drop(segments.remove(id)),
         }
     }
-    Document::of(features.into_values().collect(), segments.into_values().collect())
+    let state = Document::of(features.into_values().collect(), segments.into_values().collect());
+    state.with_reports_of(reported)
 }
 
 /// Writes `{"events":[…]}`.
@@ -307,6 +313,25 @@ mod tests {
             let _ = parse(text.as_bytes());
             let _ = parse(format!(r#"{{"events":[{text}]}}"#).as_bytes());
         }
+    }
+
+    #[test]
+    fn what_is_to_be_reported_of_a_whole_state_stays_until_the_next() {
+        let hydration = |features: &str| {
+            let text = format!(r#"{{"type":"hydration","eventId":1,"features":[{features}]}}"#);
+            parse(format!(r#"{{"events":[{text}]}}"#).as_bytes()).unwrap().remove(0).change
+        };
+        let odd = hydration(r#"{"name":"a"},{"name":"a","enabled":true},{"title":"b"}"#);
+        let update = Change::FeatureRemoved { name: "a".into(), project: "default".into() };
+        let mut state = apply(&Document::default(), [&odd]);
+        for _ in 0..2 {
+            let [unreadable] = state.unreadable() else { panic!("{:?}", state.unreadable()) };
+            assert_eq!(unreadable.position, 3);
+            assert_eq!(state.shadowed(), [Arc::from("a")]);
+            state = apply(&state, [&update]);
+        }
+        state = apply(&state, [&hydration(r#"{"name":"a"}"#)]);
+        assert!(state.unreadable().is_empty() && state.shadowed().is_empty());
     }
 
     #[test]

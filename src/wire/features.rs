@@ -158,6 +158,19 @@ impl Document {
         Self::sorted(features, segments, None)
     }
 
+    /// The same flags and segments, with what was reported of `other` instead of themselves: of flags
+    /// that cannot be read, and of names that were told more than once.
+    #[must_use]
+    pub(super) fn with_reports_of(self, other: &Self) -> Self {
+        let (shadowed, unreadable) = (other.shadowed.clone(), other.unreadable.clone());
+        Self { shadowed, unreadable, ..self }
+    }
+
+    /// Whether the same is to be reported of both.
+    pub fn reports_as(&self, other: &Self) -> bool {
+        self.shadowed == other.shadowed && self.unreadable == other.unreadable
+    }
+
     /// The same document, which shares with `previous` what did not change: states that are kept
     /// beside each other then cost no more than their differences.
     #[must_use]
