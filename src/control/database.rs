@@ -134,17 +134,7 @@ impl Database {
             });
         let url_options = quiet(&url)?;
         // The pool tries until its patience ends, and then tells that and not the reason.
-        let first = async {
-            let mut connection = AnyConnection::connect_with(&url_options).await?;
-            prepare(&mut connection, dialect).await?;
-            connection.close().await
-        };
-        let first = timeout(PATIENCE, first).await;
-        let timed_out = |_| Err(sqlx::Error::Io(ErrorKind::TimedOut.into()));
-        first.unwrap_or_else(timed_out).map_err(|error| match Error::from(error) {
-            Error::Database(error) => Error::Unreachable(error),
-            other => other,
-        })?;
+        first_connection(&url_options, dialect).await?;
         let pool = options.connect_with(url_options).await?;
         let database = Self { pool, dialect, url };
         let mut transaction = database.write(Lane::Control).await?;
@@ -264,6 +254,31 @@ pub(super) fn of_count(count: i64) -> u64 {
 /// Options that log no statements, whose texts are nobody's business.
 fn quiet(url: &str) -> Result<AnyConnectOptions, Error> {
     Ok(AnyConnectOptions::from_str(url)?.disable_statement_logging())
+}
+
+/// Connects once, with the reason where that cannot be done. An instance that starts at the same time
+/// is waited for.
+async fn first_connection(options: &AnyConnectOptions, dialect: Dialect) -> Result<(), Error> {
+    /// How long somebody else may take who is at the file as well.
+    const PAUSE: Duration = Duration::from_millis(20);
+    let once = async || {
+        let mut connection = AnyConnection::connect_with(options).await?;
+        prepare(&mut connection, dialect).await?;
+        connection.close().await
+    };
+    let connected = timeout(PATIENCE, async {
+        loop {
+            match once().await.map_err(Error::from) {
+                Err(Error::Busy) => tokio::time::sleep(PAUSE).await,
+                Err(Error::Database(error)) => return Err(Error::Unreachable(error)),
+                connected => return connected,
+            }
+        }
+    });
+    connected.await.unwrap_or_else(|_| match dialect {
+        Dialect::Sqlite => Err(Error::Busy),
+        Dialect::Postgres => Err(Error::Unreachable(sqlx::Error::Io(ErrorKind::TimedOut.into()))),
+    })
 }
 
 async fn prepare(connection: &mut AnyConnection, dialect: Dialect) -> Result<(), sqlx::Error> {

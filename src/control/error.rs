@@ -83,11 +83,14 @@ impl Error {
 
 impl From<sqlx::Error> for Error {
     fn from(error: sqlx::Error) -> Self {
-        /// SQLite: another connection is writing.
-        const SQLITE_BUSY: &str = "5";
+        /// SQLite: another connection is writing, or recovers the file (its primary code with those
+        /// that extend it).
+        const SQLITE_BUSY: [&str; 4] = ["5", "261", "517", "773"];
         let is_busy = match &error {
             sqlx::Error::PoolTimedOut => true,
-            sqlx::Error::Database(error) => error.code().is_some_and(|code| code == SQLITE_BUSY),
+            sqlx::Error::Database(error) => {
+                error.code().is_some_and(|code| SQLITE_BUSY.contains(&&*code))
+            }
             _ => false,
         };
         if is_busy { Self::Busy } else { Self::Database(error) }
