@@ -180,7 +180,7 @@ impl Snapshot {
         let key = ListingKey { projects: projects.clone(), filter, segments };
         let build =
             || Listing::of(Arc::new(listing::build(&self.environment, &self.document, &key)));
-        self.listings.get_with_by_ref(&key, build).ask()
+        self.listings.get_with_by_ref(&key, build).body_counted()
     }
 
     /// The flag configuration of a part, without a filter.

@@ -94,8 +94,8 @@ impl Service for Admin {
         reply.into()
     }
 
-    fn again(&self, terms: &Terms, started: Instant) -> bool {
-        self.data.again(terms, started)
+    fn revalidate(&self, terms: &Terms, started: Instant) -> bool {
+        self.data.revalidate(terms, started)
     }
 }
 

@@ -109,7 +109,7 @@ impl Service for Data {
         Answered { reply, terms: basis.map(|basis| Terms { basis, series, size }) }
     }
 
-    fn again(&self, terms: &Terms, started: Instant) -> bool {
+    fn revalidate(&self, terms: &Terms, started: Instant) -> bool {
         terms.hold(&self.auth, &self.snapshots, &self.meter, started)
     }
 }

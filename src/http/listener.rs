@@ -7,7 +7,7 @@ mod attended;
 mod connection;
 mod gather;
 mod handover;
-mod memory;
+mod response_cache;
 mod repeats;
 mod service;
 mod spoken;
@@ -42,7 +42,7 @@ use self::{
     attended::{Attended, Watch},
     connection::Connection,
     handover::Handover,
-    memory::Memory,
+    response_cache::ResponseCache,
     repeats::{Known, Recall, Repeats},
     spoken::{Protocols, Spoken},
     tasks::Tasks,
@@ -120,7 +120,7 @@ pub async fn serve<S: Service>(
 #[derive(Debug)]
 pub struct Protocol<S: Service> {
     service: Arc<S>,
-    memory: Arc<Memory<S::Terms>>,
+    cache: Arc<ResponseCache<S::Terms>>,
     protocols: Arc<Protocols>,
     /// How long a head may take.
     patience: Duration,
@@ -138,8 +138,8 @@ impl<S: Service> Protocol<S> {
         let mut http2 = http2::Builder::new(tasks.clone());
         http2.timer(TokioTimer::new()).keep_alive_interval(PING_EVERY);
         let protocols = Arc::new(Protocols { http1, http2 });
-        let memory = Arc::new(Memory::new());
-        Self { service, memory, protocols, patience, stop: Stop::default(), tasks }
+        let cache = Arc::new(ResponseCache::new());
+        Self { service, cache, protocols, patience, stop: Stop::default(), tasks }
     }
 
     /// Serves one connection to its end. Dropping the future closes it.
@@ -155,7 +155,7 @@ impl<S: Service> Protocol<S> {
         // request.
         let known = Arc::new(Known {
             service: Arc::clone(&self.service),
-            memory: Arc::clone(&self.memory),
+            cache: Arc::clone(&self.cache),
             peer,
         });
         let (watch, handover) = (Watch::new(self.patience), Arc::<Handover>::default());
@@ -166,13 +166,13 @@ impl<S: Service> Protocol<S> {
         let answer = service_fn(move |request: Request<Incoming>| {
             // Where the protocol is HTTP/2, nobody else says so.
             heads.rest();
-            let words = turn.asked(&request);
+            let key = turn.asked(&request);
             let (known, streams, turn) =
                 (Arc::clone(&known), Arc::clone(&streams), Arc::clone(&turn));
             let version = request.version();
             async move {
                 let answered = guarded(&*known.service, request, peer).await;
-                let reply = known.note(words, answered);
+                let reply = known.note(key, answered);
                 turn.answered(&reply);
                 Ok::<_, Infallible>(streams.keep(version, reply))
             }
@@ -241,7 +241,7 @@ mod tests {
             Reply::from(Failure::Internal).into()
         }
 
-        fn again(&self, (): &(), _: Instant) -> bool {
+        fn revalidate(&self, (): &(), _: Instant) -> bool {
             false
         }
     }
@@ -257,7 +257,7 @@ mod tests {
             Reply::from(Failure::NotFound).into()
         }
 
-        fn again(&self, (): &(), _: Instant) -> bool {
+        fn revalidate(&self, (): &(), _: Instant) -> bool {
             false
         }
     }
@@ -363,7 +363,7 @@ mod tests {
             reply::event_stream(Box::pin(live.fuse())).into()
         }
 
-        fn again(&self, (): &(), _: Instant) -> bool {
+        fn revalidate(&self, (): &(), _: Instant) -> bool {
             false
         }
     }

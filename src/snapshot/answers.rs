@@ -122,7 +122,7 @@ impl Answers {
             return body;
         }
         let body = Arc::new(make());
-        if self.recent.names(hash) {
+        if self.recent.insert(hash) {
             self.keep(hash, Arc::clone(&body));
         }
         body

@@ -88,7 +88,7 @@ impl Often {
         let asked = self.heard.hasher.hash_one((projects, shown, context));
         let Some(place) = self.place(asked) else { return };
         let both_halves = u128::from(asked) << 64 | u128::from(asked);
-        if !(self.heard.recent.names(both_halves) || is_known) {
+        if !(self.heard.recent.insert(both_halves) || is_known) {
             return;
         }
         if let Some(context) = KeptContext::of(context) {

@@ -77,8 +77,8 @@ impl Listing {
         Arc::new(Self { body, asked: AtomicU64::new(0) })
     }
 
-    /// The body, for a request.
-    pub(super) fn ask(&self) -> Arc<Body> {
+    /// The body, for a request, which is counted.
+    pub(super) fn body_counted(&self) -> Arc<Body> {
         self.asked.fetch_add(1, Ordering::Relaxed);
         Arc::clone(&self.body)
     }

@@ -16,8 +16,8 @@ impl Default for Recent {
 }
 
 impl Recent {
-    /// Whether the hash is among them, as it is from now on.
-    pub(super) fn names(&self, hash: u128) -> bool {
+    /// Adds a hash; whether it was among them.
+    pub(super) fn insert(&self, hash: u128) -> bool {
         // Two halves of the hash: the place, and what tells it from others of that place.
         let (place, mark) = ((hash % PLACES as u128) as usize, (hash >> 64) as u64);
         self.0[place].swap(mark, Ordering::Relaxed) == mark

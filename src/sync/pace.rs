@@ -10,9 +10,6 @@ const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// The longest pause after failures, unless the interval is longer.
 const LONGEST_PAUSE: Duration = Duration::from_mins(1);
 
-/// The longest that a source may tell us to stay away.
-const LONGEST_WISH: Duration = Duration::from_mins(10);
-
 /// The rhythm of one source.
 #[derive(Debug)]
 pub(super) struct Pace {
@@ -32,13 +29,14 @@ impl Pace {
         self.interval.mul_f64(0.9 + 0.2 * jitter)
     }
 
-    /// The time until the next question after one that failed; a source's own wish counts.
+    /// The time until the next question after one that failed; a source's own wish, which is within
+    /// reason (`upstream::error`), counts.
     pub(super) fn after_failure(&mut self, wish: Option<Duration>, jitter: f64) -> Duration {
         let growth = 2_u32.saturating_pow(self.failures.min(16));
         self.failures = self.failures.saturating_add(1);
         let longest = LONGEST_PAUSE.max(self.interval);
         let pause = FIRST_PAUSE.saturating_mul(growth).min(longest);
-        let wish = wish.unwrap_or_default().min(LONGEST_WISH);
+        let wish = wish.unwrap_or_default();
         // Never before the time that the source named.
         pause.mul_f64(0.8 + 0.4 * jitter).max(wish)
     }
@@ -63,10 +61,9 @@ mod tests {
     }
 
     #[test]
-    fn a_named_pause_is_kept_within_reason() {
+    fn a_named_pause_is_kept() {
         let mut pace = Pace::new(Duration::from_secs(15));
-        let wish = |seconds| Some(Duration::from_secs(seconds));
-        assert_eq!(pace.after_failure(wish(30), 0.0), Duration::from_secs(30));
-        assert_eq!(pace.after_failure(wish(86_400), 0.0), LONGEST_WISH);
+        let wish = Duration::from_secs(30);
+        assert_eq!(pace.after_failure(Some(wish), 0.0), wish);
     }
 }

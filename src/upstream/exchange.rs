@@ -74,8 +74,8 @@ impl Error {
                 Retry::Never => Retry::Later(None),
                 later @ Retry::Later(_) => later,
             },
-            Self::Throttled { pause, .. } => Retry::Later(Some(*pause)),
-            Self::Unknown { .. } => Retry::Later(None),
+            // Another edge may make one sooner, which is found.
+            Self::Throttled { .. } | Self::Unknown { .. } => Retry::Later(None),
         }
     }
 }

@@ -4,8 +4,6 @@ use std::time::{Duration, Instant};
 
 const SHORTEST: Duration = Duration::from_secs(1);
 const LONGEST: Duration = Duration::from_mins(1);
-/// A pause that upstream asks for is not believed beyond this.
-const LONGEST_ASKED: Duration = Duration::from_hours(1);
 
 /// How often in a row it went wrong, and until when to wait.
 #[derive(Clone, Copy, Debug, Default)]
@@ -16,11 +14,12 @@ pub(super) struct Backoff {
 
 impl Backoff {
     /// Notes a failure: waits a second, then twice as long each time up to a minute, somewhere
-    /// between half of that and the whole, and never less than upstream `asked` for.
+    /// between half of that and the whole, and never less than upstream `asked` for, which is within
+    /// reason (`upstream::error`).
     pub(super) fn fail(&mut self, now: Instant, asked: Option<Duration>, draw: f64) {
         let whole = SHORTEST.saturating_mul(1 << self.failures.min(6)).min(LONGEST);
         let spread = whole.mul_f64(0.5 + draw.clamp(0.0, 1.0) / 2.0);
-        let asked = asked.unwrap_or_default().min(LONGEST_ASKED);
+        let asked = asked.unwrap_or_default();
         self.failures = self.failures.saturating_add(1);
         self.until = Some(now + spread.max(asked));
     }
@@ -61,7 +60,6 @@ mod tests {
             pause(None, 1.0);
         }
         assert_eq!(pause(None, 1.0), seconds(60));
-        assert_eq!(pause(Some(seconds(1_000_000)), 1.0), seconds(3600));
         backoff.succeed();
         assert!(backoff.is_over(now));
     }

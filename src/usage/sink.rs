@@ -39,8 +39,6 @@ pub enum Sink {
 /// A batch for the registry of this instance.
 #[derive(Debug)]
 pub struct Delivery {
-    /// The environment of all that is in it.
-    pub environment: Environment,
     /// The body that `/api/client/metrics/bulk` would be sent.
     pub body: Bytes,
     /// Where to say what became of it; dropped, the batch comes again.
@@ -108,9 +106,9 @@ pub(super) fn hand_over(
 ) -> impl Future<Output = (BatchId, Outcome)> {
     let registry = registry.clone();
     async move {
-        let Dispatch { id, environment, body, impact } = batch;
+        let Dispatch { id, body, impact, .. } = batch;
         let (done, taken) = oneshot::channel();
-        let sent = registry.send(Delivery { environment, body, done }).await;
+        let sent = registry.send(Delivery { body, done }).await;
         let outcome = match taken.await {
             Ok(Taken::Stored) if sent.is_ok() => {
                 // A registry has no place for them.

@@ -7,7 +7,7 @@ use std::{net::SocketAddr, sync::Arc, time::Instant};
 
 use super::{
     attended::Watch,
-    memory::{Memory, Recalled, Words},
+    response_cache::{ResponseCache, CachedResponse, RequestKey},
     service::{Answered, Service},
     turn::Turn,
 };
@@ -22,36 +22,36 @@ pub(super) struct Repeats {
 
 /// Who may know the answer to a request before anybody has read it.
 pub(super) trait Recall: Send + Sync {
-    /// The answer to a request that is this head and nothing else; if it is not known, the words by
-    /// which it is to be remembered, where it is.
-    fn recall(&self, head: &[u8]) -> Result<Recalled, Option<Words>>;
+    /// The answer to a request that is this head and nothing else; if it is not known, the key under
+    /// which it is to be cached, where it is.
+    fn recall(&self, head: &[u8]) -> Result<CachedResponse, Option<RequestKey>>;
 }
 
 /// A service to which one peer is connected, and what it has answered to all.
 #[derive(Debug)]
 pub(super) struct Known<S: Service> {
     pub(super) service: Arc<S>,
-    pub(super) memory: Arc<Memory<S::Terms>>,
+    pub(super) cache: Arc<ResponseCache<S::Terms>>,
     pub(super) peer: SocketAddr,
 }
 
 impl<S: Service> Known<S> {
-    /// The reply of an answer, which is remembered by `words` if it may be given again.
-    pub(super) fn note(&self, words: Option<Words>, answered: Answered<S::Terms>) -> Reply {
+    /// The reply of an answer, which is cached under `key` if it may be given again.
+    pub(super) fn note(&self, key: Option<RequestKey>, answered: Answered<S::Terms>) -> Reply {
         let Answered { reply, terms } = answered;
-        if let (Some(words), Some(terms)) = (words, terms) {
-            self.memory.remember(words, &reply, terms);
+        if let (Some(key), Some(terms)) = (key, terms) {
+            self.cache.remember(key, &reply, terms);
         }
         reply
     }
 }
 
 impl<S: Service> Recall for Known<S> {
-    fn recall(&self, head: &[u8]) -> Result<Recalled, Option<Words>> {
+    fn recall(&self, head: &[u8]) -> Result<CachedResponse, Option<RequestKey>> {
         let started = Instant::now();
-        let words = self.memory.words(self.peer.ip(), head);
-        let found = self.memory.find(words, |terms| self.service.again(terms, started));
-        found.ok_or_else(|| Some(words).filter(|words| self.memory.hears_again(*words)))
+        let key = self.cache.key(self.peer.ip(), head);
+        let found = self.cache.find(key, |terms| self.service.revalidate(terms, started));
+        found.ok_or_else(|| Some(key).filter(|key| self.cache.mark_asked(*key)))
     }
 }
 

@@ -20,7 +20,7 @@ pub trait Service: Send + Sync + 'static {
 
     /// Whether what was answered on these terms is right now as well, to a request that came at
     /// `started`. It is given then, and counts like any other.
-    fn again(&self, terms: &Self::Terms, started: Instant) -> bool;
+    fn revalidate(&self, terms: &Self::Terms, started: Instant) -> bool;
 }
 
 /// An answer.

@@ -2,7 +2,7 @@
 //!
 //! It differs from [`TokioIo`] in four things. It begins with what was read before, and brings what
 //! came after that along, so that hyper has a whole head in its first buffer. It answers what is
-//! answered from [memory](super::memory) itself, and hyper never learns of it: that is done only
+//! answered from [cache](super::response_cache) itself, and hyper never learns of it: that is done only
 //! where hyper waits for a request and has nothing of it, nor of an answer ([`Given`]). It writes small
 //! answers plainly: hyper hands every answer over as a list of buffers, and for a list the kernel does
 //! work that these do not need. And it tells the [`Handover`] when all is sent.
@@ -20,7 +20,7 @@ use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::{gather, handover::Handover, memory::Recalled, repeats::Repeats, turn::Given};
+use super::{gather, handover::Handover, response_cache::CachedResponse, repeats::Repeats, turn::Given};
 
 /// The bytes of a connection.
 pub(super) struct Stream<I> {
@@ -30,7 +30,7 @@ pub(super) struct Stream<I> {
     repeats: Option<Repeats>,
     given: Given,
     /// What is left to be sent of an answer that hyper knows nothing of, and how much of it was.
-    rest: Option<Box<(Recalled, usize)>>,
+    rest: Option<Box<(CachedResponse, usize)>>,
 }
 
 /// How much is read at once where bytes are looked at: as much as hyper would.
@@ -80,8 +80,8 @@ impl<I: AsyncWrite + Unpin> Stream<I> {
         let known = if given.is_a_head() { repeats.known.recall(bytes) } else { Err(None) };
         let mut answer = match known {
             Ok(answer) => answer,
-            Err(words) => {
-                repeats.turn.begin(words);
+            Err(key) => {
+                repeats.turn.begin(key);
                 return Ok(false);
             }
         };
@@ -101,10 +101,10 @@ impl<I: AsyncWrite + Unpin> Stream<I> {
 fn poll_send<W: AsyncWrite>(
     mut io: Pin<&mut W>,
     cx: &mut Context<'_>,
-    answer: &mut Recalled,
+    answer: &mut CachedResponse,
     sent: &mut usize,
 ) -> Poll<io::Result<()>> {
-    let Recalled { head, body } = answer;
+    let CachedResponse { head, body } = answer;
     while *sent < head.len() + body.len() {
         let head_left = head.get(*sent..).unwrap_or_default();
         let body_left = &body[sent.saturating_sub(head.len())..];

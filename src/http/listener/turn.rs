@@ -18,7 +18,7 @@ use hyper::{
     header::{CONNECTION, EXPECT, UPGRADE},
 };
 
-use super::memory::Words;
+use super::response_cache::RequestKey;
 use crate::http::reply::{Outgoing, Reply};
 
 /// The request that hyper has been given, as far as the service knows of it. All is seen by the task
@@ -28,8 +28,8 @@ pub(super) struct Turn {
     /// How long its body is.
     body: AtomicU64,
     stage: AtomicU8,
-    /// By which its answer is to be remembered.
-    words: Mutex<Option<Words>>,
+    /// Under which key its answer is to be cached.
+    key: Mutex<Option<RequestKey>>,
 }
 
 /// No request has come, or nobody knows how long its body is, or it does not matter.
@@ -45,24 +45,24 @@ const SENT: u8 = 4;
 
 impl Default for Turn {
     fn default() -> Self {
-        Self { body: AtomicU64::new(UNKNOWN), stage: AtomicU8::new(ASKED), words: Mutex::default() }
+        Self { body: AtomicU64::new(UNKNOWN), stage: AtomicU8::new(ASKED), key: Mutex::default() }
     }
 }
 
 impl Turn {
-    /// Hyper is given a request, whose answer is to be remembered by `words`.
-    pub(super) fn begin(&self, words: Option<Words>) {
+    /// Hyper is given a request, whose answer is to be cached under `key`.
+    pub(super) fn begin(&self, key: Option<RequestKey>) {
         self.body.store(UNKNOWN, Relaxed);
         self.stage.store(GIVEN, Relaxed);
         // A panic under this lock cannot leave a part of it.
-        *self.words.lock().unwrap_or_else(PoisonError::into_inner) = words;
+        *self.key.lock().unwrap_or_else(PoisonError::into_inner) = key;
     }
 
-    /// The service is asked by hyper; by which the answer is to be remembered.
+    /// The service is asked by hyper; the key under which the answer is to be cached.
     ///
     /// A second time it is so about a request that came in one piece with the first. Nobody has seen
     /// where that ended, so that what follows could be its body, and would look like a request.
-    pub(super) fn asked<B: Body>(&self, request: &Request<B>) -> Option<Words> {
+    pub(super) fn asked<B: Body>(&self, request: &Request<B>) -> Option<RequestKey> {
         let is_first = self.stage.load(Relaxed) == GIVEN;
         self.stage.store(ASKED, Relaxed);
         let body = match request.body().size_hint().exact() {
@@ -70,8 +70,8 @@ impl Turn {
             _ => UNKNOWN,
         };
         self.body.store(body, Relaxed);
-        let words = self.words.lock().unwrap_or_else(PoisonError::into_inner).take();
-        words.filter(|_| body == 0 && is_plain(request))
+        let key = self.key.lock().unwrap_or_else(PoisonError::into_inner).take();
+        key.filter(|_| body == 0 && is_plain(request))
     }
 
     /// The service has answered; hyper is about to write that. Where there is more to come, nobody here

@@ -91,7 +91,7 @@ async fn deliver(control: &Control, body: &Value) -> Taken {
     let (deliver, mut deliveries) = mpsc::channel(1);
     let (done, taken) = oneshot::channel();
     let body = Bytes::from(body.to_string());
-    deliver.send(Delivery { environment: Environment::new("dev"), body, done }).await.unwrap();
+    deliver.send(Delivery { body, done }).await.unwrap();
     drop(deliver);
     control.run_usage(&mut deliveries).await;
     taken.await.unwrap()

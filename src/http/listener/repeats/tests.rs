@@ -73,7 +73,7 @@ impl Service for Library {
         Answered { reply, terms: rests.then_some("now") }
     }
 
-    fn again(&self, _: &Self::Terms, _: Instant) -> bool {
+    fn revalidate(&self, _: &Self::Terms, _: Instant) -> bool {
         let left = self.holds.load(Relaxed);
         self.holds.store(left.saturating_sub(1), Relaxed);
         self.given_again.fetch_add(usize::from(left > 0), Relaxed);

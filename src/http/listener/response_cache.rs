@@ -35,14 +35,14 @@ const LONGEST_BODY: u64 = 64 << 10;
 
 /// A request, by its bytes and where it came from.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) struct Words(u128);
+pub(super) struct RequestKey(u128);
 
 /// What was answered, on terms of the kind `T`.
 #[derive(Debug)]
-pub(super) struct Memory<T> {
+pub(super) struct ResponseCache<T> {
     // Made when something is asked: some listeners are not even connected to.
     places: OnceLock<Box<[Place<T>]>>,
-    key: [u8; 16],
+    secret: [u8; 16],
     bytes: AtomicUsize,
     /// The place that is emptied next where there are too many bytes.
     next: AtomicUsize,
@@ -50,52 +50,52 @@ pub(super) struct Memory<T> {
 
 #[derive(Debug)]
 struct Place<T> {
-    /// A part of the words that were asked last.
+    /// A part of the key that was asked for last.
     asked: AtomicU64,
-    known: ArcSwapOption<Known<T>>,
+    known: ArcSwapOption<Entry<T>>,
 }
 
 #[derive(Debug)]
-struct Known<T> {
-    words: Words,
+struct Entry<T> {
+    key: RequestKey,
     answer: Written,
     terms: T,
 }
 
 /// An answer that is ready to be sent.
 #[derive(Debug)]
-pub(super) struct Recalled {
+pub(super) struct CachedResponse {
     pub(super) head: SmallVec<[u8; 512]>,
     pub(super) body: Bytes,
 }
 
-impl<T> Memory<T> {
+impl<T> ResponseCache<T> {
     pub(super) fn new() -> Self {
         Self {
             places: OnceLock::new(),
-            key: rand::random(),
+            secret: rand::random(),
             bytes: AtomicUsize::new(0),
             next: AtomicUsize::new(0),
         }
     }
 
-    /// The words of a request from `peer`: its whole head, and there is nothing else of it.
-    pub(super) fn words(&self, peer: IpAddr, head: &[u8]) -> Words {
+    /// The key of a request from `peer`: its whole head, and there is nothing else of it.
+    pub(super) fn key(&self, peer: IpAddr, head: &[u8]) -> RequestKey {
         let peer = match peer {
             IpAddr::V4(address) => address.to_ipv6_mapped(),
             IpAddr::V6(address) => address,
         };
-        let mut hasher = SipHasher13::new_with_key(&self.key);
+        let mut hasher = SipHasher13::new_with_key(&self.secret);
         hasher.write(&peer.octets());
         hasher.write(head);
-        Words(hasher.finish128().as_u128())
+        RequestKey(hasher.finish128().as_u128())
     }
 
-    /// What was answered to these words, if that `holds`; if not, it is forgotten.
-    pub(super) fn find(&self, words: Words, holds: impl FnOnce(&T) -> bool) -> Option<Recalled> {
-        let place = self.place(words)?;
+    /// What was answered under this key, if that `holds`; if not, it is forgotten.
+    pub(super) fn find(&self, key: RequestKey, holds: impl FnOnce(&T) -> bool) -> Option<CachedResponse> {
+        let place = self.place(key)?;
         let known = place.known.load();
-        let known = known.as_deref().filter(|known| known.words == words)?;
+        let known = known.as_deref().filter(|known| known.key == key)?;
         if !holds(&known.terms) {
             self.put(place, None);
             return None;
@@ -103,28 +103,28 @@ impl<T> Memory<T> {
         let mut head = SmallVec::from_slice(&known.answer.head);
         head.extend_from_slice(&date());
         head.extend_from_slice(b"\r\n\r\n");
-        Some(Recalled { head, body: known.answer.body.clone() })
+        Some(CachedResponse { head, body: known.answer.body.clone() })
     }
 
-    /// Whether these words were asked lately, as they are now: what is asked once is not worth
+    /// Notes that this key was asked for; whether it was lately, too: what is asked once is not worth
     /// remembering.
-    pub(super) fn hears_again(&self, words: Words) -> bool {
+    pub(super) fn mark_asked(&self, key: RequestKey) -> bool {
         let make = || {
             let place = || Place { asked: AtomicU64::new(0), known: ArcSwapOption::empty() };
             (0..PLACES).map(|_| place()).collect()
         };
         self.places.get_or_init(make);
-        let mark = (words.0 >> 64) as u64;
-        self.place(words).is_some_and(|it| it.asked.swap(mark, Ordering::Relaxed) == mark)
+        let mark = (key.0 >> 64) as u64;
+        self.place(key).is_some_and(|it| it.asked.swap(mark, Ordering::Relaxed) == mark)
     }
 
-    /// Remembers what was answered to these words, if it is an answer to be remembered.
-    pub(super) fn remember(&self, words: Words, reply: &Reply, terms: T) {
+    /// Remembers what was answered under this key, if it is an answer to be remembered.
+    pub(super) fn remember(&self, key: RequestKey, reply: &Reply, terms: T) {
         if reply::length(reply) > LONGEST_BODY {
             return;
         }
-        let (Some(answer), Some(place)) = (Written::of(reply), self.place(words)) else { return };
-        self.put(place, Some(Arc::new(Known { words, answer, terms })));
+        let (Some(answer), Some(place)) = (Written::of(reply), self.place(key)) else { return };
+        self.put(place, Some(Arc::new(Entry { key, answer, terms })));
         self.keep_within_bounds();
     }
 
@@ -140,19 +140,19 @@ impl<T> Memory<T> {
         }
     }
 
-    fn put(&self, place: &Place<T>, known: Option<Arc<Known<T>>>) {
-        let weight = |known: Option<&Arc<Known<T>>>| known.map_or(0, |known| known.weight());
+    fn put(&self, place: &Place<T>, known: Option<Arc<Entry<T>>>) {
+        let weight = |known: Option<&Arc<Entry<T>>>| known.map_or(0, |known| known.weight());
         self.bytes.fetch_add(weight(known.as_ref()), Ordering::Relaxed);
         let old = place.known.swap(known);
         self.bytes.fetch_sub(weight(old.as_ref()), Ordering::Relaxed);
     }
 
-    fn place(&self, words: Words) -> Option<&Place<T>> {
-        Some(&self.places.get()?[(words.0 % PLACES as u128) as usize])
+    fn place(&self, key: RequestKey) -> Option<&Place<T>> {
+        Some(&self.places.get()?[(key.0 % PLACES as u128) as usize])
     }
 }
 
-impl<T> Known<T> {
+impl<T> Entry<T> {
     fn weight(&self) -> usize {
         size_of::<Self>() + self.answer.head.len() + self.answer.body.len()
     }
@@ -195,45 +195,45 @@ mod tests {
         Response::new(Bytes::from(vec![b'x'; length]).into())
     }
 
-    /// The words of a request that was asked before.
-    fn asked(memory: &Memory<()>, head: &str) -> Words {
-        let words = memory.words(PEER, head.as_bytes());
-        memory.hears_again(words);
-        words
+    /// The key of a request that was asked before.
+    fn asked(cache: &ResponseCache<()>, head: &str) -> RequestKey {
+        let key = cache.key(PEER, head.as_bytes());
+        cache.mark_asked(key);
+        key
     }
 
     #[test]
-    fn an_answer_is_found_by_its_words_as_long_as_it_holds() {
-        let memory = Memory::new();
-        let words = asked(&memory, "GET /");
-        memory.remember(words, &reply(3), ());
-        let found = memory.find(words, |()| true).unwrap();
+    fn an_answer_is_found_by_its_key_as_long_as_it_holds() {
+        let cache = ResponseCache::new();
+        let key = asked(&cache, "GET /");
+        cache.remember(key, &reply(3), ());
+        let found = cache.find(key, |()| true).unwrap();
         let head = std::str::from_utf8(&found.head).unwrap();
         assert!(head.starts_with("HTTP/1.1 200 OK\r\ncontent-length: 3\r\ndate: "), "{head}");
         assert!(head.ends_with(" GMT\r\n\r\n"), "{head}");
         assert_eq!(&found.body[..], b"xxx");
 
-        let elsewhere = memory.words("::1".parse().unwrap(), b"GET /");
-        let mapped = memory.words("::ffff:127.0.0.1".parse().unwrap(), b"GET /");
-        assert!(elsewhere != words && mapped == words);
-        assert!(memory.find(elsewhere, |()| true).is_none());
-        assert_ne!(Memory::<()>::new().words(PEER, b"GET /"), words, "strangers know no key");
+        let elsewhere = cache.key("::1".parse().unwrap(), b"GET /");
+        let mapped = cache.key("::ffff:127.0.0.1".parse().unwrap(), b"GET /");
+        assert!(elsewhere != key && mapped == key);
+        assert!(cache.find(elsewhere, |()| true).is_none());
+        assert_ne!(ResponseCache::<()>::new().key(PEER, b"GET /"), key, "strangers know no key");
 
-        assert!(memory.find(words, |()| false).is_none());
-        assert!(memory.find(words, |()| true).is_none(), "it was forgotten");
-        assert_eq!(memory.bytes.load(Ordering::Relaxed), 0);
+        assert!(cache.find(key, |()| false).is_none());
+        assert!(cache.find(key, |()| true).is_none(), "it was forgotten");
+        assert_eq!(cache.bytes.load(Ordering::Relaxed), 0);
     }
 
     #[test]
     fn what_is_asked_once_is_not_worth_remembering() {
-        let memory = Memory::<()>::new();
-        let words = memory.words(PEER, b"GET /");
-        assert_eq!([(); 3].map(|()| memory.hears_again(words)), [false, true, true]);
+        let cache = ResponseCache::<()>::new();
+        let key = cache.key(PEER, b"GET /");
+        assert_eq!([(); 3].map(|()| cache.mark_asked(key)), [false, true, true]);
     }
 
     #[test]
     fn only_what_is_asked_again_and_again_is_remembered() {
-        let memory = Memory::new();
+        let cache = ResponseCache::new();
         let mut unchanged = reply(0);
         *unchanged.status_mut() = StatusCode::NOT_MODIFIED;
         let mut refused = reply(1);
@@ -247,28 +247,28 @@ mod tests {
             (refused, false),
             (told, false),
         ] {
-            let words = asked(&memory, "GET /");
-            memory.remember(words, &reply, ());
-            assert_eq!(memory.find(words, |()| true).is_some(), expect, "{reply:?}");
-            memory.find(words, |()| false);
+            let key = asked(&cache, "GET /");
+            cache.remember(key, &reply, ());
+            assert_eq!(cache.find(key, |()| true).is_some(), expect, "{reply:?}");
+            cache.find(key, |()| false);
         }
     }
 
     #[test]
     fn what_is_remembered_stays_within_bounds() {
-        let memory = Memory::new();
+        let cache = ResponseCache::new();
         let mut most = 0;
         for n in 0..5000 {
-            memory.remember(asked(&memory, &format!("GET /{n}")), &reply(10_000), ());
-            let held = memory.places.get().into_iter().flatten();
+            cache.remember(asked(&cache, &format!("GET /{n}")), &reply(10_000), ());
+            let held = cache.places.get().into_iter().flatten();
             if n % 500 == 0 {
                 let held = held.filter_map(|it| it.known.load().as_ref().map(|it| it.weight()));
-                assert_eq!(held.sum::<usize>(), memory.bytes.load(Ordering::Relaxed));
+                assert_eq!(held.sum::<usize>(), cache.bytes.load(Ordering::Relaxed));
             }
-            most = most.max(memory.bytes.load(Ordering::Relaxed));
+            most = most.max(cache.bytes.load(Ordering::Relaxed));
         }
         assert!((MOST_BYTES / 2..=MOST_BYTES).contains(&most), "{most}");
-        let kept = memory.bytes.load(Ordering::Relaxed);
+        let kept = cache.bytes.load(Ordering::Relaxed);
         assert!(kept > MOST_BYTES - 30_000, "no more is forgotten than has to be: {kept}");
     }
 }
