@@ -7,8 +7,8 @@ mod attended;
 mod connection;
 mod gather;
 mod handover;
-mod response_cache;
 mod repeats;
+mod response_cache;
 mod service;
 mod spoken;
 mod stream;
@@ -42,8 +42,8 @@ use self::{
     attended::{Attended, Watch},
     connection::Connection,
     handover::Handover,
-    response_cache::ResponseCache,
     repeats::{Known, Recall, Repeats},
+    response_cache::ResponseCache,
     spoken::{Protocols, Spoken},
     tasks::Tasks,
     turn::Turn,

@@ -7,7 +7,7 @@ use std::{net::SocketAddr, sync::Arc, time::Instant};
 
 use super::{
     attended::Watch,
-    response_cache::{ResponseCache, CachedResponse, RequestKey},
+    response_cache::{CachedResponse, RequestKey, ResponseCache},
     service::{Answered, Service},
     turn::Turn,
 };

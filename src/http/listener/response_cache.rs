@@ -92,7 +92,11 @@ impl<T> ResponseCache<T> {
     }
 
     /// What was answered under this key, if that `holds`; if not, it is forgotten.
-    pub(super) fn find(&self, key: RequestKey, holds: impl FnOnce(&T) -> bool) -> Option<CachedResponse> {
+    pub(super) fn find(
+        &self,
+        key: RequestKey,
+        holds: impl FnOnce(&T) -> bool,
+    ) -> Option<CachedResponse> {
         let place = self.place(key)?;
         let known = place.known.load();
         let known = known.as_deref().filter(|known| known.key == key)?;

@@ -20,7 +20,9 @@ use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::{gather, handover::Handover, response_cache::CachedResponse, repeats::Repeats, turn::Given};
+use super::{
+    gather, handover::Handover, repeats::Repeats, response_cache::CachedResponse, turn::Given,
+};
 
 /// The bytes of a connection.
 pub(super) struct Stream<I> {
