@@ -305,6 +305,11 @@ fn status_codes_are_chosen_by_the_surface_alone() {
 }
 
 #[test]
+fn errors_are_logged_with_their_causes() {
+    check_absent("`report` tells an error with its causes", r"%error\b|error = %", &[]);
+}
+
+#[test]
 fn tasks_without_an_owner_are_spawned_by_the_assembly_and_the_listener() {
     let spawning = r"\b(tokio|task|thread)::spawn\b|Handle::spawn";
     check_absent("a task belongs to a JoinSet", spawning, &["app.rs", "app", "http/listener.rs"]);
