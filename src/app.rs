@@ -196,18 +196,22 @@ impl App {
         workers.spawn("streams", streams.clone(), |streams| async move { streams.run().await });
         workers.spawn("metrics", registry, upkeep);
 
-        // These end by themselves, when they have done the last of their work; the registry's when
-        // nobody is left who could deliver usage to it.
-        let mut closers = Tasks::default();
+        // Outlives all who deliver to it, and is not waited for when they have ended: a database may
+        // never answer.
+        let mut registry_keeper = Tasks::default();
         if let Some((control, deliveries)) = plan.control {
             let parts = (control.clone(), keeper.auth.clone());
             workers.spawn("control", parts, |(control, auth)| async move {
                 control.run(&auth).await;
             });
-            closers.spawn("registry", (control, deliveries), |(control, deliveries)| async move {
+            let parts = (control, deliveries);
+            registry_keeper.spawn("registry", parts, |(control, deliveries)| async move {
                 control.run_usage(&mut *deliveries.lock().await).await;
             });
         }
+
+        // These end by themselves, when they have done the last of their work.
+        let mut closers = Tasks::default();
         let ending = Ending { begins: stop_working.clone(), grace, hurries: hurry.clone() };
         let parts = (keeper.usage.clone(), plan.sink, ending);
         closers.spawn("usage", parts, |(usage, sink, ending)| async move {
@@ -243,6 +247,7 @@ impl App {
             workers.end().await;
             stop_working.cancel();
             closers.join().await;
+            registry_keeper.end().await;
             keeper.finish().await;
         });
         loop {
