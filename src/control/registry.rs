@@ -249,16 +249,14 @@ impl Registry {
 
     /// One token that `operator` may see, by its id or its secret.
     pub(super) fn token(&self, operator: &Operator, identifier: &str) -> Option<ApiToken> {
-        let (digest, held) = (TokenDigest::of(identifier), self.held());
-        let found = held.iter().find(|it| it.token.id == identifier || it.digest == digest)?;
+        let held = self.held();
+        let found = named(&held, identifier)?;
         operator.may_see(found.token.kind).then(|| found.token.clone())
     }
 
     /// The id of a token, by that or by its secret.
     pub(super) fn id(&self, identifier: &str) -> Option<String> {
-        let (digest, held) = (TokenDigest::of(identifier), self.held());
-        let found = held.iter().find(|it| it.token.id == identifier || it.digest == digest)?;
-        Some(found.token.id.clone())
+        named(&self.held(), identifier).map(|found| found.token.id.clone())
     }
 
     /// The name of a valid token.
@@ -412,6 +410,12 @@ impl Registry {
             auth.set_given(self.grants());
         }
     }
+}
+
+/// The one of this id, or of this secret.
+fn named<'a>(held: &'a [Held], identifier: &str) -> Option<&'a Held> {
+    let digest = TokenDigest::of(identifier);
+    held.iter().find(|it| it.token.id == identifier || it.digest == digest)
 }
 
 fn sort(held: &mut [Held]) {
