@@ -11,9 +11,8 @@ pub fn parse(text: &str) -> Option<Timestamp> {
 
 fn beyond(text: &str) -> Option<Timestamp> {
     let pieces = Pieces::parse(text).ok()?;
-    let _offset = pieces.to_numeric_offset()?;
-    let _time = pieces.time()?;
-    farthest(pieces.date().year())
+    let is_whole = pieces.time().is_some() && pieces.to_numeric_offset().is_some();
+    is_whole.then(|| farthest(pieces.date().year())).flatten()
 }
 
 /// The end of the clock that lies in a year.
