@@ -23,7 +23,7 @@
 //! | assembly | [`app`], [`config`], [`command`], [`probe`] | what a mode is made of, what the operator says, what the command line tells by itself, what a container's health check asks |
 //! | surface | [`http`] | listeners, routes, replies; the only place that chooses status codes |
 //! | control | [`control`] | accounts, tokens, sessions, the audit log and the usage of an instance that stands on its own, over SQL |
-//! | services | [`sync`], [`auth`], [`usage`], [`answers`], [`feed`] | each owns its task and its state |
+//! | services | [`sync`], [`auth`], [`usage`], [`answers`], [`feed`] | what goes on by itself, each with its own task and state; and what only works on the state below |
 //! | state | [`snapshot`], [`upstream`], [`store`] | what is served, the server in front of which we stand, what outlives a restart |
 //! | pure core | [`engine`] | flags compiled to data, and evaluated; no IO, clock, chance or logs |
 //! | words | [`token`], [`wire`], [`telemetry`] | tokens and grants, Unleash's JSON, logs and readiness |

@@ -1,8 +1,8 @@
 //! The requests that Parapet makes of an Unleash server.
 //!
-//! Every request goes through one function, [`Upstream::call`], which bounds, times, counts and sorts
-//! it, or is bounded, timed, counted and sorted by itself for what is different about it. Nothing here
-//! retries or follows redirects.
+//! Most go through one function, [`Upstream::call`], which bounds, times, counts and sorts them; what
+//! is relayed, followed, or asks only whether a token is admitted does all of that by itself. Nothing
+//! here retries or follows redirects.
 
 use std::{fmt, sync::Arc, time::Duration};
 
