@@ -10,6 +10,7 @@ use std::{borrow::Cow, fmt, iter};
 use memchr::{memchr, memchr2};
 use percent_encoding::percent_decode_str;
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
+use smallvec::SmallVec;
 
 /// What a frontend request says of its user; every value is text, borrowed from the request where
 /// it stands there as it is.
@@ -60,26 +61,28 @@ pub enum Error {
 
 impl<'a> FrontendContext<'a> {
     /// Reads `userId=…&properties[plan]=…`; other names are properties too.
+    ///
+    /// A name that is given several times, as `k=a&k=b`, `k[]=a&k[]=b` or `k[0]=a&k[1]=b`, has one value,
+    /// `a,b` in the order of the query: what Unleash's frontend API makes of such arrays (measured on
+    /// 8.2.0).
     pub fn from_query(query: &'a str) -> Result<Self, Error> {
-        let mut context = Self::default();
+        let mut reader = QueryReader::default();
         for (count, (name, value)) in pairs(query).enumerate() {
             if count == MAX_FIELDS {
                 return Err(Error::TooMany);
             }
             let value = decoded(value);
             if let Some(property) = plain_property(name) {
-                context.set_property(Cow::Borrowed(property), value);
+                reader.set(Origin::Properties, Cow::Borrowed(property), value);
                 continue;
             }
             let name = decoded(name);
-            match property_of(&name) {
-                Some(property) => context.set_property(within(&name, property), value),
-                // `properties[a][b]=` and the like name nothing that a flag could read.
-                None if name.contains('[') => {}
-                None => context.set(name, value),
+            if let Some((origin, key)) = key_of(&name) {
+                let key = within(&name, key, |name| key_of(name).map(|(_, key)| key));
+                reader.set(origin, key, value);
             }
         }
-        context.within_bounds()
+        reader.finish().within_bounds()
     }
 
     /// Reads the fields themselves or `{"context": fields}`.
@@ -167,10 +170,12 @@ impl<'a> FrontendContext<'a> {
         }
     }
 
-    /// A known field among the properties stands for the field where the top level has none.
+    /// A known field among the properties stands in for one that is missing or empty at the top level.
     fn set_property(&mut self, name: Cow<'a, str>, value: Cow<'a, str>) {
         if let Some(field) = self.known(&name) {
-            field.get_or_insert(value);
+            if field.as_deref().is_none_or(str::is_empty) {
+                *field = Some(value);
+            }
         } else if let Some((_, old)) = self.properties.iter_mut().find(|(known, _)| *known == name)
         {
             *old = value;
@@ -239,21 +244,107 @@ fn decoded(text: &str) -> Cow<'_, str> {
 fn plain_property(name: &str) -> Option<&str> {
     let property = name.strip_prefix("properties%5B")?.strip_suffix("%5D")?;
     let is_plain = |byte: u8| !matches!(byte, b'%' | b'+' | b'[' | b']');
-    property.bytes().all(is_plain).then_some(property)
+    (!property.is_empty() && property.bytes().all(is_plain)).then_some(property)
 }
 
-/// The `k` of `properties[k]`.
-fn property_of(name: &str) -> Option<&str> {
-    let property = name.strip_prefix("properties[")?.strip_suffix(']')?;
-    (!property.contains(['[', ']'])).then_some(property)
+/// Where a query names a field.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Origin {
+    /// `k=`
+    TopLevel,
+    /// `properties[k]=`
+    Properties,
 }
 
-/// What [`property_of`] finds in a name, for as long as the name itself lives.
-fn within<'a>(name: &Cow<'a, str>, property: &str) -> Cow<'a, str> {
-    match name {
-        Cow::Borrowed(name) => property_of(name).map_or_else(Cow::default, Cow::Borrowed),
-        Cow::Owned(_) => Cow::Owned(property.to_owned()),
+/// The field that a name in a query stands for, `k` of `k`, `properties[k]`, and of both with `[]` or an
+/// index behind; `None` where it stands for nothing that a flag could read, as `properties[a][b]` does.
+fn key_of(name: &str) -> Option<(Origin, &str)> {
+    if memchr(b'[', name.as_bytes()).is_none() {
+        return Some((Origin::TopLevel, name));
     }
+    let of_properties = name.strip_prefix("properties[").and_then(|rest| rest.split_once(']'));
+    let (origin, key, rest) = if let Some((key, rest)) = of_properties {
+        (Origin::Properties, key, rest)
+    } else {
+        let (key, rest) = name.split_at(name.find('[')?);
+        (Origin::TopLevel, key, rest)
+    };
+    let is_index = |rest: &str| {
+        let index = rest.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+        index.is_some_and(|index| index.bytes().all(|byte| byte.is_ascii_digit()))
+    };
+    let is_key =
+        !key.is_empty() && !key.contains(['[', ']']) && (rest.is_empty() || is_index(rest));
+    is_key.then_some((origin, key))
+}
+
+/// What `find` finds in a name, for as long as the name itself lives.
+fn within<'a>(
+    name: &Cow<'a, str>,
+    found: &str,
+    find: impl FnOnce(&'a str) -> Option<&'a str>,
+) -> Cow<'a, str> {
+    match name {
+        Cow::Borrowed(name) => find(name).map_or_else(Cow::default, Cow::Borrowed),
+        Cow::Owned(_) => Cow::Owned(found.to_owned()),
+    }
+}
+
+/// A query as far as it is read.
+#[derive(Debug, Default)]
+struct QueryReader<'a> {
+    context: FrontendContext<'a>,
+    /// Where each property comes from, in their order.
+    origins: SmallVec<[Origin; 16]>,
+    /// What the properties say of the fields that are none.
+    stand_ins: Vec<(Cow<'a, str>, Cow<'a, str>)>,
+}
+
+impl<'a> QueryReader<'a> {
+    /// Takes a field, joining the values that it is given in one place. A property that is named at the top
+    /// level as well has the value that it has among the properties.
+    fn set(&mut self, origin: Origin, name: Cow<'a, str>, value: Cow<'a, str>) {
+        let Self { context, origins, stand_ins } = self;
+        if let Some(field) = context.known(&name) {
+            if origin == Origin::Properties {
+                match stand_ins.iter_mut().find(|(known, _)| *known == name) {
+                    Some((_, values)) => join(values, &value),
+                    None => stand_ins.push((name, value)),
+                }
+                return;
+            }
+            match field {
+                Some(values) => join(values, &value),
+                None => *field = Some(value),
+            }
+        } else if let Some(at) = context.properties.iter().position(|(known, _)| *known == name) {
+            let (_, values) = &mut context.properties[at];
+            match origins[at] {
+                place if place == origin => join(values, &value),
+                Origin::TopLevel => {
+                    *values = value;
+                    origins[at] = origin;
+                }
+                Origin::Properties => {}
+            }
+        } else if context.properties.len() < MAX_PROPERTIES {
+            context.properties.push((name, value));
+            origins.push(origin);
+        }
+    }
+
+    fn finish(mut self) -> FrontendContext<'a> {
+        for (name, value) in self.stand_ins {
+            self.context.set_property(name, value);
+        }
+        self.context
+    }
+}
+
+fn join(values: &mut Cow<'_, str>, value: &str) {
+    let values = values.to_mut();
+    values.push(',');
+    values.push_str(value);
 }
 
 /// A body, with or without the `context` around it.
@@ -286,7 +377,7 @@ impl<'de> Deserialize<'de> for Envelope<'de> {
 enum Value<'a> {
     Scalar(Cow<'a, str>),
     Object(Vec<(Cow<'a, str>, Self)>),
-    /// Null or an array.
+    /// Null, or an array of anything but scalars.
     Other,
 }
 
@@ -337,8 +428,20 @@ impl<'de> Visitor<'de> for ValueVisitor {
         self,
         mut items: A,
     ) -> Result<Self::Value, A::Error> {
-        while items.next_element::<IgnoredAny>()?.is_some() {}
-        Ok(Value::Other)
+        // As of a query: what JavaScript makes of an array that is used as a text.
+        let mut joined = String::new();
+        let mut is_first = true;
+        while let Some(item) = items.next_element()? {
+            let Value::Scalar(item) = item else {
+                while items.next_element::<IgnoredAny>()?.is_some() {}
+                return Ok(Value::Other);
+            };
+            if !std::mem::take(&mut is_first) {
+                joined.push(',');
+            }
+            joined.push_str(&item);
+        }
+        Ok(Value::Scalar(Cow::Owned(joined)))
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Self::Value, A::Error> {
@@ -460,6 +563,53 @@ mod tests {
         };
         check(r#"{"properties":{"userId":"inner"}}"#, "inner");
         check(r#"{"properties":{"userId":"inner"},"userId":"outer"}"#, "outer");
+        check(r#"{"userId":"","properties":{"userId":"inner"}}"#, "inner");
+    }
+
+    /// What the frontend API of Unleash 8.2.0 makes of the same queries, measured by flags with constraints on
+    /// each field (`tests/it/frontend_context.rs`).
+    #[test]
+    fn repeated_and_array_like_names_of_a_query_have_one_value() {
+        #[track_caller]
+        fn check(query: &str, expect: &[(&str, &str)]) {
+            let mut context = FrontendContext::from_query(query).unwrap();
+            let mut fields = std::mem::take(&mut context.properties);
+            for name in ["userId", "sessionId", "appName"] {
+                let field = context.known(name).unwrap();
+                fields.extend(field.take().map(|value| (name.into(), value)));
+            }
+            assert_eq!(context, FrontendContext::default(), "{query}");
+            let fields: Vec<_> = fields.iter().map(|(name, value)| (&**name, &**value)).collect();
+            assert_eq!(fields, expect, "{query}");
+        }
+        check("properties[k]=A&properties[k]=B&properties%5Bk%5D=C", &[("k", "A,B,C")]);
+        check("properties[k][]=A&properties[k][]=B", &[("k", "A,B")]);
+        check("properties[k][0]=A&properties[k][1]=B", &[("k", "A,B")]);
+        check("properties[k][]=A", &[("k", "A")]);
+        check("k=A&k=A&other[]=B", &[("k", "A,A"), ("other", "B")]);
+        check("userId=1&userId=2&sessionId[]=A", &[("userId", "1,2"), ("sessionId", "A")]);
+        check("userId=&userId=A&appName=a&appName=b", &[("userId", ",A"), ("appName", "a,b")]);
+        check("properties[userId]=A&properties[userId]=B", &[("userId", "A,B")]);
+        check("properties[userId]=A&userId=B&userId=C", &[("userId", "B,C")]);
+        check("userId=B&properties[userId]=A&userId=C", &[("userId", "B,C")]);
+        check("userId=&properties[userId]=A", &[("userId", "A")]);
+        check("k=A&properties[k]=B&k=C", &[("k", "B")]);
+        check("properties[k]=B&k=A&properties[k]=D", &[("k", "B,D")]);
+        check("properties[k][x]=A&userId[x]=A&k[=A&[]=A&k]=A", &[("k]", "A")]);
+    }
+
+    #[test]
+    fn arrays_of_scalars_in_a_body_are_joined_as_in_a_query() {
+        fn read(body: &str) -> FrontendContext<'_> {
+            FrontendContext::from_json(body.as_bytes()).unwrap()
+        }
+        let context = read(r#"{"userId":["A","B"],"k":[1,true,"x"],"properties":{"p":["A"]}}"#);
+        assert_eq!(context.user_id.as_deref(), Some("A,B"));
+        let properties: Vec<_> = context.properties.iter().map(|(k, v)| (&**k, &**v)).collect();
+        assert_eq!(properties, [("k", "1,true,x"), ("p", "A")]);
+        for body in [r#"{"k":[{"a":1},"A"]}"#, r#"{"k":["A",null]}"#] {
+            assert_eq!(read(body), FrontendContext::default(), "{body}");
+        }
     }
 
     #[test]
@@ -480,8 +630,8 @@ mod tests {
     #[test]
     fn the_number_of_fields_is_bounded() {
         let check = |count: usize, is_read: bool| {
-            let query = vec!["plan=gold"; count].join("&");
-            let fields = format!("{{{}}}", vec![r#""plan":"gold""#; count].join(","));
+            let query = vec!["plan=g"; count].join("&");
+            let fields = format!("{{{}}}", vec![r#""plan":"g""#; count].join(","));
             let inner = format!(r#"{{"properties":{fields}}}"#);
             let [fields, inner] =
                 [&fields, &inner].map(|it| FrontendContext::from_json(it.as_bytes()));

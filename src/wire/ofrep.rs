@@ -200,7 +200,8 @@ mod tests {
         assert_eq!(user(r#"{"context":{"targetingKey":"7","userId":"8"}}"#).as_deref(), Some("8"));
         let other = read(r#"{"context":{"targetingKey":"7","plan":"gold","age":7,"tags":[1]}}"#);
         let properties: Vec<_> = other.properties.iter().map(|(a, b)| (&**a, &**b)).collect();
-        assert_eq!(properties, [("targetingKey", "7"), ("plan", "gold"), ("age", "7")]);
+        let expect = [("targetingKey", "7"), ("plan", "gold"), ("age", "7"), ("tags", "1")];
+        assert_eq!(properties, expect);
         for empty in ["", " ", "{}", r#"{"context":null}"#, r#"{"context":{}}"#] {
             assert_eq!(read(empty), FrontendContext::default(), "{empty}");
         }
