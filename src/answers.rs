@@ -11,7 +11,9 @@
 //!   has the answer is told so without a body; and equal outcomes share one body with all its codings.
 //! * The JSON of each flag is there for each outcome; a new body strings it together.
 //!
-//! Where lots are drawn, nothing is remembered but the body. How long an answer may be given again
+//! Where lots are drawn, or flags read a `sessionId` that the request lacks and that is made up for it,
+//! the outcomes are good for one request: those flags are evaluated for each, the outcomes of all others
+//! and the body come from the cache. How long an answer may be given again
 //! without asking here is told by [`Holds`]. There is no state here: all that is
 //! remembered belongs to the snapshot and vanishes with it.
 
@@ -20,6 +22,7 @@ mod answer;
 pub mod explained;
 pub mod followed;
 mod holds;
+pub mod session;
 
 pub use self::{
     ahead::prepare,

@@ -35,7 +35,7 @@ use self::explanation::Explanation;
 pub use self::flag::{Flag, FlagId, Outcome};
 pub use self::kept::KeptContext;
 pub use self::problem::{Defect, Part, Problem};
-pub use self::reads::{Key, Reads};
+pub use self::reads::{Key, Reads, Relevance};
 pub use self::variant::{Payload, Variant};
 use crate::wire::features::Document;
 

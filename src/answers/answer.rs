@@ -59,7 +59,7 @@ impl<'a> Answer<'a> {
         let (engine, answers) = (snapshot.engine(), snapshot.answers());
         let values = engine.read(context);
         if view.reads().is_random(&values) {
-            let fragments = evaluate(snapshot, view, values, shown);
+            let fragments = evaluate_once(snapshot, view, values, shown);
             let hash = hash_of(&fragments);
             let known = Known::Fragments(fragments);
             return Self { snapshot, view, shown, hash, is_settled: false, known };
@@ -144,6 +144,8 @@ enum Words {
     Toggles(Shown),
     /// In those of the one other protocol.
     Others,
+    /// As outcomes of the flags that are [`Toggle::Varies`], to be repeated.
+    Repeatable,
 }
 
 /// What begins the key of whatever is asked of a view.
@@ -153,6 +155,7 @@ fn key(view: &View, words: Words) -> Key {
         Words::Toggles(Shown::Enabled) => 0,
         Words::Toggles(Shown::All) => 1,
         Words::Others => 2,
+        Words::Repeatable => 3,
     });
     key
 }
@@ -170,6 +173,47 @@ fn evaluate<'a>(
     fragments
 }
 
+/// The same for a context of which some outcomes are good for this request only. The flags that always
+/// have equal outcomes for equal contexts are evaluated once for all such requests.
+fn evaluate_once<'a>(
+    snapshot: &'a Snapshot,
+    view: &View,
+    values: Values<'_>,
+    shown: Shown,
+) -> Vec<Fragment<'a>> {
+    let (engine, all) = (snapshot.engine(), snapshot.fragments());
+    let mut key = key(view, Words::Repeatable);
+    engine.tell(view.repeatable_reads(), &values, &mut key);
+    let bound = engine.bind_values(values);
+    let answers = snapshot.answers();
+    let repeatable = answers.repeatable(answers.known_by(&key), || {
+        let varying = view.toggles().iter().filter_map(|toggle| match *toggle {
+            Toggle::Varies(flag) => Some(engine.evaluate(flag, &bound)),
+            Toggle::Fixed { .. } | Toggle::Draws(_) => None,
+        });
+        varying.collect()
+    });
+    let mut repeatable = repeatable.iter();
+    let mut fragments = Vec::with_capacity(view.toggles().len());
+    for toggle in view.toggles() {
+        let (on, fragment) = match *toggle {
+            Toggle::Fixed { on, fragment } => (on, fragment),
+            Toggle::Varies(flag) => {
+                let outcome = *repeatable.next().expect("there is one outcome for each such flag");
+                (outcome.is_on(), all.id(flag, outcome))
+            }
+            Toggle::Draws(flag) => {
+                let outcome = engine.evaluate(flag, &bound);
+                (outcome.is_on(), all.id(flag, outcome))
+            }
+        };
+        if on || shown == Shown::All {
+            fragments.push(all.get(fragment));
+        }
+    }
+    fragments
+}
+
 /// Evaluates every flag of the view, and tells of those that are shown what they come to.
 pub(super) fn listed(
     snapshot: &Snapshot,
@@ -183,7 +227,7 @@ pub(super) fn listed(
     for toggle in view.toggles() {
         let (on, fragment) = match *toggle {
             Toggle::Fixed { on, fragment } => (on, fragment),
-            Toggle::Varies(flag) => {
+            Toggle::Varies(flag) | Toggle::Draws(flag) => {
                 let outcome = engine.evaluate(flag, &bound);
                 (outcome.is_on(), all.id(flag, outcome))
             }

@@ -4,6 +4,7 @@
 
 use jiff::Timestamp;
 
+use super::session::MadeUpSession;
 use crate::{
     engine::{Context, Flag, explanation::Explanation},
     snapshot::Snapshot,
@@ -22,8 +23,8 @@ pub struct Missing {
 
 /// Explains a flag, whatever project it is of.
 ///
-/// What the context leaves out stays out, but for the environment, which is the snapshot's. The host
-/// is left out too: strategies that ask for it are told that it is not known.
+/// What the context leaves out stays out, but for a `sessionId`, which is made up as it is for frontends.
+/// The host is left out too: strategies that ask for it are told that it is not known.
 pub fn explain(
     snapshot: &Snapshot,
     flag: &str,
@@ -35,11 +36,13 @@ pub fn explain(
     let id = engine.find(flag).ok_or_else(|| Missing { alike: alike(snapshot, flag) })?;
     let properties: Vec<_> =
         told.properties.iter().map(|(name, value)| (&**name, &**value)).collect();
-    let environment = told.environment.as_deref().unwrap_or(snapshot.environment().as_str());
+    let session_id = told.session_id.as_deref().filter(|text| !text.is_empty());
+    let made_up = MadeUpSession::new(draw);
     let context = Context {
         user_id: told.user_id.as_deref(),
-        session_id: told.session_id.as_deref(),
-        environment: Some(environment),
+        session_id: Some(session_id.unwrap_or(made_up.as_str())),
+        session_is_made_up: session_id.is_none(),
+        environment: told.environment.as_deref(),
         app_name: told.app_name.as_deref(),
         current_time: told.current_time.as_deref(),
         remote_address: told.remote_address.as_deref(),
@@ -83,14 +86,44 @@ mod tests {
     }
 
     #[test]
-    fn the_environment_is_the_snapshots_unless_the_context_tells_another() {
-        let explained = |context: &FrontendContext<'_>| {
-            explain(&snapshot(), "cart", context, Timestamp::UNIX_EPOCH, 0).unwrap()
+    fn environment_is_the_contexts_and_not_the_snapshots() {
+        let explained = |environment: Option<&'static str>| {
+            let environment = environment.map(Into::into);
+            let context = FrontendContext { environment, ..FrontendContext::default() };
+            explain(&snapshot(), "cart", &context, Timestamp::UNIX_EPOCH, 0).unwrap()
         };
-        assert!(explained(&FrontendContext::default()).enabled);
-        let other =
-            FrontendContext { environment: Some("prod".into()), ..FrontendContext::default() };
-        assert!(!explained(&other).enabled);
+        assert!(explained(Some("dev")).enabled);
+        assert!(!explained(None).enabled);
+        assert!(!explained(Some("prod")).enabled);
+    }
+
+    #[test]
+    fn missing_session_id_is_made_up_and_explained_as_such() {
+        let of_session = json!({ "name": "flexibleRollout", "parameters": {
+            "rollout": "100", "stickiness": "sessionId", "groupId": "g" } });
+        let numbered = json!({ "name": "default", "constraints": [
+            { "contextName": "sessionId", "operator": "REGEX", "value": "^[0-9a-f]{32}$" }] });
+        let flag = |name: &str, strategy| json!({ "name": name, "enabled": true, "strategies": [strategy] });
+        let features = [flag("rollout", of_session), flag("regex", numbered)];
+        let text = json!({ "features": features }).to_string();
+        let scope = Scope { environment: Environment::new("dev"), projects: Projects::All };
+        let document = Document::parse(text.as_bytes()).unwrap();
+        let snapshot = Snapshot::build(scope, document, Timestamp::UNIX_EPOCH);
+        let explained = |flag, session: &'static str| {
+            let session_id = Some(session.into());
+            let context = FrontendContext { session_id, ..FrontendContext::default() };
+            explain(&snapshot, flag, &context, Timestamp::UNIX_EPOCH, 7).unwrap()
+        };
+        let rollout = explained("rollout", "");
+        let placement = rollout.strategies[0].rule.clone().unwrap().placement.unwrap();
+        assert!(rollout.enabled && placement.drawn);
+        assert_eq!(placement.field.as_deref(), Some("sessionId"));
+        assert!(rollout.summary.contains("made up"), "{}", rollout.summary);
+        let regex = explained("regex", "");
+        let why = &regex.strategies[0].constraints[0].why;
+        assert!(regex.enabled && why.contains("made up"), "{why}");
+        let rollout = explained("rollout", "s1");
+        assert!(rollout.enabled && !rollout.summary.contains("made up"), "{}", rollout.summary);
     }
 
     #[test]

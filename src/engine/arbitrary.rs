@@ -130,6 +130,8 @@ pub(crate) fn definitions() -> impl Strategy<Value = (Value, Value)> {
 pub(crate) struct Asking {
     /// One value or none for each of the fields.
     values: Vec<Option<&'static str>>,
+    /// A `sessionId` that is this request's only.
+    made_up: Option<String>,
     properties: Vec<(&'static str, &'static str)>,
     now: Timestamp,
     draw: u64,
@@ -139,7 +141,8 @@ impl Asking {
     pub(crate) fn context(&self) -> Context<'_> {
         Context {
             user_id: self.values[0],
-            session_id: self.values[1],
+            session_id: self.made_up.as_deref().or(self.values[1]),
+            session_is_made_up: self.made_up.is_some(),
             environment: self.values[2],
             app_name: self.values[3],
             remote_address: self.values[4],
@@ -156,8 +159,9 @@ impl Asking {
 pub(crate) fn asking() -> impl Strategy<Value = Asking> {
     let value = option::weighted(0.4, select(TEXTS.to_vec()));
     let off = select(vec![-1_000_000_000, -1, 0, 1, 1_000_000_000_i64]);
-    (vec(value, FIELDS.len()), select(DATES.to_vec()), off, any::<u64>()).prop_map(
-        |(values, date, off, draw)| {
+    let made_up = option::weighted(0.3, "[0-9a-f]{3}");
+    (vec(value, FIELDS.len()), select(DATES.to_vec()), off, any::<u64>(), made_up).prop_map(
+        |(values, date, off, draw, made_up)| {
             let properties = FIELDS[6..].iter().zip(&values[6..]);
             let date: Timestamp = date.parse().unwrap();
             Asking {
@@ -166,6 +170,7 @@ pub(crate) fn asking() -> impl Strategy<Value = Asking> {
                     .collect(),
                 now: date + SignedDuration::from_nanos(off),
                 values,
+                made_up,
                 draw,
             }
         },

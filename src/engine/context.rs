@@ -21,6 +21,9 @@ pub struct Context<'a> {
     pub user_id: Option<&'a str>,
     /// `sessionId`.
     pub session_id: Option<&'a str>,
+    /// Whether `session_id` was made up for this evaluation because the request has none: an outcome that
+    /// depends on it is good for this evaluation only.
+    pub session_is_made_up: bool,
     /// `environment`.
     pub environment: Option<&'a str>,
     /// `appName`.
@@ -57,6 +60,9 @@ impl FieldId {
     pub const CURRENT_TIME: Self = Self(4);
     /// `remoteAddress`.
     pub const REMOTE_ADDRESS: Self = Self(5);
+
+    /// What `sessionId` is called in flags and contexts.
+    pub(super) const SESSION_ID_NAME: &str = Self::BUILT_IN[Self::SESSION_ID.0 as usize];
 
     /// The fields that every engine has, in the order of their ids.
     const BUILT_IN: [&'static str; 6] =
@@ -169,7 +175,13 @@ impl Fields {
         for (text, value) in texts.iter_mut().zip(built_in) {
             *text = value.or(*text);
         }
-        Values { texts, now: context.now, hostname: context.hostname, draw: context.draw }
+        Values {
+            texts,
+            session_is_made_up: context.session_is_made_up,
+            now: context.now,
+            hostname: context.hostname,
+            draw: context.draw,
+        }
     }
 
     pub(super) fn bind<'a>(&self, values: Values<'a>) -> Bound<'a> {
@@ -204,6 +216,7 @@ fn slot_of(slots: &mut Vec<FieldId>, field: FieldId) -> Slot {
 #[derive(Debug, Clone)]
 pub struct Values<'a> {
     texts: SmallVec<[Option<&'a str>; 16]>,
+    session_is_made_up: bool,
     now: Timestamp,
     hostname: Option<&'a str>,
     draw: u64,
@@ -213,6 +226,11 @@ impl<'a> Values<'a> {
     /// The value of a field.
     pub fn text(&self, field: FieldId) -> Option<&'a str> {
         self.texts[field.index()]
+    }
+
+    /// Whether the text of a field was made up for this evaluation.
+    pub(super) fn is_made_up(&self, field: FieldId) -> bool {
+        self.session_is_made_up && field == FieldId::SESSION_ID
     }
 
     /// Whether the field is missing or empty.

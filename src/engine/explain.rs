@@ -348,7 +348,10 @@ impl Desk<'_, '_, '_> {
                 value_of(self.context, &told.field)
             };
         }
-        told.why = words::constraint(&told, &compiled, problem);
+        let is_made_up = self.context.session_is_made_up
+            && told.field == FieldId::SESSION_ID_NAME
+            && !constraint::is_of_time(&told.operator);
+        told.why = words::constraint(&told, &compiled, problem, is_made_up);
         told
     }
 
@@ -532,7 +535,8 @@ impl Desk<'_, '_, '_> {
             stickiness: name.to_owned(),
             field: source.map(|(field, _)| self.name(field).to_owned()),
             value: source.map(|(_, value)| value.to_owned()),
-            drawn: source.is_none() && bucket.is_some(),
+            drawn: bucket.is_some()
+                && source.is_none_or(|(field, _)| self.bound.values().is_made_up(field)),
             group: group.map(str::to_owned),
             bucket,
             buckets,

@@ -169,7 +169,8 @@ pub struct Placement {
     pub field: Option<String>,
     /// The value of that field.
     pub value: Option<String>,
-    /// Whether a lot was drawn instead, which another evaluation may draw differently.
+    /// Whether chance decided, so that another evaluation may place it elsewhere: a lot was drawn, or the
+    /// context lacks a `sessionId` and one was made up.
     pub drawn: bool,
     /// What the value is hashed with; none where there is only chance.
     pub group: Option<String>,

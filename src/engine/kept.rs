@@ -1,6 +1,7 @@
 //! A context that outlives its request, to be asked by again.
 //!
-//! Its time and its lots are those of each evaluation, and not kept.
+//! Its time and its lots are those of each evaluation, and not kept. A context whose `sessionId` was made
+//! up is good for one request, and nobody keeps it.
 
 use std::hash::{Hash, Hasher};
 
@@ -49,6 +50,7 @@ impl KeptContext {
         ask(&Context {
             user_id,
             session_id,
+            session_is_made_up: false,
             environment,
             app_name,
             current_time,
@@ -89,7 +91,7 @@ mod tests {
         fn what_is_kept_is_what_the_context_says(asking in asking()) {
             let context = asking.context();
             let kept = KeptContext::of(&context).unwrap();
-            let expect = Context { draw: 0, ..context };
+            let expect = Context { draw: 0, session_is_made_up: false, ..context };
             let says = kept.at(context.now, |kept| format!("{kept:?}"));
             prop_assert_eq!(says, format!("{expect:?}"));
         }

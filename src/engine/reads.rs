@@ -34,6 +34,17 @@ struct Use {
     text: Text,
 }
 
+/// How much of a field's value matters for the outcomes of some flags.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Relevance {
+    /// Nothing.
+    None,
+    /// Whether it is there, and which of the texts that flags name it is.
+    Membership,
+    /// The very text.
+    Text,
+}
+
 /// When the very text of a field matters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Text {
@@ -49,17 +60,20 @@ impl Reads {
         self.uses.iter().map(|it| it.field)
     }
 
-    /// Whether the value of this field matters for a context of which `lacks` says what is missing or
+    /// How much of this field's value matters for a context of which `lacks` says what is missing or
     /// empty; where that is not known, it is to say so of everything.
-    pub fn matters(&self, field: FieldId, lacks: impl Fn(FieldId) -> bool) -> bool {
-        let Ok(at) = self.uses.binary_search_by_key(&field, |it| it.field) else { return false };
-        let it = &self.uses[at];
-        let in_full = match it.text {
-            Text::Never => false,
-            Text::Without(others) => others.iter().all(|&other| lacks(other)),
-            Text::Always => true,
+    pub fn relevance(&self, field: FieldId, lacks: impl Fn(FieldId) -> bool) -> Relevance {
+        let Ok(at) = self.uses.binary_search_by_key(&field, |it| it.field) else {
+            return Relevance::None;
         };
-        it.symbol || it.presence || in_full
+        let it = &self.uses[at];
+        if it.is_read_in_full(lacks) {
+            Relevance::Text
+        } else if it.symbol || it.presence {
+            Relevance::Membership
+        } else {
+            Relevance::None
+        }
     }
 
     /// Whether the time of the evaluation matters, unless the context tells its own.
@@ -67,14 +81,21 @@ impl Reads {
         !self.changes.is_empty()
     }
 
-    /// Whether there is a context for which lots are drawn.
+    /// Whether there is a context for which the outcomes are good for one evaluation only: because lots
+    /// are drawn, or because the text of a `sessionId` matters, which may be made up.
     pub fn may_be_random(&self) -> bool {
-        !self.chances.is_empty()
+        let session = || self.relevance(FieldId::SESSION_ID, |_| true) == Relevance::Text;
+        !self.chances.is_empty() || session()
     }
 
-    /// Whether evaluating the flags for this context may draw lots, so that the answer holds once.
+    /// Whether evaluating the flags for this context may draw lots or depends on a `sessionId` that was
+    /// made up, so that the outcomes are good for this evaluation only.
     pub fn is_random(&self, values: &Values<'_>) -> bool {
+        let session = FieldId::SESSION_ID;
+        let depends_on_session =
+            || self.relevance(session, |field| values.lacks(field)) == Relevance::Text;
         self.chances.iter().any(|fields| fields.iter().all(|&field| values.lacks(field)))
+            || (values.is_made_up(session) && depends_on_session())
     }
 
     /// The first instant after `after` at which an outcome may change by itself.
@@ -107,11 +128,7 @@ impl Reads {
     pub(super) fn tell(&self, fields: &Fields, values: &Values<'_>, key: &mut Key) {
         for it in &self.uses {
             let value = values.text(it.field);
-            let in_full = match it.text {
-                Text::Never => false,
-                Text::Without(others) => others.iter().all(|&other| values.lacks(other)),
-                Text::Always => true,
-            };
+            let in_full = it.is_read_in_full(|field| values.lacks(field));
             // Nothing here says which form follows, as the fields before it do: `others` are read in
             // full where they come first, as in every list of identifiers.
             if in_full {
@@ -176,6 +193,15 @@ impl Reads {
 }
 
 impl Use {
+    /// Whether the very text matters for a context of which `lacks` says what is missing or empty.
+    fn is_read_in_full(&self, lacks: impl Fn(FieldId) -> bool) -> bool {
+        match self.text {
+            Text::Never => false,
+            Text::Without(others) => others.iter().all(|&other| lacks(other)),
+            Text::Always => true,
+        }
+    }
+
     /// Takes over what `other` asks, if it asks it of the same field.
     fn absorb(&mut self, other: Self) -> bool {
         if self.field != other.field {

@@ -1,7 +1,7 @@
 //! The API of frontend SDKs: flags evaluated for a context.
 //!
 //! A context field that the client sends is used as sent. What it leaves out is completed here: the
-//! environment from its token, the address from its connection.
+//! address from its connection, and a `sessionId` by one that is made up for the request.
 
 mod changes;
 mod question;

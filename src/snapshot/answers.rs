@@ -17,7 +17,10 @@ use super::{
     recent::Recent,
     table::Table,
 };
-use crate::{engine::Context, token::Projects};
+use crate::{
+    engine::{Context, Outcome},
+    token::Projects,
+};
 
 /// The most memory that a snapshot's bodies may hold, in bytes.
 const BODIES_BYTES: u64 = 64 << 20;
@@ -25,6 +28,9 @@ const BODIES_BYTES: u64 = 64 << 20;
 /// The same of what each flag came to for those who follow, and of the events that were written.
 const LISTED_BYTES: u64 = 32 << 20;
 const EVENTS_BYTES: u64 = 64 << 20;
+
+/// The same of outcomes that are repeated in answers which are good for one request only.
+const REPEATABLE_BYTES: u64 = 16 << 20;
 
 /// What remembering anything takes besides its content, in bytes, roughly.
 const ENTRY_BYTES: usize = 256;
@@ -43,6 +49,7 @@ pub struct Answers {
     often: Often,
     bodies: Cache<u128, Arc<Body>>,
     recent: Recent,
+    repeatable: Cache<u128, Arc<[Outcome]>>,
     listed: Cache<u128, Arc<Outcomes>>,
     /// By what was told before and what is told.
     events: Cache<(Option<u128>, u128), Bytes>,
@@ -54,6 +61,9 @@ impl Answers {
         let bodies = Cache::<u128, Arc<Body>>::builder()
             .max_capacity(BODIES_BYTES)
             .weigher(|_, body| saturating(body.weight()));
+        let repeatable = Cache::<u128, Arc<[Outcome]>>::builder()
+            .max_capacity(REPEATABLE_BYTES)
+            .weigher(|_, outcomes| saturating(size_of_val(&**outcomes) + ENTRY_BYTES));
         let listed = Cache::<u128, Arc<Outcomes>>::builder()
             .max_capacity(LISTED_BYTES)
             .weigher(|_, outcomes| saturating(outcomes.weight() + ENTRY_BYTES));
@@ -66,6 +76,7 @@ impl Answers {
             often: previous.map_or_else(Often::default, |it| Often::after(&it.often)),
             bodies: bodies.build(),
             recent: Recent::default(),
+            repeatable: repeatable.build(),
             listed: listed.build(),
             events: events.build(),
         }
@@ -128,6 +139,25 @@ impl Answers {
         body
     }
 
+    /// The outcomes of some flags that contexts of this key share, evaluated unless they are kept.
+    ///
+    /// They are kept from the second request on: users who differ in what those flags read would push
+    /// out what is shared.
+    pub fn repeatable(
+        &self,
+        known_by: KnownBy,
+        evaluate: impl FnOnce() -> Vec<Outcome>,
+    ) -> Arc<[Outcome]> {
+        if let Some(outcomes) = self.repeatable.get(&known_by.0) {
+            return outcomes;
+        }
+        let outcomes = Arc::<[Outcome]>::from(evaluate());
+        if self.recent.insert(known_by.0) {
+            self.repeatable.insert(known_by.0, Arc::clone(&outcomes));
+        }
+        outcomes
+    }
+
     /// What each flag came to in the answers that `hash` identifies, found out unless it is kept: once,
     /// however many ask at the same time.
     pub fn outcomes(&self, hash: u128, make: impl FnOnce() -> Outcomes) -> Arc<Outcomes> {
@@ -175,6 +205,22 @@ mod tests {
             assert_eq!(answers.outcome(answers.known_by(b"a")), Some(expect));
             assert_eq!(answers.outcome(answers.known_by(b"b")), None);
         }
+    }
+
+    #[test]
+    fn repeatable_outcomes_are_evaluated_once_more_and_then_cached() {
+        let answers = Answers::new(None);
+        let mut evaluations = 0;
+        for request in 0..10 {
+            for flags in [1, 2] {
+                let outcomes = answers.repeatable(answers.known_by(&[flags]), || {
+                    evaluations += 1;
+                    vec![Outcome::On; flags.into()]
+                });
+                assert_eq!(outcomes.len(), usize::from(flags), "request {request}");
+            }
+        }
+        assert_eq!(evaluations, 4, "twice for each key");
     }
 
     #[test]

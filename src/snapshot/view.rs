@@ -17,6 +17,7 @@ pub struct View {
     projects: Projects,
     toggles: Box<[Toggle]>,
     reads: Reads,
+    repeatable: Reads,
 }
 
 /// One of the flags that are seen.
@@ -29,8 +30,20 @@ pub enum Toggle {
         /// Its JSON.
         fragment: FragmentId,
     },
-    /// It depends on the context.
+    /// It depends on the context alone: equal contexts have equal outcomes.
     Varies(FlagId),
+    /// For some contexts its outcome is good for one evaluation only.
+    Draws(FlagId),
+}
+
+impl Toggle {
+    /// The flag, unless it has one outcome for everybody.
+    fn varying(self) -> Option<FlagId> {
+        match self {
+            Self::Fixed { .. } => None,
+            Self::Varies(id) | Self::Draws(id) => Some(id),
+        }
+    }
 }
 
 impl View {
@@ -46,15 +59,16 @@ impl View {
             Some(outcome) => {
                 Toggle::Fixed { on: outcome.is_on(), fragment: fragments.id(id, outcome) }
             }
+            None if engine.reads([id]).may_be_random() => Toggle::Draws(id),
             None => Toggle::Varies(id),
         };
         let toggles: Box<[Toggle]> = seen.map(toggle).collect();
-        let varying = toggles.iter().filter_map(|toggle| match toggle {
+        let reads = engine.reads(toggles.iter().filter_map(|toggle| toggle.varying()));
+        let repeatable = engine.reads(toggles.iter().filter_map(|toggle| match toggle {
             Toggle::Varies(id) => Some(*id),
-            Toggle::Fixed { .. } => None,
-        });
-        let reads = engine.reads(varying);
-        Self { number, projects: projects.clone(), toggles, reads }
+            Toggle::Fixed { .. } | Toggle::Draws(_) => None,
+        }));
+        Self { number, projects: projects.clone(), toggles, reads, repeatable }
     }
 
     /// What tells it from the other views of its snapshot.
@@ -77,8 +91,14 @@ impl View {
         &self.reads
     }
 
+    /// What those flags depend on that equal contexts always have equal outcomes of, [`Toggle::Varies`].
+    pub fn repeatable_reads(&self) -> &Reads {
+        &self.repeatable
+    }
+
     /// The memory that it holds, roughly, in bytes.
     pub(super) fn weight(&self) -> usize {
-        size_of::<Self>() + size_of_val(&*self.toggles) + self.reads.weight()
+        let reads = self.reads.weight() + self.repeatable.weight();
+        size_of::<Self>() + size_of_val(&*self.toggles) + reads
     }
 }

@@ -42,7 +42,7 @@ fn flags() -> String {
 }
 
 /// What is on regardless of what a request tells.
-const REGARDLESS: [&str; 3] = ["always", "at-home", "in-development"];
+const REGARDLESS: [&str; 2] = ["always", "at-home"];
 
 #[track_caller]
 fn enabled(answer: &Answer) -> BTreeSet<String> {
@@ -94,16 +94,23 @@ async fn a_body_tells_the_context_flat_or_wrapped() {
     check(json!({"properties": {"number": 7, "yes": true}}), &["seven", "true"]).await;
     check(json!({"number": 7, "yes": true}), &["seven", "true"]).await;
     check(json!({"properties": {"userId": "ada"}}), &["for-ada"]).await;
-    check(json!({"userId": null, "properties": null, "sessionId": ["s1"]}), &[]).await;
+    check(json!({"userId": null, "properties": null, "sessionId": {"s1": 1}}), &[]).await;
+    check(json!({"sessionId": ["s1"]}), &["in-session"]).await;
     let empty = parapet.request(Method::POST, "/api/frontend").header("authorization", FRONTEND);
     check_on(&answer(empty).await, &[], &REGARDLESS, "no body");
 }
 
 #[tokio::test]
-async fn an_environment_that_is_told_is_used_as_told() {
+async fn environment_is_what_the_request_says_and_not_the_tokens() {
     let parapet = Local::offline(&flags()).await;
-    let told = parapet.get("/api/frontend?environment=space", FRONTEND).await;
-    check_on(&told, &["in-space"], &["always", "at-home"], "told");
+    for (query, besides) in [
+        ("", &[][..]),
+        ("?environment=space", &["in-space"]),
+        ("?environment=development", &["in-development"]),
+    ] {
+        let answer = parapet.get(&format!("/api/frontend{query}"), FRONTEND).await;
+        check_on(&answer, besides, &REGARDLESS, query);
+    }
 }
 
 #[tokio::test]
@@ -117,7 +124,7 @@ async fn all_tells_disabled_flags_too_and_a_token_sees_its_projects() {
     assert!(names.is_sorted(), "{names:?}");
     let web = parapet.get("/api/frontend/all", WEB_FRONTEND).await;
     assert_eq!(web.json()["toggles"].as_array().unwrap().len(), 8);
-    check_on(&web, &[], &["in-development"], "web");
+    check_on(&web, &[], &[], "web");
 }
 
 #[tokio::test]
@@ -237,7 +244,7 @@ async fn a_body_that_cannot_be_used_is_refused_with_what_is_wrong() {
 #[tokio::test]
 async fn the_address_is_the_peers_unless_a_trusted_proxy_tells_another() {
     let (here, there) = (["at-home"], ["elsewhere"]);
-    let regardless = ["always", "in-development"];
+    let regardless = ["always"];
     let check = async |args: &[&str], headers: &[(&str, &str)], query: &str, on: &[&str]| {
         let parapet = Local::offline_with(&flags(), args).await;
         let path = format!("/api/frontend{query}");

@@ -26,6 +26,8 @@ mod follow;
 mod following;
 /// The API of frontend SDKs.
 mod frontend_api;
+/// What of a request becomes its context.
+mod frontend_context;
 /// The rules of the house.
 mod house;
 /// What one client may take and send.

@@ -41,6 +41,7 @@ fn evaluate(engine: &Engine, test: &Value) -> (bool, Value) {
     let context = Context {
         user_id: context["userId"].as_str(),
         session_id: context["sessionId"].as_str(),
+        session_is_made_up: false,
         environment: context["environment"].as_str(),
         app_name: context["appName"].as_str(),
         current_time: context["currentTime"].as_str(),

@@ -8,7 +8,7 @@ use super::*;
 use crate::{
     answers::{Holds, prepare},
     engine::{
-        FieldId,
+        FieldId, Relevance,
         arbitrary::{Asking, DATES, asking, definitions},
     },
     snapshot::Snapshots,
@@ -123,6 +123,8 @@ fn check_holds(snapshot: &Snapshot, step: &Step) -> Result<(), TestCaseError> {
         }
         for later in times.into_iter().filter(|later| holds.at(|| *later)) {
             let context = Context { now: later, draw: !asked.draw, ..asked };
+            let another = asked.session_is_made_up.then_some("fff0");
+            let context = Context { session_id: another.or(asked.session_id), ..context };
             let (_, etag) = afresh(snapshot, &step.projects, &context, step.shown);
             prop_assert_eq!(answer.etag(), etag, "{:?} at {}, as of {}", holds, later, now);
         }
@@ -151,7 +153,7 @@ proptest! {
                 _ => true,
             };
             let view = snapshot.view(&Projects::All);
-            if view.reads().matters(FieldId::REMOTE_ADDRESS, lacks) {
+            if view.reads().relevance(FieldId::REMOTE_ADDRESS, lacks) != Relevance::None {
                 continue;
             }
             let with = Context { remote_address: Some("10.1.2.3"), ..bare };

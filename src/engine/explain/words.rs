@@ -75,6 +75,7 @@ pub(super) fn constraint(
     told: &Constraint,
     compiled: &Compiled,
     problem: Option<String>,
+    is_made_up: bool,
 ) -> String {
     let phrase = match told.operator.as_str() {
         "IN" => "is one of",
@@ -112,6 +113,9 @@ pub(super) fn constraint(
         words = format!("not ({words})");
     }
     match &told.context_value {
+        Some(value) if is_made_up => {
+            let _ = write!(words, "; it is not given, and made up here: {}", quoted(value));
+        }
         Some(value) => {
             let _ = write!(words, "; it is {}", quoted(value));
         }
@@ -132,13 +136,14 @@ pub(super) fn constraint(
 
 /// Where the context falls among buckets, and by what.
 pub(super) fn placement(placement: &Placement) -> String {
-    let Placement { stickiness, field, value, group, bucket, buckets, .. } = placement;
+    let Placement { stickiness, field, value, drawn, group, bucket, buckets } = placement;
     match (bucket, field, value) {
         (None, ..) => format!("the context lacks {}, which it takes", quoted(stickiness)),
         (Some(bucket), Some(field), Some(value)) => {
             let group = group.as_deref().unwrap_or_default();
+            let made_up = if *drawn { ", made up for one request," } else { "" };
             format!(
-                "{} {} of group {} is in bucket {bucket} of {buckets}",
+                "{} {}{made_up} of group {} is in bucket {bucket} of {buckets}",
                 quoted(field),
                 quoted(value),
                 quoted(group)

@@ -9,14 +9,20 @@ const FIELDS = [
     ['sessionId', 'Session ID'],
     ['remoteAddress', 'Remote address'],
     ['appName', 'Application'],
+    ['environment', 'Environment'],
 ];
+
+const HINTS = {
+    sessionId: 'Made up, as for each request of a frontend without one, if left empty.',
+    environment: 'As the SDK sends it. The environment of a token is no part of the context.',
+};
 
 /** The context form with the place for the verdict below it. */
 export function explainForm({ flag, environment, signal }) {
     const inputs = FIELDS.map(([name]) => h('input', { name, autocomplete: 'off', spellcheck: 'false' }));
     const time = h('input', { type: 'datetime-local', name: 'currentTime', step: '1' });
     const controls = [
-        ...FIELDS.map(([name, label], n) => field(label, inputs[n], { names: [name, 'context'] })),
+        ...FIELDS.map(([name, label], n) => field(label, inputs[n], { names: [name, 'context'], hint: HINTS[name] })),
         field('Current time', time, { names: ['currentTime'], hint: 'Now, if left empty.' }),
     ];
     const rows = h('div.properties');
@@ -30,7 +36,7 @@ export function explainForm({ flag, environment, signal }) {
         parts: [h('div.context', controls), h('fieldset.field', h('legend', 'Properties'), rows, add)],
         buttons: [h('button.button.primary', { type: 'submit' }, 'Explain')],
         submit: async () => {
-            const context = { environment };
+            const context = {};
             inputs.forEach((input) => {
                 if (input.value !== '') context[input.name] = input.value;
             });

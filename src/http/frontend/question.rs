@@ -6,7 +6,8 @@ use jiff::Timestamp;
 use smallvec::SmallVec;
 
 use crate::{
-    engine::{Context, FieldId},
+    answers::session::{self, MadeUpSession},
+    engine::{Context, FieldId, Relevance},
     snapshot::{Snapshot, View},
     token::Scope,
     wire::context::FrontendContext,
@@ -31,34 +32,55 @@ pub struct Question<'a> {
 
 impl Question<'_> {
     /// Completes the context as far as the flags of `view` read it, and answers by it.
+    ///
+    /// The address is the client's. A `sessionId` is made up, as Unleash's frontend API does for each
+    /// request that has none. The environment stays as the client sent it: what a token's environment
+    /// is does not make it a part of the context, in Unleash, its SDKs and Unleash Edge alike.
     pub fn answer<T>(&self, view: &View, answer: impl FnOnce(&Context<'_>) -> T) -> T {
-        let Self { told, client, hostname, scope, draw, .. } = *self;
+        let Self { told, client, hostname, draw, .. } = *self;
         let reads = view.reads();
+        let draw = match draw {
+            Some(draw) => draw,
+            None if reads.may_be_random() => rand::random(),
+            None => 0,
+        };
+        let made_up;
+        let (session_id, session_is_made_up) = match told.session_id.as_deref() {
+            Some(told) if !told.is_empty() => (Some(told), false),
+            _ => match reads.relevance(FieldId::SESSION_ID, |field| lacks(told, field)) {
+                Relevance::None => (None, false),
+                Relevance::Membership => (Some(session::ANY), false),
+                Relevance::Text => {
+                    made_up = MadeUpSession::new(draw);
+                    (Some(made_up.as_str()), true)
+                }
+            },
+        };
+        let lacks_identifier =
+            |field| lacks(told, field) && (field != FieldId::SESSION_ID || session_id.is_none());
         let mut address = [0; LONGEST_ADDRESS];
         let remote_address = match told.remote_address.as_deref() {
             // Few flags read it where the user is known.
-            None if reads.matters(FieldId::REMOTE_ADDRESS, |field| lacks(told, field)) => {
-                Some(written(client, &mut address))
-            }
+            None => match reads.relevance(FieldId::REMOTE_ADDRESS, lacks_identifier) {
+                Relevance::None => None,
+                Relevance::Membership | Relevance::Text => Some(written(client, &mut address)),
+            },
             told => told,
         };
         let properties: SmallVec<[_; 16]> =
             told.properties.iter().map(|(name, value)| (&**name, &**value)).collect();
         answer(&Context {
             user_id: told.user_id.as_deref(),
-            session_id: told.session_id.as_deref(),
-            environment: Some(told.environment.as_deref().unwrap_or(scope.environment.as_str())),
+            session_id,
+            session_is_made_up,
+            environment: told.environment.as_deref(),
             app_name: told.app_name.as_deref(),
             current_time: told.current_time.as_deref(),
             remote_address,
             properties: &properties,
             hostname: Some(hostname),
             now: if reads.is_timed() { Timestamp::now() } else { Timestamp::UNIX_EPOCH },
-            draw: match draw {
-                Some(draw) => draw,
-                None if reads.may_be_random() => rand::random(),
-                None => 0,
-            },
+            draw,
         })
     }
 }

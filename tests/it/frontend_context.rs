@@ -1,0 +1,229 @@
+//! What of a request becomes the context of an evaluation: an edge answers as Unleash's own frontend API does.
+//!
+//! Each query is asked of both, and the flags that are on are compared. Flags whose outcome is good for one request only are
+//! counted over many requests instead. Addresses are sent in every query: from its connection each server sees another client.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom as _;
+use rand::{RngExt as _, SeedableRng as _};
+use reqwest::StatusCode;
+use serde_json::{Value, json};
+
+use crate::local::{FRONTEND, Local};
+use crate::rig::{Kind, Parapet, Unleash, Version, http, until};
+
+const HERE: &str = "development";
+
+/// Far above the intervals of half a second.
+const SOON: Duration = Duration::from_mins(1);
+
+/// All flags of this story begin so; the server is shared.
+const PREFIX: &str = "context.";
+
+/// What flags compare fields with, and queries name.
+const VALUES: [&str; 8] = ["A", "B", "A,B", "B,A", "A,B,A", ",A", "development", "7"];
+const FIELDS: [&str; 7] =
+    ["userId", "sessionId", "environment", "appName", "remoteAddress", "plan", "the region"];
+
+/// How often something random is asked for: the probability that all of so many fair draws are equal is 2^-59.
+const MANY: usize = 60;
+
+fn constrained(field: &str, operator: &str, values: &[&str]) -> Value {
+    let constraint = json!({
+        "contextName": field, "operator": operator, "values": values, "value": ".",
+        "inverted": false, "caseInsensitive": false,
+    });
+    json!({ "name": "default", "constraints": [constraint] })
+}
+
+fn rollout(percent: u32, stickiness: &str, variants: &[&str]) -> Value {
+    let variants = variants.iter().map(|name| {
+        let weight = 1000 / variants.len();
+        json!({ "name": name, "weight": weight, "weightType": "variable", "stickiness": stickiness })
+    });
+    json!({
+        "name": "flexibleRollout", "variants": variants.collect::<Vec<_>>(),
+        "parameters": { "rollout": percent.to_string(), "stickiness": stickiness, "groupId": format!("{stickiness}-{percent}") },
+    })
+}
+
+/// Flags whose outcomes follow from what a request tells, and on a `sessionId` only that there is one.
+fn repeatable_flags() -> BTreeMap<String, Value> {
+    let mut flags = BTreeMap::new();
+    for field in FIELDS {
+        let name = field.replace(' ', "-");
+        for (number, value) in VALUES.into_iter().enumerate() {
+            let strategy = constrained(field, "IN", &[value]);
+            flags.insert(format!("{PREFIX}{name}-is-{number}"), strategy);
+        }
+        let others = constrained(field, "NOT_IN", &["A"]);
+        flags.insert(format!("{PREFIX}{name}-is-not-A"), others);
+    }
+    flags.insert(format!("{PREFIX}any-session"), constrained("sessionId", "REGEX", &[]));
+    flags.insert(format!("{PREFIX}all-sessions"), rollout(100, "sessionId", &[]));
+    flags.insert(format!("{PREFIX}all-users"), rollout(100, "userId", &[]));
+    flags.insert(format!("{PREFIX}half-of-users"), rollout(50, "userId", &[]));
+    flags.insert(format!("{PREFIX}half-of-plans"), rollout(50, "plan", &[]));
+    flags
+}
+
+/// Flags whose outcomes differ from request to request where nobody says who asks.
+fn drawing_flags() -> BTreeMap<String, Value> {
+    BTreeMap::from([
+        (format!("{PREFIX}split"), rollout(100, "default", &["blue", "green"])),
+        (format!("{PREFIX}half"), rollout(50, "default", &[])),
+        (format!("{PREFIX}half-of-sessions"), rollout(50, "sessionId", &[])),
+    ])
+}
+
+/// The flags of this story that are on, with the names of their variants.
+async fn enabled(url: &str, token: &str, query: &str) -> BTreeMap<String, String> {
+    let request = http().get(format!("{url}/api/frontend?{query}")).header("authorization", token);
+    let response = request.send().await.unwrap();
+    assert_eq!(response.status(), StatusCode::OK, "{url} {query}");
+    let body: Value = serde_json::from_slice(&response.bytes().await.unwrap()).unwrap();
+    let toggles = body["toggles"].as_array().unwrap().iter();
+    let text = |value: &Value| value.as_str().unwrap().to_owned();
+    let named = toggles.map(|it| (text(&it["name"]), text(&it["variant"]["name"])));
+    named.filter(|(name, _)| name.starts_with(PREFIX)).collect()
+}
+
+fn names(flags: &BTreeMap<String, String>, of: &BTreeMap<String, Value>) -> BTreeSet<String> {
+    flags.keys().filter(|name| of.contains_key(*name)).cloned().collect()
+}
+
+/// A query of a few fields, by any of the names that a query has for them, some of them twice.
+fn query(random: &mut StdRng) -> String {
+    let mut pairs = vec![("remoteAddress".to_owned(), "203.0.113.7")];
+    for _ in 0..random.random_range(0..5) {
+        let field = *FIELDS.choose(random).unwrap();
+        // Each place has one way to be named: how ways mix is nobody's interface.
+        let name = match random.random_range(0..3) {
+            0 => field.to_owned(),
+            1 => format!("{field}[]"),
+            // Unleash has values of its own for these, which count; to Unleash Edge and us the properties do.
+            _ if ["sessionId", "appName", "environment"].contains(&field) => continue,
+            _ => format!("properties[{field}]"),
+        };
+        let stem = |name: &str| name.trim_end_matches("[]").to_owned();
+        pairs.retain(|(other, _)| *other == name || stem(other) != stem(&name));
+        for _ in 0..random.random_range(1..3) {
+            let value = VALUES.choose(random).filter(|_| random.random_bool(0.9));
+            pairs.push((name.clone(), value.copied().unwrap_or_default()));
+        }
+    }
+    form_urlencoded::Serializer::new(String::new()).extend_pairs(pairs).finish()
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn edge_reads_contexts_as_unleash_does() {
+    let unleash = Unleash::shared(Version::V8).await;
+    let (repeatable, drawing) = (repeatable_flags(), drawing_flags());
+    for (name, strategy) in repeatable.iter().chain(&drawing) {
+        unleash.create_enabled_flag(name, HERE, std::slice::from_ref(strategy)).await;
+    }
+    let token = unleash.create_token(Kind::Frontend, HERE, &["*"], "context").await;
+    let edge = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token()).impatient();
+    let edge = edge.flag("--fleet-name", "context").start().await;
+    let (theirs, ours) = (unleash.url(), edge.url());
+    let everybody = "userId=7&sessionId=A&environment=A&appName=A&plan=A&the+region=A";
+    until("both have all flags", SOON, async || {
+        let all = [&theirs, &ours].map(async |url| enabled(url, &token, everybody).await);
+        let [theirs, ours] = all;
+        (theirs.await == ours.await).then_some(())
+    })
+    .await;
+
+    let fixed = [
+        "",
+        "userId=",
+        "sessionId=",
+        "userId=&properties[userId]=A",
+        "environment=development",
+        "plan=A&properties[plan]=B",
+        "properties[plan]=B&plan=A",
+        "properties[userId]=A&userId=B",
+        "properties[plan][0]=A&properties[plan][1]=B",
+        "plan[0]=A&plan[1]=B",
+        "plan[]=A&plan[]=B",
+        "userId=A&userId=B",
+        "sessionId=A&sessionId=B",
+        "properties[userId]=A&properties[userId]=B",
+        "userId=&userId=A",
+        "plan=&plan=A",
+        "properties[plan]=A&properties[plan]=B",
+    ]
+    .map(|query| format!("remoteAddress=203.0.113.7&{query}"));
+    let mut random = StdRng::seed_from_u64(15);
+    let queries = fixed.into_iter().chain((0..300).map(|_| query(&mut random)));
+    for query in queries {
+        let expect = names(&enabled(&theirs, &token, &query).await, &repeatable);
+        let found = names(&enabled(&ours, &token, &query).await, &repeatable);
+        assert_eq!(found, expect, "{query}");
+    }
+
+    for url in [&theirs, &ours] {
+        let mut counts = BTreeMap::<_, usize>::new();
+        for _ in 0..MANY {
+            for flag in enabled(url, &token, "remoteAddress=203.0.113.7").await {
+                *counts.entry(flag).or_default() += 1;
+            }
+        }
+        let count = |name: &str, variant: &str| {
+            counts.get(&(format!("{PREFIX}{name}"), variant.to_owned())).copied().unwrap_or(0)
+        };
+        assert_eq!(count("all-sessions", "disabled"), MANY, "{url}");
+        assert_eq!(count("split", "blue") + count("split", "green"), MANY, "{url}");
+        for (name, variant) in [
+            ("split", "blue"),
+            ("split", "green"),
+            ("half", "disabled"),
+            ("half-of-sessions", "disabled"),
+        ] {
+            assert!((1..MANY).contains(&count(name, variant)), "{name} {variant}: {counts:?}");
+        }
+    }
+}
+
+/// Behind a load balancer all connections come from one address, which must not make one user of all.
+#[tokio::test]
+async fn requests_without_session_are_split_and_each_tag_names_its_body() {
+    let flag = |name: &str, strategy: Value| json!({ "name": name, "project": "default", "enabled": true, "strategies": [strategy] });
+    let features = [
+        flag("always", json!({ "name": "default" })),
+        flag("for-7", json!({ "name": "userWithId", "parameters": { "userIds": "7" } })),
+        flag("split", rollout(100, "default", &["blue", "green"])),
+    ];
+    let parapet = Local::offline(&json!({ "features": features }).to_string()).await;
+    let mut seen = BTreeMap::new();
+    for _ in 0..MANY {
+        let answer = parapet.get("/api/frontend", FRONTEND).await;
+        let tag = answer.header("etag").to_owned();
+        let before = seen.insert(tag, answer.text().to_owned());
+        assert!(before.is_none_or(|body| body == answer.text()), "one tag, two bodies");
+    }
+    assert_eq!(seen.len(), 2, "{seen:?}");
+    let (tag, other) = (seen.keys().next().unwrap(), seen.values().nth(1).unwrap());
+    let mut statuses = BTreeSet::new();
+    for _ in 0..MANY {
+        let request = parapet.request(reqwest::Method::GET, "/api/frontend");
+        let request = request.header("authorization", FRONTEND).header("if-none-match", tag);
+        let answer = crate::local::answer(request).await;
+        if answer.status == StatusCode::OK {
+            assert_eq!(answer.text(), other, "what the client has is not sent again");
+        }
+        statuses.insert(answer.status);
+    }
+    assert_eq!(statuses, BTreeSet::from([StatusCode::OK, StatusCode::NOT_MODIFIED]));
+    for known in ["userId=7", "sessionId=s1"] {
+        let path = format!("/api/frontend?{known}");
+        let first = parapet.get(&path, FRONTEND).await;
+        for _ in 0..10 {
+            assert_eq!(parapet.get(&path, FRONTEND).await.text(), first.text(), "{known}");
+        }
+    }
+}
