@@ -6,7 +6,6 @@
 //! Node SDK.
 
 use std::cmp::Ordering;
-use std::net::IpAddr;
 
 use ipnet::IpNet;
 use jiff::Timestamp;
@@ -337,7 +336,7 @@ impl<'a> Parts<'a> {
     fn address(&self, fields: &mut Fields, defects: &mut Vec<Defect>) -> Option<Test> {
         let mut ranges = Vec::with_capacity(self.values.len());
         for &value in &self.values {
-            match value.parse::<IpNet>().ok().or_else(|| value.parse().ok().map(IpAddr::into)) {
+            match scalar::network(value) {
                 Some(range) => ranges.push(range),
                 None => {
                     defects

@@ -4,7 +4,9 @@
 //! values in the field can tell the difference. Nothing here allocates.
 
 use std::cmp::Ordering;
+use std::net::IpAddr;
 
+use ipnet::{IpNet, Ipv4Net};
 use jiff::Timestamp;
 use jiff::civil::{Date, DateTime};
 use jiff::tz::TimeZone;
@@ -57,6 +59,21 @@ pub(super) fn instant(text: &str) -> Option<Timestamp> {
         Ok(_) | Err(_) => text.parse::<DateTime>().ok()?,
     };
     TimeZone::UTC.to_timestamp(civil).ok().or_else(|| instant::farthest(civil.year()))
+}
+
+/// Reads an address or a network (CIDR, of IPv4 also with a netmask) in any spelling.
+pub(super) fn network(text: &str) -> Option<IpNet> {
+    let Some((address, size)) = text.split_once('/') else {
+        return text.parse().ok().map(IpAddr::into);
+    };
+    let address = address.parse().ok()?;
+    match (size.parse(), address) {
+        (Ok(bits), _) => IpNet::new(address, bits).ok(),
+        (Err(_), IpAddr::V4(address)) => {
+            Ipv4Net::with_netmask(address, size.parse().ok()?).ok().map(IpNet::V4)
+        }
+        (Err(_), IpAddr::V6(_)) => None,
+    }
 }
 
 /// Splits at commas; space around a comma does not count, space at the ends does.

@@ -3,7 +3,7 @@
 //! A strategy matches when its constraints, those of its segments and the rule of its kind all
 //! hold. Strategies that can never match are dropped when compiled, tests that always hold too.
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 
 use super::bucket::{self, Prefix, ROLLOUT_SEED, Site};
 use super::constraint::{Compiled, Constraint};
@@ -37,7 +37,7 @@ pub(super) enum Rule {
     Addresses {
         texts: Set,
         slot: Slot,
-        ranges: Box<[Ipv4Net]>,
+        ranges: Box<[IpNet]>,
     },
     Hosts(Box<[Box<str>]>),
 }
@@ -206,11 +206,10 @@ impl<'c> Compiler<'c> {
                 if addresses.is_empty() {
                     return None;
                 }
-                // Besides equal texts only IPv4 counts, as in the Node SDK; the operator IN_CIDR
-                // is there for the rest.
-                let ranges = scalar::comma_list(addresses).filter_map(|item| item.parse().ok());
+                // Equal texts match as in the Node SDK, networks of IPv4 and IPv6 as in Unleash Edge.
+                let networks = addresses.split(',').map(str::trim).filter_map(scalar::network);
                 Rule::Addresses {
-                    ranges: ranges.collect(),
+                    ranges: networks.collect(),
                     texts: Set::new(self.fields, scalar::comma_list(addresses)),
                     slot: self.fields.address(FieldId::REMOTE_ADDRESS),
                 }
@@ -377,12 +376,9 @@ impl Rule {
             Self::Users(users) => users.contains(bound.symbol(FieldId::USER_ID)),
             Self::Addresses { texts, slot, ranges } => {
                 texts.contains(bound.symbol(FieldId::REMOTE_ADDRESS))
-                    || match bound.address(*slot) {
-                        Some(std::net::IpAddr::V4(address)) => {
-                            ranges.iter().any(|range| range.contains(&address))
-                        }
-                        Some(std::net::IpAddr::V6(_)) | None => false,
-                    }
+                    || bound
+                        .address(*slot)
+                        .is_some_and(|address| ranges.iter().any(|it| it.contains(&address)))
             }
             Self::Hosts(hosts) => bound
                 .hostname()

@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used, reason = "what fails here fails a test, and says where")]
 #![allow(clippy::disallowed_methods, reason = "the rules of the house are for the house")]
 
+/// Lists of addresses.
+mod addresses;
 /// Tokens at the door.
 mod auth;
 /// Two edges, one behind the other.
