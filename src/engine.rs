@@ -17,6 +17,7 @@ mod bucket;
 mod compile;
 mod constraint;
 mod context;
+mod date;
 mod explain;
 pub mod explanation;
 mod flag;

@@ -12,6 +12,7 @@ use jiff::Timestamp;
 use regex::Regex;
 
 use super::context::{Bound, FieldId, Fields, Set, Slot};
+use super::date;
 use super::pattern;
 use super::problem::{Defect, Part};
 use super::reads::Reads;
@@ -323,7 +324,7 @@ impl<'a> Parts<'a> {
 
     /// Dates compare with the current time whatever the field is called, as in the Node SDK.
     fn instant(&self, operator: &'static str) -> Result<Timestamp, Defect> {
-        self.operand(operator, scalar::instant)
+        self.operand(operator, date::parse)
     }
 
     fn regex(&self, fields: &mut Fields) -> Result<Test, Defect> {

@@ -12,6 +12,7 @@ use foldhash::fast::RandomState;
 use jiff::Timestamp;
 use smallvec::SmallVec;
 
+use super::date;
 use super::scalar::{self, Version};
 
 /// What an application knows about whoever is asking, and the evaluation's clock and chance.
@@ -28,7 +29,7 @@ pub struct Context<'a> {
     pub environment: Option<&'a str>,
     /// `appName`.
     pub app_name: Option<&'a str>,
-    /// `currentTime`, in ISO 8601; `now` where it is missing.
+    /// `currentTime`, as JavaScript reads dates; `now` where it is missing.
     pub current_time: Option<&'a str>,
     /// `remoteAddress`.
     pub remote_address: Option<&'a str>,
@@ -242,7 +243,7 @@ impl<'a> Values<'a> {
     pub(super) fn clock(&self) -> Option<Timestamp> {
         match self.text(FieldId::CURRENT_TIME) {
             None | Some("") => Some(self.now),
-            Some(time) => scalar::instant(time),
+            Some(time) => date::parse(time),
         }
     }
 }

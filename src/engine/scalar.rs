@@ -1,17 +1,12 @@
-//! Reading numbers, instants, versions and lists from text the way the Node SDK does.
+//! Reading numbers, versions, networks and lists from text the way the Node SDK does.
 //!
-//! JavaScript decides what counts as a number or a date there, so its rules are followed where
-//! values in the field can tell the difference. Nothing here allocates.
+//! JavaScript decides what counts as a number there, so its rules are followed where values in the
+//! field can tell the difference. Nothing here allocates.
 
 use std::cmp::Ordering;
 use std::net::IpAddr;
 
 use ipnet::{IpNet, Ipv4Net};
-use jiff::Timestamp;
-use jiff::civil::{Date, DateTime};
-use jiff::tz::TimeZone;
-
-use crate::wire::instant;
 
 /// Reads a number as JavaScript's `Number(text)`: surrounding space is ignored, nothing is zero,
 /// and `0x`, `0o`, `0b` prefix integers.
@@ -45,20 +40,6 @@ pub(super) fn number(text: &str) -> Option<f64> {
         }
         _ => None,
     }
-}
-
-/// Reads an instant in ISO 8601: with an offset, or without one in UTC, or a date in UTC.
-pub(super) fn instant(text: &str) -> Option<Timestamp> {
-    let text = text.trim();
-    if let Some(instant) = instant::parse(text) {
-        return Some(instant);
-    }
-    let civil = match text.parse::<Date>() {
-        Ok(date) if !text.contains(['T', 't', ' ']) => date.at(0, 0, 0, 0),
-        Ok(_) | Err(_) if text.ends_with(['Z', 'z']) => return None,
-        Ok(_) | Err(_) => text.parse::<DateTime>().ok()?,
-    };
-    TimeZone::UTC.to_timestamp(civil).ok().or_else(|| instant::farthest(civil.year()))
 }
 
 /// Reads an address or a network (CIDR, of IPv4 also with a netmask) in any spelling.
@@ -193,24 +174,6 @@ mod tests {
             (".", None),
         ] {
             assert_eq!(number(text), expect, "{text:?}");
-        }
-    }
-
-    #[test]
-    fn instants_need_no_offset() {
-        let expect: Timestamp = "2022-01-22T11:00:00Z".parse().unwrap();
-        for text in [
-            "2022-01-22T11:00:00.000Z",
-            "2022-01-22T13:00:00.000+02:00",
-            "2022-01-22T11:00:00",
-            "2022-01-22T11:00",
-            "2022-01-22 11:00:00",
-        ] {
-            assert_eq!(instant(text), Some(expect), "{text}");
-        }
-        assert_eq!(instant("2022-01-22"), "2022-01-22T00:00:00Z".parse().ok());
-        for text in ["", "yesterday", "2022-13-01", "2022-01-22T25:00:00Z"] {
-            assert_eq!(instant(text), None, "{text}");
         }
     }
 

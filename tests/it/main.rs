@@ -18,6 +18,8 @@ mod console;
 mod control;
 /// The control plane in this process, on each of its databases.
 mod database;
+/// Dates in constraints and contexts.
+mod dates;
 /// An edge in front of a healthy Unleash.
 mod edge;
 /// A flood of made-up tokens.

@@ -1,0 +1,625 @@
+//! Dates as JavaScript reads them, which decides what Unleash and the Node SDK make of a constraint.
+//!
+//! Unleash saves whatever `new Date(text)` accepts: besides ISO 8601 (`2024-05-01T10:00:00Z`,
+//! `2024-05`) also what people and mail programs write (`2024/05/01`, `May 1, 2024 10:00 PM`,
+//! `Wed, 01 May 2024 10:00:00 +0200`). ECMAScript leaves the second kind to implementations, so the
+//! rules here are those that V8 is seen to follow; a test compares random spellings with Node.
+//! A time without a zone is UTC, as on a server whose clock is set to UTC. Nothing here allocates.
+
+use jiff::Timestamp;
+
+/// Reads an instant, to the millisecond; one beyond the clock's range is the end of that range.
+pub(super) fn parse(text: &str) -> Option<Timestamp> {
+    let milliseconds = Parser::new(text).parse()?;
+    let end = if milliseconds < 0 { Timestamp::MIN } else { Timestamp::MAX };
+    Some(Timestamp::from_millisecond(milliseconds).unwrap_or(end))
+}
+
+/// JavaScript's clock ends 100,000,000 days before and after 1970.
+const MAX_MILLISECONDS: i64 = 100_000_000 * 86_400_000;
+
+/// A year beyond that.
+const MAX_YEAR: i64 = 300_000;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Token {
+    Number {
+        /// The value of the first nine significant digits.
+        value: i64,
+        /// How many digits there are, leading zeros included.
+        digits: usize,
+    },
+    Word(Word),
+    /// `+` is 1 and `-` is -1.
+    Sign(i64),
+    Colon,
+    Dot,
+    ClosingParenthesis,
+    Space,
+    /// Punctuation, or a remark in parentheses.
+    Other,
+    End,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Word {
+    /// 1 to 12; only the first three letters count.
+    Month(i64),
+    /// The hours to add to a time on a 12-hour clock.
+    HalfDay(i64),
+    /// Hours from UTC.
+    Zone(i64),
+    Z,
+    /// The `T` between date and time.
+    T,
+    Unknown,
+}
+
+impl Word {
+    fn of(prefix: [u8; 3], length: usize) -> Self {
+        let zone = |hours| if length <= 3 { Self::Zone(hours) } else { Self::Unknown };
+        match &prefix {
+            b"jan" => Self::Month(1),
+            b"feb" => Self::Month(2),
+            b"mar" => Self::Month(3),
+            b"apr" => Self::Month(4),
+            b"may" => Self::Month(5),
+            b"jun" => Self::Month(6),
+            b"jul" => Self::Month(7),
+            b"aug" => Self::Month(8),
+            b"sep" => Self::Month(9),
+            b"oct" => Self::Month(10),
+            b"nov" => Self::Month(11),
+            b"dec" => Self::Month(12),
+            b"am\0" => Self::HalfDay(0),
+            b"pm\0" => Self::HalfDay(12),
+            b"t\0\0" => Self::T,
+            b"z\0\0" => Self::Z,
+            b"ut\0" | b"utc" | b"gmt" => zone(0),
+            b"edt" => zone(-4),
+            b"est" | b"cdt" => zone(-5),
+            b"cst" | b"mdt" => zone(-6),
+            b"mst" | b"pdt" => zone(-7),
+            b"pst" => zone(-8),
+            _ => Self::Unknown,
+        }
+    }
+}
+
+/// Splits a text into tokens.
+#[derive(Clone, Debug)]
+struct Lexer<'t> {
+    rest: &'t [u8],
+}
+
+impl Lexer<'_> {
+    fn next(&mut self) -> Token {
+        let Some(&first) = self.rest.first() else { return Token::End };
+        let single = match first {
+            b'0'..=b'9' => return self.number(),
+            b'A'..=0x7f => return self.word(),
+            0x80.. if self.space().is_none() => return self.word(),
+            b'(' => {
+                self.skip_parentheses();
+                return Token::Other;
+            }
+            // JavaScript takes it for the end of the text.
+            0 => {
+                self.rest = &[];
+                return Token::End;
+            }
+            0x80.. => {
+                self.rest = &self.rest[self.space().unwrap_or(1)..];
+                return Token::Space;
+            }
+            b'+' => Token::Sign(1),
+            b'-' => Token::Sign(-1),
+            b':' => Token::Colon,
+            b'.' => Token::Dot,
+            b')' => Token::ClosingParenthesis,
+            b'\t'..=b'\r' | b' ' => Token::Space,
+            _ => Token::Other,
+        };
+        self.rest = &self.rest[1..];
+        single
+    }
+
+    fn number(&mut self) -> Token {
+        let (mut value, mut significant, mut digits) = (0, 0, 0);
+        while let Some(digit @ b'0'..=b'9') = self.rest.get(digits) {
+            if significant > 0 || *digit != b'0' {
+                significant += 1;
+            }
+            if significant <= 9 {
+                value = value * 10 + i64::from(digit - b'0');
+            }
+            digits += 1;
+        }
+        self.rest = &self.rest[digits..];
+        Token::Number { value, digits }
+    }
+
+    fn word(&mut self) -> Token {
+        let (mut prefix, mut length) = ([0; 3], 0);
+        while let Some(&byte) = self.rest.first()
+            && byte >= b'A'
+            && (byte < 0x80 || self.space().is_none())
+        {
+            if let Some(place) = prefix.get_mut(length) {
+                *place = byte.to_ascii_lowercase();
+            }
+            length += 1;
+            self.rest = &self.rest[1..];
+        }
+        Token::Word(Word::of(prefix, length))
+    }
+
+    /// The length of the white space beyond ASCII that comes next.
+    fn space(&self) -> Option<usize> {
+        match self.rest {
+            [0xc2, 0xa0, ..] => Some(2),
+            [0xe1, 0x9a, 0x80, ..]
+            | [0xe2, 0x80, 0x80..=0x8a | 0xa8 | 0xa9 | 0xaf, ..]
+            | [0xe2, 0x81, 0x9f, ..]
+            | [0xe3, 0x80, 0x80, ..]
+            | [0xef, 0xbb, 0xbf, ..] => Some(3),
+            _ => None,
+        }
+    }
+
+    fn skip_parentheses(&mut self) {
+        let mut depth = 0_usize;
+        while let Some((&byte, rest)) = self.rest.split_first() {
+            if byte == 0 {
+                return;
+            }
+            self.rest = rest;
+            match byte {
+                b'(' => depth += 1,
+                b')' => depth -= 1,
+                _ => {}
+            }
+            if depth == 0 {
+                return;
+            }
+        }
+    }
+}
+
+/// Numbers in the order of the text, up to `N`.
+#[derive(Clone, Copy, Debug)]
+struct Numbers<const N: usize> {
+    values: [i64; N],
+    count: usize,
+}
+
+impl<const N: usize> Numbers<N> {
+    fn new(fill: i64) -> Self {
+        Self { values: [fill; N], count: 0 }
+    }
+
+    fn add(&mut self, value: i64) -> Option<()> {
+        *self.values.get_mut(self.count)? = value;
+        self.count += 1;
+        Some(())
+    }
+}
+
+/// The date, time and zone as far as they have been read.
+#[derive(Clone, Debug)]
+struct Parser<'t> {
+    lexer: Lexer<'t>,
+    /// The token that comes next.
+    next: Token,
+    /// Day, month and year, in an order that is still open.
+    date: Numbers<3>,
+    month_name: Option<i64>,
+    is_iso: bool,
+    /// Hour, minute, second, millisecond.
+    time: Numbers<4>,
+    half_day: Option<i64>,
+    zone_sign: i64,
+    zone_hours: Option<i64>,
+    zone_minutes: Option<i64>,
+}
+
+/// How far ISO 8601 reaches.
+enum Iso {
+    Whole,
+    /// The rest may be in another format.
+    Beginning,
+}
+
+impl<'t> Parser<'t> {
+    fn new(text: &'t str) -> Self {
+        let mut lexer = Lexer { rest: text.as_bytes() };
+        let next = lexer.next();
+        Self {
+            lexer,
+            next,
+            date: Numbers::new(1),
+            month_name: None,
+            is_iso: false,
+            time: Numbers::new(0),
+            half_day: None,
+            zone_sign: 1,
+            zone_hours: None,
+            zone_minutes: None,
+        }
+    }
+
+    fn parse(mut self) -> Option<i64> {
+        match self.iso()? {
+            Iso::Whole => self.is_iso = true,
+            Iso::Beginning => self.free_form()?,
+        }
+        let days = self.days()?;
+        let milliseconds = days * 86_400_000 + self.milliseconds()? - self.zone()? * 1000;
+        (-MAX_MILLISECONDS..=MAX_MILLISECONDS).contains(&milliseconds).then_some(milliseconds)
+    }
+
+    fn take(&mut self) -> Token {
+        let next = self.lexer.next();
+        std::mem::replace(&mut self.next, next)
+    }
+
+    fn take_if(&mut self, token: Token) -> bool {
+        let found = self.next == token;
+        if found {
+            self.take();
+        }
+        found
+    }
+
+    /// A number of exactly so many digits that lies in a range.
+    fn take_fixed(&mut self, digits: usize, range: std::ops::RangeInclusive<i64>) -> Option<i64> {
+        match self.next {
+            Token::Number { value, digits: found } if found == digits && range.contains(&value) => {
+                self.take();
+                Some(value)
+            }
+            _ => None,
+        }
+    }
+
+    /// Reads `YYYY[-MM[-DD]][THH:MM[:SS[.mmm]][Z|±HH:MM|±HHMM]]`, where the year may be `±YYYYYY`.
+    /// None where nothing that begins so is a date.
+    fn iso(&mut self) -> Option<Iso> {
+        if let Token::Sign(sign) = self.next {
+            self.take();
+            let Some(year) = self.take_fixed(6, 0..=999_999) else { return Some(Iso::Beginning) };
+            if sign < 0 && year == 0 {
+                return Some(Iso::Beginning);
+            }
+            self.date.add(sign * year)?;
+        } else {
+            let Some(year) = self.take_fixed(4, 0..=9_999) else { return Some(Iso::Beginning) };
+            self.date.add(year)?;
+        }
+        for range in [1..=12, 1..=31] {
+            if !self.take_if(Token::Sign(-1)) {
+                break;
+            }
+            let Some(number) = self.take_fixed(2, range) else { return Some(Iso::Beginning) };
+            self.date.add(number)?;
+        }
+        if self.next == Token::End {
+            return Some(Iso::Whole);
+        }
+        if !self.take_if(Token::Word(Word::T)) {
+            return Some(Iso::Beginning);
+        }
+        self.iso_time()?;
+        (self.next == Token::End).then_some(Iso::Whole)
+    }
+
+    fn iso_time(&mut self) -> Option<()> {
+        let hour = self.take_fixed(2, 0..=24)?;
+        let last = if hour == 24 { 0 } else { 59 };
+        self.time.add(hour)?;
+        if !self.take_if(Token::Colon) {
+            return None;
+        }
+        let minute = self.take_fixed(2, 0..=last)?;
+        self.time.add(minute)?;
+        if self.take_if(Token::Colon) {
+            let second = self.take_fixed(2, 0..=last)?;
+            self.time.add(second)?;
+            if self.take_if(Token::Dot) {
+                let Token::Number { value, digits } = self.take() else { return None };
+                if hour == 24 && value > 0 {
+                    return None;
+                }
+                self.time.add(fraction(value, digits))?;
+            }
+        }
+        match self.next {
+            Token::Word(Word::Z) => {
+                self.take();
+                self.set_zone(0);
+            }
+            Token::Sign(sign) => {
+                self.take();
+                self.zone_sign = sign;
+                let (hours, minutes) = if let Some(both) = self.take_fixed(4, 0..=2359) {
+                    (both / 100, both % 100)
+                } else {
+                    let hours = self.take_fixed(2, 0..=23)?;
+                    if !self.take_if(Token::Colon) {
+                        return None;
+                    }
+                    (hours, self.take_fixed(2, 0..=59)?)
+                };
+                if minutes > 59 {
+                    return None;
+                }
+                (self.zone_hours, self.zone_minutes) = (Some(hours), Some(minutes));
+            }
+            _ => {}
+        }
+        Some(())
+    }
+
+    fn set_zone(&mut self, hours: i64) {
+        self.zone_sign = if hours < 0 { -1 } else { 1 };
+        (self.zone_hours, self.zone_minutes) = (Some(hours.abs()), Some(0));
+    }
+
+    /// Reads numbers, names of months, times and zones in any order. Words before the first number,
+    /// punctuation and remarks in parentheses do not count.
+    fn free_form(&mut self) -> Option<()> {
+        let mut seen_number = self.date.count > 0;
+        loop {
+            match self.take() {
+                Token::End => return Some(()),
+                Token::Number { value, .. } => {
+                    seen_number = true;
+                    self.number(value)?;
+                }
+                Token::Word(Word::HalfDay(hours)) if self.time.count > 0 => {
+                    self.half_day = Some(hours);
+                }
+                Token::Word(Word::Month(month)) => {
+                    self.month_name = Some(month);
+                    self.take_if(Token::Sign(-1));
+                }
+                Token::Word(Word::Zone(hours)) if seen_number => self.set_zone(hours),
+                Token::Word(Word::Z) if seen_number => self.set_zone(0),
+                Token::Word(_) => {
+                    if seen_number || matches!(self.next, Token::Number { .. }) {
+                        return None;
+                    }
+                }
+                Token::Sign(sign) if self.time.count > 0 || self.is_utc() => {
+                    seen_number = true;
+                    self.offset(sign)?;
+                }
+                Token::Sign(_) | Token::ClosingParenthesis if seen_number => return None,
+                Token::Sign(_)
+                | Token::ClosingParenthesis
+                | Token::Colon
+                | Token::Dot
+                | Token::Space
+                | Token::Other => {}
+            }
+        }
+    }
+
+    fn is_utc(&self) -> bool {
+        self.zone_hours == Some(0) && self.zone_minutes == Some(0)
+    }
+
+    /// A number that is part of the time, of the zone or of the date, by what surrounds it.
+    fn number(&mut self, value: i64) -> Option<()> {
+        if self.take_if(Token::Colon) {
+            if self.take_if(Token::Colon) {
+                if self.time.count > 0 {
+                    return None;
+                }
+                self.time.add(value)?;
+                return self.time.add(0);
+            }
+            self.time.add(value)?;
+            self.take_if(Token::Dot);
+            return Some(());
+        }
+        let expects_time = match self.time.count {
+            1 | 2 => value < 60,
+            3 => value < 1000,
+            _ => false,
+        };
+        if self.take_if(Token::Dot) && expects_time {
+            self.time.add(value)?;
+            let Token::Number { value, digits } = self.take() else { return None };
+            self.end_time(fraction(value, digits));
+            return Some(());
+        }
+        if self.zone_hours.is_some() && self.zone_minutes.is_none() && value < 60 {
+            self.zone_minutes = Some(value);
+        } else if expects_time {
+            self.end_time(value);
+            let may_follow = [Token::End, Token::Space, Token::Word(Word::Z)];
+            if !may_follow.contains(&self.next) && !matches!(self.next, Token::Sign(_)) {
+                return None;
+            }
+        } else {
+            self.date.add(value)?;
+            self.take_if(Token::Sign(-1));
+        }
+        Some(())
+    }
+
+    /// Adds the last number of the time, if there is room for it; those that follow do not belong to
+    /// it.
+    fn end_time(&mut self, value: i64) {
+        let _ = self.time.add(value);
+        self.time.count = self.time.values.len();
+    }
+
+    fn offset(&mut self, sign: i64) -> Option<()> {
+        self.zone_sign = sign;
+        let (value, digits) = match self.next {
+            Token::Number { value, digits } => {
+                self.take();
+                (value, digits)
+            }
+            _ => (0, 0),
+        };
+        (self.zone_hours, self.zone_minutes) = match digits {
+            _ if self.next == Token::Colon => (Some(value), None),
+            1 | 2 => (Some(value), Some(0)),
+            3 | 4 => (Some(value / 100), Some(value % 100)),
+            _ => return None,
+        };
+        Some(())
+    }
+
+    /// Days since 1970. A day that its month lacks is one of the next month.
+    fn days(&self) -> Option<i64> {
+        let [first, second, third] = self.date.values;
+        if self.date.count == 0 {
+            return None;
+        }
+        let is_day = |number| (1..=31).contains(&number);
+        let (year, month, day) = match self.month_name {
+            None if self.is_iso || !is_day(first) => (first, second, third),
+            None => (third, first, second),
+            Some(month) if is_day(first) => (second, month, first),
+            Some(month) => (first, month, second),
+        };
+        let year = match year {
+            0..=49 if !self.is_iso => year + 2000,
+            50..=99 if !self.is_iso => year + 1900,
+            year => year,
+        };
+        let is_in_range = (1..=12).contains(&month) && is_day(day) && year.abs() <= MAX_YEAR;
+        is_in_range.then(|| days_before(year, month) + day - 1)
+    }
+
+    /// The seconds that the zone is ahead of UTC. V8 counts them in 32 bits, the top one unused.
+    fn zone(&self) -> Option<i64> {
+        let (hours, minutes) = (self.zone_hours.unwrap_or(0), self.zone_minutes.unwrap_or(0));
+        let seconds = (hours * 3600 + minutes * 60) % (1 << 32);
+        (seconds < 1 << 31).then_some(self.zone_sign * seconds)
+    }
+
+    fn milliseconds(&self) -> Option<i64> {
+        let [mut hour, minute, second, millisecond] = self.time.values;
+        if let Some(hours) = self.half_day {
+            if hour > 12 {
+                return None;
+            }
+            hour = hour % 12 + hours;
+        }
+        let is_in_day = hour < 24 && minute < 60 && second < 60 && millisecond < 1000;
+        let is_midnight = (hour, minute, second, millisecond) == (24, 0, 0, 0);
+        let seconds = (hour * 60 + minute) * 60 + second;
+        (is_in_day || is_midnight).then_some(seconds * 1000 + millisecond)
+    }
+}
+
+/// Milliseconds from the digits after a point.
+fn fraction(value: i64, digits: usize) -> i64 {
+    let shift = |by: usize| (0..by).fold(1, |power, _| power * 10);
+    match digits {
+        0..3 => value * shift(3 - digits),
+        // A number holds nine digits at most.
+        digits => value / shift(digits.min(9) - 3),
+    }
+}
+
+/// Days from 1970 to the first of a month, in the Gregorian calendar.
+fn days_before(year: i64, month: i64) -> i64 {
+    // Years that begin in March end with the leap day.
+    let year = if month < 3 { year - 1 } else { year };
+    let months = (month + 9) % 12;
+    let days_of_months = (153 * months + 2) / 5;
+    let leap_days = year.div_euclid(4) - year.div_euclid(100) + year.div_euclid(400);
+    365 * year + leap_days + days_of_months - 719_468
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(text: &str, expect: &str) {
+        assert_eq!(parse(text), Some(expect.parse().unwrap()), "{text:?}");
+    }
+
+    #[test]
+    fn iso_dates_are_read_in_every_length() {
+        check("2022-01-22T11:00:00.000Z", "2022-01-22T11:00:00Z");
+        check("2022-01-22T13:00:00.000+02:00", "2022-01-22T11:00:00Z");
+        check("2022-01-22T13:00:00+0200", "2022-01-22T11:00:00Z");
+        check("2022-01-22T11:00:00", "2022-01-22T11:00:00Z");
+        check("2022-01-22T11:00", "2022-01-22T11:00:00Z");
+        check("2022-01-22t11:00z", "2022-01-22T11:00:00Z");
+        check("2022-01-22", "2022-01-22T00:00:00Z");
+        check("2022-01", "2022-01-01T00:00:00Z");
+        check("2022", "2022-01-01T00:00:00Z");
+        check("+002022-01-22", "2022-01-22T00:00:00Z");
+        check("2022-01-22T24:00", "2022-01-23T00:00:00Z");
+        check("2022-01-22T11:00:00.1239999Z", "2022-01-22T11:00:00.123Z");
+        check("2022-01-22T11:00:00.5Z", "2022-01-22T11:00:00.5Z");
+        check("2023-02-29", "2023-03-01T00:00:00Z");
+    }
+
+    #[test]
+    fn dates_are_read_as_people_and_mail_programs_write_them() {
+        check("2024-5-1", "2024-05-01T00:00:00Z");
+        check("2024/05/01", "2024-05-01T00:00:00Z");
+        check("05/01/2024", "2024-05-01T00:00:00Z");
+        check("01 May 2024", "2024-05-01T00:00:00Z");
+        check("1-May-24", "2024-05-01T00:00:00Z");
+        check("May 1, 2024 10:00 PM", "2024-05-01T22:00:00Z");
+        check("Wed, 01 May 2024 10:00:00 GMT", "2024-05-01T10:00:00Z");
+        check("Wed May 01 2024 10:00:00 GMT+0200 (CEST)", "2024-05-01T08:00:00Z");
+        check("2024-05-01 10:00:00 UTC", "2024-05-01T10:00:00Z");
+        check("2024-05-01 10:00:00.25", "2024-05-01T10:00:00.25Z");
+        check("2024-05-01 10:00 -7:30", "2024-05-01T17:30:00Z");
+        check("1 May 2024 10:00 EST", "2024-05-01T15:00:00Z");
+        check("2024\u{a0}5", "2024-05-01T00:00:00Z");
+    }
+
+    #[test]
+    fn dates_beyond_the_clock_are_its_ends() {
+        for text in ["9999-12-31T23:59:59.999Z", "9999-12-31", "+275760-09-13", "31 Dec 12345"] {
+            assert_eq!(parse(text), Some(Timestamp::MAX), "{text}");
+        }
+        assert_eq!(parse("-100000-01-01"), Some(Timestamp::MIN));
+        check("9999-12-30T00:00:00Z", "9999-12-30T00:00:00Z");
+        check("-000001-01-01T00:00:00Z", "-000001-01-01T00:00:00Z");
+    }
+
+    #[test]
+    fn text_that_is_no_date_is_refused() {
+        for text in [
+            "",
+            " ",
+            "yesterday",
+            "2022-13-01",
+            "2022-01-22T25:00:00Z",
+            "2022-01-22T11Z",
+            "20220122",
+            " 2022-01-22T11:00:00Z",
+            "2022-01-22T11:00:00UTC",
+            "2022-01-22 11:00:60",
+            "1 2 3 4",
+            "Z",
+            "1 May 2024 13:00 PM",
+            "1 May 2024 10:00 +12345",
+            "+275760-09-13T00:00:00.001Z",
+            "1 May 2024)",
+            "garbage1 May 2024",
+            "1 garbage 2024",
+            "1650000000000",
+            "((((",
+            "12345678901234567890",
+            "999999999-05-01",
+            "1 May 2024 10:00 +600000:00",
+            "2024--05",
+        ] {
+            assert_eq!(parse(text), None, "{text:?}");
+        }
+    }
+}
