@@ -6,7 +6,7 @@ use std::{io, time::Duration};
 
 use reqwest::{Certificate, Client, StatusCode};
 
-use crate::config::Probe;
+use crate::{config::Probe, wire::text::without_byte_order_mark};
 
 /// The longest that the answer may take.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -35,7 +35,8 @@ pub async fn ask(probe: &Probe) -> Result<(), Error> {
     let mut client = Client::builder().timeout(TIMEOUT).no_proxy();
     if let Some(path) = &probe.ca_certificate_file {
         let pem = std::fs::read(path).map_err(Error::Authority)?;
-        let authority = Certificate::from_pem_bundle(&pem).map_err(Error::Client)?;
+        let authority =
+            Certificate::from_pem_bundle(without_byte_order_mark(&pem)).map_err(Error::Client)?;
         client = client.tls_certs_merge(authority);
     }
     let request = client.build().map_err(Error::Client)?.get(probe.url.clone());

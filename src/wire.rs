@@ -12,5 +12,6 @@ pub mod instant;
 pub mod ofrep;
 pub mod person;
 pub mod sse;
+pub mod text;
 pub mod tokens;
 pub mod usage;

@@ -19,6 +19,7 @@ use super::{
         Offline, Place, Probe, Shutdown, Standalone,
     },
     cli::{Question, Role, Verb},
+    file,
     keys::{self, Key},
     manage::Errand,
     mistake::Mistakes,
@@ -180,7 +181,7 @@ fn admin_token(s: &mut Settings) -> Option<Token> {
     }
     let (key, text) = match s.path(&keys::UPSTREAM_ADMIN_TOKEN_FILE) {
         None => (&keys::UPSTREAM_ADMIN_TOKEN, s.text(&keys::UPSTREAM_ADMIN_TOKEN)?.to_owned()),
-        Some(path) => match std::fs::read_to_string(&path) {
+        Some(path) => match file::read_text(&path) {
             Ok(text) => (&keys::UPSTREAM_ADMIN_TOKEN_FILE, text),
             Err(error) => {
                 let reason = format!("expected a readable file: {}: {error}", path.display());

@@ -3,7 +3,7 @@
 //! Values become texts, as on the command line, so that `check` reads each form of a setting in
 //! one place.
 
-use std::path::Path;
+use std::{io, path::Path};
 
 use toml::de::{DeTable, DeValue};
 
@@ -11,6 +11,7 @@ use super::{
     keys::{CONFIG, KEYS, Key, Shape, split},
     mistake::Mistake,
 };
+use crate::wire::text::remove_byte_order_mark;
 
 /// One line of the file.
 pub(super) struct Entry {
@@ -22,7 +23,7 @@ pub(super) struct Entry {
 
 /// Reads `path`; what cannot be understood becomes mistakes.
 pub(super) fn read(path: &Path, mistakes: &mut Vec<Mistake>) -> Vec<Entry> {
-    match std::fs::read_to_string(path) {
+    match read_text(path) {
         Ok(text) => parse(path, &text, mistakes),
         Err(error) => {
             let reason = format!("expected a readable file: {error}");
@@ -30,6 +31,13 @@ pub(super) fn read(path: &Path, mistakes: &mut Vec<Mistake>) -> Vec<Entry> {
             Vec::new()
         }
     }
+}
+
+/// The text of a file, without the byte order mark that editors may put in front.
+pub(super) fn read_text(path: &Path) -> io::Result<String> {
+    let mut text = std::fs::read_to_string(path)?;
+    remove_byte_order_mark(&mut text);
+    Ok(text)
 }
 
 fn parse(path: &Path, text: &str, mistakes: &mut Vec<Mistake>) -> Vec<Entry> {

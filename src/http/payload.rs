@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
+use bytes::{Buf as _, Bytes};
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use hyper::{
     HeaderMap,
@@ -16,6 +16,7 @@ use hyper::{
 };
 
 use super::reply::Failure;
+use crate::wire::text::without_byte_order_mark;
 
 /// A request's body on its way, and how long it may take: the arrival is part of the time that the
 /// request may take.
@@ -56,7 +57,9 @@ async fn read(headers: &HeaderMap, body: Incoming, limit: usize) -> Result<Bytes
         Ok(collected) => collected.to_bytes(),
     };
     let coding = headers.get(CONTENT_ENCODING).map(HeaderValue::as_bytes);
-    decompress(coding.unwrap_or_default(), bytes, limit)
+    let mut json = decompress(coding.unwrap_or_default(), bytes, limit)?;
+    json.advance(json.len() - without_byte_order_mark(&json).len());
+    Ok(json)
 }
 
 fn names_json(content_type: &[u8]) -> bool {

@@ -13,7 +13,10 @@ use zeroize::Zeroizing;
 
 use crate::{
     token::{Environment, Grant, Token},
-    wire::tokens::{Validated, readable},
+    wire::{
+        text::without_byte_order_mark,
+        tokens::{Validated, readable},
+    },
 };
 
 /// Why a backup file of Unleash Edge is of no use.
@@ -51,8 +54,8 @@ pub async fn tokens(folder: &Path) -> Result<Vec<(Token, Grant)>, Error> {
     }
     let file = folder.join("unleash_tokens.json");
     let Some(json) = read(&file).await? else { return Ok(Vec::new()) };
-    let Tokens { tokens } =
-        serde_json::from_slice(&json).map_err(|error| malformed(file, &error))?;
+    let Tokens { tokens } = serde_json::from_slice(without_byte_order_mark(&json))
+        .map_err(|error| malformed(file, &error))?;
     Ok(tokens.into_iter().map(|it| (it.token, it.grant)).collect())
 }
 
@@ -61,7 +64,8 @@ pub async fn features(folder: &Path) -> Result<Vec<(Environment, Box<RawValue>)>
     let file = folder.join("unleash_features.json");
     let Some(json) = read(&file).await? else { return Ok(Vec::new()) };
     let flags: Vec<(String, Box<RawValue>)> =
-        serde_json::from_slice(&json).map_err(|error| malformed(file, &error))?;
+        serde_json::from_slice(without_byte_order_mark(&json))
+            .map_err(|error| malformed(file, &error))?;
     Ok(flags.into_iter().map(|(name, flags)| (Environment::new(&name), flags)).collect())
 }
 

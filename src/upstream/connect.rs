@@ -18,6 +18,7 @@ use ulid::Ulid;
 use zeroize::Zeroizing;
 
 use super::error::Error;
+use crate::wire::text::without_byte_order_mark;
 
 /// How to reach upstream.
 #[derive(Clone, Debug)]
@@ -112,7 +113,7 @@ fn standing_headers(config: &Config) -> Result<HeaderMap, Error> {
 
 fn certificates(file: &Path) -> Result<Vec<Certificate>, Error> {
     let pem = read(file)?;
-    let certificates = Certificate::from_pem_bundle(&pem)
+    let certificates = Certificate::from_pem_bundle(without_byte_order_mark(&pem))
         .map_err(|source| Error::Pem { file: file.to_owned(), source: source.without_url() })?;
     if certificates.is_empty() {
         let source = io::Error::new(io::ErrorKind::InvalidData, "no certificate in it");
@@ -122,9 +123,9 @@ fn certificates(file: &Path) -> Result<Vec<Certificate>, Error> {
 }
 
 fn identity(files: &Identity) -> Result<reqwest::Identity, Error> {
-    let mut pem = read(&files.certificate_file)?;
-    pem.push(b'\n');
-    pem.extend_from_slice(&read(&files.key_file)?);
+    let (certificate, key) = (read(&files.certificate_file)?, read(&files.key_file)?);
+    let parts = [&certificate, &key].map(|pem| without_byte_order_mark(pem));
+    let pem = Zeroizing::new(parts.join(&b'\n'));
     reqwest::Identity::from_pem(&pem)
         .map_err(|source| Error::Pem { file: files.key_file.clone(), source: source.without_url() })
 }

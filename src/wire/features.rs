@@ -21,6 +21,7 @@ pub use self::definition::{
     Variant,
 };
 use self::definition::{Meta, SegmentBody};
+use super::text::without_byte_order_mark;
 use crate::token::Projects;
 
 /// The project of a flag that names none, as in Unleash.
@@ -62,6 +63,7 @@ impl Document {
     /// # Errors
     /// As [`Document::parse`].
     pub fn parse_after(body: &[u8], before: &Self) -> Result<Self, serde_json::Error> {
+        let body = without_byte_order_mark(body);
         // A list would do for the fields of an object, one after the other.
         if body.trim_ascii_start().starts_with(b"[") {
             return Err(serde::de::Error::custom(format_args!(

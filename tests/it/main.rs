@@ -6,6 +6,8 @@
 mod addresses;
 /// Tokens at the door.
 mod auth;
+/// Text that begins with a byte order mark.
+mod byte_order_mark;
 /// Two edges, one behind the other.
 mod chain;
 /// The API of server SDKs.

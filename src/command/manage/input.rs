@@ -3,7 +3,7 @@
 use std::io::{self, Read as _};
 
 use super::error::Error;
-use crate::{config::PasswordSource, control::Password};
+use crate::{config::PasswordSource, control::Password, wire::text::remove_byte_order_mark};
 
 /// A password, and what is to be shown of it: one that was generated.
 pub(super) fn password(source: PasswordSource) -> Result<(Password, Option<String>), Error> {
@@ -29,5 +29,6 @@ pub(super) fn first_line(path: &str) -> Result<String, Error> {
     read.map_err(|error| {
         Error::Read(if path == "-" { "the standard input" } else { path }.to_owned(), error)
     })?;
+    remove_byte_order_mark(&mut text);
     Ok(text.lines().next().unwrap_or_default().to_owned())
 }
