@@ -29,7 +29,7 @@ pub enum Error {
         source: io::Error,
     },
     /// The file holds no flags.
-    #[error("{} is not a client-features document", path.display())]
+    #[error("{} holds no flags that can be read", path.display())]
     Document {
         /// The file.
         path: PathBuf,
@@ -63,8 +63,8 @@ pub fn explain(asked: &Explain) -> Result<String, Error> {
         asked.flags.clone()
     };
     let text = std::fs::read(&path).map_err(|source| Error::Read { path: path.clone(), source })?;
-    let document =
-        Document::parse(&text).map_err(|source| Error::Document { path: path.clone(), source })?;
+    let document = Document::parse_file(&text)
+        .map_err(|source| Error::Document { path: path.clone(), source })?;
     let scope = Scope { environment: asked.environment.clone(), projects: Projects::All };
     let now = asked.at.unwrap_or_else(Timestamp::now);
     let snapshot = Snapshot::build(scope, document, now);

@@ -45,7 +45,7 @@ pub enum Error {
         source: io::Error,
     },
     /// A file holds no flags.
-    #[error("{} is not a client-features document", path.display())]
+    #[error("{} holds no flags that can be read", path.display())]
     Document {
         /// The file.
         path: PathBuf,
@@ -253,7 +253,7 @@ fn find(path: &Path, known: &Memory, reread: bool) -> Result<Found, Error> {
     if found.hash == known.hash {
         return Ok((found, None));
     }
-    let parse = |(path, text): (PathBuf, Vec<u8>)| match Document::parse(&text) {
+    let parse = |(path, text): (PathBuf, Vec<u8>)| match Document::parse_file(&text) {
         Ok(document) => Ok((path, document)),
         Err(source) => Err(Error::Document { path, source }),
     };

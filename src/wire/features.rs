@@ -1,6 +1,7 @@
 //! A client-features document: the flags and segments of one environment.
 //!
-//! The same shape arrives from `/api/client/features`, from bootstrap files and from backups. Each
+//! The same shape arrives from `/api/client/features`, from bootstrap files and from backups; files
+//! may also have the simple format of Unleash Edge ([`Document::parse_file`]). Each
 //! flag's and segment's text is kept byte for byte, so that fields and operators unknown to this
 //! program survive the passage; [`Feature::definition`] reads that text for the engine. Nothing
 //! here judges a definition: a value of the wrong kind is reported as [`Loose::Malformed`] and
@@ -8,6 +9,7 @@
 
 mod definition;
 mod inline;
+mod simple;
 
 use std::{collections::HashMap, sync::Arc, thread};
 
@@ -87,6 +89,23 @@ impl Document {
         let mut document = Self { unreadable, ..Self::sorted(features, segments, revision) };
         document.share_segments(before);
         Ok(document)
+    }
+
+    /// Reads a file: a client-features body, or the simple format of Unleash Edge's offline mode,
+    /// `{"<flag>":{"enabled":true,"variant":"<name>"}}`.
+    ///
+    /// # Errors
+    /// Where it is neither; the message names both.
+    pub fn parse_file(text: &[u8]) -> Result<Self, serde_json::Error> {
+        match Self::parse(text) {
+            Err(error) if error.is_data() => {
+                let flags = simple::flags(without_byte_order_mark(text), &error)?;
+                let features =
+                    flags.iter().map(|flag| Feature::parse(flag)).collect::<Result<_, _>>();
+                Ok(Self::of(features?, Vec::new()))
+            }
+            other => other,
+        }
     }
 
     /// The union of several fetches of one environment, made with tokens of different projects.
@@ -502,6 +521,39 @@ mod tests {
             let error = Document::parse(body.as_bytes()).unwrap_err().to_string();
             assert!(error.contains("an object with a list `features`"), "{body}: {error}");
         }
+    }
+
+    #[test]
+    fn files_may_have_the_simple_format() {
+        let text =
+            r#"{"b":{"enabled":true,"variant":"blue"},"a":{"enabled":false,"variant":null}}"#;
+        let document = Document::parse_file(text.as_bytes()).unwrap();
+        let [a, b] = document.features() else { panic!("{document:?}") };
+        assert_eq!((&**a.name(), &**b.name()), ("a", "b"));
+        let raw = |flag: &Feature| serde_json::from_str::<serde_json::Value>(flag.raw()).unwrap();
+        assert_eq!(raw(a)["enabled"], false);
+        assert_eq!(raw(b)["variants"][0]["weight"], 1000);
+        // A flag may be called so.
+        let document = Document::parse_file(br#"{"features":{"enabled":true}}"#).unwrap();
+        assert_eq!(&**document.features()[0].name(), "features");
+    }
+
+    #[test]
+    fn files_of_neither_format_are_refused_and_both_are_named() {
+        let check = |text: &str, reason: &str| {
+            let error = Document::parse_file(text.as_bytes()).unwrap_err().to_string();
+            for part in [r#"{"features": [...]}"#, r#""enabled": true"#, reason] {
+                assert!(error.contains(part), "{text}: {error}");
+            }
+        };
+        check("{}", "missing field `features`");
+        check("[]", "a list");
+        check(r#"{"a":{"variant":"x"}}"#, "missing field `enabled`");
+        check(r#"{"a":{"enabled":true,"strategies":[]}}"#, "unknown field `strategies`");
+        check(r#"{"features":3}"#, "`features` is not a list");
+        check(r#"{"features":[{}]}"#, "missing field `name`");
+        let error = Document::parse_file(b"{ no JSON").unwrap_err();
+        assert!(error.is_syntax() && error.line() == 1, "{error}");
     }
 
     #[test]

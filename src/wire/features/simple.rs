@@ -1,0 +1,51 @@
+//! The simple format of Unleash Edge's offline mode: flags that are on or off for everybody, and
+//! perhaps have one variant.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, de::Error as _};
+use serde_json::{
+    json,
+    value::{RawValue, to_raw_value},
+};
+
+/// A flag; fields of other formats are refused, so that no flag is on for more than its author meant.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SimpleFlag {
+    enabled: bool,
+    variant: Option<String>,
+}
+
+/// Reads the format, and writes each flag as Unleash would send it; `error` says why the text is no
+/// client-features body.
+pub(super) fn flags(
+    text: &[u8],
+    error: &serde_json::Error,
+) -> Result<Vec<Box<RawValue>>, serde_json::Error> {
+    match serde_json::from_slice::<BTreeMap<String, SimpleFlag>>(text) {
+        Ok(flags) if !flags.is_empty() => flags.iter().map(|(name, it)| flag(name, it)).collect(),
+        // Where it cannot have been meant as the other format, this error is the one that helps.
+        Err(own) if error.to_string().starts_with("missing field `features`") => Err(neither(&own)),
+        Ok(_) | Err(_) => Err(neither(error)),
+    }
+}
+
+fn neither(reason: &serde_json::Error) -> serde_json::Error {
+    serde_json::Error::custom(format_args!(
+        r#"expected {{"features": [...]}} as Unleash's client API sends it, or {{"<flag>": {{"enabled": true, "variant": "<name>"}}}}: {reason}"#
+    ))
+}
+
+/// The flag is on by the strategy `default`.
+fn flag(name: &str, flag: &SimpleFlag) -> Result<Box<RawValue>, serde_json::Error> {
+    let variant = |name| json!({ "name": name, "weight": 1000, "weightType": "variable", "stickiness": "default" });
+    to_raw_value(&json!({
+        "name": name,
+        "type": "release",
+        "enabled": flag.enabled,
+        "project": "default",
+        "strategies": [{ "name": "default", "parameters": {} }],
+        "variants": flag.variant.iter().map(variant).collect::<Vec<_>>(),
+    }))
+}
