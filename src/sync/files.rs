@@ -1,13 +1,14 @@
 //! Flags from files: a bootstrap file, or a folder with a file per environment; read again on
 //! change.
 //!
-//! One file serves every environment that is asked for. Files are looked at once a second, which
-//! works on every kind of mount, Kubernetes' links included. An environment whose file has vanished
-//! from the folder keeps the flags last known, unconfirmed from then on: a file that is being
-//! replaced, or was deleted by mistake, takes no flags away before a restart.
+//! One file serves every environment that is asked for. Files are checked once a second, which
+//! works on every kind of mount, Kubernetes' links included. Each file counts for itself: an
+//! environment whose file has vanished from the folder, or cannot be read, keeps the flags last
+//! known, unconfirmed from then on. A file that is being replaced, or was deleted by mistake, takes
+//! no flags away before a restart.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     io,
     path::{Path, PathBuf},
     sync::Arc,
@@ -19,8 +20,8 @@ use tokio::{
     task::{JoinError, spawn_blocking},
     time::{Instant, MissedTickBehavior, interval},
 };
-use tracing::warn;
-use xxhash_rust::xxh3::Xxh3;
+use tracing::{info, warn};
+use xxhash_rust::xxh3::xxh3_64;
 
 use super::publish::publish;
 use crate::{
@@ -30,7 +31,7 @@ use crate::{
     wire::features::Document,
 };
 
-/// How often files are looked at.
+/// How often files are checked.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// Why flags cannot be read from files.
@@ -64,6 +65,9 @@ pub enum Error {
         /// The folder.
         path: PathBuf,
     },
+    /// Several files of a folder cannot be read.
+    #[error("{}", .0.join("; "))]
+    Several(Vec<String>),
 }
 
 /// Flags kept in files.
@@ -75,24 +79,37 @@ pub struct Files {
     reread_every: Option<Duration>,
 }
 
-/// What was last seen of a file: enough to tell that it may have changed.
-#[derive(Clone, Debug, Eq, PartialEq)]
-struct Seen {
-    path: PathBuf,
+/// What the file system says of a file: enough to tell that it may have changed.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+struct FileMeta {
     modified: Option<SystemTime>,
     length: u64,
+    /// Device, inode, and when the inode last changed, which nobody can set back.
+    #[cfg(unix)]
+    inode: (u64, u64, i64, i64),
 }
 
-/// What a look at the files is compared with.
-#[derive(Clone, Debug, Default)]
-struct Memory {
-    seen: Vec<Seen>,
-    /// Of the files' names and content.
-    hash: u64,
+/// How often a file is read after it has changed, one look after the other. A write within the same
+/// tick of the file system's clock, up to two seconds, shows in nothing but the content.
+const READS_AFTER_CHANGE: u8 = 3;
+
+/// What is known of a file.
+#[derive(Clone, Debug)]
+struct FileState {
+    meta: FileMeta,
+    /// A hash of the content that was last read.
+    content: Option<u64>,
+    /// How often it is to be read again although nothing tells of a change.
+    reads_left: u8,
+    /// Why the content that was last read is not served.
+    failure: Option<Arc<Error>>,
 }
 
-/// What a look has found: the files, and their flags if anything has changed.
-type Found = (Memory, Option<Vec<(PathBuf, Document)>>);
+/// All files, and what is known of them.
+type State = BTreeMap<PathBuf, FileState>;
+
+/// What a look has found: the files, and the flags of those that have changed.
+type Found = (State, Vec<(PathBuf, Document)>);
 
 impl Files {
     /// The flags of `path`; where that is one file, it serves each of `environments`.
@@ -109,48 +126,78 @@ impl Files {
     }
 
     /// Reads and serves the flags; from then on [`Running::run`] keeps them current.
+    ///
+    /// Fails if any file cannot be read. A file that breaks later holds up its own environment only;
+    /// but an instance that starts has no flags to go on with, and would refuse an environment that
+    /// another instance, still running until this one is ready, serves well.
     pub async fn start(self) -> Result<Running, Error> {
-        let mut memory = Memory::default();
-        self.look(&mut memory, true).await?;
-        Ok(Running { files: self, memory })
+        let mut state = State::new();
+        self.check(&mut state, true).await?;
+        let mut failures: Vec<_> = state.values_mut().filter_map(|it| it.failure.take()).collect();
+        match (failures.len(), failures.pop()) {
+            (_, None) => Ok(Running { files: self, state }),
+            (1, Some(failure)) => {
+                Err(Arc::into_inner(failure).expect("the only reference was in the state"))
+            }
+            (_, Some(last)) => {
+                failures.push(last);
+                Err(Error::Several(failures.iter().map(|error| report(&**error)).collect()))
+            }
+        }
     }
 
-    /// Reads the files if they may have changed and publishes what did.
-    async fn look(&self, memory: &mut Memory, reread: bool) -> Result<(), Error> {
-        let (path, known) = (self.path.clone(), memory.clone());
+    /// Reads the files that may have changed and publishes those that did. A file that cannot be
+    /// read changes nothing, and leaves its environment unconfirmed.
+    ///
+    /// # Errors
+    /// Only if the folder itself cannot be read.
+    async fn check(&self, state: &mut State, reread: bool) -> Result<(), Error> {
+        let (path, known) = (self.path.clone(), state.clone());
         let found = spawn_blocking(move || find(&path, &known, reread)).await;
-        let (found, documents) = found.map_err(|source| Error::Panic { source })??;
-        let before = self.environments_in(memory);
+        let (mut found, documents) = found.map_err(|source| Error::Panic { source })??;
+        let before = self.environments_in(state);
         let now = self.environments_in(&found);
-        if documents.is_some() {
+        if now != before {
             // Files alone say what there is; an environment without one has nothing to wait for.
             let served = self.snapshots.environments().union(&now).cloned().collect();
             self.snapshots.limit(&Served::Only(served));
         }
-        for (path, document) in documents.unwrap_or_default() {
-            let document = Arc::new(document);
-            for environment in self.environments_of(&path) {
-                let document = Arc::clone(&document);
-                let make = move || Document::clone(&document);
-                let scope = Scope { environment, projects: Projects::All };
-                let published = publish(&self.snapshots, scope, Timestamp::now(), make).await;
-                published.map_err(|source| Error::Panic { source })?;
+        for (path, document) in documents {
+            if let Err(error) = self.publish(&path, document).await
+                && let Some(file) = found.get_mut(&path)
+            {
+                file.failure = Some(Arc::new(error));
             }
         }
-        *memory = found;
+        *state = found;
         for environment in before.difference(&now) {
             warn!(%environment, "The file of an environment has vanished, the flags known stay");
         }
-        for environment in now {
-            if let Some(snapshot) = self.snapshots.load(&environment) {
-                snapshot.confirm(Timestamp::now());
+        for (path, _) in state.iter().filter(|(_, file)| file.failure.is_none()) {
+            for environment in self.environments_of(path) {
+                if let Some(snapshot) = self.snapshots.load(&environment) {
+                    snapshot.confirm(Timestamp::now());
+                }
             }
         }
         Ok(())
     }
 
-    fn environments_in(&self, memory: &Memory) -> BTreeSet<Environment> {
-        memory.seen.iter().flat_map(|seen| self.environments_of(&seen.path)).collect()
+    /// Serves the flags of a file.
+    async fn publish(&self, path: &Path, document: Document) -> Result<(), Error> {
+        let document = Arc::new(document);
+        for environment in self.environments_of(path) {
+            let document = Arc::clone(&document);
+            let make = move || Document::clone(&document);
+            let scope = Scope { environment, projects: Projects::All };
+            let published = publish(&self.snapshots, scope, Timestamp::now(), make).await;
+            published.map_err(|source| Error::Panic { source })?;
+        }
+        Ok(())
+    }
+
+    fn environments_in(&self, state: &State) -> BTreeSet<Environment> {
+        state.keys().flat_map(|path| self.environments_of(path)).collect()
     }
 
     fn environments_of(&self, file: &Path) -> BTreeSet<Environment> {
@@ -165,7 +212,7 @@ impl Files {
 #[derive(Clone, Debug)]
 pub struct Running {
     files: Files,
-    memory: Memory,
+    state: State,
 }
 
 impl Running {
@@ -174,22 +221,36 @@ impl Running {
         let mut looks = interval(LOOK_EVERY);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut reread_at = self.next_reread();
-        let mut failing = None;
+        let mut reported = BTreeMap::<PathBuf, String>::new();
         loop {
             looks.tick().await;
             let reread = reread_at.is_some_and(|at| at <= Instant::now());
             if reread {
                 reread_at = self.next_reread();
             }
-            let failure = self.files.look(&mut self.memory, reread).await.err();
-            let failure = failure.map(|error| report(&error));
-            if failure != failing
-                && let Some(error) = &failure
-            {
-                warn!(error, "Flags cannot be read again, those known stay");
+            let failures = self.failures_after_check(reread).await;
+            for (path, error) in &failures {
+                if reported.get(path) != Some(error) {
+                    warn!(error, "Flags cannot be read again, those known stay");
+                }
             }
-            failing = failure;
+            for path in reported.keys().filter(|path| !failures.contains_key(*path)) {
+                info!("{} can be read again", path.display());
+            }
+            reported = failures;
         }
+    }
+
+    /// What cannot be read, by path, and why.
+    async fn failures_after_check(&mut self, reread: bool) -> BTreeMap<PathBuf, String> {
+        if let Err(error) = self.files.check(&mut self.state, reread).await {
+            return BTreeMap::from([(self.files.path.clone(), report(&error))]);
+        }
+        let failures = self.state.iter().filter_map(|(path, file)| {
+            let error = file.failure.as_deref()?;
+            Some((path.clone(), report(error)))
+        });
+        failures.collect()
     }
 
     fn next_reread(&self) -> Option<Instant> {
@@ -197,14 +258,14 @@ impl Running {
     }
 }
 
-/// The files of a path: itself, or the folder's `*.json`, sorted.
-fn seen(path: &Path) -> Result<Vec<Seen>, Error> {
+/// The files of a path: itself, or the folder's `*.json`.
+fn list(path: &Path) -> Result<BTreeMap<PathBuf, FileMeta>, Error> {
     let failed = |source| Error::Read { path: path.to_owned(), source };
     let metadata = std::fs::metadata(path).map_err(failed)?;
     if !metadata.is_dir() {
-        return Ok(vec![Seen::of(path.to_owned(), &metadata)]);
+        return Ok(BTreeMap::from([(path.to_owned(), FileMeta::of(&metadata))]));
     }
-    let mut files = Vec::new();
+    let mut files = BTreeMap::new();
     for entry in std::fs::read_dir(path).map_err(failed)? {
         let path = entry.map_err(failed)?.path();
         // An editor's lock and the like is hidden, and may be a link to nothing.
@@ -213,52 +274,81 @@ fn seen(path: &Path) -> Result<Vec<Seen>, Error> {
             continue;
         }
         match std::fs::metadata(&path) {
-            Ok(metadata) if metadata.is_file() => files.push(Seen::of(path, &metadata)),
+            Ok(metadata) if metadata.is_file() => {
+                files.insert(path, FileMeta::of(&metadata));
+            }
             Ok(_) => {}
             // It went between the listing and now.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(failed(error)),
+            // Reading it tells why.
+            Err(_) => {
+                files.insert(path, FileMeta::default());
+            }
         }
     }
     if files.is_empty() {
         return Err(Error::Empty { path: path.to_owned() });
     }
-    files.sort_by(|one, other| one.path.cmp(&other.path));
     Ok(files)
 }
 
-impl Seen {
-    fn of(path: PathBuf, metadata: &std::fs::Metadata) -> Self {
-        Self { path, modified: metadata.modified().ok(), length: metadata.len() }
+impl FileMeta {
+    fn of(metadata: &std::fs::Metadata) -> Self {
+        #[cfg(unix)]
+        use std::os::unix::fs::MetadataExt as _;
+        Self {
+            modified: metadata.modified().ok(),
+            length: metadata.len(),
+            #[cfg(unix)]
+            inode: (metadata.dev(), metadata.ino(), metadata.ctime(), metadata.ctime_nsec()),
+        }
     }
 }
 
-/// Looks at the files of `path`, and reads them if they may differ from those `known`.
-fn find(path: &Path, known: &Memory, reread: bool) -> Result<Found, Error> {
-    let seen = seen(path)?;
-    if seen == known.seen && !reread {
-        return Ok((known.clone(), None));
+/// Lists the files of `path`, and reads those that may differ from what is `known`.
+fn find(path: &Path, known: &State, reread: bool) -> Result<Found, Error> {
+    let (mut state, mut documents) = (State::new(), Vec::new());
+    for (path, meta) in list(path)? {
+        let file = match known.get(&path) {
+            Some(file) if file.meta == meta && file.reads_left == 0 && !reread => file.clone(),
+            file => {
+                let (file, document) = read(&path, meta, file);
+                documents.extend(document.map(|document| (path.clone(), document)));
+                file
+            }
+        };
+        state.insert(path, file);
     }
-    let (mut hasher, mut texts) = (Xxh3::new(), Vec::new());
-    for Seen { path, .. } in &seen {
-        let failed = |source| Error::Read { path: path.clone(), source };
-        let text = std::fs::read(path).map_err(failed)?;
-        for part in [path.as_os_str().as_encoded_bytes(), &text] {
-            hasher.update(&part.len().to_le_bytes());
-            hasher.update(part);
-        }
-        texts.push((path.clone(), text));
-    }
-    let found = Memory { seen, hash: hasher.digest() };
-    if found.hash == known.hash {
-        return Ok((found, None));
-    }
-    let parse = |(path, text): (PathBuf, Vec<u8>)| match Document::parse_file(&text) {
-        Ok(document) => Ok((path, document)),
-        Err(source) => Err(Error::Document { path, source }),
+    Ok((state, documents))
+}
+
+/// Reads a file, and its flags if its content has changed.
+fn read(path: &Path, meta: FileMeta, known: Option<&FileState>) -> (FileState, Option<Document>) {
+    let reads_left = match known {
+        Some(file) if file.meta == meta => file.reads_left.saturating_sub(1),
+        Some(_) | None => READS_AFTER_CHANGE - 1,
     };
-    let documents = texts.into_iter().map(parse).collect::<Result<_, _>>()?;
-    Ok((found, Some(documents)))
+    let path = path.to_owned();
+    let text = match std::fs::read(&path) {
+        Ok(text) => text,
+        Err(source) => {
+            let failure = Some(Arc::new(Error::Read { path, source }));
+            // Whatever kept it from being read may be over without a change.
+            return (FileState { meta, content: None, reads_left: 1, failure }, None);
+        }
+    };
+    let content = Some(xxh3_64(&text));
+    if let Some(file) = known
+        && file.content == content
+    {
+        let failure = file.failure.clone();
+        return (FileState { meta, content, reads_left, failure }, None);
+    }
+    let (document, failure) = match Document::parse_file(&text) {
+        Ok(document) => (Some(document), None),
+        Err(source) => (None, Some(Arc::new(Error::Document { path, source }))),
+    };
+    (FileState { meta, content, reads_left, failure }, document)
 }
 
 #[cfg(test)]
@@ -285,11 +375,11 @@ mod tests {
         let mut running = files.start().await.unwrap();
         assert_eq!(names(&snapshots, "prod"), ["one"]);
         std::fs::write(&path, "{ no JSON").unwrap();
-        let error = running.files.look(&mut running.memory, false).await.unwrap_err();
-        assert!(error.to_string().contains("flags.json"), "{error}");
+        let failures = running.failures_after_check(false).await;
+        assert!(failures[&path].contains("flags.json"), "{failures:?}");
         assert_eq!(names(&snapshots, "dev"), ["one"]);
         std::fs::write(&path, flags("another")).unwrap();
-        running.files.look(&mut running.memory, false).await.unwrap();
+        assert!(running.failures_after_check(false).await.is_empty());
         assert_eq!(names(&snapshots, "dev"), ["another"]);
     }
 
@@ -318,12 +408,12 @@ mod tests {
         let files = Files::new(path.clone(), BTreeSet::new(), snapshots.clone(), None);
         let mut running = files.start().await.unwrap();
         std::fs::rename(path.join("dev.json"), path.join("prod.json")).unwrap();
-        running.files.look(&mut running.memory, false).await.unwrap();
+        assert!(running.failures_after_check(false).await.is_empty());
         assert_eq!(names(&snapshots, "prod"), ["one"]);
         assert_eq!(names(&snapshots, "dev"), ["one"]);
         let confirmed = |name| snapshots.load(&Environment::new(name)).unwrap().confirmed();
         let (before, since) = (confirmed("dev"), confirmed("prod"));
-        running.files.look(&mut running.memory, false).await.unwrap();
+        assert!(running.failures_after_check(false).await.is_empty());
         assert_eq!(confirmed("dev"), before);
         assert!(confirmed("prod") >= since);
     }

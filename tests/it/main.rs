@@ -24,6 +24,8 @@ mod database;
 mod dates;
 /// An edge in front of a healthy Unleash.
 mod edge;
+/// Flags from files.
+mod flag_files;
 /// A flood of made-up tokens.
 mod flood;
 /// An edge whose upstream tells changes on a stream, or fails at that.

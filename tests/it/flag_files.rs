@@ -1,0 +1,194 @@
+//! Flags from files: their formats, and files of a folder that change or break one by one.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use reqwest::StatusCode;
+use serde_json::{Value, json};
+
+use crate::local::{CLIENT, FRONTEND, Local};
+use crate::rig::{Parapet, until};
+
+const SOON: Duration = Duration::from_secs(20);
+
+/// In the format that Unleash Edge reads in offline mode.
+const SIMPLE: &str = r#"{"on1":{"enabled":true},"off1":{"enabled":false,"variant":null},"var1":{"enabled":true,"variant":"blue"}}"#;
+
+#[tokio::test]
+async fn simple_offline_file_of_unleash_edge_is_read_and_reloaded() {
+    let parapet = Local::offline(SIMPLE).await;
+    let toggles =
+        async || parapet.get("/api/frontend/all", FRONTEND).await.json()["toggles"].clone();
+    let flags = toggles().await;
+    let by_name = |name: &str| {
+        let found = flags.as_array().unwrap().iter().find(|it| it["name"] == name);
+        found.unwrap_or_else(|| panic!("no {name}: {flags}")).clone()
+    };
+    assert_eq!(by_name("on1")["enabled"], true);
+    assert_eq!(by_name("on1")["variant"]["name"], "disabled");
+    assert_eq!(by_name("off1")["enabled"], false);
+    assert_eq!(by_name("var1")["enabled"], true);
+    assert_eq!(by_name("var1")["variant"]["name"], "blue");
+
+    let listing = parapet.get("/api/client/features", CLIENT).await.json();
+    let flag = |name: &str| {
+        let flags = listing["features"].as_array().unwrap();
+        flags.iter().find(|it| it["name"] == name).unwrap().clone()
+    };
+    assert_eq!(flag("on1")["strategies"][0]["name"], "default");
+    let variant = &flag("var1")["variants"][0];
+    assert_eq!((&variant["name"], &variant["weight"]), (&json!("blue"), &json!(1000)));
+
+    std::fs::write(parapet.flags_file(), SIMPLE.replace("blue", "green")).unwrap();
+    until("the file is read again", SOON, async || {
+        let flags = toggles().await;
+        let found = flags.as_array().unwrap().iter().find(|it| it["name"] == "var1").unwrap();
+        (found["variant"]["name"] == "green").then_some(())
+    })
+    .await;
+}
+
+#[test]
+fn a_file_of_neither_format_is_refused_with_both_formats_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("flags.json");
+    for text in
+        ["{}", "[]", r#"{"a":{"enabled":"yes"}}"#, r#"{"a":{"variant":"b"}}"#, r#"{"features":{}}"#]
+    {
+        std::fs::write(&file, text).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_parapet"));
+        command
+            .args(["offline", "--port", "0", "--admin-port", "0", "-c", CLIENT, "-b"])
+            .arg(&file);
+        let output = command.env_clear().current_dir(folder.path()).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{text}: {output:?}");
+        let message =
+            String::from_utf8(output.stdout).unwrap() + &String::from_utf8(output.stderr).unwrap();
+        for part in ["flags.json", "features", r#""enabled""#, r#""variant""#] {
+            assert!(message.contains(part), "{text}: {message}");
+        }
+    }
+}
+
+fn flag(name: &str) -> String {
+    json!({ "features": [{ "name": name, "enabled": true, "strategies": [{ "name": "default" }] }] }).to_string()
+}
+
+const STAGING: &str = "*:staging.flag-files-0123456789abcdef0123456789";
+const PRODUCTION: &str = "*:production.flag-files-0123456789abcdef0123456";
+
+struct Folder(tempfile::TempDir);
+
+impl Folder {
+    fn new() -> Self {
+        let folder = Self(tempfile::tempdir().unwrap());
+        folder.save("staging.json", &flag("one"));
+        folder.save("production.json", &flag("one"));
+        folder
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// Puts a file in place at once, so that no half of it is seen.
+    fn save(&self, name: &str, text: &str) -> PathBuf {
+        let (path, draft) = (self.0.path().join(name), self.0.path().join(".draft"));
+        std::fs::write(&draft, text).unwrap();
+        std::fs::rename(draft, &path).unwrap();
+        path
+    }
+
+    async fn start(&self) -> Parapet {
+        let standalone = Parapet::mode("standalone").flag("--flags", self.path());
+        let tokens = format!("{STAGING},{PRODUCTION}");
+        standalone.env("INIT_CLIENT_API_TOKENS", tokens).start().await
+    }
+}
+
+async fn name_seen(parapet: &Parapet, token: &str) -> Value {
+    let (status, body) = parapet.get("/api/client/features", token).await;
+    assert_eq!(status, StatusCode::OK, "{}", parapet.log());
+    body["features"][0]["name"].clone()
+}
+
+async fn until_sees(parapet: &Parapet, token: &str, name: &str) {
+    until(&format!("{token} sees {name}"), SOON, async || {
+        (name_seen(parapet, token).await == name).then_some(())
+    })
+    .await;
+}
+
+async fn age(parapet: &Parapet, environment: &str) -> f64 {
+    let sample = format!("parapet_snapshot_age_seconds{{environment=\"{environment}\"}}");
+    parapet.metric(&sample).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_malformed_file_holds_up_its_own_environment_only() {
+    let folder = Folder::new();
+    let parapet = folder.start().await;
+    let whole = flag("two");
+    folder.save("staging.json", &whole[..whole.len() / 2]);
+    folder.save("production.json", &flag("kill-switch"));
+    until_sees(&parapet, PRODUCTION, "kill-switch").await;
+    assert_eq!(name_seen(&parapet, STAGING).await, "one");
+    until("the broken one's flags become old", SOON, async || {
+        (age(&parapet, "staging").await > 3.0).then_some(())
+    })
+    .await;
+    assert!(age(&parapet, "production").await < age(&parapet, "staging").await);
+    let log = parapet.log();
+    let reports = log.lines().filter(|line| line.contains("WARN") && line.contains("staging.json"));
+    assert_eq!(reports.count(), 1, "{log}");
+    assert!(!log.contains("production.json"), "{log}");
+    folder.save("staging.json", &whole);
+    until_sees(&parapet, STAGING, "two").await;
+}
+
+#[tokio::test]
+async fn a_new_file_that_is_malformed_holds_up_no_other() {
+    let folder = Folder::new();
+    let parapet = folder.start().await;
+    folder.save("new.json", "{");
+    folder.save("production.json", &flag("two"));
+    until_sees(&parapet, PRODUCTION, "two").await;
+    until_sees(&parapet, STAGING, "one").await;
+}
+
+#[tokio::test]
+async fn a_file_replaced_by_one_of_the_same_time_and_length_is_noticed() {
+    let folder = Folder::new();
+    let parapet = folder.start().await;
+    let times = |path: &Path| std::fs::metadata(path).unwrap().modified().unwrap();
+    let path = folder.path().join("production.json");
+    let (modified, other) = (times(&path), folder.save("other", &flag("two")));
+    let file = std::fs::File::options().write(true).open(&other).unwrap();
+    file.set_modified(modified).unwrap();
+    drop(file);
+    assert_eq!(std::fs::metadata(&other).unwrap().len(), std::fs::metadata(&path).unwrap().len());
+    std::fs::rename(&other, &path).unwrap();
+    assert_eq!(times(&path), modified);
+    until_sees(&parapet, PRODUCTION, "two").await;
+    // In place, its time set back.
+    std::fs::write(&path, flag("six")).unwrap();
+    std::fs::File::options().write(true).open(&path).unwrap().set_modified(modified).unwrap();
+    until_sees(&parapet, PRODUCTION, "six").await;
+}
+
+#[test]
+fn a_start_names_every_file_that_is_malformed() {
+    let folder = Folder::new();
+    folder.save("staging.json", "{");
+    folder.save("testing.json", "{}");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_parapet"));
+    let data = folder.path().join("data");
+    command.args(["standalone", "--port", "0", "--admin-port", "0"]);
+    command.arg("--flags").arg(folder.path()).arg("--data-dir").arg(data);
+    let output = command.env_clear().current_dir(folder.path()).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let message =
+        String::from_utf8(output.stdout).unwrap() + &String::from_utf8(output.stderr).unwrap();
+    assert!(message.contains("staging.json") && message.contains("testing.json"), "{message}");
+}
