@@ -78,8 +78,11 @@
 //! * No plaintext token outside [`token::Token`]; stores hold digests, or what is sealed under a key
 //!   derived from the admin token.
 //! * No typed round trip of flag configuration: text that came is text that goes.
-//! * No `meta` in flag configuration: upstream's revision counts changes outside a token's scope,
-//!   and would change the entity tag where nothing that is served has changed.
+//! * No revision of upstream's in flag configuration: it counts changes outside a token's scope, and
+//!   would change the body where nothing that is served has changed. `meta` names a revision of our
+//!   own, the time in seconds at which the state was first seen. It is no part of the entity tag,
+//!   since instances behind one balancer see a state at different times: equal flags have equal tags.
+//!   As far as their clocks agree, an older state never has a higher revision than a newer one.
 
 pub mod answers;
 pub mod app;

@@ -65,6 +65,7 @@ pub struct Snapshot {
     environment: Environment,
     projects: Projects,
     document: Arc<Document>,
+    revision: u32,
     engine: Engine,
     problems: Vec<Problem>,
     /// When the source last confirmed this state, in milliseconds of Unix time.
@@ -86,7 +87,9 @@ impl Snapshot {
     pub fn build(scope: Scope, document: Document, as_of: Timestamp) -> Self {
         let (engine, problems) = Engine::compile(&document);
         let (fragments, answers) = (Fragments::of(&engine, None), Answers::new(None));
-        Self::of(scope, document, (engine, problems, fragments), answers, as_of)
+        let stored = document.stored_revision().and_then(|it| u32::try_from(it).ok());
+        let revision = stored.unwrap_or_else(|| revision_at(Timestamp::now()));
+        Self::of(scope, document, revision, (engine, problems, fragments), answers, as_of)
     }
 
     /// The same, to take the place of a snapshot of this environment: with all that requests after the
@@ -103,7 +106,9 @@ impl Snapshot {
         let fragments = Fragments::of(&new, Some((engine, fragments)));
         give_way();
         let answers = Answers::new(Some(&previous.answers));
-        let snapshot = Self::of(scope, document, (new, problems, fragments), answers, as_of);
+        let revision = revision_at(Timestamp::now()).max(previous.revision.saturating_add(1));
+        let new = (new, problems, fragments);
+        let snapshot = Self::of(scope, document, revision, new, answers, as_of);
         snapshot.inherit(previous);
         snapshot
     }
@@ -111,6 +116,7 @@ impl Snapshot {
     fn of(
         Scope { environment, projects }: Scope,
         document: Document,
+        revision: u32,
         (engine, problems, fragments): (Engine, Vec<Problem>, Fragments),
         answers: Answers,
         as_of: Timestamp,
@@ -129,6 +135,7 @@ impl Snapshot {
             environment,
             projects,
             document: Arc::new(document),
+            revision,
             engine,
             problems,
             confirmed: AtomicI64::new(as_of.as_millisecond()),
@@ -178,8 +185,14 @@ impl Snapshot {
             return self.whole(&self.parts.of(projects), projects, segments);
         }
         let key = ListingKey { projects: projects.clone(), filter, segments };
-        let build =
-            || Listing::of(Arc::new(listing::build(&self.environment, &self.document, &key)));
+        let build = || {
+            Listing::of(Arc::new(listing::build(
+                &self.environment,
+                &self.document,
+                &key,
+                self.revision,
+            )))
+        };
         self.listings.get_with_by_ref(&key, build).body_counted()
     }
 
@@ -190,7 +203,8 @@ impl Snapshot {
             return Arc::clone(body);
         }
         let key = ListingKey { projects: projects.clone(), filter: Filter::default(), segments };
-        let build = || Arc::new(listing::build(&self.environment, &self.document, &key));
+        let build =
+            || Arc::new(listing::build(&self.environment, &self.document, &key, self.revision));
         let body = Arc::clone(slot.get_or_init(build));
         self.parts.keep_within_bounds(projects);
         body
@@ -248,7 +262,7 @@ impl Snapshot {
 
     /// A listing of this snapshot in the codings that it had in the previous one.
     fn rebuilt(&self, key: &ListingKey, old: &Arc<Body>) -> Arc<Body> {
-        let new = listing::build(&self.environment, &self.document, key);
+        let new = listing::build(&self.environment, &self.document, key, self.revision);
         if new.etag() == old.etag() {
             return Arc::clone(old);
         }
@@ -259,6 +273,12 @@ impl Snapshot {
         }
         Arc::new(new)
     }
+}
+
+/// The revision of a state that begins now: the time in seconds since 1970. It grows from state to
+/// state, over restarts and from one instance to the next, and SDKs read it into 32 bits.
+fn revision_at(now: Timestamp) -> u32 {
+    u32::try_from(now.as_second()).unwrap_or(1)
 }
 
 /// Lets others have the processor, if any wait for it, between two steps of work for milliseconds.

@@ -4,11 +4,15 @@
 
 use std::{
     collections::BTreeSet,
+    fmt::Write as _,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
 };
+
+use serde_json::json;
+use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
 use super::body::Body;
 use crate::{
@@ -100,9 +104,15 @@ const ENDS: usize = 512;
 /// Writes `{"version":2,"features":[…],"segments":[…],"query":{…}}`, flags sorted by name and only
 /// the segments that they refer to.
 ///
-/// There is no `meta`: its revision counts changes outside the scope too, and would change the
-/// entity tag where nothing that is served has changed.
-pub(super) fn build(environment: &Environment, document: &Document, key: &ListingKey) -> Body {
+/// At the end stands `meta` as from Unleash: the entity tag, a hash of the query, and `revision`. The
+/// tag is a hash of all that comes before, so that equal flags have equal tags on every instance,
+/// and nothing that is outside the scope changes it.
+pub(super) fn build(
+    environment: &Environment,
+    document: &Document,
+    key: &ListingKey,
+    revision: u32,
+) -> Body {
     let shown = cut(document, &key.projects, &key.filter);
     let features = shown.features().iter().map(|it| it.raw().len() + 1).sum::<usize>();
     let segments = shown.segments().iter().map(|it| it.raw().len() + 1).sum::<usize>();
@@ -120,9 +130,14 @@ pub(super) fn build(environment: &Environment, document: &Document, key: &Listin
         }
     }
     text.push_str(r#"],"query":"#);
-    text.push_str(&query(environment, key));
-    text.push('}');
-    Body::new(text.into_bytes().into_boxed_slice().into())
+    let query = query(environment, key);
+    text.push_str(&query);
+    let hash = xxh3_128(text.as_bytes());
+    let etag = format!("\"{hash:032x}\"");
+    let query_hash = format!("{:08x}", xxh3_64(query.as_bytes()) >> 32);
+    let meta = json!({ "revisionId": revision, "etag": etag, "queryHash": query_hash });
+    write!(text, r#","meta":{meta}}}"#).expect("writing to a string cannot fail");
+    Body::tagged(text.into_bytes().into_boxed_slice().into(), hash)
 }
 
 fn push_list(text: &mut String, items: impl Iterator<Item = impl AsRef<str>>) {
@@ -142,7 +157,7 @@ fn query(environment: &Environment, key: &ListingKey) -> String {
     } else {
         projects.iter().map(Project::as_str).collect()
     };
-    let mut query = serde_json::json!({
+    let mut query = json!({
         "projects": projects,
         "environment": environment.as_str(),
         "inlineSegmentConstraints": key.segments == Segments::Inlined,

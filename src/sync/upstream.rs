@@ -98,7 +98,7 @@ impl Follower {
         }
         // Its age is not known any more; it has not been confirmed by this process.
         let never = Timestamp::UNIX_EPOCH;
-        let published = match Document::parse(text) {
+        let published = match Document::parse_stored(text) {
             Ok(document) => publish(&self.snapshots, scope, never, || document).await,
             Err(error) => {
                 return warn!(%environment, error = report(&error), "Stored flags cannot be read");

@@ -35,6 +35,7 @@ pub struct Document {
     features: Vec<Feature>,
     segments: Vec<Segment>,
     revision: Option<u64>,
+    stored_revision: Option<u64>,
     shadowed: Vec<Arc<str>>,
     unreadable: Vec<Unreadable>,
 }
@@ -108,6 +109,16 @@ impl Document {
         }
     }
 
+    /// Reads a listing that Parapet has sent or stored, with the revision that is named in it as
+    /// [`Document::stored_revision`].
+    ///
+    /// # Errors
+    /// As [`Document::parse`].
+    pub fn parse_stored(text: &[u8]) -> Result<Self, serde_json::Error> {
+        let document = Self::parse(text)?;
+        Ok(Self { revision: None, stored_revision: document.revision, ..document })
+    }
+
     /// The union of several fetches of one environment, made with tokens of different projects.
     ///
     /// Where two hold the same flag or segment the later one counts; the revision is the highest.
@@ -133,6 +144,7 @@ impl Document {
             features: outside.cloned().collect(),
             segments: self.segments.clone(),
             revision: self.revision,
+            stored_revision: self.stored_revision,
             shadowed: self.shadowed.clone(),
             unreadable: self.unreadable.clone(),
         }
@@ -162,6 +174,11 @@ impl Document {
     /// `meta.revisionId`: the server's own number for this state.
     pub fn revision(&self) -> Option<u64> {
         self.revision
+    }
+
+    /// The revision under which this state was served before it was stored.
+    pub fn stored_revision(&self) -> Option<u64> {
+        self.stored_revision
     }
 
     /// Names that the body defined more than once; the last definition counts.
@@ -228,7 +245,14 @@ impl Document {
         let features = last_of_each(features, Feature::name, &mut note);
         let segments = last_of_each(segments, |segment| &segment.id, |_| {});
         shadowed.dedup();
-        Self { features, segments, revision, shadowed, unreadable: Vec::new() }
+        Self {
+            features,
+            segments,
+            revision,
+            stored_revision: None,
+            shadowed,
+            unreadable: Vec::new(),
+        }
     }
 }
 
@@ -554,6 +578,13 @@ mod tests {
         check(r#"{"features":[{}]}"#, "missing field `name`");
         let error = Document::parse_file(b"{ no JSON").unwrap_err();
         assert!(error.is_syntax() && error.line() == 1, "{error}");
+    }
+
+    #[test]
+    fn a_stored_listing_keeps_the_revision_that_it_was_served_under() {
+        let text = br#"{"features":[],"meta":{"revisionId":7}}"#;
+        let document = Document::parse_stored(text).unwrap();
+        assert_eq!((document.revision(), document.stored_revision()), (None, Some(7)));
     }
 
     #[test]

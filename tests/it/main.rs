@@ -43,6 +43,8 @@ mod limits;
 /// Parapet in this process, for tests of its answers.
 #[allow(dead_code, reason = "a kit like the rig: each story uses the parts it needs")]
 mod local;
+/// What flag configuration says of itself.
+mod meta;
 /// OpenFeature's providers.
 mod ofrep;
 /// The API's document.

@@ -236,6 +236,9 @@ pub(super) fn schemas() -> Map<String, Value> {
             "features": list(json!({ "$ref": "#/components/schemas/ClientFeature" })),
             "segments": list(object(&["id"], json!({ "id": { "type": "integer" } }))),
             "query": { "type": "object" },
+            "meta": object(&["revisionId", "etag", "queryHash"], json!({
+                "revisionId": count(), "etag": text(), "queryHash": text(),
+            })),
         })),
         "ClientDelta": object(&["events"], json!({
             "events": list(object(&["type", "eventId"], json!({
