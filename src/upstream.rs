@@ -9,6 +9,7 @@ mod connect;
 mod credentials;
 mod error;
 mod exchange;
+pub mod no_proxy;
 mod outcome;
 #[cfg(test)]
 pub(crate) mod scripted;

@@ -21,7 +21,7 @@ use super::{
     cli::{Question, Role, Verb},
     file,
     keys::{self, Key},
-    manage::Errand,
+    manage::{Errand, Server},
     mistake::Mistakes,
     settings::Settings,
 };
@@ -238,6 +238,7 @@ fn upstream(s: &mut Settings, identity: &Identity) -> Option<upstream::Config> {
             .zip(key)
             .map(|(certificate_file, key_file)| upstream::Identity { certificate_file, key_file }),
         skip_certificate_verification,
+        no_proxy: s.no_proxy.clone(),
         app_name: identity.app_name.clone(),
         instance_id: identity.instance_id.clone(),
     })
@@ -329,6 +330,7 @@ pub(super) fn manage(mut settings: Settings, errand: Errand) -> Result<Manage, M
     let Errand { task, json, server } = errand;
     if let Some(server) = server {
         // What else a shared environment or file may say concerns the server.
+        let server = Server { no_proxy: settings.no_proxy, ..server };
         return Ok(Manage { place: Place::Server(server), task, json });
     }
     let data_dir = path(&mut settings, &keys::DATA_DIR);

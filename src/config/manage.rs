@@ -90,6 +90,8 @@ pub struct Server {
     /// The file whose first line is the token to present; `-` is the standard input. Never an
     /// argument, which others on the machine can see.
     pub token_file: String,
+    /// Hosts that are reached without a proxy, as in `NO_PROXY`.
+    pub no_proxy: String,
 }
 
 /// Where a password comes from; never from an argument, which others on the machine can see.
@@ -216,7 +218,7 @@ pub(super) fn read(command: &str, below: &ArgMatches) -> Result<Errand, Mistake>
     let server = match (given(URL), given(TOKEN_FILE)) {
         (Some(url), Some(token_file)) => match url.parse::<Url>() {
             Ok(url) if matches!(url.scheme(), "http" | "https") => {
-                Some(Server { url, token_file: token_file.clone() })
+                Some(Server { url, token_file: token_file.clone(), no_proxy: String::new() })
             }
             _ => return mistake(URL, "expected an address as in http://127.0.0.1:3064"),
         },

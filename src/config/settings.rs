@@ -30,6 +30,9 @@ pub(super) struct Settings {
     given: BTreeMap<&'static str, Given>,
     pub(super) mistakes: Vec<Mistake>,
     pub(super) warnings: Vec<String>,
+    /// Hosts that are reached without a proxy. Like the proxies themselves, which the HTTP client
+    /// looks up, these are the system's and no setting of ours.
+    pub(super) no_proxy: String,
 }
 
 struct Given {
@@ -47,8 +50,14 @@ impl fmt::Debug for Settings {
 impl Settings {
     /// Merges the three layers: flags over environment over file.
     pub(super) fn gather(verb: Verb, flags: Flags, variable: Variable<'_>) -> Self {
-        let mut settings =
-            Self { verb, given: BTreeMap::new(), mistakes: Vec::new(), warnings: Vec::new() };
+        let no_proxy = ["NO_PROXY", "no_proxy"].into_iter().filter_map(variable);
+        let mut settings = Self {
+            verb,
+            given: BTreeMap::new(),
+            mistakes: Vec::new(),
+            warnings: Vec::new(),
+            no_proxy: no_proxy.collect::<Vec<_>>().join(","),
+        };
         settings.add_flags(flags);
         settings.add_variables(variable);
         settings.add_file();

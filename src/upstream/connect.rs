@@ -17,7 +17,7 @@ use rustls::crypto::ring;
 use ulid::Ulid;
 use zeroize::Zeroizing;
 
-use super::error::Error;
+use super::{error::Error, no_proxy};
 use crate::wire::text::without_byte_order_mark;
 
 /// How to reach upstream.
@@ -41,6 +41,8 @@ pub struct Config {
     pub identity: Option<Identity>,
     /// Accept any server certificate; only for tests of an operator.
     pub skip_certificate_verification: bool,
+    /// Hosts that are reached without a proxy, as in `NO_PROXY`.
+    pub no_proxy: String,
     /// The application name that upstream sees (`UNLEASH-APPNAME`).
     pub app_name: String,
     /// The instance id that upstream sees (`UNLEASH-INSTANCEID`).
@@ -85,6 +87,10 @@ pub(super) fn pool(config: &Config) -> Result<Client, Error> {
         // The platform's certificates may be missing where nobody needs them, as in a bare image.
         builder.tls_certs_only(roots)
     };
+    // reqwest reads the variables too, but takes `*` for names only.
+    if no_proxy::includes(&config.no_proxy, &config.url) {
+        builder = builder.no_proxy();
+    }
     if let Some(files) = &config.identity {
         builder = builder.identity(identity(files)?);
     }

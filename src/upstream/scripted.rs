@@ -101,6 +101,7 @@ pub(crate) fn config(url: &str) -> Config {
         certificate_file: None,
         identity: None,
         skip_certificate_verification: false,
+        no_proxy: String::new(),
         app_name: "parapet".to_owned(),
         instance_id: "one".to_owned(),
     }

@@ -55,6 +55,8 @@ mod ops;
 mod outage;
 /// An edge whose tokens see a part each, and whose environments come and go.
 mod parts;
+/// Upstream through a proxy, and past it.
+mod proxy;
 /// An edge that passes upstream's admin API on.
 mod relay;
 /// Tokens that are made and revoked while an edge runs.

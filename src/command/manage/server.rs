@@ -18,6 +18,7 @@ use crate::{
     config::{Server, Task},
     control::RootRole,
     token::{Token, TokenKind},
+    upstream::no_proxy,
     wire::tokens::{Created, Listed, ListedSecret, TokenList},
 };
 
@@ -121,14 +122,17 @@ struct Api {
 
 impl Api {
     fn new(server: Server) -> Result<Self, Error> {
-        let Server { url, token_file } = server;
+        let Server { url, token_file, no_proxy } = server;
         let token = Token::parse(&first_line(&token_file)?);
         let token = token.map_err(|error| Error::Token(token_file, error))?;
         // Fails where a provider has been chosen already, which serves as well.
         let _ = rustls::crypto::ring::default_provider().install_default();
         // A redirect could lead the token elsewhere.
-        let client = Client::builder().timeout(TIMEOUT).redirect(redirect::Policy::none()).build();
-        let client = client.map_err(|error| Error::Silent(origin(&url), error))?;
+        let mut client = Client::builder().timeout(TIMEOUT).redirect(redirect::Policy::none());
+        if no_proxy::includes(&no_proxy, &url) {
+            client = client.no_proxy();
+        }
+        let client = client.build().map_err(|error| Error::Silent(origin(&url), error))?;
         Ok(Self { client, url, token })
     }
 
