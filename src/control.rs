@@ -14,6 +14,7 @@ mod password;
 mod permission;
 mod refusals;
 mod registry;
+mod rights;
 mod secret;
 mod sessions;
 mod throttle;
@@ -259,9 +260,11 @@ impl Control {
 
     /// Makes an account; for admins.
     pub async fn create_account(&self, actor: &Actor, new: NewAccount) -> Result<Account, Error> {
-        self.require_admin(actor, "create an account").await?;
+        let what = "create an account";
+        self.require_admin(actor, what).await?;
         let hash = self.0.hasher.hash(&new.password).await?;
-        accounts::create(&self.0.database, actor, new, &hash, self.0.account_limit).await
+        let made = accounts::create(&self.0.database, actor, new, &hash, self.0.account_limit);
+        self.noting(actor, what, made.await).await
     }
 
     /// Changes an account; for admins. A new password ends its sessions. `None` where there is no
@@ -289,8 +292,10 @@ impl Control {
         id: i64,
         change: Grants,
     ) -> Result<Option<Account>, Error> {
-        self.require_admin(actor, &of_account("grant permissions to", id)).await?;
-        accounts::grant(&self.0.database, actor, id, change).await
+        let what = of_account("grant permissions to", id);
+        self.require_admin(actor, &what).await?;
+        let granted = accounts::grant(&self.0.database, actor, id, change).await;
+        self.noting(actor, &what, granted).await
     }
 
     /// Sets an account's password and ends all of its sessions; for admins.
@@ -300,9 +305,11 @@ impl Control {
         id: i64,
         password: Password,
     ) -> Result<Option<Account>, Error> {
-        self.require_admin(actor, &of_account("set the password of", id)).await?;
+        let what = of_account("set the password of", id);
+        self.require_admin(actor, &what).await?;
         let hash = self.0.hasher.hash(&password).await?;
-        accounts::set_password(&self.0.database, actor, id, &hash, None).await
+        let set = accounts::set_password(&self.0.database, actor, id, &hash).await;
+        self.noting(actor, &what, set).await
     }
 
     /// Sets the actor's own password, and ends its sessions but that of the cookie `session`.

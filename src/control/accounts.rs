@@ -14,6 +14,7 @@ use super::{
     error::Error,
     password::Password,
     permission::{Actor, Operator, Permission, RootRole},
+    rights,
 };
 use crate::wire::admin::{Email, Name, Username};
 
@@ -214,7 +215,8 @@ pub(super) async fn insert(
     Ok(account)
 }
 
-/// Makes an account, unless there are `limit`.
+/// Makes an account, unless there are `limit`. Like every change below, it checks the rights of
+/// `actor` in its own transaction.
 pub(super) async fn create(
     database: &Database,
     actor: &Actor,
@@ -223,6 +225,7 @@ pub(super) async fn create(
     limit: usize,
 ) -> Result<Account, Error> {
     let mut transaction = database.write(Lane::Control).await?;
+    rights::require_admin(&mut transaction, actor).await?;
     if usize::try_from(count(&mut transaction).await?).is_ok_and(|count| count >= limit) {
         return Err(Error::Limit { what: "accounts", limit });
     }
@@ -241,6 +244,7 @@ pub(super) async fn update(
     hash: Option<&str>,
 ) -> Result<Option<Account>, Error> {
     let mut transaction = database.write(Lane::Control).await?;
+    rights::require_admin(&mut transaction, actor).await?;
     let Some(before) = find(&mut transaction, id).await? else { return Ok(None) };
     let mut after = before.clone();
     if let Some(name) = change.name {
@@ -265,7 +269,7 @@ pub(super) async fn update(
         audit::record(&mut transaction, actor, EventKind::UserUpdated, entry).await?;
     }
     if let Some(hash) = hash {
-        replace_hash(&mut transaction, actor, &after, hash, None).await?;
+        replace_hash(&mut transaction, actor, &after, hash).await?;
     }
     transaction.commit().await?;
     Ok(Some(after))
@@ -279,6 +283,7 @@ pub(super) async fn grant(
     change: Grants,
 ) -> Result<Option<Account>, Error> {
     let mut transaction = database.write(Lane::Control).await?;
+    rights::require_admin(&mut transaction, actor).await?;
     let Some(before) = find(&mut transaction, id).await? else { return Ok(None) };
     let permissions = change.applied_to(&before.permissions);
     let delete = sqlx::query("DELETE FROM account_permissions WHERE account_id = $1").bind(id);
@@ -297,18 +302,39 @@ pub(super) async fn grant(
     Ok(Some(after))
 }
 
-/// Sets the hash of an account's password, and ends its sessions but the one of the selector
-/// `keep`.
+/// Sets the hash of an account's password, and ends all of its sessions.
 pub(super) async fn set_password(
     database: &Database,
     actor: &Actor,
     id: i64,
     hash: &str,
+) -> Result<Option<Account>, Error> {
+    let mut transaction = database.write(Lane::Control).await?;
+    rights::require_admin(&mut transaction, actor).await?;
+    let Some(account) = find(&mut transaction, id).await? else { return Ok(None) };
+    replace_hash(&mut transaction, actor, &account, hash).await?;
+    transaction.commit().await?;
+    Ok(Some(account))
+}
+
+/// Replaces the hash `compared` of the password of the account `id`, and ends its sessions but the
+/// one of the selector `keep`. `None` where its hash is another one by now.
+pub(super) async fn set_own_password(
+    database: &Database,
+    actor: &Actor,
+    id: i64,
+    compared: &str,
+    hash: &str,
     keep: Option<&str>,
 ) -> Result<Option<Account>, Error> {
     let mut transaction = database.write(Lane::Control).await?;
+    let update = sqlx::query("UPDATE accounts SET password = $1 WHERE id = $2 AND password = $3");
+    let update = update.bind(hash).bind(id).bind(compared).execute(&mut *transaction).await?;
+    if update.rows_affected() == 0 {
+        return Ok(None);
+    }
     let Some(account) = find(&mut transaction, id).await? else { return Ok(None) };
-    replace_hash(&mut transaction, actor, &account, hash, keep).await?;
+    end_sessions(&mut transaction, actor, &account, keep).await?;
     transaction.commit().await?;
     Ok(Some(account))
 }
@@ -318,10 +344,20 @@ async fn replace_hash(
     actor: &Actor,
     account: &Account,
     hash: &str,
-    keep: Option<&str>,
 ) -> Result<(), Error> {
     let update = sqlx::query("UPDATE accounts SET password = $1 WHERE id = $2");
     update.bind(hash).bind(account.id).execute(&mut *transaction).await?;
+    end_sessions(transaction, actor, account, None).await
+}
+
+/// Ends the sessions of an account whose password has changed, but the one of the selector `keep`,
+/// and writes the event.
+async fn end_sessions(
+    transaction: &mut AnyConnection,
+    actor: &Actor,
+    account: &Account,
+    keep: Option<&str>,
+) -> Result<(), Error> {
     let end = sqlx::query("DELETE FROM sessions WHERE account_id = $1 AND selector <> $2");
     end.bind(account.id).bind(keep.unwrap_or_default()).execute(&mut *transaction).await?;
     let entry = Entry { data: Some(account.data()), ..Entry::default() };
@@ -335,6 +371,7 @@ pub(super) async fn delete(
     id: i64,
 ) -> Result<Option<Account>, Error> {
     let mut transaction = database.write(Lane::Control).await?;
+    rights::require_admin(&mut transaction, actor).await?;
     let Some(account) = find(&mut transaction, id).await? else { return Ok(None) };
     keep_an_admin(&mut transaction, id).await?;
     let delete = sqlx::query("DELETE FROM accounts WHERE id = $1").bind(id);

@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeSet, fmt, net::IpAddr};
 
-use crate::token::TokenKind;
+use crate::token::{TokenDigest, TokenKind};
 
 /// What an account may do without any grant.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
@@ -142,7 +142,7 @@ impl Permission {
 pub struct Missing(&'static str);
 
 impl Missing {
-    const ADMIN: Self = Self("ADMIN");
+    pub(super) const ADMIN: Self = Self("ADMIN");
 
     /// The name by which the admin API tells it: a permission's, or `ADMIN`.
     pub fn permission(self) -> &'static str {
@@ -176,6 +176,8 @@ pub enum Operator {
     Token {
         /// The token's name.
         name: String,
+        /// The token.
+        digest: TokenDigest,
     },
     /// The command line, by whoever may write the database.
     Shell,
@@ -186,7 +188,7 @@ impl Operator {
     pub fn name(&self) -> &str {
         match self {
             Self::Account { username, .. } => username,
-            Self::Token { name } => name,
+            Self::Token { name, .. } => name,
             Self::Shell => "command line",
         }
     }
@@ -205,6 +207,13 @@ impl Operator {
             Self::Account { role, .. } => *role == RootRole::Admin,
             Self::Token { .. } | Self::Shell => true,
         }
+    }
+
+    /// The same operator without any right.
+    pub(super) fn without_rights(&self) -> Self {
+        let (username, permissions) = (self.name().to_owned(), BTreeSet::new());
+        let id = self.id().unwrap_or_default();
+        Self::Account { id, username, role: RootRole::Viewer, permissions }
     }
 
     /// Insists on an admin.
@@ -277,7 +286,7 @@ mod tests {
                 let name = needed.map_or("ADMIN", Permission::as_str);
                 for admin in [
                     account(RootRole::Admin, &[]),
-                    Operator::Token { name: "ci".to_owned() },
+                    Operator::Token { name: "ci".to_owned(), digest: TokenDigest::of("ci") },
                     Operator::Shell,
                 ] {
                     assert!(of(&admin, action, kind));

@@ -20,7 +20,7 @@ use super::{
     database::{Database, Lane, now, of_millis},
     error::Error,
     permission::{Action, Actor, Operator},
-    secret,
+    rights, secret,
 };
 use crate::{
     auth::Authenticator,
@@ -294,6 +294,7 @@ impl Registry {
         let token = ApiToken::new(new, &secret, actor.operator.name());
         let _change = self.change.lock().await;
         let mut transaction = self.database.write(Lane::Control).await?;
+        rights::require(&mut transaction, actor, Action::Create, token.kind).await?;
         let count: i64 =
             sqlx::query_scalar("SELECT COUNT(*) FROM tokens").fetch_one(&mut *transaction).await?;
         if usize::try_from(count).is_ok_and(|count| count >= self.limit) {
@@ -318,7 +319,7 @@ impl Registry {
         let _change = self.change.lock().await;
         let mut transaction = self.database.write(Lane::Control).await?;
         let Some(before) = find(&mut transaction, identifier).await? else { return Ok(None) };
-        actor.operator.may(Action::Update, before.token.kind)?;
+        rights::require(&mut transaction, actor, Action::Update, before.token.kind).await?;
         let mut after = before.clone();
         after.token.expires_at = expires_at.map(|at| of_millis(at.as_millisecond()));
         sqlx::query("UPDATE tokens SET expires_at = $1 WHERE id = $2")
@@ -349,7 +350,7 @@ impl Registry {
         let Some(Held { token, .. }) = find(&mut transaction, identifier).await? else {
             return Ok(None);
         };
-        actor.operator.may(Action::Delete, token.kind)?;
+        rights::require(&mut transaction, actor, Action::Delete, token.kind).await?;
         sqlx::query("DELETE FROM tokens WHERE id = $1")
             .bind(&token.id)
             .execute(&mut *transaction)

@@ -309,16 +309,28 @@ impl Sessions {
     ) -> Result<(), Error> {
         let Some(id) = actor.operator.id() else { return Err(Error::WrongPassword) };
         self.own_password.take(&id).map_err(Error::Throttled)?;
-        let hash = accounts::hash_of(&self.database, id).await?;
-        if !self.hasher.verify(current, hash.as_deref()).await? {
-            return Err(Error::WrongPassword);
-        }
+        let compared = self.verify_own(id, current).await?;
         let hash = self.hasher.hash(new).await?;
         let keep = Kept::of(session).map(|kept| kept.selector);
-        let changed = accounts::set_password(&self.database, actor, id, &hash, keep.as_deref());
+        // An admin may have set another password since the comparison: that one stays.
+        let changed = accounts::set_own_password(
+            &self.database,
+            actor,
+            id,
+            &compared,
+            &hash,
+            keep.as_deref(),
+        );
         changed.await?.ok_or(Error::WrongPassword)?;
         self.own_password.give_back(&id);
         Ok(())
+    }
+
+    /// The hash of the password of account `id`, which is that of `password`.
+    async fn verify_own(&self, id: i64, password: &Password) -> Result<String, Error> {
+        let hash = accounts::hash_of(&self.database, id).await?;
+        let matches = self.hasher.verify(password, hash.as_deref()).await?;
+        hash.filter(|_| matches).ok_or(Error::WrongPassword)
     }
 
     /// The known browser that an attempt comes from, if it is one of its account's.

@@ -95,7 +95,8 @@ impl Gate<'_> {
         let token = Token::from_header(header).map_err(|_| Failure::Unauthorized)?;
         let named = self.control.and_then(|control| control.token_name(&token.digest()));
         let name = named.unwrap_or_else(|| token.masked().to_string());
-        let actor = Actor { operator: Operator::Token { name }, address: Some(address) };
+        let operator = Operator::Token { name, digest: token.digest() };
+        let actor = Actor { operator, address: Some(address) };
         Ok(Caller { actor, account: None })
     }
 }

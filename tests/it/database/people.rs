@@ -18,6 +18,8 @@ super::on_both!(
     the_first_account_has_the_given_password_or_a_generated_one,
     a_session_begins_with_the_password_and_ends,
     a_new_password_ends_the_sessions_of_the_old_one,
+    password_reset_is_not_overwritten_by_own_change,
+    withdrawn_rights_change_no_account,
     sessions_end_by_themselves,
     a_session_that_is_used_goes_on,
     ten_thousand_wrong_passwords_admit_nobody_and_keep_nobody_out,
@@ -198,6 +200,58 @@ async fn a_new_password_ends_the_sessions_of_the_old_one(bed: Bed) {
         throttled |= matches!(guessed, Err(Error::Throttled(_)));
     }
     assert!(throttled);
+}
+
+/// Whichever of the two is written first: the reset replaces the password that the other compares
+/// with, so that afterwards the reset is in force.
+async fn password_reset_is_not_overwritten_by_own_change(bed: Bed) {
+    let control = bed.open().await;
+    let ann = control.create_account(&SHELL, new("ann", RootRole::Viewer)).await.unwrap();
+    let stolen = password("ann's password");
+    let thief = control.sign_in(attempt("ann", &stolen)).await.unwrap();
+    let (wanted, reset) = (password("what the thief wants"), password("what the admin sets"));
+    let theirs = actor(&ann);
+    let (_, set) = tokio::join!(
+        control.change_own_password(&theirs, thief.session.expose(), &stolen, wanted.clone()),
+        control.set_password(&SHELL, ann.id, reset.clone()),
+    );
+    set.unwrap().unwrap();
+    assert!(control.sign_in(attempt("ann", &wanted)).await.is_err());
+    control.sign_in(attempt("ann", &reset)).await.unwrap();
+    let open = control.session(thief.session.expose(), HOME, Cause::Person).await.unwrap();
+    assert!(open.is_none());
+}
+
+/// A request is authenticated before it waits for a hash or for the database; what counts are the
+/// rights at the time of its effect.
+async fn withdrawn_rights_change_no_account(bed: Bed) {
+    let control = bed.open().await;
+    let demoted = control.create_account(&SHELL, new("demoted", RootRole::Admin)).await.unwrap();
+    let deleted = control.create_account(&SHELL, new("deleted", RootRole::Admin)).await.unwrap();
+    let ann = control.create_account(&SHELL, new("ann", RootRole::Viewer)).await.unwrap();
+    let admins = [actor(&demoted), actor(&deleted)];
+    let demote = AccountChange { role: Some(RootRole::Editor), ..AccountChange::default() };
+    control.update_account(&SHELL, demoted.id, demote).await.unwrap().unwrap();
+    control.delete_account(&SHELL, deleted.id).await.unwrap().unwrap();
+
+    let refused = |outcome: Result<(), Error>| {
+        let Err(Error::Missing(missing)) = outcome else { panic!("{outcome:?}") };
+        assert_eq!(missing.permission(), "ADMIN");
+    };
+    for admin in &admins {
+        let promote = AccountChange { role: Some(RootRole::Admin), ..AccountChange::default() };
+        let mallory = new("mallory", RootRole::Admin);
+        refused(control.create_account(admin, mallory).await.map(drop));
+        refused(control.update_account(admin, ann.id, promote).await.map(drop));
+        let all = Grants::Only(Permission::ALL.into_iter().collect());
+        refused(control.grant(admin, ann.id, all).await.map(drop));
+        refused(control.set_password(admin, ann.id, password("mallory's own")).await.map(drop));
+        refused(control.delete_account(admin, ann.id).await.map(drop));
+    }
+    assert_eq!(control.account(&SHELL, ann.id).await.unwrap(), Some(ann.clone()));
+    control.sign_in(attempt("ann", &password("ann's password"))).await.unwrap();
+    let denied = kinds(&control).await.into_iter().filter(|kind| kind == "permission-denied");
+    assert_eq!(denied.count(), 10);
 }
 
 async fn sessions_end_by_themselves(bed: Bed) {

@@ -27,8 +27,16 @@ super::on_both!(
 
 async fn events_tell_who_did_what_when_and_from_where(bed: Bed) {
     let control = bed.open().await;
+    let ci = NewToken {
+        name: "ci".to_owned(),
+        kind: TokenKind::Admin,
+        environment: Environment::new("*"),
+        projects: Projects::All,
+        expires_at: None,
+    };
+    let (ci, _) = control.create_token(&SHELL, ci).await.unwrap();
     let ann = Actor {
-        operator: Operator::Token { name: "ci".to_owned() },
+        operator: Operator::Token { name: "ci".to_owned(), digest: ci.digest() },
         address: Some("2001:db8::7".parse().unwrap()),
     };
     let all = EventQuery { limit: 1000, ..EventQuery::default() };

@@ -4,17 +4,19 @@ use std::collections::BTreeSet;
 
 use jiff::{SignedDuration, Timestamp};
 use parapet::control::{
-    Actor, ApiToken, Control, Error, FoundTokens, NewToken, Operator, Permission, RootRole, Seed,
+    AccountChange, Actor, ApiToken, Control, Error, FoundTokens, Grants, NewAccount, NewToken,
+    Operator, Permission, RootRole, Seed,
 };
 use parapet::token::{Environment, Projects, Token, TokenKind};
 
-use super::bed::{Bed, Door, SHELL, kinds};
+use super::bed::{Bed, Door, SHELL, kinds, password};
 
 super::on_both!(
     a_token_is_made_listed_changed_and_ended,
     tokens_are_in_force_at_once_and_until_they_expire,
     what_cannot_be_a_token_is_told_by_field,
     rights_are_asked_for_and_refusals_written_down,
+    withdrawn_rights_change_no_token,
     there_are_as_many_tokens_as_may_be,
     seeds_fill_an_empty_registry_once,
     an_empty_registry_without_seeds_gets_a_token_of_each_kind,
@@ -129,24 +131,34 @@ async fn what_cannot_be_a_token_is_told_by_field(bed: Bed) {
     check(admin, "environment").await;
 }
 
+/// A new account with this role and these grants, as somebody who acts.
+async fn account(
+    control: &Control,
+    username: &str,
+    role: RootRole,
+    permissions: BTreeSet<Permission>,
+) -> Actor {
+    let (username, password) = (username.to_owned(), password("a long password"));
+    let new = NewAccount { username, name: None, email: None, role, password };
+    let made = control.create_account(&SHELL, new).await.unwrap();
+    let made = control.grant(&SHELL, made.id, Grants::Only(permissions)).await.unwrap().unwrap();
+    Actor { operator: made.operator(), address: Some([192, 0, 2, 9].into()) }
+}
+
 /// The whole table of rights is a unit test; here it is that operations ask for them.
 async fn rights_are_asked_for_and_refusals_written_down(bed: Bed) {
     let control = bed.open().await;
-    let actor = |role, permissions: &[Permission]| Actor {
-        operator: Operator::Account {
-            id: 99,
-            username: "ann".to_owned(),
-            role,
-            permissions: permissions.iter().copied().collect::<BTreeSet<_>>(),
-        },
-        address: Some([192, 0, 2, 9].into()),
+    let actor = async |username, role, permissions: &[Permission]| {
+        let permissions = permissions.iter().copied().collect();
+        account(&control, username, role, permissions).await
     };
     let missing = |outcome: Result<(), Error>| match outcome {
         Err(Error::Missing(missing)) => missing.permission(),
         other => panic!("{other:?}"),
     };
-    let viewer = actor(RootRole::Viewer, &[]);
-    let creator = actor(RootRole::Viewer, &[Permission::CreateClientApiToken]);
+    let viewer = actor("viewer", RootRole::Viewer, &[]).await;
+    let creator = [Permission::CreateClientApiToken];
+    let creator = actor("ann", RootRole::Viewer, &creator).await;
     for (kind, permission) in [
         (TokenKind::Client, "CREATE_CLIENT_API_TOKEN"),
         (TokenKind::Frontend, "CREATE_FRONTEND_API_TOKEN"),
@@ -162,7 +174,8 @@ async fn rights_are_asked_for_and_refusals_written_down(bed: Bed) {
     assert_eq!(missing(changed.map(drop)), "UPDATE_CLIENT_API_TOKEN");
     let ended = control.delete_token(&creator, &made.id).await;
     assert_eq!(missing(ended.map(drop)), "DELETE_CLIENT_API_TOKEN");
-    let deleter = actor(RootRole::Editor, &[Permission::DeleteClientApiToken]);
+    let deleter = [Permission::DeleteClientApiToken];
+    let deleter = actor("deleter", RootRole::Editor, &deleter).await;
     assert!(control.delete_token(&deleter, &made.id).await.unwrap().is_some());
 
     let kinds_seen = |actor: &Actor| {
@@ -171,13 +184,47 @@ async fn rights_are_asked_for_and_refusals_written_down(bed: Bed) {
     };
     assert_eq!(kinds_seen(&viewer), [TokenKind::Client].into());
     assert_eq!(
-        kinds_seen(&actor(RootRole::Editor, &[])),
+        kinds_seen(&actor("editor", RootRole::Editor, &[]).await),
         [TokenKind::Client, TokenKind::Frontend].into()
     );
     assert_eq!(kinds_seen(&SHELL).len(), 3);
 
     let told = kinds(&control).await;
     assert_eq!(told.iter().filter(|kind| *kind == "permission-denied").count(), 5, "{told:?}");
+}
+
+/// Withdrawn between the authentication of a request and its effect.
+async fn withdrawn_rights_change_no_token(bed: Bed) {
+    let control = bed.open().await;
+    let (secret, kept) = make(&control, TokenKind::Client).await;
+    let demoted = account(&control, "demoted", RootRole::Admin, [].into()).await;
+    let demote = AccountChange { role: Some(RootRole::Viewer), ..AccountChange::default() };
+    let id = demoted.operator.id().unwrap();
+    control.update_account(&SHELL, id, demote).await.unwrap().unwrap();
+    let lost = Permission::ALL.into_iter().collect();
+    let lost = account(&control, "lost", RootRole::Viewer, lost).await;
+    let none = Grants::Only(BTreeSet::new());
+    control.grant(&SHELL, lost.operator.id().unwrap(), none).await.unwrap().unwrap();
+    let deleted = account(&control, "deleted", RootRole::Admin, [].into()).await;
+    control.delete_account(&SHELL, deleted.operator.id().unwrap()).await.unwrap().unwrap();
+    let (admin, _) = make(&control, TokenKind::Admin).await;
+    let operator = Operator::Token { name: "made".to_owned(), digest: admin.digest() };
+    let ended = Actor { operator, address: None };
+    control.update_token(&ended, &kept.id, None).await.unwrap().unwrap();
+    control.delete_token(&SHELL, admin.expose()).await.unwrap().unwrap();
+
+    let before = control.tokens(&SHELL.operator);
+    for actor in [&demoted, &lost, &deleted, &ended] {
+        for kind in [TokenKind::Admin, TokenKind::Client, TokenKind::Frontend] {
+            let made = control.create_token(actor, new("stale", kind)).await;
+            assert!(matches!(made, Err(Error::Missing(_))), "{actor:?}: {made:?}");
+        }
+        let changed = control.update_token(actor, &kept.id, Some(soon())).await;
+        assert!(matches!(changed, Err(Error::Missing(_))), "{actor:?}: {changed:?}");
+        let ended = control.delete_token(actor, secret.expose()).await;
+        assert!(matches!(ended, Err(Error::Missing(_))), "{actor:?}: {ended:?}");
+    }
+    assert_eq!(control.tokens(&SHELL.operator), before);
 }
 
 async fn there_are_as_many_tokens_as_may_be(bed: Bed) {

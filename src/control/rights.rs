@@ -1,0 +1,56 @@
+//! The rights that an actor has at this moment, as the database has them.
+//!
+//! Rights can be withdrawn between the authentication of a request and its effect: hashing a
+//! password is slow, and writers wait for each other. So each change checks them again in its own
+//! transaction. What needs which right is not decided here.
+
+use sqlx::AnyConnection;
+
+use super::{
+    accounts,
+    database::now,
+    error::Error,
+    permission::{Action, Actor, Missing, Operator},
+};
+use crate::token::TokenKind;
+
+/// Fails unless `actor` is an admin now.
+pub(super) async fn require_admin(
+    transaction: &mut AnyConnection,
+    actor: &Actor,
+) -> Result<(), Error> {
+    Ok(current(transaction, &actor.operator).await?.require_admin()?)
+}
+
+/// Fails unless `actor` has the permission for `action` on tokens of `kind` now.
+pub(super) async fn require(
+    transaction: &mut AnyConnection,
+    actor: &Actor,
+    action: Action,
+    kind: TokenKind,
+) -> Result<(), Error> {
+    Ok(current(transaction, &actor.operator).await?.may(action, kind)?)
+}
+
+/// The operator with its present rights. A deleted account has none.
+async fn current(transaction: &mut AnyConnection, operator: &Operator) -> Result<Operator, Error> {
+    match operator {
+        Operator::Account { id, .. } => {
+            let account = accounts::find(transaction, *id).await?;
+            Ok(account.map_or_else(|| operator.without_rights(), |account| account.operator()))
+        }
+        Operator::Token { digest, .. } => {
+            let valid = sqlx::query(
+                "SELECT id FROM tokens WHERE digest = $1 AND kind = $2 \
+                 AND (expires_at IS NULL OR expires_at > $3)",
+            )
+            .bind(digest.hex())
+            .bind(TokenKind::Admin.as_str())
+            .bind(now().as_millisecond())
+            .fetch_optional(transaction)
+            .await?;
+            valid.map(|_| operator.clone()).ok_or(Error::Missing(Missing::ADMIN))
+        }
+        Operator::Shell => Ok(Operator::Shell),
+    }
+}
