@@ -56,7 +56,10 @@ pub enum Taken {
     Failed,
 }
 
-/// Sends a batch; a refused token is replaced once, and the same bytes are sent with the new one.
+/// Sends a batch. Where upstream refuses the token for usage and for flags, the token is replaced
+/// once, and the same bytes are sent with the new one.
+///
+/// A firewall may refuse usage alone. Another token would not help then: the batch waits.
 pub(super) fn deliver(
     upstream: &Upstream,
     credentials: &Credentials,
@@ -71,9 +74,12 @@ pub(super) fn deliver(
         };
         let mut result = upstream.send_usage(&token, body.clone()).await;
         if result.as_ref().is_err_and(Error::is_unauthorized) {
-            // Whatever upstream says here, another token may be in hand now.
-            let _ = credentials.replace(&environment, &token.digest()).await;
-            let other = credentials.usage_token(&environment).filter(|other| *other != token);
+            let held = credentials.usage_token(&environment);
+            let other = match held.filter(|held| *held != token) {
+                // Replaced meanwhile, by whoever fetches flags.
+                Some(other) => Some(other),
+                None => replace(&upstream, &credentials, &environment, &token).await,
+            };
             if let Some(other) = other {
                 result = upstream.send_usage(&other, body).await;
             }
@@ -96,6 +102,31 @@ pub(super) fn deliver(
         };
         (id, outcome)
     }
+}
+
+/// Another token, if upstream refuses `token` for flags too; nothing changes if it does not.
+async fn replace(
+    upstream: &Upstream,
+    credentials: &Credentials,
+    environment: &Environment,
+    token: &Token,
+) -> Option<Token> {
+    match upstream.features(token, None).await {
+        Ok(_) => {
+            warn!(
+                "Upstream refuses usage of environment {environment} although it serves flags with \
+                 the same token: does a firewall or proxy refuse POST requests to \
+                 /api/client/metrics? Usage is kept and sent again later"
+            );
+            return None;
+        }
+        Err(error) if error.is_unauthorized() => {}
+        // Nothing is known about the token.
+        Err(_) => return None,
+    }
+    // Whatever upstream says here, another token may be in hand now.
+    let _ = credentials.replace(environment, &token.digest()).await;
+    credentials.usage_token(environment).filter(|other| other != token)
 }
 
 /// Hands a batch to the registry and waits for its word. Impact metrics are not kept there, and are
@@ -170,8 +201,10 @@ mod tests {
 
     const GOOD: &str = "web:dev.good";
     const REVOKED: &str = "*:dev.revoked";
+    /// Good for flags; a firewall refuses usage with it.
+    const FLAGS_ONLY: &str = "*:dev.flags-only";
 
-    /// An upstream that takes one token only; the tokens that it is shown.
+    /// An upstream that takes the usage of one token only; the tokens that it is shown with usage.
     async fn upstream() -> (Upstream, Arc<Mutex<Vec<String>>>) {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
@@ -182,8 +215,15 @@ mod tests {
                 let log = Arc::clone(&log);
                 let service = service_fn(move |request: Request<Incoming>| {
                     let token = request.headers()["authorization"].to_str().unwrap().to_owned();
-                    let status = if token == GOOD { 202 } else { 401 };
-                    log.lock().unwrap().push(token);
+                    let status = match (request.method().as_str(), token.as_str()) {
+                        ("GET", GOOD | FLAGS_ONLY) => 200,
+                        ("POST", GOOD) => 202,
+                        ("POST", FLAGS_ONLY) => 403,
+                        _ => 401,
+                    };
+                    if request.method() == hyper::Method::POST {
+                        log.lock().unwrap().push(token);
+                    }
                     async move { Response::builder().status(status).body(Empty::<Bytes>::new()) }
                 });
                 tokio::spawn(http1::Builder::new().serve_connection(TokioIo::new(stream), service));
@@ -213,14 +253,19 @@ mod tests {
                 body: Bytes::from_static(b"{}"),
                 impact: 0,
             };
-            let (_, outcome) = deliver(&upstream, &credentials(tokens), batch).await;
+            let credentials = credentials(tokens);
+            let before = credentials.usage_token(&Environment::new("dev"));
+            let (_, outcome) = deliver(&upstream, &credentials, batch).await;
             assert_eq!(outcome, expected, "{tokens:?}");
             assert_eq!(std::mem::take(&mut *seen.lock().unwrap()), shown, "{tokens:?}");
+            let after = credentials.usage_token(&Environment::new("dev"));
+            assert_eq!(before == after, !tokens.contains(&REVOKED) || tokens.len() == 1);
         };
         check(&[GOOD], Outcome::Sent, &[GOOD]).await;
         check(&[GOOD, REVOKED], Outcome::Sent, &[REVOKED, GOOD]).await;
         check(&[REVOKED], Outcome::Unauthorized, &[REVOKED]).await;
         check(&[], Outcome::Unauthorized, &[]).await;
+        check(&[GOOD, FLAGS_ONLY], Outcome::Unauthorized, &[FLAGS_ONLY]).await;
     }
 
     #[tokio::test]

@@ -18,6 +18,8 @@ mod command_line;
 mod console;
 /// Accounts, tokens and the audit log of a standalone.
 mod control;
+/// What SDKs count, on its way to an upstream that is healthy or refuses it.
+mod counts;
 /// The control plane in this process, on each of its databases.
 mod database;
 /// Dates in constraints and contexts.

@@ -34,6 +34,8 @@ pub(crate) enum Fault {
     LoseAnswers,
     /// The proxy answers itself, with this status, these headers and this body.
     Answer { status: StatusCode, headers: Vec<(&'static str, &'static str)>, body: &'static str },
+    /// The proxy answers POST requests whose paths begin so with this status, as a firewall does; all others pass.
+    RefusePosts { prefix: &'static str, status: StatusCode },
 }
 
 /// A request that came to the proxy, whatever became of it.
@@ -183,8 +185,14 @@ impl Line {
             }
             request.send().await.map_err(|_| AnswerLost)
         };
+        let is_post_to =
+            |prefix: &str| head.method == Method::POST && head.uri.path().starts_with(prefix);
         match fault {
-            Fault::None => {
+            Fault::RefusePosts { prefix, status } if is_post_to(prefix) => {
+                let response = Response::builder().status(status).body(whole(Bytes::new()));
+                Ok(response.expect("a status alone is an answer"))
+            }
+            Fault::None | Fault::RefusePosts { .. } => {
                 let answer = forward().await?;
                 let mut response = Response::builder().status(answer.status());
                 for (name, value) in answer.headers() {

@@ -1,0 +1,122 @@
+//! What SDKs count and tell of themselves, on its way to an upstream that is healthy or refuses it.
+//!
+//! What becomes of it while upstream is away is told in `outage`.
+
+use std::time::Duration;
+
+use jiff::{SignedDuration, Timestamp};
+use reqwest::StatusCode;
+use serde_json::{Value, json};
+
+use crate::rig::{ChaosProxy, Fault, Kind, Parapet, STORED_WITHIN, Unleash, Version, http, until};
+
+const HERE: &str = "development";
+const METRICS: &str = "/api/client/metrics";
+const BULK: &str = "/api/client/metrics/bulk";
+
+/// Longer than the pauses after a few failures in a row.
+const SOON: Duration = Duration::from_mins(1);
+
+/// A flag that is on, and of which Unleash stores the use.
+async fn counted_flag(unleash: &Unleash, flag: &str) {
+    unleash.create_enabled_flag(flag, HERE, &[]).await;
+    unleash.wait_until_counted(flag, HERE).await;
+}
+
+async fn edge(unleash: &Unleash, url: &str, fleet: &str) -> Parapet {
+    let edge = Parapet::edge(url).admin_token(unleash.admin_token()).impatient();
+    edge.flag("--fleet-name", fleet).start().await
+}
+
+async fn post(server: &str, path: &str, token: &str, body: &Value) -> StatusCode {
+    let request = http().post(format!("{server}{path}")).header("Authorization", token);
+    let request = request.header("Content-Type", "application/json").body(body.to_string());
+    request.send().await.unwrap().status()
+}
+
+/// Posts until the answer is a success: a first-seen token may have to be judged first.
+async fn accepted(server: &str, path: &str, token: &str, body: &Value) {
+    until(&format!("{path} takes {body}"), SOON, async || {
+        let status = post(server, path, token, body).await;
+        assert!(status.is_success() || status == StatusCode::SERVICE_UNAVAILABLE, "{status}");
+        status.is_success().then_some(())
+    })
+    .await;
+}
+
+/// A report of one application, which has evaluated a flag `yes` times.
+fn report(app_name: &str, flag: &str, yes: u64, start: Timestamp, stop: Timestamp) -> Value {
+    let bucket =
+        json!({ "start": start, "stop": stop, "toggles": { flag: { "yes": yes, "no": 0 } } });
+    json!({ "appName": app_name, "instanceId": format!("{app_name}-1"), "bucket": bucket })
+}
+
+fn report_now(app_name: &str, flag: &str, yes: u64) -> Value {
+    let now = Timestamp::now();
+    report(app_name, flag, yes, now - SignedDuration::from_secs(60), now)
+}
+
+/// How many bodies were posted as usage.
+fn batches(proxy: &ChaosProxy) -> usize {
+    proxy.count(BULK)
+}
+
+/// The secrets of the tokens of this name, in their order.
+async fn secrets_named(unleash: &Unleash, name: &str) -> Vec<String> {
+    let tokens = unleash.tokens_named(name).await;
+    let mut secrets: Vec<_> =
+        tokens.iter().map(|token| token["secret"].as_str().unwrap().to_owned()).collect();
+    secrets.sort();
+    secrets
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn usage_that_a_firewall_refuses_costs_no_token_and_arrives_afterwards() {
+    let unleash = Unleash::shared(Version::V8).await;
+    let (flag, changing) = ("counts.firewall", "counts.firewall-changing");
+    unleash.create_enabled_flag(changing, HERE, &[]).await;
+    counted_flag(&unleash, flag).await;
+    let proxy = ChaosProxy::start(&unleash.url()).await;
+    let parapet = edge(&unleash, &proxy.url(), "counts-firewall").await;
+    let token = unleash.create_token(Kind::Backend, HERE, &["*"], "counts-firewall").await;
+    let app_name = "counts-firewall";
+    let is_on = async || {
+        let (_, body) = parapet.get("/api/client/features", &token).await;
+        let flags = body["features"].as_array()?.iter();
+        flags.filter(|it| it["name"] == changing).find_map(|it| it["enabled"].as_bool())
+    };
+    until("the flag is served", SOON, async || is_on().await.filter(|on| *on)).await;
+    // After a restart the edge may make a token at once.
+    assert!(parapet.terminate().await.success());
+    parapet.restart();
+    parapet.wait_until_ready().await;
+    let name = "parapet-counts-firewall";
+    let tokens = secrets_named(&unleash, name).await;
+    assert_eq!(unleash.remember_tokens_named(name).await, ["development", "production"]);
+
+    proxy.set(Fault::RefusePosts { prefix: METRICS, status: StatusCode::FORBIDDEN }).await;
+    let before = batches(&proxy);
+    let registration = json!({ "appName": app_name, "instanceId": "1", "interval": 15,
+                               "started": Timestamp::now(), "strategies": ["default"] });
+    accepted(&parapet.url(), "/api/client/register", &token, &registration).await;
+    accepted(&parapet.url(), METRICS, &token, &report_now(app_name, flag, 3)).await;
+    until("usage is refused a few times", SOON, async || {
+        (batches(&proxy) >= before + 4).then_some(())
+    })
+    .await;
+    unleash.disable(changing, HERE).await;
+    until("a change of flags arrives", SOON, async || is_on().await.filter(|on| !*on)).await;
+    assert_eq!(secrets_named(&unleash, name).await, tokens);
+    let warning = "Upstream refuses usage of environment development although it serves flags";
+    assert!(parapet.log().contains(warning), "{}", parapet.log());
+
+    accepted(&parapet.url(), METRICS, &token, &report_now(app_name, flag, 2)).await;
+    proxy.restore().await;
+    unleash.wait_for_usage(flag, app_name, HERE, (5, 0)).await;
+    until("the application has registered", STORED_WITHIN, async || {
+        unleash.applications().await.iter().any(|name| name == app_name).then_some(())
+    })
+    .await;
+    assert_eq!(secrets_named(&unleash, name).await, tokens);
+}
