@@ -51,7 +51,7 @@ pub use crate::wire::usage::SdkKind;
 use crate::{
     token::{Environment, Scope},
     wire::usage::{
-        Application, Bulk, ClientMetrics, ConnectVia, EdgeInstance, Metadata, ToggleStats,
+        Application, Bucket, Bulk, ClientMetrics, ConnectVia, EdgeInstance, Metadata, ToggleStats,
     },
 };
 
@@ -109,7 +109,8 @@ impl Usage {
     /// Counts what an SDK reports, and notes that its instance is alive.
     ///
     /// An instance that never registered is registered by this, as the Unleash server does it:
-    /// frontend SDKs never register themselves.
+    /// frontend SDKs never register themselves. The counts belong to the hour in which their bucket
+    /// ended.
     pub fn record_metrics(
         &self,
         scope: &Scope,
@@ -128,6 +129,7 @@ impl Usage {
         } = report;
         let app = shortened(&app_name);
         let started = bucket.as_ref().map_or(now, |bucket| bucket.start);
+        let counted = bucket.as_ref().map_or(now, Bucket::counted_at);
         let instance = self.instance(&scope.environment, &app, kind, instance_id.as_ref());
         if !self.shared.pipeline.ledger.touch(&instance, now) {
             let application = Application {
@@ -148,7 +150,7 @@ impl Usage {
         }
         let environment = &scope.environment;
         let metadata = Arc::new(metadata);
-        let hour = Hour::reported(started, now);
+        let hour = Hour::reported(counted, now);
         for (flag, stats) in bucket.into_iter().flat_map(|bucket| bucket.toggles) {
             self.count(environment, hour, &app, flag, stats, &metadata);
         }

@@ -254,6 +254,13 @@ pub struct Bucket {
     pub toggles: Vec<(Arc<str>, ToggleStats)>,
 }
 
+impl Bucket {
+    /// The time whose hour the counts belong to, as Unleash decides it: the end.
+    pub fn counted_at(&self) -> Timestamp {
+        self.stop.unwrap_or(self.start)
+    }
+}
+
 /// An SDK's usage report.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ClientMetrics {
@@ -280,7 +287,7 @@ impl ClientMetrics {
             Some(bucket) => {
                 let mut bucket = Object::of(bucket, object.path("bucket"))?;
                 let start = bucket.timestamp("start")?;
-                // Nothing depends on the end, so that a strange one is no reason to refuse.
+                // Without an end the beginning tells the hour: a strange one is no reason to refuse.
                 let stop = bucket.timestamp("stop").ok();
                 let mut toggles = Vec::new();
                 for (name, stats) in bucket.entries("toggles")? {
@@ -507,6 +514,24 @@ mod tests {
         check("1690457049000");
         check("1690457049");
         check(r#""1690457049000""#);
+    }
+
+    #[test]
+    fn counts_belong_to_the_end_of_their_bucket() {
+        let check = |bucket: &str, expected: &str| {
+            let body = format!(r#"{{"appName":"a","bucket":{{{bucket},"toggles":{{}}}}}}"#);
+            let bucket = metrics(&body).expect(&body).bucket.unwrap();
+            assert_eq!(bucket.counted_at().to_string(), expected, "{body}");
+        };
+        let start = r#""start":"2026-01-02T07:59:30Z""#;
+        let with_stop = |stop: &str| format!(r#"{start},"stop":{stop}"#);
+        check(&with_stop(r#""2026-01-02T08:00:30Z""#), "2026-01-02T08:00:30Z");
+        check(&with_stop(r#""2026-01-02T04:00:00Z""#), "2026-01-02T04:00:00Z");
+        check(&with_stop("1767340830000"), "2026-01-02T08:00:30Z");
+        for unreadable in [r#""later""#, r#""""#, "null", "[]"] {
+            check(&with_stop(unreadable), "2026-01-02T07:59:30Z");
+        }
+        check(start, "2026-01-02T07:59:30Z");
     }
 
     #[test]

@@ -8,7 +8,9 @@ use jiff::{SignedDuration, Timestamp};
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 
-use crate::rig::{ChaosProxy, Fault, Kind, Parapet, STORED_WITHIN, Unleash, Version, http, until};
+use crate::rig::{
+    ChaosProxy, Fault, Kind, Parapet, STORED_WITHIN, Unleash, Version, http, secrets, until,
+};
 
 const HERE: &str = "development";
 const METRICS: &str = "/api/client/metrics";
@@ -68,6 +70,96 @@ async fn secrets_named(unleash: &Unleash, name: &str) -> Vec<String> {
         tokens.iter().map(|token| token["secret"].as_str().unwrap().to_owned()).collect();
     secrets.sort();
     secrets
+}
+
+/// Reports whose hour can be argued about: their name, start and stop, and the hour that is right.
+fn buckets(now: Timestamp) -> [(&'static str, Timestamp, Timestamp, Timestamp); 4] {
+    let hours = SignedDuration::from_hours;
+    let half_minute = SignedDuration::from_secs(30);
+    let hour = Timestamp::from_second(now.as_second().div_euclid(3600) * 3600).unwrap();
+    [
+        ("across", hour - half_minute, hour + half_minute, hour),
+        ("long", now - hours(30), now, hour),
+        ("late", hour - hours(5) - half_minute, hour - hours(5) + half_minute, hour - hours(5)),
+        ("backwards", now, now - hours(3), hour - hours(3)),
+    ]
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn counts_through_the_edge_are_stored_under_the_same_hour_as_direct_ones() {
+    let unleash = Unleash::shared(Version::V8).await;
+    let flag = "counts.hours";
+    counted_flag(&unleash, flag).await;
+    let parapet = edge(&unleash, &unleash.url(), "counts-hours").await;
+    let backend = unleash.create_token(Kind::Backend, HERE, &["*"], "counts-hours-b").await;
+    let frontend = unleash.create_token(Kind::Frontend, HERE, &["*"], "counts-hours-f").await;
+    let now = Timestamp::now();
+    let mut expected = Vec::new();
+    for (way, server) in [("direct", unleash.url()), ("edge", parapet.url())] {
+        for (kind, path, token) in [
+            ("backend", METRICS, &backend),
+            ("frontend", "/api/frontend/client/metrics", &frontend),
+        ] {
+            for (case, start, stop, hour) in buckets(now) {
+                let app_name = format!("counts-{way}-{kind}-{case}");
+                accepted(&server, path, token, &report(&app_name, flag, 1, start, stop)).await;
+                expected.push((app_name, hour));
+            }
+        }
+        let app_name = format!("counts-{way}-bulk");
+        let (_, _, stop, hour) = buckets(now)[2];
+        let metric = json!({ "featureName": flag, "appName": app_name, "environment": HERE,
+                             "timestamp": stop, "yes": 1, "no": 0, "variants": {} });
+        let bulk = json!({ "applications": [], "metrics": [metric] });
+        accepted(&server, BULK, &backend, &bulk).await;
+        expected.push((app_name, hour));
+    }
+    for (app_name, _) in &expected {
+        unleash.wait_for_usage(flag, app_name, HERE, (1, 0)).await;
+    }
+    let stored = unleash.usage_of(flag).await;
+    for (app_name, hour) in &expected {
+        let of_app = stored.iter().filter(|stored| stored.app_name == *app_name);
+        let hours: Vec<Timestamp> = of_app.map(|it| it.timestamp.parse().unwrap()).collect();
+        assert_eq!(hours, [*hour], "{app_name}");
+    }
+}
+
+#[tokio::test]
+async fn standalone_stores_counts_under_the_hour_in_which_their_bucket_ended() {
+    let (admin, client) = ("*:*.counts-standalone-admin", "*:development.counts-standalone-client");
+    for token in [admin, client] {
+        secrets::remember(token);
+    }
+    let flags = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(flags.path(), r#"{"features":[{"name":"f","enabled":true}]}"#).unwrap();
+    let parapet = Parapet::mode("standalone")
+        .flag("--flags", flags.path())
+        .flag("--metrics-interval-seconds", "0.5")
+        .env("INIT_ADMIN_API_TOKENS", admin)
+        .env("INIT_CLIENT_API_TOKENS", client)
+        .start()
+        .await;
+    let now = Timestamp::now();
+    for (case, start, stop, _) in buckets(now) {
+        let body = report(&format!("counts-{case}"), "f", 1, start, stop);
+        accepted(&parapet.url(), METRICS, client, &body).await;
+    }
+    let path = "/api/admin/client-metrics/features/f/raw";
+    let stored = until("all counts are stored", SOON, async || {
+        let (status, body) = parapet.admin_get(path).await;
+        assert!(status == StatusCode::OK || status == StatusCode::NOT_FOUND, "{status}");
+        let stored = body["data"].as_array()?.clone();
+        (stored.len() == 4).then_some(stored)
+    })
+    .await;
+    for (case, .., hour) in buckets(now) {
+        let app_name = format!("counts-{case}");
+        let stored = stored.iter().find(|it| it["appName"] == *app_name).unwrap();
+        let stored: Timestamp = stored["timestamp"].as_str().unwrap().parse().unwrap();
+        assert_eq!(stored, hour, "{case}");
+    }
 }
 
 #[tokio::test]
