@@ -89,7 +89,7 @@ struct Shared {
 
 #[derive(Debug)]
 struct Edge {
-    seen: Timestamp,
+    seen: Instant,
     told: Value,
 }
 
@@ -131,7 +131,7 @@ impl Usage {
         let started = bucket.as_ref().map_or(now, |bucket| bucket.start);
         let counted = bucket.as_ref().map_or(now, Bucket::counted_at);
         let instance = self.instance(&scope.environment, &app, kind, instance_id.as_ref());
-        if !self.shared.pipeline.ledger.touch(&instance, now) {
+        if !self.shared.pipeline.ledger.touch(&instance, clock()) {
             let application = Application {
                 app_name: Arc::clone(&app),
                 instance_id,
@@ -146,7 +146,7 @@ impl Usage {
                 metadata: metadata.clone(),
                 extra: serde_json::Map::new(),
             };
-            self.register(scope, kind, application, now);
+            self.register(scope, kind, application);
         }
         let environment = &scope.environment;
         let metadata = Arc::new(metadata);
@@ -167,7 +167,7 @@ impl Usage {
         for application in bulk.applications {
             // Unleash Edge puts the applications of all environments into the batch of each.
             if application.environment.as_deref().is_none_or(ours) {
-                self.register(scope, kind, application, now);
+                self.register(scope, kind, application);
             }
         }
         for metric in bulk.metrics {
@@ -189,27 +189,19 @@ impl Usage {
     }
 
     /// Notes a registration; its environment and projects are its token's.
-    pub fn record_registration(
-        &self,
-        scope: &Scope,
-        kind: SdkKind,
-        application: Application,
-        now: Timestamp,
-    ) {
+    pub fn record_registration(&self, scope: &Scope, kind: SdkKind, application: Application) {
         meter::reported(Endpoint::Register);
-        self.register(scope, kind, application, now);
+        self.register(scope, kind, application);
     }
 
     /// Remembers what an edge behind this one tells of itself.
-    pub fn record_edge_instance(&self, edge: &EdgeInstance, now: Timestamp) {
+    pub fn record_edge_instance(&self, edge: &EdgeInstance) {
         meter::reported(Endpoint::Edge);
+        let now = clock();
         let fits = edge.identifier().len() <= MAX_NAME
             && serde_json::to_vec(edge.value()).is_ok_and(|json| json.len() <= MAX_EDGE);
         let mut edges = self.edges();
-        edges.retain(|_, edge| {
-            Duration::try_from(now.duration_since(edge.seen)).is_ok_and(|age| age < FORGET_EDGE)
-                || now < edge.seen
-        });
+        edges.retain(|_, edge| now.saturating_duration_since(edge.seen) < FORGET_EDGE);
         if fits && (edges.len() < MAX_EDGES || edges.contains_key(edge.identifier())) {
             let told = Edge { seen: now, told: edge.value().clone() };
             edges.insert(Arc::clone(edge.identifier()), told);
@@ -242,7 +234,7 @@ impl Usage {
     /// What has not been sent, as Unleash Edge shows it at `/internal-backstage/metricsbatch`:
     /// `{applications: […], metrics: [{key, bucket}]}`.
     pub fn pending(&self) -> Value {
-        self.shared.pipeline.pending(Timestamp::now())
+        self.shared.pipeline.pending(clock())
     }
 
     /// Tells the metrics how much waits, and for how long; to be called when they are read.
@@ -280,7 +272,7 @@ impl Usage {
     /// Everything that was reported and not sent, as bytes for a store; nothing if there is
     /// nothing. It stays here too.
     pub fn save(&self) -> Option<Vec<u8>> {
-        self.shared.pipeline.collect(Timestamp::now(), clock());
+        self.shared.pipeline.collect(clock());
         self.shared.pipeline.save()
     }
 
@@ -289,7 +281,7 @@ impl Usage {
         self.shared.pipeline.restore(bytes, clock())
     }
 
-    fn register(&self, scope: &Scope, kind: SdkKind, mut application: Application, now: Timestamp) {
+    fn register(&self, scope: &Scope, kind: SdkKind, mut application: Application) {
         let kind = match (kind, application.sdk_kind) {
             (SdkKind::Frontend, _) => SdkKind::Frontend,
             (SdkKind::Backend, told) => told.unwrap_or(SdkKind::Backend),
@@ -307,7 +299,7 @@ impl Usage {
             // Upstream takes a frontend SDK without a version for a backend one.
             application.metadata.sdk_version.get_or_insert_with(|| "unknown".into());
         }
-        if !self.shared.pipeline.ledger.register(key, application, now) {
+        if !self.shared.pipeline.ledger.register(key, application, clock()) {
             meter::items_dropped("application", 1);
         }
     }
@@ -409,7 +401,7 @@ mod tests {
     /// bodies that were sent.
     fn sent(usage: &Usage, outcomes: impl IntoIterator<Item = Outcome>) -> Vec<Value> {
         let pipeline = &usage.shared.pipeline;
-        pipeline.collect(at(0), clock());
+        pipeline.collect(clock());
         let mut outcomes = outcomes.into_iter();
         let mut now = clock();
         let mut bodies = Vec::new();
@@ -446,6 +438,22 @@ mod tests {
         assert_eq!((&again[0]["applications"], sum(&again, "yes")), (&json!([]), 2));
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn instance_is_registered_again_after_an_hour_although_the_clock_is_set_back() {
+        let usage = usage(100);
+        let registered = |second| {
+            let report = counts("a", "f", 2);
+            usage.record_metrics(&scope("dev"), SdkKind::Backend, report, at(second));
+            sent(&usage, [])[0]["applications"].as_array().unwrap().len()
+        };
+        assert_eq!(registered(0), 1);
+        let two_days = 2 * 24 * 3600;
+        tokio::time::advance(Duration::from_mins(30)).await;
+        assert_eq!(registered(-two_days), 0);
+        tokio::time::advance(Duration::from_mins(30)).await;
+        assert_eq!(registered(-two_days), 1);
+    }
+
     #[test]
     fn a_registration_gets_its_scope_from_its_token_and_our_hop() {
         let usage = usage(100);
@@ -455,7 +463,7 @@ mod tests {
         });
         let application = Application::parse(body.to_string().as_bytes()).unwrap();
         let register = |kind| {
-            usage.record_registration(&scope("dev"), kind, application.clone(), at(0));
+            usage.record_registration(&scope("dev"), kind, application.clone());
             sent(&usage, []).remove(0)["applications"][0].take()
         };
         let (backend, frontend) = (register(SdkKind::Backend), register(SdkKind::Frontend));
@@ -528,7 +536,7 @@ mod tests {
             assert_eq!(pending["applications"].as_array().unwrap().len(), applications);
         };
         check(1);
-        usage.shared.pipeline.collect(at(0), clock());
+        usage.shared.pipeline.collect(clock());
         check(1);
         usage.shared.pipeline.next(clock()).unwrap();
         check(1);
@@ -550,7 +558,7 @@ mod tests {
             // A flag and its variant.
             usage.record_metrics(&scope("dev"), SdkKind::Backend, counts("a", "f", 2), at(0));
             check(2);
-            usage.shared.pipeline.collect(at(0), clock());
+            usage.shared.pipeline.collect(clock());
             check(2);
             sent(&usage, []);
             check(0);
@@ -587,21 +595,23 @@ mod tests {
         assert_eq!(restarted.backlog(Some(empty.revision)), None);
     }
 
-    #[test]
-    fn edges_behind_this_one_are_remembered_while_they_report() {
+    #[tokio::test(start_paused = true)]
+    async fn edges_behind_this_one_are_remembered_while_they_report() {
         let usage = usage(100);
-        let tell = |identifier: &str, second| {
+        let tell = |identifier: &str| {
             let body = json!({ "identifier": identifier, "traffic": {} }).to_string();
             let edge = EdgeInstance::parse(body.as_bytes()).unwrap();
-            usage.record_edge_instance(&edge, at(second));
+            usage.record_edge_instance(&edge);
         };
-        tell("one", 0);
-        tell("two", 300);
+        tell("one");
+        tokio::time::advance(FORGET_EDGE / 2).await;
+        tell("two");
         assert_eq!(usage.instances().len(), 2);
-        tell("two", 600);
+        tokio::time::advance(FORGET_EDGE / 2).await;
+        tell("two");
         assert_eq!(usage.instances(), [json!({ "identifier": "two", "traffic": {} })]);
         for edge in 0..MAX_EDGES + 10 {
-            tell(&edge.to_string(), 600);
+            tell(&edge.to_string());
         }
         assert_eq!(usage.instances().len(), MAX_EDGES);
     }
@@ -658,7 +668,7 @@ mod tests {
                 }
                 let pipeline = &before.shared.pipeline;
                 for outcome in outcomes.by_ref().take(15) {
-                    pipeline.collect(at(0), clock());
+                    pipeline.collect(clock());
                     if let Some(batch) = pipeline.next(clock()) {
                         if outcome == Outcome::Sent {
                             bodies.push(serde_json::from_slice(&batch.body).unwrap());

@@ -24,7 +24,7 @@ pub fn register(
 ) -> Result<Reply, Failure> {
     let mut application = Application::parse(body)?;
     complete(&mut application.metadata, headers);
-    usage.record_registration(&grant.scope, kind(grant), application, Timestamp::now());
+    usage.record_registration(&grant.scope, kind(grant), application);
     Ok(reply::accepted())
 }
 
@@ -50,7 +50,7 @@ pub fn bulk(usage: &Usage, grant: &Grant, body: &[u8]) -> Result<Reply, Failure>
 
 /// How another edge is doing.
 pub fn instance(usage: &Usage, body: &[u8]) -> Result<Reply, Failure> {
-    usage.record_edge_instance(&EdgeInstance::parse(body)?, Timestamp::now());
+    usage.record_edge_instance(&EdgeInstance::parse(body)?);
     Ok(reply::accepted())
 }
 

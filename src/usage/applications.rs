@@ -3,9 +3,11 @@
 //! An instance is told when it is new, when it registers differently, and once an hour while it
 //! is seen, by its metrics too: upstream forgets instances that it does not hear of for days.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
-
-use jiff::Timestamp;
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use crate::{token::Environment, wire::usage::Application};
 
@@ -25,8 +27,8 @@ pub(super) struct InstanceKey {
 #[derive(Debug)]
 struct Known {
     application: Application,
-    seen: Timestamp,
-    told: Option<Timestamp>,
+    seen: Instant,
+    told: Option<Instant>,
 }
 
 /// The known instances.
@@ -41,7 +43,7 @@ impl Applications {
         &mut self,
         key: InstanceKey,
         application: Application,
-        now: Timestamp,
+        now: Instant,
         limit: usize,
     ) -> bool {
         if let Some(known) = self.known.get_mut(&key) {
@@ -59,13 +61,13 @@ impl Applications {
     }
 
     /// Notes that an instance is alive; false when it is unknown.
-    pub(super) fn touch(&mut self, key: &InstanceKey, now: Timestamp) -> bool {
+    pub(super) fn touch(&mut self, key: &InstanceKey, now: Instant) -> bool {
         let known = self.known.get_mut(key);
         known.map(|known| known.seen = now).is_some()
     }
 
     /// Those to be told now, which count as told from here on; forgets those long unseen.
-    pub(super) fn due(&mut self, now: Timestamp) -> Vec<(Environment, Application)> {
+    pub(super) fn due(&mut self, now: Instant) -> Vec<(Environment, Application)> {
         let mut due = Vec::new();
         for (key, known) in &mut self.known {
             if known.is_due(now) {
@@ -73,27 +75,23 @@ impl Applications {
                 due.push((key.environment.clone(), known.application.clone()));
             }
         }
-        self.known.retain(|_, known| !has_passed(known.seen, FORGET, now));
+        self.known.retain(|_, known| now.saturating_duration_since(known.seen) < FORGET);
         due
     }
 
     /// Those that would be told now, left as they are.
-    pub(super) fn waiting(&self, now: Timestamp) -> impl Iterator<Item = &Application> {
+    pub(super) fn waiting(&self, now: Instant) -> impl Iterator<Item = &Application> {
         self.known.values().filter(move |known| known.is_due(now)).map(|known| &known.application)
     }
 }
 
 impl Known {
-    fn is_due(&self, now: Timestamp) -> bool {
+    fn is_due(&self, now: Instant) -> bool {
         match self.told {
             None => true,
-            Some(told) => self.seen > told && has_passed(told, TELL_AGAIN, now),
+            Some(told) => self.seen > told && now.saturating_duration_since(told) >= TELL_AGAIN,
         }
     }
-}
-
-fn has_passed(since: Timestamp, time: Duration, now: Timestamp) -> bool {
-    Duration::try_from(now.duration_since(since)).is_ok_and(|passed| passed >= time)
 }
 
 #[cfg(test)]
@@ -115,12 +113,13 @@ mod tests {
         }
     }
 
-    fn at(minute: i64) -> Timestamp {
-        Timestamp::from_second(1_800_000_000 + 60 * minute).unwrap()
+    fn minute(start: Instant) -> impl Fn(u64) -> Instant {
+        move |minute| start + Duration::from_mins(minute)
     }
 
     #[test]
     fn an_instance_is_told_when_new_when_changed_and_hourly_while_it_is_seen() {
+        let at = minute(Instant::now());
         let mut applications = Applications::default();
         assert!(!applications.touch(&key("i"), at(0)));
         assert!(applications.register(key("i"), application(1), at(0), 10));
@@ -139,6 +138,7 @@ mod tests {
 
     #[test]
     fn the_number_of_instances_is_bounded() {
+        let at = minute(Instant::now());
         let mut applications = Applications::default();
         let room = |at_: usize| {
             let instance = at_.to_string();

@@ -15,9 +15,8 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
+    time::Instant,
 };
-
-use jiff::Timestamp;
 
 use super::{
     applications::{Applications, InstanceKey},
@@ -114,18 +113,18 @@ impl Ledger {
     }
 
     /// Notes a registration; false when there is no room.
-    pub(super) fn register(&self, key: InstanceKey, app: Application, now: Timestamp) -> bool {
+    pub(super) fn register(&self, key: InstanceKey, app: Application, now: Instant) -> bool {
         let mut shard = self.shard(&key);
         shard.applications.register(key, app, now, MAX_APPLICATIONS / SHARDS)
     }
 
     /// Notes that an instance is alive; false when it is unknown.
-    pub(super) fn touch(&self, key: &InstanceKey, now: Timestamp) -> bool {
+    pub(super) fn touch(&self, key: &InstanceKey, now: Instant) -> bool {
         self.shard(key).applications.touch(key, now)
     }
 
     /// Takes out everything, for each environment.
-    pub(super) fn drain(&self, now: Timestamp) -> BTreeMap<Environment, Generation> {
+    pub(super) fn drain(&self, now: Instant) -> BTreeMap<Environment, Generation> {
         let mut generations = BTreeMap::<Environment, Generation>::new();
         for shard in &self.shards {
             let (counters, impact, applications) = {
@@ -170,7 +169,7 @@ impl Ledger {
     }
 
     /// A copy of the registrations that the next drain takes out, likewise.
-    pub(super) fn applications(&self, now: Timestamp) -> Vec<Application> {
+    pub(super) fn applications(&self, now: Instant) -> Vec<Application> {
         let copy = |shard| -> Vec<_> { lock(shard).applications.waiting(now).cloned().collect() };
         self.shards.iter().flat_map(copy).collect()
     }
@@ -211,6 +210,8 @@ fn lock(shard: &Mutex<Shard>) -> MutexGuard<'_, Shard> {
 
 #[cfg(test)]
 mod tests {
+    use jiff::Timestamp;
+
     use super::*;
     use crate::{usage::counter::Hour, wire::usage::ToggleStats};
 
@@ -250,11 +251,11 @@ mod tests {
                 .collect();
             let mut drained = 0;
             while !recorders.iter().all(std::thread::ScopedJoinHandle::is_finished) {
-                drained += total(&ledger.drain(Timestamp::UNIX_EPOCH));
+                drained += total(&ledger.drain(Instant::now()));
             }
             drained
         });
-        let rest = total(&ledger.drain(Timestamp::UNIX_EPOCH));
+        let rest = total(&ledger.drain(Instant::now()));
         assert_eq!(drained + rest, THREADS * REPORTS);
         assert_eq!(ledger.len(), 0);
     }
@@ -267,7 +268,7 @@ mod tests {
             assert_eq!(ledger.count(&environment, key(&app.to_string(), "f"), yes(1)), Lost(0));
         }
         assert_eq!(ledger.len(), 15);
-        assert_eq!(total(&ledger.drain(Timestamp::UNIX_EPOCH)), 100);
+        assert_eq!(total(&ledger.drain(Instant::now())), 100);
     }
 
     #[test]

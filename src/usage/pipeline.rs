@@ -5,7 +5,6 @@ use std::{
     time::Instant,
 };
 
-use jiff::Timestamp;
 use serde_json::{Value, json};
 use tokio::sync::Notify;
 
@@ -49,9 +48,9 @@ impl Pipeline {
     ///
     /// The outbox stays locked from before the drain until after, so that whoever looks into both
     /// under that lock sees each counter once.
-    pub(super) fn collect(&self, wall: Timestamp, now: Instant) {
+    pub(super) fn collect(&self, now: Instant) {
         let mut outbox = self.outbox();
-        outbox.absorb(self.ledger.drain(wall), now);
+        outbox.absorb(self.ledger.drain(now), now);
     }
 
     pub(super) fn next(&self, now: Instant) -> Option<Dispatch> {
@@ -131,9 +130,9 @@ impl Pipeline {
     }
 
     /// What waits, as Unleash Edge's `/internal-backstage/metricsbatch` shows it.
-    pub(super) fn pending(&self, wall: Timestamp) -> Value {
+    pub(super) fn pending(&self, now: Instant) -> Value {
         let outbox = self.outbox();
-        let waiting = self.ledger.applications(wall);
+        let waiting = self.ledger.applications(now);
         let mut applications: Vec<_> = waiting.iter().map(|it| json!(it)).collect();
         let mut metrics = Vec::new();
         for ((environment, key), counter) in self.ledger.counters() {

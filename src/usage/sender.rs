@@ -9,7 +9,6 @@ use std::{
 };
 
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
-use jiff::Timestamp;
 use tokio::time::{MissedTickBehavior, interval_at, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -56,12 +55,12 @@ pub(super) async fn run<F>(
         dispatch(pipeline, &under_way, &send);
         tokio::select! {
             () = ending.begins.cancelled() => break,
-            _ = ticks.tick() => pipeline.collect(Timestamp::now(), now()),
+            _ = ticks.tick() => pipeline.collect(now()),
             Some((id, outcome)) = under_way.next() => settle(pipeline, id, outcome),
             () = wake(pipeline) => {}
         }
     }
-    pipeline.collect(Timestamp::now(), now());
+    pipeline.collect(now());
     pipeline.hurry();
     let flush = async {
         loop {
@@ -102,7 +101,7 @@ pub(super) async fn discard(pipeline: &Pipeline, interval: Duration, shutdown: &
             () = shutdown.cancelled() => {}
             _ = ticks.tick() => {}
         }
-        pipeline.collect(Timestamp::now(), now());
+        pipeline.collect(now());
         pipeline.discard();
     }
 }
@@ -144,6 +143,7 @@ mod tests {
     };
 
     use futures_util::FutureExt as _;
+    use jiff::Timestamp;
 
     use super::*;
     use crate::{
