@@ -22,8 +22,12 @@ use crate::{
     wire::usage::{Application, ImpactMetric, Samples},
 };
 
-/// A smaller body than this is not tried when upstream calls bodies too large.
+/// A smaller limit than this is not chosen when upstream calls bodies too large.
 const MIN_BODY: usize = 4096;
+/// How many pieces may wait behind all others because upstream found each of them too large.
+const MAX_LATE: usize = 16;
+/// After how many bodies that upstream took in a row a larger one is tried again.
+const GROW_AFTER: u32 = 8;
 /// How many samples of one impact metric go into a piece.
 const SAMPLES_PER_ITEM: usize = 64;
 /// The largest piece that is made of several samples, in bytes.
@@ -47,11 +51,15 @@ pub(super) struct Lane {
     pub(super) impact: ImpactSeries,
     /// Serialised pieces that come before all that.
     pub(super) carry: VecDeque<Item>,
+    /// Serialised pieces that come after all that: upstream found each of them too large.
+    pub(super) late: VecDeque<Item>,
     /// The batch that is being sent, or will be again.
     pub(super) hand: Option<(BatchId, Batch)>,
     pub(super) flying: bool,
-    /// How large a body upstream is known to take.
+    /// How large a body upstream is taken to accept.
     limit: usize,
+    /// How many bodies in a row upstream has taken.
+    taken: u32,
     pub(super) backoff: Backoff,
     /// Since when something waits.
     pub(super) since: Option<Instant>,
@@ -66,9 +74,11 @@ impl Default for Lane {
             counters: Counters::default(),
             impact: ImpactSeries::default(),
             carry: VecDeque::new(),
+            late: VecDeque::new(),
             hand: None,
             flying: false,
             limit: MAX_BODY,
+            taken: 0,
             backoff: Backoff::default(),
             since: None,
             stored: false,
@@ -80,6 +90,7 @@ impl Lane {
     pub(super) fn is_empty(&self) -> bool {
         self.hand.is_none()
             && self.carry.is_empty()
+            && self.late.is_empty()
             && self.applications.is_empty()
             && self.counters.is_empty()
             && self.impact.is_empty()
@@ -99,24 +110,53 @@ impl Lane {
         Lost(lost)
     }
 
-    /// Lets go of the batch in hand, which upstream took or refused; returns what it counted.
+    /// Lets go of the batch in hand, which upstream refused; returns what it counted.
     pub(super) fn put_down(&mut self) -> u64 {
         self.backoff.succeed();
         self.hand.take().map_or(0, |(_, batch)| batch.count())
     }
 
-    /// Halves the batch in hand, which upstream found too large, and cuts smaller ones from now
-    /// on; false when it is a single piece.
-    pub(super) fn halve(&mut self, next: BatchId) -> bool {
-        self.backoff.succeed();
-        let Some((_, batch)) = self.hand.take_if(|(_, batch)| batch.items().len() > 1) else {
-            return false;
-        };
-        self.limit = (batch.body().len() / 2).clamp(MIN_BODY, self.limit.max(MIN_BODY));
-        let (front, back) = batch.halves();
-        self.hand = Some((next, front));
-        back.into_iter().rev().for_each(|item| self.carry.push_front(item));
-        true
+    /// Lets go of the batch in hand, which upstream took; returns what it counted. After some in a
+    /// row larger ones are tried.
+    pub(super) fn complete(&mut self) -> u64 {
+        self.taken = self.taken.saturating_add(1);
+        if self.taken.is_multiple_of(GROW_AFTER) {
+            self.limit = self.limit.saturating_mul(2).min(MAX_BODY);
+        }
+        self.put_down()
+    }
+
+    /// Splits the batch in hand, which upstream found too large, and cuts smaller ones from now on.
+    /// Returns what a single piece counted that is dropped.
+    ///
+    /// Where upstream, or a proxy before it, calls everything too large, everything waits. A single
+    /// piece is dropped only if it is larger than the smallest limit, and refused again after
+    /// upstream has taken others.
+    pub(super) fn split(&mut self, next: BatchId, now: Instant, draw: f64) -> u64 {
+        let Some((_, batch)) = self.hand.take() else { return 0 };
+        let size = batch.body().len();
+        let has_taken = std::mem::take(&mut self.taken) > 0;
+        if batch.items().len() > 1 {
+            if size <= MIN_BODY || self.backoff.is_failing() {
+                self.backoff.fail(now, None, draw);
+            }
+            self.limit = (size / 2).clamp(MIN_BODY, self.limit.max(MIN_BODY));
+            let (front, back) = batch.halves();
+            self.hand = Some((next, front));
+            back.into_iter().rev().for_each(|item| self.carry.push_front(item));
+            return 0;
+        }
+        if size > MIN_BODY && has_taken {
+            self.backoff.succeed();
+            return batch.count();
+        }
+        self.backoff.fail(now, None, draw);
+        if size > MIN_BODY && self.late.len() < MAX_LATE {
+            self.late.extend(batch.into_items());
+        } else {
+            self.hand = Some((next, batch));
+        }
+        0
     }
 
     fn register(&mut self, application: Application) {
@@ -162,16 +202,18 @@ impl Lane {
             let json = json(&counter.to_wire(environment.as_str(), &key));
             return Some(Item { part: Part::Metric, json, count: counter.total() });
         }
-        let metric = self.impact.pop(SAMPLES_PER_ITEM)?;
-        impact_items(metric, &mut self.carry);
-        self.carry.pop_front()
+        if let Some(metric) = self.impact.pop(SAMPLES_PER_ITEM) {
+            impact_items(metric, &mut self.carry);
+            return self.carry.pop_front();
+        }
+        self.late.pop_front()
     }
 
     /// How many evaluations wait, those in hand among them.
     pub(super) fn total(&self) -> u64 {
-        let carried = self.carry.iter().map(|item| item.count);
+        let ready = self.carry.iter().chain(&self.late).map(|item| item.count);
         let in_hand = self.hand.iter().map(|(_, batch)| batch.count());
-        carried.chain(in_hand).fold(self.counters.total(), u64::saturating_add)
+        ready.chain(in_hand).fold(self.counters.total(), u64::saturating_add)
     }
 }
 

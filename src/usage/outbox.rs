@@ -174,7 +174,7 @@ impl Outbox {
             Outcome::Unauthorized => lane.backoff.fail(now, None, draw),
             Outcome::Later(pause) => lane.backoff.fail(now, pause, draw),
             Outcome::Sent => {
-                let count = lane.put_down();
+                let count = lane.complete();
                 meter::sent(count);
                 self.totals.sent = self.totals.sent.saturating_add(count);
             }
@@ -183,12 +183,9 @@ impl Outbox {
                 self.drop_counts(Reason::Rejected, count);
             }
             Outcome::TooLarge => {
-                if lane.halve(BatchId::nth(self.next_id)) {
-                    self.next_id += 1;
-                } else {
-                    let count = lane.put_down();
-                    self.drop_counts(Reason::Size, count);
-                }
+                let count = lane.split(BatchId::nth(self.next_id), now, draw);
+                self.next_id += 1;
+                self.drop_counts(Reason::Size, count);
             }
         }
     }
@@ -306,7 +303,7 @@ mod tests {
     use crate::{
         usage::{
             batch::MAX_BODY,
-            counter::{Counter, CounterKey, Hour},
+            counter::{Counter, CounterKey, Hour, MAX_NAME, MAX_VARIANTS},
         },
         wire::usage::{BulkMetric, ToggleStats},
     };
@@ -386,7 +383,7 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_found_too_large_is_halved_until_it_passes_and_a_single_piece_is_dropped() {
+    fn a_batch_found_too_large_is_halved_until_it_passes() {
         let now = Instant::now();
         let mut outbox = Outbox::new(10_000);
         let counters = (0..900).map(|flag| (key(1, "a", &format!("{flag:0>90}")), 1));
@@ -400,12 +397,103 @@ mod tests {
             let outcome = if fits { Outcome::Sent } else { Outcome::TooLarge };
             outbox.settle(batch.id, outcome, now, 0.5);
         }
-        assert_eq!((sent, refused), (900, 4));
-        outbox.absorb(generation("dev", [(key(1, "a", "f"), 2)]), now);
-        let single = outbox.next(now).unwrap();
-        outbox.settle(single.id, Outcome::TooLarge, now, 0.5);
+        // Four to find a size, and one each time that a larger one is tried.
+        assert_eq!((sent, refused), (900, 7));
+    }
+
+    /// Sends all that waits; what is larger than `limit` is called too large.
+    fn flush(outbox: &mut Outbox, mut now: Instant, limit: usize) -> Instant {
+        for _ in 0..10_000 {
+            let Some(batch) = outbox.next(now) else {
+                let Some(later) = outbox.wake() else { return now };
+                now = later;
+                continue;
+            };
+            let fits = batch.body.len() <= limit;
+            let outcome = if fits { Outcome::Sent } else { Outcome::TooLarge };
+            outbox.settle(batch.id, outcome, now, 0.5);
+        }
+        panic!("{:?} still wait", outbox.len());
+    }
+
+    #[test]
+    fn nothing_is_dropped_while_everything_is_called_too_large() {
+        let mut now = Instant::now();
+        let mut outbox = Outbox::new(10_000);
+        let long = "x".repeat(MAX_NAME);
+        let variants =
+            (0..MAX_VARIANTS).map(|n| (format!("{n}{}", &long[4..]).into(), 1)).collect();
+        let stats = ToggleStats { yes: 1, no: 0, variants };
+        let large = (key(1, "a", "large"), Counter::of(stats, &Arc::default()).0);
+        let counters = (0..50).map(|flag| (key(1, "a", &flag.to_string()), counter(1)));
+        let counters = counters.chain([large]).collect();
+        let generation = Generation { counters, ..Generation::default() };
+        outbox.absorb(BTreeMap::from([(Environment::new("dev"), generation)]), now);
+        let started = now;
+        for attempt in 0..200 {
+            let batch = loop {
+                match outbox.next(now) {
+                    Some(batch) => break batch,
+                    None => now = outbox.wake().expect("it waits"),
+                }
+            };
+            outbox.settle(batch.id, Outcome::TooLarge, now, 1.0);
+            assert_eq!(outbox.totals().dropped, 0, "{attempt}");
+        }
+        // At most some dozen attempts without a pause, then one a minute.
+        assert!(now - started > Duration::from_hours(2), "{:?}", now - started);
+        flush(&mut outbox, now, MAX_BODY);
         assert!(outbox.is_empty());
-        assert_eq!(outbox.totals(), &Totals { sent: 900, dropped: 2 });
+        assert_eq!(outbox.totals(), &Totals { sent: 51, dropped: 0 });
+    }
+
+    #[test]
+    fn counter_that_is_too_large_alone_is_dropped_only_after_others_were_taken() {
+        let now = Instant::now();
+        let mut outbox = Outbox::new(10_000);
+        let long = "x".repeat(MAX_NAME);
+        let variants =
+            (0..MAX_VARIANTS).map(|n| (format!("{n}{}", &long[4..]).into(), 1)).collect();
+        let stats = ToggleStats { yes: 7, no: 0, variants };
+        let large = (key(1, "a", "large"), Counter::of(stats, &Arc::default()).0);
+        let generation = Generation { counters: vec![large], ..Generation::default() };
+        outbox.absorb(BTreeMap::from([(Environment::new("dev"), generation)]), now);
+        for _ in 0..3 {
+            let now = outbox.wake().unwrap_or(now);
+            let batch = outbox.next(now).unwrap();
+            outbox.settle(batch.id, Outcome::TooLarge, now, 1.0);
+        }
+        assert_eq!(outbox.totals().dropped, 0);
+        // What comes later is not held up by it.
+        outbox.absorb(self::generation("dev", [(key(2, "a", "f"), 2)]), now);
+        flush(&mut outbox, now, 10_000);
+        assert!(outbox.is_empty());
+        assert_eq!(outbox.totals(), &Totals { sent: 2, dropped: 7 });
+    }
+
+    #[test]
+    fn limit_on_bodies_grows_back_after_successes() {
+        let now = Instant::now();
+        let mut outbox = Outbox::new(100_000);
+        let mut send = |limit: usize| {
+            let counters = (0..2000).map(|flag| (key(1, "a", &format!("{flag:0>200}")), 1));
+            outbox.absorb(generation("dev", counters), now);
+            let mut largest = 0;
+            let mut now = now;
+            while !outbox.is_empty() {
+                let Some(batch) = outbox.next(now) else {
+                    now = outbox.wake().unwrap();
+                    continue;
+                };
+                let fits = batch.body.len() <= limit;
+                largest = if fits { largest.max(batch.body.len()) } else { largest };
+                let outcome = if fits { Outcome::Sent } else { Outcome::TooLarge };
+                outbox.settle(batch.id, outcome, now, 0.5);
+            }
+            largest
+        };
+        assert!(send(5000) <= 5000);
+        assert!(send(MAX_BODY) > MAX_BODY / 2);
     }
 
     #[test]
@@ -459,6 +547,7 @@ mod tests {
         assert!(!changed(&outbox));
         outbox.settle(batch.id, Outcome::TooLarge, later, 0.5);
         assert!(changed(&outbox));
+        let later = outbox.wake().unwrap();
         while let Some(batch) = outbox.next(later) {
             outbox.settle(batch.id, Outcome::Sent, later, 0.5);
         }
@@ -503,9 +592,6 @@ mod tests {
                 assert!(batch.body.len() <= MAX_BODY);
                 let rows = metrics(&batch.body);
                 let outcome = outcomes.next().unwrap_or(Outcome::Sent);
-                // What is too large alone is dropped by design, which is another test's matter.
-                let single = rows.len() == 1 && outcome == Outcome::TooLarge;
-                let outcome = if single { Outcome::Later(None) } else { outcome };
                 if outcome == Outcome::Sent {
                     for row in rows {
                         *arrived.entry((row.environment, row.app_name, row.feature_name))

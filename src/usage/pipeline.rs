@@ -140,7 +140,7 @@ impl Pipeline {
         }
         for (environment, lane) in outbox.lanes() {
             let in_hand = lane.hand.iter().flat_map(|(_, batch)| batch.items());
-            for item in in_hand.chain(&lane.carry) {
+            for item in in_hand.chain(&lane.carry).chain(&lane.late) {
                 let value = serde_json::from_str(&item.json).unwrap_or_default();
                 match item.part {
                     Part::Application => applications.push(value),

@@ -122,7 +122,7 @@ fn waiting(environment: &Environment, lane: &Lane) -> Waiting {
     let piece = |item| json(&Piece::of(item));
     Waiting {
         batch: in_hand.map(piece).collect(),
-        pieces: lane.carry.iter().map(piece).collect(),
+        pieces: lane.carry.iter().chain(&lane.late).map(piece).collect(),
         applications: lane.applications.values().map(json).collect(),
         metrics: lane.counters.iter().map(metric).collect(),
         impact,

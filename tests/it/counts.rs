@@ -212,3 +212,26 @@ async fn usage_that_a_firewall_refuses_costs_no_token_and_arrives_afterwards() {
     .await;
     assert_eq!(secrets_named(&unleash, name).await, tokens);
 }
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn upstream_that_calls_everything_too_large_gets_every_count_afterwards() {
+    let unleash = Unleash::shared(Version::V8).await;
+    let flag = "counts.too-large";
+    counted_flag(&unleash, flag).await;
+    let proxy = ChaosProxy::start(&unleash.url()).await;
+    let parapet = edge(&unleash, &proxy.url(), "counts-too-large").await;
+    let token = unleash.create_token(Kind::Backend, HERE, &["*"], "counts-too-large").await;
+    proxy.set(Fault::RefusePosts { prefix: METRICS, status: StatusCode::PAYLOAD_TOO_LARGE }).await;
+    let apps: Vec<_> = (0..12).map(|app| format!("counts-too-large-{app}")).collect();
+    for app_name in &apps {
+        accepted(&parapet.url(), METRICS, &token, &report_now(app_name, flag, 1)).await;
+    }
+    until("everything is called too large", SOON, async || (batches(&proxy) >= 5).then_some(()))
+        .await;
+    proxy.restore().await;
+    for app_name in &apps {
+        unleash.wait_for_usage(flag, app_name, HERE, (1, 0)).await;
+    }
+    assert_eq!(parapet.metric("parapet_usage_dropped_total{reason=\"size\"}").await, None);
+}
