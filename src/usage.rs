@@ -109,8 +109,9 @@ impl Usage {
     /// Counts what an SDK reports, and notes that its instance is alive.
     ///
     /// An instance that never registered is registered by this, as the Unleash server does it:
-    /// frontend SDKs never register themselves. The counts belong to the hour in which their bucket
-    /// ended.
+    /// frontend SDKs never register themselves, and backend SDKs only when they start. Its
+    /// strategies are unknown then, which is no empty list. The counts belong to the hour in which
+    /// their bucket ended.
     pub fn record_metrics(
         &self,
         scope: &Scope,
@@ -141,7 +142,7 @@ impl Usage {
                 connect_via: Vec::new(),
                 interval: self.shared.interval.as_secs(),
                 started,
-                strategies: Vec::new(),
+                strategies: None,
                 sdk_kind: None,
                 metadata: metadata.clone(),
                 extra: serde_json::Map::new(),
@@ -432,7 +433,7 @@ mod tests {
         for _ in 0..3 {
             usage.record_metrics(&scope("dev"), SdkKind::Backend, counts("a", "f", 2), at(0));
         }
-        insta::assert_snapshot!(json!(sent(&usage, [])).to_string(), @r#"[{"applications":[{"appName":"a","connectVia":[{"appName":"parapet","instanceId":"p1"}],"environment":"dev","instanceId":"i","interval":60,"projects":["default"],"sdkType":"backend","started":"2026-01-02T03:04:05Z","strategies":[]}],"metrics":[]},{"applications":[],"metrics":[{"appName":"a","environment":"dev","featureName":"f","no":3,"timestamp":"2026-01-02T03:00:00Z","variants":{"v":6},"yes":6}]}]"#);
+        insta::assert_snapshot!(json!(sent(&usage, [])).to_string(), @r#"[{"applications":[{"appName":"a","connectVia":[{"appName":"parapet","instanceId":"p1"}],"environment":"dev","instanceId":"i","interval":60,"projects":["default"],"sdkType":"backend","started":"2026-01-02T03:04:05Z"}],"metrics":[]},{"applications":[],"metrics":[{"appName":"a","environment":"dev","featureName":"f","no":3,"timestamp":"2026-01-02T03:00:00Z","variants":{"v":6},"yes":6}]}]"#);
         usage.record_metrics(&scope("dev"), SdkKind::Backend, counts("a", "f", 2), at(0));
         let again = sent(&usage, []);
         assert_eq!((&again[0]["applications"], sum(&again, "yes")), (&json!([]), 2));

@@ -152,7 +152,8 @@ impl Seen {
         ];
         let named = named.into_iter().filter_map(|(kind, it)| Some((kind, text(it.as_ref()?))));
         traits.extend(named);
-        traits.extend(application.strategies.iter().map(|it| ("strategy", text(it))));
+        let strategies = application.strategies.iter().flatten();
+        traits.extend(strategies.map(|it| ("strategy", text(it))));
     }
 
     fn metric(&mut self, metric: &BulkMetric) {

@@ -42,12 +42,16 @@ impl Applications {
     pub(super) fn register(
         &mut self,
         key: InstanceKey,
-        application: Application,
+        mut application: Application,
         now: Instant,
         limit: usize,
     ) -> bool {
         if let Some(known) = self.known.get_mut(&key) {
             known.seen = now;
+            // Another edge may have restarted, and then knows the instance by its reports only.
+            if application.strategies.is_none() {
+                application.strategies.clone_from(&known.application.strategies);
+            }
             if known.application != application {
                 *known = Known { application, seen: now, told: None };
             }
@@ -134,6 +138,20 @@ mod tests {
         assert_eq!(applications.due(at(64)), []);
         assert_eq!(applications.due(at(50 + 120)), []);
         assert!(applications.known.is_empty());
+    }
+
+    #[test]
+    fn registration_without_strategies_keeps_those_known() {
+        let at = minute(Instant::now());
+        let mut applications = Applications::default();
+        let listed = Application { strategies: Some(vec!["x".into()]), ..application(1) };
+        assert!(applications.register(key("i"), listed.clone(), at(0), 10));
+        assert_eq!(applications.due(at(0)).len(), 1);
+        assert!(applications.register(key("i"), application(1), at(1), 10));
+        assert_eq!(applications.due(at(1)), []);
+        assert!(applications.register(key("i"), application(2), at(2), 10));
+        let updated = Application { interval: 2, ..listed };
+        assert_eq!(applications.due(at(2)), [(key("i").environment, updated)]);
     }
 
     #[test]

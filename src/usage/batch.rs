@@ -14,6 +14,9 @@ const CLOSE: &str = "]}";
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub(super) enum Part {
     Application,
+    /// An application of which only reports are known, and not its strategies. Unleash Edge refuses
+    /// such, which shall not cost others.
+    Instance,
     Metric,
     Impact,
 }
@@ -62,24 +65,37 @@ impl Batch {
         (self, back)
     }
 
+    /// Gives the applications of unknown strategies an empty list, for an upstream that insists on
+    /// one; false where there are none.
+    pub(super) fn list_no_strategies(&mut self) -> bool {
+        let mut any = false;
+        for item in self.items.iter_mut().filter(|item| item.part == Part::Instance) {
+            let open = item.json.strip_suffix('}').expect("an application is an object");
+            item.json = format!("{open},\"strategies\":[]}}").into();
+            item.part = Part::Application;
+            any = true;
+        }
+        any
+    }
+
     /// The body, the pieces of each list in their order.
     pub(super) fn body(&self) -> Bytes {
         let mut body = String::with_capacity(size(&self.items));
         body.push_str(OPEN);
-        self.list(Part::Application, &mut body);
+        self.list(&[Part::Application, Part::Instance], &mut body);
         body.push_str(METRICS);
-        self.list(Part::Metric, &mut body);
+        self.list(&[Part::Metric], &mut body);
         if self.items.iter().any(|item| item.part == Part::Impact) {
             body.push_str(IMPACT);
-            self.list(Part::Impact, &mut body);
+            self.list(&[Part::Impact], &mut body);
         }
         body.push_str(CLOSE);
         body.into()
     }
 
-    fn list(&self, part: Part, body: &mut String) {
+    fn list(&self, parts: &[Part], body: &mut String) {
         let mut comma = "";
-        for item in self.items.iter().filter(|item| item.part == part) {
+        for item in self.items.iter().filter(|item| parts.contains(&item.part)) {
             body.push_str(comma);
             body.push_str(&item.json);
             comma = ",";
@@ -170,9 +186,21 @@ mod tests {
     #[test]
     fn a_batch_gathers_pieces_of_one_list() {
         let mut packer = Packer::new(MAX_BODY);
-        let parts = [Part::Application, Part::Application, Part::Metric, Part::Impact];
+        let parts =
+            [Part::Application, Part::Application, Part::Instance, Part::Metric, Part::Impact];
         let taken = parts.map(|part| packer.push(item(part, 1)).is_ok());
-        assert_eq!(taken, [true, true, false, false]);
+        assert_eq!(taken, [true, true, false, false, false]);
+    }
+
+    #[test]
+    fn instances_are_applications_that_can_be_given_an_empty_list() {
+        let json: Box<str> = r#"{"appName":"a"}"#.into();
+        let mut batch = Batch::of(vec![Item { part: Part::Instance, json, count: 0 }]);
+        assert_eq!(batch.body(), r#"{"applications":[{"appName":"a"}],"metrics":[]}"#);
+        assert!(batch.list_no_strategies());
+        let body = r#"{"applications":[{"appName":"a","strategies":[]}],"metrics":[]}"#;
+        assert_eq!(batch.body(), body);
+        assert!(!batch.list_no_strategies());
     }
 
     proptest! {

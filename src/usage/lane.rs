@@ -43,10 +43,20 @@ impl BatchId {
     }
 }
 
+/// Whether something was reported before or after what waits.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Age {
+    Older,
+    Newer,
+}
+
+/// Whether the strategies are unknown, the name, and the instance: those with strategies come first.
+type ApplicationKey = (bool, Arc<str>, Option<Arc<str>>);
+
 /// What waits for one environment.
 #[derive(Clone, Debug)]
 pub(super) struct Lane {
-    pub(super) applications: BTreeMap<(Arc<str>, Option<Arc<str>>), Application>,
+    pub(super) applications: BTreeMap<ApplicationKey, Application>,
     pub(super) counters: Counters,
     pub(super) impact: ImpactSeries,
     /// Serialised pieces that come before all that.
@@ -103,7 +113,7 @@ impl Lane {
             lost = lost.saturating_add(self.counters.add(key, counter).0);
         }
         for application in generation.applications {
-            self.register(application);
+            self.register(application, Age::Newer);
         }
         let homeless = self.impact.absorb(generation.impact, MAX_SAMPLES);
         meter::items_dropped("impact_sample", homeless);
@@ -159,13 +169,38 @@ impl Lane {
         0
     }
 
-    fn register(&mut self, application: Application) {
-        let key = (Arc::clone(&application.app_name), application.instance_id.clone());
-        if self.applications.len() < MAX_APPLICATIONS || self.applications.contains_key(&key) {
-            self.applications.insert(key, application);
-        } else {
-            meter::items_dropped("application", 1);
+    /// Prepares the batch in hand to be sent to an upstream that insists on lists of strategies;
+    /// false where it has refused the batch for something else.
+    pub(super) fn list_no_strategies(&mut self) -> bool {
+        let hand = self.hand.as_mut();
+        let prepared = hand.is_some_and(|(_, batch)| batch.list_no_strategies());
+        if prepared {
+            self.backoff.succeed();
         }
+        prepared
+    }
+
+    /// Notes a registration. Strategies that are unknown replace no list.
+    pub(super) fn register(&mut self, application: Application, age: Age) {
+        let key = |is_unlisted, it: &Application| -> ApplicationKey {
+            (is_unlisted, Arc::clone(&it.app_name), it.instance_id.clone())
+        };
+        let present = self.applications.remove(&key(false, &application));
+        let present = present.or_else(|| self.applications.remove(&key(true, &application)));
+        let merged = match (present, age) {
+            (None, _) if self.applications.len() >= MAX_APPLICATIONS => {
+                return meter::items_dropped("application", 1);
+            }
+            (None, _) => application,
+            (Some(present), Age::Newer) => Application {
+                strategies: application.strategies.or(present.strategies),
+                ..application
+            },
+            (Some(present), Age::Older) => {
+                Application { strategies: present.strategies.or(application.strategies), ..present }
+            }
+        };
+        self.applications.insert(key(merged.strategies.is_none(), &merged), merged);
     }
 
     /// Cuts a batch of one kind of pieces off what waits; also says how many evaluations were too
@@ -195,8 +230,9 @@ impl Lane {
         if let Some(item) = self.carry.pop_front() {
             return Some(item);
         }
-        if let Some((_, application)) = self.applications.pop_first() {
-            return Some(Item { part: Part::Application, json: json(&application), count: 0 });
+        if let Some(((is_unlisted, ..), application)) = self.applications.pop_first() {
+            let part = if is_unlisted { Part::Instance } else { Part::Application };
+            return Some(Item { part, json: json(&application), count: 0 });
         }
         if let Some((key, counter)) = self.counters.pop() {
             let json = json(&counter.to_wire(environment.as_str(), &key));

@@ -17,7 +17,7 @@ use std::{
 use bytes::Bytes;
 
 use super::{
-    lane::{BatchId, Lane},
+    lane::{Age, BatchId, Lane},
     ledger::Generation,
     meter::{self, Reason},
 };
@@ -125,9 +125,11 @@ impl Outbox {
             Some((_, batch)) => lane.carry.extend(batch.into_items()),
             None => {}
         }
-        let applications = applications.into_values().collect();
+        for application in applications.into_values() {
+            lane.register(application, Age::Older);
+        }
         let counters = counters.into_iter().collect();
-        let generation = Generation { counters, impact, applications };
+        let generation = Generation { counters, impact, applications: Vec::new() };
         self.absorb(BTreeMap::from([(environment, generation)]), now);
     }
 
@@ -178,6 +180,7 @@ impl Outbox {
                 meter::sent(count);
                 self.totals.sent = self.totals.sent.saturating_add(count);
             }
+            Outcome::Rejected if lane.list_no_strategies() => {}
             Outcome::Rejected => {
                 let count = lane.put_down();
                 self.drop_counts(Reason::Rejected, count);
@@ -305,7 +308,7 @@ mod tests {
             batch::MAX_BODY,
             counter::{Counter, CounterKey, Hour, MAX_NAME, MAX_VARIANTS},
         },
-        wire::usage::{BulkMetric, ToggleStats},
+        wire::usage::{Application, BulkMetric, ToggleStats},
     };
 
     fn counter(yes: u64) -> Counter {
@@ -494,6 +497,52 @@ mod tests {
         };
         assert!(send(5000) <= 5000);
         assert!(send(MAX_BODY) > MAX_BODY / 2);
+    }
+
+    #[test]
+    fn restored_registration_does_not_replace_a_newer_one() {
+        let now = Instant::now();
+        let application = |interval: u64, strategies: &str| {
+            let body = format!(
+                r#"{{"appName":"a","instanceId":"i","started":"2026-01-02T03:04:05Z",
+                "interval":{interval}{strategies}}}"#
+            );
+            Application::parse(body.as_bytes()).unwrap()
+        };
+        let mut outbox = Outbox::new(100);
+        let applications = vec![application(2, "")];
+        let generation = Generation { applications, ..Generation::default() };
+        outbox.absorb(BTreeMap::from([(Environment::new("dev"), generation)]), now);
+        let mut restored = Lane::default();
+        restored.register(application(1, r#","strategies":["x"]"#), Age::Newer);
+        outbox.restore(Environment::new("dev"), restored, now);
+        let body: Value = serde_json::from_slice(&outbox.next(now).unwrap().body).unwrap();
+        let [application] = &body["applications"].as_array().unwrap()[..] else { panic!("{body}") };
+        assert_eq!(
+            (&application["interval"], &application["strategies"][0]),
+            (&2.into(), &"x".into())
+        );
+    }
+
+    #[test]
+    fn refused_instance_of_unknown_strategies_is_sent_with_an_empty_list() {
+        let now = Instant::now();
+        let body = br#"{"appName":"a","started":"2026-01-02T03:04:05Z","interval":1}"#;
+        let applications = vec![Application::parse(body).unwrap()];
+        let generation = Generation { applications, ..Generation::default() };
+        let mut outbox = Outbox::new(100);
+        outbox.absorb(BTreeMap::from([(Environment::new("dev"), generation)]), now);
+        let strategies = |batch: &Dispatch| {
+            let body: Value = serde_json::from_slice(&batch.body).unwrap();
+            body["applications"][0].get("strategies").cloned()
+        };
+        let batch = outbox.next(now).unwrap();
+        assert_eq!(strategies(&batch), None);
+        outbox.settle(batch.id, Outcome::Rejected, now, 0.5);
+        let batch = outbox.next(now).unwrap();
+        assert_eq!(strategies(&batch), Some(Value::Array(Vec::new())));
+        outbox.settle(batch.id, Outcome::Rejected, now, 0.5);
+        assert!(outbox.is_empty());
     }
 
     #[test]

@@ -143,7 +143,7 @@ impl Pipeline {
             for item in in_hand.chain(&lane.carry).chain(&lane.late) {
                 let value = serde_json::from_str(&item.json).unwrap_or_default();
                 match item.part {
-                    Part::Application => applications.push(value),
+                    Part::Application | Part::Instance => applications.push(value),
                     Part::Metric => metrics.push(shown(&value)),
                     Part::Impact => {}
                 }

@@ -12,7 +12,7 @@ use serde_json::value::{RawValue, to_raw_value};
 use super::{
     batch::{Batch, Item, Part},
     counter::{Counter, CounterKey, Hour},
-    lane::{BatchId, Lane},
+    lane::{Age, BatchId, Lane},
     ledger::MAX_SAMPLES,
 };
 use crate::{
@@ -142,8 +142,7 @@ fn lane(waiting: &Waiting, unreadable: &mut usize) -> Lane {
     }
     lane.carry = readable(&waiting.pieces, piece, unreadable).into();
     for application in readable(&waiting.applications, application, unreadable) {
-        let key = (Arc::clone(&application.app_name), application.instance_id.clone());
-        lane.applications.insert(key, application);
+        lane.register(application, Age::Newer);
     }
     for metric in readable(&waiting.metrics, metric, unreadable) {
         let hour = Hour::of(metric.timestamp);
@@ -189,6 +188,7 @@ impl Piece {
     fn of(item: &Item) -> Self {
         let part = match item.part {
             Part::Application => "application",
+            Part::Instance => "instance",
             Part::Metric => "metric",
             Part::Impact => "impact",
         };
@@ -200,6 +200,7 @@ impl Piece {
     fn into_item(self) -> Option<Item> {
         let part = match self.part.as_str() {
             "application" => Part::Application,
+            "instance" => Part::Instance,
             "metric" => Part::Metric,
             "impact" => Part::Impact,
             _ => return None,

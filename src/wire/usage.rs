@@ -144,8 +144,9 @@ pub struct Application {
     pub interval: u64,
     /// When it started.
     pub started: Timestamp,
-    /// The strategies that it implements; Unleash Edge insists on the list, Unleash does not.
-    pub strategies: Vec<Arc<str>>,
+    /// The strategies that it implements, if it has listed them. Unleash takes an empty list for
+    /// that of the application; Unleash Edge insists on a list, Unleash does not.
+    pub strategies: Option<Vec<Arc<str>>>,
     /// Which family its SDK is of.
     pub sdk_kind: Option<SdkKind>,
     /// What else is known of its SDK.
@@ -169,14 +170,14 @@ impl Application {
         let app_name = object.name("appName")?;
         let started = object.timestamp("started")?;
         let interval = object.required_count("interval")?.min(MAX_INTEGER);
-        let strategies = object.array("strategies")?.unwrap_or_default();
+        let strategies = object.array("strategies")?;
         let projects = object.array("projects")?.map(|values| texts(&values, MAX_STRATEGIES));
         let hops = object.array("connectVia")?.unwrap_or_default();
         let mut application = Self {
             app_name,
             started,
             interval,
-            strategies: texts(&strategies, MAX_STRATEGIES),
+            strategies: strategies.map(|values| texts(&values, MAX_STRATEGIES)),
             projects,
             connect_via: hops.into_iter().filter_map(hop).take(MAX_HOPS).collect(),
             instance_id: object.text("instanceId", MAX_TEXT),
@@ -210,7 +211,7 @@ impl Serialize for Application {
         map.serialize_entry("connectVia", &self.connect_via)?;
         map.serialize_entry("interval", &self.interval)?;
         map.serialize_entry("started", &self.started.to_string())?;
-        map.serialize_entry("strategies", &self.strategies)?;
+        write_some(&mut map, "strategies", self.strategies.as_ref())?;
         write_some(&mut map, "sdkType", self.sdk_kind.map(SdkKind::as_str))?;
         self.metadata.write(&mut map)?;
         for (name, value) in &self.extra {
@@ -557,9 +558,7 @@ mod tests {
                 "platformName":null,"sdkType":"toaster","project":{{}},"big":"{}"}}"#,
                 "x".repeat(MAX_EXTRA)
             ),
-            &format!(
-                r#"{{"appName":"a","connectVia":[],"interval":15,"started":"{started}","strategies":[]}}"#
-            ),
+            &format!(r#"{{"appName":"a","connectVia":[],"interval":15,"started":"{started}"}}"#),
         );
     }
 

@@ -235,3 +235,57 @@ async fn upstream_that_calls_everything_too_large_gets_every_count_afterwards() 
     }
     assert_eq!(parapet.metric("parapet_usage_dropped_total{reason=\"size\"}").await, None);
 }
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn report_after_a_restart_leaves_the_strategies_that_upstream_has() {
+    let unleash = Unleash::shared(Version::V8).await;
+    let flag = "counts.strategies";
+    counted_flag(&unleash, flag).await;
+    let proxy = ChaosProxy::start(&unleash.url()).await;
+    let parapet = edge(&unleash, &proxy.url(), "counts-strategies").await;
+    let token = unleash.create_token(Kind::Backend, HERE, &["*"], "counts-strategies").await;
+    let registration = |app_name: &str| {
+        json!({ "appName": app_name, "instanceId": format!("{app_name}-1"), "interval": 15,
+                "started": Timestamp::now(), "strategies": ["default", "counts"] })
+    };
+    let sent = async |app_name: &str, part: &str| {
+        until(&format!("{part} of {app_name} are sent"), SOON, async || {
+            let bodies = proxy.seen().into_iter().filter(|seen| seen.path == BULK);
+            let mut bodies =
+                bodies.map(|seen| serde_json::from_slice::<Value>(&seen.body).unwrap());
+            let is_of_app = |body: Value| {
+                body[part].as_array().unwrap().iter().any(|it| it["appName"] == app_name)
+            };
+            bodies.any(is_of_app).then_some(())
+        })
+        .await;
+    };
+    // Unleash writes what it has heard every 20 s. What it hears of a new application in between is
+    // merged: then an empty list replaces the one before it.
+    accepted(&unleash.url(), "/api/client/register", &token, &registration("counts-marker")).await;
+    until("Unleash has just written applications", STORED_WITHIN, async || {
+        unleash.applications().await.iter().any(|name| name == "counts-marker").then_some(())
+    })
+    .await;
+    let app_name = "counts-strategies";
+    accepted(&parapet.url(), "/api/client/register", &token, &registration(app_name)).await;
+    sent(app_name, "applications").await;
+    parapet.terminate().await;
+    parapet.restart();
+    parapet.wait_until_ready().await;
+    accepted(&parapet.url(), METRICS, &token, &report_now(app_name, flag, 1)).await;
+    sent(app_name, "metrics").await;
+
+    let path = format!("/api/admin/metrics/applications/{app_name}");
+    let stored = until("the application is stored", STORED_WITHIN, async || {
+        let (status, stored) = unleash.admin(reqwest::Method::GET, &path, &Value::Null).await;
+        let instances = stored["instances"].as_array().is_some_and(|it| !it.is_empty());
+        (status == StatusCode::OK && instances).then_some(stored)
+    })
+    .await;
+    let names: Vec<_> =
+        stored["strategies"].as_array().unwrap().iter().map(|it| &it["name"]).collect();
+    assert_eq!(names, ["default", "counts"]);
+    assert_eq!(stored["instances"][0]["instanceId"], "counts-strategies-1");
+}
