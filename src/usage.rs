@@ -155,7 +155,7 @@ impl Usage {
         for (flag, stats) in bucket.into_iter().flat_map(|bucket| bucket.toggles) {
             self.count(environment, hour, &app, flag, stats, &metadata);
         }
-        let lost = self.shared.pipeline.ledger.measure(environment, &app, impact_metrics);
+        let lost = self.shared.pipeline.ledger.measure(environment, &app, impact_metrics, now);
         meter::items_dropped("impact_sample", lost);
     }
 
@@ -185,7 +185,8 @@ impl Usage {
             }
         }
         let nameless = "".into();
-        let lost = self.shared.pipeline.ledger.measure(environment, &nameless, bulk.impact_metrics);
+        let lost =
+            self.shared.pipeline.ledger.measure(environment, &nameless, bulk.impact_metrics, now);
         meter::items_dropped("impact_sample", lost);
     }
 

@@ -2,8 +2,14 @@
 //!
 //! As Unleash Edge merges them: counters are summed, of gauges the last value stays, histograms are
 //! summed bucket by bucket, and every sample is labelled `origin="edge"`.
+//!
+//! What a store held was reported before a restart, or to another instance. A gauge of it is left
+//! out where a later value of the same gauge waits or has been taken out, whichever application it
+//! is of: upstream does not tell them apart.
 
 use std::{collections::BTreeMap, sync::Arc};
+
+use jiff::Timestamp;
 
 use crate::wire::usage::{
     HistogramSample, ImpactMetric, Labels, MAX_INTEGER, MAX_NUMBER, NumericSample, Samples,
@@ -37,6 +43,8 @@ struct Key {
 struct Series {
     help: Arc<str>,
     sample: Sample,
+    /// When it was reported, if that is known: earlier versions stored no times.
+    at: Option<Timestamp>,
 }
 
 #[derive(Clone, Debug)]
@@ -50,11 +58,31 @@ enum Sample {
 #[derive(Clone, Debug, Default)]
 pub(super) struct ImpactSeries {
     series: BTreeMap<Key, Series>,
+    /// When each gauge was last reported, by name and labels; those that were absorbed or restored,
+    /// and taken out since.
+    gauges: BTreeMap<(Arc<str>, Labels), Option<Timestamp>>,
+}
+
+/// What was taken out: one metric, as far as it is of one application.
+#[derive(Debug)]
+pub(super) struct OfApp {
+    pub(super) app: Arc<str>,
+    pub(super) metric: ImpactMetric,
+    /// When each sample was reported, if that is known.
+    pub(super) times: Vec<Option<Timestamp>>,
 }
 
 impl ImpactSeries {
-    /// Adds what `app` reports; returns how many samples found no room among `limit`.
-    pub(super) fn record(&mut self, app: &Arc<str>, metric: ImpactMetric, limit: usize) -> usize {
+    /// Adds what `app` reports; returns how many samples found no room among `limit`. The n-th of
+    /// `times` is when the n-th sample was reported.
+    pub(super) fn record(
+        &mut self,
+        app: &Arc<str>,
+        metric: ImpactMetric,
+        times: impl IntoIterator<Item = Option<Timestamp>>,
+        limit: usize,
+    ) -> usize {
+        let mut times = times.into_iter();
         let ImpactMetric { name, help, samples } = metric;
         let numeric = |sample: NumericSample, kind, wrap: fn(f64) -> Sample| {
             (kind, sample.labels, wrap(sample.value))
@@ -79,7 +107,8 @@ impl ImpactSeries {
         for (kind, mut labels, sample) in samples {
             labels.insert("origin".into(), "edge".into());
             let key = Key { kind, name: Arc::clone(&name), app: Arc::clone(app), labels };
-            let series = Series { help: Arc::clone(&help), sample };
+            let at = times.next().flatten();
+            let series = Series { help: Arc::clone(&help), sample, at };
             lost += usize::from(!self.add(key, series, limit));
         }
         lost
@@ -87,8 +116,38 @@ impl ImpactSeries {
 
     /// Adds what was merged elsewhere, and later; returns how many samples found no room.
     pub(super) fn absorb(&mut self, other: Self, limit: usize) -> usize {
-        let added = other.series.into_iter().map(|(key, series)| self.add(key, series, limit));
-        added.filter(|added| !added).count()
+        let mut lost = 0;
+        for (key, series) in other.series {
+            if key.kind == Kind::Gauge {
+                self.note_gauge(&key, series.at, limit);
+            }
+            lost += usize::from(!self.add(key, series, limit));
+        }
+        lost
+    }
+
+    /// Adds what a store held; returns how many samples found no room. Gauges that are older than
+    /// what was absorbed or restored before are left out.
+    pub(super) fn restore(&mut self, other: Self, limit: usize) -> usize {
+        let mut lost = 0;
+        for (key, series) in other.series {
+            if key.kind == Kind::Gauge {
+                let last = self.gauges.get(&(Arc::clone(&key.name), key.labels.clone()));
+                if last.is_some_and(|last| series.at <= *last) {
+                    continue;
+                }
+                self.note_gauge(&key, series.at, limit);
+            }
+            lost += usize::from(!self.add(key, series, limit));
+        }
+        lost
+    }
+
+    fn note_gauge(&mut self, key: &Key, at: Option<Timestamp>, limit: usize) {
+        let gauge = (Arc::clone(&key.name), key.labels.clone());
+        if self.gauges.len() < limit || self.gauges.contains_key(&gauge) {
+            self.gauges.insert(gauge, at);
+        }
     }
 
     /// How many samples are held.
@@ -102,21 +161,18 @@ impl ImpactSeries {
 
     /// Takes out one metric with as many of its samples as `max`, for upstream.
     pub(super) fn pop(&mut self, max: usize) -> Option<ImpactMetric> {
-        Some(self.pop_with_app(max, |_, _| true)?.1)
+        Some(self.pop_with_app(max, |_, _| true)?.metric)
     }
 
     /// Takes out one metric of one application, for the spool.
-    pub(super) fn pop_of_app(&mut self) -> Option<(Arc<str>, ImpactMetric)> {
+    pub(super) fn pop_of_app(&mut self) -> Option<OfApp> {
         self.pop_with_app(usize::MAX, |first, app| first == app)
     }
 
-    fn pop_with_app(
-        &mut self,
-        max: usize,
-        same: impl Fn(&str, &str) -> bool,
-    ) -> Option<(Arc<str>, ImpactMetric)> {
-        let (Key { kind, name, app, labels }, Series { help, sample }) = self.series.pop_first()?;
-        let mut samples = vec![(labels, sample)];
+    fn pop_with_app(&mut self, max: usize, same: impl Fn(&str, &str) -> bool) -> Option<OfApp> {
+        let (Key { kind, name, app, labels }, Series { help, sample, at }) =
+            self.series.pop_first()?;
+        let (mut samples, mut times) = (vec![(labels, sample)], vec![at]);
         while samples.len() < max {
             let Some(next) = self.series.first_entry() else { break };
             let key = next.key();
@@ -125,13 +181,16 @@ impl ImpactSeries {
             }
             let (key, series) = next.remove_entry();
             samples.push((key.labels, series.sample));
+            times.push(series.at);
         }
-        Some((app, ImpactMetric { name, help, samples: to_wire(kind, samples) }))
+        let metric = ImpactMetric { name, help, samples: to_wire(kind, samples) };
+        Some(OfApp { app, metric, times })
     }
 
     fn add(&mut self, key: Key, series: Series, limit: usize) -> bool {
         if let Some(present) = self.series.get_mut(&key) {
             present.help = series.help;
+            present.at = series.at;
             present.sample.merge(series.sample);
             return true;
         }
@@ -208,7 +267,7 @@ mod tests {
     fn check(kind: &str, reports: &[&str], expected: &str) {
         let mut series = ImpactSeries::default();
         for samples in reports {
-            assert_eq!(series.record(&"app".into(), metric(kind, samples), 10), 0);
+            assert_eq!(series.record(&"app".into(), metric(kind, samples), [], 10), 0);
         }
         let merged = series.pop(10).map(|metric| serde_json::to_value(metric).unwrap());
         let expected: serde_json::Value = serde_json::from_str(expected).unwrap();
@@ -246,7 +305,55 @@ mod tests {
         let samples: Vec<_> =
             (0..20).map(|at| format!(r#"{{"value":1,"labels":{{"at":"{at}"}}}}"#)).collect();
         let report = metric("gauge", &format!("[{}]", samples.join(",")));
-        assert_eq!(series.record(&"app".into(), report, 5), 15);
+        assert_eq!(series.record(&"app".into(), report, [], 5), 15);
         assert_eq!(series.series.len(), 5);
+    }
+
+    fn gauge(app: &str, value: u8, second: Option<i64>) -> ImpactSeries {
+        let at = second.map(|second| Timestamp::from_second(second).unwrap());
+        let mut series = ImpactSeries::default();
+        let metric = metric("gauge", &format!(r#"[{{"value":{value}}}]"#));
+        assert_eq!(series.record(&app.into(), metric, [at], 10), 0);
+        series
+    }
+
+    /// The values of all gauges that wait.
+    fn values(series: &ImpactSeries) -> Vec<f64> {
+        let value = |series: &Series| match series.sample {
+            Sample::Gauge(value) => value,
+            _ => panic!("{series:?}"),
+        };
+        series.series.values().map(value).collect()
+    }
+
+    #[test]
+    fn restored_gauge_replaces_only_an_older_one() {
+        let check = |first: Option<i64>, then: Option<i64>, expected: f64| {
+            let mut series = ImpactSeries::default();
+            assert_eq!(series.restore(gauge("a", 1, first), 10), 0);
+            assert_eq!(series.restore(gauge("a", 2, then), 10), 0);
+            assert_eq!(values(&series), [expected], "{first:?} {then:?}");
+        };
+        check(Some(5), Some(6), 2.0);
+        check(Some(6), Some(5), 1.0);
+        check(Some(5), Some(5), 1.0);
+        check(None, Some(5), 2.0);
+        check(Some(5), None, 1.0);
+        check(None, None, 1.0);
+    }
+
+    #[test]
+    fn restored_gauge_is_left_out_after_a_later_one_was_taken_out() {
+        let mut series = ImpactSeries::default();
+        assert_eq!(series.absorb(gauge("a", 1, Some(6)), 10), 0);
+        assert!(series.pop(10).is_some());
+        assert_eq!(series.restore(gauge("b", 2, Some(5)), 10), 0);
+        assert!(series.is_empty());
+        assert_eq!(series.restore(gauge("b", 3, Some(7)), 10), 0);
+        assert_eq!(values(&series), [3.0]);
+        // What is reported now counts, whatever the clock said before.
+        assert_eq!(series.absorb(gauge("b", 4, Some(1)), 10), 0);
+        assert_eq!(values(&series), [4.0]);
+        assert!(series.gauges.len() == 1);
     }
 }

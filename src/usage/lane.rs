@@ -120,6 +120,41 @@ impl Lane {
         Lost(lost)
     }
 
+    /// Puts back what a store held, beside what waits already; returns what no counter could hold.
+    /// `next` names the batch in hand, if there is one.
+    pub(super) fn restore(&mut self, restored: Self, next: BatchId) -> Lost {
+        let Self { applications, counters, impact, carry, hand, .. } = restored;
+        let mut lost = 0_u64;
+        for (key, counter) in counters {
+            lost = lost.saturating_add(self.counters.add(key, counter).0);
+        }
+        for application in applications.into_values() {
+            self.register(application, Age::Older);
+        }
+        let mut homeless = self.impact.restore(impact, MAX_SAMPLES);
+        // A gauge that was ready to be sent is older than anything else that is known of it.
+        let mut ready = |items: Vec<Item>| -> Vec<Item> {
+            let not_gauge = |item: Item| match gauge(&item) {
+                Some(series) => {
+                    homeless += self.impact.restore(series, MAX_SAMPLES);
+                    None
+                }
+                None => Some(item),
+            };
+            items.into_iter().filter_map(not_gauge).collect()
+        };
+        let carry = ready(carry.into());
+        let batch = ready(hand.map_or_else(Vec::new, |(_, batch)| batch.into_items()));
+        self.carry.extend(carry);
+        if self.hand.is_none() && !batch.is_empty() {
+            self.hand = Some((next, Batch::of(batch)));
+        } else {
+            self.carry.extend(batch);
+        }
+        meter::items_dropped("impact_sample", homeless);
+        Lost(lost)
+    }
+
     /// Lets go of the batch in hand, which upstream refused; returns what it counted.
     pub(super) fn put_down(&mut self) -> u64 {
         self.backoff.succeed();
@@ -251,6 +286,19 @@ impl Lane {
         let in_hand = self.hand.iter().map(|(_, batch)| batch.count());
         ready.chain(in_hand).fold(self.counters.total(), u64::saturating_add)
     }
+}
+
+/// The gauge that a piece is, which then has lost its application and its time.
+fn gauge(item: &Item) -> Option<ImpactSeries> {
+    if item.part != Part::Impact {
+        return None;
+    }
+    let metric = ImpactMetric::from_value(serde_json::from_str(&item.json).ok()?).ok()?;
+    let Samples::Gauge(_) = &metric.samples else { return None };
+    let mut series = ImpactSeries::default();
+    let lost = series.record(&"".into(), metric, [], MAX_SAMPLES);
+    meter::items_dropped("impact_sample", lost);
+    Some(series)
 }
 
 /// Serialises a metric in pieces that are not too large, as far as its samples can be parted.

@@ -11,12 +11,15 @@
 use std::{
     collections::{BTreeMap, HashMap},
     hash::{BuildHasher, Hash, RandomState},
+    iter::repeat,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
     time::Instant,
 };
+
+use jiff::Timestamp;
 
 use super::{
     applications::{Applications, InstanceKey},
@@ -98,6 +101,7 @@ impl Ledger {
         environment: &Environment,
         app: &Arc<str>,
         metrics: Vec<ImpactMetric>,
+        now: Timestamp,
     ) -> usize {
         let add = |metric: ImpactMetric| {
             // One metric always comes to the same shard, so that a gauge's last value is the last.
@@ -105,7 +109,7 @@ impl Ledger {
             let series = shard.impact.entry(environment.clone()).or_default();
             let before = series.len();
             let room = MAX_SAMPLES.saturating_sub(self.samples.load(Ordering::Relaxed));
-            let lost = series.record(app, metric, before + room);
+            let lost = series.record(app, metric, repeat(Some(now)), before + room);
             self.samples.fetch_add(series.len() - before, Ordering::Relaxed);
             lost
         };
@@ -210,8 +214,6 @@ fn lock(shard: &Mutex<Shard>) -> MutexGuard<'_, Shard> {
 
 #[cfg(test)]
 mod tests {
-    use jiff::Timestamp;
-
     use super::*;
     use crate::{usage::counter::Hour, wire::usage::ToggleStats};
 

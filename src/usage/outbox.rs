@@ -17,7 +17,8 @@ use std::{
 use bytes::Bytes;
 
 use super::{
-    lane::{Age, BatchId, Lane},
+    counter::Lost,
+    lane::{BatchId, Lane},
     ledger::Generation,
     meter::{self, Reason},
 };
@@ -113,24 +114,14 @@ impl Outbox {
     /// Puts back what a spool held; a batch among it is sent again as it was. The store is taken to
     /// hold it still.
     pub(super) fn restore(&mut self, environment: Environment, restored: Lane, now: Instant) {
-        let Lane { applications, counters, impact, carry, hand, .. } = restored;
-        let lane = self.lanes.entry(environment.clone()).or_default();
+        let lane = self.lanes.entry(environment).or_default();
         lane.stored = true;
-        lane.carry.extend(carry);
-        match hand {
-            Some((_, batch)) if lane.hand.is_none() => {
-                lane.hand = Some((BatchId::nth(self.next_id), batch));
-                self.next_id += 1;
-            }
-            Some((_, batch)) => lane.carry.extend(batch.into_items()),
-            None => {}
-        }
-        for application in applications.into_values() {
-            lane.register(application, Age::Older);
-        }
-        let counters = counters.into_iter().collect();
-        let generation = Generation { counters, impact, applications: Vec::new() };
-        self.absorb(BTreeMap::from([(environment, generation)]), now);
+        lane.since.get_or_insert(now);
+        let Lost(lost) = lane.restore(restored, BatchId::nth(self.next_id));
+        self.next_id += 1;
+        self.changes += 1;
+        self.drop_counts(Reason::Overflow, lost);
+        self.shrink();
     }
 
     /// The next batch to send, if there is one whose time has come.
@@ -307,6 +298,8 @@ mod tests {
         usage::{
             batch::MAX_BODY,
             counter::{Counter, CounterKey, Hour, MAX_NAME, MAX_VARIANTS},
+            lane::Age,
+            spool,
         },
         wire::usage::{Application, BulkMetric, ToggleStats},
     };
@@ -543,6 +536,50 @@ mod tests {
         assert_eq!(strategies(&batch), Some(Value::Array(Vec::new())));
         outbox.settle(batch.id, Outcome::Rejected, now, 0.5);
         assert!(outbox.is_empty());
+    }
+
+    #[test]
+    fn restored_gauge_does_not_replace_a_newer_one() {
+        let piece = r#"{"part":"impact","count":0,"json":{"name":"n","help":"h","type":"gauge",
+            "samples":[{"value":9.0,"labels":{"origin":"edge"}}]}}"#;
+        let stored = |value: &str, times: &str, batch: &str| {
+            format!(
+                r#"{{"version":1,"environments":{{"dev":{{"batch":[{batch}],"pieces":[],
+                "applications":[],"metrics":[],"impact":[{{"app":"a","metric":{{"name":"n",
+                "help":"h","type":"gauge","samples":[{{"value":{value},"labels":{{}}}}]}}{times}}}]
+                }}}}}}"#
+            )
+        };
+        let sent = |records: &[String]| {
+            let mut outbox = Outbox::new(10);
+            let now = Instant::now();
+            for record in records {
+                for (environment, lane) in spool::restore(record.as_bytes()).unwrap().lanes {
+                    outbox.restore(environment, lane, now);
+                }
+            }
+            let mut values = Vec::new();
+            while let Some(batch) = outbox.next(now) {
+                let body: Value = serde_json::from_slice(&batch.body).unwrap();
+                values.push(body["impactMetrics"][0]["samples"].clone());
+                outbox.settle(batch.id, Outcome::Sent, now, 0.5);
+            }
+            let labels = serde_json::json!({ "origin": "edge" });
+            let [Value::Array(samples)] = &values[..] else { panic!("{values:?}") };
+            let [sample] = &samples[..] else { panic!("{samples:?}") };
+            assert_eq!(sample["labels"], labels);
+            sample["value"].as_f64().unwrap()
+        };
+        let at = |time: &str| format!(r#","times":["2026-01-02T03:04:{time}Z"]"#);
+        // The own record comes first, then those of instances that have ended.
+        assert!((sent(&[stored("2.0", "", ""), stored("1.0", "", "")]) - 2.0).abs() < 0.1);
+        let (early, late) = (stored("1.0", &at("05"), ""), stored("2.0", &at("06"), ""));
+        assert!((sent(&[late.clone(), early.clone()]) - 2.0).abs() < 0.1);
+        assert!((sent(&[early, late]) - 2.0).abs() < 0.1);
+        // A gauge in the batch that was under way is older than the rest of its record.
+        let both = stored("2.0", &at("06"), piece);
+        assert!((sent(std::slice::from_ref(&both)) - 2.0).abs() < 0.1);
+        assert!((sent(&[stored("3.0", &at("07"), ""), both]) - 3.0).abs() < 0.1);
     }
 
     #[test]

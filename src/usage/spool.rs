@@ -6,18 +6,20 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::value::{RawValue, to_raw_value};
 
 use super::{
     batch::{Batch, Item, Part},
     counter::{Counter, CounterKey, Hour},
+    impact::OfApp,
     lane::{Age, BatchId, Lane},
     ledger::MAX_SAMPLES,
 };
 use crate::{
     token::Environment,
-    wire::usage::{Application, BulkMetric, ImpactMetric},
+    wire::usage::{Application, BulkMetric, ImpactMetric, Samples},
 };
 
 const VERSION: u32 = 1;
@@ -71,6 +73,9 @@ struct Piece {
 struct Impact {
     app: Arc<str>,
     metric: Box<RawValue>,
+    /// When each sample of a gauge was reported.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    times: Vec<Option<Timestamp>>,
 }
 
 /// What a spool held.
@@ -115,8 +120,11 @@ fn waiting(environment: &Environment, lane: &Lane) -> Waiting {
         |(key, counter): (&CounterKey, &Counter)| json(&counter.to_wire(environment.as_str(), key));
     let mut series = lane.impact.clone();
     let mut impact = Vec::new();
-    while let Some((app, metric)) = series.pop_of_app() {
-        impact.push(json(&Impact { app, metric: json(&metric) }));
+    while let Some(OfApp { app, metric, mut times }) = series.pop_of_app() {
+        if !matches!(metric.samples, Samples::Gauge(_)) {
+            times.clear();
+        }
+        impact.push(json(&Impact { app, metric: json(&metric), times }));
     }
     let in_hand = lane.hand.iter().flat_map(|(_, batch)| batch.items());
     let piece = |item| json(&Piece::of(item));
@@ -150,8 +158,8 @@ fn lane(waiting: &Waiting, unreadable: &mut usize) -> Lane {
         let (counter, _) = Counter::of(metric.stats, &Arc::new(metric.metadata));
         let _ = lane.counters.add(key, counter);
     }
-    for (app, metric) in readable(&waiting.impact, impact, unreadable) {
-        lane.impact.record(&app, metric, MAX_SAMPLES);
+    for (app, metric, times) in readable(&waiting.impact, impact, unreadable) {
+        lane.impact.record(&app, metric, times, MAX_SAMPLES);
     }
     lane
 }
@@ -179,9 +187,9 @@ fn metric(json: &str) -> Option<BulkMetric> {
     BulkMetric::from_value(serde_json::from_str(json).ok()?).ok()
 }
 
-fn impact(json: &str) -> Option<(Arc<str>, ImpactMetric)> {
-    let Impact { app, metric } = serde_json::from_str(json).ok()?;
-    Some((app, ImpactMetric::from_value(serde_json::from_str(metric.get()).ok()?).ok()?))
+fn impact(json: &str) -> Option<(Arc<str>, ImpactMetric, Vec<Option<Timestamp>>)> {
+    let Impact { app, metric, times } = serde_json::from_str(json).ok()?;
+    Some((app, ImpactMetric::from_value(serde_json::from_str(metric.get()).ok()?).ok()?, times))
 }
 
 impl Piece {
