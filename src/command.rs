@@ -67,7 +67,7 @@ pub fn explain(asked: &Explain) -> Result<String, Error> {
         .map_err(|source| Error::Document { path: path.clone(), source })?;
     let scope = Scope { environment: asked.environment.clone(), projects: Projects::All };
     let now = asked.at.unwrap_or_else(Timestamp::now);
-    let snapshot = Snapshot::build(scope, document, now);
+    let snapshot = Snapshot::build(scope, document, None);
     let text = |text: &Option<String>| text.clone().map(Into::into);
     let properties = asked.properties.iter();
     let context = FrontendContext {

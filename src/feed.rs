@@ -133,7 +133,6 @@ impl Feed {
 
 #[cfg(test)]
 mod tests {
-    use jiff::Timestamp;
     use proptest::{collection::vec, prelude::*};
 
     use super::*;
@@ -156,7 +155,7 @@ mod tests {
             document = document.sharing(previous.document());
         }
         let scope = Scope { environment: development(), projects: Projects::All };
-        snapshots.swap(Snapshot::build(scope, document, Timestamp::UNIX_EPOCH));
+        snapshots.swap(Snapshot::build(scope, document, None));
     }
 
     fn topic(projects: Projects, prefix: Option<&str>) -> Arc<Topic> {

@@ -20,17 +20,18 @@ use std::{
     cmp::Reverse,
     collections::{BTreeSet, HashMap},
     sync::{
-        Arc, Weak,
-        atomic::{AtomicI64, AtomicU64, Ordering},
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicU64, Ordering},
     },
     thread,
+    time::Duration,
 };
 
 use arc_swap::ArcSwap;
 use foldhash::fast::RandomState;
 use jiff::Timestamp;
 use moka::sync::Cache;
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 
 pub use self::{
     answers::Answers,
@@ -68,8 +69,10 @@ pub struct Snapshot {
     revision: u32,
     engine: Engine,
     problems: Vec<Problem>,
-    /// When the source last confirmed this state, in milliseconds of Unix time.
-    confirmed: AtomicI64,
+    /// When the source sent this state.
+    received: Instant,
+    /// When the source last confirmed this state; `None` if it has not since the process started.
+    confirmed: Mutex<Option<Instant>>,
     /// The filtered ones.
     listings: Cache<ListingKey, Arc<Listing>>,
     fragments: Fragments,
@@ -84,12 +87,14 @@ impl Snapshot {
     /// flags is kept as [`Snapshot::problems`].
     ///
     /// Milliseconds of work for thousands of flags.
-    pub fn build(scope: Scope, document: Document, as_of: Timestamp) -> Self {
+    pub fn build(scope: Scope, document: Document, confirmed: Option<Instant>) -> Self {
+        let received = Instant::now();
         let (engine, problems) = Engine::compile(&document);
         let (fragments, answers) = (Fragments::of(&engine, None), Answers::new(None));
         let stored = document.stored_revision().and_then(|it| u32::try_from(it).ok());
         let revision = stored.unwrap_or_else(|| revision_at(Timestamp::now()));
-        Self::of(scope, document, revision, (engine, problems, fragments), answers, as_of)
+        let times = (received, confirmed);
+        Self::of(scope, document, revision, (engine, problems, fragments), answers, times)
     }
 
     /// The same, to take the place of a snapshot of this environment: with all that requests after the
@@ -97,7 +102,13 @@ impl Snapshot {
     /// of the filtered listings that it was itself asked for the most wanted.
     ///
     /// What did not change is taken over: flags as they are compiled, and bodies with all their codings.
-    pub fn after(previous: &Self, scope: Scope, document: Document, as_of: Timestamp) -> Self {
+    pub fn after(
+        previous: &Self,
+        scope: Scope,
+        document: Document,
+        confirmed: Option<Instant>,
+    ) -> Self {
+        let times = (Instant::now(), confirmed);
         let Self { document: before, engine, problems, fragments, .. } = previous;
         let document = document.sharing(before);
         give_way();
@@ -108,7 +119,7 @@ impl Snapshot {
         let answers = Answers::new(Some(&previous.answers));
         let revision = revision_at(Timestamp::now()).max(previous.revision.saturating_add(1));
         let new = (new, problems, fragments);
-        let snapshot = Self::of(scope, document, revision, new, answers, as_of);
+        let snapshot = Self::of(scope, document, revision, new, answers, times);
         snapshot.inherit(previous);
         snapshot
     }
@@ -119,7 +130,7 @@ impl Snapshot {
         revision: u32,
         (engine, problems, fragments): (Engine, Vec<Problem>, Fragments),
         answers: Answers,
-        as_of: Timestamp,
+        (received, confirmed): (Instant, Option<Instant>),
     ) -> Self {
         Self {
             fragments,
@@ -138,7 +149,8 @@ impl Snapshot {
             revision,
             engine,
             problems,
-            confirmed: AtomicI64::new(as_of.as_millisecond()),
+            received,
+            confirmed: Mutex::new(confirmed),
         }
     }
 
@@ -167,15 +179,31 @@ impl Snapshot {
         &self.problems
     }
 
-    /// When the source last confirmed that this is the current state.
-    pub fn confirmed(&self) -> Timestamp {
-        let milliseconds = self.confirmed.load(Ordering::Relaxed);
-        Timestamp::from_millisecond(milliseconds).unwrap_or(Timestamp::UNIX_EPOCH)
+    /// When the source sent this state, or when it was read from the store.
+    pub fn received(&self) -> Instant {
+        self.received
     }
 
-    /// Keeps that the source confirmed this state.
-    pub fn confirm(&self, now: Timestamp) {
-        self.confirmed.store(now.as_millisecond(), Ordering::Relaxed);
+    /// When the source last confirmed that this is the current state; `None` if it has not since the
+    /// process started, as of flags from the store.
+    pub fn confirmed(&self) -> Option<Instant> {
+        *self.lock_confirmed()
+    }
+
+    /// The time since the source last confirmed this state, measured at `now`.
+    pub fn age(&self, now: Instant) -> Option<Duration> {
+        Some(now.saturating_duration_since(self.confirmed()?))
+    }
+
+    /// Records that the source confirmed this state; an earlier time than is known changes nothing.
+    pub fn confirm(&self, at: Instant) {
+        let mut confirmed = self.lock_confirmed();
+        *confirmed = (*confirmed).max(Some(at));
+    }
+
+    /// A panic under this lock leaves a whole time.
+    fn lock_confirmed(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.confirmed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The flag configuration that `projects` and `filter` leave, as `/api/client/features` sends
@@ -439,9 +467,21 @@ mod tests {
         let environment = Environment::new("development");
         let scope = Scope { environment, projects: Projects::All };
         match previous {
-            Some(previous) => Snapshot::after(previous, scope, document, Timestamp::UNIX_EPOCH),
-            None => Snapshot::build(scope, document, Timestamp::UNIX_EPOCH),
+            Some(previous) => Snapshot::after(previous, scope, document, None),
+            None => Snapshot::build(scope, document, None),
         }
+    }
+
+    #[test]
+    fn age_is_measured_from_the_latest_confirmation_and_never_falls_below_zero() {
+        let (snapshot, start) = (snapshot("a", None), Instant::now());
+        let second = Duration::from_secs(1);
+        assert_eq!((snapshot.confirmed(), snapshot.age(start)), (None, None));
+        snapshot.confirm(start + second * 10);
+        assert_eq!(snapshot.age(start + second * 13), Some(second * 3));
+        snapshot.confirm(start + second * 2);
+        assert_eq!(snapshot.age(start + second * 13), Some(second * 3), "it is known by then");
+        assert_eq!(snapshot.age(start), Some(Duration::ZERO));
     }
 
     fn ask(snapshot: &Snapshot, prefix: usize) -> Arc<Body> {

@@ -131,7 +131,7 @@ fn refresh(c: &mut Criterion) {
                 let document = Document::parse(black_box(body.as_bytes())).expect("sound");
                 let scope =
                     Scope { environment: Environment::new("bench"), projects: Projects::All };
-                let snapshot = Snapshot::build(scope, document, Timestamp::UNIX_EPOCH);
+                let snapshot = Snapshot::build(scope, document, None);
                 snapshot.listing(&Projects::All, Filter::default(), Segments::Separate);
                 snapshot
             });

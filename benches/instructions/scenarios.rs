@@ -4,7 +4,6 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
-use jiff::Timestamp;
 use parapet::auth::{self, Authenticator, Authority};
 use parapet::engine::{Context, Engine};
 use parapet::snapshot::body::Coding;
@@ -127,7 +126,7 @@ pub(crate) fn scope() -> Scope {
 
 /// A snapshot of some flags.
 pub(crate) fn snapshot(flags: usize) -> Snapshot {
-    Snapshot::build(scope(), parsed(&document(flags)), Timestamp::UNIX_EPOCH)
+    Snapshot::build(scope(), parsed(&document(flags)), None)
 }
 
 fn parsed(text: &str) -> Document {
@@ -222,7 +221,7 @@ fn refresh() -> Box<dyn FnMut()> {
     let text = document(FLAGS);
     Box::new(move || {
         let document = parsed(black_box(&text));
-        let snapshot = Snapshot::build(scope(), document, Timestamp::UNIX_EPOCH);
+        let snapshot = Snapshot::build(scope(), document, None);
         snapshot.listing(&Projects::All, Filter::default(), Segments::Separate);
         drop(black_box(snapshot));
     })

@@ -98,7 +98,6 @@ pub fn parse_id(text: &str) -> Option<u128> {
 mod tests {
     use std::collections::BTreeMap;
 
-    use jiff::Timestamp;
     use proptest::{collection::vec, prelude::*};
     use serde_json::{Value, json};
 
@@ -113,7 +112,7 @@ mod tests {
         let text = json!({ "features": features, "segments": segments }).to_string();
         let document = Document::parse(text.as_bytes()).unwrap();
         let scope = Scope { environment: Environment::new("dev"), projects: Projects::All };
-        Snapshot::build(scope, document, Timestamp::UNIX_EPOCH)
+        Snapshot::build(scope, document, None)
     }
 
     /// What the events of a stream are, with the id that the last has.

@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
-use jiff::Timestamp;
+use tokio::time::Instant;
 
 use super::{log::State, topic::Topic};
 use crate::{
@@ -34,7 +34,7 @@ pub enum News {
 pub struct Frame {
     id: EventId,
     news: News,
-    told: Timestamp,
+    told: Instant,
     body: Arc<Body>,
     connected: OnceLock<Bytes>,
     updated: OnceLock<Bytes>,
@@ -69,7 +69,7 @@ impl Frame {
     }
 
     /// When the state's source told it.
-    pub fn told(&self) -> Timestamp {
+    pub fn told(&self) -> Instant {
         self.told
     }
 

@@ -5,8 +5,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use jiff::Timestamp;
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 
 use crate::{
     snapshot::Snapshot,
@@ -34,7 +33,7 @@ pub(super) struct State {
     /// Everything that there was.
     pub(super) document: Arc<Document>,
     /// When its source told it.
-    pub(super) told: Timestamp,
+    pub(super) told: Instant,
 }
 
 /// The states of one environment, the oldest first; there always is one.
@@ -57,7 +56,7 @@ impl Log {
     pub(super) fn of(snapshot: &Snapshot) -> Self {
         let number = Number(rand::random_range(1..1 << 30));
         let document = Arc::clone(snapshot.document());
-        let current = State { number, document, told: snapshot.confirmed() };
+        let current = State { number, document, told: snapshot.received() };
         let states = States { earlier: VecDeque::new(), bytes: 0, current };
         Self { states: Mutex::new(states), current: watch::Sender::new(number) }
     }
@@ -114,7 +113,7 @@ impl States {
         }
         let Number(last) = self.current.number;
         let number = Number(if last < u32::MAX >> 1 { last + 1 } else { 1 });
-        let next = State { number, document: Arc::clone(document), told: snapshot.confirmed() };
+        let next = State { number, document: Arc::clone(document), told: snapshot.received() };
         let before = std::mem::replace(&mut self.current, next);
         let weight = weight(&before.document, &lost);
         self.bytes += weight;
@@ -146,7 +145,7 @@ mod tests {
     fn snapshot(text: &str) -> Arc<Snapshot> {
         let scope = Scope { environment: Environment::new("development"), projects: Projects::All };
         let document = Document::parse(text.as_bytes()).unwrap();
-        Arc::new(Snapshot::build(scope, document, Timestamp::UNIX_EPOCH))
+        Arc::new(Snapshot::build(scope, document, None))
     }
 
     #[test]

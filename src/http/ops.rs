@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use jiff::Timestamp;
 use metrics::{Unit, describe_counter, describe_gauge, gauge};
 use metrics_exporter_prometheus::PrometheusHandle;
+use tokio::time::Instant;
 
 use super::{
     meter::Meter,
@@ -36,7 +36,11 @@ impl Ops {
         usage: Usage,
         requests: Arc<Meter>,
     ) -> Self {
-        describe_gauge!(AGE, Unit::Seconds, "Time since the source last confirmed the flags");
+        describe_gauge!(
+            AGE,
+            Unit::Seconds,
+            "Time since the source last confirmed the flags; infinite if it has not since the start"
+        );
         describe_gauge!(REVISION, "The source's own number of the flags' state");
         describe_counter!("parapet_snapshot_swaps_total", "How often other flags were served");
         describe_gauge!(FLAGS, "Flags in the environment");
@@ -70,10 +74,11 @@ impl Ops {
     /// The Prometheus exposition; what depends on the clock or changes at all times is measured now.
     #[expect(clippy::cast_precision_loss, reason = "counts and revisions are far below 2^52")]
     pub fn metrics(&self) -> Reply {
-        let now = Timestamp::now();
+        let now = Instant::now();
         for (environment, snapshot) in &*self.snapshots.all() {
             let labels = [("environment", environment.as_str().to_owned())];
-            gauge!(AGE, &labels).set(now.duration_since(snapshot.confirmed()).as_secs_f64());
+            let age = snapshot.age(now).map_or(f64::INFINITY, |age| age.as_secs_f64());
+            gauge!(AGE, &labels).set(age);
             gauge!(FLAGS, &labels).set(snapshot.document().features().len() as f64);
             gauge!(PROBLEMS, &labels).set(snapshot.problems().len() as f64);
             if let Some(revision) = snapshot.document().revision() {

@@ -112,7 +112,6 @@ mod tests {
 
     use bytes::Bytes;
     use futures_util::StreamExt as _;
-    use jiff::Timestamp;
     use tokio::time::Instant;
 
     use super::*;
@@ -155,7 +154,7 @@ mod tests {
         let snapshots = Snapshots::default();
         let states = {
             let environment = scope.environment.clone();
-            snapshots.swap(Snapshot::build(scope, Document::default(), Timestamp::UNIX_EPOCH));
+            snapshots.swap(Snapshot::build(scope, Document::default(), None));
             Feed::new(snapshots).follow(&environment).unwrap()
         };
         let grant = auth.standing(&digest).unwrap();

@@ -15,7 +15,6 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use jiff::Timestamp;
 use tokio::{
     task::{JoinError, spawn_blocking},
     time::{Instant, MissedTickBehavior, interval},
@@ -176,7 +175,7 @@ impl Files {
         for (path, _) in state.iter().filter(|(_, file)| file.failure.is_none()) {
             for environment in self.environments_of(path) {
                 if let Some(snapshot) = self.snapshots.load(&environment) {
-                    snapshot.confirm(Timestamp::now());
+                    snapshot.confirm(Instant::now());
                 }
             }
         }
@@ -190,7 +189,7 @@ impl Files {
             let document = Arc::clone(&document);
             let make = move || Document::clone(&document);
             let scope = Scope { environment, projects: Projects::All };
-            let published = publish(&self.snapshots, scope, Timestamp::now(), make).await;
+            let published = publish(&self.snapshots, scope, Some(Instant::now()), make).await;
             published.map_err(|source| Error::Panic { source })?;
         }
         Ok(())

@@ -7,7 +7,6 @@
 
 use std::time::Duration;
 
-use jiff::Timestamp;
 use tokio::{
     sync::watch,
     task::{JoinError, spawn_blocking},
@@ -185,13 +184,15 @@ impl Followed {
         if prefers_streaming {
             self.lines.hint();
         }
-        self.publish(Timestamp::now()).await?;
+        // What is followed is known to be current as of the last sign of life.
+        let heard = self.lines.last_signs().map(|(_, at)| at).fold(Instant::now(), Instant::min);
+        self.publish(Some(heard)).await?;
         failure.map_or(Ok(()), Err)
     }
 
     /// Publishes what is not yet, and keeps since when it is known to be current: `heard`, if by then
     /// upstream has answered for, or follows up on, every token in use.
-    async fn publish(&mut self, heard: Timestamp) -> Result<(), Failure> {
+    async fn publish(&mut self, heard: Option<Instant>) -> Result<(), Failure> {
         self.sources.release(Instant::now());
         let Self { environment, means, sources, lines, .. } = self;
         let in_use = means.credentials.tokens(environment);
@@ -199,8 +200,9 @@ impl Followed {
         let served = means.snapshots.load(environment);
         if sources.is_dirty() || (whole && served.is_none()) {
             let confirmed = match &served {
-                Some(served) if !whole => served.confirmed(),
-                _ => Timestamp::now(),
+                _ if whole => heard,
+                Some(served) => served.confirmed(),
+                None => None,
             };
             let (parts, replaced) = (sources.parts(), sources.take_replaced());
             let make = move || {
@@ -211,8 +213,8 @@ impl Followed {
             let snapshot = publish(&means.snapshots, scope, confirmed, make).await?;
             sources.published();
             means.keep(&snapshot).await;
-        } else if whole && let Some(served) = served {
-            served.confirm(heard.max(served.confirmed()));
+        } else if whole && let (Some(served), Some(heard)) = (served, heard) {
+            served.confirm(heard);
         }
         Ok(())
     }
@@ -229,7 +231,7 @@ impl Followed {
                 () = sleep_until(due), if !spoke => return,
                 () = sleep_until(held.unwrap_or(due)), if held.is_some() => {
                     // A round tries again, and tells of it.
-                    if self.publish(self.heard()).await.is_err() {
+                    if self.publish(self.lines.heard()).await.is_err() {
                         return;
                     }
                     continue;
@@ -295,7 +297,7 @@ impl Followed {
                 self.arrive();
             }
         }
-        if let Err(error) = self.publish(self.heard()).await {
+        if let Err(error) = self.publish(self.lines.heard()).await {
             return Then::Lost(self.leave(at, &error));
         }
         if step.dismissed {
@@ -303,11 +305,6 @@ impl Followed {
             then = Then::Lost(self.lines.close(at, End::Dismissed));
         }
         then
-    }
-
-    /// Since when all flags are known to be current, if upstream tells by itself.
-    fn heard(&self) -> Timestamp {
-        self.lines.heard().unwrap_or(Timestamp::UNIX_EPOCH)
     }
 
     /// Reads what a line told, on a thread for such work.

@@ -6,7 +6,6 @@
 use std::{collections::BTreeSet, fmt, pin::Pin, time::Duration};
 
 use futures_util::future::{pending, select_all};
-use jiff::Timestamp;
 use metrics::{counter, describe_counter};
 use tokio::time::{Instant, sleep_until};
 
@@ -74,7 +73,7 @@ struct Open {
     last: Option<EventId>,
     /// Whether it has told the state of things, without which it speaks for nobody.
     speaks: bool,
-    heard: Timestamp,
+    heard: Instant,
 }
 
 impl Lines {
@@ -113,13 +112,17 @@ impl Lines {
             && self.all.iter().all(Line::speaks)
     }
 
-    /// Since when all of what the tokens in use see is known to be current, if upstream tells by itself.
-    pub(super) fn heard(&self) -> Option<Timestamp> {
-        let heard = self.all.iter().filter_map(|line| match &line.state {
-            State::Open(open) if open.speaks => Some(open.heard),
+    /// When upstream last gave a sign of life on the stream of each token that it tells changes of.
+    pub(super) fn last_signs(&self) -> impl Iterator<Item = (TokenDigest, Instant)> {
+        self.all.iter().filter_map(|line| match &line.state {
+            State::Open(open) if open.speaks => Some((line.credential.token.digest(), open.heard)),
             _ => None,
-        });
-        heard.min().filter(|_| self.speak_for_all())
+        })
+    }
+
+    /// Since when all of what the tokens in use see is known to be current, if upstream tells by itself.
+    pub(super) fn heard(&self) -> Option<Instant> {
+        self.last_signs().map(|(_, at)| at).min().filter(|_| self.speak_for_all())
     }
 
     /// Opens those soon that upstream declined, now that it hints at streams.
@@ -208,8 +211,8 @@ impl Line {
                     let last = *last;
                     let (refusal, error) = match answer.await {
                         Ok(Some(stream)) => {
-                            let (since, heard) = (Instant::now(), Timestamp::now());
-                            let open = Open { stream, since, last, speaks: false, heard };
+                            let since = Instant::now();
+                            let open = Open { stream, since, last, speaks: false, heard: since };
                             self.state = State::Open(Box::new(open));
                             continue;
                         }
@@ -223,7 +226,7 @@ impl Line {
                 State::Open(open) => {
                     let (end, error) = match open.stream.next().await {
                         Ok(Some(events)) => {
-                            open.heard = Timestamp::now();
+                            open.heard = Instant::now();
                             return Happened::Told(events);
                         }
                         Ok(None) if open.speaks => (End::Over(open.stream.retry()), None),

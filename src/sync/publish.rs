@@ -6,7 +6,10 @@ use std::{sync::Arc, thread, time::Duration};
 
 use jiff::Timestamp;
 use metrics::counter;
-use tokio::task::{JoinError, spawn_blocking};
+use tokio::{
+    task::{JoinError, spawn_blocking},
+    time::Instant,
+};
 use tracing::{info, warn};
 
 use crate::{
@@ -26,7 +29,7 @@ const PROBLEMS_LOGGED: usize = 10;
 pub(super) async fn publish(
     snapshots: &Snapshots,
     scope: Scope,
-    confirmed: Timestamp,
+    confirmed: Option<Instant>,
     make: impl FnOnce() -> Document + Send + 'static,
 ) -> Result<Arc<Snapshot>, JoinError> {
     let previous = snapshots.load(&scope.environment);

@@ -290,8 +290,6 @@ pub(super) fn merged(Parts { fetched, held }: &Parts) -> Document {
 mod tests {
     use std::time::Duration;
 
-    use jiff::Timestamp;
-
     use super::*;
     use crate::token::{Environment, Scope, Token};
 
@@ -534,7 +532,7 @@ mod tests {
         let projects = Projects::from_list(["a", "b"]);
         let scope = Scope { environment: Environment::new("dev"), projects: projects.clone() };
         let flags = document(&["a/gone", "b/kept"]);
-        let before = Snapshot::build(scope, flags, Timestamp::UNIX_EPOCH);
+        let before = Snapshot::build(scope, flags, None);
         let (one, two) = (credential(&["a"]), credential(&["b"]));
         let mut sources = Sources::new(Some(&before));
         sources.begin();

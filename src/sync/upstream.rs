@@ -7,7 +7,6 @@ use std::{
     time::Duration,
 };
 
-use jiff::Timestamp;
 use tokio::{
     sync::{Notify, oneshot, watch},
     task::{Id, JoinSet},
@@ -96,10 +95,9 @@ impl Follower {
         if self.snapshots.load(&environment).is_some() || !self.snapshots.serves(&environment) {
             return;
         }
-        // Its age is not known any more; it has not been confirmed by this process.
-        let never = Timestamp::UNIX_EPOCH;
         let published = match Document::parse_stored(text) {
-            Ok(document) => publish(&self.snapshots, scope, never, || document).await,
+            // Its age is not known: upstream has not confirmed it since this process started.
+            Ok(document) => publish(&self.snapshots, scope, None, || document).await,
             Err(error) => {
                 return warn!(%environment, error = report(&error), "Stored flags cannot be read");
             }

@@ -316,6 +316,32 @@ fn tasks_without_an_owner_are_spawned_by_the_assembly_and_the_listener() {
 }
 
 #[test]
+fn ages_and_intervals_come_from_a_monotonic_clock() {
+    // These need the time of day: dates in constraints, hours of usage, expiries, times that people read.
+    let allowed = [
+        "app.rs",
+        "auth",
+        "auth.rs",
+        "command.rs",
+        "control",
+        "http/admin",
+        "http/data",
+        "http/data.rs",
+        "http/frontend",
+        "http/listener/response_cache.rs",
+        "http/ofrep",
+        "http/ofrep.rs",
+        "http/report.rs",
+        "sync/publish.rs",
+        "upstream",
+        "usage",
+        "usage.rs",
+    ];
+    let wall_clock = r"\b(Timestamp|SystemTime|Zoned)::now\b";
+    check_absent("an age is measured by `Instant`", wall_clock, &allowed);
+}
+
+#[test]
 fn plaintext_tokens_are_exposed_only_where_they_leave() {
     // The session shows its own cookies.
     let cookies = "http/admin/session.rs";

@@ -24,7 +24,7 @@ fn parse(features: &Value, segments: &Value) -> (Scope, Document) {
 
 fn build(features: &Value, segments: &Value) -> Snapshot {
     let (scope, document) = parse(features, segments);
-    Snapshot::build(scope, document, Timestamp::UNIX_EPOCH)
+    Snapshot::build(scope, document, None)
 }
 
 /// The text of an answer and its entity tag, without anything that is remembered.
@@ -172,12 +172,12 @@ proptest! {
         let snapshots = Snapshots::default();
         let mut documents = documents.iter().cycle().map(|(flags, segments)| parse(flags, segments));
         let (scope, document) = documents.next().unwrap();
-        let mut current = snapshots.swap(Snapshot::build(scope, document, Timestamp::UNIX_EPOCH));
+        let mut current = snapshots.swap(Snapshot::build(scope, document, None));
         for step in &steps {
             if step.swap {
                 let before = Arc::clone(&current);
                 let (scope, document) = documents.next().unwrap();
-                let next = Snapshot::after(&before, scope, document, Timestamp::UNIX_EPOCH);
+                let next = Snapshot::after(&before, scope, document, None);
                 if step.is_prepared {
                     prepare(&next, &before, step.asking.context().now);
                 }
@@ -285,7 +285,7 @@ fn equal_outcomes_share_a_body_once_it_is_asked_for_again() {
 /// A snapshot in the place of another, which is prepared for what that was asked.
 fn after(previous: &Snapshot, flags: &Value) -> Snapshot {
     let (scope, document) = parse(flags, &json!([]));
-    let next = Snapshot::after(previous, scope, document, Timestamp::UNIX_EPOCH);
+    let next = Snapshot::after(previous, scope, document, None);
     prepare(&next, previous, Timestamp::UNIX_EPOCH);
     next
 }

@@ -53,7 +53,7 @@ mod tests {
         let flags = json!({ "features": [{ "name": "cart", "enabled": true, "strategies": [] }] });
         let scope = Scope { environment: Environment::new("dev"), projects: Projects::All };
         let document = Document::parse(flags.to_string().as_bytes()).unwrap();
-        snapshots.swap(Snapshot::build(scope, document, Timestamp::UNIX_EPOCH));
+        snapshots.swap(Snapshot::build(scope, document, None));
         let reply = explain(&snapshots, body.to_string().as_bytes()).unwrap_or_else(Reply::from);
         assert_eq!(reply.status().as_u16(), status, "{body}");
         let text = reply.into_body().collect().await.unwrap().to_bytes();

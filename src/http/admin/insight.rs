@@ -2,10 +2,11 @@
 //!
 //! Tokens are shown masked, always. Nothing is changed here.
 
-use std::{fmt::Write as _, net::SocketAddr, sync::Arc, time::Duration};
+use std::{fmt::Write as _, net::SocketAddr, sync::Arc};
 
 use jiff::Timestamp;
 use serde_json::{Map, Value, json};
+use tokio::time::Instant;
 
 use crate::{
     auth::Authenticator,
@@ -73,7 +74,6 @@ pub struct Insight {
 impl Insight {
     /// Everything that an operator needs to see at a glance.
     pub fn status(&self) -> Value {
-        let now = Timestamp::now();
         let snapshots = self.snapshots.all();
         let mut environments: Vec<_> = snapshots.values().collect();
         environments.sort_by_key(|snapshot| snapshot.environment());
@@ -87,7 +87,7 @@ impl Insight {
             "dataUrl": self.door.url(),
             "dataPort": self.door.address.port(),
             "dataPath": self.door.base_path,
-            "environments": environments.iter().map(|it| environment(it, now)).collect::<Vec<_>>(),
+            "environments": environments.iter().map(|it| environment(it)).collect::<Vec<_>>(),
             "upstream": self.upstream.as_ref().map(upstream),
             "tokens": {
                 "valid": known_count(&self.auth),
@@ -179,18 +179,18 @@ fn masked(scope: &Scope) -> String {
     format!("{projects}:{}.****", scope.environment)
 }
 
-fn environment(snapshot: &Snapshot, now: Timestamp) -> Value {
-    let confirmed = snapshot.confirmed();
-    let age = Duration::try_from(now.duration_since(confirmed)).unwrap_or_default();
+fn environment(snapshot: &Snapshot) -> Value {
+    let age = snapshot.age(Instant::now());
+    // A time of the clock is for people to read; ages do not depend on it.
+    let confirmed = age.and_then(|age| Timestamp::now().checked_sub(age).ok());
     let problems = snapshot.problems().iter().map(ToString::to_string);
-    let known = confirmed != Timestamp::UNIX_EPOCH;
     json!({
         "name": snapshot.environment().as_str(),
         "flags": snapshot.document().features().len(),
         "segments": snapshot.document().segments().len(),
         "revision": snapshot.document().revision(),
-        "confirmed": known.then(|| confirmed.to_string()),
-        "ageSeconds": known.then_some(age.as_secs()),
+        "confirmed": confirmed.map(|at| at.to_string()),
+        "ageSeconds": age.map(|age| age.as_secs()),
         "problems": problems.collect::<Vec<_>>(),
     })
 }
@@ -210,6 +210,8 @@ fn upstream(upstream: &Upstream) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::{
         auth::{self, Authority},

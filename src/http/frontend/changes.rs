@@ -34,7 +34,7 @@ impl Teller for Changes {
         let Self { snapshots, asker, follower, wake } = self;
         let snapshot = snapshots.load_for(&asker.scope)?;
         let view = snapshot.view(&asker.scope.projects);
-        let since = wake.set(view.reads(), snapshot.confirmed());
+        let since = wake.set(view.reads(), snapshot.received());
         let question = asker.question(&snapshot);
         let news =
             question.answer(&view, |context| follower.catch_up(&snapshot, &view, context))?;
@@ -56,18 +56,22 @@ impl Teller for Changes {
 pub struct Wake(Option<(Timestamp, Instant)>);
 
 impl Wake {
-    /// Finds out anew, and tells since when there may be something new: the source's word came at
-    /// `confirmed`, a date may have come later.
-    pub fn set(&mut self, reads: &Reads, confirmed: Timestamp) -> Timestamp {
-        let now = Timestamp::now();
+    /// Finds out anew, and tells since when there may be something new: the source sent the flags at
+    /// `received`, a date may have come later.
+    pub fn set(&mut self, reads: &Reads, received: Instant) -> Instant {
+        let (now, instant) = (Timestamp::now(), Instant::now());
         let came = self.0.map(|(date, _)| date).filter(|date| *date <= now);
         self.0 = reads.next_change(now).map(|date| {
             // Not before: what is evaluated a moment too early is as it was.
             let wait = Duration::try_from(date.duration_since(now)).unwrap_or_default();
             let wait = wait.min(LONGEST_WAIT) + Duration::from_millis(1);
-            (date, Instant::now() + wait)
+            (date, instant + wait)
         });
-        came.map_or(confirmed, |date| date.max(confirmed))
+        let came = came.and_then(|date| {
+            let past = Duration::try_from(now.duration_since(date)).ok()?;
+            instant.checked_sub(past)
+        });
+        came.map_or(received, |at| at.max(received))
     }
 
     /// The next time.

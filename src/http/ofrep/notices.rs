@@ -36,7 +36,7 @@ impl Teller for Notices {
         let Self { snapshots, asker, outcome, begun, wake } = self;
         let snapshot = snapshots.load_for(&asker.scope)?;
         let view = snapshot.view(&asker.scope.projects);
-        let since = wake.set(view.reads(), snapshot.confirmed());
+        let since = wake.set(view.reads(), snapshot.received());
         let question = asker.question(&snapshot);
         let now = question.answer(&view, |context| outcome_of(&snapshot, &view, context));
         let is_news = std::mem::replace(outcome, now) != now;
@@ -63,7 +63,6 @@ impl Teller for Notices {
 mod tests {
     use std::net::{IpAddr, Ipv4Addr};
 
-    use jiff::Timestamp;
     use serde_json::{Value, json as object};
 
     use super::{
@@ -103,7 +102,7 @@ mod tests {
         let mut flag = object!({ "name": "a", "project": "one", "enabled": true });
         flag.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
         let document = Document::parse(object!({ "features": [flag] }).to_string().as_bytes());
-        snapshots.swap(Snapshot::build(scope(), document.unwrap(), Timestamp::UNIX_EPOCH));
+        snapshots.swap(Snapshot::build(scope(), document.unwrap(), None));
     }
 
     #[test]

@@ -1,6 +1,5 @@
 //! What is counted of streams.
 
-use jiff::Timestamp;
 use metrics::{
     Counter, Gauge, Histogram, counter, describe_counter, describe_gauge, describe_histogram,
     gauge, histogram,
@@ -70,8 +69,7 @@ impl Tally {
             Told::Directions => self.directions.increment(1),
             Told::Changed(at) => {
                 self.changes.increment(1);
-                let delay = Timestamp::now().duration_since(at).as_secs_f64();
-                self.delay.record(delay.max(0.0));
+                self.delay.record(at.elapsed());
             }
         }
     }

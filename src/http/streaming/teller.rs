@@ -1,7 +1,6 @@
 //! What a stream tells.
 
 use bytes::Bytes;
-use jiff::Timestamp;
 use tokio::time::Instant;
 
 /// What a stream tells.
@@ -35,7 +34,7 @@ pub enum Told {
     /// To one that has been here before, what it missed, if anything.
     Missed,
     /// What has changed; the source told of it at this time.
-    Changed(Timestamp),
+    Changed(Instant),
     /// Everything, to a client that was too slow for the changes.
     Overtaken,
     /// Where to go.
