@@ -9,6 +9,7 @@ pub mod files;
 mod followed;
 mod lines;
 mod pace;
+mod precedence;
 mod publish;
 mod roll;
 mod round;

@@ -5,7 +5,7 @@
 //! flag no more is published when the others have had time to tell of it: those whose streams do not
 //! speak are asked with at once.
 
-use std::time::Duration;
+use std::{mem, time::Duration};
 
 use tokio::{
     sync::watch,
@@ -20,7 +20,7 @@ use super::{
     pace::Pace,
     publish::publish,
     round::{Asked, Failure, Round},
-    sources::{Sources, merged},
+    sources::{Received, Sources, merged},
     told::{self, Reached, Step},
 };
 use crate::{
@@ -193,26 +193,25 @@ impl Followed {
     /// Publishes what is not yet, and keeps since when it is known to be current: `heard`, if by then
     /// upstream has answered for, or follows up on, every token in use.
     async fn publish(&mut self, heard: Option<Instant>) -> Result<(), Failure> {
-        self.sources.release(Instant::now());
         let Self { environment, means, sources, lines, .. } = self;
         let in_use = means.credentials.tokens(environment);
         let whole = sources.settle(&in_use, &lines.speak_for());
+        sources.advance(Instant::now(), lines.last_signs());
         let served = means.snapshots.load(environment);
         if sources.is_dirty() || (whole && served.is_none()) {
-            let confirmed = match &served {
-                _ if whole => heard,
-                Some(served) => served.confirmed(),
-                None => None,
-            };
+            let before = served.and_then(|served| served.confirmed());
+            let confirmed = if whole { heard.max(before) } else { before };
             let (parts, replaced) = (sources.parts(), sources.take_replaced());
             let make = move || {
                 drop(replaced);
                 merged(&parts)
             };
             let scope = Scope { environment: environment.clone(), projects: sources.projects() };
-            let snapshot = publish(&means.snapshots, scope, confirmed, make).await?;
+            let published = publish(&means.snapshots, scope, confirmed, make).await?;
             sources.published();
-            means.keep(&snapshot).await;
+            if let Some(snapshot) = published {
+                means.keep(&snapshot).await;
+            }
         } else if whole && let (Some(served), Some(heard)) = (served, heard) {
             served.confirm(heard);
         }
@@ -226,10 +225,10 @@ impl Followed {
         let mut looks = interval_at(Instant::now() + look_every, look_every);
         loop {
             let (sources, spoke) = (&self.sources, self.lines.speak_for_all());
-            let held = sources.held_until();
+            let next_change = sources.next_change();
             let (at, happened) = tokio::select! {
                 () = sleep_until(due), if !spoke => return,
-                () = sleep_until(held.unwrap_or(due)), if held.is_some() => {
+                () = sleep_until(next_change.unwrap_or(due)), if next_change.is_some() => {
                     // A round tries again, and tells of it.
                     if self.publish(self.lines.heard()).await.is_err() {
                         return;
@@ -274,15 +273,16 @@ impl Followed {
 
     /// Takes what a line told.
     async fn follow(&mut self, at: usize, events: Vec<Event>) -> Then {
-        let step = match self.read(at, events).await {
-            Ok(step) => step,
+        let (step, news) = match self.read(at, events).await {
+            Ok(read) => read,
             Err(error) => return Then::Lost(self.leave(at, &error)),
         };
         let mut then = Then::Listen;
-        if let Some(Reached { id, news, gone }) = step.reached {
+        if let Some(Reached { id, gone, .. }) = step.reached {
             let credential = self.lines.credential(at);
             let has_others = self.lines.in_use().len() > 1;
-            let until = Instant::now() + self.held_for;
+            let now = Instant::now();
+            let until = now + self.held_for;
             // One that fails, or wants to be left alone, is not asked for this.
             if has_others
                 && self.sources.hold(credential, &gone, until)
@@ -290,7 +290,7 @@ impl Followed {
             {
                 then = Then::Ask;
             }
-            self.sources.follow(credential, id, news);
+            self.sources.follow(credential, id, news, now);
             self.means.credentials.accept(&self.environment, &credential.token.digest());
             self.lines.understood(at);
             if self.lines.speak_for_all() {
@@ -312,17 +312,26 @@ impl Followed {
         &self,
         at: usize,
         events: Vec<Event>,
-    ) -> impl Future<Output = Result<Step, Untold>> + use<> {
+    ) -> impl Future<Output = Result<(Step, Option<Received>), Untold>> + use<> {
         let digest = self.lines.credential(at).token.digest();
         let goes_on = self.lines.goes_on(at, self.sources.event(&digest));
         let known = self.sources.document(&digest).cloned();
+        let is_shared = self.lines.in_use().len() > 1;
         async move {
             // Most signs of life are comments.
             if events.is_empty() {
-                return Ok(Step::default());
+                return Ok((Step::default(), None));
             }
-            let step = move || told::follow(known.as_deref(), goes_on, &events);
-            Ok(spawn_blocking(step).await??)
+            let step = move || {
+                let mut step = told::follow(known.as_deref(), goes_on, &events)?;
+                let news = step.reached.as_mut().and_then(|reached| {
+                    let passed =
+                        if is_shared { mem::take(&mut reached.passed) } else { Vec::new() };
+                    Some(Received::new(reached.news.take()?).having_passed(&passed))
+                });
+                Ok((step, news))
+            };
+            spawn_blocking(step).await?
         }
     }
 

@@ -12,6 +12,7 @@ use tokio::{
 };
 use tracing::{info, warn};
 
+use super::told::differs;
 use crate::{
     answers,
     snapshot::{Snapshot, Snapshots},
@@ -25,33 +26,40 @@ const PROBLEMS_LOGGED: usize = 10;
 /// Compiles what `make` makes, which is to have every flag of `scope`, on a thread for such work, and
 /// puts it in its environment's place; nobody who reads waits for it.
 ///
-/// Returns the snapshot that now is served. Fails where compiling panics, which changes nothing.
+/// Returns the new snapshot; `None` where the same flags are served already, which are then confirmed.
+/// Fails where compiling panics, which changes nothing.
 pub(super) async fn publish(
     snapshots: &Snapshots,
     scope: Scope,
     confirmed: Option<Instant>,
     make: impl FnOnce() -> Document + Send + 'static,
-) -> Result<Arc<Snapshot>, JoinError> {
+) -> Result<Option<Arc<Snapshot>>, JoinError> {
     let previous = snapshots.load(&scope.environment);
     let inherited = previous.clone();
     let built = spawn_blocking(move || {
         let Some(previous) = inherited else {
-            return Snapshot::build(scope, make(), confirmed);
+            return Some(Snapshot::build(scope, make(), confirmed));
         };
         let document = make();
+        if *previous.projects() == scope.projects && !differs(previous.document(), &document) {
+            if let Some(at) = confirmed {
+                previous.confirm(at);
+            }
+            return None;
+        }
         // Requests that wait for the processor have it first.
         thread::yield_now();
         let snapshot = Snapshot::after(&previous, scope, document, confirmed);
         answers::prepare(&snapshot, &previous, Timestamp::now());
-        snapshot
+        Some(snapshot)
     });
-    let snapshot = built.await?;
+    let Some(snapshot) = built.await? else { return Ok(None) };
     report(&snapshot);
     let snapshot = snapshots.swap(snapshot);
     if let Some(previous) = previous {
         spawn_blocking(|| retire(previous));
     }
-    Ok(snapshot)
+    Ok(Some(snapshot))
 }
 
 /// How long a snapshot's last readers are waited for, and how often they are looked for.

@@ -9,8 +9,12 @@ use tokio::{
     task::{JoinError, spawn_blocking},
     time::Instant,
 };
+use tracing::debug;
 
-use super::{sources::Sources, told::differences};
+use super::{
+    sources::{Received, Sources},
+    told::differences,
+};
 use crate::{
     token::{Environment, TokenDigest},
     upstream::{Credential, Credentials, Error, ExchangeError, Fetched, Polled, Upstream},
@@ -124,25 +128,44 @@ async fn take(
 ) -> Result<bool, Failure> {
     let Polled { flags, prefers_streaming } = answer.map_err(Failure::Upstream)?;
     match flags {
-        Fetched::NotModified => sources.confirm(credential),
+        Fetched::NotModified => sources.confirm(credential, Instant::now()),
         Fetched::Changed { body, etag } => {
-            let known = sources.document(&credential.token.digest()).cloned();
+            let digest = credential.token.digest();
+            let known = sources.document(&digest).cloned();
+            let number = etag.as_deref().and_then(revision_in);
             let read = spawn_blocking(move || {
-                let Some(known) = known else {
-                    return Ok((Document::parse(&body)?, (true, Vec::new())));
+                let (document, (is_news, gone)) = match known {
+                    None => (Document::parse(&body)?, (true, Vec::new())),
+                    Some(known) => {
+                        let document = Document::parse_after(&body, &known)?;
+                        let differences = differences(&known, &document);
+                        (document, differences)
+                    }
                 };
-                let document = Document::parse_after(&body, &known)?;
-                let differences = differences(&known, &document);
-                Ok((document, differences))
+                let revision = number.filter(|_| document.revision() == number);
+                let received = Received::new(document).with_revision(revision);
+                Ok((received, revision, is_news, gone))
             });
-            let (document, (is_news, gone)) = read.await?.map_err(Failure::Document)?;
-            if let Some(held_for) = held_for {
-                sources.hold(credential, &gone, Instant::now() + held_for);
+            let (received, revision, is_news, gone) = read.await?.map_err(Failure::Document)?;
+            let now = Instant::now();
+            if sources.is_outdated(&digest, revision, now) {
+                debug!(revision, "Upstream has answered with an older revision than before");
+                return Ok(prefers_streaming);
             }
-            sources.insert(credential, etag, document, is_news);
+            if let Some(held_for) = held_for {
+                sources.hold(credential, &gone, now + held_for);
+            }
+            sources.insert(credential, etag, received, is_news, now);
         }
     }
     Ok(prefers_streaming)
+}
+
+/// The revision that Unleash writes into its entity tags, `"<query's hash>:<revision>:v1"`. It counts the
+/// changes of all that the server has, so that what different tokens see can be compared by it.
+fn revision_in(etag: &str) -> Option<u64> {
+    let tag = etag.trim_start_matches("W/").trim_matches('"');
+    tag.split(':').nth(1)?.parse().ok()
 }
 
 /// Why a round brought nothing.

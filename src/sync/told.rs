@@ -3,7 +3,7 @@
 //! Pure. All that arrived together is one step; a single event that cannot be followed spoils it, as
 //! what the others lead to is no state that there ever was.
 
-use std::sync::Arc;
+use std::{mem, sync::Arc};
 
 use crate::wire::{
     delta::{self, Change, EventId, Unreadable},
@@ -36,7 +36,12 @@ pub(super) struct Reached {
     pub(super) news: Option<Document>,
     /// The names of those that were known and are gone.
     pub(super) gone: Vec<Arc<str>>,
+    /// The states on the way, oldest first; of many only the last.
+    pub(super) passed: Vec<Document>,
 }
+
+/// How many states on the way are made out at most.
+const PASSED: usize = 16;
 
 /// Why a stream cannot be followed any further.
 #[derive(Debug, thiserror::Error)]
@@ -56,12 +61,12 @@ pub(super) fn follow(
     continues: bool,
     events: &[Event],
 ) -> Result<Step, Error> {
-    let (mut step, mut told, mut id) = (Step::default(), None::<Vec<Change>>, None);
+    let (mut step, mut told, mut id) = (Step::default(), None::<Vec<delta::Event>>, None);
     for event in events {
         match &*event.name {
             CONNECTED | UPDATED => {
                 let changes = delta::parse(event.data.as_bytes())?;
-                told.get_or_insert_default().extend(changes.into_iter().map(|it| it.change));
+                told.get_or_insert_default().extend(changes);
                 id = event.id.parse().ok();
             }
             FETCH_MODE => step.dismissed |= event.data.trim() == "polling",
@@ -69,15 +74,27 @@ pub(super) fn follow(
             _ => {}
         }
     }
-    let Some(changes) = told else { return Ok(step) };
-    let base = match (known, changes.first()) {
+    let Some(told) = told else { return Ok(step) };
+    let base = match (known, told.first().map(|it| &it.change)) {
         (_, Some(Change::Hydration(_))) => &Document::default(),
         (Some(known), _) if continues => known,
         _ => return Err(Error::Unfounded),
     };
-    let state = delta::apply(base, &changes);
+    // Changes of one number belong together.
+    let groups: Vec<_> = told.chunk_by(|one, next| one.id == next.id).collect();
+    let together = told.len() - groups.iter().rev().take(PASSED).map(|it| it.len()).sum::<usize>();
+    let mut passed = Vec::new();
+    let mut state = delta::apply(base, told[..together].iter().map(|it| &it.change));
+    for group in groups.iter().skip(groups.len().saturating_sub(PASSED)) {
+        let next = delta::apply(&state, group.iter().map(|it| &it.change));
+        passed.push(mem::replace(&mut state, next));
+    }
+    // What it began with is known, or nothing.
+    if together == 0 && !passed.is_empty() {
+        passed.remove(0);
+    }
     let (is_news, gone) = known.map_or((true, Vec::new()), |known| differences(known, &state));
-    step.reached = Some(Reached { id, news: is_news.then_some(state), gone });
+    step.reached = Some(Reached { id, news: is_news.then_some(state), gone, passed });
     Ok(step)
 }
 
@@ -94,6 +111,11 @@ pub(super) fn differences(known: &Document, state: &Document) -> (bool, Vec<Arc<
         | Change::SegmentRemoved(_) => None,
     });
     (is_news, gone.collect())
+}
+
+/// Whether one state differs from the other, also in what is to be reported of it.
+pub(super) fn differs(known: &Document, state: &Document) -> bool {
+    !delta::diff(known, state).is_empty() || !state.reports_as(known)
 }
 
 #[cfg(test)]
@@ -197,6 +219,28 @@ mod tests {
             changes(UPDATED, "9", REMOVE_A),
         ];
         check(None, false, &events, (Some(9), Some(&["b"])));
+    }
+
+    #[test]
+    fn states_on_the_way_are_made_out_by_the_numbers_of_changes() {
+        let passed = |events: &[Event]| {
+            let known = document(A);
+            let step = follow(Some(&known), true, events).unwrap();
+            let names =
+                |it: &Document| it.features().iter().map(|it| it.name().to_string()).collect();
+            step.reached.unwrap().passed.iter().map(names).collect::<Vec<Vec<_>>>()
+        };
+        let add = |id: usize| {
+            let feature = format!(r#"{{"type":"feature-updated","feature":{{"name":"f{id}"}}}}"#);
+            changes(UPDATED, &id.to_string(), &feature)
+        };
+        assert!(passed(&[add(8)]).is_empty());
+        let both = format!("{ADD_B},{REMOVE_A}");
+        assert!(passed(&[changes(UPDATED, "8", &both)]).is_empty(), "they belong together");
+        assert_eq!(passed(&[changes(UPDATED, "8", &both), add(9)]), [["b"]]);
+        let many: Vec<_> = (8..48).map(add).collect();
+        let passed = passed(&many);
+        assert_eq!((passed.len(), passed[0].len()), (PASSED, 40 - PASSED + 1));
     }
 
     #[test]

@@ -136,13 +136,16 @@ impl Document {
         Self { shadowed: union.shadowed, unreadable: union.unreadable, ..sorted }
     }
 
-    /// The document without the flags of `projects`.
+    /// The document with only those flags and segments.
     #[must_use]
-    pub fn outside(&self, projects: &Projects) -> Self {
-        let outside = self.features.iter().filter(|it| !projects.contains(it.project()));
+    pub fn filter(
+        &self,
+        has_feature: impl Fn(&Feature) -> bool,
+        has_segment: impl Fn(&Segment) -> bool,
+    ) -> Self {
         Self {
-            features: outside.cloned().collect(),
-            segments: self.segments.clone(),
+            features: self.features.iter().filter(|it| has_feature(it)).cloned().collect(),
+            segments: self.segments.iter().filter(|it| has_segment(it)).cloned().collect(),
             revision: self.revision,
             stored_revision: self.stored_revision,
             shadowed: self.shadowed.clone(),
