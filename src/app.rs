@@ -190,6 +190,7 @@ impl App {
             .spawn(async move { listener::serve(admin.0, admin.1, &limits, stop, grace).await });
 
         let mut workers = Tasks::default();
+        let saver = plan.source.saver();
         plan.source.spawn(&mut workers, &keeper.auth);
         workers.spawn("auth", keeper.auth.clone(), |auth| async move { auth.run().await });
         workers.spawn("feed", feed, |feed| async move { feed.run().await });
@@ -217,6 +218,14 @@ impl App {
         closers.spawn("usage", parts, |(usage, sink, ending)| async move {
             usage.run(sink, ending).await;
         });
+        if let Some(saver) = saver {
+            let parts = (saver, stop_working.clone());
+            closers.spawn(
+                "save flags",
+                parts,
+                |(saver, stop)| async move { saver.run(&stop).await },
+            );
+        }
         let parts = (keeper.clone(), stop_working.clone());
         closers.spawn("save", parts, |(saver, stop)| async move { saver.run(&stop).await });
 

@@ -6,6 +6,7 @@
 use std::{
     io::{self, Write as _},
     process::ExitCode,
+    time::Duration,
 };
 
 use anyhow::Context as _;
@@ -20,6 +21,9 @@ use tokio::signal::unix::{SignalKind, signal};
 
 /// The exit status of a command that was used wrongly, from BSD's `sysexits.h`.
 const EX_USAGE: u8 = 64;
+
+/// How long threads are waited for that are left at the end.
+const LEFT_THREADS: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     let command = match Command::from_process() {
@@ -54,7 +58,11 @@ fn execute(command: Command) -> anyhow::Result<()> {
             for warning in &config.warnings {
                 tracing::warn!("{warning}");
             }
-            runtime()?.block_on(run(*config))
+            let runtime = runtime()?;
+            let outcome = runtime.block_on(run(*config));
+            // A thread that a disk or network file system keeps would be waited for without end.
+            runtime.shutdown_timeout(LEFT_THREADS);
+            outcome
         }
     }
 }

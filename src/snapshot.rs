@@ -434,6 +434,16 @@ impl Snapshots {
         self.wait(&scope.environment, || self.load_for(scope)).await
     }
 
+    /// Waits until any environment has a snapshot. Dropping the future is safe.
+    pub async fn wait_for_any(&self) {
+        let mut swaps = self.0.swaps.subscribe();
+        while self.0.current.load().snapshots.is_empty() {
+            if swaps.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
     async fn wait(
         &self,
         environment: &Environment,

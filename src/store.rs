@@ -19,7 +19,13 @@ use std::{
 };
 
 use bytes::Bytes;
+use metrics::{Unit, counter, describe_counter, describe_histogram, histogram};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
+use tokio::{
+    sync::{Mutex as AsyncMutex, Semaphore},
+    task::spawn_blocking,
+    time::{Instant, timeout},
+};
 use ulid::Ulid;
 
 pub use self::claim::{Claim, Slot};
@@ -27,15 +33,23 @@ use crate::token::Environment;
 
 /// A place for what must outlive a restart.
 ///
-/// A cheap handle. Each key should have one owner that awaits a `save` before the next one: of two
-/// at once either may win. Several processes may keep a directory; what must not be shared among
-/// them is [claimed](Self::claim).
+/// A cheap handle. Records of one key are saved one after the other. A disk that hangs keeps nobody
+/// waiting for longer than some seconds, and costs one thread for each key. Several processes may keep a
+/// directory; what must not be shared among them is [claimed](Self::claim).
 #[derive(Clone)]
 pub struct Store(Arc<Backend>);
 
 enum Backend {
-    Directory(PathBuf),
+    Directory(Directory),
     Memory(Mutex<HashMap<Key, Bytes>>),
+}
+
+struct Directory {
+    path: PathBuf,
+    /// Whose record is being saved.
+    writers: Mutex<HashMap<Key, Arc<AsyncMutex<()>>>>,
+    /// Who reads at a time.
+    readers: Arc<Semaphore>,
 }
 
 /// What is kept.
@@ -113,7 +127,12 @@ impl Store {
     pub fn directory(directory: impl Into<PathBuf>) -> Result<Self, Error> {
         let directory = directory.into();
         match prepare(&directory) {
-            Ok(()) => Ok(Self(Arc::new(Backend::Directory(directory)))),
+            Ok(()) => {
+                describe();
+                let readers = Arc::new(Semaphore::new(READERS));
+                let directory = Directory { path: directory, writers: Mutex::default(), readers };
+                Ok(Self(Arc::new(Backend::Directory(directory))))
+            }
             Err(source) => Err(Error::Directory { directory, source }),
         }
     }
@@ -128,11 +147,10 @@ impl Store {
         match &*self.0 {
             Backend::Memory(records) => Ok(lock(records).get(key).map(|bytes| bytes.to_vec())),
             Backend::Directory(directory) => {
-                let file = directory.join(key.file_name());
+                let file = directory.path.join(key.file_name());
                 let path = file.clone();
-                blocking(move || load(&path))
-                    .await
-                    .unwrap_or_else(|source| Err(Error::Read { file, source }))
+                let loaded = directory.read(move || load(&path)).await;
+                loaded.unwrap_or_else(|source| Err(Error::Read { file, source }))
             }
         }
     }
@@ -140,7 +158,8 @@ impl Store {
     /// Replaces what is kept under `key`.
     ///
     /// When this returns, a loss of power no longer takes the bytes away. Dropping the future leaves
-    /// either the old record or the new one.
+    /// either the old record or the new one. Fails after some seconds; what a disk that hangs has begun to
+    /// write may become the record later, but never after one that is saved later.
     pub async fn save(&self, key: &Key, bytes: impl Into<Bytes>) -> Result<(), Error> {
         let bytes = bytes.into();
         match &*self.0 {
@@ -149,12 +168,14 @@ impl Store {
                 Ok(())
             }
             Backend::Directory(directory) => {
-                let file = directory.join(key.file_name());
+                let file = directory.path.join(key.file_name());
                 let path = file.clone();
-                blocking(move || replace(&path, &bytes))
-                    .await
-                    .flatten()
-                    .map_err(|source| Error::Write { file, source })
+                let begun = Instant::now();
+                let saved = directory.write(key, move || replace(&path, &bytes)).await;
+                let record = key.kind();
+                histogram!(SECONDS, "record" => record).record(begun.elapsed());
+                counter!(FAILURES, "record" => record).increment(saved.is_err().into());
+                saved.map_err(|source| Error::Write { file, source })
             }
         }
     }
@@ -163,12 +184,10 @@ impl Store {
     /// where another claim has it. Nobody is kept from loading and saving without a claim.
     pub async fn claim(&self, key: &Key) -> Result<Option<Claim>, Error> {
         let Backend::Directory(directory) = &*self.0 else { return Ok(Some(Claim::of_memory())) };
-        let file = directory.join(key.file_name()).with_extension(LOCK);
+        let file = directory.path.join(key.file_name()).with_extension(LOCK);
         let path = file.clone();
-        blocking(move || Claim::of_file(&path))
-            .await
-            .flatten()
-            .map_err(|source| Error::Lock { file, source })
+        let claimed = directory.read(move || Claim::of_file(&path)).await;
+        claimed.flatten().map_err(|source| Error::Lock { file, source })
     }
 
     /// The slots in which usage is kept, or was.
@@ -179,7 +198,7 @@ impl Store {
                 lock(records).keys().filter_map(slot).collect()
             }
             Backend::Directory(directory) => {
-                let names = names_in(directory).await?;
+                let names = directory.names().await?;
                 let all = Slot::all();
                 all.filter(|slot| names.contains(&Key::Usage(*slot).file_name())).collect()
             }
@@ -199,7 +218,7 @@ impl Store {
                 lock(records).keys().filter_map(flags).collect()
             }
             Backend::Directory(directory) => {
-                let names = names_in(directory).await?;
+                let names = directory.names().await?;
                 names.iter().filter_map(|name| environment_of(name)).collect()
             }
         };
@@ -211,7 +230,7 @@ impl Store {
 impl fmt::Debug for Store {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &*self.0 {
-            Backend::Directory(directory) => write!(f, "Store({})", directory.display()),
+            Backend::Directory(directory) => write!(f, "Store({})", directory.path.display()),
             Backend::Memory(_) => f.write_str("Store(memory)"),
         }
     }
@@ -221,6 +240,22 @@ const FLAGS: &str = "flags-";
 const SUFFIX: &str = ".parapet";
 const TEMPORARY: &str = ".parapet-tmp";
 const LOCK: &str = "lock";
+
+/// How long a save may take, and a look at the directory.
+const SAVE_DEADLINE: Duration = Duration::from_secs(5);
+const READ_DEADLINE: Duration = Duration::from_secs(10);
+
+/// How many threads may be reading.
+const READERS: usize = 8;
+
+const SECONDS: &str = "parapet_store_save_seconds";
+const FAILURES: &str = "parapet_store_save_failures_total";
+
+/// Tells the metric registry what the metrics of this module mean.
+fn describe() {
+    describe_histogram!(SECONDS, Unit::Seconds, "Duration of saves by kind of record");
+    describe_counter!(FAILURES, "Saves that failed or took too long, by kind of record");
+}
 
 /// How old a file becomes that only a crash can have left: a save takes no such time, but another
 /// process may be about one right now.
@@ -237,7 +272,67 @@ const PLAIN: &AsciiSet = &{
     set
 };
 
+impl Directory {
+    /// Runs file operations that save the record of `key`, on a thread for such work.
+    async fn write(
+        &self,
+        key: &Key,
+        work: impl FnOnce() -> io::Result<()> + Send + 'static,
+    ) -> io::Result<()> {
+        let writer = Arc::clone(lock(&self.writers).entry(key.clone()).or_default());
+        let write = async {
+            let turn = writer.lock_owned().await;
+            let work = move || {
+                // The thread's: it may go on when nobody waits for it any more.
+                let _turn = turn;
+                work()
+            };
+            spawn_blocking(work).await.map_err(io::Error::other).flatten()
+        };
+        timeout(SAVE_DEADLINE, write).await.unwrap_or_else(|_| Err(no_answer(SAVE_DEADLINE)))
+    }
+
+    /// Runs file operations that save nothing.
+    async fn read<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> io::Result<T> {
+        let readers = Arc::clone(&self.readers);
+        let read = async {
+            let turn = readers.acquire_owned().await.map_err(io::Error::other)?;
+            let work = move || {
+                let _turn = turn;
+                work()
+            };
+            // Fails only when the runtime is going away.
+            spawn_blocking(work).await.map_err(io::Error::other)
+        };
+        timeout(READ_DEADLINE, read).await.unwrap_or_else(|_| Err(no_answer(READ_DEADLINE)))
+    }
+
+    async fn names(&self) -> Result<Vec<String>, Error> {
+        let path = self.path.clone();
+        let names = self.read(move || names(&path)).await.flatten();
+        names.map_err(|source| Error::Read { file: self.path.clone(), source })
+    }
+}
+
+fn no_answer(deadline: Duration) -> io::Error {
+    let text = format!("the file system does not answer within {deadline:?}");
+    io::Error::new(io::ErrorKind::TimedOut, text)
+}
+
 impl Key {
+    /// Its name in metrics.
+    fn kind(&self) -> &'static str {
+        match self {
+            Self::Flags(_) => "flags",
+            Self::Verdicts => "verdicts",
+            Self::Credentials(_) => "credentials",
+            Self::Usage(_) => "usage",
+        }
+    }
+
     fn file_name(&self) -> String {
         let encoded = |name: &Environment| utf8_percent_encode(name.as_str(), PLAIN).to_string();
         match self {
@@ -257,13 +352,8 @@ fn environment_of(file_name: &str) -> Option<Environment> {
     Some(Environment::new(&name))
 }
 
-fn lock(records: &Mutex<HashMap<Key, Bytes>>) -> MutexGuard<'_, HashMap<Key, Bytes>> {
+fn lock<T>(records: &Mutex<HashMap<Key, T>>) -> MutexGuard<'_, HashMap<Key, T>> {
     records.lock().expect("nothing panics while it holds this lock")
-}
-
-/// Runs file operations where they hold nobody up; fails only when the runtime is going away.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(io::Error::other)
 }
 
 /// Makes the directory, shows that it can be written to and removes what a crash has left.
@@ -293,14 +383,6 @@ fn remove_abandoned(file: &Path) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         removed => removed,
     }
-}
-
-async fn names_in(directory: &Path) -> Result<Vec<String>, Error> {
-    let path = directory.to_owned();
-    blocking(move || names(&path))
-        .await
-        .flatten()
-        .map_err(|source| Error::Read { file: directory.to_owned(), source })
 }
 
 fn names(directory: &Path) -> io::Result<Vec<String>> {
@@ -408,6 +490,27 @@ mod tests {
         assert_eq!(names(folder.path()).expect("names"), ["a"]);
         let left = names(&inside).expect("names");
         assert!(left.iter().all(|name| name.ends_with(SUFFIX)), "{left:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn disk_that_hangs_costs_one_thread_for_each_record_and_writes_nothing_old_later() {
+        let folder = tempfile::tempdir().expect("folder");
+        let store = Store::directory(folder.path()).expect("store");
+        let Backend::Directory(directory) = &*store.0 else { panic!("{store:?}") };
+        let hangs = Arc::clone(lock(&directory.writers).entry(Key::Verdicts).or_default());
+        // As if a thread of an earlier save had it.
+        let hangs = hangs.lock_owned().await;
+        for bytes in ["one", "two"] {
+            let begun = Instant::now();
+            let error = store.save(&Key::Verdicts, bytes).await.expect_err("it hangs");
+            let Error::Write { source, .. } = error else { panic!("{error:?}") };
+            assert_eq!((source.kind(), begun.elapsed()), (io::ErrorKind::TimedOut, SAVE_DEADLINE));
+        }
+        store.save(&Key::Usage(Slot::FIRST), "another").await.expect("save");
+        drop(hangs);
+        store.save(&Key::Verdicts, "three").await.expect("save");
+        let kept = store.load(&Key::Verdicts).await.expect("load");
+        assert_eq!(kept.as_deref(), Some(&b"three"[..]));
     }
 
     #[cfg(unix)]

@@ -13,8 +13,9 @@ mod precedence;
 mod publish;
 mod roll;
 mod round;
+mod saver;
 mod sources;
 mod told;
 pub mod upstream;
 
-pub use self::{course::Mode, followed::Config};
+pub use self::{course::Mode, followed::Config, saver::Saver};

@@ -5,12 +5,13 @@
 //! the registry, and `app` spawns the upkeep.
 
 use std::{
+    collections::BTreeMap,
     error::Error,
     io::{self, IsTerminal as _},
     iter,
     sync::{
-        Arc, OnceLock,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
     },
 };
 
@@ -155,9 +156,26 @@ fn install_recorder() -> PrometheusHandle {
 /// Once ready, nothing but draining makes it unready: losing the upstream does not.
 #[derive(Clone, Debug)]
 pub struct Readiness {
-    /// How many latches are not released.
-    pending: Arc<AtomicUsize>,
+    pending: Pending,
     draining: Arc<AtomicBool>,
+}
+
+/// What is waited for: a text for each latch that is not released, by their order.
+#[derive(Clone, Debug, Default)]
+struct Pending(Arc<Mutex<BTreeMap<u32, String>>>);
+
+impl Pending {
+    /// A panic under this lock leaves a whole map.
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u32, String>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn latch(&self) -> Latch {
+        let mut pending = self.lock();
+        let id = pending.last_key_value().map_or(0, |(last, _)| last + 1);
+        pending.insert(id, "the first flags of an environment".to_owned());
+        Latch { pending: self.clone(), id, is_released: AtomicBool::new(false) }
+    }
 }
 
 /// Something that must happen before the process is ready.
@@ -167,21 +185,27 @@ pub struct Readiness {
 #[derive(Debug)]
 #[must_use = "a process is never ready whose latch is dropped"]
 pub struct Latch {
-    pending: Arc<AtomicUsize>,
+    pending: Pending,
+    id: u32,
     is_released: AtomicBool,
 }
 
 impl Readiness {
     /// An unready process and its first latch.
     pub fn new() -> (Self, Latch) {
-        let pending = Arc::new(AtomicUsize::new(1));
-        let latch = Latch::of(&pending);
+        let pending = Pending::default();
+        let latch = pending.latch();
         (Self { pending, draining: Arc::default() }, latch)
     }
 
     /// Whether requests are welcome.
     pub fn is_ready(&self) -> bool {
-        self.pending.load(Ordering::Acquire) == 0 && !self.is_draining()
+        !self.is_draining() && self.pending.lock().is_empty()
+    }
+
+    /// What has to happen before requests are welcome.
+    pub fn waits_for(&self) -> Vec<String> {
+        self.pending.lock().values().cloned().collect()
     }
 
     /// Makes the process unready for good, because it is about to end.
@@ -196,21 +220,22 @@ impl Readiness {
 }
 
 impl Latch {
-    /// One of those that `pending` has counted.
-    fn of(pending: &Arc<AtomicUsize>) -> Self {
-        Self { pending: Arc::clone(pending), is_released: AtomicBool::new(false) }
-    }
-
     /// Another thing that must happen, to be made before this one is released.
     pub fn another(&self) -> Self {
-        self.pending.fetch_add(1, Ordering::Relaxed);
-        Self::of(&self.pending)
+        self.pending.latch()
+    }
+
+    /// Says what is waited for, for people to read.
+    pub fn waits_for(&self, what: impl Into<String>) {
+        if let Some(text) = self.pending.lock().get_mut(&self.id) {
+            *text = what.into();
+        }
     }
 
     /// Says that what was waited for has happened; saying it again changes nothing.
     pub fn release(&self) {
         if !self.is_released.swap(true, Ordering::Relaxed) {
-            self.pending.fetch_sub(1, Ordering::Release);
+            self.pending.lock().remove(&self.id);
         }
     }
 
@@ -232,8 +257,10 @@ mod tests {
         first.release();
         first.release();
         assert!(!readiness.is_ready());
+        second.waits_for("rain");
+        assert_eq!(readiness.waits_for(), ["rain"]);
         second.release();
-        assert!(readiness.is_ready());
+        assert!(readiness.is_ready() && readiness.waits_for().is_empty());
         readiness.drain();
         assert!(!readiness.is_ready());
     }

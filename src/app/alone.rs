@@ -37,7 +37,7 @@ pub(super) async fn offline(
     given.extend(grants(TokenKind::Admin, &offline.admin_tokens));
     let path = offline.bootstrap_file;
     let files = Files::new(path, environments(&given), snapshots.clone(), offline.reload_interval);
-    plan("offline", files, given, Store::memory(), latch).await
+    plan("offline", (files, snapshots), given, Store::memory(), latch).await
 }
 
 /// How many batches of usage may wait for the registry.
@@ -58,7 +58,7 @@ pub(super) async fn standalone(
     let named = environments(&given);
     let served = named.iter().cloned().chain(standalone.environments).collect();
     let files = Files::new(standalone.flags, served, snapshots.clone(), None);
-    let mut plan = plan("standalone", files, given, store, latch).await?;
+    let mut plan = plan("standalone", (files, snapshots), given, store, latch).await?;
     let (deliver, deliveries) = mpsc::channel(DELIVERIES);
     plan.sink = Sink::Registry(deliver);
     plan.control = Some((control, Arc::new(Mutex::new(deliveries))));
@@ -72,16 +72,20 @@ pub(super) async fn standalone(
     Ok(plan)
 }
 
-/// Serves the files; from then on the instance is ready.
+/// Serves the files; from then on the instance is ready, if they have flags of any environment.
 async fn plan(
     name: &'static str,
-    files: Files,
+    (files, snapshots): (Files, &Snapshots),
     given: Vec<(TokenDigest, Grant)>,
     store: Store,
     latch: Latch,
 ) -> Result<Plan, Error> {
     let source = Source::Files(files.start().await?);
-    latch.release();
+    if snapshots.environments().is_empty() {
+        latch.waits_for("an environment: no token names one, so that nobody can be served");
+    } else {
+        latch.release();
+    }
     let (authority, sink, upstream) = (Authority::Nobody, Sink::None, None);
     let (control, relays) = (None, false);
     Ok(Plan { name, source, authority, given, sink, upstream, relays, control, store })

@@ -11,7 +11,10 @@ use crate::{
     config::{self, Credentials as Given, Folder},
     snapshot::Snapshots,
     store::{self, Key, Store, edge_backup},
-    sync::upstream::{Follower, Wanted},
+    sync::{
+        Saver,
+        upstream::{Follower, Wanted},
+    },
     telemetry::{Latch, report},
     token::{Environment, Grant, Projects, Scope, Token, TokenKind},
     upstream::{Credentials, Upstream},
@@ -58,7 +61,7 @@ pub(super) async fn plan(
         Given::Given(tokens) => {
             if tokens.is_empty() {
                 info!(
-                    "No token is configured: the first valid client token of an environment that an SDK presents fetches its flags"
+                    "No token is configured: the first valid client token of an environment that an SDK presents fetches its flags, and until then this instance is not ready"
                 );
             }
             (Credentials::without_admin(), Wanted::Offered, None, tokens)
@@ -73,6 +76,7 @@ pub(super) async fn plan(
         discovered: Arc::clone(&discovered),
         snapshots: snapshots.clone(),
         store: store.clone(),
+        saver: Saver::new(store.clone()),
     };
     follower.restore().await;
     let backup = migrate(edge.backup_folder.path(), &follower).await;
@@ -149,6 +153,11 @@ async fn migrate(folder: &Path, follower: &Follower) -> Vec<(Token, Grant)> {
 }
 
 impl Edge {
+    /// Who saves the flags.
+    pub(super) fn saver(&self) -> Saver {
+        self.follower.saver.clone()
+    }
+
     /// Follows upstream until dropped.
     pub(super) async fn run(&self, auth: &Authenticator) {
         for (token, grant) in &self.backup {
@@ -164,7 +173,8 @@ impl Edge {
 /// the way, also one that upstream denied for a while.
 ///
 /// The latch is released when each has been judged once and those that are valid have flags: a
-/// mistyped token keeps nobody from the flags of the others. Without any valid one there are none.
+/// mistyped token keeps nobody from the flags of the others. Without any valid one there are none. While
+/// upstream cannot be asked, flags of an earlier run are enough.
 async fn take_tokens(tokens: &[Token], auth: &Authenticator, snapshots: &Snapshots, latch: &Latch) {
     if tokens.is_empty() {
         return latch.release();
@@ -197,6 +207,17 @@ async fn take_tokens(tokens: &[Token], auth: &Authenticator, snapshots: &Snapsho
             }
         };
         let waits_for_flags = judged && !latch.is_released() && !environments.is_empty();
+        if waits_for_flags {
+            let names: Vec<_> = environments.iter().map(Environment::as_str).collect();
+            latch.waits_for(format!("the first flags of {}", names.join(", ")));
+        } else if !judged {
+            latch.waits_for("upstream's answer to the configured tokens");
+            if !snapshots.environments().is_empty() {
+                latch.release();
+            }
+        } else {
+            latch.waits_for("a configured client token that upstream accepts");
+        }
         tokio::select! {
             () = sleep(if judged { LOOK_AGAIN_AFTER } else { ASK_AGAIN_AFTER }) => {}
             () = flags_are_there, if waits_for_flags => latch.release(),

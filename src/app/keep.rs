@@ -58,6 +58,20 @@ impl Keeper {
     /// did: only a crash in the middle of that counts twice. Not to be dropped while it runs: a
     /// write goes on without it and may end after a later one.
     pub(super) async fn run(&self, stop: &CancellationToken) {
+        // A disk that hangs with one record does not hold up the other.
+        tokio::join!(self.run_verdicts(stop), self.run_usage(stop));
+    }
+
+    async fn run_verdicts(&self, stop: &CancellationToken) {
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = sleep(SAVE_EVERY) => self.store_verdicts().await,
+            }
+        }
+    }
+
+    async fn run_usage(&self, stop: &CancellationToken) {
         // What an earlier run left was restored, and is the first to be replaced.
         let mut stored = None;
         let mut adopted = Instant::now();
@@ -67,7 +81,6 @@ impl Keeper {
                 () = sleep(SAVE_EVERY) => {}
                 () = self.usage.settled() => {}
             }
-            self.store_verdicts().await;
             if adopted.elapsed() >= ADOPT_EVERY {
                 adopted = Instant::now();
                 if self.spools.adopt(&self.usage).await {
@@ -81,7 +94,10 @@ impl Keeper {
 
     /// Stores everything, at the end.
     pub(super) async fn finish(&self) {
-        self.store_verdicts().await;
+        tokio::join!(self.store_verdicts(), self.finish_usage());
+    }
+
+    async fn finish_usage(&self) {
         // Nothing left is stored too: the next start must not send what has been sent.
         let left = self.usage.save().unwrap_or_default();
         if let Err(error) = self.spools.save(left).await {

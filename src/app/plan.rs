@@ -9,7 +9,7 @@ use crate::{
     auth::{Authenticator, Authority},
     control::{self, Control},
     store::{self, Store},
-    sync::files,
+    sync::{Saver, files},
     token::{Grant, TokenDigest},
     upstream::{self, Upstream},
     usage::{Delivery, Sink},
@@ -73,6 +73,14 @@ pub(super) enum Source {
 }
 
 impl Source {
+    /// Who saves its flags, where they are to outlive the process.
+    pub(super) fn saver(&self) -> Option<Saver> {
+        match self {
+            Self::Files(_) => None,
+            Self::Upstream(edge) => Some(edge.saver()),
+        }
+    }
+
     /// Keeps flags current from now on.
     pub(super) fn spawn(self, workers: &mut Tasks, auth: &Authenticator) {
         match self {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use metrics::{Unit, describe_counter, describe_gauge, gauge};
 use metrics_exporter_prometheus::PrometheusHandle;
+use serde_json::json;
 use tokio::time::Instant;
 
 use super::{
@@ -58,17 +59,20 @@ impl Ops {
         reply::ok(r#"{"status":"OK"}"#)
     }
 
-    /// Ready once every configured environment has had flags; from then until it drains.
+    /// Ready once every configured environment has had flags, and there are flags to serve; from then
+    /// until it drains.
     pub fn ready(&self) -> Reply {
         if self.readiness.is_ready() {
             return reply::probe(true, r#"{"status":"READY"}"#);
         }
-        let why = if self.readiness.is_draining() {
-            r#"{"status":"DRAINING","error":"Parapet is about to end"}"#
-        } else {
-            r#"{"status":"NOTREADY","error":"Parapet waits for the first flags of an environment"}"#
-        };
-        reply::probe(false, why)
+        if self.readiness.is_draining() {
+            return reply::probe(
+                false,
+                r#"{"status":"DRAINING","error":"Parapet is about to end"}"#,
+            );
+        }
+        let error = format!("Parapet waits for {}", self.readiness.waits_for().join(", and for "));
+        reply::probe(false, json!({"status": "NOTREADY", "error": error}).to_string())
     }
 
     /// The Prometheus exposition; what depends on the clock or changes at all times is measured now.

@@ -20,12 +20,12 @@ use super::{
     pace::Pace,
     publish::publish,
     round::{Asked, Failure, Round},
+    saver::Saver,
     sources::{Received, Sources, merged},
     told::{self, Reached, Step},
 };
 use crate::{
-    snapshot::{Filter, Segments, Snapshot, Snapshots, body::Coding},
-    store::{Key, Store},
+    snapshot::Snapshots,
     telemetry::report,
     token::{Environment, Scope},
     upstream::{Credentials, Upstream},
@@ -55,7 +55,7 @@ pub(super) struct Means {
     pub(super) upstream: Upstream,
     pub(super) credentials: Credentials,
     pub(super) snapshots: Snapshots,
-    pub(super) store: Store,
+    pub(super) saver: Saver,
 }
 
 /// An environment, and what is known of it.
@@ -210,7 +210,7 @@ impl Followed {
             let published = publish(&means.snapshots, scope, confirmed, make).await?;
             sources.published();
             if let Some(snapshot) = published {
-                means.keep(&snapshot).await;
+                means.saver.save(snapshot);
             }
         } else if whole && let (Some(served), Some(heard)) = (served, heard) {
             served.confirm(heard);
@@ -374,19 +374,6 @@ impl Followed {
             (Way::Polls | Way::PollsFor(_), _) => {
                 info!(%environment, error, "Polls upstream: {why}");
             }
-        }
-    }
-}
-
-impl Means {
-    /// Stores what is served.
-    async fn keep(&self, snapshot: &Snapshot) {
-        // Its query says whose flags these are.
-        let all = snapshot.listing(snapshot.projects(), Filter::default(), Segments::Separate);
-        let text = all.make(Coding::Identity).bytes.clone();
-        let key = Key::Flags(snapshot.environment().clone());
-        if let Err(error) = self.store.save(&key, text).await {
-            warn!(error = report(&error), "Cannot store flags");
         }
     }
 }

@@ -20,6 +20,7 @@ use super::{
     pace::Pace,
     publish::publish,
     roll::Roll,
+    saver::Saver,
 };
 use crate::{
     snapshot::{Served, Snapshots},
@@ -64,6 +65,8 @@ pub struct Follower {
     pub snapshots: Snapshots,
     /// Where flags are kept for a start without upstream.
     pub store: Store,
+    /// By whom they are saved there.
+    pub saver: Saver,
 }
 
 impl Follower {
@@ -109,7 +112,7 @@ impl Follower {
 
     /// Follows every wanted environment until dropped; those that upstream has no more, or has
     /// disabled, are neither followed nor served. The latch is released when each of those wanted
-    /// at the start has had flags.
+    /// at the start has had flags, and there are flags to serve at all.
     pub async fn run(self, latch: &Latch) {
         lines::describe();
         let (tell, first) = oneshot::channel();
@@ -119,11 +122,20 @@ impl Follower {
     /// Releases the latch when each environment that was found first has had flags, or is not served
     /// any more.
     async fn await_first(&self, first: oneshot::Receiver<BTreeSet<Environment>>, latch: &Latch) {
+        if self.expects_environments() {
+            latch.waits_for("upstream's list of environments");
+        }
         // Told by the loop beside this one, which does not end.
         let Ok(first) = first.await else { return };
         for environment in &first {
+            latch.waits_for(format!("the first flags of environment {environment}"));
             self.snapshots.wait_for(environment).await;
         }
+        latch.waits_for(
+            "a valid client token, which brings the first flags: none is configured, or upstream \
+             accepts none of them",
+        );
+        self.snapshots.wait_for_any().await;
         latch.release();
     }
 
@@ -220,7 +232,7 @@ impl Follower {
 
     /// Follows one environment.
     fn followed(&self, environment: Environment) -> Followed {
-        let Self { config, upstream, credentials, snapshots, store, .. } = self.clone();
-        Followed::new(environment, Means { config, upstream, credentials, snapshots, store })
+        let Self { config, upstream, credentials, snapshots, saver, .. } = self.clone();
+        Followed::new(environment, Means { config, upstream, credentials, snapshots, saver })
     }
 }

@@ -23,6 +23,7 @@ use tokio::{net::TcpListener, sync::mpsc, task::AbortHandle, time::timeout};
 
 use super::*;
 use crate::{
+    store::Store,
     token::{Grant, Projects, Token, TokenKind},
     upstream::scripted::config,
 };
@@ -94,7 +95,7 @@ impl Bed {
             upstream: Upstream::new(config(&url)).unwrap(),
             credentials,
             snapshots: snapshots.clone(),
-            store: Store::memory(),
+            saver: Saver::new(Store::memory()),
         };
         let mut followed = Followed::new(environment, means);
         followed.held_for = held_for;
