@@ -45,9 +45,10 @@
 //! the snapshot is the current one, they are not even read.
 //!
 //! **A refresh.** [`sync`] asks [`upstream`] with a token that its `Credentials` have found or
-//! minted, reads the document ([`wire::features`]) without losing a byte of any flag, compiles it
+//! minted, reads the document ([`wire::features`]) without losing a byte of any flag, takes of each
+//! project the newest state where several tokens see it, compiles it
 //! ([`engine`]), builds the bodies that the previous snapshot had been asked for, answers what
-//! frontends asked it before ([`answers::prepare`]), swaps, and stores. What did not change is shared:
+//! frontends asked it before ([`answers::prepare`]), swaps, and has it saved by a task of its own. What did not change is shared:
 //! the text of flags, their compiled form, their JSON, and whole bodies. A malformed flag is a reported problem and never an abort. Where upstream tells by a stream what
 //! changes, that is applied to what is known instead, and nothing is polled as long as it tells.
 //!
@@ -75,6 +76,7 @@
 //!
 //! * No snapshot is ever emptied by a failing upstream, whatever its status.
 //! * No request waits for upstream but one with a first-seen token, and that with a deadline.
+//! * No request and no flag waits for a disk once the instance serves.
 //! * No plaintext token outside [`token::Token`]; stores hold digests, or what is sealed under a key
 //!   derived from the admin token.
 //! * No typed round trip of flag configuration: text that came is text that goes.

@@ -180,6 +180,14 @@ impl Store {
         }
     }
 
+    /// Has every save of this record hang until the guard is dropped, as if a thread of an earlier one did.
+    #[cfg(test)]
+    pub(crate) async fn stall(&self, key: &Key) -> tokio::sync::OwnedMutexGuard<()> {
+        let Backend::Directory(directory) = &*self.0 else { panic!("{self:?}") };
+        let writer = Arc::clone(lock(&directory.writers).entry(key.clone()).or_default());
+        writer.lock_owned().await
+    }
+
     /// Makes the record of `key` this claim's alone until it is dropped or the process ends; none
     /// where another claim has it. Nobody is kept from loading and saving without a claim.
     pub async fn claim(&self, key: &Key) -> Result<Option<Claim>, Error> {
@@ -496,10 +504,7 @@ mod tests {
     async fn disk_that_hangs_costs_one_thread_for_each_record_and_writes_nothing_old_later() {
         let folder = tempfile::tempdir().expect("folder");
         let store = Store::directory(folder.path()).expect("store");
-        let Backend::Directory(directory) = &*store.0 else { panic!("{store:?}") };
-        let hangs = Arc::clone(lock(&directory.writers).entry(Key::Verdicts).or_default());
-        // As if a thread of an earlier save had it.
-        let hangs = hangs.lock_owned().await;
+        let hangs = store.stall(&Key::Verdicts).await;
         for bytes in ["one", "two"] {
             let begun = Instant::now();
             let error = store.save(&Key::Verdicts, bytes).await.expect_err("it hangs");

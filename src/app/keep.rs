@@ -135,7 +135,7 @@ mod tests {
     use super::*;
     use crate::{
         auth::{self, Authority},
-        token::{Environment, Projects, Scope},
+        token::{Environment, Grant, Projects, Scope, Token, TokenKind},
         usage::{self, SdkKind},
         wire::usage::{ClientMetrics, ConnectVia},
     };
@@ -220,6 +220,31 @@ mod tests {
         assert_eq!(waiting(&start(folder.path()).await), 7);
         // And once more, from a record that was emptied by its second owner.
         assert_eq!(waiting(&start(folder.path()).await), 7);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn disk_that_hangs_with_verdicts_holds_up_neither_usage_nor_the_end() {
+        let folder = tempfile::tempdir().expect("folder");
+        let keeper = start(folder.path()).await;
+        let scope = Scope { environment: Environment::new("dev"), projects: Projects::All };
+        let token = Token::parse("*:dev.0123456789abcdef").expect("token");
+        keeper.auth.import(&token, &Grant { kind: TokenKind::Client, scope });
+        let _hangs = keeper.store.stall(&Key::Verdicts).await;
+        count(&keeper, 7);
+        let _ = keeper.usage.save();
+        let (stop, begun) = (CancellationToken::new(), Instant::now());
+        tokio::join!(keeper.run(&stop), async {
+            let record = folder.path().join("usage.parapet");
+            let is_stored =
+                || std::fs::read_to_string(&record).is_ok_and(|it| it.contains("\"f\""));
+            while !is_stored() {
+                sleep(SAVE_EVERY / 10).await;
+                assert!(begun.elapsed() < SAVE_EVERY * 2, "usage waits for verdicts");
+            }
+            stop.cancel();
+        });
+        keeper.finish().await;
+        assert!(begun.elapsed() < Duration::from_mins(1));
     }
 
     #[tokio::test(start_paused = true)]

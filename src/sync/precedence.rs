@@ -379,10 +379,11 @@ impl History {
     }
 
     /// Whether a view may lead although its place is not known: it changed later than the leader's, or
-    /// the leader shows no flags at all.
+    /// no flag of the project was ever seen.
     fn may_overtake(&self, view: &View) -> bool {
         let is_last_change = view.has_changed && view.since >= self.since;
-        !view.is_placed && (is_last_change || self.states.back() == Some(&NOTHING))
+        let was_empty = self.first == 0 && self.states.iter().eq([&NOTHING]);
+        !view.is_placed && (is_last_change || was_empty)
     }
 
     /// When time decides about a view whose place is not known.

@@ -148,7 +148,7 @@ async fn take(
             });
             let (received, revision, is_news, gone) = read.await?.map_err(Failure::Document)?;
             let now = Instant::now();
-            if sources.is_outdated(&digest, revision, now) {
+            if is_news && sources.is_outdated(&digest, revision, now) {
                 debug!(revision, "Upstream has answered with an older revision than before");
                 return Ok(prefers_streaming);
             }

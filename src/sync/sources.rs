@@ -232,7 +232,7 @@ impl Sources {
         let digest = credential.token.digest();
         match self.fetched.get_mut(&digest) {
             Some(source) if !is_news => {
-                source.revision = received.revision;
+                source.revision = source.revision.max(received.revision);
                 self.confirm(credential, now);
                 if let Some(source) = self.fetched.get_mut(&digest) {
                     source.etag = etag;

@@ -323,7 +323,7 @@ async fn without_any_token_the_first_sdk_of_an_environment_brings_its_flags() {
         let parapet = Parapet::edge(&unleash.url())
             .impatient()
             .flag("--edge-request-timeout", "9")
-            .start()
+            .start_listening()
             .await;
         // A frontend token is valid, but cannot fetch flags.
         let (status, _) = parapet.get("/api/frontend", &frontend).await;

@@ -547,7 +547,8 @@ async fn a_network_that_fails_changes_nothing_and_is_followed_through_again() {
 async fn the_stream_of_a_token_that_is_revoked_is_closed_and_takes_no_flags_away() {
     let (upstream, url) = Upstream::start(Offer::Stream).await;
     let edge = Parapet::edge(&url).flag("--token-revalidation-interval-seconds", "0.5");
-    let parapet = edge.flag("--features-refresh-interval-seconds", "3600").start().await;
+    let edge = edge.flag("--features-refresh-interval-seconds", "3600");
+    let parapet = edge.start_listening().await;
     assert_eq!(served(&parapet).await, ["first"], "it waits for the flags of a first-seen token");
     until_said(&parapet, FOLLOWS, 1).await;
     upstream.state().revoked = true;
@@ -579,7 +580,7 @@ async fn each_token_that_is_needed_has_a_stream_of_its_own() {
     let offline = Parapet::mode("offline").flag("--bootstrap-file", &file);
     let upstream = offline.env("CLIENT_TOKENS", tokens.join(",")).start().await;
     let edge = Parapet::edge(&upstream.url()).flag("--features-refresh-interval-seconds", "3600");
-    let parapet = edge.start().await;
+    let parapet = edge.start_listening().await;
     let served = async |at: usize| {
         let (_, body) = parapet.get(FEATURES, &tokens[at]).await;
         body["features"][0]["name"].as_str().map(str::to_owned)

@@ -34,6 +34,8 @@ mod flood;
 mod follow;
 /// Frontends that follow changes.
 mod following;
+/// An edge whose tokens overlap and lag, whose disk hangs, or that has nothing to serve yet.
+mod freshness;
 /// The API of frontend SDKs.
 mod frontend_api;
 /// What of a request becomes its context.

@@ -122,7 +122,7 @@ async fn without_an_admin_token_a_refused_token_is_asked_for_again_after_the_inv
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
         let proxy = ChaosProxy::start(&unleash.url()).await;
         let token = unleash.create_token(Kind::Backend, HERE, &["*"], "revocation-new").await;
-        let parapet = Parapet::edge(&proxy.url()).impatient().start().await;
+        let parapet = Parapet::edge(&proxy.url()).impatient().start_listening().await;
         // Unleash remembers for five minutes which tokens it did not know, so it is not asked while it does not.
         let body = r#"{"tokens":[]}"#;
         proxy.set(Fault::Answer { status: StatusCode::OK, headers: Vec::new(), body }).await;

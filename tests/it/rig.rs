@@ -19,7 +19,7 @@ pub(crate) use chaos::{ChaosProxy, Fault};
 pub(crate) use driver::Driver;
 pub(crate) use events::Events;
 pub(crate) use net::{http, until};
-pub(crate) use parapet::Parapet;
+pub(crate) use parapet::{Parapet, Setup};
 pub(crate) use postgres::Postgres;
 pub(crate) use process::{node, tests_dir};
 pub(crate) use sdk::{Evaluation, Sdk};

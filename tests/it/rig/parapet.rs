@@ -69,6 +69,13 @@ impl Setup {
         parapet
     }
 
+    /// Starts it and waits until it listens: an edge without tokens has nothing to serve yet, and is not ready.
+    pub(crate) async fn start_listening(self) -> Parapet {
+        let parapet = self.spawn();
+        parapet.wait_until_listening().await;
+        parapet
+    }
+
     /// Starts it and waits for nothing.
     pub(crate) fn spawn(self) -> Parapet {
         let directory = tempfile::Builder::new().prefix("parapet-data-").tempdir().unwrap();
@@ -181,12 +188,21 @@ impl Parapet {
     /// Waits until `/internal-backstage/ready` says 200; panics with the log if the process ends or three minutes pass:
     /// what it needs from upstream it may have to ask for twice, a minute apart.
     pub(crate) async fn wait_until_ready(&self) {
-        let ready = format!("{}/internal-backstage/ready", self.url());
-        until("Parapet is ready", Duration::from_mins(3), async || {
+        self.wait_until_probe_succeeds("ready").await;
+    }
+
+    /// Waits until `/internal-backstage/health` says 200: requests are answered, with flags or without.
+    pub(crate) async fn wait_until_listening(&self) {
+        self.wait_until_probe_succeeds("health").await;
+    }
+
+    async fn wait_until_probe_succeeds(&self, probe: &str) {
+        let url = format!("{}/internal-backstage/{probe}", self.url());
+        until(&format!("Parapet answers {probe}"), Duration::from_mins(3), async || {
             if let Some(status) = self.ended() {
                 panic!("parapet ended with {status}; it printed:\n{}", self.log());
             }
-            let answer = http().get(&ready).send().await;
+            let answer = http().get(&url).send().await;
             answer.is_ok_and(|answer| answer.status().is_success()).then_some(())
         })
         .await;

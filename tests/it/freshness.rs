@@ -1,0 +1,376 @@
+//! An edge never serves an older state after a newer one, never reports stale flags as fresh, and is not ready before
+//! there are flags to serve; a disk that hangs changes none of that.
+//!
+//! The upstream is made up: a real one shows the same state to every token, and has no replicas that lag.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Full};
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper::{Request, Response};
+use hyper_util::rt::TokioIo;
+use reqwest::StatusCode;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+
+use crate::rig::{Parapet, Setup, secrets, until};
+
+const ALL: &str = "*:development.all-projects-0123456789abcdef0123456789";
+const A: &str = "a:development.project-a-only-0123456789abcdef01234567";
+const C: &str = "c:development.project-c-only-0123456789abcdef01234567";
+const C_FRONTEND: &str = "c:development.frontend-of-c-0123456789abcdef01234567";
+const A_AND_B: &str = "[]:development.projects-a-and-b-0123456789abcdef01234";
+const B_AND_C: &str = "[]:development.projects-b-and-c-0123456789abcdef01234";
+
+const FEATURES: &str = "/api/client/features";
+const SOON: Duration = Duration::from_mins(1);
+const AGE: &str = r#"parapet_snapshot_age_seconds{environment="development"}"#;
+const SWAPS: &str = r#"parapet_snapshot_swaps_total{environment="development"}"#;
+
+/// The projects of a token, as `/edge/validate` lists them.
+fn projects(token: &str) -> &'static [&'static str] {
+    match token {
+        A => &["a"],
+        C | C_FRONTEND => &["c"],
+        A_AND_B => &["a", "b"],
+        B_AND_C => &["b", "c"],
+        _ => &["*"],
+    }
+}
+
+#[derive(Default)]
+struct State {
+    /// The flags that each token sees, as `project/name`.
+    flags: BTreeMap<&'static str, Vec<&'static str>>,
+    /// How often flags were requested with each token.
+    polls: BTreeMap<String, usize>,
+    /// Whether responses have an entity tag.
+    has_tags: bool,
+}
+
+#[derive(Clone, Default)]
+struct Upstream(Arc<Mutex<State>>);
+
+impl Upstream {
+    async fn start() -> (Self, String) {
+        for token in [ALL, A, C, C_FRONTEND, A_AND_B, B_AND_C] {
+            secrets::remember(token);
+        }
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let upstream = Self::default();
+        let shared = upstream.clone();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let upstream = shared.clone();
+                let service = service_fn(move |request| {
+                    let upstream = upstream.clone();
+                    async move { Ok::<_, Infallible>(upstream.respond(request).await) }
+                });
+                let http = hyper::server::conn::http1::Builder::new();
+                tokio::spawn(http.serve_connection(TokioIo::new(stream), service));
+            }
+        });
+        (upstream, url)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn show(&self, token: &'static str, flags: &[&'static str]) {
+        self.state().flags.insert(token, flags.to_vec());
+    }
+
+    /// Waits until flags have been requested twice more with each token: the first response has been dealt with.
+    async fn until_polled(&self, tokens: &[&str]) {
+        let polls = |token: &str| self.state().polls.get(token).copied().unwrap_or_default();
+        let wanted: Vec<_> = tokens.iter().map(|token| (*token, polls(token) + 2)).collect();
+        until("flags are requested", SOON, async || {
+            wanted.iter().all(|(token, count)| polls(token) >= *count).then_some(())
+        })
+        .await;
+    }
+
+    async fn respond(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
+        let (head, body) = request.into_parts();
+        let body = body.collect().await.unwrap().to_bytes();
+        let header = |name| head.headers.get(name).map_or("", |it| it.to_str().unwrap());
+        let mut state = self.state();
+        match head.uri.path() {
+            "/edge/validate" => {
+                let question: Value = serde_json::from_slice(&body).unwrap();
+                let tokens = question["tokens"].as_array().unwrap().iter();
+                let valid = tokens.map(|it| {
+                    let token = it.as_str().unwrap();
+                    let kind = if token == C_FRONTEND { "frontend" } else { "client" };
+                    json!({"token": token, "type": kind, "environment": "development", "projects": projects(token)})
+                });
+                respond(StatusCode::OK, &json!({ "tokens": valid.collect::<Vec<_>>() }))
+            }
+            FEATURES => {
+                let token = header("authorization");
+                *state.polls.entry(token.to_owned()).or_default() += 1;
+                let flags = state.flags.get(token).cloned().unwrap_or_default();
+                let etag = format!("\"{}\"", flags.join(" "));
+                if state.has_tags && header("if-none-match") == etag {
+                    return respond(StatusCode::NOT_MODIFIED, &Value::Null);
+                }
+                let polls = state.polls[token];
+                let flags = flags.iter().map(|flag| {
+                    let (project, name) = flag.split_once('/').unwrap();
+                    json!({"name": name, "project": project, "enabled": true, "strategies": [{"name": "default"}]})
+                });
+                // What differs from response to response is no change of flags.
+                let body = json!({"version": 2, "features": flags.collect::<Vec<_>>(), "meta": {"revisionId": polls}});
+                let mut response = respond(StatusCode::OK, &body);
+                if state.has_tags {
+                    response.headers_mut().insert("etag", etag.parse().unwrap());
+                }
+                response
+            }
+            _ => respond(StatusCode::NOT_FOUND, &Value::Null),
+        }
+    }
+}
+
+fn respond(status: StatusCode, body: &Value) -> Response<Full<Bytes>> {
+    Response::builder().status(status).body(Full::from(body.to_string())).unwrap()
+}
+
+/// An edge that polls twice a second.
+fn edge(url: &str) -> Setup {
+    Parapet::edge(url).impatient().flag("--upstream-mode", "poll")
+}
+
+/// The names of the flags that a token is served; the status if it is served none.
+async fn served(parapet: &Parapet, token: &str) -> Result<Vec<String>, StatusCode> {
+    let (path, list) =
+        if token == C_FRONTEND { ("/api/frontend", "toggles") } else { (FEATURES, "features") };
+    let (status, body) = parapet.get(path, token).await;
+    if status != StatusCode::OK {
+        return Err(status);
+    }
+    let flags = body[list].as_array().unwrap().iter();
+    Ok(flags.map(|flag| flag["name"].as_str().unwrap().to_owned()).collect())
+}
+
+async fn until_served(parapet: &Parapet, token: &str, names: &[&str]) {
+    let wanted = Ok(names.iter().map(|&name| name.to_owned()).collect());
+    until(&format!("{names:?} are served"), SOON, async || {
+        (served(parapet, token).await == wanted).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn flags_that_no_token_in_use_sees_are_gone_after_a_restart() {
+    let (upstream, url) = Upstream::start().await;
+    upstream.show(ALL, &["a/a1", "c/c1"]);
+    upstream.show(A, &["a/a1"]);
+    let parapet = edge(&url).start_listening().await;
+    until_served(&parapet, ALL, &["a1", "c1"]).await;
+    until_served(&parapet, C_FRONTEND, &["c1"]).await;
+    parapet.wait_until_kept("c1").await;
+    parapet.wait_until_kept("c:development.fron****").await;
+    parapet.terminate().await;
+
+    // Project c changes, and from now on only a token of project a is in use.
+    upstream.show(A, &["a/a2"]);
+    parapet.restart();
+    parapet.wait_until_ready().await;
+    assert_eq!(served(&parapet, C_FRONTEND).await, Ok(vec!["c1".to_owned()]));
+    let age = parapet.metric(AGE).await.unwrap();
+    assert!(age > 1e6, "nothing has confirmed these flags since the start: {age}");
+    until_served(&parapet, A, &["a2"]).await;
+    assert_eq!(served(&parapet, C_FRONTEND).await, Err(StatusCode::SERVICE_UNAVAILABLE));
+    assert!(parapet.metric(AGE).await.unwrap() < 60.0);
+    // Not brought back by the next start either.
+    parapet.wait_until_kept("a2").await;
+    parapet.kill();
+    parapet.restart();
+    parapet.wait_until_ready().await;
+    assert_eq!(served(&parapet, C_FRONTEND).await, Err(StatusCode::SERVICE_UNAVAILABLE));
+    until_served(&parapet, C, &[]).await;
+}
+
+#[tokio::test]
+async fn newest_state_of_a_project_that_two_tokens_see_is_served() {
+    let (upstream, url) = Upstream::start().await;
+    let (mut one, mut two) = (vec!["a/a1", "b/b1"], vec!["b/b1", "c/c1"]);
+    upstream.show(A_AND_B, &one);
+    upstream.show(B_AND_C, &two);
+    let parapet = edge(&url).env("TOKENS", format!("{A_AND_B},{B_AND_C}")).start().await;
+    until_served(&parapet, A_AND_B, &["a1", "b1"]).await;
+    until_served(&parapet, B_AND_C, &["b1", "c1"]).await;
+    // Whichever token is the first to see a change of project b, the other sees only changes of its own project.
+    for round in [["b/b2", "c/c2", "a/a2"], ["b/b3", "a/a3", "c/c3"]] {
+        let [b, first, second] = round;
+        let leads = if first.starts_with('c') { A_AND_B } else { B_AND_C };
+        let before = one[1];
+        let set = |flags: &mut Vec<&'static str>, flag: &'static str| {
+            let at = flags.iter().position(|it| it[..2] == flag[..2]).unwrap();
+            flags[at] = flag;
+        };
+        let name = |flag: &str| flag[2..].to_owned();
+        set(if leads == A_AND_B { &mut one } else { &mut two }, b);
+        upstream.show(A_AND_B, &one);
+        upstream.show(B_AND_C, &two);
+        until("the first token's change is served to both", SOON, async || {
+            let both =
+                [served(&parapet, A_AND_B).await.ok()?, served(&parapet, B_AND_C).await.ok()?];
+            both.iter().all(|names| names.contains(&name(b))).then_some(())
+        })
+        .await;
+        for flag in [first, second] {
+            set(if flag.starts_with('a') { &mut one } else { &mut two }, flag);
+            upstream.show(A_AND_B, &one);
+            upstream.show(B_AND_C, &two);
+            let token = if flag.starts_with('a') { A_AND_B } else { B_AND_C };
+            until("the other change is served", SOON, async || {
+                let names = served(&parapet, token).await.ok()?;
+                assert!(
+                    !names.contains(&name(before)),
+                    "an older state is served again: {names:?}"
+                );
+                names.contains(&name(flag)).then_some(())
+            })
+            .await;
+        }
+        set(&mut one, b);
+        set(&mut two, b);
+        upstream.show(A_AND_B, &one);
+        upstream.show(B_AND_C, &two);
+        upstream.until_polled(&[A_AND_B, B_AND_C]).await;
+    }
+    until_served(&parapet, A_AND_B, &["a3", "b3"]).await;
+    until_served(&parapet, B_AND_C, &["b3", "c3"]).await;
+}
+
+#[tokio::test]
+async fn unchanged_flags_without_an_entity_tag_are_confirmed_and_neither_swapped_nor_saved() {
+    let (upstream, url) = Upstream::start().await;
+    upstream.show(ALL, &["a/a1"]);
+    let parapet = edge(&url).env("TOKENS", ALL).start().await;
+    until_served(&parapet, ALL, &["a1"]).await;
+    parapet.wait_until_kept("a1").await;
+    let record = parapet.data_dir().join("backup/flags-development.parapet");
+    let saved = || std::fs::metadata(&record).unwrap().modified().unwrap();
+    let before = (parapet.metric(SWAPS).await, saved());
+    for _ in 0..3 {
+        upstream.until_polled(&[ALL]).await;
+    }
+    assert_eq!((parapet.metric(SWAPS).await, saved()), before);
+    assert!(parapet.metric(AGE).await.unwrap() < 60.0);
+    upstream.show(ALL, &["a/a2"]);
+    until_served(&parapet, ALL, &["a2"]).await;
+    assert_eq!(parapet.metric(SWAPS).await, before.0.map(|swaps| swaps + 1.0));
+}
+
+/// A library for `LD_PRELOAD` with which a file system hangs: `rename` waits as long as the file named by `HANG` exists.
+fn hanging_disk(folder: &Path) -> PathBuf {
+    const SOURCE: &str = r#"
+        #define _GNU_SOURCE
+        #include <dlfcn.h>
+        #include <stdlib.h>
+        #include <string.h>
+        #include <unistd.h>
+        int rename(const char *from, const char *to) {
+            const char *marker = getenv("HANG");
+            size_t length = strlen(to);
+            if (marker && length > 8 && !strcmp(to + length - 8, ".parapet"))
+                while (!access(marker, F_OK)) usleep(20000);
+            int (*real)(const char *, const char *) = dlsym(RTLD_NEXT, "rename");
+            return real(from, to);
+        }"#;
+    let (source, library) = (folder.join("hang.c"), folder.join("hang.so"));
+    std::fs::write(&source, SOURCE).unwrap();
+    let mut compiler = Command::new("cc");
+    let compiled = compiler.args(["-shared", "-fPIC", "-o"]).arg(&library).arg(&source).status();
+    assert!(compiled.unwrap().success());
+    library
+}
+
+#[tokio::test]
+async fn disk_that_hangs_stops_neither_flags_nor_the_end() {
+    let (upstream, url) = Upstream::start().await;
+    upstream.show(ALL, &["a/a1"]);
+    let folder = tempfile::tempdir().unwrap();
+    let marker = folder.path().join("hangs");
+    let setup = edge(&url).env("TOKENS", ALL).env("HANG", &marker);
+    let parapet = setup.env("LD_PRELOAD", hanging_disk(folder.path())).start().await;
+    until_served(&parapet, ALL, &["a1"]).await;
+    parapet.wait_until_kept("a1").await;
+
+    std::fs::write(&marker, "").unwrap();
+    for flag in ["a/a2", "a/a3", "a/a4"] {
+        upstream.show(ALL, &[flag]);
+        until_served(&parapet, ALL, &[&flag[2..]]).await;
+    }
+    until("the operator can see it", SOON, async || {
+        let failures = r#"parapet_store_save_failures_total{record="flags"}"#;
+        parapet.metric(failures).await.filter(|count| *count > 0.0)
+    })
+    .await;
+    assert!(parapet.metric(AGE).await.unwrap() < 60.0);
+    std::fs::remove_file(&marker).unwrap();
+    parapet.wait_until_kept("a4").await;
+
+    std::fs::write(&marker, "").unwrap();
+    upstream.show(ALL, &["a/a5"]);
+    until_served(&parapet, ALL, &["a5"]).await;
+    assert!(parapet.terminate().await.success(), "it ends although the disk hangs");
+}
+
+/// The status and the body of `/ready`.
+async fn ready(parapet: &Parapet) -> (StatusCode, Value) {
+    parapet.get("/internal-backstage/ready", "").await
+}
+
+#[tokio::test]
+async fn edge_without_tokens_is_ready_once_a_client_token_has_brought_flags() {
+    let (upstream, url) = Upstream::start().await;
+    upstream.show(ALL, &["a/a1"]);
+    let parapet = edge(&url).start_listening().await;
+    let (status, body) = ready(&parapet).await;
+    assert_eq!((status, &body["status"]), (StatusCode::SERVICE_UNAVAILABLE, &json!("NOTREADY")));
+    assert!(body["error"].as_str().unwrap().contains("token"), "{body}");
+    until_served(&parapet, ALL, &["a1"]).await;
+    parapet.wait_until_ready().await;
+    parapet.wait_until_kept("a1").await;
+
+    // What an earlier run has left can be served at once.
+    parapet.terminate().await;
+    parapet.restart();
+    parapet.wait_until_ready().await;
+    assert_eq!(ready(&parapet).await, (StatusCode::OK, json!({"status": "READY"})));
+}
+
+#[tokio::test]
+async fn edge_whose_upstream_cannot_be_reached_is_not_ready() {
+    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", nobody.local_addr().unwrap());
+    drop(nobody);
+    let admin = "*:*.admin-of-nobody-0123456789abcdef0123456789abcdef";
+    let setups = [
+        edge(&url),
+        edge(&url).env("TOKENS", A),
+        edge(&url).admin_token(admin),
+        edge(&url).admin_token(admin).flag("--environments", "development"),
+    ];
+    for setup in setups {
+        secrets::remember(A);
+        let parapet = setup.start_listening().await;
+        let (status, body) = ready(&parapet).await;
+        assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{body}");
+        assert_eq!(body["status"], "NOTREADY");
+        assert!(!body["error"].as_str().unwrap().is_empty());
+    }
+}
