@@ -191,3 +191,22 @@ impl Failure {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn revision_is_read_from_the_tags_of_unleash_only() {
+        for (tag, expect) in [
+            (r#""76d8bb0e:28:v1""#, Some(28)),
+            (r#"W/"76d8bb0e:28""#, Some(28)),
+            (r#""76d8bb0e""#, None),
+            (r#""5d41402abc4b2a76b9719d911017c592""#, None),
+            (r#""a:b:c""#, None),
+            ("", None),
+        ] {
+            assert_eq!(revision_in(tag), expect, "{tag}");
+        }
+    }
+}

@@ -58,7 +58,8 @@ struct Bed {
 }
 
 impl Bed {
-    /// The first token sees p1 and flags `moving` and `kept`, the second p2; and not all get streams.
+    /// The first token sees p1 and flags `moving` and `kept`, the second p2, and both see a project that
+    /// they share; and not all get streams.
     async fn start(crowded: &[&'static str], held_for: Duration) -> Self {
         let shown = [(ONE, vec!["p1/moving", "p1/kept"]), (TWO, vec!["p2/other"])];
         let state = State {
@@ -84,7 +85,7 @@ impl Bed {
         for (token, project) in [(ONE, "p1"), (TWO, "p2")] {
             let scope = Scope {
                 environment: environment.clone(),
-                projects: Projects::from_list([project]),
+                projects: Projects::from_list([project, "shared"]),
             };
             let grant = Grant { kind: TokenKind::Client, scope };
             assert!(credentials.offer(&Token::parse(token).unwrap(), &grant));
@@ -252,4 +253,24 @@ async fn a_flag_that_nobody_tells_of_any_more_goes_after_a_while() {
         }
     };
     timeout(PATIENCE, gone()).await.unwrap_or_else(|_| panic!("{:?}", bed.served()));
+}
+
+#[tokio::test]
+async fn older_state_of_a_shared_project_is_not_served_again_while_a_stream_lags() {
+    let bed = Bed::start(&[], Duration::from_millis(20)).await;
+    bed.tell(ONE, &["p1/kept", "shared/old"]);
+    bed.until(&["shared/old"], &[]).await;
+    bed.tell(TWO, &["p2/sign", "shared/old"]);
+    bed.until(&["p2/sign"], &[]).await;
+    bed.tell(ONE, &["p1/kept", "shared/new"]);
+    bed.until(&["shared/new"], &[]).await;
+    // The other stream has not come to that change yet.
+    for sign in ["p2/sign-2", "p2/sign-3"] {
+        bed.tell(TWO, &[sign, "shared/old"]);
+        bed.until(&[sign], &["new"]).await;
+    }
+    bed.tell(TWO, &["p2/sign-4", "shared/new"]);
+    bed.until(&["p2/sign-4"], &["new"]).await;
+    bed.tell(TWO, &["p2/sign-4", "shared/newest"]);
+    bed.until(&["shared/newest"], &[]).await;
 }
