@@ -26,7 +26,7 @@
 //! | services | [`sync`], [`auth`], [`usage`], [`answers`], [`feed`] | what goes on by itself, each with its own task and state; and what only works on the state below |
 //! | state | [`snapshot`], [`upstream`], [`store`] | what is served, the server in front of which we stand, what outlives a restart |
 //! | pure core | [`engine`] | flags compiled to data, and evaluated; no IO, clock, chance or logs |
-//! | words | [`token`], [`wire`], [`telemetry`] | tokens and grants, Unleash's JSON, logs and readiness |
+//! | words | [`token`], [`wire`], [`telemetry`], [`secret_file`] | tokens and grants, Unleash's JSON, logs and readiness, secrets in files |
 //!
 //! # Three questions make a mode
 //!
@@ -96,6 +96,7 @@ pub mod engine;
 pub mod feed;
 pub mod http;
 pub mod probe;
+pub mod secret_file;
 pub mod snapshot;
 pub mod store;
 pub mod sync;

@@ -19,7 +19,6 @@ use super::{
         Offline, Place, Probe, Shutdown, Standalone,
     },
     cli::{Question, Role, Verb},
-    file,
     keys::{self, Key},
     manage::{Errand, Server},
     mistake::Mistakes,
@@ -45,6 +44,7 @@ const LEVELS: &str =
 
 /// Checks the settings of a command that serves.
 pub(super) fn config(s: &mut Settings, role: Role) -> Result<Config, Mistakes> {
+    s.read_secret_files(|_| true);
     let identity = identity(s);
     let data_dir = path(s, &keys::DATA_DIR);
     let mode = match role {
@@ -149,9 +149,7 @@ fn credentials(s: &mut Settings) -> Option<Credentials> {
         let fits = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
         (!text.is_empty() && text.len() <= 64 && text.chars().all(fits)).then(|| text.to_owned())
     });
-    let admin_wanted =
-        s.has(&keys::UPSTREAM_ADMIN_TOKEN) || s.has(&keys::UPSTREAM_ADMIN_TOKEN_FILE);
-    if !admin_wanted {
+    if !s.has(&keys::UPSTREAM_ADMIN_TOKEN) {
         for key in [&keys::ENVIRONMENTS, &keys::FLEET_NAME] {
             if s.has(key) {
                 s.warnings.push(format!("--{} has no effect without an admin token", key.name));
@@ -175,22 +173,8 @@ fn credentials(s: &mut Settings) -> Option<Credentials> {
 }
 
 fn admin_token(s: &mut Settings) -> Option<Token> {
-    if s.has(&keys::UPSTREAM_ADMIN_TOKEN) && s.has(&keys::UPSTREAM_ADMIN_TOKEN_FILE) {
-        s.mistake(&keys::UPSTREAM_ADMIN_TOKEN_FILE, "expected either the token or its file");
-        return None;
-    }
-    let (key, text) = match s.path(&keys::UPSTREAM_ADMIN_TOKEN_FILE) {
-        None => (&keys::UPSTREAM_ADMIN_TOKEN, s.text(&keys::UPSTREAM_ADMIN_TOKEN)?.to_owned()),
-        Some(path) => match file::read_text(&path) {
-            Ok(text) => (&keys::UPSTREAM_ADMIN_TOKEN_FILE, text),
-            Err(error) => {
-                let reason = format!("expected a readable file: {}: {error}", path.display());
-                s.mistake(&keys::UPSTREAM_ADMIN_TOKEN_FILE, reason);
-                return None;
-            }
-        },
-    };
-    let reason = match Token::parse(&text) {
+    let key = &keys::UPSTREAM_ADMIN_TOKEN;
+    let reason = match Token::parse(s.text(key)?) {
         Ok(token) => match token.environment() {
             None => return Some(token),
             Some(environment) => format!("this one is for the environment `{environment}`"),
@@ -333,6 +317,7 @@ pub(super) fn manage(mut settings: Settings, errand: Errand) -> Result<Manage, M
         let server = Server { no_proxy: settings.no_proxy, ..server };
         return Ok(Manage { place: Place::Server(server), task, json });
     }
+    settings.read_secret_files(|secret| secret.name == keys::DATABASE_URL.name);
     let data_dir = path(&mut settings, &keys::DATA_DIR);
     let location = location(&mut settings, &data_dir);
     Mistakes::none_in(settings.mistakes)?;

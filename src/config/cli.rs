@@ -196,10 +196,12 @@ fn command() -> Command {
             // What finds the database is shared with the server, the rest of its keys is not.
             let foreign = args_of(|scope| scope == Scope::Everywhere);
             let foreign = foreign.map(|arg| {
-                let ours = FINDS.iter().any(|key| arg.get_id().as_str() == key.name);
+                let ours = finds().any(|key| arg.get_id().as_str() == key.name);
                 arg.global(true).hide(!ours)
             });
-            command.arg(arg(&DATABASE_URL).global(true)).args(foreign).args(refused())
+            let database = finds().filter(|key| key.scope != Scope::Everywhere);
+            let database = database.map(|key| arg(key).global(true));
+            command.args(database).args(foreign).args(refused())
         }))
         .about("An open-source edge for Unleash feature flags")
         .long_about(
@@ -245,7 +247,11 @@ fn arg(key: &'static Key) -> Arg {
 }
 
 /// What tells where a standalone instance keeps its accounts and tokens.
-static FINDS: [&Key; 3] = [&CONFIG, &DATA_DIR, &DATABASE_URL];
+fn finds() -> impl Iterator<Item = &'static Key> {
+    let is_one =
+        |key: &Key| [&CONFIG, &DATA_DIR, &DATABASE_URL].iter().any(|it| it.name == key.name);
+    KEYS.iter().copied().filter(move |key| is_one(key) || key.file_of.is_some_and(is_one))
+}
 
 fn manage(name: &str, above: &ArgMatches, below: &ArgMatches) -> Result<Line, Mistakes> {
     let errand = manage::read(name, below)?;
@@ -258,7 +264,7 @@ fn manage(name: &str, above: &ArgMatches, below: &ArgMatches) -> Result<Line, Mi
     let mut flags = Vec::new();
     for key in KEYS.iter().copied() {
         let Some(values) = given(key) else { continue };
-        if !FINDS.iter().any(|ours| ours.name == key.name) {
+        if !finds().any(|ours| ours.name == key.name) {
             let reason = format!("has no meaning for `{name}`");
             return Err(Mistake { place: format!("--{}", key.name), reason }.into());
         }
@@ -319,7 +325,7 @@ fn id_of(name: &str) -> String {
 
 fn explain(above: &ArgMatches, own: &ArgMatches) -> Result<Explain, Mistakes> {
     refuse_checking(EXPLAIN, own)?;
-    for key in KEYS {
+    for key in KEYS.iter() {
         if values(own, key).or_else(|| values(above, key)).is_some() {
             let reason = format!("has no meaning for `{EXPLAIN}`");
             return Err(Mistake { place: format!("--{}", key.name), reason }.into());

@@ -4,6 +4,8 @@
 //! all derive from it. Names, meanings and defaults are Unleash Edge's where it has the option
 //! (`docs/CLI.md` of v20). What a value must look like is `check`'s business.
 
+use std::{iter, sync::LazyLock};
+
 use clap::builder::StyledStr;
 
 use self::Shape::{List, One, Switch};
@@ -24,6 +26,8 @@ pub(super) struct Key {
     pub(super) support: Support,
     /// Its value is neither printed nor repeated, whatever is wrong with it.
     pub(super) secret: bool,
+    /// The secret whose value this key names a file for.
+    pub(super) file_of: Option<&'static Self>,
 }
 
 /// How many values a key takes.
@@ -88,6 +92,7 @@ const fn one(name: &'static str) -> Key {
         help: "",
         support: Support::Full,
         secret: false,
+        file_of: None,
     }
 }
 
@@ -132,6 +137,32 @@ impl Key {
         Self { scope, heading, help, ..self }
     }
 
+    /// Whether its value may be in a file instead: true of every secret that is used.
+    pub(super) fn has_file(&self) -> bool {
+        self.secret && self.support == Support::Full
+    }
+
+    /// The key of the file that may hold the value of this one; made once, for `KEYS`.
+    fn file_key(&'static self) -> Option<&'static Self> {
+        if !self.has_file() {
+            return None;
+        }
+        let text = |text: String| -> &'static str { text.leak() };
+        let help = match self.shape {
+            List => format!("A file that holds --{}, separated by commas or lines.", self.name),
+            One | Switch => format!("A file that holds --{}.", self.name),
+        };
+        let file = Self {
+            env: self.env.map(|env| text(format!("{env}_FILE"))),
+            scope: self.scope,
+            heading: self.heading,
+            help: text(help),
+            file_of: Some(self),
+            ..one(text(format!("{}-file", self.name)))
+        };
+        Some(Box::leak(Box::new(file)))
+    }
+
     /// What it means, or for a key of Unleash Edge what became of it; without a stop.
     pub(super) fn help(&self) -> &'static str {
         self.help.trim().trim_end_matches('.')
@@ -159,7 +190,20 @@ impl Key {
 
 /// The items of a list that is written as one text.
 pub(super) fn split(text: &str) -> Vec<String> {
-    text.split(',').map(str::trim).filter(|item| !item.is_empty()).map(str::to_owned).collect()
+    split_at(text, &[','])
+}
+
+/// The items of a list in a file, separated by commas or lines.
+pub(super) fn split_lines(text: &str) -> Vec<String> {
+    split_at(text, &[',', '\n', '\r'])
+}
+
+fn split_at(text: &str, separators: &[char]) -> Vec<String> {
+    text.split(separators)
+        .map(str::trim)
+        .filter(|item| !item.is_empty())
+        .map(str::to_owned)
+        .collect()
 }
 
 macro_rules! keys {
@@ -172,10 +216,16 @@ macro_rules! keys {
                 $key.placed(Scope::$scope, $heading, concat!($($help),+));
         )*)*
 
-        /// All keys, in the order of help and of `config/parapet.toml`.
-        pub(super) static KEYS: &[&Key] = &[$($(&$id,)*)*];
+        /// The keys that are written here.
+        static WRITTEN: &[&Key] = &[$($(&$id,)*)*];
     };
 }
+
+/// All keys, in the order of help and of `config/parapet.toml`: each that is written here, and behind
+/// each secret the one of its file.
+pub(super) static KEYS: LazyLock<Vec<&'static Key>> = LazyLock::new(|| {
+    WRITTEN.iter().flat_map(|key| iter::once(*key).chain(key.file_key())).collect()
+});
 
 keys! {
     Everywhere, "Serving": {
@@ -298,8 +348,6 @@ keys! {
         UPSTREAM_URL = one("upstream-url").short('u');
         /// An admin token of upstream (`*:*.…`); exchanged for one backend token per environment.
         UPSTREAM_ADMIN_TOKEN = one("upstream-admin-token").secret();
-        /// A file that holds the admin token.
-        UPSTREAM_ADMIN_TOKEN_FILE = one("upstream-admin-token-file");
         /// With an admin token: the environments to serve; empty is all that upstream has enabled.
         ENVIRONMENTS = list("environments");
         /// With an admin token: the name that instances share, so that they share backend tokens.

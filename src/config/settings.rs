@@ -6,17 +6,17 @@
 use std::{
     collections::BTreeMap,
     fmt::{self, Write as _},
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
 use super::{
     cli::{Flags, Verb},
     file,
-    keys::{CONFIG, KEYS, Key, Scope, Shape, Support, split},
+    keys::{CONFIG, KEYS, Key, Scope, Shape, Support, split, split_lines},
     mistake::Mistake,
 };
-use crate::token::Token;
+use crate::{secret_file, telemetry::report, token::Token};
 
 /// Where the file is looked for when none is named.
 const DEFAULT_FILE: &str = "config/parapet.toml";
@@ -39,6 +39,8 @@ struct Given {
     texts: Vec<String>,
     /// How the operator knows it: `--port`, `PORT` or `config/parapet.toml:3: port`.
     place: String,
+    /// The secret file that the texts were read from.
+    file: Option<PathBuf>,
 }
 
 impl fmt::Debug for Settings {
@@ -82,8 +84,9 @@ impl Settings {
     }
 
     fn add_variables(&mut self, variable: Variable<'_>) {
-        for key in KEYS {
+        for key in KEYS.iter() {
             let place = key.env_name();
+            self.judge_file_variable(key, variable);
             let Some(text) = variable(&place).filter(|text| !text.trim().is_empty()) else {
                 continue;
             };
@@ -98,6 +101,62 @@ impl Settings {
                 self.warnings.push(format!("{place} has no meaning for `{}`", self.verb.name()));
             }
         }
+    }
+
+    /// `PORT_FILE` would be silence where its author expects the port to be read.
+    fn judge_file_variable(&mut self, key: &Key, variable: Variable<'_>) {
+        let place = format!("{}_FILE", key.env_name());
+        let is_given = variable(&place).is_some_and(|text| !text.trim().is_empty());
+        let is_ours = self.serves() && self.concerns(key) && key.file_of.is_none();
+        if !is_given || !is_ours || KEYS.iter().any(|it| it.env_name() == place) {
+            return;
+        }
+        match key.support {
+            Support::Full => {
+                let reason = format!("{} cannot be read from a file", key.env_name());
+                self.mistakes.push(Mistake { place, reason });
+            }
+            Support::Ignored => {
+                self.warnings.push(format!("{place} has no effect: {}", key.help()));
+            }
+            Support::Refused => {
+                let reason = format!("is not supported by Parapet; {}", key.help());
+                self.mistakes.push(Mistake { place, reason });
+            }
+        }
+    }
+
+    /// Reads the files of those secrets that are `wanted`, each of which becomes the value of its
+    /// secret.
+    pub(super) fn read_secret_files(&mut self, wanted: impl Fn(&Key) -> bool) {
+        for key in KEYS.iter() {
+            let Some(secret) = key.file_of.filter(|secret| wanted(secret)) else { continue };
+            let Some(path) = self.text(key).map(|path| PathBuf::from(path.trim())) else {
+                continue;
+            };
+            if self.has(secret) {
+                self.mistake(key, format!("expected either this or --{}", secret.name));
+                continue;
+            }
+            if !is_repeatable(&path.to_string_lossy()) {
+                self.mistake(key, "expected the path of a file");
+                continue;
+            }
+            match read_secret(secret, &path) {
+                Ok(texts) => {
+                    let place = format!("{} ({})", self.given[key.name].place, path.display());
+                    self.given.insert(secret.name, Given { texts, place, file: Some(path) });
+                }
+                Err(error) => {
+                    self.mistake(key, format!("expected a file with a secret: {}", report(&error)));
+                }
+            }
+        }
+    }
+
+    /// The file that the value of a secret was read from.
+    pub(super) fn secret_file(&self, secret: &Key) -> Option<&Path> {
+        self.given.get(secret.name)?.file.as_deref()
     }
 
     fn add_file(&mut self) {
@@ -115,7 +174,7 @@ impl Settings {
 
     /// Adds what a layer says of `key`, unless a layer above has spoken.
     fn add(&mut self, key: &Key, texts: Vec<String>, place: String) {
-        self.given.entry(key.name).or_insert(Given { texts, place });
+        self.given.entry(key.name).or_insert(Given { texts, place, file: None });
     }
 
     fn concerns(&self, key: &Key) -> bool {
@@ -131,7 +190,7 @@ impl Settings {
         if !self.serves() {
             return;
         }
-        for key in KEYS {
+        for key in KEYS.iter() {
             let wanted = match (self.given.get(key.name), key.shape) {
                 (None, _) => continue,
                 (Some(given), Shape::Switch) => yes_or_no(&given.texts[0]) != Some(false),
@@ -233,10 +292,11 @@ impl Settings {
     }
 
     fn refuse(&mut self, key: &Key, expected: &str, text: &str) {
-        // A token, or an address with a password or a key, in the wrong place is no reason to print
-        // it.
-        let repeatable = !key.secret && Token::parse(text).is_err() && !text.contains(['@', '?']);
-        let but = if repeatable { format!(", not `{text}`") } else { String::new() };
+        let but = if !key.secret && is_repeatable(text) {
+            format!(", not `{text}`")
+        } else {
+            String::new()
+        };
         self.mistake(key, format!("expected {expected}{but}"));
     }
 
@@ -299,6 +359,10 @@ impl Settings {
             self.concerns(key) && key.support == Support::Full && key.name != CONFIG.name
         });
         for key in ours {
+            // The file is shown instead.
+            if self.secret_file(key).is_some() {
+                continue;
+            }
             let (texts, place) = match (self.given.get(key.name), key.default) {
                 (Some(given), _) => (given.texts.clone(), given.place.as_str()),
                 (None, Some(default)) if key.shape == Shape::List => (split(default), "default"),
@@ -311,6 +375,24 @@ impl Settings {
         }
         text
     }
+}
+
+/// Whether a text may be printed: a token, or an address with a password or a key, in the wrong place
+/// is no reason to print it.
+fn is_repeatable(text: &str) -> bool {
+    Token::parse(text).is_err() && !text.contains(['@', '?'])
+}
+
+fn read_secret(secret: &Key, path: &Path) -> Result<Vec<String>, secret_file::Error> {
+    let text = secret_file::read(path)?;
+    let texts = match secret.shape {
+        Shape::List => split_lines(&text),
+        Shape::One | Shape::Switch => vec![text.to_string()],
+    };
+    if texts.is_empty() {
+        return Err(secret_file::Error::Empty { path: path.to_owned() });
+    }
+    Ok(texts)
 }
 
 impl Verb {

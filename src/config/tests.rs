@@ -338,6 +338,9 @@ fn secrets_are_never_shown() {
         format!("{EDGE} --upstream-admin-token {ADMIN} --check-config"),
         format!("{EDGE} --upstream-admin-token {SECRET}"),
         format!("{EDGE} --upstream-admin-token-file {token_file}"),
+        format!("{EDGE} --tokens-file {TOKEN}"),
+        format!("{EDGE} --tokens-file {token_file} --check-config"),
+        format!("--database-url-file postgres://user:{SECRET}@host/db"),
         format!("{EDGE} --port {TOKEN} --interface {TOKEN} --custom-client-headers {SECRET}"),
         format!("edge -u http://user:{SECRET}@unleash"),
         format!("edge {TOKEN}"),
@@ -365,7 +368,7 @@ fn help_mentions_every_option_with_its_variable_and_default() {
         .map(|verb| shown(&format!("{verb} --help"), &[]))
         .concat();
     let words = help.split_whitespace().collect::<Vec<_>>().join(" ");
-    for key in KEYS {
+    for key in KEYS.iter() {
         assert!(words.contains(&format!("--{}", key.name)), "--{}", key.name);
         assert!(words.contains(&format!("[env: {}]", key.env_name())), "{}", key.env_name());
     }
@@ -385,7 +388,128 @@ fn an_admin_token_comes_from_an_option_or_a_file_but_not_both() {
         assert_eq!(environments.map(|names| names.len()), Some(2));
     }
     let both = [("UPSTREAM_ADMIN_TOKEN", ADMIN), ("UPSTREAM_ADMIN_TOKEN_FILE", &*path)];
-    assert!(mistakes(EDGE, &both)[0].contains("either the token or its file"));
+    assert!(mistakes(EDGE, &both)[0].contains("either this or --upstream-admin-token"));
+}
+
+/// A command that has a meaning for `key`.
+fn command_of(key: &Key) -> &'static str {
+    match key.scope {
+        Scope::Everywhere | Scope::Edge | Scope::Serving => EDGE,
+        Scope::Offline | Scope::Local => "offline -b config/flags.json",
+        Scope::Standalone => "standalone",
+        Scope::Probe => "ready",
+    }
+}
+
+/// A value that is sound for a secret.
+fn value_of(secret: &Key) -> &'static str {
+    match secret.name {
+        "upstream-admin-token" => ADMIN,
+        "custom-client-headers" => "X-Key: 0123456789abcdef",
+        "database-url" => "postgres://user:456789abcdef@host/db",
+        name if name.contains("tokens") => TOKEN,
+        _ => "0123456789abcdef0123456789abcdef",
+    }
+}
+
+#[test]
+fn every_secret_may_be_in_a_file() {
+    let secrets = KEYS.iter().filter(|key| key.has_file()).collect::<Vec<_>>();
+    let variables: Vec<_> = secrets.iter().map(|key| key.env_name()).collect();
+    for known in ["TOKENS", "CLIENT_TOKENS", "DATABASE_URL", "UNLEASH_DEFAULT_ADMIN_PASSWORD"] {
+        assert!(variables.contains(&known.to_owned()), "{known}: {variables:?}");
+    }
+    for secret in secrets {
+        let (line, variable) = (command_of(secret), secret.env_name());
+        let value = value_of(secret);
+        let (_folder, path) = file(&format!("\u{feff} {value}\r\n"));
+        config(line, &[(&variable, value)]);
+        let variable = format!("{variable}_FILE");
+        config(line, &[(&variable, &path)]);
+        config(&format!("{line} --{}-file {path}", secret.name), &[]);
+        let text = format!("{}_file = {path:?}", secret.file_name());
+        let (_folder, toml) = file(&text);
+        config(&format!("{line} --config {toml}"), &[]);
+        let checked = shown(&format!("{line} --check-config"), &[(&variable, &path)]);
+        assert!(checked.contains(&format!("{}_file = {path:?}", secret.file_name())), "{checked}");
+        assert!(!checked.contains("456789abcdef"), "{checked}");
+    }
+}
+
+#[test]
+fn list_in_a_file_is_separated_by_commas_or_lines() {
+    let (_folder, path) = file("*:development.a, *:development.b\n\n*:development.c,\r\n");
+    let Credentials::Given(tokens) = edge(EDGE, &[("TOKENS_FILE", &path)]).credentials else {
+        panic!()
+    };
+    let tokens: Vec<_> = tokens.iter().map(|token| token.expose().to_owned()).collect();
+    assert_eq!(tokens, ["*:development.a", "*:development.b", "*:development.c"]);
+}
+
+#[test]
+fn file_without_a_usable_secret_is_named_and_what_it_holds_is_not() {
+    let (_folder, empty) = file(" \n");
+    let (_other, wrong) = file(&format!("{SECRET}\n"));
+    for (path, expect) in [
+        (&*empty, format!("TOKENS_FILE: expected a file with a secret: {empty} is empty")),
+        (&*wrong, format!("TOKENS_FILE ({wrong}): expected tokens; in number 1, ")),
+        (TOKEN, "TOKENS_FILE: expected the path of a file".to_owned()),
+        ("/nowhere/tokens", "cannot read /nowhere/tokens: No such file".to_owned()),
+    ] {
+        let told = mistakes(EDGE, &[("TOKENS_FILE", path)]);
+        assert!(told[0].contains(&expect) && told.len() == 1, "{told:?}");
+        assert!(!told[0].contains(SECRET), "{told:?}");
+    }
+}
+
+#[test]
+fn secret_is_either_given_or_in_a_file() {
+    let (_folder, path) = file(TOKEN);
+    let env = [("TOKENS_FILE", &*path), ("TOKENS", TOKEN)];
+    assert_eq!(mistakes(EDGE, &env), ["TOKENS_FILE: expected either this or --tokens"]);
+    let line = format!("{EDGE} --tokens {TOKEN}");
+    assert_eq!(mistakes(&line, &env[..1]), ["TOKENS_FILE: expected either this or --tokens"]);
+    // Of another command, and never read.
+    let told = config("standalone", &[("TOKENS_FILE", "/nowhere")]).warnings;
+    assert_eq!(told, ["TOKENS_FILE has no meaning for `standalone`"]);
+}
+
+#[test]
+fn file_variable_of_a_setting_that_is_no_secret_is_a_mistake() {
+    let told = mistakes(EDGE, &[("PORT_FILE", "/run/port"), ("UPSTREAM_URL_FILE", "/run/url")]);
+    assert_eq!(
+        told,
+        [
+            "PORT_FILE: PORT cannot be read from a file",
+            "UPSTREAM_URL_FILE: UPSTREAM_URL cannot be read from a file"
+        ]
+    );
+    let told = mistakes(EDGE, &[("REDIS_URL_FILE", "/run/redis")]);
+    assert!(told[0].starts_with("REDIS_URL_FILE: is not supported by Parapet"), "{told:?}");
+    let told = config(EDGE, &[("SENTRY_DSN_FILE", "/run/dsn")]).warnings;
+    assert!(told[0].starts_with("SENTRY_DSN_FILE has no effect"), "{told:?}");
+    // Those of others, of another command, and settings that end so.
+    let env = [
+        ("SSL_CERT_FILE", "/etc/ssl/cert.pem"),
+        ("BOOTSTRAP_FILE", "config/flags.json"),
+        ("UPSTREAM_CERTIFICATE_FILE", "config/flags.json"),
+        ("MYSQL_PASSWORD_FILE", "/run/other"),
+        ("PORT_FILE", " "),
+    ];
+    config(EDGE, &env);
+    config("standalone", &[("UPSTREAM_URL_FILE", "/run/url")]);
+}
+
+#[test]
+fn accounts_are_managed_by_an_address_in_a_file_and_no_other_file_is_read() {
+    let (_folder, path) = file("postgres://user:secret@host/db\n");
+    let other = ("UNLEASH_DEFAULT_ADMIN_PASSWORD_FILE", "/nowhere");
+    let env = [("DATABASE_URL_FILE", &*path), other];
+    let Ok(Command::Manage(manage)) = parse("token list", &env) else { panic!() };
+    assert!(matches!(manage.place, Place::Database(crate::control::Location::Postgres(_))));
+    let line = format!("token list --database-url-file {path}");
+    assert!(matches!(parse(&line, &[other]), Ok(Command::Manage(_))));
+    assert!(parse("token list", &[("DATABASE_URL_FILE", "/nowhere")]).is_err());
 }
 
 #[test]

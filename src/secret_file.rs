@@ -1,0 +1,91 @@
+//! Secrets that are kept in files, as container platforms mount them.
+//!
+//! The text is wiped when dropped, and no error repeats it. A caller decides what the text must be.
+
+use std::{
+    fs::File,
+    io::{self, Read as _},
+    path::{Path, PathBuf},
+};
+
+use zeroize::Zeroizing;
+
+/// The largest file that is read, in bytes: far more than any list of tokens.
+const MAX_LEN: u64 = 1 << 20;
+
+/// Why a file holds no secret; names the file and nothing of its contents.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file cannot be read.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The file is larger than any secret.
+    #[error("{} is larger than {MAX_LEN} bytes", path.display())]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The file holds nothing but white space.
+    #[error("{} is empty", path.display())]
+    Empty {
+        /// The file.
+        path: PathBuf,
+    },
+}
+
+/// Reads the secret in `path`, without a byte order mark and surrounding white space.
+///
+/// Blocks for as long as the file system does.
+pub fn read(path: &Path) -> Result<Zeroizing<String>, Error> {
+    let failed = |source| Error::Read { path: path.to_owned(), source };
+    let mut bytes = Zeroizing::new(Vec::new());
+    File::open(path).map_err(failed)?.take(MAX_LEN + 1).read_to_end(&mut bytes).map_err(failed)?;
+    if bytes.len() as u64 > MAX_LEN {
+        return Err(Error::TooLarge { path: path.to_owned() });
+    }
+    let not_text = |_| failed(io::Error::new(io::ErrorKind::InvalidData, "it is not UTF-8"));
+    let text = str::from_utf8(&bytes).map_err(not_text)?;
+    let text = text.trim_start_matches('\u{feff}').trim();
+    if text.is_empty() {
+        return Err(Error::Empty { path: path.to_owned() });
+    }
+    Ok(Zeroizing::new(text.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::telemetry::report;
+
+    fn read_bytes(bytes: &[u8]) -> Result<String, Error> {
+        let file = tempfile::NamedTempFile::new().expect("file");
+        std::fs::write(file.path(), bytes).expect("write");
+        read(file.path()).map(|text| text.to_string())
+    }
+
+    #[test]
+    fn byte_order_mark_and_white_space_are_not_part_of_a_secret() {
+        for bytes in ["secret", " secret\r\n", "\u{feff}secret\n", "\u{feff} secret"] {
+            assert_eq!(read_bytes(bytes.as_bytes()).expect("a secret"), "secret");
+        }
+        assert_eq!(read_bytes(b"one\ntwo\n").expect("a list"), "one\ntwo");
+    }
+
+    #[test]
+    fn file_without_a_secret_is_an_error_that_names_it() {
+        for bytes in [&b""[..], b" \n", "\u{feff}\n".as_bytes()] {
+            assert!(matches!(read_bytes(bytes), Err(Error::Empty { .. })), "{bytes:?}");
+        }
+        let error = read_bytes(b"secret \xff").expect_err("not UTF-8");
+        assert!(report(&error).ends_with("it is not UTF-8"), "{error}");
+        let large = vec![b'x'; usize::try_from(MAX_LEN).expect("small") + 1];
+        assert!(matches!(read_bytes(&large), Err(Error::TooLarge { .. })));
+        let error = read(Path::new("/nowhere/secret")).expect_err("no file");
+        assert_eq!(error.to_string(), "cannot read /nowhere/secret");
+    }
+}
