@@ -8,12 +8,13 @@
 //! The same question has the same ticket for an hour, so that a provider which asks again keeps its
 //! stream. Instances that share a key take each other's.
 
-use std::fmt;
+use std::{fmt, sync::Arc};
 
+use arc_swap::ArcSwap;
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use chacha20poly1305::{KeyInit as _, XChaCha20Poly1305, XNonce, aead::Aead as _};
 use hkdf::Hkdf;
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use sha2::Sha256;
 use xxhash_rust::xxh3::xxh3_64;
 use zeroize::Zeroizing;
@@ -79,7 +80,17 @@ pub struct Ticket {
 }
 
 /// Gives out and takes tickets.
-pub struct Tickets {
+pub struct Tickets(ArcSwap<Keys>);
+
+/// The key in use, and the one that it has replaced.
+struct Keys {
+    current: Arc<Sealing>,
+    /// Its tickets are accepted until the time when the last of them expires.
+    former: Option<(Arc<Sealing>, Timestamp)>,
+}
+
+/// What is derived from a key.
+struct Sealing {
     cipher: XChaCha20Poly1305,
     /// What nonces are derived from.
     nonces: Hkdf<Sha256>,
@@ -87,14 +98,16 @@ pub struct Tickets {
 
 impl Tickets {
     /// Those of this key.
-    #[expect(clippy::needless_pass_by_value, reason = "nobody else is to keep the key")]
     pub fn new(key: TicketKey) -> Self {
-        let from_prk = |key: &[u8]| Hkdf::from_prk(key).expect("the key is as long as the hash");
-        let (given, mut derived) = (from_prk(&*key.0), Zeroizing::new([0; 32]));
-        expand(&given, CIPHER, &mut *derived);
-        let cipher = XChaCha20Poly1305::new((&*derived).into());
-        expand(&given, NONCES, &mut *derived);
-        Self { cipher, nonces: from_prk(&*derived) }
+        let current = Arc::new(Sealing::new(key));
+        Self(ArcSwap::from_pointee(Keys { current, former: None }))
+    }
+
+    /// Seals with another key from now on. Tickets of the one before are accepted until they expire.
+    pub fn replace_key(&self, key: TicketKey, now: Timestamp) {
+        let until = now + SignedDuration::from_secs((1 + TAKEN_LATER) * PERIOD);
+        let former = Some((Arc::clone(&self.0.load().current), until));
+        self.0.store(Arc::new(Keys { current: Arc::new(Sealing::new(key)), former }));
     }
 
     /// The number of the period in which a question is asked: another for each hour, and not for all
@@ -126,17 +139,16 @@ impl Tickets {
             context.as_bytes(),
         ]
         .concat();
-        let nonce = self.nonce(&plain);
-        let sealed = self.cipher.encrypt(&XNonce::from(nonce), &*plain);
-        let sealed = sealed.expect("a ticket is far below the cipher's limit");
-        Some(URL_SAFE_NO_PAD.encode([&nonce[..], &sealed].concat()))
+        Some(URL_SAFE_NO_PAD.encode(self.0.load().current.close(&plain)))
     }
 
     /// Reads a ticket of ours that has not expired.
     pub fn take(&self, text: &str, now: Timestamp) -> Option<Ticket> {
         let sealed = URL_SAFE_NO_PAD.decode(text).ok()?;
-        let (nonce, sealed) = sealed.split_first_chunk::<NONCE>()?;
-        let plain = self.cipher.decrypt(&XNonce::from(*nonce), sealed).ok()?;
+        let keys = self.0.load();
+        let former = keys.former.as_ref().filter(|(_, until)| now < *until);
+        let former = || former.and_then(|(sealing, _)| sealing.open(&sealed));
+        let plain = keys.current.open(&sealed).or_else(former)?;
         let (period, rest) = plain.split_first_chunk()?;
         let (digest, rest) = rest.split_first_chunk()?;
         let (outcome, rest) = rest.split_first_chunk()?;
@@ -150,6 +162,30 @@ impl Tickets {
         let context = FrontendContext::from_json(context).ok()?.into_owned();
         let (outcome, draw) = (u128::from_le_bytes(*outcome), u64::from_le_bytes(*draw));
         Some(Ticket { digest, outcome, draw, context })
+    }
+}
+
+impl Sealing {
+    #[expect(clippy::needless_pass_by_value, reason = "nobody else is to keep the key")]
+    fn new(key: TicketKey) -> Self {
+        let from_prk = |key: &[u8]| Hkdf::from_prk(key).expect("the key is as long as the hash");
+        let (given, mut derived) = (from_prk(&*key.0), Zeroizing::new([0; 32]));
+        expand(&given, CIPHER, &mut *derived);
+        let cipher = XChaCha20Poly1305::new((&*derived).into());
+        expand(&given, NONCES, &mut *derived);
+        Self { cipher, nonces: from_prk(&*derived) }
+    }
+
+    fn close(&self, plain: &[u8]) -> Vec<u8> {
+        let nonce = self.nonce(plain);
+        let sealed = self.cipher.encrypt(&XNonce::from(nonce), plain);
+        let sealed = sealed.expect("a ticket is far below the cipher's limit");
+        [&nonce[..], &sealed].concat()
+    }
+
+    fn open(&self, sealed: &[u8]) -> Option<Vec<u8>> {
+        let (nonce, sealed) = sealed.split_first_chunk::<NONCE>()?;
+        self.cipher.decrypt(&XNonce::from(*nonce), sealed).ok()
     }
 
     /// A nonce that another text does not have: the same text is sealed the same way, which tells
@@ -210,9 +246,24 @@ mod tests {
     }
 
     #[test]
+    fn ticket_of_a_replaced_key_is_accepted_until_it_expires() {
+        let tickets = Tickets::new(TicketKey::derive("first"));
+        let first = given(&tickets, now());
+        tickets.replace_key(TicketKey::derive("second"), now());
+        let second = given(&tickets, now());
+        assert_ne!(first, second);
+        assert!(tickets.take(&first, now()).is_some() && tickets.take(&second, now()).is_some());
+        let another = Tickets::new(TicketKey::derive("second"));
+        assert!(another.take(&second, now()).is_some());
+        let hours = |n| now() + SignedDuration::from_hours(n);
+        let forged = given(&Tickets::new(TicketKey::derive("first")), hours(3));
+        assert!(tickets.take(&forged, hours(3)).is_none());
+    }
+
+    #[test]
     fn it_is_the_same_within_its_period_and_expires_after_the_next() {
         let tickets = Tickets::new(TicketKey::random());
-        let minutes = |n: i64| now() + jiff::SignedDuration::from_mins(n);
+        let minutes = |n: i64| now() + SignedDuration::from_mins(n);
         let first = given(&tickets, now());
         let renewed = (0..=60).find(|&n| given(&tickets, minutes(n)) != first).unwrap();
         assert!((1..=60).contains(&renewed));
