@@ -15,7 +15,9 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use arc_swap::ArcSwap;
 use tokio::{
+    sync::Notify,
     task::{JoinError, spawn_blocking},
     time::{Instant, MissedTickBehavior, interval},
 };
@@ -73,9 +75,30 @@ pub enum Error {
 #[derive(Clone, Debug)]
 pub struct Files {
     path: PathBuf,
-    environments: BTreeSet<Environment>,
+    environments: Arc<ArcSwap<BTreeSet<Environment>>>,
     snapshots: Snapshots,
     reread_every: Option<Duration>,
+    requested: Arc<Notify>,
+}
+
+/// Has running [`Files`] read again at once. A cheap handle.
+#[derive(Clone, Debug)]
+pub struct Rereader {
+    environments: Arc<ArcSwap<BTreeSet<Environment>>>,
+    requested: Arc<Notify>,
+}
+
+impl Rereader {
+    /// Has the files read whether or not they seem to have changed.
+    pub fn reread(&self) {
+        self.requested.notify_one();
+    }
+
+    /// Replaces the environments that one file serves, and has it read.
+    pub fn serve(&self, environments: BTreeSet<Environment>) {
+        self.environments.store(Arc::new(environments));
+        self.reread();
+    }
 }
 
 /// What the file system says of a file: enough to tell that it may have changed.
@@ -121,7 +144,15 @@ impl Files {
         snapshots: Snapshots,
         reread_every: Option<Duration>,
     ) -> Self {
-        Self { path, environments, snapshots, reread_every }
+        let environments = Arc::new(ArcSwap::from_pointee(environments));
+        Self { path, environments, snapshots, reread_every, requested: Arc::default() }
+    }
+
+    /// What has these files read at once.
+    pub fn rereader(&self) -> Rereader {
+        let (environments, requested) =
+            (Arc::clone(&self.environments), Arc::clone(&self.requested));
+        Rereader { environments, requested }
     }
 
     /// Reads and serves the flags; from then on [`Running::run`] keeps them current.
@@ -202,7 +233,7 @@ impl Files {
     fn environments_of(&self, file: &Path) -> BTreeSet<Environment> {
         match file.file_stem().and_then(|stem| stem.to_str()) {
             Some(name) if file != self.path => BTreeSet::from([Environment::new(name)]),
-            _ => self.environments.clone(),
+            _ => BTreeSet::clone(&self.environments.load()),
         }
     }
 }
@@ -221,9 +252,22 @@ impl Running {
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut reread_at = self.next_reread();
         let mut reported = BTreeMap::<PathBuf, String>::new();
+        let mut served = self.files.environments.load_full();
         loop {
-            looks.tick().await;
-            let reread = reread_at.is_some_and(|at| at <= Instant::now());
+            let requested = tokio::select! {
+                _ = looks.tick() => false,
+                () = self.files.requested.notified() => true,
+            };
+            if requested {
+                // What is still wrong is reported to whoever asked for it.
+                reported.clear();
+                if !Arc::ptr_eq(&served, &self.files.environments.load()) {
+                    served = self.files.environments.load_full();
+                    // An environment that is new has none of it.
+                    self.state = State::new();
+                }
+            }
+            let reread = requested || reread_at.is_some_and(|at| at <= Instant::now());
             if reread {
                 reread_at = self.next_reread();
             }
