@@ -16,7 +16,12 @@ use std::{
 };
 
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
-use tracing_subscriber::{EnvFilter, fmt, util::SubscriberInitExt};
+use tracing_subscriber::{
+    EnvFilter, Layer, Registry,
+    fmt::{self, FormatEvent, FormatFields, Formatter, MakeWriter, SubscriberBuilder},
+    registry::LookupSpan,
+    util::SubscriberInitExt as _,
+};
 
 /// The source revision that this binary was built from, where the build tells it.
 pub const REVISION: &str = match option_env!("PARAPET_REVISION") {
@@ -107,13 +112,38 @@ fn directive(text: &str) -> Option<String> {
 pub fn start_logging(config: &Config) {
     let filter = EnvFilter::try_new(&config.filter).unwrap_or_else(|_| EnvFilter::new("info"));
     let colours = io::stdout().is_terminal();
-    let lines = fmt().with_env_filter(filter).with_writer(io::stdout).with_ansi(colours);
+    let lines = fmt::fmt().with_env_filter(filter).with_writer(io::stdout).with_ansi(colours);
     // An error means that a test, or an earlier call, has set a subscriber: that one stays.
-    let _ = match config.format {
-        LogFormat::Plain => lines.finish().try_init(),
-        LogFormat::Json => lines.json().flatten_event(true).finish().try_init(),
-        LogFormat::Pretty => lines.pretty().finish().try_init(),
-    };
+    match config.format {
+        LogFormat::Plain => install(lines),
+        LogFormat::Json => install(lines.json().flatten_event(true)),
+        LogFormat::Pretty => install(lines.pretty()),
+    }
+}
+
+/// What replaces the filter of the subscriber that [`start_logging`] has installed.
+static SET_FILTER: OnceLock<Box<dyn Fn(EnvFilter) -> bool + Send + Sync>> = OnceLock::new();
+
+fn install<N, E, W>(lines: SubscriberBuilder<N, E, EnvFilter, W>)
+where
+    N: for<'a> FormatFields<'a> + Send + Sync + 'static,
+    E: FormatEvent<Registry, N> + Send + Sync + 'static,
+    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+    fmt::Layer<Registry, N, E, W>: Layer<Registry> + Send + Sync + 'static,
+    Formatter<N, E, W>: tracing::Subscriber + for<'a> LookupSpan<'a> + Send + Sync + 'static,
+{
+    let lines = lines.with_filter_reloading();
+    let handle = lines.reload_handle();
+    if lines.finish().try_init().is_ok() {
+        let _ = SET_FILTER.set(Box::new(move |filter| handle.reload(filter).is_ok()));
+    }
+}
+
+/// Replaces what is logged by the filter of `config`; the form of the lines stays.
+pub fn set_log_filter(config: &Config) {
+    if let (Some(set), Ok(filter)) = (SET_FILTER.get(), EnvFilter::try_new(&config.filter)) {
+        set(filter);
+    }
 }
 
 /// An error and its causes in one line, for a log.
