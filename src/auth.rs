@@ -37,7 +37,7 @@ pub use self::{
 use crate::{
     telemetry::report,
     token::{Grant, Token, TokenDigest, TokenKind},
-    upstream::{Credentials, Upstream},
+    upstream::{AdminToken, Credentials, Upstream},
     wire::tokens::{ListedSecret, Validated},
 };
 
@@ -82,7 +82,7 @@ pub struct Issuer {
     /// Where to ask.
     pub upstream: Upstream,
     /// Opens upstream's token list.
-    pub admin: Option<Token>,
+    pub admin: Option<AdminToken>,
     /// Is offered each valid client token, where the edge has none of its own.
     pub credentials: Credentials,
     /// Is told when such an offer widened what can be fetched.
@@ -264,6 +264,16 @@ impl Authenticator {
             self.0.verdicts.suspect(named);
         }
         self.0.relist.notify_one();
+    }
+
+    /// Forgets what upstream has said of a token that the operator has given and takes back. It is no
+    /// credential any more; whoever presents it is asked about as if it came for the first time.
+    pub fn forget(&self, token: &TokenDigest) {
+        self.0.verdicts.forget(token);
+        if let Authority::Upstream(issuer) = &self.0.authority {
+            issuer.credentials.withdraw(token);
+            issuer.discovered.notify_one();
+        }
     }
 
     /// The verdicts to be stored, if they changed since the last call.

@@ -4,6 +4,7 @@
 //! what it fetched, nor interprets flags: callers decide by what the errors tell: [`Error::retry`], [`Error::fault`] and
 //! [`ExchangeError::retry`].
 
+mod admin_token;
 mod client;
 mod connect;
 mod credentials;
@@ -16,6 +17,7 @@ pub(crate) mod scripted;
 mod seal;
 mod stream;
 
+pub use admin_token::{AdminToken, Error as AdminTokenError, State as AdminTokenState};
 pub use client::{Fetched, Polled, Upstream};
 pub use connect::{Config, Identity};
 pub use credentials::Credentials;

@@ -17,7 +17,7 @@ use crate::{
     },
     telemetry::{Latch, report},
     token::{Environment, Grant, Projects, Scope, Token, TokenKind},
-    upstream::{Credentials, Upstream},
+    upstream::{AdminToken, Credentials, Upstream},
     usage::Sink,
 };
 
@@ -52,6 +52,7 @@ pub(super) async fn plan(
     let upstream = Upstream::new(edge.upstream)?;
     let (credentials, wanted, admin, tokens) = match edge.credentials {
         Given::Admin { token, fleet, environments } => {
+            let token = AdminToken::new(token, None);
             let credentials =
                 Credentials::with_admin(token.clone(), &fleet, upstream.clone(), store.clone());
             info!(fleet, list_interval = ?auth.list_interval, "Upstream's admin token is exchanged for a token per environment");
@@ -85,7 +86,7 @@ pub(super) async fn plan(
     let backup = if first_start { backup } else { Vec::new() };
     let operator = admin.iter().map(|token| {
         let scope = Scope { environment: Environment::new("*"), projects: Projects::All };
-        (token.digest(), Grant { kind: TokenKind::Admin, scope })
+        (token.current().digest(), Grant { kind: TokenKind::Admin, scope })
     });
     let given = operator.collect();
     Ok(Plan {

@@ -185,6 +185,13 @@ impl Verdicts {
         }
     }
 
+    /// Forgets the verdict on a valid token.
+    pub(super) fn forget(&self, digest: &TokenDigest) {
+        if self.valid.remove(digest).is_some() {
+            self.unsaved.store(true, Ordering::Relaxed);
+        }
+    }
+
     /// Takes over the issuer's own list of all its tokens.
     ///
     /// A verdict that came from such a list falls with its entry, at once and for longer than the

@@ -36,7 +36,8 @@ use crate::{
     },
     sync, telemetry,
     token::{Environment, Token},
-    upstream, usage,
+    upstream::{self, AdminToken},
+    usage,
 };
 
 const LEVELS: &str =
@@ -174,15 +175,13 @@ fn credentials(s: &mut Settings) -> Option<Credentials> {
 
 fn admin_token(s: &mut Settings) -> Option<Token> {
     let key = &keys::UPSTREAM_ADMIN_TOKEN;
-    let reason = match Token::parse(s.text(key)?) {
-        Ok(token) => match token.environment() {
-            None => return Some(token),
-            Some(environment) => format!("this one is for the environment `{environment}`"),
-        },
-        Err(error) => error.to_string(),
-    };
-    s.mistake(key, format!("expected an admin token; {reason}"));
-    None
+    match AdminToken::parse(s.text(key)?) {
+        Ok(token) => Some(token),
+        Err(error) => {
+            s.mistake(key, error.to_string());
+            None
+        }
+    }
 }
 
 fn upstream(s: &mut Settings, identity: &Identity) -> Option<upstream::Config> {

@@ -26,8 +26,8 @@ use crate::{
     snapshot::{Served, Snapshots},
     store::{Key, Store},
     telemetry::{Latch, report},
-    token::{Environment, Scope, Token},
-    upstream::{Credentials, Upstream},
+    token::{Environment, Scope},
+    upstream::{AdminToken, Credentials, Upstream},
     wire::features::{Document, projects_of},
 };
 
@@ -41,7 +41,7 @@ const BEGIN_ANEW_AFTER: Duration = Duration::from_secs(1);
 #[derive(Clone, Debug)]
 pub enum Wanted {
     /// Those that upstream has enabled, by this admin token.
-    Enabled(Token),
+    Enabled(AdminToken),
     /// These.
     Named(BTreeSet<Environment>),
     /// Those that the edge has been given, or offered, tokens of.

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, timeout};
 
 use super::{
+    admin_token::AdminToken,
     connect::{self, Config},
     error::{self, Error},
     outcome::{self, Health, Outcome, Pulse, Purpose},
@@ -232,46 +233,61 @@ impl Upstream {
     }
 
     /// Lists upstream's environments.
-    pub async fn environments(&self, admin: &Token) -> Result<Vec<ListedEnvironment>, Error> {
-        let request = self.request(Method::GET, &["api", "admin", "environments"], Some(admin));
-        let list: EnvironmentList = self.call(Purpose::Environments, request, read).await?;
+    pub async fn environments(&self, admin: &AdminToken) -> Result<Vec<ListedEnvironment>, Error> {
+        let request = |token: &Token| {
+            self.request(Method::GET, &["api", "admin", "environments"], Some(token))
+        };
+        let list: EnvironmentList =
+            self.call_as_admin(admin, Purpose::Environments, request, read).await?;
         Ok(list.environments)
     }
 
     /// Lists upstream's tokens.
-    pub async fn api_tokens(&self, admin: &Token) -> Result<Vec<Listed>, Error> {
-        let request = self.request(Method::GET, &["api", "admin", "api-tokens"], Some(admin));
-        let list: TokenList = self.call(Purpose::ListTokens, request, read).await?;
+    pub async fn api_tokens(&self, admin: &AdminToken) -> Result<Vec<Listed>, Error> {
+        let request =
+            |token: &Token| self.request(Method::GET, &["api", "admin", "api-tokens"], Some(token));
+        let list: TokenList = self.call_as_admin(admin, Purpose::ListTokens, request, read).await?;
         Ok(list.tokens)
     }
 
     /// Lists upstream's tokens of that name.
-    pub async fn api_tokens_named(&self, admin: &Token, name: &str) -> Result<Vec<Listed>, Error> {
+    pub async fn api_tokens_named(
+        &self,
+        admin: &AdminToken,
+        name: &str,
+    ) -> Result<Vec<Listed>, Error> {
         let path = &["api", "admin", "api-tokens", name];
-        let request = self.request(Method::GET, path, Some(admin));
-        let list: TokenList = self.call(Purpose::ListTokens, request, read).await?;
+        let request = |token: &Token| self.request(Method::GET, path, Some(token));
+        let list: TokenList = self.call_as_admin(admin, Purpose::ListTokens, request, read).await?;
         Ok(list.tokens)
     }
 
     /// Creates a backend token for all projects of `environment`.
     pub async fn create_token(
         &self,
-        admin: &Token,
+        admin: &AdminToken,
         name: &str,
         environment: &Environment,
     ) -> Result<Token, Error> {
         let body = CreateRequest::backend(name, environment);
-        let request = self.request(Method::POST, &["api", "admin", "api-tokens"], Some(admin));
-        let request = json(request, &body).timeout(PATIENT_TIMEOUT);
-        let created: Created = self.call(Purpose::CreateToken, request, read).await?;
+        let path = &["api", "admin", "api-tokens"];
+        let request = |token: &Token| {
+            json(self.request(Method::POST, path, Some(token)), &body).timeout(PATIENT_TIMEOUT)
+        };
+        let created: Created =
+            self.call_as_admin(admin, Purpose::CreateToken, request, read).await?;
         Ok(created.secret)
     }
 
     /// Deletes a token; one that upstream does not know is no error.
-    pub async fn delete_token(&self, admin: &Token, secret: &ListedSecret) -> Result<(), Error> {
+    pub async fn delete_token(
+        &self,
+        admin: &AdminToken,
+        secret: &ListedSecret,
+    ) -> Result<(), Error> {
         let path = &["api", "admin", "api-tokens", secret.expose()];
-        let request = self.request(Method::DELETE, path, Some(admin));
-        self.call(Purpose::DeleteToken, request, done).await
+        let request = |token: &Token| self.request(Method::DELETE, path, Some(token));
+        self.call_as_admin(admin, Purpose::DeleteToken, request, done).await
     }
 
     /// The header in which upstream wants tokens.
@@ -342,6 +358,29 @@ impl Upstream {
         let status = answer.as_ref().ok().map(|answer| answer.status);
         let result = answer.and_then(parse);
         self.note(purpose, status, &result, started);
+        result
+    }
+
+    /// Makes a request with the admin token, and records whether upstream accepts that.
+    ///
+    /// The token lists alone decide: something on the way may refuse a single endpoint.
+    async fn call_as_admin<T>(
+        &self,
+        admin: &AdminToken,
+        purpose: Purpose,
+        request: impl FnOnce(&Token) -> RequestBuilder,
+        parse: impl FnOnce(Answer) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let token = admin.current();
+        let result = self.call(purpose, request(&token), parse).await;
+        match (&result, purpose) {
+            (Ok(_), Purpose::ListTokens) => admin.accept(&token),
+            (Err(Error::Status { status: StatusCode::UNAUTHORIZED, .. }), Purpose::ListTokens) => {
+                admin.refuse(&token);
+            }
+            (Err(Error::Status { status: StatusCode::UNAUTHORIZED, .. }), _) => admin.suspect(),
+            (Ok(_) | Err(_), _) => {}
+        }
         result
     }
 
@@ -460,7 +499,10 @@ async fn body(mut response: Response, limit: usize) -> Result<Bytes, Error> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::{
+        sync::atomic::{AtomicU16, Ordering},
+        time::Duration,
+    };
 
     use super::{
         super::{
@@ -658,6 +700,42 @@ mod tests {
         assert!(!format!("{error:?} {}", report(&error)).contains("964a"));
         assert!(server.seen()[0].headers.get("authorization").is_none());
         assert_eq!(server.seen()[0].body, format!(r#"{{"tokens":["{SECRET}"]}}"#));
+    }
+
+    #[tokio::test]
+    async fn admin_token_is_refused_by_401_to_the_token_list_alone() {
+        let status = Arc::new(AtomicU16::new(200));
+        let answer = Arc::clone(&status);
+        let server = Scripted::start(move |request| match answer.load(Ordering::Relaxed) {
+            200 if request.line.ends_with("environments") => {
+                (200, &[], r#"{"environments":[]}"#.to_owned())
+            }
+            200 => (200, &[], r#"{"tokens":[]}"#.to_owned()),
+            other => (other, &[], String::new()),
+        })
+        .await;
+        let upstream = Upstream::new(server.config()).expect("client");
+        let admin = AdminToken::new(Token::parse("*:*.secret").expect("token"), None);
+        for other in [200, 403, 404, 429, 500, 503, 302] {
+            status.store(other, Ordering::Relaxed);
+            assert_eq!(upstream.api_tokens(&admin).await.is_ok(), other == 200);
+            assert_eq!(admin.refused_since(), None, "{other}");
+        }
+        status.store(401, Ordering::Relaxed);
+        upstream.environments(&admin).await.expect_err("401");
+        assert_eq!(admin.refused_since(), None, "one endpoint alone may be closed on the way");
+        // But the file is read at once.
+        admin.suspected().await;
+        upstream.api_tokens(&admin).await.expect_err("401");
+        assert!(admin.refused_since().is_some());
+        status.store(500, Ordering::Relaxed);
+        upstream.api_tokens(&admin).await.expect_err("500");
+        assert!(admin.refused_since().is_some(), "that is no acceptance");
+        status.store(200, Ordering::Relaxed);
+        upstream.environments(&admin).await.expect("200");
+        assert!(admin.refused_since().is_some(), "nor is that");
+        upstream.api_tokens(&admin).await.expect("200");
+        assert_eq!(admin.refused_since(), None);
     }
 
     #[tokio::test]

@@ -13,6 +13,7 @@ use std::{
 use tracing::warn;
 
 use super::{
+    admin_token::AdminToken,
     client::Upstream,
     exchange::{Credential, Error, Exchange, Past},
 };
@@ -56,7 +57,7 @@ enum State {
 
 impl Credentials {
     /// Tokens are exchanged for `admin`, under the name `parapet-<fleet>`, and kept sealed in `store`.
-    pub fn with_admin(admin: Token, fleet: &str, upstream: Upstream, store: Store) -> Self {
+    pub fn with_admin(admin: AdminToken, fleet: &str, upstream: Upstream, store: Store) -> Self {
         let exchange = Exchange::new(admin, fleet, upstream, store);
         Self(Arc::new(Inner {
             hands: RwLock::default(),
@@ -167,6 +168,22 @@ impl Credentials {
         warn!("Upstream refuses our token for environment {environment}, looking for another");
         let credential = exchange.replace(environment, &mut past, *refused).await?;
         Ok(self.hold(environment, credential))
+    }
+
+    /// Seals what is stored anew, after another admin token has replaced the one of its seal.
+    ///
+    /// What was stored earlier and is not in use cannot be opened any more; another token is found or
+    /// made for its environment when that is needed.
+    pub async fn reseal(&self) {
+        let Some((exchange, pasts)) = &self.0.exchange else { return };
+        for environment in self.environments() {
+            let past = past(pasts, &environment);
+            // Nobody replaces the token meanwhile.
+            let _past = past.lock().await;
+            for credential in self.tokens(&environment) {
+                exchange.reseal(&environment, &credential).await;
+            }
+        }
     }
 
     /// Makes `credential` the one in hand.
@@ -340,7 +357,8 @@ mod tests {
 
     fn edge_of(admin: &str, server: &Scripted, store: &Store) -> Credentials {
         let upstream = Upstream::new(server.config()).expect("client");
-        Credentials::with_admin(token(admin), "main", upstream, store.clone())
+        let admin = AdminToken::new(token(admin), None);
+        Credentials::with_admin(admin, "main", upstream, store.clone())
     }
 
     async fn obtained(edge: &Credentials) -> Token {
@@ -442,6 +460,29 @@ mod tests {
         exchange.save(&dev(), &sealed, true).await;
         let new = obtained(&edge(&server, &store)).await;
         assert_eq!(admin.listed(), [new.selector().expect("v2")]);
+    }
+
+    #[tokio::test]
+    async fn stored_token_survives_a_replaced_admin_token() {
+        let (admin, server) = Admin::start(Secrets::V2).await;
+        let store = Store::memory();
+        let upstream = Upstream::new(server.config()).expect("client");
+        let first = AdminToken::new(token(ADMIN), None);
+        let edge = Credentials::with_admin(first.clone(), "main", upstream, store.clone());
+        let made = obtained(&edge).await;
+        assert!(first.replace(token("*:*.second"), None));
+        edge.reseal().await;
+        // Without a word to upstream, which knows the first only.
+        let restarted = edge_of("*:*.second", &server, &store);
+        assert_eq!(obtained(&restarted).await, made);
+        // It is still known as made by this edge, which may delete it.
+        first.replace(token(ADMIN), None);
+        edge.reseal().await;
+        let error = edge.replace(&dev(), &made.digest()).await.expect_err("too soon");
+        assert!(matches!(error, Error::Throttled { .. }), "{error:?}");
+        let restarted = edge_of(ADMIN, &server, &store);
+        let replaced = restarted.replace(&dev(), &made.digest()).await.expect("another");
+        assert_eq!(admin.listed(), [replaced[0].token.selector().expect("v2")]);
     }
 
     #[tokio::test]

@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::{
+    admin_token::AdminToken,
     client::Upstream,
     error::{self, Retry},
     seal::Seal,
@@ -83,11 +84,11 @@ impl Error {
 /// What the exchange needs.
 #[derive(Debug)]
 pub(super) struct Exchange {
-    admin: Token,
+    admin: AdminToken,
+    fleet: String,
     name: String,
     upstream: Upstream,
     store: Store,
-    seal: Seal,
 }
 
 /// What has happened with one environment.
@@ -124,9 +125,14 @@ struct Kept {
 }
 
 impl Exchange {
-    pub(super) fn new(admin: Token, fleet: &str, upstream: Upstream, store: Store) -> Self {
-        let seal = Seal::new(&admin, fleet);
-        Self { admin, name: format!("parapet-{fleet}"), upstream, store, seal }
+    pub(super) fn new(admin: AdminToken, fleet: &str, upstream: Upstream, store: Store) -> Self {
+        let name = format!("parapet-{fleet}");
+        Self { admin, fleet: fleet.to_owned(), name, upstream, store }
+    }
+
+    /// The seal under the admin token of the moment.
+    fn seal(&self) -> Seal {
+        Seal::new(&self.admin.current(), &self.fleet)
     }
 
     /// A token for `environment`: the kept one, else one found by its name, else a new one.
@@ -212,7 +218,7 @@ impl Exchange {
             warn!("The kept token for environment {environment} is of an unknown form");
             return None;
         };
-        let token = self.seal.open(environment, &record.sealed);
+        let token = self.seal().open(environment, &record.sealed);
         if token.is_none() {
             info!(
                 "The kept token for environment {environment} is of another admin token or fleet"
@@ -221,6 +227,21 @@ impl Exchange {
         let projects = Projects::from_list(record.projects.iter().map(String::as_str));
         let credential = token.map(|token| Credential { token, projects });
         Some(Kept { minted: record.minted, selector: record.selector, credential })
+    }
+
+    /// Seals the stored token for `environment` anew, under an admin token that has replaced the one of
+    /// its seal. What is not `credential`'s is left alone.
+    pub(super) async fn reseal(&self, environment: &Environment, credential: &Credential) {
+        let stored = self.store.load(&Key::Credentials(environment.clone())).await;
+        let record = stored.ok().flatten().and_then(|bytes| Record::parse(&bytes));
+        let minted = match record {
+            Some(record) if record.selector.as_deref() == credential.token.selector() => {
+                record.minted
+            }
+            Some(_) => return,
+            None => false,
+        };
+        self.save(environment, credential, minted).await;
     }
 
     /// Keeps a token; without a store that works it lasts as long as the process.
@@ -236,7 +257,7 @@ impl Exchange {
             minted,
             selector: token.selector().map(str::to_owned),
             projects: projects.to_list().into_iter().map(str::to_owned).collect(),
-            sealed: self.seal.close(environment, token),
+            sealed: self.seal().close(environment, token),
         };
         let bytes = serde_json::to_vec(&record).expect("a record of plain fields serializes");
         match self.store.save(&Key::Credentials(environment.clone()), bytes).await {

@@ -1,0 +1,248 @@
+//! The admin token of the moment, shared by all that presents it to upstream.
+//!
+//! The operator may replace it while the edge runs, and upstream may refuse it. Here both are recorded,
+//! and whoever depends on either is notified; acting on it is `app`'s business.
+
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use jiff::Timestamp;
+use metrics::{describe_gauge, gauge};
+use tokio::{
+    sync::{Notify, watch},
+    time::Instant,
+};
+use tracing::{info, warn};
+
+use crate::{
+    secret_file,
+    token::{Environment, ParseError, Token},
+};
+
+const REFUSED: &str = "parapet_upstream_admin_token_refused";
+
+/// Upstream's admin token; a cheap handle.
+#[derive(Clone)]
+pub struct AdminToken(Arc<Inner>);
+
+struct Inner {
+    state: watch::Sender<State>,
+    /// Notified when upstream has refused the token: its file may hold another by now.
+    suspected: Notify,
+}
+
+/// The token, where it is from, and what upstream says of it.
+#[derive(Clone, Debug)]
+pub struct State {
+    token: Arc<Token>,
+    file: Option<PathBuf>,
+    verdict: Verdict,
+}
+
+/// What upstream says of the token.
+#[derive(Clone, Copy, Debug)]
+enum Verdict {
+    Unknown,
+    Accepted,
+    /// Since this time.
+    Refused(Timestamp, Instant),
+}
+
+/// Why a text or a file holds no admin token; never repeats it.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file cannot be read.
+    #[error(transparent)]
+    File(#[from] secret_file::Error),
+    /// The text is no token.
+    #[error("expected an admin token; {0}")]
+    Token(#[from] ParseError),
+    /// The token is for one environment.
+    #[error("expected an admin token; this one is for the environment `{0}`")]
+    OneEnvironment(Environment),
+}
+
+impl AdminToken {
+    /// The token that the operator has given, and the file that it was read from.
+    pub fn new(token: Token, file: Option<PathBuf>) -> Self {
+        describe_gauge!(REFUSED, "One while upstream refuses the admin token (401), else zero");
+        gauge!(REFUSED).set(0.0);
+        let state = State { token: Arc::new(token), file, verdict: Verdict::Unknown };
+        Self(Arc::new(Inner { state: watch::Sender::new(state), suspected: Notify::new() }))
+    }
+
+    /// Reads an admin token.
+    pub fn parse(text: &str) -> Result<Token, Error> {
+        let token = Token::parse(text)?;
+        match token.environment() {
+            None => Ok(token),
+            Some(environment) => Err(Error::OneEnvironment(environment)),
+        }
+    }
+
+    /// Reads the admin token in a file; blocks as long as the file system does.
+    pub fn read(file: &Path) -> Result<Token, Error> {
+        Self::parse(&secret_file::read(file)?)
+    }
+
+    /// The token to present.
+    pub fn current(&self) -> Arc<Token> {
+        Arc::clone(&self.0.state.borrow().token)
+    }
+
+    /// The file that the token is read from, if it is.
+    pub fn file(&self) -> Option<PathBuf> {
+        self.0.state.borrow().file.clone()
+    }
+
+    /// Since when upstream has refused the token; `None` while it accepts it.
+    pub fn refused_since(&self) -> Option<Timestamp> {
+        self.0.state.borrow().refused().map(|(at, _)| at)
+    }
+
+    /// For how long upstream has refused the token.
+    pub fn refused_for(&self) -> Option<Duration> {
+        self.0.state.borrow().refused().map(|(_, at)| at.elapsed())
+    }
+
+    /// Notified of every change of the token and of what upstream says of it.
+    pub fn subscribe(&self) -> watch::Receiver<State> {
+        self.0.state.subscribe()
+    }
+
+    /// Waits until upstream refuses the token once more.
+    pub async fn suspected(&self) {
+        self.0.suspected.notified().await;
+    }
+
+    /// Replaces the token; true if it is another one. Whether upstream accepts it is yet to be seen.
+    pub fn replace(&self, token: Token, file: Option<PathBuf>) -> bool {
+        self.0.state.send_if_modified(|state| {
+            state.file = file;
+            let is_other = *state.token != token;
+            if is_other {
+                state.token = Arc::new(token);
+                state.verdict = Verdict::Unknown;
+                gauge!(REFUSED).set(0.0);
+            }
+            is_other
+        })
+    }
+
+    /// Records that upstream has answered `token` with 401.
+    pub(super) fn refuse(&self, token: &Token) {
+        let is_news = self.0.state.send_if_modified(|state| {
+            let is_news = *state.token == *token && !state.is_refused();
+            if is_news {
+                state.verdict = Verdict::Refused(Timestamp::now(), Instant::now());
+                gauge!(REFUSED).set(1.0);
+            }
+            is_news
+        });
+        if is_news {
+            warn!(
+                token = %token.masked(),
+                "Upstream refuses the admin token: it does not open this edge's admin listener any more. Flags are served as before"
+            );
+        }
+        self.suspect();
+    }
+
+    /// Has the token's file read at once: something was refused, perhaps because the token is not the
+    /// current one any more.
+    pub(super) fn suspect(&self) {
+        self.0.suspected.notify_one();
+    }
+
+    /// Records that upstream has accepted `token`.
+    pub(super) fn accept(&self, token: &Token) {
+        let is_news = self.0.state.send_if_modified(|state| {
+            let is_news = *state.token == *token && !matches!(state.verdict, Verdict::Accepted);
+            if is_news {
+                state.verdict = Verdict::Accepted;
+                gauge!(REFUSED).set(0.0);
+            }
+            is_news
+        });
+        if is_news {
+            info!(token = %token.masked(), "Upstream accepts the admin token");
+        }
+    }
+}
+
+impl State {
+    /// The token.
+    pub fn token(&self) -> &Arc<Token> {
+        &self.token
+    }
+
+    /// Whether upstream refuses it.
+    pub fn is_refused(&self) -> bool {
+        self.refused().is_some()
+    }
+
+    /// Whether upstream accepts it.
+    pub fn is_accepted(&self) -> bool {
+        matches!(self.verdict, Verdict::Accepted)
+    }
+
+    fn refused(&self) -> Option<(Timestamp, Instant)> {
+        match self.verdict {
+            Verdict::Refused(at, since) => Some((at, since)),
+            Verdict::Unknown | Verdict::Accepted => None,
+        }
+    }
+}
+
+impl fmt::Debug for AdminToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AdminToken").field("file", &self.file()).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn token(text: &str) -> Token {
+        Token::parse(text).expect("token")
+    }
+
+    #[test]
+    fn refusal_of_a_replaced_token_says_nothing_about_the_current_one() {
+        let (first, second) = (token("*:*.first"), token("*:*.second"));
+        let admin = AdminToken::new(first.clone(), None);
+        let mut changes = admin.subscribe();
+        admin.refuse(&first);
+        assert!(admin.refused_since().is_some() && changes.has_changed().expect("open"));
+        assert!(admin.replace(second.clone(), None));
+        assert_eq!((admin.refused_since(), &*admin.current()), (None, &second));
+        changes.mark_unchanged();
+        admin.refuse(&first);
+        admin.accept(&first);
+        assert!(admin.refused_since().is_none() && !changes.has_changed().expect("open"));
+        admin.refuse(&second);
+        let since = admin.refused_since();
+        admin.refuse(&second);
+        assert_eq!(admin.refused_since(), since);
+        admin.accept(&second);
+        assert_eq!(admin.refused_since(), None);
+    }
+
+    #[test]
+    fn token_of_one_environment_is_not_an_admin_token() {
+        let error = AdminToken::parse("*:dev.secret").expect_err("of one environment");
+        assert_eq!(
+            error.to_string(),
+            "expected an admin token; this one is for the environment `dev`"
+        );
+        assert!(AdminToken::parse("user:secret").is_ok());
+        assert!(
+            !AdminToken::parse("secret").expect_err("no token").to_string().contains("secret ")
+        );
+    }
+}
