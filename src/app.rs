@@ -4,12 +4,14 @@
 //! made here, and nothing else in the program asks for the mode. Long-lived tasks are spawned here
 //! and by the listeners only; one that dies of a panic is started again.
 
+mod admin_token;
 mod alone;
 mod banner;
 mod edge;
 mod keep;
 mod listen;
 mod plan;
+mod reload;
 mod spools;
 mod tasks;
 
@@ -23,10 +25,12 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 pub use self::plan::Error;
-use self::{keep::Keeper, listen::bind, plan::Plan, tasks::Tasks};
+use self::{
+    admin_token::Rotation, keep::Keeper, listen::bind, plan::Plan, reload::Reload, tasks::Tasks,
+};
 use crate::{
     auth::{self, Authenticator},
-    config::{Config, Mode},
+    config::{Config, Mistakes, Mode},
     feed::Feed,
     http::{
         admin::{self, Admin, Door, Identity, Insight, Relay},
@@ -34,7 +38,7 @@ use crate::{
         data::{Data, Settings},
         listener::{self, Limits},
         meter::Meter,
-        ofrep::Tickets,
+        ofrep::{TicketKey, Tickets},
         ops::Ops,
         streaming::Streams,
     },
@@ -46,6 +50,15 @@ use crate::{
 
 /// How often the registry of metrics is tidied up, as its library asks for.
 const UPKEEP_EVERY: Duration = Duration::from_secs(5);
+
+/// What the process is told to do while it runs.
+#[derive(Debug)]
+pub enum Signal {
+    /// To end.
+    Terminate,
+    /// To apply this configuration as far as a running instance can.
+    Reload(Result<Box<Config>, Mistakes>),
+}
 
 /// A Parapet that listens and is about to serve.
 #[derive(Debug)]
@@ -59,6 +72,8 @@ pub struct App {
     registry: PrometheusHandle,
     plan: Plan,
     keeper: Keeper,
+    reload: Reload,
+    rotation: Option<Rotation>,
 }
 
 impl App {
@@ -111,6 +126,14 @@ impl App {
             Arc::clone(&meter),
         );
         let feed = Feed::new(snapshots.clone());
+        let credentials = plan.admin.take();
+        let admin_token = credentials.as_ref().map(|it| it.token.clone());
+        let seals_tickets = config.data.ticket_key.is_none();
+        let ticket_key = config.data.ticket_key.unwrap_or_else(|| match &admin_token {
+            // All edges of a fleet know it.
+            Some(token) => TicketKey::of(&token.current()),
+            None => TicketKey::random(),
+        });
         let service = Data {
             settings: Settings {
                 base_path: config.data.base_path,
@@ -127,7 +150,7 @@ impl App {
             snapshots: snapshots.clone(),
             streams: Streams::new(config.data.streams, auth.clone()),
             feed,
-            tickets: Tickets::new(config.data.ticket_key),
+            tickets: Tickets::new(ticket_key),
             usage: usage.clone(),
             ops: ops.clone(),
             meter,
@@ -142,7 +165,18 @@ impl App {
         let service = Arc::new(service);
         let door = Door { address: data_address, base_path: service.settings.base_path.clone() };
         let upstream = plan.upstream.clone();
-        let insight = Insight { identity, door, auth, snapshots, usage, upstream, ops };
+        let rotation = credentials.map(|it| Rotation {
+            admin: it.token,
+            auth: auth.clone(),
+            credentials: it.credentials,
+            discovered: it.discovered,
+            data: Arc::clone(&service),
+            seals_tickets,
+        });
+        let live = plan.live.take().expect("it is taken once");
+        let reload = Reload::new(live, auth.clone(), config.effective, config.warnings);
+        let insight =
+            Insight { identity, door, auth, snapshots, usage, upstream, admin_token, ops };
         let operators = Admin {
             insight,
             control: plan.control.as_ref().map(|(control, _)| control.clone()),
@@ -161,6 +195,8 @@ impl App {
             registry,
             plan,
             keeper,
+            reload,
+            rotation,
         })
     }
 
@@ -169,14 +205,15 @@ impl App {
         Ok((self.data.0.local_addr()?, self.admin.0.local_addr()?))
     }
 
-    /// Serves until the first of `signals`, then ends in order: readiness first, connections next,
-    /// usage last. At the second it waits for nobody any more, but still stores usage.
+    /// Serves until the first of `signals` to terminate, then ends in order: readiness first,
+    /// connections next, usage last. At the second it waits for nobody any more, but still stores usage.
     ///
     /// A listener that dies ends the rest in the same order, and is an error.
-    pub async fn run(self, signals: impl Stream<Item = ()>) -> Result<(), Error> {
+    pub async fn run(self, signals: impl Stream<Item = Signal>) -> Result<(), Error> {
         let mut signals = pin!(signals);
-        let Self { data, admin, limits, drain_delay, grace, readiness, registry, plan, keeper } =
-            self;
+        let Self { data, admin, limits, drain_delay, grace, readiness, registry, .. } = self;
+        let Self { plan, keeper, mut reload, rotation, .. } = self;
+        let service = Arc::clone(&data.1);
         let (feed, streams) = (data.1.feed.clone(), data.1.streams.clone());
         let (stop_serving, stop_working) = (CancellationToken::new(), CancellationToken::new());
         let hurry = CancellationToken::new();
@@ -196,6 +233,10 @@ impl App {
         workers.spawn("feed", feed, |feed| async move { feed.run().await });
         workers.spawn("streams", streams.clone(), |streams| async move { streams.run().await });
         workers.spawn("metrics", registry, upkeep);
+        if let Some(rotation) = rotation {
+            let follow = |rotation: Rotation| async move { rotation.run().await };
+            workers.spawn("admin token", rotation, follow);
+        }
 
         // Outlives all who deliver to it, and is not waited for when they have ended: a database may
         // never answer.
@@ -229,16 +270,22 @@ impl App {
         let parts = (keeper.clone(), stop_working.clone());
         closers.spawn("save", parts, |(saver, stop)| async move { saver.run(&stop).await });
 
-        let outcome = tokio::select! {
-            Some(()) = signals.next() => {
-                info!(?drain_delay, "Parapet is told to end; it is not ready any more");
-                Ok(())
-            }
-            _ = listeners.join_next() => {
-                error!("A listener ended on its own, and Parapet ends");
-                Err(Error::Listener)
+        let outcome = loop {
+            tokio::select! {
+                Some(signal) = signals.next() => match signal {
+                    Signal::Reload(loaded) => reload.apply(loaded, &service),
+                    Signal::Terminate => {
+                        info!(?drain_delay, "Parapet is told to end; it is not ready any more");
+                        break Ok(());
+                    }
+                },
+                _ = listeners.join_next() => {
+                    error!("A listener ended on its own, and Parapet ends");
+                    break Err(Error::Listener);
+                }
             }
         };
+        drop(service);
         let mut end = pin!(async {
             readiness.drain();
             tokio::select! {
@@ -262,9 +309,12 @@ impl App {
         loop {
             tokio::select! {
                 () = &mut end => break,
-                Some(()) = signals.next(), if !hurry.is_cancelled() => {
-                    warn!("Parapet is told to end once more, and waits for nobody");
-                    hurry.cancel();
+                Some(signal) = signals.next(), if !hurry.is_cancelled() => match signal {
+                    Signal::Reload(_) => info!("Parapet is about to end and reloads nothing"),
+                    Signal::Terminate => {
+                        warn!("Parapet is told to end once more, and waits for nobody");
+                        hurry.cancel();
+                    }
                 }
             }
         }
@@ -293,7 +343,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        config::Command,
+        config::{Command, Mistake},
         token::{Environment, Projects, Scope},
         usage::SdkKind,
         wire::usage::ClientMetrics,
@@ -320,7 +370,10 @@ mod tests {
         let report = ClientMetrics::parse(report.as_bytes()).expect("report");
         app.keeper.usage.record_metrics(&scope, SdkKind::Backend, report, now);
 
-        let signals = stream::iter([(), ()]).chain(stream::pending());
+        let mistake = Mistake { place: "PORT".to_owned(), reason: "of no interest".to_owned() };
+        let reload = || Signal::Reload(Err(mistake.clone().into()));
+        let signals = [reload(), Signal::Terminate, reload(), Signal::Terminate, reload()];
+        let signals = stream::iter(signals).chain(stream::pending());
         let end = tokio::time::timeout(Duration::from_mins(1), app.run(signals));
         end.await.expect("it does not wait for an hour").expect("no error");
         let record = folder.path().join("backup/usage.parapet");

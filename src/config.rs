@@ -22,6 +22,7 @@ pub use self::{
     },
     manage::{PasswordSource, Server, Task},
     mistake::{Mistake, Mistakes},
+    settings::Effective,
 };
 use self::{
     cli::{Line, Purpose, Verb},

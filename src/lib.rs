@@ -69,6 +69,11 @@
 //! before it answers. Other instances learn of it from the database. At an edge that relays, upstream
 //! does all this, and [`auth`] is told which token a change was of.
 //!
+//! **A reload.** SIGHUP has [`config`] read again and checked as a whole; [`app`] applies the settings
+//! that can change while an instance runs, and logs those that need a restart. The upstream admin token
+//! is also read again when its file changes. [`upstream`] holds it, and records when it is refused;
+//! [`app`] then closes the admin listener to it, and seals stored credentials anew after a replacement.
+//!
 //! **The end.** Readiness goes first; after the drain delay the listeners stop and requests finish;
 //! the last usage is flushed or stored; the verdicts are stored.
 //!

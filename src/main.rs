@@ -12,7 +12,7 @@ use std::{
 use anyhow::Context as _;
 use futures_util::{Stream, stream};
 use parapet::{
-    app::App,
+    app::{App, Signal},
     command,
     config::{Command, Config},
     probe, telemetry,
@@ -75,19 +75,39 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 }
 
 async fn run(config: Config) -> anyhow::Result<()> {
+    // Before the start, which it would end; what it asks for is done afterwards.
+    let reloads = reloads().context("cannot listen to signals")?;
     let app = App::start(config).await?;
-    let signals = signals().context("cannot listen to signals")?;
-    Ok(app.run(signals).await?)
+    let terminations = terminations().context("cannot listen to signals")?;
+    Ok(app.run(stream::select(terminations, reloads)).await?)
 }
 
-/// Says each time that the process is asked to end, by the system or at the terminal.
-fn signals() -> io::Result<impl Stream<Item = ()>> {
+/// Yields each time that the process is asked to end, by the system or at the terminal.
+fn terminations() -> io::Result<impl Stream<Item = Signal>> {
     let both = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     Ok(stream::unfold(both, |(mut terminate, mut interrupt)| async move {
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
-        Some(((), (terminate, interrupt)))
+        Some((Signal::Terminate, (terminate, interrupt)))
+    }))
+}
+
+/// Yields the configuration, read again, each time that the process is told to reload (SIGHUP).
+fn reloads() -> io::Result<impl Stream<Item = Signal>> {
+    let hangup = signal(SignalKind::hangup())?;
+    Ok(stream::unfold(hangup, |mut hangup| async move {
+        loop {
+            hangup.recv().await?;
+            // Reads files, which may take as long as the file system likes.
+            let read = tokio::task::spawn_blocking(Command::from_process).await;
+            let loaded = match read.expect("reading the configuration does not panic") {
+                Ok(Command::Run(config)) => Ok(config),
+                Err(mistakes) => Err(mistakes),
+                Ok(_) => continue,
+            };
+            return Some((Signal::Reload(loaded), hangup));
+        }
     }))
 }

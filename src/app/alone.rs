@@ -5,7 +5,10 @@ use std::{collections::BTreeSet, path::Path, sync::Arc};
 use tokio::sync::{Mutex, mpsc};
 use tracing::warn;
 
-use super::plan::{Error, Plan, Source};
+use super::{
+    plan::{Error, Plan, Source},
+    reload::Live,
+};
 use crate::{
     auth::Authority,
     config::{Offline, Standalone},
@@ -21,12 +24,8 @@ use crate::{
 /// The environment of a given token that names none.
 const FALLBACK: &str = "development";
 
-/// Flags of a file, tokens of the command line.
-pub(super) async fn offline(
-    offline: Offline,
-    snapshots: &Snapshots,
-    latch: Latch,
-) -> Result<Plan, Error> {
+/// What the given tokens of offline mode allow, and the environments that those for SDKs name.
+pub(super) fn given(offline: &Offline) -> (Vec<(TokenDigest, Grant)>, BTreeSet<Environment>) {
     let fallback = Environment::new(FALLBACK);
     let grants = |kind, tokens: &[Token]| {
         let grant = |token| grant_of(kind, token, &fallback);
@@ -35,9 +34,21 @@ pub(super) async fn offline(
     let mut given = grants(TokenKind::Client, &offline.client_tokens);
     given.extend(grants(TokenKind::Frontend, &offline.frontend_tokens));
     given.extend(grants(TokenKind::Admin, &offline.admin_tokens));
+    let environments = environments(&given);
+    (given, environments)
+}
+
+/// Flags of a file, tokens of the command line.
+pub(super) async fn offline(
+    offline: Offline,
+    snapshots: &Snapshots,
+    latch: Latch,
+) -> Result<Plan, Error> {
+    let (given, environments) = given(&offline);
     let path = offline.bootstrap_file;
-    let files = Files::new(path, environments(&given), snapshots.clone(), offline.reload_interval);
-    plan("offline", (files, snapshots), given, Store::memory(), latch).await
+    let files = Files::new(path, environments, snapshots.clone(), offline.reload_interval);
+    let live = Live::Offline(files.rereader());
+    plan("offline", (files, snapshots), given, Store::memory(), latch, live).await
 }
 
 /// How many batches of usage may wait for the registry.
@@ -58,7 +69,8 @@ pub(super) async fn standalone(
     let named = environments(&given);
     let served = named.iter().cloned().chain(standalone.environments).collect();
     let files = Files::new(standalone.flags, served, snapshots.clone(), None);
-    let mut plan = plan("standalone", (files, snapshots), given, store, latch).await?;
+    let live = Live::Standalone(files.rereader());
+    let mut plan = plan("standalone", (files, snapshots), given, store, latch, live).await?;
     let (deliver, deliveries) = mpsc::channel(DELIVERIES);
     plan.sink = Sink::Registry(deliver);
     plan.control = Some((control, Arc::new(Mutex::new(deliveries))));
@@ -79,6 +91,7 @@ async fn plan(
     given: Vec<(TokenDigest, Grant)>,
     store: Store,
     latch: Latch,
+    live: Live,
 ) -> Result<Plan, Error> {
     let source = Source::Files(files.start().await?);
     if snapshots.environments().is_empty() {
@@ -87,8 +100,20 @@ async fn plan(
         latch.release();
     }
     let (authority, sink, upstream) = (Authority::Nobody, Sink::None, None);
-    let (control, relays) = (None, false);
-    Ok(Plan { name, source, authority, given, sink, upstream, relays, control, store })
+    let (control, relays, admin) = (None, false, None);
+    Ok(Plan {
+        name,
+        source,
+        authority,
+        given,
+        sink,
+        upstream,
+        admin,
+        live: Some(live),
+        relays,
+        control,
+        store,
+    })
 }
 
 /// The environments that tokens for SDKs name.

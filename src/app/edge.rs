@@ -2,10 +2,17 @@
 
 use std::{collections::BTreeSet, path::Path, sync::Arc, time::Duration};
 
-use tokio::{sync::Notify, time::sleep};
+use tokio::{
+    sync::{Notify, watch},
+    time::sleep,
+};
 use tracing::{info, warn};
 
-use super::plan::{Error, Plan, Source};
+use super::{
+    admin_token,
+    plan::{Admin, Error, Plan, Source},
+    reload::{EdgeTokens, Live},
+};
 use crate::{
     auth::{self, Admission, Authenticator, Authority, Denied, Issuer},
     config::{self, Credentials as Given, Folder},
@@ -32,7 +39,7 @@ const LOOK_AGAIN_AFTER: Duration = Duration::from_secs(30);
 pub(super) struct Edge {
     follower: Follower,
     /// Tokens of the operator, to be judged before they are used.
-    tokens: Vec<Token>,
+    tokens: watch::Receiver<Vec<Token>>,
     backup: Vec<(Token, Grant)>,
     /// Released when the operator's tokens are judged and have flags.
     tokens_taken: Latch,
@@ -51,8 +58,8 @@ pub(super) async fn plan(
     let store = keep_in(&edge.backup_folder)?;
     let upstream = Upstream::new(edge.upstream)?;
     let (credentials, wanted, admin, tokens) = match edge.credentials {
-        Given::Admin { token, fleet, environments } => {
-            let token = AdminToken::new(token, None);
+        Given::Admin { token, file, fleet, environments } => {
+            let token = AdminToken::new(token, file);
             let credentials =
                 Credentials::with_admin(token.clone(), &fleet, upstream.clone(), store.clone());
             info!(fleet, list_interval = ?auth.list_interval, "Upstream's admin token is exchanged for a token per environment");
@@ -84,11 +91,10 @@ pub(super) async fn plan(
     // Later starts have verdicts of their own, which know of revocations since.
     let first_start = matches!(store.load(&Key::Verdicts).await, Ok(None));
     let backup = if first_start { backup } else { Vec::new() };
-    let operator = admin.iter().map(|token| {
-        let scope = Scope { environment: Environment::new("*"), projects: Projects::All };
-        (token.current().digest(), Grant { kind: TokenKind::Admin, scope })
-    });
-    let given = operator.collect();
+    let given = admin.iter().map(|token| admin_token::grant(&token.current())).collect();
+    let (send_tokens, tokens) = watch::channel(tokens);
+    let tokens_given = admin.clone().map_or(EdgeTokens::Backend(send_tokens), EdgeTokens::Admin);
+    let live = Live::Edge { tokens: tokens_given, refetch: Arc::clone(&discovered) };
     Ok(Plan {
         control: None,
         name: "edge",
@@ -101,10 +107,12 @@ pub(super) async fn plan(
         })),
         authority: Authority::Upstream(Box::new(Issuer {
             upstream: upstream.clone(),
-            admin,
+            admin: admin.clone(),
             credentials: credentials.clone(),
-            discovered,
+            discovered: Arc::clone(&discovered),
         })),
+        admin: admin.map(|token| Admin { token, credentials: credentials.clone(), discovered }),
+        live: Some(live),
         given,
         sink: Sink::Upstream { upstream: upstream.clone(), credentials },
         upstream: Some(upstream),
@@ -165,7 +173,7 @@ impl Edge {
             auth.import(token, grant);
         }
         let Self { follower, tokens, tokens_taken, flags_there, .. } = self;
-        let tokens = take_tokens(tokens, auth, &follower.snapshots, tokens_taken);
+        let tokens = take_tokens(tokens.clone(), auth, &follower.snapshots, tokens_taken);
         tokio::join!(follower.clone().run(flags_there), tokens);
     }
 }
@@ -176,15 +184,25 @@ impl Edge {
 /// The latch is released when each has been judged once and those that are valid have flags: a
 /// mistyped token keeps nobody from the flags of the others. Without any valid one there are none. While
 /// upstream cannot be asked, flags of an earlier run are enough.
-async fn take_tokens(tokens: &[Token], auth: &Authenticator, snapshots: &Snapshots, latch: &Latch) {
-    if tokens.is_empty() {
-        return latch.release();
-    }
+///
+/// The list may be replaced at any time. A token that is missing in the new one is forgotten once the
+/// others are judged, so that there is no time without any.
+async fn take_tokens(
+    mut configured: watch::Receiver<Vec<Token>>,
+    auth: &Authenticator,
+    snapshots: &Snapshots,
+    latch: &Latch,
+) {
     let mut useless = BTreeSet::new();
+    let mut taken = Vec::new();
     loop {
+        let tokens = configured.borrow_and_update().clone();
+        if tokens.is_empty() {
+            latch.release();
+        }
         let mut environments = BTreeSet::new();
         let mut judged = true;
-        for token in tokens {
+        for token in &tokens {
             let why = match auth.authenticate(token.expose()).await {
                 Ok(Admission { grant, .. }) if grant.kind == TokenKind::Client => {
                     environments.insert(grant.scope.environment.clone());
@@ -201,6 +219,13 @@ async fn take_tokens(tokens: &[Token], auth: &Authenticator, snapshots: &Snapsho
             if useless.insert(token.digest()) {
                 warn!(token = %token.masked(), "A configured token fetches nothing: {why}");
             }
+        }
+        if judged {
+            for token in taken.iter().filter(|token| !tokens.contains(token)) {
+                auth.forget(&token.digest());
+                useless.remove(&token.digest());
+            }
+            taken.clone_from(&tokens);
         }
         let flags_are_there = async {
             for environment in &environments {
@@ -221,6 +246,7 @@ async fn take_tokens(tokens: &[Token], auth: &Authenticator, snapshots: &Snapsho
         }
         tokio::select! {
             () = sleep(if judged { LOOK_AGAIN_AFTER } else { ASK_AGAIN_AFTER }) => {}
+            Ok(()) = configured.changed() => {}
             () = flags_are_there, if waits_for_flags => latch.release(),
         }
     }

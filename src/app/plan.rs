@@ -2,16 +2,16 @@
 
 use std::{io, net::SocketAddr, sync::Arc};
 
-use tokio::sync::{Mutex, mpsc};
+use tokio::sync::{Mutex, Notify, mpsc};
 
-use super::{edge::Edge, tasks::Tasks};
+use super::{edge::Edge, reload::Live, tasks::Tasks};
 use crate::{
     auth::{Authenticator, Authority},
     control::{self, Control},
     store::{self, Store},
     sync::{Saver, files},
     token::{Grant, TokenDigest},
-    upstream::{self, Upstream},
+    upstream::{self, AdminToken, Credentials, Upstream},
     usage::{Delivery, Sink},
 };
 
@@ -50,12 +50,24 @@ pub(super) struct Plan {
     pub(super) given: Vec<(TokenDigest, Grant)>,
     pub(super) sink: Sink,
     pub(super) upstream: Option<Upstream>,
+    /// The admin token that is presented to upstream, with what depends on it.
+    pub(super) admin: Option<Admin>,
+    /// What can change while the instance runs.
+    pub(super) live: Option<Live>,
     /// Whether upstream's admin API is passed on.
     pub(super) relays: bool,
     /// Accounts and tokens, and the usage that is kept with them, where that is here.
     pub(super) control: Option<(Control, Deliveries)>,
     /// Where verdicts, usage and credentials are kept between runs.
     pub(super) store: Store,
+}
+
+/// The admin token, and what is to follow it when it is replaced.
+#[derive(Clone, Debug)]
+pub(super) struct Admin {
+    pub(super) token: AdminToken,
+    pub(super) credentials: Credentials,
+    pub(super) discovered: Arc<Notify>,
 }
 
 impl Plan {

@@ -53,8 +53,7 @@ pub(super) fn config(s: &mut Settings, role: Role) -> Result<Config, Mistakes> {
         Role::Offline => offline(s).map(Mode::Offline),
         Role::Standalone => standalone(s, &data_dir).map(Mode::Standalone),
     };
-    let ticket_key = ticket_key(s, mode.as_ref());
-    let (data, admin) = listeners(s, ticket_key);
+    let (data, admin) = listeners(s);
     let auth = auth::Config {
         revalidate_after: s.interval(&keys::TOKEN_REVALIDATION_INTERVAL_SECONDS),
         forget_invalid_after: s.interval(&keys::INVALID_TOKEN_TTL_SECONDS),
@@ -76,8 +75,20 @@ pub(super) fn config(s: &mut Settings, role: Role) -> Result<Config, Mistakes> {
     };
     Mistakes::none_in(take(&mut s.mistakes))?;
     let mode = mode.expect("a mode that cannot be made is a mistake");
-    let warnings = take(&mut s.warnings);
-    Ok(Config { mode, data, admin, auth, usage, log, data_dir, shutdown, identity, warnings })
+    let (warnings, effective) = (take(&mut s.warnings), s.effective());
+    Ok(Config {
+        mode,
+        data,
+        admin,
+        auth,
+        usage,
+        log,
+        data_dir,
+        shutdown,
+        identity,
+        warnings,
+        effective,
+    })
 }
 
 /// Checks the settings of `health` and `ready`.
@@ -170,7 +181,8 @@ fn credentials(s: &mut Settings) -> Option<Credentials> {
     }
     let environments =
         (!environments.is_empty()).then(|| environments.into_iter().collect::<BTreeSet<_>>());
-    Some(Credentials::Admin { token: admin_token(s)?, fleet, environments })
+    let file = s.secret_file(&keys::UPSTREAM_ADMIN_TOKEN).map(Path::to_owned);
+    Some(Credentials::Admin { token: admin_token(s)?, file, fleet, environments })
 }
 
 fn admin_token(s: &mut Settings) -> Option<Token> {
@@ -324,21 +336,7 @@ pub(super) fn manage(mut settings: Settings, errand: Errand) -> Result<Manage, M
     Ok(Manage { place: Place::Database(location), task, json })
 }
 
-/// A secret that is given, else one that all edges of a fleet know, else one of this run.
-fn ticket_key(s: &mut Settings, mode: Option<&Mode>) -> TicketKey {
-    let given = s.read(&keys::OFREP_TICKET_SECRET, "at least 16 characters", |text| {
-        (text.len() >= 16).then(|| TicketKey::derive(text))
-    });
-    given.unwrap_or_else(|| match mode {
-        Some(Mode::Edge(edge)) => match &edge.credentials {
-            Credentials::Admin { token, .. } => TicketKey::of(token),
-            Credentials::Given(_) => TicketKey::random(),
-        },
-        _ => TicketKey::random(),
-    })
-}
-
-fn listeners(s: &mut Settings, ticket_key: TicketKey) -> (DataListener, AdminListener) {
+fn listeners(s: &mut Settings) -> (DataListener, AdminListener) {
     let address = SocketAddr::new(interface(s, &keys::INTERFACE), port(s, &keys::PORT));
     let admin = SocketAddr::new(interface(s, &keys::ADMIN_INTERFACE), port(s, &keys::ADMIN_PORT));
     let overlap =
@@ -348,6 +346,9 @@ fn listeners(s: &mut Settings, ticket_key: TicketKey) -> (DataListener, AdminLis
     }
     let (token_header, _) = token_headers(s);
     let streams = streams(s);
+    let ticket_key = s.read(&keys::OFREP_TICKET_SECRET, "at least 16 characters", |text| {
+        (text.len() >= 16).then(|| TicketKey::derive(text))
+    });
     let data = DataListener {
         address,
         streams,

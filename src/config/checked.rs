@@ -13,7 +13,10 @@ use std::{
 use jiff::Timestamp;
 use reqwest::{Url, header::HeaderName};
 
-use super::manage::{Server, Task};
+use super::{
+    manage::{Server, Task},
+    settings::Effective,
+};
 use crate::{
     auth, control,
     http::{access, cors, listener::Limits, ofrep::TicketKey, route::Endpoint, streaming},
@@ -45,6 +48,8 @@ pub struct Config {
     pub identity: Identity,
     /// What the operator should know, one sentence each; to be logged at the start.
     pub warnings: Vec<String>,
+    /// Which values are in effect, to be compared with those of a later configuration.
+    pub effective: Effective,
 }
 
 /// Where flags come from, who vouches for tokens, and where usage goes.
@@ -98,6 +103,8 @@ pub enum Credentials {
     Admin {
         /// The admin token.
         token: Token,
+        /// The file that it is read from, again when that changes.
+        file: Option<PathBuf>,
         /// The name that all edges of this deployment share; their tokens are `parapet-<fleet>`.
         fleet: String,
         /// Which environments are served; `None` is all that upstream has enabled.
@@ -153,8 +160,9 @@ pub struct DataListener {
     pub limits: Limits,
     /// How streams are kept.
     pub streams: streaming::Config,
-    /// What OpenFeature's providers open streams with is sealed by this.
-    pub ticket_key: TicketKey,
+    /// Seals the tickets of OpenFeature's providers; `None` derives the key from the admin token, or
+    /// without one draws a key for this run.
+    pub ticket_key: Option<TicketKey>,
 }
 
 /// The listener for operators.

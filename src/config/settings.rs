@@ -4,11 +4,13 @@
 //! whole is thrown away. `Debug` shows which keys were given and where, never what.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt::{self, Write as _},
     path::{Path, PathBuf},
     time::Duration,
 };
+
+use sha2::{Digest as _, Sha256};
 
 use super::{
     cli::{Flags, Verb},
@@ -41,6 +43,26 @@ struct Given {
     place: String,
     /// The secret file that the texts were read from.
     file: Option<PathBuf>,
+}
+
+/// Which values were in effect, by digest: enough to tell later which of them have changed.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Effective(BTreeMap<&'static str, [u8; 32]>);
+
+impl Effective {
+    /// The names of the options whose values differ from `earlier`.
+    pub fn changed_since(&self, earlier: &Self) -> Vec<&'static str> {
+        let names: BTreeSet<_> = self.0.keys().chain(earlier.0.keys()).copied().collect();
+        names.into_iter().filter(|name| self.0.get(name) != earlier.0.get(name)).collect()
+    }
+
+    /// Takes the value of one option over from `newer`.
+    pub fn update(&mut self, name: &'static str, newer: &Self) {
+        match newer.0.get(name) {
+            Some(digest) => drop(self.0.insert(name, *digest)),
+            None => drop(self.0.remove(name)),
+        }
+    }
 }
 
 impl fmt::Debug for Settings {
@@ -157,6 +179,27 @@ impl Settings {
     /// The file that the value of a secret was read from.
     pub(super) fn secret_file(&self, secret: &Key) -> Option<&Path> {
         self.given.get(secret.name)?.file.as_deref()
+    }
+
+    /// What is in effect, files of secrets by what they hold.
+    pub(super) fn effective(&self) -> Effective {
+        let keys = KEYS.iter().filter(|key| {
+            self.concerns(key) && key.support == Support::Full && key.file_of.is_none()
+        });
+        let digest = |texts: &[String]| {
+            let mut hash = Sha256::new();
+            for text in texts {
+                hash.update(text.len().to_le_bytes());
+                hash.update(text);
+            }
+            hash.finalize().into()
+        };
+        let digests = keys.filter_map(|key| {
+            let default = || key.default.map(|text| vec![text.to_owned()]);
+            let texts = self.given.get(key.name).map(|given| given.texts.clone());
+            Some((key.name, digest(&texts.or_else(default)?)))
+        });
+        Effective(digests.collect())
     }
 
     fn add_file(&mut self) {

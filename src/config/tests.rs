@@ -380,10 +380,11 @@ fn an_admin_token_comes_from_an_option_or_a_file_but_not_both() {
     let (_folder, path) = file(&format!("{ADMIN}\n"));
     for env in [[("UPSTREAM_ADMIN_TOKEN", ADMIN)], [("UPSTREAM_ADMIN_TOKEN_FILE", &*path)]] {
         let line = format!("{EDGE} --environments dev,prod --fleet-name eu");
-        let Credentials::Admin { token, fleet, environments } = edge(&line, &env).credentials
+        let Credentials::Admin { token, file, fleet, environments } = edge(&line, &env).credentials
         else {
             panic!("{env:?}")
         };
+        assert_eq!(file.is_some(), env[0].0.ends_with("_FILE"));
         assert_eq!((token.expose(), &*fleet), (ADMIN, "eu"));
         assert_eq!(environments.map(|names| names.len()), Some(2));
     }
@@ -423,9 +424,11 @@ fn every_secret_may_be_in_a_file() {
         let (line, variable) = (command_of(secret), secret.env_name());
         let value = value_of(secret);
         let (_folder, path) = file(&format!("\u{feff} {value}\r\n"));
-        config(line, &[(&variable, value)]);
+        let in_environment = config(line, &[(&variable, value)]);
         let variable = format!("{variable}_FILE");
-        config(line, &[(&variable, &path)]);
+        let in_file = config(line, &[(&variable, &path)]);
+        let changed = in_file.effective.changed_since(&in_environment.effective);
+        assert_eq!(changed, Vec::<&str>::new(), "{variable}");
         config(&format!("{line} --{}-file {path}", secret.name), &[]);
         let text = format!("{}_file = {path:?}", secret.file_name());
         let (_folder, toml) = file(&text);
@@ -510,6 +513,22 @@ fn accounts_are_managed_by_an_address_in_a_file_and_no_other_file_is_read() {
     let line = format!("token list --database-url-file {path}");
     assert!(matches!(parse(&line, &[other]), Ok(Command::Manage(_))));
     assert!(parse("token list", &[("DATABASE_URL_FILE", "/nowhere")]).is_err());
+}
+
+#[test]
+fn what_has_changed_between_two_configurations_is_told_by_name() {
+    let before = config(&format!("{EDGE} --tokens {TOKEN} --port 0"), &[]).effective;
+    let same = config(EDGE, &[("TOKENS", TOKEN), ("PORT", "0")]).effective;
+    assert!(same.changed_since(&before).is_empty(), "a generated name is no change");
+    let after = config(EDGE, &[("LOG_FORMAT", "json")]).effective;
+    let mut changed = after.changed_since(&before);
+    changed.sort_unstable();
+    assert_eq!(changed, ["log-format", "port", "tokens"]);
+    let mut updated = before.clone();
+    for name in changed {
+        updated.update(name, &after);
+    }
+    assert!(after.changed_since(&updated).is_empty());
 }
 
 #[test]

@@ -133,6 +133,12 @@ impl AdminToken {
         })
     }
 
+    /// Has upstream refuse the current token.
+    #[cfg(test)]
+    pub(crate) fn refuse_for_test(&self) {
+        self.refuse(&self.current());
+    }
+
     /// Records that upstream has answered `token` with 401.
     pub(super) fn refuse(&self, token: &Token) {
         let is_news = self.0.state.send_if_modified(|state| {

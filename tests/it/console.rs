@@ -482,6 +482,27 @@ async fn the_console_of_an_edge_works_with_the_accounts_and_tokens_of_its_unleas
 }
 
 #[tokio::test]
+async fn overview_shows_that_upstream_refuses_the_admin_token() {
+    let standalone = standalone().await;
+    let data_dir = standalone.data_dir();
+    let token_command = |args: &[&str]| {
+        run(&[&["token"], args, &["--data-dir", data_dir.to_str().unwrap()]].concat(), "").unwrap()
+    };
+    let token = token_command(&["create", "--name", "edge", "--type", "admin"]);
+    let edge = Parapet::edge(&standalone.admin_url()).admin_token(token.trim());
+    let edge = edge.arg("--admin-relay").impatient().start().await;
+    let mut console = Console::open(&edge.admin_url()).await;
+    console.sign_in(OWNER, PASSWORD).await;
+    console.ask("says", json!({ "text": "Accepted" })).await;
+    console.go("API access").await;
+    console.ask("delete_token", json!({ "name": "edge" })).await;
+    console.go("Overview").await;
+    console.ask("says", json!({ "text": "Admin token refused" })).await;
+    console.ask("says", json!({ "text": "Flags are served as before" })).await;
+    console.close().await;
+}
+
+#[tokio::test]
 async fn the_console_of_an_edge_in_front_of_a_standalone_is_that_of_the_standalone() {
     let standalone = standalone().await;
     let token = run(

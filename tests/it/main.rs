@@ -63,6 +63,8 @@ mod parts;
 mod proxy;
 /// An edge that passes upstream's admin API on.
 mod relay;
+/// Secrets and settings that change while an instance runs.
+mod reload;
 /// Tokens that are made and revoked while an edge runs.
 mod revocation;
 /// Real servers, real SDKs and a network that can be made to fail.

@@ -13,7 +13,7 @@ use crate::{
     http::ops::Ops,
     snapshot::{Filter, Segments, Snapshot, Snapshots, body::Coding},
     token::{Grant, Projects, Scope, TokenKind},
-    upstream::Upstream,
+    upstream::{AdminToken, Upstream},
     usage::Usage,
 };
 
@@ -67,6 +67,8 @@ pub struct Insight {
     pub usage: Usage,
     /// Where it is sent, if anywhere.
     pub upstream: Option<Upstream>,
+    /// The admin token that is presented there, if there is one.
+    pub admin_token: Option<AdminToken>,
     /// What probes and scrapes are told.
     pub ops: Ops,
 }
@@ -88,7 +90,7 @@ impl Insight {
             "dataPort": self.door.address.port(),
             "dataPath": self.door.base_path,
             "environments": environments.iter().map(|it| environment(it)).collect::<Vec<_>>(),
-            "upstream": self.upstream.as_ref().map(upstream),
+            "upstream": self.upstream.as_ref().map(|it| upstream(it, self.admin_token.as_ref())),
             "tokens": {
                 "valid": known_count(&self.auth),
                 "refused": self.auth.refused_count(),
@@ -195,7 +197,7 @@ fn environment(snapshot: &Snapshot) -> Value {
     })
 }
 
-fn upstream(upstream: &Upstream) -> Value {
+fn upstream(upstream: &Upstream, admin_token: Option<&AdminToken>) -> Value {
     let health = upstream.health();
     let mut json = Map::new();
     json.insert("url".to_owned(), json!(upstream.origin()));
@@ -205,6 +207,12 @@ fn upstream(upstream: &Upstream) -> Value {
     }
     json.insert("consecutiveFailures".to_owned(), json!(health.consecutive_failures));
     json.insert("streams".to_owned(), json!(health.streams));
+    if let Some(token) = admin_token {
+        let file = token.file().map(|file| file.display().to_string());
+        let refused_since = token.refused_since().map(|at| at.to_string());
+        let shown = json!({"file": file, "refusedSince": refused_since});
+        json.insert("adminToken".to_owned(), shown);
+    }
     Value::Object(json)
 }
 

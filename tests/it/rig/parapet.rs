@@ -234,6 +234,20 @@ impl Parapet {
         process.terminate().await
     }
 
+    /// Sends SIGHUP and waits for nothing.
+    pub(crate) fn hang_up(&self) {
+        let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
+        process.as_ref().expect("it is running").hang_up();
+    }
+
+    /// The answer to a GET on the admin listener with this token.
+    pub(crate) async fn admin_get_as(&self, path: &str, token: &str) -> (StatusCode, Value) {
+        let request = http().get(self.admin_url() + path).header("Authorization", token);
+        let answer = request.send().await.unwrap();
+        let (status, body) = (answer.status(), answer.bytes().await.unwrap());
+        (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
+    }
+
     /// Starts it again after [`kill`](Self::kill) or [`terminate`](Self::terminate): same ports, same data directory.
     /// Does not wait.
     pub(crate) fn restart(&self) {

@@ -135,6 +135,13 @@ impl Process {
         until(&what, Duration::from_mins(1), async || self.ended()).await
     }
 
+    /// Sends SIGHUP.
+    pub(crate) fn hang_up(&self) {
+        let pid = self.child.id().to_string();
+        let sent = Command::new("kill").args(["-HUP", &pid]).status().unwrap();
+        assert!(sent.success(), "cannot signal {}", self.name);
+    }
+
     /// Waits until `answers` says so; panics with its output if it ends before that or takes longer than a minute.
     pub(crate) async fn wait_until(&mut self, mut answers: impl AsyncFnMut() -> bool) {
         let (name, output) = (self.name.clone(), Arc::clone(&self.output));

@@ -91,6 +91,8 @@ pub(crate) struct Unleash {
     version: Version,
     port: u16,
     database: String,
+    /// The token that [`admin`](Self::admin) presents.
+    admin_token: Mutex<&'static str>,
     server: Mutex<Option<Process>>,
 }
 
@@ -101,7 +103,8 @@ impl Unleash {
         let database = Postgres::shared().await.copy_database(version.template().await).await;
         let port = free_port();
         let server = launch(version, port, &database).await;
-        Self { version, port, database, server: Mutex::new(Some(server)) }
+        let admin_token = Mutex::new(ADMIN_TOKEN);
+        Self { version, port, database, admin_token, server: Mutex::new(Some(server)) }
     }
 
     /// The server of this version that tests share; for those that neither stop it nor mind the flags of others.
@@ -139,12 +142,29 @@ impl Unleash {
     }
 
     /// Its admin token, all the operator gives Parapet.
-    #[expect(
-        clippy::unused_self,
-        reason = "that all servers have the same one is nobody's business"
-    )]
     pub(crate) fn admin_token(&self) -> &'static str {
-        ADMIN_TOKEN
+        *self.admin_token.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes an admin token, which the open-source server's API cannot: in the database.
+    pub(crate) async fn plant_admin_token(&self, token: &'static str) {
+        secrets::remember(token);
+        let sql = format!(
+            "insert into api_tokens (secret, username, token_name, type, environment)
+             values ('{token}', 'planted', 'planted', 'admin', '*')"
+        );
+        Postgres::shared().await.execute(&self.database, &sql).await;
+    }
+
+    /// Deletes the admin token in the database; [`admin`](Self::admin) presents `other` from here on. Unleash believes
+    /// the deleted one for up to a minute.
+    pub(crate) async fn delete_admin_token(&self, other: &'static str) {
+        let deleted = {
+            let mut token = self.admin_token.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::replace(&mut *token, other)
+        };
+        let sql = format!("delete from api_tokens where secret = '{deleted}'");
+        Postgres::shared().await.execute(&self.database, &sql).await;
     }
 
     /// Ends it as a crash would. What it has not stored yet is lost.
@@ -181,7 +201,7 @@ impl Unleash {
         body: &Value,
     ) -> (StatusCode, Value) {
         let mut request =
-            http().request(method, self.url() + path).header("Authorization", ADMIN_TOKEN);
+            http().request(method, self.url() + path).header("Authorization", self.admin_token());
         if !body.is_null() {
             request = request.header("Content-Type", "application/json").body(body.to_string());
         }

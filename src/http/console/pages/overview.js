@@ -150,11 +150,12 @@ function problems(list) {
 function summary(status) {
     if (!status.isTold) return 'What connects, and how much.';
     const ready = status.ready === false ? h('span.badge.bad', 'Not ready') : h('span.badge.good', 'Ready');
-    return [ready, ` Parapet ${status.version}, ${status.mode}, started `, ago(status.started, 'at an unknown time'),
+    const refused = status.upstream?.adminToken?.refusedSince && h('span.badge.bad', 'Admin token refused');
+    return [ready, refused, ` Parapet ${status.version}, ${status.mode}, started `, ago(status.started, 'at an unknown time'),
         '. SDKs go to ', h('code', status.dataUrl), '.'];
 }
 
-function upstreamCard({ url, streams = 0, lastSuccess, lastError, consecutiveFailures = 0 }) {
+function upstreamCard({ url, streams = 0, lastSuccess, lastError, consecutiveFailures = 0, adminToken }) {
     const fine = consecutiveFailures === 0;
     return h('section.card', { 'aria-labelledby': 'upstream' },
         h('h2', { id: 'upstream' }, 'Upstream', h('span.badge', { class: `badge ${fine ? 'good' : 'bad'}` }, fine ? 'Reachable' : `${consecutiveFailures} failures in a row`)),
@@ -162,7 +163,16 @@ function upstreamCard({ url, streams = 0, lastSuccess, lastError, consecutiveFai
             url && [h('dt', 'Address'), h('dd', h('code', url))],
             h('dt', 'Changes come'), h('dd', streams === 0 ? 'by polling' : streams === 1 ? 'on a stream' : `on ${number(streams)} streams`),
             h('dt', 'Last answer'), h('dd', ago(lastSuccess, 'None yet')),
+            adminToken && [h('dt', 'Admin token'), h('dd', adminTokenState(adminToken))],
             lastError && [h('dt', 'Last error'), h('dd', lastError.error, ' (', at(lastError.at), ')')]));
+}
+
+/** Whether upstream accepts the edge's admin token, and what to do where it does not. */
+function adminTokenState({ refusedSince, file }) {
+    if (!refusedSince) return 'Accepted';
+    const remedy = file ? ['Replace it in ', h('code', file), '.'] : ['Replace it in the configuration, and send SIGHUP.'];
+    return [h('span.badge.bad', 'Refused'), ' by upstream ', ago(refusedSince),
+        '. Flags are served as before; new tokens and environments are not found. ', ...remedy];
 }
 
 function applicationsCard(told) {

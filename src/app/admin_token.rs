@@ -1,0 +1,212 @@
+//! Keeps the admin token current: reads its file again, and adapts what depends on the token.
+//!
+//! What upstream says of the token is recorded where it is presented; here the edge's own admin listener
+//! follows it.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use jiff::Timestamp;
+use tokio::{
+    sync::Notify,
+    task::spawn_blocking,
+    time::{MissedTickBehavior, interval, sleep},
+};
+use tracing::{info, warn};
+
+use crate::{
+    auth::Authenticator,
+    http::{data::Data, ofrep::TicketKey},
+    telemetry::report,
+    token::{Environment, Grant, Projects, Scope, Token, TokenDigest, TokenKind},
+    upstream::{AdminToken, AdminTokenError, AdminTokenState, Credentials},
+    wire::tokens::ListedSecret,
+};
+
+/// How often the file of the token is read. Its contents are compared, which works on every kind of
+/// mount, Kubernetes' links included.
+const READ_EVERY: Duration = Duration::from_secs(2);
+
+/// How long a changed file must stay as it is: its writer may be in the middle of it.
+const SETTLE: Duration = Duration::from_millis(200);
+
+/// How often the log repeats that upstream refuses the token.
+const REMIND_EVERY: Duration = Duration::from_mins(3);
+
+/// What the admin token opens on the edge's own admin listener.
+pub(super) fn grant(token: &Token) -> (TokenDigest, Grant) {
+    let scope = Scope { environment: Environment::new("*"), projects: Projects::All };
+    (token.digest(), Grant { kind: TokenKind::Admin, scope })
+}
+
+/// Keeps the admin token current. A cheap handle.
+#[derive(Clone, Debug)]
+pub(super) struct Rotation {
+    pub(super) admin: AdminToken,
+    pub(super) auth: Authenticator,
+    pub(super) credentials: Credentials,
+    /// Has environments looked for at once.
+    pub(super) discovered: Arc<Notify>,
+    pub(super) data: Arc<Data>,
+    /// Whether tickets are sealed under a key that is derived from the token.
+    pub(super) seals_tickets: bool,
+}
+
+impl Rotation {
+    /// Follows the token until dropped.
+    pub(super) async fn run(&self) {
+        tokio::join!(self.read_file(), self.adapt(), remind(&self.admin));
+    }
+
+    /// Reads the token's file at an interval, and as soon as upstream has refused the token.
+    async fn read_file(&self) {
+        let mut step = interval(READ_EVERY);
+        step.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut failure = None;
+        loop {
+            tokio::select! {
+                _ = step.tick() => {}
+                () = self.admin.suspected() => {}
+            }
+            let Some(file) = self.admin.file() else { continue };
+            match self.changed(&file).await {
+                Ok(None) => failure = None,
+                Ok(Some(token)) => {
+                    failure = None;
+                    info!(token = %token.masked(), "The admin token was replaced in {}", file.display());
+                    self.admin.replace(token, Some(file));
+                }
+                Err(error) => {
+                    let error = report(&error);
+                    if failure.as_ref() != Some(&error) {
+                        warn!(error, "The admin token cannot be read again, and stays as it is");
+                    }
+                    failure = Some(error);
+                }
+            }
+        }
+    }
+
+    /// The token in `file` if it is another one than before.
+    async fn changed(&self, file: &Path) -> Result<Option<Token>, AdminTokenError> {
+        let token = read(file.to_owned()).await?;
+        if token == *self.admin.current() {
+            return Ok(None);
+        }
+        sleep(SETTLE).await;
+        Ok((read(file.to_owned()).await? == token).then_some(token))
+    }
+
+    /// Adapts what depends on the token, and on whether upstream accepts it.
+    async fn adapt(&self) {
+        let mut changes = self.admin.subscribe();
+        let mut before = changes.borrow_and_update().clone();
+        // This may have been started again in the middle of a change.
+        self.open_admin_listener(&before);
+        // Whether environments were not found for a while.
+        let mut interrupted = before.is_refused();
+        loop {
+            if changes.changed().await.is_err() {
+                return;
+            }
+            let now = changes.borrow_and_update().clone();
+            self.open_admin_listener(&now);
+            let is_replaced = now.token() != before.token();
+            if is_replaced {
+                self.credentials.reseal().await;
+                if self.seals_tickets {
+                    let key = TicketKey::of(now.token());
+                    self.data.tickets.replace_key(key, Timestamp::now());
+                }
+                // Reads the token list, and with it learns whether upstream accepts the token.
+                self.auth.reconsider(None);
+            }
+            if is_replaced || (interrupted && now.is_accepted()) {
+                self.discovered.notify_one();
+            }
+            interrupted = !now.is_accepted() && (interrupted || is_replaced || now.is_refused());
+            before = now;
+        }
+    }
+
+    /// The token opens the edge's own admin listener unless upstream refuses it.
+    fn open_admin_listener(&self, state: &AdminTokenState) {
+        let given = (!state.is_refused()).then(|| grant(state.token()));
+        self.auth.set_given(given);
+        if state.is_refused() {
+            // Lists have vouched for it as well.
+            self.auth.withdraw(&ListedSecret::Full(Token::clone(state.token())));
+        }
+    }
+}
+
+/// Repeats that upstream refuses the token for as long as it does.
+async fn remind(admin: &AdminToken) {
+    loop {
+        sleep(REMIND_EVERY).await;
+        if let Some(time) = admin.refused_for() {
+            let minutes = time.as_secs() / 60;
+            warn!(
+                "Upstream has refused the admin token for {minutes} minutes: tokens are not listed and new environments are not found until it is replaced"
+            );
+        }
+    }
+}
+
+async fn read(file: PathBuf) -> Result<Token, AdminTokenError> {
+    let read = spawn_blocking(move || AdminToken::read(&file)).await;
+    read.expect("reading a file does not panic")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io,
+        sync::{Mutex, PoisonError},
+    };
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Log(Arc<Mutex<Vec<u8>>>);
+
+    impl Log {
+        fn take(&self) -> String {
+            let mut log = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            String::from_utf8(std::mem::take(&mut *log)).expect("text")
+        }
+    }
+
+    impl io::Write for Log {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap_or_else(PoisonError::into_inner).write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn refused_admin_token_is_logged_again_until_it_is_replaced() {
+        let log = Log::default();
+        let writer = log.clone();
+        let lines = tracing_subscriber::fmt().with_writer(move || writer.clone()).finish();
+        let _guard = tracing::subscriber::set_default(lines);
+        let token = |text| Token::parse(text).expect("token");
+        let admin = AdminToken::new(token("*:*.first"), None);
+        let reminders = tokio::time::timeout(4 * REMIND_EVERY, remind(&admin));
+        admin.refuse_for_test();
+        log.take();
+        assert!(reminders.await.is_err(), "it does not end");
+        let logged = log.take();
+        assert!(logged.matches("has refused the admin token for").count() >= 3, "{logged}");
+        assert!(!logged.contains("first"), "{logged}");
+        admin.replace(token("*:*.second"), None);
+        assert!(tokio::time::timeout(4 * REMIND_EVERY, remind(&admin)).await.is_err());
+        assert_eq!(log.take(), "");
+    }
+}

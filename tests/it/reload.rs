@@ -1,0 +1,345 @@
+//! Secrets and settings that change while an instance runs: the admin token, token files, SIGHUP.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use reqwest::{Method, StatusCode};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::rig::{Kind, Parapet, Unleash, Version, http, secrets, until};
+
+const FLAGS: &str = r#"{"version":2,"features":[
+    {"name":"first","project":"default","enabled":true,"strategies":[{"name":"default"}]}]}"#;
+
+/// Many times every interval of the instances here.
+const SOON: Duration = Duration::from_secs(20);
+
+/// Unleash accepts a deleted token for up to a minute.
+const WITHIN_UNLEASHS_MINUTE: Duration = Duration::from_secs(100);
+
+const REFUSED: &str = "parapet_upstream_admin_token_refused";
+
+/// A secret as Kubernetes mounts it: `token` is a link through `..data`, which is replaced as a whole.
+struct MountedSecret {
+    folder: TempDir,
+    version: u32,
+}
+
+impl MountedSecret {
+    fn new(text: &str) -> Self {
+        let mut secret = Self { folder: tempfile::tempdir().unwrap(), version: 0 };
+        secret.replace(text);
+        symlink("..data/token", secret.path()).unwrap();
+        secret
+    }
+
+    fn path(&self) -> PathBuf {
+        self.folder.path().join("token")
+    }
+
+    fn replace(&mut self, text: &str) {
+        self.version += 1;
+        let name = format!("..{}", self.version);
+        fs::create_dir(self.folder.path().join(&name)).unwrap();
+        fs::write(self.folder.path().join(&name).join("token"), text).unwrap();
+        let link = self.folder.path().join("..data_tmp");
+        symlink(&name, &link).unwrap();
+        fs::rename(link, self.folder.path().join("..data")).unwrap();
+    }
+}
+
+async fn features(parapet: &Parapet, token: &str) -> StatusCode {
+    parapet.get("/api/client/features", token).await.0
+}
+
+async fn until_features(parapet: &Parapet, token: &str, expect: StatusCode) {
+    until(&format!("a token gets {expect}"), SOON, async || {
+        (features(parapet, token).await == expect).then_some(())
+    })
+    .await;
+}
+
+async fn until_operator(parapet: &Parapet, token: &str, expect: StatusCode, limit: Duration) {
+    until(&format!("an admin token gets {expect}"), limit, async || {
+        (parapet.admin_get_as("/status", token).await.0 == expect).then_some(())
+    })
+    .await;
+}
+
+async fn until_logged(parapet: &Parapet, text: &str) {
+    until(&format!("the log says: {text}"), SOON, async || {
+        parapet.log().contains(text).then_some(())
+    })
+    .await;
+}
+
+async fn is_ready(parapet: &Parapet) -> bool {
+    let ready = parapet.url() + "/internal-backstage/ready";
+    http().get(ready).send().await.unwrap().status() == StatusCode::OK
+}
+
+/// The environments of the edge's own tokens, with what lists show of their secrets.
+async fn own_tokens(unleash: &Unleash, fleet: &str) -> Vec<(String, String)> {
+    let text = |token: &Value, field: &str| token[field].as_str().unwrap().to_owned();
+    let tokens = unleash.tokens_named(&format!("parapet-{fleet}")).await;
+    let mut tokens: Vec<_> =
+        tokens.iter().map(|it| (text(it, "environment"), text(it, "secret"))).collect();
+    tokens.sort();
+    tokens
+}
+
+async fn admin_token_is_replaced(version: Version, second: &'static str, other: &'static str) {
+    const FLEET: &str = "rotation";
+    let unleash = Unleash::start(version).await;
+    let first = unleash.admin_token();
+    unleash.admin_post("/api/admin/environments/production/off", &json!({})).await;
+    let mut secret = MountedSecret::new(&format!("{first}\n"));
+    let edge = Parapet::edge(&unleash.url()).env("UPSTREAM_ADMIN_TOKEN_FILE", secret.path());
+    let parapet = edge.flag("--fleet-name", FLEET).impatient().start().await;
+    let sdk = unleash.create_token(Kind::Backend, "development", &["*"], "sdk").await;
+    until_features(&parapet, &sdk, StatusCode::OK).await;
+    let (status, told) = parapet.admin_get_as("/status", first).await;
+    assert_eq!(
+        (status, &told["upstream"]["adminToken"]["refusedSince"]),
+        (StatusCode::OK, &Value::Null)
+    );
+    assert_eq!(parapet.metric(REFUSED).await, Some(0.0));
+    let minted = own_tokens(&unleash, FLEET).await;
+    unleash.remember_tokens_named(&format!("parapet-{FLEET}")).await;
+
+    unleash.plant_admin_token(other).await;
+    unleash.delete_admin_token(other).await;
+    until_operator(&parapet, first, StatusCode::UNAUTHORIZED, WITHIN_UNLEASHS_MINUTE).await;
+    assert_eq!(parapet.metric(REFUSED).await, Some(1.0));
+    until_logged(&parapet, "Upstream refuses the admin token").await;
+    // Flags are served all the same.
+    assert_eq!(features(&parapet, &sdk).await, StatusCode::OK);
+    assert!(is_ready(&parapet).await);
+    // Another admin token of upstream opens the admin listener.
+    until_operator(&parapet, other, StatusCode::OK, SOON).await;
+    let (_, told) = parapet.admin_get_as("/status", other).await;
+    assert!(told["upstream"]["adminToken"]["refusedSince"].is_string(), "{told}");
+
+    unleash.plant_admin_token(second).await;
+    secret.replace(&format!("\u{feff}{second}\n"));
+    until_operator(&parapet, second, StatusCode::OK, WITHIN_UNLEASHS_MINUTE).await;
+    until("the new admin token is accepted", WITHIN_UNLEASHS_MINUTE, async || {
+        let accepted = parapet.log().matches("Upstream accepts the admin token").count();
+        (accepted >= 2).then_some(())
+    })
+    .await;
+    assert_eq!(parapet.metric(REFUSED).await, Some(0.0));
+    let (_, told) = parapet.admin_get_as("/status", second).await;
+    assert_eq!(told["upstream"]["adminToken"]["refusedSince"], Value::Null, "{told}");
+    assert_eq!(parapet.admin_get_as("/status", first).await.0, StatusCode::UNAUTHORIZED);
+
+    // The list is read: a token that is deleted is refused soon, although Unleash vouches for it for a while.
+    let revoked = unleash.create_token(Kind::Backend, "development", &["*"], "revoked").await;
+    until_features(&parapet, &revoked, StatusCode::OK).await;
+    let readings = "parapet_upstream_requests_total{purpose=\"list_tokens\",outcome=\"ok\"}";
+    let before = parapet.metric(readings).await.unwrap();
+    until("the list is read", SOON, async || {
+        (parapet.metric(readings).await.unwrap() >= before + 2.0).then_some(())
+    })
+    .await;
+    unleash.delete_token(&revoked).await;
+    until_features(&parapet, &revoked, StatusCode::UNAUTHORIZED).await;
+
+    // Environments are found, and tokens made for them. (They are asked for once a minute.)
+    unleash.admin_post("/api/admin/environments/production/on", &json!({})).await;
+    let there = unleash.create_token(Kind::Backend, "production", &["*"], "there").await;
+    until("a new environment is served", WITHIN_UNLEASHS_MINUTE, async || {
+        (features(&parapet, &there).await == StatusCode::OK).then_some(())
+    })
+    .await;
+    let now = own_tokens(&unleash, FLEET).await;
+    assert_eq!(now.len(), 2, "{now:?}");
+    assert!(minted.iter().all(|token| now.contains(token)), "{minted:?} {now:?}");
+
+    // What was kept under the first admin token is of use under the second.
+    unleash.remember_tokens_named(&format!("parapet-{FLEET}")).await;
+    assert!(parapet.terminate().await.success());
+    parapet.restart();
+    parapet.wait_until_ready().await;
+    assert_eq!(features(&parapet, &sdk).await, StatusCode::OK);
+    assert_eq!(own_tokens(&unleash, FLEET).await, now);
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn replaced_admin_token_is_used_without_restart() {
+    tokio::join!(
+        admin_token_is_replaced(
+            Version::V8,
+            "*:*.parapet-rig-second-admin-51c1f0a54f934c3f8c8a0e7c5d2b6a90",
+            "*:*.parapet-rig-other-admin-0b7a52f3e86d4b0b9a52c6c9b1d34e77",
+        ),
+        admin_token_is_replaced(
+            Version::V8SecureTokens,
+            "*:*.parapet-rig-second-admin-7d0a6c8e23fb45d99be1a4c3f7052d18",
+            "*:*.parapet-rig-other-admin-e4f9b1c7a60d48a2b35d8f7e9c2a1064",
+        ),
+    );
+}
+
+/// A standalone instance as upstream, with two admin tokens.
+async fn standalone(folder: &Path, tokens: &[&str]) -> Parapet {
+    for token in tokens {
+        secrets::remember(token);
+    }
+    let flags = folder.join("flags.json");
+    fs::write(&flags, FLAGS).unwrap();
+    Parapet::mode("standalone")
+        .flag("--flags", flags)
+        .env("INIT_ADMIN_API_TOKENS", tokens.join(","))
+        .env("UNLEASH_DEFAULT_ADMIN_PASSWORD", "a password of the owner")
+        .start()
+        .await
+}
+
+async fn as_admin(
+    server: &Parapet,
+    token: &str,
+    method: Method,
+    path: &str,
+    body: &Value,
+) -> Value {
+    let request = http().request(method, server.admin_url() + path).header("Authorization", token);
+    let request = request.header("Content-Type", "application/json").body(body.to_string());
+    let answer = request.send().await.unwrap();
+    assert!(answer.status().is_success(), "{path}: {}", answer.status());
+    serde_json::from_slice(&answer.bytes().await.unwrap()).unwrap_or(Value::Null)
+}
+
+async fn create_backend_token(server: &Parapet, admin: &str, name: &str) -> String {
+    let wish = json!({ "tokenName": name, "type": "backend", "environment": "development", "projects": ["*"] });
+    let made = as_admin(server, admin, Method::POST, "/api/admin/api-tokens", &wish).await;
+    let secret = made["secret"].as_str().unwrap().to_owned();
+    secrets::remember(&secret);
+    secret
+}
+
+#[tokio::test]
+async fn hang_up_reads_the_admin_token_of_the_environment_file_again() {
+    const FIRST: &str = "*:*.first-admin-of-a-reload-0123456789abcdef";
+    const SECOND: &str = "*:*.second-admin-of-a-reload-0123456789abcde";
+    let folder = tempfile::tempdir().unwrap();
+    let upstream = standalone(folder.path(), &[FIRST, SECOND]).await;
+    let file = folder.path().join("parapet.toml");
+    fs::write(&file, format!("upstream_admin_token = \"{FIRST}\"\n")).unwrap();
+    let edge = Parapet::edge(&upstream.admin_url()).flag("--config", &file);
+    // Nothing here happens because of an interval.
+    let edge = edge.flag("--token-list-interval-seconds", "3600").start().await;
+    assert_eq!(edge.admin_get_as("/status", FIRST).await.0, StatusCode::OK);
+    fs::write(&file, format!("upstream_admin_token = \"{SECOND}\"\nmax_streams = 77\n")).unwrap();
+    edge.hang_up();
+    until_operator(&edge, SECOND, StatusCode::OK, SOON).await;
+    until_logged(&edge, "Reloaded").await;
+    let log = edge.log();
+    let line = log.lines().find(|line| line.contains("Reloaded")).unwrap();
+    assert!(line.contains("upstream-admin-token"), "{line}");
+    assert!(line.contains("needs a restart") && line.contains("max-streams"), "{line}");
+}
+
+#[tokio::test]
+async fn hang_up_replaces_the_tokens_that_fetch_flags() {
+    const ADMIN: &str = "*:*.admin-of-a-reload-of-tokens-0123456789ab";
+    let folder = tempfile::tempdir().unwrap();
+    let upstream = standalone(folder.path(), &[ADMIN]).await;
+    let first = create_backend_token(&upstream, ADMIN, "first").await;
+    let second = create_backend_token(&upstream, ADMIN, "second").await;
+    let file = folder.path().join("tokens");
+    fs::write(&file, format!("{first}\n")).unwrap();
+    let edge = Parapet::edge(&upstream.admin_url()).env("TOKENS_FILE", &file);
+    let edge = edge.impatient().start().await;
+    fs::write(&file, format!("{second}\r\n")).unwrap();
+    edge.hang_up();
+    until_logged(&edge, "Reloaded").await;
+    // Upstream accepts the first no more; the second goes on fetching.
+    let listed =
+        as_admin(&upstream, ADMIN, Method::GET, "/api/admin/api-tokens/first", &json!({})).await;
+    let id = listed["tokens"][0]["secret"].as_str().unwrap();
+    as_admin(&upstream, ADMIN, Method::DELETE, &format!("/api/admin/api-tokens/{id}"), &json!({}))
+        .await;
+    fs::write(folder.path().join("flags.json"), FLAGS.replace("first", "renamed")).unwrap();
+    until("the edge serves what has changed since", SOON, async || {
+        let (_, flags) = edge.get("/api/client/features", &second).await;
+        (flags["features"][0]["name"] == "renamed").then_some(())
+    })
+    .await;
+    let tokens = create_backend_token(&upstream, ADMIN, "third").await;
+    until_features(&edge, &tokens, StatusCode::OK).await;
+}
+
+#[tokio::test]
+async fn hang_up_replaces_offline_tokens_and_a_wrong_configuration_changes_nothing() {
+    const FIRST: &str = "*:development.first-of-an-offline-reload-0123456789";
+    const SECOND: &str = "*:development.second-of-an-offline-reload-012345678";
+    const ELSEWHERE: &str = "*:elsewhere.third-of-an-offline-reload-0123456789ab";
+    for token in [FIRST, SECOND, ELSEWHERE] {
+        secrets::remember(token);
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (flags, tokens) = (folder.path().join("flags.json"), folder.path().join("tokens"));
+    let config = folder.path().join("parapet.toml");
+    fs::write(&flags, FLAGS).unwrap();
+    fs::write(&tokens, format!("{FIRST}\n")).unwrap();
+    fs::write(&config, "log = \"info\"\n").unwrap();
+    let parapet = Parapet::mode("offline")
+        .flag("--bootstrap-file", &flags)
+        .flag("--config", &config)
+        .env("CLIENT_TOKENS_FILE", &tokens)
+        .start()
+        .await;
+    assert_eq!(features(&parapet, FIRST).await, StatusCode::OK);
+    assert_eq!(features(&parapet, SECOND).await, StatusCode::UNAUTHORIZED);
+
+    fs::write(&tokens, format!("\u{feff}{SECOND},\n  {ELSEWHERE}\n\n")).unwrap();
+    parapet.hang_up();
+    until_features(&parapet, SECOND, StatusCode::OK).await;
+    until_features(&parapet, ELSEWHERE, StatusCode::OK).await;
+    assert_eq!(features(&parapet, FIRST).await, StatusCode::UNAUTHORIZED);
+    until_logged(&parapet, "Reloaded").await;
+
+    fs::write(&config, "log = \"loud\"\nmax_stream = 1\n").unwrap();
+    fs::write(&tokens, FIRST).unwrap();
+    parapet.hang_up();
+    until_logged(&parapet, "Nothing is reloaded").await;
+    let log = parapet.log();
+    let line = log.lines().find(|line| line.contains("Nothing is reloaded")).unwrap();
+    assert!(line.contains("max_stream") && line.contains("parapet.toml:1"), "{line}");
+    assert_eq!(features(&parapet, SECOND).await, StatusCode::OK);
+    assert_eq!(features(&parapet, FIRST).await, StatusCode::UNAUTHORIZED);
+
+    fs::write(&config, "log = \"info,parapet=debug\"\n").unwrap();
+    fs::write(&tokens, format!("{SECOND}\n{ELSEWHERE}\n")).unwrap();
+    parapet.hang_up();
+    until_logged(&parapet, "Reloaded: log").await;
+    parapet.hang_up();
+    until_logged(&parapet, "nothing has changed").await;
+    assert!(is_ready(&parapet).await);
+    assert!(parapet.terminate().await.success());
+}
+
+#[tokio::test]
+async fn hang_up_reads_the_flags_of_a_standalone_again_and_ends_nothing() {
+    const ADMIN: &str = "*:*.admin-of-a-standalone-reload-0123456789a";
+    let folder = tempfile::tempdir().unwrap();
+    let parapet = standalone(folder.path(), &[ADMIN]).await;
+    let flags = folder.path().join("flags.json");
+    let token = create_backend_token(&parapet, ADMIN, "one").await;
+    fs::write(&flags, "{").unwrap();
+    parapet.hang_up();
+    until_logged(&parapet, "Reloaded").await;
+    fs::write(&flags, FLAGS.replace("first", "second")).unwrap();
+    parapet.hang_up();
+    until("the flags are read", SOON, async || {
+        let (_, flags) = parapet.get("/api/client/features", &token).await;
+        (flags["features"][0]["name"] == "second").then_some(())
+    })
+    .await;
+    assert!(parapet.terminate().await.success());
+}
