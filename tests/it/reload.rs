@@ -245,6 +245,33 @@ async fn hang_up_reads_the_admin_token_of_the_environment_file_again() {
 }
 
 #[tokio::test]
+async fn admin_token_file_without_a_token_changes_nothing_and_is_reported() {
+    const FIRST: &str = "*:*.first-admin-in-a-file-0123456789abcdef012";
+    const SECOND: &str = "*:*.second-admin-in-a-file-0123456789abcdef01";
+    let folder = tempfile::tempdir().unwrap();
+    let upstream = standalone(folder.path(), &[FIRST, SECOND]).await;
+    let mut secret = MountedSecret::new(FIRST);
+    let edge = Parapet::edge(&upstream.admin_url()).env("UPSTREAM_ADMIN_TOKEN_FILE", secret.path());
+    let edge = edge.impatient().start().await;
+    let sdk = create_backend_token(&upstream, FIRST, "sdk").await;
+    for (text, report) in [("\n", "is empty"), ("*:development.x", "for the environment")] {
+        secret.replace(text);
+        until_logged(&edge, "The admin token cannot be read again").await;
+        until_logged(&edge, report).await;
+        assert_eq!(edge.admin_get_as("/status", FIRST).await.0, StatusCode::OK);
+        assert_eq!(features(&edge, &sdk).await, StatusCode::OK);
+    }
+    fs::remove_file(secret.path()).unwrap();
+    until_logged(&edge, "cannot read").await;
+    secret.replace(SECOND);
+    symlink("..data/token", secret.path()).unwrap();
+    until_logged(&edge, "The admin token was replaced in").await;
+    until_operator(&edge, SECOND, StatusCode::OK, SOON).await;
+    let (_, told) = edge.admin_get_as("/status", SECOND).await;
+    assert_eq!(told["upstream"]["adminToken"]["refusedSince"], Value::Null, "{told}");
+}
+
+#[tokio::test]
 async fn hang_up_replaces_the_tokens_that_fetch_flags() {
     const ADMIN: &str = "*:*.admin-of-a-reload-of-tokens-0123456789ab";
     let folder = tempfile::tempdir().unwrap();
