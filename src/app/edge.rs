@@ -194,7 +194,8 @@ async fn take_tokens(
     latch: &Latch,
 ) {
     let mut useless = BTreeSet::new();
-    let mut taken = Vec::new();
+    // Those of this list, and of earlier ones until this one is judged.
+    let mut taken: Vec<Token> = Vec::new();
     loop {
         let tokens = configured.borrow_and_update().clone();
         if tokens.is_empty() {
@@ -220,6 +221,9 @@ async fn take_tokens(
                 warn!(token = %token.masked(), "A configured token fetches nothing: {why}");
             }
         }
+        taken.extend(
+            tokens.iter().filter(|token| !taken.contains(token)).cloned().collect::<Vec<_>>(),
+        );
         if judged {
             for token in taken.iter().filter(|token| !tokens.contains(token)) {
                 auth.forget(&token.digest());

@@ -285,7 +285,9 @@ async fn hang_up_replaces_the_tokens_that_fetch_flags() {
     fs::write(&file, format!("{second}\r\n")).unwrap();
     edge.hang_up();
     until_logged(&edge, "Reloaded").await;
-    // Upstream accepts the first no more; the second goes on fetching.
+    // The first is as good as any other token that SDKs present.
+    until_features(&edge, &first, StatusCode::OK).await;
+    // Upstream accepts it no more; the second goes on fetching.
     let listed =
         as_admin(&upstream, ADMIN, Method::GET, "/api/admin/api-tokens/first", &json!({})).await;
     let id = listed["tokens"][0]["secret"].as_str().unwrap();
