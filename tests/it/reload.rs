@@ -185,17 +185,20 @@ async fn replaced_admin_token_is_used_without_restart() {
     );
 }
 
-/// A standalone instance as upstream, with two admin tokens.
+/// A standalone instance as upstream, with these admin tokens; its secrets are in files.
 async fn standalone(folder: &Path, tokens: &[&str]) -> Parapet {
     for token in tokens {
         secrets::remember(token);
     }
     let flags = folder.join("flags.json");
     fs::write(&flags, FLAGS).unwrap();
+    let (admins, password) = (folder.join("admin-tokens"), folder.join("password"));
+    fs::write(&admins, tokens.join("\n")).unwrap();
+    fs::write(&password, "a password of the owner\n").unwrap();
     Parapet::mode("standalone")
         .flag("--flags", flags)
-        .env("INIT_ADMIN_API_TOKENS", tokens.join(","))
-        .env("UNLEASH_DEFAULT_ADMIN_PASSWORD", "a password of the owner")
+        .env("INIT_ADMIN_API_TOKENS_FILE", admins)
+        .env("UNLEASH_DEFAULT_ADMIN_PASSWORD_FILE", password)
         .start()
         .await
 }
@@ -358,6 +361,10 @@ async fn hang_up_reads_the_flags_of_a_standalone_again_and_ends_nothing() {
     const ADMIN: &str = "*:*.admin-of-a-standalone-reload-0123456789a";
     let folder = tempfile::tempdir().unwrap();
     let parapet = standalone(folder.path(), &[ADMIN]).await;
+    let account = json!({ "username": "admin", "password": "a password of the owner" });
+    let sign_in = http().post(parapet.admin_url() + "/auth/simple/login");
+    let sign_in = sign_in.header("Content-Type", "application/json").body(account.to_string());
+    assert_eq!(sign_in.send().await.unwrap().status(), StatusCode::OK);
     let flags = folder.path().join("flags.json");
     let token = create_backend_token(&parapet, ADMIN, "one").await;
     fs::write(&flags, "{").unwrap();
