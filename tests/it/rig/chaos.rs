@@ -36,6 +36,10 @@ pub(crate) enum Fault {
     Answer { status: StatusCode, headers: Vec<(&'static str, &'static str)>, body: &'static str },
     /// The proxy answers POST requests whose paths begin so with this status, as a firewall does; all others pass.
     RefusePosts { prefix: &'static str, status: StatusCode },
+    /// The proxy answers GET requests for this path itself; all others pass.
+    AnswerTo { path: &'static str, status: StatusCode, body: &'static str },
+    /// All requests pass, but the upstream's answers to GET requests for this path are held back until the fault is another.
+    HoldAnswersTo { path: &'static str },
 }
 
 /// A request that came to the proxy, whatever became of it.
@@ -56,6 +60,8 @@ pub(crate) struct ChaosProxy {
     /// Whether the proxy listens now, which trails `fault`.
     listening: watch::Receiver<bool>,
     seen: Arc<Mutex<Vec<Seen>>>,
+    /// How many answers are held back.
+    held: watch::Receiver<usize>,
 }
 
 impl ChaosProxy {
@@ -65,10 +71,11 @@ impl ChaosProxy {
         let (fault, faults) = watch::channel(Fault::None);
         let (listens, mut listening) = watch::channel(false);
         let seen = Arc::<Mutex<Vec<Seen>>>::default();
-        let line = Line { upstream: upstream.to_owned(), faults, seen: Arc::clone(&seen) };
+        let (holds, held) = watch::channel(0);
+        let line = Line { upstream: upstream.to_owned(), faults, seen: Arc::clone(&seen), holds };
         tokio::spawn(line.run(address, listens));
         listening.wait_for(|&listening| listening).await.expect("the proxy runs");
-        Self { address, fault, listening, seen }
+        Self { address, fault, listening, seen, held }
     }
 
     /// Where clients go instead of the upstream.
@@ -105,6 +112,13 @@ impl ChaosProxy {
         self.set(Fault::None).await;
     }
 
+    /// Holds back the upstream's answers to GET requests for `path`, and returns when there is one.
+    pub(crate) async fn hold_answer_to(&self, path: &'static str) {
+        self.set(Fault::HoldAnswersTo { path }).await;
+        let mut held = self.held.clone();
+        held.wait_for(|&held| held > 0).await.expect("the proxy runs");
+    }
+
     /// Every request so far, in the order they came.
     pub(crate) fn seen(&self) -> Vec<Seen> {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -123,6 +137,7 @@ struct Line {
     upstream: String,
     faults: watch::Receiver<Fault>,
     seen: Arc<Mutex<Vec<Seen>>>,
+    holds: watch::Sender<usize>,
 }
 
 impl Line {
@@ -187,12 +202,20 @@ impl Line {
         };
         let is_post_to =
             |prefix: &str| head.method == Method::POST && head.uri.path().starts_with(prefix);
+        let is_get_of = |path: &str| head.method == Method::GET && head.uri.path() == path;
         match fault {
             Fault::RefusePosts { prefix, status } if is_post_to(prefix) => {
                 let response = Response::builder().status(status).body(whole(Bytes::new()));
                 Ok(response.expect("a status alone is an answer"))
             }
-            Fault::None | Fault::RefusePosts { .. } => {
+            Fault::AnswerTo { path, status, body } if is_get_of(path) => {
+                let response = Response::builder().status(status).body(whole(body.into()));
+                Ok(response.expect("tests make well-formed answers"))
+            }
+            Fault::None
+            | Fault::RefusePosts { .. }
+            | Fault::AnswerTo { .. }
+            | Fault::HoldAnswersTo { .. } => {
                 let answer = forward().await?;
                 let mut response = Response::builder().status(answer.status());
                 for (name, value) in answer.headers() {
@@ -207,10 +230,15 @@ impl Line {
                     .get("content-type")
                     .is_some_and(|it| it == "text/event-stream");
                 let body = if is_stream {
-                    self.pass_on(answer)
+                    self.clone().pass_on(answer)
                 } else {
                     whole(answer.bytes().await.map_err(|_| AnswerLost)?)
                 };
+                if let Fault::HoldAnswersTo { path } = &fault
+                    && is_get_of(path)
+                {
+                    self.hold(&fault).await?;
+                }
                 Ok(response.body(body).expect("the upstream's answer is well-formed"))
             }
             Fault::Stall => match std::future::pending::<Infallible>().await {},
@@ -228,6 +256,14 @@ impl Line {
                 Ok(response.body(whole(body.into())).expect("tests make well-formed answers"))
             }
         }
+    }
+
+    /// Returns when `fault` is over.
+    async fn hold(&self, fault: &Fault) -> Result<(), AnswerLost> {
+        self.holds.send_modify(|held| *held += 1);
+        let over = self.faults.clone().wait_for(|now| now != fault).await.map(drop);
+        self.holds.send_modify(|held| *held -= 1);
+        over.map_err(|_| AnswerLost)
     }
 
     /// What a stream tells, piece by piece.
@@ -330,6 +366,26 @@ mod tests {
         proxy.set(Fault::LoseAnswers).await;
         assert!(post(&proxy).await.is_err());
         assert_eq!(upstream.count("/a"), 1);
+    }
+
+    #[tokio::test]
+    async fn answers_to_one_path_are_held_back_until_the_fault_is_another() {
+        let (proxy, upstream) = proxy_and_upstream().await;
+        let get = async |path: &str| http().get(proxy.url() + path).send().await.unwrap().status();
+        let held = get("/held");
+        let meanwhile = async {
+            proxy.hold_answer_to("/held").await;
+            assert_eq!(upstream.count("/held"), 1, "it has been answered");
+            assert_eq!(get("/other").await, StatusCode::ACCEPTED);
+            let (status, body) = (StatusCode::BAD_GATEWAY, "");
+            proxy.set(Fault::AnswerTo { path: "/held", status, body }).await;
+            assert_eq!(get("/held").await, status);
+            assert_eq!(get("/other").await, StatusCode::ACCEPTED);
+        };
+        // The request is made when the proxy holds answers already.
+        proxy.set(Fault::HoldAnswersTo { path: "/held" }).await;
+        let (held, ()) = tokio::join!(held, meanwhile);
+        assert_eq!(held, StatusCode::ACCEPTED);
     }
 
     #[tokio::test]
