@@ -425,3 +425,45 @@ async fn a_killed_server_comes_back_with_its_flags_and_tokens() {
     assert_eq!(flags["features"][0]["name"], "facts.survivor");
     assert_eq!(flags["features"][0]["enabled"], true);
 }
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn a_client_token_of_every_environment_is_validated_and_gets_403_from_8() {
+    Unleash::on_every_version(async |unleash: Arc<Unleash>| {
+        let token = "*:*.facts-client-of-every-environment-5a1c";
+        unleash.plant_token(Kind::Backend, token, "facts-every").await;
+        let validated = validate(&unleash, &[token]).await;
+        assert_eq!(
+            (&validated[0]["type"], &validated[0]["environment"]),
+            (&"client".into(), &"*".into())
+        );
+        for path in ["/api/client/features", "/api/client/features/no-such-flag"] {
+            let (status, _) = call(&unleash, Method::GET, path, token, &Value::Null).await;
+            if unleash.version() == Version::V7 {
+                assert_ne!(status, StatusCode::FORBIDDEN, "{path}");
+            } else {
+                assert_eq!(status, StatusCode::FORBIDDEN, "{path}");
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn lists_and_validation_agree_on_the_projects_of_a_token() {
+    Unleash::on_every_version(async |unleash: Arc<Unleash>| {
+        for projects in [&["*"][..], &["default"]] {
+            let name = format!("facts-projects-{}", projects[0]);
+            let token = unleash.create_token(Kind::Backend, "production", projects, &name).await;
+            let validated = validate(&unleash, &[&token]).await;
+            let listed = unleash.admin_get("/api/admin/api-tokens").await;
+            let listed = listed["tokens"].as_array().unwrap();
+            let listed = listed.iter().find(|it| it["tokenName"] == *name).unwrap();
+            for told in [&validated[0], listed] {
+                assert_eq!(told["projects"], json!(projects), "{:?}", unleash.version());
+            }
+        }
+    })
+    .await;
+}
