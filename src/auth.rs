@@ -11,7 +11,7 @@ mod queue;
 mod verdicts;
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -20,15 +20,14 @@ use std::{
 };
 
 use futures_util::{StreamExt as _, stream};
-use jiff::Timestamp;
-use metrics::{Counter, counter, describe_counter};
+use metrics::{Counter, Gauge, counter, describe_counter, describe_gauge, gauge};
 use tokio::{sync::Notify, time::Instant};
 use tracing::{info, warn};
 
 use self::{
     given::Given,
     queue::{Behalf, Queue},
-    verdicts::{Accepted, Verdicts},
+    verdicts::{Accepted, Rejected, RequestStart, Verdicts},
 };
 pub use self::{
     queue::Denied,
@@ -37,7 +36,7 @@ pub use self::{
 use crate::{
     telemetry::report,
     token::{Grant, Token, TokenDigest, TokenKind},
-    upstream::{AdminToken, Credentials, Upstream},
+    upstream::{Access, AdminToken, Credentials, Upstream},
     wire::tokens::{ListedSecret, Validated},
 };
 
@@ -106,6 +105,8 @@ struct Inner {
     relist: Notify,
     /// Whether upstream has not answered what it was asked last about tokens.
     unanswered: AtomicBool,
+    /// Whether upstream's token list could not be read when it was asked for last.
+    is_list_unread: AtomicBool,
 }
 
 impl Authenticator {
@@ -122,6 +123,7 @@ impl Authenticator {
             tally: Tally::new(),
             relist: Notify::new(),
             unanswered: AtomicBool::new(false),
+            is_list_unread: AtomicBool::new(false),
             authority,
             config,
         }))
@@ -150,14 +152,18 @@ impl Authenticator {
             let grant = Arc::clone(verdict.grant());
             return Ok(Admission { grant, digest, first_seen: false });
         }
-        if inner.verdicts.refuses(&digest) {
+        if let Some(denied) = inner.verdicts.refusal(&digest) {
             inner.tally.refused.increment(1);
-            return Err(Denied::Unknown);
+            return Err(denied);
         }
         let Ok(token) = Token::from_header(header) else {
             inner.tally.malformed.increment(1);
             return Err(Denied::Unknown);
         };
+        if inner.verdicts.is_revoked_by_selector(&token) {
+            inner.tally.refused.increment(1);
+            return Err(Denied::Unknown);
+        }
         // Boxed, because callers hold room for it in every request and hardly any comes here.
         Box::pin(self.ask(token, digest, behalf)).await
     }
@@ -193,12 +199,16 @@ impl Authenticator {
     }
 
     /// Judges tokens for somebody else, another edge for instance: in the order given, `None` for
-    /// those that are not valid.
+    /// those that are not valid. Those whose use is forbidden are, as upstream says of them.
     pub async fn judge(&self, tokens: &[Token]) -> Result<Vec<Option<Arc<Grant>>>, Denied> {
         let judged = tokens.iter().map(|token| async {
             match self.admit(token.expose(), Behalf::Other).await {
                 Ok(admission) => Ok(Some(admission.grant)),
                 Err(Denied::Unknown) => Ok(None),
+                Err(Denied::Forbidden) => {
+                    let grant = self.0.verdicts.forbidden(&token.digest());
+                    grant.map(Some).ok_or(Denied::Unavailable)
+                }
                 Err(Denied::Unavailable) => Err(Denied::Unavailable),
             }
         });
@@ -226,7 +236,7 @@ impl Authenticator {
         };
         match &answer {
             Ok(_) => inner.tally.accepted.increment(1),
-            Err(Denied::Unknown) => inner.tally.rejected.increment(1),
+            Err(Denied::Unknown | Denied::Forbidden) => inner.tally.rejected.increment(1),
             Err(Denied::Unavailable) => inner.tally.unavailable.increment(1),
         }
         answer.map(|grant| Admission { grant, digest, first_seen: true })
@@ -293,8 +303,8 @@ impl Authenticator {
 
     /// Takes over a verdict that was reached elsewhere, in another edge's backup for instance.
     pub fn import(&self, token: &Token, grant: &Grant) {
-        let accepted = self.0.verdicts.accept(token, grant.clone(), Timestamp::UNIX_EPOCH);
-        if accepted != Accepted::Revoked {
+        let accepted = self.0.verdicts.accept(token, grant.clone(), RequestStart::NEVER);
+        if matches!(accepted, Accepted::New | Accepted::Known) {
             self.0.offer(token, grant);
         }
     }
@@ -333,6 +343,9 @@ const DOUBT: Duration = Duration::from_secs(5);
 /// Tokens of one revalidating question: below what Unleash reads (100 kB) at the longest.
 const REVALIDATION_BATCH: usize = 150;
 
+/// How many tokens are asked about in a second, at the most, while the token list cannot be read.
+const REVALIDATION_RATE: usize = 50;
+
 /// How many tokens are probed at a time.
 const PROBES_AT_ONCE: usize = 8;
 
@@ -368,82 +381,115 @@ impl Inner {
 
     /// Asks about `tokens` and tells those who wait.
     async fn settle(&self, issuer: &Issuer, tokens: &[Token]) {
-        let judged = self.judge(issuer, tokens).await;
-        let now = Timestamp::now();
+        let Validation { start, mut judged, .. } = self.judge(issuer, tokens).await;
         for token in tokens {
             let digest = token.digest();
-            let answer = match judged.get(&digest) {
-                Some(Judgement::Valid(grant)) => {
-                    match self.verdicts.accept(token, grant.clone(), now) {
-                        Accepted::New | Accepted::Known => {
-                            self.offer(token, grant);
-                            Ok(Arc::new(grant.clone()))
-                        }
-                        Accepted::Revoked => Err(Denied::Unknown),
-                    }
+            let fallback = match judged.remove(&digest) {
+                Some(Judgement::Valid(grant)) => self.accept(token, grant, start),
+                Some(Judgement::Forbidden(grant)) => {
+                    self.verdicts.forbid(token, grant, start);
+                    Err(Denied::Forbidden)
                 }
                 Some(Judgement::Invalid) => {
-                    self.verdicts.refuse(token);
+                    self.verdicts.refuse(token, start);
                     Err(Denied::Unknown)
                 }
                 None => Err(Denied::Unavailable),
             };
+            // Something newer may be known by now; a full cache may have no room for the verdict.
+            let answer = self.verdicts.known(token).unwrap_or(fallback);
             self.queue.settle(&digest, &answer);
+        }
+    }
+
+    /// Keeps that upstream calls a token valid.
+    fn accept(
+        &self,
+        token: &Token,
+        grant: Grant,
+        start: RequestStart,
+    ) -> Result<Arc<Grant>, Denied> {
+        let grant = Arc::new(grant);
+        match self.verdicts.accept(token, (*grant).clone(), start) {
+            Accepted::New | Accepted::Known => {
+                self.offer(token, &grant);
+                Ok(grant)
+            }
+            Accepted::Outdated | Accepted::Revoked => Err(Denied::Unknown),
         }
     }
 
     /// Asks again about verdicts that are due; nothing changes while upstream does not answer.
     ///
+    /// With a token list that is read regularly that is seldom. While it cannot be read, tokens are
+    /// asked about as often as the list should be.
+    ///
     /// A denial counts when it is repeated: one answer of an upstream that is not itself, an empty
     /// list of valid tokens for instance, denies nobody.
     async fn revalidate(&self, issuer: &Issuer) {
-        let age = as_span(self.config.revalidate_after);
-        let mut denied_once = HashSet::new();
         let mut pause = REVALIDATION_STEP;
         loop {
             tokio::time::sleep(pause).await;
             pause = REVALIDATION_STEP;
-            let due = self.verdicts.unconfirmed_since(Timestamp::now() - age);
-            let denied_before = std::mem::take(&mut denied_once);
+            let due = self.due();
             for tokens in due.chunks(REVALIDATION_BATCH) {
-                let judged = self.judge(issuer, tokens).await;
+                let Validation { start, mut judged, retry_after } =
+                    self.judge(issuer, tokens).await;
                 if judged.len() < tokens.len() {
-                    pause = REVALIDATION_PAUSE;
+                    pause = pause.max(REVALIDATION_PAUSE);
                 }
-                let now = Timestamp::now();
                 for token in tokens {
-                    let digest = token.digest();
-                    match judged.get(&digest) {
+                    match judged.remove(&token.digest()) {
                         Some(Judgement::Valid(grant)) => {
-                            let accepted = self.verdicts.accept(token, grant.clone(), now);
+                            let accepted = self.verdicts.accept(token, grant.clone(), start);
                             // What it allows has changed.
                             if accepted == Accepted::New {
-                                self.offer(token, grant);
+                                self.offer(token, &grant);
                             }
                         }
-                        Some(Judgement::Invalid) if denied_before.contains(&digest) => {
-                            info!(token = %token.masked(), "A token is no longer valid");
+                        Some(Judgement::Forbidden(grant)) => {
+                            self.verdicts.forbid(token, grant, start);
+                        }
+                        Some(Judgement::Invalid) => match self.verdicts.deny(token, start) {
+                            Rejected::Doubted => pause = pause.max(DOUBT),
                             // Believed for a short time only: should upstream have been wrong, the
                             // token is asked for again as soon as that is over.
-                            self.verdicts.refuse(token);
-                            issuer.credentials.withdraw(&digest);
-                        }
-                        Some(Judgement::Invalid) => {
-                            denied_once.insert(digest);
-                            pause = pause.max(DOUBT);
-                        }
+                            Rejected::Refused => {
+                                info!(token = %token.masked(), "A token is no longer valid");
+                                issuer.credentials.withdraw(&token.digest());
+                            }
+                            Rejected::Outdated => {}
+                        },
                         None => {}
                     }
+                }
+                if let Some(retry_after) = retry_after {
+                    pause = pause.max(retry_after);
+                    break;
                 }
             }
         }
     }
 
+    /// The tokens to be asked about again.
+    fn due(&self) -> Vec<Token> {
+        let Config { revalidate_after, list_interval, .. } = self.config;
+        if !self.is_list_unread.load(Ordering::Relaxed) {
+            return self.verdicts.unconfirmed_for(revalidate_after);
+        }
+        let mut due = self.verdicts.unconfirmed_for(list_interval.min(revalidate_after));
+        due.truncate(REVALIDATION_RATE);
+        due
+    }
+
     /// What upstream says of `tokens`; those of which it says nothing at the moment are left out.
     ///
     /// One that validates must be admitted as well: upstream's word on a deleted token stays good
-    /// for long, and a list tells of no token that came and went between two readings.
-    async fn judge(&self, issuer: &Issuer, tokens: &[Token]) -> HashMap<TokenDigest, Judgement> {
+    /// for long, and a list tells of no token that came and went between two readings. A known one
+    /// that does not validate is denied unless it is admitted: upstream remembers for minutes that
+    /// it did not know a token, and the list may have told of it since.
+    async fn judge(&self, issuer: &Issuer, tokens: &[Token]) -> Validation {
+        let start = self.verdicts.start_request();
         let valid = match issuer.upstream.validate(tokens).await {
             Ok(valid) => valid,
             Err(error) => {
@@ -453,7 +499,8 @@ impl Inner {
                         "Cannot ask upstream about tokens; those that are new get a 503"
                     );
                 }
-                return HashMap::new();
+                let retry_after = error.retry().wish();
+                return Validation { start, judged: HashMap::new(), retry_after };
             }
         };
         if self.unanswered.swap(false, Ordering::Relaxed) {
@@ -463,66 +510,124 @@ impl Inner {
         let mut judged: HashMap<_, _> =
             tokens.iter().map(|token| (token.digest(), Judgement::Invalid)).collect();
         let valid = valid.into_iter().filter(|it| judged.contains_key(&it.token.digest()));
-        let probes: Vec<_> = stream::iter(valid.collect::<Vec<_>>())
-            .map(|Validated { token, grant }| async move {
-                let admitted = issuer.upstream.admits(&token, grant.kind).await;
-                (token.digest(), grant, admitted)
+        let mut probed: HashMap<_, _> = valid.map(|it| (it.token.digest(), (it, true))).collect();
+        for token in tokens {
+            if let Some(known) = self.verdicts.valid(&token.digest()) {
+                let grant = Grant::clone(known.grant());
+                let known = Validated { token: token.clone(), grant };
+                probed.entry(token.digest()).or_insert((known, false));
+            }
+        }
+        let probes: Vec<_> = stream::iter(probed)
+            .map(|(digest, (Validated { token, grant }, is_validated))| async move {
+                let access = issuer.upstream.admits(&token, grant.kind).await;
+                (digest, grant, is_validated, access)
             })
             .buffer_unordered(PROBES_AT_ONCE)
             .collect()
             .await;
-        for (digest, grant, admitted) in probes {
-            match admitted {
-                Ok(true) => drop(judged.insert(digest, Judgement::Valid(grant))),
-                Ok(false) => {}
-                Err(_) => drop(judged.remove(&digest)),
+        let mut retry_after = None;
+        for (digest, grant, is_validated, access) in probes {
+            match access {
+                Ok(Access::Granted) => drop(judged.insert(digest, Judgement::Valid(grant))),
+                Ok(Access::Forbidden) if is_validated => {
+                    judged.insert(digest, Judgement::Forbidden(grant));
+                }
+                Ok(Access::Forbidden | Access::Unknown) => {}
+                Err(error) => {
+                    retry_after = retry_after.max(error.retry().wish());
+                    if is_validated {
+                        judged.remove(&digest);
+                    }
+                }
             }
         }
-        judged
+        Validation { start, judged, retry_after }
     }
 
     async fn follow_list(&self, issuer: &Issuer) {
         let Some(admin) = &issuer.admin else { return std::future::pending().await };
+        let unreadable_items = unreadable_items();
         let mut step = tokio::time::interval(self.config.list_interval);
         step.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut failing = false;
+        let mut not_before = Instant::now();
+        let mut is_complete = true;
         loop {
             tokio::select! {
                 _ = step.tick() => {}
                 () = self.relist.notified() => {}
             }
+            tokio::time::sleep_until(not_before).await;
+            let start = self.verdicts.start_request();
             let list = match issuer.upstream.api_tokens(admin).await {
+                // The edge's own token is on it; an empty list is a fault and no revocation of all.
+                Ok(list) if list.tokens.is_empty() => {
+                    self.list_is_unread("it is empty, although it was read with a token of it");
+                    continue;
+                }
                 Ok(list) => list,
                 Err(error) => {
-                    if !std::mem::replace(&mut failing, true) {
-                        warn!(error = report(&error), "Cannot read upstream's token list");
+                    if let Some(retry_after) = error.retry().wish() {
+                        not_before = Instant::now() + retry_after;
                     }
+                    self.list_is_unread(&report(&error));
                     continue;
                 }
             };
-            failing = false;
-            // The edge's own token is on it; an empty list is a fault and no revocation of all.
-            if list.is_empty() {
-                warn!("Upstream's token list is empty, although it was read with a token of it");
-                continue;
+            if self.is_list_unread.swap(false, Ordering::Relaxed) {
+                info!("Upstream's token list is read again");
             }
-            let changes = self.verdicts.take_list(&list, Timestamp::now());
+            let unreadable = list.unreadable.len();
+            unreadable_items.set(f64::from(u32::try_from(unreadable).unwrap_or(u32::MAX)));
+            if std::mem::replace(&mut is_complete, unreadable == 0) && unreadable > 0 {
+                warn!(
+                    unreadable,
+                    "Some items of upstream's token list cannot be read; tokens that they may stand for are asked about one by one"
+                );
+            }
+            let changes = self.verdicts.take_list(&list, start);
             if changes.learned + changes.revoked > 0 {
                 info!(changes.learned, changes.revoked, "Upstream's tokens changed");
             }
         }
     }
+
+    /// Has tokens asked about one by one, because the list cannot be read.
+    fn list_is_unread(&self, why: &str) {
+        if !self.is_list_unread.swap(true, Ordering::Relaxed) {
+            warn!(
+                error = why,
+                "Cannot read upstream's token list; known tokens are asked about one by one"
+            );
+        }
+    }
+}
+
+/// What upstream says of tokens.
+#[derive(Debug)]
+struct Validation {
+    start: RequestStart,
+    judged: HashMap<TokenDigest, Judgement>,
+    /// How long upstream wants to be left alone.
+    retry_after: Option<Duration>,
 }
 
 /// What an issuer says of a token.
 #[derive(Debug)]
 enum Judgement {
     Valid(Grant),
+    Forbidden(Grant),
     Invalid,
 }
 
-fn as_span(duration: Duration) -> jiff::SignedDuration {
-    jiff::SignedDuration::try_from(duration).unwrap_or(jiff::SignedDuration::MAX)
+/// How many items of upstream's token list cannot be read.
+fn unreadable_items() -> Gauge {
+    const NAME: &str = "parapet_token_list_items_unreadable";
+    describe_gauge!(
+        NAME,
+        "Items of upstream's token list that cannot be read, at its last reading"
+    );
+    gauge!(NAME)
 }
 
 /// A token bucket for questions.

@@ -18,7 +18,7 @@ mod seal;
 mod stream;
 
 pub use admin_token::{AdminToken, Error as AdminTokenError, State as AdminTokenState};
-pub use client::{Fetched, Polled, Upstream};
+pub use client::{Access, Fetched, Polled, Upstream};
 pub use connect::{Config, Identity};
 pub use credentials::Credentials;
 pub use error::{Error, Fault, Retry};

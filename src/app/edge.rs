@@ -216,6 +216,7 @@ async fn take_tokens(
                 }
                 Ok(_) => "it is no client token",
                 Err(Denied::Unknown) => "upstream does not know it",
+                Err(Denied::Forbidden) => "upstream forbids its use (403)",
             };
             if useless.insert(token.digest()) {
                 warn!(token = %token.masked(), "A configured token fetches nothing: {why}");

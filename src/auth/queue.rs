@@ -17,6 +17,10 @@ pub enum Denied {
     /// No issuer knows it, or it is no token at all.
     #[error("the token is not valid")]
     Unknown,
+    /// Its issuer knows it and forbids its use, for instance because it does not serve the token's
+    /// environment.
+    #[error("the token is valid, but its issuer forbids its use")]
+    Forbidden,
     /// Nobody can judge it at the moment.
     #[error("the token cannot be judged at the moment")]
     Unavailable,

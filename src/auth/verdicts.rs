@@ -1,30 +1,57 @@
-//! What is known of tokens: bounded caches keyed by digest, and their saved form.
+//! What is known of tokens: bounded caches keyed by digest.
 //!
 //! Valid and refused tokens live apart, so that a flood of made-up ones pushes out no real one.
 //! Nobody is asked anything here.
+//!
+//! Responses of the issuer are ordered by when their requests began, not by when they arrive: a
+//! response changes nothing that a later request, or a later withdrawal, has established. Changes
+//! exclude each other; reading takes no lock.
+
+mod saved;
+#[cfg(test)]
+mod tests;
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     sync::{
-        Arc, OnceLock,
-        atomic::{AtomicBool, AtomicI64, Ordering},
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
 use foldhash::fast::RandomState;
 use jiff::Timestamp;
-use moka::sync::Cache;
-use serde::{Deserialize, Serialize};
+use moka::{policy::EvictionPolicy, sync::Cache};
+use tokio::time::Instant;
 
+pub use self::saved::RestoreError;
+use self::saved::{Saved, SavedVerdicts};
+use super::queue::Denied;
 use crate::{
-    token::{Environment, Grant, Projects, Scope, Token, TokenDigest, TokenKind},
-    wire::tokens::{Listed, ListedSecret},
+    token::{Grant, Token, TokenDigest},
+    wire::tokens::{Listed, ListedSecret, TokenList},
 };
 
 /// How long a token that its issuer took back is refused without asking: longer than the issuer's
 /// own caches (Unleash refreshes them every minute) may still call it valid.
 const REVOKED_FOR: Duration = Duration::from_mins(10);
+
+/// When a request to the issuer began: its response is as old as that, whenever it arrives.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct RequestStart {
+    /// Its place in the order of all requests and withdrawals.
+    order: u64,
+    /// Monotonic, since [`Verdicts::started`]; 0 is never.
+    monotonic_ms: u64,
+    /// For what is displayed, and for the expiry of listed tokens.
+    wall: Timestamp,
+}
+
+impl RequestStart {
+    /// Before every request of this process.
+    pub(super) const NEVER: Self = Self { order: 0, monotonic_ms: 0, wall: Timestamp::UNIX_EPOCH };
+}
 
 /// A token that its issuer called valid.
 #[derive(Debug)]
@@ -34,13 +61,36 @@ pub struct Verdict {
     selector: Option<Box<str>>,
     /// Whether the issuer's own list has shown it, so that its absence there means revocation.
     listed: AtomicBool,
-    /// When the issuer last confirmed it, in seconds of Unix time.
+    /// The order of the latest request that confirmed it.
+    confirmed: AtomicU64,
+    /// When that request began, in monotonic milliseconds; 0 is never.
+    confirmed_ms: AtomicU64,
+    /// The same by the wall clock, in seconds of Unix time.
     checked: AtomicI64,
+    /// The order of the latest event that made it doubtful.
+    doubted: AtomicU64,
+    /// The order of the latest request that denied it.
+    denied: AtomicU64,
     /// The plaintext, once it has been presented to this process.
     token: OnceLock<Token>,
 }
 
 impl Verdict {
+    fn unconfirmed(grant: Arc<Grant>, masked: Arc<str>, selector: Option<&str>) -> Self {
+        Self {
+            grant,
+            masked,
+            selector: selector.map(Into::into),
+            listed: AtomicBool::new(false),
+            confirmed: AtomicU64::new(0),
+            confirmed_ms: AtomicU64::new(0),
+            checked: AtomicI64::new(0),
+            doubted: AtomicU64::new(0),
+            denied: AtomicU64::new(0),
+            token: OnceLock::new(),
+        }
+    }
+
     /// What the token allows.
     pub fn grant(&self) -> &Arc<Grant> {
         &self.grant
@@ -51,7 +101,7 @@ impl Verdict {
         &self.masked
     }
 
-    /// When the issuer last confirmed the token.
+    /// When the issuer last confirmed the token, by the wall clock.
     pub fn checked(&self) -> Timestamp {
         Timestamp::from_second(self.checked.load(Ordering::Relaxed))
             .unwrap_or(Timestamp::UNIX_EPOCH)
@@ -68,27 +118,67 @@ impl Verdict {
         let _ = self.token.set(token);
     }
 
-    fn confirm(&self, now: Timestamp) {
-        self.checked.store(now.as_second(), Ordering::Relaxed);
+    fn is_listed(&self) -> bool {
+        self.listed.load(Ordering::Relaxed)
     }
 
-    /// Makes the next revalidation ask for this one, however young it is.
-    fn suspect(&self) {
-        self.checked.store(0, Ordering::Relaxed);
+    /// Whether a request that began after `start` has confirmed it.
+    fn is_newer_than(&self, start: RequestStart) -> bool {
+        self.confirmed.load(Ordering::Relaxed) > start.order
+    }
+
+    fn confirm(&self, start: RequestStart) {
+        if !self.is_newer_than(start) {
+            self.confirmed.store(start.order, Ordering::Relaxed);
+            self.confirmed_ms.store(start.monotonic_ms, Ordering::Relaxed);
+            self.checked.store(start.wall.as_second(), Ordering::Relaxed);
+        }
+    }
+
+    /// Makes the next revalidation ask for this one, however young it is, unless a request that
+    /// began after `order` has confirmed it.
+    fn doubt(&self, order: u64) {
+        self.doubted.fetch_max(order, Ordering::Relaxed);
+    }
+
+    /// Whether it is doubtful, or was last confirmed before `limit_ms`.
+    fn is_due(&self, limit_ms: Option<u64>) -> bool {
+        let confirmed_ms = self.confirmed_ms.load(Ordering::Relaxed);
+        confirmed_ms == 0
+            || self.doubted.load(Ordering::Relaxed) > self.confirmed.load(Ordering::Relaxed)
+            || limit_ms.is_some_and(|limit| confirmed_ms < limit)
+    }
+
+    /// Notes that a request denied it; true if one before did so as well, and none has confirmed it
+    /// since.
+    fn deny(&self, start: RequestStart) -> bool {
+        let before = self.denied.swap(start.order, Ordering::Relaxed);
+        before > self.confirmed.load(Ordering::Relaxed)
+    }
+
+    /// The verdict on the same token with another grant.
+    fn with_grant(&self, grant: Grant, start: RequestStart) -> Self {
+        let changed =
+            Self::unconfirmed(Arc::new(grant), Arc::clone(&self.masked), self.selector.as_deref());
+        changed.confirm(start);
+        changed.doubt(self.doubted.load(Ordering::Relaxed));
+        changed.listed.store(self.is_listed(), Ordering::Relaxed);
+        if let Some(token) = self.token.get() {
+            changed.learn(token.clone());
+        }
+        changed
     }
 }
 
 /// Why a token is refused without asking.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 struct Refusal {
+    /// The order of the request that told so.
+    order: u64,
     /// The public half of a v2 token, by which a list can tell that it exists by now.
     selector: Option<Box<str>>,
-}
-
-impl Refusal {
-    fn of(selector: Option<&str>) -> Self {
-        Self { selector: selector.map(Into::into) }
-    }
+    /// What the token would allow, if the issuer knows it and forbids its use.
+    forbidden: Option<Arc<Grant>>,
 }
 
 /// What became of a token that its issuer calls valid.
@@ -98,18 +188,31 @@ pub(super) enum Accepted {
     New,
     /// It was known already.
     Known,
+    /// A later request has told that it is not valid.
+    Outdated,
     /// It has lately been revoked and stays so.
     Revoked,
+}
+
+/// What became of a token that its issuer does not call valid.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Rejected {
+    /// It is refused from now on.
+    Refused,
+    /// It was valid and remains so until it is denied again.
+    Doubted,
+    /// A later request has confirmed it.
+    Outdated,
 }
 
 /// What reading a list changed.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub(super) struct Changes {
-    /// Tokens that were not known before.
+    /// Tokens that were not known before, or allow something else now.
     pub(super) learned: usize,
     /// Known tokens that the list no longer has.
     pub(super) revoked: usize,
-    /// Known tokens that the list never had: they are asked for again.
+    /// Known tokens of which the list proves nothing: they are asked for again.
     pub(super) suspected: usize,
 }
 
@@ -117,9 +220,34 @@ pub(super) struct Changes {
 #[derive(Debug)]
 pub(super) struct Verdicts {
     valid: Cache<TokenDigest, Arc<Verdict>, RandomState>,
-    refused: Cache<TokenDigest, Refusal, RandomState>,
-    revoked: Cache<TokenDigest, Refusal, RandomState>,
+    refused: Cache<TokenDigest, Arc<Refusal>, RandomState>,
+    /// Tokens that have lately been revoked, with the order of that: v2 tokens by their selector,
+    /// by which they can be revoked unseen, all others by their digest.
+    revoked: Cache<TokenDigest, u64, RandomState>,
+    revoked_selectors: Cache<Box<str>, u64, RandomState>,
     unsaved: AtomicBool,
+    started: Instant,
+    /// Whoever changes anything holds it.
+    changing: Mutex<Changing>,
+    capacity: usize,
+}
+
+/// What only changes read.
+#[derive(Debug, Default)]
+struct Changing {
+    /// The order of the latest event.
+    order: u64,
+    /// The selectors on the latest list: one that the next list lacks has been revoked, whether or
+    /// not its token was ever presented.
+    listed: HashSet<Box<str>>,
+}
+
+impl Changing {
+    /// The order of what happens now.
+    fn next(&mut self) -> u64 {
+        self.order += 1;
+        self.order
+    }
 }
 
 impl Verdicts {
@@ -127,12 +255,36 @@ impl Verdicts {
     /// `refuse_for`.
     pub(super) fn new(capacity: u64, refuse_for: Duration) -> Self {
         let hasher = RandomState::default;
-        let refusals = || Cache::builder().max_capacity(capacity);
         Self {
             valid: Cache::builder().max_capacity(capacity).build_with_hasher(hasher()),
-            refused: refusals().time_to_live(refuse_for).build_with_hasher(hasher()),
-            revoked: refusals().time_to_live(REVOKED_FOR).build_with_hasher(hasher()),
+            refused: Cache::builder()
+                .max_capacity(capacity)
+                .time_to_live(refuse_for)
+                .build_with_hasher(hasher()),
+            revoked: Cache::builder()
+                .max_capacity(capacity)
+                .time_to_live(REVOKED_FOR)
+                // What was revoked last counts most, although nobody has presented it yet.
+                .eviction_policy(EvictionPolicy::lru())
+                .build_with_hasher(hasher()),
+            revoked_selectors: Cache::builder()
+                .max_capacity(capacity)
+                .time_to_live(REVOKED_FOR)
+                .eviction_policy(EvictionPolicy::lru())
+                .build_with_hasher(hasher()),
             unsaved: AtomicBool::new(false),
+            started: Instant::now(),
+            changing: Mutex::default(),
+            capacity: usize::try_from(capacity).unwrap_or(usize::MAX),
+        }
+    }
+
+    /// Notes that a request to the issuer begins now.
+    pub(super) fn start_request(&self) -> RequestStart {
+        RequestStart {
+            order: self.lock().next(),
+            monotonic_ms: self.millis(Instant::now()).max(1),
+            wall: Timestamp::now(),
         }
     }
 
@@ -141,52 +293,139 @@ impl Verdicts {
         self.valid.get(digest)
     }
 
-    /// Whether the token is refused without asking.
-    pub(super) fn refuses(&self, digest: &TokenDigest) -> bool {
-        self.refused.contains_key(digest) || self.revoked.contains_key(digest)
+    /// Why a token of this digest is refused without asking, if it is.
+    pub(super) fn refusal(&self, digest: &TokenDigest) -> Option<Denied> {
+        if self.revoked.contains_key(digest) {
+            return Some(Denied::Unknown);
+        }
+        let refusal = self.refused.get(digest)?;
+        Some(if refusal.forbidden.is_some() { Denied::Forbidden } else { Denied::Unknown })
     }
 
-    /// Keeps that the issuer calls `token` valid now, unless it has lately been revoked: an answer
-    /// may be older than the list that told of the revocation.
-    pub(super) fn accept(&self, token: &Token, grant: Grant, now: Timestamp) -> Accepted {
+    /// Whether `token` is a v2 token that has lately been revoked by its selector, perhaps before anybody
+    /// presented it. What is known by digest, [`Verdicts::refusal`] tells.
+    pub(super) fn is_revoked_by_selector(&self, token: &Token) -> bool {
+        let is_revoked = |selector: &str| self.revoked_selectors.contains_key(selector);
+        token.selector().is_some_and(is_revoked)
+    }
+
+    /// Whether `token` has lately been revoked.
+    fn is_revoked(&self, token: &Token) -> bool {
+        // An earlier release has saved v2 tokens by their digests, too.
+        self.is_revoked_by_selector(token) || self.revoked.contains_key(&token.digest())
+    }
+
+    /// What is known of `token`: its grant, or why it is refused.
+    pub(super) fn known(&self, token: &Token) -> Option<Result<Arc<Grant>, Denied>> {
         let digest = token.digest();
-        if self.revoked.contains_key(&digest) {
+        if let Some(verdict) = self.valid.get(&digest) {
+            return Some(Ok(Arc::clone(verdict.grant())));
+        }
+        if self.is_revoked(token) {
+            return Some(Err(Denied::Unknown));
+        }
+        self.refusal(&digest).map(Err)
+    }
+
+    /// What a token would allow whose use the issuer forbids.
+    pub(super) fn forbidden(&self, digest: &TokenDigest) -> Option<Arc<Grant>> {
+        self.refused.get(digest)?.forbidden.clone()
+    }
+
+    /// Keeps that the issuer calls `token` valid, unless it has lately been revoked: the issuer's
+    /// caches may be older than the list that told of the revocation.
+    pub(super) fn accept(&self, token: &Token, grant: Grant, start: RequestStart) -> Accepted {
+        let _changing = self.lock();
+        self.admit(token, grant, start)
+    }
+
+    fn admit(&self, token: &Token, grant: Grant, start: RequestStart) -> Accepted {
+        let digest = token.digest();
+        if self.is_revoked(token) {
             return Accepted::Revoked;
         }
-        self.refused.invalidate(&digest);
-        if let Some(known) = self.valid.get(&digest)
-            && *known.grant == grant
-        {
-            known.confirm(now);
-            if known.wants_plaintext() {
-                known.learn(token.clone());
-            }
-            return Accepted::Known;
+        if self.refused.get(&digest).is_some_and(|it| it.order > start.order) {
+            return Accepted::Outdated;
         }
-        let verdict = Verdict {
-            grant: Arc::new(grant),
-            masked: token.masked(),
-            selector: token.selector().map(Into::into),
-            listed: AtomicBool::new(false),
-            checked: AtomicI64::new(now.as_second()),
-            token: OnceLock::from(token.clone()),
+        self.refused.invalidate(&digest);
+        let verdict = match self.valid.get(&digest) {
+            Some(known) if known.is_newer_than(start) || *known.grant == grant => {
+                known.confirm(start);
+                if known.wants_plaintext() {
+                    known.learn(token.clone());
+                }
+                return Accepted::Known;
+            }
+            Some(known) => known.with_grant(grant, start),
+            None => {
+                let verdict =
+                    Verdict::unconfirmed(Arc::new(grant), token.masked(), token.selector());
+                verdict.confirm(start);
+                verdict
+            }
         };
+        if verdict.wants_plaintext() {
+            verdict.learn(token.clone());
+        }
         self.valid.insert(digest, Arc::new(verdict));
         self.unsaved.store(true, Ordering::Relaxed);
         Accepted::New
     }
 
     /// Keeps that the issuer does not know `token`.
-    pub(super) fn refuse(&self, token: &Token) {
+    pub(super) fn refuse(&self, token: &Token, start: RequestStart) -> Rejected {
+        let _changing = self.lock();
+        self.reject(token, None, start)
+    }
+
+    /// Keeps that the issuer does not know `token`, which it may have called valid before: then a
+    /// denial counts when it is repeated.
+    pub(super) fn deny(&self, token: &Token, start: RequestStart) -> Rejected {
+        let _changing = self.lock();
+        match self.valid.get(&token.digest()) {
+            Some(known) if !known.is_newer_than(start) && !known.deny(start) => Rejected::Doubted,
+            _ => self.reject(token, None, start),
+        }
+    }
+
+    /// Keeps that the issuer knows `token` and forbids its use.
+    ///
+    /// One that is in use stays so: only who does not know it any more has revoked it.
+    pub(super) fn forbid(&self, token: &Token, grant: Grant, start: RequestStart) {
+        let _changing = self.lock();
+        if self.valid.contains_key(&token.digest()) {
+            self.admit(token, grant, start);
+        } else {
+            self.reject(token, Some(Arc::new(grant)), start);
+        }
+    }
+
+    fn reject(
+        &self,
+        token: &Token,
+        forbidden: Option<Arc<Grant>>,
+        start: RequestStart,
+    ) -> Rejected {
         let digest = token.digest();
-        self.refused.insert(digest, Refusal::of(token.selector()));
-        if self.valid.remove(&digest).is_some() {
+        let known = self.valid.get(&digest);
+        if known.as_ref().is_some_and(|known| known.is_newer_than(start)) {
+            return Rejected::Outdated;
+        }
+        if self.refused.get(&digest).is_none_or(|it| it.order <= start.order) {
+            let selector = token.selector().map(Into::into);
+            let refusal = Refusal { order: start.order, selector, forbidden };
+            self.refused.insert(digest, Arc::new(refusal));
+        }
+        if known.is_some() {
+            self.valid.invalidate(&digest);
             self.unsaved.store(true, Ordering::Relaxed);
         }
+        Rejected::Refused
     }
 
     /// Forgets the verdict on a valid token.
     pub(super) fn forget(&self, digest: &TokenDigest) {
+        let _changing = self.lock();
         if self.valid.remove(digest).is_some() {
             self.unsaved.store(true, Ordering::Relaxed);
         }
@@ -196,72 +435,121 @@ impl Verdicts {
     ///
     /// A verdict that came from such a list falls with its entry, at once and for longer than the
     /// issuer's caches live. One that never was on a list (issuers keep some to themselves) is only
-    /// suspected.
-    pub(super) fn take_list(&self, list: &[Listed], now: Timestamp) -> Changes {
+    /// suspected, and so is one that an item stands for which cannot be read.
+    pub(super) fn take_list(&self, list: &TokenList, start: RequestStart) -> Changes {
+        let mut changing = self.lock();
         let mut changes = Changes::default();
-        let (mut digests, mut selectors) = (HashSet::new(), HashSet::new());
-        for entry in list.iter().filter(|entry| !entry.is_expired(now)) {
+        let (mut digests, mut selectors) = (HashSet::new(), HashMap::new());
+        for entry in list.tokens.iter().filter(|entry| !entry.is_expired(start.wall)) {
             match &entry.secret {
                 ListedSecret::Full(token) => {
                     let digest = token.digest();
-                    self.revoked.invalidate(&digest);
-                    let accepted = self.accept(token, entry.grant(), now);
+                    if self.revoked.get(&digest).is_some_and(|revoked| revoked < start.order) {
+                        self.revoked.invalidate(&digest);
+                        self.unsaved.store(true, Ordering::Relaxed);
+                    }
+                    let accepted = self.admit(token, entry.grant(), start);
                     changes.learned += usize::from(accepted == Accepted::New);
                     digests.insert(digest);
                 }
                 ListedSecret::Selector(selector) => {
-                    selectors.insert(selector.as_str());
+                    self.reinstate(selector, start);
+                    selectors.insert(selector.as_str(), entry);
                 }
+            }
+        }
+        for selector in &changing.listed {
+            if !selectors.contains_key(&**selector) && !list.may_have_selector(selector) {
+                self.revoke_selector(selector, start.order);
+            }
+        }
+        changing.listed = selectors.keys().take(self.capacity).map(|it| (*it).into()).collect();
+        for (digest, refusal) in &self.refused {
+            let selector = refusal.selector.as_deref();
+            if refusal.order < start.order && selector.is_some_and(|it| selectors.contains_key(it))
+            {
+                self.refused.invalidate(&*digest);
             }
         }
         for (digest, verdict) in &self.valid {
-            let present = match &verdict.selector {
-                Some(selector) => selectors.contains(&**selector),
-                None => digests.contains(&*digest),
-            };
-            if present {
-                if !verdict.listed.swap(true, Ordering::Relaxed) {
-                    self.unsaved.store(true, Ordering::Relaxed);
-                }
-                verdict.confirm(now);
-            } else if verdict.listed.load(Ordering::Relaxed) {
-                self.revoke(*digest, verdict.selector.as_deref());
+            let digest = *digest;
+            let entry = verdict.selector.as_deref().and_then(|it| selectors.get(it));
+            if let Some(entry) = entry {
+                changes.learned += usize::from(self.follow_entry(digest, &verdict, entry, start));
+            } else if digests.contains(&digest) {
+                self.show(&verdict);
+            } else if verdict.is_listed() && !list.may_have(&digest, verdict.selector.as_deref()) {
+                self.revoke(digest, verdict.selector.as_deref(), start.order);
                 changes.revoked += 1;
             } else {
-                verdict.suspect();
+                verdict.doubt(start.order);
                 changes.suspected += 1;
-            }
-        }
-        for refusals in [&self.refused, &self.revoked] {
-            for (digest, Refusal { selector }) in refusals {
-                if selector.as_deref().is_some_and(|selector| selectors.contains(selector)) {
-                    refusals.invalidate(&*digest);
-                }
             }
         }
         changes
     }
 
+    /// Lets a listed v2 token be asked for again.
+    fn reinstate(&self, selector: &str, start: RequestStart) {
+        if self.revoked_selectors.get(selector).is_some_and(|revoked| revoked < start.order) {
+            self.revoked_selectors.invalidate(selector);
+            self.unsaved.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Confirms a known v2 token that is listed; true if it allows something else now.
+    fn follow_entry(
+        &self,
+        digest: TokenDigest,
+        known: &Arc<Verdict>,
+        entry: &Listed,
+        start: RequestStart,
+    ) -> bool {
+        self.show(known);
+        let grant = entry.grant();
+        if known.is_newer_than(start) || *known.grant == grant {
+            known.confirm(start);
+            return false;
+        }
+        self.valid.insert(digest, Arc::new(known.with_grant(grant, start)));
+        self.unsaved.store(true, Ordering::Relaxed);
+        true
+    }
+
+    /// Keeps that the list shows a token.
+    fn show(&self, known: &Verdict) {
+        if !known.listed.swap(true, Ordering::Relaxed) {
+            self.unsaved.store(true, Ordering::Relaxed);
+        }
+    }
+
     /// Takes note that the issuer has just deleted a token, before any list tells.
     pub(super) fn withdraw(&self, named: &ListedSecret) -> Vec<TokenDigest> {
+        let mut changing = self.lock();
+        let order = changing.next();
         let mut digests: Vec<_> = self.named(named).map(|(digest, _)| digest).collect();
-        if let ListedSecret::Full(token) = named {
-            digests.push(token.digest());
-        }
+        let selector = match named {
+            ListedSecret::Full(token) => {
+                digests.push(token.digest());
+                token.selector()
+            }
+            ListedSecret::Selector(selector) => {
+                self.revoke_selector(selector, order);
+                Some(selector.as_str())
+            }
+        };
         for digest in &digests {
-            let selector = match named {
-                ListedSecret::Full(token) => token.selector(),
-                ListedSecret::Selector(selector) => Some(selector.as_str()),
-            };
-            self.revoke(*digest, selector);
+            self.revoke(*digest, selector, order);
         }
         digests
     }
 
     /// Makes the next revalidation ask for a token, however young its verdict is.
     pub(super) fn suspect(&self, named: &ListedSecret) {
+        let mut changing = self.lock();
+        let order = changing.next();
         for (_, verdict) in self.named(named) {
-            verdict.suspect();
+            verdict.doubt(order);
         }
     }
 
@@ -277,16 +565,22 @@ impl Verdicts {
         known.map(|(digest, verdict)| (*digest, verdict))
     }
 
-    /// The plaintexts of valid tokens that were not confirmed since `limit`.
+    /// The plaintexts of valid tokens that are doubtful or were last confirmed longer than `age`
+    /// ago; those that have waited longest come first.
     ///
     /// Those whose plaintext is yet to be presented are left for then.
-    pub(super) fn unconfirmed_since(&self, limit: Timestamp) -> Vec<Token> {
-        let old = |verdict: &Verdict| verdict.checked() < limit;
-        self.valid
-            .iter()
-            .filter(|(_, verdict)| old(verdict))
-            .filter_map(|(_, v)| v.token.get().cloned())
-            .collect()
+    pub(super) fn unconfirmed_for(&self, age: Duration) -> Vec<Token> {
+        let age_ms = u64::try_from(age.as_millis()).unwrap_or(u64::MAX);
+        let limit_ms = self.millis(Instant::now()).checked_sub(age_ms);
+        let due = self.valid.iter().filter(|(_, verdict)| verdict.is_due(limit_ms));
+        let mut due: Vec<_> = due
+            .filter_map(|(_, verdict)| {
+                let token = verdict.token.get()?.clone();
+                Some((verdict.confirmed_ms.load(Ordering::Relaxed), token))
+            })
+            .collect();
+        due.sort_by_key(|(confirmed_ms, _)| *confirmed_ms);
+        due.into_iter().map(|(_, token)| token).collect()
     }
 
     /// Every valid verdict, for the operator's eyes.
@@ -296,20 +590,30 @@ impl Verdicts {
 
     /// How many tokens are refused at the moment.
     pub(super) fn refused_count(&self) -> u64 {
-        self.refused.entry_count() + self.revoked.entry_count()
+        let revoked = self.revoked.entry_count() + self.revoked_selectors.entry_count();
+        self.refused.entry_count() + revoked
     }
 
     /// The verdicts to be stored, if there are any that the last call did not give.
     pub(super) fn save(&self) -> Option<Vec<u8>> {
         self.unsaved.swap(false, Ordering::Relaxed).then(|| {
-            let verdicts = self.valid.iter().map(|(digest, verdict)| Saved::of(&digest, &verdict));
-            let revoked = self.revoked.iter().map(|(digest, _)| digest.hex());
-            let saved = SavedVerdicts {
-                version: SAVED_VERSION,
-                verdicts: verdicts.collect(),
-                revoked: revoked.collect(),
+            let saved = |(digest, verdict): (Arc<TokenDigest>, Arc<Verdict>)| Saved {
+                digest: *digest,
+                grant: Arc::clone(&verdict.grant),
+                masked: Arc::clone(&verdict.masked),
+                selector: verdict.selector.clone(),
+                is_listed: verdict.is_listed(),
             };
-            serde_json::to_vec(&saved).expect("verdicts are plain text and numbers")
+            let saved = SavedVerdicts {
+                valid: self.valid.iter().map(saved).collect(),
+                revoked: self.revoked.iter().map(|(digest, _)| *digest).collect(),
+                revoked_selectors: self
+                    .revoked_selectors
+                    .iter()
+                    .map(|(selector, _)| (*selector).clone())
+                    .collect(),
+            };
+            saved.to_json()
         })
     }
 
@@ -322,265 +626,45 @@ impl Verdicts {
     ///
     /// They count as unconfirmed: each is asked for as soon as its token is presented, and serves
     /// meanwhile.
-    pub(super) fn restore(&self, saved: &[u8]) -> Result<usize, RestoreError> {
-        let saved: SavedVerdicts = serde_json::from_slice(saved)?;
-        if saved.version != SAVED_VERSION {
-            return Err(RestoreError::Version(saved.version));
-        }
-        let mut count = 0;
-        for (digest, verdict) in saved.verdicts.iter().filter_map(Saved::verdict) {
+    pub(super) fn restore(&self, json: &[u8]) -> Result<usize, RestoreError> {
+        let saved = SavedVerdicts::parse(json)?;
+        let count = saved.valid.len();
+        let _changing = self.lock();
+        for Saved { digest, grant, masked, selector, is_listed } in saved.valid {
+            let verdict = Verdict::unconfirmed(grant, masked, selector.as_deref());
+            verdict.listed.store(is_listed, Ordering::Relaxed);
             self.valid.insert(digest, Arc::new(verdict));
-            count += 1;
         }
-        for digest in saved.revoked.iter().filter_map(|hex| TokenDigest::from_hex(hex)) {
-            self.revoked.insert(digest, Refusal::of(None));
+        for digest in saved.revoked {
+            self.revoked.insert(digest, RequestStart::NEVER.order);
+        }
+        for selector in saved.revoked_selectors {
+            self.revoked_selectors.insert(selector, RequestStart::NEVER.order);
         }
         Ok(count)
     }
 
-    fn revoke(&self, digest: TokenDigest, selector: Option<&str>) {
-        self.revoked.insert(digest, Refusal::of(selector));
+    fn revoke(&self, digest: TokenDigest, selector: Option<&str>, order: u64) {
+        match selector {
+            Some(selector) => self.revoke_selector(selector, order),
+            None => self.revoked.insert(digest, order),
+        }
         self.valid.invalidate(&digest);
         self.unsaved.store(true, Ordering::Relaxed);
     }
-}
 
-/// Why saved verdicts cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum RestoreError {
-    /// Not the JSON that was saved.
-    #[error("saved verdicts are malformed")]
-    Malformed(#[from] serde_json::Error),
-    /// Written by another version of the format.
-    #[error("saved verdicts have format version {0}, not {SAVED_VERSION}")]
-    Version(u32),
-}
-
-const SAVED_VERSION: u32 = 1;
-
-#[derive(Deserialize, Serialize)]
-struct SavedVerdicts {
-    version: u32,
-    verdicts: Vec<Saved>,
-    /// Digests of tokens that their issuer took back not long ago.
-    #[serde(default)]
-    revoked: Vec<String>,
-}
-
-/// A verdict as it is stored; never the token.
-#[derive(Deserialize, Serialize)]
-struct Saved {
-    digest: String,
-    kind: String,
-    environment: String,
-    projects: Vec<String>,
-    masked: String,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    selector: Option<String>,
-    #[serde(default)]
-    listed: bool,
-}
-
-impl Saved {
-    fn of(digest: &TokenDigest, verdict: &Verdict) -> Self {
-        let scope = &verdict.grant.scope;
-        Self {
-            digest: digest.hex(),
-            kind: verdict.grant.kind.as_str().to_owned(),
-            environment: scope.environment.as_str().to_owned(),
-            projects: scope.projects.to_list().into_iter().map(str::to_owned).collect(),
-            masked: verdict.masked.as_ref().to_owned(),
-            selector: verdict.selector.as_deref().map(str::to_owned),
-            listed: verdict.listed.load(Ordering::Relaxed),
-        }
+    fn revoke_selector(&self, selector: &str, order: u64) {
+        self.revoked_selectors.insert(selector.into(), order);
+        self.unsaved.store(true, Ordering::Relaxed);
     }
 
-    /// The verdict again; `None` for an entry that cannot be read, which then is asked for anew.
-    fn verdict(&self) -> Option<(TokenDigest, Verdict)> {
-        let scope = Scope {
-            environment: Environment::new(&self.environment),
-            projects: Projects::from_list(self.projects.iter().map(String::as_str)),
-        };
-        let verdict = Verdict {
-            grant: Arc::new(Grant { kind: TokenKind::parse(&self.kind)?, scope }),
-            masked: self.masked.as_str().into(),
-            selector: self.selector.as_deref().map(Into::into),
-            listed: AtomicBool::new(self.listed),
-            checked: AtomicI64::new(0),
-            token: OnceLock::new(),
-        };
-        Some((TokenDigest::from_hex(&self.digest)?, verdict))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const V2: &str = "*:dev.v2_AbCdEfGhIjKlMnOpQrStUv_0123456789_123456789-123456789_123456789ABC";
-
-    fn token(text: &str) -> Token {
-        Token::parse(text).unwrap()
+    fn millis(&self, instant: Instant) -> u64 {
+        let elapsed = instant.saturating_duration_since(self.started);
+        u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX)
     }
 
-    fn grant() -> Grant {
-        let scope = Scope { environment: Environment::new("dev"), projects: Projects::All };
-        Grant { kind: TokenKind::Client, scope }
-    }
-
-    fn listed(secret: ListedSecret) -> Listed {
-        let Grant { kind, scope: Scope { environment, projects } } = grant();
-        let (expires_at, created_at, seen_at) = (None, None, None);
-        let name = "sdk".to_owned();
-        Listed { name, kind, environment, projects, expires_at, created_at, seen_at, secret }
-    }
-
-    fn whole(token: &Token) -> Listed {
-        listed(ListedSecret::Full(token.clone()))
-    }
-
-    fn selector(text: &str) -> Listed {
-        listed(ListedSecret::Selector(text.to_owned()))
-    }
-
-    fn verdicts() -> Verdicts {
-        Verdicts::new(100, Duration::from_secs(30))
-    }
-
-    fn now() -> Timestamp {
-        Timestamp::from_second(1_800_000_000).unwrap()
-    }
-
-    #[test]
-    fn a_token_that_left_the_list_is_refused_even_if_it_would_validate() {
-        let verdicts = verdicts();
-        let (a, b) = (token("*:dev.aaaa"), token("*:dev.bbbb"));
-        verdicts.take_list(&[whole(&a), whole(&b)], now());
-        let changes = verdicts.take_list(&[whole(&b)], now());
-        assert_eq!(changes, Changes { learned: 0, revoked: 1, suspected: 0 });
-        assert!(verdicts.valid(&a.digest()).is_none());
-        assert!(verdicts.refuses(&a.digest()));
-        assert!(verdicts.valid(&b.digest()).is_some());
-    }
-
-    #[test]
-    fn a_listed_token_past_its_end_is_as_good_as_gone() {
-        let verdicts = verdicts();
-        let (a, b) = (token("*:dev.aaaa"), token("*:dev.bbbb"));
-        verdicts.take_list(&[whole(&a), whole(&b)], now());
-        let expired = Listed { expires_at: Some(now()), ..whole(&a) };
-        assert_eq!(verdicts.take_list(&[expired, whole(&b)], now()).revoked, 1);
-    }
-
-    #[test]
-    fn a_token_that_was_never_listed_is_only_suspected() {
-        let verdicts = verdicts();
-        let (own, other) = (token("*:dev.aaaa"), token("*:dev.bbbb"));
-        verdicts.accept(&own, grant(), now());
-        assert!(verdicts.unconfirmed_since(now()).is_empty());
-        verdicts.take_list(&[whole(&other)], now());
-        assert!(verdicts.valid(&own.digest()).is_some());
-        assert_eq!(verdicts.unconfirmed_since(now()), [own]);
-    }
-
-    #[test]
-    fn a_v2_token_stands_and_falls_with_its_selector() {
-        let verdicts = verdicts();
-        let secure = token(V2);
-        verdicts.accept(&secure, grant(), now());
-        verdicts.take_list(&[selector(secure.selector().unwrap())], now());
-        assert!(verdicts.valid(&secure.digest()).is_some());
-        verdicts.take_list(&[selector("another-selector-here_")], now());
-        assert!(verdicts.refuses(&secure.digest()));
-    }
-
-    #[test]
-    fn a_revoked_token_stays_revoked_whatever_is_still_said_of_it() {
-        let verdicts = verdicts();
-        let (a, b) = (token("*:dev.aaaa"), token("*:dev.bbbb"));
-        verdicts.take_list(&[whole(&a), whole(&b)], now());
-        verdicts.take_list(&[whole(&b)], now());
-        assert_eq!(verdicts.accept(&a, grant(), now()), Accepted::Revoked);
-        assert!(verdicts.refuses(&a.digest()));
-        let after_a_restart = self::verdicts();
-        after_a_restart.restore(&verdicts.save().unwrap()).unwrap();
-        assert!(after_a_restart.refuses(&a.digest()));
-        verdicts.take_list(&[whole(&a), whole(&b)], now());
-        assert!(verdicts.valid(&a.digest()).is_some(), "the list has it again");
-    }
-
-    #[test]
-    fn that_a_token_is_listed_outlives_a_restart() {
-        let (old, new) = (verdicts(), verdicts());
-        let (secure, other) = (token(V2), token("*:dev.bbbb"));
-        old.accept(&secure, grant(), now());
-        old.save().unwrap();
-        old.take_list(&[selector(secure.selector().unwrap())], now());
-        new.restore(&old.save().expect("it is listed now")).unwrap();
-        assert_eq!(new.take_list(&[whole(&other)], now()).revoked, 1);
-    }
-
-    #[test]
-    fn a_revoked_v2_token_that_is_listed_again_is_asked_for_again() {
-        let verdicts = verdicts();
-        let secure = token(V2);
-        verdicts.revoke(secure.digest(), secure.selector());
-        verdicts.take_list(&[selector(secure.selector().unwrap())], now());
-        assert!(!verdicts.refuses(&secure.digest()));
-    }
-
-    #[test]
-    fn a_refused_token_that_appears_on_the_list_is_no_longer_refused() {
-        let verdicts = verdicts();
-        let (plain, secure) = (token("*:dev.aaaa"), token(V2));
-        verdicts.refuse(&plain);
-        verdicts.refuse(&secure);
-        let list = [whole(&plain), selector(secure.selector().unwrap())];
-        verdicts.take_list(&list, now());
-        assert!(verdicts.valid(&plain.digest()).is_some());
-        assert!(!verdicts.refuses(&secure.digest()), "it is asked for when it comes again");
-    }
-
-    #[test]
-    fn saved_verdicts_come_back_without_any_plaintext() {
-        let (old, new) = (verdicts(), verdicts());
-        let secure = token(V2);
-        old.accept(&secure, grant(), now());
-        let saved = old.save().expect("there is a new verdict");
-        assert!(old.save().is_none(), "nothing changed since");
-        assert!(!String::from_utf8_lossy(&saved).contains(secure.expose()));
-        assert_eq!(new.restore(&saved).unwrap(), 1);
-        let verdict = new.valid(&secure.digest()).unwrap();
-        assert_eq!(**verdict.grant(), grant());
-        assert!(verdict.wants_plaintext());
-        assert!(new.unconfirmed_since(now()).is_empty(), "nobody can be asked without plaintext");
-        verdict.learn(secure.clone());
-        assert_eq!(new.unconfirmed_since(now()), [secure]);
-    }
-
-    /// The file format of the first release, as it was written then.
-    #[test]
-    fn version_1_of_the_saved_form_is_read() {
-        let saved = br#"{"version":1,"verdicts":[{"digest":
-            "9834876dcfb05cb167a5c24953eba58c4ac89b1adf57f28f2f9d09af107ee8f0","kind":"frontend",
-            "environment":"dev","projects":["web"],"masked":"web:dev.****","listed":true}]}"#;
-        let verdicts = verdicts();
-        assert_eq!(verdicts.restore(saved).unwrap(), 1);
-        let verdict = verdicts.valid(&TokenDigest::of("aaaa")).map(|v| v.masked().to_owned());
-        assert_eq!(verdict, None);
-        assert!(verdicts.restore(br#"{"version":2,"verdicts":[]}"#).is_err());
-    }
-
-    #[test]
-    fn made_up_tokens_push_out_no_valid_one() {
-        let verdicts = verdicts();
-        let real = token("*:dev.aaaa");
-        verdicts.accept(&real, grant(), now());
-        for i in 0..10_000 {
-            verdicts.refuse(&token(&format!("*:dev.made-up-{i}")));
-        }
-        verdicts.refused.run_pending_tasks();
-        assert!(verdicts.valid(&real.digest()).is_some());
-        assert!(verdicts.refused_count() <= 100);
+    /// A panic under this lock leaves each cache usable as it is.
+    fn lock(&self) -> MutexGuard<'_, Changing> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -474,6 +474,7 @@ impl From<Denied> for Failure {
     fn from(denied: Denied) -> Self {
         match denied {
             Denied::Unknown => Self::Unauthorized,
+            Denied::Forbidden => Self::ForbiddenUpstream,
             Denied::Unavailable => Self::Unavailable {
                 what: "the token cannot be judged at the moment",
                 retry_after: TRY_AGAIN,

@@ -89,6 +89,17 @@ pub enum Fetched {
     },
 }
 
+/// Whether upstream opens its API to a token that it called valid.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Access {
+    /// It does.
+    Granted,
+    /// It knows the token and opens nothing to it.
+    Forbidden,
+    /// It does not know the token any more.
+    Unknown,
+}
+
 /// A successful answer, its body read.
 struct Answer {
     status: StatusCode,
@@ -203,23 +214,27 @@ impl Upstream {
     ///
     /// Unleash's `/edge/validate` goes on vouching for a token that has been deleted (measured on
     /// 7.5.1 and 8.2.0), while its APIs refuse it within a minute. What is asked for is nothing: the
-    /// answer is 404 where the token is admitted, and only a 401 denies it.
-    pub async fn admits(&self, token: &Token, kind: TokenKind) -> Result<bool, Error> {
+    /// answer is 404 where the token is admitted, 401 where it is not known, and 403 where it is
+    /// known and opens nothing: to a client token of all environments (measured on 8.2.0), or to one
+    /// of an environment that an edge upstream does not serve.
+    pub async fn admits(&self, token: &Token, kind: TokenKind) -> Result<Access, Error> {
         let path: &[&str] = match kind {
             TokenKind::Client => &["api", "client", "features", PROBE],
-            TokenKind::Frontend => &["api", "frontend", PROBE],
+            // A path that edges have as well, which know no token by others.
+            TokenKind::Frontend => &["api", "frontend", "features", PROBE],
             TokenKind::Admin => &["api", "admin", "environments"],
         };
         let started = Instant::now();
         let answer = self.exchange(self.request(Method::GET, path, Some(token))).await;
-        // Both are the answers that were asked for, and no failures of upstream.
-        let admitted = match answer {
-            Err(Error::Status { status: StatusCode::UNAUTHORIZED, .. }) => Ok(false),
-            Ok(_) | Err(Error::Status { status: StatusCode::NOT_FOUND, .. }) => Ok(true),
+        // These are the answers that were asked for, and no failures of upstream.
+        let access = match answer {
+            Err(Error::Status { status: StatusCode::UNAUTHORIZED, .. }) => Ok(Access::Unknown),
+            Err(Error::Status { status: StatusCode::FORBIDDEN, .. }) => Ok(Access::Forbidden),
+            Ok(_) | Err(Error::Status { status: StatusCode::NOT_FOUND, .. }) => Ok(Access::Granted),
             Err(error) => Err(error),
         };
-        self.note(Purpose::Probe, None, &admitted, started);
-        admitted
+        self.note(Purpose::Probe, None, &access, started);
+        access
     }
 
     /// Sends a batch of usage, a body of `/api/client/metrics/bulk`.
@@ -243,11 +258,10 @@ impl Upstream {
     }
 
     /// Lists upstream's tokens.
-    pub async fn api_tokens(&self, admin: &AdminToken) -> Result<Vec<Listed>, Error> {
+    pub async fn api_tokens(&self, admin: &AdminToken) -> Result<TokenList, Error> {
         let request =
             |token: &Token| self.request(Method::GET, &["api", "admin", "api-tokens"], Some(token));
-        let list: TokenList = self.call_as_admin(admin, Purpose::ListTokens, request, read).await?;
-        Ok(list.tokens)
+        self.call_as_admin(admin, Purpose::ListTokens, request, read).await
     }
 
     /// Lists upstream's tokens of that name.

@@ -1,8 +1,9 @@
 //! What `/edge/validate` and the admin API say about tokens and environments.
 //!
 //! Secrets are read from the JSON straight into [`Token`]. One unreadable item of a list is skipped,
-//! so that it cannot hide the others; a kind of token that is not known is such an item. This module
-//! does not judge tokens and keeps none.
+//! so that it cannot hide the others; a kind of token that is not known is such an item. A
+//! [`TokenList`] says which tokens such items may stand for. This module does not judge tokens and
+//! keeps none.
 
 use std::borrow::Cow;
 
@@ -11,7 +12,9 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use serde_json::value::RawValue;
 
 use super::instant;
-use crate::token::{Environment, Grant, ParseError, Projects, Scope, Token, TokenKind};
+use crate::token::{
+    Environment, Grant, ParseError, Projects, Scope, Token, TokenDigest, TokenKind,
+};
 
 /// The body of `POST /edge/validate`: tokens to be judged.
 #[derive(Debug, Deserialize, Serialize)]
@@ -40,11 +43,13 @@ pub struct Validated {
 }
 
 /// The reply of `GET /api/admin/api-tokens`, whole or by name.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
+#[serde(from = "RawTokenList<'_>")]
 pub struct TokenList {
-    /// The listed tokens.
-    #[serde(deserialize_with = "readable")]
+    /// The listed tokens, as far as their items can be read.
     pub tokens: Vec<Listed>,
+    /// What the other items name; `None` for each that names nothing.
+    pub unreadable: Vec<Option<ListedSecret>>,
 }
 
 /// A token as the admin API lists it.
@@ -161,12 +166,39 @@ impl Listed {
     }
 }
 
+impl TokenList {
+    /// Whether an item that cannot be read may stand for the token of this digest and selector.
+    pub fn may_have(&self, digest: &TokenDigest, selector: Option<&str>) -> bool {
+        self.unreadable.iter().any(|named| match named {
+            Some(ListedSecret::Full(token)) => token.digest() == *digest,
+            Some(ListedSecret::Selector(named)) => selector == Some(named),
+            None => true,
+        })
+    }
+
+    /// Whether an item that cannot be read may stand for the token of this selector.
+    pub fn may_have_selector(&self, selector: &str) -> bool {
+        self.unreadable.iter().any(|named| match named {
+            Some(secret) => secret.selector() == Some(selector),
+            None => true,
+        })
+    }
+}
+
 impl ListedSecret {
     /// Whether this is the listed form of `token`.
     pub fn is_of(&self, token: &Token) -> bool {
         match self {
             Self::Full(full) => full == token,
             Self::Selector(selector) => token.selector() == Some(selector),
+        }
+    }
+
+    /// The selector, where the token has one.
+    pub fn selector(&self) -> Option<&str> {
+        match self {
+            Self::Full(token) => token.selector(),
+            Self::Selector(selector) => Some(selector),
         }
     }
 
@@ -236,6 +268,33 @@ impl TryFrom<RawValidated<'_>> for Validated {
         let projects = projects_of(raw.projects, raw.project, Some(&raw.token))?;
         let scope = Scope { environment, projects };
         Ok(Self { token: raw.token, grant: Grant { kind, scope } })
+    }
+}
+
+/// A listing before its items are read one by one.
+#[derive(Deserialize)]
+struct RawTokenList<'a> {
+    #[serde(borrow)]
+    tokens: Vec<&'a RawValue>,
+}
+
+impl From<RawTokenList<'_>> for TokenList {
+    fn from(raw: RawTokenList<'_>) -> Self {
+        #[derive(Deserialize)]
+        struct Named {
+            #[serde(deserialize_with = "listed_secret")]
+            secret: Option<ListedSecret>,
+        }
+        let mut list = Self::default();
+        for item in raw.tokens {
+            if let Ok(listed) = serde_json::from_str(item.get()) {
+                list.tokens.push(listed);
+            } else {
+                let named = serde_json::from_str(item.get()).ok();
+                list.unreadable.push(named.and_then(|Named { secret }| secret));
+            }
+        }
+        list
     }
 }
 
@@ -481,6 +540,29 @@ mod tests {
         assert_eq!(full.seen_at, None);
         assert_eq!(secure.secret, ListedSecret::Selector("AbCdEfGhIjKlMnOpQrStUv".to_owned()));
         assert!(!secure.is_expired(end));
+        let named = ListedSecret::Full(Token::parse(V1).expect("token"));
+        assert_eq!(list.unreadable, [Some(named), None, None]);
+    }
+
+    #[test]
+    fn an_unreadable_item_may_stand_for_the_token_that_it_names_or_for_any() {
+        let (one, other) = (TokenDigest::of(V1), TokenDigest::of("*:dev.other"));
+        let list = |items: &str| {
+            serde_json::from_str::<TokenList>(&format!(r#"{{"tokens":[{items}]}}"#)).expect("list")
+        };
+        let of_a_later_release =
+            list(&format!(r#"{{"secret":"{V1}","tokenName":"a","type":"gateway"}}"#));
+        assert!(of_a_later_release.may_have(&one, None));
+        assert!(!of_a_later_release.may_have(&other, None));
+        let secure = list(r#"{"secret":"AbCdEfGhIjKlMnOpQrStUv","type":7}"#);
+        assert!(secure.may_have(&one, Some("AbCdEfGhIjKlMnOpQrStUv")));
+        assert!(!secure.may_have(&one, Some("anotherSelector_012345")));
+        for unnamed in [r#"{"type":"client"}"#, r#"{"secret":null}"#, r#"{"secret":"x"}"#, "7"] {
+            let list = list(unnamed);
+            assert!(list.may_have(&one, None) && list.may_have(&other, None), "{unnamed}");
+            assert_eq!((list.tokens.len(), list.unreadable.len()), (0, 1));
+        }
+        assert!(!list("").may_have(&one, None));
     }
 
     #[test]

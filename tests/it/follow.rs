@@ -264,6 +264,7 @@ impl Upstream {
                 answer.headers_mut().insert("content-type", kind);
                 answer
             }
+            _ if state.revoked => whole(StatusCode::UNAUTHORIZED, "{}"),
             _ => whole(StatusCode::NOT_FOUND, ""),
         }
     }

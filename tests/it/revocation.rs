@@ -1,11 +1,12 @@
 //! Tokens come and go upstream, and the edge follows within the interval that it was given.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use reqwest::StatusCode;
+use serde_json::json;
 
-use crate::rig::{ChaosProxy, Fault, Kind, Parapet, Unleash, http, until};
+use crate::rig::{ChaosProxy, Fault, Kind, Parapet, Unleash, Version, http, until};
 
 const HERE: &str = "development";
 
@@ -30,13 +31,28 @@ async fn wait_for(parapet: &Parapet, token: &str, kind: Kind, expect: StatusCode
     .await;
 }
 
+/// Where Unleash lists its tokens.
+const TOKEN_LIST: &str = "/api/admin/api-tokens";
+
+/// How many of its items cannot be read.
+const UNREADABLE: &str = "parapet_token_list_items_unreadable";
+
+/// Where an edge finds out whether a client token is admitted.
+const PROBE: &str = "/api/client/features/parapet-asks-for-nothing";
+
 /// Waits until a reading of the token list that began after now has ended.
 async fn wait_until_listed(parapet: &Parapet) {
-    const READINGS: &str =
-        "parapet_upstream_requests_total{purpose=\"list_tokens\",outcome=\"ok\"}";
-    let before = parapet.metric(READINGS).await.unwrap();
-    until("the token list is read", WITHIN, async || {
-        (parapet.metric(READINGS).await.unwrap() >= before + 2.0).then_some(())
+    wait_for_lists(parapet, "ok", 2.0).await;
+}
+
+/// Waits until so many more readings of the token list have ended so.
+async fn wait_for_lists(parapet: &Parapet, outcome: &str, more: f64) {
+    let sample =
+        format!("parapet_upstream_requests_total{{purpose=\"list_tokens\",outcome=\"{outcome}\"}}");
+    let count = async || parapet.metric(&sample).await.unwrap_or_default();
+    let before = count().await;
+    until(&format!("the token list is read, {outcome}"), WITHIN, async || {
+        (count().await >= before + more).then_some(())
     })
     .await;
 }
@@ -131,4 +147,279 @@ async fn without_an_admin_token_a_refused_token_is_asked_for_again_after_the_inv
         wait_for(&parapet, &token, Kind::Backend, StatusCode::OK, WITHIN).await;
     })
     .await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn a_list_requested_before_a_deletion_does_not_readmit_the_deleted_token() {
+    let versions = [Version::V8, Version::V8SecureTokens].map(async |version| {
+        let unleash = Unleash::shared(version).await;
+        let proxy = ChaosProxy::start(&unleash.url()).await;
+        let edge = Parapet::edge(&proxy.url()).admin_token(unleash.admin_token());
+        let edge = edge.flag("--fleet-name", "order").flag("--token-list-interval-seconds", "0.5");
+        let parapet = edge.arg("--admin-relay").start().await;
+        let (used, unused) = (
+            unleash.create_token(Kind::Backend, HERE, &["*"], "order-used").await,
+            unleash.create_token(Kind::Backend, HERE, &["*"], "order-unused").await,
+        );
+        wait_for(&parapet, &used, Kind::Backend, StatusCode::OK, WITHIN).await;
+        wait_until_listed(&parapet).await;
+
+        proxy.hold_answer_to(TOKEN_LIST).await;
+        for token in [&used, &unused] {
+            let listed_as = token.split_once(".v2_").map_or(&**token, |(_, rest)| &rest[..22]);
+            let delete = http().delete(format!("{}{TOKEN_LIST}/{listed_as}", parapet.admin_url()));
+            let answer = delete.header("authorization", unleash.admin_token()).send().await;
+            assert_eq!(answer.unwrap().status(), StatusCode::OK);
+            let status = status(&parapet, Kind::Backend, token).await;
+            assert_eq!(status, StatusCode::UNAUTHORIZED, "{version:?}");
+        }
+        // The list that is held back has both tokens; every later one fails.
+        let (status_of_lists, body) = (StatusCode::SERVICE_UNAVAILABLE, "");
+        proxy.set(Fault::AnswerTo { path: TOKEN_LIST, status: status_of_lists, body }).await;
+        wait_for_lists(&parapet, "failed", 3.0).await;
+        for token in [&used, &unused] {
+            let status = status(&parapet, Kind::Backend, token).await;
+            assert_eq!(status, StatusCode::UNAUTHORIZED, "{version:?}");
+        }
+    });
+    futures_util::future::join_all(versions).await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn a_listed_v2_token_sees_the_projects_that_the_list_tells() {
+    let unleash = Unleash::shared(Version::V8SecureTokens).await;
+    unleash.create_enabled_flag("revocation.projects", HERE, &[]).await;
+    let proxy = ChaosProxy::start(&unleash.url()).await;
+    let edge = Parapet::edge(&proxy.url()).admin_token(unleash.admin_token()).impatient();
+    let parapet = edge.flag("--fleet-name", "projects").start().await;
+    let token = unleash.create_token(Kind::Backend, HERE, &["*"], "revocation-projects").await;
+    let (_, rest) = token.split_once(".v2_").unwrap();
+    let sees = async |expect: bool| {
+        until(&format!("the flag is seen: {expect}"), WITHIN, async || {
+            let (status, answer) = parapet.get("/api/client/features", &token).await;
+            let features = answer["features"].as_array().filter(|_| status == StatusCode::OK)?;
+            let sees = features.iter().any(|it| it["name"] == "revocation.projects");
+            (sees == expect).then_some(())
+        })
+        .await;
+    };
+    sees(true).await;
+    for (project, expect) in [("another", false), ("default", true), ("another", false)] {
+        let body = json!({ "tokens": [{ "secret": &rest[..22], "tokenName": "x",
+            "type": "backend", "environment": HERE, "projects": [project], "secure": true }] });
+        let (status, body) = (StatusCode::OK, body.to_string().leak());
+        proxy.set(Fault::AnswerTo { path: TOKEN_LIST, status, body }).await;
+        sees(expect).await;
+    }
+    proxy.restore().await;
+    sees(true).await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn revoked_tokens_are_refused_while_the_token_list_cannot_be_read() {
+    let versions = Version::ALL.map(async |version| {
+        let unleash = Unleash::shared(version).await;
+        let proxy = ChaosProxy::start(&unleash.url()).await;
+        let edge = Parapet::edge(&proxy.url()).admin_token(unleash.admin_token()).impatient();
+        let parapet = edge.flag("--fleet-name", "unreadable").start().await;
+        let (doomed, other) = (
+            unleash.create_token(Kind::Backend, HERE, &["*"], "unreadable-doomed").await,
+            unleash.create_token(Kind::Frontend, HERE, &["*"], "unreadable-other").await,
+        );
+        wait_for(&parapet, &doomed, Kind::Backend, StatusCode::OK, WITHIN).await;
+        wait_for(&parapet, &other, Kind::Frontend, StatusCode::OK, WITHIN).await;
+        wait_until_listed(&parapet).await;
+
+        // What the edge's admin token gets once it has been deleted itself.
+        let (status_of_lists, body) = (StatusCode::UNAUTHORIZED, "");
+        proxy.set(Fault::AnswerTo { path: TOKEN_LIST, status: status_of_lists, body }).await;
+        unleash.delete_token(&doomed).await;
+        let refused = StatusCode::UNAUTHORIZED;
+        wait_for(&parapet, &doomed, Kind::Backend, refused, WITHIN_UNLEASHS_MINUTE).await;
+        assert_eq!(status(&parapet, Kind::Frontend, &other).await, StatusCode::OK, "{version:?}");
+    });
+    futures_util::future::join_all(versions).await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn a_new_token_stays_valid_while_the_list_cannot_be_read_and_validation_lags() {
+    let unleash = Unleash::shared(Version::V8).await;
+    let proxy = ChaosProxy::start(&unleash.url()).await;
+    let edge = Parapet::edge(&proxy.url()).admin_token(unleash.admin_token()).impatient();
+    let parapet = edge.flag("--fleet-name", "lag").start().await;
+    // Unleash remembers for five minutes that it does not know the token.
+    let token = format!("*:{HERE}.revocation-made-after-its-first-refusal-lag");
+    assert_eq!(status(&parapet, Kind::Backend, &token).await, StatusCode::UNAUTHORIZED);
+    unleash.plant_token(Kind::Backend, &token, "revocation-lag").await;
+    wait_for(&parapet, &token, Kind::Backend, StatusCode::OK, WITHIN).await;
+    until("Unleash's API takes the token", WITHIN_UNLEASHS_MINUTE, async || {
+        let fetch = http().get(unleash.url() + "/api/client/features");
+        let answer = fetch.header("authorization", &token).send().await.unwrap();
+        answer.status().is_success().then_some(())
+    })
+    .await;
+
+    let (status_of_lists, body) = (StatusCode::UNAUTHORIZED, "");
+    proxy.set(Fault::AnswerTo { path: TOKEN_LIST, status: status_of_lists, body }).await;
+    let questions = async || {
+        let seen = proxy.seen().into_iter().filter(|it| it.path == "/edge/validate");
+        seen.filter(|it| String::from_utf8_lossy(&it.body).contains(&token)).count()
+    };
+    let before = questions().await;
+    // A denial counts when it is repeated.
+    until("the token is checked repeatedly", WITHIN, async || {
+        (questions().await >= before + 4).then_some(())
+    })
+    .await;
+    assert_eq!(status(&parapet, Kind::Backend, &token).await, StatusCode::OK);
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn an_unreadable_list_item_revokes_no_token() {
+    let unleash = Unleash::shared(Version::V8).await;
+    let proxy = ChaosProxy::start(&unleash.url()).await;
+    let edge = Parapet::edge(&proxy.url()).admin_token(unleash.admin_token()).impatient();
+    let parapet = edge.flag("--fleet-name", "item").start().await;
+    let [unnamed, named, doomed] = ["item-unnamed", "item-named", "item-doomed"]
+        .map(async |name| unleash.create_token(Kind::Backend, HERE, &["*"], name).await);
+    let (unnamed, named, doomed) = tokio::join!(unnamed, named, doomed);
+    for token in [&unnamed, &named, &doomed] {
+        wait_for(&parapet, token, Kind::Backend, StatusCode::OK, WITHIN).await;
+    }
+    wait_until_listed(&parapet).await;
+    let item = |secret: &serde_json::Value, kind: &str| json!({ "secret": secret, "tokenName": "x", "type": kind, "environment": HERE, "projects": ["*"] });
+    let listed = async |items: serde_json::Value| {
+        let body = json!({ "tokens": items }).to_string().leak();
+        let status = StatusCode::OK;
+        proxy.set(Fault::AnswerTo { path: TOKEN_LIST, status, body }).await;
+        wait_for_lists(&parapet, "ok", 3.0).await;
+    };
+    // An item that names its token says nothing of others: those that are missing are revoked.
+    let readable = item(&json!(unnamed), "client");
+    listed(json!([readable, item(&json!(named), "of-a-later-release")])).await;
+    for (token, expect) in
+        [(&unnamed, StatusCode::OK), (&named, StatusCode::OK), (&doomed, StatusCode::UNAUTHORIZED)]
+    {
+        assert_eq!(status(&parapet, Kind::Backend, token).await, expect);
+    }
+    assert_eq!(parapet.metric(UNREADABLE).await, Some(1.0));
+
+    // One that names none may stand for any token, which is then checked instead of revoked.
+    listed(json!([item(&json!(named), "client"), item(&json!(7), "client")])).await;
+    for token in [&unnamed, &named] {
+        assert_eq!(status(&parapet, Kind::Backend, token).await, StatusCode::OK);
+    }
+    assert_eq!(parapet.metric(UNREADABLE).await, Some(1.0));
+    assert_eq!(parapet.log().matches("items of upstream's token list cannot be read").count(), 1);
+    unleash.delete_token(&unnamed).await;
+    let refused = StatusCode::UNAUTHORIZED;
+    wait_for(&parapet, &unnamed, Kind::Backend, refused, WITHIN_UNLEASHS_MINUTE).await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn a_token_that_upstream_forbids_gets_403_and_is_not_checked_each_time() {
+    let unleash = Unleash::shared(Version::V8).await;
+    let first = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token()).impatient();
+    let first = first.flag("--fleet-name", "forbidden").flag("--environments", HERE).start().await;
+    let proxy = ChaosProxy::start(&first.url()).await;
+    let here = unleash.create_token(Kind::Backend, HERE, &["*"], "forbidden-here").await;
+    let kinds = [Kind::Backend, Kind::Frontend];
+    let elsewhere =
+        kinds.map(async |kind| unleash.create_token(kind, "production", &["*"], "forbidden").await);
+    let elsewhere = futures_util::future::join_all(elsewhere).await;
+    for (kind, token) in kinds.into_iter().zip(&elsewhere) {
+        wait_for(&first, token, kind, StatusCode::FORBIDDEN, WITHIN).await;
+    }
+
+    // As one of several configured tokens it does not delay readiness for ever.
+    let edge = Parapet::edge(&proxy.url()).env("TOKENS", format!("{},{here}", elsewhere[0]));
+    let parapet = edge.flag("--features-refresh-interval-seconds", "0.5").start().await;
+    assert_eq!(status(&parapet, Kind::Backend, &here).await, StatusCode::OK);
+    for (kind, token) in kinds.into_iter().zip(&elsewhere) {
+        let first_time = status(&parapet, kind, token).await;
+        assert_eq!(first_time, StatusCode::FORBIDDEN, "{kind:?}");
+        let asked = proxy.count("/edge/validate");
+        for _ in 0..20 {
+            assert_eq!(status(&parapet, kind, token).await, StatusCode::FORBIDDEN);
+        }
+        assert_eq!(proxy.count("/edge/validate"), asked, "it is remembered");
+    }
+    // A third edge hears of it what the second has heard.
+    let validated = json!({ "tokens": elsewhere }).to_string();
+    let validate = http().post(parapet.url() + "/edge/validate").body(validated).send().await;
+    let validated = validate.unwrap().text().await.unwrap();
+    assert!(elsewhere.iter().all(|token| validated.contains(token)), "{validated}");
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn a_client_token_of_every_environment_gets_403_as_from_unleash() {
+    let unleash = Unleash::shared(Version::V8).await;
+    let proxy = ChaosProxy::start(&unleash.url()).await;
+    let given = unleash.create_token(Kind::Backend, HERE, &["*"], "every-given").await;
+    let token = "*:*.revocation-client-of-every-environment";
+    unleash.plant_token(Kind::Backend, token, "every").await;
+    let parapet = Parapet::edge(&proxy.url()).env("TOKENS", &given).start().await;
+    let (status, answer) = parapet.get("/api/client/features", token).await;
+    assert_eq!(status, StatusCode::FORBIDDEN);
+    let message = "upstream knows this token and refuses it (403): \
+                   it may not serve the token's environment";
+    assert_eq!((&answer["name"], &answer["message"]), (&"NoAccessError".into(), &message.into()));
+    let asked = proxy.seen().len();
+    for _ in 0..20 {
+        assert_eq!(parapet.get("/api/client/features", token).await.0, StatusCode::FORBIDDEN);
+    }
+    let asked_again = proxy.seen().split_off(asked);
+    assert!(asked_again.iter().all(|it| it.path != "/edge/validate"), "{asked_again:?}");
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn a_forbidden_token_is_admitted_once_upstream_serves_its_environment() {
+    let unleash = Unleash::shared(Version::V8).await;
+    let proxy = ChaosProxy::start(&unleash.url()).await;
+    let token = unleash.create_token(Kind::Backend, HERE, &["*"], "forbidden-first").await;
+    let (forbidden, body) = (StatusCode::FORBIDDEN, "");
+    let given = unleash.create_token(Kind::Backend, HERE, &["*"], "forbidden-given").await;
+    let edge = || Parapet::edge(&proxy.url()).env("TOKENS", &given).impatient();
+    let parapet = edge().start().await;
+    proxy.set(Fault::AnswerTo { path: PROBE, status: forbidden, body }).await;
+    assert_eq!(status(&parapet, Kind::Backend, &token).await, StatusCode::FORBIDDEN);
+    proxy.restore().await;
+    wait_for(&parapet, &token, Kind::Backend, StatusCode::OK, WITHIN).await;
+    // A token in use is not cut off by a 403: only a 401 says that it has been revoked.
+    let edge = edge().flag("--token-revalidation-interval-seconds", "0.5").start().await;
+    wait_for(&edge, &token, Kind::Backend, StatusCode::OK, WITHIN).await;
+    proxy.set(Fault::AnswerTo { path: PROBE, status: forbidden, body }).await;
+    let asked = proxy.count(PROBE);
+    until("it is checked repeatedly", WITHIN, async || {
+        (proxy.count(PROBE) >= asked + 4).then_some(())
+    })
+    .await;
+    assert_eq!(status(&edge, Kind::Backend, &token).await, StatusCode::OK);
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn the_token_list_is_not_read_before_the_time_that_upstream_named() {
+    let unleash = Unleash::shared(Version::V8).await;
+    let proxy = ChaosProxy::start(&unleash.url()).await;
+    let edge = Parapet::edge(&proxy.url()).admin_token(unleash.admin_token()).impatient();
+    let parapet = edge.flag("--fleet-name", "retry-after").start().await;
+    proxy.answer(StatusCode::TOO_MANY_REQUESTS, &[("retry-after", "3")]).await;
+    let lists = || proxy.seen().iter().filter(|it| it.path == TOKEN_LIST).count();
+    let (started, before) = (Instant::now(), lists());
+    until("the list is asked for three times", WITHIN_UNLEASHS_MINUTE, async || {
+        (lists() >= before + 3).then_some(())
+    })
+    .await;
+    assert!(started.elapsed() >= Duration::from_secs(2 * 3), "{}", parapet.log());
+    proxy.restore().await;
+    wait_until_listed(&parapet).await;
 }

@@ -34,6 +34,11 @@ pub enum Failure {
     /// A valid token of an environment that is not served here, and will not be by itself.
     #[error("this instance does not serve the environment of this token")]
     NotServed,
+    /// A valid token to which upstream opens nothing.
+    #[error(
+        "upstream knows this token and refuses it (403): it may not serve the token's environment"
+    )]
+    ForbiddenUpstream,
     /// The client's address is not served here.
     #[error("requests from this address are not allowed")]
     Blocked,
@@ -121,9 +126,11 @@ impl Failure {
                 (StatusCode::UNAUTHORIZED, "AuthenticationRequired")
             }
             Self::WrongPassword => (StatusCode::UNAUTHORIZED, "PasswordMismatch"),
-            Self::WrongKind | Self::NotServed | Self::Blocked | Self::CrossOrigin => {
-                (StatusCode::FORBIDDEN, "NoAccessError")
-            }
+            Self::WrongKind
+            | Self::NotServed
+            | Self::ForbiddenUpstream
+            | Self::Blocked
+            | Self::CrossOrigin => (StatusCode::FORBIDDEN, "NoAccessError"),
             Self::Permission(_) => (StatusCode::FORBIDDEN, "PermissionError"),
             Self::Denied(_) => (StatusCode::FORBIDDEN, "OperationDeniedError"),
             Self::Unavailable { .. } => (StatusCode::SERVICE_UNAVAILABLE, "UnavailableError"),
