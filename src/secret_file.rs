@@ -10,6 +10,8 @@ use std::{
 
 use zeroize::Zeroizing;
 
+use crate::wire::text::without_byte_order_mark;
+
 /// The largest file that is read, in bytes: far more than any list of tokens.
 const MAX_LEN: u64 = 1 << 20;
 
@@ -49,8 +51,7 @@ pub fn read(path: &Path) -> Result<Zeroizing<String>, Error> {
         return Err(Error::TooLarge { path: path.to_owned() });
     }
     let not_text = |_| failed(io::Error::new(io::ErrorKind::InvalidData, "it is not UTF-8"));
-    let text = str::from_utf8(&bytes).map_err(not_text)?;
-    let text = text.trim_start_matches('\u{feff}').trim();
+    let text = str::from_utf8(without_byte_order_mark(&bytes)).map_err(not_text)?.trim();
     if text.is_empty() {
         return Err(Error::Empty { path: path.to_owned() });
     }
