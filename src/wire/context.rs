@@ -10,7 +10,6 @@ use std::{borrow::Cow, fmt, iter};
 use memchr::{memchr, memchr2};
 use percent_encoding::percent_decode_str;
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
-use smallvec::SmallVec;
 
 /// What a frontend request says of its user; every value is text, borrowed from the request where
 /// it stands there as it is.
@@ -66,23 +65,34 @@ impl<'a> FrontendContext<'a> {
     /// `a,b` in the order of the query: what Unleash's frontend API makes of such arrays (measured on
     /// 8.2.0).
     pub fn from_query(query: &'a str) -> Result<Self, Error> {
-        let mut reader = QueryReader::default();
+        let (mut context, mut misplaced) = (Self::default(), Misplaced::default());
         for (count, (name, value)) in pairs(query).enumerate() {
             if count == MAX_FIELDS {
                 return Err(Error::TooMany);
             }
             let value = decoded(value);
             if let Some(property) = plain_property(name) {
-                reader.set(Origin::Properties, Cow::Borrowed(property), value);
+                context.add_property(&mut misplaced, Cow::Borrowed(property), value);
                 continue;
             }
             let name = decoded(name);
-            if let Some((origin, key)) = key_of(&name) {
-                let key = within(&name, key, |name| key_of(name).map(|(_, key)| key));
-                reader.set(origin, key, value);
+            if !has_bracket(&name) {
+                context.add_top_level(&mut misplaced, name, value);
+            } else if let Some((origin, key)) = key_of(&name) {
+                let key = match &name {
+                    Cow::Borrowed(name) => key_of(name).map_or_else(Cow::default, |it| it.1.into()),
+                    Cow::Owned(_) => Cow::Owned(key.to_owned()),
+                };
+                match origin {
+                    Origin::TopLevel => context.add_top_level(&mut misplaced, key, value),
+                    Origin::Properties => context.add_property(&mut misplaced, key, value),
+                }
             }
         }
-        reader.finish().within_bounds()
+        if !misplaced.is_empty() {
+            context.add_misplaced(misplaced);
+        }
+        context.within_bounds()
     }
 
     /// Reads the fields themselves or `{"context": fields}`.
@@ -222,6 +232,15 @@ fn split(text: &str, separator: u8) -> Option<(&str, &str)> {
 /// Up to so many bytes are looked through before a search that is faster has begun.
 const SHORT: usize = 24;
 
+/// Whether a name has a bracket; most are short and have none.
+fn has_bracket(name: &str) -> bool {
+    if name.len() <= SHORT {
+        name.bytes().any(|byte| byte == b'[')
+    } else {
+        memchr(b'[', name.as_bytes()).is_some()
+    }
+}
+
 /// A name or value of a form. Most have nothing to decode and are borrowed after one look.
 fn decoded(text: &str) -> Cow<'_, str> {
     let is_plain = if text.len() <= SHORT {
@@ -256,12 +275,9 @@ enum Origin {
     Properties,
 }
 
-/// The field that a name in a query stands for, `k` of `k`, `properties[k]`, and of both with `[]` or an
-/// index behind; `None` where it stands for nothing that a flag could read, as `properties[a][b]` does.
+/// The field that a name with a bracket stands for: `k` of `properties[k]`, and of that and `k` with `[]`
+/// or an index behind; `None` where it stands for nothing that a flag could read, as `properties[a][b]` does.
 fn key_of(name: &str) -> Option<(Origin, &str)> {
-    if memchr(b'[', name.as_bytes()).is_none() {
-        return Some((Origin::TopLevel, name));
-    }
     let of_properties = name.strip_prefix("properties[").and_then(|rest| rest.split_once(']'));
     let (origin, key, rest) = if let Some((key, rest)) = of_properties {
         (Origin::Properties, key, rest)
@@ -278,69 +294,80 @@ fn key_of(name: &str) -> Option<(Origin, &str)> {
     is_key.then_some((origin, key))
 }
 
-/// What `find` finds in a name, for as long as the name itself lives.
-fn within<'a>(
-    name: &Cow<'a, str>,
-    found: &str,
-    find: impl FnOnce(&'a str) -> Option<&'a str>,
-) -> Cow<'a, str> {
-    match name {
-        Cow::Borrowed(name) => find(name).map_or_else(Cow::default, Cow::Borrowed),
-        Cow::Owned(_) => Cow::Owned(found.to_owned()),
-    }
-}
-
-/// A query as far as it is read.
+/// What a query names where it is not expected, apart from the rest: few queries do.
 #[derive(Debug, Default)]
-struct QueryReader<'a> {
-    context: FrontendContext<'a>,
-    /// Where each property comes from, in their order.
-    origins: SmallVec<[Origin; 16]>,
-    /// What the properties say of the fields that are none.
-    stand_ins: Vec<(Cow<'a, str>, Cow<'a, str>)>,
+struct Misplaced<'a> {
+    /// The properties that are named at the top level.
+    properties: Vec<(Cow<'a, str>, Cow<'a, str>)>,
+    /// The fields among the properties that are none.
+    fields: Vec<(Cow<'a, str>, Cow<'a, str>)>,
 }
 
-impl<'a> QueryReader<'a> {
-    /// Takes a field, joining the values that it is given in one place. A property that is named at the top
-    /// level as well has the value that it has among the properties.
-    fn set(&mut self, origin: Origin, name: Cow<'a, str>, value: Cow<'a, str>) {
-        let Self { context, origins, stand_ins } = self;
-        if let Some(field) = context.known(&name) {
-            if origin == Origin::Properties {
-                match stand_ins.iter_mut().find(|(known, _)| *known == name) {
-                    Some((_, values)) => join(values, &value),
-                    None => stand_ins.push((name, value)),
-                }
-                return;
-            }
-            match field {
-                Some(values) => join(values, &value),
-                None => *field = Some(value),
-            }
-        } else if let Some(at) = context.properties.iter().position(|(known, _)| *known == name) {
-            let (_, values) = &mut context.properties[at];
-            match origins[at] {
-                place if place == origin => join(values, &value),
-                Origin::TopLevel => {
-                    *values = value;
-                    origins[at] = origin;
-                }
-                Origin::Properties => {}
-            }
-        } else if context.properties.len() < MAX_PROPERTIES {
-            context.properties.push((name, value));
-            origins.push(origin);
-        }
-    }
-
-    fn finish(mut self) -> FrontendContext<'a> {
-        for (name, value) in self.stand_ins {
-            self.context.set_property(name, value);
-        }
-        self.context
+impl Misplaced<'_> {
+    fn is_empty(&self) -> bool {
+        self.properties.is_empty() && self.fields.is_empty()
     }
 }
 
+impl<'a> FrontendContext<'a> {
+    /// Takes what a query names at the top level.
+    fn add_top_level(
+        &mut self,
+        misplaced: &mut Misplaced<'a>,
+        name: Cow<'a, str>,
+        value: Cow<'a, str>,
+    ) {
+        match self.known(&name) {
+            Some(field @ None) => *field = Some(value),
+            Some(Some(values)) => join(values, &value),
+            None => add_or_join(&mut misplaced.properties, name, value),
+        }
+    }
+
+    /// Takes what a query names among the properties.
+    fn add_property(
+        &mut self,
+        misplaced: &mut Misplaced<'a>,
+        name: Cow<'a, str>,
+        value: Cow<'a, str>,
+    ) {
+        if self.known(&name).is_some() {
+            add_or_join(&mut misplaced.fields, name, value);
+        } else {
+            add_or_join(&mut self.properties, name, value);
+        }
+    }
+
+    /// Takes what was misplaced. Of a property that is named in both places, the value among the properties
+    /// counts; of other fields that one stands in for what is missing or empty at the top level.
+    #[cold]
+    fn add_misplaced(&mut self, Misplaced { properties, fields }: Misplaced<'a>) {
+        for (name, value) in properties {
+            let is_new = self.properties.iter().all(|(known, _)| *known != name);
+            if is_new && self.properties.len() < MAX_PROPERTIES {
+                self.properties.push((name, value));
+            }
+        }
+        for (name, value) in fields {
+            self.set_property(name, value);
+        }
+    }
+}
+
+/// Adds a field; one that is there already has both values from then on.
+fn add_or_join<'a>(
+    list: &mut Vec<(Cow<'a, str>, Cow<'a, str>)>,
+    name: Cow<'a, str>,
+    value: Cow<'a, str>,
+) {
+    if let Some((_, values)) = list.iter_mut().find(|(known, _)| *known == name) {
+        join(values, &value);
+    } else if list.len() < MAX_PROPERTIES {
+        list.push((name, value));
+    }
+}
+
+#[cold]
 fn join(values: &mut Cow<'_, str>, value: &str) {
     let values = values.to_mut();
     values.push(',');
