@@ -28,6 +28,13 @@ const VALUES: [&str; 8] = ["A", "B", "A,B", "B,A", "A,B,A", ",A", "development",
 const FIELDS: [&str; 7] =
     ["userId", "sessionId", "environment", "appName", "remoteAddress", "plan", "the region"];
 
+/// Dates that Unleash saves, as people write them.
+const DATES: [&str; 6] =
+    ["2024", "2099-05", "2024-5-1", "2099/05/01", "01 May 2024", "Wed, 01 May 2024 10:00:00 +0200"];
+
+/// Where clients are. Lists of addresses that Unleash matches are of IPv4.
+const ADDRESSES: [&str; 4] = ["203.0.113.7", "10.0.0.7", "192.0.2.1", "2001:db8::1"];
+
 /// How often something random is asked for: the probability that all of so many fair draws are equal is 2^-59.
 const MANY: usize = 60;
 
@@ -64,6 +71,16 @@ fn repeatable_flags() -> BTreeMap<String, Value> {
     }
     flags.insert(format!("{PREFIX}any-session"), constrained("sessionId", "REGEX", &[]));
     flags.insert(format!("{PREFIX}all-sessions"), rollout(100, "sessionId", &[]));
+    let addresses =
+        json!({ "name": "remoteAddress", "parameters": { "IPs": "10.0.0.7, 203.0.113.0/24" } });
+    flags.insert(format!("{PREFIX}from-here"), addresses);
+    for (number, date) in DATES.into_iter().enumerate() {
+        for operator in ["DATE_AFTER", "DATE_BEFORE"] {
+            let mut strategy = constrained("currentTime", operator, &[]);
+            strategy["constraints"][0]["value"] = date.into();
+            flags.insert(format!("{PREFIX}{operator}-{number}"), strategy);
+        }
+    }
     flags.insert(format!("{PREFIX}all-users"), rollout(100, "userId", &[]));
     flags.insert(format!("{PREFIX}half-of-users"), rollout(50, "userId", &[]));
     flags.insert(format!("{PREFIX}half-of-plans"), rollout(50, "plan", &[]));
@@ -97,7 +114,7 @@ fn names(flags: &BTreeMap<String, String>, of: &BTreeMap<String, Value>) -> BTre
 
 /// A query of a few fields, by any of the names that a query has for them, some of them twice.
 fn query(random: &mut StdRng) -> String {
-    let mut pairs = vec![("remoteAddress".to_owned(), "203.0.113.7")];
+    let mut pairs = vec![("remoteAddress".to_owned(), *ADDRESSES.choose(random).unwrap())];
     for _ in 0..random.random_range(0..5) {
         let field = *FIELDS.choose(random).unwrap();
         // Each place has one way to be named: how ways mix is nobody's interface.
