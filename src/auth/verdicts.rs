@@ -237,9 +237,11 @@ pub(super) struct Verdicts {
 struct Changing {
     /// The order of the latest event.
     order: u64,
-    /// The selectors on the latest list: one that the next list lacks has been revoked, whether or
-    /// not its token was ever presented.
-    listed: HashSet<Box<str>>,
+    /// What the latest list had: a token that the next list lacks has been revoked, whether or not it
+    /// is known here.
+    listed: HashSet<TokenDigest>,
+    /// The same of v2 tokens.
+    listed_selectors: HashSet<Box<str>>,
 }
 
 impl Changing {
@@ -458,12 +460,19 @@ impl Verdicts {
                 }
             }
         }
-        for selector in &changing.listed {
-            if !selectors.contains_key(&**selector) && !list.may_have_selector(selector) {
-                self.revoke_selector(selector, start.order);
-            }
+        let now_listed = selectors.keys().take(self.capacity).map(|it| (*it).into()).collect();
+        let mut gone_selectors = std::mem::replace(&mut changing.listed_selectors, now_listed);
+        gone_selectors.retain(|it| !selectors.contains_key(&**it) && !list.may_have_selector(it));
+        for selector in &gone_selectors {
+            self.revoke_selector(selector, start.order);
         }
-        changing.listed = selectors.keys().take(self.capacity).map(|it| (*it).into()).collect();
+        let now_listed = digests.iter().take(self.capacity).copied().collect();
+        let mut gone = std::mem::replace(&mut changing.listed, now_listed);
+        gone.retain(|it| !digests.contains(it) && !list.may_have(it, None));
+        for digest in &gone {
+            self.revoked.insert(*digest, start.order);
+            self.unsaved.store(true, Ordering::Relaxed);
+        }
         for (digest, refusal) in &self.refused {
             let selector = refusal.selector.as_deref();
             if refusal.order < start.order && selector.is_some_and(|it| selectors.contains_key(it))
@@ -473,13 +482,16 @@ impl Verdicts {
         }
         for (digest, verdict) in &self.valid {
             let digest = *digest;
-            let entry = verdict.selector.as_deref().and_then(|it| selectors.get(it));
+            let selector = verdict.selector.as_deref();
+            let entry = selector.and_then(|it| selectors.get(it));
             if let Some(entry) = entry {
                 changes.learned += usize::from(self.follow_entry(digest, &verdict, entry, start));
             } else if digests.contains(&digest) {
                 self.show(&verdict);
-            } else if verdict.is_listed() && !list.may_have(&digest, verdict.selector.as_deref()) {
-                self.revoke(digest, verdict.selector.as_deref(), start.order);
+            } else if (verdict.is_listed() && !list.may_have(&digest, selector))
+                || selector.map_or(gone.contains(&digest), |it| gone_selectors.contains(it))
+            {
+                self.revoke(digest, selector, start.order);
                 changes.revoked += 1;
             } else {
                 verdict.doubt(start.order);

@@ -215,6 +215,24 @@ fn a_v2_token_withdrawn_before_it_was_presented_stays_withdrawn_over_a_restart()
 }
 
 #[test]
+fn a_v2_token_that_left_the_list_is_refused_however_late_it_was_presented() {
+    let secure = token(V2);
+    let on_list = [selector(secure.selector().unwrap())];
+    let other = [selector("anotherSelector_012345")];
+    for is_presented_before in [true, false] {
+        let verdicts = verdicts();
+        let accept = || verdicts.accept(&secure, grant(), verdicts.start_request());
+        take(&verdicts, &on_list);
+        if is_presented_before {
+            assert_eq!(accept(), Accepted::New);
+        }
+        take(&verdicts, &other);
+        assert!(refuses(&verdicts, &secure));
+        assert_eq!(accept(), Accepted::Revoked);
+    }
+}
+
+#[test]
 fn withdrawals_of_unseen_tokens_take_a_bounded_space() {
     let verdicts = verdicts();
     let selector = |n: usize| ListedSecret::Selector(format!("{n:022}"));
@@ -455,50 +473,66 @@ mod interleavings {
     }
 
     /// All that was heard of one token, by the order of the requests.
-    #[derive(Default)]
-    struct Model(Vec<(u64, Heard)>);
+    struct Model {
+        is_listed_whole: bool,
+        heard: Vec<(u64, Heard)>,
+    }
 
     impl Model {
         fn hear(&mut self, order: u64, heard: Heard) {
             // What upstream's caches say of a token that has been taken back counts for nothing.
             if !(matches!(heard, Heard::Valid(_)) && self.is_taken_back()) {
-                self.0.push((order, heard));
-                self.0.sort_by_key(|(order, _)| *order);
+                self.heard.push((order, heard));
+                self.heard.sort_by_key(|(order, _)| *order);
             }
         }
 
         /// Whether it was withdrawn, or is missing on the list that followed one that showed it, and no
         /// list that was requested later has shown it again.
         fn is_taken_back(&self) -> bool {
-            let mut listed = false;
-            let mut taken_back = false;
-            for (_, heard) in &self.0 {
-                match heard {
-                    Heard::Listed(_) => (listed, taken_back) = (true, false),
-                    Heard::Unlisted if listed => taken_back = true,
-                    Heard::Withdrawn => taken_back = true,
-                    // It is known as one that upstream may keep from its lists.
-                    Heard::Invalid => listed = false,
-                    Heard::Valid(_) | Heard::Unlisted => {}
-                }
-            }
-            taken_back
+            self.revocation().is_some_and(|revoked| !self.is_shown_since(revoked))
         }
 
-        /// The newest of what says whether it is valid; a list that never had it says nothing, and one
-        /// that shows a selector proves no token.
-        fn newest(&self, is_listed_whole: bool) -> Option<Heard> {
-            let says = |heard: &Heard| match heard {
-                Heard::Unlisted => false,
-                Heard::Listed(_) => is_listed_whole,
-                Heard::Valid(_) | Heard::Invalid | Heard::Withdrawn => true,
+        /// The order of the latest revocation.
+        fn revocation(&self) -> Option<u64> {
+            let (mut listed, mut revocation) = (false, None);
+            for (order, heard) in &self.heard {
+                match heard {
+                    Heard::Listed(_) => listed = true,
+                    Heard::Unlisted if listed => (listed, revocation) = (false, Some(*order)),
+                    Heard::Withdrawn => revocation = Some(*order),
+                    Heard::Valid(_) | Heard::Invalid | Heard::Unlisted => {}
+                }
+            }
+            revocation
+        }
+
+        /// The newest of what says whether it is valid: a list that never had it says nothing. One
+        /// that shows a selector proves no token, but that a token exists which was denied or taken
+        /// back before: it is asked for again.
+        fn newest(&self) -> Option<Heard> {
+            let revoked = self.revocation().filter(|_| !self.is_listed_whole);
+            let says = |(order, heard): &&(u64, Heard)| match heard {
+                Heard::Unlisted | Heard::Listed(None) => false,
+                Heard::Withdrawn => self.is_listed_whole,
+                Heard::Listed(Some(_)) | Heard::Valid(_) | Heard::Invalid => {
+                    revoked.is_none_or(|revoked| *order > revoked)
+                }
             };
-            self.0.iter().rev().map(|(_, heard)| *heard).find(says)
+            let (order, newest) = self.heard.iter().rev().find(says)?;
+            let is_shown_since = self.is_shown_since(*order) && !self.is_listed_whole;
+            (*newest != Heard::Invalid || !is_shown_since).then_some(*newest)
+        }
+
+        /// Whether a list that was requested after `order` shows it.
+        fn is_shown_since(&self, order: u64) -> bool {
+            let mut later = self.heard.iter().filter(|(it, _)| *it > order);
+            later.any(|(_, heard)| matches!(heard, Heard::Listed(_)))
         }
 
         /// The project that was told last.
         fn project(&self) -> Option<u8> {
-            self.0.iter().rev().find_map(|(_, heard)| match heard {
+            self.heard.iter().rev().find_map(|(_, heard)| match heard {
                 Heard::Listed(project) => *project,
                 Heard::Valid(project) => Some(*project),
                 _ => None,
@@ -509,7 +543,7 @@ mod interleavings {
     fn check(verdicts: &Verdicts, models: &[Model; TOKENS]) -> Result<(), TestCaseError> {
         for (n, model) in models.iter().enumerate() {
             let known = verdicts.known(&token_of(n));
-            let told = format!("token {n}: {known:?} after {:?}", model.0);
+            let told = format!("token {n}: {known:?} after {:?}", model.heard);
             let admitted = match &known {
                 Some(Ok(grant)) => Some(grant),
                 _ => None,
@@ -518,12 +552,14 @@ mod interleavings {
                 prop_assert!(matches!(known, Some(Err(_))), "taken back: {}", told);
                 continue;
             }
-            match model.newest(named(n) == ListedSecret::Full(token_of(n))) {
+            match model.newest() {
                 Some(Heard::Invalid) => prop_assert!(admitted.is_none(), "denied: {}", told),
                 Some(Heard::Listed(_) | Heard::Valid(_)) => {
                     let grant = model.project().map(|project| Arc::new(grant_of(project)));
                     prop_assert_eq!(admitted, grant.as_ref(), "valid: {}", told);
                 }
+                // What a list shows by its selector may be admitted, if upstream vouches for it.
+                _ if model.is_shown_since(0) => {}
                 _ => prop_assert!(admitted.is_none(), "never valid: {}", told),
             }
         }
@@ -534,7 +570,10 @@ mod interleavings {
         let verdicts = verdicts();
         let mut upstream: Upstream = [None; TOKENS];
         let mut ever_had: Upstream = [None; TOKENS];
-        let mut models: [Model; TOKENS] = Default::default();
+        let mut models: [Model; TOKENS] = std::array::from_fn(|n| {
+            let is_listed_whole = matches!(named(n), ListedSecret::Full(_));
+            Model { is_listed_whole, heard: Vec::new() }
+        });
         let mut requests: Vec<(RequestStart, Asked)> = Vec::new();
         for step in steps {
             match *step {
