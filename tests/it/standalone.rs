@@ -367,7 +367,11 @@ async fn polling_in_the_same_words_follows_every_change_and_each_poll_counts() {
     const POLLS: u32 = 20;
     let home = Home::new();
     let parapet = home.start(&[]).await;
-    let [client, frontend, admin] = printed_tokens(&parapet.log());
+    // What is printed before the instance is ready may be read a little later.
+    let log = until("the tokens are printed", Duration::from_secs(10), async || {
+        Some(parapet.log()).filter(|log| !curl_lines(log).is_empty())
+    });
+    let [client, frontend, admin] = printed_tokens(&log.await);
     let paths = [("/api/client/features", &client), ("/api/frontend", &frontend)];
     let known = "parapet_token_verdicts_total{verdict=\"known\"}";
     let sample = async |sample: &str| format!("{}", parapet.metric(sample).await.unwrap_or(0.0));
