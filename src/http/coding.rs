@@ -4,12 +4,12 @@ use hyper::header::{ACCEPT_ENCODING, HeaderMap};
 
 use crate::snapshot::body::Coding;
 
-/// The coding to answer with: the client's highest weight, and between equals the one that is
-/// smallest on the wire for JSON.
+/// The coding to answer with, of those that are offered: the client's highest weight, and between equals
+/// the one that is smallest on the wire for JSON.
 ///
 /// The RFC lets a server answer in identity when nothing else is acceptable, so that this never
 /// refuses.
-pub fn preferred(headers: &HeaderMap) -> Coding {
+pub fn preferred(headers: &HeaderMap, is_offered: impl Fn(Coding) -> bool) -> Coding {
     let mut named: [Option<u16>; Coding::ALL.len()] = Default::default();
     let mut others = None;
     for value in headers.get_all(ACCEPT_ENCODING) {
@@ -28,7 +28,8 @@ pub fn preferred(headers: &HeaderMap) -> Coding {
     }
     // The star is for what is not named.
     let weight = |coding: Coding| named[coding as usize].or(others).unwrap_or(0);
-    let accepted = Coding::ALL.into_iter().filter(|coding| weight(*coding) > 0);
+    let offered = Coding::ALL.into_iter().filter(|coding| is_offered(*coding));
+    let accepted = offered.filter(|coding| weight(*coding) > 0);
     accepted.max_by_key(|coding| (weight(*coding), *coding)).unwrap_or(Coding::Identity)
 }
 
@@ -73,7 +74,7 @@ mod tests {
     fn check(value: &'static str, expect: Coding) {
         let mut headers = HeaderMap::new();
         headers.insert(ACCEPT_ENCODING, HeaderValue::from_static(value));
-        assert_eq!(preferred(&headers), expect, "{value}");
+        assert_eq!(preferred(&headers, |_| true), expect, "{value}");
     }
 
     #[test]
@@ -100,7 +101,7 @@ mod tests {
 
     #[test]
     fn without_a_usable_wish_the_body_goes_as_it_is() {
-        assert_eq!(preferred(&HeaderMap::new()), Coding::Identity);
+        assert_eq!(preferred(&HeaderMap::new(), |_| true), Coding::Identity);
         check("deflate", Coding::Identity);
         check("gzip;q=nonsense", Coding::Identity);
         check("", Coding::Identity);

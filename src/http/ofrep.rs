@@ -25,7 +25,7 @@ use crate::{
     answers::Answer,
     snapshot::{
         Filter, Segments, Shown,
-        body::{Body, etag_of},
+        body::{Audience, Body, etag_of},
     },
     token::TokenDigest,
     wire::ofrep::{ErrorCode, Evaluations, EventStream, Refusal, Unreadable},
@@ -57,7 +57,10 @@ pub async fn flags(
     let draw = if view.reads().may_be_random() { rand::random() } else { 0 };
     let question = Question { draw: Some(draw), ..question };
     let body = question.answer(&view, |context| {
-        let came_to = Answer::of(snapshot, &view, context, Shown::All).hash();
+        let answer = Answer::of(snapshot, &view, context, Shown::All);
+        // What depends on no lots has one ticket, so that a provider which asks again keeps its stream.
+        let draw = if answer.is_settled() { 0 } else { draw };
+        let came_to = answer.hash();
         // What the flags are, who asks and for whom, what that comes to, and in which period: whoever
         // has the answer of this tag has the ticket for this context too. It is known before anything
         // is evaluated that was evaluated before.
@@ -79,7 +82,7 @@ pub async fn flags(
         let seen = engine.ids().filter(|&id| scope.projects.contains(engine.flag(id).project()));
         let flags = seen.map(|id| evaluation(engine, id, engine.evaluate(id, &bound))).collect();
         let all = Evaluations { flags, event_streams: ticket.map(stream) };
-        Ok(Body::tagged(json(&all), hash))
+        Ok(Body::tagged(json(&all), hash).for_audience(Audience::One))
     });
     match body {
         Ok(body) => reply::body(headers, &Arc::new(body), Freshness::Personal).await,

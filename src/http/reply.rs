@@ -18,6 +18,7 @@ use hyper::{
     },
 };
 use serde::Serialize;
+use tokio::sync::Semaphore;
 
 pub use self::{
     failure::Failure,
@@ -93,16 +94,28 @@ pub async fn body(request: &HeaderMap, body: &Arc<Body>, freshness: Freshness) -
     if conditional::none_match_names(request, body.etag()) {
         return not_modified(body.etag(), freshness);
     }
-    let coding = body.effective(coding::preferred(request));
+    let coding = body.effective(coding::preferred(request, |coding| body.offers(coding)));
     if let Some(coded) = body.ready(coding) {
         return body_as(coded.clone(), coding, freshness);
+    }
+    if body.is_quick() {
+        return body_as(body.make(coding).clone(), coding, freshness);
     }
     Box::pin(body_made(Arc::clone(body), coding, freshness)).await
 }
 
+/// How many bodies are compressed at a time: more threads would take memory and finish no sooner.
+static COMPRESSIONS: Semaphore = Semaphore::const_new(8);
+
 async fn body_made(body: Arc<Body>, coding: Coding, freshness: Freshness) -> Reply {
+    let permit = COMPRESSIONS.acquire().await.expect("nobody closes it");
     let shared = Arc::clone(&body);
-    match tokio::task::spawn_blocking(move || shared.make(coding).clone()).await {
+    let make = move || {
+        // Held until the work is done, also where nobody waits for it any more.
+        let _permit = permit;
+        shared.make(coding).clone()
+    };
+    match tokio::task::spawn_blocking(make).await {
         Ok(coded) => body_as(coded, coding, freshness),
         // The runtime is going down; the plain bytes are always there.
         Err(_) => body_as(body.make(Coding::Identity).clone(), Coding::Identity, freshness),

@@ -12,7 +12,7 @@ use siphasher::sip128::{Hasher128 as _, SipHasher13};
 
 use super::{
     asked::{Asked, Often, Shown},
-    body::Body,
+    body::{Audience, Body},
     outcomes::Outcomes,
     recent::Recent,
     table::Table,
@@ -123,7 +123,7 @@ impl Answers {
     /// The body of the answers that `hash` identifies, made unless it is kept.
     ///
     /// It is kept once it is asked for again: where every user sees flags of their own, keeping all
-    /// bodies would only push out those that are shared.
+    /// bodies would only push out those that are shared. Until then it is for one response.
     ///
     /// Equal hashes are taken for equal bodies, here as by every client that sends a hash back as an
     /// entity tag. A stranger cannot bring about two that collide: contexts choose among fragments,
@@ -132,11 +132,13 @@ impl Answers {
         if let Some(body) = self.kept(hash) {
             return body;
         }
-        let body = Arc::new(make());
         if self.recent.insert(hash) {
+            let body = Arc::new(make());
             self.keep(hash, Arc::clone(&body));
+            body
+        } else {
+            Arc::new(make().for_audience(Audience::One))
         }
-        body
     }
 
     /// The outcomes of some flags that contexts of this key share, evaluated unless they are kept.

@@ -1,7 +1,7 @@
 //! A ready-made response body: its bytes in each content coding, with their entity tags.
 //!
-//! Bodies are built once and shared by every response that sends them. Compressing happens on the
-//! first wish for a coding; this module does not decide who compresses when.
+//! Most bodies are built once and shared by every response that sends them; some are for one response.
+//! Compressing happens on the first wish for a coding; this module does not decide who compresses when.
 
 use std::sync::OnceLock;
 
@@ -11,6 +11,9 @@ use xxhash_rust::xxh3::xxh3_128;
 
 /// Below this many bytes compressing costs more than it saves on the wire.
 const WORTH_COMPRESSING: usize = 1024;
+
+/// Up to so many bytes are compressed for one response without leaving the thread that answers.
+const QUICKLY_COMPRESSED: usize = 64 << 10;
 
 /// How a body is coded on the wire; a greater one makes the JSON that is served here smaller.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
@@ -43,6 +46,15 @@ impl Coding {
     }
 }
 
+/// For how many responses a body is, which decides how much work compressing it is worth.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Audience {
+    /// Probably one: as little work as makes the body much smaller.
+    One,
+    /// Many: as much work as still makes a difference.
+    Many,
+}
+
 /// Bytes as they go out, and the strong entity tag of exactly these bytes.
 #[derive(Clone, Debug)]
 pub struct Coded {
@@ -55,9 +67,11 @@ pub struct Coded {
 /// A body in all its codings.
 ///
 /// Its tags share one opaque part, a hash of the content, so that equal content has equal tags on
-/// every instance and across restarts.
+/// every instance and across restarts. Its maker may leave out of the hash what says nothing of the flags
+/// (`meta.revisionId`).
 #[derive(Debug)]
 pub struct Body {
+    audience: Audience,
     identity: Coded,
     gzip: OnceLock<Coded>,
     zstd: OnceLock<Coded>,
@@ -75,7 +89,23 @@ impl Body {
     pub fn tagged(bytes: Bytes, hash: u128) -> Self {
         let identity = Coded { bytes, etag: etag_of(hash) };
         let (gzip, zstd, brotli) = Default::default();
-        Self { identity, gzip, zstd, brotli }
+        Self { audience: Audience::Many, identity, gzip, zstd, brotli }
+    }
+
+    /// The same body for another audience.
+    #[must_use]
+    pub fn for_audience(self, audience: Audience) -> Self {
+        Self { audience, ..self }
+    }
+
+    /// Whether a coding may be used. For one response Brotli takes longer than it saves.
+    pub fn offers(&self, coding: Coding) -> bool {
+        self.audience == Audience::Many || coding != Coding::Brotli
+    }
+
+    /// Whether making a coding is a matter of some hundred microseconds at most.
+    pub fn is_quick(&self) -> bool {
+        self.audience == Audience::One && self.identity.bytes.len() <= QUICKLY_COMPRESSED
     }
 
     /// The entity tag of the uncoded bytes; those of the codings add a suffix to its opaque part.
@@ -102,8 +132,8 @@ impl Body {
         match self.slot(coding) {
             None => &self.identity,
             Some(slot) => slot.get_or_init(|| Coded {
-                bytes: compress(&self.identity.bytes, coding),
-                etag: suffixed(&self.identity.etag, coding),
+                bytes: compress(&self.identity.bytes, coding, self.audience),
+                etag: suffixed(&self.identity.etag, coding, self.audience),
             }),
         }
     }
@@ -141,27 +171,35 @@ pub fn etag_of(hash: u128) -> HeaderValue {
     HeaderValue::from_bytes(&etag).expect("hexadecimal digits are visible ASCII")
 }
 
-fn suffixed(etag: &HeaderValue, coding: Coding) -> HeaderValue {
+/// The tag of other bytes than the uncoded ones, and others again for another audience.
+fn suffixed(etag: &HeaderValue, coding: Coding, audience: Audience) -> HeaderValue {
     let etag = etag.to_str().expect("etag_of makes visible ASCII").trim_end_matches('"');
-    let etag = format!("{etag}-{}\"", coding.name().unwrap_or("identity"));
+    let level = match audience {
+        Audience::One => ".1",
+        Audience::Many => "",
+    };
+    let etag = format!("{etag}-{}{level}\"", coding.name().unwrap_or("identity"));
     HeaderValue::try_from(etag).expect("a coding's name is visible ASCII")
 }
 
-/// Levels are chosen for bodies that are compressed once and sent many times.
-fn compress(bytes: &[u8], coding: Coding) -> Bytes {
+fn compress(bytes: &[u8], coding: Coding, audience: Audience) -> Bytes {
     use std::io::Write as _;
     const TO_MEMORY: &str = "writing to memory cannot fail";
+    let (gzip, zstd, brotli) = match audience {
+        Audience::One => (1, 1, 1),
+        Audience::Many => (6, 9, 5),
+    };
     let compressed = match coding {
         Coding::Identity => bytes.to_vec(),
         Coding::Gzip => {
             let mut encoder =
-                flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::new(6));
+                flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::new(gzip));
             encoder.write_all(bytes).expect(TO_MEMORY);
             encoder.finish().expect(TO_MEMORY)
         }
-        Coding::Zstd => zstd::bulk::compress(bytes, 9).expect(TO_MEMORY),
+        Coding::Zstd => zstd::bulk::compress(bytes, zstd).expect(TO_MEMORY),
         Coding::Brotli => {
-            let params = brotli::enc::BrotliEncoderParams { quality: 5, ..Default::default() };
+            let params = brotli::enc::BrotliEncoderParams { quality: brotli, ..Default::default() };
             let mut compressed = Vec::new();
             brotli::BrotliCompress(&mut &*bytes, &mut compressed, &params).expect(TO_MEMORY);
             compressed
@@ -208,6 +246,23 @@ mod tests {
             .map(|coding| body.make(coding).bytes.len());
         let weight = Body::new(content).weight();
         assert!(held.iter().sum::<usize>() <= weight, "weighed before it is compressed");
+    }
+
+    #[test]
+    fn body_for_one_response_has_other_bytes_under_other_tags() {
+        let content = Bytes::from("{\"name\":\"flag\"},".repeat(500));
+        let [one, many] = [Audience::One, Audience::Many]
+            .map(|audience| Body::new(content.clone()).for_audience(audience));
+        assert_eq!(one.etag(), many.etag());
+        for coding in [Coding::Gzip, Coding::Zstd] {
+            assert!(one.offers(coding) && many.offers(coding));
+            assert_eq!(decoded(one.make(coding), coding), content);
+            assert_ne!(one.make(coding).etag, many.make(coding).etag);
+        }
+        assert!(many.offers(Coding::Brotli) && !one.offers(Coding::Brotli));
+        assert!(one.is_quick() && !many.is_quick());
+        let large = Body::new(Bytes::from(vec![b'x'; QUICKLY_COMPRESSED + 1]));
+        assert!(!large.for_audience(Audience::One).is_quick());
     }
 
     #[test]

@@ -183,6 +183,15 @@ async fn edge_reads_contexts_as_unleash_does() {
         assert_eq!(found, expect, "{query}");
     }
 
+    // The one field that only Unleash Edge and Parapet take from a request: the time.
+    let long_ago = "remoteAddress=203.0.113.7&currentTime=1999-01-01";
+    let [then, now] = [long_ago, "remoteAddress=203.0.113.7"].map(async |query| {
+        (enabled(&theirs, &token, query).await, enabled(&ours, &token, query).await)
+    });
+    let (then, now) = (then.await, now.await);
+    assert_eq!(names(&then.0, &repeatable), names(&now.0, &repeatable));
+    assert_ne!(names(&then.1, &repeatable), names(&now.1, &repeatable));
+
     for url in [&theirs, &ours] {
         let mut counts = BTreeMap::<_, usize>::new();
         for _ in 0..MANY {
@@ -243,4 +252,40 @@ async fn requests_without_session_are_split_and_each_tag_names_its_body() {
             assert_eq!(parapet.get(&path, FRONTEND).await.text(), first.text(), "{known}");
         }
     }
+}
+
+/// Each request of somebody unknown may have a body of its own, which is compressed for it alone.
+#[tokio::test]
+async fn compressing_bodies_of_unknown_users_takes_few_threads() {
+    let flag = |number: usize| {
+        let name = format!("a flag with quite a long name, as people give them: {number}");
+        let mut strategy = rollout(if number < 30 { 50 } else { 100 }, "default", &[]);
+        // Each has buckets of its own, so that hardly two requests see the same.
+        strategy["parameters"]["groupId"] = number.to_string().into();
+        json!({ "name": name, "project": "default", "enabled": true, "strategies": [strategy] })
+    };
+    let features: Vec<_> = (0..1000).map(flag).collect();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("flags.json");
+    std::fs::write(&file, json!({ "features": features }).to_string()).unwrap();
+    let parapet = Parapet::mode("offline").flag("--bootstrap-file", &file);
+    let parapet = parapet.env("FRONTEND_TOKENS", FRONTEND).start().await;
+    let before = parapet.proc_status("Threads");
+    for encodings in ["gzip, deflate, br, zstd", "gzip"] {
+        let ask = async || {
+            let request = http().get(parapet.url() + "/api/frontend");
+            let request =
+                request.header("authorization", FRONTEND).header("accept-encoding", encodings);
+            let response = request.send().await.unwrap();
+            let coding = response.headers()["content-encoding"].to_str().unwrap().to_owned();
+            let tag = response.headers()["etag"].to_str().unwrap().to_owned();
+            assert_eq!(tag.matches(&coding).count(), 1, "{tag}");
+            (response.bytes().await.unwrap().len(), coding)
+        };
+        let answers = futures_util::future::join_all((0..300).map(|_| ask())).await;
+        let coding = if encodings == "gzip" { "gzip" } else { "zstd" };
+        assert!(answers.iter().all(|(length, used)| *length < 100_000 && used == coding));
+    }
+    let grown = parapet.proc_status("Threads").saturating_sub(before);
+    assert!(grown <= 32, "{grown} threads more than the {before} of before");
 }
