@@ -29,6 +29,7 @@ use crate::{
     token::{Environment, Token, TokenKind},
     wire::{
         delta::EventId,
+        text::without_byte_order_mark,
         tokens::{
             CreateRequest, Created, EnvironmentList, Listed, ListedEnvironment, ListedSecret,
             TokenList, ValidateReply, ValidateRequest, Validated,
@@ -455,7 +456,7 @@ fn json(request: RequestBuilder, body: &impl Serialize) -> RequestBuilder {
 
 #[expect(clippy::needless_pass_by_value, reason = "the shape that `call` wants")]
 fn read<T: for<'de> Deserialize<'de>>(answer: Answer) -> Result<T, Error> {
-    serde_json::from_slice(&answer.body).map_err(Error::decode)
+    serde_json::from_slice(without_byte_order_mark(&answer.body)).map_err(Error::decode)
 }
 
 #[expect(clippy::unnecessary_wraps, reason = "the shape that `call` wants")]

@@ -19,7 +19,10 @@ use crate::{
     control::RootRole,
     token::{Token, TokenKind},
     upstream::no_proxy,
-    wire::tokens::{Created, Listed, ListedSecret, TokenList},
+    wire::{
+        text::without_byte_order_mark,
+        tokens::{Created, Listed, ListedSecret, TokenList},
+    },
 };
 
 /// The longest that one answer may take.
@@ -161,7 +164,8 @@ impl Api {
         body: Option<&Value>,
     ) -> Result<T, Error> {
         let answer = self.ask(method, path, body).await?;
-        serde_json::from_slice(&answer).map_err(|error| Error::Foreign(origin(&self.url), error))
+        serde_json::from_slice(without_byte_order_mark(&answer))
+            .map_err(|error| Error::Foreign(origin(&self.url), error))
     }
 
     /// Asks, and gives the body of an answer that says yes.
