@@ -32,7 +32,9 @@ fn includes_host(entry: &str, host: &str, port: Option<u16>) -> bool {
         return network.contains(&address);
     }
     match entry.rsplit_once(':') {
-        Some((entry, of_entry)) if of_entry.parse().ok() == port => matches(entry, host),
+        Some((entry, of_entry)) if of_entry.parse().ok() == port => {
+            entry == "*" || matches(entry, host)
+        }
         // Another port, or none that can be read.
         Some(_) => false,
         None => matches(entry, host),
@@ -89,6 +91,9 @@ mod tests {
         check("example.com:4242", "http://example.com:4242", true);
         check("example.com:443", "https://example.com", true);
         check("example.com:4243", "http://example.com:4242", false);
+        check("*:4242", "http://10.0.0.1:4242", true);
+        check("*:4242", "http://example.com:4242", true);
+        check("*:4243", "http://10.0.0.1:4242", false);
         check("10.0.0.1:4242", "http://10.0.0.1:4242", true);
         check("10.0.0.1:1", "http://10.0.0.1:4242", false);
         check("one.example two.example\tthree.example", "http://two.example", true);
