@@ -102,7 +102,7 @@ mod tests {
         let of_session = json!({ "name": "flexibleRollout", "parameters": {
             "rollout": "100", "stickiness": "sessionId", "groupId": "g" } });
         let numbered = json!({ "name": "default", "constraints": [
-            { "contextName": "sessionId", "operator": "REGEX", "value": "^[0-9a-f]{32}$" }] });
+            { "contextName": "sessionId", "operator": "REGEX", "value": "^[0-9a-f]{36}$" }] });
         let flag = |name: &str, strategy| json!({ "name": name, "enabled": true, "strategies": [strategy] });
         let features = [flag("rollout", of_session), flag("regex", numbered)];
         let text = json!({ "features": features }).to_string();

@@ -9,11 +9,11 @@ use std::io::Write as _;
 use xxhash_rust::xxh3::xxh3_128;
 
 /// As many hexadecimal digits as the identifiers have that Unleash makes up.
-const LENGTH: usize = 32;
+const LENGTH: usize = 36;
 
 /// An identifier for where it matters only that there is one and that no flag names it. One for all
 /// lets requests share what is cached.
-pub const ANY: &str = "00000000000000000000000000000000";
+pub const ANY: &str = "000000000000000000000000000000000000";
 
 /// A session identifier that was made up for one evaluation.
 #[derive(Clone, Copy, Debug)]
@@ -23,8 +23,8 @@ impl MadeUpSession {
     /// The identifier that follows from an evaluation's random number.
     pub fn new(draw: u64) -> Self {
         let mut text = [0; LENGTH];
-        write!(&mut text[..], "{:032x}", xxh3_128(&draw.to_le_bytes()))
-            .expect("32 digits fit into 32 bytes");
+        let (hash, rest) = (xxh3_128(&draw.to_le_bytes()), draw & 0xffff);
+        write!(&mut text[..], "{hash:032x}{rest:04x}").expect("36 digits fit into 36 bytes");
         Self(text)
     }
 

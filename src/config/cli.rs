@@ -296,12 +296,17 @@ fn explain_command() -> Command {
     let given = [
         text("flags", "PATH", "The file of flags, or the folder of such files").required(true),
         text("flag", "NAME", "The flag to explain").required(true),
-        text("environment", "NAME", "Whose flags they are").default_value("development"),
+        text("environment", "NAME", "Whose flags they are; no part of the context")
+            .default_value("development"),
         text("user-id", "TEXT", "The context's userId"),
         text("session-id", "TEXT", "The context's sessionId"),
         text("remote-address", "ADDRESS", "The context's remoteAddress"),
-        text("property", "NAME=VALUE", "Another field of the context; may be repeated")
-            .action(ArgAction::Append),
+        text(
+            "property",
+            "NAME=VALUE",
+            "Another field of the context, environment=… for instance; may be repeated",
+        )
+        .action(ArgAction::Append),
         text("at", "TIME", "The time, as in 2030-01-01T00:00:00Z; now when not given"),
     ];
     let json = Arg::new(id_of("json")).long("json").action(ArgAction::SetTrue);

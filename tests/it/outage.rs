@@ -76,7 +76,11 @@ impl<'a> Edge<'a> {
     async fn wait_until_upstream_is_missed(&self) {
         let begin = jiff::Timestamp::now();
         until("Parapet misses its upstream", SOON, async || {
-            let (_, status) = self.parapet.admin_get("/status").await;
+            let (code, status) = self.parapet.admin_get("/status").await;
+            if code == StatusCode::UNAUTHORIZED {
+                // Upstream has refused the admin token, which opens nothing any more.
+                return Some(());
+            }
             let failed = status["upstream"]["lastError"]["at"].as_str()?;
             (failed.parse::<jiff::Timestamp>().unwrap() > begin).then_some(())
         })

@@ -59,7 +59,7 @@ impl Question<'_> {
         let lacks_identifier =
             |field| lacks(told, field) && (field != FieldId::SESSION_ID || session_id.is_none());
         let mut address = [0; LONGEST_ADDRESS];
-        let remote_address = match told.remote_address.as_deref() {
+        let remote_address = match told.remote_address.as_deref().filter(|it| !it.is_empty()) {
             // Few flags read it where the user is known.
             None => match reads.relevance(FieldId::REMOTE_ADDRESS, lacks_identifier) {
                 Relevance::None => None,

@@ -11,7 +11,7 @@ use serde_json::{
 
 /// A flag; fields of other formats are refused, so that no flag is on for more than its author meant.
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object with `enabled` and perhaps `variant`")]
 struct SimpleFlag {
     enabled: bool,
     variant: Option<String>,
