@@ -62,7 +62,7 @@ pub struct Admission {
     pub grant: Arc<Grant>,
     /// The token.
     pub digest: TokenDigest,
-    /// Whether this request was the one to bring it to our knowledge.
+    /// Whether this request is the first of this process to present it.
     pub first_seen: bool,
 }
 
@@ -146,11 +146,12 @@ impl Authenticator {
         }
         if let Some(verdict) = inner.verdicts.valid(&digest) {
             inner.tally.known.increment(1);
-            if verdict.wants_plaintext() {
+            let first_seen = verdict.wants_plaintext();
+            if first_seen {
                 inner.learn(&verdict, header);
             }
             let grant = Arc::clone(verdict.grant());
-            return Ok(Admission { grant, digest, first_seen: false });
+            return Ok(Admission { grant, digest, first_seen });
         }
         if let Some(denied) = inner.verdicts.refusal(&digest) {
             inner.tally.refused.increment(1);
@@ -298,7 +299,13 @@ impl Authenticator {
 
     /// Takes over what an earlier process saved; tells how many verdicts there were.
     pub fn restore(&self, saved: &[u8]) -> Result<usize, RestoreError> {
-        self.0.verdicts.restore(saved)
+        let count = self.0.verdicts.restore(saved)?;
+        if let Authority::Upstream(issuer) = &self.0.authority {
+            for (digest, verdict) in self.0.verdicts.all_valid_by_digest() {
+                issuer.credentials.expect(digest, verdict.grant());
+            }
+        }
+        Ok(count)
     }
 
     /// Takes over a verdict that was reached elsewhere, in another edge's backup for instance.

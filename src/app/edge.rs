@@ -173,7 +173,7 @@ impl Edge {
             auth.import(token, grant);
         }
         let Self { follower, tokens, tokens_taken, flags_there, .. } = self;
-        let tokens = take_tokens(tokens.clone(), auth, &follower.snapshots, tokens_taken);
+        let tokens = take_tokens(tokens.clone(), auth, follower, tokens_taken);
         tokio::join!(follower.clone().run(flags_there), tokens);
     }
 }
@@ -190,7 +190,7 @@ impl Edge {
 async fn take_tokens(
     mut configured: watch::Receiver<Vec<Token>>,
     auth: &Authenticator,
-    snapshots: &Snapshots,
+    Follower { snapshots, credentials, .. }: &Follower,
     latch: &Latch,
 ) {
     let mut useless = BTreeSet::new();
@@ -226,6 +226,7 @@ async fn take_tokens(
             tokens.iter().filter(|token| !taken.contains(token)).cloned().collect::<Vec<_>>(),
         );
         if judged {
+            credentials.set_configured_validated();
             for token in taken.iter().filter(|token| !tokens.contains(token)) {
                 auth.forget(&token.digest());
                 useless.remove(&token.digest());

@@ -600,6 +600,11 @@ impl Verdicts {
         self.valid.iter().map(|(_, verdict)| verdict).collect()
     }
 
+    /// The same with the digests of their tokens.
+    pub(super) fn all_valid_by_digest(&self) -> impl Iterator<Item = (TokenDigest, Arc<Verdict>)> {
+        self.valid.iter().map(|(digest, verdict)| (*digest, verdict))
+    }
+
     /// How many tokens are refused at the moment.
     pub(super) fn refused_count(&self) -> u64 {
         let revoked = self.revoked.entry_count() + self.revoked_selectors.entry_count();

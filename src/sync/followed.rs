@@ -68,6 +68,8 @@ pub(super) struct Followed {
     pace: Pace,
     way: Way,
     held_for: Duration,
+    /// Whether every token that can be expected was known at the last look.
+    is_complete: bool,
 }
 
 /// How flags come, as was said last.
@@ -130,7 +132,8 @@ impl Followed {
         let sources = Sources::new(means.snapshots.load(&environment).as_deref());
         let lines = Lines::new(means.config.mode, means.upstream.clone());
         let pace = Pace::new(means.config.interval);
-        Self { environment, means, sources, lines, pace, way: Way::Polls, held_for: HELD_FOR }
+        let (way, held_for, is_complete) = (Way::Polls, HELD_FOR, false);
+        Self { environment, means, sources, lines, pace, way, held_for, is_complete }
     }
 
     /// Follows the environment until it is not served any more. Whoever kicks wants a round at once.
@@ -193,9 +196,10 @@ impl Followed {
     /// Publishes what is not yet, and keeps since when it is known to be current: `heard`, if by then
     /// upstream has answered for, or follows up on, every token in use.
     async fn publish(&mut self, heard: Option<Instant>) -> Result<(), Failure> {
-        let Self { environment, means, sources, lines, .. } = self;
+        let Self { environment, means, sources, lines, is_complete, .. } = self;
+        *is_complete = means.credentials.is_complete(environment);
         let in_use = means.credentials.tokens(environment);
-        let whole = sources.settle(&in_use, &lines.speak_for());
+        let whole = sources.settle(&in_use, &lines.speak_for(), *is_complete);
         sources.advance(Instant::now(), lines.last_signs());
         let served = means.snapshots.load(environment);
         if sources.is_dirty() || (whole && served.is_none()) {
@@ -239,7 +243,7 @@ impl Followed {
                 Ok(()) = kicked.changed() => return,
                 _ = looks.tick() => {
                     let in_use = self.means.credentials.tokens(&self.environment);
-                    if !self.is_served() || in_use != self.lines.in_use() {
+                    if !self.is_served() || in_use != self.lines.in_use() || self.has_completed() {
                         return;
                     }
                     continue;
@@ -269,6 +273,13 @@ impl Followed {
                 Then::Lost(_) | Then::Listen => {}
             }
         }
+    }
+
+    /// Whether flags of an earlier run may go since the last look.
+    fn has_completed(&mut self) -> bool {
+        let before = self.is_complete;
+        self.is_complete = self.means.credentials.is_complete(&self.environment);
+        self.is_complete && !before && self.sources.has_inherited()
     }
 
     /// Takes what a line told.

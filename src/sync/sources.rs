@@ -357,10 +357,14 @@ impl Sources {
 
     /// Ends a round: true if every token in use has answered, or upstream follows up on it by itself
     /// (`followed`), and then what no token in use sees goes, whoever fetched it.
+    ///
+    /// While not all tokens are known that will be in use (`is_complete`), flags of an earlier run that
+    /// none of those in use sees stay, and are not confirmed.
     pub(super) fn settle(
         &mut self,
         in_use: &[Credential],
         followed: &BTreeSet<TokenDigest>,
+        is_complete: bool,
     ) -> bool {
         let used: BTreeSet<_> = in_use.iter().map(|it| it.token.digest()).collect();
         let current = |token: &TokenDigest| {
@@ -371,6 +375,10 @@ impl Sources {
             return false;
         }
         let seen = in_use.iter().fold(nothing(), |seen, it| seen.union(&it.projects));
+        let is_needed = |it: &Inherited| !seen.covers(&it.projects);
+        if !is_complete && self.inherited.as_ref().is_some_and(is_needed) {
+            return false;
+        }
         let Self { fetched, precedence, .. } = self;
         let mut is_less = self.inherited.take().is_some();
         fetched.retain(|token, source| {
@@ -388,6 +396,11 @@ impl Sources {
     /// Whether upstream has answered to any token in this round.
     pub(super) fn heard(&self) -> bool {
         self.fetched.values().any(|source| source.confirmed == self.round)
+    }
+
+    /// Whether there are flags of an earlier run still.
+    pub(super) fn has_inherited(&self) -> bool {
+        self.inherited.is_some()
     }
 
     /// Whether something here is not published.
@@ -556,7 +569,7 @@ mod tests {
         let mut sources = Sources::new(None);
         sources.begin();
         sources.insert_now(&one, Some("1".to_owned()), document(&["a/x"]), true);
-        assert!(!sources.settle(&[one.clone(), two], NOBODY), "the other did not answer");
+        assert!(!sources.settle(&[one.clone(), two], NOBODY, true), "the other did not answer");
         sources.begin();
         assert!(!sources.heard());
         sources.confirm_now(&one);
@@ -588,19 +601,19 @@ mod tests {
         sources.begin();
         sources.insert_now(&one, None, document(&["a/x"]), true);
         sources.insert_now(&two, None, document(&["b/y"]), true);
-        assert!(sources.settle(&[one.clone(), two.clone()], NOBODY));
+        assert!(sources.settle(&[one.clone(), two.clone()], NOBODY, true));
         sources.published();
         sources.begin();
         sources.confirm_now(&two);
         assert!(
-            !sources.settle(&[two.clone(), one.clone()], NOBODY),
+            !sources.settle(&[two.clone(), one.clone()], NOBODY, true),
             "one is refused, and asked with still"
         );
         assert!(
-            !sources.settle(std::slice::from_ref(&all), NOBODY),
+            !sources.settle(std::slice::from_ref(&all), NOBODY, true),
             "a wider one has not answered yet"
         );
-        assert!(!sources.settle(&[], NOBODY), "there is no token at all");
+        assert!(!sources.settle(&[], NOBODY, true), "there is no token at all");
         assert_eq!(
             (names(&sources).as_slice(), sources.is_dirty()),
             (&["x", "y"].map(String::from)[..], false)
@@ -609,7 +622,7 @@ mod tests {
         sources.insert_now(&all, None, document(&["a/w", "b/y", "c/z"]), true);
         let later = Instant::now() + Duration::from_secs(10);
         sources.confirm(&all, later);
-        assert!(sources.settle(&[all], NOBODY));
+        assert!(sources.settle(&[all], NOBODY, true));
         sources.advance(later, []);
         assert_eq!(names(&sources), ["w", "y", "z"]);
     }
@@ -677,14 +690,14 @@ mod tests {
         // Another replica of upstream answers to the wider token.
         sources.begin();
         sources.insert(&all, None, document(&["a/old", "b/y"]), true, start);
-        assert!(sources.settle(std::slice::from_ref(&all), NOBODY));
+        assert!(sources.settle(std::slice::from_ref(&all), NOBODY, true));
         assert_eq!(
             (names(&sources).as_slice(), sources.projects()),
             (&["new", "y"].map(String::from)[..], Projects::All)
         );
         sources.begin();
         sources.insert(&all, None, document(&["a/new", "b/y"]), true, start);
-        assert!(sources.settle(std::slice::from_ref(&all), NOBODY));
+        assert!(sources.settle(std::slice::from_ref(&all), NOBODY, true));
         assert_eq!((names(&sources).len(), sources.fetched.len()), (2, 1));
     }
 
@@ -697,7 +710,7 @@ mod tests {
         one.projects = Projects::from_list(["a"]);
         sources.begin();
         sources.confirm_now(&one);
-        assert!(sources.settle(std::slice::from_ref(&one), NOBODY));
+        assert!(sources.settle(std::slice::from_ref(&one), NOBODY, true));
         assert_eq!((names(&sources), sources.projects()), (vec!["x".into()], one.projects.clone()));
         assert_eq!(sources.etag(&one.token.digest()), None, "it named what was seen before");
     }
@@ -807,7 +820,7 @@ mod tests {
                             credential.clone()
                         });
                         let in_use: Vec<_> = in_use.collect();
-                        sources.settle(&in_use, &followed);
+                        sources.settle(&in_use, &followed, true);
                     }
                 }
                 sources.advance(start, []);
@@ -824,7 +837,7 @@ mod tests {
                 sources.insert(token, None, seen(sees, &changes), true, start);
                 sources.confirm(token, later);
             }
-            sources.settle(&tokens, &followed);
+            sources.settle(&tokens, &followed, true);
             sources.advance(later, []);
             let count = |project| changes.iter().filter(|it| **it == project).count();
             prop_assert_eq!(published(&sources), (0..3).map(|it| (it, count(it))).collect());
@@ -881,9 +894,9 @@ mod tests {
         sources.insert_now(&two, None, document(&["b/old", "c/z"]), true);
         sources.published();
         sources.begin();
-        assert!(!sources.settle(&both, &followed(&[&one])));
+        assert!(!sources.settle(&both, &followed(&[&one]), true));
         sources.confirm_now(&two);
-        assert!(sources.settle(&both, &followed(&[&one])));
+        assert!(sources.settle(&both, &followed(&[&one]), true));
         assert!(!sources.is_dirty());
         // What is told last counts, whoever is asked with.
         let told =
@@ -892,10 +905,10 @@ mod tests {
             let flags = if told == &one { ["a/x", "b/"] } else { ["c/z", "b/"] };
             let flags = [flags[0].to_owned(), format!("{}{name}", flags[1])];
             sources.follow_now(told, Some(1), Some(document(&[&flags[0], &flags[1]])));
-            assert!(sources.settle(&both, &followed(&[&one, &two])));
+            assert!(sources.settle(&both, &followed(&[&one, &two]), true));
             assert_eq!(names(&sources), [name, "x", "z"]);
         }
-        assert!(!sources.settle(&both, &followed(&[&one])), "the other is to be asked with");
+        assert!(!sources.settle(&both, &followed(&[&one]), true), "the other is to be asked with");
     }
 
     /// The flags that are served, as `project/name`.
@@ -983,16 +996,31 @@ mod tests {
             let scope = Scope { environment: Environment::new("dev"), projects: projects.clone() };
             let before = Snapshot::build(scope, parsed(&["a/gone", "c/frozen"]), None);
             let mut sources = Sources::new(Some(&before));
-            assert!(!sources.settle(&[], NOBODY), "nobody has answered");
+            assert!(!sources.settle(&[], NOBODY, true), "nobody has answered");
             sources.begin();
             sources.insert_now(&one, None, document(&["a/x"]), true);
-            assert!(!sources.settle(&both, NOBODY));
+            assert!(!sources.settle(&both, NOBODY, true));
             assert_eq!(names(&sources), ["frozen", "x"]);
             assert!(sources.projects().covers(&projects));
             sources.insert_now(&two, None, document(&["b/y"]), true);
-            assert!(sources.settle(&both, NOBODY));
+            assert!(!sources.settle(&both, NOBODY, false), "others may come, and see project c");
+            assert_eq!(names(&sources), ["frozen", "x", "y"]);
+            assert!(sources.settle(&both, NOBODY, true));
             assert_eq!(names(&sources), ["x", "y"]);
             assert_eq!(sources.projects(), Projects::from_list(["a", "b"]));
         }
+    }
+
+    #[test]
+    fn flags_of_an_earlier_run_go_at_once_where_tokens_in_use_see_all_of_their_projects() {
+        let one = credential(&["a", "b"]);
+        let projects = Projects::from_list(["a"]);
+        let scope = Scope { environment: Environment::new("dev"), projects };
+        let before = Snapshot::build(scope, parsed(&["a/gone"]), None);
+        let mut sources = Sources::new(Some(&before));
+        sources.begin();
+        sources.insert_now(&one, None, document(&["a/x"]), true);
+        assert!(sources.settle(std::slice::from_ref(&one), NOBODY, false));
+        assert_eq!((names(&sources), sources.has_inherited()), (vec!["x".into()], false));
     }
 }

@@ -7,9 +7,14 @@ use std::{
     cmp::Reverse,
     collections::{BTreeSet, HashMap},
     fmt,
-    sync::{Arc, Mutex, PoisonError, RwLock},
+    sync::{
+        Arc, Mutex, PoisonError, RwLock,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
+use tokio::time::Instant;
 use tracing::warn;
 
 use super::{
@@ -19,11 +24,14 @@ use super::{
 };
 use crate::{
     store::Store,
-    token::{Environment, Grant, Projects, Token, TokenDigest, TokenKind},
+    token::{Environment, Grant, Projects, Scope, Token, TokenDigest, TokenKind},
 };
 
 /// How many offered tokens of an environment are held although others cover them.
 const SPARE: usize = 16;
+
+/// How long after the start tokens of an earlier run are expected to be presented again.
+const EXPECTED_FOR: Duration = Duration::from_mins(5);
 
 /// The tokens with which the edge itself speaks; a cheap handle.
 #[derive(Clone)]
@@ -32,6 +40,11 @@ pub struct Credentials(Arc<Inner>);
 struct Inner {
     hands: RwLock<HashMap<Environment, Hand>>,
     exchange: Option<(Exchange, Pasts)>,
+    started: Instant,
+    /// Whether upstream has said of each configured token whether it is valid.
+    are_configured_validated: AtomicBool,
+    /// Client tokens of an earlier run that nobody has presented since, and the projects that they saw.
+    expected: RwLock<HashMap<Environment, HashMap<TokenDigest, Projects>>>,
 }
 
 /// What has happened with each environment; the lock of one is held while it is being exchanged for,
@@ -59,15 +72,22 @@ impl Credentials {
     /// Tokens are exchanged for `admin`, under the name `parapet-<fleet>`, and kept sealed in `store`.
     pub fn with_admin(admin: AdminToken, fleet: &str, upstream: Upstream, store: Store) -> Self {
         let exchange = Exchange::new(admin, fleet, upstream, store);
-        Self(Arc::new(Inner {
-            hands: RwLock::default(),
-            exchange: Some((exchange, Pasts::default())),
-        }))
+        Self::new(Some((exchange, Pasts::default())))
     }
 
     /// Tokens are those that are [offered](Self::offer).
     pub fn without_admin() -> Self {
-        Self(Arc::new(Inner { hands: RwLock::default(), exchange: None }))
+        Self::new(None)
+    }
+
+    fn new(exchange: Option<(Exchange, Pasts)>) -> Self {
+        Self(Arc::new(Inner {
+            hands: RwLock::default(),
+            exchange,
+            started: Instant::now(),
+            are_configured_validated: AtomicBool::new(false),
+            expected: RwLock::default(),
+        }))
     }
 
     /// The tokens in hand for `environment`: good ones before refused ones, the widest first, and of
@@ -96,7 +116,51 @@ impl Credentials {
         }
         let credential =
             Credential { token: token.clone(), projects: grant.scope.projects.clone() };
-        self.with_hand(&grant.scope.environment, |hand| hand.take(credential))
+        let grows = self.with_hand(&grant.scope.environment, |hand| hand.take(credential));
+        self.expect_no_more(&token.digest());
+        grows
+    }
+
+    /// Takes note of a token that was valid in an earlier run: it is likely to be offered again.
+    pub fn expect(&self, token: TokenDigest, grant: &Grant) {
+        if self.0.exchange.is_none() && grant.kind == TokenKind::Client {
+            let Scope { environment, projects } = grant.scope.clone();
+            let mut expected = self.0.expected.write().unwrap_or_else(PoisonError::into_inner);
+            expected.entry(environment).or_default().insert(token, projects);
+        }
+    }
+
+    fn expect_no_more(&self, token: &TokenDigest) {
+        let mut expected = self.0.expected.write().unwrap_or_else(PoisonError::into_inner);
+        expected.retain(|_, tokens| {
+            tokens.remove(token);
+            !tokens.is_empty()
+        });
+    }
+
+    /// Takes note that upstream has said of each configured token whether it is valid.
+    pub fn set_configured_validated(&self) {
+        self.0.are_configured_validated.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether every token is in hand that can be expected for `environment`. While upstream has not
+    /// judged each configured token, or SDKs have not presented theirs since the start, what an earlier
+    /// run could see may still be needed; SDKs are waited for for some minutes.
+    pub fn is_complete(&self, environment: &Environment) -> bool {
+        if self.0.exchange.is_some() {
+            return true;
+        }
+        if !self.0.are_configured_validated.load(Ordering::Relaxed) {
+            return false;
+        }
+        if self.0.started.elapsed() >= EXPECTED_FOR {
+            return true;
+        }
+        let in_hand = self.tokens(environment);
+        let nothing = Projects::Only(BTreeSet::new());
+        let seen = in_hand.iter().fold(nothing, |seen, it| seen.union(&it.projects));
+        let expected = self.0.expected.read().unwrap_or_else(PoisonError::into_inner);
+        expected.get(environment).is_none_or(|it| it.values().all(|it| seen.covers(it)))
     }
 
     /// Takes note that upstream has answered to a token: a refusal of it was a mistake.
@@ -115,6 +179,8 @@ impl Credentials {
         for hand in hands.values_mut() {
             hand.0.retain(|held| held.credential.token.digest() != *token);
         }
+        drop(hands);
+        self.expect_no_more(token);
     }
 
     /// The tokens for `environment`, exchanged for if none is in hand; never empty.
@@ -271,7 +337,6 @@ mod tests {
         super::scripted::{Reply, Scripted, Seen},
         *,
     };
-    use crate::token::Scope;
 
     const ADMIN: &str = "*:*.964a287e1b728cb5f4f3e012";
 
@@ -574,6 +639,44 @@ mod tests {
         edge.withdraw(&first);
         assert!(!in_use(&edge).contains(&"a:development.1".to_owned()));
         assert_eq!(edge.environments(), BTreeSet::from([dev()]));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn tokens_are_complete_once_those_configured_and_those_of_an_earlier_run_are_known() {
+        let grant = |ids: &[&str]| {
+            let projects = Projects::from_list(ids.iter().copied());
+            Grant { kind: TokenKind::Client, scope: Scope { environment: dev(), projects } }
+        };
+        let expecting = |ids: &[&str]| {
+            let edge = Credentials::without_admin();
+            edge.expect(token("c:development.1").digest(), &grant(ids));
+            offer(&edge, "a:development.2", TokenKind::Client, &["a"]);
+            assert!(!edge.is_complete(&dev()), "no configured token is judged");
+            edge.set_configured_validated();
+            edge
+        };
+        assert!(expecting(&["a"]).is_complete(&dev()), "another sees as much");
+        assert!(expecting(&["c"]).is_complete(&Environment::new("production")));
+
+        let edge = expecting(&["c"]);
+        assert!(!edge.is_complete(&dev()));
+        // It sees less than before.
+        offer(&edge, "c:development.1", TokenKind::Client, &["a"]);
+        assert!(edge.is_complete(&dev()));
+        let edge = expecting(&["c"]);
+        edge.withdraw(&token("c:development.1").digest());
+        assert!(edge.is_complete(&dev()));
+
+        let edge = expecting(&["c"]);
+        tokio::time::advance(EXPECTED_FOR - Duration::from_millis(1)).await;
+        assert!(!edge.is_complete(&dev()));
+        tokio::time::advance(Duration::from_millis(1)).await;
+        assert!(edge.is_complete(&dev()));
+
+        let (_, server) = Admin::start(Secrets::V1).await;
+        let edge = self::edge(&server, &Store::memory());
+        edge.expect(token("c:development.1").digest(), &grant(&["c"]));
+        assert!(edge.is_complete(&dev()), "the edge has tokens of its own");
     }
 
     proptest! {

@@ -3,7 +3,7 @@
 //!
 //! The upstream is made up: a real one shows the same state to every token, and has no replicas that lag.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -53,6 +53,10 @@ struct State {
     polls: BTreeMap<String, usize>,
     /// Whether responses have an entity tag.
     has_tags: bool,
+    /// Tokens that cannot be validated at the moment.
+    unavailable: BTreeSet<&'static str>,
+    /// Tokens that are not valid any more.
+    revoked: BTreeSet<&'static str>,
 }
 
 #[derive(Clone, Default)]
@@ -108,12 +112,19 @@ impl Upstream {
             "/edge/validate" => {
                 let question: Value = serde_json::from_slice(&body).unwrap();
                 let tokens = question["tokens"].as_array().unwrap().iter();
-                let valid = tokens.map(|it| {
-                    let token = it.as_str().unwrap();
+                let tokens: Vec<_> = tokens.map(|it| it.as_str().unwrap()).collect();
+                if tokens.iter().any(|token| state.unavailable.contains(token)) {
+                    return respond(StatusCode::SERVICE_UNAVAILABLE, &Value::Null);
+                }
+                let valid = tokens.iter().filter(|token| !state.revoked.contains(**token));
+                let valid = valid.map(|&token| {
                     let kind = if token == C_FRONTEND { "frontend" } else { "client" };
                     json!({"token": token, "type": kind, "environment": "development", "projects": projects(token)})
                 });
                 respond(StatusCode::OK, &json!({ "tokens": valid.collect::<Vec<_>>() }))
+            }
+            _ if state.revoked.contains(header("authorization")) => {
+                respond(StatusCode::UNAUTHORIZED, &Value::Null)
             }
             FEATURES => {
                 let token = header("authorization");
@@ -170,6 +181,28 @@ async fn until_served(parapet: &Parapet, token: &str, names: &[&str]) {
     .await;
 }
 
+/// Whether nothing has confirmed the flags since the start.
+async fn is_unconfirmed(parapet: &Parapet) -> bool {
+    parapet.metric(AGE).await.unwrap() > 1e6
+}
+
+async fn until_confirmed(parapet: &Parapet) {
+    until("the flags are confirmed", SOON, async || {
+        (parapet.metric(AGE).await.unwrap() < 60.0).then_some(())
+    })
+    .await;
+}
+
+/// Removes the record of that name from what an instance has stored, which has ended.
+fn remove_record(parapet: &Parapet, name: &str) {
+    let files =
+        secrets::files(&parapet.data_dir()).into_iter().map(|(path, _)| PathBuf::from(path));
+    let is_meant = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().starts_with(name);
+    let records: Vec<_> = files.filter(is_meant).collect();
+    assert!(!records.is_empty(), "{name}");
+    records.iter().for_each(|path| std::fs::remove_file(path).unwrap());
+}
+
 #[tokio::test]
 async fn flags_that_no_token_in_use_sees_are_gone_after_a_restart() {
     let (upstream, url) = Upstream::start().await;
@@ -187,11 +220,20 @@ async fn flags_that_no_token_in_use_sees_are_gone_after_a_restart() {
     parapet.restart();
     parapet.wait_until_ready().await;
     assert_eq!(served(&parapet, C_FRONTEND).await, Ok(vec!["c1".to_owned()]));
-    let age = parapet.metric(AGE).await.unwrap();
-    assert!(age > 1e6, "nothing has confirmed these flags since the start: {age}");
+    assert!(is_unconfirmed(&parapet).await);
     until_served(&parapet, A, &["a2"]).await;
-    assert_eq!(served(&parapet, C_FRONTEND).await, Err(StatusCode::SERVICE_UNAVAILABLE));
-    assert!(parapet.metric(AGE).await.unwrap() < 60.0);
+    upstream.until_polled(&[A]).await;
+    // The other token of the earlier run may be in use still.
+    assert_eq!(served(&parapet, C_FRONTEND).await, Ok(vec!["c1".to_owned()]));
+    assert!(is_unconfirmed(&parapet).await);
+    upstream.state().revoked.insert(ALL);
+    until("flags that only a revoked token has seen are gone", SOON, async || {
+        // Presented, it is found to be revoked.
+        let _ = served(&parapet, ALL).await;
+        (served(&parapet, C_FRONTEND).await == Err(StatusCode::SERVICE_UNAVAILABLE)).then_some(())
+    })
+    .await;
+    until_confirmed(&parapet).await;
     // Not brought back by the next start either.
     parapet.wait_until_kept("a2").await;
     parapet.kill();
@@ -199,6 +241,68 @@ async fn flags_that_no_token_in_use_sees_are_gone_after_a_restart() {
     parapet.wait_until_ready().await;
     assert_eq!(served(&parapet, C_FRONTEND).await, Err(StatusCode::SERVICE_UNAVAILABLE));
     until_served(&parapet, C, &[]).await;
+}
+
+#[tokio::test]
+async fn flags_of_an_earlier_run_stay_while_a_configured_token_cannot_be_validated() {
+    let (upstream, url) = Upstream::start().await;
+    upstream.show(ALL, &["a/a1", "c/c1"]);
+    let mut parapet = edge(&url).env("TOKENS", ALL).start().await;
+    until_served(&parapet, C_FRONTEND, &["c1"]).await;
+    parapet.wait_until_kept("c1").await;
+    parapet.wait_until_kept("c:development.fron****").await;
+    parapet.terminate().await;
+
+    upstream.show(A, &["a/a2"]);
+    upstream.show(C, &["c/c2"]);
+    upstream.state().unavailable.insert(C);
+    parapet.restart_with("TOKENS", format!("{A},{C}"));
+    parapet.wait_until_ready().await;
+    until_served(&parapet, A, &["a2"]).await;
+    upstream.until_polled(&[A]).await;
+    assert_eq!(served(&parapet, C_FRONTEND).await, Ok(vec!["c1".to_owned()]));
+    assert!(is_unconfirmed(&parapet).await);
+
+    // They are saved as well.
+    parapet.wait_until_kept("a2").await;
+    parapet.terminate().await;
+    parapet.restart();
+    parapet.wait_until_ready().await;
+    until_served(&parapet, A, &["a2"]).await;
+    upstream.until_polled(&[A]).await;
+    assert_eq!(served(&parapet, C_FRONTEND).await, Ok(vec!["c1".to_owned()]));
+    upstream.state().unavailable.clear();
+    until_served(&parapet, C_FRONTEND, &["c2"]).await;
+}
+
+#[tokio::test]
+async fn flags_of_an_earlier_run_stay_until_sdks_present_their_tokens_again() {
+    let (upstream, url) = Upstream::start().await;
+    upstream.show(A, &["a/a1"]);
+    upstream.show(C, &["c/c1"]);
+    let parapet = edge(&url).start_listening().await;
+    until_served(&parapet, A, &["a1"]).await;
+    until_served(&parapet, C, &["c1"]).await;
+    until_served(&parapet, C_FRONTEND, &["c1"]).await;
+    parapet.wait_until_kept("a1").await;
+    parapet.wait_until_kept("c1").await;
+    parapet.terminate().await;
+
+    parapet.restart();
+    parapet.wait_until_ready().await;
+    until_served(&parapet, A, &["a1"]).await;
+    upstream.until_polled(&[A]).await;
+    assert_eq!(served(&parapet, C_FRONTEND).await, Ok(vec!["c1".to_owned()]));
+    assert!(is_unconfirmed(&parapet).await);
+    until_served(&parapet, C, &["c1"]).await;
+    until_confirmed(&parapet).await;
+
+    // Whoever presents a known token first waits for its flags.
+    parapet.terminate().await;
+    remove_record(&parapet, "flags-");
+    parapet.restart();
+    parapet.wait_until_listening().await;
+    assert_eq!(served(&parapet, C).await, Ok(vec!["c1".to_owned()]));
 }
 
 #[tokio::test]

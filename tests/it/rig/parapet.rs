@@ -254,6 +254,12 @@ impl Parapet {
         self.launch();
     }
 
+    /// The same with another value of an environment variable.
+    pub(crate) fn restart_with(&mut self, name: impl Into<OsString>, value: impl Into<OsString>) {
+        self.setup.environment.push((name.into(), value.into()));
+        self.launch();
+    }
+
     fn launch(&self) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_parapet"));
         command.arg(self.setup.mode).args(&self.setup.arguments);
