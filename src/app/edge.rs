@@ -182,8 +182,8 @@ impl Edge {
 /// the way, also one that upstream denied for a while.
 ///
 /// The latch is released when each has been judged once and those that are valid have flags: a
-/// mistyped token keeps nobody from the flags of the others. Without any valid one there are none. While
-/// upstream cannot be asked, flags of an earlier run are enough.
+/// mistyped token keeps nobody from the flags of the others. While upstream cannot be asked, or accepts
+/// none of them, flags of an earlier run are enough.
 ///
 /// The list may be replaced at any time. A token that is missing in the new one is forgotten once the
 /// others are judged, so that there is no time without any.
@@ -242,13 +242,15 @@ async fn take_tokens(
         if waits_for_flags {
             let names: Vec<_> = environments.iter().map(Environment::as_str).collect();
             latch.waits_for(format!("the first flags of {}", names.join(", ")));
-        } else if !judged {
-            latch.waits_for("upstream's answer to the configured tokens");
+        } else {
+            latch.waits_for(if judged {
+                "a configured client token that upstream accepts"
+            } else {
+                "upstream's answer to the configured tokens"
+            });
             if !snapshots.environments().is_empty() {
                 latch.release();
             }
-        } else {
-            latch.waits_for("a configured client token that upstream accepts");
         }
         tokio::select! {
             () = sleep(if judged { LOOK_AGAIN_AFTER } else { ASK_AGAIN_AFTER }) => {}

@@ -306,6 +306,20 @@ async fn flags_of_an_earlier_run_stay_until_sdks_present_their_tokens_again() {
 }
 
 #[tokio::test]
+async fn edge_whose_tokens_are_all_invalid_is_ready_with_flags_of_an_earlier_run() {
+    let (upstream, url) = Upstream::start().await;
+    upstream.show(ALL, &["a/a1", "c/c1"]);
+    let parapet = edge(&url).env("TOKENS", ALL).start().await;
+    parapet.wait_until_kept("c1").await;
+    parapet.terminate().await;
+    remove_record(&parapet, "verdicts");
+    upstream.state().revoked.insert(ALL);
+    parapet.restart();
+    parapet.wait_until_ready().await;
+    assert_eq!(served(&parapet, C_FRONTEND).await, Ok(vec!["c1".to_owned()]));
+}
+
+#[tokio::test]
 async fn newest_state_of_a_project_that_two_tokens_see_is_served() {
     let (upstream, url) = Upstream::start().await;
     let (mut one, mut two) = (vec!["a/a1", "b/b1"], vec!["b/b1", "c/c1"]);
