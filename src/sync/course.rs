@@ -54,6 +54,8 @@ pub(super) enum End {
     Silent,
     /// Upstream told something that cannot be followed.
     Unreadable,
+    /// Upstream told an older state than is known: another replica of it has answered.
+    Outdated,
     /// Upstream sends those who can poll to polling.
     Dismissed,
 }
@@ -66,6 +68,7 @@ impl End {
             Self::Broken => "broken",
             Self::Silent => "silent",
             Self::Unreadable => "unreadable",
+            Self::Outdated => "outdated",
             Self::Dismissed => "dismissed",
         }
     }
@@ -154,12 +157,13 @@ impl Course {
             // One that never lasts is opened ever more seldom, however orderly it ends.
             _ if lived < LASTING => self.pace.after_failure(None, jitter),
             End::Over(Some(wait)) => wait.min(LONGEST_WAIT).mul_f64(1.0 + 0.2 * jitter),
-            End::Over(None) | End::Broken | End::Silent | End::Unreadable => {
+            End::Over(None) | End::Broken | End::Silent | End::Unreadable | End::Outdated => {
                 AT_ONCE.mul_f64(jitter)
             }
         };
-        // Up to its end or break a stream has told everything; what silence hid is not known.
-        Next { open_after, polls_now: end == End::Silent }
+        // Up to its end or break a stream has told everything; what silence hid, or another replica knows
+        // already, is not known.
+        Next { open_after, polls_now: matches!(end, End::Silent | End::Outdated) }
     }
 
     /// How long after its refusal the stream may be asked for now that upstream hints at it.

@@ -293,6 +293,11 @@ impl Followed {
             let credential = self.lines.credential(at);
             let has_others = self.lines.in_use().len() > 1;
             let now = Instant::now();
+            let digest = credential.token.digest();
+            if news.is_some() && self.sources.is_event_outdated(&digest, id, now) {
+                self.miss(Want::Lost, Some("it told an older state than is known"));
+                return Then::Lost(self.lines.close(at, End::Outdated));
+            }
             let until = now + self.held_for;
             // One that fails, or wants to be left alone, is not asked for this.
             if has_others
@@ -302,7 +307,7 @@ impl Followed {
                 then = Then::Ask;
             }
             self.sources.follow(credential, id, news, now);
-            self.means.credentials.accept(&self.environment, &credential.token.digest());
+            self.means.credentials.accept(&self.environment, &digest);
             self.lines.understood(at);
             if self.lines.speak_for_all() {
                 self.arrive();

@@ -33,8 +33,8 @@ use crate::{
     },
 };
 
-/// How long a poll is passed over that brings an older revision than was known: another replica of
-/// upstream has answered, or upstream has been restored from a backup.
+/// How long a response or a stream is passed over that has an older revision than was known: another
+/// replica of upstream has answered, or upstream has been restored from a backup.
 const OLDER_REVISION_FOR: Duration = Duration::from_mins(1);
 
 /// What each token last fetched, and whether it is all published.
@@ -88,8 +88,13 @@ struct Source {
     etag: Option<String>,
     event: Option<EventId>,
     revision: Option<u64>,
+    /// The newest revision that an entity tag or a stream has told of it. Only Unleash counts so that both
+    /// can be compared; others, Parapet among them, number their streams anew at each start.
+    latest_revision: Option<u64>,
     /// Since when polls have brought older revisions only.
     older_since: Option<Instant>,
+    /// The same of streams.
+    older_events_since: Option<Instant>,
     part: Part,
     /// The round in which upstream last said that this is current.
     confirmed: u64,
@@ -188,11 +193,21 @@ impl Sources {
         now: Instant,
     ) -> bool {
         let Some(source) = self.fetched.get_mut(token) else { return false };
-        if !matches!((revision, source.revision), (Some(new), Some(known)) if new < known) {
-            return false;
-        }
-        let since = *source.older_since.get_or_insert(now);
-        now.saturating_duration_since(since) < OLDER_REVISION_FOR
+        is_older(revision, source.latest_revision, &mut source.older_since, now)
+    }
+
+    /// The same of what a stream has told under this number. That polls confirm the newer revision does
+    /// not prolong the minute: should an upstream count its streams apart from its entity tags, they are
+    /// followed nevertheless.
+    pub(super) fn is_event_outdated(
+        &mut self,
+        token: &TokenDigest,
+        event: Option<EventId>,
+        now: Instant,
+    ) -> bool {
+        let Some(source) = self.fetched.get_mut(token) else { return false };
+        let revision = event.map(u64::from);
+        is_older(revision, source.latest_revision, &mut source.older_events_since, now)
     }
 
     /// Keeps that what a token fetched before is current.
@@ -233,6 +248,7 @@ impl Sources {
         match self.fetched.get_mut(&digest) {
             Some(source) if !is_news => {
                 source.revision = source.revision.max(received.revision);
+                source.latest_revision = source.latest_revision.max(received.revision);
                 self.confirm(credential, now);
                 if let Some(source) = self.fetched.get_mut(&digest) {
                     source.etag = etag;
@@ -260,6 +276,8 @@ impl Sources {
         self.confirm(credential, now);
         if let Some(source) = self.fetched.get_mut(&credential.token.digest()) {
             source.event = event;
+            source.older_events_since = None;
+            source.latest_revision = source.latest_revision.max(event_revision(source, event));
         }
     }
 
@@ -340,7 +358,13 @@ impl Sources {
             self.precedence.observe(&digest, &projects, states, revision, now);
         }
         let is_alone = self.fetched.len() == 1;
-        let before = self.fetched.remove(&digest).map(|it| it.part);
+        let before = self.fetched.remove(&digest);
+        let told = before.as_ref().and_then(|it| event_revision(it, event));
+        let latest_revision = revision.or(told);
+        // A poll tells nothing of streams.
+        let older_events_since =
+            before.as_ref().and_then(|it| it.older_events_since).filter(|_| event.is_none());
+        let before = before.map(|it| it.part);
         let (first, appeared) = match &before {
             None => (self.count, Arc::default()),
             // Nobody else has flags of the same names.
@@ -349,8 +373,17 @@ impl Sources {
         };
         let part = Part { projects, document, is_narrowed: false, first, appeared };
         let confirmed = self.round;
-        let source =
-            Source { etag, event, revision, older_since: None, part, confirmed, is_retired: false };
+        let source = Source {
+            etag,
+            event,
+            revision,
+            latest_revision,
+            older_since: None,
+            older_events_since,
+            part,
+            confirmed,
+            is_retired: false,
+        };
         self.fetched.insert(digest, source);
         self.replaced.extend(before.map(|it| it.document));
     }
@@ -446,6 +479,25 @@ impl Sources {
         let inherited = self.inherited.iter().map(|it| &it.projects);
         fetched.chain(inherited).fold(nothing(), |seen, projects| seen.union(projects))
     }
+}
+
+/// Whether a revision is older than the `known` one, and has not been for a minute.
+fn is_older(
+    revision: Option<u64>,
+    known: Option<u64>,
+    since: &mut Option<Instant>,
+    now: Instant,
+) -> bool {
+    let (Some(revision), Some(known)) = (revision, known) else { return false };
+    if revision >= known {
+        return false;
+    }
+    now.saturating_duration_since(*since.get_or_insert(now)) < OLDER_REVISION_FOR
+}
+
+/// The revision that the number of an event is, where upstream has told revisions before.
+fn event_revision(source: &Source, event: Option<EventId>) -> Option<u64> {
+    source.latest_revision.and(event.map(u64::from))
 }
 
 fn nothing() -> Projects {
@@ -680,6 +732,36 @@ mod tests {
         assert!(!sources.is_outdated(&digest, Some(6), later), "upstream has gone back for good");
         sources.confirm(&one, later);
         assert!(sources.is_outdated(&digest, Some(6), later), "it has not, as it said then");
+    }
+
+    #[test]
+    fn revisions_of_streams_and_polls_are_compared_where_upstream_counts() {
+        let one = credential(&["a"]);
+        let (digest, start) = (one.token.digest(), Instant::now());
+        let state = |flag: &str, revision| document(&[flag]).with_revision(revision);
+        let later = start + OLDER_REVISION_FOR;
+        let mut sources = Sources::new(None);
+        sources.insert(&one, None, state("a/x", Some(9)), true, start);
+        assert!(!sources.is_event_outdated(&digest, Some(9), start));
+        sources.follow(&one, Some(10), Some(state("a/y", None)), start);
+        assert!(sources.is_outdated(&digest, Some(9), start), "a poll that lags behind the stream");
+        assert!(sources.is_event_outdated(&digest, Some(9), start), "another stream");
+        assert!(!sources.is_event_outdated(&digest, None, start));
+        // A poll that confirms the state does not keep streams out for good.
+        sources.confirm(&one, later);
+        assert!(sources.is_outdated(&digest, Some(9), later));
+        assert!(!sources.is_event_outdated(&digest, Some(9), later));
+        // A stream that is followed again does.
+        sources.follow(&one, Some(11), None, later);
+        assert!(sources.is_event_outdated(&digest, Some(10), later));
+        sources.insert(&one, None, state("a/z", Some(12)), true, later);
+        assert!(sources.is_event_outdated(&digest, Some(11), later), "a stream that lags behind");
+
+        // Of an upstream without revisions the numbers of streams say nothing.
+        sources.insert(&one, None, state("a/x", None), true, start);
+        sources.follow(&one, Some(10), Some(state("a/y", None)), start);
+        assert!(!sources.is_event_outdated(&digest, Some(1), start));
+        assert!(!sources.is_outdated(&digest, Some(1), start));
     }
 
     #[test]

@@ -111,6 +111,8 @@ struct State {
     hints: bool,
     /// Whether no token is valid any more.
     revoked: bool,
+    /// Whether the number is the revision in entity tags, as at Unleash.
+    has_revisions: bool,
     asked: Vec<Asked>,
     open: Vec<mpsc::UnboundedSender<io::Result<String>>>,
 }
@@ -132,6 +134,7 @@ impl Upstream {
             offer,
             hints: false,
             revoked: false,
+            has_revisions: false,
             asked: Vec::new(),
             open: Vec::new(),
         };
@@ -165,6 +168,12 @@ impl Upstream {
             { "type": "feature-removed", "eventId": state.id, "featureName": before, "project": "default" },
         ]);
         event("unleash-updated", state.id, &json!({ "events": events }))
+    }
+
+    /// Answers as a replica does that has this state.
+    fn show(&self, flag: &str, id: u32) {
+        let mut state = self.state();
+        (state.flag, state.id) = (flag.to_owned(), id);
     }
 
     /// Tells this on the open streams.
@@ -226,11 +235,17 @@ impl Upstream {
                 whole(StatusCode::OK, &json!({ "tokens": valid.collect::<Vec<_>>() }).to_string())
             }
             (FEATURES, _) => {
-                let etag = format!("\"{}\"", state.flag);
+                let etag = if state.has_revisions {
+                    format!("\"query:{}:v1\"", state.id)
+                } else {
+                    format!("\"{}\"", state.flag)
+                };
                 let mut answer = if header("if-none-match").as_ref() == Some(&etag) {
                     whole(StatusCode::NOT_MODIFIED, "")
                 } else {
-                    let flags = json!({ "version": 2, "features": [feature(&state.flag)] });
+                    let meta = json!({ "revisionId": state.id });
+                    let flags =
+                        json!({ "version": 2, "features": [feature(&state.flag)], "meta": meta });
                     whole(StatusCode::OK, &flags.to_string())
                 };
                 answer.headers_mut().insert("etag", etag.parse().unwrap());
@@ -384,6 +399,34 @@ async fn an_edge_polls_while_it_has_no_stream_and_what_streams_told_is_not_confi
     // A state that a poll brought has no number.
     let asked = upstream.asked(STREAM);
     assert_eq!(asked.last().unwrap().last_event_id, None, "{asked:?}");
+}
+
+#[tokio::test]
+async fn replicas_of_upstream_that_lag_bring_no_older_state_back() {
+    let (upstream, url) = Upstream::start(Offer::Refused(StatusCode::SERVICE_UNAVAILABLE)).await;
+    upstream.state().has_revisions = true;
+    let parapet = impatient(&url).await;
+    upstream.show("second", 8);
+    until_served(&parapet, "second").await;
+    // By its stream.
+    upstream.show("first", 7);
+    upstream.offer(Offer::Stream);
+    until("such a stream is closed", SOON, async || {
+        (ended(&parapet, "outdated").await >= Some(2.0)).then_some(())
+    })
+    .await;
+    assert_eq!(served(&parapet).await, ["second"]);
+    upstream.show("second", 8);
+    until_follows(&parapet).await;
+    upstream.tell(&upstream.change("third"));
+    until_served(&parapet, "third").await;
+    // By polls.
+    upstream.offer(Offer::Refused(StatusCode::SERVICE_UNAVAILABLE));
+    upstream.show("second", 8);
+    upstream.end();
+    let before = upstream.asked(FEATURES).len();
+    upstream.until_asked(FEATURES, before + 3).await;
+    assert_eq!(served(&parapet).await, ["third"]);
 }
 
 #[tokio::test]
