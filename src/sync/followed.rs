@@ -339,10 +339,9 @@ impl Followed {
                 return Ok((Step::default(), None));
             }
             let step = move || {
-                let mut step = told::follow(known.as_deref(), goes_on, &events)?;
+                let mut step = told::follow(known.as_deref(), goes_on, &events, is_shared)?;
                 let news = step.reached.as_mut().and_then(|reached| {
-                    let passed =
-                        if is_shared { mem::take(&mut reached.passed) } else { Vec::new() };
+                    let passed = mem::take(&mut reached.passed);
                     Some(Received::new(reached.news.take()?).having_passed(&passed))
                 });
                 Ok((step, news))

@@ -55,11 +55,13 @@ pub(super) enum Error {
 }
 
 /// Follows `events` from the state that is `known`; if they do not continue that one, they have to begin
-/// with a whole state.
+/// with a whole state. The states on the way are made where they are to be compared with those of other
+/// tokens (`is_shared`).
 pub(super) fn follow(
     known: Option<&Document>,
     continues: bool,
     events: &[Event],
+    is_shared: bool,
 ) -> Result<Step, Error> {
     let (mut step, mut told, mut id) = (Step::default(), None::<Vec<delta::Event>>, None);
     for event in events {
@@ -82,10 +84,11 @@ pub(super) fn follow(
     };
     // Changes of one number belong together.
     let groups: Vec<_> = told.chunk_by(|one, next| one.id == next.id).collect();
-    let together = told.len() - groups.iter().rev().take(PASSED).map(|it| it.len()).sum::<usize>();
+    let kept = if is_shared { PASSED } else { 0 };
+    let together = told.len() - groups.iter().rev().take(kept).map(|it| it.len()).sum::<usize>();
     let mut passed = Vec::new();
     let mut state = delta::apply(base, told[..together].iter().map(|it| &it.change));
-    for group in groups.iter().skip(groups.len().saturating_sub(PASSED)) {
+    for group in groups.iter().skip(groups.len().saturating_sub(kept)) {
         let next = delta::apply(&state, group.iter().map(|it| &it.change));
         passed.push(mem::replace(&mut state, next));
     }
@@ -151,7 +154,7 @@ mod tests {
         expect: (Option<EventId>, Option<&[&str]>),
     ) {
         let known = known.map(document);
-        let step = follow(known.as_ref(), continues, events).unwrap();
+        let step = follow(known.as_ref(), continues, events, true).unwrap();
         let Reached { id, news, .. } = step.reached.unwrap();
         let names = news.map(|it| it.features().iter().map(|it| it.name().to_string()).collect());
         assert_eq!(id, expect.0);
@@ -170,7 +173,7 @@ mod tests {
         for (known, continues) in [(None, true), (None, false), (Some(A), false)] {
             for text in [ADD_B, ""] {
                 let known = known.map(document);
-                let error = follow(known.as_ref(), continues, &connected(text)).unwrap_err();
+                let error = follow(known.as_ref(), continues, &connected(text), true).unwrap_err();
                 assert!(matches!(error, Error::Unfounded), "{error}");
             }
         }
@@ -181,7 +184,7 @@ mod tests {
         let with_odd = WHOLE.replace(r#"[{"name":"a"}]"#, r#"[{"name":"a"},{"title":"b"}]"#);
         let known = document(A);
         let step = |known: &Document, text: &str| {
-            let step = follow(Some(known), true, &[changes(CONNECTED, "7", text)]).unwrap();
+            let step = follow(Some(known), true, &[changes(CONNECTED, "7", text)], true).unwrap();
             step.reached.unwrap().news
         };
         let news = step(&known, &with_odd).unwrap();
@@ -194,7 +197,8 @@ mod tests {
     fn it_is_told_which_flags_are_gone() {
         let gone = |known: Option<&str>, text: &str| {
             let known = known.map(document);
-            let step = follow(known.as_ref(), true, &[changes(CONNECTED, "7", text)]).unwrap();
+            let step =
+                follow(known.as_ref(), true, &[changes(CONNECTED, "7", text)], true).unwrap();
             step.reached.unwrap().gone
         };
         assert_eq!(gone(Some(B), WHOLE), [Arc::from("b")]);
@@ -223,12 +227,13 @@ mod tests {
 
     #[test]
     fn states_on_the_way_are_made_out_by_the_numbers_of_changes() {
-        let passed = |events: &[Event]| {
+        let names = |it: &Document| it.features().iter().map(|it| it.name().to_string()).collect();
+        let reached = |events: &[Event], is_shared| {
             let known = document(A);
-            let step = follow(Some(&known), true, events).unwrap();
-            let names =
-                |it: &Document| it.features().iter().map(|it| it.name().to_string()).collect();
-            step.reached.unwrap().passed.iter().map(names).collect::<Vec<Vec<_>>>()
+            follow(Some(&known), true, events, is_shared).unwrap().reached.unwrap()
+        };
+        let passed = |events: &[Event]| {
+            reached(events, true).passed.iter().map(names).collect::<Vec<Vec<String>>>()
         };
         let add = |id: usize| {
             let feature = format!(r#"{{"type":"feature-updated","feature":{{"name":"f{id}"}}}}"#);
@@ -241,6 +246,9 @@ mod tests {
         let many: Vec<_> = (8..48).map(add).collect();
         let passed = passed(&many);
         assert_eq!((passed.len(), passed[0].len()), (PASSED, 40 - PASSED + 1));
+        let [alone, shared] = [false, true].map(|is_shared| reached(&many, is_shared));
+        assert!(alone.passed.is_empty(), "there is nobody to compare them with");
+        assert_eq!(names(&alone.news.unwrap()), names(&shared.news.unwrap()));
     }
 
     #[test]
@@ -259,18 +267,18 @@ mod tests {
             r#"{"events":[{"eventId":8,"type":"feature-updated","feature":{}}]}"#,
         ] {
             let events = [changes(CONNECTED, "7", WHOLE), event(UPDATED, "8", odd)];
-            let error = follow(None, false, &events).unwrap_err();
+            let error = follow(None, false, &events, true).unwrap_err();
             assert!(matches!(error, Error::Unreadable(_)), "{odd}: {error}");
         }
     }
 
     #[test]
     fn those_who_can_poll_may_be_sent_to_polling() {
-        let step = |data| follow(None, false, &[event(FETCH_MODE, "", data)]).unwrap();
+        let step = |data| follow(None, false, &[event(FETCH_MODE, "", data)], true).unwrap();
         assert!(step("polling").dismissed && !step("streaming").dismissed);
         assert!(step("polling").reached.is_none());
         let events = [event(FETCH_MODE, "", "polling"), changes(CONNECTED, "7", WHOLE)];
-        let step = follow(None, false, &events).unwrap();
+        let step = follow(None, false, &events, true).unwrap();
         assert!(step.dismissed && step.reached.is_some());
     }
 }
