@@ -160,14 +160,16 @@ impl Settings {
                 self.mistake(key, format!("expected either this or --{}", secret.name));
                 continue;
             }
-            if !is_repeatable(&path.to_string_lossy()) {
-                self.mistake(key, "expected the path of a file");
-                continue;
-            }
             match read_secret(secret, &path) {
                 Ok(texts) => {
                     let place = format!("{} ({})", self.given[key.name].place, path.display());
                     self.given.insert(secret.name, Given { texts, place, file: Some(path) });
+                }
+                // Perhaps it is the secret itself.
+                Err(secret_file::Error::Read { source, .. })
+                    if !is_repeatable(&path.to_string_lossy()) =>
+                {
+                    self.mistake(key, format!("expected the path of a file: {source}"));
                 }
                 Err(error) => {
                     self.mistake(key, format!("expected a file with a secret: {}", report(&error)));

@@ -466,6 +466,34 @@ fn file_without_a_usable_secret_is_named_and_what_it_holds_is_not() {
 }
 
 #[test]
+fn secret_file_is_read_whatever_its_path_contains() {
+    let folder = tempfile::tempdir().expect("folder");
+    for name in ["parapet@prod.service", "what?", "*:development.name"] {
+        let folder = folder.path().join(name);
+        std::fs::create_dir(&folder).expect("folder");
+        let path = folder.join("tokens").display().to_string();
+        std::fs::write(&path, TOKEN).expect("file");
+        let Credentials::Given(tokens) = edge(EDGE, &[("TOKENS_FILE", &path)]).credentials else {
+            panic!()
+        };
+        assert_eq!(tokens[0].expose(), TOKEN, "{path}");
+    }
+}
+
+#[test]
+fn secret_in_the_place_of_its_file_is_not_repeated() {
+    for (variable, secret) in [
+        ("TOKENS_FILE", TOKEN),
+        ("TOKENS_FILE", "https://me:secret@unleash.test/api"),
+        ("UPSTREAM_ADMIN_TOKEN_FILE", ADMIN),
+    ] {
+        let told = mistakes(EDGE, &[(variable, secret)]);
+        assert!(told[0].contains("expected the path of a file: No such file"), "{told:?}");
+        assert!(told.len() == 1 && !told[0].contains(secret), "{told:?}");
+    }
+}
+
+#[test]
 fn secret_is_either_given_or_in_a_file() {
     let (_folder, path) = file(TOKEN);
     let env = [("TOKENS_FILE", &*path), ("TOKENS", TOKEN)];
