@@ -48,7 +48,7 @@ pub(super) async fn offline(
     let path = offline.bootstrap_file;
     let files = Files::new(path, environments, snapshots.clone(), offline.reload_interval);
     let live = Live::Offline(files.rereader());
-    plan("offline", (files, snapshots), given, Store::memory(), latch, live).await
+    plan("offline", files, given, Store::memory(), latch, live).await
 }
 
 /// How many batches of usage may wait for the registry.
@@ -70,7 +70,7 @@ pub(super) async fn standalone(
     let served = named.iter().cloned().chain(standalone.environments).collect();
     let files = Files::new(standalone.flags, served, snapshots.clone(), None);
     let live = Live::Standalone(files.rereader());
-    let mut plan = plan("standalone", (files, snapshots), given, store, latch, live).await?;
+    let mut plan = plan("standalone", files, given, store, latch, live).await?;
     let (deliver, deliveries) = mpsc::channel(DELIVERIES);
     plan.sink = Sink::Registry(deliver);
     plan.control = Some((control, Arc::new(Mutex::new(deliveries))));
@@ -84,21 +84,16 @@ pub(super) async fn standalone(
     Ok(plan)
 }
 
-/// Serves the files; from then on the instance is ready, if they have flags of any environment.
+/// Serves the files; the instance is ready once they have flags of any environment.
 async fn plan(
     name: &'static str,
-    (files, snapshots): (Files, &Snapshots),
+    files: Files,
     given: Vec<(TokenDigest, Grant)>,
     store: Store,
     latch: Latch,
     live: Live,
 ) -> Result<Plan, Error> {
-    let source = Source::Files(files.start().await?);
-    if snapshots.environments().is_empty() {
-        latch.waits_for("an environment: no token names one, so that nobody can be served");
-    } else {
-        latch.release();
-    }
+    let source = Source::Files(files.start(latch).await?);
     let (authority, sink, upstream) = (Authority::Nobody, Sink::None, None);
     let (control, relays, admin) = (None, false, None);
     Ok(Plan {

@@ -27,7 +27,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::publish::publish;
 use crate::{
     snapshot::{Served, Snapshots},
-    telemetry::report,
+    telemetry::{Latch, report},
     token::{Environment, Projects, Scope},
     wire::features::Document,
 };
@@ -160,12 +160,20 @@ impl Files {
     /// Fails if any file cannot be read. A file that breaks later holds up its own environment only;
     /// but an instance that starts has no flags to go on with, and would refuse an environment that
     /// another instance, still running until this one is ready, serves well.
-    pub async fn start(self) -> Result<Running, Error> {
+    ///
+    /// Releases `latch` as soon as there are flags of any environment, which may be later.
+    pub async fn start(self, latch: Latch) -> Result<Running, Error> {
+        let served = self.environments.load_full();
         let mut state = State::new();
         self.check(&mut state, true).await?;
         let mut failures: Vec<_> = state.values_mut().filter_map(|it| it.failure.take()).collect();
         match (failures.len(), failures.pop()) {
-            (_, None) => Ok(Running { files: self, state }),
+            (_, None) => {
+                latch.waits_for("an environment: no token names one, so that nobody can be served");
+                let running = Running { files: self, state, served, latch: Arc::new(latch) };
+                running.release_if_served();
+                Ok(running)
+            }
             (1, Some(failure)) => {
                 Err(Arc::into_inner(failure).expect("the only reference was in the state"))
             }
@@ -243,6 +251,10 @@ impl Files {
 pub struct Running {
     files: Files,
     state: State,
+    /// The environments that one file has been read for.
+    served: Arc<BTreeSet<Environment>>,
+    /// Released when there are flags of any environment.
+    latch: Arc<Latch>,
 }
 
 impl Running {
@@ -252,7 +264,6 @@ impl Running {
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut reread_at = self.next_reread();
         let mut reported = BTreeMap::<PathBuf, String>::new();
-        let mut served = self.files.environments.load_full();
         loop {
             let requested = tokio::select! {
                 _ = looks.tick() => false,
@@ -261,8 +272,8 @@ impl Running {
             if requested {
                 // What is still wrong is reported to whoever asked for it.
                 reported.clear();
-                if !Arc::ptr_eq(&served, &self.files.environments.load()) {
-                    served = self.files.environments.load_full();
+                if !Arc::ptr_eq(&self.served, &self.files.environments.load()) {
+                    self.served = self.files.environments.load_full();
                     // An environment that is new has none of it.
                     self.state = State::new();
                 }
@@ -272,6 +283,7 @@ impl Running {
                 reread_at = self.next_reread();
             }
             let failures = self.failures_after_check(reread).await;
+            self.release_if_served();
             for (path, error) in &failures {
                 if reported.get(path) != Some(error) {
                     warn!(error, "Flags cannot be read again, those known stay");
@@ -294,6 +306,12 @@ impl Running {
             Some((path.clone(), report(error)))
         });
         failures.collect()
+    }
+
+    fn release_if_served(&self) {
+        if !self.files.snapshots.environments().is_empty() {
+            self.latch.release();
+        }
     }
 
     fn next_reread(&self) -> Option<Instant> {
@@ -397,9 +415,14 @@ fn read(path: &Path, meta: FileMeta, known: Option<&FileState>) -> (FileState, O
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::telemetry::Readiness;
 
     fn flags(name: &str) -> String {
         format!(r#"{{"features":[{{"name":"{name}","enabled":true}}]}}"#)
+    }
+
+    fn latch() -> Latch {
+        Readiness::new().1
     }
 
     fn names(snapshots: &Snapshots, environment: &str) -> Vec<String> {
@@ -415,7 +438,7 @@ mod tests {
         let snapshots = Snapshots::default();
         let environments = ["dev", "prod"].map(Environment::new).into();
         let files = Files::new(path.clone(), environments, snapshots.clone(), None);
-        let mut running = files.start().await.unwrap();
+        let mut running = files.start(latch()).await.unwrap();
         assert_eq!(names(&snapshots, "prod"), ["one"]);
         std::fs::write(&path, "{ no JSON").unwrap();
         let failures = running.failures_after_check(false).await;
@@ -432,12 +455,12 @@ mod tests {
         let snapshots = Snapshots::default();
         let path = folder.path().to_owned();
         let files = || Files::new(path.clone(), BTreeSet::new(), snapshots.clone(), None);
-        assert!(matches!(files().start().await, Err(Error::Empty { .. })));
+        assert!(matches!(files().start(latch()).await, Err(Error::Empty { .. })));
         std::fs::write(path.join("dev.json"), flags("one")).unwrap();
         std::fs::write(path.join("prod.json"), flags("two")).unwrap();
         std::os::unix::fs::symlink("nowhere", path.join(".#dev.json")).unwrap();
         std::os::unix::fs::symlink("nowhere", path.join("gone.json")).unwrap();
-        files().start().await.unwrap();
+        files().start(latch()).await.unwrap();
         assert_eq!(names(&snapshots, "dev"), ["one"]);
         assert_eq!(names(&snapshots, "prod"), ["two"]);
     }
@@ -449,7 +472,7 @@ mod tests {
         let path = folder.path().to_owned();
         std::fs::write(path.join("dev.json"), flags("one")).unwrap();
         let files = Files::new(path.clone(), BTreeSet::new(), snapshots.clone(), None);
-        let mut running = files.start().await.unwrap();
+        let mut running = files.start(latch()).await.unwrap();
         std::fs::rename(path.join("dev.json"), path.join("prod.json")).unwrap();
         assert!(running.failures_after_check(false).await.is_empty());
         assert_eq!(names(&snapshots, "prod"), ["one"]);
@@ -459,5 +482,27 @@ mod tests {
         assert!(running.failures_after_check(false).await.is_empty());
         assert_eq!(confirmed("dev"), before);
         assert!(confirmed("prod") >= since);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn instance_is_ready_once_the_first_environment_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("flags.json");
+        std::fs::write(&path, flags("one")).unwrap();
+        let snapshots = Snapshots::default();
+        let files = Files::new(path, BTreeSet::new(), snapshots.clone(), None);
+        let rereader = files.rereader();
+        let (readiness, latch) = Readiness::new();
+        let running = tokio::spawn(files.start(latch).await.unwrap().run());
+        assert!(readiness.waits_for()[0].contains("no token names one"));
+        rereader.serve([Environment::new("dev")].into());
+        let ready = async {
+            while !readiness.is_ready() {
+                tokio::time::sleep(LOOK_EVERY).await;
+            }
+        };
+        tokio::time::timeout(60 * LOOK_EVERY, ready).await.expect("ready");
+        assert_eq!(names(&snapshots, "dev"), ["one"]);
+        running.abort();
     }
 }

@@ -357,6 +357,23 @@ async fn hang_up_replaces_offline_tokens_and_a_wrong_configuration_changes_nothi
 }
 
 #[tokio::test]
+async fn offline_is_ready_once_hang_up_brings_its_first_tokens() {
+    const TOKEN: &str = "*:development.only-one-of-an-offline-reload-0123456789";
+    secrets::remember(TOKEN);
+    let folder = tempfile::tempdir().unwrap();
+    let (flags, config) = (folder.path().join("flags.json"), folder.path().join("parapet.toml"));
+    fs::write(&flags, FLAGS).unwrap();
+    fs::write(&config, "").unwrap();
+    let setup = Parapet::mode("offline").flag("--bootstrap-file", &flags);
+    let parapet = setup.flag("--config", &config).start_listening().await;
+    assert!(!is_ready(&parapet).await);
+    fs::write(&config, format!("client_tokens = [\"{TOKEN}\"]\n")).unwrap();
+    parapet.hang_up();
+    until_features(&parapet, TOKEN, StatusCode::OK).await;
+    parapet.wait_until_ready().await;
+}
+
+#[tokio::test]
 async fn hang_up_reads_the_flags_of_a_standalone_again_and_ends_nothing() {
     const ADMIN: &str = "*:*.admin-of-a-standalone-reload-0123456789a";
     let folder = tempfile::tempdir().unwrap();
