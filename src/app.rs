@@ -128,7 +128,6 @@ impl App {
         let feed = Feed::new(snapshots.clone());
         let credentials = plan.admin.take();
         let admin_token = credentials.as_ref().map(|it| it.token.clone());
-        let seals_tickets = config.data.ticket_key.is_none();
         let ticket_key = config.data.ticket_key.unwrap_or_else(|| match &admin_token {
             // All edges of a fleet know it.
             Some(token) => TicketKey::of(&token.current()),
@@ -171,7 +170,6 @@ impl App {
             credentials: it.credentials,
             discovered: it.discovered,
             data: Arc::clone(&service),
-            seals_tickets,
         });
         let live = plan.live.take().expect("it is taken once");
         let reload = Reload::new(live, auth.clone(), config.effective, config.warnings);

@@ -19,7 +19,7 @@ use tracing::{info, warn};
 
 use crate::{
     auth::Authenticator,
-    http::{data::Data, ofrep::TicketKey},
+    http::data::Data,
     telemetry::report,
     token::{Environment, Grant, Projects, Scope, Token, TokenDigest, TokenKind},
     upstream::{AdminToken, AdminTokenError, AdminTokenState, Credentials},
@@ -51,8 +51,6 @@ pub(super) struct Rotation {
     /// Has environments looked for at once.
     pub(super) discovered: Arc<Notify>,
     pub(super) data: Arc<Data>,
-    /// Whether tickets are sealed under a key that is derived from the token.
-    pub(super) seals_tickets: bool,
 }
 
 impl Rotation {
@@ -117,10 +115,7 @@ impl Rotation {
             let is_replaced = now.token() != before.token();
             if is_replaced {
                 self.credentials.reseal().await;
-                if self.seals_tickets {
-                    let key = TicketKey::of(now.token());
-                    self.data.tickets.replace_key(key, Timestamp::now());
-                }
+                self.data.tickets.replace_token(now.token(), Timestamp::now());
                 // Reads the token list, and with it learns whether upstream accepts the token.
                 self.auth.reconsider(None);
             }

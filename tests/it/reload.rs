@@ -247,6 +247,50 @@ async fn hang_up_reads_the_admin_token_of_the_environment_file_again() {
     assert!(line.contains("needs a restart") && line.contains("max-streams"), "{line}");
 }
 
+/// What `edge` offers a provider to open its stream with.
+async fn event_stream(edge: &Parapet, token: &str) -> String {
+    let request = http().post(edge.url() + "/ofrep/v1/evaluate/flags");
+    let request = request.header("Authorization", token).header("Content-Type", "application/json");
+    let answer = request.body(r#"{"context":{"targetingKey":"7"}}"#).send().await.unwrap();
+    let answer: Value = serde_json::from_slice(&answer.bytes().await.unwrap()).unwrap();
+    answer["eventStreams"][0]["endpoint"]["requestUri"].as_str().unwrap().to_owned()
+}
+
+#[tokio::test]
+async fn ticket_secret_of_a_reload_outlives_the_admin_token() {
+    const FIRST: &str = "*:*.first-admin-of-tickets-0123456789abcdef012";
+    const SECOND: &str = "*:*.second-admin-of-tickets-0123456789abcdef01";
+    const SECRET: &str = "ofrep_ticket_secret = \"a secret that a fleet shares\"\n";
+    let folder = tempfile::tempdir().unwrap();
+    let upstream = standalone(folder.path(), &[FIRST, SECOND]).await;
+    let sdk = create_backend_token(&upstream, FIRST, "sdk").await;
+    let configs = ["one.toml", "other.toml"].map(|name| folder.path().join(name));
+    let admin = |token| format!("upstream_admin_token = \"{token}\"\n");
+    fs::write(&configs[0], admin(FIRST)).unwrap();
+    fs::write(&configs[1], admin(FIRST) + SECRET).unwrap();
+    let edge = |config| Parapet::edge(&upstream.admin_url()).flag("--config", config).start();
+    let (one, other) = tokio::join!(edge(&configs[0]), edge(&configs[1]));
+    until_features(&other, &sdk, StatusCode::OK).await;
+    let opens = async || {
+        let address = other.url() + &event_stream(&one, &sdk).await;
+        http().get(address).send().await.unwrap().status()
+    };
+    assert_eq!(opens().await, StatusCode::UNAUTHORIZED);
+    fs::write(&configs[0], admin(FIRST) + SECRET).unwrap();
+    one.hang_up();
+    until_logged(&one, "Reloaded: ofrep-ticket-secret").await;
+    assert_eq!(opens().await, StatusCode::OK);
+    fs::write(&configs[0], admin(SECOND) + SECRET).unwrap();
+    one.hang_up();
+    until_operator(&one, SECOND, StatusCode::OK, SOON).await;
+    until("upstream accepts the second", SOON, async || {
+        let accepted = one.log().matches("Upstream accepts the admin token").count();
+        (accepted >= 2).then_some(())
+    })
+    .await;
+    assert_eq!(opens().await, StatusCode::OK);
+}
+
 #[tokio::test]
 async fn admin_token_file_without_a_token_changes_nothing_and_is_reported() {
     const FIRST: &str = "*:*.first-admin-in-a-file-0123456789abcdef012";

@@ -39,24 +39,28 @@ const LONGEST_CONTEXT: usize = 4 << 10;
 
 /// What tickets are sealed with.
 #[derive(Clone)]
-pub struct TicketKey(Zeroizing<[u8; 32]>);
+pub struct TicketKey {
+    bytes: Zeroizing<[u8; 32]>,
+    /// Whether it is derived from a token, and is replaced with it.
+    is_of_token: bool,
+}
 
 impl TicketKey {
     /// The key that everybody has who knows this secret.
     pub fn derive(secret: &str) -> Self {
         let mut key = Zeroizing::new([0; 32]);
         expand(&Hkdf::new(None, secret.as_bytes()), PURPOSE, &mut *key);
-        Self(key)
+        Self { bytes: key, is_of_token: false }
     }
 
     /// The key that everybody has who knows this token.
     pub fn of(token: &Token) -> Self {
-        Self(token.derive_key(PURPOSE))
+        Self { bytes: token.derive_key(PURPOSE), is_of_token: true }
     }
 
     /// A key that nobody else has.
     pub fn random() -> Self {
-        Self(Zeroizing::new(rand::random()))
+        Self { bytes: Zeroizing::new(rand::random()), is_of_token: false }
     }
 }
 
@@ -91,6 +95,7 @@ struct Keys {
 
 /// What is derived from a key.
 struct Sealing {
+    is_of_token: bool,
     cipher: XChaCha20Poly1305,
     /// What nonces are derived from.
     nonces: Hkdf<Sha256>,
@@ -105,9 +110,25 @@ impl Tickets {
 
     /// Seals with another key from now on. Tickets of the one before are accepted until they expire.
     pub fn replace_key(&self, key: TicketKey, now: Timestamp) {
+        self.replace_key_if(|_| true, key, now);
+    }
+
+    /// Seals with the key of `token` from now on if the current key is that of a token: a secret that
+    /// was configured meanwhile stays in use.
+    pub fn replace_token(&self, token: &Token, now: Timestamp) {
+        self.replace_key_if(|current| current.is_of_token, TicketKey::of(token), now);
+    }
+
+    fn replace_key_if(&self, is_wanted: fn(&Sealing) -> bool, key: TicketKey, now: Timestamp) {
         let until = now + SignedDuration::from_secs((1 + TAKEN_LATER) * PERIOD);
-        let former = Some((Arc::clone(&self.0.load().current), until));
-        self.0.store(Arc::new(Keys { current: Arc::new(Sealing::new(key)), former }));
+        let sealing = Arc::new(Sealing::new(key));
+        self.0.rcu(|keys| {
+            if !is_wanted(&keys.current) {
+                return Arc::clone(keys);
+            }
+            let former = Some((Arc::clone(&keys.current), until));
+            Arc::new(Keys { current: Arc::clone(&sealing), former })
+        });
     }
 
     /// The number of the period in which a question is asked: another for each hour, and not for all
@@ -169,11 +190,11 @@ impl Sealing {
     #[expect(clippy::needless_pass_by_value, reason = "nobody else is to keep the key")]
     fn new(key: TicketKey) -> Self {
         let from_prk = |key: &[u8]| Hkdf::from_prk(key).expect("the key is as long as the hash");
-        let (given, mut derived) = (from_prk(&*key.0), Zeroizing::new([0; 32]));
+        let (given, mut derived) = (from_prk(&*key.bytes), Zeroizing::new([0; 32]));
         expand(&given, CIPHER, &mut *derived);
         let cipher = XChaCha20Poly1305::new((&*derived).into());
         expand(&given, NONCES, &mut *derived);
-        Self { cipher, nonces: from_prk(&*derived) }
+        Self { is_of_token: key.is_of_token, cipher, nonces: from_prk(&*derived) }
     }
 
     fn close(&self, plain: &[u8]) -> Vec<u8> {
@@ -258,6 +279,25 @@ mod tests {
         let hours = |n| now() + SignedDuration::from_hours(n);
         let forged = given(&Tickets::new(TicketKey::derive("first")), hours(3));
         assert!(tickets.take(&forged, hours(3)).is_none());
+    }
+
+    #[test]
+    fn key_of_a_token_follows_the_token_and_a_secret_stays() {
+        let token = |text| Token::parse(text).unwrap();
+        let (first, second) = (token("*:*.first"), token("*:*.second"));
+        let accepts = |key, by: &Tickets| {
+            let text = given(&Tickets::new(key), now());
+            by.take(&text, now()).is_some()
+        };
+        let tickets = Tickets::new(TicketKey::of(&first));
+        tickets.replace_token(&second, now());
+        assert!(accepts(TicketKey::of(&second), &tickets));
+        tickets.replace_key(TicketKey::derive("secret"), now());
+        tickets.replace_token(&first, now());
+        let text = given(&tickets, now());
+        assert!(Tickets::new(TicketKey::derive("secret")).take(&text, now()).is_some());
+        assert!(accepts(TicketKey::of(&second), &tickets), "until they expire");
+        assert!(!accepts(TicketKey::of(&first), &tickets));
     }
 
     #[test]
