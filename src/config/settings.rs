@@ -118,10 +118,16 @@ impl Settings {
                     Shape::One | Shape::Switch => vec![text.trim().to_owned()],
                 };
                 self.add(key, texts, place);
-            } else if self.serves() && key.scope != Scope::Probe && key.support == Support::Full {
-                // Commands may share an environment; but perhaps another one was meant.
-                self.warnings.push(format!("{place} has no meaning for `{}`", self.verb.name()));
+            } else {
+                self.warn_of_foreign_variable(key, place);
             }
+        }
+    }
+
+    /// Commands may share an environment; but perhaps another one was meant.
+    fn warn_of_foreign_variable(&mut self, key: &Key, variable: String) {
+        if self.serves() && key.scope != Scope::Probe && key.support == Support::Full {
+            self.warnings.push(format!("{variable} has no meaning for `{}`", self.verb.name()));
         }
     }
 
@@ -129,8 +135,12 @@ impl Settings {
     fn judge_file_variable(&mut self, key: &Key, variable: Variable<'_>) {
         let place = format!("{}_FILE", key.env_name());
         let is_given = variable(&place).is_some_and(|text| !text.trim().is_empty());
-        let is_ours = self.serves() && self.concerns(key) && key.file_of.is_none();
-        if !is_given || !is_ours || KEYS.iter().any(|it| it.env_name() == place) {
+        let is_own = key.file_of.is_some() || KEYS.iter().any(|it| it.env_name() == place);
+        if !is_given || !self.serves() || is_own {
+            return;
+        }
+        if !self.concerns(key) {
+            self.warn_of_foreign_variable(key, place);
             return;
         }
         match key.support {

@@ -528,7 +528,10 @@ fn file_variable_of_a_setting_that_is_no_secret_is_a_mistake() {
         ("PORT_FILE", " "),
     ];
     config(EDGE, &env);
-    config("standalone", &[("UPSTREAM_URL_FILE", "/run/url")]);
+    let told = config("standalone", &[("UPSTREAM_URL_FILE", "/run/url")]).warnings;
+    assert_eq!(told, ["UPSTREAM_URL_FILE has no meaning for `standalone`"]);
+    let told = config(EDGE, &[("RELOAD_INTERVAL_FILE", "/run/interval")]).warnings;
+    assert_eq!(told[0], "RELOAD_INTERVAL_FILE has no meaning for `edge`");
 }
 
 #[test]
