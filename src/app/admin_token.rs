@@ -13,7 +13,7 @@ use jiff::Timestamp;
 use tokio::{
     sync::Notify,
     task::spawn_blocking,
-    time::{MissedTickBehavior, interval, sleep},
+    time::{MissedTickBehavior, interval, sleep, timeout},
 };
 use tracing::{info, warn};
 
@@ -36,6 +36,9 @@ const SETTLE: Duration = Duration::from_millis(200);
 /// How often the log repeats that upstream refuses the token.
 const REMIND_EVERY: Duration = Duration::from_mins(3);
 
+/// When what could not be sealed under a new token is tried again.
+const RESEAL_AGAIN_AFTER: Duration = Duration::from_mins(1);
+
 /// What the admin token opens on the edge's own admin listener.
 pub(super) fn grant(token: &Token) -> (TokenDigest, Grant) {
     let scope = Scope { environment: Environment::new("*"), projects: Projects::All };
@@ -56,7 +59,8 @@ pub(super) struct Rotation {
 impl Rotation {
     /// Follows the token until dropped.
     pub(super) async fn run(&self) {
-        tokio::join!(self.read_file(), self.adapt(), remind(&self.admin));
+        let reseal = reseal(&self.admin, &self.credentials);
+        tokio::join!(self.read_file(), self.adapt(), reseal, remind(&self.admin));
     }
 
     /// Reads the token's file at an interval, and as soon as upstream has refused the token.
@@ -114,7 +118,6 @@ impl Rotation {
             self.open_admin_listener(&now);
             let is_replaced = now.token() != before.token();
             if is_replaced {
-                self.credentials.reseal().await;
                 self.data.tickets.replace_token(now.token(), Timestamp::now());
                 // Reads the token list, and with it learns whether upstream accepts the token.
                 self.auth.reconsider(None);
@@ -134,6 +137,30 @@ impl Rotation {
         if state.is_refused() {
             // Lists have vouched for it as well.
             self.auth.withdraw(&ListedSecret::Full(Token::clone(state.token())));
+        }
+    }
+}
+
+/// Seals what the store keeps under each token that replaces the one before.
+///
+/// Not part of [`Rotation::adapt`], because a disk that hangs, and upstream, can keep it waiting.
+async fn reseal(admin: &AdminToken, credentials: &Credentials) {
+    let mut changes = admin.subscribe();
+    let mut before = Arc::clone(changes.borrow_and_update().token());
+    let mut is_done = true;
+    loop {
+        let changed = changes.changed();
+        if is_done {
+            if changed.await.is_err() {
+                return;
+            }
+        } else if let Ok(Err(_)) = timeout(RESEAL_AGAIN_AFTER, changed).await {
+            return;
+        }
+        let now = Arc::clone(changes.borrow_and_update().token());
+        if !is_done || now != before {
+            is_done = credentials.reseal().await;
+            before = now;
         }
     }
 }
@@ -164,6 +191,10 @@ mod tests {
     };
 
     use super::*;
+    use crate::{
+        store::{Key, Store},
+        upstream::{Upstream, scripted::config},
+    };
 
     #[derive(Clone, Default)]
     struct Log(Arc<Mutex<Vec<u8>>>);
@@ -193,7 +224,7 @@ mod tests {
         let _guard = tracing::subscriber::set_default(lines);
         let token = |text| Token::parse(text).expect("token");
         let admin = AdminToken::new(token("*:*.first"), None);
-        let reminders = tokio::time::timeout(4 * REMIND_EVERY, remind(&admin));
+        let reminders = timeout(4 * REMIND_EVERY, remind(&admin));
         admin.refuse_for_test();
         log.take();
         assert!(reminders.await.is_err(), "it does not end");
@@ -201,7 +232,48 @@ mod tests {
         assert!(logged.matches("has refused the admin token for").count() >= 3, "{logged}");
         assert!(!logged.contains("first"), "{logged}");
         admin.replace(token("*:*.second"), None);
-        assert!(tokio::time::timeout(4 * REMIND_EVERY, remind(&admin)).await.is_err());
+        assert!(timeout(4 * REMIND_EVERY, remind(&admin)).await.is_err());
         assert_eq!(log.take(), "");
+    }
+
+    /// A token of the environment `dev`, sealed under the admin token `*:*.admin` for the fleet `main`.
+    const RECORD: &[u8] =
+        br#"{"version":1,"minted":true,"selector":null,"projects":["*"],"sealed":[
+        198, 183, 113, 121, 8, 160, 54, 149, 170, 79, 162, 3, 217, 40, 35, 18, 78, 192,
+        187, 218, 82, 147, 167, 179, 133, 52, 40, 101, 195, 239, 215, 198, 23, 61, 31,
+        131, 50, 185, 83, 122, 174, 16, 94, 71, 42, 226, 130, 226, 151, 117, 218, 221,
+        244, 123, 133, 146, 224, 254, 8, 50, 72, 117, 76, 151, 10, 54, 70, 253, 206, 67]}"#;
+
+    #[tokio::test(start_paused = true)]
+    async fn resealing_is_tried_again_until_all_is_saved() {
+        let folder = tempfile::tempdir().expect("folder");
+        let (disk, elsewhere) = (folder.path().join("disk"), folder.path().join("elsewhere"));
+        let store = Store::directory(&disk).expect("store");
+        let dev = Environment::new("dev");
+        store.save(&Key::Credentials(dev.clone()), RECORD.to_vec()).await.expect("saved");
+        let admin = |text| AdminToken::new(Token::parse(text).expect("token"), None);
+        let edge = |admin: &AdminToken| {
+            let nobody = Upstream::new(config("http://127.0.0.1:1")).expect("client");
+            Credentials::with_admin(admin.clone(), "main", nobody, store.clone())
+        };
+        let first = admin("*:*.admin");
+        let credentials = edge(&first);
+        let kept = credentials.obtain(&dev).await.expect("the kept token");
+        let second = Token::parse("*:*.second").expect("token");
+        let replace = async {
+            std::fs::rename(&disk, &elsewhere).expect("moved");
+            first.replace(second, None);
+            sleep(RESEAL_AGAIN_AFTER / 2).await;
+            std::fs::rename(&elsewhere, &disk).expect("moved");
+            sleep(RESEAL_AGAIN_AFTER).await;
+        };
+        tokio::select! {
+            biased;
+            () = reseal(&first, &credentials) => panic!("it does not end"),
+            () = replace => {}
+        }
+        // Without upstream.
+        let restarted = edge(&admin("*:*.second")).obtain(&dev).await;
+        assert_eq!(restarted.expect("the kept token"), kept);
     }
 }

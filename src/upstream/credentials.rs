@@ -236,20 +236,27 @@ impl Credentials {
         Ok(self.hold(environment, credential))
     }
 
-    /// Seals what is stored anew, after another admin token has replaced the one of its seal.
+    /// Seals what is stored anew, after another admin token has replaced the one of its seal; false if
+    /// some of it could not be read or saved.
     ///
     /// What was stored earlier and is not in use cannot be opened any more; another token is found or
-    /// made for its environment when that is needed.
-    pub async fn reseal(&self) {
-        let Some((exchange, pasts)) = &self.0.exchange else { return };
-        for environment in self.environments() {
+    /// made for its environment when that is needed. A disk that hangs keeps this waiting for some
+    /// seconds per environment.
+    pub async fn reseal(&self) -> bool {
+        let Some((exchange, pasts)) = &self.0.exchange else { return true };
+        // Those whose token is on its way too: it may be sealed already.
+        let environments: Vec<_> =
+            pasts.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect();
+        let mut is_done = true;
+        for environment in environments {
             let past = past(pasts, &environment);
             // Nobody replaces the token meanwhile.
             let _past = past.lock().await;
             for credential in self.tokens(&environment) {
-                exchange.reseal(&environment, &credential).await;
+                is_done &= exchange.reseal(&environment, &credential).await;
             }
         }
+        is_done
     }
 
     /// Makes `credential` the one in hand.
@@ -536,13 +543,13 @@ mod tests {
         let edge = Credentials::with_admin(first.clone(), "main", upstream, store.clone());
         let made = obtained(&edge).await;
         assert!(first.replace(token("*:*.second"), None));
-        edge.reseal().await;
+        assert!(edge.reseal().await);
         // Without a word to upstream, which knows the first only.
         let restarted = edge_of("*:*.second", &server, &store);
         assert_eq!(obtained(&restarted).await, made);
         // It is still known as made by this edge, which may delete it.
         first.replace(token(ADMIN), None);
-        edge.reseal().await;
+        assert!(edge.reseal().await);
         let error = edge.replace(&dev(), &made.digest()).await.expect_err("too soon");
         assert!(matches!(error, Error::Throttled { .. }), "{error:?}");
         let restarted = edge_of(ADMIN, &server, &store);

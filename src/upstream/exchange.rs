@@ -230,27 +230,33 @@ impl Exchange {
     }
 
     /// Seals the stored token for `environment` anew, under an admin token that has replaced the one of
-    /// its seal. What is not `credential`'s is left alone.
-    pub(super) async fn reseal(&self, environment: &Environment, credential: &Credential) {
-        let stored = self.store.load(&Key::Credentials(environment.clone())).await;
-        let record = stored.ok().flatten().and_then(|bytes| Record::parse(&bytes));
-        let minted = match record {
+    /// its seal; true if nothing is left to do. What is not `credential`'s is left alone.
+    pub(super) async fn reseal(&self, environment: &Environment, credential: &Credential) -> bool {
+        let stored = match self.store.load(&Key::Credentials(environment.clone())).await {
+            Ok(stored) => stored,
+            Err(error) => {
+                let error: &dyn std::error::Error = &error;
+                warn!(error, "Cannot seal the kept token for environment {environment} anew");
+                return false;
+            }
+        };
+        let minted = match stored.and_then(|bytes| Record::parse(&bytes)) {
             Some(record) if record.selector.as_deref() == credential.token.selector() => {
                 record.minted
             }
-            Some(_) => return,
+            Some(_) => return true,
             None => false,
         };
-        self.save(environment, credential, minted).await;
+        self.save(environment, credential, minted).await
     }
 
-    /// Keeps a token; without a store that works it lasts as long as the process.
+    /// Keeps a token; true if that worked. Without a store that works it lasts as long as the process.
     pub(super) async fn save(
         &self,
         environment: &Environment,
         credential: &Credential,
         minted: bool,
-    ) {
+    ) -> bool {
         let Credential { token, projects } = credential;
         let record = Record {
             version: Record::VERSION,
@@ -261,10 +267,14 @@ impl Exchange {
         };
         let bytes = serde_json::to_vec(&record).expect("a record of plain fields serializes");
         match self.store.save(&Key::Credentials(environment.clone()), bytes).await {
-            Ok(()) => debug!("Kept token {} for environment {environment}", token.masked()),
+            Ok(()) => {
+                debug!("Kept token {} for environment {environment}", token.masked());
+                true
+            }
             Err(error) => {
                 let error: &dyn std::error::Error = &error;
                 warn!(error, "Cannot keep the token for environment {environment}");
+                false
             }
         }
     }

@@ -5,8 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -20,7 +19,7 @@ use reqwest::StatusCode;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
-use crate::rig::{Parapet, Setup, secrets, until};
+use crate::rig::{Parapet, Setup, hanging_disk, secrets, until};
 
 const ALL: &str = "*:development.all-projects-0123456789abcdef0123456789";
 const A: &str = "a:development.project-a-only-0123456789abcdef01234567";
@@ -390,30 +389,6 @@ async fn unchanged_flags_without_an_entity_tag_are_confirmed_and_neither_swapped
     upstream.show(ALL, &["a/a2"]);
     until_served(&parapet, ALL, &["a2"]).await;
     assert_eq!(parapet.metric(SWAPS).await, before.0.map(|swaps| swaps + 1.0));
-}
-
-/// A library for `LD_PRELOAD` with which a file system hangs: `rename` waits as long as the file named by `HANG` exists.
-fn hanging_disk(folder: &Path) -> PathBuf {
-    const SOURCE: &str = r#"
-        #define _GNU_SOURCE
-        #include <dlfcn.h>
-        #include <stdlib.h>
-        #include <string.h>
-        #include <unistd.h>
-        int rename(const char *from, const char *to) {
-            const char *marker = getenv("HANG");
-            size_t length = strlen(to);
-            if (marker && length > 8 && !strcmp(to + length - 8, ".parapet"))
-                while (!access(marker, F_OK)) usleep(20000);
-            int (*real)(const char *, const char *) = dlsym(RTLD_NEXT, "rename");
-            return real(from, to);
-        }"#;
-    let (source, library) = (folder.join("hang.c"), folder.join("hang.so"));
-    std::fs::write(&source, SOURCE).unwrap();
-    let mut compiler = Command::new("cc");
-    let compiled = compiler.args(["-shared", "-fPIC", "-o"]).arg(&library).arg(&source).status();
-    assert!(compiled.unwrap().success());
-    library
 }
 
 #[tokio::test]

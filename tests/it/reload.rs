@@ -9,7 +9,7 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::rig::{Kind, Parapet, Unleash, Version, http, secrets, until};
+use crate::rig::{Kind, Parapet, Unleash, Version, hanging_disk, http, secrets, until};
 
 const FLAGS: &str = r#"{"version":2,"features":[
     {"name":"first","project":"default","enabled":true,"strategies":[{"name":"default"}]}]}"#;
@@ -316,6 +316,27 @@ async fn admin_token_file_without_a_token_changes_nothing_and_is_reported() {
     until_operator(&edge, SECOND, StatusCode::OK, SOON).await;
     let (_, told) = edge.admin_get_as("/status", SECOND).await;
     assert_eq!(told["upstream"]["adminToken"]["refusedSince"], Value::Null, "{told}");
+}
+
+#[tokio::test]
+async fn refused_admin_token_opens_nothing_while_the_disk_hangs() {
+    const FIRST: &str = "*:*.first-admin-of-a-disk-that-hangs-0123456789";
+    const WRONG: &str = "*:*.wrong-admin-of-a-disk-that-hangs-0123456789";
+    secrets::remember(WRONG);
+    let folder = tempfile::tempdir().unwrap();
+    let upstream = standalone(folder.path(), &[FIRST]).await;
+    let mut secret = MountedSecret::new(FIRST);
+    let marker = folder.path().join("hangs");
+    let edge = Parapet::edge(&upstream.admin_url()).env("UPSTREAM_ADMIN_TOKEN_FILE", secret.path());
+    let edge = edge.env("HANG", &marker).env("LD_PRELOAD", hanging_disk(folder.path()));
+    let edge = edge.impatient().start().await;
+    fs::write(&marker, "").unwrap();
+    secret.replace(WRONG);
+    until_logged(&edge, "The admin token was replaced in").await;
+    until_logged(&edge, "Upstream refuses the admin token").await;
+    until_operator(&edge, WRONG, StatusCode::UNAUTHORIZED, SOON).await;
+    assert!(!edge.log().contains("Cannot keep the token"), "{}", edge.log());
+    until_logged(&edge, "Cannot keep the token").await;
 }
 
 #[tokio::test]

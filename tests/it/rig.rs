@@ -5,6 +5,7 @@
 //! process, however that ends. The rig knows nothing of Parapet's insides. `tests/run` installs what it needs.
 
 pub(crate) mod chaos;
+mod disk;
 mod driver;
 mod events;
 mod net;
@@ -16,6 +17,7 @@ pub(crate) mod secrets;
 mod unleash;
 
 pub(crate) use chaos::{ChaosProxy, Fault};
+pub(crate) use disk::hanging_disk;
 pub(crate) use driver::Driver;
 pub(crate) use events::Events;
 pub(crate) use net::{http, until};
