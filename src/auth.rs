@@ -8,6 +8,8 @@
 
 mod given;
 mod queue;
+#[cfg(test)]
+mod tests;
 mod verdicts;
 
 use std::{
@@ -437,45 +439,50 @@ impl Inner {
         let mut pause = REVALIDATION_STEP;
         loop {
             tokio::time::sleep(pause).await;
-            pause = REVALIDATION_STEP;
-            let due = self.due();
-            for tokens in due.chunks(REVALIDATION_BATCH) {
-                let Validation { start, mut judged, retry_after } =
-                    self.judge(issuer, tokens).await;
-                if judged.len() < tokens.len() {
-                    pause = pause.max(REVALIDATION_PAUSE);
-                }
-                for token in tokens {
-                    match judged.remove(&token.digest()) {
-                        Some(Judgement::Valid(grant)) => {
-                            let accepted = self.verdicts.accept(token, grant.clone(), start);
-                            // What it allows has changed.
-                            if accepted == Accepted::New {
-                                self.offer(token, &grant);
-                            }
+            pause = self.revalidate_due(issuer).await;
+        }
+    }
+
+    /// Asks once about all verdicts that are due; returns the pause before the next time.
+    async fn revalidate_due(&self, issuer: &Issuer) -> Duration {
+        let mut pause = REVALIDATION_STEP;
+        let due = self.due();
+        for tokens in due.chunks(REVALIDATION_BATCH) {
+            let Validation { start, mut judged, retry_after } = self.judge(issuer, tokens).await;
+            if judged.len() < tokens.len() {
+                pause = pause.max(REVALIDATION_PAUSE);
+            }
+            for token in tokens {
+                match judged.remove(&token.digest()) {
+                    Some(Judgement::Valid(grant)) => {
+                        let accepted = self.verdicts.accept(token, grant.clone(), start);
+                        // What it allows has changed.
+                        if accepted == Accepted::New {
+                            self.offer(token, &grant);
                         }
-                        Some(Judgement::Forbidden(grant)) => {
-                            self.verdicts.forbid(token, grant, start);
-                        }
-                        Some(Judgement::Invalid) => match self.verdicts.deny(token, start) {
-                            Rejected::Doubted => pause = pause.max(DOUBT),
-                            // Believed for a short time only: should upstream have been wrong, the
-                            // token is asked for again as soon as that is over.
-                            Rejected::Refused => {
-                                info!(token = %token.masked(), "A token is no longer valid");
-                                issuer.credentials.withdraw(&token.digest());
-                            }
-                            Rejected::Outdated => {}
-                        },
-                        None => {}
                     }
-                }
-                if let Some(retry_after) = retry_after {
-                    pause = pause.max(retry_after);
-                    break;
+                    Some(Judgement::Forbidden(grant)) => {
+                        self.verdicts.forbid(token, grant, start);
+                    }
+                    Some(Judgement::Invalid) => match self.verdicts.deny(token, start) {
+                        Rejected::Doubted => pause = pause.max(DOUBT),
+                        // Believed for a short time only: should upstream have been wrong, the
+                        // token is asked for again as soon as that is over.
+                        Rejected::Refused => {
+                            info!(token = %token.masked(), "A token is no longer valid");
+                            issuer.credentials.withdraw(&token.digest());
+                        }
+                        Rejected::Outdated => {}
+                    },
+                    None => {}
                 }
             }
+            if let Some(retry_after) = retry_after {
+                pause = pause.max(retry_after);
+                break;
+            }
         }
+        pause
     }
 
     /// The tokens to be asked about again.
@@ -543,9 +550,7 @@ impl Inner {
                 Ok(Access::Forbidden | Access::Unknown) => {}
                 Err(error) => {
                     retry_after = retry_after.max(error.retry().wish());
-                    if is_validated {
-                        judged.remove(&digest);
-                    }
+                    judged.remove(&digest);
                 }
             }
         }

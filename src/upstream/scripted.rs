@@ -17,17 +17,17 @@ use super::connect::Config;
 
 /// A request as it arrived.
 #[derive(Clone, Debug)]
-pub(super) struct Seen {
-    pub(super) line: String,
-    pub(super) headers: HeaderMap,
-    pub(super) body: String,
+pub(crate) struct Seen {
+    pub(crate) line: String,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: String,
 }
 
 /// What to answer.
-pub(super) type Reply = (u16, &'static [(&'static str, &'static str)], String);
+pub(crate) type Reply = (u16, &'static [(&'static str, &'static str)], String);
 
 /// A running server; it ends when this is dropped.
-pub(super) struct Scripted {
+pub(crate) struct Scripted {
     address: SocketAddr,
     seen: Arc<Mutex<Vec<Seen>>>,
     task: AbortHandle,
@@ -35,7 +35,7 @@ pub(super) struct Scripted {
 
 impl Scripted {
     /// Answers every request by `script`.
-    pub(super) async fn start(
+    pub(crate) async fn start(
         script: impl Fn(&Seen) -> Reply + Clone + Send + Sync + 'static,
     ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
@@ -68,17 +68,17 @@ impl Scripted {
     }
 
     /// What has arrived so far.
-    pub(super) fn seen(&self) -> Vec<Seen> {
+    pub(crate) fn seen(&self) -> Vec<Seen> {
         self.seen.lock().expect("log").clone()
     }
 
     /// How many requests had a line that starts so.
-    pub(super) fn count(&self, line: &str) -> usize {
+    pub(crate) fn count(&self, line: &str) -> usize {
         self.seen().iter().filter(|it| it.line.starts_with(line)).count()
     }
 
     /// A configuration that leads here.
-    pub(super) fn config(&self) -> Config {
+    pub(crate) fn config(&self) -> Config {
         config(&format!("http://{}/base/", self.address))
     }
 }

@@ -1,0 +1,97 @@
+//! Validation against an upstream that fails in part.
+
+use std::sync::atomic::AtomicU16;
+
+use super::*;
+use crate::{
+    token::{Environment, Projects, Scope},
+    upstream::scripted::{Reply, Scripted, Seen},
+};
+
+const PROBE: &str = "GET /base/api/client/features/";
+const VALIDATE: &str = "POST /base/edge/validate";
+
+fn token(text: &str) -> Token {
+    Token::parse(text).unwrap()
+}
+
+fn grant(environment: &str) -> Grant {
+    let scope = Scope { environment: Environment::new(environment), projects: Projects::All };
+    Grant { kind: TokenKind::Client, scope }
+}
+
+/// An authenticator that asks a scripted upstream, without an admin token.
+struct Fixture {
+    server: Scripted,
+    auth: Authenticator,
+}
+
+impl Fixture {
+    async fn start(script: impl Fn(&Seen) -> Reply + Clone + Send + Sync + 'static) -> Self {
+        let server = Scripted::start(script).await;
+        let config = Config {
+            revalidate_after: Duration::ZERO,
+            forget_invalid_after: Duration::from_secs(30),
+            list_interval: Duration::ZERO,
+            deadline: Duration::from_secs(30),
+            capacity: 10_000,
+        };
+        let issuer = Issuer {
+            upstream: Upstream::new(server.config()).expect("client"),
+            admin: None,
+            credentials: Credentials::without_admin(),
+            discovered: Arc::default(),
+        };
+        let auth = Authenticator::new(config, Authority::Upstream(Box::new(issuer)), []);
+        Self { server, auth }
+    }
+
+    fn inner(&self) -> &Inner {
+        &self.auth.0
+    }
+
+    fn issuer(&self) -> &Issuer {
+        let Authority::Upstream(issuer) = &self.inner().authority else { unreachable!() };
+        issuer
+    }
+
+    /// Makes `token` a valid one that is due to be asked about.
+    fn know(&self, token: &Token, environment: &str) {
+        self.inner().verdicts.accept(token, grant(environment), RequestStart::NEVER);
+    }
+
+    async fn revalidate(&self) -> Duration {
+        self.inner().revalidate_due(self.issuer()).await
+    }
+
+    fn is_valid(&self, token: &Token) -> bool {
+        self.auth.standing(&token.digest()).is_some()
+    }
+}
+
+fn answer(status: u16) -> Reply {
+    (status, &[], r#"{"tokens":[]}"#.to_owned())
+}
+
+#[tokio::test]
+async fn a_token_stays_valid_while_its_probe_fails_and_validation_does_not_know_it() {
+    let probe = Arc::new(AtomicU16::new(503));
+    let status = Arc::clone(&probe);
+    let fixture = Fixture::start(move |request| {
+        let is_probe = request.line.starts_with(PROBE);
+        answer(if is_probe { status.load(Ordering::Relaxed) } else { 200 })
+    })
+    .await;
+    let used = token("*:dev.used");
+    fixture.know(&used, "dev");
+    for _ in 0..3 {
+        fixture.revalidate().await;
+        assert!(fixture.is_valid(&used));
+    }
+    assert_eq!((fixture.server.count(VALIDATE), fixture.server.count(PROBE)), (3, 3));
+    probe.store(401, Ordering::Relaxed);
+    for _ in 0..2 {
+        fixture.revalidate().await;
+    }
+    assert!(!fixture.is_valid(&used), "upstream denies it");
+}
