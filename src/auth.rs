@@ -342,15 +342,13 @@ const GATHER: Duration = Duration::from_millis(3);
 const BURST: f64 = 20.0;
 const PER_SECOND: f64 = 10.0;
 
-/// How often due verdicts are looked for, and how long nobody looks after upstream did not answer.
+/// How often due verdicts are looked for, and how long nobody looks after upstream did not answer,
+/// nor after a probe failed for the token that was probed.
 const REVALIDATION_STEP: Duration = Duration::from_secs(1);
 const REVALIDATION_PAUSE: Duration = Duration::from_secs(15);
 
 /// How long after a known token was denied it is asked for again, before that is believed.
 const DOUBT: Duration = Duration::from_secs(5);
-
-/// Tokens of one revalidating question: below what Unleash reads (100 kB) at the longest.
-const REVALIDATION_BATCH: usize = 150;
 
 /// How many tokens are asked about in a second, at the most, while the token list cannot be read.
 const REVALIDATION_RATE: usize = 50;
@@ -443,57 +441,54 @@ impl Inner {
         }
     }
 
-    /// Asks once about all verdicts that are due; returns the pause before the next time.
+    /// Asks once about verdicts that are due; returns the pause before the next time.
+    ///
+    /// Tokens that cannot be judged wait on their own, and others meanwhile take their turn.
     async fn revalidate_due(&self, issuer: &Issuer) -> Duration {
-        let mut pause = REVALIDATION_STEP;
-        let due = self.due();
-        for tokens in due.chunks(REVALIDATION_BATCH) {
-            let Validation { start, mut judged, retry_after } = self.judge(issuer, tokens).await;
-            if judged.len() < tokens.len() {
-                pause = pause.max(REVALIDATION_PAUSE);
-            }
-            for token in tokens {
-                match judged.remove(&token.digest()) {
-                    Some(Judgement::Valid(grant)) => {
-                        let accepted = self.verdicts.accept(token, grant.clone(), start);
-                        // What it allows has changed.
-                        if accepted == Accepted::New {
-                            self.offer(token, &grant);
-                        }
+        let due = self.take_due();
+        if due.is_empty() {
+            return REVALIDATION_STEP;
+        }
+        let Validation { start, mut judged, is_answered, retry_after } =
+            self.judge(issuer, &due).await;
+        for token in &due {
+            match judged.remove(&token.digest()) {
+                Some(Judgement::Valid(grant)) => {
+                    let accepted = self.verdicts.accept(token, grant.clone(), start);
+                    // What it allows has changed.
+                    if accepted == Accepted::New {
+                        self.offer(token, &grant);
                     }
-                    Some(Judgement::Forbidden(grant)) => {
-                        self.verdicts.forbid(token, grant, start);
-                    }
-                    Some(Judgement::Invalid) => match self.verdicts.deny(token, start) {
-                        Rejected::Doubted => pause = pause.max(DOUBT),
-                        // Believed for a short time only: should upstream have been wrong, the
-                        // token is asked for again as soon as that is over.
-                        Rejected::Refused => {
-                            info!(token = %token.masked(), "A token is no longer valid");
-                            issuer.credentials.withdraw(&token.digest());
-                        }
-                        Rejected::Outdated => {}
-                    },
-                    None => {}
                 }
-            }
-            if let Some(retry_after) = retry_after {
-                pause = pause.max(retry_after);
-                break;
+                Some(Judgement::Forbidden(grant)) => {
+                    self.verdicts.forbid(token, grant, start);
+                }
+                Some(Judgement::Invalid) => match self.verdicts.deny(token, start) {
+                    Rejected::Doubted => self.verdicts.postpone(&token.digest(), DOUBT),
+                    // Believed for a short time only: should upstream have been wrong, the
+                    // token is asked for again as soon as that is over.
+                    Rejected::Refused => {
+                        info!(token = %token.masked(), "A token is no longer valid");
+                        issuer.credentials.withdraw(&token.digest());
+                    }
+                    Rejected::Outdated => {}
+                },
+                None => {}
             }
         }
-        pause
+        let pause = if is_answered { REVALIDATION_STEP } else { REVALIDATION_PAUSE };
+        pause.max(retry_after.unwrap_or_default())
     }
 
-    /// The tokens to be asked about again.
-    fn due(&self) -> Vec<Token> {
+    /// Takes the tokens to be asked about again.
+    fn take_due(&self) -> Vec<Token> {
         let Config { revalidate_after, list_interval, .. } = self.config;
-        if !self.is_list_unread.load(Ordering::Relaxed) {
-            return self.verdicts.unconfirmed_for(revalidate_after);
-        }
-        let mut due = self.verdicts.unconfirmed_for(list_interval.min(revalidate_after));
-        due.truncate(REVALIDATION_RATE);
-        due
+        let (age, most) = if self.is_list_unread.load(Ordering::Relaxed) {
+            (list_interval.min(revalidate_after), REVALIDATION_RATE)
+        } else {
+            (revalidate_after, usize::MAX)
+        };
+        self.verdicts.take_unconfirmed_for(age, most)
     }
 
     /// What upstream says of `tokens`; those of which it says nothing at the moment are left out.
@@ -514,7 +509,8 @@ impl Inner {
                     );
                 }
                 let retry_after = error.retry().wish();
-                return Validation { start, judged: HashMap::new(), retry_after };
+                let judged = HashMap::new();
+                return Validation { start, judged, is_answered: false, retry_after };
             }
         };
         if self.unanswered.swap(false, Ordering::Relaxed) {
@@ -549,12 +545,18 @@ impl Inner {
                 }
                 Ok(Access::Forbidden | Access::Unknown) => {}
                 Err(error) => {
-                    retry_after = retry_after.max(error.retry().wish());
+                    let wish = error.retry().wish();
+                    // One environment that fails is no reason to leave all of upstream alone.
+                    if error.is_crowded() {
+                        retry_after = retry_after.max(wish);
+                    }
+                    let pause = wish.unwrap_or_default().max(REVALIDATION_PAUSE);
+                    self.verdicts.postpone(&digest, pause);
                     judged.remove(&digest);
                 }
             }
         }
-        Validation { start, judged, retry_after }
+        Validation { start, judged, is_answered: true, retry_after }
     }
 
     async fn follow_list(&self, issuer: &Issuer) {
@@ -620,6 +622,8 @@ impl Inner {
 struct Validation {
     start: RequestStart,
     judged: HashMap<TokenDigest, Judgement>,
+    /// Whether upstream has answered; it may still have judged none.
+    is_answered: bool,
     /// How long upstream wants to be left alone.
     retry_after: Option<Duration>,
 }

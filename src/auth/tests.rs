@@ -60,7 +60,11 @@ impl Fixture {
         self.inner().verdicts.accept(token, grant(environment), RequestStart::NEVER);
     }
 
+    /// Revalidates after every pause of a single token is over.
     async fn revalidate(&self) -> Duration {
+        tokio::time::pause();
+        tokio::time::advance(REVALIDATION_PAUSE).await;
+        tokio::time::resume();
         self.inner().revalidate_due(self.issuer()).await
     }
 
@@ -94,4 +98,38 @@ async fn a_token_stays_valid_while_its_probe_fails_and_validation_does_not_know_
         fixture.revalidate().await;
     }
     assert!(!fixture.is_valid(&used), "upstream denies it");
+}
+
+#[tokio::test]
+async fn tokens_that_cannot_be_judged_delay_no_others() {
+    let fixture = Fixture::start(|request| {
+        let is_probe = request.line.starts_with(PROBE);
+        let token = request.headers.get("authorization").and_then(|it| it.to_str().ok());
+        let is_stuck = token.is_some_and(|it| it.starts_with("*:broken."));
+        answer(if !is_probe {
+            200
+        } else if is_stuck {
+            503
+        } else {
+            401
+        })
+    })
+    .await;
+    fixture.inner().list_is_unread("a test");
+    let stuck: Vec<_> = (0..55).map(|n| token(&format!("*:broken.stuck-{n}"))).collect();
+    for token in &stuck {
+        fixture.know(token, "broken");
+    }
+    let revoked = token("*:dev.revoked");
+    fixture.inner().verdicts.accept(
+        &revoked,
+        grant("dev"),
+        fixture.inner().verdicts.start_request(),
+    );
+    for _ in 0..4 {
+        let pause = fixture.revalidate().await;
+        assert_eq!(pause, REVALIDATION_STEP, "others are asked about meanwhile");
+    }
+    assert!(!fixture.is_valid(&revoked));
+    assert!(stuck.iter().all(|token| fixture.is_valid(token)));
 }

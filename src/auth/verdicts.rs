@@ -71,6 +71,8 @@ pub struct Verdict {
     doubted: AtomicU64,
     /// The order of the latest request that denied it.
     denied: AtomicU64,
+    /// When it was last taken to be asked about, or when it may be next, in monotonic milliseconds.
+    ask_after_ms: AtomicU64,
     /// The plaintext, once it has been presented to this process.
     token: OnceLock<Token>,
 }
@@ -87,6 +89,7 @@ impl Verdict {
             checked: AtomicI64::new(0),
             doubted: AtomicU64::new(0),
             denied: AtomicU64::new(0),
+            ask_after_ms: AtomicU64::new(0),
             token: OnceLock::new(),
         }
     }
@@ -578,21 +581,39 @@ impl Verdicts {
     }
 
     /// The plaintexts of valid tokens that are doubtful or were last confirmed longer than `age`
-    /// ago; those that have waited longest come first.
+    /// ago, at most `most`: those first that have waited longest since they were confirmed or taken
+    /// by this.
     ///
-    /// Those whose plaintext is yet to be presented are left for then.
-    pub(super) fn unconfirmed_for(&self, age: Duration) -> Vec<Token> {
+    /// Those whose plaintext is yet to be presented are left for then, and those that are postponed
+    /// until their time.
+    pub(super) fn take_unconfirmed_for(&self, age: Duration, most: usize) -> Vec<Token> {
         let age_ms = u64::try_from(age.as_millis()).unwrap_or(u64::MAX);
-        let limit_ms = self.millis(Instant::now()).checked_sub(age_ms);
-        let due = self.valid.iter().filter(|(_, verdict)| verdict.is_due(limit_ms));
-        let mut due: Vec<_> = due
-            .filter_map(|(_, verdict)| {
-                let token = verdict.token.get()?.clone();
-                Some((verdict.confirmed_ms.load(Ordering::Relaxed), token))
-            })
-            .collect();
-        due.sort_by_key(|(confirmed_ms, _)| *confirmed_ms);
-        due.into_iter().map(|(_, token)| token).collect()
+        let now_ms = self.millis(Instant::now());
+        let limit_ms = now_ms.checked_sub(age_ms);
+        let is_ready = |verdict: &Verdict| {
+            !verdict.wants_plaintext()
+                && verdict.is_due(limit_ms)
+                && verdict.ask_after_ms.load(Ordering::Relaxed) <= now_ms
+        };
+        let due = self.valid.iter().map(|(_, verdict)| verdict);
+        let mut due: Vec<_> = due.filter(|verdict| is_ready(verdict)).collect();
+        due.sort_by_cached_key(|verdict| {
+            let confirmed_ms = verdict.confirmed_ms.load(Ordering::Relaxed);
+            confirmed_ms.max(verdict.ask_after_ms.load(Ordering::Relaxed))
+        });
+        due.truncate(most);
+        for verdict in &due {
+            verdict.ask_after_ms.store(now_ms, Ordering::Relaxed);
+        }
+        due.iter().filter_map(|verdict| verdict.token.get().cloned()).collect()
+    }
+
+    /// Lets a valid token not be asked about again before `pause` is over.
+    pub(super) fn postpone(&self, digest: &TokenDigest, pause: Duration) {
+        if let Some(verdict) = self.valid.get(digest) {
+            let until_ms = self.millis(Instant::now() + pause);
+            verdict.ask_after_ms.fetch_max(until_ms, Ordering::Relaxed);
+        }
     }
 
     /// Every valid verdict, for the operator's eyes.

@@ -44,6 +44,10 @@ fn take(verdicts: &Verdicts, tokens: &[Listed]) -> Changes {
     verdicts.take_list(&list_of(tokens), verdicts.start_request())
 }
 
+fn unconfirmed(verdicts: &Verdicts, age: Duration) -> Vec<Token> {
+    verdicts.take_unconfirmed_for(age, usize::MAX)
+}
+
 fn refuses(verdicts: &Verdicts, token: &Token) -> bool {
     matches!(verdicts.known(token), Some(Err(_)))
 }
@@ -74,10 +78,10 @@ fn a_token_that_was_never_listed_is_only_suspected() {
     let verdicts = verdicts();
     let (own, other) = (token("*:dev.aaaa"), token("*:dev.bbbb"));
     verdicts.accept(&own, grant(), verdicts.start_request());
-    assert!(verdicts.unconfirmed_for(AN_HOUR).is_empty());
+    assert!(unconfirmed(&verdicts, AN_HOUR).is_empty());
     take(&verdicts, &[whole(&other)]);
     assert!(verdicts.valid(&own.digest()).is_some());
-    assert_eq!(verdicts.unconfirmed_for(AN_HOUR), [own]);
+    assert_eq!(unconfirmed(&verdicts, AN_HOUR), [own]);
 }
 
 #[test]
@@ -150,9 +154,9 @@ fn saved_verdicts_come_back_without_any_plaintext() {
     let verdict = new.valid(&secure.digest()).unwrap();
     assert_eq!(**verdict.grant(), grant());
     assert!(verdict.wants_plaintext());
-    assert!(new.unconfirmed_for(AN_HOUR).is_empty(), "nobody can be asked without plaintext");
+    assert!(unconfirmed(&new, AN_HOUR).is_empty(), "nobody can be asked without plaintext");
     verdict.learn(secure.clone());
-    assert_eq!(new.unconfirmed_for(AN_HOUR), [secure]);
+    assert_eq!(unconfirmed(&new, AN_HOUR), [secure]);
 }
 
 /// The file format of the first release, as it was written then.
@@ -315,9 +319,9 @@ fn a_doubt_outlives_the_answer_to_an_earlier_request() {
     let in_flight = verdicts.start_request();
     verdicts.suspect(&ListedSecret::Full(a.clone()));
     accept(in_flight);
-    assert_eq!(verdicts.unconfirmed_for(AN_HOUR), std::slice::from_ref(&a));
+    assert_eq!(unconfirmed(&verdicts, AN_HOUR), std::slice::from_ref(&a));
     accept(verdicts.start_request());
-    assert!(verdicts.unconfirmed_for(AN_HOUR).is_empty());
+    assert!(unconfirmed(&verdicts, AN_HOUR).is_empty());
 }
 
 #[test]
@@ -336,7 +340,7 @@ fn an_item_that_cannot_be_read_revokes_no_token() {
     let list = TokenList { tokens: vec![whole(&a)], unreadable: vec![None] };
     let changes = verdicts.take_list(&list, verdicts.start_request());
     assert_eq!(changes, Changes { learned: 0, revoked: 0, suspected: 2 });
-    let due = verdicts.unconfirmed_for(AN_HOUR);
+    let due = unconfirmed(&verdicts, AN_HOUR);
     assert!(due.len() == 2 && due.contains(&b) && due.contains(&secure), "they are asked for");
 }
 
@@ -348,9 +352,9 @@ async fn ages_do_not_follow_the_wall_clock() {
     let start = RequestStart { wall: in_two_days, ..verdicts.start_request() };
     verdicts.accept(&a, grant(), start);
     assert_eq!(verdicts.valid(&a.digest()).unwrap().checked().as_second(), in_two_days.as_second());
-    assert!(verdicts.unconfirmed_for(AN_HOUR).is_empty());
+    assert!(unconfirmed(&verdicts, AN_HOUR).is_empty());
     tokio::time::advance(AN_HOUR + Duration::from_secs(1)).await;
-    assert_eq!(verdicts.unconfirmed_for(AN_HOUR), [a]);
+    assert_eq!(unconfirmed(&verdicts, AN_HOUR), [a]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -361,7 +365,35 @@ async fn tokens_that_have_waited_longest_are_asked_for_first() {
         verdicts.accept(token, grant(), verdicts.start_request());
         tokio::time::advance(Duration::from_secs(1)).await;
     }
-    assert_eq!(verdicts.unconfirmed_for(Duration::from_secs(2)), tokens[..7]);
+    assert_eq!(unconfirmed(&verdicts, Duration::from_secs(2)), tokens[..7]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn tokens_that_are_never_confirmed_delay_no_others() {
+    let verdicts = verdicts();
+    let mut waiting: Vec<_> = (0..9).map(|n| token(&format!("*:dev.secret-{n}"))).collect();
+    for token in &waiting {
+        verdicts.accept(token, grant(), RequestStart::NEVER);
+    }
+    for _ in 0..3 {
+        tokio::time::advance(Duration::from_secs(1)).await;
+        let taken = verdicts.take_unconfirmed_for(AN_HOUR, 3);
+        assert_eq!(taken.len(), 3);
+        waiting.retain(|token| !taken.contains(token));
+    }
+    assert_eq!(waiting, [], "each has been taken");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_postponed_token_is_taken_when_its_time_has_come() {
+    let verdicts = verdicts();
+    let a = token("*:dev.aaaa");
+    verdicts.accept(&a, grant(), RequestStart::NEVER);
+    verdicts.postpone(&a.digest(), Duration::from_secs(15));
+    tokio::time::advance(Duration::from_secs(14)).await;
+    assert_eq!(unconfirmed(&verdicts, AN_HOUR), []);
+    tokio::time::advance(Duration::from_secs(1)).await;
+    assert_eq!(unconfirmed(&verdicts, AN_HOUR), [a]);
 }
 
 #[test]
