@@ -39,7 +39,7 @@ use crate::{
     telemetry::report,
     token::{Grant, Token, TokenDigest, TokenKind},
     upstream::{Access, AdminToken, Credentials, Upstream},
-    wire::tokens::{ListedSecret, Validated},
+    wire::tokens::{ListedSecret, TokenList, Validated},
 };
 
 /// How verdicts are kept.
@@ -350,7 +350,7 @@ const REVALIDATION_PAUSE: Duration = Duration::from_secs(15);
 /// How long after a known token was denied it is asked for again, before that is believed.
 const DOUBT: Duration = Duration::from_secs(5);
 
-/// How many tokens are asked about in a second, at the most, while the token list cannot be read.
+/// How many known tokens are asked about in a second, at the most.
 const REVALIDATION_RATE: usize = 50;
 
 /// How many tokens are probed at a time.
@@ -483,12 +483,12 @@ impl Inner {
     /// Takes the tokens to be asked about again.
     fn take_due(&self) -> Vec<Token> {
         let Config { revalidate_after, list_interval, .. } = self.config;
-        let (age, most) = if self.is_list_unread.load(Ordering::Relaxed) {
-            (list_interval.min(revalidate_after), REVALIDATION_RATE)
+        let age = if self.is_list_unread.load(Ordering::Relaxed) {
+            list_interval.min(revalidate_after)
         } else {
-            (revalidate_after, usize::MAX)
+            revalidate_after
         };
-        self.verdicts.take_unconfirmed_for(age, most)
+        self.verdicts.take_unconfirmed_for(age, REVALIDATION_RATE)
     }
 
     /// What upstream says of `tokens`; those of which it says nothing at the moment are left out.
@@ -574,11 +574,6 @@ impl Inner {
             tokio::time::sleep_until(not_before).await;
             let start = self.verdicts.start_request();
             let list = match issuer.upstream.api_tokens(admin).await {
-                // The edge's own token is on it; an empty list is a fault and no revocation of all.
-                Ok(list) if list.tokens.is_empty() => {
-                    self.list_is_unread("it is empty, although it was read with a token of it");
-                    continue;
-                }
                 Ok(list) => list,
                 Err(error) => {
                     if let Some(retry_after) = error.retry().wish() {
@@ -588,11 +583,15 @@ impl Inner {
                     continue;
                 }
             };
+            let unreadable = list.unreadable.len();
+            unreadable_items.set(f64::from(u32::try_from(unreadable).unwrap_or(u32::MAX)));
+            if let Some(why) = why_unusable(&list) {
+                self.list_is_unread(why);
+                continue;
+            }
             if self.is_list_unread.swap(false, Ordering::Relaxed) {
                 info!("Upstream's token list is read again");
             }
-            let unreadable = list.unreadable.len();
-            unreadable_items.set(f64::from(u32::try_from(unreadable).unwrap_or(u32::MAX)));
             if std::mem::replace(&mut is_complete, unreadable == 0) && unreadable > 0 {
                 warn!(
                     unreadable,
@@ -614,6 +613,18 @@ impl Inner {
                 "Cannot read upstream's token list; known tokens are asked about one by one"
             );
         }
+    }
+}
+
+/// Why a list that was read revokes no token, if so: the edge's own token is on it, so a list
+/// without any token is a fault and no revocation of all.
+fn why_unusable(list: &TokenList) -> Option<&'static str> {
+    if !list.tokens.is_empty() {
+        None
+    } else if list.unreadable.is_empty() {
+        Some("it is empty, although it was read with a token of it")
+    } else {
+        Some("none of its items can be read")
     }
 }
 

@@ -133,3 +133,25 @@ async fn tokens_that_cannot_be_judged_delay_no_others() {
     assert!(!fixture.is_valid(&revoked));
     assert!(stuck.iter().all(|token| fixture.is_valid(token)));
 }
+
+#[tokio::test]
+async fn known_tokens_are_asked_about_at_a_bounded_rate_while_the_list_is_read() {
+    let fixture =
+        Fixture::start(|request| answer(if request.line.starts_with(PROBE) { 404 } else { 200 }))
+            .await;
+    for n in 0..120 {
+        fixture.know(&token(&format!("*:dev.suspected-{n}")), "dev");
+    }
+    let probes = async || {
+        assert_eq!(fixture.inner().revalidate_due(fixture.issuer()).await, REVALIDATION_STEP);
+        fixture.server.count(PROBE)
+    };
+    assert_eq!((probes().await, probes().await), (REVALIDATION_RATE, 2 * REVALIDATION_RATE));
+}
+
+#[test]
+fn a_list_without_any_readable_item_is_not_called_empty() {
+    let why = |json| why_unusable(&serde_json::from_str(json).expect("list")).unwrap_or_default();
+    assert!(why(r#"{"tokens":[]}"#).starts_with("it is empty"));
+    assert_eq!(why(r#"{"tokens":[{"secret":"*:dev.a"},7]}"#), "none of its items can be read");
+}
