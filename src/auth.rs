@@ -13,7 +13,7 @@ mod tests;
 mod verdicts;
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -37,7 +37,7 @@ pub use self::{
 };
 use crate::{
     telemetry::report,
-    token::{Grant, Token, TokenDigest, TokenKind},
+    token::{Environment, Grant, Token, TokenDigest, TokenKind},
     upstream::{Access, AdminToken, Credentials, Upstream},
     wire::tokens::{ListedSecret, TokenList, Validated},
 };
@@ -347,6 +347,9 @@ const PER_SECOND: f64 = 10.0;
 const REVALIDATION_STEP: Duration = Duration::from_secs(1);
 const REVALIDATION_PAUSE: Duration = Duration::from_secs(15);
 
+/// How often it is looked whether the edge serves another environment of listed tokens by now.
+const SERVED_STEP: Duration = Duration::from_secs(1);
+
 /// How long after a known token was denied it is asked for again, before that is believed.
 const DOUBT: Duration = Duration::from_secs(5);
 
@@ -566,11 +569,14 @@ impl Inner {
         step.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut not_before = Instant::now();
         let mut is_complete = true;
+        let mut unserved = BTreeSet::new();
         loop {
             tokio::select! {
                 _ = step.tick() => {}
                 () = self.relist.notified() => {}
+                () = serves_one_of(&issuer.credentials, &unserved) => {}
             }
+            unserved.clear();
             tokio::time::sleep_until(not_before).await;
             let start = self.verdicts.start_request();
             let list = match issuer.upstream.api_tokens(admin).await {
@@ -598,7 +604,10 @@ impl Inner {
                     "Some items of upstream's token list cannot be read; tokens that they may stand for are asked about one by one"
                 );
             }
-            let changes = self.verdicts.take_list(&list, start);
+            let served = issuer.credentials.environments();
+            let changes = self.verdicts.take_list(&list, &served, start);
+            unserved.extend(list.tokens.into_iter().map(|it| it.environment));
+            unserved.retain(|it| !served.contains(it));
             if changes.learned + changes.revoked > 0 {
                 info!(changes.learned, changes.revoked, "Upstream's tokens changed");
             }
@@ -613,6 +622,16 @@ impl Inner {
                 "Cannot read upstream's token list; known tokens are asked about one by one"
             );
         }
+    }
+}
+
+/// Waits until the edge has a token of one of these environments.
+async fn serves_one_of(credentials: &Credentials, unserved: &BTreeSet<Environment>) {
+    if unserved.is_empty() {
+        return std::future::pending().await;
+    }
+    while credentials.environments().is_disjoint(unserved) {
+        tokio::time::sleep(SERVED_STEP).await;
     }
 }
 

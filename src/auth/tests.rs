@@ -4,7 +4,7 @@ use std::sync::atomic::AtomicU16;
 
 use super::*;
 use crate::{
-    token::{Environment, Projects, Scope},
+    token::{Projects, Scope},
     upstream::scripted::{Reply, Scripted, Seen},
 };
 

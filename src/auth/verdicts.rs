@@ -12,7 +12,7 @@ mod saved;
 mod tests;
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet},
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
@@ -29,7 +29,7 @@ pub use self::saved::RestoreError;
 use self::saved::{Saved, SavedVerdicts};
 use super::queue::Denied;
 use crate::{
-    token::{Grant, Token, TokenDigest},
+    token::{Environment, Grant, Token, TokenDigest, TokenKind},
     wire::tokens::{Listed, ListedSecret, TokenList},
 };
 
@@ -441,7 +441,15 @@ impl Verdicts {
     /// A verdict that came from such a list falls with its entry, at once and for longer than the
     /// issuer's caches live. One that never was on a list (issuers keep some to themselves) is only
     /// suspected, and so is one that an item stands for which cannot be read.
-    pub(super) fn take_list(&self, list: &TokenList, start: RequestStart) -> Changes {
+    ///
+    /// Being listed admits a token only to `served` environments: the issuer may forbid the use of
+    /// others, which is found out when they are presented.
+    pub(super) fn take_list(
+        &self,
+        list: &TokenList,
+        served: &BTreeSet<Environment>,
+        start: RequestStart,
+    ) -> Changes {
         let mut changing = self.lock();
         let mut changes = Changes::default();
         let (mut digests, mut selectors) = (HashSet::new(), HashMap::new());
@@ -453,9 +461,13 @@ impl Verdicts {
                         self.revoked.invalidate(&digest);
                         self.unsaved.store(true, Ordering::Relaxed);
                     }
-                    let accepted = self.admit(token, entry.grant(), start);
-                    changes.learned += usize::from(accepted == Accepted::New);
                     digests.insert(digest);
+                    if self.is_admitted_by_list(&digest, entry, served) {
+                        let accepted = self.admit(token, entry.grant(), start);
+                        changes.learned += usize::from(accepted == Accepted::New);
+                    } else {
+                        self.take_back_refusal(&digest, entry, start);
+                    }
                 }
                 ListedSecret::Selector(selector) => {
                     self.reinstate(selector, start);
@@ -502,6 +514,29 @@ impl Verdicts {
             }
         }
         changes
+    }
+
+    /// Whether a listed token needs no other proof that its issuer lets it be used.
+    fn is_admitted_by_list(
+        &self,
+        digest: &TokenDigest,
+        entry: &Listed,
+        served: &BTreeSet<Environment>,
+    ) -> bool {
+        let is_served = entry.kind == TokenKind::Admin || served.contains(&entry.environment);
+        self.valid.contains_key(digest)
+            || (is_served && self.forbidden(digest).is_none_or(|it| *it != entry.grant()))
+    }
+
+    /// Lets a listed token be asked for again, unless it is known that its use is forbidden.
+    fn take_back_refusal(&self, digest: &TokenDigest, entry: &Listed, start: RequestStart) {
+        let is_taken_back = |refusal: &Refusal| {
+            refusal.order < start.order
+                && refusal.forbidden.as_deref().is_none_or(|it| *it != entry.grant())
+        };
+        if self.refused.get(digest).is_some_and(|it| is_taken_back(&it)) {
+            self.refused.invalidate(digest);
+        }
     }
 
     /// Lets a listed v2 token be asked for again.

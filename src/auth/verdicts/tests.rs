@@ -1,7 +1,7 @@
 //! What becomes of single answers, lists and withdrawals.
 
 use super::*;
-use crate::token::{Environment, Projects, Scope, TokenKind};
+use crate::token::{Projects, Scope};
 
 const V2: &str = "*:dev.v2_AbCdEfGhIjKlMnOpQrStUv_0123456789_123456789-123456789_123456789ABC";
 
@@ -39,9 +39,13 @@ fn list_of(tokens: &[Listed]) -> TokenList {
     TokenList { tokens: tokens.to_vec(), unreadable: Vec::new() }
 }
 
+fn served() -> BTreeSet<Environment> {
+    BTreeSet::from([Environment::new("dev")])
+}
+
 /// Takes a list that was requested just now.
 fn take(verdicts: &Verdicts, tokens: &[Listed]) -> Changes {
-    verdicts.take_list(&list_of(tokens), verdicts.start_request())
+    verdicts.take_list(&list_of(tokens), &served(), verdicts.start_request())
 }
 
 fn unconfirmed(verdicts: &Verdicts, age: Duration) -> Vec<Token> {
@@ -196,7 +200,7 @@ fn a_list_requested_before_a_withdrawal_does_not_undo_it() {
     for named in [&list[0].secret, &list[1].secret] {
         verdicts.withdraw(named);
     }
-    verdicts.take_list(&list_of(&list), in_flight);
+    verdicts.take_list(&list_of(&list), &served(), in_flight);
     assert!(refuses(&verdicts, &plain) && refuses(&verdicts, &secure));
     take(&verdicts, &list);
     assert!(verdicts.valid(&plain.digest()).is_some(), "upstream has it again");
@@ -292,7 +296,7 @@ fn an_admission_requested_before_a_denial_does_not_overrule_it() {
     let in_flight = verdicts.start_request();
     verdicts.refuse(&a, verdicts.start_request());
     assert_eq!(verdicts.accept(&a, grant(), in_flight), Accepted::Outdated);
-    verdicts.take_list(&list_of(&[whole(&a)]), in_flight);
+    verdicts.take_list(&list_of(&[whole(&a)]), &served(), in_flight);
     assert!(refuses(&verdicts, &a));
 }
 
@@ -334,11 +338,11 @@ fn an_item_that_cannot_be_read_revokes_no_token() {
     let named = [ListedSecret::Full(a.clone()), ListedSecret::Selector(text.to_owned())];
     let unreadable = named.map(Some).to_vec();
     let list = TokenList { tokens: vec![whole(&b)], unreadable };
-    let changes = verdicts.take_list(&list, verdicts.start_request());
+    let changes = verdicts.take_list(&list, &served(), verdicts.start_request());
     assert_eq!(changes, Changes { learned: 0, revoked: 0, suspected: 2 });
     // Where none is named, it may be any.
     let list = TokenList { tokens: vec![whole(&a)], unreadable: vec![None] };
-    let changes = verdicts.take_list(&list, verdicts.start_request());
+    let changes = verdicts.take_list(&list, &served(), verdicts.start_request());
     assert_eq!(changes, Changes { learned: 0, revoked: 0, suspected: 2 });
     let due = unconfirmed(&verdicts, AN_HOUR);
     assert!(due.len() == 2 && due.contains(&b) && due.contains(&secure), "they are asked for");
@@ -410,6 +414,41 @@ fn a_forbidden_token_is_refused_as_such_and_one_in_use_is_not() {
     assert!(verdicts.valid(&used.digest()).is_some());
     verdicts.withdraw(&ListedSecret::Full(new.clone()));
     assert_eq!(verdicts.known(&new), Some(Err(Denied::Unknown)));
+}
+
+#[test]
+fn a_listed_token_whose_use_is_forbidden_stays_forbidden_until_it_is_given_another_grant() {
+    let verdicts = verdicts();
+    let a = token("*:dev.aaaa");
+    verdicts.forbid(&a, grant(), verdicts.start_request());
+    take(&verdicts, &[whole(&a)]);
+    assert_eq!(verdicts.known(&a), Some(Err(Denied::Forbidden)));
+    take(&verdicts, &[Listed { projects: Projects::from_list(["one"]), ..whole(&a) }]);
+    assert!(verdicts.valid(&a.digest()).is_some());
+}
+
+#[test]
+fn a_listed_token_of_an_environment_that_is_not_served_is_asked_about_when_it_is_presented() {
+    let verdicts = verdicts();
+    for environment in ["*", "other"] {
+        let of = |text| Listed {
+            environment: Environment::new(environment),
+            ..whole(&token(&format!("*:{environment}.{text}")))
+        };
+        let (new, refused, used) = (of("new"), of("refused"), of("used"));
+        let texts = ["new", "refused", "used"].map(|it| token(&format!("*:{environment}.{it}")));
+        verdicts.refuse(&texts[1], verdicts.start_request());
+        verdicts.accept(&texts[2], used.grant(), verdicts.start_request());
+        take(&verdicts, &[new, refused, used]);
+        assert!(verdicts.known(&texts[0]).is_none() && verdicts.known(&texts[1]).is_none());
+        assert!(verdicts.valid(&texts[2].digest()).is_some(), "it is in use");
+        let changes = take(&verdicts, &[whole(&token("*:dev.aaaa"))]);
+        assert_eq!(changes.revoked, 1);
+        assert!(texts.iter().all(|it| refuses(&verdicts, it)), "they have left the list");
+    }
+    let admin = Listed { kind: TokenKind::Admin, ..whole(&token("*:*.admin")) };
+    take(&verdicts, &[admin]);
+    assert!(verdicts.valid(&TokenDigest::of("*:*.admin")).is_some());
 }
 
 /// Random interleavings of lists, validations, denials and withdrawals, against a simple model: it
@@ -672,7 +711,7 @@ mod interleavings {
                     token.selector().is_none() || verdicts.valid(&token.digest()).is_some()
                 };
                 let tells_project: Vec<_> = (0..TOKENS).map(tells_project).collect();
-                verdicts.take_list(&list_of(&entries), start);
+                verdicts.take_list(&list_of(&entries), &served(), start);
                 for ((model, project), tells) in models.iter_mut().zip(tokens).zip(tells_project) {
                     let listed = |project| Heard::Listed(Some(project).filter(|_| tells));
                     model.hear(start.order, project.map_or(Heard::Unlisted, listed));
