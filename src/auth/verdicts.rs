@@ -450,6 +450,7 @@ impl Verdicts {
         served: &BTreeSet<Environment>,
         start: RequestStart,
     ) -> Changes {
+        let unreadable = list.unreadable_names();
         let mut changing = self.lock();
         let mut changes = Changes::default();
         let (mut digests, mut selectors) = (HashSet::new(), HashMap::new());
@@ -477,13 +478,14 @@ impl Verdicts {
         }
         let now_listed = selectors.keys().take(self.capacity).map(|it| (*it).into()).collect();
         let mut gone_selectors = std::mem::replace(&mut changing.listed_selectors, now_listed);
-        gone_selectors.retain(|it| !selectors.contains_key(&**it) && !list.may_have_selector(it));
+        gone_selectors
+            .retain(|it| !selectors.contains_key(&**it) && !unreadable.may_have_selector(it));
         for selector in &gone_selectors {
             self.revoke_selector(selector, start.order);
         }
         let now_listed = digests.iter().take(self.capacity).copied().collect();
         let mut gone = std::mem::replace(&mut changing.listed, now_listed);
-        gone.retain(|it| !digests.contains(it) && !list.may_have(it, None));
+        gone.retain(|it| !digests.contains(it) && !unreadable.may_have(it, None));
         for digest in &gone {
             self.revoked.insert(*digest, start.order);
             self.unsaved.store(true, Ordering::Relaxed);
@@ -503,7 +505,7 @@ impl Verdicts {
                 changes.learned += usize::from(self.follow_entry(digest, &verdict, entry, start));
             } else if digests.contains(&digest) {
                 self.show(&verdict);
-            } else if (verdict.is_listed() && !list.may_have(&digest, selector))
+            } else if (verdict.is_listed() && !unreadable.may_have(&digest, selector))
                 || selector.map_or(gone.contains(&digest), |it| gone_selectors.contains(it))
             {
                 self.revoke(digest, selector, start.order);

@@ -5,7 +5,7 @@
 //! [`TokenList`] says which tokens such items may stand for. This module does not judge tokens and
 //! keeps none.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, collections::HashSet};
 
 use jiff::Timestamp;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
@@ -50,6 +50,15 @@ pub struct TokenList {
     pub tokens: Vec<Listed>,
     /// What the other items name; `None` for each that names nothing.
     pub unreadable: Vec<Option<ListedSecret>>,
+}
+
+/// Which tokens the items of a list may stand for that cannot be read.
+#[derive(Debug, Default)]
+pub struct UnreadableNames<'a> {
+    digests: HashSet<TokenDigest>,
+    selectors: HashSet<&'a str>,
+    /// Whether an item names no token, and so may stand for any.
+    has_nameless: bool,
 }
 
 /// A token as the admin API lists it.
@@ -167,21 +176,34 @@ impl Listed {
 }
 
 impl TokenList {
-    /// Whether an item that cannot be read may stand for the token of this digest and selector.
+    /// Which tokens the items that cannot be read may stand for; hashes each of them once.
+    pub fn unreadable_names(&self) -> UnreadableNames<'_> {
+        let mut names = UnreadableNames::default();
+        for item in &self.unreadable {
+            let Some(secret) = item else {
+                names.has_nameless = true;
+                continue;
+            };
+            names.selectors.extend(secret.selector());
+            if let ListedSecret::Full(token) = secret {
+                names.digests.insert(token.digest());
+            }
+        }
+        names
+    }
+}
+
+impl UnreadableNames<'_> {
+    /// Whether one may stand for the token of this digest and selector.
     pub fn may_have(&self, digest: &TokenDigest, selector: Option<&str>) -> bool {
-        self.unreadable.iter().any(|named| match named {
-            Some(ListedSecret::Full(token)) => token.digest() == *digest,
-            Some(ListedSecret::Selector(named)) => selector == Some(named),
-            None => true,
-        })
+        self.has_nameless
+            || self.digests.contains(digest)
+            || selector.is_some_and(|it| self.selectors.contains(it))
     }
 
-    /// Whether an item that cannot be read may stand for the token of this selector.
+    /// Whether one may stand for the token of this selector.
     pub fn may_have_selector(&self, selector: &str) -> bool {
-        self.unreadable.iter().any(|named| match named {
-            Some(secret) => secret.selector() == Some(selector),
-            None => true,
-        })
+        self.has_nameless || self.selectors.contains(selector)
     }
 }
 
@@ -552,17 +574,19 @@ mod tests {
         };
         let of_a_later_release =
             list(&format!(r#"{{"secret":"{V1}","tokenName":"a","type":"gateway"}}"#));
-        assert!(of_a_later_release.may_have(&one, None));
-        assert!(!of_a_later_release.may_have(&other, None));
+        assert!(of_a_later_release.unreadable_names().may_have(&one, None));
+        assert!(!of_a_later_release.unreadable_names().may_have(&other, None));
         let secure = list(r#"{"secret":"AbCdEfGhIjKlMnOpQrStUv","type":7}"#);
-        assert!(secure.may_have(&one, Some("AbCdEfGhIjKlMnOpQrStUv")));
-        assert!(!secure.may_have(&one, Some("anotherSelector_012345")));
+        assert!(secure.unreadable_names().may_have(&one, Some("AbCdEfGhIjKlMnOpQrStUv")));
+        assert!(!secure.unreadable_names().may_have(&one, Some("anotherSelector_012345")));
         for unnamed in [r#"{"type":"client"}"#, r#"{"secret":null}"#, r#"{"secret":"x"}"#, "7"] {
             let list = list(unnamed);
-            assert!(list.may_have(&one, None) && list.may_have(&other, None), "{unnamed}");
+            let names = list.unreadable_names();
+            assert!(names.may_have(&one, None) && names.may_have(&other, None), "{unnamed}");
+            assert!(names.may_have_selector("anotherSelector_012345"), "{unnamed}");
             assert_eq!((list.tokens.len(), list.unreadable.len()), (0, 1));
         }
-        assert!(!list("").may_have(&one, None));
+        assert!(!list("").unreadable_names().may_have(&one, None));
     }
 
     #[test]
