@@ -15,7 +15,7 @@ mod verdicts;
 use std::{
     collections::{BTreeSet, HashMap},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -109,6 +109,8 @@ struct Inner {
     unanswered: AtomicBool,
     /// Whether upstream's token list could not be read when it was asked for last.
     is_list_unread: AtomicBool,
+    /// Until when upstream wants not to be asked about tokens.
+    ask_not_before: Mutex<Instant>,
 }
 
 impl Authenticator {
@@ -126,6 +128,7 @@ impl Authenticator {
             relist: Notify::new(),
             unanswered: AtomicBool::new(false),
             is_list_unread: AtomicBool::new(false),
+            ask_not_before: Mutex::new(Instant::now()),
             authority,
             config,
         }))
@@ -383,7 +386,9 @@ impl Inner {
         loop {
             self.queue.wait().await;
             tokio::time::sleep(GATHER).await;
-            allowance.one().await;
+            if self.pause_left().is_none() {
+                allowance.one().await;
+            }
             let tokens = self.queue.take();
             self.settle(issuer, &tokens).await;
         }
@@ -502,6 +507,9 @@ impl Inner {
     /// it did not know a token, and the list may have told of it since.
     async fn judge(&self, issuer: &Issuer, tokens: &[Token]) -> Validation {
         let start = self.verdicts.start_request();
+        if let Some(pause) = self.pause_left() {
+            return Validation::unanswered(start, Some(pause));
+        }
         let valid = match issuer.upstream.validate(tokens).await {
             Ok(valid) => valid,
             Err(error) => {
@@ -512,8 +520,8 @@ impl Inner {
                     );
                 }
                 let retry_after = error.retry().wish();
-                let judged = HashMap::new();
-                return Validation { start, judged, is_answered: false, retry_after };
+                self.pause_for(retry_after);
+                return Validation::unanswered(start, retry_after);
             }
         };
         if self.unanswered.swap(false, Ordering::Relaxed) {
@@ -559,7 +567,23 @@ impl Inner {
                 }
             }
         }
+        self.pause_for(retry_after);
         Validation { start, judged, is_answered: true, retry_after }
+    }
+
+    /// Asks upstream about no token before `pause` is over.
+    fn pause_for(&self, pause: Option<Duration>) {
+        if let Some(pause) = pause {
+            let until = Instant::now() + pause;
+            let mut not_before = self.ask_not_before.lock().unwrap_or_else(PoisonError::into_inner);
+            *not_before = until.max(*not_before);
+        }
+    }
+
+    /// For how long upstream is still to be asked about no token.
+    fn pause_left(&self) -> Option<Duration> {
+        let not_before = *self.ask_not_before.lock().unwrap_or_else(PoisonError::into_inner);
+        not_before.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
     }
 
     async fn follow_list(&self, issuer: &Issuer) {
@@ -656,6 +680,13 @@ struct Validation {
     is_answered: bool,
     /// How long upstream wants to be left alone.
     retry_after: Option<Duration>,
+}
+
+impl Validation {
+    /// Upstream says nothing.
+    fn unanswered(start: RequestStart, retry_after: Option<Duration>) -> Self {
+        Self { start, judged: HashMap::new(), is_answered: false, retry_after }
+    }
 }
 
 /// What an issuer says of a token.

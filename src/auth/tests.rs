@@ -155,3 +155,38 @@ fn a_list_without_any_readable_item_is_not_called_empty() {
     assert!(why(r#"{"tokens":[]}"#).starts_with("it is empty"));
     assert_eq!(why(r#"{"tokens":[{"secret":"*:dev.a"},7]}"#), "none of its items can be read");
 }
+
+#[tokio::test]
+async fn no_token_is_asked_about_before_the_time_that_upstream_named() {
+    let paused = Arc::new(AtomicBool::new(true));
+    let is_paused = Arc::clone(&paused);
+    let fixture = Fixture::start(move |request| {
+        let is_probe = request.line.starts_with(PROBE);
+        if !is_probe && is_paused.load(Ordering::Relaxed) {
+            return (429, &[("retry-after", "60")], String::new());
+        }
+        let token = r#"{"token":"*:dev.new","type":"client","environment":"dev"}"#;
+        (if is_probe { 404 } else { 200 }, &[], format!(r#"{{"tokens":[{token}]}}"#))
+    })
+    .await;
+    let used = token("*:dev.used");
+    fixture.know(&used, "dev");
+    let ask = async || {
+        tokio::select! {
+            admission = fixture.auth.authenticate("*:dev.new") => admission.map(drop),
+            () = fixture.inner().ask_about_first_seen(fixture.issuer()) => unreachable!(),
+        }
+    };
+    for _ in 0..30 {
+        assert_eq!(ask().await, Err(Denied::Unavailable));
+    }
+    assert!(fixture.revalidate().await > REVALIDATION_PAUSE);
+    assert_eq!(fixture.server.count(VALIDATE), 1);
+    paused.store(false, Ordering::Relaxed);
+    tokio::time::pause();
+    tokio::time::advance(Duration::from_mins(1)).await;
+    tokio::time::resume();
+    assert_eq!(ask().await, Ok(()));
+    fixture.revalidate().await;
+    assert_eq!(fixture.server.count(VALIDATE), 3);
+}
