@@ -28,6 +28,14 @@ pub(super) struct Item {
     pub(super) json: Box<str>,
     /// How many evaluations it counts.
     pub(super) count: u64,
+    /// Whether upstream has found it too large, alone in a body.
+    pub(super) refused: bool,
+}
+
+impl Item {
+    pub(super) fn new(part: Part, json: Box<str>, count: u64) -> Self {
+        Self { part, json, count, refused: false }
+    }
 }
 
 /// The pieces of one request.
@@ -43,6 +51,14 @@ impl Batch {
 
     pub(super) fn items(&self) -> &[Item] {
         &self.items
+    }
+
+    /// Notes that upstream found it too large; true if it is one piece that was refused before.
+    pub(super) fn refuse(&mut self) -> bool {
+        match &mut self.items[..] {
+            [item] => std::mem::replace(&mut item.refused, true),
+            _ => false,
+        }
     }
 
     pub(super) fn into_items(self) -> Vec<Item> {
@@ -158,7 +174,7 @@ mod tests {
     use super::*;
 
     fn item(part: Part, length: usize) -> Item {
-        Item { part, json: format!("\"{}\"", "x".repeat(length)).into(), count: 1 }
+        Item::new(part, format!("\"{}\"", "x".repeat(length)).into(), 1)
     }
 
     #[test]
@@ -195,7 +211,7 @@ mod tests {
     #[test]
     fn instances_are_applications_that_can_be_given_an_empty_list() {
         let json: Box<str> = r#"{"appName":"a"}"#.into();
-        let mut batch = Batch::of(vec![Item { part: Part::Instance, json, count: 0 }]);
+        let mut batch = Batch::of(vec![Item::new(Part::Instance, json, 0)]);
         assert_eq!(batch.body(), r#"{"applications":[{"appName":"a"}],"metrics":[]}"#);
         assert!(batch.list_no_strategies());
         let body = r#"{"applications":[{"appName":"a","strategies":[]}],"metrics":[]}"#;

@@ -172,13 +172,13 @@ impl Lane {
     }
 
     /// Splits the batch in hand, which upstream found too large, and cuts smaller ones from now on.
-    /// Returns what a single piece counted that is dropped.
+    /// Returns a single piece that is dropped.
     ///
     /// Where upstream, or a proxy before it, calls everything too large, everything waits. A single
     /// piece is dropped only if it is larger than the smallest limit, and refused again after
     /// upstream has taken others.
-    pub(super) fn split(&mut self, next: BatchId, now: Instant, draw: f64) -> u64 {
-        let Some((_, batch)) = self.hand.take() else { return 0 };
+    pub(super) fn split(&mut self, next: BatchId, now: Instant, draw: f64) -> Option<Batch> {
+        let (_, mut batch) = self.hand.take()?;
         let size = batch.body().len();
         let has_taken = std::mem::take(&mut self.taken) > 0;
         if batch.items().len() > 1 {
@@ -189,11 +189,12 @@ impl Lane {
             let (front, back) = batch.halves();
             self.hand = Some((next, front));
             back.into_iter().rev().for_each(|item| self.carry.push_front(item));
-            return 0;
+            return None;
         }
-        if size > MIN_BODY && has_taken {
+        let was_refused = batch.refuse();
+        if size > MIN_BODY && has_taken && was_refused {
             self.backoff.succeed();
-            return batch.count();
+            return Some(batch);
         }
         self.backoff.fail(now, None, draw);
         if size > MIN_BODY && self.late.len() < MAX_LATE {
@@ -201,7 +202,7 @@ impl Lane {
         } else {
             self.hand = Some((next, batch));
         }
-        0
+        None
     }
 
     /// Prepares the batch in hand to be sent to an upstream that insists on lists of strategies;
@@ -267,11 +268,11 @@ impl Lane {
         }
         if let Some(((is_unlisted, ..), application)) = self.applications.pop_first() {
             let part = if is_unlisted { Part::Instance } else { Part::Application };
-            return Some(Item { part, json: json(&application), count: 0 });
+            return Some(Item::new(part, json(&application), 0));
         }
         if let Some((key, counter)) = self.counters.pop() {
             let json = json(&counter.to_wire(environment.as_str(), &key));
-            return Some(Item { part: Part::Metric, json, count: counter.total() });
+            return Some(Item::new(Part::Metric, json, counter.total()));
         }
         if let Some(metric) = self.impact.pop(SAMPLES_PER_ITEM) {
             impact_items(metric, &mut self.carry);
@@ -316,7 +317,7 @@ fn impact_items(metric: ImpactMetric, into: &mut VecDeque<Item>) {
             Samples::Histogram(samples) => halve(samples).map(Samples::Histogram),
         };
         match other {
-            None => into.push_back(Item { part: Part::Impact, json, count: 0 }),
+            None => into.push_back(Item::new(Part::Impact, json, 0)),
             Some(samples) => {
                 let (name, help) = (Arc::clone(&metric.name), Arc::clone(&metric.help));
                 rest.push(ImpactMetric { name, help, samples });

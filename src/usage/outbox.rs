@@ -15,6 +15,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use tracing::warn;
 
 use super::{
     counter::Lost,
@@ -155,8 +156,10 @@ impl Outbox {
 
     /// Notes what came of a batch; `draw` is uniform in `0..1` and spreads the next attempt.
     pub(super) fn settle(&mut self, id: BatchId, outcome: Outcome, now: Instant, draw: f64) {
-        let is_it = |lane: &&mut Lane| lane.hand.as_ref().is_some_and(|(hand, _)| *hand == id);
-        let Some(lane) = self.lanes.values_mut().find(is_it) else { return };
+        let is_it = |(_, lane): &(&Environment, &mut Lane)| {
+            lane.hand.as_ref().is_some_and(|(hand, _)| *hand == id)
+        };
+        let Some((environment, lane)) = self.lanes.iter_mut().find(is_it) else { return };
         meter::batch(outcome.as_str());
         lane.flying = false;
         self.changes += match outcome {
@@ -177,9 +180,19 @@ impl Outbox {
                 self.drop_counts(Reason::Rejected, count);
             }
             Outcome::TooLarge => {
-                let count = lane.split(BatchId::nth(self.next_id), now, draw);
+                let dropped = lane.split(BatchId::nth(self.next_id), now, draw);
                 self.next_id += 1;
-                self.drop_counts(Reason::Size, count);
+                if let Some(batch) = dropped {
+                    let (bytes, count) = (batch.body().len(), batch.count());
+                    warn!(
+                        bytes,
+                        count,
+                        "Usage for environment {environment} is dropped: upstream has refused it \
+                         as too large again, and has taken other batches since"
+                    );
+                    meter::items_dropped("oversized", 1);
+                    self.drop_counts(Reason::Size, count);
+                }
             }
         }
     }
@@ -441,6 +454,29 @@ mod tests {
         flush(&mut outbox, now, MAX_BODY);
         assert!(outbox.is_empty());
         assert_eq!(outbox.totals(), &Totals { sent: 51, dropped: 0 });
+    }
+
+    #[test]
+    fn counter_that_is_too_large_once_is_kept_although_others_were_taken() {
+        let mut now = Instant::now();
+        let mut outbox = Outbox::new(10_000);
+        outbox.absorb(self::generation("dev", [(key(1, "a", "f"), 2)]), now);
+        now = flush(&mut outbox, now, MAX_BODY);
+        let long = "x".repeat(MAX_NAME);
+        let variants =
+            (0..MAX_VARIANTS).map(|n| (format!("{n}{}", &long[4..]).into(), 1)).collect();
+        let stats = ToggleStats { yes: 7, no: 0, variants };
+        let large = (key(1, "a", "large"), Counter::of(stats, &Arc::default()).0);
+        let generation = Generation { counters: vec![large], ..Generation::default() };
+        outbox.absorb(BTreeMap::from([(Environment::new("dev"), generation)]), now);
+        for _ in 0..20 {
+            now = outbox.wake().unwrap_or(now);
+            let batch = outbox.next(now).unwrap();
+            outbox.settle(batch.id, Outcome::TooLarge, now, 1.0);
+            assert_eq!(outbox.totals(), &Totals { sent: 2, dropped: 0 });
+        }
+        flush(&mut outbox, now, MAX_BODY);
+        assert_eq!(outbox.totals(), &Totals { sent: 9, dropped: 0 });
     }
 
     #[test]

@@ -91,6 +91,7 @@ pub(super) fn deliver(
                 let again = if error.is_ambiguous() { ", perhaps for the second time" } else { "" };
                 let what = match outcome {
                     Outcome::Rejected => "is dropped",
+                    Outcome::TooLarge => "is too large",
                     _ => "will be sent again",
                 };
                 warn!(

@@ -213,7 +213,7 @@ impl Piece {
             "impact" => Part::Impact,
             _ => return None,
         };
-        Some(Item { part, json: self.json.get().into(), count: self.count })
+        Some(Item::new(part, self.json.get().into(), self.count))
     }
 }
 
