@@ -1,6 +1,7 @@
 //! Bodies for upstream's `/metrics/bulk`, put together from ready pieces of measured size.
 
 use bytes::Bytes;
+use jiff::Timestamp;
 
 /// The largest body that is sent: upstream's limit is 100 KiB, and headers are not counted there.
 pub(super) const MAX_BODY: usize = 95 * 1024;
@@ -30,11 +31,13 @@ pub(super) struct Item {
     pub(super) count: u64,
     /// Whether upstream has found it too large, alone in a body.
     pub(super) refused: bool,
+    /// Of impact metrics: when each sample was reported, if that is known.
+    pub(super) times: Vec<Option<Timestamp>>,
 }
 
 impl Item {
     pub(super) fn new(part: Part, json: Box<str>, count: u64) -> Self {
-        Self { part, json, count, refused: false }
+        Self { part, json, count, refused: false, times: Vec::new() }
     }
 }
 

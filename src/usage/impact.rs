@@ -159,9 +159,21 @@ impl ImpactSeries {
         self.series.is_empty()
     }
 
-    /// Takes out one metric with as many of its samples as `max`, for upstream.
-    pub(super) fn pop(&mut self, max: usize) -> Option<ImpactMetric> {
-        Some(self.pop_with_app(max, |_, _| true)?.metric)
+    /// Whether this is the last report of a gauge, as far as reports are known.
+    pub(super) fn is_latest(
+        &self,
+        name: &Arc<str>,
+        labels: &Labels,
+        at: Option<Timestamp>,
+    ) -> bool {
+        let last = self.gauges.get(&(Arc::clone(name), labels.clone()));
+        last.is_none_or(|last| *last == at)
+    }
+
+    /// Takes out one metric with as many of its samples as `max`, for upstream; of which
+    /// application is no matter then.
+    pub(super) fn pop(&mut self, max: usize) -> Option<OfApp> {
+        self.pop_with_app(max, |_, _| true)
     }
 
     /// Takes out one metric of one application, for the spool.
@@ -269,7 +281,7 @@ mod tests {
         for samples in reports {
             assert_eq!(series.record(&"app".into(), metric(kind, samples), [], 10), 0);
         }
-        let merged = series.pop(10).map(|metric| serde_json::to_value(metric).unwrap());
+        let merged = series.pop(10).map(|popped| serde_json::to_value(popped.metric).unwrap());
         let expected: serde_json::Value = serde_json::from_str(expected).unwrap();
         assert_eq!(merged.unwrap()["samples"], expected);
         assert!(series.is_empty());

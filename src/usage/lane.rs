@@ -4,16 +4,19 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
+    iter::repeat,
     sync::Arc,
     time::Instant,
 };
+
+use jiff::Timestamp;
 
 use super::{
     backoff::Backoff,
     batch::{Batch, Item, MAX_BODY, Packer, Part},
     counter::Lost,
     counters::Counters,
-    impact::ImpactSeries,
+    impact::{ImpactSeries, OfApp},
     ledger::{Generation, MAX_APPLICATIONS, MAX_SAMPLES},
     meter,
 };
@@ -132,7 +135,7 @@ impl Lane {
             self.register(application, Age::Older);
         }
         let mut homeless = self.impact.restore(impact, MAX_SAMPLES);
-        // A gauge that was ready to be sent is older than anything else that is known of it.
+        // A gauge that was ready to be sent is older than what else its record has of it.
         let mut ready = |items: Vec<Item>| -> Vec<Item> {
             let not_gauge = |item: Item| match gauge(&item) {
                 Some(series) => {
@@ -274,11 +277,36 @@ impl Lane {
             let json = json(&counter.to_wire(environment.as_str(), &key));
             return Some(Item::new(Part::Metric, json, counter.total()));
         }
-        if let Some(metric) = self.impact.pop(SAMPLES_PER_ITEM) {
-            impact_items(metric, &mut self.carry);
+        if let Some(OfApp { metric, times, .. }) = self.impact.pop(SAMPLES_PER_ITEM) {
+            impact_items(metric, times, &mut self.carry);
             return self.carry.pop_front();
         }
-        self.late.pop_front()
+        while let Some(item) = self.late.pop_front() {
+            if let Some(item) = self.without_outdated_gauges(item) {
+                return Some(item);
+            }
+        }
+        None
+    }
+
+    /// Leaves out the gauges of a piece that were reported again since: what is late is sent after
+    /// them. `None` where that is all of them.
+    fn without_outdated_gauges(&self, mut item: Item) -> Option<Item> {
+        let Some(mut metric) = impact_metric(&item) else { return Some(item) };
+        let Samples::Gauge(samples) = &mut metric.samples else { return Some(item) };
+        let before = samples.len();
+        let times = item.times.iter().copied().chain(repeat(None));
+        (*samples, item.times) = std::mem::take(samples)
+            .into_iter()
+            .zip(times)
+            .filter(|(sample, at)| self.impact.is_latest(&metric.name, &sample.labels, *at))
+            .unzip();
+        match samples.len() {
+            0 => return None,
+            left if left < before => item.json = json(&metric),
+            _ => {}
+        }
+        Some(item)
     }
 
     /// How many evaluations wait, those in hand among them.
@@ -289,26 +317,31 @@ impl Lane {
     }
 }
 
-/// The gauge that a piece is, which then has lost its application and its time.
-fn gauge(item: &Item) -> Option<ImpactSeries> {
+/// The impact metric that a piece is.
+fn impact_metric(item: &Item) -> Option<ImpactMetric> {
     if item.part != Part::Impact {
         return None;
     }
-    let metric = ImpactMetric::from_value(serde_json::from_str(&item.json).ok()?).ok()?;
+    ImpactMetric::from_value(serde_json::from_str(&item.json).ok()?).ok()
+}
+
+/// The gauge that a piece is, which then has lost its application.
+fn gauge(item: &Item) -> Option<ImpactSeries> {
+    let metric = impact_metric(item)?;
     let Samples::Gauge(_) = &metric.samples else { return None };
     let mut series = ImpactSeries::default();
-    let lost = series.record(&"".into(), metric, [], MAX_SAMPLES);
+    let lost = series.record(&"".into(), metric, item.times.iter().copied(), MAX_SAMPLES);
     meter::items_dropped("impact_sample", lost);
     Some(series)
 }
 
 /// Serialises a metric in pieces that are not too large, as far as its samples can be parted.
-fn impact_items(metric: ImpactMetric, into: &mut VecDeque<Item>) {
+fn impact_items(metric: ImpactMetric, times: Vec<Option<Timestamp>>, into: &mut VecDeque<Item>) {
     fn halve<T>(samples: &mut Vec<T>) -> Option<Vec<T>> {
         (samples.len() > 1).then(|| samples.split_off(samples.len() / 2))
     }
-    let mut rest = vec![metric];
-    while let Some(mut metric) = rest.pop() {
+    let mut rest = vec![(metric, times)];
+    while let Some((mut metric, mut times)) = rest.pop() {
         let json = json(&metric);
         let other = match &mut metric.samples {
             _ if json.len() <= MAX_IMPACT_ITEM => None,
@@ -317,11 +350,12 @@ fn impact_items(metric: ImpactMetric, into: &mut VecDeque<Item>) {
             Samples::Histogram(samples) => halve(samples).map(Samples::Histogram),
         };
         match other {
-            None => into.push_back(Item::new(Part::Impact, json, 0)),
+            None => into.push_back(Item { times, ..Item::new(Part::Impact, json, 0) }),
             Some(samples) => {
                 let (name, help) = (Arc::clone(&metric.name), Arc::clone(&metric.help));
-                rest.push(ImpactMetric { name, help, samples });
-                rest.push(metric);
+                let later = times.split_off(times.len() / 2);
+                rest.push((ImpactMetric { name, help, samples }, later));
+                rest.push((metric, times));
             }
         }
     }

@@ -314,7 +314,7 @@ mod tests {
             lane::Age,
             spool,
         },
-        wire::usage::{Application, BulkMetric, ToggleStats},
+        wire::usage::{Application, BulkMetric, ImpactMetric, ToggleStats},
     };
 
     fn counter(yes: u64) -> Counter {
@@ -460,7 +460,7 @@ mod tests {
     fn counter_that_is_too_large_once_is_kept_although_others_were_taken() {
         let mut now = Instant::now();
         let mut outbox = Outbox::new(10_000);
-        outbox.absorb(self::generation("dev", [(key(1, "a", "f"), 2)]), now);
+        outbox.absorb(generation("dev", [(key(1, "a", "f"), 2)]), now);
         now = flush(&mut outbox, now, MAX_BODY);
         let long = "x".repeat(MAX_NAME);
         let variants =
@@ -616,6 +616,83 @@ mod tests {
         let both = stored("2.0", &at("06"), piece);
         assert!((sent(std::slice::from_ref(&both)) - 2.0).abs() < 0.1);
         assert!((sent(&[stored("3.0", &at("07"), ""), both]) - 3.0).abs() < 0.1);
+    }
+
+    /// A generation of two gauges with this value, one of them large by its labels.
+    fn gauges(value: u32, at: i64) -> BTreeMap<Environment, Generation> {
+        let at = Some(jiff::Timestamp::from_second(at).unwrap());
+        let mut generation = Generation::default();
+        let labels: serde_json::Map<_, _> =
+            (0..12).map(|n| (format!("l{n:0>200}"), "x".repeat(200).into())).collect();
+        for (name, labels) in [("large", labels), ("small", serde_json::Map::new())] {
+            let samples = serde_json::json!([{ "value": value, "labels": labels }]);
+            let metric = serde_json::json!({ "name": name, "help": "h", "type": "gauge",
+                                             "samples": samples });
+            let metric = ImpactMetric::from_value(metric).unwrap();
+            assert_eq!(generation.impact.record(&"a".into(), metric, [at], 10), 0);
+        }
+        BTreeMap::from([(Environment::new("dev"), generation)])
+    }
+
+    /// Sends all that waits: the values of the gauges that are taken, by name.
+    fn flush_gauges(outbox: &mut Outbox, mut now: Instant) -> Vec<(String, f64)> {
+        let mut values = Vec::new();
+        while !outbox.is_empty() {
+            now = outbox.wake().unwrap_or(now);
+            let Some(batch) = outbox.next(now) else { continue };
+            let body: Value = serde_json::from_slice(&batch.body).unwrap();
+            for metric in body["impactMetrics"].as_array().unwrap() {
+                let value = metric["samples"][0]["value"].as_f64().unwrap();
+                values.push((metric["name"].as_str().unwrap().to_owned(), value));
+            }
+            outbox.settle(batch.id, Outcome::Sent, now, 0.5);
+        }
+        values
+    }
+
+    /// What waits after the large gauge with the value 1 was refused alone.
+    fn refused_gauges(now: Instant) -> (Outbox, Instant) {
+        let (mut outbox, mut now) = (Outbox::new(10), now);
+        outbox.absorb(gauges(1, 5), now);
+        // Both in one body, then the large one.
+        for _ in 0..2 {
+            now = outbox.wake().unwrap_or(now);
+            let batch = outbox.next(now).unwrap();
+            outbox.settle(batch.id, Outcome::TooLarge, now, 0.5);
+        }
+        (outbox, now)
+    }
+
+    #[test]
+    fn refused_gauge_is_sent_unless_a_newer_one_is_known() {
+        let sent = |values: &[(&str, f64)]| -> Vec<_> {
+            values.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect()
+        };
+        let (mut outbox, now) = refused_gauges(Instant::now());
+        assert_eq!(flush_gauges(&mut outbox, now), sent(&[("small", 1.0), ("large", 1.0)]));
+
+        // Also where the clock was set back meanwhile.
+        for at in [6, 4] {
+            let (mut outbox, now) = refused_gauges(Instant::now());
+            outbox.absorb(gauges(2, at), now);
+            let values = flush_gauges(&mut outbox, now);
+            let newer = sent(&[("small", 1.0), ("large", 2.0), ("small", 2.0)]);
+            assert_eq!(values, newer, "{at}");
+        }
+
+        // Its time is stored with it.
+        let (mut refused, now) = refused_gauges(Instant::now());
+        let mut older = Outbox::new(10);
+        older.absorb(gauges(2, 4), now);
+        let mut outbox = Outbox::new(10);
+        for record in [&mut refused, &mut older] {
+            let record = spool::save(&record.copy()).unwrap();
+            for (environment, lane) in spool::restore(&record).unwrap().lanes {
+                outbox.restore(environment, lane, now);
+            }
+        }
+        let newest = sent(&[("large", 1.0), ("small", 1.0)]);
+        assert_eq!(flush_gauges(&mut outbox, now), newest);
     }
 
     #[test]

@@ -67,6 +67,9 @@ struct Piece {
     part: String,
     count: u64,
     json: Box<RawValue>,
+    /// Of an impact metric: when each sample was reported.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    times: Vec<Option<Timestamp>>,
 }
 
 #[derive(Deserialize, Serialize)]
@@ -201,7 +204,7 @@ impl Piece {
             Part::Impact => "impact",
         };
         let json = RawValue::from_string(item.json.to_string()).expect("an item is JSON");
-        Self { part: part.to_owned(), count: item.count, json }
+        Self { part: part.to_owned(), count: item.count, json, times: item.times.clone() }
     }
 
     /// The item; none of a kind that is unknown.
@@ -213,7 +216,7 @@ impl Piece {
             "impact" => Part::Impact,
             _ => return None,
         };
-        Some(Item::new(part, self.json.get().into(), self.count))
+        Some(Item { times: self.times, ..Item::new(part, self.json.get().into(), self.count) })
     }
 }
 
