@@ -8,7 +8,7 @@ use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use super::spools::Spools;
+use super::spools::{SaveError, Spools};
 use crate::{
     auth::Authenticator,
     store::{Key, Store},
@@ -110,6 +110,8 @@ impl Keeper {
         let Some(backlog) = self.usage.backlog(*stored) else { return };
         match self.spools.save(backlog.bytes).await {
             Ok(()) => *stored = Some(backlog.revision),
+            // A warning was logged when no slot was left.
+            Err(SaveError::NoSlot) => {}
             Err(error) => {
                 warn!(error = report(&error), "Usage that waits for upstream cannot be stored");
             }

@@ -6,6 +6,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use sha2::{Digest as _, Sha256};
 use tracing::{info, warn};
 
 use crate::{
@@ -17,6 +18,17 @@ use crate::{
 /// How many slots may fail to be claimed before the search ends.
 const MAX_FAILURES: usize = 8;
 
+/// Why usage is not stored.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum SaveError {
+    /// The record cannot be written.
+    #[error(transparent)]
+    Store(#[from] Error),
+    /// There is no record for this process.
+    #[error("other instances keep this folder, and no slot is left")]
+    NoSlot,
+}
+
 /// The record of this process, and those of others that it has taken over.
 #[derive(Debug)]
 pub(super) struct Spools {
@@ -25,6 +37,16 @@ pub(super) struct Spools {
     own: Mutex<Own>,
     /// Read, and to be emptied as soon as what they held is stored again.
     adopted: Mutex<Vec<(Slot, Claim)>>,
+    /// What this process last read or wrote in the first slot without a claim. While the record there
+    /// is the same, it holds nothing that is not here too.
+    unclaimed: Mutex<Option<Fingerprint>>,
+}
+
+/// Stands for the bytes of a record.
+type Fingerprint = [u8; 32];
+
+fn digest(bytes: &[u8]) -> Fingerprint {
+    Sha256::digest(bytes).into()
 }
 
 /// Where the usage of this process is stored.
@@ -101,7 +123,12 @@ impl Spools {
         let (own, failure) = Own::choose(&folder).await;
         own.warn(failure.as_ref());
         let slot = own.slot();
-        let spools = Self { folder, own: Mutex::new(own), adopted: Mutex::default() };
+        let spools = Self {
+            folder,
+            own: Mutex::new(own),
+            adopted: Mutex::default(),
+            unclaimed: Mutex::default(),
+        };
         if let Some(slot) = slot {
             spools.read(slot, usage).await;
         }
@@ -141,24 +168,33 @@ impl Spools {
         if matches!(before, Own::Claimed { .. }) {
             return false;
         }
-        let (own, _) = Own::choose(&self.folder).await;
-        let claimed = if let Own::Claimed { slot, .. } = &own { Some(*slot) } else { None };
-        // What this process has stored there itself is not taken in once more.
-        if let Some(slot) = claimed.filter(|slot| before.slot() != Some(*slot)) {
+        let (own, failure) = Own::choose(&self.folder).await;
+        *self.own.lock().unwrap_or_else(PoisonError::into_inner) = own.clone();
+        let is_claimed = matches!(own, Own::Claimed { .. });
+        if is_claimed {
+            info!("Usage that is not sent is stored in a slot of its own from here on");
+        } else if own.slot() != before.slot() {
+            own.warn(failure.as_ref());
+        }
+        if let Some(slot) = own.slot().filter(|slot| is_claimed || before.slot() != Some(*slot)) {
             self.read(slot, usage).await;
         }
-        if claimed.is_some() {
-            info!("Usage that is not sent is stored in a slot of its own from here on");
-        }
-        *self.own.lock().unwrap_or_else(PoisonError::into_inner) = own;
-        claimed.is_some()
+        is_claimed
     }
 
     /// Stores everything that waits. What was taken over is in it, and is then stored only here.
-    pub(super) async fn save(&self, bytes: Vec<u8>) -> Result<(), Error> {
+    pub(super) async fn save(&self, bytes: Vec<u8>) -> Result<(), SaveError> {
         let own = self.own();
-        let Some(slot) = own.slot() else { return Ok(()) };
+        let Some(slot) = own.slot() else {
+            return if bytes.is_empty() { Ok(()) } else { Err(SaveError::NoSlot) };
+        };
+        let written = matches!(own, Own::Unclaimed).then(|| digest(&bytes));
         self.folder.save(&Key::Usage(slot), bytes).await?;
+        if slot == Slot::FIRST {
+            *self.unclaimed() = written;
+        } else {
+            self.remove_unclaimed().await;
+        }
         let adopted = std::mem::take(&mut *self.adopted());
         for (slot, claim) in adopted {
             if let Err(error) = self.folder.save(&Key::Usage(slot), Vec::new()).await {
@@ -170,19 +206,48 @@ impl Spools {
         Ok(())
     }
 
+    /// Empties the first slot where it holds what this process stored there before it had a slot of
+    /// its own.
+    async fn remove_unclaimed(&self) {
+        if self.unclaimed().is_none() || self.has(Slot::FIRST) {
+            return;
+        }
+        let first = Key::Usage(Slot::FIRST);
+        // Held until the end, if it can be had. Where it cannot be told whose the slot is, it is used
+        // once more as it was used before.
+        let _claim = match self.folder.claim(&first).await {
+            Ok(Some(claim)) => Some(claim),
+            Ok(None) => return,
+            Err(_) => None,
+        };
+        let Ok(saved) = self.folder.load(&first).await else { return };
+        let is_ours = saved.is_some_and(|saved| *self.unclaimed() == Some(digest(&saved)));
+        if is_ours && let Err(error) = self.folder.save(&first, Vec::new()).await {
+            return warn!(error = report(&error), "Usage that is stored twice is not removed yet");
+        }
+        *self.unclaimed() = None;
+    }
+
     /// Takes in what is stored; whether there was something, which the next save replaces.
     async fn read(&self, slot: Slot, usage: &Usage) -> bool {
         match self.folder.load(&Key::Usage(slot)).await {
-            Ok(Some(saved)) if !saved.is_empty() => match usage.restore(&saved) {
-                Ok(()) => {
-                    info!("Usage of an earlier run waits to be sent");
-                    true
+            Ok(Some(saved)) if !saved.is_empty() => {
+                if slot == Slot::FIRST {
+                    let fingerprint = digest(&saved);
+                    if *self.unclaimed() == Some(fingerprint) {
+                        // This process has it already.
+                        return true;
+                    }
+                    if matches!(self.own(), Own::Unclaimed) {
+                        *self.unclaimed() = Some(fingerprint);
+                    }
                 }
-                Err(error) => {
-                    warn!(error = report(&error), "Stored usage is lost");
-                    true
+                match usage.restore(&saved) {
+                    Ok(()) => info!("Usage of an earlier run waits to be sent"),
+                    Err(error) => warn!(error = report(&error), "Stored usage is lost"),
                 }
-            },
+                true
+            }
             Ok(_) => false,
             Err(error) => {
                 warn!(error = report(&error), "Stored usage is not used");
@@ -197,6 +262,10 @@ impl Spools {
 
     fn has(&self, slot: Slot) -> bool {
         self.adopted().iter().any(|(adopted, _)| *adopted == slot)
+    }
+
+    fn unclaimed(&self) -> MutexGuard<'_, Option<Fingerprint>> {
+        self.unclaimed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn adopted(&self) -> MutexGuard<'_, Vec<(Slot, Claim)>> {
@@ -282,7 +351,7 @@ mod tests {
         let usage = usage();
         let spools = Spools::open(store.clone(), &usage).await;
         assert!(!spools.adopt(&usage).await);
-        spools.save(b"ours".to_vec()).await.unwrap();
+        assert!(matches!(spools.save(b"ours".to_vec()).await, Err(SaveError::NoSlot)));
         assert_eq!(store.load(&Key::Usage(Slot::FIRST)).await.unwrap().unwrap(), STORED);
 
         fs::remove_dir(&obstacles[0]).unwrap();
@@ -314,5 +383,84 @@ mod tests {
         assert!(spools.adopt(&usage).await);
         assert_eq!((spools.own().slot(), waiting(&usage)), (Some(slot(2)), 1));
         drop(other);
+    }
+
+    #[tokio::test]
+    async fn own_usage_in_a_slot_that_was_not_claimed_is_counted_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::directory(folder.path()).unwrap();
+        store.save(&Key::Usage(Slot::FIRST), STORED).await.unwrap();
+        let mut obstacles: Vec<_> = (1..20).map(|slot| obstruct(folder.path(), slot)).collect();
+        let usage = usage();
+        let spools = Spools::open(store.clone(), &usage).await;
+        let evaluations = || usage.pending()["metrics"][0]["bucket"]["yes"].as_u64();
+        assert_eq!(evaluations(), Some(5));
+
+        // The second slot can be claimed, and the first one cannot be told whose it is.
+        fs::remove_dir(obstacles.remove(1)).unwrap();
+        assert!(spools.adopt(&usage).await);
+        assert_eq!((spools.own().slot(), evaluations()), (Some(slot(2)), Some(5)));
+        for is_stored in [false, true] {
+            if is_stored {
+                spools.save(usage.save().unwrap()).await.unwrap();
+            }
+            for obstacle in obstacles.drain(..) {
+                fs::remove_dir(obstacle).unwrap();
+            }
+            spools.adopt(&usage).await;
+            assert_eq!(evaluations(), Some(5), "{is_stored}");
+        }
+        spools.save(usage.save().unwrap()).await.unwrap();
+        // The next run finds it in one place.
+        drop(spools);
+        let next = self::usage();
+        Spools::open(store, &next).await.adopt(&next).await;
+        assert_eq!(next.pending()["metrics"][0]["bucket"]["yes"].as_u64(), Some(5));
+    }
+
+    #[tokio::test]
+    async fn own_usage_is_removed_where_it_was_stored_without_a_claim() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::directory(folder.path()).unwrap();
+        let mut obstacles: Vec<_> = (1..20).map(|slot| obstruct(folder.path(), slot)).collect();
+        let usage = usage();
+        let spools = Spools::open(store.clone(), &usage).await;
+        spools.save(STORED.to_vec()).await.unwrap();
+        fs::remove_dir(obstacles.remove(1)).unwrap();
+        assert!(spools.adopt(&usage).await);
+        spools.save(STORED.to_vec()).await.unwrap();
+        let load = async |slot| store.load(&Key::Usage(slot)).await.unwrap().unwrap_or_default();
+        assert_eq!((load(slot(1)).await, load(slot(2)).await), (Vec::new(), STORED.to_vec()));
+
+        // What somebody else has written there stays.
+        let spools = Spools { unclaimed: Mutex::new(Some(digest(STORED))), ..spools };
+        store.save(&Key::Usage(slot(1)), "theirs").await.unwrap();
+        spools.save(STORED.to_vec()).await.unwrap();
+        assert_eq!(load(slot(1)).await, b"theirs");
+    }
+
+    #[tokio::test]
+    async fn usage_that_is_stored_nowhere_is_an_error_and_is_not_taken_in_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::directory(folder.path()).unwrap();
+        store.save(&Key::Usage(Slot::FIRST), STORED).await.unwrap();
+        let mut obstacles: Vec<_> = (1..20).map(|slot| obstruct(folder.path(), slot)).collect();
+        let usage = usage();
+        let spools = Spools::open(store.clone(), &usage).await;
+        // Another process can claim a slot, so that this one may not use the first any more.
+        fs::remove_dir(obstacles.remove(1)).unwrap();
+        let _other = store.claim(&Key::Usage(slot(2))).await.unwrap().unwrap();
+        assert!(!spools.adopt(&usage).await);
+        assert_eq!(spools.own().slot(), None);
+        let refused = spools.save(usage.save().unwrap()).await;
+        assert!(matches!(refused, Err(SaveError::NoSlot)), "{refused:?}");
+        spools.save(Vec::new()).await.unwrap();
+
+        fs::remove_dir(obstacles.remove(0)).unwrap();
+        assert!(spools.adopt(&usage).await);
+        assert_eq!(spools.own().slot(), Some(slot(1)));
+        assert_eq!(usage.pending()["metrics"][0]["bucket"]["yes"].as_u64(), Some(5));
+        spools.save(b"ours".to_vec()).await.unwrap();
+        assert_eq!(store.load(&Key::Usage(slot(1))).await.unwrap().unwrap(), b"ours");
     }
 }
