@@ -222,7 +222,8 @@ impl Usage {
         let Shared { pipeline, interval, .. } = &*self.shared;
         match sink {
             Sink::Upstream { upstream, credentials } => {
-                let send = |batch| sink::deliver(&upstream, &credentials, batch);
+                let refusals = sink::Refusals::default();
+                let send = |batch| sink::deliver(&upstream, &credentials, &refusals, batch);
                 sender::run(pipeline, *interval, &ending, send).await;
             }
             Sink::Registry(registry) => {

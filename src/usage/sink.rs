@@ -2,11 +2,19 @@
 //!
 //! When a batch is tried again is the outbox's affair.
 
-use std::future::Future;
+use std::{
+    collections::BTreeMap,
+    future::Future,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use reqwest::StatusCode;
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
 use tracing::{debug, warn};
 
 use super::{
@@ -16,9 +24,12 @@ use super::{
 };
 use crate::{
     telemetry::report,
-    token::{Environment, Token},
-    upstream::{Credentials, Error, Retry, Upstream},
+    token::{Environment, Token, TokenKind},
+    upstream::{Access, Credentials, Error, Retry, Upstream},
 };
+
+/// How often a warning is logged of an environment whose usage alone is refused.
+const WARN_INTERVAL: Duration = Duration::from_mins(5);
 
 /// Where usage goes.
 #[derive(Clone, Debug)]
@@ -56,6 +67,29 @@ pub enum Taken {
     Failed,
 }
 
+/// When a warning was last logged of each environment whose usage upstream refuses although it
+/// serves flags with the same token.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Refusals(Arc<Mutex<BTreeMap<Environment, Instant>>>);
+
+impl Refusals {
+    /// Notes a refusal; whether a warning is to be logged.
+    fn refused(&self, environment: &Environment, now: Instant) -> bool {
+        let mut warned = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = warned.get(environment);
+        let is_due = last.is_none_or(|last| now.duration_since(*last) >= WARN_INTERVAL);
+        if is_due {
+            warned.insert(environment.clone(), now);
+        }
+        is_due
+    }
+
+    /// Notes that upstream takes the usage of an environment.
+    fn taken(&self, environment: &Environment) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(environment);
+    }
+}
+
 /// Sends a batch. Where upstream refuses the token for usage and for flags, the token is replaced
 /// once, and the same bytes are sent with the new one.
 ///
@@ -63,9 +97,11 @@ pub enum Taken {
 pub(super) fn deliver(
     upstream: &Upstream,
     credentials: &Credentials,
+    refusals: &Refusals,
     batch: Dispatch,
 ) -> impl Future<Output = (BatchId, Outcome)> {
     let (upstream, credentials) = (upstream.clone(), credentials.clone());
+    let refusals = refusals.clone();
     async move {
         let Dispatch { id, environment, body, .. } = batch;
         let Some(token) = token(&credentials, &environment).await else {
@@ -78,14 +114,17 @@ pub(super) fn deliver(
             let other = match held.filter(|held| *held != token) {
                 // Replaced meanwhile, by whoever fetches flags.
                 Some(other) => Some(other),
-                None => replace(&upstream, &credentials, &environment, &token).await,
+                None => replace(&upstream, &credentials, &refusals, &environment, &token).await,
             };
             if let Some(other) = other {
                 result = upstream.send_usage(&other, body).await;
             }
         }
         let outcome = match &result {
-            Ok(()) => Outcome::Sent,
+            Ok(()) => {
+                refusals.taken(&environment);
+                Outcome::Sent
+            }
             Err(error) => {
                 let outcome = outcome(error);
                 let again = if error.is_ambiguous() { ", perhaps for the second time" } else { "" };
@@ -109,19 +148,22 @@ pub(super) fn deliver(
 async fn replace(
     upstream: &Upstream,
     credentials: &Credentials,
+    refusals: &Refusals,
     environment: &Environment,
     token: &Token,
 ) -> Option<Token> {
-    match upstream.features(token, None).await {
-        Ok(_) => {
-            warn!(
-                "Upstream refuses usage of environment {environment} although it serves flags with \
-                 the same token: does a firewall or proxy refuse POST requests to \
-                 /api/client/metrics? Usage is kept and sent again later"
-            );
+    match upstream.admits(token, TokenKind::Client).await {
+        Ok(Access::Granted) => {
+            if refusals.refused(environment, Instant::now()) {
+                warn!(
+                    "Upstream refuses usage of environment {environment} although it serves flags \
+                     with the same token: does a firewall or proxy refuse POST requests to \
+                     /api/client/metrics? Usage is kept and sent again later"
+                );
+            }
             return None;
         }
-        Err(error) if error.is_unauthorized() => {}
+        Ok(Access::Forbidden | Access::Unknown) => {}
         // Nothing is known about the token.
         Err(_) => return None,
     }
@@ -183,11 +225,6 @@ fn outcome(error: &Error) -> Outcome {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        sync::{Arc, Mutex},
-        time::Duration,
-    };
-
     use bytes::Bytes;
     use http_body_util::Empty;
     use hyper::{Request, Response, body::Incoming, server::conn::http1, service::service_fn};
@@ -196,7 +233,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        token::{Grant, Projects, Scope, TokenKind},
+        token::{Grant, Projects, Scope},
         upstream::scripted::config,
     };
 
@@ -205,7 +242,8 @@ mod tests {
     /// Good for flags; a firewall refuses usage with it.
     const FLAGS_ONLY: &str = "*:dev.flags-only";
 
-    /// An upstream that takes the usage of one token only; the tokens that it is shown with usage.
+    /// An upstream that takes the usage of one token only; the tokens that it is shown with usage,
+    /// or with a request for all flags.
     async fn upstream() -> (Upstream, Arc<Mutex<Vec<String>>>) {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
@@ -216,13 +254,20 @@ mod tests {
                 let log = Arc::clone(&log);
                 let service = service_fn(move |request: Request<Incoming>| {
                     let token = request.headers()["authorization"].to_str().unwrap().to_owned();
+                    let gets_all = request.uri().path() == "/api/client/features";
                     let status = match (request.method().as_str(), token.as_str()) {
-                        ("GET", GOOD | FLAGS_ONLY) => 200,
+                        ("GET", GOOD | FLAGS_ONLY) => {
+                            if gets_all {
+                                200
+                            } else {
+                                404
+                            }
+                        }
                         ("POST", GOOD) => 202,
                         ("POST", FLAGS_ONLY) => 403,
                         _ => 401,
                     };
-                    if request.method() == hyper::Method::POST {
+                    if request.method() == hyper::Method::POST || gets_all {
                         log.lock().unwrap().push(token);
                     }
                     async move { Response::builder().status(status).body(Empty::<Bytes>::new()) }
@@ -256,7 +301,7 @@ mod tests {
             };
             let credentials = credentials(tokens);
             let before = credentials.usage_token(&Environment::new("dev"));
-            let (_, outcome) = deliver(&upstream, &credentials, batch).await;
+            let (_, outcome) = deliver(&upstream, &credentials, &Refusals::default(), batch).await;
             assert_eq!(outcome, expected, "{tokens:?}");
             assert_eq!(std::mem::take(&mut *seen.lock().unwrap()), shown, "{tokens:?}");
             let after = credentials.usage_token(&Environment::new("dev"));
@@ -267,6 +312,22 @@ mod tests {
         check(&[REVOKED], Outcome::Unauthorized, &[REVOKED]).await;
         check(&[], Outcome::Unauthorized, &[]).await;
         check(&[GOOD, FLAGS_ONLY], Outcome::Unauthorized, &[FLAGS_ONLY]).await;
+    }
+
+    #[test]
+    fn refusal_of_usage_alone_is_logged_when_it_begins_and_every_few_minutes() {
+        let refusals = Refusals::default();
+        let (dev, prod) = (Environment::new("dev"), Environment::new("prod"));
+        let start = Instant::now();
+        let minutes = |n| start + Duration::from_mins(n);
+        assert!(refusals.refused(&dev, start));
+        assert!(refusals.refused(&prod, start));
+        assert!(!refusals.refused(&dev, minutes(4)));
+        assert!(refusals.refused(&dev, minutes(5)));
+        assert!(!refusals.refused(&dev, minutes(6)));
+        refusals.taken(&dev);
+        assert!(refusals.refused(&dev, minutes(6)));
+        assert!(!refusals.refused(&prod, minutes(4)));
     }
 
     #[tokio::test]
