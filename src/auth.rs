@@ -594,6 +594,7 @@ impl Inner {
         let mut not_before = Instant::now();
         let mut is_complete = true;
         let mut unserved = BTreeSet::new();
+        let mut admin_check = AdminCheck::default();
         loop {
             tokio::select! {
                 _ = step.tick() => {}
@@ -610,9 +611,15 @@ impl Inner {
                         not_before = Instant::now() + retry_after;
                     }
                     self.list_is_unread(&report(&error));
+                    // That has been noted as the refusal of the admin token.
+                    let is_refusal = error.status().is_some_and(|it| it.as_u16() == 401);
+                    if !is_refusal && admin_check.is_in_doubt(&issuer.upstream, admin).await {
+                        step.reset_after(self.config.list_interval.min(DOUBT));
+                    }
                     continue;
                 }
             };
+            admin_check = AdminCheck::default();
             let unreadable = list.unreadable.len();
             unreadable_items.set(f64::from(u32::try_from(unreadable).unwrap_or(u32::MAX)));
             if let Some(why) = why_unusable(&list) {
@@ -645,6 +652,43 @@ impl Inner {
                 error = why,
                 "Cannot read upstream's token list; known tokens are asked about one by one"
             );
+        }
+    }
+}
+
+/// Finds out whether upstream refuses the admin token while it does not answer with its token list.
+#[derive(Debug, Default)]
+struct AdminCheck {
+    /// The token that upstream did not know the last time.
+    denied: Option<Arc<Token>>,
+    /// The token that was refused because of this.
+    refused: Option<Arc<Token>>,
+}
+
+impl AdminCheck {
+    /// Asks whether upstream's admin API knows the token; true if that is to be asked again soon.
+    ///
+    /// A denial counts when it is repeated. An answer after that takes it back.
+    async fn is_in_doubt(&mut self, upstream: &Upstream, admin: &AdminToken) -> bool {
+        let token = admin.current();
+        match upstream.admits(&token, TokenKind::Admin).await {
+            Ok(Access::Unknown) if self.denied.as_ref() == Some(&token) => {
+                admin.refuse(&token);
+                self.refused = Some(token);
+                false
+            }
+            Ok(Access::Unknown) => {
+                self.denied = Some(token);
+                true
+            }
+            Ok(Access::Granted) => {
+                self.denied = None;
+                if self.refused.take().as_ref() == Some(&token) {
+                    admin.accept(&token);
+                }
+                false
+            }
+            Ok(Access::Forbidden) | Err(_) => false,
         }
     }
 }

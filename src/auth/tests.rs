@@ -1,6 +1,6 @@
 //! Validation against an upstream that fails in part.
 
-use std::sync::atomic::AtomicU16;
+use std::sync::atomic::{AtomicU16, AtomicUsize};
 
 use super::*;
 use crate::{
@@ -20,7 +20,7 @@ fn grant(environment: &str) -> Grant {
     Grant { kind: TokenKind::Client, scope }
 }
 
-/// An authenticator that asks a scripted upstream, without an admin token.
+/// An authenticator that asks a scripted upstream.
 struct Fixture {
     server: Scripted,
     auth: Authenticator,
@@ -28,17 +28,24 @@ struct Fixture {
 
 impl Fixture {
     async fn start(script: impl Fn(&Seen) -> Reply + Clone + Send + Sync + 'static) -> Self {
+        Self::start_with(None, script).await
+    }
+
+    async fn start_with(
+        admin: Option<AdminToken>,
+        script: impl Fn(&Seen) -> Reply + Clone + Send + Sync + 'static,
+    ) -> Self {
         let server = Scripted::start(script).await;
         let config = Config {
             revalidate_after: Duration::ZERO,
             forget_invalid_after: Duration::from_secs(30),
-            list_interval: Duration::ZERO,
+            list_interval: Duration::from_millis(10),
             deadline: Duration::from_secs(30),
             capacity: 10_000,
         };
         let issuer = Issuer {
             upstream: Upstream::new(server.config()).expect("client"),
-            admin: None,
+            admin,
             credentials: Credentials::without_admin(),
             discovered: Arc::default(),
         };
@@ -189,4 +196,29 @@ async fn no_token_is_asked_about_before_the_time_that_upstream_named() {
     assert_eq!(ask().await, Ok(()));
     fixture.revalidate().await;
     assert_eq!(fixture.server.count(VALIDATE), 3);
+}
+
+#[tokio::test]
+async fn an_admin_token_that_was_deleted_is_refused_while_the_token_list_cannot_be_read() {
+    let asked = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&asked);
+    let admin = AdminToken::new(token("*:*.admin"), None);
+    let fixture = Fixture::start_with(Some(admin.clone()), move |request| {
+        let is_check = request.line.starts_with("GET /base/api/admin/environments");
+        let check = is_check.then(|| count.fetch_add(1, Ordering::Relaxed));
+        answer(check.map_or(503, |n| [401, 503, 200, 401, 401, 200][n.min(5)]))
+    })
+    .await;
+    let mut changes = admin.subscribe();
+    let changes = async {
+        for (expected, is_refused) in [(5, true), (6, false)] {
+            changes.changed().await.expect("the token");
+            assert_eq!(asked.load(Ordering::Relaxed), expected);
+            assert_eq!(changes.borrow().is_refused(), is_refused);
+        }
+    };
+    tokio::select! {
+        () = changes => {}
+        () = fixture.inner().follow_list(fixture.issuer()) => unreachable!(),
+    }
 }

@@ -140,7 +140,7 @@ impl AdminToken {
     }
 
     /// Records that upstream has answered `token` with 401.
-    pub(super) fn refuse(&self, token: &Token) {
+    pub(crate) fn refuse(&self, token: &Token) {
         let is_news = self.0.state.send_if_modified(|state| {
             let is_news = *state.token == *token && !state.is_refused();
             if is_news {
@@ -165,7 +165,7 @@ impl AdminToken {
     }
 
     /// Records that upstream has accepted `token`.
-    pub(super) fn accept(&self, token: &Token) {
+    pub(crate) fn accept(&self, token: &Token) {
         let is_news = self.0.state.send_if_modified(|state| {
             let is_news = *state.token == *token && !matches!(state.verdict, Verdict::Accepted);
             if is_news {
