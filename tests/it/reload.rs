@@ -218,7 +218,12 @@ async fn as_admin(
 }
 
 async fn create_backend_token(server: &Parapet, admin: &str, name: &str) -> String {
-    let wish = json!({ "tokenName": name, "type": "backend", "environment": "development", "projects": ["*"] });
+    create_token(server, admin, name, "backend").await
+}
+
+async fn create_token(server: &Parapet, admin: &str, name: &str, kind: &str) -> String {
+    let wish =
+        json!({ "tokenName": name, "type": kind, "environment": "development", "projects": ["*"] });
     let made = as_admin(server, admin, Method::POST, "/api/admin/api-tokens", &wish).await;
     let secret = made["secret"].as_str().unwrap().to_owned();
     secrets::remember(&secret);
@@ -247,13 +252,17 @@ async fn hang_up_reads_the_admin_token_of_the_environment_file_again() {
     assert!(line.contains("needs a restart") && line.contains("max-streams"), "{line}");
 }
 
-/// What `edge` offers a provider to open its stream with.
+/// The address of the event stream that `edge` offers a provider.
 async fn event_stream(edge: &Parapet, token: &str) -> String {
-    let request = http().post(edge.url() + "/ofrep/v1/evaluate/flags");
-    let request = request.header("Authorization", token).header("Content-Type", "application/json");
-    let answer = request.body(r#"{"context":{"targetingKey":"7"}}"#).send().await.unwrap();
-    let answer: Value = serde_json::from_slice(&answer.bytes().await.unwrap()).unwrap();
-    answer["eventStreams"][0]["endpoint"]["requestUri"].as_str().unwrap().to_owned()
+    until("an event stream is offered", SOON, async || {
+        let request = http().post(edge.url() + "/ofrep/v1/evaluate/flags");
+        let request =
+            request.header("Authorization", token).header("Content-Type", "application/json");
+        let answer = request.body(r#"{"context":{"targetingKey":"7"}}"#).send().await.unwrap();
+        let answer: Value = serde_json::from_slice(&answer.bytes().await.unwrap()).unwrap();
+        answer["eventStreams"][0]["endpoint"]["requestUri"].as_str().map(str::to_owned)
+    })
+    .await
 }
 
 #[tokio::test]
@@ -263,16 +272,16 @@ async fn ticket_secret_of_a_reload_outlives_the_admin_token() {
     const SECRET: &str = "ofrep_ticket_secret = \"a secret that a fleet shares\"\n";
     let folder = tempfile::tempdir().unwrap();
     let upstream = standalone(folder.path(), &[FIRST, SECOND]).await;
-    let sdk = create_backend_token(&upstream, FIRST, "sdk").await;
+    let token = create_token(&upstream, FIRST, "web", "frontend").await;
     let configs = ["one.toml", "other.toml"].map(|name| folder.path().join(name));
     let admin = |token| format!("upstream_admin_token = \"{token}\"\n");
     fs::write(&configs[0], admin(FIRST)).unwrap();
     fs::write(&configs[1], admin(FIRST) + SECRET).unwrap();
     let edge = |config| Parapet::edge(&upstream.admin_url()).flag("--config", config).start();
     let (one, other) = tokio::join!(edge(&configs[0]), edge(&configs[1]));
-    until_features(&other, &sdk, StatusCode::OK).await;
+    event_stream(&other, &token).await;
     let opens = async || {
-        let address = other.url() + &event_stream(&one, &sdk).await;
+        let address = other.url() + &event_stream(&one, &token).await;
         http().get(address).send().await.unwrap().status()
     };
     assert_eq!(opens().await, StatusCode::UNAUTHORIZED);
