@@ -119,13 +119,13 @@ impl Settings {
                 };
                 self.add(key, texts, place);
             } else {
-                self.warn_of_foreign_variable(key, place);
+                self.warn_of_foreign_variable(key, &place);
             }
         }
     }
 
     /// Commands may share an environment; but perhaps another one was meant.
-    fn warn_of_foreign_variable(&mut self, key: &Key, variable: String) {
+    fn warn_of_foreign_variable(&mut self, key: &Key, variable: &str) {
         if self.serves() && key.scope != Scope::Probe && key.support == Support::Full {
             self.warnings.push(format!("{variable} has no meaning for `{}`", self.verb.name()));
         }
@@ -140,7 +140,7 @@ impl Settings {
             return;
         }
         if !self.concerns(key) {
-            self.warn_of_foreign_variable(key, place);
+            self.warn_of_foreign_variable(key, &place);
             return;
         }
         match key.support {
