@@ -199,7 +199,9 @@ fn remove_record(parapet: &Parapet, name: &str) {
     let is_meant = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().starts_with(name);
     let records: Vec<_> = files.filter(is_meant).collect();
     assert!(!records.is_empty(), "{name}");
-    records.iter().for_each(|path| std::fs::remove_file(path).unwrap());
+    for path in records {
+        std::fs::remove_file(path).unwrap();
+    }
 }
 
 #[tokio::test]
