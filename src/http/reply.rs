@@ -88,8 +88,9 @@ pub fn not_modified(etag: &HeaderValue, freshness: Freshness) -> Reply {
 
 /// The body in the coding that the client prefers, or a 304.
 ///
-/// Awaits only while a coding is made for the first time, on a thread for such work. Dropping the
-/// future leaves that work to finish for the next who asks.
+/// Awaits only while a coding is made for the first time, on a thread for such work and for a free place
+/// among a few; what is quick to make is made at once. Dropping the future leaves that work to finish for
+/// the next who asks.
 pub async fn body(request: &HeaderMap, body: &Arc<Body>, freshness: Freshness) -> Reply {
     if conditional::none_match_names(request, body.etag()) {
         return not_modified(body.etag(), freshness);
