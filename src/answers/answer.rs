@@ -10,7 +10,7 @@ use xxhash_rust::xxh3::xxh3_128;
 use crate::{
     engine::{Context, FlagId, Key, Outcome, Values},
     snapshot::{
-        Fragment, FragmentId, Shown, Snapshot, Toggle, View,
+        Fragment, FragmentId, Fragments, Shown, Snapshot, Toggle, View,
         body::{Body, etag_of},
     },
     token::Projects,
@@ -182,6 +182,7 @@ fn evaluate_once<'a>(
     shown: Shown,
 ) -> Vec<Fragment<'a>> {
     let (engine, all) = (snapshot.engine(), snapshot.fragments());
+    let mut fragments = Vec::with_capacity(view.toggles().len());
     let mut key = key(view, Words::Repeatable);
     engine.tell(view.repeatable_reads(), &values, &mut key);
     let bound = engine.bind_values(values);
@@ -194,23 +195,9 @@ fn evaluate_once<'a>(
         varying.collect()
     });
     let mut repeatable = repeatable.iter();
-    let mut fragments = Vec::with_capacity(view.toggles().len());
-    for toggle in view.toggles() {
-        let (on, fragment) = match *toggle {
-            Toggle::Fixed { on, fragment } => (on, fragment),
-            Toggle::Varies(flag) => {
-                let outcome = *repeatable.next().expect("there is one outcome for each such flag");
-                (outcome.is_on(), all.id(flag, outcome))
-            }
-            Toggle::Draws(flag) => {
-                let outcome = engine.evaluate(flag, &bound);
-                (outcome.is_on(), all.id(flag, outcome))
-            }
-        };
-        if on || shown == Shown::All {
-            fragments.push(all.get(fragment));
-        }
-    }
+    let repeat = |_| *repeatable.next().expect("there is one outcome for each such flag");
+    let draw = |flag| engine.evaluate(flag, &bound);
+    listed_by(all, view, shown, (repeat, draw), |fragment| fragments.push(all.get(fragment)));
     fragments
 }
 
@@ -220,20 +207,36 @@ pub(super) fn listed(
     view: &View,
     values: Values<'_>,
     shown: Shown,
+    tell: impl FnMut(FragmentId),
+) {
+    let engine = snapshot.engine();
+    let bound = engine.bind_values(values);
+    let evaluate = |flag| engine.evaluate(flag, &bound);
+    listed_by(snapshot.fragments(), view, shown, (evaluate, evaluate), tell);
+}
+
+/// Tells of the flags of the view that are shown, with the outcomes that these say of those that are
+/// [`Toggle::Varies`] and [`Toggle::Draws`], in the order of the view.
+fn listed_by(
+    all: &Fragments,
+    view: &View,
+    shown: Shown,
+    (mut varies, mut draws): (impl FnMut(FlagId) -> Outcome, impl FnMut(FlagId) -> Outcome),
     mut tell: impl FnMut(FragmentId),
 ) {
-    let (engine, all) = (snapshot.engine(), snapshot.fragments());
-    let bound = engine.bind_values(values);
     for toggle in view.toggles() {
-        let (on, fragment) = match *toggle {
-            Toggle::Fixed { on, fragment } => (on, fragment),
-            Toggle::Varies(flag) | Toggle::Draws(flag) => {
-                let outcome = engine.evaluate(flag, &bound);
-                (outcome.is_on(), all.id(flag, outcome))
+        let (flag, outcome) = match *toggle {
+            Toggle::Fixed { on, fragment } => {
+                if on || shown == Shown::All {
+                    tell(fragment);
+                }
+                continue;
             }
+            Toggle::Varies(flag) => (flag, varies(flag)),
+            Toggle::Draws(flag) => (flag, draws(flag)),
         };
-        if on || shown == Shown::All {
-            tell(fragment);
+        if outcome.is_on() || shown == Shown::All {
+            tell(all.id(flag, outcome));
         }
     }
 }
