@@ -29,7 +29,7 @@ use crate::{
     telemetry::report,
     token::{Environment, Scope},
     upstream::{Credentials, Upstream},
-    wire::sse::Event,
+    wire::{features::EarlierRun, sse::Event},
 };
 
 /// How snapshots are kept current.
@@ -129,7 +129,8 @@ impl Want {
 
 impl Followed {
     pub(super) fn new(environment: Environment, means: Means) -> Self {
-        let sources = Sources::new(means.snapshots.load(&environment).as_deref());
+        let served = means.snapshots.load(&environment);
+        let sources = Sources::new(served.as_deref(), Instant::now());
         let lines = Lines::new(means.config.mode, means.upstream.clone());
         let pace = Pace::new(means.config.interval);
         let (way, held_for, is_complete) = (Way::Polls, HELD_FOR, false);
@@ -160,7 +161,10 @@ impl Followed {
             if self.pace.failures() > 0 {
                 info!(%environment, "Upstream answers again");
             }
-            return self.pace.after_success(rand::random());
+            let pause = self.pace.after_success(rand::random());
+            let asks_again = self.sources.next_question();
+            let in_doubt = asks_again.and_then(|at| at.checked_duration_since(Instant::now()));
+            return in_doubt.map_or(pause, |doubt| pause.min(doubt));
         };
         if self.pace.failures() == 0 {
             warn!(%environment, error = report(&failure), "Cannot refresh, what is known stays");
@@ -214,7 +218,8 @@ impl Followed {
             let published = publish(&means.snapshots, scope, confirmed, make).await?;
             sources.published();
             if let Some(snapshot) = published {
-                means.saver.save(snapshot);
+                let run = EarlierRun { upstream_revision: sources.revision() };
+                means.saver.save(snapshot, run);
             }
         } else if whole && let (Some(served), Some(heard)) = (served, heard) {
             served.confirm(heard);

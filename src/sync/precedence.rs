@@ -5,7 +5,8 @@
 //! kept in their order, and a token takes the lead in it by moving on from the newest state. One that
 //! shows a state that others have left is behind. Where the order cannot be told, as of a token that
 //! has missed some states, it mostly shows within a moment; then the last change counts. A leader that
-//! is not confirmed any more gives way to those that are.
+//! is not confirmed any more gives way to those that are. What an earlier run has served leads at the
+//! start, as a token does that is not in use any more.
 //!
 //! Pure: times are arguments, and documents are known by hashes of their text.
 
@@ -20,7 +21,7 @@ use xxhash_rust::xxh3::xxh3_128;
 
 use crate::{
     token::{Projects, TokenDigest},
-    wire::features::Document,
+    wire::features::{Document, EarlierRun},
 };
 
 /// How long the others have time to show the order of two states that cannot be told.
@@ -31,6 +32,10 @@ const LONGEST_LAG: Duration = Duration::from_secs(30);
 
 /// The same behind a token that is not in use any more: the new one has just been asked with.
 const LAG_BEHIND_RETIRED: Duration = Duration::from_secs(5);
+
+/// The same where upstream's revisions say that the view is behind: upstream may have been restored from a
+/// backup, and count from there.
+const LAG_BY_REVISION: Duration = Duration::from_mins(1);
 
 /// How many states of a project or segment are remembered.
 const REMEMBERED: usize = 32;
@@ -84,8 +89,18 @@ struct Known {
     projects: Projects,
     revision: Option<u64>,
     confirmed: Instant,
+    standing: Standing,
+}
+
+/// How much counts what a token shows.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Standing {
+    /// It is in use.
+    InUse,
     /// It is not in use any more, and gives way to any other that is as new.
-    is_retired: bool,
+    Retired,
+    /// Nothing is known of its age: it gives way to any other.
+    Ageless,
 }
 
 /// The states of a unit that have been the newest one, in their order.
@@ -124,9 +139,13 @@ impl Precedence {
         revision: Option<u64>,
         now: Instant,
     ) {
-        let is_new = self.tokens.get(token).is_none_or(|known| known.is_retired);
-        let known =
-            Known { projects: projects.clone(), revision, confirmed: now, is_retired: false };
+        let is_new = self.tokens.get(token).is_none_or(|known| known.standing != Standing::InUse);
+        let known = Known {
+            projects: projects.clone(),
+            revision,
+            confirmed: now,
+            standing: Standing::InUse,
+        };
         self.tokens.insert(*token, known);
         let named = |unit: &Unit| match unit {
             Unit::Project(project) => projects.contains(project),
@@ -146,6 +165,22 @@ impl Precedence {
         }
     }
 
+    /// Begins with what an earlier run has left, under the name of a token that nobody uses. Where that run
+    /// has served it, others must be as new, or be confirmed after a while, to take the lead.
+    pub(super) fn inherit(
+        &mut self,
+        token: &TokenDigest,
+        projects: &Projects,
+        states: &States,
+        served: Option<EarlierRun>,
+        now: Instant,
+    ) {
+        self.observe(token, projects, states, served.and_then(|it| it.upstream_revision), now);
+        if let Some(known) = self.tokens.get_mut(token) {
+            known.standing = if served.is_some() { Standing::Retired } else { Standing::Ageless };
+        }
+    }
+
     /// Takes note that what a token shows is confirmed at this time.
     pub(super) fn confirm(&mut self, token: &TokenDigest, at: Instant) {
         if let Some(known) = self.tokens.get_mut(token) {
@@ -154,10 +189,12 @@ impl Precedence {
     }
 
     /// Takes note that a token is not in use any more: it stays the leader only where `covered`, which
-    /// another in use sees, and nobody is known to be as new. True if it leads in a project still.
+    /// another in use sees, and nobody is known to be as new. True if what others show is not as new still.
     pub(super) fn retire(&mut self, token: &TokenDigest, covered: &Projects) -> bool {
         let Some(known) = self.tokens.get_mut(token) else { return false };
-        known.is_retired = true;
+        if known.standing == Standing::InUse {
+            known.standing = Standing::Retired;
+        }
         let now = known.confirmed;
         let units: Vec<_> = self.units.keys().cloned().collect();
         let mut leads = false;
@@ -168,11 +205,12 @@ impl Precedence {
                 Unit::Project(project) => covered.contains(project),
                 Unit::Segment(_) => true,
             };
-            let is_leader = history.leader == *token;
-            if !is_leader || !is_needed || history.views.len() == 1 && !is_segment(unit) {
+            let (is_leader, is_alone) = (history.leader == *token, history.views.len() == 1);
+            // A segment that no other has may be one of a flag that it leads in.
+            if !is_leader || !is_needed || is_alone && !is_segment(unit) {
                 self.forget_view(unit, token, now);
             } else {
-                leads |= !is_segment(unit);
+                leads |= !is_alone;
             }
         }
         if !leads {
@@ -202,6 +240,12 @@ impl Precedence {
     /// When time decides next, if it is to.
     pub(super) fn next_decision(&self) -> Option<Instant> {
         self.units.values().filter_map(|history| history.next_decision(&self.tokens)).min()
+    }
+
+    /// When to ask again with tokens whose answers do not count yet, because what is not in use any more may
+    /// be newer; if that is of use.
+    pub(super) fn next_question(&self) -> Option<Instant> {
+        self.units.values().filter_map(|history| history.next_question(&self.tokens)).min()
     }
 
     /// Whose document has the newest state of a project.
@@ -286,7 +330,9 @@ impl History {
             Some(view) => (view.reached, false),
             None => (None, true),
         };
-        if !is_first && (self.leader == *token || reached == Some(newest)) {
+        let leader = tokens.get(&self.leader);
+        let is_ageless = leader.is_some_and(|it| it.standing == Standing::Ageless);
+        if is_ageless || !is_first && (self.leader == *token || reached == Some(newest)) {
             return self.advance(token, state, now);
         }
         let position = self.position(state, reached, is_first);
@@ -335,7 +381,7 @@ impl History {
 
     /// Has another lead instead of a retired leader that is as new.
     fn give_way(&mut self, token: &TokenDigest, tokens: &HashMap<TokenDigest, Known>) {
-        let is_retired = |token| tokens.get(token).is_none_or(|it| it.is_retired);
+        let is_retired = |token| tokens.get(token).is_none_or(|it| it.standing != Standing::InUse);
         if self.leader != *token || !is_retired(token) {
             return;
         }
@@ -374,7 +420,8 @@ impl History {
         let views =
             self.views.iter().filter_map(|(token, view)| Some((token, tokens.get(token)?, view)));
         views.filter(move |(token, known, view)| {
-            **token != self.leader && !known.is_retired && newest != Some(&view.state)
+            let is_in_use = known.standing == Standing::InUse;
+            **token != self.leader && is_in_use && newest != Some(&view.state)
         })
     }
 
@@ -388,8 +435,33 @@ impl History {
 
     /// When time decides about a view whose place is not known.
     fn next_decision(&self, tokens: &HashMap<TokenDigest, Known>) -> Option<Instant> {
-        let views = self.others(tokens).filter(|(.., view)| self.may_overtake(view));
+        let views = self.others(tokens).filter(|(token, _, view)| {
+            self.may_overtake(view) && !is_newer(&self.leader, token, tokens)
+        });
         views.map(|(.., view)| view.since + DOUBT).min()
+    }
+
+    /// When those views are to be confirmed again that a leader which is not in use holds up.
+    fn next_question(&self, tokens: &HashMap<TokenDigest, Known>) -> Option<Instant> {
+        let leader = tokens.get(&self.leader).filter(|it| it.standing != Standing::InUse)?;
+        let others = self.others(tokens);
+        others.map(|(token, ..)| leader.confirmed + self.patience(leader, token, tokens)).min()
+    }
+
+    /// How long after the leader was confirmed a view must be confirmed that differs, so as to count.
+    fn patience(
+        &self,
+        leader: &Known,
+        token: &TokenDigest,
+        tokens: &HashMap<TokenDigest, Known>,
+    ) -> Duration {
+        if is_newer(&self.leader, token, tokens) {
+            return LAG_BY_REVISION;
+        }
+        match leader.standing {
+            Standing::InUse => LONGEST_LAG,
+            Standing::Retired | Standing::Ageless => LAG_BEHIND_RETIRED,
+        }
     }
 
     /// Has time decide: true if another token leads from now on.
@@ -399,10 +471,12 @@ impl History {
         let mut last = None::<(Instant, TokenDigest, State)>;
         for (token, known, view) in self.others(tokens) {
             let is_leader_silent = leader.is_none_or(|leader| {
-                let lag = if leader.is_retired { LAG_BEHIND_RETIRED } else { LONGEST_LAG };
-                known.confirmed.saturating_duration_since(leader.confirmed) >= lag
+                let patience = self.patience(leader, token, tokens);
+                known.confirmed.saturating_duration_since(leader.confirmed) >= patience
             });
-            let is_decided = self.may_overtake(view) && now >= view.since + DOUBT;
+            let is_decided = self.may_overtake(view)
+                && !is_newer(&self.leader, token, tokens)
+                && now >= view.since + DOUBT;
             if (is_leader_silent || is_decided) && last.is_none_or(|it| view.since > it.0) {
                 last = Some((view.since, *token, view.state));
             }

@@ -20,6 +20,7 @@ use crate::{
     store::{Error, Key, Store},
     telemetry::report,
     token::Environment,
+    wire::features::{Document, EarlierRun},
 };
 
 /// How long after a failure flags are saved again.
@@ -33,7 +34,7 @@ pub struct Saver(Arc<Inner>);
 struct Inner {
     store: Store,
     /// What is not saved yet.
-    waiting: Mutex<BTreeMap<Environment, Arc<Snapshot>>>,
+    waiting: Mutex<BTreeMap<Environment, (Arc<Snapshot>, EarlierRun)>>,
     has_more: Notify,
 }
 
@@ -43,9 +44,10 @@ impl Saver {
         Self(Arc::new(Inner { store, waiting: Mutex::default(), has_more: Notify::new() }))
     }
 
-    /// Has these flags saved, instead of older ones of their environment.
-    pub(super) fn save(&self, snapshot: Arc<Snapshot>) {
-        self.waiting().insert(snapshot.environment().clone(), snapshot);
+    /// Has these flags saved, instead of older ones of their environment, with what the next run is to
+    /// know of this one.
+    pub(super) fn save(&self, snapshot: Arc<Snapshot>, run: EarlierRun) {
+        self.waiting().insert(snapshot.environment().clone(), (snapshot, run));
         self.0.has_more.notify_one();
     }
 
@@ -77,26 +79,25 @@ impl Saver {
     /// Saves what waits; what cannot be saved waits on, unless there is newer.
     async fn save_waiting(&self) -> Option<Error> {
         let waiting = mem::take(&mut *self.waiting());
-        let saves = waiting.into_values().map(async |snapshot| {
-            let saved = self.save_one(&snapshot).await;
+        let saves = waiting.into_iter().map(async |(environment, (snapshot, run))| {
+            let saved = self.save_one(&snapshot, run).await;
             if saved.is_err() {
-                let environment = snapshot.environment().clone();
-                self.waiting().entry(environment).or_insert(snapshot);
+                self.waiting().entry(environment).or_insert((snapshot, run));
             }
             saved
         });
         join_all(saves).await.into_iter().find_map(Result::err)
     }
 
-    async fn save_one(&self, snapshot: &Snapshot) -> Result<(), Error> {
+    async fn save_one(&self, snapshot: &Snapshot, run: EarlierRun) -> Result<(), Error> {
         // Its query says whose flags these are.
         let all = snapshot.listing(snapshot.projects(), Filter::default(), Segments::Separate);
-        let text = all.make(Coding::Identity).bytes.clone();
+        let text = Document::to_store(&all.make(Coding::Identity).bytes, run);
         self.0.store.save(&Key::Flags(snapshot.environment().clone()), text).await
     }
 
     /// A panic under this lock leaves a whole map.
-    fn waiting(&self) -> MutexGuard<'_, BTreeMap<Environment, Arc<Snapshot>>> {
+    fn waiting(&self) -> MutexGuard<'_, BTreeMap<Environment, (Arc<Snapshot>, EarlierRun)>> {
         self.0.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -104,10 +105,9 @@ impl Saver {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        token::{Projects, Scope},
-        wire::features::Document,
-    };
+    use crate::token::{Projects, Scope};
+
+    const RUN: EarlierRun = EarlierRun { upstream_revision: Some(7) };
 
     fn snapshot(environment: &str, flag: &str) -> Arc<Snapshot> {
         let text = format!(r#"{{"features":[{{"name":"{flag}"}}]}}"#);
@@ -126,7 +126,7 @@ mod tests {
         let store = Store::memory();
         let (saver, stop) = (Saver::new(store.clone()), CancellationToken::new());
         for (environment, flag) in [("dev", "old"), ("prod", "other"), ("dev", "new")] {
-            saver.save(snapshot(environment, flag));
+            saver.save(snapshot(environment, flag), RUN);
         }
         stop.cancel();
         saver.run(&stop).await;
@@ -142,9 +142,9 @@ mod tests {
         let in_the_way = folder.path().join("flags-dev.parapet");
         std::fs::create_dir(&in_the_way).unwrap();
         let (saver, stop) = (Saver::new(store.clone()), CancellationToken::new());
-        saver.save(snapshot("dev", "old"));
+        saver.save(snapshot("dev", "old"), RUN);
         assert!(saver.save_waiting().await.is_some());
-        saver.save(snapshot("dev", "new"));
+        saver.save(snapshot("dev", "new"), RUN);
         assert!(saver.save_waiting().await.is_some());
         std::fs::remove_dir(&in_the_way).unwrap();
         tokio::join!(saver.run(&stop), async {

@@ -4,6 +4,9 @@
 //! answered without it, and so does what an earlier run has left. Once all have answered, only what
 //! some token in use sees is left. Whom to ask, and when, is the business of those who call.
 //!
+//! What an earlier run has left counts as what a token shows that is not in use any more: where that is
+//! newer than what upstream answers at first, it stays until upstream has caught up or time is over.
+//!
 //! Upstream has two names for what a token sees: the entity tag that it gave when it was asked, and the
 //! number that it told on a stream. Each is kept with the flags that it names, and goes with them.
 //!
@@ -44,8 +47,6 @@ pub(super) struct Sources {
     precedence: Precedence,
     /// What stood in the place of something fetched since.
     replaced: Vec<Arc<Document>>,
-    /// What was served before the first fetch.
-    inherited: Option<Inherited>,
     /// The flags that a token sees no more and another may still tell of, and until when that is waited
     /// for, the earliest first.
     held: Vec<(Instant, Arc<Document>)>,
@@ -97,9 +98,19 @@ struct Source {
     older_events_since: Option<Instant>,
     part: Part,
     /// The round in which upstream last said that this is current.
-    confirmed: u64,
-    /// Its token is not in use any more.
-    is_retired: bool,
+    confirmed: Option<u64>,
+    standing: Standing,
+}
+
+/// Why something is here.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Standing {
+    /// Its token is in use.
+    InUse,
+    /// It is newer than what others show, though its token is not in use any more.
+    Retired,
+    /// An earlier run has left it, and not all tokens in use have answered yet.
+    Inherited,
 }
 
 /// What there is to publish.
@@ -108,8 +119,6 @@ pub(super) struct Parts {
     fetched: Vec<Part>,
     /// Which of them has the newest state, where several tokens have been seen.
     leaders: HashMap<Unit, usize>,
-    /// Of the projects that nothing was fetched of.
-    inherited: Option<Arc<Document>>,
     /// Where nothing that was fetched tells of them.
     held: Vec<Arc<Document>>,
 }
@@ -138,30 +147,42 @@ impl Part {
     }
 }
 
-/// Every flag of some projects, as an earlier run has left them.
-#[derive(Debug)]
-struct Inherited {
-    projects: Projects,
-    document: Arc<Document>,
-}
-
 impl Sources {
-    /// Begins where `served` is what is known.
-    pub(super) fn new(served: Option<&Snapshot>) -> Self {
-        let inherited = served.map(|it| Inherited {
-            projects: it.projects().clone(),
-            document: Arc::clone(it.document()),
-        });
-        Self {
+    /// Begins where `served` is what is known, from an earlier run.
+    pub(super) fn new(served: Option<&Snapshot>, now: Instant) -> Self {
+        let mut sources = Self {
             fetched: BTreeMap::new(),
             precedence: Precedence::default(),
             replaced: Vec::new(),
-            inherited,
             held: Vec::new(),
             round: 0,
             count: 0,
             dirty: false,
+        };
+        if let Some(served) = served {
+            sources.inherit(served.projects().clone(), Arc::clone(served.document()), now);
         }
+        sources
+    }
+
+    fn inherit(&mut self, projects: Projects, document: Arc<Document>, now: Instant) {
+        let digest = nobody();
+        let (states, run) = (States::of(&document), document.earlier_run());
+        self.precedence.inherit(&digest, &projects, &states, run, now);
+        let appeared = Arc::default();
+        let part = Part { projects, document, is_narrowed: false, first: self.count, appeared };
+        let source = Source {
+            etag: None,
+            event: None,
+            revision: None,
+            latest_revision: run.and_then(|it| it.upstream_revision),
+            older_since: None,
+            older_events_since: None,
+            part,
+            confirmed: None,
+            standing: Standing::Inherited,
+        };
+        self.fetched.insert(digest, source);
     }
 
     /// Begins a round in which every token in use is asked with.
@@ -214,12 +235,12 @@ impl Sources {
     pub(super) fn confirm(&mut self, credential: &Credential, now: Instant) {
         let digest = credential.token.digest();
         let Some(source) = self.fetched.get_mut(&digest) else { return };
-        source.confirmed = self.round;
+        source.confirmed = Some(self.round);
         source.older_since = None;
         self.precedence.confirm(&digest, now);
         let part = &mut source.part;
-        if source.is_retired {
-            source.is_retired = false;
+        if source.standing != Standing::InUse {
+            source.standing = Standing::InUse;
             let states = States::of(&part.document);
             self.precedence.observe(&digest, &part.projects, &states, source.revision, now);
             self.dirty = true;
@@ -337,6 +358,19 @@ impl Sources {
         held_until.into_iter().chain(self.precedence.next_decision()).min()
     }
 
+    /// When to ask upstream again for the sake of those answers that do not count yet.
+    pub(super) fn next_question(&self) -> Option<Instant> {
+        self.precedence.next_question()
+    }
+
+    /// The revision of upstream that all of this is of, where it is the same for each token and can be
+    /// compared.
+    pub(super) fn revision(&self) -> Option<u64> {
+        let mut revisions = self.fetched.values().map(|source| source.latest_revision);
+        let first = revisions.next()?;
+        first.filter(|_| revisions.all(|other| other == first))
+    }
+
     /// Lets go of the number that a stream told, so that the next tells everything.
     pub(super) fn forget_event(&mut self, token: &TokenDigest) {
         if let Some(source) = self.fetched.get_mut(token) {
@@ -372,7 +406,6 @@ impl Sources {
             Some(before) => (before.first, Arc::new(appeared(before, &document, self.count))),
         };
         let part = Part { projects, document, is_narrowed: false, first, appeared };
-        let confirmed = self.round;
         let source = Source {
             etag,
             event,
@@ -381,8 +414,8 @@ impl Sources {
             older_since: None,
             older_events_since,
             part,
-            confirmed,
-            is_retired: false,
+            confirmed: Some(self.round),
+            standing: Standing::InUse,
         };
         self.fetched.insert(digest, source);
         self.replaced.extend(before.map(|it| it.document));
@@ -402,24 +435,24 @@ impl Sources {
         let used: BTreeSet<_> = in_use.iter().map(|it| it.token.digest()).collect();
         let current = |token: &TokenDigest| {
             let source = self.fetched.get(token);
-            source.is_some_and(|it| it.confirmed == self.round || followed.contains(token))
+            source.is_some_and(|it| it.confirmed == Some(self.round) || followed.contains(token))
         };
         if used.is_empty() || !used.iter().all(current) {
             return false;
         }
         let seen = in_use.iter().fold(nothing(), |seen, it| seen.union(&it.projects));
-        let is_needed = |it: &Inherited| !seen.covers(&it.projects);
-        if !is_complete && self.inherited.as_ref().is_some_and(is_needed) {
+        let is_needed = |it: &Source| !seen.covers(&it.part.projects);
+        if !is_complete && self.inherited().is_some_and(is_needed) {
             return false;
         }
         let Self { fetched, precedence, .. } = self;
-        let mut is_less = self.inherited.take().is_some();
+        let mut is_less = false;
         fetched.retain(|token, source| {
             // An unused one whose state of a project is newer than others' stays until they have it.
-            let stays = used.contains(token) || precedence.retire(token, &seen);
-            let is_retired = stays && !used.contains(token);
-            is_less |= !stays || is_retired && !source.is_retired;
-            source.is_retired = is_retired;
+            let is_used = used.contains(token);
+            let stays = is_used || precedence.retire(token, &seen);
+            is_less |= !stays || !is_used && source.standing != Standing::Retired;
+            source.standing = if is_used { Standing::InUse } else { Standing::Retired };
             stays
         });
         self.dirty |= is_less;
@@ -428,12 +461,16 @@ impl Sources {
 
     /// Whether upstream has answered to any token in this round.
     pub(super) fn heard(&self) -> bool {
-        self.fetched.values().any(|source| source.confirmed == self.round)
+        self.fetched.values().any(|source| source.confirmed == Some(self.round))
     }
 
-    /// Whether there are flags of an earlier run still.
+    /// Whether there are flags of an earlier run that wait for the answers of more tokens.
     pub(super) fn has_inherited(&self) -> bool {
-        self.inherited.is_some()
+        self.inherited().is_some()
+    }
+
+    fn inherited(&self) -> Option<&Source> {
+        self.fetched.values().find(|source| source.standing == Standing::Inherited)
     }
 
     /// Whether something here is not published.
@@ -456,14 +493,14 @@ impl Sources {
         }
         let part = |source: &Source| {
             // Of a token that is not in use, only what is newer than others have it.
-            let projects = if source.is_retired { nothing() } else { source.part.projects.clone() };
-            let is_narrowed = source.is_retired || source.part.is_narrowed;
+            let is_retired = source.standing == Standing::Retired;
+            let projects = if is_retired { nothing() } else { source.part.projects.clone() };
+            let is_narrowed = is_retired || source.part.is_narrowed;
             Part { projects, is_narrowed, ..source.part.clone() }
         };
         let fetched = self.fetched.values().map(part).collect();
-        let inherited = self.inherited.as_ref().map(|it| Arc::clone(&it.document));
         let held = self.held.iter().map(|(_, document)| Arc::clone(document)).collect();
-        Parts { fetched, leaders, inherited, held }
+        Parts { fetched, leaders, held }
     }
 
     /// What was replaced since this was called last. To let go of it takes milliseconds for thousands of
@@ -474,11 +511,15 @@ impl Sources {
 
     /// The projects that [`Sources::parts`] have every flag of.
     pub(super) fn projects(&self) -> Projects {
-        let in_use = self.fetched.values().filter(|source| !source.is_retired);
-        let fetched = in_use.map(|source| &source.part.projects);
-        let inherited = self.inherited.iter().map(|it| &it.projects);
-        fetched.chain(inherited).fold(nothing(), |seen, projects| seen.union(projects))
+        let sources = self.fetched.values().filter(|it| it.standing != Standing::Retired);
+        sources.fold(nothing(), |seen, source| seen.union(&source.part.projects))
     }
+}
+
+/// Stands for the token under which an earlier run has left its flags: no text of a token has this digest,
+/// as far as anybody knows.
+fn nobody() -> TokenDigest {
+    TokenDigest::from_bytes([0; 32])
 }
 
 /// Whether a revision is older than the `known` one, and has not been for a minute.
@@ -517,8 +558,7 @@ fn appeared(before: &Part, document: &Document, count: u64) -> HashMap<Arc<str>,
 
 /// The union of `parts`: of each project and segment the newest state, and of two flags of the same name
 /// the one that came later.
-pub(super) fn merged(Parts { fetched, leaders, inherited, held }: &Parts) -> Document {
-    let is_seen = |project: &str| fetched.iter().any(|part| part.projects.contains(project));
+pub(super) fn merged(Parts { fetched, leaders, held }: &Parts) -> Document {
     let leads = |at: usize, feature: &Feature| match leaders
         .get(&Unit::Project(Arc::clone(feature.project())))
     {
@@ -544,11 +584,9 @@ pub(super) fn merged(Parts { fetched, leaders, inherited, held }: &Parts) -> Doc
         };
         part.document.filter(has_feature, has_segment)
     });
-    let inherited =
-        inherited.iter().map(|it| it.filter(|feature| !is_seen(feature.project()), |_| true));
     // The later document counts where two hold the same.
     let held = held.iter().map(|document| Document::clone(document));
-    Document::merge(held.chain(inherited).chain(newest))
+    Document::merge(held.chain(newest))
 }
 
 #[cfg(test)]
@@ -556,7 +594,10 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::token::{Environment, Scope, Token};
+    use crate::{
+        token::{Environment, Scope, Token},
+        wire::features::EarlierRun,
+    };
     use proptest::{collection::vec, prelude::*};
 
     fn credential(projects: &[&str]) -> Credential {
@@ -618,7 +659,7 @@ mod tests {
     #[test]
     fn news_wait_for_being_published_whatever_other_tokens_do() {
         let (one, two) = (credential(&["a"]), credential(&["b"]));
-        let mut sources = Sources::new(None);
+        let mut sources = Sources::new(None, Instant::now());
         sources.begin();
         sources.insert_now(&one, Some("1".to_owned()), document(&["a/x"]), true);
         assert!(!sources.settle(&[one.clone(), two], NOBODY, true), "the other did not answer");
@@ -635,7 +676,7 @@ mod tests {
     #[test]
     fn what_was_replaced_is_handed_out_once_to_whoever_lets_go_of_it() {
         let one = credential(&["a"]);
-        let mut sources = Sources::new(None);
+        let mut sources = Sources::new(None, Instant::now());
         sources.insert_now(&one, None, document(&["a/x"]), true);
         assert!(sources.take_replaced().is_empty());
         let first = Arc::downgrade(sources.document(&one.token.digest()).unwrap());
@@ -649,7 +690,7 @@ mod tests {
     #[test]
     fn what_a_token_fetched_stays_until_all_in_use_have_answered_without_it() {
         let (one, two, all) = (credential(&["a"]), credential(&["b"]), credential(&["*"]));
-        let mut sources = Sources::new(None);
+        let mut sources = Sources::new(None, Instant::now());
         sources.begin();
         sources.insert_now(&one, None, document(&["a/x"]), true);
         sources.insert_now(&two, None, document(&["b/y"]), true);
@@ -682,7 +723,7 @@ mod tests {
     #[test]
     fn newest_state_of_a_project_that_two_tokens_see_is_published() {
         let (one, two) = (credential(&["a", "b"]), credential(&["b", "c"]));
-        let mut sources = Sources::new(None);
+        let mut sources = Sources::new(None, Instant::now());
         sources.begin();
         sources.insert_now(&one, None, document(&["a/x", "b/old"]), true);
         sources.insert_now(&two, None, document(&["b/old", "c/z"]), true);
@@ -706,7 +747,8 @@ mod tests {
     #[test]
     fn flag_that_was_removed_is_not_held_again_for_a_token_that_lags() {
         let (one, two) = (credential(&["a", "b"]), credential(&["b", "c"]));
-        let (mut sources, later) = (Sources::new(None), Instant::now() + Duration::from_secs(1));
+        let (mut sources, later) =
+            (Sources::new(None, Instant::now()), Instant::now() + Duration::from_secs(1));
         sources.insert_now(&one, None, document(&["b/gone"]), true);
         sources.insert_now(&two, None, document(&["b/gone"]), true);
         assert!(sources.hold(&one, &[Arc::from("gone")], later));
@@ -722,7 +764,7 @@ mod tests {
     fn older_revision_of_another_replica_is_passed_over_for_a_minute() {
         let one = credential(&["a"]);
         let (digest, start) = (one.token.digest(), Instant::now());
-        let mut sources = Sources::new(None);
+        let mut sources = Sources::new(None, Instant::now());
         let received = |flag: &str, revision| document(&[flag]).with_revision(Some(revision));
         sources.insert(&one, None, received("a/new", 7), true, start);
         assert!(!sources.is_outdated(&digest, Some(7), start));
@@ -740,7 +782,7 @@ mod tests {
         let (digest, start) = (one.token.digest(), Instant::now());
         let state = |flag: &str, revision| document(&[flag]).with_revision(revision);
         let later = start + OLDER_REVISION_FOR;
-        let mut sources = Sources::new(None);
+        let mut sources = Sources::new(None, Instant::now());
         sources.insert(&one, None, state("a/x", Some(9)), true, start);
         assert!(!sources.is_event_outdated(&digest, Some(9), start));
         sources.follow(&one, Some(10), Some(state("a/y", None)), start);
@@ -767,7 +809,7 @@ mod tests {
     #[test]
     fn flags_of_a_token_that_is_replaced_stay_until_its_successor_has_them() {
         let (one, all) = (credential(&["a"]), credential(&["*"]));
-        let (mut sources, start) = (Sources::new(None), Instant::now());
+        let (mut sources, start) = (Sources::new(None, Instant::now()), Instant::now());
         sources.insert(&one, None, document(&["a/new"]), true, start);
         // Another replica of upstream answers to the wider token.
         sources.begin();
@@ -786,7 +828,7 @@ mod tests {
     #[test]
     fn token_whose_projects_shrink_shows_no_flags_of_the_others() {
         let mut one = credential(&["a", "b"]);
-        let mut sources = Sources::new(None);
+        let mut sources = Sources::new(None, Instant::now());
         let etag = Some("tag".to_owned());
         sources.insert_now(&one, etag, document(&["a/x", "b/y"]), true);
         one.projects = Projects::from_list(["a"]);
@@ -800,7 +842,7 @@ mod tests {
     #[test]
     fn equal_flags_are_no_news_and_keep_their_document() {
         let one = credential(&["a"]);
-        let mut sources = Sources::new(None);
+        let mut sources = Sources::new(None, Instant::now());
         sources.insert_now(&one, None, document(&["a/x"]), true);
         sources.published();
         let before = Arc::clone(sources.document(&one.token.digest()).unwrap());
@@ -820,6 +862,8 @@ mod tests {
         Advance { token: usize, by: usize, by_stream: bool },
         /// Those of the tokens are in use from now on, and all of them have answered.
         Use(Vec<bool>),
+        /// The edge begins anew with what it has stored.
+        Restart,
     }
 
     fn step() -> impl Strategy<Value = Step> {
@@ -828,6 +872,7 @@ mod tests {
             6 => (0..3_usize, 0..4_usize, any::<bool>())
                 .prop_map(|(token, by, by_stream)| Step::Advance { token, by, by_stream }),
             1 => vec(any::<bool>(), 3).prop_map(Step::Use),
+            1 => Just(Step::Restart),
         ]
     }
 
@@ -856,16 +901,37 @@ mod tests {
         published
     }
 
+    /// The sources of the next run, after these have been stored.
+    fn restarted(sources: &Sources, now: Instant) -> Sources {
+        let document = merged(&sources.parts());
+        let flags: Vec<_> = document.features().iter().map(Feature::raw).collect();
+        let segments: Vec<_> = document.segments().iter().map(Segment::raw).collect();
+        let (flags, segments) = (flags.join(","), segments.join(","));
+        let text = format!(r#"{{"features":[{flags}],"segments":[{segments}]}}"#);
+        let run = EarlierRun { upstream_revision: sources.revision() };
+        let stored = Document::to_store(text.as_bytes(), run);
+        let document = Document::parse_stored(&stored).unwrap();
+        let scope = Scope { environment: Environment::new("dev"), projects: sources.projects() };
+        Sources::new(Some(&Snapshot::build(scope, document, None)), now)
+    }
+
     proptest! {
         /// Each token's view moves forward through one history, and lags as it likes.
         #[test]
-        fn no_project_goes_back_whichever_token_lags(steps in vec(step(), 1..60)) {
+        fn no_project_goes_back_whichever_token_lags(
+            steps in vec(step(), 1..60),
+            has_revisions in any::<bool>(),
+        ) {
             const SEES: [[usize; 2]; 3] = [[0, 1], [1, 2], [0, 2]];
             let tokens = SEES.map(|[a, b]| credential(&[&format!("p{a}"), &format!("p{b}")]));
             let followed: BTreeSet<_> = tokens.iter().map(|it| it.token.digest()).collect();
-            let (mut sources, start) = (Sources::new(None), Instant::now());
+            let (mut sources, start) = (Sources::new(None, Instant::now()), Instant::now());
             let (mut changes, mut views) = (Vec::new(), [0; 3]);
             let mut used = vec![true; 3];
+            let seen = |projects, changes: &[usize]| {
+                let revision = has_revisions.then_some(changes.len() as u64);
+                seen(projects, changes).with_revision(revision)
+            };
             for (token, sees) in tokens.iter().zip(SEES) {
                 sources.insert(token, None, seen(sees, &[]), true, start);
             }
@@ -889,6 +955,7 @@ mod tests {
                         }
                     }
                     Step::Advance { .. } => {}
+                    Step::Restart => sources = restarted(&sources, start),
                     Step::Use(now) => {
                         used = now;
                         let in_use = (0..3).filter(|token| used[*token]);
@@ -940,7 +1007,7 @@ mod tests {
     #[test]
     fn the_names_of_a_state_go_with_it() {
         let one = credential(&["a"]);
-        let mut sources = Sources::new(None);
+        let mut sources = Sources::new(None, Instant::now());
         let etag = |name: &str| Some(name.to_owned());
         let state = |flag: &str| document(&[&format!("a/{flag}")]);
         sources.follow_now(&one, Some(1), None);
@@ -970,7 +1037,7 @@ mod tests {
         let (one, two) = (credential(&["a", "b"]), credential(&["b", "c"]));
         let both = [one.clone(), two.clone()];
         let followed = |of: &[&Credential]| of.iter().map(|it| it.token.digest()).collect();
-        let mut sources = Sources::new(None);
+        let mut sources = Sources::new(None, Instant::now());
         sources.begin();
         sources.insert_now(&one, None, document(&["a/x", "b/old"]), true);
         sources.insert_now(&two, None, document(&["b/old", "c/z"]), true);
@@ -1006,7 +1073,7 @@ mod tests {
         let (now, gone) = (Instant::now(), [Arc::from("x")]);
         let later = now + Duration::from_secs(1);
         for (told, expect) in [(Some("c/x"), "c/x"), (None, "nothing")] {
-            let mut sources = Sources::new(None);
+            let mut sources = Sources::new(None, Instant::now());
             sources.insert_now(&one, None, document(&["a/x", "b/y"]), true);
             sources.insert_now(&two, None, document(&["b/y"]), true);
             assert!(sources.hold(&one, &gone, later));
@@ -1035,7 +1102,7 @@ mod tests {
         let (one, two) = (credential(&["a", "b"]), credential(&["b", "c"]));
         let gone = [Arc::from("x")];
         let holds = |other: &str, first: &str| {
-            let mut sources = Sources::new(None);
+            let mut sources = Sources::new(None, Instant::now());
             sources.insert_now(&one, None, document(&[first]), true);
             sources.insert_now(&two, None, document(&[other]), true);
             sources.hold(&one, &gone, Instant::now())
@@ -1048,7 +1115,7 @@ mod tests {
     fn a_held_flag_has_its_segments() {
         let text = r#"{"features":[{"name":"x","project":"a","strategies":[{"name":"default","segments":[2]}]}],"segments":[{"id":1},{"id":2}]}"#;
         let one = credential(&["a"]);
-        let mut sources = Sources::new(None);
+        let mut sources = Sources::new(None, Instant::now());
         let received = Received::new(Document::parse(text.as_bytes()).unwrap());
         sources.insert_now(&one, None, received, true);
         assert!(sources.hold(&one, &[Arc::from("x")], Instant::now()));
@@ -1061,7 +1128,7 @@ mod tests {
     #[test]
     fn a_token_that_sees_more_than_before_is_news() {
         let mut one = credential(&["a"]);
-        let mut sources = Sources::new(None);
+        let mut sources = Sources::new(None, Instant::now());
         sources.begin();
         sources.insert_now(&one, None, document(&["a/x"]), true);
         sources.published();
@@ -1077,7 +1144,7 @@ mod tests {
         for projects in [Projects::All, Projects::from_list(["a", "c"])] {
             let scope = Scope { environment: Environment::new("dev"), projects: projects.clone() };
             let before = Snapshot::build(scope, parsed(&["a/gone", "c/frozen"]), None);
-            let mut sources = Sources::new(Some(&before));
+            let mut sources = Sources::new(Some(&before), Instant::now());
             assert!(!sources.settle(&[], NOBODY, true), "nobody has answered");
             sources.begin();
             sources.insert_now(&one, None, document(&["a/x"]), true);
@@ -1094,12 +1161,40 @@ mod tests {
     }
 
     #[test]
+    fn first_answer_that_is_older_than_what_was_served_waits_until_it_is_confirmed() {
+        let one = credential(&["a"]);
+        let (start, sees) = (Instant::now(), |flag: &str, revision| {
+            document(&[&format!("a/{flag}")]).with_revision(Some(revision))
+        });
+        let mut before = Sources::new(None, start);
+        before.insert(&one, None, sees("served", 7), true, start);
+        let at = |seconds| start + Duration::from_secs(seconds);
+        // What upstream answers first, and when it is served if upstream goes on to answer that.
+        for (first, revision, expect) in [("newer", 8, 0), ("served", 8, 0), ("older", 6, 60)] {
+            let mut sources = restarted(&before, start);
+            sources.begin();
+            sources.insert(&one, None, sees(first, revision), true, start);
+            assert!(sources.settle(std::slice::from_ref(&one), NOBODY, true));
+            assert_eq!(names(&sources), [if expect == 0 { first } else { "served" }]);
+            assert_eq!(sources.next_question(), (expect > 0).then_some(at(expect)));
+            for seconds in [expect.saturating_sub(1), expect] {
+                sources.begin();
+                sources.confirm(&one, at(seconds));
+                sources.settle(std::slice::from_ref(&one), NOBODY, true);
+                sources.advance(at(seconds), []);
+                assert_eq!(names(&sources) == [first], seconds == expect, "{first}");
+            }
+            assert_eq!((names(&sources), sources.next_question()), (vec![first.to_owned()], None));
+        }
+    }
+
+    #[test]
     fn flags_of_an_earlier_run_go_at_once_where_tokens_in_use_see_all_of_their_projects() {
         let one = credential(&["a", "b"]);
         let projects = Projects::from_list(["a"]);
         let scope = Scope { environment: Environment::new("dev"), projects };
         let before = Snapshot::build(scope, parsed(&["a/gone"]), None);
-        let mut sources = Sources::new(Some(&before));
+        let mut sources = Sources::new(Some(&before), Instant::now());
         sources.begin();
         sources.insert_now(&one, None, document(&["a/x"]), true);
         assert!(sources.settle(std::slice::from_ref(&one), NOBODY, false));

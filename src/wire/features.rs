@@ -15,7 +15,7 @@ use std::{collections::HashMap, sync::Arc, thread};
 
 use foldhash::fast::RandomState;
 use itertools::{EitherOrBoth::Both, Itertools as _};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 pub use self::definition::{
@@ -36,8 +36,23 @@ pub struct Document {
     segments: Vec<Segment>,
     revision: Option<u64>,
     stored_revision: Option<u64>,
+    earlier_run: Option<EarlierRun>,
     shadowed: Vec<Arc<str>>,
     unreadable: Vec<Unreadable>,
+}
+
+/// What a stored document tells of the run that has served it.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EarlierRun {
+    /// The revision of upstream that the document is of, where upstream's revisions can be compared.
+    pub upstream_revision: Option<u64>,
+}
+
+/// What Parapet adds to a listing that it stores.
+#[derive(Deserialize, Serialize)]
+struct Addition {
+    parapet: Option<EarlierRun>,
 }
 
 /// A flag that was left out of its document, for want of a name that can be read.
@@ -116,7 +131,20 @@ impl Document {
     /// As [`Document::parse`].
     pub fn parse_stored(text: &[u8]) -> Result<Self, serde_json::Error> {
         let document = Self::parse(text)?;
-        Ok(Self { revision: None, stored_revision: document.revision, ..document })
+        let Addition { parapet: earlier_run } =
+            serde_json::from_slice(without_byte_order_mark(text))?;
+        let stored_revision = document.revision;
+        Ok(Self { revision: None, stored_revision, earlier_run, ..document })
+    }
+
+    /// The text to store of a listing, which [`Document::parse_stored`] reads.
+    pub fn to_store(listing: &[u8], run: EarlierRun) -> Vec<u8> {
+        let mut text = serde_json::to_vec(&Addition { parapet: Some(run) })
+            .expect("an object of numbers serializes");
+        text.pop();
+        text.push(b',');
+        text.extend_from_slice(listing.strip_prefix(b"{").expect("a listing is an object"));
+        text
     }
 
     /// The union of several fetches of one environment, made with tokens of different projects.
@@ -148,6 +176,7 @@ impl Document {
             segments: self.segments.iter().filter(|it| has_segment(it)).cloned().collect(),
             revision: self.revision,
             stored_revision: self.stored_revision,
+            earlier_run: self.earlier_run,
             shadowed: self.shadowed.clone(),
             unreadable: self.unreadable.clone(),
         }
@@ -182,6 +211,11 @@ impl Document {
     /// The revision under which this state was served before it was stored.
     pub fn stored_revision(&self) -> Option<u64> {
         self.stored_revision
+    }
+
+    /// Which run has served this, if it was stored by one.
+    pub fn earlier_run(&self) -> Option<EarlierRun> {
+        self.earlier_run
     }
 
     /// Names that the body defined more than once; the last definition counts.
@@ -253,6 +287,7 @@ impl Document {
             segments,
             revision,
             stored_revision: None,
+            earlier_run: None,
             shadowed,
             unreadable: Vec::new(),
         }
@@ -588,6 +623,12 @@ mod tests {
         let text = br#"{"features":[],"meta":{"revisionId":7}}"#;
         let document = Document::parse_stored(text).unwrap();
         assert_eq!((document.revision(), document.stored_revision()), (None, Some(7)));
+        assert_eq!(document.earlier_run(), None, "somebody else has left it");
+        for upstream_revision in [None, Some(9)] {
+            let run = EarlierRun { upstream_revision };
+            let document = Document::parse_stored(&Document::to_store(text, run)).unwrap();
+            assert_eq!((document.stored_revision(), document.earlier_run()), (Some(7), Some(run)));
+        }
     }
 
     #[test]

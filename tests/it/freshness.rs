@@ -52,6 +52,8 @@ struct State {
     polls: BTreeMap<String, usize>,
     /// Whether responses have an entity tag.
     has_tags: bool,
+    /// The revision that responses tell as Unleash does, where they do.
+    revision: Option<u64>,
     /// Tokens that cannot be validated at the moment.
     unavailable: BTreeSet<&'static str>,
     /// Tokens that are not valid any more.
@@ -129,17 +131,20 @@ impl Upstream {
                 let token = header("authorization");
                 *state.polls.entry(token.to_owned()).or_default() += 1;
                 let flags = state.flags.get(token).cloned().unwrap_or_default();
-                let etag = format!("\"{}\"", flags.join(" "));
+                let etag = match state.revision {
+                    Some(revision) => format!("\"76d8bb0e:{revision}:v1\""),
+                    None => format!("\"{}\"", flags.join(" ")),
+                };
                 if state.has_tags && header("if-none-match") == etag {
                     return respond(StatusCode::NOT_MODIFIED, &Value::Null);
                 }
-                let polls = state.polls[token];
+                let revision = state.revision.unwrap_or(state.polls[token] as u64);
                 let flags = flags.iter().map(|flag| {
                     let (project, name) = flag.split_once('/').unwrap();
                     json!({"name": name, "project": project, "enabled": true, "strategies": [{"name": "default"}]})
                 });
                 // What differs from response to response is no change of flags.
-                let body = json!({"version": 2, "features": flags.collect::<Vec<_>>(), "meta": {"revisionId": polls}});
+                let body = json!({"version": 2, "features": flags.collect::<Vec<_>>(), "meta": {"revisionId": revision}});
                 let mut response = respond(StatusCode::OK, &body);
                 if state.has_tags {
                     response.headers_mut().insert("etag", etag.parse().unwrap());
@@ -371,6 +376,69 @@ async fn newest_state_of_a_project_that_two_tokens_see_is_served() {
     }
     until_served(&parapet, A_AND_B, &["a3", "b3"]).await;
     until_served(&parapet, B_AND_C, &["b3", "c3"]).await;
+}
+
+/// A replica of upstream that lags answers the first requests after a restart.
+async fn restart_in_front_of_a_replica_that_lags(has_revisions: bool) {
+    let (upstream, url) = Upstream::start().await;
+    let show = |flag, revision| {
+        let mut state = upstream.state();
+        state.flags.insert(A, vec![flag]);
+        (state.has_tags, state.revision) = (true, has_revisions.then_some(revision));
+    };
+    show("a/a2", 12);
+    let parapet = edge(&url).env("TOKENS", A).start().await;
+    until_served(&parapet, A, &["a2"]).await;
+    parapet.wait_until_kept("a2").await;
+    parapet.terminate().await;
+
+    show("a/a1", 11);
+    parapet.restart();
+    parapet.wait_until_ready().await;
+    upstream.until_polled(&[A]).await;
+    assert_eq!(served(&parapet, A).await, Ok(vec!["a2".to_owned()]), "an older state is served");
+    for (flag, revision) in [("a/a2", 12), ("a/a3", 13)] {
+        show(flag, revision);
+        until("the newest state is served", SOON, async || {
+            let names = served(&parapet, A).await.ok()?;
+            assert_ne!(names, ["a1"], "an older state is served");
+            (names == [&flag[2..]]).then_some(())
+        })
+        .await;
+        upstream.until_polled(&[A]).await;
+    }
+}
+
+#[tokio::test]
+async fn older_state_is_not_served_after_a_restart_by_its_revision() {
+    restart_in_front_of_a_replica_that_lags(true).await;
+}
+
+#[tokio::test]
+async fn older_state_is_not_served_after_a_restart_before_others_had_time_to_answer() {
+    restart_in_front_of_a_replica_that_lags(false).await;
+}
+
+#[tokio::test]
+async fn newer_state_is_served_at_once_after_a_restart_by_its_revision() {
+    let (upstream, url) = Upstream::start().await;
+    upstream.show(A, &["a/a1"]);
+    (upstream.state().has_tags, upstream.state().revision) = (true, Some(10));
+    let parapet = edge(&url).env("TOKENS", A).start().await;
+    until_served(&parapet, A, &["a1"]).await;
+    parapet.wait_until_kept("a1").await;
+    parapet.terminate().await;
+
+    upstream.show(A, &["a/a2"]);
+    upstream.state().revision = Some(11);
+    let before = upstream.state().polls[A];
+    parapet.restart();
+    parapet.wait_until_ready().await;
+    until("the first response is dealt with", SOON, async || {
+        (upstream.state().polls[A] > before + 1).then_some(())
+    })
+    .await;
+    assert_eq!(served(&parapet, A).await, Ok(vec!["a2".to_owned()]));
 }
 
 #[tokio::test]
