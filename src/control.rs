@@ -17,7 +17,6 @@ mod registry;
 mod rights;
 mod secret;
 mod sessions;
-mod throttle;
 mod usage;
 mod watch;
 

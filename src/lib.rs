@@ -26,7 +26,7 @@
 //! | services | [`sync`], [`auth`], [`usage`], [`answers`], [`feed`] | what goes on by itself, each with its own task and state; and what only works on the state below |
 //! | state | [`snapshot`], [`upstream`], [`store`] | what is served, the server in front of which we stand, what outlives a restart |
 //! | pure core | [`engine`] | flags compiled to data, and evaluated; no IO, clock, chance or logs |
-//! | words | [`token`], [`wire`], [`telemetry`], [`secret_file`] | tokens and grants, Unleash's JSON, logs and readiness, secrets in files |
+//! | words | [`token`], [`wire`], [`telemetry`], [`secret_file`], [`throttle`] | tokens and grants, Unleash's JSON, logs and readiness, secrets in files, how often may be tried |
 //!
 //! # Three questions make a mode
 //!
@@ -106,6 +106,7 @@ pub mod snapshot;
 pub mod store;
 pub mod sync;
 pub mod telemetry;
+pub mod throttle;
 pub mod token;
 pub mod upstream;
 pub mod usage;

@@ -19,11 +19,11 @@ const MAX_KEYS: usize = 10_000;
 
 /// How often something may be done.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Rate {
+pub struct Rate {
     /// So often at once.
-    pub(super) burst: u32,
+    pub burst: u32,
     /// And then once in this time.
-    pub(super) every: Duration,
+    pub every: Duration,
 }
 
 impl Rate {
@@ -35,7 +35,7 @@ impl Rate {
 
 /// Buckets by key.
 #[derive(Debug)]
-pub(super) struct Buckets<K> {
+pub struct Buckets<K> {
     rate: Rate,
     max: usize,
     /// By key, when its bucket will be full.
@@ -43,12 +43,13 @@ pub(super) struct Buckets<K> {
 }
 
 impl<K: Clone + Eq + Hash> Buckets<K> {
-    pub(super) fn new(rate: Rate) -> Self {
+    /// Buckets of this rate, all of them full.
+    pub fn new(rate: Rate) -> Self {
         Self { rate, max: MAX_KEYS, full_at: Mutex::default() }
     }
 
     /// Takes one from the bucket of `key`, or says when there will be one.
-    pub(super) fn take(&self, key: &K) -> Result<(), Duration> {
+    pub fn take(&self, key: &K) -> Result<(), Duration> {
         let now = Instant::now();
         let mut buckets = self.full_at.lock().unwrap_or_else(PoisonError::into_inner);
         let mut key = Some(key.clone());
@@ -68,7 +69,7 @@ impl<K: Clone + Eq + Hash> Buckets<K> {
     }
 
     /// Gives back what [`Buckets::take`] took.
-    pub(super) fn give_back(&self, key: &K) {
+    pub fn give_back(&self, key: &K) {
         let mut buckets = self.full_at.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(full_at) = buckets.get_mut(&Some(key.clone())) {
             *full_at = full_at.checked_sub(self.rate.every).unwrap_or(*full_at);
@@ -77,7 +78,7 @@ impl<K: Clone + Eq + Hash> Buckets<K> {
 }
 
 /// Where somebody comes from, as far as they cannot choose it: of IPv6 the network of 64 bits.
-pub(super) fn origin(address: IpAddr) -> IpAddr {
+pub fn origin(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => {
             let network = address.to_bits() & (u128::MAX << 64);

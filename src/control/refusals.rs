@@ -14,9 +14,11 @@ use super::{
     database::{Database, Lane},
     error::Error,
     permission::{Actor, Missing},
+};
+use crate::{
+    telemetry::report,
     throttle::{Buckets, Rate, origin},
 };
-use crate::telemetry::report;
 
 /// How many events one origin may cause.
 const OF_ONE: Rate = Rate { burst: 20, every: Duration::from_mins(1) };

@@ -23,9 +23,11 @@ use super::{
     permission::Actor,
     refusals::{Reason, Refusals},
     secret::{Kept, Secret},
+};
+use crate::{
+    telemetry::report,
     throttle::{Buckets, Rate, origin},
 };
-use crate::telemetry::report;
 
 /// Attempts from one address.
 const BY_ADDRESS: Rate = Rate { burst: 20, every: Duration::from_secs(3) };

@@ -10,7 +10,13 @@ use regex::Regex;
 
 /// The layers, lowest first. A module may import those of lower layers, and of its own layer those named behind it.
 const LAYERS: [&[(&str, &[&str])]; 8] = [
-    &[("token", &[]), ("wire", &["token"]), ("telemetry", &[]), ("secret_file", &["wire"])],
+    &[
+        ("token", &[]),
+        ("wire", &["token"]),
+        ("telemetry", &[]),
+        ("secret_file", &["wire"]),
+        ("throttle", &[]),
+    ],
     &[("engine", &[])],
     // Upstream keeps the tokens that it was given in the store.
     &[("snapshot", &[]), ("store", &[]), ("upstream", &["store"])],
