@@ -307,7 +307,13 @@ fn data(flags: usize) -> Data {
     let hop = ConnectVia { app_name: "parapet".into(), instance_id: "bench".into() };
     let meter = Arc::new(Meter::default());
     let (feed, auth) = (Feed::new(snapshots.clone()), scenarios::authenticator(tokens));
-    let streams = streaming::Config { most: 1, max_age: interval, fetch_mode: None };
+    let streams = streaming::Config {
+        most: 1,
+        most_of_address: 1,
+        most_of_token: 1,
+        max_age: interval,
+        fetch_mode: None,
+    };
     let usage = Usage::new(&usage::Config { interval, max_counters: 100_000 }, hop);
     Data {
         settings: Settings {

@@ -50,6 +50,7 @@ impl Server {
         std::fs::write(&flags, document(FLAGS))?;
         let config = format!(
             "bootstrap_file = '{}'\nclient_tokens = [{CLIENT:?}]\nmax_streams = {clients}\n\
+             max_streams_per_address = {clients}\nmax_streams_per_token = {clients}\n\
              max_connections = {}\nheader_read_timeout_seconds = 600\n",
             flags.display(),
             clients * 2

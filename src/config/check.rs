@@ -370,8 +370,11 @@ fn listeners(s: &mut Settings) -> (DataListener, AdminListener) {
 
 fn streams(s: &mut Settings) -> streaming::Config {
     let fetch_mode = s.read(&keys::SDK_FETCH_MODE, "polling or streaming", FetchMode::parse);
+    let most = s.count(&keys::MAX_STREAMS);
     let streams = streaming::Config {
-        most: s.count(&keys::MAX_STREAMS),
+        most,
+        most_of_address: s.count_or(&keys::MAX_STREAMS_PER_ADDRESS, most.div_ceil(2)),
+        most_of_token: s.count_or(&keys::MAX_STREAMS_PER_TOKEN, most - most / 4),
         max_age: s.interval(&keys::STREAM_MAX_AGE_SECONDS),
         fetch_mode,
     };

@@ -264,6 +264,13 @@ keys! {
         SDK_FETCH_MODE = one("sdk-fetch-mode");
         /// How many streams may be open at once; beyond it SDKs are told to poll (429).
         MAX_STREAMS = one("max-streams").default("10000");
+        /// How many of them clients of one address may have, of IPv6 those of one network of 64 bits; half
+        /// of --max-streams when left out. Behind a load balancer name it by --trust-proxy, else all
+        /// clients are of its address.
+        MAX_STREAMS_PER_ADDRESS = one("max-streams-per-address");
+        /// How many of them the bearers of one token may have; three quarters of --max-streams when left
+        /// out.
+        MAX_STREAMS_PER_TOKEN = one("max-streams-per-token");
         /// About how long a stream lasts before its client has to open another, in seconds.
         STREAM_MAX_AGE_SECONDS = one("stream-max-age-seconds").default("3600");
         /// What instances behind one address have in common, so that each takes the addresses of event

@@ -362,7 +362,12 @@ impl Settings {
 
     /// A number of things of which there must be one.
     pub(super) fn count(&mut self, key: &Key) -> usize {
-        self.value(key, "a whole number above 0", |text| text.parse().ok().filter(|&n| n > 0))
+        self.value(key, COUNT, positive)
+    }
+
+    /// The same, and so many when it is left out.
+    pub(super) fn count_or(&mut self, key: &Key, otherwise: usize) -> usize {
+        self.read(key, COUNT, positive).unwrap_or(otherwise)
     }
 
     /// A time that may be none at all.
@@ -489,4 +494,10 @@ const LONGEST_KEPT: f64 = 100.0 * LONGEST_WAIT;
 fn seconds(text: &str, most: f64) -> Option<Duration> {
     let seconds: f64 = text.parse().ok()?;
     (0.0..=most).contains(&seconds).then(|| Duration::from_secs_f64(seconds))
+}
+/// What is expected of a number of things.
+const COUNT: &str = "a whole number above 0";
+
+fn positive(text: &str) -> Option<usize> {
+    text.parse().ok().filter(|&number| number > 0)
 }

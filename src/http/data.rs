@@ -193,7 +193,7 @@ impl Data {
                 client::feature(headers, name, &snapshot, &grant.scope).await
             }
             Route::ClientDelta => Box::pin(self.delta(headers, query)).await,
-            Route::ClientStreaming => Box::pin(self.stream(headers, query)).await,
+            Route::ClientStreaming => Box::pin(self.stream(headers, query, client)).await,
             Route::FrontendFeature(name) => {
                 let Reader { grant, snapshot, .. } =
                     self.reader(headers, &[TokenKind::Frontend]).await?;
@@ -315,10 +315,10 @@ impl Data {
             return Err(Failure::WrongKind);
         }
         let states = self.feed.follow(&grant.scope.environment).ok_or(NO_FLAGS)?;
-        let asker = self.asker(ticket.context, client, &grant.scope, ticket.draw);
+        let asker = self.asker(ticket.context, client, &grant.scope, ticket.draw)?;
         let known = frontend::answer_of(head.headers.get(LAST_EVENT_ID)).unwrap_or(ticket.outcome);
         let notices = ofrep::Notices::new(self.snapshots.clone(), asker, known);
-        self.streams.open(ticket.digest, grant, states, notices)
+        self.streams.open((ticket.digest, client), grant, states, notices)
     }
 
     /// Opens a stream of evaluated flags.
@@ -331,23 +331,24 @@ impl Data {
         let headers = &head.headers;
         let Reader { grant, digest, .. } = self.reader(headers, &[TokenKind::Frontend]).await?;
         let body = self.context_body(head, body).await?;
-        let told = context(head, body.as_ref())?.into_owned();
+        let told = context(head, body.as_ref())?;
         let states = self.feed.follow(&grant.scope.environment).ok_or(NO_FLAGS)?;
-        let asker = self.asker(told, client, &grant.scope, rand::random());
+        let asker = self.asker(told, client, &grant.scope, rand::random())?;
         let last = frontend::answer_of(headers.get(LAST_EVENT_ID));
         let changes = frontend::Changes::new(self.snapshots.clone(), asker, last);
-        self.streams.open(digest, grant, states, changes)
+        self.streams.open((digest, client), grant, states, changes)
     }
 
     fn asker(
         &self,
-        told: FrontendContext<'static>,
+        told: FrontendContext<'_>,
         client: IpAddr,
         scope: &Scope,
         draw: u64,
-    ) -> Asker {
+    ) -> Result<Asker, Failure> {
         let hostname = Arc::clone(&self.settings.hostname);
-        Asker { told, client, hostname, scope: scope.clone(), draw }
+        let snapshot = self.snapshots.load_for(scope).ok_or(NO_FLAGS)?;
+        Ok(Asker::new(told, client, hostname, scope.clone(), draw, &snapshot))
     }
 
     async fn delta(&self, headers: &HeaderMap, query: &str) -> Result<Reply, Failure> {
@@ -356,14 +357,19 @@ impl Data {
         client::delta(headers, topic, &self.feed).await.ok_or(NO_FLAGS)
     }
 
-    async fn stream(&self, headers: &HeaderMap, query: &str) -> Result<Reply, Failure> {
+    async fn stream(
+        &self,
+        headers: &HeaderMap,
+        query: &str,
+        client: IpAddr,
+    ) -> Result<Reply, Failure> {
         let Reader { grant, digest, .. } = self.reader(headers, &[TokenKind::Client]).await?;
         let topic = topic(&grant, query)?;
         let states = self.feed.follow(topic.environment()).ok_or(NO_FLAGS)?;
         let last = client::state_of(headers.get(LAST_EVENT_ID));
         let mode = self.streams.fetch_mode();
         let changes = client::Changes::new(self.feed.clone(), states.clone(), topic, last, mode);
-        self.streams.open(digest, grant, states, changes)
+        self.streams.open((digest, client), grant, states, changes)
     }
 
     fn is_disabled(&self, route: Route<'_>) -> bool {

@@ -10,12 +10,15 @@ mod seats;
 mod tally;
 mod teller;
 
-use std::{sync::Arc, time::Duration};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use tokio::sync::watch;
 
 pub use self::teller::{Piece, Teller, Told};
-use self::{follower::Follower, seats::Seats};
+use self::{
+    follower::Follower,
+    seats::{Room, Seats},
+};
 use super::reply::{self, Failure, Reply};
 use crate::{
     auth::Authenticator,
@@ -48,6 +51,10 @@ impl FetchMode {
 pub struct Config {
     /// How many may be open at once.
     pub most: usize,
+    /// How many of them clients of one address may have.
+    pub most_of_address: usize,
+    /// How many of them the bearers of one token may have.
+    pub most_of_token: usize,
     /// About how long one lasts, so that clients spread over instances anew.
     pub max_age: Duration,
     /// Where SDKs are sent; as they are set up themselves when there is none.
@@ -67,7 +74,12 @@ pub struct Streams {
 impl Streams {
     /// Keeps streams as long as `auth` admits their tokens.
     pub fn new(config: Config, auth: Authenticator) -> Self {
-        let seats = Seats::new(config.most, auth);
+        let room = Room {
+            most: config.most,
+            of_address: config.most_of_address,
+            of_token: config.most_of_token,
+        };
+        let seats = Seats::new(&room, auth);
         Self { config, seats }
     }
 
@@ -87,19 +99,20 @@ impl Streams {
         self.seats.end(grace);
     }
 
-    /// Opens a stream for the bearer of the token of `digest`, which grants it: `teller` tells, and is
+    /// Opens a stream for the bearer of a token at an address: the token grants it, `teller` tells, and is
     /// asked whenever `states` has a new number. The stream ends with those.
     ///
     /// # Errors
-    /// When there is no room.
+    /// When there is no room, for anybody or for this bearer.
     pub fn open(
         &self,
-        digest: TokenDigest,
+        (digest, client): (TokenDigest, IpAddr),
         grant: Arc<Grant>,
         states: watch::Receiver<Number>,
         teller: impl Teller,
     ) -> Result<Reply, Failure> {
-        let seat = self.seats.take(digest, grant).ok_or(Failure::Crowded(CROWDED_FOR))?;
+        let seat = self.seats.take((digest, client), grant);
+        let seat = seat.ok_or(Failure::Crowded(CROWDED_FOR))?;
         let age = self.config.max_age.mul_f64(rand::random_range(0.9..1.1));
         let follower = Follower::new(seat, states, teller, age);
         Ok(reply::event_stream(Box::pin(follower)))
@@ -149,7 +162,13 @@ mod tests {
         let grant = Grant { kind: TokenKind::Client, scope: scope.clone() };
         let digest = TokenDigest::of("a token");
         let auth = Authenticator::new(config, Authority::Nobody, [(digest, grant)]);
-        let config = Config { most: 1, max_age: AGE, fetch_mode: None };
+        let config = Config {
+            most: 1,
+            most_of_address: 1,
+            most_of_token: 1,
+            max_age: AGE,
+            fetch_mode: None,
+        };
         let streams = Streams::new(config, auth.clone());
         let snapshots = Snapshots::default();
         let states = {
@@ -158,7 +177,8 @@ mod tests {
             Feed::new(snapshots).follow(&environment).unwrap()
         };
         let grant = auth.standing(&digest).unwrap();
-        let reply = streams.open(digest, grant, states, Talker).unwrap();
+        let bearer = (digest, IpAddr::from([192, 0, 2, 7]));
+        let reply = streams.open(bearer, grant, states, Talker).unwrap();
         let Outgoing::Live(mut live) = reply.into_body() else { panic!("it is no stream") };
         assert!(live.next().await.is_some());
         (live, streams, auth)

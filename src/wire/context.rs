@@ -37,9 +37,11 @@ const MAX_PROPERTIES: usize = 256;
 /// How many fields one request may name: each is looked for among those that are there already.
 const MAX_FIELDS: usize = 1024;
 
-/// The longest value, and the most that all names and values may come to, in bytes.
+/// The longest value, in bytes.
 const MAX_VALUE: usize = 4 << 10;
-const MAX_CONTEXT: usize = 64 << 10;
+
+/// The most that all names and values of a context may come to, in bytes.
+pub const MAX_CONTEXT: usize = 64 << 10;
 
 /// Why a context is not read.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +61,10 @@ pub enum Error {
 }
 
 impl<'a> FrontendContext<'a> {
+    /// The names of the fields that have a place of their own.
+    const KNOWN: [&'static str; 6] =
+        ["userId", "sessionId", "environment", "appName", "currentTime", "remoteAddress"];
+
     /// Reads `userId=…&properties[plan]=…`; other names are properties too.
     ///
     /// A name that is given several times, as `k=a&k=b`, `k[]=a&k[]=b` or `k[0]=a&k[1]=b`, has one value,
@@ -121,6 +127,25 @@ impl<'a> FrontendContext<'a> {
         }
     }
 
+    /// How long the values, and the names of properties, are together, in bytes.
+    pub fn size(&self) -> usize {
+        let values = self.values().map(|value| value.len());
+        values.chain(self.properties.iter().map(|(name, _)| name.len())).sum()
+    }
+
+    /// Keeps the fields whose names pass, of those that are there.
+    pub fn retain(&mut self, mut is_kept: impl FnMut(&str) -> bool) {
+        for name in Self::KNOWN {
+            let field = self.known(name);
+            if let Some(field) = field.filter(|it| it.is_some())
+                && !is_kept(name)
+            {
+                *field = None;
+            }
+        }
+        self.properties.retain(|(name, _)| is_kept(name));
+    }
+
     /// Writes what [`FrontendContext::from_json`] reads.
     pub fn to_json(&self) -> String {
         let fields = [
@@ -144,21 +169,18 @@ impl<'a> FrontendContext<'a> {
     }
 
     fn within_bounds(self) -> Result<Self, Error> {
+        if self.values().any(|value| value.len() > MAX_VALUE) {
+            return Err(Error::LongValue);
+        }
+        if self.size() > MAX_CONTEXT { Err(Error::TooLarge) } else { Ok(self) }
+    }
+
+    fn values(&self) -> impl Iterator<Item = &Cow<'a, str>> {
         let Self {
             user_id, session_id, environment, app_name, current_time, remote_address, ..
-        } = &self;
+        } = self;
         let fields = [user_id, session_id, environment, app_name, current_time, remote_address];
-        let mut bytes = 0;
-        let properties = self.properties.iter();
-        for value in fields.into_iter().flatten().chain(properties.clone().map(|(_, value)| value))
-        {
-            if value.len() > MAX_VALUE {
-                return Err(Error::LongValue);
-            }
-            bytes += value.len();
-        }
-        bytes += properties.map(|(name, _)| name.len()).sum::<usize>();
-        if bytes > MAX_CONTEXT { Err(Error::TooLarge) } else { Ok(self) }
+        fields.into_iter().flatten().chain(self.properties.iter().map(|(_, value)| value))
     }
 
     fn known(&mut self, name: &str) -> Option<&mut Option<Cow<'a, str>>> {

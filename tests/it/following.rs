@@ -91,6 +91,67 @@ async fn a_context_is_told_what_changes_for_it_and_nothing_else() {
 }
 
 #[tokio::test]
+async fn stream_of_a_large_context_ends_when_flags_come_to_read_what_was_not_kept() {
+    let all = flag("all", &[everybody()]);
+    let gold = flag("gold", &[only("plan", "gold")]);
+    let parapet = Local::offline(&text(&[all.clone(), gold.clone()])).await;
+    let notes = "x".repeat(4000);
+    let context = json!({ "properties": { "plan": "gold", "team": "red", "notes": notes } });
+    let open = async |last: Option<&str>| {
+        let request = parapet.json(STREAM, &json!({ "context": context }));
+        Events::open(request.header("authorization", FRONTEND), last).await
+    };
+    let mut stream = open(None).await;
+    assert_eq!(next(&mut stream).await.2, ["all", "gold"]);
+    // A field that the context does not have is known to be missing.
+    let pro = flag("pro", &[only("plan", "gold"), only("size", "7")]);
+    write(&parapet, &[all.clone(), gold.clone(), pro]);
+    let (_, id, told, _) = next(&mut stream).await;
+    assert_eq!(told, ["pro"]);
+    let red = flag("red", &[only("team", "red")]);
+    write(&parapet, &[all, gold, red]);
+    assert_eq!(stream.next().await, None, "it has to ask anew");
+    assert_eq!(next(&mut open(Some(&id)).await).await.2, ["all", "gold", "red"]);
+}
+
+/// Opens streams with contexts of about so many bytes, each a few hundred on the wire, and tells how much memory each
+/// takes, in KiB.
+async fn memory_of_a_stream(context: usize) -> u64 {
+    const STREAMS: usize = 800;
+    const CONNECTIONS: usize = 10;
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("flags.json");
+    std::fs::write(&file, text(&[flag("gold", &[only("plan", "gold")])])).unwrap();
+    let parapet = Parapet::mode("offline").flag("--bootstrap-file", &file);
+    let parapet = parapet.flag("--frontend-tokens", FRONTEND).start().await;
+    let notes: serde_json::Map<_, _> =
+        (0..context / 4000).map(|n| (format!("note-{n}"), "x".repeat(4000).into())).collect();
+    let mut body = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+    serde_json::to_writer(&mut body, &json!({ "properties": notes })).unwrap();
+    let body = body.finish().unwrap();
+    let before = parapet.proc_status("VmRSS");
+    let mut streams = Vec::new();
+    for _ in 0..CONNECTIONS {
+        let client = reqwest::Client::builder().http2_prior_knowledge().no_proxy().build().unwrap();
+        for _ in 0..STREAMS / CONNECTIONS {
+            let request = client.post(parapet.url() + STREAM).body(body.clone());
+            let request = request.header("content-encoding", "gzip");
+            let request = request.header("content-type", "application/json");
+            let mut stream = Events::open(request.header("authorization", FRONTEND), None).await;
+            stream.next().await.unwrap();
+            streams.push(stream);
+        }
+    }
+    parapet.proc_status("VmRSS").saturating_sub(before) / STREAMS as u64
+}
+
+#[tokio::test]
+async fn streams_with_large_contexts_cost_little_more_memory_than_others() {
+    let (small, large) = (memory_of_a_stream(0).await, memory_of_a_stream(60_000).await);
+    assert!(large < small + 16, "{large} KiB for each instead of {small} KiB");
+}
+
+#[tokio::test]
 async fn a_date_that_comes_is_told_although_nothing_was_changed() {
     let date = |operator: &str, seconds: i64| {
         let at = Timestamp::now() + SignedDuration::from_secs(seconds);

@@ -1,5 +1,6 @@
 //! Changes arrive: delta events and streams, by hand and by the official SDK.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use reqwest::{Method, StatusCode};
@@ -191,6 +192,35 @@ async fn beyond_the_room_for_streams_sdks_are_told_to_poll() {
         (response.status() == StatusCode::OK).then_some(())
     })
     .await;
+}
+
+#[tokio::test]
+async fn one_address_or_token_takes_its_share_of_the_streams_and_leaves_room_for_others() {
+    let args = ["--max-streams", "5", "--max-streams-per-token", "3"];
+    let parapet = Local::offline_with(
+        &flags(false, false),
+        &[&args[..], &["--max-streams-per-address", "2"]].concat(),
+    )
+    .await;
+    let url = format!("http://{}{STREAM}", parapet.address());
+    let open = async |host: u8, token: &str| {
+        let client = reqwest::Client::builder()
+            .no_proxy()
+            .local_address(Some(IpAddr::from([127, 0, 0, host])));
+        let request = client.build().unwrap().get(&url).header("authorization", token);
+        let response = request.send().await.unwrap();
+        (response.status() == StatusCode::OK).then_some(response)
+    };
+    let mut of_one = vec![open(2, CLIENT).await.unwrap(), open(2, WEB_CLIENT).await.unwrap()];
+    assert!(open(2, CLIENT).await.is_none() && open(2, WEB_CLIENT).await.is_none());
+    let of_two = [open(3, CLIENT).await.unwrap(), open(3, CLIENT).await.unwrap()];
+    assert!(open(4, CLIENT).await.is_none(), "its bearers have three");
+    let _other = open(4, WEB_CLIENT).await.unwrap();
+    assert!(open(4, WEB_CLIENT).await.is_none(), "there are five");
+    // What one address leaves is there for it again.
+    of_one.pop();
+    until("there is room again", PATIENCE, async || open(2, WEB_CLIENT).await).await;
+    drop(of_two);
 }
 
 #[tokio::test]

@@ -20,22 +20,28 @@ pub struct Changes {
     asker: Asker,
     follower: Follower,
     wake: Wake,
+    /// The client must say more of its context.
+    is_over: bool,
 }
 
 impl Changes {
     /// Begins with everything, unless that is the answer of the hash `last`, which the client has.
     pub fn new(snapshots: Snapshots, asker: Asker, last: Option<u128>) -> Self {
-        Self { snapshots, asker, follower: Follower::New(last), wake: Wake::default() }
+        let (follower, wake) = (Follower::New(last), Wake::default());
+        Self { snapshots, asker, follower, wake, is_over: false }
     }
 }
 
 impl Teller for Changes {
     fn tell(&mut self) -> Option<Piece> {
-        let Self { snapshots, asker, follower, wake } = self;
-        let snapshot = snapshots.load_for(&asker.scope)?;
-        let view = snapshot.view(&asker.scope.projects);
+        let Self { snapshots, asker, follower, wake, is_over } = self;
+        let snapshot = snapshots.load_for(asker.scope())?;
+        let view = snapshot.view(&asker.scope().projects);
         let since = wake.set(view.reads(), snapshot.received());
-        let question = asker.question(&snapshot);
+        let Some(question) = asker.question(&snapshot, &view) else {
+            *is_over = true;
+            return None;
+        };
         let news =
             question.answer(&view, |context| follower.catch_up(&snapshot, &view, context))?;
         let (bytes, told) = match news {
@@ -48,6 +54,10 @@ impl Teller for Changes {
 
     fn wakes_at(&self) -> Option<Instant> {
         self.wake.at()
+    }
+
+    fn is_over(&self) -> bool {
+        self.is_over
     }
 }
 

@@ -1,13 +1,14 @@
 //! What frontends ask, once or as long as they follow a stream.
 
-use std::{io::Write as _, net::IpAddr, sync::Arc};
+use std::{collections::HashSet, io::Write as _, net::IpAddr, sync::Arc};
 
 use jiff::Timestamp;
 use smallvec::SmallVec;
+use xxhash_rust::xxh3::xxh3_64;
 
 use crate::{
     answers::session::{self, MadeUpSession},
-    engine::{Context, FieldId, Relevance},
+    engine::{Context, FieldId, Fields, Reads, Relevance},
     snapshot::{Snapshot, View},
     token::Scope,
     wire::context::FrontendContext,
@@ -106,27 +107,73 @@ fn written(address: IpAddr, buffer: &mut [u8; LONGEST_ADDRESS]) -> &str {
     std::str::from_utf8(&buffer[..length]).expect("addresses are written in ASCII")
 }
 
+/// Up to how many bytes a context is kept whole, so that few streams must begin anew when flags come to read
+/// more of it.
+const KEPT_WHOLE: usize = 1 << 10;
+
 /// Somebody who asks the same again and again, of one snapshot after the other.
 ///
-/// Lots are drawn once for all of it: that somebody is told of a change means that one was made.
+/// Lots are drawn once for all of it: that somebody is told of a change means that one was made. Of a large
+/// context only what flags read is kept, because thousands may ask with contexts of 64 KiB.
 #[derive(Debug)]
 pub struct Asker {
-    /// What they say of their user.
-    pub told: FrontendContext<'static>,
-    /// Their address.
-    pub client: IpAddr,
-    /// This machine's name.
-    pub hostname: Arc<str>,
-    /// What their token sees.
-    pub scope: Scope,
-    /// The lots.
-    pub draw: u64,
+    told: FrontendContext<'static>,
+    /// Hashes of the names of the fields that were left out, in their order.
+    left_out: Box<[u64]>,
+    client: IpAddr,
+    hostname: Arc<str>,
+    scope: Scope,
+    draw: u64,
 }
 
 impl Asker {
-    /// What they ask of this snapshot.
-    pub fn question<'a>(&'a self, snapshot: &'a Snapshot) -> Question<'a> {
-        let Self { told, client, hostname, scope, draw } = self;
-        Question { told, client: *client, hostname, snapshot, scope, draw: Some(*draw) }
+    /// Somebody at the address `client` whose token sees `scope`; `draw` are their lots, and `hostname` is
+    /// this machine's name. Of much that they say of their user, what the flags of this snapshot read is kept.
+    pub fn new(
+        mut told: FrontendContext<'_>,
+        client: IpAddr,
+        hostname: Arc<str>,
+        scope: Scope,
+        draw: u64,
+        snapshot: &Snapshot,
+    ) -> Self {
+        let mut left_out = Vec::new();
+        if told.size() > KEPT_WHOLE {
+            let view = snapshot.view(&scope.projects);
+            let fields: HashSet<_> =
+                read_fields(view.reads(), snapshot.engine().fields()).collect();
+            told.retain(|name| {
+                let is_read = fields.contains(name);
+                if !is_read {
+                    left_out.push(xxh3_64(name.as_bytes()));
+                }
+                is_read
+            });
+            left_out.sort_unstable();
+        }
+        Self { told: told.into_owned(), left_out: left_out.into(), client, hostname, scope, draw }
     }
+
+    /// What their token sees.
+    pub fn scope(&self) -> &Scope {
+        &self.scope
+    }
+
+    /// What they ask of this snapshot; `None` if its flags, as `view` shows them, read what was left out:
+    /// they must say it again.
+    pub fn question<'a>(&'a self, snapshot: &'a Snapshot, view: &View) -> Option<Question<'a>> {
+        let Self { told, left_out, client, hostname, scope, draw } = self;
+        let mut fields = read_fields(view.reads(), snapshot.engine().fields());
+        let is_left_out = |name: &str| left_out.binary_search(&xxh3_64(name.as_bytes())).is_ok();
+        if !left_out.is_empty() && fields.any(is_left_out) {
+            return None;
+        }
+        Some(Question { told, client: *client, hostname, snapshot, scope, draw: Some(*draw) })
+    }
+}
+
+/// The names of the context fields whose values matter.
+fn read_fields<'a>(reads: &Reads, fields: &'a Fields) -> impl Iterator<Item = &'a str> {
+    let time = reads.is_timed().then_some(FieldId::CURRENT_TIME);
+    reads.fields().chain(time).map(|field| &*fields.names()[field.index()])
 }

@@ -22,22 +22,28 @@ pub struct Notices {
     outcome: u128,
     begun: bool,
     wake: Wake,
+    /// The provider must ask anew, with all of its context.
+    is_over: bool,
 }
 
 impl Notices {
     /// Begins where the provider has the answer that `outcome` identifies.
     pub fn new(snapshots: Snapshots, asker: Asker, outcome: u128) -> Self {
-        Self { snapshots, asker, outcome, begun: false, wake: Wake::default() }
+        let (begun, wake, is_over) = (false, Wake::default(), false);
+        Self { snapshots, asker, outcome, begun, wake, is_over }
     }
 }
 
 impl Teller for Notices {
     fn tell(&mut self) -> Option<Piece> {
-        let Self { snapshots, asker, outcome, begun, wake } = self;
-        let snapshot = snapshots.load_for(&asker.scope)?;
-        let view = snapshot.view(&asker.scope.projects);
+        let Self { snapshots, asker, outcome, begun, wake, is_over } = self;
+        let snapshot = snapshots.load_for(asker.scope())?;
+        let view = snapshot.view(&asker.scope().projects);
         let since = wake.set(view.reads(), snapshot.received());
-        let question = asker.question(&snapshot);
+        let Some(question) = asker.question(&snapshot, &view) else {
+            *is_over = true;
+            return None;
+        };
         let now = question.answer(&view, |context| outcome_of(&snapshot, &view, context));
         let is_news = std::mem::replace(outcome, now) != now;
         let is_first = !std::mem::replace(begun, true);
@@ -56,6 +62,10 @@ impl Teller for Notices {
 
     fn wakes_at(&self) -> Option<Instant> {
         self.wake.at()
+    }
+
+    fn is_over(&self) -> bool {
+        self.is_over
     }
 }
 
@@ -79,17 +89,18 @@ mod tests {
         Scope { environment: Environment::new("dev"), projects: Projects::All }
     }
 
-    fn asker() -> Asker {
-        let told = FrontendContext::from_json(br#"{"userId":"7"}"#).unwrap().into_owned();
+    /// Somebody who followed when flags were as in this snapshot.
+    fn asker(snapshot: &Snapshot) -> Asker {
+        let told = FrontendContext::from_json(br#"{"userId":"7"}"#).unwrap();
         let client = IpAddr::V4(Ipv4Addr::LOCALHOST);
-        Asker { told, client, hostname: "here".into(), scope: scope(), draw: 7 }
+        Asker::new(told, client, "here".into(), scope(), 7, snapshot)
     }
 
     /// What an answer says of the only flag, and what identifies the answer.
     fn answer(snapshots: &Snapshots) -> (Value, u128) {
         let snapshot = snapshots.load_for(&scope()).unwrap();
         let (engine, view) = (snapshot.engine(), snapshot.view(&Projects::All));
-        asker().question(&snapshot).answer(&view, |context| {
+        asker(&snapshot).question(&snapshot, &view).unwrap().answer(&view, |context| {
             let id = engine.find("a").unwrap();
             let outcome = engine.evaluate(id, &engine.bind(context));
             let said = json(&evaluation(engine, id, outcome));
@@ -140,7 +151,8 @@ mod tests {
                 let snapshots = Snapshots::default();
                 swap(&snapshots, before);
                 let (said, outcome) = answer(&snapshots);
-                let mut notices = Notices::new(snapshots.clone(), asker(), outcome);
+                let asker = asker(&snapshots.load_for(&scope()).unwrap());
+                let mut notices = Notices::new(snapshots.clone(), asker, outcome);
                 let told = notices.tell().map(|piece| piece.told);
                 assert_eq!(told, Some(Told::Missed));
                 swap(&snapshots, after);

@@ -106,7 +106,13 @@ impl<T: Teller> Stream for Follower<T> {
                         tally.bytes.increment(piece.bytes.len() as u64);
                         return Poll::Ready(Some(piece.bytes));
                     }
-                    *this.stage = Stage::Waiting;
+                    if this.teller.is_over() {
+                        tally.incomplete.increment(1);
+                        this.alarm.as_mut().reset(Instant::now());
+                        *this.stage = Stage::Leaving;
+                    } else {
+                        *this.stage = Stage::Waiting;
+                    }
                 }
                 Stage::Waiting => {
                     match this.states.poll_changed(cx) {

@@ -11,6 +11,11 @@ pub trait Teller: Send + 'static {
     /// The next piece that there is to tell now.
     fn tell(&mut self) -> Option<Piece>;
 
+    /// Whether the client has to come back and ask anew, now that there is no more to tell.
+    fn is_over(&self) -> bool {
+        false
+    }
+
     /// When there may be something to tell although nothing has changed.
     fn wakes_at(&self) -> Option<Instant> {
         None
