@@ -36,6 +36,7 @@ use crate::{
         admin::{self, Admin, Door, Identity, Insight, Relay},
         cors::Cors,
         data::{Data, Settings},
+        guesses::Guesses,
         listener::{self, Limits},
         meter::Meter,
         ofrep::{TicketKey, Tickets},
@@ -153,6 +154,7 @@ impl App {
             usage: usage.clone(),
             ops: ops.clone(),
             meter,
+            guesses: Guesses::default(),
         };
         info!(
             mode = plan.name,

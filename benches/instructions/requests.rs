@@ -28,6 +28,7 @@ use parapet::feed::Feed;
 use parapet::http::access;
 use parapet::http::cors::{self, Cors};
 use parapet::http::data::{Data, Settings};
+use parapet::http::guesses::Guesses;
 use parapet::http::listener::{Limits, Protocol};
 use parapet::http::meter::Meter;
 use parapet::http::ofrep::{TicketKey, Tickets};
@@ -335,5 +336,6 @@ fn data(flags: usize) -> Data {
         ops: Ops::new(readiness, registry, snapshots, usage.clone(), Arc::clone(&meter)),
         usage,
         meter,
+        guesses: Guesses::default(),
     }
 }

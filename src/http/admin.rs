@@ -99,6 +99,9 @@ impl Service for Admin {
     }
 }
 
+/// The longest body of a request without an operator, as of a sign-in, in bytes.
+const LONGEST_OPEN_BODY: usize = 16 << 10;
+
 /// The template under which the console's files are counted.
 const CONSOLE: &str = "/console/{file}";
 
@@ -232,7 +235,14 @@ impl Admin {
         body: Arriving,
     ) -> Result<Bytes, Failure> {
         match operation.body {
-            Some(_) => body.read(&head.headers, self.data.settings.body_bytes).await,
+            Some(_) => {
+                let limit = match operation.call {
+                    // Anybody may send it.
+                    Call::Open(_) => LONGEST_OPEN_BODY.min(self.data.settings.body_bytes),
+                    Call::Instance(_) | Call::Control(_) => self.data.settings.body_bytes,
+                };
+                body.read(&head.headers, limit).await
+            }
             None => Ok(Bytes::new()),
         }
     }

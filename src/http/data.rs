@@ -24,7 +24,9 @@ use super::{
     cors::Cors,
     edge,
     frontend::{self, Asker, Question},
+    guesses::Guesses,
     listener::{Answered, Service},
+    long,
     meter::{Meter, Subject},
     ofrep::{self, Tickets},
     ops::Ops,
@@ -41,7 +43,10 @@ use crate::{
     snapshot::{Shown, Snapshot, Snapshots},
     token::{Grant, Scope, TokenDigest, TokenKind},
     usage::Usage,
-    wire::{self, context::FrontendContext},
+    wire::{
+        self,
+        context::{FrontendContext, MAX_CONTEXT},
+    },
 };
 
 /// How the data listener behaves.
@@ -88,6 +93,8 @@ pub struct Data {
     pub ops: Ops,
     /// What measures requests.
     pub meter: Arc<Meter>,
+    /// How much addresses ask without a token that is of no use.
+    pub guesses: Guesses,
 }
 
 impl Service for Data {
@@ -116,6 +123,10 @@ impl Service for Data {
 
 /// When a client is told to try again, where nothing better is known.
 const TRY_AGAIN: Duration = Duration::from_secs(5);
+
+/// The longest body that holds a context, in bytes: the largest context that is read, each character of it
+/// written as an escape of six.
+const LONGEST_CONTEXT: usize = 6 * MAX_CONTEXT + (16 << 10);
 
 /// Where OpenFeature's providers may present their token; it does no harm elsewhere.
 const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
@@ -184,8 +195,12 @@ impl Data {
             Route::Ready => Ok(self.ops.ready()),
             Route::Prometheus => Ok(self.ops.metrics()),
             Route::Validate => {
-                let body = self.read(headers, body).await?;
-                Box::pin(edge::validate(&self.auth, &body)).await
+                let limit = edge::LONGEST_QUESTION.min(self.settings.body_bytes);
+                let answer = async {
+                    let body = body.read(headers, limit).await?;
+                    edge::validate(&self.auth, &body).await
+                };
+                Box::pin(self.guesses.answer(client, answer)).await
             }
             Route::ClientFeature(name) => {
                 let Reader { grant, snapshot, .. } =
@@ -214,21 +229,24 @@ impl Data {
             Route::Register(kind) => {
                 let grant = self.admit(headers, &[kind]).await?.grant;
                 let body = self.read(headers, body).await?;
-                report::register(&self.usage, &grant, headers, &body)
+                let register = || report::register(&self.usage, &grant, headers, &body);
+                long::work(body.len(), register).await
             }
             Route::Metrics(kind) => {
                 let grant = self.admit(headers, &[kind]).await?.grant;
                 let body = self.read(headers, body).await?;
-                report::metrics(&self.usage, &grant, headers, &body)
+                let metrics = || report::metrics(&self.usage, &grant, headers, &body);
+                long::work(body.len(), metrics).await
             }
             Route::Bulk => {
                 let grant = self.admit(headers, &[TokenKind::Client]).await?.grant;
                 let body = self.read(headers, body).await?;
-                report::bulk(&self.usage, &grant, &body)
+                long::work(body.len(), || report::bulk(&self.usage, &grant, &body)).await
             }
             Route::Instance => {
                 self.admit(headers, &[TokenKind::Client]).await?;
-                report::instance(&self.usage, &self.read(headers, body).await?)
+                let body = self.read(headers, body).await?;
+                long::work(body.len(), || report::instance(&self.usage, &body)).await
             }
         };
         reply.map(|reply| (reply, None))
@@ -280,7 +298,7 @@ impl Data {
         let headers = &head.headers;
         let Reader { grant, digest, snapshot } =
             self.reader(headers, &[TokenKind::Frontend]).await?;
-        let body = self.read(headers, body).await?;
+        let body = self.read_context(headers, body).await?;
         let told = wire::ofrep::context(&body)?;
         let asked = self.question(&told, client, &snapshot, &grant.scope);
         let events = format!("{}/ofrep/v1/events", self.settings.base_path);
@@ -298,7 +316,7 @@ impl Data {
         let headers = &head.headers;
         let wanted = [TokenKind::Frontend, TokenKind::Client];
         let Reader { grant, snapshot, .. } = self.reader(headers, &wanted).await?;
-        let body = self.read(headers, body).await?;
+        let body = self.read_context(headers, body).await?;
         let told = wire::ofrep::context(&body)?;
         let asked = self.question(&told, client, &snapshot, &grant.scope);
         ofrep::flag(headers, key, asked).await
@@ -422,7 +440,7 @@ impl Data {
     /// The body that holds the context, where it is not in the query.
     async fn context_body(&self, head: &Parts, body: Arriving) -> Result<Option<Bytes>, Failure> {
         if head.method == Method::POST {
-            return self.read(&head.headers, body).await.map(Some);
+            return self.read_context(&head.headers, body).await.map(Some);
         }
         Ok(None)
     }
@@ -444,6 +462,15 @@ impl Data {
         body: Arriving,
     ) -> Pin<Box<dyn Future<Output = Result<Bytes, Failure>> + Send + 'a>> {
         Box::pin(body.read(headers, self.settings.body_bytes))
+    }
+
+    /// Reads a body that holds a context.
+    fn read_context<'a>(
+        &'a self,
+        headers: &'a HeaderMap,
+        body: Arriving,
+    ) -> Pin<Box<dyn Future<Output = Result<Bytes, Failure>> + Send + 'a>> {
+        Box::pin(body.read(headers, self.settings.body_bytes.min(LONGEST_CONTEXT)))
     }
 }
 

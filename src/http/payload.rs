@@ -15,7 +15,7 @@ use hyper::{
     header::{CONTENT_ENCODING, CONTENT_TYPE, HeaderValue},
 };
 
-use super::reply::Failure;
+use super::{long, reply::Failure};
 use crate::wire::text::without_byte_order_mark;
 
 /// A request's body on its way, and how long it may take: the arrival is part of the time that the
@@ -56,8 +56,14 @@ async fn read(headers: &HeaderMap, body: Incoming, limit: usize) -> Result<Bytes
         Err(_) => return Err(Failure::Malformed("the body broke off".to_owned())),
         Ok(collected) => collected.to_bytes(),
     };
-    let coding = headers.get(CONTENT_ENCODING).map(HeaderValue::as_bytes);
-    let mut json = decompress(coding.unwrap_or_default(), bytes, limit)?;
+    let coding = headers.get(CONTENT_ENCODING).map_or(&b""[..], HeaderValue::as_bytes);
+    // Few bytes can become many, which is not known before.
+    let mut json = match decompress(coding, bytes.clone(), limit.min(long::SHORT)) {
+        Err(Failure::TooLarge(short)) if short < limit => {
+            long::work(limit, || decompress(coding, bytes, limit)).await?
+        }
+        json => json?,
+    };
     json.advance(json.len() - without_byte_order_mark(&json).len());
     Ok(json)
 }

@@ -5,10 +5,13 @@
 //! [`TokenList`] says which tokens such items may stand for. This module does not judge tokens and
 //! keeps none.
 
-use std::{borrow::Cow, collections::HashSet};
+use std::{borrow::Cow, collections::HashSet, fmt};
 
 use jiff::Timestamp;
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+use serde::{
+    Deserialize, Deserializer, Serialize, Serializer,
+    de::{self, SeqAccess, Visitor},
+};
 use serde_json::value::RawValue;
 
 use super::instant;
@@ -16,7 +19,10 @@ use crate::token::{
     Environment, Grant, ParseError, Projects, Scope, Token, TokenDigest, TokenKind,
 };
 
-/// The body of `POST /edge/validate`: tokens to be judged.
+/// The most texts in one question which tokens are valid.
+pub const MAX_VALIDATED: usize = 1_000;
+
+/// The body of `POST /edge/validate`: tokens to be judged, [`MAX_VALIDATED`] at most.
 #[derive(Debug, Deserialize, Serialize)]
 pub struct ValidateRequest<'a> {
     /// The tokens; texts that are none are left out when reading.
@@ -421,8 +427,28 @@ where
     #[derive(Deserialize)]
     #[serde(transparent)]
     struct Item(#[serde(deserialize_with = "token")] Token);
-    let items: Vec<Item> = readable(deserializer)?;
-    Ok(items.into_iter().map(|item| item.0).collect())
+    struct Items;
+    impl<'de> Visitor<'de> for Items {
+        type Value = Vec<Token>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "at most {MAX_VALIDATED} tokens")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Self::Value, A::Error> {
+            let (mut tokens, mut count) = (Vec::new(), 0);
+            while let Some(item) = items.next_element::<&RawValue>()? {
+                count += 1;
+                // Counted on the way: what is too much is not read to its end.
+                if count > MAX_VALIDATED {
+                    return Err(de::Error::invalid_length(count, &self));
+                }
+                tokens.extend(serde_json::from_str(item.get()).map(|Item(token)| token));
+            }
+            Ok(tokens)
+        }
+    }
+    deserializer.deserialize_seq(Items).map(Cow::Owned)
 }
 
 fn texts<S: Serializer>(tokens: &[Token], serializer: S) -> Result<S::Ok, S::Error> {
@@ -449,10 +475,10 @@ fn environment<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Environment
 /// Hands a JSON string to a parser without a copy of it being left in memory.
 struct Parsed<F>(F);
 
-impl<T, F: Fn(&str) -> T> de::Visitor<'_> for Parsed<F> {
+impl<T, F: Fn(&str) -> T> Visitor<'_> for Parsed<F> {
     type Value = T;
 
-    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a string")
     }
 

@@ -30,9 +30,10 @@ const LAYERS: [&[(&str, &[&str])]; 8] = [
 ];
 
 /// Within `http`, who may import whom; the listeners' services are above the rest.
-const SURFACE: [&[&str]; 8] = [
-    &["access", "coding", "conditional", "cors", "route", "stop"],
+const SURFACE: [&[&str]; 9] = [
+    &["access", "coding", "conditional", "cors", "long", "route", "stop"],
     &["reply"],
+    &["guesses"],
     &["console", "edge", "listener", "meter", "payload", "report", "streaming"],
     &["client", "ops"],
     &["frontend"],

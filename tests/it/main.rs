@@ -5,6 +5,7 @@
 /// Lists of addresses.
 mod addresses;
 /// Tokens at the door.
+mod attacks;
 mod auth;
 /// Text that begins with a byte order mark.
 mod byte_order_mark;

@@ -218,6 +218,20 @@ impl Parapet {
         number.expect("there is a number").parse().unwrap()
     }
 
+    /// The processor time that all its threads have taken.
+    pub(crate) fn processor_time(&self) -> Duration {
+        /// How many make a second, on Linux.
+        const TICKS: u64 = 100;
+        let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
+        let id = process.as_ref().expect("it is running").id();
+        let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap();
+        // Behind the name, which may have spaces, from the third field on.
+        let (_, fields) = stat.rsplit_once(')').unwrap();
+        let fields = fields.split_whitespace().skip(11).take(2);
+        let ticks: u64 = fields.map(|ticks| ticks.parse::<u64>().unwrap()).sum();
+        Duration::from_millis(ticks * 1000 / TICKS)
+    }
+
     /// Its exit status, if it has ended by itself.
     pub(crate) fn ended(&self) -> Option<ExitStatus> {
         self.process.lock().unwrap_or_else(PoisonError::into_inner).as_mut()?.ended()

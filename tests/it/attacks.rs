@@ -1,0 +1,83 @@
+//! What it costs to be attacked cheaply, by clients without a token or with a public one, and what others notice.
+
+use std::io::Write as _;
+use std::net::Ipv4Addr;
+
+use reqwest::{Client, StatusCode};
+
+use crate::local::{CLIENT, FRONTEND};
+use crate::rig::{Parapet, secrets};
+
+const FLAGS: &str =
+    r#"{"features":[{"name":"a","enabled":true,"strategies":[{"name":"default"}]}]}"#;
+
+/// Offline, with a token of each kind.
+async fn offline() -> Parapet {
+    secrets::remember(CLIENT);
+    secrets::remember(FRONTEND);
+    let folder = tempfile::tempdir().unwrap().keep();
+    let file = folder.join("flags.json");
+    std::fs::write(&file, FLAGS).unwrap();
+    let parapet = Parapet::mode("offline").flag("--bootstrap-file", &file);
+    parapet.flag("--client-tokens", CLIENT).flag("--frontend-tokens", FRONTEND).start().await
+}
+
+/// A client at `127.0.0.<host>`.
+fn client(host: u8) -> Client {
+    let address = Ipv4Addr::new(127, 0, 0, host);
+    Client::builder().no_proxy().local_address(Some(address.into())).build().unwrap()
+}
+
+/// So many bytes of a text again and again, which a few dozen bytes stand for.
+fn bomb(text: &str, bytes: usize) -> Vec<u8> {
+    let mut encoder = brotli::CompressorWriter::new(Vec::new(), 4096, 11, 24);
+    encoder.write_all(text.repeat(bytes / text.len()).as_bytes()).unwrap();
+    encoder.into_inner()
+}
+
+#[tokio::test]
+async fn bodies_of_anybody_are_cheap_and_those_who_send_them_again_and_again_wait() {
+    /// About as many as one address may get wrong at once.
+    const REQUESTS: usize = 150;
+    let parapet = offline().await;
+    let post = async |client: &Client, path: &str, coding: &'static str, body: Vec<u8>| {
+        let request = client.post(parapet.url() + path).header("content-encoding", coding);
+        request.header("content-type", "application/json").body(body).send().await.unwrap().status()
+    };
+    let (attacker, other) = (client(2), client(3));
+    // Two megabytes, the start of a list of 700,000 texts.
+    let bombs = ["\"\",", " ", "[", "{\"tokens\":[\"\",\"\",\"\","].map(|text| bomb(text, 2 << 20));
+    assert!(bombs.iter().all(|bomb| bomb.len() < 100));
+    let list = format!(r#"{{"tokens":["{}"]}}"#, [""; 1001].join(r#"",""#));
+    let ordinary = format!(r#"{{"tokens":["{CLIENT}"]}}"#);
+
+    let before = parapet.processor_time();
+    for _ in 0..REQUESTS {
+        let status = post(&other, "/edge/validate", "", ordinary.clone().into()).await;
+        assert_eq!(status, StatusCode::OK);
+    }
+    let of_ordinary = parapet.processor_time().saturating_sub(before);
+
+    let before = parapet.processor_time();
+    for bomb in bombs.iter().cycle().take(REQUESTS) {
+        let status = post(&attacker, "/edge/validate", "br", bomb.clone()).await;
+        assert_eq!(status, StatusCode::PAYLOAD_TOO_LARGE);
+    }
+    let of_bombs = parapet.processor_time().saturating_sub(before);
+    assert!(of_bombs < 30 * of_ordinary, "{of_bombs:?}, {of_ordinary:?} for ordinary questions");
+
+    // What is too long a list is not read to its end.
+    let status = post(&other, "/edge/validate", "", list.into()).await;
+    assert_eq!(status, StatusCode::BAD_REQUEST);
+    let mut refused = 0;
+    for bomb in bombs.iter().cycle().take(2 * REQUESTS) {
+        refused += usize::from(
+            post(&attacker, "/edge/validate", "br", bomb.clone()).await
+                == StatusCode::TOO_MANY_REQUESTS,
+        );
+    }
+    assert!(refused > REQUESTS, "{refused}");
+    let status = post(&other, "/edge/validate", "", ordinary.into()).await;
+    assert_eq!(status, StatusCode::OK, "others are answered");
+    assert_eq!(parapet.get("/api/client/features", CLIENT).await.0, StatusCode::OK);
+}
