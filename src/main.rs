@@ -21,7 +21,7 @@ use tikv_jemallocator::Jemalloc;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Gives back to the system what a burst has taken, in the background: the C library's keeps what the
-/// hashing of passwords had, 64 MiB for each thread that it was done on.
+/// hashing of passwords had, 19 MiB for each thread that it was done on.
 #[global_allocator]
 static ALLOCATOR: Jemalloc = Jemalloc;
 

@@ -5,7 +5,11 @@
 
 use std::{num::NonZero, sync::LazyLock, thread::available_parallelism};
 
-use tokio::{sync::Semaphore, task::block_in_place};
+use tokio::{
+    runtime::{Handle, RuntimeFlavor},
+    sync::Semaphore,
+    task::block_in_place,
+};
 
 /// Up to so many bytes are worked on at once: about as long as it takes to involve another thread.
 pub(super) const SHORT: usize = 64 << 10;
@@ -22,5 +26,9 @@ pub(super) async fn work<T>(bytes: usize, work: impl FnOnce() -> T) -> T {
         return work();
     }
     let _room = ROOM.acquire().await.expect("nobody closes it");
-    block_in_place(work)
+    match Handle::current().runtime_flavor() {
+        RuntimeFlavor::MultiThread => block_in_place(work),
+        // There is no other thread to take over.
+        _ => work(),
+    }
 }

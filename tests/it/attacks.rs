@@ -2,11 +2,13 @@
 
 use std::io::Write as _;
 use std::net::Ipv4Addr;
+use std::time::Duration;
 
 use reqwest::{Client, StatusCode};
+use serde_json::json;
 
 use crate::local::{CLIENT, FRONTEND};
-use crate::rig::{Parapet, secrets};
+use crate::rig::{Parapet, secrets, until};
 
 const FLAGS: &str =
     r#"{"features":[{"name":"a","enabled":true,"strategies":[{"name":"default"}]}]}"#;
@@ -80,4 +82,31 @@ async fn bodies_of_anybody_are_cheap_and_those_who_send_them_again_and_again_wai
     let status = post(&other, "/edge/validate", "", ordinary.into()).await;
     assert_eq!(status, StatusCode::OK, "others are answered");
     assert_eq!(parapet.get("/api/client/features", CLIENT).await.0, StatusCode::OK);
+}
+
+/// The memory that hashing one password takes while it lasts, in KiB.
+const BLOCK: u64 = 19_456;
+
+#[tokio::test]
+async fn refused_sign_ins_take_the_memory_of_two_at_most_and_give_it_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("flags.json");
+    std::fs::write(&file, FLAGS).unwrap();
+    let parapet = Parapet::mode("standalone").flag("--flags", &file).start().await;
+    let before = parapet.proc_status("VmRSS");
+    let sign_in = async |n: u32| {
+        let body = json!({ "username": format!("nobody-{n}"), "password": "not the password" });
+        let request = client(2).post(parapet.admin_url() + "/auth/simple/login");
+        let request = request.header("content-type", "application/json").body(body.to_string());
+        request.send().await.unwrap().status()
+    };
+    for status in futures_util::future::join_all((0..20).map(sign_in)).await {
+        assert_eq!(status, StatusCode::UNAUTHORIZED);
+    }
+    let most = parapet.proc_status("VmHWM");
+    assert!(most < before + 3 * BLOCK, "{most} KiB at the most, {before} before");
+    until("the memory is given back", Duration::from_mins(1), async || {
+        (parapet.proc_status("VmRSS") < before + BLOCK).then_some(())
+    })
+    .await;
 }
