@@ -36,7 +36,7 @@ pub use self::{
     permission::{Action, Actor, Missing, Operator, Permission, RootRole},
     registry::{ApiToken, NewToken},
     secret::Secret,
-    sessions::{Cause, SignIn, SignedIn},
+    sessions::{Cause, Session, SessionRef, SignIn, SignedIn},
     usage::{ApplicationSummary, UsageHour},
 };
 use self::{
@@ -311,15 +311,14 @@ impl Control {
         self.noting(actor, &what, set).await
     }
 
-    /// Sets the actor's own password, and ends its sessions but that of the cookie `session`.
+    /// Sets the actor's own password, and ends its sessions except the one in which it acts.
     pub async fn change_own_password(
         &self,
         actor: &Actor,
-        session: &str,
         current: &Password,
         new: Password,
     ) -> Result<(), Error> {
-        let changed = self.0.sessions.change_password(actor, session, current, &new).await;
+        let changed = self.0.sessions.change_password(actor, current, &new).await;
         self.noting(actor, "change the own password", changed).await
     }
 
@@ -336,13 +335,13 @@ impl Control {
         self.0.sessions.sign_in(attempt, &self.0.refusals).await
     }
 
-    /// Whose session a cookie opens; `None` where it opens none.
+    /// The session that a cookie opens; `None` where it opens none.
     pub async fn session(
         &self,
         cookie: &str,
         address: IpAddr,
         cause: Cause,
-    ) -> Result<Option<Account>, Error> {
+    ) -> Result<Option<Session>, Error> {
         self.0.sessions.find(cookie, address, cause).await
     }
 

@@ -2,19 +2,23 @@
 //!
 //! Who is signed in is `sessions`' business.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use jiff::Timestamp;
 use serde_json::{Value, json};
 use sqlx::{AnyConnection, Row as _, any::AnyRow};
 
 use super::{
-    audit::{self, Entry, EventKind},
+    audit::{self, Author, Entry, EventKind},
     database::{Database, Lane, now, of_millis},
     error::Error,
     password::Password,
     permission::{Actor, Operator, Permission, RootRole},
     rights,
+    sessions::SessionRef,
 };
 use crate::wire::admin::{Email, Name, Username};
 
@@ -40,10 +44,15 @@ pub struct Account {
 }
 
 impl Account {
-    /// The account as somebody who acts.
-    pub fn operator(&self) -> Operator {
+    /// The account as somebody who acts in `session`.
+    pub(super) fn operator(&self, session: SessionRef) -> Operator {
         let (username, permissions) = (self.username.clone(), self.permissions.clone());
-        Operator::Account { id: self.id, username, role: self.role, permissions }
+        Operator::Account { id: self.id, username, role: self.role, permissions, session }
+    }
+
+    /// The account as the author of events, acting from `address`.
+    pub(super) fn author(&self, address: IpAddr) -> Author<'_> {
+        Author { name: &self.username, id: Some(self.id), address: Some(address) }
     }
 
     /// The account as audit events tell it.
@@ -317,24 +326,24 @@ pub(super) async fn set_password(
     Ok(Some(account))
 }
 
-/// Replaces the hash `compared` of the password of the account `id`, and ends its sessions but the
-/// one of the selector `keep`. `None` where its hash is another one by now.
+/// Replaces the hash `compared` of the password of the account `id`, which acts in `session`, and
+/// ends its other sessions. `None` where its hash is another one by now.
 pub(super) async fn set_own_password(
     database: &Database,
     actor: &Actor,
-    id: i64,
+    (id, session): (i64, &SessionRef),
     compared: &str,
     hash: &str,
-    keep: Option<&str>,
 ) -> Result<Option<Account>, Error> {
     let mut transaction = database.write(Lane::Control).await?;
+    session.require_open(&mut transaction, id).await?;
     let update = sqlx::query("UPDATE accounts SET password = $1 WHERE id = $2 AND password = $3");
     let update = update.bind(hash).bind(id).bind(compared).execute(&mut *transaction).await?;
     if update.rows_affected() == 0 {
         return Ok(None);
     }
     let Some(account) = find(&mut transaction, id).await? else { return Ok(None) };
-    end_sessions(&mut transaction, actor, &account, keep).await?;
+    end_sessions(&mut transaction, actor, &account, Some(session)).await?;
     transaction.commit().await?;
     Ok(Some(account))
 }
@@ -350,16 +359,16 @@ async fn replace_hash(
     end_sessions(transaction, actor, account, None).await
 }
 
-/// Ends the sessions of an account whose password has changed, but the one of the selector `keep`,
-/// and writes the event.
+/// Ends the sessions of an account whose password has changed, except `keep`, and writes the event.
 async fn end_sessions(
     transaction: &mut AnyConnection,
     actor: &Actor,
     account: &Account,
-    keep: Option<&str>,
+    keep: Option<&SessionRef>,
 ) -> Result<(), Error> {
     let end = sqlx::query("DELETE FROM sessions WHERE account_id = $1 AND selector <> $2");
-    end.bind(account.id).bind(keep.unwrap_or_default()).execute(&mut *transaction).await?;
+    let keep = keep.map_or("", SessionRef::selector);
+    end.bind(account.id).bind(keep).execute(&mut *transaction).await?;
     let entry = Entry { data: Some(account.data()), ..Entry::default() };
     audit::record(transaction, actor, EventKind::UserPasswordChanged, entry).await
 }

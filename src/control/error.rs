@@ -29,6 +29,9 @@ pub enum Error {
     /// Too many attempts; the next may be made after this time.
     #[error("too many attempts, try again in {} seconds", .0.as_secs().max(1))]
     Throttled(Duration),
+    /// The session in which the request was made has ended meanwhile, or its account is gone.
+    #[error("the session has ended, sign in again")]
+    SessionEnded,
     /// The password does not match, or there is no such account.
     #[error("the username or the password is wrong")]
     WrongPassword,

@@ -5,6 +5,7 @@
 
 use std::{collections::BTreeSet, fmt, net::IpAddr};
 
+use super::sessions::SessionRef;
 use crate::token::{TokenDigest, TokenKind};
 
 /// What an account may do without any grant.
@@ -171,6 +172,13 @@ pub enum Operator {
         role: RootRole,
         /// What was granted to it beyond its role.
         permissions: BTreeSet<Permission>,
+        /// The session in which it acts.
+        session: SessionRef,
+    },
+    /// A person who has signed in to the upstream Unleash server: has no permission here.
+    Upstream {
+        /// The person's name there.
+        name: String,
     },
     /// An admin API token.
     Token {
@@ -188,7 +196,7 @@ impl Operator {
     pub fn name(&self) -> &str {
         match self {
             Self::Account { username, .. } => username,
-            Self::Token { name, .. } => name,
+            Self::Upstream { name } | Self::Token { name, .. } => name,
             Self::Shell => "command line",
         }
     }
@@ -197,7 +205,7 @@ impl Operator {
     pub fn id(&self) -> Option<i64> {
         match self {
             Self::Account { id, .. } => Some(*id),
-            Self::Token { .. } | Self::Shell => None,
+            Self::Upstream { .. } | Self::Token { .. } | Self::Shell => None,
         }
     }
 
@@ -205,15 +213,9 @@ impl Operator {
     pub fn is_admin(&self) -> bool {
         match self {
             Self::Account { role, .. } => *role == RootRole::Admin,
+            Self::Upstream { .. } => false,
             Self::Token { .. } | Self::Shell => true,
         }
-    }
-
-    /// The same operator without any right.
-    pub(super) fn without_rights(&self) -> Self {
-        let (username, permissions) = (self.name().to_owned(), BTreeSet::new());
-        let id = self.id().unwrap_or_default();
-        Self::Account { id, username, role: RootRole::Viewer, permissions }
     }
 
     /// Insists on an admin.
@@ -250,6 +252,7 @@ impl Operator {
             Self::Account { role, permissions, .. } => {
                 role.grants().contains(&permission) || permissions.contains(&permission)
             }
+            Self::Upstream { .. } => false,
             Self::Token { .. } | Self::Shell => true,
         }
     }
@@ -273,7 +276,8 @@ mod tests {
 
     fn account(role: RootRole, permissions: &[Permission]) -> Operator {
         let permissions = permissions.iter().copied().collect();
-        Operator::Account { id: 7, username: "ann".to_owned(), role, permissions }
+        let (username, session) = ("ann".to_owned(), SessionRef::example());
+        Operator::Account { id: 7, username, role, permissions, session }
     }
 
     /// The whole table: role or grant, operation, kind of token.

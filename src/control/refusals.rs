@@ -58,6 +58,7 @@ impl Denial {
             Error::Missing(missing) => Self::Permission(*missing),
             Error::LastAdmin => Self::Reason("it is the last admin"),
             Error::WrongPassword => Self::Reason("wrong password"),
+            Error::SessionEnded => Self::Reason("the session has ended"),
             Error::Throttled(_) => Self::Reason("too many attempts"),
             _ => return None,
         })

@@ -1,8 +1,8 @@
 //! The rights that an actor has at this moment, as the database has them.
 //!
-//! Rights can be withdrawn between the authentication of a request and its effect: hashing a
-//! password is slow, and writers wait for each other. So each change checks them again in its own
-//! transaction. What needs which right is not decided here.
+//! Rights can be withdrawn and sessions can end between the authentication of a request and its
+//! effect: hashing a password is slow, and writers wait for each other. So each change checks both
+//! again in its own transaction. Which change needs which right is not decided here.
 
 use sqlx::AnyConnection;
 
@@ -32,12 +32,13 @@ pub(super) async fn require(
     Ok(current(transaction, &actor.operator).await?.may(action, kind)?)
 }
 
-/// The operator with its present rights. A deleted account has none.
+/// The operator with its present rights. Fails where its account, its session or its token is gone.
 async fn current(transaction: &mut AnyConnection, operator: &Operator) -> Result<Operator, Error> {
     match operator {
-        Operator::Account { id, .. } => {
-            let account = accounts::find(transaction, *id).await?;
-            Ok(account.map_or_else(|| operator.without_rights(), |account| account.operator()))
+        Operator::Account { id, session, .. } => {
+            session.require_open(transaction, *id).await?;
+            let account = accounts::find(transaction, *id).await?.ok_or(Error::SessionEnded)?;
+            Ok(account.operator(session.clone()))
         }
         Operator::Token { digest, .. } => {
             let valid = sqlx::query(
@@ -51,6 +52,6 @@ async fn current(transaction: &mut AnyConnection, operator: &Operator) -> Result
             .await?;
             valid.map(|_| operator.clone()).ok_or(Error::Missing(Missing::ADMIN))
         }
-        Operator::Shell => Ok(Operator::Shell),
+        Operator::Upstream { .. } | Operator::Shell => Ok(operator.clone()),
     }
 }

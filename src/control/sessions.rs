@@ -11,7 +11,7 @@ use std::{
 };
 
 use jiff::{SignedDuration, Timestamp};
-use sqlx::Row as _;
+use sqlx::{AnyConnection, Row as _, any::AnyRow};
 use tracing::warn;
 
 use super::{
@@ -20,7 +20,7 @@ use super::{
     database::{Database, Lane, now, of_millis},
     error::Error,
     password::{Hasher, Password},
-    permission::Actor,
+    permission::{Actor, Operator},
     refusals::{Reason, Refusals},
     secret::{Kept, Secret},
 };
@@ -72,6 +72,78 @@ pub struct SignedIn {
     pub account: Account,
 }
 
+/// An open session, as a request has found it.
+#[derive(Clone, Debug)]
+pub struct Session {
+    /// Whose it is.
+    pub account: Account,
+    reference: SessionRef,
+}
+
+impl Session {
+    /// The account as somebody who acts in this session.
+    pub fn operator(&self) -> Operator {
+        self.account.operator(self.reference.clone())
+    }
+}
+
+/// Names a session, by the public half of its cookie, which opens nothing.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct SessionRef {
+    selector: String,
+    limits: Limits,
+}
+
+impl SessionRef {
+    /// Where the session is found in the database.
+    pub(super) fn selector(&self) -> &str {
+        &self.selector
+    }
+
+    /// Fails unless this is an open session of the account `id`, as `transaction` sees it.
+    pub(super) async fn require_open(
+        &self,
+        transaction: &mut AnyConnection,
+        id: i64,
+    ) -> Result<(), Error> {
+        let row = sqlx::query("SELECT * FROM sessions WHERE selector = $1 AND account_id = $2")
+            .bind(&self.selector)
+            .bind(id)
+            .fetch_optional(transaction)
+            .await?;
+        match row {
+            Some(row) if !self.limits.exceeded_by(&row)? => Ok(()),
+            _ => Err(Error::SessionEnded),
+        }
+    }
+
+    /// One that names nothing.
+    #[cfg(test)]
+    pub(super) fn example() -> Self {
+        let limits = Limits { idle: SignedDuration::MAX, lifetime: SignedDuration::MAX };
+        Self { selector: String::new(), limits }
+    }
+}
+
+/// When sessions end by themselves.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+struct Limits {
+    /// After this time without a request.
+    idle: SignedDuration,
+    /// After this time in any case.
+    lifetime: SignedDuration,
+}
+
+impl Limits {
+    /// Whether the session of a row has ended by now.
+    fn exceeded_by(self, row: &AnyRow) -> Result<bool, sqlx::Error> {
+        let age = |column| -> Result<_, sqlx::Error> {
+            Ok(now().duration_since(of_millis(row.try_get(column)?)))
+        };
+        Ok(age("seen_at")? > self.idle || age("created_at")? > self.lifetime)
+    }
+}
+
 /// What made a browser ask.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Cause {
@@ -86,8 +158,7 @@ pub enum Cause {
 pub(super) struct Sessions {
     database: Database,
     hasher: Hasher,
-    idle: SignedDuration,
-    lifetime: SignedDuration,
+    limits: Limits,
     by_address: Buckets<IpAddr>,
     by_pair: Buckets<(IpAddr, u64)>,
     by_account: Buckets<u64>,
@@ -116,8 +187,7 @@ impl Sessions {
         Self {
             database,
             hasher,
-            idle: span(idle),
-            lifetime: span(lifetime),
+            limits: Limits { idle: span(idle), lifetime: span(lifetime) },
             by_address: Buckets::new(BY_ADDRESS),
             by_pair: Buckets::new(BY_PAIR),
             by_account: Buckets::new(BY_ACCOUNT),
@@ -229,40 +299,38 @@ impl Sessions {
         ] {
             sqlx::query(forget).bind(id).bind(PER_ACCOUNT).execute(&mut *transaction).await?;
         }
-        let actor = Actor { operator: account.operator(), address: Some(address) };
-        audit::record(&mut transaction, &actor, EventKind::UserSignedIn, Entry::default()).await?;
+        let author = account.author(address);
+        audit::record_by(&mut transaction, &author, EventKind::UserSignedIn, Entry::default())
+            .await?;
         transaction.commit().await?;
         Ok(Some(SignedIn { session, device, account }))
     }
 
-    /// Whose session a cookie opens.
+    /// The session that a cookie opens.
     pub(super) async fn find(
         &self,
         cookie: &str,
         address: IpAddr,
         cause: Cause,
-    ) -> Result<Option<Account>, Error> {
+    ) -> Result<Option<Session>, Error> {
         if let Some(kept) = Kept::of(cookie)
-            && let Some(account) = self.open_session(&kept, cause).await?
+            && let Some(session) = self.open_session(kept, cause).await?
         {
-            return Ok(Some(account));
+            return Ok(Some(session));
         }
         self.strangers.take(&origin(address)).map_err(Error::Throttled)?;
         Ok(None)
     }
 
-    async fn open_session(&self, kept: &Kept, cause: Cause) -> Result<Option<Account>, Error> {
+    async fn open_session(&self, kept: Kept, cause: Cause) -> Result<Option<Session>, Error> {
         let row = sqlx::query("SELECT * FROM sessions WHERE selector = $1").bind(&kept.selector);
         let Some(row) = row.fetch_optional(self.database.pool()).await? else { return Ok(None) };
-        let (created, seen) =
-            (of_millis(row.try_get("created_at")?), of_millis(row.try_get("seen_at")?));
-        let now = now();
-        let is_over =
-            now.duration_since(seen) > self.idle || now.duration_since(created) > self.lifetime;
-        if is_over || !kept.proves(row.try_get("digest")?) {
+        let limits = self.limits;
+        if limits.exceeded_by(&row)? || !kept.proves(row.try_get("digest")?) {
             return Ok(None);
         }
-        if cause == Cause::Person && now.duration_since(seen) >= TOUCH.min(self.idle / 4) {
+        let (now, seen) = (now(), of_millis(row.try_get("seen_at")?));
+        if cause == Cause::Person && now.duration_since(seen) >= TOUCH.min(limits.idle / 4) {
             let touch = sqlx::query("UPDATE sessions SET seen_at = $1 WHERE selector = $2");
             let touch = touch.bind(now.as_millisecond()).bind(&kept.selector);
             // A disk without room keeps nobody from reading.
@@ -271,18 +339,21 @@ impl Sessions {
             }
         }
         let mut connection = self.database.pool().acquire().await?;
-        accounts::find(&mut connection, row.try_get("account_id")?).await
+        let account = accounts::find(&mut connection, row.try_get("account_id")?).await?;
+        let reference = SessionRef { selector: kept.selector, limits };
+        Ok(account.map(|account| Session { account, reference }))
     }
 
     /// Ends the session of a cookie, if it is one.
     pub(super) async fn sign_out(&self, cookie: &str, address: IpAddr) -> Result<(), Error> {
         let Some(kept) = Kept::of(cookie) else { return Ok(()) };
-        let Some(account) = self.open_session(&kept, Cause::Person).await? else { return Ok(()) };
+        let Some(session) = self.open_session(kept, Cause::Person).await? else { return Ok(()) };
         let mut transaction = self.database.write(Lane::Control).await?;
-        let delete = sqlx::query("DELETE FROM sessions WHERE selector = $1").bind(&kept.selector);
-        delete.execute(&mut *transaction).await?;
-        let actor = Actor { operator: account.operator(), address: Some(address) };
-        audit::record(&mut transaction, &actor, EventKind::UserSignedOut, Entry::default()).await?;
+        let delete = sqlx::query("DELETE FROM sessions WHERE selector = $1");
+        delete.bind(session.reference.selector()).execute(&mut *transaction).await?;
+        let author = session.account.author(address);
+        audit::record_by(&mut transaction, &author, EventKind::UserSignedOut, Entry::default())
+            .await?;
         transaction.commit().await?;
         Ok(())
     }
@@ -293,36 +364,30 @@ impl Sessions {
             Timestamp::now().checked_sub(age).unwrap_or(Timestamp::UNIX_EPOCH).as_millisecond()
         };
         sqlx::query("DELETE FROM sessions WHERE seen_at < $1 OR created_at < $2")
-            .bind(before(self.idle))
-            .bind(before(self.lifetime))
+            .bind(before(self.limits.idle))
+            .bind(before(self.limits.lifetime))
             .execute(self.database.pool())
             .await?;
         Ok(())
     }
 
-    /// Sets the actor's own password, if `current` is it, and ends its sessions but that of the
-    /// cookie `session`.
+    /// Sets the actor's own password, if `current` is it, and ends its sessions except the one in
+    /// which it acts.
     pub(super) async fn change_password(
         &self,
         actor: &Actor,
-        session: &str,
         current: &Password,
         new: &Password,
     ) -> Result<(), Error> {
-        let Some(id) = actor.operator.id() else { return Err(Error::WrongPassword) };
+        let Operator::Account { id, ref session, .. } = actor.operator else {
+            return Err(Error::WrongPassword);
+        };
         self.own_password.take(&id).map_err(Error::Throttled)?;
         let compared = self.verify_own(id, current).await?;
         let hash = self.hasher.hash(new).await?;
-        let keep = Kept::of(session).map(|kept| kept.selector);
         // An admin may have set another password since the comparison: that one stays.
-        let changed = accounts::set_own_password(
-            &self.database,
-            actor,
-            id,
-            &compared,
-            &hash,
-            keep.as_deref(),
-        );
+        let own = (id, session);
+        let changed = accounts::set_own_password(&self.database, actor, own, &compared, &hash);
         changed.await?.ok_or(Error::WrongPassword)?;
         self.own_password.give_back(&id);
         Ok(())

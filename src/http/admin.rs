@@ -349,9 +349,7 @@ impl Admin {
         let query = Query::of(head.uri.query());
         let catalogue = || Catalogue::of(&self.insight.snapshots);
         match call {
-            ControlCall::ChangeOwnPassword => {
-                session::change_password(control, &head.headers, caller, body).await
-            }
+            ControlCall::ChangeOwnPassword => session::change_password(control, caller, body).await,
             ControlCall::Tokens => Ok(tokens::list(control, actor, Wanted::All)),
             ControlCall::TokensNamed => Ok(tokens::list(control, actor, Wanted::Named(first))),
             ControlCall::CreateToken => {

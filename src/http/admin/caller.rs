@@ -3,7 +3,7 @@
 //! A caller presents an admin token, or the cookie of a session. What they may do is judged where it
 //! is done.
 
-use std::{collections::BTreeSet, net::IpAddr};
+use std::net::IpAddr;
 
 use hyper::{
     HeaderMap,
@@ -15,7 +15,7 @@ use super::{origin::is_same_origin, relay::Relay};
 
 use crate::{
     auth::Authenticator,
-    control::{Account, Actor, Cause, Control, Operator, RootRole},
+    control::{Account, Actor, Cause, Control, Operator},
     http::reply::Failure,
     token::{Token, TokenKind},
     wire::person::Person,
@@ -81,9 +81,9 @@ impl Gate<'_> {
         }
         let by_itself = !changes && head.headers.contains_key(&BACKGROUND);
         let cause = if by_itself { Cause::Page } else { Cause::Person };
-        let account = control.session(cookie, address, cause).await?.ok_or(Failure::SignIn)?;
-        let actor = Actor { operator: account.operator(), address: Some(address) };
-        Ok(Caller { actor, account: Some(account) })
+        let session = control.session(cookie, address, cause).await?.ok_or(Failure::SignIn)?;
+        let actor = Actor { operator: session.operator(), address: Some(address) };
+        Ok(Caller { actor, account: Some(session.account) })
     }
 
     async fn by_token(&self, header: &str, address: IpAddr) -> Result<Caller, Failure> {
@@ -103,12 +103,7 @@ impl Gate<'_> {
 
 /// Somebody whom upstream knows. What is asked of this edge itself needs no permission.
 fn of_upstream(person: &Person, address: IpAddr) -> Caller {
-    let operator = Operator::Account {
-        id: person.id,
-        username: person.name(),
-        role: RootRole::Viewer,
-        permissions: BTreeSet::new(),
-    };
+    let operator = Operator::Upstream { name: person.name() };
     Caller { actor: Actor { operator, address: Some(address) }, account: None }
 }
 

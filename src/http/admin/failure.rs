@@ -20,6 +20,7 @@ impl From<Error> for Failure {
             Error::Limit { .. } => Self::Malformed(error.to_string()),
             Error::Throttled(pause) => Self::Throttled(pause),
             Error::WrongPassword => Self::WrongPassword,
+            Error::SessionEnded => Self::SignIn,
             Error::Invalid { field, reason } => {
                 Self::Invalid(vec![Problem { path: field, reason }])
             }

@@ -119,7 +119,6 @@ fn of_token(operator: &Operator) -> wire::Caller {
 /// Changes the caller's own password.
 pub(super) async fn change_password(
     control: &Control,
-    headers: &HeaderMap,
     caller: &Caller,
     body: &Bytes,
 ) -> Result<Reply, Failure> {
@@ -139,7 +138,6 @@ pub(super) async fn change_password(
     }
     let new = body::new_password(&mut problems, new.as_ref());
     let (old, new) = problems.or(old.zip(new))?;
-    let session = cookie(headers, SESSION).unwrap_or_default();
-    control.change_own_password(&caller.actor, session, &old, new).await?;
+    control.change_own_password(&caller.actor, &old, new).await?;
     Ok(reply::done())
 }

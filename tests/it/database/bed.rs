@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use parapet::auth::{self, Authenticator, Authority};
 use parapet::control::{
-    Actor, Config, Control, DatabaseUrl, EventQuery, FirstAccount, Location, Opened, Operator,
-    Password, Seed, SignIn, SignedIn,
+    Actor, Cause, Config, Control, DatabaseUrl, EventQuery, FirstAccount, Location, Opened,
+    Operator, Password, Secret, Seed, SignIn, SignedIn,
 };
 use parapet::token::Token;
 use sqlx::{AnyConnection, AssertSqlSafe, Connection as _, Executor as _};
@@ -76,6 +76,19 @@ impl Bed {
             Self::Postgres { url, .. } => url.clone(),
         };
         AnyConnection::connect(&url).await.unwrap()
+    }
+
+    /// A transaction of somebody else, for whose end every change that asks for a session waits.
+    pub(super) async fn lock(&self) -> AnyConnection {
+        let mut connection = self.connect().await;
+        let statements = match self {
+            Self::Sqlite(_) => &["BEGIN IMMEDIATE"][..],
+            Self::Postgres { .. } => &["BEGIN", "LOCK TABLE sessions"],
+        };
+        for statement in statements {
+            connection.execute(*statement).await.unwrap();
+        }
+        connection
     }
 
     /// Runs SQL behind the control plane's back.
@@ -161,6 +174,19 @@ pub(super) fn attempt<'a>(username: &'a str, password: &'a Password) -> SignIn<'
 /// The first account, signed in.
 pub(super) async fn admin(control: &Control) -> SignedIn {
     control.sign_in(attempt("admin", &password(PASSWORD))).await.unwrap()
+}
+
+/// The account of a session, as somebody who acts in it.
+pub(super) async fn actor_in(control: &Control, session: &Secret) -> Actor {
+    let address = [192, 0, 2, 1].into();
+    let session = control.session(session.expose(), address, Cause::Person).await.unwrap().unwrap();
+    Actor { operator: session.operator(), address: Some(address) }
+}
+
+/// The account of this name and password, as somebody who acts in a new session.
+pub(super) async fn actor(control: &Control, username: &str, password: &Password) -> Actor {
+    let signed_in = control.sign_in(attempt(username, password)).await.unwrap();
+    actor_in(control, &signed_in.session).await
 }
 
 /// The kinds of all events, the oldest first.

@@ -6,10 +6,12 @@ use std::time::Duration;
 
 use parapet::control::{
     Account, AccountChange, Actor, Cause, Config, Control, Error, FirstAccount, Grants, NewAccount,
-    Password, Permission, RootRole, SignIn,
+    Password, Permission, RootRole, Session, SignIn,
 };
 
-use super::bed::{Bed, PASSWORD, SHELL, admin, attempt, kinds, password};
+use sqlx::Executor as _;
+
+use super::bed::{self, Bed, PASSWORD, SHELL, actor_in, admin, attempt, kinds, password};
 
 super::on_both!(
     accounts_are_made_changed_and_deleted,
@@ -20,6 +22,8 @@ super::on_both!(
     a_new_password_ends_the_sessions_of_the_old_one,
     password_reset_is_not_overwritten_by_own_change,
     withdrawn_rights_change_no_account,
+    ended_session_changes_nothing,
+    session_that_ends_while_its_request_waits_changes_nothing,
     sessions_end_by_themselves,
     a_session_that_is_used_goes_on,
     ten_thousand_wrong_passwords_admit_nobody_and_keep_nobody_out,
@@ -33,8 +37,9 @@ fn new(username: &str, role: RootRole) -> NewAccount {
     NewAccount { username, name: None, email: None, role, password: password("ann's password") }
 }
 
-fn actor(account: &Account) -> Actor {
-    Actor { operator: account.operator(), address: Some(HOME) }
+/// An account that was made by [`new`], as somebody who acts in a new session.
+async fn actor(control: &Control, account: &Account) -> Actor {
+    bed::actor(control, &account.username, &password("ann's password")).await
 }
 
 async fn accounts_are_made_changed_and_deleted(bed: Bed) {
@@ -98,7 +103,8 @@ async fn the_last_admin_stays_one(bed: Bed) {
     let deleted = control.delete_account(&SHELL, first.id).await;
     assert!(matches!(deleted, Err(Error::LastAdmin)), "{deleted:?}");
     let second = control.create_account(&SHELL, new("second", RootRole::Admin)).await.unwrap();
-    control.update_account(&actor(&second), first.id, demote).await.unwrap().unwrap();
+    let second_admin = actor(&control, &second).await;
+    control.update_account(&second_admin, first.id, demote).await.unwrap().unwrap();
     let deleted = control.delete_account(&SHELL, second.id).await;
     assert!(matches!(deleted, Err(Error::LastAdmin)), "{deleted:?}");
 }
@@ -108,7 +114,7 @@ async fn only_admins_handle_accounts(bed: Bed) {
     let granted = Permission::ALL.into_iter().collect();
     let ann = control.create_account(&SHELL, new("ann", RootRole::Editor)).await.unwrap();
     let ann = control.grant(&SHELL, ann.id, Grants::Only(granted)).await.unwrap().unwrap();
-    let (ann, id) = (actor(&ann), ann.id);
+    let (ann, id) = (actor(&control, &ann).await, ann.id);
     let refused = |outcome: Result<(), Error>| {
         let Err(Error::Missing(missing)) = outcome else { panic!("{outcome:?}") };
         assert_eq!(missing.permission(), "ADMIN");
@@ -145,7 +151,7 @@ async fn a_session_begins_with_the_password_and_ends(bed: Bed) {
     assert!(matches!(nobody, Err(Error::WrongPassword)), "{nobody:?}");
     let signed_in = control.sign_in(attempt(" ADMIN ", &password(PASSWORD))).await.unwrap();
     let cookie = signed_in.session.expose();
-    let account = control.session(cookie, HOME, Cause::Person).await.unwrap().unwrap();
+    let account = control.session(cookie, HOME, Cause::Person).await.unwrap().unwrap().account;
     assert_eq!(account, signed_in.account);
     assert!(account.seen_at.is_some());
     // Every instance knows it, and that it has ended.
@@ -173,14 +179,14 @@ async fn a_new_password_ends_the_sessions_of_the_old_one(bed: Bed) {
     };
     let one = control.sign_in(attempt("ann", &old)).await.unwrap().session;
     let other = control.sign_in(attempt("ann", &old)).await.unwrap().session;
-    let hers = actor(&ann);
+    let hers = actor_in(&control, &one).await;
     let guess = password("perhaps this one");
-    let guessed = control.change_own_password(&hers, one.expose(), &guess, guess.clone()).await;
+    let guessed = control.change_own_password(&hers, &guess, guess.clone()).await;
     assert!(matches!(guessed, Err(Error::WrongPassword)), "{guessed:?}");
     assert!(is_open(&one).await && is_open(&other).await);
 
     let second = password("ann's second one");
-    control.change_own_password(&hers, one.expose(), &old, second.clone()).await.unwrap();
+    control.change_own_password(&hers, &old, second.clone()).await.unwrap();
     assert!(is_open(&one).await && !is_open(&other).await);
     assert!(control.sign_in(attempt("ann", &old)).await.is_err());
 
@@ -195,8 +201,7 @@ async fn a_new_password_ends_the_sessions_of_the_old_one(bed: Bed) {
     // Whoever has a session only cannot find out the password at leisure.
     let mut throttled = false;
     for _ in 0..50 {
-        let guessed =
-            control.change_own_password(&hers, last.expose(), &guess, guess.clone()).await;
+        let guessed = control.change_own_password(&hers, &guess, guess.clone()).await;
         throttled |= matches!(guessed, Err(Error::Throttled(_)));
     }
     assert!(throttled);
@@ -210,9 +215,9 @@ async fn password_reset_is_not_overwritten_by_own_change(bed: Bed) {
     let stolen = password("ann's password");
     let thief = control.sign_in(attempt("ann", &stolen)).await.unwrap();
     let (wanted, reset) = (password("what the thief wants"), password("what the admin sets"));
-    let theirs = actor(&ann);
+    let theirs = actor_in(&control, &thief.session).await;
     let (_, set) = tokio::join!(
-        control.change_own_password(&theirs, thief.session.expose(), &stolen, wanted.clone()),
+        control.change_own_password(&theirs, &stolen, wanted.clone()),
         control.set_password(&SHELL, ann.id, reset.clone()),
     );
     set.unwrap().unwrap();
@@ -229,14 +234,15 @@ async fn withdrawn_rights_change_no_account(bed: Bed) {
     let demoted = control.create_account(&SHELL, new("demoted", RootRole::Admin)).await.unwrap();
     let deleted = control.create_account(&SHELL, new("deleted", RootRole::Admin)).await.unwrap();
     let ann = control.create_account(&SHELL, new("ann", RootRole::Viewer)).await.unwrap();
-    let admins = [actor(&demoted), actor(&deleted)];
+    let admins = [actor(&control, &demoted).await, actor(&control, &deleted).await];
     let demote = AccountChange { role: Some(RootRole::Editor), ..AccountChange::default() };
     control.update_account(&SHELL, demoted.id, demote).await.unwrap().unwrap();
     control.delete_account(&SHELL, deleted.id).await.unwrap().unwrap();
 
-    let refused = |outcome: Result<(), Error>| {
-        let Err(Error::Missing(missing)) = outcome else { panic!("{outcome:?}") };
-        assert_eq!(missing.permission(), "ADMIN");
+    let refused = |outcome: Result<(), Error>| match outcome {
+        Err(Error::Missing(missing)) => assert_eq!(missing.permission(), "ADMIN"),
+        Err(Error::SessionEnded) => {}
+        other => panic!("{other:?}"),
     };
     for admin in &admins {
         let promote = AccountChange { role: Some(RootRole::Admin), ..AccountChange::default() };
@@ -252,6 +258,78 @@ async fn withdrawn_rights_change_no_account(bed: Bed) {
     control.sign_in(attempt("ann", &password("ann's password"))).await.unwrap();
     let denied = kinds(&control).await.into_iter().filter(|kind| kind == "permission-denied");
     assert_eq!(denied.count(), 10);
+}
+
+/// A request that was authenticated in a session which ended before its effect: by signing out, by
+/// a reset of its account's password, by too many newer sessions, with its account, or by itself.
+async fn ended_session_changes_nothing(bed: Bed) {
+    let control = bed.open().await;
+    let create = async |name: &str| {
+        control.create_account(&SHELL, new(name, RootRole::Admin)).await.unwrap()
+    };
+    let ann = create("ann").await;
+    let initial = password("ann's password");
+    let begin = async |account: &Account| {
+        let attempt = attempt(&account.username, &initial);
+        let session = control.sign_in(attempt).await.unwrap().session;
+        (actor_in(&control, &session).await, session)
+    };
+    let (signed_out, session) = begin(&ann).await;
+    control.sign_out(session.expose(), HOME).await.unwrap();
+    let (expired, _) = begin(&ann).await;
+    bed.execute("UPDATE sessions SET created_at = created_at - 90000000").await;
+    let (idle, _) = begin(&ann).await;
+    bed.execute("UPDATE sessions SET seen_at = seen_at - 30000000").await;
+    let (displaced, _) = begin(&ann).await;
+    for _ in 0..20 {
+        begin(&ann).await;
+    }
+    let bob = create("bob").await;
+    let (reset, _) = begin(&bob).await;
+    control.set_password(&SHELL, bob.id, password("what the admin sets")).await.unwrap().unwrap();
+    let eve = create("eve").await;
+    let (deleted, _) = begin(&eve).await;
+    control.delete_account(&SHELL, eve.id).await.unwrap().unwrap();
+
+    let before = control.accounts(&SHELL.operator).await.unwrap();
+    let refused = |outcome: Result<(), Error>| {
+        assert!(matches!(outcome, Err(Error::SessionEnded)), "{outcome:?}");
+    };
+    for actor in [&signed_out, &expired, &idle, &displaced, &reset, &deleted] {
+        let mallory = new("mallory", RootRole::Admin);
+        refused(control.create_account(actor, mallory).await.map(drop));
+        let demote = AccountChange { role: Some(RootRole::Viewer), ..AccountChange::default() };
+        refused(control.update_account(actor, ann.id, demote).await.map(drop));
+        let all = Grants::Only(Permission::ALL.into_iter().collect());
+        refused(control.grant(actor, ann.id, all).await.map(drop));
+        refused(control.set_password(actor, ann.id, password("mallory's own")).await.map(drop));
+        refused(control.delete_account(actor, ann.id).await.map(drop));
+    }
+    for actor in [&signed_out, &expired, &idle, &displaced] {
+        let own = control.change_own_password(actor, &initial, password("mallory's own"));
+        refused(own.await);
+    }
+    assert_eq!(control.accounts(&SHELL.operator).await.unwrap(), before);
+    let (open, _) = begin(&ann).await;
+    control.change_own_password(&open, &initial, password("ann's second one")).await.unwrap();
+    let delete = control.delete_account(&open, bob.id).await;
+    assert_eq!(delete.unwrap().map(|it| it.id), Some(bob.id), "an open session does");
+}
+
+/// Another writer, for which the authenticated request has to wait, ends its session.
+async fn session_that_ends_while_its_request_waits_changes_nothing(bed: Bed) {
+    let control = bed.open().await;
+    let owner = admin(&control).await;
+    let actor = actor_in(&control, &owner.session).await;
+    let mut writer = bed.lock().await;
+    let end = async {
+        writer.execute("DELETE FROM sessions").await.unwrap();
+        writer.execute("COMMIT").await.unwrap();
+    };
+    let mallory = new("mallory", RootRole::Admin);
+    let (made, ()) = tokio::join!(control.create_account(&actor, mallory), end);
+    assert!(matches!(made, Err(Error::SessionEnded)), "{made:?}");
+    assert_eq!(control.accounts(&SHELL.operator).await.unwrap().len(), 1);
 }
 
 async fn sessions_end_by_themselves(bed: Bed) {
@@ -360,6 +438,6 @@ async fn ten_thousand_made_up_cookies_open_nothing(bed: Bed) {
 }
 
 /// Requests are served on many threads.
-fn check_is_send(control: &Control) -> impl Future<Output = Result<Option<Account>, Error>> + Send {
+fn check_is_send(control: &Control) -> impl Future<Output = Result<Option<Session>, Error>> + Send {
     control.session("", HOME, Cause::Person)
 }

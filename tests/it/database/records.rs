@@ -14,7 +14,7 @@ use parapet::usage::{Delivery, Taken};
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot};
 
-use super::bed::{Bed, Door, SHELL, admin, attempt, password};
+use super::bed::{Bed, Door, SHELL, actor, actor_in, admin, attempt, password};
 use crate::rig::until;
 
 super::on_both!(
@@ -85,13 +85,17 @@ async fn events_tell_who_did_what_when_and_from_where(bed: Bed) {
     let query = EventQuery { limit: 2, offset: 1, since: Some(since), ..EventQuery::default() };
     let part = ask(&query).await;
     assert_eq!((part.total, &part.events[..]), (6, &page.events[1..3]));
-    let editor = Operator::Account {
-        id: 2,
+    let hers = password("eve's password");
+    let eve = NewAccount {
         username: "eve".to_owned(),
+        name: None,
+        email: None,
         role: RootRole::Editor,
-        permissions: [].into(),
+        password: hers.clone(),
     };
-    assert!(control.events(&editor, &all).await.is_err());
+    control.create_account(&SHELL, eve).await.unwrap();
+    let editor = actor(&control, "eve", &hers).await;
+    assert!(control.events(&editor.operator, &all).await.is_err());
 }
 
 /// Hands a report to the registry and tells what became of it.
@@ -223,13 +227,12 @@ async fn no_secret_is_kept(bed: Bed) {
         role: RootRole::Viewer,
         password: old.clone(),
     };
-    let ann = control.create_account(&SHELL, new).await.unwrap();
+    control.create_account(&SHELL, new).await.unwrap();
     let signed_in = control.sign_in(attempt("ann", &old)).await.unwrap();
-    let actor = Actor { operator: ann.operator(), address: None };
-    let session = signed_in.session.expose();
-    control.change_own_password(&actor, session, &old, hers.clone()).await.unwrap();
+    let ann = actor_in(&control, &signed_in.session).await;
+    control.change_own_password(&ann, &old, hers.clone()).await.unwrap();
     secrets.extend([old.expose().to_owned(), hers.expose().to_owned()]);
-    secrets.extend([session.to_owned(), signed_in.device.expose().to_owned()]);
+    secrets.extend([signed_in.session, signed_in.device].map(|it| it.expose().to_owned()));
     // A password in the wrong field, and one that is wrong.
     let typed = password("a password typed as a name");
     let slip = SignIn { username: typed.expose(), ..attempt("", &typed) };

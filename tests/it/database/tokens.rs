@@ -9,7 +9,7 @@ use parapet::control::{
 };
 use parapet::token::{Environment, Projects, Token, TokenKind};
 
-use super::bed::{Bed, Door, SHELL, kinds, password};
+use super::bed::{Bed, Door, SHELL, actor, actor_in, admin, kinds, password};
 
 super::on_both!(
     a_token_is_made_listed_changed_and_ended,
@@ -138,11 +138,17 @@ async fn account(
     role: RootRole,
     permissions: BTreeSet<Permission>,
 ) -> Actor {
-    let (username, password) = (username.to_owned(), password("a long password"));
-    let new = NewAccount { username, name: None, email: None, role, password };
+    let password = password("a long password");
+    let new = NewAccount {
+        username: username.to_owned(),
+        name: None,
+        email: None,
+        role,
+        password: password.clone(),
+    };
     let made = control.create_account(&SHELL, new).await.unwrap();
-    let made = control.grant(&SHELL, made.id, Grants::Only(permissions)).await.unwrap().unwrap();
-    Actor { operator: made.operator(), address: Some([192, 0, 2, 9].into()) }
+    control.grant(&SHELL, made.id, Grants::Only(permissions)).await.unwrap().unwrap();
+    actor(control, username, &password).await
 }
 
 /// The whole table of rights is a unit test; here it is that operations ask for them.
@@ -207,6 +213,9 @@ async fn withdrawn_rights_change_no_token(bed: Bed) {
     control.grant(&SHELL, lost.operator.id().unwrap(), none).await.unwrap().unwrap();
     let deleted = account(&control, "deleted", RootRole::Admin, [].into()).await;
     control.delete_account(&SHELL, deleted.operator.id().unwrap()).await.unwrap().unwrap();
+    let first = admin(&control).await.session;
+    let signed_out = actor_in(&control, &first).await;
+    control.sign_out(first.expose(), [192, 0, 2, 1].into()).await.unwrap();
     let (admin, _) = make(&control, TokenKind::Admin).await;
     let operator = Operator::Token { name: "made".to_owned(), digest: admin.digest() };
     let ended = Actor { operator, address: None };
@@ -214,15 +223,16 @@ async fn withdrawn_rights_change_no_token(bed: Bed) {
     control.delete_token(&SHELL, admin.expose()).await.unwrap().unwrap();
 
     let before = control.tokens(&SHELL.operator);
-    for actor in [&demoted, &lost, &deleted, &ended] {
+    let is_refused = |error: &Error| matches!(error, Error::Missing(_) | Error::SessionEnded);
+    for actor in [&demoted, &lost, &deleted, &ended, &signed_out] {
         for kind in [TokenKind::Admin, TokenKind::Client, TokenKind::Frontend] {
             let made = control.create_token(actor, new("stale", kind)).await;
-            assert!(matches!(made, Err(Error::Missing(_))), "{actor:?}: {made:?}");
+            assert!(made.as_ref().is_err_and(is_refused), "{actor:?}: {made:?}");
         }
         let changed = control.update_token(actor, &kept.id, Some(soon())).await;
-        assert!(matches!(changed, Err(Error::Missing(_))), "{actor:?}: {changed:?}");
+        assert!(changed.as_ref().is_err_and(is_refused), "{actor:?}: {changed:?}");
         let ended = control.delete_token(actor, secret.expose()).await;
-        assert!(matches!(ended, Err(Error::Missing(_))), "{actor:?}: {ended:?}");
+        assert!(ended.as_ref().is_err_and(is_refused), "{actor:?}: {ended:?}");
     }
     assert_eq!(control.tokens(&SHELL.operator), before);
 }
