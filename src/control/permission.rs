@@ -140,20 +140,32 @@ impl Permission {
 
 /// The right that an operator lacks.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Missing(&'static str);
+pub struct Missing {
+    permission: &'static str,
+    purpose: &'static str,
+}
 
 impl Missing {
-    pub(super) const ADMIN: Self = Self("ADMIN");
+    pub(super) const ADMIN: Self = Self::new("ADMIN");
+
+    const fn new(permission: &'static str) -> Self {
+        Self { permission, purpose: "do this" }
+    }
+
+    /// The same, with the purpose that the right is needed for: the infinitive that follows "to".
+    pub(super) fn to(self, purpose: &'static str) -> Self {
+        Self { purpose, ..self }
+    }
 
     /// The name by which the admin API tells it: a permission's, or `ADMIN`.
     pub fn permission(self) -> &'static str {
-        self.0
+        self.permission
     }
 }
 
 impl fmt::Display for Missing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "you need the {} permission to do this", self.0)
+        write!(f, "you need the {} permission to {}", self.permission, self.purpose)
     }
 }
 
@@ -226,7 +238,7 @@ impl Operator {
     /// Insists on the permission for `action` on tokens of `kind`.
     pub fn may(&self, action: Action, kind: TokenKind) -> Result<(), Missing> {
         let Some(needed) = Permission::for_token(action, kind) else { return self.require_admin() };
-        if self.holds(needed) { Ok(()) } else { Err(Missing(needed.as_str())) }
+        if self.holds(needed) { Ok(()) } else { Err(Missing::new(needed.as_str())) }
     }
 
     /// Whether it sees that tokens of `kind` exist, and what they allow.
@@ -244,7 +256,10 @@ impl Operator {
     /// What it holds by name: `ADMIN`, or each permission by role or grant.
     pub fn permissions(&self) -> impl Iterator<Item = &'static str> {
         let held = Permission::ALL.into_iter().filter(|it| !self.is_admin() && self.holds(*it));
-        self.is_admin().then_some(Missing::ADMIN.0).into_iter().chain(held.map(Permission::as_str))
+        self.is_admin()
+            .then_some(Missing::ADMIN.permission)
+            .into_iter()
+            .chain(held.map(Permission::as_str))
     }
 
     fn holds(&self, permission: Permission) -> bool {
@@ -298,7 +313,7 @@ mod tests {
                 let editor = account(RootRole::Editor, &[]);
                 assert_eq!(of(&editor, action, kind), name.starts_with("READ_"), "{name}");
                 let viewer = account(RootRole::Viewer, &[]);
-                assert_eq!(viewer.may(action, kind), Err(Missing(name)));
+                assert_eq!(viewer.may(action, kind), Err(Missing::new(name)));
                 for granted in Permission::ALL {
                     let viewer = account(RootRole::Viewer, &[granted]);
                     assert_eq!(of(&viewer, action, kind), needed == Some(granted), "{name}");

@@ -310,6 +310,10 @@ impl Registry {
         Ok((secret, token))
     }
 
+    /// Changes when a token expires.
+    ///
+    /// An expiry in the past ends a token as deleting it does, and a new one revives an expired token
+    /// as creating it does: who may only update can do neither.
     pub(super) async fn update(
         &self,
         actor: &Actor,
@@ -319,9 +323,21 @@ impl Registry {
         let _change = self.change.lock().await;
         let mut transaction = self.database.write(Lane::Control).await?;
         let Some(before) = find(&mut transaction, identifier).await? else { return Ok(None) };
-        rights::require(&mut transaction, actor, Action::Update, before.token.kind).await?;
+        let kind = before.token.kind;
+        let operator = rights::current(&mut transaction, &actor.operator).await?;
+        operator.may(Action::Update, kind)?;
         let mut after = before.clone();
         after.token.expires_at = expires_at.map(|at| of_millis(at.as_millisecond()));
+        let now = now();
+        match (before.token.is_valid(now), after.token.is_valid(now)) {
+            (true, false) => operator
+                .may(Action::Delete, kind)
+                .map_err(|missing| missing.to("end a token by an expiry in the past"))?,
+            (false, true) => operator
+                .may(Action::Create, kind)
+                .map_err(|missing| missing.to("revive an expired token"))?,
+            (true, true) | (false, false) => {}
+        }
         sqlx::query("UPDATE tokens SET expires_at = $1 WHERE id = $2")
             .bind(after.token.expires_at.map(Timestamp::as_millisecond))
             .bind(&after.token.id)

@@ -33,7 +33,10 @@ pub(super) async fn require(
 }
 
 /// The operator with its present rights. Fails where its account, its session or its token is gone.
-async fn current(transaction: &mut AnyConnection, operator: &Operator) -> Result<Operator, Error> {
+pub(super) async fn current(
+    transaction: &mut AnyConnection,
+    operator: &Operator,
+) -> Result<Operator, Error> {
     match operator {
         Operator::Account { id, session, .. } => {
             session.require_open(transaction, *id).await?;

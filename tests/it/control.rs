@@ -361,6 +361,70 @@ async fn each_right_comes_with_its_role_or_its_grant_and_no_other_on_postgresql(
     permissions(Kept::Postgres).await;
 }
 
+/// Ending a token by an expiry in the past is a deletion, and giving an expired one a later expiry is
+/// a creation, whoever may update.
+async fn update_permission_neither_ends_nor_revives_tokens(kept: Kept) {
+    let place = Place::new(kept).await;
+    let parapet = place.start().await;
+    let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
+    let id = owner.create_account("ann", 3).await;
+    let ann = sign_in(&parapet, "ann", PASSWORD).await.unwrap();
+    for (kind, path) in [("client", "/api/client/features"), ("frontend", "/api/frontend")] {
+        let (_, made) = owner.create_token(kind, &format!("of-{kind}")).await;
+        let secret = made["secret"].as_str().unwrap();
+        let works = async || parapet.get(path, secret).await.0 == StatusCode::OK;
+        let token = identifier(&owner, &format!("of-{kind}")).await;
+        let token = format!("/api/admin/api-tokens/{token}");
+        let expire = async |session: &Session, at| {
+            session.call(Method::PUT, &token, &json!({ "expiresAt": at })).await
+        };
+        let permission = |action: &str| format!("{action}_{}_API_TOKEN", kind.to_uppercase());
+        let (create, update, delete) =
+            (permission("CREATE"), permission("UPDATE"), permission("DELETE"));
+        let (past, later) = (Some("2020-01-01T00:00:00Z"), Some("2099-01-01T00:00:00Z"));
+
+        owner.grant(id, &[&create, &update]).await;
+        assert_eq!(expire(&ann, later).await.0, StatusCode::OK);
+        for end in [past, Some("1970-01-01T00:00:00Z")] {
+            let (status, answer) = expire(&ann, end).await;
+            assert_eq!(status, StatusCode::FORBIDDEN, "{answer}");
+            assert_eq!(answer["permissions"], json!([delete]));
+            let expect =
+                format!("you need the {delete} permission to end a token by an expiry in the past");
+            assert_eq!(answer["message"], expect);
+        }
+        assert!(works().await);
+
+        owner.grant(id, &[&update, &delete]).await;
+        assert_eq!(expire(&ann, past).await.0, StatusCode::OK);
+        assert!(!works().await);
+        assert_eq!(expire(&ann, past).await.0, StatusCode::OK, "it has ended already");
+        for end in [later, None] {
+            let (status, answer) = expire(&ann, end).await;
+            assert_eq!(status, StatusCode::FORBIDDEN, "{answer}");
+            assert_eq!(answer["permissions"], json!([create]));
+            let expect = format!("you need the {create} permission to revive an expired token");
+            assert_eq!(answer["message"], expect);
+        }
+        assert!(!works().await);
+
+        owner.grant(id, &[&create, &update]).await;
+        assert_eq!(expire(&ann, None).await.0, StatusCode::OK);
+        assert!(works().await);
+    }
+}
+
+#[tokio::test]
+async fn update_permission_neither_ends_nor_revives_tokens_on_sqlite() {
+    update_permission_neither_ends_nor_revives_tokens(Kept::Sqlite).await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL"]
+async fn update_permission_neither_ends_nor_revives_tokens_on_postgresql() {
+    update_permission_neither_ends_nor_revives_tokens(Kept::Postgres).await;
+}
+
 #[tokio::test]
 async fn sessions_end_with_their_password_and_change_nothing_for_other_pages() {
     let place = Place::new(Kept::Sqlite).await;

@@ -12,7 +12,7 @@ const TRY_AGAIN: Duration = Duration::from_secs(5);
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         match error {
-            Error::Missing(missing) => Self::Permission(missing.permission()),
+            Error::Missing(missing) => Self::Permission(missing),
             Error::Taken(field) => {
                 Self::Invalid(vec![Problem { path: field, reason: "is taken".to_owned() }])
             }

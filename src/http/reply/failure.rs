@@ -7,7 +7,10 @@ use hyper::{
     header::{ALLOW, HeaderName, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE},
 };
 
-use crate::wire::admin::{self as wire, Detail, Problem};
+use crate::{
+    control::Missing,
+    wire::admin::{self as wire, Detail, Problem},
+};
 
 /// Why a request is not served.
 #[derive(Debug, thiserror::Error)]
@@ -49,8 +52,8 @@ pub enum Failure {
     )]
     CrossOrigin,
     /// A permission that the caller does not have.
-    #[error("you need the {0} permission to do this")]
-    Permission(&'static str),
+    #[error(transparent)]
+    Permission(Missing),
     /// What nobody may do.
     #[error("{0}")]
     Denied(String),
@@ -172,7 +175,7 @@ impl Failure {
             message: self.to_string(),
             details: self.details(),
             permissions: match self {
-                Self::Permission(permission) => vec![permission],
+                Self::Permission(missing) => vec![missing.permission()],
                 _ => Vec::new(),
             },
             r#type: sign_in.then_some("password"),
