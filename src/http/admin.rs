@@ -89,7 +89,8 @@ impl Service for Admin {
             Some(path) => self.serve(&path, &head, body, peer).await,
             None => (Subject::Unknown, Err(Failure::NotFound)),
         };
-        let reply = reply::without_body(&head.method, reply.unwrap_or_else(Reply::from));
+        let mut reply = reply::without_body(&head.method, reply.unwrap_or_else(Reply::from));
+        reply::protect(&mut reply);
         self.data.meter.record(subject, &head.method, &reply, started.elapsed());
         reply.into()
     }

@@ -156,7 +156,6 @@ pub async fn page(request: &HeaderMap, content_type: HeaderValue, file: &Arc<Bod
         headers.insert(CONTENT_TYPE, content_type);
     }
     headers.insert(CONTENT_SECURITY_POLICY, PAGE_POLICY);
-    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.insert(REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
     reply
 }
@@ -272,6 +271,14 @@ pub fn preflight() -> Reply {
 pub fn length(reply: &Reply) -> u64 {
     use hyper::body::Body as _;
     reply.body().size_hint().lower()
+}
+
+/// Keeps a response for an operator out of caches, unless it says otherwise itself, and keeps browsers
+/// from guessing another type for it.
+pub fn protect(reply: &mut Reply) {
+    let headers = reply.headers_mut();
+    headers.entry(CACHE_CONTROL).or_insert(NO_STORE);
+    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
 }
 
 /// The reply without its body, for `HEAD`; the length stays told.

@@ -21,8 +21,12 @@ use crate::{
     wire::person::Person,
 };
 
-/// The cookie of a session.
+/// The cookie of a session over an unencrypted connection.
 pub(super) const SESSION: &str = "parapet-session";
+
+/// The cookie of a session over an encrypted one. By the prefix browsers take it from this very host
+/// alone and over encrypted connections only, so that no page of a neighbouring domain can plant one.
+pub(super) const SECURE_SESSION: &str = "__Host-parapet-session";
 
 /// The cookie of a browser from which somebody has signed in before.
 pub(super) const DEVICE: &str = "parapet-device";
@@ -75,7 +79,7 @@ impl Gate<'_> {
             };
         }
         let control = self.control.ok_or(Failure::Unauthorized)?;
-        let cookie = cookie(&head.headers, SESSION).ok_or(Failure::SignIn)?;
+        let cookie = session_cookie(&head.headers).ok_or(Failure::SignIn)?;
         if is_foreign {
             return Err(Failure::CrossOrigin);
         }
@@ -117,6 +121,25 @@ pub(super) fn presented<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option
     headers.get(name).filter(|value| !is_basic(value))
 }
 
+/// Whether the browser's connection is encrypted: a proxy in front of us says so.
+///
+/// Whoever lies about it changes the own cookie only.
+pub(super) fn is_encrypted(headers: &HeaderMap) -> bool {
+    let text = |name| headers.get(name).and_then(|it| it.to_str().ok()).unwrap_or_default();
+    // A value may stand in quotes (RFC 7239, section 4).
+    let forwarded = text("forwarded").to_ascii_lowercase().replace('"', "");
+    text("x-forwarded-proto").eq_ignore_ascii_case("https")
+        || forwarded.contains("proto=https")
+        || text("origin").starts_with("https://")
+}
+
+/// The value of the session's cookie. The one without prefix, which others may have planted, does not
+/// count where the connection is known to be encrypted.
+pub(super) fn session_cookie(headers: &HeaderMap) -> Option<&str> {
+    let unencrypted = || cookie(headers, SESSION).filter(|_| !is_encrypted(headers));
+    cookie(headers, SECURE_SESSION).or_else(unencrypted)
+}
+
 /// The value of a cookie.
 pub(super) fn cookie<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     let cookies = headers.get_all(COOKIE).into_iter().filter_map(|value| value.to_str().ok());
@@ -153,5 +176,21 @@ mod tests {
         assert_eq!(cookie(&headers, "b"), Some("2"));
         assert_eq!(cookie(&headers, "session"), None);
         assert_eq!(cookie(&headers, "parapet"), None);
+    }
+
+    #[test]
+    fn unprefixed_session_cookie_is_ignored_over_an_encrypted_connection() {
+        let both = ("cookie", "parapet-session=planted; __Host-parapet-session=own");
+        assert_eq!(session_cookie(&headers(&[both])), Some("own"));
+        let planted = ("cookie", "parapet-session=planted");
+        assert_eq!(session_cookie(&headers(&[planted])), Some("planted"));
+        for encrypted in [
+            ("x-forwarded-proto", "https"),
+            ("forwarded", "for=192.0.2.7;proto=https"),
+            ("origin", "https://flags.example"),
+        ] {
+            assert_eq!(session_cookie(&headers(&[planted, encrypted])), None, "{encrypted:?}");
+            assert_eq!(session_cookie(&headers(&[both, encrypted])), Some("own"), "{encrypted:?}");
+        }
     }
 }

@@ -61,7 +61,8 @@ pub(super) fn document() -> Value {
                 },
                 "session": {
                     "type": "apiKey", "in": "cookie", "name": "parapet-session",
-                    "description": "What signing in sets",
+                    "description": "What signing in sets; over an encrypted connection it is called \
+                        `__Host-parapet-session`",
                 },
             },
         },

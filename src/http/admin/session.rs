@@ -7,7 +7,7 @@ use hyper::HeaderMap;
 
 use super::{
     body,
-    caller::{Caller, DEVICE, SESSION, cookie},
+    caller::{Caller, DEVICE, SECURE_SESSION, SESSION, cookie, is_encrypted, session_cookie},
     origin::is_same_origin,
 };
 use crate::{
@@ -39,9 +39,10 @@ pub(super) async fn sign_in(
     let device = cookie(headers, DEVICE);
     let attempt = SignIn { username: &username.0, password: &password, address, device };
     let signed_in = control.sign_in(attempt).await?;
-    let secure = if is_encrypted(headers) { "; Secure" } else { "" };
+    let (name, secure) =
+        if is_encrypted(headers) { (SECURE_SESSION, "; Secure") } else { (SESSION, "") };
     let session = signed_in.session.expose();
-    let session = format!("{SESSION}={session}; Path=/; HttpOnly; SameSite=Strict{secure}");
+    let session = format!("{name}={session}; Path=/; HttpOnly; SameSite=Strict{secure}");
     let device = signed_in.device.expose();
     let device = format!(
         "{DEVICE}={device}; Path=/auth; Max-Age={DEVICE_AGE}; HttpOnly; SameSite=Strict{secure}"
@@ -50,32 +51,22 @@ pub(super) async fn sign_in(
     Ok(reply::with_cookie(reply::with_cookie(reply, &session), &device))
 }
 
-/// Whether the browser's connection is encrypted: a proxy in front of us says so.
-///
-/// Whoever lies about it changes the own cookie only.
-fn is_encrypted(headers: &HeaderMap) -> bool {
-    let text = |name| headers.get(name).and_then(|it| it.to_str().ok()).unwrap_or_default();
-    // A value may stand in quotes (RFC 7239, section 4).
-    let forwarded = text("forwarded").to_ascii_lowercase().replace('"', "");
-    text("x-forwarded-proto").eq_ignore_ascii_case("https")
-        || forwarded.contains("proto=https")
-        || text("origin").starts_with("https://")
-}
-
 /// Ends the session, if there is one.
 pub(super) async fn sign_out(
     control: &Control,
     headers: &HeaderMap,
     address: IpAddr,
 ) -> Result<Reply, Failure> {
-    if let Some(session) = cookie(headers, SESSION) {
+    if let Some(session) = session_cookie(headers) {
         if !is_same_origin(headers) {
             return Err(Failure::CrossOrigin);
         }
         control.sign_out(session, address).await?;
     }
-    let gone = format!("{SESSION}=; Path=/; Max-Age=0; HttpOnly; SameSite=Strict");
-    Ok(reply::with_cookie(reply::nothing(), &gone))
+    // Under either name: a browser deletes what it has, and takes the prefixed one only if encrypted.
+    let gone = |name| format!("{name}=; Path=/; Max-Age=0; HttpOnly; SameSite=Strict");
+    let reply = reply::with_cookie(reply::nothing(), &gone(SESSION));
+    Ok(reply::with_cookie(reply, &format!("{}; Secure", gone(SECURE_SESSION))))
 }
 
 /// Who is asking, and what they may do.

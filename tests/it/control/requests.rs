@@ -249,6 +249,88 @@ async fn an_account_is_changed_with_its_password_or_without() {
     assert_eq!(both.len(), 3, "of either kind: {both:?}");
 }
 
+/// Pages and JSON for operators, refusals too, stay out of caches and are what their type says; the
+/// console's files, which are the same for everybody, are asked for again.
+#[tokio::test]
+async fn responses_to_operators_are_neither_cached_nor_sniffed() {
+    let place = Place::new(Kept::Sqlite).await;
+    let parapet = place.start().await;
+    let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
+    let (get, post, put) = (Method::GET, Method::POST, Method::PUT);
+    for (method, path, body, status, caching) in [
+        (&get, "/", "", 200, "no-cache"),
+        (&get, "/console/app.js", "", 200, "no-cache"),
+        (&get, "/api/admin/user", "", 200, "no-store"),
+        (&get, "/api/admin/api-tokens", "", 200, "no-store"),
+        (&get, "/api/admin/user-admin", "", 200, "no-store"),
+        (&get, "/api/admin/events", "", 200, "no-store"),
+        (&get, "/api/admin/projects", "", 200, "no-store"),
+        (&get, "/status", "", 200, "no-store"),
+        (&get, "/internal-backstage/tokens", "", 200, "no-store"),
+        (&get, "/internal-backstage/features", "", 200, "no-store"),
+        (&get, "/docs/openapi.json", "", 200, "no-store"),
+        (&get, "/nowhere", "", 404, "no-store"),
+        (&post, "/api/admin/user-admin", "{}", 400, "no-store"),
+        (&put, "/api/admin/api-tokens/x", r#"{"expiresAt":null}"#, 200, "no-store"),
+        (&post, "/auth/simple/login", r#"{"username":"x","password":"y"}"#, 401, "no-store"),
+        (&post, "/logout", "", 204, "no-store"),
+        (&get, "/api/admin/user", "", 401, "no-store"),
+    ] {
+        let request = http().request(method.clone(), format!("{}{path}", owner.url));
+        let request = request.header("cookie", &owner.cookies).header("origin", &owner.url);
+        let request = request.header("content-type", "application/json").body(body);
+        let answer = request.send().await.unwrap();
+        let what = format!("{method} {path}: {answer:?}");
+        assert_eq!(answer.status().as_u16(), status, "{what}");
+        assert_eq!(answer.headers()["cache-control"], caching, "{what}");
+        assert_eq!(answer.headers()["x-content-type-options"], "nosniff", "{what}");
+    }
+}
+
+/// Over an encrypted connection the session's cookie has the prefix by which browsers take it from
+/// this host alone; one without it, which a page of a neighbouring domain could plant, opens nothing.
+#[tokio::test]
+async fn session_cookie_over_tls_is_bound_to_its_host() {
+    const ENCRYPTED: (&str, &str) = ("x-forwarded-proto", "https");
+    let place = Place::new(Kept::Sqlite).await;
+    let parapet = place.start().await;
+    let url = parapet.admin_url();
+    let body = json!({ "username": OWNER, "password": PASSWORD }).to_string();
+    let login = http().post(format!("{url}/auth/simple/login")).body(body);
+    let login = login.header("content-type", "application/json").header(ENCRYPTED.0, ENCRYPTED.1);
+    let answer = login.send().await.unwrap();
+    let cookies = answer.headers().get_all("set-cookie").iter();
+    let cookies: Vec<_> = cookies.map(|cookie| cookie.to_str().unwrap()).collect();
+    let is_prefixed = |cookie: &&&str| cookie.starts_with("__Host-parapet-session=");
+    let cookie = cookies.iter().find(is_prefixed).unwrap();
+    for attribute in ["; Secure", "; Path=/;", "; HttpOnly", "; SameSite=Strict"] {
+        assert!(cookie.contains(attribute), "{cookie}");
+    }
+    assert!(!cookie.contains("Domain"), "{cookie}");
+    let value = cookie.split_once('=').unwrap().1.split(';').next().unwrap();
+    secrets::remember(value);
+    let (bound, planted) =
+        (format!("__Host-parapet-session={value}"), format!("parapet-session={value}"));
+    let me = async |cookie: &str, headers: &[(&str, &str)]| {
+        let me = http().get(format!("{url}/api/admin/user")).header("cookie", cookie);
+        let me = headers.iter().fold(me, |me, (name, value)| me.header(*name, *value));
+        me.send().await.unwrap().status()
+    };
+    assert_eq!(me(&bound, &[ENCRYPTED]).await, StatusCode::OK);
+    assert_eq!(me(&bound, &[]).await, StatusCode::OK, "not every proxy says that it encrypts");
+    assert_eq!(me(&planted, &[ENCRYPTED]).await, StatusCode::UNAUTHORIZED);
+
+    let logout = http().post(format!("{url}/logout")).header("cookie", &bound);
+    let logout = logout.header(ENCRYPTED.0, ENCRYPTED.1).header("sec-fetch-site", "same-origin");
+    let answer = logout.send().await.unwrap();
+    assert_eq!(answer.status(), StatusCode::NO_CONTENT);
+    let cookies = answer.headers().get_all("set-cookie").iter();
+    let mut cookies = cookies.map(|cookie| cookie.to_str().unwrap());
+    let gone = cookies.find(|cookie| cookie.starts_with("__Host-parapet-session=;")).unwrap();
+    assert!(gone.contains("; Max-Age=0;") && gone.contains("; Secure"), "{gone}");
+    assert_eq!(me(&bound, &[ENCRYPTED]).await, StatusCode::UNAUTHORIZED);
+}
+
 /// Nothing of this instance is encrypted by itself; whoever is in front of it says so.
 #[tokio::test]
 async fn cookies_are_secure_where_the_browser_is_connected_so() {
