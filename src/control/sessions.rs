@@ -169,6 +169,15 @@ pub(super) struct Sessions {
     names: RandomState,
 }
 
+/// The outcome of an attempt that could be judged.
+enum Judged<'a> {
+    Right(SignedIn),
+    /// The password is wrong, or there is no such account; then there is no `username`.
+    Wrong {
+        username: Option<&'a str>,
+    },
+}
+
 /// The buckets that an attempt was taken from.
 enum Paid {
     Known { selector: String },
@@ -212,20 +221,31 @@ impl Sessions {
                 return Err(Error::Throttled(wait));
             }
         };
+        let judged = self.judge(attempt).await;
+        // Nothing was guessed where the password was right, or where the database kept it from being
+        // judged.
+        if !matches!(judged, Ok(Judged::Wrong { .. })) {
+            self.pay_back(&paid);
+        }
+        match judged? {
+            Judged::Right(signed_in) => Ok(signed_in),
+            Judged::Wrong { username } => {
+                refusals.sign_in(username, attempt.address, Reason::WrongPassword).await;
+                Err(Error::WrongPassword)
+            }
+        }
+    }
+
+    async fn judge<'a>(&self, attempt: SignIn<'a>) -> Result<Judged<'a>, Error> {
         let found = accounts::credentials(&self.database, attempt.username).await?;
         let hash = found.as_ref().map(|(_, hash)| hash.as_str());
-        let verdict = self.hasher.verify(attempt.password, hash).await;
-        // What could not be judged was no guess.
-        let matches = verdict.inspect_err(|_| self.pay_back(&paid))?;
+        let matches = self.hasher.verify(attempt.password, hash).await?;
         if let Some((id, hash)) = found.as_ref().filter(|_| matches)
             && let Some(signed_in) = self.begin(*id, hash, attempt.address).await?
         {
-            self.pay_back(&paid);
-            return Ok(signed_in);
+            return Ok(Judged::Right(signed_in));
         }
-        let known = found.map(|_| attempt.username.trim());
-        refusals.sign_in(known, attempt.address, Reason::WrongPassword).await;
-        Err(Error::WrongPassword)
+        Ok(Judged::Wrong { username: found.map(|_| attempt.username.trim()) })
     }
 
     /// Takes an attempt from the buckets that it belongs to, or says when it may be made.
@@ -383,14 +403,27 @@ impl Sessions {
             return Err(Error::WrongPassword);
         };
         self.own_password.take(&id).map_err(Error::Throttled)?;
+        let changed = self.replace_own(actor, (id, session), current, new).await;
+        // As for sign-ins: a failure of the database is no guess.
+        if !matches!(changed, Err(Error::WrongPassword)) {
+            self.own_password.give_back(&id);
+        }
+        changed
+    }
+
+    async fn replace_own(
+        &self,
+        actor: &Actor,
+        (id, session): (i64, &SessionRef),
+        current: &Password,
+        new: &Password,
+    ) -> Result<(), Error> {
         let compared = self.verify_own(id, current).await?;
         let hash = self.hasher.hash(new).await?;
         // An admin may have set another password since the comparison: that one stays.
         let own = (id, session);
         let changed = accounts::set_own_password(&self.database, actor, own, &compared, &hash);
-        changed.await?.ok_or(Error::WrongPassword)?;
-        self.own_password.give_back(&id);
-        Ok(())
+        changed.await?.map(drop).ok_or(Error::WrongPassword)
     }
 
     /// The hash of the password of account `id`, which is that of `password`.

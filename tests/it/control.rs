@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
+use sqlx::{Connection as _, Executor as _};
 
 use crate::rig::{Parapet, Postgres, http, secrets, until};
 
@@ -64,6 +65,52 @@ impl Place {
             None => setup,
         };
         arguments.iter().fold(setup, |setup, argument| setup.arg(*argument)).start().await
+    }
+}
+
+impl Place {
+    /// Makes accounts unreadable, as where the database is away, or readable again.
+    async fn set_away(&self, parapet: &Parapet, away: bool) {
+        let sql = if away {
+            "ALTER TABLE accounts RENAME TO accounts_away"
+        } else {
+            "ALTER TABLE accounts_away RENAME TO accounts"
+        };
+        self.execute(parapet, sql).await;
+    }
+
+    /// Makes accounts read-only, as on a standby of PostgreSQL or a full disk, or writable again.
+    async fn set_read_only(&self, parapet: &Parapet, read_only: bool) {
+        if let Some(name) = self.database_name() {
+            // Counts for new connections.
+            let sql = format!(
+                "ALTER DATABASE {name} SET default_transaction_read_only = {read_only}; \
+                 SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
+            );
+            return Postgres::shared().await.execute("postgres", &sql).await;
+        }
+        let sql = if read_only {
+            "CREATE TRIGGER read_only BEFORE UPDATE ON accounts \
+             BEGIN SELECT RAISE(ABORT, 'it is read-only'); END"
+        } else {
+            "DROP TRIGGER read_only"
+        };
+        self.execute(parapet, sql).await;
+    }
+
+    fn database_name(&self) -> Option<&str> {
+        self.database.as_deref()?.rsplit('/').next()
+    }
+
+    /// Runs SQL in the database of `parapet`, behind its back.
+    async fn execute(&self, parapet: &Parapet, sql: &'static str) {
+        if let Some(name) = self.database_name() {
+            return Postgres::shared().await.execute(name, sql).await;
+        }
+        let path = parapet.data_dir().join("parapet.db");
+        let url = format!("sqlite:{}", path.display());
+        let mut connection = sqlx::SqliteConnection::connect(&url).await.unwrap();
+        connection.execute(sql).await.unwrap();
     }
 }
 
@@ -251,8 +298,7 @@ async fn the_life_of_a_token(kept: Kept) {
     let deleted = owner.get("/api/admin/events?type=api-token-deleted").await;
     assert_eq!(deleted["events"][0]["createdBy"], OWNER);
     assert_eq!(deleted["events"][0]["preData"]["tokenName"], "checkout");
-    if let Some(url) = &place.database {
-        let name = url.rsplit('/').next().unwrap();
+    if let Some(name) = place.database_name() {
         let dump = Postgres::shared().await.dump(name).await;
         assert!(dump.contains("checkout"), "the dump is of this database");
         secrets::assert_none_in("the database", &[("its dump".to_owned(), dump.into_bytes())]);
@@ -423,6 +469,55 @@ async fn update_permission_neither_ends_nor_revives_tokens_on_sqlite() {
 #[ignore = "needs PostgreSQL"]
 async fn update_permission_neither_ends_nor_revives_tokens_on_postgresql() {
     update_permission_neither_ends_nor_revives_tokens(Kept::Postgres).await;
+}
+
+/// An attempt that a failing database keeps from being judged does not count, neither to sign in nor to
+/// change the own password: with the right one all goes on as soon as the database does.
+async fn database_failure_costs_no_attempts(kept: Kept) {
+    let place = Place::new(kept).await;
+    let parapet = place.start().await;
+    let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
+    let attempt = async |password| sign_in(&parapet, OWNER, password).await.map(drop);
+    let change = json!({ "oldPassword": PASSWORD, "password": PASSWORD });
+    let change =
+        async || owner.call(Method::POST, "/api/admin/user/change-password", &change).await;
+
+    place.set_away(&parapet, true).await;
+    for _ in 0..10 {
+        assert_eq!(attempt(PASSWORD).await, Err(StatusCode::SERVICE_UNAVAILABLE));
+        assert_eq!(attempt(OTHER).await, Err(StatusCode::SERVICE_UNAVAILABLE));
+    }
+    place.set_away(&parapet, false).await;
+    assert_eq!(attempt(PASSWORD).await, Ok(()));
+
+    place.set_read_only(&parapet, true).await;
+    for _ in 0..10 {
+        assert_eq!(attempt(PASSWORD).await, Err(StatusCode::SERVICE_UNAVAILABLE));
+        let (status, answer) = change().await;
+        assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{answer}");
+    }
+    place.set_read_only(&parapet, false).await;
+    assert_eq!(attempt(PASSWORD).await, Ok(()));
+    assert_eq!(change().await.0, StatusCode::OK);
+
+    // What is judged counts.
+    let mut judged = 0;
+    while attempt(OTHER).await == Err(StatusCode::UNAUTHORIZED) {
+        judged += 1;
+    }
+    assert!((1..10).contains(&judged), "{judged}");
+    assert_eq!(attempt(OTHER).await, Err(StatusCode::TOO_MANY_REQUESTS));
+}
+
+#[tokio::test]
+async fn database_failure_costs_no_attempts_on_sqlite() {
+    database_failure_costs_no_attempts(Kept::Sqlite).await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL"]
+async fn database_failure_costs_no_attempts_on_postgresql() {
+    database_failure_costs_no_attempts(Kept::Postgres).await;
 }
 
 #[tokio::test]
