@@ -460,7 +460,14 @@ fn access(s: &mut Settings) -> access::Config {
     let trust = s.switch(&keys::TRUST_PROXY);
     let proxies = match (trust, servers.is_empty()) {
         (false, true) => access::Proxies::None,
-        (true, true) => access::Proxies::Any,
+        (true, true) => {
+            let warning = "--trust-proxy without --proxy-trusted-servers: clients can choose the \
+                address that flags see; --allow-list, --deny-list, throttles and the audit log count \
+                the address of the connection, which may be your proxy's. Name your proxies with \
+                --proxy-trusted-servers";
+            s.warnings.push(warning.to_owned());
+            access::Proxies::Any
+        }
         (true, false) => access::Proxies::Only(servers),
         (false, false) => {
             let warning = "--proxy-trusted-servers has no effect without --trust-proxy";

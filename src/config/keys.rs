@@ -265,8 +265,8 @@ keys! {
         /// How many streams may be open at once; beyond it SDKs are told to poll (429).
         MAX_STREAMS = one("max-streams").default("10000");
         /// How many of them clients of one address may have, of IPv6 those of one network of 64 bits; half
-        /// of --max-streams when left out. Behind a load balancer name it by --trust-proxy, else all
-        /// clients are of its address.
+        /// of --max-streams when left out. Behind a load balancer name it by --trust-proxy and
+        /// --proxy-trusted-servers, else all clients are of its address.
         MAX_STREAMS_PER_ADDRESS = one("max-streams-per-address");
         /// How many of them the bearers of one token may have; three quarters of --max-streams when left
         /// out.
@@ -293,13 +293,14 @@ keys! {
         CORS_MAX_AGE = one("cors-max-age").default("172800");
     }
     Everywhere, "Access": {
-        /// Networks (CIDR) or addresses that alone are served what SDKs ask, health and metrics
-        /// included; empty is all.
+        /// Networks (CIDR) or addresses that alone are served, on both listeners, health, metrics and the
+        /// console included; empty is all.
         ALLOW_LIST = list("allow-list");
-        /// Networks (CIDR) or addresses that are never served these.
+        /// Networks (CIDR) or addresses that are never served.
         DENY_LIST = list("deny-list");
-        /// Believe X-Forwarded-For, and Forwarded where that is absent: of anybody, or of
-        /// --proxy-trusted-servers alone.
+        /// Trust X-Forwarded-For, else Forwarded, of the proxies in --proxy-trusted-servers. Without that
+        /// list the header of any client sets the address that flags see; lists, throttles and the
+        /// audit log use the address of the connection.
         TRUST_PROXY = switch("trust-proxy");
         /// With --trust-proxy: networks (CIDR) or addresses of the proxies whose word on the client's address is
         /// believed: X-Forwarded-For, else Forwarded; one that sets Forwarded alone has to remove

@@ -681,6 +681,7 @@ fn proxies_are_believed_as_told() {
         assert_eq!(&config(flags, &[]).data.access.proxies, proxies, "{flags}");
     };
     check("--trust-proxy", &Proxies::Any);
+    assert_eq!(config("--trust-proxy", &[]).warnings.len(), 1);
     check("--trust-proxy=false", &Proxies::None);
     let only = Proxies::Only(vec!["10.0.0.1/32".parse().unwrap(), "fd00::/8".parse().unwrap()]);
     check("--trust-proxy --proxy-trusted-servers 10.0.0.1,fd00::/8", &only);

@@ -1,5 +1,9 @@
 //! Who may connect, by address: allow and deny lists, and which proxies are believed.
 //!
+//! A client has two addresses. The verified one, which it cannot choose, counts for lists, throttles,
+//! shares and the audit log. The one that flags are evaluated for may be what the client claims, where
+//! any proxy is believed.
+//!
 //! A proxy's word is its `X-Forwarded-For`; `Forwarded` (RFC 7239) counts only where that is absent.
 //! Nearly every proxy sets the former and hands the latter through as the client sent it, so that a
 //! client could choose its address if `Forwarded` were read beside or before the other. A proxy that
@@ -29,10 +33,20 @@ pub enum Proxies {
     /// Nobody's: the client is the peer.
     #[default]
     None,
-    /// Anybody's: the leftmost address is the client (`--trust-proxy` alone).
+    /// Anybody's (`--trust-proxy` alone): flags are evaluated for the leftmost address, as by Unleash
+    /// Edge. Since clients can write it, the verified address is the peer's.
     Any,
     /// Those of these networks: the rightmost address outside them is the client.
     Only(Vec<IpNet>),
+}
+
+/// The addresses of a client.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Client {
+    /// The one that it cannot choose.
+    pub verified: IpAddr,
+    /// The one that flags are evaluated for.
+    pub evaluated: IpAddr,
 }
 
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
@@ -46,14 +60,23 @@ impl Config {
 }
 
 impl Proxies {
-    /// The client's address: the peer's, or what believed proxies say of it.
+    /// The addresses of the client that a request comes from.
+    pub fn client(&self, peer: SocketAddr, headers: &HeaderMap) -> Client {
+        let verified = self.verified(peer, headers);
+        let evaluated = match self {
+            Self::None | Self::Only(_) => verified,
+            Self::Any => hops(headers).first().copied().flatten().unwrap_or(verified),
+        };
+        Client { verified, evaluated }
+    }
+
+    /// The rightmost address that is not of a named proxy.
     ///
     /// An address that cannot be read ends the search: nothing further left can be believed.
-    pub fn client(&self, peer: SocketAddr, headers: &HeaderMap) -> IpAddr {
+    fn verified(&self, peer: SocketAddr, headers: &HeaderMap) -> IpAddr {
         let peer = peer.ip().to_canonical();
         let trusted = match self {
-            Self::None => return peer,
-            Self::Any => return hops(headers).first().copied().flatten().unwrap_or(peer),
+            Self::None | Self::Any => return peer,
             Self::Only(networks) => networks,
         };
         let believed = |address: &IpAddr| trusted.iter().any(|network| network.contains(address));
@@ -128,7 +151,10 @@ mod tests {
             headers.append(*name, HeaderValue::from_bytes(value).unwrap());
         }
         let peer = "[::ffff:10.0.0.1]:4000".parse().unwrap();
-        assert_eq!(proxies.client(peer, &headers).to_string(), expect, "{told:?}");
+        let Client { verified, evaluated } = proxies.client(peer, &headers);
+        assert_eq!(evaluated.to_string(), expect, "{told:?}");
+        let is_chosen = *proxies == Proxies::Any;
+        assert_eq!(verified.to_string(), if is_chosen { "10.0.0.1" } else { expect }, "{told:?}");
     }
 
     #[test]
@@ -137,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn with_any_proxy_trusted_the_leftmost_address_is_the_client() {
+    fn with_any_proxy_trusted_flags_are_evaluated_for_the_leftmost_address() {
         check(&Proxies::Any, "x-forwarded-for", "1.2.3.4, 5.6.7.8", "1.2.3.4");
         check(&Proxies::Any, "forwarded", "for=1.2.3.4;proto=http, for=5.6.7.8", "1.2.3.4");
         check(&Proxies::Any, "forwarded", "For=\"[2001:db8::1]:99\"", "2001:db8::1");

@@ -85,8 +85,11 @@ impl Service for Admin {
         }
         let (head, body) = request.into_parts();
         let body = Arriving::new(body, started, self.data.settings.request_timeout);
+        let access = &self.data.settings.access;
+        let address = access.proxies.client(peer, &head.headers).verified;
         let (subject, reply) = match normalise(head.uri.path(), "") {
-            Some(path) => self.serve(&path, &head, body, peer).await,
+            _ if !access.serves(address) => (Subject::Unknown, Err(Failure::Blocked)),
+            Some(path) => self.serve(&path, &head, body, address).await,
             None => (Subject::Unknown, Err(Failure::NotFound)),
         };
         let mut reply = reply::without_body(&head.method, reply.unwrap_or_else(Reply::from));
@@ -122,12 +125,11 @@ impl Admin {
         path: &str,
         head: &Parts,
         body: Arriving,
-        peer: SocketAddr,
+        address: IpAddr,
     ) -> (Subject<'static>, Result<Reply, Failure>) {
         if let Some(file) = self.console_file(&head.method, path, &head.headers).await {
             return (Subject::Operation(CONSOLE), Ok(file));
         }
-        let address = self.data.settings.access.proxies.client(peer, &head.headers);
         if let Some(relay) = self.relay.as_ref().filter(|_| relay::concerns(path)) {
             let reply = self.pass_on(relay, head, path, body, address).await;
             return (Subject::Operation(RELAYED), reply);

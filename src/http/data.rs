@@ -7,7 +7,7 @@ mod terms;
 
 use std::{
     collections::BTreeSet,
-    net::{IpAddr, SocketAddr},
+    net::SocketAddr,
     pin::Pin,
     sync::Arc,
     time::{Duration, Instant},
@@ -20,7 +20,8 @@ use jiff::Timestamp;
 use self::terms::Basis;
 pub use self::terms::Terms;
 use super::{
-    access, client,
+    access::{self, Client},
+    client,
     cors::Cors,
     edge,
     frontend::{self, Asker, Question},
@@ -152,14 +153,14 @@ impl Data {
         body: Arriving,
         peer: SocketAddr,
     ) -> (Subject<'a>, Reply, Option<Basis>) {
+        let client = self.settings.access.proxies.client(peer, &head.headers);
+        if !self.settings.access.serves(client.verified) {
+            return (Subject::Unknown, Failure::Blocked.into(), None);
+        }
         if head.method == Method::OPTIONS {
             let mut reply = reply::preflight();
             self.settings.cors.decorate_preflight(&head.headers, reply.headers_mut());
             return (Subject::Preflight, reply, None);
-        }
-        let client = self.settings.access.proxies.client(peer, &head.headers);
-        if !self.settings.access.serves(client) {
-            return (Subject::Unknown, Failure::Blocked.into(), None);
         }
         let route = match path.map_or(Err(NoRoute::Path), |path| Route::parse(&head.method, path)) {
             Ok(route) if !self.is_disabled(route) => route,
@@ -184,7 +185,7 @@ impl Data {
         route: Route<'_>,
         head: &Parts,
         body: Arriving,
-        client: IpAddr,
+        client: Client,
     ) -> Result<(Reply, Option<Basis>), Failure> {
         let headers = &head.headers;
         let query = head.uri.query().unwrap_or_default();
@@ -200,7 +201,7 @@ impl Data {
                     let body = body.read(headers, limit).await?;
                     edge::validate(&self.auth, &body).await
                 };
-                Box::pin(self.guesses.answer(client, answer)).await
+                Box::pin(self.guesses.answer(client.verified, answer)).await
             }
             Route::ClientFeature(name) => {
                 let Reader { grant, snapshot, .. } =
@@ -273,7 +274,7 @@ impl Data {
         shown: Shown,
         head: &Parts,
         body: Arriving,
-        client: IpAddr,
+        client: Client,
     ) -> Result<(Reply, Option<Basis>), Failure> {
         let headers = &head.headers;
         let reader = self.reader(headers, &[TokenKind::Frontend]).await?;
@@ -293,7 +294,7 @@ impl Data {
         &self,
         head: &Parts,
         body: Arriving,
-        client: IpAddr,
+        client: Client,
     ) -> Result<Reply, Failure> {
         let headers = &head.headers;
         let Reader { grant, digest, snapshot } =
@@ -311,7 +312,7 @@ impl Data {
         head: &Parts,
         key: &str,
         body: Arriving,
-        client: IpAddr,
+        client: Client,
     ) -> Result<Reply, Failure> {
         let headers = &head.headers;
         let wanted = [TokenKind::Frontend, TokenKind::Client];
@@ -323,7 +324,7 @@ impl Data {
     }
 
     /// Opens the stream that a provider was told of.
-    fn ofrep_events(&self, head: &Parts, client: IpAddr) -> Result<Reply, Failure> {
+    fn ofrep_events(&self, head: &Parts, client: Client) -> Result<Reply, Failure> {
         let query = head.uri.query().unwrap_or_default();
         let mut pairs = form_urlencoded::parse(query.as_bytes());
         let ticket = pairs.find(|(name, _)| name == "ticket").ok_or(Failure::Ticket)?;
@@ -336,7 +337,7 @@ impl Data {
         let asker = self.asker(ticket.context, client, &grant.scope, ticket.draw)?;
         let known = frontend::answer_of(head.headers.get(LAST_EVENT_ID)).unwrap_or(ticket.outcome);
         let notices = ofrep::Notices::new(self.snapshots.clone(), asker, known);
-        self.streams.open((ticket.digest, client), grant, states, notices)
+        self.streams.open((ticket.digest, client.verified), grant, states, notices)
     }
 
     /// Opens a stream of evaluated flags.
@@ -344,7 +345,7 @@ impl Data {
         &self,
         head: &Parts,
         body: Arriving,
-        client: IpAddr,
+        client: Client,
     ) -> Result<Reply, Failure> {
         let headers = &head.headers;
         let Reader { grant, digest, .. } = self.reader(headers, &[TokenKind::Frontend]).await?;
@@ -354,19 +355,19 @@ impl Data {
         let asker = self.asker(told, client, &grant.scope, rand::random())?;
         let last = frontend::answer_of(headers.get(LAST_EVENT_ID));
         let changes = frontend::Changes::new(self.snapshots.clone(), asker, last);
-        self.streams.open((digest, client), grant, states, changes)
+        self.streams.open((digest, client.verified), grant, states, changes)
     }
 
     fn asker(
         &self,
         told: FrontendContext<'_>,
-        client: IpAddr,
+        client: Client,
         scope: &Scope,
         draw: u64,
     ) -> Result<Asker, Failure> {
         let hostname = Arc::clone(&self.settings.hostname);
         let snapshot = self.snapshots.load_for(scope).ok_or(NO_FLAGS)?;
-        Ok(Asker::new(told, client, hostname, scope.clone(), draw, &snapshot))
+        Ok(Asker::new(told, client.evaluated, hostname, scope.clone(), draw, &snapshot))
     }
 
     async fn delta(&self, headers: &HeaderMap, query: &str) -> Result<Reply, Failure> {
@@ -379,7 +380,7 @@ impl Data {
         &self,
         headers: &HeaderMap,
         query: &str,
-        client: IpAddr,
+        client: Client,
     ) -> Result<Reply, Failure> {
         let Reader { grant, digest, .. } = self.reader(headers, &[TokenKind::Client]).await?;
         let topic = topic(&grant, query)?;
@@ -387,7 +388,7 @@ impl Data {
         let last = client::state_of(headers.get(LAST_EVENT_ID));
         let mode = self.streams.fetch_mode();
         let changes = client::Changes::new(self.feed.clone(), states.clone(), topic, last, mode);
-        self.streams.open((digest, client), grant, states, changes)
+        self.streams.open((digest, client.verified), grant, states, changes)
     }
 
     fn is_disabled(&self, route: Route<'_>) -> bool {
@@ -448,12 +449,12 @@ impl Data {
     fn question<'a>(
         &'a self,
         told: &'a FrontendContext<'a>,
-        client: IpAddr,
+        client: Client,
         snapshot: &'a Snapshot,
         scope: &'a Scope,
     ) -> Question<'a> {
         let hostname = &*self.settings.hostname;
-        Question { told, client, hostname, snapshot, scope, draw: None }
+        Question { told, client: client.evaluated, hostname, snapshot, scope, draw: None }
     }
 
     fn read<'a>(

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use reqwest::{Method, StatusCode};
+use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::json;
 
 use crate::local::{CLIENT, FRONTEND, Local, answer};
@@ -121,11 +121,75 @@ async fn lists_say_which_addresses_are_served() {
     check(&["--allow-list", "10.0.0.0/8,127.0.0.0/8"], None, StatusCode::OK).await;
     check(&["--allow-list", "10.0.0.0/8"], None, StatusCode::FORBIDDEN).await;
     check(&["--allow-list", "10.0.0.0/8"], Some("10.1.1.1"), StatusCode::FORBIDDEN).await;
-    check(&["--allow-list", "10.0.0.0/8", "--trust-proxy"], Some("10.1.1.1"), StatusCode::OK).await;
+    let bare = ["--allow-list", "10.0.0.0/8", "--trust-proxy"];
+    check(&bare, Some("10.1.1.1"), StatusCode::FORBIDDEN).await;
+    let behind = [&bare[..], &["--proxy-trusted-servers", "127.0.0.1"]].concat();
+    check(&behind, Some("10.1.1.1"), StatusCode::OK).await;
+    check(&behind, Some("10.1.1.1, 192.0.2.7"), StatusCode::FORBIDDEN).await;
     check(&["--deny-list", "127.0.0.1"], None, StatusCode::FORBIDDEN).await;
     check(&["--deny-list", "::1,10.0.0.0/8"], None, StatusCode::OK).await;
     check(&["--deny-list", "127.0.0.1", "--allow-list", "0.0.0.0/0"], None, StatusCode::FORBIDDEN)
         .await;
+}
+
+/// Whatever a client claims: on each route of both listeners.
+#[tokio::test]
+async fn denied_address_is_refused_on_every_route_of_both_listeners() {
+    let refused = async |args: &[&str]| {
+        let parapet = Local::standalone(FLAGS, args, &SEEDS).await;
+        let check = async |method: Method, path: &str, request: &dyn Fn() -> RequestBuilder| {
+            for claimed in [None, Some("198.51.100.7")] {
+                let request = request().header("authorization", ADMIN);
+                let request = claimed
+                    .into_iter()
+                    .fold(request, |request, address| request.header("x-forwarded-for", address));
+                let answer = answer(request).await;
+                let what = format!("{args:?} {method} {path} {claimed:?}: {answer:?}");
+                assert_eq!(answer.status, StatusCode::FORBIDDEN, "{what}");
+                assert_eq!(answer.json()["name"], "NoAccessError", "{what}");
+                let message = answer.json()["message"].to_string();
+                assert!(message.contains("from this address"), "{what}");
+            }
+        };
+        let (get, post) = (Method::GET, Method::POST);
+        for (method, path) in [
+            (&get, "/api/frontend"),
+            (&Method::OPTIONS, "/api/frontend"),
+            (&get, "/api/client/features"),
+            (&get, "/api/client/streaming"),
+            (&post, "/api/client/metrics"),
+            (&post, "/ofrep/v1/evaluate/flags"),
+            (&post, "/edge/validate"),
+            (&get, "/internal-backstage/health"),
+            (&get, "/internal-backstage/ready"),
+            (&get, "/internal-backstage/prometheus"),
+            (&get, "/nowhere"),
+        ] {
+            check(method.clone(), path, &|| parapet.request(method.clone(), path)).await;
+        }
+        for (method, path) in [
+            (&get, "/api/client/features"),
+            (&Method::OPTIONS, "/api/frontend"),
+            (&post, "/edge/validate"),
+            (&get, "/internal-backstage/health"),
+            (&get, "/internal-backstage/tokens"),
+            (&get, "/internal-backstage/prometheus"),
+            (&get, "/status"),
+            (&get, "/docs/openapi.json"),
+            (&get, "/"),
+            (&get, "/console/app.js"),
+            (&post, "/auth/simple/login"),
+            (&post, "/logout"),
+            (&get, "/api/admin/user"),
+            (&Method::DELETE, "/api/admin/api-tokens/x"),
+            (&get, "/nowhere"),
+        ] {
+            check(method.clone(), path, &|| parapet.admin_request(method.clone(), path)).await;
+        }
+    };
+    refused(&["--deny-list", "127.0.0.1"]).await;
+    refused(&["--deny-list", "127.0.0.1", "--trust-proxy"]).await;
+    refused(&["--allow-list", "198.51.100.0/24", "--trust-proxy"]).await;
 }
 
 #[tokio::test]

@@ -365,7 +365,7 @@ async fn events_tell_the_address_that_trusted_proxies_tell() {
     let place = Place::new(Kept::Sqlite).await;
     for (arguments, expect) in [
         (&[][..], "127.0.0.1"),
-        (&["--trust-proxy"], "192.0.2.7"),
+        (&["--trust-proxy"], "127.0.0.1"),
         (&["--trust-proxy", "--proxy-trusted-servers=127.0.0.0/8"], "192.0.2.7"),
         (&["--trust-proxy", "--proxy-trusted-servers=198.51.100.0/24"], "127.0.0.1"),
     ] {
@@ -382,6 +382,35 @@ async fn events_tell_the_address_that_trusted_proxies_tell() {
         secrets::remember(made["secret"].as_str().unwrap());
         let created = events(&owner, "api-token-created").await;
         assert_eq!(created[0]["ip"], expect, "{arguments:?}");
+    }
+}
+
+/// A guesser who claims another address with each attempt is throttled like any other.
+#[tokio::test]
+async fn claimed_addresses_give_no_more_guesses() {
+    let place = Place::new(Kept::Sqlite).await;
+    for (arguments, behind) in [
+        (&[][..], ""),
+        (&["--trust-proxy"], ""),
+        (&["--trust-proxy", "--proxy-trusted-servers=127.0.0.0/8"], ", 198.51.100.7"),
+        (&["--trust-proxy", "--proxy-trusted-servers=198.51.100.0/24"], ""),
+    ] {
+        let parapet = place.start_with(arguments).await;
+        let guess = async |address: &str| {
+            let body = json!({ "username": OWNER, "password": "a wrong guess" }).to_string();
+            let login = http().post(parapet.admin_url() + "/auth/simple/login").body(body);
+            let login = login.header("content-type", "application/json");
+            login.header("x-forwarded-for", address).send().await.unwrap().status()
+        };
+        let mut judged = 0;
+        for number in 0..30 {
+            match guess(&format!("203.0.113.{number}{behind}")).await {
+                StatusCode::UNAUTHORIZED => judged += 1,
+                status => assert_eq!(status, StatusCode::TOO_MANY_REQUESTS),
+            }
+        }
+        // Five at once, and one more in each quarter of a minute.
+        assert!((5..10).contains(&judged), "{arguments:?}: {judged}");
     }
 }
 
