@@ -1,5 +1,7 @@
 //! What Parapet tells about itself: logs, the registry of metrics, and whether it is ready.
 //!
+//! No event of the log is longer than 4 KiB, whatever clients, upstream or files put into it.
+//!
 //! Metrics are named and described by the modules that count; this module only decides where they
 //! are kept and which buckets their histograms have. Nothing here listens or serves: `http` renders
 //! the registry, and `app` spawns the upkeep.
@@ -16,12 +18,15 @@ use std::{
 };
 
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use serde_json::Value;
 use tracing_subscriber::{
     EnvFilter, Layer, Registry,
     fmt::{self, FormatEvent, FormatFields, Formatter, MakeWriter, SubscriberBuilder},
     registry::LookupSpan,
     util::SubscriberInitExt as _,
 };
+
+use crate::wire::excerpt::Excerpt;
 
 /// The source revision that this binary was built from, where the build tells it.
 pub const REVISION: &str = match option_env!("PARAPET_REVISION") {
@@ -112,7 +117,9 @@ fn directive(text: &str) -> Option<String> {
 pub fn start_logging(config: &Config) {
     let filter = EnvFilter::try_new(&config.filter).unwrap_or_else(|_| EnvFilter::new("info"));
     let colours = io::stdout().is_terminal();
-    let lines = fmt::fmt().with_env_filter(filter).with_writer(io::stdout).with_ansi(colours);
+    let format = config.format;
+    let writer = move || Bounded { out: io::stdout(), format };
+    let lines = fmt::fmt().with_env_filter(filter).with_writer(writer).with_ansi(colours);
     // An error means that a test, or an earlier call, has set a subscriber: that one stays.
     match config.format {
         LogFormat::Plain => install(lines),
@@ -146,12 +153,77 @@ pub fn set_log_filter(config: &Config) {
     }
 }
 
-/// An error and its causes in one line, for a log.
+/// An error and its causes in one line, for a log. Each is cut at [`CAUSE_BYTES`], because it may quote
+/// what could not be read.
 ///
 /// Not for errors whose causes may quote what they could not read where that holds tokens.
 pub fn report(error: &dyn Error) -> String {
     let causes = iter::successors(Some(error), |error| Error::source(*error));
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+    let excerpt = |cause: &dyn Error| Excerpt::up_to(CAUSE_BYTES, &cause.to_string()).to_string();
+    causes.map(excerpt).collect::<Vec<_>>().join(": ")
+}
+
+/// How much of one error's own text is logged, in bytes.
+const CAUSE_BYTES: usize = 1024;
+
+/// How long an event in the log may be, in bytes, with its line break.
+const EVENT_BYTES: usize = 4096;
+
+/// Passes events on, each written at once, and cuts those beyond [`EVENT_BYTES`].
+#[derive(Debug)]
+struct Bounded<W> {
+    out: W,
+    format: LogFormat,
+}
+
+impl<W: io::Write> io::Write for Bounded<W> {
+    fn write(&mut self, event: &[u8]) -> io::Result<usize> {
+        if event.len() <= EVENT_BYTES {
+            self.out.write_all(event)?;
+        } else {
+            let text = String::from_utf8_lossy(event);
+            let cut = match self.format {
+                LogFormat::Json => cut_json(&text),
+                LogFormat::Plain | LogFormat::Pretty => None,
+            };
+            self.out.write_all(cut.unwrap_or_else(|| cut_text(&text)).as_bytes())?;
+        }
+        Ok(event.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+}
+
+/// The beginning of an event, without the colour that may be on where it is cut.
+fn cut_text(event: &str) -> String {
+    let plain = if event.contains('\u{1b}') { "\u{1b}[0m" } else { "" };
+    let tail = format!("{plain}… ({} bytes)\n", event.len());
+    let kept = event.floor_char_boundary(EVENT_BYTES - tail.len());
+    format!("{}{tail}", &event[..kept])
+}
+
+/// The event with its longest texts cut, so that it is JSON still; `None` where it was none, or has too
+/// many texts for that.
+fn cut_json(event: &str) -> Option<String> {
+    let event: Value = serde_json::from_str(event).ok()?;
+    [1024, 256, 64, 8].into_iter().find_map(|len| {
+        let mut cut = event.clone();
+        shorten(&mut cut, len);
+        Some(format!("{cut}\n")).filter(|line| line.len() <= EVENT_BYTES)
+    })
+}
+
+fn shorten(value: &mut Value, len: usize) {
+    match value {
+        Value::String(text) if text.len() > len => {
+            *text = Excerpt::up_to(len, text).to_string();
+        }
+        Value::Array(items) => items.iter_mut().for_each(|item| shorten(item, len)),
+        Value::Object(members) => members.values_mut().for_each(|item| shorten(item, len)),
+        _ => {}
+    }
 }
 
 /// Starts the registry of metrics, once per process; later calls return the same one.
@@ -306,6 +378,63 @@ mod tests {
         assert!(death.join().is_err());
         latch.release();
         assert!(!readiness.is_ready());
+    }
+
+    fn written(format: LogFormat, event: &str) -> String {
+        let mut bounded = Bounded { out: Vec::new(), format };
+        io::Write::write_all(&mut bounded, event.as_bytes()).unwrap();
+        String::from_utf8(bounded.out).unwrap()
+    }
+
+    #[test]
+    fn short_events_are_written_as_they_are() {
+        let longest = "x".repeat(EVENT_BYTES - 1) + "\n";
+        for event in ["\n", "äöü\n", r#"{"b":1,"a":[]}"#, &longest] {
+            assert_eq!(written(LogFormat::Json, event), event);
+        }
+    }
+
+    #[test]
+    fn long_events_are_cut_to_one_line_within_the_limit() {
+        for (value, colour) in [("x", ""), ("🦀", ""), ("x", "\u{1b}[32m"), ("\u{1b}[3m", "")] {
+            let event = format!("{colour}WARN flag{}\n", value.repeat(100_000));
+            for format in [LogFormat::Plain, LogFormat::Pretty] {
+                let line = written(format, &event);
+                assert!(line.len() <= EVENT_BYTES && line.len() > EVENT_BYTES - 10, "{line}");
+                assert!(line.ends_with(&format!("… ({} bytes)\n", event.len())), "{line}");
+                assert_eq!(line.matches('\n').count(), 1);
+                assert_eq!(event.contains('\u{1b}'), line.contains("\u{1b}[0m…"));
+            }
+        }
+    }
+
+    #[test]
+    fn long_json_events_are_cut_and_remain_json() {
+        for value in ["x", "🦀", "\u{1}", "\"", "\\n"] {
+            for fields in [1, 3, 20] {
+                let long = value.repeat(100_000);
+                let mut event = serde_json::json!({
+                    "level": "WARN", "count": 7, "nested": { "list": [long, true] },
+                });
+                for field in 0..fields {
+                    event[format!("field{field}")] = long.as_str().into();
+                }
+                let line = written(LogFormat::Json, &format!("{event}\n"));
+                assert!(line.len() <= EVENT_BYTES && line.ends_with('\n'), "{line}");
+                let read: Value = serde_json::from_str(&line).unwrap();
+                assert_eq!((&read["level"], &read["count"]), (&"WARN".into(), &7.into()));
+                let field = read["field0"].as_str().unwrap();
+                assert!(field.ends_with(&format!("… ({} bytes)", long.len())), "{field}");
+            }
+        }
+    }
+
+    #[test]
+    fn reported_errors_are_cut() {
+        let error = serde_json::from_str::<u8>(&format!("\"{}\"", "x".repeat(100_000)));
+        let text = report(&error.unwrap_err());
+        assert!(text.starts_with("invalid type: string \"xxx"), "{text}");
+        assert!(text.len() < 1100, "{text}");
     }
 
     #[test]

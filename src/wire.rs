@@ -6,6 +6,7 @@
 pub mod admin;
 pub mod context;
 pub mod delta;
+pub mod excerpt;
 pub mod explain;
 pub mod features;
 pub mod instant;

@@ -1,10 +1,13 @@
 //! What is wrong with a flag's definition.
 //!
 //! A problem never stops a flag set from compiling: the strategy it concerns never matches, or
-//! the part it concerns is left out, and the problem is reported beside the engine.
+//! the part it concerns is left out, and the problem is reported beside the engine. Its text shows
+//! excerpts only of what the definition holds.
 
 use std::fmt;
 use std::sync::Arc;
+
+use crate::wire::excerpt::Excerpt;
 
 /// One thing wrong with one flag.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,7 +20,7 @@ pub struct Problem {
 
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "flag `{}`: {}", self.flag, self.defect)
+        write!(f, "flag `{}`: {}", Excerpt::of(&self.flag), self.defect)
     }
 }
 
@@ -29,10 +32,10 @@ pub enum Defect {
     #[error("defined more than once; the last definition counts")]
     DefinedTwice,
     /// Not even the name can be read.
-    #[error("unreadable, so it is left out: {0}")]
+    #[error("unreadable, so it is left out: {}", Excerpt::of(.0))]
     LeftOut(String),
     /// The definition as a whole cannot be read.
-    #[error("unreadable, so it is off: {0}")]
+    #[error("unreadable, so it is off: {}", Excerpt::of(.0))]
     Unreadable(String),
     /// There is no list of strategies.
     #[error("no list of strategies, so it is off; one that is empty is for everybody")]
@@ -41,16 +44,16 @@ pub enum Defect {
     #[error("malformed {0}")]
     Malformed(Part),
     /// A strategy of a kind that this program does not know.
-    #[error("unknown strategy `{0}` never matches")]
+    #[error("unknown strategy `{}` never matches", Excerpt::of(.0))]
     UnknownStrategy(String),
     /// A strategy refers to a segment that is not there.
     #[error("segment {0} is missing, so its strategy never matches")]
     MissingSegment(i64),
     /// A constraint's operator is not known.
-    #[error("unknown operator `{0}`, so its strategy never matches")]
+    #[error("unknown operator `{}`, so its strategy never matches", Excerpt::of(.0))]
     UnknownOperator(String),
     /// A constraint's operand cannot be read as its operator needs it.
-    #[error("{operator} cannot compare with `{operand}`")]
+    #[error("{operator} cannot compare with `{}`", Excerpt::of(operand))]
     Operand {
         /// The operator.
         operator: &'static str,
@@ -58,13 +61,13 @@ pub enum Defect {
         operand: String,
     },
     /// A rollout's percentage is not a number.
-    #[error("`{0}` is no percentage, so its strategy never matches")]
+    #[error("`{}` is no percentage, so its strategy never matches", Excerpt::of(.0))]
     Percentage(String),
     /// The flag depends on one that is not there.
-    #[error("depends on `{0}`, which is missing, so it is off")]
+    #[error("depends on `{}`, which is missing, so it is off", Excerpt::of(.0))]
     MissingParent(String),
     /// The flag depends on one that has dependencies itself.
-    #[error("depends on `{0}`, which has dependencies itself, so it is off")]
+    #[error("depends on `{}`, which has dependencies itself, so it is off", Excerpt::of(.0))]
     NestedParent(String),
 }
 

@@ -13,7 +13,7 @@ const LAYERS: [&[(&str, &[&str])]; 8] = [
     &[
         ("token", &[]),
         ("wire", &["token"]),
-        ("telemetry", &[]),
+        ("telemetry", &["wire"]),
         ("secret_file", &["wire"]),
         ("throttle", &[]),
     ],

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use reqwest::{Method, RequestBuilder, StatusCode};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::local::{CLIENT, FRONTEND, Local, answer};
 use crate::rig::{Parapet, http};
@@ -190,6 +190,49 @@ async fn denied_address_is_refused_on_every_route_of_both_listeners() {
     refused(&["--deny-list", "127.0.0.1"]).await;
     refused(&["--deny-list", "127.0.0.1", "--trust-proxy"]).await;
     refused(&["--allow-list", "198.51.100.0/24", "--trust-proxy"]).await;
+}
+
+/// Of a flag file, as of upstream's flags: in each format, and JSON stays JSON.
+#[tokio::test]
+async fn long_values_of_flags_make_no_long_log_lines() {
+    let long = "x".repeat(100_000);
+    let constraint = |operator: &str, value: &str| {
+        json!([{ "name": "default", "constraints": [
+            { "contextName": "a", "operator": operator, "value": value }] }])
+    };
+    let rollout = json!({ "percentage": long, "groupId": "a" });
+    let flags = [
+        json!({ "name": "operand", "strategies": constraint("NUM_GT", &long) }),
+        json!({ "name": "line-break", "strategies": constraint("NUM_GT", &format!("\n{long}")) }),
+        json!({ "name": "operator", "strategies": constraint(&long, "1") }),
+        json!({ "name": "strategy", "strategies": [{ "name": long }] }),
+        json!({ "name": "rollout",
+            "strategies": [{ "name": "gradualRolloutUserId", "parameters": rollout }] }),
+        json!({ "name": "parent", "strategies": [], "dependencies": [{ "feature": "y".repeat(100_000) }] }),
+        json!({ "name": long, "strategies": [{ "name": "unknown" }] }),
+    ];
+    let flags = flags.map(|mut flag| {
+        flag["enabled"] = true.into();
+        flag
+    });
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("flags.json");
+    std::fs::write(&file, json!({ "version": 2, "features": flags }).to_string()).unwrap();
+    for format in ["plain", "json", "pretty"] {
+        let parapet = Parapet::mode("offline").flag("--bootstrap-file", &file);
+        let parapet = parapet.flag("--client-tokens", CLIENT).flag("--log-format", format);
+        let parapet = parapet.start().await;
+        let log = parapet.log();
+        for flag in ["operand", "line-break", "operator", "strategy", "rollout", "parent"] {
+            assert!(log.contains(&format!("flag `{flag}`: ")), "{format}, {flag}: {log:.9999}");
+        }
+        assert_eq!(log.matches("… (100000 bytes)").count(), 6, "{format}: {log:.9999}");
+        assert_eq!(log.matches("… (100001 bytes)").count(), 1, "{format}: {log:.9999}");
+        for line in log.lines() {
+            assert!(line.len() <= 4096, "{format}: {} bytes: {line:.999}", line.len());
+            assert!(format != "json" || serde_json::from_str::<Value>(line).is_ok(), "{line}");
+        }
+    }
 }
 
 #[tokio::test]
