@@ -1,12 +1,13 @@
 //! What operators configure and see: addresses, paths, browsers, probes, metrics and the admin listener.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
 
 use crate::local::{CLIENT, FRONTEND, Local, answer};
-use crate::rig::{Parapet, http};
+use crate::rig::{Parapet, http, until};
 
 const FLAGS: &str = r#"{"features":[{"name":"a","enabled":true,"strategies":[]}]}"#;
 
@@ -222,7 +223,10 @@ async fn long_values_of_flags_make_no_long_log_lines() {
         let parapet = Parapet::mode("offline").flag("--bootstrap-file", &file);
         let parapet = parapet.flag("--client-tokens", CLIENT).flag("--log-format", format);
         let parapet = parapet.start().await;
-        let log = parapet.log();
+        let log = until("the start is logged", Duration::from_secs(10), async || {
+            Some(parapet.log()).filter(|log| log.contains("Parapet listens"))
+        });
+        let log = log.await;
         for flag in ["operand", "line-break", "operator", "strategy", "rollout", "parent"] {
             assert!(log.contains(&format!("flag `{flag}`: ")), "{format}, {flag}: {log:.9999}");
         }
