@@ -261,14 +261,10 @@ impl App {
         });
         if let Some(saver) = saver {
             let parts = (saver, stop_working.clone());
-            closers.spawn(
-                "save flags",
-                parts,
-                |(saver, stop)| async move { saver.run(&stop).await },
-            );
+            closers.spawn("saver", parts, |(saver, stop)| async move { saver.run(&stop).await });
         }
         let parts = (keeper.clone(), stop_working.clone());
-        closers.spawn("save", parts, |(saver, stop)| async move { saver.run(&stop).await });
+        closers.spawn("save", parts, |(keeper, stop)| async move { keeper.run(&stop).await });
 
         let outcome = loop {
             tokio::select! {

@@ -24,7 +24,7 @@
 //! | surface | [`http`] | listeners, routes, replies; the only place that chooses status codes |
 //! | control | [`control`] | accounts, tokens, sessions, the audit log and the usage of an instance that stands on its own, over SQL |
 //! | services | [`sync`], [`auth`], [`usage`], [`answers`], [`feed`] | what goes on by itself, each with its own task and state; and what only works on the state below |
-//! | state | [`snapshot`], [`upstream`], [`store`] | what is served, the server in front of which we stand, what outlives a restart |
+//! | state | [`snapshot`], [`upstream`], [`store`], [`saver`] | what is served, the server in front of which we stand, what outlives a restart, and saving it in the background |
 //! | pure core | [`engine`] | flags compiled to data, and evaluated; no IO, clock, chance or logs |
 //! | words | [`token`], [`wire`], [`telemetry`], [`secret_file`], [`throttle`] | tokens and grants, Unleash's JSON, logs and readiness, secrets in files, how often may be tried |
 //!
@@ -101,6 +101,7 @@ pub mod engine;
 pub mod feed;
 pub mod http;
 pub mod probe;
+pub mod saver;
 pub mod secret_file;
 pub mod snapshot;
 pub mod store;

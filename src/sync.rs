@@ -13,9 +13,8 @@ mod precedence;
 mod publish;
 mod roll;
 mod round;
-mod saver;
 mod sources;
 mod told;
 pub mod upstream;
 
-pub use self::{course::Mode, followed::Config, saver::Saver};
+pub use self::{course::Mode, followed::Config};

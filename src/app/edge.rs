@@ -16,12 +16,10 @@ use super::{
 use crate::{
     auth::{self, Admission, Authenticator, Authority, Denied, Issuer},
     config::{self, Credentials as Given, Folder},
+    saver::Saver,
     snapshot::Snapshots,
     store::{self, Key, Store, edge_backup},
-    sync::{
-        Saver,
-        upstream::{Follower, Wanted},
-    },
+    sync::upstream::{Follower, Wanted},
     telemetry::{Latch, report},
     token::{Environment, Grant, Projects, Scope, Token, TokenKind},
     upstream::{AdminToken, Credentials, Upstream},
@@ -56,12 +54,13 @@ pub(super) async fn plan(
     latch: Latch,
 ) -> Result<Plan, Error> {
     let store = keep_in(&edge.backup_folder)?;
+    let saver = Saver::new(store.clone());
     let upstream = Upstream::new(edge.upstream)?;
     let (credentials, wanted, admin, tokens) = match edge.credentials {
         Given::Admin { token, file, fleet, environments } => {
             let token = AdminToken::new(token, file);
             let credentials =
-                Credentials::with_admin(token.clone(), &fleet, upstream.clone(), store.clone());
+                Credentials::with_admin(token.clone(), &fleet, upstream.clone(), saver.clone());
             info!(fleet, list_interval = ?auth.list_interval, "Upstream's admin token is exchanged for a token per environment");
             let wanted = environments.map_or_else(|| Wanted::Enabled(token.clone()), Wanted::Named);
             (credentials, wanted, Some(token), Vec::new())
@@ -84,7 +83,7 @@ pub(super) async fn plan(
         discovered: Arc::clone(&discovered),
         snapshots: snapshots.clone(),
         store: store.clone(),
-        saver: Saver::new(store.clone()),
+        saver,
     };
     follower.restore().await;
     let backup = migrate(edge.backup_folder.path(), &follower).await;
@@ -162,7 +161,7 @@ async fn migrate(folder: &Path, follower: &Follower) -> Vec<(Token, Grant)> {
 }
 
 impl Edge {
-    /// Who saves the flags.
+    /// Saves flags and credentials.
     pub(super) fn saver(&self) -> Saver {
         self.follower.saver.clone()
     }

@@ -8,8 +8,9 @@ use super::{edge::Edge, reload::Live, tasks::Tasks};
 use crate::{
     auth::{Authenticator, Authority},
     control::{self, Control},
+    saver::Saver,
     store::{self, Store},
-    sync::{Saver, files},
+    sync::files,
     token::{Grant, TokenDigest},
     upstream::{self, AdminToken, Credentials, Upstream},
     usage::{Delivery, Sink},
@@ -85,7 +86,7 @@ pub(super) enum Source {
 }
 
 impl Source {
-    /// Who saves its flags, where they are to outlive the process.
+    /// Saves its flags and credentials, where they are to outlive the process.
     pub(super) fn saver(&self) -> Option<Saver> {
         match self {
             Self::Files(_) => None,

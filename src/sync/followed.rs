@@ -7,6 +7,7 @@
 
 use std::{mem, time::Duration};
 
+use bytes::Bytes;
 use tokio::{
     sync::watch,
     task::{JoinError, spawn_blocking},
@@ -20,16 +21,20 @@ use super::{
     pace::Pace,
     publish::publish,
     round::{Asked, Failure, Round},
-    saver::Saver,
     sources::{Received, Sources, merged},
     told::{self, Reached, Step},
 };
 use crate::{
-    snapshot::Snapshots,
+    saver::Saver,
+    snapshot::{Filter, Segments, Snapshot, Snapshots, body::Coding},
+    store::Key,
     telemetry::report,
     token::{Environment, Scope},
     upstream::{Credentials, Upstream},
-    wire::{features::EarlierRun, sse::Event},
+    wire::{
+        features::{Document, EarlierRun},
+        sse::Event,
+    },
 };
 
 /// How snapshots are kept current.
@@ -219,7 +224,8 @@ impl Followed {
             sources.published();
             if let Some(snapshot) = published {
                 let run = EarlierRun { upstream_revision: sources.revision() };
-                means.saver.save(snapshot, run);
+                let key = Key::Flags(environment.clone());
+                means.saver.save(key, move || stored_form(&snapshot, run));
             }
         } else if whole && let (Some(served), Some(heard)) = (served, heard) {
             served.confirm(heard);
@@ -396,6 +402,13 @@ impl Followed {
             }
         }
     }
+}
+
+/// The flags of a snapshot as they are stored, with what the next run is to know of this one. The query of
+/// their listing names their projects.
+fn stored_form(snapshot: &Snapshot, run: EarlierRun) -> Bytes {
+    let all = snapshot.listing(snapshot.projects(), Filter::default(), Segments::Separate);
+    Document::to_store(&all.make(Coding::Identity).bytes, run).into()
 }
 
 /// Why what a stream told leads nowhere.

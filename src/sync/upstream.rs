@@ -20,9 +20,9 @@ use super::{
     pace::Pace,
     publish::publish,
     roll::Roll,
-    saver::Saver,
 };
 use crate::{
+    saver::Saver,
     snapshot::{Served, Snapshots},
     store::{Key, Store},
     telemetry::{Latch, report},

@@ -19,7 +19,7 @@ const LAYERS: [&[(&str, &[&str])]; 8] = [
     ],
     &[("engine", &[])],
     // Upstream keeps the tokens that it was given in the store.
-    &[("snapshot", &[]), ("store", &[]), ("upstream", &["store"])],
+    &[("snapshot", &[]), ("store", &[]), ("saver", &["store"]), ("upstream", &["saver", "store"])],
     // What is about to be served is asked beforehand what it will be asked most.
     &[("answers", &[]), ("auth", &[]), ("feed", &[]), ("sync", &["answers"]), ("usage", &[])],
     &[("control", &[])],
