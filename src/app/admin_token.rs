@@ -13,7 +13,7 @@ use jiff::Timestamp;
 use tokio::{
     sync::Notify,
     task::spawn_blocking,
-    time::{MissedTickBehavior, interval, sleep, timeout},
+    time::{MissedTickBehavior, interval, sleep},
 };
 use tracing::{info, warn};
 
@@ -35,9 +35,6 @@ const SETTLE: Duration = Duration::from_millis(200);
 
 /// How often the log repeats that upstream refuses the token.
 const REMIND_EVERY: Duration = Duration::from_mins(3);
-
-/// When what could not be sealed under a new token is tried again.
-const RESEAL_AGAIN_AFTER: Duration = Duration::from_mins(1);
 
 /// What the admin token opens on the edge's own admin listener.
 pub(super) fn grant(token: &Token) -> (TokenDigest, Grant) {
@@ -141,25 +138,16 @@ impl Rotation {
     }
 }
 
-/// Seals what the store keeps under each token that replaces the one before.
+/// Seals the credentials in use under each token that replaces the one before.
 ///
-/// Not part of [`Rotation::adapt`], because a disk that hangs, and upstream, can keep it waiting.
+/// Not part of [`Rotation::adapt`], because upstream can keep it waiting.
 async fn reseal(admin: &AdminToken, credentials: &Credentials) {
     let mut changes = admin.subscribe();
     let mut before = Arc::clone(changes.borrow_and_update().token());
-    let mut is_done = true;
-    loop {
-        let changed = changes.changed();
-        if is_done {
-            if changed.await.is_err() {
-                return;
-            }
-        } else if let Ok(Err(_)) = timeout(RESEAL_AGAIN_AFTER, changed).await {
-            return;
-        }
+    while changes.changed().await.is_ok() {
         let now = Arc::clone(changes.borrow_and_update().token());
-        if !is_done || now != before {
-            is_done = credentials.reseal().await;
+        if now != before {
+            credentials.reseal().await;
             before = now;
         }
     }
@@ -190,8 +178,12 @@ mod tests {
         sync::{Mutex, PoisonError},
     };
 
+    use tokio::time::timeout;
+    use tokio_util::sync::CancellationToken;
+
     use super::*;
     use crate::{
+        saver::Saver,
         store::{Key, Store},
         upstream::{Upstream, scripted::config},
     };
@@ -245,16 +237,17 @@ mod tests {
         244, 123, 133, 146, 224, 254, 8, 50, 72, 117, 76, 151, 10, 54, 70, 253, 206, 67]}"#;
 
     #[tokio::test(start_paused = true)]
-    async fn resealing_is_tried_again_until_all_is_saved() {
+    async fn token_in_use_is_sealed_anew_when_the_disk_works_again() {
         let folder = tempfile::tempdir().expect("folder");
         let (disk, elsewhere) = (folder.path().join("disk"), folder.path().join("elsewhere"));
         let store = Store::directory(&disk).expect("store");
+        let (saver, stop) = (Saver::new(store.clone()), CancellationToken::new());
         let dev = Environment::new("dev");
         store.save(&Key::Credentials(dev.clone()), RECORD.to_vec()).await.expect("saved");
         let admin = |text| AdminToken::new(Token::parse(text).expect("token"), None);
         let edge = |admin: &AdminToken| {
             let nobody = Upstream::new(config("http://127.0.0.1:1")).expect("client");
-            Credentials::with_admin(admin.clone(), "main", nobody, store.clone())
+            Credentials::with_admin(admin.clone(), "main", nobody, saver.clone())
         };
         let first = admin("*:*.admin");
         let credentials = edge(&first);
@@ -263,13 +256,14 @@ mod tests {
         let replace = async {
             std::fs::rename(&disk, &elsewhere).expect("moved");
             first.replace(second, None);
-            sleep(RESEAL_AGAIN_AFTER / 2).await;
+            sleep(Duration::from_mins(1)).await;
             std::fs::rename(&elsewhere, &disk).expect("moved");
-            sleep(RESEAL_AGAIN_AFTER).await;
+            sleep(Duration::from_mins(1)).await;
         };
         tokio::select! {
             biased;
             () = reseal(&first, &credentials) => panic!("it does not end"),
+            () = saver.run(&stop) => panic!("it does not end"),
             () = replace => {}
         }
         // Without upstream.

@@ -23,7 +23,7 @@ use super::{
     exchange::{Credential, Error, Exchange, Past},
 };
 use crate::{
-    store::Store,
+    saver::Saver,
     token::{Environment, Grant, Projects, Scope, Token, TokenDigest, TokenKind},
 };
 
@@ -69,9 +69,9 @@ enum State {
 }
 
 impl Credentials {
-    /// Tokens are exchanged for `admin`, under the name `parapet-<fleet>`, and kept sealed in `store`.
-    pub fn with_admin(admin: AdminToken, fleet: &str, upstream: Upstream, store: Store) -> Self {
-        let exchange = Exchange::new(admin, fleet, upstream, store);
+    /// Tokens are exchanged for `admin`, under the name `parapet-<fleet>`, and stored sealed by `saver`.
+    pub fn with_admin(admin: AdminToken, fleet: &str, upstream: Upstream, saver: Saver) -> Self {
+        let exchange = Exchange::new(admin, fleet, upstream, saver);
         Self::new(Some((exchange, Pasts::default())))
     }
 
@@ -236,27 +236,24 @@ impl Credentials {
         Ok(self.hold(environment, credential))
     }
 
-    /// Seals what is stored anew, after another admin token has replaced the one of its seal; false if
-    /// some of it could not be read or saved.
+    /// Seals the tokens in use anew, after another admin token has replaced the one of their seal, and has
+    /// them saved.
     ///
     /// What was stored earlier and is not in use cannot be opened any more; another token is found or
-    /// made for its environment when that is needed. A disk that hangs keeps this waiting for some
-    /// seconds per environment.
-    pub async fn reseal(&self) -> bool {
-        let Some((exchange, pasts)) = &self.0.exchange else { return true };
+    /// made for its environment when that is needed. Waits for exchanges in progress, and so for upstream.
+    pub async fn reseal(&self) {
+        let Some((exchange, pasts)) = &self.0.exchange else { return };
         // Those whose token is on its way too: it may be sealed already.
         let environments: Vec<_> =
             pasts.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect();
-        let mut is_done = true;
         for environment in environments {
             let past = past(pasts, &environment);
             // Nobody replaces the token meanwhile.
-            let _past = past.lock().await;
+            let mut past = past.lock().await;
             for credential in self.tokens(&environment) {
-                is_done &= exchange.reseal(&environment, &credential).await;
+                exchange.reseal(&environment, &mut past, &credential);
             }
         }
-        is_done
     }
 
     /// Makes `credential` the one in hand.
@@ -339,11 +336,13 @@ mod tests {
 
     use proptest::prelude::*;
     use serde_json::{Value, json};
+    use tokio_util::sync::CancellationToken;
 
     use super::{
         super::scripted::{Reply, Scripted, Seen},
         *,
     };
+    use crate::store::Store;
 
     const ADMIN: &str = "*:*.964a287e1b728cb5f4f3e012";
 
@@ -423,14 +422,25 @@ mod tests {
         }
     }
 
-    fn edge(server: &Scripted, store: &Store) -> Credentials {
-        edge_of(ADMIN, server, store)
+    fn edge(server: &Scripted, saver: &Saver) -> Credentials {
+        edge_of(ADMIN, server, saver)
     }
 
-    fn edge_of(admin: &str, server: &Scripted, store: &Store) -> Credentials {
+    fn edge_of(admin: &str, server: &Scripted, saver: &Saver) -> Credentials {
         let upstream = Upstream::new(server.config()).expect("client");
         let admin = AdminToken::new(token(admin), None);
-        Credentials::with_admin(admin, "main", upstream, store.clone())
+        Credentials::with_admin(admin, "main", upstream, saver.clone())
+    }
+
+    fn in_memory() -> Saver {
+        Saver::new(Store::memory())
+    }
+
+    /// Saves what is to be saved, as at the end of a run.
+    async fn end(saver: &Saver) {
+        let stop = CancellationToken::new();
+        stop.cancel();
+        saver.run(&stop).await;
     }
 
     async fn obtained(edge: &Credentials) -> Token {
@@ -443,7 +453,7 @@ mod tests {
     #[tokio::test]
     async fn however_many_ask_one_token_is_made_for_an_environment() {
         let (admin, server) = Admin::start(Secrets::V1).await;
-        let edge = edge(&server, &Store::memory());
+        let edge = edge(&server, &in_memory());
         let (one, two, other) = tokio::join!(obtained(&edge), obtained(&edge), async {
             edge.obtain(&Environment::new("production")).await.expect("a token")
         });
@@ -461,8 +471,8 @@ mod tests {
     #[tokio::test]
     async fn edges_of_a_fleet_share_a_v1_token() {
         let (admin, server) = Admin::start(Secrets::V1).await;
-        let first = obtained(&edge(&server, &Store::memory())).await;
-        let second = obtained(&edge(&server, &Store::memory())).await;
+        let first = obtained(&edge(&server, &in_memory())).await;
+        let second = obtained(&edge(&server, &in_memory())).await;
         assert_eq!(first, second);
         assert_eq!(admin.listed().len(), 1);
     }
@@ -471,10 +481,11 @@ mod tests {
     async fn a_restart_needs_no_upstream_and_the_store_shows_no_secret() {
         let (_, server) = Admin::start(Secrets::V2).await;
         let folder = tempfile::tempdir().expect("folder");
-        let store = Store::directory(folder.path()).expect("store");
-        let made = obtained(&edge(&server, &store)).await;
+        let saver = Saver::new(Store::directory(folder.path()).expect("store"));
+        let made = obtained(&edge(&server, &saver)).await;
+        end(&saver).await;
         let calls = server.seen().len();
-        assert_eq!(obtained(&edge(&server, &store)).await, made);
+        assert_eq!(obtained(&edge(&server, &saver)).await, made);
         assert_eq!(server.seen().len(), calls);
         for file in std::fs::read_dir(folder.path()).expect("folder") {
             let bytes = std::fs::read(file.expect("file").path()).expect("bytes");
@@ -483,14 +494,42 @@ mod tests {
         }
     }
 
+    #[cfg(unix)]
+    #[tokio::test]
+    async fn no_token_is_made_while_a_listed_one_may_be_in_a_record_that_is_slow_to_read() {
+        let (admin, server) = Admin::start(Secrets::V2).await;
+        let folder = tempfile::tempdir().expect("folder");
+        let saver = Saver::new(Store::directory(folder.path()).expect("store"));
+        let made = obtained(&edge(&server, &saver)).await;
+        end(&saver).await;
+        // Whoever opens a pipe for reading waits for a writer.
+        let file = folder.path().join("credentials-development.parapet");
+        let record = std::fs::read(&file).expect("the record");
+        std::fs::remove_file(&file).expect("removed");
+        let pipe = std::process::Command::new("mkfifo").arg(&file).status();
+        assert!(pipe.expect("mkfifo runs").success());
+        let (edge, lists) = (edge(&server, &saver), server.count("GET"));
+        let (found, ()) = tokio::join!(obtained(&edge), async {
+            while server.count("GET") == lists {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            tokio::task::spawn_blocking(move || std::fs::write(file, record).expect("written"))
+                .await
+                .expect("no panic");
+        });
+        assert_eq!(found, made);
+        assert_eq!(admin.listed().len(), 1);
+    }
+
     #[tokio::test]
     async fn a_refused_token_of_our_own_is_replaced_once_and_deleted() {
         let (admin, server) = Admin::start(Secrets::V2).await;
-        let store = Store::memory();
-        let (edge, other) = (edge(&server, &store), edge(&server, &Store::memory()));
+        let saver = in_memory();
+        let (edge, other) = (edge(&server, &saver), edge(&server, &in_memory()));
         let (refused, theirs) = (obtained(&edge).await, obtained(&other).await);
+        end(&saver).await;
         // A restart forgets when the last token was made.
-        let edge = self::edge(&server, &store);
+        let edge = self::edge(&server, &saver);
         assert_eq!(obtained(&edge).await, refused);
         let digest = refused.digest();
         let dev = dev();
@@ -507,7 +546,7 @@ mod tests {
     #[tokio::test]
     async fn an_upstream_that_refuses_everything_is_not_flooded_with_tokens() {
         let (admin, server) = Admin::start(Secrets::V1).await;
-        let edge = edge(&server, &Store::memory());
+        let edge = edge(&server, &in_memory());
         let made = obtained(&edge).await;
         for _ in 0..3 {
             let error = edge.replace(&dev(), &made.digest()).await.expect_err("too soon");
@@ -520,39 +559,45 @@ mod tests {
     #[tokio::test]
     async fn what_another_admin_token_has_sealed_is_made_anew_and_its_token_deleted() {
         let (admin, server) = Admin::start(Secrets::V2).await;
-        let store = Store::memory();
-        let old = obtained(&edge(&server, &store)).await;
-        let error = edge_of("*:*.other", &server, &store).obtain(&dev()).await.expect_err("401");
+        let saver = in_memory();
+        let old = obtained(&edge(&server, &saver)).await;
+        end(&saver).await;
+        let error = edge_of("*:*.other", &server, &saver).obtain(&dev()).await.expect_err("401");
         assert!(matches!(&error, Error::Upstream { source, .. } if source.is_unauthorized()));
         assert!(!format!("{error} {error:?}").contains(old.expose()));
 
-        let foreign = edge_of("*:*.former", &server, &store);
+        let foreign = edge_of("*:*.former", &server, &saver);
         let (exchange, _) = foreign.0.exchange.as_ref().expect("an exchange");
         let sealed = Credential { token: old, projects: Projects::All };
-        exchange.save(&dev(), &sealed, true).await;
-        let new = obtained(&edge(&server, &store)).await;
+        exchange.save(&dev(), &mut Past::default(), &sealed, true);
+        end(&saver).await;
+        let new = obtained(&edge(&server, &saver)).await;
         assert_eq!(admin.listed(), [new.selector().expect("v2")]);
     }
 
     #[tokio::test]
     async fn stored_token_survives_a_replaced_admin_token() {
         let (admin, server) = Admin::start(Secrets::V2).await;
-        let store = Store::memory();
+        let saver = in_memory();
         let upstream = Upstream::new(server.config()).expect("client");
         let first = AdminToken::new(token(ADMIN), None);
-        let edge = Credentials::with_admin(first.clone(), "main", upstream, store.clone());
+        let edge = Credentials::with_admin(first.clone(), "main", upstream, saver.clone());
         let made = obtained(&edge).await;
+        end(&saver).await;
         assert!(first.replace(token("*:*.second"), None));
-        assert!(edge.reseal().await);
+        edge.reseal().await;
+        end(&saver).await;
         // Without a word to upstream, which knows the first only.
-        let restarted = edge_of("*:*.second", &server, &store);
+        let restarted = edge_of("*:*.second", &server, &saver);
         assert_eq!(obtained(&restarted).await, made);
         // It is still known as made by this edge, which may delete it.
         first.replace(token(ADMIN), None);
-        assert!(edge.reseal().await);
+        edge.reseal().await;
+        end(&saver).await;
         let error = edge.replace(&dev(), &made.digest()).await.expect_err("too soon");
         assert!(matches!(error, Error::Throttled { .. }), "{error:?}");
-        let restarted = edge_of(ADMIN, &server, &store);
+        let restarted = edge_of(ADMIN, &server, &saver);
+        assert_eq!(obtained(&restarted).await, made);
         let replaced = restarted.replace(&dev(), &made.digest()).await.expect("another");
         assert_eq!(admin.listed(), [replaced[0].token.selector().expect("v2")]);
     }
@@ -575,7 +620,7 @@ mod tests {
             listed("d", "development", 2, None),
             listed("e", "production", 100, None),
         ];
-        obtained(&edge(&server, &Store::memory())).await;
+        obtained(&edge(&server, &in_memory())).await;
         let kept = ["a", "d", "e"].map(|it| it.repeat(22));
         assert_eq!(admin.listed()[..3], kept);
         assert_eq!(admin.listed().len(), 4);
@@ -681,7 +726,7 @@ mod tests {
         assert!(edge.is_complete(&dev()));
 
         let (_, server) = Admin::start(Secrets::V1).await;
-        let edge = self::edge(&server, &Store::memory());
+        let edge = self::edge(&server, &in_memory());
         edge.expect(token("c:development.1").digest(), &grant(&["c"]));
         assert!(edge.is_complete(&dev()), "the edge has tokens of its own");
     }

@@ -1,15 +1,21 @@
 //! Exchanges the admin token for a backend token of one environment.
 //!
 //! Real servers do not take an admin token for flags or usage, so the edge finds the token that its
-//! fleet has under a stable name, or makes one, and keeps it sealed. It does not know which tokens are
-//! in use: [`Credentials`](super::Credentials) does, and asks one at a time per environment.
+//! fleet has under a stable name, or makes one, and stores it sealed. A disk that hangs does not delay
+//! that: records are saved in the background, and reading one is waited for once, and not for long. It
+//! does not know which tokens are in use: [`Credentials`](super::Credentials) does, and asks one at a
+//! time per environment.
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
-use tokio::time::Instant;
-use tracing::{debug, info, warn};
+use tokio::{
+    task::JoinSet,
+    time::{Instant, timeout_at},
+};
+use tracing::{info, warn};
 
 use super::{
     admin_token::AdminToken,
@@ -18,13 +24,22 @@ use super::{
     seal::Seal,
 };
 use crate::{
-    store::{Key, Store},
+    saver::Saver,
+    store::{self, Key},
+    telemetry::report,
     token::{Environment, Projects, Token, TokenDigest, TokenKind},
     wire::tokens::{Listed, ListedSecret},
 };
 
 /// A token under our name that nobody has used for so long is nobody's.
 const ABANDONED: SignedDuration = SignedDuration::from_hours(24);
+
+/// How long after it began the reading of an environment's record is waited for. Then a token is looked
+/// for upstream.
+const READ_PATIENCE: Duration = Duration::from_secs(1);
+
+/// The same where upstream lists a token that may be the one in the record, before another is made.
+const READ_PATIENCE_BEFORE_MINTING: Duration = Duration::from_secs(10);
 
 /// How many refused tokens of an environment are remembered.
 const REFUSED: usize = 16;
@@ -88,7 +103,9 @@ pub(super) struct Exchange {
     fleet: String,
     name: String,
     upstream: Upstream,
-    store: Store,
+    saver: Saver,
+    /// Tokens that were made later and are not in hand were made by others.
+    started: Timestamp,
 }
 
 /// What has happened with one environment.
@@ -96,6 +113,19 @@ pub(super) struct Exchange {
 pub(super) struct Past {
     refused: Vec<TokenDigest>,
     mints: Mints,
+    stored: Stored,
+    /// When the record was read first, whatever came of it.
+    first_read: Option<Instant>,
+}
+
+/// The record of an environment, in the store or about to be saved there.
+#[derive(Debug, Default)]
+enum Stored {
+    /// Not read yet, or without success.
+    #[default]
+    Unread,
+    Reading(JoinSet<Result<Option<Vec<u8>>, store::Error>>),
+    Known(Option<Record>),
 }
 
 /// When tokens were made: at most one a minute, and ever more seldom while they do not hold.
@@ -125,9 +155,9 @@ struct Kept {
 }
 
 impl Exchange {
-    pub(super) fn new(admin: AdminToken, fleet: &str, upstream: Upstream, store: Store) -> Self {
-        let name = format!("parapet-{fleet}");
-        Self { admin, fleet: fleet.to_owned(), name, upstream, store }
+    pub(super) fn new(admin: AdminToken, fleet: &str, upstream: Upstream, saver: Saver) -> Self {
+        let (fleet, name) = (fleet.to_owned(), format!("parapet-{fleet}"));
+        Self { admin, fleet, name, upstream, saver, started: Timestamp::now() }
     }
 
     /// The seal under the admin token of the moment.
@@ -135,17 +165,17 @@ impl Exchange {
         Seal::new(&self.admin.current(), &self.fleet)
     }
 
-    /// A token for `environment`: the kept one, else one found by its name, else a new one.
+    /// A token for `environment`: the stored one, else one found by its name, else a new one.
     pub(super) async fn obtain(
         &self,
         environment: &Environment,
         past: &mut Past,
     ) -> Result<Credential, Error> {
-        let kept = self.load(environment).await;
-        if let Some(credential) = kept.as_ref().and_then(|kept| kept.credential.clone()) {
+        self.read(environment, past, READ_PATIENCE).await;
+        if let Some(credential) = self.open(environment, past).and_then(|kept| kept.credential) {
             return Ok(credential);
         }
-        self.find_or_mint(environment, past, kept).await
+        self.find_or_mint(environment, past).await
     }
 
     /// A token for `environment` other than those that upstream has refused.
@@ -156,15 +186,13 @@ impl Exchange {
         refused: TokenDigest,
     ) -> Result<Credential, Error> {
         past.refuse(refused);
-        let kept = self.load(environment).await;
-        self.find_or_mint(environment, past, kept).await
+        self.find_or_mint(environment, past).await
     }
 
     async fn find_or_mint(
         &self,
         environment: &Environment,
         past: &mut Past,
-        kept: Option<Kept>,
     ) -> Result<Credential, Error> {
         let failed = |source| Error::Upstream { environment: environment.clone(), source };
         let listed = self.upstream.api_tokens_named(&self.admin, &self.name).await;
@@ -175,11 +203,17 @@ impl Exchange {
         let now = Timestamp::now();
         if let Some(found) = best(&fleet, past, now) {
             info!("Found token {} for environment {environment}", found.token.masked());
-            self.save(environment, &found, false).await;
+            self.save(environment, past, &found, false);
             return Ok(found);
         }
         if let Some(pause) = past.mints.pause() {
             return Err(Error::Throttled { environment: environment.clone(), pause });
+        }
+        if past.stored.is_being_read() && fleet.iter().any(|it| self.may_be_stored(it, now)) {
+            self.read(environment, past, READ_PATIENCE_BEFORE_MINTING).await;
+            if let Some(stored) = self.open(environment, past).and_then(|kept| kept.credential) {
+                return Ok(stored);
+            }
         }
         let before = past.mints.begin();
         let created = self.upstream.create_token(&self.admin, &self.name, environment).await;
@@ -188,11 +222,19 @@ impl Exchange {
         }
         let minted = Credential { token: created.map_err(failed)?, projects: Projects::All };
         info!("Made token {} for environment {environment}", minted.token.masked());
-        self.save(environment, &minted, true).await;
+        let kept = self.open(environment, past);
+        self.save(environment, past, &minted, true);
         for old in fleet.iter().filter(|it| is_ours_to_delete(it, kept.as_ref(), past, now)) {
             self.delete(environment, &old.secret).await;
         }
         Ok(minted)
+    }
+
+    /// Whether a listed token may be the one in a record that could not be read yet.
+    fn may_be_stored(&self, listed: &Listed, now: Timestamp) -> bool {
+        matches!(listed.secret, ListedSecret::Selector(_))
+            && !listed.is_expired(now)
+            && listed.created_at.is_none_or(|at| at < self.started)
     }
 
     async fn delete(&self, environment: &Environment, secret: &ListedSecret) {
@@ -205,58 +247,71 @@ impl Exchange {
         }
     }
 
-    async fn load(&self, environment: &Environment) -> Option<Kept> {
-        let bytes = match self.store.load(&Key::Credentials(environment.clone())).await {
-            Ok(bytes) => bytes?,
-            Err(error) => {
-                let error: &dyn std::error::Error = &error;
-                warn!(error, "Going on without the kept token for environment {environment}");
-                return None;
+    /// Reads the record of `environment` unless its contents are known, and waits for that until
+    /// `patience` has passed since the first attempt. A read that takes longer, or is repeated after a
+    /// failure, goes on in the background, and its result is taken at a later call.
+    async fn read(&self, environment: &Environment, past: &mut Past, patience: Duration) {
+        if matches!(past.stored, Stored::Unread) {
+            let (store, key) = (self.saver.store().clone(), Key::Credentials(environment.clone()));
+            let mut read = JoinSet::new();
+            read.spawn(async move { store.load(&key).await });
+            past.stored = Stored::Reading(read);
+        }
+        let Stored::Reading(read) = &mut past.stored else { return };
+        let until = *past.first_read.get_or_insert_with(Instant::now) + patience;
+        let Ok(read) = timeout_at(until, read.join_next()).await else { return };
+        past.stored = match read {
+            Some(Ok(Ok(bytes))) => {
+                let record = bytes.as_deref().and_then(Record::parse);
+                if bytes.is_some() && record.is_none() {
+                    warn!("The stored token for environment {environment} is of an unknown form");
+                }
+                Stored::Known(record)
             }
+            Some(Ok(Err(error))) => {
+                let error = report(&error);
+                warn!(error, "Cannot read the stored token for environment {environment}");
+                Stored::Unread
+            }
+            // The runtime is shutting down.
+            Some(Err(_)) | None => Stored::Unread,
         };
-        let Some(record) = Record::parse(&bytes) else {
-            warn!("The kept token for environment {environment} is of an unknown form");
-            return None;
-        };
+    }
+
+    /// The record of `environment`, opened, if there is one and it has been read.
+    fn open(&self, environment: &Environment, past: &Past) -> Option<Kept> {
+        let Stored::Known(Some(record)) = &past.stored else { return None };
         let token = self.seal().open(environment, &record.sealed);
         if token.is_none() {
             info!(
-                "The kept token for environment {environment} is of another admin token or fleet"
+                "The stored token for environment {environment} is of another admin token or fleet"
             );
         }
         let projects = Projects::from_list(record.projects.iter().map(String::as_str));
         let credential = token.map(|token| Credential { token, projects });
-        Some(Kept { minted: record.minted, selector: record.selector, credential })
+        Some(Kept { minted: record.minted, selector: record.selector.clone(), credential })
     }
 
-    /// Seals the stored token for `environment` anew, under an admin token that has replaced the one of
-    /// its seal; true if nothing is left to do. What is not `credential`'s is left alone.
-    pub(super) async fn reseal(&self, environment: &Environment, credential: &Credential) -> bool {
-        let stored = match self.store.load(&Key::Credentials(environment.clone())).await {
-            Ok(stored) => stored,
-            Err(error) => {
-                let error: &dyn std::error::Error = &error;
-                warn!(error, "Cannot seal the kept token for environment {environment} anew");
-                return false;
-            }
-        };
-        let minted = match stored.and_then(|bytes| Record::parse(&bytes)) {
-            Some(record) if record.selector.as_deref() == credential.token.selector() => {
-                record.minted
-            }
-            Some(_) => return true,
-            None => false,
-        };
-        self.save(environment, credential, minted).await
-    }
-
-    /// Keeps a token; true if that worked. Without a store that works it lasts as long as the process.
-    pub(super) async fn save(
+    /// Seals the token in use for `environment` anew, under an admin token that has replaced the one of its
+    /// seal.
+    pub(super) fn reseal(
         &self,
         environment: &Environment,
+        past: &mut Past,
+        credential: &Credential,
+    ) {
+        let minted = matches!(&past.stored, Stored::Known(Some(record)) if record.minted);
+        self.save(environment, past, credential, minted);
+    }
+
+    /// Has the token in use stored. Without a store that works it lasts as long as the process.
+    pub(super) fn save(
+        &self,
+        environment: &Environment,
+        past: &mut Past,
         credential: &Credential,
         minted: bool,
-    ) -> bool {
+    ) {
         let Credential { token, projects } = credential;
         let record = Record {
             version: Record::VERSION,
@@ -266,17 +321,15 @@ impl Exchange {
             sealed: self.seal().close(environment, token),
         };
         let bytes = serde_json::to_vec(&record).expect("a record of plain fields serializes");
-        match self.store.save(&Key::Credentials(environment.clone()), bytes).await {
-            Ok(()) => {
-                debug!("Kept token {} for environment {environment}", token.masked());
-                true
-            }
-            Err(error) => {
-                let error: &dyn std::error::Error = &error;
-                warn!(error, "Cannot keep the token for environment {environment}");
-                false
-            }
-        }
+        let bytes = Bytes::from(bytes);
+        self.saver.save(Key::Credentials(environment.clone()), move || bytes.clone());
+        past.stored = Stored::Known(Some(record));
+    }
+}
+
+impl Stored {
+    fn is_being_read(&self) -> bool {
+        matches!(self, Self::Reading(_))
     }
 }
 

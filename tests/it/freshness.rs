@@ -1,7 +1,7 @@
 //! An edge never serves an older state after a newer one, never reports stale flags as fresh, and is not ready before
 //! there are flags to serve; a disk that hangs changes none of that.
 //!
-//! The upstream is made up: a real one shows the same state to every token, and has no replicas that lag.
+//! Most of the upstreams are made up: a real one shows the same state to every token, and has no replicas that lag.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
@@ -15,11 +15,14 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
-use reqwest::StatusCode;
+use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
-use crate::rig::{Parapet, Setup, hanging_disk, secrets, until};
+use crate::rig::{
+    Kind, Parapet, STORED_WITHIN, Setup, Unleash, Version, WallClock, hanging_disk, http, secrets,
+    until,
+};
 
 const ALL: &str = "*:development.all-projects-0123456789abcdef0123456789";
 const A: &str = "a:development.project-a-only-0123456789abcdef01234567";
@@ -490,6 +493,154 @@ async fn disk_that_hangs_stops_neither_flags_nor_the_end() {
     upstream.show(ALL, &["a/a5"]);
     until_served(&parapet, ALL, &["a5"]).await;
     assert!(parapet.terminate().await.success(), "it ends although the disk hangs");
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn disk_that_hangs_delays_no_new_environment() {
+    const FLEET: &str = "hanging-disk";
+    // Its lists do not show whole tokens, so that one has to be made.
+    let unleash = Unleash::start(Version::V8SecureTokens).await;
+    unleash.create_enabled_flag("there", "production", &[]).await;
+    let token = unleash.create_token(Kind::Backend, "production", &["*"], "sdk").await;
+    unleash.admin_post("/api/admin/environments/production/off", &json!({})).await;
+    let folder = tempfile::tempdir().unwrap();
+    let marker = folder.path().join("hangs");
+    let setup = edge(&unleash.url()).admin_token(unleash.admin_token());
+    let setup = setup.flag("--fleet-name", FLEET).env("HANG", &marker);
+    let parapet = setup.env("LD_PRELOAD", hanging_disk(folder.path())).start().await;
+    let own_tokens = async || {
+        let tokens = unleash.tokens_named(&format!("parapet-{FLEET}")).await;
+        let tokens = tokens.iter().map(|it| it["secret"].as_str().unwrap().to_owned());
+        tokens.collect::<BTreeSet<_>>()
+    };
+    let before = own_tokens().await;
+    assert_eq!(before.len(), 1, "production is disabled: {before:?}");
+    for selector in &before {
+        parapet.wait_until_kept(selector).await;
+    }
+
+    std::fs::write(&marker, "").unwrap();
+    unleash.admin_post("/api/admin/environments/production/on", &json!({})).await;
+    // Has it look for environments at once.
+    parapet.hang_up();
+    until_served(&parapet, &token, &["there"]).await;
+    // Neither the read nor the save has come to an end by then.
+    let failures = r#"parapet_store_save_failures_total{record="credentials"}"#;
+    assert!(parapet.metric(failures).await.is_none_or(|count| count < 1.0));
+    assert!(!parapet.log().contains("Cannot read the stored token"), "{}", parapet.log());
+    let after = own_tokens().await;
+    assert_eq!(after.len(), 2, "{after:?}");
+    unleash.remember_tokens_named(&format!("parapet-{FLEET}")).await;
+
+    std::fs::remove_file(&marker).unwrap();
+    for selector in &after {
+        parapet.wait_until_kept(selector).await;
+    }
+    parapet.terminate().await;
+    parapet.restart();
+    parapet.wait_until_ready().await;
+    until_served(&parapet, &token, &["there"]).await;
+    assert_eq!(own_tokens().await, after, "the stored tokens are used again");
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL, the npm packages and libfaketime, see tests/run"]
+async fn wall_clock_that_is_set_back_stops_neither_polls_nor_revocations_nor_usage() {
+    const BEFORE: &str = "clock.before";
+    const AFTER: &str = "clock.after";
+    const APP: &str = "clock-app";
+    let unleash = Unleash::shared(Version::V8).await;
+    unleash.create_enabled_flag(BEFORE, "development", &[]).await;
+    unleash.wait_until_counted(BEFORE, "development").await;
+    let token = async |name| unleash.create_token(Kind::Backend, "development", &["*"], name).await;
+    let (own, reporter, first, second) = (
+        token("clock-own").await,
+        token("clock-reporter").await,
+        token("clock-first").await,
+        token("clock-second").await,
+    );
+    let clock = WallClock::new();
+    // One learns of revocations by a list, the other by a question about each token.
+    let listing = edge(&unleash.url()).admin_token(unleash.admin_token());
+    let listing = clock.given_to(listing.flag("--fleet-name", "clock")).start().await;
+    unleash.remember_tokens_named("parapet-clock").await;
+    let asking = edge(&unleash.url()).env("TOKENS", &own);
+    let asking = asking.flag("--token-revalidation-interval-seconds", "1");
+    let asking = clock.given_to(asking).start().await;
+    let edges = [(&listing, &first), (&asking, &second)];
+    let serves = async |parapet: &Parapet, token: &str, flag: &str| {
+        served(parapet, token).await.is_ok_and(|names| names.iter().any(|name| name == flag))
+    };
+    for (parapet, token) in edges {
+        until("the flag is served", SOON, async || {
+            serves(parapet, token, BEFORE).await.then_some(())
+        })
+        .await;
+        let age = parapet.metric(AGE).await.unwrap();
+        assert!((0.0..60.0).contains(&age), "{age}");
+    }
+
+    // Two days are as far back as Unleash shows the hours of usage.
+    clock.shift("-47h");
+    let yesterday = jiff::Timestamp::now() - jiff::SignedDuration::from_hours(24);
+    unleash.create_enabled_flag(AFTER, "development", &[]).await;
+    for (parapet, token) in edges {
+        until("a change is served", SOON, async || {
+            serves(parapet, token, AFTER).await.then_some(())
+        })
+        .await;
+        let log = parapet.log();
+        let times = log.lines().filter_map(|line| line.split_once(' ')?.0.parse().ok());
+        let times = times.collect::<Vec<jiff::Timestamp>>();
+        assert!(times.iter().any(|time| *time < yesterday), "its clock is right: {log}");
+        let polls = r#"parapet_upstream_requests_total{purpose="features",outcome="not_modified"}"#;
+        let polls = async || parapet.metric(polls).await.unwrap_or_default();
+        let enough = polls().await + 4.0;
+        until("polls go on", SOON, async || {
+            let age = parapet.metric(AGE).await.unwrap();
+            assert!((0.0..60.0).contains(&age), "{age}");
+            (polls().await >= enough).then_some(())
+        })
+        .await;
+    }
+
+    let now = jiff::Timestamp::now();
+    let report = json!({"appName": APP, "instanceId": "one", "bucket": {
+        "start": now, "stop": now, "toggles": {BEFORE: {"yes": 3, "no": 1}}}});
+    let registration = json!({"appName": APP, "instanceId": "one", "strategies": ["default"],
+        "started": now, "interval": 15_000});
+    for (path, body) in [("/register", &registration), ("/metrics", &report)] {
+        for (parapet, _) in edges {
+            let post = http().post(format!("{}/api/client{path}", parapet.url()));
+            let post = post.header("Authorization", &reporter);
+            let post = post.header("Content-Type", "application/json").body(body.to_string());
+            assert_eq!(post.send().await.unwrap().status(), StatusCode::ACCEPTED);
+        }
+    }
+    until("usage of both edges is stored", STORED_WITHIN, async || {
+        // An hour that has not come by their clock is counted as the next one.
+        let path = format!("/api/admin/client-metrics/features/{BEFORE}/raw?hoursBack=48");
+        let stored = unleash.admin_ok(Method::GET, &path, &Value::Null).await;
+        let hours = stored["data"].as_array().unwrap().iter().filter(|it| it["appName"] == APP);
+        let sum = |field: &str| hours.clone().map(|it| it[field].as_u64().unwrap()).sum::<u64>();
+        (sum("yes") == 6 && sum("no") == 2).then_some(())
+    })
+    .await;
+    until("the application is registered", STORED_WITHIN, async || {
+        unleash.applications().await.iter().any(|it| it == APP).then_some(())
+    })
+    .await;
+
+    for (parapet, token) in edges {
+        unleash.delete_token(token).await;
+        // Unleash itself accepts a deleted token for up to a minute.
+        until("a revoked token is refused", 2 * SOON, async || {
+            (served(parapet, token).await == Err(StatusCode::UNAUTHORIZED)).then_some(())
+        })
+        .await;
+        assert!(served(parapet, &reporter).await.is_ok());
+    }
 }
 
 /// The status and the body of `/ready`.

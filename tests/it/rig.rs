@@ -5,6 +5,7 @@
 //! process, however that ends. The rig knows nothing of Parapet's insides. `tests/run` installs what it needs.
 
 pub(crate) mod chaos;
+mod clock;
 mod disk;
 mod driver;
 mod events;
@@ -17,6 +18,7 @@ pub(crate) mod secrets;
 mod unleash;
 
 pub(crate) use chaos::{ChaosProxy, Fault};
+pub(crate) use clock::WallClock;
 pub(crate) use disk::hanging_disk;
 pub(crate) use driver::Driver;
 pub(crate) use events::Events;

@@ -4,21 +4,36 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// A library for `LD_PRELOAD` with which a file system hangs: `rename` waits as long as the file named by `HANG` exists.
+/// A library for `LD_PRELOAD` with which a file system hangs: saving and reading a record wait as long as the file named by
+/// `HANG` exists.
 pub(crate) fn hanging_disk(folder: &Path) -> PathBuf {
     const SOURCE: &str = r#"
         #define _GNU_SOURCE
         #include <dlfcn.h>
+        #include <stdarg.h>
         #include <stdlib.h>
         #include <string.h>
+        #include <sys/types.h>
         #include <unistd.h>
-        int rename(const char *from, const char *to) {
+        static void hang(const char *path) {
             const char *marker = getenv("HANG");
-            size_t length = strlen(to);
-            if (marker && length > 8 && !strcmp(to + length - 8, ".parapet"))
+            size_t length = strlen(path);
+            if (marker && length > 8 && !strcmp(path + length - 8, ".parapet"))
                 while (!access(marker, F_OK)) usleep(20000);
+        }
+        int rename(const char *from, const char *to) {
+            hang(to);
             int (*real)(const char *, const char *) = dlsym(RTLD_NEXT, "rename");
             return real(from, to);
+        }
+        int open64(const char *path, int flags, ...) {
+            va_list rest;
+            va_start(rest, flags);
+            mode_t mode = va_arg(rest, mode_t);
+            va_end(rest);
+            hang(path);
+            int (*real)(const char *, int, ...) = dlsym(RTLD_NEXT, "open64");
+            return real(path, flags, mode);
         }"#;
     let (source, library) = (folder.join("hang.c"), folder.join("hang.so"));
     fs::write(&source, SOURCE).unwrap();

@@ -1,0 +1,47 @@
+//! A wall clock that a test sets.
+
+use std::fs;
+use std::path::PathBuf;
+
+use tempfile::TempDir;
+
+use super::parapet::Setup;
+
+/// The wall clock of processes, which a test can set while they run. Their monotonic clock is this machine's.
+pub(crate) struct WallClock(TempDir);
+
+impl WallClock {
+    /// A clock that is right.
+    pub(crate) fn new() -> Self {
+        let clock = Self(tempfile::tempdir().unwrap());
+        clock.shift("+0");
+        clock
+    }
+
+    /// Has Parapet read this clock.
+    pub(crate) fn given_to(&self, setup: Setup) -> Setup {
+        setup
+            .env("LD_PRELOAD", library())
+            .env("FAKETIME_TIMESTAMP_FILE", self.file())
+            .env("FAKETIME_NO_CACHE", "1")
+            .env("FAKETIME_DONT_FAKE_MONOTONIC", "1")
+    }
+
+    /// Sets it so far from the right time, from now on: `-47h`.
+    pub(crate) fn shift(&self, offset: &str) {
+        let new = self.0.path().join("new");
+        fs::write(&new, offset).unwrap();
+        fs::rename(new, self.file()).unwrap();
+    }
+
+    fn file(&self) -> PathBuf {
+        self.0.path().join("offset")
+    }
+}
+
+/// Where Debian keeps the library: a directory for each architecture.
+fn library() -> PathBuf {
+    let architectures = fs::read_dir("/usr/lib").unwrap().filter_map(Result::ok);
+    let mut libraries = architectures.map(|it| it.path().join("faketime/libfaketimeMT.so.1"));
+    libraries.find(|it| it.exists()).expect("libfaketime is not installed: tests/run installs it")
+}
