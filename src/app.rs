@@ -340,8 +340,8 @@ mod tests {
     use super::*;
     use crate::{
         config::{Command, Mistake},
-        token::{Environment, Projects, Scope},
-        usage::SdkKind,
+        token::{Environment, Projects, Scope, TokenDigest},
+        usage::{Reporter, SdkKind},
         wire::usage::ClientMetrics,
     };
 
@@ -364,7 +364,9 @@ mod tests {
         let bucket = json!({"start": now, "stop": now, "toggles": {"f": {"yes": 7, "no": 0}}});
         let report = json!({"appName": "a", "instanceId": "i", "bucket": bucket}).to_string();
         let report = ClientMetrics::parse(report.as_bytes()).expect("report");
-        app.keeper.usage.record_metrics(&scope, SdkKind::Backend, report, now);
+        let token = &TokenDigest::of("token");
+        let reporter = Reporter { token, kind: SdkKind::Backend, scope: &scope, snapshot: None };
+        app.keeper.usage.record_metrics(&reporter, report, now).expect("there is room");
 
         let mistake = Mistake { place: "PORT".to_owned(), reason: "of no interest".to_owned() };
         let reload = || Signal::Reload(Err(mistake.clone().into()));

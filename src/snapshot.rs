@@ -47,7 +47,7 @@ use self::{
     part::{Part, Parts},
 };
 use crate::{
-    engine::{Engine, Problem},
+    engine::{Engine, Flag, Problem},
     token::{Environment, Projects, Scope},
     wire::features::Document,
 };
@@ -172,6 +172,11 @@ impl Snapshot {
     /// The compiled flags.
     pub fn engine(&self) -> &Engine {
         &self.engine
+    }
+
+    /// The compiled flag of this name.
+    pub fn flag(&self, name: &str) -> Option<&Flag> {
+        self.engine.find(name).map(|id| self.engine.flag(id))
     }
 
     /// What is wrong with single flags.

@@ -6,6 +6,14 @@
 //! counts by flag, application, environment and hour of UTC, so these are what is merged. An hour
 //! is the client's word only within a week: beyond, the count stays and the hour is the nearest.
 //!
+//! What reports and registrations keep is bounded, in bytes too, and each token has a share of it
+//! (`pool`). Flags and variants that the token's snapshot has always count. Other names may be made
+//! up, but also newer than the snapshot, or deleted a while ago: they count as any other within a
+//! small pool of their own, and go upstream, which judges them. A report for which there is no room
+//! is refused whole, as [`Full`]: nothing that is acknowledged is dropped, and the SDK can report it
+//! again. Impact metrics and the registrations that come with counts do not refuse a report: those
+//! without room are left out and counted in the metrics.
+//!
 //! Whether a token may report is not judged here, and bytes are kept by whoever calls
 //! [`Usage::save`].
 
@@ -20,6 +28,7 @@ mod ledger;
 mod meter;
 mod outbox;
 mod pipeline;
+mod pool;
 mod sender;
 mod sink;
 mod spool;
@@ -36,9 +45,11 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use self::{
     applications::InstanceKey,
-    counter::{Counter, CounterKey, Hour, MAX_NAME, shortened, storable},
+    counter::{Counter, CounterKey, Hour, Lost, MAX_NAME, Name, shortened, storable},
+    ledger::{Counted, NoRoom},
     meter::{Endpoint, Reason},
     pipeline::Pipeline,
+    pool::{Charge, Pool},
 };
 pub use self::{
     outbox::{Revision, Totals},
@@ -49,7 +60,9 @@ pub use self::{
 };
 pub use crate::wire::usage::SdkKind;
 use crate::{
-    token::{Environment, Scope},
+    engine::Flag,
+    snapshot::Snapshot,
+    token::{Environment, Scope, TokenDigest},
     wire::usage::{
         Application, Bucket, Bulk, ClientMetrics, ConnectVia, EdgeInstance, Metadata, ToggleStats,
     },
@@ -57,10 +70,41 @@ use crate::{
 
 /// How many edges behind this one are remembered.
 const MAX_EDGES: usize = 1000;
+/// The memory for what they tell of themselves, in bytes.
+const EDGE_BYTES: usize = 8 * 1024 * 1024;
 /// How much an edge may tell of itself, in bytes of JSON.
 const MAX_EDGE: usize = 64 * 1024;
 /// After which time an edge that is silent is forgotten; they report every minute.
 const FORGET_EDGE: Duration = Duration::from_mins(10);
+
+/// A report that is not taken because there is no room for it in its token's share.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+#[error("there is no room for more usage of this token")]
+pub struct Full {
+    /// After which time there may be room: what was reported has been sent then.
+    pub retry_after: Duration,
+}
+
+/// Whoever reports, by a token that is valid.
+#[derive(Clone, Copy, Debug)]
+pub struct Reporter<'a> {
+    /// The token, whose share of memory it uses.
+    pub token: &'a TokenDigest,
+    /// The family of SDKs that the token is for.
+    pub kind: SdkKind,
+    /// What the token sees.
+    pub scope: &'a Scope,
+    /// The flags of its environment; `None` where they were never fetched.
+    pub snapshot: Option<&'a Snapshot>,
+}
+
+impl Reporter<'_> {
+    /// The flag of a name, if the token sees it.
+    fn flag(&self, name: &str) -> Option<&Flag> {
+        let flag = self.snapshot?.flag(name)?;
+        self.scope.projects.contains(flag.project()).then_some(flag)
+    }
+}
 
 /// How usage is kept and sent.
 #[derive(Clone, Debug)]
@@ -68,7 +112,7 @@ pub struct Config {
     /// How often a generation is drained and sent.
     pub interval: Duration,
     /// How many distinct counters are held before they are merged harder; a flag's variants count
-    /// as counters too.
+    /// as counters too, and long texts several times. A part of as many besides is for unknown names.
     pub max_counters: usize,
 }
 
@@ -85,12 +129,15 @@ struct Shared {
     /// How this instance names itself in `connectVia`.
     hop: ConnectVia,
     edges: Mutex<BTreeMap<Arc<str>, Edge>>,
+    edge_bytes: Pool,
 }
 
 #[derive(Debug)]
 struct Edge {
     seen: Instant,
-    told: Value,
+    /// JSON.
+    told: Box<str>,
+    _charge: Charge,
 }
 
 impl Usage {
@@ -102,6 +149,7 @@ impl Usage {
             interval: config.interval,
             hop,
             edges: Mutex::default(),
+            edge_bytes: Pool::new(EDGE_BYTES),
         };
         Self { shared: Arc::new(shared) }
     }
@@ -114,11 +162,10 @@ impl Usage {
     /// their bucket ended.
     pub fn record_metrics(
         &self,
-        scope: &Scope,
-        kind: SdkKind,
+        reporter: &Reporter<'_>,
         report: ClientMetrics,
         now: Timestamp,
-    ) {
+    ) -> Result<(), Full> {
         meter::reported(Endpoint::Metrics);
         let ClientMetrics {
             app_name,
@@ -130,9 +177,18 @@ impl Usage {
         } = report;
         let app = shortened(&app_name);
         let started = bucket.as_ref().map_or(now, |bucket| bucket.start);
-        let counted = bucket.as_ref().map_or(now, Bucket::counted_at);
-        let instance = self.instance(&scope.environment, &app, kind, instance_id.as_ref());
-        if !self.shared.pipeline.ledger.touch(&instance, clock()) {
+        let ended = bucket.as_ref().map_or(now, Bucket::counted_at);
+        let hour = Hour::reported(ended, now);
+        let metadata = Arc::new(metadata);
+        let mut counts = Counts::default();
+        for (flag, stats) in bucket.into_iter().flat_map(|bucket| bucket.toggles) {
+            counts.add(reporter, (hour, &app, flag), stats, &metadata);
+        }
+        self.count(reporter, counts, now, Endpoint::Metrics)?;
+        let environment = &reporter.scope.environment;
+        let instance = self.instance(environment, &app, reporter.kind, instance_id.as_ref());
+        let ledger = &self.shared.pipeline.ledger;
+        if !ledger.touch(&instance, clock()) {
             let application = Application {
                 app_name: Arc::clone(&app),
                 instance_id,
@@ -144,72 +200,90 @@ impl Usage {
                 started,
                 strategies: None,
                 sdk_kind: None,
-                metadata: metadata.clone(),
+                metadata: Metadata::clone(&metadata),
                 extra: serde_json::Map::new(),
             };
-            self.register(scope, kind, application);
+            self.register_or_drop(reporter, application);
         }
-        let environment = &scope.environment;
-        let metadata = Arc::new(metadata);
-        let hour = Hour::reported(counted, now);
-        for (flag, stats) in bucket.into_iter().flat_map(|bucket| bucket.toggles) {
-            self.count(environment, hour, &app, flag, stats, &metadata);
-        }
-        let lost = self.shared.pipeline.ledger.measure(environment, &app, impact_metrics, now);
+        let lost = ledger.measure(environment, &app, impact_metrics, reporter.token, now);
         meter::items_dropped("impact_sample", lost);
+        Ok(())
     }
 
     /// Counts what another edge reports, as far as it is of the token's environment.
-    pub fn record_bulk(&self, scope: &Scope, kind: SdkKind, bulk: Bulk, now: Timestamp) {
+    pub fn record_bulk(
+        &self,
+        reporter: &Reporter<'_>,
+        bulk: Bulk,
+        now: Timestamp,
+    ) -> Result<(), Full> {
         meter::reported(Endpoint::Bulk);
-        meter::items_dropped("unreadable", bulk.malformed);
-        let environment = &scope.environment;
+        let environment = &reporter.scope.environment;
         let ours = |name: &str| name == environment.as_str();
+        let mut counts = Counts::default();
+        for metric in bulk.metrics {
+            let app = shortened(&metric.app_name);
+            if ours(&metric.environment) {
+                let hour = Hour::reported(metric.timestamp, now);
+                let metadata = Arc::new(metric.metadata);
+                counts.add(reporter, (hour, &app, metric.feature_name), metric.stats, &metadata);
+            } else {
+                counts.add_foreign(&metric.stats);
+            }
+        }
+        self.count(reporter, counts, now, Endpoint::Bulk)?;
+        meter::items_dropped("unreadable", bulk.malformed);
         for application in bulk.applications {
             // Unleash Edge puts the applications of all environments into the batch of each.
             if application.environment.as_deref().is_none_or(ours) {
-                self.register(scope, kind, application);
+                self.register_or_drop(reporter, application);
             }
         }
-        for metric in bulk.metrics {
-            let app = shortened(&metric.app_name);
-            let (flag, stats) = (metric.feature_name, metric.stats);
-            if ours(&metric.environment) {
-                let metadata = Arc::new(metric.metadata);
-                let hour = Hour::reported(metric.timestamp, now);
-                self.count(environment, hour, &app, flag, stats, &metadata);
-            } else {
-                let count = stats.yes.saturating_add(stats.no);
-                meter::received(count);
-                meter::dropped(Reason::Environment, count);
-            }
-        }
-        let nameless = "".into();
-        let lost =
-            self.shared.pipeline.ledger.measure(environment, &nameless, bulk.impact_metrics, now);
+        let (ledger, nameless) = (&self.shared.pipeline.ledger, "".into());
+        let lost = ledger.measure(environment, &nameless, bulk.impact_metrics, reporter.token, now);
         meter::items_dropped("impact_sample", lost);
+        Ok(())
     }
 
     /// Notes a registration; its environment and projects are its token's.
-    pub fn record_registration(&self, scope: &Scope, kind: SdkKind, application: Application) {
+    pub fn record_registration(
+        &self,
+        reporter: &Reporter<'_>,
+        application: Application,
+    ) -> Result<(), Full> {
         meter::reported(Endpoint::Register);
-        self.register(scope, kind, application);
+        let is_noted = self.register(reporter, application);
+        is_noted.then_some(()).ok_or_else(|| self.full(Endpoint::Register))
     }
 
-    /// Remembers what an edge behind this one tells of itself.
-    pub fn record_edge_instance(&self, edge: &EdgeInstance) {
+    /// Remembers what an edge behind this one tells of itself. A report that is too large by itself
+    /// is dropped and counted.
+    pub fn record_edge_instance(
+        &self,
+        reporter: &Reporter<'_>,
+        edge: &EdgeInstance,
+    ) -> Result<(), Full> {
         meter::reported(Endpoint::Edge);
-        let now = clock();
-        let fits = edge.identifier().len() <= MAX_NAME
-            && serde_json::to_vec(edge.value()).is_ok_and(|json| json.len() <= MAX_EDGE);
+        let (now, identifier) = (clock(), edge.identifier());
+        let told: Box<str> = edge.value().to_string().into();
+        if identifier.len() > MAX_NAME || told.len() > MAX_EDGE {
+            meter::items_dropped("edge_instance", 1);
+            return Ok(());
+        }
         let mut edges = self.edges();
         edges.retain(|_, edge| now.saturating_duration_since(edge.seen) < FORGET_EDGE);
-        if fits && (edges.len() < MAX_EDGES || edges.contains_key(edge.identifier())) {
-            let told = Edge { seen: now, told: edge.value().clone() };
-            edges.insert(Arc::clone(edge.identifier()), told);
-        } else {
-            meter::items_dropped("edge_instance", 1);
+        if edges.len() >= MAX_EDGES && !edges.contains_key(identifier) {
+            return Err(self.full(Endpoint::Edge));
         }
+        let account = self.shared.edge_bytes.account(reporter.token);
+        let size = size_of::<(Arc<str>, Edge)>() + identifier.len() + told.len();
+        let Some(charge) = account.try_charge(size) else {
+            return Err(self.full(Endpoint::Edge));
+        };
+        edges.insert(Arc::clone(identifier), Edge { seen: now, told, _charge: charge });
+        drop(edges);
+        self.shared.edge_bytes.sweep();
+        Ok(())
     }
 
     /// Sends a generation to `sink` at each interval until the ending begins, then what is left within
@@ -247,7 +321,8 @@ impl Usage {
 
     /// What the edges behind this one last told of themselves.
     pub fn instances(&self) -> Vec<Value> {
-        self.edges().values().map(|edge| edge.told.clone()).collect()
+        let told = |edge: &Edge| serde_json::from_str(&edge.told).unwrap_or_default();
+        self.edges().values().map(told).collect()
     }
 
     /// How many evaluations have been sent, and let go by the outbox.
@@ -284,7 +359,9 @@ impl Usage {
         self.shared.pipeline.restore(bytes, clock())
     }
 
-    fn register(&self, scope: &Scope, kind: SdkKind, mut application: Application) {
+    /// Notes a registration; false where its token has no room for it.
+    fn register(&self, reporter: &Reporter<'_>, mut application: Application) -> bool {
+        let Reporter { token, kind, scope, .. } = *reporter;
         let kind = match (kind, application.sdk_kind) {
             (SdkKind::Frontend, _) => SdkKind::Frontend,
             (SdkKind::Backend, told) => told.unwrap_or(SdkKind::Backend),
@@ -299,12 +376,44 @@ impl Usage {
         application.sdk_kind = Some(kind);
         application.connect_via.push(self.shared.hop.clone());
         if kind == SdkKind::Frontend {
+            // Frontend SDKs implement no strategies.
+            application.strategies = None;
             // Upstream takes a frontend SDK without a version for a backend one.
             application.metadata.sdk_version.get_or_insert_with(|| "unknown".into());
         }
-        if !self.shared.pipeline.ledger.register(key, application, clock()) {
+        self.shared.pipeline.ledger.register(key, application, token, clock())
+    }
+
+    /// Notes a registration that comes with counts, which shall not be refused for it.
+    fn register_or_drop(&self, reporter: &Reporter<'_>, application: Application) {
+        if !self.register(reporter, application) {
             meter::items_dropped("application", 1);
         }
+    }
+
+    /// Adds what a report counts, all or nothing.
+    fn count(
+        &self,
+        reporter: &Reporter<'_>,
+        counts: Counts,
+        now: Timestamp,
+        endpoint: Endpoint,
+    ) -> Result<(), Full> {
+        let Counts { counters, received, overflow, unnamed, foreign } = counts;
+        let (environment, token) = (&reporter.scope.environment, reporter.token);
+        let counted =
+            self.shared.pipeline.ledger.count(environment, counters, token, Hour::of(now));
+        let Lost(lost) = counted.map_err(|NoRoom| self.full(endpoint))?;
+        meter::received(received);
+        meter::dropped(Reason::Overflow, overflow.saturating_add(lost));
+        meter::dropped(Reason::Name, unnamed);
+        meter::dropped(Reason::Environment, foreign);
+        Ok(())
+    }
+
+    fn full(&self, endpoint: Endpoint) -> Full {
+        meter::refused(endpoint);
+        Full { retry_after: self.shared.interval }
     }
 
     /// Which instance reports; one that does not name itself always gets the same name.
@@ -328,30 +437,53 @@ impl Usage {
         InstanceKey { environment: environment.clone(), app: Arc::clone(app), instance }
     }
 
-    fn count(
-        &self,
-        environment: &Environment,
-        hour: Hour,
-        app: &Arc<str>,
-        flag: Arc<str>,
+    fn edges(&self) -> MutexGuard<'_, BTreeMap<Arc<str>, Edge>> {
+        self.shared.edges.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a report counts, and what of it cannot be counted whatever room there is.
+#[derive(Debug, Default)]
+struct Counts {
+    counters: Vec<Counted>,
+    /// How many evaluations the report has, those below included.
+    received: u64,
+    overflow: u64,
+    /// Of flags whose names upstream cannot store.
+    unnamed: u64,
+    /// Of another environment than the token's.
+    foreign: u64,
+}
+
+impl Counts {
+    fn add(
+        &mut self,
+        reporter: &Reporter<'_>,
+        (hour, app, flag): (Hour, &Arc<str>, Arc<str>),
         stats: ToggleStats,
         metadata: &Arc<Metadata>,
     ) {
-        let (counter, lost) = Counter::of(stats, metadata);
+        let known = reporter.flag(&flag);
+        let name = Name::of(known.is_some());
+        let variant = |variant: &str| Name::of(known.is_some_and(|flag| flag.has_variant(variant)));
+        let (counter, Lost(lost)) = Counter::of(stats, metadata, variant);
         let total = counter.total();
-        meter::received(total.saturating_add(lost.0));
-        meter::dropped(Reason::Overflow, lost.0);
-        let Some(flag) = storable(flag) else { return meter::dropped(Reason::Name, total) };
-        if counter.is_zero() {
+        self.received = self.received.saturating_add(total).saturating_add(lost);
+        self.overflow = self.overflow.saturating_add(lost);
+        let Some(flag) = storable(flag) else {
+            self.unnamed = self.unnamed.saturating_add(total);
             return;
+        };
+        if !counter.is_zero() {
+            let key = CounterKey { hour, app: Arc::clone(app), flag };
+            self.counters.push(Counted { key, name, counter });
         }
-        let key = CounterKey { hour, app: Arc::clone(app), flag };
-        let lost = self.shared.pipeline.ledger.count(environment, key, counter);
-        meter::dropped(Reason::Full, lost.0);
     }
 
-    fn edges(&self) -> MutexGuard<'_, BTreeMap<Arc<str>, Edge>> {
-        self.shared.edges.lock().unwrap_or_else(PoisonError::into_inner)
+    fn add_foreign(&mut self, stats: &ToggleStats) {
+        let count = stats.yes.saturating_add(stats.no);
+        self.received = self.received.saturating_add(count);
+        self.foreign = self.foreign.saturating_add(count);
     }
 }
 
@@ -370,7 +502,7 @@ mod tests {
     use serde_json::json;
 
     use super::{outbox::Outcome, *};
-    use crate::token::Projects;
+    use crate::{token::Projects, wire::features::Document};
 
     fn usage(max_counters: usize) -> Usage {
         let config = Config { interval: Duration::from_mins(1), max_counters };
@@ -381,6 +513,62 @@ mod tests {
     fn scope(environment: &str) -> Scope {
         let projects = Projects::from_list(["default"]);
         Scope { environment: Environment::new(environment), projects }
+    }
+
+    /// Reports to an instance with the token of an environment.
+    struct Client<'a> {
+        usage: &'a Usage,
+        token: TokenDigest,
+        kind: SdkKind,
+        scope: Scope,
+        snapshot: Option<Snapshot>,
+    }
+
+    impl<'a> Client<'a> {
+        fn new(usage: &'a Usage, kind: SdkKind, environment: &str) -> Self {
+            let token = TokenDigest::of(&format!("{kind:?} of {environment}"));
+            let scope = scope(environment);
+            let flags = ["a", "b", "c", "d", "f", "real"].map(flag);
+            let document = json!({ "features": flags }).to_string();
+            let document = Document::parse(document.as_bytes()).unwrap();
+            let snapshot = Some(Snapshot::build(scope.clone(), document, None));
+            Self { usage, token, kind, scope, snapshot }
+        }
+
+        fn reporter(&self) -> Reporter<'_> {
+            let Self { token, kind, scope, snapshot, .. } = self;
+            Reporter { token, kind: *kind, scope, snapshot: snapshot.as_ref() }
+        }
+
+        fn report(&self, report: ClientMetrics) {
+            self.report_at(report, at(0));
+        }
+
+        fn report_at(&self, report: ClientMetrics, now: Timestamp) {
+            self.usage.record_metrics(&self.reporter(), report, now).unwrap();
+        }
+
+        fn send_bulk(&self, body: &Value) {
+            let bulk = Bulk::parse(body.to_string().as_bytes()).unwrap();
+            self.usage.record_bulk(&self.reporter(), bulk, at(0)).unwrap();
+        }
+
+        fn register(&self, application: Application) -> Result<(), Full> {
+            self.usage.record_registration(&self.reporter(), application)
+        }
+    }
+
+    fn backend(usage: &Usage) -> Client<'_> {
+        Client::new(usage, SdkKind::Backend, "dev")
+    }
+
+    fn frontend(usage: &Usage) -> Client<'_> {
+        Client::new(usage, SdkKind::Frontend, "dev")
+    }
+
+    fn flag(name: &str) -> Value {
+        json!({ "name": name, "enabled": true, "project": "default",
+                "variants": [{ "name": "v", "weight": 1000 }] })
     }
 
     fn at(second: i64) -> Timestamp {
@@ -433,10 +621,10 @@ mod tests {
     fn reports_of_an_hour_are_one_counter_and_the_application_is_told_beside_it() {
         let usage = usage(100);
         for _ in 0..3 {
-            usage.record_metrics(&scope("dev"), SdkKind::Backend, counts("a", "f", 2), at(0));
+            backend(&usage).report(counts("a", "f", 2));
         }
         insta::assert_snapshot!(json!(sent(&usage, [])).to_string(), @r#"[{"applications":[{"appName":"a","connectVia":[{"appName":"parapet","instanceId":"p1"}],"environment":"dev","instanceId":"i","interval":60,"projects":["default"],"sdkType":"backend","started":"2026-01-02T03:04:05Z"}],"metrics":[]},{"applications":[],"metrics":[{"appName":"a","environment":"dev","featureName":"f","no":3,"timestamp":"2026-01-02T03:00:00Z","variants":{"v":6},"yes":6}]}]"#);
-        usage.record_metrics(&scope("dev"), SdkKind::Backend, counts("a", "f", 2), at(0));
+        backend(&usage).report(counts("a", "f", 2));
         let again = sent(&usage, []);
         assert_eq!((&again[0]["applications"], sum(&again, "yes")), (&json!([]), 2));
     }
@@ -445,8 +633,7 @@ mod tests {
     async fn instance_is_registered_again_after_an_hour_although_the_clock_is_set_back() {
         let usage = usage(100);
         let registered = |second| {
-            let report = counts("a", "f", 2);
-            usage.record_metrics(&scope("dev"), SdkKind::Backend, report, at(second));
+            backend(&usage).report_at(counts("a", "f", 2), at(second));
             sent(&usage, [])[0]["applications"].as_array().unwrap().len()
         };
         assert_eq!(registered(0), 1);
@@ -466,7 +653,7 @@ mod tests {
         });
         let application = Application::parse(body.to_string().as_bytes()).unwrap();
         let register = |kind| {
-            usage.record_registration(&scope("dev"), kind, application.clone());
+            Client::new(&usage, kind, "dev").register(application.clone()).unwrap();
             sent(&usage, []).remove(0)["applications"][0].take()
         };
         let (backend, frontend) = (register(SdkKind::Backend), register(SdkKind::Frontend));
@@ -479,6 +666,8 @@ mod tests {
             (&json!("backend"), &json!("frontend"))
         );
         assert_eq!(frontend["sdkVersion"], "unknown");
+        let strategies = |of: &Value| of.get("strategies").cloned();
+        assert_eq!((strategies(&backend), strategies(&frontend)), (Some(json!(["default"])), None));
         assert_ne!(backend["instanceId"], frontend["instanceId"]);
         assert!(backend["instanceId"].as_str().unwrap().starts_with("parapet-"));
     }
@@ -499,8 +688,7 @@ mod tests {
             "metrics": [metric("dev"), metric("prod")],
             "impactMetrics": [{ "name": "n", "help": "h", "type": "counter", "samples": [{ "value": 1 }] }],
         });
-        let bulk = Bulk::parse(body.to_string().as_bytes()).unwrap();
-        usage.record_bulk(&scope("dev"), SdkKind::Backend, bulk, at(0));
+        backend(&usage).send_bulk(&body);
         let bodies = sent(&usage, []);
         assert_eq!((bodies.len(), sum(&bodies, "yes")), (3, 3));
         assert_eq!(bodies[0]["applications"].as_array().unwrap().len(), 1);
@@ -520,8 +708,7 @@ mod tests {
         };
         let metrics: Vec<_> = (-4000..4000).map(metric).collect();
         let body = json!({ "applications": [], "metrics": metrics });
-        let bulk = Bulk::parse(body.to_string().as_bytes()).unwrap();
-        usage.record_bulk(&scope("dev"), SdkKind::Frontend, bulk, at(0));
+        frontend(&usage).send_bulk(&body);
         assert_eq!(usage.shared.pipeline.ledger.len(), 170);
         assert_eq!(sum(&sent(&usage, []), "yes"), 8000);
     }
@@ -529,7 +716,7 @@ mod tests {
     #[test]
     fn what_waits_is_shown_with_its_key() {
         let usage = usage(100);
-        usage.record_metrics(&scope("dev"), SdkKind::Backend, counts("a", "f", 2), at(0));
+        backend(&usage).report(counts("a", "f", 2));
         let check = |applications: usize| {
             let pending = usage.pending();
             let key = json!({ "app_name": "a", "feature_name": "f", "environment": "dev",
@@ -559,7 +746,7 @@ mod tests {
             };
             check(0);
             // A flag and its variant.
-            usage.record_metrics(&scope("dev"), SdkKind::Backend, counts("a", "f", 2), at(0));
+            backend(&usage).report(counts("a", "f", 2));
             check(2);
             usage.shared.pipeline.collect(clock());
             check(2);
@@ -572,7 +759,7 @@ mod tests {
     fn what_is_stored_is_outdated_as_soon_as_it_is_sent_and_replaced_only_then() {
         let settled = |usage: &Usage| usage.settled().now_or_never().is_some();
         let before = usage(100);
-        before.record_metrics(&scope("dev"), SdkKind::Backend, counts("a", "f", 2), at(0));
+        backend(&before).report(counts("a", "f", 2));
         let saved = before.save().unwrap();
 
         let restarted = usage(100);
@@ -592,7 +779,7 @@ mod tests {
         assert_eq!(restarted.backlog(Some(backlog.revision)), Some(empty.clone()));
         assert!(!settled(&restarted));
 
-        restarted.record_metrics(&scope("dev"), SdkKind::Backend, counts("a", "f", 2), at(0));
+        backend(&restarted).report(counts("a", "f", 2));
         sent(&restarted, []);
         assert!(!settled(&restarted));
         assert_eq!(restarted.backlog(Some(empty.revision)), None);
@@ -604,39 +791,59 @@ mod tests {
         let tell = |identifier: &str| {
             let body = json!({ "identifier": identifier, "traffic": {} }).to_string();
             let edge = EdgeInstance::parse(body.as_bytes()).unwrap();
-            usage.record_edge_instance(&edge);
+            usage.record_edge_instance(&backend(&usage).reporter(), &edge)
         };
-        tell("one");
+        tell("one").unwrap();
         tokio::time::advance(FORGET_EDGE / 2).await;
-        tell("two");
+        tell("two").unwrap();
         assert_eq!(usage.instances().len(), 2);
         tokio::time::advance(FORGET_EDGE / 2).await;
-        tell("two");
+        tell("two").unwrap();
         assert_eq!(usage.instances(), [json!({ "identifier": "two", "traffic": {} })]);
-        for edge in 0..MAX_EDGES + 10 {
-            tell(&edge.to_string());
+        for edge in 1..MAX_EDGES {
+            tell(&edge.to_string()).unwrap();
         }
+        assert_eq!(tell("one too many"), Err(Full { retry_after: Duration::from_mins(1) }));
+        tell("two").unwrap();
         assert_eq!(usage.instances().len(), MAX_EDGES);
     }
 
     #[test]
-    fn a_flood_of_names_is_bounded_and_real_flags_keep_counting() {
+    fn flood_of_names_is_refused_and_takes_no_room_from_real_flags() {
         let usage = usage(1000);
-        usage.record_metrics(&scope("dev"), SdkKind::Frontend, counts("a", "real", 1), at(0));
+        let (public, server) = (frontend(&usage), backend(&usage));
+        public.report(counts("a", "real", 1));
+        let mut accepted = 0;
         for flood in 0..5000 {
             let report = counts(&format!("app-{flood}"), &format!("flag-{flood}"), 1);
-            usage.record_metrics(&scope("dev"), SdkKind::Frontend, report, at(0));
+            match usage.record_metrics(&public.reporter(), report, at(0)) {
+                Ok(()) => accepted += 1,
+                Err(full) => assert_eq!(full.retry_after, Duration::from_mins(1)),
+            }
         }
-        usage.record_metrics(&scope("dev"), SdkKind::Frontend, counts("a", "real", 1), at(0));
-        let held = usage.shared.pipeline.ledger.len();
-        assert!((1000..1002).contains(&held), "{held}");
+        public.report(counts("a", "real", 1));
+        server.report(counts("b", "real", 1));
+        server.report(counts("b", "newer", 1));
         let bodies = sent(&usage, []);
-        let metrics: Vec<_> =
-            bodies.iter().flat_map(|body| body["metrics"].as_array().unwrap()).collect();
-        let real = metrics.iter().find(|metric| metric["featureName"] == "real").unwrap();
-        assert_eq!(real["yes"], 2);
-        // Each counter has one variant, and the known flag was counted twice.
-        assert_eq!((metrics.len(), sum(&bodies, "yes")), (held / 2, held as u64 / 2 + 1));
+        // Each made-up flag has a variant, and one token has four fifths of what there is for both.
+        assert_eq!(accepted, 1000 / 32 * 4 / 5 / 2);
+        assert_eq!(sum(&bodies, "yes"), accepted + 4);
+        public.report(counts("a", "flag-after", 1));
+    }
+
+    #[test]
+    fn flags_are_known_as_far_as_the_token_sees_them() {
+        let usage = usage(1000);
+        let mut client = backend(&usage);
+        assert!(client.reporter().flag("f").is_some());
+        assert!(client.reporter().flag("g").is_none());
+        client.scope.projects = Projects::from_list(["other"]);
+        assert!(client.reporter().flag("f").is_none());
+        client.snapshot = None;
+        assert!(client.reporter().flag("f").is_none());
+        // What is not known counts as well.
+        client.report(counts("a", "f", 2));
+        assert_eq!(sum(&sent(&usage, []), "yes"), 2);
     }
 
     fn outcome() -> impl Strategy<Value = Outcome> {
@@ -663,8 +870,9 @@ mod tests {
                 for reports in &reports {
                     threads.spawn(move || {
                         for (environment, app, flag, yes) in reports {
-                            let scope = scope(&environment.to_string());
-                            before.record_metrics(&scope, SdkKind::Backend, counts(app, flag, *yes), at(0));
+                            let environment = environment.to_string();
+                            let client = Client::new(before, SdkKind::Backend, &environment);
+                            client.report(counts(app, flag, *yes));
                             recorded.fetch_add(*yes, Ordering::Relaxed);
                         }
                     });

@@ -137,8 +137,8 @@ mod tests {
     use super::*;
     use crate::{
         auth::{self, Authority},
-        token::{Environment, Grant, Projects, Scope, Token, TokenKind},
-        usage::{self, SdkKind},
+        token::{Environment, Grant, Projects, Scope, Token, TokenDigest, TokenKind},
+        usage::{self, Reporter, SdkKind},
         wire::usage::{ClientMetrics, ConnectVia},
     };
 
@@ -167,7 +167,9 @@ mod tests {
         let bucket = json!({"start": now, "stop": now, "toggles": {"f": {"yes": yes, "no": 0}}});
         let report = json!({"appName": "a", "instanceId": "i", "bucket": bucket}).to_string();
         let report = ClientMetrics::parse(report.as_bytes()).expect("report");
-        keeper.usage.record_metrics(&scope, SdkKind::Backend, report, now);
+        let token = &TokenDigest::of("token");
+        let reporter = Reporter { token, kind: SdkKind::Backend, scope: &scope, snapshot: None };
+        keeper.usage.record_metrics(&reporter, report, now).expect("there is room");
     }
 
     /// How many evaluations an instance would send.

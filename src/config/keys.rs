@@ -321,7 +321,8 @@ keys! {
         TOKEN_CACHE_CAPACITY = one("token-cache-capacity").default("100000");
         /// How long a token that was found invalid is refused without asking again.
         INVALID_TOKEN_TTL_SECONDS = one("invalid-token-ttl-seconds").default("30");
-        /// How many distinct usage counters are held before they are merged harder.
+        /// How many distinct usage counters are held, for all tokens, before they are merged harder; a
+        /// 32nd part of that besides for flags that the reporting token does not see.
         USAGE_MAX_COUNTERS = one("usage-max-counters").default("100000");
     }
     Everywhere, "Running": {

@@ -4,6 +4,9 @@ use std::sync::Arc;
 
 use super::variant::Variant;
 
+/// The variant that SDKs report of a flag without any.
+const NO_VARIANT: &str = "disabled";
+
 /// A flag's place in its engine, the same as in the document it was compiled from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FlagId(u32);
@@ -85,6 +88,11 @@ impl Flag {
     /// The variants of the flag itself, then those of its strategies.
     pub fn variants(&self) -> &[Variant] {
         &self.variants
+    }
+
+    /// Whether SDKs may report a variant of this name: one of its own, or the one that stands for none.
+    pub fn has_variant(&self, name: &str) -> bool {
+        name == NO_VARIANT || self.variants.iter().any(|variant| &*variant.name == name)
     }
 
     /// The variant of an outcome; none stands for Unleash's variant `disabled`.

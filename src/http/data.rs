@@ -43,7 +43,7 @@ use crate::{
     feed::{Feed, Topic},
     snapshot::{Shown, Snapshot, Snapshots},
     token::{Grant, Scope, TokenDigest, TokenKind},
-    usage::Usage,
+    usage::{Reporter, SdkKind, Usage},
     wire::{
         self,
         context::{FrontendContext, MAX_CONTEXT},
@@ -228,29 +228,44 @@ impl Data {
                 Ok(ofrep::told(Some(key), answer))
             }
             Route::Register(kind) => {
-                let grant = self.admit(headers, &[kind]).await?.grant;
-                let body = self.read(headers, body).await?;
-                let register = || report::register(&self.usage, &grant, headers, &body);
-                long::work(body.len(), register).await
+                let report = Box::pin(self.report(kind, headers, body)).await?;
+                let register =
+                    || report::register(&self.usage, &report.reporter(), headers, &report.body);
+                long::work(report.body.len(), register).await
             }
             Route::Metrics(kind) => {
-                let grant = self.admit(headers, &[kind]).await?.grant;
-                let body = self.read(headers, body).await?;
-                let metrics = || report::metrics(&self.usage, &grant, headers, &body);
-                long::work(body.len(), metrics).await
+                let report = Box::pin(self.report(kind, headers, body)).await?;
+                let metrics =
+                    || report::metrics(&self.usage, &report.reporter(), headers, &report.body);
+                long::work(report.body.len(), metrics).await
             }
             Route::Bulk => {
-                let grant = self.admit(headers, &[TokenKind::Client]).await?.grant;
-                let body = self.read(headers, body).await?;
-                long::work(body.len(), || report::bulk(&self.usage, &grant, &body)).await
+                let report = Box::pin(self.report(TokenKind::Client, headers, body)).await?;
+                let bulk =
+                    || report::bulk(&self.usage, &report.reporter(), &report.body);
+                long::work(report.body.len(), bulk).await
             }
             Route::Instance => {
-                self.admit(headers, &[TokenKind::Client]).await?;
-                let body = self.read(headers, body).await?;
-                long::work(body.len(), || report::instance(&self.usage, &body)).await
+                let report = Box::pin(self.report(TokenKind::Client, headers, body)).await?;
+                let instance =
+                    || report::instance(&self.usage, &report.reporter(), &report.body);
+                long::work(report.body.len(), instance).await
             }
         };
         reply.map(|reply| (reply, None))
+    }
+
+    /// What an SDK or another edge reports with a token of a kind.
+    async fn report(
+        &self,
+        kind: TokenKind,
+        headers: &HeaderMap,
+        body: Arriving,
+    ) -> Result<Report, Failure> {
+        let admission = self.admit(headers, &[kind]).await?;
+        let body = self.read(headers, body).await?;
+        let snapshot = self.snapshots.load(&admission.grant.scope.environment);
+        Ok(Report { admission, snapshot, body })
     }
 
     /// Answers server SDKs.
@@ -487,6 +502,24 @@ impl Reader {
     fn basis(&self, holds: Holds) -> Basis {
         let snapshot = Arc::downgrade(&self.snapshot);
         Basis { digest: self.digest, grant: Arc::clone(&self.grant), snapshot, holds }
+    }
+}
+
+/// What is reported, and by whom.
+struct Report {
+    admission: Admission,
+    snapshot: Option<Arc<Snapshot>>,
+    body: Bytes,
+}
+
+impl Report {
+    fn reporter(&self) -> Reporter<'_> {
+        let Admission { grant, digest, .. } = &self.admission;
+        let kind = match grant.kind {
+            TokenKind::Frontend => SdkKind::Frontend,
+            TokenKind::Admin | TokenKind::Client => SdkKind::Backend,
+        };
+        Reporter { token: digest, kind, scope: &grant.scope, snapshot: self.snapshot.as_deref() }
     }
 }
 

@@ -7,9 +7,8 @@ use jiff::Timestamp;
 
 use super::reply::{self, Failure, Reply};
 use crate::{
-    token::{Grant, TokenKind},
-    usage::Usage,
-    wire::usage::{Application, Bulk, ClientMetrics, EdgeInstance, Metadata, ParseError, SdkKind},
+    usage::{Full, Reporter, Usage},
+    wire::usage::{Application, Bulk, ClientMetrics, EdgeInstance, Metadata, ParseError},
 };
 
 /// The longest header value that is kept of an SDK, in bytes.
@@ -18,39 +17,39 @@ const MAX_HEADER: usize = 100;
 /// An SDK that starts.
 pub fn register(
     usage: &Usage,
-    grant: &Grant,
+    reporter: &Reporter<'_>,
     headers: &HeaderMap,
     body: &[u8],
 ) -> Result<Reply, Failure> {
     let mut application = Application::parse(body)?;
     complete(&mut application.metadata, headers);
-    usage.record_registration(&grant.scope, kind(grant), application);
+    usage.record_registration(reporter, application)?;
     Ok(reply::accepted())
 }
 
 /// What one SDK counted.
 pub fn metrics(
     usage: &Usage,
-    grant: &Grant,
+    reporter: &Reporter<'_>,
     headers: &HeaderMap,
     body: &[u8],
 ) -> Result<Reply, Failure> {
     let mut report = ClientMetrics::parse(body)?;
     complete(&mut report.metadata, headers);
-    usage.record_metrics(&grant.scope, kind(grant), report, Timestamp::now());
+    usage.record_metrics(reporter, report, Timestamp::now())?;
     Ok(reply::accepted())
 }
 
 /// What another edge has gathered.
-pub fn bulk(usage: &Usage, grant: &Grant, body: &[u8]) -> Result<Reply, Failure> {
+pub fn bulk(usage: &Usage, reporter: &Reporter<'_>, body: &[u8]) -> Result<Reply, Failure> {
     let bulk = Bulk::parse(body)?;
-    usage.record_bulk(&grant.scope, kind(grant), bulk, Timestamp::now());
+    usage.record_bulk(reporter, bulk, Timestamp::now())?;
     Ok(reply::accepted())
 }
 
 /// How another edge is doing.
-pub fn instance(usage: &Usage, body: &[u8]) -> Result<Reply, Failure> {
-    usage.record_edge_instance(&EdgeInstance::parse(body)?);
+pub fn instance(usage: &Usage, reporter: &Reporter<'_>, body: &[u8]) -> Result<Reply, Failure> {
+    usage.record_edge_instance(reporter, &EdgeInstance::parse(body)?)?;
     Ok(reply::accepted())
 }
 
@@ -70,10 +69,9 @@ fn complete(metadata: &mut Metadata, headers: &HeaderMap) {
     }
 }
 
-fn kind(grant: &Grant) -> SdkKind {
-    match grant.kind {
-        TokenKind::Frontend => SdkKind::Frontend,
-        TokenKind::Admin | TokenKind::Client => SdkKind::Backend,
+impl From<Full> for Failure {
+    fn from(full: Full) -> Self {
+        Self::UsageFull(full.retry_after)
     }
 }
 

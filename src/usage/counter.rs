@@ -3,17 +3,24 @@
 //! The limits are those of Unleash 7.5.1 and 8.2.0. Its columns for names are `varchar(255)`, and
 //! it inserts many rows at once, so that one name too long or with a NUL loses everybody's.
 
-use std::{collections::BTreeMap, ops::Range, sync::Arc};
+use std::{
+    collections::{BTreeMap, btree_map::Entry},
+    ops::Range,
+    sync::Arc,
+};
 
 use jiff::Timestamp;
 
+use super::pool::{Account, Charge};
 use crate::wire::usage::{BulkMetric, MAX_INTEGER, Metadata, ToggleStats};
 
 /// The longest name that is kept, in bytes; upstream's limit is as many characters, but its index
 /// over four of them allows 2704 bytes altogether.
 pub(super) const MAX_NAME: usize = 255;
-/// How many variants of a flag are told apart.
+/// How many variants of a flag are told apart; more where its configuration has more.
 pub(super) const MAX_VARIANTS: usize = 256;
+/// How many bytes of names and metadata make a counter count twice.
+const WEIGHT_BYTES: usize = 256;
 /// The largest `yes` or `no`: upstream's JSON reader takes no integer above.
 const MAX_COUNT: u64 = MAX_INTEGER;
 /// The largest count of a variant, upstream's column being a 32-bit integer.
@@ -66,13 +73,36 @@ impl CounterKey {
     }
 }
 
-/// The counts of one key.
+/// Whether a flag or variant is in the snapshot of whoever reports it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Name {
+    Known,
+    /// Made up, deleted, or newer than the snapshot.
+    Unknown,
+}
+
+impl Name {
+    pub(super) fn of(is_known: bool) -> Self {
+        if is_known { Self::Known } else { Self::Unknown }
+    }
+}
+
+/// The counts of one key, and the memory that they take.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Counter {
     yes: u64,
     no: u64,
-    variants: BTreeMap<Arc<str>, u64>,
+    variants: BTreeMap<Arc<str>, Variant>,
     metadata: Arc<Metadata>,
+    /// For the counter without its variants.
+    charge: Charge,
+}
+
+#[derive(Clone, Debug)]
+struct Variant {
+    count: u64,
+    name: Name,
+    charge: Charge,
 }
 
 /// How many evaluations found no room.
@@ -80,32 +110,87 @@ pub(super) struct Counter {
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub(super) struct Lost(pub(super) u64);
 
-/// Whether there is room for more.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Room {
-    Left,
-    None,
-}
-
 impl Counter {
-    /// The counter of one report, and what of it exceeds the limits.
-    pub(super) fn of(stats: ToggleStats, metadata: &Arc<Metadata>) -> (Self, Lost) {
+    /// The counter of one report, and what of it exceeds the limits. `name` tells which variants are
+    /// known.
+    pub(super) fn of(
+        stats: ToggleStats,
+        metadata: &Arc<Metadata>,
+        name: impl Fn(&str) -> Name,
+    ) -> (Self, Lost) {
         let mut counter = Self { metadata: Arc::clone(metadata), ..Self::default() };
-        let lost = counter.count(stats.yes, stats.no, stats.variants, Room::Left);
+        let lost = counter.add_counts(stats.yes, stats.no);
+        for (variant, count) in stats.variants {
+            if let Some(variant) = storable(variant) {
+                let name = name(&variant);
+                counter.add_variant(variant, Variant { count, name, charge: Charge::default() });
+            }
+        }
         (counter, lost)
     }
 
-    /// Adds another counter of the same key; what it tells of the SDK is newer.
-    ///
-    /// With `room` for them, variants that are new here are told apart too.
-    pub(super) fn add(&mut self, other: Self, room: Room) -> Lost {
-        self.metadata = other.metadata;
-        self.count(other.yes, other.no, other.variants, room)
+    /// Adds another counter of the same key. What the first told of the SDK stays.
+    pub(super) fn add(&mut self, other: Self) -> Lost {
+        let lost = self.add_counts(other.yes, other.no);
+        for (name, variant) in other.variants {
+            self.add_variant(name, variant);
+        }
+        lost
     }
 
-    /// How much it counts towards the number of counters held: its variants take space too.
-    pub(super) fn weight(&self) -> usize {
-        1 + self.variants.len()
+    /// How much it counts towards the number of counters held: its variants take memory too.
+    pub(super) fn weight(&self, key: &CounterKey) -> usize {
+        self.own_weight(key) + self.variants.len()
+    }
+
+    /// The same without its variants; long texts count again and again.
+    pub(super) fn own_weight(&self, key: &CounterKey) -> usize {
+        let metadata = self.metadata.texts().map(|text| text.len()).sum::<usize>();
+        1 + (key.app.len() + key.flag.len() + metadata) / WEIGHT_BYTES
+    }
+
+    /// How many variants it tells apart.
+    pub(super) fn variants(&self) -> usize {
+        self.variants.len()
+    }
+
+    /// Charges it without its variants.
+    pub(super) fn set_charge(&mut self, charge: Charge) {
+        self.charge = charge;
+    }
+
+    pub(super) fn is_charged(&self) -> bool {
+        !self.charge.is_none()
+    }
+
+    /// Charges those of its variants that are not charged yet, whether there is room or not.
+    pub(super) fn charge_variants(&mut self, known: &Account, unknown: &Account) {
+        for variant in self.variants.values_mut().filter(|it| it.charge.is_none()) {
+            let account = match variant.name {
+                Name::Known => known,
+                Name::Unknown => unknown,
+            };
+            variant.charge = account.charge(1);
+        }
+    }
+
+    /// Charges its unknown variants, except those that `present` has; false if there is no room.
+    pub(super) fn try_charge_unknown_variants(
+        &mut self,
+        present: Option<&Self>,
+        account: &Account,
+    ) -> bool {
+        let is_present = |name: &Arc<str>| present.is_some_and(|it| it.variants.contains_key(name));
+        let unknown = self.variants.iter_mut().filter(|(_, it)| it.name == Name::Unknown);
+        for (_, variant) in unknown.filter(|(name, _)| !is_present(name)) {
+            let Some(charge) = account.try_charge(1) else { return false };
+            variant.charge = charge;
+        }
+        true
+    }
+
+    pub(super) fn has_unknown_variants(&self) -> bool {
+        self.variants.values().any(|variant| variant.name == Name::Unknown)
     }
 
     /// How many evaluations it counts.
@@ -115,38 +200,42 @@ impl Counter {
 
     /// Whether upstream would take nothing from it.
     pub(super) fn is_zero(&self) -> bool {
-        self.total() == 0 && self.variants.values().all(|count| *count == 0)
+        self.total() == 0 && self.variants.values().all(|variant| variant.count == 0)
     }
 
     /// The counter as upstream takes it.
     pub(super) fn to_wire(&self, environment: &str, key: &CounterKey) -> BulkMetric {
+        let count = |(name, variant): (&Arc<str>, &Variant)| (Arc::clone(name), variant.count);
+        let variants = self.variants.iter().map(count).collect();
         BulkMetric {
             feature_name: Arc::clone(&key.flag),
             app_name: Arc::clone(&key.app),
             environment: environment.into(),
             timestamp: key.hour.start(),
-            stats: ToggleStats { yes: self.yes, no: self.no, variants: self.variants.clone() },
+            stats: ToggleStats { yes: self.yes, no: self.no, variants },
             metadata: Metadata::clone(&self.metadata),
         }
     }
 
-    fn count(&mut self, yes: u64, no: u64, variants: BTreeMap<Arc<str>, u64>, room: Room) -> Lost {
-        let lost = saturate(&mut self.yes, yes, MAX_COUNT).saturating_add(saturate(
-            &mut self.no,
-            no,
-            MAX_COUNT,
-        ));
-        for (name, count) in variants {
-            let full = room == Room::None || self.variants.len() >= MAX_VARIANTS;
-            // The flag's own count stays exact; only the share of this variant is not told.
-            if full && !self.variants.contains_key(&name) {
-                continue;
+    fn add_counts(&mut self, yes: u64, no: u64) -> Lost {
+        let lost = saturate(&mut self.yes, yes, MAX_COUNT);
+        Lost(lost.saturating_add(saturate(&mut self.no, no, MAX_COUNT)))
+    }
+
+    /// Adds to a variant. Beyond the limit unknown ones are left out: the flag's own count stays
+    /// exact, only the share of this variant is not told.
+    fn add_variant(&mut self, name: Arc<str>, variant: Variant) {
+        let is_full = self.variants.len() >= MAX_VARIANTS && variant.name == Name::Unknown;
+        match self.variants.entry(name) {
+            Entry::Occupied(present) => {
+                saturate(&mut present.into_mut().count, variant.count, MAX_VARIANT_COUNT);
             }
-            if let Some(name) = storable(name) {
-                saturate(self.variants.entry(name).or_default(), count, MAX_VARIANT_COUNT);
+            Entry::Vacant(_) if is_full => {}
+            Entry::Vacant(place) => {
+                let count = variant.count.min(MAX_VARIANT_COUNT);
+                place.insert(Variant { count, ..variant });
             }
         }
-        Lost(lost)
     }
 }
 
@@ -175,17 +264,26 @@ pub(super) fn shortened(name: &Arc<str>) -> Arc<str> {
 mod tests {
     use super::*;
 
+    /// The configuration has the variants whose names begin with `known`.
+    fn name(variant: &str) -> Name {
+        if variant.starts_with("known") { Name::Known } else { Name::Unknown }
+    }
+
+    fn key(app: &str, flag: &str) -> CounterKey {
+        CounterKey { hour: Hour::of(Timestamp::UNIX_EPOCH), app: app.into(), flag: flag.into() }
+    }
+
     fn counter(yes: u64, no: u64, variants: &[(&str, u64)]) -> (Counter, Lost) {
         let variants = variants.iter().map(|(name, count)| (Arc::from(*name), *count)).collect();
-        Counter::of(ToggleStats { yes, no, variants }, &Arc::default())
+        Counter::of(ToggleStats { yes, no, variants }, &Arc::default(), name)
     }
 
     #[test]
     fn counters_saturate_at_what_upstream_can_store_and_tell_what_was_lost() {
         let (mut sum, lost) = counter(u64::MAX, 1, &[("v", u64::MAX)]);
         assert_eq!((sum.yes, lost), (MAX_COUNT, Lost(u64::MAX - MAX_COUNT)));
-        assert_eq!(sum.add(counter(2, 3, &[("v", 1)]).0, Room::Left), Lost(2));
-        assert_eq!((sum.yes, sum.no, sum.variants["v"]), (MAX_COUNT, 4, MAX_VARIANT_COUNT));
+        assert_eq!(sum.add(counter(2, 3, &[("v", 1)]).0), Lost(2));
+        assert_eq!((sum.yes, sum.no, sum.variants["v"].count), (MAX_COUNT, 4, MAX_VARIANT_COUNT));
     }
 
     #[test]
@@ -193,12 +291,26 @@ mod tests {
         let (mut sum, _) = counter(0, 0, &[]);
         for name in 0..MAX_VARIANTS + 10 {
             let more = counter(1, 0, &[(&name.to_string(), 1), ("\0", 1)]).0;
-            assert_eq!(sum.add(more, Room::Left), Lost(0));
+            assert_eq!(sum.add(more), Lost(0));
         }
-        assert_eq!(sum.weight(), 1 + MAX_VARIANTS);
-        let mut sum = counter(1, 0, &[("a", 1)]).0;
-        assert_eq!(sum.add(counter(1, 0, &[("a", 1), ("b", 1)]).0, Room::None), Lost(0));
-        assert_eq!((sum.yes, sum.variants), (2, BTreeMap::from([("a".into(), 2)])));
+        assert_eq!(sum.weight(&key("a", "f")), 1 + MAX_VARIANTS);
+        assert_eq!(sum.add(counter(1, 0, &[("known", 1), ("unknown", 1)]).0), Lost(0));
+        assert_eq!(sum.variants.len(), MAX_VARIANTS + 1);
+        assert_eq!(sum.variants["known"].count, 1);
+        assert_eq!(sum.total(), u64::try_from(MAX_VARIANTS).unwrap() + 11);
+    }
+
+    #[test]
+    fn long_texts_make_a_counter_heavier() {
+        let check = |app: usize, flag: usize, sdk: usize, weight: usize| {
+            let metadata =
+                Metadata { sdk_version: Some("s".repeat(sdk).into()), ..Metadata::default() };
+            let counter = Counter::of(ToggleStats::default(), &Arc::new(metadata), name).0;
+            assert_eq!(counter.weight(&key(&"a".repeat(app), &"f".repeat(flag))), weight);
+        };
+        check(10, 30, 20, 1);
+        check(255, 255, 1, 2);
+        check(255, 255, 255, 3);
     }
 
     #[test]

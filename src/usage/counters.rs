@@ -10,7 +10,7 @@ use std::collections::{
 };
 
 use super::{
-    counter::{Counter, CounterKey, Hour, Lost, Room},
+    counter::{Counter, CounterKey, Hour, Lost},
     ledger::MERGED_APP,
 };
 
@@ -26,15 +26,14 @@ impl Counters {
     pub(super) fn add(&mut self, key: CounterKey, counter: Counter) -> Lost {
         match self.held.entry(key) {
             Entry::Vacant(place) => {
-                self.weight += counter.weight();
+                self.weight += counter.weight(place.key());
                 place.insert(counter);
                 Lost(0)
             }
-            Entry::Occupied(present) => {
-                let present = present.into_mut();
-                let before = present.weight();
-                let lost = present.add(counter, Room::Left);
-                self.weight += present.weight() - before;
+            Entry::Occupied(mut present) => {
+                let before = present.get().weight(present.key());
+                let lost = present.get_mut().add(counter);
+                self.weight += present.get().weight(present.key()) - before;
                 lost
             }
         }
@@ -43,25 +42,33 @@ impl Counters {
     /// Takes out the oldest.
     pub(super) fn pop(&mut self) -> Option<(CounterKey, Counter)> {
         let (key, counter) = self.held.pop_first()?;
-        self.weight -= counter.weight();
+        self.weight -= counter.weight(&key);
         Some((key, counter))
-    }
-
-    /// Takes out the oldest, if it is of this hour.
-    pub(super) fn pop_of(&mut self, hour: Hour) -> Option<Counter> {
-        let is_of_hour = self.held.first_key_value().is_some_and(|(key, _)| key.hour == hour);
-        if is_of_hour { self.pop().map(|(_, counter)| counter) } else { None }
     }
 
     /// Merges the applications of an hour into one; returns what no counter could hold.
     pub(super) fn merge_applications(&mut self, hour: Hour) -> Lost {
         let named = |key: &CounterKey, _: &mut Counter| &*key.app != MERGED_APP;
         let apart: Vec<_> = self.held.extract_if(CounterKey::range(hour), named).collect();
+        self.move_all(apart, |key| CounterKey { app: MERGED_APP.into(), ..key })
+    }
+
+    /// Counts what belongs to an hour under another; returns what no counter could hold.
+    pub(super) fn merge_hour(&mut self, hour: Hour, into: Hour) -> Lost {
+        let moved = self.held.extract_if(CounterKey::range(hour), |_, _| true).collect();
+        self.move_all(moved, |key| CounterKey { hour: into, ..key })
+    }
+
+    /// Adds counters that were taken out without notice under other keys.
+    fn move_all(
+        &mut self,
+        taken: Vec<(CounterKey, Counter)>,
+        to: impl Fn(CounterKey) -> CounterKey,
+    ) -> Lost {
         let mut lost = 0_u64;
-        for (key, counter) in apart {
-            self.weight -= counter.weight();
-            let key = CounterKey { app: MERGED_APP.into(), ..key };
-            lost = lost.saturating_add(self.add(key, counter).0);
+        for (key, counter) in taken {
+            self.weight -= counter.weight(&key);
+            lost = lost.saturating_add(self.add(to(key), counter).0);
         }
         Lost(lost)
     }
@@ -107,7 +114,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::wire::usage::ToggleStats;
+    use crate::{usage::counter::Name, wire::usage::ToggleStats};
 
     fn hour(nth: u8) -> Hour {
         Hour::of(Timestamp::from_second(3600 * i64::from(nth)).unwrap())
@@ -123,7 +130,7 @@ mod tests {
             for (step, nth, app, flag, variant, yes) in steps {
                 match step {
                     0 => expected -= counters.pop().map_or(0, |(_, counter)| counter.total()),
-                    1 => expected -= counters.pop_of(hour(nth)).map_or(0, |counter| counter.total()),
+                    1 => prop_assert_eq!(counters.merge_hour(hour(nth), hour(nth + 1)), Lost(0)),
                     2 => {
                         prop_assert_eq!(counters.merge_applications(hour(nth)), Lost(0));
                         let mut of_hour = counters.iter().filter(|(key, _)| key.hour == hour(nth));
@@ -132,13 +139,13 @@ mod tests {
                     _ => {
                         let variants = [(variant.into(), yes)].into();
                         let stats = ToggleStats { yes, no: 0, variants };
-                        let counter = Counter::of(stats, &Arc::default()).0;
+                        let counter = Counter::of(stats, &Arc::default(), |_| Name::Known).0;
                         let key = CounterKey { hour: hour(nth), app: app.into(), flag: flag.into() };
                         prop_assert_eq!(counters.add(key, counter), Lost(0));
                         expected += yes;
                     }
                 }
-                let weight: usize = counters.iter().map(|(_, counter)| counter.weight()).sum();
+                let weight: usize = counters.iter().map(|(key, counter)| counter.weight(key)).sum();
                 prop_assert_eq!((counters.weight(), counters.total()), (weight, expected));
             }
         }

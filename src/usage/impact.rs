@@ -6,11 +6,19 @@
 //! What a store held was reported before a restart, or to another instance. A gauge of it is left
 //! out where a later value of the same gauge waits or has been taken out, whichever application it
 //! is of: upstream does not tell them apart.
+//!
+//! Each series is charged, in bytes, to the token that first reported it. How many there may be is
+//! not decided here.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap, btree_map::Entry},
+    sync::Arc,
+};
 
 use jiff::Timestamp;
+use xxhash_rust::xxh3::Xxh3Default;
 
+use super::pool::Charge;
 use crate::wire::usage::{
     HistogramSample, ImpactMetric, Labels, MAX_INTEGER, MAX_NUMBER, NumericSample, Samples,
     UpperBound,
@@ -18,6 +26,12 @@ use crate::wire::usage::{
 
 /// How many buckets of a histogram are kept.
 const MAX_BUCKETS: usize = 256;
+/// Of how many gauges it is remembered when they were last reported.
+const MAX_GAUGES: usize = 16_384;
+/// What a text takes beside its bytes: the pointer to it, its counts, and what an allocator adds.
+const PER_TEXT: usize = 40;
+/// What a bucket takes.
+const PER_BUCKET: usize = 32;
 
 /// The type of a metric.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
@@ -45,6 +59,7 @@ struct Series {
     sample: Sample,
     /// When it was reported, if that is known: earlier versions stored no times.
     at: Option<Timestamp>,
+    charge: Charge,
 }
 
 #[derive(Clone, Debug)]
@@ -58,9 +73,24 @@ enum Sample {
 #[derive(Clone, Debug, Default)]
 pub(super) struct ImpactSeries {
     series: BTreeMap<Key, Series>,
-    /// When each gauge was last reported, by name and labels; those that were absorbed or restored,
-    /// and taken out since.
-    gauges: BTreeMap<(Arc<str>, Labels), Option<Timestamp>>,
+    /// When each gauge was last reported; those that were absorbed or restored, and taken out since.
+    gauges: HashMap<GaugeHash, Option<Timestamp>>,
+}
+
+/// Stands for the name and the labels of a gauge.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+struct GaugeHash(u128);
+
+impl GaugeHash {
+    fn of(name: &str, labels: &Labels) -> Self {
+        let mut hash = Xxh3Default::new();
+        let texts = labels.iter().flat_map(|(label, value)| [&**label, &**value]);
+        for text in std::iter::once(name).chain(texts) {
+            hash.update(&text.len().to_le_bytes());
+            hash.update(text.as_bytes());
+        }
+        Self(hash.digest128())
+    }
 }
 
 /// What was taken out: one metric, as far as it is of one application.
@@ -73,14 +103,14 @@ pub(super) struct OfApp {
 }
 
 impl ImpactSeries {
-    /// Adds what `app` reports; returns how many samples found no room among `limit`. The n-th of
-    /// `times` is when the n-th sample was reported.
+    /// Adds what `app` reports; returns how many samples are too much for `charge`, which is told the
+    /// bytes of a new one. The n-th of `times` is when the n-th sample was reported.
     pub(super) fn record(
         &mut self,
         app: &Arc<str>,
         metric: ImpactMetric,
         times: impl IntoIterator<Item = Option<Timestamp>>,
-        limit: usize,
+        charge: impl Fn(usize) -> Option<Charge>,
     ) -> usize {
         let mut times = times.into_iter();
         let ImpactMetric { name, help, samples } = metric;
@@ -108,51 +138,50 @@ impl ImpactSeries {
             labels.insert("origin".into(), "edge".into());
             let key = Key { kind, name: Arc::clone(&name), app: Arc::clone(app), labels };
             let at = times.next().flatten();
-            let series = Series { help: Arc::clone(&help), sample, at };
-            lost += usize::from(!self.add(key, series, limit));
-        }
-        lost
-    }
-
-    /// Adds what was merged elsewhere, and later; returns how many samples found no room.
-    pub(super) fn absorb(&mut self, other: Self, limit: usize) -> usize {
-        let mut lost = 0;
-        for (key, series) in other.series {
-            if key.kind == Kind::Gauge {
-                self.note_gauge(&key, series.at, limit);
+            let charge_none = Charge::default();
+            let mut series = Series { help: Arc::clone(&help), sample, at, charge: charge_none };
+            if !self.series.contains_key(&key) {
+                let Some(charge) = charge(size(&key, &series)) else {
+                    lost += 1;
+                    continue;
+                };
+                series.charge = charge;
             }
-            lost += usize::from(!self.add(key, series, limit));
+            self.add(key, series);
         }
         lost
     }
 
-    /// Adds what a store held; returns how many samples found no room. Gauges that are older than
-    /// what was absorbed or restored before are left out.
-    pub(super) fn restore(&mut self, other: Self, limit: usize) -> usize {
-        let mut lost = 0;
+    /// Adds what was merged elsewhere, and later.
+    pub(super) fn absorb(&mut self, other: Self) {
         for (key, series) in other.series {
             if key.kind == Kind::Gauge {
-                let last = self.gauges.get(&(Arc::clone(&key.name), key.labels.clone()));
+                self.note_gauge(&key, series.at);
+            }
+            self.add(key, series);
+        }
+    }
+
+    /// Adds what a store held. Gauges that are older than what was absorbed or restored before are
+    /// left out.
+    pub(super) fn restore(&mut self, other: Self) {
+        for (key, series) in other.series {
+            if key.kind == Kind::Gauge {
+                let last = self.gauges.get(&GaugeHash::of(&key.name, &key.labels));
                 if last.is_some_and(|last| series.at <= *last) {
                     continue;
                 }
-                self.note_gauge(&key, series.at, limit);
+                self.note_gauge(&key, series.at);
             }
-            lost += usize::from(!self.add(key, series, limit));
+            self.add(key, series);
         }
-        lost
     }
 
-    fn note_gauge(&mut self, key: &Key, at: Option<Timestamp>, limit: usize) {
-        let gauge = (Arc::clone(&key.name), key.labels.clone());
-        if self.gauges.len() < limit || self.gauges.contains_key(&gauge) {
+    fn note_gauge(&mut self, key: &Key, at: Option<Timestamp>) {
+        let gauge = GaugeHash::of(&key.name, &key.labels);
+        if self.gauges.len() < MAX_GAUGES || self.gauges.contains_key(&gauge) {
             self.gauges.insert(gauge, at);
         }
-    }
-
-    /// How many samples are held.
-    pub(super) fn len(&self) -> usize {
-        self.series.len()
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -166,7 +195,7 @@ impl ImpactSeries {
         labels: &Labels,
         at: Option<Timestamp>,
     ) -> bool {
-        let last = self.gauges.get(&(Arc::clone(name), labels.clone()));
+        let last = self.gauges.get(&GaugeHash::of(name, labels));
         last.is_none_or(|last| *last == at)
     }
 
@@ -182,7 +211,7 @@ impl ImpactSeries {
     }
 
     fn pop_with_app(&mut self, max: usize, same: impl Fn(&str, &str) -> bool) -> Option<OfApp> {
-        let (Key { kind, name, app, labels }, Series { help, sample, at }) =
+        let (Key { kind, name, app, labels }, Series { help, sample, at, .. }) =
             self.series.pop_first()?;
         let (mut samples, mut times) = (vec![(labels, sample)], vec![at]);
         while samples.len() < max {
@@ -199,24 +228,36 @@ impl ImpactSeries {
         Some(OfApp { app, metric, times })
     }
 
-    fn add(&mut self, key: Key, series: Series, limit: usize) -> bool {
-        if let Some(present) = self.series.get_mut(&key) {
-            present.help = series.help;
-            present.at = series.at;
-            present.sample.merge(series.sample);
-            return true;
+    fn add(&mut self, key: Key, series: Series) {
+        match self.series.entry(key) {
+            Entry::Vacant(place) => {
+                place.insert(series);
+            }
+            Entry::Occupied(present) => {
+                let present = present.into_mut();
+                present.help = series.help;
+                present.at = series.at;
+                present.sample.merge(series.sample, &mut present.charge);
+            }
         }
-        let fits = self.series.len() < limit;
-        if fits {
-            self.series.insert(key, series);
-        }
-        fits
     }
 }
 
+/// The memory that a series takes, about, in bytes.
+fn size(key: &Key, series: &Series) -> usize {
+    let labels = key.labels.iter().map(|(name, value)| 2 * PER_TEXT + name.len() + value.len());
+    let buckets = match &series.sample {
+        Sample::Counter(_) | Sample::Gauge(_) => 0,
+        Sample::Histogram { buckets, .. } => buckets.len(),
+    };
+    let texts = 2 * PER_TEXT + key.name.len() + series.help.len() + labels.sum::<usize>();
+    size_of::<(Key, Series)>() + texts + buckets * PER_BUCKET
+}
+
 impl Sample {
-    /// Adds a later sample; one of another type cannot come, the type being part of the key.
-    fn merge(&mut self, later: Self) {
+    /// Adds a later sample; one of another type cannot come, the type being part of the key. Buckets
+    /// that are new are left out where `charge` cannot grow for them.
+    fn merge(&mut self, later: Self, charge: &mut Charge) {
         match (self, later) {
             (Self::Counter(sum), Self::Counter(value)) => *sum = clamped(*sum + value),
             (Self::Gauge(last), Self::Gauge(value)) => *last = value,
@@ -227,7 +268,8 @@ impl Sample {
                 *count = count.saturating_add(more).min(MAX_INTEGER);
                 *sum = clamped(*sum + value);
                 for (bound, more) in others {
-                    if buckets.len() < MAX_BUCKETS || buckets.contains_key(&bound) {
+                    let is_present = buckets.contains_key(&bound);
+                    if is_present || buckets.len() < MAX_BUCKETS && charge.try_grow(PER_BUCKET) {
                         let count = buckets.entry(bound).or_default();
                         *count = count.saturating_add(more).min(MAX_INTEGER);
                     }
@@ -269,6 +311,7 @@ fn to_wire(kind: Kind, samples: Vec<(Labels, Sample)>) -> Samples {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{token::TokenDigest, usage::pool::Pool};
 
     fn metric(kind: &str, samples: &str) -> ImpactMetric {
         let json = format!(r#"{{"name":"n","help":"h","type":"{kind}","samples":{samples}}}"#);
@@ -279,7 +322,15 @@ mod tests {
     fn check(kind: &str, reports: &[&str], expected: &str) {
         let mut series = ImpactSeries::default();
         for samples in reports {
-            assert_eq!(series.record(&"app".into(), metric(kind, samples), [], 10), 0);
+            assert_eq!(
+                series.record(
+                    &"app".into(),
+                    metric(kind, samples),
+                    [],
+                    |_| Some(Charge::default())
+                ),
+                0
+            );
         }
         let merged = series.pop(10).map(|popped| serde_json::to_value(popped.metric).unwrap());
         let expected: serde_json::Value = serde_json::from_str(expected).unwrap();
@@ -312,20 +363,44 @@ mod tests {
     }
 
     #[test]
-    fn the_number_of_samples_is_bounded() {
+    fn samples_are_bounded_by_the_bytes_that_they_take() {
+        let account = Pool::new(50_000).account(&TokenDigest::of("token"));
+        let charge = |bytes| account.try_charge(bytes);
+        let record = |series: &mut ImpactSeries, kind: &str, samples: &[String]| {
+            let metric = metric(kind, &format!("[{}]", samples.join(",")));
+            series.record(&"app".into(), metric, [], charge)
+        };
+        let labelled: Vec<_> =
+            (0..200).map(|at| format!(r#"{{"value":1,"labels":{{"at":"{at:0>200}"}}}}"#)).collect();
         let mut series = ImpactSeries::default();
-        let samples: Vec<_> =
-            (0..20).map(|at| format!(r#"{{"value":1,"labels":{{"at":"{at}"}}}}"#)).collect();
-        let report = metric("gauge", &format!("[{}]", samples.join(",")));
-        assert_eq!(series.record(&"app".into(), report, [], 5), 15);
-        assert_eq!(series.series.len(), 5);
+        let lost = record(&mut series, "gauge", &labelled);
+        assert!((80..150).contains(&lost), "{lost}");
+        assert_eq!(series.series.len(), 200 - lost);
+        // Those that are held need no more room.
+        assert_eq!(record(&mut series, "gauge", &labelled[..50]), 0);
+        drop(series);
+
+        let mut series = ImpactSeries::default();
+        let histogram = |buckets: std::ops::Range<usize>| {
+            let buckets = buckets.map(|le| format!(r#"{{"le":{le},"count":1}}"#));
+            let buckets = buckets.collect::<Vec<_>>().join(",");
+            [format!(r#"{{"count":1,"sum":1,"buckets":[{buckets}]}}"#)]
+        };
+        assert_eq!(record(&mut series, "histogram", &histogram(0..1)), 0);
+        let rest = account.try_charge(39_000).unwrap();
+        assert_eq!(record(&mut series, "histogram", &histogram(0..200)), 0);
+        drop(rest);
+        let popped = series.pop(1).unwrap();
+        let Samples::Histogram(samples) = popped.metric.samples else { panic!() };
+        assert!((2..30).contains(&samples[0].buckets.len()), "{samples:?}");
+        assert!(account.try_charge(40_000).is_some());
     }
 
     fn gauge(app: &str, value: u8, second: Option<i64>) -> ImpactSeries {
         let at = second.map(|second| Timestamp::from_second(second).unwrap());
         let mut series = ImpactSeries::default();
         let metric = metric("gauge", &format!(r#"[{{"value":{value}}}]"#));
-        assert_eq!(series.record(&app.into(), metric, [at], 10), 0);
+        assert_eq!(series.record(&app.into(), metric, [at], |_| Some(Charge::default())), 0);
         series
     }
 
@@ -342,8 +417,8 @@ mod tests {
     fn restored_gauge_replaces_only_an_older_one() {
         let check = |first: Option<i64>, then: Option<i64>, expected: f64| {
             let mut series = ImpactSeries::default();
-            assert_eq!(series.restore(gauge("a", 1, first), 10), 0);
-            assert_eq!(series.restore(gauge("a", 2, then), 10), 0);
+            series.restore(gauge("a", 1, first));
+            series.restore(gauge("a", 2, then));
             assert_eq!(values(&series), [expected], "{first:?} {then:?}");
         };
         check(Some(5), Some(6), 2.0);
@@ -357,14 +432,14 @@ mod tests {
     #[test]
     fn restored_gauge_is_left_out_after_a_later_one_was_taken_out() {
         let mut series = ImpactSeries::default();
-        assert_eq!(series.absorb(gauge("a", 1, Some(6)), 10), 0);
+        series.absorb(gauge("a", 1, Some(6)));
         assert!(series.pop(10).is_some());
-        assert_eq!(series.restore(gauge("b", 2, Some(5)), 10), 0);
+        series.restore(gauge("b", 2, Some(5)));
         assert!(series.is_empty());
-        assert_eq!(series.restore(gauge("b", 3, Some(7)), 10), 0);
+        series.restore(gauge("b", 3, Some(7)));
         assert_eq!(values(&series), [3.0]);
         // What is reported now counts, whatever the clock said before.
-        assert_eq!(series.absorb(gauge("b", 4, Some(1)), 10), 0);
+        series.absorb(gauge("b", 4, Some(1)));
         assert_eq!(values(&series), [4.0]);
         assert!(series.gauges.len() == 1);
     }

@@ -12,19 +12,23 @@ use std::{
 use jiff::Timestamp;
 
 use super::{
+    applications::Registration,
     backoff::Backoff,
     batch::{Batch, Item, MAX_BODY, Packer, Part},
     counter::Lost,
     counters::Counters,
     impact::{ImpactSeries, OfApp},
-    ledger::{Generation, MAX_APPLICATIONS, MAX_SAMPLES},
+    ledger::Generation,
     meter,
+    pool::Charge,
 };
 use crate::{
     token::Environment,
     wire::usage::{Application, ImpactMetric, Samples},
 };
 
+/// How many registrations wait at most; fewer where they are large, see `applications`.
+const MAX_APPLICATIONS: usize = 16_384;
 /// A smaller limit than this is not chosen when upstream calls bodies too large.
 const MIN_BODY: usize = 4096;
 /// How many pieces may wait behind all others because upstream found each of them too large.
@@ -59,7 +63,7 @@ type ApplicationKey = (bool, Arc<str>, Option<Arc<str>>);
 /// What waits for one environment.
 #[derive(Clone, Debug)]
 pub(super) struct Lane {
-    pub(super) applications: BTreeMap<ApplicationKey, Application>,
+    pub(super) applications: BTreeMap<ApplicationKey, Arc<Registration>>,
     pub(super) counters: Counters,
     pub(super) impact: ImpactSeries,
     /// Serialised pieces that come before all that.
@@ -118,8 +122,7 @@ impl Lane {
         for application in generation.applications {
             self.register(application, Age::Newer);
         }
-        let homeless = self.impact.absorb(generation.impact, MAX_SAMPLES);
-        meter::items_dropped("impact_sample", homeless);
+        self.impact.absorb(generation.impact);
         Lost(lost)
     }
 
@@ -134,12 +137,12 @@ impl Lane {
         for application in applications.into_values() {
             self.register(application, Age::Older);
         }
-        let mut homeless = self.impact.restore(impact, MAX_SAMPLES);
+        self.impact.restore(impact);
         // A gauge that was ready to be sent is older than what else its record has of it.
         let mut ready = |items: Vec<Item>| -> Vec<Item> {
             let not_gauge = |item: Item| match gauge(&item) {
                 Some(series) => {
-                    homeless += self.impact.restore(series, MAX_SAMPLES);
+                    self.impact.restore(series);
                     None
                 }
                 None => Some(item),
@@ -154,7 +157,6 @@ impl Lane {
         } else {
             self.carry.extend(batch);
         }
-        meter::items_dropped("impact_sample", homeless);
         Lost(lost)
     }
 
@@ -220,26 +222,29 @@ impl Lane {
     }
 
     /// Notes a registration. Strategies that are unknown replace no list.
-    pub(super) fn register(&mut self, application: Application, age: Age) {
+    pub(super) fn register(&mut self, registration: Arc<Registration>, age: Age) {
         let key = |is_unlisted, it: &Application| -> ApplicationKey {
             (is_unlisted, Arc::clone(&it.app_name), it.instance_id.clone())
         };
-        let present = self.applications.remove(&key(false, &application));
-        let present = present.or_else(|| self.applications.remove(&key(true, &application)));
-        let merged = match (present, age) {
+        let application = registration.application();
+        let present = self.applications.remove(&key(false, application));
+        let present = present.or_else(|| self.applications.remove(&key(true, application)));
+        let (newer, older) = match (present, age) {
             (None, _) if self.applications.len() >= MAX_APPLICATIONS => {
                 return meter::items_dropped("application", 1);
             }
-            (None, _) => application,
-            (Some(present), Age::Newer) => Application {
-                strategies: application.strategies.or(present.strategies),
-                ..application
-            },
-            (Some(present), Age::Older) => {
-                Application { strategies: present.strategies.or(application.strategies), ..present }
-            }
+            (None, _) => (registration, None),
+            (Some(present), Age::Newer) => (registration, Some(present)),
+            (Some(present), Age::Older) => (present, Some(registration)),
         };
-        self.applications.insert(key(merged.strategies.is_none(), &merged), merged);
+        let merged = match older {
+            Some(older) if newer.application().strategies.is_none() => {
+                Arc::new(newer.with_strategies_of(&older))
+            }
+            _ => newer,
+        };
+        let is_unlisted = merged.application().strategies.is_none();
+        self.applications.insert(key(is_unlisted, merged.application()), merged);
     }
 
     /// Cuts a batch of one kind of pieces off what waits; also says how many evaluations were too
@@ -269,9 +274,9 @@ impl Lane {
         if let Some(item) = self.carry.pop_front() {
             return Some(item);
         }
-        if let Some(((is_unlisted, ..), application)) = self.applications.pop_first() {
+        if let Some(((is_unlisted, ..), registration)) = self.applications.pop_first() {
             let part = if is_unlisted { Part::Instance } else { Part::Application };
-            return Some(Item::new(part, json(&application), 0));
+            return Some(Item::new(part, json(registration.application()), 0));
         }
         if let Some((key, counter)) = self.counters.pop() {
             let json = json(&counter.to_wire(environment.as_str(), &key));
@@ -330,8 +335,8 @@ fn gauge(item: &Item) -> Option<ImpactSeries> {
     let metric = impact_metric(item)?;
     let Samples::Gauge(_) = &metric.samples else { return None };
     let mut series = ImpactSeries::default();
-    let lost = series.record(&"".into(), metric, item.times.iter().copied(), MAX_SAMPLES);
-    meter::items_dropped("impact_sample", lost);
+    let times = item.times.iter().copied();
+    series.record(&"".into(), metric, times, |_| Some(Charge::default()));
     Some(series)
 }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 use metrics::{Unit, counter, describe_counter, describe_gauge, gauge};
 
 const REPORTS: &str = "parapet_usage_reports_total";
+const REFUSED: &str = "parapet_usage_reports_refused_total";
 const RECEIVED: &str = "parapet_usage_counts_received_total";
 const SENT: &str = "parapet_usage_counts_sent_total";
 const DROPPED: &str = "parapet_usage_dropped_total";
@@ -22,6 +23,17 @@ pub(super) enum Endpoint {
     Edge,
 }
 
+impl Endpoint {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Metrics => "metrics",
+            Self::Bulk => "bulk",
+            Self::Register => "register",
+            Self::Edge => "edge",
+        }
+    }
+}
+
 /// Why evaluations, or other reported things, do not reach upstream.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub(super) enum Reason {
@@ -29,8 +41,6 @@ pub(super) enum Reason {
     Name,
     /// A counter would exceed what upstream can store.
     Overflow,
-    /// More distinct counters than are held.
-    Full,
     /// Counted for another environment than the token's.
     Environment,
     /// Larger than a request may be.
@@ -46,7 +56,6 @@ impl Reason {
         match self {
             Self::Name => "name",
             Self::Overflow => "overflow",
-            Self::Full => "full",
             Self::Environment => "environment",
             Self::Size => "size",
             Self::Rejected => "rejected",
@@ -58,6 +67,7 @@ impl Reason {
 /// Tells the metric registry what the metrics of this module mean.
 pub(super) fn describe() {
     describe_counter!(REPORTS, "Usage reports by endpoint.");
+    describe_counter!(REFUSED, "Usage reports refused (429) for want of room, by endpoint.");
     describe_counter!(RECEIVED, "Flag evaluations that were reported.");
     describe_counter!(SENT, "Flag evaluations that upstream took.");
     describe_counter!(DROPPED, "Flag evaluations that were let go, by reason.");
@@ -72,13 +82,11 @@ pub(super) fn describe() {
 }
 
 pub(super) fn reported(endpoint: Endpoint) {
-    let endpoint = match endpoint {
-        Endpoint::Metrics => "metrics",
-        Endpoint::Bulk => "bulk",
-        Endpoint::Register => "register",
-        Endpoint::Edge => "edge",
-    };
-    counter!(REPORTS, "endpoint" => endpoint).increment(1);
+    counter!(REPORTS, "endpoint" => endpoint.as_str()).increment(1);
+}
+
+pub(super) fn refused(endpoint: Endpoint) {
+    counter!(REFUSED, "endpoint" => endpoint.as_str()).increment(1);
 }
 
 pub(super) fn received(count: u64) {

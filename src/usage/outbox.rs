@@ -3,7 +3,8 @@
 //! Each environment has its lane, so that one that fails never delays another. A lane merges
 //! generation after generation and serialises only the one batch *in hand*: an outage of hours
 //! costs no more memory than its distinct counters, which are bounded. When they are too many,
-//! the applications of the oldest hours are merged, then the oldest hours dropped and counted.
+//! the applications of the oldest hours are merged, then these hours with the next: no count is
+//! dropped.
 //!
 //! A batch in hand is sent again *unchanged* until upstream took or refused it. Where it is unknown
 //! whether upstream took it (the connection broke after it was sent) it may so be counted twice;
@@ -266,7 +267,8 @@ impl Outbox {
     }
 
     /// Brings the counters down to their limit: first by merging applications, the oldest hour
-    /// first, then by letting the oldest go.
+    /// first, then by counting the oldest hour under the next. What cannot be merged, one hour of
+    /// the flags that there are, stays.
     fn shrink(&mut self) {
         if self.len() <= self.max_counters {
             return;
@@ -282,20 +284,15 @@ impl Outbox {
                 break;
             }
         }
-        self.drop_counts(Reason::Overflow, lost);
-        let mut excess = self.len().saturating_sub(self.max_counters);
-        let mut lost = 0_u64;
-        for hour in hours {
+        for (hour, next) in hours.iter().zip(hours.iter().skip(1)) {
+            if self.len() <= self.max_counters {
+                break;
+            }
             for lane in self.lanes.values_mut() {
-                while excess > 0
-                    && let Some(oldest) = lane.counters.pop_of(hour)
-                {
-                    lost = lost.saturating_add(oldest.total());
-                    excess = excess.saturating_sub(oldest.weight());
-                }
+                lost = lost.saturating_add(lane.counters.merge_hour(*hour, *next).0);
             }
         }
-        self.drop_counts(Reason::Full, lost);
+        self.drop_counts(Reason::Overflow, lost);
     }
 }
 
@@ -309,9 +306,11 @@ mod tests {
     use super::*;
     use crate::{
         usage::{
+            applications::Registration,
             batch::MAX_BODY,
-            counter::{Counter, CounterKey, Hour, MAX_NAME, MAX_VARIANTS},
+            counter::{Counter, CounterKey, Hour, MAX_NAME, MAX_VARIANTS, Name},
             lane::Age,
+            pool::Charge,
             spool,
         },
         wire::usage::{Application, BulkMetric, ImpactMetric, ToggleStats},
@@ -319,7 +318,7 @@ mod tests {
 
     fn counter(yes: u64) -> Counter {
         let stats = ToggleStats { yes, ..ToggleStats::default() };
-        Counter::of(stats, &Arc::default()).0
+        Counter::of(stats, &Arc::default(), |_| Name::Known).0
     }
 
     fn key(hour: u8, app: &str, flag: &str) -> CounterKey {
@@ -334,6 +333,10 @@ mod tests {
         let counters = counters.into_iter().map(|(key, yes)| (key, counter(yes))).collect();
         let generation = Generation { counters, ..Generation::default() };
         BTreeMap::from([(Environment::new(environment), generation)])
+    }
+
+    fn registered(application: Application) -> Arc<Registration> {
+        Arc::new(Registration::restored(application))
     }
 
     fn metrics(body: &[u8]) -> Vec<BulkMetric> {
@@ -433,7 +436,7 @@ mod tests {
         let variants =
             (0..MAX_VARIANTS).map(|n| (format!("{n}{}", &long[4..]).into(), 1)).collect();
         let stats = ToggleStats { yes: 1, no: 0, variants };
-        let large = (key(1, "a", "large"), Counter::of(stats, &Arc::default()).0);
+        let large = (key(1, "a", "large"), Counter::of(stats, &Arc::default(), |_| Name::Known).0);
         let counters = (0..50).map(|flag| (key(1, "a", &flag.to_string()), counter(1)));
         let counters = counters.chain([large]).collect();
         let generation = Generation { counters, ..Generation::default() };
@@ -466,7 +469,7 @@ mod tests {
         let variants =
             (0..MAX_VARIANTS).map(|n| (format!("{n}{}", &long[4..]).into(), 1)).collect();
         let stats = ToggleStats { yes: 7, no: 0, variants };
-        let large = (key(1, "a", "large"), Counter::of(stats, &Arc::default()).0);
+        let large = (key(1, "a", "large"), Counter::of(stats, &Arc::default(), |_| Name::Known).0);
         let generation = Generation { counters: vec![large], ..Generation::default() };
         outbox.absorb(BTreeMap::from([(Environment::new("dev"), generation)]), now);
         for _ in 0..20 {
@@ -487,7 +490,7 @@ mod tests {
         let variants =
             (0..MAX_VARIANTS).map(|n| (format!("{n}{}", &long[4..]).into(), 1)).collect();
         let stats = ToggleStats { yes: 7, no: 0, variants };
-        let large = (key(1, "a", "large"), Counter::of(stats, &Arc::default()).0);
+        let large = (key(1, "a", "large"), Counter::of(stats, &Arc::default(), |_| Name::Known).0);
         let generation = Generation { counters: vec![large], ..Generation::default() };
         outbox.absorb(BTreeMap::from([(Environment::new("dev"), generation)]), now);
         for _ in 0..3 {
@@ -539,11 +542,11 @@ mod tests {
             Application::parse(body.as_bytes()).unwrap()
         };
         let mut outbox = Outbox::new(100);
-        let applications = vec![application(2, "")];
+        let applications = vec![registered(application(2, ""))];
         let generation = Generation { applications, ..Generation::default() };
         outbox.absorb(BTreeMap::from([(Environment::new("dev"), generation)]), now);
         let mut restored = Lane::default();
-        restored.register(application(1, r#","strategies":["x"]"#), Age::Newer);
+        restored.register(registered(application(1, r#","strategies":["x"]"#)), Age::Newer);
         outbox.restore(Environment::new("dev"), restored, now);
         let body: Value = serde_json::from_slice(&outbox.next(now).unwrap().body).unwrap();
         let [application] = &body["applications"].as_array().unwrap()[..] else { panic!("{body}") };
@@ -557,7 +560,7 @@ mod tests {
     fn refused_instance_of_unknown_strategies_is_sent_with_an_empty_list() {
         let now = Instant::now();
         let body = br#"{"appName":"a","started":"2026-01-02T03:04:05Z","interval":1}"#;
-        let applications = vec![Application::parse(body).unwrap()];
+        let applications = vec![registered(Application::parse(body).unwrap())];
         let generation = Generation { applications, ..Generation::default() };
         let mut outbox = Outbox::new(100);
         outbox.absorb(BTreeMap::from([(Environment::new("dev"), generation)]), now);
@@ -629,7 +632,8 @@ mod tests {
             let metric = serde_json::json!({ "name": name, "help": "h", "type": "gauge",
                                              "samples": samples });
             let metric = ImpactMetric::from_value(metric).unwrap();
-            assert_eq!(generation.impact.record(&"a".into(), metric, [at], 10), 0);
+            let uncharged = |_| Some(Charge::default());
+            assert_eq!(generation.impact.record(&"a".into(), metric, [at], uncharged), 0);
         }
         BTreeMap::from([(Environment::new("dev"), generation)])
     }
@@ -696,7 +700,7 @@ mod tests {
     }
 
     #[test]
-    fn too_many_counters_first_lose_their_applications_then_the_oldest_go() {
+    fn too_many_counters_first_lose_their_applications_then_their_hours() {
         let now = Instant::now();
         let mut outbox = Outbox::new(10);
         let of_hour = |hour| (0..8).map(move |app| (key(hour, &app.to_string(), "f"), 1));
@@ -704,11 +708,26 @@ mod tests {
         // The first hour's eight are one now, the second hour's are still apart.
         assert_eq!((outbox.len(), outbox.totals().dropped), (9, 0));
         outbox.absorb(generation("dev", (3..20).map(|hour| (key(hour, "a", "f"), 1))), now);
-        assert_eq!((outbox.len(), outbox.totals().dropped), (10, 23));
+        assert_eq!((outbox.len(), outbox.totals().dropped), (10, 0));
+        let batch = outbox.next(now).unwrap();
+        let rows = metrics(&batch.body);
+        // The first ten hours are one, with all that they counted.
+        assert_eq!((rows.len(), rows[0].stats.yes, yes(&batch.body)), (10, 8 + 8 + 8, 16 + 17));
     }
 
     #[test]
-    fn a_flood_of_distinct_hours_stays_within_the_limit_and_is_accounted_for() {
+    fn flags_of_one_hour_stay_however_many_they_are() {
+        let now = Instant::now();
+        let mut outbox = Outbox::new(10);
+        let flags = |hour| (0..50).map(move |flag| (key(hour, "a", &flag.to_string()), 1));
+        outbox.absorb(generation("dev", flags(1)), now);
+        outbox.absorb(generation("dev", flags(2)), now);
+        assert_eq!((outbox.len(), outbox.totals().dropped), (50, 0));
+        assert_eq!(yes(&outbox.next(now).unwrap().body), 100);
+    }
+
+    #[test]
+    fn a_flood_of_distinct_hours_stays_within_the_limit_and_loses_no_count() {
         let now = Instant::now();
         let mut outbox = Outbox::new(10_000);
         let of_hour = |hour: i64| {
@@ -720,7 +739,13 @@ mod tests {
             outbox.absorb(generation("dev", hours.map(of_hour)), now);
             assert!(outbox.len() <= 10_000);
         }
-        assert_eq!((outbox.len(), outbox.totals().dropped), (10_000, 38_000));
+        assert_eq!((outbox.len(), outbox.totals().dropped), (10_000, 0));
+        let mut arrived = 0;
+        while let Some(batch) = outbox.next(now) {
+            arrived += yes(&batch.body);
+            outbox.settle(batch.id, Outcome::Sent, now, 0.5);
+        }
+        assert_eq!(arrived, 48_000);
     }
 
     #[test]

@@ -39,7 +39,8 @@ impl Pipeline {
     pub(super) fn new(max_counters: usize) -> Self {
         Self {
             ledger: Ledger::new(max_counters),
-            outbox: Mutex::new(Outbox::new(max_counters)),
+            // Less than a token's share: what waits for long is merged before what is reported now.
+            outbox: Mutex::new(Outbox::new(max_counters - max_counters / 4)),
             outdated: Notify::new(),
         }
     }
@@ -133,7 +134,7 @@ impl Pipeline {
     pub(super) fn pending(&self, now: Instant) -> Value {
         let outbox = self.outbox();
         let waiting = self.ledger.applications(now);
-        let mut applications: Vec<_> = waiting.iter().map(|it| json!(it)).collect();
+        let mut applications: Vec<_> = waiting.iter().map(|it| json!(it.application())).collect();
         let mut metrics = Vec::new();
         for ((environment, key), counter) in self.ledger.counters() {
             metrics.push(shown(&metric(environment.as_str(), &key, &counter)));
@@ -148,7 +149,7 @@ impl Pipeline {
                     Part::Impact => {}
                 }
             }
-            applications.extend(lane.applications.values().map(|application| json!(application)));
+            applications.extend(lane.applications.values().map(|it| json!(it.application())));
             let waiting = lane.counters.iter();
             metrics.extend(
                 waiting.map(|(key, counter)| shown(&metric(environment.as_str(), key, counter))),

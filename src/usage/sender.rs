@@ -147,8 +147,11 @@ mod tests {
 
     use super::*;
     use crate::{
-        token::Environment,
-        usage::counter::{Counter, CounterKey, Hour},
+        token::{Environment, TokenDigest},
+        usage::{
+            counter::{Counter, CounterKey, Hour, Lost, Name},
+            ledger::Counted,
+        },
         wire::usage::ToggleStats,
     };
 
@@ -156,10 +159,13 @@ mod tests {
 
     fn count(pipeline: &Pipeline, yes: u64) {
         let stats = ToggleStats { yes, ..ToggleStats::default() };
-        let (counter, _) = Counter::of(stats, &Arc::default());
+        let (counter, _) = Counter::of(stats, &Arc::default(), |_| Name::Known);
         let hour = Hour::of(Timestamp::UNIX_EPOCH);
         let key = CounterKey { hour, app: "a".into(), flag: "f".into() };
-        let _ = pipeline.ledger.count(&Environment::new("dev"), key, counter);
+        let counted = vec![Counted { key, name: Name::Known, counter }];
+        let token = TokenDigest::of("token");
+        let taken = pipeline.ledger.count(&Environment::new("dev"), counted, &token, hour);
+        assert_eq!(taken, Ok(Lost(0)));
     }
 
     fn ending() -> Ending {

@@ -11,11 +11,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::{RawValue, to_raw_value};
 
 use super::{
+    applications::Registration,
     batch::{Batch, Item, Part},
-    counter::{Counter, CounterKey, Hour},
+    counter::{Counter, CounterKey, Hour, Name},
     impact::OfApp,
     lane::{Age, BatchId, Lane},
-    ledger::MAX_SAMPLES,
+    pool::Charge,
 };
 use crate::{
     token::Environment,
@@ -134,7 +135,7 @@ fn waiting(environment: &Environment, lane: &Lane) -> Waiting {
     Waiting {
         batch: in_hand.map(piece).collect(),
         pieces: lane.carry.iter().chain(&lane.late).map(piece).collect(),
-        applications: lane.applications.values().map(json).collect(),
+        applications: lane.applications.values().map(|it| json(it.application())).collect(),
         metrics: lane.counters.iter().map(metric).collect(),
         impact,
     }
@@ -153,16 +154,17 @@ fn lane(waiting: &Waiting, unreadable: &mut usize) -> Lane {
     }
     lane.carry = readable(&waiting.pieces, piece, unreadable).into();
     for application in readable(&waiting.applications, application, unreadable) {
-        lane.register(application, Age::Newer);
+        lane.register(Arc::new(Registration::restored(application)), Age::Newer);
     }
     for metric in readable(&waiting.metrics, metric, unreadable) {
         let hour = Hour::of(metric.timestamp);
         let key = CounterKey { hour, app: metric.app_name, flag: metric.feature_name };
-        let (counter, _) = Counter::of(metric.stats, &Arc::new(metric.metadata));
+        // Whatever it was, it has been let in.
+        let (counter, _) = Counter::of(metric.stats, &Arc::new(metric.metadata), |_| Name::Known);
         let _ = lane.counters.add(key, counter);
     }
     for (app, metric, times) in readable(&waiting.impact, impact, unreadable) {
-        lane.impact.record(&app, metric, times, MAX_SAMPLES);
+        lane.impact.record(&app, metric, times, |_| Some(Charge::default()));
     }
     lane
 }

@@ -77,6 +77,11 @@ pub struct Metadata {
 }
 
 impl Metadata {
+    /// What is known, field by field.
+    pub fn texts(&self) -> impl Iterator<Item = &Arc<str>> {
+        self.fields().into_iter().filter_map(|(_, text)| text.as_ref())
+    }
+
     fn take(object: &mut Object) -> Self {
         Self {
             sdk_version: object.text("sdkVersion", MAX_TEXT),
@@ -89,9 +94,8 @@ impl Metadata {
         }
     }
 
-    /// Writes what is known; upstream refuses `null` where it expects text.
-    fn write<M: SerializeMap>(&self, map: &mut M) -> Result<(), M::Error> {
-        let fields = [
+    fn fields(&self) -> [(&'static str, &Option<Arc<str>>); 7] {
+        [
             ("sdkVersion", &self.sdk_version),
             ("yggdrasilVersion", &self.yggdrasil_version),
             ("platformName", &self.platform_name),
@@ -99,8 +103,12 @@ impl Metadata {
             ("sdkFlavor", &self.sdk_flavor),
             ("sdkFlavorVersion", &self.sdk_flavor_version),
             ("specVersion", &self.spec_version),
-        ];
-        for (name, value) in fields {
+        ]
+    }
+
+    /// Writes what is known; upstream refuses `null` where it expects text.
+    fn write<M: SerializeMap>(&self, map: &mut M) -> Result<(), M::Error> {
+        for (name, value) in self.fields() {
             write_some(map, name, value.as_deref())?;
         }
         Ok(())

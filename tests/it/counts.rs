@@ -127,6 +127,26 @@ async fn counts_through_the_edge_are_stored_under_the_same_hour_as_direct_ones()
 }
 
 #[tokio::test]
+#[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
+async fn use_of_a_flag_that_is_newer_than_the_edges_snapshot_is_counted() {
+    let unleash = Unleash::shared(Version::V8).await;
+    let edge = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token());
+    let edge = edge
+        .flag("--fleet-name", "counts-newer")
+        .flag("--upstream-mode", "poll")
+        .flag("--features-refresh-interval-seconds", "3600")
+        .flag("--metrics-interval-seconds", "0.5");
+    let parapet = edge.start().await;
+    let (flag, app_name) = ("counts.newer", "counts-newer");
+    counted_flag(&unleash, flag).await;
+    let token = unleash.create_token(Kind::Backend, HERE, &["*"], app_name).await;
+    accepted(&parapet.url(), METRICS, &token, &report_now(app_name, flag, 3)).await;
+    unleash.wait_for_usage(flag, app_name, HERE, (3, 0)).await;
+    let (status, _) = parapet.get(&format!("/api/client/features/{flag}"), &token).await;
+    assert_eq!(status, StatusCode::NOT_FOUND);
+}
+
+#[tokio::test]
 async fn standalone_stores_counts_under_the_hour_in_which_their_bucket_ended() {
     let (admin, client) = ("*:*.counts-standalone-admin", "*:development.counts-standalone-client");
     for token in [admin, client] {

@@ -73,6 +73,8 @@ mod revocation;
 mod rig;
 /// What must not show anywhere.
 mod secrecy;
+/// What one client may take from others by what it reports.
+mod shares;
 /// The official client specification.
 mod spec;
 /// A server of its own, as its owner meets it.

@@ -68,6 +68,9 @@ pub enum Failure {
     /// Too many attempts.
     #[error("too many attempts; try again later")]
     Throttled(Duration),
+    /// A report for which its token has no room left.
+    #[error("there is no room for more usage of this token; report again later")]
+    UsageFull(Duration),
     /// As many streams are open as may be.
     #[error("too many clients follow streams here; poll, or try again later")]
     Crowded(Duration),
@@ -137,7 +140,7 @@ impl Failure {
             Self::Permission(_) => (StatusCode::FORBIDDEN, "PermissionError"),
             Self::Denied(_) => (StatusCode::FORBIDDEN, "OperationDeniedError"),
             Self::Unavailable { .. } => (StatusCode::SERVICE_UNAVAILABLE, "UnavailableError"),
-            Self::Throttled(_) | Self::Crowded(_) => {
+            Self::Throttled(_) | Self::UsageFull(_) | Self::Crowded(_) => {
                 (StatusCode::TOO_MANY_REQUESTS, "TooManyRequestsError")
             }
             Self::NotFound | Self::Missing(_) => (StatusCode::NOT_FOUND, "NotFoundError"),
@@ -193,6 +196,7 @@ impl Failure {
         match self {
             Self::Unavailable { retry_after, .. }
             | Self::Throttled(retry_after)
+            | Self::UsageFull(retry_after)
             | Self::Crowded(retry_after) => {
                 // Rounded up: who comes a moment too early is sent away again.
                 let seconds = retry_after.as_millis().div_ceil(1000).max(1);

@@ -164,6 +164,7 @@ fn described(row: &Row, path: &str, error: &Value) -> Value {
         }
         Answer::Accepted => {
             responses.insert("202".to_owned(), json!({ "description": "Taken in" }));
+            responses.insert("429".to_owned(), refusal.clone());
         }
     }
     for status in [400, 401, 403, 404, 408, 413, 415, 503] {

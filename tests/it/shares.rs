@@ -1,0 +1,221 @@
+//! What one client reports of itself and of flags: it costs bounded memory, and takes nothing that another client needs.
+
+use jiff::{SignedDuration, Timestamp};
+use reqwest::{Client, StatusCode};
+use serde_json::{Map, Value, json};
+use sqlx::{AnyConnection, AssertSqlSafe, Connection as _};
+use tempfile::NamedTempFile;
+use tokio::task::JoinSet;
+
+use crate::rig::{Parapet, Setup};
+
+/// What browsers are given, of project `web`: everybody has it.
+const PUBLIC: &str = "web:development.shares-public-0123456789";
+/// Of servers, of project `shop` and of `stock`.
+const SHOP: &str = "shop:development.shares-shop-0123456789";
+const STOCK: &str = "stock:development.shares-stock-0123456789";
+const ADMIN: &str = "*:*.shares-admin-0123456789";
+
+const FLAGS: &str = r#"{"features":[
+    {"name":"web.banner","project":"web","enabled":true},
+    {"name":"shop.cart","project":"shop","enabled":true},
+    {"name":"stock.count","project":"stock","enabled":true}]}"#;
+
+const FRONTEND_REGISTER: &str = "/api/frontend/client/register";
+const FRONTEND_METRICS: &str = "/api/frontend/client/metrics";
+const REGISTER: &str = "/api/client/register";
+const METRICS: &str = "/api/client/metrics";
+
+/// How many requests are under way at a time.
+const TOGETHER: usize = 8;
+
+const MIB: u64 = 1024;
+
+/// The flags, as a file that lasts as long as this.
+fn flags() -> NamedTempFile {
+    let flags = NamedTempFile::new().unwrap();
+    std::fs::write(flags.path(), FLAGS).unwrap();
+    flags
+}
+
+fn offline(flags: &NamedTempFile) -> Setup {
+    Parapet::mode("offline")
+        .flag("--bootstrap-file", flags.path())
+        .flag("--frontend-tokens", PUBLIC)
+        .flag("--client-tokens", format!("{SHOP},{STOCK}"))
+}
+
+fn standalone(flags: &NamedTempFile) -> Setup {
+    Parapet::mode("standalone")
+        .flag("--flags", flags.path())
+        .env("INIT_ADMIN_API_TOKENS", ADMIN)
+        .env("INIT_FRONTEND_API_TOKENS", PUBLIC)
+        .env("INIT_CLIENT_API_TOKENS", format!("{SHOP},{STOCK}"))
+}
+
+/// An attacker's or a neighbour's client, which keeps its connections.
+fn client() -> Client {
+    crate::rig::http();
+    Client::builder().no_proxy().build().unwrap()
+}
+
+/// The status, and the seconds of `Retry-After`.
+async fn post(
+    client: &Client,
+    url: String,
+    token: &str,
+    body: String,
+) -> (StatusCode, Option<u64>) {
+    let request = client.post(url).header("authorization", token);
+    let answer = request.header("content-type", "application/json").body(body).send().await;
+    let answer = answer.unwrap();
+    let retry_after = answer.headers().get("retry-after");
+    (answer.status(), retry_after.map(|it| it.to_str().unwrap().parse().unwrap()))
+}
+
+/// Posts a body for each number, some together; how many were accepted, and how many refused for want of room.
+async fn flood(
+    parapet: &Parapet,
+    path: &str,
+    token: &'static str,
+    count: usize,
+    body: impl Fn(usize) -> String,
+) -> (usize, usize) {
+    let (client, url) = (client(), parapet.url() + path);
+    let (mut accepted, mut refused) = (0, 0);
+    let mut count_one = |(status, retry_after): (StatusCode, Option<u64>)| match status {
+        StatusCode::ACCEPTED => accepted += 1,
+        StatusCode::TOO_MANY_REQUESTS => {
+            assert!(retry_after.is_some_and(|seconds| seconds > 0));
+            refused += 1;
+        }
+        other => panic!("{path}: {other}"),
+    };
+    let mut under_way = JoinSet::new();
+    for nth in 0..count {
+        if under_way.len() == TOGETHER {
+            count_one(under_way.join_next().await.unwrap().unwrap());
+        }
+        let (client, url, body) = (client.clone(), url.clone(), body(nth));
+        under_way.spawn(async move { post(&client, url, token, body).await });
+    }
+    under_way.join_all().await.into_iter().for_each(count_one);
+    (accepted, refused)
+}
+
+/// A registration of 66 kB.
+fn large_registration(instance: usize) -> String {
+    let strategies: Vec<_> = (0..256).map(|nth| format!("{nth:0>255}")).collect();
+    json!({ "appName": "large", "instanceId": instance.to_string(), "interval": 15,
+            "started": Timestamp::now(), "strategies": strategies })
+    .to_string()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn registrations_take_bounded_memory_and_a_neighbours_are_still_taken() {
+    const COUNT: usize = 1600;
+    let flags = flags();
+    let parapet = offline(&flags).start().await;
+    let one = |nth: usize| large_registration(COUNT + nth);
+    assert_eq!(flood(&parapet, FRONTEND_REGISTER, PUBLIC, 1, one).await, (1, 0));
+
+    // 100 MiB of strategies, which frontend SDKs do not have.
+    let before = parapet.proc_status("VmRSS");
+    let accepted = flood(&parapet, FRONTEND_REGISTER, PUBLIC, COUNT, large_registration).await;
+    assert_eq!(accepted, (COUNT, 0));
+    let grown = parapet.proc_status("VmHWM").saturating_sub(before);
+    assert!(grown < 32 * MIB, "{grown} KiB");
+
+    // As many of a server's, which has them.
+    let (accepted, refused) = flood(&parapet, REGISTER, SHOP, COUNT, large_registration).await;
+    assert!(accepted > 100 && refused > COUNT / 2, "{accepted} accepted, {refused} refused");
+    let grown = parapet.proc_status("VmHWM").saturating_sub(before);
+    assert!(grown < 64 * MIB, "{grown} KiB");
+
+    assert_eq!(flood(&parapet, REGISTER, STOCK, 10, large_registration).await, (10, 0));
+    assert_eq!(flood(&parapet, REGISTER, SHOP, 1, |_| large_registration(0)).await.0, 1);
+}
+
+/// A report of an application that evaluated flags until a while ago, each so often.
+fn report<'a>(
+    app: &str,
+    ago: SignedDuration,
+    counts: impl IntoIterator<Item = (&'a str, u64)>,
+) -> String {
+    let stop = Timestamp::now() - ago;
+    let toggle = |(flag, yes): (&str, u64)| (flag.to_owned(), json!({ "yes": yes, "no": 0 }));
+    let toggles: Map<String, Value> = counts.into_iter().map(toggle).collect();
+    let bucket =
+        json!({ "start": stop - SignedDuration::from_secs(60), "stop": stop, "toggles": toggles });
+    json!({ "appName": app, "instanceId": "1", "bucket": bucket }).to_string()
+}
+
+/// A report of flags that there are not, and of some that there are.
+fn made_up(wave: usize, count: usize, known: &[(&str, u64)]) -> String {
+    let names: Vec<_> = (0..count).map(|nth| format!("made-up-{wave}-{nth}")).collect();
+    let counts = names.iter().map(|name| (name.as_str(), 1)).chain(known.iter().copied());
+    report("flood", SignedDuration::ZERO, counts)
+}
+
+/// How often a flag was on, as the admin API tells it.
+async fn stored(parapet: &Parapet, flag: &str) -> u64 {
+    let path = format!("/api/admin/client-metrics/features/{flag}/raw");
+    let (_, body) = parapet.admin_get(&path).await;
+    let hours = body["data"].as_array().cloned().unwrap_or_default();
+    hours.iter().map(|hour| hour["yes"].as_u64().unwrap()).sum()
+}
+
+/// The number that a query tells of a standalone's database.
+async fn count(parapet: &Parapet, query: &str) -> i64 {
+    sqlx::any::install_default_drivers();
+    let url = format!("sqlite:{}", parapet.data_dir().join("parapet.db").display());
+    let mut database = AnyConnection::connect(&url).await.unwrap();
+    let query = sqlx::query_scalar(AssertSqlSafe(query.to_owned()));
+    query.fetch_one(&mut database).await.unwrap()
+}
+
+#[tokio::test]
+async fn made_up_flags_of_one_token_take_no_room_from_others_nor_from_known_flags() {
+    const LARGE: usize = 60_000;
+    const SMALL: usize = 500;
+    let flags = flags();
+    let parapet = standalone(&flags).start().await;
+    let client = client();
+    let post = async |path: &str, token: &str, body: String| {
+        post(&client, parapet.url() + path, token, body).await
+    };
+    let now = SignedDuration::ZERO;
+    let accepted = (StatusCode::ACCEPTED, None);
+    let refused = (StatusCode::TOO_MANY_REQUESTS, Some(60));
+
+    // Nothing of a report is counted that is refused.
+    for wave in 0..2 {
+        let body = made_up(wave, LARGE, &[("web.banner", 100)]);
+        assert_eq!(post(FRONTEND_METRICS, PUBLIC, body).await, refused);
+    }
+    let mut taken = 0;
+    while post(FRONTEND_METRICS, PUBLIC, made_up(taken, SMALL, &[])).await == accepted {
+        taken += 1;
+        assert!(taken < 100);
+    }
+    assert!(taken >= 2, "{taken}");
+    let known = report("web", now, [("web.banner", 7)]);
+    assert_eq!(post(FRONTEND_METRICS, PUBLIC, known).await, accepted);
+    // What is held already needs no room.
+    let again = made_up(0, SMALL, &[("web.banner", 5)]);
+    assert_eq!(post(FRONTEND_METRICS, PUBLIC, again).await, accepted);
+    // Another project's, with a flag of its own, and one that is newer than the file.
+    let shop = report("shop", now, [("shop.cart", 1000), ("shop.new", 3)]);
+    assert_eq!(post(METRICS, SHOP, shop).await, accepted);
+    let page = parapet.metrics().await;
+    assert!(page.contains(r#"parapet_usage_reports_refused_total{endpoint="metrics"}"#), "{page}");
+
+    assert!(parapet.terminate().await.success());
+    parapet.restart();
+    parapet.wait_until_ready().await;
+    assert_eq!(stored(&parapet, "shop.cart").await, 1000);
+    assert_eq!(stored(&parapet, "shop.new").await, 3);
+    assert_eq!(stored(&parapet, "web.banner").await, 7 + 5);
+    let rows = count(&parapet, "SELECT COUNT(*) FROM flag_usage").await;
+    assert!(rows < 4000, "{rows}");
+}
