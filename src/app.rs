@@ -246,10 +246,14 @@ impl App {
             workers.spawn("control", parts, |(control, auth)| async move {
                 control.run(&auth).await;
             });
-            let parts = (control, deliveries);
-            registry_keeper.spawn("registry", parts, |(control, deliveries)| async move {
-                control.run_usage(&mut *deliveries.lock().await).await;
-            });
+            let parts = (control, service.snapshots.clone(), deliveries);
+            registry_keeper.spawn(
+                "registry",
+                parts,
+                |(control, snapshots, deliveries)| async move {
+                    control.run_usage(&snapshots, &mut *deliveries.lock().await).await;
+                },
+            );
         }
 
         // These end by themselves, when they have done the last of their work.

@@ -49,6 +49,7 @@ use self::{
 };
 use crate::{
     auth::Authenticator,
+    snapshot::Snapshots,
     telemetry::report,
     token::{Grant, Token, TokenDigest, TokenKind},
     usage::{Delivery, Taken},
@@ -162,10 +163,15 @@ impl Control {
         );
     }
 
-    /// Stores usage as it is delivered, until nobody can deliver any more.
-    pub async fn run_usage(&self, deliveries: &mut mpsc::Receiver<Delivery>) {
+    /// Stores usage as it is delivered, until nobody can deliver any more; `snapshots` tell which flags
+    /// are configured.
+    pub async fn run_usage(
+        &self,
+        snapshots: &Snapshots,
+        deliveries: &mut mpsc::Receiver<Delivery>,
+    ) {
         while let Some(delivery) = deliveries.recv().await {
-            let taken = match usage::store(&self.0.database, &delivery.body).await {
+            let taken = match usage::store(&self.0.database, snapshots, &delivery).await {
                 Ok(true) => Taken::Stored,
                 Ok(false) => Taken::Refused,
                 Err(error) => {

@@ -18,12 +18,20 @@ struct Step {
 }
 
 /// Every version, the oldest first.
-const STEPS: &[Step] = &[Step {
-    version: 1,
-    description: "initial",
-    sqlite: include_str!("migrations/sqlite/0001_initial.sql"),
-    postgres: include_str!("migrations/postgres/0001_initial.sql"),
-}];
+const STEPS: &[Step] = &[
+    Step {
+        version: 1,
+        description: "initial",
+        sqlite: include_str!("migrations/sqlite/0001_initial.sql"),
+        postgres: include_str!("migrations/postgres/0001_initial.sql"),
+    },
+    Step {
+        version: 2,
+        description: "usage",
+        sqlite: include_str!("migrations/sqlite/0002_usage.sql"),
+        postgres: include_str!("migrations/postgres/0002_usage.sql"),
+    },
+];
 
 /// Which SQL is spoken.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

@@ -1,11 +1,12 @@
 //! The usage that this instance was told of: stored by flag, application, environment and hour.
 //!
-//! Merging and when to try again are `usage`'s. What is old is forgotten, and so is the oldest where
-//! there is too much.
+//! Merging and when to try again are `usage`'s. What is old is forgotten. Where there is too much, as
+//! much goes as is too much, what is least known first: flags and variants that are not configured,
+//! which have a small account of their own, then what applications used that were seen for less than
+//! a day, then the rest; in each the oldest first.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use bytes::Bytes;
 use jiff::{SignedDuration, Timestamp};
 use sqlx::{AnyConnection, Row as _};
 
@@ -13,7 +14,12 @@ use super::{
     database::{Database, Lane, now, of_count, of_millis},
     error::Error,
 };
-use crate::wire::usage::{Application, Bulk, BulkMetric};
+use crate::{
+    snapshot::{Snapshot, Snapshots},
+    token::Environment,
+    usage::Delivery,
+    wire::usage::{Application, Bulk, BulkMetric},
+};
 
 /// How many milliseconds an hour has.
 const HOUR: i64 = 3_600_000;
@@ -23,6 +29,8 @@ const MAX_COUNT: i64 = (1 << 53) - 1;
 const MAX_TEXT: usize = 255;
 /// How many rows are kept of flags' usage, and apart from them how many of variants'.
 const MAX_KEPT: i64 = 1_000_000;
+/// How many of these are of flags, or of variants, that are not configured.
+const MAX_UNKNOWN: i64 = 10_000;
 /// How many applications are kept.
 const MAX_APPLICATIONS: i64 = 5000;
 /// How many environments, SDKs, strategies and instances of all applications are kept.
@@ -72,15 +80,22 @@ pub struct UsageHour {
 
 /// Stores a report, the body of `/api/client/metrics/bulk`, whole or not at all; false where it
 /// cannot be read.
-pub(super) async fn store(database: &Database, body: &Bytes) -> Result<bool, Error> {
-    let Ok(bulk) = Bulk::parse(body) else { return Ok(false) };
+///
+/// Which flags and variants are configured is told by `snapshots`.
+pub(super) async fn store(
+    database: &Database,
+    snapshots: &Snapshots,
+    delivery: &Delivery,
+) -> Result<bool, Error> {
+    let Ok(bulk) = Bulk::parse(&delivery.body) else { return Ok(false) };
     let mut transaction = database.write(Lane::Usage).await?;
     let mut seen = Seen::default();
     for application in &bulk.applications {
         seen.application(application);
     }
     for metric in &bulk.metrics {
-        store_metric(&mut transaction, metric).await?;
+        let snapshot = snapshots.load(&Environment::new(&metric.environment));
+        store_metric(&mut transaction, metric, snapshot.as_deref()).await?;
         seen.metric(metric);
     }
     seen.store(&mut transaction).await?;
@@ -88,15 +103,21 @@ pub(super) async fn store(database: &Database, body: &Bytes) -> Result<bool, Err
     Ok(true)
 }
 
-async fn store_metric(transaction: &mut AnyConnection, metric: &BulkMetric) -> Result<(), Error> {
+async fn store_metric(
+    transaction: &mut AnyConnection,
+    metric: &BulkMetric,
+    snapshot: Option<&Snapshot>,
+) -> Result<(), Error> {
     let hour = metric.timestamp.as_millisecond().div_euclid(HOUR) * HOUR;
+    let flag = snapshot.and_then(|snapshot| snapshot.flag(&metric.feature_name));
     sqlx::query(
-        "INSERT INTO flag_usage (flag, environment, app_name, hour, yes, no) \
-         VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (flag, environment, app_name, hour) \
-         DO UPDATE SET yes = CASE WHEN flag_usage.yes > $7 - excluded.yes THEN $7 \
+        "INSERT INTO flag_usage (flag, environment, app_name, hour, yes, no, known) \
+         VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT (flag, environment, app_name, hour) \
+         DO UPDATE SET yes = CASE WHEN flag_usage.yes > $8 - excluded.yes THEN $8 \
          ELSE flag_usage.yes + excluded.yes END, \
-         no = CASE WHEN flag_usage.no > $7 - excluded.no THEN $7 \
-         ELSE flag_usage.no + excluded.no END",
+         no = CASE WHEN flag_usage.no > $8 - excluded.no THEN $8 \
+         ELSE flag_usage.no + excluded.no END, \
+         known = CASE WHEN excluded.known = 1 THEN 1 ELSE flag_usage.known END",
     )
     .bind(text(&metric.feature_name))
     .bind(text(&metric.environment))
@@ -104,16 +125,19 @@ async fn store_metric(transaction: &mut AnyConnection, metric: &BulkMetric) -> R
     .bind(hour)
     .bind(count(metric.stats.yes))
     .bind(count(metric.stats.no))
+    .bind(i64::from(flag.is_some()))
     .bind(MAX_COUNT)
     .execute(&mut *transaction)
     .await?;
     for (variant, times) in &metric.stats.variants {
+        let is_known = flag.is_some_and(|flag| flag.has_variant(variant));
         sqlx::query(
-            "INSERT INTO variant_usage (flag, environment, app_name, hour, variant, count) \
-             VALUES ($1, $2, $3, $4, $5, $6) \
+            "INSERT INTO variant_usage (flag, environment, app_name, hour, variant, count, known) \
+             VALUES ($1, $2, $3, $4, $5, $6, $7) \
              ON CONFLICT (flag, environment, app_name, hour, variant) \
-             DO UPDATE SET count = CASE WHEN variant_usage.count > $7 - excluded.count THEN $7 \
-             ELSE variant_usage.count + excluded.count END",
+             DO UPDATE SET count = CASE WHEN variant_usage.count > $8 - excluded.count THEN $8 \
+             ELSE variant_usage.count + excluded.count END, \
+             known = CASE WHEN excluded.known = 1 THEN 1 ELSE variant_usage.known END",
         )
         .bind(text(&metric.feature_name))
         .bind(text(&metric.environment))
@@ -121,6 +145,7 @@ async fn store_metric(transaction: &mut AnyConnection, metric: &BulkMetric) -> R
         .bind(hour)
         .bind(text(variant))
         .bind(count(*times))
+        .bind(i64::from(is_known))
         .bind(MAX_COUNT)
         .execute(&mut *transaction)
         .await?;
@@ -272,33 +297,99 @@ pub(super) async fn of_flag(
     Ok(rows.iter().map(hour).collect::<Result<_, _>>()?)
 }
 
-/// Forgets usage and applications from before a time, and the oldest where there is too much.
+/// A limit on the rows of a table.
+struct Limit {
+    /// How many rows there are that it is about.
+    count: &'static str,
+    /// Deletes the first `$1` of them.
+    delete: &'static str,
+    most: i64,
+}
+
+/// What is too much goes in this order. An application that was seen for a day is known well; made-up
+/// names come and go.
+const LIMITS: [Limit; 6] = [
+    Limit {
+        count: "SELECT COUNT(*) FROM flag_usage WHERE known = 0",
+        delete: "DELETE FROM flag_usage WHERE (flag, environment, app_name, hour) IN \
+                 (SELECT flag, environment, app_name, hour FROM flag_usage WHERE known = 0 \
+                 ORDER BY hour, yes + no LIMIT $1)",
+        most: MAX_UNKNOWN,
+    },
+    Limit {
+        count: "SELECT COUNT(*) FROM flag_usage",
+        delete: "DELETE FROM flag_usage WHERE (flag, environment, app_name, hour) IN \
+                 (SELECT it.flag, it.environment, it.app_name, it.hour FROM flag_usage it \
+                 LEFT JOIN applications app ON app.app_name = it.app_name \
+                 ORDER BY it.known, \
+                 CASE WHEN app.seen_at - app.created_at >= 86400000 THEN 1 ELSE 0 END, \
+                 it.hour, it.yes + it.no LIMIT $1)",
+        most: MAX_KEPT,
+    },
+    Limit {
+        count: "SELECT COUNT(*) FROM variant_usage WHERE known = 0",
+        delete: "DELETE FROM variant_usage \
+                 WHERE (flag, environment, app_name, hour, variant) IN \
+                 (SELECT flag, environment, app_name, hour, variant FROM variant_usage \
+                 WHERE known = 0 ORDER BY hour, count LIMIT $1)",
+        most: MAX_UNKNOWN,
+    },
+    Limit {
+        count: "SELECT COUNT(*) FROM variant_usage",
+        delete: "DELETE FROM variant_usage \
+                 WHERE (flag, environment, app_name, hour, variant) IN \
+                 (SELECT it.flag, it.environment, it.app_name, it.hour, it.variant \
+                 FROM variant_usage it \
+                 LEFT JOIN applications app ON app.app_name = it.app_name \
+                 ORDER BY it.known, \
+                 CASE WHEN app.seen_at - app.created_at >= 86400000 THEN 1 ELSE 0 END, \
+                 it.hour, it.count LIMIT $1)",
+        most: MAX_KEPT,
+    },
+    Limit {
+        count: "SELECT COUNT(*) FROM application_traits",
+        delete: "DELETE FROM application_traits WHERE (app_name, kind, value) IN \
+                 (SELECT it.app_name, it.kind, it.value FROM application_traits it \
+                 JOIN applications app ON app.app_name = it.app_name \
+                 ORDER BY CASE WHEN app.seen_at - app.created_at >= 86400000 THEN 1 ELSE 0 END, \
+                 CASE WHEN it.kind = 'instance' THEN 0 ELSE 1 END, it.seen_at LIMIT $1)",
+        most: MAX_TRAITS,
+    },
+    Limit {
+        count: "SELECT COUNT(*) FROM applications",
+        delete: "DELETE FROM applications WHERE app_name IN \
+                 (SELECT app_name FROM applications \
+                 ORDER BY CASE WHEN seen_at - created_at >= 86400000 THEN 1 ELSE 0 END, \
+                 seen_at LIMIT $1)",
+        most: MAX_APPLICATIONS,
+    },
+];
+
+/// Forgets usage and applications from before a time, and what is too much.
 pub(super) async fn prune(database: &Database, before: Timestamp) -> Result<(), Error> {
     let mut transaction = database.write(Lane::Usage).await?;
-    for (forget, most) in [
-        (
-            "DELETE FROM flag_usage WHERE hour < $1 OR hour <= \
-             (SELECT hour FROM flag_usage ORDER BY hour DESC LIMIT 1 OFFSET $2)",
-            MAX_KEPT,
-        ),
-        (
-            "DELETE FROM variant_usage WHERE hour < $1 OR hour <= \
-             (SELECT hour FROM variant_usage ORDER BY hour DESC LIMIT 1 OFFSET $2)",
-            MAX_KEPT,
-        ),
-        (
-            "DELETE FROM application_traits WHERE seen_at < $1 OR seen_at <= \
-             (SELECT seen_at FROM application_traits ORDER BY seen_at DESC LIMIT 1 OFFSET $2)",
-            MAX_TRAITS,
-        ),
-        (
-            "DELETE FROM applications WHERE seen_at < $1 OR seen_at <= \
-             (SELECT seen_at FROM applications ORDER BY seen_at DESC LIMIT 1 OFFSET $2)",
-            MAX_APPLICATIONS,
-        ),
+    for forget in [
+        "DELETE FROM flag_usage WHERE hour < $1",
+        "DELETE FROM variant_usage WHERE hour < $1",
+        "DELETE FROM application_traits WHERE seen_at < $1",
+        "DELETE FROM applications WHERE seen_at < $1",
     ] {
-        let forget = sqlx::query(forget).bind(before.as_millisecond()).bind(most);
+        let forget = sqlx::query(forget).bind(before.as_millisecond());
         forget.execute(&mut *transaction).await?;
+    }
+    // A flag that is configured later was new when it was first used.
+    let learn = sqlx::query(
+        "UPDATE flag_usage SET known = 1 WHERE known = 0 AND EXISTS (SELECT 1 FROM flag_usage it \
+         WHERE it.flag = flag_usage.flag AND it.environment = flag_usage.environment \
+         AND it.known = 1)",
+    );
+    learn.execute(&mut *transaction).await?;
+    for Limit { count, delete, most } in &LIMITS {
+        let count: i64 = sqlx::query_scalar(*count).fetch_one(&mut *transaction).await?;
+        if count > *most {
+            let delete = sqlx::query(*delete).bind(count - most);
+            delete.execute(&mut *transaction).await?;
+        }
     }
     transaction.commit().await?;
     Ok(())

@@ -1,5 +1,7 @@
 //! What one client reports of itself and of flags: it costs bounded memory, and takes nothing that another client needs.
 
+use std::time::Duration;
+
 use jiff::{SignedDuration, Timestamp};
 use reqwest::{Client, StatusCode};
 use serde_json::{Map, Value, json};
@@ -7,7 +9,7 @@ use sqlx::{AnyConnection, AssertSqlSafe, Connection as _};
 use tempfile::NamedTempFile;
 use tokio::task::JoinSet;
 
-use crate::rig::{Parapet, Setup};
+use crate::rig::{Parapet, Setup, until};
 
 /// What browsers are given, of project `web`: everybody has it.
 const PUBLIC: &str = "web:development.shares-public-0123456789";
@@ -218,4 +220,39 @@ async fn made_up_flags_of_one_token_take_no_room_from_others_nor_from_known_flag
     assert_eq!(stored(&parapet, "web.banner").await, 7 + 5);
     let rows = count(&parapet, "SELECT COUNT(*) FROM flag_usage").await;
     assert!(rows < 4000, "{rows}");
+}
+
+#[tokio::test]
+async fn waves_of_made_up_flags_leave_few_rows_and_all_that_was_genuine() {
+    const HOURS: i64 = 24;
+    const WAVE: usize = 2000;
+    let flags = flags();
+    let parapet = standalone(&flags).flag("--metrics-interval-seconds", "0.5").start().await;
+    let client = client();
+    let post = async |path: &str, token: &str, body: String| {
+        post(&client, parapet.url() + path, token, body).await.0
+    };
+    for ago in 0..HOURS {
+        let body = report("shop", SignedDuration::from_hours(ago), [("shop.cart", 1)]);
+        assert_eq!(post(METRICS, SHOP, body).await, StatusCode::ACCEPTED);
+    }
+    // Each wave is of the hour of the newest that is genuine, and most of them find no room.
+    let unknown = "SELECT COUNT(*) FROM flag_usage WHERE known = 0";
+    let mut wave = 0;
+    until("more made-up flags are stored than are kept", Duration::from_mins(2), async || {
+        let status = post(FRONTEND_METRICS, PUBLIC, made_up(wave, WAVE, &[])).await;
+        assert!(status == StatusCode::ACCEPTED || status == StatusCode::TOO_MANY_REQUESTS);
+        wave += 1;
+        (count(&parapet, unknown).await > 10_000).then_some(())
+    })
+    .await;
+    assert!(parapet.terminate().await.success());
+    // It cleans up at once.
+    parapet.restart();
+    parapet.wait_until_ready().await;
+    until("most made-up flags are forgotten", Duration::from_mins(1), async || {
+        (count(&parapet, unknown).await <= 10_000).then_some(())
+    })
+    .await;
+    assert_eq!(stored(&parapet, "shop.cart").await, u64::try_from(HOURS).unwrap());
 }

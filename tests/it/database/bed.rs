@@ -96,6 +96,12 @@ impl Bed {
         self.connect().await.execute(AssertSqlSafe(sql)).await.unwrap();
     }
 
+    /// The number that a query tells.
+    pub(super) async fn count(&self, query: &str) -> i64 {
+        let query = sqlx::query_scalar(AssertSqlSafe(query.to_owned()));
+        query.fetch_one(&mut self.connect().await).await.unwrap()
+    }
+
     /// Everything that the database keeps, as bytes in which texts can be found.
     pub(super) async fn dump(&self) -> Vec<u8> {
         match self {

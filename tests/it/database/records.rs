@@ -9,8 +9,10 @@ use parapet::control::{
     Actor, Config, Control, EventKind, EventQuery, FoundTokens, NewAccount, NewToken, Operator,
     RootRole, SignIn,
 };
-use parapet::token::{Environment, Projects, TokenKind};
+use parapet::snapshot::{Snapshot, Snapshots};
+use parapet::token::{Environment, Projects, Scope, TokenKind};
 use parapet::usage::{Delivery, Taken};
+use parapet::wire::features::Document;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot};
 
@@ -22,6 +24,9 @@ super::on_both!(
     usage_is_merged_by_hour_and_told,
     usage_that_cannot_be_stored_is_refused,
     what_is_too_old_is_forgotten,
+    unknown_names_have_a_small_account,
+    only_what_is_too_much_is_forgotten_and_the_least_known_first,
+    applications_that_were_seen_for_long_outlast_made_up_ones,
     no_secret_is_kept,
 );
 
@@ -105,8 +110,19 @@ async fn deliver(control: &Control, body: &Value) -> Taken {
     let body = Bytes::from(body.to_string());
     deliver.send(Delivery { body, done }).await.unwrap();
     drop(deliver);
-    control.run_usage(&mut deliveries).await;
+    control.run_usage(&configured(), &mut deliveries).await;
     taken.await.unwrap()
+}
+
+/// The flag `blue` of `dev`, with the variants `a` and `b`.
+fn configured() -> Snapshots {
+    let document = json!({ "features": [{ "name": "blue", "enabled": true,
+        "variants": [{ "name": "a", "weight": 500 }, { "name": "b", "weight": 500 }] }] });
+    let document = Document::parse(document.to_string().as_bytes()).unwrap();
+    let scope = Scope { environment: Environment::new("dev"), projects: Projects::All };
+    let snapshots = Snapshots::default();
+    snapshots.swap(Snapshot::build(scope, document, None));
+    snapshots
 }
 
 fn report(hour: &str, yes: u64, variants: &Value) -> Value {
@@ -200,6 +216,108 @@ async fn what_is_too_old_is_forgotten(bed: Bed) {
     until("old events are forgotten", Duration::from_secs(10), event_is_gone).await;
     let all = EventQuery { limit: 1000, ..EventQuery::default() };
     assert!(control.events(&SHELL.operator, &all).await.unwrap().total > 1);
+}
+
+/// An SQL expression of a number that grows by one with each row up to `$count`.
+fn rows(count: u32) -> String {
+    format!(
+        "WITH RECURSIVE numbers (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < {count})"
+    )
+}
+
+/// Waits until a running instance has cleaned up so far that a query counts this many rows.
+async fn until_pruned(bed: &Bed, control: &Control, query: &str, count: i64) {
+    let _door = Door::of(control);
+    until(&format!("{query} is {count}"), Duration::from_mins(1), async || {
+        (bed.count(query).await == count).then_some(())
+    })
+    .await;
+}
+
+async fn unknown_names_have_a_small_account(bed: Bed) {
+    let control = bed.open().await;
+    let now = Timestamp::now();
+    let metric = |flag: &str, variants: Value| {
+        json!({ "featureName": flag, "appName": "shop", "environment": "dev", "timestamp": now,
+                "yes": 1, "no": 0, "variants": variants })
+    };
+    let body = json!({ "applications": [], "metrics": [
+        metric("blue", json!({ "a": 1, "disabled": 1, "made-up": 1 })), metric("made-up", json!({})),
+    ] });
+    assert_eq!(deliver(&control, &body).await, Taken::Stored);
+    assert_eq!(bed.count("SELECT COUNT(*) FROM flag_usage WHERE known = 1").await, 1);
+    assert_eq!(bed.count("SELECT COUNT(*) FROM variant_usage WHERE known = 1").await, 2);
+
+    let hour = now.as_millisecond() / 3_600_000 * 3_600_000;
+    bed.execute(&format!(
+        "{} INSERT INTO flag_usage (flag, environment, app_name, hour, yes, no, known) \
+         SELECT 'flood ' || n, 'dev', 'shop', {hour}, 1, 0, 0 FROM numbers",
+        rows(30_000)
+    ))
+    .await;
+    bed.execute(&format!(
+        "{} INSERT INTO variant_usage (flag, environment, app_name, hour, variant, count, known) \
+         SELECT 'blue', 'dev', 'shop', {hour}, 'flood ' || n, 1, 0 FROM numbers",
+        rows(30_000)
+    ))
+    .await;
+    // Known since: it was new, and no invention.
+    bed.execute(&format!(
+        "INSERT INTO flag_usage (flag, environment, app_name, hour, yes, no, known) VALUES \
+         ('new', 'dev', 'shop', {hour} - 3600000, 1, 0, 0), ('new', 'dev', 'shop', {hour}, 1, 0, 1)"
+    ))
+    .await;
+    let flags = "SELECT COUNT(*) FROM flag_usage";
+    until_pruned(&bed, &control, flags, 10_000 + 1 + 2).await;
+    let variants = "SELECT COUNT(*) FROM variant_usage";
+    assert_eq!(bed.count(variants).await, 10_000 + 2);
+    assert_eq!(control.usage_of("blue", now).await.unwrap()[0].yes, 1);
+    assert_eq!(control.usage_of("new", Timestamp::UNIX_EPOCH).await.unwrap().len(), 2);
+}
+
+async fn only_what_is_too_much_is_forgotten_and_the_least_known_first(bed: Bed) {
+    const MOST: i64 = 1_000_000;
+    let control = bed.open().await;
+    let now = Timestamp::now().as_millisecond();
+    let (hour, month_ago) = (now / 3_600_000 * 3_600_000, now - 30 * 86_400_000);
+    bed.execute(&format!(
+        "INSERT INTO applications (app_name, created_at, seen_at) VALUES \
+         ('shop', {month_ago}, {now}), ('flood', {now}, {now})"
+    ))
+    .await;
+    // As an earlier version stored them: whether they were made up is not known.
+    for app in ["shop", "flood"] {
+        let count = if app == "shop" { 20 } else { 1_000_300 };
+        bed.execute(&format!(
+            "{} INSERT INTO flag_usage (flag, environment, app_name, hour, yes, no) \
+             SELECT '{app} ' || n, 'dev', '{app}', {hour} - CASE WHEN n <= 10 THEN 3600000 ELSE 0 END, \
+             1, 0 FROM numbers",
+            rows(count)
+        ))
+        .await;
+    }
+    let query = "SELECT COUNT(*) FROM flag_usage";
+    until_pruned(&bed, &control, query, MOST).await;
+    let of = async |condition: &str| bed.count(&format!("{query} WHERE {condition}")).await;
+    assert_eq!(of("app_name = 'shop'").await, 20);
+    assert_eq!(of(&format!("app_name = 'flood' AND hour < {hour}")).await, 0);
+}
+
+async fn applications_that_were_seen_for_long_outlast_made_up_ones(bed: Bed) {
+    let control = bed.open().await;
+    let now = Timestamp::now().as_millisecond();
+    let day = 86_400_000;
+    bed.execute(&format!(
+        "{} INSERT INTO applications (app_name, created_at, seen_at) \
+         SELECT 'app ' || n, CASE WHEN n <= 100 THEN {now} - 9 * {day} ELSE {now} END, \
+         CASE WHEN n <= 100 THEN {now} - {day} / 2 ELSE {now} END FROM numbers",
+        rows(6000)
+    ))
+    .await;
+    let query = "SELECT COUNT(*) FROM applications";
+    until_pruned(&bed, &control, query, 5000).await;
+    let old = format!("{query} WHERE created_at < {now}");
+    assert_eq!(bed.count(&old).await, 100);
 }
 
 async fn no_secret_is_kept(bed: Bed) {
