@@ -52,6 +52,7 @@ use self::{
     pool::{Charge, Pool},
 };
 pub use self::{
+    lane::BatchId,
     outbox::{Revision, Totals},
     pipeline::Backlog,
     sender::Ending,

@@ -35,6 +35,10 @@ const MAX_UNKNOWN: i64 = 10_000;
 const MAX_APPLICATIONS: i64 = 5000;
 /// How many environments, SDKs, strategies and instances of all applications are kept.
 const MAX_TRAITS: i64 = 100_000;
+/// How many batches are remembered as stored, and for how long: as long as one that was left by an
+/// instance may wait for the next.
+const MAX_BATCHES: i64 = 200_000;
+const REMEMBER_BATCHES: SignedDuration = SignedDuration::from_hours(30 * 24);
 /// How many rows of usage are told at once.
 const MAX_ROWS: i64 = 50_000;
 /// After which time an instance no longer counts.
@@ -79,7 +83,7 @@ pub struct UsageHour {
 }
 
 /// Stores a report, the body of `/api/client/metrics/bulk`, whole or not at all; false where it
-/// cannot be read.
+/// cannot be read. One that is stored already changes nothing.
 ///
 /// Which flags and variants are configured is told by `snapshots`.
 pub(super) async fn store(
@@ -89,6 +93,13 @@ pub(super) async fn store(
 ) -> Result<bool, Error> {
     let Ok(bulk) = Bulk::parse(&delivery.body) else { return Ok(false) };
     let mut transaction = database.write(Lane::Usage).await?;
+    let mark = sqlx::query(
+        "INSERT INTO usage_batches (id, stored_at) VALUES ($1, $2) ON CONFLICT DO NOTHING",
+    );
+    let mark = mark.bind(delivery.batch.to_string()).bind(now().as_millisecond());
+    if mark.execute(&mut *transaction).await?.rows_affected() == 0 {
+        return Ok(true);
+    }
     let mut seen = Seen::default();
     for application in &bulk.applications {
         seen.application(application);
@@ -308,7 +319,7 @@ struct Limit {
 
 /// What is too much goes in this order. An application that was seen for a day is known well; made-up
 /// names come and go.
-const LIMITS: [Limit; 6] = [
+const LIMITS: [Limit; 7] = [
     Limit {
         count: "SELECT COUNT(*) FROM flag_usage WHERE known = 0",
         delete: "DELETE FROM flag_usage WHERE (flag, environment, app_name, hour) IN \
@@ -363,16 +374,24 @@ const LIMITS: [Limit; 6] = [
                  seen_at LIMIT $1)",
         most: MAX_APPLICATIONS,
     },
+    Limit {
+        count: "SELECT COUNT(*) FROM usage_batches",
+        delete: "DELETE FROM usage_batches WHERE id IN \
+                 (SELECT id FROM usage_batches ORDER BY stored_at LIMIT $1)",
+        most: MAX_BATCHES,
+    },
 ];
 
 /// Forgets usage and applications from before a time, and what is too much.
 pub(super) async fn prune(database: &Database, before: Timestamp) -> Result<(), Error> {
     let mut transaction = database.write(Lane::Usage).await?;
-    for forget in [
-        "DELETE FROM flag_usage WHERE hour < $1",
-        "DELETE FROM variant_usage WHERE hour < $1",
-        "DELETE FROM application_traits WHERE seen_at < $1",
-        "DELETE FROM applications WHERE seen_at < $1",
+    let batches = now().saturating_sub(REMEMBER_BATCHES).unwrap_or(Timestamp::UNIX_EPOCH);
+    for (forget, before) in [
+        ("DELETE FROM flag_usage WHERE hour < $1", before),
+        ("DELETE FROM variant_usage WHERE hour < $1", before),
+        ("DELETE FROM application_traits WHERE seen_at < $1", before),
+        ("DELETE FROM applications WHERE seen_at < $1", before),
+        ("DELETE FROM usage_batches WHERE stored_at < $1", batches),
     ] {
         let forget = sqlx::query(forget).bind(before.as_millisecond());
         forget.execute(&mut *transaction).await?;

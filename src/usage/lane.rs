@@ -4,6 +4,7 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
+    fmt,
     iter::repeat,
     sync::Arc,
     time::Instant,
@@ -40,13 +41,30 @@ const SAMPLES_PER_ITEM: usize = 64;
 /// The largest piece that is made of several samples, in bytes.
 const MAX_IMPACT_ITEM: usize = 16 * 1024;
 
-/// Names a batch that was given out to be sent.
+/// Names a batch, as long as it is the same, among those of all instances and in all runs.
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
-pub(super) struct BatchId(u64);
+pub struct BatchId(u128);
 
 impl BatchId {
-    pub(super) fn nth(n: u64) -> Self {
-        Self(n)
+    /// The n-th of an instance that has drawn a number for itself.
+    pub(super) fn new(instance: u64, n: u64) -> Self {
+        Self(u128::from(instance) << 64 | u128::from(n))
+    }
+
+    /// Of a batch that was stored without a name, and so is known to nobody by one.
+    pub(super) fn random() -> Self {
+        Self(rand::random())
+    }
+
+    /// Reads what `Display` writes.
+    pub fn parse(text: &str) -> Option<Self> {
+        u128::from_str_radix(text, 16).ok().map(Self)
+    }
+}
+
+impl fmt::Display for BatchId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
     }
 }
 
@@ -73,6 +91,8 @@ pub(super) struct Lane {
     /// The batch that is being sent, or will be again.
     pub(super) hand: Option<(BatchId, Batch)>,
     pub(super) flying: bool,
+    /// Batches that others had in hand when they ended, to be sent as they were before anything else.
+    pub(super) left: VecDeque<(BatchId, Batch)>,
     /// How large a body upstream is taken to accept.
     limit: usize,
     /// How many bodies in a row upstream has taken.
@@ -94,6 +114,7 @@ impl Default for Lane {
             late: VecDeque::new(),
             hand: None,
             flying: false,
+            left: VecDeque::new(),
             limit: MAX_BODY,
             taken: 0,
             backoff: Backoff::default(),
@@ -106,6 +127,7 @@ impl Default for Lane {
 impl Lane {
     pub(super) fn is_empty(&self) -> bool {
         self.hand.is_none()
+            && self.left.is_empty()
             && self.carry.is_empty()
             && self.late.is_empty()
             && self.applications.is_empty()
@@ -127,9 +149,8 @@ impl Lane {
     }
 
     /// Puts back what a store held, beside what waits already; returns what no counter could hold.
-    /// `next` names the batch in hand, if there is one.
-    pub(super) fn restore(&mut self, restored: Self, next: BatchId) -> Lost {
-        let Self { applications, counters, impact, carry, hand, .. } = restored;
+    pub(super) fn restore(&mut self, restored: Self) -> Lost {
+        let Self { applications, counters, impact, carry, hand, left, .. } = restored;
         let mut lost = 0_u64;
         for (key, counter) in counters {
             lost = lost.saturating_add(self.counters.add(key, counter).0);
@@ -150,13 +171,10 @@ impl Lane {
             items.into_iter().filter_map(not_gauge).collect()
         };
         let carry = ready(carry.into());
-        let batch = ready(hand.map_or_else(Vec::new, |(_, batch)| batch.into_items()));
+        let batches = hand.into_iter().chain(left);
+        let batches = batches.map(|(id, batch)| (id, Batch::of(ready(batch.into_items()))));
+        self.left.extend(batches.filter(|(_, batch)| !batch.items().is_empty()));
         self.carry.extend(carry);
-        if self.hand.is_none() && !batch.is_empty() {
-            self.hand = Some((next, Batch::of(batch)));
-        } else {
-            self.carry.extend(batch);
-        }
         Lost(lost)
     }
 
@@ -317,8 +335,8 @@ impl Lane {
     /// How many evaluations wait, those in hand among them.
     pub(super) fn total(&self) -> u64 {
         let ready = self.carry.iter().chain(&self.late).map(|item| item.count);
-        let in_hand = self.hand.iter().map(|(_, batch)| batch.count());
-        ready.chain(in_hand).fold(self.counters.total(), u64::saturating_add)
+        let batches = self.hand.iter().chain(&self.left).map(|(_, batch)| batch.count());
+        ready.chain(batches).fold(self.counters.total(), u64::saturating_add)
     }
 }
 

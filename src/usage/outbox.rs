@@ -6,9 +6,10 @@
 //! the applications of the oldest hours are merged, then these hours with the next: no count is
 //! dropped.
 //!
-//! A batch in hand is sent again *unchanged* until upstream took or refused it. Where it is unknown
-//! whether upstream took it (the connection broke after it was sent) it may so be counted twice;
-//! everywhere else exactly once.
+//! A batch in hand is sent again *unchanged*, under the same name, until upstream took or refused it.
+//! Where it is unknown whether upstream took it (the connection broke after it was sent) it may so be
+//! counted twice, unless upstream is a registry, which knows it by its name; everywhere else exactly
+//! once.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -88,16 +89,20 @@ pub struct Totals {
 pub(super) struct Outbox {
     lanes: BTreeMap<Environment, Lane>,
     max_counters: usize,
-    next_id: u64,
+    /// Tells the batches of this instance from those of others.
+    instance: u64,
+    /// How many batches there have been.
+    batches: u64,
     /// How often what waits has changed.
     changes: u64,
     totals: Totals,
 }
 
 impl Outbox {
-    pub(super) fn new(max_counters: usize) -> Self {
+    /// Nothing waits; `instance` is a number that no other instance has drawn.
+    pub(super) fn new(max_counters: usize, instance: u64) -> Self {
         let (lanes, totals) = (BTreeMap::new(), Totals::default());
-        Self { lanes, max_counters, next_id: 0, changes: 0, totals }
+        Self { lanes, max_counters, instance, batches: 0, changes: 0, totals }
     }
 
     /// Merges a generation into what waits.
@@ -119,8 +124,7 @@ impl Outbox {
         let lane = self.lanes.entry(environment).or_default();
         lane.stored = true;
         lane.since.get_or_insert(now);
-        let Lost(lost) = lane.restore(restored, BatchId::nth(self.next_id));
-        self.next_id += 1;
+        let Lost(lost) = lane.restore(restored);
         self.changes += 1;
         self.drop_counts(Reason::Overflow, lost);
         self.shrink();
@@ -135,12 +139,15 @@ impl Outbox {
                 continue;
             }
             if lane.hand.is_none() {
+                lane.hand = lane.left.pop_front();
+            }
+            if lane.hand.is_none() {
                 self.changes += u64::from(!lane.is_empty());
                 let (batch, oversized) = lane.cut(environment);
                 meter::dropped(Reason::Size, oversized);
                 self.totals.dropped = self.totals.dropped.saturating_add(oversized);
-                lane.hand = batch.map(|batch| (BatchId::nth(self.next_id), batch));
-                self.next_id += 1;
+                lane.hand = batch.map(|batch| (BatchId::new(self.instance, self.batches), batch));
+                self.batches += 1;
             }
             match &lane.hand {
                 Some((id, batch)) => {
@@ -181,8 +188,9 @@ impl Outbox {
                 self.drop_counts(Reason::Rejected, count);
             }
             Outcome::TooLarge => {
-                let dropped = lane.split(BatchId::nth(self.next_id), now, draw);
-                self.next_id += 1;
+                let next = BatchId::new(self.instance, self.batches);
+                self.batches += 1;
+                let dropped = lane.split(next, now, draw);
                 if let Some(batch) = dropped {
                     let (bytes, count) = (batch.body().len(), batch.count());
                     warn!(
@@ -352,7 +360,7 @@ mod tests {
     #[test]
     fn a_batch_is_sent_again_unchanged_while_new_counts_wait() {
         let now = Instant::now();
-        let mut outbox = Outbox::new(100);
+        let mut outbox = Outbox::new(100, 7);
         outbox.absorb(generation("dev", [(key(1, "a", "f"), 2)]), now);
         let first = outbox.next(now).unwrap();
         assert!(outbox.next(now).is_none());
@@ -373,7 +381,7 @@ mod tests {
     #[test]
     fn one_environments_failure_does_not_delay_another() {
         let now = Instant::now();
-        let mut outbox = Outbox::new(100);
+        let mut outbox = Outbox::new(100, 7);
         outbox.absorb(generation("a", [(key(1, "a", "f"), 1)]), now);
         let first = outbox.next(now).unwrap();
         let pause = Duration::from_mins(5);
@@ -386,7 +394,7 @@ mod tests {
     #[test]
     fn a_refused_batch_is_dropped_and_counted() {
         let now = Instant::now();
-        let mut outbox = Outbox::new(100);
+        let mut outbox = Outbox::new(100, 7);
         outbox.absorb(generation("dev", [(key(1, "a", "f"), 2)]), now);
         let batch = outbox.next(now).unwrap();
         outbox.settle(batch.id, Outcome::Rejected, now, 0.5);
@@ -397,7 +405,7 @@ mod tests {
     #[test]
     fn a_batch_found_too_large_is_halved_until_it_passes() {
         let now = Instant::now();
-        let mut outbox = Outbox::new(10_000);
+        let mut outbox = Outbox::new(10_000, 7);
         let counters = (0..900).map(|flag| (key(1, "a", &format!("{flag:0>90}")), 1));
         outbox.absorb(generation("dev", counters), now);
         let mut sent = 0;
@@ -431,7 +439,7 @@ mod tests {
     #[test]
     fn nothing_is_dropped_while_everything_is_called_too_large() {
         let mut now = Instant::now();
-        let mut outbox = Outbox::new(10_000);
+        let mut outbox = Outbox::new(10_000, 7);
         let long = "x".repeat(MAX_NAME);
         let variants =
             (0..MAX_VARIANTS).map(|n| (format!("{n}{}", &long[4..]).into(), 1)).collect();
@@ -462,7 +470,7 @@ mod tests {
     #[test]
     fn counter_that_is_too_large_once_is_kept_although_others_were_taken() {
         let mut now = Instant::now();
-        let mut outbox = Outbox::new(10_000);
+        let mut outbox = Outbox::new(10_000, 7);
         outbox.absorb(generation("dev", [(key(1, "a", "f"), 2)]), now);
         now = flush(&mut outbox, now, MAX_BODY);
         let long = "x".repeat(MAX_NAME);
@@ -485,7 +493,7 @@ mod tests {
     #[test]
     fn counter_that_is_too_large_alone_is_dropped_only_after_others_were_taken() {
         let now = Instant::now();
-        let mut outbox = Outbox::new(10_000);
+        let mut outbox = Outbox::new(10_000, 7);
         let long = "x".repeat(MAX_NAME);
         let variants =
             (0..MAX_VARIANTS).map(|n| (format!("{n}{}", &long[4..]).into(), 1)).collect();
@@ -509,7 +517,7 @@ mod tests {
     #[test]
     fn limit_on_bodies_grows_back_after_successes() {
         let now = Instant::now();
-        let mut outbox = Outbox::new(100_000);
+        let mut outbox = Outbox::new(100_000, 7);
         let mut send = |limit: usize| {
             let counters = (0..2000).map(|flag| (key(1, "a", &format!("{flag:0>200}")), 1));
             outbox.absorb(generation("dev", counters), now);
@@ -541,7 +549,7 @@ mod tests {
             );
             Application::parse(body.as_bytes()).unwrap()
         };
-        let mut outbox = Outbox::new(100);
+        let mut outbox = Outbox::new(100, 7);
         let applications = vec![registered(application(2, ""))];
         let generation = Generation { applications, ..Generation::default() };
         outbox.absorb(BTreeMap::from([(Environment::new("dev"), generation)]), now);
@@ -562,7 +570,7 @@ mod tests {
         let body = br#"{"appName":"a","started":"2026-01-02T03:04:05Z","interval":1}"#;
         let applications = vec![registered(Application::parse(body).unwrap())];
         let generation = Generation { applications, ..Generation::default() };
-        let mut outbox = Outbox::new(100);
+        let mut outbox = Outbox::new(100, 7);
         outbox.absorb(BTreeMap::from([(Environment::new("dev"), generation)]), now);
         let strategies = |batch: &Dispatch| {
             let body: Value = serde_json::from_slice(&batch.body).unwrap();
@@ -590,7 +598,7 @@ mod tests {
             )
         };
         let sent = |records: &[String]| {
-            let mut outbox = Outbox::new(10);
+            let mut outbox = Outbox::new(10, 7);
             let now = Instant::now();
             for record in records {
                 for (environment, lane) in spool::restore(record.as_bytes()).unwrap().lanes {
@@ -656,7 +664,7 @@ mod tests {
 
     /// What waits after the large gauge with the value 1 was refused alone.
     fn refused_gauges(now: Instant) -> (Outbox, Instant) {
-        let (mut outbox, mut now) = (Outbox::new(10), now);
+        let (mut outbox, mut now) = (Outbox::new(10, 7), now);
         outbox.absorb(gauges(1, 5), now);
         // Both in one body, then the large one.
         for _ in 0..2 {
@@ -686,9 +694,9 @@ mod tests {
 
         // Its time is stored with it.
         let (mut refused, now) = refused_gauges(Instant::now());
-        let mut older = Outbox::new(10);
+        let mut older = Outbox::new(10, 7);
         older.absorb(gauges(2, 4), now);
-        let mut outbox = Outbox::new(10);
+        let mut outbox = Outbox::new(10, 7);
         for record in [&mut refused, &mut older] {
             let record = spool::save(&record.copy()).unwrap();
             for (environment, lane) in spool::restore(&record).unwrap().lanes {
@@ -702,7 +710,7 @@ mod tests {
     #[test]
     fn too_many_counters_first_lose_their_applications_then_their_hours() {
         let now = Instant::now();
-        let mut outbox = Outbox::new(10);
+        let mut outbox = Outbox::new(10, 7);
         let of_hour = |hour| (0..8).map(move |app| (key(hour, &app.to_string(), "f"), 1));
         outbox.absorb(generation("dev", of_hour(1).chain(of_hour(2))), now);
         // The first hour's eight are one now, the second hour's are still apart.
@@ -718,7 +726,7 @@ mod tests {
     #[test]
     fn flags_of_one_hour_stay_however_many_they_are() {
         let now = Instant::now();
-        let mut outbox = Outbox::new(10);
+        let mut outbox = Outbox::new(10, 7);
         let flags = |hour| (0..50).map(move |flag| (key(hour, "a", &flag.to_string()), 1));
         outbox.absorb(generation("dev", flags(1)), now);
         outbox.absorb(generation("dev", flags(2)), now);
@@ -729,7 +737,7 @@ mod tests {
     #[test]
     fn a_flood_of_distinct_hours_stays_within_the_limit_and_loses_no_count() {
         let now = Instant::now();
-        let mut outbox = Outbox::new(10_000);
+        let mut outbox = Outbox::new(10_000, 7);
         let of_hour = |hour: i64| {
             let time = jiff::Timestamp::from_second(3600 * hour).unwrap();
             (CounterKey { hour: Hour::of(time), app: "a".into(), flag: "f".into() }, 1)
@@ -751,7 +759,7 @@ mod tests {
     #[test]
     fn a_revision_lasts_as_long_as_what_waits_and_emptiness_has_one() {
         let now = Instant::now();
-        let mut outbox = Outbox::new(100);
+        let mut outbox = Outbox::new(100, 7);
         let empty = outbox.revision();
         let mut revisions = vec![empty];
         let mut changed = |outbox: &Outbox| {
@@ -781,7 +789,7 @@ mod tests {
     #[test]
     fn without_an_upstream_everything_is_let_go() {
         let now = Instant::now();
-        let mut outbox = Outbox::new(100);
+        let mut outbox = Outbox::new(100, 7);
         outbox.absorb(generation("dev", [(key(1, "a", "f"), 2)]), now);
         outbox.discard();
         assert!(outbox.is_empty());
@@ -807,7 +815,7 @@ mod tests {
             outcomes in prop::collection::vec(outcome(), 0..40),
         ) {
             let mut now = Instant::now();
-            let mut outbox = Outbox::new(1000);
+            let mut outbox = Outbox::new(1000, 7);
             let mut outcomes = outcomes.into_iter();
             let mut expected = BTreeMap::new();
             let mut arrived = BTreeMap::new();

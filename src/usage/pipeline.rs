@@ -40,7 +40,7 @@ impl Pipeline {
         Self {
             ledger: Ledger::new(max_counters),
             // Less than a token's share: what waits for long is merged before what is reported now.
-            outbox: Mutex::new(Outbox::new(max_counters - max_counters / 4)),
+            outbox: Mutex::new(Outbox::new(max_counters - max_counters / 4, rand::random())),
             outdated: Notify::new(),
         }
     }
@@ -140,8 +140,9 @@ impl Pipeline {
             metrics.push(shown(&metric(environment.as_str(), &key, &counter)));
         }
         for (environment, lane) in outbox.lanes() {
-            let in_hand = lane.hand.iter().flat_map(|(_, batch)| batch.items());
-            for item in in_hand.chain(&lane.carry).chain(&lane.late) {
+            let batches = lane.hand.iter().chain(&lane.left);
+            let items = batches.flat_map(|(_, batch)| batch.items());
+            for item in items.chain(&lane.carry).chain(&lane.late) {
                 let value = serde_json::from_str(&item.json).unwrap_or_default();
                 match item.part {
                     Part::Application | Part::Instance => applications.push(value),

@@ -50,6 +50,8 @@ pub enum Sink {
 /// A batch for the registry of this instance.
 #[derive(Debug)]
 pub struct Delivery {
+    /// Names it: a batch that comes again, with the same body, has the same name.
+    pub batch: BatchId,
     /// The body that `/api/client/metrics/bulk` would be sent.
     pub body: Bytes,
     /// Where to say what became of it; dropped, the batch comes again.
@@ -182,7 +184,7 @@ pub(super) fn hand_over(
     async move {
         let Dispatch { id, body, impact, .. } = batch;
         let (done, taken) = oneshot::channel();
-        let sent = registry.send(Delivery { body, done }).await;
+        let sent = registry.send(Delivery { batch: id, body, done }).await;
         let outcome = match taken.await {
             Ok(Taken::Stored) if sent.is_ok() => {
                 // A registry has no place for them.

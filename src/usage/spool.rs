@@ -2,7 +2,8 @@
 //!
 //! Version 1 is JSON: for each environment the batch in hand, which must be sent again as it was,
 //! and what else waits, in upstream's own shapes. An item that cannot be read is left out and
-//! counted: it costs no other. Where the bytes are kept is not known here.
+//! counted: it costs no other. A batch in hand keeps its name, by which a registry knows it again.
+//! Where the bytes are kept is not known here.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -52,6 +53,12 @@ struct Spool {
 struct Waiting {
     /// The [`Piece`]s of the batch in hand.
     batch: Vec<Box<RawValue>>,
+    /// The name of that batch; earlier versions wrote none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    batch_id: Option<String>,
+    /// Batches of earlier runs, which were not sent again yet.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    left: Vec<Left>,
     /// [`Piece`]s that were serialised and not sent.
     pieces: Vec<Box<RawValue>>,
     /// Each an [`Application`].
@@ -60,6 +67,14 @@ struct Waiting {
     metrics: Vec<Box<RawValue>>,
     /// Each an [`Impact`].
     impact: Vec<Box<RawValue>>,
+}
+
+/// A batch that another run had in hand.
+#[derive(Deserialize, Serialize)]
+struct Left {
+    id: String,
+    /// [`Piece`]s.
+    batch: Vec<Box<RawValue>>,
 }
 
 /// A piece of a body, kept byte for byte.
@@ -130,10 +145,13 @@ fn waiting(environment: &Environment, lane: &Lane) -> Waiting {
         }
         impact.push(json(&Impact { app, metric: json(&metric), times }));
     }
-    let in_hand = lane.hand.iter().flat_map(|(_, batch)| batch.items());
-    let piece = |item| json(&Piece::of(item));
+    let piece = |item: &Item| json(&Piece::of(item));
+    let pieces = |batch: &Batch| batch.items().iter().map(piece).collect();
+    let left = |(id, batch): &(BatchId, Batch)| Left { id: id.to_string(), batch: pieces(batch) };
     Waiting {
-        batch: in_hand.map(piece).collect(),
+        batch: lane.hand.as_ref().map(|(_, batch)| pieces(batch)).unwrap_or_default(),
+        batch_id: lane.hand.as_ref().map(|(id, _)| id.to_string()),
+        left: lane.left.iter().map(left).collect(),
         pieces: lane.carry.iter().chain(&lane.late).map(piece).collect(),
         applications: lane.applications.values().map(|it| json(it.application())).collect(),
         metrics: lane.counters.iter().map(metric).collect(),
@@ -148,10 +166,9 @@ fn json(item: &impl Serialize) -> Box<RawValue> {
 /// A lane of what can be read, counting the rest.
 fn lane(waiting: &Waiting, unreadable: &mut usize) -> Lane {
     let mut lane = Lane::default();
-    let batch = readable(&waiting.batch, piece, unreadable);
-    if !batch.is_empty() {
-        lane.hand = Some((BatchId::default(), Batch::of(batch)));
-    }
+    lane.hand = batch(waiting.batch_id.as_deref(), &waiting.batch, unreadable);
+    let left = waiting.left.iter();
+    lane.left = left.filter_map(|it| batch(Some(&it.id), &it.batch, unreadable)).collect();
     lane.carry = readable(&waiting.pieces, piece, unreadable).into();
     for application in readable(&waiting.applications, application, unreadable) {
         lane.register(Arc::new(Registration::restored(application)), Age::Newer);
@@ -167,6 +184,20 @@ fn lane(waiting: &Waiting, unreadable: &mut usize) -> Lane {
         lane.impact.record(&app, metric, times, |_| Some(Charge::default()));
     }
     lane
+}
+
+/// A batch of what can be read; `None` where that is nothing.
+fn batch(
+    id: Option<&str>,
+    items: &[Box<RawValue>],
+    unreadable: &mut usize,
+) -> Option<(BatchId, Batch)> {
+    let items = readable(items, piece, unreadable);
+    if items.is_empty() {
+        return None;
+    }
+    let id = id.and_then(BatchId::parse).unwrap_or_else(BatchId::random);
+    Some((id, Batch::of(items)))
 }
 
 /// Those of `items` that `read` can read, counting the others.
@@ -240,9 +271,39 @@ mod tests {
     fn version_1_is_read_and_written_back_as_it_was() {
         let Restored { lanes, unreadable } = restore(VERSION_1.as_bytes()).unwrap();
         assert_eq!(unreadable, 0);
-        let saved = save(&lanes).unwrap();
-        let saved: Value = serde_json::from_slice(&saved).unwrap();
-        assert_eq!(saved, serde_json::from_str::<Value>(VERSION_1).unwrap());
+        assert_eq!(without_ids(&save(&lanes).unwrap()), from_version_1());
+    }
+
+    /// What was saved, without the names that batches have got since.
+    fn without_ids(saved: &[u8]) -> Value {
+        let mut saved: Value = serde_json::from_slice(saved).unwrap();
+        let waiting = saved["environments"]["dev"].as_object_mut().unwrap();
+        assert_eq!(waiting.remove("batch_id").unwrap().as_str().unwrap().len(), 32);
+        saved
+    }
+
+    fn from_version_1() -> Value {
+        serde_json::from_str(VERSION_1).unwrap()
+    }
+
+    #[test]
+    fn batches_keep_their_names() {
+        let dev = || Environment::new("dev");
+        let Restored { lanes, .. } = restore(VERSION_1.as_bytes()).unwrap();
+        let again = restore(VERSION_1.as_bytes()).unwrap().lanes;
+        // Without names, two that say the same may count different evaluations.
+        let id = |lane: &Lane| lane.hand.as_ref().unwrap().0;
+        assert_ne!(id(&lanes[0].1), id(&again[0].1));
+
+        let mut lane = Lane::default();
+        let _ = lane.restore(lanes[0].1.clone());
+        let item = Item::new(Part::Metric, "{}".into(), 1);
+        let other = (BatchId::new(7, 1), Batch::of(vec![item]));
+        lane.hand = Some(other.clone());
+        let saved = save(&[(dev(), lane)]).unwrap();
+        let restored = &restore(&saved).unwrap().lanes[0].1;
+        assert_eq!(restored.hand, Some(other));
+        assert_eq!(restored.left, [lanes[0].1.hand.clone().unwrap()]);
     }
 
     #[test]
@@ -254,9 +315,7 @@ mod tests {
         }
         let Restored { lanes, unreadable } = restore(spool.to_string().as_bytes()).unwrap();
         assert_eq!(unreadable, 5);
-        let saved = save(&lanes).unwrap();
-        let saved: Value = serde_json::from_slice(&saved).unwrap();
-        assert_eq!(saved, serde_json::from_str::<Value>(VERSION_1).unwrap());
+        assert_eq!(without_ids(&save(&lanes).unwrap()), from_version_1());
     }
 
     #[test]

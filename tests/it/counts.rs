@@ -2,14 +2,19 @@
 //!
 //! What becomes of it while upstream is away is told in `outage`.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use reqwest::StatusCode;
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
 
 use crate::rig::{
-    ChaosProxy, Fault, Kind, Parapet, STORED_WITHIN, Unleash, Version, http, secrets, until,
+    ChaosProxy, Fault, Kind, Parapet, Postgres, STORED_WITHIN, Unleash, Version, http, secrets,
+    until,
 };
 
 const HERE: &str = "development";
@@ -180,6 +185,91 @@ async fn standalone_stores_counts_under_the_hour_in_which_their_bucket_ended() {
         let stored: Timestamp = stored["timestamp"].as_str().unwrap().parse().unwrap();
         assert_eq!(stored, hour, "{case}");
     }
+}
+
+/// Stands between an instance and PostgreSQL, and keeps to itself what the server says to some commits of
+/// usage: the connection breaks instead.
+struct LossyRelay {
+    port: u16,
+    lost: Arc<AtomicUsize>,
+}
+
+impl LossyRelay {
+    async fn start(server: u16, losses: usize) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (port, lost) = (listener.local_addr().unwrap().port(), Arc::new(AtomicUsize::new(0)));
+        let count = Arc::clone(&lost);
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                let server = TcpStream::connect(("127.0.0.1", server)).await.unwrap();
+                let count = Arc::clone(&count);
+                tokio::spawn(async move { relay(client, server, &count, losses).await });
+            }
+        });
+        Self { port, lost }
+    }
+}
+
+/// Passes on what both say, until one of them ends or a reply is lost.
+async fn relay(mut client: TcpStream, mut server: TcpStream, lost: &AtomicUsize, losses: usize) {
+    let has = |bytes: &[u8], text: &str| bytes.windows(text.len()).any(|it| it == text.as_bytes());
+    let (mut asked, mut answered) = (vec![0; 64 * 1024], vec![0; 64 * 1024]);
+    let (mut stores_usage, mut commits) = (false, false);
+    loop {
+        tokio::select! {
+            read = client.read(&mut asked) => {
+                let Ok(read @ 1..) = read else { return };
+                stores_usage |= has(&asked[..read], "INSERT INTO flag_usage");
+                commits = stores_usage && has(&asked[..read], "COMMIT");
+                server.write_all(&asked[..read]).await.unwrap();
+            }
+            read = server.read(&mut answered) => {
+                let Ok(read @ 1..) = read else { return };
+                if commits && lost.load(Ordering::Relaxed) < losses {
+                    lost.fetch_add(1, Ordering::Relaxed);
+                    return;
+                }
+                if client.write_all(&answered[..read]).await.is_err() {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL"]
+async fn batch_whose_commit_is_not_answered_is_counted_once() {
+    const LOSSES: usize = 3;
+    let (admin, client) = ("*:*.counts-commit-admin", "*:development.counts-commit-client");
+    for token in [admin, client] {
+        secrets::remember(token);
+    }
+    let flags = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(flags.path(), r#"{"features":[{"name":"f","enabled":true}]}"#).unwrap();
+    let server = Postgres::shared().await;
+    let database = server.create_database().await;
+    let relay = LossyRelay::start(server.port(), LOSSES).await;
+    let url = format!("postgres://postgres@127.0.0.1:{}/{database}", relay.port);
+    let parapet = Parapet::mode("standalone")
+        .flag("--flags", flags.path())
+        .flag("--metrics-interval-seconds", "0.5")
+        .env("DATABASE_URL", url)
+        .env("INIT_ADMIN_API_TOKENS", admin)
+        .env("INIT_CLIENT_API_TOKENS", client)
+        .start()
+        .await;
+    accepted(&parapet.url(), METRICS, client, &report_now("counts-commit", "f", 100)).await;
+    until("the batch is sent again and taken", SOON, async || {
+        let sent = parapet.metric("parapet_usage_counts_sent_total").await;
+        sent.filter(|sent| *sent >= 100.0)
+    })
+    .await;
+    assert!((1..=LOSSES).contains(&relay.lost.load(Ordering::Relaxed)));
+    let path = "/api/admin/client-metrics/features/f/raw";
+    let (_, body) = parapet.admin_get(path).await;
+    let stored: Vec<_> = body["data"].as_array().unwrap().iter().map(|it| &it["yes"]).collect();
+    assert_eq!(stored, [100]);
 }
 
 #[tokio::test]

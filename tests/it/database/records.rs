@@ -11,7 +11,7 @@ use parapet::control::{
 };
 use parapet::snapshot::{Snapshot, Snapshots};
 use parapet::token::{Environment, Projects, Scope, TokenKind};
-use parapet::usage::{Delivery, Taken};
+use parapet::usage::{BatchId, Delivery, Taken};
 use parapet::wire::features::Document;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot};
@@ -24,6 +24,7 @@ super::on_both!(
     usage_is_merged_by_hour_and_told,
     usage_that_cannot_be_stored_is_refused,
     what_is_too_old_is_forgotten,
+    batch_that_comes_again_is_counted_once,
     unknown_names_have_a_small_account,
     only_what_is_too_much_is_forgotten_and_the_least_known_first,
     applications_that_were_seen_for_long_outlast_made_up_ones,
@@ -105,10 +106,16 @@ async fn events_tell_who_did_what_when_and_from_where(bed: Bed) {
 
 /// Hands a report to the registry and tells what became of it.
 async fn deliver(control: &Control, body: &Value) -> Taken {
+    let batch = BatchId::parse(&format!("{:032x}", rand::random::<u128>())).unwrap();
+    deliver_as(control, batch, body).await
+}
+
+/// The same with the name of a batch.
+async fn deliver_as(control: &Control, batch: BatchId, body: &Value) -> Taken {
     let (deliver, mut deliveries) = mpsc::channel(1);
     let (done, taken) = oneshot::channel();
     let body = Bytes::from(body.to_string());
-    deliver.send(Delivery { body, done }).await.unwrap();
+    deliver.send(Delivery { batch, body, done }).await.unwrap();
     drop(deliver);
     control.run_usage(&configured(), &mut deliveries).await;
     taken.await.unwrap()
@@ -216,6 +223,22 @@ async fn what_is_too_old_is_forgotten(bed: Bed) {
     until("old events are forgotten", Duration::from_secs(10), event_is_gone).await;
     let all = EventQuery { limit: 1000, ..EventQuery::default() };
     assert!(control.events(&SHELL.operator, &all).await.unwrap().total > 1);
+}
+
+async fn batch_that_comes_again_is_counted_once(bed: Bed) {
+    let control = bed.open().await;
+    let id = |text: &str| BatchId::parse(text).unwrap();
+    let body = report("2026-05-05T12:20:00Z", 2, &json!({ "a": 2 }));
+    for batch in ["1", "1", "2", "1", "2"] {
+        assert_eq!(deliver_as(&control, id(batch), &body).await, Taken::Stored);
+    }
+    let hours = control.usage_of("blue", Timestamp::UNIX_EPOCH).await.unwrap();
+    assert_eq!((hours[0].yes, hours[0].variants["a"]), (4, 4));
+    // What could not be stored is not remembered.
+    assert_eq!(deliver_as(&control, id("3"), &json!("usage")).await, Taken::Refused);
+    assert_eq!(deliver_as(&control, id("3"), &body).await, Taken::Stored);
+    let hours = control.usage_of("blue", Timestamp::UNIX_EPOCH).await.unwrap();
+    assert_eq!(hours[0].yes, 6);
 }
 
 /// An SQL expression of a number that grows by one with each row up to `$count`.
