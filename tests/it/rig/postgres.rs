@@ -24,7 +24,8 @@ impl Postgres {
         SHARED.get_or_init(Self::start).await
     }
 
-    async fn start() -> Self {
+    /// A cluster of its own.
+    pub(crate) async fn start() -> Self {
         let binaries = binaries();
         let directory =
             tempfile::Builder::new().prefix("parapet-postgres-").tempdir().unwrap().keep();

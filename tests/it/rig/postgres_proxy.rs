@@ -1,0 +1,286 @@
+//! A proxy in front of PostgreSQL that can go silent: it stops forwarding a connection and closes neither end, as a machine
+//! that loses its power does, or a firewall that forgets. It reads the protocol, so as to do so at a named moment.
+
+use std::collections::{BTreeSet, HashMap};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use super::net::{free_port, until};
+
+/// The moment at which a connection goes silent: when its client sends a statement that contains a text.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Moment {
+    /// The server does not get the statement.
+    Before(&'static str),
+    /// The server gets the statement, and its answer is lost.
+    After(&'static str),
+}
+
+/// The proxy; it ends with the runtime of the test. A cheap handle.
+#[derive(Debug, Clone)]
+pub(crate) struct PostgresProxy {
+    port: u16,
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    upstream: SocketAddr,
+    is_open: watch::Sender<bool>,
+    /// Whether the proxy listens now, which trails `is_open`.
+    listens: watch::Sender<bool>,
+    trap: Mutex<Option<Moment>>,
+    /// How many connections went silent in a trap.
+    caught: watch::Sender<usize>,
+    lines: Mutex<Vec<Arc<Line>>>,
+}
+
+/// A connection.
+#[derive(Debug)]
+struct Line {
+    /// The statements that its client has sent, each once.
+    said: Mutex<BTreeSet<String>>,
+    is_silent: watch::Sender<bool>,
+}
+
+impl PostgresProxy {
+    /// Starts a proxy for the server on this loopback port.
+    pub(crate) async fn start(upstream: u16) -> Self {
+        let shared = Arc::new(Shared {
+            upstream: (Ipv4Addr::LOCALHOST, upstream).into(),
+            is_open: watch::Sender::new(true),
+            listens: watch::Sender::new(false),
+            trap: Mutex::default(),
+            caught: watch::Sender::new(0),
+            lines: Mutex::default(),
+        });
+        let port = free_port();
+        tokio::spawn(Arc::clone(&shared).run(port));
+        let proxy = Self { port, shared };
+        proxy.wait_until_listens(true).await;
+        proxy
+    }
+
+    /// The loopback port that it listens on.
+    pub(crate) fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Makes the next connection go silent that comes to `moment`; only one does.
+    pub(crate) fn trap(&self, moment: Moment) {
+        *lock(&self.shared.trap) = Some(moment);
+    }
+
+    /// Waits until so many connections have gone silent in traps.
+    pub(crate) async fn wait_until_caught(&self, count: usize) {
+        let mut caught = self.shared.caught.subscribe();
+        let wait = caught.wait_for(|caught| *caught >= count);
+        let caught = tokio::time::timeout(Duration::from_secs(30), wait).await;
+        caught.expect("nothing was caught for half a minute").expect("the proxy runs");
+    }
+
+    /// Makes connections go silent whose clients have sent a statement that contains `text`; new ones are not.
+    pub(crate) fn silence(&self, text: &str) {
+        for line in self.lines_that_said(text) {
+            line.is_silent.send_replace(true);
+        }
+    }
+
+    /// Waits until so many connections, open or not, have sent a statement that contains `text`.
+    pub(crate) async fn wait_until_said(&self, text: &str, count: usize) {
+        until(
+            &format!("{count} connections have said {text}"),
+            Duration::from_secs(10),
+            async || (self.lines_that_said(text).len() >= count).then_some(()),
+        )
+        .await;
+    }
+
+    /// How many connections, open or not, have sent a statement that contains `text`.
+    pub(crate) fn count_of(&self, text: &str) -> usize {
+        self.lines_that_said(text).len()
+    }
+
+    /// Breaks all connections, and refuses new ones.
+    pub(crate) async fn refuse(&self) {
+        self.shared.is_open.send_replace(false);
+        self.wait_until_listens(false).await;
+    }
+
+    /// Lets new connections in again, and sets no more traps.
+    pub(crate) async fn restore(&self) {
+        *lock(&self.shared.trap) = None;
+        self.shared.is_open.send_replace(true);
+        self.wait_until_listens(true).await;
+    }
+
+    fn lines_that_said(&self, text: &str) -> Vec<Arc<Line>> {
+        let said = |line: &&Arc<Line>| {
+            text.is_empty() || lock(&line.said).iter().any(|said| said.contains(text))
+        };
+        lock(&self.shared.lines).iter().filter(said).cloned().collect()
+    }
+
+    async fn wait_until_listens(&self, expected: bool) {
+        let mut listens = self.shared.listens.subscribe();
+        listens.wait_for(|listens| *listens == expected).await.expect("the proxy runs");
+    }
+}
+
+impl Shared {
+    async fn run(self: Arc<Self>, port: u16) {
+        let mut open = self.is_open.subscribe();
+        loop {
+            if open.wait_for(|is_open| *is_open).await.is_err() {
+                return;
+            }
+            let socket = tokio::net::TcpSocket::new_v4().unwrap();
+            socket.set_reuseaddr(true).unwrap();
+            socket.bind((Ipv4Addr::LOCALHOST, port).into()).unwrap();
+            let listener = socket.listen(1024).unwrap();
+            self.listens.send_replace(true);
+            // Dropping these two closes the port and every connection.
+            let mut connections = JoinSet::new();
+            tokio::select! {
+                _ = open.wait_for(|is_open| !is_open) => {}
+                () = self.accept(&listener, &mut connections) => {}
+            }
+            connections.shutdown().await;
+            drop(listener);
+            self.listens.send_replace(false);
+        }
+    }
+
+    async fn accept(self: &Arc<Self>, listener: &TcpListener, connections: &mut JoinSet<()>) {
+        loop {
+            let Ok((client, _)) = listener.accept().await else { continue };
+            let line =
+                Arc::new(Line { said: Mutex::default(), is_silent: watch::Sender::new(false) });
+            lock(&self.lines).push(Arc::clone(&line));
+            let shared = Arc::clone(self);
+            connections.spawn(async move {
+                let Ok(server) = TcpStream::connect(shared.upstream).await else { return };
+                let ((from_client, to_client), (from_server, to_server)) =
+                    (client.into_split(), server.into_split());
+                // Who ends, ends the other, unless the line is silent: then both ends stay open.
+                tokio::select! {
+                    () = shared.questions(&line, from_client, to_server) => {}
+                    () = answers(&line, from_server, to_client) => {}
+                }
+            });
+        }
+    }
+
+    /// Passes on what the client says, message by message.
+    async fn questions(&self, line: &Line, mut client: OwnedReadHalf, mut server: OwnedWriteHalf) {
+        let mut statements = HashMap::new();
+        let mut is_started = false;
+        loop {
+            let Some(message) = read_message(&mut client, is_started).await else { break };
+            /// Asks for TLS; the real start follows.
+            const SSL_REQUEST: [u8; 4] = 80_877_103_u32.to_be_bytes();
+            is_started = is_started || message[4..8] != SSL_REQUEST;
+            if let Some(text) = statement(&message, &mut statements) {
+                lock(&line.said).insert(text.clone());
+                match self.catch(&text) {
+                    Some(Moment::Before(_)) => self.go_silent(line),
+                    Some(Moment::After(_)) => {
+                        line.is_silent.send_replace(true);
+                        // An extended statement is run at the messages that follow, as far as they are there already.
+                        let mut rest = vec![0; 1 << 16];
+                        let read = client.try_read(&mut rest).unwrap_or(0);
+                        let sent = server.write_all(&[&message, &rest[..read]].concat()).await;
+                        sent.expect("the server takes the statement");
+                        self.go_silent(line);
+                    }
+                    None => {}
+                }
+            }
+            if *line.is_silent.borrow() {
+                std::future::pending::<()>().await;
+            }
+            if server.write_all(&message).await.is_err() {
+                break;
+            }
+        }
+        if *line.is_silent.borrow() {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    fn go_silent(&self, line: &Line) {
+        line.is_silent.send_replace(true);
+        self.caught.send_modify(|caught| *caught += 1);
+    }
+
+    /// Springs the trap where `text` is what it waits for.
+    fn catch(&self, text: &str) -> Option<Moment> {
+        let mut trap = lock(&self.trap);
+        let is_caught =
+            matches!(&*trap, Some(Moment::Before(it) | Moment::After(it)) if text.contains(it));
+        if is_caught { trap.take() } else { None }
+    }
+}
+
+/// Passes on what the server says, until the line is silent.
+async fn answers(line: &Line, mut server: OwnedReadHalf, mut client: OwnedWriteHalf) {
+    let mut silence = line.is_silent.subscribe();
+    let mut bytes = vec![0; 1 << 16];
+    loop {
+        let read = tokio::select! {
+            biased;
+            _ = silence.wait_for(|is_silent| *is_silent) => break,
+            read = server.read(&mut bytes) => read,
+        };
+        match read {
+            Ok(read @ 1..) if !*line.is_silent.borrow() => {
+                if client.write_all(&bytes[..read]).await.is_err() {
+                    break;
+                }
+            }
+            Ok(1..) => {}
+            Ok(0) | Err(_) => break,
+        }
+    }
+    if *line.is_silent.borrow() {
+        std::future::pending::<()>().await;
+    }
+}
+
+/// The next message, whole; `None` at the end. The first ones have no letter that tells their kind.
+async fn read_message(client: &mut OwnedReadHalf, is_started: bool) -> Option<Vec<u8>> {
+    let mut message = vec![0; if is_started { 5 } else { 4 }];
+    client.read_exact(&mut message).await.ok()?;
+    let length = message[message.len() - 4..].try_into().unwrap();
+    let begin = message.len();
+    message.resize(begin + usize::try_from(u32::from_be_bytes(length)).unwrap() - 4, 0);
+    client.read_exact(&mut message[begin..]).await.ok()?;
+    Some(message)
+}
+
+/// The statement that a message is about to run, where it is one of that kind; those that are prepared are remembered.
+fn statement(message: &[u8], prepared: &mut HashMap<Vec<u8>, String>) -> Option<String> {
+    let kind = message[0];
+    let mut texts = message.get(5..)?.split(|byte| *byte == 0);
+    match kind {
+        b'Q' => Some(String::from_utf8_lossy(texts.next()?).into_owned()),
+        b'P' => {
+            let (name, text) = (texts.next()?, texts.next()?);
+            prepared.insert(name.to_owned(), String::from_utf8_lossy(text).into_owned());
+            None
+        }
+        b'B' => prepared.get(texts.nth(1)?).cloned(),
+        _ => None,
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
