@@ -9,6 +9,7 @@ mod audit;
 mod database;
 mod error;
 mod first_start;
+mod health;
 mod migrations;
 mod password;
 mod permission;
@@ -24,7 +25,7 @@ use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use tokio::sync::mpsc;
-use tracing::warn;
+use tracing::{info, warn};
 
 pub use self::{
     accounts::{Account, AccountChange, Grants, NewAccount},
@@ -32,6 +33,7 @@ pub use self::{
     database::{DatabaseUrl, DatabaseUrlError, Location},
     error::Error,
     first_start::{FirstAccount, FoundTokens, Generated, MadeAccount, Opened, Seed, grant_of},
+    health::{ConnectionCount, DatabaseStatus},
     password::{Password, PasswordError},
     permission::{Action, Actor, Missing, Operator, Permission, RootRole},
     registry::{ApiToken, NewToken},
@@ -97,7 +99,7 @@ impl Control {
     /// Opens the database, and makes or migrates it; the first start makes an admin's account and
     /// tokens. Safe when several instances start at once.
     pub async fn open(config: Config) -> Result<(Self, Opened), Error> {
-        let database = Database::open(&config.location).await?;
+        let database = Database::new(&config.location).await?;
         let hasher = Hasher::new();
         let opened =
             first_start::begin(&database, &hasher, &config.seed, &config.first_account).await?;
@@ -126,10 +128,8 @@ impl Control {
             let there = tokio::fs::metadata(path).await;
             there.map_err(|error| Error::File(path.clone(), error))?;
         }
-        let database = Database::open(&location).await?;
-        if accounts::count(&mut *database.pool().acquire().await?).await? == 0 {
-            return Err(Error::NotBegun);
-        }
+        let database = Database::new(&location).await?;
+        database.require_existing();
         let hasher = Hasher::new();
         let inner = Inner {
             registry: Registry::open(database.clone(), usize::MAX).await?,
@@ -170,18 +170,29 @@ impl Control {
         snapshots: &Snapshots,
         deliveries: &mut mpsc::Receiver<Delivery>,
     ) {
+        let health = self.0.database.health();
         while let Some(delivery) = deliveries.recv().await {
             let taken = match usage::store(&self.0.database, snapshots, &delivery).await {
                 Ok(true) => Taken::Stored,
                 Ok(false) => Taken::Refused,
                 Err(error) => {
-                    warn!(error = report(&error), "Usage could not be stored, and waits");
+                    if health.record_usage(false) {
+                        warn!(error = report(&error), "Usage could not be stored, and waits");
+                    }
                     Taken::Failed
                 }
             };
+            if taken == Taken::Stored && health.record_usage(true) {
+                info!("Usage is stored again");
+            }
             // Whoever delivered may have given up; then it comes again.
             let _ = delivery.done.send(taken);
         }
+    }
+
+    /// How the database is doing.
+    pub fn database(&self) -> DatabaseStatus {
+        self.0.database.status()
     }
 
     /// The tokens that `operator` may see, the oldest first.
@@ -259,7 +270,7 @@ impl Control {
         if actor.operator.id() != Some(id) {
             self.require_admin(actor, &of_account("see", id)).await?;
         }
-        let mut connection = self.0.database.pool().acquire().await?;
+        let mut connection = self.0.database.connection().await?;
         accounts::find(&mut connection, id).await
     }
 

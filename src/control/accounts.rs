@@ -9,11 +9,11 @@ use std::{
 
 use jiff::Timestamp;
 use serde_json::{Value, json};
-use sqlx::{AnyConnection, Row as _, any::AnyRow};
+use sqlx::{Row as _, any::AnyRow};
 
 use super::{
     audit::{self, Author, Entry, EventKind},
-    database::{Database, Lane, now, of_millis},
+    database::{Connection, Database, Lane, now, of_millis},
     error::Error,
     password::Password,
     permission::{Actor, Operator, Permission, RootRole},
@@ -160,10 +160,7 @@ pub(super) async fn all(database: &Database) -> Result<Vec<Account>, Error> {
 }
 
 /// One account.
-pub(super) async fn find(
-    connection: &mut AnyConnection,
-    id: i64,
-) -> Result<Option<Account>, Error> {
+pub(super) async fn find(connection: &mut Connection, id: i64) -> Result<Option<Account>, Error> {
     let row = sqlx::query("SELECT * FROM accounts WHERE id = $1").bind(id);
     let Some(row) = row.fetch_optional(&mut *connection).await? else { return Ok(None) };
     let grants = sqlx::query("SELECT * FROM account_permissions WHERE account_id = $1").bind(id);
@@ -177,23 +174,23 @@ pub(super) async fn credentials(
     username: &str,
 ) -> Result<Option<(i64, String)>, Error> {
     let query = sqlx::query_as("SELECT id, password FROM accounts WHERE username_key = $1");
-    Ok(query.bind(key_of(username)).fetch_optional(database.pool()).await?)
+    Ok(query.bind(key_of(username)).fetch_optional(&mut *database.connection().await?).await?)
 }
 
 /// The hash of an account's password.
 pub(super) async fn hash_of(database: &Database, id: i64) -> Result<Option<String>, Error> {
     let query = sqlx::query_scalar("SELECT password FROM accounts WHERE id = $1");
-    Ok(query.bind(id).fetch_optional(database.pool()).await?)
+    Ok(query.bind(id).fetch_optional(&mut *database.connection().await?).await?)
 }
 
 /// How many accounts there are.
-pub(super) async fn count(connection: &mut AnyConnection) -> Result<i64, Error> {
+pub(super) async fn count(connection: &mut Connection) -> Result<i64, Error> {
     Ok(sqlx::query_scalar("SELECT COUNT(*) FROM accounts").fetch_one(connection).await?)
 }
 
 /// Makes an account whose password has this hash, and writes the event.
 pub(super) async fn insert(
-    transaction: &mut AnyConnection,
+    transaction: &mut Connection,
     actor: &Actor,
     new: NewAccount,
     hash: &str,
@@ -349,7 +346,7 @@ pub(super) async fn set_own_password(
 }
 
 async fn replace_hash(
-    transaction: &mut AnyConnection,
+    transaction: &mut Connection,
     actor: &Actor,
     account: &Account,
     hash: &str,
@@ -361,7 +358,7 @@ async fn replace_hash(
 
 /// Ends the sessions of an account whose password has changed, except `keep`, and writes the event.
 async fn end_sessions(
-    transaction: &mut AnyConnection,
+    transaction: &mut Connection,
     actor: &Actor,
     account: &Account,
     keep: Option<&SessionRef>,
@@ -392,7 +389,7 @@ pub(super) async fn delete(
 }
 
 /// Insists on an admin beside the account `id`.
-async fn keep_an_admin(transaction: &mut AnyConnection, id: i64) -> Result<(), Error> {
+async fn keep_an_admin(transaction: &mut Connection, id: i64) -> Result<(), Error> {
     let others = sqlx::query("SELECT id FROM accounts WHERE role = $1 AND id <> $2 LIMIT 1");
     let others = others.bind(RootRole::Admin.id()).bind(id).fetch_optional(transaction).await?;
     others.map(drop).ok_or(Error::LastAdmin)

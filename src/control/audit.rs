@@ -6,10 +6,10 @@ use std::net::IpAddr;
 
 use jiff::Timestamp;
 use serde_json::Value;
-use sqlx::{AnyConnection, Row as _, any::AnyRow};
+use sqlx::{Row as _, any::AnyRow};
 
 use super::{
-    database::{Database, now, of_count, of_millis},
+    database::{Connection, Database, now, of_count, of_millis},
     error::Error,
     permission::Actor,
 };
@@ -158,7 +158,7 @@ impl<'a> From<&'a Actor> for Author<'a> {
 
 /// Writes an event in the transaction of the change that it tells of.
 pub(super) async fn record(
-    transaction: &mut AnyConnection,
+    transaction: &mut Connection,
     actor: &Actor,
     kind: EventKind,
     entry: Entry,
@@ -168,7 +168,7 @@ pub(super) async fn record(
 
 /// The same for an author who is no operator.
 pub(super) async fn record_by(
-    transaction: &mut AnyConnection,
+    transaction: &mut Connection,
     author: &Author<'_>,
     kind: EventKind,
     entry: Entry,
@@ -257,6 +257,6 @@ fn event(row: &AnyRow) -> Result<Event, sqlx::Error> {
 /// Forgets the events before a time.
 pub(super) async fn prune(database: &Database, before: Timestamp) -> Result<(), Error> {
     let delete = sqlx::query("DELETE FROM events WHERE created_at < $1");
-    delete.bind(before.as_millisecond()).execute(database.pool()).await?;
+    delete.bind(before.as_millisecond()).execute(&mut *database.connection().await?).await?;
     Ok(())
 }

@@ -43,9 +43,12 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
-    /// The database has too much to do; trying again helps.
-    #[error("the database of the control plane is busy")]
+    /// All connections to the database are in use; trying again helps.
+    #[error("all connections to the control plane's database are in use")]
     Busy,
+    /// Somebody else has what an operation needs; trying again helps.
+    #[error("the database of the control plane is busy")]
+    Locked(#[source] sqlx::Error),
     /// A newer version has written the database.
     #[error(
         "the database of the control plane was written by a newer version of Parapet (its schema \
@@ -69,8 +72,15 @@ pub enum Error {
     /// The file of the database cannot be opened or made.
     #[error("the control plane's database {} cannot be opened", .0.display())]
     File(PathBuf, #[source] std::io::Error),
-    /// There is no first connection to the database.
-    #[error("cannot connect to the control plane's database")]
+    /// The file of the database was deleted or replaced while it was open: what is written to it
+    /// would be lost.
+    #[error(
+        "the control plane's database {} was deleted or replaced while Parapet runs; put it back, \
+         or restart Parapet", .0.display()
+    )]
+    Replaced(PathBuf),
+    /// The database does not answer, or cannot be connected to.
+    #[error("the control plane's database cannot be reached")]
     Unreachable(#[source] sqlx::Error),
     /// The database failed.
     #[error("the database of the control plane failed")]
@@ -87,15 +97,19 @@ impl Error {
 impl From<sqlx::Error> for Error {
     fn from(error: sqlx::Error) -> Self {
         /// SQLite: another connection is writing, or recovers the file (its primary code with those
-        /// that extend it).
-        const SQLITE_BUSY: [&str; 4] = ["5", "261", "517", "773"];
-        let is_busy = match &error {
-            sqlx::Error::PoolTimedOut => true,
-            sqlx::Error::Database(error) => {
-                error.code().is_some_and(|code| SQLITE_BUSY.contains(&&*code))
+        /// that extend it). PostgreSQL: a lock is not given, or a statement takes too long.
+        const BUSY: [&str; 6] = ["5", "261", "517", "773", "55P03", "57014"];
+        match &error {
+            sqlx::Error::Database(told)
+                if told.code().is_some_and(|code| BUSY.contains(&&*code)) =>
+            {
+                Self::Locked(error)
             }
-            _ => false,
-        };
-        if is_busy { Self::Busy } else { Self::Database(error) }
+            sqlx::Error::Io(_)
+            | sqlx::Error::Tls(_)
+            | sqlx::Error::Protocol(_)
+            | sqlx::Error::WorkerCrashed => Self::Unreachable(error),
+            _ => Self::Database(error),
+        }
     }
 }

@@ -103,7 +103,7 @@ pub(super) async fn begin(
     let generated = first.password.is_none().then(|| password.clone());
     // The last account is never deleted, so that only a first start finds none. Hashing is slow,
     // and so done before the database is locked.
-    let hash = match accounts::count(&mut *database.pool().acquire().await?).await? {
+    let hash = match accounts::count(&mut *database.connection().await?).await? {
         0 => Some(hasher.hash(&password).await?),
         _ => None,
     };

@@ -47,7 +47,7 @@ pub(super) async fn migrate(connection: &mut AnyConnection, dialect: Dialect) ->
     let known = STEPS.last().map_or(0, |step| step.version);
     let mut migrator = Migrator::with_migrations(STEPS.iter().map(|it| it.of(dialect)).collect());
     migrator.set_locking(false);
-    migrator.run(connection).await.map_err(|error| match error {
+    migrator.run_direct(None, connection, false).await.map_err(|error| match error {
         MigrateError::VersionMissing(found) => Error::Newer { found, known },
         other => Error::Migration(other),
     })

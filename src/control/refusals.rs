@@ -116,6 +116,6 @@ impl Refusals {
         let mut transaction = self.database.write(Lane::Control).await?;
         let entry = Entry { data: Some(data), ..Entry::default() };
         audit::record_by(&mut transaction, author, kind, entry).await?;
-        Ok(transaction.commit().await?)
+        transaction.commit().await
     }
 }

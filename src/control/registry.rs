@@ -11,13 +11,13 @@ use std::{
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
-use sqlx::{AnyConnection, Row as _, any::AnyRow};
-use tokio::sync::Mutex;
+use sqlx::{Row as _, any::AnyRow};
+use tokio::{sync::Mutex, time::Instant};
 use zeroize::Zeroizing;
 
 use super::{
     audit::{self, Entry, EventKind},
-    database::{Database, Lane, now, of_millis},
+    database::{Connection, Database, Lane, now, of_millis},
     error::Error,
     permission::{Action, Actor, Operator},
     rights, secret,
@@ -443,14 +443,18 @@ fn sort(held: &mut [Held]) {
 }
 
 async fn load(database: &Database) -> Result<Vec<Held>, Error> {
-    let rows = sqlx::query("SELECT * FROM tokens").fetch_all(database.pool()).await?;
+    let begun = Instant::now();
+    let mut connection = database.connection().await?;
+    let rows = sqlx::query("SELECT * FROM tokens").fetch_all(&mut *connection).await?;
+    drop(connection);
+    database.health().record_reload(begun);
     let mut held: Vec<Held> =
         rows.iter().filter_map(|row| read(row).transpose()).collect::<Result<_, _>>()?;
     sort(&mut held);
     Ok(held)
 }
 
-async fn find(transaction: &mut AnyConnection, identifier: &str) -> Result<Option<Held>, Error> {
+async fn find(transaction: &mut Connection, identifier: &str) -> Result<Option<Held>, Error> {
     let row = sqlx::query("SELECT * FROM tokens WHERE id = $1 OR digest = $2")
         .bind(identifier)
         .bind(TokenDigest::of(identifier).hex())
@@ -482,14 +486,14 @@ fn read(row: &AnyRow) -> Result<Option<Held>, sqlx::Error> {
 }
 
 /// Whether there is no token.
-pub(super) async fn is_empty(connection: &mut AnyConnection) -> Result<bool, Error> {
+pub(super) async fn is_empty(connection: &mut Connection) -> Result<bool, Error> {
     let any = sqlx::query("SELECT id FROM tokens LIMIT 1").fetch_optional(connection).await?;
     Ok(any.is_none())
 }
 
 /// Writes a new token and its event.
 pub(super) async fn insert(
-    transaction: &mut AnyConnection,
+    transaction: &mut Connection,
     actor: &Actor,
     token: &ApiToken,
     secret: &Token,

@@ -4,11 +4,9 @@
 //! effect: hashing a password is slow, and writers wait for each other. So each change checks both
 //! again in its own transaction. Which change needs which right is not decided here.
 
-use sqlx::AnyConnection;
-
 use super::{
     accounts,
-    database::now,
+    database::{Connection, now},
     error::Error,
     permission::{Action, Actor, Missing, Operator},
 };
@@ -16,7 +14,7 @@ use crate::token::TokenKind;
 
 /// Fails unless `actor` is an admin now.
 pub(super) async fn require_admin(
-    transaction: &mut AnyConnection,
+    transaction: &mut Connection,
     actor: &Actor,
 ) -> Result<(), Error> {
     Ok(current(transaction, &actor.operator).await?.require_admin()?)
@@ -24,7 +22,7 @@ pub(super) async fn require_admin(
 
 /// Fails unless `actor` has the permission for `action` on tokens of `kind` now.
 pub(super) async fn require(
-    transaction: &mut AnyConnection,
+    transaction: &mut Connection,
     actor: &Actor,
     action: Action,
     kind: TokenKind,
@@ -34,7 +32,7 @@ pub(super) async fn require(
 
 /// The operator with its present rights. Fails where its account, its session or its token is gone.
 pub(super) async fn current(
-    transaction: &mut AnyConnection,
+    transaction: &mut Connection,
     operator: &Operator,
 ) -> Result<Operator, Error> {
     match operator {

@@ -11,13 +11,13 @@ use std::{
 };
 
 use jiff::{SignedDuration, Timestamp};
-use sqlx::{AnyConnection, Row as _, any::AnyRow};
+use sqlx::{Row as _, any::AnyRow};
 use tracing::warn;
 
 use super::{
     accounts::{self, Account},
     audit::{self, Entry, EventKind},
-    database::{Database, Lane, now, of_millis},
+    database::{Connection, Database, Lane, now, of_millis},
     error::Error,
     password::{Hasher, Password},
     permission::{Actor, Operator},
@@ -103,7 +103,7 @@ impl SessionRef {
     /// Fails unless this is an open session of the account `id`, as `transaction` sees it.
     pub(super) async fn require_open(
         &self,
-        transaction: &mut AnyConnection,
+        transaction: &mut Connection,
         id: i64,
     ) -> Result<(), Error> {
         let row = sqlx::query("SELECT * FROM sessions WHERE selector = $1 AND account_id = $2")
@@ -343,8 +343,9 @@ impl Sessions {
     }
 
     async fn open_session(&self, kept: Kept, cause: Cause) -> Result<Option<Session>, Error> {
+        let mut connection = self.database.connection().await?;
         let row = sqlx::query("SELECT * FROM sessions WHERE selector = $1").bind(&kept.selector);
-        let Some(row) = row.fetch_optional(self.database.pool()).await? else { return Ok(None) };
+        let Some(row) = row.fetch_optional(&mut *connection).await? else { return Ok(None) };
         let limits = self.limits;
         if limits.exceeded_by(&row)? || !kept.proves(row.try_get("digest")?) {
             return Ok(None);
@@ -354,11 +355,10 @@ impl Sessions {
             let touch = sqlx::query("UPDATE sessions SET seen_at = $1 WHERE selector = $2");
             let touch = touch.bind(now.as_millisecond()).bind(&kept.selector);
             // A disk without room keeps nobody from reading.
-            if let Err(error) = touch.execute(self.database.pool()).await {
+            if let Err(error) = touch.execute(&mut *connection).await {
                 warn!(error = report(&error), "The use of a session could not be written down");
             }
         }
-        let mut connection = self.database.pool().acquire().await?;
         let account = accounts::find(&mut connection, row.try_get("account_id")?).await?;
         let reference = SessionRef { selector: kept.selector, limits };
         Ok(account.map(|account| Session { account, reference }))
@@ -386,7 +386,7 @@ impl Sessions {
         sqlx::query("DELETE FROM sessions WHERE seen_at < $1 OR created_at < $2")
             .bind(before(self.limits.idle))
             .bind(before(self.limits.lifetime))
-            .execute(self.database.pool())
+            .execute(&mut *self.database.connection().await?)
             .await?;
         Ok(())
     }
@@ -442,7 +442,7 @@ impl Sessions {
         )
         .bind(&kept.selector)
         .bind(accounts::key_of(attempt.username))
-        .fetch_optional(self.database.pool())
+        .fetch_optional(&mut *self.database.connection().await?)
         .await?;
         Ok(digest.is_some_and(|digest| kept.proves(&digest)).then_some(kept))
     }

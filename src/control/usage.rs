@@ -8,10 +8,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::{SignedDuration, Timestamp};
-use sqlx::{AnyConnection, Row as _};
+use sqlx::Row as _;
 
 use super::{
-    database::{Database, Lane, now, of_count, of_millis},
+    database::{Connection, Database, Lane, now, of_count, of_millis},
     error::Error,
 };
 use crate::{
@@ -115,7 +115,7 @@ pub(super) async fn store(
 }
 
 async fn store_metric(
-    transaction: &mut AnyConnection,
+    transaction: &mut Connection,
     metric: &BulkMetric,
     snapshot: Option<&Snapshot>,
 ) -> Result<(), Error> {
@@ -198,7 +198,7 @@ impl Seen {
         traits.extend(metric.metadata.sdk_version.as_deref().map(|sdk| ("sdk", text(sdk))));
     }
 
-    async fn store(&self, transaction: &mut AnyConnection) -> Result<(), Error> {
+    async fn store(&self, transaction: &mut Connection) -> Result<(), Error> {
         let now = now().as_millisecond();
         for (name, traits) in &self.0 {
             sqlx::query(
@@ -384,7 +384,7 @@ const LIMITS: [Limit; 7] = [
 
 /// Forgets usage and applications from before a time, and what is too much.
 pub(super) async fn prune(database: &Database, before: Timestamp) -> Result<(), Error> {
-    let mut transaction = database.write(Lane::Usage).await?;
+    let mut transaction = database.write_in_background(Lane::Usage).await?;
     let batches = now().saturating_sub(REMEMBER_BATCHES).unwrap_or(Timestamp::UNIX_EPOCH);
     for (forget, before) in [
         ("DELETE FROM flag_usage WHERE hour < $1", before),

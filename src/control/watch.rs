@@ -1,4 +1,4 @@
-//! What happens without being asked for: changes by other instances are followed, tokens expire,
+//! What happens without being asked for: changes by other instances are follower, tokens expire,
 //! uses are written down, and what is too old is forgotten.
 //!
 //! A database that is away is told of once, and asked again and again; meanwhile what is in memory
@@ -7,6 +7,7 @@
 use std::{collections::HashSet, time::Duration};
 
 use jiff::Timestamp;
+use tokio::time::{Instant, timeout};
 use tracing::{debug, info, warn};
 
 use super::{
@@ -38,21 +39,19 @@ pub(super) struct Retention {
 
 /// Reads what others change, until dropped.
 pub(super) async fn follow(database: &Database, registry: &Registry) {
-    let (mut listener, mut wait, mut is_away) = (None, RETRY.0, false);
+    let mut follower = Follower { listener: None, is_outdated: true };
+    let (mut wait, mut told) = (RETRY.0, None);
     loop {
-        match next(database, registry, &mut listener).await {
+        match follower.next(database, registry).await {
             Ok(()) => {
                 wait = RETRY.0;
-                if std::mem::take(&mut is_away) {
-                    info!("The control plane's database is back");
+                if let Some(LoggedOutage { since, .. }) = told.take() {
+                    let away_for = since.elapsed();
+                    info!(?away_for, "The control plane's database is back");
                 }
             }
             Err(error) => {
-                listener = None;
-                if !std::mem::replace(&mut is_away, true) {
-                    let error = report(&error);
-                    warn!(error, "The control plane's database is away; tokens stay as they are");
-                }
+                log_outage(&mut told, report(&error));
                 tokio::time::sleep(wait).await;
                 wait = (wait * 2).min(RETRY.1);
             }
@@ -60,22 +59,63 @@ pub(super) async fn follow(database: &Database, registry: &Registry) {
     }
 }
 
-/// Reads the tokens once, after a change or a while.
-async fn next(
-    database: &Database,
-    registry: &Registry,
-    listener: &mut Option<Listener>,
-) -> Result<(), Error> {
-    match listener {
-        Some(listener) => {
-            if let Ok(changed) = tokio::time::timeout(RELOAD, listener.changed()).await {
-                changed?;
+/// What was logged of a database that is away.
+struct LoggedOutage {
+    since: Instant,
+    reason: String,
+    /// When another reason may be logged, and how long to wait after that one.
+    next: Instant,
+    pause: Duration,
+}
+
+/// Logs why tokens cannot be read: at once, and again where the reason is another one, though less
+/// and less often.
+fn log_outage(logged: &mut Option<LoggedOutage>, reason: String) {
+    /// How long the first reason stands alone, and the longest pause between others.
+    const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_mins(5));
+    let now = Instant::now();
+    let (since, pause) = match logged {
+        Some(logged) if logged.reason == reason || logged.next > now => return,
+        Some(logged) => (logged.since, (logged.pause * 2).min(PAUSE.1)),
+        None => (now, PAUSE.0),
+    };
+    warn!(error = reason, "The control plane's database is away; tokens stay as they are");
+    *logged = Some(LoggedOutage { since, reason, next: now + pause, pause });
+}
+
+/// What is known of changes by others.
+struct Follower {
+    listener: Option<Listener>,
+    /// Whether tokens may have changed since they were read.
+    is_outdated: bool,
+}
+
+impl Follower {
+    /// Waits for a change, or reads the tokens after one.
+    async fn next(&mut self, database: &Database, registry: &Registry) -> Result<(), Error> {
+        let mut listening = Ok(());
+        match &mut self.listener {
+            // From here on changes are heard; what changed before is read now. Where they cannot
+            // be, tokens are read all the same.
+            None => {
+                self.is_outdated = true;
+                listening = database.listen().await.map(|it| self.listener = Some(it));
+            }
+            Some(_) if self.is_outdated => {}
+            Some(listener) => {
+                if let Ok(Err(error)) = timeout(RELOAD, listener.changed()).await {
+                    // Whether the database is away is seen when the tokens are read.
+                    let error = report(&error);
+                    info!(error, "Changes by others were not heard any more; listening anew");
+                    self.listener = None;
+                }
+                self.is_outdated = true;
             }
         }
-        // From here on changes are heard; what changed before is read now.
-        None => *listener = Some(database.listen().await?),
+        registry.reload().await?;
+        self.is_outdated = false;
+        listening
     }
-    registry.reload().await
 }
 
 /// Drops tokens as they expire, until dropped.

@@ -252,7 +252,7 @@ fn a_database_that_is_not_there_is_told_with_the_reason() {
     let output = run(&["--flags=flags.json", "--database-url", &url], &[]);
     let told = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{told}");
-    assert!(told.contains("cannot connect") && told.contains("refused"), "{told}");
+    assert!(told.contains("cannot be reached") && told.contains("refused"), "{told}");
     assert!(!told.contains("a-password"), "{told}");
 }
 

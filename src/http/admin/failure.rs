@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tracing::error;
+use tracing::{debug, error};
 
 use crate::{control::Error, http::reply::Failure, telemetry::report, wire::admin::Problem};
 
@@ -24,12 +24,27 @@ impl From<Error> for Failure {
             Error::Invalid { field, reason } => {
                 Self::Invalid(vec![Problem { path: field, reason }])
             }
-            Error::Busy
-            | Error::Newer { .. }
+            Error::Replaced(_) => {
+                error!(error = report(&error), "The control plane cannot use its database");
+                let what =
+                    "the file of the database of accounts and tokens was deleted or replaced";
+                Self::Unavailable { what, retry_after: TRY_AGAIN }
+            }
+            Error::Unreachable(_) => {
+                // Whoever follows the tokens has logged why.
+                debug!(error = report(&error), "The control plane's database cannot be reached");
+                let what = "the database of accounts and tokens cannot be reached";
+                Self::Unavailable { what, retry_after: TRY_AGAIN }
+            }
+            Error::Busy | Error::Locked(_) => {
+                error!(error = report(&error), "The control plane cannot use its database");
+                let what = "the database of accounts and tokens is busy";
+                Self::Unavailable { what, retry_after: TRY_AGAIN }
+            }
+            Error::Newer { .. }
             | Error::Migration(_)
             | Error::NotBegun
             | Error::File(..)
-            | Error::Unreachable(_)
             | Error::Database(_) => {
                 error!(error = report(&error), "The control plane cannot use its database");
                 let what = "the database of accounts and tokens does not answer";

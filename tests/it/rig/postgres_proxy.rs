@@ -180,12 +180,12 @@ impl Shared {
 
     /// Passes on what the client says, message by message.
     async fn questions(&self, line: &Line, mut client: OwnedReadHalf, mut server: OwnedWriteHalf) {
+        /// Asks for TLS; the real start follows.
+        const SSL_REQUEST: [u8; 4] = 80_877_103_u32.to_be_bytes();
         let mut statements = HashMap::new();
         let mut is_started = false;
         loop {
             let Some(message) = read_message(&mut client, is_started).await else { break };
-            /// Asks for TLS; the real start follows.
-            const SSL_REQUEST: [u8; 4] = 80_877_103_u32.to_be_bytes();
             is_started = is_started || message[4..8] != SSL_REQUEST;
             if let Some(text) = statement(&message, &mut statements) {
                 lock(&line.said).insert(text.clone());

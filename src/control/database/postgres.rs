@@ -1,0 +1,141 @@
+//! Connections to PostgreSQL: to the first server that answers, with time limits that the server
+//! keeps.
+//!
+//! A session whose client is gone without a word must not keep its locks: the server ends it when it
+//! idles in a transaction, and probes the connection's other end. What this side waits for is
+//! bounded by [`super::connection`].
+
+use std::{
+    io,
+    sync::atomic::{AtomicUsize, Ordering},
+    time::Duration,
+};
+
+use sqlx::{
+    AnyConnection, ConnectOptions as _, Executor as _,
+    postgres::{PgConnectOptions, PgListener, PgPoolOptions},
+};
+use tokio::time::timeout;
+
+use super::{
+    connection::{no_answer, quiet},
+    url::{DatabaseUrl, Server},
+};
+
+/// How long one server may take until a session is ready.
+const CONNECT: Duration = Duration::from_secs(3);
+
+/// What the server ends by itself. Each is shorter than what this side waits for, so that the reason
+/// arrives. Versions that lack a setting go without it.
+const LIMITS: &str = "SELECT set_config(name, value, false) FROM (VALUES \
+     ('lock_timeout', '3s'), ('statement_timeout', '4s'), \
+     ('idle_in_transaction_session_timeout', '5s'), ('tcp_user_timeout', '10s'), \
+     ('tcp_keepalives_idle', '5'), ('tcp_keepalives_interval', '2'), \
+     ('tcp_keepalives_count', '3')) AS limits (name, value) \
+     WHERE current_setting(name, true) IS NOT NULL";
+
+/// Fails where nothing can be written.
+const CHECK_WRITABLE: &str = "DO $$ BEGIN IF current_setting('transaction_read_only')::boolean \
+     THEN RAISE EXCEPTION 'the server is read-only' USING ERRCODE = '25006'; END IF; END $$";
+
+/// The servers of a database.
+#[derive(Debug)]
+pub(super) struct Postgres {
+    url: DatabaseUrl,
+    /// Which of them was connected to last, and is asked first.
+    last: AtomicUsize,
+}
+
+impl Postgres {
+    pub(super) fn new(url: DatabaseUrl) -> Self {
+        Self { url, last: AtomicUsize::new(0) }
+    }
+
+    /// A session.
+    pub(super) async fn connect(&self) -> Result<AnyConnection, sqlx::Error> {
+        let mut failures = Vec::new();
+        for (at, server) in self.by_preference() {
+            let opened = timeout(CONNECT, self.open(server)).await;
+            match opened.unwrap_or_else(|_| Err(no_answer(CONNECT))) {
+                Ok(opened) => {
+                    self.last.store(at, Ordering::Relaxed);
+                    return Ok(opened);
+                }
+                Err(error) => failures.push((server, error)),
+            }
+        }
+        Err(join_failures(failures))
+    }
+
+    /// A session that hears of what is told on `channel`.
+    pub(super) async fn listen(&self, channel: &'static str) -> Result<PgListener, sqlx::Error> {
+        let mut failures = Vec::new();
+        for (at, server) in self.by_preference() {
+            let opened = timeout(CONNECT, self.open_listener(server, channel)).await;
+            match opened.unwrap_or_else(|_| Err(no_answer(CONNECT))) {
+                Ok(opened) => {
+                    self.last.store(at, Ordering::Relaxed);
+                    return Ok(opened);
+                }
+                Err(error) => failures.push((server, error)),
+            }
+        }
+        Err(join_failures(failures))
+    }
+
+    async fn open(&self, server: &Server) -> Result<AnyConnection, sqlx::Error> {
+        let mut connection = quiet(&server.url)?.connect().await?;
+        for statement in self.check() {
+            connection.execute(*statement).await?;
+        }
+        Ok(connection)
+    }
+
+    async fn open_listener(
+        &self,
+        server: &Server,
+        channel: &'static str,
+    ) -> Result<PgListener, sqlx::Error> {
+        let check = self.check();
+        let options = server.url.parse::<PgConnectOptions>()?.disable_statement_logging();
+        let pool = PgPoolOptions::new()
+            .max_connections(1)
+            .max_lifetime(None)
+            .idle_timeout(None)
+            .acquire_timeout(CONNECT)
+            .after_connect(move |connection, _| {
+                Box::pin(async move {
+                    for statement in check {
+                        connection.execute(*statement).await?;
+                    }
+                    Ok(())
+                })
+            });
+        let mut listener = PgListener::connect_with(&pool.connect_lazy_with(options)).await?;
+        listener.ignore_pool_close_event(true);
+        listener.listen(channel).await?;
+        Ok(listener)
+    }
+
+    /// What is said on a new session.
+    fn check(&self) -> &'static [&'static str] {
+        if self.url.needs_writable() { &[LIMITS, CHECK_WRITABLE] } else { &[LIMITS] }
+    }
+
+    /// The servers in the order in which they are tried, with their places in the URL.
+    fn by_preference(&self) -> impl Iterator<Item = (usize, &Server)> {
+        let servers = self.url.servers();
+        let begin = self.last.load(Ordering::Relaxed);
+        let places = (0..servers.len()).map(move |offset| (begin + offset) % servers.len());
+        places.map(|at| (at, &servers[at]))
+    }
+}
+
+/// The failures of all servers in one; there is at least one.
+fn join_failures(mut failures: Vec<(&Server, sqlx::Error)>) -> sqlx::Error {
+    if failures.len() == 1 {
+        return failures.swap_remove(0).1;
+    }
+    let told = failures.iter().map(|(server, error)| format!("{}: {error}", server.name));
+    io::Error::other(told.collect::<Vec<_>>().join("; ")).into()
+}

@@ -1,0 +1,149 @@
+//! The URL of a PostgreSQL database: one server, or several of which the first suitable one is used.
+//!
+//! Connecting is the business of `postgres`.
+
+use std::{fmt, str::FromStr as _, sync::Arc};
+
+use sqlx::postgres::PgConnectOptions;
+use zeroize::Zeroizing;
+
+/// The URL of a PostgreSQL database, whose user's password is shown to nobody. A cheap handle.
+#[derive(Clone)]
+pub struct DatabaseUrl {
+    servers: Arc<[Server]>,
+    needs_writable: bool,
+    shown: String,
+}
+
+/// One server of a URL.
+pub(super) struct Server {
+    /// A URL that names this server alone.
+    pub(super) url: Zeroizing<String>,
+    /// `<host>:<port>`.
+    pub(super) name: String,
+}
+
+/// Why a text is not the URL of a database; never repeats the text.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum DatabaseUrlError {
+    /// Another kind of URL, or none.
+    #[error("the URL does not begin with postgres:// or postgresql://")]
+    Scheme,
+    /// It cannot be read.
+    #[error("the URL is not of the form postgres://user:password@host:port/database")]
+    Form,
+    /// Parapet writes to its database, and has no use for a server that cannot be written to.
+    #[error("target_session_attrs must be any, read-write or primary")]
+    Session,
+}
+
+impl DatabaseUrl {
+    /// Reads `postgres://user:password@host:port/database?sslmode=…`, with several `host:port` of
+    /// one database separated by commas.
+    ///
+    /// Of several servers one is used that can be written to, unless `target_session_attrs=any`
+    /// says otherwise; of a single one that is checked only where `target_session_attrs` says so.
+    pub fn parse(text: &str) -> Result<Self, DatabaseUrlError> {
+        let text = text.trim();
+        let (scheme, rest) = text.split_once("://").ok_or(DatabaseUrlError::Scheme)?;
+        if !matches!(scheme, "postgres" | "postgresql") {
+            return Err(DatabaseUrlError::Scheme);
+        }
+        let (authority, rest) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
+        let (user, hosts) = authority.rsplit_once('@').map_or(("", authority), |(_, hosts)| {
+            (&authority[..authority.len() - hosts.len()], hosts)
+        });
+        let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
+        let mut session = None;
+        let others = query.split('&').filter(|pair| {
+            let asked = pair.strip_prefix("target_session_attrs=");
+            session = asked.or(session);
+            asked.is_none()
+        });
+        // What is left is the driver's, which knows one host only.
+        let query = Zeroizing::new(others.collect::<Vec<_>>().join("&"));
+        let servers = hosts.split(',').map(|host| {
+            let url = Zeroizing::new(format!("{scheme}://{user}{host}{path}?{}", *query));
+            let options = PgConnectOptions::from_str(&url).map_err(|_| DatabaseUrlError::Form)?;
+            let name = format!("{}:{}", options.get_host(), options.get_port());
+            Ok((Server { url, name }, options.get_database().unwrap_or_default().to_owned()))
+        });
+        let servers: Vec<_> = servers.collect::<Result<_, _>>()?;
+        let needs_writable = match session {
+            None => servers.len() > 1,
+            Some("any") => false,
+            Some("read-write" | "primary") => true,
+            Some(_) => return Err(DatabaseUrlError::Session),
+        };
+        let database = servers[0].1.clone();
+        let servers: Arc<[Server]> = servers.into_iter().map(|(server, _)| server).collect();
+        let names: Vec<_> = servers.iter().map(|server| server.name.as_str()).collect();
+        let shown = format!("postgres://{}/{database}", names.join(","));
+        Ok(Self { servers, needs_writable, shown })
+    }
+
+    /// The servers, in the order in which they are tried; at least one.
+    pub(super) fn servers(&self) -> &[Server] {
+        &self.servers
+    }
+
+    /// Whether a server that cannot be written to is passed over.
+    pub(super) fn needs_writable(&self) -> bool {
+        self.needs_writable
+    }
+}
+
+impl fmt::Display for DatabaseUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.shown)
+    }
+}
+
+impl fmt::Debug for DatabaseUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DatabaseUrl({})", self.shown)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_database_url_shows_where_and_not_with_what() {
+        let url = DatabaseUrl::parse("postgres://ann:s3cr3t@db.example:5433/flags?sslmode=require");
+        let url = url.unwrap();
+        assert_eq!(url.to_string(), "postgres://db.example:5433/flags");
+        assert_eq!(format!("{url:?}"), "DatabaseUrl(postgres://db.example:5433/flags)");
+        let error = |text| DatabaseUrl::parse(text).err();
+        assert_eq!(error("mysql://localhost/flags"), Some(DatabaseUrlError::Scheme));
+        assert_eq!(error("postgres"), Some(DatabaseUrlError::Scheme));
+        assert_eq!(error("postgres://host:port/flags"), Some(DatabaseUrlError::Form));
+        assert_eq!(error("postgres://a:1,b:port/flags"), Some(DatabaseUrlError::Form));
+    }
+
+    #[test]
+    fn several_servers_share_all_but_their_address() {
+        let text = "postgres://ann:s@cr,et@one:5433,two,[::1]:7/flags\
+                    ?target_session_attrs=read-write&sslmode=disable";
+        let url = DatabaseUrl::parse(text).unwrap();
+        assert_eq!(url.to_string(), "postgres://one:5433,two:5432,[::1]:7/flags");
+        assert!(url.needs_writable());
+        let urls: Vec<_> = url.servers().iter().map(|server| server.url.as_str()).collect();
+        let rest = "/flags?sslmode=disable";
+        let user = "postgres://ann:s@cr,et@";
+        let expect = ["one:5433", "two", "[::1]:7"].map(|host| format!("{user}{host}{rest}"));
+        assert_eq!(urls, expect);
+    }
+
+    #[test]
+    fn a_server_among_several_can_be_written_to_unless_any_will_do() {
+        let needs = |text: &str| DatabaseUrl::parse(text).map(|url| url.needs_writable());
+        assert_eq!(needs("postgres://a/f"), Ok(false));
+        assert_eq!(needs("postgres://a/f?target_session_attrs=primary"), Ok(true));
+        assert_eq!(needs("postgres://a,b/f"), Ok(true));
+        assert_eq!(needs("postgres://a,b/f?target_session_attrs=any"), Ok(false));
+        let standby = needs("postgres://a,b/f?target_session_attrs=standby");
+        assert_eq!(standby, Err(DatabaseUrlError::Session));
+    }
+}
