@@ -125,6 +125,7 @@ impl App {
             snapshots.clone(),
             usage.clone(),
             Arc::clone(&meter),
+            plan.control.as_ref().map(|(control, _)| control.clone()),
         );
         let feed = Feed::new(snapshots.clone());
         let credentials = plan.admin.take();

@@ -333,7 +333,7 @@ fn data(flags: usize) -> Data {
         feed,
         tickets: Tickets::new(TicketKey::random()),
         auth,
-        ops: Ops::new(readiness, registry, snapshots, usage.clone(), Arc::clone(&meter)),
+        ops: Ops::new(readiness, registry, snapshots, usage.clone(), Arc::clone(&meter), None),
         usage,
         meter,
         guesses: Guesses::default(),

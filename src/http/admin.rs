@@ -23,7 +23,7 @@ use std::{
     collections::BTreeSet,
     net::{IpAddr, SocketAddr},
     sync::{Arc, LazyLock},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -89,7 +89,7 @@ impl Service for Admin {
         let address = access.proxies.client(peer, &head.headers).verified;
         let (subject, reply) = match normalise(head.uri.path(), "") {
             _ if !access.serves(address) => (Subject::Unknown, Err(Failure::Blocked)),
-            Some(path) => self.serve(&path, &head, body, address).await,
+            Some(path) => self.serve(&path, &head, body, address, started).await,
             None => (Subject::Unknown, Err(Failure::NotFound)),
         };
         let mut reply = reply::without_body(&head.method, reply.unwrap_or_else(Reply::from));
@@ -112,6 +112,12 @@ const CONSOLE: &str = "/console/{file}";
 /// The template under which all is counted that upstream answers.
 const RELAYED: &str = "/api/admin/{relayed}";
 
+/// What the client of a request is told whose time is over; what it asked for may be done still.
+const TOOK_TOO_LONG: Failure = Failure::Unavailable {
+    what: "the answer took longer than a request may",
+    retry_after: Duration::from_secs(5),
+};
+
 /// The templates of all that operators can ask, for a [`Meter`](super::meter::Meter).
 pub fn templates() -> impl Iterator<Item = &'static str> {
     let operations = operation::OPERATIONS.iter().map(|operation| operation.path);
@@ -126,21 +132,34 @@ impl Admin {
         head: &Parts,
         body: Arriving,
         address: IpAddr,
+        started: Instant,
     ) -> (Subject<'static>, Result<Reply, Failure>) {
         if let Some(file) = self.console_file(&head.method, path, &head.headers).await {
             return (Subject::Operation(CONSOLE), Ok(file));
         }
         if let Some(relay) = self.relay.as_ref().filter(|_| relay::concerns(path)) {
-            let reply = self.pass_on(relay, head, path, body, address).await;
-            return (Subject::Operation(RELAYED), reply);
+            let reply = self.pass_on(relay, head, path, body, address);
+            return (Subject::Operation(RELAYED), self.in_time(started, reply).await);
         }
         match self.find(&head.method, path) {
             Ok(found) => {
                 let subject = Subject::Operation(found.operation.path);
-                (subject, self.answer(&found, head, body, address).await)
+                let reply = self.answer(&found, head, body, address);
+                (subject, self.in_time(started, reply).await)
             }
             Err(failure) => (Subject::Unknown, Err(failure)),
         }
+    }
+
+    /// The answer, or that it has taken longer than one may.
+    async fn in_time(
+        &self,
+        started: Instant,
+        reply: impl Future<Output = Result<Reply, Failure>>,
+    ) -> Result<Reply, Failure> {
+        let deadline = started + self.data.settings.request_timeout;
+        let reply = tokio::time::timeout_at(deadline.into(), reply).await;
+        reply.unwrap_or(Err(TOOK_TOO_LONG))
     }
 
     async fn pass_on(
@@ -257,6 +276,8 @@ impl Admin {
             (None, Some(_)) => "unleash".into(),
             (None, None) => Value::Null,
         };
+        let database = self.control.as_ref().map(Control::database);
+        status["database"] = database.as_ref().map_or(Value::Null, insight::database);
         status
     }
 

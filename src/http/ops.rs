@@ -11,7 +11,7 @@ use super::{
     meter::Meter,
     reply::{self, Reply},
 };
-use crate::{snapshot::Snapshots, telemetry::Readiness, usage::Usage};
+use crate::{control::Control, snapshot::Snapshots, telemetry::Readiness, usage::Usage};
 
 const AGE: &str = "parapet_snapshot_age_seconds";
 const REVISION: &str = "parapet_snapshot_revision";
@@ -26,6 +26,7 @@ pub struct Ops {
     snapshots: Snapshots,
     usage: Usage,
     requests: Arc<Meter>,
+    control: Option<Control>,
 }
 
 impl Ops {
@@ -36,6 +37,7 @@ impl Ops {
         snapshots: Snapshots,
         usage: Usage,
         requests: Arc<Meter>,
+        control: Option<Control>,
     ) -> Self {
         describe_gauge!(
             AGE,
@@ -46,7 +48,7 @@ impl Ops {
         describe_counter!("parapet_snapshot_swaps_total", "How often other flags were served");
         describe_gauge!(FLAGS, "Flags in the environment");
         describe_gauge!(PROBLEMS, "Malformed parts of flags; each never matches");
-        Self { readiness, registry, snapshots, usage, requests }
+        Self { readiness, registry, snapshots, usage, requests, control }
     }
 
     /// Whether requests are welcome.
@@ -60,10 +62,18 @@ impl Ops {
     }
 
     /// Ready once every configured environment has had flags, and there are flags to serve; from then
-    /// until it drains.
+    /// until it drains. A database that is away keeps nobody from reading flags, and is told of.
     pub fn ready(&self) -> Reply {
         if self.readiness.is_ready() {
-            return reply::probe(true, r#"{"status":"READY"}"#);
+            let away = self.control.as_ref().and_then(|control| control.database().away_since);
+            return match away {
+                None => reply::probe(true, r#"{"status":"READY"}"#),
+                Some(since) => {
+                    let warning = format!("the database does not answer since {since}");
+                    let told = json!({"status": "READY", "warning": warning});
+                    reply::probe(true, told.to_string())
+                }
+            };
         }
         if self.readiness.is_draining() {
             return reply::probe(
@@ -90,6 +100,9 @@ impl Ops {
             }
         }
         self.usage.measure();
+        if let Some(control) = &self.control {
+            control.database().measure();
+        }
         let mut text = self.registry.render();
         text.push_str(&self.requests.render());
         reply::prometheus(text)

@@ -10,6 +10,7 @@ use tokio::time::Instant;
 
 use crate::{
     auth::Authenticator,
+    control::{ConnectionCount, DatabaseStatus},
     http::ops::Ops,
     snapshot::{Filter, Segments, Snapshot, Snapshots, body::Coding},
     token::{Grant, Projects, Scope, TokenKind},
@@ -194,6 +195,24 @@ fn environment(snapshot: &Snapshot) -> Value {
         "confirmed": confirmed.map(|at| at.to_string()),
         "ageSeconds": age.map(|age| age.as_secs()),
         "problems": problems.collect::<Vec<_>>(),
+    })
+}
+
+/// The control plane's database.
+pub(super) fn database(database: &DatabaseStatus) -> Value {
+    let ConnectionCount { busy, idle, limit } = database.connections;
+    let last_error = database
+        .last_error
+        .as_ref()
+        .map(|(at, error)| json!({"at": at.to_string(), "error": error}));
+    json!({
+        "location": database.location,
+        "reachable": database.away_since.is_none(),
+        "awaySince": database.away_since.map(|at| at.to_string()),
+        "lastError": last_error,
+        "registryAgeSeconds": database.registry_age.map(|age| age.as_secs()),
+        "usageWaitsSince": database.usage_waits_since.map(|at| at.to_string()),
+        "connections": {"busy": busy, "idle": idle, "limit": limit},
     })
 }
 
