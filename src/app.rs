@@ -243,6 +243,12 @@ impl App {
         // never answer.
         let mut registry_keeper = Tasks::default();
         if let Some((control, deliveries)) = plan.control {
+            if plan.copies_registry {
+                let parts = (control.clone(), plan.store.clone());
+                workers.spawn("registry copy", parts, |(control, store)| async move {
+                    alone::keep_copy(&control, &store).await;
+                });
+            }
             let parts = (control.clone(), keeper.auth.clone());
             workers.spawn("control", parts, |(control, auth)| async move {
                 control.run(&auth).await;

@@ -6,6 +6,7 @@
 
 mod accounts;
 mod audit;
+mod copy;
 mod database;
 mod error;
 mod first_start;
@@ -24,7 +25,7 @@ mod watch;
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch::Receiver};
 use tracing::{info, warn};
 
 pub use self::{
@@ -98,12 +99,31 @@ struct Inner {
 impl Control {
     /// Opens the database, and makes or migrates it; the first start makes an admin's account and
     /// tokens. Safe when several instances start at once.
-    pub async fn open(config: Config) -> Result<(Self, Opened), Error> {
+    ///
+    /// Where the database cannot be reached, and `copy` is one of its tokens, they are in force
+    /// until [`Control::run`] reaches it.
+    pub async fn open(config: Config, copy: Option<&[u8]>) -> Result<(Self, Opened), Error> {
         let database = Database::new(&config.location).await?;
         let hasher = Hasher::new();
-        let opened =
-            first_start::begin(&database, &hasher, &config.seed, &config.first_account).await?;
-        let registry = Registry::open(database.clone(), config.token_limit).await?;
+        let begun =
+            first_start::begin(&database, &hasher, &config.seed, &config.first_account).await;
+        let (registry, opened) = match begun {
+            Ok(opened) => (Registry::open(database.clone(), config.token_limit).await?, opened),
+            Err(error @ Error::Unreachable(_)) => {
+                let held = copy.and_then(|copy| copy::read(database.shown(), copy));
+                let Some(held) = held else { return Err(error) };
+                warn!(
+                    error = report(&error),
+                    tokens = held.len(),
+                    "The control plane's database is away; tokens are those of a copy, and nothing \
+                     can be changed until it is back"
+                );
+                database.require_existing();
+                let registry = Registry::new(database.clone(), config.token_limit, held);
+                (registry, Opened { account: None, tokens: FoundTokens::Existing })
+            }
+            Err(error) => return Err(error),
+        };
         let sessions = Sessions::new(
             database.clone(),
             hasher.clone(),
@@ -141,6 +161,16 @@ impl Control {
             retention: Retention { events: None, usage: Duration::MAX },
         };
         Ok(Self(Arc::new(inner)))
+    }
+
+    /// Tells when tokens have changed, or how they are used.
+    pub fn changes(&self) -> Receiver<()> {
+        self.0.registry.subscribe()
+    }
+
+    /// A copy of the tokens as they are now, for [`Control::open`]; it holds no secret.
+    pub fn copy(&self) -> Vec<u8> {
+        self.0.registry.copy()
     }
 
     /// What each token allows that is valid now, by its digest.

@@ -61,6 +61,8 @@ pub enum Key {
     Verdicts,
     /// The sealed token with which the edge itself speaks for an environment.
     Credentials(Environment),
+    /// The tokens of a registry that is kept elsewhere, by their digests.
+    Registry,
     /// Usage that is not sent yet; each process that keeps the store has a slot of its own.
     Usage(Slot),
 }
@@ -337,6 +339,7 @@ impl Key {
             Self::Flags(_) => "flags",
             Self::Verdicts => "verdicts",
             Self::Credentials(_) => "credentials",
+            Self::Registry => "registry",
             Self::Usage(_) => "usage",
         }
     }
@@ -349,6 +352,7 @@ impl Key {
             Self::Credentials(environment) => {
                 format!("credentials-{}{SUFFIX}", encoded(environment))
             }
+            Self::Registry => format!("registry{SUFFIX}"),
             Self::Usage(slot) => format!("usage{slot}{SUFFIX}"),
         }
     }

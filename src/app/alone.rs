@@ -1,7 +1,8 @@
 //! The modes without an upstream: flags from files, tokens given or of an own registry.
 
-use std::{collections::BTreeSet, path::Path, sync::Arc};
+use std::{collections::BTreeSet, path::Path, sync::Arc, time::Duration};
 
+use bytes::Bytes;
 use tokio::sync::{Mutex, mpsc};
 use tracing::warn;
 
@@ -12,11 +13,11 @@ use super::{
 use crate::{
     auth::Authority,
     config::{Offline, Standalone},
-    control::{Control, FoundTokens, Opened, grant_of},
+    control::{Control, FoundTokens, Location, Opened, grant_of},
     snapshot::Snapshots,
-    store::Store,
+    store::{Key, Store},
     sync::files::Files,
-    telemetry::Latch,
+    telemetry::{Latch, report},
     token::{Environment, Grant, Token, TokenDigest, TokenKind},
     usage::Sink,
 };
@@ -64,7 +65,10 @@ pub(super) async fn standalone(
 ) -> Result<Plan, Error> {
     let store = Store::directory(data_dir)?;
     let seeded = !standalone.control.seed.is_empty();
-    let (control, opened) = Control::open(standalone.control).await?;
+    // The file of SQLite is there or not, as the copy would be.
+    let is_elsewhere = matches!(standalone.control.location, Location::Postgres(_));
+    let copy = if is_elsewhere { load_copy(&store).await } else { None };
+    let (control, opened) = Control::open(standalone.control, copy.as_deref()).await?;
     let given = control.grants();
     let named = environments(&given);
     let served = named.iter().cloned().chain(standalone.environments).collect();
@@ -73,6 +77,7 @@ pub(super) async fn standalone(
     let mut plan = plan("standalone", files, given, store, latch, live).await?;
     let (deliver, deliveries) = mpsc::channel(DELIVERIES);
     plan.sink = Sink::Registry(deliver);
+    plan.copies_registry = is_elsewhere;
     plan.control = Some((control, Arc::new(Mutex::new(deliveries))));
     for environment in named.difference(&snapshots.environments()) {
         warn!(%environment, "There are tokens for an environment that no file has flags of");
@@ -107,8 +112,44 @@ async fn plan(
         live: Some(live),
         relays,
         control,
+        copies_registry: false,
         store,
     })
+}
+
+/// The copy of the tokens that an earlier run has left.
+async fn load_copy(store: &Store) -> Option<Vec<u8>> {
+    let copy = store.load(&Key::Registry).await;
+    copy.unwrap_or_else(|error| {
+        warn!(error = report(&error), "The copy of the tokens cannot be used");
+        None
+    })
+}
+
+/// Keeps a copy of the tokens, from which a start serves where their database is away; until
+/// dropped.
+pub(super) async fn keep_copy(control: &Control, store: &Store) {
+    /// How long to wait before a save that failed is tried again.
+    const RETRY: Duration = Duration::from_secs(5);
+    let mut changes = control.changes();
+    let mut saved = None;
+    loop {
+        changes.borrow_and_update();
+        let copy = Bytes::from(control.copy());
+        if saved.as_ref() != Some(&copy) {
+            match store.save(&Key::Registry, copy.clone()).await {
+                Ok(()) => saved = Some(copy),
+                Err(error) => {
+                    warn!(error = report(&error), "The copy of the tokens cannot be stored");
+                    tokio::time::sleep(RETRY).await;
+                    continue;
+                }
+            }
+        }
+        if changes.changed().await.is_err() {
+            return;
+        }
+    }
 }
 
 /// The environments that tokens for SDKs name.

@@ -96,6 +96,7 @@ pub(super) async fn plan(
     let live = Live::Edge { tokens: tokens_given, refetch: Arc::clone(&discovered) };
     Ok(Plan {
         control: None,
+        copies_registry: false,
         name: "edge",
         source: Source::Upstream(Box::new(Edge {
             follower,

@@ -59,6 +59,8 @@ pub(super) struct Plan {
     pub(super) relays: bool,
     /// Accounts and tokens, and the usage that is kept with them, where that is here.
     pub(super) control: Option<(Control, Deliveries)>,
+    /// Whether a copy of its tokens is kept, because the database may be away at the next start.
+    pub(super) copies_registry: bool,
     /// Where verdicts, usage and credentials are kept between runs.
     pub(super) store: Store,
 }

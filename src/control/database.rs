@@ -135,6 +135,11 @@ impl Database {
         Ok(transaction.commit().await?)
     }
 
+    /// Where it is, without its user and password.
+    pub(super) fn shown(&self) -> &str {
+        &self.shown
+    }
+
     fn dialect(&self) -> Dialect {
         match self.pool.source() {
             Source::Sqlite(_) => Dialect::Sqlite,

@@ -12,11 +12,15 @@ use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use sqlx::{Row as _, any::AnyRow};
-use tokio::{sync::Mutex, time::Instant};
+use tokio::{
+    sync::{Mutex, watch},
+    time::Instant,
+};
 use zeroize::Zeroizing;
 
 use super::{
     audit::{self, Entry, EventKind},
+    copy,
     database::{Connection, Database, Lane, now, of_millis},
     error::Error,
     permission::{Action, Actor, Operator},
@@ -204,27 +208,46 @@ pub(super) struct Registry {
     /// Held from before a change of the database, or a look at it, until `held` says the same: so
     /// nothing old ever follows something new.
     change: Mutex<()>,
+    /// Says that `held` has changed.
+    changed: watch::Sender<()>,
     /// Whom to tell. Locked from before a look at `held` until it is told.
     told: std::sync::Mutex<Option<Authenticator>>,
 }
 
+/// A token as it is kept.
 #[derive(Clone, Debug, PartialEq)]
-struct Held {
-    digest: TokenDigest,
-    token: ApiToken,
+pub(super) struct Held {
+    pub(super) digest: TokenDigest,
+    pub(super) token: ApiToken,
 }
 
 impl Registry {
     /// Reads the tokens of `database`, of which there may be `limit`.
     pub(super) async fn open(database: Database, limit: usize) -> Result<Self, Error> {
-        let held = RwLock::new(load(&database).await?);
-        Ok(Self {
+        let held = load(&database).await?;
+        Ok(Self::new(database, limit, held))
+    }
+
+    /// Begins with the tokens of a copy; they are read at the next [`Registry::reload`].
+    pub(super) fn new(database: Database, limit: usize, held: Vec<Held>) -> Self {
+        Self {
             database,
             limit,
-            held,
+            held: RwLock::new(held),
             change: Mutex::default(),
+            changed: watch::Sender::new(()),
             told: std::sync::Mutex::default(),
-        })
+        }
+    }
+
+    /// Tells when tokens have changed.
+    pub(super) fn subscribe(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
+    }
+
+    /// A copy of the tokens.
+    pub(super) fn copy(&self) -> Vec<u8> {
+        copy::write(self.database.shown(), &self.held())
     }
 
     /// Tells `auth` from here on which tokens are valid.
@@ -419,6 +442,7 @@ impl Registry {
     fn replace(&self, mut held: Vec<Held>) {
         sort(&mut held);
         *self.held.write().unwrap_or_else(PoisonError::into_inner) = held;
+        self.changed.send_replace(());
     }
 
     /// Tells which tokens are valid, after a change and when one has expired.
