@@ -291,8 +291,18 @@ impl Control {
 
     /// Every account, the oldest first; for admins.
     pub async fn accounts(&self, operator: &Operator) -> Result<Vec<Account>, Error> {
+        self.accounts_after(operator, 0, u32::MAX).await
+    }
+
+    /// At most `limit` accounts with numbers above `after`, the oldest first; for admins.
+    pub async fn accounts_after(
+        &self,
+        operator: &Operator,
+        after: i64,
+        limit: u32,
+    ) -> Result<Vec<Account>, Error> {
         operator.require_admin()?;
-        accounts::all(&self.0.database).await
+        accounts::page(&self.0.database, after, limit).await
     }
 
     /// One account; for admins and for itself.

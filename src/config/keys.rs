@@ -426,8 +426,8 @@ keys! {
         /// The environments that one file of flags serves, besides those that tokens name when the
         /// server starts.
         FLAG_ENVIRONMENTS = list("flag-environments").default("development");
-        /// Where accounts and tokens are kept: postgres://… for instances that share them;
-        /// parapet.db in the data dir when not given.
+        /// Where accounts and tokens are kept: postgres://… for instances that share them, perhaps
+        /// with several hosts separated by commas; parapet.db in the data dir when not given.
         DATABASE_URL = one("database-url").secret();
         /// The account that the first start creates.
         UNLEASH_DEFAULT_ADMIN_USERNAME = one("unleash-default-admin-username").default("admin");

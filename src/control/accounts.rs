@@ -142,14 +142,21 @@ fn check_email(email: Option<String>) -> Result<Option<String>, Error> {
     Ok(Some(read.0))
 }
 
-/// Every account, the oldest first.
-pub(super) async fn all(database: &Database) -> Result<Vec<Account>, Error> {
+/// At most `limit` accounts with numbers above `after`, the oldest first.
+pub(super) async fn page(
+    database: &Database,
+    after: i64,
+    limit: u32,
+) -> Result<Vec<Account>, Error> {
     let mut transaction = database.read().await?;
-    let rows = sqlx::query("SELECT * FROM accounts ORDER BY id").fetch_all(&mut *transaction);
-    let rows = rows.await?;
-    let grants = sqlx::query("SELECT * FROM account_permissions").fetch_all(&mut *transaction);
+    let rows = sqlx::query("SELECT * FROM accounts WHERE id > $1 ORDER BY id LIMIT $2");
+    let rows = rows.bind(after).bind(i64::from(limit)).fetch_all(&mut *transaction).await?;
+    let last: i64 = rows.last().map_or(Ok(after), |row| row.try_get("id"))?;
+    let grants =
+        sqlx::query("SELECT * FROM account_permissions WHERE account_id > $1 AND account_id <= $2");
+    let grants = grants.bind(after).bind(last).fetch_all(&mut *transaction).await?;
     let mut granted = BTreeMap::<i64, Vec<AnyRow>>::new();
-    for grant in grants.await? {
+    for grant in grants {
         granted.entry(grant.try_get("account_id")?).or_default().push(grant);
     }
     let account = |row: &AnyRow| {

@@ -2,14 +2,17 @@
 //!
 //! An event is written in the transaction of the change that it tells of, and holds no secret.
 
-use std::net::IpAddr;
+use std::{fmt::Write as _, net::IpAddr};
 
 use jiff::Timestamp;
 use serde_json::Value;
-use sqlx::{Row as _, any::AnyRow};
+use sqlx::{
+    Arguments as _, AssertSqlSafe, Row as _,
+    any::{AnyArguments, AnyRow},
+};
 
 use super::{
-    database::{Connection, Database, now, of_count, of_millis},
+    database::{Connection, Database, Lane, now, of_count, of_millis},
     error::Error,
     permission::Actor,
 };
@@ -113,6 +116,8 @@ pub struct EventQuery {
     pub since: Option<Timestamp>,
     /// Before this time.
     pub until: Option<Timestamp>,
+    /// With a lower number: the next page after an event of that number.
+    pub before: Option<i64>,
     /// At most so many, and never more than [`EventQuery::MAX_LIMIT`].
     pub limit: u32,
     /// After so many.
@@ -129,8 +134,13 @@ impl EventQuery {
 pub struct EventPage {
     /// The newest first.
     pub events: Vec<Event>,
-    /// How many there are on all pages.
+    /// How many there are on all pages, counted up to [`EventPage::MOST_COUNTED`].
     pub total: u64,
+}
+
+impl EventPage {
+    /// How far events are counted: further would take longer than to find them.
+    pub const MOST_COUNTED: u32 = 10_000;
 }
 
 /// An event to write.
@@ -192,48 +202,92 @@ pub(super) async fn record_by(
     Ok(())
 }
 
-/// Which rows a query asks for: lists are texts with a comma at each end, and what is empty asks
-/// for all.
-macro_rules! from_where {
-    () => {
-        " FROM events WHERE ($1 = '' OR REPLACE($1, ',' || kind || ',', '') <> $1) \
-         AND ($2 = '' OR created_by = $2) AND ($3 = '' OR environment = $3) \
-         AND ($4 = '' OR REPLACE(',' || project || ',', ',' || $4 || ',', '') \
-         <> ',' || project || ',') AND created_at >= $5 AND created_at < $6"
-    };
+/// What a row must be like: only what is asked for, so that an index can be used.
+#[derive(Debug, Default)]
+struct Conditions {
+    sql: String,
+    values: Vec<Bound>,
+}
+
+/// A value beside a statement's text.
+#[derive(Debug)]
+enum Bound {
+    Text(String),
+    Number(i64),
+}
+
+impl Conditions {
+    fn of(query: &EventQuery) -> Self {
+        let mut conditions = Self::default();
+        if !query.kinds.is_empty() {
+            let kinds = query.kinds.iter().map(|kind| Bound::Text(kind.as_str().to_owned()));
+            conditions.add("kind IN (", ")", kinds.collect());
+        }
+        let text = |value: &Option<String>| value.clone().map(Bound::Text);
+        let millis = |at: Option<Timestamp>| at.map(|at| Bound::Number(at.as_millisecond()));
+        // Projects are a text with commas between them.
+        let project = text(&query.project);
+        for (before, value, after) in [
+            ("created_by = ", text(&query.created_by), ""),
+            ("environment = ", text(&query.environment), ""),
+            (
+                "REPLACE(',' || project || ',', ',' || ",
+                project,
+                " || ',', '') <> ',' || project || ','",
+            ),
+            ("created_at >= ", millis(query.since), ""),
+            ("created_at < ", millis(query.until), ""),
+        ] {
+            if let Some(value) = value {
+                conditions.add(before, after, vec![value]);
+            }
+        }
+        conditions
+    }
+
+    fn add(&mut self, before: &str, after: &str, values: Vec<Bound>) {
+        self.sql.push_str(if self.sql.is_empty() { " WHERE " } else { " AND " });
+        self.sql.push_str(before);
+        for (n, value) in values.into_iter().enumerate() {
+            self.values.push(value);
+            let comma = if n > 0 { ", " } else { "" };
+            write!(self.sql, "{comma}${}", self.values.len()).expect("it is a string");
+        }
+        self.sql.push_str(after);
+    }
+
+    /// The arguments of a statement with these conditions.
+    fn arguments(&self) -> Result<AnyArguments, Error> {
+        let mut arguments = AnyArguments::default();
+        for value in &self.values {
+            let added = match value {
+                Bound::Text(text) => arguments.add(text.clone()),
+                Bound::Number(number) => arguments.add(*number),
+            };
+            added.map_err(|error| Error::Database(sqlx::Error::Encode(error)))?;
+        }
+        Ok(arguments)
+    }
 }
 
 /// The events that `query` asks for.
 pub(super) async fn page(database: &Database, query: &EventQuery) -> Result<EventPage, Error> {
-    let mut kinds = String::new();
-    if !query.kinds.is_empty() {
-        let names: Vec<_> = query.kinds.iter().map(|kind| kind.as_str()).collect();
-        kinds = format!(",{},", names.join(","));
-    }
-    let since = query.since.map_or(i64::MIN, Timestamp::as_millisecond);
-    let until = query.until.map_or(i64::MAX, Timestamp::as_millisecond);
+    let mut conditions = Conditions::of(query);
     let mut transaction = database.read().await?;
-    let total: i64 = sqlx::query_scalar(concat!("SELECT COUNT(*)", from_where!()))
-        .bind(&kinds)
-        .bind(query.created_by.as_deref().unwrap_or_default())
-        .bind(query.environment.as_deref().unwrap_or_default())
-        .bind(query.project.as_deref().unwrap_or_default())
-        .bind(since)
-        .bind(until)
-        .fetch_one(&mut *transaction)
-        .await?;
-    let page = concat!("SELECT *", from_where!(), " ORDER BY id DESC LIMIT $7 OFFSET $8");
-    let rows = sqlx::query(page)
-        .bind(&kinds)
-        .bind(query.created_by.as_deref().unwrap_or_default())
-        .bind(query.environment.as_deref().unwrap_or_default())
-        .bind(query.project.as_deref().unwrap_or_default())
-        .bind(since)
-        .bind(until)
-        .bind(i64::from(query.limit.min(EventQuery::MAX_LIMIT)))
-        .bind(i64::from(query.offset))
-        .fetch_all(&mut *transaction)
-        .await?;
+    let (found, most) = (&conditions.sql, EventPage::MOST_COUNTED);
+    // Each text is made of the fixed ones above.
+    let count = format!("SELECT COUNT(*) FROM (SELECT 1 FROM events{found} LIMIT {most}) AS found");
+    let count = sqlx::query_scalar_with(AssertSqlSafe(count), conditions.arguments()?);
+    let total: i64 = count.fetch_one(&mut *transaction).await?;
+    if let Some(before) = query.before {
+        conditions.add("id < ", "", vec![Bound::Number(before)]);
+    }
+    let (limit, offset) = (query.limit.min(EventQuery::MAX_LIMIT), query.offset);
+    let found = &conditions.sql;
+    let page =
+        format!("SELECT * FROM events{found} ORDER BY id DESC LIMIT {limit} OFFSET {offset}");
+    let rows = sqlx::query_with(AssertSqlSafe(page), conditions.arguments()?);
+    let rows = rows.fetch_all(&mut *transaction).await?;
     let events = rows.iter().map(event).collect::<Result<_, _>>()?;
     Ok(EventPage { events, total: of_count(total) })
 }
@@ -254,9 +308,19 @@ fn event(row: &AnyRow) -> Result<Event, sqlx::Error> {
     })
 }
 
-/// Forgets the events before a time.
+/// Forgets the events before a time, some at a time: others write in between.
 pub(super) async fn prune(database: &Database, before: Timestamp) -> Result<(), Error> {
-    let delete = sqlx::query("DELETE FROM events WHERE created_at < $1");
-    delete.bind(before.as_millisecond()).execute(&mut *database.connection().await?).await?;
-    Ok(())
+    const AT_ONCE: u64 = 5000;
+    loop {
+        let mut transaction = database.write(Lane::Control).await?;
+        let delete = sqlx::query(
+            "DELETE FROM events WHERE id IN \
+             (SELECT id FROM events WHERE created_at < $1 ORDER BY created_at LIMIT 5000)",
+        );
+        let delete = delete.bind(before.as_millisecond()).execute(&mut *transaction).await?;
+        transaction.commit().await?;
+        if delete.rows_affected() < AT_ONCE {
+            return Ok(());
+        }
+    }
 }

@@ -110,6 +110,7 @@ impl Database {
         let migrated = timeout(BACKGROUND_PATIENCE, self.migrate(connection.raw())).await;
         migrated.unwrap_or(Err(Error::Busy))?;
         if let Source::Sqlite(file) = self.pool.source() {
+            file.enable_auto_vacuum(connection.raw()).await;
             file.remember().await;
         }
         connection.mark_ready();

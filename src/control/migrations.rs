@@ -31,6 +31,12 @@ const STEPS: &[Step] = &[
         sqlite: include_str!("migrations/sqlite/0002_usage.sql"),
         postgres: include_str!("migrations/postgres/0002_usage.sql"),
     },
+    Step {
+        version: 3,
+        description: "pages of events",
+        sqlite: include_str!("migrations/sqlite/0003_pages_of_events.sql"),
+        postgres: include_str!("migrations/postgres/0003_pages_of_events.sql"),
+    },
 ];
 
 /// Which SQL is spoken.

@@ -393,7 +393,7 @@ impl Admin {
             ControlCall::DeleteProjectToken => {
                 tokens::delete_of_project(control, actor, first, second).await
             }
-            ControlCall::Users => accounts::list(control, operator).await,
+            ControlCall::Users => accounts::list(control, operator, &query).await,
             ControlCall::CreateUser => accounts::create(control, actor, body).await,
             ControlCall::User => accounts::show(control, actor, first).await,
             ControlCall::UpdateUser => accounts::update(control, actor, first, body).await,

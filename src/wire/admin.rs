@@ -296,7 +296,7 @@ pub struct Events {
     pub version: u32,
     /// Newest first.
     pub events: Vec<Event>,
-    /// How many match, beyond this page.
+    /// How many match, beyond this page; counted up to 10,000.
     pub total_events: u64,
 }
 

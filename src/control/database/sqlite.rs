@@ -13,12 +13,14 @@ use std::{
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use sqlx::{AnyConnection, ConnectOptions as _, Executor as _, any::AnyConnectOptions};
 use tokio::fs::{OpenOptions, metadata};
+use tracing::info;
 
 use super::{super::error::Error, connection::quiet};
+use crate::telemetry::report;
 
 /// SQLite waits shorter for others that write than this side waits for SQLite.
-const SETTINGS: &str = "PRAGMA busy_timeout = 4000; PRAGMA journal_mode = WAL; \
-     PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;";
+const SETTINGS: &str = "PRAGMA busy_timeout = 4000; PRAGMA auto_vacuum = FULL; \
+     PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;";
 
 /// A file of SQLite.
 #[derive(Debug)]
@@ -50,6 +52,22 @@ impl SqliteFile {
             }
         });
         connected.await.unwrap_or(Err(Error::Busy))
+    }
+
+    /// Lets a file that an earlier version has made shrink too; once, for it is written anew.
+    pub(super) async fn enable_auto_vacuum(&self, connection: &mut AnyConnection) {
+        let vacuum = async {
+            let mode = sqlx::query_scalar("PRAGMA auto_vacuum");
+            let mode: i64 = mode.fetch_one(&mut *connection).await?;
+            if mode == 0 {
+                connection.execute("PRAGMA auto_vacuum = FULL; VACUUM").await?;
+            }
+            Ok::<_, sqlx::Error>(())
+        };
+        if let Err(error) = vacuum.await {
+            let error = report(&error);
+            info!(error, "The control plane's database stays as large as it is for now");
+        }
     }
 
     async fn open(&self) -> Result<AnyConnection, sqlx::Error> {

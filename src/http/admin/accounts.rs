@@ -4,7 +4,10 @@ use std::collections::BTreeSet;
 
 use bytes::Bytes;
 
-use super::body;
+use super::{
+    body::{self, Query},
+    operation::MOST_ACCOUNTS,
+};
 use crate::{
     control::{
         Account, AccountChange, Actor, Control, Grants, NewAccount, Operator, Permission, RootRole,
@@ -13,9 +16,18 @@ use crate::{
     wire::admin::{self as wire, Field, Problems, Role, Time},
 };
 
-/// All accounts, and the roles that there are.
-pub(super) async fn list(control: &Control, operator: &Operator) -> Result<Reply, Failure> {
-    let users = control.accounts(operator).await?.into_iter().map(shown).collect();
+/// The accounts, all or a page of them, and the roles that there are.
+pub(super) async fn list(
+    control: &Control,
+    operator: &Operator,
+    query: &Query<'_>,
+) -> Result<Reply, Failure> {
+    let mut problems = Problems::default();
+    let after = query.number(&mut problems, "after", 0, u32::MAX).unwrap_or(0);
+    let limit = query.number(&mut problems, "limit", 1, MOST_ACCOUNTS).unwrap_or(u32::MAX);
+    problems.finish()?;
+    let users = control.accounts_after(operator, after.into(), limit).await?;
+    let users = users.into_iter().map(shown).collect();
     let root_roles = RootRole::ALL.map(|role| wire::RootRole {
         id: role.id(),
         name: role.name(),

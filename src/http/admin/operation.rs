@@ -371,6 +371,9 @@ const USAGE: &str = "Usage";
 /// The largest page of events.
 pub(super) const MOST_EVENTS: u32 = 1000;
 
+/// How many accounts are told at most where a page is asked for.
+pub(super) const MOST_ACCOUNTS: u32 = 1000;
+
 /// How far back usage is told, in hours.
 pub(super) const MOST_HOURS: u32 = 24 * 90;
 
@@ -406,7 +409,10 @@ pub(super) static OPERATIONS: &[Operation] = &[
     post("/api/admin/projects/{project}/api-tokens", Call::Control(ControlCall::CreateProjectToken), "Create a token for this project").of(TOKENS).takes::<wire::CreateToken>().creates::<wire::ApiToken>().may_miss(),
     delete("/api/admin/projects/{project}/api-tokens/{token}", Call::Control(ControlCall::DeleteProjectToken), "Delete a token of this project").of(TOKENS).may_miss(),
 
-    get("/api/admin/user-admin", Call::Control(ControlCall::Users), "All accounts").of(ACCOUNTS).for_admins().json::<wire::Users>(),
+    get("/api/admin/user-admin", Call::Control(ControlCall::Users), "The accounts, the oldest first").of(ACCOUNTS).for_admins().json::<wire::Users>().asks(&[
+        number("after", 0, u32::MAX, "Those after the account of this id: the next page after it"),
+        number("limit", 1, MOST_ACCOUNTS, "At most so many; all where nothing is said"),
+    ]),
     post("/api/admin/user-admin", Call::Control(ControlCall::CreateUser), "Create an account").of(ACCOUNTS).for_admins().takes::<wire::CreateUser>().creates::<wire::User>(),
     get("/api/admin/user-admin/{id}", Call::Control(ControlCall::User), "One account").of(ACCOUNTS).json::<wire::User>().may_miss(),
     put("/api/admin/user-admin/{id}", Call::Control(ControlCall::UpdateUser), "Change an account").of(ACCOUNTS).for_admins().takes::<wire::UpdateUser>().json::<wire::User>().may_miss(),
@@ -421,6 +427,7 @@ pub(super) static OPERATIONS: &[Operation] = &[
         text("project", "Those of this project"),
         time("from", "Those since then"),
         time("to", "Those before then"),
+        number("before", 1, u32::MAX, "Those before the event of this id: the next page after it"),
         number("limit", 1, MOST_EVENTS, "At most so many; 100 where nothing is said"),
         number("offset", 0, u32::MAX, "Leave out so many of the newest"),
     ]),

@@ -38,6 +38,7 @@ pub(super) async fn events(
         project: query.text(&mut problems, "project"),
         since: query.time(&mut problems, "from"),
         until: query.time(&mut problems, "to"),
+        before: query.number(&mut problems, "before", 1, u32::MAX).map(i64::from),
         limit: query.number(&mut problems, "limit", 1, MOST_EVENTS).unwrap_or(PAGE),
         offset: query.number(&mut problems, "offset", 0, u32::MAX).unwrap_or(0),
     };

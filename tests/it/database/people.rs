@@ -90,6 +90,13 @@ async fn accounts_are_made_changed_and_deleted(bed: Bed) {
     for name in ["a", "b", "c", "d"] {
         control.create_account(&SHELL, new(name, RootRole::Viewer)).await.unwrap();
     }
+    let all = control.accounts(&SHELL.operator).await.unwrap();
+    let granted = Grants::Only([Permission::CreateClientApiToken].into());
+    let b = control.grant(&SHELL, all[2].id, granted).await.unwrap().unwrap();
+    let page = control.accounts_after(&SHELL.operator, all[1].id, 2).await.unwrap();
+    assert_eq!(page, [b, all[3].clone()], "each page goes on after the one before");
+    let end = control.accounts_after(&SHELL.operator, all[4].id, 2).await.unwrap();
+    assert!(end.is_empty());
     let more = control.create_account(&SHELL, new("e", RootRole::Viewer)).await;
     assert!(matches!(more, Err(Error::Limit { limit: 5, .. })), "{more:?}");
 }

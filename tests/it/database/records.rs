@@ -1,13 +1,13 @@
 //! What was done, what was used, and what is kept of secrets.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use jiff::Timestamp;
 use parapet::control::{
-    Actor, Config, Control, EventKind, EventQuery, FoundTokens, NewAccount, NewToken, Operator,
-    RootRole, SignIn,
+    Actor, Config, Control, Event, EventKind, EventQuery, FoundTokens, NewAccount, NewToken,
+    Operator, RootRole, SignIn,
 };
 use parapet::snapshot::{Snapshot, Snapshots};
 use parapet::token::{Environment, Projects, Scope, TokenKind};
@@ -391,4 +391,77 @@ async fn no_secret_is_kept(bed: Bed) {
         let proof = &secret[secret.len().saturating_sub(43)..];
         assert!(!keeps(proof), "the database keeps {proof}, of {secret}");
     }
+}
+
+/// Many events, made behind the control plane's back; of a day in the past.
+const MANY_EVENTS: &str = "INSERT INTO events (kind, created_by, created_at, environment) \
+     WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 300000) \
+     SELECT CASE i % 3 WHEN 0 THEN 'api-token-created' ELSE 'user-signed-in' END, \
+     'somebody ' || i % 7, 1700000000000 + i, 'development' FROM n";
+
+/// Operators turn pages of a log of years.
+#[tokio::test]
+async fn a_page_of_a_long_log_takes_about_as_long_as_one_of_a_short_log() {
+    let bed = Bed::sqlite();
+    let control = bed.open().await;
+    let kinds = vec![EventKind::TokenCreated];
+    let (created_by, before) = (Some("somebody 3".to_owned()), Some(150_000));
+    let queries = [
+        EventQuery::default(),
+        EventQuery { before, ..EventQuery::default() },
+        EventQuery { kinds, before, ..EventQuery::default() },
+        EventQuery { created_by, ..EventQuery::default() },
+    ];
+    // The fastest of some, so that what others do at the same time matters little.
+    let fastest = async || {
+        let mut all = Vec::new();
+        for query in &queries {
+            let mut fastest = Duration::MAX;
+            for _ in 0..10 {
+                let begun = Instant::now();
+                let query = EventQuery { limit: 50, ..query.clone() };
+                control.events(&SHELL.operator, &query).await.unwrap();
+                fastest = fastest.min(begun.elapsed());
+            }
+            all.push(fastest);
+        }
+        all
+    };
+    let short = fastest().await;
+    bed.execute(MANY_EVENTS).await;
+    let long = fastest().await;
+    for ((short, long), query) in short.iter().zip(&long).zip(&queries) {
+        assert!(*long < *short * 50, "{query:?}: {short:?} before, {long:?} now");
+    }
+
+    // Each page goes on where the one before has ended, whatever is added meanwhile.
+    let page = async |before| {
+        let query = EventQuery { before, limit: 3, ..EventQuery::default() };
+        control.events(&SHELL.operator, &query).await.unwrap()
+    };
+    let first = page(None).await;
+    assert_eq!(first.total, 10_000, "it is counted no further");
+    let ids = |events: &[Event]| events.iter().map(|event| event.id).collect::<Vec<_>>();
+    let last = first.events[2].id;
+    assert_eq!(ids(&first.events), [last + 2, last + 1, last]);
+    admin(&control).await;
+    assert_eq!(ids(&page(Some(last)).await.events), [last - 1, last - 2, last - 3]);
+}
+
+/// What is forgotten leaves no room behind.
+#[tokio::test]
+async fn a_file_shrinks_when_its_events_are_forgotten() {
+    let bed = Bed::sqlite();
+    let event_retention = Some(Duration::from_hours(24));
+    let (control, _) = bed.open_as(Config { event_retention, ..bed.config() }).await;
+    bed.execute(MANY_EVENTS).await;
+    bed.execute("PRAGMA wal_checkpoint(TRUNCATE)").await;
+    let Bed::Sqlite(directory) = &bed else { panic!("it is SQLite") };
+    let size = || std::fs::metadata(directory.path().join("control.db")).unwrap().len();
+    let large = size();
+    let _door = Door::of(&control);
+    until("the file is small", Duration::from_mins(1), async || {
+        (size() < large / 10).then_some(())
+    })
+    .await;
 }

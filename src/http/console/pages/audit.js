@@ -10,6 +10,8 @@ import { table } from '../table.js';
 import { at, counted } from '../time.js';
 
 const PAGE = 50;
+// Events are counted no further.
+const MOST_COUNTED = 10000;
 
 /** What each kind of event says, in the past tense. */
 const KINDS = {
@@ -49,10 +51,10 @@ export async function auditPage({ query, status, signal }) {
     grid.show(events, told.trouble ?? (isFiltered
         ? empty('Nothing matches', 'No event fits these filters.', h('a.button', { href: address(['audit-log']) }, 'Show all'))
         : empty('Nothing yet', 'What people and tokens change is written down here.')));
-    count.textContent = events.length === 0 ? '' : `${offset + 1} to ${offset + events.length} of ${counted(total, 'event')}`;
+    count.textContent = events.length === 0 ? '' : `${offset + 1} to ${offset + events.length} of ${counted(total, 'event')}${total === MOST_COUNTED ? ' or more' : ''}`;
     const turn = (to, label) => h('a.button', { href: address(['audit-log'], { ...asked, offset: to || '' }) }, label);
     if (offset > 0) pager.append(turn(Math.max(0, offset - PAGE), 'Newer'));
-    if (offset + events.length < total && events.length > 0) pager.append(turn(offset + PAGE, 'Older'));
+    if (events.length > 0 && (offset + events.length < total || (total === MOST_COUNTED && events.length === PAGE))) pager.append(turn(offset + PAGE, 'Older'));
     return [
         h('div.page-head', h('div', h('h1', 'Audit log'), h('p.lead', 'Everything that was changed or refused, newest first. Nothing in it can be edited.'))),
         h('div.card.flush', filters(asked, environments, status), h('div.toolbar', count, pager.hasChildNodes() && pager), grid),
