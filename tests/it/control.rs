@@ -2,6 +2,7 @@
 
 mod requests;
 mod run;
+mod silence;
 
 use std::collections::BTreeMap;
 use std::time::Duration;

@@ -1,0 +1,566 @@
+//! A database that goes silent, is locked, or is away: two instances share it, each behind a proxy of its own.
+
+use std::time::{Duration, Instant};
+
+use reqwest::{Method, StatusCode};
+use serde_json::{Value, json};
+use sqlx::{Connection as _, Executor as _, PgConnection};
+
+use super::{FLAGS, Kept, OTHER, OWNER, PASSWORD, Place, Session, features, sign_in};
+use crate::rig::{Moment, Parapet, Postgres, PostgresProxy, http, secrets, until};
+
+/// Two instances on one database.
+struct Pair {
+    one: Parapet,
+    two: Parapet,
+    proxy_of_one: PostgresProxy,
+    proxy_of_two: PostgresProxy,
+    /// Signed in at the first.
+    owner: Session,
+    /// The database, past the proxies.
+    url: String,
+    _places: [Place; 2],
+}
+
+impl Pair {
+    async fn start() -> Self {
+        Self::start_with(&[]).await
+    }
+
+    /// Two instances, with room for many tokens, and the first with these arguments.
+    async fn start_with(arguments: &[&str]) -> Self {
+        let room = ["--unleash-api-tokens-limit", "100000"];
+        let postgres = Postgres::shared().await;
+        let name = postgres.create_database().await;
+        let url = format!("postgres://postgres@127.0.0.1:{}/{name}", postgres.port());
+        let proxy_of_one = PostgresProxy::start(postgres.port()).await;
+        let proxy_of_two = PostgresProxy::start(postgres.port()).await;
+        let places = [place_behind(&proxy_of_one, &name), place_behind(&proxy_of_two, &name)];
+        let one = places[0].start_with(&[&room, arguments].concat()).await;
+        let two = places[1].start_with(&room).await;
+        let Session { cookies, .. } = sign_in(&two, OWNER, PASSWORD).await.unwrap();
+        let owner = Session { url: one.admin_url(), cookies };
+        Self { one, two, proxy_of_one, proxy_of_two, owner, url, _places: places }
+    }
+
+    /// The owner, at the second.
+    fn owner_of_two(&self) -> Session {
+        Session { url: self.two.admin_url(), cookies: self.owner.cookies.clone() }
+    }
+
+    /// A token that both admit.
+    async fn token(&self, name: &str) -> String {
+        let secret = created(&self.owner, name).await;
+        until("the token is known", Duration::from_secs(10), async || {
+            (features(&self.two, &secret).await == StatusCode::OK).then_some(())
+        })
+        .await;
+        secret
+    }
+}
+
+fn place_behind(proxy: &PostgresProxy, database: &str) -> Place {
+    secrets::remember(PASSWORD);
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("flags.json"), FLAGS).unwrap();
+    let port = proxy.port();
+    let url = format!("postgres://postgres@127.0.0.1:{port}/{database}?sslmode=disable");
+    Place { folder, database: Some(url) }
+}
+
+/// Makes a token and tells its secret.
+async fn created(session: &Session, name: &str) -> String {
+    let (status, made) = session.create_token("client", name).await;
+    assert_eq!(status, StatusCode::CREATED, "{made}");
+    made["secret"].as_str().unwrap().to_owned()
+}
+
+async fn delete(session: &Session, secret: &str) -> StatusCode {
+    let path = format!("/api/admin/api-tokens/{secret}");
+    session.call(Method::DELETE, &path, &Value::Null).await.0
+}
+
+/// Waits until `parapet` refuses a token.
+async fn until_refused(parapet: &Parapet, secret: &str, limit: Duration) {
+    until("the revocation holds", limit, async || {
+        (features(parapet, secret).await == StatusCode::UNAUTHORIZED).then_some(())
+    })
+    .await;
+}
+
+/// Waits until a token can be made.
+async fn until_created(session: &Session, limit: Duration) {
+    until("a token is made", limit, async || {
+        (session.create_token("client", "after").await.0 == StatusCode::CREATED).then_some(())
+    })
+    .await;
+}
+
+async fn status(session: &Session) -> Value {
+    session.get("/status").await["database"].clone()
+}
+
+/// The tokens are being read when the server falls silent.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL"]
+async fn a_revocation_holds_although_the_query_for_it_went_unanswered() {
+    let pair = Pair::start().await;
+    let secret = pair.token("revoked").await;
+    // It asks for nothing of the database, as a session would.
+    let (_, admin) = pair.owner.create_token("admin", "watch").await;
+    let admin = admin["secret"].as_str().unwrap();
+    until("the admin's token is known", Duration::from_secs(10), async || {
+        (pair.two.admin_get_as("/status", admin).await.0 == StatusCode::OK).then_some(())
+    })
+    .await;
+
+    pair.proxy_of_two.trap(Moment::Before("SELECT * FROM tokens"));
+    created(&pair.owner, "cause").await;
+    pair.proxy_of_two.wait_until_caught(1).await;
+    assert_eq!(delete(&pair.owner, &secret).await, StatusCode::OK);
+    // Meanwhile it tells how old its knowledge is.
+    until("the registry's age is told", Duration::from_secs(10), async || {
+        let (_, told) = pair.two.admin_get_as("/status", admin).await;
+        let age = pair.two.metric("parapet_registry_age_seconds").await?;
+        (age > 2.0 && told["database"]["registryAgeSeconds"].as_u64()? >= 2).then_some(())
+    })
+    .await;
+    until_refused(&pair.two, &secret, Duration::from_secs(10)).await;
+    until_created(&pair.owner_of_two(), Duration::from_secs(10)).await;
+    assert!(pair.two.log().contains("no answer within"), "{}", pair.two.log());
+}
+
+/// The machine of an instance is gone in the middle of a change; its session stays, with its locks.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL"]
+async fn an_instance_that_vanishes_while_it_commits_holds_up_others_for_seconds_only() {
+    let pair = Pair::start().await;
+    pair.token("first").await;
+    pair.proxy_of_one.trap(Moment::Before("COMMIT"));
+    let made = pair.owner.create_token("client", "never");
+    let vanish = async {
+        pair.proxy_of_one.wait_until_caught(1).await;
+        pair.proxy_of_one.silence("");
+    };
+    let ((status, _), ()) = tokio::join!(made, vanish);
+    assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
+    pair.one.kill();
+    until_created(&pair.owner_of_two(), Duration::from_secs(15)).await;
+    pair.one.restart();
+    pair.one.wait_until_ready().await;
+    let names = pair.owner.token_names().await;
+    assert!(!names.contains(&"never".to_owned()), "{names:?}");
+}
+
+/// A firewall forgets the connection on which changes are heard, for nothing was said on it.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL"]
+async fn a_listener_that_hears_nothing_any_more_is_replaced() {
+    let pair = Pair::start().await;
+    pair.token("first").await;
+    let before = pair.proxy_of_two.count_of("LISTEN");
+    pair.proxy_of_two.silence("LISTEN");
+    pair.proxy_of_two.wait_until_said("LISTEN", before + 1).await;
+    for number in 0..5 {
+        let secret = pair.token(&format!("number {number}")).await;
+        assert_eq!(delete(&pair.owner, &secret).await, StatusCode::OK);
+        until_refused(&pair.two, &secret, Duration::from_secs(2)).await;
+    }
+}
+
+/// Somebody holds the tables, as `VACUUM FULL` does.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL"]
+async fn requests_that_wait_for_a_locked_table_are_answered() {
+    // Shorter than the database waits for a lock.
+    let pair = Pair::start_with(&["--edge-request-timeout", "2"]).await;
+    let secret = created(&pair.owner_of_two(), "first").await;
+    until("the token is known", Duration::from_secs(10), async || {
+        (features(&pair.one, &secret).await == StatusCode::OK).then_some(())
+    })
+    .await;
+    let mut holder = PgConnection::connect(&pair.url).await.unwrap();
+    let lock = "BEGIN; LOCK TABLE tokens, accounts, sessions, events, applications, flag_usage";
+    holder.execute(lock).await.unwrap();
+
+    let token = json!({ "tokenName": "it", "type": "client", "environment": "development" });
+    let attempt = json!({ "username": OWNER, "password": PASSWORD });
+    let (there, user) = (format!("/api/admin/api-tokens/{secret}"), "/api/admin/user-admin");
+    let account = json!({ "username": "ann", "rootRole": 1, "password": OTHER });
+    for (method, path, body) in [
+        (Method::POST, "/api/admin/api-tokens", &token),
+        (Method::DELETE, &*there, &Value::Null),
+        (Method::GET, "/api/admin/events", &Value::Null),
+        (Method::GET, "/api/admin/metrics/applications", &Value::Null),
+        (Method::GET, "/api/admin/client-metrics/features/first/raw", &Value::Null),
+        (Method::GET, user, &Value::Null),
+        (Method::POST, user, &account),
+        (Method::POST, "/auth/simple/login", &attempt),
+        (Method::POST, "/logout", &Value::Null),
+    ] {
+        let (status, answer) = pair.owner.call(method, path, body).await;
+        let told = answer["message"].as_str().unwrap_or_default();
+        assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{path}: {answer}");
+        assert!(told.contains("longer than a request may"), "{path}: {answer}");
+    }
+    let (status, answer) = pair.owner_of_two().call(Method::POST, user, &account).await;
+    assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{answer}");
+    assert!(answer.to_string().contains("is busy"), "the patient are told why: {answer}");
+    assert_eq!(features(&pair.one, &secret).await, StatusCode::OK, "flags need no database");
+    holder.execute("ROLLBACK").await.unwrap();
+    until_created(&pair.owner, Duration::from_secs(15)).await;
+}
+
+async fn report(parapet: &Parapet, secret: &str, times: u64) {
+    let now = jiff::Timestamp::now().to_string();
+    let toggles = json!({ "first": { "yes": times, "no": 0 } });
+    let bucket = json!({ "start": now, "stop": now, "toggles": toggles });
+    let report = json!({ "appName": "shop", "instanceId": "i", "bucket": bucket });
+    let post = http().post(parapet.url() + "/api/client/metrics").header("authorization", secret);
+    let post = post.header("content-type", "application/json").body(report.to_string());
+    assert_eq!(post.send().await.unwrap().status(), StatusCode::ACCEPTED);
+}
+
+async fn until_counted(session: &Session, times: u64, limit: Duration) {
+    until(&format!("{times} uses are stored"), limit, async || {
+        let usage = session.get("/api/admin/client-metrics/features/first/raw").await;
+        let hours = usage["data"].as_array().unwrap().iter();
+        let sum = hours.map(|hour| hour["yes"].as_u64().unwrap()).sum::<u64>();
+        (sum == times).then_some(())
+    })
+    .await;
+}
+
+/// Usage is being stored when the server falls silent, and the session keeps the lock of those who store.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL"]
+async fn storing_usage_goes_on_at_all_instances_after_one_fell_silent() {
+    let pair = Pair::start().await;
+    let secret = pair.token("first").await;
+    pair.proxy_of_two.trap(Moment::Before("INSERT INTO flag_usage"));
+    report(&pair.two, &secret, 1).await;
+    pair.proxy_of_two.wait_until_caught(1).await;
+    report(&pair.one, &secret, 10).await;
+    until("it is told that usage waits", Duration::from_secs(15), async || {
+        (pair.two.metric("parapet_usage_storing").await? == 0.0).then_some(())
+    })
+    .await;
+    assert!(pair.two.log().contains("Usage could not be stored"), "{}", pair.two.log());
+    until_counted(&pair.owner, 11, Duration::from_secs(30)).await;
+    until("it is told that usage is stored", Duration::from_secs(15), async || {
+        (status(&pair.owner_of_two()).await["usageWaitsSince"].is_null()).then_some(())
+    })
+    .await;
+    assert!(pair.two.log().contains("Usage is stored again"), "{}", pair.two.log());
+}
+
+/// The server is stopped for a while.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL"]
+async fn a_database_that_is_away_is_told_of_with_the_reason_and_at_once() {
+    let pair = Pair::start().await;
+    let secret = pair.token("first").await;
+    let (_, admin) = pair.owner.create_token("admin", "watch").await;
+    let admin = admin["secret"].as_str().unwrap();
+    assert_eq!(pair.one.metric("parapet_database_reachable").await, Some(1.0));
+    let before = pair.one.log().len();
+    pair.proxy_of_one.refuse().await;
+
+    // Each is answered without waiting for a server that refuses: together they take no longer than one that waits.
+    let attempts = async {
+        for _ in 0..20 {
+            let (status, told) = pair.owner.create_token("client", "more").await;
+            assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{told}");
+            assert!(told.to_string().contains("cannot be reached"), "{told}");
+        }
+    };
+    let attempts = tokio::time::timeout(Duration::from_secs(5), attempts).await;
+    attempts.expect("a refused connection is no reason to wait");
+    let (_, told) = pair.one.admin_get_as("/status", admin).await;
+    let told = &told["database"];
+    assert_eq!(told["reachable"], false, "{told}");
+    assert!(told["awaySince"].is_string(), "{told}");
+    assert!(told["lastError"]["error"].as_str().unwrap().contains("refused"), "{told}");
+    assert_eq!(told["connections"]["limit"], 5, "{told}");
+    let (status, ready) = pair.one.get("/internal-backstage/ready", "").await;
+    assert_eq!((status, ready["status"].as_str()), (StatusCode::OK, Some("READY")), "{ready}");
+    assert!(ready["warning"].as_str().unwrap().contains("database"), "{ready}");
+    assert_eq!(pair.one.metric("parapet_database_reachable").await, Some(0.0));
+    assert_eq!(features(&pair.one, &secret).await, StatusCode::OK, "flags need no database");
+    until("the reason is logged", Duration::from_secs(10), async || {
+        pair.one.log()[before..].contains("refused").then_some(())
+    })
+    .await;
+
+    pair.proxy_of_one.restore().await;
+    until_created(&pair.owner, Duration::from_secs(10)).await;
+    let log = until("that it is back is logged", Duration::from_secs(10), async || {
+        let log = pair.one.log().split_off(before);
+        log.contains("is back").then_some(log)
+    })
+    .await;
+    assert!(log.lines().count() < 8, "twenty requests are no reason for many lines: {log}");
+    let (_, ready) = pair.one.get("/internal-backstage/ready", "").await;
+    assert_eq!(ready, json!({ "status": "READY" }));
+    let statements = r#"parapet_database_seconds_count{operation="statement"}"#;
+    assert!(pair.one.metric(statements).await.is_some_and(|count| count > 0.0));
+}
+
+/// The file is deleted under a running instance.
+#[cfg(unix)]
+#[tokio::test]
+async fn a_deleted_database_file_takes_no_more_changes() {
+    let place = Place::new(Kept::Sqlite).await;
+    let parapet = place.start().await;
+    let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
+    let secret = created(&owner, "first").await;
+    let (_, admin) = owner.create_token("admin", "watch").await;
+    let admin = [("authorization", admin["secret"].as_str().unwrap())];
+    let file = parapet.data_dir().join("parapet.db");
+    let aside = parapet.data_dir().join("aside.db");
+
+    std::fs::rename(&file, &aside).unwrap();
+    let token = json!({ "tokenName": "lost", "type": "client", "environment": "development" });
+    let make = async || owner.call_as(Method::POST, "/api/admin/api-tokens", &token, &admin).await;
+    let (status, told) = make().await;
+    assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{told}");
+    assert!(told.to_string().contains("deleted or replaced"), "{told}");
+    assert!(parapet.log().contains("parapet.db was deleted or replaced"), "{}", parapet.log());
+    assert_eq!(features(&parapet, &secret).await, StatusCode::OK, "flags need no database");
+    std::fs::write(&file, "").unwrap();
+    assert_eq!(make().await.0, StatusCode::SERVICE_UNAVAILABLE, "another file is not that one");
+    std::fs::rename(&aside, &file).unwrap();
+    let (status, made) = make().await;
+    assert_eq!(status, StatusCode::CREATED, "it is back: {made}");
+
+    assert!(parapet.terminate().await.success());
+    parapet.restart();
+    parapet.wait_until_ready().await;
+    assert_eq!(features(&parapet, &secret).await, StatusCode::OK);
+    assert_eq!(features(&parapet, made["secret"].as_str().unwrap()).await, StatusCode::OK);
+}
+
+/// The copy of the tokens serves SDKs, and nobody else.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL"]
+async fn a_start_without_its_database_admits_the_tokens_that_were_known() {
+    let postgres = Postgres::shared().await;
+    let name = postgres.create_database().await;
+    let proxy = PostgresProxy::start(postgres.port()).await;
+    let place = place_behind(&proxy, &name);
+    let mut parapet = place.start().await;
+    let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
+    let (kept, revoked) = (created(&owner, "kept").await, created(&owner, "revoked").await);
+    assert_eq!(delete(&owner, &revoked).await, StatusCode::OK);
+    created(&owner, "the last one").await;
+    parapet.wait_until_kept("the last one").await;
+    assert!(parapet.terminate().await.success());
+    let copy = parapet.data_dir().join("registry.parapet");
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt as _;
+        let mode = std::fs::metadata(&copy).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+    }
+    assert!(!std::fs::read_to_string(&copy).unwrap().contains("\"revoked\""));
+
+    proxy.refuse().await;
+    parapet.restart();
+    parapet.wait_until_ready().await;
+    assert_eq!(features(&parapet, &kept).await, StatusCode::OK);
+    assert_eq!(features(&parapet, &revoked).await, StatusCode::UNAUTHORIZED);
+    let refused = sign_in(&parapet, OWNER, PASSWORD).await.err();
+    assert_eq!(refused, Some(StatusCode::SERVICE_UNAVAILABLE));
+    assert!(parapet.log().contains("tokens are those of a copy"), "{}", parapet.log());
+
+    proxy.restore().await;
+    until("somebody signs in", Duration::from_secs(15), async || {
+        sign_in(&parapet, OWNER, PASSWORD).await.ok()
+    })
+    .await;
+    let after = created(&owner, "after").await;
+    assert_eq!(features(&parapet, &after).await, StatusCode::OK);
+
+    // A copy of another database is none.
+    assert!(parapet.terminate().await.success());
+    proxy.refuse().await;
+    let other = format!("postgres://postgres@127.0.0.1:{}/another", proxy.port());
+    parapet.restart_with("DATABASE_URL", other);
+    let ended = until("the start fails", Duration::from_secs(30), async || parapet.ended()).await;
+    assert!(!ended.success());
+}
+
+/// The first server that can be written to is used, and another when that goes away.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL"]
+async fn of_several_servers_one_is_used_that_can_be_written_to() {
+    let (writable, standby) = (Postgres::shared().await, Postgres::start().await);
+    let name = writable.create_database().await;
+    standby.execute("postgres", &format!("create database {name}")).await;
+    standby.execute("postgres", "alter system set default_transaction_read_only = on").await;
+    standby.execute("postgres", "select pg_reload_conf()").await;
+    let url = format!("postgres://postgres@127.0.0.1:{}/{name}", standby.port());
+    until("the standby is read-only", Duration::from_secs(10), async || {
+        let mut connection = PgConnection::connect(&url).await.unwrap();
+        let make = connection.execute("CREATE TABLE may_not_be (id INT)").await;
+        make.is_err().then_some(())
+    })
+    .await;
+
+    let first = PostgresProxy::start(writable.port()).await;
+    let second = PostgresProxy::start(writable.port()).await;
+    let hosts = [standby.port(), first.port(), second.port()].map(|it| format!("127.0.0.1:{it}"));
+    let mut place = place_behind(&first, &name);
+    let access = "target_session_attrs=read-write&sslmode=disable";
+    place.database = Some(format!("postgres://postgres@{}/{name}?{access}", hosts.join(",")));
+    let parapet = place.start().await;
+    let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
+    created(&owner, "at the first").await;
+    let shown = status(&owner).await["location"].clone();
+    assert_eq!(shown, format!("postgres://{}/{name}", hosts.join(",")));
+
+    first.refuse().await;
+    until_created(&owner, Duration::from_secs(15)).await;
+    second.wait_until_said("LISTEN", 1).await;
+    first.restore().await;
+    second.refuse().await;
+    until_created(&owner, Duration::from_secs(15)).await;
+}
+
+/// Numbers that look random, the same for a seed.
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, sides: u64) -> u64 {
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % sides
+    }
+}
+
+/// What a writer was told.
+#[derive(Default)]
+struct Told {
+    /// Tokens that were made: their names and secrets.
+    made: Vec<(String, String)>,
+    /// Secrets of tokens that were deleted.
+    deleted: Vec<String>,
+    /// Names of tokens of which it was not told what became of them.
+    unsure: Vec<String>,
+}
+
+/// Makes and deletes tokens until `end`.
+async fn write(parapet: &Parapet, session: &Session, name: &str, end: Instant) -> Told {
+    let mut told = Told::default();
+    let mut count = 0;
+    while Instant::now() < end {
+        count += 1;
+        let name = format!("{name} {count}");
+        let (status, made) = session.create_token("client", &name).await;
+        if status != StatusCode::CREATED {
+            assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{made}");
+            told.unsure.push(name);
+            // As who is told to come back later.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            continue;
+        }
+        let secret = made["secret"].as_str().unwrap().to_owned();
+        assert_eq!(features(parapet, &secret).await, StatusCode::OK, "what is made is in force");
+        if count % 2 == 0 {
+            told.made.push((name, secret));
+            continue;
+        }
+        match delete(session, &secret).await {
+            StatusCode::OK => {
+                let status = features(parapet, &secret).await;
+                assert_eq!(status, StatusCode::UNAUTHORIZED, "what is deleted is refused");
+                told.deleted.push(secret);
+            }
+            // A deletion of which nothing was heard may have been done.
+            StatusCode::NOT_FOUND | StatusCode::SERVICE_UNAVAILABLE => told.unsure.push(name),
+            other => panic!("{other}"),
+        }
+    }
+    told
+}
+
+/// Makes connections fail in one way after the other until `end`.
+async fn harm(proxies: &[PostgresProxy], dice: &mut Dice, end: Instant) {
+    let moments = ["COMMIT", "SELECT * FROM tokens", "INSERT INTO tokens", "pg_advisory", "DELETE"];
+    while Instant::now() < end {
+        let proxy = &proxies[usize::try_from(dice.roll(2)).unwrap()];
+        let moment = moments[usize::try_from(dice.roll(5)).unwrap()];
+        match dice.roll(5) {
+            0 => proxy.trap(Moment::Before(moment)),
+            1 => proxy.trap(Moment::After(moment)),
+            2 => proxy.silence(""),
+            3 => proxy.silence("LISTEN"),
+            _ => {
+                proxy.refuse().await;
+                tokio::time::sleep(Duration::from_millis(dice.roll(2000))).await;
+                proxy.restore().await;
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(4000 + dice.roll(5000))).await;
+    }
+    for proxy in proxies {
+        proxy.restore().await;
+    }
+}
+
+/// A minute of faults under writers on both instances.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL"]
+async fn whatever_goes_silent_both_instances_agree_and_nothing_acknowledged_is_lost() {
+    let pair = Pair::start().await;
+    let seed = u64::from(std::process::id());
+    println!("seed {seed}");
+    let end = Instant::now() + Duration::from_mins(1);
+    let proxies = [pair.proxy_of_one.clone(), pair.proxy_of_two.clone()];
+    let (owner, owner_of_two) = (&pair.owner, pair.owner_of_two());
+    let mut dice = Dice(seed);
+    let (of_one, of_two, more, ()) = tokio::join!(
+        write(&pair.one, owner, "one", end),
+        write(&pair.two, &owner_of_two, "two", end),
+        write(&pair.one, owner, "more", end),
+        harm(&proxies, &mut dice, end),
+    );
+    until_created(owner, Duration::from_secs(20)).await;
+    until_created(&owner_of_two, Duration::from_secs(20)).await;
+    let told = [of_one, of_two, more];
+    let made: usize = told.iter().map(|told| told.made.len()).sum();
+    let deleted: usize = told.iter().map(|told| told.deleted.len()).sum();
+    println!("made {made}, deleted {deleted}");
+    assert!(made > 20 && deleted > 20, "there was some success: {made}, {deleted}");
+
+    let names = |mut names: Vec<String>| {
+        names.sort();
+        names
+    };
+    let at_one = until("both know the same tokens", Duration::from_secs(20), async || {
+        let at_one = names(owner.token_names().await);
+        (at_one == names(owner_of_two.token_names().await)).then_some(at_one)
+    })
+    .await;
+    for parapet in [&pair.one, &pair.two] {
+        for told in &told {
+            for (name, secret) in &told.made {
+                assert_eq!(features(parapet, secret).await, StatusCode::OK, "{name}, seed {seed}");
+            }
+            for secret in &told.deleted {
+                let status = features(parapet, secret).await;
+                assert_eq!(status, StatusCode::UNAUTHORIZED, "seed {seed}");
+            }
+        }
+    }
+    for told in &told {
+        for (name, _) in &told.made {
+            let count = at_one.iter().filter(|it| *it == name).count();
+            assert_eq!(count, 1, "{name}, seed {seed}");
+        }
+        for name in &told.unsure {
+            let count = at_one.iter().filter(|it| *it == name).count();
+            assert!(count <= 1, "{name}: {count}, seed {seed}");
+        }
+    }
+}
