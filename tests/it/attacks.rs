@@ -7,7 +7,7 @@ use std::time::Duration;
 use reqwest::{Client, StatusCode};
 use serde_json::json;
 
-use crate::local::{CLIENT, FRONTEND};
+use crate::local::{CLIENT, FRONTEND, Local};
 use crate::rig::{Parapet, secrets, until};
 
 const FLAGS: &str =
@@ -82,6 +82,23 @@ async fn bodies_of_anybody_are_cheap_and_those_who_send_them_again_and_again_wai
     let status = post(&other, "/edge/validate", "", ordinary.into()).await;
     assert_eq!(status, StatusCode::OK, "others are answered");
     assert_eq!(parapet.get("/api/client/features", CLIENT).await.0, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn who_asks_about_made_up_tokens_waits_whatever_address_it_claims() {
+    let parapet = Local::offline_with(FLAGS, &["--trust-proxy"]).await;
+    let ask = async |number: u32| {
+        let body = json!({ "tokens": [format!("*:development.made-up-{number}")] });
+        let request = parapet.json("/edge/validate", &body);
+        let [_, _, high, low] = number.to_be_bytes();
+        let request = request.header("x-forwarded-for", format!("203.0.{high}.{low}"));
+        request.send().await.unwrap().status()
+    };
+    let mut asked = 0;
+    while ask(asked).await != StatusCode::TOO_MANY_REQUESTS {
+        asked += 1;
+        assert!(asked < 2000, "nobody waits");
+    }
 }
 
 /// The memory that hashing one password takes while it lasts, in KiB.

@@ -224,6 +224,25 @@ async fn one_address_or_token_takes_its_share_of_the_streams_and_leaves_room_for
 }
 
 #[tokio::test]
+async fn claimed_addresses_share_the_streams_of_their_connections_address() {
+    let args = ["--trust-proxy", "--max-streams", "5", "--max-streams-per-address", "2"];
+    let parapet = Local::offline_with(&flags(false, false), &args).await;
+    let open = async |path: &str, token: &str, claimed: u8| {
+        let request = parapet.request(Method::GET, path).header("authorization", token);
+        let request = request.header("x-forwarded-for", format!("203.0.113.{claimed}"));
+        request.send().await.unwrap()
+    };
+    let frontend = "/api/frontend/streaming";
+    let opened = [
+        open(STREAM, CLIENT, 1).await,
+        open(frontend, FRONTEND, 2).await,
+        open(STREAM, CLIENT, 3).await,
+        open(frontend, FRONTEND, 4).await,
+    ];
+    assert_eq!(opened.each_ref().map(|response| response.status().as_u16()), [200, 200, 429, 429]);
+}
+
+#[tokio::test]
 async fn a_fleet_is_sent_to_streaming_or_to_polling() {
     let parapet = Local::offline(&flags(false, false)).await;
     assert_eq!(parapet.get("/api/client/features", CLIENT).await.header("fetch-mode"), "");
