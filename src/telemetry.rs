@@ -6,6 +6,8 @@
 //! are kept and which buckets their histograms have. Nothing here listens or serves: `http` renders
 //! the registry, and `app` spawns the upkeep.
 
+mod sparing;
+
 use std::{
     collections::BTreeMap,
     error::Error,
@@ -26,6 +28,7 @@ use tracing_subscriber::{
     util::SubscriberInitExt as _,
 };
 
+pub use self::sparing::Sparing;
 use crate::wire::excerpt::Excerpt;
 
 /// The source revision that this binary was built from, where the build tells it.
@@ -110,12 +113,21 @@ fn directive(text: &str) -> Option<String> {
     }
 }
 
+/// What is not logged unless its target is named: an error for each handshake that fails. The request
+/// that failed by it is logged with the same cause, and once only.
+const QUIET: &str = "rustls=off,rustls_platform_verifier=off";
+
+/// The filter of `config`, behind what it may override.
+fn filter(config: &Config) -> Option<EnvFilter> {
+    EnvFilter::try_new(format!("{QUIET},{}", config.filter)).ok()
+}
+
 /// Starts logging, once per process; later calls change nothing.
 ///
 /// Lines go to standard output, as Unleash Edge's do, so that a deployment that collects them from
 /// there keeps working; standard error is left to what prevents a start.
 pub fn start_logging(config: &Config) {
-    let filter = EnvFilter::try_new(&config.filter).unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = filter(config).unwrap_or_else(|| EnvFilter::new("info"));
     let colours = io::stdout().is_terminal();
     let format = config.format;
     let writer = move || Bounded { out: io::stdout(), format };
@@ -148,7 +160,7 @@ where
 
 /// Replaces what is logged by the filter of `config`; the form of the lines stays.
 pub fn set_log_filter(config: &Config) {
-    if let (Some(set), Ok(filter)) = (SET_FILTER.get(), EnvFilter::try_new(&config.filter)) {
+    if let (Some(set), Some(filter)) = (SET_FILTER.get(), filter(config)) {
         set(filter);
     }
 }

@@ -29,6 +29,7 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::TokioTimer;
+use metrics::{counter, describe_counter};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
@@ -52,7 +53,7 @@ use super::{
     reply::{Failure, Reply},
     stop::Stop,
 };
-use crate::telemetry::report;
+use crate::telemetry::{Sparing, report};
 
 /// What one client, and all of them together, may take.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -67,6 +68,8 @@ pub struct Limits {
     /// for nothing else as long.
     pub request_timeout: Duration,
 }
+
+const ACCEPT_FAILURES: &str = "parapet_accept_failures_total";
 
 /// How long accepting pauses after it failed, for want of file descriptors mostly.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -89,6 +92,9 @@ pub async fn serve<S: Service>(
 ) {
     let room = Arc::new(Semaphore::new(limits.connections));
     let protocol = Protocol::new(service, limits);
+    describe_counter!(ACCEPT_FAILURES, "Connections that could not be accepted");
+    let failures = counter!(ACCEPT_FAILURES);
+    let mut sparing = Sparing::default();
     loop {
         let accepted = tokio::select! {
             () = stop.cancelled() => break,
@@ -103,7 +109,15 @@ pub async fn serve<S: Service>(
                 });
             }
             Err(error) => {
-                warn!(error = report(&error), "Cannot accept a connection");
+                failures.increment(1);
+                if let Some(left_out) = sparing.admit() {
+                    let more = (left_out > 0).then_some(left_out);
+                    warn!(
+                        error = report(&error),
+                        more_since_last_line = more,
+                        "Cannot accept a connection"
+                    );
+                }
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }

@@ -9,6 +9,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use crate::local::{CLIENT, FRONTEND, Local, answer};
+use crate::rig::{Parapet, until};
 
 const FLAGS: &str =
     r#"{"features":[{"name":"a","enabled":true,"strategies":[{"name":"default"}]}]}"#;
@@ -325,4 +326,46 @@ async fn a_body_that_does_not_arrive_in_time_is_not_waited_for() {
     );
     let back = parapet.exchange(request.as_bytes()).await;
     assert!(back.starts_with(b"HTTP/1.1 408"), "{}", String::from_utf8_lossy(&back));
+}
+
+#[tokio::test]
+async fn connections_that_cannot_be_accepted_are_logged_once_a_minute_and_counted() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("flags.json");
+    std::fs::write(&file, FLAGS).unwrap();
+    let parapet = Parapet::mode("offline").flag("--bootstrap-file", &file);
+    let parapet = parapet.flag("--client-tokens", CLIENT).start().await;
+    let address = parapet.url().replace("http://", "");
+    // Open already when there are no descriptors left.
+    let mut scraper = TcpStream::connect(&address).await.unwrap();
+    let mut failures = async || {
+        let request = "GET /internal-backstage/metrics HTTP/1.1\r\nhost: parapet\r\n\r\n";
+        scraper.write_all(request.as_bytes()).await.unwrap();
+        let mut page = Vec::new();
+        loop {
+            assert_ne!(scraper.read_buf(&mut page).await.unwrap(), 0, "{page:?}");
+            let text = String::from_utf8_lossy(&page);
+            let Some((head, body)) = text.split_once("\r\n\r\n") else { continue };
+            let length = head.lines().find_map(|line| line.strip_prefix("content-length: "));
+            if body.len() >= length.unwrap().parse().unwrap() {
+                let mut lines = body.lines();
+                let sample = "parapet_accept_failures_total ";
+                return lines.find_map(|line| line.strip_prefix(sample)?.parse::<u64>().ok());
+            }
+        }
+    };
+    assert_eq!(failures().await, Some(0));
+    parapet.leave_descriptors(0);
+    // More than there may be descriptors that become free meanwhile.
+    let mut waiting = Vec::new();
+    for _ in 0..20 {
+        waiting.push(TcpStream::connect(&address).await.unwrap());
+    }
+    until("accepting fails again and again", Duration::from_mins(1), async || {
+        failures().await.filter(|it| *it > 10)
+    })
+    .await;
+    let log = parapet.log();
+    assert_eq!(log.matches("Cannot accept a connection").count(), 1, "{log}");
+    assert!(log.contains("Too many open files"), "{log}");
 }

@@ -218,6 +218,17 @@ impl Parapet {
         number.expect("there is a number").parse().unwrap()
     }
 
+    /// Leaves it room for so many descriptors more.
+    pub(crate) fn leave_descriptors(&self, more: u64) {
+        let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
+        let id = process.as_ref().expect("it is running").id();
+        let open = std::fs::read_dir(format!("/proc/{id}/fd")).unwrap().count() as u64;
+        let limit = Some(open + more);
+        let limit = rustix::process::Rlimit { current: limit, maximum: limit };
+        let id = rustix::process::Pid::from_raw(id.try_into().unwrap());
+        rustix::process::prlimit(id, rustix::process::Resource::Nofile, limit).unwrap();
+    }
+
     /// The processor time that all its threads have taken.
     pub(crate) fn processor_time(&self) -> Duration {
         /// How many make a second, on Linux.
