@@ -12,6 +12,7 @@ mod error;
 mod exchange;
 pub mod no_proxy;
 mod outcome;
+mod redirect;
 #[cfg(test)]
 pub(crate) mod scripted;
 mod seal;

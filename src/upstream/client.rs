@@ -2,7 +2,7 @@
 //!
 //! Most go through one function, [`Upstream::call`], which bounds, times, counts and sorts them; what
 //! is relayed, followed, or asks only whether a token is admitted does all of that by itself. Nothing
-//! here retries or follows redirects.
+//! here retries; redirects are followed within upstream's origin.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -23,6 +23,7 @@ use super::{
     connect::{self, Config},
     error::{self, Error},
     outcome::{self, Health, Outcome, Pulse, Purpose},
+    redirect::Redirect,
     stream::Stream,
 };
 use crate::{
@@ -44,6 +45,9 @@ const PROBE: &str = "parapet-asks-for-nothing";
 /// on a batch that upstream is still storing would count it twice, and a token whose secret is told
 /// once would be lost.
 const PATIENT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How many redirects of one request are followed.
+const MOST_REDIRECTS: u32 = 5;
 
 /// The largest body that is taken from upstream, in bytes after decompression.
 const MAX_BODY: usize = 256 << 20;
@@ -418,20 +422,33 @@ impl Upstream {
         Ok(Answer { status, headers, body })
     }
 
-    /// Makes a request and reads the head of its answer.
+    /// Makes a request, and again where it is redirected within upstream's origin; reads the head of
+    /// the answer.
     async fn head(&self, request: RequestBuilder) -> Result<Response, Error> {
-        let response = request.send().await.map_err(Error::transport)?;
-        let status = response.status();
-        if status.is_success() || status == StatusCode::NOT_MODIFIED {
-            return Ok(response);
+        let mut request = request.build().map_err(Error::transport)?;
+        let mut followed = 0;
+        loop {
+            let again = request.try_clone();
+            let asked = (request.method().clone(), request.url().clone());
+            let response = self.0.pool.execute(request).await.map_err(Error::transport)?;
+            let status = response.status();
+            if status.is_success() || status == StatusCode::NOT_MODIFIED {
+                return Ok(response);
+            }
+            if !status.is_redirection() {
+                let pause = response.headers().get(RETRY_AFTER);
+                let pause = pause.and_then(|it| error::retry_after(it, Timestamp::now()));
+                return Err(Error::Status { status, retry_after: pause });
+            }
+            let redirect = Redirect::of(&response, asked.0, asked.1);
+            let next = redirect.within(&self.0.url).filter(|_| followed < MOST_REDIRECTS);
+            let (Some(url), Some(again)) = (next, again) else {
+                return Err(Error::Redirect { status, target: redirect.target(&self.0.url) });
+            };
+            request = again;
+            *request.url_mut() = url;
+            followed += 1;
         }
-        Err(if status.is_redirection() {
-            Error::Redirect(status)
-        } else {
-            let pause = response.headers().get(RETRY_AFTER);
-            let pause = pause.and_then(|it| error::retry_after(it, Timestamp::now()));
-            Error::Status { status, retry_after: pause }
-        })
     }
 }
 
@@ -695,15 +712,53 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_redirect_is_an_error_and_takes_the_token_nowhere() {
+    async fn redirect_to_another_origin_is_an_error_that_names_it_and_takes_the_token_nowhere() {
         let away = Scripted::start(|_| (200, &[], "{}".to_owned())).await;
-        let place: &'static str = away.config().url.to_string().leak();
-        let location: &'static [_] = vec![("location", place)].leak();
+        let place = away.config().url;
+        let location =
+            place.join("api/client/features?key=s3cret").expect("url").to_string().leak();
+        let location: &'static [_] = vec![("location", &*location)].leak();
         let (fetched, _) = fetch((302, location, String::new()), None).await;
         let error = fetched.expect_err("302");
-        assert!(matches!(error, Error::Redirect(StatusCode::FOUND)), "{error:?}");
+        assert!(matches!(error, Error::Redirect { status: StatusCode::FOUND, .. }), "{error:?}");
+        let told = error.to_string();
+        assert!(told.contains(place.as_str().trim_end_matches('/')), "{told}");
+        assert!(!told.contains("s3cret") && !told.contains("features"), "{told}");
         assert_eq!(error.fault(), Fault::Ours);
         assert!(away.seen().is_empty());
+    }
+
+    #[tokio::test]
+    async fn redirect_within_the_origin_is_followed_with_token_and_body() {
+        const MOVED: &[(&str, &str)] = &[("location", "/moved")];
+        let server = Scripted::start(|request| match request.line.as_str() {
+            "GET /moved" => (200, &[], "{}".to_owned()),
+            "POST /moved" => (202, &[], String::new()),
+            line if line.starts_with("GET /base/") => (301, MOVED, String::new()),
+            line if line.contains("/bulk") => (308, MOVED, String::new()),
+            _ => (302, MOVED, String::new()),
+        })
+        .await;
+        let upstream = Upstream::new(server.config()).expect("client");
+        upstream.features(&token(), None).await.expect("301 is followed");
+        upstream.send_usage(&token(), Bytes::from_static(b"[7]")).await.expect("308 is followed");
+        let seen = server.seen();
+        assert_eq!(seen[1].headers["authorization"], SECRET);
+        assert_eq!((seen[3].line.as_str(), seen[3].body.as_str()), ("POST /moved", "[7]"));
+        // A browser would turn this POST into a GET.
+        let error = upstream.validate(&[token()]).await.expect_err("302");
+        assert!(error.to_string().contains("/moved"), "{error}");
+        assert_eq!(server.seen().len(), 5);
+    }
+
+    #[tokio::test]
+    async fn redirects_in_a_circle_end() {
+        const CIRCLE: &[(&str, &str)] = &[("location", "/base/api/client/features")];
+        let server = Scripted::start(|_| (307, CIRCLE, String::new())).await;
+        let upstream = Upstream::new(server.config()).expect("client");
+        let error = upstream.features(&token(), None).await.expect_err("a circle");
+        assert!(matches!(error, Error::Redirect { .. }), "{error:?}");
+        assert_eq!(server.seen().len(), 6);
     }
 
     #[tokio::test]

@@ -1,6 +1,7 @@
 //! What can go wrong with upstream, whose fault it is and whether to try again.
 //!
-//! No error shows a token, a body or a URL: URLs may hold passwords, and bodies may echo tokens.
+//! No error shows a token, a body or a request's URL: URLs may hold passwords, and bodies may echo
+//! tokens.
 
 use std::{io, path::PathBuf, time::Duration};
 
@@ -33,9 +34,16 @@ pub enum Error {
         /// The pause that upstream asked for, if any.
         retry_after: Option<Duration>,
     },
-    /// A redirect, which is not followed: it could carry a token elsewhere.
-    #[error("upstream answered {0}: its URL is not the one configured")]
-    Redirect(StatusCode),
+    /// A redirect that is not followed: it could carry a token elsewhere.
+    #[error(
+        "upstream answered {status}, a redirect to {target}: --upstream-url is not its address"
+    )]
+    Redirect {
+        /// The status.
+        status: StatusCode,
+        /// Where it leads, for people to read.
+        target: String,
+    },
     /// 304 to a request that named no `ETag`.
     #[error("upstream answered 304 to a request without an ETag")]
     Unconditional,
@@ -144,7 +152,7 @@ impl Error {
             | Self::Unconditional
             | Self::TooLarge { .. }
             | Self::Decode { .. } => Fault::Upstream,
-            Self::Redirect(_)
+            Self::Redirect { .. }
             | Self::Scheme
             | Self::File { .. }
             | Self::Pem { .. }
@@ -159,7 +167,7 @@ impl Error {
     /// balancer says while the server behind it is away.
     pub fn retry(&self) -> Retry {
         match self {
-            Self::Redirect(_) => Retry::Later(None),
+            Self::Redirect { .. } => Retry::Later(None),
             Self::Status { retry_after, .. } if self.fault() == Fault::Upstream => {
                 Retry::Later(*retry_after)
             }
@@ -197,7 +205,7 @@ impl Error {
     /// The status, if upstream answered with one.
     pub fn status(&self) -> Option<StatusCode> {
         match self {
-            Self::Status { status, .. } | Self::Redirect(status) => Some(*status),
+            Self::Status { status, .. } | Self::Redirect { status, .. } => Some(*status),
             Self::Unconditional => Some(StatusCode::NOT_MODIFIED),
             _ => None,
         }

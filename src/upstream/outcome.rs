@@ -2,16 +2,20 @@
 //!
 //! Labels come from these enums only, never from what upstream sends.
 
-use std::{sync::Mutex, time::Duration};
+use std::{
+    sync::{Mutex, MutexGuard},
+    time::Duration,
+};
 
 use jiff::Timestamp;
 use metrics::{
     Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
 };
 use reqwest::StatusCode;
+use tracing::warn;
 
 use super::error::{Error, Fault};
-use crate::telemetry;
+use crate::telemetry::{self, Sparing};
 
 const REQUESTS: &str = "parapet_upstream_requests_total";
 const DURATION: &str = "parapet_upstream_request_duration_seconds";
@@ -76,7 +80,7 @@ impl Outcome {
             Err(Error::Unreachable(_)) => Self::Unreachable,
             Err(Error::Interrupted(_)) => Self::Interrupted,
             Err(Error::Timeout(_) | Error::Silent(_)) => Self::Timeout,
-            Err(Error::Redirect(_)) => Self::Redirected,
+            Err(Error::Redirect { .. }) => Self::Redirected,
             Err(Error::Status { status, .. }) => match *status {
                 StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Self::Unauthorized,
                 StatusCode::TOO_MANY_REQUESTS => Self::Throttled,
@@ -144,7 +148,30 @@ pub struct Health {
 
 /// The [`Health`] that requests keep current.
 #[derive(Debug, Default)]
-pub(super) struct Pulse(Mutex<Health>);
+pub(super) struct Pulse {
+    health: Mutex<Health>,
+    outage: Mutex<Outage>,
+}
+
+/// Why there is no connection to upstream, as far as it is logged.
+#[derive(Debug, Default)]
+struct Outage {
+    /// The last reason since the last success.
+    reason: Option<String>,
+    changes: Sparing,
+}
+
+impl Outage {
+    /// Notes a reason, and logs it where it is another one. The first is logged by whoever made the
+    /// request, and is all that is: a certificate that is refused after a refused connection would
+    /// never show.
+    fn note(&mut self, reason: &str) {
+        let before = self.reason.replace(reason.to_owned());
+        if before.is_some_and(|before| before != reason) && self.changes.admit().is_some() {
+            warn!(error = reason, "Upstream is unreachable for another reason than before");
+        }
+    }
+}
 
 impl Pulse {
     /// Takes note of how a request ended.
@@ -157,6 +184,7 @@ impl Pulse {
 
     /// Takes note of a sign of life.
     pub(super) fn beat(&self) {
+        lock(&self.outage).reason = None;
         let mut health = self.lock();
         health.last_success = Some(Timestamp::now());
         health.consecutive_failures = 0;
@@ -165,6 +193,9 @@ impl Pulse {
     /// Takes note of a failure.
     pub(super) fn miss(&self, error: &Error) {
         let report = telemetry::report(error);
+        if matches!(error, Error::Unreachable(_)) {
+            lock(&self.outage).note(&report);
+        }
         let mut health = self.lock();
         health.last_error = Some((Timestamp::now(), report));
         match error.fault() {
@@ -190,7 +221,11 @@ impl Pulse {
         self.lock().clone()
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Health> {
-        self.0.lock().expect("nothing panics while it holds this lock")
+    fn lock(&self) -> MutexGuard<'_, Health> {
+        lock(&self.health)
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().expect("nothing panics while it holds this lock")
 }

@@ -396,6 +396,7 @@ mod tests {
         let pause = Some(Duration::from_secs(7));
         let busy = Error::Status { status: StatusCode::TOO_MANY_REQUESTS, retry_after: pause };
         assert_eq!(outcome(&busy), Outcome::Later(pause));
-        assert_eq!(outcome(&Error::Redirect(StatusCode::FOUND)), Outcome::Later(None));
+        let redirect = Error::Redirect { status: StatusCode::FOUND, target: String::new() };
+        assert_eq!(outcome(&redirect), Outcome::Later(None));
     }
 }
