@@ -157,6 +157,18 @@ impl Store {
         }
     }
 
+    /// Whether there is a record of `key`, readable or not; also where that cannot be told.
+    pub async fn has(&self, key: &Key) -> bool {
+        match &*self.0 {
+            Backend::Memory(records) => lock(records).contains_key(key),
+            Backend::Directory(directory) => {
+                let file = directory.path.join(key.file_name());
+                let found = directory.read(move || file.try_exists()).await.flatten();
+                found.unwrap_or(true)
+            }
+        }
+    }
+
     /// Replaces what is kept under `key`.
     ///
     /// When this returns, a loss of power no longer takes the bytes away. Dropping the future leaves

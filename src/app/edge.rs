@@ -87,9 +87,9 @@ pub(super) async fn plan(
     };
     follower.restore().await;
     let backup = migrate(edge.backup_folder.path(), &follower).await;
-    // Later starts have verdicts of their own, which know of revocations since.
-    let first_start = matches!(store.load(&Key::Verdicts).await, Ok(None));
-    let backup = if first_start { backup } else { Vec::new() };
+    // Later starts have verdicts of their own, which know of revocations since. Only looked for: who
+    // loads the record reports what is wrong with it.
+    let backup = if store.has(&Key::Verdicts).await { Vec::new() } else { backup };
     let given = admin.iter().map(|token| admin_token::grant(&token.current())).collect();
     let (send_tokens, tokens) = watch::channel(tokens);
     let tokens_given = admin.clone().map_or(EdgeTokens::Backend(send_tokens), EdgeTokens::Admin);
@@ -214,12 +214,17 @@ async fn take_tokens(
                     judged = false;
                     continue;
                 }
-                Ok(_) => "it is no client token",
+                Ok(_) => "it is no backend token",
                 Err(Denied::Unknown) => "upstream does not know it",
                 Err(Denied::Forbidden) => "upstream forbids its use (403)",
             };
             if useless.insert(token.digest()) {
-                warn!(token = %token.masked(), "A configured token fetches nothing: {why}");
+                // Unleash does not vouch for admin tokens, none of which names an environment.
+                let hint = match token.environment() {
+                    Some(_) => "",
+                    None => "; an admin token belongs into --upstream-admin-token",
+                };
+                warn!(token = %token.masked(), "A token of --tokens fetches nothing: {why}{hint}");
             }
         }
         taken.extend(
