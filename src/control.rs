@@ -11,6 +11,7 @@ mod database;
 mod error;
 mod first_start;
 mod health;
+mod initial;
 mod migrations;
 mod password;
 mod permission;
@@ -35,6 +36,7 @@ pub use self::{
     error::Error,
     first_start::{FirstAccount, FoundTokens, Generated, MadeAccount, Opened, Seed, grant_of},
     health::{ConnectionCount, DatabaseStatus},
+    initial::InitialSetting,
     password::{Password, PasswordError},
     permission::{Action, Actor, Missing, Operator, Permission, RootRole},
     registry::{ApiToken, NewToken},

@@ -4,8 +4,9 @@ use std::collections::HashSet;
 
 use super::{
     accounts::{self, NewAccount},
-    database::{Database, Lane},
+    database::{Connection, Database, Lane},
     error::Error,
+    initial::{self, InitialSetting},
     password::{Hasher, Password},
     permission::{Actor, Operator, RootRole},
     registry::{self, ApiToken, NewToken},
@@ -29,7 +30,17 @@ pub struct Seed {
 impl Seed {
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
-        self.admin.is_empty() && self.client.is_empty() && self.frontend.is_empty()
+        self.all().next().is_none()
+    }
+
+    /// Each of them, with what it is for.
+    pub(super) fn all(&self) -> impl Iterator<Item = (TokenKind, &Token)> {
+        let kinds = [
+            (TokenKind::Admin, &self.admin),
+            (TokenKind::Client, &self.client),
+            (TokenKind::Frontend, &self.frontend),
+        ];
+        kinds.into_iter().flat_map(|(kind, tokens)| tokens.iter().map(move |it| (kind, it)))
     }
 }
 
@@ -49,6 +60,8 @@ pub struct Opened {
     pub account: Option<MadeAccount>,
     /// The tokens.
     pub tokens: FoundTokens,
+    /// What was given and is not what the first start was given: it has no effect.
+    pub ignored: Vec<InitialSetting>,
 }
 
 /// The account of the first start.
@@ -101,16 +114,29 @@ pub(super) async fn begin(
 ) -> Result<Opened, Error> {
     let password = first.password.clone().unwrap_or_else(Password::generate);
     let generated = first.password.is_none().then(|| password.clone());
-    // The last account is never deleted, so that only a first start finds none. Hashing is slow,
-    // and so done before the database is locked.
-    let hash = match accounts::count(&mut *database.connection().await?).await? {
-        0 => Some(hasher.hash(&password).await?),
-        _ => None,
+    let (is_first, kept) = {
+        let mut connection = database.connection().await?;
+        // The last account is never deleted, so that only a first start finds none.
+        let is_first = accounts::count(&mut connection).await? == 0;
+        (is_first, initial::find(&mut connection, InitialSetting::Password).await?)
     };
+    // Hashing is slow, and so done before the database is locked.
+    let keeps_password = first.password.is_some() && kept.is_none();
+    let hash = match is_first || keeps_password {
+        true => Some(hasher.hash(&password).await?),
+        false => None,
+    };
+    let mut ignored = Vec::new();
+    if let (Some(given), Some(kept)) = (&first.password, &kept)
+        && !hasher.verify(given, Some(kept)).await?
+    {
+        ignored.push(InitialSetting::Password);
+    }
     let mut transaction = database.write(Lane::Control).await?;
     let actor = Actor { operator: Operator::Shell, address: None };
     let mut account = None;
     if let Some(hash) = &hash
+        && is_first
         && accounts::count(&mut transaction).await? == 0
     {
         let username = first.username.clone();
@@ -122,13 +148,8 @@ pub(super) async fn begin(
     let (seeds, tokens) = if !registry::is_empty(&mut transaction).await? {
         (Vec::new(), FoundTokens::Existing)
     } else if !seed.is_empty() {
-        let of = |kind, tokens: &[Token]| {
-            tokens.iter().map(move |it| ("init", kind, it.clone())).collect::<Vec<_>>()
-        };
-        let mut seeds = of(TokenKind::Admin, &seed.admin);
-        seeds.extend(of(TokenKind::Client, &seed.client));
-        seeds.extend(of(TokenKind::Frontend, &seed.frontend));
-        (seeds, FoundTokens::Seeded)
+        let seeds = seed.all().map(|(kind, token)| ("init", kind, token.clone()));
+        (seeds.collect(), FoundTokens::Seeded)
     } else if account.is_some() {
         let generated = Generated::new();
         let seeds = vec![
@@ -153,8 +174,34 @@ pub(super) async fn begin(
     if !seen.is_empty() {
         database.announce(&mut transaction).await?;
     }
+    if let Some(hash) = hash.filter(|_| keeps_password) {
+        initial::keep(&mut transaction, InitialSetting::Password, &hash).await?;
+    }
+    if !seed.is_empty() && !keeps_seed(&mut transaction, seed, &tokens).await? {
+        ignored.push(InitialSetting::Tokens);
+    }
     transaction.commit().await?;
-    Ok(Opened { account, tokens })
+    Ok(Opened { account, tokens, ignored })
+}
+
+/// Whether `seed` is what the registry began with, which is then kept.
+///
+/// Of a database that has kept no digest yet, it is that if the registry has all of its tokens.
+async fn keeps_seed(
+    transaction: &mut Connection,
+    seed: &Seed,
+    found: &FoundTokens,
+) -> Result<bool, Error> {
+    let digest = initial::digest_of(seed);
+    let is_kept = match (found, initial::find(transaction, InitialSetting::Tokens).await?) {
+        (FoundTokens::Existing, Some(kept)) => return Ok(kept == digest),
+        (FoundTokens::Existing, None) => registry::has_all(transaction, seed.all()).await?,
+        (FoundTokens::Seeded | FoundTokens::Generated(_), _) => true,
+    };
+    if is_kept {
+        initial::keep(transaction, InitialSetting::Tokens, &digest).await?;
+    }
+    Ok(is_kept)
 }
 
 impl Generated {

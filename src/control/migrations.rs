@@ -37,6 +37,12 @@ const STEPS: &[Step] = &[
         sqlite: include_str!("migrations/sqlite/0003_pages_of_events.sql"),
         postgres: include_str!("migrations/postgres/0003_pages_of_events.sql"),
     },
+    Step {
+        version: 4,
+        description: "initial settings",
+        sqlite: include_str!("migrations/sqlite/0004_initial_settings.sql"),
+        postgres: include_str!("migrations/postgres/0004_initial_settings.sql"),
+    },
 ];
 
 /// Which SQL is spoken.

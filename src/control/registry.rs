@@ -515,6 +515,21 @@ pub(super) async fn is_empty(connection: &mut Connection) -> Result<bool, Error>
     Ok(any.is_none())
 }
 
+/// Whether there is each of these tokens.
+pub(super) async fn has_all(
+    connection: &mut Connection,
+    tokens: impl Iterator<Item = (TokenKind, &Token)>,
+) -> Result<bool, Error> {
+    for (_, token) in tokens {
+        let found = sqlx::query("SELECT id FROM tokens WHERE digest = $1");
+        let found = found.bind(token.digest().hex()).fetch_optional(&mut *connection).await?;
+        if found.is_none() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 /// Writes a new token and its event.
 pub(super) async fn insert(
     transaction: &mut Connection,
