@@ -45,6 +45,7 @@ use crate::{
     },
     snapshot::Snapshots,
     telemetry::{self, Readiness},
+    upstream::Upstream,
     usage::{Ending, Usage},
     wire::usage::ConnectVia,
 };
@@ -85,16 +86,18 @@ impl App {
         let registry = telemetry::start_metrics();
         let (readiness, latch) = Readiness::new();
         let snapshots = Snapshots::default();
-        let (data, data_address) = bind(config.data.address)?;
-        let (admin, admin_address) = bind(config.admin.address)?;
+        let (data, data_address) = bind(config.data.address, "--interface and --port")?;
+        let (admin, admin_address) =
+            bind(config.admin.address, "--admin-interface and --admin-port")?;
         let mut plan = match config.mode {
             Mode::Edge(edge) => edge::plan(*edge, &config.auth, &snapshots, latch).await?,
             Mode::Offline(offline) => alone::offline(offline, &snapshots, latch).await?,
             Mode::Standalone(standalone) => {
                 let addresses = (data_address, admin_address);
-                let base = &config.data.base_path;
-                let announce = |opened: &_| banner::announce(opened, addresses, base);
-                let data_dir = &config.data_dir;
+                let (base, data_dir) = (&config.data.base_path, &config.data_dir);
+                let announce = |opened: &_| {
+                    banner::announce(opened, addresses, base, config.log.format, data_dir);
+                };
                 alone::standalone(standalone, data_dir, &snapshots, latch, announce).await?
             }
         };
@@ -161,6 +164,7 @@ impl App {
             mode = plan.name,
             data = %data_address,
             admin = %admin_address,
+            upstream = plan.upstream.as_ref().map(Upstream::origin),
             version = env!("CARGO_PKG_VERSION"),
             "Parapet listens"
         );

@@ -122,7 +122,12 @@ impl Control {
                 );
                 database.require_existing();
                 let registry = Registry::new(database.clone(), config.token_limit, held);
-                (registry, Opened { account: None, tokens: FoundTokens::Existing })
+                let opened = Opened {
+                    account: None,
+                    tokens: FoundTokens::Existing,
+                    ignored: Vec::new(),
+                };
+                (registry, opened)
             }
             Err(error) => return Err(error),
         };

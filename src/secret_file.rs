@@ -1,13 +1,16 @@
-//! Secrets that are kept in files, as container platforms mount them.
+//! Secrets that are kept in files: read as container platforms mount them, and written for their owner
+//! alone.
 //!
-//! The text is wiped when dropped, and no error repeats it. A caller decides what the text must be.
+//! A text that was read is wiped when dropped, and no error repeats it. A caller decides what the text
+//! must be.
 
 use std::{
     fs::File,
-    io::{self, Read as _},
+    io::{self, Read as _, Write as _},
     path::{Path, PathBuf},
 };
 
+use tempfile::NamedTempFile;
 use zeroize::Zeroizing;
 
 use crate::wire::text::without_byte_order_mark;
@@ -58,13 +61,30 @@ pub fn read(path: &Path) -> Result<Zeroizing<String>, Error> {
     Ok(Zeroizing::new(text.to_owned()))
 }
 
+/// Writes a file that its owner alone may read (mode 0600), whole or not at all; replaces one that is
+/// there.
+///
+/// Blocks for as long as the file system does.
+pub fn write(path: &Path, secret: &[u8]) -> io::Result<()> {
+    let mut file = NamedTempFile::new_in(folder_of(path))?;
+    file.write_all(secret)?;
+    file.as_file().sync_all()?;
+    file.persist(path)?;
+    Ok(())
+}
+
+/// The folder that a file is in, as a path that can be opened.
+pub fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|it| !it.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::telemetry::report;
 
     fn read_bytes(bytes: &[u8]) -> Result<String, Error> {
-        let file = tempfile::NamedTempFile::new().expect("file");
+        let file = NamedTempFile::new().expect("file");
         std::fs::write(file.path(), bytes).expect("write");
         read(file.path()).map(|text| text.to_string())
     }

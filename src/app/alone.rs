@@ -1,10 +1,17 @@
 //! The modes without an upstream: flags from files, tokens given or of an own registry.
 
-use std::{collections::BTreeSet, path::Path, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    fs::{self, File},
+    io::Write as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use tokio::sync::{Mutex, mpsc};
-use tracing::warn;
+use tracing::{info, warn};
 
 use super::{
     plan::{Error, Plan, Source},
@@ -12,8 +19,9 @@ use super::{
 };
 use crate::{
     auth::Authority,
-    config::{Offline, Standalone},
-    control::{Control, FoundTokens, Location, Opened, grant_of},
+    config::{FlagsPath, Offline, Standalone},
+    control::{Control, InitialSetting, Location, Opened, grant_of},
+    secret_file::folder_of,
     snapshot::Snapshots,
     store::{Key, Store},
     sync::files::Files,
@@ -64,15 +72,18 @@ pub(super) async fn standalone(
     announce: impl FnOnce(&Opened),
 ) -> Result<Plan, Error> {
     let store = Store::directory(data_dir)?;
-    let seeded = !standalone.control.seed.is_empty();
+    // Before there is a database, so that a start which fails here is not the first.
+    let flags = flags_of(standalone.flags)?;
     // The file of SQLite is there or not, as the copy would be.
     let is_elsewhere = matches!(standalone.control.location, Location::Postgres(_));
     let copy = if is_elsewhere { load_copy(&store).await } else { None };
     let (control, opened) = Control::open(standalone.control, copy.as_deref()).await?;
+    // At once: what was created is kept nowhere else, whatever fails below.
+    announce(&opened);
     let given = control.grants();
     let named = environments(&given);
     let served = named.iter().cloned().chain(standalone.environments).collect();
-    let files = Files::new(standalone.flags, served, snapshots.clone(), None);
+    let files = Files::new(flags, served, snapshots.clone(), None);
     let live = Live::Standalone(files.rereader());
     let mut plan = plan("standalone", files, given, store, latch, live).await?;
     let (deliver, deliveries) = mpsc::channel(DELIVERIES);
@@ -82,11 +93,39 @@ pub(super) async fn standalone(
     for environment in named.difference(&snapshots.environments()) {
         warn!(%environment, "There are tokens for an environment that no file has flags of");
     }
-    if seeded && matches!(opened.tokens, FoundTokens::Existing) {
-        warn!("INIT_*_API_TOKENS are ignored: the registry has tokens already");
+    for setting in opened.ignored {
+        match setting {
+            InitialSetting::Tokens => warn!(
+                "INIT_*_API_TOKENS have changed since the first start, and are ignored: the registry has tokens already"
+            ),
+            InitialSetting::Password => warn!(
+                "UNLEASH_DEFAULT_ADMIN_PASSWORD has changed since the first start, and is ignored: `parapet account password` sets another"
+            ),
+        }
     }
-    announce(&opened);
     Ok(plan)
+}
+
+/// The place of the flags, with an example of them where they are missing.
+fn flags_of(flags: FlagsPath) -> Result<PathBuf, Error> {
+    /// Flags for everything that can be tried.
+    const EXAMPLE: &[u8] = include_bytes!("../../config/flags.json");
+    let path = match flags {
+        FlagsPath::Existing(path) => return Ok(path),
+        FlagsPath::Example(path) => path,
+    };
+    let write = || {
+        fs::create_dir_all(folder_of(&path))?;
+        File::create_new(&path)?.write_all(EXAMPLE)
+    };
+    match write() {
+        Ok(()) => {
+            let file = path.display();
+            info!(%file, "There were no flags: an example of them is written, to be edited");
+            Ok(path)
+        }
+        Err(source) => Err(Error::Example { path, source }),
+    }
 }
 
 /// Serves the files; the instance is ready once they have flags of any environment.

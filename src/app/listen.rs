@@ -13,11 +13,14 @@ use super::plan::Error;
 /// Connections that wait to be accepted; more than that many new ones at once are rare.
 const BACKLOG: i32 = 4096;
 
-/// Listens on an address, and tells which it became.
+/// Listens on an address, and tells which it became; `flags` are the options that name it.
 ///
 /// The unspecified IPv6 address means IPv4 too, and stands for the unspecified IPv4 address where
 /// the machine has no IPv6.
-pub(super) fn bind(address: SocketAddr) -> Result<(TcpListener, SocketAddr), Error> {
+pub(super) fn bind(
+    address: SocketAddr,
+    flags: &'static str,
+) -> Result<(TcpListener, SocketAddr), Error> {
     let is_any = address.is_ipv6() && address.ip().is_unspecified();
     let bound = match listen(address) {
         Err(error) if is_any && means_no_ipv6(&error) => {
@@ -28,7 +31,7 @@ pub(super) fn bind(address: SocketAddr) -> Result<(TcpListener, SocketAddr), Err
     bound
         .and_then(|listener| Ok((listener.local_addr()?, listener)))
         .map(|(address, listener)| (listener, address))
-        .map_err(|error| Error::Listen(address, error))
+        .map_err(|source| Error::Listen { address, flags, source })
 }
 
 /// Whether the machine, and not somebody on it, stands against an address: a port that is taken is
@@ -74,14 +77,14 @@ mod tests {
             Ok(taken) => taken,
             Err(error) => {
                 assert!(means_no_ipv6(&error), "{error}");
-                assert!(bind(any).expect("listens on IPv4").1.is_ipv4());
+                assert!(bind(any, "--port").expect("listens on IPv4").1.is_ipv4());
                 return;
             }
         };
         let address = taken.local_addr().expect("bound").as_socket().expect("an address");
-        let error = bind(address).expect_err("the port is taken");
-        let Error::Listen(_, error) = error else { panic!("{error:?}") };
-        assert_eq!(error.kind(), ErrorKind::AddrInUse, "{error}");
+        let error = bind(address, "--port").expect_err("the port is taken");
+        let Error::Listen { source, .. } = error else { panic!("{error:?}") };
+        assert_eq!(source.kind(), ErrorKind::AddrInUse, "{source}");
     }
 
     #[test]

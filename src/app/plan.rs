@@ -1,6 +1,6 @@
 //! What a mode comes to, and why it may not come to it.
 
-use std::{io, net::SocketAddr, sync::Arc};
+use std::{io, net::SocketAddr, path::PathBuf, sync::Arc};
 
 use tokio::sync::{Mutex, Notify, mpsc};
 
@@ -20,8 +20,15 @@ use crate::{
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// An address cannot be listened on.
-    #[error("cannot listen on {0}")]
-    Listen(SocketAddr, #[source] io::Error),
+    #[error("cannot listen on {address}, which {flags} name")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// The options that name it.
+        flags: &'static str,
+        /// The cause.
+        source: io::Error,
+    },
     /// A listener ended although nobody told it to.
     #[error("a listener ended on its own")]
     Listener,
@@ -34,6 +41,14 @@ pub enum Error {
     /// Flags cannot be read.
     #[error("cannot read flags")]
     Flags(#[from] files::Error),
+    /// There are no flags, and no example of them can be written.
+    #[error("cannot write an example of flags to {}; name a file or folder by --flags", path.display())]
+    Example {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
     /// Upstream cannot be talked to, whatever it says.
     #[error("cannot set up the client of upstream")]
     Upstream(#[from] upstream::Error),

@@ -415,7 +415,8 @@ keys! {
         INIT_ADMIN_API_TOKENS = list("init-admin-api-tokens").secret();
     }
     Standalone, "Standalone": {
-        /// The file of flags, or the folder of such files.
+        /// The file of flags, or the folder of such files. Where neither this is given nor the default is
+        /// there, the first start writes an example.
         FLAGS = one("flags").env("PARAPET_FLAGS").default("config/flags.json");
         /// Backend tokens that the first start creates.
         INIT_BACKEND_API_TOKENS = list("init-backend-api-tokens").secret();

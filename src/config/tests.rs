@@ -1,6 +1,6 @@
 //! The configuration as an operator meets it: what is accepted, refused, told and kept secret.
 
-use std::{collections::HashMap, fmt::Write as _, path::Path, time::Duration};
+use std::{collections::HashMap, fmt::Write as _, time::Duration};
 
 use proptest::prelude::*;
 
@@ -63,7 +63,7 @@ fn file(text: &str) -> (tempfile::TempDir, String) {
 fn no_arguments_are_standalone_with_the_sample_and_unleash_edges_port() {
     let config = config("", &[]);
     let Mode::Standalone(standalone) = &config.mode else { panic!("{config:?}") };
-    assert_eq!(standalone.flags, Path::new("config/flags.json"));
+    assert_eq!(standalone.flags, FlagsPath::Existing("config/flags.json".into()));
     assert!(standalone.control.seed.is_empty());
     assert_eq!(config.data.address.to_string(), "[::]:3063");
     assert_eq!(config.admin.address.to_string(), "127.0.0.1:3064");

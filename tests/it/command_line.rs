@@ -18,7 +18,8 @@ fn a_wrong_configuration_exits_64_and_lists_its_mistakes_on_standard_error() {
     assert_eq!((output.status.code(), told.lines().count()), (Some(64), 3), "{told}");
     assert_eq!(output.stdout, b"");
     assert_eq!(parapet(&["--no-such-flag"]).status.code(), Some(64));
-    assert_eq!(parapet(&["standalone"]).status.code(), Some(64), "there are no flags here");
+    let args = ["standalone", "--flags", "config/flags.json"];
+    assert_eq!(parapet(&args).status.code(), Some(64), "there are no flags here");
     let misspelt = parapet(&["edge", "-u", "http://u", "--log", "debugg"]);
     assert_eq!(misspelt.status.code(), Some(64), "{misspelt:?}");
 }

@@ -62,6 +62,8 @@ mod outage;
 mod parts;
 /// Upstream through a proxy, and past it.
 mod proxy;
+/// An edge and what lies between it and its upstream.
+mod reach;
 /// An edge that passes upstream's admin API on.
 mod relay;
 /// Secrets and settings that change while an instance runs.

@@ -38,14 +38,19 @@ impl Home {
     }
 }
 
-/// The commands that the first start printed.
+/// What the first start wrote for its owner.
+fn first_start(parapet: &Parapet) -> std::path::PathBuf {
+    parapet.data_dir().join("first-start.txt")
+}
+
+/// The commands of the first start.
 fn curl_lines(log: &str) -> Vec<String> {
     let lines = log.lines().map(str::trim).filter(|line| line.starts_with("curl "));
     lines.map(str::to_owned).collect()
 }
 
-/// The tokens that the first start printed: client, frontend, admin.
-fn printed_tokens(log: &str) -> [String; 3] {
+/// The tokens of the first start: client, frontend, admin.
+fn first_tokens(log: &str) -> [String; 3] {
     ["client", "frontend", "admin"].map(|kind| {
         let line = log.lines().find(|line| line.trim_start().starts_with(kind));
         line.expect("each kind is printed").split_whitespace().nth(1).unwrap().to_owned()
@@ -53,16 +58,15 @@ fn printed_tokens(log: &str) -> [String; 3] {
 }
 
 #[tokio::test]
-async fn the_first_start_prints_tokens_once_with_commands_that_work() {
+async fn first_start_writes_secrets_with_commands_that_work_into_a_file_and_logs_where() {
     let home = Home::new();
-    let parapet = home.start(&[]).await;
-    // What is printed before the instance is ready may be read a little later.
-    let log = until("the commands are printed", Duration::from_secs(10), async || {
-        Some(parapet.log()).filter(|log| curl_lines(log).len() == 3)
-    })
-    .await;
-    let commands = curl_lines(&log);
-    assert_eq!(commands.len(), 3, "{log}");
+    let parapet = home.start(&[("LOG_FORMAT", "json")]).await;
+    let file = first_start(&parapet);
+    let text = std::fs::read_to_string(&file).unwrap();
+    let mode = std::os::unix::fs::PermissionsExt::mode(&file.metadata().unwrap().permissions());
+    assert_eq!(mode & 0o777, 0o600);
+    let commands = curl_lines(&text);
+    assert_eq!(commands.len(), 3, "{text}");
     if Command::new("curl").arg("--version").output().is_ok() {
         for (command, expect) in
             commands.iter().zip(["\"features\"", "\"toggles\"", "\"standalone\""])
@@ -73,7 +77,7 @@ async fn the_first_start_prints_tokens_once_with_commands_that_work() {
             assert!(output.status.success() && answer.contains(expect), "{command}: {answer}");
         }
     }
-    let [client, frontend, admin] = printed_tokens(&log);
+    let [client, frontend, admin] = first_tokens(&text);
     let works = async || {
         assert_eq!(parapet.get("/api/client/features", &client).await.0, StatusCode::OK);
         assert_eq!(parapet.get("/api/frontend", &frontend).await.0, StatusCode::OK);
@@ -81,17 +85,132 @@ async fn the_first_start_prints_tokens_once_with_commands_that_work() {
         assert_eq!(status.send().await.unwrap().status(), StatusCode::OK);
     };
     works().await;
+    let password = text.lines().find_map(|line| line.trim().strip_prefix("password  ")).unwrap();
+    let password = password.split_whitespace().next().unwrap();
+    let body = serde_json::json!({ "username": "admin", "password": password });
+    let sign_in = http().post(parapet.admin_url() + "/auth/simple/login");
+    let sign_in = sign_in.header("content-type", "application/json").body(body.to_string());
+    assert_eq!(sign_in.send().await.unwrap().status(), StatusCode::OK);
+
+    let told = async || Some(parapet.log()).filter(|log| log.contains("Parapet listens"));
+    let log = until("the start is logged", Duration::from_secs(10), told).await;
+    let lines: Vec<serde_json::Value> =
+        log.lines().map(|line| serde_json::from_str(line).expect(line)).collect();
+    let naming = lines.iter().filter(|line| line["file"] == file.to_str().unwrap());
+    assert_eq!(naming.count(), 1, "{log}");
+    assert!(!log.contains(password), "{log}");
+    std::fs::remove_file(&file).unwrap();
     for token in [&client, &frontend, &admin] {
         let secret = token.split_once('.').unwrap().1;
-        assert_eq!(log.matches(secret).count(), 2, "once, and once in its command");
+        assert_eq!(text.matches(secret).count(), 2, "once, and once in its command");
+        assert!(!log.contains(secret), "{log}");
         assert!(stored(&parapet).iter().all(|bytes| !contains(bytes, secret)));
     }
     assert!(parapet.terminate().await.success());
     parapet.restart();
     parapet.wait_until_ready().await;
     works().await;
-    let later = parapet.log()[log.len()..].to_owned();
-    assert!(curl_lines(&later).is_empty() && !later.contains(client.split_once('.').unwrap().1));
+    assert!(!file.exists() && !parapet.log().contains(client.split_once('.').unwrap().1));
+}
+
+/// Ended when dropped.
+struct Child(std::process::Child);
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn first_start_shows_secrets_on_a_terminal() {
+    use std::io::Read as _;
+    let terminal = rustix::pty::openpt(rustix::pty::OpenptFlags::RDWR).unwrap();
+    rustix::pty::grantpt(&terminal).unwrap();
+    rustix::pty::unlockpt(&terminal).unwrap();
+    let name = rustix::pty::ptsname(&terminal, Vec::new()).unwrap();
+    let screen = std::fs::OpenOptions::new().write(true).open(name.to_str().unwrap()).unwrap();
+    let home = Home::new();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_parapet"));
+    command.args(["--flags=flags.json", "--port=0", "--admin-port=0", "--interface=127.0.0.1"]);
+    command.env_clear().current_dir(home.folder.path()).stdout(screen);
+    let parapet = Child(command.spawn().unwrap());
+    drop(command);
+    let (mut terminal, mut shown) = (std::fs::File::from(terminal), Vec::new());
+    let mut chunk = [0; 4096];
+    while curl_lines(&String::from_utf8_lossy(&shown)).len() < 3 {
+        let read = terminal.read(&mut chunk).expect("it runs until its tokens are shown");
+        shown.extend_from_slice(&chunk[..read]);
+    }
+    drop(parapet);
+    assert!(String::from_utf8_lossy(&shown).contains("(shown only now)"));
+    assert!(!home.folder.path().join("data/first-start.txt").exists());
+}
+
+#[tokio::test]
+async fn without_flags_the_first_start_writes_an_example_and_later_ones_insist_on_them() {
+    let token = "*:development.reader-of-the-example-0123456789";
+    let parapet = Parapet::mode("standalone").env("INIT_BACKEND_API_TOKENS", token).start().await;
+    let file = parapet.data_dir().parent().unwrap().join("config/flags.json");
+    assert_eq!(std::fs::read("config/flags.json").unwrap(), std::fs::read(&file).unwrap());
+    let told = async || {
+        let log = parapet.log();
+        let line = log.lines().find(|line| line.contains("an example of them is written"));
+        line.map(|line| assert!(line.contains("config/flags.json"), "{line}"))
+    };
+    until("it is told", Duration::from_secs(10), told).await;
+    let (_, flags) = parapet.get("/api/client/features", token).await;
+    assert!(flags.to_string().contains("demo.on-for-all"), "{flags}");
+
+    assert!(parapet.terminate().await.success());
+    std::fs::remove_file(&file).unwrap();
+    parapet.restart();
+    let ended = until("it ends", Duration::from_secs(30), async || parapet.ended()).await;
+    assert_eq!(ended.code(), Some(64), "{}", parapet.log());
+    assert!(!file.exists() && parapet.log().contains("config/flags.json is not there"));
+}
+
+#[tokio::test]
+async fn settings_of_the_first_start_are_called_ignored_once_they_have_changed() {
+    const ADMIN: &str = "*:*.the-first-admin-0123456789abcdef";
+    const FIRST: &str = "*:development.the-first-reader-0123456789abcdef";
+    const SECOND: &str = "*:development.the-second-reader-0123456789abcdef";
+    let home = Home::new();
+    let variables = [
+        ("INIT_ADMIN_API_TOKENS", ADMIN),
+        ("INIT_BACKEND_API_TOKENS", FIRST),
+        ("UNLEASH_DEFAULT_ADMIN_PASSWORD", "the first password"),
+    ];
+    let mut parapet = home.start(&variables).await;
+    // What was made of them may change; that is no change of the settings.
+    let url = format!("{}/api/admin/api-tokens/{FIRST}", parapet.admin_url());
+    let deleted = http().delete(url).header("authorization", ADMIN).send().await.unwrap();
+    assert_eq!(deleted.status(), StatusCode::OK);
+    assert!(parapet.terminate().await.success());
+    parapet.restart();
+    parapet.wait_until_ready().await;
+    assert!(!parapet.log().contains("ignored"), "{}", parapet.log());
+    assert_eq!(parapet.get("/api/client/features", FIRST).await.0, StatusCode::UNAUTHORIZED);
+
+    assert!(parapet.terminate().await.success());
+    parapet.restart_with("INIT_BACKEND_API_TOKENS", format!("{FIRST},{SECOND}"));
+    parapet.wait_until_ready().await;
+    let log = parapet.log();
+    assert_eq!(log.matches("ignored").count(), 1, "{log}");
+    assert!(log.contains("INIT_*_API_TOKENS have changed"), "{log}");
+    assert_eq!(parapet.get("/api/client/features", SECOND).await.0, StatusCode::UNAUTHORIZED);
+
+    assert!(parapet.terminate().await.success());
+    parapet.restart_with("INIT_BACKEND_API_TOKENS", FIRST);
+    parapet.wait_until_ready().await;
+    assert!(parapet.terminate().await.success());
+    parapet.restart_with("UNLEASH_DEFAULT_ADMIN_PASSWORD", "another password");
+    parapet.wait_until_ready().await;
+    let log = parapet.log();
+    assert_eq!(log.matches("ignored").count(), 2, "{log}");
+    assert!(log.contains("UNLEASH_DEFAULT_ADMIN_PASSWORD has changed"), "{log}");
+    assert!(!log.contains("another password") && !log.contains("first password"), "{log}");
 }
 
 #[tokio::test]
@@ -102,11 +221,12 @@ async fn a_token_of_an_environment_without_flags_is_told_so() {
     std::fs::copy(home.flags(), folder.join("production.json")).unwrap();
     let parapet = Parapet::mode("standalone").flag("--flags", &folder).start().await;
     let told = "There are tokens for an environment that no file has flags of";
-    let log = until("the operator is told", Duration::from_secs(10), async || {
-        Some(parapet.log()).filter(|log| log.contains(told) && curl_lines(log).len() == 3)
+    until("the operator is told", Duration::from_secs(10), async || {
+        parapet.log().contains(told).then_some(())
     })
     .await;
-    let [client, frontend, _] = printed_tokens(&log);
+    let [client, frontend, _] =
+        first_tokens(&std::fs::read_to_string(first_start(&parapet)).unwrap());
     for (path, token) in [("/api/client/features", &client), ("/api/frontend", &frontend)] {
         let (status, answer) = parapet.get(path, token).await;
         assert_eq!(status, StatusCode::FORBIDDEN);
@@ -275,6 +395,7 @@ fn a_port_that_is_taken_is_told_and_ends_with_1() {
         assert_eq!(output.status.code(), Some(1), "{told}");
         assert_eq!(told.lines().count(), 1, "{told}");
         assert!(told.contains(&format!("127.0.0.1:{port}")) && told.contains("in use"), "{told}");
+        assert!(told.contains(&format!(" {ours} ")), "{told}");
         assert!(curl_lines(&String::from_utf8(output.stdout).unwrap()).is_empty());
     }
 }
@@ -367,11 +488,8 @@ async fn polling_in_the_same_words_follows_every_change_and_each_poll_counts() {
     const POLLS: u32 = 20;
     let home = Home::new();
     let parapet = home.start(&[]).await;
-    // What is printed before the instance is ready may be read a little later.
-    let log = until("the tokens are printed", Duration::from_secs(10), async || {
-        Some(parapet.log()).filter(|log| !curl_lines(log).is_empty())
-    });
-    let [client, frontend, admin] = printed_tokens(&log.await);
+    let [client, frontend, admin] =
+        first_tokens(&std::fs::read_to_string(first_start(&parapet)).unwrap());
     let paths = [("/api/client/features", &client), ("/api/frontend", &frontend)];
     let known = "parapet_token_verdicts_total{verdict=\"known\"}";
     let sample = async |sample: &str| format!("{}", parapet.metric(sample).await.unwrap_or(0.0));

@@ -30,6 +30,6 @@ export function signInPage({ reason, theme, signedIn }) {
         h('h1', { tabindex: '-1' }, 'Sign in'),
         reason && h('p.reason', { role: 'status' }, reason),
         box,
-        h('p.hint', 'The first start printed the name and password of the first admin, unless its operator had chosen them.')),
+        h('p.hint', 'The first start showed the name and password of the first admin, or wrote them into first-start.txt in its data dir, unless its operator had chosen them.')),
     h('div.corner', theme));
 }

@@ -1,0 +1,173 @@
+//! How an edge reaches its upstream, and what it says where it does not: redirects, certificates, tokens in the wrong
+//! place, damaged records.
+
+use std::net::SocketAddr;
+use std::process::Command;
+use std::time::Duration;
+
+use reqwest::StatusCode;
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional};
+use tokio::net::{TcpListener, TcpStream};
+
+use crate::local::CLIENT;
+use crate::rig::{Parapet, until};
+
+const ADMIN: &str = "*:*.reach-0123456789abcdef0123456789abcdef0123456789ab";
+const FLAGS: &str =
+    r#"{"features":[{"name":"here","enabled":true,"strategies":[{"name":"default"}]}]}"#;
+
+const SOON: Duration = Duration::from_mins(1);
+
+/// A real server for the edge to reach.
+async fn upstream(folder: &TempDir) -> Parapet {
+    let file = folder.path().join("flags.json");
+    std::fs::write(&file, FLAGS).unwrap();
+    let standalone = Parapet::mode("standalone").flag("--flags", file);
+    standalone
+        .env("INIT_ADMIN_API_TOKENS", ADMIN)
+        .env("INIT_CLIENT_API_TOKENS", CLIENT)
+        .start()
+        .await
+}
+
+/// A server before `upstream` that redirects every path to one below `to`; what comes there is passed on.
+async fn redirector(upstream: &Parapet, to: Option<String>) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let target = upstream.admin_url().replace("http://", "");
+    tokio::spawn(async move {
+        while let Ok((mut client, _)) = listener.accept().await {
+            let (target, to) = (target.clone(), to.clone());
+            tokio::spawn(async move {
+                let mut head = Vec::new();
+                while !head.windows(4).any(|it| it == b"\r\n\r\n") {
+                    if client.read_buf(&mut head).await? == 0 {
+                        return Ok(());
+                    }
+                }
+                let head = String::from_utf8_lossy(&head).into_owned();
+                let path = head.split(' ').nth(1).unwrap_or_default();
+                if let Some(rest) = path.strip_prefix("/moved") {
+                    let head = head.replacen(path, rest, 1);
+                    let head = head.replacen("\r\n", "\r\nconnection: close\r\n", 1);
+                    let mut server = TcpStream::connect(target).await?;
+                    server.write_all(head.as_bytes()).await?;
+                    copy_bidirectional(&mut client, &mut server).await?;
+                } else {
+                    let to = to.unwrap_or_else(|| "/moved".to_owned());
+                    let answer = format!(
+                        "HTTP/1.1 308 Permanent Redirect\r\nlocation: {to}{path}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+                    );
+                    client.write_all(answer.as_bytes()).await?;
+                }
+                Ok::<_, std::io::Error>(())
+            });
+        }
+    });
+    address
+}
+
+/// Waits until a line of the log says `text`, and gives that line.
+async fn line(parapet: &Parapet, text: &str) -> String {
+    until(&format!("the log says {text}"), SOON, async || {
+        parapet.log().lines().find(|line| line.contains(text)).map(str::to_owned)
+    })
+    .await
+}
+
+#[tokio::test]
+async fn redirect_within_the_origin_is_followed() {
+    let folder = tempfile::tempdir().unwrap();
+    let upstream = upstream(&folder).await;
+    let redirector = redirector(&upstream, None).await;
+    let url = format!("http://{redirector}");
+    let edge = Parapet::edge(&url).env("TOKENS", CLIENT).impatient().start().await;
+    let (status, flags) = edge.get("/api/client/features", CLIENT).await;
+    assert_eq!((status, &flags["features"][0]["name"]), (StatusCode::OK, &"here".into()));
+    assert!(line(&edge, "Parapet listens").await.contains(&url), "it names upstream");
+}
+
+#[tokio::test]
+async fn redirect_to_another_origin_is_named_and_takes_no_token_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let upstream = upstream(&folder).await;
+    let elsewhere = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let to = format!("http://{}/unleash", elsewhere.local_addr().unwrap());
+    let redirector = redirector(&upstream, Some(to.clone())).await;
+    let edge = Parapet::edge(&format!("http://{redirector}")).env("UPSTREAM_ADMIN_TOKEN", ADMIN);
+    let edge = edge.impatient().start_listening().await;
+    let told = line(&edge, "308 Permanent Redirect").await;
+    assert!(told.contains(&format!("a redirect to {to}: --upstream-url")), "{told}");
+    let redirected =
+        "parapet_upstream_requests_total{purpose=\"environments\",outcome=\"redirected\"}";
+    until("it was redirected again and again", SOON, async || {
+        edge.metric(redirected).await.filter(|it| *it > 2.0)
+    })
+    .await;
+    let visitor = tokio::time::timeout(Duration::ZERO, elsewhere.accept()).await;
+    assert!(visitor.is_err(), "{visitor:?}");
+}
+
+#[tokio::test]
+async fn certificate_that_is_not_trusted_is_logged_once_also_after_another_failure() {
+    let folder = tempfile::tempdir().unwrap();
+    let (key, certificate) = (folder.path().join("key.pem"), folder.path().join("cert.pem"));
+    let mut make = Command::new("openssl");
+    make.args(["req", "-x509", "-nodes", "-newkey", "rsa:2048", "-subj", "/CN=localhost"]);
+    make.arg("-keyout").arg(&key).arg("-out").arg(&certificate);
+    assert!(make.output().unwrap().status.success(), "openssl makes a certificate");
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let edge = Parapet::edge(&format!("https://localhost:{port}")).env("TOKENS", CLIENT);
+    let edge = edge.impatient().start_listening().await;
+    line(&edge, "Connection refused").await;
+
+    let mut serve = Command::new("openssl");
+    serve.args(["s_server", "-quiet", "-www", "-accept", &format!("127.0.0.1:{port}")]);
+    serve.arg("-key").arg(&key).arg("-cert").arg(&certificate);
+    serve.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null());
+    let _server = Server(serve.stderr(std::process::Stdio::null()).spawn().unwrap());
+    let told = line(&edge, "certificate").await;
+    assert!(told.contains("unreachable for another reason than before"), "{told}");
+    let failed = "parapet_upstream_requests_total{purpose=\"validate\",outcome=\"unreachable\"}";
+    let before = edge.metric(failed).await.unwrap();
+    until("many handshakes have failed", SOON, async || {
+        edge.metric(failed).await.filter(|it| *it > before + 10.0)
+    })
+    .await;
+    let log = edge.log();
+    let told = log.lines().filter(|line| line.contains("certificate")).count();
+    assert_eq!(told, 1, "{log}");
+}
+
+/// Ended when dropped.
+struct Server(std::process::Child);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[tokio::test]
+async fn admin_token_among_the_tokens_is_told_where_it_belongs() {
+    let folder = tempfile::tempdir().unwrap();
+    let upstream = upstream(&folder).await;
+    let edge = Parapet::edge(&upstream.admin_url()).env("TOKENS", ADMIN);
+    let edge = edge.impatient().start_listening().await;
+    let told = line(&edge, "fetches nothing").await;
+    assert!(told.contains("belongs into --upstream-admin-token"), "{told}");
+}
+
+#[tokio::test]
+async fn damaged_record_of_verdicts_is_set_aside_and_logged() {
+    let edge = Parapet::edge("http://127.0.0.1:1").env("UPSTREAM_ADMIN_TOKEN", ADMIN);
+    let edge = edge.start_listening().await;
+    assert!(edge.terminate().await.success());
+    std::fs::write(edge.data_dir().join("backup/verdicts.parapet"), "no verdicts").unwrap();
+    edge.restart();
+    edge.wait_until_listening().await;
+    let told = line(&edge, "verdicts.damaged").await;
+    assert!(told.contains("Stored verdicts on tokens are not used"), "{told}");
+}
