@@ -2,6 +2,7 @@
 //!
 //! They print one text. Serving is `app`'s, asking an instance for its health `probe`'s.
 
+pub mod archive;
 pub mod manage;
 mod tree;
 

@@ -4,6 +4,7 @@
 //! whose types leave nothing to check. Every mistake is reported at once, none repeats a secret.
 //! Nothing else reads the environment, and nothing here starts anything.
 
+mod archive;
 mod check;
 mod checked;
 mod cli;
@@ -17,8 +18,8 @@ use std::ffi::OsString;
 
 pub use self::{
     checked::{
-        AdminListener, Config, Credentials, DataListener, Edge, Explain, Folder, Identity, Manage,
-        Mode, Offline, Place, Probe, Shutdown, Standalone,
+        AdminListener, Archive, ArchiveAction, Config, Credentials, DataListener, Edge, Explain,
+        FlagsPath, Folder, Identity, Manage, Mode, Offline, Place, Probe, Shutdown, Standalone,
     },
     manage::{PasswordSource, Server, Task},
     mistake::{Mistake, Mistakes},
@@ -38,6 +39,8 @@ pub enum Command {
     Probe(Probe),
     /// To manage tokens or accounts.
     Manage(Manage),
+    /// To keep what the control plane's database holds, or to bring it back.
+    Archive(Archive),
     /// To tell why a flag comes out as it does.
     Explain(Explain),
     /// To tell something: help, the version, or the effective configuration without secrets.
@@ -67,6 +70,11 @@ impl Command {
                 let verb = Verb::Serve(cli::Role::Standalone);
                 let settings = Settings::gather(verb, flags, variable);
                 return check::manage(settings, errand).map(Self::Manage);
+            }
+            Line::Archive { order, flags } => {
+                let verb = Verb::Serve(cli::Role::Standalone);
+                let settings = Settings::gather(verb, flags, variable);
+                return check::archive(settings, order).map(Self::Archive);
             }
             Line::Do { verb, purpose, flags } => (verb, purpose, flags),
         };

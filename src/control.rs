@@ -6,6 +6,7 @@
 
 mod accounts;
 mod audit;
+pub mod backup;
 mod copy;
 mod database;
 mod error;
@@ -122,11 +123,8 @@ impl Control {
                 );
                 database.require_existing();
                 let registry = Registry::new(database.clone(), config.token_limit, held);
-                let opened = Opened {
-                    account: None,
-                    tokens: FoundTokens::Existing,
-                    ignored: Vec::new(),
-                };
+                let opened =
+                    Opened { account: None, tokens: FoundTokens::Existing, ignored: Vec::new() };
                 (registry, opened)
             }
             Err(error) => return Err(error),

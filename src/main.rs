@@ -55,6 +55,10 @@ fn execute(command: Command) -> anyhow::Result<()> {
             let told = runtime()?.block_on(command::manage::run(asked))?;
             write!(io::stdout(), "{told}").context("cannot write")
         }
+        Command::Archive(asked) => {
+            let told = runtime()?.block_on(command::archive::run(asked))?;
+            write!(io::stdout(), "{told}").context("cannot write")
+        }
         Command::Explain(asked) => {
             write!(io::stdout(), "{}", command::explain(&asked)?).context("cannot write")
         }

@@ -14,9 +14,10 @@ use reqwest::{
 };
 
 use super::{
+    archive::Order,
     checked::{
-        AdminListener, Config, Credentials, DataListener, Edge, Folder, Identity, Manage, Mode,
-        Offline, Place, Probe, Shutdown, Standalone,
+        AdminListener, Archive, Config, Credentials, DataListener, Edge, FlagsPath, Folder,
+        Identity, Manage, Mode, Offline, Place, Probe, Shutdown, Standalone,
     },
     cli::{Question, Role, Verb},
     keys::{self, Key},
@@ -271,13 +272,8 @@ fn offline(s: &mut Settings) -> Option<Offline> {
 }
 
 fn standalone(s: &mut Settings, data_dir: &Path) -> Option<Standalone> {
-    let flags = s.value(&keys::FLAGS, "a file or folder", |text| Some(PathBuf::from(text)));
-    if !flags.exists() {
-        s.mistake(
-            &keys::FLAGS,
-            format!("expected a file or folder; {} is not there", flags.display()),
-        );
-    }
+    let location = location(s, data_dir);
+    let flags = flags(s, location.as_ref());
     let mut client = s.tokens(&keys::INIT_BACKEND_API_TOKENS);
     client.extend(s.tokens(&keys::INIT_CLIENT_API_TOKENS));
     let seed = Seed {
@@ -294,7 +290,6 @@ fn standalone(s: &mut Settings, data_dir: &Path) -> Option<Standalone> {
     let expected = "a password of at least 10 characters";
     let password =
         s.read(&keys::UNLEASH_DEFAULT_ADMIN_PASSWORD, expected, |text| Password::parse(text).ok());
-    let location = location(s, data_dir);
     let event_retention = s.retention(&keys::AUDIT_RETENTION_SECONDS);
     let control = control::Config {
         location: location?,
@@ -310,6 +305,22 @@ fn standalone(s: &mut Settings, data_dir: &Path) -> Option<Standalone> {
     Some(Standalone { flags, environments: environments.into_iter().collect(), control })
 }
 
+/// Where flags are. Whoever has nothing but the binary is given an example; with a database that is
+/// there, or that instances share, a missing file is a mistake.
+fn flags(s: &mut Settings, location: Option<&Location>) -> FlagsPath {
+    let path = s.value(&keys::FLAGS, "a file or folder", |text| Some(PathBuf::from(text)));
+    if path.exists() {
+        return FlagsPath::Existing(path);
+    }
+    let is_new = matches!(location, Some(Location::Sqlite(file)) if !file.exists());
+    if is_new && !s.has(&keys::FLAGS) {
+        return FlagsPath::Example(path);
+    }
+    let reason = format!("expected a file or folder; {} is not there", path.display());
+    s.mistake(&keys::FLAGS, reason);
+    FlagsPath::Existing(path)
+}
+
 /// Where accounts and tokens are kept.
 fn location(s: &mut Settings, data_dir: &Path) -> Option<Location> {
     if !s.has(&keys::DATABASE_URL) {
@@ -320,20 +331,30 @@ fn location(s: &mut Settings, data_dir: &Path) -> Option<Location> {
     url.map(Location::Postgres)
 }
 
+/// Checks the settings of `backup` and `restore`.
+pub(super) fn archive(settings: Settings, order: Order) -> Result<Archive, Mistakes> {
+    let Order { action, file, replace } = order;
+    Ok(Archive { action, file, replace, location: database(settings)? })
+}
+
+/// The database that a command works on, and a running instance perhaps as well.
+fn database(mut settings: Settings) -> Result<Location, Mistakes> {
+    settings.read_secret_files(|secret| secret.name == keys::DATABASE_URL.name);
+    let data_dir = path(&mut settings, &keys::DATA_DIR);
+    let location = location(&mut settings, &data_dir);
+    Mistakes::none_in(settings.mistakes)?;
+    Ok(location.expect("an address that cannot be read is a mistake"))
+}
+
 /// Checks the settings of `token` and `account`.
-pub(super) fn manage(mut settings: Settings, errand: Errand) -> Result<Manage, Mistakes> {
+pub(super) fn manage(settings: Settings, errand: Errand) -> Result<Manage, Mistakes> {
     let Errand { task, json, server } = errand;
     if let Some(server) = server {
         // What else a shared environment or file may say concerns the server.
         let server = Server { no_proxy: settings.no_proxy, ..server };
         return Ok(Manage { place: Place::Server(server), task, json });
     }
-    settings.read_secret_files(|secret| secret.name == keys::DATABASE_URL.name);
-    let data_dir = path(&mut settings, &keys::DATA_DIR);
-    let location = location(&mut settings, &data_dir);
-    Mistakes::none_in(settings.mistakes)?;
-    let location = location.expect("an address that cannot be read is a mistake");
-    Ok(Manage { place: Place::Database(location), task, json })
+    Ok(Manage { place: Place::Database(database(settings)?), task, json })
 }
 
 fn listeners(s: &mut Settings) -> (DataListener, AdminListener) {

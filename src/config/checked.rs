@@ -133,12 +133,22 @@ pub struct Offline {
 /// A server of its own.
 #[derive(Clone, Debug)]
 pub struct Standalone {
-    /// The file of flags, or the folder of such files.
-    pub flags: PathBuf,
+    /// Where flags are.
+    pub flags: FlagsPath,
     /// Which environments one file of flags serves, besides those that the first tokens name.
     pub environments: BTreeSet<Environment>,
     /// Accounts and tokens.
     pub control: control::Config,
+}
+
+/// Where the flags of a standalone are.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum FlagsPath {
+    /// A file, or a folder of files.
+    Existing(PathBuf),
+    /// Where nobody has named a place, nothing is at the default one, and this is the first start: an
+    /// example is to be written there.
+    Example(PathBuf),
 }
 
 /// The listener that SDKs talk to.
@@ -221,6 +231,28 @@ pub enum Place {
     Database(control::Location),
     /// A running server.
     Server(Server),
+}
+
+/// What `backup` and `restore` do, and where.
+#[derive(Clone, Debug)]
+pub struct Archive {
+    /// What to do.
+    pub action: ArchiveAction,
+    /// The file of the backup.
+    pub file: PathBuf,
+    /// Whether what is there may be replaced: the file, or what the database holds.
+    pub replace: bool,
+    /// The database.
+    pub location: control::Location,
+}
+
+/// Into a file, or out of it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum ArchiveAction {
+    /// `backup`
+    Backup,
+    /// `restore`
+    Restore,
 }
 
 /// What `explain` explains.

@@ -10,7 +10,8 @@ use clap::{
 };
 
 use super::{
-    checked::Explain,
+    archive::{self, Order},
+    checked::{ArchiveAction, Explain},
     keys::{CONFIG, DATA_DIR, DATABASE_URL, KEYS, Key, Scope, Shape, Support},
     manage::{self, Errand},
     mistake::{Mistake, Mistakes},
@@ -34,6 +35,8 @@ pub(super) enum Line {
     Explain(Explain),
     /// A task for the control plane.
     Manage { errand: Errand, flags: Flags },
+    /// A backup of the control plane, or its restoration.
+    Archive { order: Order, flags: Flags },
     /// Something that needs the settings.
     Do { verb: Verb, purpose: Purpose, flags: Flags },
 }
@@ -150,6 +153,12 @@ pub(super) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Line, Mi
             if matches!(name, "token" | "account") {
                 return manage(name, &matches, below);
             }
+            if let Some(action) = ArchiveAction::named(name) {
+                let order = archive::read(action, below);
+                refuse_checking(name, below)?;
+                let flags = database_flags(name, &[below, &matches])?;
+                return Ok(Line::Archive { order, flags });
+            }
             if name == EXPLAIN {
                 return explain(&matches, below).map(Line::Explain);
             }
@@ -192,7 +201,7 @@ fn command() -> Command {
             command.subcommand(own.args(own_args(verb)))
         })
         .subcommand(explain_command().args(refused()))
-        .subcommands(manage::commands().map(|command| {
+        .subcommands(manage::commands().into_iter().chain(archive::commands()).map(|command| {
             // What finds the database is shared with the server, the rest of its keys is not.
             let foreign = args_of(|scope| scope == Scope::Everywhere);
             let foreign = foreign.map(|arg| {
@@ -257,24 +266,26 @@ fn manage(name: &str, above: &ArgMatches, below: &ArgMatches) -> Result<Line, Mi
     let errand = manage::read(name, below)?;
     let deepest = below.subcommand().map_or(below, |(_, deepest)| deepest);
     refuse_checking(name, deepest)?;
-    let given = |key: &Key| {
-        let values = |level| values(level, key);
-        values(deepest).or_else(|| values(below)).or_else(|| values(above))
-    };
+    let flags = database_flags(name, &[deepest, below, above])?;
+    if let (Some(_), Some((key, _))) = (&errand.server, flags.0.first()) {
+        let reason = "has no meaning beside --url".to_owned();
+        return Err(Mistake { place: format!("--{}", key.name), reason }.into());
+    }
+    Ok(Line::Manage { errand, flags })
+}
+
+/// What was written to find the database; `levels` are those of the command line, the deepest first.
+fn database_flags(name: &str, levels: &[&ArgMatches]) -> Result<Flags, Mistakes> {
     let mut flags = Vec::new();
     for key in KEYS.iter().copied() {
-        let Some(values) = given(key) else { continue };
+        let Some(values) = levels.iter().find_map(|level| values(level, key)) else { continue };
         if !finds().any(|ours| ours.name == key.name) {
             let reason = format!("has no meaning for `{name}`");
             return Err(Mistake { place: format!("--{}", key.name), reason }.into());
         }
-        if errand.server.is_some() {
-            let reason = "has no meaning beside --url".to_owned();
-            return Err(Mistake { place: format!("--{}", key.name), reason }.into());
-        }
         flags.push((key, values));
     }
-    Ok(Line::Manage { errand, flags: Flags(flags) })
+    Ok(Flags(flags))
 }
 
 /// Commands that have no configuration to print do not pretend to.

@@ -141,7 +141,8 @@ impl Database {
         &self.shown
     }
 
-    fn dialect(&self) -> Dialect {
+    /// Which SQL it speaks.
+    pub(super) fn dialect(&self) -> Dialect {
         match self.pool.source() {
             Source::Sqlite(_) => Dialect::Sqlite,
             Source::Postgres(_) => Dialect::Postgres,

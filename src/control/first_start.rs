@@ -120,12 +120,10 @@ pub(super) async fn begin(
         let is_first = accounts::count(&mut connection).await? == 0;
         (is_first, initial::find(&mut connection, InitialSetting::Password).await?)
     };
+    // Of a database that has kept no password yet, the first that is given counts as unchanged.
+    let keeps_given = !is_first && first.password.is_some() && kept.is_none();
     // Hashing is slow, and so done before the database is locked.
-    let keeps_password = first.password.is_some() && kept.is_none();
-    let hash = match is_first || keeps_password {
-        true => Some(hasher.hash(&password).await?),
-        false => None,
-    };
+    let hash = if is_first || keeps_given { Some(hasher.hash(&password).await?) } else { None };
     let mut ignored = Vec::new();
     if let (Some(given), Some(kept)) = (&first.password, &kept)
         && !hasher.verify(given, Some(kept)).await?
@@ -174,7 +172,7 @@ pub(super) async fn begin(
     if !seen.is_empty() {
         database.announce(&mut transaction).await?;
     }
-    if let Some(hash) = hash.filter(|_| keeps_password) {
+    if let Some(hash) = hash.filter(|_| keeps_given || account.is_some()) {
         initial::keep(&mut transaction, InitialSetting::Password, &hash).await?;
     }
     if !seed.is_empty() && !keeps_seed(&mut transaction, seed, &tokens).await? {

@@ -7,7 +7,7 @@ use sqlx::{
     migrate::{MigrateError, Migration, MigrationType, Migrator},
 };
 
-use super::error::Error;
+use super::{database::Connection, error::Error};
 
 /// One version: its number, what it brings, and how, for SQLite and for PostgreSQL.
 struct Step {
@@ -63,6 +63,12 @@ pub(super) async fn migrate(connection: &mut AnyConnection, dialect: Dialect) ->
         MigrateError::VersionMissing(found) => Error::Newer { found, known },
         other => Error::Migration(other),
     })
+}
+
+/// The version that the schema has.
+pub(super) async fn version(connection: &mut Connection) -> Result<i64, Error> {
+    let version = sqlx::query_scalar("SELECT MAX(version) FROM _sqlx_migrations");
+    Ok(version.fetch_one(connection).await?)
 }
 
 impl Step {

@@ -241,14 +241,12 @@ impl Data {
             }
             Route::Bulk => {
                 let report = Box::pin(self.report(TokenKind::Client, headers, body)).await?;
-                let bulk =
-                    || report::bulk(&self.usage, &report.reporter(), &report.body);
+                let bulk = || report::bulk(&self.usage, &report.reporter(), &report.body);
                 long::work(report.body.len(), bulk).await
             }
             Route::Instance => {
                 let report = Box::pin(self.report(TokenKind::Client, headers, body)).await?;
-                let instance =
-                    || report::instance(&self.usage, &report.reporter(), &report.body);
+                let instance = || report::instance(&self.usage, &report.reporter(), &report.body);
                 long::work(report.body.len(), instance).await
             }
         };

@@ -1,5 +1,6 @@
 //! A standalone as a control plane: accounts, tokens, permissions and the audit log through HTTP, on both databases.
 
+mod backup;
 mod requests;
 mod run;
 mod silence;

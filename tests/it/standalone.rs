@@ -113,6 +113,17 @@ async fn first_start_writes_secrets_with_commands_that_work_into_a_file_and_logs
     assert!(!file.exists() && !parapet.log().contains(client.split_once('.').unwrap().1));
 }
 
+#[tokio::test]
+async fn password_that_is_given_after_the_first_start_is_called_ignored() {
+    let home = Home::new();
+    let mut parapet = home.start(&[]).await;
+    assert!(parapet.terminate().await.success());
+    parapet.restart_with("UNLEASH_DEFAULT_ADMIN_PASSWORD", "a later password");
+    parapet.wait_until_ready().await;
+    let log = parapet.log();
+    assert!(log.contains("UNLEASH_DEFAULT_ADMIN_PASSWORD has changed"), "{log}");
+}
+
 /// Ended when dropped.
 struct Child(std::process::Child);
 

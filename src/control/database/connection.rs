@@ -53,7 +53,7 @@ impl Connection {
     }
 
     /// How long statements may take from here on.
-    pub(super) fn set_patience(&mut self, patience: Duration) {
+    pub(in crate::control) fn set_patience(&mut self, patience: Duration) {
         self.patience = patience;
     }
 

@@ -1,0 +1,594 @@
+//! The contents of the database in one file, and back, whichever database it is.
+//!
+//! The file is lines of JSON, compressed by gzip: a head, then for each table a line that names its
+//! columns and a line for each of its rows, at last the number of rows and the SHA-256 of all lines
+//! before. It holds password hashes and digests of tokens, and no plaintext of either. Open sessions
+//! and known browsers are left out: whoever has signed out stays so.
+//!
+//! Rows are written by the names of their columns: what a later version adds must have a default, or
+//! be made here of what an earlier one has written.
+
+use std::{
+    fs::{self, DirBuilder, File},
+    io::{self, BufRead as _, BufReader, BufWriter, Write},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use flate2::{Compression, read::MultiGzDecoder, write::GzEncoder};
+use futures_util::TryStreamExt as _;
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+use sqlx::{
+    AssertSqlSafe, Column as _, Executor as _, Row as _,
+    any::{AnyRow, AnyTypeInfoKind},
+};
+use tempfile::NamedTempFile;
+
+use super::{
+    accounts,
+    database::{Connection, Database, Lane, Location},
+    error::Error,
+    migrations::{self, Dialect},
+    secret::base64url,
+};
+use crate::secret_file::folder_of;
+
+/// The version of the file's form.
+const VERSION: u32 = 1;
+
+/// How long one statement may take.
+const PATIENCE: Duration = Duration::from_hours(1);
+
+/// How many rows are inserted by one statement.
+const BATCH: usize = 100;
+
+/// A table whose rows are kept.
+struct Table {
+    name: &'static str,
+    /// Whether the database numbers its rows, in a column `id`, and never gives a number twice.
+    is_numbered: bool,
+}
+
+/// What is kept; a table that refers to another stands behind it.
+const TABLES: [Table; 10] = [
+    Table { name: "accounts", is_numbered: true },
+    Table { name: "account_permissions", is_numbered: false },
+    Table { name: "tokens", is_numbered: false },
+    Table { name: "events", is_numbered: true },
+    Table { name: "flag_usage", is_numbered: false },
+    Table { name: "variant_usage", is_numbered: false },
+    // So that what is sent again after a restore is not counted twice.
+    Table { name: "usage_batches", is_numbered: false },
+    Table { name: "applications", is_numbered: false },
+    Table { name: "application_traits", is_numbered: false },
+    Table { name: "initial_settings", is_numbered: false },
+];
+
+/// What is not kept, and is emptied by a restore.
+const LEFT_OUT: [&str; 2] = ["sessions", "devices"];
+
+/// Why there is no backup, or why none was restored.
+#[derive(Debug, thiserror::Error)]
+pub enum BackupError {
+    /// The database cannot be used.
+    #[error(transparent)]
+    Database(#[from] Error),
+    /// There is such a file.
+    #[error("{} is there already; --force replaces it", .0.display())]
+    Exists(PathBuf),
+    /// The file cannot be written.
+    #[error("{} cannot be written", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The file cannot be read.
+    #[error("{} cannot be read", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The file is not one that was written here, whole and unchanged.
+    #[error("{} is no backup, or is damaged: {reason}", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// A later version has written the file.
+    #[error("{} was written by a later version of Parapet", .0.display())]
+    Newer(PathBuf),
+    /// The database has something to lose.
+    #[error("the database has contents; --force deletes them and ends all sessions")]
+    NotEmpty,
+}
+
+impl From<sqlx::Error> for BackupError {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Database(error.into())
+    }
+}
+
+/// A line of the file.
+#[derive(Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+enum Line {
+    Head(Head),
+    Table(TableHead),
+    Row(Vec<Option<Cell>>),
+    End(End),
+}
+
+#[derive(Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Head {
+    /// The version of the file's form.
+    parapet_backup: u32,
+    /// The version of the database's schema.
+    schema: i64,
+    created_at: Timestamp,
+}
+
+#[derive(Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct TableHead {
+    name: String,
+    /// None where there are no rows.
+    columns: Vec<ColumnHead>,
+    /// The last number that was given to a row.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    last_id: Option<i64>,
+}
+
+#[derive(Deserialize, Serialize)]
+struct ColumnHead {
+    name: String,
+    kind: Kind,
+}
+
+/// What a column holds.
+#[derive(Clone, Copy, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+enum Kind {
+    Integer,
+    Text,
+}
+
+#[derive(Deserialize, Serialize)]
+#[serde(untagged)]
+enum Cell {
+    Integer(i64),
+    Text(String),
+}
+
+#[derive(Deserialize, Serialize)]
+struct End {
+    rows: u64,
+    sha256: String,
+}
+
+/// Writes what the database holds at one moment into a file for its owner alone, whole or not at all;
+/// gives the number of rows. Instances may be running.
+pub async fn save(location: &Location, path: &Path, replace: bool) -> Result<u64, BackupError> {
+    if !replace && path.exists() {
+        return Err(BackupError::Exists(path.to_owned()));
+    }
+    if let Location::Sqlite(file) = location {
+        fs::metadata(file).map_err(|error| Error::File(file.clone(), error))?;
+    }
+    let failed = |source| BackupError::Write { path: path.to_owned(), source };
+    let file = NamedTempFile::new_in(folder_of(path)).map_err(failed)?;
+    let mut output = Output::new(file);
+    let database = Database::new(location).await?;
+    let mut transaction = database.read().await?;
+    if accounts::count(&mut transaction).await? == 0 {
+        return Err(Error::NotBegun.into());
+    }
+    take_time(&mut transaction, database.dialect()).await?;
+    let (parapet_backup, created_at) = (VERSION, Timestamp::now());
+    let schema = migrations::version(&mut transaction).await?;
+    output.write(&Line::Head(Head { parapet_backup, schema, created_at })).map_err(failed)?;
+    for table in &TABLES {
+        let last_id = if table.is_numbered {
+            last_id(&mut transaction, database.dialect(), table).await?
+        } else {
+            None
+        };
+        let sql = AssertSqlSafe(format!("SELECT * FROM {}", table.name));
+        let mut rows = sqlx::query(sql).fetch(&mut *transaction);
+        let first = rows.try_next().await?;
+        let columns = first.as_ref().map(columns).transpose()?.unwrap_or_default();
+        let kinds: Vec<_> = columns.iter().map(|column| column.kind).collect();
+        let head = TableHead { name: table.name.to_owned(), columns, last_id };
+        output.write(&Line::Table(head)).map_err(failed)?;
+        let mut next = first;
+        while let Some(row) = next {
+            output.write(&Line::Row(cells(&row, &kinds)?)).map_err(failed)?;
+            output.rows += 1;
+            next = rows.try_next().await?;
+        }
+    }
+    let rows = output.rows;
+    let file = output.finish().map_err(failed)?;
+    let kept =
+        if replace { file.persist(path).map(drop) } else { file.persist_noclobber(path).map(drop) };
+    match kept {
+        Err(error) if error.error.kind() == io::ErrorKind::AlreadyExists => {
+            Err(BackupError::Exists(path.to_owned()))
+        }
+        Err(error) => Err(failed(error.error)),
+        // The name is durable only once its folder is.
+        Ok(()) => {
+            File::open(folder_of(path)).and_then(|it| it.sync_all()).map_err(failed)?;
+            Ok(rows)
+        }
+    }
+}
+
+/// Replaces what the database holds by what a file does, all of it or nothing; gives the number of
+/// rows. The file is checked as a whole before. A database that has contents is left alone unless
+/// `replace`; one that is not there is made.
+pub async fn restore(location: &Location, path: &Path, replace: bool) -> Result<u64, BackupError> {
+    let mut check = Input::open(path)?;
+    while check.next()?.is_some() {}
+    let mut input = Input::open(path)?;
+    if let Location::Sqlite(file) = location {
+        make_folder(folder_of(file)).map_err(|error| Error::File(file.clone(), error))?;
+    }
+    let database = Database::new(location).await?;
+    let dialect = database.dialect();
+    let mut transaction = database.write(Lane::Control).await?;
+    take_time(&mut transaction, dialect).await?;
+    let known = migrations::version(&mut transaction).await?;
+    if input.schema > known {
+        return Err(BackupError::Newer(path.to_owned()));
+    }
+    if dialect == Dialect::Postgres {
+        // Instances may be running, and write usage beside the lane of this transaction.
+        let names = TABLES.map(|table| table.name).join(", ");
+        let lock = format!("LOCK TABLE {names} IN EXCLUSIVE MODE");
+        (&mut *transaction).execute(AssertSqlSafe(lock)).await?;
+    }
+    let names = LEFT_OUT.into_iter().chain(TABLES.iter().rev().map(|table| table.name));
+    for name in names {
+        let sql = if replace {
+            format!("DELETE FROM {name}")
+        } else {
+            format!("SELECT 1 FROM {name} LIMIT 1")
+        };
+        let found = (&mut *transaction).fetch_optional(AssertSqlSafe(sql)).await?;
+        if found.is_some() {
+            return Err(BackupError::NotEmpty);
+        }
+    }
+    let mut rows = 0;
+    let mut batch: Option<Batch> = None;
+    while let Some(line) = input.next()? {
+        match line {
+            Line::Row(row) => {
+                let Some(batch) = &mut batch else { return Err(input.damaged("rows of no table")) };
+                if row.len() != batch.columns.len() {
+                    return Err(input.damaged("a row has other columns than its table"));
+                }
+                batch.rows.push(row);
+                rows += 1;
+                if batch.rows.len() == BATCH {
+                    batch.insert(&mut transaction, dialect).await?;
+                }
+            }
+            Line::Table(head) => {
+                if let Some(batch) = &mut batch {
+                    batch.insert(&mut transaction, dialect).await?;
+                }
+                let Some(table) = TABLES.iter().find(|table| table.name == head.name) else {
+                    return Err(input.damaged("it has a table that is not known"));
+                };
+                let is_name = |it: &ColumnHead| {
+                    it.name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_')
+                };
+                if !head.columns.iter().all(is_name) {
+                    return Err(input.damaged("it has a column that cannot be"));
+                }
+                if let Some(last_id) = head.last_id.filter(|_| table.is_numbered) {
+                    number_from(&mut transaction, dialect, table, last_id).await?;
+                }
+                batch = Some(Batch { table, columns: head.columns, rows: Vec::new() });
+            }
+            Line::Head(_) | Line::End(_) => return Err(input.damaged("its lines are out of order")),
+        }
+    }
+    if let Some(batch) = &mut batch {
+        batch.insert(&mut transaction, dialect).await?;
+    }
+    database.announce(&mut transaction).await?;
+    transaction.commit().await?;
+    Ok(rows)
+}
+
+/// Makes the folder of a new database, for its owner alone.
+fn make_folder(folder: &Path) -> io::Result<()> {
+    let mut builder = DirBuilder::new();
+    builder.recursive(true);
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    builder.create(folder)
+}
+
+/// Lets the statements of a transaction take as long as it takes to read or write a large table.
+async fn take_time(transaction: &mut Connection, dialect: Dialect) -> Result<(), sqlx::Error> {
+    transaction.set_patience(PATIENCE);
+    if dialect == Dialect::Postgres {
+        let sql =
+            "SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = 0";
+        transaction.execute(sql).await?;
+    }
+    Ok(())
+}
+
+/// The last number that was given to a row of `table`.
+async fn last_id(
+    transaction: &mut Connection,
+    dialect: Dialect,
+    table: &Table,
+) -> Result<Option<i64>, sqlx::Error> {
+    let name = table.name;
+    let sql = match dialect {
+        Dialect::Sqlite => format!("SELECT seq AS id FROM sqlite_sequence WHERE name = '{name}'"),
+        Dialect::Postgres => format!(
+            "SELECT pg_sequence_last_value(pg_get_serial_sequence('{name}', 'id')::regclass) AS id"
+        ),
+    };
+    let row = sqlx::query(AssertSqlSafe(sql)).fetch_optional(transaction).await?;
+    Ok(row.map(|row| row.try_get("id")).transpose()?.flatten())
+}
+
+/// Has the rows of `table` numbered from beyond `last_id` on.
+async fn number_from(
+    transaction: &mut Connection,
+    dialect: Dialect,
+    table: &Table,
+    last_id: i64,
+) -> Result<(), sqlx::Error> {
+    let name = table.name;
+    match dialect {
+        Dialect::Sqlite => {
+            let update = format!(
+                "UPDATE sqlite_sequence SET seq = MAX(seq, {last_id}) WHERE name = '{name}'"
+            );
+            let updated = transaction.execute(AssertSqlSafe(update)).await?;
+            if updated.rows_affected() == 0 {
+                let insert =
+                    format!("INSERT INTO sqlite_sequence (name, seq) VALUES ('{name}', {last_id})");
+                transaction.execute(AssertSqlSafe(insert)).await?;
+            }
+        }
+        Dialect::Postgres => {
+            let sequence = format!("pg_get_serial_sequence('{name}', 'id')::regclass");
+            let set = format!(
+                "SELECT setval({sequence}, \
+                 GREATEST({last_id}, COALESCE(pg_sequence_last_value({sequence}), 1)))"
+            );
+            transaction.execute(AssertSqlSafe(set)).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Names and kinds of a row's columns.
+fn columns(row: &AnyRow) -> Result<Vec<ColumnHead>, sqlx::Error> {
+    let heads = row.columns().iter().map(|column| {
+        let kind = match column.type_info().kind() {
+            AnyTypeInfoKind::SmallInt | AnyTypeInfoKind::Integer | AnyTypeInfoKind::BigInt => {
+                Kind::Integer
+            }
+            AnyTypeInfoKind::Text => Kind::Text,
+            other => {
+                let reason = format!("a backup holds no {other:?}, as in {}", column.name());
+                return Err(sqlx::Error::AnyDriverError(reason.into()));
+            }
+        };
+        Ok(ColumnHead { name: column.name().to_owned(), kind })
+    });
+    heads.collect()
+}
+
+fn cells(row: &AnyRow, kinds: &[Kind]) -> Result<Vec<Option<Cell>>, sqlx::Error> {
+    let cell = |(at, kind): (usize, &Kind)| {
+        Ok(match kind {
+            Kind::Integer => row.try_get::<Option<i64>, _>(at)?.map(Cell::Integer),
+            Kind::Text => row.try_get::<Option<String>, _>(at)?.map(Cell::Text),
+        })
+    };
+    kinds.iter().enumerate().map(cell).collect()
+}
+
+/// Rows that are about to be inserted.
+struct Batch {
+    table: &'static Table,
+    columns: Vec<ColumnHead>,
+    rows: Vec<Vec<Option<Cell>>>,
+}
+
+impl Batch {
+    /// Inserts them, and has none afterwards.
+    async fn insert(
+        &mut self,
+        transaction: &mut Connection,
+        dialect: Dialect,
+    ) -> Result<(), sqlx::Error> {
+        if self.rows.is_empty() {
+            return Ok(());
+        }
+        let names: Vec<_> = self.columns.iter().map(|column| column.name.as_str()).collect();
+        let mut number = 0;
+        let mut parameters = || {
+            let parameters = names.iter().map(|_| {
+                number += 1;
+                format!("${number}")
+            });
+            format!("({})", parameters.collect::<Vec<_>>().join(", "))
+        };
+        let values: Vec<_> = self.rows.iter().map(|_| parameters()).collect();
+        // Numbers are the database's to give, unless it is told so.
+        let overriding = match dialect {
+            Dialect::Sqlite => "",
+            Dialect::Postgres => "OVERRIDING SYSTEM VALUE ",
+        };
+        let sql = format!(
+            "INSERT INTO {} ({}) {overriding}VALUES {}",
+            self.table.name,
+            names.join(", "),
+            values.join(", ")
+        );
+        let mut insert = sqlx::query(AssertSqlSafe(sql));
+        for row in self.rows.drain(..) {
+            for (cell, column) in row.into_iter().zip(&self.columns) {
+                insert = match (cell, column.kind) {
+                    (Some(Cell::Integer(number)), _) => insert.bind(number),
+                    (Some(Cell::Text(text)), _) => insert.bind(text),
+                    (None, Kind::Integer) => insert.bind(None::<i64>),
+                    (None, Kind::Text) => insert.bind(None::<String>),
+                };
+            }
+        }
+        insert.execute(transaction).await?;
+        Ok(())
+    }
+}
+
+/// A file that is being written.
+struct Output {
+    lines: GzEncoder<BufWriter<NamedTempFile>>,
+    digest: Sha256,
+    rows: u64,
+}
+
+impl Output {
+    fn new(file: NamedTempFile) -> Self {
+        let lines = GzEncoder::new(BufWriter::new(file), Compression::default());
+        Self { lines, digest: Sha256::new(), rows: 0 }
+    }
+
+    fn write(&mut self, line: &Line) -> io::Result<()> {
+        let mut text = serde_json::to_vec(line)?;
+        text.push(b'\n');
+        self.digest.update(&text);
+        self.lines.write_all(&text)
+    }
+
+    /// Ends the file, which has reached the disk then.
+    fn finish(mut self) -> io::Result<NamedTempFile> {
+        let sha256 = base64url(&self.digest.clone().finalize());
+        self.write(&Line::End(End { rows: self.rows, sha256 }))?;
+        let file = self.lines.finish()?.into_inner().map_err(io::IntoInnerError::into_error)?;
+        file.as_file().sync_all()?;
+        Ok(file)
+    }
+}
+
+/// A file that is being read.
+struct Input {
+    path: PathBuf,
+    lines: BufReader<MultiGzDecoder<BufReader<File>>>,
+    digest: Sha256,
+    rows: u64,
+    /// The version of the schema that its tables are of.
+    schema: i64,
+}
+
+impl Input {
+    /// Reads the head.
+    fn open(path: &Path) -> Result<Self, BackupError> {
+        let file = File::open(path)
+            .map_err(|source| BackupError::Read { path: path.to_owned(), source })?;
+        let lines = BufReader::new(MultiGzDecoder::new(BufReader::new(file)));
+        let path = path.to_owned();
+        let mut input = Self { path, lines, digest: Sha256::new(), rows: 0, schema: 0 };
+        match input.read()? {
+            Some(Line::Head(head)) if head.parapet_backup > VERSION => {
+                Err(BackupError::Newer(input.path))
+            }
+            Some(Line::Head(head)) => {
+                input.schema = head.schema;
+                Ok(input)
+            }
+            _ => Err(input.damaged("it has no head")),
+        }
+    }
+
+    /// The next line before the end; `None` once the end was there and is right.
+    fn next(&mut self) -> Result<Option<Line>, BackupError> {
+        let before = self.digest.clone();
+        match self.read()? {
+            Some(Line::End(end)) => {
+                if end.rows != self.rows || end.sha256 != base64url(&before.finalize()) {
+                    return Err(self.damaged("its checksum is another"));
+                }
+                match self.read()? {
+                    Some(_) => Err(self.damaged("it goes on after its end")),
+                    None => Ok(None),
+                }
+            }
+            Some(line) => {
+                self.rows += u64::from(matches!(line, Line::Row(_)));
+                Ok(Some(line))
+            }
+            None => Err(self.damaged("it breaks off")),
+        }
+    }
+
+    fn read(&mut self) -> Result<Option<Line>, BackupError> {
+        let mut text = Vec::new();
+        if let Err(error) = self.lines.read_until(b'\n', &mut text) {
+            return Err(match error.kind() {
+                io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData => {
+                    self.damaged("it cannot be decompressed")
+                }
+                io::ErrorKind::UnexpectedEof => self.damaged("it breaks off"),
+                _ => BackupError::Read { path: self.path.clone(), source: error },
+            });
+        }
+        self.digest.update(&text);
+        if text.is_empty() {
+            return Ok(None);
+        }
+        let line = serde_json::from_slice(&text);
+        line.map(Some).map_err(|_| self.damaged("it has a line that cannot be read"))
+    }
+
+    fn damaged(&self, reason: &'static str) -> BackupError {
+        BackupError::Damaged { path: self.path.clone(), reason }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn every_table_is_kept_or_left_out_on_purpose() {
+        let folder = tempfile::tempdir().unwrap();
+        let location = Location::Sqlite(folder.path().join("parapet.db"));
+        let database = Database::new(&location).await.unwrap();
+        let mut transaction = database.read().await.unwrap();
+        let names: Vec<String> = sqlx::query_scalar(
+            "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%' \
+             AND name NOT LIKE '_sqlx_%'",
+        )
+        .fetch_all(&mut *transaction)
+        .await
+        .unwrap();
+        let known = TABLES.iter().map(|table| table.name).chain(LEFT_OUT);
+        let known: BTreeSet<_> = known.map(str::to_owned).collect();
+        assert_eq!(names.into_iter().collect::<BTreeSet<_>>(), known);
+    }
+}
