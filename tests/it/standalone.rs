@@ -43,6 +43,15 @@ fn first_start(parapet: &Parapet) -> std::path::PathBuf {
     parapet.data_dir().join("first-start.txt")
 }
 
+/// The log once it tells of so many starts; what is printed before an instance is ready may be read later.
+async fn log_of_starts(parapet: &Parapet, starts: usize) -> String {
+    until("the start is logged", Duration::from_secs(30), async || {
+        let log = parapet.log();
+        (log.matches("Parapet listens").count() == starts).then_some(log)
+    })
+    .await
+}
+
 /// The commands of the first start.
 fn curl_lines(log: &str) -> Vec<String> {
     let lines = log.lines().map(str::trim).filter(|line| line.starts_with("curl "));
@@ -92,8 +101,7 @@ async fn first_start_writes_secrets_with_commands_that_work_into_a_file_and_logs
     let sign_in = sign_in.header("content-type", "application/json").body(body.to_string());
     assert_eq!(sign_in.send().await.unwrap().status(), StatusCode::OK);
 
-    let told = async || Some(parapet.log()).filter(|log| log.contains("Parapet listens"));
-    let log = until("the start is logged", Duration::from_secs(10), told).await;
+    let log = log_of_starts(&parapet, 1).await;
     let lines: Vec<serde_json::Value> =
         log.lines().map(|line| serde_json::from_str(line).expect(line)).collect();
     let naming = lines.iter().filter(|line| line["file"] == file.to_str().unwrap());
@@ -120,7 +128,7 @@ async fn password_that_is_given_after_the_first_start_is_called_ignored() {
     assert!(parapet.terminate().await.success());
     parapet.restart_with("UNLEASH_DEFAULT_ADMIN_PASSWORD", "a later password");
     parapet.wait_until_ready().await;
-    let log = parapet.log();
+    let log = log_of_starts(&parapet, 2).await;
     assert!(log.contains("UNLEASH_DEFAULT_ADMIN_PASSWORD has changed"), "{log}");
 }
 
@@ -201,13 +209,14 @@ async fn settings_of_the_first_start_are_called_ignored_once_they_have_changed()
     assert!(parapet.terminate().await.success());
     parapet.restart();
     parapet.wait_until_ready().await;
-    assert!(!parapet.log().contains("ignored"), "{}", parapet.log());
+    let log = log_of_starts(&parapet, 2).await;
+    assert!(!log.contains("ignored"), "{log}");
     assert_eq!(parapet.get("/api/client/features", FIRST).await.0, StatusCode::UNAUTHORIZED);
 
     assert!(parapet.terminate().await.success());
     parapet.restart_with("INIT_BACKEND_API_TOKENS", format!("{FIRST},{SECOND}"));
     parapet.wait_until_ready().await;
-    let log = parapet.log();
+    let log = log_of_starts(&parapet, 3).await;
     assert_eq!(log.matches("ignored").count(), 1, "{log}");
     assert!(log.contains("INIT_*_API_TOKENS have changed"), "{log}");
     assert_eq!(parapet.get("/api/client/features", SECOND).await.0, StatusCode::UNAUTHORIZED);
@@ -218,7 +227,7 @@ async fn settings_of_the_first_start_are_called_ignored_once_they_have_changed()
     assert!(parapet.terminate().await.success());
     parapet.restart_with("UNLEASH_DEFAULT_ADMIN_PASSWORD", "another password");
     parapet.wait_until_ready().await;
-    let log = parapet.log();
+    let log = log_of_starts(&parapet, 5).await;
     assert_eq!(log.matches("ignored").count(), 2, "{log}");
     assert!(log.contains("UNLEASH_DEFAULT_ADMIN_PASSWORD has changed"), "{log}");
     assert!(!log.contains("another password") && !log.contains("first password"), "{log}");
