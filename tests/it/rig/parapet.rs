@@ -314,10 +314,14 @@ impl Parapet {
         assert!(before.is_none(), "it was running");
     }
 
-    /// Panics if a token shows in what it printed, keeps, or tells its operator.
+    /// Panics if a token shows in what it printed, keeps, or tells its operator, or if it printed a line that is
+    /// longer than any of its log may be.
     fn assert_secretive(&self) {
         let name = format!("parapet {} on port {}", self.setup.mode, self.port);
-        let mut shown = vec![("the log".to_owned(), self.log().into_bytes())];
+        let log = self.log();
+        let long = log.lines().find(|line| line.len() > LONGEST_LINE);
+        assert!(long.is_none(), "{name} printed a long line: {:.999}", long.unwrap_or_default());
+        let mut shown = vec![("the log".to_owned(), log.into_bytes())];
         shown.extend(secrets::files(self.directory.path()));
         let (data, admin) = (["/internal-backstage/metrics"].as_slice(), ADMIN_PAGES);
         for (port, pages) in [(self.port, data), (self.admin_port, admin)] {
@@ -350,6 +354,9 @@ impl Drop for Parapet {
         }
     }
 }
+
+/// The longest line of a log, in bytes.
+const LONGEST_LINE: usize = 4096;
 
 /// What an operator can read on the admin listener.
 const ADMIN_PAGES: &[&str] = &[
