@@ -188,6 +188,13 @@ impl Precedence {
         }
     }
 
+    /// Takes note that what a token shows is the state of this revision as well.
+    pub(super) fn reach_revision(&mut self, token: &TokenDigest, revision: Option<u64>) {
+        if let Some(known) = self.tokens.get_mut(token) {
+            known.revision = known.revision.max(revision);
+        }
+    }
+
     /// Takes note that a token is not in use any more: it stays the leader only where `covered`, which
     /// another in use sees, and nobody is known to be as new. True if what others show is not as new still.
     pub(super) fn retire(&mut self, token: &TokenDigest, covered: &Projects) -> bool {
@@ -332,7 +339,9 @@ impl History {
         };
         let leader = tokens.get(&self.leader);
         let is_ageless = leader.is_some_and(|it| it.standing == Standing::Ageless);
-        if is_ageless || !is_first && (self.leader == *token || reached == Some(newest)) {
+        let is_behind = is_newer(&self.leader, token, tokens);
+        let moves_on = self.leader == *token || reached == Some(newest) && !is_behind;
+        if is_ageless || !is_first && moves_on {
             return self.advance(token, state, now);
         }
         let position = self.position(state, reached, is_first);

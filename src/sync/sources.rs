@@ -270,6 +270,7 @@ impl Sources {
             Some(source) if !is_news => {
                 source.revision = source.revision.max(received.revision);
                 source.latest_revision = source.latest_revision.max(received.revision);
+                self.precedence.reach_revision(&digest, received.revision);
                 self.confirm(credential, now);
                 if let Some(source) = self.fetched.get_mut(&digest) {
                     source.etag = etag;
