@@ -27,7 +27,7 @@ pub async fn validate(auth: &Authenticator, body: &[u8]) -> Result<Guess<Reply>,
         Some(Validated { token: token.clone(), grant: (*grant?).clone() })
     });
     let tokens: Vec<_> = valid.collect();
-    let is_right = !tokens.is_empty();
+    let is_right = tokens.len() == request.tokens.len();
     let reply = reply::document(&ValidateReply { tokens });
     Ok(if is_right { Guess::Right(reply) } else { Guess::Wrong(reply) })
 }

@@ -28,7 +28,7 @@ impl Guesses {
     /// as well.
     ///
     /// # Errors
-    /// Those of `answer`, which count as wrong where the client is at fault; and too many of them.
+    /// Those of `answer`, which count as wrong, also where nothing can be told at the moment; and too many.
     pub async fn answer<T>(
         &self,
         client: IpAddr,
@@ -37,11 +37,7 @@ impl Guesses {
         let origin = origin(client);
         self.0.take(&origin).map_err(Failure::Throttled)?;
         let answer = answer.await;
-        let is_wrong = match &answer {
-            Ok(Guess::Right(_)) | Err(Failure::Unavailable { .. }) => false,
-            Ok(Guess::Wrong(_)) | Err(_) => true,
-        };
-        if !is_wrong {
+        if matches!(answer, Ok(Guess::Right(_))) {
             self.0.give_back(&origin);
         }
         answer.map(|(Guess::Right(answer) | Guess::Wrong(answer))| answer)
