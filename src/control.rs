@@ -103,7 +103,7 @@ impl Control {
     /// Opens the database, and makes or migrates it; the first start makes an admin's account and
     /// tokens. Safe when several instances start at once.
     ///
-    /// Where the database cannot be reached, and `copy` is one of its tokens, they are in force
+    /// Where the database cannot be used, and `copy` is one of its tokens, they are in force
     /// until [`Control::run`] reaches it.
     pub async fn open(config: Config, copy: Option<&[u8]>) -> Result<(Self, Opened), Error> {
         let database = Database::new(&config.location).await?;
@@ -112,7 +112,9 @@ impl Control {
             first_start::begin(&database, &hasher, &config.seed, &config.first_account).await;
         let (registry, opened) = match begun {
             Ok(opened) => (Registry::open(database.clone(), config.token_limit).await?, opened),
-            Err(error @ Error::Unreachable(_)) => {
+            // Whatever is wrong with it, except that it is another's or a later version's.
+            Err(error @ (Error::NotBegun | Error::Newer { .. })) => return Err(error),
+            Err(error) => {
                 let held = copy.and_then(|copy| copy::read(database.shown(), copy));
                 let Some(held) = held else { return Err(error) };
                 warn!(
@@ -127,7 +129,6 @@ impl Control {
                     Opened { account: None, tokens: FoundTokens::Existing, ignored: Vec::new() };
                 (registry, opened)
             }
-            Err(error) => return Err(error),
         };
         let sessions = Sessions::new(
             database.clone(),

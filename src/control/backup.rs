@@ -187,6 +187,7 @@ pub async fn save(location: &Location, path: &Path, replace: bool) -> Result<u64
     let file = NamedTempFile::new_in(folder_of(path)).map_err(failed)?;
     let mut output = Output::new(file);
     let database = Database::new(location).await?;
+    database.require_existing();
     let mut transaction = database.read().await?;
     if accounts::count(&mut transaction).await? == 0 {
         return Err(Error::NotBegun.into());

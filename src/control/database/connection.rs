@@ -223,8 +223,9 @@ pub(super) fn no_answer(patience: Duration) -> sqlx::Error {
 
 /// Whether a connection is of no use after this error.
 fn is_lost(error: &sqlx::Error) -> bool {
-    /// PostgreSQL: the server ends the session or itself, or takes no changes any more.
-    const GONE: [&str; 6] = ["57P01", "57P02", "57P03", "57P05", "25P03", "25006"];
+    /// PostgreSQL: the server ends the session or itself, takes no changes any more, or has tables of
+    /// another form than the session's statements were prepared for.
+    const GONE: [&str; 7] = ["57P01", "57P02", "57P03", "57P05", "25P03", "25006", "0A000"];
     match error {
         sqlx::Error::Database(error) => {
             let code = error.code();

@@ -31,6 +31,9 @@ pub(super) struct SqliteFile {
     identity: OnceLock<Identity>,
 }
 
+/// The largest file that is written anew at a start, in bytes: a matter of a second.
+const LARGEST_REWRITTEN: i64 = 64 << 20;
+
 impl SqliteFile {
     /// Makes the file where it is missing.
     pub(super) async fn new(path: &Path) -> Result<Self, Error> {
@@ -54,12 +57,17 @@ impl SqliteFile {
         connected.await.unwrap_or(Err(Error::Busy))
     }
 
-    /// Lets a file that an earlier version has made shrink too; once, for it is written anew.
+    /// Lets a file that an earlier version has made shrink too; once, for it is written anew. A large one
+    /// stays as it is: nobody could write meanwhile.
     pub(super) async fn enable_auto_vacuum(&self, connection: &mut AnyConnection) {
         let vacuum = async {
             let mode = sqlx::query_scalar("PRAGMA auto_vacuum");
             let mode: i64 = mode.fetch_one(&mut *connection).await?;
-            if mode == 0 {
+            let size = sqlx::query_scalar(
+                "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size",
+            );
+            let size: i64 = size.fetch_one(&mut *connection).await?;
+            if mode == 0 && size <= LARGEST_REWRITTEN {
                 connection.execute("PRAGMA auto_vacuum = FULL; VACUUM").await?;
             }
             Ok::<_, sqlx::Error>(())
