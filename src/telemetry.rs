@@ -165,7 +165,7 @@ pub fn set_log_filter(config: &Config) {
     }
 }
 
-/// An error and its causes in one line, for a log. Each is cut at [`CAUSE_BYTES`], because it may quote
+/// An error and its causes in one line, for a log. Each is cut at `CAUSE_BYTES`, because it may quote
 /// what could not be read.
 ///
 /// Not for errors whose causes may quote what they could not read where that holds tokens.
