@@ -730,13 +730,15 @@ mod tests {
 
     #[tokio::test]
     async fn redirect_within_the_origin_is_followed_with_token_and_body() {
-        const MOVED: &[(&str, &str)] = &[("location", "/moved")];
+        const FEATURES: &[(&str, &str)] = &[("location", "/moved/api/client/features")];
+        const BULK: &[(&str, &str)] = &[("location", "/moved/api/client/metrics/bulk")];
+        const VALIDATE: &[(&str, &str)] = &[("location", "/moved/edge/validate")];
         let server = Scripted::start(|request| match request.line.as_str() {
-            "GET /moved" => (200, &[], "{}".to_owned()),
-            "POST /moved" => (202, &[], String::new()),
-            line if line.starts_with("GET /base/") => (301, MOVED, String::new()),
-            line if line.contains("/bulk") => (308, MOVED, String::new()),
-            _ => (302, MOVED, String::new()),
+            "GET /moved/api/client/features" => (200, &[], "{}".to_owned()),
+            "POST /moved/api/client/metrics/bulk" => (202, &[], String::new()),
+            line if line.starts_with("GET /base/") => (301, FEATURES, String::new()),
+            line if line.contains("/bulk") => (308, BULK, String::new()),
+            _ => (302, VALIDATE, String::new()),
         })
         .await;
         let upstream = Upstream::new(server.config()).expect("client");
@@ -744,11 +746,29 @@ mod tests {
         upstream.send_usage(&token(), Bytes::from_static(b"[7]")).await.expect("308 is followed");
         let seen = server.seen();
         assert_eq!(seen[1].headers["authorization"], SECRET);
-        assert_eq!((seen[3].line.as_str(), seen[3].body.as_str()), ("POST /moved", "[7]"));
+        let moved = "POST /moved/api/client/metrics/bulk";
+        assert_eq!((seen[3].line.as_str(), seen[3].body.as_str()), (moved, "[7]"));
         // A browser would turn this POST into a GET.
         let error = upstream.validate(&[token()]).await.expect_err("302");
         assert!(error.to_string().contains("/moved"), "{error}");
         assert_eq!(server.seen().len(), 5);
+    }
+
+    #[tokio::test]
+    async fn redirect_to_a_page_for_signing_in_vouches_for_no_token() {
+        const LOGIN: &[(&str, &str)] = &[("location", "/base/login")];
+        for status in [200, 404] {
+            let server = Scripted::start(move |request| match request.line.as_str() {
+                "GET /base/login" => (status, &[], "{}".to_owned()),
+                _ => (302, LOGIN, String::new()),
+            })
+            .await;
+            let upstream = Upstream::new(server.config()).expect("client");
+            for kind in [TokenKind::Client, TokenKind::Frontend, TokenKind::Admin] {
+                let admitted = upstream.admits(&token(), kind).await;
+                assert!(matches!(admitted, Err(Error::Redirect { .. })), "{admitted:?}");
+            }
+        }
     }
 
     #[tokio::test]

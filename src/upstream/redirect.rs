@@ -25,8 +25,11 @@ impl Redirect {
         Self { status: response.status(), method, url, location }
     }
 
-    /// Where to ask next: within the origin of `base`, and where the request stays the same. That is
-    /// any request after 307 and 308; others would turn a POST into a GET.
+    /// Where to ask next: within the origin of `base`, below another base, and where the request stays the
+    /// same. That is any request after 307 and 308; others would turn a POST into a GET.
+    ///
+    /// Another page, as one for signing in, would not answer what was asked: it would vouch for a token
+    /// that upstream has refused.
     pub(super) fn within(&self, base: &Url) -> Option<Url> {
         let keeps_request = match self.status {
             StatusCode::TEMPORARY_REDIRECT | StatusCode::PERMANENT_REDIRECT => true,
@@ -36,7 +39,14 @@ impl Redirect {
             _ => false,
         };
         let location = self.location.as_ref().filter(|it| it.origin() == base.origin());
-        location.filter(|_| keeps_request).cloned()
+        let leads_there = |it: &&Url| it.path().ends_with(self.asked(base));
+        location.filter(|_| keeps_request).filter(leads_there).cloned()
+    }
+
+    /// What the request's path had below `base`.
+    fn asked(&self, base: &Url) -> &str {
+        let asked = self.url.path();
+        asked.strip_prefix(base.path().trim_end_matches('/')).unwrap_or(asked)
     }
 
     /// The target without its query, and without what the request's path had below `base` where it ends
@@ -45,8 +55,7 @@ impl Redirect {
     pub(super) fn target(&self, base: &Url) -> String {
         let Some(location) = &self.location else { return "an unreadable address".to_owned() };
         let (origin, path) = (location.origin().ascii_serialization(), location.path());
-        let asked = self.url.path();
-        let asked = asked.strip_prefix(base.path().trim_end_matches('/')).unwrap_or(asked);
+        let asked = self.asked(base);
         let last = asked.rsplit('/').next().unwrap_or_default();
         let path = match path.strip_suffix(asked) {
             Some(base) => base,
