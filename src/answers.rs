@@ -13,19 +13,16 @@
 //!
 //! Where lots are drawn, or flags read a `sessionId` that the request lacks and that is made up for it,
 //! the outcomes are good for one request: those flags are evaluated for each, the outcomes of all others
-//! and the body come from the cache. How long an answer may be given again
-//! without asking here is told by [`Holds`]. There is no state here: all that is
+//! and the body come from the cache. There is no state here: all that is
 //! remembered belongs to the snapshot and vanishes with it.
 
 mod ahead;
 mod answer;
 pub mod explained;
 pub mod followed;
-mod holds;
 pub mod session;
 
 pub use self::{
     ahead::prepare,
     answer::{Answer, one, reworded},
-    holds::Holds,
 };

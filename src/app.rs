@@ -37,7 +37,7 @@ use crate::{
         cors::Cors,
         data::{Data, Settings},
         guesses::Guesses,
-        listener::{self, Limits},
+        listener::{self, Drain, Limits},
         meter::Meter,
         ofrep::{TicketKey, Tickets},
         ops::Ops,
@@ -56,8 +56,10 @@ const UPKEEP_EVERY: Duration = Duration::from_secs(5);
 /// What the process is told to do while it runs.
 #[derive(Debug)]
 pub enum Signal {
-    /// To end.
+    /// To end, once clients have had the time to leave (SIGTERM).
     Terminate,
+    /// To end without that (SIGINT).
+    Interrupt,
     /// To apply this configuration as far as a running instance can.
     Reload(Result<Box<Config>, Mistakes>),
 }
@@ -112,7 +114,7 @@ impl App {
         let limits = config.data.limits;
         // A first-seen token may wait for its verdict and then for flags; both fit into the time of
         // one request, so that the answer tells what is missing.
-        let deadline = config.auth.deadline.min(limits.request_timeout / 3);
+        let deadline = config.auth.deadline.min(config.data.request_timeout / 3);
         let settings = auth::Config { deadline, ..config.auth };
         let auth = Authenticator::new(settings, plan.take_authority(), plan.given.drain(..));
         let hop = ConnectVia {
@@ -145,8 +147,8 @@ impl App {
                 cors: Cors::new(config.data.cors),
                 access: config.data.access,
                 disabled: config.data.disabled.clone(),
-                body_bytes: limits.body_bytes,
-                request_timeout: limits.request_timeout,
+                body_bytes: config.data.body_bytes,
+                request_timeout: config.data.request_timeout,
                 patience: deadline,
                 hostname: hostname().into(),
             },
@@ -220,16 +222,12 @@ impl App {
         let Self { plan, keeper, mut reload, rotation, .. } = self;
         let service = Arc::clone(&data.1);
         let (feed, streams) = (data.1.feed.clone(), data.1.streams.clone());
-        let (stop_serving, stop_working) = (CancellationToken::new(), CancellationToken::new());
+        let (drain, stop_working) = (Drain::default(), CancellationToken::new());
         let hurry = CancellationToken::new();
 
         let mut listeners = JoinSet::new();
-        let (stop, limits_too) = (stop_serving.clone(), limits.clone());
-        listeners
-            .spawn(async move { listener::serve(data.0, data.1, &limits_too, stop, grace).await });
-        let stop = stop_serving.clone();
-        listeners
-            .spawn(async move { listener::serve(admin.0, admin.1, &limits, stop, grace).await });
+        listeners.spawn(listener::serve(data.0, data.1, limits.clone(), drain.clone(), grace));
+        listeners.spawn(listener::serve(admin.0, admin.1, limits, drain.clone(), grace));
 
         let mut workers = Tasks::default();
         let saver = plan.source.saver();
@@ -281,29 +279,34 @@ impl App {
         let parts = (keeper.clone(), stop_working.clone());
         closers.spawn("save", parts, |(keeper, stop)| async move { keeper.run(&stop).await });
 
-        let outcome = loop {
+        let (outcome, drain_delay) = loop {
             tokio::select! {
                 Some(signal) = signals.next() => match signal {
                     Signal::Reload(loaded) => reload.apply(loaded, &service),
                     Signal::Terminate => {
                         info!(?drain_delay, "Parapet is told to end; it is not ready any more");
-                        break Ok(());
+                        break (Ok(()), drain_delay);
+                    }
+                    Signal::Interrupt => {
+                        info!("Parapet is interrupted and ends");
+                        break (Ok(()), Duration::ZERO);
                     }
                 },
                 _ = listeners.join_next() => {
                     error!("A listener ended on its own, and Parapet ends");
-                    break Err(Error::Listener);
+                    break (Err(Error::Listener), Duration::ZERO);
                 }
             }
         };
         drop(service);
         let mut end = pin!(async {
             readiness.drain();
+            drain.begin();
             tokio::select! {
                 () = sleep(drain_delay) => {}
                 () = hurry.cancelled() => {}
             }
-            stop_serving.cancel();
+            drain.close();
             streams.end(grace);
             let served = async { while listeners.join_next().await.is_some() {} };
             tokio::select! {
@@ -322,7 +325,7 @@ impl App {
                 () = &mut end => break,
                 Some(signal) = signals.next(), if !hurry.is_cancelled() => match signal {
                     Signal::Reload(_) => info!("Parapet is about to end and reloads nothing"),
-                    Signal::Terminate => {
+                    Signal::Terminate | Signal::Interrupt => {
                         warn!("Parapet is told to end once more, and waits for nobody");
                         hurry.cancel();
                     }

@@ -68,6 +68,14 @@ pub struct Admission {
     pub first_seen: bool,
 }
 
+/// What is known of a token without asking.
+enum Known {
+    /// A verdict.
+    Judged(Result<Admission, Denied>),
+    /// Nothing.
+    Not(Token, TokenDigest),
+}
+
 /// Who vouches for tokens that are not known here.
 #[derive(Debug)]
 pub enum Authority {
@@ -142,12 +150,28 @@ impl Authenticator {
         self.admit(header, Behalf::Bearer).await
     }
 
+    /// The same for a token on which there is a verdict; `None` for others, which have to be asked about.
+    pub fn authenticate_known(&self, header: &str) -> Option<Result<Admission, Denied>> {
+        match self.recall(header) {
+            Known::Judged(verdict) => Some(verdict),
+            Known::Not(..) => None,
+        }
+    }
+
     async fn admit(&self, header: &str, behalf: Behalf) -> Result<Admission, Denied> {
+        match self.recall(header) {
+            Known::Judged(verdict) => verdict,
+            Known::Not(token, digest) => self.ask(token, digest, behalf).await,
+        }
+    }
+
+    /// What is known of the token of an authorization header.
+    fn recall(&self, header: &str) -> Known {
         let inner = &*self.0;
         let digest = TokenDigest::of(Token::bare(header));
         if let Some(grant) = inner.given.admit(&digest) {
             inner.tally.known.increment(1);
-            return Ok(Admission { grant, digest, first_seen: false });
+            return Known::Judged(Ok(Admission { grant, digest, first_seen: false }));
         }
         if let Some(verdict) = inner.verdicts.valid(&digest) {
             inner.tally.known.increment(1);
@@ -156,22 +180,21 @@ impl Authenticator {
                 inner.learn(&verdict, header);
             }
             let grant = Arc::clone(verdict.grant());
-            return Ok(Admission { grant, digest, first_seen });
+            return Known::Judged(Ok(Admission { grant, digest, first_seen }));
         }
         if let Some(denied) = inner.verdicts.refusal(&digest) {
             inner.tally.refused.increment(1);
-            return Err(denied);
+            return Known::Judged(Err(denied));
         }
         let Ok(token) = Token::from_header(header) else {
             inner.tally.malformed.increment(1);
-            return Err(Denied::Unknown);
+            return Known::Judged(Err(Denied::Unknown));
         };
         if inner.verdicts.is_revoked_by_selector(&token) {
             inner.tally.refused.increment(1);
-            return Err(Denied::Unknown);
+            return Known::Judged(Err(Denied::Unknown));
         }
-        // Boxed, because callers hold room for it in every request and hardly any comes here.
-        Box::pin(self.ask(token, digest, behalf)).await
+        Known::Not(token, digest)
     }
 
     /// What a token that was admitted before allows now, if it still holds; being looked at counts as
@@ -179,17 +202,6 @@ impl Authenticator {
     pub fn standing(&self, digest: &TokenDigest) -> Option<Arc<Grant>> {
         let verdict = || Some(Arc::clone(self.0.verdicts.valid(digest)?.grant()));
         self.0.given.admit(digest).or_else(verdict)
-    }
-
-    /// Whether a token that was admitted before is so now, to the same; being asked for counts as its
-    /// use, as if it had been presented.
-    pub fn still_admits(&self, digest: &TokenDigest, grant: &Arc<Grant>) -> bool {
-        let standing = self.standing(digest);
-        let same = standing.is_some_and(|it| Arc::ptr_eq(&it, grant) || it == *grant);
-        if same {
-            self.0.tally.known.increment(1);
-        }
-        same
     }
 
     /// Replaces the given tokens: from here on these are admitted, and no others of them.

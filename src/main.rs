@@ -96,11 +96,11 @@ async fn run(config: Config) -> anyhow::Result<()> {
 fn terminations() -> io::Result<impl Stream<Item = Signal>> {
     let both = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     Ok(stream::unfold(both, |(mut terminate, mut interrupt)| async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-        Some((Signal::Terminate, (terminate, interrupt)))
+        let signal = tokio::select! {
+            _ = terminate.recv() => Signal::Terminate,
+            _ = interrupt.recv() => Signal::Interrupt,
+        };
+        Some((signal, (terminate, interrupt)))
     }))
 }
 

@@ -20,7 +20,7 @@ use std::{
     cmp::Reverse,
     collections::{BTreeSet, HashMap},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     thread,
@@ -377,13 +377,6 @@ impl Snapshots {
     /// The current state of the scope's environment, if it has the flags of the scope's projects.
     pub fn load_for(&self, scope: &Scope) -> Option<Arc<Snapshot>> {
         self.load(&scope.environment).filter(|it| it.projects.covers(&scope.projects))
-    }
-
-    /// Whether a snapshot is the current one of its environment, and that is served.
-    pub fn is_current(&self, environment: &Environment, snapshot: &Weak<Snapshot>) -> bool {
-        let current = self.0.current.load();
-        // Memory is not used again as long as a `Weak` points to it.
-        current.snapshots.get(environment).is_some_and(|it| Arc::as_ptr(it) == snapshot.as_ptr())
     }
 
     /// The current state of every environment.

@@ -29,7 +29,7 @@ use parapet::http::access;
 use parapet::http::cors::{self, Cors};
 use parapet::http::data::{Data, Settings};
 use parapet::http::guesses::Guesses;
-use parapet::http::listener::{Limits, Protocol};
+use parapet::http::listener::{self, ConnectionInfo, Drain, Limits};
 use parapet::http::meter::Meter;
 use parapet::http::ofrep::{TicketKey, Tickets};
 use parapet::http::ops::Ops;
@@ -69,8 +69,6 @@ pub(crate) struct Request {
     accept: &'static str,
     /// Whether the client has the answer already.
     revalidates: bool,
-    /// Whether something is another each time that does not matter, so that all has to be read.
-    varies: bool,
     status: StatusCode,
 }
 
@@ -89,18 +87,15 @@ pub(crate) const FEATURES: Request = Request {
     token: CLIENT,
     accept: "identity",
     revalidates: false,
-    varies: false,
     status: StatusCode::OK,
 };
 pub(crate) const FEATURES_GZIP: Request = Request { accept: "gzip", ..FEATURES };
 pub(crate) const FEATURES_UNCHANGED: Request =
     Request { revalidates: true, status: StatusCode::NOT_MODIFIED, ..FEATURES };
-pub(crate) const FEATURES_VARIED: Request = Request { varies: true, ..FEATURES_UNCHANGED };
 pub(crate) const FRONTEND: Request =
     Request { target: Target::Frontend, token: FRONTEND_TOKEN, ..FEATURES };
 pub(crate) const FRONTEND_UNCHANGED: Request =
     Request { revalidates: true, status: StatusCode::NOT_MODIFIED, ..FRONTEND };
-pub(crate) const FRONTEND_VARIED: Request = Request { varies: true, ..FRONTEND_UNCHANGED };
 pub(crate) const FRONTEND_NEW_USERS: Request = Request { target: Target::NewUser, ..FRONTEND };
 pub(crate) const METRICS: Request =
     Request { target: Target::Metrics, status: StatusCode::ACCEPTED, ..FEATURES };
@@ -154,9 +149,7 @@ impl Request {
             "{method} {path} HTTP/1.1\r\nhost: localhost:3063\r\nauthorization: {token}\r\n\
              unleash-client-spec: 5.2.0\r\nuser-agent: bench\r\naccept-encoding: {accept}\r\n"
         );
-        if self.varies {
-            write!(text, "x-request-id: {n:08}\r\n").expect(MEMORY);
-        }
+        write_ingress(&mut text, n);
         if let Some(etag) = etag {
             write!(text, "if-none-match: {}\r\n", etag.to_str().expect("visible")).expect(MEMORY);
         }
@@ -169,6 +162,17 @@ impl Request {
         text.push_str(body);
         text
     }
+}
+
+/// What an ingress adds to each request, another time other bytes.
+fn write_ingress(text: &mut String, n: u64) {
+    let (id, trace, host) = (n * 2_654_435_761, n * 40_503, n % 250);
+    write!(
+        text,
+        "x-request-id: {id:032x}\r\ntraceparent: 00-{trace:032x}-{n:016x}-01\r\n\
+         x-forwarded-for: 10.1.0.{host}\r\n"
+    )
+    .expect(MEMORY);
 }
 
 const MEMORY: &str = "memory takes it";
@@ -193,7 +197,8 @@ impl Connection {
     /// To the service of the data listener, served as there.
     fn to_parapet(flags: usize) -> Self {
         let data = Arc::new(data(flags));
-        Self::serve(|stream| Protocol::new(data, &LIMITS).serve(stream, PEER))
+        let server = listener::Server::new(data, LIMITS, Drain::default());
+        Self::serve(|stream| server.serve(stream, ConnectionInfo::plain(PEER)))
     }
 
     /// To a server that gives this answer whatever it is asked, once it has read the question.
@@ -289,10 +294,11 @@ impl<F: Future<Output = ()>> Future for Counted<F> {
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 const LIMITS: Limits = Limits {
-    body_bytes: 1 << 20,
     connections: 1,
+    connections_per_address: None,
     header_read_timeout: TIMEOUT,
-    request_timeout: TIMEOUT,
+    idle_timeout: TIMEOUT,
+    max_age: None,
 };
 const PEER: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 40_000);
 
@@ -323,8 +329,8 @@ fn data(flags: usize) -> Data {
             cors: Cors::new(cors::Config::default()),
             access: access::Config::default(),
             disabled: BTreeSet::new(),
-            body_bytes: LIMITS.body_bytes,
-            request_timeout: LIMITS.request_timeout,
+            body_bytes: 1 << 20,
+            request_timeout: TIMEOUT,
             patience: TIMEOUT,
             hostname: "bench".into(),
         },

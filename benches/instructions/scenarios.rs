@@ -50,15 +50,14 @@ const fn work(name: &'static str, times: u64, prepare: fn() -> Box<dyn FnMut()>)
 }
 
 use requests::{
-    FEATURES, FEATURES_GZIP, FEATURES_UNCHANGED, FEATURES_VARIED, FRONTEND, FRONTEND_NEW_USERS,
-    FRONTEND_UNCHANGED, FRONTEND_VARIED, METRICS, UNKNOWN_TOKEN,
+    FEATURES, FEATURES_GZIP, FEATURES_UNCHANGED, FRONTEND, FRONTEND_NEW_USERS, FRONTEND_UNCHANGED,
+    METRICS, UNKNOWN_TOKEN,
 };
 
 /// In the order of the table.
 pub(crate) const SCENARIOS: &[Scenario] = &[
     request("features, 304", &FEATURES_UNCHANGED, Server::Parapet),
     request("features, 304: bare hyper", &FEATURES_UNCHANGED, Server::Bare),
-    request("features, 304, in other words", &FEATURES_VARIED, Server::Parapet),
     request("features, 200", &FEATURES, Server::Parapet),
     request("features, 200: bare hyper", &FEATURES, Server::Bare),
     request("features, 200, gzip", &FEATURES_GZIP, Server::Parapet),
@@ -67,7 +66,6 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     request("frontend, same context: bare hyper", &FRONTEND, Server::Bare),
     request("frontend, 304", &FRONTEND_UNCHANGED, Server::Parapet),
     request("frontend, 304: bare hyper", &FRONTEND_UNCHANGED, Server::Bare),
-    request("frontend, 304, in other words", &FRONTEND_VARIED, Server::Parapet),
     request("frontend, new user each time", &FRONTEND_NEW_USERS, Server::Parapet),
     request("frontend, new user each time: bare hyper", &FRONTEND_NEW_USERS, Server::Bare),
     request("metrics, 202", &METRICS, Server::Parapet),

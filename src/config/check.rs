@@ -370,6 +370,7 @@ fn listeners(s: &mut Settings) -> (DataListener, AdminListener) {
     let ticket_key = s.read(&keys::OFREP_TICKET_SECRET, "at least 16 characters", |text| {
         (text.len() >= 16).then(|| TicketKey::derive(text))
     });
+    let access = access(s);
     let data = DataListener {
         address,
         streams,
@@ -377,16 +378,26 @@ fn listeners(s: &mut Settings) -> (DataListener, AdminListener) {
         base_path: base_path(s),
         token_header,
         cors: cors(s),
-        access: access(s),
         disabled: disabled(s),
-        limits: Limits {
-            body_bytes: s.count(&keys::BODY_LIMIT_BYTES),
-            connections: s.count(&keys::MAX_CONNECTIONS),
-            header_read_timeout: s.interval(&keys::HEADER_READ_TIMEOUT_SECONDS),
-            request_timeout: s.interval(&keys::EDGE_REQUEST_TIMEOUT),
-        },
+        limits: limits(s, &access),
+        body_bytes: s.count(&keys::BODY_LIMIT_BYTES),
+        request_timeout: s.interval(&keys::EDGE_REQUEST_TIMEOUT),
+        access,
     };
     (data, AdminListener { address: admin })
+}
+
+fn limits(s: &mut Settings, access: &access::Config) -> Limits {
+    let connections = s.count(&keys::MAX_CONNECTIONS);
+    let is_direct = access.proxies == access::Proxies::None;
+    let share = is_direct.then_some(connections.div_ceil(2));
+    Limits {
+        connections,
+        connections_per_address: s.optional_count(&keys::MAX_CONNECTIONS_PER_ADDRESS).or(share),
+        header_read_timeout: s.interval(&keys::HEADER_READ_TIMEOUT_SECONDS),
+        idle_timeout: s.interval(&keys::EDGE_KEEPALIVE_TIMEOUT),
+        max_age: s.optional_interval(&keys::MAX_CONNECTION_AGE_SECONDS),
+    }
 }
 
 fn streams(s: &mut Settings) -> streaming::Config {

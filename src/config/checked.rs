@@ -166,8 +166,13 @@ pub struct DataListener {
     pub access: access::Config,
     /// Endpoints that answer as if they did not exist.
     pub disabled: BTreeSet<Endpoint>,
-    /// What one client may take.
+    /// What connections may take.
     pub limits: Limits,
+    /// The largest request body, in bytes, after decompression.
+    pub body_bytes: usize,
+    /// The longest that one request may take, from its head until its body is there; services wait
+    /// for nothing else as long.
+    pub request_timeout: Duration,
     /// How streams are kept.
     pub streams: streaming::Config,
     /// Seals the tickets of OpenFeature's providers; `None` derives the key from the admin token, or

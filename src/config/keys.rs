@@ -312,8 +312,17 @@ keys! {
         BODY_LIMIT_BYTES = one("body-limit-bytes").default("2097152");
         /// How many connections may be open at once, on each listener.
         MAX_CONNECTIONS = one("max-connections").default("20000");
-        /// The longest that a client may take to send a request's head.
+        /// How many of them clients of one address may have; half of --max-connections when left out, and
+        /// no fewer than all where --trust-proxy names whose connections they are.
+        MAX_CONNECTIONS_PER_ADDRESS = one("max-connections-per-address");
+        /// The longest that a client may take to send a request's head, from its first byte.
         HEADER_READ_TIMEOUT_SECONDS = one("header-read-timeout-seconds").default("15");
+        /// How long a connection is kept on which nothing is under way, in seconds. Longer than clients
+        /// and load balancers keep theirs, so that none is closed while they write.
+        EDGE_KEEPALIVE_TIMEOUT = one("edge-keepalive-timeout").default("80");
+        /// About how long a connection is used before its client is told to open another, in seconds,
+        /// so that clients spread over new instances; for ever when left out.
+        MAX_CONNECTION_AGE_SECONDS = one("max-connection-age-seconds");
         /// The longest that one request may take, in seconds, from its head until its answer is
         /// ready.
         EDGE_REQUEST_TIMEOUT = one("edge-request-timeout").default("10");
@@ -342,9 +351,9 @@ keys! {
         HOSTING = one("hosting").env("EDGE_HOSTING").default("self-hosted");
         /// The region that this instance reports.
         AWS_REGION = one("aws-region");
-        /// How long requests are still accepted after readiness was withdrawn; a second signal to end
-        /// ends this, and what follows, early.
-        DRAIN_DELAY_SECONDS = one("drain-delay-seconds").default("0");
+        /// How long after SIGTERM requests are still accepted, while readiness is withdrawn and every
+        /// answer tells its client to leave; SIGINT leaves this out, and a second signal ends it early.
+        DRAIN_DELAY_SECONDS = one("drain-delay-seconds").default("5");
         /// The longest that requests under way and the last usage may take at the end.
         SHUTDOWN_TIMEOUT_SECONDS = one("shutdown-timeout-seconds").default("10");
     }
@@ -458,9 +467,6 @@ keys! {
     Everywhere, "Without effect": {
         /// as many threads run as there are processors.
         WORKERS = ignored("workers", One).short('w');
-        /// idle HTTP/1.1 connections end by --header-read-timeout-seconds, HTTP/2 ones when a ping
-        /// every 20 s stays unanswered.
-        EDGE_KEEPALIVE_TIMEOUT = ignored("edge-keepalive-timeout", One);
         /// nothing is sent to Sentry; errors are logged.
         SENTRY_DSN = ignored("sentry-dsn", One);
         /// nothing is sent to Sentry.

@@ -367,7 +367,12 @@ impl Settings {
 
     /// The same, and so many when it is left out.
     pub(super) fn count_or(&mut self, key: &Key, otherwise: usize) -> usize {
-        self.read(key, COUNT, positive).unwrap_or(otherwise)
+        self.optional_count(key).unwrap_or(otherwise)
+    }
+
+    /// The same, where it may be left out.
+    pub(super) fn optional_count(&mut self, key: &Key) -> Option<usize> {
+        self.read(key, COUNT, positive)
     }
 
     /// A time that may be none at all.
@@ -383,9 +388,12 @@ impl Settings {
 
     /// A time that must pass.
     pub(super) fn interval(&mut self, key: &Key) -> Duration {
-        self.value(key, "a number of seconds above 0, at most a year", |text| {
-            seconds(text, LONGEST_WAIT).filter(|time| !time.is_zero())
-        })
+        self.value(key, INTERVAL, interval)
+    }
+
+    /// The same, where it may be left out.
+    pub(super) fn optional_interval(&mut self, key: &Key) -> Option<Duration> {
+        self.read(key, INTERVAL, interval)
     }
 
     /// Tokens; what is wrong with one is told by its position.
@@ -496,7 +504,13 @@ fn seconds(text: &str, most: f64) -> Option<Duration> {
     (0.0..=most).contains(&seconds).then(|| Duration::from_secs_f64(seconds))
 }
 /// What is expected of a number of things.
+const INTERVAL: &str = "a number of seconds above 0, at most a year";
+
 const COUNT: &str = "a whole number above 0";
+
+fn interval(text: &str) -> Option<Duration> {
+    seconds(text, LONGEST_WAIT).filter(|time| !time.is_zero())
+}
 
 fn positive(text: &str) -> Option<usize> {
     text.parse().ok().filter(|&number| number > 0)

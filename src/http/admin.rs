@@ -46,8 +46,8 @@ pub use self::{
 };
 use super::{
     console,
-    data::{Data, Terms},
-    listener::{Answered, Service},
+    data::Data,
+    listener::{Answer, ConnectionInfo, Service},
     meter::Subject,
     payload::Arriving,
     reply::{self, Failure, Reply},
@@ -76,30 +76,16 @@ pub struct Admin {
 }
 
 impl Service for Admin {
-    type Terms = Terms;
-
-    async fn call(&self, request: Request<Incoming>, peer: SocketAddr) -> Answered<Terms> {
-        let started = Instant::now();
+    fn call(
+        self: &Arc<Self>,
+        request: Request<Incoming>,
+        connection: &Arc<ConnectionInfo>,
+    ) -> Answer {
         if self.data.serves(request.uri().path()) {
-            return self.data.call(request, peer).await;
+            return self.data.call(request, connection);
         }
-        let (head, body) = request.into_parts();
-        let body = Arriving::new(body, started, self.data.settings.request_timeout);
-        let access = &self.data.settings.access;
-        let address = access.proxies.client(peer, &head.headers).verified;
-        let (subject, reply) = match normalise(head.uri.path(), "") {
-            _ if !access.serves(address) => (Subject::Unknown, Err(Failure::Blocked)),
-            Some(path) => self.serve(&path, &head, body, address, started).await,
-            None => (Subject::Unknown, Err(Failure::NotFound)),
-        };
-        let mut reply = reply::without_body(&head.method, reply.unwrap_or_else(Reply::from));
-        reply::protect(&mut reply);
-        self.data.meter.record(subject, &head.method, &reply, started.elapsed());
-        reply.into()
-    }
-
-    fn revalidate(&self, terms: &Terms, started: Instant) -> bool {
-        self.data.revalidate(terms, started)
+        let (started, admin, peer) = (Instant::now(), Arc::clone(self), connection.peer);
+        Answer::later(async move { admin.answer(request, peer, started).await })
     }
 }
 
@@ -125,6 +111,27 @@ pub fn templates() -> impl Iterator<Item = &'static str> {
 }
 
 impl Admin {
+    async fn answer(
+        &self,
+        request: Request<Incoming>,
+        peer: SocketAddr,
+        started: Instant,
+    ) -> Reply {
+        let (head, body) = request.into_parts();
+        let body = Arriving::new(body, started, self.data.settings.request_timeout);
+        let access = &self.data.settings.access;
+        let address = access.proxies.client(peer, &head.headers).verified;
+        let (subject, reply) = match normalise(head.uri.path(), "") {
+            _ if !access.serves(address) => (Subject::Unknown, Err(Failure::Blocked)),
+            Some(path) => self.serve(&path, &head, body, address, started).await,
+            None => (Subject::Unknown, Err(Failure::NotFound)),
+        };
+        let mut reply = reply::without_body(&head.method, reply.unwrap_or_else(Reply::from));
+        reply::protect(&mut reply);
+        self.data.meter.record(subject, &head.method, &reply, started.elapsed());
+        reply
+    }
+
     /// The answer, and what it is counted as.
     async fn serve(
         &self,
@@ -144,7 +151,7 @@ impl Admin {
         match self.find(&head.method, path) {
             Ok(found) => {
                 let subject = Subject::Operation(found.operation.path);
-                let reply = self.answer(&found, head, body, address);
+                let reply = self.perform(&found, head, body, address);
                 (subject, self.in_time(started, reply).await)
             }
             Err(failure) => (Subject::Unknown, Err(failure)),
@@ -188,7 +195,7 @@ impl Admin {
         }
     }
 
-    async fn answer(
+    async fn perform(
         &self,
         found: &Found<'_>,
         head: &Parts,

@@ -21,14 +21,13 @@ use crate::{
 };
 
 /// `/api/client/features`: everything that the token sees and the query leaves.
-pub async fn features(
+pub fn features(
     headers: &HeaderMap,
     query: &str,
     snapshot: &Snapshot,
     scope: &Scope,
-) -> Result<Reply, Failure> {
-    let body = snapshot.listing(&scope.projects, filter(query)?, segments(headers));
-    Ok(reply::body(headers, &body, Freshness::Unsaid).await)
+) -> Result<Arc<Body>, Failure> {
+    Ok(snapshot.listing(&scope.projects, filter(query)?, segments(headers)))
 }
 
 /// `/api/client/features/{name}`: one flag, if the token sees it.

@@ -3,11 +3,8 @@
 //! Nothing secret is served here, and the only thing that a request may wait for, besides its own
 //! body, is the verdict on a first-seen token.
 
-mod terms;
-
 use std::{
     collections::BTreeSet,
-    net::SocketAddr,
     pin::Pin,
     sync::Arc,
     time::{Duration, Instant},
@@ -17,28 +14,25 @@ use bytes::Bytes;
 use hyper::{HeaderMap, Method, Request, body::Incoming, header::HeaderName, http::request::Parts};
 use jiff::Timestamp;
 
-use self::terms::Basis;
-pub use self::terms::Terms;
 use super::{
     access::{self, Client},
     client,
     cors::Cors,
     edge,
-    frontend::{self, Asker, Question},
+    frontend::{self, Asker, Found, Question},
     guesses::Guesses,
-    listener::{Answered, Service},
+    listener::{Answer, ConnectionInfo, Service},
     long,
     meter::{Meter, Subject},
     ofrep::{self, Tickets},
     ops::Ops,
     payload::Arriving,
-    reply::{self, Failure, Reply},
+    reply::{self, Failure, Freshness, Reply},
     report,
     route::{Endpoint, NoRoute, Route, normalise},
     streaming::{FetchMode, Streams},
 };
 use crate::{
-    answers::Holds,
     auth::{Admission, Authenticator, Denied},
     feed::{Feed, Topic},
     snapshot::{Shown, Snapshot, Snapshots},
@@ -99,26 +93,18 @@ pub struct Data {
 }
 
 impl Service for Data {
-    type Terms = Terms;
-
-    async fn call(&self, request: Request<Incoming>, peer: SocketAddr) -> Answered<Terms> {
+    fn call(
+        self: &Arc<Self>,
+        request: Request<Incoming>,
+        connection: &Arc<ConnectionInfo>,
+    ) -> Answer {
         let started = Instant::now();
-        let (head, body) = request.into_parts();
-        let path = normalise(head.uri.path(), &self.settings.base_path);
-        let body = Arriving::new(body, started, self.settings.request_timeout);
-        let (subject, mut reply, basis) = self.answer(&head, path.as_deref(), body, peer).await;
-        if subject != Subject::Preflight {
-            self.settings.cors.decorate(&head.headers, reply.headers_mut());
+        let client = self.settings.access.proxies.client(connection.peer, request.headers());
+        if let Some(reply) = self.at_once(&request, client, started) {
+            return Answer::Ready(reply);
         }
-        let reply = reply::without_body(&head.method, reply);
-        let (series, size) =
-            (self.meter.series(subject, &head.method, &reply), reply::length(&reply));
-        self.meter.count(series, size, started.elapsed());
-        Answered { reply, terms: basis.map(|basis| Terms { basis, series, size }) }
-    }
-
-    fn revalidate(&self, terms: &Terms, started: Instant) -> bool {
-        terms.hold(&self.auth, &self.snapshots, &self.meter, started)
+        let data = Arc::clone(self);
+        Answer::later(async move { data.answer(request, client, started).await })
     }
 }
 
@@ -146,52 +132,118 @@ impl Data {
         path.is_some_and(|path| Route::is_of_sdks(&path))
     }
 
-    async fn answer<'a>(
+    /// The answer, if it need not be waited for: most are of this kind.
+    fn at_once(
         &self,
-        head: &Parts,
-        path: Option<&'a str>,
-        body: Arriving,
-        peer: SocketAddr,
-    ) -> (Subject<'a>, Reply, Option<Basis>) {
-        let client = self.settings.access.proxies.client(peer, &head.headers);
-        if !self.settings.access.serves(client.verified) {
-            return (Subject::Unknown, Failure::Blocked.into(), None);
-        }
-        if head.method == Method::OPTIONS {
-            let mut reply = reply::preflight();
-            self.settings.cors.decorate_preflight(&head.headers, reply.headers_mut());
-            return (Subject::Preflight, reply, None);
-        }
-        let route = match path.map_or(Err(NoRoute::Path), |path| Route::parse(&head.method, path)) {
-            Ok(route) if !self.is_disabled(route) => route,
-            Ok(_) | Err(NoRoute::Path) => {
-                return (Subject::Unknown, Failure::NotFound.into(), None);
+        request: &Request<Incoming>,
+        client: Client,
+        started: Instant,
+    ) -> Option<Reply> {
+        let (method, headers) = (request.method(), request.headers());
+        let path = normalise(request.uri().path(), &self.settings.base_path);
+        let (subject, reply) = match self.route(method, headers, path.as_deref(), client) {
+            Ok(route) => {
+                let query = request.uri().query().unwrap_or_default();
+                let reply = match route {
+                    Route::ClientFeatures => self.features(headers, query)?,
+                    Route::Frontend(shown) if method != Method::POST => {
+                        self.flags(shown, headers, query, client)?
+                    }
+                    Route::Health => Ok(self.ops.health()),
+                    Route::Ready => Ok(self.ops.ready()),
+                    Route::Prometheus => Ok(self.ops.metrics()),
+                    _ => return None,
+                };
+                (Subject::Route(route), reply.unwrap_or_else(Reply::from))
             }
-            Err(NoRoute::Method(known)) => {
-                return (Subject::Unknown, Failure::Method(known.into()).into(), None);
-            }
+            Err(answered) => answered,
         };
-        let answer = self.dispatch(route, head, body, client).await;
-        let (reply, basis) = answer.unwrap_or_else(|failure| (failure.into(), None));
-        (Subject::Route(route), reply, basis)
+        Some(self.finish(subject, method, headers, reply, started))
     }
 
-    /// Answers what was asked; tells what that rests on where it is asked again and again.
-    ///
-    /// A request is moved about before it runs, so that everything it seldom waits for is boxed:
-    /// what is left is no larger than reading flags needs, which waits for nothing.
+    /// The answer, however long it takes.
+    async fn answer(&self, request: Request<Incoming>, client: Client, started: Instant) -> Reply {
+        let (head, body) = request.into_parts();
+        let path = normalise(head.uri.path(), &self.settings.base_path);
+        let (subject, reply) =
+            match self.route(&head.method, &head.headers, path.as_deref(), client) {
+                Ok(route) => {
+                    let body = Arriving::new(body, started, self.settings.request_timeout);
+                    let reply = self.dispatch(route, &head, body, client).await;
+                    (Subject::Route(route), reply.unwrap_or_else(Reply::from))
+                }
+                Err(answered) => answered,
+            };
+        self.finish(subject, &head.method, &head.headers, reply, started)
+    }
+
+    /// What is asked for; or the answer, and what it is counted as, where that is nothing here.
+    fn route<'a>(
+        &self,
+        method: &Method,
+        headers: &HeaderMap,
+        path: Option<&'a str>,
+        client: Client,
+    ) -> Result<Route<'a>, (Subject<'a>, Reply)> {
+        if !self.settings.access.serves(client.verified) {
+            return Err((Subject::Unknown, Failure::Blocked.into()));
+        }
+        if method == Method::OPTIONS {
+            let mut reply = reply::preflight();
+            self.settings.cors.decorate_preflight(headers, reply.headers_mut());
+            return Err((Subject::Preflight, reply));
+        }
+        match path.map_or(Err(NoRoute::Path), |path| Route::parse(method, path)) {
+            Ok(route) if !self.is_disabled(route) => Ok(route),
+            Ok(_) | Err(NoRoute::Path) => Err((Subject::Unknown, Failure::NotFound.into())),
+            Err(NoRoute::Method(known)) => {
+                Err((Subject::Unknown, Failure::Method(known.into()).into()))
+            }
+        }
+    }
+
+    /// Completes an answer, and counts it.
+    fn finish(
+        &self,
+        subject: Subject<'_>,
+        method: &Method,
+        headers: &HeaderMap,
+        mut reply: Reply,
+        started: Instant,
+    ) -> Reply {
+        if subject != Subject::Preflight {
+            self.settings.cors.decorate(headers, reply.headers_mut());
+        }
+        let reply = reply::without_body(method, reply);
+        self.meter.record(subject, method, &reply, started.elapsed());
+        reply
+    }
+
+    /// Answers what was asked.
     async fn dispatch(
         &self,
         route: Route<'_>,
         head: &Parts,
         body: Arriving,
         client: Client,
-    ) -> Result<(Reply, Option<Basis>), Failure> {
+    ) -> Result<Reply, Failure> {
         let headers = &head.headers;
         let query = head.uri.query().unwrap_or_default();
-        let reply = match route {
-            Route::ClientFeatures => return self.features(headers, query).await,
-            Route::Frontend(shown) => return self.flags(shown, head, body, client).await,
+        match route {
+            Route::ClientFeatures => {
+                let reader = self.reader(headers, &[TokenKind::Client]).await?;
+                let body = client::features(headers, query, &reader.snapshot, &reader.grant.scope)?;
+                Ok(self.advise(reply::body(headers, &body, Freshness::Unsaid).await))
+            }
+            Route::Frontend(shown) => {
+                let reader = self.reader(headers, &[TokenKind::Frontend]).await?;
+                let body = self.context_body(head, body).await?;
+                let found = {
+                    let told = context(head, body.as_ref())?;
+                    self.evaluated(&reader, &told, shown, headers, client)
+                };
+                Ok(frontend::flags(headers, found).await)
+            }
             Route::Health => Ok(self.ops.health()),
             Route::Ready => Ok(self.ops.ready()),
             Route::Prometheus => Ok(self.ops.metrics()),
@@ -201,15 +253,15 @@ impl Data {
                     let body = body.read(headers, limit).await?;
                     edge::validate(&self.auth, &body).await
                 };
-                Box::pin(self.guesses.answer(client.verified, answer)).await
+                self.guesses.answer(client.verified, answer).await
             }
             Route::ClientFeature(name) => {
                 let Reader { grant, snapshot, .. } =
                     self.reader(headers, &[TokenKind::Client]).await?;
                 client::feature(headers, name, &snapshot, &grant.scope).await
             }
-            Route::ClientDelta => Box::pin(self.delta(headers, query)).await,
-            Route::ClientStreaming => Box::pin(self.stream(headers, query, client)).await,
+            Route::ClientDelta => self.delta(headers, query).await,
+            Route::ClientStreaming => self.stream(headers, query, client).await,
             Route::FrontendFeature(name) => {
                 let Reader { grant, snapshot, .. } =
                     self.reader(headers, &[TokenKind::Frontend]).await?;
@@ -218,39 +270,36 @@ impl Data {
                 let asked = self.question(&told, client, &snapshot, &grant.scope);
                 frontend::flag(headers, name, asked).await
             }
-            Route::FrontendStreaming => Box::pin(self.follow_flags(head, body, client)).await,
+            Route::FrontendStreaming => self.follow_flags(head, body, client).await,
             Route::OfrepEvents => Ok(ofrep::told(None, self.ofrep_events(head, client))),
-            Route::OfrepFlags => {
-                Ok(ofrep::told(None, Box::pin(self.ofrep_flags(head, body, client)).await))
-            }
+            Route::OfrepFlags => Ok(ofrep::told(None, self.ofrep_flags(head, body, client).await)),
             Route::OfrepFlag(key) => {
-                let answer = Box::pin(self.ofrep_flag(head, key, body, client)).await;
+                let answer = self.ofrep_flag(head, key, body, client).await;
                 Ok(ofrep::told(Some(key), answer))
             }
             Route::Register(kind) => {
-                let report = Box::pin(self.report(kind, headers, body)).await?;
+                let report = self.report(kind, headers, body).await?;
                 let register =
                     || report::register(&self.usage, &report.reporter(), headers, &report.body);
                 long::work(report.body.len(), register).await
             }
             Route::Metrics(kind) => {
-                let report = Box::pin(self.report(kind, headers, body)).await?;
+                let report = self.report(kind, headers, body).await?;
                 let metrics =
                     || report::metrics(&self.usage, &report.reporter(), headers, &report.body);
                 long::work(report.body.len(), metrics).await
             }
             Route::Bulk => {
-                let report = Box::pin(self.report(TokenKind::Client, headers, body)).await?;
+                let report = self.report(TokenKind::Client, headers, body).await?;
                 let bulk = || report::bulk(&self.usage, &report.reporter(), &report.body);
                 long::work(report.body.len(), bulk).await
             }
             Route::Instance => {
-                let report = Box::pin(self.report(TokenKind::Client, headers, body)).await?;
+                let report = self.report(TokenKind::Client, headers, body).await?;
                 let instance = || report::instance(&self.usage, &report.reporter(), &report.body);
                 long::work(report.body.len(), instance).await
             }
-        };
-        reply.map(|reply| (reply, None))
+        }
     }
 
     /// What an SDK or another edge reports with a token of a kind.
@@ -266,40 +315,57 @@ impl Data {
         Ok(Report { admission, snapshot, body })
     }
 
-    /// Answers server SDKs.
-    async fn features(
-        &self,
-        headers: &HeaderMap,
-        query: &str,
-    ) -> Result<(Reply, Option<Basis>), Failure> {
-        let reader = self.reader(headers, &[TokenKind::Client]).await?;
-        let scope = &reader.grant.scope;
-        let mut reply = client::features(headers, query, &reader.snapshot, scope).await?;
+    /// Answers server SDKs, if that need not be waited for.
+    fn features(&self, headers: &HeaderMap, query: &str) -> Option<Result<Reply, Failure>> {
+        let body = self.reader_at_once(headers, &[TokenKind::Client])?.and_then(|reader| {
+            client::features(headers, query, &reader.snapshot, &reader.grant.scope)
+        });
+        match body {
+            Ok(body) => {
+                let reply = reply::body_at_once(headers, &body, Freshness::Unsaid).ok()?;
+                Some(Ok(self.advise(reply)))
+            }
+            Err(failure) => Some(Err(failure)),
+        }
+    }
+
+    /// Tells SDKs that can follow a stream to do so, where they are to.
+    fn advise(&self, mut reply: Reply) -> Reply {
         if self.streams.fetch_mode() == Some(FetchMode::Streaming) {
             reply::prefer_streaming(&mut reply);
         }
-        Ok((reply, Some(reader.basis(Holds::Always))))
+        reply
     }
 
-    /// Answers frontends.
-    async fn flags(
+    /// Answers frontends that tell their context in the query, if that need not be waited for.
+    fn flags(
         &self,
         shown: Shown,
-        head: &Parts,
-        body: Arriving,
+        headers: &HeaderMap,
+        query: &str,
         client: Client,
-    ) -> Result<(Reply, Option<Basis>), Failure> {
-        let headers = &head.headers;
-        let reader = self.reader(headers, &[TokenKind::Frontend]).await?;
-        let body = self.context_body(head, body).await?;
-        let found = {
-            let told = context(head, body.as_ref())?;
-            let scope = &reader.grant.scope;
-            let question = self.question(&told, client, &reader.snapshot, scope);
-            frontend::evaluated(headers, shown, &reader.snapshot.view(&scope.projects), question)
-        };
-        let basis = found.holds.map(|holds| reader.basis(holds));
-        Ok((frontend::flags(headers, found).await, basis))
+    ) -> Option<Result<Reply, Failure>> {
+        let found = self.reader_at_once(headers, &[TokenKind::Frontend])?.and_then(|reader| {
+            let told = FrontendContext::from_query(query)?;
+            Ok(self.evaluated(&reader, &told, shown, headers, client))
+        });
+        match found {
+            Ok(found) => frontend::flags_at_once(headers, &found).map(Ok),
+            Err(failure) => Some(Err(failure)),
+        }
+    }
+
+    fn evaluated(
+        &self,
+        reader: &Reader,
+        told: &FrontendContext<'_>,
+        shown: Shown,
+        headers: &HeaderMap,
+        client: Client,
+    ) -> Found {
+        let scope = &reader.grant.scope;
+        let question = self.question(told, client, &reader.snapshot, scope);
+        frontend::evaluated(headers, shown, &reader.snapshot.view(&scope.projects), question)
     }
 
     /// Answers OpenFeature's web providers.
@@ -424,6 +490,10 @@ impl Data {
     /// environment that is served here.
     async fn admit(&self, headers: &HeaderMap, wanted: &[TokenKind]) -> Result<Admission, Failure> {
         let admission = self.auth.authenticate(self.presented(headers)?).await?;
+        self.admitted(admission, wanted)
+    }
+
+    fn admitted(&self, admission: Admission, wanted: &[TokenKind]) -> Result<Admission, Failure> {
         if !wanted.contains(&admission.grant.kind) {
             return Err(Failure::WrongKind);
         }
@@ -443,12 +513,33 @@ impl Data {
             Some(snapshot) => Some(snapshot),
             None if first_seen => {
                 let arrival = self.snapshots.wait_for_scope(&grant.scope);
-                let arrival = tokio::time::timeout(self.settings.patience, arrival);
-                Box::pin(arrival).await.ok().flatten()
+                tokio::time::timeout(self.settings.patience, arrival).await.ok().flatten()
             }
             None => None,
         };
         snapshot.map(|snapshot| Reader { grant, digest, snapshot }).ok_or(NO_FLAGS)
+    }
+
+    /// The same, if it need not be waited for.
+    fn reader_at_once(
+        &self,
+        headers: &HeaderMap,
+        wanted: &[TokenKind],
+    ) -> Option<Result<Reader, Failure>> {
+        let known = match self.presented(headers) {
+            Ok(header) => self.auth.authenticate_known(header)?.map_err(Failure::from),
+            Err(failure) => Err(failure),
+        };
+        let admission = match known.and_then(|admission| self.admitted(admission, wanted)) {
+            Ok(admission) => admission,
+            Err(failure) => return Some(Err(failure)),
+        };
+        let Admission { grant, digest, first_seen } = admission;
+        match self.snapshots.load_for(&grant.scope) {
+            Some(snapshot) => Some(Ok(Reader { grant, digest, snapshot })),
+            None if first_seen => None,
+            None => Some(Err(NO_FLAGS)),
+        }
     }
 
     /// The body that holds the context, where it is not in the query.
@@ -493,14 +584,6 @@ struct Reader {
     grant: Arc<Grant>,
     digest: TokenDigest,
     snapshot: Arc<Snapshot>,
-}
-
-impl Reader {
-    /// What an answer to them rests on.
-    fn basis(&self, holds: Holds) -> Basis {
-        let snapshot = Arc::downgrade(&self.snapshot);
-        Basis { digest: self.digest, grant: Arc::clone(&self.grant), snapshot, holds }
-    }
 }
 
 /// What is reported, and by whom.

@@ -23,7 +23,7 @@ use super::{
     reply::{self, Failure, Freshness, Reply},
 };
 use crate::{
-    answers::{self, Answer, Holds, followed},
+    answers::{self, Answer, followed},
     snapshot::{Shown, View, body::Body},
     wire::context,
 };
@@ -41,23 +41,21 @@ pub fn answer_of(last_event_id: Option<&HeaderValue>) -> Option<u128> {
 
 /// What a question came to.
 #[derive(Debug)]
-pub struct Found {
-    /// A body, or that the client has the one of this entity tag.
-    answer: Result<Arc<Body>, HeaderValue>,
-    /// As of when it holds, if it is not of one time only.
-    pub holds: Option<Holds>,
+pub enum Found {
+    /// This body.
+    Body(Arc<Body>),
+    /// The one of this entity tag, which the client has.
+    Unchanged(HeaderValue),
 }
 
 /// Answers a question about the flags of `view`.
 pub fn evaluated(headers: &HeaderMap, shown: Shown, view: &View, question: Question<'_>) -> Found {
     question.answer(view, |context| {
         let answer = Answer::of(question.snapshot, view, context, shown);
-        let holds = answer.is_settled().then(|| Holds::of(view.reads(), context.now));
-        let answer = match revalidated(headers, || answer.etag()) {
-            Some(etag) => Err(etag),
-            None => Ok(answer.body()),
-        };
-        Found { answer, holds }
+        match revalidated(headers, || answer.etag()) {
+            Some(etag) => Found::Unchanged(etag),
+            None => Found::Body(answer.body()),
+        }
     })
 }
 
@@ -72,9 +70,17 @@ fn revalidated(headers: &HeaderMap, etag: impl FnOnce() -> HeaderValue) -> Optio
 
 /// `/api/frontend` and `/api/frontend/all`.
 pub async fn flags(headers: &HeaderMap, found: Found) -> Reply {
-    match found.answer {
-        Ok(body) => reply::body(headers, &body, Freshness::Revalidate).await,
-        Err(etag) => reply::not_modified(&etag, Freshness::Revalidate),
+    match found {
+        Found::Body(body) => reply::body(headers, &body, Freshness::Revalidate).await,
+        Found::Unchanged(etag) => reply::not_modified(&etag, Freshness::Revalidate),
+    }
+}
+
+/// The same, if it need not be waited for.
+pub fn flags_at_once(headers: &HeaderMap, found: &Found) -> Option<Reply> {
+    match found {
+        Found::Body(body) => reply::body_at_once(headers, body, Freshness::Revalidate).ok(),
+        Found::Unchanged(etag) => Some(reply::not_modified(etag, Freshness::Revalidate)),
     }
 }
 

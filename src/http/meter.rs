@@ -52,10 +52,6 @@ pub enum Subject<'a> {
 /// What the labels of routes are followed by.
 const OTHERS: [&str; 2] = ["preflight", "unknown"];
 
-/// Which series a request belongs to.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct SeriesId(usize);
-
 /// The series of requests; each is made when it is first needed.
 #[derive(Debug)]
 pub struct Meter {
@@ -111,19 +107,10 @@ impl Meter {
     }
 
     /// Counts one answered request.
-    pub fn record(&self, subject: Subject<'_>, method: &Method, reply: &Reply, took: Duration) {
-        self.count(self.series(subject, method, reply), reply::length(reply), took);
-    }
-
-    /// What requests are counted as that are answered so.
-    pub fn series(&self, subject: Subject<'_>, method: &Method, reply: &Reply) -> SeriesId {
-        SeriesId(self.index(subject, method, reply.status()))
-    }
-
-    /// Counts one answer, with a body of so many bytes.
     #[expect(clippy::cast_precision_loss, reason = "bodies are far below 2^52 bytes")]
-    pub fn count(&self, series: SeriesId, size: u64, took: Duration) {
-        let lane = &self.series[series.0].get_or_init(Box::default).0[lane()];
+    pub fn record(&self, subject: Subject<'_>, method: &Method, reply: &Reply, took: Duration) {
+        let (series, size) = (self.index(subject, method, reply.status()), reply::length(reply));
+        let lane = &self.series[series].get_or_init(Box::default).0[lane()];
         let nanoseconds = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
         lane.durations.record(bucket(&SECONDS, took.as_secs_f64()), nanoseconds);
         lane.sizes.record(bucket(&BYTES, size as f64), size);

@@ -5,7 +5,6 @@
 
 mod failure;
 mod outgoing;
-mod written;
 
 use std::sync::Arc;
 
@@ -22,8 +21,7 @@ use tokio::sync::Semaphore;
 
 pub use self::{
     failure::Failure,
-    outgoing::{Flow, Live, Outgoing},
-    written::Written,
+    outgoing::{Live, Outgoing},
 };
 use super::{coding, conditional};
 use crate::snapshot::body::{Body, Coded, Coding};
@@ -92,17 +90,27 @@ pub fn not_modified(etag: &HeaderValue, freshness: Freshness) -> Reply {
 /// among a few; what is quick to make is made at once. Dropping the future leaves that work to finish for
 /// the next who asks.
 pub async fn body(request: &HeaderMap, body: &Arc<Body>, freshness: Freshness) -> Reply {
+    match body_at_once(request, body, freshness) {
+        Ok(reply) => reply,
+        Err(coding) => Box::pin(body_made(Arc::clone(body), coding, freshness)).await,
+    }
+}
+
+/// The same, or the coding that has to be waited for.
+pub fn body_at_once(
+    request: &HeaderMap,
+    body: &Body,
+    freshness: Freshness,
+) -> Result<Reply, Coding> {
     if conditional::none_match_names(request, body.etag()) {
-        return not_modified(body.etag(), freshness);
+        return Ok(not_modified(body.etag(), freshness));
     }
     let coding = body.effective(coding::preferred(request, |coding| body.offers(coding)));
-    if let Some(coded) = body.ready(coding) {
-        return body_as(coded.clone(), coding, freshness);
+    match body.ready(coding) {
+        Some(coded) => Ok(body_as(coded.clone(), coding, freshness)),
+        None if body.is_quick() => Ok(body_as(body.make(coding).clone(), coding, freshness)),
+        None => Err(coding),
     }
-    if body.is_quick() {
-        return body_as(body.make(coding).clone(), coding, freshness);
-    }
-    Box::pin(body_made(Arc::clone(body), coding, freshness)).await
 }
 
 /// How many bodies are compressed at a time: more threads would take memory and finish no sooner.

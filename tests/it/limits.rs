@@ -234,7 +234,11 @@ async fn bytes_that_are_no_http_harm_nobody() {
 
 #[tokio::test]
 async fn a_client_that_does_not_finish_its_head_is_dropped() {
-    let parapet = Local::offline_with(FLAGS, &["--header-read-timeout-seconds", "1"]).await;
+    let parapet = Local::offline_with(
+        FLAGS,
+        &["--header-read-timeout-seconds", "1", "--edge-keepalive-timeout", "1"],
+    )
+    .await;
     let half_heads: [&[u8]; 7] = [
         b"",
         b"G",
@@ -255,8 +259,9 @@ async fn a_client_that_does_not_finish_its_head_is_dropped() {
 }
 
 #[tokio::test]
-async fn connections_beyond_the_limit_wait_until_one_ends() {
-    let parapet = Local::offline_with(FLAGS, &["--max-connections", "2"]).await;
+async fn an_idle_connection_makes_room_for_one_beyond_the_limit_and_a_busy_one_does_not() {
+    let limits = ["--max-connections", "2", "--max-connections-per-address", "2"];
+    let parapet = Local::offline_with(FLAGS, &limits).await;
     let request = b"GET /internal-backstage/health HTTP/1.1\r\nhost: a\r\n\r\n";
     let ask = async |stream: &mut TcpStream| {
         stream.write_all(request).await.unwrap();
@@ -265,20 +270,22 @@ async fn connections_beyond_the_limit_wait_until_one_ends() {
         assert!(answer[..length].starts_with(b"HTTP/1.1 200"));
     };
     let connect = || async { TcpStream::connect(parapet.address()).await.unwrap() };
-    let (mut first, mut second) = (connect().await, connect().await);
-    ask(&mut first).await;
-    ask(&mut second).await;
-    let mut third = connect().await;
-    third.write_all(request).await.unwrap();
-    for _ in 0..20 {
-        ask(&mut first).await;
-        ask(&mut second).await;
+    let (mut busy, mut idle) = (connect().await, connect().await);
+    ask(&mut busy).await;
+    let post = format!(
+        "POST /api/frontend HTTP/1.1\r\nhost: a\r\nauthorization: {FRONTEND}\r\ncontent-length: 2\r\n\r\n{{"
+    );
+    busy.write_all(post.as_bytes()).await.unwrap();
+    ask(&mut idle).await;
+    for _ in 0..3 {
+        let mut next = connect().await;
+        ask(&mut next).await;
+        assert_eq!(idle.read(&mut [0]).await.unwrap(), 0, "it has made room");
+        idle = next;
     }
+    busy.write_all(b"}").await.unwrap();
     let mut answer = [0; 12];
-    let early = third.try_read(&mut answer).unwrap_err();
-    assert_eq!(early.kind(), std::io::ErrorKind::WouldBlock);
-    drop(first);
-    third.read_exact(&mut answer).await.unwrap();
+    busy.read_exact(&mut answer).await.unwrap();
     assert_eq!(&answer, b"HTTP/1.1 200");
 }
 

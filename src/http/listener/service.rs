@@ -1,39 +1,44 @@
 //! What answers requests.
 
-use std::{future::Future, net::SocketAddr, time::Instant};
+use std::{fmt, future::Future, pin::Pin, sync::Arc};
 
 use hyper::{Request, body::Incoming};
 
+use super::info::ConnectionInfo;
 use crate::http::reply::Reply;
 
 /// What answers requests.
 pub trait Service: Send + Sync + 'static {
-    /// What an answer rests on that may be given again, to the same bytes from the same address.
-    type Terms: Send + Sync + 'static;
-
-    /// Answers one request of a peer.
+    /// Answers one request of a connection, or says how.
+    ///
+    /// This runs on the connection's task: what takes long, or waits, is left to the answer's future.
     fn call(
-        &self,
+        self: &Arc<Self>,
         request: Request<Incoming>,
-        peer: SocketAddr,
-    ) -> impl Future<Output = Answered<Self::Terms>> + Send;
-
-    /// Whether what was answered on these terms is right now as well, to a request that came at
-    /// `started`. It is given then, and counts like any other.
-    fn revalidate(&self, terms: &Self::Terms, started: Instant) -> bool;
+        connection: &Arc<ConnectionInfo>,
+    ) -> Answer;
 }
 
-/// An answer.
-#[derive(Debug)]
-pub struct Answered<T> {
-    /// What goes back.
-    pub reply: Reply,
-    /// What it rests on, if it may be given again.
-    pub terms: Option<T>,
+/// An answer to a request.
+pub enum Answer {
+    /// It is there. Most requests are answered so: a future would be moved about and boxed for nothing.
+    Ready(Reply),
+    /// It has to be waited for.
+    Later(Pin<Box<dyn Future<Output = Reply> + Send>>),
 }
 
-impl<T> From<Reply> for Answered<T> {
-    fn from(reply: Reply) -> Self {
-        Self { reply, terms: None }
+impl Answer {
+    /// One that has to be waited for.
+    pub fn later(reply: impl Future<Output = Reply> + Send + 'static) -> Self {
+        Self::Later(Box::pin(reply))
+    }
+}
+
+impl fmt::Debug for Answer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ready(reply) => f.debug_tuple("Ready").field(reply).finish(),
+            Self::Later(_) => f.write_str("Later"),
+        }
     }
 }

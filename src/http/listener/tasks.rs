@@ -8,6 +8,8 @@ use std::{
 use hyper::rt::Executor;
 use tokio::task::JoinSet;
 
+use super::answer_body::Progress;
+
 /// Everything that a listener runs: connections, and the requests of those that speak HTTP/2.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Tasks(Arc<Mutex<JoinSet<()>>>);
@@ -41,10 +43,9 @@ impl Tasks {
     }
 }
 
+/// Hyper runs each request of an HTTP/2 connection as a task of its own, until its answer is sent.
 impl<F: Future<Output: Send> + Send + 'static> Executor<F> for Tasks {
     fn execute(&self, task: F) {
-        self.spawn(async {
-            task.await;
-        });
+        self.spawn(Progress::supervise(task));
     }
 }

@@ -10,19 +10,9 @@ use std::{
 use bytes::Bytes;
 use futures_util::Stream;
 use hyper::body::{Body, Frame, SizeHint};
-use tokio::time::Instant;
 
 /// Bytes as they come about; it ends when there will be no more.
-pub type Live = Pin<Box<dyn Flow + Send>>;
-
-/// What comes about, piece by piece.
-pub trait Flow: Stream<Item = Bytes> {
-    /// Ready when it is over although its last piece is not taken yet: because of what else ends it,
-    /// or because it is `late`, and nothing of the piece was taken for too long.
-    ///
-    /// For whoever cannot ask for the next piece meanwhile, which would tell the same.
-    fn poll_over(self: Pin<&mut Self>, cx: &mut Context<'_>, late: Instant) -> Poll<()>;
-}
+pub type Live = Pin<Box<dyn Stream<Item = Bytes> + Send>>;
 
 /// The body of a response.
 pub enum Outgoing {
@@ -81,13 +71,5 @@ impl Body for Outgoing {
             Self::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, Bytes::len) as u64),
             Self::Live(_) => SizeHint::default(),
         }
-    }
-}
-
-/// What only its own pieces end, for tests of what does not ask.
-#[cfg(test)]
-impl<S: Stream<Item = Bytes>> Flow for futures_util::stream::Fuse<S> {
-    fn poll_over(self: Pin<&mut Self>, _: &mut Context<'_>, _: Instant) -> Poll<()> {
-        Poll::Pending
     }
 }

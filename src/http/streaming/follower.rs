@@ -19,7 +19,7 @@ use tokio::{
 use tokio_util::sync::{ReusableBoxFuture, WaitForCancellationFutureOwned};
 
 use super::{seats::Seat, teller::Teller};
-use crate::{feed::Number, http::reply::Flow, wire::sse};
+use crate::{feed::Number, wire::sse};
 
 /// How often a comment is sent at least: Node's SDK gives up after 60 s of silence.
 const COMMENT_EVERY: Duration = Duration::from_secs(25);
@@ -158,31 +158,6 @@ impl<T: Teller> Stream for Follower<T> {
                 Stage::Over => return Poll::Ready(None),
             }
         }
-    }
-}
-
-impl<T: Teller> Flow for Follower<T> {
-    fn poll_over(self: Pin<&mut Self>, cx: &mut Context<'_>, late: Instant) -> Poll<()> {
-        let mut this = self.project();
-        let tally = this.seat.tally();
-        if *this.stage == Stage::Over {
-            return Poll::Ready(());
-        }
-        // Of the sign the task was told to be woken when it asked for the first piece.
-        let why = if this.seat.over().is_given() {
-            // Who does not read is told no good-bye, and need not go one by one.
-            if this.seat.stagger().is_some() { &tally.shut } else { &tally.revoked }
-        } else {
-            let end = late.min(*this.over_at);
-            if this.alarm.deadline() != end {
-                this.alarm.as_mut().reset(end);
-            }
-            ready!(this.alarm.as_mut().poll(cx));
-            if late < *this.over_at { &tally.stalled } else { &tally.aged }
-        };
-        why.increment(1);
-        *this.stage = Stage::Over;
-        Poll::Ready(())
     }
 }
 

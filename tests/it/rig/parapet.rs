@@ -24,6 +24,8 @@ pub(crate) struct Setup {
     environment: Vec<(OsString, OsString)>,
 }
 
+const DRAIN_DELAY: &str = "--drain-delay-seconds";
+
 impl Setup {
     /// Adds a flag and its value.
     pub(crate) fn flag(self, name: &str, value: impl Into<OsString>) -> Self {
@@ -288,6 +290,10 @@ impl Parapet {
     fn launch(&self) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_parapet"));
         command.arg(self.setup.mode).args(&self.setup.arguments);
+        if !self.setup.arguments.iter().any(|it| it == DRAIN_DELAY) {
+            // No test's client needs time to leave, but for those that say so.
+            command.arg(DRAIN_DELAY).arg("0");
+        }
         command.arg("--port").arg(self.port.to_string()).arg("--interface").arg("127.0.0.1");
         command
             .arg("--admin-port")

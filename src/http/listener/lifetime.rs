@@ -1,0 +1,121 @@
+//! When a connection ends: the policy, without a clock and without IO.
+//!
+//! A connection is looked at when its alarm rings, and when something has begun that may not last. What
+//! has happened on it since the last look is told by counters ([`Activity`]), so that a request costs
+//! no look at the clock: a connection that was in use lately is taken to have been in use until now,
+//! and stays a little longer than it has to. It never ends earlier.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::{
+    activity::{Activity, Seen, Waiting},
+    limits::{LEAVE_WITHIN, Limits, STALLED_AFTER},
+};
+
+/// What is to be done with a connection.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Verdict {
+    /// Nothing, and it is looked at again at this time.
+    Stay(Instant),
+    /// It is old: its next answer is its last. It is looked at again at this time.
+    Retire(Instant),
+    /// It is told to end, as its protocol has it, and looked at again at this time.
+    Leave(Instant),
+    /// It is closed as it is.
+    Close,
+}
+
+/// How long a connection has lasted, and may last.
+#[derive(Debug)]
+pub(super) struct Lifetime {
+    idle_timeout: Duration,
+    header_read_timeout: Duration,
+    ages_at: Option<Instant>,
+    /// When it was last known to be in use.
+    used_at: Instant,
+    seen: Seen,
+    /// What it waited for at the last look, and since when.
+    waits: (Waiting, Instant),
+    left_at: Option<Instant>,
+}
+
+/// How many looks there are in the time for which an idle connection is kept: it is kept longer by at most
+/// what lies between two.
+const LOOKS: u32 = 8;
+
+impl Lifetime {
+    /// One that begins now. `luck` is between 0 and 1, so that connections which began together do not
+    /// end together.
+    pub(super) fn new(limits: &Limits, luck: f64, now: Instant) -> Self {
+        Self {
+            idle_timeout: limits.idle_timeout,
+            header_read_timeout: limits.header_read_timeout,
+            ages_at: limits.max_age.map(|age| now + age.mul_f64(0.9 + 0.2 * luck)),
+            used_at: now,
+            seen: Seen::default(),
+            waits: (Waiting::Request, now),
+            left_at: None,
+        }
+    }
+
+    /// When to look for the first time.
+    pub(super) fn first_look(&self) -> Instant {
+        let first = self.used_at + self.idle_timeout / LOOKS;
+        self.ages_at.map_or(first, |age| age.min(first))
+    }
+
+    /// Says that the connection was told to end.
+    pub(super) fn leave(&mut self, now: Instant) {
+        self.left_at.get_or_insert(now);
+    }
+
+    /// What is to be done at this time.
+    pub(super) fn look(&mut self, activity: &Activity, now: Instant) -> Verdict {
+        let (seen, waiting) = (activity.seen(), activity.waiting());
+        let before = std::mem::replace(&mut self.seen, seen);
+        // Writes are no use: answers to pings are among them.
+        let is_same = seen.requests == before.requests;
+        if !is_same || waiting != Waiting::Request {
+            self.used_at = now;
+        }
+        if seen != before || self.waits.0 != waiting {
+            self.waits = (waiting, now);
+        }
+        let since = self.waits.1;
+        let soon = now + self.idle_timeout / LOOKS;
+        let next = match (waiting, self.left_at) {
+            // Whoever answers has a deadline of its own.
+            (Waiting::Answer, _) => {
+                if is_same {
+                    now + self.idle_timeout
+                } else {
+                    soon
+                }
+            }
+            (Waiting::Client, _) => since + STALLED_AFTER,
+            (Waiting::Head, _) => since + self.header_read_timeout,
+            (Waiting::Request, Some(left_at)) => left_at.max(self.used_at) + LEAVE_WITHIN,
+            (Waiting::Request, None) => {
+                let idle_until = self.used_at + self.idle_timeout;
+                if idle_until <= now {
+                    self.left_at = Some(now);
+                    return Verdict::Leave(now + LEAVE_WITHIN);
+                }
+                idle_until.min(soon)
+            }
+        };
+        if next <= now {
+            return Verdict::Close;
+        }
+        match self.ages_at {
+            Some(ages_at) if ages_at <= now => {
+                self.ages_at = None;
+                Verdict::Retire(next)
+            }
+            Some(ages_at) => Verdict::Stay(next.min(ages_at)),
+            None => Verdict::Stay(next),
+        }
+    }
+}
