@@ -8,7 +8,7 @@ use std::{
     collections::HashMap,
     hash::Hash,
     net::{IpAddr, Ipv6Addr},
-    sync::{Mutex, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -16,6 +16,8 @@ use tokio::time::Instant;
 
 /// How many buckets there may be.
 const MAX_KEYS: usize = 10_000;
+/// How often those that are full are looked for: a flood of newcomers does not pay for it each time.
+const SWEEP: Duration = Duration::from_secs(1);
 
 /// How often something may be done.
 #[derive(Clone, Copy, Debug)]
@@ -38,42 +40,65 @@ impl Rate {
 pub struct Buckets<K> {
     rate: Rate,
     max: usize,
-    /// By key, when its bucket will be full.
-    full_at: Mutex<HashMap<Option<K>, Instant>>,
+    held: Mutex<Held<K>>,
+}
+
+#[derive(Debug)]
+struct Held<K> {
+    /// By key, when its bucket will be full; `None` is shared by newcomers.
+    full_at: HashMap<Option<K>, Instant>,
+    /// When those that were full were last removed for want of room.
+    swept: Option<Instant>,
 }
 
 impl<K: Clone + Eq + Hash> Buckets<K> {
     /// Buckets of this rate, all of them full.
     pub fn new(rate: Rate) -> Self {
-        Self { rate, max: MAX_KEYS, full_at: Mutex::default() }
+        let held = Held { full_at: HashMap::new(), swept: None };
+        Self { rate, max: MAX_KEYS, held: Mutex::new(held) }
     }
 
     /// Takes one from the bucket of `key`, or says when there will be one.
     pub fn take(&self, key: &K) -> Result<(), Duration> {
         let now = Instant::now();
-        let mut buckets = self.full_at.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut held = self.held();
         let mut key = Some(key.clone());
-        if !buckets.contains_key(&key) && buckets.len() >= self.max {
-            buckets.retain(|_, full_at| *full_at > now);
-            if buckets.len() >= self.max {
-                key = None;
-            }
+        if !held.full_at.contains_key(&key) && !held.has_room(self.max, now) {
+            key = None;
         }
-        let full_at = buckets.get(&key).map_or(now, |at| (*at).max(now)) + self.rate.every;
+        let full_at = held.full_at.get(&key).map_or(now, |at| (*at).max(now)) + self.rate.every;
         let wait = (full_at - now).saturating_sub(self.rate.refill(self.rate.burst));
         if wait > Duration::ZERO {
             return Err(wait);
         }
-        buckets.insert(key, full_at);
+        held.full_at.insert(key, full_at);
         Ok(())
     }
 
-    /// Gives back what [`Buckets::take`] took.
+    /// Gives back what [`Buckets::take`] took: whoever has no bucket took it from the shared one.
     pub fn give_back(&self, key: &K) {
-        let mut buckets = self.full_at.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(full_at) = buckets.get_mut(&Some(key.clone())) {
+        let mut held = self.held();
+        let own = Some(key.clone());
+        let key = if held.full_at.contains_key(&own) { own } else { None };
+        if let Some(full_at) = held.full_at.get_mut(&key) {
             *full_at = full_at.checked_sub(self.rate.every).unwrap_or(*full_at);
         }
+    }
+
+    fn held(&self) -> MutexGuard<'_, Held<K>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<K: Eq + Hash> Held<K> {
+    /// Whether there may be one bucket more, once those that are full are removed.
+    fn has_room(&mut self, max: usize, now: Instant) -> bool {
+        let is_due = self.swept.is_none_or(|swept| now >= swept + SWEEP);
+        if self.full_at.len() >= max && is_due {
+            self.full_at.retain(|_, full_at| *full_at > now);
+            self.swept = Some(now);
+        }
+        self.full_at.len() < max
     }
 }
 
@@ -117,10 +142,40 @@ mod tests {
         let admitted = (3..1000).filter(|key| buckets.take(key).is_ok()).count();
         assert_eq!(admitted, 2);
         assert_eq!(buckets.take(&0), Ok(()), "whoever was known has a bucket still");
-        assert!(buckets.full_at.lock().unwrap().len() <= 4);
+        assert!(buckets.held().full_at.len() <= 4);
         tokio::time::advance(Duration::from_mins(1)).await;
         assert_eq!(buckets.take(&5), Ok(()));
-        assert_eq!(buckets.full_at.lock().unwrap().len(), 1);
+        assert_eq!(buckets.held().full_at.len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn shared_bucket_is_given_back_to() {
+        let buckets = Buckets { max: 1, ..Buckets::new(RATE) };
+        assert_eq!(buckets.take(&0), Ok(()));
+        for newcomer in 1..100 {
+            assert_eq!(buckets.take(&newcomer), Ok(()), "{newcomer}");
+            buckets.give_back(&newcomer);
+        }
+        // The bucket of the first is as it was.
+        assert_eq!(buckets.take(&0), Ok(()));
+        assert!(buckets.take(&0).is_err());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn newcomers_beyond_the_bound_look_for_room_once_a_second() {
+        let buckets = Buckets { max: 2, ..Buckets::new(RATE) };
+        for key in 0..2 {
+            assert_eq!(buckets.take(&key), Ok(()));
+        }
+        tokio::time::advance(Duration::from_millis(9500)).await;
+        assert_eq!(buckets.take(&2), Ok(()));
+        // The first buckets are full now, and were not when they were last looked at.
+        tokio::time::advance(SWEEP / 2).await;
+        assert_eq!(buckets.take(&3), Ok(()));
+        assert!(buckets.take(&4).is_err());
+        tokio::time::advance(SWEEP / 2).await;
+        assert_eq!(buckets.take(&5), Ok(()));
+        assert_eq!(buckets.take(&5), Ok(()));
     }
 
     #[test]
