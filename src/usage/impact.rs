@@ -235,7 +235,9 @@ impl ImpactSeries {
             }
             Entry::Occupied(present) => {
                 let present = present.into_mut();
-                present.help = series.help;
+                if present.charge.try_replace(present.help.len(), series.help.len()) {
+                    present.help = series.help;
+                }
                 present.at = series.at;
                 present.sample.merge(series.sample, &mut present.charge);
             }
@@ -269,7 +271,9 @@ impl Sample {
                 *sum = clamped(*sum + value);
                 for (bound, more) in others {
                     let is_present = buckets.contains_key(&bound);
-                    if is_present || buckets.len() < MAX_BUCKETS && charge.try_grow(PER_BUCKET) {
+                    if is_present
+                        || buckets.len() < MAX_BUCKETS && charge.try_replace(0, PER_BUCKET)
+                    {
                         let count = buckets.entry(bound).or_default();
                         *count = count.saturating_add(more).min(MAX_INTEGER);
                     }
@@ -317,6 +321,9 @@ mod tests {
         let json = format!(r#"{{"name":"n","help":"h","type":"{kind}","samples":{samples}}}"#);
         ImpactMetric::from_value(serde_json::from_str(&json).unwrap()).unwrap()
     }
+
+    /// One sample without labels.
+    const ONE: &str = r#"[{"value":1}]"#;
 
     #[track_caller]
     fn check(kind: &str, reports: &[&str], expected: &str) {
@@ -394,6 +401,26 @@ mod tests {
         let Samples::Histogram(samples) = popped.metric.samples else { panic!() };
         assert!((2..30).contains(&samples[0].buckets.len()), "{samples:?}");
         assert!(account.try_charge(40_000).is_some());
+    }
+
+    #[test]
+    fn longer_help_is_charged_and_left_out_where_there_is_no_room() {
+        let account = Pool::new(2000).account(&TokenDigest::of("token"));
+        let mut series = ImpactSeries::default();
+        let mut helped_by = |length: usize| {
+            let metric = ImpactMetric { help: "h".repeat(length).into(), ..metric("gauge", ONE) };
+            let charge = |bytes| account.try_charge(bytes);
+            assert_eq!(series.record(&"app".into(), metric, [], charge), 0);
+            series.series.values().map(|series| series.help.len()).sum::<usize>()
+        };
+        assert_eq!(helped_by(1), 1);
+        assert_eq!(helped_by(1000), 1000);
+        assert!(account.try_charge(600).is_none());
+        assert_eq!(helped_by(10), 10);
+        let rest = account.try_charge(600).unwrap();
+        assert_eq!(helped_by(1000), 10);
+        drop((rest, series));
+        assert!(account.try_charge(1600).is_some());
     }
 
     fn gauge(app: &str, value: u8, second: Option<i64>) -> ImpactSeries {

@@ -107,6 +107,11 @@ impl Account {
         self.0.used.fetch_add(amount, Ordering::Relaxed);
         self.0.pool.used.fetch_add(amount, Ordering::Relaxed);
     }
+
+    fn subtract(&self, amount: usize) {
+        self.0.used.fetch_sub(amount, Ordering::Relaxed);
+        self.0.pool.used.fetch_sub(amount, Ordering::Relaxed);
+    }
 }
 
 impl Charge {
@@ -115,13 +120,20 @@ impl Charge {
         self.0.is_none()
     }
 
-    /// Charges the same account with more; false where that is beyond the token's share.
-    pub(super) fn try_grow(&mut self, amount: usize) -> bool {
+    /// Charges the same account with `after` where it was charged with `before`; false, and nothing is
+    /// changed, where that is more and beyond the token's share.
+    pub(super) fn try_replace(&mut self, before: usize, after: usize) -> bool {
         let Some((account, charged)) = &mut self.0 else { return true };
-        let has_room = account.has_room(amount);
+        let Some(more) = after.checked_sub(before) else {
+            let less = before - after;
+            account.subtract(less);
+            *charged -= less;
+            return true;
+        };
+        let has_room = more == 0 || account.has_room(more);
         if has_room {
-            account.add(amount);
-            *charged += amount;
+            account.add(more);
+            *charged += more;
         }
         has_room
     }
@@ -140,9 +152,8 @@ impl Clone for Charge {
 
 impl Drop for Charge {
     fn drop(&mut self) {
-        if let Some((Account(account), amount)) = &self.0 {
-            account.used.fetch_sub(*amount, Ordering::Relaxed);
-            account.pool.used.fetch_sub(*amount, Ordering::Relaxed);
+        if let Some((account, amount)) = &self.0 {
+            account.subtract(*amount);
         }
     }
 }
@@ -186,9 +197,11 @@ mod tests {
         let copy = charge.clone();
         drop(charge);
         let mut again = account.try_charge(70).unwrap();
-        assert!(!again.try_grow(11) && again.try_grow(10));
+        assert!(!again.try_replace(20, 31) && again.try_replace(20, 30));
         drop(copy);
         assert!(account.try_charge(1).is_none());
+        assert!(again.try_replace(20, 10));
+        assert!(account.try_charge(11).is_none() && account.try_charge(10).is_some());
         drop(again);
         assert!(account.try_charge(80).is_some());
     }
