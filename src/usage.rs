@@ -23,6 +23,7 @@ mod batch;
 mod counter;
 mod counters;
 mod impact;
+mod edges;
 mod lane;
 mod ledger;
 mod meter;
@@ -34,8 +35,7 @@ mod sink;
 mod spool;
 
 use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -45,11 +45,11 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use self::{
     applications::InstanceKey,
-    counter::{Counter, CounterKey, Hour, Lost, MAX_NAME, Name, shortened, storable},
+    counter::{Counter, CounterKey, Hour, Lost, Name, shortened, storable},
+    edges::Edges,
     ledger::{Counted, NoRoom},
     meter::{Endpoint, Reason},
     pipeline::Pipeline,
-    pool::{Charge, Pool},
 };
 pub use self::{
     lane::BatchId,
@@ -68,15 +68,6 @@ use crate::{
         Application, Bucket, Bulk, ClientMetrics, ConnectVia, EdgeInstance, Metadata, ToggleStats,
     },
 };
-
-/// How many edges behind this one are remembered.
-const MAX_EDGES: usize = 1000;
-/// The memory for what they tell of themselves, in bytes.
-const EDGE_BYTES: usize = 8 * 1024 * 1024;
-/// How much an edge may tell of itself, in bytes of JSON.
-const MAX_EDGE: usize = 64 * 1024;
-/// After which time an edge that is silent is forgotten; they report every minute.
-const FORGET_EDGE: Duration = Duration::from_mins(10);
 
 /// A report that is not taken because there is no room for it in its token's share.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
@@ -129,16 +120,7 @@ struct Shared {
     interval: Duration,
     /// How this instance names itself in `connectVia`.
     hop: ConnectVia,
-    edges: Mutex<BTreeMap<Arc<str>, Edge>>,
-    edge_bytes: Pool,
-}
-
-#[derive(Debug)]
-struct Edge {
-    seen: Instant,
-    /// JSON.
-    told: Box<str>,
-    _charge: Charge,
+    edges: Edges,
 }
 
 impl Usage {
@@ -149,8 +131,7 @@ impl Usage {
             pipeline: Pipeline::new(config.max_counters),
             interval: config.interval,
             hop,
-            edges: Mutex::default(),
-            edge_bytes: Pool::new(EDGE_BYTES),
+            edges: Edges::new(),
         };
         Self { shared: Arc::new(shared) }
     }
@@ -265,26 +246,8 @@ impl Usage {
         edge: &EdgeInstance,
     ) -> Result<(), Full> {
         meter::reported(Endpoint::Edge);
-        let (now, identifier) = (clock(), edge.identifier());
-        let told: Box<str> = edge.value().to_string().into();
-        if identifier.len() > MAX_NAME || told.len() > MAX_EDGE {
-            meter::items_dropped("edge_instance", 1);
-            return Ok(());
-        }
-        let mut edges = self.edges();
-        edges.retain(|_, edge| now.saturating_duration_since(edge.seen) < FORGET_EDGE);
-        if edges.len() >= MAX_EDGES && !edges.contains_key(identifier) {
-            return Err(self.full(Endpoint::Edge));
-        }
-        let account = self.shared.edge_bytes.account(reporter.token);
-        let size = size_of::<(Arc<str>, Edge)>() + identifier.len() + told.len();
-        let Some(charge) = account.try_charge(size) else {
-            return Err(self.full(Endpoint::Edge));
-        };
-        edges.insert(Arc::clone(identifier), Edge { seen: now, told, _charge: charge });
-        drop(edges);
-        self.shared.edge_bytes.sweep();
-        Ok(())
+        let is_noted = self.shared.edges.record(edge, reporter.token, clock());
+        is_noted.then_some(()).ok_or_else(|| self.full(Endpoint::Edge))
     }
 
     /// Sends a generation to `sink` at each interval until the ending begins, then what is left within
@@ -322,8 +285,7 @@ impl Usage {
 
     /// What the edges behind this one last told of themselves.
     pub fn instances(&self) -> Vec<Value> {
-        let told = |edge: &Edge| serde_json::from_str(&edge.told).unwrap_or_default();
-        self.edges().values().map(told).collect()
+        self.shared.edges.told()
     }
 
     /// How many evaluations have been sent, and let go by the outbox.
@@ -436,10 +398,6 @@ impl Usage {
             Arc::clone,
         );
         InstanceKey { environment: environment.clone(), app: Arc::clone(app), instance }
-    }
-
-    fn edges(&self) -> MutexGuard<'_, BTreeMap<Arc<str>, Edge>> {
-        self.shared.edges.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -784,29 +742,6 @@ mod tests {
         sent(&restarted, []);
         assert!(!settled(&restarted));
         assert_eq!(restarted.backlog(Some(empty.revision)), None);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn edges_behind_this_one_are_remembered_while_they_report() {
-        let usage = usage(100);
-        let tell = |identifier: &str| {
-            let body = json!({ "identifier": identifier, "traffic": {} }).to_string();
-            let edge = EdgeInstance::parse(body.as_bytes()).unwrap();
-            usage.record_edge_instance(&backend(&usage).reporter(), &edge)
-        };
-        tell("one").unwrap();
-        tokio::time::advance(FORGET_EDGE / 2).await;
-        tell("two").unwrap();
-        assert_eq!(usage.instances().len(), 2);
-        tokio::time::advance(FORGET_EDGE / 2).await;
-        tell("two").unwrap();
-        assert_eq!(usage.instances(), [json!({ "identifier": "two", "traffic": {} })]);
-        for edge in 1..MAX_EDGES {
-            tell(&edge.to_string()).unwrap();
-        }
-        assert_eq!(tell("one too many"), Err(Full { retry_after: Duration::from_mins(1) }));
-        tell("two").unwrap();
-        assert_eq!(usage.instances().len(), MAX_EDGES);
     }
 
     #[test]

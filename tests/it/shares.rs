@@ -27,6 +27,7 @@ const FRONTEND_REGISTER: &str = "/api/frontend/client/register";
 const FRONTEND_METRICS: &str = "/api/frontend/client/metrics";
 const REGISTER: &str = "/api/client/register";
 const METRICS: &str = "/api/client/metrics";
+const EDGE: &str = "/api/client/metrics/edge";
 
 /// How many requests are under way at a time.
 const TOGETHER: usize = 8;
@@ -136,6 +137,21 @@ async fn registrations_take_bounded_memory_and_a_neighbours_are_still_taken() {
 
     assert_eq!(flood(&parapet, REGISTER, STOCK, 10, large_registration).await, (10, 0));
     assert_eq!(flood(&parapet, REGISTER, SHOP, 1, |_| large_registration(0)).await.0, 1);
+}
+
+#[tokio::test]
+async fn edges_of_one_token_leave_room_for_anothers() {
+    let flags = flags();
+    let parapet = standalone(&flags).start().await;
+    let edge =
+        |nth: usize| json!({ "identifier": format!("edge-{nth}"), "traffic": {} }).to_string();
+    let (accepted, refused) = flood(&parapet, EDGE, SHOP, 1200, edge).await;
+    assert!(accepted > 500 && refused > 0, "{accepted} accepted, {refused} refused");
+    // Another's, under names that are taken, and those that are known.
+    assert_eq!(flood(&parapet, EDGE, STOCK, 10, edge).await, (10, 0));
+    assert_eq!(flood(&parapet, EDGE, SHOP, 10, edge).await, (10, 0));
+    let instances = parapet.admin_get("/internal-backstage/instancedata").await.1;
+    assert_eq!(instances["connected_instances"].as_array().unwrap().len(), accepted + 10);
 }
 
 /// A report of an application that evaluated flags until a while ago, each so often.
