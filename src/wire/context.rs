@@ -40,6 +40,10 @@ const MAX_FIELDS: usize = 1024;
 /// The longest value, in bytes.
 const MAX_VALUE: usize = 4 << 10;
 
+/// What the name and the value of a property take beside their bytes: their place in the list, and what an
+/// allocator adds to a short text.
+const PER_PROPERTY: usize = size_of::<(Cow<'_, str>, Cow<'_, str>)>() + 2 * 16;
+
 /// The most that all names and values of a context may come to, in bytes.
 pub const MAX_CONTEXT: usize = 64 << 10;
 
@@ -112,10 +116,17 @@ impl<'a> FrontendContext<'a> {
         context.within_bounds()
     }
 
-    /// The same, without what it borrows from.
+    /// The same, without what it borrows from, in no more memory than it needs.
     pub fn into_owned(self) -> FrontendContext<'static> {
-        let owned = |text: Cow<'a, str>| Cow::Owned(text.into_owned());
+        let owned = |text: Cow<'a, str>| {
+            let mut text = text.into_owned();
+            text.shrink_to_fit();
+            Cow::Owned(text)
+        };
         let properties = self.properties.into_iter();
+        let mut properties: Vec<_> =
+            properties.map(|(name, value)| (owned(name), owned(value))).collect();
+        properties.shrink_to_fit();
         FrontendContext {
             user_id: self.user_id.map(owned),
             session_id: self.session_id.map(owned),
@@ -123,7 +134,7 @@ impl<'a> FrontendContext<'a> {
             app_name: self.app_name.map(owned),
             current_time: self.current_time.map(owned),
             remote_address: self.remote_address.map(owned),
-            properties: properties.map(|(name, value)| (owned(name), owned(value))).collect(),
+            properties,
         }
     }
 
@@ -131,6 +142,11 @@ impl<'a> FrontendContext<'a> {
     pub fn size(&self) -> usize {
         let values = self.values().map(|value| value.len());
         values.chain(self.properties.iter().map(|(name, _)| name.len())).sum()
+    }
+
+    /// The memory that it takes for itself once it borrows nothing, about, in bytes.
+    pub fn memory(&self) -> usize {
+        self.size() + self.properties.len() * PER_PROPERTY
     }
 
     /// Keeps the fields whose names pass, of those that are there.

@@ -114,9 +114,9 @@ async fn stream_of_a_large_context_ends_when_flags_come_to_read_what_was_not_kep
     assert_eq!(next(&mut open(Some(&id)).await).await.2, ["all", "gold", "red"]);
 }
 
-/// Opens streams with contexts of about so many bytes, each a few hundred on the wire, and tells how much memory each
-/// takes, in KiB.
-async fn memory_of_a_stream(context: usize) -> u64 {
+/// Opens streams with contexts of so many properties, each value so long, which is little on the wire, and tells how
+/// much memory each takes, in KiB.
+async fn memory_of_a_stream(properties: usize, length: usize) -> u64 {
     const STREAMS: usize = 800;
     const CONNECTIONS: usize = 10;
     let folder = tempfile::tempdir().unwrap();
@@ -125,7 +125,7 @@ async fn memory_of_a_stream(context: usize) -> u64 {
     let parapet = Parapet::mode("offline").flag("--bootstrap-file", &file);
     let parapet = parapet.flag("--frontend-tokens", FRONTEND).start().await;
     let notes: serde_json::Map<_, _> =
-        (0..context / 4000).map(|n| (format!("note-{n}"), "x".repeat(4000).into())).collect();
+        (0..properties).map(|n| (format!("{n}"), "x".repeat(length).into())).collect();
     let mut body = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
     serde_json::to_writer(&mut body, &json!({ "properties": notes })).unwrap();
     let body = body.finish().unwrap();
@@ -147,8 +147,11 @@ async fn memory_of_a_stream(context: usize) -> u64 {
 
 #[tokio::test]
 async fn streams_with_large_contexts_cost_little_more_memory_than_others() {
-    let (small, large) = (memory_of_a_stream(0).await, memory_of_a_stream(60_000).await);
+    let small = memory_of_a_stream(0, 0).await;
+    let large = memory_of_a_stream(15, 4000).await;
     assert!(large < small + 16, "{large} KiB for each instead of {small} KiB");
+    let many = memory_of_a_stream(256, 1).await;
+    assert!(many < small + 8, "{many} KiB for each instead of {small} KiB");
 }
 
 #[tokio::test]

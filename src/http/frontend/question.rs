@@ -107,9 +107,9 @@ fn written(address: IpAddr, buffer: &mut [u8; LONGEST_ADDRESS]) -> &str {
     std::str::from_utf8(&buffer[..length]).expect("addresses are written in ASCII")
 }
 
-/// Up to how many bytes a context is kept whole, so that few streams must begin anew when flags come to read
-/// more of it.
-const KEPT_WHOLE: usize = 1 << 10;
+/// Up to how much memory a context is kept whole, in bytes, so that few streams must begin anew when flags come
+/// to read more of it: about fifteen properties.
+const KEPT_WHOLE: usize = 2 << 10;
 
 /// Somebody who asks the same again and again, of one snapshot after the other.
 ///
@@ -138,7 +138,7 @@ impl Asker {
         snapshot: &Snapshot,
     ) -> Self {
         let mut left_out = Vec::new();
-        if told.size() > KEPT_WHOLE {
+        if told.memory() > KEPT_WHOLE {
             let view = snapshot.view(&scope.projects);
             let fields: HashSet<_> =
                 read_fields(view.reads(), snapshot.engine().fields()).collect();
@@ -176,4 +176,41 @@ impl Asker {
 fn read_fields<'a>(reads: &Reads, fields: &'a Fields) -> impl Iterator<Item = &'a str> {
     let time = reads.is_timed().then_some(FieldId::CURRENT_TIME);
     reads.fields().chain(time).map(|field| &*fields.names()[field.index()])
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::{
+        token::{Environment, Projects},
+        wire::features::Document,
+    };
+
+    #[test]
+    fn context_of_many_small_properties_is_kept_as_far_as_flags_read_it() {
+        let scope = Scope { environment: Environment::new("dev"), projects: Projects::All };
+        let plan = json!({ "contextName": "plan", "operator": "IN", "values": ["gold"] });
+        let strategies = json!([{ "name": "default", "constraints": [plan] }]);
+        let document =
+            json!({ "features": [{ "name": "a", "enabled": true, "strategies": strategies }] });
+        let document = Document::parse(document.to_string().as_bytes()).unwrap();
+        let snapshot = Snapshot::build(scope.clone(), document, None);
+        let kept = |others: usize| {
+            let others = (0..others).map(|n| (format!("{n:x}"), json!(n % 10)));
+            let properties: serde_json::Map<_, _> =
+                others.chain([("plan".to_owned(), json!("gold"))]).collect();
+            let body = json!({ "properties": properties }).to_string();
+            let told = FrontendContext::from_json(body.as_bytes()).unwrap();
+            let client = Ipv4Addr::LOCALHOST.into();
+            let asker = Asker::new(told, client, "here".into(), scope.clone(), 7, &snapshot);
+            asker.told.properties
+        };
+        assert_eq!(kept(10).len(), 11);
+        let of_many = kept(255);
+        assert_eq!((of_many.len(), of_many.capacity()), (1, 1));
+    }
 }
