@@ -1,11 +1,11 @@
 //! The counters that wait in one environment, the oldest hour first, and what they weigh.
 //!
 //! The weight is kept as a running sum and nothing here looks at more counters than it changes,
-//! [`Counters::hours`] and [`Counters::total`] excepted: how many there are is the clients' choice.
+//! [`Counters::shrink_to`] and [`Counters::total`] excepted: how many there are is the clients' choice.
 //! How many there may be is not decided here.
 
 use std::collections::{
-    BTreeMap,
+    BTreeMap, BTreeSet,
     btree_map::{self, Entry},
 };
 
@@ -46,15 +46,39 @@ impl Counters {
         Some((key, counter))
     }
 
+    /// Brings the weight down to a limit: first by merging applications, the oldest hour first, then
+    /// by counting the oldest hour under the next. What cannot be merged, one hour of the flags that
+    /// there are, stays. Returns what no counter could hold.
+    pub(super) fn shrink_to(&mut self, limit: usize) -> Lost {
+        let mut lost = 0_u64;
+        if self.weight <= limit {
+            return Lost(lost);
+        }
+        let hours: BTreeSet<_> = self.held.keys().map(|key| key.hour).collect();
+        for hour in &hours {
+            lost = lost.saturating_add(self.merge_applications(*hour).0);
+            if self.weight <= limit {
+                return Lost(lost);
+            }
+        }
+        for (hour, next) in hours.iter().zip(hours.iter().skip(1)) {
+            lost = lost.saturating_add(self.merge_hour(*hour, *next).0);
+            if self.weight <= limit {
+                break;
+            }
+        }
+        Lost(lost)
+    }
+
     /// Merges the applications of an hour into one; returns what no counter could hold.
-    pub(super) fn merge_applications(&mut self, hour: Hour) -> Lost {
+    fn merge_applications(&mut self, hour: Hour) -> Lost {
         let named = |key: &CounterKey, _: &mut Counter| &*key.app != MERGED_APP;
         let apart: Vec<_> = self.held.extract_if(CounterKey::range(hour), named).collect();
         self.move_all(apart, |key| CounterKey { app: MERGED_APP.into(), ..key })
     }
 
     /// Counts what belongs to an hour under another; returns what no counter could hold.
-    pub(super) fn merge_hour(&mut self, hour: Hour, into: Hour) -> Lost {
+    fn merge_hour(&mut self, hour: Hour, into: Hour) -> Lost {
         let moved = self.held.extract_if(CounterKey::range(hour), |_, _| true).collect();
         self.move_all(moved, |key| CounterKey { hour: into, ..key })
     }
@@ -71,11 +95,6 @@ impl Counters {
             lost = lost.saturating_add(self.add(to(key), counter).0);
         }
         Lost(lost)
-    }
-
-    /// The hours in which something was counted, the oldest first, each perhaps many times.
-    pub(super) fn hours(&self) -> impl Iterator<Item = Hour> {
-        self.held.keys().map(|key| key.hour)
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (&CounterKey, &Counter)> {

@@ -2,9 +2,11 @@
 //!
 //! Each environment has its lane, so that one that fails never delays another. A lane merges
 //! generation after generation and serialises only the one batch *in hand*: an outage of hours
-//! costs no more memory than its distinct counters, which are bounded. When they are too many,
-//! the applications of the oldest hours are merged, then these hours with the next: no count is
-//! dropped.
+//! costs no more memory than its distinct counters, which are bounded. When they are too many, those
+//! of the environments that have most are merged ([`Counters::shrink_to`]): no count is dropped, and
+//! what waits for other environments stays as it is.
+//!
+//! [`Counters::shrink_to`]: super::counters::Counters::shrink_to
 //!
 //! A batch in hand is sent again *unchanged*, under the same name, until upstream took or refused it.
 //! Where it is unknown whether upstream took it (the connection broke after it was sent) it may so be
@@ -12,7 +14,7 @@
 //! once.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     time::{Duration, Instant},
 };
 
@@ -274,34 +276,31 @@ impl Outbox {
         self.totals.dropped = self.totals.dropped.saturating_add(count);
     }
 
-    /// Brings the counters down to their limit: first by merging applications, the oldest hour
-    /// first, then by counting the oldest hour under the next. What cannot be merged, one hour of
-    /// the flags that there are, stays.
+    /// Brings the counters down to their limit, in the environments that have more than a fair share
+    /// of it.
     fn shrink(&mut self) {
-        if self.len() <= self.max_counters {
-            return;
-        }
-        let hours: BTreeSet<_> =
-            self.lanes.values().flat_map(|lane| lane.counters.hours()).collect();
-        let mut lost = 0_u64;
-        for hour in &hours {
-            for lane in self.lanes.values_mut() {
-                lost = lost.saturating_add(lane.counters.merge_applications(*hour).0);
-            }
-            if self.len() <= self.max_counters {
-                break;
-            }
-        }
-        for (hour, next) in hours.iter().zip(hours.iter().skip(1)) {
-            if self.len() <= self.max_counters {
-                break;
-            }
-            for lane in self.lanes.values_mut() {
-                lost = lost.saturating_add(lane.counters.merge_hour(*hour, *next).0);
-            }
-        }
+        let share =
+            fair_share(self.max_counters, self.lanes.values().map(|lane| lane.counters.weight()));
+        let shrink = |lane: &mut Lane| lane.counters.shrink_to(share).0;
+        let lost = self.lanes.values_mut().map(shrink).fold(0, u64::saturating_add);
         self.drop_counts(Reason::Overflow, lost);
     }
+}
+
+/// How much each may have of `total` so that together they have no more, and whoever wants less than
+/// others keeps all of it (max-min fairness); `total` where all have room.
+fn fair_share(total: usize, wanted: impl Iterator<Item = usize>) -> usize {
+    let mut wanted: Vec<_> = wanted.collect();
+    wanted.sort_unstable();
+    let mut rest = total;
+    for (nth, amount) in wanted.iter().enumerate() {
+        let share = rest / (wanted.len() - nth);
+        if *amount > share {
+            return share;
+        }
+        rest -= amount;
+    }
+    total
 }
 
 #[cfg(test)]
@@ -722,6 +721,37 @@ mod tests {
         // The first ten hours are one, with all that they counted.
         assert_eq!((rows.len(), rows[0].stats.yes, yes(&batch.body)), (10, 8 + 8 + 8, 16 + 17));
     }
+    #[test]
+    fn shares_are_fair_to_who_wants_little() {
+        let check = |total: usize, wanted: &[usize], share: usize| {
+            assert_eq!(fair_share(total, wanted.iter().copied()), share, "{wanted:?}");
+        };
+        check(100, &[], 100);
+        check(100, &[30, 70], 100);
+        check(100, &[101], 100);
+        check(100, &[200, 10], 90);
+        check(100, &[50, 20, 60], 40);
+        check(100, &[100, 100, 100], 33);
+    }
+
+    #[test]
+    fn environment_that_has_grown_costs_another_no_application() {
+        let now = Instant::now();
+        let mut outbox = Outbox::new(100, 7);
+        let of_apps = |apps: u8| (0..apps).map(|app| (key(1, &app.to_string(), "f"), 1));
+        outbox.absorb(generation("small", of_apps(20)), now);
+        let flood = (0..200).map(|nth| (key(2, &nth.to_string(), &nth.to_string()), 1));
+        outbox.absorb(generation("large", flood.chain([(key(1, "a", "0"), 1)])), now);
+        let weight = |outbox: &Outbox, environment: &str| {
+            outbox.lanes[&Environment::new(environment)].counters.weight()
+        };
+        assert_eq!((weight(&outbox, "small"), weight(&outbox, "large")), (20, 200));
+        // It is merged as soon as it is the one that has more than its share.
+        outbox.absorb(generation("small", of_apps(200)), now);
+        assert_eq!(weight(&outbox, "small"), 1);
+        assert_eq!(outbox.totals().dropped, 0);
+    }
+
 
     #[test]
     fn flags_of_one_hour_stay_however_many_they_are() {
