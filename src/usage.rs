@@ -9,10 +9,11 @@
 //! What reports and registrations keep is bounded, in bytes too, and each token has a share of it
 //! (`pool`). Flags and variants that the token's snapshot has always count. Other names may be made
 //! up, but also newer than the snapshot, or deleted a while ago: they count as any other within a
-//! small pool of their own, and go upstream, which judges them. A report for which there is no room
-//! is refused whole, as [`Full`]: nothing that is acknowledged is dropped, and the SDK can report it
-//! again. Impact metrics and the registrations that come with counts do not refuse a report: those
-//! without room are left out and counted in the metrics.
+//! small pool of their own, and go upstream, which judges them. Where that pool is full, those that
+//! come with a known flag are counted together under one name: nobody's made-up names cost a known
+//! flag its counts. A report of nothing else is refused whole, as [`Full`], and the SDK can report it
+//! again. Nothing that is acknowledged is dropped. Impact metrics and the registrations that come with
+//! counts do not refuse a report: those without room are left out and counted in the metrics.
 //!
 //! Whether a token may report is not judged here, and bytes are kept by whoever calls
 //! [`Usage::save`].
@@ -354,7 +355,7 @@ impl Usage {
         }
     }
 
-    /// Adds what a report counts, all or nothing.
+    /// Adds what a report counts: all of it, or nothing.
     fn count(
         &self,
         reporter: &Reporter<'_>,

@@ -17,8 +17,11 @@ use crate::wire::usage::{BulkMetric, MAX_INTEGER, Metadata, ToggleStats};
 /// The longest name that is kept, in bytes; upstream's limit is as many characters, but its index
 /// over four of them allows 2704 bytes altogether.
 pub(super) const MAX_NAME: usize = 255;
-/// How many variants of a flag are told apart; more where its configuration has more.
+/// How many variants of a flag are told apart; more where its configuration has more, and one besides
+/// for all others.
 pub(super) const MAX_VARIANTS: usize = 256;
+/// The application, flag or variant under which those are counted together that have no room apart.
+pub(super) const MERGED: &str = "parapet-merged";
 /// How many bytes of names and metadata make a counter count twice.
 const WEIGHT_BYTES: usize = 256;
 /// The largest `yes` or `no`: upstream's JSON reader takes no integer above.
@@ -174,19 +177,27 @@ impl Counter {
         }
     }
 
-    /// Charges its unknown variants, except those that `present` has; false if there is no room.
-    pub(super) fn try_charge_unknown_variants(
-        &mut self,
-        present: Option<&Self>,
-        account: &Account,
-    ) -> bool {
+    /// Charges its unknown variants, except those that `present` has; those without room are counted
+    /// together.
+    pub(super) fn charge_unknown_variants(&mut self, present: Option<&Self>, account: &Account) {
         let is_present = |name: &Arc<str>| present.is_some_and(|it| it.variants.contains_key(name));
-        let unknown = self.variants.iter_mut().filter(|(_, it)| it.name == Name::Unknown);
-        for (_, variant) in unknown.filter(|(name, _)| !is_present(name)) {
-            let Some(charge) = account.try_charge(1) else { return false };
+        let has_no_room = |name: &Arc<str>, variant: &mut Variant| {
+            if variant.name == Name::Known || is_present(name) {
+                return false;
+            }
+            let Some(charge) = account.try_charge(1) else { return true };
             variant.charge = charge;
+            false
+        };
+        let apart: Vec<_> = self.variants.extract_if(.., has_no_room).collect();
+        for (_, variant) in apart {
+            self.add_variant(MERGED.into(), variant);
         }
-        true
+    }
+
+    /// What it counts, without the variants and the SDK, which mean nothing beside other flags' counts.
+    pub(super) fn anonymous(self) -> Self {
+        Self { yes: self.yes, no: self.no, ..Self::default() }
     }
 
     pub(super) fn has_unknown_variants(&self) -> bool {
@@ -222,15 +233,14 @@ impl Counter {
         Lost(lost.saturating_add(saturate(&mut self.no, no, MAX_COUNT)))
     }
 
-    /// Adds to a variant. Beyond the limit unknown ones are left out: the flag's own count stays
-    /// exact, only the share of this variant is not told.
+    /// Adds to a variant. Beyond the limit unknown ones are counted together.
     fn add_variant(&mut self, name: Arc<str>, variant: Variant) {
         let is_full = self.variants.len() >= MAX_VARIANTS && variant.name == Name::Unknown;
-        match self.variants.entry(name) {
+        let is_apart = !is_full || self.variants.contains_key(&name);
+        match self.variants.entry(if is_apart { name } else { MERGED.into() }) {
             Entry::Occupied(present) => {
                 saturate(&mut present.into_mut().count, variant.count, MAX_VARIANT_COUNT);
             }
-            Entry::Vacant(_) if is_full => {}
             Entry::Vacant(place) => {
                 let count = variant.count.min(MAX_VARIANT_COUNT);
                 place.insert(Variant { count, ..variant });
@@ -293,10 +303,10 @@ mod tests {
             let more = counter(1, 0, &[(&name.to_string(), 1), ("\0", 1)]).0;
             assert_eq!(sum.add(more), Lost(0));
         }
-        assert_eq!(sum.weight(&key("a", "f")), 1 + MAX_VARIANTS);
+        assert_eq!(sum.weight(&key("a", "f")), 1 + MAX_VARIANTS + 1);
         assert_eq!(sum.add(counter(1, 0, &[("known", 1), ("unknown", 1)]).0), Lost(0));
-        assert_eq!(sum.variants.len(), MAX_VARIANTS + 1);
-        assert_eq!(sum.variants["known"].count, 1);
+        assert_eq!(sum.variants.len(), MAX_VARIANTS + 2);
+        assert_eq!((sum.variants["known"].count, sum.variants[MERGED].count), (1, 10 + 1));
         assert_eq!(sum.total(), u64::try_from(MAX_VARIANTS).unwrap() + 11);
     }
 
@@ -317,7 +327,9 @@ mod tests {
     fn a_new_counter_has_no_more_variants_than_are_told_apart() {
         let names: Vec<_> = (0..MAX_VARIANTS + 10).map(|name| name.to_string()).collect();
         let variants: Vec<_> = names.iter().map(|name| (name.as_str(), 1)).collect();
-        assert_eq!(counter(1, 0, &variants).0.variants.len(), MAX_VARIANTS);
+        let (counter, _) = counter(1, 0, &variants);
+        assert_eq!(counter.variants.len(), MAX_VARIANTS + 1);
+        assert_eq!(counter.variants[MERGED].count, 10);
     }
 
     #[test]

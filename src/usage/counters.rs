@@ -9,10 +9,7 @@ use std::collections::{
     btree_map::{self, Entry},
 };
 
-use super::{
-    counter::{Counter, CounterKey, Hour, Lost},
-    ledger::MERGED_APP,
-};
+use super::counter::{Counter, CounterKey, Hour, Lost, MERGED};
 
 /// Counters by key.
 #[derive(Clone, Debug, Default)]
@@ -72,9 +69,9 @@ impl Counters {
 
     /// Merges the applications of an hour into one; returns what no counter could hold.
     fn merge_applications(&mut self, hour: Hour) -> Lost {
-        let named = |key: &CounterKey, _: &mut Counter| &*key.app != MERGED_APP;
+        let named = |key: &CounterKey, _: &mut Counter| &*key.app != MERGED;
         let apart: Vec<_> = self.held.extract_if(CounterKey::range(hour), named).collect();
-        self.move_all(apart, |key| CounterKey { app: MERGED_APP.into(), ..key })
+        self.move_all(apart, |key| CounterKey { app: MERGED.into(), ..key })
     }
 
     /// Counts what belongs to an hour under another; returns what no counter could hold.
@@ -153,7 +150,7 @@ mod tests {
                     2 => {
                         prop_assert_eq!(counters.merge_applications(hour(nth)), Lost(0));
                         let mut of_hour = counters.iter().filter(|(key, _)| key.hour == hour(nth));
-                        prop_assert!(of_hour.all(|(key, _)| &*key.app == MERGED_APP));
+                        prop_assert!(of_hour.all(|(key, _)| &*key.app == MERGED));
                     }
                     _ => {
                         let variants = [(variant.into(), yes)].into();

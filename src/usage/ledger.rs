@@ -9,7 +9,9 @@
 //! variants that the token's snapshot has are never refused: beyond the share they are kept under a
 //! common application name and the present hour, so that there are no more of them than the
 //! snapshot has flags. Those of other names have a smaller pool: they may be newer than the
-//! snapshot, or made up. A report that has more of them than there is room for is refused whole.
+//! snapshot, or made up. What there is no room for is counted together, one counter for all flags of
+//! an hour and one variant for all of a flag. A report without any known flag costs nothing to report
+//! again: it is refused whole rather.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -26,7 +28,7 @@ use jiff::Timestamp;
 
 use super::{
     applications::{Applications, InstanceKey, Registration},
-    counter::{Counter, CounterKey, Hour, Lost, Name},
+    counter::{Counter, CounterKey, Hour, Lost, MERGED, Name},
     impact::ImpactSeries,
     pool::{Account, Pool},
 };
@@ -35,8 +37,6 @@ use crate::{
     wire::usage::{Application, ImpactMetric},
 };
 
-/// The application under which counters are merged when there are too many.
-pub(super) const MERGED_APP: &str = "parapet-merged";
 /// The memory for what instances of applications tell of themselves, in bytes: about fifteen
 /// thousand of an ordinary size for one token.
 const REGISTRATION_BYTES: usize = 24 * 1024 * 1024;
@@ -79,7 +79,15 @@ pub(super) struct Counted {
     pub(super) counter: Counter,
 }
 
-/// There is no room for the unknown names of a report.
+impl Counted {
+    /// Counts it with all others that have no room, in this hour.
+    fn merge(&mut self, now: Hour) {
+        self.key = CounterKey { hour: now, app: MERGED.into(), flag: MERGED.into() };
+        self.counter = std::mem::take(&mut self.counter).anonymous();
+    }
+}
+
+/// There is no room for a report, of which no flag is known.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) struct NoRoom;
 
@@ -123,7 +131,8 @@ impl Ledger {
 
     /// Adds the counters of a report, reported in the hour `now`; returns what they could not hold.
     ///
-    /// All of them are added, or none.
+    /// All of them are added, or none: a report with a known flag always, the unknown ones together
+    /// where there is no room for each.
     pub(super) fn count(
         &self,
         environment: &Environment,
@@ -132,8 +141,15 @@ impl Ledger {
         now: Hour,
     ) -> Result<Lost, NoRoom> {
         let shares = Shares { ledger: self, token };
-        if !counters.iter_mut().all(|it| self.try_charge_unknown(environment, it, shares)) {
-            return Err(NoRoom);
+        let has_known = counters.iter().any(|it| it.name == Name::Known);
+        for counted in &mut counters {
+            if self.try_charge_unknown(environment, counted, shares) {
+                continue;
+            }
+            if !has_known {
+                return Err(NoRoom);
+            }
+            counted.merge(now);
         }
         let mut lost = 0_u64;
         for counted in counters {
@@ -232,7 +248,8 @@ impl Ledger {
         self.shards.iter().flat_map(copy).collect()
     }
 
-    /// Charges the unknown names of a counter that are not held yet; false if there is no room.
+    /// Charges the unknown names of a counter that are not held yet; false if there is no room for its
+    /// flag.
     fn try_charge_unknown(
         &self,
         environment: &Environment,
@@ -250,7 +267,8 @@ impl Ledger {
             let Some(charge) = account.try_charge(counter.own_weight(key)) else { return false };
             counter.set_charge(charge);
         }
-        counter.try_charge_unknown_variants(present, &account)
+        counter.charge_unknown_variants(present, &account);
+        true
     }
 
     fn add(
@@ -273,7 +291,7 @@ impl Ledger {
             };
             counter.set_charge(charge);
         } else if !counter.is_charged() {
-            // It was held when its report was let in, and has been taken out since.
+            // It is one for many, or was held when its report was let in and has been taken out since.
             counter.set_charge(shares.unknown().charge(weight));
         }
         self.insert(&mut shard, key, counter, shares);
@@ -288,7 +306,7 @@ impl Ledger {
         shares: Shares<'_>,
         now: Hour,
     ) -> Lost {
-        let key = (environment, CounterKey { hour: now, app: MERGED_APP.into(), ..key });
+        let key = (environment, CounterKey { hour: now, app: MERGED.into(), ..key });
         let mut shard = self.shard(&key);
         if let Some(present) = shard.counters.get_mut(&key) {
             return self.merge(present, counter, shares);
@@ -427,13 +445,13 @@ mod tests {
         let held = held(&ledger);
         // Four fifths, and in them those under the common name.
         assert!((60..90).contains(&ledger.len()), "{}", ledger.len());
-        let merged = |flag: &str| held[&(hour(10), MERGED_APP.into(), flag.into())];
+        let merged = |flag: &str| held[&(hour(10), MERGED.into(), flag.into())];
         assert!(merged("f") > 900 && merged("g") > 900, "{held:?}");
         assert_eq!(total(&ledger.drain(Instant::now())), 2000);
     }
 
     #[test]
-    fn unknown_flags_have_a_small_pool_and_a_report_is_counted_whole_or_not_at_all() {
+    fn unknown_flags_have_a_small_pool_and_cost_no_known_flag_its_counts() {
         let ledger = Ledger::new(100 * UNKNOWN_PART);
         let [client, other] = ["token", "other"].map(|token| Client::new(&ledger, token));
         let names = |range: std::ops::Range<u32>| {
@@ -442,15 +460,20 @@ mod tests {
         assert_eq!(client.report(names(0..50)), Ok(Lost(0)));
         assert_eq!(client.report(names(50..90)), Err(NoRoom));
         assert_eq!(client.report(names(50..80).chain(yes("a", "f", 1))), Ok(Lost(0)));
-        let refused = client.report(names(80..81).chain(yes("a", "f", 1)));
-        assert_eq!(refused, Err(NoRoom));
+        assert_eq!(client.report(names(80..81)), Err(NoRoom));
+        for _ in 0..100 {
+            assert_eq!(client.report(names(79..85).chain(yes("a", "f", 1))), Ok(Lost(0)));
+        }
         // Those that are held need no room, and other tokens have some.
         assert_eq!(client.report(names(0..80).chain(yes("a", "f", 1))), Ok(Lost(0)));
         assert_eq!(other.report(names(80..90)), Ok(Lost(0)));
-        assert_eq!(held(&ledger)[&(hour(10), "a".into(), "f".into())], 2);
+        let held = held(&ledger);
+        assert_eq!(held[&(hour(10), "a".into(), "f".into())], 102);
+        assert_eq!(held[&(hour(10), MERGED.into(), MERGED.into())], 500);
+        assert_eq!(held.len(), 90 + 2);
 
         let waiting = ledger.drain(Instant::now());
-        assert_eq!(total(&waiting), 80 + 80 + 10 + 2);
+        assert_eq!(total(&waiting), 80 + 80 + 10 + 2 + 7 * 100);
         // What waits for upstream takes room as long as it does.
         assert_eq!(client.report(names(100..101)), Err(NoRoom));
         drop(waiting);
@@ -464,9 +487,12 @@ mod tests {
         let variants = |names: &[&str]| client.report([counted(10, "a", "f", names, 1)]);
         assert_eq!(variants(&["?1", "?2", "?3", "?4"]), Ok(Lost(0)));
         assert_eq!(variants(&["?1", "?5", "?6", "?7", "?8", "v"]), Ok(Lost(0)));
-        assert_eq!(variants(&["?9", "w"]), Err(NoRoom));
-        assert_eq!(variants(&["?1", "w"]), Ok(Lost(0)));
-        // The flag, eight unknown variants and two known ones.
-        assert_eq!(ledger.len(), 11);
+        assert_eq!(variants(&["?9", "w"]), Ok(Lost(0)));
+        assert_eq!(variants(&["?1", "?10", "?11", "w"]), Ok(Lost(0)));
+        let (place, counter) = ledger.counters().pop().unwrap();
+        let told = counter.to_wire("dev", &place.1).stats;
+        assert_eq!((told.yes, told.variants["?1"], told.variants[MERGED]), (4, 3, 3));
+        // The flag, eight unknown variants, two known ones, and one for the others.
+        assert_eq!(ledger.len(), 12);
     }
 }

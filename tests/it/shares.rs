@@ -206,10 +206,9 @@ async fn made_up_flags_of_one_token_take_no_room_from_others_nor_from_known_flag
     let accepted = (StatusCode::ACCEPTED, None);
     let refused = (StatusCode::TOO_MANY_REQUESTS, Some(60));
 
-    // Nothing of a report is counted that is refused.
+    // Nothing of a report is counted that is refused, and only one without a known flag is.
     for wave in 0..2 {
-        let body = made_up(wave, LARGE, &[("web.banner", 100)]);
-        assert_eq!(post(FRONTEND_METRICS, PUBLIC, body).await, refused);
+        assert_eq!(post(FRONTEND_METRICS, PUBLIC, made_up(wave, LARGE, &[])).await, refused);
     }
     let mut taken = 0;
     while post(FRONTEND_METRICS, PUBLIC, made_up(taken, SMALL, &[])).await == accepted {
@@ -219,6 +218,13 @@ async fn made_up_flags_of_one_token_take_no_room_from_others_nor_from_known_flag
     assert!(taken >= 2, "{taken}");
     let known = report("web", now, [("web.banner", 7)]);
     assert_eq!(post(FRONTEND_METRICS, PUBLIC, known).await, accepted);
+    // Somebody's flag that the file does not have yet comes with one that it has.
+    let newer = report("web", now, [("web.banner", 11), ("web.new", 13)]);
+    for _ in 0..2 {
+        let flood = made_up(taken, LARGE, &[("web.banner", 100)]);
+        assert_eq!(post(FRONTEND_METRICS, PUBLIC, flood).await, accepted);
+        assert_eq!(post(FRONTEND_METRICS, PUBLIC, newer.clone()).await, accepted);
+    }
     // What is held already needs no room.
     let again = made_up(0, SMALL, &[("web.banner", 5)]);
     assert_eq!(post(FRONTEND_METRICS, PUBLIC, again).await, accepted);
@@ -233,7 +239,12 @@ async fn made_up_flags_of_one_token_take_no_room_from_others_nor_from_known_flag
     parapet.wait_until_ready().await;
     assert_eq!(stored(&parapet, "shop.cart").await, 1000);
     assert_eq!(stored(&parapet, "shop.new").await, 3);
-    assert_eq!(stored(&parapet, "web.banner").await, 7 + 5);
+    assert_eq!(stored(&parapet, "web.banner").await, 7 + 5 + 2 * (100 + 11));
+    // All that was acknowledged is there, if not under its own name.
+    let made_up = SMALL * (taken + 1) + 2 * LARGE;
+    let unknown = count(&parapet, "SELECT SUM(yes) FROM flag_usage WHERE known = 0").await;
+    assert_eq!(usize::try_from(unknown).unwrap(), made_up + 2 * 13 + 3);
+    assert!(stored(&parapet, "parapet-merged").await > 100_000);
     let rows = count(&parapet, "SELECT COUNT(*) FROM flag_usage").await;
     assert!(rows < 4000, "{rows}");
 }
