@@ -23,8 +23,8 @@ mod backoff;
 mod batch;
 mod counter;
 mod counters;
-mod impact;
 mod edges;
+mod impact;
 mod lane;
 mod ledger;
 mod meter;
@@ -630,6 +630,38 @@ mod tests {
         assert_eq!((strategies(&backend), strategies(&frontend)), (Some(json!(["default"])), None));
         assert_ne!(backend["instanceId"], frontend["instanceId"]);
         assert!(backend["instanceId"].as_str().unwrap().starts_with("parapet-"));
+    }
+
+    #[test]
+    fn every_registration_that_is_accepted_is_sent() {
+        let usage = usage(100);
+        // As many of these instances as are accepted.
+        let register = |usage: &Usage, instances: std::ops::RangeFrom<u32>| {
+            let client = backend(usage);
+            let accepted = instances.take_while(|instance| {
+                let body = json!({ "appName": "a", "instanceId": instance.to_string(),
+                                   "started": at(0).to_string(), "interval": 15 });
+                let application = Application::parse(body.to_string().as_bytes()).unwrap();
+                client.register(application).is_ok()
+            });
+            accepted.count()
+        };
+        let sent = |usage: &Usage| {
+            let bodies = sent(usage, []);
+            let lists = bodies.iter().map(|body| body["applications"].as_array().unwrap());
+            lists.map(Vec::len).sum::<usize>()
+        };
+        let accepted = register(&usage, 0..);
+        assert!(accepted > 17_000, "{accepted}");
+        let saved = usage.save().unwrap();
+        assert_eq!(sent(&usage), accepted);
+
+        // What was stored takes room after a restart too, until it is sent.
+        let usage = self::usage(100);
+        usage.restore(&saved).unwrap();
+        let more = register(&usage, 1_000_000..);
+        assert!(0 < more && more < accepted / 4, "{more} beside {accepted}");
+        assert_eq!(sent(&usage), accepted + more);
     }
 
     #[test]

@@ -14,7 +14,10 @@ use std::{
 
 use serde_json::Value;
 
-use super::pool::{Account, Charge};
+use super::{
+    lane::ApplicationKey,
+    pool::{Account, Charge},
+};
 use crate::{token::Environment, wire::usage::Application};
 
 /// After which time an instance that is still seen is told again.
@@ -56,9 +59,10 @@ pub(super) struct Applications {
 }
 
 impl Registration {
-    /// A registration that a store held: whose it was is not known any more.
-    pub(super) fn restored(application: Application) -> Self {
-        Self { application, charge: Charge::default() }
+    /// A registration that a store held, which is kept whether its account has room or not.
+    pub(super) fn restored(application: Application, account: &Account) -> Self {
+        let charge = account.charge(size(&application));
+        Self { application, charge }
     }
 
     pub(super) fn application(&self) -> &Application {
@@ -134,7 +138,7 @@ impl Known {
     }
 }
 
-/// The memory that an instance takes while it is known, about, in bytes.
+/// The memory that an instance takes while it is known and waits for upstream, about, in bytes.
 fn size(application: &Application) -> usize {
     let Application {
         app_name,
@@ -154,8 +158,9 @@ fn size(application: &Application) -> usize {
     let texts = [app_name].into_iter().chain(optional).chain(lists).chain(hops);
     let texts = texts.chain(metadata.texts()).map(|text| PER_TEXT + text.len()).sum::<usize>();
     let extra = extra.iter().map(|(name, value)| PER_TEXT + name.len() + size_of_json(value));
-    let kept = size_of::<InstanceKey>() + size_of::<Known>() + size_of::<Registration>();
-    kept + texts + extra.sum::<usize>()
+    let known = size_of::<InstanceKey>() + size_of::<Known>() + size_of::<Registration>();
+    let waiting = size_of::<(ApplicationKey, Arc<Registration>)>();
+    known + waiting + texts + extra.sum::<usize>()
 }
 
 fn size_of_json(value: &Value) -> usize {

@@ -1,6 +1,6 @@
 //! What waits for one environment, and the batches cut from it.
 //!
-//! When to send is the outbox's affair.
+//! When to send is the outbox's affair, and the memory of registrations is bounded by whoever accepts them.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -28,8 +28,6 @@ use crate::{
     wire::usage::{Application, ImpactMetric, Samples},
 };
 
-/// How many registrations wait at most; fewer where they are large, see `applications`.
-const MAX_APPLICATIONS: usize = 16_384;
 /// A smaller limit than this is not chosen when upstream calls bodies too large.
 const MIN_BODY: usize = 4096;
 /// How many pieces may wait behind all others because upstream found each of them too large.
@@ -76,7 +74,7 @@ pub(super) enum Age {
 }
 
 /// Whether the strategies are unknown, the name, and the instance: those with strategies come first.
-type ApplicationKey = (bool, Arc<str>, Option<Arc<str>>);
+pub(super) type ApplicationKey = (bool, Arc<str>, Option<Arc<str>>);
 
 /// What waits for one environment.
 #[derive(Clone, Debug)]
@@ -248,9 +246,6 @@ impl Lane {
         let present = self.applications.remove(&key(false, application));
         let present = present.or_else(|| self.applications.remove(&key(true, application)));
         let (newer, older) = match (present, age) {
-            (None, _) if self.applications.len() >= MAX_APPLICATIONS => {
-                return meter::items_dropped("application", 1);
-            }
             (None, _) => (registration, None),
             (Some(present), Age::Newer) => (registration, Some(present)),
             (Some(present), Age::Older) => (present, Some(registration)),

@@ -192,6 +192,11 @@ impl Ledger {
         self.shard(&key).applications.register(key, app, &account, now)
     }
 
+    /// The account of registrations of earlier runs: whose they were is not known any more.
+    pub(super) fn restored_registrations(&self) -> Account {
+        self.registrations.anonymous()
+    }
+
     /// Notes that an instance is alive; false when it is unknown.
     pub(super) fn touch(&self, key: &InstanceKey, now: Instant) -> bool {
         self.shard(key).applications.touch(key, now)

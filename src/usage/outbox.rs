@@ -317,7 +317,7 @@ mod tests {
             batch::MAX_BODY,
             counter::{Counter, CounterKey, Hour, MAX_NAME, MAX_VARIANTS, Name},
             lane::Age,
-            pool::Charge,
+            pool::{Account, Charge, Pool},
             spool,
         },
         wire::usage::{Application, BulkMetric, ImpactMetric, ToggleStats},
@@ -343,7 +343,11 @@ mod tests {
     }
 
     fn registered(application: Application) -> Arc<Registration> {
-        Arc::new(Registration::restored(application))
+        Arc::new(Registration::restored(application, &uncharged()))
+    }
+
+    fn uncharged() -> Account {
+        Pool::new(0).anonymous()
     }
 
     fn metrics(body: &[u8]) -> Vec<BulkMetric> {
@@ -600,7 +604,9 @@ mod tests {
             let mut outbox = Outbox::new(10, 7);
             let now = Instant::now();
             for record in records {
-                for (environment, lane) in spool::restore(record.as_bytes()).unwrap().lanes {
+                for (environment, lane) in
+                    spool::restore(record.as_bytes(), &uncharged()).unwrap().lanes
+                {
                     outbox.restore(environment, lane, now);
                 }
             }
@@ -698,7 +704,7 @@ mod tests {
         let mut outbox = Outbox::new(10, 7);
         for record in [&mut refused, &mut older] {
             let record = spool::save(&record.copy()).unwrap();
-            for (environment, lane) in spool::restore(&record).unwrap().lanes {
+            for (environment, lane) in spool::restore(&record, &uncharged()).unwrap().lanes {
                 outbox.restore(environment, lane, now);
             }
         }

@@ -118,7 +118,8 @@ impl Pipeline {
     }
 
     pub(super) fn restore(&self, bytes: &[u8], now: Instant) -> Result<(), spool::Error> {
-        let Restored { lanes, unreadable } = spool::restore(bytes)?;
+        let registrations = self.ledger.restored_registrations();
+        let Restored { lanes, unreadable } = spool::restore(bytes, &registrations)?;
         meter::items_dropped("spool", unreadable);
         if unreadable > 0 {
             tracing::warn!(unreadable, "Items of the spool of usage cannot be read and are lost");

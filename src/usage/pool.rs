@@ -60,14 +60,13 @@ impl Pool {
 
     /// The account of a token; kept while it uses anything, until the next [`Pool::sweep`].
     pub(super) fn account(&self, token: &TokenDigest) -> Account {
-        let mut accounts = self.accounts();
-        if let Some(account) = accounts.get(token) {
-            return account.clone();
-        }
-        let account = Inner { pool: Arc::clone(&self.total), used: AtomicUsize::new(0) };
-        let account = Account(Arc::new(account));
-        accounts.insert(*token, account.clone());
-        account
+        self.accounts().entry(*token).or_insert_with(|| self.anonymous()).clone()
+    }
+
+    /// An account of no token.
+    pub(super) fn anonymous(&self) -> Account {
+        let pool = Arc::clone(&self.total);
+        Account(Arc::new(Inner { pool, used: AtomicUsize::new(0) }))
     }
 
     /// Forgets the accounts that nothing is charged to.

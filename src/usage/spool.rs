@@ -17,7 +17,7 @@ use super::{
     counter::{Counter, CounterKey, Hour, Name},
     impact::OfApp,
     lane::{Age, BatchId, Lane},
-    pool::Charge,
+    pool::{Account, Charge},
 };
 use crate::{
     token::Environment,
@@ -119,8 +119,8 @@ pub(super) fn save(lanes: &[(Environment, Lane)]) -> Option<Vec<u8>> {
     Some(serde_json::to_vec(&spool).expect("text keys and finite numbers are JSON"))
 }
 
-/// Reads what [`save`] wrote.
-pub(super) fn restore(bytes: &[u8]) -> Result<Restored, Error> {
+/// Reads what [`save`] wrote; `registrations` is charged with those among it.
+pub(super) fn restore(bytes: &[u8], registrations: &Account) -> Result<Restored, Error> {
     let Versioned { version } = serde_json::from_slice(bytes).map_err(Error::Damaged)?;
     if version != VERSION {
         return Err(Error::Version(version));
@@ -129,7 +129,9 @@ pub(super) fn restore(bytes: &[u8]) -> Result<Restored, Error> {
     let mut unreadable = 0;
     let environments = spool.environments.into_iter();
     let lanes = environments
-        .map(|(name, waiting)| (Environment::new(&name), lane(&waiting, &mut unreadable)))
+        .map(|(name, waiting)| {
+            (Environment::new(&name), lane(&waiting, registrations, &mut unreadable))
+        })
         .collect();
     Ok(Restored { lanes, unreadable })
 }
@@ -164,14 +166,15 @@ fn json(item: &impl Serialize) -> Box<RawValue> {
 }
 
 /// A lane of what can be read, counting the rest.
-fn lane(waiting: &Waiting, unreadable: &mut usize) -> Lane {
+fn lane(waiting: &Waiting, registrations: &Account, unreadable: &mut usize) -> Lane {
     let mut lane = Lane::default();
     lane.hand = batch(waiting.batch_id.as_deref(), &waiting.batch, unreadable);
     let left = waiting.left.iter();
     lane.left = left.filter_map(|it| batch(Some(&it.id), &it.batch, unreadable)).collect();
     lane.carry = readable(&waiting.pieces, piece, unreadable).into();
     for application in readable(&waiting.applications, application, unreadable) {
-        lane.register(Arc::new(Registration::restored(application)), Age::Newer);
+        let registration = Registration::restored(application, registrations);
+        lane.register(Arc::new(registration), Age::Newer);
     }
     for metric in readable(&waiting.metrics, metric, unreadable) {
         let hour = Hour::of(metric.timestamp);
@@ -258,6 +261,11 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
+    use crate::usage::pool::Pool;
+
+    fn restore(bytes: &[u8]) -> Result<Restored, Error> {
+        super::restore(bytes, &Pool::new(0).anonymous())
+    }
 
     /// As version 1 was written; never to be changed.
     const VERSION_1: &str = r#"{"version":1,"environments":{"dev":{
