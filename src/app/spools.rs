@@ -281,6 +281,8 @@ mod tests {
         time::Duration,
     };
 
+    use tempfile::TempDir;
+
     use super::*;
     use crate::{usage::Config, wire::usage::ConnectVia};
 
@@ -304,6 +306,14 @@ mod tests {
         let path = folder.join(name);
         fs::create_dir(&path).unwrap();
         path
+    }
+
+    /// A store in a folder where no slot can be claimed, and what is in the way of each.
+    fn obstructed() -> (TempDir, Store, Vec<PathBuf>) {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::directory(folder.path()).unwrap();
+        let obstacles = (1..20).map(|slot| obstruct(folder.path(), slot)).collect();
+        (folder, store, obstacles)
     }
 
     fn slot(n: usize) -> Slot {
@@ -364,10 +374,8 @@ mod tests {
 
     #[tokio::test]
     async fn folder_without_locks_is_kept_by_one_until_locks_work() {
-        let folder = tempfile::tempdir().unwrap();
-        let store = Store::directory(folder.path()).unwrap();
+        let (_folder, store, obstacles) = obstructed();
         store.save(&Key::Usage(Slot::FIRST), STORED).await.unwrap();
-        let obstacles: Vec<_> = (1..20).map(|slot| obstruct(folder.path(), slot)).collect();
         let usage = usage();
         let spools = Spools::open(store.clone(), &usage).await;
         assert_eq!(waiting(&usage), 1);
@@ -387,10 +395,8 @@ mod tests {
 
     #[tokio::test]
     async fn own_usage_in_a_slot_that_was_not_claimed_is_counted_once() {
-        let folder = tempfile::tempdir().unwrap();
-        let store = Store::directory(folder.path()).unwrap();
+        let (_folder, store, mut obstacles) = obstructed();
         store.save(&Key::Usage(Slot::FIRST), STORED).await.unwrap();
-        let mut obstacles: Vec<_> = (1..20).map(|slot| obstruct(folder.path(), slot)).collect();
         let usage = usage();
         let spools = Spools::open(store.clone(), &usage).await;
         let evaluations = || usage.pending()["metrics"][0]["bucket"]["yes"].as_u64();
@@ -420,9 +426,7 @@ mod tests {
 
     #[tokio::test]
     async fn own_usage_is_removed_where_it_was_stored_without_a_claim() {
-        let folder = tempfile::tempdir().unwrap();
-        let store = Store::directory(folder.path()).unwrap();
-        let mut obstacles: Vec<_> = (1..20).map(|slot| obstruct(folder.path(), slot)).collect();
+        let (_folder, store, mut obstacles) = obstructed();
         let usage = usage();
         let spools = Spools::open(store.clone(), &usage).await;
         spools.save(STORED.to_vec()).await.unwrap();
@@ -441,10 +445,8 @@ mod tests {
 
     #[tokio::test]
     async fn usage_that_is_stored_nowhere_is_an_error_and_is_not_taken_in_again() {
-        let folder = tempfile::tempdir().unwrap();
-        let store = Store::directory(folder.path()).unwrap();
+        let (_folder, store, mut obstacles) = obstructed();
         store.save(&Key::Usage(Slot::FIRST), STORED).await.unwrap();
-        let mut obstacles: Vec<_> = (1..20).map(|slot| obstruct(folder.path(), slot)).collect();
         let usage = usage();
         let spools = Spools::open(store.clone(), &usage).await;
         // Another process can claim a slot, so that this one may not use the first any more.

@@ -342,6 +342,14 @@ mod tests {
         BTreeMap::from([(Environment::new(environment), generation)])
     }
 
+    /// A counter that is large by the names of its variants.
+    fn large(yes: u64) -> (CounterKey, Counter) {
+        let long = "x".repeat(MAX_NAME - 4);
+        let variants = (0..MAX_VARIANTS).map(|n| (format!("{n}{long}").into(), 1)).collect();
+        let stats = ToggleStats { yes, no: 0, variants };
+        (key(1, "a", "large"), Counter::of(stats, &Arc::default(), |_| Name::Known).0)
+    }
+
     fn registered(application: Application) -> Arc<Registration> {
         Arc::new(Registration::restored(application, &uncharged()))
     }
@@ -443,13 +451,8 @@ mod tests {
     fn nothing_is_dropped_while_everything_is_called_too_large() {
         let mut now = Instant::now();
         let mut outbox = Outbox::new(10_000, 7);
-        let long = "x".repeat(MAX_NAME);
-        let variants =
-            (0..MAX_VARIANTS).map(|n| (format!("{n}{}", &long[4..]).into(), 1)).collect();
-        let stats = ToggleStats { yes: 1, no: 0, variants };
-        let large = (key(1, "a", "large"), Counter::of(stats, &Arc::default(), |_| Name::Known).0);
         let counters = (0..50).map(|flag| (key(1, "a", &flag.to_string()), counter(1)));
-        let counters = counters.chain([large]).collect();
+        let counters = counters.chain([large(1)]).collect();
         let generation = Generation { counters, ..Generation::default() };
         outbox.absorb(BTreeMap::from([(Environment::new("dev"), generation)]), now);
         let started = now;
@@ -476,12 +479,7 @@ mod tests {
         let mut outbox = Outbox::new(10_000, 7);
         outbox.absorb(generation("dev", [(key(1, "a", "f"), 2)]), now);
         now = flush(&mut outbox, now, MAX_BODY);
-        let long = "x".repeat(MAX_NAME);
-        let variants =
-            (0..MAX_VARIANTS).map(|n| (format!("{n}{}", &long[4..]).into(), 1)).collect();
-        let stats = ToggleStats { yes: 7, no: 0, variants };
-        let large = (key(1, "a", "large"), Counter::of(stats, &Arc::default(), |_| Name::Known).0);
-        let generation = Generation { counters: vec![large], ..Generation::default() };
+        let generation = Generation { counters: vec![large(7)], ..Generation::default() };
         outbox.absorb(BTreeMap::from([(Environment::new("dev"), generation)]), now);
         for _ in 0..20 {
             now = outbox.wake().unwrap_or(now);
@@ -497,12 +495,7 @@ mod tests {
     fn counter_that_is_too_large_alone_is_dropped_only_after_others_were_taken() {
         let now = Instant::now();
         let mut outbox = Outbox::new(10_000, 7);
-        let long = "x".repeat(MAX_NAME);
-        let variants =
-            (0..MAX_VARIANTS).map(|n| (format!("{n}{}", &long[4..]).into(), 1)).collect();
-        let stats = ToggleStats { yes: 7, no: 0, variants };
-        let large = (key(1, "a", "large"), Counter::of(stats, &Arc::default(), |_| Name::Known).0);
-        let generation = Generation { counters: vec![large], ..Generation::default() };
+        let generation = Generation { counters: vec![large(7)], ..Generation::default() };
         outbox.absorb(BTreeMap::from([(Environment::new("dev"), generation)]), now);
         for _ in 0..3 {
             let now = outbox.wake().unwrap_or(now);
@@ -727,6 +720,7 @@ mod tests {
         // The first ten hours are one, with all that they counted.
         assert_eq!((rows.len(), rows[0].stats.yes, yes(&batch.body)), (10, 8 + 8 + 8, 16 + 17));
     }
+
     #[test]
     fn shares_are_fair_to_who_wants_little() {
         let check = |total: usize, wanted: &[usize], share: usize| {
@@ -757,7 +751,6 @@ mod tests {
         assert_eq!(weight(&outbox, "small"), 1);
         assert_eq!(outbox.totals().dropped, 0);
     }
-
 
     #[test]
     fn flags_of_one_hour_stay_however_many_they_are() {
