@@ -24,7 +24,7 @@
 //! | surface | [`http`] | listeners, routes, replies; the only place that chooses status codes |
 //! | control | [`control`] | accounts, tokens, sessions, the audit log and the usage of an instance that stands on its own, over SQL |
 //! | services | [`sync`], [`auth`], [`usage`], [`answers`], [`feed`] | what goes on by itself, each with its own task and state; and what only works on the state below |
-//! | state | [`snapshot`], [`upstream`], [`store`], [`saver`] | what is served, the server in front of which we stand, what outlives a restart, and saving it in the background |
+//! | state | [`snapshot`], [`upstream`], [`store`], [`saver`], [`tls`] | what is served, the server in front of which we stand, what outlives a restart, and saving it in the background; the certificates of the listeners |
 //! | pure core | [`engine`] | flags compiled to data, and evaluated; no IO, clock, chance or logs |
 //! | words | [`token`], [`wire`], [`telemetry`], [`secret_file`], [`throttle`] | tokens and grants, Unleash's JSON, logs and readiness, secrets in files, how often may be tried |
 //!
@@ -108,6 +108,7 @@ pub mod store;
 pub mod sync;
 pub mod telemetry;
 pub mod throttle;
+pub mod tls;
 pub mod token;
 pub mod upstream;
 pub mod usage;

@@ -18,8 +18,14 @@ const LAYERS: [&[(&str, &[&str])]; 8] = [
         ("throttle", &[]),
     ],
     &[("engine", &[])],
-    // Upstream keeps the tokens that it was given in the store.
-    &[("snapshot", &[]), ("store", &[]), ("saver", &["store"]), ("upstream", &["saver", "store"])],
+    // Upstream keeps the tokens that it was given in the store, and reads PEM files as the listeners do.
+    &[
+        ("snapshot", &[]),
+        ("store", &[]),
+        ("saver", &["store"]),
+        ("tls", &[]),
+        ("upstream", &["saver", "store", "tls"]),
+    ],
     // What is about to be served is asked beforehand what it will be asked most.
     &[("answers", &[]), ("auth", &[]), ("feed", &[]), ("sync", &["answers"]), ("usage", &[])],
     &[("control", &[])],
@@ -331,6 +337,7 @@ fn ages_and_intervals_come_from_a_monotonic_clock() {
         "app/reload.rs",
         "auth/verdicts.rs",
         "command.rs",
+        "config/tls.rs",
         "control",
         "http/admin",
         "http/data",
@@ -341,6 +348,7 @@ fn ages_and_intervals_come_from_a_monotonic_clock() {
         "http/report.rs",
         "snapshot.rs",
         "sync/publish.rs",
+        "tls/watch.rs",
         "upstream",
     ];
     let wall_clock = r"\b(Timestamp|SystemTime|Zoned)::now\b";

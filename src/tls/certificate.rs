@@ -1,0 +1,71 @@
+//! A certificate of the server, as operators see it.
+
+use std::path::{Path, PathBuf};
+
+use jiff::{SignedDuration, Timestamp};
+use rustls::pki_types::CertificateDer;
+use x509_parser::parse_x509_certificate;
+
+use super::pem;
+
+/// How long before its expiry a certificate is warned of.
+const WARN_BEFORE: SignedDuration = SignedDuration::from_hours(14 * 24);
+
+/// A certificate that is in use.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Certificate {
+    file: PathBuf,
+    subject: String,
+    not_before: Timestamp,
+    not_after: Timestamp,
+}
+
+impl Certificate {
+    /// Reads a certificate of `file`.
+    pub(super) fn parse(file: &Path, certificate: &CertificateDer<'_>) -> Result<Self, pem::Error> {
+        let failed = || pem::Error::Certificate { path: file.to_owned() };
+        let (_, parsed) = parse_x509_certificate(certificate).map_err(|_| failed())?;
+        let validity = parsed.validity();
+        let [not_before, not_after] = [validity.not_before, validity.not_after]
+            // One of the year 9999 is later than any time that is counted here.
+            .map(|at| Timestamp::from_second(at.timestamp()).unwrap_or(Timestamp::MAX));
+        let subject = parsed.subject().to_string();
+        Ok(Self { file: file.to_owned(), subject, not_before, not_after })
+    }
+
+    /// The file that it was read from, as the configuration names it.
+    pub fn file(&self) -> &Path {
+        &self.file
+    }
+
+    /// The distinguished name of its subject; may be empty.
+    pub fn subject(&self) -> &str {
+        &self.subject
+    }
+
+    /// When it expires.
+    pub fn not_after(&self) -> Timestamp {
+        self.not_after
+    }
+
+    /// The time until it expires; negative afterwards.
+    pub fn expires_in(&self, now: Timestamp) -> SignedDuration {
+        self.not_after.duration_since(now)
+    }
+
+    /// What an operator has to know of its validity: not valid yet, expired, or about to expire within
+    /// 14 days.
+    pub fn warning(&self, now: Timestamp) -> Option<String> {
+        let (file, not_after) = (self.file.display(), self.not_after);
+        let left = self.expires_in(now);
+        if now < self.not_before {
+            Some(format!("the certificate in {file} is not valid before {}", self.not_before))
+        } else if left.is_negative() {
+            Some(format!("the certificate in {file} expired at {not_after}"))
+        } else if left < WARN_BEFORE {
+            Some(format!("the certificate in {file} expires at {not_after}"))
+        } else {
+            None
+        }
+    }
+}

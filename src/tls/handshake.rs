@@ -1,0 +1,118 @@
+//! One handshake: what it has agreed on, or why it failed.
+
+use std::{io, sync::Arc, time::Duration};
+
+use metrics::counter;
+use rustls::{Error as TlsError, HandshakeKind, ProtocolVersion, ServerConnection};
+
+use super::{client::ClientCertificate, config::Version};
+
+pub(super) const HANDSHAKES: &str = "parapet_tls_handshakes_total";
+
+/// What a handshake has agreed on.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Tls {
+    /// The version of TLS.
+    pub version: Version,
+    /// The protocol that the client has asked for (ALPN), where it has.
+    pub alpn: Option<Alpn>,
+    /// The client's certificate, which was verified; `None` if it has sent none.
+    pub client: Option<Arc<ClientCertificate>>,
+}
+
+/// A protocol on top of TLS.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Alpn {
+    /// HTTP/2
+    H2,
+    /// HTTP/1.1
+    Http1,
+}
+
+impl Alpn {
+    /// Both, the preferred one first.
+    pub(super) const ALL: [Self; 2] = [Self::H2, Self::Http1];
+
+    /// The registered identifier.
+    pub(super) fn as_bytes(self) -> &'static [u8] {
+        match self {
+            Self::H2 => b"h2",
+            Self::Http1 => b"http/1.1",
+        }
+    }
+}
+
+impl Tls {
+    /// What `connection`, whose handshake has succeeded, has agreed on.
+    pub(super) fn of(connection: &ServerConnection) -> Self {
+        let version = match connection.protocol_version() {
+            Some(ProtocolVersion::TLSv1_3) => Version::Tls13,
+            _ => Version::Tls12,
+        };
+        let agreed = connection.alpn_protocol();
+        let alpn = Alpn::ALL.into_iter().find(|it| agreed == Some(it.as_bytes()));
+        let leaf = connection.peer_certificates().and_then(<[_]>::first);
+        let client = leaf.map(|leaf| Arc::new(ClientCertificate::of(leaf)));
+        Self { version, alpn, client }
+    }
+}
+
+/// Why a handshake failed.
+#[derive(Debug, thiserror::Error)]
+pub enum HandshakeError {
+    /// It took too long.
+    #[error("the TLS handshake took longer than {0:?}")]
+    TimedOut(Duration),
+    /// The client closed the connection.
+    #[error("the client closed the connection during the TLS handshake")]
+    Closed,
+    /// The client sent no certificate, or one that is not accepted.
+    #[error("the client sent no certificate that is accepted")]
+    ClientCertificate(#[source] TlsError),
+    /// Both sides have no protocol in common, or the connection broke.
+    #[error("the TLS handshake failed")]
+    Failed(#[source] io::Error),
+}
+
+impl From<io::Error> for HandshakeError {
+    fn from(error: io::Error) -> Self {
+        match error.get_ref().and_then(|inner| inner.downcast_ref::<TlsError>()) {
+            Some(
+                cause @ (TlsError::NoCertificatesPresented
+                | TlsError::InvalidCertificate(_)
+                | TlsError::InvalidCertRevocationList(_)),
+            ) => Self::ClientCertificate(cause.clone()),
+            Some(_) => Self::Failed(error),
+            None => match error.kind() {
+                io::ErrorKind::UnexpectedEof
+                | io::ErrorKind::ConnectionReset
+                | io::ErrorKind::BrokenPipe => Self::Closed,
+                _ => Self::Failed(error),
+            },
+        }
+    }
+}
+
+/// Counts how a handshake with a listener ended.
+pub(super) fn count(
+    listener: &'static str,
+    outcome: Result<(&ServerConnection, &Tls), &HandshakeError>,
+) {
+    let (version, outcome) = match outcome {
+        Ok((connection, tls)) => {
+            let is_resumed = connection.handshake_kind() == Some(HandshakeKind::Resumed);
+            (tls.version.as_str(), if is_resumed { "resumed" } else { "full" })
+        }
+        Err(error) => {
+            let outcome = match error {
+                HandshakeError::TimedOut(_) => "timed_out",
+                HandshakeError::Closed => "closed",
+                HandshakeError::ClientCertificate(_) => "client_certificate",
+                HandshakeError::Failed(_) => "failed",
+            };
+            ("none", outcome)
+        }
+    };
+    counter!(HANDSHAKES, "listener" => listener, "version" => version, "outcome" => outcome)
+        .increment(1);
+}

@@ -1,0 +1,165 @@
+//! Certificates, private keys and revocation lists in PEM files.
+//!
+//! Errors name the file and nothing of its contents.
+
+use std::{
+    fs::File,
+    io::{self, Read as _},
+    path::{Path, PathBuf},
+};
+
+use rustls::{
+    Error as TlsError,
+    crypto::ring,
+    pki_types::{
+        CertificateDer, CertificateRevocationListDer, PrivateKeyDer,
+        pem::{Error as PemError, PemObject},
+    },
+    sign::CertifiedKey,
+};
+use zeroize::Zeroizing;
+
+use crate::wire::text::without_byte_order_mark;
+
+/// The largest file that is read, in bytes: room for a revocation list of 100,000 certificates.
+const MAX_LEN: u64 = 8 << 20;
+
+/// Why a file cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It cannot be read.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// It is larger than any file of its kind.
+    #[error("{} is larger than {MAX_LEN} bytes", path.display())]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+    },
+    /// It is not PEM, or damaged.
+    #[error("{} is damaged: its PEM sections cannot be decoded", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+    },
+    /// It contains no certificate.
+    #[error("{} contains no certificate (PEM, BEGIN CERTIFICATE)", path.display())]
+    NoCertificate {
+        /// The file.
+        path: PathBuf,
+    },
+    /// One of its certificates is not X.509.
+    #[error("{} contains a certificate that cannot be parsed", path.display())]
+    Certificate {
+        /// The file.
+        path: PathBuf,
+    },
+    /// It contains no private key.
+    #[error("{} contains no private key (PEM: PKCS #8, PKCS #1 or SEC 1)", path.display())]
+    NoKey {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Its private key needs a passphrase.
+    #[error("the private key in {} is encrypted; decrypt it first, by `openssl pkey`", path.display())]
+    EncryptedKey {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Its private key is of an unknown kind.
+    #[error(
+        "the private key in {} is not supported; use ECDSA P-256 or P-384, Ed25519, or RSA of 2048 bits and more",
+        path.display()
+    )]
+    UnsupportedKey {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The private key is another certificate's.
+    #[error(
+        "the private key in {} does not belong to the first certificate in {}",
+        key.display(), certificate.display()
+    )]
+    Mismatch {
+        /// The file of the key.
+        key: PathBuf,
+        /// The file of the certificate.
+        certificate: PathBuf,
+    },
+    /// It contains no revocation list.
+    #[error("{} contains no revocation list (PEM, BEGIN X509 CRL)", path.display())]
+    NoCrl {
+        /// The file.
+        path: PathBuf,
+    },
+}
+
+/// Reads a file; blocks for as long as the file system does.
+pub fn read(path: &Path) -> Result<Zeroizing<Vec<u8>>, Error> {
+    let failed = |source| Error::Read { path: path.to_owned(), source };
+    let mut bytes = Zeroizing::new(Vec::new());
+    File::open(path).map_err(failed)?.take(MAX_LEN + 1).read_to_end(&mut bytes).map_err(failed)?;
+    if bytes.len() as u64 > MAX_LEN {
+        return Err(Error::TooLarge { path: path.to_owned() });
+    }
+    Ok(bytes)
+}
+
+/// The certificates in `pem`, the contents of `path`; at least one.
+pub fn certificates(path: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
+    let certificates: Vec<_> = sections(path, pem)?;
+    if certificates.is_empty() {
+        return Err(Error::NoCertificate { path: path.to_owned() });
+    }
+    Ok(certificates)
+}
+
+/// The revocation lists in `pem`, the contents of `path`; at least one.
+pub(super) fn crls(
+    path: &Path,
+    pem: &[u8],
+) -> Result<Vec<CertificateRevocationListDer<'static>>, Error> {
+    let crls: Vec<_> = sections(path, pem)?;
+    if crls.is_empty() {
+        return Err(Error::NoCrl { path: path.to_owned() });
+    }
+    Ok(crls)
+}
+
+/// The first private key in `pem`, the contents of `path`.
+pub fn private_key(path: &Path, pem: &[u8]) -> Result<PrivateKeyDer<'static>, Error> {
+    const ENCRYPTED: [&[u8]; 2] = [b"BEGIN ENCRYPTED PRIVATE KEY", b"Proc-Type: 4,ENCRYPTED"];
+    if ENCRYPTED.iter().any(|mark| memchr::memmem::find(pem, mark).is_some()) {
+        return Err(Error::EncryptedKey { path: path.to_owned() });
+    }
+    PrivateKeyDer::from_pem_slice(without_byte_order_mark(pem)).map_err(|error| match error {
+        PemError::NoItemsFound => Error::NoKey { path: path.to_owned() },
+        // Its text may quote the file.
+        _ => Error::Damaged { path: path.to_owned() },
+    })
+}
+
+/// Joins a chain, leaf first, and the private key of its leaf; each with its file.
+pub fn pair(
+    (certificate_file, chain): (&Path, Vec<CertificateDer<'static>>),
+    (key_file, key): (&Path, PrivateKeyDer<'static>),
+) -> Result<CertifiedKey, Error> {
+    let provider = ring::default_provider();
+    CertifiedKey::from_der(chain, key, &provider).map_err(|error| match error {
+        TlsError::InconsistentKeys(_) => {
+            Error::Mismatch { key: key_file.to_owned(), certificate: certificate_file.to_owned() }
+        }
+        TlsError::InvalidCertificate(_) => Error::Certificate { path: certificate_file.to_owned() },
+        _ => Error::UnsupportedKey { path: key_file.to_owned() },
+    })
+}
+
+fn sections<T: PemObject>(path: &Path, pem: &[u8]) -> Result<Vec<T>, Error> {
+    let sections = T::pem_slice_iter(without_byte_order_mark(pem)).collect::<Result<_, _>>();
+    sections.map_err(|_| Error::Damaged { path: path.to_owned() })
+}
