@@ -13,6 +13,7 @@ mod keys;
 mod manage;
 mod mistake;
 mod settings;
+mod tls;
 
 use std::ffi::OsString;
 
@@ -20,6 +21,7 @@ pub use self::{
     checked::{
         AdminListener, Archive, ArchiveAction, Config, Credentials, DataListener, Edge, Explain,
         FlagsPath, Folder, Identity, Manage, Mode, Offline, Place, Probe, Shutdown, Standalone,
+        Trust,
     },
     manage::{PasswordSource, Server, Task},
     mistake::{Mistake, Mistakes},

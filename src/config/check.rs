@@ -17,13 +17,14 @@ use super::{
     archive::Order,
     checked::{
         AdminListener, Archive, Config, Credentials, DataListener, Edge, FlagsPath, Folder,
-        Identity, Manage, Mode, Offline, Place, Probe, Shutdown, Standalone,
+        Identity, Manage, Mode, Offline, Place, Probe, Shutdown, Standalone, Trust,
     },
     cli::{Question, Role, Verb},
     keys::{self, Key},
     manage::{Errand, Server},
     mistake::Mistakes,
     settings::Settings,
+    tls,
 };
 use crate::{
     auth,
@@ -94,25 +95,55 @@ pub(super) fn config(s: &mut Settings, role: Role) -> Result<Config, Mistakes> {
 
 /// Checks the settings of `health` and `ready`.
 pub(super) fn probe(s: &mut Settings, question: Question) -> Result<Probe, Mistakes> {
-    let port = port(s, &keys::PORT);
-    let base_path = base_path(s);
-    let ca_certificate_file = s.read(&keys::CA_CERTIFICATE_FILE, FILE, existing_file);
-    let edge_url = if s.has(&keys::EDGE_URL) {
-        s.read(&keys::EDGE_URL, HTTP_URL, http_url)
+    let ca_file = s.read(&keys::CA_CERTIFICATE_FILE, FILE, existing_file);
+    let sdk_path = format!("{}/internal-backstage/{}", base_path(s), Verb::Ask(question).name());
+    let (url, path, trust) = if s.has(&keys::EDGE_URL) {
+        let url = s.read(&keys::EDGE_URL, HTTP_URL, http_url);
+        (url, sdk_path, Trust::Platform(ca_file))
     } else {
-        let listens = SocketAddr::new(interface(s, &keys::INTERFACE), port);
-        http_url(&if listens.ip().is_unspecified() {
-            format!("http://localhost:{port}")
+        let trust = ca_file.map_or(Trust::Any, Trust::Authority);
+        let (address, is_tls, path) = own_address(s, question, sdk_path);
+        let scheme = if is_tls { "https" } else { "http" };
+        let host = if address.ip().is_unspecified() {
+            format!("localhost:{}", address.port())
         } else {
-            format!("http://{listens}")
-        })
+            address.to_string()
+        };
+        (http_url(&format!("{scheme}://{host}")), path, trust)
     };
     Mistakes::none_in(take(&mut s.mistakes))?;
-    let mut url = edge_url.expect("an address that cannot be read is a mistake");
+    let mut url = url.expect("an address that cannot be read is a mistake");
     let before = url.path().trim_end_matches('/').to_owned();
-    let name = Verb::Ask(question).name();
-    url.set_path(&format!("{before}{base_path}/internal-backstage/{name}"));
-    Ok(Probe { url, ca_certificate_file })
+    url.set_path(&format!("{before}{path}"));
+    Ok(Probe { url, trust })
+}
+
+/// Where this machine's instance answers `question` to a client without a certificate, whether over TLS, and at
+/// which path: on the data listener, else on the admin listener.
+fn own_address(
+    s: &mut Settings,
+    question: Question,
+    sdk_path: String,
+) -> (SocketAddr, bool, String) {
+    let of_clients = tls::requires_certificates(s, &tls::DATA);
+    let of_operators = tls::requires_certificates(s, &tls::ADMIN);
+    let is_tls = s.switch(&keys::TLS_ENABLE);
+    if !is_tls || !of_clients {
+        let port_key = if is_tls { &keys::TLS_SERVER_PORT } else { &keys::PORT };
+        let address = SocketAddr::new(interface(s, &keys::INTERFACE), port(s, port_key));
+        return (address, is_tls, sdk_path);
+    }
+    let address = SocketAddr::new(interface(s, &keys::ADMIN_INTERFACE), port(s, &keys::ADMIN_PORT));
+    let is_tls = s.has(&keys::ADMIN_TLS_CERT);
+    if is_tls && of_operators {
+        let reason = "is required: both listeners want client certificates, and probes have none";
+        s.mistake(&keys::EDGE_URL, reason);
+    }
+    let path = match question {
+        Question::Health => "/live",
+        Question::Ready => "/ready",
+    };
+    (address, is_tls, path.to_owned())
 }
 
 fn identity(s: &mut Settings) -> Identity {
@@ -358,13 +389,30 @@ pub(super) fn manage(settings: Settings, errand: Errand) -> Result<Manage, Mista
 }
 
 fn listeners(s: &mut Settings) -> (DataListener, AdminListener) {
-    let address = SocketAddr::new(interface(s, &keys::INTERFACE), port(s, &keys::PORT));
+    let is_tls = s.switch(&keys::TLS_ENABLE);
+    let redirects = s.switch(&keys::REDIRECT_HTTP_TO_HTTPS);
+    let ip = interface(s, &keys::INTERFACE);
+    let plain = (SocketAddr::new(ip, port(s, &keys::PORT)), &keys::PORT);
+    let encrypted = (SocketAddr::new(ip, port(s, &keys::TLS_SERVER_PORT)), &keys::TLS_SERVER_PORT);
+    let (sdks, redirect_from) = match (is_tls, redirects) {
+        (true, true) => (encrypted, Some(plain)),
+        (true, false) => (encrypted, None),
+        (false, _) => (plain, None),
+    };
     let admin = SocketAddr::new(interface(s, &keys::ADMIN_INTERFACE), port(s, &keys::ADMIN_PORT));
-    let overlap =
-        address.ip() == admin.ip() || address.ip().is_unspecified() || admin.ip().is_unspecified();
-    if address.port() == admin.port() && address.port() != 0 && overlap {
-        s.mistake(&keys::ADMIN_PORT, "expected another port than --port");
+    let admin = (admin, &keys::ADMIN_PORT);
+    differ(s, sdks, admin);
+    if let Some(redirect_from) = redirect_from {
+        differ(s, redirect_from, sdks);
+        differ(s, redirect_from, admin);
     }
+    if is_tls && !redirects && s.has(&keys::PORT) {
+        let warning = "--port has no effect with --tls-enable: SDKs are served on --tls-server-port \
+            alone, unless --redirect-http-to-https redirects them";
+        s.warnings.push(warning.to_owned());
+    }
+    let data_tls = tls::data_listener(s);
+    let admin_tls = tls::admin_listener(s);
     let (token_header, _) = token_headers(s);
     let streams = streams(s);
     let ticket_key = s.read(&keys::OFREP_TICKET_SECRET, "at least 16 characters", |text| {
@@ -372,7 +420,9 @@ fn listeners(s: &mut Settings) -> (DataListener, AdminListener) {
     });
     let access = access(s);
     let data = DataListener {
-        address,
+        address: sdks.0,
+        tls: data_tls,
+        redirect_from: redirect_from.map(|(address, _)| address),
         streams,
         ticket_key,
         base_path: base_path(s),
@@ -384,7 +434,20 @@ fn listeners(s: &mut Settings) -> (DataListener, AdminListener) {
         request_timeout: s.interval(&keys::EDGE_REQUEST_TIMEOUT),
         access,
     };
-    (data, AdminListener { address: admin })
+    (data, AdminListener { address: admin.0, tls: admin_tls })
+}
+
+/// Two listeners cannot share a port, each of which goes with its key.
+fn differ(
+    s: &mut Settings,
+    (one, one_key): (SocketAddr, &'static Key),
+    (other, other_key): (SocketAddr, &'static Key),
+) {
+    let overlap =
+        one.ip() == other.ip() || one.ip().is_unspecified() || other.ip().is_unspecified();
+    if one.port() == other.port() && one.port() != 0 && overlap {
+        s.mistake(other_key, format!("expected another port than --{}", one_key.name));
+    }
 }
 
 fn limits(s: &mut Settings, access: &access::Config) -> Limits {

@@ -20,7 +20,7 @@ use super::{
 use crate::{
     auth, control,
     http::{access, cors, listener::Limits, ofrep::TicketKey, route::Endpoint, streaming},
-    sync, telemetry,
+    sync, telemetry, tls,
     token::{Environment, Token},
     upstream, usage,
 };
@@ -154,8 +154,12 @@ pub enum FlagsPath {
 /// The listener that SDKs talk to.
 #[derive(Clone, Debug)]
 pub struct DataListener {
-    /// Where it listens. `[::]` means IPv4 too; where the machine has no IPv6, `0.0.0.0`.
+    /// Where it listens, over TLS with `tls`. `[::]` means IPv4 too; where the machine has no IPv6, `0.0.0.0`.
     pub address: SocketAddr,
+    /// Certificates; without them HTTP is not encrypted.
+    pub tls: Option<tls::Config>,
+    /// Where unencrypted requests are redirected to `address`; only with `tls`.
+    pub redirect_from: Option<SocketAddr>,
     /// What precedes every path: empty, or `/…` without a final slash.
     pub base_path: String,
     /// The header in which SDKs present their token.
@@ -183,8 +187,10 @@ pub struct DataListener {
 /// The listener for operators.
 #[derive(Clone, Debug)]
 pub struct AdminListener {
-    /// Where it listens.
+    /// Where it listens, over TLS with `tls`.
     pub address: SocketAddr,
+    /// Certificates; without them HTTP is not encrypted.
+    pub tls: Option<tls::Config>,
 }
 
 /// How a run ends.
@@ -214,8 +220,19 @@ pub struct Identity {
 pub struct Probe {
     /// The full address of the endpoint.
     pub url: Url,
-    /// A certificate authority (PEM) to trust besides the platform's.
-    pub ca_certificate_file: Option<PathBuf>,
+    /// Which certificates are accepted.
+    pub trust: Trust,
+}
+
+/// Which certificates a probe accepts.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Trust {
+    /// Those for the host's name by the platform's authorities, and by those of a file (PEM).
+    Platform(Option<PathBuf>),
+    /// Those by the authorities of a file (PEM), for whatever name: it is this machine that is asked.
+    Authority(PathBuf),
+    /// Any: it is this machine that is asked, and nothing secret is sent.
+    Any,
 }
 
 /// What `token` and `account` do, and where.

@@ -258,6 +258,48 @@ keys! {
         /// Do not serve /internal-backstage/instancedata.
         DISABLE_INSTANCE_DATA_ENDPOINT = switch("disable-instance-data-endpoint");
     }
+    Everywhere, "TLS": {
+        /// Serve SDKs over TLS, on --tls-server-port alone; nothing listens on --port then, unless
+        /// --redirect-http-to-https is given.
+        TLS_ENABLE = switch("tls-enable");
+        /// The file of the server's certificate chain (PEM), leaf first. Of several, one for each host
+        /// name for instance, the first is the default.
+        TLS_SERVER_CERT = list("tls-server-cert");
+        /// The file of the certificate's private key (PEM: PKCS #8, PKCS #1 or SEC 1); as many as there are
+        /// certificates, in the same order.
+        TLS_SERVER_KEY = list("tls-server-key");
+        /// The port that SDKs talk to over TLS; 0 lets the system choose.
+        TLS_SERVER_PORT = one("tls-server-port").default("3043");
+        /// With --tls-enable: answer requests on --port with a redirect (308) to the same host
+        /// at --tls-server-port.
+        REDIRECT_HTTP_TO_HTTPS = switch("redirect-http-to-https");
+        /// The lowest version of TLS on either listener: 1.2 or 1.3.
+        TLS_MIN_VERSION = one("tls-min-version").default("1.2");
+        /// The authorities (PEM) whose client certificates are accepted; none are asked for when left out.
+        TLS_CLIENT_CA_FILE = one("tls-client-ca-file");
+        /// With --tls-client-ca-file: whether every client needs a certificate, `required`, or `optional`.
+        TLS_CLIENT_AUTH = one("tls-client-auth").default("required");
+        /// With --tls-client-ca-file: revocation lists (PEM) of all authorities that issue client
+        /// certificates, intermediate ones too.
+        TLS_CRL_FILE = one("tls-crl-file");
+        /// The longest that a TLS handshake may take on either listener, in seconds.
+        TLS_HANDSHAKE_TIMEOUT_SECONDS = one("tls-handshake-timeout-seconds").default("10");
+        /// How many TLS handshakes each listener processes at once; others wait for their turn.
+        TLS_MAX_HANDSHAKES = one("tls-max-handshakes").default("256");
+        /// The file of the certificate chain (PEM) of the admin listener, which then talks TLS; of several the
+        /// first is the default.
+        ADMIN_TLS_CERT = list("admin-tls-cert");
+        /// The file of that certificate's private key (PEM); as many as there are certificates, in
+        /// the same order.
+        ADMIN_TLS_KEY = list("admin-tls-key");
+        /// The authorities (PEM) whose client certificates the admin listener accepts.
+        ADMIN_TLS_CLIENT_CA_FILE = one("admin-tls-client-ca-file");
+        /// With --admin-tls-client-ca-file: whether every operator needs a certificate, `required`, or
+        /// `optional`.
+        ADMIN_TLS_CLIENT_AUTH = one("admin-tls-client-auth").default("required");
+        /// With --admin-tls-client-ca-file: revocation lists (PEM) of all its authorities.
+        ADMIN_TLS_CRL_FILE = one("admin-tls-crl-file");
+    }
     Everywhere, "Streams": {
         /// Where SDKs that can do both are sent: `streaming` (those that poll) or `polling` (those
         /// that follow a stream); as they are set up themselves when left out.
@@ -457,8 +499,8 @@ keys! {
         USAGE_RETENTION_SECONDS = one("usage-retention-seconds").default("2592000");
     }
     Probe, "Probe": {
-        /// The instance to ask; --interface, or localhost where that is every address, and --port when
-        /// not given.
+        /// The instance to ask. When not given, the one that listens with the same settings on this machine, over TLS
+        /// where it does so; its certificate is verified by --ca-certificate-file only, whatever name it is for.
         EDGE_URL = one("edge-url").short('e');
         /// A certificate authority (PEM) to trust besides the platform's.
         CA_CERTIFICATE_FILE = one("ca-certificate-file").short('c');
@@ -506,18 +548,6 @@ keys! {
         PROMETHEUS_PASSWORD = ignored("prometheus-password", One);
         /// metrics are scraped, not pushed.
         PROMETHEUS_USER_ID = ignored("prometheus-user-id", One);
-    }
-    Everywhere, "Not supported": {
-        /// let a reverse proxy in front end TLS.
-        TLS_ENABLE = refused("tls-enable", Switch);
-        /// let a reverse proxy in front end TLS.
-        TLS_SERVER_KEY = ignored("tls-server-key", One);
-        /// let a reverse proxy in front end TLS.
-        TLS_SERVER_CERT = ignored("tls-server-cert", One);
-        /// let a reverse proxy in front end TLS.
-        TLS_SERVER_PORT = ignored("tls-server-port", One);
-        /// let a reverse proxy in front redirect.
-        REDIRECT_HTTP_TO_HTTPS = refused("redirect-http-to-https", Switch);
     }
     Edge, "Not supported": {
         /// use --backup-folder on a volume that outlives the instance.

@@ -448,7 +448,7 @@ impl Settings {
 /// Whether a text may be printed: a token, or an address with a password or a key, in the wrong place
 /// is no reason to print it.
 fn is_repeatable(text: &str) -> bool {
-    Token::parse(text).is_err() && !text.contains(['@', '?'])
+    Token::parse(text).is_err() && !text.contains(['@', '?']) && !text.contains("-----BEGIN")
 }
 
 fn read_secret(secret: &Key, path: &Path) -> Result<Vec<String>, secret_file::Error> {

@@ -52,6 +52,41 @@ fn mistakes(line: &str, env: &[(&str, &str)]) -> Vec<String> {
     parse(line, env).expect_err(line).iter().map(ToString::to_string).collect()
 }
 
+/// A certificate and its key, in each of the forms that files have.
+struct Certificates {
+    _folder: tempfile::TempDir,
+    certificate: String,
+    key: String,
+    both: String,
+    /// Its passphrase is `word`.
+    pkcs12: String,
+}
+
+fn certificates() -> Certificates {
+    use p12_keystore::{Certificate, KeyStore, KeyStoreEntry, PrivateKey, PrivateKeyChain};
+    let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+    let chain = [Certificate::from_der(made.cert.der()).unwrap()];
+    let key = PrivateKey::from_der(made.signing_key.serialized_der()).unwrap();
+    let mut store = KeyStore::new();
+    let entry = KeyStoreEntry::PrivateKeyChain(PrivateKeyChain::new("1", key, chain));
+    store.add_entry("localhost", entry);
+    let pkcs12 = store.writer("word").write().unwrap();
+    let (certificate, key) = (made.cert.pem(), made.signing_key.serialize_pem());
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, bytes: &[u8]| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    Certificates {
+        certificate: write("tls.crt", certificate.as_bytes()),
+        key: write("tls.key", key.as_bytes()),
+        both: write("both.pem", (key + &certificate).as_bytes()),
+        pkcs12: write("both.p12", &pkcs12),
+        _folder: folder,
+    }
+}
+
 fn file(text: &str) -> (tempfile::TempDir, String) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("parapet.toml");
@@ -204,8 +239,8 @@ const UNLEASH_EDGE: &[(&str, &str)] = &[
     ("BASE_PATH", "/base"),
     ("WORKERS", "4"),
     ("TLS_ENABLE", "true"),
-    ("TLS_SERVER_KEY", "key.pem"),
-    ("TLS_SERVER_CERT", "cert.pem"),
+    ("TLS_SERVER_KEY", "<key>"),
+    ("TLS_SERVER_CERT", "<certificate>"),
     ("TLS_SERVER_PORT", "3043"),
     ("REDIRECT_HTTP_TO_HTTPS", "true"),
     ("CORS_ORIGIN", "https://a.example,https://b.example"),
@@ -246,9 +281,9 @@ const UNLEASH_EDGE: &[(&str, &str)] = &[
     ("PRETRUSTED_TOKENS", "secret-123@development"),
     ("CUSTOM_CLIENT_HEADERS", "X-Api-Key: mysecretapikey"),
     ("SKIP_SSL_VERIFICATION", "true"),
-    ("PKCS12_IDENTITY_FILE", "id.pfx"),
+    ("PKCS12_IDENTITY_FILE", "<pkcs12>"),
     ("PKCS12_PASSPHRASE", "word"),
-    ("PEM_CERT_FILE", "id.pem"),
+    ("PEM_CERT_FILE", "<both>"),
     ("UPSTREAM_REQUEST_TIMEOUT", "10"),
     ("UPSTREAM_SOCKET_TIMEOUT", "10"),
     ("CLIENT_KEEPALIVE_TIMEOUT", "20"),
@@ -277,11 +312,27 @@ const UNLEASH_EDGE: &[(&str, &str)] = &[
 
 #[test]
 fn every_variable_of_unleash_edge_takes_effect_or_warns_or_is_refused() {
+    let files = certificates();
     for &(name, text) in UNLEASH_EDGE {
         let key = KEYS.iter().find(|key| key.env_name() == name).expect(name);
+        let text = match text {
+            "<key>" => &*files.key,
+            "<certificate>" => &*files.certificate,
+            "<pkcs12>" => &*files.pkcs12,
+            "<both>" => &*files.both,
+            text => text,
+        };
+        // What it cannot do without.
+        let others = match name {
+            "TLS_ENABLE" => {
+                format!("--tls-server-cert {} --tls-server-key {}", files.certificate, files.key)
+            }
+            "PKCS12_IDENTITY_FILE" => "--pkcs12-passphrase word".to_owned(),
+            _ => String::new(),
+        };
         match key.support {
             Support::Full => {
-                let shown = shown(&format!("{EDGE} --check-config"), &[(name, text)]);
+                let shown = shown(&format!("{EDGE} {others} --check-config"), &[(name, text)]);
                 let start = format!("{} = ", key.file_name());
                 let line = shown.lines().find(|line| line.starts_with(&start)).unwrap();
                 let overridden = name == "UPSTREAM_URL";
@@ -302,6 +353,115 @@ fn every_variable_of_unleash_edge_takes_effect_or_warns_or_is_refused() {
     }
     let off = config(EDGE, &[("TLS_ENABLE", "false"), ("STREAMING", "false"), ("PORT", "")]);
     assert!(off.warnings.iter().all(|warning| !warning.contains("no effect")), "{off:?}");
+}
+
+#[test]
+fn tls_is_served_on_a_port_of_its_own_and_the_other_one_redirects() {
+    let files = certificates();
+    let (certificate, key) = (&*files.certificate, &*files.key);
+    let mut env =
+        vec![("TLS_ENABLE", "true"), ("TLS_SERVER_CERT", certificate), ("TLS_SERVER_KEY", key)];
+    let pair = crate::tls::Pair { certificate_file: certificate.into(), key_file: key.into() };
+    let data = config(EDGE, &env).data;
+    assert_eq!((data.address.to_string(), data.redirect_from), ("[::]:3043".to_owned(), None));
+    let tls = data.tls.unwrap();
+    assert_eq!(tls.pairs, std::slice::from_ref(&pair));
+    assert_eq!((tls.min_version, tls.clients), (crate::tls::Version::Tls12, None));
+    assert_eq!((tls.handshake_timeout, tls.max_handshakes), (Duration::from_secs(10), 256));
+    let told = config(&format!("{EDGE} --port 80"), &env).warnings;
+    assert!(told.iter().any(|it| it.starts_with("--port has no effect with --tls-enable")));
+
+    env.push(("REDIRECT_HTTP_TO_HTTPS", "true"));
+    let line = format!("{EDGE} -i 127.0.0.1 -p 80 --tls-server-port 443");
+    let data = config(&line, &env).data;
+    assert_eq!(data.address.to_string(), "127.0.0.1:443");
+    assert_eq!(data.redirect_from.unwrap().to_string(), "127.0.0.1:80");
+    let line = format!(
+        "{EDGE} --tls-enable --tls-server-cert {certificate},{certificate} --tls-server-key {key} \
+         --tls-server-key {key} --tls-client-ca-file {certificate} --tls-min-version 1.3 \
+         --admin-tls-cert {certificate} --admin-tls-key {key} \
+         --admin-tls-client-ca-file {certificate} --admin-tls-client-auth optional"
+    );
+    let config = config(&line, &[]);
+    let (data, admin) = (config.data.tls.unwrap(), config.admin.tls.unwrap());
+    assert_eq!(data.pairs, [pair.clone(), pair.clone()]);
+    assert_eq!((admin.listener, &admin.pairs[..]), ("admin", &[pair][..]));
+    assert_eq!(data.clients.unwrap().auth, crate::tls::ClientAuth::Required);
+    assert_eq!(admin.clients.unwrap().auth, crate::tls::ClientAuth::Optional);
+    assert_eq!([data.min_version, admin.min_version], [crate::tls::Version::Tls13; 2]);
+}
+
+#[test]
+fn every_mistake_of_tls_is_reported_at_once() {
+    let (files, others) = (certificates(), certificates());
+    let line = format!(
+        "{EDGE} --tls-enable --tls-server-cert {0},/nowhere.crt --tls-server-key {1},{0},{0} \
+         --tls-min-version 1.1 --tls-client-auth perhaps --tls-crl-file {0} --admin-port 3043 \
+         --admin-tls-key /nowhere.key",
+        files.certificate, others.key
+    );
+    let mut told = mistakes(&line, &[]);
+    told.sort();
+    let mut expected = [
+        "--admin-port: expected another port than --tls-server-port".to_owned(),
+        "--admin-tls-cert (ADMIN_TLS_CERT): is required for TLS: the path of a file (PEM)"
+            .to_owned(),
+        "--tls-min-version: expected 1.2 or 1.3, not `1.1`".to_owned(),
+        "--tls-client-auth: expected required or optional, not `perhaps`".to_owned(),
+        "--tls-client-auth: needs --tls-client-ca-file".to_owned(),
+        "--tls-crl-file: needs --tls-client-ca-file".to_owned(),
+        "--tls-server-key: expected as many files as --tls-server-cert has, which are 2, not 3"
+            .to_owned(),
+        format!(
+            "--tls-server-key: the private key in {} does not belong to the first certificate in {}",
+            others.key, files.certificate
+        ),
+        "--tls-server-cert: cannot read /nowhere.crt: No such file or directory (os error 2)"
+            .to_owned(),
+        format!(
+            "--tls-server-key: {} contains no private key (PEM: PKCS #8, PKCS #1 or SEC 1)",
+            files.certificate
+        ),
+    ];
+    expected.sort();
+    assert_eq!(told, expected);
+    let env = [("TLS_ENABLE", "1")];
+    for key in ["TLS_SERVER_CERT", "TLS_SERVER_KEY"] {
+        let told = mistakes(EDGE, &env);
+        assert!(told.iter().any(|it| it.contains(&format!("({key}): is required"))), "{told:?}");
+    }
+    let same = "--tls-server-port 3063 --redirect-http-to-https";
+    let told = mistakes(&format!("{EDGE} {same}"), &env);
+    assert!(told.contains(&"--tls-server-port: expected another port than --port".to_owned()));
+}
+
+#[test]
+fn private_key_in_the_place_of_its_file_is_not_repeated() {
+    let key = std::fs::read_to_string(certificates().key).unwrap();
+    let env = [("TLS_ENABLE", "true"), ("TLS_SERVER_KEY", &*key)];
+    let told = mistakes(EDGE, &env);
+    for name in ["TLS_SERVER_KEY"] {
+        assert!(told.contains(&format!("{name}: expected the path of a file (PEM)")), "{told:?}");
+    }
+    let secret = key.lines().nth(1).unwrap();
+    assert!(told.iter().all(|mistake| !mistake.contains(secret)), "{told:?}");
+}
+
+#[test]
+fn options_of_tls_that_is_off_warn() {
+    let env = [
+        ("TLS_SERVER_CERT", "tls.crt"),
+        ("REDIRECT_HTTP_TO_HTTPS", "true"),
+        ("ADMIN_TLS_CLIENT_CA_FILE", "ca.crt"),
+    ];
+    let config = config("offline -b config/flags.json -c *:d.x", &env);
+    assert_eq!(config.data.tls, None);
+    let expected = [
+        "--redirect-http-to-https has no effect without --tls-enable",
+        "--tls-server-cert has no effect without --tls-enable",
+        "--admin-tls-client-ca-file has no effect without --admin-tls-cert",
+    ];
+    assert_eq!(config.warnings, expected);
 }
 
 #[test]
@@ -721,6 +881,32 @@ fn probes_ask_the_local_instance_unless_told_otherwise() {
     check("ready", &[("PORT", "80")], "http://localhost/internal-backstage/ready");
     let env = [("BASE_PATH", "/base"), ("TLS_ENABLE", "true")];
     check("ready -e http://edge:1/", &env, "http://edge:1/base/internal-backstage/ready");
+    check("ready", &env, "https://localhost:3043/base/internal-backstage/ready");
+    check("ready --tls-server-port 443", &env, "https://localhost/base/internal-backstage/ready");
+    // They have no certificate to show.
+    let env = [("TLS_ENABLE", "true"), ("TLS_CLIENT_CA_FILE", "ca.crt")];
+    check("ready", &env, "http://127.0.0.1:3064/ready");
+    check("health --admin-tls-cert tls.crt", &env, "https://127.0.0.1:3064/live");
+    check(
+        "health --tls-client-auth optional",
+        &env,
+        "https://localhost:3043/internal-backstage/health",
+    );
+    let both = "ready --admin-tls-cert tls.crt --admin-tls-client-ca-file ca.crt";
+    assert!(mistakes(both, &env)[0].contains("both listeners want client certificates"));
+}
+
+#[test]
+fn probes_verify_certificates_of_other_machines_and_by_a_named_authority() {
+    let check = |line: &str, expected: Trust| match parse(line, &[("TLS_ENABLE", "true")]) {
+        Ok(Command::Probe(probe)) => assert_eq!(probe.trust, expected, "{line}"),
+        other => panic!("{line}: {other:?}"),
+    };
+    let file = "config/flags.json";
+    check("ready", Trust::Any);
+    check(&format!("ready -c {file}"), Trust::Authority(file.into()));
+    check("ready -e https://edge", Trust::Platform(None));
+    check(&format!("ready -e https://edge -c {file}"), Trust::Platform(Some(file.into())));
 }
 
 proptest! {
