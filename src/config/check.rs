@@ -24,7 +24,7 @@ use super::{
     manage::{Errand, Server},
     mistake::Mistakes,
     settings::Settings,
-    tls,
+    tls::{self, PEM_PATH, file_path},
 };
 use crate::{
     auth,
@@ -36,9 +36,10 @@ use crate::{
         route::Endpoint,
         streaming::{self, FetchMode},
     },
-    sync, telemetry,
+    sync,
+    telemetry::{self, report},
     token::{Environment, Token},
-    upstream::{self, AdminToken},
+    upstream::{self, AdminToken, IdentityError, Passphrase},
     usage,
 };
 
@@ -230,16 +231,7 @@ fn admin_token(s: &mut Settings) -> Option<Token> {
 
 fn upstream(s: &mut Settings, identity: &Identity) -> Option<upstream::Config> {
     let url = required(s, &keys::UPSTREAM_URL, HTTP_URL, http_url).map(|url| without_api(s, url));
-    let certificate = s.read(&keys::PKCS8_CLIENT_CERTIFICATE_FILE, FILE, existing_file);
-    let key = s.read(&keys::PKCS8_CLIENT_KEY_FILE, FILE, existing_file);
-    let both = (s.has(&keys::PKCS8_CLIENT_CERTIFICATE_FILE), s.has(&keys::PKCS8_CLIENT_KEY_FILE));
-    match both {
-        (true, false) => s.mistake(&keys::PKCS8_CLIENT_KEY_FILE, "is required with a certificate"),
-        (false, true) => {
-            s.mistake(&keys::PKCS8_CLIENT_CERTIFICATE_FILE, "is required with a key");
-        }
-        (true, true) | (false, false) => {}
-    }
+    let client_identity = client_identity(s);
     let skip_certificate_verification = s.switch(&keys::SKIP_SSL_VERIFICATION);
     if skip_certificate_verification {
         s.warnings.push(
@@ -261,14 +253,61 @@ fn upstream(s: &mut Settings, identity: &Identity) -> Option<upstream::Config> {
         connect_timeout,
         keepalive,
         certificate_file,
-        identity: certificate
-            .zip(key)
-            .map(|(certificate_file, key_file)| upstream::Identity { certificate_file, key_file }),
+        identity: client_identity,
         skip_certificate_verification,
         no_proxy: s.no_proxy.clone(),
         app_name: identity.app_name.clone(),
         instance_id: identity.instance_id.clone(),
     })
+}
+
+/// The client certificate for upstream, in one of three forms.
+fn client_identity(s: &mut Settings) -> Option<upstream::Identity> {
+    use keys::{
+        PEM_CERT_FILE, PKCS8_CLIENT_CERTIFICATE_FILE, PKCS8_CLIENT_KEY_FILE, PKCS12_IDENTITY_FILE,
+        PKCS12_PASSPHRASE,
+    };
+    let certificate = s.read(&PKCS8_CLIENT_CERTIFICATE_FILE, PEM_PATH, file_path);
+    let key = s.read(&PKCS8_CLIENT_KEY_FILE, PEM_PATH, file_path);
+    let pkcs12 = s.read(&PKCS12_IDENTITY_FILE, "the path of a file (PKCS #12)", file_path);
+    let pem = s.read(&PEM_CERT_FILE, PEM_PATH, file_path);
+    match (s.has(&PKCS8_CLIENT_CERTIFICATE_FILE), s.has(&PKCS8_CLIENT_KEY_FILE)) {
+        (true, false) => s.mistake(&PKCS8_CLIENT_KEY_FILE, "is required with a certificate"),
+        (false, true) => s.mistake(&PKCS8_CLIENT_CERTIFICATE_FILE, "is required with a key"),
+        (true, true) | (false, false) => {}
+    }
+    if s.has(&PKCS12_PASSPHRASE) && !s.has(&PKCS12_IDENTITY_FILE) {
+        let warning = "--pkcs12-passphrase has no effect without --pkcs12-identity-file";
+        s.warnings.push(warning.to_owned());
+    }
+    let forms = [&PKCS8_CLIENT_CERTIFICATE_FILE, &PKCS12_IDENTITY_FILE, &PEM_CERT_FILE];
+    let mut given = forms.into_iter().filter(|key| s.has(key));
+    if let (Some(first), Some(second)) = (given.next(), given.next()) {
+        s.mistake(second, format!("expected either this or --{}", first.name));
+        return None;
+    }
+    let identity = match (certificate.zip(key), pkcs12, pem) {
+        (Some((certificate_file, key_file)), ..) => {
+            upstream::Identity::Pair { certificate_file, key_file }
+        }
+        (_, Some(file), _) => {
+            let passphrase = Passphrase::new(s.text(&PKCS12_PASSPHRASE).unwrap_or_default());
+            upstream::Identity::Pkcs12 { file, passphrase }
+        }
+        (_, _, Some(file)) => upstream::Identity::Pem(file),
+        (None, None, None) => return None,
+    };
+    if let Err(error) = identity.load() {
+        let key = match (&identity, &error) {
+            (_, IdentityError::Passphrase { .. }) => &PKCS12_PASSPHRASE,
+            (upstream::Identity::Pkcs12 { .. }, _) => &PKCS12_IDENTITY_FILE,
+            (upstream::Identity::Pem(_), _) => &PEM_CERT_FILE,
+            (_, IdentityError::Key(_)) => &PKCS8_CLIENT_KEY_FILE,
+            (upstream::Identity::Pair { .. }, _) => &PKCS8_CLIENT_CERTIFICATE_FILE,
+        };
+        s.mistake(key, report(&error));
+    }
+    Some(identity)
 }
 
 /// Unleash's own setting is without `/api`; who gives it nevertheless means the same server.

@@ -436,8 +436,14 @@ keys! {
         UPSTREAM_CERTIFICATE_FILE = one("upstream-certificate-file");
         /// This edge's own certificate chain (PEM), leaf first.
         PKCS8_CLIENT_CERTIFICATE_FILE = one("pkcs8-client-certificate-file");
-        /// The key (PEM, PKCS #8) of that certificate.
+        /// The key (PEM) of that certificate.
         PKCS8_CLIENT_KEY_FILE = one("pkcs8-client-key-file");
+        /// Instead of these two files: one with certificate and key (PKCS #12: .p12, .pfx).
+        PKCS12_IDENTITY_FILE = one("pkcs12-identity-file");
+        /// The passphrase of --pkcs12-identity-file.
+        PKCS12_PASSPHRASE = one("pkcs12-passphrase").secret();
+        /// Instead of these files: one with certificate and key (PEM).
+        PEM_CERT_FILE = one("pem-cert-file");
         /// Accept any certificate of upstream; for tests only.
         SKIP_SSL_VERIFICATION = switch("skip-ssl-verification").short('s');
         /// Headers for every request to upstream, as in `X-Api-Key: secret`.
@@ -576,12 +582,6 @@ keys! {
         S3_BUCKET_NAME = refused("s3-bucket-name", One);
         /// let Prometheus scrape /internal-backstage/metrics.
         PROMETHEUS_REMOTE_WRITE_URL = refused("prometheus-remote-write-url", One);
-        /// convert it: --pkcs8-client-certificate-file and --pkcs8-client-key-file.
-        PKCS12_IDENTITY_FILE = refused("pkcs12-identity-file", One);
-        /// PKCS #12 files are not read.
-        PKCS12_PASSPHRASE = ignored("pkcs12-passphrase", One);
-        /// use --pkcs8-client-certificate-file and --pkcs8-client-key-file.
-        PEM_CERT_FILE = refused("pem-cert-file", One);
         /// create the tokens in upstream, or run `offline` with --frontend-tokens.
         PRETRUSTED_TOKENS = refused("pretrusted-tokens", List);
         /// use --upstream-admin-token or --tokens.

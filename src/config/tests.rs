@@ -438,9 +438,9 @@ fn every_mistake_of_tls_is_reported_at_once() {
 #[test]
 fn private_key_in_the_place_of_its_file_is_not_repeated() {
     let key = std::fs::read_to_string(certificates().key).unwrap();
-    let env = [("TLS_ENABLE", "true"), ("TLS_SERVER_KEY", &*key)];
+    let env = [("TLS_ENABLE", "true"), ("TLS_SERVER_KEY", &*key), ("PEM_CERT_FILE", &*key)];
     let told = mistakes(EDGE, &env);
-    for name in ["TLS_SERVER_KEY"] {
+    for name in ["TLS_SERVER_KEY", "PEM_CERT_FILE"] {
         assert!(told.contains(&format!("{name}: expected the path of a file (PEM)")), "{told:?}");
     }
     let secret = key.lines().nth(1).unwrap();
@@ -462,6 +462,35 @@ fn options_of_tls_that_is_off_warn() {
         "--admin-tls-client-ca-file has no effect without --admin-tls-cert",
     ];
     assert_eq!(config.warnings, expected);
+}
+
+#[test]
+fn client_certificate_for_upstream_has_three_forms() {
+    use crate::upstream::{Identity, Passphrase};
+    let Certificates { certificate, key, both, pkcs12, .. } = &certificates();
+    let check = |env: &[(&str, &str)], expected: Identity| {
+        assert_eq!(edge(EDGE, env).upstream.identity, Some(expected));
+    };
+    let pair =
+        [("PKCS8_CLIENT_CERTIFICATE_FILE", &**certificate), ("PKCS8_CLIENT_KEY_FILE", &**key)];
+    check(&pair, Identity::Pair { certificate_file: certificate.into(), key_file: key.into() });
+    check(&[("PEM_CERT_FILE", both)], Identity::Pem(both.into()));
+    let passphrase = Passphrase::new("word");
+    let env = [("PKCS12_IDENTITY_FILE", &**pkcs12), ("PKCS12_PASSPHRASE", "word")];
+    check(&env, Identity::Pkcs12 { file: pkcs12.into(), passphrase });
+
+    let told = mistakes(EDGE, &[("PKCS12_IDENTITY_FILE", pkcs12), ("PKCS12_PASSPHRASE", "w0rd")]);
+    assert_eq!(told, [format!("PKCS12_PASSPHRASE: the passphrase does not open {pkcs12}")]);
+    let told = mistakes(EDGE, &[("PKCS12_IDENTITY_FILE", both)]);
+    let expected = format!("PKCS12_IDENTITY_FILE: {both} is not a PKCS #12 file that can be read");
+    assert!(told.len() == 1 && told[0].starts_with(&expected), "{told:?}");
+    let told = mistakes(EDGE, &[("PEM_CERT_FILE", certificate)]);
+    assert!(told[0].contains("contains no private key") && told.len() == 1, "{told:?}");
+    let told = mistakes(EDGE, &[("PEM_CERT_FILE", both), ("PKCS12_IDENTITY_FILE", pkcs12)]);
+    assert_eq!(told, ["PEM_CERT_FILE: expected either this or --pkcs12-identity-file"]);
+    let other = certificates();
+    let told = mistakes(EDGE, &[pair[0], ("PKCS8_CLIENT_KEY_FILE", &other.key)]);
+    assert!(told[0].starts_with("PKCS8_CLIENT_KEY_FILE: the private key in "), "{told:?}");
 }
 
 #[test]

@@ -17,7 +17,7 @@ use rustls::crypto::ring;
 use ulid::Ulid;
 use zeroize::Zeroizing;
 
-use super::{error::Error, no_proxy};
+use super::{error::Error, identity::Identity, no_proxy};
 use crate::wire::text::without_byte_order_mark;
 
 /// How to reach upstream.
@@ -37,7 +37,7 @@ pub struct Config {
     pub keepalive: Duration,
     /// Certificates (PEM) to trust besides the platform's.
     pub certificate_file: Option<PathBuf>,
-    /// The client's own certificate and key (PEM, PKCS #8).
+    /// The client's own certificate and key.
     pub identity: Option<Identity>,
     /// Accept any server certificate; only for tests of an operator.
     pub skip_certificate_verification: bool,
@@ -47,15 +47,6 @@ pub struct Config {
     pub app_name: String,
     /// The instance id that upstream sees (`UNLEASH-INSTANCEID`).
     pub instance_id: String,
-}
-
-/// A client certificate for upstream, as two PEM files.
-#[derive(Clone, Debug)]
-pub struct Identity {
-    /// The certificate chain.
-    pub certificate_file: PathBuf,
-    /// The PKCS #8 private key.
-    pub key_file: PathBuf,
 }
 
 /// The version of the client specification that we follow. From 4.2.0 on, Unleash sends segments
@@ -91,8 +82,8 @@ pub(super) fn pool(config: &Config) -> Result<Client, Error> {
     if no_proxy::includes(&config.no_proxy, &config.url) {
         builder = builder.no_proxy();
     }
-    if let Some(files) = &config.identity {
-        builder = builder.identity(identity(files)?);
+    if let Some(identity) = &config.identity {
+        builder = builder.identity(identity.load()?);
     }
     builder.build().map_err(|error| Error::Setup(error.without_url()))
 }
@@ -126,14 +117,6 @@ fn certificates(file: &Path) -> Result<Vec<Certificate>, Error> {
         return Err(Error::File { file: file.to_owned(), source });
     }
     Ok(certificates)
-}
-
-fn identity(files: &Identity) -> Result<reqwest::Identity, Error> {
-    let (certificate, key) = (read(&files.certificate_file)?, read(&files.key_file)?);
-    let parts = [&certificate, &key].map(|pem| without_byte_order_mark(pem));
-    let pem = Zeroizing::new(parts.join(&b'\n'));
-    reqwest::Identity::from_pem(&pem)
-        .map_err(|source| Error::Pem { file: files.key_file.clone(), source: source.without_url() })
 }
 
 fn read(file: &Path) -> Result<Zeroizing<Vec<u8>>, Error> {

@@ -8,6 +8,8 @@ use std::{io, path::PathBuf, time::Duration};
 use jiff::{Timestamp, fmt::rfc2822};
 use reqwest::{StatusCode, header::HeaderValue};
 
+use super::identity;
+
 /// The longest pause that upstream may ask for by `Retry-After`; longer ones are shortened to it.
 const LONGEST_PAUSE: Duration = Duration::from_mins(10);
 
@@ -80,6 +82,9 @@ pub enum Error {
         /// The cause.
         source: reqwest::Error,
     },
+    /// The client certificate cannot be used.
+    #[error(transparent)]
+    Identity(#[from] identity::Error),
     /// A setting that cannot be sent as a header.
     #[error("the {0} has characters that no header may hold")]
     Header(&'static str),
@@ -156,6 +161,7 @@ impl Error {
             | Self::Scheme
             | Self::File { .. }
             | Self::Pem { .. }
+            | Self::Identity(_)
             | Self::Header(_)
             | Self::Setup(_) => Fault::Ours,
         }

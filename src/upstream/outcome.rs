@@ -94,6 +94,7 @@ impl Outcome {
                 Error::Scheme
                 | Error::File { .. }
                 | Error::Pem { .. }
+                | Error::Identity(_)
                 | Error::Header(_)
                 | Error::Setup(_),
             ) => Self::Unsent,
