@@ -21,6 +21,7 @@ pub mod meter;
 pub mod ofrep;
 pub mod ops;
 pub mod payload;
+pub mod redirect;
 pub mod reply;
 pub mod report;
 pub mod route;

@@ -205,6 +205,15 @@ pub fn nothing() -> Reply {
     empty(StatusCode::NO_CONTENT)
 }
 
+/// Sends the client elsewhere for good; it repeats method and body there.
+pub fn redirect(location: &str) -> Reply {
+    let mut reply = empty(StatusCode::PERMANENT_REDIRECT);
+    if let Ok(location) = HeaderValue::from_str(location) {
+        reply.headers_mut().insert(LOCATION, location);
+    }
+    reply
+}
+
 /// The answer with a cookie to be kept.
 pub fn with_cookie(mut reply: Reply, cookie: &str) -> Reply {
     // Cookies hold random text and fixed attributes.

@@ -39,7 +39,7 @@ const LAYERS: [&[(&str, &[&str])]; 8] = [
 const SURFACE: [&[&str]; 9] = [
     &["access", "coding", "conditional", "cors", "long", "route", "stop"],
     &["reply"],
-    &["guesses"],
+    &["guesses", "redirect"],
     &["console", "edge", "listener", "meter", "payload", "report", "streaming"],
     &["client", "ops"],
     &["frontend"],

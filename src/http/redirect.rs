@@ -1,0 +1,93 @@
+//! Sends clients of the unencrypted port to the encrypted one.
+//!
+//! The target's host is the request's own `Host`. `X-Forwarded-Host` does not count: whoever sets it could send
+//! other clients of a shared cache elsewhere.
+
+use hyper::{
+    header::HOST,
+    http::{request::Parts, uri::Authority},
+};
+
+use super::reply::{self, Failure, Reply};
+
+/// The port of HTTPS, which addresses leave out.
+const HTTPS: u16 = 443;
+
+/// Redirects every request to a port of the same host.
+#[derive(Clone, Copy, Debug)]
+pub struct Redirect {
+    port: u16,
+}
+
+impl Redirect {
+    /// Redirects to this port, which speaks TLS.
+    pub fn to_port(port: u16) -> Self {
+        Self { port }
+    }
+
+    /// The answer to a request, whatever it asks for: 308, so that clients repeat method and body; 400
+    /// without a `Host`.
+    pub fn answer(self, head: &Parts) -> Reply {
+        let of_header = || head.headers.get(HOST)?.to_str().ok()?.parse::<Authority>().ok();
+        let Some(authority) = head.uri.authority().cloned().or_else(of_header) else {
+            return Failure::Malformed("the request has no Host to redirect to".to_owned()).into();
+        };
+        let path = head.uri.path_and_query().map(|it| it.as_str());
+        let path = path.filter(|path| path.starts_with('/')).unwrap_or("/");
+        let (host, port) = (authority.host(), self.port);
+        reply::redirect(&if port == HTTPS {
+            format!("https://{host}{path}")
+        } else {
+            format!("https://{host}:{port}{path}")
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use hyper::{Request, StatusCode, header::LOCATION};
+
+    use super::*;
+
+    fn redirected(port: u16, uri: &str, host: Option<&str>) -> (StatusCode, Option<String>) {
+        let mut request = Request::post(uri);
+        if let Some(host) = host {
+            request = request.header(HOST, host).header("x-forwarded-host", "elsewhere.test");
+        }
+        let (head, ()) = request.body(()).expect("request").into_parts();
+        let reply = Redirect::to_port(port).answer(&head);
+        let location = reply.headers().get(LOCATION);
+        (reply.status(), location.map(|it| it.to_str().expect("text").to_owned()))
+    }
+
+    #[test]
+    fn requests_are_sent_to_the_same_path_of_the_tls_port() {
+        let check = |port, uri, host, expected: &str| {
+            let expected = (StatusCode::PERMANENT_REDIRECT, Some(expected.to_owned()));
+            assert_eq!(redirected(port, uri, host), expected, "{uri} {host:?}");
+        };
+        check(
+            3043,
+            "/api/a?b=c%20",
+            Some("flags.test:3063"),
+            "https://flags.test:3043/api/a?b=c%20",
+        );
+        check(443, "/", Some("flags.test"), "https://flags.test/");
+        check(3043, "/", Some("[::1]:3063"), "https://[::1]:3043/");
+        check(3043, "http://flags.test:3063/api", None, "https://flags.test:3043/api");
+        check(
+            3043,
+            "//elsewhere.test/",
+            Some("flags.test"),
+            "https://flags.test:3043//elsewhere.test/",
+        );
+        check(3043, "*", Some("me@flags.test"), "https://flags.test:3043/");
+    }
+
+    #[test]
+    fn request_without_a_host_is_malformed() {
+        for host in [None, Some("a b"), Some("")] {
+            assert_eq!(redirected(3043, "/", host), (StatusCode::BAD_REQUEST, None), "{host:?}");
+        }
+    }
+}
