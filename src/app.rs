@@ -26,7 +26,8 @@ use tracing::{error, info, warn};
 
 pub use self::plan::Error;
 use self::{
-    admin_token::Rotation, keep::Keeper, listen::bind, plan::Plan, reload::Reload, tasks::Tasks,
+    admin_token::Rotation, banner::Bound, keep::Keeper, listen::bind, plan::Plan, reload::Reload,
+    tasks::Tasks,
 };
 use crate::{
     auth::{self, Authenticator},
@@ -45,6 +46,7 @@ use crate::{
     },
     snapshot::Snapshots,
     telemetry::{self, Readiness},
+    tls,
     upstream::Upstream,
     usage::{Ending, Usage},
     wire::usage::ConnectVia,
@@ -69,6 +71,8 @@ pub enum Signal {
 pub struct App {
     data: (TcpListener, Arc<Data>),
     admin: (TcpListener, Arc<Admin>),
+    data_tls: Option<tls::Server>,
+    admin_tls: Option<tls::Server>,
     limits: Limits,
     drain_delay: Duration,
     grace: Duration,
@@ -88,14 +92,23 @@ impl App {
         let registry = telemetry::start_metrics();
         let (readiness, latch) = Readiness::new();
         let snapshots = Snapshots::default();
-        let (data, data_address) = bind(config.data.address, "--interface and --port")?;
+        let data_tls = config.data.tls.map(tls::Server::new).transpose()?;
+        let admin_tls = config.admin.tls.map(tls::Server::new).transpose()?;
+        let flags = match &data_tls {
+            None => "--interface and --port",
+            Some(_) => "--interface and --tls-server-port",
+        };
+        let (data, data_address) = bind(config.data.address, flags)?;
         let (admin, admin_address) =
             bind(config.admin.address, "--admin-interface and --admin-port")?;
         let mut plan = match config.mode {
             Mode::Edge(edge) => edge::plan(*edge, &config.auth, &snapshots, latch).await?,
             Mode::Offline(offline) => alone::offline(offline, &snapshots, latch).await?,
             Mode::Standalone(standalone) => {
-                let addresses = (data_address, admin_address);
+                let addresses = (
+                    Bound { address: data_address, is_tls: data_tls.is_some() },
+                    Bound { address: admin_address, is_tls: admin_tls.is_some() },
+                );
                 let (base, data_dir) = (&config.data.base_path, &config.data_dir);
                 let announce = |opened: &_| {
                     banner::announce(opened, addresses, base, config.log.format, data_dir);
@@ -171,7 +184,11 @@ impl App {
             "Parapet listens"
         );
         let service = Arc::new(service);
-        let door = Door { address: data_address, base_path: service.settings.base_path.clone() };
+        let door = Door {
+            address: data_address,
+            base_path: service.settings.base_path.clone(),
+            is_tls: data_tls.is_some(),
+        };
         let upstream = plan.upstream.clone();
         let rotation = credentials.map(|it| Rotation {
             admin: it.token,
@@ -182,19 +199,23 @@ impl App {
         });
         let live = plan.live.take().expect("it is taken once");
         let reload = Reload::new(live, auth.clone(), config.effective, config.warnings);
+        let tls: Vec<_> = [&data_tls, &admin_tls].into_iter().flatten().cloned().collect();
         let insight =
-            Insight { identity, door, auth, snapshots, usage, upstream, admin_token, ops };
+            Insight { identity, door, auth, snapshots, usage, upstream, admin_token, ops, tls };
         let operators = Admin {
             insight,
             control: plan.control.as_ref().map(|(control, _)| control.clone()),
             relay: plan.upstream.clone().filter(|_| plan.relays).map(|upstream| Relay { upstream }),
             token_header: config.data.token_header,
             disabled: config.data.disabled,
+            is_tls: admin_tls.is_some(),
             data: Arc::clone(&service),
         };
         Ok(Self {
             data: (data, service),
             admin: (admin, Arc::new(operators)),
+            data_tls,
+            admin_tls,
             limits,
             drain_delay: config.shutdown.drain_delay,
             grace: config.shutdown.timeout,
@@ -219,7 +240,7 @@ impl App {
     pub async fn run(self, signals: impl Stream<Item = Signal>) -> Result<(), Error> {
         let mut signals = pin!(signals);
         let Self { data, admin, limits, drain_delay, grace, readiness, registry, .. } = self;
-        let Self { plan, keeper, mut reload, rotation, .. } = self;
+        let Self { plan, keeper, mut reload, rotation, data_tls, admin_tls, .. } = self;
         let service = Arc::clone(&data.1);
         let (feed, streams) = (data.1.feed.clone(), data.1.streams.clone());
         let (drain, stop_working) = (Drain::default(), CancellationToken::new());
@@ -236,6 +257,9 @@ impl App {
         workers.spawn("feed", feed, |feed| async move { feed.run().await });
         workers.spawn("streams", streams.clone(), |streams| async move { streams.run().await });
         workers.spawn("metrics", registry, upkeep);
+        for server in [data_tls, admin_tls].into_iter().flatten() {
+            workers.spawn("tls", server, |server| async move { server.run().await });
+        }
         if let Some(rotation) = rotation {
             let follow = |rotation: Rotation| async move { rotation.run().await };
             workers.spawn("admin token", rotation, follow);

@@ -20,10 +20,17 @@ use crate::{
 /// The file of the data dir that holds what must not be logged.
 const FILE: &str = "first-start.txt";
 
+/// Where a listener was bound, and whether its connections are encrypted.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Bound {
+    pub(super) address: SocketAddr,
+    pub(super) is_tls: bool,
+}
+
 /// Tells what was created, once, with commands that work when pasted.
 pub(super) fn announce(
     opened: &Opened,
-    addresses: (SocketAddr, SocketAddr),
+    addresses: (Bound, Bound),
     base_path: &str,
     log: LogFormat,
     data_dir: &Path,
@@ -71,12 +78,7 @@ fn terminal(log: LogFormat) -> Option<Box<dyn Write>> {
 }
 
 /// The whole text; `once` says where else the secrets are.
-fn text(
-    opened: &Opened,
-    (data, admin): (SocketAddr, SocketAddr),
-    base_path: &str,
-    once: &str,
-) -> String {
+fn text(opened: &Opened, (data, admin): (Bound, Bound), base_path: &str, once: &str) -> String {
     let mut text = String::new();
     if let Some(account) = &opened.account {
         let (name, operators) = (&account.username, url(admin));
@@ -102,7 +104,7 @@ This is the first start. Open the console at {operators} and sign in as
 
 fn tokens(
     generated: &Generated,
-    (data, admin): (SocketAddr, SocketAddr),
+    (data, admin): (Bound, Bound),
     base_path: &str,
     once: &str,
 ) -> String {
@@ -130,11 +132,12 @@ Try them:
 }
 
 /// An address that works on this machine.
-fn url(address: SocketAddr) -> String {
+fn url(Bound { address, is_tls }: Bound) -> String {
     let host = match address.ip() {
         ip if ip.is_unspecified() => "localhost".to_owned(),
         IpAddr::V4(ip) => ip.to_string(),
         IpAddr::V6(ip) => format!("[{ip}]"),
     };
-    format!("http://{host}:{}", address.port())
+    let scheme = if is_tls { "https" } else { "http" };
+    format!("{scheme}://{host}:{}", address.port())
 }

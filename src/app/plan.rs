@@ -11,6 +11,7 @@ use crate::{
     saver::Saver,
     store::{self, Store},
     sync::files,
+    tls,
     token::{Grant, TokenDigest},
     upstream::{self, AdminToken, Credentials, Upstream},
     usage::{Delivery, Sink},
@@ -29,6 +30,9 @@ pub enum Error {
         /// The cause.
         source: io::Error,
     },
+    /// The certificates of a listener cannot be used any more; the configuration was checked with them.
+    #[error("cannot use the certificates")]
+    Tls(#[from] tls::Problems),
     /// A listener ended although nobody told it to.
     #[error("a listener ended on its own")]
     Listener,

@@ -71,6 +71,8 @@ pub struct Admin {
     pub token_header: HeaderName,
     /// Endpoints that answer as if they did not exist.
     pub disabled: BTreeSet<Endpoint>,
+    /// Whether this listener's connections are encrypted; its cookies are then `Secure`.
+    pub is_tls: bool,
     /// What SDKs and other edges ask.
     pub data: Arc<Data>,
 }
@@ -305,7 +307,7 @@ impl Admin {
     fn gate(&self) -> Gate<'_> {
         let (token_header, auth) = (&self.token_header, &self.insight.auth);
         let (control, relay) = (self.control.as_ref(), self.relay.as_ref());
-        Gate { token_header, auth, control, relay }
+        Gate { token_header, auth, control, relay, is_tls: self.is_tls }
     }
 
     /// What is kept here, or why that is not so.
@@ -333,9 +335,11 @@ impl Admin {
             OpenCall::Metrics => Ok(ops.metrics()),
             OpenCall::Document => Ok(reply::ok(DOCUMENT.clone())),
             OpenCall::SignIn => {
-                session::sign_in(self.control()?, &head.headers, address, body).await
+                session::sign_in(self.control()?, &head.headers, self.is_tls, address, body).await
             }
-            OpenCall::SignOut => session::sign_out(self.control()?, &head.headers, address).await,
+            OpenCall::SignOut => {
+                session::sign_out(self.control()?, &head.headers, self.is_tls, address).await
+            }
         }
     }
 

@@ -54,6 +54,8 @@ pub(super) struct Gate<'a> {
     pub(super) control: Option<&'a Control>,
     /// The server that has the sessions instead.
     pub(super) relay: Option<&'a Relay>,
+    /// Whether this listener's connections are encrypted.
+    pub(super) is_tls: bool,
 }
 
 impl Gate<'_> {
@@ -79,7 +81,7 @@ impl Gate<'_> {
             };
         }
         let control = self.control.ok_or(Failure::Unauthorized)?;
-        let cookie = session_cookie(&head.headers).ok_or(Failure::SignIn)?;
+        let cookie = session_cookie(&head.headers, self.is_tls).ok_or(Failure::SignIn)?;
         if is_foreign {
             return Err(Failure::CrossOrigin);
         }
@@ -121,22 +123,24 @@ pub(super) fn presented<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option
     headers.get(name).filter(|value| !is_basic(value))
 }
 
-/// Whether the browser's connection is encrypted: a proxy in front of us says so.
+/// Whether the browser's connection is encrypted: it is one of this listener's own, with `is_tls`, or a proxy
+/// in front of us says so.
 ///
 /// Whoever lies about it changes the own cookie only.
-pub(super) fn is_encrypted(headers: &HeaderMap) -> bool {
+pub(super) fn is_encrypted(headers: &HeaderMap, is_tls: bool) -> bool {
     let text = |name| headers.get(name).and_then(|it| it.to_str().ok()).unwrap_or_default();
     // A value may stand in quotes (RFC 7239, section 4).
     let forwarded = text("forwarded").to_ascii_lowercase().replace('"', "");
-    text("x-forwarded-proto").eq_ignore_ascii_case("https")
+    is_tls
+        || text("x-forwarded-proto").eq_ignore_ascii_case("https")
         || forwarded.contains("proto=https")
         || text("origin").starts_with("https://")
 }
 
 /// The value of the session's cookie. The one without prefix, which others may have planted, does not
 /// count where the connection is known to be encrypted.
-pub(super) fn session_cookie(headers: &HeaderMap) -> Option<&str> {
-    let unencrypted = || cookie(headers, SESSION).filter(|_| !is_encrypted(headers));
+pub(super) fn session_cookie(headers: &HeaderMap, is_tls: bool) -> Option<&str> {
+    let unencrypted = || cookie(headers, SESSION).filter(|_| !is_encrypted(headers, is_tls));
     cookie(headers, SECURE_SESSION).or_else(unencrypted)
 }
 
@@ -181,16 +185,19 @@ mod tests {
     #[test]
     fn unprefixed_session_cookie_is_ignored_over_an_encrypted_connection() {
         let both = ("cookie", "parapet-session=planted; __Host-parapet-session=own");
-        assert_eq!(session_cookie(&headers(&[both])), Some("own"));
+        assert_eq!(session_cookie(&headers(&[both]), false), Some("own"));
+        assert_eq!(session_cookie(&headers(&[both]), true), Some("own"));
         let planted = ("cookie", "parapet-session=planted");
-        assert_eq!(session_cookie(&headers(&[planted])), Some("planted"));
+        assert_eq!(session_cookie(&headers(&[planted]), false), Some("planted"));
+        assert_eq!(session_cookie(&headers(&[planted]), true), None);
         for encrypted in [
             ("x-forwarded-proto", "https"),
             ("forwarded", "for=192.0.2.7;proto=https"),
             ("origin", "https://flags.example"),
         ] {
-            assert_eq!(session_cookie(&headers(&[planted, encrypted])), None, "{encrypted:?}");
-            assert_eq!(session_cookie(&headers(&[both, encrypted])), Some("own"), "{encrypted:?}");
+            let cookie = |pairs: &[_]| session_cookie(&headers(pairs), false).map(str::to_owned);
+            assert_eq!(cookie(&[planted, encrypted]), None, "{encrypted:?}");
+            assert_eq!(cookie(&[both, encrypted]).as_deref(), Some("own"), "{encrypted:?}");
         }
     }
 }

@@ -13,6 +13,7 @@ use crate::{
     control::{ConnectionCount, DatabaseStatus},
     http::ops::Ops,
     snapshot::{Filter, Segments, Snapshot, Snapshots, body::Coding},
+    tls,
     token::{Grant, Projects, Scope, TokenKind},
     upstream::{AdminToken, Upstream},
     usage::Usage,
@@ -42,14 +43,17 @@ pub struct Door {
     pub address: SocketAddr,
     /// What precedes every path: empty, or `/…` without a final slash.
     pub base_path: String,
+    /// Whether its connections are encrypted.
+    pub is_tls: bool,
 }
 
 impl Door {
     /// The address for SDKs, where this instance can know it: one that is bound to all of its
     /// machine's addresses cannot.
     fn url(&self) -> Option<String> {
-        let Self { address, base_path } = self;
-        (!address.ip().is_unspecified()).then(|| format!("http://{address}{base_path}"))
+        let Self { address, base_path, is_tls } = self;
+        let scheme = if *is_tls { "https" } else { "http" };
+        (!address.ip().is_unspecified()).then(|| format!("{scheme}://{address}{base_path}"))
     }
 }
 
@@ -72,6 +76,8 @@ pub struct Insight {
     pub admin_token: Option<AdminToken>,
     /// What probes and scrapes are told.
     pub ops: Ops,
+    /// The listeners that speak TLS.
+    pub tls: Vec<tls::Server>,
 }
 
 impl Insight {
@@ -90,12 +96,14 @@ impl Insight {
             "dataUrl": self.door.url(),
             "dataPort": self.door.address.port(),
             "dataPath": self.door.base_path,
+            "dataTls": self.door.is_tls,
             "environments": environments.iter().map(|it| environment(it)).collect::<Vec<_>>(),
             "upstream": self.upstream.as_ref().map(|it| upstream(it, self.admin_token.as_ref())),
             "tokens": {
                 "valid": known_count(&self.auth),
                 "refused": self.auth.refused_count(),
             },
+            "certificates": certificates(&self.tls, Timestamp::now()),
         })
     }
 
@@ -198,6 +206,23 @@ fn environment(snapshot: &Snapshot) -> Value {
     })
 }
 
+/// The certificates of the listeners, each with what there is to be warned of.
+fn certificates(tls: &[tls::Server], now: Timestamp) -> Vec<Value> {
+    let certificates = tls.iter().flat_map(|server| {
+        server.certificates().into_iter().map(|certificate| {
+            json!({
+                "listener": server.listener(),
+                "file": certificate.file().display().to_string(),
+                "subject": certificate.subject(),
+                "notAfter": certificate.not_after().to_string(),
+                "expiresInSeconds": certificate.expires_in(now).as_secs(),
+                "warning": certificate.warning(now),
+            })
+        })
+    });
+    certificates.collect()
+}
+
 /// The control plane's database.
 pub(super) fn database(database: &DatabaseStatus) -> Value {
     let ConnectionCount { busy, idle, limit } = database.connections;
@@ -244,6 +269,38 @@ mod tests {
         auth::{self, Authority},
         token::{Environment, TokenDigest},
     };
+
+    #[test]
+    fn certificates_are_shown_with_their_expiry() {
+        let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).expect("made");
+        let folder = tempfile::tempdir().expect("folder");
+        let [certificate_file, key_file] = ["tls.crt", "tls.key"].map(|it| folder.path().join(it));
+        std::fs::write(&certificate_file, made.cert.pem()).expect("written");
+        std::fs::write(&key_file, made.signing_key.serialize_pem()).expect("written");
+        let file = certificate_file.display().to_string();
+        let server = tls::Server::new(tls::Config {
+            listener: "data",
+            pairs: vec![tls::Pair { certificate_file, key_file }],
+            min_version: tls::Version::Tls12,
+            clients: None,
+            handshake_timeout: Duration::from_secs(10),
+            max_handshakes: 256,
+        });
+        let server = server.expect("sound");
+        let not_after = server.certificates()[0].not_after();
+        let shown = |now| certificates(std::slice::from_ref(&server), now);
+        let expected = json!([{
+            "listener": "data",
+            "file": file,
+            "subject": "CN=rcgen self signed cert",
+            "notAfter": not_after.to_string(),
+            "expiresInSeconds": 30 * 24 * 60 * 60,
+            "warning": null,
+        }]);
+        assert_eq!(json!(shown(not_after - Duration::from_hours(30 * 24))), expected);
+        let soon = shown(not_after - Duration::from_hours(24));
+        assert_eq!(soon[0]["warning"], format!("the certificate in {file} expires at {not_after}"));
+    }
 
     #[test]
     fn given_tokens_are_known_and_admin_tokens_not_shown() {

@@ -19,10 +19,11 @@ use crate::{
 /// How long a browser remembers that somebody has signed in from it, in seconds: a year.
 const DEVICE_AGE: u32 = 365 * 24 * 60 * 60;
 
-/// Begins a session; its cookie is in the answer.
+/// Begins a session; its cookie is in the answer. With `is_tls` this listener's connections are encrypted.
 pub(super) async fn sign_in(
     control: &Control,
     headers: &HeaderMap,
+    is_tls: bool,
     address: IpAddr,
     body: &Bytes,
 ) -> Result<Reply, Failure> {
@@ -40,7 +41,7 @@ pub(super) async fn sign_in(
     let attempt = SignIn { username: &username.0, password: &password, address, device };
     let signed_in = control.sign_in(attempt).await?;
     let (name, secure) =
-        if is_encrypted(headers) { (SECURE_SESSION, "; Secure") } else { (SESSION, "") };
+        if is_encrypted(headers, is_tls) { (SECURE_SESSION, "; Secure") } else { (SESSION, "") };
     let session = signed_in.session.expose();
     let session = format!("{name}={session}; Path=/; HttpOnly; SameSite=Strict{secure}");
     let device = signed_in.device.expose();
@@ -55,9 +56,10 @@ pub(super) async fn sign_in(
 pub(super) async fn sign_out(
     control: &Control,
     headers: &HeaderMap,
+    is_tls: bool,
     address: IpAddr,
 ) -> Result<Reply, Failure> {
-    if let Some(session) = session_cookie(headers) {
+    if let Some(session) = session_cookie(headers, is_tls) {
         if !is_same_origin(headers) {
             return Err(Failure::CrossOrigin);
         }

@@ -34,5 +34,5 @@ async function relaysToUnleash(options) {
 /** The data listener at the host that the console was found at, which is all that is known of one bound to every address. */
 function nearby(told) {
     const host = location.hostname;
-    return `http://${host}:${told?.dataPort ?? DATA_PORT}${told?.dataPath ?? ''}`;
+    return `${told?.dataTls ? 'https' : 'http'}://${host}:${told?.dataPort ?? DATA_PORT}${told?.dataPath ?? ''}`;
 }
