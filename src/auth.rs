@@ -72,6 +72,8 @@ pub struct Admission {
 enum Known {
     /// A verdict.
     Judged(Result<Admission, Denied>),
+    /// A valid one of an earlier process, to which nobody has presented the token since.
+    FirstSeen(Arc<Verdict>, TokenDigest),
     /// Nothing.
     Not(Token, TokenDigest),
 }
@@ -150,17 +152,22 @@ impl Authenticator {
         self.admit(header, Behalf::Bearer).await
     }
 
-    /// The same for a token on which there is a verdict; `None` for others, which have to be asked about.
+    /// The same for a token that was presented before; `None` for others, which may have to be waited for.
     pub fn authenticate_known(&self, header: &str) -> Option<Result<Admission, Denied>> {
         match self.recall(header) {
             Known::Judged(verdict) => Some(verdict),
-            Known::Not(..) => None,
+            Known::FirstSeen(..) | Known::Not(..) => None,
         }
     }
 
     async fn admit(&self, header: &str, behalf: Behalf) -> Result<Admission, Denied> {
         match self.recall(header) {
             Known::Judged(verdict) => verdict,
+            Known::FirstSeen(verdict, digest) => {
+                self.0.tally.known.increment(1);
+                self.0.learn(&verdict, header);
+                Ok(Admission { grant: Arc::clone(verdict.grant()), digest, first_seen: true })
+            }
             Known::Not(token, digest) => self.ask(token, digest, behalf).await,
         }
     }
@@ -174,13 +181,12 @@ impl Authenticator {
             return Known::Judged(Ok(Admission { grant, digest, first_seen: false }));
         }
         if let Some(verdict) = inner.verdicts.valid(&digest) {
-            inner.tally.known.increment(1);
-            let first_seen = verdict.wants_plaintext();
-            if first_seen {
-                inner.learn(&verdict, header);
+            if verdict.wants_plaintext() {
+                return Known::FirstSeen(verdict, digest);
             }
+            inner.tally.known.increment(1);
             let grant = Arc::clone(verdict.grant());
-            return Known::Judged(Ok(Admission { grant, digest, first_seen }));
+            return Known::Judged(Ok(Admission { grant, digest, first_seen: false }));
         }
         if let Some(denied) = inner.verdicts.refusal(&digest) {
             inner.tally.refused.increment(1);

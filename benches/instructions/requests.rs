@@ -29,12 +29,12 @@ use parapet::http::access;
 use parapet::http::cors::{self, Cors};
 use parapet::http::data::{Data, Settings};
 use parapet::http::guesses::Guesses;
-use parapet::http::listener::{self, ConnectionInfo, Drain, Limits};
 use parapet::http::meter::Meter;
 use parapet::http::ofrep::{TicketKey, Tickets};
 use parapet::http::ops::Ops;
 use parapet::http::reply::Reply;
 use parapet::http::streaming::{self, Streams};
+use parapet::http::listener::{self, Config, Drain, Limits};
 use parapet::snapshot::Snapshots;
 use parapet::telemetry::{self, Readiness};
 use parapet::token::{Token, TokenKind};
@@ -197,8 +197,9 @@ impl Connection {
     /// To the service of the data listener, served as there.
     fn to_parapet(flags: usize) -> Self {
         let data = Arc::new(data(flags));
-        let server = listener::Server::new(data, LIMITS, Drain::default());
-        Self::serve(|stream| server.serve(stream, ConnectionInfo::plain(PEER)))
+        let config = Config { limits: LIMITS, balancers: Vec::new(), tls: None };
+        let server = listener::Server::new(data, config, Drain::default());
+        Self::serve(|stream| server.serve(stream, PEER))
     }
 
     /// To a server that gives this answer whatever it is asked, once it has read the question.

@@ -469,11 +469,13 @@ fn listeners(s: &mut Settings) -> (DataListener, AdminListener) {
         cors: cors(s),
         disabled: disabled(s),
         limits: limits(s, &access),
+        balancers: balancers(s, &keys::PROXY_PROTOCOL),
         body_bytes: s.count(&keys::BODY_LIMIT_BYTES),
         request_timeout: s.interval(&keys::EDGE_REQUEST_TIMEOUT),
         access,
     };
-    (data, AdminListener { address: admin.0, tls: admin_tls })
+    let balancers = balancers(s, &keys::ADMIN_PROXY_PROTOCOL);
+    (data, AdminListener { address: admin.0, tls: admin_tls, balancers })
 }
 
 /// Two listeners cannot share a port, each of which goes with its key.
@@ -491,7 +493,7 @@ fn differ(
 
 fn limits(s: &mut Settings, access: &access::Config) -> Limits {
     let connections = s.count(&keys::MAX_CONNECTIONS);
-    let is_direct = access.proxies == access::Proxies::None;
+    let is_direct = access.proxies == access::Proxies::None && !s.switch(&keys::PROXY_PROTOCOL);
     let share = is_direct.then_some(connections.div_ceil(2));
     Limits {
         connections,
@@ -589,9 +591,21 @@ fn any_or<T>(
     items.into_iter().collect()
 }
 
+/// The load balancers whose PROXY protocol is read on a listener.
+fn balancers(s: &mut Settings, key: &Key) -> Vec<IpNet> {
+    if !s.switch(key) {
+        return Vec::new();
+    }
+    if !s.has(&keys::PROXY_TRUSTED_SERVERS) {
+        s.mistake(key, "expected the load balancers in --proxy-trusted-servers");
+    }
+    s.list(&keys::PROXY_TRUSTED_SERVERS, NETWORKS, network)
+}
+
 fn access(s: &mut Settings) -> access::Config {
     let servers = s.list(&keys::PROXY_TRUSTED_SERVERS, NETWORKS, network);
     let trust = s.switch(&keys::TRUST_PROXY);
+    let reads_header = s.switch(&keys::PROXY_PROTOCOL) || s.switch(&keys::ADMIN_PROXY_PROTOCOL);
     let proxies = match (trust, servers.is_empty()) {
         (false, true) => access::Proxies::None,
         (true, true) => {
@@ -603,8 +617,10 @@ fn access(s: &mut Settings) -> access::Config {
             access::Proxies::Any
         }
         (true, false) => access::Proxies::Only(servers),
+        (false, false) if reads_header => access::Proxies::None,
         (false, false) => {
-            let warning = "--proxy-trusted-servers has no effect without --trust-proxy";
+            let warning = "--proxy-trusted-servers has no effect without --trust-proxy or \
+                --proxy-protocol";
             s.warnings.push(warning.to_owned());
             access::Proxies::None
         }

@@ -17,6 +17,8 @@ use super::{
     manage::{Server, Task},
     settings::Effective,
 };
+use ipnet::IpNet;
+
 use crate::{
     auth, control,
     http::{access, cors, listener::Limits, ofrep::TicketKey, route::Endpoint, streaming},
@@ -172,6 +174,8 @@ pub struct DataListener {
     pub disabled: BTreeSet<Endpoint>,
     /// What connections may take.
     pub limits: Limits,
+    /// Those whose PROXY protocol is read.
+    pub balancers: Vec<IpNet>,
     /// The largest request body, in bytes, after decompression.
     pub body_bytes: usize,
     /// The longest that one request may take, from its head until its body is there; services wait
@@ -191,6 +195,8 @@ pub struct AdminListener {
     pub address: SocketAddr,
     /// Certificates; without them HTTP is not encrypted.
     pub tls: Option<tls::Config>,
+    /// Those whose PROXY protocol is read.
+    pub balancers: Vec<IpNet>,
 }
 
 /// How a run ends.

@@ -344,10 +344,16 @@ keys! {
         /// list the header of any client sets the address that flags see; lists, throttles and the
         /// audit log use the address of the connection.
         TRUST_PROXY = switch("trust-proxy");
-        /// With --trust-proxy: networks (CIDR) or addresses of the proxies whose word on the client's address is
-        /// believed: X-Forwarded-For, else Forwarded; one that sets Forwarded alone has to remove
-        /// the client's X-Forwarded-For.
+        /// Networks (CIDR) or addresses of the proxies whose word on the client's address is believed. With
+        /// --trust-proxy that is X-Forwarded-For, else Forwarded; one that sets Forwarded alone has to
+        /// remove the client's X-Forwarded-For.
         PROXY_TRUSTED_SERVERS = list("proxy-trusted-servers");
+        /// With --proxy-trusted-servers: the load balancers among those pass connections through, and say
+        /// whose they are by the PROXY protocol, version 1 or 2. Connections from elsewhere begin as
+        /// they do without.
+        PROXY_PROTOCOL = switch("proxy-protocol");
+        /// The same for the admin listener.
+        ADMIN_PROXY_PROTOCOL = switch("admin-proxy-protocol");
     }
     Everywhere, "Limits": {
         /// The largest request body.

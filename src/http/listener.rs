@@ -10,11 +10,11 @@ mod activity;
 mod answer_body;
 mod connection;
 mod drain;
-mod drain;
 mod info;
 mod lifetime;
 mod limits;
 mod protocol;
+mod proxy_protocol;
 mod service;
 mod slots;
 mod tasks;
@@ -40,13 +40,14 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
+use ipnet::IpNet;
 use metrics::{counter, describe_counter};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
-    time::Instant,
+    time::{Instant, timeout},
 };
-use tracing::{error, warn};
+use tracing::{debug, error, warn};
 
 use self::{
     activity::Activity,
@@ -65,7 +66,21 @@ pub use self::{
     service::{Answer, Service},
 };
 use super::reply::{Failure, Outgoing, Reply};
-use crate::telemetry::{Sparing, report};
+use crate::{
+    telemetry::{Sparing, report},
+    tls::{self, Alpn},
+};
+
+/// How a listener takes connections.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// What connections may take.
+    pub limits: Limits,
+    /// The load balancers that begin connections with the PROXY protocol.
+    pub balancers: Vec<IpNet>,
+    /// What encrypts connections.
+    pub tls: Option<tls::Server>,
+}
 
 const ACCEPT_FAILURES: &str = "parapet_accept_failures_total";
 const REFUSED: &str = "parapet_connections_refused_total";
@@ -78,11 +93,11 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub async fn serve<S: Service>(
     listener: TcpListener,
     service: Arc<S>,
-    limits: Limits,
+    config: Config,
     drain: Drain,
     grace: Duration,
 ) {
-    let server = Server::new(service, limits, drain.clone());
+    let server = Server::new(service, config, drain.clone());
     describe_counter!(ACCEPT_FAILURES, "Connections that could not be accepted");
     describe_counter!(REFUSED, "Connections that were closed because their address has too many");
     let (failures, refused) = (counter!(ACCEPT_FAILURES), counter!(REFUSED));
@@ -114,10 +129,7 @@ pub async fn serve<S: Service>(
             slot = server.slots.take(peer.ip().to_canonical()) => slot,
         };
         match slot {
-            Ok(slot) => {
-                let info = ConnectionInfo::plain(peer);
-                server.tasks.spawn(Arc::clone(&server).serve_in(slot, stream, info));
-            }
+            Ok(slot) => server.tasks.spawn(Arc::clone(&server).enter(slot, stream, peer)),
             Err(_) => refused.increment(1),
         }
     }
@@ -132,7 +144,7 @@ pub async fn serve<S: Service>(
 #[derive(Debug)]
 pub struct Server<S> {
     service: Arc<S>,
-    limits: Limits,
+    config: Config,
     drain: Drain,
     slots: Arc<Slots>,
     http1: http1::Builder,
@@ -142,7 +154,8 @@ pub struct Server<S> {
 
 impl<S: Service> Server<S> {
     /// Speaks for `service`.
-    pub fn new(service: Arc<S>, limits: Limits, drain: Drain) -> Arc<Self> {
+    pub fn new(service: Arc<S>, config: Config, drain: Drain) -> Arc<Self> {
+        let limits = &config.limits;
         let tasks = Tasks::default();
         let mut http2 = http2::Builder::new(tasks.clone());
         http2
@@ -153,30 +166,84 @@ impl<S: Service> Server<S> {
             .max_send_buf_size(limits::SEND_BUFFER);
         let slots = Slots::new(limits.connections, limits.connections_per_address);
         let http1 = http1::Builder::new();
-        Arc::new(Self { service, limits, drain, slots, http1, http2, tasks })
+        Arc::new(Self { service, config, drain, slots, http1, http2, tasks })
     }
 
     /// Serves one connection to its end, once there is a place for it. Dropping the future closes it.
-    pub async fn serve<I>(self: Arc<Self>, io: I, info: ConnectionInfo)
+    pub async fn serve<I>(self: Arc<Self>, io: I, peer: SocketAddr)
     where
         I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        if let Ok(slot) = self.slots.take(info.peer.ip().to_canonical()).await {
-            self.serve_in(slot, io, info).await;
+        if let Ok(slot) = self.slots.take(peer.ip().to_canonical()).await {
+            self.enter(slot, io, peer).await;
         }
     }
 
-    async fn serve_in<I>(self: Arc<Self>, slot: Slot, mut io: I, info: ConnectionInfo)
+    /// Finds out who and what is at the other end, as far as that precedes HTTP.
+    async fn enter<I>(self: Arc<Self>, slot: Slot, mut io: I, mut peer: SocketAddr)
     where
         I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
+        let address = peer.ip().to_canonical();
+        if self.config.balancers.iter().any(|network| network.contains(&address)) {
+            let header = Box::pin(timeout(
+                self.config.limits.header_read_timeout,
+                proxy_protocol::read(&mut io),
+            ));
+            match connection::unless_ended(header, slot.activity(), &self.drain).await {
+                Some(Ok(Ok(client))) => peer = client.unwrap_or(peer),
+                Some(Ok(Err(error))) => {
+                    debug!(error = report(&error), "A load balancer's connection is refused");
+                    return;
+                }
+                Some(Err(_)) | None => return,
+            }
+        }
+        let Some(tls) = self.config.tls.clone() else {
+            return self.speak(slot, io, ConnectionInfo { peer, tls: None }, None).await;
+        };
+        // In a box, so that connections without it take no room for it.
+        Box::pin(async move {
+            let handshake = tls.handshake(io);
+            match connection::unless_ended(handshake, slot.activity(), &self.drain).await {
+                Some(Ok((io, agreed))) => {
+                    let protocol = agreed.alpn.map(|alpn| match alpn {
+                        Alpn::H2 => Protocol::Http2,
+                        Alpn::Http1 => Protocol::Http1,
+                    });
+                    let info = ConnectionInfo { peer, tls: Some(agreed) };
+                    self.speak(slot, io, info, protocol).await;
+                }
+                Some(Err(error)) => debug!(error = report(&error), "A TLS handshake failed"),
+                None => {}
+            }
+        })
+        .await;
+    }
+
+    /// Speaks what was agreed on, or what the client begins with.
+    async fn speak<I>(
+        self: Arc<Self>,
+        slot: Slot,
+        mut io: I,
+        info: ConnectionInfo,
+        agreed: Option<Protocol>,
+    ) where
+        I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
         let activity = Arc::clone(slot.activity());
-        let lifetime = Lifetime::new(&self.limits, rand::random(), Instant::now());
+        let limits = &self.config.limits;
+        let lifetime = Lifetime::new(limits, rand::random(), Instant::now());
         let mut begun = Vec::new();
-        let opened = connection::open(&mut io, &mut begun, &activity, &self.limits, &self.drain);
-        let Some(protocol) = opened.await else { return };
-        let io = Watched::new(io, begun.into(), Arc::clone(&activity), protocol);
-        let io = TokioIo::new(io);
+        let protocol = match agreed {
+            Some(protocol) => protocol,
+            None => {
+                let opened = connection::open(&mut io, &mut begun, &activity, limits, &self.drain);
+                let Some(protocol) = opened.await else { return };
+                protocol
+            }
+        };
+        let io = TokioIo::new(Watched::new(io, begun.into(), Arc::clone(&activity), protocol));
         let drain = self.drain.clone();
         let asked = Asked {
             service: Arc::clone(&self.service),

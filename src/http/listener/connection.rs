@@ -3,7 +3,7 @@
 //! Hyper speaks; this lets it, and ends what the policy ([`Lifetime`]) or the listener wants ended.
 
 use std::{
-    future::{Future as _, poll_fn},
+    future::{Future, poll_fn},
     pin::pin,
     sync::Arc,
     task::Poll,
@@ -38,6 +38,20 @@ pub(super) enum Farewell {
     AtOnce,
 }
 
+/// What comes of the beginning of a connection, unless the connection is to end before.
+pub(super) async fn unless_ended<T>(
+    beginning: impl Future<Output = T>,
+    activity: &Activity,
+    drain: &Drain,
+) -> Option<T> {
+    tokio::select! {
+        biased;
+        begun = beginning => Some(begun),
+        () = drain.closing.wake() => None,
+        () = evicted(activity) => None,
+    }
+}
+
 /// Finds out what is spoken, within the time that an idle connection has, and the time for a head once
 /// there is a byte. What was read is in `begun`. `None` where the connection is over.
 pub(super) async fn open<I: AsyncRead + Unpin>(
@@ -47,15 +61,12 @@ pub(super) async fn open<I: AsyncRead + Unpin>(
     limits: &Limits,
     drain: &Drain,
 ) -> Option<Protocol> {
-    let (mut closing, mut evicted) = (pin!(drain.closing.wake()), pin!(evicted(activity)));
     let mut alarm = pin!(sleep(limits.idle_timeout));
     loop {
         let read = tokio::select! {
             biased;
-            read = protocol::read(io, begun) => read,
+            read = unless_ended(protocol::read(io, begun), activity, drain) => read?,
             () = &mut alarm => return None,
-            () = &mut closing => return None,
-            () = &mut evicted => return None,
         };
         let is_first = matches!(read, Ok(read) if read == begun.len());
         match (read, protocol::spoken(begun)) {

@@ -2,16 +2,13 @@
 
 use std::net::SocketAddr;
 
+use crate::tls::Tls;
+
 /// A connection, as far as requests are concerned.
 #[derive(Clone, Debug)]
 pub struct ConnectionInfo {
-    /// Who is at the other end.
+    /// Who is at the other end: the client, or a proxy that does not say whose connection it is.
     pub peer: SocketAddr,
-}
-
-impl ConnectionInfo {
-    /// A connection without TLS.
-    pub fn plain(peer: SocketAddr) -> Self {
-        Self { peer }
-    }
+    /// What was agreed on in the handshake, where the connection is encrypted.
+    pub tls: Option<Tls>,
 }

@@ -1,7 +1,5 @@
 //! Whole connections in memory, by a clock that stands still while anything can go on.
 
-//! Whole connections in memory, by a clock that stands still while anything can go on.
-
 use std::sync::{Mutex, Weak};
 
 use bytes::Bytes;
@@ -24,6 +22,10 @@ const LIMITS: Limits = Limits {
     idle_timeout: MINUTE,
     max_age: None,
 };
+
+fn plain(limits: Limits) -> Config {
+    Config { limits, balancers: Vec::new(), tls: None }
+}
 
 /// Tells of each request, holds something as long as it lasts, and never answers.
 struct Silent(mpsc::UnboundedSender<Weak<()>>);
@@ -110,10 +112,10 @@ fn connected<S: Service>(
     at_once: usize,
 ) -> (DuplexStream, Drain, tokio::task::JoinHandle<()>) {
     let (client, io) = tokio::io::duplex(at_once);
-    let info = ConnectionInfo::plain(SocketAddr::from(([127, 0, 0, 1], 1)));
+    let peer = SocketAddr::from(([127, 0, 0, 1], 1));
     let drain = Drain::default();
-    let server = Server::new(Arc::new(service), limits, drain.clone());
-    (client, drain, tokio::spawn(server.serve(io, info)))
+    let server = Server::new(Arc::new(service), plain(limits), drain.clone());
+    (client, drain, tokio::spawn(server.serve(io, peer)))
 }
 
 const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n";
@@ -272,7 +274,7 @@ async fn requests_that_outlast_the_grace_are_dropped_before_serving_ends() {
     let (seen, mut requests) = mpsc::unbounded_channel();
     let drain = Drain::default();
     let service = Arc::new(Silent(seen));
-    let serving = tokio::spawn(serve(listener, service, LIMITS, drain.clone(), Duration::ZERO));
+    let serving = tokio::spawn(serve(listener, service, plain(LIMITS), drain.clone(), Duration::ZERO));
     let mut first = TcpStream::connect(address).await.unwrap();
     first.write_all(REQUEST).await.unwrap();
     let _ = rustls::crypto::ring::default_provider().install_default();
