@@ -7,6 +7,7 @@
 mod admin_token;
 mod alone;
 mod banner;
+mod descriptors;
 mod edge;
 mod keep;
 mod listen;
@@ -38,10 +39,11 @@ use crate::{
         cors::Cors,
         data::{Data, Settings},
         guesses::Guesses,
-        listener::{self, Drain, Limits},
+        listener::{self, Drain, Limits, Service},
         meter::Meter,
         ofrep::{TicketKey, Tickets},
         ops::Ops,
+        redirect::Redirect,
         streaming::Streams,
     },
     snapshot::Snapshots,
@@ -69,11 +71,10 @@ pub enum Signal {
 /// A Parapet that listens and is about to serve.
 #[derive(Debug)]
 pub struct App {
-    data: (TcpListener, Arc<Data>),
-    admin: (TcpListener, Arc<Admin>),
-    data_tls: Option<tls::Server>,
-    admin_tls: Option<tls::Server>,
-    limits: Limits,
+    data: Listening<Data>,
+    admin: Listening<Admin>,
+    /// Sends those who come without TLS to where it is spoken.
+    redirect: Option<Listening<Redirect>>,
     drain_delay: Duration,
     grace: Duration,
     readiness: Readiness,
@@ -82,6 +83,20 @@ pub struct App {
     keeper: Keeper,
     reload: Reload,
     rotation: Option<Rotation>,
+}
+
+/// A listener that is bound, and what it is to serve.
+#[derive(Debug)]
+struct Listening<S> {
+    listener: TcpListener,
+    service: Arc<S>,
+    config: listener::Config,
+}
+
+impl<S: Service> Listening<S> {
+    async fn serve(self, drain: Drain, grace: Duration) {
+        listener::serve(self.listener, self.service, self.config, drain, grace).await;
+    }
 }
 
 impl App {
@@ -99,6 +114,10 @@ impl App {
             Some(_) => "--interface and --tls-server-port",
         };
         let (data, data_address) = bind(config.data.address, flags)?;
+        let redirect = match config.data.redirect_from {
+            Some(address) => Some(bind(address, "--interface and --port")?.0),
+            None => None,
+        };
         let (admin, admin_address) =
             bind(config.admin.address, "--admin-interface and --admin-port")?;
         let mut plan = match config.mode {
@@ -211,12 +230,39 @@ impl App {
             is_tls: admin_tls.is_some(),
             data: Arc::clone(&service),
         };
+        let connections = descriptors::divide(limits.connections);
+        let of = |connections| Limits { connections, ..limits.clone() };
+        let redirect = redirect.map(|listener| Listening {
+            listener,
+            service: Arc::new(Redirect::to_port(data_address.port())),
+            config: listener::Config {
+                limits: of(connections.admin),
+                balancers: config.data.balancers.clone(),
+                tls: None,
+            },
+        });
+        let data = Listening {
+            listener: data,
+            service,
+            config: listener::Config {
+                limits: of(connections.data),
+                balancers: config.data.balancers,
+                tls: data_tls,
+            },
+        };
+        let admin = Listening {
+            listener: admin,
+            service: Arc::new(operators),
+            config: listener::Config {
+                limits: of(connections.admin),
+                balancers: config.admin.balancers,
+                tls: admin_tls,
+            },
+        };
         Ok(Self {
-            data: (data, service),
-            admin: (admin, Arc::new(operators)),
-            data_tls,
-            admin_tls,
-            limits,
+            data,
+            admin,
+            redirect,
             drain_delay: config.shutdown.drain_delay,
             grace: config.shutdown.timeout,
             readiness,
@@ -230,7 +276,7 @@ impl App {
 
     /// Where the data listener and the admin listener were bound.
     pub fn addresses(&self) -> io::Result<(SocketAddr, SocketAddr)> {
-        Ok((self.data.0.local_addr()?, self.admin.0.local_addr()?))
+        Ok((self.data.listener.local_addr()?, self.admin.listener.local_addr()?))
     }
 
     /// Serves until the first of `signals` to terminate, then ends in order: readiness first,
@@ -239,16 +285,20 @@ impl App {
     /// A listener that dies ends the rest in the same order, and is an error.
     pub async fn run(self, signals: impl Stream<Item = Signal>) -> Result<(), Error> {
         let mut signals = pin!(signals);
-        let Self { data, admin, limits, drain_delay, grace, readiness, registry, .. } = self;
-        let Self { plan, keeper, mut reload, rotation, data_tls, admin_tls, .. } = self;
-        let service = Arc::clone(&data.1);
-        let (feed, streams) = (data.1.feed.clone(), data.1.streams.clone());
+        let Self { data, admin, redirect, drain_delay, grace, readiness, registry, .. } = self;
+        let Self { plan, keeper, mut reload, rotation, .. } = self;
+        let service = Arc::clone(&data.service);
+        let (feed, streams) = (service.feed.clone(), service.streams.clone());
+        let tls = [data.config.tls.clone(), admin.config.tls.clone()];
         let (drain, stop_working) = (Drain::default(), CancellationToken::new());
         let hurry = CancellationToken::new();
 
         let mut listeners = JoinSet::new();
-        listeners.spawn(listener::serve(data.0, data.1, limits.clone(), drain.clone(), grace));
-        listeners.spawn(listener::serve(admin.0, admin.1, limits, drain.clone(), grace));
+        listeners.spawn(data.serve(drain.clone(), grace));
+        listeners.spawn(admin.serve(drain.clone(), grace));
+        if let Some(redirect) = redirect {
+            listeners.spawn(redirect.serve(drain.clone(), grace));
+        }
 
         let mut workers = Tasks::default();
         let saver = plan.source.saver();
@@ -257,7 +307,7 @@ impl App {
         workers.spawn("feed", feed, |feed| async move { feed.run().await });
         workers.spawn("streams", streams.clone(), |streams| async move { streams.run().await });
         workers.spawn("metrics", registry, upkeep);
-        for server in [data_tls, admin_tls].into_iter().flatten() {
+        for server in tls.into_iter().flatten() {
             workers.spawn("tls", server, |server| async move { server.run().await });
         }
         if let Some(rotation) = rotation {

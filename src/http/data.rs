@@ -534,12 +534,9 @@ impl Data {
             Ok(admission) => admission,
             Err(failure) => return Some(Err(failure)),
         };
-        let Admission { grant, digest, first_seen } = admission;
-        match self.snapshots.load_for(&grant.scope) {
-            Some(snapshot) => Some(Ok(Reader { grant, digest, snapshot })),
-            None if first_seen => None,
-            None => Some(Err(NO_FLAGS)),
-        }
+        let Admission { grant, digest, .. } = admission;
+        let snapshot = self.snapshots.load_for(&grant.scope).ok_or(NO_FLAGS);
+        Some(snapshot.map(|snapshot| Reader { grant, digest, snapshot }))
     }
 
     /// The body that holds the context, where it is not in the query.

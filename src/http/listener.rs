@@ -134,7 +134,7 @@ pub async fn serve<S: Service>(
         }
     }
     drop(listener);
-    if tokio::time::timeout(grace, server.tasks.finish()).await.is_err() {
+    if timeout(grace, server.tasks.finish()).await.is_err() {
         warn!(?grace, "Requests under way did not finish in time");
     }
     server.tasks.abort().await;

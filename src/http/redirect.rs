@@ -3,12 +3,14 @@
 //! The target's host is the request's own `Host`. `X-Forwarded-Host` does not count: whoever sets it could send
 //! other clients of a shared cache elsewhere.
 
-use hyper::{
-    header::HOST,
-    http::{request::Parts, uri::Authority},
-};
+use std::sync::Arc;
 
-use super::reply::{self, Failure, Reply};
+use hyper::{Request, body::Incoming, header::HOST, http::uri::Authority};
+
+use super::{
+    listener::{Answer, ConnectionInfo, Service},
+    reply::{self, Failure, Reply},
+};
 
 /// The port of HTTPS, which addresses leave out.
 const HTTPS: u16 = 443;
@@ -27,12 +29,12 @@ impl Redirect {
 
     /// The answer to a request, whatever it asks for: 308, so that clients repeat method and body; 400
     /// without a `Host`.
-    pub fn answer(self, head: &Parts) -> Reply {
-        let of_header = || head.headers.get(HOST)?.to_str().ok()?.parse::<Authority>().ok();
-        let Some(authority) = head.uri.authority().cloned().or_else(of_header) else {
+    fn answer<B>(self, head: &Request<B>) -> Reply {
+        let of_header = || head.headers().get(HOST)?.to_str().ok()?.parse::<Authority>().ok();
+        let Some(authority) = head.uri().authority().cloned().or_else(of_header) else {
             return Failure::Malformed("the request has no Host to redirect to".to_owned()).into();
         };
-        let path = head.uri.path_and_query().map(|it| it.as_str());
+        let path = head.uri().path_and_query().map(|it| it.as_str());
         let path = path.filter(|path| path.starts_with('/')).unwrap_or("/");
         let (host, port) = (authority.host(), self.port);
         reply::redirect(&if port == HTTPS {
@@ -40,6 +42,12 @@ impl Redirect {
         } else {
             format!("https://{host}:{port}{path}")
         })
+    }
+}
+
+impl Service for Redirect {
+    fn call(self: &Arc<Self>, request: Request<Incoming>, _: &Arc<ConnectionInfo>) -> Answer {
+        Answer::Ready(self.answer(&request))
     }
 }
 
@@ -54,8 +62,8 @@ mod tests {
         if let Some(host) = host {
             request = request.header(HOST, host).header("x-forwarded-host", "elsewhere.test");
         }
-        let (head, ()) = request.body(()).expect("request").into_parts();
-        let reply = Redirect::to_port(port).answer(&head);
+        let request = request.body(()).expect("request");
+        let reply = Redirect::to_port(port).answer(&request);
         let location = reply.headers().get(LOCATION);
         (reply.status(), location.map(|it| it.to_str().expect("text").to_owned()))
     }

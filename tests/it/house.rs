@@ -39,9 +39,9 @@ const LAYERS: [&[(&str, &[&str])]; 8] = [
 const SURFACE: [&[&str]; 9] = [
     &["access", "coding", "conditional", "cors", "long", "route", "stop"],
     &["reply"],
-    &["guesses", "redirect"],
+    &["guesses"],
     &["console", "edge", "listener", "meter", "payload", "report", "streaming"],
-    &["client", "ops"],
+    &["client", "ops", "redirect"],
     &["frontend"],
     &["ofrep"],
     &["data"],

@@ -108,7 +108,11 @@ mod tests {
         let told = check(&version_2(0x21, 0x21, &six.concat())).await;
         assert_eq!(told, Some(Some("[2001:db8::7]:50000".into())));
         assert_eq!(check(&version_2(0x20, 0x00, &[])).await, Some(None), "it speaks for itself");
-        assert_eq!(check(&version_2(0x21, 0x00, &[])).await, Some(None), "it does not know whom for");
+        assert_eq!(
+            check(&version_2(0x21, 0x00, &[])).await,
+            Some(None),
+            "it does not know whom for"
+        );
     }
 
     #[tokio::test]

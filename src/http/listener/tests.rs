@@ -274,7 +274,8 @@ async fn requests_that_outlast_the_grace_are_dropped_before_serving_ends() {
     let (seen, mut requests) = mpsc::unbounded_channel();
     let drain = Drain::default();
     let service = Arc::new(Silent(seen));
-    let serving = tokio::spawn(serve(listener, service, plain(LIMITS), drain.clone(), Duration::ZERO));
+    let serving =
+        tokio::spawn(serve(listener, service, plain(LIMITS), drain.clone(), Duration::ZERO));
     let mut first = TcpStream::connect(address).await.unwrap();
     first.write_all(REQUEST).await.unwrap();
     let _ = rustls::crypto::ring::default_provider().install_default();
@@ -382,10 +383,10 @@ async fn requests_of_an_http2_client_that_takes_nothing_wait_for_their_turn() {
     let mut sender = http2(client).await;
     let first = sender.send_request(get()).await.unwrap();
     let mut second = std::pin::pin!(sender.send_request(get()));
-    let early = tokio::time::timeout(limits::STALLED_AFTER / 2, second.as_mut()).await;
+    let early = timeout(limits::STALLED_AFTER / 2, second.as_mut()).await;
     assert!(early.is_err(), "its answer would be one too many to keep");
     drop(first);
-    let then = tokio::time::timeout(limits::STALLED_AFTER / 2, second).await;
+    let then = timeout(limits::STALLED_AFTER / 2, second).await;
     assert_eq!(then.unwrap().unwrap().status(), 200);
 }
 
