@@ -187,7 +187,9 @@ impl Found {
             Ok(certified) => Some((certified, leaf)),
             Err(error) => {
                 let setting = match error {
-                    pem::Error::Certificate { .. } => Setting::Certificate,
+                    pem::Error::Certificate { .. } | pem::Error::OldCertificate { .. } => {
+                        Setting::Certificate
+                    }
                     _ => Setting::Key,
                 };
                 self.add(setting, report(&error));

@@ -17,6 +17,7 @@ use rustls::{
     },
     sign::CertifiedKey,
 };
+use x509_parser::{parse_x509_certificate, x509::X509Version};
 use zeroize::Zeroizing;
 
 use crate::wire::text::without_byte_order_mark;
@@ -56,6 +57,12 @@ pub enum Error {
     /// One of its certificates is not X.509.
     #[error("{} contains a certificate that cannot be parsed", path.display())]
     Certificate {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Its certificate is older than TLS libraries of today support.
+    #[error("the certificate in {} is of X.509 version 1; have it issued as version 3", path.display())]
+    OldCertificate {
         /// The file.
         path: PathBuf,
     },
@@ -150,6 +157,10 @@ pub fn pair(
     (key_file, key): (&Path, PrivateKeyDer<'static>),
 ) -> Result<CertifiedKey, Error> {
     let provider = ring::default_provider();
+    let parsed = chain.first().and_then(|leaf| parse_x509_certificate(leaf).ok());
+    if parsed.is_some_and(|(_, leaf)| leaf.version() != X509Version::V3) {
+        return Err(Error::OldCertificate { path: certificate_file.to_owned() });
+    }
     CertifiedKey::from_der(chain, key, &provider).map_err(|error| match error {
         TlsError::InconsistentKeys(_) => {
             Error::Mismatch { key: key_file.to_owned(), certificate: certificate_file.to_owned() }

@@ -332,6 +332,32 @@ fn every_problem_of_the_files_is_found_at_once() {
     assert_eq!(found, expected.map(|(setting, reason)| (setting, reason.to_owned())));
 }
 
+/// As `openssl x509 -req` makes it without extensions.
+const VERSION_1: &str = "\
+-----BEGIN CERTIFICATE-----
+MIIBFjCBvQIUIu9Pt1RkBA3yd9UBFCmBD08QuBAwCgYIKoZIzj0EAwIwDTELMAkG
+A1UEAwwCdjEwIBcNMjYxMTI5MTg0ODA4WhgPMjEyNjExMDUxODQ4MDhaMA0xCzAJ
+BgNVBAMMAnYxMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAE+h6sTr+OUfg5Cfp3
+rRlWMvPbvH7ZttTezNcIRgu0uUcEibcdx8SSzwpJ0IYpAUU/XB0cE8v2+5c9cv/O
+O3iGrjAKBggqhkjOPQQDAgNIADBFAiAimULd2OWmljVmwatBmMKnOJqQ7Jidybht
+9EjvXkwj3QIhAJArAjMjYQSEglR1Esca61ValnanKHXlD7/0XrANYHHk
+-----END CERTIFICATE-----
+";
+
+#[test]
+fn certificate_of_version_1_is_a_problem_of_its_own() {
+    let bed = Bed::new();
+    let Made { key, .. } = bed.make(&[], |_| {});
+    let pair = Pair {
+        certificate_file: bed.write("old.crt", VERSION_1),
+        key_file: bed.write("old.key", &key),
+    };
+    let problems = Server::new(Bed::config(vec![pair])).expect_err("too old");
+    let problem = problems.iter().next().unwrap();
+    assert_eq!(problem.setting, Setting::Certificate);
+    assert!(problem.reason.contains("old.crt is of X.509 version 1"), "{problem:?}");
+}
+
 #[test]
 fn expiry_is_warned_of_and_no_problem() {
     let bed = Bed::new();
