@@ -132,12 +132,28 @@ fn of_pkcs12(file: &Path, passphrase: &Passphrase) -> Result<Pair, Error> {
     let key = archive.keys.first().ok_or_else(|| Error::NoKey { file: file.to_owned() })?;
     let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.key.as_der().to_vec()));
     let certificates: Vec<_> = archive.certs.into_iter().map(|bag| bag.cert).collect();
-    let is_leaf = |certificate: &&Certificate| {
-        pem::pair((file, vec![der(certificate)]), (file, key.clone_key())).is_ok()
-    };
-    let leaf = certificates.iter().find(is_leaf);
-    let leaf = leaf.ok_or_else(|| Error::NoCertificate { file: file.to_owned() })?;
+    let leaf = leaf(file, &key, &certificates)?;
     Ok((chain(leaf, &certificates).into_iter().map(der).collect(), key))
+}
+
+/// The certificate of `key` among all that are in `file`.
+fn leaf<'a>(
+    file: &Path,
+    key: &PrivateKeyDer<'static>,
+    certificates: &'a [Certificate],
+) -> Result<&'a Certificate, Error> {
+    for certificate in certificates {
+        match pem::pair((file, vec![der(certificate)]), (file, key.clone_key())) {
+            Ok(_) => return Ok(certificate),
+            // Another one's, for instance the issuer's.
+            Err(pem::Error::Mismatch { .. } | pem::Error::Certificate { .. }) => {}
+            Err(error @ pem::Error::OldCertificate { .. }) => {
+                return Err(Error::Certificate(error));
+            }
+            Err(error) => return Err(Error::Key(error)),
+        }
+    }
+    Err(Error::NoCertificate { file: file.to_owned() })
 }
 
 /// `leaf`, its issuer, that one's issuer and so on, as far as they are among `certificates`; without the
@@ -178,36 +194,65 @@ fn to_pem(chain: &[CertificateDer<'_>], key: &PrivateKeyDer<'_>) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::{fs, time::Duration};
 
     use p12_keystore::{EncryptionAlgorithm, KeyStore, KeyStoreEntry, PrivateKey, PrivateKeyChain};
-    use rcgen::{CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+    use rcgen::{
+        BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, DnType, IsCa,
+        KeyPair,
+    };
+    use tokio::net::TcpListener;
 
     use super::*;
-    use crate::telemetry::report;
+    use crate::{telemetry::report, tls};
 
-    /// A leaf with its key, and its issuer.
-    fn chain_of_two() -> (rcgen::Certificate, KeyPair, CertifiedIssuer<'static, KeyPair>) {
-        let mut params = CertificateParams::new([]).expect("params");
-        params.is_ca = IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
-        params.distinguished_name.push(rcgen::DnType::CommonName, "issuer");
-        let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().expect("key"));
-        let issuer = issuer.expect("issuer");
-        let key = KeyPair::generate().expect("key");
-        let mut params = CertificateParams::new(["edge.test".to_owned()]).expect("params");
-        params.distinguished_name.push(rcgen::DnType::CommonName, "edge");
-        (params.signed_by(&key, &issuer).expect("leaf"), key, issuer)
+    /// A root, an intermediate authority, and a leaf with its key.
+    struct Chain {
+        root: CertifiedIssuer<'static, KeyPair>,
+        intermediate: CertifiedIssuer<'static, KeyPair>,
+        leaf: rcgen::Certificate,
+        key: KeyPair,
     }
 
-    fn pkcs12(algorithm: EncryptionAlgorithm) -> Vec<u8> {
-        let (leaf, key, issuer) = chain_of_two();
-        let certificate = |der: &[u8]| Certificate::from_der(der).expect("certificate");
-        let chain = [certificate(leaf.der()), certificate(issuer.der())];
-        let key = PrivateKey::from_der(key.serialized_der()).expect("key");
-        let entry = KeyStoreEntry::PrivateKeyChain(PrivateKeyChain::new("1", key, chain));
-        let mut store = KeyStore::new();
-        store.add_entry("edge", entry);
-        store.writer("open sesame").encryption_algorithm(algorithm).write().expect("PKCS #12")
+    impl Chain {
+        fn new() -> Self {
+            let params = |name: &str, is_ca| {
+                let mut params = CertificateParams::default();
+                params.distinguished_name = DistinguishedName::new();
+                params.distinguished_name.push(DnType::CommonName, name);
+                params.is_ca = is_ca;
+                params
+            };
+            let is_ca = || IsCa::Ca(BasicConstraints::Unconstrained);
+            let key = || KeyPair::generate().expect("key");
+            let root = CertifiedIssuer::self_signed(params("root", is_ca()), key()).expect("root");
+            let intermediate = params("intermediate", is_ca());
+            let intermediate = CertifiedIssuer::signed_by(intermediate, key(), &root);
+            let (intermediate, key) = (intermediate.expect("intermediate"), key());
+            let leaf = params("edge", IsCa::NoCa).signed_by(&key, &intermediate).expect("leaf");
+            Self { root, intermediate, leaf, key }
+        }
+
+        /// In an order that no file promises.
+        fn pkcs12(&self, algorithm: EncryptionAlgorithm) -> Vec<u8> {
+            let certificate = |der: &[u8]| Certificate::from_der(der).expect("certificate");
+            let chain = [
+                certificate(self.leaf.der()),
+                certificate(self.root.der()),
+                certificate(self.intermediate.der()),
+            ];
+            let key = PrivateKey::from_der(self.key.serialized_der()).expect("key");
+            let entry = KeyStoreEntry::PrivateKeyChain(PrivateKeyChain::new("1", key, chain));
+            let mut store = KeyStore::new();
+            store.add_entry("edge", entry);
+            let writer = store.writer("open sesame").encryption_algorithm(algorithm);
+            writer.write().expect("PKCS #12")
+        }
+
+        /// Certificates and key in one text.
+        fn pem(&self) -> String {
+            self.key.serialize_pem() + &self.leaf.pem() + &self.intermediate.pem()
+        }
     }
 
     fn load_pkcs12(bytes: &[u8], passphrase: &str) -> Result<reqwest::Identity, Error> {
@@ -223,7 +268,7 @@ mod tests {
             EncryptionAlgorithm::PbeWithHmacSha256AndAes256,
             EncryptionAlgorithm::PbeWithShaAnd3KeyTripleDesCbc,
         ] {
-            let bytes = pkcs12(algorithm);
+            let bytes = Chain::new().pkcs12(algorithm);
             load_pkcs12(&bytes, "open sesame").expect("identity");
             for wrong in ["", "open"] {
                 let error = load_pkcs12(&bytes, wrong).expect_err("wrong passphrase");
@@ -236,7 +281,7 @@ mod tests {
 
     #[test]
     fn pkcs12_without_key_is_an_error() {
-        let (leaf, ..) = chain_of_two();
+        let Chain { leaf, .. } = Chain::new();
         let mut store = KeyStore::new();
         let certificate = Certificate::from_der(leaf.der()).expect("certificate");
         store.add_entry("edge", KeyStoreEntry::Certificate(certificate));
@@ -247,19 +292,75 @@ mod tests {
 
     #[test]
     fn one_pem_file_may_hold_certificate_and_key() {
-        let (leaf, key, _) = chain_of_two();
+        let chain = Chain::new();
         let file = tempfile::NamedTempFile::new().expect("file");
         let identity = Identity::Pem(file.path().to_owned());
-        fs::write(file.path(), key.serialize_pem() + &leaf.pem()).expect("write");
+        fs::write(file.path(), chain.pem()).expect("write");
         identity.load().expect("identity");
-        fs::write(file.path(), leaf.pem()).expect("write");
+        fs::write(file.path(), chain.leaf.pem()).expect("write");
         let error = identity.load().expect_err("no key");
         assert!(
             report(&error).ends_with("contains no private key (PEM: PKCS #8, PKCS #1 or SEC 1)")
         );
-        let (_, other, _) = chain_of_two();
-        fs::write(file.path(), other.serialize_pem() + &leaf.pem()).expect("write");
+        let another = Chain::new().key.serialize_pem();
+        fs::write(file.path(), another + &chain.leaf.pem()).expect("write");
         let error = identity.load().expect_err("another key");
         assert!(report(&error).contains("does not belong to the first certificate"), "{error}");
+    }
+
+    /// What upstream, which knows the root alone, sees of each form.
+    #[tokio::test]
+    async fn upstream_accepts_the_certificate_with_its_chain() {
+        let chain = Chain::new();
+        let folder = tempfile::tempdir().expect("folder");
+        let write = |name: &str, bytes: &[u8]| {
+            let path = folder.path().join(name);
+            fs::write(&path, bytes).expect("write");
+            path
+        };
+        let server = rcgen::generate_simple_self_signed(["localhost".to_owned()]).expect("server");
+        let upstream = tls::Server::new(tls::Config {
+            listener: "data",
+            pairs: vec![tls::Pair {
+                certificate_file: write("tls.crt", server.cert.pem().as_bytes()),
+                key_file: write("tls.key", server.signing_key.serialize_pem().as_bytes()),
+            }],
+            min_version: tls::Version::Tls12,
+            clients: Some(tls::Clients {
+                ca_file: write("ca.crt", chain.root.pem().as_bytes()),
+                auth: tls::ClientAuth::Required,
+                crl_file: None,
+            }),
+            handshake_timeout: Duration::from_secs(10),
+            max_handshakes: 16,
+        });
+        let upstream = upstream.expect("sound");
+        let passphrase = Passphrase::new("open sesame");
+        let pkcs12 = chain.pkcs12(EncryptionAlgorithm::PbeWithHmacSha256AndAes256);
+        let chain_pem = chain.leaf.pem() + &chain.intermediate.pem();
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        for identity in [
+            Identity::Pair {
+                certificate_file: write("edge.crt", chain_pem.as_bytes()),
+                key_file: write("edge.key", chain.key.serialize_pem().as_bytes()),
+            },
+            Identity::Pem(write("edge.pem", chain.pem().as_bytes())),
+            Identity::Pkcs12 { file: write("edge.p12", &pkcs12), passphrase },
+        ] {
+            let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
+            let client = reqwest::Client::builder()
+                .identity(identity.load().expect("identity"))
+                .tls_danger_accept_invalid_certs(true)
+                .no_proxy()
+                .build()
+                .expect("client");
+            let url = format!("https://{}/", listener.local_addr().expect("bound"));
+            let accepted = async {
+                let (stream, _) = listener.accept().await.expect("accepted");
+                upstream.handshake(stream).await.expect("handshake").1.client
+            };
+            let (seen, _) = tokio::join!(accepted, client.get(url).send());
+            assert_eq!(seen.expect("a certificate").subject(), "CN=edge", "{identity:?}");
+        }
     }
 }
