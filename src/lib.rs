@@ -73,6 +73,7 @@
 //! that can change while an instance runs, and logs those that need a restart. The upstream admin token
 //! is also read again when its file changes. [`upstream`] holds it, and records when it is refused;
 //! [`app`] then closes the admin listener to it, and seals stored credentials anew after a replacement.
+//! [`tls`] follows the files of the listeners' certificates by itself.
 //!
 //! **The end.** Readiness goes first; after the drain delay the listeners stop and requests finish;
 //! the last usage is flushed or stored; the verdicts are stored.

@@ -5,7 +5,12 @@
 
 use std::sync::Arc;
 
-use hyper::{Request, body::Incoming, header::HOST, http::uri::Authority};
+use hyper::{
+    Request,
+    body::Incoming,
+    header::HOST,
+    http::uri::{Authority, PathAndQuery},
+};
 
 use super::{
     listener::{Answer, ConnectionInfo, Service},
@@ -34,7 +39,7 @@ impl Redirect {
         let Some(authority) = head.uri().authority().cloned().or_else(of_header) else {
             return Failure::Malformed("the request has no Host to redirect to".to_owned()).into();
         };
-        let path = head.uri().path_and_query().map(|it| it.as_str());
+        let path = head.uri().path_and_query().map(PathAndQuery::as_str);
         let path = path.filter(|path| path.starts_with('/')).unwrap_or("/");
         let (host, port) = (authority.host(), self.port);
         reply::redirect(&if port == HTTPS {
