@@ -152,7 +152,7 @@ impl Control {
     pub async fn attach(location: Location) -> Result<Self, Error> {
         if let Location::Sqlite(path) = &location {
             let there = tokio::fs::metadata(path).await;
-            there.map_err(|error| Error::File(path.clone(), error))?;
+            there.map_err(|error| Error::file(path, error))?;
         }
         let database = Database::new(&location).await?;
         database.require_existing();

@@ -264,7 +264,7 @@ impl Conditions {
                 Bound::Text(text) => arguments.add(text.clone()),
                 Bound::Number(number) => arguments.add(*number),
             };
-            added.map_err(|error| Error::Database(sqlx::Error::Encode(error)))?;
+            added.map_err(|error| Error::from(sqlx::Error::Encode(error)))?;
         }
         Ok(arguments)
     }

@@ -181,7 +181,7 @@ pub async fn save(location: &Location, path: &Path, replace: bool) -> Result<u64
         return Err(BackupError::Exists(path.to_owned()));
     }
     if let Location::Sqlite(file) = location {
-        fs::metadata(file).map_err(|error| Error::File(file.clone(), error))?;
+        fs::metadata(file).map_err(|error| Error::file(file, error))?;
     }
     let failed = |source| BackupError::Write { path: path.to_owned(), source };
     let file = NamedTempFile::new_in(folder_of(path)).map_err(failed)?;
@@ -241,7 +241,7 @@ pub async fn restore(location: &Location, path: &Path, replace: bool) -> Result<
     while check.next()?.is_some() {}
     let mut input = Input::open(path)?;
     if let Location::Sqlite(file) = location {
-        make_folder(folder_of(file)).map_err(|error| Error::File(file.clone(), error))?;
+        make_folder(folder_of(file)).map_err(|error| Error::file(file, error))?;
     }
     let database = Database::new(location).await?;
     let dialect = database.dialect();

@@ -227,7 +227,7 @@ impl Database {
                 Listener::of_file(self.pool.open().await?).await
             }
             Source::Postgres(servers) => {
-                let listener = servers.listen(CHANNEL).await.map_err(Error::Unreachable)?;
+                let listener = servers.listen(CHANNEL).await.map_err(Error::unreachable)?;
                 Ok(Listener::Postgres(Box::new(listener)))
             }
         }

@@ -1,13 +1,18 @@
 //! Why an operation of the control plane failed, without telling any secret.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use sqlx::migrate::MigrateError;
 
 use super::permission::Missing;
 
-/// Why an operation failed.
-#[derive(Debug, thiserror::Error)]
+/// Why an operation failed; several may wait for the same one.
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
     /// The operator may not do this.
     #[error(transparent)]
@@ -48,7 +53,7 @@ pub enum Error {
     Busy,
     /// Somebody else has what an operation needs; trying again helps.
     #[error("the database of the control plane is busy")]
-    Locked(#[source] sqlx::Error),
+    Locked(#[source] Arc<sqlx::Error>),
     /// A newer version has written the database.
     #[error(
         "the database of the control plane was written by a newer version of Parapet (its schema \
@@ -62,7 +67,7 @@ pub enum Error {
     },
     /// The database cannot be brought to this version.
     #[error("the database of the control plane cannot be migrated")]
-    Migration(#[source] MigrateError),
+    Migration(#[source] Arc<MigrateError>),
     /// No instance has been started on the database.
     #[error(
         "no instance has been started on this database: the first start makes the account of an \
@@ -71,7 +76,7 @@ pub enum Error {
     NotBegun,
     /// The file of the database cannot be opened or made.
     #[error("the control plane's database {} cannot be opened", .0.display())]
-    File(PathBuf, #[source] std::io::Error),
+    File(PathBuf, #[source] Arc<io::Error>),
     /// The file of the database was deleted or replaced while it was open: what is written to it
     /// would be lost.
     #[error(
@@ -81,16 +86,26 @@ pub enum Error {
     Replaced(PathBuf),
     /// The database does not answer, or cannot be connected to.
     #[error("the control plane's database cannot be reached")]
-    Unreachable(#[source] sqlx::Error),
+    Unreachable(#[source] Arc<sqlx::Error>),
     /// The database failed.
     #[error("the database of the control plane failed")]
-    Database(#[source] sqlx::Error),
+    Database(#[source] Arc<sqlx::Error>),
 }
 
 impl Error {
     /// A field that cannot be as it is.
     pub(super) fn invalid(field: &'static str, reason: impl Into<String>) -> Self {
         Self::Invalid { field, reason: reason.into() }
+    }
+
+    /// The file of a database that cannot be opened or made.
+    pub(super) fn file(path: &Path, error: io::Error) -> Self {
+        Self::File(path.to_owned(), Arc::new(error))
+    }
+
+    /// A server that cannot be connected to.
+    pub(super) fn unreachable(error: sqlx::Error) -> Self {
+        Self::Unreachable(Arc::new(error))
     }
 }
 
@@ -103,13 +118,13 @@ impl From<sqlx::Error> for Error {
             sqlx::Error::Database(told)
                 if told.code().is_some_and(|code| BUSY.contains(&&*code)) =>
             {
-                Self::Locked(error)
+                Self::Locked(Arc::new(error))
             }
             sqlx::Error::Io(_)
             | sqlx::Error::Tls(_)
             | sqlx::Error::Protocol(_)
-            | sqlx::Error::WorkerCrashed => Self::Unreachable(error),
-            _ => Self::Database(error),
+            | sqlx::Error::WorkerCrashed => Self::unreachable(error),
+            _ => Self::Database(Arc::new(error)),
         }
     }
 }

@@ -2,6 +2,8 @@
 //!
 //! A file that was released is never changed again; another follows it.
 
+use std::sync::Arc;
+
 use sqlx::{
     AnyConnection,
     migrate::{MigrateError, Migration, MigrationType, Migrator},
@@ -17,33 +19,28 @@ struct Step {
     postgres: &'static str,
 }
 
+/// A version whose SQL is in a file of this name for each database.
+macro_rules! step {
+    ($version:literal, $description:literal, $file:literal) => {
+        Step {
+            version: $version,
+            description: $description,
+            sqlite: include_str!(concat!("migrations/sqlite/", $file)),
+            postgres: include_str!(concat!("migrations/postgres/", $file)),
+        }
+    };
+}
+
 /// Every version, the oldest first.
-const STEPS: &[Step] = &[
-    Step {
-        version: 1,
-        description: "initial",
-        sqlite: include_str!("migrations/sqlite/0001_initial.sql"),
-        postgres: include_str!("migrations/postgres/0001_initial.sql"),
-    },
-    Step {
-        version: 2,
-        description: "usage",
-        sqlite: include_str!("migrations/sqlite/0002_usage.sql"),
-        postgres: include_str!("migrations/postgres/0002_usage.sql"),
-    },
-    Step {
-        version: 3,
-        description: "pages of events",
-        sqlite: include_str!("migrations/sqlite/0003_pages_of_events.sql"),
-        postgres: include_str!("migrations/postgres/0003_pages_of_events.sql"),
-    },
-    Step {
-        version: 4,
-        description: "initial settings",
-        sqlite: include_str!("migrations/sqlite/0004_initial_settings.sql"),
-        postgres: include_str!("migrations/postgres/0004_initial_settings.sql"),
-    },
+const STEPS: [Step; 4] = [
+    step!(1, "initial", "0001_initial.sql"),
+    step!(2, "usage", "0002_usage.sql"),
+    step!(3, "pages of events", "0003_pages_of_events.sql"),
+    step!(4, "initial settings", "0004_initial_settings.sql"),
 ];
+
+/// The newest version.
+pub(super) const NEWEST: i64 = STEPS[STEPS.len() - 1].version;
 
 /// Which SQL is spoken.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -56,12 +53,11 @@ pub(super) enum Dialect {
 ///
 /// The caller has begun a transaction in which nobody else writes.
 pub(super) async fn migrate(connection: &mut AnyConnection, dialect: Dialect) -> Result<(), Error> {
-    let known = STEPS.last().map_or(0, |step| step.version);
     let mut migrator = Migrator::with_migrations(STEPS.iter().map(|it| it.of(dialect)).collect());
     migrator.set_locking(false);
     migrator.run_direct(None, connection, false).await.map_err(|error| match error {
-        MigrateError::VersionMissing(found) => Error::Newer { found, known },
-        other => Error::Migration(other),
+        MigrateError::VersionMissing(found) => Error::Newer { found, known: NEWEST },
+        other => Error::Migration(Arc::new(other)),
     })
 }
 

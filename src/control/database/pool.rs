@@ -96,14 +96,14 @@ impl Pool {
         let begun = Instant::now();
         let opened = match &self.0.source {
             Source::Sqlite(file) => file.connect(PATIENCE).await,
-            Source::Postgres(servers) => servers.connect().await.map_err(Error::Unreachable),
+            Source::Postgres(servers) => servers.connect().await.map_err(Error::unreachable),
         };
         let opened = opened.map_err(|error| match error {
             Error::Database(error) => Error::Unreachable(error),
             error => error,
         });
         let failure = match &opened {
-            Err(Error::Unreachable(error) | Error::Locked(error)) => Some(error),
+            Err(Error::Unreachable(error) | Error::Locked(error)) => Some(&**error),
             _ => None,
         };
         self.0.health.record(Operation::Connect, begun.elapsed(), failure);

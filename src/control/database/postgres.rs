@@ -53,25 +53,22 @@ impl Postgres {
 
     /// A session.
     pub(super) async fn connect(&self) -> Result<AnyConnection, sqlx::Error> {
-        let mut failures = Vec::new();
-        for (at, server) in self.by_preference() {
-            let opened = timeout(CONNECT, self.open(server)).await;
-            match opened.unwrap_or_else(|_| Err(no_answer(CONNECT))) {
-                Ok(opened) => {
-                    self.last.store(at, Ordering::Relaxed);
-                    return Ok(opened);
-                }
-                Err(error) => failures.push((server, error)),
-            }
-        }
-        Err(join_failures(failures))
+        self.first(|server| self.open(server)).await
     }
 
     /// A session that hears of what is told on `channel`.
     pub(super) async fn listen(&self, channel: &'static str) -> Result<PgListener, sqlx::Error> {
+        self.first(|server| self.open_listener(server, channel)).await
+    }
+
+    /// What `open` gives for the first server for which it succeeds.
+    async fn first<'a, T, F>(&'a self, open: impl Fn(&'a Server) -> F) -> Result<T, sqlx::Error>
+    where
+        F: Future<Output = Result<T, sqlx::Error>>,
+    {
         let mut failures = Vec::new();
         for (at, server) in self.by_preference() {
-            let opened = timeout(CONNECT, self.open_listener(server, channel)).await;
+            let opened = timeout(CONNECT, open(server)).await;
             match opened.unwrap_or_else(|_| Err(no_answer(CONNECT))) {
                 Ok(opened) => {
                     self.last.store(at, Ordering::Relaxed);

@@ -37,7 +37,7 @@ const LARGEST_REWRITTEN: i64 = 64 << 20;
 impl SqliteFile {
     /// Makes the file where it is missing.
     pub(super) async fn new(path: &Path) -> Result<Self, Error> {
-        make_private(path).await.map_err(|error| Error::File(path.to_owned(), error))?;
+        make_private(path).await.map_err(|error| Error::file(path, error))?;
         let options = quiet(&url(path)?)?;
         Ok(Self { path: path.to_owned(), options, identity: OnceLock::new() })
     }
@@ -97,7 +97,7 @@ impl SqliteFile {
         match metadata(&self.path).await {
             Ok(metadata) if identity(&metadata) == *known => Ok(()),
             Err(error) if error.kind() != ErrorKind::NotFound => {
-                Err(Error::File(self.path.clone(), error))
+                Err(Error::file(&self.path, error))
             }
             _ => Err(Error::Replaced(self.path.clone())),
         }
@@ -135,7 +135,7 @@ fn identity(_: &std::fs::Metadata) -> Identity {
 fn url(path: &Path) -> Result<String, Error> {
     let not_text = || {
         let reason = "its path is not valid UTF-8";
-        Error::File(path.to_owned(), std::io::Error::new(ErrorKind::InvalidInput, reason))
+        Error::file(path, std::io::Error::new(ErrorKind::InvalidInput, reason))
     };
     let path = path.to_str().ok_or_else(not_text)?;
     Ok(format!("sqlite:{}?mode=rw", utf8_percent_encode(path, NON_ALPHANUMERIC)))
