@@ -47,23 +47,25 @@ const BATCH: usize = 100;
 /// A table whose rows are kept.
 struct Table {
     name: &'static str,
+    /// The version of the schema that brought it.
+    since: i64,
     /// Whether the database numbers its rows, in a column `id`, and never gives a number twice.
     is_numbered: bool,
 }
 
 /// What is kept; a table that refers to another stands behind it.
 const TABLES: [Table; 10] = [
-    Table { name: "accounts", is_numbered: true },
-    Table { name: "account_permissions", is_numbered: false },
-    Table { name: "tokens", is_numbered: false },
-    Table { name: "events", is_numbered: true },
-    Table { name: "flag_usage", is_numbered: false },
-    Table { name: "variant_usage", is_numbered: false },
+    Table { name: "accounts", since: 1, is_numbered: true },
+    Table { name: "account_permissions", since: 1, is_numbered: false },
+    Table { name: "tokens", since: 1, is_numbered: false },
+    Table { name: "events", since: 1, is_numbered: true },
+    Table { name: "flag_usage", since: 1, is_numbered: false },
+    Table { name: "variant_usage", since: 1, is_numbered: false },
     // So that what is sent again after a restore is not counted twice.
-    Table { name: "usage_batches", is_numbered: false },
-    Table { name: "applications", is_numbered: false },
-    Table { name: "application_traits", is_numbered: false },
-    Table { name: "initial_settings", is_numbered: false },
+    Table { name: "usage_batches", since: 2, is_numbered: false },
+    Table { name: "applications", since: 1, is_numbered: false },
+    Table { name: "application_traits", since: 1, is_numbered: false },
+    Table { name: "initial_settings", since: 4, is_numbered: false },
 ];
 
 /// What is not kept, and is emptied by a restore.
@@ -175,7 +177,8 @@ struct End {
 }
 
 /// Writes what the database holds at one moment into a file for its owner alone, whole or not at all;
-/// gives the number of rows. Instances may be running.
+/// gives the number of rows. Instances may be running. The database is left as it is, one of an
+/// earlier version too.
 pub async fn save(location: &Location, path: &Path, replace: bool) -> Result<u64, BackupError> {
     if !replace && path.exists() {
         return Err(BackupError::Exists(path.to_owned()));
@@ -187,16 +190,15 @@ pub async fn save(location: &Location, path: &Path, replace: bool) -> Result<u64
     let file = NamedTempFile::new_in(folder_of(path)).map_err(failed)?;
     let mut output = Output::new(file);
     let database = Database::new(location).await?;
-    database.require_existing();
-    let mut transaction = database.read().await?;
+    let mut transaction = database.read_unprepared().await?;
+    let schema = migrations::readable_version(&mut transaction, database.dialect()).await?;
     if accounts::count(&mut transaction).await? == 0 {
         return Err(Error::NotBegun.into());
     }
     take_time(&mut transaction, database.dialect()).await?;
     let (parapet_backup, created_at) = (VERSION, Timestamp::now());
-    let schema = migrations::version(&mut transaction).await?;
     output.write(&Line::Head(Head { parapet_backup, schema, created_at })).map_err(failed)?;
-    for table in &TABLES {
+    for table in TABLES.iter().filter(|table| table.since <= schema) {
         let last_id = if table.is_numbered {
             last_id(&mut transaction, database.dialect(), table).await?
         } else {
@@ -247,8 +249,7 @@ pub async fn restore(location: &Location, path: &Path, replace: bool) -> Result<
     let dialect = database.dialect();
     let mut transaction = database.write(Lane::Control).await?;
     take_time(&mut transaction, dialect).await?;
-    let known = migrations::version(&mut transaction).await?;
-    if input.schema > known {
+    if input.schema > migrations::NEWEST {
         return Err(BackupError::Newer(path.to_owned()));
     }
     if dialect == Dialect::Postgres {

@@ -193,7 +193,16 @@ impl Database {
 
     /// The same for work that takes its time, and that no request waits for.
     pub(super) async fn write_in_background(&self, lane: Lane) -> Result<Pooled, Error> {
-        let mut transaction = self.connection().await?;
+        self.begin_to_read(self.connection().await?).await
+    }
+
+    /// The same of a database as its last instance left it: its schema may be an older or a later one,
+    /// and is not touched.
+    pub(super) async fn read_unprepared(&self) -> Result<Pooled, Error> {
+        self.begin_to_read(self.pool.acquire().await?).await
+    }
+
+    async fn begin_to_read(&self, mut transaction: Pooled) -> Result<Pooled, Error> {
         transaction.set_patience(BACKGROUND_PATIENCE);
         match self.dialect() {
             Dialect::Sqlite => transaction.begin("BEGIN IMMEDIATE").await?,

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use sqlx::{
-    AnyConnection,
+    AnyConnection, Executor as _,
     migrate::{MigrateError, Migration, MigrationType, Migrator},
 };
 
@@ -61,10 +61,24 @@ pub(super) async fn migrate(connection: &mut AnyConnection, dialect: Dialect) ->
     })
 }
 
-/// The version that the schema has.
-pub(super) async fn version(connection: &mut Connection) -> Result<i64, Error> {
-    let version = sqlx::query_scalar("SELECT MAX(version) FROM _sqlx_migrations");
-    Ok(version.fetch_one(connection).await?)
+/// The version of a schema that this version of Parapet can read; it may be an older one.
+pub(super) async fn readable_version(
+    connection: &mut Connection,
+    dialect: Dialect,
+) -> Result<i64, Error> {
+    let is_begun = match dialect {
+        Dialect::Sqlite => "SELECT name FROM sqlite_master WHERE name = '_sqlx_migrations'",
+        Dialect::Postgres => {
+            "SELECT relname::text FROM pg_class WHERE oid = to_regclass('_sqlx_migrations')"
+        }
+    };
+    (&mut *connection).fetch_optional(is_begun).await?.ok_or(Error::NotBegun)?;
+    let found = sqlx::query_scalar("SELECT MAX(version) FROM _sqlx_migrations");
+    let found: Option<i64> = found.fetch_one(connection).await?;
+    match found.ok_or(Error::NotBegun)? {
+        found if found > NEWEST => Err(Error::Newer { found, known: NEWEST }),
+        found => Ok(found),
+    }
 }
 
 impl Step {

@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use jiff::Timestamp;
-use parapet::control::{Control, Error, FoundTokens, NewToken};
+use parapet::control::{
+    Control, Error, FoundTokens, NewToken,
+    backup::{self, BackupError},
+};
 use parapet::token::{Environment, Projects, Token, TokenKind};
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 
@@ -15,6 +18,7 @@ super::on_both!(
     instances_that_start_at_once_make_one_account_and_one_set_of_tokens,
     uses_are_noted_once_a_minute,
     a_database_of_the_first_version_opens_as_it_was,
+    a_backup_leaves_a_database_of_an_earlier_version_as_it_is,
     a_database_of_a_newer_version_is_left_alone,
     two_that_write_at_once_wait_for_each_other,
 );
@@ -79,7 +83,8 @@ const SQLITE: &str = include_str!("../../../src/control/migrations/sqlite/0001_i
 const POSTGRES: &str = include_str!("../../../src/control/migrations/postgres/0001_initial.sql");
 const CONTENT: &str = include_str!("version_1.sql");
 
-async fn a_database_of_the_first_version_opens_as_it_was(bed: Bed) {
+/// Makes a database of the first version, with contents.
+async fn make_first_version(bed: &Bed) {
     let schema = match bed {
         Bed::Sqlite(_) => SQLITE,
         Bed::Postgres { .. } => POSTGRES,
@@ -88,7 +93,10 @@ async fn a_database_of_the_first_version_opens_as_it_was(bed: Bed) {
     let first = Migration::new(1, "initial".into(), MigrationType::Simple, schema, false);
     Migrator::with_migrations(vec![first]).run(&mut bed.connect().await).await.unwrap();
     bed.execute(CONTENT).await;
+}
 
+/// Opens what was a database of the first version, with all of its contents.
+async fn open_first_version(bed: &Bed) {
     let (control, opened) = bed.open_as(bed.config()).await;
     assert!(opened.account.is_none() && matches!(opened.tokens, FoundTokens::Existing));
     let tokens = control.tokens(&SHELL.operator);
@@ -108,6 +116,22 @@ async fn a_database_of_the_first_version_opens_as_it_was(bed: Bed) {
     assert_eq!(control.applications().await.unwrap()[0].sdk_versions, ["node:6.0.0"]);
 }
 
+async fn a_database_of_the_first_version_opens_as_it_was(bed: Bed) {
+    make_first_version(&bed).await;
+    open_first_version(&bed).await;
+}
+
+async fn a_backup_leaves_a_database_of_an_earlier_version_as_it_is(bed: Bed) {
+    make_first_version(&bed).await;
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("parapet.backup");
+    assert_eq!(backup::save(&bed.config().location, &file, false).await.unwrap(), 8);
+    assert_eq!(bed.count("SELECT MAX(version) FROM _sqlx_migrations").await, 1);
+    let restored = Bed::sqlite();
+    assert_eq!(backup::restore(&restored.config().location, &file, false).await.unwrap(), 8);
+    open_first_version(&restored).await;
+}
+
 async fn a_database_of_a_newer_version_is_left_alone(bed: Bed) {
     bed.open().await;
     bed.execute(
@@ -118,6 +142,11 @@ async fn a_database_of_a_newer_version_is_left_alone(bed: Bed) {
     let error = Control::open(bed.config(), None).await.unwrap_err();
     assert!(matches!(error, Error::Newer { found: 9999, .. }), "{error:?}");
     assert!(error.to_string().contains("newer version of Parapet"), "{error}");
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("parapet.backup");
+    let error = backup::save(&bed.config().location, &file, false).await.unwrap_err();
+    assert!(matches!(error, BackupError::Database(Error::Newer { found: 9999, .. })), "{error:?}");
+    assert!(!file.exists());
 }
 
 async fn two_that_write_at_once_wait_for_each_other(bed: Bed) {
