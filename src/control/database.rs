@@ -15,19 +15,24 @@ use std::{
     fmt,
     path::PathBuf,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
 
+use futures_util::{
+    FutureExt as _,
+    future::{BoxFuture, Shared},
+};
 use jiff::Timestamp;
 use sqlx::{Any, AnyConnection, Connection as _, Executor as _};
-use tokio::{sync::OnceCell, time::timeout};
+use tokio::time::timeout;
 
 pub use self::url::{DatabaseUrl, DatabaseUrlError};
 pub(super) use self::{connection::Connection, listener::Listener, pool::Pooled};
 use self::{
+    connection::no_answer,
     pool::{Pool, Source},
     postgres::Postgres,
     sqlite::SqliteFile,
@@ -55,9 +60,12 @@ pub enum Location {
 pub(super) struct Database {
     pool: Pool,
     shown: String,
-    is_prepared: Arc<OnceCell<()>>,
+    preparation: Arc<Mutex<Option<Preparation>>>,
     must_exist: Arc<AtomicBool>,
 }
+
+/// An attempt to prepare a database, for all who wait for it.
+type Preparation = Shared<BoxFuture<'static, Result<(), Error>>>;
 
 impl fmt::Debug for Database {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -94,8 +102,7 @@ impl Database {
             }
         };
         let pool = Pool::new(source, Health::new());
-        let (is_prepared, must_exist) = (Arc::default(), Arc::default());
-        Ok(Self { pool, shown, is_prepared, must_exist })
+        Ok(Self { pool, shown, preparation: Arc::default(), must_exist: Arc::default() })
     }
 
     /// Refuses from here on to begin a database anew: one without an account is not the one that
@@ -105,35 +112,91 @@ impl Database {
     }
 
     /// Brings the schema to this version, before anything else is done.
+    ///
+    /// All who come meanwhile wait for the same attempt, which goes on where one of them gives up. Who
+    /// comes after one that failed begins another.
     async fn prepare(&self) -> Result<(), Error> {
+        let attempt = {
+            let mut preparation = self.preparation.lock().unwrap_or_else(PoisonError::into_inner);
+            match &*preparation {
+                Some(attempt) if !matches!(attempt.peek(), Some(Err(_))) => attempt.clone(),
+                _ => {
+                    let database = self.clone();
+                    let attempt = async move { database.prepare_once().await }.boxed().shared();
+                    tokio::spawn(attempt.clone());
+                    preparation.insert(attempt).clone()
+                }
+            }
+        };
+        attempt.await
+    }
+
+    async fn prepare_once(&self) -> Result<(), Error> {
         let mut connection = self.pool.acquire().await?;
-        let migrated = timeout(BACKGROUND_PATIENCE, self.migrate(connection.raw())).await;
-        migrated.unwrap_or(Err(Error::Busy))?;
-        if let Source::Sqlite(file) = self.pool.source() {
-            file.enable_auto_vacuum(connection.raw()).await;
-            file.remember().await;
+        match self.pool.source() {
+            Source::Sqlite(file) => {
+                self.migrate(connection.raw()).await?;
+                file.enable_auto_vacuum(connection.raw()).await;
+                file.remember().await;
+            }
+            Source::Postgres(_) => {
+                let session = sqlx::query_scalar("SELECT pg_backend_pid()");
+                let session: i32 = session.fetch_one(&mut *connection).await?;
+                tokio::select! {
+                    migrated = self.migrate(connection.raw()) => migrated?,
+                    error = self.until_silent(session) => return Err(error),
+                }
+            }
         }
         connection.mark_ready();
         Ok(())
     }
 
-    async fn migrate(&self, connection: &mut AnyConnection) -> Result<(), Error> {
-        let mut transaction = match self.dialect() {
-            Dialect::Sqlite => connection.begin_with("BEGIN IMMEDIATE").await?,
-            Dialect::Postgres => {
-                let mut transaction = connection.begin().await?;
-                transaction.execute(BACKGROUND_LIMITS).await?;
-                lock(&mut *transaction, Lane::Control).await?;
-                transaction
+    /// Waits until PostgreSQL knows of no work in a session that this side awaits an answer of: the
+    /// question or the answer was lost, or the server is gone. How long a statement takes does not matter.
+    async fn until_silent(&self, session: i32) -> Error {
+        /// How often another session looks.
+        const INTERVAL: Duration = Duration::from_secs(5);
+        const WORKING: &str = "SELECT pid FROM pg_stat_activity WHERE pid = $1 AND (state LIKE \
+             'idle%' AND clock_timestamp() - state_change > interval '4 seconds') IS NOT TRUE";
+        loop {
+            tokio::time::sleep(INTERVAL).await;
+            let look = async {
+                let mut connection = self.pool.open().await?;
+                let working = sqlx::query(WORKING).bind(session);
+                Ok::<_, Error>(working.fetch_optional(&mut connection).await?)
+            };
+            match look.await {
+                Ok(None) => return Error::unreachable(no_answer(INTERVAL)),
+                Err(Error::Unreachable(error)) if !matches!(*error, sqlx::Error::Database(_)) => {
+                    return Error::Unreachable(error);
+                }
+                // A server that lets nobody else in answers all the same.
+                Ok(Some(_)) | Err(_) => {}
             }
-        };
-        migrations::migrate(&mut transaction, self.dialect()).await?;
-        if self.must_exist.load(Ordering::Relaxed) {
-            let account = sqlx::query("SELECT id FROM accounts LIMIT 1");
-            let account = account.fetch_optional(&mut *transaction).await?;
-            account.ok_or(Error::NotBegun)?;
         }
-        Ok(transaction.commit().await?)
+    }
+
+    async fn migrate(&self, connection: &mut AnyConnection) -> Result<(), Error> {
+        let migration = async {
+            let mut transaction = match self.dialect() {
+                Dialect::Sqlite => connection.begin_with("BEGIN IMMEDIATE").await?,
+                Dialect::Postgres => {
+                    let mut transaction = connection.begin().await?;
+                    transaction.execute(BACKGROUND_LIMITS).await?;
+                    lock(&mut *transaction, Lane::Control).await?;
+                    transaction
+                }
+            };
+            migrations::migrate(&mut transaction, self.dialect()).await?;
+            if self.must_exist.load(Ordering::Relaxed) {
+                let account = sqlx::query("SELECT id FROM accounts LIMIT 1");
+                let account = account.fetch_optional(&mut *transaction).await?;
+                account.ok_or(Error::NotBegun)?;
+            }
+            Ok(transaction.commit().await?)
+        };
+        timeout(BACKGROUND_PATIENCE, migration).await.unwrap_or(Err(Error::Busy))
     }
 
     /// Where it is, without its user and password.
@@ -160,7 +223,7 @@ impl Database {
 
     /// A connection on which single statements are run.
     pub(super) async fn connection(&self) -> Result<Pooled, Error> {
-        self.is_prepared.get_or_try_init(|| self.prepare()).await?;
+        self.prepare().await?;
         if let Source::Sqlite(file) = self.pool.source() {
             file.check().await?;
         }
@@ -169,7 +232,16 @@ impl Database {
 
     /// Begins a transaction that sees the database as it is now, whatever others write meanwhile.
     pub(super) async fn read(&self) -> Result<Pooled, Error> {
-        let mut transaction = self.connection().await?;
+        self.begin_to_read(self.connection().await?).await
+    }
+
+    /// The same of a database as its last instance left it: its schema may be an older or a later one,
+    /// and is not touched.
+    pub(super) async fn read_unprepared(&self) -> Result<Pooled, Error> {
+        self.begin_to_read(self.pool.acquire().await?).await
+    }
+
+    async fn begin_to_read(&self, mut transaction: Pooled) -> Result<Pooled, Error> {
         let begin = match self.dialect() {
             Dialect::Sqlite => "BEGIN",
             Dialect::Postgres => "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",
@@ -193,16 +265,7 @@ impl Database {
 
     /// The same for work that takes its time, and that no request waits for.
     pub(super) async fn write_in_background(&self, lane: Lane) -> Result<Pooled, Error> {
-        self.begin_to_read(self.connection().await?).await
-    }
-
-    /// The same of a database as its last instance left it: its schema may be an older or a later one,
-    /// and is not touched.
-    pub(super) async fn read_unprepared(&self) -> Result<Pooled, Error> {
-        self.begin_to_read(self.pool.acquire().await?).await
-    }
-
-    async fn begin_to_read(&self, mut transaction: Pooled) -> Result<Pooled, Error> {
+        let mut transaction = self.connection().await?;
         transaction.set_patience(BACKGROUND_PATIENCE);
         match self.dialect() {
             Dialect::Sqlite => transaction.begin("BEGIN IMMEDIATE").await?,
@@ -295,6 +358,22 @@ mod tests {
         let error = database.connection().await.unwrap_err();
         let told = crate::telemetry::report(&error);
         assert!(told.contains("file is not a database"), "{told}");
+    }
+
+    #[tokio::test]
+    async fn all_who_wait_for_a_database_wait_for_the_same_attempt() {
+        let server = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("postgres://{}/flags?sslmode=disable", server.local_addr().unwrap());
+        let location = Location::Postgres(DatabaseUrl::parse(&url).unwrap());
+        let database = Database::new(&location).await.unwrap();
+        let ask = || futures_util::future::join_all((0..20).map(|_| database.connection()));
+        for attempt in 1..=2 {
+            let hang_up = async { drop(server.accept().await.unwrap()) };
+            let (answers, ()) = tokio::join!(ask(), hang_up);
+            assert!(answers.iter().all(|it| matches!(it, Err(Error::Unreachable(_)))), "{attempt}");
+            let more = timeout(Duration::ZERO, server.accept()).await;
+            assert!(more.is_err(), "attempt {attempt} of all of them is one connection");
+        }
     }
 
     #[tokio::test]

@@ -390,6 +390,67 @@ async fn a_start_without_its_database_admits_the_tokens_that_were_known() {
     assert!(!ended.success());
 }
 
+/// An instance on the database behind `proxy` whose first start makes up a password; it may not get that far.
+fn first_start_behind(proxy: &PostgresProxy, place: &Place, database: &str) -> Parapet {
+    let url = format!("postgres://postgres@127.0.0.1:{}/{database}?sslmode=disable", proxy.port());
+    let flags = place.folder.path().join("flags.json");
+    Parapet::mode("standalone").flag("--flags", flags).env("DATABASE_URL", url).spawn()
+}
+
+/// Waits until a start has failed, and puts what is left of it away.
+async fn until_failed(parapet: &Parapet, limit: Duration) {
+    let ended = until("the start fails", limit, async || parapet.ended()).await;
+    assert!(!ended.success());
+    parapet.kill();
+}
+
+/// The schema is being made when the server falls silent, before a statement and after.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL"]
+async fn a_start_whose_migration_goes_unanswered_fails_within_seconds() {
+    let postgres = Postgres::shared().await;
+    let proxy = PostgresProxy::start(postgres.port()).await;
+    let statement = "CREATE TABLE accounts";
+    for (count, moment) in [Moment::Before(statement), Moment::After(statement)].iter().enumerate()
+    {
+        let name = postgres.create_database().await;
+        let place = place_behind(&proxy, &name);
+        proxy.trap(*moment);
+        let parapet = first_start_behind(&proxy, &place, &name);
+        proxy.wait_until_caught(count + 1).await;
+        until_failed(&parapet, Duration::from_secs(30)).await;
+        assert!(parapet.log().contains("no answer within"), "{moment:?}: {}", parapet.log());
+        parapet.restart();
+        parapet.wait_until_ready().await;
+    }
+}
+
+/// Another instance migrates, and takes longer than any request may.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL"]
+async fn a_start_waits_for_a_migration_that_takes_its_time() {
+    /// What those who migrate wait for.
+    const LOCK: i64 = 0x7061_7261_7065_7401;
+    let postgres = Postgres::shared().await;
+    let name = postgres.create_database().await;
+    let proxy = PostgresProxy::start(postgres.port()).await;
+    let place = place_behind(&proxy, &name);
+    let url = format!("postgres://postgres@127.0.0.1:{}/{name}", postgres.port());
+    let mut other = PgConnection::connect(&url).await.unwrap();
+    other.execute("BEGIN").await.unwrap();
+    let lock = sqlx::query("SELECT pg_advisory_xact_lock($1)").bind(LOCK);
+    lock.execute(&mut other).await.unwrap();
+
+    let parapet = first_start_behind(&proxy, &place, &name);
+    until("the server was asked twice whether it works", Duration::from_secs(30), async || {
+        assert!(parapet.ended().is_none(), "{}", parapet.log());
+        (proxy.count_of("pg_stat_activity") >= 2).then_some(())
+    })
+    .await;
+    other.execute("ROLLBACK").await.unwrap();
+    parapet.wait_until_ready().await;
+}
+
 /// The first server that can be written to is used, and another when that goes away.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL"]
