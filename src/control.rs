@@ -105,11 +105,18 @@ impl Control {
     ///
     /// Where the database cannot be used, and `copy` is one of its tokens, they are in force
     /// until [`Control::run`] reaches it.
-    pub async fn open(config: Config, copy: Option<&[u8]>) -> Result<(Self, Opened), Error> {
+    ///
+    /// `announce` is given what was found and made before any of it lasts: a password or a token that
+    /// was generated can be read nowhere else.
+    pub async fn open(
+        config: Config,
+        copy: Option<&[u8]>,
+        announce: impl FnOnce(&Opened),
+    ) -> Result<(Self, Opened), Error> {
         let database = Database::new(&config.location).await?;
         let hasher = Hasher::new();
-        let begun =
-            first_start::begin(&database, &hasher, &config.seed, &config.first_account).await;
+        let Config { seed, first_account, .. } = &config;
+        let begun = first_start::begin(&database, &hasher, seed, first_account, announce).await;
         let (registry, opened) = match begun {
             Ok(opened) => (Registry::open(database.clone(), config.token_limit).await?, opened),
             // Whatever is wrong with it, except that it is another's or a later version's.

@@ -77,9 +77,7 @@ pub(super) async fn standalone(
     // The file of SQLite is there or not, as the copy would be.
     let is_elsewhere = matches!(standalone.control.location, Location::Postgres(_));
     let copy = if is_elsewhere { load_copy(&store).await } else { None };
-    let (control, opened) = Control::open(standalone.control, copy.as_deref()).await?;
-    // At once: what was created is kept nowhere else, whatever fails below.
-    announce(&opened);
+    let (control, opened) = Control::open(standalone.control, copy.as_deref(), announce).await?;
     let given = control.grants();
     let named = environments(&given);
     let served = named.iter().cloned().chain(standalone.environments).collect();

@@ -106,11 +106,15 @@ pub fn grant_of(kind: TokenKind, token: &Token, fallback: &Environment) -> Grant
 }
 
 /// Makes what an empty database lacks; of instances that start at once, one does.
+///
+/// It is announced before it lasts, for once it does nobody can read it again. Where it does not last
+/// after all, the next start makes and announces others.
 pub(super) async fn begin(
     database: &Database,
     hasher: &Hasher,
     seed: &Seed,
     first: &FirstAccount,
+    announce: impl FnOnce(&Opened),
 ) -> Result<Opened, Error> {
     let password = first.password.clone().unwrap_or_else(Password::generate);
     let generated = first.password.is_none().then(|| password.clone());
@@ -178,8 +182,10 @@ pub(super) async fn begin(
     if !seed.is_empty() && !keeps_seed(&mut transaction, seed, &tokens).await? {
         ignored.push(InitialSetting::Tokens);
     }
+    let opened = Opened { account, tokens, ignored };
+    announce(&opened);
     transaction.commit().await?;
-    Ok(Opened { account, tokens, ignored })
+    Ok(opened)
 }
 
 /// Whether `seed` is what the registry began with, which is then kept.

@@ -404,6 +404,36 @@ async fn until_failed(parapet: &Parapet, limit: Duration) {
     parapet.kill();
 }
 
+/// The server falls silent after the first start has made an account, before the start has ended.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL"]
+async fn a_first_start_that_fails_once_it_has_made_an_account_has_told_the_password() {
+    let postgres = Postgres::shared().await;
+    let name = postgres.create_database().await;
+    let proxy = PostgresProxy::start(postgres.port()).await;
+    let place = place_behind(&proxy, &name);
+    proxy.trap(Moment::Before("SELECT * FROM tokens"));
+    let parapet = first_start_behind(&proxy, &place, &name);
+    proxy.wait_until_caught(1).await;
+    until_failed(&parapet, Duration::from_secs(30)).await;
+
+    let file = parapet.data_dir().join("first-start.txt");
+    let text = std::fs::read_to_string(&file).expect("the first start's secrets are in a file");
+    std::fs::remove_file(&file).unwrap();
+    let word_after = |name: &str| {
+        let line = text.lines().find_map(|line| line.trim().strip_prefix(name));
+        let word = line.unwrap().split_whitespace().next().unwrap().to_owned();
+        secrets::remember(&word);
+        word
+    };
+    let (password, client) = (word_after("password "), word_after("client "));
+    parapet.restart();
+    parapet.wait_until_ready().await;
+    assert!(sign_in(&parapet, OWNER, &password).await.is_ok());
+    assert_eq!(features(&parapet, &client).await, StatusCode::OK);
+    assert!(!file.exists(), "nothing is made a second time");
+}
+
 /// The schema is being made when the server falls silent, before a statement and after.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL"]

@@ -63,7 +63,7 @@ impl Bed {
     }
 
     pub(super) async fn open_as(&self, config: Config) -> (Control, Opened) {
-        Control::open(config, None).await.unwrap()
+        Control::open(config, None, |_| ()).await.unwrap()
     }
 
     /// A connection of somebody else to the database.

@@ -139,7 +139,7 @@ async fn a_database_of_a_newer_version_is_left_alone(bed: Bed) {
          SELECT 9999, 'of tomorrow', success, checksum, 0 FROM _sqlx_migrations WHERE version = 1",
     )
     .await;
-    let error = Control::open(bed.config(), None).await.unwrap_err();
+    let error = Control::open(bed.config(), None, |_| ()).await.unwrap_err();
     assert!(matches!(error, Error::Newer { found: 9999, .. }), "{error:?}");
     assert!(error.to_string().contains("newer version of Parapet"), "{error}");
     let folder = tempfile::tempdir().unwrap();
