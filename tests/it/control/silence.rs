@@ -1,5 +1,6 @@
 //! A database that goes silent, is locked, or is away: two instances share it, each behind a proxy of its own.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use reqwest::{Method, StatusCode};
@@ -212,10 +213,14 @@ async fn requests_that_wait_for_a_locked_table_are_answered() {
 }
 
 async fn report(parapet: &Parapet, secret: &str, times: u64) {
+    report_as(parapet, secret, "shop", times).await;
+}
+
+async fn report_as(parapet: &Parapet, secret: &str, app: &str, times: u64) {
     let now = jiff::Timestamp::now().to_string();
     let toggles = json!({ "first": { "yes": times, "no": 0 } });
     let bucket = json!({ "start": now, "stop": now, "toggles": toggles });
-    let report = json!({ "appName": "shop", "instanceId": "i", "bucket": bucket });
+    let report = json!({ "appName": app, "instanceId": "i", "bucket": bucket });
     let post = http().post(parapet.url() + "/api/client/metrics").header("authorization", secret);
     let post = post.header("content-type", "application/json").body(report.to_string());
     assert_eq!(post.send().await.unwrap().status(), StatusCode::ACCEPTED);
@@ -575,12 +580,43 @@ async fn write(parapet: &Parapet, session: &Session, name: &str, end: Instant) -
     told
 }
 
+/// Uses a flag until `end`, each time as an application of its own; tells the names of those whose use was acknowledged.
+async fn use_flag(parapet: &Parapet, secret: &str, name: &str, end: Instant) -> Vec<String> {
+    let mut acknowledged = Vec::new();
+    while Instant::now() < end {
+        let app = format!("{name} {}", acknowledged.len());
+        report_as(parapet, secret, &app, 1).await;
+        acknowledged.push(app);
+        tokio::time::sleep(Duration::from_millis(30)).await;
+    }
+    acknowledged
+}
+
+/// How often each application has used the flag.
+async fn uses(session: &Session) -> BTreeMap<String, u64> {
+    let usage = session.get("/api/admin/client-metrics/features/first/raw").await;
+    let mut uses = BTreeMap::new();
+    for hour in usage["data"].as_array().unwrap() {
+        let app = hour["appName"].as_str().unwrap().to_owned();
+        *uses.entry(app).or_default() += hour["yes"].as_u64().unwrap();
+    }
+    uses
+}
+
 /// Makes connections fail in one way after the other until `end`.
 async fn harm(proxies: &[PostgresProxy], dice: &mut Dice, end: Instant) {
-    let moments = ["COMMIT", "SELECT * FROM tokens", "INSERT INTO tokens", "pg_advisory", "DELETE"];
+    let moments = [
+        "COMMIT",
+        "SELECT * FROM tokens",
+        "INSERT INTO tokens",
+        "pg_advisory",
+        "DELETE",
+        "INSERT INTO usage_batches",
+        "INSERT INTO flag_usage",
+    ];
     while Instant::now() < end {
         let proxy = &proxies[usize::try_from(dice.roll(2)).unwrap()];
-        let moment = moments[usize::try_from(dice.roll(5)).unwrap()];
+        let moment = moments[usize::try_from(dice.roll(7)).unwrap()];
         match dice.roll(5) {
             0 => proxy.trap(Moment::Before(moment)),
             1 => proxy.trap(Moment::After(moment)),
@@ -609,11 +645,14 @@ async fn whatever_goes_silent_both_instances_agree_and_nothing_acknowledged_is_l
     let end = Instant::now() + Duration::from_mins(1);
     let proxies = [pair.proxy_of_one.clone(), pair.proxy_of_two.clone()];
     let (owner, owner_of_two) = (&pair.owner, pair.owner_of_two());
+    let user = pair.token("user").await;
     let mut dice = Dice(seed);
-    let (of_one, of_two, more, ()) = tokio::join!(
+    let (of_one, of_two, more, used_at_one, used_at_two, ()) = tokio::join!(
         write(&pair.one, owner, "one", end),
         write(&pair.two, &owner_of_two, "two", end),
         write(&pair.one, owner, "more", end),
+        use_flag(&pair.one, &user, "one", end),
+        use_flag(&pair.two, &user, "two", end),
         harm(&proxies, &mut dice, end),
     );
     until_created(owner, Duration::from_secs(20)).await;
@@ -654,4 +693,15 @@ async fn whatever_goes_silent_both_instances_agree_and_nothing_acknowledged_is_l
             assert!(count <= 1, "{name}: {count}, seed {seed}");
         }
     }
+    // Batches are stored again as long as nothing is heard of them, and counted once all the same.
+    let used: Vec<String> = [used_at_one, used_at_two].concat();
+    assert!(used.len() > 200, "flags were used: {}", used.len());
+    let stored = until("all usage is stored", Duration::from_mins(2), async || {
+        let stored = uses(owner).await;
+        (stored.len() >= used.len()).then_some(stored)
+    })
+    .await;
+    let once: BTreeMap<_, _> = used.into_iter().map(|app| (app, 1)).collect();
+    assert_eq!(stored, once, "seed {seed}");
+    assert_eq!(uses(&owner_of_two).await, once, "seed {seed}");
 }

@@ -167,6 +167,9 @@ impl Shared {
             let shared = Arc::clone(self);
             connections.spawn(async move {
                 let Ok(server) = TcpStream::connect(shared.upstream).await else { return };
+                // Messages are passed on one by one, and must not wait for those before to be confirmed.
+                client.set_nodelay(true).unwrap();
+                server.set_nodelay(true).unwrap();
                 let ((from_client, to_client), (from_server, to_server)) =
                     (client.into_split(), server.into_split());
                 // Who ends, ends the other, unless the line is silent: then both ends stay open.
