@@ -113,9 +113,10 @@ fn directive(text: &str) -> Option<String> {
     }
 }
 
-/// What is not logged unless its target is named: an error for each handshake that fails. The request
-/// that failed by it is logged with the same cause, and once only.
-const QUIET: &str = "rustls=off,rustls_platform_verifier=off";
+/// What is not logged unless its target is named: an error for each handshake that fails, since the
+/// request that failed by it is logged with the same cause, and once only; and what PostgreSQL remarks
+/// on statements that succeed.
+const QUIET: &str = "rustls=off,rustls_platform_verifier=off,sqlx::postgres::notice=off";
 
 /// The filter of `config`, behind what it may override.
 fn filter(config: &Config) -> Option<EnvFilter> {
@@ -166,13 +167,15 @@ pub fn set_log_filter(config: &Config) {
 }
 
 /// An error and its causes in one line, for a log. Each is cut at `CAUSE_BYTES`, because it may quote
-/// what could not be read.
+/// what could not be read. A cause that the error before it ends with is not said again.
 ///
 /// Not for errors whose causes may quote what they could not read where that holds tokens.
 pub fn report(error: &dyn Error) -> String {
     let causes = iter::successors(Some(error), |error| Error::source(*error));
-    let excerpt = |cause: &dyn Error| Excerpt::up_to(CAUSE_BYTES, &cause.to_string()).to_string();
-    causes.map(excerpt).collect::<Vec<_>>().join(": ")
+    let mut texts: Vec<String> = causes.map(|cause| cause.to_string()).collect();
+    texts.dedup_by(|cause, before| before.ends_with(&**cause));
+    let excerpt = |text: &String| Excerpt::up_to(CAUSE_BYTES, text).to_string();
+    texts.iter().map(excerpt).collect::<Vec<_>>().join(": ")
 }
 
 /// How much of one error's own text is logged, in bytes.
@@ -439,6 +442,12 @@ mod tests {
                 assert!(field.ends_with(&format!("… ({} bytes)", long.len())), "{field}");
             }
         }
+    }
+
+    #[test]
+    fn cause_that_an_error_repeats_is_reported_once() {
+        let repeating = sqlx::Error::Io(io::Error::other("no answer"));
+        assert_eq!(report(&repeating), "error communicating with database: no answer");
     }
 
     #[test]

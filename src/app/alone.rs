@@ -14,6 +14,7 @@ use tokio::sync::{Mutex, mpsc};
 use tracing::{info, warn};
 
 use super::{
+    keep::SaveLog,
     plan::{Error, Plan, Source},
     reload::Live,
 };
@@ -169,15 +170,18 @@ pub(super) async fn keep_copy(control: &Control, store: &Store) {
     /// How long to wait before a save that failed is tried again.
     const RETRY: Duration = Duration::from_secs(5);
     let mut changes = control.changes();
-    let mut saved = None;
+    let (mut saved, mut log) = (None, SaveLog::new("The copy of the tokens"));
     loop {
         changes.borrow_and_update();
         let copy = Bytes::from(control.copy());
         if saved.as_ref() != Some(&copy) {
             match store.save(&Key::Registry, copy.clone()).await {
-                Ok(()) => saved = Some(copy),
+                Ok(()) => {
+                    saved = Some(copy);
+                    log.succeeded();
+                }
                 Err(error) => {
-                    warn!(error = report(&error), "The copy of the tokens cannot be stored");
+                    log.failed(&error);
                     tokio::time::sleep(RETRY).await;
                     continue;
                 }

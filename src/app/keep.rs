@@ -22,6 +22,9 @@ const SAVE_EVERY: Duration = Duration::from_secs(5);
 /// How often usage of instances that have ended is looked for, besides at the start.
 const ADOPT_EVERY: Duration = Duration::from_mins(1);
 
+const VERDICTS: &str = "Verdicts on tokens";
+const USAGE: &str = "Usage that waits for upstream";
+
 /// Keeps state for the next run.
 #[derive(Clone, Debug)]
 pub(super) struct Keeper {
@@ -47,7 +50,7 @@ impl Keeper {
         let spools = Arc::new(Spools::open(store.clone(), &usage).await);
         let keeper = Self { store, auth, usage, spools };
         if keeper.spools.adopt(&keeper.usage).await {
-            keeper.store_usage(&mut None).await;
+            keeper.store_usage(&mut None, &mut SaveLog::new(USAGE)).await;
         }
         keeper
     }
@@ -63,17 +66,18 @@ impl Keeper {
     }
 
     async fn run_verdicts(&self, stop: &CancellationToken) {
+        let mut log = SaveLog::new(VERDICTS);
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
-                () = sleep(SAVE_EVERY) => self.store_verdicts().await,
+                () = sleep(SAVE_EVERY) => self.store_verdicts(&mut log).await,
             }
         }
     }
 
     async fn run_usage(&self, stop: &CancellationToken) {
         // What an earlier run left was restored, and is the first to be replaced.
-        let mut stored = None;
+        let (mut stored, mut log) = (None, SaveLog::new(USAGE));
         let mut adopted = Instant::now();
         loop {
             tokio::select! {
@@ -88,13 +92,14 @@ impl Keeper {
                     stored = None;
                 }
             }
-            self.store_usage(&mut stored).await;
+            self.store_usage(&mut stored, &mut log).await;
         }
     }
 
     /// Stores everything, at the end.
     pub(super) async fn finish(&self) {
-        tokio::join!(self.store_verdicts(), self.finish_usage());
+        let mut log = SaveLog::new(VERDICTS);
+        tokio::join!(self.store_verdicts(&mut log), self.finish_usage());
     }
 
     async fn finish_usage(&self) {
@@ -106,23 +111,54 @@ impl Keeper {
     }
 
     /// Stores what waits for upstream, unless it is what is `stored`.
-    async fn store_usage(&self, stored: &mut Option<Revision>) {
+    async fn store_usage(&self, stored: &mut Option<Revision>, log: &mut SaveLog) {
         let Some(backlog) = self.usage.backlog(*stored) else { return };
         match self.spools.save(backlog.bytes).await {
-            Ok(()) => *stored = Some(backlog.revision),
+            Ok(()) => {
+                *stored = Some(backlog.revision);
+                log.succeeded();
+            }
             // A warning was logged when no slot was left.
             Err(SaveError::NoSlot) => {}
-            Err(error) => {
-                warn!(error = report(&error), "Usage that waits for upstream cannot be stored");
-            }
+            Err(error) => log.failed(&error),
         }
     }
 
-    async fn store_verdicts(&self) {
+    async fn store_verdicts(&self, log: &mut SaveLog) {
         let Some(verdicts) = self.auth.save() else { return };
-        if let Err(error) = self.store.save(&Key::Verdicts, verdicts).await {
-            self.auth.not_saved();
-            warn!(error = report(&error), "Verdicts on tokens cannot be stored");
+        match self.store.save(&Key::Verdicts, verdicts).await {
+            Ok(()) => log.succeeded(),
+            Err(error) => {
+                self.auth.not_saved();
+                log.failed(&error);
+            }
+        }
+    }
+}
+
+/// Of saves that are tried again and again, logs the first that fails and the first after it that does
+/// not: a full disk lasts for hours.
+#[derive(Debug)]
+pub(super) struct SaveLog {
+    what: &'static str,
+    is_failing: bool,
+}
+
+impl SaveLog {
+    /// For saves of this, as the beginning of a sentence.
+    pub(super) fn new(what: &'static str) -> Self {
+        Self { what, is_failing: false }
+    }
+
+    pub(super) fn failed(&mut self, error: &dyn std::error::Error) {
+        if !std::mem::replace(&mut self.is_failing, true) {
+            warn!(error = report(error), "{} cannot be stored", self.what);
+        }
+    }
+
+    pub(super) fn succeeded(&mut self) {
+        if std::mem::take(&mut self.is_failing) {
+            info!("{} can be stored again", self.what);
         }
     }
 }
@@ -182,7 +218,7 @@ mod tests {
     /// Stores what waits, as every few seconds, and dies without a word.
     async fn store_and_crash(keeper: Keeper) {
         let _ = keeper.usage.save();
-        keeper.store_usage(&mut None).await;
+        keeper.store_usage(&mut None, &mut SaveLog::new(USAGE)).await;
     }
 
     #[tokio::test]
@@ -203,7 +239,7 @@ mod tests {
         let one = start(folder.path()).await;
         count(&one, 100);
         let _ = one.usage.save();
-        one.store_usage(&mut None).await;
+        one.store_usage(&mut None, &mut SaveLog::new(USAGE)).await;
         let other = start(folder.path()).await;
         assert_eq!(waiting(&other), 0);
         other.finish().await;

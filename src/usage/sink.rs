@@ -5,7 +5,7 @@
 use std::{
     collections::BTreeMap,
     future::Future,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -15,7 +15,7 @@ use tokio::{
     sync::{mpsc, oneshot},
     time::Instant,
 };
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use super::{
     lane::BatchId,
@@ -69,26 +69,47 @@ pub enum Taken {
     Failed,
 }
 
-/// When a warning was last logged of each environment whose usage upstream refuses although it
-/// serves flags with the same token.
+/// What was logged of environments whose usage upstream does not take, so that an outage is not logged
+/// with each attempt.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Refusals(Arc<Mutex<BTreeMap<Environment, Instant>>>);
+pub(super) struct Refusals(Arc<Mutex<Logged>>);
+
+#[derive(Debug, Default)]
+struct Logged {
+    /// When a warning was last logged of an environment whose usage upstream refuses although it serves
+    /// flags with the same token.
+    refused: BTreeMap<Environment, Instant>,
+    /// Why a batch was not taken the last time.
+    reasons: BTreeMap<Environment, String>,
+}
 
 impl Refusals {
     /// Notes a refusal; whether a warning is to be logged.
     fn refused(&self, environment: &Environment, now: Instant) -> bool {
-        let mut warned = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let last = warned.get(environment);
+        let refused = &mut self.lock().refused;
+        let last = refused.get(environment);
         let is_due = last.is_none_or(|last| now.duration_since(*last) >= WARN_INTERVAL);
         if is_due {
-            warned.insert(environment.clone(), now);
+            refused.insert(environment.clone(), now);
         }
         is_due
     }
 
-    /// Notes that upstream takes the usage of an environment.
-    fn taken(&self, environment: &Environment) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(environment);
+    /// Notes why a batch was not taken; whether that is new.
+    fn failed(&self, environment: &Environment, reason: &str) -> bool {
+        let before = self.lock().reasons.insert(environment.clone(), reason.to_owned());
+        before.is_none_or(|before| before != reason)
+    }
+
+    /// Notes that upstream takes the usage of an environment; whether it did not before.
+    fn taken(&self, environment: &Environment) -> bool {
+        let mut logged = self.lock();
+        logged.refused.remove(environment);
+        logged.reasons.remove(environment).is_some()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Logged> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -124,7 +145,9 @@ pub(super) fn deliver(
         }
         let outcome = match &result {
             Ok(()) => {
-                refusals.taken(&environment);
+                if refusals.taken(&environment) {
+                    info!("Upstream takes usage of environment {environment} again");
+                }
                 Outcome::Sent
             }
             Err(error) => {
@@ -135,10 +158,11 @@ pub(super) fn deliver(
                     Outcome::TooLarge => "is too large",
                     _ => "will be sent again",
                 };
-                warn!(
-                    "A batch of usage for environment {environment} {what}{again}: {}",
-                    report(&error)
-                );
+                let reason = report(&error);
+                let is_last = matches!(outcome, Outcome::Rejected | Outcome::TooLarge);
+                if refusals.failed(&environment, &reason) || is_last {
+                    warn!("A batch of usage for environment {environment} {what}{again}: {reason}");
+                }
                 outcome
             }
         };

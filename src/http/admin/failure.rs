@@ -1,10 +1,18 @@
 //! What the control plane's errors are to whoever asked.
 
-use std::time::Duration;
+use std::{
+    sync::{LazyLock, Mutex, PoisonError},
+    time::Duration,
+};
 
 use tracing::{debug, error};
 
-use crate::{control::Error, http::reply::Failure, telemetry::report, wire::admin::Problem};
+use crate::{
+    control::Error,
+    http::reply::Failure,
+    telemetry::{Sparing, report},
+    wire::admin::Problem,
+};
 
 /// When trying again makes sense where the database does not answer.
 const TRY_AGAIN: Duration = Duration::from_secs(5);
@@ -25,7 +33,7 @@ impl From<Error> for Failure {
                 Self::Invalid(vec![Problem { path: field, reason }])
             }
             Error::Replaced(_) => {
-                error!(error = report(&error), "The control plane cannot use its database");
+                log(&error);
                 let what =
                     "the file of the database of accounts and tokens was deleted or replaced";
                 Self::Unavailable { what, retry_after: TRY_AGAIN }
@@ -37,7 +45,7 @@ impl From<Error> for Failure {
                 Self::Unavailable { what, retry_after: TRY_AGAIN }
             }
             Error::Busy | Error::Locked(_) => {
-                error!(error = report(&error), "The control plane cannot use its database");
+                log(&error);
                 let what = "the database of accounts and tokens is busy";
                 Self::Unavailable { what, retry_after: TRY_AGAIN }
             }
@@ -46,10 +54,22 @@ impl From<Error> for Failure {
             | Error::NotBegun
             | Error::File(..)
             | Error::Database(_) => {
-                error!(error = report(&error), "The control plane cannot use its database");
+                log(&error);
                 let what = "the database of accounts and tokens does not answer";
                 Self::Unavailable { what, retry_after: TRY_AGAIN }
             }
         }
+    }
+}
+
+/// Logs why the database could not be used, once a minute: else whoever polls the admin API fills the
+/// log.
+fn log(error: &Error) {
+    static SPARING: LazyLock<Mutex<Sparing>> = LazyLock::new(Mutex::default);
+    let admitted = SPARING.lock().unwrap_or_else(PoisonError::into_inner).admit();
+    if let Some(left_out) = admitted {
+        let more_since_last_line = (left_out > 0).then_some(left_out);
+        let error = report(error);
+        error!(error, more_since_last_line, "The control plane cannot use its database");
     }
 }
