@@ -296,7 +296,7 @@ pub struct Events {
     pub version: u32,
     /// Newest first.
     pub events: Vec<Event>,
-    /// How many match, beyond this page; counted up to 10,000.
+    /// How many match, on all pages. Counted up to 10,000: that number stands for as many or more.
     pub total_events: u64,
 }
 
