@@ -225,16 +225,10 @@ impl Conditions {
         }
         let text = |value: &Option<String>| value.clone().map(Bound::Text);
         let millis = |at: Option<Timestamp>| at.map(|at| Bound::Number(at.as_millisecond()));
-        // Projects are a text with commas between them.
-        let project = text(&query.project);
         for (before, value, after) in [
             ("created_by = ", text(&query.created_by), ""),
             ("environment = ", text(&query.environment), ""),
-            (
-                "REPLACE(',' || project || ',', ',' || ",
-                project,
-                " || ',', '') <> ',' || project || ','",
-            ),
+            ("event_projects.project = ", text(&query.project), ""),
             ("created_at >= ", millis(query.since), ""),
             ("created_at < ", millis(query.until), ""),
         ] {
@@ -274,18 +268,25 @@ impl Conditions {
 pub(super) async fn page(database: &Database, query: &EventQuery) -> Result<EventPage, Error> {
     let mut conditions = Conditions::of(query);
     let mut transaction = database.read().await?;
+    // The column is named by which an index is in order.
+    let (events, id) = match query.project {
+        Some(_) => ("events JOIN event_projects ON event_id = id", "event_id"),
+        None => ("events", "id"),
+    };
     let (found, most) = (&conditions.sql, EventPage::MOST_COUNTED);
     // Each text is made of the fixed ones above.
-    let count = format!("SELECT COUNT(*) FROM (SELECT 1 FROM events{found} LIMIT {most}) AS found");
+    let count =
+        format!("SELECT COUNT(*) FROM (SELECT 1 FROM {events}{found} LIMIT {most}) AS found");
     let count = sqlx::query_scalar_with(AssertSqlSafe(count), conditions.arguments()?);
     let total: i64 = count.fetch_one(&mut *transaction).await?;
     if let Some(before) = query.before {
-        conditions.add("id < ", "", vec![Bound::Number(before)]);
+        conditions.add(&format!("{id} < "), "", vec![Bound::Number(before)]);
     }
     let (limit, offset) = (query.limit.min(EventQuery::MAX_LIMIT), query.offset);
     let found = &conditions.sql;
-    let page =
-        format!("SELECT * FROM events{found} ORDER BY id DESC LIMIT {limit} OFFSET {offset}");
+    let page = format!(
+        "SELECT events.* FROM {events}{found} ORDER BY {id} DESC LIMIT {limit} OFFSET {offset}"
+    );
     let rows = sqlx::query_with(AssertSqlSafe(page), conditions.arguments()?);
     let rows = rows.fetch_all(&mut *transaction).await?;
     let events = rows.iter().map(event).collect::<Result<_, _>>()?;

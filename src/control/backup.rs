@@ -68,8 +68,8 @@ const TABLES: [Table; 10] = [
     Table { name: "initial_settings", since: 4, is_numbered: false },
 ];
 
-/// What is not kept, and is emptied by a restore.
-const LEFT_OUT: [&str; 2] = ["sessions", "devices"];
+/// What is not kept, and is emptied by a restore. The projects of events follow from the events.
+const LEFT_OUT: [&str; 3] = ["sessions", "devices", "event_projects"];
 
 /// Why there is no backup, or why none was restored.
 #[derive(Debug, thiserror::Error)]

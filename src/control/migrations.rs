@@ -32,11 +32,12 @@ macro_rules! step {
 }
 
 /// Every version, the oldest first.
-const STEPS: [Step; 4] = [
+const STEPS: [Step; 5] = [
     step!(1, "initial", "0001_initial.sql"),
     step!(2, "usage", "0002_usage.sql"),
     step!(3, "pages of events", "0003_pages_of_events.sql"),
     step!(4, "initial settings", "0004_initial_settings.sql"),
+    step!(5, "projects of events", "0005_projects_of_events.sql"),
 ];
 
 /// The newest version.

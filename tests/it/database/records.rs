@@ -396,10 +396,11 @@ async fn no_secret_is_kept(bed: Bed) {
 /// Makes so many events of a day in the past, behind the control plane's back.
 async fn add_events(bed: &Bed, count: u32) {
     let add = format!(
-        "INSERT INTO events (kind, created_by, created_at, environment) \
+        "INSERT INTO events (kind, created_by, created_at, environment, project) \
          WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {count}) \
          SELECT CASE i % 3 WHEN 0 THEN 'api-token-created' ELSE 'user-signed-in' END, \
-         'somebody ' || i % 7, 1700000000000 + i, 'development' FROM n"
+         'somebody ' || i % 7, 1700000000000 + i, 'development', \
+         CASE i WHEN 1000 THEN 'web,rare' ELSE 'web,app' END FROM n"
     );
     bed.execute(&add).await;
 }
@@ -416,6 +417,8 @@ async fn a_page_of_a_long_log_takes_about_as_long_as_one_of_a_short_log() {
         EventQuery { before, ..EventQuery::default() },
         EventQuery { kinds, before, ..EventQuery::default() },
         EventQuery { created_by, ..EventQuery::default() },
+        EventQuery { project: Some("rare".to_owned()), ..EventQuery::default() },
+        EventQuery { project: Some("web".to_owned()), before, ..EventQuery::default() },
     ];
     // The fastest of some, so that what others do at the same time matters little.
     let fastest = async || {
