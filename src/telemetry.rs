@@ -172,7 +172,7 @@ pub fn set_log_filter(config: &Config) {
 /// Not for errors whose causes may quote what they could not read where that holds tokens.
 pub fn report(error: &dyn Error) -> String {
     let causes = iter::successors(Some(error), |error| Error::source(*error));
-    let mut texts: Vec<String> = causes.map(|cause| cause.to_string()).collect();
+    let mut texts: Vec<String> = causes.map(ToString::to_string).collect();
     texts.dedup_by(|cause, before| before.ends_with(&**cause));
     let excerpt = |text: &String| Excerpt::up_to(CAUSE_BYTES, text).to_string();
     texts.iter().map(excerpt).collect::<Vec<_>>().join(": ")
