@@ -23,7 +23,7 @@ use std::{
 
 use futures_util::{
     FutureExt as _,
-    future::{BoxFuture, Shared},
+    future::{BoxFuture, WeakShared},
 };
 use jiff::Timestamp;
 use sqlx::{Any, AnyConnection, Connection as _, Executor as _};
@@ -60,12 +60,13 @@ pub enum Location {
 pub(super) struct Database {
     pool: Pool,
     shown: String,
-    preparation: Arc<Mutex<Option<Preparation>>>,
+    is_prepared: Arc<AtomicBool>,
+    attempt: Arc<Mutex<Option<Attempt>>>,
     must_exist: Arc<AtomicBool>,
 }
 
-/// An attempt to prepare a database, for all who wait for it.
-type Preparation = Shared<BoxFuture<'static, Result<(), Error>>>;
+/// An attempt to prepare a database, which belongs to all who wait for it.
+type Attempt = WeakShared<BoxFuture<'static, Result<(), Error>>>;
 
 impl fmt::Debug for Database {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -102,7 +103,8 @@ impl Database {
             }
         };
         let pool = Pool::new(source, Health::new());
-        Ok(Self { pool, shown, preparation: Arc::default(), must_exist: Arc::default() })
+        let (is_prepared, attempt) = (Arc::default(), Arc::default());
+        Ok(Self { pool, shown, is_prepared, attempt, must_exist: Arc::default() })
     }
 
     /// Refuses from here on to begin a database anew: one without an account is not the one that
@@ -113,20 +115,21 @@ impl Database {
 
     /// Brings the schema to this version, before anything else is done.
     ///
-    /// All who come meanwhile wait for the same attempt, which goes on where one of them gives up. Who
+    /// All who come meanwhile wait for the same attempt, which ends when the last of them gives up. Who
     /// comes after one that failed begins another.
     async fn prepare(&self) -> Result<(), Error> {
+        if self.is_prepared.load(Ordering::Acquire) {
+            return Ok(());
+        }
         let attempt = {
-            let mut preparation = self.preparation.lock().unwrap_or_else(PoisonError::into_inner);
-            match &*preparation {
-                Some(attempt) if !matches!(attempt.peek(), Some(Err(_))) => attempt.clone(),
-                _ => {
-                    let database = self.clone();
-                    let attempt = async move { database.prepare_once().await }.boxed().shared();
-                    tokio::spawn(attempt.clone());
-                    preparation.insert(attempt).clone()
-                }
-            }
+            let mut attempt = self.attempt.lock().unwrap_or_else(PoisonError::into_inner);
+            let under_way = attempt.as_ref().and_then(WeakShared::upgrade);
+            under_way.filter(|it| it.peek().is_none()).unwrap_or_else(|| {
+                let database = self.clone();
+                let new = async move { database.prepare_once().await }.boxed().shared();
+                *attempt = new.downgrade();
+                new
+            })
         };
         attempt.await
     }
@@ -149,6 +152,7 @@ impl Database {
             }
         }
         connection.mark_ready();
+        self.is_prepared.store(true, Ordering::Release);
         Ok(())
     }
 
