@@ -25,6 +25,8 @@ mod counts;
 mod database;
 /// Dates in constraints and contexts.
 mod dates;
+/// A day with faults, and what is logged of it.
+mod day;
 /// An edge in front of a healthy Unleash.
 mod edge;
 /// Flags from files.

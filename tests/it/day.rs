@@ -1,0 +1,574 @@
+//! A day on which much goes wrong, compressed: a standalone on PostgreSQL, and an edge in front of it. Every line that
+//! they log is judged: it is one that somebody expects, no more often than it helps, and it shows no secret.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use regex::Regex;
+use reqwest::{Method, StatusCode};
+use serde_json::{Map, Value, json};
+use sqlx::{Connection as _, Executor as _, PgConnection};
+
+use crate::rig::{ChaosProxy, Fault, Parapet, Postgres, PostgresProxy, http, secrets, until};
+
+/// Longer than the pauses that grow while something is away.
+const SOON: Duration = Duration::from_mins(1);
+
+/// How many of each request come during each fault: a line for each is too many.
+const MANY: usize = 20;
+
+const FEATURES: &str = "/api/client/features";
+
+fn flags(enabled: bool) -> String {
+    let strategy = json!([{ "name": "default" }]);
+    let flag = json!({ "name": "shop", "enabled": enabled, "strategies": strategy });
+    json!({ "version": 2, "features": [flag] }).to_string()
+}
+
+/// The instances, and what stands between them.
+struct Day {
+    standalone: Parapet,
+    edge: Parapet,
+    /// Between the standalone and its database.
+    database: PostgresProxy,
+    /// The name of the database.
+    name: String,
+    /// Between the edge and the standalone.
+    upstream: ChaosProxy,
+    admin: String,
+    client: String,
+    frontend: String,
+    folder: tempfile::TempDir,
+}
+
+impl Day {
+    async fn start() -> Self {
+        let postgres = Postgres::shared().await;
+        let name = postgres.create_database().await;
+        let database = PostgresProxy::start(postgres.port()).await;
+        let url =
+            format!("postgres://postgres@127.0.0.1:{}/{name}?sslmode=disable", database.port());
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("flags.json"), flags(true)).unwrap();
+        let standalone = Parapet::mode("standalone")
+            .flag("--flags", folder.path().join("flags.json"))
+            .flag("--metrics-interval-seconds", "1")
+            .flag("--max-streams", "8")
+            .flag("--log-format", "json")
+            .env("DATABASE_URL", url)
+            .start()
+            .await;
+        let file = standalone.data_dir().join("first-start.txt");
+        let text = std::fs::read_to_string(&file).unwrap();
+        std::fs::remove_file(&file).unwrap();
+        let word_after = |name: &str| {
+            let line = text.lines().find_map(|line| line.trim().strip_prefix(name)).unwrap();
+            let word = line.split_whitespace().next().unwrap().to_owned();
+            secrets::remember(&word);
+            word
+        };
+        word_after("password ");
+        let [admin, client, frontend] = ["admin ", "client ", "frontend "].map(word_after);
+        let upstream = ChaosProxy::start(&standalone.admin_url()).await;
+        let edge = Parapet::edge(&upstream.url()).admin_token(&admin).impatient();
+        let edge = edge.flag("--log-format", "json").flag("--max-streams", "8").start().await;
+        Self { standalone, edge, database, name, upstream, admin, client, frontend, folder }
+    }
+
+    fn instances(&self) -> [&Parapet; 2] {
+        [&self.standalone, &self.edge]
+    }
+
+    /// What clients do on any day, right and wrong.
+    async fn clients(&self) {
+        for parapet in self.instances() {
+            for _ in 0..MANY {
+                let made_up = format!("*:development.{:032x}", rand::random::<u128>());
+                secrets::remember(&made_up);
+                for token in [&*self.client, &made_up, "no token", ""] {
+                    parapet.get(FEATURES, token).await;
+                    parapet.admin_get_as("/status", token).await;
+                }
+                parapet.get("/api/frontend?userId=7", &self.frontend).await;
+                parapet.get("/nowhere/../%00", &self.client).await;
+                self.report(parapet).await;
+            }
+            let large = "x".repeat(2 << 20);
+            let attempt =
+                json!({ "username": "admin", "password": "a wrong password" }).to_string();
+            let question = json!({ "tokens": ["*:development.of-nobody"] }).to_string();
+            for body in [&*large, "{", "[]", &attempt, &question] {
+                for path in ["/api/client/metrics", "/api/client/register", "/edge/validate"] {
+                    self.post(&(parapet.url() + path), body).await;
+                }
+                for path in ["/auth/simple/login", "/api/admin/api-tokens"] {
+                    self.post(&(parapet.admin_url() + path), body).await;
+                }
+            }
+            let streams = (0..MANY).map(|_| {
+                let open = http().get(parapet.url() + "/api/client/streaming");
+                open.header("authorization", &self.client).send()
+            });
+            let streams = join_all(streams).await;
+            drop(streams);
+        }
+    }
+
+    async fn report(&self, parapet: &Parapet) {
+        let now = jiff::Timestamp::now().to_string();
+        let toggles = json!({ "shop": { "yes": 1, "no": 0 }, "unknown": { "yes": 1, "no": 0 } });
+        let bucket = json!({ "start": now, "stop": now, "toggles": toggles });
+        let report = json!({ "appName": "till", "instanceId": "i", "bucket": bucket }).to_string();
+        self.post(&(parapet.url() + "/api/client/metrics"), &report).await;
+    }
+
+    /// The status, if there was an answer: a body that is too long may not be read to its end.
+    async fn post(&self, url: &str, body: &str) -> Option<StatusCode> {
+        let post = http().post(url).header("authorization", &self.client);
+        let post = post.header("content-type", "application/json").body(body.to_owned());
+        post.send().await.ok().map(|answer| answer.status())
+    }
+
+    /// Makes a token at the standalone, or tries to.
+    async fn create_token(&self) -> StatusCode {
+        let token = json!({ "tokenName": "it", "type": "client", "environment": "development" });
+        let create =
+            http().request(Method::POST, self.standalone.admin_url() + "/api/admin/api-tokens");
+        let create =
+            create.header("authorization", &self.admin).header("content-type", "application/json");
+        let answer = create.body(token.to_string()).send().await.unwrap();
+        let (status, made) = (answer.status(), answer.text().await.unwrap());
+        if status == StatusCode::CREATED {
+            let made: Value = serde_json::from_str(&made).unwrap();
+            secrets::remember(made["secret"].as_str().unwrap());
+        }
+        status
+    }
+
+    /// Many try to make tokens at once.
+    async fn operators(&self) {
+        join_all((0..MANY).map(|_| self.create_token())).await;
+    }
+
+    async fn until_created(&self) {
+        until("a token is made", SOON, async || {
+            (self.create_token().await == StatusCode::CREATED).then_some(())
+        })
+        .await;
+    }
+
+    async fn until_storing(&self, is_storing: bool) {
+        let wanted = if is_storing { 1.0 } else { 0.0 };
+        until("usage is stored, or is not", SOON, async || {
+            self.report(&self.standalone).await;
+            let storing = self.standalone.metric("parapet_usage_storing").await?;
+            (storing.total_cmp(&wanted).is_eq()).then_some(())
+        })
+        .await;
+    }
+
+    /// Waits until something that the edge wanted from upstream after now has failed.
+    async fn until_upstream_is_missed(&self) {
+        let begin = jiff::Timestamp::now();
+        until("the edge misses its upstream", SOON, async || {
+            let (code, status) = self.edge.admin_get("/status").await;
+            if code == StatusCode::UNAUTHORIZED {
+                return Some(());
+            }
+            let failed = status["upstream"]["lastError"]["at"].as_str()?;
+            (failed.parse::<jiff::Timestamp>().unwrap() > begin).then_some(())
+        })
+        .await;
+    }
+
+    /// Waits until upstream has confirmed the edge's flags after now.
+    async fn until_upstream_answers(&self) {
+        let begin = jiff::Timestamp::now();
+        until("the edge has its upstream back", SOON, async || {
+            let (_, status) = self.edge.admin_get("/status").await;
+            let confirmed = status["environments"][0]["confirmed"].as_str()?;
+            (confirmed.parse::<jiff::Timestamp>().unwrap() > begin).then_some(())
+        })
+        .await;
+    }
+
+    async fn upstream_fails(&self, fault: Fault) {
+        let is_seen = fault != Fault::Cut;
+        self.upstream.set(fault).await;
+        self.clients().await;
+        self.until_upstream_is_missed().await;
+        self.clients().await;
+        if is_seen {
+            // Some go on for longer than it takes to notice.
+            let before = self.upstream.count("/");
+            until("it was tried again", SOON, async || {
+                (self.upstream.count("/") >= before + 5).then_some(())
+            })
+            .await;
+        }
+        self.upstream.restore().await;
+        self.until_upstream_answers().await;
+    }
+
+    async fn database_fails(&self) {
+        let postgres = Postgres::shared().await;
+        let set_read_only = async |is_read_only: bool| {
+            let sql = format!(
+                "ALTER DATABASE {name} SET default_transaction_read_only = {is_read_only}; \
+                 SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'",
+                name = self.name,
+            );
+            postgres.execute("postgres", &sql).await;
+        };
+        set_read_only(true).await;
+        self.operators().await;
+        self.until_storing(false).await;
+        self.operators().await;
+        set_read_only(false).await;
+        self.until_storing(true).await;
+        self.until_created().await;
+
+        let url = format!("postgres://postgres@127.0.0.1:{}/{}", postgres.port(), self.name);
+        let mut holder = PgConnection::connect(&url).await.unwrap();
+        holder.execute("BEGIN; LOCK TABLE tokens, events").await.unwrap();
+        self.operators().await;
+        self.clients().await;
+        holder.execute("ROLLBACK").await.unwrap();
+        self.until_created().await;
+
+        self.database.refuse().await;
+        self.operators().await;
+        self.clients().await;
+        self.until_storing(false).await;
+        self.database.restore().await;
+        self.until_created().await;
+        self.until_storing(true).await;
+
+        self.database.silence("");
+        self.operators().await;
+        self.clients().await;
+        self.until_created().await;
+        self.until_storing(true).await;
+    }
+
+    /// The folder of the data is none for a while, as where a volume is full or was taken away.
+    async fn disk_fails(&self) {
+        let folders = self.instances().map(|parapet| {
+            let there = parapet.data_dir();
+            let away = there.with_file_name("away");
+            std::fs::rename(&there, &away).unwrap();
+            std::fs::write(&there, "It is no folder.").unwrap();
+            (there, away)
+        });
+        // Usage waits, and would be stored.
+        self.upstream.cut().await;
+        for parapet in self.instances() {
+            until("several saves have failed", SOON, async || {
+                self.until_created().await;
+                self.report(parapet).await;
+                let page = parapet.metrics().await;
+                let failures = "parapet_store_save_failures_total{";
+                let failures = page.lines().filter(|it| it.starts_with(failures));
+                let failures = failures.map(|it| it.rsplit(' ').next().unwrap());
+                let failures: u64 = failures.map(|it| it.parse::<u64>().unwrap()).sum();
+                (failures >= 3).then_some(())
+            })
+            .await;
+        }
+        for (there, away) in folders {
+            std::fs::remove_file(&there).unwrap();
+            std::fs::rename(away, there).unwrap();
+        }
+        for parapet in self.instances() {
+            until("it is said that saves succeed again", SOON, async || {
+                self.report(parapet).await;
+                parapet.log().contains("can be stored again").then_some(())
+            })
+            .await;
+        }
+        self.upstream.restore().await;
+        self.until_upstream_answers().await;
+    }
+
+    async fn files_fail(&self) {
+        let path = self.folder.path().join("flags.json");
+        let change = |text: &str| std::fs::write(&path, text).unwrap();
+        change("{");
+        until_logged(&self.standalone, "cannot be read again", 1).await;
+        for _ in 0..3 {
+            self.standalone.hang_up();
+            self.clients().await;
+        }
+        change(&flags(false));
+        until_logged(&self.standalone, "can be read again", 1).await;
+        until("the change has arrived", SOON, async || {
+            let (_, body) = self.edge.get(FEATURES, &self.client).await;
+            (body["features"][0]["enabled"] == false).then_some(())
+        })
+        .await;
+    }
+}
+
+async fn until_logged(parapet: &Parapet, text: &str, times: usize) {
+    until(&format!("{text:?} is logged"), SOON, async || {
+        (parapet.log().matches(text).count() >= times).then_some(())
+    })
+    .await;
+}
+
+/// A kind of line.
+struct Expected {
+    level: &'static str,
+    /// What its message is, as a whole.
+    message: &'static str,
+    /// What its other fields are, by name.
+    fields: &'static [&'static str],
+    /// How often it may appear on such a day.
+    at_most: usize,
+}
+
+const fn line(
+    level: &'static str,
+    message: &'static str,
+    fields: &'static [&'static str],
+    at_most: usize,
+) -> Expected {
+    Expected { level, message, fields, at_most }
+}
+
+/// What either may log.
+const COMMON: &[Expected] = &[
+    line("INFO", "Parapet listens", &["mode", "data", "admin", "upstream?", "version"], 2),
+    line("INFO", "New flags", &["environment", "flags", "revision?", "problems"], 4),
+    line("INFO", "Parapet is told to end; it is not ready any more", &["drain_delay"], 2),
+    line("INFO", "Parapet ends", &[], 2),
+    line("WARN", "Requests under way did not finish in time", &["grace"], 2),
+    // The disk.
+    line("WARN", "(The copy of|Usage|Verdicts).* cannot be stored", &["error"], 3),
+    line("INFO", "(The copy of|Usage|Verdicts).* can be stored again", &[], 3),
+    line("WARN", "Saving flags or credentials failed and is retried", &["error"], 1),
+    line("INFO", "Flags and credentials are saved again", &[], 1),
+    line("WARN", "Usage that other instances have left is not looked for", &["error"], 2),
+];
+
+/// What a standalone may log.
+const STANDALONE: &[Expected] = &[
+    line(
+        "INFO",
+        "This is the first start, which has created an admin's account",
+        &["username", "console"],
+        1,
+    ),
+    line("WARN", "The first start's password and tokens are in a file .*", &["file"], 1),
+    // The database: one fault has several faces, each with a line.
+    line(
+        "WARN",
+        "The control plane's database is away; tokens stay as they are",
+        &["error"],
+        FAULTS_OF_DATABASE * 2,
+    ),
+    line("INFO", "The control plane's database is back", &["away_for"], FAULTS_OF_DATABASE),
+    line(
+        "INFO",
+        "Changes by others were not heard any more; listening anew",
+        &["error"],
+        FAULTS_OF_DATABASE,
+    ),
+    line("WARN", "Usage could not be stored, and waits", &["error"], FAULTS_OF_DATABASE),
+    line("INFO", "Usage is stored again", &[], FAULTS_OF_DATABASE),
+    line(
+        "ERROR",
+        "The control plane cannot use its database",
+        &["error", "more_since_last_line?"],
+        FAULTS_OF_DATABASE,
+    ),
+    line("WARN", "A refusal could not be noted in the audit log", &["error"], FAULTS_OF_DATABASE),
+    // The file of flags, once and with each SIGHUP.
+    line("WARN", "Flags cannot be read again, those known stay", &["error"], 4),
+    line("INFO", ".*flags.json can be read again", &[], 1),
+    line("INFO", "Reloaded: nothing has changed; flags are read again", &[], 3),
+];
+
+/// What an edge may log. Of each fault of upstream each line tells, by its end, that of another purpose.
+const EDGE: &[Expected] = &[
+    line(
+        "INFO",
+        "Upstream's admin token is exchanged for a token per environment",
+        &["fleet", "list_interval"],
+        2,
+    ),
+    line("INFO", "(Made|Found) token .{1,30}\\*{4} for environment development", &[], 3),
+    line("INFO", "Tokens known from an earlier run", &["count"], 1),
+    line("INFO", "Usage of an earlier run waits to be sent", &[], 1),
+    line("WARN", "Cannot refresh, what is known stays", &["environment", "error"], ALL_FAULTS),
+    line("INFO", "Upstream answers again", &["environment"], ALL_FAULTS),
+    line("INFO", "Follows upstream's stream", &["environment"], ALL_FAULTS),
+    line(
+        "INFO",
+        "Polls upstream again: its stream was lost",
+        &["environment", "error"],
+        ALL_FAULTS,
+    ),
+    line(
+        "WARN",
+        "Cannot read upstream's token list; known tokens are asked about one by one",
+        &["error"],
+        ALL_FAULTS,
+    ),
+    line("INFO", "Upstream's token list is read again", &[], ALL_FAULTS),
+    line("INFO", "Upstream's tokens changed", &["changes.learned", "changes.revoked"], ALL_FAULTS),
+    line(
+        "WARN",
+        "Cannot ask upstream about tokens; those that are new get a 503",
+        &["error"],
+        ALL_FAULTS,
+    ),
+    line("INFO", "Upstream answers about tokens again", &[], ALL_FAULTS),
+    line("WARN", "Cannot read upstream's environments", &["error"], ALL_FAULTS),
+    line("WARN", "Upstream is unreachable for another reason than before", &["error"], ALL_FAULTS),
+    line(
+        "WARN",
+        "A batch of usage for environment development will be sent again.*: upstream .*",
+        &[],
+        ALL_FAULTS * 2,
+    ),
+    line("INFO", "Upstream takes usage of environment development again", &[], ALL_FAULTS),
+    line("WARN", "Usage could not all be sent within .*", &[], 1),
+    // Upstream refuses every token, that of the admin too.
+    line(
+        "WARN",
+        "Upstream refuses our token for environment development, looking for another",
+        &[],
+        4,
+    ),
+    line("WARN", "Upstream refuses the admin token: .*", &["token"], 2),
+    line("INFO", "Upstream accepts the admin token", &["token"], 4),
+];
+
+/// How often the database fails on that day.
+const FAULTS_OF_DATABASE: usize = 4;
+/// How often upstream fails, for itself, with its database or by a restart.
+const ALL_FAULTS: usize = 16;
+
+/// Says what is wrong with each line.
+fn judge(name: &str, log: &str, expected: &[&Expected]) -> String {
+    let patterns: Vec<_> =
+        expected.iter().map(|it| Regex::new(&format!("^(?:{})$", it.message)).unwrap()).collect();
+    let (mut complaints, mut counts) = (String::new(), BTreeMap::<usize, Vec<&str>>::new());
+    for line in log.lines() {
+        let wrong = match read(line) {
+            Err(wrong) => wrong,
+            Ok((level, message, fields)) => {
+                let fits = |(at, it): (usize, &&Expected)| {
+                    it.level == level && patterns[at].is_match(&message) && has(it.fields, &fields)
+                };
+                match expected.iter().enumerate().position(fits) {
+                    Some(at) => {
+                        counts.entry(at).or_default().push(line);
+                        continue;
+                    }
+                    None => "nobody expects it".to_owned(),
+                }
+            }
+        };
+        writeln!(complaints, "{name}: {wrong}: {line}").unwrap();
+    }
+    for (at, lines) in counts {
+        let Expected { level, message, at_most, .. } = expected[at];
+        if lines.len() > *at_most {
+            let lines = lines.join("\n  ");
+            writeln!(complaints, "{name}: more than {at_most} of {level} {message}:\n  {lines}")
+                .unwrap();
+        }
+    }
+    complaints
+}
+
+/// Whether these are the names of a line's fields; a name with a question mark may be missing.
+fn has(names: &[&str], fields: &Map<String, Value>) -> bool {
+    let is_there = |name: &&str| name.ends_with('?') || fields.contains_key(*name);
+    let is_known = |field: &String| names.iter().any(|name| name.trim_end_matches('?') == field);
+    names.iter().all(is_there) && fields.keys().all(is_known)
+}
+
+/// The level, the message and the other fields of a line.
+fn read(line: &str) -> Result<(String, String, Map<String, Value>), String> {
+    if line.len() > 4096 {
+        return Err(format!("it is {} bytes long", line.len()));
+    }
+    let mut fields: Map<String, Value> =
+        serde_json::from_str(line).map_err(|error| format!("it is no JSON: {error}"))?;
+    let mut text = |name: &str| match fields.remove(name) {
+        Some(Value::String(text)) if !text.is_empty() => Ok(text),
+        other => Err(format!("its {name} is {other:?}")),
+    };
+    let (time, target) = (text("timestamp")?, text("target")?);
+    time.parse::<jiff::Timestamp>().map_err(|error| format!("its time cannot be read: {error}"))?;
+    if !target.starts_with("parapet") {
+        return Err("it is of another's making".to_owned());
+    }
+    Ok((text("level")?, text("message")?, fields))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL"]
+async fn no_line_of_a_day_with_faults_is_without_meaning() {
+    let day = Day::start().await;
+    day.clients().await;
+    let answer = |status, headers: &[(&'static str, &'static str)], body| Fault::Answer {
+        status,
+        headers: headers.to_vec(),
+        body,
+    };
+    for fault in [
+        Fault::Cut,
+        Fault::Stall,
+        Fault::LoseAnswers,
+        answer(StatusCode::INTERNAL_SERVER_ERROR, &[], "it failed"),
+        answer(
+            StatusCode::OK,
+            &[("content-type", "text/html")],
+            "<html>Log in to this network</html>",
+        ),
+        answer(StatusCode::FOUND, &[("location", "http://portal.example/sign-in")], ""),
+        answer(StatusCode::TOO_MANY_REQUESTS, &[("retry-after", "1")], ""),
+        answer(StatusCode::UNAUTHORIZED, &[], ""),
+    ] {
+        println!("{fault:?}");
+        day.upstream_fails(fault).await;
+    }
+    println!("database");
+    day.database_fails().await;
+    println!("files");
+    day.files_fail().await;
+    println!("disk");
+    day.disk_fails().await;
+
+    // A crash and a start while upstream is away, and the end of both.
+    day.upstream.cut().await;
+    day.edge.kill();
+    day.edge.restart();
+    day.edge.wait_until_ready().await;
+    day.clients().await;
+    day.upstream.restore().await;
+    day.until_upstream_answers().await;
+    assert!(day.standalone.terminate().await.success());
+    day.standalone.restart();
+    day.standalone.wait_until_ready().await;
+    day.until_upstream_answers().await;
+    day.clients().await;
+    assert!(day.edge.terminate().await.success());
+    assert!(day.standalone.terminate().await.success());
+
+    let logs = [("standalone", day.standalone.log(), STANDALONE), ("edge", day.edge.log(), EDGE)];
+    let mut complaints = String::new();
+    for (name, log, own) in &logs {
+        let shown = [("its log".to_owned(), log.clone().into_bytes())];
+        secrets::assert_none_in(name, &shown);
+        let expected: Vec<_> = COMMON.iter().chain(*own).collect();
+        complaints += &judge(name, log, &expected);
+    }
+    assert!(complaints.is_empty(), "{complaints}");
+}
