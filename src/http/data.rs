@@ -141,7 +141,7 @@ impl Data {
     ) -> Option<Reply> {
         let (method, headers) = (request.method(), request.headers());
         let path = normalise(request.uri().path(), &self.settings.base_path);
-        let (subject, reply) = match self.route(method, headers, path.as_deref(), client) {
+        let (subject, reply) = match self.route(method, path.as_deref(), client) {
             Ok(route) => {
                 let query = request.uri().query().unwrap_or_default();
                 let reply = match route {
@@ -156,7 +156,7 @@ impl Data {
                 };
                 (Subject::Route(route), reply.unwrap_or_else(Reply::from))
             }
-            Err(answered) => answered,
+            Err(unrouted) => self.unrouted(unrouted, headers),
         };
         Some(self.finish(subject, method, headers, reply, started))
     }
@@ -165,40 +165,46 @@ impl Data {
     async fn answer(&self, request: Request<Incoming>, client: Client, started: Instant) -> Reply {
         let (head, body) = request.into_parts();
         let path = normalise(head.uri.path(), &self.settings.base_path);
-        let (subject, reply) =
-            match self.route(&head.method, &head.headers, path.as_deref(), client) {
-                Ok(route) => {
-                    let body = Arriving::new(body, started, self.settings.request_timeout);
-                    let reply = self.dispatch(route, &head, body, client).await;
-                    (Subject::Route(route), reply.unwrap_or_else(Reply::from))
-                }
-                Err(answered) => answered,
-            };
+        let (subject, reply) = match self.route(&head.method, path.as_deref(), client) {
+            Ok(route) => {
+                let body = Arriving::new(body, started, self.settings.request_timeout);
+                let reply = self.dispatch(route, &head, body, client).await;
+                (Subject::Route(route), reply.unwrap_or_else(Reply::from))
+            }
+            Err(unrouted) => self.unrouted(unrouted, &head.headers),
+        };
         self.finish(subject, &head.method, &head.headers, reply, started)
     }
 
-    /// What is asked for; or the answer, and what it is counted as, where that is nothing here.
+    /// What is asked for.
     fn route<'a>(
         &self,
         method: &Method,
-        headers: &HeaderMap,
         path: Option<&'a str>,
         client: Client,
-    ) -> Result<Route<'a>, (Subject<'a>, Reply)> {
+    ) -> Result<Route<'a>, Unrouted> {
         if !self.settings.access.serves(client.verified) {
-            return Err((Subject::Unknown, Failure::Blocked.into()));
+            return Err(Unrouted::Failure(Failure::Blocked));
         }
         if method == Method::OPTIONS {
-            let mut reply = reply::preflight();
-            self.settings.cors.decorate_preflight(headers, reply.headers_mut());
-            return Err((Subject::Preflight, reply));
+            return Err(Unrouted::Preflight);
         }
         match path.map_or(Err(NoRoute::Path), |path| Route::parse(method, path)) {
             Ok(route) if !self.is_disabled(route) => Ok(route),
-            Ok(_) | Err(NoRoute::Path) => Err((Subject::Unknown, Failure::NotFound.into())),
-            Err(NoRoute::Method(known)) => {
-                Err((Subject::Unknown, Failure::Method(known.into()).into()))
+            Ok(_) | Err(NoRoute::Path) => Err(Unrouted::Failure(Failure::NotFound)),
+            Err(NoRoute::Method(known)) => Err(Unrouted::Failure(Failure::Method(known.into()))),
+        }
+    }
+
+    /// The answer to a request without a route, and what it is counted as.
+    fn unrouted(&self, unrouted: Unrouted, headers: &HeaderMap) -> (Subject<'static>, Reply) {
+        match unrouted {
+            Unrouted::Preflight => {
+                let mut reply = reply::preflight();
+                self.settings.cors.decorate_preflight(headers, reply.headers_mut());
+                (Subject::Preflight, reply)
             }
+            Unrouted::Failure(failure) => (Subject::Unknown, failure.into()),
         }
     }
 
@@ -574,6 +580,14 @@ impl Data {
     ) -> Pin<Box<dyn Future<Output = Result<Bytes, Failure>> + Send + 'a>> {
         Box::pin(body.read(headers, self.settings.body_bytes.min(LONGEST_CONTEXT)))
     }
+}
+
+/// A request that asks for nothing here.
+enum Unrouted {
+    /// It is a browser's, before another.
+    Preflight,
+    /// It is refused.
+    Failure(Failure),
 }
 
 /// Who reads flags, and which.

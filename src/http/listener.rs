@@ -235,13 +235,12 @@ impl<S: Service> Server<S> {
         let limits = &self.config.limits;
         let lifetime = Lifetime::new(limits, rand::random(), Instant::now());
         let mut begun = Vec::new();
-        let protocol = match agreed {
-            Some(protocol) => protocol,
-            None => {
-                let opened = connection::open(&mut io, &mut begun, &activity, limits, &self.drain);
-                let Some(protocol) = opened.await else { return };
-                protocol
-            }
+        let protocol = if let Some(protocol) = agreed {
+            protocol
+        } else {
+            let opened = connection::open(&mut io, &mut begun, &activity, limits, &self.drain);
+            let Some(protocol) = opened.await else { return };
+            protocol
         };
         let io = TokioIo::new(Watched::new(io, begun.into(), Arc::clone(&activity), protocol));
         let drain = self.drain.clone();

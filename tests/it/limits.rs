@@ -207,7 +207,8 @@ fn json_like() -> impl Strategy<Value = serde_json::Value> {
 
 #[tokio::test]
 async fn bytes_that_are_no_http_harm_nobody() {
-    let parapet = Local::offline_with(FLAGS, &["--header-read-timeout-seconds", "1"]).await;
+    let timeouts = ["--header-read-timeout-seconds", "1", "--edge-keepalive-timeout", "1"];
+    let parapet = Local::offline_with(FLAGS, &timeouts).await;
     let huge = format!("GET / HTTP/1.1\r\nx: {}\r\n\r\n", "y".repeat(1_000_000));
     let many = format!("GET / HTTP/1.1\r\n{}\r\n", "a: b\r\n".repeat(10_000));
     for bytes in [

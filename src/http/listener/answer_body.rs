@@ -79,10 +79,9 @@ impl Body for AnswerBody {
             }
             live @ Outgoing::Live(_) => Pin::new(live).poll_frame(cx),
         };
-        if frame.is_ready() {
-            progress.waits_for_client()
-        } else {
-            progress.waits_for_us()
+        match frame {
+            Poll::Ready(_) => progress.waits_for_client(),
+            Poll::Pending => progress.waits_for_us(),
         }
         frame
     }

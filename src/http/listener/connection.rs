@@ -152,7 +152,7 @@ pub(super) async fn attend<C: GracefulConnection<Error = hyper::Error>>(
     match end.await {
         Some(Ok(())) => {}
         Some(Err(error)) => {
-            debug!(error = report(&error), "A connection ended early")
+            debug!(error = report(&error), "A connection ended early");
         }
         None => debug!(?waited, "A client was waited for in vain"),
     }

@@ -55,14 +55,13 @@ pub(super) async fn read<I: AsyncRead + Unpin>(io: &mut I) -> io::Result<Option<
             v1::Addresses::Unknown => None,
         }),
         HeaderResult::V2(Ok(header)) => Ok(match (header.command, header.addresses) {
-            (v2::Command::Local, _) => None,
             (v2::Command::Proxy, v2::Addresses::IPv4(it)) => {
                 Some((it.source_address, it.source_port).into())
             }
             (v2::Command::Proxy, v2::Addresses::IPv6(it)) => {
                 Some((it.source_address, it.source_port).into())
             }
-            (v2::Command::Proxy, _) => None,
+            (v2::Command::Local | v2::Command::Proxy, _) => None,
         }),
         HeaderResult::V1(Err(_)) | HeaderResult::V2(Err(_)) => Err(malformed("cannot be read")),
     }
