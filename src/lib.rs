@@ -35,14 +35,20 @@
 //!
 //! # Walkthroughs
 //!
-//! **An SDK's request.** [`http::listener`] accepts; [`http::data`] parses the path to a
+//! **A connection.** [`http::listener`] gives it a place, or one that an idle connection leaves; learns
+//! from a load balancer whose it is (PROXY protocol) and from [`tls`] who speaks; and lets hyper serve it,
+//! through hyper's public interfaces alone. One policy around that, which reads counters and no
+//! clock, says when it has lasted long enough. Leaving is said before it is done: while the
+//! instance drains, every answer tells its client to come back on another connection.
+//!
+//! **An SDK's request.** [`http::data`] parses the path to a
 //! [`http::route::Route`] and has [`auth`] judge the token: a known one is a look-up by digest, a
 //! first-seen one waits for one question that it shares with others. The handler loads the
 //! [`snapshot`] once. For server SDKs the body is there, in every coding. For frontends [`answers`]
 //! takes what of the context the flags can tell, and evaluates only what nobody was told before; the
-//! hash of the outcome is the entity tag, so that a 304 needs no body. Who polls sends the same bytes
-//! each time, and the listener remembers what was answered to them: as long as the token stands and
-//! the snapshot is the current one, they are not even read.
+//! hash of the outcome is the entity tag, so that a 304 needs no body. What is ready is answered in the call
+//! itself; only what has to be waited for becomes a future. Nothing is cached by the bytes of a request:
+//! behind an ingress no two are the same.
 //!
 //! **A refresh.** [`sync`] asks [`upstream`] with a token that its `Credentials` have found or
 //! minted, reads the document ([`wire::features`]) without losing a byte of any flag, takes of each
@@ -75,8 +81,9 @@
 //! [`app`] then closes the admin listener to it, and seals stored credentials anew after a replacement.
 //! [`tls`] follows the files of the listeners' certificates by itself.
 //!
-//! **The end.** Readiness goes first; after the drain delay the listeners stop and requests finish;
-//! the last usage is flushed or stored; the verdicts are stored.
+//! **The end.** Readiness goes first, and every answer tells its client to leave; after the drain delay
+//! the listeners stop, idle connections are closed and requests finish; the last usage is flushed or
+//! stored; the verdicts are stored.
 //!
 //! # What is deliberately absent
 //!

@@ -133,6 +133,12 @@ pub async fn serve<S: Service>(
             Err(_) => refused.increment(1),
         }
     }
+    // The system has accepted these before, and their clients may have asked.
+    while let Some(Ok((stream, peer))) = accept(&listener).now_or_never() {
+        let slot = server.slots.take(peer.ip().to_canonical()).now_or_never();
+        let Some(Ok(slot)) = slot else { break };
+        server.tasks.spawn(Arc::clone(&server).enter(slot, stream, peer));
+    }
     drop(listener);
     if timeout(grace, server.tasks.finish()).await.is_err() {
         warn!(?grace, "Requests under way did not finish in time");

@@ -16,7 +16,7 @@ use crate::http::reply;
 const MINUTE: Duration = Duration::from_mins(1);
 
 const LIMITS: Limits = Limits {
-    connections: 10,
+    connections: 100,
     connections_per_address: None,
     header_read_timeout: MINUTE,
     idle_timeout: MINUTE,
@@ -287,6 +287,26 @@ async fn requests_that_outlast_the_grace_are_dropped_before_serving_ends() {
     serving.await.unwrap();
     assert!(held.iter().all(|request| request.upgrade().is_none()));
     assert!(second.await.unwrap().is_err());
+}
+
+#[tokio::test]
+async fn who_has_connected_before_the_end_is_answered() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let drain = Drain::default();
+    drain.close();
+    let mut clients = Vec::new();
+    for _ in 0..20 {
+        let mut client = TcpStream::connect(address).await.unwrap();
+        client.write_all(REQUEST).await.unwrap();
+        clients.push(client);
+    }
+    serve(listener, Arc::new(Slow(Duration::ZERO)), plain(LIMITS), drain, MINUTE).await;
+    for mut client in clients {
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 404"), "{answer}");
+    }
 }
 
 #[tokio::test]
