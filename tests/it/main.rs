@@ -27,6 +27,8 @@ mod database;
 mod dates;
 /// A day with faults, and what is logged of it.
 mod day;
+/// How connections are kept, shared and ended.
+mod door;
 /// An edge in front of a healthy Unleash.
 mod edge;
 /// Flags from files.

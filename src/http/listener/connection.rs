@@ -61,7 +61,7 @@ pub(super) async fn open<I: AsyncRead + Unpin>(
     limits: &Limits,
     drain: &Drain,
 ) -> Option<Protocol> {
-    let mut alarm = pin!(sleep(limits.idle_timeout));
+    let mut alarm = pin!(sleep(limits.idle_for()));
     loop {
         let read = tokio::select! {
             biased;

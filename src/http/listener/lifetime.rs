@@ -4,6 +4,10 @@
 //! has happened on it since the last look is told by counters ([`Activity`]), so that a request costs
 //! no look at the clock: a connection that was in use lately is taken to have been in use until now,
 //! and stays a little longer than it has to. It never ends earlier.
+//!
+//! Over HTTP/1 a request that crosses the end of its connection on the way is lost, and nobody can tell
+//! whether it was answered. So an idle connection outlasts its timeout ([`Limits::idle_for`]): a client
+//! that keeps to the timeout, or polls as often, has had its answer or a new connection by then.
 
 use std::time::Duration;
 
@@ -30,7 +34,7 @@ pub(super) enum Verdict {
 /// How long a connection has lasted, and may last.
 #[derive(Debug)]
 pub(super) struct Lifetime {
-    idle_timeout: Duration,
+    idle_for: Duration,
     header_read_timeout: Duration,
     ages_at: Option<Instant>,
     /// When it was last known to be in use.
@@ -50,7 +54,7 @@ impl Lifetime {
     /// end together.
     pub(super) fn new(limits: &Limits, luck: f64, now: Instant) -> Self {
         Self {
-            idle_timeout: limits.idle_timeout,
+            idle_for: limits.idle_for(),
             header_read_timeout: limits.header_read_timeout,
             ages_at: limits.max_age.map(|age| now + age.mul_f64(0.9 + 0.2 * luck)),
             used_at: now,
@@ -62,7 +66,7 @@ impl Lifetime {
 
     /// When to look for the first time.
     pub(super) fn first_look(&self) -> Instant {
-        let first = self.used_at + self.idle_timeout / LOOKS;
+        let first = self.used_at + self.idle_for / LOOKS;
         self.ages_at.map_or(first, |age| age.min(first))
     }
 
@@ -84,12 +88,12 @@ impl Lifetime {
             self.waits = (waiting, now);
         }
         let since = self.waits.1;
-        let soon = now + self.idle_timeout / LOOKS;
+        let soon = now + self.idle_for / LOOKS;
         let next = match (waiting, self.left_at) {
             // Whoever answers has a deadline of its own.
             (Waiting::Answer, _) => {
                 if is_same {
-                    now + self.idle_timeout
+                    now + self.idle_for
                 } else {
                     soon
                 }
@@ -98,7 +102,7 @@ impl Lifetime {
             (Waiting::Head, _) => since + self.header_read_timeout,
             (Waiting::Request, Some(left_at)) => left_at.max(self.used_at) + LEAVE_WITHIN,
             (Waiting::Request, None) => {
-                let idle_until = self.used_at + self.idle_timeout;
+                let idle_until = self.used_at + self.idle_for;
                 if idle_until <= now {
                     self.left_at = Some(now);
                     return Verdict::Leave(now + LEAVE_WITHIN);

@@ -11,11 +11,19 @@ pub struct Limits {
     pub connections_per_address: Option<usize>,
     /// The longest that a client may take to send a request's head, from its first byte.
     pub header_read_timeout: Duration,
-    /// How long a connection is kept on which nothing is under way.
+    /// How long clients may rely on a connection on which nothing is under way.
     pub idle_timeout: Duration,
     /// About how long a connection is used, so that clients spread over instances anew; for ever where
     /// it is `None`.
     pub max_age: Option<Duration>,
+}
+
+impl Limits {
+    /// How long an idle connection is kept at the least: longer than is promised, by the time for which
+    /// a request may be on its way that was sent at the end of it.
+    pub(super) fn idle_for(&self) -> Duration {
+        self.idle_timeout + self.idle_timeout / 8
+    }
 }
 
 /// How long a client may take nothing of an answer.

@@ -153,7 +153,7 @@ async fn settle() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_idle_connection_is_kept_for_its_time_and_not_much_longer() {
+async fn an_idle_connection_outlasts_its_time_by_what_a_request_may_be_on_its_way() {
     let limits = Limits { header_read_timeout: MINUTE / 10, ..LIMITS };
     for requests in [0, 1, 3] {
         let (mut client, ..) = connected(Slow(Duration::ZERO), limits.clone(), 1 << 16);
@@ -163,7 +163,8 @@ async fn an_idle_connection_is_kept_for_its_time_and_not_much_longer() {
         }
         let (rest, took) = end(&mut client).await;
         assert!(rest.is_empty());
-        assert!(took >= MINUTE && took <= MINUTE * 10 / 8, "{took:?} after {requests}");
+        assert!(took > MINUTE * 11 / 10, "{took:?} after {requests}");
+        assert!(took < MINUTE * 13 / 10, "{took:?} after {requests}");
     }
 }
 
