@@ -4,12 +4,15 @@
 //! Everything listens on loopback ports that nobody else uses, lives in temporary directories, and dies with the test
 //! process, however that ends. The rig knows nothing of Parapet's insides. `tests/run` installs what it needs.
 
+mod certificate;
 pub(crate) mod chaos;
 mod clock;
 mod disk;
 mod driver;
 mod events;
+mod kept;
 mod net;
+mod nginx;
 mod parapet;
 mod postgres;
 mod postgres_proxy;
@@ -18,12 +21,15 @@ mod sdk;
 pub(crate) mod secrets;
 mod unleash;
 
+pub(crate) use certificate::Certificate;
 pub(crate) use chaos::{ChaosProxy, Fault};
 pub(crate) use clock::WallClock;
 pub(crate) use disk::hanging_disk;
 pub(crate) use driver::Driver;
 pub(crate) use events::Events;
+pub(crate) use kept::{Kept, Outcome, Protocol};
 pub(crate) use net::{http, until};
+pub(crate) use nginx::Nginx;
 pub(crate) use parapet::{Parapet, Setup};
 pub(crate) use postgres::Postgres;
 pub(crate) use postgres_proxy::{Moment, PostgresProxy};

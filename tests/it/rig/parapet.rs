@@ -12,6 +12,7 @@ use reqwest::StatusCode;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use super::certificate::Certificate;
 use super::net::{free_port, http, until};
 use super::process::{LastRites, Output, Process};
 use super::secrets;
@@ -22,6 +23,10 @@ pub(crate) struct Setup {
     mode: &'static str,
     arguments: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
+    /// What trusts its certificate, where it speaks TLS.
+    tls_client: Option<reqwest::Client>,
+    /// The soft and the hard limit on file descriptors.
+    descriptors: Option<(u32, u32)>,
 }
 
 const DRAIN_DELAY: &str = "--drain-delay-seconds";
@@ -41,6 +46,19 @@ impl Setup {
     /// Sets an environment variable; nothing but `PATH` is inherited.
     pub(crate) fn env(mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> Self {
         self.environment.push((name.into(), value.into()));
+        self
+    }
+
+    /// Has SDKs served over TLS.
+    pub(crate) fn tls(mut self, certificate: &Certificate) -> Self {
+        self.tls_client = Some(certificate.http());
+        let setup = self.arg("--tls-enable").flag("--tls-server-cert", certificate.file());
+        setup.flag("--tls-server-key", certificate.key_file())
+    }
+
+    /// Limits its file descriptors.
+    pub(crate) fn descriptors(mut self, soft: u32, hard: u32) -> Self {
+        self.descriptors = Some((soft, hard));
         self
     }
 
@@ -117,12 +135,24 @@ impl Parapet {
 
     /// `parapet <mode>`, for instance `offline`.
     pub(crate) fn mode(mode: &'static str) -> Setup {
-        Setup { mode, arguments: Vec::new(), environment: Vec::new() }
+        let (arguments, environment) = (Vec::new(), Vec::new());
+        Setup { mode, arguments, environment, tls_client: None, descriptors: None }
     }
 
     /// Where SDKs go: `http://127.0.0.1:<port>`.
     pub(crate) fn url(&self) -> String {
-        format!("http://127.0.0.1:{}", self.port)
+        let scheme = if self.setup.tls_client.is_some() { "https" } else { "http" };
+        format!("{scheme}://{}", self.address())
+    }
+
+    /// Where the data listener is: `127.0.0.1:<port>`.
+    pub(crate) fn address(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
+    }
+
+    /// What reaches the data listener.
+    fn client(&self) -> &reqwest::Client {
+        self.setup.tls_client.as_ref().unwrap_or_else(|| http())
     }
 
     /// Where the operator goes.
@@ -138,7 +168,7 @@ impl Parapet {
     /// The answer to a GET on the data listener with this token.
     pub(crate) async fn get(&self, path: &str, token: &str) -> (StatusCode, Value) {
         let answer =
-            http().get(self.url() + path).header("Authorization", token).send().await.unwrap();
+            self.client().get(self.url() + path).header("Authorization", token).send().await.unwrap();
         let (status, body) = (answer.status(), answer.bytes().await.unwrap());
         (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
     }
@@ -165,7 +195,7 @@ impl Parapet {
 
     /// The Prometheus page.
     pub(crate) async fn metrics(&self) -> String {
-        let answer = http().get(self.url() + "/internal-backstage/metrics").send().await.unwrap();
+        let answer = self.client().get(self.url() + "/internal-backstage/metrics").send().await.unwrap();
         assert_eq!(answer.status(), StatusCode::OK);
         answer.text().await.unwrap()
     }
@@ -204,7 +234,7 @@ impl Parapet {
             if let Some(status) = self.ended() {
                 panic!("parapet ended with {status}; it printed:\n{}", self.log());
             }
-            let answer = http().get(&url).send().await;
+            let answer = self.client().get(&url).send().await;
             answer.is_ok_and(|answer| answer.status().is_success()).then_some(())
         })
         .await;
@@ -261,6 +291,12 @@ impl Parapet {
         process.terminate().await
     }
 
+    /// Whether it says that it is ready for requests, as whoever sends it some would ask.
+    pub(crate) async fn is_ready(&self) -> bool {
+        let answer = self.client().get(self.url() + "/internal-backstage/ready").send().await;
+        answer.is_ok_and(|answer| answer.status().is_success())
+    }
+
     /// Sends SIGHUP and waits for nothing.
     pub(crate) fn hang_up(&self) {
         let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
@@ -288,13 +324,23 @@ impl Parapet {
     }
 
     fn launch(&self) {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_parapet"));
+        let program = env!("CARGO_BIN_EXE_parapet");
+        let mut command = match self.setup.descriptors {
+            None => Command::new(program),
+            Some((soft, hard)) => {
+                let limit = format!("ulimit -S -n {soft}; ulimit -H -n {hard}; exec \"$0\" \"$@\"");
+                let mut command = Command::new("/bin/sh");
+                command.arg("-c").arg(limit).arg(program);
+                command
+            }
+        };
         command.arg(self.setup.mode).args(&self.setup.arguments);
         if !self.setup.arguments.iter().any(|it| it == DRAIN_DELAY) {
             // No test's client needs time to leave, but for those that say so.
             command.arg(DRAIN_DELAY).arg("0");
         }
-        command.arg("--port").arg(self.port.to_string()).arg("--interface").arg("127.0.0.1");
+        let port = if self.setup.tls_client.is_some() { "--tls-server-port" } else { "--port" };
+        command.arg(port).arg(self.port.to_string()).arg("--interface").arg("127.0.0.1");
         command
             .arg("--admin-port")
             .arg(self.admin_port.to_string())

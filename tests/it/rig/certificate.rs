@@ -1,0 +1,56 @@
+//! A server's certificate for loopback, and clients that trust it alone.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use rustls::pki_types::CertificateDer;
+use rustls::{ClientConfig, RootCertStore};
+use tempfile::TempDir;
+
+/// A certificate for `localhost` and `127.0.0.1` that nobody but itself has signed, and its key.
+#[derive(Debug)]
+pub(crate) struct Certificate {
+    folder: TempDir,
+    der: CertificateDer<'static>,
+}
+
+impl Certificate {
+    /// Makes one.
+    pub(crate) fn new() -> Self {
+        // Fails only where there is a provider, which is the same.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let names = ["localhost", "127.0.0.1"].map(str::to_owned);
+        let made = rcgen::generate_simple_self_signed(names).unwrap();
+        let folder = tempfile::Builder::new().prefix("certificate-").tempdir().unwrap();
+        std::fs::write(folder.path().join("tls.crt"), made.cert.pem()).unwrap();
+        std::fs::write(folder.path().join("tls.key"), made.signing_key.serialize_pem()).unwrap();
+        Self { folder, der: made.cert.into() }
+    }
+
+    /// Where the certificate is, in PEM.
+    pub(crate) fn file(&self) -> PathBuf {
+        self.folder.path().join("tls.crt")
+    }
+
+    /// Where its key is.
+    pub(crate) fn key_file(&self) -> PathBuf {
+        self.folder.path().join("tls.key")
+    }
+
+    /// How a client speaks TLS that trusts it and offers one protocol, `h2` or `http/1.1`.
+    pub(crate) fn client_config(&self, protocol: &str) -> Arc<ClientConfig> {
+        let mut roots = RootCertStore::empty();
+        roots.add(self.der.clone()).unwrap();
+        let config = ClientConfig::builder().with_root_certificates(roots);
+        let mut config = config.with_no_client_auth();
+        config.alpn_protocols = vec![protocol.as_bytes().to_vec()];
+        Arc::new(config)
+    }
+
+    /// A client of the rig's kind that trusts it: it keeps no connections.
+    pub(crate) fn http(&self) -> reqwest::Client {
+        let root = reqwest::Certificate::from_der(&self.der).unwrap();
+        let client = reqwest::Client::builder().tls_certs_only([root]).pool_max_idle_per_host(0);
+        client.no_proxy().build().unwrap()
+    }
+}

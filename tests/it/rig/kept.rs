@@ -1,0 +1,152 @@
+//! A client that keeps its connection as long as HTTP lets it, and says whether a request failed for certain.
+//!
+//! An answer that says `Connection: close` is the last on its connection, and so is what precedes a GOAWAY. A
+//! request that was not sent, because its connection had ended before, goes over another.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Full};
+use hyper::client::conn::{TrySendError, http1, http2};
+use hyper::header::CONNECTION;
+use hyper::{Request, StatusCode};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use rustls::ClientConfig;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+
+type Body = Full<Bytes>;
+
+/// What a client speaks.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Protocol {
+    Http1,
+    Http2,
+}
+
+impl Protocol {
+    /// Its name in a TLS handshake.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Http1 => "http/1.1",
+            Self::Http2 => "h2",
+        }
+    }
+}
+
+/// A connection. A clone sends requests over the same one, beside each other where it is HTTP/2.
+#[derive(Debug)]
+pub(crate) enum Kept {
+    Http1 { sender: http1::SendRequest<Body>, is_over: bool },
+    Http2(http2::SendRequest<Body>),
+}
+
+/// What became of a request.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    Answered(StatusCode, Bytes),
+    /// It was not sent: its connection was over.
+    Unsent,
+    /// It may have been sent, and there is no answer.
+    Failed(String),
+}
+
+/// The longest that an answer takes.
+const PATIENCE: Duration = Duration::from_mins(1);
+
+impl Kept {
+    /// Connects to `127.0.0.1:<port>`, over TLS where that is given. An error says that nobody is there.
+    pub(crate) async fn connect(
+        address: &str,
+        protocol: Protocol,
+        tls: Option<Arc<ClientConfig>>,
+    ) -> std::io::Result<Self> {
+        let stream = TcpStream::connect(address).await?;
+        stream.set_nodelay(true)?;
+        let Some(tls) = tls else { return Self::begin(stream, protocol).await };
+        let name = "localhost".try_into().expect("it is a name");
+        let stream = tokio_rustls::TlsConnector::from(tls).connect(name, stream).await?;
+        Self::begin(stream, protocol).await
+    }
+
+    async fn begin<I>(io: I, protocol: Protocol) -> std::io::Result<Self>
+    where
+        I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let io = TokioIo::new(io);
+        match protocol {
+            Protocol::Http1 => {
+                let (sender, connection) =
+                    http1::handshake(io).await.map_err(std::io::Error::other)?;
+                tokio::spawn(connection);
+                Ok(Self::Http1 { sender, is_over: false })
+            }
+            Protocol::Http2 => {
+                let executor = TokioExecutor::new();
+                let (sender, connection) =
+                    http2::handshake(executor, io).await.map_err(std::io::Error::other)?;
+                tokio::spawn(connection);
+                Ok(Self::Http2(sender))
+            }
+        }
+    }
+
+    /// Another client of the same connection, where its protocol has requests beside each other.
+    pub(crate) fn share(&self) -> Option<Self> {
+        match self {
+            Self::Http1 { .. } => None,
+            Self::Http2(sender) => Some(Self::Http2(sender.clone())),
+        }
+    }
+
+    /// Whether a request may be sent on it, once what was sent is answered.
+    pub(crate) async fn is_usable(&mut self) -> bool {
+        match self {
+            Self::Http1 { sender, is_over } => !*is_over && sender.ready().await.is_ok(),
+            Self::Http2(sender) => sender.ready().await.is_ok(),
+        }
+    }
+
+    /// Sends a request, whose address is a path, and reads the whole answer.
+    pub(crate) async fn send(&mut self, mut request: Request<Body>) -> Outcome {
+        let host = "http://localhost".to_owned();
+        let is_http2 = matches!(self, Self::Http2(_));
+        if is_http2 {
+            let url = host + request.uri().path();
+            *request.uri_mut() = url.parse().expect("it is an address");
+        } else {
+            request.headers_mut().insert("host", "localhost".parse().expect("it is a header"));
+        }
+        let exchange = async {
+            let sent = match self {
+                Self::Http1 { sender, .. } => sender.try_send_request(request).await,
+                Self::Http2(sender) => sender.try_send_request(request).await,
+            };
+            let answer = match sent {
+                Ok(answer) => answer,
+                Err(error) => return outcome(error),
+            };
+            let closes = answer.headers().get(CONNECTION).is_some_and(|it| it == "close");
+            if let Self::Http1 { is_over, .. } = self {
+                *is_over |= closes;
+            }
+            let status = answer.status();
+            match answer.into_body().collect().await {
+                Ok(body) => Outcome::Answered(status, body.to_bytes()),
+                Err(error) => Outcome::Failed(format!("after its head: {error:?}")),
+            }
+        };
+        match tokio::time::timeout(PATIENCE, exchange).await {
+            Ok(outcome) => outcome,
+            Err(_) => Outcome::Failed("it took too long".to_owned()),
+        }
+    }
+}
+
+fn outcome(mut error: TrySendError<Request<Body>>) -> Outcome {
+    match error.take_message() {
+        Some(_) => Outcome::Unsent,
+        None => Outcome::Failed(format!("{:?}", error.into_error())),
+    }
+}

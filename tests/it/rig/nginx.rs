@@ -1,0 +1,99 @@
+//! A real nginx in front of instances of Parapet: it keeps connections to them, and goes to the next where one
+//! takes none.
+
+use std::fmt::Write as _;
+use std::process::Command;
+
+use tempfile::TempDir;
+
+use super::certificate::Certificate;
+use super::net::free_port;
+use super::process::{LastRites, Process};
+
+/// Where it is, as Debian's package has it.
+const PROGRAM: &str = "/usr/sbin/nginx";
+
+/// A running nginx; killed when dropped.
+#[derive(Debug)]
+pub(crate) struct Nginx {
+    process: Process,
+    /// Its configuration and what it writes.
+    _folder: TempDir,
+    http1: u16,
+    http2: u16,
+    tls: u16,
+}
+
+impl Nginx {
+    /// Starts one that passes requests on to these addresses, over TLS or not. To its own clients it speaks both,
+    /// with this certificate.
+    pub(crate) async fn start(
+        upstreams: &[String],
+        is_tls: bool,
+        certificate: &Certificate,
+    ) -> Self {
+        let folder = tempfile::Builder::new().prefix("nginx-").tempdir().unwrap();
+        let [http1, http2, tls] = [(); 3].map(|()| free_port());
+        let mut servers = String::new();
+        for upstream in upstreams {
+            // It tries each again at once: an instance that was away is back within seconds.
+            writeln!(servers, "server {upstream} max_fails=0;").unwrap();
+        }
+        let (scheme, file) = (if is_tls { "https" } else { "http" }, certificate.file());
+        let (file, key) = (file.display(), certificate.key_file());
+        let (key, directory) = (key.display(), folder.path().display());
+        let config = format!(
+            "daemon off; master_process off; pid {directory}/pid; error_log stderr warn;
+            events {{ worker_connections 1024; }}
+            http {{
+                access_log off;
+                client_body_temp_path {directory}; proxy_temp_path {directory};
+                fastcgi_temp_path {directory}; uwsgi_temp_path {directory}; scgi_temp_path {directory};
+                keepalive_requests 1000000;
+                upstream parapet {{ {servers} keepalive 32; keepalive_requests 1000000; }}
+                server {{
+                    listen 127.0.0.1:{http1};
+                    listen 127.0.0.1:{http2} http2;
+                    listen 127.0.0.1:{tls} ssl http2;
+                    ssl_certificate {file}; ssl_certificate_key {key};
+                    location / {{
+                        proxy_pass {scheme}://parapet;
+                        proxy_http_version 1.1;
+                        proxy_set_header Connection \"\";
+                        proxy_buffering off;
+                        proxy_ssl_trusted_certificate {file}; proxy_ssl_verify on; proxy_ssl_name localhost;
+                    }}
+                }}
+            }}"
+        );
+        let file = folder.path().join("nginx.conf");
+        std::fs::write(&file, config).unwrap();
+        let mut command = Command::new(PROGRAM);
+        command.arg("-c").arg(&file).arg("-p").arg(folder.path()).args(["-e", "stderr"]);
+        let mut process = Process::spawn("nginx", &command, LastRites::Kill);
+        process
+            .wait_until(async || tokio::net::TcpStream::connect(("127.0.0.1", tls)).await.is_ok())
+            .await;
+        Self { process, _folder: folder, http1, http2, tls }
+    }
+
+    /// `127.0.0.1:<port>` where it speaks HTTP/1.1.
+    pub(crate) fn http1(&self) -> String {
+        format!("127.0.0.1:{}", self.http1)
+    }
+
+    /// Where it speaks HTTP/2 without TLS.
+    pub(crate) fn http2(&self) -> String {
+        format!("127.0.0.1:{}", self.http2)
+    }
+
+    /// Where it speaks either over TLS.
+    pub(crate) fn tls(&self) -> String {
+        format!("127.0.0.1:{}", self.tls)
+    }
+
+    /// What it has printed: warnings and errors.
+    pub(crate) fn log(&self) -> String {
+        self.process.output().text()
+    }
+}
