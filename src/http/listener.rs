@@ -133,13 +133,11 @@ pub async fn serve<S: Service>(
             Err(_) => refused.increment(1),
         }
     }
-    // The system has accepted these before, and their clients may have asked.
-    while let Some(Ok((stream, peer))) = accept(&listener).now_or_never() {
-        let slot = server.slots.take(peer.ip().to_canonical()).now_or_never();
-        let Some(Ok(slot)) = slot else { break };
-        server.tasks.spawn(Arc::clone(&server).enter(slot, stream, peer));
+    for (stream, peer) in waiting(listener) {
+        if let Some(Ok(slot)) = server.slots.take(peer.ip().to_canonical()).now_or_never() {
+            server.tasks.spawn(Arc::clone(&server).enter(slot, stream, peer));
+        }
     }
-    drop(listener);
     if timeout(grace, server.tasks.finish()).await.is_err() {
         warn!(?grace, "Requests under way did not finish in time");
     }
@@ -347,9 +345,27 @@ fn with_farewell(mut reply: Reply, is_last: bool) -> Reply {
 
 async fn accept(listener: &TcpListener) -> std::io::Result<(TcpStream, SocketAddr)> {
     let (stream, peer) = listener.accept().await?;
+    prepare(&stream)?;
+    Ok((stream, peer))
+}
+
+/// The connections that the system has made for a listener that ends, and that it would reset: their clients
+/// may have sent requests on them.
+fn waiting(listener: TcpListener) -> impl Iterator<Item = (TcpStream, SocketAddr)> {
+    let listener = listener.into_std();
+    std::iter::from_fn(move || {
+        let (stream, peer) = listener.as_ref().ok()?.accept().ok()?;
+        stream.set_nonblocking(true).ok()?;
+        let stream = TcpStream::from_std(stream).ok()?;
+        prepare(&stream).ok()?;
+        Some((stream, peer))
+    })
+}
+
+fn prepare(stream: &TcpStream) -> std::io::Result<()> {
     stream.set_nodelay(true)?;
     // Elsewhere a client that reads nothing keeps its connection until the system gives it up.
     #[cfg(target_os = "linux")]
-    socket2::SockRef::from(&stream).set_tcp_user_timeout(Some(limits::STALLED_AFTER))?;
-    Ok((stream, peer))
+    socket2::SockRef::from(stream).set_tcp_user_timeout(Some(limits::STALLED_AFTER))?;
+    Ok(())
 }

@@ -21,7 +21,7 @@ use super::{
     activity::{Activity, Waiting, evicted},
     drain::Drain,
     lifetime::{Lifetime, Verdict},
-    limits::{LEAVE_WITHIN, Limits},
+    limits::{BEGIN_WITHIN, LEAVE_WITHIN, Limits},
     protocol::{self, Protocol},
 };
 use crate::telemetry::report;
@@ -38,16 +38,22 @@ pub(super) enum Farewell {
     AtOnce,
 }
 
-/// What comes of the beginning of a connection, unless the connection is to end before.
+/// What comes of the beginning of a connection, unless the connection is to end before. When the listener
+/// closes, one that has only just begun has a moment left.
 pub(super) async fn unless_ended<T>(
     beginning: impl Future<Output = T>,
     activity: &Activity,
     drain: &Drain,
 ) -> Option<T> {
+    let since = Instant::now();
+    let closed = async {
+        drain.closing.wake().await;
+        sleep_until(since + BEGIN_WITHIN).await;
+    };
     tokio::select! {
         biased;
         begun = beginning => Some(begun),
-        () = drain.closing.wake() => None,
+        () = closed => None,
         () = evicted(activity) => None,
     }
 }
@@ -113,9 +119,13 @@ pub(super) async fn attend<C: GracefulConnection<Error = hyper::Error>>(
         if let Poll::Ready(end) = connection.as_mut().poll(cx) {
             return Poll::Ready(Some(end));
         }
-        let mut leaves = drain.is_closing() || activity.is_evicted();
-        // A client that has only just come gets its answer and is told then.
-        leaves |= farewell == Farewell::AtOnce && drain.has_begun() && activity.has_requests();
+        let mut leaves = activity.is_evicted();
+        if activity.has_requests() {
+            leaves |= drain.is_closing() || (farewell == Farewell::AtOnce && drain.has_begun());
+        } else if drain.is_closing() {
+            // A client that has only just come gets its answer and is told then.
+            leaves |= lifetime.begins_by() <= Instant::now();
+        }
         let waiting = activity.waiting();
         let has_begun = waiting != waited && matches!(waiting, Waiting::Head | Waiting::Client);
         waited = waiting;
@@ -146,6 +156,10 @@ pub(super) async fn attend<C: GracefulConnection<Error = hyper::Error>>(
             let _ = alarm.as_mut().poll(cx);
             connection.as_mut().graceful_shutdown();
             return connection.as_mut().poll(cx).map(Some);
+        }
+        if drain.is_closing() && !is_told && alarm.deadline() > lifetime.begins_by() {
+            alarm.as_mut().reset(lifetime.begins_by());
+            let _ = alarm.as_mut().poll(cx);
         }
         Poll::Pending
     });

@@ -15,7 +15,7 @@ use tokio::time::Instant;
 
 use super::{
     activity::{Activity, Seen, Waiting},
-    limits::{LEAVE_WITHIN, Limits, STALLED_AFTER},
+    limits::{BEGIN_WITHIN, LEAVE_WITHIN, Limits, STALLED_AFTER},
 };
 
 /// What is to be done with a connection.
@@ -36,6 +36,7 @@ pub(super) enum Verdict {
 pub(super) struct Lifetime {
     idle_for: Duration,
     header_read_timeout: Duration,
+    begins_by: Instant,
     ages_at: Option<Instant>,
     /// When it was last known to be in use.
     used_at: Instant,
@@ -56,6 +57,7 @@ impl Lifetime {
         Self {
             idle_for: limits.idle_for(),
             header_read_timeout: limits.header_read_timeout,
+            begins_by: now + BEGIN_WITHIN,
             ages_at: limits.max_age.map(|age| now + age.mul_f64(0.9 + 0.2 * luck)),
             used_at: now,
             seen: Seen::default(),
@@ -68,6 +70,11 @@ impl Lifetime {
     pub(super) fn first_look(&self) -> Instant {
         let first = self.used_at + self.idle_for / LOOKS;
         self.ages_at.map_or(first, |age| age.min(first))
+    }
+
+    /// Until when its first request may come though the listener has closed.
+    pub(super) fn begins_by(&self) -> Instant {
+        self.begins_by
     }
 
     /// Says that the connection was told to end.

@@ -32,6 +32,9 @@ pub(super) const STALLED_AFTER: Duration = Duration::from_secs(30);
 /// How long a connection may take to end that was told to.
 pub(super) const LEAVE_WITHIN: Duration = Duration::from_secs(5);
 
+/// How long a connection may take to begin that was made when its listener closed.
+pub(super) const BEGIN_WITHIN: Duration = Duration::from_secs(1);
+
 /// How many requests an HTTP/2 connection may have under way.
 pub(super) const STREAMS: u32 = 100;
 

@@ -232,12 +232,29 @@ async fn draining_tells_busy_and_idle_clients_with_their_next_answer() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn closing_ends_idle_connections_and_lets_busy_ones_finish() {
+async fn closing_ends_idle_connections_and_lets_busy_and_new_ones_finish() {
     let (mut idle, drain, serving) = connected(Slow(Duration::ZERO), LIMITS, 1 << 16);
     ask(&mut idle).await;
     drain.close();
     serving.await.unwrap();
     assert_eq!(end(&mut idle).await, (Vec::new(), Duration::ZERO));
+
+    let (mut new, drain, serving) = connected(Slow(Duration::ZERO), LIMITS, 1 << 16);
+    drain.close();
+    settle().await;
+    assert!(ask(&mut new).await.contains("\r\nconnection: close\r\n"));
+    serving.await.unwrap();
+
+    for begun in [&b""[..], PREFACE] {
+        let (mut new, drain, serving) = connected(Slow(Duration::ZERO), LIMITS, 1 << 16);
+        new.write_all(begun).await.unwrap();
+        settle().await;
+        drain.close();
+        let closed = Instant::now();
+        serving.await.unwrap();
+        let took = closed.elapsed();
+        assert!(took > limits::BEGIN_WITHIN / 2 && took < 2 * limits::LEAVE_WITHIN, "{took:?}");
+    }
 
     let (mut busy, drain, serving) = connected(Slow(MINUTE), LIMITS, 1 << 16);
     busy.write_all(REQUEST).await.unwrap();
