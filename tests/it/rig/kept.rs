@@ -1,8 +1,10 @@
 //! A client that keeps its connection as long as HTTP lets it, and says whether a request failed for certain.
 //!
 //! An answer that says `Connection: close` is the last on its connection, and so is what precedes a GOAWAY. A
-//! request that was not sent, because its connection had ended before, goes over another.
+//! request that was not sent, because its connection had ended before, goes over another; and so does one that a
+//! GOAWAY excludes, which its server has not looked at (RFC 9113, section 6.8).
 
+use std::error::Error as _;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -46,7 +48,7 @@ pub(crate) enum Kept {
 #[derive(Debug)]
 pub(crate) enum Outcome {
     Answered(StatusCode, Bytes),
-    /// It was not sent: its connection was over.
+    /// It was not sent, or was not looked at for certain: its connection was over.
     Unsent,
     /// It may have been sent, and there is no answer.
     Failed(String),
@@ -145,8 +147,13 @@ impl Kept {
 }
 
 fn outcome(mut error: TrySendError<Request<Body>>) -> Outcome {
-    match error.take_message() {
-        Some(_) => Outcome::Unsent,
-        None => Outcome::Failed(format!("{:?}", error.into_error())),
+    if error.take_message().is_some() {
+        return Outcome::Unsent;
     }
+    let error = error.into_error();
+    let by_protocol = error.source().and_then(|it| it.downcast_ref::<h2::Error>());
+    let is_excluded = by_protocol.is_some_and(|error| {
+        error.is_go_away() && error.is_remote() && error.reason() == Some(h2::Reason::NO_ERROR)
+    });
+    if is_excluded { Outcome::Unsent } else { Outcome::Failed(format!("{error:?}")) }
 }
