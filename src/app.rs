@@ -27,8 +27,8 @@ use tracing::{error, info, warn};
 
 pub use self::plan::Error;
 use self::{
-    admin_token::Rotation, banner::Bound, keep::Keeper, listen::bind, plan::Plan, reload::Reload,
-    tasks::Tasks,
+    admin_token::Rotation, banner::Bound, descriptors::Wanted, keep::Keeper, listen::bind,
+    plan::Plan, reload::Reload, tasks::Tasks,
 };
 use crate::{
     auth::{self, Authenticator},
@@ -230,7 +230,10 @@ impl App {
             is_tls: admin_tls.is_some(),
             data: Arc::clone(&service),
         };
-        let connections = descriptors::divide(limits.connections);
+        let connections = descriptors::divide(Wanted {
+            connections: limits.connections,
+            is_said: config.data.are_connections_given,
+        });
         let of = |connections| Limits { connections, ..limits.clone() };
         let redirect = redirect.map(|listener| Listening {
             listener,

@@ -19,15 +19,24 @@ pub(super) struct Connections {
     pub(super) admin: usize,
 }
 
-/// Raises the limit of this process to the most that the system allows it, and divides what there is:
-/// `asked` is how many connections each listener is to have.
-pub(super) fn divide(asked: usize) -> Connections {
+/// How many connections an operator wants on each listener.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) struct Wanted {
+    /// So many.
+    pub(super) connections: usize,
+    /// Whether somebody has said so; else some less will do.
+    pub(super) is_said: bool,
+}
+
+/// Raises the limit of this process to the most that the system allows it, and divides what there is.
+pub(super) fn divide(wanted: Wanted) -> Connections {
     let limit = raise();
-    let connections = share(limit, asked);
-    if connections.data < asked {
+    let connections = share(limit, wanted.connections);
+    let enough = if wanted.is_said { wanted.connections } else { wanted.connections / 2 };
+    if connections.data < enough {
         warn!(
             descriptors = limit,
-            asked,
+            wanted = wanted.connections,
             connections = connections.data,
             "There are too few file descriptors for --max-connections; raise the limit (ulimit -n, \
              LimitNOFILE=)"

@@ -469,6 +469,7 @@ fn listeners(s: &mut Settings) -> (DataListener, AdminListener) {
         cors: cors(s),
         disabled: disabled(s),
         limits: limits(s, &access),
+        are_connections_given: s.has(&keys::MAX_CONNECTIONS),
         balancers: balancers(s, &keys::PROXY_PROTOCOL),
         body_bytes: s.count(&keys::BODY_LIMIT_BYTES),
         request_timeout: s.interval(&keys::EDGE_REQUEST_TIMEOUT),

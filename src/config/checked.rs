@@ -174,6 +174,8 @@ pub struct DataListener {
     pub disabled: BTreeSet<Endpoint>,
     /// What connections may take.
     pub limits: Limits,
+    /// Whether how many there may be was given, and is not the default.
+    pub are_connections_given: bool,
     /// Those whose PROXY protocol is read.
     pub balancers: Vec<IpNet>,
     /// The largest request body, in bytes, after decompression.

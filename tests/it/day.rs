@@ -441,7 +441,7 @@ const EDGE: &[Expected] = &[
         "WARN",
         "Upstream refuses our token for environment development, looking for another",
         &[],
-        4,
+        8,
     ),
     line("WARN", "Upstream refuses the admin token: .*", &["token"], 2),
     line("INFO", "Upstream accepts the admin token", &["token"], 4),

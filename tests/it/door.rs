@@ -92,11 +92,8 @@ async fn clients_that_poll_about_when_a_timeout_is_over_are_all_answered() {
     http();
     let parapet = offline().flag("--edge-keepalive-timeout", "4");
     let parapet = parapet.flag("--header-read-timeout-seconds", "2").start().await;
-    let polling = Polling {
-        clients: 50,
-        intervals: &[1950, 2000, 2050, 3950, 4000, 4050],
-        polls: 4,
-    };
+    let polling =
+        Polling { clients: 50, intervals: &[1950, 2000, 2050, 3950, 4000, 4050], polls: 4 };
     let url = parapet.url() + FEATURES;
     let options: Value = json!({ "url": url, "token": CLIENT });
     let mut python = tokio::process::Command::new(tests_dir().join(".venv/bin/python"));

@@ -167,8 +167,13 @@ impl Parapet {
 
     /// The answer to a GET on the data listener with this token.
     pub(crate) async fn get(&self, path: &str, token: &str) -> (StatusCode, Value) {
-        let answer =
-            self.client().get(self.url() + path).header("Authorization", token).send().await.unwrap();
+        let answer = self
+            .client()
+            .get(self.url() + path)
+            .header("Authorization", token)
+            .send()
+            .await
+            .unwrap();
         let (status, body) = (answer.status(), answer.bytes().await.unwrap());
         (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
     }
@@ -195,7 +200,8 @@ impl Parapet {
 
     /// The Prometheus page.
     pub(crate) async fn metrics(&self) -> String {
-        let answer = self.client().get(self.url() + "/internal-backstage/metrics").send().await.unwrap();
+        let answer =
+            self.client().get(self.url() + "/internal-backstage/metrics").send().await.unwrap();
         assert_eq!(answer.status(), StatusCode::OK);
         answer.text().await.unwrap()
     }
