@@ -217,7 +217,9 @@ impl<'a> Route<'a> {
 /// it came, without a copy.
 pub fn normalise<'a>(path: &'a str, base: &str) -> Option<std::borrow::Cow<'a, str>> {
     use std::borrow::Cow;
-    let path = if path.contains("//") {
+    // By far the fastest way for something as short as a path.
+    let is_doubled = path.as_bytes().windows(2).any(|two| two == b"//");
+    let path = if is_doubled {
         let mut single = String::with_capacity(path.len());
         for part in path.split('/').filter(|part| !part.is_empty()) {
             single.push('/');
