@@ -4,7 +4,7 @@
 //! well-behaved servers on this machine send, and nothing more.
 
 use std::{
-    io::{BufRead, BufReader, Write},
+    io::{BufRead, BufReader, Read, Write},
     net::{SocketAddr, TcpStream},
     time::Duration,
 };
@@ -14,10 +14,17 @@ use anyhow::{Context as _, Result, bail};
 /// What stands for a number that is drawn for each request.
 pub(crate) const DRAWN: &str = "{n}";
 
-/// How long a contender may take for one answer.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// What stands for a number that no two requests have in common.
+pub(crate) const EACH: &str = "{each}";
 
-/// A GET, in which [`DRAWN`] may occur.
+/// What stands for the remainder of that number by [`BYTES`]: a part of an address.
+pub(crate) const BYTE: &str = "{byte}";
+pub(crate) const BYTES: u64 = 250;
+
+/// How long a contender may take for one answer.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A GET, in which [`DRAWN`], [`EACH`] and [`BYTE`] may occur.
 #[derive(Clone, Debug)]
 pub(crate) struct Request {
     pub(crate) path: String,
@@ -34,7 +41,7 @@ impl Request {
         self
     }
 
-    /// As it goes over the wire.
+    /// As it goes over the wire, with what stands for numbers.
     pub(crate) fn text(&self, host: SocketAddr) -> String {
         let mut text = format!("GET {} HTTP/1.1\r\nHost: {host}\r\n", self.path);
         for (name, value) in &self.headers {
@@ -45,21 +52,27 @@ impl Request {
 
     /// What comes back when `n` is drawn.
     pub(crate) fn ask(&self, host: SocketAddr, n: u64) -> Result<Answer> {
-        let stream = TcpStream::connect(host).context("no connection")?;
+        let mut stream = TcpStream::connect(host).context("no connection")?;
         stream.set_read_timeout(Some(PATIENCE))?;
-        self.ask_on(&stream, host, n)
+        self.ask_on(&mut stream, host, n)
     }
 
     /// The same, on a connection that there is.
     pub(crate) fn ask_on(
         &self,
-        mut stream: &TcpStream,
+        stream: &mut (impl Read + Write),
         host: SocketAddr,
         n: u64,
     ) -> Result<Answer> {
-        stream.write_all(self.text(host).replace(DRAWN, &n.to_string()).as_bytes())?;
+        stream.write_all(numbered(&self.text(host), n).as_bytes())?;
         Answer::read(&mut BufReader::new(stream)).with_context(|| format!("asking {}", self.path))
     }
+}
+
+/// The text with `n` in the place of what stands for numbers.
+pub(crate) fn numbered(text: &str, n: u64) -> String {
+    let (number, byte) = (n.to_string(), (n % BYTES).to_string());
+    text.replace(DRAWN, &number).replace(EACH, &number).replace(BYTE, &byte)
 }
 
 /// An answer, whole.

@@ -14,6 +14,12 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 /// How long a contender may take until it listens; compiling 10,000 flags takes some of them seconds.
 const PATIENCE: Duration = Duration::from_mins(1);
 
+/// Memory is read when so many looks in a row have seen about the same.
+const LOOKS: usize = 5;
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+const SAME: u64 = 64 << 10;
+const LONGEST_SETTLING: usize = 50;
+
 /// A server that is ended when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Process {
@@ -69,6 +75,22 @@ impl Process {
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
         let number = line.and_then(|it| it.trim().strip_suffix(" kB")?.parse::<u64>().ok());
         Ok(number.context("/proc/PID/status has VmRSS")? * 1024)
+    }
+
+    /// Its resident memory once that changes no more, in bytes.
+    pub(crate) fn settled(&self) -> Result<u64> {
+        let mut looks = Vec::new();
+        for _ in 0..LONGEST_SETTLING {
+            looks.push(self.resident()?);
+            let last = looks.iter().rev().take(LOOKS);
+            let (low, high) =
+                last.clone().fold((u64::MAX, 0), |(low, high), &it| (low.min(it), high.max(it)));
+            if last.count() == LOOKS && high - low <= SAME {
+                break;
+            }
+            std::thread::sleep(LOOK_EVERY);
+        }
+        self.resident()
     }
 }
 

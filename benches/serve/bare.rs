@@ -1,12 +1,12 @@
 //! The physical yardstick: hyper that says one thing to everybody.
 //!
-//! As lean as hyper's own example: no route, no token, no timer, no limit. It runs as a process of
-//! its own, which is this executable called as `serve bare`.
+//! As lean as hyper's own example: no route, no token, no timer, no limit; the same over TLS. It runs as a process of its own, which is this executable called as `serve bare`.
 
 use std::{
     convert::Infallible,
     net::{Ipv4Addr, SocketAddr},
     path::Path,
+    sync::Arc,
 };
 
 use anyhow::{Context as _, Result};
@@ -19,7 +19,18 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::TokioIo;
-use tokio::net::TcpListener;
+use rustls::{
+    ServerConfig,
+    crypto::ring,
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
+    server::NoServerSessionStorage,
+    version::{TLS12, TLS13},
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpListener,
+};
+use tokio_rustls::TlsAcceptor;
 
 use super::exchange::Answer;
 
@@ -53,27 +64,66 @@ fn recorded(file: &Path) -> Result<(StatusCode, HeaderMap, Bytes)> {
     Ok((status, headers, Bytes::from(text).slice(end + 2..)))
 }
 
-/// Says it, until the process is ended.
-pub(crate) fn serve(file: &Path, port: u16) -> Result<()> {
+/// By which certificate the baseline speaks TLS.
+#[derive(Debug)]
+pub(crate) struct Identity<'a> {
+    pub(crate) certificate: &'a Path,
+    pub(crate) key: &'a Path,
+}
+
+impl Identity<'_> {
+    /// What the data listener has by default: both versions, resumption by tickets, nothing kept.
+    fn acceptor(&self) -> Result<TlsAcceptor> {
+        let chain = CertificateDer::pem_file_iter(self.certificate)?.collect::<Result<_, _>>()?;
+        let key = PrivateKeyDer::from_pem_file(self.key)?;
+        let mut tls = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_protocol_versions(&[&TLS13, &TLS12])?
+            .with_no_client_auth()
+            .with_single_cert(chain, key)?;
+        tls.alpn_protocols = vec![b"http/1.1".to_vec()];
+        tls.session_storage = Arc::new(NoServerSessionStorage {});
+        tls.ticketer = ring::Ticketer::new()?;
+        Ok(TlsAcceptor::from(Arc::new(tls)))
+    }
+}
+
+/// What is said to everybody.
+type Said = (StatusCode, HeaderMap, Full<Bytes>);
+
+/// Says it, over TLS where it has an identity, until the process is ended.
+pub(crate) fn serve(file: &Path, port: u16, identity: Option<&Identity<'_>>) -> Result<()> {
     let (status, headers, body) = recorded(file)?;
-    let answer = (status, headers, Full::new(body));
+    let said = (status, headers, Full::new(body));
+    let acceptor = identity.map(Identity::acceptor).transpose()?;
     tokio::runtime::Builder::new_multi_thread().enable_io().build()?.block_on(async {
         let listener = TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, port))).await?;
         loop {
             let (stream, _) = listener.accept().await?;
             stream.set_nodelay(true)?;
-            let answer = answer.clone();
-            tokio::spawn(async move {
-                let service = service_fn(|_| {
-                    let (status, headers, body) = answer.clone();
-                    let mut response = Response::new(body);
-                    *response.status_mut() = status;
-                    *response.headers_mut() = headers;
-                    async { Ok::<_, Infallible>(response) }
-                });
-                // A client that leaves is none of the baseline's business.
-                let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
-            });
+            let said = said.clone();
+            match &acceptor {
+                None => tokio::spawn(speak(stream, said)),
+                Some(acceptor) => {
+                    let handshake = acceptor.accept(stream);
+                    tokio::spawn(async move {
+                        if let Ok(stream) = handshake.await {
+                            speak(stream, said).await;
+                        }
+                    })
+                }
+            };
         }
     })
+}
+
+async fn speak<I: AsyncRead + AsyncWrite + Unpin>(stream: I, said: Said) {
+    let service = service_fn(|_| {
+        let (status, headers, body) = said.clone();
+        let mut response = Response::new(body);
+        *response.status_mut() = status;
+        *response.headers_mut() = headers;
+        async { Ok::<_, Infallible>(response) }
+    });
+    // A client that leaves is none of the baseline's business.
+    let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
 }

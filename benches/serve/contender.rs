@@ -8,7 +8,14 @@ use std::{
 
 use anyhow::Result;
 
-use super::{flags::document, parapet, process::Process};
+use super::{
+    connect,
+    exchange::{Answer, Request},
+    flags::document,
+    load::Over,
+    parapet,
+    process::Process,
+};
 
 /// Who answers, in the order of the tables.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -59,6 +66,24 @@ fn numbered(n: &str) -> String {
     format!("*:development.client-0123456789abcdef0123456789abcdef-{n}")
 }
 
+/// A server that runs.
+#[derive(Debug)]
+pub(crate) struct Server {
+    pub(crate) process: Process,
+    is_encrypted: bool,
+}
+
+impl Server {
+    /// What comes back to a request on a connection of its own when `n` is drawn.
+    pub(crate) fn ask(&self, request: &Request, n: u64) -> Result<Answer> {
+        if self.is_encrypted {
+            request.ask_on(&mut connect::open(self.process.address)?, self.process.address, n)
+        } else {
+            request.ask(self.process.address, n)
+        }
+    }
+}
+
 /// How to start contenders, and where their files go.
 #[derive(Debug)]
 pub(crate) struct Stable {
@@ -75,11 +100,23 @@ impl Stable {
         if let (Some(edge), false) = (edge, found) {
             anyhow::bail!("{} cannot be run", edge.display());
         }
-        Ok(Self { folder: folder.to_owned(), edge: found.then(|| wanted.to_owned()) })
+        let stable = Self { folder: folder.to_owned(), edge: found.then(|| wanted.to_owned()) };
+        let made = rcgen::generate_simple_self_signed(["localhost".to_owned()])?;
+        std::fs::write(stable.certificate(), made.cert.pem())?;
+        std::fs::write(stable.key(), made.signing_key.serialize_pem())?;
+        Ok(stable)
     }
 
     pub(crate) fn folder(&self) -> &Path {
         &self.folder
+    }
+
+    fn certificate(&self) -> PathBuf {
+        self.folder.join("certificate.pem")
+    }
+
+    fn key(&self) -> PathBuf {
+        self.folder.join("key.pem")
     }
 
     pub(crate) fn has_edge(&self) -> bool {
@@ -87,13 +124,17 @@ impl Stable {
     }
 
     /// The baseline, which says what `record` wrote in `file`.
-    pub(crate) fn bare(&self, file: &Path) -> Result<Process> {
+    pub(crate) fn bare(&self, file: &Path, over: Over) -> Result<Server> {
         let this = std::env::current_exe()?;
-        Process::start(&self.folder.join("bare.log"), |port| {
+        let process = Process::start(&self.folder.join("bare.log"), |port| {
             let mut command = Command::new(this);
             command.args(["bare", "--port", &port.to_string(), "--answer"]).arg(file);
+            if over.is_encrypted() {
+                command.arg("--certificate").arg(self.certificate()).arg("--key").arg(self.key());
+            }
             command
-        })
+        })?;
+        Ok(Server { process, is_encrypted: over.is_encrypted() })
     }
 
     /// An upstream whose flags change.
@@ -108,8 +149,17 @@ impl Stable {
     }
 
     /// Parapet, offline, with so many flags, and so many numbered client tokens besides the two.
-    pub(crate) fn parapet(&self, flags: usize, tokens: u64) -> Result<Process> {
-        let mut config = format!("bootstrap_file = '{}'\n", self.flags_file(flags)?.display());
+    pub(crate) fn parapet(&self, flags: usize, tokens: u64, over: Over) -> Result<Server> {
+        // All connections come from one address.
+        let mut config = format!(
+            "bootstrap_file = '{}'\nmax_connections_per_address = 20000\n",
+            self.flags_file(flags)?.display()
+        );
+        if over.is_encrypted() {
+            writeln!(config, "tls_enable = true")?;
+            writeln!(config, "tls_server_cert = ['{}']", self.certificate().display())?;
+            writeln!(config, "tls_server_key = ['{}']", self.key().display())?;
+        }
         let clients = std::iter::once(CLIENT.to_owned());
         let clients = clients.chain((0..tokens).map(|n| numbered(&n.to_string())));
         write!(config, "frontend_tokens = [{FRONTEND:?}]\nclient_tokens = [\n")?;
@@ -117,21 +167,25 @@ impl Stable {
             writeln!(config, "{token:?},")?;
         }
         config.push_str("]\n");
-        parapet::start(&self.folder, "offline", &config)
+        let port = if over.is_encrypted() { "--tls-server-port" } else { parapet::PORT };
+        let process = parapet::spawn(&self.folder, "offline", &config, port)?;
+        let server = Server { process, is_encrypted: over.is_encrypted() };
+        parapet::await_ready(&server.process, |probe| server.ask(probe, 0))?;
+        Ok(server)
     }
 
     /// Parapet as an edge in front of `upstream`, whose every change it follows at once.
-    pub(crate) fn parapet_edge(&self, upstream: &Process) -> Result<Process> {
+    pub(crate) fn parapet_edge(&self, upstream: &Process) -> Result<Server> {
         let config = format!(
             "upstream_url = \"http://{}\"\ntokens = [{CLIENT:?}]\n\
              features_refresh_interval_seconds = 0.001\n",
             upstream.address
         );
-        parapet::start(&self.folder, "edge", &config)
+        Ok(Server { process: parapet::start(&self.folder, "edge", &config)?, is_encrypted: false })
     }
 
     /// The peer, offline, if it is installed.
-    pub(crate) fn edge(&self, flags: usize) -> Result<Option<Process>> {
+    pub(crate) fn edge(&self, flags: usize) -> Result<Option<Server>> {
         let Some(program) = &self.edge else { return Ok(None) };
         let file = self.flags_file(flags)?;
         let process = Process::start(&self.folder.join("edge.log"), |port| {
@@ -141,7 +195,7 @@ impl Stable {
             command.arg("--bootstrap-file").arg(file);
             command
         })?;
-        Ok(Some(process))
+        Ok(Some(Server { process, is_encrypted: false }))
     }
 
     fn flags_file(&self, flags: usize) -> Result<PathBuf> {

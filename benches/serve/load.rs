@@ -1,25 +1,43 @@
-//! Load, by `wrk`: one thread, and as many connections as it is told.
+//! Load, by `wrk`: one thread, and as many connections as it is told. Where each request is to have a
+//! connection of its own, it comes from this executable instead, called as `serve connect`.
 
 use std::{fmt::Write as _, net::SocketAddr, path::Path, process::Command, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
-use super::exchange::{DRAWN, Request};
+use super::exchange::{BYTE, BYTES, DRAWN, EACH, Request};
 
 /// Which number a request gets in the place of [`DRAWN`].
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Draw {
-    /// None: all requests are the same.
-    Nothing,
     /// The next: no two requests have the same.
     Next,
     /// Any below this.
     Below(u64),
 }
 
+/// What requests go over.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Over {
+    /// Connections that are kept.
+    Tcp,
+    /// The same, encrypted.
+    Tls,
+    /// A connection for each, with a full handshake.
+    NewTls,
+    /// A connection for each, with a handshake that resumes the session of the one before.
+    ResumedTls,
+}
+
+impl Over {
+    pub(crate) fn is_encrypted(self) -> bool {
+        self != Self::Tcp
+    }
+}
+
 /// What one run showed.
-#[derive(Clone, Copy, Debug, Deserialize)]
+#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
 pub(crate) struct Sample {
     pub(crate) requests: f64,
     /// Of responses, heads and bodies.
@@ -37,6 +55,9 @@ impl Sample {
         self.requests / self.micros * 1e6
     }
 }
+
+/// What precedes a sample in the output of whoever takes it.
+pub(crate) const SAMPLE: &str = "SAMPLE ";
 
 /// What `wrk` is to do at its end.
 const DONE: &str = r#"
@@ -63,23 +84,42 @@ const MISSING: &str = "cannot run `wrk` (the package of this name in Debian)";
 /// Numbers that are [`Draw::Next`] begin after `first`. Each connection pauses before each request.
 pub(crate) fn run(
     folder: &Path,
-    host: SocketAddr,
+    (host, over): (SocketAddr, Over),
     request: &Request,
     (draw, first): (Draw, u64),
     (connections, pause): (usize, Duration),
     time: Duration,
 ) -> Result<Sample> {
+    let scheme = match over {
+        Over::Tcp => "http",
+        Over::Tls => "https",
+        Over::NewTls | Over::ResumedTls => {
+            let file = folder.join("request");
+            std::fs::write(&file, request.text(host))?;
+            let mut command = Command::new(std::env::current_exe()?);
+            command.args(["connect", "--host", &host.to_string(), "--request"]).arg(file);
+            command.args(["--first", &first.to_string()]);
+            command.args(["--connections", &connections.to_string()]);
+            command.args(["--seconds", &time.as_secs().to_string()]);
+            command.args((over == Over::ResumedTls).then_some("--resume"));
+            return sample(&mut command);
+        }
+    };
     let script = folder.join("load.lua");
     std::fs::write(&script, lua(host, request, draw, first, pause))?;
     let mut command = Command::new("wrk");
     command.args(["-t1", &format!("-c{connections}"), &format!("-d{}s", time.as_secs())]);
     command.args(["--timeout", "30s", "--latency", "-s"]).arg(&script);
-    let output = command.arg(format!("http://{host}{}", request.path)).output();
-    let output = output.context(MISSING)?;
+    sample(command.arg(format!("{scheme}://{host}{}", request.path)))
+}
+
+/// Runs what prints a sample.
+fn sample(command: &mut Command) -> Result<Sample> {
+    let output = command.output().with_context(|| format!("{MISSING}: {command:?}"))?;
     let text = String::from_utf8_lossy(&output.stdout);
-    let sample = text.lines().find_map(|line| line.strip_prefix("SAMPLE "));
+    let sample = text.lines().find_map(|line| line.strip_prefix(SAMPLE));
     let Some(sample) = sample else {
-        bail!("wrk failed: {text}{}", String::from_utf8_lossy(&output.stderr));
+        bail!("{command:?} failed: {text}{}", String::from_utf8_lossy(&output.stderr));
     };
     let sample: Sample = serde_json::from_str(sample)?;
     if sample.socket_errors + sample.status_errors > 0 || sample.requests < 1.0 {
@@ -92,26 +132,34 @@ pub(crate) fn run(
 fn lua(host: SocketAddr, request: &Request, draw: Draw, first: u64, pause: Duration) -> String {
     let mut script = String::new();
     let mut line = |text: String| writeln!(script, "{text}").expect("a string takes all");
-    if let Draw::Nothing = draw {
+    let text = request.text(host);
+    let numbers = [(DRAWN, "drawn"), (EACH, "each"), (BYTE, "byte")];
+    if numbers.iter().any(|(mark, _)| text.contains(mark)) {
+        // The text in pieces, between which numbers stand.
+        let mut pieces = vec![];
+        let mut rest = &*text;
+        let next = |rest: &str| {
+            let found =
+                numbers.iter().filter_map(|(mark, name)| Some((rest.find(mark)?, mark, name)));
+            found.min()
+        };
+        while let Some((at, mark, name)) = next(rest) {
+            pieces.extend([format!("{:?}", &rest[..at]), (*name).to_owned()]);
+            rest = &rest[at + mark.len()..];
+        }
+        pieces.push(format!("{rest:?}"));
+        let drawn = match draw {
+            Draw::Next => "each".to_owned(),
+            Draw::Below(end) => format!("string.format(\"%d\", math.random(0, {}))", end - 1),
+        };
+        line(format!("math.randomseed({first})\nlocal n = {first}"));
+        line("function request()\n  n = n + 1\n  local each = string.format(\"%d\", n)".to_owned());
+        line(format!("  local drawn, byte = {drawn}, n % {BYTES}"));
+        line(format!("  return {}\nend", pieces.join(" .. ")));
+    } else {
         for (name, value) in &request.headers {
             line(format!("wrk.headers[{name:?}] = {value:?}"));
         }
-    } else {
-        let text = request.text(host);
-        let parts: Vec<String> = text.split(DRAWN).map(|part| format!("{part:?}")).collect();
-        let number = match draw {
-            Draw::Nothing | Draw::Next => "n + 1".to_owned(),
-            Draw::Below(end) => format!("math.random(0, {})", end - 1),
-        };
-        line(format!("math.randomseed({first})\nlocal n = {first}"));
-        line(format!("local parts = {{ {} }}", parts.join(", ")));
-        let names: Vec<String> = (1..=parts.len()).map(|n| format!("part{n}")).collect();
-        line(format!("local {} = unpack(parts)", names.join(", ")));
-        line(format!("function request()\n  n = {number}"));
-        line(format!(
-            "  local drawn = string.format(\"%d\", n)\n  return {}\nend",
-            names.join(" .. drawn .. ")
-        ));
     }
     if !pause.is_zero() {
         line(format!("function delay()\n  return {}\nend", pause.as_millis()));

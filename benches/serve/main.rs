@@ -7,6 +7,7 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program for the terminal")]
 
 mod bare;
+mod connect;
 mod contender;
 #[path = "../exchange.rs"]
 mod exchange;
@@ -36,6 +37,7 @@ mod upstream;
 
 use std::{
     cell::Cell,
+    net::SocketAddr,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -43,12 +45,30 @@ use std::{
 use anyhow::{Result, ensure};
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 
-use crate::{contender::Stable, measure::Session, report::Report, rows::ROWS, scaling::CURVES};
+use crate::{
+    bare::Identity, connect::Plan, contender::Stable, measure::Session, report::Report, rows::ROWS,
+    scaling::CURVES,
+};
 
 fn main() -> Result<()> {
     let matches = command().get_matches();
     match matches.subcommand() {
-        Some(("bare", matches)) => bare::serve(path(matches, "answer"), number(matches, "port")),
+        Some(("bare", matches)) => {
+            let files = ["certificate", "key"].map(|name| matches.get_one::<PathBuf>(name));
+            let identity = match files {
+                [Some(certificate), Some(key)] => Some(Identity { certificate, key }),
+                _ => None,
+            };
+            bare::serve(path(matches, "answer"), number(matches, "port"), identity.as_ref())
+        }
+        Some(("connect", matches)) => connect::run(Plan {
+            host: number(matches, "host"),
+            request: std::fs::read_to_string(path(matches, "request"))?,
+            first: number(matches, "first"),
+            connections: number(matches, "connections"),
+            time: Duration::from_secs(number(matches, "seconds")),
+            resumes: matches.get_flag("resume"),
+        }),
         Some(("upstream", matches)) => {
             upstream::serve(number(matches, "flags"), number(matches, "port"))
         }
@@ -98,7 +118,19 @@ fn command() -> Command {
             Command::new("bare")
                 .about("The baseline; started by the benchmark itself")
                 .arg(needed("answer").value_parser(value_parser!(PathBuf)))
-                .arg(needed("port").value_parser(value_parser!(u16))),
+                .arg(needed("port").value_parser(value_parser!(u16)))
+                .arg(needed("certificate").required(false).value_parser(value_parser!(PathBuf)))
+                .arg(needed("key").required(false).value_parser(value_parser!(PathBuf))),
+        )
+        .subcommand(
+            Command::new("connect")
+                .about("Clients that connect for each request; started by the benchmark itself")
+                .arg(needed("host").value_parser(value_parser!(SocketAddr)))
+                .arg(needed("request").value_parser(value_parser!(PathBuf)))
+                .arg(needed("first").value_parser(value_parser!(u64)))
+                .arg(needed("connections").value_parser(value_parser!(usize)))
+                .arg(needed("seconds").value_parser(value_parser!(u64)))
+                .arg(switch("resume", "Resume sessions")),
         )
         .subcommand(
             Command::new("upstream")

@@ -6,9 +6,9 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use super::{
     bare,
-    contender::{Contender, Stable},
-    exchange::{Answer, Request},
-    load::{self, Draw, Sample},
+    contender::{Contender, Server, Stable},
+    exchange::{Answer, DRAWN, Request},
+    load::{self, Draw, Over, Sample},
     numbers::{median, to_f64},
     process::Process,
 };
@@ -35,6 +35,7 @@ pub(crate) struct Case {
     pub(crate) pause: Duration,
     pub(crate) request: Request,
     pub(crate) draw: Draw,
+    pub(crate) over: Over,
     pub(crate) expected: Expected,
 }
 
@@ -84,7 +85,7 @@ const TICK: u64 = 10_000;
 /// A contender that is ready to be loaded.
 struct Runner {
     contender: Contender,
-    process: Process,
+    server: Server,
     request: Request,
     answer: Answer,
     samples: Vec<(Sample, f64)>,
@@ -113,26 +114,26 @@ impl Session {
     }
 
     fn runners(&self, case: &Case, contenders: &[Contender]) -> Result<Vec<Runner>> {
-        let parapet = self.stable.parapet(case.flags, case.tokens)?;
+        let parapet = self.stable.parapet(case.flags, case.tokens, case.over)?;
         let parapet = Runner::new(case, Contender::Parapet, parapet)?;
         let mut runners = Vec::new();
         if contenders.contains(&Contender::Bare) {
             let file = self.stable.folder().join("answer");
             bare::record(&parapet.answer, &file)?;
             let request = parapet.request.clone();
-            let process = self.stable.bare(&file)?;
-            let answer = request.ask(process.address, 0)?;
+            let server = self.stable.bare(&file, case.over)?;
+            let answer = server.ask(&request, 0)?;
             let theirs = &parapet.answer;
             let same = (answer.status, answer.length) == (theirs.status, theirs.length);
             ensure!(same, "the baseline says {answer:?}, Parapet {theirs:?}");
             let contender = Contender::Bare;
-            runners.push(Runner { contender, process, request, answer, samples: Vec::new() });
+            runners.push(Runner { contender, server, request, answer, samples: Vec::new() });
         }
         runners.push(parapet);
         if contenders.contains(&Contender::Edge)
-            && let Some(process) = self.stable.edge(case.flags)?
+            && let Some(server) = self.stable.edge(case.flags)?
         {
-            match Runner::new(case, Contender::Edge, process) {
+            match Runner::new(case, Contender::Edge, server) {
                 Ok(runner) => runners.push(runner),
                 Err(error) => eprintln!("  Unleash Edge is left out: {error:#}"),
             }
@@ -140,44 +141,46 @@ impl Session {
         Ok(runners)
     }
 
-    /// Loads a server; every answer has to be as long as was found before.
+    /// Where the numbers of a run begin, which no other run has.
+    pub(crate) fn draw(&self) -> u64 {
+        self.drawn.replace(self.drawn.get() + RUN)
+    }
+
+    /// Loads a server with requests whose numbers begin after `first`; every answer has to be as long as
+    /// was found before. Returns the processor time of each beside the sample.
     pub(crate) fn load(
         &self,
         case: &Case,
-        process: &Process,
-        request: &Request,
-        answer: &Answer,
+        first: u64,
+        server: &Server,
+        (request, answer): (&Request, &Answer),
         time: Duration,
     ) -> Result<(Sample, f64)> {
-        let first = self.drawn.get();
-        self.drawn.set(first + RUN);
+        let process = &server.process;
         let before = cpu_micros(process)?;
         let draw = (case.draw, first);
         let pressure = (case.connections, case.pause);
-        let folder = self.stable.folder();
-        let sample = load::run(folder, process.address, request, draw, pressure, time)
+        let (folder, host) = (self.stable.folder(), process.address);
+        let sample = load::run(folder, (host, case.over), request, draw, pressure, time)
             .with_context(|| process.log())?;
         let cpu = to_f64(cpu_micros(process)? - before) / sample.requests;
         let length = to_f64(answer.length as u64);
         let mean = sample.bytes / sample.requests;
         // Answers that were under way at the end count as bytes only.
         let under_way = length * to_f64(case.connections as u64) / sample.requests;
-        let tolerance = match case.draw {
-            Draw::Nothing => 0.01,
-            Draw::Next | Draw::Below(_) => 0.25,
-        };
+        let tolerance = if request.path.contains(DRAWN) { 0.25 } else { 0.01 };
         if (mean - length).abs() > length * tolerance + under_way {
             bail!("answers have {mean} bytes, expected were {length}");
         }
         Ok((sample, cpu))
     }
 
-    /// Loads each in turn. A peer that fails is out of the race: what it did before is no number.
+    /// Loads each in turn with the same requests. A peer that fails is out of the race: what it did before is no number.
     fn round(&self, case: &Case, runners: &mut Vec<Runner>, time: Duration) -> Result<()> {
-        let mut out = None;
+        let (mut out, first) = (None, self.draw());
         for runner in &mut *runners {
-            let Runner { contender, process, request, answer, samples } = runner;
-            let sample = self.load(case, process, request, answer, time);
+            let Runner { contender, server, request, answer, samples } = runner;
+            let sample = self.load(case, first, server, (&*request, &*answer), time);
             match sample.with_context(|| format!("while {} served", contender.name())) {
                 Ok(sample) => samples.push(sample),
                 Err(error) if *contender == Contender::Edge => out = Some(error),
@@ -194,22 +197,22 @@ impl Session {
 
 impl Case {
     /// The request as this server has to be asked, and a typical answer to it.
-    pub(crate) fn prepare(&self, process: &Process) -> Result<(Request, Answer)> {
+    pub(crate) fn prepare(&self, server: &Server) -> Result<(Request, Answer)> {
         let mut request = self.request.clone();
         if self.expected == Expected::NotModified {
-            let full = request.ask(process.address, 0)?;
+            let full = server.ask(&request, 0)?;
             let tag = full.header("etag");
             let tag = tag.with_context(|| format!("{} has no entity tag", request.path))?;
             request = request.header("If-None-Match", tag);
         }
         let looks = match self.draw {
-            Draw::Nothing => 1,
+            _ if !request.path.contains(DRAWN) => 1,
             Draw::Next => LOOKS,
             Draw::Below(end) => end.min(LOOKS),
         };
         let mut answers = Vec::new();
         for n in 0..looks {
-            let answer = request.ask(process.address, n)?;
+            let answer = server.ask(&request, n)?;
             self.expected.check(&answer)?;
             answers.push(answer);
         }
@@ -235,9 +238,9 @@ impl Expected {
 
 impl Runner {
     /// A contender that answers as it should.
-    fn new(case: &Case, contender: Contender, process: Process) -> Result<Self> {
-        let (request, answer) = case.prepare(&process)?;
-        Ok(Self { contender, process, request, answer, samples: Vec::new() })
+    fn new(case: &Case, contender: Contender, server: Server) -> Result<Self> {
+        let (request, answer) = case.prepare(&server)?;
+        Ok(Self { contender, server, request, answer, samples: Vec::new() })
     }
 
     fn measured(&self) -> Result<Measured> {
@@ -247,7 +250,7 @@ impl Runner {
             p50_micros: median(|it| it.p50_micros),
             p99_micros: median(|it| it.p99_micros),
             cpu_micros: super::numbers::median(self.samples.iter().map(|(_, cpu)| *cpu)),
-            resident: self.process.resident()?,
+            resident: self.server.process.resident()?,
             rounds: self.samples.iter().map(|(it, _)| it.per_second()).collect(),
         })
     }

@@ -6,8 +6,8 @@ use anyhow::Result;
 
 use super::{
     contender::{Bearer, Contender},
-    exchange::{DRAWN, Request},
-    load::Draw,
+    exchange::{BYTE, DRAWN, EACH, Request},
+    load::{Draw, Over},
     measure::{Case, Expected, Measured, Session},
 };
 
@@ -27,9 +27,9 @@ pub(crate) struct Row {
     pub(crate) goal: Option<f64>,
     flags: usize,
     ask: Ask,
-    /// Whether each request has a header of its own, as where they are traced, so that none is like
-    /// the one before.
-    is_traced: bool,
+    over: Over,
+    /// Whether all requests are the same, byte by byte.
+    is_repeated: bool,
 }
 
 /// What is asked.
@@ -47,39 +47,33 @@ pub(crate) enum Ask {
     FrontendNewUser,
 }
 
-pub(crate) const ROWS: [Row; 11] = [
-    Row::of("features-304", "`/api/client/features`, 304", 0.85, Ask::FeaturesUnlessKnown),
-    Row::of("features", "`/api/client/features`, 200, identity", 0.90, Ask::Features(None)),
-    Row::of(
-        "features-gzip",
-        "`/api/client/features`, 200, gzip",
-        0.90,
-        Ask::Features(Some("gzip")),
-    ),
-    Row::of("features-br", "`/api/client/features`, 200, br", 0.90, Ask::Features(Some("br"))),
-    Row::of(
-        "features-zstd",
-        "`/api/client/features`, 200, zstd",
-        0.90,
-        Ask::Features(Some("zstd")),
-    ),
-    Row::of("frontend", "`/api/frontend`, same context again", 0.80, Ask::Frontend),
-    Row::of("frontend-304", "`/api/frontend`, 304", 0.80, Ask::FrontendUnlessKnown),
-    Row::of("frontend-new", "`/api/frontend`, a new user each request", 0.45, Ask::FrontendNewUser),
+const UNCHANGED: Ask = Ask::FeaturesUnlessKnown;
+const GZIP: Ask = Ask::Features(Some("gzip"));
+const ZSTD: Ask = Ask::Features(Some("zstd"));
+
+pub(crate) const ROWS: [Row; 15] = [
+    Row::of("features-304", "`/api/client/features`, 304", 0.96, UNCHANGED),
+    Row::of("features", "`/api/client/features`, 200, identity", 0.95, Ask::Features(None)),
+    Row::of("features-gzip", "`/api/client/features`, 200, gzip", 0.95, GZIP),
+    Row::of("features-br", "`/api/client/features`, 200, br", 0.95, Ask::Features(Some("br"))),
+    Row::of("features-zstd", "`/api/client/features`, 200, zstd", 0.95, ZSTD),
+    Row::of("frontend", "`/api/frontend`, same context again", 0.92, Ask::Frontend),
+    Row::of("frontend-304", "`/api/frontend`, 304", 0.92, Ask::FrontendUnlessKnown),
+    Row::of("frontend-new", "`/api/frontend`, a new user each request", 0.64, Ask::FrontendNewUser),
     Row {
         flags: 5,
-        ..Row::of("five", "5 flags (2 kB), `/api/client/features`, 200", 0.85, Ask::Features(None))
+        ..Row::of("five", "5 flags (2 kB), `/api/client/features`, 200", 0.95, Ask::Features(None))
     },
-    Row::traced(
-        "features-304-traced",
-        "`/api/client/features`, 304, a new `traceparent` each",
-        Ask::FeaturesUnlessKnown,
-    ),
-    Row::traced(
-        "frontend-304-traced",
-        "`/api/frontend`, 304, a new `traceparent` each",
-        Ask::FrontendUnlessKnown,
-    ),
+    Row {
+        goal: None,
+        is_repeated: true,
+        ..Row::of("repeated", "`/api/client/features`, 304, same bytes each time", 0.0, UNCHANGED)
+    },
+    Row::tls("tls-304", "TLS, `/api/client/features`, 304", UNCHANGED, Over::Tls),
+    Row::tls("tls-gzip", "TLS, `/api/client/features`, 200, gzip", GZIP, Over::Tls),
+    Row::tls("tls-frontend", "TLS, `/api/frontend`, same context again", Ask::Frontend, Over::Tls),
+    Row::tls("tls-full", "TLS, a full handshake for each 304", UNCHANGED, Over::NewTls),
+    Row::tls("tls-resumed", "TLS, a resumed handshake for each 304", UNCHANGED, Over::ResumedTls),
 ];
 
 /// What came of a row.
@@ -91,23 +85,25 @@ pub(crate) struct Outcome {
 
 impl Row {
     const fn of(id: &'static str, title: &'static str, goal: f64, ask: Ask) -> Self {
-        Self { id, title, goal: Some(goal), flags: FLAGS, ask, is_traced: false }
+        let (over, is_repeated) = (Over::Tcp, false);
+        Self { id, title, goal: Some(goal), flags: FLAGS, ask, over, is_repeated }
     }
 
-    const fn traced(id: &'static str, title: &'static str, ask: Ask) -> Self {
-        Self { id, title, goal: None, flags: FLAGS, ask, is_traced: true }
+    const fn tls(id: &'static str, title: &'static str, ask: Ask, over: Over) -> Self {
+        Self { over, ..Self::of(id, title, 0.95, ask) }
     }
 
     pub(crate) fn run(&'static self, session: &Session) -> Result<Outcome> {
         eprintln!("{}", self.title);
-        let contenders = [Contender::Bare, Contender::Parapet, Contender::Edge];
-        let mut case = self.ask.case(self.flags);
-        if self.is_traced {
-            let trace = format!("00-0af7651916cd43dd8448eb211c80319c-{DRAWN}-01");
-            case.request = case.request.header("traceparent", &trace);
-            case.draw = Draw::Next;
-        }
-        let measured = session.measure(&case, &contenders, session.rounds)?;
+        let all = [Contender::Bare, Contender::Parapet, Contender::Edge];
+        let contenders = if self.over == Over::Tcp { &all[..] } else { &all[..2] };
+        let case = if self.is_repeated {
+            self.ask.repeated(self.flags)
+        } else {
+            self.ask.case(self.flags)
+        };
+        let case = Case { over: self.over, ..case };
+        let measured = session.measure(&case, contenders, session.rounds)?;
         Ok(Outcome { row: self, measured })
     }
 }
@@ -120,8 +116,14 @@ impl Outcome {
 }
 
 impl Ask {
-    /// The request, of so many flags.
+    /// The request as it comes behind an ingress, of so many flags.
     pub(crate) fn case(self, flags: usize) -> Case {
+        let case = self.repeated(flags);
+        Case { request: behind_ingress(case.request), ..case }
+    }
+
+    /// The request as its client sends it.
+    fn repeated(self, flags: usize) -> Case {
         let (bearer, path) = match self {
             Self::Features(_) | Self::FeaturesUnlessKnown => {
                 (Bearer::Client, "/api/client/features".to_owned())
@@ -143,13 +145,22 @@ impl Ask {
             connections: CONNECTIONS,
             pause: Duration::ZERO,
             request,
-            draw: if let Self::FrontendNewUser = self { Draw::Next } else { Draw::Nothing },
+            draw: Draw::Next,
+            over: Over::Tcp,
             expected: match self {
                 Self::FeaturesUnlessKnown | Self::FrontendUnlessKnown => Expected::NotModified,
                 _ => Expected::Body(coding),
             },
         }
     }
+}
+
+/// A request with the headers that an ingress adds, which are others for each; numbers have ten digits.
+fn behind_ingress(request: Request) -> Request {
+    request
+        .header("X-Request-Id", &format!("5f2b6a1c-9e0d-4c7a-8b3e-0a{EACH}"))
+        .header("Traceparent", &format!("00-0af7651916cd43dd8448eb{EACH}-b7ad6b7169203331-01"))
+        .header("X-Forwarded-For", &format!("203.0.113.{BYTE}"))
 }
 
 /// What a browser asks for its user.

@@ -19,7 +19,9 @@ use anyhow::{Context as _, Result};
 
 use super::{
     bare,
+    contender::Server,
     exchange::Request,
+    load::Over,
     measure::{Case, Session},
     numbers::median,
     process::Process,
@@ -99,7 +101,7 @@ pub(crate) fn run(session: &Session) -> Result<Vec<Swapped>> {
 fn one(
     session: &Session,
     upstream: &mut Process,
-    parapet: &Process,
+    parapet: &Server,
     title: &'static str,
     case: &Case,
 ) -> Result<Swapped> {
@@ -107,21 +109,24 @@ fn one(
     let (request, answer) = case.prepare(parapet)?;
     let file = session.stable.folder().join("answer");
     bare::record(&answer, &file)?;
-    let bare = session.stable.bare(&file)?;
-    for process in [parapet, &bare] {
-        session.load(case, process, &request, &answer, Duration::from_secs(1))?;
+    let bare = session.stable.bare(&file, Over::Tcp)?;
+    let load = |server: &Server, time| {
+        session.load(case, session.draw(), server, (&request, &answer), time)
+    };
+    for server in [parapet, &bare] {
+        load(server, Duration::from_secs(1))?;
     }
     let time = session.time * LONGER;
     let (mut calm, mut swapping, mut beside) = (Vec::new(), Vec::new(), Vec::new());
     let mut rates = Vec::new();
     for round in 1..=session.rounds {
-        calm.push(session.load(case, parapet, &request, &answer, time)?.0);
+        calm.push(load(parapet, time)?.0);
         writeln!(upstream.input()?, "swap")?;
         sleep(SETTLE);
         let (before, began) = (fetched(upstream)?, Instant::now());
-        swapping.push(session.load(case, parapet, &request, &answer, time)?.0);
+        swapping.push(load(parapet, time)?.0);
         rates.push((fetched(upstream)? - before) / began.elapsed().as_secs_f64());
-        beside.push(session.load(case, &bare, &request, &answer, time)?.0);
+        beside.push(load(&bare, time)?.0);
         writeln!(upstream.input()?, "calm")?;
         sleep(SETTLE);
         let p99 = |samples: &[super::load::Sample]| samples[round - 1].p99_micros;

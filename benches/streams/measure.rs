@@ -69,12 +69,6 @@ pub(crate) struct Kept {
 /// How long a server is left alone between rounds where it does not take its time itself.
 const BETWEEN_ROUNDS: Duration = Duration::from_millis(300);
 
-/// Memory is read when so many looks in a row have seen about the same.
-const LOOKS: usize = 5;
-const LOOK_EVERY: Duration = Duration::from_millis(200);
-const SAME: u64 = 64 << 10;
-const LONGEST_SETTLING: usize = 50;
-
 impl Session {
     /// Measures so many streams.
     pub(crate) fn measure(&self, streams: u64) -> Result<Level> {
@@ -86,10 +80,10 @@ impl Session {
         let (request, host) = (server.request(), server.process.address);
         let (first, then) = record(host, &request, || server.change())?;
         server.await_nobody()?;
-        let before = settled(&server.process)?;
+        let before = server.process.settled()?;
         let mut audience = Audience::new()?;
         let each = |server: &Server| -> Result<f64> {
-            Ok((to_f64(settled(&server.process)?) - to_f64(before)) / to_f64(streams))
+            Ok((to_f64(server.process.settled()?) - to_f64(before)) / to_f64(streams))
         };
         audience.open(streams, host, &request)?;
         let stream = each(&server)?;
@@ -107,10 +101,10 @@ impl Session {
         drop((audience, server));
 
         let mut server = Server::bare(&self.folder, &first, &then)?;
-        let before = settled(&server.process)?;
+        let before = server.process.settled()?;
         let mut audience = Audience::new()?;
         audience.open(streams, server.process.address, &request)?;
-        let bare = (to_f64(settled(&server.process)?) - to_f64(before)) / to_f64(streams);
+        let bare = (to_f64(server.process.settled()?) - to_f64(before)) / to_f64(streams);
         eprintln!("  {bare:.0} bytes a stream of the baseline");
         let bare_told = self.tell(&mut server, &audience, streams)?;
         Ok(Level { streams, stream, again, idle, bare, told, bare_told, kept })
@@ -121,14 +115,14 @@ impl Session {
     fn idle(&self, count: u64) -> Result<(f64, Option<f64>)> {
         let server = Server::parapet(&self.folder, count)?;
         let (poll, host) = (server.poll()?, server.process.address);
-        let before = settled(&server.process)?;
+        let before = server.process.settled()?;
         let open = (0..count).map(|_| {
-            let stream = TcpStream::connect(host)?;
-            poll.ask_on(&stream, host, 0)?;
+            let mut stream = TcpStream::connect(host)?;
+            poll.ask_on(&mut stream, host, 0)?;
             Ok(stream)
         });
         let open = open.collect::<Result<Vec<_>>>()?;
-        let each = (to_f64(settled(&server.process)?) - to_f64(before)) / to_f64(count);
+        let each = (to_f64(server.process.settled()?) - to_f64(before)) / to_f64(count);
         let share = self.stretch.map(|time| share(&server.process, time)).transpose()?;
         drop(open);
         Ok((each, share))
@@ -210,20 +204,4 @@ fn cpu_nanos(process: &Process) -> Result<u64> {
         nanos += first.unwrap_or_default();
     }
     Ok(nanos)
-}
-
-/// The resident memory of a process once it changes no more, in bytes.
-fn settled(process: &Process) -> Result<u64> {
-    let mut looks = Vec::new();
-    for _ in 0..LONGEST_SETTLING {
-        looks.push(process.resident()?);
-        let last = looks.iter().rev().take(LOOKS);
-        let (low, high) =
-            last.clone().fold((u64::MAX, 0), |(low, high), &it| (low.min(it), high.max(it)));
-        if last.count() == LOOKS && high - low <= SAME {
-            break;
-        }
-        sleep(LOOK_EVERY);
-    }
-    process.resident()
 }

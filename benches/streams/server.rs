@@ -48,12 +48,13 @@ impl Server {
     pub(crate) fn parapet(folder: &Path, clients: u64) -> Result<Self> {
         let flags = folder.join("flags.json");
         std::fs::write(&flags, document(FLAGS))?;
+        let connections = clients * 2;
         let config = format!(
             "bootstrap_file = '{}'\nclient_tokens = [{CLIENT:?}]\nmax_streams = {clients}\n\
              max_streams_per_address = {clients}\nmax_streams_per_token = {clients}\n\
-             max_connections = {}\nheader_read_timeout_seconds = 600\n",
-            flags.display(),
-            clients * 2
+             max_connections = {connections}\nmax_connections_per_address = {connections}\n\
+             edge_keepalive_timeout = 600\n",
+            flags.display()
         );
         let process = parapet::start(folder, "offline", &config)?;
         Ok(Self { process, kind: Kind::Parapet { flags, changes: 0 } })
