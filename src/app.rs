@@ -27,7 +27,7 @@ use tracing::{error, info, warn};
 
 pub use self::plan::Error;
 use self::{
-    admin_token::Rotation, banner::Bound, descriptors::Wanted, keep::Keeper, listen::bind,
+    admin_token::Rotation, banner::Bound, descriptors::Wanted, keep::Keeper, listen::Sockets,
     plan::Plan, reload::Reload, tasks::Tasks,
 };
 use crate::{
@@ -107,19 +107,10 @@ impl App {
         let registry = telemetry::start_metrics();
         let (readiness, latch) = Readiness::new();
         let snapshots = Snapshots::default();
+        let Sockets { data: (data, data_address), redirect, admin: (admin, admin_address) } =
+            Sockets::bind(&config.data, &config.admin)?;
         let data_tls = config.data.tls.map(tls::Server::new).transpose()?;
         let admin_tls = config.admin.tls.map(tls::Server::new).transpose()?;
-        let flags = match &data_tls {
-            None => "--interface and --port",
-            Some(_) => "--interface and --tls-server-port",
-        };
-        let (data, data_address) = bind(config.data.address, flags)?;
-        let redirect = match config.data.redirect_from {
-            Some(address) => Some(bind(address, "--interface and --port")?.0),
-            None => None,
-        };
-        let (admin, admin_address) =
-            bind(config.admin.address, "--admin-interface and --admin-port")?;
         let mut plan = match config.mode {
             Mode::Edge(edge) => edge::plan(*edge, &config.auth, &snapshots, latch).await?,
             Mode::Offline(offline) => alone::offline(offline, &snapshots, latch).await?,
@@ -235,7 +226,7 @@ impl App {
             is_said: config.data.are_connections_given,
         });
         let of = |connections| Limits { connections, ..limits.clone() };
-        let redirect = redirect.map(|listener| Listening {
+        let redirect = redirect.map(|(listener, _)| Listening {
             listener,
             service: Arc::new(Redirect::to_port(data_address.port())),
             config: listener::Config {

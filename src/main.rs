@@ -1,7 +1,7 @@
 //! The `parapet` binary: three exits, and everything else in the library.
 //!
-//! 64 (`EX_USAGE`) where the configuration is wrong, 1 where the start fails, 0 after a graceful
-//! end.
+//! 64 (`EX_USAGE`) where the configuration is wrong, which includes ports that are taken; 1 where the
+//! start fails; 0 after a graceful end.
 
 use std::{
     io::{self, Write as _},
@@ -12,7 +12,7 @@ use std::{
 use anyhow::Context as _;
 use futures_util::{Stream, stream};
 use parapet::{
-    app::{App, Signal},
+    app::{self, App, Signal},
     command,
     config::{Command, Config},
     probe, telemetry,
@@ -42,6 +42,10 @@ fn main() -> ExitCode {
     match execute(command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
+            if let Some(app::Error::Listen(mistakes)) = error.downcast_ref() {
+                let _ = writeln!(io::stderr(), "{mistakes}");
+                return ExitCode::from(EX_USAGE);
+            }
             let _ = writeln!(io::stderr(), "parapet: {error:#}");
             ExitCode::FAILURE
         }

@@ -8,30 +8,63 @@ use std::{
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::TcpListener;
 
-use super::plan::Error;
+use crate::{
+    config::{AdminListener, DataListener, Mistake, Mistakes},
+    telemetry::report,
+};
 
 /// Connections that wait to be accepted; more than that many new ones at once are rare.
 const BACKLOG: i32 = 4096;
 
-/// Listens on an address, and tells which it became; `flags` are the options that name it.
+/// A socket that listens, and its address, where the system has chosen the port for port 0.
+pub(super) type Bound = (TcpListener, SocketAddr);
+
+/// The sockets of an instance.
+#[derive(Debug)]
+pub(super) struct Sockets {
+    pub(super) data: Bound,
+    /// Where unencrypted requests are redirected.
+    pub(super) redirect: Option<Bound>,
+    pub(super) admin: Bound,
+}
+
+impl Sockets {
+    /// Listens for both listeners. An error names every address that cannot be listened on, with the
+    /// options that it comes from.
+    pub(super) fn bind(data: &DataListener, admin: &AdminListener) -> Result<Self, Mistakes> {
+        let mut failures = Vec::new();
+        let mut bind = |address, flags: &str| {
+            let failed = |error| {
+                let reason = format!("cannot listen on {address}: {}", report(&error));
+                failures.push(Mistake { place: flags.to_owned(), reason });
+            };
+            bind(address).map_err(failed).ok()
+        };
+        let plain = "--interface and --port";
+        let flags = if data.tls.is_some() { "--interface and --tls-server-port" } else { plain };
+        let data_socket = bind(data.address, flags);
+        let redirect = data.redirect_from.and_then(|address| bind(address, plain));
+        let admin = bind(admin.address, "--admin-interface and --admin-port");
+        Mistakes::none_in(failures)?;
+        let (data, admin) = data_socket.zip(admin).expect("what cannot be bound is a mistake");
+        Ok(Self { data, redirect, admin })
+    }
+}
+
+/// Listens on an address.
 ///
 /// The unspecified IPv6 address means IPv4 too, and stands for the unspecified IPv4 address where
 /// the machine has no IPv6.
-pub(super) fn bind(
-    address: SocketAddr,
-    flags: &'static str,
-) -> Result<(TcpListener, SocketAddr), Error> {
+fn bind(address: SocketAddr) -> io::Result<Bound> {
     let is_any = address.is_ipv6() && address.ip().is_unspecified();
-    let bound = match listen(address) {
+    let listener = match listen(address) {
         Err(error) if is_any && means_no_ipv6(&error) => {
             listen(SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), address.port()))
         }
         bound => bound,
-    };
-    bound
-        .and_then(|listener| Ok((listener.local_addr()?, listener)))
-        .map(|(address, listener)| (listener, address))
-        .map_err(|source| Error::Listen { address, flags, source })
+    }?;
+    let address = listener.local_addr()?;
+    Ok((listener, address))
 }
 
 /// Whether the machine, and not somebody on it, stands against an address: a port that is taken is
@@ -77,14 +110,13 @@ mod tests {
             Ok(taken) => taken,
             Err(error) => {
                 assert!(means_no_ipv6(&error), "{error}");
-                assert!(bind(any, "--port").expect("listens on IPv4").1.is_ipv4());
+                assert!(bind(any).expect("listens on IPv4").1.is_ipv4());
                 return;
             }
         };
         let address = taken.local_addr().expect("bound").as_socket().expect("an address");
-        let error = bind(address, "--port").expect_err("the port is taken");
-        let Error::Listen { source, .. } = error else { panic!("{error:?}") };
-        assert_eq!(source.kind(), ErrorKind::AddrInUse, "{source}");
+        let error = bind(address).expect_err("the port is taken");
+        assert_eq!(error.kind(), ErrorKind::AddrInUse, "{error}");
     }
 
     #[test]

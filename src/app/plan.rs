@@ -1,12 +1,13 @@
 //! What a mode comes to, and why it may not come to it.
 
-use std::{io, net::SocketAddr, path::PathBuf, sync::Arc};
+use std::{io, path::PathBuf, sync::Arc};
 
 use tokio::sync::{Mutex, Notify, mpsc};
 
 use super::{edge::Edge, reload::Live, tasks::Tasks};
 use crate::{
     auth::{Authenticator, Authority},
+    config::Mistakes,
     control::{self, Control},
     saver::Saver,
     store::{self, Store},
@@ -20,16 +21,9 @@ use crate::{
 /// Why Parapet does not start.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// An address cannot be listened on.
-    #[error("cannot listen on {address}, which {flags} name")]
-    Listen {
-        /// The address.
-        address: SocketAddr,
-        /// The options that name it.
-        flags: &'static str,
-        /// The cause.
-        source: io::Error,
-    },
+    /// Addresses cannot be listened on, which is a mistake of the configuration that a start alone finds.
+    #[error(transparent)]
+    Listen(#[from] Mistakes),
     /// The certificates of a listener cannot be used any more; the configuration was checked with them.
     #[error("cannot use the certificates")]
     Tls(#[from] tls::Problems),

@@ -25,7 +25,7 @@ pub struct Mistakes(Vec<Mistake>);
 
 impl Mistakes {
     /// `Ok` where nothing is wrong.
-    pub(super) fn none_in(list: Vec<Mistake>) -> Result<(), Self> {
+    pub(crate) fn none_in(list: Vec<Mistake>) -> Result<(), Self> {
         if list.is_empty() { Ok(()) } else { Err(Self(list)) }
     }
 
