@@ -1,6 +1,12 @@
 //! The server's side of TLS on one listener.
 
-use std::{fmt, pin::pin, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    future::{Future as _, poll_fn},
+    pin::pin,
+    sync::Arc,
+    task::Poll,
+};
 
 use arc_swap::ArcSwap;
 use jiff::Timestamp;
@@ -27,10 +33,6 @@ use super::{
 /// How much a connection holds back, in bytes, of what is written to it before the client takes it, and of the
 /// same encrypted: two records of the largest size.
 const BUFFER: usize = 32 << 10;
-
-/// How long a handshake counts as one that is processed. Those that wait for their clients longer leave
-/// their place, so that stalled clients delay nobody.
-const PLACE_HELD: Duration = Duration::from_millis(250);
 
 /// The server's side of TLS on one listener. A cheap handle.
 #[derive(Clone)]
@@ -86,8 +88,9 @@ impl Server {
 
     /// Performs the handshake on a connection that was accepted.
     ///
-    /// A client that has not sent its first message yet, or keeps us waiting later, takes no place of
-    /// another's. When the future is dropped, the connection is closed.
+    /// A place is taken for as long as the client's first message is processed, which is most of the work,
+    /// and never while a client is waited for: however many stall, they delay nobody. When the future is
+    /// dropped, the connection is closed.
     pub async fn handshake<I>(&self, io: I) -> Result<(TlsStream<I>, Tls), HandshakeError>
     where
         I: AsyncRead + AsyncWrite + Unpin,
@@ -100,11 +103,11 @@ impl Server {
             let tls = self.handshake_config();
             let mut accept =
                 pin!(hello.into_stream_with(tls, |it| it.set_buffer_limit(Some(BUFFER))));
-            let prompt = timeout(PLACE_HELD, &mut accept).await;
+            let processed = poll_fn(|cx| Poll::Ready(accept.as_mut().poll(cx))).await;
             drop(place);
-            match prompt {
-                Ok(accepted) => accepted,
-                Err(_) => accept.await,
+            match processed {
+                Poll::Ready(accepted) => accepted,
+                Poll::Pending => accept.await,
             }
         };
         let outcome = match timeout(config.handshake_timeout, handshake).await {

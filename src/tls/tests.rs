@@ -552,7 +552,7 @@ async fn stalled_handshake_ends_at_its_deadline_and_delays_nobody() {
     let mut stalled = tokio::task::JoinSet::new();
     let mut clients = Vec::new();
     // Nothing is sent, a part of the first message, all of it but nothing afterwards.
-    for sent in [&[][..], &hello[..hello.len() / 2], &hello] {
+    for sent in [&[][..], &hello[..hello.len() / 2], &hello].repeat(50) {
         let (ours, mut theirs) = duplex(64 << 10);
         theirs.write_all(sent).await.unwrap();
         let (server, started) = (server.clone(), Instant::now());
@@ -564,7 +564,7 @@ async fn stalled_handshake_ends_at_its_deadline_and_delays_nobody() {
     let (outcome, client) = connect(&server, bed.client(None), "localhost").await;
     outcome.unwrap();
     client.unwrap();
-    assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+    assert_eq!(started.elapsed(), Duration::ZERO);
     let deadline = Duration::from_secs(10);
     while let Some(ended) = stalled.join_next().await {
         let (error, took) = ended.unwrap();
