@@ -87,6 +87,8 @@ mod spec;
 mod standalone;
 /// Server SDKs that follow changes.
 mod streaming;
+/// TLS on the listeners and towards upstream.
+mod tls;
 /// What real Unleash servers do, as far as Parapet relies on it.
 mod upstream_facts;
 /// Our engine beside the reference engine, on random flags.

@@ -5,11 +5,14 @@ import { createRequire } from 'node:module';
 import { chromium } from 'playwright-core';
 import { serve } from './jsonl.mjs';
 
-const { url, chromium: executablePath, session } = JSON.parse(process.argv[2]);
+const { url, chromium: executablePath, session, publicKeyHash } = JSON.parse(process.argv[2]);
 const axe = readFileSync(createRequire(import.meta.url).resolve('axe-core/axe.min.js'), 'utf8');
 
 // Whoever runs the tests may be root, for whom Chromium has no sandbox.
-const browser = await chromium.launch({ executablePath, args: ['--no-sandbox'] });
+const args = ['--no-sandbox'];
+// The only certificate that is trusted: that of this public key, whoever has signed it.
+if (publicKeyHash) args.push(`--ignore-certificate-errors-spki-list=${publicKeyHash}`);
+const browser = await chromium.launch({ executablePath, args });
 const context = await browser.newContext({ viewport: { width: 1280, height: 800 }, locale: 'en-GB', timezoneId: 'UTC' });
 // The cookie of an earlier visit.
 if (session) await context.addCookies([{ name: 'parapet-session', value: session, url, httpOnly: true, sameSite: 'Strict' }]);
@@ -70,6 +73,7 @@ await serve({
         await button('Sign out').click();
         await heading('Sign in').waitFor();
     },
+    cookies: async () => ({ cookies: await context.cookies() }),
     /** The groups of the navigation, each with its links. */
     navigation: async () => ({ text: await page.getByRole('navigation', { name: 'Main' }).innerText() }),
     go: async ({ section }) => pageUp(section),

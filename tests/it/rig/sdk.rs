@@ -1,6 +1,7 @@
 //! The official SDKs as applications use them.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use serde_json::{Value, json};
 use tokio::process::Command;
@@ -41,6 +42,34 @@ impl Sdk {
             json!({ "url": format!("{server}/api"), "token": token, "appName": app_name });
         let mut command = Command::new(tests_dir().join(".venv/bin/python"));
         command.arg(tests_dir().join("sdk/python-sdk.py"));
+        Self::start("Python SDK", command, &options).await
+    }
+
+    /// The Node SDK over TLS, trusting this authority (PEM) besides the platform's.
+    pub(crate) async fn node_trusting(
+        authority: &Path,
+        server: &str,
+        token: &str,
+        app_name: &str,
+    ) -> Self {
+        let url = format!("{server}/api");
+        let options = json!({ "url": url, "token": token, "appName": app_name });
+        let mut command: Command = node("node-sdk.mjs").into();
+        command.env("NODE_EXTRA_CA_CERTS", authority);
+        Self::start("Node SDK", command, &options).await
+    }
+
+    /// The Python SDK over TLS, trusting this authority (PEM) alone.
+    pub(crate) async fn python_trusting(
+        authority: &Path,
+        server: &str,
+        token: &str,
+        app_name: &str,
+    ) -> Self {
+        let url = format!("{server}/api");
+        let options = json!({ "url": url, "token": token, "appName": app_name });
+        let mut command = Command::new(tests_dir().join(".venv/bin/python"));
+        command.arg(tests_dir().join("sdk/python-sdk.py")).env("REQUESTS_CA_BUNDLE", authority);
         Self::start("Python SDK", command, &options).await
     }
 

@@ -1,0 +1,176 @@
+//! An authority that only the tests trust, and what it issues, in files as operators have them.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use jiff::{SignedDuration, Timestamp};
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer, DnType,
+    ExtendedKeyUsagePurpose, IsCa, KeyIdMethod, KeyPair, KeyUsagePurpose, PublicKeyData as _,
+    RevokedCertParams, SanType, SerialNumber, date_time_ymd,
+};
+use rustls::pki_types::CertificateDer;
+use rustls::{ClientConfig, RootCertStore};
+use sha2::{Digest as _, Sha256};
+use tempfile::TempDir;
+
+/// Signs certificates. Its folder is the tests' own, for files of any kind.
+pub(super) struct Authority {
+    issuer: CertifiedIssuer<'static, KeyPair>,
+    folder: TempDir,
+}
+
+/// A certificate and its key, both PEM.
+pub(super) struct Issued {
+    pub(super) certificate: String,
+    pub(super) key: String,
+    der: CertificateDer<'static>,
+    /// The SHA-256 of its public key, in base64.
+    pub(super) public_key_hash: String,
+}
+
+/// Where a certificate and its key are.
+pub(super) struct Files {
+    pub(super) certificate: PathBuf,
+    pub(super) key: PathBuf,
+}
+
+impl Authority {
+    /// Makes one.
+    pub(super) fn new() -> Self {
+        // Fails where there is a provider already, which is the same.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, "authority of the tests");
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+        let folder = tempfile::Builder::new().prefix("authority-").tempdir().unwrap();
+        let authority = Self { issuer, folder };
+        authority.write("ca.crt", &authority.issuer.pem());
+        authority
+    }
+
+    /// Where its own certificate is, in PEM.
+    pub(super) fn file(&self) -> PathBuf {
+        self.path("ca.crt")
+    }
+
+    /// A path in its folder.
+    pub(super) fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Writes a file into its folder, in place.
+    pub(super) fn write(&self, name: &str, contents: impl AsRef<[u8]>) -> PathBuf {
+        let path = self.path(name);
+        std::fs::write(&path, contents).unwrap();
+        path
+    }
+
+    fn issue(&self, names: &[&str], change: impl FnOnce(&mut CertificateParams)) -> Issued {
+        let names: Vec<_> = names.iter().map(|&name| name.to_owned()).collect();
+        let mut params = CertificateParams::new(names).unwrap();
+        change(&mut params);
+        let key = KeyPair::generate().unwrap();
+        let certificate = params.signed_by(&key, &self.issuer).unwrap();
+        let public_key_hash =
+            STANDARD.encode(Sha256::digest(key.subject_public_key_info()).as_slice());
+        let (pem, key) = (certificate.pem(), key.serialize_pem());
+        Issued { certificate: pem, key, der: certificate.into(), public_key_hash }
+    }
+
+    /// A server's certificate.
+    pub(super) fn server(&self, names: &[&str]) -> Issued {
+        self.issue(names, |_| {})
+    }
+
+    /// A server's certificate that expires so many days from now, perhaps a negative number of them.
+    pub(super) fn server_for_days(&self, names: &[&str], days: i64) -> Issued {
+        let until = Timestamp::now() + SignedDuration::from_hours(24 * days);
+        let seconds = until.as_second().try_into().unwrap();
+        self.issue(names, |params| {
+            params.not_before = date_time_ymd(2020, 1, 1);
+            params.not_after = date_time_ymd(1970, 1, 1) + Duration::from_secs(seconds);
+        })
+    }
+
+    /// A client's certificate with this serial number.
+    pub(super) fn client(&self, serial: u64) -> Issued {
+        self.issue(&[], |params| {
+            params.serial_number = Some(SerialNumber::from(serial));
+            params.distinguished_name.push(DnType::CommonName, "checkout");
+            params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+            let uri = "spiffe://flags.test/checkout".try_into().unwrap();
+            params.subject_alt_names = vec![SanType::URI(uri)];
+        })
+    }
+
+    /// Its revocation list, with these serial numbers.
+    pub(super) fn crl(&self, revoked: &[u64]) -> String {
+        let revoked = revoked.iter().map(|&serial| RevokedCertParams {
+            serial_number: SerialNumber::from(serial),
+            revocation_time: date_time_ymd(2024, 1, 1),
+            reason_code: None,
+            invalidity_date: None,
+        });
+        let params = CertificateRevocationListParams {
+            this_update: date_time_ymd(2024, 1, 1),
+            next_update: date_time_ymd(4000, 1, 1),
+            crl_number: SerialNumber::from(1),
+            issuing_distribution_point: None,
+            revoked_certs: revoked.collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        params.signed_by(&self.issuer).unwrap().pem().unwrap()
+    }
+
+    /// A certificate for this machine, in the files `<name>.crt` and `<name>.key`.
+    pub(super) fn for_loopback(&self, name: &str) -> Files {
+        self.server(&["localhost", "127.0.0.1"]).write(self, name)
+    }
+
+    /// What trusts this authority alone, as a client of the rig's kind does: it keeps no connections.
+    pub(super) fn http(&self) -> reqwest::ClientBuilder {
+        let root = reqwest::Certificate::from_der(self.issuer.der()).unwrap();
+        let client = reqwest::Client::builder().tls_certs_only([root]).no_proxy();
+        client.pool_max_idle_per_host(0).timeout(Duration::from_secs(30))
+    }
+
+    /// The same with a certificate of its own.
+    pub(super) fn http_as(&self, client: &Issued) -> reqwest::ClientBuilder {
+        let identity = client.certificate.clone() + &client.key;
+        self.http().identity(reqwest::Identity::from_pem(identity.as_bytes()).unwrap())
+    }
+
+    /// How a plain TLS client trusts this authority alone.
+    pub(super) fn client_config(&self) -> ClientConfig {
+        let mut roots = RootCertStore::empty();
+        roots.add(self.issuer.der().clone()).unwrap();
+        ClientConfig::builder().with_root_certificates(roots).with_no_client_auth()
+    }
+}
+
+impl Issued {
+    /// Puts it into `<name>.crt` and `<name>.key` of the authority's folder.
+    pub(super) fn write(&self, authority: &Authority, name: &str) -> Files {
+        Files {
+            certificate: authority.write(&format!("{name}.crt"), &self.certificate),
+            key: authority.write(&format!("{name}.key"), &self.key),
+        }
+    }
+
+    /// The certificate as it is sent.
+    pub(super) fn der(&self) -> &CertificateDer<'static> {
+        &self.der
+    }
+}
+
+impl Files {
+    /// Certificate and key.
+    pub(super) fn paths(&self) -> [&Path; 2] {
+        [&self.certificate, &self.key]
+    }
+}

@@ -1,0 +1,221 @@
+//! Client certificates: of SDKs, whose listener requires or accepts them, and of an edge, whose upstream does.
+
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper::Request;
+use hyper::body::Incoming;
+use parapet::http::listener::{self, Answer, ConnectionInfo, Drain, Limits, Service};
+use parapet::http::reply;
+use parapet::tls::{self, ClientAuth, Clients, Pair, Tls};
+use reqwest::StatusCode;
+use serde_json::json;
+use sha2::{Digest as _, Sha256};
+use tokio::net::TcpListener;
+
+use super::authority::{Authority, Issued};
+use super::{ADMIN, CLIENT, Encrypted, FEATURES, FLAGS, SOON, features, handshakes, offline};
+use crate::rig::{Parapet, Setup, until};
+
+/// Serial numbers of certificates that are revoked, and of others.
+const REVOKED: u64 = 7;
+const SOUND: u64 = 8;
+
+/// Clients with a right certificate, a revoked one, one of another authority, and none.
+struct Everybody {
+    right: reqwest::Client,
+    revoked: reqwest::Client,
+    wrong: reqwest::Client,
+    absent: reqwest::Client,
+}
+
+impl Everybody {
+    fn new(authority: &Authority) -> Self {
+        let with = |issued: &Issued| authority.http_as(issued).build().unwrap();
+        Self {
+            right: with(&authority.client(SOUND)),
+            revoked: with(&authority.client(REVOKED)),
+            wrong: with(&Authority::new().client(SOUND)),
+            absent: authority.http().build().unwrap(),
+        }
+    }
+}
+
+fn with_clients(authority: &Authority, auth: &str) -> Setup {
+    let setup = offline(authority, &[authority.for_loopback("tls")]);
+    let setup =
+        setup.flag("--tls-client-ca-file", authority.file()).flag("--tls-client-auth", auth);
+    setup.flag("--tls-crl-file", authority.write("crl.pem", authority.crl(&[REVOKED])))
+}
+
+#[tokio::test]
+async fn required_certificate_is_right_and_not_revoked_or_the_handshake_fails() {
+    let authority = Authority::new();
+    let everybody = Everybody::new(&authority);
+    let parapet = Encrypted::start(with_clients(&authority, "required")).await;
+    let url = parapet.url(FEATURES);
+    assert_eq!(features(&everybody.right, &url).await.unwrap(), StatusCode::OK);
+    for client in [&everybody.revoked, &everybody.wrong, &everybody.absent] {
+        assert!(features(client, &url).await.is_err());
+    }
+    parapet.until_metric(&handshakes("none", "client_certificate"), 3.0).await;
+
+    // What is revoked is refused from the next connection on, also where it was accepted before.
+    authority.write("crl.pem", authority.crl(&[REVOKED, SOUND]));
+    until("the certificate is refused", SOON, async || {
+        features(&everybody.right, &url).await.is_err().then_some(())
+    })
+    .await;
+    // Nor is a session gone on with that was begun before: none is.
+    assert!(parapet.metric(&handshakes("1.3", "resumed")).await < 0.5);
+}
+
+#[tokio::test]
+async fn optional_certificate_may_be_missing_but_not_wrong() {
+    let authority = Authority::new();
+    let everybody = Everybody::new(&authority);
+    let parapet = Encrypted::start(with_clients(&authority, "optional")).await;
+    let url = parapet.url(FEATURES);
+    for client in [&everybody.right, &everybody.absent] {
+        assert_eq!(features(client, &url).await.unwrap(), StatusCode::OK);
+    }
+    for client in [&everybody.revoked, &everybody.wrong] {
+        assert!(features(client, &url).await.is_err());
+    }
+    parapet.until_metric(&handshakes("none", "client_certificate"), 2.0).await;
+}
+
+/// Answers what it knows of a request's connection.
+struct Mirror;
+
+impl Service for Mirror {
+    fn call(self: &Arc<Self>, _: Request<Incoming>, connection: &Arc<ConnectionInfo>) -> Answer {
+        let ConnectionInfo { peer, tls } = &**connection;
+        let Some(Tls { version, alpn, client }) = tls else { panic!("it is not encrypted") };
+        let client = client.as_ref().map(|it| (it.subject(), it.names(), it.fingerprint()));
+        let told = format!("{} {} {alpn:?} {client:?}", peer.ip(), version.as_str());
+        Answer::Ready(reply::ok(told))
+    }
+}
+
+#[tokio::test]
+async fn handler_learns_version_protocol_and_certificate() {
+    let authority = Authority::new();
+    let files = authority.for_loopback("tls");
+    let config = tls::Config {
+        listener: "data",
+        pairs: vec![Pair { certificate_file: files.certificate, key_file: files.key }],
+        min_version: tls::Version::Tls12,
+        clients: Some(Clients {
+            ca_file: authority.file(),
+            auth: ClientAuth::Optional,
+            crl_file: None,
+        }),
+        handshake_timeout: Duration::from_secs(10),
+        max_handshakes: 10,
+    };
+    let limits = Limits {
+        connections: 10,
+        connections_per_address: None,
+        header_read_timeout: SOON,
+        idle_timeout: SOON,
+        max_age: None,
+    };
+    let tls = Some(tls::Server::new(config).unwrap());
+    let config = listener::Config { limits, balancers: Vec::new(), tls };
+    let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("https://{}", socket.local_addr().unwrap());
+    let served = listener::serve(socket, Arc::new(Mirror), config, Drain::default(), SOON);
+    let asked = async {
+        let ask = async |client: reqwest::ClientBuilder| {
+            client.build().unwrap().get(&url).send().await.unwrap().text().await.unwrap()
+        };
+        let issued = authority.client(SOUND);
+        let hash: [u8; 32] = Sha256::digest(issued.der()).into();
+        let names = ["spiffe://flags.test/checkout"];
+        let expected =
+            format!("127.0.0.1 1.3 Some(H2) {:?}", Some(("CN=checkout", &names[..], &hash)));
+        assert_eq!(ask(authority.http_as(&issued)).await, expected);
+        let told = ask(authority.http().http1_only()).await;
+        assert_eq!(told, "127.0.0.1 1.3 Some(Http1) None");
+        let old = authority.http().tls_version_max(reqwest::tls::Version::TLS_1_2);
+        assert_eq!(ask(old).await, "127.0.0.1 1.2 Some(H2) None");
+    };
+    tokio::select! {
+        () = served => panic!("nobody told it to end"),
+        () = asked => {}
+    }
+}
+
+/// Puts a certificate and its key into a PKCS #12 file, as operators do.
+fn export(issued: &Path, passphrase: &str) -> std::path::PathBuf {
+    let file = issued.with_extension("p12");
+    let mut command = Command::new("openssl");
+    command
+        .args(["pkcs12", "-export", "-name", "edge"])
+        .arg("-in")
+        .arg(issued)
+        .arg("-out")
+        .arg(&file);
+    command.arg("-passout").arg(format!("pass:{passphrase}"));
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    file
+}
+
+#[tokio::test]
+async fn edge_presents_its_certificate_to_upstream_in_each_of_its_forms() {
+    const PASSPHRASE: &str = "open, says the edge";
+    let authority = Authority::new();
+    let files = authority.for_loopback("upstream");
+    let upstream =
+        Parapet::mode("standalone").flag("--flags", authority.write("flags.json", FLAGS));
+    let upstream =
+        upstream.env("INIT_CLIENT_API_TOKENS", CLIENT).env("INIT_ADMIN_API_TOKENS", ADMIN);
+    let upstream = upstream
+        .flag("--admin-tls-cert", &files.certificate)
+        .flag("--admin-tls-key", &files.key)
+        .flag("--admin-tls-client-ca-file", authority.file())
+        .start()
+        .await;
+    let url = upstream.admin_url().replace("http:", "https:");
+    let edge = || {
+        let edge = Parapet::edge(&url).env("UPSTREAM_CERTIFICATE_FILE", authority.file());
+        edge.admin_token(ADMIN).impatient()
+    };
+    let issued = authority.client(SOUND);
+    let pair = issued.write(&authority, "edge");
+    let both = authority.write("edge.pem", issued.certificate.clone() + &issued.key);
+    let forms = [
+        vec![("PEM_CERT_FILE", both.clone().into_os_string())],
+        vec![
+            ("PKCS12_IDENTITY_FILE", export(&both, PASSPHRASE).into()),
+            ("PKCS12_PASSPHRASE", PASSPHRASE.into()),
+        ],
+        vec![
+            ("PKCS8_CLIENT_CERTIFICATE_FILE", pair.certificate.into()),
+            ("PKCS8_CLIENT_KEY_FILE", pair.key.into()),
+        ],
+    ];
+    for form in forms {
+        let name = form[0].0;
+        let edge = form.into_iter().fold(edge(), |edge, (name, value)| edge.env(name, value));
+        let edge = edge.start().await;
+        let (status, flags) = edge.get(FEATURES, CLIENT).await;
+        assert_eq!(
+            (status, &flags["features"][0]["name"]),
+            (StatusCode::OK, &json!("a")),
+            "{name}"
+        );
+    }
+    let refused = "parapet_tls_handshakes_total{listener=\"admin\",version=\"none\",outcome=\"client_certificate\"}";
+    assert_eq!(upstream.metric(refused).await, None);
+    let stranger = edge().start_listening().await;
+    until("upstream refuses an edge without a certificate", SOON, async || {
+        upstream.metric(refused).await.filter(|&count| count > 0.5)
+    })
+    .await;
+    assert_eq!(stranger.get(FEATURES, CLIENT).await.0, StatusCode::SERVICE_UNAVAILABLE);
+}

@@ -1,0 +1,190 @@
+//! The programs that people come with: curl, openssl, the SDKs and a browser.
+
+use std::path::Path;
+use std::process::{Output, Stdio};
+use std::time::Duration;
+
+use reqwest::StatusCode;
+use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt as _;
+use tokio::process::Command;
+
+use super::authority::{Authority, Files};
+use super::{ADMIN, CLIENT, Encrypted, FEATURES, FLAGS, SOON, handshakes, offline, with_tls};
+use crate::rig::{Driver, Parapet, Sdk, Setup, node, secrets, until};
+
+/// Runs a program to its end, with this as its standard input.
+async fn run(program: &str, args: &[&str], input: &str) -> Output {
+    let mut command = Command::new(program);
+    command.args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut process = command.kill_on_drop(true).spawn().unwrap();
+    let mut stdin = process.stdin.take().unwrap();
+    // It may have ended before it has read anything.
+    let _ = stdin.write_all(input.as_bytes()).await;
+    drop(stdin);
+    tokio::time::timeout(SOON, process.wait_with_output()).await.expect("it ends").unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+#[tokio::test]
+async fn curl_gets_flags_by_each_version() {
+    let authority = Authority::new();
+    let setup = offline(&authority, &[authority.for_loopback("tls")]);
+    let parapet = Encrypted::start(setup.env("REDIRECT_HTTP_TO_HTTPS", "true")).await;
+    let ca = authority.file().display().to_string();
+    let curl = async |args: &[&str], url: &str| {
+        let told = "\n%{http_code} %{http_version} %{num_redirects}";
+        let fixed = ["--silent", "--show-error", "--noproxy", "*", "--write-out", told];
+        run("curl", &[&fixed[..], args, &[url]].concat(), "").await
+    };
+    let (trust, token) = (["--cacert", &*ca], format!("authorization: {CLIENT}"));
+    for (args, version) in [
+        (&["--http1.1", "--tlsv1.3"][..], "1.1"),
+        (&["--http2", "--tlsv1.3"], "2"),
+        (&["--http1.1", "--tls-max", "1.2"], "1.1"),
+        (&["--http2", "--tls-max", "1.2"], "2"),
+    ] {
+        let args = [&trust[..], args, &["--header", &token]].concat();
+        let output = curl(&args, &parapet.url(FEATURES)).await;
+        let answer = text(&output.stdout);
+        assert!(answer.contains("\"features\""), "{args:?}: {answer} {}", text(&output.stderr));
+        assert!(answer.ends_with(&format!("\n200 {version} 0")), "{args:?}: {answer}");
+    }
+    for version in ["1.2", "1.3"] {
+        assert!(parapet.metric(&handshakes(version, "full")).await > 1.5, "{version}");
+    }
+    // Method and body go along to where TLS is spoken.
+    let body = json!({ "tokens": [CLIENT] }).to_string();
+    let json = "content-type: application/json";
+    let args = [&trust[..], &["--location", "--header", json, "--data", &body]].concat();
+    let plain = parapet.parapet.url() + "/edge/validate";
+    let answer = text(&curl(&args, &plain).await.stdout);
+    assert!(answer.contains(CLIENT) && answer.ends_with("\n200 2 1"), "{answer}");
+    // Without the authority it is not trusted.
+    assert_eq!(curl(&[], &parapet.url(FEATURES)).await.status.code(), Some(60));
+}
+
+#[tokio::test]
+async fn openssl_agrees_on_versions_and_resumes_sessions() {
+    const REQUEST: &str = "GET /internal-backstage/health HTTP/1.0\r\n\r\n";
+    let authority = Authority::new();
+    let files = || [authority.for_loopback("tls")];
+    let ca = authority.file().display().to_string();
+    let openssl = async |parapet: &Encrypted, args: &[&str]| {
+        let address = parapet.address.to_string();
+        let fixed = ["s_client", "-connect", &address, "-CAfile", &ca, "-verify_return_error"];
+        let fixed = [&fixed[..], &["-servername", "localhost", "-ign_eof"]].concat();
+        let output = run("openssl", &[&fixed[..], args].concat(), REQUEST).await;
+        (output.status.success(), text(&output.stdout) + &text(&output.stderr))
+    };
+    let parapet = Encrypted::start(offline(&authority, &files())).await;
+    let session = authority.path("session.pem").display().to_string();
+    for (option, version) in [("-tls1_2", "TLSv1.2"), ("-tls1_3", "TLSv1.3")] {
+        let (_, told) = openssl(&parapet, &[option, "-sess_out", &session]).await;
+        assert!(told.contains(&format!("New, {version}")), "{told}");
+        assert!(told.contains("HTTP/1.0 200") && told.contains("Verification: OK"), "{told}");
+        let (_, told) = openssl(&parapet, &[option, "-sess_in", &session]).await;
+        assert!(told.contains(&format!("Reused, {version}")), "{told}");
+        assert!(told.contains("HTTP/1.0 200"), "{told}");
+        let version = version.strip_prefix("TLSv").unwrap();
+        for outcome in ["full", "resumed"] {
+            parapet.until_metric(&handshakes(version, outcome), 1.0).await;
+        }
+    }
+    let old = ["-tls1_1", "-cipher", "DEFAULT@SECLEVEL=0"];
+    let (succeeded, told) = openssl(&parapet, &old).await;
+    assert!(!succeeded && told.contains("SSL alert number"), "{told}");
+
+    let parapet =
+        Encrypted::start(offline(&authority, &files()).flag("--tls-min-version", "1.3")).await;
+    let (succeeded, told) = openssl(&parapet, &["-tls1_2"]).await;
+    assert!(!succeeded && told.contains("alert protocol version"), "{told}");
+    let (_, told) = openssl(&parapet, &["-tls1_3"]).await;
+    assert!(told.contains("HTTP/1.0 200"), "{told}");
+}
+
+/// `parapet standalone` with both listeners over TLS, by one certificate.
+fn standalone(authority: &Authority, files: Files) -> Setup {
+    let setup = Parapet::mode("standalone").flag("--flags", authority.write("flags.json", FLAGS));
+    let setup = setup.flag("--admin-tls-cert", &files.certificate);
+    let setup = setup.flag("--admin-tls-key", &files.key).flag("--metrics-interval-seconds", "1");
+    let setup = setup.env("INIT_CLIENT_API_TOKENS", CLIENT).env("INIT_ADMIN_API_TOKENS", ADMIN);
+    with_tls(setup, &[files])
+}
+
+#[tokio::test]
+async fn sdks_evaluate_and_report_over_tls() {
+    let authority = Authority::new();
+    let parapet = Encrypted::start(standalone(&authority, authority.for_loopback("tls"))).await;
+    let (url, ca) = (parapet.url(""), authority.file());
+    let node = Sdk::node_trusting(&ca, &url, CLIENT, "node over TLS").await;
+    let python = Sdk::python_trusting(&ca, &url, CLIENT, "python over TLS").await;
+    for (mut sdk, times) in [(node, 3), (python, 4)] {
+        assert!(sdk.evaluate(json!({})).await["a"].enabled);
+        sdk.count("a", times).await;
+        sdk.flush().await;
+        sdk.close().await;
+    }
+    let client = authority.http().build().unwrap();
+    let usage = parapet.parapet.admin_url().replace("http:", "https:");
+    let usage = usage + "/api/admin/client-metrics/features/a/raw";
+    until("the usage of both is kept", Duration::from_mins(1), async || {
+        let answer = client.get(&usage).header("authorization", ADMIN).send().await.unwrap();
+        assert_eq!(answer.status(), StatusCode::OK);
+        let kept: Value = serde_json::from_slice(&answer.bytes().await.unwrap()).unwrap();
+        let of = |app: &str| {
+            let hours = kept["data"].as_array().unwrap().iter().filter(|it| it["appName"] == app);
+            hours.map(|hour| hour["yes"].as_u64().unwrap()).sum::<u64>()
+        };
+        ((of("node over TLS"), of("python over TLS")) == (3, 4)).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn console_works_over_tls_and_its_cookie_is_secure() {
+    const PASSWORD: &str = "a password over TLS";
+    secrets::remember(PASSWORD);
+    let authority = Authority::new();
+    let issued = authority.server(&["localhost", "127.0.0.1"]);
+    let setup = standalone(&authority, issued.write(&authority, "tls"));
+    let parapet = Encrypted::start(setup.env("UNLEASH_DEFAULT_ADMIN_PASSWORD", PASSWORD)).await;
+    let chromium = Path::new("/usr/bin/chromium");
+    assert!(chromium.exists(), "no Chromium: tests/run installs it");
+    let options = json!({
+        "url": parapet.parapet.admin_url().replace("http:", "https:"),
+        "chromium": chromium,
+        "publicKeyHash": issued.public_key_hash,
+    });
+    let mut console = Driver::start("console", node("console.mjs").into(), &options).await;
+    let who = json!({ "username": "admin", "password": PASSWORD });
+    let answer = console.ask("sign_in", who).await;
+    assert_eq!(answer["signedIn"], true, "{answer}");
+    let cookies = console.ask("cookies", Value::Null).await;
+    let cookies = cookies["cookies"].as_array().unwrap();
+    assert_eq!(cookies.len(), 2, "the session and the browser: {cookies:?}");
+    let session = cookies.iter().find(|it| it["name"] == "__Host-parapet-session");
+    let session = session.unwrap_or_else(|| panic!("no session: {cookies:?}"));
+    secrets::remember(session["value"].as_str().unwrap());
+    assert!(cookies.iter().all(|it| it["secure"] == true && it["httpOnly"] == true), "{cookies:?}");
+    assert_eq!((&session["path"], &session["sameSite"]), (&json!("/"), &json!("Strict")));
+    // What changes something wants that cookie, and the page's own origin.
+    console.ask("go", json!({ "section": "API access" })).await;
+    let wish = json!({ "name": "made over TLS", "kind": "Backend", "environment": "development" });
+    let made = console.ask("create_token", wish).await;
+    let secret = made["secret"].as_str().unwrap();
+    secrets::remember(secret);
+    let flags = authority.http().build().unwrap().get(parapet.url(FEATURES));
+    let flags = flags.header("authorization", secret).send().await.unwrap();
+    assert_eq!(flags.status(), StatusCode::OK);
+    console.ask("close_dialog", Value::Null).await;
+    console.ask("sign_out", Value::Null).await;
+    let left = console.ask("cookies", Value::Null).await;
+    let left = left["cookies"].as_array().unwrap().iter();
+    assert!(left.clone().all(|it| it["name"] != "__Host-parapet-session"), "it is gone");
+    assert_eq!(console.ask("troubles", Value::Null).await["troubles"], json!([]));
+    console.close().await;
+}
