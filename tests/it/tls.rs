@@ -8,8 +8,10 @@ mod replaced;
 mod tools;
 
 use std::ffi::OsString;
+use std::fmt::Debug;
 use std::net::SocketAddr;
 use std::process::{Command, Output};
+use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -84,17 +86,17 @@ impl Encrypted {
     }
 
     /// A sample of the page of metrics, 0 where it is not there; by way of the admin listener, without TLS.
-    async fn metric(&self, sample: &str) -> f64 {
+    async fn metric(&self, sample: &str) -> u64 {
         let page = http().get(self.parapet.admin_url() + "/metrics").send().await.unwrap();
         number(&page.text().await.unwrap(), sample)
     }
 
-    /// Waits until a sample is this number.
-    async fn until_metric(&self, sample: &str, expected: f64) {
+    /// Waits until a sample is this number, which it must not exceed.
+    async fn until_metric(&self, sample: &str, expected: u64) {
         until(&format!("{sample} is {expected}"), SOON, async || {
             let found = self.metric(sample).await;
             assert!(found <= expected, "{sample} is {found}");
-            ((found - expected).abs() < 0.5).then_some(())
+            (found == expected).then_some(())
         })
         .await;
     }
@@ -120,9 +122,9 @@ impl Encrypted {
     }
 }
 
-fn number(page: &str, sample: &str) -> f64 {
+fn number<T: FromStr<Err: Debug> + Default>(page: &str, sample: &str) -> T {
     let found = page.lines().find_map(|line| line.strip_prefix(sample)?.strip_prefix(' '));
-    found.map_or(0.0, |number| number.parse().unwrap())
+    found.map_or_else(T::default, |number| number.parse().unwrap())
 }
 
 /// How many handshakes with the data listener ended so.
@@ -166,7 +168,7 @@ async fn unencrypted_requests_are_redirected_and_nothing_else_listens_there() {
     let mut answer = Vec::new();
     let _ = stream.read_to_end(&mut answer).await;
     assert!(!answer.starts_with(b"HTTP"), "{answer:?}");
-    parapet.until_metric(&handshakes("none", "failed"), 1.0).await;
+    parapet.until_metric(&handshakes("none", "failed"), 1).await;
 
     let parapet = Encrypted::start(offline(&authority, &files())).await;
     assert_eq!(features(&client, &parapet.url(FEATURES)).await.unwrap(), StatusCode::OK);
@@ -261,9 +263,9 @@ async fn stalled_handshakes_delay_nobody() {
         });
     }
     others.join_all().await;
-    assert!(parapet.metric(&handshakes("none", "closed")).await < 0.5, "they are under way");
+    assert!(parapet.metric(&handshakes("none", "closed")).await == 0, "they are under way");
     drop(stalled);
-    parapet.until_metric(&handshakes("none", "closed"), 300.0).await;
+    parapet.until_metric(&handshakes("none", "closed"), 300).await;
 }
 
 #[tokio::test]
@@ -275,7 +277,7 @@ async fn stalled_handshake_ends_at_its_deadline() {
         let mut rest = Vec::new();
         let _ = stream.read_to_end(&mut rest).await;
     }
-    parapet.until_metric(&handshakes("none", "timed_out"), 6.0).await;
+    parapet.until_metric(&handshakes("none", "timed_out"), 6).await;
 }
 
 #[tokio::test]
@@ -312,11 +314,11 @@ async fn handshakes_and_expiry_are_told_in_metrics_status_and_log() {
     assert!(strict.is_err(), "it has expired");
     let page = expired.get(format!("{url}/metrics")).send().await.unwrap().text().await.unwrap();
     for outcome in ["full", "resumed"] {
-        assert!((number(&page, &handshakes("1.3", outcome)) - 1.0).abs() < 0.5, "{page}");
+        assert_eq!(number::<u64>(&page, &handshakes("1.3", outcome)), 1, "{page}");
     }
     let expiry = |listener: &str, file: &str| {
         let name = "parapet_tls_certificate_expiry_seconds";
-        number(&page, &format!("{name}{{listener=\"{listener}\",certificate=\"{file}\"}}"))
+        number::<f64>(&page, &format!("{name}{{listener=\"{listener}\",certificate=\"{file}\"}}"))
     };
     let day = 86_400.0;
     assert!((9.0 * day..=10.0 * day).contains(&expiry("data", &soon_file)), "{page}");
@@ -383,7 +385,7 @@ fn every_file_that_cannot_be_used_is_a_mistake_of_its_own() {
     variables[3].1 = list(&[&folder]);
     variables[4].1 = list(&[&one.key]);
     variables[5] = ("ADMIN_TLS_CERT", one.certificate.clone().into());
-    variables.push(("ADMIN_TLS_KEY", one.key.clone().into()));
+    variables.push(("ADMIN_TLS_KEY", one.key.into()));
     let told = mistakes(&["offline"], &variables);
     let expected = format!("TLS_SERVER_CERT: cannot read {}: Is a directory", folder.display());
     assert!(told.len() == 1 && told[0].starts_with(&expected), "{told:#?}");

@@ -49,7 +49,7 @@ impl Authority {
         let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
         let folder = tempfile::Builder::new().prefix("authority-").tempdir().unwrap();
         let authority = Self { issuer, folder };
-        authority.write("ca.crt", &authority.issuer.pem());
+        authority.write("ca.crt", authority.issuer.pem());
         authority
     }
 
