@@ -206,23 +206,20 @@ impl<S: Service> Server<S> {
         let Some(tls) = self.config.tls.clone() else {
             return self.speak(slot, io, ConnectionInfo { peer, tls: None }, None).await;
         };
-        // In a box, so that connections without it take no room for it.
-        Box::pin(async move {
-            let handshake = tls.handshake(io);
-            match connection::unless_ended(handshake, slot.activity(), &self.drain).await {
-                Some(Ok((io, agreed))) => {
-                    let protocol = agreed.alpn.map(|alpn| match alpn {
-                        Alpn::H2 => Protocol::Http2,
-                        Alpn::Http1 => Protocol::Http1,
-                    });
-                    let info = ConnectionInfo { peer, tls: Some(agreed) };
-                    self.speak(slot, io, info, protocol).await;
-                }
-                Some(Err(error)) => debug!(error = report(&error), "A TLS handshake failed"),
-                None => {}
+        // In boxes, so that connections without TLS take no room for it, nor those with it for the handshake.
+        let handshake = Box::pin(tls.handshake(io));
+        match connection::unless_ended(handshake, slot.activity(), &self.drain).await {
+            Some(Ok((io, agreed))) => {
+                let protocol = agreed.alpn.map(|alpn| match alpn {
+                    Alpn::H2 => Protocol::Http2,
+                    Alpn::Http1 => Protocol::Http1,
+                });
+                let info = ConnectionInfo { peer, tls: Some(agreed) };
+                Box::pin(self.speak(slot, io, info, protocol)).await;
             }
-        })
-        .await;
+            Some(Err(error)) => debug!(error = report(&error), "A TLS handshake failed"),
+            None => {}
+        }
     }
 
     /// Speaks what was agreed on, or what the client begins with.
