@@ -236,7 +236,7 @@ const STREAMS: usize = 8;
 async fn keep_asking(fleet: Arc<Fleet>, protocol: Protocol, tally: Arc<Tally>) {
     let ask = async |mut kept: Kept, nth: usize| {
         let request = Request::builder().header("authorization", CLIENT);
-        let request = if nth % 8 == 0 {
+        let request = if nth.is_multiple_of(8) {
             let report = json!({ "appName": "door", "instanceId": "1", "bucket": {
                 "start": "2026-01-01T00:00:00Z", "stop": "2026-01-01T00:00:00Z", "toggles": {} } });
             let post = request.method("POST").uri("/api/client/metrics");
