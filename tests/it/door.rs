@@ -1,5 +1,6 @@
 //! The front door as clients, load balancers and attackers meet it: how connections are kept, shared and ended.
 
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -11,12 +12,14 @@ use hyper::Request;
 use reqwest::{Client, StatusCode};
 use rustls::ClientConfig;
 use serde_json::{Value, json};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::JoinSet;
 
-use crate::local::CLIENT;
+use crate::local::{CLIENT, FRONTEND, Local};
 use crate::rig::{
-    Certificate, Driver, Events, Kept, Nginx, Outcome, Parapet, Protocol, Setup, http, node,
-    secrets, tests_dir, until,
+    Certificate, Deaf, Deafness, Driver, Events, Kept, Nginx, Outcome, Parapet, Protocol, Setup,
+    http, node, secrets, tests_dir, until,
 };
 
 const FLAGS: &str = r#"{"features":[{"name":"a","project":"default","enabled":true,
@@ -27,10 +30,16 @@ const FEATURES: &str = "/api/client/features";
 
 /// Offline, with a token of each kind.
 fn offline() -> Setup {
+    offline_with(FLAGS)
+}
+
+fn offline_with(flags: &str) -> Setup {
     secrets::remember(CLIENT);
+    secrets::remember(FRONTEND);
     let file = tempfile::tempdir().unwrap().keep().join("flags.json");
-    std::fs::write(&file, FLAGS).unwrap();
-    Parapet::mode("offline").flag("--bootstrap-file", &file).flag("--client-tokens", CLIENT)
+    std::fs::write(&file, flags).unwrap();
+    let setup = Parapet::mode("offline").flag("--bootstrap-file", &file);
+    setup.flag("--client-tokens", CLIENT).flag("--frontend-tokens", FRONTEND)
 }
 
 /// How clients poll.
@@ -333,4 +342,239 @@ async fn rolling_restart_loses_no_request_of_clients_that_choose_ready_instances
 #[ignore = "needs nginx, see tests/run"]
 async fn rolling_restart_loses_no_request_behind_nginx() {
     tokio::join!(check_rolling_restart(false, true), check_rolling_restart(true, true));
+}
+
+/// The longest that anything takes which ends by itself.
+const PATIENCE: Duration = Duration::from_mins(2);
+
+/// Flags that are on for half of all users each, another half for each flag.
+fn many_flags(count: usize) -> String {
+    let parameters = json!({ "rollout": "50", "stickiness": "userId" });
+    let flag = |nth: usize| {
+        let mut parameters = parameters.clone();
+        parameters["groupId"] = json!(format!("group-{nth}"));
+        json!({ "name": format!("flag-of-a-usual-name-{nth}-{}", "x".repeat(100)), "enabled": true,
+                "project": "default",
+                "strategies": [{ "name": "flexibleRollout", "parameters": parameters }] })
+    };
+    json!({ "version": 2, "features": (0..count).map(flag).collect::<Vec<_>>() }).to_string()
+}
+
+/// What a user asks for.
+fn user(nth: usize) -> String {
+    format!("/api/frontend?userId={nth}")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn http2_answers_that_nobody_takes_cost_bounded_memory_and_for_a_while() {
+    const CONNECTIONS: usize = 20;
+    const REQUESTS: usize = 200;
+    /// In KiB.
+    const MIB: u64 = 1024;
+    let parapet = offline_with(&many_flags(2000)).start().await;
+    let ask = async |number: usize| {
+        let request = http().get(parapet.url() + &user(number));
+        let answer = request.header("authorization", FRONTEND).send().await.unwrap();
+        assert_eq!(answer.status(), StatusCode::OK);
+        answer.bytes().await.unwrap().len()
+    };
+    let length = ask(usize::MAX).await;
+    assert!(length > 150_000, "{length}");
+    let before = parapet.proc_status("VmRSS");
+
+    let mut few =
+        Deaf::send(&parapet.address(), Deafness::NoWindow, FRONTEND, (0..3).map(user)).await;
+    let (address, mut users) = (parapet.address(), (3..).map(user));
+    let mut hold = async |how: Deafness| {
+        let mut all = Vec::new();
+        for _ in 0..CONNECTIONS / 2 {
+            let metrics = (0..REQUESTS / 10).map(|_| "/internal-backstage/metrics".to_owned());
+            all.push(Deaf::send(&address, how, "", metrics).await);
+            let users = users.by_ref().take(REQUESTS);
+            all.push(Deaf::send(&address, how, FRONTEND, users).await);
+        }
+        all
+    };
+    let gone = hold(Deafness::NoWindow).await;
+    let unread = hold(Deafness::NoReading).await;
+    // Others are answered meanwhile.
+    for nth in 0..20 {
+        ask(usize::MAX - nth).await;
+    }
+    drop(gone);
+    until("the memory is given back, of unread connections too", PATIENCE, async || {
+        (parapet.proc_status("VmRSS") < before + 32 * MIB).then_some(())
+    })
+    .await;
+    drop(unread);
+    let most = parapet.proc_status("VmHWM");
+    assert!(most < 250 * MIB, "{most} KiB at the most, {before} before");
+
+    let resets = std::mem::take(&mut few.answers).into_iter().map(async |answer| {
+        let mut body = answer.await.unwrap().into_body();
+        body.data().await.map(|data| data.unwrap_err().reason())
+    });
+    let resets = tokio::time::timeout(PATIENCE, join_all(resets)).await.unwrap();
+    assert_eq!(resets, [Some(Some(h2::Reason::CANCEL)); 3]);
+}
+
+#[tokio::test]
+async fn idle_http2_connection_ends_however_often_it_is_pinged() {
+    let parapet = Local::offline_with(FLAGS, &["--edge-keepalive-timeout", "1"]).await;
+    let stream = TcpStream::connect(parapet.address()).await.unwrap();
+    let (mut sender, mut connection) = h2::client::handshake(stream).await.unwrap();
+    let mut pings = connection.ping_pong().unwrap();
+    let connection = tokio::spawn(connection);
+    let request = Request::get("http://a/nothing").body(()).unwrap();
+    let answer = sender.send_request(request, true).unwrap().0.await.unwrap();
+    assert_eq!(answer.status(), StatusCode::NOT_FOUND);
+    let mut answered = 0;
+    let pinging = async {
+        while pings.ping(h2::Ping::opaque()).await.is_ok() {
+            answered += 1;
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, pinging).await.expect("the connection ends");
+    assert!(answered > 10, "{answered}: it ended before");
+    connection.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn idle_connections_leave_descriptors_for_probes_of_both_listeners() {
+    const IDLE: usize = 300;
+    let parapet = offline().descriptors(256, 256).start().await;
+    let mut idle = Vec::new();
+    for nth in 0..IDLE {
+        let mut stream = TcpStream::connect(parapet.address()).await.unwrap();
+        // Half of them have been used.
+        if nth % 2 == 0 {
+            stream.write_all(b"GET /nothing HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+            let _ = stream.read(&mut [0; 1024]).await;
+        }
+        idle.push(stream);
+        if nth % 20 == 19 {
+            assert!(parapet.is_well().await && parapet.is_ready().await, "with {nth} more");
+        }
+    }
+    assert_eq!(parapet.get(FEATURES, CLIENT).await.0, StatusCode::OK);
+    assert_eq!(parapet.descriptor_limit(), 256);
+    let log = parapet.log();
+    assert!(log.contains("There are too few file descriptors for --max-connections"), "{log}");
+    assert!(!log.contains("Cannot accept"), "{log}");
+    drop(idle);
+
+    let parapet = offline().descriptors(64, 512).start().await;
+    assert_eq!(parapet.descriptor_limit(), 512, "it is raised");
+}
+
+/// Connects from `127.0.0.<host>`.
+async fn connect_from(host: u8, address: SocketAddr) -> TcpStream {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind((Ipv4Addr::new(127, 0, 0, host), 0).into()).unwrap();
+    socket.connect(address).await.unwrap()
+}
+
+#[tokio::test]
+async fn one_address_cannot_keep_another_out() {
+    let limits = ["--max-connections", "20", "--max-connections-per-address", "15"];
+    let parapet = Local::offline_with(FLAGS, &limits).await;
+    let begun = format!(
+        "POST /api/frontend HTTP/1.1\r\nhost: a\r\nauthorization: {FRONTEND}\r\n\
+         content-length: 2\r\nexpect: 100-continue\r\n\r\n"
+    );
+    let mut held = Vec::new();
+    for _ in 0..40 {
+        let mut stream = connect_from(2, parapet.address()).await;
+        let _ = stream.write_all(begun.as_bytes()).await;
+        // Busy from now on, so that it makes room for nobody; or refused.
+        let mut told = [0; "HTTP/1.1 100 Continue\r\n\r\n".len()];
+        if stream.read_exact(&mut told).await.is_ok() {
+            held.push(stream);
+        }
+    }
+    assert_eq!(held.len(), 15, "it has its share");
+    let mut other = connect_from(3, parapet.address()).await;
+    other.write_all(b"GET /internal-backstage/health HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+    let mut status = [0; 12];
+    other.read_exact(&mut status).await.unwrap();
+    assert_eq!(&status, b"HTTP/1.1 200");
+    for mut stream in held {
+        stream.write_all(b"{}").await.unwrap();
+        stream.read_exact(&mut status).await.unwrap();
+        assert_eq!(&status, b"HTTP/1.1 200");
+    }
+}
+
+/// A request for evaluated flags, after which the connection ends.
+fn last_request(token: &str) -> Vec<u8> {
+    let head = "GET /api/frontend HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n";
+    format!("{head}authorization: {token}\r\n\r\n").into_bytes()
+}
+
+/// Everything that comes back for these bytes.
+async fn exchange(mut io: impl AsyncRead + AsyncWrite + Unpin, bytes: &[u8]) -> String {
+    // The server may have heard enough before the end.
+    let _ = io.write_all(bytes).await;
+    let mut back = Vec::new();
+    let _ = tokio::time::timeout(PATIENCE, io.read_to_end(&mut back)).await.expect("it ends");
+    String::from_utf8(back).unwrap()
+}
+
+#[tokio::test]
+async fn proxy_protocol_names_the_client_where_its_balancer_is_trusted() {
+    const BALANCER: u8 = 2;
+    const STRANGER: u8 = 3;
+    const OFFICE: [u8; 4] = [192, 0, 2, 7];
+    const ELSEWHERE: [u8; 4] = [192, 0, 2, 8];
+    const DENIED: [u8; 4] = [192, 0, 2, 66];
+    let flags = r#"{"features":[{"name":"in-the-office","project":"default","enabled":true,
+        "strategies":[{"name":"remoteAddress","parameters":{"IPs":"192.0.2.7"}}]}]}"#;
+    let certificate = Certificate::new();
+    let (file, key) = (certificate.file(), certificate.key_file());
+    let arguments = ["--proxy-protocol", "--proxy-trusted-servers", "127.0.0.2"];
+    let arguments = [&arguments[..], &["--deny-list", "192.0.2.66"]].concat();
+    let tls = ["--tls-enable", "--tls-server-port", "0"];
+    let files = ["--tls-server-cert", file.to_str().unwrap()];
+    let files = [&files[..], &["--tls-server-key", key.to_str().unwrap()]].concat();
+    let plain = Local::offline_with(flags, &arguments).await;
+    let encrypted = Local::offline_with(flags, &[&arguments[..], &tls, &files].concat()).await;
+
+    let version_1 = |[a, b, c, d]: [u8; 4]| {
+        format!("PROXY TCP4 {a}.{b}.{c}.{d} 127.0.0.1 50000 443\r\n").into_bytes()
+    };
+    let version_2 = |address: [u8; 4]| {
+        let begin = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c";
+        [&begin[..], &address, &[127, 0, 0, 1, 0xc3, 0x50, 1, 0xbb]].concat()
+    };
+    let ask = async |is_tls: bool, host: u8, header: &[u8]| {
+        let parapet = if is_tls { &encrypted } else { &plain };
+        let mut stream = connect_from(host, parapet.address()).await;
+        if !is_tls {
+            return exchange(stream, &[header, &last_request(FRONTEND)].concat()).await;
+        }
+        stream.write_all(header).await.unwrap();
+        let connector = tokio_rustls::TlsConnector::from(certificate.client_config("http/1.1"));
+        match connector.connect("localhost".try_into().unwrap(), stream).await {
+            Ok(stream) => exchange(stream, &last_request(FRONTEND)).await,
+            Err(_) => String::new(),
+        }
+    };
+    for is_tls in [false, true] {
+        for header in [&version_1 as &dyn Fn([u8; 4]) -> Vec<u8>, &version_2] {
+            let answer = ask(is_tls, BALANCER, &header(OFFICE)).await;
+            assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("in-the-office"));
+            let answer = ask(is_tls, BALANCER, &header(ELSEWHERE)).await;
+            assert!(answer.starts_with("HTTP/1.1 200") && !answer.contains("in-the-office"));
+            let answer = ask(is_tls, BALANCER, &header(DENIED)).await;
+            assert!(answer.starts_with("HTTP/1.1 403"), "{answer}");
+
+            let answer = ask(is_tls, STRANGER, &header(OFFICE)).await;
+            let expect = if is_tls { "" } else { "HTTP/1.1 400" };
+            assert_eq!(answer.get(..12).unwrap_or_default(), expect, "it is malformed: {answer}");
+        }
+        assert_eq!(ask(is_tls, BALANCER, b"").await, "", "a header is missing");
+        let answer = ask(is_tls, STRANGER, b"").await;
+        assert!(answer.starts_with("HTTP/1.1 200") && !answer.contains("in-the-office"));
+    }
 }

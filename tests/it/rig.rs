@@ -7,6 +7,7 @@
 mod certificate;
 pub(crate) mod chaos;
 mod clock;
+mod deaf;
 mod disk;
 mod driver;
 mod events;
@@ -24,6 +25,7 @@ mod unleash;
 pub(crate) use certificate::Certificate;
 pub(crate) use chaos::{ChaosProxy, Fault};
 pub(crate) use clock::WallClock;
+pub(crate) use deaf::{Deaf, Deafness};
 pub(crate) use disk::hanging_disk;
 pub(crate) use driver::Driver;
 pub(crate) use events::Events;

@@ -155,6 +155,12 @@ impl Parapet {
         self.setup.tls_client.as_ref().unwrap_or_else(|| http())
     }
 
+    /// Whether a probe of the admin listener succeeds.
+    pub(crate) async fn is_well(&self) -> bool {
+        let answer = http().get(self.admin_url() + "/internal-backstage/health").send().await;
+        answer.is_ok_and(|answer| answer.status().is_success())
+    }
+
     /// Where the operator goes.
     pub(crate) fn admin_url(&self) -> String {
         format!("http://127.0.0.1:{}", self.admin_port)
@@ -254,6 +260,15 @@ impl Parapet {
         let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
         let number = line.expect("the system tells it").split_whitespace().next();
         number.expect("there is a number").parse().unwrap()
+    }
+
+    /// The soft limit on its file descriptors.
+    pub(crate) fn descriptor_limit(&self) -> u64 {
+        let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
+        let id = process.as_ref().expect("it is running").id();
+        let limits = std::fs::read_to_string(format!("/proc/{id}/limits")).unwrap();
+        let limit = limits.lines().find_map(|line| line.strip_prefix("Max open files"));
+        limit.unwrap().split_whitespace().next().unwrap().parse().unwrap()
     }
 
     /// Leaves it room for so many descriptors more.

@@ -1,0 +1,102 @@
+//! HTTP/2 clients that take nothing of their answers.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use h2::client::{Connection, ResponseFuture, SendRequest};
+use hyper::Request;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::task::JoinHandle;
+
+/// A connection whose client reads it, or does not.
+#[derive(Debug)]
+struct Wire {
+    stream: TcpStream,
+    is_read: bool,
+}
+
+/// How a client takes nothing.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Deafness {
+    /// It takes heads and pings, and allows for no byte of a body.
+    NoWindow,
+    /// It allows for everything, and does not read its connection.
+    NoReading,
+}
+
+/// The requests of one connection, held until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Deaf {
+    connection: JoinHandle<()>,
+    /// What they would be answered on.
+    pub(crate) answers: Vec<ResponseFuture>,
+}
+
+impl Deaf {
+    /// Sends a GET for each path at once, however few the server allows for.
+    pub(crate) async fn send(
+        address: &str,
+        how: Deafness,
+        token: &str,
+        paths: impl IntoIterator<Item = String>,
+    ) -> Self {
+        /// More than any test sends.
+        const STREAMS: usize = 10_000;
+        let stream = TcpStream::connect(address).await.unwrap();
+        let wire = Wire { stream, is_read: how == Deafness::NoWindow };
+        let window = if how == Deafness::NoWindow { 0 } else { (1 << 31) - 1 };
+        let mut builder = h2::client::Builder::new();
+        builder.initial_window_size(window).initial_max_send_streams(STREAMS);
+        let built = builder.handshake::<_, Bytes>(wire).await;
+        let (mut sender, connection): (SendRequest<Bytes>, Connection<Wire, Bytes>) =
+            built.unwrap();
+        let requests = paths.into_iter().map(|path| {
+            let request = Request::get(format!("http://{address}{path}"));
+            request.header("authorization", token).body(()).unwrap()
+        });
+        // Before the connection runs, so that the server's limits come too late.
+        let answers = requests.map(|it| sender.send_request(it, true).unwrap().0).collect();
+        let connection = tokio::spawn(async move {
+            let _ = connection.await;
+            drop(sender);
+        });
+        Self { connection, answers }
+    }
+}
+
+impl Drop for Deaf {
+    fn drop(&mut self) {
+        self.connection.abort();
+    }
+}
+
+impl AsyncRead for Wire {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if self.is_read { Pin::new(&mut self.stream).poll_read(cx, buffer) } else { Poll::Pending }
+    }
+}
+
+impl AsyncWrite for Wire {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
