@@ -284,8 +284,9 @@ keys! {
         TLS_CRL_FILE = one("tls-crl-file");
         /// The longest that a TLS handshake may take on either listener, in seconds.
         TLS_HANDSHAKE_TIMEOUT_SECONDS = one("tls-handshake-timeout-seconds").default("10");
-        /// How many TLS handshakes each listener processes at once; others wait for their turn.
-        TLS_MAX_HANDSHAKES = one("tls-max-handshakes").default("256");
+        /// How many TLS handshakes each listener processes at once, so that many new connections leave
+        /// processors to those that there are; half of the processors when left out.
+        TLS_MAX_HANDSHAKES = one("tls-max-handshakes");
         /// The file of the certificate chain (PEM) of the admin listener, which then talks TLS; of several the
         /// first is the default.
         ADMIN_TLS_CERT = list("admin-tls-cert");
@@ -365,8 +366,9 @@ keys! {
         MAX_CONNECTIONS_PER_ADDRESS = one("max-connections-per-address");
         /// The longest that a client may take to send a request's head, from its first byte.
         HEADER_READ_TIMEOUT_SECONDS = one("header-read-timeout-seconds").default("15");
-        /// How long a connection is kept on which nothing is under way, in seconds. Longer than clients
-        /// and load balancers keep theirs, so that none is closed while they write.
+        /// How long a connection is kept at least on which nothing is under way, in seconds; up to a
+        /// quarter longer. Longer than clients and load balancers keep theirs, so that none is closed
+        /// while they write.
         EDGE_KEEPALIVE_TIMEOUT = one("edge-keepalive-timeout").default("80");
         /// About how long a connection is used before its client is told to open another, in seconds,
         /// so that clients spread over new instances; for ever when left out.

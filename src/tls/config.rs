@@ -16,7 +16,8 @@ pub struct Config {
     pub clients: Option<Clients>,
     /// The longest that a handshake may take, waiting for its turn included.
     pub handshake_timeout: Duration,
-    /// How many handshakes are processed at once; others wait for their turn. Above 0.
+    /// How many handshakes are processed at once, so that they leave processors to other work; others wait
+    /// for their turn. Above 0.
     pub max_handshakes: usize,
 }
 
