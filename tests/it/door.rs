@@ -71,7 +71,9 @@ impl Polling<'_> {
         let mut all = JoinSet::new();
         for &interval in self.intervals {
             for _ in 0..self.clients {
-                let client = Client::builder().no_proxy().pool_idle_timeout(None);
+                // The certificates of the system would be read for each.
+                let client = Client::builder().no_proxy().tls_certs_only([]);
+                let client = client.pool_idle_timeout(None);
                 let client = if is_http2 { client.http2_prior_knowledge() } else { client };
                 let (client, url) = (client.build().unwrap(), url.clone());
                 all.spawn(async move {
