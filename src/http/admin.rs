@@ -120,14 +120,15 @@ impl Admin {
         started: Instant,
     ) -> Reply {
         let (head, body) = request.into_parts();
-        let body = Arriving::new(body, started, self.data.settings.request_timeout);
+        let mut body = Arriving::new(body, started, self.data.settings.request_timeout);
         let access = &self.data.settings.access;
         let address = access.proxies.client(peer, &head.headers).verified;
         let (subject, reply) = match normalise(head.uri.path(), "") {
             _ if !access.serves(address) => (Subject::Unknown, Err(Failure::Blocked)),
-            Some(path) => self.serve(&path, &head, body, address, started).await,
+            Some(path) => self.serve(&path, &head, &mut body, address, started).await,
             None => (Subject::Unknown, Err(Failure::NotFound)),
         };
+        body.discard().await;
         let mut reply = reply::without_body(&head.method, reply.unwrap_or_else(Reply::from));
         reply::protect(&mut reply);
         self.data.meter.record(subject, &head.method, &reply, started.elapsed());
@@ -139,7 +140,7 @@ impl Admin {
         &self,
         path: &str,
         head: &Parts,
-        body: Arriving,
+        body: &mut Arriving,
         address: IpAddr,
         started: Instant,
     ) -> (Subject<'static>, Result<Reply, Failure>) {
@@ -176,7 +177,7 @@ impl Admin {
         relay: &Relay,
         head: &Parts,
         path: &str,
-        body: Arriving,
+        body: &mut Arriving,
         address: IpAddr,
     ) -> Result<Reply, Failure> {
         let body = body.read(&head.headers, self.data.settings.body_bytes).await?;
@@ -201,7 +202,7 @@ impl Admin {
         &self,
         found: &Found<'_>,
         head: &Parts,
-        body: Arriving,
+        body: &mut Arriving,
         address: IpAddr,
     ) -> Result<Reply, Failure> {
         let Found { operation, arguments } = found;
@@ -229,7 +230,7 @@ impl Admin {
         &self,
         found: &Found<'_>,
         head: &Parts,
-        body: Arriving,
+        body: &mut Arriving,
         address: IpAddr,
     ) -> Result<(Caller, Bytes), Failure> {
         let caller = self.admit(found, head, address).await?;
@@ -263,7 +264,7 @@ impl Admin {
         &self,
         operation: &Operation,
         head: &Parts,
-        body: Arriving,
+        body: &mut Arriving,
     ) -> Result<Bytes, Failure> {
         match operation.body {
             Some(_) => {

@@ -165,14 +165,15 @@ impl Data {
     async fn answer(&self, request: Request<Incoming>, client: Client, started: Instant) -> Reply {
         let (head, body) = request.into_parts();
         let path = normalise(head.uri.path(), &self.settings.base_path);
+        let mut body = Arriving::new(body, started, self.settings.request_timeout);
         let (subject, reply) = match self.route(&head.method, path.as_deref(), client) {
             Ok(route) => {
-                let body = Arriving::new(body, started, self.settings.request_timeout);
-                let reply = self.dispatch(route, &head, body, client).await;
+                let reply = self.dispatch(route, &head, &mut body, client).await;
                 (Subject::Route(route), reply.unwrap_or_else(Reply::from))
             }
             Err(unrouted) => self.unrouted(unrouted, &head.headers),
         };
+        body.discard().await;
         self.finish(subject, &head.method, &head.headers, reply, started)
     }
 
@@ -230,7 +231,7 @@ impl Data {
         &self,
         route: Route<'_>,
         head: &Parts,
-        body: Arriving,
+        body: &mut Arriving,
         client: Client,
     ) -> Result<Reply, Failure> {
         let headers = &head.headers;
@@ -313,7 +314,7 @@ impl Data {
         &self,
         kind: TokenKind,
         headers: &HeaderMap,
-        body: Arriving,
+        body: &mut Arriving,
     ) -> Result<Report, Failure> {
         let admission = self.admit(headers, &[kind]).await?;
         let body = self.read(headers, body).await?;
@@ -378,7 +379,7 @@ impl Data {
     async fn ofrep_flags(
         &self,
         head: &Parts,
-        body: Arriving,
+        body: &mut Arriving,
         client: Client,
     ) -> Result<Reply, Failure> {
         let headers = &head.headers;
@@ -396,7 +397,7 @@ impl Data {
         &self,
         head: &Parts,
         key: &str,
-        body: Arriving,
+        body: &mut Arriving,
         client: Client,
     ) -> Result<Reply, Failure> {
         let headers = &head.headers;
@@ -429,7 +430,7 @@ impl Data {
     async fn follow_flags(
         &self,
         head: &Parts,
-        body: Arriving,
+        body: &mut Arriving,
         client: Client,
     ) -> Result<Reply, Failure> {
         let headers = &head.headers;
@@ -546,7 +547,11 @@ impl Data {
     }
 
     /// The body that holds the context, where it is not in the query.
-    async fn context_body(&self, head: &Parts, body: Arriving) -> Result<Option<Bytes>, Failure> {
+    async fn context_body(
+        &self,
+        head: &Parts,
+        body: &mut Arriving,
+    ) -> Result<Option<Bytes>, Failure> {
         if head.method == Method::POST {
             return self.read_context(&head.headers, body).await.map(Some);
         }
@@ -567,7 +572,7 @@ impl Data {
     fn read<'a>(
         &'a self,
         headers: &'a HeaderMap,
-        body: Arriving,
+        body: &'a mut Arriving,
     ) -> Pin<Box<dyn Future<Output = Result<Bytes, Failure>> + Send + 'a>> {
         Box::pin(body.read(headers, self.settings.body_bytes))
     }
@@ -576,7 +581,7 @@ impl Data {
     fn read_context<'a>(
         &'a self,
         headers: &'a HeaderMap,
-        body: Arriving,
+        body: &'a mut Arriving,
     ) -> Pin<Box<dyn Future<Output = Result<Bytes, Failure>> + Send + 'a>> {
         Box::pin(body.read(headers, self.settings.body_bytes.min(LONGEST_CONTEXT)))
     }

@@ -11,7 +11,7 @@ use bytes::{Buf as _, Bytes};
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use hyper::{
     HeaderMap,
-    body::Incoming,
+    body::{Body as _, Incoming},
     header::{CONTENT_ENCODING, CONTENT_TYPE, HeaderValue},
 };
 
@@ -22,23 +22,36 @@ use crate::wire::text::without_byte_order_mark;
 /// request may take.
 #[derive(Debug)]
 pub struct Arriving {
-    body: Incoming,
+    /// `None` when it was read.
+    body: Option<Incoming>,
     started: Instant,
     timeout: Duration,
 }
 
+/// How much of a body is read, and for how long, that nobody wants.
+const UNWANTED_BYTES: usize = 64 << 10;
+const UNWANTED_FOR: Duration = Duration::from_secs(1);
+
 impl Arriving {
     /// The body of a request whose head was there at `started`.
     pub fn new(body: Incoming, started: Instant, timeout: Duration) -> Self {
-        Self { body, started, timeout }
+        Self { body: Some(body), started, timeout }
     }
 
-    /// The whole body, JSON of at most `limit` bytes, unless it takes too long.
-    pub async fn read(self, headers: &HeaderMap, limit: usize) -> Result<Bytes, Failure> {
-        let Self { body, started, timeout } = self;
+    /// The whole body, JSON of at most `limit` bytes, unless it takes too long. It can be read once.
+    pub async fn read(&mut self, headers: &HeaderMap, limit: usize) -> Result<Bytes, Failure> {
+        let Some(body) = self.body.take() else { return Ok(Bytes::new()) };
         let body = read(headers, body, limit);
-        let body = tokio::time::timeout_at((started + timeout).into(), body).await;
-        body.unwrap_or(Err(Failure::TooSlow(timeout)))
+        let body = tokio::time::timeout_at((self.started + self.timeout).into(), body).await;
+        body.unwrap_or(Err(Failure::TooSlow(self.timeout)))
+    }
+
+    /// Reads what is on its way of a body that nobody has read. A connection is closed whose request is
+    /// answered before its body has arrived, and the client, which still sends, may lose the answer.
+    pub async fn discard(self) {
+        let Some(body) = self.body.filter(|body| !body.is_end_stream()) else { return };
+        let rest = Limited::new(body, UNWANTED_BYTES).collect();
+        let _ = tokio::time::timeout(UNWANTED_FOR, rest).await;
     }
 }
 

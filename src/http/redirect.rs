@@ -3,7 +3,10 @@
 //! The target's host is the request's own `Host`. `X-Forwarded-Host` does not count: whoever sets it could send
 //! other clients of a shared cache elsewhere.
 
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use hyper::{
     Request,
@@ -14,6 +17,7 @@ use hyper::{
 
 use super::{
     listener::{Answer, ConnectionInfo, Service},
+    payload::Arriving,
     reply::{self, Failure, Reply},
 };
 
@@ -52,7 +56,12 @@ impl Redirect {
 
 impl Service for Redirect {
     fn call(self: &Arc<Self>, request: Request<Incoming>, _: &Arc<ConnectionInfo>) -> Answer {
-        Answer::Ready(self.answer(&request))
+        let reply = self.answer(&request);
+        let body = Arriving::new(request.into_body(), Instant::now(), Duration::ZERO);
+        Answer::later(async {
+            body.discard().await;
+            reply
+        })
     }
 }
 

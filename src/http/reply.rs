@@ -205,9 +205,10 @@ pub fn nothing() -> Reply {
     empty(StatusCode::NO_CONTENT)
 }
 
-/// Sends the client elsewhere for good; it repeats method and body there.
+/// Sends the client elsewhere; it repeats method and body there, and asks here again the next time.
 pub fn redirect(location: &str) -> Reply {
     let mut reply = empty(StatusCode::PERMANENT_REDIRECT);
+    reply.headers_mut().insert(CACHE_CONTROL, NO_STORE);
     if let Ok(location) = HeaderValue::from_str(location) {
         reply.headers_mut().insert(LOCATION, location);
     }

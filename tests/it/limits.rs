@@ -291,6 +291,31 @@ async fn an_idle_connection_makes_room_for_one_beyond_the_limit_and_a_busy_one_d
 }
 
 #[tokio::test]
+async fn a_refused_request_with_a_body_leaves_its_connection_to_the_next() {
+    let parapet = Local::offline(FLAGS).await;
+    let health = "GET /internal-backstage/health HTTP/1.1\r\nhost: a\r\n\r\n";
+    for (path, token, status) in [
+        ("/api/client/metrics", "nobody", "401"),
+        ("/api/client/metrics", FRONTEND, "403"),
+        ("/api/frontend", "nobody", "401"),
+    ] {
+        let mut stream = TcpStream::connect(parapet.address()).await.unwrap();
+        let head = format!(
+            "POST {path} HTTP/1.1\r\nhost: a\r\nauthorization: {token}\r\ncontent-length: 2\r\n\
+             expect: 100-continue\r\n\r\n"
+        );
+        for (request, expect) in [(&*head, "100"), ("{}", status), (health, "200")] {
+            stream.write_all(request.as_bytes()).await.unwrap();
+            let mut answer = vec![0; 4096];
+            let length = stream.read(&mut answer).await.unwrap();
+            let answer = String::from_utf8_lossy(&answer[..length]).into_owned();
+            assert!(answer.starts_with(&format!("HTTP/1.1 {expect}")), "{path}: {answer}");
+            assert!(!answer.contains("connection: close"), "{path}: {answer}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn pipelined_requests_are_answered_in_order() {
     let parapet = Local::offline(FLAGS).await;
     let get = |path: &str, token: &str, more: &str| {
