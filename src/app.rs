@@ -134,7 +134,18 @@ impl App {
             region: config.identity.region,
             started: Timestamp::now(),
         };
-        let limits = config.data.limits;
+        let mut limits = config.data.limits;
+        let mut streams = config.data.streams;
+        let connections = descriptors::divide(Wanted {
+            connections: limits.connections,
+            is_said: config.data.are_connections_given,
+        });
+        if connections.data < limits.connections {
+            // Shares are of what there is; streams leave room for those who poll, and for probes.
+            let half = connections.data.div_ceil(2);
+            limits.connections_per_address = limits.connections_per_address.map(|it| it.min(half));
+            streams.limit(connections.data - connections.data / 4);
+        }
         // A first-seen token may wait for its verdict and then for flags; both fit into the time of
         // one request, so that the answer tells what is missing.
         let deadline = config.auth.deadline.min(config.data.request_timeout / 3);
@@ -177,7 +188,7 @@ impl App {
             },
             auth: auth.clone(),
             snapshots: snapshots.clone(),
-            streams: Streams::new(config.data.streams, auth.clone()),
+            streams: Streams::new(streams, auth.clone()),
             feed,
             tickets: Tickets::new(ticket_key),
             usage: usage.clone(),
@@ -221,10 +232,6 @@ impl App {
             is_tls: admin_tls.is_some(),
             data: Arc::clone(&service),
         };
-        let connections = descriptors::divide(Wanted {
-            connections: limits.connections,
-            is_said: config.data.are_connections_given,
-        });
         let of = |connections| Limits { connections, ..limits.clone() };
         let redirect = redirect.map(|(listener, _)| Listening {
             listener,

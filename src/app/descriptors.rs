@@ -16,6 +16,7 @@ const OPERATORS: usize = 256;
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) struct Connections {
     pub(super) data: usize,
+    /// That of operators, and as many again the one that redirects.
     pub(super) admin: usize,
 }
 
@@ -59,8 +60,8 @@ fn raise() -> usize {
 /// How many of `limit` descriptors each listener gets; both at least one, with however few.
 fn share(limit: usize, asked: usize) -> Connections {
     let own = OWN.min(limit / 2);
-    let admin = asked.min(OPERATORS).min(limit / 8).max(1);
-    let data = limit.saturating_sub(own).saturating_sub(admin).min(asked).max(1);
+    let admin = asked.min(OPERATORS).min(limit / 16).max(1);
+    let data = limit.saturating_sub(own).saturating_sub(2 * admin).min(asked).max(1);
     Connections { data, admin }
 }
 
@@ -74,10 +75,10 @@ mod tests {
             assert_eq!(share(limit, asked), Connections { data, admin }, "{limit} for {asked}");
         };
         check(usize::MAX, 20_000, 20_000, 256);
-        check(20_480, 20_000, 20_000, 256);
-        check(1024, 20_000, 800, 128);
-        check(256, 20_000, 128, 32);
-        check(16, 20_000, 6, 2);
+        check(20_480, 20_000, 19_872, 256);
+        check(1024, 20_000, 800, 64);
+        check(256, 20_000, 128, 16);
+        check(16, 20_000, 6, 1);
         check(1024, 2, 2, 2);
         check(0, 1, 1, 1);
     }

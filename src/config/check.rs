@@ -452,6 +452,9 @@ fn listeners(s: &mut Settings) -> (DataListener, AdminListener) {
     }
     let data_tls = tls::data_listener(s);
     let admin_tls = tls::admin_listener(s);
+    if data_tls.is_none() && admin_tls.is_none() {
+        tls::warn_of_unused(s);
+    }
     let (token_header, _) = token_headers(s);
     let streams = streams(s);
     let ticket_key = s.read(&keys::OFREP_TICKET_SECRET, "at least 16 characters", |text| {
@@ -494,7 +497,7 @@ fn differ(
 
 fn limits(s: &mut Settings, access: &access::Config) -> Limits {
     let connections = s.count(&keys::MAX_CONNECTIONS);
-    let is_direct = access.proxies == access::Proxies::None && !s.switch(&keys::PROXY_PROTOCOL);
+    let is_direct = access.proxies == access::Proxies::None;
     let share = is_direct.then_some(connections.div_ceil(2));
     Limits {
         connections,

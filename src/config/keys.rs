@@ -361,8 +361,8 @@ keys! {
         BODY_LIMIT_BYTES = one("body-limit-bytes").default("2097152");
         /// How many connections may be open at once, on each listener.
         MAX_CONNECTIONS = one("max-connections").default("20000");
-        /// How many of them clients of one address may have; half of --max-connections when left out, and
-        /// no fewer than all where --trust-proxy names whose connections they are.
+        /// How many of them clients of one address may have; half of --max-connections when left out, and as
+        /// many as there are with --trust-proxy, where the address is the proxy's.
         MAX_CONNECTIONS_PER_ADDRESS = one("max-connections-per-address");
         /// The longest that a client may take to send a request's head, from its first byte.
         HEADER_READ_TIMEOUT_SECONDS = one("header-read-timeout-seconds").default("15");

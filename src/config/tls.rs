@@ -74,6 +74,17 @@ fn client_auth(s: &mut Settings, keys: &Keys) -> ClientAuth {
     s.value(keys.client_auth, "required or optional", ClientAuth::parse)
 }
 
+/// Mentions settings of both listeners where neither speaks TLS.
+pub(super) fn warn_of_unused(s: &mut Settings) {
+    let keys =
+        [&keys::TLS_MIN_VERSION, &keys::TLS_HANDSHAKE_TIMEOUT_SECONDS, &keys::TLS_MAX_HANDSHAKES];
+    for key in keys {
+        if s.has(key) {
+            warn_without(s, key, &keys::TLS_ENABLE);
+        }
+    }
+}
+
 fn warn_without(s: &mut Settings, key: &Key, other: &Key) {
     s.warnings.push(format!("--{} has no effect without --{}", key.name, other.name));
 }

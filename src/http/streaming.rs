@@ -61,6 +61,15 @@ pub struct Config {
     pub fetch_mode: Option<FetchMode>,
 }
 
+impl Config {
+    /// Keeps no more than so many open at once, whatever was said before.
+    pub fn limit(&mut self, most: usize) {
+        self.most = self.most.min(most);
+        self.most_of_address = self.most_of_address.min(self.most.div_ceil(2));
+        self.most_of_token = self.most_of_token.min(self.most);
+    }
+}
+
 /// When a client that found no room is told to try again.
 const CROWDED_FOR: Duration = Duration::from_mins(1);
 
