@@ -6,6 +6,7 @@
 
 use std::{
     future::poll_fn,
+    pin::pin,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering::Relaxed},
@@ -23,6 +24,8 @@ pub(super) struct Activity {
     writes: AtomicU32,
     /// Whether bytes have come after the last request.
     has_bytes: AtomicBool,
+    /// Whether such bytes may be of the last request's body, which need not be read before its answer.
+    has_body: AtomicBool,
     /// Whether the client takes nothing of what it is sent.
     is_blocked: AtomicBool,
     is_last: AtomicBool,
@@ -82,14 +85,17 @@ impl Activity {
     }
 
     /// Says that a request has come, whose head is complete.
-    pub(super) fn note_request(&self) {
+    pub(super) fn note_request(&self, has_body: bool) {
         self.requests.store(self.requests.load(Relaxed).wrapping_add(1), Relaxed);
         self.has_bytes.store(false, Relaxed);
+        self.has_body.store(has_body, Relaxed);
     }
 
-    /// Says that bytes have come: those of a head, unless a request is under way.
+    /// Says that bytes have come: those of a head, unless a request is under way or has a body.
     pub(super) fn note_bytes(&self) {
-        self.has_bytes.store(true, Relaxed);
+        if !self.has_body.load(Relaxed) {
+            self.has_bytes.store(true, Relaxed);
+        }
     }
 
     /// Says whether the client has taken what it was sent.
@@ -100,9 +106,14 @@ impl Activity {
         }
     }
 
+    /// Says whether the client has taken all that it was sent.
+    pub(super) fn note_flush(&self, was_taken: bool) {
+        self.is_blocked.store(!was_taken, Relaxed);
+    }
+
     /// Whether answers are to say that the connection ends.
     pub(super) fn is_last(&self) -> bool {
-        self.is_last.load(Relaxed)
+        self.is_last.load(Relaxed) || self.is_evicted()
     }
 
     /// From now on answers say that the connection ends.
@@ -122,7 +133,7 @@ impl Activity {
     }
 
     /// Has the calling task woken by [`Activity::evict`].
-    pub(super) fn attend(&self, cx: &Context<'_>) {
+    pub(super) fn register_task(&self, cx: &Context<'_>) {
         self.task.register(cx.waker());
     }
 
@@ -130,18 +141,6 @@ impl Activity {
     pub(super) fn open(self: &Arc<Self>) -> OpenAnswer {
         self.open.fetch_add(1, Relaxed);
         OpenAnswer { activity: Arc::clone(self), bytes: 0 }
-    }
-
-    /// Waits until less than `most` bytes of answers wait for the client.
-    pub(super) async fn room(&self, most: usize) {
-        loop {
-            let mut notified = std::pin::pin!(self.room.notified());
-            notified.as_mut().enable();
-            if self.waiting_bytes.load(Relaxed) < most {
-                return;
-            }
-            notified.await;
-        }
     }
 }
 
@@ -154,6 +153,21 @@ pub(super) struct OpenAnswer {
 }
 
 impl OpenAnswer {
+    /// Sets so many bytes aside, once no more than `most` are on their way with them.
+    pub(super) async fn reserve(&mut self, bytes: usize, most: usize) {
+        let waiting = &self.activity.waiting_bytes;
+        loop {
+            let mut room = pin!(self.activity.room.notified());
+            room.as_mut().enable();
+            let reserve = |waiting: usize| waiting.checked_add(bytes).filter(|sum| *sum <= most);
+            if waiting.fetch_update(Relaxed, Relaxed, reserve).is_ok() {
+                self.bytes = bytes;
+                return;
+            }
+            room.await;
+        }
+    }
+
     /// Says how many bytes of it wait for the client.
     pub(super) fn set_waiting(&mut self, bytes: usize) {
         let waiting = &self.activity.waiting_bytes;
@@ -180,7 +194,7 @@ impl Drop for OpenAnswer {
 /// Waits until the connection is to make room for another.
 pub(super) async fn evicted(activity: &Activity) {
     poll_fn(|cx| {
-        activity.attend(cx);
+        activity.register_task(cx);
         if activity.is_evicted() { Poll::Ready(()) } else { Poll::Pending }
     })
     .await;

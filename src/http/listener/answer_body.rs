@@ -18,11 +18,12 @@ use hyper::body::{Body, Frame, SizeHint};
 use tokio::time::{Instant, Sleep, sleep_until};
 use tracing::debug;
 
-use super::{activity::OpenAnswer, limits::STALLED_AFTER};
+use super::{activity::OpenAnswer, limits::STALL_TIMEOUT};
 use crate::http::reply::{Outgoing, Reply};
 
-/// How much of a body is handed on at once where its client may take part of it.
-const PIECE: usize = 32 << 10;
+/// How much of a body is handed on at once where its client may take part of it: a frame. As soon as the client
+/// takes a byte of a piece the whole of it is out of sight, and waits in the connection's own buffer.
+const PIECE: usize = 16 << 10;
 
 /// The body of an answer on its way.
 #[derive(Debug)]
@@ -114,7 +115,7 @@ impl Progress {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).map(|since| since + STALLED_AFTER)
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).map(|since| since + STALL_TIMEOUT)
     }
 
     /// Runs a task that makes an answer and sends it, and ends it when its client takes nothing of that for

@@ -15,20 +15,20 @@ use tokio::time::Instant;
 
 use super::{
     activity::{Activity, Seen, Waiting},
-    limits::{BEGIN_WITHIN, LEAVE_WITHIN, Limits, STALLED_AFTER},
+    limits::{FIRST_REQUEST_TIMEOUT, Limits, SHUTDOWN_TIMEOUT, STALL_TIMEOUT},
 };
 
 /// What is to be done with a connection.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Verdict {
+pub(super) enum Action {
     /// Nothing, and it is looked at again at this time.
-    Stay(Instant),
+    Keep(Instant),
     /// It is old: its next answer is its last. It is looked at again at this time.
-    Retire(Instant),
+    CloseAfterNext(Instant),
     /// It is told to end, as its protocol has it, and looked at again at this time.
-    Leave(Instant),
+    ShutDown(Instant),
     /// It is closed as it is.
-    Close,
+    Abort,
 }
 
 /// How long a connection has lasted, and may last.
@@ -48,17 +48,17 @@ pub(super) struct Lifetime {
 
 /// How many looks there are in the time for which an idle connection is kept: it is kept longer by at most
 /// what lies between two.
-const LOOKS: u32 = 8;
+const CHECKS_PER_TIMEOUT: u32 = 8;
 
 impl Lifetime {
-    /// One that begins now. `luck` is between 0 and 1, so that connections which began together do not
+    /// One that begins now. `jitter` is between 0 and 1, so that connections which began together do not
     /// end together.
-    pub(super) fn new(limits: &Limits, luck: f64, now: Instant) -> Self {
+    pub(super) fn new(limits: &Limits, jitter: f64, now: Instant) -> Self {
         Self {
             idle_for: limits.idle_for(),
             header_read_timeout: limits.header_read_timeout,
-            begins_by: now + BEGIN_WITHIN,
-            ages_at: limits.max_age.map(|age| now + age.mul_f64(0.9 + 0.2 * luck)),
+            begins_by: now + FIRST_REQUEST_TIMEOUT,
+            ages_at: limits.max_age.map(|age| now + age.mul_f64(0.9 + 0.2 * jitter)),
             used_at: now,
             seen: Seen::default(),
             waits: (Waiting::Request, now),
@@ -67,8 +67,8 @@ impl Lifetime {
     }
 
     /// When to look for the first time.
-    pub(super) fn first_look(&self) -> Instant {
-        let first = self.used_at + self.idle_for / LOOKS;
+    pub(super) fn first_check(&self) -> Instant {
+        let first = self.used_at + self.idle_for / CHECKS_PER_TIMEOUT;
         self.ages_at.map_or(first, |age| age.min(first))
     }
 
@@ -83,19 +83,20 @@ impl Lifetime {
     }
 
     /// What is to be done at this time.
-    pub(super) fn look(&mut self, activity: &Activity, now: Instant) -> Verdict {
+    pub(super) fn check(&mut self, activity: &Activity, now: Instant) -> Action {
         let (seen, waiting) = (activity.seen(), activity.waiting());
         let before = std::mem::replace(&mut self.seen, seen);
         // Writes are no use: answers to pings are among them.
         let is_same = seen.requests == before.requests;
-        if !is_same || waiting != Waiting::Request {
+        let was_in_use = self.waits.0 != Waiting::Request;
+        if !is_same || was_in_use || waiting != Waiting::Request {
             self.used_at = now;
         }
         if seen != before || self.waits.0 != waiting {
             self.waits = (waiting, now);
         }
         let since = self.waits.1;
-        let soon = now + self.idle_for / LOOKS;
+        let soon = now + self.idle_for / CHECKS_PER_TIMEOUT;
         let next = match (waiting, self.left_at) {
             // Whoever answers has a deadline of its own.
             (Waiting::Answer, _) => {
@@ -105,28 +106,28 @@ impl Lifetime {
                     soon
                 }
             }
-            (Waiting::Client, _) => since + STALLED_AFTER,
+            (Waiting::Client, _) => since + STALL_TIMEOUT,
             (Waiting::Head, _) => since + self.header_read_timeout,
-            (Waiting::Request, Some(left_at)) => left_at.max(self.used_at) + LEAVE_WITHIN,
+            (Waiting::Request, Some(left_at)) => left_at.max(self.used_at) + SHUTDOWN_TIMEOUT,
             (Waiting::Request, None) => {
                 let idle_until = self.used_at + self.idle_for;
                 if idle_until <= now {
                     self.left_at = Some(now);
-                    return Verdict::Leave(now + LEAVE_WITHIN);
+                    return Action::ShutDown(now + SHUTDOWN_TIMEOUT);
                 }
                 idle_until.min(soon)
             }
         };
         if next <= now {
-            return Verdict::Close;
+            return Action::Abort;
         }
         match self.ages_at {
             Some(ages_at) if ages_at <= now => {
                 self.ages_at = None;
-                Verdict::Retire(next)
+                Action::CloseAfterNext(next)
             }
-            Some(ages_at) => Verdict::Stay(next.min(ages_at)),
-            None => Verdict::Stay(next),
+            Some(ages_at) => Action::Keep(next.min(ages_at)),
+            None => Action::Keep(next),
         }
     }
 }

@@ -27,23 +27,30 @@ impl Limits {
 }
 
 /// How long a client may take nothing of an answer.
-pub(super) const STALLED_AFTER: Duration = Duration::from_secs(30);
+pub(super) const STALL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long a connection may take to end that was told to.
-pub(super) const LEAVE_WITHIN: Duration = Duration::from_secs(5);
+pub(super) const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long a connection may take to begin that was made when its listener closed.
-pub(super) const BEGIN_WITHIN: Duration = Duration::from_secs(1);
+pub(super) const FIRST_REQUEST_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How many requests an HTTP/2 connection may have under way.
-pub(super) const STREAMS: u32 = 100;
+pub(super) const MAX_CONCURRENT_STREAMS: u32 = 100;
 
 /// How many bytes of answers may wait for an HTTP/2 client to take them before its further requests
 /// wait too.
 pub(super) const WAITING_BYTES: usize = 4 << 20;
 
+/// How many bytes are set aside for an answer that is not there yet.
+pub(super) const ANSWER_BYTES: usize = 128 << 10;
+
+/// The longest head of an HTTP/1 request, in bytes: twice what Node.js takes, before which such clients
+/// stand elsewhere.
+pub(super) const HEAD_BYTES: usize = 32 << 10;
+
 /// How often HTTP/2 connections are asked whether they are alive, and how long they may take to say so.
-pub(super) const PING_EVERY: Duration = Duration::from_secs(20);
+pub(super) const PING_INTERVAL: Duration = Duration::from_secs(20);
 
 /// How many bytes of an HTTP/2 answer are handed to the connection before its client has taken them.
 pub(super) const SEND_BUFFER: usize = 64 << 10;

@@ -30,7 +30,7 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const FIRST_READ: usize = 1024;
 
 /// What the first bytes tell; `None` while they are the preface's.
-pub(super) fn spoken(begun: &[u8]) -> Option<Protocol> {
+pub(super) fn detect(begun: &[u8]) -> Option<Protocol> {
     if begun.starts_with(PREFACE) {
         Some(Protocol::Http2)
     } else if PREFACE.starts_with(begun) {

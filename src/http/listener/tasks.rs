@@ -43,6 +43,17 @@ impl Tasks {
     }
 }
 
+/// Ends what a listener runs when the listener itself is ended. Dropping [`Tasks`] does not: those that speak
+/// HTTP/2 hold them as well.
+#[derive(Debug)]
+pub(super) struct AbortOnDrop(pub(super) Tasks);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.lock().abort_all();
+    }
+}
+
 /// Hyper runs each request of an HTTP/2 connection as a task of its own, until its answer is sent.
 impl<F: Future<Output: Send> + Send + 'static> Executor<F> for Tasks {
     fn execute(&self, task: F) {

@@ -5,13 +5,16 @@ use std::sync::{Mutex, Weak};
 use bytes::Bytes;
 use futures_util::stream;
 use http_body_util::BodyExt as _;
+use hyper::{Request, body::Incoming};
+use hyper_util::rt::TokioIo;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream},
     sync::mpsc,
+    time::Instant,
 };
 
 use super::*;
-use crate::http::reply;
+use crate::http::reply::{self, Failure, Reply};
 
 const MINUTE: Duration = Duration::from_mins(1);
 
@@ -211,10 +214,10 @@ async fn a_client_that_takes_nothing_loses_its_connection_and_one_that_is_slow_d
     client.write_all(REQUEST).await.unwrap();
     let mut piece = [0; 16];
     for _ in 0..5 {
-        tokio::time::sleep(limits::STALLED_AFTER * 9 / 10).await;
+        tokio::time::sleep(limits::STALL_TIMEOUT * 9 / 10).await;
         client.read_exact(&mut piece).await.unwrap();
     }
-    tokio::time::sleep(limits::STALLED_AFTER * 2).await;
+    tokio::time::sleep(limits::STALL_TIMEOUT * 2).await;
     let (rest, _) = end(&mut client).await;
     assert!(rest.len() < 1 << 20, "the rest is not sent");
 }
@@ -253,7 +256,10 @@ async fn closing_ends_idle_connections_and_lets_busy_and_new_ones_finish() {
         let closed = Instant::now();
         serving.await.unwrap();
         let took = closed.elapsed();
-        assert!(took > limits::BEGIN_WITHIN / 2 && took < 2 * limits::LEAVE_WITHIN, "{took:?}");
+        assert!(
+            took > limits::FIRST_REQUEST_TIMEOUT / 2 && took < 2 * limits::SHUTDOWN_TIMEOUT,
+            "{took:?}"
+        );
     }
 
     let (mut busy, drain, serving) = connected(Slow(MINUTE), LIMITS, 1 << 16);
@@ -352,6 +358,21 @@ async fn a_stream_is_told_in_the_framing_of_the_request_until_it_ends() {
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_connection_whose_stream_has_ended_is_kept_as_long_as_any_other() {
+    for lasts in [MINUTE / 2, MINUTE, MINUTE * 7 / 5, MINUTE * 3 / 2, 2 * MINUTE] {
+        let (pieces, told) = mpsc::unbounded_channel();
+        let (mut client, ..) = connected(Teller(Mutex::new(Some(told))), LIMITS, 1 << 16);
+        client.write_all(REQUEST).await.unwrap();
+        read_to(&mut client, "\r\n\r\n").await;
+        tokio::time::sleep(lasts).await;
+        drop(pieces);
+        let (rest, took) = end(&mut client).await;
+        assert_eq!(rest, b"0\r\n\r\n");
+        assert!(took >= MINUTE, "{took:?} after {lasts:?}");
+    }
+}
+
 #[tokio::test]
 async fn a_client_that_leaves_ends_its_stream() {
     let (pieces, told) = mpsc::unbounded_channel();
@@ -409,7 +430,7 @@ async fn an_http2_answer_that_nobody_takes_is_reset_and_no_other() {
     let (client, ..) = connected(Large(1 << 20), LIMITS, 1 << 16);
     let mut sender = http2(client).await;
     let stalled = sender.send_request(get()).await.unwrap();
-    tokio::time::sleep(limits::STALLED_AFTER * 2).await;
+    tokio::time::sleep(limits::STALL_TIMEOUT * 2).await;
     let error = stalled.into_body().collect().await.unwrap_err();
     assert!(format!("{error:?}").contains("CANCEL"), "{error:?}");
     assert_eq!(sender.send_request(get()).await.unwrap().status(), 200);
@@ -421,10 +442,10 @@ async fn requests_of_an_http2_client_that_takes_nothing_wait_for_their_turn() {
     let mut sender = http2(client).await;
     let first = sender.send_request(get()).await.unwrap();
     let mut second = std::pin::pin!(sender.send_request(get()));
-    let early = timeout(limits::STALLED_AFTER / 2, second.as_mut()).await;
+    let early = timeout(limits::STALL_TIMEOUT / 2, second.as_mut()).await;
     assert!(early.is_err(), "its answer would be one too many to keep");
     drop(first);
-    let then = timeout(limits::STALLED_AFTER / 2, second).await;
+    let then = timeout(limits::STALL_TIMEOUT / 2, second).await;
     assert_eq!(then.unwrap().unwrap().status(), 200);
 }
 

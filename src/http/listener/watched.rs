@@ -79,7 +79,7 @@ impl<I: AsyncWrite + Unpin> AsyncWrite for Watched<I> {
         cx: &mut Context<'_>,
         buffers: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        // An answer without a body; the system takes it with less ado.
+        // An answer without a body; to write it plainly costs the system less.
         if let [head] = buffers {
             return self.poll_write(cx, head);
         }
@@ -93,7 +93,10 @@ impl<I: AsyncWrite + Unpin> AsyncWrite for Watched<I> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
+        // What encrypts takes bytes before the client does.
+        let flushed = Pin::new(&mut self.io).poll_flush(cx);
+        self.activity.note_flush(flushed.is_ready());
+        flushed
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
