@@ -405,17 +405,17 @@ fn run(args: &[&str], variables: &[(&str, &str)]) -> std::process::Output {
 }
 
 #[test]
-fn a_port_that_is_taken_is_told_and_ends_with_1() {
+fn a_port_that_is_taken_is_told_and_ends_with_64() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
     for (ours, other) in [("--port", "--admin-port"), ("--admin-port", "--port")] {
         let args = ["--flags=flags.json", "--interface=127.0.0.1", other, "0", ours, &port];
         let output = run(&args, &[]);
         let told = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(1), "{told}");
+        assert_eq!(output.status.code(), Some(64), "{told}");
         assert_eq!(told.lines().count(), 1, "{told}");
         assert!(told.contains(&format!("127.0.0.1:{port}")) && told.contains("in use"), "{told}");
-        assert!(told.contains(&format!(" {ours} ")), "{told}");
+        assert!(told.contains(&format!(" {ours}: ")), "{told}");
         assert!(curl_lines(&String::from_utf8(output.stdout).unwrap()).is_empty());
     }
 }
