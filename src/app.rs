@@ -142,8 +142,9 @@ impl App {
         });
         if connections.data < limits.connections {
             // Shares are of what there is; streams leave room for those who poll, and for probes.
-            let half = connections.data.div_ceil(2);
-            limits.connections_per_address = limits.connections_per_address.map(|it| it.min(half));
+            let share =
+                |it: usize| it.saturating_mul(connections.data).div_ceil(limits.connections);
+            limits.connections_per_address = limits.connections_per_address.map(share);
             streams.limit(connections.data - connections.data / 4);
         }
         // A first-seen token may wait for its verdict and then for flags; both fit into the time of

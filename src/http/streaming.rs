@@ -62,11 +62,13 @@ pub struct Config {
 }
 
 impl Config {
-    /// Keeps no more than so many open at once, whatever was said before.
+    /// Keeps no more than so many open at once, and the shares in proportion.
     pub fn limit(&mut self, most: usize) {
-        self.most = self.most.min(most);
-        self.most_of_address = self.most_of_address.min(self.most.div_ceil(2));
-        self.most_of_token = self.most_of_token.min(self.most);
+        let (before, most) = (self.most, self.most.min(most));
+        let share = |it: usize| it.saturating_mul(most).div_ceil(before);
+        self.most = most;
+        self.most_of_address = share(self.most_of_address);
+        self.most_of_token = share(self.most_of_token);
     }
 }
 
@@ -143,6 +145,25 @@ mod tests {
         token::{Environment, Projects, Scope, TokenKind},
         wire::features::Document,
     };
+
+    #[test]
+    fn fewer_streams_are_shared_as_more_were() {
+        let config = Config {
+            most: 1000,
+            most_of_address: 500,
+            most_of_token: 1000,
+            max_age: LONG,
+            fetch_mode: None,
+        };
+        let limited = |most| {
+            let mut config = config.clone();
+            config.limit(most);
+            (config.most, config.most_of_address, config.most_of_token)
+        };
+        assert_eq!(limited(2000), (1000, 500, 1000));
+        assert_eq!(limited(600), (600, 300, 600));
+        assert_eq!(limited(1), (1, 1, 1));
+    }
 
     const LONG: Duration = Duration::from_hours(1);
     const AGE: Duration = Duration::from_mins(10);
