@@ -10,10 +10,10 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;
 
 use crate::local::CLIENT;
+use crate::reach::upstream;
 use crate::rig::{Parapet, http, until};
 
 const ADMIN: &str = "*:*.proxy-0123456789abcdef0123456789abcdef0123456789";
-const FLAGS: &str = r#"{"features":[]}"#;
 
 /// A proxy that counts connections and lets nothing through.
 struct Proxy {
@@ -45,22 +45,10 @@ impl Proxy {
     }
 }
 
-/// A real server for the edge to reach.
-async fn upstream(folder: &tempfile::TempDir) -> Parapet {
-    let file = folder.path().join("flags.json");
-    std::fs::write(&file, FLAGS).unwrap();
-    let standalone = Parapet::mode("standalone").flag("--flags", file);
-    standalone
-        .env("INIT_ADMIN_API_TOKENS", ADMIN)
-        .env("INIT_CLIENT_API_TOKENS", CLIENT)
-        .start()
-        .await
-}
-
 #[tokio::test]
 async fn no_proxy_reaches_upstream_directly() {
     let folder = tempfile::tempdir().unwrap();
-    let upstream = upstream(&folder).await;
+    let upstream = upstream(&folder, ADMIN).await;
     let port = upstream.admin_url().rsplit(':').next().unwrap().to_owned();
     let check = async |variables: &[(&str, &str)], url: &str| {
         let proxy = Proxy::start().await;
@@ -90,7 +78,7 @@ async fn no_proxy_reaches_upstream_directly() {
 #[tokio::test]
 async fn a_proxy_is_used_for_what_no_proxy_does_not_list() {
     let folder = tempfile::tempdir().unwrap();
-    let upstream = upstream(&folder).await;
+    let upstream = upstream(&folder, ADMIN).await;
     for no_proxy in ["", "10.0.0.0/8,example.com", "127.0.0.1:1", "host"] {
         let proxy = Proxy::start().await;
         let edge = Parapet::edge(&upstream.admin_url());

@@ -19,13 +19,13 @@ const FLAGS: &str =
 
 const SOON: Duration = Duration::from_mins(1);
 
-/// A real server for the edge to reach.
-async fn upstream(folder: &TempDir) -> Parapet {
+/// A real server for an edge to reach, with a client token and this admin token.
+pub(crate) async fn upstream(folder: &TempDir, admin: &str) -> Parapet {
     let file = folder.path().join("flags.json");
     std::fs::write(&file, FLAGS).unwrap();
     let standalone = Parapet::mode("standalone").flag("--flags", file);
     standalone
-        .env("INIT_ADMIN_API_TOKENS", ADMIN)
+        .env("INIT_ADMIN_API_TOKENS", admin)
         .env("INIT_CLIENT_API_TOKENS", CLIENT)
         .start()
         .await
@@ -79,7 +79,7 @@ async fn line(parapet: &Parapet, text: &str) -> String {
 #[tokio::test]
 async fn redirect_within_the_origin_is_followed() {
     let folder = tempfile::tempdir().unwrap();
-    let upstream = upstream(&folder).await;
+    let upstream = upstream(&folder, ADMIN).await;
     let redirector = redirector(&upstream, None).await;
     let url = format!("http://{redirector}");
     let edge = Parapet::edge(&url).env("TOKENS", CLIENT).impatient().start().await;
@@ -91,7 +91,7 @@ async fn redirect_within_the_origin_is_followed() {
 #[tokio::test]
 async fn redirect_to_another_origin_is_named_and_takes_no_token_there() {
     let folder = tempfile::tempdir().unwrap();
-    let upstream = upstream(&folder).await;
+    let upstream = upstream(&folder, ADMIN).await;
     let elsewhere = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let to = format!("http://{}/unleash", elsewhere.local_addr().unwrap());
     let redirector = redirector(&upstream, Some(to.clone())).await;
@@ -153,7 +153,7 @@ impl Drop for Server {
 #[tokio::test]
 async fn admin_token_among_the_tokens_is_told_where_it_belongs() {
     let folder = tempfile::tempdir().unwrap();
-    let upstream = upstream(&folder).await;
+    let upstream = upstream(&folder, ADMIN).await;
     let edge = Parapet::edge(&upstream.admin_url()).env("TOKENS", ADMIN);
     let edge = edge.impatient().start_listening().await;
     let told = line(&edge, "fetches nothing").await;
