@@ -1,20 +1,20 @@
-//! Evaluated flags for frontends: what a context comes to, remembered.
+//! Cached evaluation of flags for frontend clients.
 //!
-//! An answer is a function of a snapshot, the projects that are seen, and a context. Three facts make
-//! it cheap.
+//! The evaluated flags are a function of a snapshot, the projects in scope, and a context. Three facts
+//! make evaluation cheap.
 //!
-//! * Few fields matter. What the seen flags can tell of a context ([`Reads`](crate::engine::Reads))
-//!   is the key under which the outcome is remembered; where they depend on the time, the stretch
-//!   between two of their dates is part of it. Flags that read nothing were decided when the snapshot
+//! * Few fields matter. The cache key of a result has only what the flags in scope read from the context
+//!   ([`EvaluationInputs`](crate::engine::EvaluationInputs)). If they depend on the time, the key has
+//!   the interval between two of their dates. Flags that read nothing were evaluated when the snapshot
 //!   was built.
-//! * Few outcomes exist. The hash of what every flag came to is the entity tag, so that a client which
-//!   has the answer is told so without a body; and equal outcomes share one body with all its codings.
-//! * The JSON of each flag is there for each outcome; a new body strings it together.
+//! * Few distinct results exist. The hash of every flag's outcome is the entity tag, so that a client
+//!   with a current copy receives a 304 without a body; and equal results share one body with all its
+//!   content codings.
+//! * The JSON of each outcome of each flag is prepared; a new body concatenates it.
 //!
-//! Where lots are drawn, or flags read a `sessionId` that the request lacks and that is made up for it,
-//! the outcomes are good for one request: those flags are evaluated for each, the outcomes of all others
-//! and the body come from the cache. There is no state here: all that is
-//! remembered belongs to the snapshot and vanishes with it.
+//! Some outcomes are valid for one request only: those that are random, and those that read a generated
+//! `sessionId`. Such flags are evaluated for each request; the outcomes of all others and the body come
+//! from the cache. This module has no state: all caches belong to the snapshot and end with it.
 
 mod ahead;
 mod answer;

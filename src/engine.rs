@@ -1,15 +1,14 @@
-//! The evaluation engine: who gets which flag, with which variant.
+//! The evaluation engine: decides for a context which flags are on, and with which variant.
 //!
-//! [`Engine::compile`] turns a client-features document into data; [`Engine::bind`] reads a context
-//! once for all flags; [`Engine::evaluate`] then costs a few comparisons per flag. Compiling never
-//! fails as a whole: what is wrong with a definition makes that part never match and is reported
-//! as a [`Problem`].
+//! [`Engine::compile`] turns a client-features document into data. [`Engine::bind`] reads a context once
+//! for all flags. [`Engine::evaluate`] then costs a few comparisons per flag. Compilation never fails as
+//! a whole: an invalid part of a definition never matches and is reported as a [`Problem`].
 //!
-//! What flags mean follows Unleash's client specification; where that is silent, the Node SDK,
+//! Semantics follow Unleash's client specification. Where that is silent, they follow the Node SDK,
 //! which the Unleash server itself evaluates with.
 //!
-//! The engine is pure. It has no clock and no randomness (both arrive in [`Context`]), does no
-//! input or output, knows no async, and neither logs nor counts.
+//! The engine is pure. It has no clock and no randomness (both are part of [`Context`]), does no input
+//! or output, is not async, and does not log or record metrics.
 
 #[cfg(test)]
 pub(crate) mod arbitrary;
@@ -47,22 +46,22 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Compiles a document; the problems concern single flags, in the order of their names.
+    /// Compiles a document. Returns the problems of single flags, sorted by flag name.
     pub fn compile(document: &Document) -> (Self, Vec<Problem>) {
         let (compiled, problems) = compile::compile(document, None);
         (Self { compiled }, problems)
     }
 
-    /// Compiles a document that takes the place of another, `before`, from which this engine was
-    /// compiled with these problems: of the flags that did not change nothing is read again.
+    /// Compiles a document that replaces `before`, from which this engine was compiled with `problems`.
+    /// Reuses flags that did not change without reading them again.
     pub fn recompile(
         &self,
         before: &Document,
         problems: &[Problem],
         document: &Document,
     ) -> (Self, Vec<Problem>) {
-        let earlier = Earlier { compiled: &self.compiled, document: before, problems };
-        let (compiled, problems) = compile::compile(document, Some(&earlier));
+        let previous = Earlier { compiled: &self.compiled, document: before, problems };
+        let (compiled, problems) = compile::compile(document, Some(&previous));
         (Self { compiled }, problems)
     }
 
@@ -76,7 +75,7 @@ impl Engine {
         (0..self.compiled.flags.len()).map(FlagId::new)
     }
 
-    /// The flag with this id, which is one of this engine's.
+    /// The flag with this id, which belongs to this engine.
     pub fn flag(&self, id: FlagId) -> &Flag {
         &self.compiled.flags[id.index()]
     }
@@ -86,40 +85,39 @@ impl Engine {
         flag::find(&self.compiled.flags, name)
     }
 
-    /// Every context field that any flag reads.
+    /// The context fields that flags read.
     pub fn fields(&self) -> &Fields {
         &self.compiled.fields
     }
 
-    /// What the outcomes of these flags depend on.
+    /// Everything that the outcomes of these flags depend on.
     pub fn reads(&self, flags: impl IntoIterator<Item = FlagId>) -> Reads {
-        let mut reads = Reads::default();
+        let mut inputs = Reads::default();
         for id in flags {
-            self.compiled.plans[id.index()].note_reads(&self.compiled.plans, &mut reads);
+            self.compiled.plans[id.index()].note_reads(&self.compiled.plans, &mut inputs);
         }
-        reads.finish()
+        inputs.finish()
     }
 
-    /// The outcome of a flag that has the same one for everybody, always.
+    /// The outcome of a flag that has the same one for every context at any time.
     pub fn fixed(&self, id: FlagId) -> Option<Outcome> {
         self.compiled.plans[id.index()].fixed()
     }
 
-    /// Whether the outcome may depend on the bucket that somebody falls into: of a rollout, a lottery
-    /// or variants.
+    /// Whether the outcome may depend on a bucket: of a rollout, a random rollout, or variants.
     pub fn splits(&self, id: FlagId) -> bool {
         self.compiled.plans[id.index()].splits()
     }
 
-    /// Reads a context as far as it takes to tell it from others by [`Engine::tell`].
+    /// Reads the context fields that flags use, as [`Engine::write_context_key`] needs them.
     pub fn read<'a>(&self, context: &Context<'a>) -> Values<'a> {
         self.compiled.fields.read(context)
     }
 
-    /// Appends to `key` all that `reads`, which are of flags of this engine, can tell of a context:
-    /// those flags have equal outcomes for contexts of equal keys, unless they draw lots.
-    pub fn tell(&self, reads: &Reads, values: &Values<'_>, key: &mut Key) {
-        reads.tell(&self.compiled.fields, values, key);
+    /// Appends to `key` everything that `inputs`, which belong to flags of this engine, read from a
+    /// context. Those flags have equal outcomes for contexts with equal keys, unless they are random.
+    pub fn tell(&self, inputs: &Reads, values: &Values<'_>, key: &mut Key) {
+        inputs.tell(&self.compiled.fields, values, key);
     }
 
     /// Prepares a context for evaluating any number of flags of this engine.
@@ -127,27 +125,27 @@ impl Engine {
         self.bind_values(self.read(context))
     }
 
-    /// Prepares what was read of a context for evaluating any number of flags of this engine.
+    /// Like [`Engine::bind`], for a context that was read already.
     pub fn bind_values<'a>(&self, values: Values<'a>) -> Bound<'a> {
         self.compiled.fields.bind(values)
     }
 
     /// Evaluates one flag for a context.
     ///
-    /// Both belong to the engine that handed them out: another one's mean something else here, or
-    /// panic for want of such a flag or field.
+    /// The id and the bound context must come from this engine. Those of another engine refer to other
+    /// flags and fields, or panic.
     pub fn evaluate(&self, id: FlagId, bound: &Bound<'_>) -> Outcome {
         self.compiled.plans[id.index()].decide(&self.compiled.plans, bound)
     }
 
-    /// Tells why a flag comes out as it does for a context: every piece of its definition, with what
-    /// it comes to. The verdict is that of [`Engine::evaluate`], lots included.
+    /// Explains the outcome of a flag for a context: every part of its definition with its result. The
+    /// outcome is the same as from [`Engine::evaluate`], random draws included.
     ///
-    /// `document` is the one that this engine was compiled from; with another it may panic. It costs
-    /// about a millisecond, far more than evaluating.
+    /// `document` must be the one that this engine was compiled from; with another it may panic. Takes
+    /// about a millisecond, far more than evaluation.
     pub fn explain(&self, document: &Document, id: FlagId, context: &Context<'_>) -> Explanation {
-        let Compilation { fields, flags, .. } = &self.compiled;
-        explain::Case { fields, flags, document, context }.explain(id).1
+        let Compilation { fields: schema, flags, .. } = &self.compiled;
+        explain::Case { fields: schema, flags, document, context }.explain(id).1
     }
 }
 
@@ -164,8 +162,8 @@ mod tests {
         Engine::compile(&Document::parse(body.as_bytes()).unwrap())
     }
 
-    /// The name of what flag `a` comes to: `off`, `on` or a variant's name.
-    fn answer(engine: &Engine, context: &Context<'_>) -> String {
+    /// The outcome of flag `a`: `off`, `on` or a variant's name.
+    fn outcome_of(engine: &Engine, context: &Context<'_>) -> String {
         let id = engine.find("a").unwrap();
         let outcome = engine.evaluate(id, &engine.bind(context));
         match engine.flag(id).variant(outcome) {
@@ -188,7 +186,7 @@ mod tests {
         let features: Vec<Value> = [&[flag][..], others].concat();
         let (engine, found) = compile(&features.into(), &json!([{ "id": 1 }]));
         let found: Vec<String> = found.iter().map(ToString::to_string).collect();
-        assert_eq!(answer(&engine, &user("7")), expect);
+        assert_eq!(outcome_of(&engine, &user("7")), expect);
         assert_eq!(found, problems);
     }
 
@@ -198,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flag_is_on_for_everybody_or_for_nobody() {
+    fn flag_without_constraints_is_on_if_enabled() {
         check(json!({}), &[], "on", &[]);
         check(json!({ "enabled": false }), &[], "off", &[]);
         check(json!({ "enabled": null }), &[], "off", &[]);
@@ -207,10 +205,9 @@ mod tests {
     }
 
     #[test]
-    fn what_is_malformed_never_matches_and_is_reported() {
+    fn malformed_parts_never_match_and_are_reported() {
         let report = "flag `a`: malformed ";
-        let missing =
-            "flag `a`: no list of strategies, so it is off; one that is empty is for everybody";
+        let missing = "flag `a`: no list of strategies, so it is off; an empty list turns it on for everybody";
         check(json!({ "strategies": null }), &[], "off", &[missing]);
         let strategies = format!("{report}list of strategies: the flag is off");
         check(json!({ "strategies": 7 }), &[], "off", &[&strategies]);
@@ -245,19 +242,19 @@ mod tests {
             json!({ "strategies": [rollout] }),
             &[],
             "off",
-            &["flag `a`: `all` is no percentage, so its strategy never matches"],
+            &["flag `a`: `all` is not a percentage, so its strategy never matches"],
         );
         let (engine, problems) = compile(&json!([{ "name": "b" }]), &json!("none"));
         assert_eq!((engine.flags().len(), problems.len()), (1, 1));
         let on = json!({ "name": "a", "enabled": true, "strategies": [] });
         let (engine, problems) = compile(&json!([{ "name": null }, on]), &json!([]));
-        assert_eq!(answer(&engine, &user("7")), "on");
-        let told = problems[0].to_string();
-        assert!(told.starts_with("flag `#1`: unreadable, so it is left out"), "{told}");
+        assert_eq!(outcome_of(&engine, &user("7")), "on");
+        let problem = problems[0].to_string();
+        assert!(problem.starts_with("flag `#1`: unreadable, so it is left out"), "{problem}");
     }
 
     #[test]
-    fn a_mistaken_constraint_does_not_hold_even_inverted() {
+    fn invalid_constraint_never_matches_even_inverted() {
         for inverted in [false, true] {
             let with = |operator: &str, value: &str| json!({ "contextName": "userId", "operator": operator, "value": value, "inverted": inverted });
             let cannot = |operator: &str, value: &str| {
@@ -336,7 +333,7 @@ mod tests {
             let strategy = json!({ "name": "default", "constraints": [constraint] });
             let flag = json!([{ "name": "a", "enabled": true, "strategies": [strategy] }]);
             assert_eq!(
-                answer(&compile(&flag, &json!([])).0, &user(text)),
+                outcome_of(&compile(&flag, &json!([])).0, &user(text)),
                 expect,
                 "{operator} {needle}"
             );
@@ -344,25 +341,25 @@ mod tests {
     }
 
     #[test]
-    fn without_a_group_people_are_placed_as_the_node_sdk_places_them() {
+    fn buckets_without_a_group_id_equal_those_of_the_node_sdk() {
         let ids: Vec<String> = (0..200).map(|id| id.to_string()).collect();
-        let answers = |parameters: Value, variants: &Value| -> Vec<String> {
+        let outcomes = |parameters: Value, variants: &Value| -> Vec<String> {
             let mut strategy = json!({ "name": "flexibleRollout", "variants": variants });
             strategy["parameters"] = parameters;
             let flag = json!([{ "name": "a", "enabled": true, "strategies": [strategy] }]);
             let engine = compile(&flag, &json!([])).0;
-            ids.iter().map(|id| answer(&engine, &user(id))).collect()
+            ids.iter().map(|id| outcome_of(&engine, &user(id))).collect()
         };
         let none = json!([]);
         let named =
-            answers(json!({ "rollout": "33.5", "stickiness": "userId", "groupId": "" }), &none);
-        let on = named.iter().filter(|answer| *answer == "on").count();
+            outcomes(json!({ "rollout": "33.5", "stickiness": "userId", "groupId": "" }), &none);
+        let on = named.iter().filter(|outcome| *outcome == "on").count();
         assert!((40..95).contains(&on), "{on}");
-        assert_eq!(answers(json!({ "rollout": 33, "stickiness": "userId" }), &none), named);
+        assert_eq!(outcomes(json!({ "rollout": 33, "stickiness": "userId" }), &none), named);
         let halves = json!([{ "name": "x", "weight": 1 }, { "name": "y", "weight": 1 }]);
-        let named = answers(json!({ "rollout": 100, "groupId": "undefined" }), &halves);
-        assert_ne!(answers(json!({ "rollout": 100, "groupId": "a" }), &halves), named);
-        assert_eq!(answers(json!({ "rollout": 100 }), &halves), named);
+        let named = outcomes(json!({ "rollout": 100, "groupId": "undefined" }), &halves);
+        assert_ne!(outcomes(json!({ "rollout": 100, "groupId": "a" }), &halves), named);
+        assert_eq!(outcomes(json!({ "rollout": 100 }), &halves), named);
     }
 
     #[test]
@@ -381,10 +378,10 @@ mod tests {
             parts(json!(null), json!([variant("negative", -1), variant("flag", 1)])),
             &[],
             "flag",
-            &["flag `a`: malformed variant: nobody gets it"],
+            &["flag `a`: malformed variant: it is never selected"],
         );
         let huge = json!({ "name": "huge", "weight": u32::MAX });
-        let problem = "flag `a`: malformed variant: nobody gets it";
+        let problem = "flag `a`: malformed variant: it is never selected";
         check(parts(json!(null), json!([huge, variant("flag", 1)])), &[], "huge", &[problem]);
     }
 
@@ -424,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    fn reads_cover_parents_and_segments_and_nothing_folded_away() {
+    fn inputs_include_parents_and_segments_and_exclude_simplified_parts() {
         let date = json!({ "contextName": "currentTime", "operator": "DATE_AFTER", "value": "2030-01-01T00:00:00Z" });
         let plan = json!({ "contextName": "plan", "operator": "IN", "values": ["pro"] });
         let half = json!({ "name": "flexibleRollout", "parameters": { "rollout": 50 } });
@@ -432,30 +429,30 @@ mod tests {
             { "name": "child", "enabled": true, "dependencies": [{ "feature": "parent" }],
               "strategies": [{ "name": "default", "constraints": [date] }] },
             { "name": "fixed", "enabled": false, "strategies": [half] },
-            { "name": "lots", "enabled": true, "strategies": [{ "name": "default" }, half] },
+            { "name": "unconditional", "enabled": true, "strategies": [{ "name": "default" }, half] },
             { "name": "parent", "enabled": true, "strategies": [{ "name": "default", "segments": [1] }] },
             { "name": "rollout", "enabled": true, "strategies": [half] },
         ]);
         let (engine, _) = compile(&features, &json!([{ "id": 1, "constraints": [plan] }]));
-        let reads = |name| engine.reads(engine.find(name));
+        let inputs = |name| engine.reads(engine.find(name));
         let names = |name| -> Vec<&str> {
             let names = engine.fields().names();
-            reads(name).fields().map(|field| &*names[field.index()]).collect()
+            inputs(name).fields().map(|field| &*names[field.index()]).collect()
         };
         assert_eq!(names("child"), ["plan"]);
-        assert!(reads("child").is_timed());
+        assert!(inputs("child").is_timed());
         let new_year = "2030-01-01T00:00:00Z".parse().unwrap();
-        let next = reads("child").next_change(new_year).unwrap();
+        let next = inputs("child").next_change(new_year).unwrap();
         assert_eq!(next.as_nanosecond(), new_year.as_nanosecond() + 1);
-        assert_eq!(reads("child").next_change(next), None);
-        assert!(reads("fixed").is_empty() && reads("lots").is_empty());
+        assert_eq!(inputs("child").next_change(next), None);
+        assert!(inputs("fixed").is_empty() && inputs("unconditional").is_empty());
         assert_eq!(names("rollout"), ["userId", "sessionId"]);
-        assert!(reads("rollout").is_random(&engine.read(&Context::default())));
-        assert!(!reads("rollout").is_random(&engine.read(&user("7"))));
+        assert!(inputs("rollout").is_random(&engine.read(&Context::default())));
+        assert!(!inputs("rollout").is_random(&engine.read(&user("7"))));
     }
 
     #[test]
-    fn a_key_tells_what_flags_can_tell_and_nothing_else() {
+    fn context_key_has_exactly_what_flags_read() {
         let constraint = |field: &str, operator: &str, value: &str| json!({ "contextName": field, "operator": operator, "values": [value], "value": value });
         let flag = |name: &str, rollout: u32, stickiness: &str, constraint: &Value| {
             let parameters = json!({ "rollout": rollout, "stickiness": stickiness });
@@ -470,10 +467,10 @@ mod tests {
             ]),
             &json!([]),
         );
-        let reads = engine.reads(engine.ids());
+        let inputs = engine.reads(engine.ids());
         let key = |context: &Context<'_>| {
             let mut key = Key::new();
-            engine.tell(&reads, &engine.read(context), &mut key);
+            engine.tell(&inputs, &engine.read(context), &mut key);
             key
         };
         let base = Context { user_id: Some("7"), session_id: Some("s"), ..Context::default() };
@@ -509,7 +506,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_definition_makes_it_panic(
+        fn no_definition_panics(
             parts in prop::collection::vec((anything(), anything(), anything()), 1..4),
             segments in prop::collection::vec(anything(), 0..3),
             id in ".{0,6}",

@@ -1,13 +1,12 @@
-//! What changed, for those who follow: the states of each environment, numbered, and what leads from
-//! one to the next.
+//! The change feed for server SDKs: the latest states of each environment, with ids, and the deltas
+//! between them.
 //!
-//! Followers pull. A state is a document that shares with its neighbours what did not change; whoever
-//! follows remembers the number that it was told last, and asks what has changed since. So nothing
-//! is queued for anyone: one that is slow misses the states between, and one that was away for too
-//! long is told everything. What is told is written once for all who see the same and come from the
-//! same state.
+//! Subscribers pull. A state is a document that shares unchanged parts with its neighbours. A subscriber
+//! remembers the id that it received last and requests the changes since. Nothing is queued per
+//! subscriber: a slow one skips the states in between, and one that was disconnected for too long gets
+//! the whole state. An update is written once for all subscribers with the same scope and base state.
 //!
-//! Who may follow, and over what connection, is not known here.
+//! Permissions and connections are not handled here.
 
 mod frame;
 mod log;
@@ -30,8 +29,8 @@ pub use self::{
 };
 use crate::{snapshot::Snapshots, token::Environment, wire::delta::EventId};
 
-/// The most memory that frames which were written may hold, in bytes; beyond it the least used are
-/// written again when they are asked for.
+/// Memory limit of cached updates, in bytes. Beyond it the least used are evicted and written again on
+/// their next use.
 const FRAME_BYTES: u64 = 64 << 20;
 
 /// The states of all environments. A cheap handle.
@@ -53,7 +52,7 @@ struct FrameKey {
 }
 
 impl Feed {
-    /// Follows what is served.
+    /// The change feed of these snapshots.
     pub fn new(snapshots: Snapshots) -> Self {
         let frames = Cache::builder()
             .max_capacity(FRAME_BYTES)
@@ -62,15 +61,15 @@ impl Feed {
         Self(Arc::new(Inner { snapshots, logs: Mutex::default(), frames }))
     }
 
-    /// Numbers the states as they come, and tells followers, until dropped.
+    /// Assigns an id to each new state and notifies subscribers, until dropped.
     pub async fn run(&self) {
         let mut swaps = self.0.snapshots.swaps();
         loop {
             swaps.borrow_and_update();
-            // All flags are compared.
+            // Blocking, because it compares all flags.
             let feed = self.clone();
-            let caught_up = spawn_blocking(move || feed.catch_up()).await;
-            if let Some(panic) = caught_up.err().and_then(|it| it.try_into_panic().ok()) {
+            let result = spawn_blocking(move || feed.catch_up()).await;
+            if let Some(panic) = result.err().and_then(|it| it.try_into_panic().ok()) {
                 resume_unwind(panic);
             }
             if swaps.changed().await.is_err() {
@@ -81,51 +80,51 @@ impl Feed {
 
     fn catch_up(&self) {
         let served = self.0.snapshots.all();
-        // Those who follow an environment that is gone notice that nobody tells of it any more.
+        // Dropping the history of a removed environment ends its subscriptions.
         self.lock().retain(|environment, _| served.contains_key(environment));
         for environment in served.keys() {
             self.log(environment);
         }
     }
 
-    /// The number of the environment's current state, and of each that follows; `None` while it has
-    /// no flags. It ends with the environment.
+    /// The id of the environment's current state and of each later one; `None` while the environment has
+    /// no flags. The channel closes when the environment is removed.
     pub fn follow(&self, environment: &Environment) -> Option<watch::Receiver<Number>> {
         Some(self.log(environment)?.follow())
     }
 
-    /// What has changed of the topic since the state of the id `from`: everything, where that is not
-    /// known, or was told of another topic.
+    /// The changes since the state with the event id `from`; the whole state if `from` is unknown or
+    /// belongs to another subscription key.
     ///
-    /// Work for as many flags as there are, once for all who ask the same.
-    pub fn since(&self, topic: &Arc<Topic>, from: Option<EventId>) -> Option<Arc<Frame>> {
-        let from = from.and_then(|id| topic.number(id));
-        let (from, to) = self.log(&topic.environment)?.between(from);
-        let key = FrameKey {
-            topic: Arc::clone(topic),
+    /// Compares all flags once for all subscribers with the same key and base state.
+    pub fn since(&self, key: &Arc<Topic>, from: Option<EventId>) -> Option<Arc<Frame>> {
+        let from = from.and_then(|id| key.number(id));
+        let (from, to) = self.log(&key.environment)?.between(from);
+        let update_key = FrameKey {
+            topic: Arc::clone(key),
             from: from.as_ref().map(|state| state.number),
             to: to.number,
         };
-        Some(self.0.frames.get_with(key, || Arc::new(Frame::of(topic, from.as_ref(), &to))))
+        Some(self.0.frames.get_with(update_key, || Arc::new(Frame::of(key, from.as_ref(), &to))))
     }
 
-    /// The log of an environment, which has its current state.
+    /// The history of an environment, which includes its current state.
     fn log(&self, environment: &Environment) -> Option<Arc<Log>> {
-        let log = {
-            let mut logs = self.lock();
-            if let Some(log) = logs.get(environment) {
-                Arc::clone(log)
+        let history = {
+            let mut histories = self.lock();
+            if let Some(history) = histories.get(environment) {
+                Arc::clone(history)
             } else {
-                let log = Arc::new(Log::of(&*self.0.snapshots.load(environment)?));
-                logs.insert(environment.clone(), Arc::clone(&log));
-                log
+                let history = Arc::new(Log::of(&*self.0.snapshots.load(environment)?));
+                histories.insert(environment.clone(), Arc::clone(&history));
+                history
             }
         };
-        log.catch_up(|| self.0.snapshots.load(environment));
-        Some(log)
+        history.catch_up(|| self.0.snapshots.load(environment));
+        Some(history)
     }
 
-    /// A panic under this lock leaves a whole map.
+    /// Ignores poisoning: a panic under this lock leaves a consistent map.
     fn lock(&self) -> MutexGuard<'_, HashMap<Environment, Arc<Log>>> {
         self.0.logs.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -158,7 +157,7 @@ mod tests {
         snapshots.swap(Snapshot::build(scope, document, None));
     }
 
-    fn topic(projects: Projects, prefix: Option<&str>) -> Arc<Topic> {
+    fn key(projects: Projects, prefix: Option<&str>) -> Arc<Topic> {
         let filter = Filter { name_prefix: prefix.map(Into::into), ..Filter::default() };
         Arc::new(Topic::new(development(), projects, filter))
     }
@@ -168,7 +167,7 @@ mod tests {
         (features, document.segments().iter().map(Segment::raw).collect())
     }
 
-    /// The text of a state: flags move between projects, and refer to other segments.
+    /// The JSON of a state. Flags move between projects and refer to different segments.
     fn state() -> impl Strategy<Value = String> {
         let feature = (0..5_u8, 0..3_u8, 0..3_u8).prop_map(|(name, project, segment)| {
             format!(
@@ -185,7 +184,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn from_any_state_in_the_log_a_follower_comes_to_the_current_one(
+        fn subscriber_reaches_the_current_state_from_any_state_in_the_history(
             states in vec(state(), 1..6),
             whole in any::<bool>(),
             prefixed in any::<bool>(),
@@ -193,26 +192,26 @@ mod tests {
             let snapshots = Snapshots::default();
             let feed = Feed::new(snapshots.clone());
             let projects = if whole { Projects::All } else { Projects::from_list(["p1"]) };
-            let topic = topic(projects, prefixed.then_some("a"));
-            let mut followers: Vec<(Option<EventId>, Document)> = vec![];
+            let key = key(projects, prefixed.then_some("a"));
+            let mut subscribers: Vec<(Option<EventId>, Document)> = vec![];
             for text in &states {
-                followers.push((None, Document::default()));
+                subscribers.push((None, Document::default()));
                 swap(&snapshots, text);
                 let document = Document::parse(text.as_bytes()).unwrap();
-                let expect = cut(&document, &topic.projects, &topic.filter);
-                // The first follower hears of each state; the others come once, and at the end again.
-                let (newest, last) = (followers.len() - 1, text == states.last().unwrap());
-                for (n, (id, state)) in followers.iter_mut().enumerate() {
+                let expect = cut(&document, &key.projects, &key.filter);
+                // The first subscriber gets each state, the others only one and, at the end, the last.
+                let (newest, last) = (subscribers.len() - 1, text == states.last().unwrap());
+                for (n, (id, state)) in subscribers.iter_mut().enumerate() {
                     if n != 0 && n != newest && !last {
                         continue;
                     }
-                    let frame = feed.since(&topic, *id).unwrap();
-                    prop_assert_eq!(id.is_none(), frame.news() == News::Everything);
-                    let events = delta::parse(frame.json()).unwrap();
-                    prop_assert!(events.iter().all(|event| event.id == frame.id()));
-                    prop_assert_eq!(events.is_empty(), frame.news() == News::Nothing);
+                    let update = feed.since(&key, *id).unwrap();
+                    prop_assert_eq!(id.is_none(), update.news() == News::Everything);
+                    let events = delta::parse(update.json()).unwrap();
+                    prop_assert!(events.iter().all(|event| event.id == update.id()));
+                    prop_assert_eq!(events.is_empty(), update.news() == News::Nothing);
                     *state = delta::apply(state, events.iter().map(|event| &event.change));
-                    *id = Some(frame.id());
+                    *id = Some(update.id());
                     prop_assert_eq!(texts(state), texts(&expect));
                 }
             }
@@ -220,57 +219,57 @@ mod tests {
     }
 
     #[test]
-    fn whoever_comes_from_a_state_that_is_not_known_is_told_everything() {
+    fn unknown_state_id_gets_the_whole_state() {
         let snapshots = Snapshots::default();
         let feed = Feed::new(snapshots.clone());
-        let topic = topic(Projects::All, None);
-        assert!(feed.since(&topic, None).is_none(), "there are no flags yet");
+        let key = key(Projects::All, None);
+        assert!(feed.since(&key, None).is_none(), "there are no flags yet");
         swap(&snapshots, r#"{"features":[{"name":"a"}]}"#);
-        let first = feed.since(&topic, None).unwrap();
+        let first = feed.since(&key, None).unwrap();
         assert_eq!(first.news(), News::Everything);
-        assert_eq!(feed.since(&topic, Some(first.id())).unwrap().news(), News::Nothing);
+        assert_eq!(feed.since(&key, Some(first.id())).unwrap().news(), News::Nothing);
         for unknown in [0, first.id() - 1, first.id() + 1, u32::MAX] {
-            assert_eq!(feed.since(&topic, Some(unknown)).unwrap().news(), News::Everything);
+            assert_eq!(feed.since(&key, Some(unknown)).unwrap().news(), News::Everything);
         }
     }
 
     #[test]
-    fn the_same_is_written_once_and_a_change_elsewhere_is_no_news() {
+    fn update_is_written_once_and_ignores_changes_outside_the_scope() {
         let snapshots = Snapshots::default();
         let feed = Feed::new(snapshots.clone());
-        let (web, all) = (topic(Projects::from_list(["web"]), None), topic(Projects::All, None));
+        let (web, all) = (key(Projects::from_list(["web"]), None), key(Projects::All, None));
         swap(&snapshots, r#"{"features":[{"name":"a","project":"web"}]}"#);
         let first = feed.since(&web, None).unwrap();
         assert!(Arc::ptr_eq(&first, &feed.since(&web, None).unwrap()));
-        let numbers = feed.follow(&development()).unwrap();
+        let current = feed.follow(&development()).unwrap();
         swap(&snapshots, r#"{"features":[{"name":"a","project":"web"}],"meta":{"revisionId":2}}"#);
         assert_eq!(feed.since(&web, Some(first.id())).unwrap().id(), first.id(), "no new state");
         swap(&snapshots, r#"{"features":[{"name":"a","project":"web"},{"name":"b"}]}"#);
         let then = feed.since(&web, Some(first.id())).unwrap();
         assert_eq!((then.news(), then.id()), (News::Nothing, first.id() + 1));
-        assert_eq!(web.id(*numbers.borrow()), then.id());
+        assert_eq!(web.id(*current.borrow()), then.id());
         let before = feed.since(&all, None).unwrap();
         swap(&snapshots, r#"{"features":[{"name":"a","project":"web"},{"name":"c"}]}"#);
         assert_eq!(feed.since(&all, Some(before.id())).unwrap().news(), News::Changes);
     }
 
     #[test]
-    fn whoever_sees_something_else_than_before_is_told_everything() {
+    fn changed_scope_gets_the_whole_state() {
         let snapshots = Snapshots::default();
         let feed = Feed::new(snapshots.clone());
         swap(&snapshots, r#"{"features":[{"name":"a","project":"web"},{"name":"b"}]}"#);
-        let topics = [
-            topic(Projects::All, None),
-            topic(Projects::from_list(["web"]), None),
-            topic(Projects::from_list(["web", "default"]), None),
-            topic(Projects::All, Some("b")),
+        let keys = [
+            key(Projects::All, None),
+            key(Projects::from_list(["web"]), None),
+            key(Projects::from_list(["web", "default"]), None),
+            key(Projects::All, Some("b")),
         ];
-        for (n, now) in topics.iter().enumerate() {
-            for (m, before) in topics.iter().enumerate() {
-                let told = feed.since(before, None).unwrap();
-                let frame = feed.since(now, Some(told.id())).unwrap();
+        for (n, now) in keys.iter().enumerate() {
+            for (m, before) in keys.iter().enumerate() {
+                let base = feed.since(before, None).unwrap();
+                let update = feed.since(now, Some(base.id())).unwrap();
                 let expect = if n == m { News::Nothing } else { News::Everything };
-                assert_eq!(frame.news(), expect, "{before:?} became {now:?}");
+                assert_eq!(update.news(), expect, "{before:?} became {now:?}");
             }
         }
     }

@@ -1,9 +1,9 @@
-//! What is served: immutable state per environment, swapped whole.
+//! The served state: one immutable snapshot per environment, swapped as a whole.
 //!
 //! A [`Snapshot`] holds everything that a response can need: the compiled engine, the flags' text as
-//! it came, and ready-made bodies, each built once and shared. A request loads one snapshot and uses
-//! it to the end. This module fetches, stores and schedules nothing; whoever builds a snapshot chooses
-//! the thread, whose processor others may have between the steps.
+//! upstream sent it, and prepared bodies, each built once and shared. A request loads one snapshot and
+//! uses it to the end. This module does not fetch, store or schedule anything. The caller chooses the
+//! thread that builds a snapshot; building yields the processor between its steps.
 
 mod answers;
 mod asked;
@@ -52,15 +52,15 @@ use crate::{
     wire::features::Document,
 };
 
-/// The most memory that one snapshot's filtered listings may hold, in bytes; beyond it the least used
-/// are built again when they are asked for.
+/// Memory limit of one snapshot's filtered client-features bodies, in bytes. Beyond it the least used
+/// are evicted and built again on the next request.
 const FILTERED_BYTES: u64 = 64 << 20;
 
-/// How many filtered listings a snapshot takes over from the one before. Who sends a new filter each
-/// time must not make each change of flags cost more.
+/// Number of filtered bodies that a snapshot builds in advance because the previous one had them. The
+/// limit keeps a client that sends a new filter each time from making every flag change more expensive.
 const INHERITED_FILTERS: usize = 64;
 
-/// The state of one environment, as of one answer of its source.
+/// The state of one environment, as of one response of its source.
 #[derive(Debug)]
 pub struct Snapshot {
     environment: Environment,
@@ -73,42 +73,40 @@ pub struct Snapshot {
     received: Instant,
     /// When the source last confirmed this state; `None` if it has not since the process started.
     confirmed: Mutex<Option<Instant>>,
-    /// The filtered ones.
     listings: Cache<ListingKey, Arc<Listing>>,
     fragments: Fragments,
     parts: Parts,
-    /// How many views there have been.
     viewed: AtomicU64,
     answers: Answers,
 }
 
 impl Snapshot {
-    /// Compiles a document that has every flag of the scope's projects; what is wrong with single
-    /// flags is kept as [`Snapshot::problems`].
+    /// Compiles a document that has every flag of the scope's projects. Problems with single flags do
+    /// not fail the build; they are available as [`Snapshot::problems`].
     ///
-    /// Milliseconds of work for thousands of flags.
-    pub fn build(scope: Scope, document: Document, confirmed: Option<Instant>) -> Self {
-        let received = Instant::now();
+    /// Takes milliseconds for thousands of flags.
+    pub fn build(scope: Scope, document: Document, confirmed_at: Option<Instant>) -> Self {
+        let received_at = Instant::now();
         let (engine, problems) = Engine::compile(&document);
-        let (fragments, answers) = (Fragments::of(&engine, None), Answers::new(None));
+        let (fragments, cache) = (Fragments::of(&engine, None), Answers::new(None));
         let stored = document.stored_revision().and_then(|it| u32::try_from(it).ok());
         let revision = stored.unwrap_or_else(|| revision_at(Timestamp::now()));
-        let times = (received, confirmed);
-        Self::of(scope, document, revision, (engine, problems, fragments), answers, times)
+        let times = (received_at, confirmed_at);
+        Self::of(scope, document, revision, (engine, problems, fragments), cache, times)
     }
 
-    /// The same, to take the place of a snapshot of this environment: with all that requests after the
-    /// swap will ask for, so that none waits for it. That is the parts that the previous one holds, and
-    /// of the filtered listings that it was itself asked for the most wanted.
+    /// Like [`Snapshot::build`], to replace a snapshot of the same environment. Builds in advance what
+    /// requests after the swap are likely to need: the views and unfiltered bodies that the previous
+    /// snapshot has, and the filtered bodies that were requested from it most often.
     ///
-    /// What did not change is taken over: flags as they are compiled, and bodies with all their codings.
+    /// Reuses what did not change: compiled flags, and bodies with all their content codings.
     pub fn after(
         previous: &Self,
         scope: Scope,
         document: Document,
-        confirmed: Option<Instant>,
+        confirmed_at: Option<Instant>,
     ) -> Self {
-        let times = (Instant::now(), confirmed);
+        let times = (Instant::now(), confirmed_at);
         let Self { document: before, engine, problems, fragments, .. } = previous;
         let document = document.sharing(before);
         give_way();
@@ -116,10 +114,10 @@ impl Snapshot {
         give_way();
         let fragments = Fragments::of(&new, Some((engine, fragments)));
         give_way();
-        let answers = Answers::new(Some(&previous.answers));
+        let cache = Answers::new(Some(&previous.answers));
         let revision = revision_at(Timestamp::now()).max(previous.revision.saturating_add(1));
         let new = (new, problems, fragments);
-        let snapshot = Self::of(scope, document, revision, new, answers, times);
+        let snapshot = Self::of(scope, document, revision, new, cache, times);
         snapshot.inherit(previous);
         snapshot
     }
@@ -129,8 +127,8 @@ impl Snapshot {
         document: Document,
         revision: u32,
         (engine, problems, fragments): (Engine, Vec<Problem>, Fragments),
-        answers: Answers,
-        (received, confirmed): (Instant, Option<Instant>),
+        evaluation_cache: Answers,
+        (received_at, confirmed_at): (Instant, Option<Instant>),
     ) -> Self {
         Self {
             fragments,
@@ -142,15 +140,15 @@ impl Snapshot {
                 .build(),
             parts: Parts::default(),
             viewed: AtomicU64::new(0),
-            answers,
+            answers: evaluation_cache,
             environment,
             projects,
             document: Arc::new(document),
             revision,
             engine,
             problems,
-            received,
-            confirmed: Mutex::new(confirmed),
+            received: received_at,
+            confirmed: Mutex::new(confirmed_at),
         }
     }
 
@@ -159,12 +157,12 @@ impl Snapshot {
         &self.environment
     }
 
-    /// The projects whose flags are known; of others there may be some, or none.
+    /// The projects whose flags are complete. Flags of other projects may be present, too.
     pub fn projects(&self) -> &Projects {
         &self.projects
     }
 
-    /// The flags and segments as they came.
+    /// The flags and segments as the source sent them.
     pub fn document(&self) -> &Arc<Document> {
         &self.document
     }
@@ -179,7 +177,7 @@ impl Snapshot {
         self.engine.find(name).map(|id| self.engine.flag(id))
     }
 
-    /// What is wrong with single flags.
+    /// Problems with the definitions of single flags.
     pub fn problems(&self) -> &[Problem] {
         &self.problems
     }
@@ -190,7 +188,7 @@ impl Snapshot {
     }
 
     /// When the source last confirmed that this is the current state; `None` if it has not since the
-    /// process started, as of flags from the store.
+    /// process started, as for flags read from the store.
     pub fn confirmed(&self) -> Option<Instant> {
         *self.lock_confirmed()
     }
@@ -200,19 +198,19 @@ impl Snapshot {
         Some(now.saturating_duration_since(self.confirmed()?))
     }
 
-    /// Records that the source confirmed this state; an earlier time than is known changes nothing.
+    /// Records that the source confirmed this state. A time before the latest confirmation is ignored.
     pub fn confirm(&self, at: Instant) {
         let mut confirmed = self.lock_confirmed();
         *confirmed = (*confirmed).max(Some(at));
     }
 
-    /// A panic under this lock leaves a whole time.
+    /// Ignores poisoning: a panic under this lock leaves a valid time.
     fn lock_confirmed(&self) -> MutexGuard<'_, Option<Instant>> {
         self.confirmed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The flag configuration that `projects` and `filter` leave, as `/api/client/features` sends
-    /// it; built on the first wish.
+    /// The flag configuration limited to `projects` and `filter`, as `/api/client/features` sends it.
+    /// Built on first use.
     pub fn listing(&self, projects: &Projects, filter: Filter, segments: Segments) -> Arc<Body> {
         if filter == Filter::default() {
             return self.whole(&self.parts.of(projects), projects, segments);
@@ -229,9 +227,9 @@ impl Snapshot {
         self.listings.get_with_by_ref(&key, build).body_counted()
     }
 
-    /// The flag configuration of a part, without a filter.
-    fn whole(&self, part: &Part, projects: &Projects, segments: Segments) -> Arc<Body> {
-        let slot = part.listing(segments);
+    /// The flag configuration of `projects`, without a filter.
+    fn whole(&self, data: &Part, projects: &Projects, segments: Segments) -> Arc<Body> {
+        let slot = data.listing(segments);
         if let Some(body) = slot.get() {
             return Arc::clone(body);
         }
@@ -243,34 +241,34 @@ impl Snapshot {
         body
     }
 
-    /// What `projects` see, prepared for answering frontends; on the first wish.
+    /// The flags of `projects`, prepared for evaluation. Built on first use.
     pub fn view(&self, projects: &Projects) -> Arc<View> {
-        let part = self.parts.of(projects);
-        if let Some(view) = part.view().get() {
+        let data = self.parts.of(projects);
+        if let Some(view) = data.view().get() {
             return Arc::clone(view);
         }
-        let view = Arc::clone(part.view().get_or_init(|| {
-            let number = self.viewed.fetch_add(1, Ordering::Relaxed);
-            Arc::new(View::of(&self.engine, &self.fragments, projects, number))
+        let view = Arc::clone(data.view().get_or_init(|| {
+            let id = self.viewed.fetch_add(1, Ordering::Relaxed);
+            Arc::new(View::of(&self.engine, &self.fragments, projects, id))
         }));
         self.parts.keep_within_bounds(projects);
         view
     }
 
-    /// The ready-made JSON of each flag.
+    /// The prepared JSON of each flag.
     pub fn fragments(&self) -> &Fragments {
         &self.fragments
     }
 
-    /// What is remembered of answers to frontends.
+    /// Cached evaluation results, bodies and events for frontend clients.
     pub fn answers(&self) -> &Answers {
         &self.answers
     }
 
-    /// Builds what the previous snapshot was asked for.
+    /// Builds what was requested from the previous snapshot.
     fn inherit(&self, previous: &Self) {
         for (projects, old) in &*previous.parts.all() {
-            let part = self.parts.of(projects);
+            let new = self.parts.of(projects);
             if old.view().get().is_some() {
                 self.view(projects);
             }
@@ -279,7 +277,7 @@ impl Snapshot {
                 let Some(old) = old.listing(segments).get() else { continue };
                 let filter = Filter::default();
                 let key = ListingKey { projects: projects.clone(), filter, segments };
-                part.listing(segments).get_or_init(|| self.rebuilt(&key, old));
+                new.listing(segments).get_or_init(|| self.rebuilt(&key, old));
             }
             self.parts.keep_within_bounds(projects);
         }
@@ -293,7 +291,7 @@ impl Snapshot {
         }
     }
 
-    /// A listing of this snapshot in the codings that it had in the previous one.
+    /// The body of this snapshot for `key`, compressed in the codings that `old` was compressed in.
     fn rebuilt(&self, key: &ListingKey, old: &Arc<Body>) -> Arc<Body> {
         let new = listing::build(&self.environment, &self.document, key, self.revision);
         if new.etag() == old.etag() {
@@ -308,22 +306,22 @@ impl Snapshot {
     }
 }
 
-/// The revision of a state that begins now: the time in seconds since 1970. It grows from state to
-/// state, over restarts and from one instance to the next, and SDKs read it into 32 bits.
+/// The revision of a state that begins now: seconds since 1970. It grows from state to state, across
+/// restarts and instances, and fits the 32 bits into which SDKs read it.
 fn revision_at(now: Timestamp) -> u32 {
     u32::try_from(now.as_second()).unwrap_or(1)
 }
 
-/// Lets others have the processor, if any wait for it, between two steps of work for milliseconds.
-/// Kernels of servers may take it away at ticks of 4 ms only, and so long a request would wait that
-/// needs it for microseconds.
+/// Yields the processor to waiting threads between two steps of a task that takes milliseconds.
+/// A server kernel may preempt only at ticks of 4 ms, and a request that needs microseconds would wait
+/// that long.
 fn give_way() {
     thread::yield_now();
 }
 
 /// The snapshots of all environments. A cheap handle.
 ///
-/// Reading is one atomic load and a look-up; whoever swaps a snapshot blocks no reader.
+/// Reading is one atomic load and a look-up. A swap does not block readers.
 #[derive(Clone, Debug)]
 pub struct Snapshots(Arc<Inner>);
 
@@ -339,15 +337,15 @@ struct Current {
     snapshots: Arc<HashMap<Environment, Arc<Snapshot>, RandomState>>,
 }
 
-/// Which environments are served at all.
+/// The environments that are served.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub enum Served {
-    /// All that there are snapshots of.
+    /// All environments that have a snapshot.
     #[default]
     Any,
-    /// These.
+    /// Only these environments.
     Only(BTreeSet<Environment>),
-    /// All but these.
+    /// All environments except these.
     Except(BTreeSet<Environment>),
 }
 
@@ -384,30 +382,31 @@ impl Snapshots {
         Arc::clone(&self.0.current.load().snapshots)
     }
 
-    /// Whether the environment has a snapshot, or may get one.
+    /// Whether the environment has a snapshot or may get one.
     pub fn serves(&self, environment: &Environment) -> bool {
         self.0.current.load().served.contains(environment)
     }
 
-    /// Serves these environments only, from now on; true if that is a change.
+    /// Serves only these environments from now on and drops the snapshots of others. Returns whether
+    /// the filter changed.
     pub fn limit(&self, served: &Served) -> bool {
         let before = self.0.current.rcu(|current| {
-            let kept = current.snapshots.iter().filter(|(name, _)| served.contains(name));
-            let kept = kept.map(|(name, snapshot)| (name.clone(), Arc::clone(snapshot)));
-            Current { served: served.clone(), snapshots: Arc::new(kept.collect()) }
+            let snapshots = current.snapshots.iter().filter(|(name, _)| served.contains(name));
+            let snapshots = snapshots.map(|(name, it)| (name.clone(), Arc::clone(it)));
+            Current { served: served.clone(), snapshots: Arc::new(snapshots.collect()) }
         });
         self.0.swaps.send_modify(|count| *count += 1);
         before.served != *served
     }
 
-    /// Puts a snapshot in its environment's place, if that is served.
+    /// Makes a snapshot the current one of its environment, if that environment is served.
     pub fn swap(&self, snapshot: Snapshot) -> Arc<Snapshot> {
         let snapshot = Arc::new(snapshot);
         self.0.current.rcu(|current| {
             let mut next = Current::clone(current);
             if next.served.contains(&snapshot.environment) {
-                let place = (snapshot.environment.clone(), Arc::clone(&snapshot));
-                Arc::make_mut(&mut next.snapshots).extend([place]);
+                let entry = (snapshot.environment.clone(), Arc::clone(&snapshot));
+                Arc::make_mut(&mut next.snapshots).extend([entry]);
             }
             next
         });
@@ -415,7 +414,7 @@ impl Snapshots {
         snapshot
     }
 
-    /// Is told of each swap and of each change of what is served.
+    /// Notifies of each swap and of each change of the served environments.
     pub fn swaps(&self) -> watch::Receiver<u64> {
         self.0.swaps.subscribe()
     }
@@ -445,11 +444,11 @@ impl Snapshots {
     async fn wait(
         &self,
         environment: &Environment,
-        look: impl Fn() -> Option<Arc<Snapshot>>,
+        find: impl Fn() -> Option<Arc<Snapshot>>,
     ) -> Option<Arc<Snapshot>> {
         let mut swaps = self.0.swaps.subscribe();
         loop {
-            let found = look();
+            let found = find();
             if found.is_some() || !self.serves(environment) {
                 return found;
             }
@@ -488,37 +487,37 @@ mod tests {
         snapshot.confirm(start + second * 10);
         assert_eq!(snapshot.age(start + second * 13), Some(second * 3));
         snapshot.confirm(start + second * 2);
-        assert_eq!(snapshot.age(start + second * 13), Some(second * 3), "it is known by then");
+        assert_eq!(snapshot.age(start + second * 13), Some(second * 3), "not moved back");
         assert_eq!(snapshot.age(start), Some(Duration::ZERO));
     }
 
-    fn ask(snapshot: &Snapshot, prefix: usize) -> Arc<Body> {
+    fn request(snapshot: &Snapshot, prefix: usize) -> Arc<Body> {
         let filter = Filter { name_prefix: Some(prefix.to_string().into()), ..Filter::default() };
         snapshot.listing(&Projects::All, filter, Segments::Separate)
     }
 
-    fn kept(snapshot: &Snapshot) -> usize {
+    fn cached_filters(snapshot: &Snapshot) -> usize {
         snapshot.listings.iter().count()
     }
 
     #[test]
-    fn a_snapshot_inherits_what_is_asked_for_and_of_filters_only_the_most_wanted() {
+    fn rebuilt_snapshot_prebuilds_requested_bodies_and_only_the_most_requested_filters() {
         let first = snapshot("a", None);
         let whole = || first.listing(&Projects::All, Filter::default(), Segments::Separate);
-        let (body, _) = (whole(), ask(&first, 0));
-        ask(&first, 0);
+        let (body, _) = (whole(), request(&first, 0));
+        request(&first, 0);
         for prefix in 1..1000 {
-            ask(&first, prefix);
+            request(&first, prefix);
         }
         let second = snapshot("a", Some(&first));
-        assert_eq!(kept(&second), INHERITED_FILTERS);
-        let taken = second.listing(&Projects::All, Filter::default(), Segments::Separate);
-        assert!(Arc::ptr_eq(&body, &taken), "nothing has changed");
-        assert!(Arc::ptr_eq(&ask(&first, 0), &ask(&second, 0)), "it was asked for twice");
+        assert_eq!(cached_filters(&second), INHERITED_FILTERS);
+        let reused = second.listing(&Projects::All, Filter::default(), Segments::Separate);
+        assert!(Arc::ptr_eq(&body, &reused), "nothing has changed");
+        assert!(Arc::ptr_eq(&request(&first, 0), &request(&second, 0)), "requested twice");
         let third = snapshot("b", Some(&second));
-        assert_eq!(kept(&third), 1, "the others were not asked for since");
+        assert_eq!(cached_filters(&third), 1, "the others were not requested since");
         let fourth = snapshot("b", Some(&third));
-        assert_eq!(kept(&fourth), 0, "nobody asked");
-        assert_eq!(fourth.parts.all().len(), 1, "but the part is kept, which no client made up");
+        assert_eq!(cached_filters(&fourth), 0, "nothing was requested");
+        assert_eq!(fourth.parts.all().len(), 1, "scopes are kept: clients cannot invent them");
     }
 }

@@ -1,12 +1,12 @@
-//! The engine beside yggdrasil, Unleash's own, over the same flags in the same run.
+//! Compares the engine with yggdrasil, Unleash's own engine, on the same flags in the same run.
 //!
-//! `evaluate` is every flag for one context. `operators` is one flag of one strategy or constraint
-//! for one context, the context's reading included. `refresh` is from the text that upstream sent
-//! to what serves requests: Parapet's flags, frontend answers and the listing with its entity tag,
-//! beside what of this yggdrasil has, a state that evaluates; `compile` is Parapet without what
-//! yggdrasil does not have. Counted per flag where there are many.
+//! `evaluate` evaluates every flag for one context. `operators` evaluates one flag with one strategy or
+//! constraint, including reading the context. `refresh` goes from the text that upstream sent to a state
+//! that serves requests: for Parapet the compiled flags, the JSON for frontends, and the client-features
+//! body with its entity tag; for yggdrasil a state that evaluates. `compile` leaves out the parts that
+//! yggdrasil does not have. Benchmarks with many flags report times per flag.
 //!
-//! A run of everything writes `docs/engine.md`.
+//! A complete run writes `docs/engine.md`.
 
 #![expect(clippy::print_stdout, reason = "a program for the terminal")]
 
@@ -46,7 +46,7 @@ const PROPERTIES: [(&str, &str); 3] = [("country", "v7"), ("plan", "v12"), ("ver
 fn parapet(body: &str) -> (Document, Engine) {
     let document = Document::parse(body.as_bytes()).expect("the document is sound");
     let (engine, problems) = Engine::compile(&document);
-    assert_eq!(problems, [], "both have to understand everything");
+    assert_eq!(problems, [], "both engines have to accept all flags");
     (document, engine)
 }
 
@@ -57,7 +57,7 @@ fn yggdrasil(body: &str) -> EngineState {
     engine
 }
 
-/// Who asks, as Parapet is told.
+/// The context for Parapet.
 fn context() -> Context<'static> {
     Context {
         user_id: Some("user-4711"),
@@ -70,8 +70,8 @@ fn context() -> Context<'static> {
     }
 }
 
-/// The same, as yggdrasil is told.
-fn peers_context() -> unleash_yggdrasil::Context {
+/// The same context for yggdrasil.
+fn yggdrasil_context() -> unleash_yggdrasil::Context {
     let Context { user_id, session_id, environment, app_name, remote_address, .. } = context();
     unleash_yggdrasil::Context {
         user_id: user_id.map(Into::into),
@@ -91,18 +91,18 @@ fn evaluate(c: &mut Criterion) {
         group.throughput(Throughput::Elements(size as u64));
 
         let (_, engine) = parapet(&body);
-        let asking = context();
+        let context = context();
         group.bench_function(BenchmarkId::new("parapet", size), |b| {
             b.iter(|| {
-                let bound = engine.bind(black_box(&asking));
+                let bound = engine.bind(black_box(&context));
                 engine.ids().map(|id| engine.evaluate(id, &bound).ordinal()).sum::<usize>()
             });
         });
 
-        let peer = yggdrasil(&body);
-        let asking = peers_context();
+        let yggdrasil = yggdrasil(&body);
+        let context = yggdrasil_context();
         group.bench_function(BenchmarkId::new("yggdrasil", size), |b| {
-            b.iter(|| peer.resolve_all(black_box(&asking), &None));
+            b.iter(|| yggdrasil.resolve_all(black_box(&context), &None));
         });
     }
 }
@@ -142,7 +142,7 @@ fn refresh(c: &mut Criterion) {
     }
 }
 
-/// One strategy for each operator, then one for each kind of strategy; the context matches all.
+/// One strategy for each operator, then one for each kind of strategy. The context matches all.
 fn strategies() -> Vec<(&'static str, Value)> {
     let constraint = |operator: &'static str, field: &str, mut operand: Value| {
         operand["contextName"] = field.into();
@@ -186,11 +186,14 @@ fn strategies() -> Vec<(&'static str, Value)> {
 
 fn operators(c: &mut Criterion) {
     let mut group = c.benchmark_group("operators");
-    let known = [&PROPERTIES[..], &[("number", "7")]].concat();
-    let asking = Context { properties: &known, now: Timestamp::now(), ..context() };
-    let mut peers = peers_context();
-    peers.properties.get_or_insert_with(HashMap::new).insert("number".into(), "7".into());
-    peers.current_time = Some(asking.now.to_string());
+    let properties = [&PROPERTIES[..], &[("number", "7")]].concat();
+    let parapet_context = Context { properties: &properties, now: Timestamp::now(), ..context() };
+    let mut yggdrasil_context = yggdrasil_context();
+    yggdrasil_context
+        .properties
+        .get_or_insert_with(HashMap::new)
+        .insert("number".into(), "7".into());
+    yggdrasil_context.current_time = Some(parapet_context.now.to_string());
     for (name, strategy) in strategies() {
         let flag = json!({ "name": "flag", "enabled": true, "strategies": [strategy] });
         let body = json!({ "version": 2, "features": [flag] }).to_string();
@@ -198,12 +201,12 @@ fn operators(c: &mut Criterion) {
         let (_, engine) = parapet(&body);
         let flag = engine.find("flag").expect("it is there");
         group.bench_function(BenchmarkId::new("parapet", name), |b| {
-            b.iter(|| engine.evaluate(flag, &engine.bind(black_box(&asking))));
+            b.iter(|| engine.evaluate(flag, &engine.bind(black_box(&parapet_context))));
         });
 
-        let peer = yggdrasil(&body);
+        let yggdrasil = yggdrasil(&body);
         group.bench_function(BenchmarkId::new("yggdrasil", name), |b| {
-            b.iter(|| peer.resolve("flag", black_box(&peers), &None));
+            b.iter(|| yggdrasil.resolve("flag", black_box(&yggdrasil_context), &None));
         });
     }
 }
@@ -211,19 +214,20 @@ fn operators(c: &mut Criterion) {
 criterion_group! {
     name = benches;
     config = Criterion::default()
-        .output_directory(&folder())
+        .output_directory(&criterion_folder())
         .sample_size(10)
         .warm_up_time(Duration::from_millis(300))
         .measurement_time(Duration::from_secs(1));
     targets = evaluate, compile, refresh, operators
 }
-/// Where criterion keeps what it measures.
-fn folder() -> PathBuf {
+
+/// The folder of criterion's measurements.
+fn criterion_folder() -> PathBuf {
     Path::new(env!("CARGO_TARGET_TMPDIR")).join("criterion")
 }
 
 /// The ids of a group's benchmarks.
-fn ids(group: &Group) -> Vec<String> {
+fn benchmark_ids(group: &Group) -> Vec<String> {
     if group.by_flag {
         SIZES.iter().map(usize::to_string).collect()
     } else {
@@ -232,27 +236,27 @@ fn ids(group: &Group) -> Vec<String> {
 }
 
 fn main() -> Result<()> {
-    let began = SystemTime::now();
+    let start = SystemTime::now();
     benches();
     Criterion::default().configure_from_args().final_summary();
-    let (tables, is_whole) = report::tables(&folder(), ids, began)?;
+    let (tables, is_complete) = report::tables(&criterion_folder(), benchmark_ids, start)?;
     if tables.is_empty() {
         return Ok(());
     }
     let facts = [("yggdrasil", &*version_of("unleash-yggdrasil")?)];
     let machine = machine::describe("run nothing else", &facts)?;
     println!("{machine}\n\n{tables}");
-    if is_whole {
+    if is_complete {
         report::write(&Path::new(env!("CARGO_MANIFEST_DIR")).join("docs"), &machine, &tables)?;
     }
     Ok(())
 }
 
-/// The version of a crate that this was built with.
+/// The version of a dependency in `Cargo.lock`.
 fn version_of(name: &str) -> Result<String> {
     let lock = include_str!("../../Cargo.lock");
     let (_, rest) =
         lock.split_once(&format!("name = \"{name}\"\nversion = \"")).context("no such crate")?;
-    let (version, _) = rest.split_once('"').context("a version ends")?;
+    let (version, _) = rest.split_once('"').context("the version has no end")?;
     Ok(version.to_owned())
 }

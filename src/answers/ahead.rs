@@ -1,6 +1,6 @@
-//! What is asked again and again is answered before a new snapshot is served, so that nobody waits for
-//! an evaluation of all flags who had an answer at hand before. Which questions those are is for the
-//! snapshot to know, and nothing depends on it: who asks something else is evaluated for as ever.
+//! Fills the evaluation cache of a new snapshot before it is served, so that frequent requests do not
+//! wait for an evaluation of all flags after each change. The previous snapshot records which requests
+//! are frequent. This is an optimization only: any other request is evaluated when it arrives.
 
 use std::thread;
 
@@ -9,19 +9,17 @@ use jiff::Timestamp;
 use super::answer::Answer;
 use crate::snapshot::Snapshot;
 
-/// Asks the next snapshot some of what the previous one was asked, and was asked more than once: at
-/// most a few dozen evaluations.
+/// Evaluates the hot contexts of the previous snapshot on the next one: 64 evaluations at most.
 ///
-/// Bodies whose content did not change are taken over as they are, with all their codings.
+/// Reuses bodies whose content did not change, with all their content codings.
 pub fn prepare(next: &Snapshot, previous: &Snapshot, now: Timestamp) {
-    for asked in previous.answers().often_asked() {
-        // Requests that wait for the processor have it first.
+    for hot in previous.answers().often_asked() {
+        // Lets waiting requests run first.
         thread::yield_now();
-        let view = next.view(&asked.projects);
-        let hash = asked
-            .context
-            .at(now, |context| Answer::unnoted(next, &view, context, asked.shown).hash());
-        if hash == asked.hash
+        let view = next.view(&hot.projects);
+        let hash =
+            hot.context.at(now, |context| Answer::unnoted(next, &view, context, hot.shown).hash());
+        if hash == hot.hash
             && let Some(body) = previous.answers().kept(hash)
         {
             next.answers().keep(hash, body);

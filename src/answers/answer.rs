@@ -1,5 +1,5 @@
-//! What a context's flags come to, from memory or evaluated; its entity tag, and its body. In other
-//! words than those of frontends' SDKs: what identifies it.
+//! Evaluated flags for one context, with entity tag and body, from the cache when possible. For OFREP
+//! this module computes only the hash of the evaluated flags, not the response.
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ use crate::{
     token::Projects,
 };
 
-/// What a context's flags came to; its body is not written yet.
+/// The evaluated flags of one context. The body is written on demand.
 #[derive(Debug)]
 pub struct Answer<'a> {
     snapshot: &'a Snapshot,
@@ -27,131 +27,146 @@ pub struct Answer<'a> {
     known: Known<'a>,
 }
 
-/// What there is to write a body from.
+/// The source of the body.
 #[derive(Debug)]
 #[expect(clippy::large_enum_variant, reason = "there is one per request, on the stack")]
 enum Known<'a> {
-    /// The flags were evaluated now, to these.
+    /// The fragments of the flags that were just evaluated.
     Fragments(Vec<Fragment<'a>>),
-    /// They were before, for a context that this one equals.
+    /// The hash came from the cache. The values are evaluated only if the body is not cached.
     Values(Values<'a>),
 }
 
 impl<'a> Answer<'a> {
-    /// What the flags of `view`, which is one of the snapshot's, come to for a context.
-    pub fn of(snapshot: &'a Snapshot, view: &'a View, context: &Context<'a>, shown: Shown) -> Self {
-        let answer = Self::unnoted(snapshot, view, context, shown);
-        if answer.is_settled {
-            let is_known = matches!(answer.known, Known::Values(_));
-            let question = (view.projects(), shown, context);
-            snapshot.answers().note(question, is_known, answer.hash);
+    /// Evaluates the flags of `view`, which belongs to `snapshot`, for a context, or takes the result
+    /// from the cache. Records the request, so that a frequent one is evaluated before the next snapshot
+    /// is served.
+    pub fn of(
+        snapshot: &'a Snapshot,
+        view: &'a View,
+        context: &Context<'a>,
+        include: Shown,
+    ) -> Self {
+        let flags = Self::unnoted(snapshot, view, context, include);
+        if flags.is_settled {
+            let is_cached = matches!(flags.known, Known::Values(_));
+            let request = (view.projects(), include, context);
+            snapshot.answers().note(request, is_cached, flags.hash);
         }
-        answer
+        flags
     }
 
-    /// The same for somebody who only wants to know beforehand.
+    /// Like [`EvaluatedFlags::evaluate`], without recording a request.
     pub(super) fn unnoted(
         snapshot: &'a Snapshot,
         view: &'a View,
         context: &Context<'a>,
-        shown: Shown,
+        include: Shown,
     ) -> Self {
-        let (engine, answers) = (snapshot.engine(), snapshot.answers());
+        let (engine, cache) = (snapshot.engine(), snapshot.answers());
         let values = engine.read(context);
         if view.reads().is_random(&values) {
-            let fragments = evaluate_once(snapshot, view, values, shown);
+            let fragments = evaluate_once(snapshot, view, values, include);
             let hash = hash_of(&fragments);
-            let known = Known::Fragments(fragments);
-            return Self { snapshot, view, shown, hash, is_settled: false, known };
+            let evaluation = Known::Fragments(fragments);
+            return Self {
+                snapshot,
+                view,
+                shown: include,
+                hash,
+                is_settled: false,
+                known: evaluation,
+            };
         }
-        let mut key = key(view, Words::Toggles(shown));
+        let mut key = key(view, Words::Toggles(include));
         engine.tell(view.reads(), &values, &mut key);
-        let known_by = answers.known_by(&key);
-        let (hash, known) = if let Some(hash) = answers.outcome(known_by) {
+        let cache_key = cache.known_by(&key);
+        let (hash, evaluation) = if let Some(hash) = cache.outcome(cache_key) {
             (hash, Known::Values(values))
         } else {
-            let fragments = evaluate(snapshot, view, values, shown);
+            let fragments = evaluate(snapshot, view, values, include);
             let hash = hash_of(&fragments);
-            answers.remember(known_by, hash);
+            cache.remember(cache_key, hash);
             (hash, Known::Fragments(fragments))
         };
-        Self { snapshot, view, shown, hash, is_settled: true, known }
+        Self { snapshot, view, shown: include, hash, is_settled: true, known: evaluation }
     }
 
-    /// Whether the context decided it, and no lots.
+    /// Whether an equal context gets the same result: no outcome is random or reads a generated
+    /// `sessionId`.
     pub fn is_settled(&self) -> bool {
         self.is_settled
     }
 
-    /// What identifies the answer, its flags and what they came to.
+    /// The hash of the included flags and their outcomes.
     pub fn hash(&self) -> u128 {
         self.hash
     }
 
-    /// The entity tag of the answer.
+    /// The entity tag of the body.
     pub fn etag(&self) -> HeaderValue {
         etag_of(self.hash)
     }
 
-    /// `{"toggles":[…]}`, flags sorted by name.
+    /// The body, `{"toggles":[…]}`, with flags sorted by name.
     pub fn body(self) -> Arc<Body> {
-        let Self { snapshot, view, shown, hash, known, .. } = self;
+        let Self { snapshot, view, shown: include, hash, known: evaluation, .. } = self;
         snapshot.answers().body(hash, || {
-            let fragments = match known {
+            let fragments = match evaluation {
                 Known::Fragments(fragments) => fragments,
-                Known::Values(values) => evaluate(snapshot, view, values, shown),
+                Known::Values(values) => evaluate(snapshot, view, values, include),
             };
             Body::tagged(write(&fragments), hash)
         })
     }
 }
 
-/// What identifies what all flags of `view`, which is one of the snapshot's, come to for a context in
-/// the words of the one other protocol, of which `hash` hashes each flag's for an outcome.
+/// The hash of the evaluated flags of `view`, which belongs to `snapshot`, for an OFREP response. `hash`
+/// hashes one flag's outcome in OFREP's format.
 pub fn reworded(
     snapshot: &Snapshot,
     view: &View,
     context: &Context<'_>,
     hash: impl Fn(FlagId, Outcome) -> u64,
 ) -> u128 {
-    let (engine, answers) = (snapshot.engine(), snapshot.answers());
+    let (engine, cache) = (snapshot.engine(), snapshot.answers());
     let values = engine.read(context);
-    let evaluated = |values| {
-        let words = snapshot.fragments().reworded(engine, hash);
+    let evaluate = |values| {
+        let ofrep_hashes = snapshot.fragments().reworded(engine, hash);
         let mut hashes = Vec::with_capacity(view.toggles().len());
         listed(snapshot, view, values, Shown::All, |fragment| {
-            hashes.push(words.hash(fragment).to_le_bytes());
+            hashes.push(ofrep_hashes.hash(fragment).to_le_bytes());
         });
         xxh3_128(hashes.as_flattened())
     };
     if view.reads().is_random(&values) {
-        return evaluated(values);
+        return evaluate(values);
     }
     let mut key = key(view, Words::Others);
     engine.tell(view.reads(), &values, &mut key);
-    let known_by = answers.known_by(&key);
-    answers.outcome(known_by).unwrap_or_else(|| {
-        let hash = evaluated(values);
-        answers.remember(known_by, hash);
+    let cache_key = cache.known_by(&key);
+    cache.outcome(cache_key).unwrap_or_else(|| {
+        let hash = evaluate(values);
+        cache.remember(cache_key, hash);
         hash
     })
 }
 
-/// In which words an answer is given.
+/// The kind of a cached result.
 #[derive(Clone, Copy, Debug)]
 enum Words {
-    /// As a list of flags, some of which are shown.
+    /// Flags in Unleash's format, the included ones only.
     Toggles(Shown),
-    /// In those of the one other protocol.
+    /// All flags in OFREP's format.
     Others,
-    /// As outcomes of the flags that are [`Toggle::Varies`], to be repeated.
+    /// The outcomes of the flags that are [`ScopedFlag::PerContext`].
     Repeatable,
 }
 
-/// What begins the key of whatever is asked of a view.
-fn key(view: &View, words: Words) -> Key {
+/// The beginning of the cache key of a result of a view.
+fn key(view: &View, format: Words) -> Key {
     let mut key = Key::from_slice(&view.number().to_le_bytes());
-    key.push(match words {
+    key.push(match format {
         Words::Toggles(Shown::Enabled) => 0,
         Words::Toggles(Shown::All) => 1,
         Words::Others => 2,
@@ -160,89 +175,94 @@ fn key(view: &View, words: Words) -> Key {
     key
 }
 
-/// What every flag of the view that is shown comes to.
+/// Evaluates the view and returns the fragments of the included flags.
 fn evaluate<'a>(
     snapshot: &'a Snapshot,
     view: &View,
     values: Values<'_>,
-    shown: Shown,
+    include: Shown,
 ) -> Vec<Fragment<'a>> {
     let all = snapshot.fragments();
     let mut fragments = Vec::with_capacity(view.toggles().len());
-    listed(snapshot, view, values, shown, |fragment| fragments.push(all.get(fragment)));
+    listed(snapshot, view, values, include, |fragment| fragments.push(all.get(fragment)));
     fragments
 }
 
-/// The same for a context of which some outcomes are good for this request only. The flags that always
-/// have equal outcomes for equal contexts are evaluated once for all such requests.
+/// Like [`evaluate_fragments`], for a context for which some outcomes are valid for this request only.
+/// The outcomes of [`ScopedFlag::PerContext`] flags come from the cache when possible.
 fn evaluate_once<'a>(
     snapshot: &'a Snapshot,
     view: &View,
     values: Values<'_>,
-    shown: Shown,
+    include: Shown,
 ) -> Vec<Fragment<'a>> {
     let (engine, all) = (snapshot.engine(), snapshot.fragments());
     let mut fragments = Vec::with_capacity(view.toggles().len());
     let mut key = key(view, Words::Repeatable);
     engine.tell(view.repeatable_reads(), &values, &mut key);
     let bound = engine.bind_values(values);
-    let answers = snapshot.answers();
-    let repeatable = answers.repeatable(answers.known_by(&key), || {
-        let varying = view.toggles().iter().filter_map(|toggle| match *toggle {
+    let cache = snapshot.answers();
+    let deterministic = cache.repeatable(cache.known_by(&key), || {
+        let outcomes = view.toggles().iter().filter_map(|toggle| match *toggle {
             Toggle::Varies(flag) => Some(engine.evaluate(flag, &bound)),
             Toggle::Fixed { .. } | Toggle::Draws(_) => None,
         });
-        varying.collect()
+        outcomes.collect()
     });
-    let mut repeatable = repeatable.iter();
-    let repeat = |_| *repeatable.next().expect("there is one outcome for each such flag");
-    let draw = |flag| engine.evaluate(flag, &bound);
-    listed_by(all, view, shown, (repeat, draw), |fragment| fragments.push(all.get(fragment)));
+    let mut deterministic = deterministic.iter();
+    let cached = |_| *deterministic.next().expect("there is one outcome for each such flag");
+    let evaluated = |flag| engine.evaluate(flag, &bound);
+    listed_by(all, view, include, (cached, evaluated), |fragment| {
+        fragments.push(all.get(fragment))
+    });
     fragments
 }
 
-/// Evaluates every flag of the view, and tells of those that are shown what they come to.
+/// Evaluates every flag of the view and calls `visit` with the fragment of each included flag.
 pub(super) fn listed(
     snapshot: &Snapshot,
     view: &View,
     values: Values<'_>,
-    shown: Shown,
-    tell: impl FnMut(FragmentId),
+    include: Shown,
+    visit: impl FnMut(FragmentId),
 ) {
     let engine = snapshot.engine();
     let bound = engine.bind_values(values);
     let evaluate = |flag| engine.evaluate(flag, &bound);
-    listed_by(snapshot.fragments(), view, shown, (evaluate, evaluate), tell);
+    listed_by(snapshot.fragments(), view, include, (evaluate, evaluate), visit);
 }
 
-/// Tells of the flags of the view that are shown, with the outcomes that these say of those that are
-/// [`Toggle::Varies`] and [`Toggle::Draws`], in the order of the view.
+/// Calls `visit` with the fragment of each included flag, in the order of the view. The two functions
+/// return the outcomes of [`ScopedFlag::PerContext`] and [`ScopedFlag::PerRequest`] flags.
 fn listed_by(
     all: &Fragments,
     view: &View,
-    shown: Shown,
-    (mut varies, mut draws): (impl FnMut(FlagId) -> Outcome, impl FnMut(FlagId) -> Outcome),
-    mut tell: impl FnMut(FragmentId),
+    include: Shown,
+    (mut per_context, mut per_request): (
+        impl FnMut(FlagId) -> Outcome,
+        impl FnMut(FlagId) -> Outcome,
+    ),
+    mut visit: impl FnMut(FragmentId),
 ) {
     for toggle in view.toggles() {
         let (flag, outcome) = match *toggle {
             Toggle::Fixed { on, fragment } => {
-                if on || shown == Shown::All {
-                    tell(fragment);
+                if on || include == Shown::All {
+                    visit(fragment);
                 }
                 continue;
             }
-            Toggle::Varies(flag) => (flag, varies(flag)),
-            Toggle::Draws(flag) => (flag, draws(flag)),
+            Toggle::Varies(flag) => (flag, per_context(flag)),
+            Toggle::Draws(flag) => (flag, per_request(flag)),
         };
-        if outcome.is_on() || shown == Shown::All {
-            tell(all.id(flag, outcome));
+        if outcome.is_on() || include == Shown::All {
+            visit(all.id(flag, outcome));
         }
     }
 }
 
-/// What the body is made of, hashed without writing it: equal bodies have equal tags on every instance
-/// and across snapshots.
+/// Hashes the content of a body without writing it. Equal bodies have equal hashes on every instance and
+/// across snapshots.
 fn hash_of(fragments: &[Fragment<'_>]) -> u128 {
     let hashes: Vec<_> = fragments.iter().map(|it| it.hash().to_le_bytes()).collect();
     xxh3_128(hashes.as_flattened())
@@ -251,7 +271,7 @@ fn hash_of(fragments: &[Fragment<'_>]) -> u128 {
 fn write(fragments: &[Fragment<'_>]) -> Bytes {
     let (opening, end) = (r#"{"toggles":["#, "]}");
     let length = fragments.iter().map(|it| it.with_comma().len()).sum::<usize>().saturating_sub(1);
-    // Exactly the right size: nothing is copied again.
+    // The exact size, so that the text is not copied as it grows.
     let mut text = String::with_capacity(opening.len() + length + end.len());
     text.push_str(opening);
     if let Some((last, others)) = fragments.split_last() {
@@ -262,7 +282,7 @@ fn write(fragments: &[Fragment<'_>]) -> Bytes {
     Bytes::from(text)
 }
 
-/// The answer about one flag that `projects` see; `None` if there is no such flag.
+/// The body for one flag; `None` if there is no such flag in `projects`.
 pub fn one(
     snapshot: &Snapshot,
     projects: &Projects,

@@ -1,6 +1,6 @@
-//! Why a flag of a snapshot comes out as it does for a context that somebody tells.
+//! Explains the evaluation of a flag for a given context.
 //!
-//! For people who ask now and then: nothing is remembered.
+//! For occasional use by operators: nothing is cached.
 
 use jiff::Timestamp;
 
@@ -11,58 +11,60 @@ use crate::{
     wire::context::FrontendContext,
 };
 
-/// How many names are offered where there is no flag of the one that was asked for.
+/// Maximum number of similar names that are suggested for an unknown flag.
 const OFFERED: usize = 5;
 
-/// There is no such flag.
+/// There is no flag with the requested name.
 #[derive(Debug, Eq, PartialEq)]
 pub struct Missing {
-    /// The names of flags that are spelt alike, a few at most.
+    /// Up to five names of flags that are similar.
     pub alike: Vec<String>,
 }
 
-/// Explains a flag, whatever project it is of.
+/// Explains a flag of any project.
 ///
-/// What the context leaves out stays out, but for a `sessionId`, which is made up as it is for frontends.
-/// The host is left out too: strategies that ask for it are told that it is not known.
+/// Fields that are missing in the context stay missing, except for a `sessionId`, which is generated as
+/// for frontend requests. There is no hostname, so `applicationHostname` strategies do not match.
 pub fn explain(
     snapshot: &Snapshot,
     flag: &str,
-    told: &FrontendContext<'_>,
+    fields: &FrontendContext<'_>,
     now: Timestamp,
-    draw: u64,
+    random_seed: u64,
 ) -> Result<Explanation, Missing> {
     let engine = snapshot.engine();
     let id = engine.find(flag).ok_or_else(|| Missing { alike: alike(snapshot, flag) })?;
     let properties: Vec<_> =
-        told.properties.iter().map(|(name, value)| (&**name, &**value)).collect();
-    let session_id = told.session_id.as_deref().filter(|text| !text.is_empty());
-    let made_up = MadeUpSession::new(draw);
+        fields.properties.iter().map(|(name, value)| (&**name, &**value)).collect();
+    let session_id = fields.session_id.as_deref().filter(|text| !text.is_empty());
+    let generated = MadeUpSession::new(random_seed);
     let context = Context {
-        user_id: told.user_id.as_deref(),
-        session_id: Some(session_id.unwrap_or(made_up.as_str())),
+        user_id: fields.user_id.as_deref(),
+        session_id: Some(session_id.unwrap_or(generated.as_str())),
         session_is_made_up: session_id.is_none(),
-        environment: told.environment.as_deref(),
-        app_name: told.app_name.as_deref(),
-        current_time: told.current_time.as_deref(),
-        remote_address: told.remote_address.as_deref(),
+        environment: fields.environment.as_deref(),
+        app_name: fields.app_name.as_deref(),
+        current_time: fields.current_time.as_deref(),
+        remote_address: fields.remote_address.as_deref(),
         properties: &properties,
         hostname: None,
         now,
-        draw,
+        draw: random_seed,
     };
     Ok(engine.explain(snapshot.document(), id, &context))
 }
 
-/// Names that hold the one asked for or are held by it, whatever the case.
-fn alike(snapshot: &Snapshot, asked: &str) -> Vec<String> {
-    let asked = asked.to_lowercase();
+/// Names that contain the requested one or are contained in it, ignoring case.
+fn alike(snapshot: &Snapshot, requested: &str) -> Vec<String> {
+    let requested = requested.to_lowercase();
     let names = snapshot.engine().flags().iter().map(Flag::name);
-    let alike = names.filter(|name| {
+    let similar = names.filter(|name| {
         let name = name.to_lowercase();
-        !name.is_empty() && !asked.is_empty() && (name.contains(&asked) || asked.contains(&name))
+        !name.is_empty()
+            && !requested.is_empty()
+            && (name.contains(&requested) || requested.contains(&name))
     });
-    alike.take(OFFERED).map(ToString::to_string).collect()
+    similar.take(OFFERED).map(ToString::to_string).collect()
 }
 
 #[cfg(test)]
@@ -86,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn environment_is_the_contexts_and_not_the_snapshots() {
+    fn environment_field_is_read_from_the_context_and_not_from_the_snapshot() {
         let explained = |environment: Option<&'static str>| {
             let environment = environment.map(Into::into);
             let context = FrontendContext { environment, ..FrontendContext::default() };
@@ -98,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn missing_session_id_is_made_up_and_explained_as_such() {
+    fn missing_session_id_is_generated_and_explained_as_such() {
         let of_session = json!({ "name": "flexibleRollout", "parameters": {
             "rollout": "100", "stickiness": "sessionId", "groupId": "g" } });
         let numbered = json!({ "name": "default", "constraints": [
@@ -118,20 +120,20 @@ mod tests {
         let placement = rollout.strategies[0].rule.clone().unwrap().placement.unwrap();
         assert!(rollout.enabled && placement.drawn);
         assert_eq!(placement.field.as_deref(), Some("sessionId"));
-        assert!(rollout.summary.contains("made up"), "{}", rollout.summary);
+        assert!(rollout.summary.contains("generated"), "{}", rollout.summary);
         let regex = explained("regex", "");
         let why = &regex.strategies[0].constraints[0].why;
-        assert!(regex.enabled && why.contains("made up"), "{why}");
+        assert!(regex.enabled && why.contains("generated"), "{why}");
         let rollout = explained("rollout", "s1");
-        assert!(rollout.enabled && !rollout.summary.contains("made up"), "{}", rollout.summary);
+        assert!(rollout.enabled && !rollout.summary.contains("generated"), "{}", rollout.summary);
     }
 
     #[test]
-    fn names_that_are_alike_are_offered() {
-        let check = |asked: &str, expect: &[&str]| {
-            let nobody = FrontendContext::default();
-            let told = explain(&snapshot(), asked, &nobody, Timestamp::UNIX_EPOCH, 0);
-            assert_eq!(told.unwrap_err().alike, expect);
+    fn similar_names_are_suggested_for_an_unknown_flag() {
+        let check = |name: &str, expect: &[&str]| {
+            let empty = FrontendContext::default();
+            let explained = explain(&snapshot(), name, &empty, Timestamp::UNIX_EPOCH, 0);
+            assert_eq!(explained.unwrap_err().alike, expect);
         };
         check("checkout", &["Checkout"]);
         check("cart-v2", &["cart"]);

@@ -1,7 +1,8 @@
-//! Evaluated flags for those who follow them: everything first, then what has changed for them.
+//! Streams of evaluated flags: all flags first, then the flags that changed.
 //!
-//! Those who see the same share the evaluation and the text; what is told to somebody depends on what
-//! they were told before, which each keeps for themselves.
+//! Subscriptions with equal results share the evaluation and the text of events. Each subscription keeps
+//! the flag states that it sent last and computes its deltas from them. Connections and permissions are
+//! not handled here.
 
 use std::sync::Arc;
 
@@ -14,67 +15,66 @@ use crate::{
     wire::sse,
 };
 
-/// The names of events, those that server SDKs know.
+/// Event names, the same as for server SDKs.
 const CONNECTED: &str = "unleash-connected";
 const UPDATED: &str = "unleash-updated";
 
-/// What somebody was told last.
+/// The stream of one client's evaluated flags, with what was sent last.
 #[derive(Debug)]
 pub enum Follower {
-    /// Nothing by us; perhaps what the client says that it has.
+    /// Nothing was sent yet. The hash is that of the flags that the client claims to have, if any.
     New(Option<u128>),
-    /// These.
+    /// These states were sent.
     Told(Arc<Outcomes>),
 }
 
-/// What somebody is told now, as a server-sent event.
+/// The next server-sent event of a subscription.
 #[derive(Debug)]
 pub enum News {
     /// All flags that are on.
     Whole(Bytes),
-    /// That what the client has is current.
+    /// The flags that the client has are current.
     Current(Bytes),
-    /// The flags that came to something else, and the names of those that are on no more.
+    /// The flags that changed, and the names of flags that are off now or gone.
     Changed(Bytes),
 }
 
 impl Follower {
-    /// Tells what there is to tell of the flags of `view`, which is one of the snapshot's, for a
-    /// context.
+    /// Evaluates the flags of `view`, which belongs to `snapshot`, and returns the event that the client
+    /// needs; `None` if nothing changed.
     pub fn catch_up(
         &mut self,
         snapshot: &Snapshot,
         view: &View,
         context: &Context<'_>,
     ) -> Option<News> {
-        let answer = Answer::of(snapshot, view, context, Shown::Enabled);
-        let hash = answer.hash();
+        let flags = Answer::of(snapshot, view, context, Shown::Enabled);
+        let hash = flags.hash();
         if let Self::Told(before) = self
             && before.hash() == hash
         {
             return None;
         }
-        let outcomes =
-            snapshot.answers().outcomes(hash, || outcomes(snapshot, view, context, hash));
+        let states = snapshot.answers().outcomes(hash, || outcomes(snapshot, view, context, hash));
         let event = |name: &str, data: &str| -> Bytes {
             sse::event(name, Some(&format_args!("{hash:032x}")), data).into()
         };
-        let texts = snapshot.answers();
-        let news = match self {
-            Self::New(Some(has)) if *has == hash => {
+        let cache = snapshot.answers();
+        let update = match self {
+            Self::New(Some(claimed)) if *claimed == hash => {
                 News::Current(event(UPDATED, r#"{"toggles":[],"removed":[]}"#))
             }
-            Self::New(_) => News::Whole(texts.event((None, hash), || {
-                let body = answer.body();
+            Self::New(_) => News::Whole(cache.event((None, hash), || {
+                let body = flags.body();
                 let body = &body.make(Coding::Identity).bytes;
                 event(CONNECTED, &String::from_utf8_lossy(body))
             })),
-            Self::Told(before) => News::Changed(texts.event((Some(before.hash()), hash), || {
-                event(UPDATED, &outcomes.since(before, snapshot.fragments()))
+            Self::Told(before) => News::Changed(cache.event((Some(before.hash()), hash), || {
+                event(UPDATED, &states.since(before, snapshot.fragments()))
             })),
         };
-        *self = Self::Told(outcomes);
-        Some(news)
+        *self = Self::Told(states);
+        Some(update)
     }
 }
 
@@ -89,7 +89,7 @@ fn outcomes(snapshot: &Snapshot, view: &View, context: &Context<'_>, hash: u128)
     Outcomes::new(hash, flags)
 }
 
-/// Reads what an earlier event was identified by.
+/// Parses the id of an earlier event, which is the hash of its flags.
 pub fn parse_id(text: &str) -> Option<u128> {
     (text.len() == 32).then(|| u128::from_str_radix(text, 16).ok()).flatten()
 }
@@ -115,7 +115,7 @@ mod tests {
         Snapshot::build(scope, document, None)
     }
 
-    /// What the events of a stream are, with the id that the last has.
+    /// Name, id and data of the only event.
     fn read(bytes: &[u8]) -> (String, String, Value) {
         let mut events = Vec::new();
         Decoder::new(1 << 20).read(bytes, |event| events.push(event)).unwrap();
@@ -131,75 +131,75 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(128) })]
 
-        /// Several follow through several states; each has what a question of theirs would bring.
+        /// Several subscriptions receive several states. Each client has what a request would return.
         #[test]
-        fn whoever_follows_has_what_they_would_be_answered(
+        fn subscribed_client_has_the_same_flags_as_a_request_returns(
             states in vec(definitions(), 1..5),
-            askings in vec(asking(), 1..4),
+            contexts in vec(asking(), 1..4),
         ) {
             let projects = Projects::All;
-            let mut followers: Vec<_> =
-                askings.iter().map(|_| (Follower::New(None), BTreeMap::new(), String::new())).collect();
+            let mut subscriptions: Vec<_> =
+                contexts.iter().map(|_| (Follower::New(None), BTreeMap::new(), String::new())).collect();
             for state in &states {
                 let snapshot = snapshot(state);
                 let view = snapshot.view(&projects);
-                for (asking, (follower, has, last)) in askings.iter().zip(&mut followers) {
-                    let context = asking.context();
-                    let answer = Answer::of(&snapshot, &view, &context, Shown::Enabled);
-                    let (id, body) = (format!("{:032x}", answer.hash()), answer.body());
+                for (context, (subscription, has, last)) in contexts.iter().zip(&mut subscriptions) {
+                    let context = context.context();
+                    let flags = Answer::of(&snapshot, &view, &context, Shown::Enabled);
+                    let (id, body) = (format!("{:032x}", flags.hash()), flags.body());
                     let body: Value = serde_json::from_slice(&body.make(Coding::Identity).bytes).unwrap();
-                    match follower.catch_up(&snapshot, &view, &context) {
+                    match subscription.catch_up(&snapshot, &view, &context) {
                         None => {}
                         Some(News::Whole(bytes)) => {
-                            let (name, id, told) = read(&bytes);
+                            let (name, id, data) = read(&bytes);
                             prop_assert_eq!(name, CONNECTED);
-                            (*has, *last) = (by_name(&told), id);
+                            (*has, *last) = (by_name(&data), id);
                         }
                         Some(News::Changed(bytes)) => {
-                            let (name, id, told) = read(&bytes);
+                            let (name, id, data) = read(&bytes);
                             prop_assert_eq!(name, UPDATED);
-                            for gone in told["removed"].as_array().unwrap() {
+                            for gone in data["removed"].as_array().unwrap() {
                                 prop_assert!(has.remove(gone.as_str().unwrap()).is_some());
                             }
-                            let told = by_name(&told);
-                            prop_assert!(told.iter().all(|(name, it)| has.get(name) != Some(it)));
-                            has.extend(told);
+                            let changed = by_name(&data);
+                            prop_assert!(changed.iter().all(|(name, it)| has.get(name) != Some(it)));
+                            has.extend(changed);
                             *last = id;
                         }
-                        Some(News::Current(_)) => prop_assert!(false, "nothing was named as known"),
+                        Some(News::Current(_)) => prop_assert!(false, "the client claimed no flags"),
                     }
                     prop_assert_eq!(&*has, &by_name(&body));
                     prop_assert_eq!(&*last, &id);
-                    prop_assert!(follower.catch_up(&snapshot, &view, &context).is_none());
-                    // Who comes back and has it all is told so; who has something else is told all.
+                    prop_assert!(subscription.catch_up(&snapshot, &view, &context).is_none());
+                    // A client that reconnects with the current id gets `Unchanged`, else a snapshot.
                     let mut back = Follower::New(parse_id(&id));
-                    let told = back.catch_up(&snapshot, &view, &context);
-                    prop_assert!(matches!(told, Some(News::Current(_))), "{:?}", told);
-                    let mut stranger = Follower::New(Some(answer_of_nobody()));
-                    let told = stranger.catch_up(&snapshot, &view, &context);
-                    prop_assert!(matches!(told, Some(News::Whole(_))), "{:?}", told);
+                    let update = back.catch_up(&snapshot, &view, &context);
+                    prop_assert!(matches!(update, Some(News::Current(_))), "{:?}", update);
+                    let mut other = Follower::New(Some(unknown_id()));
+                    let update = other.catch_up(&snapshot, &view, &context);
+                    prop_assert!(matches!(update, Some(News::Whole(_))), "{:?}", update);
                 }
             }
         }
     }
 
-    fn answer_of_nobody() -> u128 {
+    fn unknown_id() -> u128 {
         parse_id("0123456789abcdef0123456789abcdef").unwrap()
     }
 
     #[test]
-    fn those_who_see_the_same_are_told_by_the_same_bytes() {
+    fn subscriptions_with_equal_results_share_event_bytes() {
         let flag = |enabled: bool| {
             let strategies = json!([{ "name": "default" }]);
             json!([{ "name": "a", "enabled": enabled, "strategies": strategies }])
         };
         let states = [true, false].map(|enabled| snapshot(&(flag(enabled), json!([]))));
-        let mut followers = [Follower::New(None), Follower::New(None)];
+        let mut subscriptions = [Follower::New(None), Follower::New(None)];
         for state in &states {
             let view = state.view(&Projects::All);
-            let told =
-                followers.each_mut().map(|it| it.catch_up(state, &view, &Context::default()));
-            let bytes = told.map(|news| match news {
+            let updates =
+                subscriptions.each_mut().map(|it| it.catch_up(state, &view, &Context::default()));
+            let bytes = updates.map(|update| match update {
                 Some(News::Whole(bytes) | News::Changed(bytes)) => bytes,
                 other => panic!("{other:?}"),
             });
@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn only_ids_of_ours_are_read() {
+    fn malformed_event_ids_are_rejected() {
         for text in
             ["", "1", "g123456789abcdef0123456789abcdef", "0123456789abcdef0123456789abcdef0"]
         {

@@ -1,6 +1,4 @@
-//! Random flags and contexts, made of few fields and texts so that they often meet.
-//!
-//! For tests only: of this engine, and of what is built on it.
+//! Random flags and contexts for tests, made of few fields and texts so that they often match.
 
 use jiff::{SignedDuration, Timestamp};
 use proptest::{
@@ -92,7 +90,7 @@ fn strategy() -> impl Strategy<Value = Value> {
         json!({ "name": "remoteAddress", "parameters": { "IPs": "10.0.0.0/8,a" } }),
         json!({ "name": "gradualRolloutRandom", "parameters": { "percentage": "50" } }),
         json!({ "name": "gradualRolloutSessionId", "parameters": { "percentage": "50" } }),
-        json!({ "name": "applicationHostname", "parameters": { "hostNames": "here" } }),
+        json!({ "name": "applicationHostname", "parameters": { "hostNames": "host" } }),
     ]);
     let kind = prop_oneof![3 => rollout, 1 => others];
     (kind, vec(constraint(), 0..3), prop::bool::weighted(0.2)).prop_map(
@@ -104,7 +102,7 @@ fn strategy() -> impl Strategy<Value = Value> {
     )
 }
 
-/// The flags of a document, `f0` and `f1` among which others depend on, and its segments.
+/// The flags of a document and its segments. Flags may depend on `f0` and `f1`.
 pub(crate) fn definitions() -> impl Strategy<Value = (Value, Value)> {
     let parent = option::weighted(0.2, (select(vec!["f0", "f1"]), any::<bool>()));
     let flag = (vec(strategy(), 0..3), variants(), parent, prop::bool::weighted(0.9));
@@ -125,12 +123,12 @@ pub(crate) fn definitions() -> impl Strategy<Value = (Value, Value)> {
     })
 }
 
-/// Who asks, and when.
+/// A random context with time and seed.
 #[derive(Clone, Debug)]
 pub(crate) struct Asking {
     /// One value or none for each of the fields.
     values: Vec<Option<&'static str>>,
-    /// A `sessionId` that is this request's only.
+    /// A generated `sessionId`.
     made_up: Option<String>,
     properties: Vec<(&'static str, &'static str)>,
     now: Timestamp,
@@ -148,14 +146,14 @@ impl Asking {
             remote_address: self.values[4],
             current_time: self.values[5],
             properties: &self.properties,
-            hostname: Some("here"),
+            hostname: Some("host"),
             now: self.now,
             draw: self.draw,
         }
     }
 }
 
-/// Clocks stand at the dates that flags name, or next to them.
+/// The time is one of the dates in flags, or next to one.
 pub(crate) fn asking() -> impl Strategy<Value = Asking> {
     let value = option::weighted(0.4, select(TEXTS.to_vec()));
     let off = select(vec![-1_000_000_000, -1, 0, 1, 1_000_000_000_i64]);
@@ -177,7 +175,7 @@ pub(crate) fn asking() -> impl Strategy<Value = Asking> {
     )
 }
 
-/// Any JSON, with the words that the engine looks for more likely than others.
+/// Any JSON. Texts that the engine looks for are more likely than others.
 pub(crate) fn anything() -> impl Strategy<Value = Value> {
     let words = select(vec![
         "default",

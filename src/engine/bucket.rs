@@ -1,23 +1,23 @@
-//! Hashing people into buckets, and drawing lots where nobody is known.
+//! Buckets of identifiers, and random buckets for contexts without an identifier.
 //!
-//! `MurmurHash3` (x86, 32 bit) is what every Unleash SDK uses, over `group:identifier`. Beyond
-//! ASCII they disagree about its bytes: most hash UTF-8, but the Node SDK, and with it Unleash's own
-//! frontend API, the low byte of each UTF-16 unit. Where SDKs disagree and the specification is
-//! silent, people are to see what Unleash shows them, so this does the same.
+//! Every Unleash SDK hashes `group:identifier` with `MurmurHash3` (x86, 32 bit). For texts beyond ASCII
+//! they disagree about the bytes: most hash UTF-8, but the Node SDK, and with it Unleash's own frontend
+//! API, hashes the low byte of each UTF-16 unit. The specification is silent on this, so Parapet does
+//! the same as Unleash.
 //!
-//! The group is known when a flag is compiled, so that its part of the hash is computed once. There
-//! is no source of randomness here: a draw arrives from outside.
+//! The group is known when a flag is compiled, so its part of the hash is computed once. This module has
+//! no source of randomness: the seed is part of the context.
 
 use xxhash_rust::xxh3::xxh3_64;
 
-/// The seed that spreads people over the percentages of a rollout.
+/// The hash seed of rollouts.
 pub(super) const ROLLOUT_SEED: u32 = 0;
 
-/// The seed that spreads people over variants, independent of the rollout's.
+/// The hash seed of variants, which makes their buckets independent of the rollout's.
 /// <https://docs.getunleash.io/concepts/stickiness>
 pub(super) const VARIANT_SEED: u32 = 86_028_157;
 
-/// The hash of `group:`, ready to take an identifier.
+/// The hash state after `group:`, to be continued with an identifier.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Prefix {
     state: u32,
@@ -36,7 +36,7 @@ impl Prefix {
         prefix
     }
 
-    /// Where `identifier` falls among `1..=buckets`; 0 if there are no buckets.
+    /// The bucket of `identifier`, in `1..=buckets`; 0 if there are no buckets.
     pub(super) fn bucket(self, identifier: &str, buckets: u32) -> u32 {
         let mut hash = self;
         hash.absorb(identifier);
@@ -74,7 +74,7 @@ impl Prefix {
         }
     }
 
-    /// Mixes the low half in; the high half is carried into the next block.
+    /// Mixes in the low half. The high half is carried into the next block.
     fn take_block(&mut self, wide: u64) {
         #[expect(clippy::cast_possible_truncation, reason = "the low half is the block")]
         let block = wide as u32;
@@ -99,20 +99,20 @@ fn scramble(block: u32) -> u32 {
     block.wrapping_mul(0xcc9e_2d51).rotate_left(15).wrapping_mul(0x1b87_3593)
 }
 
-/// One place of a flag that draws, for instance one strategy.
+/// The id of one random draw of a flag, for instance of one strategy.
 ///
-/// Which one it is depends on the flag alone: with the same seed the same is drawn as long as the flag
-/// stays as it is, whatever becomes of others.
+/// It depends on the flag only. With the same seed the result of a draw stays the same until the flag
+/// changes, even if other flags change.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Site(u64);
 
 impl Site {
-    /// The first of the flag with this name.
+    /// The first draw of the flag with this name.
     pub(super) fn first_of(flag: &str) -> Self {
         Self(xxh3_64(flag.as_bytes()))
     }
 
-    /// This one, and moves on to the next.
+    /// Returns this id and advances to the next.
     pub(super) fn take(&mut self) -> Self {
         let this = *self;
         self.0 = self.0.wrapping_add(1);
@@ -120,12 +120,12 @@ impl Site {
     }
 }
 
-/// One number of `1..=buckets` from a context's draw, independent for each `site`; 0 if there are
-/// no buckets.
+/// A random bucket in `1..=buckets`, derived from a context's seed and independent for each `draw_id`; 0
+/// if there are no buckets.
 ///
 /// The mixing is the finaliser of `SplitMix64` (Steele, Lea and Flood 2014).
-pub(super) fn draw(seed: u64, site: Site, buckets: u32) -> u32 {
-    let mut mixed = seed.wrapping_add(site.0.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+pub(super) fn draw(seed: u64, draw_id: Site, buckets: u32) -> u32 {
+    let mut mixed = seed.wrapping_add(draw_id.0.wrapping_mul(0x9e37_79b9_7f4a_7c15));
     mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     mixed ^= mixed >> 31;
@@ -156,7 +156,7 @@ mod tests {
 
     /// <https://docs.getunleash.io/concepts/stickiness>: known values of the official SDKs.
     #[test]
-    fn buckets_are_those_of_the_official_sdks() {
+    fn buckets_equal_those_of_the_official_sdks() {
         let check = |seed, group, id, buckets, expect| {
             assert_eq!(Prefix::new(group, seed).bucket(id, buckets), expect, "{group}:{id}");
         };
@@ -167,9 +167,9 @@ mod tests {
         check(VARIANT_SEED, "groupX", "999", 0, 0);
     }
 
-    /// What `murmurhash3js` 3.0.1 makes of these, which is what Unleash evaluates with.
+    /// Values of `murmurhash3js` 3.0.1, with which Unleash evaluates.
     #[test]
-    fn beyond_ascii_buckets_are_those_of_the_node_sdk() {
+    fn buckets_beyond_ascii_equal_those_of_the_node_sdk() {
         let check = |seed, group, id, buckets, expect| {
             assert_eq!(Prefix::new(group, seed).bucket(id, buckets), expect, "{group}:{id}");
         };
@@ -181,7 +181,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_prefix_changes_nothing(group in ".{0,12}", id in ".{0,12}") {
+        fn hash_of_prefix_and_identifier_equals_hash_of_the_whole(group in ".{0,12}", id in ".{0,12}") {
             let whole = Prefix::new(&format!("{group}:{id}"), 7);
             let mut split = Prefix::new(&group, 7);
             split.absorb(&id);
@@ -190,20 +190,20 @@ mod tests {
         }
 
         #[test]
-        fn draws_stay_within_their_buckets(seed: u64, site: u64, buckets in 1..1000_u32) {
-            prop_assert!((1..=buckets).contains(&draw(seed, Site(site), buckets)));
+        fn draws_stay_within_their_buckets(seed: u64, id: u64, buckets in 1..1000_u32) {
+            prop_assert!((1..=buckets).contains(&draw(seed, Site(id), buckets)));
         }
     }
 
     #[test]
-    fn draws_of_different_sites_are_spread_evenly() {
-        let mut site = Site::first_of("flag");
-        let of_one: Vec<Site> = (0..10_000).map(|_| site.take()).collect();
+    fn draws_with_different_ids_are_spread_evenly() {
+        let mut id = Site::first_of("flag");
+        let of_one: Vec<Site> = (0..10_000).map(|_| id.take()).collect();
         let of_many = (0..10_000).map(|n| Site::first_of(&format!("flag-{n}"))).collect();
-        for sites in [of_one, of_many] {
+        for ids in [of_one, of_many] {
             let mut counts = [0_u32; 10];
-            for site in sites {
-                counts[draw(42, site, 10) as usize - 1] += 1;
+            for id in ids {
+                counts[draw(42, id, 10) as usize - 1] += 1;
             }
             assert!(counts.iter().all(|count| (900..1100).contains(count)), "{counts:?}");
         }

@@ -1,11 +1,11 @@
-//! From a document to an engine's parts.
+//! Compiles a document into the parts of an engine.
 //!
-//! Flags are compiled one by one as if they depended on nothing, then tied to their parents. What
-//! is wrong with a definition is noted and left out; nothing here fails.
+//! Flags are compiled one by one without their dependencies, then linked to their parents. Invalid parts
+//! are reported and left out; compilation does not fail.
 //!
-//! Where a document takes the place of another, flags that did not change are taken over as they are,
-//! and refer to fields and texts by the numbers that they have. Numbers which nobody refers to any more
-//! stay until they are as many as the others; then everything is compiled.
+//! If a document replaces another, unchanged flags are reused. They keep their indexes into the
+//! [`ContextSchema`], so the schema is reused, too, with entries that no flag refers to any longer. Once
+//! the schema has more than doubled, everything is compiled again.
 
 use std::sync::Arc;
 
@@ -20,44 +20,44 @@ use super::problem::{Defect, Part, Problem};
 use super::strategy::{self, Compiler, Strategy};
 use crate::wire::features::{self as wire, Document, Loose};
 
-/// What an engine consists of.
+/// The parts of an engine.
 #[derive(Clone, Debug)]
 pub(super) struct Compilation {
     pub(super) fields: Fields,
     pub(super) flags: Vec<Flag>,
-    /// What decides each flag; apart from [`Flag`] so that evaluating many touches little memory.
+    /// The plan of each flag. Separate from [`Flag`], so that evaluation touches little memory.
     pub(super) plans: Vec<Plan>,
     /// The flags that depend on others, in order.
     dependants: Vec<FlagId>,
-    /// How many numbers there were when everything was compiled last.
+    /// The length of the schema after the last full compilation.
     needed: usize,
 }
 
-/// What was compiled before, from what, and with which problems.
+/// The previous compilation with its document and problems.
 pub(super) struct Earlier<'e> {
     pub(super) compiled: &'e Compilation,
     pub(super) document: &'e Document,
     pub(super) problems: &'e [Problem],
 }
 
-/// How many numbers are no reason to compile everything.
+/// Number of additional schema entries that do not cause a full compilation.
 const FEW: usize = 256;
 
 impl<'e> Earlier<'e> {
-    /// Whether anything can be taken over from it.
+    /// Whether flags can be reused at all.
     fn serves(&self, document: &Document) -> bool {
         // A segment is compiled into each flag that refers to it.
         document.segments() == self.document.segments()
             && self.compiled.fields.len() <= 2 * self.compiled.needed + FEW
     }
 
-    /// Whether the flag that stands in it there can be taken over in the place of one of its name.
+    /// Whether the flag with this id can be reused for `feature`, which has the same name.
     fn admits(&self, id: FlagId, before: &wire::Feature, feature: &wire::Feature) -> bool {
-        // What somebody asks of others is tied to these others.
+        // The plan of a flag with parents refers to them.
         before == feature && self.compiled.dependants.binary_search(&id).is_err()
     }
 
-    /// What is wrong with the definition of a flag.
+    /// The problems in the definition of a flag.
     fn problems_of(&self, name: &str) -> impl Iterator<Item = &'e Problem> {
         let start = self.problems.partition_point(|it| *it.flag < *name);
         let own = self.problems[start..].iter().take_while(move |it| *it.flag == *name);
@@ -65,53 +65,53 @@ impl<'e> Earlier<'e> {
     }
 }
 
-/// Compiles a document; the problems are in the order of the flags' names.
+/// Compiles a document. Returns the problems sorted by flag name.
 pub(super) fn compile(
     document: &Document,
-    earlier: Option<&Earlier<'_>>,
+    previous: Option<&Earlier<'_>>,
 ) -> (Compilation, Vec<Problem>) {
-    let earlier = earlier.filter(|it| it.serves(document));
-    let mut draft = Draft::new(document, earlier.map(|it| it.compiled));
-    let before = earlier.map_or_else(Default::default, |it| it.document.features());
+    let previous = previous.filter(|it| it.serves(document));
+    let mut builder = Draft::new(document, previous.map(|it| it.compiled));
+    let before = previous.map_or_else(Default::default, |it| it.document.features());
     let before = before.iter().enumerate();
     for pair in before.merge_join_by(document.features(), |(_, a), b| a.name().cmp(b.name())) {
-        match (pair, earlier) {
-            (Both((at, before), feature), Some(earlier))
-                if earlier.admits(FlagId::new(at), before, feature) =>
+        match (pair, previous) {
+            (Both((at, before), feature), Some(previous))
+                if previous.admits(FlagId::new(at), before, feature) =>
             {
-                draft.take_over(earlier, FlagId::new(at));
+                builder.take_over(previous, FlagId::new(at));
             }
-            (Both(_, feature) | Right(feature), _) => draft.flag(feature),
+            (Both(_, feature) | Right(feature), _) => builder.flag(feature),
             (Left(_), _) => {}
         }
     }
-    let (mut compiled, problems) = draft.finish();
-    compiled.needed = earlier.map_or(compiled.fields.len(), |it| it.compiled.needed);
+    let (mut compiled, problems) = builder.finish();
+    compiled.needed = previous.map_or(compiled.fields.len(), |it| it.compiled.needed);
     (compiled, problems)
 }
 
-/// A compilation in the making.
+/// Builds a [`CompiledFlags`] flag by flag.
 struct Draft<'d> {
     segments: &'d [wire::Segment],
     fields: Fields,
     flags: Vec<Flag>,
     plans: Vec<Plan>,
-    /// The flags that depend on others, with what they ask of them.
+    /// The flags that depend on others, with their dependencies.
     dependants: Vec<(FlagId, Vec<Dependency<'d>>)>,
     problems: Vec<Problem>,
 }
 
-/// What a flag asks of another.
+/// A condition on another flag.
 pub(super) struct Dependency<'d> {
     pub(super) parent: wire::Text<'d>,
     pub(super) enabled: bool,
-    /// Where any are named, the other flag has to be on with one of these.
+    /// Unless empty, the other flag has to be on with one of these variants.
     pub(super) variants: Vec<wire::Text<'d>>,
 }
 
 impl<'d> Draft<'d> {
-    fn new(document: &'d Document, earlier: Option<&Compilation>) -> Self {
-        let twice = |flag| Problem { flag: Arc::clone(flag), defect: Defect::DefinedTwice };
+    fn new(document: &'d Document, previous: Option<&Compilation>) -> Self {
+        let duplicate = |flag| Problem { flag: Arc::clone(flag), defect: Defect::DefinedTwice };
         let left_out = |flag: &wire::Unreadable| Problem {
             flag: format!("#{}", flag.position).into(),
             defect: Defect::LeftOut(flag.reason.clone()),
@@ -120,24 +120,24 @@ impl<'d> Draft<'d> {
         let flags = document.features().len();
         Self {
             segments: document.segments(),
-            fields: earlier.map_or_else(Fields::new, |it| it.fields.clone()),
+            fields: previous.map_or_else(Fields::new, |it| it.fields.clone()),
             flags: Vec::with_capacity(flags),
             plans: Vec::with_capacity(flags),
             dependants: Vec::new(),
-            problems: problems.chain(document.shadowed().iter().map(twice)).collect(),
+            problems: problems.chain(document.shadowed().iter().map(duplicate)).collect(),
         }
     }
 
-    /// Takes over a flag that depends on no other.
-    fn take_over(&mut self, earlier: &Earlier<'_>, id: FlagId) {
-        let (compiled, index) = (earlier.compiled, id.index());
+    /// Reuses a flag without parents.
+    fn take_over(&mut self, previous: &Earlier<'_>, id: FlagId) {
+        let (compiled, index) = (previous.compiled, id.index());
         let flag = compiled.flags[index].clone();
-        self.problems.extend(earlier.problems_of(&flag.name).cloned());
+        self.problems.extend(previous.problems_of(&flag.name).cloned());
         self.flags.push(flag);
         self.plans.push(compiled.plans[index].clone());
     }
 
-    /// Compiles one flag, as if it had no dependencies.
+    /// Compiles one flag without its dependencies.
     fn flag(&mut self, feature: &'d wire::Feature) {
         let mut defects = Vec::new();
         let (flag, plan) = match feature.definition() {
@@ -170,11 +170,11 @@ impl<'d> Draft<'d> {
             defects.push(Defect::Malformed(Part::Enabled));
             false
         });
-        let mut table = Vec::new();
+        let mut all_variants = Vec::new();
         let mut compiler = Compiler {
             segments: self.segments,
             fields: &mut self.fields,
-            table: &mut table,
+            table: &mut all_variants,
             defects,
             site: Site::first_of(feature.name()),
         };
@@ -199,8 +199,8 @@ impl<'d> Draft<'d> {
             Plan::Fixed(Outcome::Off)
         };
         match dependencies(definition.dependencies) {
-            Some(asked) if asked.is_empty() => {}
-            Some(asked) => self.dependants.push((FlagId::new(self.flags.len()), asked)),
+            Some(list) if list.is_empty() => {}
+            Some(list) => self.dependants.push((FlagId::new(self.flags.len()), list)),
             None => {
                 defects.push(Defect::Malformed(Part::Dependency));
                 self.dependants.push((FlagId::new(self.flags.len()), Vec::new()));
@@ -212,16 +212,16 @@ impl<'d> Draft<'d> {
             project: Arc::clone(feature.project()),
             enabled,
             impression_data: definition.impression_data.is().unwrap_or_default(),
-            variants: table.into(),
+            variants: all_variants.into(),
         };
         (flag, plan)
     }
 
-    /// Ties the flags that depend on others to them.
+    /// Links flags to their parents.
     fn finish(mut self) -> (Compilation, Vec<Problem>) {
         let dependants = std::mem::take(&mut self.dependants);
-        for (id, asked) in &dependants {
-            let parents = self.parents(*id, asked, &dependants);
+        for (id, dependencies) in &dependants {
+            let parents = self.parents(*id, dependencies, &dependants);
             let plan = &mut self.plans[id.index()];
             match parents {
                 None => *plan = Plan::Fixed(Outcome::Off),
@@ -230,25 +230,26 @@ impl<'d> Draft<'d> {
             }
         }
         self.problems.sort_by(|a, b| a.flag.cmp(&b.flag));
-        let Self { fields, flags, plans, problems, .. } = self;
+        let Self { fields: schema, flags, plans, problems, .. } = self;
         let dependants = dependants.into_iter().map(|(id, _)| id).collect();
-        (Compilation { fields, flags, plans, dependants, needed: 0 }, problems)
+        (Compilation { fields: schema, flags, plans, dependants, needed: 0 }, problems)
     }
 
-    /// What remains to be asked of other flags; `None` if that can never be satisfied.
+    /// The conditions on other flags that depend on the context; `None` if they can never be satisfied.
     fn parents(
         &mut self,
         id: FlagId,
-        asked: &[Dependency<'_>],
+        dependencies: &[Dependency<'_>],
         dependants: &[(FlagId, Vec<Dependency<'_>>)],
     ) -> Option<Vec<Parent>> {
         let mut parents = Some(Vec::new());
-        for dependency in asked {
+        for dependency in dependencies {
             let found = flag::find(&self.flags, &dependency.parent);
-            let nested = |parent| dependants.binary_search_by_key(&parent, |(id, _)| *id).is_ok();
+            let is_nested =
+                |parent| dependants.binary_search_by_key(&parent, |(id, _)| *id).is_ok();
             let defect = match found {
                 None => Defect::MissingParent(dependency.parent.clone().into_owned()),
-                Some(parent) if nested(parent) => {
+                Some(parent) if is_nested(parent) => {
                     Defect::NestedParent(dependency.parent.clone().into_owned())
                 }
                 Some(flag) => {
@@ -282,7 +283,7 @@ impl Dependency<'_> {
         outcomes.into_iter().chain(variants).map(|outcome| self.admits(parent, outcome)).collect()
     }
 
-    /// Whether the dependency is satisfied where `parent` comes to `outcome`.
+    /// Whether `outcome` of `parent` satisfies the dependency.
     pub(super) fn admits(&self, parent: &Flag, outcome: Outcome) -> bool {
         match (self.enabled, &self.variants[..]) {
             (false, _) => !outcome.is_on(),
@@ -295,14 +296,14 @@ impl Dependency<'_> {
     }
 }
 
-/// What a flag asks of others; `None` if it cannot be read.
+/// Reads the dependencies of a flag; `None` if any is malformed.
 pub(super) fn dependencies(
     source: Loose<Vec<Loose<wire::Dependency<'_>>>>,
 ) -> Option<Vec<Dependency<'_>>> {
     source.or_default()?.into_iter().map(dependency).collect()
 }
 
-/// What a flag asks of another; `None` if it cannot be read.
+/// Reads one dependency; `None` if it is malformed.
 pub(super) fn dependency(source: Loose<wire::Dependency<'_>>) -> Option<Dependency<'_>> {
     let source = source.is()?;
     let variants = source.variants.or_default()?.into_iter().map(Loose::is);

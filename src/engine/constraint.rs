@@ -1,9 +1,8 @@
-//! Conditions on one context field.
+//! Constraints: conditions on one context field.
 //!
-//! A constraint whose operator is unknown or whose operand cannot be read never holds, inverted
-//! or not: an author's mistake must not open a flag to everybody. What a context lacks or what
-//! cannot be read in it makes the bare comparison false, which `inverted` then negates, as in the
-//! Node SDK.
+//! A constraint with an unknown operator or an invalid operand is never satisfied, inverted or not: a
+//! mistake in a definition must not turn a flag on for all users. A field that is missing or invalid in
+//! the context makes the comparison false, which `inverted` then negates, as in the Node SDK.
 
 use std::cmp::Ordering;
 
@@ -19,15 +18,18 @@ use super::reads::Reads;
 use super::scalar::{self, Version};
 use crate::wire::features::{self as wire, Loose};
 
-/// What a constraint came to when it was compiled.
+/// A compiled constraint.
 #[derive(Debug)]
 pub(super) enum Compiled {
+    /// Satisfied by every context.
     Always,
+    /// Satisfied by no context.
     Never,
+    /// Depends on the context.
     Test(Constraint),
 }
 
-/// A test of one field, perhaps negated.
+/// A test of one field, negated if `inverted`.
 #[derive(Debug, Clone)]
 pub(super) struct Constraint {
     test: Test,
@@ -46,7 +48,7 @@ enum Test {
     Regex { field: FieldId, regex: Box<Regex> },
 }
 
-/// Which side of the operand a value has to be on.
+/// The required order of a value relative to the operand.
 #[derive(Debug, Clone, Copy)]
 enum Order {
     Equal,
@@ -56,7 +58,7 @@ enum Order {
     LessOrEqual,
 }
 
-/// Where in a value a text has to be.
+/// The required position of a text in a value.
 #[derive(Debug, Clone, Copy)]
 enum Place {
     Start,
@@ -67,28 +69,28 @@ enum Place {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Case {
     Sensitive,
-    /// The operands are in lower case already.
+    /// The operands are in lower case.
     Ignored,
 }
 
 impl Constraint {
-    /// Compiles what the wire says, and notes in `defects` what is wrong with it.
+    /// Compiles a constraint and adds its defects to `defects`.
     pub(super) fn compile(
         source: &Loose<wire::Constraint<'_>>,
-        fields: &mut Fields,
+        schema: &mut Fields,
         defects: &mut Vec<Defect>,
     ) -> Compiled {
-        let parts = match source {
+        let constraint = match source {
             Loose::Is(source) => Parts::read(source),
             Loose::Missing | Loose::Malformed => None,
         };
-        let Some(parts) = parts else {
+        let Some(constraint) = constraint else {
             defects.push(Defect::Malformed(Part::Constraint));
             return Compiled::Never;
         };
-        match parts.compile(fields, defects) {
-            Ok(Some(test)) => Compiled::Test(Self { test, inverted: parts.inverted }),
-            Ok(None) if parts.inverted => Compiled::Always,
+        match constraint.compile(schema, defects) {
+            Ok(Some(test)) => Compiled::Test(Self { test, inverted: constraint.inverted }),
+            Ok(None) if constraint.inverted => Compiled::Always,
             Ok(None) => Compiled::Never,
             Err(defect) => {
                 defects.push(defect);
@@ -97,12 +99,12 @@ impl Constraint {
         }
     }
 
-    /// Whether the constraint holds.
+    /// Whether the context satisfies the constraint.
     pub(super) fn holds(&self, bound: &Bound<'_>) -> bool {
         self.test.holds(bound) != self.inverted
     }
 
-    /// Roughly what testing costs; cheap tests go first.
+    /// A rank of the cost of the test. Cheap tests run first.
     pub(super) fn cost(&self) -> u8 {
         match &self.test {
             Test::In { .. } | Test::Number { .. } | Test::After(_) | Test::Before(_) => 0,
@@ -113,21 +115,21 @@ impl Constraint {
         }
     }
 
-    /// Adds what the constraint depends on to `reads`.
-    pub(super) fn note_reads(&self, reads: &mut Reads) {
+    /// Adds everything that the constraint depends on to `inputs`.
+    pub(super) fn note_reads(&self, inputs: &mut Reads) {
         match self.test {
-            Test::In { field, .. } => reads.symbol(field),
+            Test::In { field, .. } => inputs.symbol(field),
             Test::Number { field, .. }
             | Test::Version { field, .. }
             | Test::Address { field, .. }
             | Test::Text { field, .. }
-            | Test::Regex { field, .. } => reads.text(field),
-            Test::After(instant) => {
-                // The instant itself is not after it yet, the next nanosecond is.
-                let next = Timestamp::from_nanosecond(instant.as_nanosecond() + 1);
-                reads.change(next.unwrap_or(Timestamp::MAX));
+            | Test::Regex { field, .. } => inputs.text(field),
+            Test::After(date) => {
+                // The date itself is not after the date, the next nanosecond is.
+                let next = Timestamp::from_nanosecond(date.as_nanosecond() + 1);
+                inputs.change(next.unwrap_or(Timestamp::MAX));
             }
-            Test::Before(instant) => reads.change(instant),
+            Test::Before(date) => inputs.change(date),
         }
     }
 }
@@ -139,8 +141,8 @@ impl Test {
             Self::Number { slot, order, than, .. } => {
                 order.admits(bound.number(*slot).partial_cmp(than))
             }
-            Self::After(instant) => bound.clock().is_some_and(|clock| clock > *instant),
-            Self::Before(instant) => bound.clock().is_some_and(|clock| clock < *instant),
+            Self::After(date) => bound.clock().is_some_and(|time| time > *date),
+            Self::Before(date) => bound.clock().is_some_and(|time| time < *date),
             Self::Version { slot, order, than, .. } => {
                 order.admits(bound.version(*slot).map(|version| version.compare(than)))
             }
@@ -180,41 +182,41 @@ impl Place {
             Case::Ignored if text.is_ascii() => {
                 needles.iter().any(|needle| self.finds_ascii(needle.as_bytes(), text.as_bytes()))
             }
-            // Lower case can change lengths here, so this rare case pays for a copy.
+            // Beyond ASCII lower case can change lengths, so this rare case copies the text.
             Case::Ignored => self.finds_any(needles, &text.to_lowercase(), Case::Sensitive),
         }
     }
 
-    /// Compares without copying: `text` is ASCII, so a `needle` that is not cannot be in it.
+    /// Compares without copying. `text` is ASCII, so a `needle` beyond ASCII never matches.
     fn finds_ascii(self, needle: &[u8], text: &[u8]) -> bool {
-        let Some(room) = text.len().checked_sub(needle.len()) else {
+        let Some(last_start) = text.len().checked_sub(needle.len()) else {
             return false;
         };
         let at = |start: usize| text[start..start + needle.len()].eq_ignore_ascii_case(needle);
         match self {
             Self::Start => at(0),
-            Self::End => at(room),
-            Self::Anywhere => (0..=room).any(at),
+            Self::End => at(last_start),
+            Self::Anywhere => (0..=last_start).any(at),
         }
     }
 }
 
-/// Whether an operator compares with a list of values, and not with a single one.
+/// Whether an operator compares with a list of values instead of a single one.
 pub(super) fn takes_list(operator: &str) -> bool {
     matches!(operator, "IN" | "NOT_IN" | "IN_CIDR") || operator.starts_with("STR_")
 }
 
-/// Whether an operator compares the time, whatever the constraint calls the field.
+/// Whether an operator compares the time. It ignores the constraint's field.
 pub(super) fn is_of_time(operator: &str) -> bool {
     matches!(operator, "DATE_AFTER" | "DATE_BEFORE")
 }
 
-/// A constraint's parts, all of the right kind.
+/// A well-formed constraint.
 struct Parts<'a> {
     field: &'a str,
     operator: &'a str,
     value: Option<&'a str>,
-    /// Without empty ones, and without the space around them, as the Node SDK reads them.
+    /// Trimmed and without empty ones, as in the Node SDK.
     values: Vec<&'a str>,
     inverted: bool,
     case: Case,
@@ -249,92 +251,93 @@ impl<'a> Parts<'a> {
         let case = if ignored { Case::Ignored } else { Case::Sensitive };
         let inverted = source.inverted.or_default()?;
         let (operator, inverted) = match &**operator {
-            // Also where the field is missing or the list is empty.
+            // Holds as well if the field is missing or the list is empty.
             "NOT_IN" => ("IN", !inverted),
             operator => (operator, inverted),
         };
         Some(Self { field, operator, value, values, inverted, case })
     }
 
-    /// The test, or none if the bare comparison is false for every context.
+    /// The test before inversion; `None` if it fails for every context.
     fn compile(
         &self,
-        fields: &mut Fields,
+        schema: &mut Fields,
         defects: &mut Vec<Defect>,
     ) -> Result<Option<Test>, Defect> {
         match self.operator {
-            "IN" => Ok(self.one_of(fields)),
-            "STR_STARTS_WITH" => Ok(self.text(fields, Place::Start)),
-            "STR_ENDS_WITH" => Ok(self.text(fields, Place::End)),
-            "STR_CONTAINS" => Ok(self.text(fields, Place::Anywhere)),
-            "NUM_EQ" => self.number(fields, "NUM_EQ", Order::Equal).map(Some),
-            "NUM_GT" => self.number(fields, "NUM_GT", Order::Greater).map(Some),
-            "NUM_GTE" => self.number(fields, "NUM_GTE", Order::GreaterOrEqual).map(Some),
-            "NUM_LT" => self.number(fields, "NUM_LT", Order::Less).map(Some),
-            "NUM_LTE" => self.number(fields, "NUM_LTE", Order::LessOrEqual).map(Some),
-            "SEMVER_EQ" => self.version(fields, "SEMVER_EQ", Order::Equal).map(Some),
-            "SEMVER_GT" => self.version(fields, "SEMVER_GT", Order::Greater).map(Some),
-            "SEMVER_GTE" => self.version(fields, "SEMVER_GTE", Order::GreaterOrEqual).map(Some),
-            "SEMVER_LT" => self.version(fields, "SEMVER_LT", Order::Less).map(Some),
-            "SEMVER_LTE" => self.version(fields, "SEMVER_LTE", Order::LessOrEqual).map(Some),
-            "DATE_AFTER" => self.instant("DATE_AFTER").map(|instant| Some(Test::After(instant))),
-            "DATE_BEFORE" => self.instant("DATE_BEFORE").map(|instant| Some(Test::Before(instant))),
-            "REGEX" => self.regex(fields).map(Some),
-            "IN_CIDR" => Ok(self.address(fields, defects)),
+            "IN" => Ok(self.one_of(schema)),
+            "STR_STARTS_WITH" => Ok(self.text(schema, Place::Start)),
+            "STR_ENDS_WITH" => Ok(self.text(schema, Place::End)),
+            "STR_CONTAINS" => Ok(self.text(schema, Place::Anywhere)),
+            "NUM_EQ" => self.number(schema, "NUM_EQ", Order::Equal).map(Some),
+            "NUM_GT" => self.number(schema, "NUM_GT", Order::Greater).map(Some),
+            "NUM_GTE" => self.number(schema, "NUM_GTE", Order::GreaterOrEqual).map(Some),
+            "NUM_LT" => self.number(schema, "NUM_LT", Order::Less).map(Some),
+            "NUM_LTE" => self.number(schema, "NUM_LTE", Order::LessOrEqual).map(Some),
+            "SEMVER_EQ" => self.version(schema, "SEMVER_EQ", Order::Equal).map(Some),
+            "SEMVER_GT" => self.version(schema, "SEMVER_GT", Order::Greater).map(Some),
+            "SEMVER_GTE" => self.version(schema, "SEMVER_GTE", Order::GreaterOrEqual).map(Some),
+            "SEMVER_LT" => self.version(schema, "SEMVER_LT", Order::Less).map(Some),
+            "SEMVER_LTE" => self.version(schema, "SEMVER_LTE", Order::LessOrEqual).map(Some),
+            "DATE_AFTER" => self.instant("DATE_AFTER").map(|date| Some(Test::After(date))),
+            "DATE_BEFORE" => self.instant("DATE_BEFORE").map(|date| Some(Test::Before(date))),
+            "REGEX" => self.regex(schema).map(Some),
+            "IN_CIDR" => Ok(self.address(schema, defects)),
             unknown => Err(Defect::UnknownOperator(unknown.to_owned())),
         }
     }
 
-    fn one_of(&self, fields: &mut Fields) -> Option<Test> {
-        let set = Set::new(fields, self.values.iter().copied());
-        (!set.is_empty()).then(|| Test::In { field: fields.intern(self.field), set })
+    fn one_of(&self, schema: &mut Fields) -> Option<Test> {
+        let set = Set::new(schema, self.values.iter().copied());
+        (!set.is_empty()).then(|| Test::In { field: schema.intern(self.field), set })
     }
 
-    fn text(&self, fields: &mut Fields, place: Place) -> Option<Test> {
+    fn text(&self, schema: &mut Fields, place: Place) -> Option<Test> {
         let needle = |value: &&str| match self.case {
             Case::Sensitive => Box::from(*value),
             Case::Ignored => value.to_lowercase().into_boxed_str(),
         };
         let needles: Box<[Box<str>]> = self.values.iter().map(needle).collect();
-        let field = fields.intern(self.field);
+        let field = schema.intern(self.field);
         (!needles.is_empty()).then_some(Test::Text { field, place, case: self.case, needles })
     }
 
     fn number(
         &self,
-        fields: &mut Fields,
+        schema: &mut Fields,
         operator: &'static str,
         order: Order,
     ) -> Result<Test, Defect> {
         let than = self.operand(operator, scalar::number)?;
-        let field = fields.intern(self.field);
-        Ok(Test::Number { field, slot: fields.number(field), order, than })
+        let field = schema.intern(self.field);
+        Ok(Test::Number { field, slot: schema.number(field), order, than })
     }
 
     fn version(
         &self,
-        fields: &mut Fields,
+        schema: &mut Fields,
         operator: &'static str,
         order: Order,
     ) -> Result<Test, Defect> {
         let than = self.operand(operator, Version::parse)?.into_owned();
-        let field = fields.intern(self.field);
-        Ok(Test::Version { field, slot: fields.version(field), order, than: Box::new(than) })
+        let field = schema.intern(self.field);
+        Ok(Test::Version { field, slot: schema.version(field), order, than: Box::new(than) })
     }
 
-    /// Dates compare with the current time whatever the field is called, as in the Node SDK.
+    /// The operand of a date operator, which compares with the current time and ignores the field, as in
+    /// the Node SDK.
     fn instant(&self, operator: &'static str) -> Result<Timestamp, Defect> {
         self.operand(operator, date::parse)
     }
 
-    fn regex(&self, fields: &mut Fields) -> Result<Test, Defect> {
+    fn regex(&self, schema: &mut Fields) -> Result<Test, Defect> {
         let regex =
             self.operand("REGEX", |value| pattern::compile(value, self.case == Case::Ignored))?;
-        Ok(Test::Regex { field: fields.intern(self.field), regex: Box::new(regex) })
+        Ok(Test::Regex { field: schema.intern(self.field), regex: Box::new(regex) })
     }
 
-    /// Ranges that cannot be read are left out, as the specification wants.
-    fn address(&self, fields: &mut Fields, defects: &mut Vec<Defect>) -> Option<Test> {
+    /// Invalid ranges are reported and left out, as the specification requires.
+    fn address(&self, schema: &mut Fields, defects: &mut Vec<Defect>) -> Option<Test> {
         let mut ranges = Vec::with_capacity(self.values.len());
         for &value in &self.values {
             match scalar::network(value) {
@@ -345,17 +348,17 @@ impl<'a> Parts<'a> {
                 }
             }
         }
-        let field = fields.intern(self.field);
-        let slot = fields.address(field);
+        let field = schema.intern(self.field);
+        let slot = schema.address(field);
         (!ranges.is_empty()).then(|| Test::Address { field, slot, ranges: ranges.into() })
     }
 
     fn operand<T>(
         &self,
         operator: &'static str,
-        read: impl FnOnce(&'a str) -> Option<T>,
+        parse: impl FnOnce(&'a str) -> Option<T>,
     ) -> Result<T, Defect> {
-        self.value.and_then(read).ok_or_else(|| Defect::Operand {
+        self.value.and_then(parse).ok_or_else(|| Defect::Operand {
             operator,
             operand: self.value.unwrap_or_default().to_owned(),
         })

@@ -1,9 +1,8 @@
-//! Who is asking: the context of an evaluation, and its binding to what an engine reads.
+//! The context of an evaluation, and its binding to the schema of an engine.
 //!
-//! Compiling interns every context field that some flag reads and every text that some flag
-//! compares for equality. Reading a context looks its fields up once; binding also reads numbers,
-//! versions and addresses once, so that evaluating thousands of flags only indexes and compares
-//! integers.
+//! Compilation interns every context field that a flag reads and every text that a flag compares for
+//! equality. Reading a context looks up its fields once. Binding also parses numbers, versions and
+//! addresses once, so that evaluating thousands of flags only indexes and compares integers.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -15,32 +14,32 @@ use smallvec::SmallVec;
 use super::date;
 use super::scalar::{self, Version};
 
-/// What an application knows about whoever is asking, and the evaluation's clock and chance.
+/// The user and application to evaluate for, with the time and the random seed of the evaluation.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Context<'a> {
     /// `userId`.
     pub user_id: Option<&'a str>,
     /// `sessionId`.
     pub session_id: Option<&'a str>,
-    /// Whether `session_id` was made up for this evaluation because the request has none: an outcome that
-    /// depends on it is good for this evaluation only.
+    /// Whether `session_id` was generated for this evaluation because the request has none. Outcomes
+    /// that depend on it are valid for this evaluation only.
     pub session_is_made_up: bool,
     /// `environment`.
     pub environment: Option<&'a str>,
     /// `appName`.
     pub app_name: Option<&'a str>,
-    /// `currentTime`, as JavaScript reads dates; `now` where it is missing.
+    /// `currentTime`, in any format that JavaScript parses; `now` if it is missing.
     pub current_time: Option<&'a str>,
     /// `remoteAddress`.
     pub remote_address: Option<&'a str>,
-    /// All other fields by name. One named like a field above counts where that is missing; of
-    /// two with one name the last counts.
+    /// All other fields by name. A property with the name of a field above is used if that field is
+    /// missing. Of several with the same name the last is used.
     pub properties: &'a [(&'a str, &'a str)],
     /// The name of the host that evaluates, for the strategy `applicationHostname`.
     pub hostname: Option<&'a str>,
     /// The time of the evaluation.
     pub now: Timestamp,
-    /// A fresh random number. All draws of the evaluation are derived from it.
+    /// A fresh random number, from which all random draws of the evaluation are derived.
     pub draw: u64,
 }
 
@@ -62,24 +61,24 @@ impl FieldId {
     /// `remoteAddress`.
     pub const REMOTE_ADDRESS: Self = Self(5);
 
-    /// What `sessionId` is called in flags and contexts.
+    /// The name of [`FieldId::SESSION_ID`] in flags and contexts.
     pub(super) const SESSION_ID_NAME: &str = Self::BUILT_IN[Self::SESSION_ID.0 as usize];
 
     /// The fields that every engine has, in the order of their ids.
     const BUILT_IN: [&'static str; 6] =
         ["userId", "sessionId", "environment", "appName", "currentTime", "remoteAddress"];
 
-    /// The field's place among [`Fields::names`].
+    /// The field's index into [`ContextSchema::names`].
     pub fn index(self) -> usize {
         self.0 as usize
     }
 }
 
-/// The place of a field's reading as a number, version or address.
+/// The index of a field's value that is parsed as a number, version or address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Slot(u32);
 
-/// A text that some flag compares for equality.
+/// A text that flags compare for equality.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Symbol(u32);
 
@@ -87,7 +86,7 @@ pub(super) struct Symbol(u32);
 #[derive(Debug, Clone)]
 pub struct Fields {
     names: Vec<Box<str>>,
-    // Whoever asks only looks up in these: what is in them is the flags' alone.
+    // Not keyed against collisions: clients only look up, all entries come from flags.
     by_name: HashMap<Box<str>, FieldId, RandomState>,
     symbols: HashMap<Box<str>, Symbol, RandomState>,
     numbers: Vec<FieldId>,
@@ -97,7 +96,7 @@ pub struct Fields {
 
 impl Fields {
     pub(super) fn new() -> Self {
-        let mut fields = Self {
+        let mut schema = Self {
             names: Vec::new(),
             by_name: HashMap::default(),
             symbols: HashMap::default(),
@@ -106,15 +105,15 @@ impl Fields {
             addresses: Vec::new(),
         };
         for name in FieldId::BUILT_IN {
-            fields.intern(name);
+            schema.intern(name);
         }
-        fields
+        schema
     }
 
-    /// How many fields, texts and readings there are.
+    /// The number of fields, interned strings and parsed values.
     pub(super) fn len(&self) -> usize {
-        let readings = self.numbers.len() + self.versions.len() + self.addresses.len();
-        self.names.len() + self.symbols.len() + readings
+        let parsed = self.numbers.len() + self.versions.len() + self.addresses.len();
+        self.names.len() + self.symbols.len() + parsed
     }
 
     /// The names of all fields; a field's id is its index.
@@ -153,7 +152,7 @@ impl Fields {
         slot_of(&mut self.addresses, field)
     }
 
-    /// The number of the symbol that this text is, if any flag names it.
+    /// The index of this text among the interned strings, if a flag uses it.
     pub(super) fn known(&self, text: &str) -> Option<usize> {
         self.symbols.get(text).map(|symbol| symbol.0 as usize)
     }
@@ -213,7 +212,7 @@ fn slot_of(slots: &mut Vec<FieldId>, field: FieldId) -> Slot {
     Slot(next_index(index))
 }
 
-/// What a context says of the fields that one engine reads.
+/// The values of the context fields that one engine reads.
 #[derive(Debug, Clone)]
 pub struct Values<'a> {
     texts: SmallVec<[Option<&'a str>; 16]>,
@@ -229,7 +228,7 @@ impl<'a> Values<'a> {
         self.texts[field.index()]
     }
 
-    /// Whether the text of a field was made up for this evaluation.
+    /// Whether the value of a field was generated for this evaluation.
     pub(super) fn is_made_up(&self, field: FieldId) -> bool {
         self.session_is_made_up && field == FieldId::SESSION_ID
     }
@@ -239,7 +238,8 @@ impl<'a> Values<'a> {
         self.text(field).is_none_or(str::is_empty)
     }
 
-    /// The context's own time, else the evaluation's; `None` if the context's is unreadable.
+    /// The `currentTime` of the context, else the time of the evaluation; `None` if `currentTime` is
+    /// invalid.
     pub(super) fn clock(&self) -> Option<Timestamp> {
         match self.text(FieldId::CURRENT_TIME) {
             None | Some("") => Some(self.now),
@@ -248,7 +248,7 @@ impl<'a> Values<'a> {
     }
 }
 
-/// A context as one engine evaluates it. Only the engine that bound it can do so.
+/// A context that is bound to one engine. Only that engine can evaluate it.
 #[derive(Debug, Clone)]
 pub struct Bound<'a> {
     values: Values<'a>,
@@ -265,7 +265,7 @@ impl<'a> Bound<'a> {
         self.values.text(field)
     }
 
-    /// What was bound.
+    /// The values before parsing.
     pub fn values(&self) -> &Values<'a> {
         &self.values
     }
@@ -274,7 +274,7 @@ impl<'a> Bound<'a> {
         self.symbols[field.index()]
     }
 
-    /// Not a number where the field is missing or does not read as one.
+    /// NaN if the field is missing or not a number.
     pub(super) fn number(&self, slot: Slot) -> f64 {
         self.numbers[slot.0 as usize]
     }
@@ -305,11 +305,11 @@ impl<'a> Bound<'a> {
 pub(super) struct Set(Box<[Symbol]>);
 
 impl Set {
-    /// Up to here a scan is faster than a search.
+    /// Up to this length a linear search is faster than a binary one.
     const SCAN: usize = 16;
 
-    pub(super) fn new<'t>(fields: &mut Fields, texts: impl Iterator<Item = &'t str>) -> Self {
-        let mut symbols: Vec<Symbol> = texts.map(|text| fields.symbol(text)).collect();
+    pub(super) fn new<'t>(schema: &mut Fields, texts: impl Iterator<Item = &'t str>) -> Self {
+        let mut symbols: Vec<Symbol> = texts.map(|text| schema.symbol(text)).collect();
         symbols.sort_unstable();
         symbols.dedup();
         Self(symbols.into())
@@ -334,9 +334,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_built_in_field_wins_over_a_property_of_its_name() {
-        let mut fields = Fields::new();
-        let plan = fields.intern("plan");
+    fn built_in_field_takes_precedence_over_a_property_of_the_same_name() {
+        let mut schema = Fields::new();
+        let plan = schema.intern("plan");
         let context = Context {
             user_id: Some("7"),
             properties: &[
@@ -348,7 +348,7 @@ mod tests {
             ],
             ..Context::default()
         };
-        let bound = fields.bind(fields.read(&context));
+        let bound = schema.bind(schema.read(&context));
         assert_eq!(bound.text(FieldId::USER_ID), Some("7"));
         assert_eq!(bound.text(FieldId::APP_NAME), Some("web"));
         assert_eq!(bound.text(FieldId::SESSION_ID), None);
@@ -358,13 +358,13 @@ mod tests {
     #[test]
     fn sets_of_any_size_find_their_members() {
         for size in [0, 1, 15, 16, 17, 500] {
-            let mut fields = Fields::new();
+            let mut schema = Fields::new();
             let members: Vec<String> = (0..size).map(|n| n.to_string()).collect();
-            let set = Set::new(&mut fields, members.iter().map(String::as_str));
+            let set = Set::new(&mut schema, members.iter().map(String::as_str));
             for n in [0, 7, 16, 499, 500] {
                 let id = n.to_string();
                 let bound =
-                    fields.bind(fields.read(&Context { user_id: Some(&id), ..Context::default() }));
+                    schema.bind(schema.read(&Context { user_id: Some(&id), ..Context::default() }));
                 assert_eq!(set.contains(bound.symbol(FieldId::USER_ID)), n < size, "{n} of {size}");
             }
         }

@@ -1,21 +1,21 @@
-//! Dates as JavaScript reads them, which decides what Unleash and the Node SDK make of a constraint.
+//! Parses dates like JavaScript, on which Unleash and the Node SDK rely for date constraints.
 //!
-//! Unleash saves whatever `new Date(text)` accepts: besides ISO 8601 (`2024-05-01T10:00:00Z`,
-//! `2024-05`) also what people and mail programs write (`2024/05/01`, `May 1, 2024 10:00 PM`,
-//! `Wed, 01 May 2024 10:00:00 +0200`). ECMAScript leaves the second kind to implementations, so the
-//! rules here are those that V8 is seen to follow; a test compares random spellings with Node.
-//! A time without a zone is UTC, as on a server whose clock is set to UTC. Nothing here allocates.
+//! Unleash accepts every text that `new Date(text)` accepts: besides ISO 8601 (`2024-05-01T10:00:00Z`,
+//! `2024-05`) also free formats of people and mail programs (`2024/05/01`, `May 1, 2024 10:00 PM`,
+//! `Wed, 01 May 2024 10:00:00 +0200`). ECMAScript leaves free formats to implementations. The rules here
+//! are those observed in V8; a test compares random texts with Node. A time without a zone is UTC, as on
+//! a server in that zone. Nothing here allocates.
 
 use jiff::Timestamp;
 
-/// Reads an instant, to the millisecond; one beyond the clock's range is the end of that range.
+/// Parses a date to the millisecond. A date beyond the range of [`Timestamp`] is the end of that range.
 pub(super) fn parse(text: &str) -> Option<Timestamp> {
     let milliseconds = Parser::new(text).parse()?;
     let end = if milliseconds < 0 { Timestamp::MIN } else { Timestamp::MAX };
     Some(Timestamp::from_millisecond(milliseconds).unwrap_or(end))
 }
 
-/// JavaScript's clock ends 100,000,000 days before and after 1970.
+/// JavaScript's dates end 100,000,000 days before and after 1970.
 const MAX_MILLISECONDS: i64 = 100_000_000 * 86_400_000;
 
 /// A year beyond that.
@@ -36,7 +36,7 @@ enum Token {
     Dot,
     ClosingParenthesis,
     Space,
-    /// Punctuation, or a remark in parentheses.
+    /// Punctuation, or a comment in parentheses.
     Other,
     End,
 }
@@ -103,7 +103,7 @@ impl Lexer<'_> {
                 self.skip_parentheses();
                 return Token::Other;
             }
-            // JavaScript takes it for the end of the text.
+            // JavaScript stops at NUL.
             0 => {
                 self.rest = &[];
                 return Token::End;
@@ -154,7 +154,7 @@ impl Lexer<'_> {
         Token::Word(Word::of(prefix, length))
     }
 
-    /// The length of the white space beyond ASCII that comes next.
+    /// The length in bytes of the next character, if it is white space beyond ASCII.
     fn space(&self) -> Option<usize> {
         match self.rest {
             [0xc2, 0xa0, ..] => Some(2),
@@ -186,7 +186,7 @@ impl Lexer<'_> {
     }
 }
 
-/// Numbers in the order of the text, up to `N`.
+/// Up to `N` numbers in the order of the text.
 #[derive(Clone, Copy, Debug)]
 struct Numbers<const N: usize> {
     values: [i64; N],
@@ -205,13 +205,13 @@ impl<const N: usize> Numbers<N> {
     }
 }
 
-/// The date, time and zone as far as they have been read.
+/// The parser's state: date, time and zone as far as they have been parsed.
 #[derive(Clone, Debug)]
 struct Parser<'t> {
     lexer: Lexer<'t>,
-    /// The token that comes next.
+    /// The next token.
     next: Token,
-    /// Day, month and year, in an order that is still open.
+    /// Day, month and year in the order of the text, which is interpreted at the end.
     date: Numbers<3>,
     month_name: Option<i64>,
     is_iso: bool,
@@ -223,10 +223,11 @@ struct Parser<'t> {
     zone_minutes: Option<i64>,
 }
 
-/// How far ISO 8601 reaches.
+/// The part of the text that matches ISO 8601.
 enum Iso {
+    /// The whole text.
     Whole,
-    /// The rest may be in another format.
+    /// A prefix. The rest may be in a free format.
     Beginning,
 }
 
@@ -271,7 +272,7 @@ impl<'t> Parser<'t> {
         found
     }
 
-    /// A number of exactly so many digits that lies in a range.
+    /// Takes the next token if it is a number of exactly `digits` digits within `range`.
     fn take_fixed(&mut self, digits: usize, range: std::ops::RangeInclusive<i64>) -> Option<i64> {
         match self.next {
             Token::Number { value, digits: found } if found == digits && range.contains(&value) => {
@@ -282,8 +283,8 @@ impl<'t> Parser<'t> {
         }
     }
 
-    /// Reads `YYYY[-MM[-DD]][THH:MM[:SS[.mmm]][Z|±HH:MM|±HHMM]]`, where the year may be `±YYYYYY`.
-    /// None where nothing that begins so is a date.
+    /// Parses `YYYY[-MM[-DD]][THH:MM[:SS[.mmm]][Z|±HH:MM|±HHMM]]`, where the year may be `±YYYYYY`.
+    /// `None` if the text cannot be a date in any format.
     fn iso(&mut self) -> Option<Iso> {
         if let Token::Sign(sign) = self.next {
             self.take();
@@ -365,8 +366,8 @@ impl<'t> Parser<'t> {
         (self.zone_hours, self.zone_minutes) = (Some(hours.abs()), Some(0));
     }
 
-    /// Reads numbers, names of months, times and zones in any order. Words before the first number,
-    /// punctuation and remarks in parentheses do not count.
+    /// Parses numbers, names of months, times and zones in any order. Ignores words before the first
+    /// number, punctuation, and comments in parentheses.
     fn free_form(&mut self) -> Option<()> {
         let mut seen_number = self.date.count > 0;
         loop {
@@ -409,7 +410,7 @@ impl<'t> Parser<'t> {
         self.zone_hours == Some(0) && self.zone_minutes == Some(0)
     }
 
-    /// A number that is part of the time, of the zone or of the date, by what surrounds it.
+    /// Adds a number to the time, the zone or the date, depending on the tokens around it.
     fn number(&mut self, value: i64) -> Option<()> {
         if self.take_if(Token::Colon) {
             if self.take_if(Token::Colon) {
@@ -449,8 +450,7 @@ impl<'t> Parser<'t> {
         Some(())
     }
 
-    /// Adds the last number of the time, if there is room for it; those that follow do not belong to
-    /// it.
+    /// Adds the last number of the time, unless the time is complete. Later numbers do not belong to it.
     fn end_time(&mut self, value: i64) {
         let _ = self.time.add(value);
         self.time.count = self.time.values.len();
@@ -474,7 +474,7 @@ impl<'t> Parser<'t> {
         Some(())
     }
 
-    /// Days since 1970. A day that its month lacks is one of the next month.
+    /// Days since 1970. A day beyond the end of its month falls into the next month.
     fn days(&self) -> Option<i64> {
         let [first, second, third] = self.date.values;
         if self.date.count == 0 {
@@ -496,7 +496,7 @@ impl<'t> Parser<'t> {
         is_in_range.then(|| days_before(year, month) + day - 1)
     }
 
-    /// The seconds that the zone is ahead of UTC. V8 counts them in 32 bits, the top one unused.
+    /// The offset of the zone from UTC in seconds. V8 computes it in 32 bits and rejects the top bit.
     fn zone(&self) -> Option<i64> {
         let (hours, minutes) = (self.zone_hours.unwrap_or(0), self.zone_minutes.unwrap_or(0));
         let seconds = (hours * 3600 + minutes * 60) % (1 << 32);
@@ -518,19 +518,19 @@ impl<'t> Parser<'t> {
     }
 }
 
-/// Milliseconds from the digits after a point.
+/// Milliseconds from the digits after the decimal point.
 fn fraction(value: i64, digits: usize) -> i64 {
     let shift = |by: usize| (0..by).fold(1, |power, _| power * 10);
     match digits {
         0..3 => value * shift(3 - digits),
-        // A number holds nine digits at most.
+        // `value` has nine digits at most.
         digits => value / shift(digits.min(9) - 3),
     }
 }
 
 /// Days from 1970 to the first of a month, in the Gregorian calendar.
 fn days_before(year: i64, month: i64) -> i64 {
-    // Years that begin in March end with the leap day.
+    // Years are counted from March, so that the leap day is the last day.
     let year = if month < 3 { year - 1 } else { year };
     let months = (month + 9) % 12;
     let days_of_months = (153 * months + 2) / 5;
@@ -547,7 +547,7 @@ mod tests {
     }
 
     #[test]
-    fn iso_dates_are_read_in_every_length() {
+    fn iso_dates_are_parsed_in_every_precision() {
         check("2022-01-22T11:00:00.000Z", "2022-01-22T11:00:00Z");
         check("2022-01-22T13:00:00.000+02:00", "2022-01-22T11:00:00Z");
         check("2022-01-22T13:00:00+0200", "2022-01-22T11:00:00Z");
@@ -565,7 +565,7 @@ mod tests {
     }
 
     #[test]
-    fn dates_are_read_as_people_and_mail_programs_write_them() {
+    fn free_formats_of_people_and_mail_programs_are_parsed() {
         check("2024-5-1", "2024-05-01T00:00:00Z");
         check("2024/05/01", "2024-05-01T00:00:00Z");
         check("05/01/2024", "2024-05-01T00:00:00Z");
@@ -582,7 +582,7 @@ mod tests {
     }
 
     #[test]
-    fn dates_beyond_the_clock_are_its_ends() {
+    fn dates_out_of_range_are_clamped() {
         for text in ["9999-12-31T23:59:59.999Z", "9999-12-31", "+275760-09-13", "31 Dec 12345"] {
             assert_eq!(parse(text), Some(Timestamp::MAX), "{text}");
         }
@@ -592,7 +592,7 @@ mod tests {
     }
 
     #[test]
-    fn text_that_is_no_date_is_refused() {
+    fn text_that_is_not_a_date_is_rejected() {
         for text in [
             "",
             " ",

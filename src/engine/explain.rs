@@ -1,10 +1,10 @@
-//! Explaining a flag: its definition read again piece by piece, each piece compiled and asked by the
-//! very functions that evaluating uses, and all of it kept.
+//! Explains a flag: reads its definition again part by part, and compiles and evaluates each part with
+//! the functions of normal evaluation.
 //!
-//! Compiling a flag to evaluate it drops what cannot make a difference and what can never hold;
-//! people want to see just that. So this starts from the definition. It compares, hashes and draws
-//! nothing itself: it only puts what it is told into order and words. It costs far more than
-//! evaluating and is not for the request path.
+//! Compilation drops parts that cannot make a difference or can never match, but an explanation has to
+//! show them. So this starts from the definition. It does not compare, hash or draw by itself: it only
+//! arranges results and describes them. It costs far more than evaluation and is not for the request
+//! path.
 
 mod words;
 
@@ -33,14 +33,14 @@ pub(super) struct Case<'a> {
 }
 
 impl Case<'_> {
-    /// What a flag comes to, and why.
+    /// The outcome of a flag with its explanation.
     pub(super) fn explain(self, id: FlagId) -> (Outcome, Explanation) {
         let feature = &self.document.features()[id.index()];
         let mut defects = Vec::new();
         if self.document.shadowed().contains(feature.name()) {
             defects.push(Defect::DefinedTwice);
         }
-        let mut told = Explanation {
+        let mut explanation = Explanation {
             flag: feature.name().to_string(),
             project: feature.project().to_string(),
             enabled: false,
@@ -54,83 +54,84 @@ impl Case<'_> {
             problems: Vec::new(),
         };
         let outcome = match feature.definition() {
-            Ok(definition) => self.defined(definition, &mut told, &mut defects),
+            Ok(definition) => self.defined(definition, &mut explanation, &mut defects),
             Err(error) => {
                 defects.push(Defect::Unreadable(error.to_string()));
                 Outcome::Off
             }
         };
-        told.problems = defects.iter().map(ToString::to_string).collect();
-        told.summary = words::summary(&told);
-        (outcome, told)
+        explanation.problems = defects.iter().map(ToString::to_string).collect();
+        explanation.summary = words::summary(&explanation);
+        (outcome, explanation)
     }
 
     fn defined(
         self,
         definition: wire::Definition<'_>,
-        told: &mut Explanation,
+        explanation: &mut Explanation,
         defects: &mut Vec<Defect>,
     ) -> Outcome {
-        told.switched_on = definition.enabled.or_default().unwrap_or_else(|| {
+        explanation.switched_on = definition.enabled.or_default().unwrap_or_else(|| {
             defects.push(Defect::Malformed(Part::Enabled));
             false
         });
-        // Compiling the flag has put all that it reads in here, so that nothing is new to `bound`.
-        let mut fields = self.fields.clone();
-        let bound = fields.bind(fields.read(self.context));
-        let mut table = Vec::new();
-        let mut desk = Desk {
+        // The schema has all fields of the flag already, so `bound` stays valid as parts are compiled.
+        let mut schema = self.fields.clone();
+        let bound = schema.bind(schema.read(self.context));
+        let mut all_variants = Vec::new();
+        let mut explainer = Desk {
             compiler: Compiler {
                 segments: self.document.segments(),
-                fields: &mut fields,
-                table: &mut table,
+                fields: &mut schema,
+                table: &mut all_variants,
                 defects,
-                site: Site::first_of(&told.flag),
+                site: Site::first_of(&explanation.flag),
             },
             bound: &bound,
             context: self.context,
         };
         let stickiness = strategy::first_stickiness(&definition.variants);
-        let (own, variants) = desk.variants(&definition.variants, &told.flag, stickiness);
-        told.variants = variants;
+        let (own, variants) =
+            explainer.variants(&definition.variants, &explanation.flag, stickiness);
+        explanation.variants = variants;
         let mut chosen = Vec::new();
-        let mut everybody = false;
+        let mut is_unconditional = false;
         match &definition.strategies {
             Loose::Is(list) => {
-                everybody = list.is_empty();
+                is_unconditional = list.is_empty();
                 for source in list {
-                    let (index, strategy) = desk.strategy(source);
+                    let (index, strategy) = explainer.strategy(source);
                     chosen.push(index);
-                    told.strategies.push(strategy);
+                    explanation.strategies.push(strategy);
                 }
             }
-            Loose::Missing => desk.compiler.defects.push(Defect::NoStrategies),
+            Loose::Missing => explainer.compiler.defects.push(Defect::NoStrategies),
             Loose::Malformed => {
-                desk.compiler.defects.push(Defect::Malformed(Part::Strategies));
+                explainer.compiler.defects.push(Defect::Malformed(Part::Strategies));
             }
         }
-        self.parents(definition.dependencies, told, defects);
+        self.parents(definition.dependencies, explanation, defects);
 
-        let unsatisfied = told.parents.iter().position(|parent| !parent.satisfied);
-        let matching = told.strategies.iter().position(|strategy| strategy.matches);
+        let unsatisfied = explanation.parents.iter().position(|parent| !parent.satisfied);
+        let matching = explanation.strategies.iter().position(|strategy| strategy.matches);
         let (decision, reached) = match (unsatisfied, matching) {
-            _ if !told.switched_on => (Decision::Switch, 0),
+            _ if !explanation.switched_on => (Decision::Switch, 0),
             (Some(index), _) => (Decision::Parent { index }, 0),
             (None, Some(index)) => (Decision::Strategy { index }, index + 1),
-            (None, None) if everybody => (Decision::Everybody, 0),
-            (None, None) => (Decision::NoStrategy, told.strategies.len()),
+            (None, None) if is_unconditional => (Decision::Everybody, 0),
+            (None, None) => (Decision::NoStrategy, explanation.strategies.len()),
         };
-        told.decision = decision;
-        for strategy in &mut told.strategies[..reached] {
+        explanation.decision = decision;
+        for strategy in &mut explanation.strategies[..reached] {
             strategy.reached = true;
         }
         let outcome = match decision {
-            Decision::Everybody => on(own, told.variants.as_mut()),
+            Decision::Everybody => on(own, explanation.variants.as_mut()),
             Decision::Strategy { index } => {
-                let strategy = &mut told.strategies[index];
+                let strategy = &mut explanation.strategies[index];
                 match chosen[index] {
                     Some(variant) => on(Some(variant), strategy.variants.as_mut()),
-                    None => on(own, told.variants.as_mut()),
+                    None => on(own, explanation.variants.as_mut()),
                 }
             }
             Decision::Unreadable
@@ -138,14 +139,14 @@ impl Case<'_> {
             | Decision::Parent { .. }
             | Decision::NoStrategy => Outcome::Off,
         };
-        told.enabled = outcome.is_on();
+        explanation.enabled = outcome.is_on();
         if let Outcome::Variant(index) = outcome {
-            let variant::Variant { name, payload } = &table[index as usize];
+            let variant::Variant { name, payload } = &all_variants[index as usize];
             let payload = payload.as_ref().map(|payload| Payload {
                 kind: payload.kind.to_string(),
                 value: payload.value.to_string(),
             });
-            told.variant = Some(Variant { name: name.to_string(), payload });
+            explanation.variant = Some(Variant { name: name.to_string(), payload });
         }
         outcome
     }
@@ -153,7 +154,7 @@ impl Case<'_> {
     fn parents(
         self,
         source: Loose<Vec<Loose<wire::Dependency<'_>>>>,
-        told: &mut Explanation,
+        explanation: &mut Explanation,
         defects: &mut Vec<Defect>,
     ) {
         let list = match source {
@@ -161,7 +162,7 @@ impl Case<'_> {
             Loose::Missing => Vec::new(),
             Loose::Malformed => vec![Loose::Malformed],
         };
-        told.parents = list.into_iter().map(|source| self.parent(source, defects)).collect();
+        explanation.parents = list.into_iter().map(|source| self.parent(source, defects)).collect();
     }
 
     fn parent(self, source: Loose<wire::Dependency<'_>>, defects: &mut Vec<Defect>) -> Parent {
@@ -180,7 +181,7 @@ impl Case<'_> {
             };
         };
         let name = dependency.parent.clone().into_owned();
-        let mut told = Parent {
+        let mut parent = Parent {
             flag: name.clone(),
             wanted: dependency.enabled,
             wanted_variants: dependency.variants.iter().map(ToString::to_string).collect(),
@@ -193,26 +194,26 @@ impl Case<'_> {
             Some(id) if self.has_parents(id) => Defect::NestedParent(name),
             Some(id) => {
                 let (outcome, explanation) = self.explain(id);
-                told.satisfied = dependency.admits(&self.flags[id.index()], outcome);
-                told.why = words::parent(&dependency, &explanation, told.satisfied);
-                told.explanation = Some(Box::new(explanation));
-                return told;
+                parent.satisfied = dependency.admits(&self.flags[id.index()], outcome);
+                parent.why = words::parent(&dependency, &explanation, parent.satisfied);
+                parent.explanation = Some(Box::new(explanation));
+                return parent;
             }
         };
-        told.why = defect.to_string();
+        parent.why = defect.to_string();
         defects.push(defect);
-        told
+        parent
     }
 
     /// Whether a flag depends on others itself.
     fn has_parents(self, id: FlagId) -> bool {
         self.document.features()[id.index()].definition().is_ok_and(|definition| {
-            compile::dependencies(definition.dependencies).is_none_or(|asked| !asked.is_empty())
+            compile::dependencies(definition.dependencies).is_none_or(|list| !list.is_empty())
         })
     }
 }
 
-/// What a flag that is on comes to with one of these variants, if any.
+/// The outcome of a flag that is on, with the selected variant of `list`, if any.
 fn on(index: Option<u32>, list: Option<&mut Variants>) -> Outcome {
     let Some(index) = index else { return Outcome::On };
     if let Some(list) = list {
@@ -221,7 +222,7 @@ fn on(index: Option<u32>, list: Option<&mut Variants>) -> Outcome {
     Outcome::Variant(index)
 }
 
-/// Where one flag's pieces are compiled, and asked at once.
+/// Compiles and evaluates the parts of one flag.
 struct Desk<'c, 'b, 'v> {
     compiler: Compiler<'c>,
     bound: &'b Bound<'v>,
@@ -229,10 +230,10 @@ struct Desk<'c, 'b, 'v> {
 }
 
 impl Desk<'_, '_, '_> {
-    /// One strategy, and the variant of its own that it gives.
+    /// Explains a strategy. Also returns the variant selected from the strategy's list, if any.
     fn strategy(&mut self, source: &Loose<wire::Strategy<'_>>) -> (Option<u32>, Strategy) {
         let text = |text: &Loose<wire::Text<'_>>| text.clone().is().map(String::from);
-        let mut told = Strategy {
+        let mut explained = Strategy {
             name: String::new(),
             title: None,
             disabled: false,
@@ -245,60 +246,60 @@ impl Desk<'_, '_, '_> {
             variants: None,
         };
         if let Loose::Is(strategy) = source {
-            told.name = text(&strategy.name).unwrap_or_default();
-            told.title = text(&strategy.title).filter(|title| !title.is_empty());
-            told.disabled = strategy.disabled.is().unwrap_or_default();
+            explained.name = text(&strategy.name).unwrap_or_default();
+            explained.title = text(&strategy.title).filter(|title| !title.is_empty());
+            explained.disabled = strategy.disabled.is().unwrap_or_default();
         }
         let Some(Parts { strategy, name, parameters }) = Parts::read(source) else {
-            told.why = self.complain(Defect::Malformed(Part::Strategy));
-            return (None, told);
+            explained.why = self.complain(Defect::Malformed(Part::Strategy));
+            return (None, explained);
         };
         let mut obstacles = Vec::new();
         match self.constraints(&strategy.constraints, Part::Strategy) {
-            Ok(constraints) => told.constraints = constraints,
+            Ok(constraints) => explained.constraints = constraints,
             Err(problem) => obstacles.push(problem),
         }
-        let failing = told.constraints.iter().filter(|constraint| !constraint.holds);
+        let failing = explained.constraints.iter().filter(|constraint| !constraint.holds);
         obstacles.extend(failing.map(|it| format!("the constraint fails: {}", it.why)));
         match &strategy.segments {
-            Loose::Is(ids) => told.segments = ids.iter().map(|id| self.segment(*id)).collect(),
+            Loose::Is(ids) => explained.segments = ids.iter().map(|id| self.segment(*id)).collect(),
             Loose::Missing => {}
             Loose::Malformed => obstacles.push(self.complain(Defect::Malformed(Part::Strategy))),
         }
-        let failing = told.segments.iter().filter(|segment| !segment.holds);
+        let failing = explained.segments.iter().filter(|segment| !segment.holds);
         obstacles.extend(failing.map(|segment| segment.why.clone()));
         let rule = self.rule(name, parameters);
         if !rule.holds {
             obstacles.push(rule.why.clone());
         }
-        told.matches = obstacles.is_empty();
-        told.why = match obstacles.first() {
+        explained.matches = obstacles.is_empty();
+        explained.why = match obstacles.first() {
             None => format!("matches: {}", rule.why),
             Some(first) => format!("does not match: {first}"),
         };
-        told.rule = Some(rule);
+        explained.rule = Some(rule);
         let group = strategy::variant_group(parameters);
         let stickiness = strategy::variant_stickiness(strategy, parameters);
         let (chosen, variants) = self.variants(&strategy.variants, group, stickiness);
-        told.variants = variants;
-        (chosen, told)
+        explained.variants = variants;
+        (chosen, explained)
     }
 
-    /// Notes a defect and tells it.
+    /// Adds a defect and returns its text.
     fn complain(&mut self, defect: Defect) -> String {
-        let told = defect.to_string();
+        let text = defect.to_string();
         self.compiler.defects.push(defect);
-        told
+        text
     }
 
-    /// What was noted since there were `before` defects, if anything.
+    /// The text of the defects after the first `before`, if any.
     fn complaints(&self, before: usize) -> Option<String> {
         let defects = &self.compiler.defects[before..];
-        let told: Vec<String> = defects.iter().map(ToString::to_string).collect();
-        (!told.is_empty()).then(|| told.join("; "))
+        let texts: Vec<String> = defects.iter().map(ToString::to_string).collect();
+        (!texts.is_empty()).then(|| texts.join("; "))
     }
 
-    /// A list of constraints, or why there is none although there should be.
+    /// Explains a list of constraints. Fails with the text of the defect if the list is malformed.
     fn constraints(
         &mut self,
         source: &Loose<Vec<Loose<wire::Constraint<'_>>>>,
@@ -313,10 +314,10 @@ impl Desk<'_, '_, '_> {
 
     fn constraint(&mut self, source: &Loose<wire::Constraint<'_>>) -> Constraint {
         let before = self.compiler.defects.len();
-        let Compiler { fields, defects, .. } = &mut self.compiler;
-        let compiled = constraint::Constraint::compile(source, fields, defects);
+        let Compiler { fields: schema, defects, .. } = &mut self.compiler;
+        let compiled = constraint::Constraint::compile(source, schema, defects);
         let problem = self.complaints(before);
-        let mut told = Constraint {
+        let mut explained = Constraint {
             field: String::new(),
             operator: String::new(),
             values: Vec::new(),
@@ -332,30 +333,30 @@ impl Desk<'_, '_, '_> {
         };
         if let Loose::Is(source) = source {
             let text = |text: &Loose<wire::Text<'_>>| text.clone().is().map(String::from);
-            told.field = text(&source.context_name).unwrap_or_default();
-            told.operator = text(&source.operator).unwrap_or_default();
-            told.values = match &source.values {
-                Loose::Is(list) if constraint::takes_list(&told.operator) => {
+            explained.field = text(&source.context_name).unwrap_or_default();
+            explained.operator = text(&source.operator).unwrap_or_default();
+            explained.values = match &source.values {
+                Loose::Is(list) if constraint::takes_list(&explained.operator) => {
                     list.iter().filter_map(text).collect()
                 }
                 _ => text(&source.value).into_iter().collect(),
             };
-            told.inverted = source.inverted.is().unwrap_or_default();
-            told.case_insensitive = source.case_insensitive.is().unwrap_or_default();
-            told.context_value = if constraint::is_of_time(&told.operator) {
+            explained.inverted = source.inverted.is().unwrap_or_default();
+            explained.case_insensitive = source.case_insensitive.is().unwrap_or_default();
+            explained.context_value = if constraint::is_of_time(&explained.operator) {
                 Some(self.time())
             } else {
-                value_of(self.context, &told.field)
+                value_of(self.context, &explained.field)
             };
         }
-        let is_made_up = self.context.session_is_made_up
-            && told.field == FieldId::SESSION_ID_NAME
-            && !constraint::is_of_time(&told.operator);
-        told.why = words::constraint(&told, &compiled, problem, is_made_up);
-        told
+        let is_generated = self.context.session_is_made_up
+            && explained.field == FieldId::SESSION_ID_NAME
+            && !constraint::is_of_time(&explained.operator);
+        explained.why = words::constraint(&explained, &compiled, problem, is_generated);
+        explained
     }
 
-    /// The time that dates are compared with, as the context says it.
+    /// The time that date operators compare with, as in the context.
     fn time(&self) -> String {
         match self.bound.text(FieldId::CURRENT_TIME) {
             None | Some("") => self.context.now.to_string(),
@@ -364,7 +365,7 @@ impl Desk<'_, '_, '_> {
     }
 
     fn segment(&mut self, id: Loose<i64>) -> Segment {
-        let mut told = Segment {
+        let mut explained = Segment {
             id: id.is(),
             name: None,
             missing: false,
@@ -373,79 +374,79 @@ impl Desk<'_, '_, '_> {
             why: String::new(),
         };
         let Loose::Is(id) = id else {
-            told.why = self.complain(Defect::Malformed(Part::Strategy));
-            return told;
+            explained.why = self.complain(Defect::Malformed(Part::Strategy));
+            return explained;
         };
         let Some(segment) = self.compiler.segment(id) else {
-            told.missing = true;
-            told.why = self.complain(Defect::MissingSegment(id));
-            return told;
+            explained.missing = true;
+            explained.why = self.complain(Defect::MissingSegment(id));
+            return explained;
         };
-        told.name = segment.name().map(String::from);
+        explained.name = segment.name().map(String::from);
         match self.constraints(&segment.constraints(), Part::Segment) {
-            Ok(constraints) => told.constraints = constraints,
+            Ok(constraints) => explained.constraints = constraints,
             Err(problem) => {
-                told.why = problem;
-                return told;
+                explained.why = problem;
+                return explained;
             }
         }
-        let called = match &told.name {
+        let title = match &explained.name {
             Some(name) => format!("segment {id} ({})", quoted(name)),
             None => format!("segment {id}"),
         };
-        let failing = told.constraints.iter().find(|constraint| !constraint.holds);
-        told.why = match failing {
-            None => format!("{called} holds"),
-            Some(constraint) => format!("{called} fails: {}", constraint.why),
+        let failing = explained.constraints.iter().find(|constraint| !constraint.holds);
+        explained.why = match failing {
+            None => format!("{title} holds"),
+            Some(constraint) => format!("{title} fails: {}", constraint.why),
         };
-        told.holds = failing.is_none();
-        told
+        explained.holds = failing.is_none();
+        explained
     }
 
     fn rule(&mut self, name: &str, parameters: &Parameters<'_>) -> Rule {
         let before = self.compiler.defects.len();
-        let terms = self.compiler.terms(name, parameters);
-        let told = |(name, value): (&str, Option<&str>)| Parameter {
+        let parsed = self.compiler.terms(name, parameters);
+        let parameter = |(name, value): (&str, Option<&str>)| Parameter {
             name: name.to_owned(),
             value: value.map(str::to_owned),
         };
-        let mut told = Rule {
-            parameters: parameters.iter().map(told).collect(),
+        let mut explained = Rule {
+            parameters: parameters.iter().map(parameter).collect(),
             percentage: None,
             placement: None,
             holds: false,
             why: String::new(),
         };
-        let Some(Terms { rule, group }) = terms else {
-            told.why = self
+        let Some(Terms { rule, group }) = parsed else {
+            explained.why = self
                 .complaints(before)
-                .unwrap_or_else(|| "its parameters name nobody, or cannot be read".to_owned());
-            return told;
+                .unwrap_or_else(|| "its parameters are empty or invalid".to_owned());
+            return explained;
         };
-        told.holds = rule.holds(self.bound);
-        let holds = told.holds;
-        told.why = match &rule {
+        explained.holds = rule.holds(self.bound);
+        let holds = explained.holds;
+        explained.why = match &rule {
             strategy::Rule::Always => "it is for everybody".to_owned(),
             strategy::Rule::Known(field) => {
                 let field = quoted(self.name(*field));
-                let there = if holds { "has" } else { "lacks" };
-                format!("it is for everybody with {field}, which the context {there}")
+                let verb = if holds { "has" } else { "lacks" };
+                format!("it is for everybody with {field}, which the context {verb}")
             }
             strategy::Rule::Rollout(rollout) => {
                 let stickiness = rollout.stickiness;
                 let bucket = rollout.bucket(self.bound);
                 let placement = self.placement(stickiness, group, bucket, 100);
                 let why = words::share(&placement, rollout.percent, holds);
-                told.placement = Some(placement);
-                told.percentage = Some(rollout.percent);
+                explained.placement = Some(placement);
+                explained.percentage = Some(rollout.percent);
                 why
             }
             strategy::Rule::Lottery { percent, site } => {
                 let bucket = Some(strategy::lot(self.bound, *site));
                 let placement = self.placement(Stickiness::FirstOf(&[]), None, bucket, 100);
                 let why = words::share(&placement, *percent, holds);
-                told.placement = Some(placement);
-                told.percentage = Some(*percent);
+                explained.placement = Some(placement);
+                explained.percentage = Some(*percent);
                 why
             }
             strategy::Rule::Users(_) => self.listed(FieldId::USER_ID, holds),
@@ -454,10 +455,10 @@ impl Desk<'_, '_, '_> {
                 Some(name) => {
                     format!("the host {} is {}", quoted(name), in_list(holds))
                 }
-                None => "the name of the host is not known".to_owned(),
+                None => "the hostname is unknown".to_owned(),
             },
         };
-        told
+        explained
     }
 
     fn listed(&self, field: FieldId, holds: bool) -> String {
@@ -469,7 +470,8 @@ impl Desk<'_, '_, '_> {
         }
     }
 
-    /// A list of variants, and the index into the flag's table of the one that it gives.
+    /// Explains a list of variants. Also returns the selected one, as an index into all variants of the
+    /// flag.
     fn variants(
         &mut self,
         source: &Loose<Vec<Loose<wire::Variant<'_>>>>,
@@ -490,32 +492,38 @@ impl Desk<'_, '_, '_> {
             }
         }
         let name = chosen.map(|index| self.compiler.table[index as usize].name.to_string());
-        let given = name.as_deref().map(quoted).unwrap_or_default();
+        let selected = name.as_deref().map(quoted).unwrap_or_default();
         let (choice, placement, why) = match &choice {
             variant::Choice::Nobody => {
-                (Choice::Nobody, None, "no variant has a weight, so nobody gets any".to_owned())
+                (Choice::Nobody, None, "no variant has a weight, so none is selected".to_owned())
             }
             variant::Choice::Everybody(_) => {
-                let why = format!("{given} is the only one with a weight, so everybody gets it");
+                let why = format!(
+                    "{selected} is the only variant with a weight, so it is always selected"
+                );
                 (Choice::Everybody, None, why)
             }
-            variant::Choice::Lots(lots) => {
-                if let Some((field, _)) = lots.overriding(self.bound) {
+            variant::Choice::Lots(weighted) => {
+                if let Some((field, _)) = weighted.overriding(self.bound) {
                     let value = self.bound.text(field).unwrap_or_default();
                     let field = quoted(self.name(field));
-                    let why = format!("{given} is reserved for {field} {}", quoted(value));
+                    let why = format!("{selected} is reserved for {field} {}", quoted(value));
                     (Choice::Override, None, why)
                 } else {
-                    let bucket = Some(lots.bucket(self.bound));
-                    let placement =
-                        self.placement(lots.stickiness, Some(group), bucket, lots.buckets());
-                    let why = format!("{}, which is {given}'s", words::placement(&placement));
+                    let bucket = Some(weighted.bucket(self.bound));
+                    let placement = self.placement(
+                        weighted.stickiness,
+                        Some(group),
+                        bucket,
+                        weighted.buckets(),
+                    );
+                    let why = format!("{}, which is {selected}'s", words::placement(&placement));
                     (Choice::Bucket, Some(placement), why)
                 }
             }
         };
-        let told = Variants { shares, chosen: name, choice, placement, decides: false, why };
-        (chosen, Some(told))
+        let explained = Variants { shares, chosen: name, choice, placement, decides: false, why };
+        (chosen, Some(explained))
     }
 
     fn placement(
@@ -548,11 +556,11 @@ impl Desk<'_, '_, '_> {
     }
 }
 
-/// What a context says of a field that no flag may have asked for.
+/// The value of any field of a context, even one that no flag reads.
 fn value_of(context: &Context<'_>, name: &str) -> Option<String> {
-    let mut fields = Fields::new();
-    let field = fields.intern(name);
-    fields.read(context).text(field).map(str::to_owned)
+    let mut schema = Fields::new();
+    let field = schema.intern(name);
+    schema.read(context).text(field).map(str::to_owned)
 }
 
 #[cfg(test)]

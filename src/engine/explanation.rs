@@ -1,77 +1,77 @@
-//! What an explanation tells: the verdict on one flag for one context, and every piece of the flag's
-//! definition with what it came to.
+//! The data of an explanation: the outcome of one flag for one context, and the result of every part of
+//! the flag's definition.
 //!
-//! These types are data for people and programs, as JSON in camel case; this shape is Parapet's own.
-//! Each piece has its facts, and the same in a sentence (`why`). They decide nothing; `explain` fills
-//! them in.
+//! These types are serialized as JSON in camel case, for people and programs; the format is Parapet's
+//! own. Each part has its facts as fields and as a sentence (`why`). The types contain no logic;
+//! `explain` fills them in.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Why a flag came out as it did.
+/// The outcome of a flag for a context, with the reasons.
 #[derive(Clone, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Explanation {
     /// The flag's name.
     pub flag: String,
-    /// The project that owns it.
+    /// The project that owns the flag.
     pub project: String,
-    /// Whether it is on for the context.
+    /// Whether the flag is on for the context.
     pub enabled: bool,
-    /// Its variant for the context; none stands for the variant `disabled`.
+    /// The flag's variant for the context; none stands for the variant `disabled`.
     pub variant: Option<Variant>,
-    /// The verdict and what decided it, in a sentence.
+    /// The outcome and its reason in a sentence.
     pub summary: String,
-    /// What decided whether it is on.
+    /// The reason that the flag is on or off.
     pub decision: Decision,
-    /// Whether it is switched on in this environment; off wins over everything else.
+    /// Whether the flag is enabled in this environment. If not, it is off for every context.
     pub switched_on: bool,
-    /// The flags that it depends on, all of which have to be as it wants.
+    /// The flags that it depends on. All have to be satisfied.
     pub parents: Vec<Parent>,
-    /// Its strategies in their order; the first that matches decides.
+    /// The strategies in their order. The first that matches decides.
     pub strategies: Vec<Strategy>,
-    /// The flag's own variants, which count where the deciding strategy has none for the context;
-    /// none where it has no list of them.
+    /// The flag's own variants; none if it has no list of them. They are used if the deciding strategy
+    /// does not select a variant.
     pub variants: Option<Variants>,
-    /// Everything that is wrong with its definition, in words.
+    /// The problems of the flag's definition as text.
     pub problems: Vec<String>,
 }
 
-/// What decided whether a flag is on.
+/// The reason that a flag is on or off.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(tag = "by", rename_all = "camelCase")]
 pub enum Decision {
     /// Its definition cannot be read: off.
     Unreadable,
-    /// It is switched off.
+    /// It is disabled in this environment: off.
     Switch,
-    /// A parent is not as the flag wants it: off.
+    /// A parent is not satisfied: off.
     Parent {
-        /// Its place among the parents, from 0.
+        /// The index of the parent, from 0.
         index: usize,
     },
     /// It has no strategies: on for everybody.
     Everybody,
     /// A strategy matches: on.
     Strategy {
-        /// Its place among the strategies, from 0.
+        /// The index of the strategy, from 0.
         index: usize,
     },
     /// No strategy matches: off.
     NoStrategy,
 }
 
-/// The value that a flag takes.
+/// The variant of a flag.
 #[derive(Clone, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[schemars(rename = "ExplainedVariant")]
 pub struct Variant {
     /// Its name.
     pub name: String,
-    /// What it carries to the application.
+    /// Its payload for the application.
     pub payload: Option<Payload>,
 }
 
-/// What a variant carries.
+/// The payload of a variant.
 #[derive(Clone, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[schemars(rename = "ExplainedPayload")]
 pub struct Payload {
@@ -82,38 +82,39 @@ pub struct Payload {
     pub value: String,
 }
 
-/// A flag that another one depends on.
+/// A flag that the explained one depends on.
 #[derive(Clone, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 #[schemars(rename = "ExplainedParent")]
 pub struct Parent {
-    /// Its name; empty where the dependency cannot be read.
+    /// The name of the parent; empty if the dependency is malformed.
     pub flag: String,
-    /// Whether it has to be on, or off.
+    /// Whether the parent has to be on (true) or off (false).
     pub wanted: bool,
-    /// If any are named, it has to be on with one of these variants.
+    /// Unless empty, the parent has to be on with one of these variants.
     pub wanted_variants: Vec<String>,
-    /// Whether it is as wanted.
+    /// Whether the parent's outcome satisfies the dependency.
     pub satisfied: bool,
-    /// The same in a sentence.
+    /// The required and the actual outcome in a sentence.
     pub why: String,
-    /// How it came out; none where it is missing or has parents itself, which never satisfies.
+    /// The parent's explanation; none if it is missing or has parents itself. Such a dependency is never
+    /// satisfied.
     pub explanation: Option<Box<Explanation>>,
 }
 
-/// One strategy: it matches where its rule, its constraints and its segments all hold.
+/// A strategy. It matches if its rule, its constraints and its segments all hold.
 #[derive(Clone, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 #[schemars(rename = "ExplainedStrategy")]
 pub struct Strategy {
-    /// Its kind, for instance `flexibleRollout`; empty where it cannot be read.
+    /// Its kind, for instance `flexibleRollout`; empty if it is malformed.
     pub name: String,
-    /// What its author calls it.
+    /// Its title.
     pub title: Option<String>,
-    /// Whether it is marked as disabled. Unleash sends no such strategies; SDKs, and so this
-    /// engine, do not heed the mark on those that they find.
+    /// Whether it is marked as disabled. Unleash does not send disabled strategies. SDKs ignore the
+    /// mark, and so does this engine.
     pub disabled: bool,
-    /// What its kind asks; none where the strategy cannot be read.
+    /// The rule of its kind; none if the strategy is malformed.
     pub rule: Option<Rule>,
     /// Its own constraints.
     pub constraints: Vec<Constraint>,
@@ -121,29 +122,29 @@ pub struct Strategy {
     pub segments: Vec<Segment>,
     /// Whether it matches the context.
     pub matches: bool,
-    /// Whether evaluation came to it: the flag is switched on, its parents are satisfied, and no
-    /// strategy before it matches. The one that is reached and matches is the one that decided.
+    /// Whether evaluation reached it: the flag is enabled, its parents are satisfied, and no earlier
+    /// strategy matches. The strategy that is reached and matches decides.
     pub reached: bool,
-    /// Whether it matches, and why, in a sentence.
+    /// Whether it matches, with the reason, in a sentence.
     pub why: String,
-    /// Its own variants; none where it has no list of them.
+    /// Its own variants; none if it has no list of them.
     pub variants: Option<Variants>,
 }
 
-/// What a kind of strategy asks beyond constraints.
+/// The condition of a kind of strategy besides its constraints.
 #[derive(Clone, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 #[schemars(rename = "ExplainedRule")]
 pub struct Rule {
     /// The strategy's parameters in their order, as written.
     pub parameters: Vec<Parameter>,
-    /// How many of 100 buckets are in; only of rollouts.
+    /// The number of included buckets, of 100; for rollouts only.
     pub percentage: Option<u32>,
-    /// Where the context falls; only of rollouts.
+    /// The bucket of the context; for rollouts only.
     pub placement: Option<Placement>,
     /// Whether the rule holds.
     pub holds: bool,
-    /// The same in a sentence.
+    /// The result and its reason in a sentence.
     pub why: String,
 }
 
@@ -153,28 +154,28 @@ pub struct Rule {
 pub struct Parameter {
     /// Its name.
     pub name: String,
-    /// Its value; none where it is no text.
+    /// Its value; none if it is not a text.
     pub value: Option<String>,
 }
 
-/// Where a context falls among numbered buckets.
+/// The bucket of a context, and how it is computed.
 #[derive(Clone, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 #[schemars(rename = "ExplainedPlacement")]
 pub struct Placement {
-    /// What it is placed by: a context field, `random`, or `default` for the first of some fields
-    /// that the context has.
+    /// The stickiness: a context field, `random`, or `default` for the first of some fields that the
+    /// context has.
     pub stickiness: String,
-    /// The field that placed it; none where no such field has a value.
+    /// The field that is hashed; none if no such field has a value.
     pub field: Option<String>,
     /// The value of that field.
     pub value: Option<String>,
-    /// Whether chance decided, so that another evaluation may place it elsewhere: a lot was drawn, or the
-    /// context lacks a `sessionId` and one was made up.
+    /// Whether the bucket is random, so that another evaluation may have a different one: it was drawn,
+    /// or the context lacks a `sessionId` and one was generated.
     pub drawn: bool,
-    /// What the value is hashed with; none where there is only chance.
+    /// The group that the value is hashed with; none if the bucket is always random.
     pub group: Option<String>,
-    /// The bucket, from 1; none where the field that it takes has no value.
+    /// The bucket, from 1; none if the required field has no value.
     pub bucket: Option<u32>,
     /// The number of buckets: 100, or the sum of the weights of variants.
     pub buckets: u32,
@@ -185,21 +186,21 @@ pub struct Placement {
 #[serde(rename_all = "camelCase")]
 #[schemars(rename = "ExplainedConstraint")]
 pub struct Constraint {
-    /// The context field that it looks at; empty where it cannot be read.
+    /// The context field; empty if it is malformed.
     pub field: String,
-    /// How it compares, for instance `STR_CONTAINS`; empty where it cannot be read.
+    /// The operator, for instance `STR_CONTAINS`; empty if it is malformed.
     pub operator: String,
-    /// What it compares with, as written.
+    /// The operands, as written.
     pub values: Vec<String>,
     /// Whether the result is negated.
     pub inverted: bool,
     /// Whether comparing texts ignores case.
     pub case_insensitive: bool,
-    /// What the context says of the field; the time where the operator compares that.
+    /// The value of the field in the context; the time for operators that compare dates.
     pub context_value: Option<String>,
     /// Whether it holds.
     pub holds: bool,
-    /// The same in a sentence, and why it can never hold where that is so.
+    /// The result in a sentence, with the reason if it can never hold.
     pub why: String,
 }
 
@@ -208,63 +209,63 @@ pub struct Constraint {
 #[serde(rename_all = "camelCase")]
 #[schemars(rename = "ExplainedSegment")]
 pub struct Segment {
-    /// Its id; none where the reference to it cannot be read.
+    /// Its id; none if the reference to it is malformed.
     pub id: Option<i64>,
-    /// What its author calls it.
+    /// Its name.
     pub name: Option<String>,
-    /// Whether there is no such segment, so that the strategy never matches.
+    /// Whether the segment is missing, so that the strategy never matches.
     pub missing: bool,
     /// Its constraints.
     pub constraints: Vec<Constraint>,
     /// Whether all of them hold.
     pub holds: bool,
-    /// The same in a sentence.
+    /// The result and its reason in a sentence.
     pub why: String,
 }
 
-/// A list of variants, and which one the context gets.
+/// A list of variants, and the one that is selected for the context.
 #[derive(Clone, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 #[schemars(rename = "ExplainedVariants")]
 pub struct Variants {
     /// The variants in their order.
     pub shares: Vec<Share>,
-    /// The name of the variant that the context gets of this list, if any.
+    /// The name of the variant that is selected for the context, if any.
     pub chosen: Option<String>,
-    /// How it was chosen.
+    /// The reason of the selection.
     pub choice: Choice,
-    /// Where the context falls; none where no bucket was asked for.
+    /// The bucket of the context; none if the selection does not need one.
     pub placement: Option<Placement>,
-    /// Whether the verdict's variant is the one of this list.
+    /// Whether the flag's variant is the selected one of this list.
     pub decides: bool,
-    /// The choice in a sentence.
+    /// The selection and its reason in a sentence.
     pub why: String,
 }
 
-/// One variant of a list, and its share.
+/// The share of one variant of a list.
 #[derive(Clone, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 #[schemars(rename = "ExplainedShare")]
 pub struct Share {
     /// The variant's name.
     pub name: String,
-    /// How many buckets belong to it.
+    /// The number of its buckets.
     pub weight: u32,
-    /// The first of its buckets; the next variant's begin behind its last.
+    /// The first of its buckets. The next variant's buckets begin after its last.
     pub first_bucket: u32,
 }
 
-/// How a variant was chosen.
+/// The reason for which a variant is selected.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 #[schemars(rename = "ExplainedChoice")]
 pub enum Choice {
-    /// No variant of the list has a weight, so nobody gets any.
+    /// No variant of the list has a weight, so none is selected.
     Nobody,
-    /// Only one has a weight and none is reserved, so everybody gets it.
+    /// Only one variant has a weight and there are no overrides, so it is always selected.
     Everybody,
-    /// An override reserves it for this context.
+    /// An override reserves the variant for this context.
     Override,
-    /// By the bucket that the context falls into.
+    /// The bucket of the context belongs to the variant.
     Bucket,
 }

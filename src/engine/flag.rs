@@ -1,13 +1,13 @@
-//! A flag as the engine knows it, beside how it is decided: names and variants.
+//! A flag of the engine: names and variants. Its [`FlagPlan`](super::plan::FlagPlan) is separate.
 
 use std::sync::Arc;
 
 use super::variant::Variant;
 
-/// The variant that SDKs report of a flag without any.
+/// The variant that SDKs report for a flag without variants.
 const NO_VARIANT: &str = "disabled";
 
-/// A flag's place in its engine, the same as in the document it was compiled from.
+/// A flag's index in its engine, the same as in the document that the engine was compiled from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FlagId(u32);
 
@@ -22,7 +22,7 @@ impl FlagId {
     }
 }
 
-/// What evaluating a flag comes to.
+/// The result of evaluating a flag.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Outcome {
     /// The flag is off; its variant is `disabled`.
@@ -49,7 +49,7 @@ impl Outcome {
     }
 }
 
-/// What is known of a flag beside how it is decided.
+/// The properties of a flag that do not depend on the context.
 #[derive(Debug, Clone)]
 pub struct Flag {
     pub(super) name: Arc<str>,
@@ -60,7 +60,7 @@ pub struct Flag {
 }
 
 impl Flag {
-    /// Whether the other is the very same: one was taken over from the other's engine.
+    /// Whether both are the same instance, because one engine reused the flag of the other.
     pub fn is(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.name, &other.name) && Arc::ptr_eq(&self.variants, &other.variants)
     }
@@ -75,7 +75,7 @@ impl Flag {
         &self.project
     }
 
-    /// Whether the flag is switched on in this environment, whatever its strategies say.
+    /// Whether the flag is enabled in this environment. If it is, strategies decide.
     pub fn enabled(&self) -> bool {
         self.enabled
     }
@@ -90,12 +90,12 @@ impl Flag {
         &self.variants
     }
 
-    /// Whether SDKs may report a variant of this name: one of its own, or the one that stands for none.
+    /// Whether SDKs may report a variant with this name: one of the flag's variants, or `disabled`.
     pub fn has_variant(&self, name: &str) -> bool {
         name == NO_VARIANT || self.variants.iter().any(|variant| &*variant.name == name)
     }
 
-    /// The variant of an outcome; none stands for Unleash's variant `disabled`.
+    /// The variant of an outcome; `None` stands for Unleash's variant `disabled`.
     pub fn variant(&self, outcome: Outcome) -> Option<&Variant> {
         match outcome {
             Outcome::Off | Outcome::On => None,
@@ -103,12 +103,12 @@ impl Flag {
         }
     }
 
-    /// The number of different outcomes, all of whose ordinals are below it.
+    /// The number of possible outcomes. Ordinals are below it.
     pub fn outcomes(&self) -> usize {
         2 + self.variants.len()
     }
 
-    /// The different outcomes, in the order of their ordinals.
+    /// The possible outcomes in the order of their ordinals.
     pub fn each_outcome(&self) -> impl Iterator<Item = Outcome> + use<> {
         let variants = (0..self.variants.len()).map_while(|it| u32::try_from(it).ok());
         [Outcome::Off, Outcome::On].into_iter().chain(variants.map(Outcome::Variant))

@@ -1,7 +1,7 @@
-//! A context that outlives its request, to be asked by again.
+//! An owned context that outlives its request, for a later evaluation.
 //!
-//! Its time and its lots are those of each evaluation, and not kept. A context whose `sessionId` was made
-//! up is good for one request, and nobody keeps it.
+//! It does not have the time and the random seed, which belong to each evaluation. Contexts with a
+//! generated `sessionId` are valid for one request and are not stored.
 
 use std::hash::{Hash, Hasher};
 
@@ -10,10 +10,10 @@ use smallvec::SmallVec;
 
 use super::context::Context;
 
-/// The most that a context may say to be kept, in bytes.
+/// Maximum length of all texts of a stored context, in bytes.
 const LONGEST: usize = 4 << 10;
 
-/// What a [`Context`] says.
+/// The fields of a [`Context`], owned.
 #[derive(Debug)]
 pub struct KeptContext {
     texts: [Option<Box<str>>; 7],
@@ -21,7 +21,7 @@ pub struct KeptContext {
 }
 
 impl KeptContext {
-    /// Keeps what a context says; `None` if that is too much.
+    /// Copies the fields of a context; `None` if they are too long.
     pub fn of(context: &Context<'_>) -> Option<Self> {
         let texts = context.texts();
         let length = texts.into_iter().flatten().map(str::len).sum::<usize>()
@@ -40,14 +40,14 @@ impl KeptContext {
         })
     }
 
-    /// Asks by what was kept, at this time.
-    pub fn at<T>(&self, now: Timestamp, ask: impl FnOnce(&Context<'_>) -> T) -> T {
+    /// Calls `evaluate` with a context of these fields at the time `now`.
+    pub fn at<T>(&self, now: Timestamp, evaluate: impl FnOnce(&Context<'_>) -> T) -> T {
         let properties: SmallVec<[_; 16]> =
             self.properties.iter().map(|(name, value)| (&**name, &**value)).collect();
         let texts = self.texts.each_ref().map(Option::as_deref);
         let [user_id, session_id, environment, app_name, current_time, remote_address, hostname] =
             texts;
-        ask(&Context {
+        evaluate(&Context {
             user_id,
             session_id,
             session_is_made_up: false,
@@ -64,7 +64,7 @@ impl KeptContext {
 }
 
 impl<'a> Context<'a> {
-    /// What it says besides its properties, in the order that [`KeptContext`] has it in.
+    /// All fields but the properties, in the order of [`OwnedContext`].
     fn texts(&self) -> [Option<&'a str>; 7] {
         let Self { user_id, session_id, environment, app_name, .. } = *self;
         let Self { current_time, remote_address, hostname, .. } = *self;
@@ -72,7 +72,7 @@ impl<'a> Context<'a> {
     }
 }
 
-/// Of what is kept.
+/// Hashes the fields that [`OwnedContext`] has.
 impl Hash for Context<'_> {
     fn hash<H: Hasher>(&self, state: &mut H) {
         (self.texts(), self.properties).hash(state);
@@ -88,22 +88,22 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_kept_is_what_the_context_says(asking in asking()) {
-            let context = asking.context();
-            let kept = KeptContext::of(&context).unwrap();
+        fn owned_context_has_the_fields_of_the_context(arbitrary in asking()) {
+            let context = arbitrary.context();
+            let owned = KeptContext::of(&context).unwrap();
             let expect = Context { draw: 0, session_is_made_up: false, ..context };
-            let says = kept.at(context.now, |kept| format!("{kept:?}"));
-            prop_assert_eq!(says, format!("{expect:?}"));
+            let found = owned.at(context.now, |it| format!("{it:?}"));
+            prop_assert_eq!(found, format!("{expect:?}"));
         }
     }
 
     #[test]
-    fn a_context_that_says_too_much_is_not_kept() {
-        let keeps = |length: usize| {
+    fn context_longer_than_the_maximum_is_rejected() {
+        let is_accepted = |length: usize| {
             let text = "x".repeat(length);
             KeptContext::of(&Context { properties: &[("p", &text)], ..Context::default() })
                 .is_some()
         };
-        assert!(keeps(LONGEST - 1) && !keeps(LONGEST));
+        assert!(is_accepted(LONGEST - 1) && !is_accepted(LONGEST));
     }
 }

@@ -1,12 +1,12 @@
 //! Regular expressions in RE2's syntax, which Unleash's constraints use.
 //!
-//! The `regex` crate descends from RE2 but reads a few things its own way: `\d`, `\w`, `\s` and
-//! `\b` know Unicode, `[` and `&&` have a meaning inside a class, and `\<` is the start of a word.
-//! Those are rewritten to what RE2 means; the rest is passed on. Matching takes linear time.
+//! The `regex` crate descends from RE2 but differs in a few points: `\d`, `\w`, `\s` and `\b` match
+//! Unicode, `[` and `&&` have a meaning inside a class, and `\<` is the start of a word. These are
+//! rewritten to RE2's meaning; the rest is passed on. Matching takes linear time.
 
 use regex::{Regex, RegexBuilder};
 
-/// Bounds what one compiled pattern may take, in bytes.
+/// Memory limit of one compiled pattern, in bytes.
 const SIZE_LIMIT: usize = 1 << 20;
 
 /// Compiles a pattern; `None` if it is not valid or too large.
@@ -56,7 +56,8 @@ fn translate(pattern: &str) -> String {
     out
 }
 
-/// Copies `[`, a negation, and a `]` that stands first and so is a member.
+/// Copies `[`, a negation, and a `]` in the first position, where it is a member of the class. Returns
+/// the number of bytes read.
 fn class_start(rest: &str, out: &mut String) -> usize {
     let open = if rest.starts_with("[^") { "[^" } else { "[" };
     out.push_str(open);
@@ -110,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn perl_classes_know_ascii_only() {
+    fn perl_classes_match_ascii_only() {
         check(r"^\d$", "4", true);
         check(r"^\d$", "٤", false);
         check(r"^[\w.]+$", "a_b.c", true);
@@ -125,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn classes_hold_what_re2_puts_in_them() {
+    fn character_classes_have_the_members_of_re2() {
         check(r"^[[a]$", "[", true);
         check(r"^[a&&b]+$", "a&b", true);
         check(r"^[]a]+$", "a]", true);
@@ -142,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn what_re2_lacks_is_refused() {
+    fn patterns_outside_re2_are_rejected() {
         for pattern in ["(a", r"(?=a)b", r"(a)\1", "a{2,1}", r"\", "((a{99}){99}){99}"] {
             assert!(compile(pattern, false).is_none(), "{pattern}");
         }
@@ -150,7 +151,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_pattern_makes_it_panic(pattern in r"[\[\]\\^&~:a-c()<QEdwb*{}0-9é.]{0,16}") {
+        fn no_pattern_panics(pattern in r"[\[\]\\^&~:a-c()<QEdwb*{}0-9é.]{0,16}") {
             let _ = compile(&pattern, true);
         }
     }

@@ -1,4 +1,4 @@
-//! How a flag is decided: its conditions on other flags, its strategies, its variants.
+//! The evaluation plan of a flag: its conditions on other flags, its strategies, its variants.
 
 use std::sync::Arc;
 
@@ -8,16 +8,16 @@ use super::reads::Reads;
 use super::strategy::Strategy;
 use super::variant::Choice;
 
-/// How a flag is decided.
+/// How a flag is evaluated.
 #[derive(Debug, Clone)]
 pub(super) enum Plan {
-    /// The same for everybody.
+    /// The outcome is the same for every context.
     Fixed(Outcome),
-    /// It depends.
+    /// The outcome depends on the context.
     Depends(Arc<Conditions>),
 }
 
-/// What a flag is on for: all parents admit it, and the first strategy that matches.
+/// A flag is on if all parents are satisfied and a strategy matches. The first that matches counts.
 #[derive(Debug, Clone)]
 pub(super) struct Conditions {
     pub(super) parents: Box<[Parent]>,
@@ -39,11 +39,11 @@ impl Plan {
         match self {
             Self::Fixed(outcome) => *outcome,
             Self::Depends(conditions) => {
-                // This recurs once at most, as parents have no parents.
-                let admits = |parent: &Parent| {
+                // Recursion depth is one: parents have no parents.
+                let is_satisfied = |parent: &Parent| {
                     parent.admits(plans[parent.flag.index()].decide(plans, bound))
                 };
-                if conditions.parents.iter().all(admits) {
+                if conditions.parents.iter().all(is_satisfied) {
                     conditions.decide(bound)
                 } else {
                     Outcome::Off
@@ -72,7 +72,7 @@ impl Plan {
         };
     }
 
-    /// The outcome, if it is the same for everybody, always.
+    /// The outcome, if it is the same for every context at any time.
     pub(super) fn fixed(&self) -> Option<Outcome> {
         match self {
             Self::Fixed(outcome) => Some(*outcome),
@@ -80,27 +80,27 @@ impl Plan {
         }
     }
 
-    /// Whether it may depend on the bucket that somebody falls into, parents aside.
+    /// Whether the outcome may depend on a bucket, parents aside.
     pub(super) fn splits(&self) -> bool {
         let Self::Depends(conditions) = self else { return false };
         conditions.variants.splits() || conditions.strategies.iter().any(Strategy::splits)
     }
 
-    /// Adds what the outcome depends on to `reads`; `plans` are those of all flags.
-    pub(super) fn note_reads(&self, plans: &[Self], reads: &mut Reads) {
+    /// Adds everything that the outcome depends on to `inputs`; `plans` are those of all flags.
+    pub(super) fn note_reads(&self, plans: &[Self], inputs: &mut Reads) {
         let Self::Depends(conditions) = self else { return };
         for parent in &conditions.parents {
-            plans[parent.flag.index()].note_reads(plans, reads);
+            plans[parent.flag.index()].note_reads(plans, inputs);
         }
         for strategy in &conditions.strategies {
-            strategy.note_reads(reads);
+            strategy.note_reads(inputs);
         }
-        conditions.variants.note_reads(reads);
+        conditions.variants.note_reads(inputs);
     }
 }
 
 impl Parent {
-    /// Whether the condition holds if the other flag comes out like this.
+    /// Whether the other flag's outcome satisfies the condition.
     pub(super) fn admits(&self, outcome: Outcome) -> bool {
         self.admitted.get(outcome.ordinal()).copied().unwrap_or(false)
     }
@@ -116,7 +116,7 @@ impl Conditions {
         own.or_else(|| self.variants.choose(bound)).map_or(Outcome::On, Outcome::Variant)
     }
 
-    /// Drops what can make no difference; the result is the outcome where nothing is left to ask.
+    /// Drops conditions that cannot make a difference. The plan is constant if none is left.
     pub(super) fn simplify(mut self) -> Plan {
         if let Some(last) = self.strategies.iter().position(Strategy::is_unconditional) {
             let mut strategies = self.strategies.into_vec();

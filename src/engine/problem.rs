@@ -1,20 +1,20 @@
-//! What is wrong with a flag's definition.
+//! Problems in the definitions of flags.
 //!
-//! A problem never stops a flag set from compiling: the strategy it concerns never matches, or
-//! the part it concerns is left out, and the problem is reported beside the engine. Its text shows
-//! excerpts only of what the definition holds.
+//! A problem does not fail the compilation: the strategy in question never matches, or the part in
+//! question is left out, and the problem is reported beside the engine. Its text has only excerpts of
+//! the definition.
 
 use std::fmt;
 use std::sync::Arc;
 
 use crate::wire::excerpt::Excerpt;
 
-/// One thing wrong with one flag.
+/// One problem of one flag.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
-    /// The flag concerned; `#4` is the fourth of its list where that has no name to be read.
+    /// The name of the flag; `#4` for the fourth flag of the document if its name is unreadable.
     pub flag: Arc<str>,
-    /// What is wrong with it.
+    /// The defect of its definition.
     pub defect: Defect,
 }
 
@@ -24,49 +24,49 @@ impl fmt::Display for Problem {
     }
 }
 
-/// What can be wrong with a definition, and what becomes of it.
+/// A defect of a definition, and its consequence.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Defect {
-    /// The name is defined more than once.
-    #[error("defined more than once; the last definition counts")]
+    /// Several flags have this name.
+    #[error("defined more than once; the last definition is used")]
     DefinedTwice,
-    /// Not even the name can be read.
+    /// The name of the flag cannot be read.
     #[error("unreadable, so it is left out: {}", Excerpt::of(.0))]
     LeftOut(String),
     /// The definition as a whole cannot be read.
     #[error("unreadable, so it is off: {}", Excerpt::of(.0))]
     Unreadable(String),
     /// There is no list of strategies.
-    #[error("no list of strategies, so it is off; one that is empty is for everybody")]
+    #[error("no list of strategies, so it is off; an empty list turns it on for everybody")]
     NoStrategies,
     /// One part has the wrong shape.
     #[error("malformed {0}")]
     Malformed(Part),
-    /// A strategy of a kind that this program does not know.
+    /// The kind of a strategy is unknown.
     #[error("unknown strategy `{}` never matches", Excerpt::of(.0))]
     UnknownStrategy(String),
-    /// A strategy refers to a segment that is not there.
+    /// A strategy refers to a missing segment.
     #[error("segment {0} is missing, so its strategy never matches")]
     MissingSegment(i64),
-    /// A constraint's operator is not known.
+    /// A constraint's operator is unknown.
     #[error("unknown operator `{}`, so its strategy never matches", Excerpt::of(.0))]
     UnknownOperator(String),
-    /// A constraint's operand cannot be read as its operator needs it.
+    /// A constraint's operand is not valid for its operator.
     #[error("{operator} cannot compare with `{}`", Excerpt::of(operand))]
     Operand {
         /// The operator.
         operator: &'static str,
-        /// What it was to compare with.
+        /// The operand.
         operand: String,
     },
     /// A rollout's percentage is not a number.
-    #[error("`{}` is no percentage, so its strategy never matches", Excerpt::of(.0))]
+    #[error("`{}` is not a percentage, so its strategy never matches", Excerpt::of(.0))]
     Percentage(String),
-    /// The flag depends on one that is not there.
+    /// The flag depends on a missing flag.
     #[error("depends on `{}`, which is missing, so it is off", Excerpt::of(.0))]
     MissingParent(String),
-    /// The flag depends on one that has dependencies itself.
+    /// The flag depends on a flag that has dependencies itself.
     #[error("depends on `{}`, which has dependencies itself, so it is off", Excerpt::of(.0))]
     NestedParent(String),
 }
@@ -84,13 +84,13 @@ pub enum Part {
     Constraint,
     /// A segment, whose strategies then never match.
     Segment,
-    /// A variant, which then nobody gets.
+    /// A variant, which is then never selected.
     Variant,
     /// A variant's payload, which is then left out.
     Payload,
     /// A variant's override, which is then left out.
     Override,
-    /// A dependency, which then never holds.
+    /// A dependency, without which the flag is off.
     Dependency,
 }
 
@@ -102,7 +102,7 @@ impl fmt::Display for Part {
             Self::Strategy => "strategy never matches",
             Self::Constraint => "constraint: its strategy never matches",
             Self::Segment => "segment: its strategies never match",
-            Self::Variant => "variant: nobody gets it",
+            Self::Variant => "variant: it is never selected",
             Self::Payload => "payload is left out",
             Self::Override => "override is left out",
             Self::Dependency => "dependency: the flag is off",

@@ -1,55 +1,56 @@
-//! What flags' outcomes depend on, for those who cache them.
+//! The inputs that the outcomes of flags depend on, from which cache keys are made.
 //!
-//! Flags ask little of a context: whether a value is one of a few, which bucket an identifier falls
-//! into, whether an instant has passed. What they can tell apart is the key of a cached answer, so
-//! that users who differ elsewhere share it. Keys hold what was told itself and no hash of it:
-//! contexts come from strangers, and no collision that they find may hand one user another's answer.
+//! Flags use little of a context: whether a value is in a list, the bucket of an identifier, whether a
+//! date has passed. A cache key has only these, so that users who differ in other fields share results.
+//! Keys have the values themselves and no hashes: contexts come from untrusted clients, and a collision
+//! must not give one user the flags of another. This module does not cache anything.
 
 use jiff::Timestamp;
 use smallvec::SmallVec;
 
 use super::context::{FieldId, Fields, Values};
 
-/// Bytes that identify what some flags can tell of a context; short ones need no allocation.
+/// Everything that some flags read from a context, as bytes. Up to 256 bytes need no allocation.
 pub type Key = SmallVec<[u8; 256]>;
 
-/// Whatever can change the outcomes of some flags, their parents and segments included.
+/// Everything that can change the outcomes of some flags, including their parents and segments.
 #[derive(Debug, Clone, Default)]
 pub struct Reads {
     uses: Vec<Use>,
-    /// Each is one source of chance, which draws only where all its fields are missing or empty.
+    /// Each is a random draw that happens only if all of its fields are missing or empty.
     chances: Vec<Box<[FieldId]>>,
+    /// The times at which an outcome may change.
     changes: Vec<Timestamp>,
 }
 
-/// What is asked of one field.
+/// How flags use one field.
 #[derive(Debug, Clone, Copy)]
 struct Use {
     field: FieldId,
-    /// Which of the texts that flags name it is.
+    /// Flags compare the field with texts for equality.
     symbol: bool,
-    /// Whether it is there and not empty.
+    /// Flags test whether the field is present and not empty.
     presence: bool,
-    /// The very text, which tells the former two as well.
+    /// Flags use the full text, which implies the other two.
     text: Text,
 }
 
 /// How much of a field's value matters for the outcomes of some flags.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Relevance {
-    /// Nothing.
+    /// The value does not matter.
     None,
-    /// Whether it is there, and which of the texts that flags name it is.
+    /// Only its presence matters, and which of the texts in flags it equals.
     Membership,
-    /// The very text.
+    /// The full text matters.
     Text,
 }
 
-/// When the very text of a field matters.
+/// When the full text of a field matters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Text {
     Never,
-    /// Where all of these, which are read themselves, are missing or empty.
+    /// If all of these fields, which are inputs as well, are missing or empty.
     Without(&'static [FieldId]),
     Always,
 }
@@ -60,8 +61,8 @@ impl Reads {
         self.uses.iter().map(|it| it.field)
     }
 
-    /// How much of this field's value matters for a context of which `lacks` says what is missing or
-    /// empty; where that is not known, it is to say so of everything.
+    /// How much of this field's value matters. `lacks` returns whether a field of the context is missing
+    /// or empty; if the caller does not know, it returns true.
     pub fn relevance(&self, field: FieldId, lacks: impl Fn(FieldId) -> bool) -> Relevance {
         let Ok(at) = self.uses.binary_search_by_key(&field, |it| it.field) else {
             return Relevance::None;
@@ -76,20 +77,20 @@ impl Reads {
         }
     }
 
-    /// Whether the time of the evaluation matters, unless the context tells its own.
+    /// Whether the time of the evaluation matters, unless the context has its own.
     pub fn is_timed(&self) -> bool {
         !self.changes.is_empty()
     }
 
-    /// Whether there is a context for which the outcomes are good for one evaluation only: because lots
-    /// are drawn, or because the text of a `sessionId` matters, which may be made up.
+    /// Whether outcomes are valid for one evaluation only for at least one context: because they are
+    /// random, or because they read the text of a `sessionId`, which may be generated.
     pub fn may_be_random(&self) -> bool {
         let session = || self.relevance(FieldId::SESSION_ID, |_| true) == Relevance::Text;
         !self.chances.is_empty() || session()
     }
 
-    /// Whether evaluating the flags for this context may draw lots or depends on a `sessionId` that was
-    /// made up, so that the outcomes are good for this evaluation only.
+    /// Whether the outcomes for this context are valid for one evaluation only: because they may be
+    /// random, or because they read a generated `sessionId`.
     pub fn is_random(&self, values: &Values<'_>) -> bool {
         let session = FieldId::SESSION_ID;
         let depends_on_session =
@@ -98,39 +99,38 @@ impl Reads {
             || (values.is_made_up(session) && depends_on_session())
     }
 
-    /// The first instant after `after` at which an outcome may change by itself.
+    /// The first time after `after` at which an outcome may change without a change of flags.
     pub fn next_change(&self, after: Timestamp) -> Option<Timestamp> {
         self.changes.get(self.era(after)).copied()
     }
 
-    /// Whether nothing matters: the flags have the same outcomes for everybody, always.
+    /// Whether the outcomes are the same for every context at any time.
     pub fn is_empty(&self) -> bool {
         self.uses.is_empty() && self.chances.is_empty() && self.changes.is_empty()
     }
 
-    /// The memory that it holds, roughly, in bytes.
+    /// Its approximate memory in bytes.
     pub fn weight(&self) -> usize {
         let chances = self.chances.iter().map(|it| size_of_val(it) + size_of_val(&**it));
         size_of_val(&*self.uses) + size_of_val(&*self.changes) + chances.sum::<usize>()
     }
 
-    /// How many of the changes have come to pass at `now`.
+    /// The number of time boundaries up to `now`, which identifies the interval between two of them.
     fn era(&self, now: Timestamp) -> usize {
         self.changes.partition_point(|&change| change <= now)
     }
 
-    /// Appends to `key` what can be told of a context: the flags have equal outcomes for contexts of
-    /// equal keys, unless they draw lots.
+    /// Appends everything that the flags read from a context to `key`. The flags have equal outcomes for
+    /// contexts with equal keys, unless they are random.
     ///
-    /// The time is told by how many changes lie behind it, so that a key stands for one stretch
-    /// between two of them: what was kept under it is found until the next change, and again should
-    /// the clock be set back.
-    pub(super) fn tell(&self, fields: &Fields, values: &Values<'_>, key: &mut Key) {
+    /// The time is represented by its interval between two time boundaries. A cached result is found
+    /// until the next boundary, and again if the clock is set back.
+    pub(super) fn tell(&self, schema: &Fields, values: &Values<'_>, key: &mut Key) {
         for it in &self.uses {
             let value = values.text(it.field);
             let in_full = it.is_read_in_full(|field| values.lacks(field));
-            // Nothing here says which form follows, as the fields before it do: `others` are read in
-            // full where they come first, as in every list of identifiers.
+            // The key has no tag for the form that follows. It is determined by the `others`, which come
+            // earlier in every list of identifiers and are written in full.
             if in_full {
                 push(key, value.map_or(0, |text| text.len() + 1));
                 key.extend_from_slice(value.unwrap_or_default().as_bytes());
@@ -140,7 +140,7 @@ impl Reads {
                 key.push(u8::from(!values.lacks(it.field)));
             }
             if it.symbol {
-                push(key, value.and_then(|text| fields.known(text)).map_or(0, |known| known + 1));
+                push(key, value.and_then(|text| schema.known(text)).map_or(0, |index| index + 1));
             }
         }
         if self.is_timed() {
@@ -148,22 +148,22 @@ impl Reads {
         }
     }
 
-    /// Notes that a field is compared with texts of [`Fields::symbol`], and nothing else.
+    /// Adds a field that is compared for equality with interned strings.
     pub(super) fn symbol(&mut self, field: FieldId) {
         self.uses.push(Use { field, symbol: true, presence: false, text: Text::Never });
     }
 
-    /// Notes that it matters whether a field is there and not empty, and nothing else.
+    /// Adds a field of which only presence matters, that is whether it is present and not empty.
     pub(super) fn presence(&mut self, field: FieldId) {
         self.uses.push(Use { field, symbol: false, presence: true, text: Text::Never });
     }
 
-    /// Notes that everything about a field matters.
+    /// Adds a field of which the full text matters.
     pub(super) fn text(&mut self, field: FieldId) {
         self.uses.push(Use { field, symbol: false, presence: false, text: Text::Always });
     }
 
-    /// Notes that the first of these fields that is there and not empty matters; their ids ascend.
+    /// Adds fields of which the first that is present and not empty matters. Their ids ascend.
     pub(super) fn first_of(&mut self, fields: &'static [FieldId]) {
         for (place, &field) in fields.iter().enumerate() {
             let text = if place == 0 { Text::Always } else { Text::Without(&fields[..place]) };
@@ -171,19 +171,21 @@ impl Reads {
         }
     }
 
-    /// Notes that lots are drawn where all these fields, which are noted apart, are missing or empty.
+    /// Adds a random draw that happens if all of these fields are missing or empty. The fields must be
+    /// added separately.
     pub(super) fn chance(&mut self, without: &[FieldId]) {
         self.chances.push(without.into());
     }
 
+    /// Adds a time at which an outcome may change.
     pub(super) fn change(&mut self, at: Timestamp) {
         self.changes.push(at);
     }
 
-    /// Puts everything in order and drops repetitions.
+    /// Sorts and merges the inputs.
     pub(super) fn finish(mut self) -> Self {
         self.uses.sort_by_key(|it| it.field);
-        self.uses.dedup_by(|next, kept| kept.absorb(*next));
+        self.uses.dedup_by(|next, merged| merged.absorb(*next));
         self.chances.sort_unstable();
         self.chances.dedup();
         self.changes.sort_unstable();
@@ -193,7 +195,7 @@ impl Reads {
 }
 
 impl Use {
-    /// Whether the very text matters for a context of which `lacks` says what is missing or empty.
+    /// Whether the full text matters. `lacks` returns whether a field is missing or empty.
     fn is_read_in_full(&self, lacks: impl Fn(FieldId) -> bool) -> bool {
         match self.text {
             Text::Never => false,
@@ -202,7 +204,7 @@ impl Use {
         }
     }
 
-    /// Takes over what `other` asks, if it asks it of the same field.
+    /// Merges `other` into this if it is for the same field, and returns whether it is.
     fn absorb(&mut self, other: Self) -> bool {
         if self.field != other.field {
             return false;
@@ -218,7 +220,8 @@ impl Use {
     }
 }
 
-/// Seven bits a byte, the last without the eighth: a length or a symbol mostly takes one.
+/// Writes seven bits per byte, with the eighth set in all but the last (LEB128). Most lengths and
+/// indexes take one byte.
 fn push(key: &mut Key, mut number: usize) {
     while number > 0x7f {
         key.push(low_byte(number) | 0x80);

@@ -1,15 +1,15 @@
-//! Reading numbers, versions, networks and lists from text the way the Node SDK does.
+//! Parsing of numbers, versions, networks and lists, compatible with the Node SDK.
 //!
-//! JavaScript decides what counts as a number there, so its rules are followed where values in the
-//! field can tell the difference. Nothing here allocates.
+//! Numbers follow JavaScript's rules where values that occur in practice make a difference. Only
+//! [`Version::into_owned`] allocates.
 
 use std::cmp::Ordering;
 use std::net::IpAddr;
 
 use ipnet::{IpNet, Ipv4Net};
 
-/// Reads a number as JavaScript's `Number(text)`: surrounding space is ignored, nothing is zero,
-/// and `0x`, `0o`, `0b` prefix integers.
+/// Parses a number like JavaScript's `Number(text)`: surrounding space is ignored, the empty text is
+/// zero, and `0x`, `0o`, `0b` prefix integers.
 pub(super) fn number(text: &str) -> Option<f64> {
     let text = text.trim();
     if text.is_empty() {
@@ -42,7 +42,7 @@ pub(super) fn number(text: &str) -> Option<f64> {
     }
 }
 
-/// Reads an address or a network (CIDR, of IPv4 also with a netmask) in any spelling.
+/// Parses an address or a network (CIDR, for IPv4 also with a netmask).
 pub(super) fn network(text: &str) -> Option<IpNet> {
     let Some((address, size)) = text.split_once('/') else {
         return text.parse().ok().map(IpAddr::into);
@@ -57,7 +57,7 @@ pub(super) fn network(text: &str) -> Option<IpNet> {
     }
 }
 
-/// Splits at commas; space around a comma does not count, space at the ends does.
+/// Splits at commas. Space around commas is dropped; space at both ends of the text is kept.
 pub(super) fn comma_list(text: &str) -> impl Iterator<Item = &str> {
     let commas = text.bytes().filter(|&byte| byte == b',').count();
     text.split(',').enumerate().map(move |(position, item)| {
@@ -66,9 +66,9 @@ pub(super) fn comma_list(text: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-/// A semantic version; build metadata is checked and dropped.
+/// A semantic version. Build metadata is validated and dropped.
 ///
-/// `P` holds the pre-release: borrowed from a context, or owned by a constraint.
+/// `P` is the text of the pre-release: borrowed from a context, or owned by a constraint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Version<P> {
     core: [u64; 3],
@@ -76,7 +76,7 @@ pub(super) struct Version<P> {
 }
 
 impl<'a> Version<&'a str> {
-    /// Reads `1.2.3`, `1.2.3-rc.1` or `1.2.3-rc.1+build` as <https://semver.org> defines them.
+    /// Parses `1.2.3`, `1.2.3-rc.1` or `1.2.3-rc.1+build` as defined by <https://semver.org>.
     pub(super) fn parse(text: &'a str) -> Option<Self> {
         let (text, build) = match text.trim().split_once('+') {
             Some((text, build)) => (text, Some(build)),
@@ -94,7 +94,7 @@ impl<'a> Version<&'a str> {
         well_formed.then(|| Self { core, pre: pre.unwrap_or("") })
     }
 
-    /// The same version, independent of the text it was read from.
+    /// The same version, independent of the text that it was parsed from.
     pub(super) fn into_owned(self) -> Version<Box<str>> {
         Version { core: self.core, pre: self.pre.into() }
     }
@@ -154,7 +154,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_read_as_in_javascript() {
+    fn numbers_are_parsed_as_in_javascript() {
         for (text, expect) in [
             ("12", Some(12.0)),
             (" 12.5\n", Some(12.5)),
@@ -178,13 +178,13 @@ mod tests {
     }
 
     #[test]
-    fn lists_ignore_space_around_commas_only() {
+    fn only_space_around_commas_is_dropped() {
         let items: Vec<_> = comma_list(" a, b ,,c ").collect();
         assert_eq!(items, [" a", "b", "", "c "]);
     }
 
     #[test]
-    fn versions_are_ordered_as_semver_says() {
+    fn versions_are_ordered_by_semver_precedence() {
         let order = [
             "1.0.0-alpha",
             "1.0.0-alpha.1",
@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_version_is_refused() {
+    fn malformed_versions_are_rejected() {
         for text in [
             "",
             "1",

@@ -1,7 +1,7 @@
-//! Activation strategies: who a flag is on for.
+//! Activation strategies, which decide for which contexts a flag is on.
 //!
-//! A strategy matches when its constraints, those of its segments and the rule of its kind all
-//! hold. Strategies that can never match are dropped when compiled, tests that always hold too.
+//! A strategy matches if its constraints, those of its segments and the rule of its kind are all
+//! satisfied. Compilation drops strategies that can never match and constraints that always match.
 
 use ipnet::IpNet;
 
@@ -22,11 +22,11 @@ pub(super) struct Strategy {
     variants: Choice,
 }
 
-/// What a kind of strategy asks beyond its constraints.
+/// The condition of a kind of strategy besides its constraints.
 #[derive(Debug, Clone)]
 pub(super) enum Rule {
     Always,
-    /// The field is there: a rollout to everybody who has an identifier.
+    /// The field is present and not empty: a rollout of 100 %.
     Known(FieldId),
     Rollout(Rollout),
     Lottery {
@@ -42,36 +42,37 @@ pub(super) enum Rule {
     Hosts(Box<[Box<str>]>),
 }
 
-/// A share of those who have an identifier, or of all where chance may stand in for it.
+/// A percentage of the contexts that have an identifier. With [`Stickiness::FirstOf`] a context without
+/// one is placed at random.
 #[derive(Debug, Clone)]
 pub(super) struct Rollout {
     pub(super) stickiness: Stickiness,
     prefix: Prefix,
-    /// How many of 100 buckets are in.
+    /// The number of included buckets, of 100.
     pub(super) percent: u32,
     site: Site,
 }
 
-/// What the kind of a strategy and its parameters come to.
+/// The rule of a strategy, parsed from its kind and parameters.
 #[derive(Debug)]
 pub(super) struct Terms<'p> {
-    /// The rule as it is written, which may be one that always or never holds.
+    /// The rule as it is written. It may be one that is always or never satisfied.
     pub(super) rule: Rule,
-    /// What a rollout hashes identifiers with.
+    /// The group id of a rollout, which is hashed with identifiers.
     pub(super) group: Option<&'p str>,
 }
 
-/// The default for rollouts: who is unknown draws lots.
+/// The default stickiness of rollouts. A context without any of these is placed at random.
 const DEFAULT: &[FieldId] = &[FieldId::USER_ID, FieldId::SESSION_ID];
 
-/// What compiling strategies needs to know and to add to.
+/// Compiles the strategies and variants of one flag.
 #[derive(Debug)]
 pub(super) struct Compiler<'c> {
     pub(super) segments: &'c [wire::Segment],
     pub(super) fields: &'c mut Fields,
     pub(super) table: &'c mut Vec<Variant>,
     pub(super) defects: &'c mut Vec<Defect>,
-    /// The flag's next place that draws lots.
+    /// The id of the flag's next random draw.
     pub(super) site: Site,
 }
 
@@ -82,14 +83,14 @@ impl<'c> Compiler<'c> {
             self.defects.push(Defect::Malformed(Part::Strategy));
             return None;
         };
-        // Everything is compiled before anything is given up, so that every defect is reported.
+        // Compiles everything before returning, so that every defect is reported.
         let constraints = self.constraints(strategy);
-        let rule = self.terms(name, parameters).and_then(|terms| terms.rule.simplify());
+        let rule = self.terms(name, parameters).and_then(|it| it.rule.simplify());
         let variants = self.variants(strategy, parameters);
         Some(Strategy { constraints: constraints?, rule: rule?, variants })
     }
 
-    /// A list of variants of this flag.
+    /// Compiles a list of variants of this flag.
     pub(super) fn choice(
         &mut self,
         source: &Loose<Vec<Loose<wire::Variant<'_>>>>,
@@ -101,11 +102,11 @@ impl<'c> Compiler<'c> {
             Loose::Missing => &[],
             Loose::Malformed => &[Loose::Malformed],
         };
-        let site = self.site.take();
-        variant::compile(source, group, stickiness, site, self.table, self.fields, self.defects)
+        let draw_id = self.site.take();
+        variant::compile(source, group, stickiness, draw_id, self.table, self.fields, self.defects)
     }
 
-    /// The constraints with those of the segments, cheap ones first; `None` if they never hold.
+    /// The constraints with those of the segments, cheap ones first; `None` if they are never satisfied.
     fn constraints(&mut self, strategy: &wire::Strategy<'_>) -> Option<Box<[Constraint]>> {
         let mut tests = Some(Vec::new());
         self.add_constraints(&strategy.constraints, Part::Strategy, &mut tests);
@@ -170,7 +171,7 @@ impl<'c> Compiler<'c> {
         }
     }
 
-    /// What the strategy's kind asks; `None` if its parameters leave nothing that could hold.
+    /// Parses the rule of a strategy; `None` if its parameters are invalid or can never match.
     pub(super) fn terms<'p>(
         &mut self,
         name: &str,
@@ -181,7 +182,7 @@ impl<'c> Compiler<'c> {
             "default" => Rule::Always,
             "flexibleRollout" => {
                 let percent = self.percent(parameters, "rollout")?;
-                // The Node SDK and Unleash itself do not fall back on the flag's name.
+                // The Node SDK and Unleash itself do not fall back to the flag's name.
                 let group = parameters.find("groupId").is().unwrap_or_default();
                 let stickiness = match text("stickiness")? {
                     "" | "default" => Stickiness::FirstOf(DEFAULT),
@@ -229,7 +230,7 @@ impl<'c> Compiler<'c> {
         Some(Terms { rule, group: None })
     }
 
-    /// The rollouts that came before `flexibleRollout`; their group is empty unless given.
+    /// The older rollouts that `flexibleRollout` replaced. Their group is empty by default.
     fn gradual<'p>(&mut self, parameters: &'p Parameters<'_>, field: FieldId) -> Option<Terms<'p>> {
         let percent = self.percent(parameters, "percentage")?;
         let group = parameters.find("groupId").or_default()?;
@@ -242,7 +243,7 @@ impl<'c> Compiler<'c> {
         Terms { rule: Rule::Rollout(rollout), group: Some(group) }
     }
 
-    /// A percentage as the number of buckets that it covers, of 100.
+    /// A percentage as a number of buckets, of 100.
     fn percent(&mut self, parameters: &Parameters<'_>, name: &str) -> Option<u32> {
         let text = parameters.find(name).is();
         let Some(percent) = text.and_then(scalar::number) else {
@@ -250,11 +251,11 @@ impl<'c> Compiler<'c> {
             return None;
         };
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 to 100")]
-        let covered = percent.clamp(0.0, 100.0) as u32;
-        Some(covered)
+        let buckets = percent.clamp(0.0, 100.0) as u32;
+        Some(buckets)
     }
 
-    /// The strategy's own variants.
+    /// Compiles the strategy's own variants.
     fn variants(&mut self, strategy: &wire::Strategy<'_>, parameters: &Parameters<'_>) -> Choice {
         let stickiness = variant_stickiness(strategy, parameters);
         self.choice(&strategy.variants, variant_group(parameters), stickiness)
@@ -269,7 +270,7 @@ pub(super) struct Parts<'s, 'a> {
 }
 
 impl<'s, 'a> Parts<'s, 'a> {
-    /// The parts, if they are of the right kind.
+    /// The strategy, if name and parameters are well-formed.
     pub(super) fn read(source: &'s Loose<wire::Strategy<'a>>) -> Option<Self> {
         let Loose::Is(strategy) = source else {
             return None;
@@ -299,14 +300,14 @@ pub(super) fn first_stickiness<'v>(
     }
 }
 
-/// What a strategy's variants hash identifiers with.
+/// The group that is hashed with identifiers for a strategy's variants.
 ///
-/// Without a group the Node SDK, and with it Unleash, hashes what JavaScript makes of its absence.
+/// Without a group the Node SDK, and with it Unleash, hashes JavaScript's `undefined` as text.
 pub(super) fn variant_group<'p>(parameters: &'p Parameters<'_>) -> &'p str {
     parameters.find("groupId").is().unwrap_or("undefined")
 }
 
-/// The stickiness of a strategy's variants: the first one's counts before the strategy's.
+/// The stickiness of a strategy's variants: that of the first variant, else that of the strategy.
 pub(super) fn variant_stickiness<'p>(
     strategy: &'p wire::Strategy<'_>,
     parameters: &'p Parameters<'_>,
@@ -316,7 +317,7 @@ pub(super) fn variant_stickiness<'p>(
 }
 
 impl Strategy {
-    /// The only strategy of a flag that has none: it is on for everybody.
+    /// A strategy that matches every context, for a flag with an empty list of strategies.
     pub(super) fn everybody() -> Self {
         Self { constraints: Box::default(), rule: Rule::Always, variants: Choice::Nobody }
     }
@@ -326,12 +327,12 @@ impl Strategy {
         self.constraints.is_empty() && matches!(self.rule, Rule::Always)
     }
 
-    /// Whether a bucket decides who matches it, or who gets which of its variants.
+    /// Whether a bucket decides the match or the variant.
     pub(super) fn splits(&self) -> bool {
         matches!(self.rule, Rule::Rollout(_) | Rule::Lottery { .. }) || self.variants.splits()
     }
 
-    /// Who gets which of its own variants.
+    /// The selection among its own variants.
     pub(super) fn variants(&self) -> &Choice {
         &self.variants
     }
@@ -341,18 +342,18 @@ impl Strategy {
         self.constraints.iter().all(|constraint| constraint.holds(bound)) && self.rule.holds(bound)
     }
 
-    /// Adds what it depends on to `reads`.
-    pub(super) fn note_reads(&self, reads: &mut Reads) {
+    /// Adds everything that it depends on to `inputs`.
+    pub(super) fn note_reads(&self, inputs: &mut Reads) {
         for constraint in &self.constraints {
-            constraint.note_reads(reads);
+            constraint.note_reads(inputs);
         }
-        self.rule.note_reads(reads);
-        self.variants.note_reads(reads);
+        self.rule.note_reads(inputs);
+        self.variants.note_reads(inputs);
     }
 }
 
 impl Rule {
-    /// The same rule without what can make no difference; `None` if it never holds.
+    /// The simplest equivalent rule; `None` if it is never satisfied.
     fn simplify(self) -> Option<Self> {
         match self {
             Self::Rollout(Rollout { percent: 0, .. }) | Self::Lottery { percent: 0, .. } => None,
@@ -366,7 +367,7 @@ impl Rule {
         }
     }
 
-    /// Whether the rule holds.
+    /// Whether the context satisfies the rule.
     pub(super) fn holds(&self, bound: &Bound<'_>) -> bool {
         match self {
             Self::Always => true,
@@ -386,21 +387,21 @@ impl Rule {
         }
     }
 
-    fn note_reads(&self, reads: &mut Reads) {
+    fn note_reads(&self, inputs: &mut Reads) {
         match self {
-            // A host keeps its name, so it is nothing that an answer varies by.
+            // The hostname does not change, so it is not part of cache keys.
             Self::Always | Self::Hosts(_) => {}
-            Self::Known(field) => reads.presence(*field),
+            Self::Known(field) => inputs.presence(*field),
             Self::Rollout(rollout) => match rollout.stickiness {
                 Stickiness::FirstOf(fields) => {
-                    reads.first_of(fields);
-                    reads.chance(fields);
+                    inputs.first_of(fields);
+                    inputs.chance(fields);
                 }
-                Stickiness::Field(field) => reads.text(field),
+                Stickiness::Field(field) => inputs.text(field),
             },
-            Self::Lottery { .. } => reads.chance(&[]),
-            Self::Users(_) => reads.symbol(FieldId::USER_ID),
-            Self::Addresses { .. } => reads.text(FieldId::REMOTE_ADDRESS),
+            Self::Lottery { .. } => inputs.chance(&[]),
+            Self::Users(_) => inputs.symbol(FieldId::USER_ID),
+            Self::Addresses { .. } => inputs.text(FieldId::REMOTE_ADDRESS),
         }
     }
 }
@@ -410,7 +411,7 @@ impl Rollout {
         self.bucket(bound).is_some_and(|bucket| bucket <= self.percent)
     }
 
-    /// Where the context falls among 1 to 100; `None` if it lacks the field to be placed by.
+    /// The bucket of the context, 1 to 100; `None` if the stickiness field is missing.
     pub(super) fn bucket(&self, bound: &Bound<'_>) -> Option<u32> {
         match (self.stickiness.identifier(bound), self.stickiness) {
             (Some(identifier), _) => Some(self.prefix.bucket(identifier, 100)),
@@ -420,7 +421,7 @@ impl Rollout {
     }
 }
 
-/// What a place that draws lots of 1 to 100 draws for this context.
-pub(super) fn lot(bound: &Bound<'_>, site: Site) -> u32 {
-    bucket::draw(bound.draw(), site, 100)
+/// A random number from 1 to 100 for this context.
+pub(super) fn lot(bound: &Bound<'_>, draw_id: Site) -> u32 {
+    bucket::draw(bound.draw(), draw_id, 100)
 }

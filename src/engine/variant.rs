@@ -1,4 +1,4 @@
-//! Variants: the values that a flag can take, and who gets which.
+//! Variants of a flag, and the selection among them for a context.
 
 use super::bucket::{self, Prefix, Site, VARIANT_SEED};
 use super::context::{Bound, FieldId, Fields, Set};
@@ -6,16 +6,16 @@ use super::problem::{Defect, Part};
 use super::reads::Reads;
 use crate::wire::features::{self as wire, Loose};
 
-/// One of the values a flag can take.
+/// A variant of a flag.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Variant {
     /// Its name.
     pub name: Box<str>,
-    /// What it carries to the application.
+    /// Its payload for the application.
     pub payload: Option<Payload>,
 }
 
-/// What a variant carries.
+/// The payload of a variant.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Payload {
     /// `string`, `json`, `csv` or `number`.
@@ -24,22 +24,22 @@ pub struct Payload {
     pub value: Box<str>,
 }
 
-/// Where the identifier comes from that keeps somebody in one bucket.
+/// The source of the identifier from which the bucket is computed.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Stickiness {
-    /// The first of these that is there; else chance decides.
+    /// The first of these fields that is present; without any the bucket is random.
     FirstOf(&'static [FieldId]),
     /// One field.
     Field(FieldId),
 }
 
 impl Stickiness {
-    /// The identifier, if it is there and not empty.
+    /// The identifier, if it is present and not empty.
     pub(super) fn identifier<'a>(self, bound: &Bound<'a>) -> Option<&'a str> {
         self.source(bound).map(|(_, identifier)| identifier)
     }
 
-    /// The identifier and the field that it stands in.
+    /// The identifier with its field.
     pub(super) fn source<'a>(self, bound: &Bound<'a>) -> Option<(FieldId, &'a str)> {
         let text = |field| Some((field, bound.text(field).filter(|text| !text.is_empty())?));
         match self {
@@ -49,41 +49,43 @@ impl Stickiness {
     }
 }
 
-/// Who gets which of a list of variants.
+/// The selection among a list of variants.
 #[derive(Debug, Clone)]
 pub(super) enum Choice {
-    /// Nobody gets any.
+    /// No variant is ever selected.
     Nobody,
-    /// Everybody gets this one.
+    /// This variant is always selected.
     Everybody(u32),
-    /// It depends.
+    /// The selection depends on the context.
     Lots(Box<Lots>),
 }
 
+/// Variants that are selected by overrides, else by weighted buckets.
 #[derive(Debug, Clone)]
 pub(super) struct Lots {
     overrides: Box<[(FieldId, Set, u32)]>,
     pub(super) stickiness: Stickiness,
     prefix: Prefix,
     site: Site,
-    /// The last bucket of each variant that has any; the last one's is the number of buckets.
+    /// The last bucket of each variant with a weight. The last entry is the number of buckets.
     ends: Box<[(u32, u32)]>,
 }
 
-/// The default for variants, which unlike a rollout's knows `remoteAddress`, as the Node SDK has it.
+/// The default stickiness of variants. Unlike that of rollouts it includes `remoteAddress`, as in the
+/// Node SDK.
 const DEFAULT: &[FieldId] = &[FieldId::USER_ID, FieldId::SESSION_ID, FieldId::REMOTE_ADDRESS];
 
-/// Compiles a list of variants, whose values are appended to the flag's `table`.
+/// Compiles a list of variants and appends them to `all_variants` of the flag.
 ///
-/// `group` and `stickiness` (by default [`DEFAULT`]) place whoever is known; `site` is where the
-/// draws for everybody else come from.
+/// `group` and `stickiness` (by default [`DEFAULT_STICKINESS`]) determine the bucket of contexts with an
+/// identifier, `draw_id` that of contexts without.
 pub(super) fn compile(
     source: &[Loose<wire::Variant<'_>>],
     group: &str,
     stickiness: Option<&str>,
-    site: Site,
-    table: &mut Vec<Variant>,
-    fields: &mut Fields,
+    draw_id: Site,
+    all_variants: &mut Vec<Variant>,
+    schema: &mut Fields,
     defects: &mut Vec<Defect>,
 ) -> Choice {
     let mut ends = Vec::new();
@@ -94,13 +96,14 @@ pub(super) fn compile(
             defects.push(Defect::Malformed(Part::Variant));
             continue;
         };
-        let index = u32::try_from(table.len()).expect("a document has fewer than 2^32 variants");
-        table.push(Variant { name: name.into(), payload: payload(variant, defects) });
+        let index =
+            u32::try_from(all_variants.len()).expect("a document has fewer than 2^32 variants");
+        all_variants.push(Variant { name: name.into(), payload: payload(variant, defects) });
         if weight > 0 {
             total += weight;
             ends.push((total, index));
         }
-        compile_overrides(variant, index, &mut overrides, fields, defects);
+        compile_overrides(variant, index, &mut overrides, schema, defects);
     }
     match ends[..] {
         [] => Choice::Nobody,
@@ -109,16 +112,16 @@ pub(super) fn compile(
             overrides: overrides.into(),
             stickiness: match stickiness {
                 None | Some("default") => Stickiness::FirstOf(DEFAULT),
-                Some(field) => Stickiness::Field(fields.intern(field)),
+                Some(field) => Stickiness::Field(schema.intern(field)),
             },
             prefix: Prefix::new(group, VARIANT_SEED),
-            site,
+            site: draw_id,
             ends: ends.into(),
         })),
     }
 }
 
-/// A variant with its name and weight, if both are sound and the sum of weights stays in range.
+/// A variant with its name and weight, if both are well-formed and the sum of weights fits 32 bits.
 pub(super) fn read<'w, 'a>(
     variant: &'w Loose<wire::Variant<'a>>,
     total: u32,
@@ -150,7 +153,7 @@ fn compile_overrides(
     variant: &wire::Variant<'_>,
     index: u32,
     overrides: &mut Vec<(FieldId, Set, u32)>,
-    fields: &mut Fields,
+    schema: &mut Fields,
     defects: &mut Vec<Defect>,
 ) {
     let list = match &variant.overrides {
@@ -168,9 +171,9 @@ fn compile_overrides(
                     Loose::Is(value) => Some(&**value),
                     Loose::Missing | Loose::Malformed => None,
                 });
-                let set = Set::new(fields, values);
+                let set = Set::new(schema, values);
                 if !set.is_empty() {
-                    overrides.push((fields.intern(name), set, index));
+                    overrides.push((schema.intern(name), set, index));
                 }
             }
             Loose::Is(_) | Loose::Missing | Loose::Malformed => {
@@ -181,34 +184,34 @@ fn compile_overrides(
 }
 
 impl Choice {
-    /// Whether a bucket decides who gets which.
+    /// Whether a bucket decides the selection.
     pub(super) fn splits(&self) -> bool {
         matches!(self, Self::Lots(_))
     }
 
-    /// The variant for this context, as an index into the flag's table.
+    /// The variant for this context, as an index into all variants of the flag.
     pub(super) fn choose(&self, bound: &Bound<'_>) -> Option<u32> {
         match self {
             Self::Nobody => None,
             Self::Everybody(index) => Some(*index),
-            Self::Lots(lots) => lots.choose(bound),
+            Self::Lots(weighted) => weighted.choose(bound),
         }
     }
 
-    /// Adds what the choice depends on to `reads`.
-    pub(super) fn note_reads(&self, reads: &mut Reads) {
-        let Self::Lots(lots) = self else { return };
-        for (field, ..) in &lots.overrides {
-            reads.symbol(*field);
+    /// Adds everything that the selection depends on to `inputs`.
+    pub(super) fn note_reads(&self, inputs: &mut Reads) {
+        let Self::Lots(weighted) = self else { return };
+        for (field, ..) in &weighted.overrides {
+            inputs.symbol(*field);
         }
-        match lots.stickiness {
+        match weighted.stickiness {
             Stickiness::FirstOf(fields) => {
-                reads.first_of(fields);
-                reads.chance(fields);
+                inputs.first_of(fields);
+                inputs.chance(fields);
             }
             Stickiness::Field(field) => {
-                reads.text(field);
-                reads.chance(&[field]);
+                inputs.text(field);
+                inputs.chance(&[field]);
             }
         }
     }
@@ -222,13 +225,14 @@ impl Lots {
         self.at(self.bucket(bound))
     }
 
-    /// The first override that is for this context: the field that it looks at, and the variant.
+    /// The first override that matches this context: its field and its variant.
     pub(super) fn overriding(&self, bound: &Bound<'_>) -> Option<(FieldId, u32)> {
-        let hit = |(field, set, _): &&(FieldId, Set, u32)| set.contains(bound.symbol(*field));
-        self.overrides.iter().find(hit).map(|&(field, _, index)| (field, index))
+        let matches = |(field, set, _): &&(FieldId, Set, u32)| set.contains(bound.symbol(*field));
+        self.overrides.iter().find(matches).map(|&(field, _, index)| (field, index))
     }
 
-    /// Where the context falls among 1 to [`Lots::buckets`], by its identifier or else by chance.
+    /// The bucket of the context, from 1 to [`WeightedVariants::bucket_count`]: by its identifier, or
+    /// random without one.
     pub(super) fn bucket(&self, bound: &Bound<'_>) -> u32 {
         match self.stickiness.identifier(bound) {
             Some(identifier) => self.prefix.bucket(identifier, self.buckets()),

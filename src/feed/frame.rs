@@ -1,4 +1,4 @@
-//! What somebody is told who comes from one state and is to reach another.
+//! An update: the changes that bring a subscriber from one state to another.
 
 use std::sync::{Arc, OnceLock};
 
@@ -14,22 +14,22 @@ use crate::{
     },
 };
 
-/// The names under which SDKs expect events.
+/// Event names that SDKs expect.
 const CONNECTED: &str = "unleash-connected";
 const UPDATED: &str = "unleash-updated";
 
-/// How much a frame tells.
+/// The kind of an update.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum News {
-    /// What the topic shows has not changed.
+    /// Nothing in the subscription's scope has changed.
     Nothing,
-    /// What has changed.
+    /// Changed flags and segments only.
     Changes,
     /// The whole state.
     Everything,
 }
 
-/// What leads from one state of a topic to another: `{"events":[…]}`.
+/// The changes from one state to another within a subscription's scope: `{"events":[…]}`.
 #[derive(Debug)]
 pub struct Frame {
     id: EventId,
@@ -41,9 +41,9 @@ pub struct Frame {
 }
 
 impl Frame {
-    pub(super) fn of(topic: &Topic, from: Option<&State>, to: &State) -> Self {
-        let cut = |state: &State| cut(&state.document, &topic.projects, &topic.filter);
-        let (news, changes) = match from {
+    pub(super) fn of(key: &Topic, from: Option<&State>, to: &State) -> Self {
+        let cut = |state: &State| cut(&state.document, &key.projects, &key.filter);
+        let (kind, changes) = match from {
             None => (News::Everything, vec![Change::Hydration(cut(to))]),
             Some(from) if from.number == to.number => (News::Nothing, vec![]),
             Some(from) => {
@@ -51,24 +51,32 @@ impl Frame {
                 (if changes.is_empty() { News::Nothing } else { News::Changes }, changes)
             }
         };
-        let id = topic.id(to.number);
-        let events: Vec<_> = changes.into_iter().map(|change| Event { id, change }).collect();
+        let event_id = key.id(to.number);
+        let events: Vec<_> =
+            changes.into_iter().map(|change| Event { id: event_id, change }).collect();
         let body = Arc::new(Body::new(delta::encode(&events).into()));
-        let (connected, updated) = Default::default();
-        Self { id, news, told: to.told, body, connected, updated }
+        let (connected_event, updated_event) = Default::default();
+        Self {
+            id: event_id,
+            news: kind,
+            told: to.told,
+            body,
+            connected: connected_event,
+            updated: updated_event,
+        }
     }
 
-    /// The id of the state that it leads to.
+    /// The event id of the state that it leads to.
     pub fn id(&self) -> EventId {
         self.id
     }
 
-    /// How much it tells.
+    /// The kind of the update.
     pub fn news(&self) -> News {
         self.news
     }
 
-    /// When the state's source told it.
+    /// When the source sent the state.
     pub fn told(&self) -> Instant {
         self.told
     }
@@ -78,29 +86,28 @@ impl Frame {
         &self.body
     }
 
-    /// The events as they are.
+    /// The events as uncompressed JSON.
     pub fn json(&self) -> &[u8] {
         &self.body.make(Coding::Identity).bytes
     }
 
-    /// The events as the first that a stream tells.
+    /// The server-sent event with which a stream begins.
     pub fn connected(&self) -> Bytes {
         self.connected.get_or_init(|| self.event(CONNECTED)).clone()
     }
 
-    /// The events as a stream tells them later.
+    /// The server-sent event for a stream that is connected already.
     pub fn updated(&self) -> Bytes {
         self.updated.get_or_init(|| self.event(UPDATED)).clone()
     }
 
     fn event(&self, name: &str) -> Bytes {
-        // Flags' text was read from UTF-8.
+        // Never lossy: the text of flags was read from UTF-8.
         let json = String::from_utf8_lossy(self.json());
         sse::event(name, Some(&self.id), &json).into()
     }
 
-    /// The memory that it may come to hold, in bytes: of each frame either event is made, hardly
-    /// ever both.
+    /// Its maximum memory in bytes. Counts one of the two events, because both are hardly ever written.
     pub(super) fn weight(&self) -> usize {
         size_of::<Self>() + self.body.weight() + self.json().len()
     }

@@ -1,4 +1,4 @@
-//! The last states of one environment.
+//! The latest states of one environment.
 
 use std::{
     collections::VecDeque,
@@ -15,14 +15,14 @@ use crate::{
     },
 };
 
-/// How many states are kept: as many as Unleash Edge keeps.
+/// Maximum number of states, the same as in Unleash Edge.
 const STATES: usize = 100;
 
-/// The most memory that earlier states may hold, in bytes.
+/// Memory limit of all states but the current one, in bytes.
 const BYTES: usize = 32 << 20;
 
-/// The number of a state within its environment: positive, and below 2^31. Who follows is told it as
-/// the id that it has in what they see of the state ([`Topic::id`](super::Topic::id)).
+/// The id of a state within its environment, from 1 to 2^31 - 1. Subscribers see it as an event id,
+/// which also depends on their scope ([`SubscriptionKey::event_id`](super::SubscriptionKey::event_id)).
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub struct Number(pub(super) u32);
 
@@ -30,13 +30,13 @@ pub struct Number(pub(super) u32);
 #[derive(Clone, Debug)]
 pub(super) struct State {
     pub(super) number: Number,
-    /// Everything that there was.
+    /// All flags and segments.
     pub(super) document: Arc<Document>,
-    /// When its source told it.
+    /// When its source sent it.
     pub(super) told: Instant,
 }
 
-/// The states of one environment, the oldest first; there always is one.
+/// The latest states of one environment, at least the current one.
 #[derive(Debug)]
 pub(super) struct Log {
     states: Mutex<States>,
@@ -45,62 +45,65 @@ pub(super) struct Log {
 
 #[derive(Debug)]
 struct States {
+    /// The states before the current one, the oldest first, each with the bytes that it adds.
     earlier: VecDeque<(State, usize)>,
-    /// What the earlier ones hold besides what the current one does, in bytes.
+    /// The memory of the previous states that is not shared with the current one, in bytes.
     bytes: usize,
     current: State,
 }
 
 impl Log {
-    /// Begins with this state, under a number that no earlier process is likely to have told.
+    /// Starts with this state. Its id is random, so that it is unlikely to repeat an id that an earlier
+    /// process sent.
     pub(super) fn of(snapshot: &Snapshot) -> Self {
-        let number = Number(rand::random_range(1..1 << 30));
+        let id = Number(rand::random_range(1..1 << 30));
         let document = Arc::clone(snapshot.document());
-        let current = State { number, document, told: snapshot.received() };
+        let current = State { number: id, document, told: snapshot.received() };
         let states = States { earlier: VecDeque::new(), bytes: 0, current };
-        Self { states: Mutex::new(states), current: watch::Sender::new(number) }
+        Self { states: Mutex::new(states), current: watch::Sender::new(id) }
     }
 
     pub(super) fn follow(&self) -> watch::Receiver<Number> {
         self.current.subscribe()
     }
 
-    /// Takes over what is served now, if that is another state. It is asked for under the lock, so
-    /// that of two who ask, none takes over an older one after a newer.
-    pub(super) fn catch_up(&self, served: impl FnOnce() -> Option<Arc<Snapshot>>) {
+    /// Adds the currently served snapshot, if its state is new. `current` is called under the lock, so
+    /// that concurrent calls cannot add an older state after a newer one.
+    pub(super) fn catch_up(&self, current: impl FnOnce() -> Option<Arc<Snapshot>>) {
         let mut states = self.lock();
-        let Some(snapshot) = served() else { return };
+        let Some(snapshot) = current() else { return };
         let is_new = states.take(&snapshot);
-        // Whoever is woken takes this lock first of all, and there may be thousands.
+        // Thousands of subscribers may wake, and each takes this lock first.
         drop(states);
         if is_new {
-            self.current.send_if_modified(|number| {
+            self.current.send_if_modified(|id| {
                 let newest = self.lock().current.number;
-                std::mem::replace(number, newest) != newest
+                std::mem::replace(id, newest) != newest
             });
         }
     }
 
-    /// The state `from`, if it is known, and the current one.
-    pub(super) fn between(&self, from: Option<Number>) -> (Option<State>, State) {
+    /// The state with the id `base`, if it is still in the history, and the current state.
+    pub(super) fn between(&self, base: Option<Number>) -> (Option<State>, State) {
         let states = self.lock();
-        let known = |number: Number| {
-            if states.current.number == number {
+        let find = |id: Number| {
+            if states.current.number == id {
                 return Some(&states.current);
             }
-            states.earlier.iter().map(|(state, _)| state).find(|state| state.number == number)
+            states.earlier.iter().map(|(state, _)| state).find(|state| state.number == id)
         };
-        (from.and_then(known).cloned(), states.current.clone())
+        (base.and_then(find).cloned(), states.current.clone())
     }
 
-    /// A panic under this lock leaves states that can be followed.
+    /// Ignores poisoning: a panic under this lock leaves consistent states.
     fn lock(&self) -> MutexGuard<'_, States> {
         self.states.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl States {
-    /// True if that is a new state.
+    /// Makes the snapshot's document the current state, unless it has the same content. Returns whether
+    /// the state is new.
     fn take(&mut self, snapshot: &Snapshot) -> bool {
         let document = snapshot.document();
         if Arc::ptr_eq(document, &self.current.document) {
@@ -112,8 +115,8 @@ impl States {
             return false;
         }
         let Number(last) = self.current.number;
-        let number = Number(if last < u32::MAX >> 1 { last + 1 } else { 1 });
-        let next = State { number, document: Arc::clone(document), told: snapshot.received() };
+        let id = Number(if last < u32::MAX >> 1 { last + 1 } else { 1 });
+        let next = State { number: id, document: Arc::clone(document), told: snapshot.received() };
         let before = std::mem::replace(&mut self.current, next);
         let weight = weight(&before.document, &lost);
         self.bytes += weight;
@@ -126,7 +129,8 @@ impl States {
     }
 }
 
-/// What a document holds that the one after it does not: its lists, and what `lost` has of texts.
+/// The memory of a document that it does not share with its successor, in bytes: its lists, and the text
+/// of the flags and segments in `lost`.
 fn weight(document: &Document, lost: &[Change]) -> usize {
     let handles = size_of_val(document.features()) + size_of_val(document.segments());
     let text = |change: &Change| match change {
@@ -149,21 +153,23 @@ mod tests {
     }
 
     #[test]
-    fn only_the_last_states_are_kept_by_number_and_by_bytes() {
-        let log = Log::of(&snapshot(r#"{"features":[]}"#));
-        let Number(first) = *log.follow().borrow();
+    fn history_is_limited_in_number_and_in_bytes() {
+        let history = Log::of(&snapshot(r#"{"features":[]}"#));
+        let Number(first) = *history.follow().borrow();
         for n in 1..=300 {
-            log.catch_up(|| Some(snapshot(&format!(r#"{{"features":[{{"name":"a","x":{n}}}]}}"#))));
+            history.catch_up(|| {
+                Some(snapshot(&format!(r#"{{"features":[{{"name":"a","x":{n}}}]}}"#)))
+            });
         }
-        assert_eq!(*log.follow().borrow(), Number(first + 300));
-        let known = |number| log.between(Some(Number(number))).0.is_some();
+        assert_eq!(*history.follow().borrow(), Number(first + 300));
+        let known = |id| history.between(Some(Number(id))).0.is_some();
         assert!(!known(first + 200) && known(first + 201) && known(first + 300));
         for large in ["x", "y", "z"] {
             let text = large.repeat(20 << 20);
             let text = format!(r#"{{"features":[{{"name":"a","x":"{text}"}}]}}"#);
-            log.catch_up(|| Some(snapshot(&text)));
+            history.catch_up(|| Some(snapshot(&text)));
         }
         assert!(!known(first + 301) && known(first + 302) && known(first + 303));
-        assert!(log.lock().bytes <= BYTES);
+        assert!(history.lock().bytes <= BYTES);
     }
 }

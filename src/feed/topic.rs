@@ -1,8 +1,8 @@
-//! What is followed, and under which ids its states are told.
+//! The key of a subscription, and the event ids of its states.
 //!
-//! A state's number is the environment's, and says nothing of what somebody sees of it. So each topic
-//! tells the numbers shifted by an amount of its own: an id that was told of something else, because
-//! the token saw other projects then, is one that is not known here, and leads to the whole state.
+//! A state id belongs to the environment and does not depend on the scope of a subscriber. Therefore
+//! each key adds its own offset to state ids. If the projects of a token change, an event id from before
+//! is unknown under the new key, and the subscriber gets the whole state.
 
 use std::hash::{Hash as _, Hasher as _};
 
@@ -15,47 +15,47 @@ use crate::{
     wire::delta::EventId,
 };
 
-/// How many ids there are; the first is 1, and all fit in a signed integer, as SDKs may keep them in
-/// one.
+/// The largest event id. The first is 1. All fit into a signed 32-bit integer, because SDKs may store
+/// them in one.
 const IDS: u32 = EventId::MAX >> 1;
 
-/// How many shifts there are. Numbers begin below as many, so that ids grow by one from state to state
-/// for a long time before they begin anew.
+/// Number of offsets. State ids start below this, too, so that event ids grow by one per state for a
+/// long time before they wrap around.
 const SHIFTS: u64 = 1 << 30;
 
-/// What somebody follows: an environment, cut as a listing is.
+/// The scope of a subscription: an environment, its projects and a filter.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
 pub struct Topic {
     pub(super) environment: Environment,
-    /// The projects that the token sees.
+    /// The projects of the token.
     pub(super) projects: Projects,
-    /// What the request narrows that to.
+    /// The filter of the request.
     pub(super) filter: Filter,
-    /// What the ids that are told are ahead of the numbers.
+    /// The difference between event ids and state ids.
     shift: u32,
 }
 
 impl Topic {
-    /// The flags of `environment` and `projects`, narrowed by `filter`.
+    /// A subscription to the flags of `environment` and `projects` that match `filter`.
     pub fn new(environment: Environment, projects: Projects, filter: Filter) -> Self {
         let mut hasher = Xxh3Default::new();
         (&projects, &filter).hash(&mut hasher);
-        let shift = u32::try_from(hasher.finish() % SHIFTS).expect("the remainder is below 2^30");
-        Self { environment, projects, filter, shift }
+        let offset = u32::try_from(hasher.finish() % SHIFTS).expect("the remainder is below 2^30");
+        Self { environment, projects, filter, shift: offset }
     }
 
-    /// Whose flags.
+    /// The environment of the flags.
     pub fn environment(&self) -> &Environment {
         &self.environment
     }
 
-    /// Under which id a state is told.
-    pub fn id(&self, Number(number): Number) -> EventId {
-        // Both are below 2^31.
-        (number - 1 + self.shift) % IDS + 1
+    /// The event id of a state.
+    pub fn id(&self, Number(id): Number) -> EventId {
+        // No overflow: both are below 2^31.
+        (id - 1 + self.shift) % IDS + 1
     }
 
-    /// The number of the state that is told under this id, if there is such a state.
+    /// The id of the state with this event id; `None` if the event id is out of range.
     pub(super) fn number(&self, id: EventId) -> Option<Number> {
         (1..=IDS).contains(&id).then(|| Number((id - 1 + IDS - self.shift) % IDS + 1))
     }
@@ -67,34 +67,34 @@ mod tests {
 
     use super::*;
 
-    fn topic(projects: Projects, prefix: Option<&str>) -> Topic {
+    fn key(projects: Projects, prefix: Option<&str>) -> Topic {
         let filter = Filter { name_prefix: prefix.map(Into::into), ..Filter::default() };
         Topic::new(Environment::new("development"), projects, filter)
     }
 
     proptest! {
         #[test]
-        fn ids_are_positive_fit_in_a_signed_integer_and_lead_back(
-            number in prop_oneof![1..=IDS, Just(1), Just(IDS)],
+        fn event_ids_are_positive_fit_a_signed_integer_and_convert_back(
+            state in prop_oneof![1..=IDS, Just(1), Just(IDS)],
             project in "[a-z]{1,8}",
         ) {
-            let topic = topic(Projects::from_list([&*project]), None);
-            let id = topic.id(Number(number));
+            let key = key(Projects::from_list([&*project]), None);
+            let id = key.id(Number(state));
             prop_assert!(i32::try_from(id).unwrap() > 0);
-            prop_assert_eq!(topic.number(id), Some(Number(number)));
-            prop_assert_eq!(topic.number(id + (IDS + 1)), None);
+            prop_assert_eq!(key.number(id), Some(Number(state)));
+            prop_assert_eq!(key.number(id + (IDS + 1)), None);
         }
     }
 
     #[test]
-    fn whoever_sees_the_same_is_told_the_same_ids_and_others_are_told_others() {
+    fn event_ids_are_equal_for_equal_scopes_and_differ_for_others() {
         let (one, other) = (Projects::from_list(["a", "b"]), Projects::from_list(["a", "c"]));
-        let id = |projects: &Projects, prefix| topic(projects.clone(), prefix).id(Number(7));
+        let id = |projects: &Projects, prefix| key(projects.clone(), prefix).id(Number(7));
         assert_eq!(id(&one, None), id(&Projects::from_list(["b", "a"]), None));
         let ids = [id(&one, None), id(&other, None), id(&Projects::All, None), id(&one, Some("x"))];
         for (n, id) in ids.iter().enumerate() {
             assert!(ids[..n].iter().all(|it| it.abs_diff(*id) > 1000), "{ids:?}");
         }
-        assert_eq!(topic(one, None).number(0), None);
+        assert_eq!(key(one, None).number(0), None);
     }
 }

@@ -1,8 +1,8 @@
-//! What a snapshot remembers of its answers to frontends: what a context came to, bodies, and what it
-//! told those who follow; and what it was asked more than once.
+//! The evaluation cache of a snapshot, for frontend clients: evaluation results, response bodies, events
+//! of streams, and the contexts that were requested more than once.
 //!
-//! All are bounded, and everything may be forgotten at any time: who asks evaluates again.
-//! How an answer comes about is for `crate::answers` to know.
+//! All caches are bounded, and any entry may be evicted at any time: the next request evaluates again.
+//! This module does not evaluate; `crate::evaluation` does.
 
 use std::{hash::Hasher as _, sync::Arc};
 
@@ -22,41 +22,43 @@ use crate::{
     token::Projects,
 };
 
-/// The most memory that a snapshot's bodies may hold, in bytes.
+/// Memory limit of a snapshot's cached bodies, in bytes.
 const BODIES_BYTES: u64 = 64 << 20;
 
-/// The same of what each flag came to for those who follow, and of the events that were written.
+/// Memory limit of cached [`FlagStates`], in bytes.
 const LISTED_BYTES: u64 = 32 << 20;
+
+/// Memory limit of cached events, in bytes.
 const EVENTS_BYTES: u64 = 64 << 20;
 
-/// The same of outcomes that are repeated in answers which are good for one request only.
+/// Memory limit of cached deterministic outcomes, in bytes.
 const REPEATABLE_BYTES: u64 = 16 << 20;
 
-/// What remembering anything takes besides its content, in bytes, roughly.
+/// Approximate overhead of a cache entry besides its content, in bytes.
 const ENTRY_BYTES: usize = 256;
 
-/// What an outcome is remembered by: a hash that is keyed, so that nobody can make up two contexts that
-/// are taken for one.
+/// Key of a cached result: a keyed hash, so that clients cannot construct two contexts that collide.
 #[derive(Clone, Copy, Debug)]
 pub struct KnownBy(u128);
 
-/// What a snapshot remembers of its answers.
+/// The caches of one snapshot.
 #[derive(Debug)]
 pub struct Answers {
-    /// Of one snapshot after the other, each of which hashes in its own way.
-    outcomes: Arc<Table>,
+    /// Hashes of evaluated flags by [`CacheKey`]. Shared with the snapshots before and after this one;
+    /// each has its own `key_hasher`, so their entries do not mix.
+    results: Arc<Table>,
     way: SipHasher13,
     often: Often,
     bodies: Cache<u128, Arc<Body>>,
     recent: Recent,
     repeatable: Cache<u128, Arc<[Outcome]>>,
     listed: Cache<u128, Arc<Outcomes>>,
-    /// By what was told before and what is told.
+    /// By the hash of the flags that the client has, if any, and the hash of the current flags.
     events: Cache<(Option<u128>, u128), Bytes>,
 }
 
 impl Answers {
-    /// Those of a snapshot that takes the place of another, if there is one.
+    /// The caches of a new snapshot, and of the snapshot that it replaces, if any.
     pub(super) fn new(previous: Option<&Self>) -> Self {
         let bodies = Cache::<u128, Arc<Body>>::builder()
             .max_capacity(BODIES_BYTES)
@@ -71,7 +73,7 @@ impl Answers {
             .max_capacity(EVENTS_BYTES)
             .weigher(|_, event| saturating(event.len() + ENTRY_BYTES));
         Self {
-            outcomes: previous.map_or_else(Arc::default, |it| Arc::clone(&it.outcomes)),
+            results: previous.map_or_else(Arc::default, |it| Arc::clone(&it.results)),
             way: SipHasher13::new_with_key(&rand::random()),
             often: previous.map_or_else(Often::default, |it| Often::after(&it.often)),
             bodies: bodies.build(),
@@ -82,52 +84,52 @@ impl Answers {
         }
     }
 
-    /// What the outcome for a context is remembered by, whose `key` is all that makes a difference.
+    /// The cache key of a context; `key` has everything that can influence its outcome.
     pub fn known_by(&self, key: &[u8]) -> KnownBy {
         let mut hasher = self.way;
         hasher.write(key);
         KnownBy(hasher.finish128().as_u128())
     }
 
-    /// The hash of what was answered.
-    pub fn outcome(&self, known_by: KnownBy) -> Option<u128> {
-        self.outcomes.get(known_by.0)
+    /// The cached hash of the evaluated flags.
+    pub fn outcome(&self, key: KnownBy) -> Option<u128> {
+        self.results.get(key.0)
     }
 
-    /// Remembers the hash of what is answered.
-    pub fn remember(&self, known_by: KnownBy, hash: u128) {
-        self.outcomes.put(known_by.0, hash);
+    /// Caches the hash of evaluated flags.
+    pub fn remember(&self, key: KnownBy, hash: u128) {
+        self.results.put(key.0, hash);
     }
 
-    /// Takes note of a question about the flags of some projects, and of what identifies the answer,
-    /// which was at hand if `is_known`.
-    pub fn note(&self, question: (&Projects, Shown, &Context<'_>), is_known: bool, hash: u128) {
-        self.often.note(question, is_known, hash);
+    /// Records a request and the hash of the evaluated flags. `is_cached` says that the cache already
+    /// had them.
+    pub fn note(&self, request: (&Projects, Shown, &Context<'_>), is_cached: bool, hash: u128) {
+        self.often.note(request, is_cached, hash);
     }
 
-    /// Some of what was asked more than once, of this snapshot or of one before it.
+    /// Some of the contexts that were requested more than once, from this snapshot or an earlier one.
     pub fn often_asked(&self) -> impl Iterator<Item = &Asked> {
         self.often.all()
     }
 
-    /// The body of the answers that `hash` identifies, if it is kept.
+    /// The cached body of the evaluated flags with this hash.
     pub fn kept(&self, hash: u128) -> Option<Arc<Body>> {
         self.bodies.get(&hash)
     }
 
-    /// Keeps the body of the answers that `hash` identifies.
+    /// Caches the body of the evaluated flags with this hash.
     pub fn keep(&self, hash: u128, body: Arc<Body>) {
         self.bodies.insert(hash, body);
     }
 
-    /// The body of the answers that `hash` identifies, made unless it is kept.
+    /// The body of the evaluated flags with this hash, from the cache or built by `make`.
     ///
-    /// It is kept once it is asked for again: where every user sees flags of their own, keeping all
-    /// bodies would only push out those that are shared. Until then it is for one response.
+    /// A body is cached from its second request on. Where every user gets different flags, caching all
+    /// bodies would only evict those that are shared. The first body is for one response.
     ///
-    /// Equal hashes are taken for equal bodies, here as by every client that sends a hash back as an
-    /// entity tag. A stranger cannot bring about two that collide: contexts choose among fragments,
-    /// a few of each flag, and only upstream writes those.
+    /// Equal hashes mean equal bodies, here as for every client that sends a hash back as an entity
+    /// tag. Clients cannot produce a collision: contexts choose among a few fragments per flag, and only
+    /// upstream writes those.
     pub fn body(&self, hash: u128, make: impl FnOnce() -> Body) -> Arc<Body> {
         if let Some(body) = self.kept(hash) {
             return body;
@@ -141,35 +143,35 @@ impl Answers {
         }
     }
 
-    /// The outcomes of some flags that contexts of this key share, evaluated unless they are kept.
+    /// The deterministic outcomes that contexts with this key share, from the cache or evaluated.
     ///
-    /// They are kept from the second request on: users who differ in what those flags read would push
-    /// out what is shared.
+    /// Outcomes are cached from the second request on: contexts that occur once would evict those that
+    /// are shared.
     pub fn repeatable(
         &self,
-        known_by: KnownBy,
+        key: KnownBy,
         evaluate: impl FnOnce() -> Vec<Outcome>,
     ) -> Arc<[Outcome]> {
-        if let Some(outcomes) = self.repeatable.get(&known_by.0) {
+        if let Some(outcomes) = self.repeatable.get(&key.0) {
             return outcomes;
         }
         let outcomes = Arc::<[Outcome]>::from(evaluate());
-        if self.recent.insert(known_by.0) {
-            self.repeatable.insert(known_by.0, Arc::clone(&outcomes));
+        if self.recent.insert(key.0) {
+            self.repeatable.insert(key.0, Arc::clone(&outcomes));
         }
         outcomes
     }
 
-    /// What each flag came to in the answers that `hash` identifies, found out unless it is kept: once,
-    /// however many ask at the same time.
+    /// The state of each flag for the evaluated flags with this hash, from the cache or built by `make`.
+    /// Concurrent calls build it once.
     pub fn outcomes(&self, hash: u128, make: impl FnOnce() -> Outcomes) -> Arc<Outcomes> {
         self.listed.get_with(hash, || Arc::new(make()))
     }
 
-    /// What those are told who have the first of two answers, or none, and are to have the second;
-    /// written unless it is kept, once for all who ask at the same time.
-    pub fn event(&self, way: (Option<u128>, u128), make: impl FnOnce() -> Bytes) -> Bytes {
-        self.events.get_with(way, make)
+    /// The event that brings a client from the first hash, or from nothing, to the second; from the
+    /// cache or written by `make`. Concurrent calls write it once.
+    pub fn event(&self, from_to: (Option<u128>, u128), make: impl FnOnce() -> Bytes) -> Bytes {
+        self.events.get_with(from_to, make)
     }
 }
 
@@ -184,38 +186,38 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_strangers_make_up_is_forgotten_within_bounds() {
-        let answers = Answers::new(None);
+    fn bodies_stay_within_their_memory_limit() {
+        let cache = Answers::new(None);
         for n in 0..1_000_u128 {
             for _ in 0..2 {
-                answers.body(n << 64 | n, || Body::new(Bytes::from(vec![b'x'; 100_000])));
+                cache.body(n << 64 | n, || Body::new(Bytes::from(vec![b'x'; 100_000])));
             }
         }
-        answers.bodies.run_pending_tasks();
-        let kept = answers.bodies.iter().map(|(_, body)| body.weight() as u64);
-        assert!((1..=BODIES_BYTES).contains(&kept.sum()));
+        cache.bodies.run_pending_tasks();
+        let cached = cache.bodies.iter().map(|(_, body)| body.weight() as u64);
+        assert!((1..=BODIES_BYTES).contains(&cached.sum()));
     }
 
     #[test]
-    fn outcomes_are_those_of_one_snapshot() {
+    fn results_are_separate_per_snapshot() {
         let before = Answers::new(None);
         before.remember(before.known_by(b"a"), 7);
         let after = Answers::new(Some(&before));
         assert_eq!(after.outcome(after.known_by(b"a")), None);
         after.remember(after.known_by(b"a"), 8);
-        for (answers, expect) in [(&before, 7), (&after, 8)] {
-            assert_eq!(answers.outcome(answers.known_by(b"a")), Some(expect));
-            assert_eq!(answers.outcome(answers.known_by(b"b")), None);
+        for (cache, expect) in [(&before, 7), (&after, 8)] {
+            assert_eq!(cache.outcome(cache.known_by(b"a")), Some(expect));
+            assert_eq!(cache.outcome(cache.known_by(b"b")), None);
         }
     }
 
     #[test]
-    fn repeatable_outcomes_are_evaluated_once_more_and_then_cached() {
-        let answers = Answers::new(None);
+    fn deterministic_outcomes_are_cached_from_the_second_request_on() {
+        let cache = Answers::new(None);
         let mut evaluations = 0;
         for request in 0..10 {
             for flags in [1, 2] {
-                let outcomes = answers.repeatable(answers.known_by(&[flags]), || {
+                let outcomes = cache.repeatable(cache.known_by(&[flags]), || {
                     evaluations += 1;
                     vec![Outcome::On; flags.into()]
                 });
@@ -226,15 +228,15 @@ mod tests {
     }
 
     #[test]
-    fn a_body_is_kept_when_it_is_asked_for_again() {
-        let answers = Answers::new(None);
-        let ask = |hash: u128| answers.body(hash << 64 | hash, || Body::new(Bytes::new()));
-        let (first, second, third) = (ask(1), ask(1), ask(1));
+    fn body_is_cached_from_the_second_request_on() {
+        let cache = Answers::new(None);
+        let request = |hash: u128| cache.body(hash << 64 | hash, || Body::new(Bytes::new()));
+        let (first, second, third) = (request(1), request(1), request(1));
         assert!(!Arc::ptr_eq(&first, &second) && Arc::ptr_eq(&second, &third));
         for hash in 2..100 {
-            ask(hash);
+            request(hash);
         }
-        assert!(Arc::ptr_eq(&third, &ask(1)));
-        assert_eq!(answers.bodies.iter().count(), 1);
+        assert!(Arc::ptr_eq(&third, &request(1)));
+        assert_eq!(cache.bodies.iter().count(), 1);
     }
 }

@@ -1,4 +1,5 @@
-//! What is asked again and again, so that a new snapshot can be asked it before it is served.
+//! The contexts that are requested repeatedly, so that a new snapshot can evaluate them before it is
+//! served. This module only records them; `crate::evaluation` evaluates.
 
 use std::{
     hash::BuildHasher,
@@ -13,49 +14,47 @@ use crate::{
     token::Projects,
 };
 
-/// How many questions are kept at most: each costs one evaluation of all flags at the next change of
-/// them.
+/// Maximum number of hot contexts. Each costs one evaluation of all flags when flags change.
 const PLACES: usize = 64;
 
-/// In how many places, one behind the other, a question may stand: one alone would be taken by another
-/// of a few questions often enough to matter.
+/// Number of consecutive slots that a context may use. With a single one, collisions would keep hot
+/// contexts out often enough to matter, even if there are few.
 const TRIED: usize = 4;
 
-/// Which flags an answer lists.
+/// The flags that a response includes.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub enum Shown {
-    /// Only those that are on for the context.
+    /// Only flags that are on for the context.
     Enabled,
     /// Every flag of the scope.
     All,
 }
 
-/// A question, and what was answered.
+/// A repeated request and its result.
 #[derive(Debug)]
 pub struct Asked {
-    /// Whose flags.
+    /// The projects whose flags were requested.
     pub projects: Projects,
-    /// Which of them.
+    /// The flags to include.
     pub shown: Shown,
-    /// Who asked.
+    /// The context of the request.
     pub context: KeptContext,
-    /// What identifies the answer.
+    /// The hash of the evaluated flags.
     pub hash: u128,
 }
 
-/// Some of the questions that one snapshot was asked, and that were asked before, of it or of one
-/// before it.
+/// Some of the requests that one snapshot received and that it or an earlier one had received before.
 ///
-/// The first has the place, until the snapshot goes: it is likely to be one that is asked most, and
-/// nothing is written where requests read.
+/// The first request that uses a slot keeps it for the lifetime of the snapshot. It is likely to be a
+/// frequent one, and a slot that is never overwritten costs readers nothing.
 #[derive(Debug)]
 pub(super) struct Often {
-    /// With the hash of the question.
+    /// Each with the hash of its request.
     places: Box<[OnceLock<(u64, Asked)>]>,
     heard: Arc<Heard>,
 }
 
-/// Which questions were asked lately, of one snapshot after the other.
+/// Recent requests, shared by consecutive snapshots.
 #[derive(Debug, Default)]
 struct Heard {
     recent: Recent,
@@ -73,47 +72,48 @@ impl Often {
         Self { places: (0..PLACES).map(|_| OnceLock::new()).collect(), heard }
     }
 
-    /// Those of a snapshot that takes the place of another.
+    /// The empty set of a new snapshot, which shares the recent requests with the previous one.
     pub(super) fn after(previous: &Self) -> Self {
         Self::with(Arc::clone(&previous.heard))
     }
 
-    /// Takes note of a question, which was asked before if `is_known` or if that was heard.
+    /// Records a request if it is a repeated one: if its result was cached, or if it was seen recently.
     pub(super) fn note(
         &self,
-        (projects, shown, context): (&Projects, Shown, &Context<'_>),
-        is_known: bool,
+        (projects, include, context): (&Projects, Shown, &Context<'_>),
+        is_cached: bool,
         hash: u128,
     ) {
-        let asked = self.heard.hasher.hash_one((projects, shown, context));
-        let Some(place) = self.place(asked) else { return };
-        let both_halves = u128::from(asked) << 64 | u128::from(asked);
-        if !(self.heard.recent.insert(both_halves) || is_known) {
+        let request = self.heard.hasher.hash_one((projects, include, context));
+        let Some(slot) = self.place(request) else { return };
+        let both_halves = u128::from(request) << 64 | u128::from(request);
+        if !(self.heard.recent.insert(both_halves) || is_cached) {
             return;
         }
         if let Some(context) = KeptContext::of(context) {
             let projects = projects.clone();
-            // Somebody else may have been faster.
-            let _ = place.set((asked, Asked { projects, shown, context, hash }));
+            // Another thread may have taken the slot.
+            let _ = slot.set((request, Asked { projects, shown: include, context, hash }));
         }
     }
 
-    /// Where a question of this hash may be kept; `None` if it is already, or there is no room.
-    fn place(&self, asked: u64) -> Option<&OnceLock<(u64, Asked)>> {
-        let first = (u128::from(asked) % PLACES as u128) as usize;
+    /// A free slot for a request with this hash; `None` if the request is recorded already or all its
+    /// slots are taken.
+    fn place(&self, request: u64) -> Option<&OnceLock<(u64, Asked)>> {
+        let first = (u128::from(request) % PLACES as u128) as usize;
         for n in first..first + TRIED {
-            let place = &self.places[n % PLACES];
-            match place.get() {
-                None => return Some(place),
-                Some((kept, _)) if *kept == asked => return None,
+            let slot = &self.places[n % PLACES];
+            match slot.get() {
+                None => return Some(slot),
+                Some((recorded, _)) if *recorded == request => return None,
                 Some(_) => {}
             }
         }
         None
     }
 
-    /// Those that are kept.
+    /// The recorded requests.
     pub(super) fn all(&self) -> impl Iterator<Item = &Asked> {
-        self.places.iter().filter_map(OnceLock::get).map(|(_, asked)| asked)
+        self.places.iter().filter_map(OnceLock::get).map(|(_, it)| it)
     }
 }

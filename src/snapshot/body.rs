@@ -1,7 +1,7 @@
-//! A ready-made response body: its bytes in each content coding, with their entity tags.
+//! A prepared response body: its bytes in each content coding, with their entity tags.
 //!
 //! Most bodies are built once and shared by every response that sends them; some are for one response.
-//! Compressing happens on the first wish for a coding; this module does not decide who compresses when.
+//! A body is compressed on first use of a coding. The caller chooses the thread that compresses.
 
 use std::sync::OnceLock;
 
@@ -9,16 +9,16 @@ use bytes::Bytes;
 use hyper::header::HeaderValue;
 use xxhash_rust::xxh3::xxh3_128;
 
-/// Below this many bytes compressing costs more than it saves on the wire.
+/// Smaller bodies are not compressed: below this many bytes compression costs more than it saves.
 const WORTH_COMPRESSING: usize = 1024;
 
-/// Up to so many bytes are compressed for one response without leaving the thread that answers.
+/// Bodies for one response up to this many bytes are compressed on the thread that handles the request.
 const QUICKLY_COMPRESSED: usize = 64 << 10;
 
-/// How a body is coded on the wire; a greater one makes the JSON that is served here smaller.
+/// A content coding. They are ordered by how well they compress the JSON that is served here.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub enum Coding {
-    /// As it is.
+    /// No compression.
     Identity,
     /// RFC 1952.
     Gzip,
@@ -46,16 +46,16 @@ impl Coding {
     }
 }
 
-/// For how many responses a body is, which decides how much work compressing it is worth.
+/// Whether a body is used for many responses, which decides how much work compressing it is worth.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Audience {
-    /// Probably one: as little work as makes the body much smaller.
+    /// Probably for one response: fast compression levels.
     One,
-    /// Many: as much work as still makes a difference.
+    /// For many responses: the highest levels that still make a difference.
     Many,
 }
 
-/// Bytes as they go out, and the strong entity tag of exactly these bytes.
+/// The bytes in one content coding, and the strong entity tag of exactly these bytes.
 #[derive(Clone, Debug)]
 pub struct Coded {
     /// The bytes.
@@ -66,8 +66,8 @@ pub struct Coded {
 
 /// A body in all its codings.
 ///
-/// Its tags share one opaque part, a hash of the content, so that equal content has equal tags on
-/// every instance and across restarts. Its maker may leave out of the hash what says nothing of the flags
+/// All tags begin with the same hash of the content, so that equal content has equal tags on every
+/// instance and across restarts. The hash may leave out parts that do not describe flags
 /// (`meta.revisionId`).
 #[derive(Debug)]
 pub struct Body {
@@ -85,25 +85,26 @@ impl Body {
         Self::tagged(bytes, hash)
     }
 
-    /// The body of these bytes, tagged by a hash that its maker knows to identify them.
+    /// The body of these bytes, tagged by a hash that identifies them.
     pub fn tagged(bytes: Bytes, hash: u128) -> Self {
         let identity = Coded { bytes, etag: etag_of(hash) };
         let (gzip, zstd, brotli) = Default::default();
         Self { audience: Audience::Many, identity, gzip, zstd, brotli }
     }
 
-    /// The same body for another audience.
+    /// The same body for another [`Reuse`].
     #[must_use]
     pub fn for_audience(self, audience: Audience) -> Self {
         Self { audience, ..self }
     }
 
-    /// Whether a coding may be used. For one response Brotli takes longer than it saves.
+    /// Whether a coding may be used. Brotli is not used for a single response: it takes longer than it
+    /// saves.
     pub fn offers(&self, coding: Coding) -> bool {
         self.audience == Audience::Many || coding != Coding::Brotli
     }
 
-    /// Whether making a coding is a matter of some hundred microseconds at most.
+    /// Whether compressing takes some hundred microseconds at most.
     pub fn is_quick(&self) -> bool {
         self.audience == Audience::One && self.identity.bytes.len() <= QUICKLY_COMPRESSED
     }
@@ -118,7 +119,7 @@ impl Body {
         if self.identity.bytes.len() < WORTH_COMPRESSING { Coding::Identity } else { coding }
     }
 
-    /// The bytes in `coding`, if they have been made.
+    /// The bytes in `coding`, if they exist already.
     pub fn ready(&self, coding: Coding) -> Option<&Coded> {
         match self.slot(coding) {
             None => Some(&self.identity),
@@ -126,8 +127,7 @@ impl Body {
         }
     }
 
-    /// The bytes in `coding`, compressed now unless they have been before: milliseconds of work for
-    /// a large body.
+    /// The bytes in `coding`, compressed on first use, which takes milliseconds for a large body.
     pub fn make(&self, coding: Coding) -> &Coded {
         match self.slot(coding) {
             None => &self.identity,
@@ -138,11 +138,11 @@ impl Body {
         }
     }
 
-    /// The memory that the body may come to hold, in bytes.
+    /// The maximum memory of the body with all its codings, in bytes.
     ///
-    /// Caches weigh a body before it is compressed and never again, so that its codings are counted
-    /// from the start: all together as much as the uncoded bytes. Flags' JSON takes less than a
-    /// third of that in each.
+    /// Caches weigh a body once, before it is compressed, so its codings are counted from the start: all
+    /// together as much as the uncoded bytes. The JSON of flags takes less than a third of its size in
+    /// each coding.
     pub fn weight(&self) -> usize {
         let plain = self.identity.bytes.len();
         let compressed = if plain < WORTH_COMPRESSING { 0 } else { plain };
@@ -163,7 +163,7 @@ impl Body {
 pub fn etag_of(hash: u128) -> HeaderValue {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
     let mut etag = [b'"'; 34];
-    // Each answer that is asked for again has its tag written, which formatting takes long for.
+    // Runs for each request, cached or not; `format!` is too slow here.
     for (pair, byte) in etag[1..33].chunks_exact_mut(2).zip(hash.to_be_bytes()) {
         pair[0] = DIGITS[usize::from(byte >> 4)];
         pair[1] = DIGITS[usize::from(byte & 15)];
@@ -171,7 +171,7 @@ pub fn etag_of(hash: u128) -> HeaderValue {
     HeaderValue::from_bytes(&etag).expect("hexadecimal digits are visible ASCII")
 }
 
-/// The tag of other bytes than the uncoded ones, and others again for another audience.
+/// The tag of compressed bytes, which differ by coding and level.
 fn suffixed(etag: &HeaderValue, coding: Coding, audience: Audience) -> HeaderValue {
     let etag = etag.to_str().expect("etag_of makes visible ASCII").trim_end_matches('"');
     let level = match audience {
@@ -205,7 +205,7 @@ fn compress(bytes: &[u8], coding: Coding, audience: Audience) -> Bytes {
             compressed
         }
     };
-    // Encoders take room for the worst, which would stay taken.
+    // Encoders allocate for the worst case; this frees what they did not use.
     compressed.into_boxed_slice().into()
 }
 
@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn every_coding_gives_the_content_back_under_a_tag_of_its_own() {
+    fn every_coding_decodes_to_the_content_and_has_its_own_tag() {
         let content = Bytes::from("{\"name\":\"flag\"},".repeat(500));
         let body = Body::new(content.clone());
         let mut tags = std::collections::HashSet::new();
@@ -242,10 +242,10 @@ mod tests {
             assert!(tags.insert(coded.etag.clone()), "{coding:?}");
             assert!(body.ready(coding).is_some());
         }
-        let held = [Coding::Identity, Coding::Gzip, Coding::Zstd, Coding::Brotli]
+        let sizes = [Coding::Identity, Coding::Gzip, Coding::Zstd, Coding::Brotli]
             .map(|coding| body.make(coding).bytes.len());
         let weight = Body::new(content).weight();
-        assert!(held.iter().sum::<usize>() <= weight, "weighed before it is compressed");
+        assert!(sizes.iter().sum::<usize>() <= weight, "weighed before it is compressed");
     }
 
     #[test]
@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn equal_content_has_equal_tags_and_other_content_has_others() {
+    fn tags_are_equal_if_and_only_if_content_is_equal() {
         let tag =
             |text: &'static str| Body::new(Bytes::from_static(text.as_bytes())).etag().clone();
         assert_eq!(tag("a"), tag("a"));
@@ -274,14 +274,14 @@ mod tests {
     }
 
     #[test]
-    fn a_tag_is_the_hash_in_hexadecimal_digits() {
+    fn etag_is_the_hash_in_hexadecimal_digits() {
         for hash in [0, 1, u128::MAX, 0x0123_4567_89ab_cdef_0011_2233_4455_6677] {
             assert_eq!(etag_of(hash).to_str().unwrap(), format!("\"{hash:032x}\""));
         }
     }
 
     #[test]
-    fn small_bodies_go_uncompressed() {
+    fn small_bodies_are_not_compressed() {
         assert_eq!(Body::new(Bytes::from_static(b"{}")).effective(Coding::Gzip), Coding::Identity);
     }
 }

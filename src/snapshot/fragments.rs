@@ -1,8 +1,8 @@
-//! Ready-made JSON of each flag for frontends: one text per outcome, written when a snapshot is
+//! Prepared JSON of each flag for frontend responses: one text per outcome, written when a snapshot is
 //! built.
 //!
-//! All texts stand in one, so that writing an answer reads memory that lies together. What the outcomes
-//! come to in the words of another protocol is for others to know; here are only its hashes.
+//! All texts are in one string, so that writing a response reads contiguous memory. This module does not
+//! write OFREP responses; it only stores the hashes of each outcome in that format.
 
 use std::sync::OnceLock;
 
@@ -27,7 +27,7 @@ impl<'a> Fragment<'a> {
         self.with_comma.strip_suffix(',').unwrap_or(self.with_comma)
     }
 
-    /// The text and a comma.
+    /// The text, followed by a comma.
     pub fn with_comma(self) -> &'a str {
         self.with_comma
     }
@@ -38,7 +38,7 @@ impl<'a> Fragment<'a> {
     }
 }
 
-/// The place of a fragment among those of its engine.
+/// The index of a fragment among those of its engine.
 #[derive(Clone, Copy, Debug)]
 pub struct FragmentId(usize);
 
@@ -46,27 +46,27 @@ pub struct FragmentId(usize);
 #[derive(Debug)]
 pub struct Fragments {
     text: String,
-    /// Where each ends in the text, with its hash.
+    /// The end of each fragment in the text, with its hash.
     ends: Vec<(usize, u64)>,
-    /// The place of each flag's first fragment; the others follow by the outcome's ordinal.
+    /// The index of each flag's first fragment; the others follow by the outcome's ordinal.
     firsts: Vec<usize>,
     reworded: OnceLock<Box<[u64]>>,
 }
 
-/// Of each fragment, a hash of what its outcome comes to in other words.
+/// For each fragment, a hash of its outcome in OFREP's format.
 #[derive(Clone, Copy, Debug)]
 pub struct Reworded<'a>(&'a [u64]);
 
 impl Reworded<'_> {
-    /// That of one of them.
+    /// The hash of one fragment's outcome.
     pub fn hash(self, id: FragmentId) -> u64 {
         self.0[id.0]
     }
 }
 
 impl Fragments {
-    /// Writes the fragments of every flag, or copies them from those of another engine, of which this
-    /// one has taken over flags.
+    /// Writes the fragments of every flag. Copies those of flags that the engine has reused from an
+    /// earlier one.
     pub fn of(engine: &Engine, earlier: Option<(&Engine, &Self)>) -> Self {
         let mut fragments = Self {
             text: String::with_capacity(earlier.map_or(0, |(_, it)| it.text.len())),
@@ -89,7 +89,7 @@ impl Fragments {
         fragments
     }
 
-    /// Copies the fragments of the flag that stands at a place among others.
+    /// Copies the fragments of a flag from `written`, where the flag has the index `at`.
     fn copy(&mut self, flag: &Flag, written: &Self, at: usize) {
         let first = written.firsts[at];
         let start = written.start(first);
@@ -101,30 +101,30 @@ impl Fragments {
         self.text.push_str(&written.text[start..end]);
     }
 
-    /// Where the text of the fragment at a place begins.
+    /// The start of a fragment in the text.
     fn start(&self, place: usize) -> usize {
         place.checked_sub(1).map_or(0, |before| self.ends[before].0)
     }
 
-    /// The place of a flag's fragment for one of its outcomes; the flag is of the same engine.
+    /// The id of a flag's fragment for an outcome. The flag belongs to the same engine.
     pub fn id(&self, flag: FlagId, outcome: Outcome) -> FragmentId {
         FragmentId(self.firsts[flag.index()] + outcome.ordinal())
     }
 
-    /// The index of the flag whose fragment stands at a place.
+    /// The index of the flag that a fragment belongs to.
     pub fn flag(&self, id: FragmentId) -> usize {
         self.firsts.partition_point(|&first| first <= id.0) - 1
     }
 
-    /// The fragment at a place.
+    /// The fragment with this id.
     pub fn get(&self, id: FragmentId) -> Fragment<'_> {
         let start = self.start(id.0);
         let (end, hash) = self.ends[id.0];
         Fragment { with_comma: &self.text[start..end], hash }
     }
 
-    /// The hashes of what each outcome of each flag of `engine`, of which these are the fragments, comes
-    /// to in the words of the one other protocol: by `hash`, on the first wish.
+    /// The hashes of every outcome of every flag in OFREP's format, computed by `hash` on first use.
+    /// `engine` is the one that these fragments were built from.
     pub fn reworded(&self, engine: &Engine, hash: impl Fn(FlagId, Outcome) -> u64) -> Reworded<'_> {
         let hashes = || {
             let mut hashes = Vec::with_capacity(self.ends.len());
@@ -148,10 +148,10 @@ impl Fragments {
         }
     }
 
-    /// Appends the fragment of one outcome; `variant` lacks what all have at their ends.
+    /// Appends the fragment of one outcome; `variant` is the result of [`variant_prefix`].
     ///
-    /// Both spellings where they differ: Unleash sends both of a variant's, and of the flag's own
-    /// the second, where older edges sent the first as well.
+    /// Writes fields in snake case and in camel case where they differ. Unleash sends both for a variant
+    /// and camel case for the flag; older edges sent snake case as well.
     fn push(&mut self, name: &str, impressions: &str, on: bool, variant: &str) {
         let start = self.text.len();
         let on = bool_text(on);
@@ -178,7 +178,7 @@ impl Fragments {
     }
 }
 
-/// The JSON of a variant up to what depends on its flag.
+/// The JSON of a variant up to the fields that depend on its flag.
 fn opening(variant: &Variant) -> String {
     let mut text = format!(r#"{{"name":{}"#, quoted(&variant.name));
     if let Some(payload) = &variant.payload {
@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn those_of_flags_that_were_taken_over_are_copied() {
+    fn fragments_of_reused_flags_are_copied() {
         let flag = |name: &str, variant: &str| {
             json!({ "name": name, "enabled": true, "strategies": [{ "name": "default" }],
                 "variants": [{ "name": variant, "weight": 1 }] })

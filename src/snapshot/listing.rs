@@ -1,6 +1,7 @@
-//! Flag configuration for server SDKs: the document cut to a scope and a filter.
+//! Flag configuration for server SDKs (`/api/client/features`): the document limited to a scope and a
+//! filter.
 //!
-//! Flags and segments are sent in the very text in which upstream told them.
+//! Flags and segments are sent byte for byte as upstream sent them.
 
 use std::{
     collections::BTreeSet,
@@ -20,12 +21,12 @@ use crate::{
     wire::features::{Document, Feature, Segment},
 };
 
-/// What a request narrows its scope to.
+/// The part of its scope that a request selects.
 #[derive(Clone, Debug, Default, Eq, Hash, PartialEq)]
 pub struct Filter {
-    /// Only flags whose names begin so.
+    /// Only flags whose names begin with this.
     pub name_prefix: Option<Box<str>>,
-    /// Only flags of these projects, when there are any.
+    /// Only flags of these projects, unless it is empty.
     pub projects: BTreeSet<Project>,
 }
 
@@ -38,16 +39,16 @@ impl Filter {
     }
 }
 
-/// How segments are told.
+/// How segments are represented.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub enum Segments {
-    /// Apart, referred to by id: for SDKs whose client specification is 4.2.0 or later.
+    /// As a list to which strategies refer by id, for SDKs with client specification 4.2.0 or later.
     Separate,
-    /// Written into the constraints of each strategy, for older SDKs.
+    /// Inlined into the constraints of each strategy, for older SDKs.
     Inlined,
 }
 
-/// What a listing depends on besides the document.
+/// Everything that a body depends on besides the document.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
 pub(super) struct ListingKey {
     pub(super) projects: Projects,
@@ -55,20 +56,20 @@ pub(super) struct ListingKey {
     pub(super) segments: Segments,
 }
 
-/// What `projects` and `filter` leave of a document: their flags, and only the segments that these
+/// The flags of a document that match `projects` and `filter`, and only the segments that these flags
 /// refer to.
 pub fn cut(document: &Document, projects: &Projects, filter: &Filter) -> Document {
     let features = document.features().iter().filter(|it| filter.shows(projects, it)).cloned();
     let features: Vec<_> = features.collect();
-    let wanted: BTreeSet<i64> =
+    let segment_ids: BTreeSet<i64> =
         features.iter().flat_map(|feature| feature.segment_ids().iter().copied()).collect();
-    let segments = document.segments().iter().filter(|it| wanted.contains(&it.id())).cloned();
+    let segments = document.segments().iter().filter(|it| segment_ids.contains(&it.id())).cloned();
     let segments = segments.collect();
     Document::of(features, segments)
 }
 
-/// A filtered listing, and how often its snapshot was asked for it; who asked before in the same
-/// words and was answered by the listener did not ask the snapshot.
+/// A filtered body, and how often it was requested from the snapshot. Identical requests that the server
+/// answers from its own cache are not counted.
 #[derive(Debug)]
 pub(super) struct Listing {
     body: Arc<Body>,
@@ -76,57 +77,60 @@ pub(super) struct Listing {
 }
 
 impl Listing {
-    /// A listing that was not asked for yet.
+    /// A body without any requests.
     pub(super) fn of(body: Arc<Body>) -> Arc<Self> {
         Arc::new(Self { body, asked: AtomicU64::new(0) })
     }
 
-    /// The body, for a request, which is counted.
+    /// The body for a request, which is counted.
     pub(super) fn body_counted(&self) -> Arc<Body> {
         self.asked.fetch_add(1, Ordering::Relaxed);
         Arc::clone(&self.body)
     }
 
-    /// The body, for nobody in particular.
+    /// The body, without counting a request.
     pub(super) fn body(&self) -> &Arc<Body> {
         &self.body
     }
 
-    /// How often it was asked for.
+    /// The number of requests.
     pub(super) fn asked(&self) -> u64 {
         self.asked.load(Ordering::Relaxed)
     }
 }
 
-/// What a listing takes besides its flags and segments, in bytes, if its query is short.
+/// Size of a body without its flags and segments, in bytes, if its query is short.
 const ENDS: usize = 512;
 
-/// Writes `{"version":2,"features":[…],"segments":[…],"query":{…}}`, flags sorted by name and only
-/// the segments that they refer to.
+/// Writes `{"version":2,"features":[…],"segments":[…],"query":{…},"meta":{…}}` with flags sorted by
+/// name and only the segments that they refer to.
 ///
-/// At the end stands `meta` as from Unleash: the entity tag, a hash of the query, and `revision`. The
-/// tag is a hash of all that comes before, so that equal flags have equal tags on every instance,
-/// and nothing that is outside the scope changes it.
+/// `meta` has the same fields as from Unleash: the entity tag, a hash of the query, and `revision`. The
+/// tag is a hash of everything before `meta`, so that equal flags have equal tags on every instance and
+/// changes outside the scope do not change the tag.
 pub(super) fn build(
     environment: &Environment,
     document: &Document,
     key: &ListingKey,
     revision: u32,
 ) -> Body {
-    let shown = cut(document, &key.projects, &key.filter);
-    let features = shown.features().iter().map(|it| it.raw().len() + 1).sum::<usize>();
-    let segments = shown.segments().iter().map(|it| it.raw().len() + 1).sum::<usize>();
-    // Large texts are not to be moved as they grow.
+    let filtered = cut(document, &key.projects, &key.filter);
+    let features = filtered.features().iter().map(|it| it.raw().len() + 1).sum::<usize>();
+    let segments = filtered.segments().iter().map(|it| it.raw().len() + 1).sum::<usize>();
+    // Allocated once, so that a large text is not copied as it grows.
     let mut text = String::with_capacity(features + segments + ENDS);
     text.push_str(r#"{"version":2,"features":["#);
     match key.segments {
         Segments::Separate => {
-            push_list(&mut text, shown.features().iter().map(Feature::raw));
+            push_list(&mut text, filtered.features().iter().map(Feature::raw));
             text.push_str(r#"],"segments":["#);
-            push_list(&mut text, shown.segments().iter().map(Segment::raw));
+            push_list(&mut text, filtered.segments().iter().map(Segment::raw));
         }
         Segments::Inlined => {
-            push_list(&mut text, shown.features().iter().map(|it| it.inlined(shown.segments())));
+            push_list(
+                &mut text,
+                filtered.features().iter().map(|it| it.inlined(filtered.segments())),
+            );
         }
     }
     text.push_str(r#"],"query":"#);
@@ -149,7 +153,7 @@ fn push_list(text: &mut String, items: impl Iterator<Item = impl AsRef<str>>) {
     }
 }
 
-/// What was asked for, as Unleash repeats it.
+/// The `query` of the response, which repeats the request as Unleash does.
 fn query(environment: &Environment, key: &ListingKey) -> String {
     let Filter { name_prefix, projects } = &key.filter;
     let projects = if projects.is_empty() {

@@ -1,7 +1,7 @@
-//! What each flag came to that somebody was told of, to be compared with what it comes to later.
+//! The state of each flag that a streaming client has, to compute the next delta from.
 //!
-//! It outlives its snapshot in the hands of those who were told; only their texts are the snapshot's
-//! own.
+//! It outlives its snapshot: each stream keeps the states that it sent last. The JSON of the flags
+//! belongs to the snapshot and is not part of it.
 
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use itertools::{
 
 use super::fragments::{FragmentId, Fragments};
 
-/// What each flag that an answer lists came to.
+/// The states of the evaluated flags for one context.
 #[derive(Debug)]
 pub struct Outcomes {
     hash: u128,
@@ -20,32 +20,33 @@ pub struct Outcomes {
     flags: Box<[Listed]>,
 }
 
-/// One flag of an answer.
+/// One evaluated flag.
 #[derive(Debug)]
 pub struct Listed {
     /// The flag's name.
     pub name: Arc<str>,
-    /// The hash of its JSON, by which it is compared.
+    /// The hash of its JSON, by which states are compared.
     pub hash: u64,
-    /// Where its JSON is, in the snapshot that it was evaluated in.
+    /// Its JSON, in the snapshot that it was evaluated in.
     pub fragment: FragmentId,
 }
 
 impl Outcomes {
-    /// Those of an answer that `hash` identifies, sorted by name.
+    /// The states of the evaluated flags with this hash, sorted by name.
     pub fn new(hash: u128, flags: Vec<Listed>) -> Self {
         Self { hash, flags: flags.into() }
     }
 
-    /// What identifies the answer.
+    /// The hash of the evaluated flags.
     pub fn hash(&self) -> u128 {
         self.hash
     }
 
-    /// What leads from `before` to these, as `{"toggles":[…],"removed":[…]}`: the flags that are new
-    /// or came to something else, and the names of those that are listed no more.
+    /// The delta from `before` as `{"toggles":[…],"removed":[…]}`: new and changed flags, and the names
+    /// of flags that are not included any longer.
     ///
-    /// `fragments` are those of the snapshot in which these were evaluated; `before` is of any.
+    /// `fragments` belong to the snapshot in which these flags were evaluated. `before` may be from any
+    /// snapshot.
     pub fn since(&self, before: &Self, fragments: &Fragments) -> String {
         let (mut changed, mut removed) = (String::new(), Vec::new());
         for pair in before.flags.iter().merge_join_by(&self.flags, |a, b| a.name.cmp(&b.name)) {
@@ -62,7 +63,7 @@ impl Outcomes {
         format!(r#"{{"toggles":[{changed}],"removed":{removed}}}"#)
     }
 
-    /// The memory that it holds, in bytes; names belong to the flags.
+    /// Its memory in bytes, without the names, which belong to the flags.
     pub(super) fn weight(&self) -> usize {
         size_of::<Self>() + size_of_val(&*self.flags)
     }

@@ -1,8 +1,8 @@
-//! The part of a snapshot that one set of projects sees: made on the first wish, then read without a
-//! lock or a queue, because nearly every request reads one.
+//! Prepared data of a snapshot for each set of projects (the scope of a token). It is built on first use
+//! and then read without a lock, because nearly every request reads it.
 //!
-//! Filtered listings are not here: clients choose filters, and what they can make up without end is
-//! kept where the least used falls out.
+//! Filtered bodies are not here. Clients can send any number of filters, so those are in a cache that
+//! evicts the least used.
 
 use std::{
     collections::HashMap,
@@ -15,12 +15,15 @@ use foldhash::fast::RandomState;
 use super::{body::Body, listing::Segments, view::View};
 use crate::token::Projects;
 
-/// The most memory that a snapshot's parts may hold, in bytes, and the most parts; beyond either all
-/// but the newest are made again when they are asked for. A deployment has as many as kinds of tokens.
+/// Memory limit of a snapshot's scopes, in bytes. Beyond it all scopes but the newest are evicted and
+/// built again on their next use.
 const BYTES: usize = 128 << 20;
+
+/// Maximum number of scopes; the next one evicts all others. A deployment has as many scopes as its
+/// tokens have distinct sets of projects.
 const PARTS: usize = 1_000;
 
-/// What a set of projects sees.
+/// The prepared data for one set of projects.
 #[derive(Debug, Default)]
 pub(super) struct Part {
     view: OnceLock<Arc<View>>,
@@ -29,12 +32,12 @@ pub(super) struct Part {
 }
 
 impl Part {
-    /// What frontends are answered by.
+    /// The flags, prepared for evaluation.
     pub(super) fn view(&self) -> &OnceLock<Arc<View>> {
         &self.view
     }
 
-    /// The whole flag configuration.
+    /// The unfiltered flag configuration.
     pub(super) fn listing(&self, segments: Segments) -> &OnceLock<Arc<Body>> {
         match segments {
             Segments::Separate => &self.separate,
@@ -49,41 +52,41 @@ impl Part {
     }
 }
 
-/// The parts that have been asked for.
+/// The scopes that have been requested.
 #[derive(Debug, Default)]
 pub(super) struct Parts(ArcSwap<HashMap<Projects, Arc<Part>, RandomState>>);
 
 impl Parts {
-    /// The part that `projects` see.
+    /// The data of `projects`, empty on first use.
     pub(super) fn of(&self, projects: &Projects) -> Arc<Part> {
-        if let Some(part) = self.0.load().get(projects) {
-            return Arc::clone(part);
+        if let Some(scope) = self.0.load().get(projects) {
+            return Arc::clone(scope);
         }
         let new = Arc::<Part>::default();
-        self.0.rcu(|parts| {
-            let mut parts = HashMap::clone(parts);
-            if parts.len() >= PARTS {
-                parts.clear();
+        self.0.rcu(|scopes| {
+            let mut scopes = HashMap::clone(scopes);
+            if scopes.len() >= PARTS {
+                scopes.clear();
             }
-            parts.entry(projects.clone()).or_insert_with(|| Arc::clone(&new));
-            parts
+            scopes.entry(projects.clone()).or_insert_with(|| Arc::clone(&new));
+            scopes
         });
         self.0.load().get(projects).map_or(new, Arc::clone)
     }
 
-    /// Lets go of all parts but that of `projects` if they hold too much; to be called when one has
-    /// grown.
+    /// Evicts all scopes but that of `projects` if they exceed the memory limit. Call it after a scope
+    /// has grown.
     pub(super) fn keep_within_bounds(&self, projects: &Projects) {
-        if self.0.load().values().map(|part| part.weight()).sum::<usize>() > BYTES {
-            self.0.rcu(|parts| {
-                let kept = parts.get_key_value(projects);
-                let kept = kept.map(|(projects, part)| (projects.clone(), Arc::clone(part)));
-                kept.into_iter().collect::<HashMap<_, _, _>>()
+        if self.0.load().values().map(|scope| scope.weight()).sum::<usize>() > BYTES {
+            self.0.rcu(|scopes| {
+                let newest = scopes.get_key_value(projects);
+                let newest = newest.map(|(projects, scope)| (projects.clone(), Arc::clone(scope)));
+                newest.into_iter().collect::<HashMap<_, _, _>>()
             });
         }
     }
 
-    /// Every part, with the projects that see it.
+    /// All scopes by their projects.
     pub(super) fn all(&self) -> Arc<HashMap<Projects, Arc<Part>, RandomState>> {
         self.0.load_full()
     }
@@ -101,24 +104,24 @@ mod tests {
     }
 
     #[test]
-    fn parts_are_bounded_in_number_and_in_bytes() {
-        let parts = Parts::default();
-        let first = parts.of(&only(0));
-        assert!(Arc::ptr_eq(&first, &parts.of(&only(0))));
+    fn scopes_are_limited_in_number_and_in_bytes() {
+        let scopes = Parts::default();
+        let first = scopes.of(&only(0));
+        assert!(Arc::ptr_eq(&first, &scopes.of(&only(0))));
         for n in 0..3 * PARTS {
-            parts.of(&only(n));
-            assert!(parts.all().len() <= PARTS);
+            scopes.of(&only(n));
+            assert!(scopes.all().len() <= PARTS);
         }
         let fill = |n: usize| {
             let large = || Arc::new(Body::new(Bytes::from(vec![b'x'; BYTES / 5])));
-            parts.of(&only(n)).listing(Segments::Inlined).get_or_init(large);
-            parts.keep_within_bounds(&only(n));
+            scopes.of(&only(n)).listing(Segments::Inlined).get_or_init(large);
+            scopes.keep_within_bounds(&only(n));
         };
         fill(1);
         fill(2);
-        assert!(parts.of(&only(1)).listing(Segments::Inlined).get().is_some());
+        assert!(scopes.of(&only(1)).listing(Segments::Inlined).get().is_some());
         fill(3);
-        assert_eq!(parts.all().len(), 1, "three with their codings are more than the bound");
-        assert!(parts.of(&only(3)).listing(Segments::Inlined).get().is_some());
+        assert_eq!(scopes.all().len(), 1, "three with their codings are more than the bound");
+        assert!(scopes.of(&only(3)).listing(Segments::Inlined).get().is_some());
     }
 }

@@ -1,11 +1,11 @@
-//! Whether something was there lately, known by a hash of it.
+//! A lock-free filter that tells whether a hash was inserted recently.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// How many hashes are known at most.
+/// Maximum number of hashes.
 const PLACES: usize = 4096;
 
-/// Some of the hashes that were seen last: each pushes out another, and none waits for a lock.
+/// Some of the latest hashes. A new hash overwrites an older one; there is no lock.
 #[derive(Debug)]
 pub(super) struct Recent(Box<[AtomicU64]>);
 
@@ -16,10 +16,10 @@ impl Default for Recent {
 }
 
 impl Recent {
-    /// Adds a hash; whether it was among them.
+    /// Inserts a hash. Returns whether it was present.
     pub(super) fn insert(&self, hash: u128) -> bool {
-        // Two halves of the hash: the place, and what tells it from others of that place.
-        let (place, mark) = ((hash % PLACES as u128) as usize, (hash >> 64) as u64);
-        self.0[place].swap(mark, Ordering::Relaxed) == mark
+        // The lower half of the hash selects the slot, the upper half is stored in it.
+        let (slot, mark) = ((hash % PLACES as u128) as usize, (hash >> 64) as u64);
+        self.0[slot].swap(mark, Ordering::Relaxed) == mark
     }
 }

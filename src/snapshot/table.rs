@@ -1,26 +1,26 @@
-//! What contexts came to, by hashes, in a table of fixed size.
+//! A lock-free hash table of fixed size, from the key of a context to the hash of its evaluated flags.
 //!
-//! A place has room for two: for who came last, and for who was asked for again. Whoever asks once and
-//! never again, however many they are, pushes out nobody who comes back.
+//! A slot has two entries. The probation entry holds the latest insertion; a hit moves it to the
+//! protected entry. Keys that are used once, however many, never evict a key that is used repeatedly.
 //!
-//! Nobody waits for a lock, and nothing is allocated but the table, when something is first put into
-//! it. An entry may be read while it is written, and be written by two at once: its key is stored mixed
-//! with its value, so that a mixture of two entries has the key of neither (Hyatt and Mann, "A Lockless
-//! Transposition-Table Implementation for Parallel Search", ICGA Journal 25, 2002).
+//! The table is allocated on the first insertion, and nothing else allocates. An entry may be read while
+//! it is written, and written by two threads at once. It stores the XOR of key and value, so that a
+//! torn read has the key of neither entry (Hyatt and Mann, "A Lockless Transposition-Table
+//! Implementation for Parallel Search", ICGA Journal 25, 2002).
 
 use std::sync::{
     OnceLock,
     atomic::{AtomicU64, Ordering},
 };
 
-/// How many places there are: 4 MiB.
+/// Number of slots: 4 MiB.
 const PLACES: usize = 1 << 16;
 
-/// Values of 128 bits by keys of 128 bits, both of which are hashes.
+/// Maps keys of 128 bits to values of 128 bits. Both are hashes.
 #[derive(Debug, Default)]
 pub(super) struct Table(OnceLock<Box<[Place]>>);
 
-/// As long as a line of the processor's cache, and in one.
+/// Two entries in one cache line of 64 bytes.
 #[derive(Debug, Default)]
 #[repr(align(64))]
 struct Place {
@@ -28,12 +28,12 @@ struct Place {
     comes: Entry,
 }
 
-/// The halves of a key, each mixed with that of the value, and those of the value.
+/// The halves of the XOR of key and value, then the halves of the value.
 #[derive(Debug, Default)]
 struct Entry([AtomicU64; 4]);
 
 impl Table {
-    /// The value of a key, if it is there still.
+    /// The value of a key, unless it was evicted. Moves a hit on probation to the protected entry.
     pub(super) fn get(&self, key: u128) -> Option<u128> {
         let Place { stays, comes } = &self.0.get()?[index(key)];
         if let Some(value) = stays.get(key) {
@@ -45,10 +45,10 @@ impl Table {
         Some(value)
     }
 
-    /// Puts a key with its value where the last stands that came to its place and was not asked for.
+    /// Inserts a value on probation, in place of the entry there.
     pub(super) fn put(&self, key: u128, value: u128) {
-        let places = self.0.get_or_init(|| (0..PLACES).map(|_| Place::default()).collect());
-        places[index(key)].comes.put(key, value);
+        let slots = self.0.get_or_init(|| (0..PLACES).map(|_| Place::default()).collect());
+        slots[index(key)].comes.put(key, value);
     }
 }
 
@@ -90,34 +90,34 @@ mod tests {
 
     use super::*;
 
-    /// A key of the same place as all others.
+    /// Keys that all fall into one slot.
     fn key(number: u64) -> u128 {
         u128::from(number) << 64 | u128::from(number) << 16 | 7
     }
 
     #[test]
-    fn who_is_asked_for_again_stays_while_others_come_once() {
+    fn repeatedly_used_key_survives_keys_that_are_used_once() {
         let table = Table::default();
         assert_eq!(table.get(key(1)), None);
         table.put(key(1), 11);
         assert_eq!((table.get(key(1)), table.get(key(2))), (Some(11), None));
-        for stranger in 100..200 {
-            table.put(key(stranger), 0);
+        for other in 100..200 {
+            table.put(key(other), 0);
             assert_eq!(table.get(key(1)), Some(11));
         }
-        // Two who come back have room beside each other.
+        // Two repeatedly used keys fit into one slot.
         table.put(key(2), 22);
         for _ in 0..3 {
             assert_eq!((table.get(key(1)), table.get(key(2))), (Some(11), Some(22)));
         }
-        // A third takes the place of one of them.
+        // A third evicts one of them.
         table.put(key(3), 33);
         assert_eq!((table.get(key(3)), table.get(key(2))), (Some(33), Some(22)));
         assert_eq!(table.get(key(1)), None);
     }
 
     #[test]
-    fn what_is_read_while_others_write_is_what_was_put() {
+    fn concurrent_reads_return_only_inserted_values() {
         let table = Table::default();
         let value = |number: u64| u128::from(number) << 64 | u128::from(!number);
         thread::scope(|scope| {

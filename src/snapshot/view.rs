@@ -1,8 +1,8 @@
-//! What a set of projects sees of an environment's flags, prepared for answering frontends.
+//! The flags of a set of projects, prepared for frontend evaluation.
 //!
-//! Most of what an answer needs to know does not depend on who asks: which flags are seen, which of
-//! them have one outcome for everybody, and what the others read of a context. It is found out once
-//! per set of projects.
+//! Most of the work does not depend on the context: selecting the flags of the scope, finding those with
+//! a constant outcome, and collecting what the others read from a context. It is done once per set of
+//! projects. This module does not evaluate flags for contexts.
 
 use super::fragments::{FragmentId, Fragments};
 use crate::{
@@ -10,7 +10,7 @@ use crate::{
     token::Projects,
 };
 
-/// The flags that a set of projects sees.
+/// The flags of a set of projects.
 #[derive(Debug)]
 pub struct View {
     number: u64,
@@ -20,24 +20,24 @@ pub struct View {
     repeatable: Reads,
 }
 
-/// One of the flags that are seen.
+/// One flag of the scope.
 #[derive(Clone, Copy, Debug)]
 pub enum Toggle {
-    /// On or off for everybody, always.
+    /// The outcome is the same for every context, at any time.
     Fixed {
-        /// Whether it is on.
+        /// Whether the flag is on.
         on: bool,
         /// Its JSON.
         fragment: FragmentId,
     },
-    /// It depends on the context alone: equal contexts have equal outcomes.
+    /// The outcome depends on the context only: equal contexts have equal outcomes.
     Varies(FlagId),
-    /// For some contexts its outcome is good for one evaluation only.
+    /// For some contexts the outcome is random and valid for one request only.
     Draws(FlagId),
 }
 
 impl Toggle {
-    /// The flag, unless it has one outcome for everybody.
+    /// The flag to evaluate; `None` if its outcome is constant.
     fn varying(self) -> Option<FlagId> {
         match self {
             Self::Fixed { .. } => None,
@@ -47,36 +47,37 @@ impl Toggle {
 }
 
 impl View {
-    /// Finds out what `projects` see; `number` is not that of another view of the same snapshot.
-    pub(super) fn of(
-        engine: &Engine,
-        fragments: &Fragments,
-        projects: &Projects,
-        number: u64,
-    ) -> Self {
-        let seen = engine.ids().filter(|&id| projects.contains(engine.flag(id).project()));
-        let toggle = |id| match engine.fixed(id) {
+    /// Prepares the flags of `projects`. `id` is unique among the views of the snapshot.
+    pub(super) fn of(engine: &Engine, fragments: &Fragments, projects: &Projects, id: u64) -> Self {
+        let ids = engine.ids().filter(|&id| projects.contains(engine.flag(id).project()));
+        let flag = |id| match engine.fixed(id) {
             Some(outcome) => {
                 Toggle::Fixed { on: outcome.is_on(), fragment: fragments.id(id, outcome) }
             }
             None if engine.reads([id]).may_be_random() => Toggle::Draws(id),
             None => Toggle::Varies(id),
         };
-        let toggles: Box<[Toggle]> = seen.map(toggle).collect();
-        let reads = engine.reads(toggles.iter().filter_map(|toggle| toggle.varying()));
-        let repeatable = engine.reads(toggles.iter().filter_map(|toggle| match toggle {
+        let flags: Box<[Toggle]> = ids.map(flag).collect();
+        let inputs = engine.reads(flags.iter().filter_map(|flag| flag.varying()));
+        let deterministic_inputs = engine.reads(flags.iter().filter_map(|flag| match flag {
             Toggle::Varies(id) => Some(*id),
             Toggle::Fixed { .. } | Toggle::Draws(_) => None,
         }));
-        Self { number, projects: projects.clone(), toggles, reads, repeatable }
+        Self {
+            number: id,
+            projects: projects.clone(),
+            toggles: flags,
+            reads: inputs,
+            repeatable: deterministic_inputs,
+        }
     }
 
-    /// What tells it from the other views of its snapshot.
+    /// The view's id, unique in its snapshot.
     pub fn number(&self) -> u64 {
         self.number
     }
 
-    /// Whose flags are seen.
+    /// The projects whose flags these are.
     pub fn projects(&self) -> &Projects {
         &self.projects
     }
@@ -86,19 +87,19 @@ impl View {
         &self.toggles
     }
 
-    /// What the flags that vary depend on.
+    /// The inputs of all flags that are not constant.
     pub fn reads(&self) -> &Reads {
         &self.reads
     }
 
-    /// What those flags depend on that equal contexts always have equal outcomes of, [`Toggle::Varies`].
+    /// The inputs of the flags that are [`ScopedFlag::PerContext`].
     pub fn repeatable_reads(&self) -> &Reads {
         &self.repeatable
     }
 
-    /// The memory that it holds, roughly, in bytes.
+    /// Its approximate memory in bytes.
     pub(super) fn weight(&self) -> usize {
-        let reads = self.reads.weight() + self.repeatable.weight();
-        size_of::<Self>() + size_of_val(&*self.toggles) + reads
+        let inputs = self.reads.weight() + self.repeatable.weight();
+        size_of::<Self>() + size_of_val(&*self.toggles) + inputs
     }
 }

@@ -1,4 +1,4 @@
-//! What is remembered is what evaluating afresh would give.
+//! Cached results equal fresh evaluations.
 
 use jiff::{SignedDuration, Timestamp};
 use proptest::{collection::vec, prelude::*, sample::select};
@@ -27,12 +27,12 @@ fn build(features: &Value, segments: &Value) -> Snapshot {
     Snapshot::build(scope, document, None)
 }
 
-/// The text of an answer and its entity tag, without anything that is remembered.
-fn afresh(
+/// The body and entity tag of an evaluation without any cache.
+fn evaluate_uncached(
     snapshot: &Snapshot,
     projects: &Projects,
     context: &Context<'_>,
-    shown: Shown,
+    include: Shown,
 ) -> (String, HeaderValue) {
     let (engine, fragments) = (snapshot.engine(), snapshot.fragments());
     let (mut toggles, mut hashes) = (Vec::new(), Vec::new());
@@ -41,7 +41,7 @@ fn afresh(
             continue;
         }
         let outcome = engine.evaluate(flag, &engine.bind(context));
-        if outcome.is_on() || shown == Shown::All {
+        if outcome.is_on() || include == Shown::All {
             let fragment = fragments.get(fragments.id(flag, outcome));
             toggles.push(fragment.json());
             hashes.extend(fragment.hash().to_le_bytes());
@@ -50,8 +50,8 @@ fn afresh(
     (format!(r#"{{"toggles":[{}]}}"#, toggles.join(",")), etag_of(xxh3_128(&hashes)))
 }
 
-fn is_remembered(answer: &Answer<'_>) -> bool {
-    matches!(answer.known, Known::Values(_))
+fn is_cached(flags: &Answer<'_>) -> bool {
+    matches!(flags.known, Known::Values(_))
 }
 
 // Random flags, contexts, clocks and swaps.
@@ -60,12 +60,12 @@ fn is_remembered(answer: &Answer<'_>) -> bool {
 #[derive(Clone, Debug)]
 struct Step {
     swap: bool,
-    /// Whether that was prepared.
-    is_prepared: bool,
-    asking: Asking,
-    shown: Shown,
+    /// Whether the swapped snapshot was prewarmed.
+    is_prewarmed: bool,
+    context: Asking,
+    include: Shown,
     projects: Projects,
-    /// Whether it is looked at how long the answer holds, too.
+    /// Whether the validity of the result over time is checked, too.
     is_timed: bool,
 }
 
@@ -76,14 +76,14 @@ fn step() -> impl Strategy<Value = Step> {
         Projects::from_list(["blue"]),
         Projects::from_list(["none"]),
     ]);
-    let shown = select(vec![Shown::Enabled, Shown::All]);
+    let include = select(vec![Shown::Enabled, Shown::All]);
     let chances = (prop::bool::weighted(0.1), any::<bool>(), prop::bool::weighted(0.3));
-    (chances, asking(), shown, projects).prop_map(
-        |((swap, is_prepared, is_timed), asking, shown, projects)| Step {
+    (chances, asking(), include, projects).prop_map(
+        |((swap, is_prewarmed, is_timed), context, include, projects)| Step {
             swap,
-            is_prepared,
-            asking,
-            shown,
+            is_prewarmed,
+            context,
+            include,
             projects,
             is_timed,
         },
@@ -91,43 +91,43 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 fn check(snapshot: &Snapshot, step: &Step) -> Result<(), TestCaseError> {
-    let context = step.asking.context();
+    let context = step.context.context();
     let view = snapshot.view(&step.projects);
-    let (text, etag) = afresh(snapshot, &step.projects, &context, step.shown);
+    let (text, etag) = evaluate_uncached(snapshot, &step.projects, &context, step.include);
     let random = view.reads().is_random(&snapshot.engine().read(&context));
     for _ in 0..2 {
-        let answer = Answer::of(snapshot, &view, &context, step.shown);
-        prop_assert!(!(random && is_remembered(&answer)), "lots are drawn each time");
-        prop_assert_eq!(answer.etag(), &etag);
-        let body = answer.body();
+        let flags = Answer::of(snapshot, &view, &context, step.include);
+        prop_assert!(!(random && is_cached(&flags)), "random outcomes are evaluated each time");
+        prop_assert_eq!(flags.etag(), &etag);
+        let body = flags.body();
         prop_assert_eq!(&body.make(crate::snapshot::body::Coding::Identity).bytes, &text);
         prop_assert_eq!(body.etag(), &etag);
     }
     Ok(())
 }
 
-/// An answer holds until the next date that the flags read, and for ever where they read none.
-fn check_holds(snapshot: &Snapshot, step: &Step) -> Result<(), TestCaseError> {
+/// A result is valid until the next date that the flags read, and indefinitely if they read none.
+fn check_validity(snapshot: &Snapshot, step: &Step) -> Result<(), TestCaseError> {
     let view = snapshot.view(&step.projects);
-    let asked = step.asking.context();
+    let requested = step.context.context();
     let date: Timestamp = DATES[0].parse().unwrap();
     let second = SignedDuration::from_secs(1);
-    let times = [date - second, date, date + second, asked.now];
+    let times = [date - second, date, date + second, requested.now];
     for now in times {
-        let context = Context { now, ..asked };
-        let answer = Answer::of(snapshot, &view, &context, step.shown);
-        if !answer.is_settled() {
+        let context = Context { now, ..requested };
+        let flags = Answer::of(snapshot, &view, &context, step.include);
+        if !flags.is_settled() {
             continue;
         }
         let until = view.reads().next_change(now);
         let is_timed = view.reads().is_timed();
-        let holds = |later| !is_timed || now <= later && until.is_none_or(|until| later < until);
-        for later in times.into_iter().filter(|later| holds(*later)) {
-            let context = Context { now: later, draw: !asked.draw, ..asked };
-            let another = asked.session_is_made_up.then_some("fff0");
-            let context = Context { session_id: another.or(asked.session_id), ..context };
-            let (_, etag) = afresh(snapshot, &step.projects, &context, step.shown);
-            prop_assert_eq!(answer.etag(), etag, "{:?} at {}, as of {}", until, later, now);
+        let is_valid = |later| !is_timed || now <= later && until.is_none_or(|until| later < until);
+        for later in times.into_iter().filter(|later| is_valid(*later)) {
+            let context = Context { now: later, draw: !requested.draw, ..requested };
+            let another = requested.session_is_made_up.then_some("fff0");
+            let context = Context { session_id: another.or(requested.session_id), ..context };
+            let (_, etag) = evaluate_uncached(snapshot, &step.projects, &context, step.include);
+            prop_assert_eq!(flags.etag(), etag, "{:?} at {}, as of {}", until, later, now);
         }
     }
     Ok(())
@@ -136,15 +136,15 @@ fn check_holds(snapshot: &Snapshot, step: &Step) -> Result<(), TestCaseError> {
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(192) })]
 
-    /// What is left out because no flag asks for it changes nothing.
+    /// Leaving out an address that no flag reads does not change the result.
     #[test]
-    fn an_address_that_does_not_matter_is_not_missed(
+    fn irrelevant_address_does_not_change_the_result(
         (flags, segments) in definitions(),
-        askings in vec(asking(), 1..20),
+        contexts in vec(asking(), 1..20),
     ) {
         let snapshot = build(&flags, &segments);
-        for asking in &askings {
-            let bare = Context { remote_address: None, ..asking.context() };
+        for context in &contexts {
+            let bare = Context { remote_address: None, ..context.context() };
             let lacks = |field| match field {
                 FieldId::USER_ID => bare.user_id.is_none_or(str::is_empty),
                 FieldId::SESSION_ID => bare.session_id.is_none_or(str::is_empty),
@@ -155,15 +155,15 @@ proptest! {
                 continue;
             }
             let with = Context { remote_address: Some("10.1.2.3"), ..bare };
-            let [bare, with] = [bare, with].map(|it| afresh(&snapshot, &Projects::All, &it, Shown::All));
+            let [bare, with] = [bare, with].map(|it| evaluate_uncached(&snapshot, &Projects::All, &it, Shown::All));
             prop_assert_eq!(bare, with);
         }
     }
 
-    /// Contexts come from small sets of values, so that many are equal in what the flags ask, and
-    /// more are nearly so.
+    /// Contexts come from small sets of values, so that many are equal in the fields that flags read,
+    /// and more are nearly equal.
     #[test]
-    fn what_is_remembered_is_what_evaluating_gives(
+    fn cached_results_equal_fresh_evaluations(
         documents in vec(definitions(), 2),
         steps in vec(step(), 1..120),
     ) {
@@ -176,22 +176,22 @@ proptest! {
                 let before = Arc::clone(&current);
                 let (scope, document) = documents.next().unwrap();
                 let next = Snapshot::after(&before, scope, document, None);
-                if step.is_prepared {
-                    prepare(&next, &before, step.asking.context().now);
+                if step.is_prewarmed {
+                    prepare(&next, &before, step.context.context().now);
                 }
                 current = snapshots.swap(next);
-                // A request under way uses the snapshot that it loaded to its end.
+                // A running request uses the snapshot that it loaded to the end.
                 check(&before, step)?;
             }
             check(&current, step)?;
             if step.is_timed {
-                check_holds(&current, step)?;
+                check_validity(&current, step)?;
             }
         }
     }
 }
 
-// What is shared, and what is not.
+// Sharing of results and bodies.
 
 fn flag(name: &str, strategy: &Value) -> Value {
     json!({ "name": name, "project": "red", "enabled": true, "strategies": [strategy] })
@@ -207,14 +207,14 @@ fn user(id: &str) -> Context<'_> {
 }
 
 #[test]
-fn users_whom_no_flag_tells_apart_share_an_answer() {
+fn contexts_equal_in_all_read_fields_share_a_result() {
     let pro = json!({ "contextName": "plan", "operator": "IN", "values": ["pro"] });
     let strategy = json!({ "name": "default", "constraints": [pro] });
     let snapshot = build(&json!([flag("a", &strategy)]), &json!([]));
     let view = snapshot.view(&Projects::All);
-    let check = |context: &Context<'_>, remembered: bool| {
-        let answer = Answer::of(&snapshot, &view, context, Shown::All);
-        assert_eq!(is_remembered(&answer), remembered, "{context:?}");
+    let check = |context: &Context<'_>, cached: bool| {
+        let flags = Answer::of(&snapshot, &view, context, Shown::All);
+        assert_eq!(is_cached(&flags), cached, "{context:?}");
     };
     check(&user("1"), false);
     check(&user("2"), true);
@@ -224,18 +224,18 @@ fn users_whom_no_flag_tells_apart_share_an_answer() {
 }
 
 #[test]
-fn an_answer_holds_until_the_next_date_and_again_when_the_clock_is_set_back() {
+fn result_is_valid_until_the_next_date_and_again_when_the_clock_is_set_back() {
     let date = json!({ "contextName": "currentTime", "operator": "DATE_AFTER", "value": DATES[0] });
     let strategy = json!({ "name": "default", "constraints": [date] });
     let snapshot = build(&json!([flag("a", &strategy)]), &json!([]));
     let view = snapshot.view(&Projects::All);
     let date: Timestamp = DATES[0].parse().unwrap();
-    let check = |seconds: i64, remembered: bool, on: bool| {
+    let check = |seconds: i64, cached: bool, on: bool| {
         let now = date + SignedDuration::from_secs(seconds);
         let context = Context { now, ..user("1") };
-        let answer = Answer::of(&snapshot, &view, &context, Shown::Enabled);
-        assert_eq!(is_remembered(&answer), remembered, "{seconds}");
-        let text = answer.body().make(crate::snapshot::body::Coding::Identity).bytes.clone();
+        let flags = Answer::of(&snapshot, &view, &context, Shown::Enabled);
+        assert_eq!(is_cached(&flags), cached, "{seconds}");
+        let text = flags.body().make(crate::snapshot::body::Coding::Identity).bytes.clone();
         assert_eq!(text != r#"{"toggles":[]}"#, on, "{seconds}");
     };
     check(-3600, false, false);
@@ -246,7 +246,7 @@ fn an_answer_holds_until_the_next_date_and_again_when_the_clock_is_set_back() {
 }
 
 #[test]
-fn lots_are_drawn_anew_for_each_request_of_somebody_unknown() {
+fn random_outcomes_differ_between_requests_without_an_identifier() {
     let flags = json!([flag("a", &rollout("random")), flag("b", &rollout("default"))]);
     let snapshot = build(&flags, &json!([]));
     let only = build(&json!([flag("b", &rollout("default"))]), &json!([]));
@@ -263,7 +263,7 @@ fn lots_are_drawn_anew_for_each_request_of_somebody_unknown() {
 }
 
 #[test]
-fn equal_outcomes_share_a_body_once_it_is_asked_for_again() {
+fn equal_results_share_a_body_from_the_second_request_on() {
     let snapshot = build(&json!([flag("a", &rollout("userId"))]), &json!([]));
     let view = snapshot.view(&Projects::All);
     let body = |n: u32| {
@@ -277,10 +277,10 @@ fn equal_outcomes_share_a_body_once_it_is_asked_for_again() {
             distinct.push(body);
         }
     }
-    assert_eq!(distinct.len(), 4, "two outcomes: each was made once, then once to be kept");
+    assert_eq!(distinct.len(), 4, "each of two bodies is built twice, then cached");
 }
 
-/// A snapshot in the place of another, which is prepared for what that was asked.
+/// A snapshot that replaces another and is prewarmed with its requests.
 fn after(previous: &Snapshot, flags: &Value) -> Snapshot {
     let (scope, document) = parse(flags, &json!([]));
     let next = Snapshot::after(previous, scope, document, None);
@@ -289,49 +289,49 @@ fn after(previous: &Snapshot, flags: &Value) -> Snapshot {
 }
 
 #[test]
-fn what_is_asked_again_is_answered_before_the_next_snapshot_is_served() {
+fn repeated_requests_are_evaluated_before_the_next_snapshot_is_served() {
     let flags = |others: usize| {
         let others = (0..others).map(|n| flag(&format!("other{n}"), &json!({ "name": "off" })));
         let flags = std::iter::once(flag("a", &rollout("userId"))).chain(others);
         Value::Array(flags.collect())
     };
-    let ask = |snapshot: &Snapshot, id: &str, shown| {
+    let request = |snapshot: &Snapshot, id: &str, include| {
         let view = snapshot.view(&Projects::All);
-        let answer = Answer::of(snapshot, &view, &user(id), shown);
-        (is_remembered(&answer), answer.body())
+        let flags = Answer::of(snapshot, &view, &user(id), include);
+        (is_cached(&flags), flags.body())
     };
     let first = build(&flags(1), &json!([]));
-    ask(&first, "1", Shown::All);
-    let [_, _, enabled] = [(); 3].map(|()| ask(&first, "2", Shown::Enabled).1);
-    let [_, _, all] = [(); 3].map(|()| ask(&first, "2", Shown::All).1);
+    request(&first, "1", Shown::All);
+    let [_, _, enabled] = [(); 3].map(|()| request(&first, "2", Shown::Enabled).1);
+    let [_, _, all] = [(); 3].map(|()| request(&first, "2", Shown::All).1);
 
     let second = after(&first, &flags(2));
-    let (remembered, body) = ask(&second, "2", Shown::Enabled);
-    assert!(remembered && Arc::ptr_eq(&body, &enabled), "nothing that it shows has changed");
-    let (remembered, body) = ask(&second, "2", Shown::All);
-    assert!(remembered && !Arc::ptr_eq(&body, &all), "there is one flag more");
-    assert!(!ask(&second, "1", Shown::All).0, "it was asked once");
+    let (cached, body) = request(&second, "2", Shown::Enabled);
+    assert!(cached && Arc::ptr_eq(&body, &enabled), "no included flag has changed");
+    let (cached, body) = request(&second, "2", Shown::All);
+    assert!(cached && !Arc::ptr_eq(&body, &all), "there is one flag more");
+    assert!(!request(&second, "1", Shown::All).0, "requested once");
 
     let third = after(&second, &flags(2));
-    assert!(ask(&third, "1", Shown::All).0, "it was asked of one after the other");
-    assert!(ask(&third, "2", Shown::All).0, "once is enough where it is known to be asked again");
+    assert!(request(&third, "1", Shown::All).0, "requested from two snapshots");
+    assert!(request(&third, "2", Shown::All).0, "one hit of a prewarmed result is enough");
     let fifth = after(&after(&third, &flags(2)), &flags(2));
-    assert!(!ask(&fifth, "1", Shown::All).0, "nobody asked the fourth");
+    assert!(!request(&fifth, "1", Shown::All).0, "not requested from the fourth");
 }
 
 #[test]
-fn only_some_of_what_strangers_ask_twice_is_answered_before() {
+fn number_of_prewarmed_contexts_is_limited() {
     let flags = json!([flag("a", &rollout("userId"))]);
-    let ask = |snapshot: &Snapshot, n: u32| {
+    let request = |snapshot: &Snapshot, n: u32| {
         let (view, id) = (snapshot.view(&Projects::All), n.to_string());
-        is_remembered(&Answer::of(snapshot, &view, &user(&id), Shown::All))
+        is_cached(&Answer::of(snapshot, &view, &user(&id), Shown::All))
     };
     let first = build(&flags, &json!([]));
     for n in 0..1000 {
-        assert!(!ask(&first, n));
-        assert!(ask(&first, n));
+        assert!(!request(&first, n));
+        assert!(request(&first, n));
     }
     let second = after(&first, &flags);
-    let known = (0..1000).filter(|&n| ask(&second, n)).count();
-    assert!((32..=64).contains(&known), "{known}");
+    let prewarmed = (0..1000).filter(|&n| request(&second, n)).count();
+    assert!((32..=64).contains(&prewarmed), "{prewarmed}");
 }

@@ -1,4 +1,4 @@
-//! Explanations agree with evaluating, always, and say so in words.
+//! Explanations agree with evaluation, as data and in sentences.
 
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -13,37 +13,41 @@ fn compile(features: &Value, segments: &Value) -> (Engine, Document) {
     (Engine::compile(&document).0, document)
 }
 
-/// Checks that what is told of a flag hangs together, and that it is what evaluating says.
+/// Checks that explanations are consistent and agree with evaluation.
 fn check(engine: &Engine, document: &Document, context: &Context<'_>) -> Result<(), TestCaseError> {
     let bound = engine.bind(context);
     for id in engine.ids() {
         let outcome = engine.evaluate(id, &bound);
-        let told = engine.explain(document, id, context);
-        prop_assert_eq!(told.enabled, outcome.is_on(), "{:#?}", told);
+        let explanation = engine.explain(document, id, context);
+        prop_assert_eq!(explanation.enabled, outcome.is_on(), "{:#?}", explanation);
         let name = |variant: &Variant| variant.name.clone();
         let evaluated = engine.flag(id).variant(outcome).map(|it| it.name.to_string());
-        prop_assert_eq!(told.variant.as_ref().map(name), evaluated, "{:#?}", told);
+        prop_assert_eq!(explanation.variant.as_ref().map(name), evaluated, "{:#?}", explanation);
 
         let deciding: Vec<usize> = (0..)
-            .zip(&told.strategies)
+            .zip(&explanation.strategies)
             .filter(|(_, it)| it.reached && it.matches)
             .map(|(n, _)| n)
             .collect();
-        if let Decision::Strategy { index } = told.decision {
+        if let Decision::Strategy { index } = explanation.decision {
             prop_assert_eq!(deciding, [index]);
-            prop_assert!(told.strategies[..index].iter().all(|it| it.reached && !it.matches));
-            prop_assert!(told.strategies[index].matches && told.strategies[index].reached);
-            prop_assert!(told.strategies[index + 1..].iter().all(|it| !it.reached));
-            prop_assert!(told.enabled);
+            prop_assert!(
+                explanation.strategies[..index].iter().all(|it| it.reached && !it.matches)
+            );
+            prop_assert!(
+                explanation.strategies[index].matches && explanation.strategies[index].reached
+            );
+            prop_assert!(explanation.strategies[index + 1..].iter().all(|it| !it.reached));
+            prop_assert!(explanation.enabled);
         } else {
             prop_assert!(deciding.is_empty());
-            prop_assert_eq!(told.enabled, told.decision == Decision::Everybody);
+            prop_assert_eq!(explanation.enabled, explanation.decision == Decision::Everybody);
         }
-        if let Decision::NoStrategy = told.decision {
-            prop_assert!(told.strategies.iter().all(|it| it.reached && !it.matches));
+        if let Decision::NoStrategy = explanation.decision {
+            prop_assert!(explanation.strategies.iter().all(|it| it.reached && !it.matches));
         }
-        let mut lists: Vec<&Variants> = told.variants.iter().collect();
-        for strategy in &told.strategies {
+        let mut lists: Vec<&Variants> = explanation.variants.iter().collect();
+        for strategy in &explanation.strategies {
             lists.extend(&strategy.variants);
             let Some(rule) = &strategy.rule else { continue };
             let pieces = rule.holds
@@ -69,33 +73,33 @@ fn check(engine: &Engine, document: &Document, context: &Context<'_>) -> Result<
         let deciding: Vec<_> = lists.iter().filter(|list| list.decides).collect();
         prop_assert!(deciding.len() <= 1);
         let of_list = deciding.first().and_then(|list| list.chosen.as_ref());
-        prop_assert_eq!(of_list, told.variant.as_ref().map(|variant| &variant.name));
+        prop_assert_eq!(of_list, explanation.variant.as_ref().map(|variant| &variant.name));
 
-        let json = serde_json::to_string(&told).unwrap();
-        prop_assert_eq!(serde_json::from_str::<Explanation>(&json).unwrap(), told);
+        let json = serde_json::to_string(&explanation).unwrap();
+        prop_assert_eq!(serde_json::from_str::<Explanation>(&json).unwrap(), explanation);
     }
     Ok(())
 }
 
 proptest! {
     #[test]
-    fn what_is_told_is_what_is_evaluated(
+    fn explanations_agree_with_evaluation(
         (features, segments) in definitions(),
-        askings in prop::collection::vec(asking(), 1..4),
+        contexts in prop::collection::vec(asking(), 1..4),
     ) {
         let (engine, document) = compile(&features, &segments);
-        for asking in &askings {
-            check(&engine, &document, &asking.context())?;
+        for context in &contexts {
+            check(&engine, &document, &context.context())?;
         }
     }
 }
 
 proptest! {
     #[test]
-    fn malformed_definitions_are_told_too(
+    fn explanations_of_malformed_definitions_agree_with_evaluation(
         parts in prop::collection::vec((anything(), anything(), anything()), 1..4),
         segments in prop::collection::vec(anything(), 0..3),
-        asking in asking(),
+        context in asking(),
     ) {
         let feature = |((strategies, variants, dependencies), name)| json!({
             "name": name, "enabled": true, "strategies": [strategies], "variants": [variants],
@@ -103,12 +107,12 @@ proptest! {
         });
         let features = parts.into_iter().zip(["a", "b", "c"]).map(feature).collect();
         let (engine, document) = compile(&features, &segments.into());
-        check(&engine, &document, &asking.context())?;
+        check(&engine, &document, &context.context())?;
     }
 }
 
-/// What is told of flag `a` among `others`, made of `parts` and enabled, for the user `7`.
-fn told_of(parts: Value, others: &[Value]) -> Explanation {
+/// Explains flag `a`, which is enabled and made of `parts`, among `others` for the user `7`.
+fn explain(parts: Value, others: &[Value]) -> Explanation {
     let mut flag = json!({ "name": "a", "enabled": true, "strategies": [] });
     if let (Value::Object(flag), Value::Object(parts)) = (&mut flag, parts) {
         flag.extend(parts);
@@ -127,15 +131,15 @@ fn told_of(parts: Value, others: &[Value]) -> Explanation {
         draw: 1,
         ..Context::default()
     };
-    let told = engine.explain(&document, engine.find("a").unwrap(), &context);
+    let explanation = engine.explain(&document, engine.find("a").unwrap(), &context);
     let outcome = engine.evaluate(engine.find("a").unwrap(), &engine.bind(&context));
-    assert_eq!(told.enabled, outcome.is_on());
-    told
+    assert_eq!(explanation.enabled, outcome.is_on());
+    explanation
 }
 
 #[test]
-fn the_verdict_is_told_in_a_sentence() {
-    let check = |parts: Value, expect: &str| assert_eq!(told_of(parts, &[]).summary, expect);
+fn summary_has_outcome_and_reason() {
+    let check = |parts: Value, expect: &str| assert_eq!(explain(parts, &[]).summary, expect);
     check(json!({}), "`a` is on: it has no strategies, so it is on for everybody");
     check(json!({ "enabled": false }), "`a` is off: it is switched off in this environment");
     check(
@@ -157,13 +161,13 @@ fn the_verdict_is_told_in_a_sentence() {
 }
 
 #[test]
-fn constraints_are_told_with_what_they_looked_at() {
+fn constraint_sentences_have_the_value_and_the_result() {
     let check = |constraint: Value, holds: bool, expect: &str| {
         let strategy = json!({ "name": "default", "constraints": [constraint] });
-        let told = told_of(json!({ "strategies": [strategy] }), &[]);
-        let constraint = &told.strategies[0].constraints[0];
+        let explanation = explain(json!({ "strategies": [strategy] }), &[]);
+        let constraint = &explanation.strategies[0].constraints[0];
         assert_eq!((constraint.why.as_str(), constraint.holds), (expect, holds));
-        assert_eq!(told.enabled, holds);
+        assert_eq!(explanation.enabled, holds);
     };
     let with = |field: &str, operator: &str, operand: Value| {
         let mut constraint = json!({ "contextName": field, "operator": operator });
@@ -216,10 +220,10 @@ fn constraints_are_told_with_what_they_looked_at() {
 }
 
 #[test]
-fn segments_are_told_by_id_and_what_they_hold() {
+fn segment_sentences_have_id_name_and_failing_constraint() {
     let strategy = json!({ "name": "default", "segments": [1, 2, 404] });
-    let told = told_of(json!({ "strategies": [strategy] }), &[]);
-    let segments: Vec<_> = told.strategies[0]
+    let explanation = explain(json!({ "strategies": [strategy] }), &[]);
+    let segments: Vec<_> = explanation.strategies[0]
         .segments
         .iter()
         .map(|it| (it.id, it.holds, it.missing, it.why.as_str()))
@@ -238,54 +242,54 @@ fn segments_are_told_by_id_and_what_they_hold() {
             (Some(404), false, true, "segment 404 is missing, so its strategy never matches"),
         ]
     );
-    assert_eq!(told.problems, ["segment 404 is missing, so its strategy never matches"]);
+    assert_eq!(explanation.problems, ["segment 404 is missing, so its strategy never matches"]);
 }
 
 #[test]
-fn rollouts_are_told_with_their_bucket() {
+fn rollout_sentences_have_the_bucket() {
     let check = |rollout: u32, stickiness: &str, holds: bool, expect: &str| {
         let parameters = json!({ "rollout": rollout, "stickiness": stickiness, "groupId": "g" });
         let strategy = json!({ "name": "flexibleRollout", "parameters": parameters });
-        let told = told_of(json!({ "strategies": [strategy] }), &[]);
-        let rule = told.strategies[0].rule.as_ref().unwrap();
+        let explanation = explain(json!({ "strategies": [strategy] }), &[]);
+        let rule = explanation.strategies[0].rule.as_ref().unwrap();
         assert_eq!((rule.why.as_str(), rule.holds), (expect, holds));
         assert_eq!(rule.percentage, Some(rollout));
-        assert_eq!(told.enabled, holds);
+        assert_eq!(explanation.enabled, holds);
     };
     let placed = "`userId` `7` of group `g` is in bucket 81 of 100";
     check(81, "default", true, &format!("{placed}, within the rollout's 81 %"));
     check(80, "default", false, &format!("{placed}, beyond the rollout's 80 %"));
-    // What compiling drops is told all the same.
+    // Parts that compilation drops are explained as well.
     check(0, "userId", false, &format!("{placed}, beyond the rollout's 0 %"));
     check(100, "userId", true, &format!("{placed}, within the rollout's 100 %"));
-    check(100, "region", false, "the context lacks `region`, which it takes");
-    check(50, "random", false, "the lot drawn is bucket 58 of 100, beyond the rollout's 50 %");
+    check(100, "region", false, "the context lacks `region`, which determines the bucket");
+    check(50, "random", false, "the random draw is bucket 58 of 100, beyond the rollout's 50 %");
 }
 
 #[test]
-fn variants_are_told_with_what_chose_them() {
+fn variant_sentences_have_the_reason_of_the_selection() {
     let variant = |name: &str, weight: u32, values: &[&str]| {
         let overrides = json!([{ "contextName": "userId", "values": values }]);
         json!({ "name": name, "weight": weight, "overrides": overrides })
     };
     let check = |variants: Value, choice: Choice, chosen: Option<&str>, expect: &str| {
-        let told = told_of(json!({ "variants": variants }), &[]);
-        let list = told.variants.unwrap();
+        let explanation = explain(json!({ "variants": variants }), &[]);
+        let list = explanation.variants.unwrap();
         assert_eq!((list.why.as_str(), list.choice), (expect, choice));
         assert_eq!((list.chosen.as_deref(), list.decides), (chosen, chosen.is_some()));
-        assert_eq!(told.variant.map(|variant| variant.name).as_deref(), chosen);
+        assert_eq!(explanation.variant.map(|variant| variant.name).as_deref(), chosen);
     };
     check(
         json!([variant("x", 0, &["7"])]),
         Choice::Nobody,
         None,
-        "no variant has a weight, so nobody gets any",
+        "no variant has a weight, so none is selected",
     );
     check(
         json!([variant("x", 0, &[]), variant("y", 1, &[])]),
         Choice::Everybody,
         Some("y"),
-        "`y` is the only one with a weight, so everybody gets it",
+        "`y` is the only variant with a weight, so it is always selected",
     );
     check(
         json!([variant("x", 1, &["7"]), variant("y", 999, &[])]),
@@ -302,7 +306,7 @@ fn variants_are_told_with_what_chose_them() {
 }
 
 #[test]
-fn parents_are_told_with_their_own_explanation() {
+fn parent_sentences_have_the_required_and_the_actual_outcome() {
     let parents = [
         json!({ "name": "off", "enabled": false, "strategies": [] }),
         json!({ "name": "x", "enabled": true, "variants": [{ "name": "x", "weight": 1 }], "strategies": [] }),
@@ -315,9 +319,10 @@ fn parents_are_told_with_their_own_explanation() {
         { "feature": "child" },
         { "feature": "off" },
     ]);
-    let told = told_of(json!({ "dependencies": dependencies }), &parents);
-    assert_eq!(told.decision, Decision::Parent { index: 2 });
-    let parents: Vec<_> = told.parents.iter().map(|it| (it.satisfied, it.why.as_str())).collect();
+    let explanation = explain(json!({ "dependencies": dependencies }), &parents);
+    assert_eq!(explanation.decision, Decision::Parent { index: 2 });
+    let parents: Vec<_> =
+        explanation.parents.iter().map(|it| (it.satisfied, it.why.as_str())).collect();
     assert_eq!(
         parents,
         [
@@ -328,7 +333,7 @@ fn parents_are_told_with_their_own_explanation() {
             (false, "parent `off` has to be on but is off"),
         ]
     );
-    let inner = told.parents[0].explanation.as_ref().unwrap();
+    let inner = explanation.parents[0].explanation.as_ref().unwrap();
     assert_eq!(inner.variant.as_ref().unwrap().name, "x");
-    assert!(told.parents[3].explanation.is_none());
+    assert!(explanation.parents[3].explanation.is_none());
 }

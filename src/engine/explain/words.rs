@@ -1,4 +1,4 @@
-//! An explanation in words, for people. What it is and how it came about is not known here.
+//! The sentences of an explanation. They are built from its data; nothing is evaluated here.
 
 use std::fmt::Write as _;
 
@@ -6,54 +6,54 @@ use super::super::compile::Dependency;
 use super::super::constraint::{self, Compiled};
 use super::super::explanation::{Constraint, Decision, Explanation, Placement, Strategy};
 
-/// How many of a list of values a sentence names.
+/// Maximum number of values that a sentence lists.
 const NAMED: usize = 8;
 
-/// A name or a value, told apart from the sentence.
+/// A name or a value in backquotes.
 pub(super) fn quoted(text: &str) -> String {
     format!("`{text}`")
 }
 
-/// Whether a value is among those that are listed.
+/// The phrase for membership in a list.
 pub(super) fn in_list(holds: bool) -> &'static str {
     if holds { "in the list" } else { "not in the list" }
 }
 
-/// The first of some texts, and how many more there are.
+/// The first of some texts, and the number of the others.
 fn listed(texts: &[String]) -> String {
-    let named: Vec<String> = texts.iter().take(NAMED).map(|text| quoted(text)).collect();
+    let first: Vec<String> = texts.iter().take(NAMED).map(|text| quoted(text)).collect();
     match texts.len().saturating_sub(NAMED) {
-        0 => named.join(", "),
-        more => format!("{} and {more} more", named.join(", ")),
+        0 => first.join(", "),
+        more => format!("{} and {more} more", first.join(", ")),
     }
 }
 
-/// What a flag comes to, and what decided it.
-pub(super) fn summary(told: &Explanation) -> String {
-    let because = match told.decision {
+/// The outcome of a flag and the reason.
+pub(super) fn summary(explanation: &Explanation) -> String {
+    let reason = match explanation.decision {
         Decision::Unreadable => "its definition cannot be read".to_owned(),
         Decision::Switch => "it is switched off in this environment".to_owned(),
-        Decision::Parent { index } => told.parents[index].why.clone(),
+        Decision::Parent { index } => explanation.parents[index].why.clone(),
         Decision::Everybody => "it has no strategies, so it is on for everybody".to_owned(),
         Decision::Strategy { index } => {
-            let Strategy { name, title, why, .. } = &told.strategies[index];
-            let called = title.as_ref().unwrap_or(name);
-            format!("strategy {} ({}) {why}", index + 1, quoted(called))
+            let Strategy { name, title, why, .. } = &explanation.strategies[index];
+            let title = title.as_ref().unwrap_or(name);
+            format!("strategy {} ({}) {why}", index + 1, quoted(title))
         }
-        Decision::NoStrategy if told.strategies.is_empty() => {
+        Decision::NoStrategy if explanation.strategies.is_empty() => {
             "it has no list of strategies that can be read".to_owned()
         }
         Decision::NoStrategy => "no strategy matches".to_owned(),
     };
-    let verdict = match &told.variant {
+    let verdict = match &explanation.variant {
         Some(variant) => format!("on with the variant {}", quoted(&variant.name)),
-        None if told.enabled => "on".to_owned(),
+        None if explanation.enabled => "on".to_owned(),
         None => "off".to_owned(),
     };
-    format!("{} is {verdict}: {because}", quoted(&told.flag))
+    format!("{} is {verdict}: {reason}", quoted(&explanation.flag))
 }
 
-/// What is asked of a parent, and what it is.
+/// The required and the actual outcome of a parent.
 pub(super) fn parent(dependency: &Dependency<'_>, parent: &Explanation, satisfied: bool) -> String {
     let state = match &parent.variant {
         Some(variant) => format!("on with the variant {}", quoted(&variant.name)),
@@ -61,23 +61,23 @@ pub(super) fn parent(dependency: &Dependency<'_>, parent: &Explanation, satisfie
         None => "off".to_owned(),
     };
     let names: Vec<String> = dependency.variants.iter().map(ToString::to_string).collect();
-    let wanted = match (dependency.enabled, &names[..]) {
+    let required = match (dependency.enabled, &names[..]) {
         (false, _) => "off".to_owned(),
         (true, []) => "on".to_owned(),
         (true, names) => format!("on with one of {}", listed(names)),
     };
-    let so = if satisfied { "and is" } else { "but is" };
-    format!("parent {} has to be {wanted} {so} {state}", quoted(&parent.flag))
+    let actual = if satisfied { "and is" } else { "but is" };
+    format!("parent {} has to be {required} {actual} {state}", quoted(&parent.flag))
 }
 
-/// What a constraint asks, of what, and whether it holds.
+/// A constraint, the value in the context, and the result.
 pub(super) fn constraint(
-    told: &Constraint,
+    explained: &Constraint,
     compiled: &Compiled,
     problem: Option<String>,
-    is_made_up: bool,
+    is_generated: bool,
 ) -> String {
-    let phrase = match told.operator.as_str() {
+    let phrase = match explained.operator.as_str() {
         "IN" => "is one of",
         "NOT_IN" => "is none of",
         "STR_STARTS_WITH" => "starts with one of",
@@ -99,67 +99,70 @@ pub(super) fn constraint(
         "IN_CIDR" => "is an address in one of",
         other => other,
     };
-    let subject = if constraint::is_of_time(&told.operator) {
+    let subject = if constraint::is_of_time(&explained.operator) {
         "the time".to_owned()
     } else {
-        quoted(&told.field)
+        quoted(&explained.field)
     };
-    let values = if told.values.is_empty() { "nothing".to_owned() } else { listed(&told.values) };
-    let mut words = format!("{subject} {phrase} {values}");
-    if told.case_insensitive {
-        words.push_str(", ignoring case");
+    let values =
+        if explained.values.is_empty() { "nothing".to_owned() } else { listed(&explained.values) };
+    let mut text = format!("{subject} {phrase} {values}");
+    if explained.case_insensitive {
+        text.push_str(", ignoring case");
     }
-    if told.inverted {
-        words = format!("not ({words})");
+    if explained.inverted {
+        text = format!("not ({text})");
     }
-    match &told.context_value {
-        Some(value) if is_made_up => {
-            let _ = write!(words, "; it is not given, and made up here: {}", quoted(value));
+    match &explained.context_value {
+        Some(value) if is_generated => {
+            let _ = write!(text, "; it is not given, so it is generated: {}", quoted(value));
         }
         Some(value) => {
-            let _ = write!(words, "; it is {}", quoted(value));
+            let _ = write!(text, "; it is {}", quoted(value));
         }
-        None => words.push_str("; it is not given"),
+        None => text.push_str("; it is not given"),
     }
-    let verdict = match (compiled, told.holds) {
+    let verdict = match (compiled, explained.holds) {
         (Compiled::Always, _) => "this always holds",
         (Compiled::Never, _) => "this never holds",
         (Compiled::Test(_), true) => "this holds",
         (Compiled::Test(_), false) => "this does not hold",
     };
     match problem {
-        Some(problem) if told.operator.is_empty() => problem,
-        Some(problem) => format!("{words}; {verdict}: {problem}"),
-        None => format!("{words}; {verdict}"),
+        Some(problem) if explained.operator.is_empty() => problem,
+        Some(problem) => format!("{text}; {verdict}: {problem}"),
+        None => format!("{text}; {verdict}"),
     }
 }
 
-/// Where the context falls among buckets, and by what.
+/// The bucket of the context, and how it is computed.
 pub(super) fn placement(placement: &Placement) -> String {
     let Placement { stickiness, field, value, drawn, group, bucket, buckets } = placement;
     match (bucket, field, value) {
-        (None, ..) => format!("the context lacks {}, which it takes", quoted(stickiness)),
+        (None, ..) => {
+            format!("the context lacks {}, which determines the bucket", quoted(stickiness))
+        }
         (Some(bucket), Some(field), Some(value)) => {
             let group = group.as_deref().unwrap_or_default();
-            let made_up = if *drawn { ", made up for one request," } else { "" };
+            let generated = if *drawn { ", generated for one request," } else { "" };
             format!(
-                "{} {}{made_up} of group {} is in bucket {bucket} of {buckets}",
+                "{} {}{generated} of group {} is in bucket {bucket} of {buckets}",
                 quoted(field),
                 quoted(value),
                 quoted(group)
             )
         }
-        (Some(bucket), ..) => format!("the lot drawn is bucket {bucket} of {buckets}"),
+        (Some(bucket), ..) => format!("the random draw is bucket {bucket} of {buckets}"),
     }
 }
 
-/// The same, and whether that is within a rollout.
+/// The bucket of the context, and whether it is within the rollout.
 pub(super) fn share(of: &Placement, percent: u32, holds: bool) -> String {
-    let place = placement(of);
-    let share = match (of.bucket, holds) {
-        (None, _) => return place,
+    let bucket = placement(of);
+    let relation = match (of.bucket, holds) {
+        (None, _) => return bucket,
         (Some(_), true) => "within",
         (Some(_), false) => "beyond",
     };
-    format!("{place}, {share} the rollout's {percent} %")
+    format!("{bucket}, {relation} the rollout's {percent} %")
 }
