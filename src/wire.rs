@@ -1,7 +1,7 @@
-//! Unleash JSON as it is on the network: the only place that derives serde for Unleash's shapes.
+//! Unleash's JSON on the network. No other module derives serde for Unleash's shapes.
 //!
-//! Reading is lenient where servers and SDKs differ, and what is passed on keeps fields unknown
-//! here. Nothing is judged or kept.
+//! Parsing is lenient where servers and SDKs differ. Data that is forwarded keeps fields unknown here.
+//! This module evaluates and stores nothing.
 
 pub mod admin;
 pub mod context;

@@ -1,7 +1,8 @@
-//! The admin API on the network: Unleash's shapes of tokens, accounts, events and usage, and a few
-//! of our own beside them.
+//! Responses of the admin API: Unleash's shapes of tokens, accounts, events and usage, and some
+//! additional ones. Requests are in `request`.
 //!
-//! Every type is described in the API's document as it is here. Nothing is judged or kept.
+//! The documentation of these types appears in the OpenAPI document. This module checks no permissions
+//! and stores nothing.
 
 mod field;
 mod request;
@@ -23,7 +24,7 @@ pub use self::{
 
 use crate::token::Token;
 
-/// A point in time as Unleash writes it: RFC 3339 with milliseconds.
+/// A timestamp as Unleash writes it: RFC 3339 with milliseconds.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Time(pub Timestamp);
 
@@ -47,47 +48,47 @@ impl JsonSchema for Time {
     }
 }
 
-/// Why a request is refused.
+/// The response to a rejected request.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct Error {
-    /// Names this answer among others.
+    /// A unique id of this response.
     pub id: String,
-    /// What kind of error it is, by the name that Unleash gives it.
+    /// The kind of error, as Unleash names it.
     pub name: &'static str,
-    /// What is wrong, for people.
+    /// A message for humans.
     pub message: String,
-    /// What is wrong with each part of the request.
+    /// The errors of individual fields of the request.
     #[schemars(default)]
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub details: Vec<Detail>,
-    /// The permissions of which one is missing.
+    /// The permissions of which the caller needs one.
     #[schemars(default)]
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub permissions: Vec<&'static str>,
-    /// How to sign in, where that is missing.
+    /// The method to sign in with, if the caller is not signed in.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub r#type: Option<&'static str>,
-    /// Where to sign in.
+    /// The path to sign in at.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<&'static str>,
 }
 
-/// What is wrong with a part of a request.
+/// The error of a field of a request.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct Detail {
-    /// What is wrong, for people.
+    /// A message for humans.
     pub message: String,
-    /// The part, as in `projects`.
+    /// The field, as in `projects`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<&'static str>,
 }
 
-/// What stands for a token: all of it, to its owner and once, or what names it.
+/// A token in a response: its secret, only once and only for its creator, or else its identifier.
 #[derive(Debug)]
 pub enum Shown {
     /// The whole token, which has just been created.
     Secret(Token),
-    /// What names it in the admin API.
+    /// The identifier of the token in the admin API.
     Identifier(String),
 }
 
@@ -114,42 +115,42 @@ impl JsonSchema for Shown {
     }
 }
 
-/// A token.
+/// An API token.
 #[derive(Debug, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ApiToken {
-    /// The whole token when it has just been created; otherwise what names it here.
+    /// The whole token if it has just been created, otherwise its identifier.
     pub secret: Shown,
-    /// What tells it apart.
+    /// The name of the token.
     pub token_name: String,
     /// `backend`, `frontend` or `admin`.
     pub r#type: &'static str,
-    /// The environment that it sees; `*` for admin tokens.
+    /// The environment that it can access; `*` for admin tokens.
     pub environment: String,
-    /// The project that it sees; `*` for all, `[]` for several.
+    /// The project that it can access; `*` for all, `[]` for several.
     pub project: String,
-    /// The projects that it sees; `*` for all.
+    /// The projects that it can access; `*` for all.
     pub projects: Vec<String>,
-    /// When it ends, if ever.
+    /// The time when it expires, if ever.
     pub expires_at: Option<Time>,
-    /// When it was created.
+    /// The time when it was created.
     pub created_at: Time,
-    /// Who created it.
+    /// The account or token that created it.
     pub created_by: String,
-    /// When it was last used, within a minute or so.
+    /// The time when it was last used, accurate to about a minute.
     pub seen_at: Option<Time>,
     /// Always null here.
     pub alias: Option<String>,
-    /// Whether the secret is kept as a digest only: always.
+    /// Whether only a digest of the secret is stored: always true.
     pub secure: bool,
-    /// What may be shown of it.
+    /// The token with its secret part masked.
     pub masked: String,
 }
 
 /// `GET /api/admin/api-tokens`
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct ApiTokens {
-    /// Those that the caller may see, oldest first.
+    /// The tokens that the caller may see, oldest first.
     pub tokens: Vec<ApiToken>,
 }
 
@@ -157,23 +158,23 @@ pub struct ApiTokens {
 #[derive(Debug, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct User {
-    /// Its number.
+    /// The id of the account.
     pub id: i64,
     /// The name to sign in with.
     pub username: String,
-    /// The name to be shown.
+    /// The display name.
     pub name: Option<String>,
-    /// Where its owner can be reached.
+    /// The email address of the owner.
     pub email: Option<String>,
     /// 1 Admin, 2 Editor, 3 Viewer.
     pub root_role: i64,
-    /// What it is granted beyond its role.
+    /// The permissions granted in addition to those of the role.
     pub permissions: Vec<&'static str>,
-    /// When it was created.
+    /// The time when it was created.
     pub created_at: Time,
-    /// When it last signed in.
+    /// The time of the last sign-in.
     pub seen_at: Option<Time>,
-    /// Whether it is a token rather than an account: never.
+    /// Whether it is an API token and not an account: always false.
     #[serde(rename = "isAPI")]
     pub is_api: bool,
 }
@@ -181,13 +182,13 @@ pub struct User {
 /// A root role.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct RootRole {
-    /// Its number.
+    /// The id of the role.
     pub id: i64,
-    /// Its name.
+    /// The name of the role.
     pub name: &'static str,
-    /// What it is for.
+    /// The purpose of the role.
     pub description: &'static str,
-    /// `root`.
+    /// Always `root`.
     pub r#type: &'static str,
 }
 
@@ -195,18 +196,18 @@ pub struct RootRole {
 #[derive(Debug, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Users {
-    /// All of them.
+    /// All accounts.
     pub users: Vec<User>,
-    /// The roles that they can have.
+    /// The roles that accounts can have.
     pub root_roles: Vec<RootRole>,
 }
 
-/// Who is asking: `GET /api/admin/user`.
+/// The caller and its permissions: `GET /api/admin/user`.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct Me {
-    /// Who it is.
+    /// The caller.
     pub user: Caller,
-    /// What the caller may do; `ADMIN` is everything.
+    /// The permissions of the caller; `ADMIN` includes all.
     pub permissions: Vec<Permission>,
     /// Always empty here.
     pub feedback: Vec<Value>,
@@ -214,17 +215,17 @@ pub struct Me {
     pub splash: BTreeMap<String, bool>,
 }
 
-/// Who is asking.
+/// The account or API token that makes the request.
 #[derive(Debug, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Caller {
-    /// The account's number; 0 for an API token.
+    /// The id of the account; 0 for an API token.
     pub id: i64,
-    /// The account's or the token's name.
+    /// The name of the account or token.
     pub username: String,
-    /// The name to be shown.
+    /// The display name.
     pub name: Option<String>,
-    /// Where the owner can be reached.
+    /// The email address of the owner.
     pub email: Option<String>,
     /// 1 Admin, 2 Editor, 3 Viewer.
     pub root_role: i64,
@@ -233,19 +234,19 @@ pub struct Caller {
     pub is_api: bool,
 }
 
-/// A permission that somebody holds.
+/// A permission of the caller.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct Permission {
-    /// Its name.
+    /// The name of the permission.
     pub permission: &'static str,
 }
 
 /// `GET /api/admin/environments`
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct Environments {
-    /// 1.
+    /// Always 1.
     pub version: u32,
-    /// All that are served.
+    /// All environments that are served.
     pub environments: Vec<Environment>,
 }
 
@@ -253,26 +254,26 @@ pub struct Environments {
 #[derive(Debug, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Environment {
-    /// Its name.
+    /// The name of the environment.
     pub name: String,
-    /// `production` or `development`, told by its name.
+    /// `production` or `development`, derived from its name.
     pub r#type: &'static str,
     /// Whether it is served.
     pub enabled: bool,
     /// Whether it cannot be removed.
     pub protected: bool,
-    /// Its place in lists.
+    /// The position in lists.
     pub sort_order: usize,
-    /// How many flags it has.
+    /// The number of flags.
     pub total_toggle_count: usize,
 }
 
 /// `GET /api/admin/projects`
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct Projects {
-    /// 1.
+    /// Always 1.
     pub version: u32,
-    /// All of which there are flags, and `default`.
+    /// All projects that have flags, and `default`.
     pub projects: Vec<Project>,
 }
 
@@ -280,11 +281,11 @@ pub struct Projects {
 #[derive(Debug, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Project {
-    /// Its id.
+    /// The id of the project.
     pub id: String,
-    /// Its name, which is its id here.
+    /// The name of the project, the same as its id.
     pub name: String,
-    /// How many flags it has, over all environments.
+    /// The number of flags in all environments.
     pub feature_count: usize,
 }
 
@@ -292,68 +293,69 @@ pub struct Project {
 #[derive(Debug, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Events {
-    /// 1.
+    /// Always 1.
     pub version: u32,
-    /// Newest first.
+    /// The events, newest first.
     pub events: Vec<Event>,
-    /// How many match, on all pages. Counted up to 10,000: that number stands for as many or more.
+    /// The number of matching events on all pages. Counting stops at 10,000, which then means at least
+    /// that many.
     pub total_events: u64,
 }
 
-/// Something that was done, or refused.
+/// An entry of the audit log: a change, or a rejected request.
 #[derive(Debug, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Event {
-    /// Its number, which grows.
+    /// The id of the event; ids increase.
     pub id: i64,
-    /// What happened, as in `api-token-created`.
+    /// The type of the event, as in `api-token-created`.
     pub r#type: String,
-    /// The account's or the token's name.
+    /// The name of the account or token that caused it.
     pub created_by: String,
-    /// The account's number, where it was one.
+    /// The id of the account, if an account caused it.
     pub created_by_user_id: Option<i64>,
-    /// When.
+    /// The time of the event.
     pub created_at: Time,
-    /// From where.
+    /// The address of the client.
     pub ip: Option<String>,
-    /// The environment that it concerns.
+    /// The environment of the changed object, if it has one.
     pub environment: Option<String>,
-    /// The project that it concerns.
+    /// The project of the changed object, if it has one.
     pub project: Option<String>,
-    /// What it is about, or what it became.
+    /// The object after the change, or details of the event.
     pub data: Value,
-    /// What it was before.
+    /// The object before the change.
     pub pre_data: Value,
 }
 
 /// `GET /api/admin/flags`
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct Flags {
-    /// The environment whose flags these are.
+    /// The environment of the flags.
     pub environment: String,
-    /// Sorted by name.
+    /// The flags, sorted by name.
     pub flags: Vec<FlagSummary>,
 }
 
-/// A flag at a glance.
+/// A summary of a flag.
 #[derive(Debug, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct FlagSummary {
-    /// Its name.
+    /// The name of the flag.
     pub name: String,
     /// `release`, `experiment`, …
     pub r#type: Option<String>,
-    /// The project that owns it.
+    /// The project of the flag.
     pub project: String,
-    /// Whether it is switched on, whatever its strategies say.
+    /// Whether it is switched on, regardless of its strategies.
     pub enabled: bool,
-    /// Whether it is marked as one to be removed.
+    /// Whether it is marked as stale, to be removed.
     pub stale: bool,
-    /// What it is for.
+    /// The purpose of the flag.
     pub description: Option<String>,
-    /// How many strategies it has.
+    /// The number of strategies.
     pub strategies: usize,
-    /// How many variants it has.
+    /// The number of variants.
     pub variants: usize,
     /// Whether SDKs report each evaluation to the application.
     pub impression_data: bool,
@@ -364,18 +366,18 @@ pub struct FlagSummary {
 pub struct FlagDetail {
     /// The environment.
     pub environment: String,
-    /// The flag as SDKs are sent it.
+    /// The flag as it is sent to SDKs.
     pub flag: Value,
-    /// The segments that it refers to.
+    /// The segments that it uses.
     pub segments: Vec<Value>,
 }
 
 /// `GET /api/admin/metrics/applications`
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct Applications {
-    /// Sorted by name.
+    /// The applications, sorted by name.
     pub applications: Vec<Application>,
-    /// How many there are.
+    /// The number of applications.
     pub total: usize,
 }
 
@@ -383,19 +385,19 @@ pub struct Applications {
 #[derive(Debug, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Application {
-    /// Its name.
+    /// The name of the application.
     pub app_name: String,
-    /// Where it runs.
+    /// The environments that it uses.
     pub environments: Vec<String>,
     /// The SDKs that it uses, `<sdk>:<version>`.
     pub sdk_versions: Vec<String>,
-    /// The strategies that it knows.
+    /// The strategies that it implements.
     pub strategies: Vec<String>,
-    /// How many instances of it are known.
+    /// The number of its instances.
     pub instances: u64,
-    /// When it was first seen.
+    /// The time when it was first seen.
     pub created_at: Time,
-    /// When it was last seen.
+    /// The time when it was last seen.
     pub seen_at: Time,
 }
 
@@ -403,32 +405,32 @@ pub struct Application {
 #[derive(Debug, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct FlagUsage {
-    /// 1.
+    /// Always 1.
     pub version: u32,
-    /// `stable`.
+    /// Always `stable`.
     pub maturity: &'static str,
-    /// The flag.
+    /// The name of the flag.
     pub feature_name: String,
-    /// Hour by hour, newest first.
+    /// The usage by hour, newest first.
     pub data: Vec<UsageHour>,
 }
 
-/// One hour of one application's use of a flag.
+/// The usage of a flag by one application in one hour.
 #[derive(Debug, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct UsageHour {
-    /// The flag.
+    /// The name of the flag.
     pub feature_name: String,
-    /// The application.
+    /// The name of the application.
     pub app_name: String,
     /// The environment.
     pub environment: String,
     /// The start of the hour.
     pub timestamp: Time,
-    /// How often it was on.
+    /// The number of evaluations to on.
     pub yes: u64,
-    /// How often it was off.
+    /// The number of evaluations to off.
     pub no: u64,
-    /// How often each variant was given.
+    /// The number of evaluations to each variant.
     pub variants: BTreeMap<String, u64>,
 }

@@ -1,9 +1,8 @@
-//! The context of a frontend request, as query or as JSON body.
+//! The context of a frontend request, from a query or a JSON body.
 //!
-//! Lenient like the servers that SDKs were written against: a value of an unusable type is left
-//! out. A body that is no JSON object is an error, and so is a context of a size that no flag is
-//! written for, because evaluating costs time in proportion. It fills in nothing: what a request does not say
-//! is for the caller to complete.
+//! Parsing is as lenient as the servers that SDKs were written for: a value of an unusable type is
+//! ignored. A body that is not a JSON object is an error. So is an oversized context, because the time
+//! of an evaluation grows with it. This module adds no defaults; the caller completes the context.
 
 use std::{borrow::Cow, fmt, iter};
 
@@ -11,8 +10,8 @@ use memchr::{memchr, memchr2};
 use percent_encoding::percent_decode_str;
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 
-/// What a frontend request says of its user; every value is text, borrowed from the request where
-/// it stands there as it is.
+/// The context of a frontend request. Every value is a string, borrowed from the request if it needs no
+/// decoding.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct FrontendContext<'a> {
     /// `userId`
@@ -27,53 +26,53 @@ pub struct FrontendContext<'a> {
     pub current_time: Option<Cow<'a, str>>,
     /// `remoteAddress`
     pub remote_address: Option<Cow<'a, str>>,
-    /// Everything else, by name, each name once.
+    /// All other fields, by name. Names are unique.
     pub properties: Vec<(Cow<'a, str>, Cow<'a, str>)>,
 }
 
-/// How many properties of one request are kept; more are left out.
+/// The maximum number of properties of a request; further ones are ignored.
 const MAX_PROPERTIES: usize = 256;
 
-/// How many fields one request may name: each is looked for among those that are there already.
+/// The maximum number of fields of a request. It is bounded because each field is searched for among the
+/// previous ones.
 const MAX_FIELDS: usize = 1024;
 
-/// The longest value, in bytes.
+/// The maximum length of a value, in bytes.
 const MAX_VALUE: usize = 4 << 10;
 
-/// What the name and the value of a property take beside their bytes: their place in the list, and what an
-/// allocator adds to a short text.
+/// The memory of a property besides the bytes of its name and value: the list entry, and the overhead of
+/// the allocator for two short strings.
 const PER_PROPERTY: usize = size_of::<(Cow<'_, str>, Cow<'_, str>)>() + 2 * 16;
 
-/// The most that all names and values of a context may come to, in bytes.
+/// The maximum size of all names and values of a context, in bytes.
 pub const MAX_CONTEXT: usize = 64 << 10;
 
-/// Why a context is not read.
+/// The error of an invalid context.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The body is no JSON object.
+    /// The body is not a JSON object.
     #[error(transparent)]
     Json(#[from] serde_json::Error),
-    /// There are too many names.
+    /// There are too many fields.
     #[error("it has more than {MAX_FIELDS} fields")]
     TooMany,
-    /// One value is too long.
+    /// A value is too long.
     #[error("a value is longer than {MAX_VALUE} bytes")]
     LongValue,
-    /// Names and values are too much together.
+    /// All names and values together are too large.
     #[error("its names and values are more than {MAX_CONTEXT} bytes")]
     TooLarge,
 }
 
 impl<'a> FrontendContext<'a> {
-    /// The names of the fields that have a place of their own.
+    /// The names of the standard fields; all others are properties.
     const KNOWN: [&'static str; 6] =
         ["userId", "sessionId", "environment", "appName", "currentTime", "remoteAddress"];
 
-    /// Reads `userId=…&properties[plan]=…`; other names are properties too.
+    /// Parses `userId=…&properties[plan]=…`. Other names are properties too.
     ///
-    /// A name that is given several times, as `k=a&k=b`, `k[]=a&k[]=b` or `k[0]=a&k[1]=b`, has one value,
-    /// `a,b` in the order of the query: what Unleash's frontend API makes of such arrays (measured on
-    /// 8.2.0).
+    /// A repeated name, as in `k=a&k=b`, `k[]=a&k[]=b` or `k[0]=a&k[1]=b`, has one value, `a,b`, in the
+    /// order of the query. Unleash's frontend API treats such arrays the same way (measured on 8.2.0).
     pub fn from_query(query: &'a str) -> Result<Self, Error> {
         let (mut context, mut misplaced) = (Self::default(), Misplaced::default());
         for (count, (name, value)) in pairs(query).enumerate() {
@@ -105,9 +104,7 @@ impl<'a> FrontendContext<'a> {
         context.within_bounds()
     }
 
-    /// Reads the fields themselves or `{"context": fields}`.
-    ///
-    /// An empty body is an empty context.
+    /// Parses an object of fields, or `{"context": fields}`. An empty body is an empty context.
     pub fn from_json(body: &'a [u8]) -> Result<Self, Error> {
         if body.iter().all(u8::is_ascii_whitespace) {
             return Ok(Self::default());
@@ -116,7 +113,7 @@ impl<'a> FrontendContext<'a> {
         context.within_bounds()
     }
 
-    /// The same, without what it borrows from, in no more memory than it needs.
+    /// Converts the context to one that borrows nothing and has no spare capacity.
     pub fn into_owned(self) -> FrontendContext<'static> {
         let owned = |text: Cow<'a, str>| {
             let mut text = text.into_owned();
@@ -138,18 +135,18 @@ impl<'a> FrontendContext<'a> {
         }
     }
 
-    /// How long the values, and the names of properties, are together, in bytes.
+    /// The size of all values and of the names of properties, in bytes.
     pub fn size(&self) -> usize {
         let values = self.values().map(|value| value.len());
         values.chain(self.properties.iter().map(|(name, _)| name.len())).sum()
     }
 
-    /// The memory that it takes for itself once it borrows nothing, about, in bytes.
+    /// The approximate heap memory of the context once it borrows nothing, in bytes.
     pub fn memory(&self) -> usize {
         self.size() + self.properties.len() * PER_PROPERTY
     }
 
-    /// Keeps the fields whose names pass, of those that are there.
+    /// Keeps only the fields for whose names `is_kept` is true.
     pub fn retain(&mut self, mut is_kept: impl FnMut(&str) -> bool) {
         for name in Self::KNOWN {
             let field = self.known(name);
@@ -162,7 +159,7 @@ impl<'a> FrontendContext<'a> {
         self.properties.retain(|(name, _)| is_kept(name));
     }
 
-    /// Writes what [`FrontendContext::from_json`] reads.
+    /// Encodes the context as JSON that [`FrontendContext::from_json`] parses.
     pub fn to_json(&self) -> String {
         let fields = [
             ("userId", &self.user_id),
@@ -218,7 +215,8 @@ impl<'a> FrontendContext<'a> {
         }
     }
 
-    /// A known field among the properties stands in for one that is missing or empty at the top level.
+    /// Sets a property. A standard field among the properties is used only if the field is missing or
+    /// empty at the top level.
     fn set_property(&mut self, name: Cow<'a, str>, value: Cow<'a, str>) {
         if let Some(field) = self.known(&name) {
             if field.as_deref().is_none_or(str::is_empty) {
@@ -247,7 +245,7 @@ impl<'a> FrontendContext<'a> {
     }
 }
 
-/// The pairs of a query, as a form has them (URL standard, 5.1), to be [`decoded`].
+/// The pairs of a query, as in a form (URL standard, 5.1). Names and values still need [`decode`].
 fn pairs(query: &str) -> impl Iterator<Item = (&str, &str)> {
     let mut rest = query;
     let pairs = iter::from_fn(move || {
@@ -258,7 +256,7 @@ fn pairs(query: &str) -> impl Iterator<Item = (&str, &str)> {
     pairs.filter(|pair| !pair.is_empty()).map(|pair| split(pair, b'=').unwrap_or_default())
 }
 
-/// What stands before the first `separator`, which is ASCII, and what behind it; `None` of nothing.
+/// Splits `text` at the first `separator`, which is ASCII. `None` if `text` is empty.
 fn split(text: &str, separator: u8) -> Option<(&str, &str)> {
     let first = || match memchr(separator, text.as_bytes()) {
         Some(at) => (&text[..at], &text[at + 1..]),
@@ -267,10 +265,10 @@ fn split(text: &str, separator: u8) -> Option<(&str, &str)> {
     (!text.is_empty()).then(first)
 }
 
-/// Up to so many bytes are looked through before a search that is faster has begun.
+/// The length in bytes up to which a simple loop is faster than `memchr`.
 const SHORT: usize = 24;
 
-/// Whether a name has a bracket; most are short and have none.
+/// Whether a name contains `[`. Most names are short and do not.
 fn has_bracket(name: &str) -> bool {
     if name.len() <= SHORT {
         name.bytes().any(|byte| byte == b'[')
@@ -279,7 +277,7 @@ fn has_bracket(name: &str) -> bool {
     }
 }
 
-/// A name or value of a form. Most have nothing to decode and are borrowed after one look.
+/// Decodes a name or value of a form. Most need no decoding and are borrowed after one scan.
 fn decoded(text: &str) -> Cow<'_, str> {
     let is_plain = if text.len() <= SHORT {
         text.bytes().all(|byte| byte != b'%' && byte != b'+')
@@ -296,15 +294,15 @@ fn decoded(text: &str) -> Cow<'_, str> {
     Cow::Owned(percent_decode_str(&spaced).decode_utf8_lossy().into_owned())
 }
 
-/// The `k` of `properties[k]` as browsers and SDKs write it, `properties%5Bk%5D`, where nothing else is
-/// to be decoded.
+/// The name `k` in `properties%5Bk%5D`, which is how browsers and SDKs write `properties[k]`. `None` if
+/// anything else needs decoding.
 fn plain_property(name: &str) -> Option<&str> {
     let property = name.strip_prefix("properties%5B")?.strip_suffix("%5D")?;
     let is_plain = |byte: u8| !matches!(byte, b'%' | b'+' | b'[' | b']');
     (!property.is_empty() && property.bytes().all(is_plain)).then_some(property)
 }
 
-/// Where a query names a field.
+/// The part of a query that contains a field.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Origin {
     /// `k=`
@@ -313,8 +311,8 @@ enum Origin {
     Properties,
 }
 
-/// The field that a name with a bracket stands for: `k` of `properties[k]`, and of that and `k` with `[]`
-/// or an index behind; `None` where it stands for nothing that a flag could read, as `properties[a][b]` does.
+/// Parses a name with a bracket: `properties[k]` or `k`, with an optional `[]` or index at the end.
+/// `None` for a name that no flag could use, such as `properties[a][b]`.
 fn key_of(name: &str) -> Option<(Origin, &str)> {
     let of_properties = name.strip_prefix("properties[").and_then(|rest| rest.split_once(']'));
     let (origin, key, rest) = if let Some((key, rest)) = of_properties {
@@ -332,12 +330,12 @@ fn key_of(name: &str) -> Option<(Origin, &str)> {
     is_key.then_some((origin, key))
 }
 
-/// What a query names where it is not expected, apart from the rest: few queries do.
+/// Fields at an unexpected place of a query. They are collected separately, because they are rare.
 #[derive(Debug, Default)]
 struct Misplaced<'a> {
-    /// The properties that are named at the top level.
+    /// Properties at the top level.
     properties: Vec<(Cow<'a, str>, Cow<'a, str>)>,
-    /// The fields among the properties that are none.
+    /// Standard fields among the properties.
     fields: Vec<(Cow<'a, str>, Cow<'a, str>)>,
 }
 
@@ -348,7 +346,7 @@ impl Misplaced<'_> {
 }
 
 impl<'a> FrontendContext<'a> {
-    /// Takes what a query names at the top level.
+    /// Adds a field from the top level of a query.
     fn add_top_level(
         &mut self,
         misplaced: &mut Misplaced<'a>,
@@ -362,7 +360,7 @@ impl<'a> FrontendContext<'a> {
         }
     }
 
-    /// Takes what a query names among the properties.
+    /// Adds a field from the properties of a query.
     fn add_property(
         &mut self,
         misplaced: &mut Misplaced<'a>,
@@ -376,8 +374,8 @@ impl<'a> FrontendContext<'a> {
         }
     }
 
-    /// Takes what was misplaced. Of a property that is named in both places, the value among the properties
-    /// counts; of other fields that one stands in for what is missing or empty at the top level.
+    /// Adds misplaced fields. If a property is in both places, the value among the properties is used. A
+    /// standard field among the properties is used only if it is missing or empty at the top level.
     #[cold]
     fn add_misplaced(&mut self, Misplaced { properties, fields }: Misplaced<'a>) {
         for (name, value) in properties {
@@ -392,7 +390,7 @@ impl<'a> FrontendContext<'a> {
     }
 }
 
-/// Adds a field; one that is there already has both values from then on.
+/// Adds a field, or appends the value to that of an existing one.
 fn add_or_join<'a>(
     list: &mut Vec<(Cow<'a, str>, Cow<'a, str>)>,
     name: Cow<'a, str>,
@@ -412,7 +410,7 @@ fn join(values: &mut Cow<'_, str>, value: &str) {
     values.push_str(value);
 }
 
-/// A body, with or without the `context` around it.
+/// A body, with or without `context` around the fields.
 struct Envelope<'a>(FrontendContext<'a>);
 
 impl<'de> Deserialize<'de> for Envelope<'de> {
@@ -428,7 +426,7 @@ impl<'de> Deserialize<'de> for Envelope<'de> {
         {
             fields = inner;
         }
-        // Fields before properties, so that the top level wins wherever it stands.
+        // `properties` is processed last, so that the top level takes precedence in any order.
         fields.sort_by_key(|(name, _)| name == "properties");
         let mut context = FrontendContext::default();
         for (name, value) in fields {
@@ -438,7 +436,7 @@ impl<'de> Deserialize<'de> for Envelope<'de> {
     }
 }
 
-/// A JSON value as far as a context can use it.
+/// A JSON value, reduced to the forms that a context can use.
 enum Value<'a> {
     Scalar(Cow<'a, str>),
     Object(Vec<(Cow<'a, str>, Self)>),
@@ -493,7 +491,7 @@ impl<'de> Visitor<'de> for ValueVisitor {
         self,
         mut items: A,
     ) -> Result<Self::Value, A::Error> {
-        // As of a query: what JavaScript makes of an array that is used as a text.
+        // As in a query: JavaScript's conversion of an array to a string.
         let mut joined = String::new();
         let mut is_first = true;
         while let Some(item) = items.next_element()? {
@@ -521,7 +519,7 @@ impl<'de> Visitor<'de> for ValueVisitor {
     }
 }
 
-/// An object's key, borrowed where the text has no escapes.
+/// An object's key, borrowed if it has no escapes.
 struct Key<'a>(Cow<'a, str>);
 
 impl<'de> Deserialize<'de> for Key<'de> {
@@ -541,7 +539,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_is_read_as_it_was(
+        fn encoded_context_is_parsed_unchanged(
             user in proptest::option::of(".{0,9}"),
             address in proptest::option::of("[0-9.]{0,9}"),
             properties in proptest::collection::btree_map("[a-z\"é]{1,3}|context|properties", ".{0,5}", 0..5),
@@ -559,7 +557,7 @@ mod tests {
         }
 
         #[test]
-        fn queries_are_decoded_as_forms_are(query in "[ab%+&=0-9A-Fé]{0,40}") {
+        fn query_is_decoded_like_a_form(query in "[ab%+&=0-9A-Fé]{0,40}") {
             let pairs = pairs(&query).map(|(name, value)| (decoded(name), decoded(value)));
             let ours: Vec<_> = pairs.collect();
             let standard: Vec<_> = form_urlencoded::parse(query.as_bytes()).collect();
@@ -568,7 +566,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_is_written_plainly_is_read_as_any_other() {
+    fn plain_property_name_is_parsed_like_any_other() {
         for (plain, other) in [
             ("properties%5Bplan%5D=x", "properties[plan]=x"),
             ("properties%5Bé%5D=x+y", "properties%5b%C3%A9%5D=x%20y"),
@@ -591,7 +589,7 @@ mod tests {
     }
 
     #[test]
-    fn a_query_and_both_forms_of_a_body_say_the_same() {
+    fn query_and_both_forms_of_body_are_equivalent() {
         let query = "userId=7&appName=shop&properties[plan]=gold+%26%20co";
         assert_eq!(FrontendContext::from_query(query).unwrap(), expected());
         let escaped = "userId=7&appName=shop&properties%5Bplan%5D=gold%20%26%20co";
@@ -608,7 +606,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_names_are_properties_and_unusable_values_are_left_out() {
+    fn unknown_names_are_properties_and_unusable_values_are_ignored() {
         check(r#"{"userId":"7","appName":"shop","plan":"gold & co"}"#, &expected());
         check(
             r#"{"userId":"7","appName":"shop","plan":"gold \u0026 co","x":null,"y":[{}],"z":{"a":1}}"#,
@@ -620,7 +618,7 @@ mod tests {
     }
 
     #[test]
-    fn a_known_field_among_the_properties_stands_for_a_missing_one_only() {
+    fn standard_field_among_properties_only_replaces_missing_one() {
         let check = |body: &str, user: &str| {
             let context = FrontendContext::from_json(body.as_bytes()).unwrap();
             assert_eq!(context.user_id.as_deref(), Some(user), "{body}");
@@ -631,10 +629,10 @@ mod tests {
         check(r#"{"userId":"","properties":{"userId":"inner"}}"#, "inner");
     }
 
-    /// What the frontend API of Unleash 8.2.0 makes of the same queries, measured by flags with constraints on
-    /// each field (`tests/it/frontend_context.rs`).
+    /// The frontend API of Unleash 8.2.0 treats these queries the same way, measured by flags with
+    /// constraints on each field (`tests/it/frontend_context.rs`).
     #[test]
-    fn repeated_and_array_like_names_of_a_query_have_one_value() {
+    fn repeated_and_array_like_names_in_query_have_one_value() {
         #[track_caller]
         fn check(query: &str, expect: &[(&str, &str)]) {
             let mut context = FrontendContext::from_query(query).unwrap();
@@ -664,7 +662,7 @@ mod tests {
     }
 
     #[test]
-    fn arrays_of_scalars_in_a_body_are_joined_as_in_a_query() {
+    fn arrays_of_scalars_in_body_are_joined_as_in_query() {
         fn read(body: &str) -> FrontendContext<'_> {
             FrontendContext::from_json(body.as_bytes()).unwrap()
         }
@@ -678,14 +676,14 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_object_is_refused() {
+    fn body_that_is_not_an_object_is_rejected() {
         for body in ["[]", "3", "{", "\"text\"", "nul"] {
             assert!(FrontendContext::from_json(body.as_bytes()).is_err(), "{body}");
         }
     }
 
     #[test]
-    fn the_number_of_properties_is_bounded() {
+    fn number_of_properties_is_bounded() {
         let query: Vec<_> = (0..1000).map(|i| format!("p{i}=x")).collect();
         let query = query.join("&");
         let context = FrontendContext::from_query(&query).unwrap();
@@ -693,7 +691,7 @@ mod tests {
     }
 
     #[test]
-    fn the_number_of_fields_is_bounded() {
+    fn number_of_fields_is_bounded() {
         let check = |count: usize, is_read: bool| {
             let query = vec!["plan=g"; count].join("&");
             let fields = format!("{{{}}}", vec![r#""plan":"g""#; count].join(","));
@@ -701,11 +699,11 @@ mod tests {
             let [fields, inner] =
                 [&fields, &inner].map(|it| FrontendContext::from_json(it.as_bytes()));
             for read in [FrontendContext::from_query(&query), fields, inner] {
-                let told = read.map_err(|error| error.to_string());
-                match told {
+                let result = read.map_err(|error| error.to_string());
+                match result {
                     Ok(context) => assert!(is_read, "{context:?}"),
-                    Err(told) => {
-                        assert!(!is_read && told.starts_with("it has more than 1024 fields"));
+                    Err(error) => {
+                        assert!(!is_read && error.starts_with("it has more than 1024 fields"));
                     }
                 }
             }
@@ -715,7 +713,7 @@ mod tests {
     }
 
     #[test]
-    fn values_and_their_sum_are_bounded() {
+    fn size_of_values_and_of_context_is_bounded() {
         let check = |properties: &[usize], user: usize, expect: Option<&str>| {
             let properties: serde_json::Map<_, _> = (0..)
                 .zip(properties)

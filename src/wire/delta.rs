@@ -1,8 +1,8 @@
-//! Delta events: what turns one state of an environment's flags into a later one.
+//! Delta events, which turn one state of an environment's flags into a later one.
 //!
 //! `/api/client/delta` and `/api/client/streaming` carry them as `{"events":[…]}`. Flags and segments
-//! keep their text byte for byte, as in `features`. Which events somebody may see, and
-//! which they have seen, is nobody's business here.
+//! keep their text byte for byte, as in `features`. This module does not filter events by token, and
+//! does not track which of them a client has received.
 
 use std::{borrow::Cow, collections::BTreeMap, fmt::Write as _, sync::Arc};
 
@@ -15,55 +15,54 @@ use serde_json::value::RawValue;
 
 use super::features::{Document, Feature, Segment};
 
-/// What a state is told under: of those that one follower is told, each later one has a higher one, but
-/// for where they begin anew.
+/// The id of a state. Within one subscription the ids increase, except after a restart of the sequence.
 pub type EventId = u32;
 
-/// A change, and the state that it belongs to.
+/// A change, and the id of the state that it leads to.
 #[derive(Clone, Debug)]
 pub struct Event {
-    /// The state that is reached with the last of the events of this number.
+    /// The state after the last event with this id.
     pub id: EventId,
-    /// What changes.
+    /// The change.
     pub change: Change,
 }
 
 /// One change of a state.
 #[derive(Clone, Debug)]
 pub enum Change {
-    /// Everything is replaced by this.
+    /// Replaces the whole state.
     Hydration(Document),
-    /// The flag is new, or has another text.
+    /// Adds the flag, or replaces its text.
     FeatureUpdated(Feature),
-    /// The flag is gone.
+    /// Removes the flag.
     FeatureRemoved {
-        /// What it was called.
+        /// The name of the flag.
         name: Arc<str>,
-        /// Whose it was.
+        /// The project of the flag.
         project: Arc<str>,
     },
-    /// The segment is new, or has another text.
+    /// Adds the segment, or replaces its text.
     SegmentUpdated(Segment),
-    /// The segment of this id is gone.
+    /// Removes the segment of this id.
     SegmentRemoved(i64),
 }
 
-/// Why a list of events cannot be followed. What it leads to is unknown then: whoever reads it needs
-/// the whole state.
+/// The error of a list of events that cannot be applied. The resulting state is unknown, so the whole
+/// state has to be fetched.
 #[derive(Debug, thiserror::Error)]
 pub enum Unreadable {
-    /// Not what events look like.
+    /// The JSON does not have the shape of events.
     #[error("the events cannot be read: {0}")]
     Malformed(#[from] serde_json::Error),
-    /// A change of a kind that is not known here.
+    /// The type of an event is unknown here.
     #[error("an event is of an unknown type")]
     UnknownType,
-    /// A segment without an id.
-    #[error("a segment has no id that can be read")]
+    /// A segment has no numeric id.
+    #[error("a segment has no numeric id")]
     Segment,
 }
 
-/// What turns `old` into `new`, in an order that leaves no flag without its segments on the way.
+/// The changes that turn `old` into `new`, ordered so that no flag lacks a segment in between.
 pub fn diff(old: &Document, new: &Document) -> Vec<Change> {
     let (mut changes, mut last) = (vec![], vec![]);
     let by_id = |a: &&Segment, b: &&Segment| a.id().cmp(&b.id());
@@ -89,10 +88,10 @@ pub fn diff(old: &Document, new: &Document) -> Vec<Change> {
     changes
 }
 
-/// The state that follows from `state` by these changes, in their order.
+/// Applies the changes to `state`, in their order.
 ///
-/// What is to be reported of a state, flags that could not be read for instance, is told with all of it
-/// only, so that it stays until the next that is whole.
+/// Diagnostics of a state, such as unreadable flags, come only with a hydration, so they are kept until
+/// the next one.
 #[must_use]
 pub fn apply<'a>(state: &Document, changes: impl IntoIterator<Item = &'a Change>) -> Document {
     let mut reported = state;
@@ -117,7 +116,7 @@ pub fn apply<'a>(state: &Document, changes: impl IntoIterator<Item = &'a Change>
     state.with_reports_of(reported)
 }
 
-/// Writes `{"events":[…]}`.
+/// Encodes `{"events":[…]}`.
 pub fn encode<'a>(events: impl IntoIterator<Item = &'a Event>) -> String {
     let mut text = String::from(r#"{"events":["#);
     for (n, event) in events.into_iter().enumerate() {
@@ -173,11 +172,11 @@ const FEATURE_REMOVED: &str = "feature-removed";
 const SEGMENT_UPDATED: &str = "segment-updated";
 const SEGMENT_REMOVED: &str = "segment-removed";
 
-/// Reads `{"events":[…]}`; fields that are not known are passed over.
+/// Parses `{"events":[…]}` and ignores unknown fields.
 ///
 /// # Errors
-/// When a single event cannot be read or is of an unknown type: what follows from the others would
-/// be no state that there ever was.
+/// If a single event is malformed or of an unknown type: the other events alone would lead to a state
+/// that never existed.
 pub fn parse(body: &[u8]) -> Result<Vec<Event>, Unreadable> {
     #[derive(Deserialize)]
     struct Body<'a> {
@@ -256,10 +255,10 @@ mod tests {
         (features, document.segments().iter().map(Segment::raw).collect())
     }
 
-    /// A state of a few flags and segments, so that two of them share some.
+    /// A state of few flags and segments, so that two states often share some.
     fn state() -> impl Strategy<Value = Document> {
         let feature = (0..6_u8, 0..3_u8, 0..3_u8).prop_map(|(name, project, rest)| {
-            // The spaces, the unknown field and the escape must come through.
+            // The spaces, the unknown field and the escape must be preserved.
             format!(
                 r#"{{ "name":"fl\"ag-{name}", "project":"p{project}","x":1e0{rest},
                 "strategies":[{{"name":"default","segments":[{rest}]}}]}}"#
@@ -284,8 +283,8 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_was_sent_leads_to_the_new_state(states in vec(state(), 2..5)) {
-            // From any earlier state on, one after the other, and by a jump.
+        fn received_events_lead_to_new_state(states in vec(state(), 2..5)) {
+            // Step by step from the first state, and then directly from the first to the last.
             let mut follower = states[0].clone();
             for (n, pair) in (1..).zip(states.windows(2)) {
                 let sent = events(n, diff(&pair[0], &pair[1]));
@@ -301,7 +300,7 @@ mod tests {
         }
 
         #[test]
-        fn a_hydration_replaces_whatever_there_was(before in state(), after in state()) {
+        fn hydration_replaces_whole_state(before in state(), after in state()) {
             let sent = [Event { id: 7, change: Change::Hydration(after.clone()) }];
             let received = received(&sent);
             let state = apply(&before, received.iter().map(|event| &event.change));
@@ -309,14 +308,14 @@ mod tests {
         }
 
         #[test]
-        fn no_text_makes_reading_panic(text in ".{0,200}") {
+        fn no_text_makes_parsing_panic(text in ".{0,200}") {
             let _ = parse(text.as_bytes());
             let _ = parse(format!(r#"{{"events":[{text}]}}"#).as_bytes());
         }
     }
 
     #[test]
-    fn what_is_to_be_reported_of_a_whole_state_stays_until_the_next() {
+    fn diagnostics_persist_until_next_hydration() {
         let hydration = |features: &str| {
             let text = format!(r#"{{"type":"hydration","eventId":1,"features":[{features}]}}"#);
             parse(format!(r#"{{"events":[{text}]}}"#).as_bytes()).unwrap().remove(0).change
@@ -335,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn no_flag_is_without_its_segments_on_the_way() {
+    fn changes_are_ordered_so_that_no_flag_lacks_a_segment() {
         let parse = |text: &str| Document::parse(text.as_bytes()).unwrap();
         let with = r#"{"features":[{"name":"a","strategies":[{"name":"default","segments":[1]}]}],"segments":[{"id":1}]}"#;
         let (with, without) = (parse(with), parse(r#"{"features":[{"name":"a"}]}"#));
@@ -357,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_followed_is_told_apart() {
+    fn parse_errors_are_distinguished() {
         let parse = |event: &str| parse(format!(r#"{{"events":[{event}]}}"#).as_bytes());
         let unknown = parse(r#"{"type":"environment-renamed","eventId":3}"#);
         assert!(matches!(unknown, Err(Unreadable::UnknownType)), "{unknown:?}");

@@ -1,11 +1,11 @@
-//! Texts of clients, upstream and files, cut and escaped for one line of a log or of an error.
+//! Truncates and escapes texts of clients, upstream and files for one line of a log or an error.
 //!
-//! Whether a text may be shown at all is not decided here.
+//! The caller decides whether a text may be shown at all.
 
 use std::fmt::{self, Write as _};
 
-/// Shows a text in at most about [`Excerpt::LEN`] bytes, followed by `…` and its length where that is
-/// more. Control characters are escaped, so that a value begins no line of its own.
+/// Displays a text, truncated to a number of bytes. A longer text is followed by `…` and its length.
+/// Control characters are escaped, so that a value cannot start a new line.
 #[derive(Clone, Copy, Debug)]
 pub struct Excerpt<'a> {
     text: &'a str,
@@ -13,10 +13,10 @@ pub struct Excerpt<'a> {
 }
 
 impl<'a> Excerpt<'a> {
-    /// How much of a value is shown, in bytes.
+    /// The default length of an excerpt, in bytes.
     pub const LEN: usize = 200;
 
-    /// An excerpt of a value.
+    /// An excerpt of at most [`Excerpt::DEFAULT_LEN`] bytes.
     pub fn of(text: &'a str) -> Self {
         Self::up_to(Self::LEN, text)
     }
@@ -49,7 +49,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn long_texts_are_cut_between_characters_and_say_their_length() {
+    fn long_text_is_truncated_between_characters_and_followed_by_its_length() {
         let check = |text: &str, expect: &str| {
             assert_eq!(Excerpt::up_to(5, text).to_string(), expect);
         };

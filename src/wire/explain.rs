@@ -1,6 +1,7 @@
 //! The request to explain a flag: `{"environment", "flag", "context"}`.
 //!
-//! The context is read as a frontend's is. What the answer holds is the engine's business.
+//! The context is parsed like that of a frontend request. The response is defined by the engine, not
+//! here.
 
 use std::borrow::Cow;
 
@@ -13,33 +14,33 @@ use super::{
     features::{Loose, Text},
 };
 
-/// What is to be explained.
+/// A request to explain a flag.
 #[derive(Debug)]
 pub struct Question<'a> {
-    /// The environment whose flag it is.
+    /// The environment of the flag.
     pub environment: Text<'a>,
-    /// The flag's name.
+    /// The name of the flag.
     pub flag: Text<'a>,
-    /// For whom.
+    /// The context to evaluate it for.
     pub context: FrontendContext<'a>,
 }
 
-/// Why a request says nothing that could be explained.
+/// The error of an invalid request.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The body is no JSON object.
+    /// The body is not a JSON object.
     #[error("the body must be a JSON object: {0}")]
     Json(#[from] serde_json::Error),
-    /// A name is missing, empty, or no text.
+    /// A name is missing, empty, or not a string.
     #[error("`{0}` must be a name")]
     Name(&'static str),
-    /// The context cannot be read.
+    /// The context is invalid.
     #[error("`context` cannot be read: {0}")]
     Context(#[from] context::Error),
 }
 
 impl<'a> Question<'a> {
-    /// Reads a body; a context that is absent or `null` is an empty one.
+    /// Parses a body. A context that is absent or `null` is empty.
     pub fn parse(body: &'a [u8]) -> Result<Self, Error> {
         #[derive(Deserialize)]
         struct Body<'a> {
@@ -73,14 +74,14 @@ impl JsonSchema for Question<'_> {
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
         json_schema!({
             "type": "object",
-            "description": "What is to be explained.",
+            "description": "A request to explain a flag.",
             "required": ["environment", "flag"],
             "properties": {
                 "environment": {
-                    "type": "string", "minLength": 1, "description": "Whose flags are meant",
+                    "type": "string", "minLength": 1, "description": "The environment of the flag",
                     "examples": ["development"],
                 },
-                "flag": { "type": "string", "minLength": 1, "description": "The flag's name" },
+                "flag": { "type": "string", "minLength": 1, "description": "The name of the flag" },
                 "context": { "$ref": "#/components/schemas/Context" },
             },
         })
@@ -92,21 +93,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_question_names_a_flag_and_may_say_for_whom() {
+    fn context_is_optional() {
         let body = br#"{"environment":"dev","flag":"a","context":{"userId":7,"plan":"gold"}}"#;
-        let question = Question::parse(body).unwrap();
-        assert_eq!((&*question.environment, &*question.flag), ("dev", "a"));
-        assert_eq!(question.context.user_id.as_deref(), Some("7"));
-        assert_eq!(question.context.properties, [("plan".into(), "gold".into())]);
+        let request = Question::parse(body).unwrap();
+        assert_eq!((&*request.environment, &*request.flag), ("dev", "a"));
+        assert_eq!(request.context.user_id.as_deref(), Some("7"));
+        assert_eq!(request.context.properties, [("plan".into(), "gold".into())]);
         for context in ["", r#","context":null"#, r#","context":{}"#] {
             let body = format!(r#"{{"environment":"dev","flag":"a"{context}}}"#);
-            let question = Question::parse(body.as_bytes()).unwrap();
-            assert_eq!(question.context, FrontendContext::default(), "{body}");
+            let request = Question::parse(body.as_bytes()).unwrap();
+            assert_eq!(request.context, FrontendContext::default(), "{body}");
         }
     }
 
     #[test]
-    fn what_is_wrong_is_named() {
+    fn error_names_invalid_field() {
         let check = |body: &str, expect: &str| {
             let error = Question::parse(body.as_bytes()).unwrap_err().to_string();
             assert!(error.starts_with(expect), "{body}: {error}");

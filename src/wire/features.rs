@@ -1,11 +1,10 @@
 //! A client-features document: the flags and segments of one environment.
 //!
-//! The same shape arrives from `/api/client/features`, from bootstrap files and from backups; files
-//! may also have the simple format of Unleash Edge ([`Document::parse_file`]). Each
-//! flag's and segment's text is kept byte for byte, so that fields and operators unknown to this
-//! program survive the passage; [`Feature::definition`] reads that text for the engine. Nothing
-//! here judges a definition: a value of the wrong kind is reported as [`Loose::Malformed`] and
-//! the engine decides what that means.
+//! `/api/client/features`, bootstrap files and backups have the same shape. Files may also have the
+//! simple format of Unleash Edge ([`Document::parse_file`]). The text of each flag and segment is kept
+//! byte for byte, so that fields and operators unknown to this version are preserved.
+//! [`Feature::definition`] parses that text for the engine. This module does not validate definitions: a
+//! value of the wrong type is parsed as [`Lenient::Malformed`], and the engine decides how to treat it.
 
 mod definition;
 mod inline;
@@ -26,10 +25,11 @@ use self::definition::{Meta, SegmentBody};
 use super::text::without_byte_order_mark;
 use crate::token::Projects;
 
-/// The project of a flag that names none, as in Unleash.
+/// The project of a flag without one, as in Unleash.
 const DEFAULT_PROJECT: &str = "default";
 
-/// The flags and segments of one environment: features sorted by name, segments by id, both unique.
+/// The flags and segments of one environment. Flags are sorted by name and segments by id; both are
+/// unique.
 #[derive(Debug, Clone, Default)]
 pub struct Document {
     features: Vec<Feature>,
@@ -41,59 +41,59 @@ pub struct Document {
     unreadable: Vec<Unreadable>,
 }
 
-/// What a stored document tells of the run that has served it.
+/// Information about the run that served and stored a document.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct EarlierRun {
-    /// The revision of upstream that the document is of, where upstream's revisions can be compared.
+    /// The upstream revision of the document, if upstream's revisions can be compared.
     pub upstream_revision: Option<u64>,
 }
 
-/// What Parapet adds to a listing that it stores.
+/// The field that Parapet adds to a stored listing.
 #[derive(Deserialize, Serialize)]
 struct Addition {
     parapet: Option<EarlierRun>,
 }
 
-/// A flag that was left out of its document, for want of a name that can be read.
+/// A flag that was left out of its document because its name could not be read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unreadable {
-    /// Its place in the list that it came in, counted from 1.
+    /// The position in the received list, counted from 1.
     pub position: usize,
-    /// What is wrong with its text.
+    /// The parse error.
     pub reason: String,
 }
 
 impl Document {
-    /// Reads a client-features body.
+    /// Parses a client-features body.
     ///
     /// # Errors
-    /// Only a body that is no client-features object fails: not JSON, without a `features` list, or
-    /// with nothing in that list that is a flag. A malformed flag is kept if it can be told which it
-    /// is, and left out otherwise ([`Document::unreadable`]); both are reported when compiled.
+    /// Only if the body is not a client-features object: not JSON, without a `features` list, or with a list
+    /// that contains items but no flag. A malformed flag is kept if its name can be read, and left out
+    /// otherwise ([`Document::unreadable`]). Both are reported at compilation.
     pub fn parse(body: &[u8]) -> Result<Self, serde_json::Error> {
         Self::parse_after(body, &Self::default())
     }
 
-    /// Reads a client-features body that comes after another, with which the document shares what did
-    /// not change. Little of that is read again: it is known by its text.
+    /// Parses a client-features body and shares unchanged flags and segments with `before`. Unchanged
+    /// flags are recognised by their text and not parsed again.
     ///
     /// # Errors
     /// As [`Document::parse`].
     pub fn parse_after(body: &[u8], before: &Self) -> Result<Self, serde_json::Error> {
         let body = without_byte_order_mark(body);
-        // A list would do for the fields of an object, one after the other.
+        // serde would accept a list of the fields in place of an object.
         if body.trim_ascii_start().starts_with(b"[") {
             return Err(serde::de::Error::custom(format_args!(
                 "a list, where {EXPECTED} is expected"
             )));
         }
         let body: Body<'_> = serde_json::from_slice(body)?;
-        // Half of the work is done; who waits for the processor is not to wait for all of it.
+        // Half of the work is done; yields to other threads before the rest.
         thread::yield_now();
         let features = match body.features {
             Loose::Is(features) => features,
-            // An answer that says nothing of flags is no flag configuration, least of all an empty one.
+            // A response without flags is an error; it must not be taken for an empty configuration.
             Loose::Missing | Loose::Malformed => {
                 return Err(serde::de::Error::custom("`features` is not a list"));
             }
@@ -107,11 +107,11 @@ impl Document {
         Ok(document)
     }
 
-    /// Reads a file: a client-features body, or the simple format of Unleash Edge's offline mode,
+    /// Parses a file: a client-features body, or the simple format of Unleash Edge's offline mode,
     /// `{"<flag>":{"enabled":true,"variant":"<name>"}}`.
     ///
     /// # Errors
-    /// Where it is neither; the message names both.
+    /// If it is neither; the message names both formats.
     pub fn parse_file(text: &[u8]) -> Result<Self, serde_json::Error> {
         match Self::parse(text) {
             Err(error) if error.is_data() => {
@@ -124,7 +124,7 @@ impl Document {
         }
     }
 
-    /// Reads a listing that Parapet has sent or stored, with the revision that is named in it as
+    /// Parses a listing that Parapet has sent or stored. Its revision becomes
     /// [`Document::stored_revision`].
     ///
     /// # Errors
@@ -137,7 +137,7 @@ impl Document {
         Ok(Self { revision: None, stored_revision, earlier_run, ..document })
     }
 
-    /// The text to store of a listing, which [`Document::parse_stored`] reads.
+    /// The text to store for a listing; [`Document::parse_stored`] parses it.
     pub fn to_store(listing: &[u8], run: EarlierRun) -> Vec<u8> {
         let mut text = serde_json::to_vec(&Addition { parapet: Some(run) })
             .expect("an object of numbers serializes");
@@ -147,9 +147,10 @@ impl Document {
         text
     }
 
-    /// The union of several fetches of one environment, made with tokens of different projects.
+    /// The union of several responses for one environment, fetched with tokens of different projects.
     ///
-    /// Where two hold the same flag or segment the later one counts; the revision is the highest.
+    /// If two of them contain the same flag or segment, the later one is used. The revision is the
+    /// highest.
     pub fn merge(documents: impl IntoIterator<Item = Self>) -> Self {
         let mut union = Self::default();
         for document in documents {
@@ -159,12 +160,12 @@ impl Document {
             union.shadowed.extend(document.shadowed);
             union.unreadable.extend(document.unreadable);
         }
-        // A flag seen through two projects' tokens is no mistake, so what this shadows is not kept.
+        // A flag that tokens of two projects can access is not a duplicate to report.
         let sorted = Self::sorted(union.features, union.segments, union.revision);
         Self { shadowed: union.shadowed, unreadable: union.unreadable, ..sorted }
     }
 
-    /// The document with only those flags and segments.
+    /// The document with only the flags and segments for which the predicates are true.
     #[must_use]
     pub fn filter(
         &self,
@@ -203,7 +204,7 @@ impl Document {
         find_segment(&self.segments, id)
     }
 
-    /// `meta.revisionId`: the server's own number for this state.
+    /// `meta.revisionId`: the server's revision of this state.
     pub fn revision(&self) -> Option<u64> {
         self.revision
     }
@@ -213,41 +214,42 @@ impl Document {
         self.stored_revision
     }
 
-    /// Which run has served this, if it was stored by one.
+    /// The run that stored this document, if one did.
     pub fn earlier_run(&self) -> Option<EarlierRun> {
         self.earlier_run
     }
 
-    /// Names that the body defined more than once; the last definition counts.
+    /// The names that the body defined more than once; the last definition is used.
     pub fn shadowed(&self) -> &[Arc<str>] {
         &self.shadowed
     }
 
-    /// The flags that were left out.
+    /// The flags that were left out because their names could not be read.
     pub fn unreadable(&self) -> &[Unreadable] {
         &self.unreadable
     }
 
-    /// A document of these; where two have the same name or id, the later one counts.
+    /// Creates a document. Of several flags with the same name, or segments with the same id, the last
+    /// is used.
     pub fn of(features: Vec<Feature>, segments: Vec<Segment>) -> Self {
         Self::sorted(features, segments, None)
     }
 
-    /// The same flags and segments, with what was reported of `other` instead of themselves: of flags
-    /// that cannot be read, and of names that were told more than once.
+    /// The same flags and segments, with the diagnostics of `other`: unreadable flags and duplicate
+    /// names.
     #[must_use]
     pub(super) fn with_reports_of(self, other: &Self) -> Self {
         let (shadowed, unreadable) = (other.shadowed.clone(), other.unreadable.clone());
         Self { shadowed, unreadable, ..self }
     }
 
-    /// Whether the same is to be reported of both.
+    /// Whether both have the same diagnostics: unreadable flags and duplicate names.
     pub fn reports_as(&self, other: &Self) -> bool {
         self.shadowed == other.shadowed && self.unreadable == other.unreadable
     }
 
-    /// The same document, which shares with `previous` what did not change: states that are kept
-    /// beside each other then cost no more than their differences.
+    /// The same document, sharing unchanged flags and segments with `previous`. Several states in memory
+    /// then cost only their differences.
     #[must_use]
     pub fn sharing(mut self, previous: &Self) -> Self {
         let features = previous.features.iter();
@@ -294,11 +296,11 @@ impl Document {
     }
 }
 
-/// Flags by all that they say.
+/// Flags by their JSON text.
 type ByText<'d> = HashMap<&'d str, &'d Feature, RandomState>;
 
-/// Sets apart what is no flag; when nothing is one, the last reason is the whole body's error. Those
-/// that are known are not read.
+/// Parses flags and collects unreadable ones. Known flags are reused without parsing. If there is no
+/// readable flag, the last error is that of the whole body.
 fn readable(
     items: Vec<&RawValue>,
     known: &ByText<'_>,
@@ -325,7 +327,7 @@ fn readable(
     }
 }
 
-/// Sorts by key and keeps the last of equal ones; the others are shown to `drop` first.
+/// Sorts by key and keeps the last item of each key; the others are passed to `drop`.
 fn last_of_each<T, K: Ord>(
     mut items: Vec<T>,
     key: impl Fn(&T) -> &K,
@@ -345,13 +347,13 @@ fn last_of_each<T, K: Ord>(
     kept
 }
 
-/// Looks a segment up among `segments` sorted by id.
+/// Finds a segment in `segments`, which are sorted by id.
 fn find_segment(segments: &[Segment], id: i64) -> Option<&Segment> {
     let index = segments.binary_search_by_key(&id, |segment| segment.id).ok()?;
     segments.get(index)
 }
 
-/// The projects that a listing says it was asked for; all where it does not say.
+/// The projects in the `query` of a listing; all if there is none.
 pub fn projects_of(listing: &[u8]) -> Projects {
     #[derive(Deserialize)]
     struct Listing {
@@ -380,9 +382,9 @@ struct Body<'a> {
     meta: Loose<Meta>,
 }
 
-/// One flag: its text, and the little that is asked of it without compiling.
+/// A flag: its JSON text, and the few values that are needed without compiling it.
 ///
-/// A clone is the same flag; two are equal when their texts are.
+/// Clones share the text. Flags are equal if their texts are equal.
 #[derive(Debug, Clone)]
 pub struct Feature(Arc<Flag>);
 
@@ -420,17 +422,17 @@ impl Feature {
         })))
     }
 
-    /// The flag's name, unique in its document.
+    /// The name, unique in the document.
     pub fn name(&self) -> &Arc<str> {
         &self.0.name
     }
 
-    /// The project that owns the flag; `default` where the text names none.
+    /// The project of the flag; `default` if the text has none.
     pub fn project(&self) -> &Arc<str> {
         &self.0.project
     }
 
-    /// The ids of the segments that its strategies refer to, sorted and unique.
+    /// The ids of the segments that its strategies use, sorted and unique.
     pub fn segment_ids(&self) -> &[i64] {
         &self.0.segment_ids
     }
@@ -440,26 +442,26 @@ impl Feature {
         self.0.raw.get()
     }
 
-    /// Reads the text for compiling; the result borrows from it.
+    /// Parses the text for compilation; the result borrows from it.
     ///
     /// # Errors
-    /// When the object cannot be read at all, for instance because a key occurs twice.
+    /// If the object cannot be parsed at all, for instance because a key occurs twice.
     pub fn definition(&self) -> Result<Definition<'_>, serde_json::Error> {
         serde_json::from_str(self.0.raw.get())
     }
 
-    /// The flag's JSON with segments written out, for SDKs that know no segments
+    /// The flag's JSON with segments inlined, for SDKs without support for segments
     /// (`Unleash-Client-Spec` below 4.2.0).
     ///
-    /// Every strategy loses `segments` and its `constraints` gain those of the segments. All other
-    /// values keep their text and order. A reference to an unknown segment becomes a constraint
-    /// that never holds.
+    /// In every strategy, the constraints of its segments are added to `constraints`, and `segments` is
+    /// removed. All other values keep their text and order. A reference to an unknown segment becomes a
+    /// constraint that never matches.
     pub fn inlined(&self, segments: &[Segment]) -> String {
         inline::feature(self.0.raw.get(), |id| find_segment(segments, id).map(|it| &*it.raw))
     }
 }
 
-/// The ids of segments in a flag's text. Few flags have any, so most are spared the reading.
+/// The ids of segments in a flag's text. Few flags have any, so most texts are not parsed.
 fn segment_ids(text: &str) -> Box<[i64]> {
     if !text.contains("\"segments\"") {
         return Box::default();
@@ -476,9 +478,9 @@ fn segment_ids(text: &str) -> Box<[i64]> {
     ids.into_boxed_slice()
 }
 
-/// One segment: a reusable list of constraints.
+/// A segment: a reusable list of constraints.
 ///
-/// A clone is the same segment; two are equal when their texts are.
+/// Clones share the text. Segments are equal if their texts are equal.
 #[derive(Debug, Clone)]
 pub struct Segment {
     id: i64,
@@ -494,7 +496,7 @@ impl PartialEq for Segment {
 impl Eq for Segment {}
 
 impl Segment {
-    /// A segment without a numeric id cannot be referred to, so it is dropped.
+    /// Parses a segment. `None` without a numeric id, because no strategy can refer to it.
     pub(super) fn parse(raw: &RawValue) -> Option<Self> {
         #[derive(Deserialize)]
         struct Numbered {
@@ -514,12 +516,12 @@ impl Segment {
         self.raw.get()
     }
 
-    /// What its author calls it, where the text says.
+    /// The name of the segment, if it has one.
     pub fn name(&self) -> Option<Text<'_>> {
         serde_json::from_str::<SegmentBody<'_>>(self.raw.get()).ok()?.name.is()
     }
 
-    /// Its constraints, all of which must hold.
+    /// The constraints, all of which must match.
     pub fn constraints(&self) -> Loose<Vec<Loose<Constraint<'_>>>> {
         match serde_json::from_str::<SegmentBody<'_>>(self.raw.get()) {
             Ok(body) => body.constraints,
@@ -537,7 +539,7 @@ mod tests {
     }
 
     #[test]
-    fn text_survives_byte_for_byte() {
+    fn text_is_preserved_byte_for_byte() {
         let flag = r#"{"name":"a", "new":{"x" : [1.50, "\u0061"]},"strategies":[{"name":"default","constraints":[{"operator":"FUTURE"}]}]}"#;
         let document =
             parse(&format!(r#"{{"features":[{flag}],"segments":[{{"id":1,  "y":1e3}}]}}"#));
@@ -546,7 +548,7 @@ mod tests {
     }
 
     #[test]
-    fn features_are_sorted_and_the_last_of_a_name_counts() {
+    fn features_are_sorted_and_last_duplicate_is_used() {
         let document = parse(
             r#"{"features":[{"name":"b"},{"name":"a","project":"x"},{"name":"b","project":"web"}],"meta":{"revisionId":7}}"#,
         );
@@ -558,7 +560,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_body_that_is_no_client_features_object_fails() {
+    fn only_body_that_is_not_a_client_features_object_fails() {
         for body in [
             "",
             "[]",
@@ -578,7 +580,7 @@ mod tests {
     }
 
     #[test]
-    fn a_body_of_another_kind_is_told_what_is_expected() {
+    fn error_of_unexpected_body_names_expected_shape() {
         for body in ["[]", " [[],[],{}]", "7", "\"x\""] {
             let error = Document::parse(body.as_bytes()).unwrap_err().to_string();
             assert!(error.contains("an object with a list `features`"), "{body}: {error}");
@@ -595,13 +597,13 @@ mod tests {
         let raw = |flag: &Feature| serde_json::from_str::<serde_json::Value>(flag.raw()).unwrap();
         assert_eq!(raw(a)["enabled"], false);
         assert_eq!(raw(b)["variants"][0]["weight"], 1000);
-        // A flag may be called so.
+        // `features` is also a valid name of a flag.
         let document = Document::parse_file(br#"{"features":{"enabled":true}}"#).unwrap();
         assert_eq!(&**document.features()[0].name(), "features");
     }
 
     #[test]
-    fn files_of_neither_format_are_refused_and_both_are_named() {
+    fn error_of_file_in_neither_format_names_both() {
         let check = |text: &str, reason: &str| {
             let error = Document::parse_file(text.as_bytes()).unwrap_err().to_string();
             for part in [r#"{"features": [...]}"#, r#""enabled": true"#, reason] {
@@ -619,11 +621,11 @@ mod tests {
     }
 
     #[test]
-    fn a_stored_listing_keeps_the_revision_that_it_was_served_under() {
+    fn stored_listing_preserves_its_served_revision() {
         let text = br#"{"features":[],"meta":{"revisionId":7}}"#;
         let document = Document::parse_stored(text).unwrap();
         assert_eq!((document.revision(), document.stored_revision()), (None, Some(7)));
-        assert_eq!(document.earlier_run(), None, "somebody else has left it");
+        assert_eq!(document.earlier_run(), None, "not stored by Parapet");
         for upstream_revision in [None, Some(9)] {
             let run = EarlierRun { upstream_revision };
             let document = Document::parse_stored(&Document::to_store(text, run)).unwrap();
@@ -632,16 +634,16 @@ mod tests {
     }
 
     #[test]
-    fn a_flag_whose_name_cannot_be_read_is_left_out_and_the_others_stay() {
+    fn flag_with_unreadable_name_is_left_out() {
         let check = |odd: &str, reason: &str| {
             let body = format!(r#"{{"features":[{{"name":"a"}},{odd},{{"name":"b"}}]}}"#);
             let document = parse(&body);
             let names: Vec<_> = document.features().iter().map(|it| &**it.name()).collect();
             assert_eq!(names, ["a", "b"], "{odd}");
-            let [Unreadable { position: 2, reason: told }] = document.unreadable() else {
+            let [Unreadable { position: 2, reason: actual }] = document.unreadable() else {
                 panic!("{odd}: {:?}", document.unreadable());
             };
-            assert!(told.starts_with(reason), "{odd}: {told}");
+            assert!(actual.starts_with(reason), "{odd}: {actual}");
             assert_eq!(Document::merge([document.clone()]).unreadable(), document.unreadable());
         };
         check("{}", "missing field `name`");
@@ -660,7 +662,7 @@ mod tests {
     }
 
     #[test]
-    fn what_stays_is_shared_and_what_changes_is_not() {
+    fn unchanged_features_and_segments_are_shared() {
         let first = r#"{"features":[{"name":"a"},{"name":"b"}],"segments":[{"id":1},{"id":2}]}"#;
         let then = r#"{"features":[{"name":"a"},{"name":"b","x":1},{"name":"c"}],"segments":[{"id":1},{"id":2,"x":1}]}"#;
         let (first, text, then) = (parse(first), then, parse(then));
@@ -680,7 +682,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_known_is_read_as_if_it_were_not() {
+    fn reusing_a_previous_document_does_not_change_the_result() {
         let b = r#"{"name":"b","project":"x"}"#;
         let before = parse(&format!(r#"{{"features":[{b},{{"name":"gone"}}]}}"#));
         let body = format!(
@@ -694,7 +696,7 @@ mod tests {
     }
 
     #[test]
-    fn merging_unites_by_name_and_id() {
+    fn merge_unites_by_name_and_id() {
         let one = parse(
             r#"{"features":[{"name":"b"},{"name":"a","project":"old"}],"segments":[{"id":2}],"meta":{"revisionId":5}}"#,
         );
@@ -711,7 +713,7 @@ mod tests {
     }
 
     #[test]
-    fn a_listing_tells_whose_flags_it_has() {
+    fn projects_are_read_from_query_of_listing() {
         let of = |query: &str| projects_of(format!(r#"{{"features":[]{query}}}"#).as_bytes());
         assert_eq!(of(r#","query":{"projects":["a","b"]}"#), Projects::from_list(["a", "b"]));
         assert_eq!(of(r#","query":{"projects":["*"]}"#), Projects::All);

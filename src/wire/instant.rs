@@ -1,10 +1,11 @@
-//! Points in time as they are written: RFC 3339, whatever the year.
+//! Parses timestamps (RFC 3339), including those beyond the range of our clock.
 //!
-//! Our clock ends two hours before the year 9999 does, whose last second is what many write for "never".
+//! [`Timestamp::MAX`] is two hours before the end of the year 9999, and many people write the last
+//! second of that year for "never".
 
 use jiff::{Timestamp, fmt::temporal::Pieces};
 
-/// Reads a time with its offset from UTC; one beyond the clock's end is its end.
+/// Parses a timestamp with an offset from UTC. One beyond the range of [`Timestamp`] is clamped to it.
 pub fn parse(text: &str) -> Option<Timestamp> {
     text.parse().ok().or_else(|| beyond(text))
 }
@@ -15,7 +16,7 @@ fn beyond(text: &str) -> Option<Timestamp> {
     is_whole.then(|| farthest(pieces.date().year())).flatten()
 }
 
-/// The end of the clock that lies in a year.
+/// The limit of [`Timestamp`] that lies in `year`.
 pub fn farthest(year: i16) -> Option<Timestamp> {
     match year {
         9999 => Some(Timestamp::MAX),
@@ -29,7 +30,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_time_beyond_the_clock_is_its_end() {
+    fn timestamp_out_of_range_is_clamped() {
         for (text, expect) in [
             ("9999-12-31T23:59:59Z", Some(Timestamp::MAX)),
             ("9999-12-31T23:59:59.999Z", Some(Timestamp::MAX)),

@@ -1,26 +1,26 @@
-//! The OpenFeature Remote Evaluation Protocol, version 0.3.0: bodies of questions and answers.
+//! The OpenFeature Remote Evaluation Protocol (OFREP), version 0.3.0: bodies of requests and responses.
 //!
-//! Source: `service/openapi.yaml` of open-feature/protocol. What a flag's outcome comes to in these
-//! words is the surface's business.
+//! Source: `service/openapi.yaml` of open-feature/protocol. The mapping from an evaluated flag to these
+//! types is in `http::ofrep`, not here.
 
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use super::context::{self, FrontendContext};
 
-/// What a flag comes to.
+/// The evaluated flag.
 #[derive(Debug, Serialize)]
 pub struct Evaluation<'a> {
-    /// The flag's name.
+    /// The name of the flag.
     pub key: &'a str,
-    /// The value; without one, the application uses its own default.
+    /// The value; without one, the application uses its default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub value: Option<Value<'a>>,
     /// The name of the value.
     pub variant: &'a str,
-    /// What decided.
+    /// The reason for the value.
     pub reason: Reason,
-    /// What else is known of the flag.
+    /// Additional information about the flag.
     pub metadata: Metadata<'a>,
 }
 
@@ -32,57 +32,57 @@ pub enum Value<'a> {
     Boolean(bool),
     /// A number.
     Number(serde_json::Number),
-    /// A text.
+    /// A string.
     Text(&'a str),
-    /// A JSON object, as it was written.
+    /// A JSON object, in its original text.
     Object(&'a RawValue),
 }
 
-/// What decided a flag's value.
+/// The reason for a flag's value.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum Reason {
-    /// It is the same for everybody.
+    /// The value is the same for every context.
     Static,
-    /// The context.
+    /// The context matched.
     TargetingMatch,
-    /// The bucket that somebody falls into.
+    /// The context was assigned to a bucket.
     Split,
     /// The flag is switched off.
     Disabled,
-    /// Nothing of the above: the flag is on, for others.
+    /// None of the above: the flag is on, but not for this context.
     Unknown,
 }
 
-/// What else is known of a flag.
+/// Additional information about a flag.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Metadata<'a> {
-    /// Whose it is.
+    /// The project of the flag.
     pub project: &'a str,
-    /// Whether it is on for the context, which a value of another type does not tell.
+    /// Whether it is on for the context; a value that is not a boolean does not show this.
     pub enabled: bool,
     /// Whether each evaluation should be reported to the application.
     pub impression_data: bool,
 }
 
-/// What all flags of a scope come to, sorted by name.
+/// All evaluated flags of a scope, sorted by name.
 #[derive(Debug, Serialize)]
 pub struct Evaluations<'a> {
     /// One for each flag.
     pub flags: Vec<Evaluation<'a>>,
-    /// Where changes are told of.
+    /// The stream that announces changes.
     #[serde(rename = "eventStreams", skip_serializing_if = "Option::is_none")]
     pub event_streams: Option<[EventStream; 1]>,
 }
 
-/// A stream that tells when to ask again.
+/// A stream that tells providers when to evaluate again.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct EventStream {
     r#type: &'static str,
     endpoint: Endpoint,
-    /// After how many seconds out of sight a provider had better close it.
+    /// The number of seconds in the background after which a provider should close it.
     inactivity_delay_sec: u32,
 }
 
@@ -93,76 +93,76 @@ struct Endpoint {
 }
 
 impl EventStream {
-    /// Server-sent events at this path and query of wherever the provider reaches us.
+    /// Server-sent events at this path and query, on the host that the provider uses.
     pub fn sse(request_uri: String) -> Self {
         let endpoint = Endpoint { request_uri };
         Self { r#type: "sse", endpoint, inactivity_delay_sec: 120 }
     }
 }
 
-/// The name of a stream's events, and what one says that asks for another evaluation.
+/// The name of the stream's events.
 pub const EVENT: &str = "message";
-/// See [`EVENT`].
+/// The data of an event that requests another evaluation.
 pub const REFETCH: &str = r#"{"type":"refetchEvaluation"}"#;
 
-/// Why a question is not answered.
+/// The response to a request that failed.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Refusal<'a> {
-    /// The flag that was asked for, if it was one.
+    /// The requested flag, if the request is for a single one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub key: Option<&'a str>,
-    /// The kind of failure, where it is the question's fault.
+    /// The kind of failure, if the request caused it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error_code: Option<ErrorCode>,
-    /// What is wrong, for people.
+    /// A message for humans.
     pub error_details: String,
 }
 
-/// What is wrong with a question.
+/// The kinds of failure that a request can cause.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum ErrorCode {
-    /// It cannot be read.
+    /// The body cannot be parsed.
     ParseError,
-    /// Its context cannot be used.
+    /// The context is invalid.
     InvalidContext,
     /// There is no such flag.
     FlagNotFound,
 }
 
-/// Why the context of a question cannot be used.
+/// The error of a request whose context cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Unreadable {
-    /// It is no question.
+    /// The body is not a JSON object.
     #[error("the body is no JSON object: {0}")]
     Body(serde_json::Error),
-    /// The context is no object.
+    /// The context is not an object.
     #[error("it is no JSON object")]
     NoObject,
-    /// The context itself.
+    /// The context is invalid.
     #[error(transparent)]
     Context(#[from] context::Error),
 }
 
-/// Reads `{"context":{"targetingKey":…,…}}`; providers leave out what they have not.
+/// Parses `{"context":{"targetingKey":…,…}}`. Providers omit fields that they do not have.
 ///
-/// The targeting key is the user, unless `userId` says who that is; it stays a property too. The
-/// other fields are read as by `/api/frontend`.
+/// The targeting key is used as the user id unless `userId` is present, and it remains a property. The
+/// other fields are parsed as in `/api/frontend`.
 pub fn context(body: &[u8]) -> Result<FrontendContext<'_>, Unreadable> {
     #[derive(Deserialize)]
-    struct Question<'a> {
+    struct Request<'a> {
         #[serde(borrow, default)]
         context: Option<&'a RawValue>,
     }
     if body.iter().all(u8::is_ascii_whitespace) {
         return Ok(FrontendContext::default());
     }
-    let question: &RawValue = serde_json::from_slice(body).map_err(Unreadable::Body)?;
-    if !question.get().starts_with('{') {
+    let request: &RawValue = serde_json::from_slice(body).map_err(Unreadable::Body)?;
+    if !request.get().starts_with('{') {
         return Err(Unreadable::Body(serde::de::Error::custom("it is of another type")));
     }
-    let Question { context } = serde_json::from_str(question.get()).map_err(Unreadable::Body)?;
+    let Request { context } = serde_json::from_str(request.get()).map_err(Unreadable::Body)?;
     let Some(context) = context else { return Ok(FrontendContext::default()) };
     if !context.get().starts_with('{') {
         return Err(Unreadable::NoObject);
@@ -175,8 +175,8 @@ pub fn context(body: &[u8]) -> Result<FrontendContext<'_>, Unreadable> {
     Ok(context)
 }
 
-/// The value that a variant carries, by the type and text of its payload. A JSON payload that is no
-/// object, and a number that JSON cannot write, are texts.
+/// The value of a variant, from the type and text of its payload. A JSON payload that is not an object,
+/// and a number that JSON cannot represent, become strings.
 pub fn value<'a>(kind: &str, text: &'a str) -> Value<'a> {
     match kind {
         "number" => text.trim().parse().map_or(Value::Text(text), Value::Number),
@@ -193,7 +193,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_targeting_key_is_the_user_unless_another_is_named() {
+    fn targeting_key_is_the_user_unless_user_id_is_present() {
         let read = |body: &'static str| context(body.as_bytes()).unwrap();
         let user = |body| read(body).user_id.map(std::borrow::Cow::into_owned);
         assert_eq!(user(r#"{"context":{"targetingKey":"7"}}"#).as_deref(), Some("7"));
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn a_payload_is_of_the_type_that_it_says_where_it_can_be() {
+    fn payload_has_its_declared_type_if_possible() {
         let check = |kind, text, expect: &str| {
             assert_eq!(serde_json::to_string(&value(kind, text)).unwrap(), expect, "{kind} {text}");
         };

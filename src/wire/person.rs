@@ -1,16 +1,16 @@
-//! Who has signed in at an Unleash server, as it tells (`GET /api/admin/user`).
+//! The signed-in user of an Unleash server (`GET /api/admin/user`).
 
 use serde::Deserialize;
 
 /// An account of the server.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Person {
-    /// Its number.
+    /// The numeric id.
     pub id: i64,
-    /// Its name, where it has one.
+    /// The name to sign in with.
     #[serde(default)]
     pub username: Option<String>,
-    /// Its address, where it has one.
+    /// The email address.
     #[serde(default)]
     pub email: Option<String>,
 }
@@ -21,12 +21,12 @@ struct Answer {
 }
 
 impl Person {
-    /// Reads the answer.
+    /// Parses the response.
     pub fn parse(body: &[u8]) -> Result<Self, serde_json::Error> {
         serde_json::from_slice(body).map(|Answer { user }| user)
     }
 
-    /// What it is called.
+    /// The first of user name and email address that is not empty, or else the id.
     pub fn name(&self) -> String {
         let name = [&self.username, &self.email].into_iter().flatten().find(|it| !it.is_empty());
         name.cloned().unwrap_or_else(|| format!("account {}", self.id))

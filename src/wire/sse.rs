@@ -1,28 +1,28 @@
 //! Server-sent events: `text/event-stream` as the WHATWG HTML standard (section 9.2) defines it.
 //!
-//! Text in, text out. Who reads and writes the bytes, and what becomes of a broken stream, is their
-//! business; `retry` is for whoever opens it again.
+//! Encodes events to text and decodes them from bytes. It performs no I/O and does not reconnect; the
+//! `retry` field is left to the caller.
 
 use std::{
     fmt::{Display, Write as _},
     time::Duration,
 };
 
-/// What keeps proxies from giving up a stream on which nothing happens.
+/// A comment that keeps proxies from closing an idle stream.
 pub const COMMENT: &[u8] = b": keep-alive\n\n";
 
-/// An event as it arrived.
+/// A decoded event.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Event {
-    /// What kind of event it is; `message` where the stream does not say.
+    /// The event type; `message` if the stream does not set it.
     pub name: String,
-    /// The last id that the stream told, with this event or before.
+    /// The last id in the stream, of this event or an earlier one.
     pub id: String,
-    /// Its lines, joined.
+    /// The data lines, joined by line breaks.
     pub data: String,
 }
 
-/// Writes one event. `name` and `id` have no line breaks; `data` may have any.
+/// Encodes one event. `name` and `id` must not contain line breaks; `data` may.
 pub fn event(name: &str, id: Option<&dyn Display>, data: &str) -> String {
     let mut text = String::with_capacity(data.len() + 64);
     // Writing to a string cannot fail.
@@ -37,39 +37,39 @@ pub fn event(name: &str, id: Option<&dyn Display>, data: &str) -> String {
     text
 }
 
-/// Tells a client by what to name the state that it has, without an event.
+/// Encodes an id without an event: it sets the client's last event id.
 pub fn state(id: &dyn Display) -> String {
     format!("id: {id}\n\n")
 }
 
-/// Tells a client how many milliseconds to wait before it opens a stream again.
+/// Encodes the time in milliseconds that a client waits before it reconnects.
 pub fn retry(milliseconds: u64) -> String {
     format!("retry: {milliseconds}\n\n")
 }
 
-/// An event, or a line of one, that is longer than its reader takes.
+/// An event, or a line of one, exceeds the limit of the [`Decoder`] in bytes.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 #[error("an event of the stream is longer than {0} bytes")]
 pub struct TooLong(pub usize);
 
-/// Puts events together from the bytes of a stream, however these are cut.
+/// Decodes events from the chunks of a stream. Chunks may end anywhere.
 #[derive(Debug)]
 pub struct Decoder {
-    /// The most bytes that one event may have.
+    /// The maximum size of an event, in bytes.
     limit: usize,
-    /// The line that has begun.
+    /// The line received so far.
     line: Vec<u8>,
     /// The last byte ended a line and was a carriage return.
     after_return: bool,
     is_first_line: bool,
-    /// What the lines so far make; its id outlives it.
+    /// The event received so far. Its id is carried over to the next event.
     event: Event,
     has_data: bool,
     retry: Option<Duration>,
 }
 
 impl Decoder {
-    /// Reads events of up to `limit` bytes.
+    /// Creates a decoder for events of up to `limit` bytes.
     pub fn new(limit: usize) -> Self {
         let (line, event, retry) = Default::default();
         Self {
@@ -83,16 +83,16 @@ impl Decoder {
         }
     }
 
-    /// How long whoever reads is to wait before it opens the stream again, where that was told.
+    /// The time to wait before a reconnect, if the stream has set it.
     pub fn retry(&self) -> Option<Duration> {
         self.retry
     }
 
-    /// Reads on, and gives the events that are complete now to `tell`.
+    /// Decodes the next bytes, and passes each complete event to `on_event`.
     ///
     /// # Errors
-    /// When an event is too long; the stream cannot be read further then.
-    pub fn read(&mut self, bytes: &[u8], mut tell: impl FnMut(Event)) -> Result<(), TooLong> {
+    /// If an event is too long. The stream cannot be decoded further then.
+    pub fn read(&mut self, bytes: &[u8], mut on_event: impl FnMut(Event)) -> Result<(), TooLong> {
         let mut rest = bytes;
         while !rest.is_empty() {
             if std::mem::take(&mut self.after_return) && rest[0] == b'\n' {
@@ -109,13 +109,13 @@ impl Decoder {
             self.after_return = ending == b'\r';
             rest = after;
             if let Some(event) = self.take_line() {
-                tell(event);
+                on_event(event);
             }
         }
         Ok(())
     }
 
-    /// Takes the line that is complete; a blank one ends an event.
+    /// Processes a complete line. An empty line ends an event.
     fn take_line(&mut self) -> Option<Event> {
         let line = std::mem::take(&mut self.line);
         let line = String::from_utf8_lossy(&line);
@@ -138,7 +138,7 @@ impl Decoder {
             "retry" if value.bytes().all(|byte| byte.is_ascii_digit()) => {
                 self.retry = value.parse().ok().map(Duration::from_millis).or(self.retry);
             }
-            // A comment, which begins with a colon, is a field without a name.
+            // A comment starts with a colon and is parsed as a field without a name.
             _ => {}
         }
         None
@@ -185,7 +185,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_the_chunks_the_events_are_the_same(
+        fn events_do_not_depend_on_chunk_boundaries(
             stream in vec("(data|event|id|retry|other|\u{feff}data|): ?[a-zé:\0 ]{0,5}(\r|\n|\r\n|\n\n|\r\r|\r\n\r\n)|[^\n]{0,9}", 0..20),
             cuts in vec(0..7_usize, 0..60),
         ) {
@@ -197,7 +197,7 @@ mod tests {
         }
 
         #[test]
-        fn what_is_written_is_read(
+        fn encoded_events_are_decoded(
             events in vec(("[a-z-]{1,9}", any::<u32>(), "[ -~é\r\n:]{0,40}"), 0..6),
             cuts in vec(0..9_usize, 0..60),
         ) {
@@ -213,7 +213,7 @@ mod tests {
         }
 
         #[test]
-        fn no_more_is_held_than_the_limit(stream in vec(any::<u8>(), 0..300), limit in 0..50_usize) {
+        fn buffer_is_bounded_by_limit(stream in vec(any::<u8>(), 0..300), limit in 0..50_usize) {
             let mut decoder = Decoder::new(limit);
             for byte in stream {
                 if decoder.read(&[byte], |_| {}).is_err() {
@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn the_examples_of_the_standard_are_read_as_it_says() {
+    fn examples_of_the_standard_are_decoded() {
         let data = |stream: &str| {
             let events = decoded([stream.as_bytes()]);
             events.into_iter().map(|it| it.data).collect::<Vec<_>>()
@@ -245,15 +245,15 @@ mod tests {
     }
 
     #[test]
-    fn the_last_time_that_was_told_is_the_time_to_wait() {
+    fn last_valid_retry_is_used() {
         let mut decoder = Decoder::new(100);
         let mut read = |text: &str| {
             decoder.read(text.as_bytes(), |event| panic!("{event:?}")).unwrap();
             decoder.retry()
         };
         assert_eq!(read("retry: soon\n\nretry:\n\nretry: -1\n\n"), None);
-        let told = Some(Duration::from_millis(700));
-        assert_eq!(read("retry: 7000\n\nretry: 700\n"), told);
-        assert_eq!(read("retry: 99999999999999999999\nretry: 8s\n"), told);
+        let expected = Some(Duration::from_millis(700));
+        assert_eq!(read("retry: 7000\n\nretry: 700\n"), expected);
+        assert_eq!(read("retry: 99999999999999999999\nretry: 8s\n"), expected);
     }
 }

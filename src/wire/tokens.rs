@@ -1,9 +1,8 @@
-//! What `/edge/validate` and the admin API say about tokens and environments.
+//! Tokens and environments in `/edge/validate` and in the admin API of upstream.
 //!
-//! Secrets are read from the JSON straight into [`Token`]. One unreadable item of a list is skipped,
-//! so that it cannot hide the others; a kind of token that is not known is such an item. A
-//! [`TokenList`] says which tokens such items may stand for. This module does not judge tokens and
-//! keeps none.
+//! Secrets are parsed from the JSON directly into [`Token`]. An unreadable item of a list is skipped, so
+//! that the others are still usable; a token of an unknown kind is such an item. A [`TokenList`] tells
+//! which tokens the skipped items may be. This module neither validates nor stores tokens.
 
 use std::{borrow::Cow, collections::HashSet, fmt};
 
@@ -19,21 +18,21 @@ use crate::token::{
     Environment, Grant, ParseError, Projects, Scope, Token, TokenDigest, TokenKind,
 };
 
-/// The most texts in one question which tokens are valid.
+/// The maximum number of tokens in a validate request.
 pub const MAX_VALIDATED: usize = 1_000;
 
-/// The body of `POST /edge/validate`: tokens to be judged, [`MAX_VALIDATED`] at most.
+/// The body of `POST /edge/validate`: up to [`MAX_VALIDATED_TOKENS`] tokens to validate.
 #[derive(Debug, Deserialize, Serialize)]
 pub struct ValidateRequest<'a> {
-    /// The tokens; texts that are none are left out when reading.
-    #[serde(serialize_with = "texts", deserialize_with = "readable_tokens")]
+    /// The tokens. Parsing skips strings that are not tokens.
+    #[serde(serialize_with = "serialize_tokens", deserialize_with = "deserialize_tokens")]
     pub tokens: Cow<'a, [Token]>,
 }
 
-/// The reply of `POST /edge/validate`: the valid ones of the tokens that were sent.
+/// The response of `POST /edge/validate`: those tokens of the request that are valid.
 #[derive(Debug, Deserialize, Serialize)]
 pub struct ValidateReply {
-    /// The valid tokens with what they allow.
+    /// The valid tokens with their grants.
     #[serde(deserialize_with = "readable")]
     pub tokens: Vec<Validated>,
 }
@@ -44,26 +43,26 @@ pub struct ValidateReply {
 pub struct Validated {
     /// The token as it was sent.
     pub token: Token,
-    /// What it allows; its kind may be [`TokenKind::Admin`].
+    /// The grant; its kind may be [`TokenKind::Admin`].
     pub grant: Grant,
 }
 
-/// The reply of `GET /api/admin/api-tokens`, whole or by name.
+/// The response of `GET /api/admin/api-tokens`, for all tokens or for those of one name.
 #[derive(Debug, Default, Deserialize)]
 #[serde(from = "RawTokenList<'_>")]
 pub struct TokenList {
-    /// The listed tokens, as far as their items can be read.
+    /// The readable items.
     pub tokens: Vec<Listed>,
-    /// What the other items name; `None` for each that names nothing.
+    /// The secrets of the unreadable items; `None` for an item without a usable secret.
     pub unreadable: Vec<Option<ListedSecret>>,
 }
 
-/// Which tokens the items of a list may stand for that cannot be read.
+/// The tokens that the unreadable items of a list may be.
 #[derive(Debug, Default)]
 pub struct UnreadableNames<'a> {
     digests: HashSet<TokenDigest>,
     selectors: HashSet<&'a str>,
-    /// Whether an item names no token, and so may stand for any.
+    /// Whether an item has no usable secret, and so may be any token.
     has_nameless: bool,
 }
 
@@ -71,34 +70,34 @@ pub struct UnreadableNames<'a> {
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq)]
 #[serde(try_from = "RawListed<'_>")]
 pub struct Listed {
-    /// The name it was given.
+    /// The name of the token.
     pub name: String,
-    /// What it may be used for.
+    /// The kind of the token.
     pub kind: TokenKind,
-    /// The environment it belongs to, `*` for an admin token.
+    /// The environment of the token; `*` for an admin token.
     pub environment: Environment,
-    /// The projects it sees.
+    /// The projects that it can access.
     pub projects: Projects,
-    /// When it ceases to be valid, if ever.
+    /// The time when it expires, if ever.
     pub expires_at: Option<Timestamp>,
-    /// When it was created.
+    /// The time when it was created.
     pub created_at: Option<Timestamp>,
-    /// When upstream last saw it used.
+    /// The time when upstream last saw it used.
     pub seen_at: Option<Timestamp>,
-    /// What the listing shows of its secret.
+    /// The secret, as far as it is listed.
     pub secret: ListedSecret,
 }
 
-/// What names a token in the admin API: its text, or the public half where only that is listed.
+/// The secret of a token as the admin API lists it; it also identifies the token there.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum ListedSecret {
     /// The whole token (v1).
     Full(Token),
-    /// The selector of a v2 token, whose secret upstream does not know.
+    /// The selector, which is the public part, of a v2 token. Upstream does not know its secret.
     Selector(String),
 }
 
-/// The body of `POST /api/admin/api-tokens` for a token of all projects of one environment.
+/// The body of `POST /api/admin/api-tokens`, for a token of one environment and all its projects.
 #[derive(Clone, Copy, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct CreateRequest<'a> {
@@ -108,15 +107,15 @@ pub struct CreateRequest<'a> {
     projects: [&'static str; 1],
 }
 
-/// The reply of `POST /api/admin/api-tokens`: the only time that a v2 secret is told.
+/// The response of `POST /api/admin/api-tokens`: the only one that contains the secret of a v2 token.
 #[derive(Debug, Deserialize)]
 pub struct Created {
     /// The new token.
-    #[serde(deserialize_with = "token")]
+    #[serde(deserialize_with = "deserialize_token")]
     pub secret: Token,
 }
 
-/// The reply of `GET /api/admin/environments`.
+/// The response of `GET /api/admin/environments`.
 #[derive(Debug, Deserialize)]
 pub struct EnvironmentList {
     /// The environments, disabled ones included.
@@ -128,14 +127,14 @@ pub struct EnvironmentList {
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq)]
 pub struct ListedEnvironment {
     /// Its name.
-    #[serde(deserialize_with = "environment")]
+    #[serde(deserialize_with = "deserialize_environment")]
     pub name: Environment,
     /// Whether projects may use it.
     pub enabled: bool,
 }
 
 impl<'a> CreateRequest<'a> {
-    /// Asks for a backend token of `environment` under `name`.
+    /// A request for a backend token of `environment`, named `name`.
     pub fn backend(name: &'a str, environment: &'a Environment) -> Self {
         Self {
             token_name: name,
@@ -169,20 +168,20 @@ impl Serialize for Validated {
 }
 
 impl Listed {
-    /// What it allows.
+    /// The grant of the token.
     pub fn grant(&self) -> Grant {
         let (environment, projects) = (self.environment.clone(), self.projects.clone());
         Grant { kind: self.kind, scope: Scope { environment, projects } }
     }
 
-    /// Whether it is past its end at `now`.
+    /// Whether the token is expired at `now`.
     pub fn is_expired(&self, now: Timestamp) -> bool {
         self.expires_at.is_some_and(|end| end <= now)
     }
 }
 
 impl TokenList {
-    /// Which tokens the items that cannot be read may stand for; hashes each of them once.
+    /// The tokens that the unreadable items may be. Hashes each of them once.
     pub fn unreadable_names(&self) -> UnreadableNames<'_> {
         let mut names = UnreadableNames::default();
         for item in &self.unreadable {
@@ -200,14 +199,14 @@ impl TokenList {
 }
 
 impl UnreadableNames<'_> {
-    /// Whether one may stand for the token of this digest and selector.
+    /// Whether an unreadable item may be the token of this digest and selector.
     pub fn may_have(&self, digest: &TokenDigest, selector: Option<&str>) -> bool {
         self.has_nameless
             || self.digests.contains(digest)
             || selector.is_some_and(|it| self.selectors.contains(it))
     }
 
-    /// Whether one may stand for the token of this selector.
+    /// Whether an unreadable item may be the token of this selector.
     pub fn may_have_selector(&self, selector: &str) -> bool {
         self.has_nameless || self.selectors.contains(selector)
     }
@@ -222,7 +221,7 @@ impl ListedSecret {
         }
     }
 
-    /// The selector, where the token has one.
+    /// The selector, if the token has one.
     pub fn selector(&self) -> Option<&str> {
         match self {
             Self::Full(token) => token.selector(),
@@ -230,7 +229,7 @@ impl ListedSecret {
         }
     }
 
-    /// The text by which the admin API finds the token; a secret where there is no selector.
+    /// The string by which the admin API finds the token. It is secret if the token has no selector.
     pub fn expose(&self) -> &str {
         match self {
             Self::Full(token) => token.expose(),
@@ -238,39 +237,39 @@ impl ListedSecret {
         }
     }
 
-    /// Reads what the admin API calls a token by; `None` where it is neither form.
+    /// Parses the secret of a listed token; `None` if it is neither a token nor a selector.
     pub fn parse(text: &str) -> Option<Self> {
         if let Ok(token) = Token::parse(text) {
             return Some(Self::Full(token));
         }
-        // Anything else than the 22 base64url characters of a selector may be a secret.
+        // Anything but the 22 base64url characters of a selector may be a secret.
         let is_selector = text.len() == 22
             && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'));
         is_selector.then(|| Self::Selector(text.to_owned()))
     }
 }
 
-/// Why an item of a list is not read; repeats nothing of it, since it holds secrets.
+/// The error of an unreadable item. Repeats nothing of the item, because it contains secrets.
 #[derive(Debug, thiserror::Error)]
 enum Unreadable {
     #[error("the token cannot be read")]
     Secret,
-    #[error("the token's type is not known")]
+    #[error("the token's type is unknown")]
     Kind,
     #[error("the token's status is not Validated")]
     Status,
-    #[error("the token's environment is told nowhere")]
+    #[error("the token has no environment")]
     Environment,
-    #[error("the token's projects are told nowhere")]
+    #[error("the token has no projects")]
     Projects,
-    #[error("the token's end is not a time")]
+    #[error("the token's expiry is not a timestamp")]
     Expiry,
 }
 
-/// One item of a validate reply, or of Unleash Edge's own token file.
+/// An item of a validate response, or of Unleash Edge's token file.
 #[derive(Deserialize)]
 struct RawValidated<'a> {
-    #[serde(deserialize_with = "token")]
+    #[serde(deserialize_with = "deserialize_token")]
     token: Token,
     #[serde(borrow)]
     r#type: Text<'a>,
@@ -299,7 +298,7 @@ impl TryFrom<RawValidated<'_>> for Validated {
     }
 }
 
-/// A listing before its items are read one by one.
+/// A token list whose items are not parsed yet.
 #[derive(Deserialize)]
 struct RawTokenList<'a> {
     #[serde(borrow)]
@@ -310,7 +309,7 @@ impl From<RawTokenList<'_>> for TokenList {
     fn from(raw: RawTokenList<'_>) -> Self {
         #[derive(Deserialize)]
         struct Named {
-            #[serde(deserialize_with = "listed_secret")]
+            #[serde(deserialize_with = "deserialize_listed_secret")]
             secret: Option<ListedSecret>,
         }
         let mut list = Self::default();
@@ -326,11 +325,11 @@ impl From<RawTokenList<'_>> for TokenList {
     }
 }
 
-/// One item of a listing; Unleash 4 called the name `username`.
+/// An item of a token list. In Unleash 4 the name is called `username`.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct RawListed<'a> {
-    #[serde(deserialize_with = "listed_secret")]
+    #[serde(deserialize_with = "deserialize_listed_secret")]
     secret: Option<ListedSecret>,
     #[serde(borrow, default)]
     token_name: Option<Text<'a>>,
@@ -364,7 +363,7 @@ impl TryFrom<RawListed<'_>> for Listed {
         let kind = TokenKind::parse(&raw.r#type.0).ok_or(Unreadable::Kind)?;
         let environment = environment_of(kind, raw.environment, text)?;
         let projects = projects_of(raw.projects, raw.project, text)?;
-        // A token whose end cannot be read must not pass for one without an end.
+        // A token with an unreadable expiry must not be treated as one that never expires.
         let end = |text: Text<'_>| instant::parse(&text.0).ok_or(Unreadable::Expiry);
         let expires_at = raw.expires_at.map(end).transpose()?;
         let time = |text: Option<Text<'_>>| text.and_then(|it| instant::parse(&it.0));
@@ -381,19 +380,20 @@ impl TryFrom<RawListed<'_>> for Listed {
     }
 }
 
-/// The environment of a token object; servers before 7.4.2 tell it only in the token's text.
+/// The environment of a token object. Servers before 7.4.2 have it only in the token itself.
 fn environment_of(
     kind: TokenKind,
-    told: Option<Text<'_>>,
+    field: Option<Text<'_>>,
     token: Option<&Token>,
 ) -> Result<Environment, Unreadable> {
-    told.map(|name| Environment::new(&name.0))
+    field
+        .map(|name| Environment::new(&name.0))
         .or_else(|| token.and_then(Token::environment))
         .or_else(|| (kind == TokenKind::Admin).then(|| Environment::new("*")))
         .ok_or(Unreadable::Environment)
 }
 
-/// The projects of a token object: the list, else the older single one, else the token's text.
+/// The projects of a token object: from the list, else from the older single field, else from the token.
 fn projects_of(
     list: Option<Vec<Text<'_>>>,
     single: Option<Text<'_>>,
@@ -405,12 +405,12 @@ fn projects_of(
         .ok_or(Unreadable::Projects)
 }
 
-/// A string that is borrowed from the JSON unless it has escapes there.
+/// A string, borrowed from the JSON unless it has escapes.
 #[derive(Deserialize)]
 #[serde(transparent)]
 struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
 
-/// Reads a list and leaves out the items that cannot be read.
+/// Deserializes a list and skips unreadable items.
 pub(crate) fn readable<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
 where
     D: Deserializer<'de>,
@@ -420,13 +420,13 @@ where
     Ok(items.into_iter().filter_map(|item| serde_json::from_str(item.get()).ok()).collect())
 }
 
-fn readable_tokens<'de, D>(deserializer: D) -> Result<Cow<'static, [Token]>, D::Error>
+fn deserialize_tokens<'de, D>(deserializer: D) -> Result<Cow<'static, [Token]>, D::Error>
 where
     D: Deserializer<'de>,
 {
     #[derive(Deserialize)]
     #[serde(transparent)]
-    struct Item(#[serde(deserialize_with = "token")] Token);
+    struct Item(#[serde(deserialize_with = "deserialize_token")] Token);
     struct Items;
     impl<'de> Visitor<'de> for Items {
         type Value = Vec<Token>;
@@ -439,7 +439,7 @@ where
             let (mut tokens, mut count) = (Vec::new(), 0);
             while let Some(item) = items.next_element::<&RawValue>()? {
                 count += 1;
-                // Counted on the way: what is too much is not read to its end.
+                // Counted while parsing, so that an oversized list is not parsed to its end.
                 if count > MAX_VALIDATED {
                     return Err(de::Error::invalid_length(count, &self));
                 }
@@ -451,28 +451,30 @@ where
     deserializer.deserialize_seq(Items).map(Cow::Owned)
 }
 
-fn texts<S: Serializer>(tokens: &[Token], serializer: S) -> Result<S::Ok, S::Error> {
+fn serialize_tokens<S: Serializer>(tokens: &[Token], serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_seq(tokens.iter().map(Token::expose))
 }
 
-fn token<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Token, D::Error> {
+fn deserialize_token<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Token, D::Error> {
     deserializer
         .deserialize_str(Parsed(Token::parse))?
         .map_err(|error: ParseError| de::Error::custom(error))
 }
 
-fn listed_secret<'de, D>(deserializer: D) -> Result<Option<ListedSecret>, D::Error>
+fn deserialize_listed_secret<'de, D>(deserializer: D) -> Result<Option<ListedSecret>, D::Error>
 where
     D: Deserializer<'de>,
 {
     deserializer.deserialize_str(Parsed(ListedSecret::parse))
 }
 
-fn environment<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Environment, D::Error> {
+fn deserialize_environment<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Environment, D::Error> {
     deserializer.deserialize_str(Parsed(Environment::new))
 }
 
-/// Hands a JSON string to a parser without a copy of it being left in memory.
+/// Passes a JSON string to a parser, without leaving a copy of it in memory.
 struct Parsed<F>(F);
 
 impl<T, F: Fn(&str) -> T> Visitor<'_> for Parsed<F> {
@@ -511,7 +513,7 @@ mod tests {
     }
 
     #[test]
-    fn a_validated_token_is_read_in_every_form_that_servers_send() {
+    fn validated_token_is_parsed_in_every_form_that_servers_send() {
         use TokenKind::{Admin, Client, Frontend};
         let check =
             |fields: &str, expected| check(&format!(r#"{{"token":"{V1}",{fields}}}"#), expected);
@@ -532,7 +534,7 @@ mod tests {
     }
 
     #[test]
-    fn one_unreadable_item_does_not_hide_the_others() {
+    fn unreadable_item_is_skipped() {
         let body = format!(
             r#"{{"tokens":[{{"token":"no","type":"client"}},7,{{"token":"{V1}","type":"client"}}]}}"#
         );
@@ -544,7 +546,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_served_is_what_is_asked_for() {
+    fn validate_bodies_survive_a_round_trip() {
         let token = Token::parse(V1).expect("token");
         let request = ValidateRequest { tokens: Cow::Owned(vec![token.clone()]) };
         assert_eq!(
@@ -566,7 +568,7 @@ mod tests {
     }
 
     #[test]
-    fn listings_show_whole_secrets_or_selectors() {
+    fn token_list_contains_full_secrets_or_selectors() {
         let body = format!(
             r#"{{"tokens":[
                 {{"secret":"{V1}","tokenName":"a","type":"client","project":"*","projects":["*"],
@@ -593,7 +595,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unreadable_item_may_stand_for_the_token_that_it_names_or_for_any() {
+    fn unreadable_item_may_be_the_token_it_names_or_any_token() {
         let (one, other) = (TokenDigest::of(V1), TokenDigest::of("*:dev.other"));
         let list = |items: &str| {
             serde_json::from_str::<TokenList>(&format!(r#"{{"tokens":[{items}]}}"#)).expect("list")
@@ -616,14 +618,14 @@ mod tests {
     }
 
     #[test]
-    fn errors_of_reading_repeat_no_secret() {
+    fn parse_error_contains_no_secret() {
         let body = format!(r#"{{"secret":"{V1} {V1}"}}"#);
         let error = serde_json::from_str::<Created>(&body).expect_err("no token");
         assert!(!error.to_string().contains("964a"), "{error}");
     }
 
     #[test]
-    fn environments_are_read_with_their_switch() {
+    fn disabled_environments_are_parsed() {
         let body = r#"{"version":1,"environments":[{"name":"production","type":"production",
             "enabled":true,"protected":false},{"name":"old","enabled":false},{"enabled":true}]}"#;
         let list: EnvironmentList = serde_json::from_str(body).expect("list");

@@ -1,10 +1,10 @@
-//! What SDKs and edges report of themselves and of the flags they use, and how upstream takes it.
+//! Registrations and usage reports of SDKs and edges, and the shapes that upstream accepts.
 //!
-//! Reading is as lenient as the Unleash server (7.5.1, 8.2.0) and in places more so: a report that
-//! it would store is never refused. Writing is exact: only shapes that pass both of its
-//! schemas, because one bad item there costs the whole request (protocol: `/metrics/bulk`).
+//! Parsing is as lenient as the Unleash server (7.5.1, 8.2.0) and in places more so: a report that the
+//! server would store is never rejected. Serialization is strict: only shapes that pass both schemas of
+//! the server, because one invalid item makes it reject the whole request (protocol: `/metrics/bulk`).
 //!
-//! Merging, bounding and sending are `usage`'s.
+//! Usage is merged, bounded and sent in `usage`, not here.
 
 mod impact;
 mod object;
@@ -21,26 +21,27 @@ pub use self::{
     object::{MAX_INTEGER, MAX_NUMBER, ParseError},
 };
 
-/// The longest text of a metadata field that is kept, in bytes (upstream: `varchar(255)`).
+/// The maximum length of a metadata field, in bytes (upstream: `varchar(255)`); longer ones are
+/// truncated.
 const MAX_TEXT: usize = 255;
-/// How many strategies of a registration are kept.
+/// The maximum number of strategies of a registration; further ones are ignored.
 const MAX_STRATEGIES: usize = 256;
-/// How many hops of `connectVia` are kept.
+/// The maximum number of hops in `connectVia`; further ones are ignored.
 const MAX_HOPS: usize = 16;
-/// How large the unknown fields of a registration may be altogether, in bytes of JSON.
+/// The maximum size of all unknown fields of a registration, in bytes of JSON.
 const MAX_EXTRA: usize = 4096;
 
-/// Which family of SDKs reports.
+/// The kind of an SDK.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub enum SdkKind {
     /// Server-side SDKs, which evaluate flags themselves.
     Backend,
-    /// Frontend SDKs, which are given evaluated flags.
+    /// Frontend SDKs, which receive evaluated flags.
     Frontend,
 }
 
 impl SdkKind {
-    /// The kind as `sdkType` has it.
+    /// The value of `sdkType`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Backend => "backend",
@@ -57,27 +58,27 @@ impl SdkKind {
     }
 }
 
-/// What an SDK tells of itself beside its name.
+/// The metadata of an SDK.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Metadata {
     /// `<sdk>:<version>`.
     pub sdk_version: Option<Arc<str>>,
     /// The version of its Yggdrasil engine.
     pub yggdrasil_version: Option<Arc<str>>,
-    /// What it runs on.
+    /// The platform that it runs on.
     pub platform_name: Option<Arc<str>>,
-    /// The version of what it runs on.
+    /// The version of the platform.
     pub platform_version: Option<Arc<str>>,
-    /// The wrapper around it, such as a web framework's.
+    /// The wrapper around it, such as that of a web framework.
     pub sdk_flavor: Option<Arc<str>>,
     /// The version of that wrapper.
     pub sdk_flavor_version: Option<Arc<str>>,
-    /// The client specification that it follows.
+    /// The version of the client specification that it implements.
     pub spec_version: Option<Arc<str>>,
 }
 
 impl Metadata {
-    /// What is known, field by field.
+    /// The values of the fields that are set.
     pub fn texts(&self) -> impl Iterator<Item = &Arc<str>> {
         self.fields().into_iter().filter_map(|(_, text)| text.as_ref())
     }
@@ -106,7 +107,7 @@ impl Metadata {
         ]
     }
 
-    /// Writes what is known; upstream refuses `null` where it expects text.
+    /// Serializes the fields that are set; upstream rejects `null` for a string.
     fn write<M: SerializeMap>(&self, map: &mut M) -> Result<(), M::Error> {
         for (name, value) in self.fields() {
             write_some(map, name, value.as_deref())?;
@@ -118,9 +119,9 @@ impl Metadata {
 /// One hop between an application and upstream.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct ConnectVia {
-    /// What kind of program it is.
+    /// The name of the program.
     pub app_name: Arc<str>,
-    /// Which one of them.
+    /// The instance of the program.
     pub instance_id: Arc<str>,
 }
 
@@ -133,43 +134,43 @@ impl Serialize for ConnectVia {
     }
 }
 
-/// An instance of an application, as it registers itself.
+/// The registration of an instance of an application.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Application {
-    /// Its name; never empty.
+    /// The name of the application; never empty.
     pub app_name: Arc<str>,
-    /// Which of its instances; upstream insists on one in bulk.
+    /// The instance; upstream requires it in bulk reports.
     pub instance_id: Option<Arc<str>>,
-    /// The connection, of which an instance may have several.
+    /// The connection; an instance may have several.
     pub connection_id: Option<Arc<str>>,
-    /// The environment; whoever registers does not choose it, its token does.
+    /// The environment. It is determined by the token, not by the application.
     pub environment: Option<Arc<str>>,
-    /// The projects; likewise.
+    /// The projects. They are determined by the token too.
     pub projects: Option<Vec<Arc<str>>>,
-    /// Through whom it reached us, the nearest last.
+    /// The edges between the application and this one, the nearest last.
     pub connect_via: Vec<ConnectVia>,
-    /// How often it fetches flags, in the unit of its SDK (seconds or milliseconds).
+    /// The polling interval, in the unit of its SDK (seconds or milliseconds).
     pub interval: u64,
-    /// When it started.
+    /// The time when it started.
     pub started: Timestamp,
-    /// The strategies that it implements, if it has listed them. Unleash takes an empty list for
-    /// that of the application; Unleash Edge insists on a list, Unleash does not.
+    /// The strategies that it implements, if it has listed them. Unleash stores an empty list as the
+    /// list of the application. Unleash Edge requires a list, Unleash does not.
     pub strategies: Option<Vec<Arc<str>>>,
-    /// Which family its SDK is of.
+    /// The kind of its SDK.
     pub sdk_kind: Option<SdkKind>,
-    /// What else is known of its SDK.
+    /// The metadata of its SDK.
     pub metadata: Metadata,
-    /// Fields that this version does not know, passed on as they are.
+    /// Unknown fields, forwarded unchanged.
     pub extra: Map<String, Value>,
 }
 
 impl Application {
-    /// Reads the body of a registration.
+    /// Parses the body of a registration.
     pub fn parse(body: &[u8]) -> Result<Self, ParseError> {
         Self::take(Object::parse(body)?)
     }
 
-    /// Reads a registration out of a larger body.
+    /// Parses a registration that is part of a larger body.
     pub fn from_value(value: Value) -> Result<Self, ParseError> {
         Self::take(Object::of(value, String::new())?)
     }
@@ -195,7 +196,7 @@ impl Application {
             metadata: Metadata::take(&mut object),
             extra: Map::new(),
         };
-        // The one field more that upstream's schema types: it refuses anything but text there.
+        // Upstream's schema has a type for this field too, and rejects anything but a string.
         if object.has("project") {
             let project = object.text("project", MAX_TEXT);
             application.extra.extend(project.map(|id| ("project".to_owned(), Value::from(&*id))));
@@ -229,14 +230,14 @@ impl Serialize for Application {
     }
 }
 
-/// How often a flag was on, off, and each of its variants.
+/// The counts of a flag: evaluations to on, to off, and to each variant.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct ToggleStats {
-    /// How often it was on.
+    /// The number of evaluations to on.
     pub yes: u64,
-    /// How often it was off.
+    /// The number of evaluations to off.
     pub no: u64,
-    /// How often each variant was given.
+    /// The number of evaluations to each variant.
     pub variants: BTreeMap<Arc<str>, u64>,
 }
 
@@ -252,19 +253,19 @@ impl ToggleStats {
     }
 }
 
-/// What was counted in a window of time.
+/// The counts of a period.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Bucket {
-    /// When counting began.
+    /// The start of the period.
     pub start: Timestamp,
-    /// When it ended.
+    /// The end of the period.
     pub stop: Option<Timestamp>,
     /// The counts by flag.
     pub toggles: Vec<(Arc<str>, ToggleStats)>,
 }
 
 impl Bucket {
-    /// The time whose hour the counts belong to, as Unleash decides it: the end.
+    /// The time that determines the hour of the counts. As in Unleash, it is the end of the period.
     pub fn counted_at(&self) -> Timestamp {
         self.stop.unwrap_or(self.start)
     }
@@ -273,22 +274,22 @@ impl Bucket {
 /// An SDK's usage report.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ClientMetrics {
-    /// The application; never empty.
+    /// The name of the application; never empty.
     pub app_name: Arc<str>,
-    /// Which of its instances.
+    /// The instance.
     pub instance_id: Option<Arc<str>>,
-    /// The connection, of which an instance may have several.
+    /// The connection; an instance may have several.
     pub connection_id: Option<Arc<str>>,
-    /// The counts; absent where an SDK has only impact metrics to tell.
+    /// The counts; `None` if the SDK reports only impact metrics.
     pub bucket: Option<Bucket>,
-    /// The impact metrics; malformed ones are left out, as upstream does.
+    /// The impact metrics; malformed ones are ignored, as by upstream.
     pub impact_metrics: Vec<ImpactMetric>,
-    /// What is known of the SDK.
+    /// The metadata of the SDK.
     pub metadata: Metadata,
 }
 
 impl ClientMetrics {
-    /// Reads the body of a usage report.
+    /// Parses the body of a usage report.
     pub fn parse(body: &[u8]) -> Result<Self, ParseError> {
         let mut object = Object::parse(body)?;
         let bucket = match object.take("bucket") {
@@ -296,7 +297,7 @@ impl ClientMetrics {
             Some(bucket) => {
                 let mut bucket = Object::of(bucket, object.path("bucket"))?;
                 let start = bucket.timestamp("start")?;
-                // Without an end the beginning tells the hour: a strange one is no reason to refuse.
+                // An unreadable end is no error: the start determines the hour then.
                 let stop = bucket.timestamp("stop").ok();
                 let mut toggles = Vec::new();
                 for (name, stats) in bucket.entries("toggles")? {
@@ -318,25 +319,25 @@ impl ClientMetrics {
     }
 }
 
-/// One counter of a bulk report: a flag, as one application used it in one hour.
+/// A counter of a bulk report: the usage of a flag by one application in one hour.
 #[derive(Clone, Debug, PartialEq)]
 pub struct BulkMetric {
-    /// The flag.
+    /// The name of the flag.
     pub feature_name: Arc<str>,
-    /// The application.
+    /// The name of the application.
     pub app_name: Arc<str>,
     /// The environment.
     pub environment: Arc<str>,
-    /// A time inside the hour.
+    /// A time within the hour.
     pub timestamp: Timestamp,
     /// The counts.
     pub stats: ToggleStats,
-    /// What is known of the SDK that counted last; upstream does not store it.
+    /// The metadata of the SDK that reported last; upstream does not store it.
     pub metadata: Metadata,
 }
 
 impl BulkMetric {
-    /// Reads one counter out of a larger body.
+    /// Parses a counter that is part of a larger body.
     pub fn from_value(value: Value) -> Result<Self, ParseError> {
         let mut object = Object::of(value, String::new())?;
         Ok(Self {
@@ -365,21 +366,21 @@ impl Serialize for BulkMetric {
     }
 }
 
-/// What another edge reports of the SDKs behind it.
+/// The report of another edge about the SDKs behind it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Bulk {
-    /// The instances that registered there.
+    /// The registrations.
     pub applications: Vec<Application>,
     /// The counts.
     pub metrics: Vec<BulkMetric>,
     /// The impact metrics.
     pub impact_metrics: Vec<ImpactMetric>,
-    /// How many items could not be read; the others do not suffer for them.
+    /// The number of malformed items, which were skipped.
     pub malformed: usize,
 }
 
 impl Bulk {
-    /// Reads the body of a bulk report.
+    /// Parses the body of a bulk report.
     pub fn parse(body: &[u8]) -> Result<Self, ParseError> {
         let mut object = Object::parse(body)?;
         let mut malformed = 0;
@@ -392,19 +393,19 @@ impl Bulk {
     }
 }
 
-/// Those of `values` that `read` can read, counting the others.
+/// Parses `values` and skips malformed ones, which it counts.
 fn readable<T>(
     values: Vec<Value>,
-    read: impl Fn(Value) -> Result<T, ParseError>,
+    parse: impl Fn(Value) -> Result<T, ParseError>,
     malformed: &mut usize,
 ) -> Vec<T> {
     let total = values.len();
-    let read: Vec<_> = values.into_iter().filter_map(|value| read(value).ok()).collect();
-    *malformed += total - read.len();
-    read
+    let items: Vec<_> = values.into_iter().filter_map(|value| parse(value).ok()).collect();
+    *malformed += total - items.len();
+    items
 }
 
-/// What an edge tells of itself, kept as it is but for the name under which it is kept.
+/// The instance data of an edge. Only the identifier is parsed; the rest is kept unchanged.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EdgeInstance {
     identifier: Arc<str>,
@@ -412,7 +413,7 @@ pub struct EdgeInstance {
 }
 
 impl EdgeInstance {
-    /// Reads the body that an edge sends about itself.
+    /// Parses the instance data of an edge.
     pub fn parse(body: &[u8]) -> Result<Self, ParseError> {
         let mut object = Object::parse(body)?;
         let identifier = object.name("identifier")?;
@@ -421,18 +422,18 @@ impl EdgeInstance {
         Ok(Self { identifier, value: Value::Object(fields) })
     }
 
-    /// The identity that it chose.
+    /// The identifier that the edge has chosen.
     pub fn identifier(&self) -> &Arc<str> {
         &self.identifier
     }
 
-    /// All that it told.
+    /// The whole instance data.
     pub fn value(&self) -> &Value {
         &self.value
     }
 }
 
-/// The texts among `values`: upstream refuses empty ones and other types.
+/// The non-empty strings in `values`; upstream rejects empty ones and other types.
 fn texts(values: &[Value], limit: usize) -> Vec<Arc<str>> {
     values.iter().filter_map(|value| lenient_text(value, MAX_TEXT)).take(limit).collect()
 }
@@ -480,7 +481,7 @@ mod tests {
     }
 
     #[test]
-    fn counts_are_read_as_leniently_as_the_server_reads_them() {
+    fn counts_are_parsed_as_leniently_as_by_the_server() {
         check_counts(r#"{"yes":3,"no":4,"variants":{"a":1}}"#, 3, 4, &[("a", 1)]);
         check_counts("{}", 0, 0, &[]);
         check_counts(r#"{"yes":"7","no":"","variants":null}"#, 7, 0, &[]);
@@ -489,7 +490,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_names_the_field_and_does_not_repeat_the_body() {
+    fn error_names_the_field_and_does_not_repeat_the_body() {
         let check = |body: &str, message: &str| {
             assert_eq!(metrics(body).unwrap_err(), message, "{body}");
         };
@@ -544,7 +545,7 @@ mod tests {
     }
 
     #[test]
-    fn a_registration_keeps_what_it_does_not_know_and_leaves_out_what_upstream_refuses() {
+    fn registration_preserves_unknown_fields_and_omits_values_that_upstream_rejects() {
         let check = |body: &str, expected: &str| {
             let application = Application::parse(body.as_bytes()).expect(body);
             assert_eq!(serde_json::to_string(&application).unwrap(), expected);
@@ -571,7 +572,7 @@ mod tests {
     }
 
     #[test]
-    fn one_unreadable_item_of_a_bulk_report_costs_only_itself() {
+    fn malformed_items_of_a_bulk_report_are_skipped() {
         let body = r#"{"applications":[{"appName":""}],"seenTokens":["*:d.x"],"metrics":[
             {"featureName":"f","appName":"a","environment":"d","timestamp":"2026-01-02T03:00:00Z","yes":2},
             {"featureName":"f"}],"impactMetrics":[{"name":"x"}]}"#;

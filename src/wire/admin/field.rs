@@ -1,4 +1,4 @@
-//! Members of a request that are judged one by one, so that all that is wrong is told at once.
+//! Fields of a request that are validated one by one, so that all errors are reported at once.
 
 use std::borrow::Cow;
 
@@ -6,38 +6,38 @@ use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
-/// A member of a request.
+/// A field of a request.
 #[derive(Debug, Default)]
 pub enum Field<T> {
-    /// It is not there.
+    /// The field is absent.
     #[default]
     Missing,
-    /// It is there and can be used.
+    /// The field has a valid value.
     Is(T),
-    /// It is there and cannot be used.
+    /// The field has an invalid value; the text is the reason.
     Wrong(String),
 }
 
-/// What is wrong with one member of a request; repeats nothing of it.
+/// The error of one field; repeats nothing of its value.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Problem {
-    /// The member, as in `projects`.
+    /// The field, as in `projects`.
     pub path: &'static str,
-    /// What is wrong with it.
+    /// The expectation that it does not meet.
     pub reason: String,
 }
 
-/// Everything that is wrong with a request.
+/// The errors of all fields of a request.
 #[derive(Debug, Default)]
 pub struct Problems(Vec<Problem>);
 
 impl Problems {
-    /// Notes what is wrong with a member.
+    /// Adds an error.
     pub fn add(&mut self, path: &'static str, reason: impl Into<String>) {
         self.0.push(Problem { path, reason: reason.into() });
     }
 
-    /// The value of a member that may be left out.
+    /// The value of an optional field. An invalid value adds an error.
     pub fn optional<T>(&mut self, path: &'static str, field: Field<T>) -> Option<T> {
         match field {
             Field::Missing => None,
@@ -49,7 +49,7 @@ impl Problems {
         }
     }
 
-    /// The value of a member that must be there.
+    /// The value of a required field. A missing or invalid value adds an error.
     pub fn required<T>(&mut self, path: &'static str, field: Field<T>) -> Option<T> {
         if matches!(field, Field::Missing) {
             self.add(path, "is missing");
@@ -57,20 +57,20 @@ impl Problems {
         self.optional(path, field)
     }
 
-    /// All of them, if there are any.
+    /// The errors, if there are any.
     pub fn finish(self) -> Result<(), Vec<Problem>> {
         self.or(Some(()))
     }
 
-    /// All of them, if there are any, else `value`: it is made of what was read, and is there unless
-    /// something was wrong.
+    /// The errors, if there are any, or else `value`, which is built from the fields. It is `None` only
+    /// if there are errors.
     pub fn or<T>(self, value: Option<T>) -> Result<T, Vec<Problem>> {
         value.filter(|_| self.0.is_empty()).ok_or(self.0)
     }
 }
 
 impl<T> Field<T> {
-    /// This member, or where it is missing another under its older name.
+    /// This field, or the one under its older name if this one is missing.
     #[must_use]
     pub fn or(self, older: Self) -> Self {
         match self {
@@ -80,9 +80,9 @@ impl<T> Field<T> {
     }
 }
 
-/// A type that a member can have.
+/// A type of a field.
 pub trait Member: Sized {
-    /// Reads it; an error says what was expected, without repeating what came.
+    /// Parses a JSON value. The error describes the expected value and does not repeat the actual one.
     fn read(value: &Value) -> Result<Self, String>;
 }
 
@@ -113,7 +113,7 @@ impl<T: Member> Member for Option<T> {
     }
 }
 
-/// A text that may be left empty, which says as much as null.
+/// A string for which blank means the same as null.
 #[derive(Debug)]
 pub struct Blank<T>(pub Option<T>);
 

@@ -1,7 +1,7 @@
-//! What operators send to the admin API.
+//! Requests of the admin API.
 //!
-//! Each type is what the API's document describes. Reading one collects everything that is wrong;
-//! whether an environment exists, or who may do it, is for others to say.
+//! The documentation of these types appears in the OpenAPI document. Parsing collects all errors of a
+//! request. It does not check permissions, or whether an environment exists.
 
 use std::{borrow::Cow, fmt};
 
@@ -14,21 +14,21 @@ use zeroize::Zeroizing;
 use super::field::{Blank, Field, Member};
 use crate::wire::instant;
 
-/// The longest name, of a token or an account, in characters.
+/// The maximum length of the name of a token or account, in characters.
 const MAX_NAME: usize = 255;
 
-/// How many projects a token may name.
+/// The maximum number of projects of a token.
 pub const MAX_PROJECTS: usize = 100;
 
-/// The longest name of an environment or a project, in characters.
+/// The maximum length of the name of an environment or the id of a project, in characters.
 const MAX_ID: usize = 100;
 
-/// A name for people: one line.
+/// A name for humans, in one line.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Name(pub String);
 
 impl Name {
-    /// Reads it, without what surrounds it; an error says what was expected.
+    /// Parses a name and trims it; the error describes the expected value.
     pub fn parse(text: &str) -> Result<Self, String> {
         let text = text.trim();
         if text.is_empty() || text.chars().count() > MAX_NAME || text.chars().any(is_unseen) {
@@ -38,9 +38,9 @@ impl Name {
     }
 }
 
-/// Whether a character has no look of its own: two names that differ in such alone would look alike,
-/// and one may turn the rest of a line around (Unicode's categories Cc, Zl and Zp, and of Cf those that
-/// texts have no use for).
+/// Whether a character is invisible (Unicode categories Cc, Zl and Zp, and those of Cf without use in
+/// names). Names that differ only in such characters look the same, and some of them reverse the rest of
+/// a line.
 fn is_unseen(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{ad}' | '\u{200b}' | '\u{200e}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
@@ -49,7 +49,7 @@ fn is_unseen(c: char) -> bool {
 
 impl Member for Name {
     fn read(value: &Value) -> Result<Self, String> {
-        Self::parse(value.as_str().ok_or("must be a text")?)
+        Self::parse(value.as_str().ok_or("must be a string")?)
     }
 }
 
@@ -67,12 +67,12 @@ impl JsonSchema for Name {
     }
 }
 
-/// A name to sign in with: one word.
+/// A name to sign in with, in one word.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Username(pub String);
 
 impl Username {
-    /// Reads it, without what surrounds it; an error says what was expected.
+    /// Parses a user name and trims it; the error describes the expected value.
     pub fn parse(text: &str) -> Result<Self, String> {
         let is_word = |name: &Name| !name.0.chars().any(char::is_whitespace);
         let word = Name::parse(text).ok().filter(is_word).map(|name| Self(name.0));
@@ -82,7 +82,7 @@ impl Username {
 
 impl Member for Username {
     fn read(value: &Value) -> Result<Self, String> {
-        Self::parse(value.as_str().ok_or("must be a text")?)
+        Self::parse(value.as_str().ok_or("must be a string")?)
     }
 }
 
@@ -102,26 +102,26 @@ impl JsonSchema for Username {
     }
 }
 
-/// The address of a person's mailbox, as far as it can be told without writing to it.
+/// An email address; only its form is checked.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Email(pub String);
 
 impl Email {
-    /// Reads it, without what surrounds it; an error says what was expected.
+    /// Parses an address and trims it; the error describes the expected value.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let has_place = |word: &Username| {
-            word.0.split_once('@').is_some_and(|(who, place)| {
-                !who.is_empty() && !place.is_empty() && !place.contains('@')
+        let has_domain = |word: &Username| {
+            word.0.split_once('@').is_some_and(|(local, domain)| {
+                !local.is_empty() && !domain.is_empty() && !domain.contains('@')
             })
         };
-        let address = Username::parse(text).ok().filter(has_place).map(|word| Self(word.0));
-        address.ok_or_else(|| "must be an address, as in ann@example.org".to_owned())
+        let address = Username::parse(text).ok().filter(has_domain).map(|word| Self(word.0));
+        address.ok_or_else(|| "must be an email address, as in ann@example.org".to_owned())
     }
 }
 
 impl Member for Email {
     fn read(value: &Value) -> Result<Self, String> {
-        Self::parse(value.as_str().ok_or("must be a text")?)
+        Self::parse(value.as_str().ok_or("must be a string")?)
     }
 }
 
@@ -139,13 +139,13 @@ impl JsonSchema for Email {
     }
 }
 
-/// The name of an environment or the id of a project; it becomes part of tokens.
+/// The name of an environment or the id of a project, restricted to characters that tokens may contain.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Id(pub String);
 
 impl Member for Id {
     fn read(value: &Value) -> Result<Self, String> {
-        let text = value.as_str().ok_or("must be a text")?;
+        let text = value.as_str().ok_or("must be a string")?;
         let fits = |c: char| c.is_ascii_alphanumeric() || "-_~".contains(c);
         if text != "*" && (text.is_empty() || text.len() > MAX_ID || !text.chars().all(fits)) {
             return Err(format!("must be * or 1 to {MAX_ID} letters, digits, `-`, `_` or `~`"));
@@ -195,12 +195,12 @@ impl JsonSchema for Kind {
         json_schema!({
             "type": "string",
             "enum": ["backend", "client", "frontend", "admin"],
-            "description": "In any case; `client` is the older name of `backend`.",
+            "description": "Case-insensitive; `client` is the former name of `backend`.",
         })
     }
 }
 
-/// A point in time, RFC 3339.
+/// A timestamp (RFC 3339).
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Instant(pub Timestamp);
 
@@ -228,18 +228,18 @@ impl JsonSchema for Instant {
     }
 }
 
-/// A password on its way to be judged; not shown, and wiped.
+/// A password in a request. It is hidden from `Debug` and wiped from memory after use.
 pub struct Hidden(pub Zeroizing<String>);
 
 impl fmt::Debug for Hidden {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Hidden")
+        f.write_str("SecretString")
     }
 }
 
 impl Member for Hidden {
     fn read(value: &Value) -> Result<Self, String> {
-        let text = value.as_str().ok_or("must be a text")?;
+        let text = value.as_str().ok_or("must be a string")?;
         if text.is_empty() || text.len() > 1024 {
             return Err("must have 1 to 1024 bytes".to_owned());
         }
@@ -265,10 +265,10 @@ impl JsonSchema for Hidden {
 #[derive(Debug, Deserialize, JsonSchema)]
 #[schemars(extend("required" = ["username", "password"]))]
 pub struct Login {
-    /// The account's name.
+    /// The user name of the account.
     #[serde(default)]
     pub username: Field<Name>,
-    /// Its password.
+    /// The password of the account.
     #[serde(default)]
     pub password: Field<Hidden>,
 }
@@ -278,26 +278,27 @@ pub struct Login {
 #[serde(rename_all = "camelCase")]
 #[schemars(extend("required" = ["tokenName", "type"]))]
 pub struct CreateToken {
-    /// What tells it apart in lists and in the audit log.
+    /// The name of the token in lists and in the audit log.
     #[serde(default)]
     pub token_name: Field<Name>,
-    /// The name that `tokenName` had before Unleash 4.22.
+    /// The former name of `tokenName`, before Unleash 4.22.
     #[serde(default)]
     pub username: Field<Name>,
-    /// What it is for.
+    /// The kind of the token.
     #[serde(default)]
     pub r#type: Field<Kind>,
-    /// The environment that it sees, `development` where none is named; admin tokens see all, `*`.
+    /// The environment that it can access, by default `development`; `*` for admin tokens, which can
+    /// access all.
     #[serde(default)]
     pub environment: Field<Id>,
-    /// The projects that it sees, all where none is named; admin tokens see all, `*`.
+    /// The projects that it can access, by default all; `*` for admin tokens, which can access all.
     #[serde(default)]
     #[schemars(length(min = 1, max = MAX_PROJECTS))]
     pub projects: Field<Vec<Id>>,
-    /// One project, as before Unleash 4.5.
+    /// A single project; the form used before Unleash 4.5.
     #[serde(default)]
     pub project: Field<Id>,
-    /// When it ends.
+    /// The time when it expires.
     #[serde(default)]
     pub expires_at: Field<Option<Instant>>,
 }
@@ -307,7 +308,7 @@ pub struct CreateToken {
 #[serde(rename_all = "camelCase")]
 #[schemars(extend("required" = ["expiresAt"]))]
 pub struct UpdateToken {
-    /// When it ends; null is never.
+    /// The time when it expires; null is never.
     #[serde(default)]
     pub expires_at: Field<Option<Instant>>,
 }
@@ -317,35 +318,35 @@ pub struct UpdateToken {
 #[serde(rename_all = "camelCase")]
 #[schemars(extend("required" = ["rootRole", "password"]))]
 pub struct CreateUser {
-    /// The name to sign in with; `email` stands in for it.
+    /// The name to sign in with; by default the email address.
     #[serde(default)]
     pub username: Field<Blank<Username>>,
-    /// The name to be shown.
+    /// The display name.
     #[serde(default)]
     pub name: Field<Blank<Name>>,
-    /// Where its owner can be reached.
+    /// The email address of the owner.
     #[serde(default)]
     pub email: Field<Blank<Email>>,
-    /// 1 Admin, 2 Editor, 3 Viewer; or that name.
+    /// 1 Admin, 2 Editor, 3 Viewer; or the name of the role.
     #[serde(default)]
     pub root_role: Field<Role>,
-    /// Its first password.
+    /// The initial password.
     #[serde(default)]
     #[schemars(length(min = 10))]
     pub password: Field<Hidden>,
 }
 
-/// `PUT /api/admin/user-admin/{id}`; what is left out stays.
+/// `PUT /api/admin/user-admin/{id}`; absent fields remain unchanged.
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct UpdateUser {
-    /// The name to be shown; null or nothing for none.
+    /// The display name; null or blank removes it.
     #[serde(default)]
     pub name: Field<Blank<Name>>,
-    /// Where its owner can be reached; null or nothing for nowhere.
+    /// The email address of the owner; null or blank removes it.
     #[serde(default)]
     pub email: Field<Blank<Email>>,
-    /// 1 Admin, 2 Editor, 3 Viewer; or that name.
+    /// 1 Admin, 2 Editor, 3 Viewer; or the name of the role.
     #[serde(default)]
     pub root_role: Field<Role>,
     /// A new password; ends its sessions.
@@ -358,7 +359,7 @@ pub struct UpdateUser {
 #[derive(Debug, Deserialize, JsonSchema)]
 #[schemars(extend("required" = ["permissions"]))]
 pub struct SetPermissions {
-    /// All that the account is granted beyond its role.
+    /// All permissions of the account in addition to those of its role.
     #[serde(default)]
     pub permissions: Field<Vec<Name>>,
 }
@@ -382,10 +383,10 @@ pub struct ChangePassword {
     #[serde(default)]
     #[schemars(length(min = 10))]
     pub password: Field<Hidden>,
-    /// The new one again, where a form asks for it twice.
+    /// The new password again, if a form requests it twice.
     #[serde(default)]
     pub confirm_password: Field<Hidden>,
-    /// The present one.
+    /// The current password.
     #[serde(default)]
     pub old_password: Field<Hidden>,
 }

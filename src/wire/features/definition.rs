@@ -1,8 +1,8 @@
-//! A flag's JSON, read leniently.
+//! Lenient parsing of a flag's JSON.
 //!
-//! Real definitions hold `null` where a list is meant, numbers where strings are meant, and now
-//! and then worse. Reading never stops at such a value: each field says whether it was there and
-//! whether it was of its kind ([`Loose`]). What that means for evaluation is the engine's business.
+//! Real definitions contain `null` in place of lists, numbers in place of strings, and sometimes worse.
+//! Parsing never stops at such a value: each field records whether it was present and of the right type
+//! ([`Lenient`]). The engine decides how to evaluate it.
 
 use std::borrow::Cow;
 use std::marker::PhantomData;
@@ -11,20 +11,20 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
-/// A value that may be missing (absent or `null`) or of the wrong kind.
+/// A value that may be missing (absent or `null`) or of the wrong type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Loose<T> {
     /// Absent, or `null`.
     #[default]
     Missing,
-    /// Of the expected kind.
+    /// Of the expected type.
     Is(T),
-    /// Of another kind.
+    /// Of another type.
     Malformed,
 }
 
 impl<T> Loose<T> {
-    /// The value, if it is there and of its kind.
+    /// The value, if it is valid.
     pub fn is(self) -> Option<T> {
         match self {
             Self::Is(value) => Some(value),
@@ -32,7 +32,7 @@ impl<T> Loose<T> {
         }
     }
 
-    /// The value, or its default where it is missing; `None` if it is of the wrong kind.
+    /// The value, or the default if it is missing; `None` if it is malformed.
     pub fn or_default(self) -> Option<T>
     where
         T: Default,
@@ -45,27 +45,27 @@ impl<T> Loose<T> {
     }
 }
 
-/// Text that borrows from the document where JSON escapes allow it. Numbers and booleans read as
-/// their text, because older servers and hand-written files put them where strings belong.
+/// A string, borrowed from the document unless it has escapes. Numbers and booleans are converted to
+/// strings, because older servers and hand-written files contain them in place of strings.
 pub type Text<'a> = Cow<'a, str>;
 
-/// What a flag says.
+/// The definition of a flag.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Definition<'a> {
-    /// Whether it is on in this environment; off wins over every strategy.
+    /// Whether it is on in this environment; if it is off, strategies are ignored.
     #[serde(default)]
     pub enabled: Loose<bool>,
     /// Whether SDKs should report each evaluation to the application.
     #[serde(default)]
     pub impression_data: Loose<bool>,
-    /// The ways to be on: the first that matches decides.
+    /// The strategies; the flag is on if one of them matches, and the first such decides.
     #[serde(borrow, default)]
     pub strategies: Loose<Vec<Loose<Strategy<'a>>>>,
-    /// The variants of whoever has the flag on, unless the strategy has its own.
+    /// The variants if the flag is on, unless the matching strategy has variants itself.
     #[serde(borrow, default)]
     pub variants: Loose<Vec<Loose<Variant<'a>>>>,
-    /// Conditions on other flags, all of which must hold.
+    /// Conditions on other flags, all of which must be met.
     #[serde(borrow, default)]
     pub dependencies: Loose<Vec<Loose<Dependency<'a>>>>,
 }
@@ -73,25 +73,26 @@ pub struct Definition<'a> {
 /// One activation strategy.
 #[derive(Debug, Deserialize)]
 pub struct Strategy<'a> {
-    /// Which kind of strategy it is.
+    /// The type of the strategy.
     #[serde(borrow, default)]
     pub name: Loose<Text<'a>>,
-    /// What its author calls it; means nothing.
+    /// A title for humans, without effect.
     #[serde(borrow, default)]
     pub title: Loose<Text<'a>>,
-    /// A mark that SDKs do not read: Unleash does not send them strategies that have it.
+    /// Whether it is disabled. SDKs ignore this field, because Unleash does not send them disabled
+    /// strategies.
     #[serde(default)]
     pub disabled: Loose<bool>,
-    /// The settings of its kind.
+    /// The parameters of the strategy type.
     #[serde(borrow, default)]
     pub parameters: Loose<Parameters<'a>>,
-    /// Conditions on the context, all of which must hold.
+    /// Conditions on the context, all of which must match.
     #[serde(borrow, default)]
     pub constraints: Loose<Vec<Loose<Constraint<'a>>>>,
-    /// Ids of segments, all of whose constraints must hold.
+    /// Ids of segments, whose constraints must all match.
     #[serde(default)]
     pub segments: Loose<Vec<Loose<i64>>>,
-    /// The variants of whoever this strategy admits.
+    /// The variants if this strategy matches.
     #[serde(borrow, default)]
     pub variants: Loose<Vec<Loose<Variant<'a>>>>,
 }
@@ -100,16 +101,16 @@ pub struct Strategy<'a> {
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Constraint<'a> {
-    /// The context field it looks at.
+    /// The context field to compare.
     #[serde(borrow, default)]
     pub context_name: Loose<Text<'a>>,
-    /// How it compares, for instance `STR_CONTAINS`.
+    /// The operator, for instance `STR_CONTAINS`.
     #[serde(borrow, default)]
     pub operator: Loose<Text<'a>>,
-    /// The operands of the operators on lists.
+    /// The operands of operators on lists.
     #[serde(borrow, default)]
     pub values: Loose<Vec<Loose<Text<'a>>>>,
-    /// The operand of the others.
+    /// The operand of other operators.
     #[serde(borrow, default)]
     pub value: Loose<Text<'a>>,
     /// Whether the result is negated.
@@ -120,19 +121,20 @@ pub struct Constraint<'a> {
     pub case_insensitive: Loose<bool>,
 }
 
-/// One of the values a flag can take.
+/// One of the variants of a flag.
 #[derive(Debug, Deserialize)]
 pub struct Variant<'a> {
-    /// Its name.
+    /// The name of the variant.
     #[serde(borrow, default)]
     pub name: Loose<Text<'a>>,
-    /// Its share, relative to the sum over all variants.
+    /// The weight, relative to the sum over all variants.
     #[serde(default)]
     pub weight: Loose<u32>,
-    /// The context field whose value keeps somebody in the same variant.
+    /// The context field whose value determines the variant, so that the same value always gets the same
+    /// one.
     #[serde(borrow, default)]
     pub stickiness: Loose<Text<'a>>,
-    /// What it carries to the application.
+    /// The payload for the application.
     #[serde(borrow, default)]
     pub payload: Loose<Payload<'a>>,
     /// Context values that always get this variant.
@@ -140,13 +142,13 @@ pub struct Variant<'a> {
     pub overrides: Loose<Vec<Loose<Override<'a>>>>,
 }
 
-/// What a variant carries.
+/// The payload of a variant.
 #[derive(Debug, Deserialize)]
 pub struct Payload<'a> {
     /// `string`, `json`, `csv` or `number`.
     #[serde(borrow, default, rename = "type")]
     pub kind: Loose<Text<'a>>,
-    /// The payload, always as text.
+    /// The payload, always as a string.
     #[serde(borrow, default)]
     pub value: Loose<Text<'a>>,
 }
@@ -155,7 +157,7 @@ pub struct Payload<'a> {
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Override<'a> {
-    /// The context field it looks at.
+    /// The context field to compare.
     #[serde(borrow, default)]
     pub context_name: Loose<Text<'a>>,
     /// The values that get the variant.
@@ -166,18 +168,18 @@ pub struct Override<'a> {
 /// A condition on another flag.
 #[derive(Debug, Deserialize)]
 pub struct Dependency<'a> {
-    /// The other flag's name.
+    /// The name of the other flag.
     #[serde(borrow, default)]
     pub feature: Loose<Text<'a>>,
-    /// Whether that flag has to be on (the default) or off.
+    /// Whether that flag must be on (the default) or off.
     #[serde(default)]
     pub enabled: Loose<bool>,
-    /// If any are named, that flag has to be on with one of these variants.
+    /// If there are any, that flag must be on with one of these variants.
     #[serde(borrow, default)]
     pub variants: Loose<Vec<Loose<Text<'a>>>>,
 }
 
-/// What a document says of itself.
+/// The metadata of a document.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Meta {
@@ -185,7 +187,7 @@ pub(super) struct Meta {
     pub(super) revision_id: Loose<u64>,
 }
 
-/// The parts of a segment that are read; its name means nothing.
+/// The fields of a segment that are parsed; its name is for humans only.
 #[derive(Deserialize)]
 pub(super) struct SegmentBody<'a> {
     #[serde(borrow, default)]
@@ -194,17 +196,17 @@ pub(super) struct SegmentBody<'a> {
     pub(super) constraints: Loose<Vec<Loose<Constraint<'a>>>>,
 }
 
-/// A strategy's settings, in their order in the text.
+/// The parameters of a strategy, in the order of the text.
 #[derive(Debug, Default)]
 pub struct Parameters<'a>(Vec<(Text<'a>, Loose<Text<'a>>)>);
 
 impl Parameters<'static> {
-    /// No settings.
+    /// No parameters.
     pub const NONE: &'static Self = &Self(Vec::new());
 }
 
 impl Parameters<'_> {
-    /// All settings in the order of the text; a value that is no text is `None`.
+    /// All parameters in the order of the text. A value that is not a string is `None`.
     pub fn iter(&self) -> impl Iterator<Item = (&str, Option<&str>)> {
         self.0.iter().map(|(name, value)| match value {
             Loose::Is(value) => (&**name, Some(&**value)),
@@ -212,7 +214,7 @@ impl Parameters<'_> {
         })
     }
 
-    /// The setting called `name`; where it is given twice, the last.
+    /// The parameter `name`; the last one if it occurs several times.
     pub fn find(&self, name: &str) -> Loose<&str> {
         match self.0.iter().rfind(|(key, _)| key == name) {
             Some((_, Loose::Is(value))) => Loose::Is(value),
@@ -222,7 +224,7 @@ impl Parameters<'_> {
     }
 }
 
-/// A kind of value that [`Loose`] can read: each method accepts one JSON form, by default none.
+/// A type that [`Lenient`] can parse. Each method converts one JSON type; by default it is malformed.
 pub(super) trait Form<'de>: Sized {
     fn of_bool(_: bool) -> Loose<Self> {
         Loose::Malformed
@@ -313,8 +315,8 @@ impl<'de: 'a, 'a> Form<'de> for Parameters<'a> {
     }
 }
 
-/// Objects read by their derived implementation, whose fields are all loose.
-macro_rules! objects {
+/// Implements the trait for objects by their derived `Deserialize`, whose fields are all lenient.
+macro_rules! impl_lenient_objects {
     ($($object:ty),*) => {$(
         impl<'de: 'a, 'a> Form<'de> for $object {
             fn of_object<A: MapAccess<'de>>(object: A) -> Result<Loose<Self>, A::Error> {
@@ -324,7 +326,14 @@ macro_rules! objects {
     )*};
 }
 
-objects!(Strategy<'a>, Constraint<'a>, Variant<'a>, Payload<'a>, Override<'a>, Dependency<'a>);
+impl_lenient_objects!(
+    Strategy<'a>,
+    Constraint<'a>,
+    Variant<'a>,
+    Payload<'a>,
+    Override<'a>,
+    Dependency<'a>
+);
 
 impl<'de> Form<'de> for Meta {
     fn of_object<A: MapAccess<'de>>(object: A) -> Result<Loose<Self>, A::Error> {
@@ -393,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn each_kind_says_whether_it_was_there_and_of_its_kind() {
+    fn missing_and_malformed_values_are_distinguished() {
         check("true", &Loose::Is(true));
         check("null", &Loose::<bool>::Missing);
         check("\"true\"", &Loose::<bool>::Malformed);
@@ -409,11 +418,11 @@ mod tests {
     }
 
     #[test]
-    fn numbers_and_booleans_read_as_text() {
+    fn numbers_and_booleans_are_parsed_as_strings() {
         let json = r#"{"a":50,"b":50.0,"c":33.5,"d":true,"e":"\u0065","f":null,"g":[],"a":51}"#;
         let Loose::Is(parameters) = serde_json::from_str::<Loose<Parameters<'_>>>(json).unwrap()
         else {
-            panic!("an object was given");
+            panic!("not an object");
         };
         let texts = ["b", "c", "d", "e", "a"].map(|name| parameters.find(name));
         assert_eq!(texts, ["50", "33.5", "true", "e", "51"].map(Loose::Is));

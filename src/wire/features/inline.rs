@@ -1,19 +1,19 @@
-//! Writes segments out into the strategies that refer to them.
+//! Inlines segments into the strategies that refer to them.
 //!
-//! Works on keys and the text of values, so whatever is not a strategy's `segments` or
-//! `constraints` keeps its bytes. It does not look inside constraints.
+//! It works on keys and the text of values, so that everything but `segments` and `constraints` of
+//! strategies keeps its bytes. It does not parse constraints.
 
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-/// A constraint that holds for no context, in words that every SDK understands.
+/// A constraint that matches no context, in a form that every SDK supports.
 const NEVER: &str = r#"{"contextName":"appName","operator":"IN","values":[],"inverted":false,"caseInsensitive":false}"#;
 
 const SEGMENTS: &str = r#""segments""#;
 
-/// The flag `text` with the segments that `find` knows written out.
+/// The flag `text` with its segments, looked up by `find`, inlined.
 pub(super) fn feature<'s>(text: &str, find: impl Fn(i64) -> Option<&'s RawValue>) -> String {
-    // Most flags refer to none, and are spared the reading.
+    // Most flags use no segments and are not parsed.
     if !text.contains(SEGMENTS) {
         return text.to_owned();
     }
@@ -43,13 +43,13 @@ fn strategy<'s>(out: &mut String, text: &str, find: &impl Fn(i64) -> Option<&'s 
         return out.push_str(text);
     };
     let (_, ids) = entries.remove(at);
-    let gained = match serde_json::from_str::<Option<Vec<&RawValue>>>(ids) {
+    let added = match serde_json::from_str::<Option<Vec<&RawValue>>>(ids) {
         Ok(ids) => {
             ids.unwrap_or_default().into_iter().flat_map(|id| constraints(id, find)).collect()
         }
         Err(_) => vec![NEVER],
     };
-    if gained.is_empty() {
+    if added.is_empty() {
         return write_object(out, entries.into_iter(), |out, _, value| {
             out.push_str(value);
         });
@@ -65,12 +65,12 @@ fn strategy<'s>(out: &mut String, text: &str, find: &impl Fn(i64) -> Option<&'s 
             Ok(own) => own.unwrap_or_default().into_iter().map(RawValue::get).collect(),
             Err(_) => vec![NEVER],
         };
-        let all = own.into_iter().chain(gained.iter().copied());
+        let all = own.into_iter().chain(added.iter().copied());
         write_list(out, all, String::push_str);
     });
 }
 
-/// The text of the constraints of the segment with this id.
+/// The texts of the constraints of the segment with this id.
 fn constraints<'s>(id: &RawValue, find: &impl Fn(i64) -> Option<&'s RawValue>) -> Vec<&'s str> {
     #[derive(serde::Deserialize)]
     struct Body<'a> {
@@ -118,7 +118,7 @@ fn write_list<'t>(
     out.push(']');
 }
 
-/// A JSON object as the text of its keys (with quotes) and values, in order.
+/// A JSON object as the texts of its keys (with quotes) and values, in order.
 struct Object<'a>(Vec<(&'a str, &'a str)>);
 
 impl<'de> Deserialize<'de> for Object<'de> {
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn constraints_of_segments_follow_the_own_ones() {
+    fn constraints_of_segments_follow_those_of_the_strategy() {
         check(
             r#"{"name":"s","constraints":[{"own":1e0}],"segments":[1],"\u0061":"\u0062"}"#,
             r#"{"name":"s","constraints":[{"own":1e0},{"x":1},{"y":2.0}],"\u0061":"\u0062"}"#,
@@ -173,14 +173,14 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_segment_becomes_a_constraint_that_never_holds() {
+    fn unknown_segment_is_inlined_as_constraint_that_never_matches() {
         for ids in ["[404]", "[\"x\"]", "7"] {
             check(&format!(r#"{{"segments":{ids}}}"#), &format!(r#"{{"constraints":[{NEVER}]}}"#));
         }
     }
 
     #[test]
-    fn without_segments_the_text_stays() {
+    fn text_without_segments_is_unchanged() {
         for strategy in [r#"{"name" : "s"}"#, "7", "null"] {
             check(strategy, strategy);
         }

@@ -1,5 +1,5 @@
-//! The simple format of Unleash Edge's offline mode: flags that are on or off for everybody, and
-//! perhaps have one variant.
+//! The simple format of Unleash Edge's offline mode: flags that are on or off for every context, with an
+//! optional variant.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +9,7 @@ use serde_json::{
     value::{RawValue, to_raw_value},
 };
 
-/// A flag; fields of other formats are refused, so that no flag is on for more than its author meant.
+/// A flag. Unknown fields are rejected: a strategy that is ignored would turn a flag on for too many.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, expecting = "an object with `enabled` and perhaps `variant`")]
 struct SimpleFlag {
@@ -17,7 +17,7 @@ struct SimpleFlag {
     variant: Option<String>,
 }
 
-/// Reads the format, and writes each flag as Unleash would send it; `error` says why the text is no
+/// Parses the format and converts each flag to Unleash's. `error` is the reason why the text is not a
 /// client-features body.
 pub(super) fn flags(
     text: &[u8],
@@ -25,7 +25,7 @@ pub(super) fn flags(
 ) -> Result<Vec<Box<RawValue>>, serde_json::Error> {
     match serde_json::from_slice::<BTreeMap<String, SimpleFlag>>(text) {
         Ok(flags) if !flags.is_empty() => flags.iter().map(|(name, it)| flag(name, it)).collect(),
-        // Where it cannot have been meant as the other format, this error is the one that helps.
+        // Without `features` the text is meant in this format, so this error is the helpful one.
         Err(own) if error.to_string().starts_with("missing field `features`") => Err(neither(&own)),
         Ok(_) | Err(_) => Err(neither(error)),
     }
@@ -37,7 +37,7 @@ fn neither(reason: &serde_json::Error) -> serde_json::Error {
     ))
 }
 
-/// The flag is on by the strategy `default`.
+/// The flag in Unleash's format, with the strategy `default`.
 fn flag(name: &str, flag: &SimpleFlag) -> Result<Box<RawValue>, serde_json::Error> {
     let variant = |name| json!({ "name": name, "weight": 1000, "weightType": "variable", "stickiness": "default" });
     to_raw_value(&json!({

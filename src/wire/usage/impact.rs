@@ -1,4 +1,4 @@
-//! Impact metrics: an application's own counters, gauges and histograms, as SDKs report them.
+//! Impact metrics: counters, gauges and histograms that applications define and SDKs report.
 
 use std::{cmp::Ordering, collections::BTreeMap, sync::Arc};
 
@@ -7,27 +7,27 @@ use serde_json::Value;
 
 use super::object::{MAX_INTEGER, MAX_NUMBER, Object, ParseError, lenient_text};
 
-/// The longest name of a metric, of a label, or value of a label, in bytes.
+/// The maximum length of the name of a metric, and of the name or value of a label, in bytes.
 const MAX_NAME: usize = 255;
-/// The longest text of help, in bytes.
+/// The maximum length of a help text, in bytes.
 const MAX_HELP: usize = 1024;
-/// How many labels of a sample are kept.
+/// The maximum number of labels of a sample; further ones are ignored.
 const MAX_LABELS: usize = 16;
-/// How many buckets of a histogram are read.
+/// The maximum number of buckets of a histogram; further ones are ignored.
 const MAX_BUCKETS: usize = 256;
 
-/// Labels and their values, none of them empty: to Prometheus an empty label is no label, and to
-/// upstream's schema it is an error.
+/// Labels and their values, none of them empty. Prometheus treats an empty label as absent, and
+/// upstream's schema rejects it.
 pub type Labels = BTreeMap<Arc<str>, Arc<str>>;
 
 /// A metric and its samples.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ImpactMetric {
-    /// Its name.
+    /// The name of the metric.
     pub name: Arc<str>,
-    /// What it measures; never empty, as upstream would refuse it.
+    /// The help text; never empty, because upstream would reject it.
     pub help: Arc<str>,
-    /// What was measured.
+    /// The samples.
     pub samples: Samples,
 }
 
@@ -36,13 +36,13 @@ pub struct ImpactMetric {
 pub enum Samples {
     /// Increments since the last report.
     Counter(Vec<NumericSample>),
-    /// Values as they are now.
+    /// Current values.
     Gauge(Vec<NumericSample>),
     /// Observations since the last report.
     Histogram(Vec<HistogramSample>),
 }
 
-/// A value and the labels under which it was measured.
+/// A value with its labels.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NumericSample {
     /// The labels.
@@ -51,16 +51,16 @@ pub struct NumericSample {
     pub value: f64,
 }
 
-/// Observations and the labels under which they were made.
+/// Observations with their labels.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HistogramSample {
     /// The labels.
     pub labels: Labels,
-    /// How many observations.
+    /// The number of observations.
     pub count: u64,
-    /// Their sum; finite.
+    /// The sum of the observations; finite.
     pub sum: f64,
-    /// How many of them were at most as large as the bound.
+    /// The number of observations less than or equal to each bound.
     pub buckets: BTreeMap<UpperBound, u64>,
 }
 
@@ -78,7 +78,7 @@ impl UpperBound {
             },
             _ => return None,
         };
-        // Adding zero turns -0 into 0, so that equal bounds are one.
+        // Adding zero turns -0 into 0, so that both are the same bound.
         Some(Self(bound + 0.0))
     }
 }
@@ -113,7 +113,7 @@ impl Serialize for UpperBound {
     }
 }
 
-/// The readable ones of a list of metrics, and how many were not.
+/// Parses a list of metrics; also returns the number of malformed ones, which are skipped.
 pub(super) fn list(value: Option<Value>) -> (Vec<ImpactMetric>, usize) {
     match value {
         None => (Vec::new(), 0),
@@ -131,7 +131,7 @@ pub(super) fn list(value: Option<Value>) -> (Vec<ImpactMetric>, usize) {
 }
 
 impl ImpactMetric {
-    /// Reads a metric out of a larger body.
+    /// Parses a metric that is part of a larger body.
     pub fn from_value(value: Value) -> Result<Self, ParseError> {
         let mut object = Object::of(value, String::new())?;
         let missing = |path: &str| ParseError::Missing { path: path.to_owned() };
@@ -140,7 +140,7 @@ impl ImpactMetric {
         let kind = object.name("type")?;
         let samples = object.required_array("samples")?;
         let samples = match &*kind {
-            // A counter that shrinks would make upstream drop the whole list.
+            // A negative increment would make upstream drop the whole list.
             "counter" => Samples::Counter(collect(samples, |sample| {
                 numeric(sample).filter(|sample| sample.value >= 0.0)
             })),
@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn metrics_come_out_in_the_one_shape_that_upstream_takes() {
+    fn metrics_are_serialized_in_the_shape_that_upstream_accepts() {
         check(
             r#"{"name":"n","help":"","type":"counter","samples":[{"value":2,"labels":{"a":7,"b":"","c":"x"}},{"value":-1}]}"#,
             Some(

@@ -1,53 +1,54 @@
-//! Fields taken out of a JSON object one by one, with the path of the one that is wrong.
+//! Takes fields out of a JSON object one by one; errors contain the path of the field.
 //!
-//! Reports are read through a tree rather than derived: the server's schema coerces (`"5"` is a
-//! count, `null` is absent, PHP's `[]` is an empty object), and what is left over must be kept.
+//! Reports are parsed from a JSON tree, not by derived implementations, because the server's schema
+//! coerces values (`"5"` is a count, `null` is absent, PHP's `[]` is an empty object) and unknown fields
+//! are kept.
 
 use std::sync::Arc;
 
 use jiff::{Timestamp, civil::DateTime, tz::TimeZone};
 use serde_json::{Map, Value};
 
-/// The largest integer that upstream's schemas take: a larger one costs the whole request.
+/// The largest integer that upstream's schemas accept. A larger one makes it reject the whole request.
 pub const MAX_INTEGER: u64 = (1 << 53) - 1;
-/// The same for other numbers, in either direction.
+/// The largest absolute value of other numbers that upstream's schemas accept.
 pub const MAX_NUMBER: f64 = 9_007_199_254_740_991.0;
 
-/// How much of a field's path an error repeats, in bytes: flags' names come from outside.
+/// The maximum length of a field's path in an error, in bytes; paths contain names from clients.
 const MAX_PATH: usize = 120;
 
-/// Why a report cannot be read.
+/// The error of an invalid report.
 #[derive(Debug, thiserror::Error)]
 pub enum ParseError {
-    /// It is not JSON.
+    /// The body is not JSON.
     #[error("the body is not JSON")]
     Syntax(#[source] serde_json::Error),
-    /// It is JSON, but no object.
+    /// The body is JSON, but not an object.
     #[error("the body is not an object")]
     Shape,
-    /// A field that must be there is not.
+    /// A required field is missing.
     #[error("`{path}` is missing")]
     Missing {
-        /// Which one.
+        /// The path of the field.
         path: String,
     },
-    /// A name is the empty text.
+    /// A name is empty.
     #[error("`{path}` is empty")]
     Empty {
-        /// Which one.
+        /// The path of the field.
         path: String,
     },
     /// A field has the wrong type.
     #[error("`{path}` is not {expected}")]
     Type {
-        /// Which one.
+        /// The path of the field.
         path: String,
-        /// What it should have been.
+        /// The expected type.
         expected: &'static str,
     },
 }
 
-/// A JSON object that is being read.
+/// A JSON object whose fields are taken out one by one.
 pub(super) struct Object {
     path: String,
     fields: Map<String, Value>,
@@ -69,7 +70,7 @@ impl Object {
         }
     }
 
-    /// The path of the field `name`, cut short.
+    /// The path of the field `name`, truncated.
     pub(super) fn path(&self, name: &str) -> String {
         let dot = if self.path.is_empty() { "" } else { "." };
         let mut path = format!("{}{dot}{name}", self.path);
@@ -81,17 +82,17 @@ impl Object {
         self.fields.contains_key(name)
     }
 
-    /// The field `name`, `null` being none.
+    /// Takes the field `name`; `null` counts as absent.
     pub(super) fn take(&mut self, name: &str) -> Option<Value> {
         self.fields.remove(name).filter(|value| !value.is_null())
     }
 
-    /// What has not been taken.
+    /// The remaining fields.
     pub(super) fn rest(self) -> Map<String, Value> {
         self.fields
     }
 
-    /// A text that must be there and say something.
+    /// A required string that is not empty.
     pub(super) fn name(&mut self, name: &str) -> Result<Arc<str>, ParseError> {
         match self.take(name) {
             None => Err(ParseError::Missing { path: self.path(name) }),
@@ -103,12 +104,12 @@ impl Object {
         }
     }
 
-    /// A text that may be there.
+    /// An optional string, truncated to `max` bytes.
     pub(super) fn text(&mut self, name: &str, max: usize) -> Option<Arc<str>> {
         self.take(name).and_then(|value| lenient_text(&value, max))
     }
 
-    /// A count that is zero when absent.
+    /// A count; 0 if absent.
     pub(super) fn count(&mut self, name: &str) -> Result<u64, ParseError> {
         let value = self.take(name);
         count(value.as_ref(), || self.path(name))
@@ -150,7 +151,7 @@ impl Object {
         self.array(name)?.ok_or_else(|| ParseError::Missing { path: self.path(name) })
     }
 
-    /// The entries of an object that may be absent, or PHP's empty array.
+    /// The entries of an optional object. PHP's empty array counts as an empty object.
     pub(super) fn entries(&mut self, name: &str) -> Result<Map<String, Value>, ParseError> {
         match self.take(name) {
             None => Ok(Map::new()),
@@ -165,7 +166,7 @@ impl Object {
     }
 }
 
-/// A non-empty text no longer than `max` bytes; a number is taken for its digits.
+/// A non-empty string, truncated to `max` bytes. A number is converted to a string.
 pub(super) fn lenient_text(value: &Value, max: usize) -> Option<Arc<str>> {
     let text = match value {
         Value::String(text) => text.as_str(),
@@ -173,12 +174,13 @@ pub(super) fn lenient_text(value: &Value, max: usize) -> Option<Arc<str>> {
         _ => return None,
     };
     let text = &text[..text.floor_char_boundary(max)];
-    // PostgreSQL stores no NUL, and upstream would lose a whole insert to it.
+    // PostgreSQL cannot store NUL, and upstream would lose a whole insert.
     let text = if text.contains('\0') { &text.replace('\0', "") } else { text };
     (!text.is_empty()).then(|| text.into())
 }
 
-/// A count as the server coerces it: `"5"` is 5, fractions are cut, nothing is 0.
+/// A count, coerced as by the server: `"5"` is 5, fractions are truncated, an absent or empty value is
+/// 0.
 pub(super) fn count(
     value: Option<&Value>,
     path: impl FnOnce() -> String,
@@ -196,17 +198,17 @@ pub(super) fn count(
 #[expect(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
-    reason = "fractions are meant to be cut, the sign is checked, and the cast saturates"
+    reason = "fractions are truncated on purpose, the sign is checked, and the cast saturates"
 )]
 fn whole(number: f64) -> Option<u64> {
     (number >= 0.0).then_some(number as u64)
 }
 
-/// A time as the server reads it: RFC 3339, or a number of milliseconds.
+/// A timestamp, parsed as by the server: RFC 3339, or a number of milliseconds.
 ///
-/// Its documentation calls the number a UNIX timestamp and shows seconds, although it would take
-/// those for a day in January 1970; so numbers too small for milliseconds are seconds here. A
-/// time without an offset is UTC. Years that RFC 3339 cannot write are refused.
+/// The server's documentation calls the number a UNIX timestamp and shows seconds, although the server
+/// would take those for a day in January 1970. So numbers too small for milliseconds are seconds here. A
+/// time without an offset is UTC. Years that RFC 3339 cannot represent are rejected.
 fn timestamp(value: &Value) -> Option<Timestamp> {
     /// 1973 in milliseconds, the year 5138 in seconds.
     const MILLISECONDS: i64 = 100_000_000_000;
