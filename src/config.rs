@@ -1,8 +1,8 @@
-//! The configuration: flags over environment over file over defaults, checked before anything runs.
+//! The configuration: command line over environment over file over defaults, validated before a start.
 //!
-//! Texts are gathered under the one list of keys (`config/keys.rs`), then read into [`Config`],
-//! whose types leave nothing to check. Every mistake is reported at once, none repeats a secret.
-//! Nothing else reads the environment, and nothing here starts anything.
+//! Raw values are merged by the list of all options (`config/options.rs`) and then parsed into
+//! [`Config`], whose types need no further validation. All errors are reported at once, and none repeats
+//! a secret. Only this module reads the environment. It starts nothing.
 
 mod archive;
 mod check;
@@ -32,25 +32,25 @@ use self::{
     settings::Settings,
 };
 
-/// What the process was started for.
+/// The command that the process was started with.
 #[derive(Debug)]
 pub enum Command {
-    /// To serve.
+    /// Serve.
     Run(Box<Config>),
-    /// To ask a running instance how it is.
+    /// Probe the health or readiness of a running instance.
     Probe(Probe),
-    /// To manage tokens or accounts.
+    /// Manage tokens or accounts.
     Manage(Manage),
-    /// To keep what the control plane's database holds, or to bring it back.
+    /// Back up the database of the control plane, or restore it.
     Archive(Archive),
-    /// To tell why a flag comes out as it does.
+    /// Explain the result of a flag.
     Explain(Explain),
-    /// To tell something: help, the version, or the effective configuration without secrets.
+    /// Print a text: help, the version, or the effective configuration without secrets.
     Show(String),
 }
 
 impl Command {
-    /// Reads the command line and the environment of this process.
+    /// Parses the command line and the environment of this process.
     #[expect(clippy::disallowed_methods, reason = "nothing else reads the environment")]
     pub fn from_process() -> Result<Self, Mistakes> {
         let variable =
@@ -58,9 +58,9 @@ impl Command {
         Self::parse(std::env::args_os(), &variable)
     }
 
-    /// Reads a command line, the program's name first, and an environment.
+    /// Parses a command line, which starts with the name of the program, and an environment.
     ///
-    /// An environment variable that is empty counts as not set.
+    /// An empty environment variable counts as not set.
     pub fn parse(
         args: impl IntoIterator<Item = OsString>,
         variable: &dyn Fn(&str) -> Option<String>,

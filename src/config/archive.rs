@@ -1,6 +1,6 @@
-//! `parapet backup` and `parapet restore`: what may be written there, and what was.
+//! The command line of `parapet backup` and `parapet restore`.
 //!
-//! They find the database of a standalone instance by the same settings as that, whether it runs or not.
+//! Both find the database of a standalone instance by the settings of that instance, which need not run.
 
 use std::path::PathBuf;
 
@@ -11,7 +11,7 @@ use super::checked::ArchiveAction;
 const FILE: &str = "file";
 const FORCE: &str = "force";
 
-/// What was written of one of the two.
+/// The parsed command line of `backup` or `restore`.
 #[derive(Clone, Debug)]
 pub(super) struct Order {
     pub(super) action: ArchiveAction,
@@ -29,7 +29,7 @@ impl ArchiveAction {
         }
     }
 
-    /// The one of this name.
+    /// The action of the subcommand `name`.
     pub(super) fn named(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|it| it.name() == name)
     }
@@ -37,18 +37,18 @@ impl ArchiveAction {
     fn command(self) -> Command {
         let (about, file, force, example) = match self {
             Self::Backup => (
-                "Write accounts, tokens, the audit log and usage of a standalone to a file",
-                "The file to write; for its owner alone, since it holds password hashes",
-                "Replace the file if it is there",
-                "Running instances need not be stopped. Flags are files, and not part of it.\n\n\
+                "Write accounts, tokens, audit log and usage of a standalone instance to a file",
+                "The file to write; readable only by its owner, since it contains password hashes",
+                "Overwrite the file if it exists",
+                "Running instances need not be stopped. Flags are files and not part of the backup.\n\n\
                  Example:\n  parapet backup parapet.backup",
             ),
             Self::Restore => (
-                "Replace what the database of a standalone holds by a file of `backup`",
-                "The file to read",
-                "Delete what the database holds, if it holds anything",
-                "Either kind of database takes what was written from either. Sessions end; tokens \
-                 that were deleted since are valid again.\n\n\
+                "Replace the contents of a standalone instance's database with a backup",
+                "The file to read, written by `backup`",
+                "Delete the contents of the database, if there are any",
+                "A backup of either kind of database can be restored into either. All sessions end. \
+                 Tokens that were deleted since the backup become valid again.\n\n\
                  Example:\n  parapet restore parapet.backup --database-url postgres://…",
             ),
         };
@@ -62,16 +62,16 @@ impl ArchiveAction {
     }
 }
 
-/// The two commands.
+/// The subcommands `backup` and `restore`.
 pub(super) fn commands() -> [Command; 2] {
     ArchiveAction::ALL.map(ArchiveAction::command)
 }
 
-/// Reads what was written of one of the two.
+/// Parses the arguments of `backup` or `restore`.
 pub(super) fn read(action: ArchiveAction, matches: &ArgMatches) -> Order {
     Order {
         action,
-        file: matches.get_one::<PathBuf>(FILE).expect("clap insists on it").clone(),
+        file: matches.get_one::<PathBuf>(FILE).expect("clap requires it").clone(),
         replace: matches.get_flag(FORCE),
     }
 }

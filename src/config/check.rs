@@ -1,4 +1,4 @@
-//! Settings become a [`Config`], or a list of everything that is wrong with them.
+//! Turns raw values into a [`Config`], or into a list of all errors.
 
 use std::{
     collections::BTreeSet,
@@ -31,7 +31,7 @@ use crate::{
     control::{self, DatabaseUrl, FirstAccount, Location, Password, Seed},
     http::{
         access, cors,
-        listener::Limits,
+        listener::ConnectionLimits,
         ofrep::TicketKey,
         route::Endpoint,
         streaming::{self, FetchMode},
@@ -46,7 +46,7 @@ use crate::{
 const LEVELS: &str =
     "a level (off, error, warn, info, debug or trace), or levels by target as in `info,hyper=warn`";
 
-/// Checks the settings of a command that serves.
+/// Validates the settings of a command that serves.
 pub(super) fn config(s: &mut Settings, role: Role) -> Result<Config, Mistakes> {
     s.read_secret_files(|_| true);
     let identity = identity(s);
@@ -77,7 +77,7 @@ pub(super) fn config(s: &mut Settings, role: Role) -> Result<Config, Mistakes> {
         timeout: s.interval(&keys::SHUTDOWN_TIMEOUT_SECONDS),
     };
     Mistakes::none_in(take(&mut s.mistakes))?;
-    let mode = mode.expect("a mode that cannot be made is a mistake");
+    let mode = mode.expect("an invalid mode is an error");
     let (warnings, effective) = (take(&mut s.warnings), s.effective());
     Ok(Config {
         mode,
@@ -94,7 +94,7 @@ pub(super) fn config(s: &mut Settings, role: Role) -> Result<Config, Mistakes> {
     })
 }
 
-/// Checks the settings of `health` and `ready`.
+/// Validates the settings of `health` and `ready`.
 pub(super) fn probe(s: &mut Settings, question: Question) -> Result<Probe, Mistakes> {
     let ca_file = s.read(&keys::CA_CERTIFICATE_FILE, FILE, existing_file);
     let sdk_path = format!("{}/internal-backstage/{}", base_path(s), Verb::Ask(question).name());
@@ -113,14 +113,14 @@ pub(super) fn probe(s: &mut Settings, question: Question) -> Result<Probe, Mista
         (http_url(&format!("{scheme}://{host}")), path, trust)
     };
     Mistakes::none_in(take(&mut s.mistakes))?;
-    let mut url = url.expect("an address that cannot be read is a mistake");
+    let mut url = url.expect("an invalid URL is an error");
     let before = url.path().trim_end_matches('/').to_owned();
     url.set_path(&format!("{before}{path}"));
     Ok(Probe { url, trust })
 }
 
-/// Where this machine's instance answers `question` to a client without a certificate, whether over TLS, and at
-/// which path: on the data listener, else on the admin listener.
+/// The address, whether it uses TLS, and the path at which the instance on this machine answers
+/// `question` without a client certificate: on the data listener, or else on the admin listener.
 fn own_address(
     s: &mut Settings,
     question: Question,
@@ -137,7 +137,8 @@ fn own_address(
     let address = SocketAddr::new(interface(s, &keys::ADMIN_INTERFACE), port(s, &keys::ADMIN_PORT));
     let is_tls = s.has(&keys::ADMIN_TLS_CERT);
     if is_tls && of_operators {
-        let reason = "is required: both listeners want client certificates, and probes have none";
+        let reason =
+            "is required: both listeners require client certificates, and probes have none";
         s.mistake(&keys::EDGE_URL, reason);
     }
     let path = match question {
@@ -174,8 +175,8 @@ fn edge(s: &mut Settings, identity: &Identity, data_dir: &Path) -> Option<Edge> 
     Some(Edge { upstream: upstream?, credentials: credentials?, sync, backup_folder, admin_relay })
 }
 
-/// The folder of either key; an empty name of the backup folder is none, as deployments of Unleash
-/// Edge write it.
+/// The backup directory, from either option. An empty `--backup-folder` counts as not set, because
+/// deployments of Unleash Edge set it so.
 fn backup_folder(s: &Settings, data_dir: &Path) -> Folder {
     let named = s.path(&keys::BACKUP_FOLDER).filter(|path| !path.as_os_str().is_empty());
     match named {
@@ -186,7 +187,7 @@ fn backup_folder(s: &Settings, data_dir: &Path) -> Folder {
 }
 
 fn credentials(s: &mut Settings) -> Option<Credentials> {
-    let given = s.tokens(&keys::TOKENS);
+    let tokens = s.tokens(&keys::TOKENS);
     let environments = s.list(&keys::ENVIRONMENTS, "names of environments", |text| {
         (!text.is_empty()).then(|| Environment::new(text))
     });
@@ -200,17 +201,17 @@ fn credentials(s: &mut Settings) -> Option<Credentials> {
                 s.warnings.push(format!("--{} has no effect without an admin token", key.name));
             }
         }
-        if given.is_empty() {
+        if tokens.is_empty() {
             s.warnings.push(
-                "neither an admin token nor tokens are given: each environment is fetched with \
+                "neither --upstream-admin-token nor --tokens is set: each environment is fetched with \
                  the first of its SDK tokens that upstream finds valid"
                     .to_owned(),
             );
         }
-        return Some(Credentials::Given(given));
+        return Some(Credentials::Given(tokens));
     }
-    if !given.is_empty() {
-        s.warnings.push("--tokens has no effect beside an admin token".to_owned());
+    if !tokens.is_empty() {
+        s.warnings.push("--tokens has no effect with an admin token".to_owned());
     }
     let environments =
         (!environments.is_empty()).then(|| environments.into_iter().collect::<BTreeSet<_>>());
@@ -235,7 +236,8 @@ fn upstream(s: &mut Settings, identity: &Identity) -> Option<upstream::Config> {
     let skip_certificate_verification = s.switch(&keys::SKIP_SSL_VERIFICATION);
     if skip_certificate_verification {
         s.warnings.push(
-            "--skip-ssl-verification lets anybody on the way read tokens and change flags"
+            "--skip-ssl-verification: certificates of upstream are not verified; an attacker on the \
+             network can read tokens and change flags"
                 .to_owned(),
         );
     }
@@ -281,9 +283,9 @@ fn client_identity(s: &mut Settings) -> Option<upstream::Identity> {
         s.warnings.push(warning.to_owned());
     }
     let forms = [&PKCS8_CLIENT_CERTIFICATE_FILE, &PKCS12_IDENTITY_FILE, &PEM_CERT_FILE];
-    let mut given = forms.into_iter().filter(|key| s.has(key));
-    if let (Some(first), Some(second)) = (given.next(), given.next()) {
-        s.mistake(second, format!("expected either this or --{}", first.name));
+    let mut configured = forms.into_iter().filter(|key| s.has(key));
+    if let (Some(first), Some(second)) = (configured.next(), configured.next()) {
+        s.mistake(second, format!("cannot be combined with --{}", first.name));
         return None;
     }
     let identity = match (certificate.zip(key), pkcs12, pem) {
@@ -310,13 +312,14 @@ fn client_identity(s: &mut Settings) -> Option<upstream::Identity> {
     Some(identity)
 }
 
-/// Unleash's own setting is without `/api`; who gives it nevertheless means the same server.
+/// Removes a final `/api`, with a warning. Unleash's own setting is without it, and the server is the
+/// same.
 fn without_api(s: &mut Settings, mut url: Url) -> Url {
     let path = url.path().trim_end_matches('/').to_owned();
     if let Some(base) = path.strip_suffix("/api") {
         url.set_path(base);
         s.amend(&keys::UPSTREAM_URL, url.as_str().trim_end_matches('/').to_owned());
-        s.warnings.push("--upstream-url is meant without /api; it was left out".to_owned());
+        s.warnings.push("--upstream-url must not end with /api; the suffix is ignored".to_owned());
     }
     url
 }
@@ -327,7 +330,7 @@ fn offline(s: &mut Settings) -> Option<Offline> {
     let frontend_tokens = s.tokens(&keys::FRONTEND_TOKENS);
     if client_tokens.is_empty() && frontend_tokens.is_empty() {
         s.warnings.push(
-            "neither --client-tokens nor --frontend-tokens are given: nobody may read flags"
+            "neither --client-tokens nor --frontend-tokens is set: no token can read flags"
                 .to_owned(),
         );
     }
@@ -375,8 +378,8 @@ fn standalone(s: &mut Settings, data_dir: &Path) -> Option<Standalone> {
     Some(Standalone { flags, environments: environments.into_iter().collect(), control })
 }
 
-/// Where flags are. Whoever has nothing but the binary is given an example; with a database that is
-/// there, or that instances share, a missing file is a mistake.
+/// The path of the flags. On a first start without configuration it is a path for an example. With an
+/// existing database, or one that instances share, a missing file is an error.
 fn flags(s: &mut Settings, location: Option<&Location>) -> FlagsPath {
     let path = s.value(&keys::FLAGS, "a file or folder", |text| Some(PathBuf::from(text)));
     if path.exists() {
@@ -386,12 +389,12 @@ fn flags(s: &mut Settings, location: Option<&Location>) -> FlagsPath {
     if is_new && !s.has(&keys::FLAGS) {
         return FlagsPath::Example(path);
     }
-    let reason = format!("expected a file or folder; {} is not there", path.display());
+    let reason = format!("expected a file or folder; {} does not exist", path.display());
     s.mistake(&keys::FLAGS, reason);
     FlagsPath::Existing(path)
 }
 
-/// Where accounts and tokens are kept.
+/// The database of accounts and tokens.
 fn location(s: &mut Settings, data_dir: &Path) -> Option<Location> {
     if !s.has(&keys::DATABASE_URL) {
         return Some(Location::Sqlite(data_dir.join("parapet.db")));
@@ -401,26 +404,26 @@ fn location(s: &mut Settings, data_dir: &Path) -> Option<Location> {
     url.map(Location::Postgres)
 }
 
-/// Checks the settings of `backup` and `restore`.
+/// Validates the settings of `backup` and `restore`.
 pub(super) fn archive(settings: Settings, order: Order) -> Result<Archive, Mistakes> {
     let Order { action, file, replace } = order;
     Ok(Archive { action, file, replace, location: database(settings)? })
 }
 
-/// The database that a command works on, and a running instance perhaps as well.
+/// The database for a command; a running instance may use it at the same time.
 fn database(mut settings: Settings) -> Result<Location, Mistakes> {
     settings.read_secret_files(|secret| secret.name == keys::DATABASE_URL.name);
     let data_dir = path(&mut settings, &keys::DATA_DIR);
     let location = location(&mut settings, &data_dir);
     Mistakes::none_in(settings.mistakes)?;
-    Ok(location.expect("an address that cannot be read is a mistake"))
+    Ok(location.expect("an invalid database URL is an error"))
 }
 
-/// Checks the settings of `token` and `account`.
+/// Validates the settings of `token` and `account`.
 pub(super) fn manage(settings: Settings, errand: Errand) -> Result<Manage, Mistakes> {
     let Errand { task, json, server } = errand;
     if let Some(server) = server {
-        // What else a shared environment or file may say concerns the server.
+        // Other settings of a shared environment or file are for the server, not for this command.
         let server = Server { no_proxy: settings.no_proxy, ..server };
         return Ok(Manage { place: Place::Server(server), task, json });
     }
@@ -482,7 +485,7 @@ fn listeners(s: &mut Settings) -> (DataListener, AdminListener) {
     (data, AdminListener { address: admin.0, tls: admin_tls, balancers })
 }
 
-/// Two listeners cannot share a port, each of which goes with its key.
+/// Reports an error if two listeners share a port. Each address comes with the option of its port.
 fn differ(
     s: &mut Settings,
     (one, one_key): (SocketAddr, &'static Key),
@@ -495,13 +498,13 @@ fn differ(
     }
 }
 
-fn limits(s: &mut Settings, access: &access::Config) -> Limits {
+fn limits(s: &mut Settings, access: &access::Config) -> ConnectionLimits {
     let connections = s.count(&keys::MAX_CONNECTIONS);
     let is_direct = access.proxies == access::Proxies::None;
     let share = is_direct.then_some(connections.div_ceil(2));
-    Limits {
-        connections,
-        connections_per_address: s.optional_count(&keys::MAX_CONNECTIONS_PER_ADDRESS).or(share),
+    ConnectionLimits {
+        max_connections: connections,
+        max_connections_per_address: s.optional_count(&keys::MAX_CONNECTIONS_PER_ADDRESS).or(share),
         header_read_timeout: s.interval(&keys::HEADER_READ_TIMEOUT_SECONDS),
         idle_timeout: s.interval(&keys::EDGE_KEEPALIVE_TIMEOUT),
         max_age: s.optional_interval(&keys::MAX_CONNECTION_AGE_SECONDS),
@@ -520,7 +523,8 @@ fn streams(s: &mut Settings) -> streaming::Config {
     };
     if s.count(&keys::MAX_CONNECTIONS) <= streams.most {
         s.warnings.push(
-            "--max-streams leaves no room for other connections: --max-connections is no larger"
+            "--max-connections is not larger than --max-streams: streams can take all connections, and \
+             other requests are then rejected"
                 .to_owned(),
         );
     }
@@ -533,7 +537,7 @@ fn token_headers(s: &mut Settings) -> (HeaderName, HeaderName) {
     if let Some(both) = s.read(&keys::TOKEN_HEADER, HEADER_NAME, parse) {
         for key in [&keys::EDGE_AUTH_HEADER, &keys::UPSTREAM_AUTH_HEADER] {
             if s.has(key) {
-                s.mistake(key, "expected either this or --token-header");
+                s.mistake(key, "cannot be combined with --token-header");
             }
         }
         return (both.clone(), both);
@@ -564,7 +568,7 @@ fn cors(s: &mut Settings) -> cors::Config {
     });
     let credentials = s.switch(&keys::CORS_CREDENTIALS);
     if credentials && origins.is_none() {
-        let reason = "expected --cors-origin with it: browsers refuse credentials for any origin";
+        let reason = "requires --cors-origin: browsers reject credentials if any origin is allowed";
         s.mistake(&keys::CORS_CREDENTIALS, reason);
     }
     cors::Config {
@@ -581,7 +585,7 @@ fn cors(s: &mut Settings) -> cors::Config {
     }
 }
 
-/// The items of a list; `None`, which is any, where `*` is among them.
+/// The items of a list. `None`, which is any, if `*` is among them.
 fn any_or<T>(
     s: &mut Settings,
     key: &Key,
@@ -595,13 +599,13 @@ fn any_or<T>(
     items.into_iter().collect()
 }
 
-/// The load balancers whose PROXY protocol is read on a listener.
+/// The networks of load balancers whose connections to a listener begin with the PROXY protocol.
 fn balancers(s: &mut Settings, key: &Key) -> Vec<IpNet> {
     if !s.switch(key) {
         return Vec::new();
     }
     if !s.has(&keys::PROXY_TRUSTED_SERVERS) {
-        s.mistake(key, "expected the load balancers in --proxy-trusted-servers");
+        s.mistake(key, "requires the load balancers in --proxy-trusted-servers");
     }
     s.list(&keys::PROXY_TRUSTED_SERVERS, NETWORKS, network)
 }
@@ -614,9 +618,9 @@ fn access(s: &mut Settings) -> access::Config {
         (false, true) => access::Proxies::None,
         (true, true) => {
             let warning = "--trust-proxy without --proxy-trusted-servers: clients can choose the \
-                address that flags see; --allow-list, --deny-list, throttles and the audit log count \
-                the address of the connection, which may be your proxy's. Name your proxies with \
-                --proxy-trusted-servers";
+                address that flags are evaluated for, and --allow-list, --deny-list, rate limits and \
+                the audit log use the address of the connection, which may be your proxy's. List your \
+                proxies in --proxy-trusted-servers";
             s.warnings.push(warning.to_owned());
             access::Proxies::Any
         }
@@ -636,7 +640,7 @@ fn access(s: &mut Settings) -> access::Config {
     }
 }
 
-/// The value of a key that has no default but must have a value.
+/// The value of a required key without default.
 fn required<T>(
     s: &mut Settings,
     key: &Key,
@@ -650,7 +654,7 @@ fn required<T>(
 }
 
 const HTTP_URL: &str =
-    "an http or https address without user or query, as in `https://unleash.example.com`";
+    "an http or https URL without user or query, as in `https://unleash.example.com`";
 const FILE: &str = "a file that exists";
 const HEADER_NAME: &str = "the name of a header";
 const NETWORKS: &str = "networks or addresses, as in `10.0.0.0/8`";
@@ -667,7 +671,7 @@ fn port(s: &mut Settings, key: &Key) -> u16 {
     let expected = "a port, 0 to 65535";
     if key.name == keys::PORT.name && s.verb == Verb::Serve(Role::Edge) && is_pretrusted(s, key) {
         let reason = format!(
-            "expected {expected}; Unleash Edge's -p of `edge` is --pretrusted-tokens, which is not \
+            "expected {expected}; in Unleash Edge, -p of `edge` is --pretrusted-tokens, which is not \
              supported: {}",
             keys::PRETRUSTED_TOKENS.help()
         );
@@ -677,8 +681,7 @@ fn port(s: &mut Settings, key: &Key) -> u16 {
     s.value(key, expected, |text| text.parse().ok())
 }
 
-/// Whether a value is written like Unleash Edge's pretrusted tokens, `<token>` or
-/// `<token>@<environment>`.
+/// Whether a value looks like a pretrusted token of Unleash Edge: `<token>` or `<token>@<environment>`.
 fn is_pretrusted(s: &Settings, key: &Key) -> bool {
     s.text(key).is_some_and(|text| {
         let token = text.split_once('@').map_or(text, |(token, _)| token);
@@ -708,7 +711,7 @@ fn network(text: &str) -> Option<IpNet> {
     text.parse().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from))
 }
 
-/// An address to which paths can be appended.
+/// Parses a URL to which paths can be appended.
 fn http_url(text: &str) -> Option<Url> {
     let url = Url::parse(text).ok()?;
     let plain = matches!(url.scheme(), "http" | "https")
@@ -720,7 +723,8 @@ fn http_url(text: &str) -> Option<Url> {
     plain.then_some(url)
 }
 
-/// A header as curl takes it, `Name: value`, or as `name=value`; never printed.
+/// Parses a header, as `Name: value` (the form of curl) or `name=value`. The value is marked as
+/// sensitive.
 fn header(text: &str) -> Option<(HeaderName, HeaderValue)> {
     let (name, value) = text.split_once([':', '='])?;
     let mut value = HeaderValue::from_str(value.trim()).ok()?;

@@ -1,7 +1,7 @@
-//! The checked configuration: what the rest of the program is built from.
+//! The validated configuration, from which the rest of the program is built.
 //!
-//! No field is an `Option` that means "default", nothing needs a second look, and `Debug` shows no
-//! secret. How the values were found is `settings`' and `check`'s business.
+//! No field is an `Option` that means "default", no value needs further validation, and `Debug` shows no
+//! secret. Values are collected in `raw` and validated in `validate`, not here.
 
 use std::{
     collections::BTreeSet,
@@ -21,76 +21,78 @@ use ipnet::IpNet;
 
 use crate::{
     auth, control,
-    http::{access, cors, listener::Limits, ofrep::TicketKey, route::Endpoint, streaming},
+    http::{
+        access, cors, listener::ConnectionLimits, ofrep::TicketKey, route::Endpoint, streaming,
+    },
     sync, telemetry, tls,
     token::{Environment, Token},
     upstream, usage,
 };
 
-/// Everything that a running Parapet is told.
+/// The configuration of a serving instance.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Where flags, verdicts and usage come from and go to.
+    /// The source of flags and token validation, and the destination of usage.
     pub mode: Mode,
-    /// The listener that SDKs talk to.
+    /// The listener for SDKs.
     pub data: DataListener,
     /// The listener for operators.
     pub admin: AdminListener,
-    /// How verdicts on tokens are kept.
+    /// Intervals and capacity of the token cache.
     pub auth: auth::Config,
-    /// How usage is kept and sent.
+    /// Interval and bound of usage reports.
     pub usage: usage::Config,
-    /// What is logged, and how.
+    /// Log format and filter.
     pub log: telemetry::Config,
-    /// Where state is kept between runs.
+    /// The directory where state is stored between runs.
     pub data_dir: PathBuf,
-    /// How a run ends.
+    /// The timing of a shutdown.
     pub shutdown: Shutdown,
-    /// Who this instance says it is.
+    /// The names under which this instance reports.
     pub identity: Identity,
-    /// What the operator should know, one sentence each; to be logged at the start.
+    /// Warnings for the operator, one sentence each, to be logged at the start.
     pub warnings: Vec<String>,
-    /// Which values are in effect, to be compared with those of a later configuration.
+    /// Digests of the effective values, to be compared with those of a later configuration.
     pub effective: Effective,
 }
 
-/// Where flags come from, who vouches for tokens, and where usage goes.
+/// The source of flags and token validation, and the destination of usage.
 #[derive(Clone, Debug)]
 pub enum Mode {
     /// In front of an Unleash server.
     Edge(Box<Edge>),
-    /// Flags of a file, tokens that are given, and nothing else.
+    /// Flags from a file and a fixed list of tokens; usage is not reported.
     Offline(Offline),
-    /// A server of its own.
+    /// A server without upstream: flags from files, accounts and tokens in a database.
     Standalone(Standalone),
 }
 
-/// In front of an Unleash server.
+/// The configuration of edge mode, in front of an Unleash server.
 #[derive(Clone, Debug)]
 pub struct Edge {
-    /// How to reach it.
+    /// The connection to upstream.
     pub upstream: upstream::Config,
-    /// In whose name.
+    /// The tokens for upstream.
     pub credentials: Credentials,
-    /// How flags are kept current.
+    /// Polling and streaming of flags.
     pub sync: sync::Config,
-    /// Where flags and digests of tokens are kept for a start without upstream.
+    /// The directory for flags and token digests, which allow a start without upstream.
     pub backup_folder: Folder,
-    /// Whether upstream's admin API is passed on.
+    /// Whether upstream's admin API is relayed.
     pub admin_relay: bool,
 }
 
-/// A folder to keep state in.
+/// The directory in which an edge stores its backup.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Folder {
-    /// The operator's choice, which must do.
+    /// Set by the operator; it must be writable.
     Named(PathBuf),
-    /// Nobody's choice, which a machine need not have.
+    /// The default; it need not be writable.
     Default(PathBuf),
 }
 
 impl Folder {
-    /// Where it is.
+    /// The path of the directory.
     pub fn path(&self) -> &Path {
         match self {
             Self::Named(path) | Self::Default(path) => path,
@@ -98,163 +100,165 @@ impl Folder {
     }
 }
 
-/// In whose name the edge fetches flags and sends usage.
+/// The tokens with which the edge fetches flags and sends usage.
 #[derive(Clone, Debug)]
 pub enum Credentials {
     /// An admin token, exchanged for one backend token per environment.
     Admin {
         /// The admin token.
         token: Token,
-        /// The file that it is read from, again when that changes.
+        /// The file that contains it; read again when it changes.
         file: Option<PathBuf>,
-        /// The name that all edges of this deployment share; their tokens are `parapet-<fleet>`.
+        /// The name that all edges of this deployment share; their tokens are named `parapet-<fleet>`.
         fleet: String,
-        /// Which environments are served; `None` is all that upstream has enabled.
+        /// The environments to serve; `None` is all that upstream has enabled.
         environments: Option<BTreeSet<Environment>>,
     },
-    /// These backend tokens. When there are none, the first SDK token of an environment that
-    /// upstream finds valid is used for it.
+    /// Backend tokens. If the list is empty, each environment is fetched with the first of its SDK
+    /// tokens that upstream finds valid.
     Given(Vec<Token>),
 }
 
-/// Flags of a file, tokens of the command line, and nothing else.
+/// The configuration of offline mode: flags from a file, and a fixed list of tokens.
 #[derive(Clone, Debug)]
 pub struct Offline {
-    /// The file of flags.
+    /// The file with the flags.
     pub bootstrap_file: PathBuf,
     /// Tokens that may read flag configuration.
     pub client_tokens: Vec<Token>,
     /// Tokens that may read evaluated flags.
     pub frontend_tokens: Vec<Token>,
-    /// Tokens that open the admin listener.
+    /// Tokens for the admin listener.
     pub admin_tokens: Vec<Token>,
-    /// How often the file is read again although nothing told of a change; `None` is never.
+    /// The interval at which the file is read again even if no change was detected; `None` is never.
     pub reload_interval: Option<Duration>,
 }
 
-/// A server of its own.
+/// The configuration of standalone mode: a server without upstream.
 #[derive(Clone, Debug)]
 pub struct Standalone {
-    /// Where flags are.
+    /// The file or folder of flags.
     pub flags: FlagsPath,
-    /// Which environments one file of flags serves, besides those that the first tokens name.
+    /// The environments that a single file of flags serves, in addition to those of the first tokens.
     pub environments: BTreeSet<Environment>,
     /// Accounts and tokens.
     pub control: control::Config,
 }
 
-/// Where the flags of a standalone are.
+/// The path of the flags in standalone mode.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum FlagsPath {
     /// A file, or a folder of files.
     Existing(PathBuf),
-    /// Where nobody has named a place, nothing is at the default one, and this is the first start: an
-    /// example is to be written there.
+    /// An example is to be written to this file: no path is configured, the default does not exist, and
+    /// this is the first start.
     Example(PathBuf),
 }
 
-/// The listener that SDKs talk to.
+/// The listener for SDKs.
 #[derive(Clone, Debug)]
 pub struct DataListener {
-    /// Where it listens, over TLS with `tls`. `[::]` means IPv4 too; where the machine has no IPv6, `0.0.0.0`.
+    /// The address to listen on, with TLS if `tls` is set. `[::]` includes IPv4, and means `0.0.0.0` on
+    /// a machine without IPv6.
     pub address: SocketAddr,
-    /// Certificates; without them HTTP is not encrypted.
+    /// Certificates and their settings; `None` is plain HTTP.
     pub tls: Option<tls::Config>,
-    /// Where unencrypted requests are redirected to `address`; only with `tls`.
+    /// The address where plain HTTP requests are redirected to `address`; only with `tls`.
     pub redirect_from: Option<SocketAddr>,
-    /// What precedes every path: empty, or `/…` without a final slash.
+    /// The prefix of every path: empty, or `/…` without a final slash.
     pub base_path: String,
-    /// The header in which SDKs present their token.
+    /// The header with the token of an SDK.
     pub token_header: HeaderName,
-    /// What browsers on other origins may do.
+    /// The rules for browsers on other origins.
     pub cors: cors::Config,
-    /// Which addresses are served.
+    /// The addresses that are served, and the trusted proxies.
     pub access: access::Config,
-    /// Endpoints that answer as if they did not exist.
+    /// Endpoints that respond as if they did not exist.
     pub disabled: BTreeSet<Endpoint>,
-    /// What connections may take.
-    pub limits: Limits,
-    /// Whether how many there may be was given, and is not the default.
+    /// Limits and timeouts of connections.
+    pub limits: ConnectionLimits,
+    /// Whether the operator has set the maximum number of connections; otherwise it is the default.
     pub are_connections_given: bool,
-    /// Those whose PROXY protocol is read.
+    /// Networks of load balancers whose connections begin with the PROXY protocol.
     pub balancers: Vec<IpNet>,
-    /// The largest request body, in bytes, after decompression.
+    /// The maximum size of a request body, in bytes, after decompression.
     pub body_bytes: usize,
-    /// The longest that one request may take, from its head until its body is there; services wait
-    /// for nothing else as long.
+    /// The timeout of a request, from its head until its body has been received. It is the longest
+    /// timeout of a service.
     pub request_timeout: Duration,
-    /// How streams are kept.
+    /// Limits and lifetime of streams.
     pub streams: streaming::Config,
-    /// Seals the tickets of OpenFeature's providers; `None` derives the key from the admin token, or
-    /// without one draws a key for this run.
+    /// Signs the event stream URLs of OpenFeature providers. `None` derives the key from the admin
+    /// token, or without one generates a key for this run.
     pub ticket_key: Option<TicketKey>,
 }
 
 /// The listener for operators.
 #[derive(Clone, Debug)]
 pub struct AdminListener {
-    /// Where it listens, over TLS with `tls`.
+    /// The address to listen on, with TLS if `tls` is set.
     pub address: SocketAddr,
-    /// Certificates; without them HTTP is not encrypted.
+    /// Certificates and their settings; `None` is plain HTTP.
     pub tls: Option<tls::Config>,
-    /// Those whose PROXY protocol is read.
+    /// Networks of load balancers whose connections begin with the PROXY protocol.
     pub balancers: Vec<IpNet>,
 }
 
-/// How a run ends.
+/// The timing of a shutdown.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Shutdown {
-    /// How long requests are still accepted after readiness was withdrawn.
+    /// How long requests are still accepted after readiness is withdrawn.
     pub drain_delay: Duration,
-    /// The longest that requests under way and the last usage may then take.
+    /// The timeout after that for requests in progress and the last usage.
     pub timeout: Duration,
 }
 
-/// Who this instance says it is, to upstream and in its instance data.
+/// The names under which this instance reports to upstream and in its instance data.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Identity {
     /// The name that all instances of a deployment share.
     pub app_name: String,
     /// The name of this instance.
     pub instance_id: String,
-    /// Who runs it, in Unleash's words: `self-hosted`, `hosted` or `enterprise-self-hosted`.
+    /// The kind of hosting, as Unleash names it: `self-hosted`, `hosted` or `enterprise-self-hosted`.
     pub hosting: String,
-    /// The region that it runs in, where known.
+    /// The region that it runs in, if known.
     pub region: Option<String>,
 }
 
-/// What the `health` and `ready` commands ask, and whom.
+/// The options of the `health` and `ready` commands.
 #[derive(Clone, Debug)]
 pub struct Probe {
-    /// The full address of the endpoint.
+    /// The full URL of the endpoint.
     pub url: Url,
-    /// Which certificates are accepted.
+    /// The certificates to accept.
     pub trust: Trust,
 }
 
-/// Which certificates a probe accepts.
+/// The certificates that a probe accepts.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Trust {
-    /// Those for the host's name by the platform's authorities, and by those of a file (PEM).
+    /// Certificates for the host name, issued by an authority of the platform or of a file (PEM).
     Platform(Option<PathBuf>),
-    /// Those by the authorities of a file (PEM), for whatever name: it is this machine that is asked.
+    /// Certificates for any name, issued by an authority of a file (PEM): the probe stays on this
+    /// machine.
     Authority(PathBuf),
-    /// Any: it is this machine that is asked, and nothing secret is sent.
+    /// Any certificate: the probe stays on this machine and sends no secret.
     Any,
 }
 
-/// What `token` and `account` do, and where.
+/// The options of the `token` and `account` commands.
 #[derive(Clone, Debug)]
 pub struct Manage {
-    /// Where.
+    /// The database or server to work on.
     pub place: Place,
-    /// What to do.
+    /// The task.
     pub task: Task,
-    /// Whether the outcome is printed as JSON.
+    /// Whether the result is printed as JSON.
     pub json: bool,
 }
 
-/// Where tokens and accounts are managed.
+/// The database or server where tokens and accounts are managed.
 #[derive(Clone, Debug)]
 pub enum Place {
     /// The database of a standalone instance.
@@ -263,20 +267,20 @@ pub enum Place {
     Server(Server),
 }
 
-/// What `backup` and `restore` do, and where.
+/// The options of the `backup` and `restore` commands.
 #[derive(Clone, Debug)]
 pub struct Archive {
-    /// What to do.
+    /// Backup or restore.
     pub action: ArchiveAction,
     /// The file of the backup.
     pub file: PathBuf,
-    /// Whether what is there may be replaced: the file, or what the database holds.
+    /// Whether existing data may be replaced: the file, or the contents of the database.
     pub replace: bool,
     /// The database.
     pub location: control::Location,
 }
 
-/// Into a file, or out of it.
+/// Writing a backup, or restoring it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum ArchiveAction {
     /// `backup`
@@ -285,14 +289,14 @@ pub enum ArchiveAction {
     Restore,
 }
 
-/// What `explain` explains.
+/// The options of the `explain` command.
 #[derive(Clone, Debug)]
 pub struct Explain {
-    /// The file of flags, or the folder with one per environment.
+    /// The file with the flags, or the folder with one file per environment.
     pub flags: PathBuf,
-    /// The flag's name.
+    /// The name of the flag.
     pub flag: String,
-    /// Whose flags they are.
+    /// The environment of the flags.
     pub environment: Environment,
     /// The context's `userId`.
     pub user_id: Option<String>,
@@ -304,6 +308,6 @@ pub struct Explain {
     pub properties: Vec<(String, String)>,
     /// The time; `None` is now.
     pub at: Option<Timestamp>,
-    /// Whether JSON is wanted instead of text.
+    /// Whether to print JSON instead of text.
     pub json: bool,
 }

@@ -1,6 +1,6 @@
-//! The command line: what may be written there, and what was.
+//! The command line: definition and parsing.
 //!
-//! Values stay texts here; `check` reads them.
+//! Values remain strings here; they are parsed in `validate`.
 
 use std::ffi::OsString;
 
@@ -26,29 +26,29 @@ const CHECK_CONFIG: &str = "check-config";
 const PRINT_CONFIG: &str = "print-config";
 const EXPLAIN: &str = "explain";
 
-/// What the command line asks for.
+/// A parsed command line.
 #[derive(Debug)]
 pub(super) enum Line {
-    /// A text for the person at the terminal.
+    /// Print a text, such as the help.
     Show(String),
-    /// An explanation, which needs no settings.
+    /// Explain a flag; needs no settings.
     Explain(Explain),
-    /// A task for the control plane.
+    /// A task of the control plane.
     Manage { errand: Errand, flags: Flags },
-    /// A backup of the control plane, or its restoration.
+    /// Back up the control plane, or restore it.
     Archive { order: Order, flags: Flags },
-    /// Something that needs the settings.
+    /// Serve, probe, or print the configuration; needs the settings.
     Do { verb: Verb, purpose: Purpose, flags: Flags },
 }
 
-/// The subcommands.
+/// The subcommands that use the settings.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Verb {
     Serve(Role),
     Ask(Question),
 }
 
-/// As what to serve.
+/// The mode to serve in.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Role {
     Edge,
@@ -56,21 +56,22 @@ pub(super) enum Role {
     Standalone,
 }
 
-/// What to ask a running instance.
+/// The probe of a running instance.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Question {
     Health,
     Ready,
 }
 
-/// What to do with the settings.
+/// Whether to use the settings or to print them.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Purpose {
     Run,
     Print,
 }
 
-/// The values that were written.
+/// The values of the command line, by option. `Debug` shows the names only, because values may be
+/// secret.
 pub(super) struct Flags(Vec<(&'static Key, Vec<String>)>);
 
 impl std::fmt::Debug for Flags {
@@ -118,22 +119,22 @@ impl Verb {
 
     fn about(self) -> &'static str {
         match self {
-            Self::Serve(Role::Edge) => "Stand in front of an Unleash server",
-            Self::Serve(Role::Offline) => "Serve the flags of a file to given tokens",
+            Self::Serve(Role::Edge) => "Run as an edge in front of an Unleash server",
+            Self::Serve(Role::Offline) => "Serve the flags of a file to a fixed list of tokens",
             Self::Serve(Role::Standalone) => {
-                "Be the server: flags from files, tokens of its own (the default)"
+                "Run without Unleash, with flags from files and its own tokens (the default)"
             }
             Self::Ask(Question::Health) => {
-                "Ask a running instance whether it lives; exit 0 if so, else 1"
+                "Check whether a running instance is alive; exit 0 if so, else 1"
             }
             Self::Ask(Question::Ready) => {
-                "Ask a running instance whether it is ready; exit 0 if so, else 1"
+                "Check whether a running instance is ready; exit 0 if so, else 1"
             }
         }
     }
 }
 
-/// Reads the command line, the program's name first.
+/// Parses the command line, which starts with the name of the program.
 pub(super) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Line, Mistakes> {
     let args: Vec<OsString> = args.into_iter().collect();
     let matches = match command().try_get_matches_from(&args) {
@@ -163,7 +164,7 @@ pub(super) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Line, Mi
                 return explain(&matches, below).map(Line::Explain);
             }
             let verb = Verb::ALL.into_iter().find(|verb| verb.name() == name);
-            (verb.expect("clap knows no other subcommands"), below)
+            (verb.expect("clap accepts no other subcommand"), below)
         }
         None => (Verb::Serve(Role::Standalone), &matches),
     };
@@ -179,7 +180,7 @@ pub(super) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Line, Mi
     Ok(Line::Do { verb, purpose, flags: Flags(flags.collect()) })
 }
 
-/// The texts that were written for `key` at this level of the command line.
+/// The values of `key` at this level of the command line.
 fn values(matches: &ArgMatches, key: &Key) -> Option<Vec<String>> {
     let values = matches.try_get_many::<String>(key.name).ok().flatten()?;
     Some(values.cloned().collect())
@@ -187,12 +188,12 @@ fn values(matches: &ArgMatches, key: &Key) -> Option<Vec<String>> {
 
 /// `parapet` and its subcommands.
 ///
-/// What concerns every command may precede the subcommand or follow it; what concerns `standalone`
-/// may be given without naming it.
+/// Options of all commands may precede the subcommand or follow it. Options of `standalone` may be used
+/// without naming it.
 fn command() -> Command {
     let switch =
         |name, help| Arg::new(name).long(name).help(help).action(ArgAction::SetTrue).global(true);
-    // Refused by commands that have no configuration to print, and not offered by them.
+    // Hidden and rejected for commands that have no configuration to print.
     let refused = || [CHECK_CONFIG, PRINT_CONFIG].map(|name| switch(name, "").hide(true));
     Verb::ALL
         .into_iter()
@@ -202,7 +203,7 @@ fn command() -> Command {
         })
         .subcommand(explain_command().args(refused()))
         .subcommands(manage::commands().into_iter().chain(archive::commands()).map(|command| {
-            // What finds the database is shared with the server, the rest of its keys is not.
+            // Only the options that locate the database are shared with the server.
             let foreign = args_of(|scope| scope == Scope::Everywhere);
             let foreign = foreign.map(|arg| {
                 let ours = finds().any(|key| arg.get_id().as_str() == key.name);
@@ -215,9 +216,9 @@ fn command() -> Command {
         .about("An open-source edge for Unleash feature flags")
         .long_about(
             "An open-source edge for Unleash feature flags.\n\n\
-             Every option may also be an environment variable, or a line of the configuration \
-             file under the option's name with underscores. Flags win over the environment, the \
-             environment over the file.",
+             Every option can also be set by an environment variable, or in the configuration file \
+             under its name with underscores. The command line overrides the environment, and the \
+             environment overrides the file.",
         )
         .version(env!("CARGO_PKG_VERSION"))
         .propagate_version(true)
@@ -228,7 +229,7 @@ fn command() -> Command {
         .arg(switch(PRINT_CONFIG, "The same as --check-config"))
 }
 
-/// What concerns a command, less what concerns every one.
+/// The options of a command, without those of all commands.
 fn own_args(verb: Verb) -> impl Iterator<Item = Arg> {
     args_of(move |scope| scope != Scope::Everywhere && scope.concerns(verb.scope()))
 }
@@ -255,7 +256,7 @@ fn arg(key: &'static Key) -> Arg {
     }
 }
 
-/// What tells where a standalone instance keeps its accounts and tokens.
+/// The options that locate the accounts and tokens of a standalone instance.
 fn finds() -> impl Iterator<Item = &'static Key> {
     let is_one =
         |key: &Key| [&CONFIG, &DATA_DIR, &DATABASE_URL].iter().any(|it| it.name == key.name);
@@ -268,19 +269,20 @@ fn manage(name: &str, above: &ArgMatches, below: &ArgMatches) -> Result<Line, Mi
     refuse_checking(name, deepest)?;
     let flags = database_flags(name, &[deepest, below, above])?;
     if let (Some(_), Some((key, _))) = (&errand.server, flags.0.first()) {
-        let reason = "has no meaning beside --url".to_owned();
+        let reason = "cannot be combined with --url".to_owned();
         return Err(Mistake { place: format!("--{}", key.name), reason }.into());
     }
     Ok(Line::Manage { errand, flags })
 }
 
-/// What was written to find the database; `levels` are those of the command line, the deepest first.
+/// The values of the options that locate the database. `levels` are those of the command line, deepest
+/// first.
 fn database_flags(name: &str, levels: &[&ArgMatches]) -> Result<Flags, Mistakes> {
     let mut flags = Vec::new();
     for key in KEYS.iter().copied() {
         let Some(values) = levels.iter().find_map(|level| values(level, key)) else { continue };
         if !finds().any(|ours| ours.name == key.name) {
-            let reason = format!("has no meaning for `{name}`");
+            let reason = format!("does not apply to `{name}`");
             return Err(Mistake { place: format!("--{}", key.name), reason }.into());
         }
         flags.push((key, values));
@@ -288,26 +290,27 @@ fn database_flags(name: &str, levels: &[&ArgMatches]) -> Result<Flags, Mistakes>
     Ok(Flags(flags))
 }
 
-/// Commands that have no configuration to print do not pretend to.
+/// Rejects `--check-config` and `--print-config` for a command that has no configuration to print.
 fn refuse_checking(name: &str, matches: &ArgMatches) -> Result<(), Mistakes> {
     for flag in [CHECK_CONFIG, PRINT_CONFIG] {
         if matches.get_flag(flag) {
-            let reason = format!("has no meaning for `{name}`");
+            let reason = format!("does not apply to `{name}`");
             return Err(Mistake { place: format!("--{flag}"), reason }.into());
         }
     }
     Ok(())
 }
 
-/// `parapet explain`, whose options are its own: they are neither variables nor lines of the file.
+/// `parapet explain`. Its options are neither environment variables nor keys of the file.
 fn explain_command() -> Command {
     let text = |name: &'static str, value: &'static str, help: &'static str| {
         Arg::new(id_of(name)).long(name).value_name(value).help(help)
     };
-    let given = [
-        text("flags", "PATH", "The file of flags, or the folder of such files").required(true),
+    let options = [
+        text("flags", "PATH", "The file with the flags, or the folder of such files")
+            .required(true),
         text("flag", "NAME", "The flag to explain").required(true),
-        text("environment", "NAME", "Whose flags they are; no part of the context")
+        text("environment", "NAME", "The environment of the flags; not a field of the context")
             .default_value("development"),
         text("user-id", "TEXT", "The context's userId"),
         text("session-id", "TEXT", "The context's sessionId"),
@@ -315,26 +318,30 @@ fn explain_command() -> Command {
         text(
             "property",
             "NAME=VALUE",
-            "Another field of the context, environment=… for instance; may be repeated",
+            "Another field of the context, for instance environment=…; repeatable",
         )
         .action(ArgAction::Append),
-        text("at", "TIME", "The time, as in 2030-01-01T00:00:00Z; now when not given"),
+        text(
+            "at",
+            "TIME",
+            "The time of the evaluation, as in 2030-01-01T00:00:00Z; now by default",
+        ),
     ];
     let json = Arg::new(id_of("json")).long("json").action(ArgAction::SetTrue);
-    // What concerns serving has no meaning here; clap would show it all the same.
+    // Options for serving do not apply here; clap would list them otherwise.
     let foreign = args_of(|scope| scope == Scope::Everywhere).map(|arg| arg.hide(true));
     Command::new(EXPLAIN)
-        .about("Tell why a flag of a file comes out as it does for somebody")
+        .about("Explain how a flag from a file is evaluated for a context")
         .after_help(
             "Example:\n  parapet explain --flags config/flags.json --flag demo.checkout-button \
              --user-id 7",
         )
-        .args(given)
+        .args(options)
         .arg(json.help("Print JSON instead of text"))
         .args(foreign)
 }
 
-/// Apart from the keys, which share some names.
+/// A clap id that differs from those of the options, which share some names.
 fn id_of(name: &str) -> String {
     format!("{EXPLAIN}-{name}")
 }
@@ -343,7 +350,7 @@ fn explain(above: &ArgMatches, own: &ArgMatches) -> Result<Explain, Mistakes> {
     refuse_checking(EXPLAIN, own)?;
     for key in KEYS.iter() {
         if values(own, key).or_else(|| values(above, key)).is_some() {
-            let reason = format!("has no meaning for `{EXPLAIN}`");
+            let reason = format!("does not apply to `{EXPLAIN}`");
             return Err(Mistake { place: format!("--{}", key.name), reason }.into());
         }
     }
@@ -361,13 +368,13 @@ fn explain(above: &ArgMatches, own: &ArgMatches) -> Result<Explain, Mistakes> {
         None => None,
         Some(Some(at)) => Some(at),
         Some(None) => {
-            let reason = "expected a time as in 2030-01-01T00:00:00Z".to_owned();
+            let reason = "expected a time, as in 2030-01-01T00:00:00Z".to_owned();
             return Err(Mistake { place: "--at".to_owned(), reason }.into());
         }
     };
     Ok(Explain {
-        flags: text("flags").expect("clap insists on it").into(),
-        flag: text("flag").expect("clap insists on it"),
+        flags: text("flags").expect("clap requires it").into(),
+        flag: text("flag").expect("clap requires it"),
         environment: Environment::new(&text("environment").expect("it has a default")),
         user_id: text("user-id"),
         session_id: text("session-id"),
@@ -378,27 +385,28 @@ fn explain(above: &ArgMatches, own: &ArgMatches) -> Result<Explain, Mistakes> {
     })
 }
 
-/// What is wrong with a command line.
+/// The message for an invalid command line.
 ///
-/// Clap repeats what it does not understand, which may be a misplaced token or password.
+/// Clap's own message repeats unknown arguments, and such an argument may be a misplaced token or
+/// password.
 fn told(error: &clap::Error, args: &[OsString]) -> String {
     if error.kind() == ErrorKind::UnknownArgument
         && let Some(ContextValue::String(found)) = error.get(ContextKind::InvalidArg)
     {
         let is_plain = !found.starts_with('-');
         if is_plain && args.iter().any(|arg| arg == "account") {
-            return "one argument is too many, which is not repeated here: passwords are given by \
-                    --password-file"
+            return "there is an unexpected argument; it is not repeated here, because it may be a \
+                    password. Use --password-file for passwords"
                 .to_owned();
         }
-        if let Some(told) = found.strip_prefix("--").and_then(belongs_elsewhere) {
-            return told;
+        if let Some(message) = found.strip_prefix("--").and_then(belongs_elsewhere) {
+            return message;
         }
     }
     without_tokens(&error.render().to_string(), args)
 }
 
-/// Whose a setting is that was written for another command.
+/// The message for an option that belongs to other commands; `None` if there is no such option.
 fn belongs_elsewhere(name: &str) -> Option<String> {
     let key = KEYS.iter().find(|key| key.name == name)?;
     let verbs = Verb::ALL.iter().filter(|verb| key.scope.concerns(verb.scope()));

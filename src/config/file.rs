@@ -1,7 +1,6 @@
-//! The configuration file: a flat TOML table whose keys are the options' names with underscores.
+//! The configuration file: a flat TOML table whose keys are the option names with underscores.
 //!
-//! Values become texts, as on the command line, so that `check` reads each form of a setting in
-//! one place.
+//! Values become strings, as on the command line, so that `validate` parses every source alike.
 
 use std::{io, path::Path};
 
@@ -13,44 +12,44 @@ use super::{
 };
 use crate::wire::text::remove_byte_order_mark;
 
-/// One line of the file.
+/// A key of the file with its values.
 pub(super) struct Entry {
     pub(super) key: &'static Key,
     pub(super) texts: Vec<String>,
-    /// The line's number, from 1.
+    /// The line number, counted from 1.
     pub(super) line: usize,
 }
 
-/// Reads `path`; what cannot be understood becomes mistakes.
-pub(super) fn read(path: &Path, mistakes: &mut Vec<Mistake>) -> Vec<Entry> {
+/// Reads the file; adds an error for each key that is unknown or has a value of the wrong type.
+pub(super) fn read(path: &Path, errors: &mut Vec<Mistake>) -> Vec<Entry> {
     match read_text(path) {
-        Ok(text) => parse(path, &text, mistakes),
+        Ok(text) => parse(path, &text, errors),
         Err(error) => {
             let reason = format!("expected a readable file: {error}");
-            mistakes.push(Mistake { place: path.display().to_string(), reason });
+            errors.push(Mistake { place: path.display().to_string(), reason });
             Vec::new()
         }
     }
 }
 
-/// The text of a file, without the byte order mark that editors may put in front.
+/// The text of a file, without a leading byte order mark.
 pub(super) fn read_text(path: &Path) -> io::Result<String> {
     let mut text = std::fs::read_to_string(path)?;
     remove_byte_order_mark(&mut text);
     Ok(text)
 }
 
-fn parse(path: &Path, text: &str, mistakes: &mut Vec<Mistake>) -> Vec<Entry> {
+fn parse(path: &Path, text: &str, errors: &mut Vec<Mistake>) -> Vec<Entry> {
     let line_at = |offset: usize| 1 + text[..offset].matches('\n').count();
-    let mut mistake = |line: usize, reason: String| {
-        mistakes.push(Mistake { place: format!("{}:{line}", path.display()), reason });
+    let mut report = |line: usize, reason: String| {
+        errors.push(Mistake { place: format!("{}:{line}", path.display()), reason });
     };
     let table = match DeTable::parse(text) {
         Ok(table) => table.into_inner(),
         Err(error) => {
-            // Only the message: the error's own text quotes the line, which may hold a token.
+            // Only the message: the error's own text quotes the line, which may contain a token.
             let line = error.span().map_or(1, |span| line_at(span.start));
-            mistake(line, format!("expected TOML: {}", error.message()));
+            report(line, format!("expected TOML: {}", error.message()));
             return Vec::new();
         }
     };
@@ -62,12 +61,12 @@ fn parse(path: &Path, text: &str, mistakes: &mut Vec<Mistake>) -> Vec<Entry> {
             let known =
                 KEYS.iter().find(|key| key.file_name() == **name && key.name != CONFIG.name);
             let Some(&key) = known else {
-                mistake(line, format!("unknown key `{name}`"));
+                report(line, format!("unknown key `{name}`"));
                 return None;
             };
             let texts = texts(key, value.get_ref());
             if texts.is_none() {
-                mistake(line, format!("`{name}`: expected {}", form(key)));
+                report(line, format!("`{name}`: expected {}", form(key)));
             }
             Some(Entry { key, texts: texts?, line })
         })

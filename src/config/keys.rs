@@ -1,8 +1,8 @@
-//! The one list of everything that can be set.
+//! The list of all options.
 //!
-//! Flags, environment variables, keys of the file, defaults, help and the printed configuration
-//! all derive from it. Names, meanings and defaults are Unleash Edge's where it has the option
-//! (`docs/CLI.md` of v20). What a value must look like is `check`'s business.
+//! Command line options, environment variables, keys of the file, defaults, help and the printed
+//! configuration derive from it. Where Unleash Edge has an option, its name, meaning and default are
+//! the same here (`docs/CLI.md` of v20). Values are validated in `validate`, not here.
 
 use std::{iter, sync::LazyLock};
 
@@ -10,38 +10,39 @@ use clap::builder::StyledStr;
 
 use self::Shape::{List, One, Switch};
 
-/// One thing that can be set.
+/// An option.
 #[derive(Debug)]
 pub(super) struct Key {
-    /// The flag's name without dashes; every other name derives from it.
+    /// The name on the command line, without dashes; every other name derives from it.
     pub(super) name: &'static str,
     pub(super) short: Option<char>,
     env: Option<&'static str>,
     pub(super) shape: Shape,
     pub(super) scope: Scope,
     pub(super) heading: &'static str,
-    /// The default as one would write it; where it is computed, `None`, and the help tells it.
+    /// The default as an operator would write it. `None` if it is computed; the help text describes it
+    /// then.
     pub(super) default: Option<&'static str>,
     help: &'static str,
     pub(super) support: Support,
-    /// Its value is neither printed nor repeated, whatever is wrong with it.
+    /// The value is neither printed nor repeated in errors.
     pub(super) secret: bool,
-    /// The secret whose value this key names a file for.
+    /// The secret whose value is in the file that this option names.
     pub(super) file_of: Option<&'static Self>,
 }
 
-/// How many values a key takes.
+/// How many values an option takes.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Shape {
-    /// One text.
+    /// One string.
     One,
-    /// Texts, separated by commas or given repeatedly.
+    /// Several strings, separated by commas or by repeating the option.
     List,
-    /// Yes or no; the bare flag is yes.
+    /// A boolean; the option without a value is `true`.
     Switch,
 }
 
-/// Which commands a key belongs to.
+/// The commands that an option applies to.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Scope {
     Everywhere,
@@ -50,14 +51,14 @@ pub(super) enum Scope {
     Standalone,
     /// `offline` and `standalone`, which have no upstream.
     Local,
-    /// `edge` and `standalone`, which hand usage on.
+    /// `edge` and `standalone`, which send or store usage.
     Serving,
     /// `health` and `ready`.
     Probe,
 }
 
 impl Scope {
-    /// Whether a key of this scope has a meaning for the command whose own scope is `command`.
+    /// Whether an option of this scope applies to the command whose own scope is `command`.
     pub(super) fn concerns(self, command: Self) -> bool {
         match self {
             Self::Everywhere => true,
@@ -68,18 +69,18 @@ impl Scope {
     }
 }
 
-/// What becomes of a value that was given.
+/// How a value is treated, with regard to Unleash Edge.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Support {
-    /// It does what its help says.
+    /// It has the effect that its help text describes.
     Full,
-    /// Known from Unleash Edge; has no effect, and warns.
+    /// An option of Unleash Edge that has no effect here; it is accepted with a warning.
     Ignored,
-    /// Known from Unleash Edge; starting without it would not be what was asked for.
+    /// An option of Unleash Edge without which a start would not be what the operator wants; an error.
     Refused,
 }
 
-/// Something to be given as one text.
+/// An option with one value.
 const fn one(name: &'static str) -> Key {
     Key {
         name,
@@ -96,22 +97,22 @@ const fn one(name: &'static str) -> Key {
     }
 }
 
-/// Something to be given as several texts.
+/// An option with several values.
 const fn list(name: &'static str) -> Key {
     Key { shape: List, ..one(name) }
 }
 
-/// Something to be turned on.
+/// A boolean option, off by default.
 const fn switch(name: &'static str) -> Key {
     Key { shape: Switch, default: Some("false"), ..one(name) }
 }
 
-/// Something of Unleash Edge that warns; its text says why it has no effect.
+/// An option of Unleash Edge that is accepted with a warning; its help text says why it has no effect.
 const fn ignored(name: &'static str, shape: Shape) -> Key {
     Key { shape, support: Support::Ignored, secret: true, ..one(name) }
 }
 
-/// Something of Unleash Edge that prevents a start; its text says what to do instead.
+/// An option of Unleash Edge that prevents a start; its help text says what to do instead.
 const fn refused(name: &'static str, shape: Shape) -> Key {
     Key { shape, support: Support::Refused, secret: true, ..one(name) }
 }
@@ -137,20 +138,22 @@ impl Key {
         Self { scope, heading, help, ..self }
     }
 
-    /// Whether its value may be in a file instead: true of every secret that is used.
+    /// Whether the value may be in a file instead: true for every secret that has an effect.
     pub(super) fn has_file(&self) -> bool {
         self.secret && self.support == Support::Full
     }
 
-    /// The key of the file that may hold the value of this one; made once, for `KEYS`.
+    /// The option that names a file with the value of this one; created once, for [`OPTIONS`].
     fn file_key(&'static self) -> Option<&'static Self> {
         if !self.has_file() {
             return None;
         }
         let text = |text: String| -> &'static str { text.leak() };
         let help = match self.shape {
-            List => format!("A file that holds --{}, separated by commas or lines.", self.name),
-            One | Switch => format!("A file that holds --{}.", self.name),
+            List => {
+                format!("A file with the values of --{}, separated by commas or lines.", self.name)
+            }
+            One | Switch => format!("A file with the value of --{}.", self.name),
         };
         let file = Self {
             env: self.env.map(|env| text(format!("{env}_FILE"))),
@@ -163,22 +166,22 @@ impl Key {
         Some(Box::leak(Box::new(file)))
     }
 
-    /// What it means, or for a key of Unleash Edge what became of it; without a stop.
+    /// The help text without its final period. For an option of Unleash Edge without effect: the reason.
     pub(super) fn help(&self) -> &'static str {
         self.help.trim().trim_end_matches('.')
     }
 
-    /// The name of the environment variable.
+    /// The name as an environment variable.
     pub(super) fn env_name(&self) -> String {
         self.env.map_or_else(|| self.name.replace('-', "_").to_ascii_uppercase(), str::to_owned)
     }
 
-    /// The name in the file.
+    /// The name as a key of the configuration file.
     pub(super) fn file_name(&self) -> String {
         self.name.replace('-', "_")
     }
 
-    /// What `--help` says.
+    /// The text in `--help`, with default and environment variable.
     pub(super) fn help_text(&self) -> StyledStr {
         let default = match (self.shape, self.default) {
             (Switch, _) | (_, None | Some("")) => String::new(),
@@ -188,7 +191,7 @@ impl Key {
     }
 }
 
-/// The items of a list that is written as one text.
+/// The items of a list in one string, separated by commas.
 pub(super) fn split(text: &str) -> Vec<String> {
     split_at(text, &[','])
 }
@@ -216,32 +219,32 @@ macro_rules! keys {
                 $key.placed(Scope::$scope, $heading, concat!($($help),+));
         )*)*
 
-        /// The keys that are written here.
-        static WRITTEN: &[&Key] = &[$($(&$id,)*)*];
+        /// The options that are declared here.
+        static DECLARED: &[&Key] = &[$($(&$id,)*)*];
     };
 }
 
-/// All keys, in the order of help and of `config/parapet.toml`: each that is written here, and behind
-/// each secret the one of its file.
+/// All options, in the order of `--help` and of `config/parapet.toml`. Each secret is followed by the
+/// option that names its file.
 pub(super) static KEYS: LazyLock<Vec<&'static Key>> = LazyLock::new(|| {
-    WRITTEN.iter().flat_map(|key| iter::once(*key).chain(key.file_key())).collect()
+    DECLARED.iter().flat_map(|key| iter::once(*key).chain(key.file_key())).collect()
 });
 
 keys! {
     Everywhere, "Serving": {
-        /// The port that SDKs talk to; 0 lets the system choose.
+        /// The port for SDKs; 0 lets the system choose one.
         PORT = one("port").short('p').default("3063");
-        /// The IP address that SDKs talk to; `::` is every address, IPv4 too.
+        /// The IP address to listen on for SDKs; `::` is every address, IPv4 included.
         INTERFACE = one("interface").short('i').default("::");
-        /// What precedes every path of what SDKs ask, as in `/flags`.
+        /// The prefix of all SDK paths, as in `/flags`.
         BASE_PATH = one("base-path").default("");
-        /// The port for operators; 0 lets the system choose.
+        /// The port of the admin listener; 0 lets the system choose one.
         ADMIN_PORT = one("admin-port").default("3064");
-        /// The IP address for operators.
+        /// The IP address of the admin listener.
         ADMIN_INTERFACE = one("admin-interface").default("127.0.0.1");
-        /// The header that carries tokens, from SDKs and to upstream.
+        /// The header that carries tokens, both from SDKs and to upstream.
         TOKEN_HEADER = one("token-header");
-        /// The header that carries SDKs' tokens.
+        /// The header that carries the tokens of SDKs.
         EDGE_AUTH_HEADER = one("edge-auth-header").default("authorization");
         /// The header that carries tokens to upstream.
         UPSTREAM_AUTH_HEADER = one("upstream-auth-header").default("authorization");
@@ -259,70 +262,69 @@ keys! {
         DISABLE_INSTANCE_DATA_ENDPOINT = switch("disable-instance-data-endpoint");
     }
     Everywhere, "TLS": {
-        /// Serve SDKs over TLS, on --tls-server-port alone; nothing listens on --port then, unless
-        /// --redirect-http-to-https is given.
+        /// Serve SDKs over TLS on --tls-server-port. Nothing listens on --port then, unless
+        /// --redirect-http-to-https is set.
         TLS_ENABLE = switch("tls-enable");
-        /// The file of the server's certificate chain (PEM), leaf first. Of several, one for each host
-        /// name for instance, the first is the default.
+        /// The file with the server's certificate chain (PEM), leaf first. With several files, for
+        /// instance one per host name, the first is the default.
         TLS_SERVER_CERT = list("tls-server-cert");
-        /// The file of the certificate's private key (PEM: PKCS #8, PKCS #1 or SEC 1); as many as there are
-        /// certificates, in the same order.
+        /// The file with the certificate's private key (PEM: PKCS #8, PKCS #1 or SEC 1). One per
+        /// certificate, in the same order.
         TLS_SERVER_KEY = list("tls-server-key");
-        /// The port that SDKs talk to over TLS; 0 lets the system choose.
+        /// The port for SDKs over TLS; 0 lets the system choose one.
         TLS_SERVER_PORT = one("tls-server-port").default("3043");
-        /// With --tls-enable: answer requests on --port with a redirect (308) to the same host
-        /// at --tls-server-port.
+        /// With --tls-enable: redirect requests on --port (308) to the same host at --tls-server-port.
         REDIRECT_HTTP_TO_HTTPS = switch("redirect-http-to-https");
-        /// The lowest version of TLS on either listener: 1.2 or 1.3.
+        /// The lowest TLS version on both listeners: 1.2 or 1.3.
         TLS_MIN_VERSION = one("tls-min-version").default("1.2");
-        /// The authorities (PEM) whose client certificates are accepted; none are asked for when left out.
+        /// The certificate authorities (PEM) for client certificates. If not set, clients are not asked
+        /// for a certificate.
         TLS_CLIENT_CA_FILE = one("tls-client-ca-file");
-        /// With --tls-client-ca-file: whether every client needs a certificate, `required`, or `optional`.
+        /// With --tls-client-ca-file: `required` rejects clients without a certificate, `optional`
+        /// accepts them.
         TLS_CLIENT_AUTH = one("tls-client-auth").default("required");
-        /// With --tls-client-ca-file: revocation lists (PEM) of all authorities that issue client
-        /// certificates, intermediate ones too.
+        /// With --tls-client-ca-file: certificate revocation lists (PEM) of every authority that issues
+        /// client certificates, including intermediate ones.
         TLS_CRL_FILE = one("tls-crl-file");
-        /// The longest that a TLS handshake may take on either listener, in seconds.
+        /// The timeout of a TLS handshake on both listeners, in seconds.
         TLS_HANDSHAKE_TIMEOUT_SECONDS = one("tls-handshake-timeout-seconds").default("10");
         /// How many TLS handshakes each listener processes at once, so that many new connections leave
-        /// processors to those that there are; half of the processors when left out.
+        /// processor time for the open ones. Default: half of the processors.
         TLS_MAX_HANDSHAKES = one("tls-max-handshakes");
-        /// The file of the certificate chain (PEM) of the admin listener, which then talks TLS; of several the
-        /// first is the default.
+        /// The file with the certificate chain (PEM) of the admin listener, which then serves TLS. With
+        /// several files, the first is the default.
         ADMIN_TLS_CERT = list("admin-tls-cert");
-        /// The file of that certificate's private key (PEM); as many as there are certificates, in
-        /// the same order.
+        /// The file with that certificate's private key (PEM). One per certificate, in the same order.
         ADMIN_TLS_KEY = list("admin-tls-key");
-        /// The authorities (PEM) whose client certificates the admin listener accepts.
+        /// The certificate authorities (PEM) for client certificates on the admin listener.
         ADMIN_TLS_CLIENT_CA_FILE = one("admin-tls-client-ca-file");
-        /// With --admin-tls-client-ca-file: whether every operator needs a certificate, `required`, or
-        /// `optional`.
+        /// With --admin-tls-client-ca-file: `required` rejects clients without a certificate, `optional`
+        /// accepts them.
         ADMIN_TLS_CLIENT_AUTH = one("admin-tls-client-auth").default("required");
-        /// With --admin-tls-client-ca-file: revocation lists (PEM) of all its authorities.
+        /// With --admin-tls-client-ca-file: certificate revocation lists (PEM) of all its authorities.
         ADMIN_TLS_CRL_FILE = one("admin-tls-crl-file");
     }
     Everywhere, "Streams": {
-        /// Where SDKs that can do both are sent: `streaming` (those that poll) or `polling` (those
-        /// that follow a stream); as they are set up themselves when left out.
+        /// The mode to which SDKs that support both are switched: `streaming` or `polling`. If not set,
+        /// each SDK uses the mode that it is configured for.
         SDK_FETCH_MODE = one("sdk-fetch-mode");
-        /// How many streams may be open at once; beyond it SDKs are told to poll (429).
+        /// The maximum number of open streams. Further SDKs get 429 and poll.
         MAX_STREAMS = one("max-streams").default("10000");
-        /// How many of them clients of one address may have, of IPv6 those of one network of 64 bits; half
-        /// of --max-streams when left out. Behind a load balancer name it by --trust-proxy and
-        /// --proxy-trusted-servers, else all clients are of its address.
+        /// The maximum number of open streams per client address; for IPv6 per /64 network. Default:
+        /// half of --max-streams. Behind a load balancer, set --trust-proxy and --proxy-trusted-servers;
+        /// otherwise all clients share its address.
         MAX_STREAMS_PER_ADDRESS = one("max-streams-per-address");
-        /// How many of them the bearers of one token may have; three quarters of --max-streams when left
-        /// out.
+        /// The maximum number of open streams per token. Default: three quarters of --max-streams.
         MAX_STREAMS_PER_TOKEN = one("max-streams-per-token");
-        /// About how long a stream lasts before its client has to open another, in seconds.
+        /// The approximate lifetime of a stream, in seconds. Its client then reconnects.
         STREAM_MAX_AGE_SECONDS = one("stream-max-age-seconds").default("3600");
-        /// What instances behind one address have in common, so that each takes the addresses of event
-        /// streams that another told to OpenFeature's providers; by default the upstream admin
-        /// token, else a secret of this run's own.
+        /// A secret shared by the instances behind one address, so that each accepts the event stream
+        /// URLs that another has issued to OpenFeature providers. Default: the upstream admin token, or
+        /// else a random secret per run.
         OFREP_TICKET_SECRET = one("ofrep-ticket-secret").secret();
     }
     Everywhere, "Browsers": {
-        /// Origins that may read; `*` is any.
+        /// Origins that may read responses; `*` is any.
         CORS_ORIGIN = list("cors-origin").default("*");
         /// Methods that other origins may use; `*` is any.
         CORS_METHODS = list("cors-methods").default("*");
@@ -330,198 +332,203 @@ keys! {
         CORS_ALLOWED_HEADERS = list("cors-allowed-headers").default("*");
         /// Response headers that other origins may read; `*` is any.
         CORS_EXPOSED_HEADERS = list("cors-exposed-headers").default("*");
-        /// Let other origins send cookies; needs --cors-origin.
+        /// Allow other origins to send cookies; requires --cors-origin.
         CORS_CREDENTIALS = switch("cors-credentials");
-        /// How many seconds a browser may remember these rules.
+        /// How long browsers may cache these rules, in seconds.
         CORS_MAX_AGE = one("cors-max-age").default("172800");
     }
     Everywhere, "Access": {
-        /// Networks (CIDR) or addresses that alone are served, on both listeners, health, metrics and the
-        /// console included; empty is all.
+        /// The only networks (CIDR) or addresses that are served, on both listeners, including health,
+        /// metrics and the console. Empty allows all.
         ALLOW_LIST = list("allow-list");
         /// Networks (CIDR) or addresses that are never served.
         DENY_LIST = list("deny-list");
-        /// Trust X-Forwarded-For, else Forwarded, of the proxies in --proxy-trusted-servers. Without that
-        /// list the header of any client sets the address that flags see; lists, throttles and the
-        /// audit log use the address of the connection.
+        /// Trust X-Forwarded-For, or else Forwarded, from the proxies in --proxy-trusted-servers.
+        /// Without that list, such a header from any client sets the address that flags are evaluated
+        /// for; --allow-list, --deny-list, rate limits and the audit log then use the address of the
+        /// connection.
         TRUST_PROXY = switch("trust-proxy");
-        /// Networks (CIDR) or addresses of the proxies whose word on the client's address is believed. With
-        /// --trust-proxy that is X-Forwarded-For, else Forwarded; one that sets Forwarded alone has to
-        /// remove the client's X-Forwarded-For.
+        /// Networks (CIDR) or addresses of the proxies that are trusted to report the client's address.
+        /// With --trust-proxy they report it in X-Forwarded-For, or else in Forwarded. A proxy that sets
+        /// only Forwarded must remove the client's X-Forwarded-For.
         PROXY_TRUSTED_SERVERS = list("proxy-trusted-servers");
-        /// With --proxy-trusted-servers: the load balancers among those pass connections through, and say
-        /// whose they are by the PROXY protocol, version 1 or 2. Connections from elsewhere begin as
-        /// they do without.
+        /// With --proxy-trusted-servers: connections from these addresses are passed through by load
+        /// balancers and begin with the PROXY protocol, version 1 or 2. Connections from elsewhere do
+        /// not.
         PROXY_PROTOCOL = switch("proxy-protocol");
-        /// The same for the admin listener.
+        /// The same as --proxy-protocol, for the admin listener.
         ADMIN_PROXY_PROTOCOL = switch("admin-proxy-protocol");
     }
     Everywhere, "Limits": {
-        /// The largest request body.
+        /// The maximum size of a request body, in bytes, after decompression.
         BODY_LIMIT_BYTES = one("body-limit-bytes").default("2097152");
-        /// How many connections may be open at once, on each listener.
+        /// The maximum number of open connections on each listener.
         MAX_CONNECTIONS = one("max-connections").default("20000");
-        /// How many of them clients of one address may have; half of --max-connections when left out, and as
-        /// many as there are with --trust-proxy, where the address is the proxy's.
+        /// The maximum number of open connections per client address. Default: half of
+        /// --max-connections; no separate limit with --trust-proxy, where the address is the proxy's.
         MAX_CONNECTIONS_PER_ADDRESS = one("max-connections-per-address");
-        /// The longest that a client may take to send a request's head, from its first byte.
+        /// The timeout for receiving a request head, from its first byte, in seconds.
         HEADER_READ_TIMEOUT_SECONDS = one("header-read-timeout-seconds").default("15");
-        /// How long a connection is kept at least on which nothing is under way, in seconds; up to a
-        /// quarter longer. Longer than clients and load balancers keep theirs, so that none is closed
-        /// while they write.
+        /// The minimum idle timeout of client connections, in seconds; the actual one is up to a quarter
+        /// longer. Set it longer than that of clients and load balancers, so that no connection is
+        /// closed while they write a request.
         EDGE_KEEPALIVE_TIMEOUT = one("edge-keepalive-timeout").default("80");
-        /// About how long a connection is used before its client is told to open another, in seconds,
-        /// so that clients spread over new instances; for ever when left out.
+        /// The approximate lifetime of a client connection, in seconds. The client is then told to open
+        /// another, so that clients spread over new instances. Default: unlimited.
         MAX_CONNECTION_AGE_SECONDS = one("max-connection-age-seconds");
-        /// The longest that one request may take, in seconds, from its head until its answer is
-        /// ready.
+        /// The timeout of a request, from its head until its response is ready, in seconds.
         EDGE_REQUEST_TIMEOUT = one("edge-request-timeout").default("10");
-        /// How many valid tokens, and apart from them how many invalid ones, are remembered.
+        /// How many valid tokens are cached, and separately how many invalid ones.
         TOKEN_CACHE_CAPACITY = one("token-cache-capacity").default("100000");
-        /// How long a token that was found invalid is refused without asking again.
+        /// How long an invalid token is rejected without validating it again, in seconds.
         INVALID_TOKEN_TTL_SECONDS = one("invalid-token-ttl-seconds").default("30");
-        /// How many distinct usage counters are held, for all tokens, before they are merged harder; a
-        /// 32nd part of that besides for flags that the reporting token does not see.
+        /// How many distinct usage counters are kept, for all tokens, before they are merged more
+        /// coarsely. A further 32nd of this number is reserved for flags that the reporting token does
+        /// not see.
         USAGE_MAX_COUNTERS = one("usage-max-counters").default("100000");
     }
     Everywhere, "Running": {
-        /// The configuration file (TOML); config/parapet.toml where that exists.
+        /// The configuration file (TOML). Default: config/parapet.toml, if it exists.
         CONFIG = one("config").env("PARAPET_CONFIG");
-        /// Where state is kept between runs.
+        /// The directory where state is stored between runs.
         DATA_DIR = one("data-dir").default("data");
-        /// The form of log lines: plain, json or pretty.
+        /// The log format: plain, json or pretty.
         LOG_FORMAT = one("log-format").short('l').default("plain");
-        /// What is logged: a level, or levels by target as in `info,parapet=debug`.
+        /// The log level, or levels by target as in `info,parapet=debug`.
         LOG = one("log").env("RUST_LOG").default("info");
-        /// The name under which upstream knows all instances.
+        /// The application name that all instances report to upstream.
         APP_NAME = one("app-name").short('a').default("parapet");
-        /// The name of this instance; a new one at each start when not given.
+        /// The name of this instance. Default: a new one at each start.
         INSTANCE_ID = one("instance-id");
-        /// Who runs this instance: self-hosted, hosted or enterprise-self-hosted.
+        /// How this instance is hosted: self-hosted, hosted or enterprise-self-hosted.
         HOSTING = one("hosting").env("EDGE_HOSTING").default("self-hosted");
         /// The region that this instance reports.
         AWS_REGION = one("aws-region");
-        /// How long after SIGTERM requests are still accepted, while readiness is withdrawn and every
-        /// answer tells its client to leave; SIGINT leaves this out, and a second signal ends it early.
+        /// How long requests are still accepted after SIGTERM, in seconds. Meanwhile readiness is
+        /// withdrawn, and every response tells its client to disconnect. SIGINT skips the delay, and a
+        /// second signal ends it.
         DRAIN_DELAY_SECONDS = one("drain-delay-seconds").default("5");
-        /// The longest that requests under way and the last usage may take at the end.
+        /// The timeout at shutdown for requests in progress and for the last usage, in seconds.
         SHUTDOWN_TIMEOUT_SECONDS = one("shutdown-timeout-seconds").default("10");
     }
     Serving, "Usage": {
-        /// How often usage is sent, or stored where it is kept.
+        /// The interval at which usage is sent to upstream, or stored in standalone mode, in seconds.
         METRICS_INTERVAL_SECONDS = one("metrics-interval-seconds").short('m').default("60");
     }
     Edge, "Upstream": {
-        /// The address of the Unleash server, without /api; required.
+        /// The URL of the Unleash server, without /api; required.
         UPSTREAM_URL = one("upstream-url").short('u');
-        /// An admin token of upstream (`*:*.…`); exchanged for one backend token per environment.
+        /// An admin token of upstream (`*:*.…`), which is exchanged for one backend token per
+        /// environment.
         UPSTREAM_ADMIN_TOKEN = one("upstream-admin-token").secret();
-        /// With an admin token: the environments to serve; empty is all that upstream has enabled.
+        /// With an admin token: the environments to serve. Empty serves all that upstream has enabled.
         ENVIRONMENTS = list("environments");
-        /// With an admin token: the name that instances share, so that they share backend tokens.
+        /// With an admin token: the name of a group of instances, which share their backend tokens.
         FLEET_NAME = one("fleet-name").default("default");
         /// Without an admin token: backend tokens to fetch flags with from the start.
         TOKENS = list("tokens").short('t').secret();
-        /// How flags come from upstream: `auto` (its stream is followed where it offers one, else it is
-        /// polled), `poll`, or `stream` (expected: a warning is logged when it is not offered).
+        /// How flags are fetched from upstream: `auto` (by streaming if upstream supports it, else by
+        /// polling), `poll`, or `stream` (like `auto`, but a warning is logged if upstream does not
+        /// support streaming).
         UPSTREAM_MODE = one("upstream-mode").default("auto");
-        /// How often flags are fetched while no stream tells of changes.
+        /// The polling interval for flags while no stream delivers changes, in seconds.
         FEATURES_REFRESH_INTERVAL_SECONDS =
             one("features-refresh-interval-seconds").short('f').default("15");
-        /// How old a valid verdict on a token may become.
+        /// The interval at which upstream validates a cached valid token again, in seconds.
         TOKEN_REVALIDATION_INTERVAL_SECONDS =
             one("token-revalidation-interval-seconds").default("3600");
-        /// With an admin token: how often upstream's list of tokens is read; a revoked token is
-        /// refused within it.
+        /// With an admin token: the interval at which the token list is fetched from upstream, in
+        /// seconds. A revoked token is rejected within this time.
         TOKEN_LIST_INTERVAL_SECONDS = one("token-list-interval-seconds").default("15");
-        /// The longest that a request to upstream may take, in seconds.
+        /// The timeout of a request to upstream, in seconds.
         UPSTREAM_REQUEST_TIMEOUT = one("upstream-request-timeout").default("5");
-        /// The longest that connecting to upstream may take, in seconds.
+        /// The timeout for connecting to upstream, in seconds.
         UPSTREAM_SOCKET_TIMEOUT = one("upstream-socket-timeout").default("5");
-        /// How long an idle connection to upstream is kept, in seconds.
+        /// The idle timeout of connections to upstream, in seconds.
         CLIENT_KEEPALIVE_TIMEOUT = one("client-keepalive-timeout").default("15");
-        /// Certificates (PEM) to trust besides the platform's.
+        /// Certificates (PEM) to trust for upstream, in addition to those of the platform.
         UPSTREAM_CERTIFICATE_FILE = one("upstream-certificate-file");
-        /// This edge's own certificate chain (PEM), leaf first.
+        /// The client certificate chain (PEM) to present to upstream, leaf first.
         PKCS8_CLIENT_CERTIFICATE_FILE = one("pkcs8-client-certificate-file");
-        /// The key (PEM) of that certificate.
+        /// The private key (PEM) of that certificate.
         PKCS8_CLIENT_KEY_FILE = one("pkcs8-client-key-file");
-        /// Instead of these two files: one with certificate and key (PKCS #12: .p12, .pfx).
+        /// Instead of these two files: one file with certificate and key (PKCS #12: .p12, .pfx).
         PKCS12_IDENTITY_FILE = one("pkcs12-identity-file");
         /// The passphrase of --pkcs12-identity-file.
         PKCS12_PASSPHRASE = one("pkcs12-passphrase").secret();
-        /// Instead of these files: one with certificate and key (PEM).
+        /// Instead of these files: one file with certificate and key (PEM).
         PEM_CERT_FILE = one("pem-cert-file");
         /// Accept any certificate of upstream; for tests only.
         SKIP_SSL_VERIFICATION = switch("skip-ssl-verification").short('s');
-        /// Headers for every request to upstream, as in `X-Api-Key: secret`.
+        /// Headers to add to every request to upstream, as in `X-Api-Key: secret`.
         CUSTOM_CLIENT_HEADERS = list("custom-client-headers").short('H').secret();
-        /// Where flags and digests of tokens are kept for a start without upstream; `backup` in the
-        /// data dir when not given. A place that is given, by this or --data-dir, must be writable.
+        /// The directory for flags and token digests, which allow a start without upstream. Default:
+        /// `backup` in the data dir. If it is set, here or by --data-dir, it must be writable.
         BACKUP_FOLDER = one("backup-folder").short('b');
-        /// Pass the admin API and the sign-in of upstream on at the admin listener, with the console:
-        /// callers use their own tokens and accounts of upstream.
+        /// Relay upstream's admin API and sign-in on the admin listener, with the console. Callers use
+        /// their own tokens and accounts of upstream.
         ADMIN_RELAY = switch("admin-relay");
     }
     Offline, "Offline": {
-        /// The file of flags; required.
+        /// The file with the flags; required.
         BOOTSTRAP_FILE = one("bootstrap-file").short('b');
         /// Tokens that may read flag configuration.
         CLIENT_TOKENS = list("client-tokens").short('c').secret();
         /// Tokens that may read evaluated flags.
         FRONTEND_TOKENS = list("frontend-tokens").short('f').secret();
-        /// How often, in seconds, the file is read again although nothing told of a change; 0 is
-        /// never.
+        /// The interval at which the file is read again even if no change was detected, in seconds; 0
+        /// turns this off.
         RELOAD_INTERVAL = one("reload-interval").short('r').default("0");
     }
     Local, "Without upstream": {
-        /// Admin tokens, for the admin listener: those of offline mode; in standalone mode those
-        /// that the first start creates.
+        /// Admin tokens for the admin listener. Offline mode accepts exactly these; in standalone mode
+        /// the first start creates them.
         INIT_ADMIN_API_TOKENS = list("init-admin-api-tokens").secret();
     }
     Standalone, "Standalone": {
-        /// The file of flags, or the folder of such files. Where neither this is given nor the default is
-        /// there, the first start writes an example.
+        /// The file with the flags, or the folder of such files. If it is not set and the default does
+        /// not exist, the first start writes an example.
         FLAGS = one("flags").env("PARAPET_FLAGS").default("config/flags.json");
-        /// Backend tokens that the first start creates.
+        /// Backend tokens to create at the first start.
         INIT_BACKEND_API_TOKENS = list("init-backend-api-tokens").secret();
-        /// The older name of --init-backend-api-tokens.
+        /// The former name of --init-backend-api-tokens.
         INIT_CLIENT_API_TOKENS = list("init-client-api-tokens").secret();
-        /// Frontend tokens that the first start creates.
+        /// Frontend tokens to create at the first start.
         INIT_FRONTEND_API_TOKENS = list("init-frontend-api-tokens").secret();
-        /// The environments that one file of flags serves, besides those that tokens name when the
-        /// server starts.
+        /// The environments that a single file of flags serves, in addition to those named by tokens at
+        /// the start of the server.
         FLAG_ENVIRONMENTS = list("flag-environments").default("development");
-        /// Where accounts and tokens are kept: postgres://… for instances that share them, perhaps
-        /// with several hosts separated by commas; parapet.db in the data dir when not given.
+        /// The database for accounts and tokens: postgres://… if instances share them, with several
+        /// hosts separated by commas if needed. Default: the file parapet.db in the data dir.
         DATABASE_URL = one("database-url").secret();
-        /// The account that the first start creates.
+        /// The name of the account that the first start creates.
         UNLEASH_DEFAULT_ADMIN_USERNAME = one("unleash-default-admin-username").default("admin");
-        /// Its password, of at least 10 characters; generated and printed once when not given.
+        /// The password of that account, at least 10 characters. Default: generated, and printed once.
         UNLEASH_DEFAULT_ADMIN_PASSWORD = one("unleash-default-admin-password").secret();
-        /// How many API tokens there may be.
+        /// The maximum number of API tokens.
         UNLEASH_API_TOKENS_LIMIT = one("unleash-api-tokens-limit").default("2000");
-        /// How many accounts there may be.
+        /// The maximum number of accounts.
         ACCOUNTS_LIMIT = one("accounts-limit").default("1000");
-        /// After how many seconds without a request a session ends.
+        /// The idle timeout of a session, in seconds.
         SESSION_IDLE_SECONDS = one("session-idle-seconds").default("28800");
-        /// After how many seconds a session ends at any rate.
+        /// The maximum lifetime of a session, in seconds.
         SESSION_LIFETIME_SECONDS = one("session-lifetime-seconds").default("604800");
-        /// How many seconds the audit log is kept; 0 is for ever.
+        /// How long the audit log is kept, in seconds; 0 is forever.
         AUDIT_RETENTION_SECONDS = one("audit-retention-seconds").default("0");
-        /// How many seconds usage is kept.
+        /// How long usage is kept, in seconds.
         USAGE_RETENTION_SECONDS = one("usage-retention-seconds").default("2592000");
     }
     Probe, "Probe": {
-        /// The instance to ask. When not given, the one that listens with the same settings on this machine, over TLS
-        /// where it does so; its certificate is verified by --ca-certificate-file only, whatever name it is for.
+        /// The URL of the instance to probe. Default: the instance that listens on this machine with the
+        /// same settings, over TLS if it is enabled. Its certificate is then verified only with
+        /// --ca-certificate-file, for any host name.
         EDGE_URL = one("edge-url").short('e');
-        /// A certificate authority (PEM) to trust besides the platform's.
+        /// A certificate authority (PEM) to trust in addition to those of the platform.
         CA_CERTIFICATE_FILE = one("ca-certificate-file").short('c');
     }
-    // Known from Unleash Edge, accepted so that old deployments start and learn what changed.
+    // Options of Unleash Edge, accepted so that existing deployments start and report what has changed.
     Everywhere, "Without effect": {
-        /// as many threads run as there are processors.
+        /// there are as many threads as processors.
         WORKERS = ignored("workers", One).short('w');
         /// nothing is sent to Sentry; errors are logged.
         SENTRY_DSN = ignored("sentry-dsn", One);
@@ -541,18 +548,18 @@ keys! {
         STRICT = ignored("strict", Switch);
         /// every token that upstream finds valid is served.
         DYNAMIC = ignored("dynamic", Switch);
-        /// changes come by upstream's stream where it offers one (--upstream-mode), else flags are
-        /// fetched whole, and only when they changed.
+        /// upstream streams changes if it supports that (--upstream-mode); otherwise flags are fetched
+        /// in full, and only when they have changed.
         DELTA = ignored("delta", Switch);
-        /// flags are fetched whole.
+        /// flags are fetched in full.
         DELTA_DIFF = ignored("delta-diff", Switch);
-        /// upstream's stream is followed where it offers one (--upstream-mode).
+        /// upstream's stream is used if it supports streaming (--upstream-mode).
         STREAMING = ignored("streaming", Switch);
         /// consumption is not billed.
         CONSUMPTION = ignored("consumption", Switch);
         /// projects are those of the tokens.
         DESIRED_PROJECTS = ignored("desired-projects", List);
-        /// a start never waits for upstream's verdict on tokens.
+        /// a start never waits for upstream to validate tokens.
         EDGE_DEFER_TOKEN_VALIDATION = ignored("edge-defer-token-validation", Switch);
         /// metrics are scraped, not pushed.
         PROMETHEUS_PUSH_INTERVAL = ignored("prometheus-push-interval", One);
@@ -604,7 +611,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_two_keys_share_a_name_nor_a_letter_within_a_command() {
+    fn option_names_and_short_names_are_unique_within_a_command() {
         let names: HashSet<_> = KEYS.iter().map(|key| key.name).collect();
         let variables: HashSet<_> = KEYS.iter().map(|key| key.env_name()).collect();
         assert_eq!((names.len(), variables.len()), (KEYS.len(), KEYS.len()));

@@ -1,7 +1,7 @@
-//! `parapet token` and `parapet account`: what may be written there, and what was.
+//! The command line of `parapet token` and `parapet account`.
 //!
-//! They work on the database of a standalone instance, whether that runs or not, and find it by the
-//! same settings; or they ask a running server.
+//! Both work on the database of a standalone instance, which they find by its settings and which need
+//! not run, or on a running server by its admin API.
 
 use clap::{Arg, ArgAction, ArgMatches, Command, parser::ValueSource};
 use jiff::Timestamp;
@@ -14,87 +14,87 @@ use crate::{
     wire::instant,
 };
 
-/// What to do.
+/// A task of `token` or `account`.
 #[derive(Clone, Debug)]
 pub enum Task {
     /// `token create`
     CreateToken {
-        /// What tells it apart.
+        /// The name of the token.
         name: String,
-        /// What it is for.
+        /// The kind of the token.
         kind: TokenKind,
-        /// The environment that it sees.
+        /// The environment that it can access.
         environment: String,
-        /// The projects that it sees; empty is all.
+        /// The projects that it can access; empty is all.
         projects: Vec<String>,
-        /// When it ends.
+        /// The time when it expires.
         expires_at: Option<Timestamp>,
     },
     /// `token list`
     ListTokens {
-        /// Those of this name only.
+        /// List only tokens of this name.
         name: Option<String>,
     },
     /// `token revoke`
     RevokeToken {
-        /// Its identifier; `None` reads that, or the token itself, from the standard input.
+        /// The identifier of the token; `None` reads it, or the token itself, from the standard input.
         identifier: Option<String>,
     },
     /// `account add`
     AddAccount {
         /// The name to sign in with.
         username: String,
-        /// What it may do.
+        /// The role of the account.
         role: RootRole,
-        /// The name to be shown.
+        /// The display name.
         name: Option<String>,
-        /// Where its owner can be reached.
+        /// The email address of the owner.
         email: Option<String>,
-        /// Where its password is.
+        /// The source of the password.
         password: PasswordSource,
     },
     /// `account list`
     ListAccounts,
     /// `account grant`
     Grant {
-        /// Whose.
+        /// The account.
         username: String,
-        /// Which permissions.
+        /// The permissions to grant or revoke.
         permissions: Vec<Permission>,
-        /// Take them away rather than give them.
+        /// Whether to revoke them instead of granting them.
         revoke: bool,
     },
     /// `account password`
     SetPassword {
-        /// Whose.
+        /// The account.
         username: String,
-        /// Where the new one is.
+        /// The source of the new password.
         password: PasswordSource,
     },
 }
 
-/// A task, where it is done, and how its outcome is told.
+/// A parsed command line: the task, the server if there is one, and the output format.
 #[derive(Clone, Debug)]
 pub(super) struct Errand {
     pub(super) task: Task,
     pub(super) json: bool,
-    /// `None` is the database.
+    /// `None` is the database of a standalone instance.
     pub(super) server: Option<Server>,
 }
 
-/// A running server.
+/// A running server with an admin API.
 #[derive(Clone, Debug)]
 pub struct Server {
-    /// Where its admin API is.
+    /// The base URL of its admin API.
     pub url: Url,
-    /// The file whose first line is the token to present; `-` is the standard input. Never an
-    /// argument, which others on the machine can see.
+    /// The file with the admin token in its first line; `-` is the standard input. The token is never an
+    /// argument, because other users of the machine can see arguments.
     pub token_file: String,
     /// Hosts that are reached without a proxy, as in `NO_PROXY`.
     pub no_proxy: String,
 }
 
-/// Where a password comes from; never from an argument, which others on the machine can see.
+/// The source of a password; never an argument, because other users of the machine can see arguments.
 #[derive(Clone, Debug)]
 pub enum PasswordSource {
     /// It is generated, and printed once.
@@ -103,7 +103,7 @@ pub enum PasswordSource {
     File(String),
 }
 
-/// The two commands.
+/// The subcommands `token` and `account`.
 pub(super) fn commands() -> [Command; 2] {
     let text = |name: &'static str, value: &'static str, help: &'static str| {
         Arg::new(name).long(name).value_name(value).help(help)
@@ -115,8 +115,8 @@ pub(super) fn commands() -> [Command; 2] {
         text(
             "password-file",
             "PATH",
-            "A file with the password in its first line, `-` for the standard input; generated and \
-             printed once when not given",
+            "A file with the password in its first line, `-` for the standard input; by default a \
+             password is generated and printed once",
         )
     };
     let token = Command::new("token")
@@ -130,26 +130,36 @@ pub(super) fn commands() -> [Command; 2] {
         .subcommand(
             Command::new("create")
                 .about("Create a token; its secret is printed once")
-                .arg(text("name", "TEXT", "What tells it apart").required(true))
+                .arg(text("name", "TEXT", "The name of the token").required(true))
                 .arg(text("type", "TYPE", "backend, frontend or admin").default_value("backend"))
-                .arg(text("environment", "NAME", "What it sees").default_value("development"))
                 .arg(
-                    text("project", "ID", "A project that it sees, all when not given; repeatable")
-                        .action(ArgAction::Append),
+                    text("environment", "NAME", "The environment that it can access")
+                        .default_value("development"),
                 )
-                .arg(text("expires", "TIME", "When it ends, as in 2030-01-01T00:00:00Z")),
+                .arg(
+                    text(
+                        "project",
+                        "ID",
+                        "A project that it can access; repeatable, all by default",
+                    )
+                    .action(ArgAction::Append),
+                )
+                .arg(text("expires", "TIME", "When it expires, as in 2030-01-01T00:00:00Z")),
         )
         .subcommand(Command::new("list").about("List the tokens, without their secrets").arg(text(
             "name",
             "TEXT",
-            "Those of this name only",
+            "List only tokens of this name",
         )))
         .subcommand(
             Command::new("revoke").about("Delete a token").arg(
-                // One in 64 begins with a hyphen.
-                positional("identifier", "What lists show; `-` reads it, or the token, from stdin")
-                    .allow_hyphen_values(true)
-                    .required(true),
+                // One identifier in 64 begins with a hyphen.
+                positional(
+                    "identifier",
+                    "The identifier from `token list`; `-` reads it, or the token, from stdin",
+                )
+                .allow_hyphen_values(true)
+                .required(true),
             ),
         );
     let account = Command::new("account")
@@ -164,17 +174,17 @@ pub(super) fn commands() -> [Command; 2] {
                 .about("Create an account")
                 .arg(positional("username", "The name to sign in with").required(true))
                 .arg(text("role", "ROLE", "Admin, Editor or Viewer").default_value("Viewer"))
-                .arg(text("name", "TEXT", "The name to be shown"))
-                .arg(text("email", "TEXT", "Where its owner can be reached"))
+                .arg(text("name", "TEXT", "The display name"))
+                .arg(text("email", "TEXT", "The email address of the owner"))
                 .arg(password()),
         )
         .subcommand(Command::new("list").about("List the accounts"))
         .subcommand(
             Command::new("grant")
-                .about("Say what an account may do beyond its role")
+                .about("Grant permissions beyond the role of an account")
                 .arg(positional("username", "The account").required(true))
                 .arg(
-                    positional("permission", "As in CREATE_CLIENT_API_TOKEN")
+                    positional("permission", "A permission, as in CREATE_CLIENT_API_TOKEN")
                         .required(true)
                         .num_args(1..),
                 )
@@ -182,21 +192,30 @@ pub(super) fn commands() -> [Command; 2] {
                     Arg::new("revoke")
                         .long("revoke")
                         .action(ArgAction::SetTrue)
-                        .help("Take them away"),
+                        .help("Revoke the permissions instead of granting them"),
                 ),
         )
         .subcommand(
             Command::new("password")
-                .about("Give an account a new password; ends its sessions")
+                .about("Set a new password for an account; ends its sessions")
                 .arg(positional("username", "The account").required(true))
                 .arg(password()),
         );
     [token, account].map(|command| {
         let server = [
-            text(URL, "URL", "Ask this server instead: the admin listener of a running Parapet, also one that relays, or Unleash")
-                .requires(TOKEN_FILE),
-            text(TOKEN_FILE, "PATH", "A file with the token to present there in its first line, `-` for the standard input")
-                .requires(URL),
+            text(
+                URL,
+                "URL",
+                "Use this server instead of a database: the admin listener of a running Parapet (an \
+                 edge needs --admin-relay), or Unleash",
+            )
+            .requires(TOKEN_FILE),
+            text(
+                TOKEN_FILE,
+                "PATH",
+                "A file with the token for that server in its first line, `-` for the standard input",
+            )
+            .requires(URL),
             Arg::new(JSON).long(JSON).action(ArgAction::SetTrue).help("Print JSON instead of text"),
         ];
         command.args(server.map(|arg| arg.global(true)))
@@ -207,10 +226,10 @@ const URL: &str = "url";
 const TOKEN_FILE: &str = "token-file";
 const JSON: &str = "json";
 
-/// Reads what was written of one of the two.
+/// Parses the arguments of `token` or `account`.
 pub(super) fn read(command: &str, below: &ArgMatches) -> Result<Errand, Mistake> {
     let task = task(command, below)?;
-    let (_, args) = below.subcommand().expect("clap insists on one");
+    let (_, args) = below.subcommand().expect("clap requires one");
     let mistake = |place: &str, reason: &str| {
         Err(Mistake { place: format!("--{place}"), reason: reason.to_owned() })
     };
@@ -220,11 +239,11 @@ pub(super) fn read(command: &str, below: &ArgMatches) -> Result<Errand, Mistake>
             Ok(url) if matches!(url.scheme(), "http" | "https") => {
                 Some(Server { url, token_file: token_file.clone(), no_proxy: String::new() })
             }
-            _ => return mistake(URL, "expected an address as in http://127.0.0.1:3064"),
+            _ => return mistake(URL, "expected a URL, as in http://127.0.0.1:3064"),
         },
         (None, None) => None,
-        (Some(_), None) => return mistake(TOKEN_FILE, "is needed beside --url"),
-        (None, Some(_)) => return mistake(URL, "is needed beside --token-file"),
+        (Some(_), None) => return mistake(TOKEN_FILE, "is required with --url"),
+        (None, Some(_)) => return mistake(URL, "is required with --token-file"),
     };
     let reads_input = match &task {
         Task::RevokeToken { identifier } => identifier.is_none(),
@@ -240,13 +259,13 @@ pub(super) fn read(command: &str, below: &ArgMatches) -> Result<Errand, Mistake>
 }
 
 fn task(command: &str, below: &ArgMatches) -> Result<Task, Mistake> {
-    let (verb, args) = below.subcommand().expect("clap insists on one");
+    let (verb, args) = below.subcommand().expect("clap requires one");
     let text = |name: &str| args.get_one::<String>(name).cloned();
-    let needed = |name: &str| text(name).expect("clap insists on it, or it has a default");
+    let needed = |name: &str| text(name).expect("clap requires it, or it has a default");
     let wrong = |place: &str, reason: String| Mistake { place: place.to_owned(), reason };
     let password = || text("password-file").map_or(PasswordSource::Generated, PasswordSource::File);
     let expiry = |text: String| {
-        let expected = || "expected a time as in 2030-01-01T00:00:00Z".to_owned();
+        let expected = || "expected a time, as in 2030-01-01T00:00:00Z".to_owned();
         instant::parse(&text).ok_or_else(|| wrong("--expires", expected()))
     };
     let is_written = |name| args.value_source(name) == Some(ValueSource::CommandLine);
@@ -256,7 +275,7 @@ fn task(command: &str, below: &ArgMatches) -> Result<Task, Mistake> {
                 .ok_or_else(|| wrong("--type", "expected backend, frontend or admin".to_owned()))?;
             let narrowing = ["environment", "project"].into_iter().find(|name| is_written(name));
             if let (TokenKind::Admin, Some(name)) = (kind, narrowing) {
-                let reason = "has no meaning for an admin token, which sees all".to_owned();
+                let reason = "does not apply to an admin token, which can access all".to_owned();
                 return Err(wrong(&format!("--{name}"), reason));
             }
             Task::CreateToken {

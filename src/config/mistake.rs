@@ -1,15 +1,15 @@
-//! What is wrong with a configuration: all of it, in one list.
+//! Errors of a configuration, reported all at once.
 
 use std::fmt;
 
-/// One thing that is wrong.
+/// An error in the configuration.
 ///
-/// Its text never repeats a secret; whoever makes one sees to that.
+/// Its text never repeats a secret; the code that creates one makes sure of that.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Mistake {
-    /// The flag, the variable or the line of the file that is to be mended.
+    /// The option, the environment variable or the line of the file to correct.
     pub place: String,
-    /// What is expected there.
+    /// The expectation that the value does not meet.
     pub reason: String,
 }
 
@@ -19,17 +19,17 @@ impl fmt::Display for Mistake {
     }
 }
 
-/// Everything that is wrong; never empty.
+/// All errors of a configuration; never empty.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub struct Mistakes(Vec<Mistake>);
 
 impl Mistakes {
-    /// `Ok` where nothing is wrong.
+    /// `Ok` if the list is empty.
     pub(crate) fn none_in(list: Vec<Mistake>) -> Result<(), Self> {
         if list.is_empty() { Ok(()) } else { Err(Self(list)) }
     }
 
-    /// Each of them, in the order of the keys.
+    /// The errors, in the order of the options.
     pub fn iter(&self) -> impl Iterator<Item = &Mistake> {
         self.0.iter()
     }

@@ -1,7 +1,8 @@
-//! Texts from flags, environment and file, merged: the raw half of the configuration.
+//! Raw values, merged from the command line, the environment and the configuration file.
 //!
-//! Reading a value never stops at a mistake: it is noted, and the default stands in until the
-//! whole is thrown away. `Debug` shows which keys were given and where, never what.
+//! Parsing a value never stops at an error: the error is recorded, and the default is used until the
+//! configuration is rejected as a whole. `Debug` shows which options are set and where, never their
+//! values.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -20,32 +21,32 @@ use super::{
 };
 use crate::{secret_file, telemetry::report, token::Token};
 
-/// Where the file is looked for when none is named.
+/// The path of the configuration file if none is named.
 const DEFAULT_FILE: &str = "config/parapet.toml";
 
 /// Looks up an environment variable.
 pub(super) type Variable<'a> = &'a dyn Fn(&str) -> Option<String>;
 
-/// All that was given for one command.
+/// All values for one command.
 pub(super) struct Settings {
     pub(super) verb: Verb,
     given: BTreeMap<&'static str, Given>,
     pub(super) mistakes: Vec<Mistake>,
     pub(super) warnings: Vec<String>,
-    /// Hosts that are reached without a proxy. Like the proxies themselves, which the HTTP client
-    /// looks up, these are the system's and no setting of ours.
+    /// Hosts that are reached without a proxy. Like the proxies themselves, which the HTTP client looks
+    /// up, they are a setting of the system and no option.
     pub(super) no_proxy: String,
 }
 
 struct Given {
     texts: Vec<String>,
-    /// How the operator knows it: `--port`, `PORT` or `config/parapet.toml:3: port`.
+    /// The source as the operator knows it: `--port`, `PORT` or `config/parapet.toml:3: port`.
     place: String,
-    /// The secret file that the texts were read from.
+    /// The secret file that contains the values.
     file: Option<PathBuf>,
 }
 
-/// Which values were in effect, by digest: enough to tell later which of them have changed.
+/// Digests of the effective values, to find out later which of them have changed.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Effective(BTreeMap<&'static str, [u8; 32]>);
 
@@ -56,7 +57,7 @@ impl Effective {
         names.into_iter().filter(|name| self.0.get(name) != earlier.0.get(name)).collect()
     }
 
-    /// Takes the value of one option over from `newer`.
+    /// Copies the digest of one option from `newer`.
     pub fn update(&mut self, name: &'static str, newer: &Self) {
         match newer.0.get(name) {
             Some(digest) => drop(self.0.insert(name, *digest)),
@@ -72,7 +73,7 @@ impl fmt::Debug for Settings {
 }
 
 impl Settings {
-    /// Merges the three layers: flags over environment over file.
+    /// Merges the three sources: command line over environment over file.
     pub(super) fn gather(verb: Verb, flags: Flags, variable: Variable<'_>) -> Self {
         let no_proxy = ["NO_PROXY", "no_proxy"].into_iter().filter_map(variable);
         let mut settings = Self {
@@ -93,7 +94,7 @@ impl Settings {
         for (key, texts) in flags {
             let place = format!("--{}", key.name);
             if !self.concerns(key) {
-                let reason = format!("has no meaning for `{}`", self.verb.name());
+                let reason = format!("does not apply to `{}`", self.verb.name());
                 self.mistakes.push(Mistake { place, reason });
                 continue;
             }
@@ -124,14 +125,14 @@ impl Settings {
         }
     }
 
-    /// Commands may share an environment; but perhaps another one was meant.
+    /// Warns of a variable of another command: commands may share an environment, so it is no error.
     fn warn_of_foreign_variable(&mut self, key: &Key, variable: &str) {
         if self.serves() && key.scope != Scope::Probe && key.support == Support::Full {
-            self.warnings.push(format!("{variable} has no meaning for `{}`", self.verb.name()));
+            self.warnings.push(format!("{variable} does not apply to `{}`", self.verb.name()));
         }
     }
 
-    /// `PORT_FILE` would be silence where its author expects the port to be read.
+    /// Reports variables such as `PORT_FILE`, which would otherwise be ignored silently.
     fn judge_file_variable(&mut self, key: &Key, variable: Variable<'_>) {
         let place = format!("{}_FILE", key.env_name());
         let is_given = variable(&place).is_some_and(|text| !text.trim().is_empty());
@@ -158,8 +159,8 @@ impl Settings {
         }
     }
 
-    /// Reads the files of those secrets that are `wanted`, each of which becomes the value of its
-    /// secret.
+    /// Reads the secret files of the options for which `wanted` is true, and sets the options to their
+    /// contents.
     pub(super) fn read_secret_files(&mut self, wanted: impl Fn(&Key) -> bool) {
         for key in KEYS.iter() {
             let Some(secret) = key.file_of.filter(|secret| wanted(secret)) else { continue };
@@ -167,7 +168,7 @@ impl Settings {
                 continue;
             };
             if self.has(secret) {
-                self.mistake(key, format!("expected either this or --{}", secret.name));
+                self.mistake(key, format!("cannot be combined with --{}", secret.name));
                 continue;
             }
             match read_secret(secret, &path) {
@@ -175,7 +176,7 @@ impl Settings {
                     let place = format!("{} ({})", self.given[key.name].place, path.display());
                     self.given.insert(secret.name, Given { texts, place, file: Some(path) });
                 }
-                // Perhaps it is the secret itself.
+                // The path may be the secret itself, so it is not repeated.
                 Err(secret_file::Error::Read { source, .. })
                     if !is_repeatable(&path.to_string_lossy()) =>
                 {
@@ -188,12 +189,12 @@ impl Settings {
         }
     }
 
-    /// The file that the value of a secret was read from.
+    /// The file that contains the value of a secret.
     pub(super) fn secret_file(&self, secret: &Key) -> Option<&Path> {
         self.given.get(secret.name)?.file.as_deref()
     }
 
-    /// What is in effect, files of secrets by what they hold.
+    /// Digests of the effective values; for secret files those of their contents.
     pub(super) fn effective(&self) -> Effective {
         let keys = KEYS.iter().filter(|key| {
             self.concerns(key) && key.support == Support::Full && key.file_of.is_none()
@@ -219,7 +220,7 @@ impl Settings {
         let present = || Some(PathBuf::from(DEFAULT_FILE)).filter(|path| path.exists());
         let Some(path) = named.or_else(present) else { return };
         for file::Entry { key, texts, line } in file::read(&path, &mut self.mistakes) {
-            // Commands may share a file, and an empty text is no value, as in the environment.
+            // Commands may share a file, and an empty string counts as not set, as in the environment.
             if self.concerns(key) && !texts.iter().all(|text| text.trim().is_empty()) {
                 let place = format!("{}:{line}: {}", path.display(), key.file_name());
                 self.add(key, texts, place);
@@ -227,7 +228,7 @@ impl Settings {
         }
     }
 
-    /// Adds what a layer says of `key`, unless a layer above has spoken.
+    /// Adds the value of one source, unless a source of higher precedence has set it.
     fn add(&mut self, key: &Key, texts: Vec<String>, place: String) {
         self.given.entry(key.name).or_insert(Given { texts, place, file: None });
     }
@@ -240,7 +241,7 @@ impl Settings {
         matches!(self.verb, Verb::Serve(_))
     }
 
-    /// Warns of keys of Unleash Edge that do nothing here; refuses those that would have to.
+    /// Warns of options of Unleash Edge that have no effect, and rejects those that would need one.
     fn judge_foreign_keys(&mut self) {
         if !self.serves() {
             return;
@@ -265,19 +266,19 @@ impl Settings {
         }
     }
 
-    /// Whether somebody gave `key` a value.
+    /// Whether `key` is set by any source.
     pub(super) fn has(&self, key: &Key) -> bool {
         self.given.contains_key(key.name)
     }
 
-    /// Puts what was meant in the place of what was given.
+    /// Replaces the value of an option that is set by a corrected one.
     pub(super) fn amend(&mut self, key: &Key, text: String) {
         if let Some(given) = self.given.get_mut(key.name) {
             given.texts = vec![text];
         }
     }
 
-    /// The text of `key`, given or default.
+    /// The raw value of `key`, or its default.
     pub(super) fn text(&self, key: &Key) -> Option<&str> {
         match self.given.get(key.name) {
             Some(given) => given.texts.first().map(String::as_str),
@@ -285,20 +286,20 @@ impl Settings {
         }
     }
 
-    /// Notes that something is wrong with `key`.
+    /// Records an error of `key`.
     pub(super) fn mistake(&mut self, key: &Key, reason: impl Into<String>) {
         let place = match self.given.get(key.name) {
             Some(given) => given.place.clone(),
             None => format!("--{} ({})", key.name, key.env_name()),
         };
         let mistake = Mistake { place, reason: reason.into() };
-        // A key that is read for two purposes is wrong once.
+        // An option that is parsed twice is reported once.
         if !self.mistakes.contains(&mistake) {
             self.mistakes.push(mistake);
         }
     }
 
-    /// The value of `key`, where it has one and that can be read.
+    /// The parsed value of `key`, or of its default. `None` if there is neither, or if it is invalid.
     pub(super) fn read<T>(
         &mut self,
         key: &Key,
@@ -313,7 +314,7 @@ impl Settings {
         value
     }
 
-    /// The value of a key that has a default, which stands in for a value that cannot be read.
+    /// The parsed value of a key that has a default. The default replaces an invalid value.
     pub(super) fn value<T>(
         &mut self,
         key: &Key,
@@ -322,10 +323,10 @@ impl Settings {
     ) -> T {
         self.read(key, expected, &parse)
             .or_else(|| parse(key.default?))
-            .expect("keys that are read so have a default that can be read")
+            .expect("options read by this method have a valid default")
     }
 
-    /// The values of a list, less those that cannot be read.
+    /// The valid values of a list.
     pub(super) fn list<T>(
         &mut self,
         key: &Key,
@@ -360,43 +361,43 @@ impl Settings {
         self.value(key, "true or false", yes_or_no)
     }
 
-    /// A number of things of which there must be one.
+    /// A number of at least 1.
     pub(super) fn count(&mut self, key: &Key) -> usize {
         self.value(key, COUNT, positive)
     }
 
-    /// The same, and so many when it is left out.
+    /// A number of at least 1; `otherwise` if it is not set.
     pub(super) fn count_or(&mut self, key: &Key, otherwise: usize) -> usize {
         self.optional_count(key).unwrap_or(otherwise)
     }
 
-    /// The same, where it may be left out.
+    /// A number of at least 1, if it is set.
     pub(super) fn optional_count(&mut self, key: &Key) -> Option<usize> {
         self.read(key, COUNT, positive)
     }
 
-    /// A time that may be none at all.
+    /// A time that may be 0.
     pub(super) fn delay(&mut self, key: &Key) -> Duration {
         self.value(key, "a number of seconds, at most a year", |text| seconds(text, LONGEST_WAIT))
     }
 
-    /// How long something is kept.
+    /// A retention time, which may be 0.
     pub(super) fn retention(&mut self, key: &Key) -> Duration {
         let expected = "a number of seconds, at most a hundred years";
         self.value(key, expected, |text| seconds(text, LONGEST_KEPT))
     }
 
-    /// A time that must pass.
+    /// A time above 0.
     pub(super) fn interval(&mut self, key: &Key) -> Duration {
         self.value(key, INTERVAL, interval)
     }
 
-    /// The same, where it may be left out.
+    /// A time above 0, if it is set.
     pub(super) fn optional_interval(&mut self, key: &Key) -> Option<Duration> {
         self.read(key, INTERVAL, interval)
     }
 
-    /// Tokens; what is wrong with one is told by its position.
+    /// A list of tokens. An error names the position of the token, not its text.
     pub(super) fn tokens(&mut self, key: &Key) -> Vec<Token> {
         let texts = match self.given.get(key.name) {
             Some(given) => given.texts.clone(),
@@ -407,19 +408,19 @@ impl Settings {
             match Token::parse(text) {
                 Ok(token) => tokens.push(token),
                 Err(error) => {
-                    self.mistake(key, format!("expected tokens; in number {}, {error}", at + 1));
+                    self.mistake(key, format!("expected tokens; token {}: {error}", at + 1));
                 }
             }
         }
         tokens
     }
 
-    /// A path, where one is set.
+    /// A path, if it is set or has a default.
     pub(super) fn path(&self, key: &Key) -> Option<PathBuf> {
         self.text(key).map(PathBuf::from)
     }
 
-    /// The effective settings as a configuration file, secrets left out.
+    /// The effective settings as a configuration file, without secrets.
     pub(super) fn to_toml(&self) -> String {
         let mut text =
             format!("# The effective configuration of `parapet {}`.\n", self.verb.name());
@@ -427,7 +428,7 @@ impl Settings {
             self.concerns(key) && key.support == Support::Full && key.name != CONFIG.name
         });
         for key in ours {
-            // The file is shown instead.
+            // The path of the file is printed instead.
             if self.secret_file(key).is_some() {
                 continue;
             }
@@ -445,8 +446,8 @@ impl Settings {
     }
 }
 
-/// Whether a text may be printed: a token, or an address with a password or a key, in the wrong place
-/// is no reason to print it.
+/// Whether a value may be repeated in an error. A token, a private key or a URL with a password may be
+/// in the wrong place, and is still a secret.
 fn is_repeatable(text: &str) -> bool {
     Token::parse(text).is_err() && !text.contains(['@', '?']) && !text.contains("-----BEGIN")
 }
@@ -469,7 +470,7 @@ impl Verb {
     }
 }
 
-/// The value of `key` as TOML: numbers and switches bare, everything else quoted.
+/// The value of `key` as TOML: numbers and booleans bare, everything else quoted.
 pub(super) fn toml(key: &Key, texts: &[String]) -> String {
     let quoted = |text: &String| toml::Value::String(text.clone()).to_string();
     match (key.shape, texts) {
@@ -492,20 +493,19 @@ fn yes_or_no(text: &str) -> Option<bool> {
     }
 }
 
-/// A year, in seconds: longer than anything is waited for, and below what timers can wait.
+/// One year in seconds: longer than any useful timeout, and within the range of timers.
 const LONGEST_WAIT: f64 = 366.0 * 86_400.0;
 
-/// A hundred years, in seconds: longer than anything is kept, and below every overflow of a clock.
+/// A hundred years in seconds: longer than any useful retention, and without an overflow of clocks.
 const LONGEST_KEPT: f64 = 100.0 * LONGEST_WAIT;
 
-/// Seconds, whole or decimal.
+/// Parses seconds, whole or decimal.
 fn seconds(text: &str, most: f64) -> Option<Duration> {
     let seconds: f64 = text.parse().ok()?;
     (0.0..=most).contains(&seconds).then(|| Duration::from_secs_f64(seconds))
 }
-/// What is expected of a number of things.
-const INTERVAL: &str = "a number of seconds above 0, at most a year";
 
+const INTERVAL: &str = "a number of seconds above 0, at most a year";
 const COUNT: &str = "a whole number above 0";
 
 fn interval(text: &str) -> Option<Duration> {

@@ -1,4 +1,4 @@
-//! The configuration as an operator meets it: what is accepted, refused, told and kept secret.
+//! The configuration as operators use it: accepted and rejected values, messages, and secrets.
 
 use std::{collections::HashMap, fmt::Write as _, time::Duration};
 
@@ -11,12 +11,12 @@ use super::{
 use crate::{http::access::Proxies, sync, telemetry::LogFormat};
 
 const TOKEN: &str = "*:development.0123456789abcdef0123456789abcdef";
-/// What must never be seen of [`TOKEN`].
+/// The part of [`TOKEN`] that must never be printed.
 const SECRET: &str = "456789abcdef";
 const ADMIN: &str = "*:*.0123456789abcdef0123456789abcdef";
 const EDGE: &str = "edge -u http://unleash:4242";
 
-/// Splits `line` at spaces; `env` are variables.
+/// Parses `line`, split at spaces, with `env` as environment variables.
 fn parse(line: &str, env: &[(&str, &str)]) -> Result<Command, Mistakes> {
     let args = std::iter::once("parapet").chain(line.split_whitespace()).map(OsString::from);
     let env: HashMap<_, _> = env.iter().copied().collect();
@@ -52,7 +52,7 @@ fn mistakes(line: &str, env: &[(&str, &str)]) -> Vec<String> {
     parse(line, env).expect_err(line).iter().map(ToString::to_string).collect()
 }
 
-/// A certificate and its key, in each of the forms that files have.
+/// A certificate and its key, in each supported file format.
 struct Certificates {
     _folder: tempfile::TempDir,
     certificate: String,
@@ -95,7 +95,7 @@ fn file(text: &str) -> (tempfile::TempDir, String) {
 }
 
 #[test]
-fn no_arguments_are_standalone_with_the_sample_and_unleash_edges_port() {
+fn default_command_is_standalone_on_port_of_unleash_edge() {
     let config = config("", &[]);
     let Mode::Standalone(standalone) = &config.mode else { panic!("{config:?}") };
     assert_eq!(standalone.flags, FlagsPath::Existing("config/flags.json".into()));
@@ -106,7 +106,7 @@ fn no_arguments_are_standalone_with_the_sample_and_unleash_edges_port() {
 }
 
 #[test]
-fn defaults_are_unleash_edges() {
+fn defaults_match_unleash_edge() {
     let config = config(EDGE, &[]);
     assert_eq!(config.data.cors.max_age, Duration::from_hours(48));
     assert_eq!(config.data.cors.origins, None);
@@ -124,7 +124,7 @@ fn defaults_are_unleash_edges() {
 }
 
 #[test]
-fn a_backup_folder_is_named_by_either_key_and_not_by_an_empty_one() {
+fn backup_folder_is_set_by_either_option_unless_empty() {
     let of = |line: &str, env: &[(&str, &str)]| edge(&format!("{EDGE} {line}"), env).backup_folder;
     let default = Folder::Default("data/backup".into());
     assert_eq!(of("", &[("BACKUP_FOLDER", "")]), default);
@@ -136,7 +136,7 @@ fn a_backup_folder_is_named_by_either_key_and_not_by_an_empty_one() {
 }
 
 #[test]
-fn how_flags_come_from_upstream_has_a_name() {
+fn upstream_mode_is_auto_poll_or_stream() {
     use sync::Mode::{Auto, Poll, Stream};
     for (name, mode) in [("auto", Auto), ("poll", Poll), ("stream", Stream)] {
         assert_eq!(edge(EDGE, &[("UPSTREAM_MODE", name)]).sync.mode, mode);
@@ -148,88 +148,95 @@ fn how_flags_come_from_upstream_has_a_name() {
 }
 
 #[test]
-fn flags_win_over_the_environment_and_that_over_the_file() {
+fn command_line_overrides_environment_overrides_file() {
     let (_folder, path) = file("port = 1001\nlog_format = 'json'\nmax_connections = 7\n");
     let env = [("PARAPET_CONFIG", &*path), ("PORT", "1002"), ("LOG_FORMAT", "pretty")];
     let config = config("-p 1003", &env);
     assert_eq!(config.data.address.port(), 1003);
     assert_eq!(config.log.format, LogFormat::Pretty);
-    assert_eq!(config.data.limits.connections, 7);
+    assert_eq!(config.data.limits.max_connections, 7);
     assert_eq!(config.admin.address.port(), 3064);
 }
 
 #[test]
-fn pretrusted_tokens_are_no_port() {
+fn pretrusted_token_as_port_is_explained() {
     for text in [TOKEN, "secret-123@development"] {
-        let told = mistakes(&format!("{EDGE} -p {text}"), &[]);
-        assert!(told[0].contains("-p of `edge` is --pretrusted-tokens"), "{told:?}");
-        assert!(!told[0].contains("secret-123") && !told[0].contains(SECRET), "{told:?}");
+        let messages = mistakes(&format!("{EDGE} -p {text}"), &[]);
+        assert!(messages[0].contains("-p of `edge` is --pretrusted-tokens"), "{messages:?}");
+        assert!(
+            !messages[0].contains("secret-123") && !messages[0].contains(SECRET),
+            "{messages:?}"
+        );
     }
     assert_eq!(mistakes("-p x", &[])[0], "--port: expected a port, 0 to 65535, not `x`");
 }
 
 #[test]
-fn what_is_shown_is_what_was_meant() {
+fn upstream_url_with_api_is_printed_without_it() {
     let shown = shown("edge -u http://unleash:4242/base/api/ --check-config", &[]);
-    assert!(shown.contains("# Warning: --upstream-url is meant without /api"), "{shown}");
+    assert!(shown.contains("# Warning: --upstream-url must not end with /api"), "{shown}");
     assert!(shown.contains("upstream_url = \"http://unleash:4242/base\" # -"), "{shown}");
 }
 
 #[test]
-fn every_command_tells_the_version() {
+fn every_command_prints_version() {
     for line in ["--version", "edge --version", "standalone -V", "token --version", "health -V"] {
-        let told = shown(line, &[]);
-        assert!(told.contains(env!("CARGO_PKG_VERSION")), "{line}: {told}");
+        let messages = shown(line, &[]);
+        assert!(messages.contains(env!("CARGO_PKG_VERSION")), "{line}: {messages}");
     }
 }
 
 #[test]
-fn a_level_of_the_log_is_one_that_is_known() {
-    let told = mistakes("--log debugg", &[]);
+fn unknown_log_level_is_rejected() {
+    let messages = mistakes("--log debugg", &[]);
     let expected = "--log: expected a level (off, error, warn, info, debug or trace)";
-    assert!(told[0].starts_with(expected) && told[0].ends_with("not `debugg`"), "{told:?}");
+    assert!(
+        messages[0].starts_with(expected) && messages[0].ends_with("not `debugg`"),
+        "{messages:?}"
+    );
     assert_eq!(config("", &[("RUST_LOG", "warning")]).log.filter, "warn");
 }
 
 #[test]
-fn common_options_may_precede_the_subcommand_or_follow_it() {
+fn common_options_are_accepted_before_and_after_subcommand() {
     for line in
         ["-p 7 edge -u http://u", "edge -u http://u -p 7", "edge --upstream-url=http://u --port=7"]
     {
         assert_eq!(config(line, &[]).data.address.port(), 7, "{line}");
     }
-    assert_eq!(mistakes("--flags x edge -u http://u", &[]), ["--flags: has no meaning for `edge`"]);
+    assert_eq!(mistakes("--flags x edge -u http://u", &[]), ["--flags: does not apply to `edge`"]);
 }
 
 #[test]
-fn every_mistake_is_reported_at_once() {
+fn all_errors_are_reported_at_once() {
     let (_folder, path) = file("max_connections = 0\nprot = 1\nbase_path = false\n");
     let line = format!("--config {path} edge --allow-list 10.0.0.0/40 --admin-port 99999");
-    let told = mistakes(&line, &[("PORT", "x"), ("TOKENS", "a:b,c"), ("REDIS_URL", "redis://r")]);
+    let messages =
+        mistakes(&line, &[("PORT", "x"), ("TOKENS", "a:b,c"), ("REDIS_URL", "redis://r")]);
     for part in [
         "--upstream-url (UPSTREAM_URL): is required",
         "--allow-list: expected networks or addresses, as in `10.0.0.0/8`, not `10.0.0.0/40`",
         "--admin-port: expected a port, 0 to 65535, not `99999`",
         "PORT: expected a port, 0 to 65535, not `x`",
-        "TOKENS: expected tokens; in number 1, ",
-        "TOKENS: expected tokens; in number 2, ",
+        "TOKENS: expected tokens; token 1: ",
+        "TOKENS: expected tokens; token 2: ",
         "REDIS_URL: is not supported by Parapet; use --backup-folder",
         ":1: max_connections: expected a whole number above 0, not `0`",
         ":2: unknown key `prot`",
         ":3: `base_path`: expected a string or a number",
     ] {
-        assert!(told.iter().any(|mistake| mistake.contains(part)), "{part}\n{told:#?}");
+        assert!(messages.iter().any(|mistake| mistake.contains(part)), "{part}\n{messages:#?}");
     }
-    assert_eq!(told.len(), 10, "{told:#?}");
+    assert_eq!(messages.len(), 10, "{messages:#?}");
 }
 
 #[test]
-fn a_named_file_must_be_there_and_be_toml() {
+fn named_config_file_must_exist_and_be_toml() {
     assert!(mistakes("--config /nowhere.toml", &[])[0].contains("expected a readable file"));
     let (_folder, path) = file(&format!("port = 1\nupstream_admin_token = {ADMIN}\n"));
-    let told = mistakes(&format!("--config {path}"), &[]);
-    assert!(told[0].contains("parapet.toml:2: expected TOML"), "{told:?}");
-    assert!(!told[0].contains(SECRET));
+    let messages = mistakes(&format!("--config {path}"), &[]);
+    assert!(messages[0].contains("parapet.toml:2: expected TOML"), "{messages:?}");
+    assert!(!messages[0].contains(SECRET));
 }
 
 /// Every variable of Unleash Edge v20, with a value that its documentation allows.
@@ -311,7 +318,7 @@ const UNLEASH_EDGE: &[(&str, &str)] = &[
 ];
 
 #[test]
-fn every_variable_of_unleash_edge_takes_effect_or_warns_or_is_refused() {
+fn every_variable_of_unleash_edge_takes_effect_or_warns_or_is_rejected() {
     let files = certificates();
     for &(name, text) in UNLEASH_EDGE {
         let key = KEYS.iter().find(|key| key.env_name() == name).expect(name);
@@ -322,7 +329,7 @@ fn every_variable_of_unleash_edge_takes_effect_or_warns_or_is_refused() {
             "<both>" => &*files.both,
             text => text,
         };
-        // What it cannot do without.
+        // Options that this one requires.
         let others = match name {
             "TLS_ENABLE" => {
                 format!("--tls-server-cert {} --tls-server-key {}", files.certificate, files.key)
@@ -339,15 +346,18 @@ fn every_variable_of_unleash_edge_takes_effect_or_warns_or_is_refused() {
                 assert!(overridden || line.ends_with(&format!("# {name}")), "{line}");
             }
             Support::Ignored => {
-                let told = config(EDGE, &[(name, text)]).warnings;
+                let messages = config(EDGE, &[(name, text)]).warnings;
                 assert!(
-                    told.contains(&format!("{name} has no effect: {}", key.help())),
-                    "{told:?}"
+                    messages.contains(&format!("{name} has no effect: {}", key.help())),
+                    "{messages:?}"
                 );
             }
             Support::Refused => {
-                let told = mistakes(EDGE, &[(name, text)]);
-                assert_eq!(told, [format!("{name}: is not supported by Parapet; {}", key.help())]);
+                let messages = mistakes(EDGE, &[(name, text)]);
+                assert_eq!(
+                    messages,
+                    [format!("{name}: is not supported by Parapet; {}", key.help())]
+                );
             }
         }
     }
@@ -356,21 +366,22 @@ fn every_variable_of_unleash_edge_takes_effect_or_warns_or_is_refused() {
 }
 
 #[test]
-fn tls_is_served_on_a_port_of_its_own_and_the_other_one_redirects() {
+fn tls_uses_separate_port_and_plain_port_redirects() {
     let files = certificates();
     let (certificate, key) = (&*files.certificate, &*files.key);
     let mut env =
         vec![("TLS_ENABLE", "true"), ("TLS_SERVER_CERT", certificate), ("TLS_SERVER_KEY", key)];
-    let pair = crate::tls::Pair { certificate_file: certificate.into(), key_file: key.into() };
+    let pair =
+        crate::tls::KeyPairFiles { certificate_file: certificate.into(), key_file: key.into() };
     let data = config(EDGE, &env).data;
     assert_eq!((data.address.to_string(), data.redirect_from), ("[::]:3043".to_owned(), None));
     let tls = data.tls.unwrap();
-    assert_eq!(tls.pairs, std::slice::from_ref(&pair));
-    assert_eq!((tls.min_version, tls.clients), (crate::tls::Version::Tls12, None));
+    assert_eq!(tls.key_pairs, std::slice::from_ref(&pair));
+    assert_eq!((tls.min_version, tls.client_verification), (crate::tls::Version::Tls12, None));
     assert_eq!(tls.handshake_timeout, Duration::from_secs(10));
     assert!(tls.max_handshakes >= 1);
-    let told = config(&format!("{EDGE} --port 80"), &env).warnings;
-    assert!(told.iter().any(|it| it.starts_with("--port has no effect with --tls-enable")));
+    let messages = config(&format!("{EDGE} --port 80"), &env).warnings;
+    assert!(messages.iter().any(|it| it.starts_with("--port has no effect with --tls-enable")));
 
     env.push(("REDIRECT_HTTP_TO_HTTPS", "true"));
     let line = format!("{EDGE} -i 127.0.0.1 -p 80 --tls-server-port 443");
@@ -385,15 +396,15 @@ fn tls_is_served_on_a_port_of_its_own_and_the_other_one_redirects() {
     );
     let config = config(&line, &[]);
     let (data, admin) = (config.data.tls.unwrap(), config.admin.tls.unwrap());
-    assert_eq!(data.pairs, [pair.clone(), pair.clone()]);
-    assert_eq!((admin.listener, &admin.pairs[..]), ("admin", &[pair][..]));
-    assert_eq!(data.clients.unwrap().auth, crate::tls::ClientAuth::Required);
-    assert_eq!(admin.clients.unwrap().auth, crate::tls::ClientAuth::Optional);
+    assert_eq!(data.key_pairs, [pair.clone(), pair.clone()]);
+    assert_eq!((admin.listener, &admin.key_pairs[..]), ("admin", &[pair][..]));
+    assert_eq!(data.client_verification.unwrap().auth, crate::tls::ClientAuth::Required);
+    assert_eq!(admin.client_verification.unwrap().auth, crate::tls::ClientAuth::Optional);
     assert_eq!([data.min_version, admin.min_version], [crate::tls::Version::Tls13; 2]);
 }
 
 #[test]
-fn every_mistake_of_tls_is_reported_at_once() {
+fn all_tls_errors_are_reported_at_once() {
     let (files, others) = (certificates(), certificates());
     let line = format!(
         "{EDGE} --tls-enable --tls-server-cert {0},/nowhere.crt --tls-server-key {1},{0},{0} \
@@ -401,18 +412,17 @@ fn every_mistake_of_tls_is_reported_at_once() {
          --admin-tls-key /nowhere.key",
         files.certificate, others.key
     );
-    let mut told = mistakes(&line, &[]);
-    told.sort();
+    let mut messages = mistakes(&line, &[]);
+    messages.sort();
     let mut expected = [
         "--admin-port: expected another port than --tls-server-port".to_owned(),
         "--admin-tls-cert (ADMIN_TLS_CERT): is required for TLS: the path of a file (PEM)"
             .to_owned(),
         "--tls-min-version: expected 1.2 or 1.3, not `1.1`".to_owned(),
         "--tls-client-auth: expected required or optional, not `perhaps`".to_owned(),
-        "--tls-client-auth: needs --tls-client-ca-file".to_owned(),
-        "--tls-crl-file: needs --tls-client-ca-file".to_owned(),
-        "--tls-server-key: expected as many files as --tls-server-cert has, which are 2, not 3"
-            .to_owned(),
+        "--tls-client-auth: requires --tls-client-ca-file".to_owned(),
+        "--tls-crl-file: requires --tls-client-ca-file".to_owned(),
+        "--tls-server-key: expected 2 files, one for each of --tls-server-cert, not 3".to_owned(),
         format!(
             "--tls-server-key: the private key in {} does not belong to the first certificate in {}",
             others.key, files.certificate
@@ -425,31 +435,37 @@ fn every_mistake_of_tls_is_reported_at_once() {
         ),
     ];
     expected.sort();
-    assert_eq!(told, expected);
+    assert_eq!(messages, expected);
     let env = [("TLS_ENABLE", "1")];
     for key in ["TLS_SERVER_CERT", "TLS_SERVER_KEY"] {
-        let told = mistakes(EDGE, &env);
-        assert!(told.iter().any(|it| it.contains(&format!("({key}): is required"))), "{told:?}");
+        let messages = mistakes(EDGE, &env);
+        assert!(
+            messages.iter().any(|it| it.contains(&format!("({key}): is required"))),
+            "{messages:?}"
+        );
     }
     let same = "--tls-server-port 3063 --redirect-http-to-https";
-    let told = mistakes(&format!("{EDGE} {same}"), &env);
-    assert!(told.contains(&"--tls-server-port: expected another port than --port".to_owned()));
+    let messages = mistakes(&format!("{EDGE} {same}"), &env);
+    assert!(messages.contains(&"--tls-server-port: expected another port than --port".to_owned()));
 }
 
 #[test]
-fn private_key_in_the_place_of_its_file_is_not_repeated() {
+fn private_key_in_place_of_its_path_is_not_repeated() {
     let key = std::fs::read_to_string(certificates().key).unwrap();
     let env = [("TLS_ENABLE", "true"), ("TLS_SERVER_KEY", &*key), ("PEM_CERT_FILE", &*key)];
-    let told = mistakes(EDGE, &env);
+    let messages = mistakes(EDGE, &env);
     for name in ["TLS_SERVER_KEY", "PEM_CERT_FILE"] {
-        assert!(told.contains(&format!("{name}: expected the path of a file (PEM)")), "{told:?}");
+        assert!(
+            messages.contains(&format!("{name}: expected the path of a file (PEM)")),
+            "{messages:?}"
+        );
     }
     let secret = key.lines().nth(1).unwrap();
-    assert!(told.iter().all(|mistake| !mistake.contains(secret)), "{told:?}");
+    assert!(messages.iter().all(|mistake| !mistake.contains(secret)), "{messages:?}");
 }
 
 #[test]
-fn options_of_tls_that_is_off_warn() {
+fn tls_options_without_tls_warn() {
     let env = [
         ("TLS_SERVER_CERT", "tls.crt"),
         ("REDIRECT_HTTP_TO_HTTPS", "true"),
@@ -480,22 +496,23 @@ fn client_certificate_for_upstream_has_three_forms() {
     let env = [("PKCS12_IDENTITY_FILE", &**pkcs12), ("PKCS12_PASSPHRASE", "word")];
     check(&env, Identity::Pkcs12 { file: pkcs12.into(), passphrase });
 
-    let told = mistakes(EDGE, &[("PKCS12_IDENTITY_FILE", pkcs12), ("PKCS12_PASSPHRASE", "w0rd")]);
-    assert_eq!(told, [format!("PKCS12_PASSPHRASE: the passphrase does not open {pkcs12}")]);
-    let told = mistakes(EDGE, &[("PKCS12_IDENTITY_FILE", both)]);
+    let messages =
+        mistakes(EDGE, &[("PKCS12_IDENTITY_FILE", pkcs12), ("PKCS12_PASSPHRASE", "w0rd")]);
+    assert_eq!(messages, [format!("PKCS12_PASSPHRASE: the passphrase does not open {pkcs12}")]);
+    let messages = mistakes(EDGE, &[("PKCS12_IDENTITY_FILE", both)]);
     let expected = format!("PKCS12_IDENTITY_FILE: {both} is not a PKCS #12 file that can be read");
-    assert!(told.len() == 1 && told[0].starts_with(&expected), "{told:?}");
-    let told = mistakes(EDGE, &[("PEM_CERT_FILE", certificate)]);
-    assert!(told[0].contains("contains no private key") && told.len() == 1, "{told:?}");
-    let told = mistakes(EDGE, &[("PEM_CERT_FILE", both), ("PKCS12_IDENTITY_FILE", pkcs12)]);
-    assert_eq!(told, ["PEM_CERT_FILE: expected either this or --pkcs12-identity-file"]);
+    assert!(messages.len() == 1 && messages[0].starts_with(&expected), "{messages:?}");
+    let messages = mistakes(EDGE, &[("PEM_CERT_FILE", certificate)]);
+    assert!(messages[0].contains("contains no private key") && messages.len() == 1, "{messages:?}");
+    let messages = mistakes(EDGE, &[("PEM_CERT_FILE", both), ("PKCS12_IDENTITY_FILE", pkcs12)]);
+    assert_eq!(messages, ["PEM_CERT_FILE: cannot be combined with --pkcs12-identity-file"]);
     let other = certificates();
-    let told = mistakes(EDGE, &[pair[0], ("PKCS8_CLIENT_KEY_FILE", &other.key)]);
-    assert!(told[0].starts_with("PKCS8_CLIENT_KEY_FILE: the private key in "), "{told:?}");
+    let messages = mistakes(EDGE, &[pair[0], ("PKCS8_CLIENT_KEY_FILE", &other.key)]);
+    assert!(messages[0].starts_with("PKCS8_CLIENT_KEY_FILE: the private key in "), "{messages:?}");
 }
 
 #[test]
-fn offline_takes_unleash_edges_variables() {
+fn offline_accepts_variables_of_unleash_edge() {
     let env = [
         ("BOOTSTRAP_FILE", "config/flags.json"),
         ("CLIENT_TOKENS", TOKEN),
@@ -512,13 +529,13 @@ fn offline_takes_unleash_edges_variables() {
 }
 
 #[test]
-fn a_variable_of_another_command_warns() {
-    let told = config("", &[("UPSTREAM_URL", "http://u"), ("REDIS_URL", "redis://r")]).warnings;
-    assert_eq!(told, ["UPSTREAM_URL has no meaning for `standalone`"]);
+fn variable_of_another_command_warns() {
+    let messages = config("", &[("UPSTREAM_URL", "http://u"), ("REDIS_URL", "redis://r")]).warnings;
+    assert_eq!(messages, ["UPSTREAM_URL does not apply to `standalone`"]);
 }
 
 #[test]
-fn secrets_are_never_shown() {
+fn secrets_are_never_printed() {
     let (_folder, token_file) = file(ADMIN);
     let lines = [
         format!("{EDGE} -t {TOKEN},{SECRET} -H X-Key:{SECRET}"),
@@ -566,7 +583,7 @@ fn help_mentions_every_option_with_its_variable_and_default() {
 }
 
 #[test]
-fn an_admin_token_comes_from_an_option_or_a_file_but_not_both() {
+fn admin_token_is_read_from_option_or_file_but_not_both() {
     let (_folder, path) = file(&format!("{ADMIN}\n"));
     for env in [[("UPSTREAM_ADMIN_TOKEN", ADMIN)], [("UPSTREAM_ADMIN_TOKEN_FILE", &*path)]] {
         let line = format!("{EDGE} --environments dev,prod --fleet-name eu");
@@ -579,10 +596,10 @@ fn an_admin_token_comes_from_an_option_or_a_file_but_not_both() {
         assert_eq!(environments.map(|names| names.len()), Some(2));
     }
     let both = [("UPSTREAM_ADMIN_TOKEN", ADMIN), ("UPSTREAM_ADMIN_TOKEN_FILE", &*path)];
-    assert!(mistakes(EDGE, &both)[0].contains("either this or --upstream-admin-token"));
+    assert!(mistakes(EDGE, &both)[0].contains("cannot be combined with --upstream-admin-token"));
 }
 
-/// A command that has a meaning for `key`.
+/// A command to which `key` applies.
 fn command_of(key: &Key) -> &'static str {
     match key.scope {
         Scope::Everywhere | Scope::Edge | Scope::Serving => EDGE,
@@ -592,7 +609,7 @@ fn command_of(key: &Key) -> &'static str {
     }
 }
 
-/// A value that is sound for a secret.
+/// A valid value for a secret.
 fn value_of(secret: &Key) -> &'static str {
     match secret.name {
         "upstream-admin-token" => ADMIN,
@@ -630,7 +647,7 @@ fn every_secret_may_be_in_a_file() {
 }
 
 #[test]
-fn list_in_a_file_is_separated_by_commas_or_lines() {
+fn list_in_secret_file_is_separated_by_commas_or_lines() {
     let (_folder, path) = file("*:development.a, *:development.b\n\n*:development.c,\r\n");
     let Credentials::Given(tokens) = edge(EDGE, &[("TOKENS_FILE", &path)]).credentials else {
         panic!()
@@ -640,23 +657,23 @@ fn list_in_a_file_is_separated_by_commas_or_lines() {
 }
 
 #[test]
-fn file_without_a_usable_secret_is_named_and_what_it_holds_is_not() {
+fn unusable_secret_file_is_named_without_its_contents() {
     let (_folder, empty) = file(" \n");
     let (_other, wrong) = file(&format!("{SECRET}\n"));
     for (path, expect) in [
         (&*empty, format!("TOKENS_FILE: expected a file with a secret: {empty} is empty")),
-        (&*wrong, format!("TOKENS_FILE ({wrong}): expected tokens; in number 1, ")),
+        (&*wrong, format!("TOKENS_FILE ({wrong}): expected tokens; token 1: ")),
         (TOKEN, "TOKENS_FILE: expected the path of a file".to_owned()),
         ("/nowhere/tokens", "cannot read /nowhere/tokens: No such file".to_owned()),
     ] {
-        let told = mistakes(EDGE, &[("TOKENS_FILE", path)]);
-        assert!(told[0].contains(&expect) && told.len() == 1, "{told:?}");
-        assert!(!told[0].contains(SECRET), "{told:?}");
+        let messages = mistakes(EDGE, &[("TOKENS_FILE", path)]);
+        assert!(messages[0].contains(&expect) && messages.len() == 1, "{messages:?}");
+        assert!(!messages[0].contains(SECRET), "{messages:?}");
     }
 }
 
 #[test]
-fn secret_file_is_read_whatever_its_path_contains() {
+fn secret_file_is_read_from_any_path() {
     let folder = tempfile::tempdir().expect("folder");
     for name in ["parapet@prod.service", "what?", "*:development.name"] {
         let folder = folder.path().join(name);
@@ -671,45 +688,45 @@ fn secret_file_is_read_whatever_its_path_contains() {
 }
 
 #[test]
-fn secret_in_the_place_of_its_file_is_not_repeated() {
+fn secret_in_place_of_its_path_is_not_repeated() {
     for (variable, secret) in [
         ("TOKENS_FILE", TOKEN),
         ("TOKENS_FILE", "https://me:secret@unleash.test/api"),
         ("UPSTREAM_ADMIN_TOKEN_FILE", ADMIN),
     ] {
-        let told = mistakes(EDGE, &[(variable, secret)]);
-        assert!(told[0].contains("expected the path of a file: No such file"), "{told:?}");
-        assert!(told.len() == 1 && !told[0].contains(secret), "{told:?}");
+        let messages = mistakes(EDGE, &[(variable, secret)]);
+        assert!(messages[0].contains("expected the path of a file: No such file"), "{messages:?}");
+        assert!(messages.len() == 1 && !messages[0].contains(secret), "{messages:?}");
     }
 }
 
 #[test]
-fn secret_is_either_given_or_in_a_file() {
+fn secret_and_its_file_cannot_be_combined() {
     let (_folder, path) = file(TOKEN);
     let env = [("TOKENS_FILE", &*path), ("TOKENS", TOKEN)];
-    assert_eq!(mistakes(EDGE, &env), ["TOKENS_FILE: expected either this or --tokens"]);
+    assert_eq!(mistakes(EDGE, &env), ["TOKENS_FILE: cannot be combined with --tokens"]);
     let line = format!("{EDGE} --tokens {TOKEN}");
-    assert_eq!(mistakes(&line, &env[..1]), ["TOKENS_FILE: expected either this or --tokens"]);
-    // Of another command, and never read.
-    let told = config("standalone", &[("TOKENS_FILE", "/nowhere")]).warnings;
-    assert_eq!(told, ["TOKENS_FILE has no meaning for `standalone`"]);
+    assert_eq!(mistakes(&line, &env[..1]), ["TOKENS_FILE: cannot be combined with --tokens"]);
+    // A secret file of another command is never read.
+    let messages = config("standalone", &[("TOKENS_FILE", "/nowhere")]).warnings;
+    assert_eq!(messages, ["TOKENS_FILE does not apply to `standalone`"]);
 }
 
 #[test]
-fn file_variable_of_a_setting_that_is_no_secret_is_a_mistake() {
-    let told = mistakes(EDGE, &[("PORT_FILE", "/run/port"), ("UPSTREAM_URL_FILE", "/run/url")]);
+fn file_variable_of_non_secret_option_is_an_error() {
+    let messages = mistakes(EDGE, &[("PORT_FILE", "/run/port"), ("UPSTREAM_URL_FILE", "/run/url")]);
     assert_eq!(
-        told,
+        messages,
         [
             "PORT_FILE: PORT cannot be read from a file",
             "UPSTREAM_URL_FILE: UPSTREAM_URL cannot be read from a file"
         ]
     );
-    let told = mistakes(EDGE, &[("REDIS_URL_FILE", "/run/redis")]);
-    assert!(told[0].starts_with("REDIS_URL_FILE: is not supported by Parapet"), "{told:?}");
-    let told = config(EDGE, &[("SENTRY_DSN_FILE", "/run/dsn")]).warnings;
-    assert!(told[0].starts_with("SENTRY_DSN_FILE has no effect"), "{told:?}");
-    // Those of others, of another command, and settings that end so.
+    let messages = mistakes(EDGE, &[("REDIS_URL_FILE", "/run/redis")]);
+    assert!(messages[0].starts_with("REDIS_URL_FILE: is not supported by Parapet"), "{messages:?}");
+    let messages = config(EDGE, &[("SENTRY_DSN_FILE", "/run/dsn")]).warnings;
+    assert!(messages[0].starts_with("SENTRY_DSN_FILE has no effect"), "{messages:?}");
+    // Variables of other programs, of another command, and options whose names end in `_FILE`.
     let env = [
         ("SSL_CERT_FILE", "/etc/ssl/cert.pem"),
         ("BOOTSTRAP_FILE", "config/flags.json"),
@@ -718,14 +735,14 @@ fn file_variable_of_a_setting_that_is_no_secret_is_a_mistake() {
         ("PORT_FILE", " "),
     ];
     config(EDGE, &env);
-    let told = config("standalone", &[("UPSTREAM_URL_FILE", "/run/url")]).warnings;
-    assert_eq!(told, ["UPSTREAM_URL_FILE has no meaning for `standalone`"]);
-    let told = config(EDGE, &[("RELOAD_INTERVAL_FILE", "/run/interval")]).warnings;
-    assert_eq!(told[0], "RELOAD_INTERVAL_FILE has no meaning for `edge`");
+    let messages = config("standalone", &[("UPSTREAM_URL_FILE", "/run/url")]).warnings;
+    assert_eq!(messages, ["UPSTREAM_URL_FILE does not apply to `standalone`"]);
+    let messages = config(EDGE, &[("RELOAD_INTERVAL_FILE", "/run/interval")]).warnings;
+    assert_eq!(messages[0], "RELOAD_INTERVAL_FILE does not apply to `edge`");
 }
 
 #[test]
-fn accounts_are_managed_by_an_address_in_a_file_and_no_other_file_is_read() {
+fn manage_reads_database_url_file_and_no_other_file() {
     let (_folder, path) = file("postgres://user:secret@host/db\n");
     let other = ("UNLEASH_DEFAULT_ADMIN_PASSWORD_FILE", "/nowhere");
     let env = [("DATABASE_URL_FILE", &*path), other];
@@ -737,7 +754,7 @@ fn accounts_are_managed_by_an_address_in_a_file_and_no_other_file_is_read() {
 }
 
 #[test]
-fn what_has_changed_between_two_configurations_is_told_by_name() {
+fn changed_options_are_listed_by_name() {
     let before = config(&format!("{EDGE} --tokens {TOKEN} --port 0"), &[]).effective;
     let same = config(EDGE, &[("TOKENS", TOKEN), ("PORT", "0")]).effective;
     assert!(same.changed_since(&before).is_empty(), "a generated name is no change");
@@ -753,7 +770,7 @@ fn what_has_changed_between_two_configurations_is_told_by_name() {
 }
 
 #[test]
-fn what_belongs_to_another_command_is_told_by_its_name() {
+fn option_of_another_command_names_that_command() {
     for (line, expect) in [
         ("--upstream-url http://u", "`--upstream-url` belongs to `parapet edge`"),
         ("offline --tokens x", "`--tokens` belongs to `parapet edge`"),
@@ -761,23 +778,29 @@ fn what_belongs_to_another_command_is_told_by_its_name() {
         ("edge --flag-environments=x", "`--flag-environments` belongs to `parapet standalone`"),
         ("health --tokens x", "`--tokens` belongs to `parapet edge`"),
     ] {
-        let told = mistakes(line, &[]);
-        assert!(told[0].contains(expect), "{line}: {told:?}");
+        let messages = mistakes(line, &[]);
+        assert!(messages[0].contains(expect), "{line}: {messages:?}");
     }
 }
 
 #[test]
-fn a_password_in_the_wrong_place_is_not_repeated() {
+fn misplaced_password_is_not_repeated() {
     for line in ["account add bob Pa55word-in-clear", "account password bob Pa55word-in-clear"] {
-        let told = mistakes(line, &[]);
-        assert!(told[0].contains("--password-file") && !told[0].contains("Pa55"), "{told:?}");
+        let messages = mistakes(line, &[]);
+        assert!(
+            messages[0].contains("--password-file") && !messages[0].contains("Pa55"),
+            "{messages:?}"
+        );
     }
-    let told = mistakes("edge -u http://u/?key=Pa55word-in-clear", &[]);
-    assert!(told[0].contains("without user or query") && !told[0].contains("Pa55"), "{told:?}");
+    let messages = mistakes("edge -u http://u/?key=Pa55word-in-clear", &[]);
+    assert!(
+        messages[0].contains("without user or query") && !messages[0].contains("Pa55"),
+        "{messages:?}"
+    );
 }
 
 #[test]
-fn a_probe_asks_where_the_instance_listens() {
+fn probe_uses_address_of_instance() {
     for (line, expect) in [
         ("health", "http://localhost:3063/internal-backstage/health"),
         ("health -i 0.0.0.0 -p 7", "http://localhost:7/internal-backstage/health"),
@@ -790,7 +813,7 @@ fn a_probe_asks_where_the_instance_listens() {
 }
 
 #[test]
-fn an_identifier_may_begin_with_a_hyphen() {
+fn token_identifier_may_begin_with_hyphen() {
     for line in ["token revoke -QRSb0aB --data-dir d", "token revoke --data-dir d -dRSb0aB"] {
         let Ok(Command::Manage(manage)) = parse(line, &[]) else { panic!("{line}") };
         assert!(format!("{manage:?}").contains("RSb0aB"), "{manage:?}");
@@ -798,19 +821,19 @@ fn an_identifier_may_begin_with_a_hyphen() {
 }
 
 #[test]
-fn a_token_of_one_environment_is_no_admin_token() {
-    let told = mistakes(EDGE, &[("UPSTREAM_ADMIN_TOKEN", TOKEN)]);
+fn token_of_one_environment_is_rejected_as_admin_token() {
+    let messages = mistakes(EDGE, &[("UPSTREAM_ADMIN_TOKEN", TOKEN)]);
     assert!(
-        told[0].contains("expected an admin token; this one is for the environment"),
-        "{told:?}"
+        messages[0].contains("expected an admin token; this one is for the environment"),
+        "{messages:?}"
     );
-    assert!(!told[0].contains(TOKEN), "{told:?}");
+    assert!(!messages[0].contains(TOKEN), "{messages:?}");
     let personal = edge(EDGE, &[("UPSTREAM_ADMIN_TOKEN", "user:0123456789abcdef0123456789abcdef")]);
     assert!(matches!(personal.credentials, Credentials::Admin { .. }));
 }
 
 #[test]
-fn what_is_kept_may_be_kept_for_longer_than_anything_is_waited_for() {
+fn retention_may_exceed_the_limit_of_intervals() {
     let seven_years = "220898664";
     let audit = |text: &str| mistakes("standalone", &[("AUDIT_RETENTION_SECONDS", text)]);
     let kept = config("standalone", &[("AUDIT_RETENTION_SECONDS", seven_years)]);
@@ -821,21 +844,21 @@ fn what_is_kept_may_be_kept_for_longer_than_anything_is_waited_for() {
 }
 
 #[test]
-fn what_is_checked_is_shown_with_what_a_start_warns_of() {
+fn check_config_prints_warnings() {
     let both = [("UPSTREAM_ADMIN_TOKEN", ADMIN), ("TOKENS", TOKEN)];
     let shown = shown(&format!("{EDGE} --check-config"), &both);
-    assert!(shown.starts_with("# Warning: --tokens has no effect beside"), "{shown}");
+    assert!(shown.starts_with("# Warning: --tokens has no effect with an admin token"), "{shown}");
     assert!(shown.parse::<toml::Table>().is_ok(), "{shown}");
 }
 
 #[test]
-fn an_edge_without_credentials_says_what_it_will_do() {
+fn edge_without_credentials_warns() {
     let warnings = config(EDGE, &[]).warnings;
     assert!(warnings[0].contains("first of its SDK tokens"), "{warnings:?}");
 }
 
 #[test]
-fn upstreams_address_is_taken_without_api() {
+fn upstream_url_is_used_without_api() {
     let check = |given: &str, read: &str| {
         assert_eq!(edge(&format!("edge -u {given}"), &[]).upstream.url.as_str(), read);
     };
@@ -848,7 +871,7 @@ fn upstreams_address_is_taken_without_api() {
 }
 
 #[test]
-fn headers_for_upstream_are_read_with_either_separator() {
+fn upstream_headers_are_parsed_with_either_separator() {
     let env = [("CUSTOM_CLIENT_HEADERS", "X-Api-Key: a=b, Authorization=test:test.secret")];
     let headers = edge(EDGE, &env).upstream.extra_headers;
     let read: Vec<_> = headers.iter().map(|(n, v)| (n.as_str(), v.to_str().unwrap())).collect();
@@ -857,7 +880,7 @@ fn headers_for_upstream_are_read_with_either_separator() {
 }
 
 #[test]
-fn one_header_option_serves_both_directions() {
+fn token_header_applies_to_both_directions() {
     let line = format!("{EDGE} --token-header X-Token");
     assert_eq!(config(&line, &[]).data.token_header, "x-token");
     assert_eq!(edge(&line, &[]).upstream.token_header, "x-token");
@@ -866,7 +889,7 @@ fn one_header_option_serves_both_directions() {
 }
 
 #[test]
-fn proxies_are_believed_as_told() {
+fn trusted_proxies_follow_options() {
     let check = |flags: &str, proxies: &Proxies| {
         assert_eq!(&config(flags, &[]).data.access.proxies, proxies, "{flags}");
     };
@@ -880,14 +903,14 @@ fn proxies_are_believed_as_told() {
 }
 
 #[test]
-fn credentials_need_named_origins() {
+fn cors_credentials_require_named_origins() {
     assert_eq!(mistakes("--cors-credentials", &[]).len(), 1);
     let cors = config("--cors-credentials --cors-origin https://a.example", &[]).data.cors;
     assert!(cors.credentials && cors.origins.is_some());
 }
 
 #[test]
-fn a_base_path_has_one_slash_in_front_and_none_behind() {
+fn base_path_has_leading_and_no_trailing_slash() {
     for given in ["flags", "/flags", "/flags/"] {
         assert_eq!(config(&format!("--base-path {given}"), &[]).data.base_path, "/flags");
     }
@@ -896,13 +919,13 @@ fn a_base_path_has_one_slash_in_front_and_none_behind() {
 }
 
 #[test]
-fn two_listeners_cannot_share_a_port() {
+fn listeners_cannot_share_a_port() {
     assert_eq!(mistakes("--admin-port 3063", &[]).len(), 1);
     assert_eq!(config("-p 0 --admin-port 0", &[]).admin.address.port(), 0);
 }
 
 #[test]
-fn probes_ask_the_local_instance_unless_told_otherwise() {
+fn probe_uses_local_instance_by_default() {
     let check = |line: &str, env: &[(&str, &str)], url: &str| match parse(line, env) {
         Ok(Command::Probe(probe)) => assert_eq!(probe.url.as_str(), url),
         other => panic!("{line}: {other:?}"),
@@ -913,7 +936,7 @@ fn probes_ask_the_local_instance_unless_told_otherwise() {
     check("ready -e http://edge:1/", &env, "http://edge:1/base/internal-backstage/ready");
     check("ready", &env, "https://localhost:3043/base/internal-backstage/ready");
     check("ready --tls-server-port 443", &env, "https://localhost/base/internal-backstage/ready");
-    // They have no certificate to show.
+    // Probes have no client certificate.
     let env = [("TLS_ENABLE", "true"), ("TLS_CLIENT_CA_FILE", "ca.crt")];
     check("ready", &env, "http://127.0.0.1:3064/ready");
     check("health --admin-tls-cert tls.crt", &env, "https://127.0.0.1:3064/live");
@@ -923,11 +946,11 @@ fn probes_ask_the_local_instance_unless_told_otherwise() {
         "https://localhost:3043/internal-backstage/health",
     );
     let both = "ready --admin-tls-cert tls.crt --admin-tls-client-ca-file ca.crt";
-    assert!(mistakes(both, &env)[0].contains("both listeners want client certificates"));
+    assert!(mistakes(both, &env)[0].contains("both listeners require client certificates"));
 }
 
 #[test]
-fn probes_verify_certificates_of_other_machines_and_by_a_named_authority() {
+fn probe_verifies_certificates_of_remote_instances() {
     let check = |line: &str, expected: Trust| match parse(line, &[("TLS_ENABLE", "true")]) {
         Ok(Command::Probe(probe)) => assert_eq!(probe.trust, expected, "{line}"),
         other => panic!("{line}: {other:?}"),
@@ -943,7 +966,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
-    fn no_value_of_any_key_makes_checking_panic(at in 0..KEYS.len(), text in ".{0,40}") {
+    fn no_value_of_any_option_makes_validation_panic(at in 0..KEYS.len(), text in ".{0,40}") {
         let key = KEYS[at];
         for verb in ["edge", "offline", "standalone", "ready"] {
             let flag = format!("--{}={text}", key.name);
@@ -955,15 +978,16 @@ proptest! {
     }
 }
 
-/// `config/parapet.toml` as the keys would have it.
+/// `config/parapet.toml` as generated from the options. `comment` precedes each key.
 fn sample(comment: &str) -> String {
     let mut text = String::from(
-        "# Parapet's configuration: every key with its default.\n\
+        "# The configuration of Parapet: every key with its default value.\n\
          #\n\
-         # Each may also be a flag (`--upstream-url`) or a variable (`UPSTREAM_URL`; of log, flags and\n\
-         # hosting `RUST_LOG`, `PARAPET_FLAGS` and `EDGE_HOSTING`); flags win over the environment,\n\
-         # the environment over this file. An empty text is no value. Times are in seconds, whole or\n\
-         # decimal. `parapet --check-config` shows what is in effect.\n",
+         # Each key is also a command line option (`--upstream-url`) and an environment variable\n\
+         # (`UPSTREAM_URL`). The variables of log, flags and hosting are `RUST_LOG`,\n\
+         # `PARAPET_FLAGS` and `EDGE_HOSTING`. The command line overrides the environment, and the\n\
+         # environment overrides this file. An empty string counts as not set. Times are in\n\
+         # seconds, whole or decimal. `parapet --check-config` prints the effective configuration.\n",
     );
     let mut heading = "";
     for key in KEYS.iter().filter(|key| is_in_file(key)) {
@@ -987,13 +1011,13 @@ fn is_in_file(key: &Key) -> bool {
 }
 
 #[test]
-fn the_sample_file_names_every_key_with_its_true_default() {
+fn sample_file_lists_every_option_with_its_default() {
     let written = std::fs::read_to_string("config/parapet.toml").unwrap();
     assert!(written == sample("# "), "config/parapet.toml should be:\n{}", sample("# "));
 }
 
 #[test]
-fn the_sample_file_changes_nothing_when_its_comments_are_taken_away() {
+fn uncommented_sample_file_changes_nothing() {
     let (_folder, path) = file(&sample(""));
     for (line, env) in [
         (EDGE, &[][..]),

@@ -1,4 +1,4 @@
-//! The TLS settings of the two listeners, checked together with the files that they name.
+//! The TLS settings of both listeners, validated together with the files that they name.
 
 use std::num::NonZero;
 use std::path::PathBuf;
@@ -9,19 +9,23 @@ use super::{
     keys::{self, Key},
     settings::Settings,
 };
-use crate::tls::{ClientAuth, Clients, Config, Pair, Problem, Server, Setting, Version};
+use crate::tls::{
+    ClientAuth, ClientVerification, Config, FileError, FileSetting, KeyPairFiles, TlsAcceptor,
+    Version,
+};
 
 pub(super) const PEM_PATH: &str = "the path of a file (PEM)";
 
-/// The path of a file, which is read elsewhere. What such a file contains is no path, and not to be repeated.
+/// The path of a file, which is read elsewhere. Rejects PEM text: it is the contents of such a file, and
+/// must not be repeated in an error.
 pub(super) fn file_path(text: &str) -> Option<PathBuf> {
     (!text.is_empty() && !text.contains("-----BEGIN")).then(|| PathBuf::from(text))
 }
 
-/// The keys of one listener.
+/// The TLS options of one listener.
 pub(super) struct Keys {
     listener: &'static str,
-    /// Without it the others have no effect.
+    /// The option that enables TLS; without it the others have no effect.
     enable: &'static Key,
     certificate: &'static Key,
     private_key: &'static Key,
@@ -50,7 +54,7 @@ pub(super) static ADMIN: Keys = Keys {
     crl: &keys::ADMIN_TLS_CRL_FILE,
 };
 
-/// TLS of the data listener, where it is enabled.
+/// The TLS configuration of the data listener, if it is enabled.
 pub(super) fn data_listener(s: &mut Settings) -> Option<Config> {
     let is_enabled = s.switch(&keys::TLS_ENABLE);
     if s.switch(&keys::REDIRECT_HTTP_TO_HTTPS) && !is_enabled {
@@ -59,13 +63,13 @@ pub(super) fn data_listener(s: &mut Settings) -> Option<Config> {
     listener(s, &DATA, is_enabled)
 }
 
-/// TLS of the admin listener, where a certificate or a key is given.
+/// The TLS configuration of the admin listener, if a certificate or a key is set.
 pub(super) fn admin_listener(s: &mut Settings) -> Option<Config> {
     let is_enabled = s.has(ADMIN.certificate) || s.has(ADMIN.private_key);
     listener(s, &ADMIN, is_enabled)
 }
 
-/// Whether a listener, if it talks TLS, refuses clients without a certificate.
+/// Whether a listener with TLS rejects clients without a certificate.
 pub(super) fn requires_certificates(s: &mut Settings, keys: &Keys) -> bool {
     client_auth(s, keys) == ClientAuth::Required && s.has(keys.client_ca)
 }
@@ -74,7 +78,7 @@ fn client_auth(s: &mut Settings, keys: &Keys) -> ClientAuth {
     s.value(keys.client_auth, "required or optional", ClientAuth::parse)
 }
 
-/// Mentions settings of both listeners where neither speaks TLS.
+/// Warns of options that apply to both listeners if neither has TLS.
 pub(super) fn warn_of_unused(s: &mut Settings) {
     let keys =
         [&keys::TLS_MIN_VERSION, &keys::TLS_HANDSHAKE_TIMEOUT_SECONDS, &keys::TLS_MAX_HANDSHAKES];
@@ -119,34 +123,34 @@ fn listener(s: &mut Settings, keys: &Keys, is_enabled: bool) -> Option<Config> {
     {
         let (name, expected) = (keys.certificate.name, certificates.len());
         let reason = format!(
-            "expected as many files as --{name} has, which are {expected}, not {}",
+            "expected {expected} files, one for each of --{name}, not {}",
             private_keys.len()
         );
         s.mistake(keys.private_key, reason);
     }
     for key in [keys.client_auth, keys.crl] {
         if s.has(key) && !s.has(keys.client_ca) {
-            s.mistake(key, format!("needs --{}", keys.client_ca.name));
+            s.mistake(key, format!("requires --{}", keys.client_ca.name));
         }
     }
-    let pair = |(certificate_file, key_file)| Pair { certificate_file, key_file };
+    let pair = |(certificate_file, key_file)| KeyPairFiles { certificate_file, key_file };
     let config = Config {
         listener: keys.listener,
-        pairs: certificates.into_iter().zip(private_keys).map(pair).collect(),
+        key_pairs: certificates.into_iter().zip(private_keys).map(pair).collect(),
         min_version,
-        clients: ca_file.map(|ca_file| Clients { ca_file, auth, crl_file }),
+        client_verification: ca_file.map(|ca_file| ClientVerification { ca_file, auth, crl_file }),
         handshake_timeout,
         max_handshakes,
     };
-    match Server::new(config.clone()) {
+    match TlsAcceptor::new(config.clone()) {
         Ok(server) => s.warnings.extend(server.warnings(Timestamp::now())),
         Err(problems) => {
-            for Problem { setting, reason } in problems.iter() {
+            for FileError { setting, reason } in problems.iter() {
                 let key = match setting {
-                    Setting::Certificate => keys.certificate,
-                    Setting::Key => keys.private_key,
-                    Setting::ClientCa => keys.client_ca,
-                    Setting::Crl => keys.crl,
+                    FileSetting::Certificate => keys.certificate,
+                    FileSetting::Key => keys.private_key,
+                    FileSetting::ClientCa => keys.client_ca,
+                    FileSetting::Crl => keys.crl,
                 };
                 s.mistake(key, reason.as_str());
             }
