@@ -1,8 +1,8 @@
-//! Keeps snapshots current: where flags come from, each environment on its own.
+//! Keeps snapshots current, from upstream or from files. Each environment is synchronised independently.
 //!
-//! A source that fails changes nothing that is served: the last known state stays, and is asked for
-//! again with growing pauses. What a malformed flag means is the engine's matter, who may see it
-//! `auth`'s.
+//! A failing source changes nothing that is served: the last known flags stay, and fetches are retried
+//! with exponential backoff. This module does not interpret flags (`engine` does) and does not decide
+//! who may read them (`auth` does).
 
 mod course;
 pub mod files;

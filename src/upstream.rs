@@ -1,7 +1,7 @@
-//! The client of the Unleash server that Parapet stands in front of.
+//! The client of the upstream Unleash server.
 //!
-//! [`Upstream`] makes the requests, [`Credentials`] knows with which tokens. Neither retries, caches
-//! what it fetched, nor interprets flags: callers decide by what the errors tell: [`Error::retry`], [`Error::fault`] and
+//! [`Upstream`] sends the requests; [`Credentials`] provides the tokens. Neither retries, caches
+//! responses or interprets flags: callers decide by [`Error::retry`], [`Error::fault`] and
 //! [`ExchangeError::retry`].
 
 mod admin_token;

@@ -1,24 +1,24 @@
-//! When the stream of one token is opened, and whether its flags are asked for meanwhile.
+//! Decides when to (re)open a token's event stream, and whether to poll until then.
 //!
-//! Sans IO: it tells durations, and opens, polls and sleeps nowhere.
+//! Sans IO: it returns durations. It opens no stream, sends no request and never sleeps.
 
 use std::time::Duration;
 
 use super::pace::Pace;
 
-/// How flags come from upstream.
+/// How flags are fetched from upstream (`--upstream-mode`).
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Mode {
-    /// By its stream where it offers one, else by polling.
+    /// By streaming where upstream supports it, otherwise by polling.
     Auto,
     /// By polling.
     Poll,
-    /// By its stream, which it is expected to offer; by polling while it does not.
+    /// By streaming, which upstream is expected to support; by polling while it does not.
     Stream,
 }
 
 impl Mode {
-    /// Reads a mode's name.
+    /// Parses a mode's name.
     pub fn parse(text: &str) -> Option<Self> {
         match text {
             "auto" => Some(Self::Auto),
@@ -29,39 +29,39 @@ impl Mode {
     }
 }
 
-/// Why there is no stream where one was asked for.
+/// Why a stream could not be opened.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Refusal {
-    /// Upstream offers none.
+    /// Upstream does not support streaming.
     NotOffered,
-    /// Upstream does not admit the token to it. Whether it admits it at all is for a poll to tell:
-    /// Unleash Edge says 403 to all where it does not stream.
+    /// Upstream rejects the token on the streaming endpoint. Only a poll shows whether the token is
+    /// valid: Unleash Edge responds with 403 to every token when streaming is off.
     NotAdmitted,
-    /// Upstream has no room for another, and may have said for how long.
+    /// Upstream accepts no further stream now (429), with its `Retry-After` if it sent one.
     Crowded(Option<Duration>),
-    /// Upstream could not be asked, or failed, and may have said for how long.
+    /// Upstream is unreachable or failed, with its `Retry-After` if it sent one.
     Failed(Option<Duration>),
 }
 
-/// How a stream ended.
+/// Why a stream was closed.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum End {
-    /// In good order; upstream may have said when to come back.
+    /// Upstream ended it regularly, with its `retry` delay if it sent one.
     Over(Option<Duration>),
     /// The connection broke.
     Broken,
-    /// Upstream told nothing for too long.
+    /// No data arrived within the idle timeout.
     Silent,
-    /// Upstream told something that cannot be followed.
+    /// An event could not be parsed or applied.
     Unreadable,
-    /// Upstream told an older state than is known: another replica of it has answered.
+    /// It sent an older state than the one already known: another replica of upstream responded.
     Outdated,
-    /// Upstream sends those who can poll to polling.
+    /// Upstream asked clients that can poll to poll.
     Dismissed,
 }
 
 impl End {
-    /// Its name in the metrics.
+    /// The label value in metrics.
     pub(super) fn as_str(self) -> &'static str {
         match self {
             Self::Over(_) => "over",
@@ -74,99 +74,102 @@ impl End {
     }
 }
 
-/// What follows from the loss of a stream, or from not getting one.
+/// When to reconnect after a stream was closed or could not be opened.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) struct Next {
-    /// When the stream is asked for again.
+    /// Delay before the next attempt to open the stream.
     pub(super) open_after: Duration,
-    /// Whether flags are to be asked for at once, rather than an interval after they were confirmed.
+    /// Whether to poll immediately rather than one interval after the flags were last confirmed.
     pub(super) polls_now: bool,
 }
 
-/// After how long a stream that is not offered is asked for again.
+/// Retry interval where upstream does not support streaming.
 const ASK_AGAIN: Duration = Duration::from_mins(5);
 
-/// The same where it is expected: it was there before, or the operator says that it should be.
+/// Retry interval where a stream is expected: it worked before, or `--upstream-mode` is `stream`.
 const ASK_SOON: Duration = Duration::from_mins(1);
 
-/// How long an upstream without room is left alone that does not say for how long.
+/// Delay after a 429 without `Retry-After`.
 const CROWDED_FOR: Duration = Duration::from_mins(1);
 
-/// How long a stream lives at least that was worth being opened at once again.
+/// A stream that stayed open this long is reopened immediately.
 const LASTING: Duration = Duration::from_secs(10);
 
-/// The longest pause before a stream that has lasted is opened again.
+/// The longest delay before a stable stream is reopened.
 const AT_ONCE: Duration = Duration::from_secs(1);
 
-/// The longest that upstream may have us wait after the end of a stream.
+/// The longest `retry` delay accepted from upstream at the end of a stream.
 const LONGEST_WAIT: Duration = Duration::from_mins(1);
 
-/// The shortest pause after a refusal, whatever upstream hints at.
+/// The shortest delay after a rejected attempt, even if upstream hints that it streams.
 const HINTED: Duration = Duration::from_secs(10);
 
-/// The attempts at a stream for one token.
+/// Reconnect state of one token's stream.
 #[derive(Debug)]
 pub(super) struct Course {
     mode: Mode,
     pace: Pace,
-    /// Upstream has told something on a stream before.
+    /// A stream has delivered a state before.
     followed: bool,
-    /// Upstream wanted to have no stream, the last time that it was asked.
+    /// Upstream declined streaming at the last attempt.
     declined: bool,
 }
 
 impl Course {
-    /// Begins with an attempt at once.
+    /// Starts with an immediate attempt.
     pub(super) fn new(mode: Mode) -> Self {
         Self { mode, pace: Pace::new(Duration::ZERO), followed: false, declined: false }
     }
 
-    /// Takes note that a stream has told its state.
+    /// Records that a stream has delivered its state.
     pub(super) fn told(&mut self) {
         (self.followed, self.declined) = (true, false);
     }
 
-    /// What follows from not getting a stream; `jitter` is from 0 to 1, so that a fleet that was
-    /// refused together does not come back together.
+    /// Schedules the next attempt after one that failed. `jitter` is between 0 and 1: it spreads the
+    /// retries of a fleet that failed at the same time.
     pub(super) fn refused(&mut self, refusal: Refusal, jitter: f64) -> Next {
         self.declined = matches!(refusal, Refusal::NotOffered | Refusal::NotAdmitted);
-        let open_after = match refusal {
+        let delay = match refusal {
             Refusal::NotOffered | Refusal::NotAdmitted => {
                 let expected = self.followed || self.mode == Mode::Stream;
                 let pause = if expected { ASK_SOON } else { ASK_AGAIN };
                 pause.mul_f64(0.8 + 0.4 * jitter)
             }
-            // Never before the time that upstream named.
-            Refusal::Crowded(wish) => wish.unwrap_or(CROWDED_FOR).mul_f64(1.0 + 0.2 * jitter),
-            Refusal::Failed(wish) => self.pace.after_failure(wish, jitter),
+            // Jitter only adds: never earlier than `Retry-After`.
+            Refusal::Crowded(retry_after) => {
+                retry_after.unwrap_or(CROWDED_FOR).mul_f64(1.0 + 0.2 * jitter)
+            }
+            Refusal::Failed(retry_after) => self.pace.after_failure(retry_after, jitter),
         };
-        Next { open_after, polls_now: refusal == Refusal::NotAdmitted }
+        Next { open_after: delay, polls_now: refusal == Refusal::NotAdmitted }
     }
 
-    /// What follows from the end of a stream that was open for so long.
-    pub(super) fn ended(&mut self, end: End, lived: Duration, jitter: f64) -> Next {
-        if lived >= LASTING {
+    /// Schedules the next attempt after a stream that was open for `lifetime`.
+    pub(super) fn ended(&mut self, end: End, lifetime: Duration, jitter: f64) -> Next {
+        if lifetime >= LASTING {
             self.pace = Pace::new(Duration::ZERO);
         }
-        let open_after = match end {
+        let delay = match end {
             End::Dismissed => {
                 self.declined = true;
                 let pause = if self.mode == Mode::Stream { ASK_SOON } else { ASK_AGAIN };
                 pause.mul_f64(0.8 + 0.4 * jitter)
             }
-            // One that never lasts is opened ever more seldom, however orderly it ends.
-            _ if lived < LASTING => self.pace.after_failure(None, jitter),
+            // A short-lived stream is reopened with backoff, even after a regular end.
+            _ if lifetime < LASTING => self.pace.after_failure(None, jitter),
             End::Over(Some(wait)) => wait.min(LONGEST_WAIT).mul_f64(1.0 + 0.2 * jitter),
             End::Over(None) | End::Broken | End::Silent | End::Unreadable | End::Outdated => {
                 AT_ONCE.mul_f64(jitter)
             }
         };
-        // Up to its end or break a stream has told everything; what silence hid, or another replica knows
-        // already, is not known.
-        Next { open_after, polls_now: matches!(end, End::Silent | End::Outdated) }
+        // A stream is complete up to its end or break. After a timeout or a stale state, changes may
+        // have been missed, so a poll is needed.
+        Next { open_after: delay, polls_now: matches!(end, End::Silent | End::Outdated) }
     }
 
-    /// How long after its refusal the stream may be asked for now that upstream hints at it.
+    /// The delay, counted from the last failed attempt, after which a hint from upstream allows another
+    /// one; `None` unless upstream declined streaming.
     pub(super) fn hinted(&self) -> Option<Duration> {
         self.declined.then_some(HINTED)
     }
@@ -180,55 +183,55 @@ mod tests {
     const SHORT: Duration = Duration::from_secs(1);
 
     fn followed(mode: Mode) -> Course {
-        let mut course = Course::new(mode);
-        course.told();
-        course
+        let mut policy = Course::new(mode);
+        policy.told();
+        policy
     }
 
-    /// After how many milliseconds the stream is asked for again.
+    /// Milliseconds until the next attempt.
     fn pause(next: Next) -> u128 {
         next.open_after.as_millis()
     }
 
     #[test]
-    fn a_stream_that_is_not_offered_is_asked_for_again_after_minutes_and_sooner_if_expected() {
+    fn unsupported_stream_is_retried_after_5_min_and_after_1_min_if_expected() {
         for refusal in [Refusal::NotOffered, Refusal::NotAdmitted] {
-            let ask = |mut course: Course| pause(course.refused(refusal, 0.5));
+            let ask = |mut policy: Course| pause(policy.refused(refusal, 0.5));
             assert_eq!(ask(Course::new(Mode::Auto)), 300_000);
             assert_eq!(ask(Course::new(Mode::Stream)), 60_000);
             assert_eq!(ask(followed(Mode::Auto)), 60_000);
-            let mut course = Course::new(Mode::Auto);
-            assert_eq!(pause(course.refused(refusal, 0.0)), 240_000);
-            assert_eq!(pause(course.refused(refusal, 1.0)), 360_000, "fleets spread");
+            let mut policy = Course::new(Mode::Auto);
+            assert_eq!(pause(policy.refused(refusal, 0.0)), 240_000);
+            assert_eq!(pause(policy.refused(refusal, 1.0)), 360_000, "fleets spread");
         }
     }
 
     #[test]
-    fn a_hint_shortens_what_upstream_declined_and_nothing_else() {
-        let mut course = Course::new(Mode::Auto);
-        assert_eq!(course.hinted(), None);
-        course.refused(Refusal::NotOffered, 0.5);
-        assert_eq!(course.hinted(), Some(HINTED));
-        course.refused(Refusal::Crowded(None), 0.5);
-        assert_eq!(course.hinted(), None, "it has its reasons");
-        course.ended(End::Dismissed, LONG, 0.5);
-        assert_eq!(course.hinted(), Some(HINTED));
-        course.told();
-        course.ended(End::Broken, LONG, 0.5);
-        assert_eq!(course.hinted(), None);
+    fn streaming_hint_shortens_delay_only_after_upstream_declined() {
+        let mut policy = Course::new(Mode::Auto);
+        assert_eq!(policy.hinted(), None);
+        policy.refused(Refusal::NotOffered, 0.5);
+        assert_eq!(policy.hinted(), Some(HINTED));
+        policy.refused(Refusal::Crowded(None), 0.5);
+        assert_eq!(policy.hinted(), None, "a limit is not a refusal");
+        policy.ended(End::Dismissed, LONG, 0.5);
+        assert_eq!(policy.hinted(), Some(HINTED));
+        policy.told();
+        policy.ended(End::Broken, LONG, 0.5);
+        assert_eq!(policy.hinted(), None);
     }
 
     #[test]
-    fn an_upstream_without_room_is_left_alone_for_as_long_as_it_says() {
-        let mut course = Course::new(Mode::Auto);
-        let wish = Some(Duration::from_secs(20));
-        assert_eq!(pause(course.refused(Refusal::Crowded(wish), 0.0)), 20_000);
-        assert_eq!(pause(course.refused(Refusal::Crowded(wish), 1.0)), 24_000);
-        assert_eq!(pause(course.refused(Refusal::Crowded(None), 0.0)), 60_000);
+    fn throttled_stream_is_retried_after_retry_after_or_1_min() {
+        let mut policy = Course::new(Mode::Auto);
+        let retry_after = Some(Duration::from_secs(20));
+        assert_eq!(pause(policy.refused(Refusal::Crowded(retry_after), 0.0)), 20_000);
+        assert_eq!(pause(policy.refused(Refusal::Crowded(retry_after), 1.0)), 24_000);
+        assert_eq!(pause(policy.refused(Refusal::Crowded(None), 0.0)), 60_000);
     }
 
     #[test]
-    fn a_stream_that_lasted_is_opened_again_at_once_however_it_ended() {
+    fn stable_stream_is_reopened_within_1_s_for_any_close_reason() {
         for end in [End::Over(None), End::Broken, End::Silent, End::Unreadable] {
             let next = followed(Mode::Auto).ended(end, LONG, 0.5);
             assert_eq!(pause(next), 500, "{end:?}");
@@ -238,28 +241,29 @@ mod tests {
             let end = End::Over(Some(Duration::from_secs(wait)));
             pause(followed(Mode::Auto).ended(end, LONG, 0.0))
         };
-        assert_eq!((over(3), over(4000)), (3_000, 60_000), "as upstream says, within reason");
+        assert_eq!((over(3), over(4000)), (3_000, 60_000), "upstream's delay, capped");
         assert_eq!(pause(followed(Mode::Auto).ended(End::Dismissed, LONG, 0.5)), 300_000);
     }
 
     #[test]
-    fn pauses_grow_while_a_stream_cannot_be_had_or_does_not_last() {
-        let mut course = followed(Mode::Auto);
-        let fail = |course: &mut Course| pause(course.refused(Refusal::Failed(None), 0.5));
-        let end = |course: &mut Course, lived| pause(course.ended(End::Over(None), lived, 0.5));
-        assert_eq!([fail(&mut course), fail(&mut course)], [1_000, 2_000]);
-        assert_eq!([end(&mut course, SHORT), end(&mut course, SHORT)], [4_000, 8_000]);
+    fn delay_grows_while_stream_fails_to_open_or_closes_early() {
+        let mut policy = followed(Mode::Auto);
+        let fail = |policy: &mut Course| pause(policy.refused(Refusal::Failed(None), 0.5));
+        let end =
+            |policy: &mut Course, lifetime| pause(policy.ended(End::Over(None), lifetime, 0.5));
+        assert_eq!([fail(&mut policy), fail(&mut policy)], [1_000, 2_000]);
+        assert_eq!([end(&mut policy, SHORT), end(&mut policy, SHORT)], [4_000, 8_000]);
         for _ in 0..9 {
-            assert!(fail(&mut course) <= 72_000);
+            assert!(fail(&mut policy) <= 72_000);
         }
-        assert_eq!(end(&mut course, LONG), 500);
-        assert_eq!(fail(&mut course), 1_000);
-        let wish = Some(Duration::from_secs(9));
-        assert_eq!(pause(course.refused(Refusal::Failed(wish), 0.5)), 9_000);
+        assert_eq!(end(&mut policy, LONG), 500);
+        assert_eq!(fail(&mut policy), 1_000);
+        let retry_after = Some(Duration::from_secs(9));
+        assert_eq!(pause(policy.refused(Refusal::Failed(retry_after), 0.5)), 9_000);
     }
 
     #[test]
-    fn a_token_that_a_stream_does_not_admit_is_polled_with_at_once() {
+    fn token_rejected_by_stream_is_polled_immediately() {
         let polls = |refusal| Course::new(Mode::Auto).refused(refusal, 0.5).polls_now;
         assert!(polls(Refusal::NotAdmitted));
         for refusal in [Refusal::NotOffered, Refusal::Crowded(None), Refusal::Failed(None)] {

@@ -1,11 +1,11 @@
-//! Flags from files: a bootstrap file, or a folder with a file per environment; read again on
-//! change.
+//! Serves flags from files: one file, or a folder with one file per environment. Changed files are
+//! reloaded.
 //!
-//! One file serves every environment that is asked for. Files are checked once a second, which
-//! works on every kind of mount, Kubernetes' links included. Each file counts for itself: an
-//! environment whose file has vanished from the folder, or cannot be read, keeps the flags last
-//! known, unconfirmed from then on. A file that is being replaced, or was deleted by mistake, takes
-//! no flags away before a restart.
+//! A single file serves every environment of the configured tokens. Files are checked once a second,
+//! which works on every kind of mount, including Kubernetes' symbolic links. Each file is independent:
+//! if an environment's file disappears from the folder or cannot be read, its last known flags stay,
+//! unconfirmed from then on. So a file that is being replaced, or was deleted by mistake, removes no
+//! flags before a restart.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -32,10 +32,10 @@ use crate::{
     wire::features::Document,
 };
 
-/// How often files are checked.
+/// The interval of checks for changed files.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
-/// Why flags cannot be read from files.
+/// Why flags cannot be loaded from files.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file or folder cannot be read.
@@ -46,22 +46,22 @@ pub enum Error {
         /// The cause.
         source: io::Error,
     },
-    /// A file holds no flags.
+    /// A file is not a valid flags document.
     #[error("{} holds no flags that can be read", path.display())]
     Document {
         /// The file.
         path: PathBuf,
-        /// What is wrong, and where.
+        /// The JSON error, with its position.
         source: serde_json::Error,
     },
     /// Flags cannot be compiled.
-    #[error("compiling flags has panicked")]
+    #[error("compiling flags panicked")]
     Panic {
         /// The cause.
         source: JoinError,
     },
-    /// A folder holds no flags.
-    #[error("{} holds no file named <environment>.json", path.display())]
+    /// A folder contains no flags file.
+    #[error("{} contains no file named <environment>.json", path.display())]
     Empty {
         /// The folder.
         path: PathBuf,
@@ -71,7 +71,7 @@ pub enum Error {
     Several(Vec<String>),
 }
 
-/// Flags kept in files.
+/// Flags in a file or folder.
 #[derive(Clone, Debug)]
 pub struct Files {
     path: PathBuf,
@@ -81,7 +81,7 @@ pub struct Files {
     requested: Arc<Notify>,
 }
 
-/// Has running [`Files`] read again at once. A cheap handle.
+/// Triggers a reload of a running [`FileSource`]. A cheap handle.
 #[derive(Clone, Debug)]
 pub struct Rereader {
     environments: Arc<ArcSwap<BTreeSet<Environment>>>,
@@ -89,90 +89,102 @@ pub struct Rereader {
 }
 
 impl Rereader {
-    /// Has the files read whether or not they seem to have changed.
+    /// Reloads the files, whether or not they seem to have changed.
     pub fn reread(&self) {
         self.requested.notify_one();
     }
 
-    /// Replaces the environments that one file serves, and has it read.
+    /// Replaces the environments that a single file serves, and reloads it.
     pub fn serve(&self, environments: BTreeSet<Environment>) {
         self.environments.store(Arc::new(environments));
         self.reread();
     }
 }
 
-/// What the file system says of a file: enough to tell that it may have changed.
+/// File metadata that changes when a file may have changed.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 struct FileMeta {
     modified: Option<SystemTime>,
     length: u64,
-    /// Device, inode, and when the inode last changed, which nobody can set back.
+    /// Device, inode, and the inode's change time, which cannot be set back.
     #[cfg(unix)]
     inode: (u64, u64, i64, i64),
 }
 
-/// How often a file is read after it has changed, one look after the other. A write within the same
-/// tick of the file system's clock, up to two seconds, shows in nothing but the content.
+/// The number of consecutive checks that read a file after a change. A second write within the same tick
+/// of the file system's clock (up to 2 s) changes only the content, not the metadata.
 const READS_AFTER_CHANGE: u8 = 3;
 
-/// What is known of a file.
+/// The last known state of a file.
 #[derive(Clone, Debug)]
 struct FileState {
     meta: FileMeta,
-    /// A hash of the content that was last read.
+    /// A hash of the content last read.
     content: Option<u64>,
-    /// How often it is to be read again although nothing tells of a change.
+    /// The number of further reads even if the metadata does not change.
     reads_left: u8,
-    /// Why the content that was last read is not served.
+    /// Why the content last read is not served.
     failure: Option<Arc<Error>>,
 }
 
-/// All files, and what is known of them.
+/// The state of all files.
 type State = BTreeMap<PathBuf, FileState>;
 
-/// What a look has found: the files, and the flags of those that have changed.
+/// The files found by a check, and the parsed documents of the changed ones.
 type Found = (State, Vec<(PathBuf, Document)>);
 
 impl Files {
-    /// The flags of `path`; where that is one file, it serves each of `environments`.
+    /// Serves the flags of `path`. If it is a single file, it serves each of `environments`.
     ///
-    /// With `reread_every` the content is compared at that interval even if nothing tells of a
-    /// change.
+    /// With `reload_interval` the content is compared at that interval even if the metadata is unchanged.
     pub fn new(
         path: PathBuf,
         environments: BTreeSet<Environment>,
         snapshots: Snapshots,
-        reread_every: Option<Duration>,
+        reload_interval: Option<Duration>,
     ) -> Self {
         let environments = Arc::new(ArcSwap::from_pointee(environments));
-        Self { path, environments, snapshots, reread_every, requested: Arc::default() }
+        Self {
+            path,
+            environments,
+            snapshots,
+            reread_every: reload_interval,
+            requested: Arc::default(),
+        }
     }
 
-    /// What has these files read at once.
+    /// A handle to trigger a reload.
     pub fn rereader(&self) -> Rereader {
-        let (environments, requested) =
+        let (environments, reload_requested) =
             (Arc::clone(&self.environments), Arc::clone(&self.requested));
-        Rereader { environments, requested }
+        Rereader { environments, requested: reload_requested }
     }
 
-    /// Reads and serves the flags; from then on [`Running::run`] keeps them current.
+    /// Loads and serves the flags; [`Watcher::run`] then keeps them current.
     ///
-    /// Fails if any file cannot be read. A file that breaks later holds up its own environment only;
-    /// but an instance that starts has no flags to go on with, and would refuse an environment that
-    /// another instance, still running until this one is ready, serves well.
+    /// Releases `latch` once any environment has flags, which may be later.
     ///
-    /// Releases `latch` as soon as there are flags of any environment, which may be later.
+    /// # Errors
+    /// If any file cannot be read. A file that breaks later affects only its own environment. At the
+    /// start, however, there are no earlier flags to fall back to, and this instance would reject an
+    /// environment that the previous instance still serves.
     pub async fn start(self, latch: Latch) -> Result<Running, Error> {
-        let served = self.environments.load_full();
-        let mut state = State::new();
-        self.check(&mut state, true).await?;
-        let mut failures: Vec<_> = state.values_mut().filter_map(|it| it.failure.take()).collect();
+        let served_environments = self.environments.load_full();
+        let mut file_states = State::new();
+        self.check(&mut file_states, true).await?;
+        let mut failures: Vec<_> =
+            file_states.values_mut().filter_map(|it| it.failure.take()).collect();
         match (failures.len(), failures.pop()) {
             (_, None) => {
-                latch.waits_for("an environment: no token names one, so that nobody can be served");
-                let running = Running { files: self, state, served, latch: Arc::new(latch) };
-                running.release_if_served();
-                Ok(running)
+                latch.waits_for("an environment: no configured token names one");
+                let watcher = Running {
+                    files: self,
+                    state: file_states,
+                    served: served_environments,
+                    latch: Arc::new(latch),
+                };
+                watcher.release_if_served();
+                Ok(watcher)
             }
             (1, Some(failure)) => {
                 Err(Arc::into_inner(failure).expect("the only reference was in the state"))
@@ -184,8 +196,8 @@ impl Files {
         }
     }
 
-    /// Reads the files that may have changed and publishes those that did. A file that cannot be
-    /// read changes nothing, and leaves its environment unconfirmed.
+    /// Reads the files that may have changed and publishes those that did. If a file cannot be read, the
+    /// flags of its environment stay, unconfirmed.
     ///
     /// # Errors
     /// Only if the folder itself cannot be read.
@@ -196,7 +208,7 @@ impl Files {
         let before = self.environments_in(state);
         let now = self.environments_in(&found);
         if now != before {
-            // Files alone say what there is; an environment without one has nothing to wait for.
+            // Only files define environments: requests for others must not wait.
             let served = self.snapshots.environments().union(&now).cloned().collect();
             self.snapshots.limit(&Served::Only(served));
         }
@@ -209,7 +221,7 @@ impl Files {
         }
         *state = found;
         for environment in before.difference(&now) {
-            warn!(%environment, "The file of an environment has vanished, the flags known stay");
+            warn!(%environment, "The environment's file was removed; its last known flags stay");
         }
         for (path, _) in state.iter().filter(|(_, file)| file.failure.is_none()) {
             for environment in self.environments_of(path) {
@@ -221,7 +233,7 @@ impl Files {
         Ok(())
     }
 
-    /// Serves the flags of a file.
+    /// Publishes the flags of a file.
     async fn publish(&self, path: &Path, document: Document) -> Result<(), Error> {
         let document = Arc::new(document);
         for environment in self.environments_of(path) {
@@ -246,35 +258,35 @@ impl Files {
     }
 }
 
-/// Flags of files that are being served.
+/// Watches the files of a started [`FileSource`].
 #[derive(Clone, Debug)]
 pub struct Running {
     files: Files,
     state: State,
-    /// The environments that one file has been read for.
+    /// The environments for which the single file was last loaded.
     served: Arc<BTreeSet<Environment>>,
-    /// Released when there are flags of any environment.
+    /// Released once any environment has flags.
     latch: Arc<Latch>,
 }
 
 impl Running {
-    /// Reads changed files until dropped; what cannot be read changes nothing.
+    /// Reloads changed files until dropped. Files that cannot be read change nothing.
     pub async fn run(mut self) {
-        let mut looks = interval(LOOK_EVERY);
-        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut ticks = interval(LOOK_EVERY);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut reread_at = self.next_reread();
         let mut reported = BTreeMap::<PathBuf, String>::new();
         loop {
             let requested = tokio::select! {
-                _ = looks.tick() => false,
+                _ = ticks.tick() => false,
                 () = self.files.requested.notified() => true,
             };
             if requested {
-                // What is still wrong is reported to whoever asked for it.
+                // Log persisting errors again after an explicit request.
                 reported.clear();
                 if !Arc::ptr_eq(&self.served, &self.files.environments.load()) {
                     self.served = self.files.environments.load_full();
-                    // An environment that is new has none of it.
+                    // New environments have no flags yet: load everything again.
                     self.state = State::new();
                 }
             }
@@ -286,17 +298,17 @@ impl Running {
             self.release_if_served();
             for (path, error) in &failures {
                 if reported.get(path) != Some(error) {
-                    warn!(error, "Flags cannot be read again, those known stay");
+                    warn!(error, "Reloading flags failed; the last known flags stay");
                 }
             }
             for path in reported.keys().filter(|path| !failures.contains_key(*path)) {
-                info!("{} can be read again", path.display());
+                info!("{} is readable again", path.display());
             }
             reported = failures;
         }
     }
 
-    /// What cannot be read, by path, and why.
+    /// Checks the files; returns the errors by path.
     async fn failures_after_check(&mut self, reread: bool) -> BTreeMap<PathBuf, String> {
         if let Err(error) = self.files.check(&mut self.state, reread).await {
             return BTreeMap::from([(self.files.path.clone(), report(&error))]);
@@ -319,7 +331,7 @@ impl Running {
     }
 }
 
-/// The files of a path: itself, or the folder's `*.json`.
+/// Lists the files of a path: the file itself, or the folder's `*.json`.
 fn list(path: &Path) -> Result<BTreeMap<PathBuf, FileMeta>, Error> {
     let failed = |source| Error::Read { path: path.to_owned(), source };
     let metadata = std::fs::metadata(path).map_err(failed)?;
@@ -329,7 +341,7 @@ fn list(path: &Path) -> Result<BTreeMap<PathBuf, FileMeta>, Error> {
     let mut files = BTreeMap::new();
     for entry in std::fs::read_dir(path).map_err(failed)? {
         let path = entry.map_err(failed)?.path();
-        // An editor's lock and the like is hidden, and may be a link to nothing.
+        // Skip hidden files: editors' lock files, for example, may be dangling links.
         let hidden = path.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b"."));
         if hidden || path.extension().is_none_or(|extension| extension != "json") {
             continue;
@@ -339,9 +351,9 @@ fn list(path: &Path) -> Result<BTreeMap<PathBuf, FileMeta>, Error> {
                 files.insert(path, FileMeta::of(&metadata));
             }
             Ok(_) => {}
-            // It went between the listing and now.
+            // Removed since the folder was listed.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            // Reading it tells why.
+            // Reading the file will report the error.
             Err(_) => {
                 files.insert(path, FileMeta::default());
             }
@@ -366,7 +378,7 @@ impl FileMeta {
     }
 }
 
-/// Lists the files of `path`, and reads those that may differ from what is `known`.
+/// Lists the files of `path` and reads those that may have changed since `known`.
 fn find(path: &Path, known: &State, reread: bool) -> Result<Found, Error> {
     let (mut state, mut documents) = (State::new(), Vec::new());
     for (path, meta) in list(path)? {
@@ -383,7 +395,7 @@ fn find(path: &Path, known: &State, reread: bool) -> Result<Found, Error> {
     Ok((state, documents))
 }
 
-/// Reads a file, and its flags if its content has changed.
+/// Reads a file; parses it if its content has changed.
 fn read(path: &Path, meta: FileMeta, known: Option<&FileState>) -> (FileState, Option<Document>) {
     let reads_left = match known {
         Some(file) if file.meta == meta => file.reads_left.saturating_sub(1),
@@ -394,22 +406,22 @@ fn read(path: &Path, meta: FileMeta, known: Option<&FileState>) -> (FileState, O
         Ok(text) => text,
         Err(source) => {
             let failure = Some(Arc::new(Error::Read { path, source }));
-            // Whatever kept it from being read may be over without a change.
+            // The cause may disappear without a change of the file: read it again at the next check.
             return (FileState { meta, content: None, reads_left: 1, failure }, None);
         }
     };
-    let content = Some(xxh3_64(&text));
+    let content_hash = Some(xxh3_64(&text));
     if let Some(file) = known
-        && file.content == content
+        && file.content == content_hash
     {
         let failure = file.failure.clone();
-        return (FileState { meta, content, reads_left, failure }, None);
+        return (FileState { meta, content: content_hash, reads_left, failure }, None);
     }
     let (document, failure) = match Document::parse_file(&text) {
         Ok(document) => (Some(document), None),
         Err(source) => (None, Some(Arc::new(Error::Document { path, source }))),
     };
-    (FileState { meta, content, reads_left, failure }, document)
+    (FileState { meta, content: content_hash, reads_left, failure }, document)
 }
 
 #[cfg(test)]
@@ -431,26 +443,26 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn one_file_serves_every_environment_and_a_bad_edit_changes_nothing() {
+    async fn single_file_serves_every_environment_and_invalid_edit_changes_nothing() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("flags.json");
         std::fs::write(&path, flags("one")).unwrap();
         let snapshots = Snapshots::default();
         let environments = ["dev", "prod"].map(Environment::new).into();
         let files = Files::new(path.clone(), environments, snapshots.clone(), None);
-        let mut running = files.start(latch()).await.unwrap();
+        let mut watcher = files.start(latch()).await.unwrap();
         assert_eq!(names(&snapshots, "prod"), ["one"]);
         std::fs::write(&path, "{ no JSON").unwrap();
-        let failures = running.failures_after_check(false).await;
+        let failures = watcher.failures_after_check(false).await;
         assert!(failures[&path].contains("flags.json"), "{failures:?}");
         assert_eq!(names(&snapshots, "dev"), ["one"]);
         std::fs::write(&path, flags("another")).unwrap();
-        assert!(running.failures_after_check(false).await.is_empty());
+        assert!(watcher.failures_after_check(false).await.is_empty());
         assert_eq!(names(&snapshots, "dev"), ["another"]);
     }
 
     #[tokio::test]
-    async fn a_folder_has_a_file_per_environment() {
+    async fn folder_serves_one_environment_per_file() {
         let folder = tempfile::tempdir().unwrap();
         let snapshots = Snapshots::default();
         let path = folder.path().to_owned();
@@ -466,20 +478,20 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_renamed_file_is_published_and_its_former_environment_stays_unconfirmed() {
+    async fn renamed_file_is_published_and_former_environment_stays_unconfirmed() {
         let folder = tempfile::tempdir().unwrap();
         let snapshots = Snapshots::default();
         let path = folder.path().to_owned();
         std::fs::write(path.join("dev.json"), flags("one")).unwrap();
         let files = Files::new(path.clone(), BTreeSet::new(), snapshots.clone(), None);
-        let mut running = files.start(latch()).await.unwrap();
+        let mut watcher = files.start(latch()).await.unwrap();
         std::fs::rename(path.join("dev.json"), path.join("prod.json")).unwrap();
-        assert!(running.failures_after_check(false).await.is_empty());
+        assert!(watcher.failures_after_check(false).await.is_empty());
         assert_eq!(names(&snapshots, "prod"), ["one"]);
         assert_eq!(names(&snapshots, "dev"), ["one"]);
         let confirmed = |name| snapshots.load(&Environment::new(name)).unwrap().confirmed();
         let (before, since) = (confirmed("dev"), confirmed("prod"));
-        assert!(running.failures_after_check(false).await.is_empty());
+        assert!(watcher.failures_after_check(false).await.is_empty());
         assert_eq!(confirmed("dev"), before);
         assert!(confirmed("prod") >= since);
     }
@@ -493,8 +505,8 @@ mod tests {
         let files = Files::new(path, BTreeSet::new(), snapshots.clone(), None);
         let rereader = files.rereader();
         let (readiness, latch) = Readiness::new();
-        let running = tokio::spawn(files.start(latch).await.unwrap().run());
-        assert!(readiness.waits_for()[0].contains("no token names one"));
+        let task = tokio::spawn(files.start(latch).await.unwrap().run());
+        assert!(readiness.waits_for()[0].contains("no configured token names one"));
         rereader.serve([Environment::new("dev")].into());
         let ready = async {
             while !readiness.is_ready() {
@@ -503,6 +515,6 @@ mod tests {
         };
         tokio::time::timeout(60 * LOOK_EVERY, ready).await.expect("ready");
         assert_eq!(names(&snapshots, "dev"), ["one"]);
-        running.abort();
+        task.abort();
     }
 }

@@ -1,9 +1,8 @@
-//! One environment of upstream that is followed: by polls in rounds, and by streams between them.
+//! Synchronises one environment with upstream: by polling, and by event streams between polls.
 //!
-//! As long as upstream tells on streams what changes for every token in use, nothing is polled. What a
-//! stream tells is published as what a poll brings is. Where there are several tokens, that one sees a
-//! flag no more is published when the others have had time to tell of it: those whose streams do not
-//! speak are asked with at once.
+//! Nothing is polled while each token in use has a synced stream. States from streams are published like
+//! states from polls. With several tokens, the removal of a flag is published only after the others had
+//! time to report it: tokens without a synced stream are then polled immediately.
 
 use std::{mem, time::Duration};
 
@@ -37,23 +36,23 @@ use crate::{
     },
 };
 
-/// How snapshots are kept current.
+/// How flags are synchronised.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// The time between two fetches of an environment's flags.
+    /// The poll interval of an environment.
     pub interval: Duration,
-    /// Whether upstream's streams are followed.
+    /// Whether to use upstream's event streams.
     pub mode: Mode,
 }
 
-/// How often it is looked whether other tokens are in use than those that streams are of.
+/// The interval of checks for a changed set of tokens.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 
-/// How long others' word is waited for of a flag that a token sees no more. Where streams tell of both,
-/// milliseconds pass between.
+/// How long to wait for other tokens to report a flag before removing it. Streams of two tokens deliver
+/// the same change within milliseconds of each other.
 const HELD_FOR: Duration = Duration::from_secs(1);
 
-/// What following an environment needs of others.
+/// The services that [`EnvironmentSync`] uses.
 #[derive(Clone, Debug)]
 pub(super) struct Means {
     pub(super) config: Config,
@@ -63,7 +62,7 @@ pub(super) struct Means {
     pub(super) saver: Saver,
 }
 
-/// An environment, and what is known of it.
+/// The synchronisation of one environment.
 #[derive(Debug)]
 pub(super) struct Followed {
     environment: Environment,
@@ -73,33 +72,33 @@ pub(super) struct Followed {
     pace: Pace,
     way: Way,
     held_for: Duration,
-    /// Whether every token that can be expected was known at the last look.
+    /// Whether all expected tokens were available at the last check.
     is_complete: bool,
 }
 
-/// How flags come, as was said last.
+/// How flags arrive, as last logged.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Way {
-    /// By polls; of streams nothing was said.
+    /// By polling; nothing was logged about streams yet.
     Polls,
-    /// By polls, for want of streams.
+    /// By polling, because a stream is missing.
     PollsFor(Want),
     /// By streams.
     Streams,
 }
 
-/// What follows from what happened on a line.
+/// The reaction to an event on a stream.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Then {
-    /// Nothing.
+    /// Wait for the next event.
     Listen,
-    /// Those tokens are asked with whose lines do not speak, if there are such.
+    /// Poll with the tokens without a synced stream.
     Ask,
-    /// What follows from the loss of a stream, or from not getting one.
+    /// Reconnect: the stream was closed or could not be opened.
     Lost(Next),
 }
 
-/// Why there is no stream.
+/// Why an environment is polled rather than streamed.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Want {
     NotOffered,
@@ -122,153 +121,172 @@ impl Want {
 
     fn as_str(self) -> &'static str {
         match self {
-            Self::NotOffered => "it offers no stream",
-            Self::NotAdmitted => "it does not admit our token to its stream",
-            Self::Crowded => "it has no room for another stream",
+            Self::NotOffered => "it does not support streaming",
+            Self::NotAdmitted => "it does not accept the token for its stream",
+            Self::Crowded => "it accepts no further stream",
             Self::Failed => "its stream cannot be opened",
             Self::Lost => "its stream was lost",
-            Self::Dismissed => "it sends those who can poll to polling",
+            Self::Dismissed => "it requests polling",
         }
     }
 }
 
 impl Followed {
-    pub(super) fn new(environment: Environment, means: Means) -> Self {
-        let served = means.snapshots.load(&environment);
-        let sources = Sources::new(served.as_deref(), Instant::now());
-        let lines = Lines::new(means.config.mode, means.upstream.clone());
-        let pace = Pace::new(means.config.interval);
-        let (way, held_for, is_complete) = (Way::Polls, HELD_FOR, false);
-        Self { environment, means, sources, lines, pace, way, held_for, is_complete }
+    pub(super) fn new(environment: Environment, dependencies: Means) -> Self {
+        let served = dependencies.snapshots.load(&environment);
+        let documents = Sources::new(served.as_deref(), Instant::now());
+        let streams = Lines::new(dependencies.config.mode, dependencies.upstream.clone());
+        let backoff = Pace::new(dependencies.config.interval);
+        Self {
+            environment,
+            means: dependencies,
+            sources: documents,
+            lines: streams,
+            pace: backoff,
+            way: Way::Polls,
+            held_for: HELD_FOR,
+            is_complete: false,
+        }
     }
 
-    /// Follows the environment until it is not served any more. Whoever kicks wants a round at once.
-    pub(super) async fn run(mut self, mut kicked: watch::Receiver<()>) {
+    /// Synchronises the environment until it is no longer served. A change of `poll_requested` triggers a poll.
+    pub(super) async fn run(mut self, mut poll_requested: watch::Receiver<()>) {
         while self.is_served() {
             let due = Instant::now() + self.round().await;
-            self.listen(due, &mut kicked).await;
+            self.listen(due, &mut poll_requested).await;
         }
         let environment = &self.environment;
-        info!(%environment, "Upstream has this environment no more, or has disabled it");
+        info!(%environment, "Environment was removed or disabled upstream; it is no longer served");
     }
 
     fn is_served(&self) -> bool {
         self.means.snapshots.serves(&self.environment)
     }
 
-    /// Asks once for the environment's flags, and says when to ask again.
+    /// Polls once; returns the delay until the next poll.
     async fn round(&mut self) -> Duration {
-        let refreshed = self.refresh().await;
-        let (environment, sources) = (&self.environment, &self.sources);
+        let polled = self.refresh().await;
+        let (environment, documents) = (&self.environment, &self.sources);
         let in_use = self.means.credentials.tokens(&self.environment);
-        self.lines.keep(in_use, |token| sources.document(token).is_some());
-        let Err(failure) = refreshed else {
+        self.lines.keep(in_use, |token| documents.document(token).is_some());
+        let Err(failure) = polled else {
             if self.pace.failures() > 0 {
-                info!(%environment, "Upstream answers again");
+                info!(%environment, "Upstream responds again");
             }
             let pause = self.pace.after_success(rand::random());
-            let asks_again = self.sources.next_question();
-            let in_doubt = asks_again.and_then(|at| at.checked_duration_since(Instant::now()));
-            return in_doubt.map_or(pause, |doubt| pause.min(doubt));
+            let recheck = self.sources.next_question();
+            let recheck = recheck.and_then(|at| at.checked_duration_since(Instant::now()));
+            return recheck.map_or(pause, |recheck| pause.min(recheck));
         };
         if self.pace.failures() == 0 {
-            warn!(%environment, error = report(&failure), "Cannot refresh, what is known stays");
+            warn!(
+                %environment,
+                error = report(&failure),
+                "Fetching flags failed and is retried; the last known flags stay"
+            );
         } else {
-            debug!(%environment, error = report(&failure), "Still cannot refresh");
+            debug!(%environment, error = report(&failure), "Still failing to fetch flags");
         }
         let pause = self.pace.after_failure(failure.wish(), rand::random());
-        // One token's failure does not make the others' flags older.
-        let sound = self.sources.heard() && failure.wish().is_none();
-        if sound { pause.min(self.means.config.interval) } else { pause }
+        // The failure of one token must not make the flags of the others stale.
+        let is_partial = self.sources.heard() && failure.wish().is_none();
+        if is_partial { pause.min(self.means.config.interval) } else { pause }
     }
 
-    /// Asks once, with every token in hand of which upstream does not tell by itself what changes, and
-    /// publishes what is new.
-    ///
-    /// What some tokens brought is published although others failed.
+    /// Polls once with every token without a synced stream and publishes changes, even if some of the
+    /// tokens failed.
     async fn refresh(&mut self) -> Result<(), Failure> {
         let Means { upstream, credentials, .. } = &self.means;
-        let (environment, held_for) = (&self.environment, self.held_for);
-        let round = Round { upstream, credentials, environment, held_for };
+        let (environment, removal_grace) = (&self.environment, self.held_for);
+        let poll = Round { upstream, credentials, environment, held_for: removal_grace };
         self.sources.begin();
-        let followed = self.lines.speak_for();
-        let Asked { failure, prefers_streaming } = round.ask(&mut self.sources, &followed).await;
+        let synced = self.lines.speak_for();
+        let Asked { failure: error, prefers_streaming } =
+            poll.ask(&mut self.sources, &synced).await;
         if prefers_streaming {
             self.lines.hint();
         }
-        // What is followed is known to be current as of the last sign of life.
-        let heard = self.lines.last_signs().map(|(_, at)| at).fold(Instant::now(), Instant::min);
-        self.publish(Some(heard)).await?;
-        failure.map_or(Ok(()), Err)
+        // Streamed flags are confirmed as of the stream's last activity.
+        let confirmed_at =
+            self.lines.last_signs().map(|(_, at)| at).fold(Instant::now(), Instant::min);
+        self.publish(Some(confirmed_at)).await?;
+        error.map_or(Ok(()), Err)
     }
 
-    /// Publishes what is not yet, and keeps since when it is known to be current: `heard`, if by then
-    /// upstream has answered for, or follows up on, every token in use.
-    async fn publish(&mut self, heard: Option<Instant>) -> Result<(), Failure> {
-        let Self { environment, means, sources, lines, is_complete, .. } = self;
-        *is_complete = means.credentials.is_complete(environment);
-        let in_use = means.credentials.tokens(environment);
-        let whole = sources.settle(&in_use, &lines.speak_for(), *is_complete);
-        sources.advance(Instant::now(), lines.last_signs());
-        let served = means.snapshots.load(environment);
-        if sources.is_dirty() || (whole && served.is_none()) {
+    /// Publishes unpublished changes. The served flags count as confirmed at `confirmed_at` if upstream
+    /// responded to every token in use or streams to it.
+    async fn publish(&mut self, confirmed_at: Option<Instant>) -> Result<(), Failure> {
+        let Self {
+            environment,
+            means: dependencies,
+            sources: documents,
+            lines: streams,
+            is_complete: has_all_tokens,
+            ..
+        } = self;
+        *has_all_tokens = dependencies.credentials.is_complete(environment);
+        let in_use = dependencies.credentials.tokens(environment);
+        let is_complete = documents.settle(&in_use, &streams.speak_for(), *has_all_tokens);
+        documents.advance(Instant::now(), streams.last_signs());
+        let served = dependencies.snapshots.load(environment);
+        if documents.is_dirty() || (is_complete && served.is_none()) {
             let before = served.and_then(|served| served.confirmed());
-            let confirmed = if whole { heard.max(before) } else { before };
-            let (parts, replaced) = (sources.parts(), sources.take_replaced());
+            let confirmed = if is_complete { confirmed_at.max(before) } else { before };
+            let (input, replaced) = (documents.parts(), documents.take_replaced());
             let make = move || {
                 drop(replaced);
-                merged(&parts)
+                merged(&input)
             };
-            let scope = Scope { environment: environment.clone(), projects: sources.projects() };
-            let published = publish(&means.snapshots, scope, confirmed, make).await?;
-            sources.published();
+            let scope = Scope { environment: environment.clone(), projects: documents.projects() };
+            let published = publish(&dependencies.snapshots, scope, confirmed, make).await?;
+            documents.published();
             if let Some(snapshot) = published {
-                let run = EarlierRun { upstream_revision: sources.revision() };
+                let run = EarlierRun { upstream_revision: documents.revision() };
                 let key = Key::Flags(environment.clone());
-                means.saver.save(key, move || stored_form(&snapshot, run));
+                dependencies.saver.save(key, move || stored_form(&snapshot, run));
             }
-        } else if whole && let (Some(served), Some(heard)) = (served, heard) {
-            served.confirm(heard);
+        } else if is_complete && let (Some(served), Some(confirmed_at)) = (served, confirmed_at) {
+            served.confirm(confirmed_at);
         }
         Ok(())
     }
 
-    /// Follows the streams until flags are to be asked for: when that is due and not every token in use
-    /// has a stream that speaks for it, when other tokens are in use, or when somebody kicks.
-    async fn listen(&mut self, mut due: Instant, kicked: &mut watch::Receiver<()>) {
-        let look_every = LOOK_EVERY.min(self.means.config.interval);
-        let mut looks = interval_at(Instant::now() + look_every, look_every);
+    /// Applies stream events until a poll is needed: when one is due and not every token in use has a
+    /// synced stream, when the tokens in use change, or on a poll request.
+    async fn listen(&mut self, mut due: Instant, poll_requested: &mut watch::Receiver<()>) {
+        let check_interval = LOOK_EVERY.min(self.means.config.interval);
+        let mut checks = interval_at(Instant::now() + check_interval, check_interval);
         loop {
-            let (sources, spoke) = (&self.sources, self.lines.speak_for_all());
-            let next_change = sources.next_change();
-            let (at, happened) = tokio::select! {
-                () = sleep_until(due), if !spoke => return,
-                () = sleep_until(next_change.unwrap_or(due)), if next_change.is_some() => {
-                    // A round tries again, and tells of it.
+            let (documents, was_synced) = (&self.sources, self.lines.speak_for_all());
+            let next_deadline = documents.next_change();
+            let (at, event) = tokio::select! {
+                () = sleep_until(due), if !was_synced => return,
+                () = sleep_until(next_deadline.unwrap_or(due)), if next_deadline.is_some() => {
+                    // The next poll retries and logs the error.
                     if self.publish(self.lines.heard()).await.is_err() {
                         return;
                     }
                     continue;
                 }
-                // The sender lives as long as the owner of this.
-                Ok(()) = kicked.changed() => return,
-                _ = looks.tick() => {
+                // The sender outlives this task.
+                Ok(()) = poll_requested.changed() => return,
+                _ = checks.tick() => {
                     let in_use = self.means.credentials.tokens(&self.environment);
-                    if !self.is_served() || in_use != self.lines.in_use() || self.has_completed() {
+                    if !self.is_served() || in_use != self.lines.tokens_in_use() || self.has_completed() {
                         return;
                     }
                     continue;
                 }
-                happened = self.lines.next(|token| sources.event(token)) => happened,
+                event = self.lines.next(|token| documents.event(token)) => event,
             };
-            let then = match happened {
+            let action = match event {
                 Happened::Told(events) => self.follow(at, events).await,
                 Happened::Refused(refusal, next, error) => {
                     self.miss(Want::of(refusal), error.map(|it| report(&it)).as_deref());
                     Then::Lost(next)
                 }
                 Happened::Ended(End::Over(_), next, None) => {
-                    debug!(environment = %self.environment, "Upstream has ended its stream");
+                    debug!(environment = %self.environment, "Upstream closed its stream");
                     Then::Lost(next)
                 }
                 Happened::Ended(_, next, error) => {
@@ -276,9 +294,9 @@ impl Followed {
                     Then::Lost(next)
                 }
             };
-            match then {
+            match action {
                 Then::Ask | Then::Lost(Next { polls_now: true, .. }) => due = Instant::now(),
-                Then::Lost(_) if spoke => {
+                Then::Lost(_) if was_synced => {
                     due = Instant::now() + self.pace.after_success(rand::random());
                 }
                 Then::Lost(_) | Then::Listen => {}
@@ -286,38 +304,38 @@ impl Followed {
         }
     }
 
-    /// Whether flags of an earlier run may go since the last look.
+    /// Whether flags of an earlier run have become removable since the last check.
     fn has_completed(&mut self) -> bool {
         let before = self.is_complete;
         self.is_complete = self.means.credentials.is_complete(&self.environment);
         self.is_complete && !before && self.sources.has_inherited()
     }
 
-    /// Takes what a line told.
+    /// Applies the events of a stream.
     async fn follow(&mut self, at: usize, events: Vec<Event>) -> Then {
-        let (step, news) = match self.read(at, events).await {
+        let (update, changed) = match self.read(at, events).await {
             Ok(read) => read,
             Err(error) => return Then::Lost(self.leave(at, &error)),
         };
-        let mut then = Then::Listen;
-        if let Some(Reached { id, gone, .. }) = step.reached {
+        let mut action = Then::Listen;
+        if let Some(Reached { id: event_id, gone: removed_flags, .. }) = update.reached {
             let credential = self.lines.credential(at);
-            let has_others = self.lines.in_use().len() > 1;
+            let has_others = self.lines.tokens_in_use().len() > 1;
             let now = Instant::now();
             let digest = credential.token.digest();
-            if news.is_some() && self.sources.is_event_outdated(&digest, id, now) {
-                self.miss(Want::Lost, Some("it told an older state than is known"));
+            if changed.is_some() && self.sources.is_event_outdated(&digest, event_id, now) {
+                self.miss(Want::Lost, Some("the stream sent an older state than the known one"));
                 return Then::Lost(self.lines.close(at, End::Outdated));
             }
             let until = now + self.held_for;
-            // One that fails, or wants to be left alone, is not asked for this.
+            // While polls fail, or upstream has sent `Retry-After`, no extra poll is made.
             if has_others
-                && self.sources.hold(credential, &gone, until)
+                && self.sources.hold(credential, &removed_flags, until)
                 && self.pace.failures() == 0
             {
-                then = Then::Ask;
+                action = Then::Ask;
             }
-            self.sources.follow(credential, id, news, now);
+            self.sources.follow(credential, event_id, changed, now);
             self.means.credentials.accept(&self.environment, &digest);
             self.lines.understood(at);
             if self.lines.speak_for_all() {
@@ -327,96 +345,96 @@ impl Followed {
         if let Err(error) = self.publish(self.lines.heard()).await {
             return Then::Lost(self.leave(at, &error));
         }
-        if step.dismissed {
+        if update.dismissed {
             self.miss(Want::Dismissed, None);
-            then = Then::Lost(self.lines.close(at, End::Dismissed));
+            action = Then::Lost(self.lines.close(at, End::Dismissed));
         }
-        then
+        action
     }
 
-    /// Reads what a line told, on a thread for such work.
+    /// Parses and applies the events of a stream on a blocking thread.
     fn read(
         &self,
         at: usize,
         events: Vec<Event>,
     ) -> impl Future<Output = Result<(Step, Option<Received>), Untold>> + use<> {
         let digest = self.lines.credential(at).token.digest();
-        let goes_on = self.lines.goes_on(at, self.sources.event(&digest));
+        let continues = self.lines.goes_on(at, self.sources.event(&digest));
         let known = self.sources.document(&digest).cloned();
-        let is_shared = self.lines.in_use().len() > 1;
+        let is_shared = self.lines.tokens_in_use().len() > 1;
         async move {
-            // Most signs of life are comments.
+            // Most of the time only a keep-alive comment arrived.
             if events.is_empty() {
                 return Ok((Step::default(), None));
             }
-            let step = move || {
-                let mut step = told::follow(known.as_deref(), goes_on, &events, is_shared)?;
-                let news = step.reached.as_mut().and_then(|reached| {
-                    let passed = mem::take(&mut reached.passed);
-                    Some(Received::new(reached.news.take()?).having_passed(&passed))
+            let apply = move || {
+                let mut update = told::follow(known.as_deref(), continues, &events, is_shared)?;
+                let changed = update.reached.as_mut().and_then(|reached| {
+                    let states = mem::take(&mut reached.passed);
+                    Some(Received::new(reached.news.take()?).having_passed(&states))
                 });
-                Ok((step, news))
+                Ok((update, changed))
             };
-            spawn_blocking(step).await?
+            spawn_blocking(apply).await?
         }
     }
 
-    /// Closes a line that told what cannot be followed; the next is to tell everything.
+    /// Closes a stream whose events cannot be applied. The next one starts with a full state.
     fn leave(&mut self, at: usize, error: &dyn std::error::Error) -> Next {
         self.miss(Want::Lost, Some(&report(error)));
         self.sources.forget_event(&self.lines.credential(at).token.digest());
         self.lines.close(at, End::Unreadable)
     }
 
-    /// Takes note that upstream tells by itself what changes, for every token in use.
+    /// Records that every token in use has a synced stream.
     fn arrive(&mut self) {
-        // Failed polls are nobody's concern any more.
+        // Earlier poll failures no longer matter.
         self.pace.after_success(rand::random());
         if self.way != Way::Streams {
-            info!(environment = %self.environment, "Follows upstream's stream");
+            info!(environment = %self.environment, "Upstream's event stream is open; polling stops");
             self.way = Way::Streams;
         }
     }
 
-    /// Takes note of want of a stream; says so when that is new.
-    fn miss(&mut self, want: Want, error: Option<&str>) {
-        let (environment, why, before) = (&self.environment, want.as_str(), self.way);
-        let is_new = match (before, want) {
+    /// Records why a stream is missing; logs it if the reason is new.
+    fn miss(&mut self, reason: Want, error: Option<&str>) {
+        let (environment, why, before) = (&self.environment, reason.as_str(), self.way);
+        let is_new = match (before, reason) {
             (Way::Polls | Way::Streams, _) => true,
-            // Why streams are missing is said already; that they still are is no news.
+            // The first reason has been logged; later failures of the same outage are not.
             (Way::PollsFor(_), Want::Failed | Want::Lost) => false,
-            (Way::PollsFor(said), want) => said != want,
+            (Way::PollsFor(logged), reason) => logged != reason,
         };
         if !is_new {
-            return debug!(%environment, error, "Still polls upstream: {why}");
+            return debug!(%environment, error, "Still polling upstream: {why}");
         }
-        self.way = Way::PollsFor(want);
+        self.way = Way::PollsFor(reason);
         let is_expected = self.means.config.mode == Mode::Stream;
-        match (before, want) {
+        match (before, reason) {
             (_, Want::NotOffered | Want::NotAdmitted) if is_expected => {
-                warn!(%environment, "Polls upstream, although --upstream-mode is stream: {why}");
+                warn!(%environment, "Polling upstream although --upstream-mode is stream: {why}");
             }
-            (Way::Streams, _) => info!(%environment, error, "Polls upstream again: {why}"),
+            (Way::Streams, _) => info!(%environment, error, "Polling upstream again: {why}"),
             (Way::Polls | Way::PollsFor(_), _) => {
-                info!(%environment, error, "Polls upstream: {why}");
+                info!(%environment, error, "Polling upstream: {why}");
             }
         }
     }
 }
 
-/// The flags of a snapshot as they are stored, with what the next run is to know of this one. The query of
-/// their listing names their projects.
+/// Serializes a snapshot's flags for the store, with the state that the next run needs from this one.
+/// The projects are stored as the query of the document.
 fn stored_form(snapshot: &Snapshot, run: EarlierRun) -> Bytes {
     let all = snapshot.listing(snapshot.projects(), Filter::default(), Segments::Separate);
     Document::to_store(&all.make(Coding::Identity).bytes, run).into()
 }
 
-/// Why what a stream told leads nowhere.
+/// Why events of a stream cannot be applied.
 #[derive(Debug, thiserror::Error)]
 enum Untold {
     #[error(transparent)]
     Events(#[from] told::Error),
-    #[error("reading or compiling what upstream's stream told has panicked")]
+    #[error("parsing or compiling events of upstream's stream panicked")]
     Panic(#[from] JoinError),
 }
 

@@ -1,7 +1,7 @@
-//! The streams of one environment: one for each token in use, opened and opened again.
+//! The event streams of one environment: one for each token in use, reopened after each end.
 //!
-//! Each is on a course of its own ([`super::course`]). What they tell is followed elsewhere, and so is
-//! polling for the tokens whose streams do not speak for them.
+//! Each stream reconnects on its own schedule ([`super::reconnect`]). This module does not apply events
+//! and does not poll for tokens without a synced stream.
 
 use std::{collections::BTreeSet, fmt, pin::Pin, time::Duration};
 
@@ -18,33 +18,33 @@ use crate::{
 
 const ENDED: &str = "parapet_upstream_streams_ended_total";
 
-/// Tells the metric registry what the metrics of this module mean.
+/// Describes the metrics of this module.
 pub(super) fn describe() {
-    describe_counter!(ENDED, "Streams of upstream that ended, by why.");
+    describe_counter!(ENDED, "Upstream streams that ended, by reason.");
 }
 
-/// What happened on a line.
+/// An event on one token's stream.
 #[derive(Debug)]
 pub(super) enum Happened {
-    /// Upstream gave a sign of life, and told these.
+    /// Data arrived, with these complete events; none if it was a comment.
     Told(Vec<Event>),
-    /// There is no stream; why, where that is a failure.
+    /// The stream could not be opened; with the error if there was one.
     Refused(Refusal, Next, Option<Error>),
-    /// The stream ended; why, where that is a failure.
+    /// The stream was closed; with the error if there was one.
     Ended(End, Next, Option<Error>),
 }
 
-/// The lines of one environment.
+/// The streams of one environment.
 #[derive(Debug)]
 pub(super) struct Lines {
     mode: Mode,
     upstream: Upstream,
-    /// The tokens that were in use when that was looked at last.
+    /// The tokens passed to the last [`StreamPool::set_tokens`].
     in_use: Vec<Credential>,
     all: Vec<Line>,
 }
 
-/// The line of one token.
+/// The stream of one token, with its reconnect state.
 #[derive(Debug)]
 pub(super) struct Line {
     credential: Credential,
@@ -55,7 +55,7 @@ pub(super) struct Line {
 enum State {
     Closed {
         since: Instant,
-        /// When it is to be opened.
+        /// When to open it again.
         until: Instant,
     },
     Opening {
@@ -69,9 +69,9 @@ enum State {
 struct Open {
     stream: Stream,
     since: Instant,
-    /// The state that it was asked to go on from.
+    /// The `Last-Event-ID` that it was opened with.
     last: Option<EventId>,
-    /// Whether it has told the state of things, without which it speaks for nobody.
+    /// Whether it has delivered its state. Until then its token is polled.
     speaks: bool,
     heard: Instant,
 }
@@ -81,65 +81,68 @@ impl Lines {
         Self { mode, upstream, in_use: Vec::new(), all: Vec::new() }
     }
 
-    /// Has a line for each of the tokens `in_use` that is `ready` for one, and for no other.
+    /// Keeps one stream for each token `in_use` that is `ready` for one; closes all others.
     pub(super) fn keep(&mut self, in_use: Vec<Credential>, ready: impl Fn(&TokenDigest) -> bool) {
-        // One that sees something else than before is as good as another.
-        self.all.retain(|line| in_use.contains(&line.credential));
+        // A credential with other projects than before is a different one.
+        self.all.retain(|stream| in_use.contains(&stream.credential));
         for credential in &in_use {
-            let has_line = self.all.iter().any(|line| line.credential == *credential);
-            if self.mode != Mode::Poll && !has_line && ready(&credential.token.digest()) {
+            let has_stream = self.all.iter().any(|stream| stream.credential == *credential);
+            if self.mode != Mode::Poll && !has_stream && ready(&credential.token.digest()) {
                 self.all.push(Line::new(credential.clone(), self.mode));
             }
         }
         self.in_use = in_use;
     }
 
-    /// The tokens that were in use when [`Lines::keep`] was told.
-    pub(super) fn in_use(&self) -> &[Credential] {
+    /// The tokens passed to the last [`StreamPool::set_tokens`].
+    pub(super) fn tokens_in_use(&self) -> &[Credential] {
         &self.in_use
     }
 
-    /// The tokens of which upstream tells by itself what changes of what they see.
+    /// The tokens with a synced stream, which need no polling.
     pub(super) fn speak_for(&self) -> BTreeSet<TokenDigest> {
-        let speaking = self.all.iter().filter(|line| line.speaks());
-        speaking.map(|line| line.credential.token.digest()).collect()
+        let synced = self.all.iter().filter(|stream| stream.speaks());
+        synced.map(|stream| stream.credential.token.digest()).collect()
     }
 
-    /// Whether these are all tokens in use, of which there is one at least.
+    /// Whether there is at least one token in use and each has a synced stream.
     pub(super) fn speak_for_all(&self) -> bool {
         !self.in_use.is_empty()
             && self.all.len() == self.in_use.len()
             && self.all.iter().all(Line::speaks)
     }
 
-    /// When upstream last gave a sign of life on the stream of each token that it tells changes of.
+    /// When data last arrived on each synced stream.
     pub(super) fn last_signs(&self) -> impl Iterator<Item = (TokenDigest, Instant)> {
-        self.all.iter().filter_map(|line| match &line.state {
-            State::Open(open) if open.speaks => Some((line.credential.token.digest(), open.heard)),
+        self.all.iter().filter_map(|stream| match &stream.state {
+            State::Open(open) if open.speaks => {
+                Some((stream.credential.token.digest(), open.heard))
+            }
             _ => None,
         })
     }
 
-    /// Since when all of what the tokens in use see is known to be current, if upstream tells by itself.
+    /// The time at which the flags of all tokens in use were known to be current: the oldest last
+    /// activity. `None` unless each token has a synced stream.
     pub(super) fn heard(&self) -> Option<Instant> {
         self.last_signs().map(|(_, at)| at).min().filter(|_| self.speak_for_all())
     }
 
-    /// Opens those soon that upstream declined, now that it hints at streams.
+    /// Reopens streams that upstream had declined sooner, because it now hints at streaming.
     pub(super) fn hint(&mut self) {
-        for line in &mut self.all {
-            if let State::Closed { since, until } = &mut line.state
-                && let Some(pause) = line.course.hinted()
+        for stream in &mut self.all {
+            if let State::Closed { since: closed_at, until: reopen_at } = &mut stream.state
+                && let Some(pause) = stream.course.hinted()
             {
-                *until = (*until).min(*since + pause);
+                *reopen_at = (*reopen_at).min(*closed_at + pause);
             }
         }
     }
 
-    /// Waits until something happens on one of them, and says on which. They go on from the state of
-    /// which `last` is the number for each token.
+    /// Waits for the next event on any stream; returns it with the stream's index. Streams are opened
+    /// with `last` of their token as `Last-Event-ID`.
     ///
-    /// Dropping the future loses nothing.
+    /// Cancel-safe.
     pub(super) async fn next(
         &mut self,
         last: impl Fn(&TokenDigest) -> Option<EventId>,
@@ -148,17 +151,17 @@ impl Lines {
             return pending().await;
         }
         let (upstream, last) = (&self.upstream, &last);
-        let each = self.all.iter_mut().map(|line| Box::pin(line.next(upstream, last)));
-        let (happened, at, _) = select_all(each).await;
-        (at, happened)
+        let each = self.all.iter_mut().map(|stream| Box::pin(stream.next(upstream, last)));
+        let (event, at, _) = select_all(each).await;
+        (at, event)
     }
 
-    /// The token of a line.
+    /// The credential of a stream.
     pub(super) fn credential(&self, at: usize) -> &Credential {
         &self.all[at].credential
     }
 
-    /// Whether what a line tells goes on from the state that is `known`, by its number.
+    /// Whether deltas on this stream apply to the state with the event id `known`.
     pub(super) fn goes_on(&self, at: usize, known: Option<EventId>) -> bool {
         match &self.all[at].state {
             State::Open(open) => open.speaks || (open.last.is_some() && open.last == known),
@@ -166,16 +169,16 @@ impl Lines {
         }
     }
 
-    /// Takes note that what a line told is known now.
+    /// Records that the events of a stream have been applied.
     pub(super) fn understood(&mut self, at: usize) {
-        let line = &mut self.all[at];
-        if let State::Open(open) = &mut line.state {
+        let stream = &mut self.all[at];
+        if let State::Open(open) = &mut stream.state {
             open.speaks = true;
-            line.course.told();
+            stream.course.told();
         }
     }
 
-    /// Closes a line for something that it told.
+    /// Closes a stream because of an event on it.
     pub(super) fn close(&mut self, at: usize, end: End) -> Next {
         self.all[at].end(end)
     }
@@ -192,7 +195,7 @@ impl Line {
         matches!(&self.state, State::Open(open) if open.speaks)
     }
 
-    /// Waits until something happens; dropping the future loses nothing.
+    /// Waits for the next event. Cancel-safe.
     async fn next(
         &mut self,
         upstream: &Upstream,
@@ -200,19 +203,26 @@ impl Line {
     ) -> Happened {
         loop {
             match &mut self.state {
-                State::Closed { until, .. } => {
-                    sleep_until(*until).await;
+                State::Closed { until: reopen_at, .. } => {
+                    sleep_until(*reopen_at).await;
                     let token = self.credential.token.clone();
-                    let (upstream, last) = (upstream.clone(), last(&token.digest()));
-                    let answer = Box::pin(async move { upstream.follow(&token, last).await });
-                    self.state = State::Opening { last, answer };
+                    let (upstream, resume_from) = (upstream.clone(), last(&token.digest()));
+                    let response =
+                        Box::pin(async move { upstream.follow(&token, resume_from).await });
+                    self.state = State::Opening { last: resume_from, answer: response };
                 }
-                State::Opening { last, answer } => {
-                    let last = *last;
-                    let (refusal, error) = match answer.await {
+                State::Opening { last: resume_from, answer: response } => {
+                    let resume_from = *resume_from;
+                    let (refusal, error) = match response.await {
                         Ok(Some(stream)) => {
-                            let since = Instant::now();
-                            let open = Open { stream, since, last, speaks: false, heard: since };
+                            let now = Instant::now();
+                            let open = Open {
+                                stream,
+                                since: now,
+                                last: resume_from,
+                                speaks: false,
+                                heard: now,
+                            };
                             self.state = State::Open(Box::new(open));
                             continue;
                         }
@@ -241,12 +251,12 @@ impl Line {
     }
 
     fn end(&mut self, end: End) -> Next {
-        let lived = match &self.state {
+        let lifetime = match &self.state {
             State::Open(open) => open.since.elapsed(),
             State::Closed { .. } | State::Opening { .. } => Duration::ZERO,
         };
         counter!(ENDED, "why" => end.as_str()).increment(1);
-        let next = self.course.ended(end, lived, rand::random());
+        let next = self.course.ended(end, lifetime, rand::random());
         self.close(next);
         next
     }
@@ -260,8 +270,8 @@ impl Line {
 fn refusal(error: &Error) -> Refusal {
     match error.retry().wish() {
         _ if error.is_unauthorized() => Refusal::NotAdmitted,
-        wish if error.is_crowded() => Refusal::Crowded(wish),
-        wish => Refusal::Failed(wish),
+        retry_after if error.is_crowded() => Refusal::Crowded(retry_after),
+        retry_after => Refusal::Failed(retry_after),
     }
 }
 
@@ -276,11 +286,13 @@ fn end(error: &Error) -> End {
 impl fmt::Debug for State {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Closed { since, until } => {
-                f.debug_struct("Closed").field("since", since).field("until", until).finish()
-            }
-            Self::Opening { last, .. } => {
-                f.debug_struct("Opening").field("last", last).finish_non_exhaustive()
+            Self::Closed { since: closed_at, until: reopen_at } => f
+                .debug_struct("Closed")
+                .field("closed_at", closed_at)
+                .field("reopen_at", reopen_at)
+                .finish(),
+            Self::Opening { last: resume_from, .. } => {
+                f.debug_struct("Opening").field("resume_from", resume_from).finish_non_exhaustive()
             }
             Self::Open(open) => open.fmt(f),
         }

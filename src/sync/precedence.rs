@@ -1,14 +1,14 @@
 //! Decides which of several tokens' documents has the newest state of each project and segment.
 //!
-//! Upstream does not say how old a document is. What is known is that each token's view only moves
-//! forward, though some lag: replicas and streams are not equally fast. So the states of a project are
-//! kept in their order, and a token takes the lead in it by moving on from the newest state. One that
-//! shows a state that others have left is behind. Where the order cannot be told, as of a token that
-//! has missed some states, it mostly shows within a moment; then the last change counts. A leader that
-//! is not confirmed any more gives way to those that are. What an earlier run has served leads at the
-//! start, as a token does that is not in use any more.
+//! Upstream does not say how old a document is. But each token's view only moves forward, although some
+//! lag: replicas and streams differ in speed. So the states of a project are recorded in order. A token
+//! becomes the leader by moving on from the newest state; a token with a state that others have left is
+//! behind. If the order is ambiguous, for example because a token has missed some states, it usually
+//! becomes clear within 5 s; otherwise the last change wins. A leader that is no longer confirmed is
+//! replaced by a token that is. At the start, the flags that an earlier run served lead, like a token
+//! that is no longer in use.
 //!
-//! Pure: times are arguments, and documents are known by hashes of their text.
+//! Pure: times are arguments, and states are identified by hashes of their text.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -24,23 +24,24 @@ use crate::{
     wire::features::{Document, EarlierRun},
 };
 
-/// How long the others have time to show the order of two states that cannot be told.
+/// How long to wait for more states before the last change wins, if the order of two states is
+/// ambiguous.
 const DOUBT: Duration = Duration::from_secs(5);
 
-/// The longest that a view is expected to lag behind another.
+/// The longest expected lag of one view behind another.
 const LONGEST_LAG: Duration = Duration::from_secs(30);
 
-/// The same behind a token that is not in use any more: the new one has just been asked with.
+/// The longest lag behind a token that is no longer in use: the new token has just been polled.
 const LAG_BEHIND_RETIRED: Duration = Duration::from_secs(5);
 
-/// The same where upstream's revisions say that the view is behind: upstream may have been restored from a
-/// backup, and count from there.
+/// The longest lag of a view with an older revision. After that, upstream is assumed to have been
+/// restored from a backup and to count from there.
 const LAG_BY_REVISION: Duration = Duration::from_mins(1);
 
-/// How many states of a project or segment are remembered.
+/// The number of recorded states per project or segment.
 const REMEMBERED: usize = 32;
 
-/// A part of a document whose state changes on its own.
+/// A part of a document whose state changes independently.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
 pub(super) enum Unit {
     /// All flags of a project.
@@ -49,7 +50,7 @@ pub(super) enum Unit {
     Segment(i64),
 }
 
-/// A hash of what a document has of a unit; [`NOTHING`] if it has no flag of the project.
+/// A hash of a document part; [`EMPTY_STATE`] if the document has no flag of the project.
 type State = u128;
 
 const NOTHING: State = 0;
@@ -59,14 +60,14 @@ const NOTHING: State = 0;
 pub(super) struct States(HashMap<Unit, State>);
 
 impl States {
-    /// Hashes a document: work for as much text as it has.
+    /// Hashes a document, in time linear in its text.
     pub(super) fn of(document: &Document) -> Self {
         let mut states = HashMap::<Unit, State>::new();
         for feature in document.features() {
             let hash = xxh3_128(feature.raw().as_bytes());
-            let unit = Unit::Project(Arc::clone(feature.project()));
-            // Names are unique, so that the order of the flags does not matter.
-            let state = states.entry(unit).or_default();
+            let part = Unit::Project(Arc::clone(feature.project()));
+            // Flag names are unique, so the sum does not depend on their order.
+            let state = states.entry(part).or_default();
             *state = state.wrapping_add(hash);
         }
         for segment in document.segments() {
@@ -76,14 +77,14 @@ impl States {
     }
 }
 
-/// Which token leads in which unit.
+/// Which token leads in which document part.
 #[derive(Debug, Default)]
 pub(super) struct Precedence {
     units: HashMap<Unit, History>,
     tokens: HashMap<TokenDigest, Known>,
 }
 
-/// A token, and what it shows.
+/// A token, and when its view was last confirmed.
 #[derive(Debug)]
 struct Known {
     projects: Projects,
@@ -92,45 +93,45 @@ struct Known {
     standing: Standing,
 }
 
-/// How much counts what a token shows.
+/// How a token's view competes with others.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Standing {
-    /// It is in use.
+    /// The token is in use.
     InUse,
-    /// It is not in use any more, and gives way to any other that is as new.
+    /// The token is no longer in use: any other that is as new replaces it.
     Retired,
-    /// Nothing is known of its age: it gives way to any other.
+    /// The age of its state is unknown: any other replaces it.
     Ageless,
 }
 
-/// The states of a unit that have been the newest one, in their order.
+/// The states of a document part that have been the newest one, in order.
 #[derive(Debug)]
 struct History {
     states: VecDeque<State>,
-    /// The position of the first of them.
+    /// The position of the first recorded state.
     first: u64,
-    /// When the newest one became that.
+    /// When the newest state became the newest.
     since: Instant,
     leader: TokenDigest,
     views: HashMap<TokenDigest, View>,
 }
 
-/// What one token shows of a unit.
+/// One token's view of a document part.
 #[derive(Debug)]
 struct View {
     state: State,
     /// The last position that it is known to have reached.
     reached: Option<u64>,
-    /// Whether its state is the one of that position.
+    /// Whether its state is the one at that position.
     is_placed: bool,
-    /// When it changed to its state, or was first seen.
+    /// When its state last changed, or was first observed.
     since: Instant,
     has_changed: bool,
 }
 
 impl Precedence {
-    /// Takes over what a token shows now. `revision` is upstream's number of that state, where upstream
-    /// counts in a way that tokens can be compared by.
+    /// Applies the current view of a token. `revision` is upstream's revision of that state, if it is
+    /// comparable between tokens.
     pub(super) fn observe(
         &mut self,
         token: &TokenDigest,
@@ -139,34 +140,35 @@ impl Precedence {
         revision: Option<u64>,
         now: Instant,
     ) {
-        let is_new = self.tokens.get(token).is_none_or(|known| known.standing != Standing::InUse);
-        let known = Known {
+        let is_new =
+            self.tokens.get(token).is_none_or(|tracked| tracked.standing != Standing::InUse);
+        let tracked = Known {
             projects: projects.clone(),
             revision,
             confirmed: now,
             standing: Standing::InUse,
         };
-        self.tokens.insert(*token, known);
-        let named = |unit: &Unit| match unit {
+        self.tokens.insert(*token, tracked);
+        let named = |part: &Unit| match part {
             Unit::Project(project) => projects.contains(project),
             Unit::Segment(id) => states.0.contains_key(&Unit::Segment(*id)),
         };
-        // A project that the document has no flag of is one without flags; a segment, one unknown.
-        let mut units: HashSet<&Unit> = states.0.keys().filter(|unit| named(unit)).collect();
-        let known_units: Vec<_> = self.units.keys().cloned().collect();
-        units.extend(known_units.iter().filter(|unit| named(unit)));
-        for unit in units {
-            let state = states.0.get(unit).copied().unwrap_or(NOTHING);
-            self.begin(unit, token, is_new, now);
-            self.observe_unit(unit, token, state, now);
+        // A project without flags in the document is an empty project; a missing segment is unknown.
+        let mut parts: HashSet<&Unit> = states.0.keys().filter(|part| named(part)).collect();
+        let known_parts: Vec<_> = self.units.keys().cloned().collect();
+        parts.extend(known_parts.iter().filter(|part| named(part)));
+        for part in parts {
+            let state = states.0.get(part).copied().unwrap_or(NOTHING);
+            self.begin(part, token, is_new, now);
+            self.observe_unit(part, token, state, now);
         }
-        for unit in known_units.iter().filter(|unit| !named(unit)) {
-            self.forget_view(unit, token, now);
+        for part in known_parts.iter().filter(|part| !named(part)) {
+            self.forget_view(part, token, now);
         }
     }
 
-    /// Begins with what an earlier run has left, under the name of a token that nobody uses. Where that run
-    /// has served it, others must be as new, or be confirmed after a while, to take the lead.
+    /// Starts with the state of an earlier run, under the digest of an unused token. If that run has
+    /// served the state, another token leads only once it is as new or has been confirmed for a while.
     pub(super) fn inherit(
         &mut self,
         token: &TokenDigest,
@@ -176,46 +178,47 @@ impl Precedence {
         now: Instant,
     ) {
         self.observe(token, projects, states, served.and_then(|it| it.upstream_revision), now);
-        if let Some(known) = self.tokens.get_mut(token) {
-            known.standing = if served.is_some() { Standing::Retired } else { Standing::Ageless };
+        if let Some(tracked) = self.tokens.get_mut(token) {
+            tracked.standing = if served.is_some() { Standing::Retired } else { Standing::Ageless };
         }
     }
 
-    /// Takes note that what a token shows is confirmed at this time.
+    /// Records that a token's view was confirmed at this time.
     pub(super) fn confirm(&mut self, token: &TokenDigest, at: Instant) {
-        if let Some(known) = self.tokens.get_mut(token) {
-            known.confirmed = known.confirmed.max(at);
+        if let Some(tracked) = self.tokens.get_mut(token) {
+            tracked.confirmed = tracked.confirmed.max(at);
         }
     }
 
-    /// Takes note that what a token shows is the state of this revision as well.
+    /// Records that a token's view is also the state of this revision.
     pub(super) fn reach_revision(&mut self, token: &TokenDigest, revision: Option<u64>) {
-        if let Some(known) = self.tokens.get_mut(token) {
-            known.revision = known.revision.max(revision);
+        if let Some(tracked) = self.tokens.get_mut(token) {
+            tracked.revision = tracked.revision.max(revision);
         }
     }
 
-    /// Takes note that a token is not in use any more: it stays the leader only where `covered`, which
-    /// another in use sees, and nobody is known to be as new. True if what others show is not as new still.
+    /// Marks a token as no longer in use. It stays the leader only in projects that tokens in use see
+    /// (`covered`), while no other token is known to be as new. Returns whether it still leads
+    /// somewhere.
     pub(super) fn retire(&mut self, token: &TokenDigest, covered: &Projects) -> bool {
-        let Some(known) = self.tokens.get_mut(token) else { return false };
-        if known.standing == Standing::InUse {
-            known.standing = Standing::Retired;
+        let Some(tracked) = self.tokens.get_mut(token) else { return false };
+        if tracked.standing == Standing::InUse {
+            tracked.standing = Standing::Retired;
         }
-        let now = known.confirmed;
-        let units: Vec<_> = self.units.keys().cloned().collect();
+        let now = tracked.confirmed;
+        let parts: Vec<_> = self.units.keys().cloned().collect();
         let mut leads = false;
-        for unit in &units {
-            let Some(history) = self.units.get_mut(unit) else { continue };
+        for part in &parts {
+            let Some(history) = self.units.get_mut(part) else { continue };
             history.give_way(token, &self.tokens);
-            let is_needed = match unit {
+            let is_needed = match part {
                 Unit::Project(project) => covered.contains(project),
                 Unit::Segment(_) => true,
             };
             let (is_leader, is_alone) = (history.leader == *token, history.views.len() == 1);
-            // A segment that no other has may be one of a flag that it leads in.
-            if !is_leader || !is_needed || is_alone && !is_segment(unit) {
-                self.forget_view(unit, token, now);
+            // A segment that only this token has may belong to a flag in which it leads.
+            if !is_leader || !is_needed || is_alone && !is_segment(part) {
+                self.forget_view(part, token, now);
             } else {
                 leads |= !is_alone;
             }
@@ -226,16 +229,16 @@ impl Precedence {
         leads
     }
 
-    /// Drops all that a token shows.
+    /// Removes a token with all its views.
     pub(super) fn forget(&mut self, token: &TokenDigest, now: Instant) {
-        let units: Vec<_> = self.units.keys().cloned().collect();
-        for unit in &units {
-            self.forget_view(unit, token, now);
+        let parts: Vec<_> = self.units.keys().cloned().collect();
+        for part in &parts {
+            self.forget_view(part, token, now);
         }
         self.tokens.remove(token);
     }
 
-    /// Has time decide where the order cannot be told; true if another token leads in something.
+    /// Decides ambiguous orders whose time is up; returns whether any leader changed.
     pub(super) fn settle(&mut self, now: Instant) -> bool {
         let mut has_changed = false;
         for history in self.units.values_mut() {
@@ -244,31 +247,31 @@ impl Precedence {
         has_changed
     }
 
-    /// When time decides next, if it is to.
+    /// The next time at which [`Precedence::resolve_timeouts`] may decide something.
     pub(super) fn next_decision(&self) -> Option<Instant> {
         self.units.values().filter_map(|history| history.next_decision(&self.tokens)).min()
     }
 
-    /// When to ask again with tokens whose answers do not count yet, because what is not in use any more may
-    /// be newer; if that is of use.
+    /// When to poll again with tokens whose states do not count yet, because a token that is no longer
+    /// in use may be newer.
     pub(super) fn next_question(&self) -> Option<Instant> {
         self.units.values().filter_map(|history| history.next_question(&self.tokens)).min()
     }
 
-    /// Whose document has the newest state of a project.
+    /// The token with the newest state of a project.
     pub(super) fn leader_of_project(&self, project: &Arc<str>) -> Option<&TokenDigest> {
         Some(&self.units.get(&Unit::Project(Arc::clone(project)))?.leader)
     }
 
-    /// The leader of each unit.
+    /// The leader of each document part.
     pub(super) fn leaders(&self) -> impl Iterator<Item = (&Unit, &TokenDigest)> {
-        self.units.iter().map(|(unit, history)| (unit, &history.leader))
+        self.units.iter().map(|(part, history)| (part, &history.leader))
     }
 
-    /// Makes a history for a unit that was not known. Tokens that see a project have shown that it had
-    /// no flags, as far as they knew.
-    fn begin(&mut self, unit: &Unit, token: &TokenDigest, is_new: bool, now: Instant) {
-        if self.units.contains_key(unit) {
+    /// Creates the history of a new document part. Tokens that already see the project are recorded as
+    /// having seen it empty.
+    fn begin(&mut self, part: &Unit, token: &TokenDigest, is_new: bool, now: Instant) {
+        if self.units.contains_key(part) {
             return;
         }
         let mut history = History {
@@ -278,9 +281,9 @@ impl Precedence {
             leader: *token,
             views: HashMap::new(),
         };
-        if let Unit::Project(project) = unit {
-            let sees = |(other, known): &(&TokenDigest, &Known)| {
-                known.projects.contains(project) && (*other != token || !is_new)
+        if let Unit::Project(project) = part {
+            let sees = |(other, tracked): &(&TokenDigest, &Known)| {
+                tracked.projects.contains(project) && (*other != token || !is_new)
             };
             for (other, _) in self.tokens.iter().filter(sees) {
                 history.states = VecDeque::from([NOTHING]);
@@ -295,26 +298,26 @@ impl Precedence {
                 history.views.insert(*other, view);
             }
         }
-        self.units.insert(unit.clone(), history);
+        self.units.insert(part.clone(), history);
     }
 
-    fn observe_unit(&mut self, unit: &Unit, token: &TokenDigest, state: State, now: Instant) {
-        let Self { units, tokens } = self;
-        let Some(history) = units.get_mut(unit) else { return };
+    fn observe_unit(&mut self, part: &Unit, token: &TokenDigest, state: State, now: Instant) {
+        let Self { units: parts, tokens } = self;
+        let Some(history) = parts.get_mut(part) else { return };
         history.observe(token, state, now, tokens);
     }
 
-    fn forget_view(&mut self, unit: &Unit, token: &TokenDigest, now: Instant) {
-        let Some(history) = self.units.get_mut(unit) else { return };
+    fn forget_view(&mut self, part: &Unit, token: &TokenDigest, now: Instant) {
+        let Some(history) = self.units.get_mut(part) else { return };
         history.forget(token, now);
         if history.views.is_empty() {
-            self.units.remove(unit);
+            self.units.remove(part);
         }
     }
 }
 
-fn is_segment(unit: &Unit) -> bool {
-    matches!(unit, Unit::Segment(_))
+fn is_segment(part: &Unit) -> bool {
+    matches!(part, Unit::Segment(_))
 }
 
 impl History {
@@ -360,8 +363,8 @@ impl History {
         self.give_way(&leader, tokens);
     }
 
-    /// Where a state stands: for a token that has moved on, behind the position that it had `reached`,
-    /// and no further than it must be; for a new one as far as it can be.
+    /// The position of a state. For a token that has moved on: the first match after the position that
+    /// it had `reached`. For a new token: the last match.
     fn position(&self, state: State, reached: Option<u64>, is_first: bool) -> Option<u64> {
         let mut positions = (self.first..)
             .zip(&self.states)
@@ -370,7 +373,7 @@ impl History {
         found.map(|(at, _)| at)
     }
 
-    /// Makes this state, which a token shows, the newest one.
+    /// Makes this state of a token the newest one.
     fn advance(&mut self, token: &TokenDigest, state: State, now: Instant) {
         self.states.push_back(state);
         if self.states.len() > REMEMBERED {
@@ -388,7 +391,7 @@ impl History {
         self.views.insert(*token, view);
     }
 
-    /// Has another lead instead of a retired leader that is as new.
+    /// Replaces a retired leader by a token in use that is as new.
     fn give_way(&mut self, token: &TokenDigest, tokens: &HashMap<TokenDigest, Known>) {
         let is_retired = |token| tokens.get(token).is_none_or(|it| it.standing != Standing::InUse);
         if self.leader != *token || !is_retired(token) {
@@ -403,7 +406,7 @@ impl History {
         }
     }
 
-    /// Drops what a token shows; if it was the leader, the one follows that has come furthest.
+    /// Removes a token's view. If it was the leader, the most advanced other token leads.
     fn forget(&mut self, token: &TokenDigest, now: Instant) {
         self.views.remove(token);
         if self.leader != *token {
@@ -428,21 +431,21 @@ impl History {
         let newest = self.states.back();
         let views =
             self.views.iter().filter_map(|(token, view)| Some((token, tokens.get(token)?, view)));
-        views.filter(move |(token, known, view)| {
-            let is_in_use = known.standing == Standing::InUse;
+        views.filter(move |(token, tracked, view)| {
+            let is_in_use = tracked.standing == Standing::InUse;
             **token != self.leader && is_in_use && newest != Some(&view.state)
         })
     }
 
-    /// Whether a view may lead although its place is not known: it changed later than the leader's, or
-    /// no flag of the project was ever seen.
+    /// Whether a view with an unknown position may become the leader: it changed later than the
+    /// leader's, or the project was empty so far.
     fn may_overtake(&self, view: &View) -> bool {
         let is_last_change = view.has_changed && view.since >= self.since;
         let was_empty = self.first == 0 && self.states.iter().eq([&NOTHING]);
         !view.is_placed && (is_last_change || was_empty)
     }
 
-    /// When time decides about a view whose place is not known.
+    /// When the order of a view with an unknown position is decided.
     fn next_decision(&self, tokens: &HashMap<TokenDigest, Known>) -> Option<Instant> {
         let views = self.others(tokens).filter(|(token, _, view)| {
             self.may_overtake(view) && !is_newer(&self.leader, token, tokens)
@@ -450,14 +453,14 @@ impl History {
         views.map(|(.., view)| view.since + DOUBT).min()
     }
 
-    /// When those views are to be confirmed again that a leader which is not in use holds up.
+    /// When to confirm again the views that wait because a leader is no longer in use.
     fn next_question(&self, tokens: &HashMap<TokenDigest, Known>) -> Option<Instant> {
         let leader = tokens.get(&self.leader).filter(|it| it.standing != Standing::InUse)?;
         let others = self.others(tokens);
         others.map(|(token, ..)| leader.confirmed + self.patience(leader, token, tokens)).min()
     }
 
-    /// How long after the leader was confirmed a view must be confirmed that differs, so as to count.
+    /// A differing view counts once it is confirmed this long after the leader was.
     fn patience(
         &self,
         leader: &Known,
@@ -473,15 +476,15 @@ impl History {
         }
     }
 
-    /// Has time decide: true if another token leads from now on.
+    /// Decides ambiguous orders whose time is up; returns whether the leader changed.
     fn settle(&mut self, tokens: &HashMap<TokenDigest, Known>, now: Instant) -> bool {
         let Some(newest) = self.newest() else { return false };
         let leader = tokens.get(&self.leader);
         let mut last = None::<(Instant, TokenDigest, State)>;
-        for (token, known, view) in self.others(tokens) {
+        for (token, tracked, view) in self.others(tokens) {
             let is_leader_silent = leader.is_none_or(|leader| {
-                let patience = self.patience(leader, token, tokens);
-                known.confirmed.saturating_duration_since(leader.confirmed) >= patience
+                let lag = self.patience(leader, token, tokens);
+                tracked.confirmed.saturating_duration_since(leader.confirmed) >= lag
             });
             let is_decided = self.may_overtake(view)
                 && !is_newer(&self.leader, token, tokens)
@@ -492,7 +495,7 @@ impl History {
         }
         let (state, since) = (self.states.back().copied(), self.since);
         for (token, view) in self.views.iter_mut().filter(|(_, view)| Some(view.state) == state) {
-            // It may have had this state before the others left it and came back to it.
+            // It may have had this state before the others left it and returned to it.
             let confirmed =
                 tokens.get(token).map(|it| it.confirmed.saturating_duration_since(since));
             if confirmed.is_some_and(|it| it >= LONGEST_LAG) {
@@ -505,7 +508,7 @@ impl History {
     }
 }
 
-/// Whether upstream's numbers say that what a token shows is newer than what another does.
+/// Whether the view of `token` has a newer upstream revision than that of `other`.
 fn is_newer(
     token: &TokenDigest,
     other: &TokenDigest,
@@ -537,7 +540,7 @@ mod tests {
             Self { precedence: Precedence::default(), tokens, start: Instant::now() }
         }
 
-        /// A token shows the project with this flag, or without any, so many seconds after the start.
+        /// Observes the project with this flag, or without flags, `seconds` after the start.
         fn show(&mut self, token: usize, flag: &str, revision: Option<u64>, seconds: u64) {
             let feature = format!(r#"{{"name":"{flag}","project":"p"}}"#);
             let features = if flag.is_empty() { String::new() } else { feature };
@@ -552,7 +555,7 @@ mod tests {
             self.start + Duration::from_secs(seconds)
         }
 
-        /// Who leads, once those are confirmed at this time.
+        /// The leader after confirming these tokens `seconds` after the start.
         fn leader(&mut self, confirmed: &[usize], seconds: u64) -> usize {
             for token in confirmed {
                 self.precedence.confirm(&self.tokens[*token], self.at(seconds));
@@ -564,111 +567,111 @@ mod tests {
     }
 
     #[test]
-    fn token_that_moves_on_from_the_newest_state_leads() {
-        let mut bed = Bed::new();
+    fn token_that_moves_on_from_newest_state_leads() {
+        let mut fixture = Bed::new();
         for token in [ONE, TWO] {
-            bed.show(token, "a", None, 0);
+            fixture.show(token, "a", None, 0);
         }
-        bed.show(TWO, "b", None, 0);
-        assert_eq!(bed.leader(&[ONE, TWO], 0), TWO);
-        bed.show(ONE, "b", None, 1);
-        assert_eq!(bed.leader(&[ONE, TWO], 1), TWO, "it is as new");
-        bed.show(ONE, "", None, 2);
-        assert_eq!(bed.leader(&[ONE, TWO], 2), ONE);
+        fixture.show(TWO, "b", None, 0);
+        assert_eq!(fixture.leader(&[ONE, TWO], 0), TWO);
+        fixture.show(ONE, "b", None, 1);
+        assert_eq!(fixture.leader(&[ONE, TWO], 1), TWO, "it is as new");
+        fixture.show(ONE, "", None, 2);
+        assert_eq!(fixture.leader(&[ONE, TWO], 2), ONE);
     }
 
     #[test]
-    fn flag_that_is_switched_back_is_not_mistaken_for_the_state_before() {
-        let mut bed = Bed::new();
+    fn flag_switched_back_is_not_mistaken_for_its_earlier_state() {
+        let mut fixture = Bed::new();
         for token in [ONE, TWO] {
-            bed.show(token, "on", None, 0);
+            fixture.show(token, "on", None, 0);
         }
-        bed.show(ONE, "off", None, 1);
-        bed.show(ONE, "on", None, 2);
-        // The stream of the other tells the same, later.
-        bed.show(TWO, "off", None, 3);
-        assert_eq!(bed.leader(&[ONE, TWO], 20), ONE, "that was before");
-        bed.show(TWO, "on", None, 21);
-        bed.show(TWO, "off", None, 22);
-        assert_eq!(bed.leader(&[ONE, TWO], 22), TWO);
+        fixture.show(ONE, "off", None, 1);
+        fixture.show(ONE, "on", None, 2);
+        // The other token's stream delivers the same changes later.
+        fixture.show(TWO, "off", None, 3);
+        assert_eq!(fixture.leader(&[ONE, TWO], 20), ONE, "an earlier change");
+        fixture.show(TWO, "on", None, 21);
+        fixture.show(TWO, "off", None, 22);
+        assert_eq!(fixture.leader(&[ONE, TWO], 22), TWO);
     }
 
     #[test]
-    fn last_change_counts_after_a_moment_where_the_order_cannot_be_told() {
-        let mut bed = Bed::new();
+    fn last_change_wins_after_5_s_if_order_is_ambiguous() {
+        let mut fixture = Bed::new();
         for token in [ONE, TWO] {
-            bed.show(token, "a", None, 0);
+            fixture.show(token, "a", None, 0);
         }
-        bed.show(ONE, "b", None, 1);
-        bed.show(TWO, "c", None, 2);
-        assert_eq!(bed.leader(&[ONE, TWO], 2), ONE);
-        assert_eq!(bed.precedence.next_decision(), Some(bed.at(2) + DOUBT));
-        assert_eq!(bed.leader(&[ONE, TWO], 7), TWO);
-        assert_eq!(bed.precedence.next_decision(), None);
+        fixture.show(ONE, "b", None, 1);
+        fixture.show(TWO, "c", None, 2);
+        assert_eq!(fixture.leader(&[ONE, TWO], 2), ONE);
+        assert_eq!(fixture.precedence.next_decision(), Some(fixture.at(2) + DOUBT));
+        assert_eq!(fixture.leader(&[ONE, TWO], 7), TWO);
+        assert_eq!(fixture.precedence.next_decision(), None);
     }
 
     #[test]
-    fn token_that_comes_with_another_state_waits_while_the_leader_is_confirmed() {
-        let mut bed = Bed::new();
-        bed.show(ONE, "a", None, 0);
-        bed.show(TWO, "old", None, 1);
-        assert_eq!(bed.precedence.next_decision(), None);
+    fn new_token_with_other_state_waits_while_leader_is_confirmed() {
+        let mut fixture = Bed::new();
+        fixture.show(ONE, "a", None, 0);
+        fixture.show(TWO, "old", None, 1);
+        assert_eq!(fixture.precedence.next_decision(), None);
         for minute in 1..5 {
-            assert_eq!(bed.leader(&[ONE, TWO], 60 * minute), ONE);
+            assert_eq!(fixture.leader(&[ONE, TWO], 60 * minute), ONE);
         }
-        assert_eq!(bed.leader(&[TWO], 300 - 31), ONE);
-        assert_eq!(bed.leader(&[TWO], 300), TWO, "upstream does not answer to the other any more");
+        assert_eq!(fixture.leader(&[TWO], 300 - 31), ONE);
+        assert_eq!(fixture.leader(&[TWO], 300), TWO, "upstream no longer confirms the leader");
     }
 
     #[test]
-    fn revisions_tell_the_order() {
-        let mut bed = Bed::new();
-        bed.show(ONE, "a", Some(5), 0);
-        bed.show(TWO, "older", Some(4), 0);
-        assert_eq!(bed.leader(&[], 0), ONE);
-        bed.show(TWO, "newer", Some(7), 0);
-        assert_eq!(bed.leader(&[], 0), TWO);
+    fn newer_revision_leads() {
+        let mut fixture = Bed::new();
+        fixture.show(ONE, "a", Some(5), 0);
+        fixture.show(TWO, "older", Some(4), 0);
+        assert_eq!(fixture.leader(&[], 0), ONE);
+        fixture.show(TWO, "newer", Some(7), 0);
+        assert_eq!(fixture.leader(&[], 0), TWO);
     }
 
     #[test]
-    fn project_that_the_leader_shows_without_flags_is_shown_with_those_of_another() {
-        let mut bed = Bed::new();
-        bed.show(ONE, "", None, 0);
-        bed.show(TWO, "a", None, 0);
-        assert_eq!(bed.leader(&[ONE, TWO], 60), TWO);
+    fn token_with_flags_leads_over_token_that_sees_project_empty() {
+        let mut fixture = Bed::new();
+        fixture.show(ONE, "", None, 0);
+        fixture.show(TWO, "a", None, 0);
+        assert_eq!(fixture.leader(&[ONE, TWO], 60), TWO);
     }
 
     #[test]
-    fn retired_leader_gives_way_to_a_token_that_is_as_new_or_confirmed_since() {
+    fn retired_leader_is_replaced_by_token_as_new_or_confirmed_since() {
         let all = Projects::All;
-        let mut bed = Bed::new();
-        bed.show(ONE, "a", None, 0);
-        bed.show(TWO, "b", None, 0);
-        let one = bed.tokens[ONE];
-        assert!(bed.precedence.retire(&one, &all));
-        assert_eq!(bed.leader(&[TWO], 4), ONE);
-        assert_eq!(bed.leader(&[TWO], 5), TWO);
-        assert!(!bed.precedence.retire(&one, &all));
+        let mut fixture = Bed::new();
+        fixture.show(ONE, "a", None, 0);
+        fixture.show(TWO, "b", None, 0);
+        let one = fixture.tokens[ONE];
+        assert!(fixture.precedence.retire(&one, &all));
+        assert_eq!(fixture.leader(&[TWO], 4), ONE);
+        assert_eq!(fixture.leader(&[TWO], 5), TWO);
+        assert!(!fixture.precedence.retire(&one, &all));
 
-        let mut bed = Bed::new();
-        bed.show(ONE, "a", None, 0);
-        bed.show(TWO, "b", None, 0);
-        assert!(bed.precedence.retire(&one, &all));
-        bed.show(TWO, "a", None, 1);
-        assert_eq!(bed.leader(&[TWO], 1), TWO);
+        let mut fixture = Bed::new();
+        fixture.show(ONE, "a", None, 0);
+        fixture.show(TWO, "b", None, 0);
+        assert!(fixture.precedence.retire(&one, &all));
+        fixture.show(TWO, "a", None, 1);
+        assert_eq!(fixture.leader(&[TWO], 1), TWO);
     }
 
     #[test]
-    fn few_states_are_remembered() {
-        let mut bed = Bed::new();
+    fn number_of_recorded_states_is_bounded() {
+        let mut fixture = Bed::new();
         for n in 0..100 {
-            bed.show(ONE, &format!("f{n}"), None, n);
+            fixture.show(ONE, &format!("f{n}"), None, n);
         }
-        assert!(bed.precedence.units.values().all(|it| it.states.len() <= REMEMBERED));
-        bed.show(TWO, "f3", None, 100);
-        assert_eq!(bed.leader(&[ONE, TWO], 100), ONE);
-        let two = bed.tokens[TWO];
-        bed.precedence.forget(&two, bed.at(100));
-        assert_eq!((bed.precedence.tokens.len(), bed.leader(&[ONE], 101)), (1, ONE));
+        assert!(fixture.precedence.units.values().all(|it| it.states.len() <= REMEMBERED));
+        fixture.show(TWO, "f3", None, 100);
+        assert_eq!(fixture.leader(&[ONE, TWO], 100), ONE);
+        let two = fixture.tokens[TWO];
+        fixture.precedence.forget(&two, fixture.at(100));
+        assert_eq!((fixture.precedence.tokens.len(), fixture.leader(&[ONE], 101)), (1, ONE));
     }
 }

@@ -1,6 +1,6 @@
-//! A document becomes what is served: compiled, swapped in, told of.
+//! Publishes a document: compiles it into a snapshot, swaps that in and logs it.
 //!
-//! Where documents come from is the business of those who call.
+//! The caller provides the documents.
 
 use std::{sync::Arc, thread, time::Duration};
 
@@ -20,14 +20,17 @@ use crate::{
     wire::features::Document,
 };
 
-/// How many problems of one document are logged one by one.
+/// The largest number of problems logged per document.
 const PROBLEMS_LOGGED: usize = 10;
 
-/// Compiles what `make` makes, which is to have every flag of `scope`, on a thread for such work, and
-/// puts it in its environment's place; nobody who reads waits for it.
+/// Compiles the document of `make`, which must contain every flag of `scope`, on a blocking thread and
+/// swaps it in. Readers never wait.
 ///
-/// Returns the new snapshot; `None` where the same flags are served already, which are then confirmed.
-/// Fails where compiling panics, which changes nothing.
+/// Returns the new snapshot; `None` if the same flags are already served, whose confirmation time is
+/// then updated.
+///
+/// # Errors
+/// If compiling panics. What is served then stays.
 pub(super) async fn publish(
     snapshots: &Snapshots,
     scope: Scope,
@@ -47,7 +50,7 @@ pub(super) async fn publish(
             }
             return None;
         }
-        // Requests that wait for the processor have it first.
+        // Let waiting requests run first.
         thread::yield_now();
         let snapshot = Snapshot::after(&previous, scope, document, confirmed);
         answers::prepare(&snapshot, &previous, Timestamp::now());
@@ -62,12 +65,12 @@ pub(super) async fn publish(
     Ok(Some(snapshot))
 }
 
-/// How long a snapshot's last readers are waited for, and how often they are looked for.
+/// How long to wait for a snapshot's last readers, and how often to check for them.
 const LAST_READERS: Duration = Duration::from_secs(1);
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
-/// Takes a snapshot down once nobody reads it: milliseconds of work for thousands of flags, with all
-/// that it remembers, which else would fall to the last request that reads it.
+/// Drops a snapshot once it has no other readers. Dropping thousands of flags with their caches takes
+/// milliseconds, which the last reading request would otherwise pay for.
 fn retire(snapshot: Arc<Snapshot>) {
     let mut waited = Duration::ZERO;
     while Arc::strong_count(&snapshot) > 1 && waited < LAST_READERS {
@@ -92,6 +95,7 @@ fn report(snapshot: &Snapshot) {
         warn!(environment = %environment, "{problem}");
     }
     if problems.len() > PROBLEMS_LOGGED {
-        warn!(environment = %environment, "{} problems more; /status lists all", problems.len() - PROBLEMS_LOGGED);
+        let more = problems.len() - PROBLEMS_LOGGED;
+        warn!(environment = %environment, "{more} more problems; /status lists all");
     }
 }

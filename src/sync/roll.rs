@@ -1,25 +1,26 @@
-//! Which environments are gone, by upstream's own lists of them.
+//! Decides from upstream's environment lists which environments were removed.
 //!
-//! Upstream is not taken at its word where that would end what is served by mistake: one that is
-//! missing must be missing for a while, and a list without any enabled environment says nothing.
-//! Pure: it asks nobody.
+//! An environment is removed only after three consecutive lists without it, and a list without any
+//! enabled environment is ignored: a faulty list must not stop an environment from being served.
+//! Pure: it sends no request.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{token::Environment, wire::tokens::ListedEnvironment};
 
-/// After how many lists in a row without it an environment is gone.
+/// An environment is removed after this many consecutive lists without it.
 const MISSES: u8 = 3;
 
-/// The environments that upstream has, or had.
+/// The environments that upstream lists, or has listed.
 #[derive(Debug, Default)]
 pub(super) struct Roll {
-    /// In how many lists in a row each was missing; one that is listed as disabled is gone at once.
+    /// Consecutive lists without each environment. One listed as disabled counts as removed immediately.
     missed: BTreeMap<Environment, u8>,
 }
 
 impl Roll {
-    /// Takes over a list, while `known` are served: the enabled environments, unless there is none.
+    /// Applies a list while `known` are served. Returns the enabled environments; `None` if there are
+    /// none.
     pub(super) fn call(
         &mut self,
         list: &[ListedEnvironment],
@@ -42,7 +43,7 @@ impl Roll {
         Some(enabled)
     }
 
-    /// The environments that are gone.
+    /// The environments that were removed or disabled upstream.
     pub(super) fn gone(&self) -> BTreeSet<Environment> {
         let gone = self.missed.iter().filter(|(_, missed)| **missed >= MISSES);
         gone.map(|(environment, _)| environment.clone()).collect()
@@ -64,35 +65,35 @@ mod tests {
     }
 
     #[test]
-    fn what_is_listed_as_disabled_is_gone_until_it_is_enabled_again() {
-        let mut roll = Roll::default();
-        let enabled = roll.call(&list(&[("dev", true), ("old", false)]), names(&["old"]));
-        assert_eq!((enabled, roll.gone()), (Some(names(&["dev"])), names(&["old"])));
-        roll.call(&list(&[("dev", true), ("old", true)]), names(&["dev"]));
-        assert_eq!(roll.gone(), names(&[]));
+    fn disabled_environment_is_removed_until_it_is_enabled_again() {
+        let mut environments = Roll::default();
+        let enabled = environments.call(&list(&[("dev", true), ("old", false)]), names(&["old"]));
+        assert_eq!((enabled, environments.gone()), (Some(names(&["dev"])), names(&["old"])));
+        environments.call(&list(&[("dev", true), ("old", true)]), names(&["dev"]));
+        assert_eq!(environments.gone(), names(&[]));
     }
 
     #[test]
-    fn what_is_missing_is_gone_after_three_lists_in_a_row() {
-        let mut roll = Roll::default();
+    fn missing_environment_is_removed_after_three_consecutive_lists() {
+        let mut environments = Roll::default();
         let (whole, short) = (list(&[("dev", true), ("prod", true)]), list(&[("prod", true)]));
         for _ in 0..5 {
-            roll.call(&whole, names(&[]));
-            roll.call(&short, names(&["dev", "prod"]));
-            roll.call(&short, names(&["dev", "prod"]));
-            assert_eq!(roll.gone(), names(&[]));
+            environments.call(&whole, names(&[]));
+            environments.call(&short, names(&["dev", "prod"]));
+            environments.call(&short, names(&["dev", "prod"]));
+            assert_eq!(environments.gone(), names(&[]));
         }
-        roll.call(&short, names(&["dev", "prod"]));
-        assert_eq!(roll.gone(), names(&["dev"]));
+        environments.call(&short, names(&["dev", "prod"]));
+        assert_eq!(environments.gone(), names(&["dev"]));
     }
 
     #[test]
-    fn a_list_without_an_enabled_environment_says_nothing() {
-        let mut roll = Roll::default();
+    fn list_without_enabled_environment_is_ignored() {
+        let mut environments = Roll::default();
         for _ in 0..5 {
-            assert_eq!(roll.call(&[], names(&["dev"])), None);
-            assert_eq!(roll.call(&list(&[("dev", false)]), names(&["dev"])), None);
+            assert_eq!(environments.call(&[], names(&["dev"])), None);
+            assert_eq!(environments.call(&list(&[("dev", false)]), names(&["dev"])), None);
         }
-        assert_eq!(roll.gone(), names(&[]));
+        assert_eq!(environments.gone(), names(&[]));
     }
 }

@@ -1,6 +1,6 @@
-//! A round of polls: flags are asked for with each token of an environment, once.
+//! Polls flags once with each token of an environment.
 //!
-//! When there is a round, and what becomes of what it brought, is the business of those who call.
+//! The caller decides when to poll and publishes the result.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -21,60 +21,59 @@ use crate::{
     wire::features::Document,
 };
 
-/// With how many tokens of an environment flags are fetched at a time.
+/// The number of concurrent fetches per environment.
 const FETCHES_AT_ONCE: usize = 4;
 
-/// Whom a round asks, for what, and in whose name.
+/// One poll of an environment.
 #[derive(Debug)]
 pub(super) struct Round<'a> {
     pub(super) upstream: &'a Upstream,
     pub(super) credentials: &'a Credentials,
     pub(super) environment: &'a Environment,
-    /// How long flags that a token sees no more are held where streams tell of others' meanwhile.
+    /// How long the removal of a flag is deferred while other tokens have streams that may report it.
     pub(super) held_for: Duration,
 }
 
-/// How a round went.
+/// The result of a poll.
 #[derive(Debug, Default)]
 pub(super) struct Asked {
-    /// Why not all tokens were answered, a refusal of some aside.
+    /// The first error. Refused tokens count only if no token got a response.
     pub(super) failure: Option<Failure>,
-    /// Whether upstream sends those who poll to its streams.
+    /// Whether upstream asks polling clients to use its streams.
     pub(super) prefers_streaming: bool,
 }
 
 impl Round<'_> {
-    /// Asks with every token in hand but those of which upstream tells by itself what changes
-    /// (`followed`).
+    /// Polls with every available token except those with a synced stream (`followed`).
     pub(super) async fn ask(
         &self,
-        sources: &mut Sources,
+        documents: &mut Sources,
         followed: &BTreeSet<TokenDigest>,
     ) -> Asked {
-        let mut asked = Asked::default();
-        let held_for = (!followed.is_empty()).then_some(self.held_for);
+        let mut result = Asked::default();
+        let removal_grace = (!followed.is_empty()).then_some(self.held_for);
         let mut tokens = match self.credentials.obtain(self.environment).await {
             Ok(tokens) => tokens,
-            Err(error) => return Asked { failure: Some(error.into()), ..asked },
+            Err(error) => return Asked { failure: Some(error.into()), ..result },
         };
         let mut done = BTreeSet::new();
         tokens.retain(|it| !followed.contains(&it.token.digest()));
-        let (mut answered, mut refusal) = (tokens.is_empty(), None);
+        let (mut has_response, mut refusal) = (tokens.is_empty(), None);
         while !tokens.is_empty() {
             let mut others = Vec::new();
-            for (credential, answer) in self.fetch(tokens, sources).await {
+            for (credential, response) in self.fetch(tokens, documents).await {
                 let digest = credential.token.digest();
                 done.insert(digest);
-                match take(&credential, answer, sources, held_for).await {
+                match take(&credential, response, documents, removal_grace).await {
                     Ok(prefers_streaming) => {
                         self.credentials.accept(self.environment, &digest);
-                        answered = true;
-                        asked.prefers_streaming |= prefers_streaming;
+                        has_response = true;
+                        result.prefers_streaming |= prefers_streaming;
                     }
                     Err(Failure::Upstream(error)) if error.is_unauthorized() => {
                         let cause = match self.credentials.replace(self.environment, &digest).await
                         {
-                            // One replacement in a round: upstream may refuse every token.
+                            // At most one replacement per poll: upstream may refuse every token.
                             Ok(found) if refusal.is_none() => {
                                 others = found;
                                 Failure::Upstream(error)
@@ -85,7 +84,7 @@ impl Round<'_> {
                         refusal.get_or_insert(cause);
                     }
                     Err(cause) => {
-                        asked.failure.get_or_insert(cause);
+                        result.failure.get_or_insert(cause);
                     }
                 }
             }
@@ -95,19 +94,19 @@ impl Round<'_> {
             });
             tokens = others;
         }
-        asked.failure = asked.failure.or(refusal.filter(|_| !answered));
-        asked
+        result.failure = result.failure.or(refusal.filter(|_| !has_response));
+        result
     }
 
-    /// Asks with each of `tokens`, with a few at a time.
+    /// Fetches flags with each of `tokens`, a few at a time.
     async fn fetch(
         &self,
         tokens: Vec<Credential>,
-        sources: &Sources,
+        documents: &Sources,
     ) -> Vec<(Credential, Result<Polled, Error>)> {
         let fetch = |credential: Credential| {
             let upstream = self.upstream.clone();
-            let known = sources.etag(&credential.token.digest()).map(str::to_owned);
+            let known = documents.etag(&credential.token.digest()).map(str::to_owned);
             async move {
                 let polled = upstream.features(&credential.token, known.as_deref()).await;
                 (credential, polled)
@@ -118,23 +117,23 @@ impl Round<'_> {
     }
 }
 
-/// Takes what a token was answered, and holds for so long what it sees no more; true if that hints at
-/// streams.
+/// Applies the response to one token. The removal of flags is deferred by `removal_grace`. Returns
+/// whether upstream asks polling clients to use streams.
 async fn take(
     credential: &Credential,
-    answer: Result<Polled, Error>,
-    sources: &mut Sources,
-    held_for: Option<Duration>,
+    response: Result<Polled, Error>,
+    documents: &mut Sources,
+    removal_grace: Option<Duration>,
 ) -> Result<bool, Failure> {
-    let Polled { flags, prefers_streaming } = answer.map_err(Failure::Upstream)?;
+    let Polled { flags, prefers_streaming } = response.map_err(Failure::Upstream)?;
     match flags {
-        Fetched::NotModified => sources.confirm(credential, Instant::now()),
+        Fetched::NotModified => documents.confirm(credential, Instant::now()),
         Fetched::Changed { body, etag } => {
             let digest = credential.token.digest();
-            let known = sources.document(&digest).cloned();
-            let number = etag.as_deref().and_then(revision_in);
+            let known = documents.document(&digest).cloned();
+            let tag_revision = etag.as_deref().and_then(revision_in);
             let read = spawn_blocking(move || {
-                let (document, (is_news, gone)) = match known {
+                let (document, (is_changed, removed)) = match known {
                     None => (Document::parse(&body)?, (true, Vec::new())),
                     Some(known) => {
                         let document = Document::parse_after(&body, &known)?;
@@ -142,47 +141,51 @@ async fn take(
                         (document, differences)
                     }
                 };
-                let revision = number.filter(|_| document.revision() == number);
+                let revision = tag_revision.filter(|_| document.revision() == tag_revision);
                 let received = Received::new(document).with_revision(revision);
-                Ok((received, revision, is_news, gone))
+                Ok((received, revision, is_changed, removed))
             });
-            let (received, revision, is_news, gone) = read.await?.map_err(Failure::Document)?;
+            let (received, revision, is_changed, removed) =
+                read.await?.map_err(Failure::Document)?;
             let now = Instant::now();
-            if is_news && sources.is_outdated(&digest, revision, now) {
-                debug!(revision, "Upstream has answered with an older revision than before");
+            if is_changed && documents.is_outdated(&digest, revision, now) {
+                debug!(
+                    revision,
+                    "Upstream responded with an older revision; the response is ignored"
+                );
                 return Ok(prefers_streaming);
             }
-            if let Some(held_for) = held_for {
-                sources.hold(credential, &gone, now + held_for);
+            if let Some(removal_grace) = removal_grace {
+                documents.hold(credential, &removed, now + removal_grace);
             }
-            sources.insert(credential, etag, received, is_news, now);
+            documents.insert(credential, etag, received, is_changed, now);
         }
     }
     Ok(prefers_streaming)
 }
 
-/// The revision that Unleash writes into its entity tags, `"<query's hash>:<revision>:v1"`. It counts the
-/// changes of all that the server has, so that what different tokens see can be compared by it.
+/// The revision in an entity tag of Unleash, `"<query hash>:<revision>:v1"`. It counts all changes of
+/// the server, so it is comparable between tokens.
 fn revision_in(etag: &str) -> Option<u64> {
     let tag = etag.trim_start_matches("W/").trim_matches('"');
     tag.split(':').nth(1)?.parse().ok()
 }
 
-/// Why a round brought nothing.
+/// Why a poll failed.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Failure {
-    #[error("no token to ask with")]
+    #[error("no token to fetch flags with")]
     Credentials(#[from] ExchangeError),
-    #[error("upstream gives no flags")]
+    #[error("fetching flags from upstream failed")]
     Upstream(#[source] Error),
-    #[error("upstream's answer is no client-features document")]
+    #[error("upstream's response is not a client features document")]
     Document(#[source] serde_json::Error),
-    #[error("reading or compiling flags has panicked")]
+    #[error("parsing or compiling flags panicked")]
     Panic(#[from] JoinError),
 }
 
 impl Failure {
-    /// When the source wants to be asked again.
+    /// The `Retry-After` of upstream, if it sent one.
     pub(super) fn wish(&self) -> Option<Duration> {
         match self {
             Self::Upstream(error) => error.retry().wish(),
@@ -197,7 +200,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn revision_is_read_from_the_tags_of_unleash_only() {
+    fn revision_is_parsed_only_from_unleash_etags() {
         for (tag, expect) in [
             (r#""76d8bb0e:28:v1""#, Some(28)),
             (r#"W/"76d8bb0e:28""#, Some(28)),

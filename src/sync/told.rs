@@ -1,7 +1,7 @@
-//! What the events of a stream come to: the state that they lead to, and its number.
+//! Applies the events of a stream to a document; yields the new document and its event id.
 //!
-//! Pure. All that arrived together is one step; a single event that cannot be followed spoils it, as
-//! what the others lead to is no state that there ever was.
+//! Pure. Events that arrived together are applied together. If one of them is invalid, all are rejected:
+//! the others alone would produce a state that never existed.
 
 use std::{mem, sync::Arc};
 
@@ -11,112 +11,119 @@ use crate::wire::{
     sse::Event,
 };
 
-/// The events that tell changes: the first of a stream, and the others.
+/// Events with changes: the first event of a stream, and later ones.
 const CONNECTED: &str = "unleash-connected";
 const UPDATED: &str = "unleash-updated";
 
-/// The event that says how to fetch flags from now on.
+/// The event that tells clients whether to poll or to stream.
 const FETCH_MODE: &str = "fetch-mode";
 
-/// What a stream told.
+/// The result of applying events.
 #[derive(Debug, Default)]
 pub(super) struct Step {
-    /// The state that was reached, if any was told.
+    /// The new state, if there were events with changes.
     pub(super) reached: Option<Reached>,
-    /// Upstream sends those who can poll to polling.
+    /// Upstream asks clients that can poll to poll.
     pub(super) dismissed: bool,
 }
 
-/// A state that a stream led to.
+/// The state after applying events.
 #[derive(Debug)]
 pub(super) struct Reached {
-    /// What to name when the stream is opened again, if there is such a number.
+    /// The `Last-Event-ID` to reopen the stream with; `None` if the last id was not a number.
     pub(super) id: Option<EventId>,
-    /// The flags, where they are not those that were known already.
+    /// The document, if it differs from the previous one.
     pub(super) news: Option<Document>,
-    /// The names of those that were known and are gone.
+    /// The names of removed flags.
     pub(super) gone: Vec<Arc<str>>,
-    /// The states on the way, oldest first; of many only the last.
+    /// The states in between, oldest first; at most the last [`MAX_INTERMEDIATE_STATES`].
     pub(super) passed: Vec<Document>,
 }
 
-/// How many states on the way are made out at most.
+/// The largest number of intermediate states that are computed.
 const PASSED: usize = 16;
 
-/// Why a stream cannot be followed any further.
+/// Why events cannot be applied.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Error {
-    /// Events that cannot be read.
-    #[error("what upstream's stream tells cannot be followed")]
+    /// An event cannot be parsed.
+    #[error("an event of upstream's stream cannot be read")]
     Unreadable(#[from] Unreadable),
-    /// Changes of a state that is not known.
-    #[error("upstream's stream begins with changes of an unknown state")]
+    /// A delta to a state that is not known.
+    #[error("upstream's stream starts with a delta to an unknown state")]
     Unfounded,
 }
 
-/// Follows `events` from the state that is `known`; if they do not continue that one, they have to begin
-/// with a whole state. The states on the way are made where they are to be compared with those of other
-/// tokens (`is_shared`).
+/// Applies `events` to the state `known`. Unless they continue that state (`continues`), they must start
+/// with a hydration. Intermediate states are computed only if other tokens' states are compared with
+/// them (`is_shared`).
 pub(super) fn follow(
     known: Option<&Document>,
     continues: bool,
     events: &[Event],
     is_shared: bool,
 ) -> Result<Step, Error> {
-    let (mut step, mut told, mut id) = (Step::default(), None::<Vec<delta::Event>>, None);
+    let (mut update, mut received, mut event_id) =
+        (Step::default(), None::<Vec<delta::Event>>, None);
     for event in events {
         match &*event.name {
             CONNECTED | UPDATED => {
                 let changes = delta::parse(event.data.as_bytes())?;
-                told.get_or_insert_default().extend(changes);
-                id = event.id.parse().ok();
+                received.get_or_insert_default().extend(changes);
+                event_id = event.id.parse().ok();
             }
-            FETCH_MODE => step.dismissed |= event.data.trim() == "polling",
-            // What else there may be is for others.
+            FETCH_MODE => update.dismissed |= event.data.trim() == "polling",
+            // Unknown events are ignored.
             _ => {}
         }
     }
-    let Some(told) = told else { return Ok(step) };
-    let base = match (known, told.first().map(|it| &it.change)) {
+    let Some(received) = received else { return Ok(update) };
+    let base = match (known, received.first().map(|it| &it.change)) {
         (_, Some(Change::Hydration(_))) => &Document::default(),
         (Some(known), _) if continues => known,
         _ => return Err(Error::Unfounded),
     };
-    // Changes of one number belong together.
-    let groups: Vec<_> = told.chunk_by(|one, next| one.id == next.id).collect();
-    let kept = if is_shared { PASSED } else { 0 };
-    let together = told.len() - groups.iter().rev().take(kept).map(|it| it.len()).sum::<usize>();
-    let mut passed = Vec::new();
-    let mut state = delta::apply(base, told[..together].iter().map(|it| &it.change));
-    for group in groups.iter().skip(groups.len().saturating_sub(kept)) {
+    // Changes with the same event id belong together.
+    let groups: Vec<_> = received.chunk_by(|one, next| one.id == next.id).collect();
+    let separate = if is_shared { PASSED } else { 0 };
+    let together =
+        received.len() - groups.iter().rev().take(separate).map(|it| it.len()).sum::<usize>();
+    let mut intermediate_states = Vec::new();
+    let mut state = delta::apply(base, received[..together].iter().map(|it| &it.change));
+    for group in groups.iter().skip(groups.len().saturating_sub(separate)) {
         let next = delta::apply(&state, group.iter().map(|it| &it.change));
-        passed.push(mem::replace(&mut state, next));
+        intermediate_states.push(mem::replace(&mut state, next));
     }
-    // What it began with is known, or nothing.
-    if together == 0 && !passed.is_empty() {
-        passed.remove(0);
+    // The base is already known, or empty.
+    if together == 0 && !intermediate_states.is_empty() {
+        intermediate_states.remove(0);
     }
-    let (is_news, gone) = known.map_or((true, Vec::new()), |known| differences(known, &state));
-    step.reached = Some(Reached { id, news: is_news.then_some(state), gone, passed });
-    Ok(step)
+    let (is_changed, removed_flags) =
+        known.map_or((true, Vec::new()), |known| differences(known, &state));
+    update.reached = Some(Reached {
+        id: event_id,
+        news: is_changed.then_some(state),
+        gone: removed_flags,
+        passed: intermediate_states,
+    });
+    Ok(update)
 }
 
-/// Whether one state differs from the other, also in what is to be reported of it, and the names of the
-/// flags that it lacks.
+/// Whether `state` differs from `known`, including its diagnostics, and the names of removed flags.
 pub(super) fn differences(known: &Document, state: &Document) -> (bool, Vec<Arc<str>>) {
     let changes = delta::diff(known, state);
-    let is_news = !changes.is_empty() || !state.reports_as(known);
-    let gone = changes.into_iter().filter_map(|change| match change {
+    let is_changed = !changes.is_empty() || !state.reports_as(known);
+    let removed_flags = changes.into_iter().filter_map(|change| match change {
         Change::FeatureRemoved { name, .. } => Some(name),
         Change::Hydration(_)
         | Change::FeatureUpdated(_)
         | Change::SegmentUpdated(_)
         | Change::SegmentRemoved(_) => None,
     });
-    (is_news, gone.collect())
+    (is_changed, removed_flags.collect())
 }
 
-/// Whether one state differs from the other, also in what is to be reported of it.
+/// Whether `state` differs from `known`, including its diagnostics.
 pub(super) fn differs(known: &Document, state: &Document) -> bool {
     !delta::diff(known, state).is_empty() || !state.reports_as(known)
 }
@@ -133,7 +140,7 @@ mod tests {
         Event { name: name.to_owned(), id: id.to_owned(), data: data.to_owned() }
     }
 
-    /// An event that tells these changes, written as their JSON without the type's `eventId`.
+    /// An event with these changes, given as JSON without the type's `eventId`.
     fn changes(name: &str, id: &str, changes: &str) -> Event {
         let text = changes.replace(r#"{"type""#, &format!(r#"{{"eventId":{id},"type""#));
         event(name, id, &format!(r#"{{"events":[{text}]}}"#))
@@ -145,7 +152,7 @@ mod tests {
     const ADD_B: &str = r#"{"type":"feature-updated","feature":{"name":"b"}}"#;
     const REMOVE_A: &str = r#"{"type":"feature-removed","featureName":"a","project":"default"}"#;
 
-    /// The number that was reached and the names of the flags, if these are news.
+    /// Checks the resulting event id and, if they changed, the names of the flags.
     #[track_caller]
     fn check(
         known: Option<&str>,
@@ -165,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_begins_with_a_whole_state_or_goes_on_from_the_known_one() {
+    fn stream_starts_with_hydration_or_continues_previous_state() {
         let connected = |text: &str| [changes(CONNECTED, "7", text)];
         check(None, false, &connected(WHOLE), (Some(7), Some(&["a"])));
         check(Some(B), true, &connected(WHOLE), (Some(7), Some(&["a"])));
@@ -180,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_is_news() {
+    fn unreadable_flags_count_as_a_change() {
         let with_odd = WHOLE.replace(r#"[{"name":"a"}]"#, r#"[{"name":"a"},{"title":"b"}]"#);
         let known = document(A);
         let step = |known: &Document, text: &str| {
@@ -189,12 +196,12 @@ mod tests {
         };
         let news = step(&known, &with_odd).unwrap();
         assert_eq!(news.unreadable().len(), 1);
-        assert!(step(&news, &with_odd).is_none(), "it is known");
+        assert!(step(&news, &with_odd).is_none(), "unchanged");
         assert!(step(&news, WHOLE).unwrap().unreadable().is_empty());
     }
 
     #[test]
-    fn it_is_told_which_flags_are_gone() {
+    fn removed_flags_are_listed() {
         let gone = |known: Option<&str>, text: &str| {
             let known = known.map(document);
             let step =
@@ -207,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_known_already_is_no_news() {
+    fn equal_state_is_not_reported_as_changed() {
         check(Some(A), false, &[changes(CONNECTED, "7", WHOLE)], (Some(7), None));
         check(Some(A), true, &[changes(CONNECTED, "7", "")], (Some(7), None));
         let there_and_back = [changes(UPDATED, "8", ADD_B), changes(UPDATED, "9", WHOLE)];
@@ -215,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn what_arrived_together_is_one_step() {
+    fn events_of_one_batch_are_applied_together() {
         let events = [
             changes(CONNECTED, "7", WHOLE),
             event("message", "7", "hello"),
@@ -226,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn states_on_the_way_are_made_out_by_the_numbers_of_changes() {
+    fn intermediate_states_are_split_by_event_id() {
         let names = |it: &Document| it.features().iter().map(|it| it.name().to_string()).collect();
         let reached = |events: &[Event], is_shared| {
             let known = document(A);
@@ -247,19 +254,19 @@ mod tests {
         let passed = passed(&many);
         assert_eq!((passed.len(), passed[0].len()), (PASSED, 40 - PASSED + 1));
         let [alone, shared] = [false, true].map(|is_shared| reached(&many, is_shared));
-        assert!(alone.passed.is_empty(), "there is nobody to compare them with");
+        assert!(alone.passed.is_empty(), "no other token to compare with");
         assert_eq!(names(&alone.news.unwrap()), names(&shared.news.unwrap()));
     }
 
     #[test]
-    fn a_number_that_is_none_is_not_named_again() {
+    fn event_id_that_is_not_a_number_is_dropped() {
         let mut events = [changes(CONNECTED, "7", WHOLE)];
         events[0].id = "x".to_owned();
         check(None, false, &events, (None, Some(&["a"])));
     }
 
     #[test]
-    fn one_event_that_cannot_be_followed_spoils_the_step() {
+    fn one_invalid_event_rejects_the_whole_batch() {
         for odd in [
             "hello",
             r#"{"events":7}"#,
@@ -273,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn those_who_can_poll_may_be_sent_to_polling() {
+    fn fetch_mode_event_can_request_polling() {
         let step = |data| follow(None, false, &[event(FETCH_MODE, "", data)], true).unwrap();
         assert!(step("polling").dismissed && !step("streaming").dismissed);
         assert!(step("polling").reached.is_none());

@@ -1,4 +1,4 @@
-//! Flags from upstream: finds the environments, and has each followed.
+//! Synchronises flags from upstream: finds the environments and runs one `EnvironmentSync` for each.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -31,53 +31,59 @@ use crate::{
     wire::features::{Document, projects_of},
 };
 
-/// How often upstream is asked which environments it has.
+/// The interval at which upstream's environments are listed.
 const ENVIRONMENTS_EVERY: Duration = Duration::from_mins(1);
 
-/// How long following an environment waits after it ended of a panic.
+/// How long to wait before the sync of an environment is restarted after a panic.
 const BEGIN_ANEW_AFTER: Duration = Duration::from_secs(1);
 
-/// Which environments are followed.
+/// Which environments are synchronised.
 #[derive(Clone, Debug)]
 pub enum Wanted {
-    /// Those that upstream has enabled, by this admin token.
+    /// All environments enabled upstream, listed with this admin token.
     Enabled(AdminToken),
-    /// These.
+    /// A fixed set.
     Named(BTreeSet<Environment>),
-    /// Those that the edge has been given, or offered, tokens of.
+    /// The environments of configured tokens and of tokens that SDKs presented.
     Offered,
 }
 
-/// Follows upstream.
+/// Synchronises all selected environments with upstream.
 #[derive(Clone, Debug)]
 pub struct Follower {
-    /// How.
+    /// Interval and mode.
     pub config: Config,
-    /// Which environments.
+    /// The environments to synchronise.
     pub wanted: Wanted,
-    /// Whom to ask.
+    /// The upstream client.
     pub upstream: Upstream,
-    /// In whose name.
+    /// The tokens to fetch flags with.
     pub credentials: Credentials,
-    /// Tells that an offered token widened what can be fetched.
+    /// Notified when a new token widens what can be fetched.
     pub discovered: Arc<Notify>,
-    /// Where flags are served from.
+    /// The served snapshots.
     pub snapshots: Snapshots,
-    /// Where flags are kept for a start without upstream.
+    /// The store to restore flags from at a start without upstream.
     pub store: Store,
-    /// By whom they are saved there.
+    /// Saves flags to that store in the background.
     pub saver: Saver,
 }
 
 impl Follower {
-    /// Serves what the store has kept of wanted environments, until upstream tells more; damaged records are left out.
+    /// Serves the stored flags of the selected environments until upstream responds. Damaged records are
+    /// skipped.
     pub async fn restore(&self) {
         if let Wanted::Named(wanted) = &self.wanted {
             self.snapshots.limit(&Served::Only(wanted.clone()));
         }
         let stored = match self.store.environments().await {
             Ok(stored) => stored,
-            Err(error) => return warn!(error = report(&error), "Cannot look for stored flags"),
+            Err(error) => {
+                return warn!(
+                    error = report(&error),
+                    "Listing stored flags failed; starting without them"
+                );
+            }
         };
         for environment in stored {
             match self.store.load(&Key::Flags(environment.clone())).await {
@@ -86,102 +92,113 @@ impl Follower {
                     self.serve(scope, &bytes).await;
                 }
                 Ok(None) => {}
-                Err(error) => warn!(error = report(&error), "Cannot read stored flags"),
+                Err(error) => {
+                    warn!(error = report(&error), "Reading stored flags failed; they are skipped");
+                }
             }
         }
     }
 
-    /// Serves the flags of `scope` that were kept somewhere, unless the environment has some already
-    /// or is not wanted.
+    /// Serves stored flags of `scope`, unless the environment already has flags or is not selected.
     pub async fn serve(&self, scope: Scope, text: &[u8]) {
         let environment = scope.environment.clone();
         if self.snapshots.load(&environment).is_some() || !self.snapshots.serves(&environment) {
             return;
         }
         let published = match Document::parse_stored(text) {
-            // Its age is not known: upstream has not confirmed it since this process started.
+            // Unconfirmed: upstream has not responded since this process started.
             Ok(document) => publish(&self.snapshots, scope, None, || document).await,
             Err(error) => {
-                return warn!(%environment, error = report(&error), "Stored flags cannot be read");
+                return warn!(
+                    %environment,
+                    error = report(&error),
+                    "Parsing stored flags failed; they are skipped"
+                );
             }
         };
         if let Err(error) = published {
-            warn!(%environment, error = report(&error), "Stored flags cannot be compiled");
+            warn!(
+                %environment,
+                error = report(&error),
+                "Compiling stored flags failed; they are skipped"
+            );
         }
     }
 
-    /// Follows every wanted environment until dropped; those that upstream has no more, or has
-    /// disabled, are neither followed nor served. The latch is released when each of those wanted
-    /// at the start has had flags, and there are flags to serve at all.
+    /// Synchronises every selected environment until dropped. Environments that were removed or disabled
+    /// upstream are neither synchronised nor served. Releases the latch once each initially selected
+    /// environment has had flags and at least one environment is served.
     pub async fn run(self, latch: &Latch) {
         lines::describe();
-        let (tell, first) = oneshot::channel();
-        tokio::join!(self.follow_all(tell), self.await_first(first, latch));
+        let (sender, initial) = oneshot::channel();
+        tokio::join!(self.follow_all(sender), self.await_first(initial, latch));
     }
 
-    /// Releases the latch when each environment that was found first has had flags, or is not served
-    /// any more.
-    async fn await_first(&self, first: oneshot::Receiver<BTreeSet<Environment>>, latch: &Latch) {
+    /// Releases the latch once each initial environment has had flags or is no longer served.
+    async fn await_first(&self, initial: oneshot::Receiver<BTreeSet<Environment>>, latch: &Latch) {
         if self.expects_environments() {
             latch.waits_for("upstream's list of environments");
         }
-        // Told by the loop beside this one, which does not end.
-        let Ok(first) = first.await else { return };
-        for environment in &first {
+        // `sync_all` sends them; it runs concurrently and never ends.
+        let Ok(initial) = initial.await else { return };
+        for environment in &initial {
             latch.waits_for(format!("the first flags of environment {environment}"));
             self.snapshots.wait_for(environment).await;
         }
         latch.waits_for(
-            "a valid client token, which brings the first flags: none is configured, or upstream \
+            "a valid client token to fetch the first flags with: none is configured, or upstream \
              accepts none of them",
         );
         self.snapshots.wait_for_any().await;
         latch.release();
     }
 
-    async fn follow_all(&self, tell: oneshot::Sender<BTreeSet<Environment>>) {
-        let mut tell = Some(tell);
+    async fn follow_all(&self, sender: oneshot::Sender<BTreeSet<Environment>>) {
+        let mut sender = Some(sender);
         let mut loops = JoinSet::new();
         let mut followed: BTreeMap<Environment, Id> = BTreeMap::new();
-        let kick = watch::Sender::new(());
-        let mut pace = Pace::new(ENVIRONMENTS_EVERY);
-        let mut roll = Roll::default();
+        let poll_request = watch::Sender::new(());
+        let mut backoff = Pace::new(ENVIRONMENTS_EVERY);
+        let mut environment_list = Roll::default();
         loop {
-            let (found, pause) = self.environments(&mut pace, &mut roll).await;
+            let (found, pause) = self.environments(&mut backoff, &mut environment_list).await;
             if matches!(self.wanted, Wanted::Enabled(_))
-                && self.snapshots.limit(&Served::Except(roll.gone()))
+                && self.snapshots.limit(&Served::Except(environment_list.gone()))
             {
-                // Those that follow a gone one notice that.
-                kick.send_replace(());
+                // The syncs of removed environments notice and end.
+                poll_request.send_replace(());
             }
             for environment in found.iter().flatten() {
                 if !followed.contains_key(environment) {
-                    let follow = self.followed(environment.clone()).run(kick.subscribe());
+                    let follow = self.followed(environment.clone()).run(poll_request.subscribe());
                     let task = loops.spawn(follow);
                     followed.insert(environment.clone(), task.id());
                 }
             }
-            // What was found first is what readiness waits for.
+            // Readiness waits for the environments of the first list.
             if let Some(found) = found
                 && (!found.is_empty() || !self.expects_environments())
-                && let Some(tell) = tell.take()
+                && let Some(sender) = sender.take()
             {
-                // Whoever waits for it does so as long as this runs.
-                let _ = tell.send(found);
+                // The receiver lives as long as this loop.
+                let _ = sender.send(found);
             }
             let mut next = pin!(sleep(pause));
             loop {
                 tokio::select! {
                     () = &mut next => break,
                     () = self.discovered.notified() => {
-                        kick.send_replace(());
+                        poll_request.send_replace(());
                         break;
                     }
                     Some(ended) = loops.join_next_with_id() => match ended {
-                        // Its environment is gone: no reason to ask for another list before its time.
+                        // Its environment was removed: the next list is fetched on schedule.
                         Ok((id, ())) => followed.retain(|_, task| *task != id),
                         Err(error) => {
-                            error!(error = report(&error), "Following an environment ended, it begins anew");
+                            error!(
+                                error = report(&error),
+                                "Synchronising an environment panicked; it restarts in 1 s"
+                            );
                             followed.retain(|_, task| *task != error.id());
                             sleep(BEGIN_ANEW_AFTER).await;
                             break;
@@ -192,16 +209,17 @@ impl Follower {
         }
     }
 
-    /// Whether readiness waits for environments that are yet to be found.
+    /// Whether readiness waits until at least one environment is found.
     fn expects_environments(&self) -> bool {
         !matches!(self.wanted, Wanted::Offered)
     }
 
-    /// The environments to follow, if they can be known now, and when to look again.
+    /// Lists the environments to synchronise; `None` if that fails and none is served. Also returns the
+    /// delay until the next list.
     async fn environments(
         &self,
-        pace: &mut Pace,
-        roll: &mut Roll,
+        backoff: &mut Pace,
+        environment_list: &mut Roll,
     ) -> (Option<BTreeSet<Environment>>, Duration) {
         let admin = match &self.wanted {
             Wanted::Named(named) => return (Some(named.clone()), ENVIRONMENTS_EVERY),
@@ -209,28 +227,30 @@ impl Follower {
             Wanted::Enabled(admin) => admin,
         };
         let served = self.snapshots.environments();
-        let wish = match self.upstream.environments(admin).await {
+        let retry_after = match self.upstream.environments(admin).await {
             Ok(list) => {
-                if let Some(enabled) = roll.call(&list, served.clone()) {
-                    return (Some(enabled), pace.after_success(rand::random()));
+                if let Some(enabled) = environment_list.call(&list, served.clone()) {
+                    return (Some(enabled), backoff.after_success(rand::random()));
                 }
-                if pace.failures() == 0 {
-                    warn!("Upstream lists no enabled environment, which changes nothing");
+                if backoff.failures() == 0 {
+                    warn!("Upstream lists no enabled environment; the list is ignored");
                 }
                 None
             }
             Err(error) => {
-                if pace.failures() == 0 {
-                    warn!(error = report(&error), "Cannot read upstream's environments");
+                if backoff.failures() == 0 {
+                    warn!(
+                        error = report(&error),
+                        "Listing upstream's environments failed; the known environments stay"
+                    );
                 }
                 error.retry().wish()
             }
         };
-        let pause = pace.after_failure(wish, rand::random());
+        let pause = backoff.after_failure(retry_after, rand::random());
         (Some(served).filter(|served| !served.is_empty()), pause)
     }
 
-    /// Follows one environment.
     fn followed(&self, environment: Environment) -> Followed {
         let Self { config, upstream, credentials, snapshots, saver, .. } = self.clone();
         Followed::new(environment, Means { config, upstream, credentials, snapshots, saver })

@@ -1,7 +1,7 @@
-//! The admin token of the moment, shared by all that presents it to upstream.
+//! The current admin token, shared by all requests that present it to upstream.
 //!
-//! The operator may replace it while the edge runs, and upstream may refuse it. Here both are recorded,
-//! and whoever depends on either is notified; acting on it is `app`'s business.
+//! The operator can replace it at run time, and upstream can refuse it. This module records both and
+//! notifies subscribers; `app` acts on them.
 
 use std::{
     fmt,
@@ -31,11 +31,11 @@ pub struct AdminToken(Arc<Inner>);
 
 struct Inner {
     state: watch::Sender<State>,
-    /// Notified when upstream has refused the token: its file may hold another by now.
+    /// Notified when upstream refuses the token: its file may contain another by now.
     suspected: Notify,
 }
 
-/// The token, where it is from, and what upstream says of it.
+/// The token, its file, and whether upstream accepts it.
 #[derive(Clone, Debug)]
 pub struct State {
     token: Arc<Token>,
@@ -43,7 +43,7 @@ pub struct State {
     verdict: Verdict,
 }
 
-/// What upstream says of the token.
+/// Whether upstream accepts the token.
 #[derive(Clone, Copy, Debug)]
 enum Verdict {
     Unknown,
@@ -52,7 +52,7 @@ enum Verdict {
     Refused(Timestamp, Instant),
 }
 
-/// Why a text or a file holds no admin token; never repeats it.
+/// Why a text or a file is not an admin token. The message never contains the text.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file cannot be read.
@@ -67,7 +67,7 @@ pub enum Error {
 }
 
 impl AdminToken {
-    /// The token that the operator has given, and the file that it was read from.
+    /// Starts with the configured token and the file that it was read from.
     pub fn new(token: Token, file: Option<PathBuf>) -> Self {
         describe_gauge!(REFUSED, "One while upstream refuses the admin token (401), else zero");
         gauge!(REFUSED).set(0.0);
@@ -75,7 +75,7 @@ impl AdminToken {
         Self(Arc::new(Inner { state: watch::Sender::new(state), suspected: Notify::new() }))
     }
 
-    /// Reads an admin token.
+    /// Parses an admin token.
     pub fn parse(text: &str) -> Result<Token, Error> {
         let token = Token::parse(text)?;
         match token.environment() {
@@ -84,7 +84,7 @@ impl AdminToken {
         }
     }
 
-    /// Reads the admin token in a file; blocks as long as the file system does.
+    /// Reads the admin token from a file. Blocks on the file system.
     pub fn read(file: &Path) -> Result<Token, Error> {
         Self::parse(&secret_file::read(file)?)
     }
@@ -94,32 +94,32 @@ impl AdminToken {
         Arc::clone(&self.0.state.borrow().token)
     }
 
-    /// The file that the token is read from, if it is.
+    /// The file that the token was read from, if any.
     pub fn file(&self) -> Option<PathBuf> {
         self.0.state.borrow().file.clone()
     }
 
-    /// Since when upstream has refused the token; `None` while it accepts it.
+    /// Since when upstream has refused the token; `None` if it has not.
     pub fn refused_since(&self) -> Option<Timestamp> {
         self.0.state.borrow().refused().map(|(at, _)| at)
     }
 
-    /// For how long upstream has refused the token.
+    /// For how long upstream has refused the token; `None` if it has not.
     pub fn refused_for(&self) -> Option<Duration> {
         self.0.state.borrow().refused().map(|(_, at)| at.elapsed())
     }
 
-    /// Notified of every change of the token and of what upstream says of it.
+    /// Subscribes to changes of the token and of upstream's acceptance.
     pub fn subscribe(&self) -> watch::Receiver<State> {
         self.0.state.subscribe()
     }
 
-    /// Waits until upstream refuses the token once more.
+    /// Waits until upstream next refuses the token.
     pub async fn suspected(&self) {
         self.0.suspected.notified().await;
     }
 
-    /// Replaces the token; true if it is another one. Whether upstream accepts it is yet to be seen.
+    /// Replaces the token; returns whether it differs. A different token starts as unverified.
     pub fn replace(&self, token: Token, file: Option<PathBuf>) -> bool {
         self.0.state.send_if_modified(|state| {
             state.file = file;
@@ -133,13 +133,13 @@ impl AdminToken {
         })
     }
 
-    /// Has upstream refuse the current token.
+    /// Marks the current token as refused by upstream.
     #[cfg(test)]
     pub(crate) fn refuse_for_test(&self) {
         self.refuse(&self.current());
     }
 
-    /// Records that upstream has answered `token` with 401.
+    /// Records that upstream responded to `token` with 401.
     pub(crate) fn refuse(&self, token: &Token) {
         let is_news = self.0.state.send_if_modified(|state| {
             let is_news = *state.token == *token && !state.is_refused();
@@ -152,14 +152,15 @@ impl AdminToken {
         if is_news {
             warn!(
                 token = %token.masked(),
-                "Upstream refuses the admin token: it does not open this edge's admin listener any more. Flags are served as before"
+                "Upstream refuses the admin token: this edge's admin listener no longer accepts it. \
+                 Flags are served as before"
             );
         }
         self.suspect();
     }
 
-    /// Has the token's file read at once: something was refused, perhaps because the token is not the
-    /// current one any more.
+    /// Requests an immediate reload of the token's file: upstream refused a request, perhaps because the
+    /// token has been replaced.
     pub(super) fn suspect(&self) {
         self.0.suspected.notify_one();
     }
@@ -219,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn refusal_of_a_replaced_token_says_nothing_about_the_current_one() {
+    fn refusal_of_replaced_token_does_not_affect_current_one() {
         let (first, second) = (token("*:*.first"), token("*:*.second"));
         let admin = AdminToken::new(first.clone(), None);
         let mut changes = admin.subscribe();
@@ -240,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn token_of_one_environment_is_not_an_admin_token() {
+    fn token_of_one_environment_is_rejected() {
         let error = AdminToken::parse("*:dev.secret").expect_err("of one environment");
         assert_eq!(
             error.to_string(),

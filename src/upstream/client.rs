@@ -1,8 +1,8 @@
-//! The requests that Parapet makes of an Unleash server.
+//! The requests of Parapet to the Unleash server.
 //!
-//! Most go through one function, [`Upstream::call`], which bounds, times, counts and sorts them; what
-//! is relayed, followed, or asks only whether a token is admitted does all of that by itself. Nothing
-//! here retries; redirects are followed within upstream's origin.
+//! Most go through [`Upstream::call`], which limits, times, counts and classifies them. Relayed
+//! requests, streams and access probes do this themselves. Nothing here retries. Redirects are followed
+//! only within upstream's origin.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -38,27 +38,27 @@ use crate::{
     },
 };
 
-/// A flag and a path that no server has.
+/// A name that exists on no server, neither as a flag nor as a path.
 const PROBE: &str = "parapet-asks-for-nothing";
 
-/// The longest that sending usage and making a token may take, whatever other requests may: giving up
-/// on a batch that upstream is still storing would count it twice, and a token whose secret is told
-/// once would be lost.
+/// The timeout for sending usage and creating a token. It is longer than for other requests: a retry of
+/// a batch that upstream is still storing would count it twice, and the secret of a created token is
+/// returned only once.
 const PATIENT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How many redirects of one request are followed.
+/// The largest number of redirects followed per request.
 const MOST_REDIRECTS: u32 = 5;
 
-/// The largest body that is taken from upstream, in bytes after decompression.
+/// The largest response body accepted from upstream, in bytes after decompression.
 const MAX_BODY: usize = 256 << 20;
 
-/// The largest answer that is passed on to whoever asked by way of us, in bytes.
+/// The largest response body that is relayed, in bytes.
 const MAX_RELAYED: usize = 32 << 20;
 
-/// The Unleash server that Parapet stands in front of.
+/// The client of the upstream Unleash server.
 ///
-/// A cheap handle: clones share connections and [`Health`]. Dropping a request's future abandons
-/// the request.
+/// A cheap handle: clones share connections and [`Health`]. Dropping a request's future cancels the
+/// request.
 #[derive(Clone)]
 pub struct Upstream(Arc<Inner>);
 
@@ -71,41 +71,41 @@ struct Inner {
     pulse: Arc<Pulse>,
 }
 
-/// What asking for flags brought, and what upstream said besides.
+/// The response to a request for flags.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Polled {
     /// The flags.
     pub flags: Fetched,
-    /// Whether those who poll are to follow a stream instead.
+    /// Whether upstream asks polling clients to use its streams.
     pub prefers_streaming: bool,
 }
 
-/// What asking for flags brought.
+/// The result of a conditional request for flags.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Fetched {
-    /// What the `ETag` stands for is still current.
+    /// The flags with the `ETag` of the request are still current (304).
     NotModified,
     /// A flag set.
     Changed {
         /// The JSON as upstream sent it, decompressed.
         body: Bytes,
-        /// The `ETag` to ask with next time.
+        /// The `ETag` for the next request.
         etag: Option<String>,
     },
 }
 
-/// Whether upstream opens its API to a token that it called valid.
+/// Whether upstream's API accepts a token that its validation called valid.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Access {
-    /// It does.
+    /// It accepts the token.
     Granted,
-    /// It knows the token and opens nothing to it.
+    /// It knows the token, but grants it no access (403).
     Forbidden,
-    /// It does not know the token any more.
+    /// It no longer knows the token (401).
     Unknown,
 }
 
-/// A successful answer, its body read.
+/// A successful response with its complete body.
 struct Answer {
     status: StatusCode,
     headers: HeaderMap,
@@ -113,7 +113,7 @@ struct Answer {
 }
 
 impl Upstream {
-    /// Prepares to talk to the server that `config` names; connects to nothing yet.
+    /// Builds the client for the server of `config`. Does not connect yet.
     pub fn new(config: Config) -> Result<Self, Error> {
         Self::with_max_body(config, MAX_BODY)
     }
@@ -123,23 +123,30 @@ impl Upstream {
             return Err(Error::Scheme);
         }
         outcome::describe();
-        let pool = connect::pool(&config)?;
+        let http_client = connect::pool(&config)?;
         let Config { url, token_header, request_timeout, .. } = config;
-        let pulse = Arc::default();
-        Ok(Self(Arc::new(Inner { pool, url, token_header, request_timeout, max_body, pulse })))
+        let health_tracker = Arc::default();
+        Ok(Self(Arc::new(Inner {
+            pool: http_client,
+            url,
+            token_header,
+            request_timeout,
+            max_body,
+            pulse: health_tracker,
+        })))
     }
 
-    /// Its scheme, host and port, without what else its address may hold.
+    /// The scheme, host and port of upstream's URL, without credentials and path.
     pub fn origin(&self) -> String {
         self.0.url.origin().ascii_serialization()
     }
 
-    /// How upstream has been doing.
+    /// The health of upstream as seen by this client.
     pub fn health(&self) -> Health {
         self.0.pulse.health()
     }
 
-    /// Fetches the flags that `token` sees, unless they still are what `etag` stands for.
+    /// Fetches the flags of `token`; a conditional request if `etag` is given.
     pub async fn features(&self, token: &Token, etag: Option<&str>) -> Result<Polled, Error> {
         let mut request = self.request(Method::GET, &["api", "client", "features"], Some(token));
         let known = etag.and_then(strong_form);
@@ -163,8 +170,8 @@ impl Upstream {
         .await
     }
 
-    /// Opens the stream of what changes of the flags that `token` sees, since the state `last` if that
-    /// is named; `None` where upstream offers no stream.
+    /// Opens the event stream of `token`'s flags, resuming after the event `last` if given. `None` if
+    /// upstream does not support streaming.
     pub async fn follow(
         &self,
         token: &Token,
@@ -172,7 +179,7 @@ impl Upstream {
     ) -> Result<Option<Stream>, Error> {
         let started = Instant::now();
         let path = &["api", "client", "streaming"];
-        // A coding would have to be flushed with each event, which not every proxy does.
+        // No compression: a proxy may fail to flush the encoder after each event.
         let request = self
             .endless(Method::GET, path, Some(token))
             .header(ACCEPT, EVENT_STREAM)
@@ -197,10 +204,10 @@ impl Upstream {
         answer
     }
 
-    /// Asks which of `tokens` are valid and what those allow; the others are missing in the reply.
+    /// Validates `tokens`. The reply contains the valid ones with their grants, and omits the others.
     ///
-    /// The requests carry no token of their own (protocol: Unleash, `POST /edge/validate`). There are
-    /// several of them if one would be larger than upstream takes.
+    /// The requests (Unleash's `POST /edge/validate`) carry no `Authorization`. The tokens are split
+    /// into several requests if one would exceed upstream's size limit.
     pub async fn validate(&self, tokens: &[Token]) -> Result<Vec<Validated>, Error> {
         let mut valid = Vec::new();
         let mut rest = tokens;
@@ -215,23 +222,24 @@ impl Upstream {
         Ok(valid)
     }
 
-    /// Asks whether upstream still opens its API to a token of this kind, which it called valid.
+    /// Probes whether upstream's API still accepts a token of this kind that its validation called
+    /// valid.
     ///
-    /// Unleash's `/edge/validate` goes on vouching for a token that has been deleted (measured on
-    /// 7.5.1 and 8.2.0), while its APIs refuse it within a minute. What is asked for is nothing: the
-    /// answer is 404 where the token is admitted, 401 where it is not known, and 403 where it is
-    /// known and opens nothing: to a client token of all environments (measured on 8.2.0), or to one
-    /// of an environment that an edge upstream does not serve.
+    /// Unleash's `/edge/validate` keeps calling a deleted token valid (measured on 7.5.1 and 8.2.0),
+    /// while its APIs refuse it within a minute. The probe requests a resource that does not exist. The
+    /// response is 404 if the token is accepted, 401 if it is unknown, and 403 if it is known but has no
+    /// access: a client token of all environments (measured on 8.2.0), or a token of an environment that
+    /// an upstream edge does not serve.
     pub async fn admits(&self, token: &Token, kind: TokenKind) -> Result<Access, Error> {
         let path: &[&str] = match kind {
             TokenKind::Client => &["api", "client", "features", PROBE],
-            // A path that edges have as well, which know no token by others.
+            // Edges serve this path too; they reject every token on others.
             TokenKind::Frontend => &["api", "frontend", "features", PROBE],
             TokenKind::Admin => &["api", "admin", "environments"],
         };
         let started = Instant::now();
         let answer = self.exchange(self.request(Method::GET, path, Some(token))).await;
-        // These are the answers that were asked for, and no failures of upstream.
+        // These are expected results of the probe, not failures of upstream.
         let access = match answer {
             Err(Error::Status { status: StatusCode::UNAUTHORIZED, .. }) => Ok(Access::Unknown),
             Err(Error::Status { status: StatusCode::FORBIDDEN, .. }) => Ok(Access::Forbidden),
@@ -242,9 +250,9 @@ impl Upstream {
         access
     }
 
-    /// Sends a batch of usage, a body of `/api/client/metrics/bulk`.
+    /// Sends a batch of usage: a body of `/api/client/metrics/bulk`.
     ///
-    /// Upstream keeps only what belongs to the environment of `token`, and says nothing of the rest.
+    /// Upstream silently drops usage that does not belong to the environment of `token`.
     pub async fn send_usage(&self, token: &Token, body: Bytes) -> Result<(), Error> {
         let path = &["api", "client", "metrics", "bulk"];
         let request =
@@ -269,7 +277,7 @@ impl Upstream {
         self.call_as_admin(admin, Purpose::ListTokens, request, read).await
     }
 
-    /// Lists upstream's tokens of that name.
+    /// Lists upstream's tokens with this name.
     pub async fn api_tokens_named(
         &self,
         admin: &AdminToken,
@@ -298,7 +306,7 @@ impl Upstream {
         Ok(created.secret)
     }
 
-    /// Deletes a token; one that upstream does not know is no error.
+    /// Deletes a token. An unknown token is not an error.
     pub async fn delete_token(
         &self,
         admin: &AdminToken,
@@ -309,25 +317,25 @@ impl Upstream {
         self.call_as_admin(admin, Purpose::DeleteToken, request, done).await
     }
 
-    /// The header in which upstream wants tokens.
+    /// The header that carries tokens to upstream.
     pub fn token_header(&self) -> &HeaderName {
         &self.0.token_header
     }
 
-    /// Passes on somebody else's request, whose URI is a path and query below the server's URL, and
-    /// gives the answer, whatever it says.
+    /// Relays a request, whose URI is a path and query below the server's URL, and returns the response
+    /// with any status.
     ///
-    /// Nothing of ours goes along but the standing headers that the operator chose.
+    /// Adds only the default headers of the configuration.
     pub async fn relay(
         &self,
-        asked: hyper::Request<Bytes>,
+        original: hyper::Request<Bytes>,
     ) -> Result<hyper::Response<Bytes>, Error> {
         let started = Instant::now();
-        let (head, asked) = asked.into_parts();
+        let (head, content) = original.into_parts();
         let mut url = self.0.url.clone();
         url.set_path(&format!("{}{}", url.path().trim_end_matches('/'), head.uri.path()));
         url.set_query(head.uri.query());
-        let request = self.0.pool.request(head.method, url).headers(head.headers).body(asked);
+        let request = self.0.pool.request(head.method, url).headers(head.headers).body(content);
         let request = request.timeout(self.0.request_timeout);
         let answer = async {
             let response = request.send().await.map_err(Error::transport)?;
@@ -347,7 +355,7 @@ impl Upstream {
         self.endless(method, path, token).timeout(self.0.request_timeout)
     }
 
-    /// A request that may take as long as it likes.
+    /// A request without a total timeout.
     fn endless(&self, method: Method, path: &[&str], token: Option<&Token>) -> RequestBuilder {
         let mut url = self.0.url.clone();
         url.path_segments_mut()
@@ -365,7 +373,7 @@ impl Upstream {
         request
     }
 
-    /// Makes a request and reads its answer.
+    /// Sends a request, parses its response and records the outcome.
     async fn call<T>(
         &self,
         purpose: Purpose,
@@ -380,9 +388,9 @@ impl Upstream {
         result
     }
 
-    /// Makes a request with the admin token, and records whether upstream accepts that.
+    /// Sends a request with the admin token, and records whether upstream accepts the token.
     ///
-    /// The token lists alone decide: something on the way may refuse a single endpoint.
+    /// Only the token lists decide that: a proxy may block a single other endpoint.
     async fn call_as_admin<T>(
         &self,
         admin: &AdminToken,
@@ -403,7 +411,7 @@ impl Upstream {
         result
     }
 
-    /// Counts a request that ended so.
+    /// Records the outcome of a request in metrics and health.
     fn note<T>(
         &self,
         purpose: Purpose,
@@ -422,14 +430,14 @@ impl Upstream {
         Ok(Answer { status, headers, body })
     }
 
-    /// Makes a request, and again where it is redirected within upstream's origin; reads the head of
-    /// the answer.
+    /// Sends a request and follows redirects within upstream's origin; returns the response, its body
+    /// unread.
     async fn head(&self, request: RequestBuilder) -> Result<Response, Error> {
         let mut request = request.build().map_err(Error::transport)?;
         let mut followed = 0;
         loop {
             let again = request.try_clone();
-            let asked = (request.method().clone(), request.url().clone());
+            let (method, url) = (request.method().clone(), request.url().clone());
             let response = self.0.pool.execute(request).await.map_err(Error::transport)?;
             let status = response.status();
             if status.is_success() || status == StatusCode::NOT_MODIFIED {
@@ -440,7 +448,7 @@ impl Upstream {
                 let pause = pause.and_then(|it| error::retry_after(it, Timestamp::now()));
                 return Err(Error::Status { status, retry_after: pause });
             }
-            let redirect = Redirect::of(&response, asked.0, asked.1);
+            let redirect = Redirect::of(&response, method, url);
             let next = redirect.within(&self.0.url).filter(|_| followed < MOST_REDIRECTS);
             let (Some(url), Some(again)) = (next, again) else {
                 return Err(Error::Redirect { status, target: redirect.target(&self.0.url) });
@@ -463,7 +471,7 @@ const JSON: HeaderValue = HeaderValue::from_static("application/json");
 const EVENT_STREAM: HeaderValue = HeaderValue::from_static("text/event-stream");
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
 
-/// In which upstream says how SDKs are to fetch flags.
+/// The header in which upstream tells clients whether to poll or to stream.
 const FETCH_MODE: HeaderName = HeaderName::from_static("fetch-mode");
 
 fn json(request: RequestBuilder, body: &impl Serialize) -> RequestBuilder {
@@ -481,7 +489,7 @@ fn done(_: Answer) -> Result<(), Error> {
     Ok(())
 }
 
-/// Whether an answer is a stream, and not what some server says to all that it does not know.
+/// Whether a response is an event stream, rather than a server's default page for unknown paths.
 fn is_event_stream(response: &Response) -> bool {
     let kind = response.headers().get(CONTENT_TYPE).and_then(|it| it.to_str().ok());
     let kind = kind.and_then(|it| it.split(';').next()).map(str::trim);
@@ -489,7 +497,7 @@ fn is_event_stream(response: &Response) -> bool {
         && kind.is_some_and(|it| it.eq_ignore_ascii_case("text/event-stream"))
 }
 
-/// Whether a status says that there is nothing by that path, whoever asks.
+/// Whether a status means that the server does not have the path, for any token.
 fn knows_no_path(status: StatusCode) -> bool {
     matches!(
         status,
@@ -497,7 +505,7 @@ fn knows_no_path(status: StatusCode) -> bool {
     )
 }
 
-/// How many of `tokens`, at least one, go into one request: Unleash takes no JSON above 100 kB.
+/// How many of `tokens`, at least one, fit into one request: Unleash accepts at most 100 kB of JSON.
 fn batch_len(tokens: &[Token]) -> usize {
     const MOST: usize = 90_000;
     let mut size = 0;
@@ -508,8 +516,8 @@ fn batch_len(tokens: &[Token]) -> usize {
     fit.count().max(1)
 }
 
-/// The `ETag` as upstream issued it: Unleash compares texts, so a `W/` that some proxy has put before
-/// its own `ETag` would never match again.
+/// The `ETag` as upstream issued it, without `W/`. Unleash compares `ETag`s as text, so a `W/` that a
+/// proxy has added would never match.
 fn strong_form(etag: &str) -> Option<HeaderValue> {
     HeaderValue::from_str(etag.strip_prefix("W/").unwrap_or(etag)).ok()
 }
@@ -551,7 +559,7 @@ mod tests {
         Token::parse(SECRET).expect("token")
     }
 
-    /// Fetches flags from a server that gives this one answer.
+    /// Fetches flags from a server that always sends this reply.
     async fn fetch(reply: Reply, etag: Option<&str>) -> (Result<Fetched, Error>, Upstream) {
         let server = Scripted::start(move |_| reply.clone()).await;
         let upstream = Upstream::with_max_body(server.config(), 64).expect("client");
@@ -559,7 +567,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn requests_carry_the_token_our_names_and_the_operators_headers() {
+    async fn requests_carry_token_app_names_and_configured_headers() {
         let server = Scripted::start(|_| (202, &[], String::new())).await;
         let mut config = server.config();
         config.token_header = HeaderName::from_static("x-token");
@@ -590,7 +598,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_etag_is_kept_sent_in_its_strong_form_and_answered_by_304() {
+    async fn etag_is_sent_in_strong_form_and_yields_304() {
         let server = Scripted::start(|request| match request.headers.get(IF_NONE_MATCH) {
             Some(known) if known == "\"a:1:v1\"" => (304, &[], String::new()),
             _ => (200, &[("etag", "W/\"a:1:v1\"")], "{}".to_owned()),
@@ -605,7 +613,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn odd_etags_never_panic() {
+    async fn invalid_etags_never_panic() {
         let (fetched, _) = fetch((200, &[("etag", "\"~\"")], "{}".to_owned()), Some("\n")).await;
         assert_eq!(
             fetched.expect("200"),
@@ -616,7 +624,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_answer_may_send_those_who_poll_to_the_stream() {
+    async fn fetch_mode_header_can_request_streaming() {
         for (mode, prefers_streaming) in [("streaming", true), ("polling", false)] {
             let headers: &'static [_] = vec![("fetch-mode", mode)].leak();
             let server = Scripted::start(move |_| (200, headers, "{}".to_owned())).await;
@@ -629,9 +637,9 @@ mod tests {
     const STREAM: &[(&str, &str)] = &[("content-type", "Text/Event-Stream; charset=utf-8")];
 
     #[tokio::test]
-    async fn a_stream_names_the_last_state_and_tells_what_comes() {
-        let told = "event: e\nid: 7\ndata: x\n\n";
-        let server = Scripted::start(move |_| (200, STREAM, told.to_owned())).await;
+    async fn stream_request_sends_last_event_id_and_yields_events() {
+        let events = "event: e\nid: 7\ndata: x\n\n";
+        let server = Scripted::start(move |_| (200, STREAM, events.to_owned())).await;
         let upstream = Upstream::new(server.config()).expect("client");
         for last in [None, Some(7)] {
             let stream = upstream.follow(&token(), last).await.expect("200");
@@ -651,7 +659,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_knows_no_stream_is_an_answer_and_what_fails_is_none() {
+    async fn missing_stream_support_is_not_an_error_but_failure_is() {
         let follow = async |status: u16, headers: &'static [_]| {
             let server = Scripted::start(move |_| (status, headers, "<html>".to_owned())).await;
             let upstream = Upstream::new(server.config()).expect("client");
@@ -672,7 +680,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn neither_the_head_of_a_stream_nor_another_answer_is_waited_for_without_end() {
+    async fn stream_head_and_other_responses_time_out() {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let mut config = config(&format!("http://{}", listener.local_addr().expect("an address")));
         config.request_timeout = Duration::from_millis(50);
@@ -687,7 +695,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_body_beyond_the_limit_is_refused() {
+    async fn body_larger_than_limit_is_rejected() {
         let (fits, _) = fetch((200, &[], "x".repeat(64)), None).await;
         assert!(fits.is_ok(), "{fits:?}");
         let (large, _) = fetch((200, &[], "x".repeat(65)), None).await;
@@ -695,7 +703,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn failures_are_sorted_and_remembered() {
+    async fn failures_are_classified_and_recorded_in_health() {
         let (throttled, upstream) =
             fetch((429, &[("retry-after", "7")], String::new()), None).await;
         let error = throttled.expect_err("429");
@@ -712,7 +720,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn redirect_to_another_origin_is_an_error_that_names_it_and_takes_the_token_nowhere() {
+    async fn redirect_to_another_origin_is_an_error_and_does_not_leak_the_token() {
         let away = Scripted::start(|_| (200, &[], "{}".to_owned())).await;
         let place = away.config().url;
         let location =
@@ -721,15 +729,15 @@ mod tests {
         let (fetched, _) = fetch((302, location, String::new()), None).await;
         let error = fetched.expect_err("302");
         assert!(matches!(error, Error::Redirect { status: StatusCode::FOUND, .. }), "{error:?}");
-        let told = error.to_string();
-        assert!(told.contains(place.as_str().trim_end_matches('/')), "{told}");
-        assert!(!told.contains("s3cret") && !told.contains("features"), "{told}");
+        let message = error.to_string();
+        assert!(message.contains(place.as_str().trim_end_matches('/')), "{message}");
+        assert!(!message.contains("s3cret") && !message.contains("features"), "{message}");
         assert_eq!(error.fault(), Fault::Ours);
         assert!(away.seen().is_empty());
     }
 
     #[tokio::test]
-    async fn redirect_within_the_origin_is_followed_with_token_and_body() {
+    async fn redirect_within_origin_is_followed_with_token_and_body() {
         const FEATURES: &[(&str, &str)] = &[("location", "/moved/api/client/features")];
         const BULK: &[(&str, &str)] = &[("location", "/moved/api/client/metrics/bulk")];
         const VALIDATE: &[(&str, &str)] = &[("location", "/moved/edge/validate")];
@@ -755,7 +763,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn redirect_to_a_page_for_signing_in_vouches_for_no_token() {
+    async fn redirect_to_login_page_grants_no_access() {
         const LOGIN: &[(&str, &str)] = &[("location", "/base/login")];
         for status in [200, 404] {
             let server = Scripted::start(move |request| match request.line.as_str() {
@@ -772,7 +780,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn redirects_in_a_circle_end() {
+    async fn circular_redirect_is_an_error() {
         const CIRCLE: &[(&str, &str)] = &[("location", "/base/api/client/features")];
         let server = Scripted::start(|_| (307, CIRCLE, String::new())).await;
         let upstream = Upstream::new(server.config()).expect("client");
@@ -782,7 +790,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_not_unleash_json_is_told_without_its_text() {
+    async fn decode_error_does_not_contain_the_body() {
         let server = Scripted::start(|_| (200, &[], format!(r#"{{"tokens":"{SECRET}"}}"#))).await;
         let upstream = Upstream::new(server.config()).expect("client");
         let error = upstream.validate(&[token()]).await.expect_err("no list");
@@ -793,7 +801,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn admin_token_is_refused_by_401_to_the_token_list_alone() {
+    async fn admin_token_is_marked_refused_only_by_401_on_token_list() {
         let status = Arc::new(AtomicU16::new(200));
         let answer = Arc::clone(&status);
         let server = Scripted::start(move |request| match answer.load(Ordering::Relaxed) {
@@ -813,23 +821,23 @@ mod tests {
         }
         status.store(401, Ordering::Relaxed);
         upstream.environments(&admin).await.expect_err("401");
-        assert_eq!(admin.refused_since(), None, "one endpoint alone may be closed on the way");
-        // But the file is read at once.
+        assert_eq!(admin.refused_since(), None, "a proxy may block one endpoint");
+        // But a reload of the file is requested.
         admin.suspected().await;
         upstream.api_tokens(&admin).await.expect_err("401");
         assert!(admin.refused_since().is_some());
         status.store(500, Ordering::Relaxed);
         upstream.api_tokens(&admin).await.expect_err("500");
-        assert!(admin.refused_since().is_some(), "that is no acceptance");
+        assert!(admin.refused_since().is_some(), "a 500 is not an acceptance");
         status.store(200, Ordering::Relaxed);
         upstream.environments(&admin).await.expect("200");
-        assert!(admin.refused_since().is_some(), "nor is that");
+        assert!(admin.refused_since().is_some(), "another endpoint does not decide");
         upstream.api_tokens(&admin).await.expect("200");
         assert_eq!(admin.refused_since(), None);
     }
 
     #[tokio::test]
-    async fn many_tokens_are_validated_in_requests_that_upstream_takes() {
+    async fn many_tokens_are_validated_in_requests_below_size_limit() {
         let server = Scripted::start(|_| (200, &[], r#"{"tokens":[]}"#.to_owned())).await;
         let upstream = Upstream::new(server.config()).expect("client");
         let tokens = vec![token(); 3000];
@@ -841,7 +849,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_unreachable_upstream_is_told_without_its_url() {
+    async fn unreachable_error_does_not_contain_the_url() {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("an address");
         drop(listener);
@@ -855,7 +863,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_connection_that_breaks_midway_is_ambiguous() {
+    async fn connection_that_breaks_midway_is_ambiguous() {
         use tokio::io::AsyncWriteExt as _;
 
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
@@ -872,14 +880,14 @@ mod tests {
     }
 
     #[test]
-    fn a_url_without_a_scheme_is_refused() {
-        // It is read as the scheme `unleash`.
+    fn url_without_http_scheme_is_rejected() {
+        // This parses as a URL with the scheme `unleash`.
         let error = Upstream::new(config("unleash:4242")).expect_err("no scheme");
         assert!(matches!(error, Error::Scheme), "{error:?}");
     }
 
     #[test]
-    fn a_certificate_file_that_is_none_is_named() {
+    fn error_names_invalid_certificate_file() {
         let file = tempfile::NamedTempFile::new().expect("a file");
         let mut config = config("https://unleash.example");
         config.certificate_file = Some(file.path().to_owned());

@@ -1,6 +1,6 @@
-//! How connections to upstream are made: trust, identity, time limits and standing headers.
+//! Builds the HTTP client for upstream: TLS trust, client certificate, timeouts and default headers.
 //!
-//! Tokens are no standing headers: they belong to single requests.
+//! Tokens are not default headers: each request carries its own.
 
 use std::{
     fs, io,
@@ -29,19 +29,19 @@ pub struct Config {
     pub token_header: HeaderName,
     /// Headers that the operator adds to every request; values are marked sensitive.
     pub extra_headers: Vec<(HeaderName, HeaderValue)>,
-    /// The longest that one request may take, the body included; of a stream, its head.
+    /// The timeout of a request, including its body; of a stream, only its head.
     pub request_timeout: Duration,
-    /// The longest that connecting may take.
+    /// The timeout for connecting.
     pub connect_timeout: Duration,
-    /// How long an idle connection is kept.
+    /// How long idle connections stay open.
     pub keepalive: Duration,
-    /// Certificates (PEM) to trust besides the platform's.
+    /// Certificates (PEM) to trust in addition to the platform's.
     pub certificate_file: Option<PathBuf>,
-    /// The client's own certificate and key.
+    /// The client certificate and its key.
     pub identity: Option<Identity>,
-    /// Accept any server certificate; only for tests of an operator.
+    /// Accept any server certificate; only for an operator's tests.
     pub skip_certificate_verification: bool,
-    /// Hosts that are reached without a proxy, as in `NO_PROXY`.
+    /// Hosts to reach without a proxy, in the syntax of `NO_PROXY`.
     pub no_proxy: String,
     /// The application name that upstream sees (`UNLEASH-APPNAME`).
     pub app_name: String,
@@ -49,22 +49,22 @@ pub struct Config {
     pub instance_id: String,
 }
 
-/// The version of the client specification that we follow. From 4.2.0 on, Unleash sends segments
-/// apart from the flags that refer to them.
+/// The version of the Unleash client specification that we implement. From 4.2.0 on, Unleash sends
+/// segments separately from the flags that refer to them.
 const CLIENT_SPEC: &str = "6.1.0";
 
-/// Builds the pool of connections that `config` describes.
+/// Builds the HTTP client of `config`, with its connection pool.
 ///
-/// How long a request may take is set on each: a stream has no end.
+/// The request timeout is set on each request, because streams have none.
 pub(super) fn pool(config: &Config) -> Result<Client, Error> {
-    // The process may have chosen a provider already; any will do.
+    // Another part of the process may have installed a provider already; any is fine.
     let _ = ring::default_provider().install_default();
     let mut builder = Client::builder()
         .user_agent(concat!("parapet/", env!("CARGO_PKG_VERSION")))
         .default_headers(standing_headers(config)?)
         .connect_timeout(config.connect_timeout)
         .pool_idle_timeout(config.keepalive)
-        // A redirect could carry a token to another host, and turns a POST into a GET.
+        // Automatic redirects could send the token to another host, and turn a POST into a GET.
         .redirect(redirect::Policy::none())
         .referer(false)
         .tls_danger_accept_invalid_certs(config.skip_certificate_verification);
@@ -75,10 +75,10 @@ pub(super) fn pool(config: &Config) -> Result<Client, Error> {
     builder = if config.url.scheme() == "https" {
         builder.tls_certs_merge(roots)
     } else {
-        // The platform's certificates may be missing where nobody needs them, as in a bare image.
+        // Without TLS the platform's certificates are not needed, and a bare image has none.
         builder.tls_certs_only(roots)
     };
-    // reqwest reads the variables too, but takes `*` for names only.
+    // reqwest reads `NO_PROXY` too, but applies `*` only to host names.
     if no_proxy::includes(&config.no_proxy, &config.url) {
         builder = builder.no_proxy();
     }
@@ -102,7 +102,7 @@ fn standing_headers(config: &Config) -> Result<HeaderMap, Error> {
         ("unleash-client-spec", HeaderValue::from_static(CLIENT_SPEC)),
     ];
     for (name, value) in ours {
-        // What the operator has set on purpose wins.
+        // Configured headers win.
         headers.entry(name).or_insert(value);
     }
     Ok(headers)

@@ -1,7 +1,7 @@
-//! With which tokens the edge itself speaks to upstream, per environment.
+//! The tokens with which the edge itself authenticates at upstream, per environment.
 //!
-//! With an admin token they come from the exchange; without one they are those that the operator or
-//! the SDKs have offered. This module does not judge tokens: upstream and `auth` do.
+//! With an admin token they come from the token exchange. Without one they are the valid client tokens
+//! of the configuration and of SDKs. This module does not validate tokens: upstream and `auth` do.
 
 use std::{
     cmp::Reverse,
@@ -27,13 +27,13 @@ use crate::{
     token::{Environment, Grant, Projects, Scope, Token, TokenDigest, TokenKind},
 };
 
-/// How many offered tokens of an environment are held although others cover them.
+/// The number of tokens per environment up to which redundant ones, covered by others, are retained.
 const SPARE: usize = 16;
 
-/// How long after the start tokens of an earlier run are expected to be presented again.
+/// How long after the start to wait for SDKs to present tokens of an earlier run again.
 const EXPECTED_FOR: Duration = Duration::from_mins(5);
 
-/// The tokens with which the edge itself speaks; a cheap handle.
+/// The edge's own tokens for upstream. A cheap handle.
 #[derive(Clone)]
 pub struct Credentials(Arc<Inner>);
 
@@ -41,17 +41,17 @@ struct Inner {
     hands: RwLock<HashMap<Environment, Hand>>,
     exchange: Option<(Exchange, Pasts)>,
     started: Instant,
-    /// Whether upstream has said of each configured token whether it is valid.
+    /// Whether upstream has validated each configured token.
     are_configured_validated: AtomicBool,
-    /// Client tokens of an earlier run that nobody has presented since, and the projects that they saw.
+    /// Client tokens of an earlier run that have not been presented since, with their projects.
     expected: RwLock<HashMap<Environment, HashMap<TokenDigest, Projects>>>,
 }
 
-/// What has happened with each environment; the lock of one is held while it is being exchanged for,
-/// so that the exchange happens once however many wait for it.
+/// The exchange history of each environment. Its lock is held during an exchange, so that concurrent
+/// callers share one exchange.
 type Pasts = Mutex<HashMap<Environment, Arc<tokio::sync::Mutex<Past>>>>;
 
-/// The tokens held for one environment.
+/// The tokens of one environment.
 #[derive(Default)]
 struct Hand(Vec<Held>);
 
@@ -63,19 +63,19 @@ struct Held {
 #[derive(Clone, Copy, Eq, PartialEq)]
 enum State {
     Good,
-    /// Upstream has refused it, which may have been a mistake: it is asked with again where no good
-    /// one sees as much.
+    /// Upstream has refused it, possibly by mistake: it is still used for projects that no accepted
+    /// token covers.
     Refused,
 }
 
 impl Credentials {
-    /// Tokens are exchanged for `admin`, under the name `parapet-<fleet>`, and stored sealed by `saver`.
+    /// Exchanges `admin` for tokens named `parapet-<fleet>`, which `saver` stores encrypted.
     pub fn with_admin(admin: AdminToken, fleet: &str, upstream: Upstream, saver: Saver) -> Self {
         let exchange = Exchange::new(admin, fleet, upstream, saver);
         Self::new(Some((exchange, Pasts::default())))
     }
 
-    /// Tokens are those that are [offered](Self::offer).
+    /// Uses only [offered](Self::offer) tokens.
     pub fn without_admin() -> Self {
         Self::new(None)
     }
@@ -90,38 +90,38 @@ impl Credentials {
         }))
     }
 
-    /// The tokens in hand for `environment`: good ones before refused ones, the widest first, and of
-    /// such the one that was offered first; none covered by one before it.
+    /// The tokens to use for `environment`: accepted before refused ones, those with the most projects
+    /// first, of equals the one offered first. Tokens covered by an earlier one are left out.
     pub fn tokens(&self, environment: &Environment) -> Vec<Credential> {
         let hands = self.0.hands.read().unwrap_or_else(PoisonError::into_inner);
         hands.get(environment).map(Hand::in_use).unwrap_or_default()
     }
 
-    /// The environments that there are tokens in hand for.
+    /// The environments with at least one token.
     pub fn environments(&self) -> BTreeSet<Environment> {
         let hands = self.0.hands.read().unwrap_or_else(PoisonError::into_inner);
-        hands.iter().filter(|(_, hand)| !hand.0.is_empty()).map(|(name, _)| name.clone()).collect()
+        hands.iter().filter(|(_, set)| !set.0.is_empty()).map(|(name, _)| name.clone()).collect()
     }
 
-    /// The token in hand for sending usage of `environment`: the widest.
+    /// The token for sending usage of `environment`: the one with the most projects.
     pub fn usage_token(&self, environment: &Environment) -> Option<Token> {
         self.tokens(environment).into_iter().next().map(|it| it.token)
     }
 
-    /// Takes a valid token into hand if the edge lives on offered ones; true if that lets it see more
-    /// than before.
+    /// Adds a valid token, unless the edge uses an admin token. Returns whether it covers projects that
+    /// no token covered before.
     pub fn offer(&self, token: &Token, grant: &Grant) -> bool {
         if self.0.exchange.is_some() || grant.kind != TokenKind::Client {
             return false;
         }
         let credential =
             Credential { token: token.clone(), projects: grant.scope.projects.clone() };
-        let grows = self.with_hand(&grant.scope.environment, |hand| hand.take(credential));
+        let is_wider = self.with_hand(&grant.scope.environment, |set| set.take(credential));
         self.expect_no_more(&token.digest());
-        grows
+        is_wider
     }
 
-    /// Takes note of a token that was valid in an earlier run: it is likely to be offered again.
+    /// Records a token that was valid in an earlier run and will probably be offered again.
     pub fn expect(&self, token: TokenDigest, grant: &Grant) {
         if self.0.exchange.is_none() && grant.kind == TokenKind::Client {
             let Scope { environment, projects } = grant.scope.clone();
@@ -138,14 +138,14 @@ impl Credentials {
         });
     }
 
-    /// Takes note that upstream has said of each configured token whether it is valid.
+    /// Records that upstream has validated each configured token.
     pub fn set_configured_validated(&self) {
         self.0.are_configured_validated.store(true, Ordering::Relaxed);
     }
 
-    /// Whether every token is in hand that can be expected for `environment`. While upstream has not
-    /// judged each configured token, or SDKs have not presented theirs since the start, what an earlier
-    /// run could see may still be needed; SDKs are waited for for some minutes.
+    /// Whether every expected token for `environment` is available. Flags of an earlier run may still be
+    /// needed until upstream has validated each configured token and SDKs have presented theirs again,
+    /// for at most 5 minutes.
     pub fn is_complete(&self, environment: &Environment) -> bool {
         if self.0.exchange.is_some() {
             return true;
@@ -156,110 +156,114 @@ impl Credentials {
         if self.0.started.elapsed() >= EXPECTED_FOR {
             return true;
         }
-        let in_hand = self.tokens(environment);
-        let nothing = Projects::Only(BTreeSet::new());
-        let seen = in_hand.iter().fold(nothing, |seen, it| seen.union(&it.projects));
+        let available = self.tokens(environment);
+        let no_projects = Projects::Only(BTreeSet::new());
+        let seen = available.iter().fold(no_projects, |seen, it| seen.union(&it.projects));
         let expected = self.0.expected.read().unwrap_or_else(PoisonError::into_inner);
         expected.get(environment).is_none_or(|it| it.values().all(|it| seen.covers(it)))
     }
 
-    /// Takes note that upstream has answered to a token: a refusal of it was a mistake.
+    /// Records that upstream accepts a token; an earlier refusal was temporary.
     pub fn accept(&self, environment: &Environment, token: &TokenDigest) {
-        self.with_hand(environment, |hand| hand.mark(token, State::Good));
+        self.with_hand(environment, |set| set.mark(token, State::Good));
     }
 
-    /// Lets go of an offered token because it is known to be revoked; what it fetched may go then.
+    /// Removes an offered token that was revoked; its flags may then be removed.
     ///
-    /// A refusal alone is not that knowledge. Tokens of the edge's own are replaced, not withdrawn.
+    /// A refusal alone does not mean revocation. Exchanged tokens are replaced, not removed.
     pub fn withdraw(&self, token: &TokenDigest) {
         if self.0.exchange.is_some() {
             return;
         }
         let mut hands = self.0.hands.write().unwrap_or_else(PoisonError::into_inner);
-        for hand in hands.values_mut() {
-            hand.0.retain(|held| held.credential.token.digest() != *token);
+        for set in hands.values_mut() {
+            set.0.retain(|entry| entry.credential.token.digest() != *token);
         }
         drop(hands);
         self.expect_no_more(token);
     }
 
-    /// The tokens for `environment`, exchanged for if none is in hand; never empty.
+    /// The tokens for `environment`, never empty; obtained by an exchange if there is none.
     ///
-    /// However many wait, the exchange happens once. Dropping the future while a token is being made
-    /// loses that token.
+    /// Concurrent callers share one exchange. Dropping the future while a token is being created loses
+    /// that token.
     pub async fn obtain(&self, environment: &Environment) -> Result<Vec<Credential>, Error> {
-        let in_hand = self.tokens(environment);
-        if !in_hand.is_empty() {
-            return Ok(in_hand);
+        let available = self.tokens(environment);
+        if !available.is_empty() {
+            return Ok(available);
         }
-        let Some((exchange, pasts)) = &self.0.exchange else {
+        let Some((exchange, histories)) = &self.0.exchange else {
             return Err(Error::Unknown { environment: environment.clone() });
         };
-        let past = past(pasts, environment);
-        let mut past = past.lock().await;
-        let in_hand = self.tokens(environment);
-        if !in_hand.is_empty() {
-            return Ok(in_hand);
+        let history = past(histories, environment);
+        let mut history = history.lock().await;
+        let available = self.tokens(environment);
+        if !available.is_empty() {
+            return Ok(available);
         }
-        let credential = exchange.obtain(environment, &mut past).await?;
+        let credential = exchange.obtain(environment, &mut history).await?;
         Ok(self.hold(environment, credential))
     }
 
     /// The tokens for `environment` after upstream has refused one of them with 401 or 403.
     ///
-    /// If nothing better can be had, that is an error and the refused token stays in hand: upstream
-    /// may have been wrong, and then it simply works again. Tokens are made at most once a minute, and
-    /// ever more seldom while upstream keeps refusing them.
+    /// Tokens are created at most once a minute, and with growing pauses while upstream keeps refusing
+    /// them.
+    ///
+    /// # Errors
+    /// If there is no other token. The refused one then stays in use: the refusal may be temporary.
     pub async fn replace(
         &self,
         environment: &Environment,
         refused: &TokenDigest,
     ) -> Result<Vec<Credential>, Error> {
-        let Some((exchange, pasts)) = &self.0.exchange else {
-            let (news, left) = self.with_hand(environment, |hand| {
-                (hand.mark(refused, State::Refused), hand.of(State::Good).next().is_some())
+        let Some((exchange, histories)) = &self.0.exchange else {
+            let (is_new, has_accepted) = self.with_hand(environment, |set| {
+                (set.mark(refused, State::Refused), set.of(State::Good).next().is_some())
             });
-            if news {
+            if is_new {
                 warn!("Upstream refuses a token for environment {environment}");
             }
-            let unknown = || Error::Unknown { environment: environment.clone() };
-            return left.then(|| self.tokens(environment)).ok_or_else(unknown);
+            let no_token = || Error::Unknown { environment: environment.clone() };
+            return has_accepted.then(|| self.tokens(environment)).ok_or_else(no_token);
         };
-        let past = past(pasts, environment);
-        let mut past = past.lock().await;
-        let in_hand = self.tokens(environment);
-        if !in_hand.is_empty() && in_hand.iter().all(|it| it.token.digest() != *refused) {
-            return Ok(in_hand);
+        let history = past(histories, environment);
+        let mut history = history.lock().await;
+        let available = self.tokens(environment);
+        if !available.is_empty() && available.iter().all(|it| it.token.digest() != *refused) {
+            return Ok(available);
         }
-        warn!("Upstream refuses our token for environment {environment}, looking for another");
-        let credential = exchange.replace(environment, &mut past, *refused).await?;
+        warn!(
+            "Upstream refuses the edge's token for environment {environment}; looking for another"
+        );
+        let credential = exchange.replace(environment, &mut history, *refused).await?;
         Ok(self.hold(environment, credential))
     }
 
-    /// Seals the tokens in use anew, after another admin token has replaced the one of their seal, and has
-    /// them saved.
+    /// Encrypts the tokens in use with the current admin token, after it has been replaced, and saves
+    /// them.
     ///
-    /// What was stored earlier and is not in use cannot be opened any more; another token is found or
-    /// made for its environment when that is needed. Waits for exchanges in progress, and so for upstream.
+    /// Stored tokens that are not in use can no longer be decrypted; when one is needed, another token
+    /// is found or created. Waits for exchanges in progress, and so for upstream.
     pub async fn reseal(&self) {
-        let Some((exchange, pasts)) = &self.0.exchange else { return };
-        // Those whose token is on its way too: it may be sealed already.
+        let Some((exchange, histories)) = &self.0.exchange else { return };
+        // Includes environments with an exchange in progress: their token may already be encrypted.
         let environments: Vec<_> =
-            pasts.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect();
+            histories.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect();
         for environment in environments {
-            let past = past(pasts, &environment);
-            // Nobody replaces the token meanwhile.
-            let mut past = past.lock().await;
+            let history = past(histories, &environment);
+            // The lock prevents a concurrent replacement of the token.
+            let mut history = history.lock().await;
             for credential in self.tokens(&environment) {
-                exchange.reseal(&environment, &mut past, &credential);
+                exchange.reseal(&environment, &mut history, &credential);
             }
         }
     }
 
-    /// Makes `credential` the one in hand.
+    /// Makes `credential` the only token of `environment`.
     fn hold(&self, environment: &Environment, credential: Credential) -> Vec<Credential> {
-        let held = Held { credential: credential.clone(), state: State::Good };
-        self.with_hand(environment, |hand| hand.0 = vec![held]);
+        let entry = Held { credential: credential.clone(), state: State::Good };
+        self.with_hand(environment, |set| set.0 = vec![entry]);
         vec![credential]
     }
 
@@ -275,21 +279,22 @@ impl fmt::Debug for Credentials {
     }
 }
 
-fn past(pasts: &Pasts, environment: &Environment) -> Arc<tokio::sync::Mutex<Past>> {
-    let mut pasts = pasts.lock().unwrap_or_else(PoisonError::into_inner);
-    Arc::clone(pasts.entry(environment.clone()).or_default())
+fn past(histories: &Pasts, environment: &Environment) -> Arc<tokio::sync::Mutex<Past>> {
+    let mut histories = histories.lock().unwrap_or_else(PoisonError::into_inner);
+    Arc::clone(histories.entry(environment.clone()).or_default())
 }
 
 impl Hand {
     fn of(&self, state: State) -> impl Iterator<Item = &Credential> {
-        self.0.iter().filter(move |held| held.state == state).map(|held| &held.credential)
+        self.0.iter().filter(move |entry| entry.state == state).map(|entry| &entry.credential)
     }
 
-    /// The good tokens, then the refused ones, without those that one before makes needless.
+    /// The accepted tokens, then the refused ones, without those that an earlier one covers.
     fn in_use(&self) -> Vec<Credential> {
         let by_width = |state| {
             let mut candidates: Vec<_> = self.of(state).collect();
-            // Of two that see as much the first stays: upstream may be telling what it sees.
+            // The sort is stable: of two with the same projects the first stays, as it may have a
+            // stream.
             candidates.sort_by_key(|it| match &it.projects {
                 Projects::All => Reverse(usize::MAX),
                 Projects::Only(ids) => Reverse(ids.len()),
@@ -305,28 +310,29 @@ impl Hand {
         chosen
     }
 
-    /// Takes a good token; true if none before covered it.
+    /// Inserts an accepted token; returns whether no earlier one covered it.
     fn take(&mut self, credential: Credential) -> bool {
-        let grows = !self.of(State::Good).any(|it| it.projects.covers(&credential.projects));
-        if let Some(held) = self.0.iter_mut().find(|it| it.credential.token == credential.token) {
-            *held = Held { credential, state: State::Good };
-            return grows;
+        let is_wider = !self.of(State::Good).any(|it| it.projects.covers(&credential.projects));
+        if let Some(entry) = self.0.iter_mut().find(|it| it.credential.token == credential.token) {
+            *entry = Held { credential, state: State::Good };
+            return is_wider;
         }
         if self.0.len() >= SPARE {
-            self.0.retain(|held| {
-                held.state == State::Good || !credential.projects.covers(&held.credential.projects)
+            self.0.retain(|entry| {
+                entry.state == State::Good
+                    || !credential.projects.covers(&entry.credential.projects)
             });
         }
-        if grows || self.0.len() < SPARE {
+        if is_wider || self.0.len() < SPARE {
             self.0.push(Held { credential, state: State::Good });
         }
-        grows
+        is_wider
     }
 
-    /// Notes how upstream takes a token; true if that is news.
+    /// Sets the state of a token; returns whether it changed.
     fn mark(&mut self, token: &TokenDigest, state: State) -> bool {
-        let held = self.0.iter_mut().find(|held| held.credential.token.digest() == *token);
-        held.is_some_and(|held| std::mem::replace(&mut held.state, state) != state)
+        let entry = self.0.iter_mut().find(|entry| entry.credential.token.digest() == *token);
+        entry.is_some_and(|entry| std::mem::replace(&mut entry.state, state) != state)
     }
 }
 
@@ -354,14 +360,14 @@ mod tests {
         Environment::new("development")
     }
 
-    /// Which kind of secrets the server issues.
+    /// The format of the secrets that the server issues.
     #[derive(Clone, Copy)]
     enum Secrets {
         V1,
         V2,
     }
 
-    /// The token part of Unleash's admin API, in memory.
+    /// An in-memory fake of the token endpoints of Unleash's admin API.
     #[derive(Clone)]
     struct Admin {
         secrets: Secrets,
@@ -436,7 +442,7 @@ mod tests {
         Saver::new(Store::memory())
     }
 
-    /// Saves what is to be saved, as at the end of a run.
+    /// Saves pending records, as at shutdown.
     async fn end(saver: &Saver) {
         let stop = CancellationToken::new();
         stop.cancel();
@@ -451,7 +457,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn however_many_ask_one_token_is_made_for_an_environment() {
+    async fn concurrent_callers_share_one_created_token_per_environment() {
         let (admin, server) = Admin::start(Secrets::V1).await;
         let edge = edge(&server, &in_memory());
         let (one, two, other) = tokio::join!(obtained(&edge), obtained(&edge), async {
@@ -460,8 +466,8 @@ mod tests {
         assert_eq!(one, two);
         assert_eq!(other[0].token.environment(), Some(Environment::new("production")));
         assert_eq!(admin.listed().len(), 2);
-        let asked = server.seen().into_iter().find(|it| it.line.starts_with("POST"));
-        let body: Value = serde_json::from_str(&asked.expect("a request").body).expect("json");
+        let create = server.seen().into_iter().find(|it| it.line.starts_with("POST"));
+        let body: Value = serde_json::from_str(&create.expect("a request").body).expect("json");
         assert_eq!(
             (&body["tokenName"], &body["type"]),
             (&json!("parapet-main"), &json!("backend"))
@@ -478,7 +484,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_restart_needs_no_upstream_and_the_store_shows_no_secret() {
+    async fn restart_needs_no_upstream_and_store_contains_no_secret() {
         let (_, server) = Admin::start(Secrets::V2).await;
         let folder = tempfile::tempdir().expect("folder");
         let saver = Saver::new(Store::directory(folder.path()).expect("store"));
@@ -496,13 +502,13 @@ mod tests {
 
     #[cfg(unix)]
     #[tokio::test]
-    async fn no_token_is_made_while_a_listed_one_may_be_in_a_record_that_is_slow_to_read() {
+    async fn no_token_is_created_while_stored_record_is_slow_to_read() {
         let (admin, server) = Admin::start(Secrets::V2).await;
         let folder = tempfile::tempdir().expect("folder");
         let saver = Saver::new(Store::directory(folder.path()).expect("store"));
         let made = obtained(&edge(&server, &saver)).await;
         end(&saver).await;
-        // Whoever opens a pipe for reading waits for a writer.
+        // Opening a named pipe for reading blocks until there is a writer.
         let file = folder.path().join("credentials-development.parapet");
         let record = std::fs::read(&file).expect("the record");
         std::fs::remove_file(&file).expect("removed");
@@ -522,13 +528,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_refused_token_of_our_own_is_replaced_once_and_deleted() {
+    async fn refused_own_token_is_replaced_once_and_deleted() {
         let (admin, server) = Admin::start(Secrets::V2).await;
         let saver = in_memory();
         let (edge, other) = (edge(&server, &saver), edge(&server, &in_memory()));
         let (refused, theirs) = (obtained(&edge).await, obtained(&other).await);
         end(&saver).await;
-        // A restart forgets when the last token was made.
+        // A restart resets the mint limiter.
         let edge = self::edge(&server, &saver);
         assert_eq!(obtained(&edge).await, refused);
         let digest = refused.digest();
@@ -544,7 +550,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_upstream_that_refuses_everything_is_not_flooded_with_tokens() {
+    async fn upstream_that_refuses_everything_is_not_flooded_with_tokens() {
         let (admin, server) = Admin::start(Secrets::V1).await;
         let edge = edge(&server, &in_memory());
         let made = obtained(&edge).await;
@@ -557,7 +563,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_another_admin_token_has_sealed_is_made_anew_and_its_token_deleted() {
+    async fn token_encrypted_with_another_admin_token_is_replaced_and_deleted() {
         let (admin, server) = Admin::start(Secrets::V2).await;
         let saver = in_memory();
         let old = obtained(&edge(&server, &saver)).await;
@@ -587,10 +593,10 @@ mod tests {
         assert!(first.replace(token("*:*.second"), None));
         edge.reseal().await;
         end(&saver).await;
-        // Without a word to upstream, which knows the first only.
+        // Without a request to upstream, which accepts only the first admin token.
         let restarted = edge_of("*:*.second", &server, &saver);
         assert_eq!(obtained(&restarted).await, made);
-        // It is still known as made by this edge, which may delete it.
+        // The record still says that this edge created it, so it may be deleted.
         first.replace(token(ADMIN), None);
         edge.reseal().await;
         end(&saver).await;
@@ -603,7 +609,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn tokens_of_the_fleet_are_deleted_only_when_long_unseen() {
+    async fn fleet_tokens_are_deleted_only_after_24_h_without_use() {
         let (admin, server) = Admin::start(Secrets::V2).await;
         let at = |hours: i64| {
             (jiff::Timestamp::now() - jiff::SignedDuration::from_hours(hours)).to_string()
@@ -621,8 +627,8 @@ mod tests {
             listed("e", "production", 100, None),
         ];
         obtained(&edge(&server, &in_memory())).await;
-        let kept = ["a", "d", "e"].map(|it| it.repeat(22));
-        assert_eq!(admin.listed()[..3], kept);
+        let retained = ["a", "d", "e"].map(|it| it.repeat(22));
+        assert_eq!(admin.listed()[..3], retained);
         assert_eq!(admin.listed().len(), 4);
     }
 
@@ -636,7 +642,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn without_an_admin_token_the_widest_offered_tokens_are_used() {
+    async fn widest_offered_tokens_are_used_without_admin_token() {
         use TokenKind::{Client, Frontend};
         let edge = Credentials::without_admin();
         let error = edge.obtain(&dev()).await.expect_err("nothing offered");
@@ -652,7 +658,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_in_use_does_not_give_way_to_one_that_sees_no_more() {
+    fn token_in_use_is_not_replaced_by_one_with_the_same_projects() {
         let edge = Credentials::without_admin();
         for number in 0..SPARE {
             offer(&edge, &format!("*:development.{number}"), TokenKind::Client, &["*"]);
@@ -661,7 +667,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_refused_offer_gives_way_to_others_and_is_tried_again_where_they_do_not_reach() {
+    async fn refused_token_is_used_only_for_projects_that_others_do_not_cover() {
         let edge = Credentials::without_admin();
         offer(&edge, "*:development.1", TokenKind::Client, &["*"]);
         offer(&edge, "a:development.2", TokenKind::Client, &["a"]);
@@ -678,7 +684,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn only_what_is_known_to_be_revoked_is_let_go_of() {
+    async fn only_revoked_tokens_are_removed() {
         let edge = Credentials::without_admin();
         offer(&edge, "a:development.1", TokenKind::Client, &["a"]);
         for number in 0..2 * SPARE {
@@ -694,7 +700,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn tokens_are_complete_once_those_configured_and_those_of_an_earlier_run_are_known() {
+    async fn tokens_are_complete_once_configured_and_expected_ones_are_available() {
         let grant = |ids: &[&str]| {
             let projects = Projects::from_list(ids.iter().copied());
             Grant { kind: TokenKind::Client, scope: Scope { environment: dev(), projects } }
@@ -703,7 +709,7 @@ mod tests {
             let edge = Credentials::without_admin();
             edge.expect(token("c:development.1").digest(), &grant(ids));
             offer(&edge, "a:development.2", TokenKind::Client, &["a"]);
-            assert!(!edge.is_complete(&dev()), "no configured token is judged");
+            assert!(!edge.is_complete(&dev()), "configured tokens are not validated yet");
             edge.set_configured_validated();
             edge
         };
@@ -712,7 +718,7 @@ mod tests {
 
         let edge = expecting(&["c"]);
         assert!(!edge.is_complete(&dev()));
-        // It sees less than before.
+        // It has fewer projects than before.
         offer(&edge, "c:development.1", TokenKind::Client, &["a"]);
         assert!(edge.is_complete(&dev()));
         let edge = expecting(&["c"]);
@@ -733,16 +739,16 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_in_use_sees_all_that_was_offered_and_nothing_twice(
+        fn tokens_in_use_cover_all_offers_without_redundancy(
             offers in prop::collection::vec(prop::collection::vec("[a-d]", 1..4), 1..12),
         ) {
             let edge = Credentials::without_admin();
             let mut seen = Vec::new();
             for (number, ids) in offers.iter().enumerate() {
                 let ids: Vec<_> = ids.iter().map(String::as_str).collect();
-                let grew = offer(&edge, &format!("[]:development.{number}"), TokenKind::Client, &ids);
+                let is_wider = offer(&edge, &format!("[]:development.{number}"), TokenKind::Client, &ids);
                 let projects = Projects::from_list(ids);
-                prop_assert_eq!(grew, !seen.iter().any(|it: &Projects| it.covers(&projects)));
+                prop_assert_eq!(is_wider, !seen.iter().any(|it: &Projects| it.covers(&projects)));
                 seen.push(projects);
             }
             let used = edge.tokens(&dev());
@@ -757,11 +763,11 @@ mod tests {
     }
 
     #[test]
-    fn offers_without_end_do_not_fill_the_memory() {
+    fn number_of_offered_tokens_is_bounded() {
         let edge = Credentials::without_admin();
         for number in 0..1000 {
             offer(&edge, &format!("*:development.{number}"), TokenKind::Client, &["*"]);
         }
-        assert_eq!(edge.with_hand(&dev(), |hand| hand.0.len()), SPARE);
+        assert_eq!(edge.with_hand(&dev(), |set| set.0.len()), SPARE);
     }
 }

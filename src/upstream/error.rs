@@ -1,6 +1,6 @@
-//! What can go wrong with upstream, whose fault it is and whether to try again.
+//! Errors of requests to upstream: the party at fault, and whether to retry.
 //!
-//! No error shows a token, a body or a request's URL: URLs may hold passwords, and bodies may echo
+//! No error contains a token, a body or a request's URL: URLs may contain passwords, and bodies may echo
 //! tokens.
 
 use std::{io, path::PathBuf, time::Duration};
@@ -10,60 +10,60 @@ use reqwest::{StatusCode, header::HeaderValue};
 
 use super::identity;
 
-/// The longest pause that upstream may ask for by `Retry-After`; longer ones are shortened to it.
+/// The cap of `Retry-After`.
 const LONGEST_PAUSE: Duration = Duration::from_mins(10);
 
-/// Why a request to upstream did not bring what it was made for.
+/// Why a request to upstream failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// No connection: nothing was sent.
     #[error("upstream is unreachable")]
     Unreachable(#[source] reqwest::Error),
-    /// The connection broke before the whole answer was there.
-    #[error("upstream broke off the connection")]
+    /// The connection broke before the response was complete.
+    #[error("the connection to upstream broke")]
     Interrupted(#[source] reqwest::Error),
-    /// No whole answer within the time allowed.
-    #[error("upstream did not answer in time")]
+    /// No complete response within the timeout.
+    #[error("upstream did not respond in time")]
     Timeout(#[source] reqwest::Error),
-    /// Nothing of a stream within the time allowed.
-    #[error("upstream's stream was silent for {0:?}")]
+    /// No data of a stream within the timeout.
+    #[error("upstream's stream sent nothing for {0:?}")]
     Silent(Duration),
-    /// A status that tells of no success.
+    /// A status other than success.
     #[error("upstream answered {status}")]
     Status {
         /// The status.
         status: StatusCode,
-        /// The pause that upstream asked for, if any.
+        /// The `Retry-After` of the response, if any.
         retry_after: Option<Duration>,
     },
-    /// A redirect that is not followed: it could carry a token elsewhere.
+    /// A redirect that is not followed, because it could leak a token.
     #[error(
         "upstream answered {status}, a redirect to {target}: --upstream-url is not its address"
     )]
     Redirect {
         /// The status.
         status: StatusCode,
-        /// Where it leads, for people to read.
+        /// Its target, for display.
         target: String,
     },
-    /// 304 to a request that named no `ETag`.
+    /// 304 to a request without an `ETag`.
     #[error("upstream answered 304 to a request without an ETag")]
     Unconditional,
-    /// A body beyond the limit.
-    #[error("upstream's answer is larger than {limit} bytes")]
+    /// A body larger than the limit.
+    #[error("upstream's response is larger than {limit} bytes")]
     TooLarge {
         /// The limit, in bytes.
         limit: usize,
     },
-    /// A body that is not what Unleash sends.
-    #[error("upstream's answer is not Unleash's JSON (line {line}, column {column})")]
+    /// A body that is not the expected JSON.
+    #[error("upstream's response is not Unleash JSON (line {line}, column {column})")]
     Decode {
-        /// The line where reading stopped.
+        /// The line of the syntax error.
         line: usize,
-        /// The column where reading stopped.
+        /// The column of the syntax error.
         column: usize,
     },
-    /// The configured URL has another scheme than HTTP's.
+    /// The scheme of the configured URL is neither `http` nor `https`.
     #[error("upstream's URL begins neither with http:// nor with https://")]
     Scheme,
     /// A file of the configuration cannot be read.
@@ -74,8 +74,8 @@ pub enum Error {
         /// The cause.
         source: io::Error,
     },
-    /// A file of the configuration does not hold the PEM it should.
-    #[error("{} does not hold the expected PEM", file.display())]
+    /// A file of the configuration does not contain the expected PEM.
+    #[error("{} does not contain the expected PEM", file.display())]
     Pem {
         /// The file.
         file: PathBuf,
@@ -86,21 +86,21 @@ pub enum Error {
     #[error(transparent)]
     Identity(#[from] identity::Error),
     /// A setting that cannot be sent as a header.
-    #[error("the {0} has characters that no header may hold")]
+    #[error("the {0} contains characters that are invalid in a header")]
     Header(&'static str),
-    /// The connection pool cannot be built from the configuration.
-    #[error("the connection to upstream cannot be set up")]
+    /// The HTTP client cannot be built from the configuration.
+    #[error("the HTTP client for upstream cannot be built")]
     Setup(#[source] reqwest::Error),
 }
 
-/// Whose fault a failure is.
+/// The party at fault.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Fault {
-    /// Upstream, or the network before it: it may pass by itself.
+    /// Upstream, or the network in between; may be temporary.
     Upstream,
-    /// The token: upstream does not, or no longer, accept it for this.
+    /// The token: upstream does not, or no longer, accept it for this request.
     Credentials,
-    /// What we sent, or how we are configured.
+    /// Our request or our configuration.
     Ours,
 }
 
@@ -109,22 +109,22 @@ pub enum Fault {
 pub enum Retry {
     /// Not without a change.
     Never,
-    /// After this pause where upstream named one, else after the caller's own back-off.
+    /// After upstream's `Retry-After` if it sent one, otherwise after the caller's backoff.
     Later(Option<Duration>),
 }
 
 impl Retry {
-    /// The pause that upstream named, if any.
+    /// The `Retry-After` of upstream, if it sent one.
     pub fn wish(self) -> Option<Duration> {
         match self {
-            Self::Later(wish) => wish,
+            Self::Later(retry_after) => retry_after,
             Self::Never => None,
         }
     }
 }
 
 impl Error {
-    /// Sorts a failure of the HTTP client; its URL is dropped.
+    /// Classifies an error of the HTTP client and removes its URL.
     pub(super) fn transport(error: reqwest::Error) -> Self {
         let error = error.without_url();
         if error.is_connect() {
@@ -136,13 +136,13 @@ impl Error {
         }
     }
 
-    /// Keeps the place of a syntax error, and not its text, which may quote a token.
+    /// Keeps the position of a JSON error but not its text, which may quote a token.
     #[expect(clippy::needless_pass_by_value, reason = "the shape that map_err wants")]
     pub(super) fn decode(error: serde_json::Error) -> Self {
         Self::Decode { line: error.line(), column: error.column() }
     }
 
-    /// Whose fault it is.
+    /// The party at fault.
     pub fn fault(&self) -> Fault {
         match self {
             Self::Status { status, .. } => match *status {
@@ -169,8 +169,8 @@ impl Error {
 
     /// Whether the same request may succeed later.
     ///
-    /// Only a status that judges what was sent says never: a 404 or a redirect is also what a load
-    /// balancer says while the server behind it is away.
+    /// Only a status about the content of the request rules out a retry: a 404 or a redirect may also
+    /// come from a load balancer while the server behind it is down.
     pub fn retry(&self) -> Retry {
         match self {
             Self::Redirect { .. } => Retry::Later(None),
@@ -182,9 +182,9 @@ impl Error {
         }
     }
 
-    /// Whether upstream may have acted on the request although it did not say so.
+    /// Whether upstream may have processed the request despite the error.
     ///
-    /// Sending usage again after such a failure may count it twice.
+    /// Retrying usage after such an error may count it twice.
     pub fn is_ambiguous(&self) -> bool {
         match self {
             Self::Interrupted(_)
@@ -203,12 +203,12 @@ impl Error {
         self.fault() == Fault::Credentials
     }
 
-    /// Whether upstream has no room for the request now (429).
+    /// Whether upstream throttled the request (429).
     pub fn is_crowded(&self) -> bool {
         self.status() == Some(StatusCode::TOO_MANY_REQUESTS)
     }
 
-    /// The status, if upstream answered with one.
+    /// The status of the response, if there was one.
     pub fn status(&self) -> Option<StatusCode> {
         match self {
             Self::Status { status, .. } | Self::Redirect { status, .. } => Some(*status),
@@ -218,7 +218,7 @@ impl Error {
     }
 }
 
-/// Whether a status judges what was sent, so that sending it again is of no use.
+/// Whether a status rejects the content of the request, so that a retry is useless.
 fn judges_content(status: StatusCode) -> bool {
     matches!(
         status,
@@ -232,7 +232,7 @@ fn judges_content(status: StatusCode) -> bool {
     )
 }
 
-/// Reads `Retry-After` in both of its forms (RFC 9110, section 10.2.3).
+/// Parses `Retry-After`, as seconds or as a date (RFC 9110, section 10.2.3).
 pub(super) fn retry_after(value: &HeaderValue, now: Timestamp) -> Option<Duration> {
     let text = value.to_str().ok()?.trim();
     let pause = if let Ok(seconds) = text.parse() {
@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn a_status_tells_whose_fault_it_is_and_whether_to_try_again() {
+    fn status_determines_fault_and_retry() {
         let later = Retry::Later(Some(Duration::from_secs(7)));
         for status in [404, 408, 429, 500, 502, 503, 504] {
             check(status, Fault::Upstream, later);
@@ -270,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn retry_after_is_read_in_both_forms_and_capped() {
+    fn retry_after_is_parsed_in_both_forms_and_capped() {
         let now: Timestamp = "1994-11-06T08:49:07Z".parse().expect("time");
         let check = |text: &str, seconds: Option<u64>| {
             let value = HeaderValue::from_str(text).expect("header");

@@ -1,10 +1,10 @@
 //! Exchanges the admin token for a backend token of one environment.
 //!
-//! Real servers do not take an admin token for flags or usage, so the edge finds the token that its
-//! fleet has under a stable name, or makes one, and stores it sealed. A disk that hangs does not delay
-//! that: records are saved in the background, and reading one is waited for once, and not for long. It
-//! does not know which tokens are in use: [`Credentials`](super::Credentials) does, and asks one at a
-//! time per environment.
+//! Unleash does not accept an admin token for flags or usage. So the edge looks up its fleet's token by
+//! a stable name, or creates one, and stores it encrypted. A hanging disk does not delay this: records
+//! are saved in the background, and reading one has a short timeout. This module does not know which
+//! tokens are in use: [`Credentials`](super::Credentials) does, and runs one exchange at a time per
+//! environment.
 
 use std::time::Duration;
 
@@ -31,20 +31,21 @@ use crate::{
     wire::tokens::{Listed, ListedSecret},
 };
 
-/// A token under our name that nobody has used for so long is nobody's.
+/// A token with our name that was not used for this long counts as abandoned.
 const ABANDONED: SignedDuration = SignedDuration::from_hours(24);
 
-/// How long after it began the reading of an environment's record is waited for. Then a token is looked
-/// for upstream.
+/// The timeout for reading an environment's record, from the first attempt. After it, a token is looked
+/// up upstream.
 const READ_PATIENCE: Duration = Duration::from_secs(1);
 
-/// The same where upstream lists a token that may be the one in the record, before another is made.
+/// The timeout for reading the record before another token is created, if upstream lists a token that
+/// may be the one in the record.
 const READ_PATIENCE_BEFORE_MINTING: Duration = Duration::from_secs(10);
 
-/// How many refused tokens of an environment are remembered.
+/// The largest number of refused tokens remembered per environment.
 const REFUSED: usize = 16;
 
-/// A token for upstream and what is seen with it.
+/// A token for upstream, with its projects.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Credential {
     /// The token.
@@ -56,26 +57,24 @@ pub struct Credential {
 /// Why the edge has no token for an environment.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The admin calls failed.
-    #[error("upstream gives no token for the environment {environment}")]
+    /// A request to the admin API failed.
+    #[error("obtaining a token for environment {environment} from upstream failed")]
     Upstream {
         /// The environment.
         environment: Environment,
         /// The cause.
         source: error::Error,
     },
-    /// Upstream refuses what was made for it, and is not to be flooded with more.
-    #[error(
-        "the next token for the environment {environment} is made in {pause:?} at the earliest"
-    )]
+    /// Upstream refuses the tokens that were created, and must not be flooded with more.
+    #[error("no further token for environment {environment} is created for {pause:?}")]
     Throttled {
         /// The environment.
         environment: Environment,
-        /// How long no token will be made.
+        /// How long no token is created.
         pause: Duration,
     },
     /// There is no admin token, and no usable token of that environment has been offered.
-    #[error("no token for the environment {environment} is known")]
+    #[error("no token for environment {environment} is available")]
     Unknown {
         /// The environment.
         environment: Environment,
@@ -83,20 +82,20 @@ pub enum Error {
 }
 
 impl Error {
-    /// When asking again may help: always later, since what is missing can be made upstream.
+    /// When to retry: always later, since an operator can create the missing token upstream.
     pub fn retry(&self) -> Retry {
         match self {
             Self::Upstream { source, .. } => match source.retry() {
                 Retry::Never => Retry::Later(None),
                 later @ Retry::Later(_) => later,
             },
-            // Another edge may make one sooner, which is found.
+            // Another edge may create one sooner, which the next attempt finds.
             Self::Throttled { .. } | Self::Unknown { .. } => Retry::Later(None),
         }
     }
 }
 
-/// What the exchange needs.
+/// Looks up or creates tokens for environments.
 #[derive(Debug)]
 pub(super) struct Exchange {
     admin: AdminToken,
@@ -104,41 +103,42 @@ pub(super) struct Exchange {
     name: String,
     upstream: Upstream,
     saver: Saver,
-    /// Tokens that were made later and are not in hand were made by others.
+    /// Unknown tokens created after this were created by other edges.
     started: Timestamp,
 }
 
-/// What has happened with one environment.
+/// The history of one environment's exchanges.
 #[derive(Debug, Default)]
 pub(super) struct Past {
     refused: Vec<TokenDigest>,
     mints: Mints,
     stored: Stored,
-    /// When the record was read first, whatever came of it.
+    /// When the record was first read, successfully or not.
     first_read: Option<Instant>,
 }
 
 /// The record of an environment, in the store or about to be saved there.
 #[derive(Debug, Default)]
 enum Stored {
-    /// Not read yet, or without success.
+    /// Not read yet, or reading failed.
     #[default]
     Unread,
     Reading(JoinSet<Result<Option<Vec<u8>>, store::Error>>),
     Known(Option<Record>),
 }
 
-/// When tokens were made: at most one a minute, and ever more seldom while they do not hold.
+/// Limits the creation of tokens: at most one a minute, and with doubling pauses while new tokens are
+/// refused.
 #[derive(Debug, Default)]
 struct Mints {
     last: Option<(Instant, Duration)>,
 }
 
-/// What the store keeps for an environment.
+/// The stored form of an environment's token.
 #[derive(Debug, Deserialize, Serialize)]
 struct Record {
     version: u32,
-    /// Whether this edge has made the token; found ones belong to the fleet.
+    /// Whether this edge created the token. Others belong to the fleet.
     minted: bool,
     /// The public half of a v2 token.
     selector: Option<String>,
@@ -146,7 +146,7 @@ struct Record {
     sealed: Vec<u8>,
 }
 
-/// A [`Record`] as far as it could be opened.
+/// A [`CredentialRecord`], decrypted if possible.
 #[derive(Debug)]
 struct Kept {
     minted: bool,
@@ -156,43 +156,46 @@ struct Kept {
 
 impl Exchange {
     pub(super) fn new(admin: AdminToken, fleet: &str, upstream: Upstream, saver: Saver) -> Self {
-        let (fleet, name) = (fleet.to_owned(), format!("parapet-{fleet}"));
-        Self { admin, fleet, name, upstream, saver, started: Timestamp::now() }
+        let (fleet, token_name) = (fleet.to_owned(), format!("parapet-{fleet}"));
+        Self { admin, fleet, name: token_name, upstream, saver, started: Timestamp::now() }
     }
 
-    /// The seal under the admin token of the moment.
+    /// The cipher of the current admin token.
     fn seal(&self) -> Seal {
         Seal::new(&self.admin.current(), &self.fleet)
     }
 
-    /// A token for `environment`: the stored one, else one found by its name, else a new one.
+    /// Obtains a token for `environment`: the stored one, otherwise one found by its name, otherwise a
+    /// new one.
     pub(super) async fn obtain(
         &self,
         environment: &Environment,
-        past: &mut Past,
+        history: &mut Past,
     ) -> Result<Credential, Error> {
-        self.read(environment, past, READ_PATIENCE).await;
-        if let Some(credential) = self.open(environment, past).and_then(|kept| kept.credential) {
+        self.read(environment, history, READ_PATIENCE).await;
+        if let Some(credential) =
+            self.open(environment, history).and_then(|previous| previous.credential)
+        {
             return Ok(credential);
         }
-        self.find_or_mint(environment, past).await
+        self.find_or_mint(environment, history).await
     }
 
-    /// A token for `environment` other than those that upstream has refused.
+    /// Obtains a token for `environment` other than those that upstream has refused.
     pub(super) async fn replace(
         &self,
         environment: &Environment,
-        past: &mut Past,
+        history: &mut Past,
         refused: TokenDigest,
     ) -> Result<Credential, Error> {
-        past.refuse(refused);
-        self.find_or_mint(environment, past).await
+        history.refuse(refused);
+        self.find_or_mint(environment, history).await
     }
 
     async fn find_or_mint(
         &self,
         environment: &Environment,
-        past: &mut Past,
+        history: &mut Past,
     ) -> Result<Credential, Error> {
         let failed = |source| Error::Upstream { environment: environment.clone(), source };
         let listed = self.upstream.api_tokens_named(&self.admin, &self.name).await;
@@ -201,36 +204,39 @@ impl Exchange {
             it.name == self.name && it.kind == TokenKind::Client && it.environment == *environment
         });
         let now = Timestamp::now();
-        if let Some(found) = best(&fleet, past, now) {
+        if let Some(found) = best(&fleet, history, now) {
             info!("Found token {} for environment {environment}", found.token.masked());
-            self.save(environment, past, &found, false);
+            self.save(environment, history, &found, false);
             return Ok(found);
         }
-        if let Some(pause) = past.mints.pause() {
+        if let Some(pause) = history.mints.pause() {
             return Err(Error::Throttled { environment: environment.clone(), pause });
         }
-        if past.stored.is_being_read() && fleet.iter().any(|it| self.may_be_stored(it, now)) {
-            self.read(environment, past, READ_PATIENCE_BEFORE_MINTING).await;
-            if let Some(stored) = self.open(environment, past).and_then(|kept| kept.credential) {
+        if history.stored.is_being_read() && fleet.iter().any(|it| self.may_be_stored(it, now)) {
+            self.read(environment, history, READ_PATIENCE_BEFORE_MINTING).await;
+            if let Some(stored) =
+                self.open(environment, history).and_then(|previous| previous.credential)
+            {
                 return Ok(stored);
             }
         }
-        let before = past.mints.begin();
+        let before = history.mints.begin();
         let created = self.upstream.create_token(&self.admin, &self.name, environment).await;
         if created.as_ref().is_err_and(|error| !error.is_ambiguous()) {
-            past.mints.last = before;
+            history.mints.last = before;
         }
         let minted = Credential { token: created.map_err(failed)?, projects: Projects::All };
-        info!("Made token {} for environment {environment}", minted.token.masked());
-        let kept = self.open(environment, past);
-        self.save(environment, past, &minted, true);
-        for old in fleet.iter().filter(|it| is_ours_to_delete(it, kept.as_ref(), past, now)) {
+        info!("Created token {} for environment {environment}", minted.token.masked());
+        let previous = self.open(environment, history);
+        self.save(environment, history, &minted, true);
+        for old in fleet.iter().filter(|it| is_ours_to_delete(it, previous.as_ref(), history, now))
+        {
             self.delete(environment, &old.secret).await;
         }
         Ok(minted)
     }
 
-    /// Whether a listed token may be the one in a record that could not be read yet.
+    /// Whether a listed token may be the one in a record that has not been read yet.
     fn may_be_stored(&self, listed: &Listed, now: Timestamp) -> bool {
         matches!(listed.secret, ListedSecret::Selector(_))
             && !listed.is_expired(now)
@@ -239,38 +245,44 @@ impl Exchange {
 
     async fn delete(&self, environment: &Environment, secret: &ListedSecret) {
         match self.upstream.delete_token(&self.admin, secret).await {
-            Ok(()) => info!("Deleted a former token of ours for environment {environment}"),
+            Ok(()) => info!("Deleted a former token of this edge for environment {environment}"),
             Err(error) => {
                 let error: &dyn std::error::Error = &error;
-                warn!(error, "Could not delete a former token for environment {environment}");
+                warn!(error, "Deleting a former token for environment {environment} failed");
             }
         }
     }
 
-    /// Reads the record of `environment` unless its contents are known, and waits for that until
-    /// `patience` has passed since the first attempt. A read that takes longer, or is repeated after a
-    /// failure, goes on in the background, and its result is taken at a later call.
-    async fn read(&self, environment: &Environment, past: &mut Past, patience: Duration) {
-        if matches!(past.stored, Stored::Unread) {
+    /// Loads the record of `environment` unless it is loaded. Waits for at most `limit` since the first
+    /// attempt. A slower read, or one repeated after a failure, continues in the background; a later
+    /// call uses its result.
+    async fn read(&self, environment: &Environment, history: &mut Past, limit: Duration) {
+        if matches!(history.stored, Stored::Unread) {
             let (store, key) = (self.saver.store().clone(), Key::Credentials(environment.clone()));
             let mut read = JoinSet::new();
             read.spawn(async move { store.load(&key).await });
-            past.stored = Stored::Reading(read);
+            history.stored = Stored::Reading(read);
         }
-        let Stored::Reading(read) = &mut past.stored else { return };
-        let until = *past.first_read.get_or_insert_with(Instant::now) + patience;
+        let Stored::Reading(read) = &mut history.stored else { return };
+        let until = *history.first_read.get_or_insert_with(Instant::now) + limit;
         let Ok(read) = timeout_at(until, read.join_next()).await else { return };
-        past.stored = match read {
+        history.stored = match read {
             Some(Ok(Ok(bytes))) => {
                 let record = bytes.as_deref().and_then(Record::parse);
                 if bytes.is_some() && record.is_none() {
-                    warn!("The stored token for environment {environment} is of an unknown form");
+                    warn!(
+                        "The stored token for environment {environment} has an unknown format; \
+                         it is ignored"
+                    );
                 }
                 Stored::Known(record)
             }
             Some(Ok(Err(error))) => {
                 let error = report(&error);
-                warn!(error, "Cannot read the stored token for environment {environment}");
+                warn!(
+                    error,
+                    "Reading the stored token for environment {environment} failed and is retried"
+                );
                 Stored::Unread
             }
             // The runtime is shutting down.
@@ -278,13 +290,14 @@ impl Exchange {
         };
     }
 
-    /// The record of `environment`, opened, if there is one and it has been read.
-    fn open(&self, environment: &Environment, past: &Past) -> Option<Kept> {
-        let Stored::Known(Some(record)) = &past.stored else { return None };
+    /// Decrypts the record of `environment`; `None` if there is none or it has not been loaded.
+    fn open(&self, environment: &Environment, history: &Past) -> Option<Kept> {
+        let Stored::Known(Some(record)) = &history.stored else { return None };
         let token = self.seal().open(environment, &record.sealed);
         if token.is_none() {
             info!(
-                "The stored token for environment {environment} is of another admin token or fleet"
+                "The stored token for environment {environment} belongs to another admin token or \
+                 fleet; it is ignored"
             );
         }
         let projects = Projects::from_list(record.projects.iter().map(String::as_str));
@@ -292,23 +305,22 @@ impl Exchange {
         Some(Kept { minted: record.minted, selector: record.selector.clone(), credential })
     }
 
-    /// Seals the token in use for `environment` anew, under an admin token that has replaced the one of its
-    /// seal.
+    /// Encrypts and saves the token in use for `environment` with the current admin token.
     pub(super) fn reseal(
         &self,
         environment: &Environment,
-        past: &mut Past,
+        history: &mut Past,
         credential: &Credential,
     ) {
-        let minted = matches!(&past.stored, Stored::Known(Some(record)) if record.minted);
-        self.save(environment, past, credential, minted);
+        let minted = matches!(&history.stored, Stored::Known(Some(record)) if record.minted);
+        self.save(environment, history, credential, minted);
     }
 
-    /// Has the token in use stored. Without a store that works it lasts as long as the process.
+    /// Saves the token in use in the background. If the store fails, the token is lost at exit.
     pub(super) fn save(
         &self,
         environment: &Environment,
-        past: &mut Past,
+        history: &mut Past,
         credential: &Credential,
         minted: bool,
     ) {
@@ -323,7 +335,7 @@ impl Exchange {
         let bytes = serde_json::to_vec(&record).expect("a record of plain fields serializes");
         let bytes = Bytes::from(bytes);
         self.saver.save(Key::Credentials(environment.clone()), move || bytes.clone());
-        past.stored = Stored::Known(Some(record));
+        history.stored = Stored::Known(Some(record));
     }
 }
 
@@ -348,16 +360,16 @@ impl Mints {
     const SHORTEST: Duration = Duration::from_mins(1);
     const LONGEST: Duration = Duration::from_hours(1);
 
-    /// How long no token may be made yet.
+    /// How long no token may be created yet; `None` if one may be created now.
     fn pause(&self) -> Option<Duration> {
         let (at, pause) = self.last?;
         pause.checked_sub(at.elapsed()).filter(|rest| !rest.is_zero())
     }
 
-    /// Takes note that a token is about to be made; returns what was noted before.
+    /// Records that a token is about to be created; returns the previous record, to undo this one.
     fn begin(&mut self) -> Option<(Instant, Duration)> {
         let pause = match self.last {
-            // The last one did not hold for long.
+            // The last token was refused soon after it was created.
             Some((at, pause)) if at.elapsed() < 2 * pause => (2 * pause).min(Self::LONGEST),
             _ => Self::SHORTEST,
         };
@@ -373,10 +385,13 @@ impl Record {
     }
 }
 
-/// The token of the fleet to use: the widest, of these the newest, so that all edges choose the same.
-fn best(fleet: &[Listed], past: &Past, now: Timestamp) -> Option<Credential> {
+/// The fleet's token to use: one for all projects if there is one, then the newest, so that all edges
+/// choose the same.
+fn best(fleet: &[Listed], history: &Past, now: Timestamp) -> Option<Credential> {
     let usable = fleet.iter().filter(|it| !it.is_expired(now)).filter_map(|it| match &it.secret {
-        ListedSecret::Full(token) if !past.refused.contains(&token.digest()) => Some((it, token)),
+        ListedSecret::Full(token) if !history.refused.contains(&token.digest()) => {
+            Some((it, token))
+        }
         ListedSecret::Full(_) | ListedSecret::Selector(_) => None,
     });
     usable
@@ -384,19 +399,26 @@ fn best(fleet: &[Listed], past: &Past, now: Timestamp) -> Option<Credential> {
         .map(|(it, token)| Credential { token: token.clone(), projects: it.projects.clone() })
 }
 
-/// Whether a token under our name may go now that another has been made.
+/// Whether a token with our name may be deleted after another has been created.
 ///
-/// Its secret may be in the hands of another edge of the fleet, so it must be one that this edge made
-/// and can no longer use, or one that nobody uses.
-fn is_ours_to_delete(listed: &Listed, kept: Option<&Kept>, past: &Past, now: Timestamp) -> bool {
-    let replaced = kept.filter(|kept| kept.minted).is_some_and(|kept| match &kept.credential {
-        Some(Credential { token, .. }) => {
-            listed.secret.is_of(token) && past.refused.contains(&token.digest())
+/// Another edge of the fleet may use it. So it must be one that this edge created and can no longer use,
+/// or an abandoned one.
+fn is_ours_to_delete(
+    listed: &Listed,
+    previous: Option<&Kept>,
+    history: &Past,
+    now: Timestamp,
+) -> bool {
+    let replaced = previous.filter(|previous| previous.minted).is_some_and(|previous| {
+        match &previous.credential {
+            Some(Credential { token, .. }) => {
+                listed.secret.is_of(token) && history.refused.contains(&token.digest())
+            }
+            None => match &listed.secret {
+                ListedSecret::Selector(selector) => previous.selector.as_ref() == Some(selector),
+                ListedSecret::Full(_) => false,
+            },
         }
-        None => match &listed.secret {
-            ListedSecret::Selector(selector) => kept.selector.as_ref() == Some(selector),
-            ListedSecret::Full(_) => false,
-        },
     });
     let last_sign = listed.seen_at.or(listed.created_at);
     replaced || last_sign.is_some_and(|last| now.duration_since(last) > ABANDONED)
@@ -407,7 +429,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn tokens_are_made_at_most_once_a_minute_and_ever_more_seldom() {
+    async fn tokens_are_created_at_most_once_a_minute_with_doubling_pauses() {
         let mut mints = Mints::default();
         for minutes in [1, 2, 4, 8, 16, 32, 60, 60] {
             assert_eq!(mints.pause(), None);
@@ -422,7 +444,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_of_version_1_is_read() {
+    fn record_of_version_1_is_parsed() {
         let json = br#"{"version":1,"minted":true,"selector":null,"projects":["*"],"sealed":[
             198, 183, 113, 121, 8, 160, 54, 149, 170, 79, 162, 3, 217, 40, 35, 18, 78, 192,
             187, 218, 82, 147, 167, 179, 133, 52, 40, 101, 195, 239, 215, 198, 23, 61, 31,

@@ -1,4 +1,4 @@
-//! The client certificate that upstream may ask for: from PEM files, or from a PKCS #12 file.
+//! The client certificate for upstream, from PEM files or from a PKCS #12 file.
 
 use std::{
     fmt,
@@ -12,7 +12,7 @@ use zeroize::Zeroizing;
 
 use crate::tls::pem;
 
-/// A client certificate for upstream with its key, and where they are.
+/// The files with a client certificate for upstream and its key.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Identity {
     /// Two PEM files.
@@ -28,17 +28,17 @@ pub enum Identity {
     Pkcs12 {
         /// The file.
         file: PathBuf,
-        /// What it is encrypted with.
+        /// The passphrase that it is encrypted with.
         passphrase: Passphrase,
     },
 }
 
-/// A passphrase, which is wiped when dropped and never shown.
+/// A passphrase. It is zeroized on drop and never printed.
 #[derive(Clone, Default, Eq, PartialEq)]
 pub struct Passphrase(Zeroizing<String>);
 
 impl Passphrase {
-    /// Keeps a passphrase.
+    /// Wraps a passphrase.
     pub fn new(text: &str) -> Self {
         Self(Zeroizing::new(text.to_owned()))
     }
@@ -59,13 +59,13 @@ pub enum Error {
     /// The key's file cannot be used.
     #[error(transparent)]
     Key(pem::Error),
-    /// The passphrase is another one.
+    /// The passphrase is wrong.
     #[error("the passphrase does not open {}", file.display())]
     Passphrase {
         /// The file.
         file: PathBuf,
     },
-    /// The file is no PKCS #12, or encrypted in a way that is not supported.
+    /// The file is not PKCS #12, or its encryption is not supported.
     #[error("{} is not a PKCS #12 file that can be read", file.display())]
     Pkcs12 {
         /// The file.
@@ -85,7 +85,7 @@ pub enum Error {
         /// The file.
         file: PathBuf,
     },
-    /// The HTTP client refuses it.
+    /// The HTTP client rejects it.
     #[error("the client certificate cannot be used")]
     Refused(#[source] reqwest::Error),
 }
@@ -94,7 +94,7 @@ pub enum Error {
 type Pair = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
 
 impl Identity {
-    /// Reads and checks it; blocks for as long as the file system does.
+    /// Reads and checks the certificate and its key. Blocks on the file system.
     pub fn load(&self) -> Result<reqwest::Identity, Error> {
         let (chain, key) = match self {
             Self::Pair { certificate_file, key_file } => of_pem(certificate_file, key_file)?,
@@ -108,21 +108,21 @@ impl Identity {
 }
 
 fn of_pem(certificate_file: &Path, key_file: &Path) -> Result<Pair, Error> {
-    let pem = pem::read(certificate_file).map_err(Error::Certificate)?;
+    let pem = pem::read_file(certificate_file).map_err(Error::Certificate)?;
     let chain = pem::certificates(certificate_file, &pem).map_err(Error::Certificate)?;
-    let pem = pem::read(key_file).map_err(Error::Key)?;
+    let pem = pem::read_file(key_file).map_err(Error::Key)?;
     let key = pem::private_key(key_file, &pem).map_err(Error::Key)?;
-    pem::pair((certificate_file, chain.clone()), (key_file, key.clone_key()))
+    pem::certified_key((certificate_file, chain.clone()), (key_file, key.clone_key()))
         .map_err(Error::Key)?;
     Ok((chain, key))
 }
 
 fn of_pkcs12(file: &Path, passphrase: &Passphrase) -> Result<Pair, Error> {
-    let bytes = pem::read(file).map_err(Error::Certificate)?;
+    let bytes = pem::read_file(file).map_err(Error::Certificate)?;
     let archive = Pkcs12Archive::from_pkcs12(&bytes, &passphrase.0).map_err(|source| {
         let file = file.to_owned();
         match source {
-            // What a wrong passphrase decrypts does not end as it has to.
+            // Data decrypted with a wrong passphrase has invalid padding.
             Pkcs12Error::MacError(_) | Pkcs12Error::Pkcs5Error(_) | Pkcs12Error::UnpadError => {
                 Error::Passphrase { file }
             }
@@ -143,11 +143,11 @@ fn leaf<'a>(
     certificates: &'a [Certificate],
 ) -> Result<&'a Certificate, Error> {
     for certificate in certificates {
-        match pem::pair((file, vec![der(certificate)]), (file, key.clone_key())) {
+        match pem::certified_key((file, vec![der(certificate)]), (file, key.clone_key())) {
             Ok(_) => return Ok(certificate),
-            // Another one's, for instance the issuer's.
-            Err(pem::Error::Mismatch { .. } | pem::Error::Certificate { .. }) => {}
-            Err(error @ pem::Error::OldCertificate { .. }) => {
+            // The certificate of another key, for instance the issuer's.
+            Err(pem::Error::KeyMismatch { .. } | pem::Error::InvalidCertificate { .. }) => {}
+            Err(error @ pem::Error::X509Version1 { .. }) => {
                 return Err(Error::Certificate(error));
             }
             Err(error) => return Err(Error::Key(error)),
@@ -156,8 +156,8 @@ fn leaf<'a>(
     Err(Error::NoCertificate { file: file.to_owned() })
 }
 
-/// `leaf`, its issuer, that one's issuer and so on, as far as they are among `certificates`; without the
-/// root, which upstream has.
+/// The chain from `leaf` upwards, as far as its issuers are among `certificates`. Excludes the root,
+/// which upstream has.
 fn chain<'a>(leaf: &'a Certificate, certificates: &'a [Certificate]) -> Vec<&'a Certificate> {
     let mut chain = vec![leaf];
     let is_root = |it: &Certificate| it.issuer() == it.subject();
@@ -174,7 +174,7 @@ fn der(certificate: &Certificate) -> CertificateDer<'static> {
     certificate.as_der().to_vec().into()
 }
 
-/// The only form that the HTTP client takes.
+/// Encodes as PEM, the only format that the HTTP client accepts.
 fn to_pem(chain: &[CertificateDer<'_>], key: &PrivateKeyDer<'_>) -> String {
     let label = match key {
         PrivateKeyDer::Pkcs1(_) => "RSA PRIVATE KEY",
@@ -233,7 +233,7 @@ mod tests {
             Self { root, intermediate, leaf, key }
         }
 
-        /// In an order that no file promises.
+        /// A PKCS #12 file with the certificates in an unusual order.
         fn pkcs12(&self, algorithm: EncryptionAlgorithm) -> Vec<u8> {
             let certificate = |der: &[u8]| Certificate::from_der(der).expect("certificate");
             let chain = [
@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn pkcs12_is_opened_by_its_passphrase_and_no_other() {
+    fn pkcs12_is_decrypted_only_with_its_passphrase() {
         for algorithm in [
             EncryptionAlgorithm::PbeWithHmacSha256AndAes256,
             EncryptionAlgorithm::PbeWithShaAnd3KeyTripleDesCbc,
@@ -291,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn one_pem_file_may_hold_certificate_and_key() {
+    fn single_pem_file_contains_certificate_and_key() {
         let chain = Chain::new();
         let file = tempfile::NamedTempFile::new().expect("file");
         let identity = Identity::Pem(file.path().to_owned());
@@ -308,7 +308,7 @@ mod tests {
         assert!(report(&error).contains("does not belong to the first certificate"), "{error}");
     }
 
-    /// What upstream, which knows the root alone, sees of each form.
+    /// For each format, upstream trusts only the root and verifies the chain.
     #[tokio::test]
     async fn upstream_accepts_the_certificate_with_its_chain() {
         let chain = Chain::new();
@@ -319,14 +319,14 @@ mod tests {
             path
         };
         let server = rcgen::generate_simple_self_signed(["localhost".to_owned()]).expect("server");
-        let upstream = tls::Server::new(tls::Config {
+        let upstream = tls::TlsAcceptor::new(tls::Config {
             listener: "data",
-            pairs: vec![tls::Pair {
+            key_pairs: vec![tls::KeyPairFiles {
                 certificate_file: write("tls.crt", server.cert.pem().as_bytes()),
                 key_file: write("tls.key", server.signing_key.serialize_pem().as_bytes()),
             }],
             min_version: tls::Version::Tls12,
-            clients: Some(tls::Clients {
+            client_verification: Some(tls::ClientVerification {
                 ca_file: write("ca.crt", chain.root.pem().as_bytes()),
                 auth: tls::ClientAuth::Required,
                 crl_file: None,
@@ -357,7 +357,7 @@ mod tests {
             let url = format!("https://{}/", listener.local_addr().expect("bound"));
             let accepted = async {
                 let (stream, _) = listener.accept().await.expect("accepted");
-                upstream.handshake(stream).await.expect("handshake").1.client
+                upstream.handshake(stream).await.expect("handshake").1.client_certificate
             };
             let (seen, _) = tokio::join!(accepted, client.get(url).send());
             assert_eq!(seen.expect("a certificate").subject(), "CN=edge", "{identity:?}");

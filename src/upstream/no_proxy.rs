@@ -1,7 +1,7 @@
-//! `NO_PROXY`: which hosts are reached without a proxy.
+//! `NO_PROXY`: hosts that are reached without a proxy.
 //!
-//! The list is read as curl reads it, and a little more leniently: `*` is also understood among
-//! other entries, and an entry may have a port.
+//! The list is parsed as curl does, with two extensions: `*` is also accepted among other entries, and
+//! an entry may have a port.
 
 use std::net::IpAddr;
 
@@ -35,7 +35,7 @@ fn includes_host(entry: &str, host: &str, port: Option<u16>) -> bool {
         Some((entry, of_entry)) if of_entry.parse().ok() == port => {
             entry == "*" || matches(entry, host)
         }
-        // Another port, or none that can be read.
+        // Another port, or an invalid one.
         Some(_) => false,
         None => matches(entry, host),
     }
@@ -63,7 +63,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lists_are_read_as_curl_reads_them() {
+    fn list_is_parsed_like_curl_does() {
         let check = |list: &str, url: &str, expect: bool| {
             assert_eq!(includes(list, &Url::parse(url).unwrap()), expect, "{url} in {list}");
         };

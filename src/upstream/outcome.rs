@@ -1,6 +1,6 @@
-//! What requests are made for and how they end, for the metrics and for `/status`.
+//! Operations and outcomes of upstream requests, for metrics and `/status`.
 //!
-//! Labels come from these enums only, never from what upstream sends.
+//! Labels come only from these enums, never from data that upstream sends.
 
 use std::{
     sync::{Mutex, MutexGuard},
@@ -21,7 +21,7 @@ const REQUESTS: &str = "parapet_upstream_requests_total";
 const DURATION: &str = "parapet_upstream_request_duration_seconds";
 const STREAMS: &str = "parapet_upstream_streams";
 
-/// What a request is made for.
+/// The operation of a request; a metrics label.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Purpose {
     Features,
@@ -53,7 +53,7 @@ impl Purpose {
     }
 }
 
-/// How a request ended.
+/// The outcome of a request; a metrics label.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Outcome {
     Ok,
@@ -72,7 +72,7 @@ pub(super) enum Outcome {
 }
 
 impl Outcome {
-    /// How `result` ended, whose answer had this status if there was one.
+    /// Classifies a `result`; `status` is that of the response, if there was one.
     pub(super) fn of<T>(status: Option<StatusCode>, result: &Result<T, Error>) -> Self {
         match result {
             Ok(_) if status == Some(StatusCode::NOT_MODIFIED) => Self::NotModified,
@@ -120,41 +120,41 @@ impl Outcome {
     }
 }
 
-/// Tells the metric registry what the metrics of this module mean.
+/// Describes the metrics of this module.
 pub(super) fn describe() {
     describe_counter!(REQUESTS, "Requests to upstream by purpose and outcome.");
     describe_histogram!(DURATION, Unit::Seconds, "Duration of requests to upstream by purpose.");
-    describe_gauge!(STREAMS, "Streams on which upstream tells changes.");
+    describe_gauge!(STREAMS, "Open event streams from upstream.");
 }
 
-/// Counts a finished request.
+/// Records a finished request in the metrics.
 pub(super) fn count(purpose: Purpose, outcome: Outcome, took: Duration) {
     let (purpose, outcome) = (purpose.as_str(), outcome.as_str());
     counter!(REQUESTS, "purpose" => purpose, "outcome" => outcome).increment(1);
     histogram!(DURATION, "purpose" => purpose).record(took);
 }
 
-/// How upstream has been doing, as seen from here.
+/// The health of upstream, as seen by this instance.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Health {
     /// When a request last succeeded.
     pub last_success: Option<Timestamp>,
-    /// When a request last failed, and how.
+    /// When a request last failed, with its error.
     pub last_error: Option<(Timestamp, String)>,
-    /// How many requests in a row have failed by upstream's fault; a refusal is an answer.
+    /// Consecutive requests that failed by upstream's fault. A refusal (401, 403) is not such a failure.
     pub consecutive_failures: u64,
-    /// On how many streams it tells what changes.
+    /// The number of open event streams.
     pub streams: usize,
 }
 
-/// The [`Health`] that requests keep current.
+/// Tracks [`Health`] from the results of requests.
 #[derive(Debug, Default)]
 pub(super) struct Pulse {
     health: Mutex<Health>,
     outage: Mutex<Outage>,
 }
 
-/// Why there is no connection to upstream, as far as it is logged.
+/// Why upstream is unreachable, for the log.
 #[derive(Debug, Default)]
 struct Outage {
     /// The last reason since the last success.
@@ -163,9 +163,9 @@ struct Outage {
 }
 
 impl Outage {
-    /// Notes a reason, and logs it where it is another one. The first is logged by whoever made the
-    /// request, and is all that is: a certificate that is refused after a refused connection would
-    /// never show.
+    /// Records a reason, and logs it if it differs from the previous one. Callers log only the first
+    /// error of an outage. Without this, a rejected certificate after a refused connection would never
+    /// be logged.
     fn note(&mut self, reason: &str) {
         let before = self.reason.replace(reason.to_owned());
         if before.is_some_and(|before| before != reason) && self.changes.admit().is_some() {
@@ -175,7 +175,7 @@ impl Outage {
 }
 
 impl Pulse {
-    /// Takes note of how a request ended.
+    /// Records the result of a request.
     pub(super) fn feel<T>(&self, result: &Result<T, Error>) {
         match result {
             Ok(_) => self.beat(),
@@ -183,7 +183,7 @@ impl Pulse {
         }
     }
 
-    /// Takes note of a sign of life.
+    /// Records a success or data on a stream.
     pub(super) fn beat(&self) {
         lock(&self.outage).reason = None;
         let mut health = self.lock();
@@ -191,7 +191,7 @@ impl Pulse {
         health.consecutive_failures = 0;
     }
 
-    /// Takes note of a failure.
+    /// Records a failure.
     pub(super) fn miss(&self, error: &Error) {
         let report = telemetry::report(error);
         if matches!(error, Error::Unreachable(_)) {
@@ -205,19 +205,19 @@ impl Pulse {
         }
     }
 
-    /// Takes note of a stream more.
+    /// Records an opened stream.
     pub(super) fn opened(&self) {
         self.lock().streams += 1;
         gauge!(STREAMS).increment(1);
     }
 
-    /// Takes note of a stream less.
+    /// Records a closed stream.
     pub(super) fn closed(&self) {
         self.lock().streams -= 1;
         gauge!(STREAMS).decrement(1);
     }
 
-    /// How upstream is doing.
+    /// The current health.
     pub(super) fn health(&self) -> Health {
         self.lock().clone()
     }

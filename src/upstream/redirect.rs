@@ -1,35 +1,35 @@
-//! Where a redirect leads, and whether it may be followed.
+//! Decides whether a redirect may be followed.
 //!
-//! A token goes to the origin that the operator has configured and to no other. Nothing here makes a
-//! request.
+//! Tokens are sent only to the configured origin. This module sends no request.
 
 use reqwest::{Method, Response, StatusCode, Url, header::LOCATION};
 
-/// The longest target that an error names, in bytes.
+/// The longest redirect target shown in an error, in bytes.
 const LONGEST_TARGET: usize = 200;
 
-/// A redirect, and the request that it answered.
+/// A redirect, with the method and URL of its request.
 pub(super) struct Redirect {
     status: StatusCode,
     method: Method,
     url: Url,
-    /// None where `Location` is missing or unreadable.
+    /// `None` if `Location` is missing or invalid.
     location: Option<Url>,
 }
 
 impl Redirect {
-    /// The redirect in an answer to a request of this method and URL.
+    /// The redirect in a response to a request with this method and URL.
     pub(super) fn of(response: &Response, method: Method, url: Url) -> Self {
         let location = response.headers().get(LOCATION).and_then(|it| it.to_str().ok());
         let location = location.and_then(|it| url.join(it).ok());
         Self { status: response.status(), method, url, location }
     }
 
-    /// Where to ask next: within the origin of `base`, below another base, and where the request stays the
-    /// same. That is any request after 307 and 308; others would turn a POST into a GET.
+    /// The URL to follow: the same path below another base, within the origin of `base`, and only if the
+    /// request stays the same. 307 and 308 preserve every request; other statuses turn a POST into a
+    /// GET.
     ///
-    /// Another page, as one for signing in, would not answer what was asked: it would vouch for a token
-    /// that upstream has refused.
+    /// Any other target is not followed: the success of a login page, for example, would make a refused
+    /// token look accepted.
     pub(super) fn within(&self, base: &Url) -> Option<Url> {
         let keeps_request = match self.status {
             StatusCode::TEMPORARY_REDIRECT | StatusCode::PERMANENT_REDIRECT => true,
@@ -43,27 +43,27 @@ impl Redirect {
         location.filter(|_| keeps_request).filter(leads_there).cloned()
     }
 
-    /// What the request's path had below `base`.
+    /// The request's path relative to `base`.
     fn asked(&self, base: &Url) -> &str {
-        let asked = self.url.path();
-        asked.strip_prefix(base.path().trim_end_matches('/')).unwrap_or(asked)
+        let path = self.url.path();
+        path.strip_prefix(base.path().trim_end_matches('/')).unwrap_or(path)
     }
 
-    /// The target without its query, and without what the request's path had below `base` where it ends
-    /// with that: what is left is another base URL. A last segment of the request, which may be a token,
-    /// is not repeated.
+    /// The target for an error message, without its query. If it ends with the request's path, that is
+    /// removed, which leaves another base URL. The last path segment of the request, which may be a
+    /// token, is never shown.
     pub(super) fn target(&self, base: &Url) -> String {
         let Some(location) = &self.location else { return "an unreadable address".to_owned() };
         let (origin, path) = (location.origin().ascii_serialization(), location.path());
-        let asked = self.asked(base);
-        let last = asked.rsplit('/').next().unwrap_or_default();
-        let path = match path.strip_suffix(asked) {
+        let requested = self.asked(base);
+        let last = requested.rsplit('/').next().unwrap_or_default();
+        let path = match path.strip_suffix(requested) {
             Some(base) => base,
             None if last.is_empty() || path.contains(last) => "",
             None => path,
         };
         let mut target = origin + path;
-        // Ends at a boundary: URLs are ASCII.
+        // Truncating cannot panic: URLs are ASCII.
         target.truncate(LONGEST_TARGET);
         target
     }

@@ -1,4 +1,4 @@
-//! A server that answers by a script, for the failures that a real Unleash does not show.
+//! A scripted HTTP server, for failures that a real Unleash does not produce.
 
 use std::{
     net::SocketAddr,
@@ -15,7 +15,7 @@ use tokio::{net::TcpListener, task::AbortHandle};
 
 use super::connect::Config;
 
-/// A request as it arrived.
+/// A received request.
 #[derive(Clone, Debug)]
 pub(crate) struct Seen {
     pub(crate) line: String,
@@ -23,25 +23,25 @@ pub(crate) struct Seen {
     pub(crate) body: String,
 }
 
-/// What to answer.
+/// Status, headers and body of a response.
 pub(crate) type Reply = (u16, &'static [(&'static str, &'static str)], String);
 
-/// A running server; it ends when this is dropped.
+/// A running server. It stops on drop.
 pub(crate) struct Scripted {
     address: SocketAddr,
-    seen: Arc<Mutex<Vec<Seen>>>,
+    received: Arc<Mutex<Vec<Seen>>>,
     task: AbortHandle,
 }
 
 impl Scripted {
-    /// Answers every request by `script`.
+    /// Starts a server that responds to every request with the result of `script`.
     pub(crate) async fn start(
         script: impl Fn(&Seen) -> Reply + Clone + Send + Sync + 'static,
     ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("an address");
-        let seen = Arc::new(Mutex::new(Vec::new()));
-        let log = Arc::clone(&seen);
+        let received = Arc::new(Mutex::new(Vec::new()));
+        let log = Arc::clone(&received);
         let task = tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
                 let (log, script) = (Arc::clone(&log), script.clone());
@@ -64,20 +64,20 @@ impl Scripted {
                 tokio::spawn(http1::Builder::new().serve_connection(TokioIo::new(stream), service));
             }
         });
-        Self { address, seen, task: task.abort_handle() }
+        Self { address, received, task: task.abort_handle() }
     }
 
-    /// What has arrived so far.
+    /// The requests received so far.
     pub(crate) fn seen(&self) -> Vec<Seen> {
-        self.seen.lock().expect("log").clone()
+        self.received.lock().expect("log").clone()
     }
 
-    /// How many requests had a line that starts so.
+    /// The number of requests whose request line starts with `line`.
     pub(crate) fn count(&self, line: &str) -> usize {
         self.seen().iter().filter(|it| it.line.starts_with(line)).count()
     }
 
-    /// A configuration that leads here.
+    /// A configuration for this server.
     pub(crate) fn config(&self) -> Config {
         config(&format!("http://{}/base/", self.address))
     }
@@ -89,7 +89,7 @@ impl Drop for Scripted {
     }
 }
 
-/// A configuration that leads to `url`.
+/// A configuration for `url`.
 pub(crate) fn config(url: &str) -> Config {
     Config {
         url: Url::parse(url).expect("url"),
@@ -114,7 +114,7 @@ async fn read(request: Request<Incoming>) -> Result<Seen, hyper::Error> {
     Ok(Seen { line, headers, body: String::from_utf8_lossy(&body).into_owned() })
 }
 
-/// Lets a script put a byte beyond ASCII into a header.
+/// Maps `~` to a non-ASCII byte, so that a script can put one into a header.
 fn latin1(byte: u8) -> u8 {
     if byte == b'~' { 0xe9 } else { byte }
 }

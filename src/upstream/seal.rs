@@ -1,5 +1,5 @@
-//! Seals a token so that a store may keep it: XChaCha20-Poly1305 under a key that is derived from the
-//! admin token by HKDF-SHA256. Whoever has the store alone learns nothing.
+//! Encrypts tokens for the store: XChaCha20-Poly1305 with a key derived from the admin token by
+//! HKDF-SHA256. The store alone reveals no token.
 
 use std::fmt;
 
@@ -14,19 +14,19 @@ use crate::token::{Environment, Token};
 const NONCE: usize = 24;
 const INFO: &[u8] = b"parapet: seal of an upstream credential, 1";
 
-/// Seals and opens the tokens of one fleet.
+/// Encrypts and decrypts the tokens of one fleet.
 pub(super) struct Seal {
     key: Zeroizing<[u8; 32]>,
     fleet: String,
 }
 
 impl Seal {
-    /// The seal of `fleet`, to be opened only by who knows the same admin token.
+    /// A cipher for `fleet`. Decryption needs the same admin token.
     pub(super) fn new(admin: &Token, fleet: &str) -> Self {
         Self { key: admin.derive_key(INFO), fleet: fleet.to_owned() }
     }
 
-    /// A nonce and the sealed text of `token`, bound to `environment` and to the fleet.
+    /// Encrypts `token`, bound to `environment` and the fleet. Returns nonce and ciphertext.
     pub(super) fn close(&self, environment: &Environment, token: &Token) -> Vec<u8> {
         let nonce: [u8; NONCE] = rand::random();
         let aad = self.associated_data(environment);
@@ -38,8 +38,8 @@ impl Seal {
         [&nonce[..], &text].concat()
     }
 
-    /// The token that was sealed; `None` if it was done under another admin token, environment or
-    /// fleet, or if it was altered since.
+    /// Decrypts a token; `None` if it was encrypted for another admin token, environment or fleet, or if
+    /// it was altered.
     pub(super) fn open(&self, environment: &Environment, sealed: &[u8]) -> Option<Token> {
         let (nonce, text) = sealed.split_first_chunk::<NONCE>()?;
         let aad = self.associated_data(environment);
@@ -53,7 +53,7 @@ impl Seal {
         XChaCha20Poly1305::new((&*self.key).into())
     }
 
-    /// The length keeps apart what would read the same when put together.
+    /// The length prefix makes the concatenation unambiguous.
     fn associated_data(&self, environment: &Environment) -> String {
         let environment = environment.as_str();
         format!("{} {environment} {}", environment.len(), self.fleet)
@@ -62,7 +62,7 @@ impl Seal {
 
 impl fmt::Debug for Seal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Seal").field("fleet", &self.fleet).finish_non_exhaustive()
+        f.debug_struct("TokenCipher").field("fleet", &self.fleet).finish_non_exhaustive()
     }
 }
 
@@ -75,7 +75,7 @@ mod tests {
     }
 
     #[test]
-    fn a_seal_opens_only_for_the_same_admin_token_environment_and_fleet() {
+    fn token_is_decrypted_only_with_same_admin_token_environment_and_fleet() {
         let (dev, prod) = (Environment::new("dev"), Environment::new("prod"));
         let secret = token("*:dev.964a287e1b728cb5f4f3e012");
         let seal = Seal::new(&token("*:*.admin"), "main");
@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn a_seal_that_was_altered_or_cut_does_not_open() {
+    fn altered_or_truncated_ciphertext_is_rejected() {
         let dev = Environment::new("dev");
         let seal = Seal::new(&token("*:*.admin"), "main");
         let sealed = seal.close(&dev, &token("*:dev.964a287e1b728cb5f4f3e012"));

@@ -1,7 +1,7 @@
-//! A stream on which upstream tells what changes of a token's flags.
+//! An event stream from upstream with the changes of a token's flags.
 //!
-//! It puts events together, notices when nothing is to be expected any more, and bounds what it holds.
-//! What the events mean, and when to open another, is the business of those who follow.
+//! It assembles events, detects a dead stream by an idle timeout, and bounds its buffers. It does not
+//! interpret events and does not reconnect: the caller does.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -12,35 +12,35 @@ use tokio::time::{Instant, timeout_at};
 use super::{error::Error, outcome::Pulse};
 use crate::wire::sse::{Decoder, Event, TooLong};
 
-/// After how long without a byte a stream is dead: those who tell one send a comment every 30 s.
+/// A stream without data for this long is dead: servers send a comment every 30 s.
 const SILENCE: Duration = Duration::from_secs(90);
 
-/// How many bytes that have arrived are read before their events are told.
+/// The largest number of buffered bytes read before their events are returned.
 const AT_ONCE: usize = 1 << 20;
 
-/// An open stream; upstream sees it closed when this is dropped.
+/// An open event stream. Dropping it closes the connection.
 pub struct Stream {
     response: Response,
     decoder: Decoder,
-    /// When the last bytes came.
+    /// When data last arrived.
     heard: Instant,
-    /// How it ended, where that is yet to be told.
+    /// The end of the stream, to be returned by the next call.
     end: Option<Result<(), Error>>,
     open: Open,
 }
 
 impl Stream {
-    /// Reads events of up to `limit` bytes from an answer whose head is there.
+    /// Reads events of up to `limit` bytes from a response whose head has been read.
     pub(super) fn new(response: Response, limit: usize, pulse: &Arc<Pulse>) -> Self {
-        let (decoder, heard) = (Decoder::new(limit), Instant::now());
-        Self { response, decoder, heard, end: None, open: Open::new(pulse) }
+        let (decoder, last_activity) = (Decoder::new(limit), Instant::now());
+        Self { response, decoder, heard: last_activity, end: None, open: Open::new(pulse) }
     }
 
-    /// Waits for a sign of life, and gives the events that are complete with it: all that have
-    /// arrived by then, none where it was a comment. `None` is the end of the stream.
+    /// Waits for data and returns all events that are complete by then; none if only a comment arrived.
+    /// `None` is the end of the stream. Cancel-safe.
     ///
-    /// Fails when the stream breaks, when an event is too large, or after 90 s of silence; there is
-    /// no more to read then. Dropping the future loses nothing.
+    /// # Errors
+    /// If the stream breaks, an event is too large, or no data arrives for 90 s. The stream then ends.
     pub async fn next(&mut self) -> Result<Option<Vec<Event>>, Error> {
         if let Some(end) = self.end.take() {
             return end.map(|()| None);
@@ -49,7 +49,7 @@ impl Stream {
             Ok(chunk) => chunk.map_err(Error::transport),
             Err(_) => Err(Error::Silent(SILENCE)),
         };
-        // From here on nothing waits, so that no event is lost when this is dropped.
+        // No await below this line: a dropped future must lose no event.
         let mut bytes = match chunk {
             Ok(Some(bytes)) => bytes,
             Ok(None) => return Ok(None),
@@ -83,12 +83,12 @@ impl Stream {
         Ok(Some(events))
     }
 
-    /// How long upstream wants us to wait before we open another, where it said so.
+    /// The reconnect delay that upstream sent (`retry:`), if any.
     pub fn retry(&self) -> Option<Duration> {
         self.decoder.retry()
     }
 
-    /// Takes note of a failure.
+    /// Records a failure in upstream's health.
     fn missed(&self, error: Error) -> Error {
         self.open.0.miss(&error);
         error
@@ -97,12 +97,12 @@ impl Stream {
 
 impl fmt::Debug for Stream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // The answer shows the URL, which may hold a password.
-        f.debug_struct("Stream").field("heard", &self.heard).finish_non_exhaustive()
+        // Omits the response: its URL may contain a password.
+        f.debug_struct("SseStream").field("last_activity", &self.heard).finish_non_exhaustive()
     }
 }
 
-/// Counts as open until it is dropped.
+/// Counts the stream as open until dropped.
 struct Open(Arc<Pulse>);
 
 impl Open {
@@ -134,47 +134,47 @@ mod tests {
     const CONNECTED: &str = "event: a\nid: 1\ndata: x\n\n";
     const UPDATED: &str = "event: b\nid: 2\ndata: y\n\n";
 
-    /// The other end of a stream.
+    /// The server's end of a stream.
     type Teller = mpsc::UnboundedSender<io::Result<String>>;
 
-    /// A stream with events of up to 100 bytes, and what stands at its other end.
+    /// A stream with events of up to 100 bytes, and the server's end of it.
     fn open(pulse: &Arc<Pulse>) -> (Teller, Stream) {
-        let (teller, mut told) = mpsc::unbounded_channel::<io::Result<String>>();
+        let (teller, mut receiver) = mpsc::unbounded_channel::<io::Result<String>>();
         let frames = stream::poll_fn(move |context| {
-            let piece = told.poll_recv(context);
-            piece.map(|it| it.map(|it| it.map(|text| Frame::data(Bytes::from(text)))))
+            let chunk = receiver.poll_recv(context);
+            chunk.map(|it| it.map(|it| it.map(|text| Frame::data(Bytes::from(text)))))
         });
-        let answer = hyper::Response::new(Body::wrap(StreamBody::new(frames)));
-        (teller, Stream::new(answer.into(), 100, pulse))
+        let response = hyper::Response::new(Body::wrap(StreamBody::new(frames)));
+        (teller, Stream::new(response.into(), 100, pulse))
     }
 
     fn tell(teller: &Teller, text: &str) {
         teller.send(Ok(text.to_owned())).unwrap();
     }
 
-    /// The names of the events that are told next; `None` at the end.
+    /// The names of the next events; `None` at the end.
     async fn next(stream: &mut Stream) -> Option<Vec<String>> {
         let events = stream.next().await.unwrap();
         events.map(|events| events.into_iter().map(|event| event.name).collect())
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_stream_is_dead_after_90_seconds_without_a_byte_and_not_before() {
+    async fn stream_times_out_after_90_s_without_data() {
         let pulse = Arc::default();
         let (teller, mut stream) = open(&pulse);
         let begin = Instant::now();
-        let speak = async {
+        let server = async {
             for text in [":\n", CONNECTED, "e", ": keep-alive\n\n"] {
                 tokio::time::sleep(Duration::from_secs(89)).await;
                 tell(&teller, text);
             }
         };
-        let listen = async {
+        let client = async {
             for names in [vec![], vec!["a"], vec![], vec![]] {
                 assert_eq!(next(&mut stream).await.unwrap(), names);
             }
         };
-        tokio::join!(speak, listen);
+        tokio::join!(server, client);
         let error = stream.next().await.expect_err("silence");
         assert!(matches!(error, Error::Silent(SILENCE)), "{error:?}");
         assert_eq!(begin.elapsed().as_secs(), 4 * 89 + 90);
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_arrived_together_is_told_at_once_and_before_the_end() {
+    async fn buffered_events_are_returned_together_and_before_the_end() {
         let (teller, mut stream) = open(&Arc::default());
         assert_eq!(stream.next().now_or_never().map(|_| ()), None, "nothing is there");
         let (half, rest) = CONNECTED.split_at(11);
@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_stream_that_breaks_or_tells_too_much_fails_after_what_it_told() {
+    async fn broken_stream_or_too_large_event_fails_after_earlier_events() {
         let pulse = Arc::default();
         let (teller, mut stream) = open(&pulse);
         tell(&teller, CONNECTED);

@@ -1,5 +1,5 @@
-//! Several tokens, and flags that move from the projects of one to those of another, in front of a
-//! made-up upstream that tells each token when it is told to.
+//! Several tokens and flags that move between their projects, against a fake upstream whose streams send
+//! on command.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -36,11 +36,11 @@ const LONG: Duration = Duration::from_hours(1);
 const ONE: &str = "[]:dev.one-0123456789abcdef0123456789abcdef";
 const TWO: &str = "[]:dev.two-0123456789abcdef0123456789abcdef";
 
-/// What each token's stream begins with besides.
+/// A flag that only the first event of each token's stream contains.
 const STREAMED: [(&str, &str); 2] = [(ONE, "p1/streamed-1"), (TWO, "p2/streamed-2")];
 
 struct State {
-    /// What each token is shown who asks or opens a stream, as `project/name`.
+    /// The flags that each token sees, as `project/name`.
     shown: BTreeMap<&'static str, Vec<&'static str>>,
     /// The tokens that get no stream.
     crowded: BTreeSet<&'static str>,
@@ -49,17 +49,17 @@ struct State {
 
 type Body = UnsyncBoxBody<Bytes, Infallible>;
 
-/// An edge in front of the made-up upstream; both end when this is dropped.
+/// An [`EnvironmentSync`] against the fake upstream. Both stop on drop.
 struct Bed {
     state: Arc<Mutex<State>>,
     snapshots: Snapshots,
-    kick: watch::Sender<()>,
+    poll_request: watch::Sender<()>,
     tasks: [AbortHandle; 2],
 }
 
 impl Bed {
-    /// The first token sees p1 and flags `moving` and `kept`, the second p2, and both see a project that
-    /// they share; and not all get streams.
+    /// The first token sees project p1 with flags `moving` and `kept`, the second p2; both see `shared`.
+    /// `crowded` tokens get no stream.
     async fn start(crowded: &[&'static str], held_for: Duration) -> Self {
         let shown = [(ONE, vec!["p1/moving", "p1/kept"]), (TWO, vec!["p2/other"])];
         let state = State {
@@ -91,46 +91,46 @@ impl Bed {
             assert!(credentials.offer(&Token::parse(token).unwrap(), &grant));
         }
         let snapshots = Snapshots::default();
-        let means = Means {
+        let dependencies = Means {
             config: Config { interval: LONG, mode: Mode::Auto },
             upstream: Upstream::new(config(&url)).unwrap(),
             credentials,
             snapshots: snapshots.clone(),
             saver: Saver::new(Store::memory()),
         };
-        let mut followed = Followed::new(environment, means);
-        followed.held_for = held_for;
-        let (kick, kicked) = watch::channel(());
-        let edge = tokio::spawn(followed.run(kicked));
+        let mut environment_sync = Followed::new(environment, dependencies);
+        environment_sync.held_for = held_for;
+        let (poll_request, poll_requested) = watch::channel(());
+        let edge = tokio::spawn(environment_sync.run(poll_requested));
         let tasks = [server.abort_handle(), edge.abort_handle()];
-        let bed = Self { state, snapshots, kick, tasks };
-        bed.until(&["p1/kept", "p1/moving", "p2/other"], &[]).await;
-        // Streams begin with a flag that no poll has shown: once it is served, they are followed.
+        let fixture = Self { state, snapshots, poll_request, tasks };
+        fixture.until(&["p1/kept", "p1/moving", "p2/other"], &[]).await;
+        // Only the stream contains this flag: once it is served, the stream is synced.
         for (token, streamed) in STREAMED {
             if !crowded.contains(&token) {
-                bed.until(&[streamed], &[]).await;
+                fixture.until(&[streamed], &[]).await;
             }
         }
-        bed
+        fixture
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap()
     }
 
-    /// Shows a token something else from now on, and tells nobody.
+    /// Changes the flags that a token sees without sending an event.
     fn show(&self, token: &'static str, flags: &[&'static str]) {
         self.state().shown.insert(token, flags.to_vec());
     }
 
-    /// Tells on the stream of a token what it is shown now instead.
+    /// Changes the flags that a token sees and sends them on its stream.
     fn tell(&self, token: &'static str, flags: &[&'static str]) {
         self.show(token, flags);
         self.state().open[token].send(whole("unleash-updated", flags)).unwrap();
     }
 
-    /// Waits until these flags are served, and sees to it that `never` none of those is missing.
-    async fn until(&self, flags: &[&str], never: &[&str]) {
+    /// Waits until `flags` are served; panics if a flag of `always` is missing meanwhile.
+    async fn until(&self, flags: &[&str], always: &[&str]) {
         let mut swaps = self.snapshots.swaps();
         let mut arrived = async || {
             loop {
@@ -138,7 +138,7 @@ impl Bed {
                 let served = self.served();
                 let names: Vec<_> = served.iter().filter_map(|it| it.split('/').nth(1)).collect();
                 if !served.is_empty() {
-                    assert!(never.iter().all(|name| names.contains(name)), "{served:?}");
+                    assert!(always.iter().all(|name| names.contains(name)), "{served:?}");
                 }
                 if flags.iter().all(|flag| served.iter().any(|it| it == flag)) {
                     return served;
@@ -179,18 +179,18 @@ fn answer(state: &mut State, request: &Request<Incoming>) -> Response<Body> {
             reply(StatusCode::TOO_MANY_REQUESTS, "text/plain", text(String::new()))
         }
         "/api/client/streaming" => {
-            let (teller, told) = mpsc::unbounded_channel();
+            let (sender, receiver) = mpsc::unbounded_channel();
             let streamed = STREAMED.iter().filter(|it| it.0 == token).map(|it| it.1);
-            let told_first: Vec<_> = shown.into_iter().chain(streamed).collect();
-            teller.send(whole("unleash-connected", &told_first)).unwrap();
-            state.open.insert(token.to_owned(), teller);
-            let pieces = stream::unfold(told, async |mut told| {
-                let piece: String = told.recv().await?;
-                Some((Ok(Frame::data(Bytes::from(piece))), told))
+            let first: Vec<_> = shown.into_iter().chain(streamed).collect();
+            sender.send(whole("unleash-connected", &first)).unwrap();
+            state.open.insert(token.to_owned(), sender);
+            let chunks = stream::unfold(receiver, async |mut receiver| {
+                let chunk: String = receiver.recv().await?;
+                Some((Ok(Frame::data(Bytes::from(chunk))), receiver))
             });
-            reply(StatusCode::OK, "text/event-stream", StreamBody::new(pieces).boxed_unsync())
+            reply(StatusCode::OK, "text/event-stream", StreamBody::new(chunks).boxed_unsync())
         }
-        other => panic!("nobody asks for {other}"),
+        other => panic!("unexpected request for {other}"),
     }
 }
 
@@ -202,7 +202,7 @@ fn features(flags: &[&str]) -> Vec<Value> {
     flags.iter().map(feature).collect()
 }
 
-/// An event that tells everything.
+/// An event with all flags.
 fn whole(name: &str, flags: &[&str]) -> String {
     let features = features(flags);
     let hydration = json!({ "type": "hydration", "eventId": 7, "features": features });
@@ -210,67 +210,67 @@ fn whole(name: &str, flags: &[&str]) -> String {
 }
 
 #[tokio::test]
-async fn a_flag_that_moves_between_tokens_that_stream_is_never_missing() {
-    let bed = Bed::start(&[], LONG).await;
-    // The sign tells that what came with it is published.
-    bed.tell(ONE, &["p1/kept", "p1/sign"]);
-    bed.until(&["p1/sign"], &["moving"]).await;
-    bed.tell(TWO, &["p2/other", "p2/moving"]);
-    bed.until(&["p2/moving"], &["moving"]).await;
+async fn flag_that_moves_between_streaming_tokens_is_never_missing() {
+    let fixture = Bed::start(&[], LONG).await;
+    // The marker flag `sign` shows that its event has been published.
+    fixture.tell(ONE, &["p1/kept", "p1/sign"]);
+    fixture.until(&["p1/sign"], &["moving"]).await;
+    fixture.tell(TWO, &["p2/other", "p2/moving"]);
+    fixture.until(&["p2/moving"], &["moving"]).await;
     // And back.
-    bed.tell(TWO, &["p2/other", "p2/sign-2"]);
-    bed.until(&["p2/sign-2"], &["moving"]).await;
-    bed.tell(ONE, &["p1/kept", "p1/moving"]);
-    bed.until(&["p1/moving"], &["moving"]).await;
+    fixture.tell(TWO, &["p2/other", "p2/sign-2"]);
+    fixture.until(&["p2/sign-2"], &["moving"]).await;
+    fixture.tell(ONE, &["p1/kept", "p1/moving"]);
+    fixture.until(&["p1/moving"], &["moving"]).await;
 }
 
 #[tokio::test]
-async fn a_token_without_a_stream_is_asked_with_at_once_where_a_flag_may_have_moved_to_it() {
-    let bed = Bed::start(&[TWO], LONG).await;
-    bed.show(TWO, &["p2/other", "p2/moving"]);
-    bed.tell(ONE, &["p1/kept"]);
-    bed.until(&["p2/moving"], &["moving"]).await;
+async fn token_without_stream_is_polled_at_once_when_a_flag_may_have_moved_to_it() {
+    let fixture = Bed::start(&[TWO], LONG).await;
+    fixture.show(TWO, &["p2/other", "p2/moving"]);
+    fixture.tell(ONE, &["p1/kept"]);
+    fixture.until(&["p2/moving"], &["moving"]).await;
 }
 
 #[tokio::test]
-async fn what_a_poll_shows_no_more_waits_for_those_that_stream() {
-    let bed = Bed::start(&[ONE], LONG).await;
-    bed.show(ONE, &["p1/kept", "p1/sign"]);
-    bed.kick.send_replace(());
-    bed.until(&["p1/sign"], &["moving"]).await;
-    bed.tell(TWO, &["p2/other", "p2/moving"]);
-    bed.until(&["p2/moving"], &["moving"]).await;
+async fn removal_seen_by_poll_waits_for_streaming_tokens() {
+    let fixture = Bed::start(&[ONE], LONG).await;
+    fixture.show(ONE, &["p1/kept", "p1/sign"]);
+    fixture.poll_request.send_replace(());
+    fixture.until(&["p1/sign"], &["moving"]).await;
+    fixture.tell(TWO, &["p2/other", "p2/moving"]);
+    fixture.until(&["p2/moving"], &["moving"]).await;
 }
 
 #[tokio::test]
-async fn a_flag_that_nobody_tells_of_any_more_goes_after_a_while() {
-    let bed = Bed::start(&[], Duration::from_millis(20)).await;
-    bed.tell(ONE, &["p1/kept"]);
-    let mut swaps = bed.snapshots.swaps();
+async fn flag_that_no_token_reports_is_removed_after_grace_period() {
+    let fixture = Bed::start(&[], Duration::from_millis(20)).await;
+    fixture.tell(ONE, &["p1/kept"]);
+    let mut swaps = fixture.snapshots.swaps();
     let mut gone = async || {
-        while bed.served() != ["p1/kept", "p2/other", "p2/streamed-2"] {
+        while fixture.served() != ["p1/kept", "p2/other", "p2/streamed-2"] {
             swaps.changed().await.unwrap();
         }
     };
-    timeout(PATIENCE, gone()).await.unwrap_or_else(|_| panic!("{:?}", bed.served()));
+    timeout(PATIENCE, gone()).await.unwrap_or_else(|_| panic!("{:?}", fixture.served()));
 }
 
 #[tokio::test]
 async fn older_state_of_a_shared_project_is_not_served_again_while_a_stream_lags() {
-    let bed = Bed::start(&[], Duration::from_millis(20)).await;
-    bed.tell(ONE, &["p1/kept", "shared/old"]);
-    bed.until(&["shared/old"], &[]).await;
-    bed.tell(TWO, &["p2/sign", "shared/old"]);
-    bed.until(&["p2/sign"], &[]).await;
-    bed.tell(ONE, &["p1/kept", "shared/new"]);
-    bed.until(&["shared/new"], &[]).await;
-    // The other stream has not come to that change yet.
+    let fixture = Bed::start(&[], Duration::from_millis(20)).await;
+    fixture.tell(ONE, &["p1/kept", "shared/old"]);
+    fixture.until(&["shared/old"], &[]).await;
+    fixture.tell(TWO, &["p2/sign", "shared/old"]);
+    fixture.until(&["p2/sign"], &[]).await;
+    fixture.tell(ONE, &["p1/kept", "shared/new"]);
+    fixture.until(&["shared/new"], &[]).await;
+    // The other stream lags behind this change.
     for sign in ["p2/sign-2", "p2/sign-3"] {
-        bed.tell(TWO, &[sign, "shared/old"]);
-        bed.until(&[sign], &["new"]).await;
+        fixture.tell(TWO, &[sign, "shared/old"]);
+        fixture.until(&[sign], &["new"]).await;
     }
-    bed.tell(TWO, &["p2/sign-4", "shared/new"]);
-    bed.until(&["p2/sign-4"], &["new"]).await;
-    bed.tell(TWO, &["p2/sign-4", "shared/newest"]);
-    bed.until(&["shared/newest"], &[]).await;
+    fixture.tell(TWO, &["p2/sign-4", "shared/new"]);
+    fixture.until(&["p2/sign-4"], &["new"]).await;
+    fixture.tell(TWO, &["p2/sign-4", "shared/newest"]);
+    fixture.until(&["shared/newest"], &[]).await;
 }
