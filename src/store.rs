@@ -1,8 +1,7 @@
-//! What outlives a restart: bytes by key, saved whole or not at all.
+//! Persists state across restarts: bytes by key, saved atomically.
 //!
-//! A record that was damaged on disk, or written by a newer version, is set aside and reported;
-//! whoever wanted it goes on without. What the bytes mean is their owner's matter, and so is keeping
-//! plaintext tokens out of them.
+//! A record that is damaged, or written by a newer version, is renamed and reported; its owner continues
+//! without it. The owners define the contents and must not store plaintext tokens.
 
 mod claim;
 pub mod edge_backup;
@@ -31,11 +30,11 @@ use ulid::Ulid;
 pub use self::claim::{Claim, Slot};
 use crate::token::Environment;
 
-/// A place for what must outlive a restart.
+/// A store of records that survive restarts.
 ///
-/// A cheap handle. Records of one key are saved one after the other. A disk that hangs keeps nobody
-/// waiting for longer than some seconds, and costs one thread for each key. Several processes may keep a
-/// directory; what must not be shared among them is [claimed](Self::claim).
+/// A cheap handle. Records of one key are saved in order. A disk that hangs delays callers only for a
+/// few seconds and costs one thread per key. Several processes may share a directory; a record that must
+/// not be shared is [locked](Self::try_lock).
 #[derive(Clone)]
 pub struct Store(Arc<Backend>);
 
@@ -46,32 +45,32 @@ enum Backend {
 
 struct Directory {
     path: PathBuf,
-    /// Whose record is being saved.
+    /// One lock per record that is being saved.
     writers: Mutex<HashMap<Key, Arc<AsyncMutex<()>>>>,
-    /// Who reads at a time.
+    /// Limits the number of concurrent reads.
     readers: Arc<Semaphore>,
 }
 
-/// What is kept.
+/// The key of a record.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
 pub enum Key {
     /// The flags of an environment.
     Flags(Environment),
-    /// The verdicts on tokens, by their digests.
+    /// Validated tokens, by their digests.
     Verdicts,
-    /// The sealed token with which the edge itself speaks for an environment.
+    /// The encrypted token that the edge itself uses for an environment.
     Credentials(Environment),
-    /// The tokens of a registry that is kept elsewhere, by their digests.
+    /// The tokens of a registry in a remote database, by their digests.
     Registry,
-    /// Usage that is not sent yet; each process that keeps the store has a slot of its own.
+    /// Unsent usage; each process that shares the store has its own slot.
     Usage(Slot),
 }
 
-/// Why the store did not do what it was asked for.
+/// Why an operation on the store failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The directory cannot be made or written to.
-    #[error("the directory {} cannot be written to", directory.display())]
+    /// The directory cannot be created or is not writable.
+    #[error("the directory {} is not writable", directory.display())]
     Directory {
         /// The directory.
         directory: PathBuf,
@@ -86,15 +85,15 @@ pub enum Error {
         /// The cause.
         source: io::Error,
     },
-    /// Whose a record is cannot be told, as on a file system without locks.
+    /// A record cannot be locked, for instance on a file system without locks.
     #[error("{} cannot be locked", file.display())]
     Lock {
-        /// The file that is locked in the record's stead.
+        /// The lock file of the record.
         file: PathBuf,
         /// The cause.
         source: io::Error,
     },
-    /// A record cannot be written; the previous one is untouched.
+    /// A record cannot be written; the previous one is unchanged.
     #[error("{} cannot be written", file.display())]
     Write {
         /// Its file.
@@ -102,30 +101,30 @@ pub enum Error {
         /// The cause.
         source: io::Error,
     },
-    /// A record is not as it was written; it is no longer used.
-    #[error("{} is damaged and was set aside as {}", file.display(), aside.display())]
+    /// A record is damaged and no longer used.
+    #[error("{} is damaged and was renamed to {}", file.display(), aside.display())]
     Damaged {
         /// Its file.
         file: PathBuf,
-        /// Where it is now.
+        /// Its new name.
         aside: PathBuf,
     },
-    /// A record comes from a later version of Parapet; it is no longer used.
-    #[error("{} has the later format {version} and was set aside as {}", file.display(), aside.display())]
+    /// A record comes from a newer version of Parapet and is no longer used.
+    #[error("{} has the newer format version {version} and was renamed to {}", file.display(), aside.display())]
     Newer {
         /// Its file.
         file: PathBuf,
         /// The version of its format.
         version: u32,
-        /// Where it is now.
+        /// Its new name.
         aside: PathBuf,
     },
 }
 
 impl Store {
-    /// Keeps records as files of `directory`, which is made if it is missing, for its owner only.
+    /// Stores records as files in `directory`, which is created if missing, readable only by its owner.
     ///
-    /// Files that an interrupted save has left are removed once they are old.
+    /// Files of interrupted saves are removed once they are an hour old.
     pub fn directory(directory: impl Into<PathBuf>) -> Result<Self, Error> {
         let directory = directory.into();
         match prepare(&directory) {
@@ -139,7 +138,7 @@ impl Store {
         }
     }
 
-    /// Keeps records until the process ends.
+    /// Stores records in memory until the process ends.
     pub fn memory() -> Self {
         Self(Arc::new(Backend::Memory(Mutex::default())))
     }
@@ -157,7 +156,7 @@ impl Store {
         }
     }
 
-    /// Whether there is a record of `key`, readable or not; also where that cannot be told.
+    /// Whether there is a record of `key`, readable or not; true if that cannot be determined.
     pub async fn has(&self, key: &Key) -> bool {
         match &*self.0 {
             Backend::Memory(records) => lock(records).contains_key(key),
@@ -169,11 +168,11 @@ impl Store {
         }
     }
 
-    /// Replaces what is kept under `key`.
+    /// Replaces the record of `key`.
     ///
-    /// When this returns, a loss of power no longer takes the bytes away. Dropping the future leaves
-    /// either the old record or the new one. Fails after some seconds; what a disk that hangs has begun to
-    /// write may become the record later, but never after one that is saved later.
+    /// Once this returns, the bytes survive a power loss. Dropping the future leaves either the old or
+    /// the new record. Fails after five seconds; a write that hangs on the disk may still complete
+    /// later, but never after one that was started later.
     pub async fn save(&self, key: &Key, bytes: impl Into<Bytes>) -> Result<(), Error> {
         let bytes = bytes.into();
         match &*self.0 {
@@ -194,7 +193,8 @@ impl Store {
         }
     }
 
-    /// Has every save of this record hang until the guard is dropped, as if a thread of an earlier one did.
+    /// Blocks saves of this record until the guard is dropped, like the hanging thread of an earlier
+    /// save.
     #[cfg(test)]
     pub(crate) async fn stall(&self, key: &Key) -> tokio::sync::OwnedMutexGuard<()> {
         let Backend::Directory(directory) = &*self.0 else { panic!("{self:?}") };
@@ -202,17 +202,17 @@ impl Store {
         writer.lock_owned().await
     }
 
-    /// Makes the record of `key` this claim's alone until it is dropped or the process ends; none
-    /// where another claim has it. Nobody is kept from loading and saving without a claim.
+    /// Locks the record of `key` until the lock is dropped or the process ends; `None` if it is already
+    /// locked. Loading and saving are possible without the lock.
     pub async fn claim(&self, key: &Key) -> Result<Option<Claim>, Error> {
         let Backend::Directory(directory) = &*self.0 else { return Ok(Some(Claim::of_memory())) };
         let file = directory.path.join(key.file_name()).with_extension(LOCK);
         let path = file.clone();
-        let claimed = directory.read(move || Claim::of_file(&path)).await;
-        claimed.flatten().map_err(|source| Error::Lock { file, source })
+        let locked = directory.read(move || Claim::of_file(&path)).await;
+        locked.flatten().map_err(|source| Error::Lock { file, source })
     }
 
-    /// The slots in which usage is kept, or was.
+    /// The slots that have a record of usage.
     pub async fn slots(&self) -> Result<Vec<Slot>, Error> {
         let mut slots: Vec<_> = match &*self.0 {
             Backend::Memory(records) => {
@@ -229,7 +229,7 @@ impl Store {
         Ok(slots)
     }
 
-    /// The environments of which flags are kept, in the order of their names.
+    /// The environments with stored flags, ordered by name.
     pub async fn environments(&self) -> Result<Vec<Environment>, Error> {
         let mut environments: Vec<_> = match &*self.0 {
             Backend::Memory(records) => {
@@ -263,27 +263,27 @@ const SUFFIX: &str = ".parapet";
 const TEMPORARY: &str = ".parapet-tmp";
 const LOCK: &str = "lock";
 
-/// How long a save may take, and a look at the directory.
+/// Timeouts of a save and of a read, including the wait for a thread.
 const SAVE_DEADLINE: Duration = Duration::from_secs(5);
 const READ_DEADLINE: Duration = Duration::from_secs(10);
 
-/// How many threads may be reading.
+/// Number of threads that may read concurrently.
 const READERS: usize = 8;
 
 const SECONDS: &str = "parapet_store_save_seconds";
 const FAILURES: &str = "parapet_store_save_failures_total";
 
-/// Tells the metric registry what the metrics of this module mean.
+/// Registers the descriptions of the metrics.
 fn describe() {
-    describe_histogram!(SECONDS, Unit::Seconds, "Duration of saves by kind of record");
+    describe_histogram!(SECONDS, Unit::Seconds, "Duration of saves, by kind of record");
     describe_counter!(FAILURES, "Saves that failed or took too long, by kind of record");
 }
 
-/// How old a file becomes that only a crash can have left: a save takes no such time, but another
-/// process may be about one right now.
+/// Age at which a temporary file must be left from a crash: no save takes this long, but another process
+/// may be saving right now.
 const ABANDONED_AFTER: Duration = Duration::from_hours(1);
 
-/// Upper case is encoded too: some file systems do not tell it from lower case.
+/// Upper case is encoded too, because some file systems do not distinguish it from lower case.
 const PLAIN: &AsciiSet = &{
     let mut set = NON_ALPHANUMERIC.remove(b'-').remove(b'_');
     let mut letter = b'A';
@@ -295,7 +295,7 @@ const PLAIN: &AsciiSet = &{
 };
 
 impl Directory {
-    /// Runs file operations that save the record of `key`, on a thread for such work.
+    /// Runs file operations that save the record of `key`, on a blocking thread.
     async fn write(
         &self,
         key: &Key,
@@ -303,10 +303,10 @@ impl Directory {
     ) -> io::Result<()> {
         let writer = Arc::clone(lock(&self.writers).entry(key.clone()).or_default());
         let write = async {
-            let turn = writer.lock_owned().await;
+            let permit = writer.lock_owned().await;
             let work = move || {
-                // The thread's: it may go on when nobody waits for it any more.
-                let _turn = turn;
+                // Owned by the thread, which may continue after the timeout.
+                let _permit = permit;
                 work()
             };
             spawn_blocking(work).await.map_err(io::Error::other).flatten()
@@ -321,12 +321,12 @@ impl Directory {
     ) -> io::Result<T> {
         let readers = Arc::clone(&self.readers);
         let read = async {
-            let turn = readers.acquire_owned().await.map_err(io::Error::other)?;
+            let permit = readers.acquire_owned().await.map_err(io::Error::other)?;
             let work = move || {
-                let _turn = turn;
+                let _permit = permit;
                 work()
             };
-            // Fails only when the runtime is going away.
+            // Fails only while the runtime shuts down.
             spawn_blocking(work).await.map_err(io::Error::other)
         };
         timeout(READ_DEADLINE, read).await.unwrap_or_else(|_| Err(no_answer(READ_DEADLINE)))
@@ -340,12 +340,12 @@ impl Directory {
 }
 
 fn no_answer(deadline: Duration) -> io::Error {
-    let text = format!("the file system does not answer within {deadline:?}");
+    let text = format!("the file system did not respond within {deadline:?}");
     io::Error::new(io::ErrorKind::TimedOut, text)
 }
 
 impl Key {
-    /// Its name in metrics.
+    /// Its label value in metrics.
     fn kind(&self) -> &'static str {
         match self {
             Self::Flags(_) => "flags",
@@ -380,7 +380,7 @@ fn lock<T>(records: &Mutex<HashMap<Key, T>>) -> MutexGuard<'_, HashMap<Key, T>> 
     records.lock().expect("nothing panics while it holds this lock")
 }
 
-/// Makes the directory, shows that it can be written to and removes what a crash has left.
+/// Creates the directory, checks that it is writable, and removes files left from crashes.
 fn prepare(directory: &Path) -> io::Result<()> {
     let mut builder = DirBuilder::new();
     builder.recursive(true);
@@ -398,12 +398,12 @@ fn prepare(directory: &Path) -> io::Result<()> {
 
 fn remove_abandoned(file: &Path) -> io::Result<()> {
     let remove = || {
-        // One from the future is no older.
+        // A time in the future counts as age zero.
         let age = fs::metadata(file)?.modified()?.elapsed().unwrap_or_default();
         if age < ABANDONED_AFTER { Ok(()) } else { fs::remove_file(file) }
     };
     match remove() {
-        // Whoever made it, or another that starts, was faster.
+        // Its owner, or another process that starts, removed it first.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         removed => removed,
     }
@@ -412,7 +412,7 @@ fn remove_abandoned(file: &Path) -> io::Result<()> {
 fn names(directory: &Path) -> io::Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(directory)? {
-        // What is not UTF-8 is none of ours.
+        // Names that are not UTF-8 are not ours.
         names.extend(entry?.file_name().into_string());
     }
     Ok(names)
@@ -438,7 +438,7 @@ fn load(file: &Path) -> Result<Option<Vec<u8>>, Error> {
     }
 }
 
-/// Puts the record of `bytes` in the place of `file` so that no reader and no crash sees a part of it.
+/// Replaces `file` with the record of `bytes` atomically, for readers and in a crash.
 fn replace(file: &Path, bytes: &[u8]) -> io::Result<()> {
     let temporary = temporary(file);
     let write = || {
@@ -450,11 +450,11 @@ fn replace(file: &Path, bytes: &[u8]) -> io::Result<()> {
     };
     let written = write();
     if written.is_err() {
-        // The cause is what matters; a file left behind is removed at the next start.
+        // Ignored in favour of the cause; a file left behind is removed at a later start.
         let _ = fs::remove_file(&temporary);
     }
     written?;
-    // The new name is durable only once its directory is.
+    // The rename is durable only once the directory is synced.
     #[cfg(unix)]
     if let Some(directory) = file.parent() {
         File::open(directory)?.sync_all()?;
@@ -493,19 +493,19 @@ mod tests {
         for name in ["production", "Dev", "dev", "../été/%"] {
             store.save(&flags(name), name).await.expect("save");
         }
-        let kept = store.environments().await.expect("list");
-        let kept: Vec<_> = kept.iter().map(Environment::as_str).collect();
-        assert_eq!(kept, ["../été/%", "Dev", "dev", "production"]);
+        let environments = store.environments().await.expect("list");
+        let environments: Vec<_> = environments.iter().map(Environment::as_str).collect();
+        assert_eq!(environments, ["../été/%", "Dev", "dev", "production"]);
         assert_eq!(store.load(&flags("Dev")).await.expect("load").as_deref(), Some(&b"Dev"[..]));
     }
 
     #[tokio::test]
-    async fn what_is_saved_is_loaded_in_memory() {
+    async fn memory_store_loads_what_was_saved() {
         check(&Store::memory()).await;
     }
 
     #[tokio::test]
-    async fn what_is_saved_is_loaded_from_files() {
+    async fn directory_store_loads_what_was_saved() {
         let folder = tempfile::tempdir().expect("folder");
         let inside = folder.path().join("a/b");
         check(&Store::directory(&inside).expect("store")).await;
@@ -517,7 +517,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn disk_that_hangs_costs_one_thread_for_each_record_and_writes_nothing_old_later() {
+    async fn hanging_disk_times_out_and_does_not_overwrite_newer_records() {
         let folder = tempfile::tempdir().expect("folder");
         let store = Store::directory(folder.path()).expect("store");
         let hangs = store.stall(&Key::Verdicts).await;
@@ -530,13 +530,13 @@ mod tests {
         store.save(&Key::Usage(Slot::FIRST), "another").await.expect("save");
         drop(hangs);
         store.save(&Key::Verdicts, "three").await.expect("save");
-        let kept = store.load(&Key::Verdicts).await.expect("load");
-        assert_eq!(kept.as_deref(), Some(&b"three"[..]));
+        let loaded = store.load(&Key::Verdicts).await.expect("load");
+        assert_eq!(loaded.as_deref(), Some(&b"three"[..]));
     }
 
     #[cfg(unix)]
     #[tokio::test]
-    async fn only_the_owner_may_read() {
+    async fn files_are_readable_only_by_their_owner() {
         use std::os::unix::fs::PermissionsExt as _;
 
         let folder = tempfile::tempdir().expect("folder");
@@ -549,7 +549,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_a_crash_has_left_is_removed_and_never_loaded() {
+    async fn temporary_file_of_a_crash_is_removed_and_never_loaded() {
         let folder = tempfile::tempdir().expect("folder");
         let store = Store::directory(folder.path()).expect("store");
         store.save(&Key::Usage(Slot::FIRST), "whole").await.expect("save");
@@ -568,7 +568,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn damaged_and_newer_records_are_set_aside() {
+    async fn damaged_and_newer_records_are_renamed() {
         let folder = tempfile::tempdir().expect("folder");
         let store = Store::directory(folder.path()).expect("store");
         let file = folder.path().join(Key::Usage(Slot::FIRST).file_name());
@@ -585,37 +585,37 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_claim_excludes_others_until_it_is_dropped() {
+    async fn lock_excludes_others_until_dropped() {
         let folder = tempfile::tempdir().expect("folder");
         let (one, other) = (Store::directory(folder.path()), Store::directory(folder.path()));
         let (one, other) = (one.expect("store"), other.expect("store"));
         let [first, second] = [0, 1].map(|n| Key::Usage(Slot::all().nth(n).expect("slot")));
-        let claim = one.claim(&first).await.expect("claim").expect("nobody has it");
-        assert!(other.claim(&first).await.expect("claim").is_none());
-        assert!(other.claim(&second).await.expect("claim").is_some());
-        drop(claim);
-        assert!(other.claim(&first).await.expect("claim").is_some());
+        let lock = one.claim(&first).await.expect("lock").expect("not locked");
+        assert!(other.claim(&first).await.expect("lock").is_none());
+        assert!(other.claim(&second).await.expect("lock").is_some());
+        drop(lock);
+        assert!(other.claim(&first).await.expect("lock").is_some());
     }
 
     #[tokio::test]
-    async fn slots_are_those_that_have_a_record() {
+    async fn usage_slots_lists_slots_with_a_record() {
         let folder = tempfile::tempdir().expect("folder");
         for store in [Store::memory(), Store::directory(folder.path()).expect("store")] {
             assert_eq!(store.slots().await.expect("slots"), []);
-            let kept: Vec<_> = [0, 2].map(|n| Slot::all().nth(n).expect("slot")).into();
-            for slot in kept.iter().rev() {
+            let slots: Vec<_> = [0, 2].map(|n| Slot::all().nth(n).expect("slot")).into();
+            for slot in slots.iter().rev() {
                 store.save(&Key::Usage(*slot), "x").await.expect("save");
             }
             store.save(&Key::Verdicts, "x").await.expect("save");
-            assert!(store.claim(&Key::Usage(Slot::FIRST)).await.expect("claim").is_some());
-            assert_eq!(store.slots().await.expect("slots"), kept);
+            assert!(store.claim(&Key::Usage(Slot::FIRST)).await.expect("lock").is_some());
+            assert_eq!(store.slots().await.expect("slots"), slots);
         }
         let files = ["usage.lock", "usage.parapet", "usage-3.parapet"];
         assert!(files.iter().all(|name| folder.path().join(name).exists()));
     }
 
     #[test]
-    fn a_directory_that_cannot_be_written_to_is_named() {
+    fn error_names_the_directory_that_is_not_writable() {
         let file = tempfile::NamedTempFile::new().expect("file");
         let error = Store::directory(file.path().join("data")).expect_err("a file is in the way");
         assert!(error.to_string().contains(&*file.path().to_string_lossy()), "{error}");

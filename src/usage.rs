@@ -1,22 +1,24 @@
-//! Usage that SDKs report: merged, batched per environment, and sent upstream.
+//! Usage reported by SDKs: merged, batched per environment and sent upstream.
 //!
-//! The way of a report: [`Usage`] bounds its names and adds it to the *ledger*, which many threads
-//! share; at an interval the *sender* moves a whole generation from there to the *outbox*, which
-//! says what to send and when; what could not be sent at the end is *spooled*. Upstream stores
-//! counts by flag, application, environment and hour of UTC, so these are what is merged. An hour
-//! is the client's word only within a week: beyond, the count stays and the hour is the nearest.
+//! [`Usage`] bounds the names in a report and adds it to the *aggregator*, which many threads share. At
+//! each interval the *sender* drains the aggregator into the *delivery queue*, which decides which batch
+//! to send and when. Usage that is still unsent at shutdown is *spooled*. Upstream stores counts by
+//! flag, application, environment and hour of UTC, so reports are merged by these. The client's hour is
+//! used if it is within a week; otherwise the evaluations are counted in the nearest hour within that
+//! week.
 //!
-//! What reports and registrations keep is bounded, in bytes too, and each token has a share of it
-//! (`pool`). Flags and variants that the token's snapshot has always count. Other names may be made
-//! up, but also newer than the snapshot, or deleted a while ago: they count as any other within a
-//! small pool of their own, and go upstream, which judges them. Where that pool is full, those that
-//! come with a known flag are counted together under one name: nobody's made-up names cost a known
-//! flag its counts. A report of nothing else is refused whole, as [`Full`], and the SDK can report it
-//! again. Nothing that is acknowledged is dropped. Impact metrics and the registrations that come with
-//! counts do not refuse a report: those without room are left out and counted in the metrics.
+//! Memory for reports and registrations is bounded, in bytes too, and each token has a quota of it
+//! (`memory_pool`). Flags and variants in the token's snapshot are always counted. Other names may be
+//! invented by a client, newer than the snapshot, or recently deleted. They are counted like the others
+//! within a small separate pool and sent upstream, which validates them. When that pool is full, unknown
+//! names reported together with a known flag are counted under one common name, so that invented names
+//! never cost a known flag its counts. A report that names no known flag is rejected as a whole with
+//! [`QuotaExceeded`], and the SDK can report it again. Acknowledged usage is never dropped. Impact
+//! metrics, and registrations that accompany counts, never cause a report to be rejected: those that
+//! exceed the quota are dropped and counted in the metrics.
 //!
-//! Whether a token may report is not judged here, and bytes are kept by whoever calls
-//! [`Usage::save`].
+//! This module does not authorize reports and does no disk IO: the caller stores the bytes from
+//! [`Usage::serialize`].
 
 mod applications;
 mod backoff;
@@ -70,46 +72,47 @@ use crate::{
     },
 };
 
-/// A report that is not taken because there is no room for it in its token's share.
+/// Rejection of a report that would exceed its token's quota.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
-#[error("there is no room for more usage of this token")]
+#[error("the token's quota of pending usage is exceeded")]
 pub struct Full {
-    /// After which time there may be room: what was reported has been sent then.
+    /// When to retry: pending usage has been sent by then and its memory freed.
     pub retry_after: Duration,
 }
 
-/// Whoever reports, by a token that is valid.
+/// The authenticated sender of a report.
 #[derive(Clone, Copy, Debug)]
 pub struct Reporter<'a> {
-    /// The token, whose share of memory it uses.
+    /// The token whose memory quota the report uses.
     pub token: &'a TokenDigest,
     /// The family of SDKs that the token is for.
     pub kind: SdkKind,
-    /// What the token sees.
+    /// The environment and projects that the token grants.
     pub scope: &'a Scope,
-    /// The flags of its environment; `None` where they were never fetched.
+    /// The flags of its environment; `None` if they were never fetched.
     pub snapshot: Option<&'a Snapshot>,
 }
 
 impl Reporter<'_> {
-    /// The flag of a name, if the token sees it.
+    /// The flag with this name, if the token grants its project.
     fn flag(&self, name: &str) -> Option<&Flag> {
         let flag = self.snapshot?.flag(name)?;
         self.scope.projects.contains(flag.project()).then_some(flag)
     }
 }
 
-/// How usage is kept and sent.
+/// Limits and timing of usage reporting.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// How often a generation is drained and sent.
+    /// Interval at which the aggregator is drained and its contents are sent.
     pub interval: Duration,
-    /// How many distinct counters are held before they are merged harder; a flag's variants count
-    /// as counters too, and long texts several times. A part of as many besides is for unknown names.
+    /// Number of distinct counters above which counters are merged more coarsely. Each variant of a flag
+    /// counts as one too, and long texts count several times. A further 1/32 of this number is for
+    /// unknown names.
     pub max_counters: usize,
 }
 
-/// The usage that was reported and has not been sent: a cheap handle to it.
+/// Usage that was reported and not yet sent. A cheap handle.
 #[derive(Clone, Debug)]
 pub struct Usage {
     shared: Arc<Shared>,
@@ -119,13 +122,13 @@ pub struct Usage {
 struct Shared {
     pipeline: Pipeline,
     interval: Duration,
-    /// How this instance names itself in `connectVia`.
+    /// The entry for this instance in `connectVia`.
     hop: ConnectVia,
     edges: Edges,
 }
 
 impl Usage {
-    /// Starts with nothing counted; `hop` is how this instance names itself to upstream.
+    /// Starts empty; `hop` is the entry for this instance in `connectVia`.
     pub fn new(config: &Config, hop: ConnectVia) -> Self {
         meter::describe();
         let shared = Shared {
@@ -137,12 +140,12 @@ impl Usage {
         Self { shared: Arc::new(shared) }
     }
 
-    /// Counts what an SDK reports, and notes that its instance is alive.
+    /// Counts the evaluations in an SDK's report and marks its instance as alive.
     ///
-    /// An instance that never registered is registered by this, as the Unleash server does it:
-    /// frontend SDKs never register themselves, and backend SDKs only when they start. Its
-    /// strategies are unknown then, which is no empty list. The counts belong to the hour in which
-    /// their bucket ended.
+    /// An instance that never registered is registered here, as the Unleash server does: frontend SDKs
+    /// never register, and backend SDKs register only when they start. The strategies of such an
+    /// instance are unknown, which differs from an empty list. Evaluations are counted in the hour in
+    /// which their bucket ended.
     pub fn record_metrics(
         &self,
         reporter: &Reporter<'_>,
@@ -170,8 +173,8 @@ impl Usage {
         self.count(reporter, counts, now, Endpoint::Metrics)?;
         let environment = &reporter.scope.environment;
         let instance = self.instance(environment, &app, reporter.kind, instance_id.as_ref());
-        let ledger = &self.shared.pipeline.ledger;
-        if !ledger.touch(&instance, clock()) {
+        let aggregator = &self.shared.pipeline.ledger;
+        if !aggregator.touch(&instance, clock()) {
             let application = Application {
                 app_name: Arc::clone(&app),
                 instance_id,
@@ -188,12 +191,12 @@ impl Usage {
             };
             self.register_or_drop(reporter, application);
         }
-        let lost = ledger.measure(environment, &app, impact_metrics, reporter.token, now);
+        let lost = aggregator.measure(environment, &app, impact_metrics, reporter.token, now);
         meter::items_dropped("impact_sample", lost);
         Ok(())
     }
 
-    /// Counts what another edge reports, as far as it is of the token's environment.
+    /// Counts the evaluations in another edge's report that belong to the token's environment.
     pub fn record_bulk(
         &self,
         reporter: &Reporter<'_>,
@@ -217,46 +220,46 @@ impl Usage {
         self.count(reporter, counts, now, Endpoint::Bulk)?;
         meter::items_dropped("unreadable", bulk.malformed);
         for application in bulk.applications {
-            // Unleash Edge puts the applications of all environments into the batch of each.
+            // Unleash Edge puts the applications of all environments into each environment's batch.
             if application.environment.as_deref().is_none_or(ours) {
                 self.register_or_drop(reporter, application);
             }
         }
-        let (ledger, nameless) = (&self.shared.pipeline.ledger, "".into());
-        let lost = ledger.measure(environment, &nameless, bulk.impact_metrics, reporter.token, now);
+        let (aggregator, no_app) = (&self.shared.pipeline.ledger, "".into());
+        let lost =
+            aggregator.measure(environment, &no_app, bulk.impact_metrics, reporter.token, now);
         meter::items_dropped("impact_sample", lost);
         Ok(())
     }
 
-    /// Notes a registration; its environment and projects are its token's.
+    /// Records a registration under the environment and projects of its token.
     pub fn record_registration(
         &self,
         reporter: &Reporter<'_>,
         application: Application,
     ) -> Result<(), Full> {
         meter::reported(Endpoint::Register);
-        let is_noted = self.register(reporter, application);
-        is_noted.then_some(()).ok_or_else(|| self.full(Endpoint::Register))
+        let is_recorded = self.register(reporter, application);
+        is_recorded.then_some(()).ok_or_else(|| self.full(Endpoint::Register))
     }
 
-    /// Remembers what an edge behind this one tells of itself. A report that is too large by itself
-    /// is dropped and counted.
+    /// Records the state that a downstream edge reports. A report that exceeds the size limit is dropped
+    /// and counted.
     pub fn record_edge_instance(
         &self,
         reporter: &Reporter<'_>,
         edge: &EdgeInstance,
     ) -> Result<(), Full> {
         meter::reported(Endpoint::Edge);
-        let is_noted = self.shared.edges.record(edge, reporter.token, clock());
-        is_noted.then_some(()).ok_or_else(|| self.full(Endpoint::Edge))
+        let is_recorded = self.shared.edges.record(edge, reporter.token, clock());
+        is_recorded.then_some(()).ok_or_else(|| self.full(Endpoint::Edge))
     }
 
-    /// Sends a generation to `sink` at each interval until the ending begins, then what is left within
-    /// its grace; only once at a time.
+    /// Sends usage to `sink` at each interval until shutdown is requested, then sends the rest within
+    /// the grace period. Must not run twice at the same time.
     ///
-    /// What could not be sent stays here, to be [saved](Self::save). Dropping the future loses
-    /// nothing, and neither does a panic: run again, it goes on, and sends the batches again that
-    /// were under way.
+    /// Usage that could not be sent remains here, to be [serialized](Self::serialize). Dropping the
+    /// future, or a panic, loses nothing: the next call resends the batches that were in flight.
     pub async fn run(&self, sink: Sink, ending: Ending) {
         let Shared { pipeline, interval, .. } = &*self.shared;
         match sink {
@@ -273,62 +276,61 @@ impl Usage {
         }
     }
 
-    /// What has not been sent, as Unleash Edge shows it at `/internal-backstage/metricsbatch`:
-    /// `{applications: […], metrics: [{key, bucket}]}`.
+    /// Unsent usage in Unleash Edge's format of `/internal-backstage/metricsbatch`: `{applications: […],
+    /// metrics: [{key, bucket}]}`.
     pub fn pending(&self) -> Value {
         self.shared.pipeline.pending(clock())
     }
 
-    /// Tells the metrics how much waits, and for how long; to be called when they are read.
+    /// Updates the gauges of pending usage; called when metrics are scraped.
     pub fn measure(&self) {
         self.shared.pipeline.measure(clock());
     }
 
-    /// What the edges behind this one last told of themselves.
+    /// The latest report of each downstream edge.
     pub fn instances(&self) -> Vec<Value> {
         self.shared.edges.told()
     }
 
-    /// How many evaluations have been sent, and let go by the outbox.
+    /// How many evaluations have been sent, and how many the delivery queue has dropped.
     pub fn totals(&self) -> Totals {
         self.shared.pipeline.totals()
     }
 
-    /// What waits although its interval is over, because upstream does not take it; none if that is
-    /// what a store holds already, the revision that is `stored`. It stays here too.
+    /// A copy of the usage that is still queued after its interval because upstream does not accept it.
+    /// `None` if the store already has it, that is, if its revision is `stored`.
     ///
-    /// Stored every few seconds, it bounds what a crash during an outage loses to the interval.
+    /// Stored every few seconds, it limits the loss from a crash during an outage to one interval.
     pub fn backlog(&self, stored: Option<Revision>) -> Option<Backlog> {
         self.shared.pipeline.backlog(stored)
     }
 
-    /// Completes when everything of an environment has been settled of which some was restored or
-    /// given out as [backlog](Self::backlog): a restart before the next backlog is stored would send
-    /// it again.
+    /// Completes when nothing is left to send for an environment whose usage was restored or copied to a
+    /// [backlog](Self::backlog). The stored backlog is outdated then: a restart before the next one is
+    /// stored would send it again.
     ///
-    /// For one waiter. What happened while nobody waited counts; dropping the future loses nothing.
+    /// For a single waiter. Changes before the call are remembered, and dropping the future loses none.
     pub async fn settled(&self) {
-        self.shared.pipeline.outdated().await;
+        self.shared.pipeline.wait_until_store_outdated().await;
     }
 
-    /// Everything that was reported and not sent, as bytes for a store; nothing if there is
-    /// nothing. It stays here too.
+    /// All unsent usage as bytes for a store; `None` if there is none. The usage also remains here.
     pub fn save(&self) -> Option<Vec<u8>> {
         self.shared.pipeline.collect(clock());
         self.shared.pipeline.save()
     }
 
-    /// Takes in what [`Usage::save`] gave to a store before a restart.
+    /// Restores usage that [`Usage::serialize`] returned before a restart.
     pub fn restore(&self, bytes: &[u8]) -> Result<(), Error> {
         self.shared.pipeline.restore(bytes, clock())
     }
 
-    /// Notes a registration; false where its token has no room for it.
+    /// Records a registration; false if it would exceed the token's quota.
     fn register(&self, reporter: &Reporter<'_>, mut application: Application) -> bool {
         let Reporter { token, kind, scope, .. } = *reporter;
         let kind = match (kind, application.sdk_kind) {
             (SdkKind::Frontend, _) => SdkKind::Frontend,
-            (SdkKind::Backend, told) => told.unwrap_or(SdkKind::Backend),
+            (SdkKind::Backend, reported) => reported.unwrap_or(SdkKind::Backend),
         };
         let app = shortened(&application.app_name);
         let key = self.instance(&scope.environment, &app, kind, application.instance_id.as_ref());
@@ -342,20 +344,21 @@ impl Usage {
         if kind == SdkKind::Frontend {
             // Frontend SDKs implement no strategies.
             application.strategies = None;
-            // Upstream takes a frontend SDK without a version for a backend one.
+            // Upstream treats a frontend SDK without a version as a backend SDK.
             application.metadata.sdk_version.get_or_insert_with(|| "unknown".into());
         }
         self.shared.pipeline.ledger.register(key, application, token, clock())
     }
 
-    /// Notes a registration that comes with counts, which shall not be refused for it.
+    /// Records a registration that accompanies counts. If it exceeds the quota it is dropped and
+    /// counted; the counts are still accepted.
     fn register_or_drop(&self, reporter: &Reporter<'_>, application: Application) {
         if !self.register(reporter, application) {
             meter::items_dropped("application", 1);
         }
     }
 
-    /// Adds what a report counts: all of it, or nothing.
+    /// Adds all counters of a report, or none of them.
     fn count(
         &self,
         reporter: &Reporter<'_>,
@@ -380,9 +383,9 @@ impl Usage {
         Full { retry_after: self.shared.interval }
     }
 
-    /// Which instance reports; one that does not name itself always gets the same name.
+    /// The identity of the reporting instance. Instances without an instance ID share a generated one.
     ///
-    /// The name differs by environment: upstream tells instances apart without regard to it.
+    /// The generated ID differs by environment, because upstream identifies instances regardless of it.
     fn instance(
         &self,
         environment: &Environment,
@@ -402,16 +405,16 @@ impl Usage {
     }
 }
 
-/// What a report counts, and what of it cannot be counted whatever room there is.
+/// The counters of a report, and how many of its evaluations can never be counted.
 #[derive(Debug, Default)]
 struct Counts {
     counters: Vec<Counted>,
-    /// How many evaluations the report has, those below included.
+    /// Number of evaluations in the report, including those below.
     received: u64,
     overflow: u64,
-    /// Of flags whose names upstream cannot store.
+    /// Evaluations of flags whose names upstream cannot store.
     unnamed: u64,
-    /// Of another environment than the token's.
+    /// Evaluations in an environment other than the token's.
     foreign: u64,
 }
 
@@ -447,7 +450,7 @@ impl Counts {
     }
 }
 
-/// The runtime's clock where there is one, so that waiting times agree with the sender's.
+/// The runtime's clock, if there is one, so that waiting times agree with the sender's.
 fn clock() -> Instant {
     tokio::time::Instant::now().into_std()
 }

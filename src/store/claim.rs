@@ -1,8 +1,9 @@
-//! Whose a record is, where several processes keep one directory.
+//! Locks for records in a directory that several processes share.
 //!
-//! A claim locks a small file beside the record, which itself is replaced by each save. The lock is
-//! advisory and the process's: a crash frees it. The file stays, since removing it could part two
-//! processes that each hold "the" lock; slots are numbered to keep such files few.
+//! Locking a record locks a small file beside it, because each save replaces the record itself. The lock
+//! is advisory and belongs to the process: a crash releases it. The lock file is never removed, because
+//! after a removal two processes could each hold a lock. Slots are numbered so that such files remain
+//! few.
 
 use std::{
     fmt,
@@ -11,24 +12,24 @@ use std::{
     path::Path,
 };
 
-/// Keeps a record for its holder until it is dropped.
+/// Locks a record until dropped.
 #[derive(Debug)]
-#[must_use = "a record is nobody's whose claim is dropped"]
+#[must_use = "dropping the lock releases the record"]
 pub struct Claim {
-    /// Locked as long as it is open. None where no other process can come near.
+    /// Locked while open. `None` if no other process has access to the record.
     _lock: Option<File>,
 }
 
 impl Claim {
-    /// Of a record that no other process can see.
+    /// Locks a record that no other process can access.
     pub(super) fn of_memory() -> Self {
         Self { _lock: None }
     }
 
-    /// Of the record that `file` stands for; none where somebody has it.
+    /// Locks the record that has this lock file; `None` if another process has locked it.
     pub(super) fn of_file(file: &Path) -> io::Result<Option<Self>> {
         let mut options = OpenOptions::new();
-        // Over NFS only what is open for writing can be locked exclusively.
+        // Over NFS only a file that is open for writing can be locked exclusively.
         options.write(true).create(true).truncate(false);
         #[cfg(unix)]
         std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
@@ -41,21 +42,21 @@ impl Claim {
     }
 }
 
-/// One of the places for what each process keeps for itself.
+/// The number of a record that belongs to one of several processes.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct Slot(u16);
 
 impl Slot {
-    /// That of a process which is alone.
+    /// The slot of a process that does not share the store.
     pub const FIRST: Self = Self(1);
 
-    /// Every slot, to be tried in this order: more than there are processes.
+    /// All slots, in the order in which to try them: more than there are processes.
     pub fn all() -> impl Iterator<Item = Self> {
         (Self::FIRST.0..=1000).map(Self)
     }
 }
 
-/// As it ends the name of a record, so that the first has the plain name.
+/// Formats the suffix of a record's name; empty for the first slot.
 impl fmt::Display for Slot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {

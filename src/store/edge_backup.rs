@@ -1,6 +1,7 @@
-//! Unleash Edge's own backup files, so that a deployment can change over while upstream is away.
+//! Reads the backup files of Unleash Edge, so that a deployment can switch over while upstream is
+//! unavailable.
 //!
-//! They are only read: Edge keeps plaintext tokens there, and Parapet keeps none.
+//! It never writes them: Edge stores plaintext tokens there, and Parapet stores none.
 
 use std::{
     io,
@@ -19,7 +20,7 @@ use crate::{
     },
 };
 
-/// Why a backup file of Unleash Edge is of no use.
+/// Why a backup file of Unleash Edge cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// It cannot be read.
@@ -30,21 +31,21 @@ pub enum Error {
         /// The cause.
         source: io::Error,
     },
-    /// It is not what Edge writes; nothing of it is repeated, since it holds tokens.
+    /// It has an unexpected format. The error does not quote it, because it contains tokens.
     #[error("{} is not a backup of Unleash Edge (line {line}, column {column})", file.display())]
     Malformed {
         /// The file.
         file: PathBuf,
-        /// The line where reading stopped.
+        /// The line where parsing stopped.
         line: usize,
-        /// The column where reading stopped.
+        /// The column where parsing stopped.
         column: usize,
     },
 }
 
-/// The valid tokens of `unleash_tokens.json` in `folder`; none if there is no such file.
+/// The valid tokens of `unleash_tokens.json` in `folder`; none if the file does not exist.
 ///
-/// Tokens that Edge found invalid, or that cannot be read, are left out.
+/// Skips unreadable tokens and those that Edge found invalid.
 pub async fn tokens(folder: &Path) -> Result<Vec<(Token, Grant)>, Error> {
     #[derive(Deserialize)]
     #[serde(transparent)]
@@ -59,7 +60,7 @@ pub async fn tokens(folder: &Path) -> Result<Vec<(Token, Grant)>, Error> {
     Ok(tokens.into_iter().map(|it| (it.token, it.grant)).collect())
 }
 
-/// The flags of `unleash_features.json` in `folder`, by environment, as Edge has written them.
+/// The flags of `unleash_features.json` in `folder`, by environment, as written by Edge.
 pub async fn features(folder: &Path) -> Result<Vec<(Environment, Box<RawValue>)>, Error> {
     let file = folder.join("unleash_features.json");
     let Some(json) = read(&file).await? else { return Ok(Vec::new()) };
@@ -100,14 +101,14 @@ mod tests {
     ]"#;
 
     #[tokio::test]
-    async fn a_missing_backup_is_an_empty_one() {
+    async fn missing_backup_is_empty() {
         let folder = tempfile::tempdir().expect("folder");
         assert!(tokens(folder.path()).await.expect("tokens").is_empty());
         assert!(features(folder.path()).await.expect("features").is_empty());
     }
 
     #[tokio::test]
-    async fn tokens_that_edge_found_valid_are_read() {
+    async fn only_valid_tokens_are_loaded() {
         let folder = tempfile::tempdir().expect("folder");
         fs::write(folder.path().join("unleash_tokens.json"), TOKENS).expect("write");
         let read = tokens(folder.path()).await.expect("tokens");
@@ -127,7 +128,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn flags_pass_as_they_were_written() {
+    async fn flags_are_returned_as_written() {
         let folder = tempfile::tempdir().expect("folder");
         let flags = r#"{"version":2,"features":[], "new":1}"#;
         let json = format!(r#"[["development",{flags}]]"#);
@@ -138,7 +139,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_malformed_backup_is_told_by_its_place_without_its_text() {
+    async fn error_in_a_malformed_backup_does_not_quote_tokens() {
         let folder = tempfile::tempdir().expect("folder");
         let json = "{\"token\":\n\"*:development.964a287e1b728cb5\"}";
         fs::write(folder.path().join("unleash_tokens.json"), json).expect("write");

@@ -1,23 +1,23 @@
-//! The form of a record on disk: a line that says what follows, then the bytes.
+//! The format of a record on disk: a header line, then the bytes.
 //!
-//! The line is `parapet <version> <length> <checksum>`, the checksum being the XXH3-128 of the bytes
-//! in hexadecimal: a guard against damage, not against intent.
+//! The header is `parapet <version> <length> <checksum>`. The checksum is the XXH3-128 of the bytes in
+//! hexadecimal: it detects damage, not tampering.
 
 use xxhash_rust::xxh3::xxh3_128;
 
 const NAME: &str = "parapet";
 const VERSION: u32 = 1;
 
-/// Why a record cannot be used.
+/// Why a record cannot be decoded.
 #[derive(Debug, Eq, PartialEq)]
 pub(super) enum Error {
-    /// It is not as it was written.
+    /// It differs from what was written.
     Damaged,
-    /// It has a format that only later versions know.
+    /// It has a format version that only newer versions of Parapet support.
     Newer(u32),
 }
 
-/// The bytes of `record`, whose memory is reused.
+/// The bytes of `record`; reuses its memory.
 pub(super) fn unwrap(mut record: Vec<u8>) -> Result<Vec<u8>, Error> {
     let end = record.iter().position(|&byte| byte == b'\n').ok_or(Error::Damaged)?;
     let (found, bytes) = record.split_at(end + 1);
@@ -28,12 +28,12 @@ pub(super) fn unwrap(mut record: Vec<u8>) -> Result<Vec<u8>, Error> {
     Ok(record)
 }
 
-/// The line that stands before `bytes`; with them it is their record.
+/// The header for `bytes`; followed by them it forms their record.
 pub(super) fn head(bytes: &[u8]) -> String {
     format!("{NAME} {VERSION} {} {:032x}\n", bytes.len(), xxh3_128(bytes))
 }
 
-/// The version that a line names, if it is a later one.
+/// The format version in a header, if it is newer.
 fn newer(head: &[u8]) -> Option<u32> {
     let mut words = str::from_utf8(head).ok()?.split_whitespace();
     let version = words.next().filter(|&name| name == NAME).and(words.next())?.parse().ok()?;
@@ -51,7 +51,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_of_version_1_is_read() {
+    fn version_1_record_is_decoded() {
         let record = b"parapet 1 12 3bb56003d51430a7d562f0f0edb90540\nhello\nworld\x00";
         assert_eq!(
             String::from_utf8_lossy(&wrap(b"hello\nworld\x00")),
@@ -62,7 +62,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn wrapping_loses_nothing_and_any_damage_shows(
+        fn records_round_trip_and_any_damage_is_detected(
             bytes in prop::collection::vec(any::<u8>(), 0..64),
             at in any::<prop::sample::Index>(),
             flip in 1..=u8::MAX,

@@ -1,10 +1,10 @@
-//! Which application instances are known, and which of them upstream has yet to hear of.
+//! Tracks application instances and decides which registrations to send upstream.
 //!
-//! An instance is told when it is new, when it registers differently, and once an hour while it
-//! is seen, by its metrics too: upstream forgets instances that it does not hear of for days.
+//! A registration is sent when the instance is new, when it changes, and once an hour while the instance
+//! is active; metrics count as activity. Upstream removes instances that are inactive for days.
 //!
-//! What an instance tells of itself is charged to its token, in bytes, for as long as it is kept
-//! here or waits for upstream. How many bytes there are is not decided here.
+//! The size of a registration counts toward its token's quota, in bytes, while it is tracked here or
+//! queued for upstream. The size of the pool is set elsewhere.
 
 use std::{
     collections::HashMap,
@@ -20,17 +20,18 @@ use super::{
 };
 use crate::{token::Environment, wire::usage::Application};
 
-/// After which time an instance that is still seen is told again.
+/// Interval after which an active instance is registered again.
 const TELL_AGAIN: Duration = Duration::from_hours(1);
-/// After which time an instance that is not seen any more is forgotten.
+/// Time after which an inactive instance is removed.
 const FORGET: Duration = Duration::from_hours(2);
 
-/// What a text takes beside its bytes: the pointer to it, its counts, and what an allocator adds.
+/// Bytes that a text takes besides its contents: the pointer, the reference counts and the allocator's
+/// overhead.
 const PER_TEXT: usize = 40;
-/// The same of an object in JSON, whose tree is made of nodes with room for eleven fields.
+/// The same for a JSON object, whose tree consists of nodes with room for eleven fields.
 const PER_OBJECT: usize = 640;
 
-/// What makes an instance of an application one.
+/// The identity of an application instance.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
 pub(super) struct InstanceKey {
     pub(super) environment: Environment,
@@ -38,7 +39,7 @@ pub(super) struct InstanceKey {
     pub(super) instance: Arc<str>,
 }
 
-/// What an instance told of itself, and the memory that this takes.
+/// A registration and its memory reservation.
 #[derive(Debug)]
 pub(super) struct Registration {
     application: Application,
@@ -52,45 +53,45 @@ struct Known {
     told: Option<Instant>,
 }
 
-/// The known instances.
+/// The tracked instances.
 #[derive(Debug, Default)]
 pub(super) struct Applications {
     known: HashMap<InstanceKey, Known>,
 }
 
 impl Registration {
-    /// A registration that a store held, which is kept whether its account has room or not.
-    pub(super) fn restored(application: Application, account: &Account) -> Self {
-        let charge = account.charge(size(&application));
-        Self { application, charge }
+    /// A registration that was restored from a store. It is kept even if it exceeds the quota.
+    pub(super) fn restored(application: Application, quota: &Account) -> Self {
+        let reservation = quota.charge(size(&application));
+        Self { application, charge: reservation }
     }
 
     pub(super) fn application(&self) -> &Application {
         &self.application
     }
 
-    /// The same with the strategies of an earlier registration.
+    /// This registration with the strategies of an earlier one.
     pub(super) fn with_strategies_of(&self, earlier: &Self) -> Self {
         let strategies = earlier.application.strategies.clone();
         let application = Application { strategies, ..self.application.clone() };
-        let charge = self.charge.resized(size(&application));
-        Self { application, charge }
+        let reservation = self.charge.resized(size(&application));
+        Self { application, charge: reservation }
     }
 }
 
 impl Applications {
-    /// Notes a registration; false when it is new and its account has no room for it.
+    /// Records a registration; false if it is new or changed and exceeds the quota.
     pub(super) fn register(
         &mut self,
         key: InstanceKey,
         mut application: Application,
-        account: &Account,
+        quota: &Account,
         now: Instant,
     ) -> bool {
-        if let Some(known) = self.known.get_mut(&key) {
-            known.seen = now;
-            let before = known.registration.application();
-            // Another edge may have restarted, and then knows the instance by its reports only.
+        if let Some(instance) = self.known.get_mut(&key) {
+            instance.seen = now;
+            let before = instance.registration.application();
+            // A downstream edge may have restarted and now know the instance only from its metrics.
             if application.strategies.is_none() {
                 application.strategies.clone_from(&before.strategies);
             }
@@ -98,34 +99,34 @@ impl Applications {
                 return true;
             }
         }
-        let Some(charge) = account.try_charge(size(&application)) else { return false };
-        let registration = Arc::new(Registration { application, charge });
+        let Some(reservation) = quota.try_charge(size(&application)) else { return false };
+        let registration = Arc::new(Registration { application, charge: reservation });
         self.known.insert(key, Known { registration, seen: now, told: None });
         true
     }
 
-    /// Notes that an instance is alive; false when it is unknown.
+    /// Marks an instance as active; false if it is not tracked.
     pub(super) fn touch(&mut self, key: &InstanceKey, now: Instant) -> bool {
-        let known = self.known.get_mut(key);
-        known.map(|known| known.seen = now).is_some()
+        let instance = self.known.get_mut(key);
+        instance.map(|instance| instance.seen = now).is_some()
     }
 
-    /// Those to be told now, which count as told from here on; forgets those long unseen.
+    /// Registrations that are due, which are marked as sent. Removes inactive instances.
     pub(super) fn due(&mut self, now: Instant) -> Vec<(Environment, Arc<Registration>)> {
         let mut due = Vec::new();
-        for (key, known) in &mut self.known {
-            if known.is_due(now) {
-                known.told = Some(now);
-                due.push((key.environment.clone(), Arc::clone(&known.registration)));
+        for (key, instance) in &mut self.known {
+            if instance.is_due(now) {
+                instance.told = Some(now);
+                due.push((key.environment.clone(), Arc::clone(&instance.registration)));
             }
         }
-        self.known.retain(|_, known| now.saturating_duration_since(known.seen) < FORGET);
+        self.known.retain(|_, instance| now.saturating_duration_since(instance.seen) < FORGET);
         due
     }
 
-    /// Those that would be told now, left as they are.
+    /// Registrations that are due, without marking them as sent.
     pub(super) fn waiting(&self, now: Instant) -> impl Iterator<Item = &Arc<Registration>> {
-        self.known.values().filter(move |known| known.is_due(now)).map(|known| &known.registration)
+        self.known.values().filter(move |it| it.is_due(now)).map(|it| &it.registration)
     }
 }
 
@@ -133,12 +134,12 @@ impl Known {
     fn is_due(&self, now: Instant) -> bool {
         match self.told {
             None => true,
-            Some(told) => self.seen > told && now.saturating_duration_since(told) >= TELL_AGAIN,
+            Some(sent) => self.seen > sent && now.saturating_duration_since(sent) >= TELL_AGAIN,
         }
     }
 }
 
-/// The memory that an instance takes while it is known and waits for upstream, about, in bytes.
+/// Approximate bytes that an instance takes while it is tracked and queued for upstream.
 fn size(application: &Application) -> usize {
     let Application {
         app_name,
@@ -158,9 +159,9 @@ fn size(application: &Application) -> usize {
     let texts = [app_name].into_iter().chain(optional).chain(lists).chain(hops);
     let texts = texts.chain(metadata.texts()).map(|text| PER_TEXT + text.len()).sum::<usize>();
     let extra = extra.iter().map(|(name, value)| PER_TEXT + name.len() + size_of_json(value));
-    let known = size_of::<InstanceKey>() + size_of::<Known>() + size_of::<Registration>();
-    let waiting = size_of::<(ApplicationKey, Arc<Registration>)>();
-    known + waiting + texts + extra.sum::<usize>()
+    let tracked = size_of::<InstanceKey>() + size_of::<Known>() + size_of::<Registration>();
+    let queued = size_of::<(ApplicationKey, Arc<Registration>)>();
+    tracked + queued + texts + extra.sum::<usize>()
 }
 
 fn size_of_json(value: &Value) -> usize {
@@ -210,16 +211,16 @@ mod tests {
     }
 
     #[test]
-    fn an_instance_is_told_when_new_when_changed_and_hourly_while_it_is_seen() {
+    fn instance_is_registered_when_new_when_changed_and_hourly_while_active() {
         let at = minute(Instant::now());
         let mut applications = Applications::default();
-        let account = account(10_000);
+        let quota = account(10_000);
         assert!(!applications.touch(&key("i"), at(0)));
-        assert!(applications.register(key("i"), application(1), &account, at(0)));
+        assert!(applications.register(key("i"), application(1), &quota, at(0)));
         assert_eq!(applications.due(at(1)).len(), 1);
-        assert!(applications.register(key("i"), application(1), &account, at(2)));
+        assert!(applications.register(key("i"), application(1), &quota, at(2)));
         assert_eq!(told(&mut applications, at(2)), []);
-        assert!(applications.register(key("i"), application(2), &account, at(3)));
+        assert!(applications.register(key("i"), application(2), &quota, at(3)));
         assert_eq!(applications.due(at(3)).len(), 1);
         assert!(applications.touch(&key("i"), at(50)));
         assert_eq!(told(&mut applications, at(62)), []);
@@ -230,49 +231,49 @@ mod tests {
     }
 
     #[test]
-    fn registration_without_strategies_keeps_those_known() {
+    fn registration_without_strategies_inherits_earlier_ones() {
         let at = minute(Instant::now());
         let mut applications = Applications::default();
-        let account = account(10_000);
+        let quota = account(10_000);
         let listed = Application { strategies: Some(vec!["x".into()]), ..application(1) };
-        assert!(applications.register(key("i"), listed.clone(), &account, at(0)));
+        assert!(applications.register(key("i"), listed.clone(), &quota, at(0)));
         assert_eq!(applications.due(at(0)).len(), 1);
-        assert!(applications.register(key("i"), application(1), &account, at(1)));
+        assert!(applications.register(key("i"), application(1), &quota, at(1)));
         assert_eq!(told(&mut applications, at(1)), []);
-        assert!(applications.register(key("i"), application(2), &account, at(2)));
+        assert!(applications.register(key("i"), application(2), &quota, at(2)));
         let updated = Application { interval: 2, ..listed };
         assert_eq!(told(&mut applications, at(2)), [updated]);
     }
 
     #[test]
-    fn instances_are_bounded_by_the_bytes_that_they_take() {
+    fn instances_are_bounded_by_their_size_in_bytes() {
         let at = minute(Instant::now());
         let mut applications = Applications::default();
         let strategies = |count: usize| Some(vec!["x".repeat(255).into(); count]);
         let large = Application { strategies: strategies(200), ..application(1) };
         assert!((50_000..80_000).contains(&size(&large)));
-        let account = account(4 * size(&large));
+        let quota = account(4 * size(&large));
         let mut register = |instance: usize, application: &Application| {
             let key = key(&instance.to_string());
-            applications.register(key, application.clone(), &account, at(0))
+            applications.register(key, application.clone(), &quota, at(0))
         };
-        let taken: Vec<_> = (0..5).map(|instance| register(instance, &large)).collect();
-        assert_eq!(taken, [true, true, true, false, false]);
-        // What changes nothing needs no room; a larger one does.
+        let accepted: Vec<_> = (0..5).map(|instance| register(instance, &large)).collect();
+        assert_eq!(accepted, [true, true, true, false, false]);
+        // An unchanged registration needs no additional memory; a larger one does.
         assert!(register(0, &large));
         let larger = Application { strategies: strategies(400), ..application(1) };
         assert!(!register(0, &larger));
-        // What waits for upstream takes room as long as it does.
-        let waiting = applications.due(at(0));
-        assert_eq!(waiting.len(), 3);
+        // A queued registration uses the quota until it is sent.
+        let queued = applications.due(at(0));
+        assert_eq!(queued.len(), 3);
         assert!(applications.due(at(121)).is_empty() && applications.known.is_empty());
-        assert!(!applications.register(key("late"), larger.clone(), &account, at(121)));
-        drop(waiting);
-        assert!(applications.register(key("late"), larger, &account, at(121)));
+        assert!(!applications.register(key("late"), larger.clone(), &quota, at(121)));
+        drop(queued);
+        assert!(applications.register(key("late"), larger, &quota, at(121)));
     }
 
     #[test]
-    fn fields_that_are_not_known_weigh_what_their_tree_takes() {
+    fn size_of_unknown_fields_includes_json_tree_overhead() {
         let objects = vec![serde_json::json!({ "a": 0 }); 500];
         let mut application = application(1);
         let before = size(&application);

@@ -1,37 +1,37 @@
-//! Bodies for upstream's `/metrics/bulk`, put together from ready pieces of measured size.
+//! Bodies for upstream's `/metrics/bulk`, assembled from serialized items of known size.
 
 use bytes::Bytes;
 use jiff::Timestamp;
 
-/// The largest body that is sent: upstream's limit is 100 KiB, and headers are not counted there.
+/// The largest body to send, in bytes. Upstream's limit is 100 KiB, excluding headers.
 pub(super) const MAX_BODY: usize = 95 * 1024;
-/// What surrounds the pieces.
+/// Fixed parts of the body around the items.
 const OPEN: &str = r#"{"applications":["#;
 const METRICS: &str = r#"],"metrics":["#;
 const IMPACT: &str = r#"],"impactMetrics":["#;
 const CLOSE: &str = "]}";
 
-/// Which list of the body a piece belongs to, in their order.
+/// The list of the body that an item belongs to, in body order.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub(super) enum Part {
     Application,
-    /// An application of which only reports are known, and not its strategies. Unleash Edge refuses
-    /// such, which shall not cost others.
+    /// An application known only from its reports, whose strategies are unknown. Unleash Edge rejects
+    /// these, so they are sent apart from other applications.
     Instance,
     Metric,
     Impact,
 }
 
-/// A piece of a body, serialised.
+/// A serialized item of a body.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(super) struct Item {
     pub(super) part: Part,
     pub(super) json: Box<str>,
-    /// How many evaluations it counts.
+    /// Number of evaluations that it counts.
     pub(super) count: u64,
-    /// Whether upstream has found it too large, alone in a body.
+    /// Whether upstream rejected it as too large when it was alone in a body.
     pub(super) refused: bool,
-    /// Of impact metrics: when each sample was reported, if that is known.
+    /// For impact metrics: when each sample was reported, if known.
     pub(super) times: Vec<Option<Timestamp>>,
 }
 
@@ -41,7 +41,7 @@ impl Item {
     }
 }
 
-/// The pieces of one request.
+/// The items of one request.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub(super) struct Batch {
     items: Vec<Item>,
@@ -56,7 +56,8 @@ impl Batch {
         &self.items
     }
 
-    /// Notes that upstream found it too large; true if it is one piece that was refused before.
+    /// Records that upstream rejected the batch as too large. True if it is a single item that was
+    /// rejected before.
     pub(super) fn refuse(&mut self) -> bool {
         match &mut self.items[..] {
             [item] => std::mem::replace(&mut item.refused, true),
@@ -68,24 +69,24 @@ impl Batch {
         self.items
     }
 
-    /// How many evaluations it counts.
+    /// Number of evaluations that it counts.
     pub(super) fn count(&self) -> u64 {
         self.items.iter().fold(0, |sum, item| sum.saturating_add(item.count))
     }
 
-    /// How many of its pieces are impact metrics.
+    /// Number of its items that are impact metrics.
     pub(super) fn impact(&self) -> usize {
         self.items.iter().filter(|item| item.part == Part::Impact).count()
     }
 
-    /// The first half of the pieces as a batch, and the others.
+    /// Splits it into a batch of the first half and the remaining items.
     pub(super) fn halves(mut self) -> (Self, Vec<Item>) {
         let back = self.items.split_off(self.items.len() / 2);
         (self, back)
     }
 
-    /// Gives the applications of unknown strategies an empty list, for an upstream that insists on
-    /// one; false where there are none.
+    /// Adds an empty list to applications with unknown strategies, for an upstream that requires one.
+    /// False if there are no such applications.
     pub(super) fn list_no_strategies(&mut self) -> bool {
         let mut any = false;
         for item in self.items.iter_mut().filter(|item| item.part == Part::Instance) {
@@ -97,7 +98,7 @@ impl Batch {
         any
     }
 
-    /// The body, the pieces of each list in their order.
+    /// The body, with the items of each list in order.
     pub(super) fn body(&self) -> Bytes {
         let mut body = String::with_capacity(size(&self.items));
         body.push_str(OPEN);
@@ -122,7 +123,7 @@ impl Batch {
     }
 }
 
-/// Gathers pieces up to a size.
+/// Collects items up to a size limit.
 #[derive(Debug)]
 pub(super) struct Packer {
     batch: Batch,
@@ -135,11 +136,11 @@ impl Packer {
         Self { batch: Batch::default(), size: size(&[]), limit }
     }
 
-    /// Takes a piece, or gives it back when the body would be too large with it, or when it belongs
-    /// to another list than those before: upstream refuses a request whole, and neither a
-    /// registration nor an impact metric that it dislikes shall cost counts.
+    /// Adds an item. Returns it if the body would become too large, or if it belongs to another list
+    /// than the items before: upstream rejects a request as a whole, and an invalid registration or
+    /// impact metric must not cost counts.
     ///
-    /// The first piece only has to fit into [`MAX_BODY`], else it could never be sent.
+    /// The first item only has to fit into [`MAX_BODY_BYTES`]; otherwise it could never be sent.
     pub(super) fn push(&mut self, item: Item) -> Result<(), Item> {
         let size = self.size + 1 + item.json.len();
         let (limit, fits) = match self.batch.items.first() {
@@ -158,16 +159,16 @@ impl Packer {
         self.batch.items.is_empty()
     }
 
-    /// The batch, if there is anything in it.
+    /// The batch, if it has any items.
     pub(super) fn finish(self) -> Option<Batch> {
         (!self.batch.items.is_empty()).then_some(self.batch)
     }
 }
 
-/// The size of a body of these pieces, with at most three commas too many.
+/// The size of a body of these items, at most three commas too large.
 fn size(items: &[Item]) -> usize {
-    let around = OPEN.len() + METRICS.len() + IMPACT.len() + CLOSE.len();
-    items.iter().fold(around, |size, item| size + 1 + item.json.len())
+    let fixed = OPEN.len() + METRICS.len() + IMPACT.len() + CLOSE.len();
+    items.iter().fold(fixed, |size, item| size + 1 + item.json.len())
 }
 
 #[cfg(test)]
@@ -181,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn a_body_lists_applications_then_metrics_then_impact_metrics() {
+    fn body_lists_applications_then_metrics_then_impact_metrics() {
         let check = |parts: &[Part], expected: &str| {
             let items = parts.iter().map(|part| item(*part, 1)).collect();
             assert_eq!(Batch::of(items).body(), expected);
@@ -194,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn a_piece_that_could_never_be_sent_is_given_back() {
+    fn item_larger_than_a_body_is_returned() {
         let mut packer = Packer::new(100);
         assert!(packer.push(item(Part::Metric, MAX_BODY)).is_err());
         assert!(packer.is_empty());
@@ -203,16 +204,16 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_gathers_pieces_of_one_list() {
+    fn batch_contains_items_of_one_list() {
         let mut packer = Packer::new(MAX_BODY);
         let parts =
             [Part::Application, Part::Application, Part::Instance, Part::Metric, Part::Impact];
-        let taken = parts.map(|part| packer.push(item(part, 1)).is_ok());
-        assert_eq!(taken, [true, true, false, false, false]);
+        let accepted = parts.map(|part| packer.push(item(part, 1)).is_ok());
+        assert_eq!(accepted, [true, true, false, false, false]);
     }
 
     #[test]
-    fn instances_are_applications_that_can_be_given_an_empty_list() {
+    fn empty_strategies_turn_instances_into_applications() {
         let json: Box<str> = r#"{"appName":"a"}"#.into();
         let mut batch = Batch::of(vec![Item::new(Part::Instance, json, 0)]);
         assert_eq!(batch.body(), r#"{"applications":[{"appName":"a"}],"metrics":[]}"#);

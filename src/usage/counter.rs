@@ -1,7 +1,7 @@
-//! One counter: how often a flag was used in one UTC hour, within what upstream can store.
+//! One counter: evaluations of a flag in one hour of UTC, within the limits of upstream's storage.
 //!
-//! The limits are those of Unleash 7.5.1 and 8.2.0. Its columns for names are `varchar(255)`, and
-//! it inserts many rows at once, so that one name too long or with a NUL loses everybody's.
+//! The limits are those of Unleash 7.5.1 and 8.2.0. Its name columns are `varchar(255)`, and it inserts
+//! many rows at once, so that one name that is too long or contains a NUL would lose the whole batch.
 
 use std::{
     collections::{BTreeMap, btree_map::Entry},
@@ -14,25 +14,25 @@ use jiff::Timestamp;
 use super::pool::{Account, Charge};
 use crate::wire::usage::{BulkMetric, MAX_INTEGER, Metadata, ToggleStats};
 
-/// The longest name that is kept, in bytes; upstream's limit is as many characters, but its index
-/// over four of them allows 2704 bytes altogether.
+/// The longest accepted name, in bytes. Upstream's limit is 255 characters, but its index over four
+/// names allows 2704 bytes in total.
 pub(super) const MAX_NAME: usize = 255;
-/// How many variants of a flag are told apart; more where its configuration has more, and one besides
-/// for all others.
+/// Number of variants of a flag that are counted separately. Further variants in its configuration are
+/// too, and further unknown ones are counted together.
 pub(super) const MAX_VARIANTS: usize = 256;
-/// The application, flag or variant under which those are counted together that have no room apart.
+/// The application, flag or variant name under which counters without room of their own are merged.
 pub(super) const MERGED: &str = "parapet-merged";
-/// How many bytes of names and metadata make a counter count twice.
+/// Bytes of names and metadata that add 1 to a counter's weight.
 const WEIGHT_BYTES: usize = 256;
-/// The largest `yes` or `no`: upstream's JSON reader takes no integer above.
+/// The largest `yes` or `no`, which is the largest integer that upstream's JSON parser accepts.
 const MAX_COUNT: u64 = MAX_INTEGER;
-/// The largest count of a variant, upstream's column being a 32-bit integer.
+/// The largest count of a variant: upstream's column is a 32-bit integer.
 const MAX_VARIANT_COUNT: u64 = (1 << 31) - 1;
 
-/// How many hours before the present one something may be counted: as long as an edge behind this
-/// one may have been cut off.
+/// The oldest accepted hour, relative to the present one. A downstream edge may have been disconnected
+/// this long.
 const OLDEST: i64 = 7 * 24;
-/// How many hours after it: clocks differ.
+/// The newest accepted hour, relative to the present one, to allow for clock differences.
 const NEWEST: i64 = 1;
 
 /// An hour of UTC, counted from the epoch.
@@ -44,15 +44,14 @@ impl Hour {
         Self(time.as_second().div_euclid(3600))
     }
 
-    /// The hour in which something is counted that was reported `now`, for the time that the client
-    /// tells.
+    /// The hour in which to count evaluations that a client dates `reported`.
     ///
-    /// Seven days ago is the oldest and the next hour the newest; what is told to be beyond is
-    /// counted under the nearest of these. A client can so neither lose counts by a wrong clock nor
-    /// make more than 170 counters of one.
-    pub(super) fn reported(told: Timestamp, now: Timestamp) -> Self {
+    /// Times more than seven days ago or later than the next hour are moved to the nearest hour in that
+    /// range. A client with a wrong clock therefore loses no counts, and cannot create more than 170
+    /// counters for one flag.
+    pub(super) fn reported(reported: Timestamp, now: Timestamp) -> Self {
         let now = Self::of(now).0;
-        Self(Self::of(told).0.clamp(now - OLDEST, now + NEWEST))
+        Self(Self::of(reported).0.clamp(now - OLDEST, now + NEWEST))
     }
 
     pub(super) fn start(self) -> Timestamp {
@@ -60,7 +59,7 @@ impl Hour {
     }
 }
 
-/// What is counted apart within an environment, the oldest first.
+/// The dimensions that are counted separately within an environment. Sorts by hour, oldest first.
 #[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub(super) struct CounterKey {
     pub(super) hour: Hour,
@@ -69,18 +68,18 @@ pub(super) struct CounterKey {
 }
 
 impl CounterKey {
-    /// All keys of an hour.
+    /// The range of all keys of an hour.
     pub(super) fn range(hour: Hour) -> Range<Self> {
         let first = |hour| Self { hour, app: "".into(), flag: "".into() };
         first(hour)..first(Hour(hour.0 + 1))
     }
 }
 
-/// Whether a flag or variant is in the snapshot of whoever reports it.
+/// Whether a flag or variant is in the reporter's snapshot.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Name {
     Known,
-    /// Made up, deleted, or newer than the snapshot.
+    /// Invented, deleted, or newer than the snapshot.
     Unknown,
 }
 
@@ -90,14 +89,14 @@ impl Name {
     }
 }
 
-/// The counts of one key, and the memory that they take.
+/// The counts of one key, with their memory reservations.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Counter {
     yes: u64,
     no: u64,
     variants: BTreeMap<Arc<str>, Variant>,
     metadata: Arc<Metadata>,
-    /// For the counter without its variants.
+    /// Reservation for the counter without its variants.
     charge: Charge,
 }
 
@@ -108,14 +107,14 @@ struct Variant {
     charge: Charge,
 }
 
-/// How many evaluations found no room.
+/// Number of evaluations that exceeded a counter's limits.
 #[must_use]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub(super) struct Lost(pub(super) u64);
 
 impl Counter {
-    /// The counter of one report, and what of it exceeds the limits. `name` tells which variants are
-    /// known.
+    /// The counter for one report, and the evaluations that exceed the limits. `name` returns whether a
+    /// variant is known.
     pub(super) fn of(
         stats: ToggleStats,
         metadata: &Arc<Metadata>,
@@ -132,7 +131,7 @@ impl Counter {
         (counter, lost)
     }
 
-    /// Adds another counter of the same key. What the first told of the SDK stays.
+    /// Adds another counter of the same key. SDK metadata of the first report is kept.
     pub(super) fn add(&mut self, other: Self) -> Lost {
         let lost = self.add_counts(other.yes, other.no);
         for (name, variant) in other.variants {
@@ -141,61 +140,61 @@ impl Counter {
         lost
     }
 
-    /// How much it counts towards the number of counters held: its variants take memory too.
+    /// Its share of the counter limit; variants count too.
     pub(super) fn weight(&self, key: &CounterKey) -> usize {
         self.own_weight(key) + self.variants.len()
     }
 
-    /// The same without its variants; long texts count again and again.
+    /// Its weight without variants; long texts add to it.
     pub(super) fn own_weight(&self, key: &CounterKey) -> usize {
         let metadata = self.metadata.texts().map(|text| text.len()).sum::<usize>();
         1 + (key.app.len() + key.flag.len() + metadata) / WEIGHT_BYTES
     }
 
-    /// How many variants it tells apart.
-    pub(super) fn variants(&self) -> usize {
+    /// Number of variants that are counted separately.
+    pub(super) fn variant_count(&self) -> usize {
         self.variants.len()
     }
 
-    /// Charges it without its variants.
-    pub(super) fn set_charge(&mut self, charge: Charge) {
-        self.charge = charge;
+    /// Sets the reservation for the counter without its variants.
+    pub(super) fn set_charge(&mut self, reservation: Charge) {
+        self.charge = reservation;
     }
 
     pub(super) fn is_charged(&self) -> bool {
         !self.charge.is_none()
     }
 
-    /// Charges those of its variants that are not charged yet, whether there is room or not.
+    /// Reserves memory for variants without a reservation, even beyond the quota.
     pub(super) fn charge_variants(&mut self, known: &Account, unknown: &Account) {
         for variant in self.variants.values_mut().filter(|it| it.charge.is_none()) {
-            let account = match variant.name {
+            let quota = match variant.name {
                 Name::Known => known,
                 Name::Unknown => unknown,
             };
-            variant.charge = account.charge(1);
+            variant.charge = quota.charge(1);
         }
     }
 
-    /// Charges its unknown variants, except those that `present` has; those without room are counted
-    /// together.
-    pub(super) fn charge_unknown_variants(&mut self, present: Option<&Self>, account: &Account) {
+    /// Reserves memory for unknown variants that `present` lacks. Variants that exceed the quota are
+    /// merged.
+    pub(super) fn charge_unknown_variants(&mut self, present: Option<&Self>, quota: &Account) {
         let is_present = |name: &Arc<str>| present.is_some_and(|it| it.variants.contains_key(name));
         let has_no_room = |name: &Arc<str>, variant: &mut Variant| {
             if variant.name == Name::Known || is_present(name) {
                 return false;
             }
-            let Some(charge) = account.try_charge(1) else { return true };
-            variant.charge = charge;
+            let Some(reservation) = quota.try_charge(1) else { return true };
+            variant.charge = reservation;
             false
         };
-        let apart: Vec<_> = self.variants.extract_if(.., has_no_room).collect();
-        for (_, variant) in apart {
+        let merged: Vec<_> = self.variants.extract_if(.., has_no_room).collect();
+        for (_, variant) in merged {
             self.add_variant(MERGED.into(), variant);
         }
     }
 
-    /// What it counts, without the variants and the SDK, which mean nothing beside other flags' counts.
+    /// Its counts without variants and SDK metadata, which are meaningless once flags are merged.
     pub(super) fn anonymous(self) -> Self {
         Self { yes: self.yes, no: self.no, ..Self::default() }
     }
@@ -204,17 +203,17 @@ impl Counter {
         self.variants.values().any(|variant| variant.name == Name::Unknown)
     }
 
-    /// How many evaluations it counts.
+    /// Number of evaluations.
     pub(super) fn total(&self) -> u64 {
         self.yes + self.no
     }
 
-    /// Whether upstream would take nothing from it.
+    /// Whether it has nothing to send.
     pub(super) fn is_zero(&self) -> bool {
         self.total() == 0 && self.variants.values().all(|variant| variant.count == 0)
     }
 
-    /// The counter as upstream takes it.
+    /// The counter in upstream's format.
     pub(super) fn to_wire(&self, environment: &str, key: &CounterKey) -> BulkMetric {
         let count = |(name, variant): (&Arc<str>, &Variant)| (Arc::clone(name), variant.count);
         let variants = self.variants.iter().map(count).collect();
@@ -233,11 +232,11 @@ impl Counter {
         Lost(lost.saturating_add(saturate(&mut self.no, no, MAX_COUNT)))
     }
 
-    /// Adds to a variant. Beyond the limit unknown ones are counted together.
+    /// Adds to a variant. Unknown variants beyond the limit are merged.
     fn add_variant(&mut self, name: Arc<str>, variant: Variant) {
         let is_full = self.variants.len() >= MAX_VARIANTS && variant.name == Name::Unknown;
-        let is_apart = !is_full || self.variants.contains_key(&name);
-        match self.variants.entry(if is_apart { name } else { MERGED.into() }) {
+        let is_separate = !is_full || self.variants.contains_key(&name);
+        match self.variants.entry(if is_separate { name } else { MERGED.into() }) {
             Entry::Occupied(present) => {
                 saturate(&mut present.into_mut().count, variant.count, MAX_VARIANT_COUNT);
             }
@@ -249,7 +248,7 @@ impl Counter {
     }
 }
 
-/// Adds `count` up to `max` and returns what did not fit.
+/// Adds `count` up to `max` and returns the excess.
 fn saturate(sum: &mut u64, count: u64, max: u64) -> u64 {
     let added = count.min(max - *sum);
     *sum += added;
@@ -262,7 +261,8 @@ pub(super) fn storable(name: Arc<str>) -> Option<Arc<str>> {
     fits.then_some(name)
 }
 
-/// The name of an application, cut to what upstream can store: its counts belong to flags too.
+/// The name of an application, truncated to what upstream can store. It is not rejected, because flags'
+/// counts depend on it.
 pub(super) fn shortened(name: &Arc<str>) -> Arc<str> {
     if name.len() <= MAX_NAME && !name.contains('\0') {
         return Arc::clone(name);
@@ -274,7 +274,7 @@ pub(super) fn shortened(name: &Arc<str>) -> Arc<str> {
 mod tests {
     use super::*;
 
-    /// The configuration has the variants whose names begin with `known`.
+    /// The configuration contains the variants whose names begin with `known`.
     fn name(variant: &str) -> Name {
         if variant.starts_with("known") { Name::Known } else { Name::Unknown }
     }
@@ -289,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn counters_saturate_at_what_upstream_can_store_and_tell_what_was_lost() {
+    fn counters_saturate_at_upstream_limits_and_return_the_overflow() {
         let (mut sum, lost) = counter(u64::MAX, 1, &[("v", u64::MAX)]);
         assert_eq!((sum.yes, lost), (MAX_COUNT, Lost(u64::MAX - MAX_COUNT)));
         assert_eq!(sum.add(counter(2, 3, &[("v", 1)]).0), Lost(2));
@@ -297,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn variants_are_bounded_and_the_flags_count_stays_exact() {
+    fn variants_are_bounded_while_the_flag_count_stays_exact() {
         let (mut sum, _) = counter(0, 0, &[]);
         for name in 0..MAX_VARIANTS + 10 {
             let more = counter(1, 0, &[(&name.to_string(), 1), ("\0", 1)]).0;
@@ -311,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn long_texts_make_a_counter_heavier() {
+    fn long_texts_increase_the_weight() {
         let check = |app: usize, flag: usize, sdk: usize, weight: usize| {
             let metadata =
                 Metadata { sdk_version: Some("s".repeat(sdk).into()), ..Metadata::default() };
@@ -324,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_counter_has_no_more_variants_than_are_told_apart() {
+    fn new_counter_merges_variants_beyond_the_limit() {
         let names: Vec<_> = (0..MAX_VARIANTS + 10).map(|name| name.to_string()).collect();
         let variants: Vec<_> = names.iter().map(|name| (name.as_str(), 1)).collect();
         let (counter, _) = counter(1, 0, &variants);
@@ -343,11 +343,11 @@ mod tests {
     }
 
     #[test]
-    fn what_is_told_to_be_long_ago_or_to_come_is_counted_at_the_edge_of_a_week() {
-        let check = |told: &str, hour: &str| {
+    fn reported_hour_is_clamped_to_a_week() {
+        let check = |reported: &str, hour: &str| {
             let now = "2026-01-08T12:34:56Z".parse().unwrap();
-            let counted = Hour::reported(told.parse().unwrap(), now);
-            assert_eq!(counted.start().to_string(), hour, "{told}");
+            let counted = Hour::reported(reported.parse().unwrap(), now);
+            assert_eq!(counted.start().to_string(), hour, "{reported}");
         };
         check("2026-01-08T12:00:01Z", "2026-01-08T12:00:00Z");
         check("2026-01-08T13:59:59Z", "2026-01-08T13:00:00Z");
@@ -359,7 +359,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_upstream_cannot_store_are_refused_or_cut() {
+    fn names_that_upstream_cannot_store_are_rejected_or_truncated() {
         assert_eq!(storable("flag".into()).as_deref(), Some("flag"));
         for name in ["", "a\0b", &"x".repeat(256)] {
             assert_eq!(storable(name.into()), None);

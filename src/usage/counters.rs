@@ -1,8 +1,8 @@
-//! The counters that wait in one environment, the oldest hour first, and what they weigh.
+//! The pending counters of one environment, oldest hour first, with their total weight.
 //!
-//! The weight is kept as a running sum and nothing here looks at more counters than it changes,
-//! [`Counters::shrink_to`] and [`Counters::total`] excepted: how many there are is the clients' choice.
-//! How many there may be is not decided here.
+//! The weight is a running sum. Operations touch only the counters that they change, except for
+//! [`Counters::shrink_to`] and [`Counters::total`], because clients decide how many counters there are.
+//! The limit is set elsewhere.
 
 use std::collections::{
     BTreeMap, BTreeSet,
@@ -19,7 +19,7 @@ pub(super) struct Counters {
 }
 
 impl Counters {
-    /// Adds to the counter of a key; returns what it could not hold.
+    /// Adds to the counter of a key; returns what exceeds the counter's limits.
     pub(super) fn add(&mut self, key: CounterKey, counter: Counter) -> Lost {
         match self.held.entry(key) {
             Entry::Vacant(place) => {
@@ -36,16 +36,16 @@ impl Counters {
         }
     }
 
-    /// Takes out the oldest.
+    /// Removes the oldest counter.
     pub(super) fn pop(&mut self) -> Option<(CounterKey, Counter)> {
         let (key, counter) = self.held.pop_first()?;
         self.weight -= counter.weight(&key);
         Some((key, counter))
     }
 
-    /// Brings the weight down to a limit: first by merging applications, the oldest hour first, then
-    /// by counting the oldest hour under the next. What cannot be merged, one hour of the flags that
-    /// there are, stays. Returns what no counter could hold.
+    /// Reduces the weight to a limit: first merges applications, starting with the oldest hour, then
+    /// merges the oldest hour into the next one. The flags of a single hour cannot be merged and remain.
+    /// Returns what exceeds the counters' limits.
     pub(super) fn shrink_to(&mut self, limit: usize) -> Lost {
         let mut lost = 0_u64;
         if self.weight <= limit {
@@ -67,27 +67,27 @@ impl Counters {
         Lost(lost)
     }
 
-    /// Merges the applications of an hour into one; returns what no counter could hold.
+    /// Merges the applications of an hour into one; returns what exceeds the counters' limits.
     fn merge_applications(&mut self, hour: Hour) -> Lost {
         let named = |key: &CounterKey, _: &mut Counter| &*key.app != MERGED;
-        let apart: Vec<_> = self.held.extract_if(CounterKey::range(hour), named).collect();
-        self.move_all(apart, |key| CounterKey { app: MERGED.into(), ..key })
+        let separate: Vec<_> = self.held.extract_if(CounterKey::range(hour), named).collect();
+        self.move_all(separate, |key| CounterKey { app: MERGED.into(), ..key })
     }
 
-    /// Counts what belongs to an hour under another; returns what no counter could hold.
+    /// Merges an hour into another one; returns what exceeds the counters' limits.
     fn merge_hour(&mut self, hour: Hour, into: Hour) -> Lost {
         let moved = self.held.extract_if(CounterKey::range(hour), |_, _| true).collect();
         self.move_all(moved, |key| CounterKey { hour: into, ..key })
     }
 
-    /// Adds counters that were taken out without notice under other keys.
+    /// Adds counters under other keys after they were removed from the map without adjusting the weight.
     fn move_all(
         &mut self,
-        taken: Vec<(CounterKey, Counter)>,
+        removed: Vec<(CounterKey, Counter)>,
         to: impl Fn(CounterKey) -> CounterKey,
     ) -> Lost {
         let mut lost = 0_u64;
-        for (key, counter) in taken {
+        for (key, counter) in removed {
             self.weight -= counter.weight(&key);
             lost = lost.saturating_add(self.add(to(key), counter).0);
         }
@@ -98,7 +98,7 @@ impl Counters {
         self.held.iter()
     }
 
-    /// How much all of them count towards the number of counters held.
+    /// The weight of all counters, which counts toward the counter limit.
     pub(super) fn weight(&self) -> usize {
         self.weight
     }
@@ -107,7 +107,7 @@ impl Counters {
         self.held.is_empty()
     }
 
-    /// How many evaluations they count.
+    /// Number of evaluations in all counters.
     pub(super) fn total(&self) -> u64 {
         self.held.values().map(Counter::total).fold(0, u64::saturating_add)
     }
@@ -138,7 +138,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_is_done_the_weight_is_that_of_what_is_held_and_no_count_is_lost(
+        fn weight_matches_counters_and_no_count_is_lost_after_any_operations(
             steps in prop::collection::vec((0..8_u8, 0..6_u8, "[a-c]", "[ab]", "[v-z]", 1..9_u64), 0..200),
         ) {
             let mut counters = Counters::default();

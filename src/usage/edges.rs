@@ -1,9 +1,9 @@
-//! What edges behind this one tell of themselves, for an operator to see.
+//! Tracks the state that downstream edges report about themselves, for operators.
 //!
-//! An edge is known by the name that it chose and the token that it shows: no token can replace what is kept for
-//! another one's edge, nor use its share of the memory. An edge that is silent is forgotten.
+//! An edge is identified by the name that it chose and its token. No token can replace the report of
+//! another token's edge or use its memory quota. An edge that stops reporting is removed.
 //!
-//! What edges count is not kept here.
+//! The usage that edges report is not stored here.
 
 use std::{
     collections::BTreeMap,
@@ -20,16 +20,16 @@ use super::{
 };
 use crate::{token::TokenDigest, wire::usage::EdgeInstance};
 
-/// How many edges are remembered: each is charged with at least this part of the memory.
+/// The number of edges to track: each reserves at least this fraction of the pool.
 const MAX_EDGES: usize = 1000;
-/// The memory for what they tell, in bytes.
+/// Memory for the reports, in bytes.
 const EDGE_BYTES: usize = 8 * 1024 * 1024;
-/// How much an edge may tell, in bytes of JSON.
+/// The largest report, in bytes of JSON.
 const MAX_EDGE: usize = 64 * 1024;
-/// After which time an edge that is silent is forgotten; they report every minute.
+/// Time without a report after which an edge is removed; edges report every minute.
 const FORGET_EDGE: Duration = Duration::from_mins(10);
 
-/// The edges that reported lately.
+/// The edges that reported recently.
 #[derive(Debug)]
 pub(super) struct Edges {
     held: Mutex<BTreeMap<Key, Edge>>,
@@ -42,7 +42,7 @@ type Key = (Arc<str>, TokenDigest);
 #[derive(Debug)]
 struct Edge {
     seen: Instant,
-    /// JSON.
+    /// The latest report as JSON.
     told: Box<str>,
     charge: Charge,
 }
@@ -52,46 +52,49 @@ impl Edges {
         Self { held: Mutex::default(), bytes: Pool::new(EDGE_BYTES) }
     }
 
-    /// Remembers what an edge tells; false, and what it told before stays, when its token has no room for it.
+    /// Stores the report of an edge. False, and the previous report is kept, if it would exceed the
+    /// token's quota.
     ///
-    /// A report that is too large by itself is dropped and counted.
+    /// A report larger than [`MAX_REPORT_BYTES`] is dropped and counted.
     pub(super) fn record(&self, edge: &EdgeInstance, token: &TokenDigest, now: Instant) -> bool {
-        let told: Box<str> = edge.value().to_string().into();
-        if edge.identifier().len() > MAX_NAME || told.len() > MAX_EDGE {
+        let report: Box<str> = edge.value().to_string().into();
+        if edge.identifier().len() > MAX_NAME || report.len() > MAX_EDGE {
             meter::items_dropped("edge_instance", 1);
             return true;
         }
         let key = (Arc::clone(edge.identifier()), *token);
-        let size_of_edge = size(&key, &told);
-        let mut held = self.held();
-        held.retain(|_, edge| now.saturating_duration_since(edge.seen) < FORGET_EDGE);
-        if let Some(edge) = held.get_mut(&key) {
+        let size_of_edge = size(&key, &report);
+        let mut edges = self.lock();
+        edges.retain(|_, edge| now.saturating_duration_since(edge.seen) < FORGET_EDGE);
+        if let Some(edge) = edges.get_mut(&key) {
             if !edge.charge.try_replace(size(&key, &edge.told), size_of_edge) {
                 return false;
             }
-            (edge.seen, edge.told) = (now, told);
+            (edge.seen, edge.told) = (now, report);
             return true;
         }
         self.bytes.sweep();
-        let Some(charge) = self.bytes.account(token).try_charge(size_of_edge) else { return false };
-        held.insert(key, Edge { seen: now, told, charge });
+        let Some(reservation) = self.bytes.account(token).try_charge(size_of_edge) else {
+            return false;
+        };
+        edges.insert(key, Edge { seen: now, told: report, charge: reservation });
         true
     }
 
-    /// What they last told, by their names.
+    /// The latest reports, in order of the edges' names.
     pub(super) fn told(&self) -> Vec<Value> {
-        let told = |edge: &Edge| serde_json::from_str(&edge.told).unwrap_or_default();
-        self.held().values().map(told).collect()
+        let report = |edge: &Edge| serde_json::from_str(&edge.told).unwrap_or_default();
+        self.lock().values().map(report).collect()
     }
 
-    fn held(&self) -> MutexGuard<'_, BTreeMap<Key, Edge>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<Key, Edge>> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The memory that an edge is charged with, in bytes.
-fn size((identifier, _): &Key, told: &str) -> usize {
-    let size = size_of::<(Key, Edge)>() + identifier.len() + told.len();
+/// The bytes to reserve for an edge.
+fn size((identifier, _): &Key, report: &str) -> usize {
+    let size = size_of::<(Key, Edge)>() + identifier.len() + report.len();
     size.max(EDGE_BYTES / MAX_EDGES)
 }
 
@@ -99,7 +102,7 @@ fn size((identifier, _): &Key, told: &str) -> usize {
 mod tests {
     use super::*;
 
-    /// Reports as an edge of a token that tells this much in bytes; whether there was room.
+    /// Reports as an edge of this token, with `bytes` of content; whether it was accepted.
     fn record(edges: &Edges, token: &str, identifier: &str, bytes: usize, now: Instant) -> bool {
         let body = serde_json::json!({ "identifier": identifier, "told": "x".repeat(bytes) });
         let edge = EdgeInstance::parse(body.to_string().as_bytes()).unwrap();
@@ -107,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn edges_are_remembered_while_they_report() {
+    fn edge_is_removed_when_it_stops_reporting() {
         let (edges, now) = (Edges::new(), Instant::now());
         assert!(record(&edges, "token", "one", 1, now));
         assert!(record(&edges, "token", "two", 1, now + FORGET_EDGE / 2));
@@ -117,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn edges_of_one_token_leave_room_for_those_of_others() {
+    fn edges_of_one_token_leave_room_for_other_tokens() {
         let (edges, now) = (Edges::new(), Instant::now());
         let flood = |token: &str| {
             let names = (0..2 * MAX_EDGES).map(|name| name.to_string());
@@ -131,20 +134,20 @@ mod tests {
     }
 
     #[test]
-    fn known_edge_needs_no_more_room_than_it_tells_more() {
+    fn tracked_edge_reserves_only_the_growth_of_its_report() {
         let (edges, now) = (Edges::new(), Instant::now());
         let large = MAX_EDGE - 100;
         let names = (0..MAX_EDGES).map(|name| name.to_string());
-        let taken = names.take_while(|name| record(&edges, "token", name, large, now)).count();
-        assert!((100..110).contains(&taken), "{taken}");
+        let accepted = names.take_while(|name| record(&edges, "token", name, large, now)).count();
+        assert!((100..110).contains(&accepted), "{accepted}");
         assert!(record(&edges, "token", "0", large, now));
         assert!(record(&edges, "token", "0", 1, now));
         assert!(record(&edges, "token", "0", large, now));
-        assert_eq!(edges.told().len(), taken);
+        assert_eq!(edges.told().len(), accepted);
     }
 
     #[test]
-    fn edge_of_one_token_does_not_replace_that_of_another() {
+    fn edge_does_not_replace_same_named_edge_of_another_token() {
         let (edges, now) = (Edges::new(), Instant::now());
         assert!(record(&edges, "token", "one", 1, now) && record(&edges, "other", "one", 2, now));
         assert_eq!(edges.told().len(), 2);

@@ -1,14 +1,14 @@
 //! Impact metrics merged by application, name and labels.
 //!
-//! As Unleash Edge merges them: counters are summed, of gauges the last value stays, histograms are
-//! summed bucket by bucket, and every sample is labelled `origin="edge"`.
+//! They are merged as in Unleash Edge: counters are summed, a gauge keeps its last value, histograms are
+//! summed by bucket, and every sample is labelled `origin="edge"`.
 //!
-//! What a store held was reported before a restart, or to another instance. A gauge of it is left
-//! out where a later value of the same gauge waits or has been taken out, whichever application it
-//! is of: upstream does not tell them apart.
+//! Metrics restored from a store were reported before a restart, or to another instance. A restored
+//! gauge is dropped if a later value of the same gauge is queued or was already removed for sending. Its
+//! application does not matter, because upstream does not distinguish applications.
 //!
-//! Each series is charged, in bytes, to the token that first reported it. How many there may be is
-//! not decided here.
+//! The size of a series counts toward the quota of the token that first reported it, in bytes. The size
+//! of the pool is set elsewhere.
 
 use std::{
     collections::{BTreeMap, HashMap, btree_map::Entry},
@@ -24,13 +24,14 @@ use crate::wire::usage::{
     UpperBound,
 };
 
-/// How many buckets of a histogram are kept.
+/// The largest number of buckets in a histogram.
 const MAX_BUCKETS: usize = 256;
-/// Of how many gauges it is remembered when they were last reported.
+/// The number of gauges whose latest report time is remembered.
 const MAX_GAUGES: usize = 16_384;
-/// What a text takes beside its bytes: the pointer to it, its counts, and what an allocator adds.
+/// Bytes that a text takes besides its contents: the pointer, the reference counts and the allocator's
+/// overhead.
 const PER_TEXT: usize = 40;
-/// What a bucket takes.
+/// Bytes that a histogram bucket takes.
 const PER_BUCKET: usize = 32;
 
 /// The type of a metric.
@@ -41,10 +42,10 @@ enum Kind {
     Histogram,
 }
 
-/// What is measured apart within an environment.
+/// The dimensions that are merged separately within an environment.
 ///
-/// The application comes after the name: upstream does not know it, and wants all samples of a
-/// metric in one place, as it forgets a metric whose labels' names change.
+/// The application sorts after the name, so that all samples of a metric are adjacent. Upstream does not
+/// know applications, and it resets a metric whose label names change.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
 struct Key {
     kind: Kind,
@@ -57,7 +58,7 @@ struct Key {
 struct Series {
     help: Arc<str>,
     sample: Sample,
-    /// When it was reported, if that is known: earlier versions stored no times.
+    /// When it was reported, if known: earlier versions stored no times.
     at: Option<Timestamp>,
     charge: Charge,
 }
@@ -73,11 +74,11 @@ enum Sample {
 #[derive(Clone, Debug, Default)]
 pub(super) struct ImpactSeries {
     series: BTreeMap<Key, Series>,
-    /// When each gauge was last reported; those that were absorbed or restored, and taken out since.
+    /// The latest report time of gauges that were merged or restored, including those removed since.
     gauges: HashMap<GaugeHash, Option<Timestamp>>,
 }
 
-/// Stands for the name and the labels of a gauge.
+/// Identifies a gauge by its name and labels.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 struct GaugeHash(u128);
 
@@ -93,24 +94,24 @@ impl GaugeHash {
     }
 }
 
-/// What was taken out: one metric, as far as it is of one application.
+/// The samples of one metric for one application.
 #[derive(Debug)]
 pub(super) struct OfApp {
     pub(super) app: Arc<str>,
     pub(super) metric: ImpactMetric,
-    /// When each sample was reported, if that is known.
+    /// When each sample was reported, if known.
     pub(super) times: Vec<Option<Timestamp>>,
 }
 
 impl ImpactSeries {
-    /// Adds what `app` reports; returns how many samples are too much for `charge`, which is told the
-    /// bytes of a new one. The n-th of `times` is when the n-th sample was reported.
+    /// Adds a metric that `app` reports; returns how many samples were rejected. `reserve` reserves the
+    /// given bytes for a new series. The n-th of `times` is the report time of the n-th sample.
     pub(super) fn record(
         &mut self,
         app: &Arc<str>,
         metric: ImpactMetric,
         times: impl IntoIterator<Item = Option<Timestamp>>,
-        charge: impl Fn(usize) -> Option<Charge>,
+        reserve: impl Fn(usize) -> Option<Charge>,
     ) -> usize {
         let mut times = times.into_iter();
         let ImpactMetric { name, help, samples } = metric;
@@ -138,21 +139,21 @@ impl ImpactSeries {
             labels.insert("origin".into(), "edge".into());
             let key = Key { kind, name: Arc::clone(&name), app: Arc::clone(app), labels };
             let at = times.next().flatten();
-            let charge_none = Charge::default();
-            let mut series = Series { help: Arc::clone(&help), sample, at, charge: charge_none };
+            let no_reservation = Charge::default();
+            let mut series = Series { help: Arc::clone(&help), sample, at, charge: no_reservation };
             if !self.series.contains_key(&key) {
-                let Some(charge) = charge(size(&key, &series)) else {
+                let Some(reservation) = reserve(size(&key, &series)) else {
                     lost += 1;
                     continue;
                 };
-                series.charge = charge;
+                series.charge = reservation;
             }
             self.add(key, series);
         }
         lost
     }
 
-    /// Adds what was merged elsewhere, and later.
+    /// Merges series that were reported later.
     pub(super) fn absorb(&mut self, other: Self) {
         for (key, series) in other.series {
             if key.kind == Kind::Gauge {
@@ -162,8 +163,8 @@ impl ImpactSeries {
         }
     }
 
-    /// Adds what a store held. Gauges that are older than what was absorbed or restored before are
-    /// left out.
+    /// Merges series from a store. Gauges that are not newer than those already merged or restored are
+    /// dropped.
     pub(super) fn restore(&mut self, other: Self) {
         for (key, series) in other.series {
             if key.kind == Kind::Gauge {
@@ -188,7 +189,7 @@ impl ImpactSeries {
         self.series.is_empty()
     }
 
-    /// Whether this is the last report of a gauge, as far as reports are known.
+    /// Whether no later report of this gauge is known.
     pub(super) fn is_latest(
         &self,
         name: &Arc<str>,
@@ -199,13 +200,12 @@ impl ImpactSeries {
         last.is_none_or(|last| *last == at)
     }
 
-    /// Takes out one metric with as many of its samples as `max`, for upstream; of which
-    /// application is no matter then.
+    /// Removes a metric with at most `max` samples, for upstream, regardless of applications.
     pub(super) fn pop(&mut self, max: usize) -> Option<OfApp> {
         self.pop_with_app(max, |_, _| true)
     }
 
-    /// Takes out one metric of one application, for the spool.
+    /// Removes one metric of one application, for the spool.
     pub(super) fn pop_of_app(&mut self) -> Option<OfApp> {
         self.pop_with_app(usize::MAX, |first, app| first == app)
     }
@@ -245,7 +245,7 @@ impl ImpactSeries {
     }
 }
 
-/// The memory that a series takes, about, in bytes.
+/// Approximate bytes that a series takes.
 fn size(key: &Key, series: &Series) -> usize {
     let labels = key.labels.iter().map(|(name, value)| 2 * PER_TEXT + name.len() + value.len());
     let buckets = match &series.sample {
@@ -257,9 +257,9 @@ fn size(key: &Key, series: &Series) -> usize {
 }
 
 impl Sample {
-    /// Adds a later sample; one of another type cannot come, the type being part of the key. Buckets
-    /// that are new are left out where `charge` cannot grow for them.
-    fn merge(&mut self, later: Self, charge: &mut Charge) {
+    /// Adds a later sample of the same type (the type is part of the key). New buckets are dropped if
+    /// `reservation` cannot grow.
+    fn merge(&mut self, later: Self, reservation: &mut Charge) {
         match (self, later) {
             (Self::Counter(sum), Self::Counter(value)) => *sum = clamped(*sum + value),
             (Self::Gauge(last), Self::Gauge(value)) => *last = value,
@@ -272,7 +272,7 @@ impl Sample {
                 for (bound, more) in others {
                     let is_present = buckets.contains_key(&bound);
                     if is_present
-                        || buckets.len() < MAX_BUCKETS && charge.try_replace(0, PER_BUCKET)
+                        || buckets.len() < MAX_BUCKETS && reservation.try_replace(0, PER_BUCKET)
                     {
                         let count = buckets.entry(bound).or_default();
                         *count = count.saturating_add(more).min(MAX_INTEGER);
@@ -284,7 +284,8 @@ impl Sample {
     }
 }
 
-/// A sum within the numbers that upstream takes; it would refuse all metrics for one beyond.
+/// Limits a sum to the range that upstream accepts; it would reject all metrics because of one number
+/// beyond.
 fn clamped(sum: f64) -> f64 {
     sum.clamp(-MAX_NUMBER, MAX_NUMBER)
 }
@@ -346,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn counters_sum_gauges_keep_the_last_and_histograms_sum_by_bucket() {
+    fn counters_and_histograms_are_summed_and_gauges_keep_the_last_value() {
         check(
             "counter",
             &[r#"[{"value":1},{"value":5,"labels":{"a":"b"}}]"#, r#"[{"value":2}]"#],
@@ -370,12 +371,12 @@ mod tests {
     }
 
     #[test]
-    fn samples_are_bounded_by_the_bytes_that_they_take() {
-        let account = Pool::new(50_000).account(&TokenDigest::of("token"));
-        let charge = |bytes| account.try_charge(bytes);
+    fn samples_are_bounded_by_their_size_in_bytes() {
+        let quota = Pool::new(50_000).account(&TokenDigest::of("token"));
+        let reserve = |bytes| quota.try_charge(bytes);
         let record = |series: &mut ImpactSeries, kind: &str, samples: &[String]| {
             let metric = metric(kind, &format!("[{}]", samples.join(",")));
-            series.record(&"app".into(), metric, [], charge)
+            series.record(&"app".into(), metric, [], reserve)
         };
         let labelled: Vec<_> =
             (0..200).map(|at| format!(r#"{{"value":1,"labels":{{"at":"{at:0>200}"}}}}"#)).collect();
@@ -383,7 +384,7 @@ mod tests {
         let lost = record(&mut series, "gauge", &labelled);
         assert!((80..150).contains(&lost), "{lost}");
         assert_eq!(series.series.len(), 200 - lost);
-        // Those that are held need no more room.
+        // Existing series need no additional memory.
         assert_eq!(record(&mut series, "gauge", &labelled[..50]), 0);
         drop(series);
 
@@ -394,33 +395,33 @@ mod tests {
             [format!(r#"{{"count":1,"sum":1,"buckets":[{buckets}]}}"#)]
         };
         assert_eq!(record(&mut series, "histogram", &histogram(0..1)), 0);
-        let rest = account.try_charge(39_000).unwrap();
+        let rest = quota.try_charge(39_000).unwrap();
         assert_eq!(record(&mut series, "histogram", &histogram(0..200)), 0);
         drop(rest);
         let popped = series.pop(1).unwrap();
         let Samples::Histogram(samples) = popped.metric.samples else { panic!() };
         assert!((2..30).contains(&samples[0].buckets.len()), "{samples:?}");
-        assert!(account.try_charge(40_000).is_some());
+        assert!(quota.try_charge(40_000).is_some());
     }
 
     #[test]
-    fn longer_help_is_charged_and_left_out_where_there_is_no_room() {
-        let account = Pool::new(2000).account(&TokenDigest::of("token"));
+    fn longer_help_is_dropped_if_it_exceeds_the_quota() {
+        let quota = Pool::new(2000).account(&TokenDigest::of("token"));
         let mut series = ImpactSeries::default();
         let mut helped_by = |length: usize| {
             let metric = ImpactMetric { help: "h".repeat(length).into(), ..metric("gauge", ONE) };
-            let charge = |bytes| account.try_charge(bytes);
-            assert_eq!(series.record(&"app".into(), metric, [], charge), 0);
+            let reserve = |bytes| quota.try_charge(bytes);
+            assert_eq!(series.record(&"app".into(), metric, [], reserve), 0);
             series.series.values().map(|series| series.help.len()).sum::<usize>()
         };
         assert_eq!(helped_by(1), 1);
         assert_eq!(helped_by(1000), 1000);
-        assert!(account.try_charge(600).is_none());
+        assert!(quota.try_charge(600).is_none());
         assert_eq!(helped_by(10), 10);
-        let rest = account.try_charge(600).unwrap();
+        let rest = quota.try_charge(600).unwrap();
         assert_eq!(helped_by(1000), 10);
         drop((rest, series));
-        assert!(account.try_charge(1600).is_some());
+        assert!(quota.try_charge(1600).is_some());
     }
 
     fn gauge(app: &str, value: u8, second: Option<i64>) -> ImpactSeries {
@@ -431,7 +432,7 @@ mod tests {
         series
     }
 
-    /// The values of all gauges that wait.
+    /// The values of all gauges.
     fn values(series: &ImpactSeries) -> Vec<f64> {
         let value = |series: &Series| match series.sample {
             Sample::Gauge(value) => value,
@@ -457,7 +458,7 @@ mod tests {
     }
 
     #[test]
-    fn restored_gauge_is_left_out_after_a_later_one_was_taken_out() {
+    fn restored_gauge_is_dropped_after_a_later_one_was_sent() {
         let mut series = ImpactSeries::default();
         series.absorb(gauge("a", 1, Some(6)));
         assert!(series.pop(10).is_some());
@@ -465,7 +466,7 @@ mod tests {
         assert!(series.is_empty());
         series.restore(gauge("b", 3, Some(7)));
         assert_eq!(values(&series), [3.0]);
-        // What is reported now counts, whatever the clock said before.
+        // A new report replaces the value even if the clock was set back.
         series.absorb(gauge("b", 4, Some(1)));
         assert_eq!(values(&series), [4.0]);
         assert!(series.gauges.len() == 1);

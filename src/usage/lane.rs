@@ -1,6 +1,7 @@
-//! What waits for one environment, and the batches cut from it.
+//! The pending usage of one environment, and the batches made from it.
 //!
-//! When to send is the outbox's affair, and the memory of registrations is bounded by whoever accepts them.
+//! This module does not decide when to send. The memory of registrations is bounded where they are
+//! accepted.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -28,33 +29,33 @@ use crate::{
     wire::usage::{Application, ImpactMetric, Samples},
 };
 
-/// A smaller limit than this is not chosen when upstream calls bodies too large.
+/// The smallest body limit to choose when upstream rejects bodies as too large, in bytes.
 const MIN_BODY: usize = 4096;
-/// How many pieces may wait behind all others because upstream found each of them too large.
+/// Number of items to defer because upstream rejected each of them alone as too large.
 const MAX_LATE: usize = 16;
-/// After how many bodies that upstream took in a row a larger one is tried again.
+/// Number of consecutive accepted bodies after which a larger one is tried.
 const GROW_AFTER: u32 = 8;
-/// How many samples of one impact metric go into a piece.
+/// Number of samples of one impact metric in an item.
 const SAMPLES_PER_ITEM: usize = 64;
-/// The largest piece that is made of several samples, in bytes.
+/// The largest item with several samples, in bytes.
 const MAX_IMPACT_ITEM: usize = 16 * 1024;
 
-/// Names a batch, as long as it is the same, among those of all instances and in all runs.
+/// Identifies a batch across attempts, restarts and instances.
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
 pub struct BatchId(u128);
 
 impl BatchId {
-    /// The n-th of an instance that has drawn a number for itself.
+    /// The `n`-th batch of an instance with this random number.
     pub(super) fn new(instance: u64, n: u64) -> Self {
         Self(u128::from(instance) << 64 | u128::from(n))
     }
 
-    /// Of a batch that was stored without a name, and so is known to nobody by one.
+    /// For a batch that was stored without an ID and therefore was never sent with one.
     pub(super) fn random() -> Self {
         Self(rand::random())
     }
 
-    /// Reads what `Display` writes.
+    /// Parses the output of `Display`.
     pub fn parse(text: &str) -> Option<Self> {
         u128::from_str_radix(text, 16).ok().map(Self)
     }
@@ -66,39 +67,42 @@ impl fmt::Display for BatchId {
     }
 }
 
-/// Whether something was reported before or after what waits.
+/// Whether a report is older or newer than the pending usage.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Age {
     Older,
     Newer,
 }
 
-/// Whether the strategies are unknown, the name, and the instance: those with strategies come first.
+/// Whether strategies are unknown, the application's name, and its instance. Sorts applications with
+/// strategies first.
 pub(super) type ApplicationKey = (bool, Arc<str>, Option<Arc<str>>);
 
-/// What waits for one environment.
+/// The pending usage of one environment.
 #[derive(Clone, Debug)]
 pub(super) struct Lane {
     pub(super) applications: BTreeMap<ApplicationKey, Arc<Registration>>,
     pub(super) counters: Counters,
     pub(super) impact: ImpactSeries,
-    /// Serialised pieces that come before all that.
+    /// Serialized items, to be sent before those.
     pub(super) carry: VecDeque<Item>,
-    /// Serialised pieces that come after all that: upstream found each of them too large.
+    /// Serialized items, to be sent after everything else: upstream rejected each of them alone as too
+    /// large.
     pub(super) late: VecDeque<Item>,
-    /// The batch that is being sent, or will be again.
+    /// The batch that is being sent or will be retried.
     pub(super) hand: Option<(BatchId, Batch)>,
     pub(super) flying: bool,
-    /// Batches that others had in hand when they ended, to be sent as they were before anything else.
+    /// Batches that were in flight when earlier instances ended, to be sent unchanged before anything
+    /// else.
     pub(super) left: VecDeque<(BatchId, Batch)>,
-    /// How large a body upstream is taken to accept.
+    /// The size of body that upstream is assumed to accept, in bytes.
     limit: usize,
-    /// How many bodies in a row upstream has taken.
+    /// Number of consecutive bodies that upstream accepted.
     taken: u32,
     pub(super) backoff: Backoff,
-    /// Since when something waits.
+    /// When the oldest pending usage was queued.
     pub(super) since: Option<Instant>,
-    /// Whether a store holds some of what waits, or waited when last asked.
+    /// Whether a store may hold usage of this environment.
     pub(super) stored: bool,
 }
 
@@ -133,22 +137,30 @@ impl Lane {
             && self.impact.is_empty()
     }
 
-    /// Merges a generation into what waits; returns what no counter could hold.
-    pub(super) fn absorb(&mut self, generation: Generation) -> Lost {
+    /// Merges drained usage; returns what exceeds the counters' limits.
+    pub(super) fn absorb(&mut self, drained: Generation) -> Lost {
         let mut lost = 0_u64;
-        for (key, counter) in generation.counters {
+        for (key, counter) in drained.counters {
             lost = lost.saturating_add(self.counters.add(key, counter).0);
         }
-        for application in generation.applications {
+        for application in drained.applications {
             self.register(application, Age::Newer);
         }
-        self.impact.absorb(generation.impact);
+        self.impact.absorb(drained.impact);
         Lost(lost)
     }
 
-    /// Puts back what a store held, beside what waits already; returns what no counter could hold.
+    /// Merges usage from a store; returns what exceeds the counters' limits.
     pub(super) fn restore(&mut self, restored: Self) -> Lost {
-        let Self { applications, counters, impact, carry, hand, left, .. } = restored;
+        let Self {
+            applications,
+            counters,
+            impact,
+            carry: serialized,
+            hand: in_flight,
+            left: restored_batches,
+            ..
+        } = restored;
         let mut lost = 0_u64;
         for (key, counter) in counters {
             lost = lost.saturating_add(self.counters.add(key, counter).0);
@@ -157,8 +169,8 @@ impl Lane {
             self.register(application, Age::Older);
         }
         self.impact.restore(impact);
-        // A gauge that was ready to be sent is older than what else its record has of it.
-        let mut ready = |items: Vec<Item>| -> Vec<Item> {
+        // A serialized gauge is older than the other gauges of its record.
+        let mut without_gauges = |items: Vec<Item>| -> Vec<Item> {
             let not_gauge = |item: Item| match gauge(&item) {
                 Some(series) => {
                     self.impact.restore(series);
@@ -168,22 +180,23 @@ impl Lane {
             };
             items.into_iter().filter_map(not_gauge).collect()
         };
-        let carry = ready(carry.into());
-        let batches = hand.into_iter().chain(left);
-        let batches = batches.map(|(id, batch)| (id, Batch::of(ready(batch.into_items()))));
+        let serialized = without_gauges(serialized.into());
+        let batches = in_flight.into_iter().chain(restored_batches);
+        let batches =
+            batches.map(|(id, batch)| (id, Batch::of(without_gauges(batch.into_items()))));
         self.left.extend(batches.filter(|(_, batch)| !batch.items().is_empty()));
-        self.carry.extend(carry);
+        self.carry.extend(serialized);
         Lost(lost)
     }
 
-    /// Lets go of the batch in hand, which upstream refused; returns what it counted.
+    /// Drops the batch in flight, which upstream rejected; returns its evaluations.
     pub(super) fn put_down(&mut self) -> u64 {
         self.backoff.succeed();
         self.hand.take().map_or(0, |(_, batch)| batch.count())
     }
 
-    /// Lets go of the batch in hand, which upstream took; returns what it counted. After some in a
-    /// row larger ones are tried.
+    /// Removes the batch in flight, which upstream accepted; returns its evaluations. Raises the body
+    /// limit after [`GROW_LIMIT_AFTER`] consecutive successes.
     pub(super) fn complete(&mut self) -> u64 {
         self.taken = self.taken.saturating_add(1);
         if self.taken.is_multiple_of(GROW_AFTER) {
@@ -192,16 +205,16 @@ impl Lane {
         self.put_down()
     }
 
-    /// Splits the batch in hand, which upstream found too large, and cuts smaller ones from now on.
-    /// Returns a single piece that is dropped.
+    /// Splits the batch in flight, which upstream rejected as too large, and lowers the body limit.
+    /// Returns a single item that must be dropped.
     ///
-    /// Where upstream, or a proxy before it, calls everything too large, everything waits. A single
-    /// piece is dropped only if it is larger than the smallest limit, and refused again after
-    /// upstream has taken others.
+    /// If upstream, or a proxy in front of it, rejects everything as too large, nothing is dropped. A
+    /// single item is dropped only if it is larger than the smallest limit and is rejected again after
+    /// upstream has accepted other batches.
     pub(super) fn split(&mut self, next: BatchId, now: Instant, draw: f64) -> Option<Batch> {
         let (_, mut batch) = self.hand.take()?;
         let size = batch.body().len();
-        let has_taken = std::mem::take(&mut self.taken) > 0;
+        let has_accepted = std::mem::take(&mut self.taken) > 0;
         if batch.items().len() > 1 {
             if size <= MIN_BODY || self.backoff.is_failing() {
                 self.backoff.fail(now, None, draw);
@@ -213,7 +226,7 @@ impl Lane {
             return None;
         }
         let was_refused = batch.refuse();
-        if size > MIN_BODY && has_taken && was_refused {
+        if size > MIN_BODY && has_accepted && was_refused {
             self.backoff.succeed();
             return Some(batch);
         }
@@ -226,18 +239,18 @@ impl Lane {
         None
     }
 
-    /// Prepares the batch in hand to be sent to an upstream that insists on lists of strategies;
-    /// false where it has refused the batch for something else.
+    /// Adds empty strategies to the batch in flight, for an upstream that requires lists of strategies.
+    /// False if the batch was rejected for another reason.
     pub(super) fn list_no_strategies(&mut self) -> bool {
-        let hand = self.hand.as_mut();
-        let prepared = hand.is_some_and(|(_, batch)| batch.list_no_strategies());
+        let in_flight = self.hand.as_mut();
+        let prepared = in_flight.is_some_and(|(_, batch)| batch.list_no_strategies());
         if prepared {
             self.backoff.succeed();
         }
         prepared
     }
 
-    /// Notes a registration. Strategies that are unknown replace no list.
+    /// Adds a registration. Unknown strategies do not replace a list.
     pub(super) fn register(&mut self, registration: Arc<Registration>, age: Age) {
         let key = |is_unlisted, it: &Application| -> ApplicationKey {
             (is_unlisted, Arc::clone(&it.app_name), it.instance_id.clone())
@@ -260,16 +273,15 @@ impl Lane {
         self.applications.insert(key(is_unlisted, merged.application()), merged);
     }
 
-    /// Cuts a batch of one kind of pieces off what waits; also says how many evaluations were too
-    /// large to be sent.
+    /// Removes a batch of items of one kind, and returns how many evaluations were too large to be sent.
     pub(super) fn cut(&mut self, environment: &Environment) -> (Option<Batch>, u64) {
         let mut packer = Packer::new(self.limit);
         let mut oversized = 0_u64;
         while let Some(item) = self.pop(environment) {
-            let alone = packer.is_empty();
+            let is_first = packer.is_empty();
             match packer.push(item) {
                 Ok(()) => {}
-                Err(item) if alone => {
+                Err(item) if is_first => {
                     oversized = oversized.saturating_add(item.count);
                     meter::items_dropped("oversized", 1);
                 }
@@ -282,7 +294,7 @@ impl Lane {
         (packer.finish(), oversized)
     }
 
-    /// Takes out the next piece: applications first, then the oldest counters.
+    /// Removes the next item: applications first, then the oldest counters.
     fn pop(&mut self, environment: &Environment) -> Option<Item> {
         if let Some(item) = self.carry.pop_front() {
             return Some(item);
@@ -307,8 +319,8 @@ impl Lane {
         None
     }
 
-    /// Leaves out the gauges of a piece that were reported again since: what is late is sent after
-    /// them. `None` where that is all of them.
+    /// Drops the gauges of an item that were reported again since, because deferred items are sent after
+    /// them. `None` if no gauge is left.
     fn without_outdated_gauges(&self, mut item: Item) -> Option<Item> {
         let Some(mut metric) = impact_metric(&item) else { return Some(item) };
         let Samples::Gauge(samples) = &mut metric.samples else { return Some(item) };
@@ -327,15 +339,15 @@ impl Lane {
         Some(item)
     }
 
-    /// How many evaluations wait, those in hand among them.
+    /// Number of pending evaluations, including the batch in flight.
     pub(super) fn total(&self) -> u64 {
-        let ready = self.carry.iter().chain(&self.late).map(|item| item.count);
+        let items = self.carry.iter().chain(&self.late).map(|item| item.count);
         let batches = self.hand.iter().chain(&self.left).map(|(_, batch)| batch.count());
-        ready.chain(batches).fold(self.counters.total(), u64::saturating_add)
+        items.chain(batches).fold(self.counters.total(), u64::saturating_add)
     }
 }
 
-/// The impact metric that a piece is.
+/// Parses an item that is an impact metric.
 fn impact_metric(item: &Item) -> Option<ImpactMetric> {
     if item.part != Part::Impact {
         return None;
@@ -343,7 +355,7 @@ fn impact_metric(item: &Item) -> Option<ImpactMetric> {
     ImpactMetric::from_value(serde_json::from_str(&item.json).ok()?).ok()
 }
 
-/// The gauge that a piece is, which then has lost its application.
+/// Parses an item that is a gauge; its application is lost.
 fn gauge(item: &Item) -> Option<ImpactSeries> {
     let metric = impact_metric(item)?;
     let Samples::Gauge(_) = &metric.samples else { return None };
@@ -353,9 +365,9 @@ fn gauge(item: &Item) -> Option<ImpactSeries> {
     Some(series)
 }
 
-/// Serialises a metric in pieces that are not too large, as far as its samples can be parted.
+/// Serializes a metric into items, split by samples so that none exceeds the limit if possible.
 fn impact_items(metric: ImpactMetric, times: Vec<Option<Timestamp>>, into: &mut VecDeque<Item>) {
-    fn halve<T>(samples: &mut Vec<T>) -> Option<Vec<T>> {
+    fn split_off_half<T>(samples: &mut Vec<T>) -> Option<Vec<T>> {
         (samples.len() > 1).then(|| samples.split_off(samples.len() / 2))
     }
     let mut rest = vec![(metric, times)];
@@ -363,9 +375,9 @@ fn impact_items(metric: ImpactMetric, times: Vec<Option<Timestamp>>, into: &mut 
         let json = json(&metric);
         let other = match &mut metric.samples {
             _ if json.len() <= MAX_IMPACT_ITEM => None,
-            Samples::Counter(samples) => halve(samples).map(Samples::Counter),
-            Samples::Gauge(samples) => halve(samples).map(Samples::Gauge),
-            Samples::Histogram(samples) => halve(samples).map(Samples::Histogram),
+            Samples::Counter(samples) => split_off_half(samples).map(Samples::Counter),
+            Samples::Gauge(samples) => split_off_half(samples).map(Samples::Gauge),
+            Samples::Histogram(samples) => split_off_half(samples).map(Samples::Histogram),
         };
         match other {
             None => into.push_back(Item { times, ..Item::new(Part::Impact, json, 0) }),

@@ -1,17 +1,16 @@
-//! Where reports are added up by many threads at once, and taken out a generation at a time.
+//! Adds up reports from many threads, and hands over the sums when drained.
 //!
-//! **Why no increment is lost.** A counter lives in the shard that its key's hash names. To add to
-//! it a thread holds that shard's lock; to drain, the whole map is taken out and an empty one put
-//! in its place under the same lock. An increment is therefore wholly in the map that is taken or
-//! wholly in the one left behind, and there is no third place.
+//! **Why no increment is lost.** A counter is in the shard that its key's hash selects. To add to it, a
+//! thread holds that shard's lock. Draining replaces the shard's map with an empty one under the same
+//! lock. An increment is therefore either in the drained map or in the new one.
 //!
-//! **Bounds.** Counters take room in two pools, in which each token has a share. Those of flags and
-//! variants that the token's snapshot has are never refused: beyond the share they are kept under a
-//! common application name and the present hour, so that there are no more of them than the
-//! snapshot has flags. Those of other names have a smaller pool: they may be newer than the
-//! snapshot, or made up. What there is no room for is counted together, one counter for all flags of
-//! an hour and one variant for all of a flag. A report without any known flag costs nothing to report
-//! again: it is refused whole rather.
+//! **Bounds.** Counters use two pools, and each token has a quota in both. Counters of flags and
+//! variants in the token's snapshot are never rejected: beyond the quota they are merged under a common
+//! application name and the present hour, so that there are at most as many as the snapshot has flags.
+//! Counters of other names, which may be newer than the snapshot or invented, use a smaller pool. Beyond
+//! its quota they are merged: into one counter for all flags of an hour, and one variant for all of a
+//! flag. A report without any known flag can simply be reported again, so it is rejected as a whole
+//! instead.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -37,14 +36,13 @@ use crate::{
     wire::usage::{Application, ImpactMetric},
 };
 
-/// The memory for what instances of applications tell of themselves, in bytes: about fifteen
-/// thousand of an ordinary size for one token.
+/// Memory for registrations in bytes: about fifteen thousand of ordinary size for one token.
 const REGISTRATION_BYTES: usize = 24 * 1024 * 1024;
-/// The memory for samples of impact metrics, in bytes.
+/// Memory for samples of impact metrics, in bytes.
 const SAMPLE_BYTES: usize = 16 * 1024 * 1024;
-/// Which part of the limit of counters is for flags and variants that no snapshot has.
+/// The fraction of the counter limit for flags and variants in no snapshot is one in this many.
 const UNKNOWN_PART: usize = 32;
-/// Enough that threads seldom meet in one.
+/// Enough that threads rarely contend for one.
 const SHARDS: usize = 64;
 
 /// Counters, impact metrics and registrations, by environment.
@@ -52,15 +50,15 @@ const SHARDS: usize = 64;
 pub(super) struct Ledger {
     shards: Box<[Mutex<Shard>]>,
     hasher: RandomState,
-    /// What all counters weigh.
+    /// The weight of the counters in all shards.
     held: AtomicUsize,
-    /// The weight of the counters in all shards, and of those that wait for upstream.
+    /// Weight of counters, in the shards and queued for upstream.
     counters: Pool,
-    /// The same of what is counted under names that are not known.
+    /// The same for counters and variants with unknown names.
     unknown: Pool,
-    /// The memory of the samples in all shards, and of those that wait for upstream.
+    /// Bytes of samples, in the shards and queued for upstream.
     samples: Pool,
-    /// The memory of the registrations in all shards, and of those that wait for upstream.
+    /// Bytes of registrations, in the shards and queued for upstream.
     registrations: Pool,
 }
 
@@ -71,7 +69,7 @@ struct Shard {
     applications: Applications,
 }
 
-/// What a report counts of one flag.
+/// A report's counter for one flag.
 #[derive(Debug)]
 pub(super) struct Counted {
     pub(super) key: CounterKey,
@@ -80,18 +78,18 @@ pub(super) struct Counted {
 }
 
 impl Counted {
-    /// Counts it with all others that have no room, in this hour.
+    /// Moves it to the counter that merges flags without room, in this hour.
     fn merge(&mut self, now: Hour) {
         self.key = CounterKey { hour: now, app: MERGED.into(), flag: MERGED.into() };
         self.counter = std::mem::take(&mut self.counter).anonymous();
     }
 }
 
-/// There is no room for a report, of which no flag is known.
+/// The report exceeds its token's quota and names no known flag.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) struct NoRoom;
 
-/// The shares of one token. They are looked up only where something is new.
+/// The quotas of one token, which are looked up only when something new is added.
 #[derive(Clone, Copy, Debug)]
 struct Shares<'a> {
     ledger: &'a Ledger,
@@ -108,7 +106,7 @@ impl Shares<'_> {
     }
 }
 
-/// What was reported for an environment since the drain before.
+/// Usage reported for an environment since the previous drain.
 #[derive(Debug, Default)]
 pub(super) struct Generation {
     pub(super) counters: Vec<(CounterKey, Counter)>,
@@ -129,10 +127,11 @@ impl Ledger {
         }
     }
 
-    /// Adds the counters of a report, reported in the hour `now`; returns what they could not hold.
+    /// Adds the counters of a report that arrives in the hour `now`; returns what exceeds the counters'
+    /// limits.
     ///
-    /// All of them are added, or none: a report with a known flag always, the unknown ones together
-    /// where there is no room for each.
+    /// Adds either all counters or none. A report with a known flag is always added, with unknown flags
+    /// merged if they exceed the quota.
     pub(super) fn count(
         &self,
         environment: &Environment,
@@ -158,7 +157,7 @@ impl Ledger {
         Ok(Lost(lost))
     }
 
-    /// Adds an application's impact metrics; returns how many samples found no room.
+    /// Adds an application's impact metrics; returns how many samples exceed the quota.
     pub(super) fn measure(
         &self,
         environment: &Environment,
@@ -170,17 +169,17 @@ impl Ledger {
         if metrics.is_empty() {
             return 0;
         }
-        let account = self.samples.account(token);
+        let quota = self.samples.account(token);
         let add = |metric: ImpactMetric| {
-            // One metric always comes to the same shard, so that a gauge's last value is the last.
+            // A metric always uses the same shard, so that the last value of a gauge is well defined.
             let mut shard = self.shard(&(environment, &metric.name));
             let series = shard.impact.entry(environment.clone()).or_default();
-            series.record(app, metric, repeat(Some(now)), |bytes| account.try_charge(bytes))
+            series.record(app, metric, repeat(Some(now)), |bytes| quota.try_charge(bytes))
         };
         metrics.into_iter().map(add).sum()
     }
 
-    /// Notes a registration; false when its token has no room.
+    /// Records a registration; false if it exceeds the token's quota.
     pub(super) fn register(
         &self,
         key: InstanceKey,
@@ -188,23 +187,23 @@ impl Ledger {
         token: &TokenDigest,
         now: Instant,
     ) -> bool {
-        let account = self.registrations.account(token);
-        self.shard(&key).applications.register(key, app, &account, now)
+        let quota = self.registrations.account(token);
+        self.shard(&key).applications.register(key, app, &quota, now)
     }
 
-    /// The account of registrations of earlier runs: whose they were is not known any more.
+    /// The quota for registrations of earlier runs, which are not attributed to tokens.
     pub(super) fn restored_registrations(&self) -> Account {
         self.registrations.anonymous()
     }
 
-    /// Notes that an instance is alive; false when it is unknown.
+    /// Marks an instance as active; false if it is not tracked.
     pub(super) fn touch(&self, key: &InstanceKey, now: Instant) -> bool {
         self.shard(key).applications.touch(key, now)
     }
 
-    /// Takes out everything, for each environment.
+    /// Removes all usage, by environment.
     pub(super) fn drain(&self, now: Instant) -> BTreeMap<Environment, Generation> {
-        let mut generations = BTreeMap::<Environment, Generation>::new();
+        let mut drained = BTreeMap::<Environment, Generation>::new();
         for shard in &self.shards {
             let (counters, impact, applications) = {
                 let mut shard = lock(shard);
@@ -215,28 +214,28 @@ impl Ledger {
                 (counters, impact, shard.applications.due(now))
             };
             for ((environment, key), counter) in counters {
-                generations.entry(environment).or_default().counters.push((key, counter));
+                drained.entry(environment).or_default().counters.push((key, counter));
             }
             for (environment, series) in impact {
-                generations.entry(environment).or_default().impact.absorb(series);
+                drained.entry(environment).or_default().impact.absorb(series);
             }
             for (environment, application) in applications {
-                generations.entry(environment).or_default().applications.push(application);
+                drained.entry(environment).or_default().applications.push(application);
             }
         }
         for pool in [&self.counters, &self.unknown, &self.samples, &self.registrations] {
             pool.sweep();
         }
-        generations
+        drained
     }
 
-    /// How many counters are held, variants counting as such.
+    /// The weight of the counters in all shards; variants count too.
     pub(super) fn len(&self) -> usize {
         self.held.load(Ordering::Relaxed)
     }
 
-    /// A copy of the counters, for an operator's eyes.
-    pub(super) fn counters(&self) -> Vec<((Environment, CounterKey), Counter)> {
+    /// A copy of the counters, for operators.
+    pub(super) fn copy_counters(&self) -> Vec<((Environment, CounterKey), Counter)> {
         let copy = |shard| -> Vec<_> {
             lock(shard)
                 .counters
@@ -247,14 +246,14 @@ impl Ledger {
         self.shards.iter().flat_map(copy).collect()
     }
 
-    /// The registrations that the next drain takes out, likewise.
+    /// The registrations that the next drain will remove, for operators.
     pub(super) fn applications(&self, now: Instant) -> Vec<Arc<Registration>> {
         let copy = |shard| -> Vec<_> { lock(shard).applications.waiting(now).cloned().collect() };
         self.shards.iter().flat_map(copy).collect()
     }
 
-    /// Charges the unknown names of a counter that are not held yet; false if there is no room for its
-    /// flag.
+    /// Reserves memory for the unknown names of a counter that are new; false if its flag exceeds the
+    /// quota.
     fn try_charge_unknown(
         &self,
         environment: &Environment,
@@ -264,15 +263,15 @@ impl Ledger {
         if *name == Name::Known && !counter.has_unknown_variants() {
             return true;
         }
-        let account = shares.unknown();
+        let quota = shares.unknown();
         let place = (environment.clone(), key.clone());
         let shard = self.shard(&place);
         let present = shard.counters.get(&place);
         if *name == Name::Unknown && present.is_none() {
-            let Some(charge) = account.try_charge(counter.own_weight(key)) else { return false };
-            counter.set_charge(charge);
+            let Some(reservation) = quota.try_charge(counter.own_weight(key)) else { return false };
+            counter.set_charge(reservation);
         }
-        counter.charge_unknown_variants(present, &account);
+        counter.charge_unknown_variants(present, &quota);
         true
     }
 
@@ -290,20 +289,20 @@ impl Ledger {
         }
         let weight = counter.own_weight(&key.1);
         if name == Name::Known {
-            let Some(charge) = shares.counters().try_charge(weight) else {
+            let Some(reservation) = shares.counters().try_charge(weight) else {
                 drop(shard);
                 return self.add_merged(key, counter, shares, now);
             };
-            counter.set_charge(charge);
+            counter.set_charge(reservation);
         } else if !counter.is_charged() {
-            // It is one for many, or was held when its report was let in and has been taken out since.
+            // A merged counter, or one that existed when its report was checked and was drained since.
             counter.set_charge(shares.unknown().charge(weight));
         }
         self.insert(&mut shard, key, counter, shares);
         Lost(0)
     }
 
-    /// Adds a counter of a known flag where it is one for all applications and hours.
+    /// Adds a counter of a known flag to the one that merges all applications and hours.
     fn add_merged(
         &self,
         (environment, key): (Environment, CounterKey),
@@ -322,9 +321,9 @@ impl Ledger {
     }
 
     fn merge(&self, present: &mut Counter, counter: Counter, shares: Shares<'_>) -> Lost {
-        let before = present.variants();
+        let before = present.variant_count();
         let lost = present.add(counter);
-        let new = present.variants() - before;
+        let new = present.variant_count() - before;
         if new > 0 {
             present.charge_variants(&shares.counters(), &shares.unknown());
             self.held.fetch_add(new, Ordering::Relaxed);
@@ -351,7 +350,7 @@ impl Ledger {
     }
 }
 
-/// Sums stay sums even if a thread died while adding: nothing in here panics half-way.
+/// A poisoned lock is still consistent: nothing in here panics halfway through an update.
 fn lock(shard: &Mutex<Shard>) -> MutexGuard<'_, Shard> {
     shard.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -373,9 +372,9 @@ mod tests {
     }
 
     impl<'a> Client<'a> {
-        fn new(ledger: &'a Ledger, token: &str) -> Self {
+        fn new(aggregator: &'a Ledger, token: &str) -> Self {
             let environment = Environment::new("dev");
-            Self { ledger, environment, token: TokenDigest::of(token) }
+            Self { ledger: aggregator, environment, token: TokenDigest::of(token) }
         }
 
         fn report(&self, counted: impl IntoIterator<Item = Counted>) -> Result<Lost, NoRoom> {
@@ -397,17 +396,17 @@ mod tests {
         [counted(10, app, flag, &[], yes)]
     }
 
-    fn total(generations: &BTreeMap<Environment, Generation>) -> u64 {
-        let counters = generations.values().flat_map(|generation| &generation.counters);
+    fn total(drained: &BTreeMap<Environment, Generation>) -> u64 {
+        let counters = drained.values().flat_map(|drained| &drained.counters);
         counters.map(|(_, counter)| counter.total()).sum()
     }
 
     #[test]
-    fn no_increment_falls_between_two_generations() {
+    fn no_increment_is_lost_between_two_drains() {
         const THREADS: u64 = 4;
         const REPORTS: u64 = 20_000;
-        let ledger = Ledger::new(1000);
-        let client = Client::new(&ledger, "token");
+        let aggregator = Ledger::new(1000);
+        let client = Client::new(&aggregator, "token");
         let drained = std::thread::scope(|scope| {
             let recorders: Vec<_> = (0..THREADS)
                 .map(|_| {
@@ -421,25 +420,27 @@ mod tests {
                 .collect();
             let mut drained = 0;
             while !recorders.iter().all(std::thread::ScopedJoinHandle::is_finished) {
-                drained += total(&ledger.drain(Instant::now()));
+                drained += total(&aggregator.drain(Instant::now()));
             }
             drained
         });
-        let rest = total(&ledger.drain(Instant::now()));
+        let rest = total(&aggregator.drain(Instant::now()));
         assert_eq!(drained + rest, THREADS * REPORTS);
-        assert_eq!(ledger.len(), 0);
+        assert_eq!(aggregator.len(), 0);
     }
 
-    /// What is held by hour, application and flag, with what it counts.
-    fn held(ledger: &Ledger) -> BTreeMap<(Hour, Arc<str>, Arc<str>), u64> {
-        let held = ledger.counters().into_iter();
-        held.map(|((_, key), counter)| ((key.hour, key.app, key.flag), counter.total())).collect()
+    /// Evaluations by hour, application and flag.
+    fn held(aggregator: &Ledger) -> BTreeMap<(Hour, Arc<str>, Arc<str>), u64> {
+        let counters = aggregator.copy_counters().into_iter();
+        counters
+            .map(|((_, key), counter)| ((key.hour, key.app, key.flag), counter.total()))
+            .collect()
     }
 
     #[test]
-    fn known_flags_always_count_if_need_be_under_one_application_and_this_hour() {
-        let ledger = Ledger::new(100);
-        let client = Client::new(&ledger, "token");
+    fn snapshot_flags_beyond_the_quota_are_merged_under_one_application_and_hour() {
+        let aggregator = Ledger::new(100);
+        let client = Client::new(&aggregator, "token");
         for report in 0..1000 {
             let app = report.to_string();
             for flag in ["f", "g"] {
@@ -447,18 +448,18 @@ mod tests {
                 assert_eq!(client.report([counted]), Ok(Lost(0)));
             }
         }
-        let held = held(&ledger);
-        // Four fifths, and in them those under the common name.
-        assert!((60..90).contains(&ledger.len()), "{}", ledger.len());
-        let merged = |flag: &str| held[&(hour(10), MERGED.into(), flag.into())];
-        assert!(merged("f") > 900 && merged("g") > 900, "{held:?}");
-        assert_eq!(total(&ledger.drain(Instant::now())), 2000);
+        let counts = held(&aggregator);
+        // Four fifths of the limit, including the merged counters.
+        assert!((60..90).contains(&aggregator.len()), "{}", aggregator.len());
+        let merged = |flag: &str| counts[&(hour(10), MERGED.into(), flag.into())];
+        assert!(merged("f") > 900 && merged("g") > 900, "{counts:?}");
+        assert_eq!(total(&aggregator.drain(Instant::now())), 2000);
     }
 
     #[test]
-    fn unknown_flags_have_a_small_pool_and_cost_no_known_flag_its_counts() {
-        let ledger = Ledger::new(100 * UNKNOWN_PART);
-        let [client, other] = ["token", "other"].map(|token| Client::new(&ledger, token));
+    fn unknown_flags_use_a_small_pool_and_cost_snapshot_flags_no_counts() {
+        let aggregator = Ledger::new(100 * UNKNOWN_PART);
+        let [client, other] = ["token", "other"].map(|token| Client::new(&aggregator, token));
         let names = |range: std::ops::Range<u32>| {
             range.map(|nth| counted(10, "a", &format!("?{nth}"), &[], 1))
         };
@@ -469,35 +470,35 @@ mod tests {
         for _ in 0..100 {
             assert_eq!(client.report(names(79..85).chain(yes("a", "f", 1))), Ok(Lost(0)));
         }
-        // Those that are held need no room, and other tokens have some.
+        // Existing counters need no additional memory, and other tokens have a quota left.
         assert_eq!(client.report(names(0..80).chain(yes("a", "f", 1))), Ok(Lost(0)));
         assert_eq!(other.report(names(80..90)), Ok(Lost(0)));
-        let held = held(&ledger);
-        assert_eq!(held[&(hour(10), "a".into(), "f".into())], 102);
-        assert_eq!(held[&(hour(10), MERGED.into(), MERGED.into())], 500);
-        assert_eq!(held.len(), 90 + 2);
+        let counts = held(&aggregator);
+        assert_eq!(counts[&(hour(10), "a".into(), "f".into())], 102);
+        assert_eq!(counts[&(hour(10), MERGED.into(), MERGED.into())], 500);
+        assert_eq!(counts.len(), 90 + 2);
 
-        let waiting = ledger.drain(Instant::now());
-        assert_eq!(total(&waiting), 80 + 80 + 10 + 2 + 7 * 100);
-        // What waits for upstream takes room as long as it does.
+        let drained = aggregator.drain(Instant::now());
+        assert_eq!(total(&drained), 80 + 80 + 10 + 2 + 7 * 100);
+        // Drained counters use the quota until they are sent.
         assert_eq!(client.report(names(100..101)), Err(NoRoom));
-        drop(waiting);
+        drop(drained);
         assert_eq!(client.report(names(100..180)), Ok(Lost(0)));
     }
 
     #[test]
-    fn unknown_variants_share_the_pool_of_unknown_flags_and_known_ones_have_room() {
-        let ledger = Ledger::new(10 * UNKNOWN_PART);
-        let client = Client::new(&ledger, "token");
+    fn only_unknown_variants_share_the_pool_of_unknown_flags() {
+        let aggregator = Ledger::new(10 * UNKNOWN_PART);
+        let client = Client::new(&aggregator, "token");
         let variants = |names: &[&str]| client.report([counted(10, "a", "f", names, 1)]);
         assert_eq!(variants(&["?1", "?2", "?3", "?4"]), Ok(Lost(0)));
         assert_eq!(variants(&["?1", "?5", "?6", "?7", "?8", "v"]), Ok(Lost(0)));
         assert_eq!(variants(&["?9", "w"]), Ok(Lost(0)));
         assert_eq!(variants(&["?1", "?10", "?11", "w"]), Ok(Lost(0)));
-        let (place, counter) = ledger.counters().pop().unwrap();
-        let told = counter.to_wire("dev", &place.1).stats;
-        assert_eq!((told.yes, told.variants["?1"], told.variants[MERGED]), (4, 3, 3));
+        let (place, counter) = aggregator.copy_counters().pop().unwrap();
+        let stats = counter.to_wire("dev", &place.1).stats;
+        assert_eq!((stats.yes, stats.variants["?1"], stats.variants[MERGED]), (4, 3, 3));
         // The flag, eight unknown variants, two known ones, and one for the others.
-        assert_eq!(ledger.len(), 12);
+        assert_eq!(aggregator.len(), 12);
     }
 }

@@ -1,4 +1,4 @@
-//! The metrics of usage: names, and the fixed sets of their labels.
+//! Metrics of usage reporting: families and the fixed sets of their label values.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ const BATCHES: &str = "parapet_usage_batches_total";
 const PENDING: &str = "parapet_usage_pending";
 const OLDEST: &str = "parapet_usage_oldest_pending_seconds";
 
-/// Where usage comes in.
+/// The endpoint that received a report.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Endpoint {
     Metrics,
@@ -34,18 +34,18 @@ impl Endpoint {
     }
 }
 
-/// Why evaluations, or other reported things, do not reach upstream.
+/// Why evaluations, or other reported items, do not reach upstream.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub(super) enum Reason {
     /// Upstream cannot store the flag's name.
     Name,
-    /// A counter would exceed what upstream can store.
+    /// A counter would exceed the largest number that upstream can store.
     Overflow,
-    /// Counted for another environment than the token's.
+    /// Reported for an environment other than the token's.
     Environment,
     /// Larger than a request may be.
     Size,
-    /// Upstream refused the batch for good.
+    /// Upstream rejected the batch permanently.
     Rejected,
     /// There is no upstream.
     NoUpstream,
@@ -64,20 +64,20 @@ impl Reason {
     }
 }
 
-/// Tells the metric registry what the metrics of this module mean.
+/// Registers the descriptions of the metrics.
 pub(super) fn describe() {
-    describe_counter!(REPORTS, "Usage reports by endpoint.");
-    describe_counter!(REFUSED, "Usage reports refused (429) for want of room, by endpoint.");
+    describe_counter!(REPORTS, "Usage reports, by endpoint.");
+    describe_counter!(REFUSED, "Usage reports rejected (429) over quota, by endpoint.");
     describe_counter!(RECEIVED, "Flag evaluations that were reported.");
-    describe_counter!(SENT, "Flag evaluations that upstream took.");
-    describe_counter!(DROPPED, "Flag evaluations that were let go, by reason.");
-    describe_counter!(ITEMS_DROPPED, "Other reported items that were let go, by kind.");
-    describe_counter!(BATCHES, "Batches of usage by what came of sending them.");
-    describe_gauge!(PENDING, "Counters that wait to be sent.");
+    describe_counter!(SENT, "Flag evaluations that upstream accepted.");
+    describe_counter!(DROPPED, "Flag evaluations that were dropped, by reason.");
+    describe_counter!(ITEMS_DROPPED, "Other reported items that were dropped, by kind.");
+    describe_counter!(BATCHES, "Attempts to send a batch of usage, by outcome.");
+    describe_gauge!(PENDING, "Counters that are waiting to be sent.");
     describe_gauge!(
         OLDEST,
         Unit::Seconds,
-        "For how long the oldest of them has waited since its interval ended."
+        "Time since the end of its interval of the oldest usage that is waiting to be sent."
     );
 }
 
@@ -103,7 +103,7 @@ pub(super) fn dropped(reason: Reason, count: u64) {
     }
 }
 
-/// Registrations, impact samples and unreadable items that were let go.
+/// Counts registrations, impact samples and unreadable items that were dropped.
 pub(super) fn items_dropped(item: &'static str, count: usize) {
     if count > 0 {
         counter!(ITEMS_DROPPED, "item" => item).increment(count as u64);

@@ -1,17 +1,18 @@
-//! What waits to be sent, and when to try: a state machine without clock, randomness or IO.
+//! The usage that is waiting to be sent, and when to try: a state machine without clock, randomness or
+//! IO.
 //!
-//! Each environment has its lane, so that one that fails never delays another. A lane merges
-//! generation after generation and serialises only the one batch *in hand*: an outage of hours
-//! costs no more memory than its distinct counters, which are bounded. When they are too many, those
-//! of the environments that have most are merged ([`Counters::shrink_to`]): no count is dropped, and
-//! what waits for other environments stays as it is.
+//! Each environment has its own queue, so that one that fails never delays another. A queue merges what
+//! is drained and serializes only the one batch *in flight*. An outage of hours therefore takes only the
+//! memory of the distinct counters, which are bounded. When there are too many, counters are merged in
+//! the environments that have the most ([`Counters::shrink_to`]). No count is dropped, and other
+//! environments are unaffected.
 //!
 //! [`Counters::shrink_to`]: super::counters::Counters::shrink_to
 //!
-//! A batch in hand is sent again *unchanged*, under the same name, until upstream took or refused it.
-//! Where it is unknown whether upstream took it (the connection broke after it was sent) it may so be
-//! counted twice, unless upstream is a registry, which knows it by its name; everywhere else exactly
-//! once.
+//! A batch in flight is retried *unchanged* and with the same ID until upstream accepts or rejects it.
+//! If it is unknown whether upstream accepted it (the connection broke after it was sent), its
+//! evaluations may be counted twice, unless the destination is a registry, which recognizes the ID. In
+//! all other cases they are counted exactly once.
 
 use std::{
     collections::BTreeMap,
@@ -29,29 +30,29 @@ use super::{
 };
 use crate::token::Environment;
 
-/// A batch to be sent now.
+/// A batch to send now.
 #[derive(Clone, Debug)]
 pub(super) struct Dispatch {
     pub(super) id: BatchId,
     pub(super) environment: Environment,
     pub(super) body: Bytes,
-    /// How many impact metrics are in it, or parts of such.
+    /// Number of impact metrics in it, or parts of them.
     pub(super) impact: usize,
 }
 
-/// What came of sending a batch.
+/// The result of sending a batch.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Outcome {
-    /// Upstream took it.
+    /// Upstream accepted it.
     Sent,
-    /// Upstream refused it for good, having perhaps stored some of it: sending it again, or parts
-    /// of it, could count twice.
+    /// Upstream rejected it permanently, but may have stored some of it: resending it, or parts of it,
+    /// could count twice.
     Rejected,
-    /// Upstream, or a proxy before it, found the body too large.
+    /// Upstream, or a proxy in front of it, rejected the body as too large.
     TooLarge,
-    /// Upstream refused the token, or there is none for the environment yet.
+    /// Upstream rejected the token, or there is no token for the environment yet.
     Unauthorized,
-    /// Upstream was away or busy; it may have asked for a pause.
+    /// Upstream was unavailable or busy; it may have requested a delay.
     Later(Option<Duration>),
 }
 
@@ -67,9 +68,9 @@ impl Outcome {
     }
 }
 
-/// Names a state of what waits for upstream: as long as it is the same, so is what waits.
+/// Identifies a state of the queue: the same revision means the same pending usage.
 ///
-/// That nothing waits is always the same state.
+/// The empty queue always has the same revision.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Revision(u64);
 
@@ -77,129 +78,131 @@ impl Revision {
     const EMPTY: Self = Self(0);
 }
 
-/// How many evaluations have been settled.
+/// Numbers of evaluations sent and dropped.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Totals {
-    /// Upstream took them.
+    /// Evaluations that upstream accepted.
     pub sent: u64,
-    /// They were let go.
+    /// Evaluations that were dropped.
     pub dropped: u64,
 }
 
-/// Everything that waits to be sent.
+/// The pending usage of all environments.
 #[derive(Debug)]
 pub(super) struct Outbox {
     lanes: BTreeMap<Environment, Lane>,
     max_counters: usize,
-    /// Tells the batches of this instance from those of others.
+    /// Distinguishes the batches of this instance from those of others.
     instance: u64,
-    /// How many batches there have been.
+    /// Number of batches so far.
     batches: u64,
-    /// How often what waits has changed.
+    /// Number of changes to the pending usage.
     changes: u64,
     totals: Totals,
 }
 
 impl Outbox {
-    /// Nothing waits; `instance` is a number that no other instance has drawn.
+    /// An empty queue. `instance` must be random and differ from that of all other instances.
     pub(super) fn new(max_counters: usize, instance: u64) -> Self {
-        let (lanes, totals) = (BTreeMap::new(), Totals::default());
-        Self { lanes, max_counters, instance, batches: 0, changes: 0, totals }
+        let (queues, totals) = (BTreeMap::new(), Totals::default());
+        Self { lanes: queues, max_counters, instance, batches: 0, changes: 0, totals }
     }
 
-    /// Merges a generation into what waits.
-    pub(super) fn absorb(&mut self, generations: BTreeMap<Environment, Generation>, now: Instant) {
+    /// Adds drained usage.
+    pub(super) fn absorb(&mut self, drained: BTreeMap<Environment, Generation>, now: Instant) {
         let mut lost = 0;
-        self.changes += u64::from(!generations.is_empty());
-        for (environment, generation) in generations {
-            let lane = self.lanes.entry(environment).or_default();
-            lane.since.get_or_insert(now);
-            lost += lane.absorb(generation).0;
+        self.changes += u64::from(!drained.is_empty());
+        for (environment, drained) in drained {
+            let queue = self.lanes.entry(environment).or_default();
+            queue.since.get_or_insert(now);
+            lost += queue.absorb(drained).0;
         }
         self.drop_counts(Reason::Overflow, lost);
         self.shrink();
     }
 
-    /// Puts back what a spool held; a batch among it is sent again as it was. The store is taken to
-    /// hold it still.
+    /// Adds restored usage; restored batches are resent unchanged. The store is assumed to still contain
+    /// it.
     pub(super) fn restore(&mut self, environment: Environment, restored: Lane, now: Instant) {
-        let lane = self.lanes.entry(environment).or_default();
-        lane.stored = true;
-        lane.since.get_or_insert(now);
-        let Lost(lost) = lane.restore(restored);
+        let queue = self.lanes.entry(environment).or_default();
+        queue.stored = true;
+        queue.since.get_or_insert(now);
+        let Lost(lost) = queue.restore(restored);
         self.changes += 1;
         self.drop_counts(Reason::Overflow, lost);
         self.shrink();
     }
 
-    /// The next batch to send, if there is one whose time has come.
+    /// The next batch to send, if one is due.
     ///
-    /// At most one batch of an environment is out at a time.
+    /// At most one batch per environment is in flight.
     pub(super) fn next(&mut self, now: Instant) -> Option<Dispatch> {
-        for (environment, lane) in &mut self.lanes {
-            if lane.flying || !lane.backoff.is_over(now) {
+        for (environment, queue) in &mut self.lanes {
+            if queue.flying || !queue.backoff.is_over(now) {
                 continue;
             }
-            if lane.hand.is_none() {
-                lane.hand = lane.left.pop_front();
+            if queue.hand.is_none() {
+                queue.hand = queue.left.pop_front();
             }
-            if lane.hand.is_none() {
-                self.changes += u64::from(!lane.is_empty());
-                let (batch, oversized) = lane.cut(environment);
+            if queue.hand.is_none() {
+                self.changes += u64::from(!queue.is_empty());
+                let (batch, oversized) = queue.cut(environment);
                 meter::dropped(Reason::Size, oversized);
                 self.totals.dropped = self.totals.dropped.saturating_add(oversized);
-                lane.hand = batch.map(|batch| (BatchId::new(self.instance, self.batches), batch));
+                queue.hand = batch.map(|batch| (BatchId::new(self.instance, self.batches), batch));
                 self.batches += 1;
             }
-            match &lane.hand {
+            match &queue.hand {
                 Some((id, batch)) => {
-                    lane.flying = true;
+                    queue.flying = true;
                     let environment = environment.clone();
                     let (body, impact) = (batch.body(), batch.impact());
                     return Some(Dispatch { id: *id, environment, body, impact });
                 }
-                None => lane.since = None,
+                None => queue.since = None,
             }
         }
         None
     }
 
-    /// Notes what came of a batch; `draw` is uniform in `0..1` and spreads the next attempt.
+    /// Records the result of sending a batch. `draw` is uniform in `0..1` and randomizes the delay of
+    /// the next attempt.
     pub(super) fn settle(&mut self, id: BatchId, outcome: Outcome, now: Instant, draw: f64) {
-        let is_it = |(_, lane): &(&Environment, &mut Lane)| {
-            lane.hand.as_ref().is_some_and(|(hand, _)| *hand == id)
+        let is_batch = |(_, queue): &(&Environment, &mut Lane)| {
+            queue.hand.as_ref().is_some_and(|(batch, _)| *batch == id)
         };
-        let Some((environment, lane)) = self.lanes.iter_mut().find(is_it) else { return };
+        let Some((environment, queue)) = self.lanes.iter_mut().find(is_batch) else { return };
         meter::batch(outcome.as_str());
-        lane.flying = false;
+        queue.flying = false;
         self.changes += match outcome {
             Outcome::Unauthorized | Outcome::Later(_) => 0,
             Outcome::Sent | Outcome::Rejected | Outcome::TooLarge => 1,
         };
         match outcome {
-            Outcome::Unauthorized => lane.backoff.fail(now, None, draw),
-            Outcome::Later(pause) => lane.backoff.fail(now, pause, draw),
+            Outcome::Unauthorized => queue.backoff.fail(now, None, draw),
+            Outcome::Later(delay) => queue.backoff.fail(now, delay, draw),
             Outcome::Sent => {
-                let count = lane.complete();
+                let count = queue.complete();
                 meter::sent(count);
                 self.totals.sent = self.totals.sent.saturating_add(count);
             }
-            Outcome::Rejected if lane.list_no_strategies() => {}
+            Outcome::Rejected if queue.list_no_strategies() => {}
             Outcome::Rejected => {
-                let count = lane.put_down();
+                let count = queue.put_down();
                 self.drop_counts(Reason::Rejected, count);
             }
             Outcome::TooLarge => {
                 let next = BatchId::new(self.instance, self.batches);
                 self.batches += 1;
-                let dropped = lane.split(next, now, draw);
+                let dropped = queue.split(next, now, draw);
                 if let Some(batch) = dropped {
                     let (bytes, count) = (batch.body().len(), batch.count());
                     warn!(
+                        %environment,
                         bytes,
                         count,
-                        "Usage for environment {environment} is dropped: upstream has refused it \
-                         as too large again, and has taken other batches since"
+                        "Dropped usage that upstream rejected as too large twice, with other batches \
+                         accepted in between"
                     );
                     meter::items_dropped("oversized", 1);
                     self.drop_counts(Reason::Size, count);
@@ -208,42 +211,42 @@ impl Outbox {
         }
     }
 
-    /// When the next batch's time comes, if there is one that waits for it.
+    /// When the next batch becomes due, if one is delayed.
     pub(super) fn wake(&self) -> Option<Instant> {
-        let waiting = self.lanes.values().filter(|lane| !lane.flying && !lane.is_empty());
-        waiting.filter_map(|lane| lane.backoff.until()).min()
+        let waiting = self.lanes.values().filter(|queue| !queue.flying && !queue.is_empty());
+        waiting.filter_map(|queue| queue.backoff.retry_at()).min()
     }
 
-    /// Forgets all pauses, for the last attempt before the end.
+    /// Cancels all delays, for the last attempt at shutdown.
     pub(super) fn hurry(&mut self) {
-        self.lanes.values_mut().for_each(|lane| lane.backoff.succeed());
+        self.lanes.values_mut().for_each(|queue| queue.backoff.succeed());
     }
 
-    /// Forgets that batches are being sent: nobody will say what came of them.
+    /// Makes batches in flight due again: their results will never be reported.
     pub(super) fn recall(&mut self) {
-        self.lanes.values_mut().for_each(|lane| lane.flying = false);
+        self.lanes.values_mut().for_each(|queue| queue.flying = false);
     }
 
-    /// Lets everything go: there is no upstream.
+    /// Drops everything: there is no upstream.
     pub(super) fn discard(&mut self) {
-        let lanes = std::mem::take(&mut self.lanes);
-        let count = lanes.values().fold(0_u64, |sum, lane| sum.saturating_add(lane.total()));
+        let queues = std::mem::take(&mut self.lanes);
+        let count = queues.values().fold(0_u64, |sum, queue| sum.saturating_add(queue.total()));
         self.drop_counts(Reason::NoUpstream, count);
     }
 
-    /// How many counters wait, variants counting as such.
+    /// The weight of the pending counters; variants count too.
     pub(super) fn len(&self) -> usize {
-        self.lanes.values().map(|lane| lane.counters.weight()).sum()
+        self.lanes.values().map(|queue| queue.counters.weight()).sum()
     }
 
     fn is_empty(&self) -> bool {
         self.lanes.values().all(Lane::is_empty)
     }
 
-    /// For how long the oldest thing has been waiting.
+    /// How long the oldest pending usage has been waiting.
     pub(super) fn oldest(&self, now: Instant) -> Duration {
         let since =
-            self.lanes.values().filter(|lane| !lane.is_empty()).filter_map(|lane| lane.since);
+            self.lanes.values().filter(|queue| !queue.is_empty()).filter_map(|queue| queue.since);
         since.min().map_or(Duration::ZERO, |since| now.saturating_duration_since(since))
     }
 
@@ -251,23 +254,23 @@ impl Outbox {
         &self.totals
     }
 
-    /// Which state of what waits this is.
+    /// Identifies the present state of the pending usage.
     pub(super) fn revision(&self) -> Revision {
         if self.is_empty() { Revision::EMPTY } else { Revision(self.changes) }
     }
 
-    /// A copy of what waits, for a store: it is taken to hold this from here on.
+    /// A copy of the pending usage for a store, which is assumed to contain it from now on.
     pub(super) fn copy(&mut self) -> Vec<(Environment, Lane)> {
-        self.lanes.values_mut().for_each(|lane| lane.stored = !lane.is_empty());
-        self.lanes().map(|(environment, lane)| (environment.clone(), lane.clone())).collect()
+        self.lanes.values_mut().for_each(|queue| queue.stored = !queue.is_empty());
+        self.queues().map(|(environment, queue)| (environment.clone(), queue.clone())).collect()
     }
 
-    /// Whether a store holds something of an environment for which nothing waits any more.
+    /// Whether a store contains usage of an environment that has nothing pending any longer.
     pub(super) fn is_store_outdated(&self) -> bool {
-        self.lanes.values().any(|lane| lane.stored && lane.is_empty())
+        self.lanes.values().any(|queue| queue.stored && queue.is_empty())
     }
 
-    pub(super) fn lanes(&self) -> impl Iterator<Item = (&Environment, &Lane)> {
+    pub(super) fn queues(&self) -> impl Iterator<Item = (&Environment, &Lane)> {
         self.lanes.iter()
     }
 
@@ -276,29 +279,28 @@ impl Outbox {
         self.totals.dropped = self.totals.dropped.saturating_add(count);
     }
 
-    /// Brings the counters down to their limit, in the environments that have more than a fair share
-    /// of it.
+    /// Reduces the counters to the limit in the environments that exceed their fair share of it.
     fn shrink(&mut self) {
         let share =
-            fair_share(self.max_counters, self.lanes.values().map(|lane| lane.counters.weight()));
-        let shrink = |lane: &mut Lane| lane.counters.shrink_to(share).0;
+            fair_share(self.max_counters, self.lanes.values().map(|queue| queue.counters.weight()));
+        let shrink = |queue: &mut Lane| queue.counters.shrink_to(share).0;
         let lost = self.lanes.values_mut().map(shrink).fold(0, u64::saturating_add);
         self.drop_counts(Reason::Overflow, lost);
     }
 }
 
-/// How much each may have of `total` so that together they have no more, and whoever wants less than
-/// others keeps all of it (max-min fairness); `total` where all have room.
-fn fair_share(total: usize, wanted: impl Iterator<Item = usize>) -> usize {
-    let mut wanted: Vec<_> = wanted.collect();
-    wanted.sort_unstable();
+/// The share of `total` for each so that the sum does not exceed it and small demands are met in full
+/// (max-min fairness); `total` if all demands can be met.
+fn fair_share(total: usize, demands: impl Iterator<Item = usize>) -> usize {
+    let mut demands: Vec<_> = demands.collect();
+    demands.sort_unstable();
     let mut rest = total;
-    for (nth, amount) in wanted.iter().enumerate() {
-        let share = rest / (wanted.len() - nth);
-        if *amount > share {
+    for (nth, demand) in demands.iter().enumerate() {
+        let share = rest / (demands.len() - nth);
+        if *demand > share {
             return share;
         }
-        rest -= amount;
+        rest -= demand;
     }
     total
 }

@@ -1,4 +1,4 @@
-//! From the ledger to the outbox: what the recording threads and the sending task share.
+//! Pending usage between the threads that record it and the task that sends it.
 
 use std::{
     sync::{Mutex, MutexGuard, PoisonError},
@@ -18,16 +18,16 @@ use super::{
     spool::{self, Restored},
 };
 
-/// What waits for upstream at a time, for a store.
+/// A copy of the pending usage, for a store.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Backlog {
-    /// Which state of it this is.
+    /// Identifies the copied state.
     pub revision: Revision,
-    /// What to store; empty when nothing waits.
+    /// The bytes to store; empty if nothing is pending.
     pub bytes: Vec<u8>,
 }
 
-/// Everything counted that upstream does not have yet.
+/// All usage that upstream does not have yet.
 #[derive(Debug)]
 pub(super) struct Pipeline {
     pub(super) ledger: Ledger,
@@ -39,111 +39,111 @@ impl Pipeline {
     pub(super) fn new(max_counters: usize) -> Self {
         Self {
             ledger: Ledger::new(max_counters),
-            // Less than a token's share: what waits for long is merged before what is reported now.
+            // Less than a token's quota: old pending usage is merged before new usage is.
             outbox: Mutex::new(Outbox::new(max_counters - max_counters / 4, rand::random())),
             outdated: Notify::new(),
         }
     }
 
-    /// Moves a generation from the ledger to the outbox.
+    /// Moves usage from the aggregator to the delivery queue.
     ///
-    /// The outbox stays locked from before the drain until after, so that whoever looks into both
-    /// under that lock sees each counter once.
+    /// The queue is locked from before the drain until after, so that readers of both under that lock
+    /// see each counter once.
     pub(super) fn collect(&self, now: Instant) {
-        let mut outbox = self.outbox();
-        outbox.absorb(self.ledger.drain(now), now);
+        let mut delivery_queue = self.lock_queue();
+        delivery_queue.absorb(self.ledger.drain(now), now);
     }
 
     pub(super) fn next(&self, now: Instant) -> Option<Dispatch> {
-        self.outbox().next(now)
+        self.lock_queue().next(now)
     }
 
     pub(super) fn settle(&self, id: BatchId, outcome: Outcome, now: Instant, draw: f64) {
-        let mut outbox = self.outbox();
-        outbox.settle(id, outcome, now, draw);
-        if outbox.is_store_outdated() {
+        let mut delivery_queue = self.lock_queue();
+        delivery_queue.settle(id, outcome, now, draw);
+        if delivery_queue.is_store_outdated() {
             self.outdated.notify_one();
         }
     }
 
-    /// Tells the metrics what waits at this moment.
+    /// Updates the gauges of pending usage.
     pub(super) fn measure(&self, now: Instant) {
-        let outbox = self.outbox();
-        meter::pending(self.ledger.len() + outbox.len(), outbox.oldest(now));
+        let delivery_queue = self.lock_queue();
+        meter::pending(self.ledger.len() + delivery_queue.len(), delivery_queue.oldest(now));
     }
 
     pub(super) fn wake(&self) -> Option<Instant> {
-        self.outbox().wake()
+        self.lock_queue().wake()
     }
 
     pub(super) fn hurry(&self) {
-        self.outbox().hurry();
+        self.lock_queue().hurry();
     }
 
     pub(super) fn recall(&self) {
-        self.outbox().recall();
+        self.lock_queue().recall();
     }
 
     pub(super) fn discard(&self) {
-        self.outbox().discard();
+        self.lock_queue().discard();
     }
 
     pub(super) fn totals(&self) -> Totals {
-        self.outbox().totals().clone()
+        self.lock_queue().totals().clone()
     }
 
-    /// What waits in the outbox, unless it is what it was at the revision that is `stored`.
+    /// The usage in the delivery queue, unless its revision is `stored`.
     ///
-    /// It is copied under the lock, names being shared, and serialised outside.
+    /// It is copied under the lock (names are shared) and serialized outside.
     pub(super) fn backlog(&self, stored: Option<Revision>) -> Option<Backlog> {
-        let (revision, lanes) = {
-            let mut outbox = self.outbox();
-            let revision = outbox.revision();
+        let (revision, queues) = {
+            let mut delivery_queue = self.lock_queue();
+            let revision = delivery_queue.revision();
             if stored == Some(revision) {
                 return None;
             }
-            (revision, outbox.copy())
+            (revision, delivery_queue.copy())
         };
-        Some(Backlog { revision, bytes: spool::save(&lanes).unwrap_or_default() })
+        Some(Backlog { revision, bytes: spool::save(&queues).unwrap_or_default() })
     }
 
-    /// Completes when a store holds something of an environment for which nothing waits any more.
-    pub(super) async fn outdated(&self) {
+    /// Completes when a store contains usage of an environment that has nothing pending any longer.
+    pub(super) async fn wait_until_store_outdated(&self) {
         self.outdated.notified().await;
     }
 
     pub(super) fn save(&self) -> Option<Vec<u8>> {
-        let lanes = self.outbox().copy();
-        spool::save(&lanes)
+        let queues = self.lock_queue().copy();
+        spool::save(&queues)
     }
 
     pub(super) fn restore(&self, bytes: &[u8], now: Instant) -> Result<(), spool::Error> {
         let registrations = self.ledger.restored_registrations();
-        let Restored { lanes, unreadable } = spool::restore(bytes, &registrations)?;
+        let Restored { lanes: queues, unreadable } = spool::restore(bytes, &registrations)?;
         meter::items_dropped("spool", unreadable);
         if unreadable > 0 {
-            tracing::warn!(unreadable, "Items of the spool of usage cannot be read and are lost");
+            tracing::warn!(unreadable, "Some items of stored usage cannot be read and are lost");
         }
-        let mut outbox = self.outbox();
-        for (environment, lane) in lanes {
-            outbox.restore(environment, lane, now);
+        let mut delivery_queue = self.lock_queue();
+        for (environment, queue) in queues {
+            delivery_queue.restore(environment, queue, now);
         }
         Ok(())
     }
 
-    /// What waits, as Unleash Edge's `/internal-backstage/metricsbatch` shows it.
+    /// Pending usage in Unleash Edge's format of `/internal-backstage/metricsbatch`.
     pub(super) fn pending(&self, now: Instant) -> Value {
-        let outbox = self.outbox();
-        let waiting = self.ledger.applications(now);
-        let mut applications: Vec<_> = waiting.iter().map(|it| json!(it.application())).collect();
+        let delivery_queue = self.lock_queue();
+        let due = self.ledger.applications(now);
+        let mut applications: Vec<_> = due.iter().map(|it| json!(it.application())).collect();
         let mut metrics = Vec::new();
-        for ((environment, key), counter) in self.ledger.counters() {
+        for ((environment, key), counter) in self.ledger.copy_counters() {
             metrics.push(shown(&metric(environment.as_str(), &key, &counter)));
         }
-        for (environment, lane) in outbox.lanes() {
-            let batches = lane.hand.iter().chain(&lane.left);
+        for (environment, queue) in delivery_queue.queues() {
+            let batches = queue.hand.iter().chain(&queue.left);
             let items = batches.flat_map(|(_, batch)| batch.items());
-            for item in items.chain(&lane.carry).chain(&lane.late) {
+            for item in items.chain(&queue.carry).chain(&queue.late) {
                 let value = serde_json::from_str(&item.json).unwrap_or_default();
                 match item.part {
                     Part::Application | Part::Instance => applications.push(value),
@@ -151,16 +151,16 @@ impl Pipeline {
                     Part::Impact => {}
                 }
             }
-            applications.extend(lane.applications.values().map(|it| json!(it.application())));
-            let waiting = lane.counters.iter();
+            applications.extend(queue.applications.values().map(|it| json!(it.application())));
+            let counters = queue.counters.iter();
             metrics.extend(
-                waiting.map(|(key, counter)| shown(&metric(environment.as_str(), key, counter))),
+                counters.map(|(key, counter)| shown(&metric(environment.as_str(), key, counter))),
             );
         }
         json!({ "applications": applications, "metrics": metrics })
     }
 
-    fn outbox(&self) -> MutexGuard<'_, Outbox> {
+    fn lock_queue(&self) -> MutexGuard<'_, Outbox> {
         self.outbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,13 +1,13 @@
-//! Memory that tokens share: no client can take what another needs.
+//! Memory quotas by token, so that no client can use up what others need.
 //!
-//! A [`Pool`] has a capacity, in a unit of its user's choice. Each token has an [`Account`] in it.
-//! What is kept for a token holds a [`Charge`], which returns its part of the pool when dropped.
+//! A [`MemoryPool`] has a capacity, in a unit that its user chooses. Each token has a [`Quota`] in it.
+//! Data that is kept for a token holds a [`Reservation`], which is returned to the pool when dropped.
 //!
-//! **Shares.** An account may hold at most [`SHARE`] times what is free in the pool (the "dynamic
-//! thresholds" of switches' packet buffers). One token alone gets four fifths. Several that want
-//! everything get the same each, and always leave something free for one more.
+//! **Limit.** A quota may use at most [`SHARE_FACTOR`] times the free part of the pool (the "dynamic
+//! thresholds" of switches' packet buffers). A single token gets four fifths. Several tokens with
+//! unlimited demand get equal parts, and always leave some for another one.
 //!
-//! This module does not know what is kept, nor what happens where there is no room.
+//! This module knows neither the data nor what happens when a reservation fails.
 
 use std::{
     collections::HashMap,
@@ -19,10 +19,10 @@ use std::{
 
 use crate::token::TokenDigest;
 
-/// How many times the free part of a pool one account may hold.
+/// The number of times the free part of a pool that one quota may use.
 const SHARE: usize = 4;
 
-/// A bounded amount of memory, and how much of it each token uses.
+/// A bounded amount of memory, with its use by token.
 #[derive(Debug)]
 pub(super) struct Pool {
     total: Arc<Total>,
@@ -32,7 +32,7 @@ pub(super) struct Pool {
 #[derive(Debug)]
 struct Total {
     capacity: usize,
-    /// At most the capacity, and what was charged without a check.
+    /// At most the capacity, plus unchecked reservations.
     used: AtomicUsize,
 }
 
@@ -46,9 +46,9 @@ struct Inner {
     used: AtomicUsize,
 }
 
-/// An amount that an account uses, until dropped.
+/// An amount that a quota uses until this is dropped.
 ///
-/// A copy is charged to nobody: it is made for a store, and does not last.
+/// A clone reserves nothing: it is a short-lived copy for a store.
 #[derive(Debug, Default)]
 pub(super) struct Charge(Option<(Account, usize)>);
 
@@ -58,37 +58,37 @@ impl Pool {
         Self { total: Arc::new(total), accounts: Mutex::default() }
     }
 
-    /// The account of a token; kept while it uses anything, until the next [`Pool::sweep`].
+    /// The quota of a token. It is kept while in use, until the next [`MemoryPool::remove_unused`].
     pub(super) fn account(&self, token: &TokenDigest) -> Account {
-        self.accounts().entry(*token).or_insert_with(|| self.anonymous()).clone()
+        self.lock_quotas().entry(*token).or_insert_with(|| self.anonymous()).clone()
     }
 
-    /// An account of no token.
+    /// A quota that belongs to no token.
     pub(super) fn anonymous(&self) -> Account {
         let pool = Arc::clone(&self.total);
         Account(Arc::new(Inner { pool, used: AtomicUsize::new(0) }))
     }
 
-    /// Forgets the accounts that nothing is charged to.
+    /// Removes quotas without reservations.
     pub(super) fn sweep(&self) {
-        // Each charge holds its account, and so does each request that is about to charge.
-        self.accounts().retain(|_, account| Arc::strong_count(&account.0) > 1);
+        // Reservations hold their quota, and so do requests that are about to reserve.
+        self.lock_quotas().retain(|_, quota| Arc::strong_count(&quota.0) > 1);
     }
 
-    fn accounts(&self) -> MutexGuard<'_, HashMap<TokenDigest, Account>> {
+    fn lock_quotas(&self) -> MutexGuard<'_, HashMap<TokenDigest, Account>> {
         self.accounts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Account {
-    /// Charges an amount that is within the token's share; `None` where it is not.
+    /// Reserves an amount if it is within the token's limit; otherwise `None`.
     ///
-    /// With many threads a little more may be charged than there is.
+    /// With concurrent calls slightly more than the capacity may be reserved.
     pub(super) fn try_charge(&self, amount: usize) -> Option<Charge> {
         self.has_room(amount).then(|| self.charge(amount))
     }
 
-    /// Charges an amount that is kept whether there is room or not: something else bounds it.
+    /// Reserves an amount without a check, for data that is bounded elsewhere.
     pub(super) fn charge(&self, amount: usize) -> Charge {
         self.add(amount);
         Charge(Some((self.clone(), amount)))
@@ -98,8 +98,8 @@ impl Account {
         let Inner { pool, used } = &*self.0;
         let free = pool.capacity.checked_sub(pool.used.load(Ordering::Relaxed));
         let used = used.load(Ordering::Relaxed).saturating_add(amount);
-        let free_then = free.and_then(|free| free.checked_sub(amount));
-        free_then.is_some_and(|free| used <= free.saturating_mul(SHARE))
+        let free_after = free.and_then(|free| free.checked_sub(amount));
+        free_after.is_some_and(|free| used <= free.saturating_mul(SHARE))
     }
 
     fn add(&self, amount: usize) {
@@ -114,32 +114,32 @@ impl Account {
 }
 
 impl Charge {
-    /// Whether nothing is charged.
+    /// Whether nothing is reserved.
     pub(super) fn is_none(&self) -> bool {
         self.0.is_none()
     }
 
-    /// Charges the same account with `after` where it was charged with `before`; false, and nothing is
-    /// changed, where that is more and beyond the token's share.
+    /// Changes the reservation by the difference of `after` and `before`. False, without a change, if
+    /// that exceeds the token's limit.
     pub(super) fn try_replace(&mut self, before: usize, after: usize) -> bool {
-        let Some((account, charged)) = &mut self.0 else { return true };
+        let Some((quota, reserved)) = &mut self.0 else { return true };
         let Some(more) = after.checked_sub(before) else {
             let less = before - after;
-            account.subtract(less);
-            *charged -= less;
+            quota.subtract(less);
+            *reserved -= less;
             return true;
         };
-        let has_room = more == 0 || account.has_room(more);
+        let has_room = more == 0 || quota.has_room(more);
         if has_room {
-            account.add(more);
-            *charged += more;
+            quota.add(more);
+            *reserved += more;
         }
         has_room
     }
 
-    /// Charges the same account with another amount, whether there is room or not.
+    /// Reserves another amount from the same quota without a check.
     pub(super) fn resized(&self, amount: usize) -> Self {
-        self.0.as_ref().map_or_else(Self::default, |(account, _)| account.charge(amount))
+        self.0.as_ref().map_or_else(Self::default, |(quota, _)| quota.charge(amount))
     }
 }
 
@@ -151,8 +151,8 @@ impl Clone for Charge {
 
 impl Drop for Charge {
     fn drop(&mut self) {
-        if let Some((account, amount)) = &self.0 {
-            account.subtract(*amount);
+        if let Some((quota, amount)) = &self.0 {
+            quota.subtract(*amount);
         }
     }
 }
@@ -165,13 +165,13 @@ mod tests {
         pool.account(&TokenDigest::of(token))
     }
 
-    /// Charges one at a time as long as there is room.
-    fn fill(account: &Account) -> Vec<Charge> {
-        std::iter::from_fn(|| account.try_charge(1)).collect()
+    /// Reserves one unit at a time until the limit is reached.
+    fn fill(quota: &Account) -> Vec<Charge> {
+        std::iter::from_fn(|| quota.try_charge(1)).collect()
     }
 
     #[test]
-    fn one_token_gets_four_fifths_and_the_others_always_something() {
+    fn one_token_gets_four_fifths_and_others_always_get_some() {
         let pool = Pool::new(1000);
         let first = fill(&account(&pool, "first"));
         assert_eq!(first.len(), 800);
@@ -184,35 +184,35 @@ mod tests {
     }
 
     #[test]
-    fn amount_beyond_the_share_is_refused_whole_unless_it_is_not_checked() {
+    fn amount_beyond_the_limit_is_rejected_unless_unchecked() {
         let pool = Pool::new(100);
-        let account = account(&pool, "token");
-        assert!(account.try_charge(81).is_none());
-        assert!(account.try_charge(usize::MAX).is_none());
-        let beyond = account.charge(200);
-        assert!(account.try_charge(1).is_none());
+        let quota = account(&pool, "token");
+        assert!(quota.try_charge(81).is_none());
+        assert!(quota.try_charge(usize::MAX).is_none());
+        let beyond = quota.charge(200);
+        assert!(quota.try_charge(1).is_none());
         drop(beyond);
-        let charge = account.try_charge(80).unwrap();
-        let copy = charge.clone();
-        drop(charge);
-        let mut again = account.try_charge(70).unwrap();
+        let reservation = quota.try_charge(80).unwrap();
+        let copy = reservation.clone();
+        drop(reservation);
+        let mut again = quota.try_charge(70).unwrap();
         assert!(!again.try_replace(20, 31) && again.try_replace(20, 30));
         drop(copy);
-        assert!(account.try_charge(1).is_none());
+        assert!(quota.try_charge(1).is_none());
         assert!(again.try_replace(20, 10));
-        assert!(account.try_charge(11).is_none() && account.try_charge(10).is_some());
+        assert!(quota.try_charge(11).is_none() && quota.try_charge(10).is_some());
         drop(again);
-        assert!(account.try_charge(80).is_some());
+        assert!(quota.try_charge(80).is_some());
     }
 
     #[test]
-    fn account_is_forgotten_once_nothing_is_charged_to_it() {
+    fn quota_without_reservations_is_removed() {
         let pool = Pool::new(100);
-        let charge = account(&pool, "token").try_charge(1).unwrap();
+        let reservation = account(&pool, "token").try_charge(1).unwrap();
         pool.sweep();
-        assert_eq!(pool.accounts().len(), 1);
-        drop(charge);
+        assert_eq!(pool.lock_quotas().len(), 1);
+        drop(reservation);
         pool.sweep();
-        assert!(pool.accounts().is_empty());
+        assert!(pool.lock_quotas().is_empty());
     }
 }

@@ -1,7 +1,6 @@
-//! The loop that sends what waits, and the last flush.
+//! The loop that sends pending usage, and the final flush at shutdown.
 //!
-//! It knows the timer and the shutdown; whom it sends to is its caller's affair, when to try again
-//! the outbox's.
+//! The caller provides the function that sends; the delivery queue decides when to retry.
 
 use std::{
     future::Future,
@@ -18,27 +17,26 @@ use super::{
     pipeline::Pipeline,
 };
 
-/// How long after the grace the answers to batches under way are waited for.
+/// How long to wait after the grace period for responses to batches in flight.
 const LAST_ANSWERS: Duration = Duration::from_secs(5);
-/// How long they are waited for where the end is hurried.
+/// How long to wait for them when shutdown is forced.
 const HURRIED_ANSWERS: Duration = Duration::from_secs(1);
 
-/// How sending ends.
+/// How to end sending.
 #[derive(Clone, Debug)]
 pub struct Ending {
-    /// Told when nothing more is reported.
+    /// Cancelled when usage is no longer reported.
     pub begins: CancellationToken,
-    /// The longest that what is left may then take to be sent.
+    /// The longest time to then send the remaining usage.
     pub grace: Duration,
-    /// Told when that is not to be waited for.
+    /// Cancelled to end the grace period early.
     pub hurries: CancellationToken,
 }
 
-/// Sends a generation after each `interval` until the ending begins, then what is left within its
-/// grace.
+/// Sends usage after each `interval` until shutdown is requested, then the rest within the grace period.
 ///
-/// What could not be sent stays in the pipeline. Dropping the future loses nothing either, except
-/// the knowledge of what came of batches that were under way: those will be sent again.
+/// Usage that could not be sent remains in the pipeline. Dropping the future loses only the results of
+/// batches in flight, which are therefore resent.
 pub(super) async fn run<F>(
     pipeline: &Pipeline,
     interval: Duration,
@@ -50,13 +48,13 @@ pub(super) async fn run<F>(
     pipeline.recall();
     let mut ticks = interval_at(tokio::time::Instant::now() + interval, interval);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut under_way = FuturesUnordered::new();
+    let mut in_flight = FuturesUnordered::new();
     loop {
-        dispatch(pipeline, &under_way, &send);
+        dispatch(pipeline, &in_flight, &send);
         tokio::select! {
             () = ending.begins.cancelled() => break,
             _ = ticks.tick() => pipeline.collect(now()),
-            Some((id, outcome)) = under_way.next() => settle(pipeline, id, outcome),
+            Some((id, outcome)) = in_flight.next() => settle(pipeline, id, outcome),
             () = wake(pipeline) => {}
         }
     }
@@ -64,12 +62,12 @@ pub(super) async fn run<F>(
     pipeline.hurry();
     let flush = async {
         loop {
-            dispatch(pipeline, &under_way, &send);
-            if under_way.is_empty() && pipeline.wake().is_none() {
+            dispatch(pipeline, &in_flight, &send);
+            if in_flight.is_empty() && pipeline.wake().is_none() {
                 break;
             }
             tokio::select! {
-                Some((id, outcome)) = under_way.next() => settle(pipeline, id, outcome),
+                Some((id, outcome)) = in_flight.next() => settle(pipeline, id, outcome),
                 () = wake(pipeline) => {}
             }
         }
@@ -79,20 +77,20 @@ pub(super) async fn run<F>(
         flushed = timeout(grace, flush) => flushed.map_err(|_| LAST_ANSWERS),
         () = ending.hurries.cancelled() => Err(HURRIED_ANSWERS),
     };
-    if let Err(patience) = flushed {
-        tracing::warn!("Usage could not all be sent within {grace:?}, or until told to hurry");
-        // No more is sent, but what is under way is waited for a little: what upstream took without
-        // our knowing is sent again by the next run.
-        let answers = async {
-            while let Some((id, outcome)) = under_way.next().await {
+    if let Err(response_timeout) = flushed {
+        tracing::warn!(?grace, "Shutdown ended before all usage was sent");
+        // Nothing more is sent, but responses to batches in flight are awaited briefly: without its
+        // response, a batch that upstream accepted would be sent again by the next run.
+        let responses = async {
+            while let Some((id, outcome)) = in_flight.next().await {
                 settle(pipeline, id, outcome);
             }
         };
-        let _ = timeout(patience, answers).await;
+        let _ = timeout(response_timeout, responses).await;
     }
 }
 
-/// Lets a generation go after each `interval` until `shutdown`: there is nobody to send it to.
+/// Drops usage after each `interval` until `shutdown`, because there is no destination.
 pub(super) async fn discard(pipeline: &Pipeline, interval: Duration, shutdown: &CancellationToken) {
     let mut ticks = interval_at(tokio::time::Instant::now() + interval, interval);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -108,11 +106,11 @@ pub(super) async fn discard(pipeline: &Pipeline, interval: Duration, shutdown: &
 
 fn dispatch<F>(
     pipeline: &Pipeline,
-    under_way: &FuturesUnordered<F>,
+    in_flight: &FuturesUnordered<F>,
     send: &impl Fn(Dispatch) -> F,
 ) {
     while let Some(batch) = pipeline.next(now()) {
-        under_way.push(send(batch));
+        in_flight.push(send(batch));
     }
 }
 
@@ -120,7 +118,7 @@ fn settle(pipeline: &Pipeline, id: BatchId, outcome: Outcome) {
     pipeline.settle(id, outcome, now(), rand::random());
 }
 
-/// Waits until a batch may be tried again; for ever when none waits for that.
+/// Waits until a retry is due; forever if none is scheduled.
 async fn wake(pipeline: &Pipeline) {
     match pipeline.wake() {
         Some(at) => sleep_until(at.into()).await,
@@ -128,7 +126,7 @@ async fn wake(pipeline: &Pipeline) {
     }
 }
 
-/// The runtime's clock, which tests can stop.
+/// The runtime's clock, which tests can pause.
 fn now() -> Instant {
     tokio::time::Instant::now().into_std()
 }
@@ -164,8 +162,8 @@ mod tests {
         let key = CounterKey { hour, app: "a".into(), flag: "f".into() };
         let counted = vec![Counted { key, name: Name::Known, counter }];
         let token = TokenDigest::of("token");
-        let taken = pipeline.ledger.count(&Environment::new("dev"), counted, &token, hour);
-        assert_eq!(taken, Ok(Lost(0)));
+        let result = pipeline.ledger.count(&Environment::new("dev"), counted, &token, hour);
+        assert_eq!(result, Ok(Lost(0)));
     }
 
     fn ending() -> Ending {
@@ -173,7 +171,7 @@ mod tests {
         Ending { begins, grace: MINUTE, hurries }
     }
 
-    /// Runs the loop for a while; each batch has the next of the outcomes, at last `Sent`.
+    /// Runs the loop for a while. Each batch gets the next of the outcomes, and `Sent` after the last.
     async fn attempts(
         pipeline: &Pipeline,
         run_for: Duration,
@@ -196,7 +194,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_generation_is_sent_at_each_interval_and_the_last_at_shutdown() {
+    async fn usage_is_sent_at_each_interval_and_at_shutdown() {
         let pipeline = Pipeline::new(10);
         count(&pipeline, 1);
         assert_eq!(attempts(&pipeline, 2 * MINUTE + MINUTE / 2, &[]).await, [(60, Outcome::Sent)]);
@@ -206,22 +204,22 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_failed_batch_is_tried_again_when_its_time_has_come() {
+    async fn failed_batch_is_retried_after_its_delay() {
         let pipeline = Pipeline::new(10);
         count(&pipeline, 1);
-        let pause = Outcome::Later(Some(Duration::from_secs(100)));
-        let made = attempts(&pipeline, 5 * MINUTE, &[pause]).await;
-        assert_eq!(made, [(60, pause), (160, Outcome::Sent)]);
+        let delay = Outcome::Later(Some(Duration::from_secs(100)));
+        let made = attempts(&pipeline, 5 * MINUTE, &[delay]).await;
+        assert_eq!(made, [(60, delay), (160, Outcome::Sent)]);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn run_again_after_a_panic_it_sends_what_was_under_way() {
+    async fn batch_in_flight_is_resent_after_a_panic() {
         let pipeline = Pipeline::new(10);
         count(&pipeline, 3);
         let ending = ending();
-        let dies = |_| async { panic!("a batch that cannot be sent") };
-        let died = AssertUnwindSafe(run(&pipeline, MINUTE, &ending, dies)).catch_unwind();
-        assert!(died.await.is_err());
+        let panics = |_| async { panic!("a batch that cannot be sent") };
+        let panicked = AssertUnwindSafe(run(&pipeline, MINUTE, &ending, panics)).catch_unwind();
+        assert!(panicked.await.is_err());
         count(&pipeline, 4);
         assert_eq!(
             attempts(&pipeline, MINUTE * 3 / 2, &[]).await,
@@ -231,7 +229,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn without_an_upstream_nothing_piles_up() {
+    async fn usage_is_dropped_at_each_interval_without_an_upstream() {
         let pipeline = Pipeline::new(10);
         count(&pipeline, 3);
         let shutdown = CancellationToken::new();
@@ -246,7 +244,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_cannot_be_flushed_in_time_is_saved_and_restored() {
+    async fn usage_that_is_not_flushed_in_time_is_saved_and_restored() {
         let pipeline = Pipeline::new(10);
         count(&pipeline, 7);
         let ending = ending();
@@ -267,7 +265,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_hurried_end_waits_for_answers_under_way_and_keeps_the_rest() {
+    async fn forced_shutdown_waits_for_responses_in_flight_and_retains_the_rest() {
         let pipeline = Pipeline::new(10);
         count(&pipeline, 7);
         let ending = ending();

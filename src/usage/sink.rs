@@ -1,6 +1,6 @@
-//! Where usage goes, and what upstream's answers mean for a batch.
+//! Destinations of usage, and the meaning of their responses for a batch.
 //!
-//! When a batch is tried again is the outbox's affair.
+//! The delivery queue decides when to retry a batch.
 
 use std::{
     collections::BTreeMap,
@@ -28,63 +28,63 @@ use crate::{
     upstream::{Access, Credentials, Error, Retry, Upstream},
 };
 
-/// How often a warning is logged of an environment whose usage alone is refused.
+/// Interval between warnings for environments in which only usage is rejected.
 const WARN_INTERVAL: Duration = Duration::from_mins(5);
 
-/// Where usage goes.
+/// The destination of usage.
 #[derive(Clone, Debug)]
 pub enum Sink {
-    /// To upstream, with a token of each environment.
+    /// Upstream, with one token per environment.
     Upstream {
-        /// Whom it is sent to.
+        /// The upstream server.
         upstream: Upstream,
-        /// With which tokens.
+        /// The tokens to send it with.
         credentials: Credentials,
     },
-    /// To whoever keeps it on this instance; when it is gone, usage waits.
+    /// The registry of this instance. Usage waits while the receiver is gone.
     Registry(mpsc::Sender<Delivery>),
-    /// Nowhere: it is counted and let go.
+    /// No destination: usage is counted and dropped.
     None,
 }
 
 /// A batch for the registry of this instance.
 #[derive(Debug)]
 pub struct Delivery {
-    /// Names it: a batch that comes again, with the same body, has the same name.
+    /// Identifies the batch: a retry has the same ID and the same body.
     pub batch: BatchId,
-    /// The body that `/api/client/metrics/bulk` would be sent.
+    /// The body in the format of `/api/client/metrics/bulk`.
     pub body: Bytes,
-    /// Where to say what became of it; dropped, the batch comes again.
+    /// For the result. If it is dropped, the batch is retried.
     pub done: oneshot::Sender<Taken>,
 }
 
-/// What became of a delivery.
+/// The result of a delivery to the registry.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Taken {
     /// It is stored.
     Stored,
-    /// It cannot be stored, now or later.
+    /// It can never be stored.
     Refused,
-    /// It could not be stored now.
+    /// It could not be stored this time.
     Failed,
 }
 
-/// What was logged of environments whose usage upstream does not take, so that an outage is not logged
+/// Limits logging of environments whose usage upstream does not accept, so that an outage is not logged
 /// with each attempt.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Refusals(Arc<Mutex<Logged>>);
 
 #[derive(Debug, Default)]
 struct Logged {
-    /// When a warning was last logged of an environment whose usage upstream refuses although it serves
+    /// When a warning was last logged for an environment whose usage upstream rejects although it serves
     /// flags with the same token.
     refused: BTreeMap<Environment, Instant>,
-    /// Why a batch was not taken the last time.
+    /// Why the latest batch of an environment was not accepted.
     reasons: BTreeMap<Environment, String>,
 }
 
 impl Refusals {
-    /// Notes a refusal; whether a warning is to be logged.
+    /// Records that only usage was rejected; whether to log a warning.
     fn refused(&self, environment: &Environment, now: Instant) -> bool {
         let refused = &mut self.lock().refused;
         let last = refused.get(environment);
@@ -95,13 +95,13 @@ impl Refusals {
         is_due
     }
 
-    /// Notes why a batch was not taken; whether that is new.
+    /// Records why a batch was not accepted; whether the reason is new.
     fn failed(&self, environment: &Environment, reason: &str) -> bool {
         let before = self.lock().reasons.insert(environment.clone(), reason.to_owned());
         before.is_none_or(|before| before != reason)
     }
 
-    /// Notes that upstream takes the usage of an environment; whether it did not before.
+    /// Records that upstream accepted usage of an environment; whether it had failed before.
     fn taken(&self, environment: &Environment) -> bool {
         let mut logged = self.lock();
         logged.refused.remove(environment);
@@ -113,10 +113,10 @@ impl Refusals {
     }
 }
 
-/// Sends a batch. Where upstream refuses the token for usage and for flags, the token is replaced
-/// once, and the same bytes are sent with the new one.
+/// Sends a batch to upstream. If upstream rejects the token for both usage and flags, the token is
+/// replaced once and the same bytes are sent with the new one.
 ///
-/// A firewall may refuse usage alone. Another token would not help then: the batch waits.
+/// If only usage is rejected, for instance by a firewall, another token would not help: the batch waits.
 pub(super) fn deliver(
     upstream: &Upstream,
     credentials: &Credentials,
@@ -128,14 +128,14 @@ pub(super) fn deliver(
     async move {
         let Dispatch { id, environment, body, .. } = batch;
         let Some(token) = token(&credentials, &environment).await else {
-            debug!("Usage of environment {environment} waits for a token");
+            debug!(%environment, "No token for this environment yet; its usage waits");
             return (id, Outcome::Unauthorized);
         };
         let mut result = upstream.send_usage(&token, body.clone()).await;
         if result.as_ref().is_err_and(Error::is_unauthorized) {
-            let held = credentials.usage_token(&environment);
-            let other = match held.filter(|held| *held != token) {
-                // Replaced meanwhile, by whoever fetches flags.
+            let current = credentials.usage_token(&environment);
+            let other = match current.filter(|current| *current != token) {
+                // Another task that fetches flags has replaced it.
                 Some(other) => Some(other),
                 None => replace(&upstream, &credentials, &refusals, &environment, &token).await,
             };
@@ -146,22 +146,26 @@ pub(super) fn deliver(
         let outcome = match &result {
             Ok(()) => {
                 if refusals.taken(&environment) {
-                    info!("Upstream takes usage of environment {environment} again");
+                    info!(%environment, "Upstream accepts usage again");
                 }
                 Outcome::Sent
             }
             Err(error) => {
                 let outcome = outcome(error);
-                let again = if error.is_ambiguous() { ", perhaps for the second time" } else { "" };
-                let what = match outcome {
-                    Outcome::Rejected => "is dropped",
-                    Outcome::TooLarge => "is too large",
-                    _ => "will be sent again",
+                let note = if error.is_ambiguous() { "; it may be counted twice" } else { "" };
+                let consequence = match outcome {
+                    Outcome::Rejected => "it is dropped",
+                    Outcome::TooLarge => "it is too large and is split",
+                    _ => "it will be retried",
                 };
                 let reason = report(&error);
                 let is_last = matches!(outcome, Outcome::Rejected | Outcome::TooLarge);
                 if refusals.failed(&environment, &reason) || is_last {
-                    warn!("A batch of usage for environment {environment} {what}{again}: {reason}");
+                    warn!(
+                        %environment,
+                        error = reason,
+                        "Sending a batch of usage failed; {consequence}{note}"
+                    );
                 }
                 outcome
             }
@@ -170,7 +174,7 @@ pub(super) fn deliver(
     }
 }
 
-/// Another token, if upstream refuses `token` for flags too; nothing changes if it does not.
+/// Another token, if upstream rejects `token` for flags too; otherwise `None`, and nothing changes.
 async fn replace(
     upstream: &Upstream,
     credentials: &Credentials,
@@ -182,24 +186,25 @@ async fn replace(
         Ok(Access::Granted) => {
             if refusals.refused(environment, Instant::now()) {
                 warn!(
-                    "Upstream refuses usage of environment {environment} although it serves flags \
-                     with the same token: does a firewall or proxy refuse POST requests to \
-                     /api/client/metrics? Usage is kept and sent again later"
+                    %environment,
+                    "Upstream rejects usage although it serves flags with the same token; usage is \
+                     kept and retried. Check whether a firewall or proxy blocks POST requests to \
+                     /api/client/metrics"
                 );
             }
             return None;
         }
         Ok(Access::Forbidden | Access::Unknown) => {}
-        // Nothing is known about the token.
+        // The token's validity is unknown.
         Err(_) => return None,
     }
-    // Whatever upstream says here, another token may be in hand now.
+    // Even if this fails, another token may be available now.
     let _ = credentials.replace(environment, &token.digest()).await;
     credentials.usage_token(environment).filter(|other| other != token)
 }
 
-/// Hands a batch to the registry and waits for its word. Impact metrics are not kept there, and are
-/// counted as dropped.
+/// Delivers a batch to the registry and waits for the result. The registry does not store impact
+/// metrics; they are counted as dropped.
 pub(super) fn hand_over(
     registry: &mpsc::Sender<Delivery>,
     batch: Dispatch,
@@ -207,11 +212,11 @@ pub(super) fn hand_over(
     let registry = registry.clone();
     async move {
         let Dispatch { id, body, impact, .. } = batch;
-        let (done, taken) = oneshot::channel();
-        let sent = registry.send(Delivery { batch: id, body, done }).await;
-        let outcome = match taken.await {
+        let (reply, outcome) = oneshot::channel();
+        let sent = registry.send(Delivery { batch: id, body, done: reply }).await;
+        let outcome = match outcome.await {
             Ok(Taken::Stored) if sent.is_ok() => {
-                // A registry has no place for them.
+                // A registry does not store them.
                 meter::items_dropped("impact_metric_not_kept", impact);
                 Outcome::Sent
             }
@@ -222,7 +227,7 @@ pub(super) fn hand_over(
     }
 }
 
-/// The token in hand for an environment, or one that can be had.
+/// The current token of an environment, or one that can be obtained.
 async fn token(credentials: &Credentials, environment: &Environment) -> Option<Token> {
     if let Some(token) = credentials.usage_token(environment) {
         return Some(token);
@@ -231,10 +236,10 @@ async fn token(credentials: &Credentials, environment: &Environment) -> Option<T
     obtained.into_iter().next().map(|credential| credential.token)
 }
 
-/// What a failure means for the batch.
+/// The outcome of a batch that failed with this error.
 ///
-/// Only what judges the body itself ends it: a 404 is also what a proxy says while upstream is
-/// away, and the same bytes may be taken later.
+/// Only a rejection of the body itself is final: a proxy may respond with 404 while upstream is
+/// unavailable, and the same bytes may be accepted later.
 fn outcome(error: &Error) -> Outcome {
     if error.is_unauthorized() {
         return Outcome::Unauthorized;
@@ -265,10 +270,10 @@ mod tests {
 
     const GOOD: &str = "web:dev.good";
     const REVOKED: &str = "*:dev.revoked";
-    /// Good for flags; a firewall refuses usage with it.
+    /// Valid for flags; a firewall rejects usage with it.
     const FLAGS_ONLY: &str = "*:dev.flags-only";
 
-    /// An upstream that takes the usage of one token only; the tokens that it is shown with usage,
+    /// An upstream that accepts usage with one token only. Also returns the tokens presented with usage
     /// or with a request for all flags.
     async fn upstream() -> (Upstream, Arc<Mutex<Vec<String>>>) {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -316,7 +321,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_refused_token_is_replaced_and_without_any_the_batch_waits() {
+    async fn rejected_token_is_replaced_and_batch_waits_without_a_token() {
         let (upstream, seen) = upstream().await;
         let check = async |tokens: &[&str], expected, shown: &[&str]| {
             let batch = Dispatch {
@@ -341,24 +346,24 @@ mod tests {
     }
 
     #[test]
-    fn refusal_of_usage_alone_is_logged_when_it_begins_and_every_few_minutes() {
-        let refusals = Refusals::default();
+    fn rejection_of_only_usage_is_logged_at_once_and_every_five_minutes() {
+        let failures = Refusals::default();
         let (dev, prod) = (Environment::new("dev"), Environment::new("prod"));
         let start = Instant::now();
         let minutes = |n| start + Duration::from_mins(n);
-        assert!(refusals.refused(&dev, start));
-        assert!(refusals.refused(&prod, start));
-        assert!(!refusals.refused(&dev, minutes(4)));
-        assert!(refusals.refused(&dev, minutes(5)));
-        assert!(!refusals.refused(&dev, minutes(6)));
-        refusals.taken(&dev);
-        assert!(refusals.refused(&dev, minutes(6)));
-        assert!(!refusals.refused(&prod, minutes(4)));
+        assert!(failures.refused(&dev, start));
+        assert!(failures.refused(&prod, start));
+        assert!(!failures.refused(&dev, minutes(4)));
+        assert!(failures.refused(&dev, minutes(5)));
+        assert!(!failures.refused(&dev, minutes(6)));
+        failures.taken(&dev);
+        assert!(failures.refused(&dev, minutes(6)));
+        assert!(!failures.refused(&prod, minutes(4)));
     }
 
     #[tokio::test]
-    async fn what_the_registry_does_not_store_comes_again() {
-        let check = async |answer: Option<Taken>, expected| {
+    async fn batch_is_retried_until_the_registry_stores_it() {
+        let check = async |reply: Option<Taken>, expected| {
             let (registry, mut deliveries) = mpsc::channel::<Delivery>(1);
             let batch = Dispatch {
                 id: BatchId::default(),
@@ -366,14 +371,14 @@ mod tests {
                 body: Bytes::from_static(b"{}"),
                 impact: 0,
             };
-            let keep = async {
+            let registry_task = async {
                 let delivery = deliveries.recv().await.unwrap();
-                if let Some(answer) = answer {
-                    delivery.done.send(answer).unwrap();
+                if let Some(reply) = reply {
+                    delivery.done.send(reply).unwrap();
                 }
             };
-            let ((_, outcome), ()) = tokio::join!(hand_over(&registry, batch), keep);
-            assert_eq!(outcome, expected, "{answer:?}");
+            let ((_, outcome), ()) = tokio::join!(hand_over(&registry, batch), registry_task);
+            assert_eq!(outcome, expected, "{reply:?}");
         };
         check(Some(Taken::Stored), Outcome::Sent).await;
         check(Some(Taken::Refused), Outcome::Rejected).await;
@@ -382,10 +387,10 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn impact_metrics_that_a_registry_cannot_keep_are_counted() {
+    async fn impact_metrics_for_a_registry_are_counted_as_dropped() {
         let recorder = PrometheusBuilder::new().build_recorder();
         let registry = recorder.handle();
-        let hand = async |answer| {
+        let deliver = async |reply| {
             let (registry, mut deliveries) = mpsc::channel::<Delivery>(1);
             let batch = Dispatch {
                 id: BatchId::default(),
@@ -393,18 +398,19 @@ mod tests {
                 body: Bytes::from_static(b"{}"),
                 impact: 3,
             };
-            let keep = async { deliveries.recv().await.unwrap().done.send(answer).unwrap() };
-            tokio::join!(hand_over(&registry, batch), keep);
+            let registry_task =
+                async { deliveries.recv().await.unwrap().done.send(reply).unwrap() };
+            tokio::join!(hand_over(&registry, batch), registry_task);
         };
         let _counting = metrics::set_default_local_recorder(&recorder);
-        hand(Taken::Failed).await;
-        hand(Taken::Stored).await;
+        deliver(Taken::Failed).await;
+        deliver(Taken::Stored).await;
         let (text, item) = (registry.render(), "{item=\"impact_metric_not_kept\"} 3\n");
         assert!(text.contains(&format!("parapet_usage_items_dropped_total{item}")), "{text}");
     }
 
     #[test]
-    fn an_answer_decides_what_becomes_of_a_batch() {
+    fn response_status_decides_the_outcome_of_a_batch() {
         let check = |status: u16, expected| {
             let status = StatusCode::from_u16(status).unwrap();
             assert_eq!(outcome(&Error::Status { status, retry_after: None }), expected, "{status}");
@@ -417,9 +423,9 @@ mod tests {
         for status in [404, 405, 408, 415, 429, 500, 502, 503, 504] {
             check(status, Outcome::Later(None));
         }
-        let pause = Some(Duration::from_secs(7));
-        let busy = Error::Status { status: StatusCode::TOO_MANY_REQUESTS, retry_after: pause };
-        assert_eq!(outcome(&busy), Outcome::Later(pause));
+        let delay = Some(Duration::from_secs(7));
+        let busy = Error::Status { status: StatusCode::TOO_MANY_REQUESTS, retry_after: delay };
+        assert_eq!(outcome(&busy), Outcome::Later(delay));
         let redirect = Error::Redirect { status: StatusCode::FOUND, target: String::new() };
         assert_eq!(outcome(&redirect), Outcome::Later(None));
     }

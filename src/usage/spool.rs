@@ -1,9 +1,9 @@
-//! What waits to be sent, as bytes that survive a restart.
+//! The format of stored pending usage.
 //!
-//! Version 1 is JSON: for each environment the batch in hand, which must be sent again as it was,
-//! and what else waits, in upstream's own shapes. An item that cannot be read is left out and
-//! counted: it costs no other. A batch in hand keeps its name, by which a registry knows it again.
-//! Where the bytes are kept is not known here.
+//! Version 1 is JSON. For each environment it contains the batch in flight, which must be resent
+//! unchanged, and the other pending usage in upstream's own formats. An item that cannot be read is
+//! skipped and counted without affecting others. A batch in flight keeps its ID, so that a registry can
+//! recognize it. This module does no IO.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -26,14 +26,14 @@ use crate::{
 
 const VERSION: u32 = 1;
 
-/// Why a spool cannot be read.
+/// Why stored usage cannot be restored.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// It is not JSON of the right shape.
-    #[error("the spool of usage is damaged")]
+    /// It is not JSON of the expected shape.
+    #[error("the stored usage is damaged")]
     Damaged(#[source] serde_json::Error),
-    /// It was written by a version that this one does not know.
-    #[error("the spool of usage has the unknown version {0}")]
+    /// It was written in an unknown version of the format.
+    #[error("the stored usage has the unknown format version {0}")]
     Version(u32),
 }
 
@@ -48,42 +48,42 @@ struct Spool {
     environments: BTreeMap<String, Waiting>,
 }
 
-/// What waits for one environment, each item as JSON of its own.
+/// The pending usage of one environment. Items are stored as separate JSON values.
 #[derive(Deserialize, Serialize)]
 struct Waiting {
-    /// The [`Piece`]s of the batch in hand.
+    /// The items of the batch in flight, each an [`ItemRecord`].
     batch: Vec<Box<RawValue>>,
-    /// The name of that batch; earlier versions wrote none.
+    /// The ID of that batch; earlier versions wrote none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     batch_id: Option<String>,
-    /// Batches of earlier runs, which were not sent again yet.
+    /// Batches of earlier runs that have not been resent yet.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     left: Vec<Left>,
-    /// [`Piece`]s that were serialised and not sent.
+    /// Serialized items that were not sent, each an [`ItemRecord`].
     pieces: Vec<Box<RawValue>>,
     /// Each an [`Application`].
     applications: Vec<Box<RawValue>>,
     /// Each a [`BulkMetric`].
     metrics: Vec<Box<RawValue>>,
-    /// Each an [`Impact`].
+    /// Each an [`ImpactRecord`].
     impact: Vec<Box<RawValue>>,
 }
 
-/// A batch that another run had in hand.
+/// A batch that was in flight in an earlier run.
 #[derive(Deserialize, Serialize)]
 struct Left {
     id: String,
-    /// [`Piece`]s.
+    /// Each an [`ItemRecord`].
     batch: Vec<Box<RawValue>>,
 }
 
-/// A piece of a body, kept byte for byte.
+/// An item of a body, preserved byte for byte.
 #[derive(Deserialize, Serialize)]
 struct Piece {
     part: String,
     count: u64,
     json: Box<RawValue>,
-    /// Of an impact metric: when each sample was reported.
+    /// For impact metrics: when each sample was reported.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     times: Vec<Option<Timestamp>>,
 }
@@ -97,20 +97,20 @@ struct Impact {
     times: Vec<Option<Timestamp>>,
 }
 
-/// What a spool held.
+/// Restored usage.
 #[derive(Debug)]
 pub(super) struct Restored {
     pub(super) lanes: Vec<(Environment, Lane)>,
-    /// How many items could not be read.
+    /// Number of items that could not be read.
     pub(super) unreadable: usize,
 }
 
-/// Writes what the lanes hold; nothing when there is nothing.
-pub(super) fn save(lanes: &[(Environment, Lane)]) -> Option<Vec<u8>> {
-    let environments: BTreeMap<_, _> = lanes
+/// Encodes the queues; `None` if they are empty.
+pub(super) fn save(queues: &[(Environment, Lane)]) -> Option<Vec<u8>> {
+    let environments: BTreeMap<_, _> = queues
         .iter()
-        .filter(|(_, lane)| !lane.is_empty())
-        .map(|(environment, lane)| (environment.as_str().to_owned(), waiting(environment, lane)))
+        .filter(|(_, queue)| !queue.is_empty())
+        .map(|(name, queue)| (name.as_str().to_owned(), waiting(name, queue)))
         .collect();
     if environments.is_empty() {
         return None;
@@ -119,7 +119,7 @@ pub(super) fn save(lanes: &[(Environment, Lane)]) -> Option<Vec<u8>> {
     Some(serde_json::to_vec(&spool).expect("text keys and finite numbers are JSON"))
 }
 
-/// Reads what [`save`] wrote; `registrations` is charged with those among it.
+/// Decodes bytes from [`encode`]. Registrations are charged to `registrations`.
 pub(super) fn restore(bytes: &[u8], registrations: &Account) -> Result<Restored, Error> {
     let Versioned { version } = serde_json::from_slice(bytes).map_err(Error::Damaged)?;
     if version != VERSION {
@@ -128,18 +128,18 @@ pub(super) fn restore(bytes: &[u8], registrations: &Account) -> Result<Restored,
     let spool: Spool = serde_json::from_slice(bytes).map_err(Error::Damaged)?;
     let mut unreadable = 0;
     let environments = spool.environments.into_iter();
-    let lanes = environments
-        .map(|(name, waiting)| {
-            (Environment::new(&name), lane(&waiting, registrations, &mut unreadable))
+    let queues = environments
+        .map(|(name, record)| {
+            (Environment::new(&name), lane(&record, registrations, &mut unreadable))
         })
         .collect();
-    Ok(Restored { lanes, unreadable })
+    Ok(Restored { lanes: queues, unreadable })
 }
 
-fn waiting(environment: &Environment, lane: &Lane) -> Waiting {
+fn waiting(environment: &Environment, queue: &Lane) -> Waiting {
     let metric =
         |(key, counter): (&CounterKey, &Counter)| json(&counter.to_wire(environment.as_str(), key));
-    let mut series = lane.impact.clone();
+    let mut series = queue.impact.clone();
     let mut impact = Vec::new();
     while let Some(OfApp { app, metric, mut times }) = series.pop_of_app() {
         if !matches!(metric.samples, Samples::Gauge(_)) {
@@ -151,12 +151,12 @@ fn waiting(environment: &Environment, lane: &Lane) -> Waiting {
     let pieces = |batch: &Batch| batch.items().iter().map(piece).collect();
     let left = |(id, batch): &(BatchId, Batch)| Left { id: id.to_string(), batch: pieces(batch) };
     Waiting {
-        batch: lane.hand.as_ref().map(|(_, batch)| pieces(batch)).unwrap_or_default(),
-        batch_id: lane.hand.as_ref().map(|(id, _)| id.to_string()),
-        left: lane.left.iter().map(left).collect(),
-        pieces: lane.carry.iter().chain(&lane.late).map(piece).collect(),
-        applications: lane.applications.values().map(|it| json(it.application())).collect(),
-        metrics: lane.counters.iter().map(metric).collect(),
+        batch: queue.hand.as_ref().map(|(_, batch)| pieces(batch)).unwrap_or_default(),
+        batch_id: queue.hand.as_ref().map(|(id, _)| id.to_string()),
+        left: queue.left.iter().map(left).collect(),
+        pieces: queue.carry.iter().chain(&queue.late).map(piece).collect(),
+        applications: queue.applications.values().map(|it| json(it.application())).collect(),
+        metrics: queue.counters.iter().map(metric).collect(),
         impact,
     }
 }
@@ -165,31 +165,31 @@ fn json(item: &impl Serialize) -> Box<RawValue> {
     to_raw_value(item).expect("wire types with text keys are JSON")
 }
 
-/// A lane of what can be read, counting the rest.
-fn lane(waiting: &Waiting, registrations: &Account, unreadable: &mut usize) -> Lane {
-    let mut lane = Lane::default();
-    lane.hand = batch(waiting.batch_id.as_deref(), &waiting.batch, unreadable);
-    let left = waiting.left.iter();
-    lane.left = left.filter_map(|it| batch(Some(&it.id), &it.batch, unreadable)).collect();
-    lane.carry = readable(&waiting.pieces, piece, unreadable).into();
-    for application in readable(&waiting.applications, application, unreadable) {
+/// Decodes an environment, skipping and counting unreadable items.
+fn lane(record: &Waiting, registrations: &Account, unreadable: &mut usize) -> Lane {
+    let mut queue = Lane::default();
+    queue.hand = batch(record.batch_id.as_deref(), &record.batch, unreadable);
+    let left = record.left.iter();
+    queue.left = left.filter_map(|it| batch(Some(&it.id), &it.batch, unreadable)).collect();
+    queue.carry = readable(&record.pieces, piece, unreadable).into();
+    for application in readable(&record.applications, application, unreadable) {
         let registration = Registration::restored(application, registrations);
-        lane.register(Arc::new(registration), Age::Newer);
+        queue.register(Arc::new(registration), Age::Newer);
     }
-    for metric in readable(&waiting.metrics, metric, unreadable) {
+    for metric in readable(&record.metrics, metric, unreadable) {
         let hour = Hour::of(metric.timestamp);
         let key = CounterKey { hour, app: metric.app_name, flag: metric.feature_name };
-        // Whatever it was, it has been let in.
+        // Everything stored has been accepted before, so its names count as known.
         let (counter, _) = Counter::of(metric.stats, &Arc::new(metric.metadata), |_| Name::Known);
-        let _ = lane.counters.add(key, counter);
+        let _ = queue.counters.add(key, counter);
     }
-    for (app, metric, times) in readable(&waiting.impact, impact, unreadable) {
-        lane.impact.record(&app, metric, times, |_| Some(Charge::default()));
+    for (app, metric, times) in readable(&record.impact, impact, unreadable) {
+        queue.impact.record(&app, metric, times, |_| Some(Charge::default()));
     }
-    lane
+    queue
 }
 
-/// A batch of what can be read; `None` where that is nothing.
+/// Decodes a batch; `None` if no item is readable.
 fn batch(
     id: Option<&str>,
     items: &[Box<RawValue>],
@@ -203,7 +203,7 @@ fn batch(
     Some((id, Batch::of(items)))
 }
 
-/// Those of `items` that `read` can read, counting the others.
+/// Decodes items, skipping and counting unreadable ones.
 fn readable<T>(
     items: &[Box<RawValue>],
     read: impl Fn(&str) -> Option<T>,
@@ -243,7 +243,7 @@ impl Piece {
         Self { part: part.to_owned(), count: item.count, json, times: item.times.clone() }
     }
 
-    /// The item; none of a kind that is unknown.
+    /// The item; `None` if its kind is unknown.
     fn into_item(self) -> Option<Item> {
         let part = match self.part.as_str() {
             "application" => Part::Application,
@@ -267,7 +267,7 @@ mod tests {
         super::restore(bytes, &Pool::new(0).anonymous())
     }
 
-    /// As version 1 was written; never to be changed.
+    /// Written by version 1; must never change.
     const VERSION_1: &str = r#"{"version":1,"environments":{"dev":{
         "batch":[{"part":"metric","count":3,"json":{"featureName":"f","appName":"a","environment":"dev","timestamp":"2026-01-02T03:00:00Z","yes":2,"no":1,"variants":{}}}],
         "pieces":[{"part":"impact","count":0,"json":{"name":"n"}}],
@@ -276,13 +276,13 @@ mod tests {
         "impact":[{"app":"a","metric":{"name":"n","help":"h","type":"counter","samples":[{"value":1.0,"labels":{"origin":"edge"}}]}}]}}}"#;
 
     #[test]
-    fn version_1_is_read_and_written_back_as_it_was() {
-        let Restored { lanes, unreadable } = restore(VERSION_1.as_bytes()).unwrap();
+    fn version_1_round_trips() {
+        let Restored { lanes: queues, unreadable } = restore(VERSION_1.as_bytes()).unwrap();
         assert_eq!(unreadable, 0);
-        assert_eq!(without_ids(&save(&lanes).unwrap()), from_version_1());
+        assert_eq!(without_ids(&save(&queues).unwrap()), from_version_1());
     }
 
-    /// What was saved, without the names that batches have got since.
+    /// The saved JSON without batch IDs, which version 1 initially lacked.
     fn without_ids(saved: &[u8]) -> Value {
         let mut saved: Value = serde_json::from_slice(saved).unwrap();
         let waiting = saved["environments"]["dev"].as_object_mut().unwrap();
@@ -295,49 +295,49 @@ mod tests {
     }
 
     #[test]
-    fn batches_keep_their_names() {
+    fn batches_keep_their_ids() {
         let dev = || Environment::new("dev");
-        let Restored { lanes, .. } = restore(VERSION_1.as_bytes()).unwrap();
+        let Restored { lanes: queues, .. } = restore(VERSION_1.as_bytes()).unwrap();
         let again = restore(VERSION_1.as_bytes()).unwrap().lanes;
-        // Without names, two that say the same may count different evaluations.
-        let id = |lane: &Lane| lane.hand.as_ref().unwrap().0;
-        assert_ne!(id(&lanes[0].1), id(&again[0].1));
+        // Without IDs, two identical batches may count different evaluations.
+        let id = |queue: &Lane| queue.hand.as_ref().unwrap().0;
+        assert_ne!(id(&queues[0].1), id(&again[0].1));
 
-        let mut lane = Lane::default();
-        let _ = lane.restore(lanes[0].1.clone());
+        let mut queue = Lane::default();
+        let _ = queue.restore(queues[0].1.clone());
         let item = Item::new(Part::Metric, "{}".into(), 1);
         let other = (BatchId::new(7, 1), Batch::of(vec![item]));
-        lane.hand = Some(other.clone());
-        let saved = save(&[(dev(), lane)]).unwrap();
+        queue.hand = Some(other.clone());
+        let saved = save(&[(dev(), queue)]).unwrap();
         let restored = &restore(&saved).unwrap().lanes[0].1;
         assert_eq!(restored.hand, Some(other));
-        assert_eq!(restored.left, [lanes[0].1.hand.clone().unwrap()]);
+        assert_eq!(restored.left, [queues[0].1.hand.clone().unwrap()]);
     }
 
     #[test]
-    fn an_item_that_cannot_be_read_costs_only_itself() {
+    fn unreadable_item_does_not_affect_others() {
         let mut spool: Value = serde_json::from_str(VERSION_1).unwrap();
         let lists = spool["environments"]["dev"].as_object_mut().unwrap();
         for list in lists.values_mut() {
             list.as_array_mut().unwrap().insert(0, serde_json::json!({ "metric": "?" }));
         }
-        let Restored { lanes, unreadable } = restore(spool.to_string().as_bytes()).unwrap();
+        let Restored { lanes: queues, unreadable } = restore(spool.to_string().as_bytes()).unwrap();
         assert_eq!(unreadable, 5);
-        assert_eq!(without_ids(&save(&lanes).unwrap()), from_version_1());
+        assert_eq!(without_ids(&save(&queues).unwrap()), from_version_1());
     }
 
     #[test]
-    fn a_damaged_or_foreign_spool_is_refused_with_the_reason() {
+    fn damaged_or_newer_record_is_rejected_with_the_reason() {
         let check = |bytes: &str, message: &str| {
             assert_eq!(restore(bytes.as_bytes()).unwrap_err().to_string(), message);
         };
-        check("{", "the spool of usage is damaged");
-        check(r#"{"version":1}"#, "the spool of usage is damaged");
-        check(r#"{"version":9,"new":true}"#, "the spool of usage has the unknown version 9");
+        check("{", "the stored usage is damaged");
+        check(r#"{"version":1}"#, "the stored usage is damaged");
+        check(r#"{"version":9,"new":true}"#, "the stored usage has the unknown format version 9");
     }
 
     #[test]
-    fn nothing_waiting_is_nothing_saved() {
+    fn empty_queue_is_not_saved() {
         assert_eq!(save(&[(Environment::new("dev"), Lane::default())]), None);
     }
 }

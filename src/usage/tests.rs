@@ -1,4 +1,4 @@
-//! What becomes of reports between their arrival and upstream.
+//! Tests of usage reports from their arrival until they are sent upstream.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -94,7 +94,7 @@ fn counts(app: &str, flag: &str, yes: u64) -> ClientMetrics {
     }))
 }
 
-/// Sends all that waits, each batch with the next outcome and at last `Sent`; returns the
+/// Sends all pending usage. Each batch gets the next outcome, and `Sent` after the last. Returns the
 /// bodies that were sent.
 fn sent(usage: &Usage, outcomes: impl IntoIterator<Item = Outcome>) -> Vec<Value> {
     let pipeline = &usage.shared.pipeline;
@@ -124,7 +124,7 @@ fn sum(bodies: &[Value], field: &str) -> u64 {
 }
 
 #[test]
-fn reports_of_an_hour_are_one_counter_and_the_application_is_told_beside_it() {
+fn reports_of_an_hour_are_merged_and_the_application_is_registered_once() {
     let usage = usage(100);
     for _ in 0..3 {
         backend(&usage).report(counts("a", "f", 2));
@@ -136,7 +136,7 @@ fn reports_of_an_hour_are_one_counter_and_the_application_is_told_beside_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn instance_is_registered_again_after_an_hour_although_the_clock_is_set_back() {
+async fn instance_is_registered_again_after_an_hour_even_if_the_clock_is_set_back() {
     let usage = usage(100);
     let registered = |second| {
         backend(&usage).report_at(counts("a", "f", 2), at(second));
@@ -151,7 +151,7 @@ async fn instance_is_registered_again_after_an_hour_although_the_clock_is_set_ba
 }
 
 #[test]
-fn a_registration_gets_its_scope_from_its_token_and_our_hop() {
+fn registration_gets_scope_from_token_and_own_connect_via_entry() {
     let usage = usage(100);
     let body = json!({
         "appName": "a", "started": at(0).to_string(), "interval": 15, "strategies": ["default"],
@@ -179,9 +179,9 @@ fn a_registration_gets_its_scope_from_its_token_and_our_hop() {
 }
 
 #[test]
-fn every_registration_that_is_accepted_is_sent() {
+fn every_accepted_registration_is_sent() {
     let usage = usage(100);
-    // As many of these instances as are accepted.
+    // Registers instances until one is rejected; returns how many were accepted.
     let register = |usage: &Usage, instances: std::ops::RangeFrom<u32>| {
         let client = backend(usage);
         let accepted = instances.take_while(|instance| {
@@ -202,7 +202,7 @@ fn every_registration_that_is_accepted_is_sent() {
     let saved = usage.save().unwrap();
     assert_eq!(sent(&usage), accepted);
 
-    // What was stored takes room after a restart too, until it is sent.
+    // Restored registrations use the quota until they are sent.
     let usage = self::usage(100);
     usage.restore(&saved).unwrap();
     let more = register(&usage, 1_000_000..);
@@ -211,7 +211,7 @@ fn every_registration_that_is_accepted_is_sent() {
 }
 
 #[test]
-fn of_a_bulk_report_only_the_tokens_environment_is_kept() {
+fn bulk_report_counts_only_the_environment_of_its_token() {
     let usage = usage(100);
     let metric = |environment: &str| {
         json!({ "featureName": "f", "appName": "a", "environment": environment,
@@ -235,7 +235,7 @@ fn of_a_bulk_report_only_the_tokens_environment_is_kept() {
 }
 
 #[test]
-fn made_up_hours_make_few_counters_and_lose_no_count() {
+fn invented_hours_create_few_counters_and_lose_no_count() {
     let usage = usage(100_000);
     let metric = |hour: i64| {
         json!({ "featureName": "f", "appName": "a", "environment": "dev",
@@ -249,7 +249,7 @@ fn made_up_hours_make_few_counters_and_lose_no_count() {
 }
 
 #[test]
-fn what_waits_is_shown_with_its_key() {
+fn pending_usage_is_listed_with_its_key() {
     let usage = usage(100);
     backend(&usage).report(counts("a", "f", 2));
     let check = |applications: usize| {
@@ -268,7 +268,7 @@ fn what_waits_is_shown_with_its_key() {
 }
 
 #[test]
-fn what_waits_is_measured_when_it_is_asked_for() {
+fn gauge_of_pending_counters_is_updated_on_request() {
     let recorder = PrometheusBuilder::new().build_recorder();
     let registry = recorder.handle();
     metrics::with_local_recorder(&recorder, || {
@@ -290,15 +290,15 @@ fn what_waits_is_measured_when_it_is_asked_for() {
 }
 
 #[test]
-fn what_is_stored_is_outdated_as_soon_as_it_is_sent_and_replaced_only_then() {
-    let settled = |usage: &Usage| usage.settled().now_or_never().is_some();
+fn stored_backlog_is_outdated_once_sent_and_replaced_only_then() {
+    let is_outdated = |usage: &Usage| usage.settled().now_or_never().is_some();
     let before = usage(100);
     backend(&before).report(counts("a", "f", 2));
     let saved = before.save().unwrap();
 
     let restarted = usage(100);
     restarted.restore(&saved).unwrap();
-    assert_eq!((sum(&sent(&restarted, []), "yes"), settled(&restarted)), (2, true));
+    assert_eq!((sum(&sent(&restarted, []), "yes"), is_outdated(&restarted)), (2, true));
     let empty = restarted.backlog(None).unwrap();
     assert!(empty.bytes.is_empty());
 
@@ -307,20 +307,20 @@ fn what_is_stored_is_outdated_as_soon_as_it_is_sent_and_replaced_only_then() {
     let backlog = restarted.backlog(None).unwrap();
     assert_eq!(backlog.bytes, saved);
     assert_eq!(restarted.backlog(Some(backlog.revision)), None);
-    assert!(!settled(&restarted));
+    assert!(!is_outdated(&restarted));
     sent(&restarted, [Outcome::Later(None)]);
-    assert!(settled(&restarted));
+    assert!(is_outdated(&restarted));
     assert_eq!(restarted.backlog(Some(backlog.revision)), Some(empty.clone()));
-    assert!(!settled(&restarted));
+    assert!(!is_outdated(&restarted));
 
     backend(&restarted).report(counts("a", "f", 2));
     sent(&restarted, []);
-    assert!(!settled(&restarted));
+    assert!(!is_outdated(&restarted));
     assert_eq!(restarted.backlog(Some(empty.revision)), None);
 }
 
 #[test]
-fn flood_of_names_is_refused_and_takes_no_room_from_real_flags() {
+fn flood_of_names_is_rejected_and_costs_no_real_flag_its_counts() {
     let usage = usage(1000);
     let (public, server) = (frontend(&usage), backend(&usage));
     public.report(counts("a", "real", 1));
@@ -336,14 +336,14 @@ fn flood_of_names_is_refused_and_takes_no_room_from_real_flags() {
     server.report(counts("b", "real", 1));
     server.report(counts("b", "newer", 1));
     let bodies = sent(&usage, []);
-    // Each made-up flag has a variant, and one token has four fifths of what there is for both.
+    // Each invented flag has a variant, and one token gets four fifths of the pool for both.
     assert_eq!(accepted, 1000 / 32 * 4 / 5 / 2);
     assert_eq!(sum(&bodies, "yes"), accepted + 4);
     public.report(counts("a", "flag-after", 1));
 }
 
 #[test]
-fn flags_are_known_as_far_as_the_token_sees_them() {
+fn flags_outside_the_token_scope_count_as_unknown() {
     let usage = usage(1000);
     let mut client = backend(&usage);
     assert!(client.reporter().flag("f").is_some());
@@ -352,7 +352,7 @@ fn flags_are_known_as_far_as_the_token_sees_them() {
     assert!(client.reporter().flag("f").is_none());
     client.snapshot = None;
     assert!(client.reporter().flag("f").is_none());
-    // What is not known counts as well.
+    // Unknown flags are counted too.
     client.report(counts("a", "f", 2));
     assert_eq!(sum(&sent(&usage, []), "yes"), 2);
 }

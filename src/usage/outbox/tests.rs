@@ -1,4 +1,4 @@
-//! What is sent, when, and what is kept after each outcome.
+//! Tests of which batches are sent, when, and what remains after each outcome.
 
 use std::sync::Arc;
 
@@ -33,11 +33,11 @@ fn generation(
     counters: impl IntoIterator<Item = (CounterKey, u64)>,
 ) -> BTreeMap<Environment, Generation> {
     let counters = counters.into_iter().map(|(key, yes)| (key, counter(yes))).collect();
-    let generation = Generation { counters, ..Generation::default() };
-    BTreeMap::from([(Environment::new(environment), generation)])
+    let drained = Generation { counters, ..Generation::default() };
+    BTreeMap::from([(Environment::new(environment), drained)])
 }
 
-/// A counter that is large by the names of its variants.
+/// A counter that is large because of its variants' names.
 fn large(yes: u64) -> (CounterKey, Counter) {
     let long = "x".repeat(MAX_NAME - 4);
     let variants = (0..MAX_VARIANTS).map(|n| (format!("{n}{long}").into(), 1)).collect();
@@ -64,165 +64,165 @@ fn yes(body: &[u8]) -> u64 {
 }
 
 #[test]
-fn a_batch_is_sent_again_unchanged_while_new_counts_wait() {
+fn batch_is_retried_unchanged_while_new_counts_wait() {
     let now = Instant::now();
-    let mut outbox = Outbox::new(100, 7);
-    outbox.absorb(generation("dev", [(key(1, "a", "f"), 2)]), now);
-    let first = outbox.next(now).unwrap();
-    assert!(outbox.next(now).is_none());
-    outbox.settle(first.id, Outcome::Later(None), now, 0.5);
-    outbox.absorb(generation("dev", [(key(1, "a", "f"), 5)]), now);
-    assert!(outbox.next(now).is_none());
-    let later = outbox.wake().unwrap();
-    let again = outbox.next(later).unwrap();
+    let mut queue = Outbox::new(100, 7);
+    queue.absorb(generation("dev", [(key(1, "a", "f"), 2)]), now);
+    let first = queue.next(now).unwrap();
+    assert!(queue.next(now).is_none());
+    queue.settle(first.id, Outcome::Later(None), now, 0.5);
+    queue.absorb(generation("dev", [(key(1, "a", "f"), 5)]), now);
+    assert!(queue.next(now).is_none());
+    let later = queue.wake().unwrap();
+    let again = queue.next(later).unwrap();
     assert_eq!(again.body, first.body);
-    outbox.settle(again.id, Outcome::Sent, later, 0.5);
-    let rest = outbox.next(later).unwrap();
+    queue.settle(again.id, Outcome::Sent, later, 0.5);
+    let rest = queue.next(later).unwrap();
     assert_eq!(yes(&rest.body), 5);
-    outbox.settle(rest.id, Outcome::Sent, later, 0.5);
-    assert!(outbox.is_empty());
-    assert_eq!(outbox.totals(), &Totals { sent: 7, dropped: 0 });
+    queue.settle(rest.id, Outcome::Sent, later, 0.5);
+    assert!(queue.is_empty());
+    assert_eq!(queue.totals(), &Totals { sent: 7, dropped: 0 });
 }
 
 #[test]
-fn one_environments_failure_does_not_delay_another() {
+fn failing_environment_does_not_delay_another() {
     let now = Instant::now();
-    let mut outbox = Outbox::new(100, 7);
-    outbox.absorb(generation("a", [(key(1, "a", "f"), 1)]), now);
-    let first = outbox.next(now).unwrap();
+    let mut queue = Outbox::new(100, 7);
+    queue.absorb(generation("a", [(key(1, "a", "f"), 1)]), now);
+    let first = queue.next(now).unwrap();
     let pause = Duration::from_mins(5);
-    outbox.settle(first.id, Outcome::Later(Some(pause)), now, 0.0);
-    assert!(outbox.wake().unwrap() >= now + pause);
-    outbox.absorb(generation("b", [(key(1, "a", "f"), 1)]), now);
-    assert_eq!(outbox.next(now).unwrap().environment.as_str(), "b");
+    queue.settle(first.id, Outcome::Later(Some(pause)), now, 0.0);
+    assert!(queue.wake().unwrap() >= now + pause);
+    queue.absorb(generation("b", [(key(1, "a", "f"), 1)]), now);
+    assert_eq!(queue.next(now).unwrap().environment.as_str(), "b");
 }
 
 #[test]
-fn a_refused_batch_is_dropped_and_counted() {
+fn rejected_batch_is_dropped_and_counted() {
     let now = Instant::now();
-    let mut outbox = Outbox::new(100, 7);
-    outbox.absorb(generation("dev", [(key(1, "a", "f"), 2)]), now);
-    let batch = outbox.next(now).unwrap();
-    outbox.settle(batch.id, Outcome::Rejected, now, 0.5);
-    assert!(outbox.is_empty());
-    assert_eq!(outbox.totals(), &Totals { sent: 0, dropped: 2 });
+    let mut queue = Outbox::new(100, 7);
+    queue.absorb(generation("dev", [(key(1, "a", "f"), 2)]), now);
+    let batch = queue.next(now).unwrap();
+    queue.settle(batch.id, Outcome::Rejected, now, 0.5);
+    assert!(queue.is_empty());
+    assert_eq!(queue.totals(), &Totals { sent: 0, dropped: 2 });
 }
 
 #[test]
-fn a_batch_found_too_large_is_halved_until_it_passes() {
+fn batch_that_is_too_large_is_split_until_accepted() {
     let now = Instant::now();
-    let mut outbox = Outbox::new(10_000, 7);
+    let mut queue = Outbox::new(10_000, 7);
     let counters = (0..900).map(|flag| (key(1, "a", &format!("{flag:0>90}")), 1));
-    outbox.absorb(generation("dev", counters), now);
+    queue.absorb(generation("dev", counters), now);
     let mut sent = 0;
-    let mut refused = 0;
-    while let Some(batch) = outbox.next(now) {
+    let mut rejected = 0;
+    while let Some(batch) = queue.next(now) {
         let fits = batch.body.len() <= 10_000;
-        (sent, refused) =
-            if fits { (sent + yes(&batch.body), refused) } else { (sent, refused + 1) };
+        (sent, rejected) =
+            if fits { (sent + yes(&batch.body), rejected) } else { (sent, rejected + 1) };
         let outcome = if fits { Outcome::Sent } else { Outcome::TooLarge };
-        outbox.settle(batch.id, outcome, now, 0.5);
+        queue.settle(batch.id, outcome, now, 0.5);
     }
     // Four to find a size, and one each time that a larger one is tried.
-    assert_eq!((sent, refused), (900, 7));
+    assert_eq!((sent, rejected), (900, 7));
 }
 
-/// Sends all that waits; what is larger than `limit` is called too large.
-fn flush(outbox: &mut Outbox, mut now: Instant, limit: usize) -> Instant {
+/// Sends all pending usage; bodies larger than `limit` are rejected as too large.
+fn flush(queue: &mut Outbox, mut now: Instant, limit: usize) -> Instant {
     for _ in 0..10_000 {
-        let Some(batch) = outbox.next(now) else {
-            let Some(later) = outbox.wake() else { return now };
+        let Some(batch) = queue.next(now) else {
+            let Some(later) = queue.wake() else { return now };
             now = later;
             continue;
         };
         let fits = batch.body.len() <= limit;
         let outcome = if fits { Outcome::Sent } else { Outcome::TooLarge };
-        outbox.settle(batch.id, outcome, now, 0.5);
+        queue.settle(batch.id, outcome, now, 0.5);
     }
-    panic!("{:?} still wait", outbox.len());
+    panic!("{:?} are still pending", queue.len());
 }
 
 #[test]
-fn nothing_is_dropped_while_everything_is_called_too_large() {
+fn nothing_is_dropped_while_everything_is_rejected_as_too_large() {
     let mut now = Instant::now();
-    let mut outbox = Outbox::new(10_000, 7);
+    let mut queue = Outbox::new(10_000, 7);
     let counters = (0..50).map(|flag| (key(1, "a", &flag.to_string()), counter(1)));
     let counters = counters.chain([large(1)]).collect();
-    let generation = Generation { counters, ..Generation::default() };
-    outbox.absorb(BTreeMap::from([(Environment::new("dev"), generation)]), now);
+    let drained = Generation { counters, ..Generation::default() };
+    queue.absorb(BTreeMap::from([(Environment::new("dev"), drained)]), now);
     let started = now;
     for attempt in 0..200 {
         let batch = loop {
-            match outbox.next(now) {
+            match queue.next(now) {
                 Some(batch) => break batch,
-                None => now = outbox.wake().expect("it waits"),
+                None => now = queue.wake().expect("a delay"),
             }
         };
-        outbox.settle(batch.id, Outcome::TooLarge, now, 1.0);
-        assert_eq!(outbox.totals().dropped, 0, "{attempt}");
+        queue.settle(batch.id, Outcome::TooLarge, now, 1.0);
+        assert_eq!(queue.totals().dropped, 0, "{attempt}");
     }
-    // At most some dozen attempts without a pause, then one a minute.
+    // At most some dozen attempts without a delay, then one a minute.
     assert!(now - started > Duration::from_hours(2), "{:?}", now - started);
-    flush(&mut outbox, now, MAX_BODY);
-    assert!(outbox.is_empty());
-    assert_eq!(outbox.totals(), &Totals { sent: 51, dropped: 0 });
+    flush(&mut queue, now, MAX_BODY);
+    assert!(queue.is_empty());
+    assert_eq!(queue.totals(), &Totals { sent: 51, dropped: 0 });
 }
 
 #[test]
-fn counter_that_is_too_large_once_is_kept_although_others_were_taken() {
+fn counter_that_is_too_large_is_retried_until_another_batch_is_accepted() {
     let mut now = Instant::now();
-    let mut outbox = Outbox::new(10_000, 7);
-    outbox.absorb(generation("dev", [(key(1, "a", "f"), 2)]), now);
-    now = flush(&mut outbox, now, MAX_BODY);
-    let generation = Generation { counters: vec![large(7)], ..Generation::default() };
-    outbox.absorb(BTreeMap::from([(Environment::new("dev"), generation)]), now);
+    let mut queue = Outbox::new(10_000, 7);
+    queue.absorb(generation("dev", [(key(1, "a", "f"), 2)]), now);
+    now = flush(&mut queue, now, MAX_BODY);
+    let drained = Generation { counters: vec![large(7)], ..Generation::default() };
+    queue.absorb(BTreeMap::from([(Environment::new("dev"), drained)]), now);
     for _ in 0..20 {
-        now = outbox.wake().unwrap_or(now);
-        let batch = outbox.next(now).unwrap();
-        outbox.settle(batch.id, Outcome::TooLarge, now, 1.0);
-        assert_eq!(outbox.totals(), &Totals { sent: 2, dropped: 0 });
+        now = queue.wake().unwrap_or(now);
+        let batch = queue.next(now).unwrap();
+        queue.settle(batch.id, Outcome::TooLarge, now, 1.0);
+        assert_eq!(queue.totals(), &Totals { sent: 2, dropped: 0 });
     }
-    flush(&mut outbox, now, MAX_BODY);
-    assert_eq!(outbox.totals(), &Totals { sent: 9, dropped: 0 });
+    flush(&mut queue, now, MAX_BODY);
+    assert_eq!(queue.totals(), &Totals { sent: 9, dropped: 0 });
 }
 
 #[test]
-fn counter_that_is_too_large_alone_is_dropped_only_after_others_were_taken() {
+fn single_counter_that_is_too_large_is_dropped_after_another_batch_is_accepted() {
     let now = Instant::now();
-    let mut outbox = Outbox::new(10_000, 7);
-    let generation = Generation { counters: vec![large(7)], ..Generation::default() };
-    outbox.absorb(BTreeMap::from([(Environment::new("dev"), generation)]), now);
+    let mut queue = Outbox::new(10_000, 7);
+    let drained = Generation { counters: vec![large(7)], ..Generation::default() };
+    queue.absorb(BTreeMap::from([(Environment::new("dev"), drained)]), now);
     for _ in 0..3 {
-        let now = outbox.wake().unwrap_or(now);
-        let batch = outbox.next(now).unwrap();
-        outbox.settle(batch.id, Outcome::TooLarge, now, 1.0);
+        let now = queue.wake().unwrap_or(now);
+        let batch = queue.next(now).unwrap();
+        queue.settle(batch.id, Outcome::TooLarge, now, 1.0);
     }
-    assert_eq!(outbox.totals().dropped, 0);
-    // What comes later is not held up by it.
-    outbox.absorb(self::generation("dev", [(key(2, "a", "f"), 2)]), now);
-    flush(&mut outbox, now, 10_000);
-    assert!(outbox.is_empty());
-    assert_eq!(outbox.totals(), &Totals { sent: 2, dropped: 7 });
+    assert_eq!(queue.totals().dropped, 0);
+    // The large item does not delay later ones.
+    queue.absorb(generation("dev", [(key(2, "a", "f"), 2)]), now);
+    flush(&mut queue, now, 10_000);
+    assert!(queue.is_empty());
+    assert_eq!(queue.totals(), &Totals { sent: 2, dropped: 7 });
 }
 
 #[test]
-fn limit_on_bodies_grows_back_after_successes() {
+fn body_limit_grows_back_after_successes() {
     let now = Instant::now();
-    let mut outbox = Outbox::new(100_000, 7);
+    let mut queue = Outbox::new(100_000, 7);
     let mut send = |limit: usize| {
         let counters = (0..2000).map(|flag| (key(1, "a", &format!("{flag:0>200}")), 1));
-        outbox.absorb(generation("dev", counters), now);
+        queue.absorb(generation("dev", counters), now);
         let mut largest = 0;
         let mut now = now;
-        while !outbox.is_empty() {
-            let Some(batch) = outbox.next(now) else {
-                now = outbox.wake().unwrap();
+        while !queue.is_empty() {
+            let Some(batch) = queue.next(now) else {
+                now = queue.wake().unwrap();
                 continue;
             };
             let fits = batch.body.len() <= limit;
             largest = if fits { largest.max(batch.body.len()) } else { largest };
             let outcome = if fits { Outcome::Sent } else { Outcome::TooLarge };
-            outbox.settle(batch.id, outcome, now, 0.5);
+            queue.settle(batch.id, outcome, now, 0.5);
         }
         largest
     };
@@ -240,37 +240,37 @@ fn restored_registration_does_not_replace_a_newer_one() {
         );
         Application::parse(body.as_bytes()).unwrap()
     };
-    let mut outbox = Outbox::new(100, 7);
+    let mut queue = Outbox::new(100, 7);
     let applications = vec![registered(application(2, ""))];
-    let generation = Generation { applications, ..Generation::default() };
-    outbox.absorb(BTreeMap::from([(Environment::new("dev"), generation)]), now);
+    let drained = Generation { applications, ..Generation::default() };
+    queue.absorb(BTreeMap::from([(Environment::new("dev"), drained)]), now);
     let mut restored = Lane::default();
     restored.register(registered(application(1, r#","strategies":["x"]"#)), Age::Newer);
-    outbox.restore(Environment::new("dev"), restored, now);
-    let body: Value = serde_json::from_slice(&outbox.next(now).unwrap().body).unwrap();
+    queue.restore(Environment::new("dev"), restored, now);
+    let body: Value = serde_json::from_slice(&queue.next(now).unwrap().body).unwrap();
     let [application] = &body["applications"].as_array().unwrap()[..] else { panic!("{body}") };
     assert_eq!((&application["interval"], &application["strategies"][0]), (&2.into(), &"x".into()));
 }
 
 #[test]
-fn refused_instance_of_unknown_strategies_is_sent_with_an_empty_list() {
+fn rejected_instance_with_unknown_strategies_is_retried_with_an_empty_list() {
     let now = Instant::now();
     let body = br#"{"appName":"a","started":"2026-01-02T03:04:05Z","interval":1}"#;
     let applications = vec![registered(Application::parse(body).unwrap())];
-    let generation = Generation { applications, ..Generation::default() };
-    let mut outbox = Outbox::new(100, 7);
-    outbox.absorb(BTreeMap::from([(Environment::new("dev"), generation)]), now);
+    let drained = Generation { applications, ..Generation::default() };
+    let mut queue = Outbox::new(100, 7);
+    queue.absorb(BTreeMap::from([(Environment::new("dev"), drained)]), now);
     let strategies = |batch: &Dispatch| {
         let body: Value = serde_json::from_slice(&batch.body).unwrap();
         body["applications"][0].get("strategies").cloned()
     };
-    let batch = outbox.next(now).unwrap();
+    let batch = queue.next(now).unwrap();
     assert_eq!(strategies(&batch), None);
-    outbox.settle(batch.id, Outcome::Rejected, now, 0.5);
-    let batch = outbox.next(now).unwrap();
+    queue.settle(batch.id, Outcome::Rejected, now, 0.5);
+    let batch = queue.next(now).unwrap();
     assert_eq!(strategies(&batch), Some(Value::Array(Vec::new())));
-    outbox.settle(batch.id, Outcome::Rejected, now, 0.5);
-    assert!(outbox.is_empty());
+    queue.settle(batch.id, Outcome::Rejected, now, 0.5);
+    assert!(queue.is_empty());
 }
 
 #[test]
@@ -286,20 +286,20 @@ fn restored_gauge_does_not_replace_a_newer_one() {
         )
     };
     let sent = |records: &[String]| {
-        let mut outbox = Outbox::new(10, 7);
+        let mut queue = Outbox::new(10, 7);
         let now = Instant::now();
         for record in records {
-            for (environment, lane) in
+            for (environment, restored) in
                 spool::restore(record.as_bytes(), &uncharged()).unwrap().lanes
             {
-                outbox.restore(environment, lane, now);
+                queue.restore(environment, restored, now);
             }
         }
         let mut values = Vec::new();
-        while let Some(batch) = outbox.next(now) {
+        while let Some(batch) = queue.next(now) {
             let body: Value = serde_json::from_slice(&batch.body).unwrap();
             values.push(body["impactMetrics"][0]["samples"].clone());
-            outbox.settle(batch.id, Outcome::Sent, now, 0.5);
+            queue.settle(batch.id, Outcome::Sent, now, 0.5);
         }
         let labels = serde_json::json!({ "origin": "edge" });
         let [Value::Array(samples)] = &values[..] else { panic!("{values:?}") };
@@ -308,21 +308,21 @@ fn restored_gauge_does_not_replace_a_newer_one() {
         sample["value"].as_f64().unwrap()
     };
     let at = |time: &str| format!(r#","times":["2026-01-02T03:04:{time}Z"]"#);
-    // The own record comes first, then those of instances that have ended.
+    // An instance's own record is restored before those of ended instances.
     assert!((sent(&[stored("2.0", "", ""), stored("1.0", "", "")]) - 2.0).abs() < 0.1);
     let (early, late) = (stored("1.0", &at("05"), ""), stored("2.0", &at("06"), ""));
     assert!((sent(&[late.clone(), early.clone()]) - 2.0).abs() < 0.1);
     assert!((sent(&[early, late]) - 2.0).abs() < 0.1);
-    // A gauge in the batch that was under way is older than the rest of its record.
+    // A gauge in the batch in flight is older than the rest of its record.
     let both = stored("2.0", &at("06"), piece);
     assert!((sent(std::slice::from_ref(&both)) - 2.0).abs() < 0.1);
     assert!((sent(&[stored("3.0", &at("07"), ""), both]) - 3.0).abs() < 0.1);
 }
 
-/// A generation of two gauges with this value, one of them large by its labels.
+/// Two gauges with this value, one of them large because of its labels.
 fn gauges(value: u32, at: i64) -> BTreeMap<Environment, Generation> {
     let at = Some(jiff::Timestamp::from_second(at).unwrap());
-    let mut generation = Generation::default();
+    let mut drained = Generation::default();
     let labels: serde_json::Map<_, _> =
         (0..12).map(|n| (format!("l{n:0>200}"), "x".repeat(200).into())).collect();
     for (name, labels) in [("large", labels), ("small", serde_json::Map::new())] {
@@ -331,92 +331,92 @@ fn gauges(value: u32, at: i64) -> BTreeMap<Environment, Generation> {
                                          "samples": samples });
         let metric = ImpactMetric::from_value(metric).unwrap();
         let uncharged = |_| Some(Charge::default());
-        assert_eq!(generation.impact.record(&"a".into(), metric, [at], uncharged), 0);
+        assert_eq!(drained.impact.record(&"a".into(), metric, [at], uncharged), 0);
     }
-    BTreeMap::from([(Environment::new("dev"), generation)])
+    BTreeMap::from([(Environment::new("dev"), drained)])
 }
 
-/// Sends all that waits: the values of the gauges that are taken, by name.
-fn flush_gauges(outbox: &mut Outbox, mut now: Instant) -> Vec<(String, f64)> {
+/// Sends all pending usage; returns the values of the gauges by name.
+fn flush_gauges(queue: &mut Outbox, mut now: Instant) -> Vec<(String, f64)> {
     let mut values = Vec::new();
-    while !outbox.is_empty() {
-        now = outbox.wake().unwrap_or(now);
-        let Some(batch) = outbox.next(now) else { continue };
+    while !queue.is_empty() {
+        now = queue.wake().unwrap_or(now);
+        let Some(batch) = queue.next(now) else { continue };
         let body: Value = serde_json::from_slice(&batch.body).unwrap();
         for metric in body["impactMetrics"].as_array().unwrap() {
             let value = metric["samples"][0]["value"].as_f64().unwrap();
             values.push((metric["name"].as_str().unwrap().to_owned(), value));
         }
-        outbox.settle(batch.id, Outcome::Sent, now, 0.5);
+        queue.settle(batch.id, Outcome::Sent, now, 0.5);
     }
     values
 }
 
-/// What waits after the large gauge with the value 1 was refused alone.
-fn refused_gauges(now: Instant) -> (Outbox, Instant) {
-    let (mut outbox, mut now) = (Outbox::new(10, 7), now);
-    outbox.absorb(gauges(1, 5), now);
+/// A queue after the large gauge with the value 1 was rejected alone.
+fn rejected_gauges(now: Instant) -> (Outbox, Instant) {
+    let (mut queue, mut now) = (Outbox::new(10, 7), now);
+    queue.absorb(gauges(1, 5), now);
     // Both in one body, then the large one.
     for _ in 0..2 {
-        now = outbox.wake().unwrap_or(now);
-        let batch = outbox.next(now).unwrap();
-        outbox.settle(batch.id, Outcome::TooLarge, now, 0.5);
+        now = queue.wake().unwrap_or(now);
+        let batch = queue.next(now).unwrap();
+        queue.settle(batch.id, Outcome::TooLarge, now, 0.5);
     }
-    (outbox, now)
+    (queue, now)
 }
 
 #[test]
-fn refused_gauge_is_sent_unless_a_newer_one_is_known() {
+fn deferred_gauge_is_sent_unless_a_newer_one_exists() {
     let sent = |values: &[(&str, f64)]| -> Vec<_> {
         values.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect()
     };
-    let (mut outbox, now) = refused_gauges(Instant::now());
-    assert_eq!(flush_gauges(&mut outbox, now), sent(&[("small", 1.0), ("large", 1.0)]));
+    let (mut queue, now) = rejected_gauges(Instant::now());
+    assert_eq!(flush_gauges(&mut queue, now), sent(&[("small", 1.0), ("large", 1.0)]));
 
-    // Also where the clock was set back meanwhile.
+    // Also if the clock was set back meanwhile.
     for at in [6, 4] {
-        let (mut outbox, now) = refused_gauges(Instant::now());
-        outbox.absorb(gauges(2, at), now);
-        let values = flush_gauges(&mut outbox, now);
+        let (mut queue, now) = rejected_gauges(Instant::now());
+        queue.absorb(gauges(2, at), now);
+        let values = flush_gauges(&mut queue, now);
         let newer = sent(&[("small", 1.0), ("large", 2.0), ("small", 2.0)]);
         assert_eq!(values, newer, "{at}");
     }
 
     // Its time is stored with it.
-    let (mut refused, now) = refused_gauges(Instant::now());
+    let (mut rejected, now) = rejected_gauges(Instant::now());
     let mut older = Outbox::new(10, 7);
     older.absorb(gauges(2, 4), now);
-    let mut outbox = Outbox::new(10, 7);
-    for record in [&mut refused, &mut older] {
+    let mut queue = Outbox::new(10, 7);
+    for record in [&mut rejected, &mut older] {
         let record = spool::save(&record.copy()).unwrap();
-        for (environment, lane) in spool::restore(&record, &uncharged()).unwrap().lanes {
-            outbox.restore(environment, lane, now);
+        for (environment, restored) in spool::restore(&record, &uncharged()).unwrap().lanes {
+            queue.restore(environment, restored, now);
         }
     }
     let newest = sent(&[("large", 1.0), ("small", 1.0)]);
-    assert_eq!(flush_gauges(&mut outbox, now), newest);
+    assert_eq!(flush_gauges(&mut queue, now), newest);
 }
 
 #[test]
-fn too_many_counters_first_lose_their_applications_then_their_hours() {
+fn excess_counters_are_merged_by_application_and_then_by_hour() {
     let now = Instant::now();
-    let mut outbox = Outbox::new(10, 7);
+    let mut queue = Outbox::new(10, 7);
     let of_hour = |hour| (0..8).map(move |app| (key(hour, &app.to_string(), "f"), 1));
-    outbox.absorb(generation("dev", of_hour(1).chain(of_hour(2))), now);
-    // The first hour's eight are one now, the second hour's are still apart.
-    assert_eq!((outbox.len(), outbox.totals().dropped), (9, 0));
-    outbox.absorb(generation("dev", (3..20).map(|hour| (key(hour, "a", "f"), 1))), now);
-    assert_eq!((outbox.len(), outbox.totals().dropped), (10, 0));
-    let batch = outbox.next(now).unwrap();
+    queue.absorb(generation("dev", of_hour(1).chain(of_hour(2))), now);
+    // The eight counters of the first hour are merged, those of the second are not yet.
+    assert_eq!((queue.len(), queue.totals().dropped), (9, 0));
+    queue.absorb(generation("dev", (3..20).map(|hour| (key(hour, "a", "f"), 1))), now);
+    assert_eq!((queue.len(), queue.totals().dropped), (10, 0));
+    let batch = queue.next(now).unwrap();
     let rows = metrics(&batch.body);
-    // The first ten hours are one, with all that they counted.
+    // The first ten hours are merged, with all of their counts.
     assert_eq!((rows.len(), rows[0].stats.yes, yes(&batch.body)), (10, 8 + 8 + 8, 16 + 17));
 }
 
 #[test]
-fn shares_are_fair_to_who_wants_little() {
-    let check = |total: usize, wanted: &[usize], share: usize| {
-        assert_eq!(fair_share(total, wanted.iter().copied()), share, "{wanted:?}");
+fn fair_share_meets_small_demands_in_full() {
+    let check = |total: usize, demands: &[usize], share: usize| {
+        assert_eq!(fair_share(total, demands.iter().copied()), share, "{demands:?}");
     };
     check(100, &[], 100);
     check(100, &[30, 70], 100);
@@ -427,94 +427,94 @@ fn shares_are_fair_to_who_wants_little() {
 }
 
 #[test]
-fn environment_that_has_grown_costs_another_no_application() {
+fn growing_environment_does_not_merge_applications_of_another() {
     let now = Instant::now();
-    let mut outbox = Outbox::new(100, 7);
+    let mut queue = Outbox::new(100, 7);
     let of_apps = |apps: u8| (0..apps).map(|app| (key(1, &app.to_string(), "f"), 1));
-    outbox.absorb(generation("small", of_apps(20)), now);
+    queue.absorb(generation("small", of_apps(20)), now);
     let flood = (0..200).map(|nth| (key(2, &nth.to_string(), &nth.to_string()), 1));
-    outbox.absorb(generation("large", flood.chain([(key(1, "a", "0"), 1)])), now);
-    let weight = |outbox: &Outbox, environment: &str| {
-        outbox.lanes[&Environment::new(environment)].counters.weight()
+    queue.absorb(generation("large", flood.chain([(key(1, "a", "0"), 1)])), now);
+    let weight = |queue: &Outbox, environment: &str| {
+        queue.lanes[&Environment::new(environment)].counters.weight()
     };
-    assert_eq!((weight(&outbox, "small"), weight(&outbox, "large")), (20, 200));
-    // It is merged as soon as it is the one that has more than its share.
-    outbox.absorb(generation("small", of_apps(200)), now);
-    assert_eq!(weight(&outbox, "small"), 1);
-    assert_eq!(outbox.totals().dropped, 0);
+    assert_eq!((weight(&queue, "small"), weight(&queue, "large")), (20, 200));
+    // It is merged as soon as it is the one that exceeds its fair share.
+    queue.absorb(generation("small", of_apps(200)), now);
+    assert_eq!(weight(&queue, "small"), 1);
+    assert_eq!(queue.totals().dropped, 0);
 }
 
 #[test]
-fn flags_of_one_hour_stay_however_many_they_are() {
+fn flags_of_one_hour_are_never_merged() {
     let now = Instant::now();
-    let mut outbox = Outbox::new(10, 7);
+    let mut queue = Outbox::new(10, 7);
     let flags = |hour| (0..50).map(move |flag| (key(hour, "a", &flag.to_string()), 1));
-    outbox.absorb(generation("dev", flags(1)), now);
-    outbox.absorb(generation("dev", flags(2)), now);
-    assert_eq!((outbox.len(), outbox.totals().dropped), (50, 0));
-    assert_eq!(yes(&outbox.next(now).unwrap().body), 100);
+    queue.absorb(generation("dev", flags(1)), now);
+    queue.absorb(generation("dev", flags(2)), now);
+    assert_eq!((queue.len(), queue.totals().dropped), (50, 0));
+    assert_eq!(yes(&queue.next(now).unwrap().body), 100);
 }
 
 #[test]
-fn a_flood_of_distinct_hours_stays_within_the_limit_and_loses_no_count() {
+fn flood_of_distinct_hours_stays_within_the_limit_and_loses_no_count() {
     let now = Instant::now();
-    let mut outbox = Outbox::new(10_000, 7);
+    let mut queue = Outbox::new(10_000, 7);
     let of_hour = |hour: i64| {
         let time = jiff::Timestamp::from_second(3600 * hour).unwrap();
         (CounterKey { hour: Hour::of(time), app: "a".into(), flag: "f".into() }, 1)
     };
     for report in 0..6 {
         let hours = 8000 * report..8000 * (report + 1);
-        outbox.absorb(generation("dev", hours.map(of_hour)), now);
-        assert!(outbox.len() <= 10_000);
+        queue.absorb(generation("dev", hours.map(of_hour)), now);
+        assert!(queue.len() <= 10_000);
     }
-    assert_eq!((outbox.len(), outbox.totals().dropped), (10_000, 0));
+    assert_eq!((queue.len(), queue.totals().dropped), (10_000, 0));
     let mut arrived = 0;
-    while let Some(batch) = outbox.next(now) {
+    while let Some(batch) = queue.next(now) {
         arrived += yes(&batch.body);
-        outbox.settle(batch.id, Outcome::Sent, now, 0.5);
+        queue.settle(batch.id, Outcome::Sent, now, 0.5);
     }
     assert_eq!(arrived, 48_000);
 }
 
 #[test]
-fn a_revision_lasts_as_long_as_what_waits_and_emptiness_has_one() {
+fn revision_changes_only_with_pending_usage_and_is_constant_when_empty() {
     let now = Instant::now();
-    let mut outbox = Outbox::new(100, 7);
-    let empty = outbox.revision();
+    let mut queue = Outbox::new(100, 7);
+    let empty = queue.revision();
     let mut revisions = vec![empty];
-    let mut changed = |outbox: &Outbox| {
-        let known = revisions.contains(&outbox.revision());
-        revisions.push(outbox.revision());
-        !known
+    let mut changed = |queue: &Outbox| {
+        let is_new = !revisions.contains(&queue.revision());
+        revisions.push(queue.revision());
+        is_new
     };
-    outbox.absorb(generation("dev", [(key(1, "a", "f"), 2), (key(1, "a", "g"), 2)]), now);
-    assert!(changed(&outbox));
-    outbox.absorb(BTreeMap::new(), now);
-    assert!(!changed(&outbox));
-    let batch = outbox.next(now).unwrap();
-    assert!(changed(&outbox));
-    outbox.settle(batch.id, Outcome::Later(None), now, 0.5);
-    let later = outbox.wake().unwrap();
-    let batch = outbox.next(later).unwrap();
-    assert!(!changed(&outbox));
-    outbox.settle(batch.id, Outcome::TooLarge, later, 0.5);
-    assert!(changed(&outbox));
-    let later = outbox.wake().unwrap();
-    while let Some(batch) = outbox.next(later) {
-        outbox.settle(batch.id, Outcome::Sent, later, 0.5);
+    queue.absorb(generation("dev", [(key(1, "a", "f"), 2), (key(1, "a", "g"), 2)]), now);
+    assert!(changed(&queue));
+    queue.absorb(BTreeMap::new(), now);
+    assert!(!changed(&queue));
+    let batch = queue.next(now).unwrap();
+    assert!(changed(&queue));
+    queue.settle(batch.id, Outcome::Later(None), now, 0.5);
+    let later = queue.wake().unwrap();
+    let batch = queue.next(later).unwrap();
+    assert!(!changed(&queue));
+    queue.settle(batch.id, Outcome::TooLarge, later, 0.5);
+    assert!(changed(&queue));
+    let later = queue.wake().unwrap();
+    while let Some(batch) = queue.next(later) {
+        queue.settle(batch.id, Outcome::Sent, later, 0.5);
     }
-    assert_eq!(outbox.revision(), empty);
+    assert_eq!(queue.revision(), empty);
 }
 
 #[test]
-fn without_an_upstream_everything_is_let_go() {
+fn discard_drops_and_counts_everything() {
     let now = Instant::now();
-    let mut outbox = Outbox::new(100, 7);
-    outbox.absorb(generation("dev", [(key(1, "a", "f"), 2)]), now);
-    outbox.discard();
-    assert!(outbox.is_empty());
-    assert_eq!(outbox.totals(), &Totals { sent: 0, dropped: 2 });
+    let mut queue = Outbox::new(100, 7);
+    queue.absorb(generation("dev", [(key(1, "a", "f"), 2)]), now);
+    queue.discard();
+    assert!(queue.is_empty());
+    assert_eq!(queue.totals(), &Totals { sent: 0, dropped: 2 });
 }
 
 fn outcome() -> impl Strategy<Value = Outcome> {
@@ -530,18 +530,18 @@ fn outcome() -> impl Strategy<Value = Outcome> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
     #[test]
-    fn whatever_fails_every_count_arrives_once(
+    fn every_count_arrives_once_despite_any_failures(
         reports in prop::collection::vec(
             (0..3_u8, 0..4_u8, "[a-c]{1,40}", "[a-z]{1,200}", 1..1000_u64), 1..150),
         outcomes in prop::collection::vec(outcome(), 0..40),
     ) {
         let mut now = Instant::now();
-        let mut outbox = Outbox::new(1000, 7);
+        let mut queue = Outbox::new(1000, 7);
         let mut outcomes = outcomes.into_iter();
         let mut expected = BTreeMap::new();
         let mut arrived = BTreeMap::new();
-        let mut step = |outbox: &mut Outbox, now: Instant| {
-            let Some(batch) = outbox.next(now) else { return false };
+        let mut step = |queue: &mut Outbox, now: Instant| {
+            let Some(batch) = queue.next(now) else { return false };
             assert!(batch.body.len() <= MAX_BODY);
             let rows = metrics(&batch.body);
             let outcome = outcomes.next().unwrap_or(Outcome::Sent);
@@ -551,21 +551,21 @@ proptest! {
                         .or_insert(0) += row.stats.yes;
                 }
             }
-            outbox.settle(batch.id, outcome, now, 0.3);
+            queue.settle(batch.id, outcome, now, 0.3);
             true
         };
         for (environment, hour, app, flag, count) in reports {
             let environment = environment.to_string();
-            outbox.absorb(generation(&environment, [(key(hour, &app, &flag), count)]), now);
+            queue.absorb(generation(&environment, [(key(hour, &app, &flag), count)]), now);
             *expected.entry((environment.into(), app.into(), flag.into())).or_insert(0) += count;
-            step(&mut outbox, now);
+            step(&mut queue, now);
         }
-        while !outbox.is_empty() {
-            if !step(&mut outbox, now) {
-                now = outbox.wake().unwrap();
+        while !queue.is_empty() {
+            if !step(&mut queue, now) {
+                now = queue.wake().unwrap();
             }
         }
         prop_assert_eq!(arrived, expected);
-        prop_assert_eq!(outbox.totals().dropped, 0);
+        prop_assert_eq!(queue.totals().dropped, 0);
     }
 }
