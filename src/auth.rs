@@ -1,10 +1,10 @@
-//! Who may read: verdicts on tokens, cached.
+//! Authentication of API tokens, with a cache of validated ones.
 //!
-//! A token with a verdict is answered from memory. Only a first-seen token waits, for one question
-//! that all requests with it share, put together with those about other tokens, at a bounded rate
-//! and with a deadline. Upstream being away changes no verdict that was reached before.
+//! Cached tokens are answered from memory. Only a first-seen token waits: all requests that present
+//! it share one validation, which is batched with those of other tokens, rate limited and subject to
+//! a deadline. While upstream is unreachable, cached tokens keep their state.
 //!
-//! This module does not know which route wants which kind of token; it says what a token grants.
+//! This module returns what a token grants. It does not know which route needs which kind of token.
 
 mod given;
 mod queue;
@@ -42,65 +42,66 @@ use crate::{
     wire::tokens::{ListedSecret, TokenList, Validated},
 };
 
-/// How verdicts are kept.
+/// How validated and rejected tokens are cached.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// How old a valid verdict may become before upstream is asked again.
+    /// The age at which a valid token is validated again.
     pub revalidate_after: Duration,
-    /// How long an invalid verdict is believed.
+    /// How long a token that upstream does not know is rejected from the cache.
     pub forget_invalid_after: Duration,
-    /// How often upstream's token list is read (with an admin token).
+    /// The interval at which upstream's token list is polled (with an admin token).
     pub list_interval: Duration,
-    /// The longest that a request waits for the verdict on a first-seen token.
+    /// The longest that a request waits for the validation of a first-seen token.
     pub deadline: Duration,
-    /// How many valid verdicts, and apart from them how many invalid ones, are kept.
+    /// The maximum number of valid tokens, and separately of rejected ones, in the cache.
     pub capacity: u64,
 }
 
-/// A request's token, admitted.
+/// The accepted token of a request.
 #[derive(Clone, Debug)]
 pub struct Admission {
-    /// What it allows.
+    /// Kind, environment and projects of the token.
     pub grant: Arc<Grant>,
-    /// The token.
+    /// The digest of the token.
     pub digest: TokenDigest,
     /// Whether this request is the first of this process to present it.
     pub first_seen: bool,
 }
 
-/// What is known of a token without asking.
+/// The result of looking a token up without a request to upstream.
 enum Known {
-    /// A verdict.
+    /// The token is cached as valid or rejected, or is malformed.
     Judged(Result<Admission, Denied>),
-    /// A valid one of an earlier process, to which nobody has presented the token since.
+    /// The token is valid according to an earlier process and is presented to this one for the first
+    /// time.
     FirstSeen(Arc<Verdict>, TokenDigest),
-    /// Nothing.
+    /// The token is not cached.
     Not(Token, TokenDigest),
 }
 
-/// Who vouches for tokens that are not known here.
+/// Where tokens are validated that are not cached.
 #[derive(Debug)]
 pub enum Authority {
-    /// Nobody: the given tokens are all there are.
+    /// Nowhere: only static tokens are valid.
     Nobody,
-    /// Upstream.
+    /// At upstream.
     Upstream(Box<Issuer>),
 }
 
-/// Upstream as an authority.
+/// Validates tokens at upstream.
 #[derive(Debug)]
 pub struct Issuer {
-    /// Where to ask.
+    /// The client of upstream's API.
     pub upstream: Upstream,
-    /// Opens upstream's token list.
+    /// Authorizes reading upstream's token list.
     pub admin: Option<AdminToken>,
-    /// Is offered each valid client token, where the edge has none of its own.
+    /// Receives each valid client token, to fetch flags with where the edge has no token configured.
     pub credentials: Credentials,
-    /// Is told when such an offer widened what can be fetched.
+    /// Notified when a new credential extends the set of flags that can be fetched.
     pub discovered: Arc<Notify>,
 }
 
-/// Judges tokens. A cheap handle.
+/// Authenticates tokens. A cheap handle.
 #[derive(Clone, Debug)]
 pub struct Authenticator(Arc<Inner>);
 
@@ -108,23 +109,22 @@ pub struct Authenticator(Arc<Inner>);
 struct Inner {
     config: Config,
     authority: Authority,
-    /// Tokens that nobody needs to vouch for.
     given: Given,
     verdicts: Verdicts,
     queue: Queue,
     tally: Tally,
-    /// Told when upstream's list is to be read before its time.
+    /// Requests a poll of upstream's token list before the next interval.
     relist: Notify,
-    /// Whether upstream has not answered what it was asked last about tokens.
+    /// Whether the latest validation request to upstream failed.
     unanswered: AtomicBool,
-    /// Whether upstream's token list could not be read when it was asked for last.
+    /// Whether the latest poll of upstream's token list failed.
     is_list_unread: AtomicBool,
-    /// Until when upstream wants not to be asked about tokens.
+    /// No validation request is sent before this time (`Retry-After` of upstream).
     ask_not_before: Mutex<Instant>,
 }
 
 impl Authenticator {
-    /// Judges by `given` tokens, what `authority` says, and what it said before.
+    /// Accepts the `given` static tokens, and those that the validator accepts.
     pub fn new(
         config: Config,
         authority: Authority,
@@ -144,35 +144,36 @@ impl Authenticator {
         }))
     }
 
-    /// Judges the token of an authorization header, with or without `Bearer`.
+    /// Authenticates the token of an authorization header, with or without `Bearer`.
     ///
-    /// Awaits for a first-seen token only, at most for the configured deadline. Dropping the future
-    /// is safe: the question that it waited for is still settled for others.
+    /// Waits for a first-seen token only, at most for the configured deadline. The future is
+    /// cancel-safe: a validation in flight still completes for other requests.
     pub async fn authenticate(&self, header: &str) -> Result<Admission, Denied> {
         self.admit(header, Behalf::Bearer).await
     }
 
-    /// The same for a token that was presented before; `None` for others, which may have to be waited for.
+    /// Like [`Self::authenticate`], from the cache only; `None` for a token that has to be validated or
+    /// is presented for the first time.
     pub fn authenticate_known(&self, header: &str) -> Option<Result<Admission, Denied>> {
         match self.recall(header) {
-            Known::Judged(verdict) => Some(verdict),
+            Known::Judged(result) => Some(result),
             Known::FirstSeen(..) | Known::Not(..) => None,
         }
     }
 
-    async fn admit(&self, header: &str, behalf: Behalf) -> Result<Admission, Denied> {
+    async fn admit(&self, header: &str, priority: Behalf) -> Result<Admission, Denied> {
         match self.recall(header) {
-            Known::Judged(verdict) => verdict,
-            Known::FirstSeen(verdict, digest) => {
+            Known::Judged(result) => result,
+            Known::FirstSeen(cached, digest) => {
                 self.0.tally.known.increment(1);
-                self.0.learn(&verdict, header);
-                Ok(Admission { grant: Arc::clone(verdict.grant()), digest, first_seen: true })
+                self.0.learn(&cached, header);
+                Ok(Admission { grant: Arc::clone(cached.grant()), digest, first_seen: true })
             }
-            Known::Not(token, digest) => self.ask(token, digest, behalf).await,
+            Known::Not(token, digest) => self.ask(token, digest, priority).await,
         }
     }
 
-    /// What is known of the token of an authorization header.
+    /// Looks up the token of an authorization header without a request to upstream.
     fn recall(&self, header: &str) -> Known {
         let inner = &*self.0;
         let digest = TokenDigest::of(Token::bare(header));
@@ -180,12 +181,12 @@ impl Authenticator {
             inner.tally.known.increment(1);
             return Known::Judged(Ok(Admission { grant, digest, first_seen: false }));
         }
-        if let Some(verdict) = inner.verdicts.valid(&digest) {
-            if verdict.wants_plaintext() {
-                return Known::FirstSeen(verdict, digest);
+        if let Some(cached) = inner.verdicts.valid(&digest) {
+            if cached.wants_plaintext() {
+                return Known::FirstSeen(cached, digest);
             }
             inner.tally.known.increment(1);
-            let grant = Arc::clone(verdict.grant());
+            let grant = Arc::clone(cached.grant());
             return Known::Judged(Ok(Admission { grant, digest, first_seen: false }));
         }
         if let Some(denied) = inner.verdicts.refusal(&digest) {
@@ -203,29 +204,30 @@ impl Authenticator {
         Known::Not(token, digest)
     }
 
-    /// What a token that was admitted before allows now, if it still holds; being looked at counts as
-    /// its use.
+    /// The current grant of a token that was accepted before; `None` once it is no longer valid. Counts
+    /// as a use of the token.
     pub fn standing(&self, digest: &TokenDigest) -> Option<Arc<Grant>> {
-        let verdict = || Some(Arc::clone(self.0.verdicts.valid(digest)?.grant()));
-        self.0.given.admit(digest).or_else(verdict)
+        let cached = || Some(Arc::clone(self.0.verdicts.valid(digest)?.grant()));
+        self.0.given.admit(digest).or_else(cached)
     }
 
-    /// Replaces the given tokens: from here on these are admitted, and no others of them.
+    /// Replaces all static tokens.
     ///
-    /// Work for as many tokens as there are; requests meanwhile see the former ones.
+    /// Takes time linear in the number of tokens; concurrent requests see the previous set until then.
     pub fn set_given(&self, given: impl IntoIterator<Item = (TokenDigest, Grant)>) {
         self.0.given.replace(given);
     }
 
-    /// The given tokens that were presented since the last call.
+    /// The static tokens that were presented since the last call.
     pub fn take_used(&self) -> Vec<TokenDigest> {
         self.0.given.take_used()
     }
 
-    /// Judges tokens for somebody else, another edge for instance: in the order given, `None` for
-    /// those that are not valid. Those whose use is forbidden are, as upstream says of them.
+    /// Validates tokens on behalf of another client, for instance another edge. The results are in the
+    /// order of `tokens`, `None` for invalid ones. A token whose use upstream forbids counts as valid,
+    /// as it does at upstream.
     pub async fn judge(&self, tokens: &[Token]) -> Result<Vec<Option<Arc<Grant>>>, Denied> {
-        let judged = tokens.iter().map(|token| async {
+        let results = tokens.iter().map(|token| async {
             match self.admit(token.expose(), Behalf::Other).await {
                 Ok(admission) => Ok(Some(admission.grant)),
                 Err(Denied::Unknown) => Ok(None),
@@ -236,21 +238,21 @@ impl Authenticator {
                 Err(Denied::Unavailable) => Err(Denied::Unavailable),
             }
         });
-        futures_util::future::join_all(judged).await.into_iter().collect()
+        futures_util::future::join_all(results).await.into_iter().collect()
     }
 
     async fn ask(
         &self,
         token: Token,
         digest: TokenDigest,
-        behalf: Behalf,
+        priority: Behalf,
     ) -> Result<Admission, Denied> {
         let inner = &*self.0;
         if matches!(inner.authority, Authority::Nobody) {
             inner.tally.refused.increment(1);
             return Err(Denied::Unknown);
         }
-        let Some(answer) = inner.queue.join(token, behalf) else {
+        let Some(answer) = inner.queue.join(token, priority) else {
             inner.tally.unavailable.increment(1);
             return Err(Denied::Unavailable);
         };
@@ -266,8 +268,8 @@ impl Authenticator {
         answer.map(|grant| Admission { grant, digest, first_seen: true })
     }
 
-    /// Asks the authority what is to be asked, until dropped: about first-seen tokens as they come,
-    /// about known ones when their verdicts are due, and for its list at the interval.
+    /// Runs the background work until dropped: validates first-seen tokens as they arrive, revalidates
+    /// cached ones when they are due, and polls upstream's token list at the configured interval.
     pub async fn run(&self) {
         let Authority::Upstream(issuer) = &self.0.authority else {
             return std::future::pending().await;
@@ -279,8 +281,8 @@ impl Authenticator {
         );
     }
 
-    /// Takes note that upstream has just deleted the token that is `named` so: it is refused from
-    /// here on, before upstream's list or its caches tell.
+    /// Rejects the token that is `named` from now on, because it has just been deleted at upstream;
+    /// upstream's list and caches may still contain it.
     pub fn withdraw(&self, named: &ListedSecret) {
         let digests = self.0.verdicts.withdraw(named);
         if let Authority::Upstream(issuer) = &self.0.authority {
@@ -291,8 +293,8 @@ impl Authenticator {
         self.0.relist.notify_one();
     }
 
-    /// Takes note that upstream has just made or changed a token: its list is read again, and the
-    /// token that is `named` so is asked for again.
+    /// Polls upstream's token list and revalidates the token that is `named`, because a token has just
+    /// been created or changed at upstream.
     pub fn reconsider(&self, named: Option<&ListedSecret>) {
         if let Some(named) = named {
             self.0.verdicts.suspect(named);
@@ -300,8 +302,8 @@ impl Authenticator {
         self.0.relist.notify_one();
     }
 
-    /// Forgets what upstream has said of a token that the operator has given and takes back. It is no
-    /// credential any more; whoever presents it is asked about as if it came for the first time.
+    /// Removes a token that the operator no longer configures from the cache and from the credentials.
+    /// If it is presented again, it is validated like a first-seen token.
     pub fn forget(&self, token: &TokenDigest) {
         self.0.verdicts.forget(token);
         if let Authority::Upstream(issuer) = &self.0.authority {
@@ -310,28 +312,28 @@ impl Authenticator {
         }
     }
 
-    /// The verdicts to be stored, if they changed since the last call.
+    /// The token cache in its stored form; `None` if it has not changed since the last call.
     pub fn save(&self) -> Option<Vec<u8>> {
         self.0.verdicts.save()
     }
 
-    /// Says that what [`Authenticator::save`] gave could not be stored.
+    /// Reports that the bytes of [`Authenticator::serialize_if_changed`] could not be stored.
     pub fn not_saved(&self) {
         self.0.verdicts.not_saved();
     }
 
-    /// Takes over what an earlier process saved; tells how many verdicts there were.
+    /// Loads the cache that an earlier process saved; returns the number of valid tokens in it.
     pub fn restore(&self, saved: &[u8]) -> Result<usize, RestoreError> {
         let count = self.0.verdicts.restore(saved)?;
         if let Authority::Upstream(issuer) = &self.0.authority {
-            for (digest, verdict) in self.0.verdicts.all_valid_by_digest() {
-                issuer.credentials.expect(digest, verdict.grant());
+            for (digest, cached) in self.0.verdicts.all_valid_by_digest() {
+                issuer.credentials.expect(digest, cached.grant());
             }
         }
         Ok(count)
     }
 
-    /// Takes over a verdict that was reached elsewhere, in another edge's backup for instance.
+    /// Adds a token that was validated elsewhere, for instance one from a backup of another edge.
     pub fn import(&self, token: &Token, grant: &Grant) {
         let accepted = self.0.verdicts.accept(token, grant.clone(), RequestStart::NEVER);
         if matches!(accepted, Accepted::New | Accepted::Known) {
@@ -339,53 +341,52 @@ impl Authenticator {
         }
     }
 
-    /// Every valid verdict, for the operator's eyes.
+    /// Every valid token in the cache, for display to operators.
     pub fn verdicts(&self) -> Vec<Arc<Verdict>> {
         self.0.verdicts.all_valid()
     }
 
-    /// What each given token allows, for the operator's eyes.
+    /// The grant of each static token, for display to operators.
     pub fn given(&self) -> Vec<Arc<Grant>> {
         self.0.given.grants()
     }
 
-    /// How many tokens are refused without asking at the moment.
+    /// The number of tokens that are currently rejected from the cache.
     pub fn refused_count(&self) -> u64 {
         self.0.verdicts.refused_count()
     }
 }
 
-/// The questions of one batch begin this long after its first token came, so that a fleet which
-/// starts at once is asked for together.
+/// A batch is sent this long after its first token arrived, so that a fleet of clients which starts
+/// at once is validated together.
 const GATHER: Duration = Duration::from_millis(3);
 
-/// The most questions about first-seen tokens: so many at once, then so many a second.
+/// Rate limit of validation requests for first-seen tokens: a burst, then a rate per second.
 const BURST: f64 = 20.0;
 const PER_SECOND: f64 = 10.0;
 
-/// How often due verdicts are looked for, and how long nobody looks after upstream did not answer,
-/// nor after a probe failed for the token that was probed.
+/// The interval between revalidations, and the pause after upstream did not answer. The pause also
+/// applies to a single token whose probe failed.
 const REVALIDATION_STEP: Duration = Duration::from_secs(1);
 const REVALIDATION_PAUSE: Duration = Duration::from_secs(15);
 
-/// How often it is looked whether the edge serves another environment of listed tokens by now.
+/// The interval at which is checked whether the edge now serves a further environment of listed tokens.
 const SERVED_STEP: Duration = Duration::from_secs(1);
 
-/// How long after a known token was denied it is asked for again, before that is believed.
+/// A cached token that was denied once is validated again after this delay; it is rejected if it is
+/// denied again.
 const DOUBT: Duration = Duration::from_secs(5);
 
-/// How many known tokens are asked about in a second, at the most.
 const REVALIDATION_RATE: usize = 50;
 
-/// How many tokens are probed at a time.
 const PROBES_AT_ONCE: usize = 8;
 
 impl Inner {
-    /// A token whose digest is known from an earlier process, presented again.
-    fn learn(&self, verdict: &Verdict, header: &str) {
+    /// Completes a cache entry of an earlier process with the token's plaintext.
+    fn learn(&self, cached: &Verdict, header: &str) {
         if let Ok(token) = Token::from_header(header) {
-            self.offer(&token, verdict.grant());
-            verdict.learn(token);
+            self.offer(&token, cached.grant());
+            cached.learn(token);
         }
     }
 
@@ -412,12 +413,12 @@ impl Inner {
         }
     }
 
-    /// Asks about `tokens` and tells those who wait.
+    /// Validates `tokens` and answers the requests that wait for them.
     async fn settle(&self, issuer: &Issuer, tokens: &[Token]) {
-        let Validation { start, mut judged, .. } = self.judge(issuer, tokens).await;
+        let Validation { start, mut results, .. } = self.judge(issuer, tokens).await;
         for token in tokens {
             let digest = token.digest();
-            let fallback = match judged.remove(&digest) {
+            let fallback = match results.remove(&digest) {
                 Some(Judgement::Valid(grant)) => self.accept(token, grant, start),
                 Some(Judgement::Forbidden(grant)) => {
                     self.verdicts.forbid(token, grant, start);
@@ -429,13 +430,13 @@ impl Inner {
                 }
                 None => Err(Denied::Unavailable),
             };
-            // Something newer may be known by now; a full cache may have no room for the verdict.
+            // The cache may have a newer result by now; a full cache may not have taken this one.
             let answer = self.verdicts.known(token).unwrap_or(fallback);
             self.queue.settle(&digest, &answer);
         }
     }
 
-    /// Keeps that upstream calls a token valid.
+    /// Caches a token that upstream calls valid.
     fn accept(
         &self,
         token: &Token,
@@ -452,13 +453,13 @@ impl Inner {
         }
     }
 
-    /// Asks again about verdicts that are due; nothing changes while upstream does not answer.
+    /// Revalidates cached tokens that are due; their state does not change while upstream fails.
     ///
-    /// With a token list that is read regularly that is seldom. While it cannot be read, tokens are
-    /// asked about as often as the list should be.
+    /// This is rare while the token list is polled successfully. While the list is unavailable, tokens
+    /// are revalidated at the interval of the list.
     ///
-    /// A denial counts when it is repeated: one answer of an upstream that is not itself, an empty
-    /// list of valid tokens for instance, denies nobody.
+    /// A token is rejected only when its denial is repeated: one response of a faulty upstream, for
+    /// instance an empty list of valid tokens, rejects no token.
     async fn revalidate(&self, issuer: &Issuer) {
         let mut pause = REVALIDATION_STEP;
         loop {
@@ -467,21 +468,21 @@ impl Inner {
         }
     }
 
-    /// Asks once about verdicts that are due; returns the pause before the next time.
+    /// Revalidates one batch of due tokens; returns the pause before the next one.
     ///
-    /// Tokens that cannot be judged wait on their own, and others meanwhile take their turn.
+    /// A token whose validation fails is postponed by itself and does not delay others.
     async fn revalidate_due(&self, issuer: &Issuer) -> Duration {
         let due = self.take_due();
         if due.is_empty() {
             return REVALIDATION_STEP;
         }
-        let Validation { start, mut judged, is_answered, retry_after } =
+        let Validation { start, mut results, is_answered, retry_after } =
             self.judge(issuer, &due).await;
         for token in &due {
-            match judged.remove(&token.digest()) {
+            match results.remove(&token.digest()) {
                 Some(Judgement::Valid(grant)) => {
                     let accepted = self.verdicts.accept(token, grant.clone(), start);
-                    // What it allows has changed.
+                    // The grant has changed.
                     if accepted == Accepted::New {
                         self.offer(token, &grant);
                     }
@@ -491,8 +492,8 @@ impl Inner {
                 }
                 Some(Judgement::Invalid) => match self.verdicts.deny(token, start) {
                     Rejected::Doubted => self.verdicts.postpone(&token.digest(), DOUBT),
-                    // Believed for a short time only: should upstream have been wrong, the
-                    // token is asked for again as soon as that is over.
+                    // The rejection expires soon: if upstream was wrong, the token is validated
+                    // again after that.
                     Rejected::Refused => {
                         info!(token = %token.masked(), "A token is no longer valid");
                         issuer.credentials.withdraw(&token.digest());
@@ -506,7 +507,7 @@ impl Inner {
         pause.max(retry_after.unwrap_or_default())
     }
 
-    /// Takes the tokens to be asked about again.
+    /// Takes the cached tokens that are due for revalidation.
     fn take_due(&self) -> Vec<Token> {
         let Config { revalidate_after, list_interval, .. } = self.config;
         let age = if self.is_list_unread.load(Ordering::Relaxed) {
@@ -517,12 +518,13 @@ impl Inner {
         self.verdicts.take_unconfirmed_for(age, REVALIDATION_RATE)
     }
 
-    /// What upstream says of `tokens`; those of which it says nothing at the moment are left out.
+    /// Validates `tokens` at upstream. Tokens for which upstream fails are missing in the results.
     ///
-    /// One that validates must be admitted as well: upstream's word on a deleted token stays good
-    /// for long, and a list tells of no token that came and went between two readings. A known one
-    /// that does not validate is denied unless it is admitted: upstream remembers for minutes that
-    /// it did not know a token, and the list may have told of it since.
+    /// A token counts as valid only if a probe with it succeeds too: upstream's validation cache keeps
+    /// a deleted token for long, and a token that was created and deleted between two polls never
+    /// appears in the list. A cached token that does not validate is denied only if its probe fails
+    /// too: upstream caches for minutes that it did not know a token, and the list may have shown it
+    /// since.
     async fn judge(&self, issuer: &Issuer, tokens: &[Token]) -> Validation {
         let start = self.verdicts.start_request();
         if let Some(pause) = self.pause_left() {
@@ -534,7 +536,7 @@ impl Inner {
                 if !self.unanswered.swap(true, Ordering::Relaxed) {
                     warn!(
                         error = report(&error),
-                        "Cannot ask upstream about tokens; those that are new get a 503"
+                        "Token validation at upstream failed; requests with first-seen tokens get 503"
                     );
                 }
                 let retry_after = error.retry().wish();
@@ -543,12 +545,12 @@ impl Inner {
             }
         };
         if self.unanswered.swap(false, Ordering::Relaxed) {
-            info!("Upstream answers about tokens again");
+            info!("Upstream validates tokens again");
         }
-        // Upstream has no say about tokens that were not asked for.
-        let mut judged: HashMap<_, _> =
+        // Tokens in the response that were not requested are ignored.
+        let mut results: HashMap<_, _> =
             tokens.iter().map(|token| (token.digest(), Judgement::Invalid)).collect();
-        let valid = valid.into_iter().filter(|it| judged.contains_key(&it.token.digest()));
+        let valid = valid.into_iter().filter(|it| results.contains_key(&it.token.digest()));
         let mut probed: HashMap<_, _> = valid.map(|it| (it.token.digest(), (it, true))).collect();
         for token in tokens {
             if let Some(known) = self.verdicts.valid(&token.digest()) {
@@ -568,28 +570,28 @@ impl Inner {
         let mut retry_after = None;
         for (digest, grant, is_validated, access) in probes {
             match access {
-                Ok(Access::Granted) => drop(judged.insert(digest, Judgement::Valid(grant))),
+                Ok(Access::Granted) => drop(results.insert(digest, Judgement::Valid(grant))),
                 Ok(Access::Forbidden) if is_validated => {
-                    judged.insert(digest, Judgement::Forbidden(grant));
+                    results.insert(digest, Judgement::Forbidden(grant));
                 }
                 Ok(Access::Forbidden | Access::Unknown) => {}
                 Err(error) => {
-                    let wish = error.retry().wish();
-                    // One environment that fails is no reason to leave all of upstream alone.
+                    let requested = error.retry().wish();
+                    // A failure in one environment does not pause validation of the others.
                     if error.is_crowded() {
-                        retry_after = retry_after.max(wish);
+                        retry_after = retry_after.max(requested);
                     }
-                    let pause = wish.unwrap_or_default().max(REVALIDATION_PAUSE);
+                    let pause = requested.unwrap_or_default().max(REVALIDATION_PAUSE);
                     self.verdicts.postpone(&digest, pause);
-                    judged.remove(&digest);
+                    results.remove(&digest);
                 }
             }
         }
         self.pause_for(retry_after);
-        Validation { start, judged, is_answered: true, retry_after }
+        Validation { start, results, is_answered: true, retry_after }
     }
 
-    /// Asks upstream about no token before `pause` is over.
+    /// Sends no validation request for the duration of `pause`.
     fn pause_for(&self, pause: Option<Duration>) {
         if let Some(pause) = pause {
             let until = Instant::now() + pause;
@@ -598,7 +600,7 @@ impl Inner {
         }
     }
 
-    /// For how long upstream is still to be asked about no token.
+    /// The rest of the current validation pause; `None` if there is none.
     fn pause_left(&self) -> Option<Duration> {
         let not_before = *self.ask_not_before.lock().unwrap_or_else(PoisonError::into_inner);
         not_before.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
@@ -629,7 +631,7 @@ impl Inner {
                         not_before = Instant::now() + retry_after;
                     }
                     self.list_is_unread(&report(&error));
-                    // That has been noted as the refusal of the admin token.
+                    // The client has already recorded a 401 as a rejection of the admin token.
                     let is_refusal = error.status().is_some_and(|it| it.as_u16() == 401);
                     if !is_refusal && admin_check.is_in_doubt(&issuer.upstream, admin).await {
                         step.reset_after(self.config.list_interval.min(DOUBT));
@@ -650,7 +652,8 @@ impl Inner {
             if std::mem::replace(&mut is_complete, unreadable == 0) && unreadable > 0 {
                 warn!(
                     unreadable,
-                    "Some items of upstream's token list cannot be read; tokens that they may stand for are asked about one by one"
+                    "Some items of upstream's token list cannot be read; the tokens they may stand \
+                     for are validated one by one"
                 );
             }
             let served = issuer.credentials.environments();
@@ -663,30 +666,30 @@ impl Inner {
         }
     }
 
-    /// Has tokens asked about one by one, because the list cannot be read.
+    /// Switches to revalidation of single tokens because the list is unavailable.
     fn list_is_unread(&self, why: &str) {
         if !self.is_list_unread.swap(true, Ordering::Relaxed) {
             warn!(
                 error = why,
-                "Cannot read upstream's token list; known tokens are asked about one by one"
+                "Upstream's token list could not be read; known tokens are validated one by one"
             );
         }
     }
 }
 
-/// Finds out whether upstream refuses the admin token while it does not answer with its token list.
+/// Checks whether upstream rejects the admin token while its token list is unavailable.
 #[derive(Debug, Default)]
 struct AdminCheck {
-    /// The token that upstream did not know the last time.
+    /// The token that upstream did not know at the previous check.
     denied: Option<Arc<Token>>,
-    /// The token that was refused because of this.
+    /// The token that was marked as refused by this check.
     refused: Option<Arc<Token>>,
 }
 
 impl AdminCheck {
-    /// Asks whether upstream's admin API knows the token; true if that is to be asked again soon.
+    /// Checks whether upstream's admin API knows the token; true if the check is to be repeated soon.
     ///
-    /// A denial counts when it is repeated. An answer after that takes it back.
+    /// The token is marked as refused after two denials in a row. A later success reverts that.
     async fn is_in_doubt(&mut self, upstream: &Upstream, admin: &AdminToken) -> bool {
         let token = admin.current();
         match upstream.admits(&token, TokenKind::Admin).await {
@@ -721,37 +724,37 @@ async fn serves_one_of(credentials: &Credentials, unserved: &BTreeSet<Environmen
     }
 }
 
-/// Why a list that was read revokes no token, if so: the edge's own token is on it, so a list
-/// without any token is a fault and no revocation of all.
+/// Why a token list must be ignored, if it must: it always contains the edge's own admin token, so an
+/// empty list is a fault and does not revoke all tokens.
 fn why_unusable(list: &TokenList) -> Option<&'static str> {
     if !list.tokens.is_empty() {
         None
     } else if list.unreadable.is_empty() {
-        Some("it is empty, although it was read with a token of it")
+        Some("it is empty, although it must contain the admin token it was read with")
     } else {
         Some("none of its items can be read")
     }
 }
 
-/// What upstream says of tokens.
+/// The results of validating one batch of tokens.
 #[derive(Debug)]
 struct Validation {
     start: RequestStart,
-    judged: HashMap<TokenDigest, Judgement>,
-    /// Whether upstream has answered; it may still have judged none.
+    results: HashMap<TokenDigest, Judgement>,
+    /// Whether upstream has answered; the results may be empty even then.
     is_answered: bool,
-    /// How long upstream wants to be left alone.
+    /// The longest `Retry-After` of upstream.
     retry_after: Option<Duration>,
 }
 
 impl Validation {
-    /// Upstream says nothing.
+    /// No response from upstream.
     fn unanswered(start: RequestStart, retry_after: Option<Duration>) -> Self {
-        Self { start, judged: HashMap::new(), is_answered: false, retry_after }
+        Self { start, results: HashMap::new(), is_answered: false, retry_after }
     }
 }
 
-/// What an issuer says of a token.
+/// The result of validating one token at upstream.
 #[derive(Debug)]
 enum Judgement {
     Valid(Grant),
@@ -759,7 +762,6 @@ enum Judgement {
     Invalid,
 }
 
-/// How many items of upstream's token list cannot be read.
 fn unreadable_items() -> Gauge {
     const NAME: &str = "parapet_token_list_items_unreadable";
     describe_gauge!(
@@ -769,7 +771,7 @@ fn unreadable_items() -> Gauge {
     gauge!(NAME)
 }
 
-/// A token bucket for questions.
+/// A token bucket for validation requests.
 struct Allowance {
     left: f64,
     as_of: Instant,
@@ -780,7 +782,7 @@ impl Allowance {
         Self { left: BURST, as_of: now }
     }
 
-    /// Returns when one more question may be asked.
+    /// Waits until one more request may be sent.
     async fn one(&mut self) {
         loop {
             let now = Instant::now();
@@ -796,7 +798,7 @@ impl Allowance {
     }
 }
 
-/// Counters of what became of presented tokens.
+/// Counters of presented tokens by outcome.
 #[derive(Debug)]
 struct Tally {
     known: Counter,
@@ -812,8 +814,8 @@ impl Tally {
         const NAME: &str = "parapet_token_verdicts_total";
         describe_counter!(
             NAME,
-            "Tokens presented, by verdict: known and refused are answered from memory, accepted and \
-             rejected by upstream, malformed by their form, unavailable not at all"
+            "Tokens presented, by verdict: known and refused come from the cache, accepted and \
+             rejected from upstream, malformed could not be parsed, unavailable got no result"
         );
         let of = |verdict: &'static str| counter!(NAME, "verdict" => verdict);
         Self {

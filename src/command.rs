@@ -1,6 +1,6 @@
-//! What the command line does by itself: commands that answer and end.
+//! One-shot commands of the command line, each of which returns a text to print.
 //!
-//! They print one text. Serving is `app`'s, asking an instance for its health `probe`'s.
+//! Serving is in `app`, the health check of a running instance in `probe`.
 
 pub mod archive;
 pub mod manage;
@@ -18,7 +18,7 @@ use crate::{
     wire::{context::FrontendContext, features::Document},
 };
 
-/// Why there is no explanation.
+/// Why `parapet explain` failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file of flags cannot be read.
@@ -29,61 +29,61 @@ pub enum Error {
         /// The cause.
         source: io::Error,
     },
-    /// The file holds no flags.
-    #[error("{} holds no flags that can be read", path.display())]
+    /// The file contains no valid flags document.
+    #[error("{} contains no valid flags", path.display())]
     Document {
         /// The file.
         path: PathBuf,
-        /// What is wrong, and where.
+        /// The defect and its position.
         source: serde_json::Error,
     },
-    /// The file has no such flag.
-    #[error("there is no flag `{flag}` in {}{}", path.display(), offer(alike))]
+    /// The file does not contain the flag.
+    #[error("there is no flag `{flag}` in {}{}", path.display(), similar_names_suffix(alike))]
     Missing {
-        /// The name that was asked for.
+        /// The requested name.
         flag: String,
         /// The file.
         path: PathBuf,
-        /// Names that are spelt alike.
+        /// Similar names in the file.
         alike: Vec<String>,
     },
 }
 
-fn offer(alike: &[String]) -> String {
+fn similar_names_suffix(alike: &[String]) -> String {
     if alike.is_empty() { String::new() } else { format!("; similar: {}", alike.join(", ")) }
 }
 
-/// `parapet explain`: why a flag of a file comes out as it does, as an indented text or as JSON.
+/// `parapet explain`: explains the evaluation of a flag in a file, as indented text or as JSON.
 ///
-/// Lots are drawn anew at each call.
-pub fn explain(asked: &Explain) -> Result<String, Error> {
-    // A folder has a file per environment, as in standalone mode.
-    let path = if asked.flags.is_dir() {
-        asked.flags.join(format!("{}.json", asked.environment))
+/// Random rollouts are drawn anew at each call.
+pub fn explain(options: &Explain) -> Result<String, Error> {
+    // A directory contains a file per environment, as in standalone mode.
+    let path = if options.flags.is_dir() {
+        options.flags.join(format!("{}.json", options.environment))
     } else {
-        asked.flags.clone()
+        options.flags.clone()
     };
     let text = std::fs::read(&path).map_err(|source| Error::Read { path: path.clone(), source })?;
     let document = Document::parse_file(&text)
         .map_err(|source| Error::Document { path: path.clone(), source })?;
-    let scope = Scope { environment: asked.environment.clone(), projects: Projects::All };
-    let now = asked.at.unwrap_or_else(Timestamp::now);
+    let scope = Scope { environment: options.environment.clone(), projects: Projects::All };
+    let now = options.at.unwrap_or_else(Timestamp::now);
     let snapshot = Snapshot::build(scope, document, None);
     let text = |text: &Option<String>| text.clone().map(Into::into);
-    let properties = asked.properties.iter();
+    let properties = options.properties.iter();
     let context = FrontendContext {
-        user_id: text(&asked.user_id),
-        session_id: text(&asked.session_id),
-        remote_address: text(&asked.remote_address),
+        user_id: text(&options.user_id),
+        session_id: text(&options.session_id),
+        remote_address: text(&options.remote_address),
         properties: properties.map(|(name, value)| (name.into(), value.into())).collect(),
         ..FrontendContext::default()
     };
-    match explained::explain(&snapshot, &asked.flag, &context, now, rand::random()) {
-        Ok(told) if asked.json => {
-            let json = serde_json::to_string_pretty(&told);
-            Ok(json.expect("an explanation has texts and numbers only") + "\n")
+    match explained::explain(&snapshot, &options.flag, &context, now, rand::random()) {
+        Ok(explanation) if options.json => {
+            let json = serde_json::to_string_pretty(&explanation);
+            Ok(json.expect("an explanation contains only texts and numbers") + "\n")
         }
-        Ok(told) => Ok(tree::tree(&told)),
-        Err(Missing { alike }) => Err(Error::Missing { flag: asked.flag.clone(), path, alike }),
+        Ok(explanation) => Ok(tree::tree(&explanation)),
+        Err(Missing { alike }) => Err(Error::Missing { flag: options.flag.clone(), path, alike }),
     }
 }

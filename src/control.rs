@@ -1,8 +1,8 @@
-//! Who may do what, and what they did: accounts, API tokens, sessions, the audit log, and the usage
-//! that was reported, over SQL.
+//! The control plane of a standalone instance: accounts, permissions, API tokens, sessions, the audit
+//! log and reported usage, stored in an SQL database.
 //!
-//! Tokens are held in memory, and `auth` is given them at each change, so that no request waits for
-//! the database and losing it changes nothing that is served. There is no HTTP in here.
+//! Tokens are also held in memory and passed to `auth` at each change. So no SDK request waits for the
+//! database, and an unreachable database does not affect what is served. This module contains no HTTP.
 
 mod accounts;
 mod audit;
@@ -61,30 +61,30 @@ use crate::{
     usage::{Delivery, Taken},
 };
 
-/// What a control plane is made of.
+/// The configuration of a control plane.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Where its database is.
+    /// The location of the database.
     pub location: Location,
-    /// Tokens for an empty registry.
+    /// Tokens to create if the database has none.
     pub seed: Seed,
-    /// The account of an empty database.
+    /// The admin's account that the first start creates.
     pub first_account: FirstAccount,
-    /// How many tokens there may be.
+    /// The maximum number of API tokens.
     pub token_limit: usize,
-    /// How many accounts there may be.
+    /// The maximum number of accounts.
     pub account_limit: usize,
-    /// After which time without a request a session ends.
+    /// A session ends after this time without a request.
     pub session_idle: Duration,
-    /// After which time a session ends at any rate.
+    /// A session ends after this time in any case.
     pub session_lifetime: Duration,
-    /// How long events are kept; `None` for ever.
+    /// The retention of audit events; `None` keeps them forever.
     pub event_retention: Option<Duration>,
-    /// How long usage is kept.
+    /// The retention of usage.
     pub usage_retention: Duration,
 }
 
-/// The control plane of an instance that stands on its own. A cheap handle.
+/// The control plane of a standalone instance. A cheap handle.
 #[derive(Clone, Debug)]
 pub struct Control(Arc<Inner>);
 
@@ -100,17 +100,17 @@ struct Inner {
 }
 
 impl Control {
-    /// Opens the database, and makes or migrates it; the first start makes an admin's account and
-    /// tokens. Safe when several instances start at once.
+    /// Opens the database, creating or migrating it first. The first start creates an admin's account
+    /// and tokens. Several instances may start at once.
     ///
-    /// Where the database cannot be used, and `copy` is one of its tokens, they are in force
-    /// until [`Control::run`] reaches it.
+    /// If the database is unreachable and `snapshot` contains its tokens, these tokens are valid
+    /// until [`ControlPlane::run`] reaches the database.
     ///
-    /// `announce` is given what was found and made before any of it lasts: a password or a token that
-    /// was generated can be read nowhere else.
+    /// `announce` is called before the transaction is committed, because a generated password or token
+    /// can be read nowhere else.
     pub async fn open(
         config: Config,
-        copy: Option<&[u8]>,
+        snapshot: Option<&[u8]>,
         announce: impl FnOnce(&Opened),
     ) -> Result<(Self, Opened), Error> {
         let database = Database::new(&config.location).await?;
@@ -119,19 +119,19 @@ impl Control {
         let begun = first_start::begin(&database, &hasher, seed, first_account, announce).await;
         let (registry, opened) = match begun {
             Ok(opened) => (Registry::open(database.clone(), config.token_limit).await?, opened),
-            // Whatever is wrong with it, except that it is another's or a later version's.
+            // Every other failure of the database is survivable with a snapshot of its tokens.
             Err(error @ (Error::NotBegun | Error::Newer { .. })) => return Err(error),
             Err(error) => {
-                let held = copy.and_then(|copy| copy::read(database.shown(), copy));
-                let Some(held) = held else { return Err(error) };
+                let tokens = snapshot.and_then(|bytes| copy::read(database.shown(), bytes));
+                let Some(tokens) = tokens else { return Err(error) };
                 warn!(
                     error = report(&error),
-                    tokens = held.len(),
-                    "The control plane's database is away; tokens are those of a copy, and nothing \
-                     can be changed until it is back"
+                    tokens = tokens.len(),
+                    "The control plane's database is unreachable; serving with a saved copy of the \
+                     tokens, and changes fail until the database is reachable again"
                 );
                 database.require_existing();
-                let registry = Registry::new(database.clone(), config.token_limit, held);
+                let registry = Registry::new(database.clone(), config.token_limit, tokens);
                 let opened =
                     Opened { account: None, tokens: FoundTokens::Existing, ignored: Vec::new() };
                 (registry, opened)
@@ -155,7 +155,8 @@ impl Control {
         Ok((Self(Arc::new(inner)), opened))
     }
 
-    /// Opens a database that an instance has begun, for the command line.
+    /// Opens a database that an instance has initialized, for the command line. Fails where there is
+    /// none.
     pub async fn attach(location: Location) -> Result<Self, Error> {
         if let Location::Sqlite(path) = &location {
             let there = tokio::fs::metadata(path).await;
@@ -176,25 +177,25 @@ impl Control {
         Ok(Self(Arc::new(inner)))
     }
 
-    /// Tells when tokens have changed, or how they are used.
+    /// Signals each change of tokens or of their last use.
     pub fn changes(&self) -> Receiver<()> {
         self.0.registry.subscribe()
     }
 
-    /// A copy of the tokens as they are now, for [`Control::open`]; it holds no secret.
+    /// A snapshot of the tokens for [`ControlPlane::open`], without secrets.
     pub fn copy(&self) -> Vec<u8> {
         self.0.registry.copy()
     }
 
-    /// What each token allows that is valid now, by its digest.
+    /// The grant of each currently valid token, by its digest.
     pub fn grants(&self) -> Vec<(TokenDigest, Grant)> {
         self.0.registry.grants()
     }
 
-    /// Keeps `auth` told of every change here and on other instances, and the database in order;
-    /// until dropped.
+    /// Runs the background work until dropped: publishes token changes of this and other instances to
+    /// `auth`, records token uses, and prunes the database.
     ///
-    /// While the database is away, the tokens known stay in force.
+    /// While the database is unreachable, the tokens in memory stay valid.
     pub async fn run(&self, auth: &Authenticator) {
         let Inner { database, registry, sessions, retention, .. } = &*self.0;
         registry.publish_to(auth);
@@ -206,8 +207,8 @@ impl Control {
         );
     }
 
-    /// Stores usage as it is delivered, until nobody can deliver any more; `snapshots` tell which flags
-    /// are configured.
+    /// Stores each delivery of usage until the channel is closed; `snapshots` determine which flags are
+    /// configured.
     pub async fn run_usage(
         &self,
         snapshots: &Snapshots,
@@ -220,7 +221,7 @@ impl Control {
                 Ok(false) => Taken::Refused,
                 Err(error) => {
                     if health.record_usage(false) {
-                        warn!(error = report(&error), "Usage could not be stored, and waits");
+                        warn!(error = report(&error), "Usage could not be stored; it stays queued");
                     }
                     Taken::Failed
                 }
@@ -228,12 +229,12 @@ impl Control {
             if taken == Taken::Stored && health.record_usage(true) {
                 info!("Usage is stored again");
             }
-            // Whoever delivered may have given up; then it comes again.
+            // The sender may have timed out; then it delivers again.
             let _ = delivery.done.send(taken);
         }
     }
 
-    /// How the database is doing.
+    /// The status of the database.
     pub fn database(&self) -> DatabaseStatus {
         self.0.database.status()
     }
@@ -253,8 +254,8 @@ impl Control {
         self.0.registry.name(digest)
     }
 
-    /// Insists on the permission to create tokens of `kind`, or of any where none is said; who
-    /// lacks it is written down.
+    /// Requires the permission to create tokens of `kind`, or of at least one kind if it is `None`. A
+    /// denial is recorded in the audit log.
     pub async fn require_create(
         &self,
         actor: &Actor,
@@ -268,7 +269,7 @@ impl Control {
         self.noting(actor, "create an API token", judged.map_err(Error::from)).await
     }
 
-    /// Makes a token, whose secret is here for the only time; it is valid when this returns.
+    /// Creates a token, which is valid when this returns. Its secret cannot be read again later.
     pub async fn create_token(
         &self,
         actor: &Actor,
@@ -278,7 +279,7 @@ impl Control {
         self.noting(actor, "create an API token", made).await
     }
 
-    /// Changes when a token expires, by its id or its secret; `None` where there is no such token.
+    /// Changes the expiry of a token, found by its id or its secret; `None` if there is no such token.
     pub async fn update_token(
         &self,
         actor: &Actor,
@@ -290,7 +291,7 @@ impl Control {
         self.noting(actor, &what, changed).await
     }
 
-    /// Ends a token, by its id or its secret; it is refused when this returns. `None` where there
+    /// Deletes a token, found by its id or its secret; it is rejected when this returns. `None` if there
     /// is no such token.
     pub async fn delete_token(
         &self,
@@ -302,12 +303,12 @@ impl Control {
         self.noting(actor, &what, deleted).await
     }
 
-    /// Every account, the oldest first; for admins.
+    /// Every account, the oldest first. For admins only.
     pub async fn accounts(&self, operator: &Operator) -> Result<Vec<Account>, Error> {
         self.accounts_after(operator, 0, u32::MAX).await
     }
 
-    /// At most `limit` accounts with numbers above `after`, the oldest first; for admins.
+    /// At most `limit` accounts with ids above `after`, the oldest first. For admins only.
     pub async fn accounts_after(
         &self,
         operator: &Operator,
@@ -318,7 +319,7 @@ impl Control {
         accounts::page(&self.0.database, after, limit).await
     }
 
-    /// One account; for admins and for itself.
+    /// One account. For admins and for the account itself.
     pub async fn account(&self, actor: &Actor, id: i64) -> Result<Option<Account>, Error> {
         if actor.operator.id() != Some(id) {
             self.require_admin(actor, &of_account("see", id)).await?;
@@ -327,7 +328,7 @@ impl Control {
         accounts::find(&mut connection, id).await
     }
 
-    /// Makes an account; for admins.
+    /// Creates an account. For admins only.
     pub async fn create_account(&self, actor: &Actor, new: NewAccount) -> Result<Account, Error> {
         let what = "create an account";
         self.require_admin(actor, what).await?;
@@ -336,8 +337,8 @@ impl Control {
         self.noting(actor, what, made.await).await
     }
 
-    /// Changes an account; for admins. A new password ends its sessions. `None` where there is no
-    /// such account, here and below.
+    /// Changes an account. For admins only. A new password ends its sessions. Returns `None` if there is
+    /// no such account, like the methods below.
     pub async fn update_account(
         &self,
         actor: &Actor,
@@ -354,7 +355,7 @@ impl Control {
         self.noting(actor, &what, changed).await
     }
 
-    /// Changes what is granted to an account beyond its role; for admins.
+    /// Changes the permissions that an account has in addition to its role. For admins only.
     pub async fn grant(
         &self,
         actor: &Actor,
@@ -367,7 +368,7 @@ impl Control {
         self.noting(actor, &what, granted).await
     }
 
-    /// Sets an account's password and ends all of its sessions; for admins.
+    /// Sets an account's password and ends all of its sessions. For admins only.
     pub async fn set_password(
         &self,
         actor: &Actor,
@@ -381,7 +382,7 @@ impl Control {
         self.noting(actor, &what, set).await
     }
 
-    /// Sets the actor's own password, and ends its sessions except the one in which it acts.
+    /// Sets the actor's own password, and ends all of its sessions except the current one.
     pub async fn change_own_password(
         &self,
         actor: &Actor,
@@ -392,7 +393,7 @@ impl Control {
         self.noting(actor, "change the own password", changed).await
     }
 
-    /// Deletes an account and ends its sessions; for admins, and never the last of them.
+    /// Deletes an account and ends its sessions. For admins only. The last admin cannot be deleted.
     pub async fn delete_account(&self, actor: &Actor, id: i64) -> Result<Option<Account>, Error> {
         let what = of_account("delete", id);
         self.require_admin(actor, &what).await?;
@@ -400,12 +401,12 @@ impl Control {
         self.noting(actor, &what, deleted).await
     }
 
-    /// Begins a session for whoever has the password.
+    /// Checks a password and begins a session.
     pub async fn sign_in(&self, attempt: SignIn<'_>) -> Result<SignedIn, Error> {
         self.0.sessions.sign_in(attempt, &self.0.refusals).await
     }
 
-    /// The session that a cookie opens; `None` where it opens none.
+    /// The open session of a cookie, if any.
     pub async fn session(
         &self,
         cookie: &str,
@@ -415,12 +416,12 @@ impl Control {
         self.0.sessions.find(cookie, address, cause).await
     }
 
-    /// Ends the session of a cookie, if it is one.
+    /// Ends the session of a cookie, if there is one.
     pub async fn sign_out(&self, cookie: &str, address: IpAddr) -> Result<(), Error> {
         self.0.sessions.sign_out(cookie, address).await
     }
 
-    /// What happened, the newest first; for admins.
+    /// Audit events, the newest first. For admins only.
     pub async fn events(
         &self,
         operator: &Operator,
@@ -430,23 +431,23 @@ impl Control {
         audit::page(&self.0.database, query).await
     }
 
-    /// The applications that reported usage, by name.
+    /// The applications that reported usage, sorted by name.
     pub async fn applications(&self) -> Result<Vec<ApplicationSummary>, Error> {
         usage::applications(&self.0.database).await
     }
 
-    /// How a flag was used since a time, by hour.
+    /// The hourly usage of a flag since a time.
     pub async fn usage_of(&self, flag: &str, since: Timestamp) -> Result<Vec<UsageHour>, Error> {
         usage::of_flag(&self.0.database, flag, since).await
     }
 
-    /// Insists on an admin, to do `what`; who is none is written down.
+    /// Requires an admin for the operation `what`. A denial is recorded in the audit log.
     pub async fn require_admin(&self, actor: &Actor, what: &str) -> Result<(), Error> {
         let judged = actor.operator.require_admin().map_err(Error::from);
         self.noting(actor, what, judged).await
     }
 
-    /// The outcome of an operation; a refusal is written down.
+    /// Passes `outcome` on, and records it in the audit log if it is a denial.
     async fn noting<T>(
         &self,
         actor: &Actor,
@@ -461,8 +462,8 @@ impl Control {
         outcome
     }
 
-    /// What is done to a token, in the words of the audit log: by the name that everybody may know,
-    /// since its secret may have been given instead.
+    /// An operation on a token as the audit log describes it: with the public id, because the identifier
+    /// may be the secret.
     fn of_token(&self, verb: &str, identifier: &str) -> String {
         match self.0.registry.id(identifier) {
             Some(id) => format!("{verb} the API token {id}"),
@@ -471,7 +472,7 @@ impl Control {
     }
 }
 
-/// What is done to an account, in the words of the audit log.
+/// An operation on an account as the audit log describes it.
 fn of_account(verb: &str, id: i64) -> String {
     format!("{verb} the account {id}")
 }

@@ -1,7 +1,8 @@
-//! Tokens that nobody needs to vouch for: those of the command line, or of an own registry.
+//! Static tokens: tokens from the command line or from this instance's own registry, which need no
+//! validation.
 //!
-//! Requests read them without a lock; whoever owns them replaces them all at once. Which of them are
-//! used is noted for the owner; when they end is its business.
+//! Requests read them without a lock. Their owner replaces the whole set, handles expiry, and reads
+//! which of them were used.
 
 use std::{
     collections::HashMap,
@@ -18,14 +19,14 @@ use crate::token::{Grant, TokenDigest};
 
 type Table = HashMap<TokenDigest, Arc<Known>, RandomState>;
 
-/// The given tokens of the moment.
+/// The current set of static tokens.
 #[derive(Debug)]
 pub(super) struct Given(ArcSwap<Table>);
 
 #[derive(Debug)]
 struct Known {
     grant: Arc<Grant>,
-    /// Whether it was presented since somebody asked.
+    /// Whether the token was presented since the last [`StaticTokens::take_used`].
     used: AtomicBool,
 }
 
@@ -34,29 +35,29 @@ impl Given {
         Self(ArcSwap::from_pointee(table(given, &Table::default())))
     }
 
-    /// What a token allows, which counts as its use.
+    /// The grant of a token, which is marked as used.
     pub(super) fn admit(&self, digest: &TokenDigest) -> Option<Arc<Grant>> {
         let table = self.0.load();
         let known = table.get(digest)?;
-        // Only the first of many uses writes to what all cores read.
+        // Only the first use writes, so that the cache line stays shared between cores.
         if !known.used.load(Ordering::Relaxed) {
             known.used.store(true, Ordering::Relaxed);
         }
         Some(Arc::clone(&known.grant))
     }
 
-    /// Takes other tokens in their place; what is known of those that stay is kept.
+    /// Replaces the set; tokens whose grant is unchanged keep their mark of use.
     pub(super) fn replace(&self, given: impl IntoIterator<Item = (TokenDigest, Grant)>) {
         let table = table(given, &self.0.load());
         self.0.store(Arc::new(table));
     }
 
-    /// What each of them allows.
+    /// The grant of each token.
     pub(super) fn grants(&self) -> Vec<Arc<Grant>> {
         self.0.load().values().map(|known| Arc::clone(&known.grant)).collect()
     }
 
-    /// Those presented since the last call.
+    /// The tokens that were presented since the last call.
     pub(super) fn take_used(&self) -> Vec<TokenDigest> {
         let table = self.0.load();
         let used = table.iter().filter(|(_, known)| known.used.swap(false, Ordering::Relaxed));
@@ -66,9 +67,9 @@ impl Given {
 
 fn table(given: impl IntoIterator<Item = (TokenDigest, Grant)>, before: &Table) -> Table {
     let entry = |(digest, grant)| {
-        let kept = before.get(&digest).filter(|known| *known.grant == grant).map(Arc::clone);
+        let unchanged = before.get(&digest).filter(|known| *known.grant == grant).map(Arc::clone);
         let fresh = || Arc::new(Known { grant: Arc::new(grant), used: AtomicBool::new(false) });
-        (digest, kept.unwrap_or_else(fresh))
+        (digest, unchanged.unwrap_or_else(fresh))
     };
     given.into_iter().map(entry).collect()
 }
@@ -84,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn tokens_come_go_and_change_all_at_once() {
+    fn replace_adds_removes_and_changes_tokens() {
         let (a, b) = (token("a", TokenKind::Client), token("b", TokenKind::Client));
         let given = Given::new([a.clone(), b.clone()]);
         assert!(given.admit(&a.0).is_some() && given.admit(&b.0).is_some());
@@ -95,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn uses_are_told_once_and_survive_a_replacement() {
+    fn uses_are_reported_once_and_survive_a_replacement() {
         let (a, b) = (token("a", TokenKind::Client), token("b", TokenKind::Client));
         let given = Given::new([a.clone(), b.clone()]);
         assert_eq!(given.take_used(), []);

@@ -1,6 +1,7 @@
-//! First-seen tokens that wait for a verdict: each asked for once, however many requests wait.
+//! First-seen tokens that wait for validation: one validation per token, shared by all requests that
+//! present it.
 //!
-//! It neither asks nor judges; whoever does takes batches from it and settles them.
+//! This is only the queue. The authenticator takes batches from it, validates them and resolves them.
 
 use std::{
     collections::HashMap,
@@ -11,48 +12,48 @@ use tokio::sync::{Notify, oneshot};
 
 use crate::token::{Grant, Token, TokenDigest};
 
-/// Why a token is not admitted.
+/// Why a token is not accepted.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum Denied {
-    /// No issuer knows it, or it is no token at all.
+    /// The token is unknown, revoked or malformed.
     #[error("the token is not valid")]
     Unknown,
-    /// Its issuer knows it and forbids its use, for instance because it does not serve the token's
-    /// environment.
-    #[error("the token is valid, but its issuer forbids its use")]
+    /// Upstream knows the token and forbids its use, for instance because it does not serve the
+    /// token's environment.
+    #[error("the token is valid, but upstream forbids its use")]
     Forbidden,
-    /// Nobody can judge it at the moment.
-    #[error("the token cannot be judged at the moment")]
+    /// The token could not be validated: upstream does not answer, or too many tokens wait.
+    #[error("the token cannot be validated at the moment")]
     Unavailable,
 }
 
-/// What a waiting request is told.
+/// The answer to a request that waits for a validation.
 pub(super) type Answer = Result<Arc<Grant>, Denied>;
 
-/// The most tokens that wait at a time; further ones are turned away.
+/// The maximum number of waiting tokens; further ones are rejected as unavailable.
 const CAPACITY: usize = 10_000;
 
-/// The most that wait at a time on behalf of others: `/edge/validate` takes a thousand tokens from
-/// anybody, and must not fill the line for those who present one.
+/// The maximum number of waiting tokens at which delegated ones are still queued: `/edge/validate`
+/// takes a thousand tokens from any client and must not fill the queue for presented tokens.
 const CAPACITY_FOR_OTHERS: usize = CAPACITY / 2;
 
-/// The most tokens of one question, in number and in bytes: Unleash reads bodies up to 100 kB.
+/// The maximum size of a batch, in tokens and in bytes: Unleash reads bodies up to 100 kB.
 const BATCH: usize = 500;
 const BATCH_BYTES: usize = 60_000;
 
-/// What is kept of each question for those who ask on behalf of others.
+/// The part of each batch that is reserved for delegated tokens, if there are any.
 const SHARE_OF_OTHERS: usize = BATCH / 4;
 
-/// On whose behalf a verdict is wanted.
+/// The priority of a validation.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Behalf {
-    /// Of who presents the token.
+    /// A client presents the token to authenticate itself.
     Bearer,
-    /// Of somebody who asks about it.
+    /// A client asks whether the token is valid (`/edge/validate`).
     Other,
 }
 
-/// Tokens that wait, and the requests that wait for them.
+/// The waiting tokens, and the requests that wait for them.
 #[derive(Debug, Default)]
 pub(super) struct Queue {
     waiting: Mutex<Waiting>,
@@ -61,33 +62,33 @@ pub(super) struct Queue {
 
 #[derive(Debug, Default)]
 struct Waiting {
-    /// By digest: the token until it is taken, and who wants to know.
+    /// By digest: the token until it is taken into a batch, and the waiting requests.
     tokens: HashMap<TokenDigest, (Option<Token>, Vec<oneshot::Sender<Answer>>)>,
-    /// Those that are not taken yet, in the order of arrival: presented ones, which are taken
-    /// first except for the others' share, and those that others ask about.
+    /// Tokens not yet taken, in the order of arrival. Presented ones are taken first, except for the
+    /// share that is reserved for delegated ones.
     presented: Vec<TokenDigest>,
     asked_about: Vec<TokenDigest>,
 }
 
 impl Waiting {
-    /// Whether no token waits to be taken.
+    /// Whether there is no token left to take; batches may still be in flight.
     fn is_taken(&self) -> bool {
         self.presented.is_empty() && self.asked_about.is_empty()
     }
 }
 
 impl Queue {
-    /// Waits in line with `token`; `None` when the line is full.
-    pub(super) fn join(&self, token: Token, behalf: Behalf) -> Option<oneshot::Receiver<Answer>> {
+    /// Queues `token`, or joins the validation that is queued already; `None` when the queue is full.
+    pub(super) fn join(&self, token: Token, priority: Behalf) -> Option<oneshot::Receiver<Answer>> {
         let (sender, receiver) = oneshot::channel();
         let digest = token.digest();
         let mut waiting = self.lock();
         if let Some((_, waiters)) = waiting.tokens.get_mut(&digest) {
-            // Requests that gave up make room, so that retries do not pile up.
+            // Cancelled requests are removed, so that retries do not accumulate.
             waiters.retain(|waiter| !waiter.is_closed());
             waiters.push(sender);
         } else {
-            let capacity = match behalf {
+            let capacity = match priority {
                 Behalf::Bearer => CAPACITY,
                 Behalf::Other => CAPACITY_FOR_OTHERS,
             };
@@ -95,7 +96,7 @@ impl Queue {
                 return None;
             }
             waiting.tokens.insert(digest, (Some(token), vec![sender]));
-            match behalf {
+            match priority {
                 Behalf::Bearer => waiting.presented.push(digest),
                 Behalf::Other => waiting.asked_about.push(digest),
             }
@@ -104,23 +105,23 @@ impl Queue {
         Some(receiver)
     }
 
-    /// Returns when there are tokens to be taken.
+    /// Waits until there are tokens to take.
     pub(super) async fn wait(&self) {
         while self.lock().is_taken() {
             self.wake.notified().await;
         }
     }
 
-    /// Takes the next tokens to ask for; each must be settled.
+    /// Takes the next tokens to validate; the caller must resolve each of them.
     pub(super) fn take(&self) -> Vec<Token> {
         let mut waiting = self.lock();
         let Waiting { tokens, presented, asked_about } = &mut *waiting;
         let mut bytes = 0;
         let mut batch = Vec::new();
         let share = BATCH - asked_about.len().min(SHARE_OF_OTHERS);
-        for (line, most) in [(presented, share), (asked_about, BATCH)] {
+        for (queued, most) in [(presented, share), (asked_about, BATCH)] {
             let mut seen = 0;
-            for digest in line.iter().take(most - batch.len()) {
+            for digest in queued.iter().take(most - batch.len()) {
                 let Some(token) = tokens.get(digest).and_then(|(token, _)| token.as_ref()) else {
                     seen += 1;
                     continue;
@@ -132,22 +133,22 @@ impl Queue {
                 seen += 1;
                 batch.extend(tokens.get_mut(digest).and_then(|(token, _)| token.take()));
             }
-            line.drain(..seen);
+            queued.drain(..seen);
         }
         batch
     }
 
-    /// Turns away all who wait for tokens that were taken and never settled, because whoever took
-    /// them died.
+    /// Fails all requests that wait for tokens which were taken and never resolved, because the task
+    /// that took them has ended.
     pub(super) fn abandon(&self) {
         self.lock().tokens.retain(|_, (untaken, _)| untaken.is_some());
     }
 
-    /// Tells all who wait for a token.
+    /// Answers all requests that wait for a token.
     pub(super) fn settle(&self, digest: &TokenDigest, answer: &Answer) {
         let settled = self.lock().tokens.remove(digest);
         for waiter in settled.into_iter().flat_map(|(_, waiters)| waiters) {
-            // A request that gave up in the meantime needs no answer.
+            // A cancelled request needs no answer.
             let _ = waiter.send(answer.clone());
         }
     }
@@ -167,20 +168,20 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn many_requests_with_one_token_ask_once_and_all_are_told() {
+    async fn concurrent_requests_with_one_token_share_one_validation() {
         let queue = Queue::default();
         let first = queue.join(token(1), Behalf::Bearer).unwrap();
         queue.wait().await;
         assert_eq!(queue.take(), [token(1)]);
         let second = queue.join(token(1), Behalf::Bearer).unwrap();
-        assert!(queue.take().is_empty(), "it is being asked for already");
+        assert!(queue.take().is_empty(), "it is in flight already");
         queue.settle(&token(1).digest(), &Err(Denied::Unknown));
         assert_eq!(first.await.unwrap(), Err(Denied::Unknown));
         assert_eq!(second.await.unwrap(), Err(Denied::Unknown));
     }
 
     #[tokio::test]
-    async fn a_token_whose_question_was_abandoned_can_be_asked_for_again() {
+    async fn a_token_with_a_dropped_validation_can_be_queued_again() {
         let queue = Queue::default();
         let join = |n| queue.join(token(n), Behalf::Bearer);
         let (taken, untaken) = (join(1).unwrap(), join(2).unwrap());
@@ -188,7 +189,7 @@ mod tests {
         drop(untaken);
         let waiting = join(3).unwrap();
         queue.abandon();
-        assert!(taken.await.is_err(), "nobody will answer");
+        assert!(taken.await.is_err(), "the validation was dropped");
         assert_eq!(queue.take(), [token(3)]);
         let _again = join(1).unwrap();
         assert_eq!(queue.take(), [token(1)]);
@@ -196,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn batches_and_the_line_are_bounded() {
+    fn batches_and_the_queue_are_bounded() {
         let queue = Queue::default();
         let waiting: Vec<_> = (0..CAPACITY).map(|n| queue.join(token(n), Behalf::Bearer)).collect();
         assert!(waiting.iter().all(Option::is_some));
@@ -207,18 +208,22 @@ mod tests {
     }
 
     #[test]
-    fn who_presents_a_token_goes_before_those_who_ask_about_many() {
+    fn presented_tokens_are_taken_before_delegated_ones() {
         let queue = Queue::default();
-        let asked = |n| queue.join(token(n), Behalf::Other);
-        let asked: Vec<_> = (0..CAPACITY).filter_map(asked).collect();
-        assert_eq!(asked.len(), CAPACITY_FOR_OTHERS);
+        let delegate = |n| queue.join(token(n), Behalf::Other);
+        let delegated: Vec<_> = (0..CAPACITY).filter_map(delegate).collect();
+        assert_eq!(delegated.len(), CAPACITY_FOR_OTHERS);
         let present = |n| queue.join(token(n), Behalf::Bearer);
         let presented: Vec<_> = (CAPACITY..CAPACITY + BATCH).map(present).collect();
         assert!(presented.iter().all(Option::is_some));
         let batch = queue.take();
         let last = BATCH - SHARE_OF_OTHERS - 1;
         assert_eq!((&batch[0], &batch[last]), (&token(CAPACITY), &token(CAPACITY + last)));
-        assert_eq!((&batch[last + 1], batch.len()), (&token(0), BATCH), "others get their share");
+        assert_eq!(
+            (&batch[last + 1], batch.len()),
+            (&token(0), BATCH),
+            "delegated tokens get their share"
+        );
     }
 
     #[test]

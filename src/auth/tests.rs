@@ -1,4 +1,4 @@
-//! Validation against an upstream that fails in part.
+//! Tests of validation against an upstream that fails in part.
 
 use std::sync::atomic::{AtomicU16, AtomicUsize};
 
@@ -20,7 +20,7 @@ fn grant(environment: &str) -> Grant {
     Grant { kind: TokenKind::Client, scope }
 }
 
-/// An authenticator that asks a scripted upstream.
+/// An authenticator that validates at a scripted upstream.
 struct Fixture {
     server: Scripted,
     auth: Authenticator,
@@ -62,12 +62,12 @@ impl Fixture {
         issuer
     }
 
-    /// Makes `token` a valid one that is due to be asked about.
-    fn know(&self, token: &Token, environment: &str) {
+    /// Caches `token` as valid and due for revalidation.
+    fn cache(&self, token: &Token, environment: &str) {
         self.inner().verdicts.accept(token, grant(environment), RequestStart::NEVER);
     }
 
-    /// Revalidates after every pause of a single token is over.
+    /// Revalidates once the backoff of every single token has passed.
     async fn revalidate(&self) -> Duration {
         tokio::time::pause();
         tokio::time::advance(REVALIDATION_PAUSE).await;
@@ -85,7 +85,7 @@ fn answer(status: u16) -> Reply {
 }
 
 #[tokio::test]
-async fn a_token_stays_valid_while_its_probe_fails_and_validation_does_not_know_it() {
+async fn a_token_stays_valid_while_its_probe_fails_even_if_validation_does_not_know_it() {
     let probe = Arc::new(AtomicU16::new(503));
     let status = Arc::clone(&probe);
     let fixture = Fixture::start(move |request| {
@@ -94,7 +94,7 @@ async fn a_token_stays_valid_while_its_probe_fails_and_validation_does_not_know_
     })
     .await;
     let used = token("*:dev.used");
-    fixture.know(&used, "dev");
+    fixture.cache(&used, "dev");
     for _ in 0..3 {
         fixture.revalidate().await;
         assert!(fixture.is_valid(&used));
@@ -108,7 +108,7 @@ async fn a_token_stays_valid_while_its_probe_fails_and_validation_does_not_know_
 }
 
 #[tokio::test]
-async fn tokens_that_cannot_be_judged_delay_no_others() {
+async fn tokens_that_cannot_be_validated_delay_no_others() {
     let fixture = Fixture::start(|request| {
         let is_probe = request.line.starts_with(PROBE);
         let token = request.headers.get("authorization").and_then(|it| it.to_str().ok());
@@ -125,7 +125,7 @@ async fn tokens_that_cannot_be_judged_delay_no_others() {
     fixture.inner().list_is_unread("a test");
     let stuck: Vec<_> = (0..55).map(|n| token(&format!("*:broken.stuck-{n}"))).collect();
     for token in &stuck {
-        fixture.know(token, "broken");
+        fixture.cache(token, "broken");
     }
     let revoked = token("*:dev.revoked");
     fixture.inner().verdicts.accept(
@@ -135,19 +135,19 @@ async fn tokens_that_cannot_be_judged_delay_no_others() {
     );
     for _ in 0..4 {
         let pause = fixture.revalidate().await;
-        assert_eq!(pause, REVALIDATION_STEP, "others are asked about meanwhile");
+        assert_eq!(pause, REVALIDATION_STEP, "the others are validated meanwhile");
     }
     assert!(!fixture.is_valid(&revoked));
     assert!(stuck.iter().all(|token| fixture.is_valid(token)));
 }
 
 #[tokio::test]
-async fn known_tokens_are_asked_about_at_a_bounded_rate_while_the_list_is_read() {
+async fn revalidation_of_cached_tokens_is_rate_limited_while_the_list_is_available() {
     let fixture =
         Fixture::start(|request| answer(if request.line.starts_with(PROBE) { 404 } else { 200 }))
             .await;
     for n in 0..120 {
-        fixture.know(&token(&format!("*:dev.suspected-{n}")), "dev");
+        fixture.cache(&token(&format!("*:dev.suspected-{n}")), "dev");
     }
     let probes = async || {
         assert_eq!(fixture.inner().revalidate_due(fixture.issuer()).await, REVALIDATION_STEP);
@@ -157,14 +157,14 @@ async fn known_tokens_are_asked_about_at_a_bounded_rate_while_the_list_is_read()
 }
 
 #[test]
-fn a_list_without_any_readable_item_is_not_called_empty() {
+fn an_unreadable_list_is_reported_differently_from_an_empty_one() {
     let why = |json| why_unusable(&serde_json::from_str(json).expect("list")).unwrap_or_default();
     assert!(why(r#"{"tokens":[]}"#).starts_with("it is empty"));
     assert_eq!(why(r#"{"tokens":[{"secret":"*:dev.a"},7]}"#), "none of its items can be read");
 }
 
 #[tokio::test]
-async fn no_token_is_asked_about_before_the_time_that_upstream_named() {
+async fn no_token_is_validated_before_retry_after_has_passed() {
     let paused = Arc::new(AtomicBool::new(true));
     let is_paused = Arc::clone(&paused);
     let fixture = Fixture::start(move |request| {
@@ -177,15 +177,15 @@ async fn no_token_is_asked_about_before_the_time_that_upstream_named() {
     })
     .await;
     let used = token("*:dev.used");
-    fixture.know(&used, "dev");
-    let ask = async || {
+    fixture.cache(&used, "dev");
+    let authenticate = async || {
         tokio::select! {
             admission = fixture.auth.authenticate("*:dev.new") => admission.map(drop),
             () = fixture.inner().ask_about_first_seen(fixture.issuer()) => unreachable!(),
         }
     };
     for _ in 0..30 {
-        assert_eq!(ask().await, Err(Denied::Unavailable));
+        assert_eq!(authenticate().await, Err(Denied::Unavailable));
     }
     assert!(fixture.revalidate().await > REVALIDATION_PAUSE);
     assert_eq!(fixture.server.count(VALIDATE), 1);
@@ -193,15 +193,15 @@ async fn no_token_is_asked_about_before_the_time_that_upstream_named() {
     tokio::time::pause();
     tokio::time::advance(Duration::from_mins(1)).await;
     tokio::time::resume();
-    assert_eq!(ask().await, Ok(()));
+    assert_eq!(authenticate().await, Ok(()));
     fixture.revalidate().await;
     assert_eq!(fixture.server.count(VALIDATE), 3);
 }
 
 #[tokio::test]
-async fn an_admin_token_that_was_deleted_is_refused_while_the_token_list_cannot_be_read() {
-    let asked = Arc::new(AtomicUsize::new(0));
-    let count = Arc::clone(&asked);
+async fn a_deleted_admin_token_is_refused_while_the_token_list_is_unavailable() {
+    let checks = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&checks);
     let admin = AdminToken::new(token("*:*.admin"), None);
     let fixture = Fixture::start_with(Some(admin.clone()), move |request| {
         let is_check = request.line.starts_with("GET /base/api/admin/environments");
@@ -213,7 +213,7 @@ async fn an_admin_token_that_was_deleted_is_refused_while_the_token_list_cannot_
     let changes = async {
         for (expected, is_refused) in [(5, true), (6, false)] {
             changes.changed().await.expect("the token");
-            assert_eq!(asked.load(Ordering::Relaxed), expected);
+            assert_eq!(checks.load(Ordering::Relaxed), expected);
             assert_eq!(changes.borrow().is_refused(), is_refused);
         }
     };

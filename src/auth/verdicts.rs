@@ -1,11 +1,11 @@
-//! What is known of tokens: bounded caches keyed by digest.
+//! Bounded caches of valid, rejected and revoked tokens, keyed by digest.
 //!
-//! Valid and refused tokens live apart, so that a flood of made-up ones pushes out no real one.
-//! Nobody is asked anything here.
+//! Valid and rejected tokens are stored separately, so that a flood of made-up tokens evicts no valid
+//! one. This module sends no requests.
 //!
-//! Responses of the issuer are ordered by when their requests began, not by when they arrive: a
-//! response changes nothing that a later request, or a later withdrawal, has established. Changes
-//! exclude each other; reading takes no lock.
+//! Upstream's responses are ordered by the start of their requests, not by their arrival: a response
+//! does not override a later request or a later revocation. Writers exclude each other; reads take no
+//! lock.
 
 mod saved;
 #[cfg(test)]
@@ -33,18 +33,18 @@ use crate::{
     wire::tokens::{Listed, ListedSecret, TokenList},
 };
 
-/// How long a token that its issuer took back is refused without asking: longer than the issuer's
-/// own caches (Unleash refreshes them every minute) may still call it valid.
+/// How long a revoked token is rejected from the cache. Upstream's own caches may call it valid for
+/// less than that (Unleash refreshes them every minute).
 const REVOKED_FOR: Duration = Duration::from_mins(10);
 
-/// When a request to the issuer began: its response is as old as that, whenever it arrives.
+/// The start of a request to upstream. Its response counts as of this moment, whenever it arrives.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct RequestStart {
-    /// Its place in the order of all requests and withdrawals.
+    /// Its position in the order of all requests and revocations.
     order: u64,
-    /// Monotonic, since [`Verdicts::started`]; 0 is never.
+    /// Monotonic milliseconds since [`TokenCache::started`]; 0 is never.
     monotonic_ms: u64,
-    /// For what is displayed, and for the expiry of listed tokens.
+    /// Wall clock, for display and for the expiry of listed tokens.
     wall: Timestamp,
 }
 
@@ -53,27 +53,28 @@ impl RequestStart {
     pub(super) const NEVER: Self = Self { order: 0, monotonic_ms: 0, wall: Timestamp::UNIX_EPOCH };
 }
 
-/// A token that its issuer called valid.
+/// A valid token.
 #[derive(Debug)]
 pub struct Verdict {
     grant: Arc<Grant>,
     masked: Arc<str>,
     selector: Option<Box<str>>,
-    /// Whether the issuer's own list has shown it, so that its absence there means revocation.
+    /// Whether upstream's token list has contained it, so that its absence there means revocation.
     listed: AtomicBool,
-    /// The order of the latest request that confirmed it.
+    /// The sequence number of the latest request that confirmed it.
     confirmed: AtomicU64,
-    /// When that request began, in monotonic milliseconds; 0 is never.
+    /// The start of that request in monotonic milliseconds; 0 is never.
     confirmed_ms: AtomicU64,
-    /// The same by the wall clock, in seconds of Unix time.
-    checked: AtomicI64,
-    /// The order of the latest event that made it doubtful.
+    /// The start of that request by the wall clock, in seconds of Unix time.
+    confirmed_unix_secs: AtomicI64,
+    /// The sequence number of the latest event that made it stale.
     doubted: AtomicU64,
-    /// The order of the latest request that denied it.
+    /// The sequence number of the latest request that denied it.
     denied: AtomicU64,
-    /// When it was last taken to be asked about, or when it may be next, in monotonic milliseconds.
+    /// The time of its last revalidation, or the earliest time of the next one, in monotonic
+    /// milliseconds.
     ask_after_ms: AtomicU64,
-    /// The plaintext, once it has been presented to this process.
+    /// Set once the token has been presented to this process.
     token: OnceLock<Token>,
 }
 
@@ -86,7 +87,7 @@ impl Verdict {
             listed: AtomicBool::new(false),
             confirmed: AtomicU64::new(0),
             confirmed_ms: AtomicU64::new(0),
-            checked: AtomicI64::new(0),
+            confirmed_unix_secs: AtomicI64::new(0),
             doubted: AtomicU64::new(0),
             denied: AtomicU64::new(0),
             ask_after_ms: AtomicU64::new(0),
@@ -94,30 +95,30 @@ impl Verdict {
         }
     }
 
-    /// What the token allows.
+    /// Kind, environment and projects of the token.
     pub fn grant(&self) -> &Arc<Grant> {
         &self.grant
     }
 
-    /// What may be shown of the token.
+    /// The token without its secret part, for display.
     pub fn masked(&self) -> &str {
         &self.masked
     }
 
-    /// When the issuer last confirmed the token, by the wall clock.
+    /// The last confirmation by upstream, by the wall clock.
     pub fn checked(&self) -> Timestamp {
-        Timestamp::from_second(self.checked.load(Ordering::Relaxed))
+        Timestamp::from_second(self.confirmed_unix_secs.load(Ordering::Relaxed))
             .unwrap_or(Timestamp::UNIX_EPOCH)
     }
 
-    /// Whether this process has yet to see the token's plaintext.
+    /// Whether the token has not been presented to this process yet.
     pub fn wants_plaintext(&self) -> bool {
         self.token.get().is_none()
     }
 
-    /// Keeps the plaintext of a token that was known by its digest only.
+    /// Adds the plaintext of a token that was cached by its digest only.
     pub fn learn(&self, token: Token) {
-        // Losing the race against another request that learns the same token changes nothing.
+        // A concurrent request may have set the same plaintext.
         let _ = self.token.set(token);
     }
 
@@ -125,7 +126,7 @@ impl Verdict {
         self.listed.load(Ordering::Relaxed)
     }
 
-    /// Whether a request that began after `start` has confirmed it.
+    /// Whether a request that began after `start` has confirmed the token.
     fn is_newer_than(&self, start: RequestStart) -> bool {
         self.confirmed.load(Ordering::Relaxed) > start.order
     }
@@ -134,17 +135,17 @@ impl Verdict {
         if !self.is_newer_than(start) {
             self.confirmed.store(start.order, Ordering::Relaxed);
             self.confirmed_ms.store(start.monotonic_ms, Ordering::Relaxed);
-            self.checked.store(start.wall.as_second(), Ordering::Relaxed);
+            self.confirmed_unix_secs.store(start.wall.as_second(), Ordering::Relaxed);
         }
     }
 
-    /// Makes the next revalidation ask for this one, however young it is, unless a request that
-    /// began after `order` has confirmed it.
+    /// Makes the token due for revalidation at any age, unless a request that began after `order` has
+    /// confirmed it.
     fn doubt(&self, order: u64) {
         self.doubted.fetch_max(order, Ordering::Relaxed);
     }
 
-    /// Whether it is doubtful, or was last confirmed before `limit_ms`.
+    /// Whether the token is stale, or was last confirmed before `limit_ms`.
     fn is_due(&self, limit_ms: Option<u64>) -> bool {
         let confirmed_ms = self.confirmed_ms.load(Ordering::Relaxed);
         confirmed_ms == 0
@@ -152,14 +153,14 @@ impl Verdict {
             || limit_ms.is_some_and(|limit| confirmed_ms < limit)
     }
 
-    /// Notes that a request denied it; true if one before did so as well, and none has confirmed it
+    /// Records a denial; true if an earlier request denied the token too and none has confirmed it
     /// since.
     fn deny(&self, start: RequestStart) -> bool {
         let before = self.denied.swap(start.order, Ordering::Relaxed);
         before > self.confirmed.load(Ordering::Relaxed)
     }
 
-    /// The verdict on the same token with another grant.
+    /// The same token with another grant.
     fn with_grant(&self, grant: Grant, start: RequestStart) -> Self {
         let changed =
             Self::unconfirmed(Arc::new(grant), Arc::clone(&self.masked), self.selector.as_deref());
@@ -173,82 +174,81 @@ impl Verdict {
     }
 }
 
-/// Why a token is refused without asking.
+/// A token that upstream does not know or whose use it forbids.
 #[derive(Debug)]
 struct Refusal {
-    /// The order of the request that told so.
+    /// The sequence number of the request that rejected it.
     order: u64,
-    /// The public half of a v2 token, by which a list can tell that it exists by now.
+    /// The public half of a v2 token, to recognize it in a list if it has been created since.
     selector: Option<Box<str>>,
-    /// What the token would allow, if the issuer knows it and forbids its use.
+    /// The grant of the token, if upstream knows it and forbids its use.
     forbidden: Option<Arc<Grant>>,
 }
 
-/// What became of a token that its issuer calls valid.
+/// The outcome of recording a valid token.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Accepted {
-    /// It was not known before, or allows something else now.
+    /// The token is new in the cache, or has another grant.
     New,
-    /// It was known already.
+    /// The token is cached already.
     Known,
-    /// A later request has told that it is not valid.
+    /// A later request has rejected the token.
     Outdated,
-    /// It has lately been revoked and stays so.
+    /// The token was revoked within [`REVOCATION_TTL`] and stays revoked.
     Revoked,
 }
 
-/// What became of a token that its issuer does not call valid.
+/// The outcome of recording a rejected token.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Rejected {
-    /// It is refused from now on.
+    /// The token is rejected from now on.
     Refused,
-    /// It was valid and remains so until it is denied again.
+    /// The token was valid and stays valid until it is denied again.
     Doubted,
-    /// A later request has confirmed it.
+    /// A later request has confirmed the token.
     Outdated,
 }
 
-/// What reading a list changed.
+/// The changes made by a token list.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub(super) struct Changes {
-    /// Tokens that were not known before, or allow something else now.
+    /// Tokens that are new in the cache, or have another grant.
     pub(super) learned: usize,
-    /// Known tokens that the list no longer has.
+    /// Cached tokens that the list no longer contains.
     pub(super) revoked: usize,
-    /// Known tokens of which the list proves nothing: they are asked for again.
+    /// Cached tokens about which the list is inconclusive; they are revalidated.
     pub(super) suspected: usize,
 }
 
-/// Every verdict that is kept.
+/// The caches of valid, rejected and revoked tokens.
 #[derive(Debug)]
 pub(super) struct Verdicts {
     valid: Cache<TokenDigest, Arc<Verdict>, RandomState>,
     refused: Cache<TokenDigest, Arc<Refusal>, RandomState>,
-    /// Tokens that have lately been revoked, with the order of that: v2 tokens by their selector,
-    /// by which they can be revoked unseen, all others by their digest.
+    /// Tokens revoked within [`REVOCATION_TTL`], with the sequence number of the revocation: v2 tokens
+    /// by their selector, which also covers tokens never presented; all others by their digest.
     revoked: Cache<TokenDigest, u64, RandomState>,
     revoked_selectors: Cache<Box<str>, u64, RandomState>,
     unsaved: AtomicBool,
     started: Instant,
-    /// Whoever changes anything holds it.
+    /// Locked during each change.
     changing: Mutex<Changing>,
     capacity: usize,
 }
 
-/// What only changes read.
+/// State that only writers use.
 #[derive(Debug, Default)]
 struct Changing {
-    /// The order of the latest event.
     order: u64,
-    /// What the latest list had: a token that the next list lacks has been revoked, whether or not it
-    /// is known here.
+    /// The contents of the latest list. A token missing in the next list has been revoked, whether or
+    /// not it is cached.
     listed: HashSet<TokenDigest>,
-    /// The same of v2 tokens.
+    /// The same for v2 tokens.
     listed_selectors: HashSet<Box<str>>,
 }
 
 impl Changing {
-    /// The order of what happens now.
+    /// The sequence number of the current event.
     fn next(&mut self) -> u64 {
         self.order += 1;
         self.order
@@ -256,8 +256,7 @@ impl Changing {
 }
 
 impl Verdicts {
-    /// Room for `capacity` valid verdicts and as many refusals, which are believed for
-    /// `refuse_for`.
+    /// A cache for `capacity` valid tokens and as many rejected ones, which expire after `refuse_for`.
     pub(super) fn new(capacity: u64, refuse_for: Duration) -> Self {
         let hasher = RandomState::default;
         Self {
@@ -269,7 +268,7 @@ impl Verdicts {
             revoked: Cache::builder()
                 .max_capacity(capacity)
                 .time_to_live(REVOKED_FOR)
-                // What was revoked last counts most, although nobody has presented it yet.
+                // The latest revocations matter most, even of tokens not presented yet.
                 .eviction_policy(EvictionPolicy::lru())
                 .build_with_hasher(hasher()),
             revoked_selectors: Cache::builder()
@@ -284,7 +283,7 @@ impl Verdicts {
         }
     }
 
-    /// Notes that a request to the issuer begins now.
+    /// Starts a request to upstream.
     pub(super) fn start_request(&self) -> RequestStart {
         RequestStart {
             order: self.lock().next(),
@@ -293,12 +292,12 @@ impl Verdicts {
         }
     }
 
-    /// The verdict on a valid token.
+    /// The valid token with this digest.
     pub(super) fn valid(&self, digest: &TokenDigest) -> Option<Arc<Verdict>> {
         self.valid.get(digest)
     }
 
-    /// Why a token of this digest is refused without asking, if it is.
+    /// Why the token with this digest is rejected, if it is.
     pub(super) fn refusal(&self, digest: &TokenDigest) -> Option<Denied> {
         if self.revoked.contains_key(digest) {
             return Some(Denied::Unknown);
@@ -307,24 +306,24 @@ impl Verdicts {
         Some(if refusal.forbidden.is_some() { Denied::Forbidden } else { Denied::Unknown })
     }
 
-    /// Whether `token` is a v2 token that has lately been revoked by its selector, perhaps before anybody
-    /// presented it. What is known by digest, [`Verdicts::refusal`] tells.
+    /// Whether `token` is a v2 token that was revoked by its selector, perhaps before it was ever
+    /// presented. For revocations by digest see [`TokenCache::rejection`].
     pub(super) fn is_revoked_by_selector(&self, token: &Token) -> bool {
         let is_revoked = |selector: &str| self.revoked_selectors.contains_key(selector);
         token.selector().is_some_and(is_revoked)
     }
 
-    /// Whether `token` has lately been revoked.
+    /// Whether `token` was revoked within [`REVOCATION_TTL`].
     fn is_revoked(&self, token: &Token) -> bool {
-        // An earlier release has saved v2 tokens by their digests, too.
+        // An earlier release saved v2 tokens by their digests too.
         self.is_revoked_by_selector(token) || self.revoked.contains_key(&token.digest())
     }
 
-    /// What is known of `token`: its grant, or why it is refused.
+    /// The cached state of `token`: its grant, or why it is rejected; `None` if it is not cached.
     pub(super) fn known(&self, token: &Token) -> Option<Result<Arc<Grant>, Denied>> {
         let digest = token.digest();
-        if let Some(verdict) = self.valid.get(&digest) {
-            return Some(Ok(Arc::clone(verdict.grant())));
+        if let Some(cached) = self.valid.get(&digest) {
+            return Some(Ok(Arc::clone(cached.grant())));
         }
         if self.is_revoked(token) {
             return Some(Err(Denied::Unknown));
@@ -332,13 +331,13 @@ impl Verdicts {
         self.refusal(&digest).map(Err)
     }
 
-    /// What a token would allow whose use the issuer forbids.
+    /// The grant of a token whose use upstream forbids.
     pub(super) fn forbidden(&self, digest: &TokenDigest) -> Option<Arc<Grant>> {
         self.refused.get(digest)?.forbidden.clone()
     }
 
-    /// Keeps that the issuer calls `token` valid, unless it has lately been revoked: the issuer's
-    /// caches may be older than the list that told of the revocation.
+    /// Records that upstream calls `token` valid, unless it was revoked recently: upstream's caches may
+    /// be older than the list that revoked it.
     pub(super) fn accept(&self, token: &Token, grant: Grant, start: RequestStart) -> Accepted {
         let _changing = self.lock();
         self.admit(token, grant, start)
@@ -353,7 +352,7 @@ impl Verdicts {
             return Accepted::Outdated;
         }
         self.refused.invalidate(&digest);
-        let verdict = match self.valid.get(&digest) {
+        let cached = match self.valid.get(&digest) {
             Some(known) if known.is_newer_than(start) || *known.grant == grant => {
                 known.confirm(start);
                 if known.wants_plaintext() {
@@ -363,28 +362,28 @@ impl Verdicts {
             }
             Some(known) => known.with_grant(grant, start),
             None => {
-                let verdict =
+                let cached =
                     Verdict::unconfirmed(Arc::new(grant), token.masked(), token.selector());
-                verdict.confirm(start);
-                verdict
+                cached.confirm(start);
+                cached
             }
         };
-        if verdict.wants_plaintext() {
-            verdict.learn(token.clone());
+        if cached.wants_plaintext() {
+            cached.learn(token.clone());
         }
-        self.valid.insert(digest, Arc::new(verdict));
+        self.valid.insert(digest, Arc::new(cached));
         self.unsaved.store(true, Ordering::Relaxed);
         Accepted::New
     }
 
-    /// Keeps that the issuer does not know `token`.
+    /// Records that upstream does not know `token`.
     pub(super) fn refuse(&self, token: &Token, start: RequestStart) -> Rejected {
         let _changing = self.lock();
         self.reject(token, None, start)
     }
 
-    /// Keeps that the issuer does not know `token`, which it may have called valid before: then a
-    /// denial counts when it is repeated.
+    /// Records that upstream does not know `token`. If the token was valid before, it is rejected only
+    /// at the second denial.
     pub(super) fn deny(&self, token: &Token, start: RequestStart) -> Rejected {
         let _changing = self.lock();
         match self.valid.get(&token.digest()) {
@@ -393,9 +392,9 @@ impl Verdicts {
         }
     }
 
-    /// Keeps that the issuer knows `token` and forbids its use.
+    /// Records that upstream knows `token` and forbids its use.
     ///
-    /// One that is in use stays so: only who does not know it any more has revoked it.
+    /// A cached valid token stays valid: only an upstream that no longer knows it has revoked it.
     pub(super) fn forbid(&self, token: &Token, grant: Grant, start: RequestStart) {
         let _changing = self.lock();
         if self.valid.contains_key(&token.digest()) {
@@ -428,7 +427,7 @@ impl Verdicts {
         Rejected::Refused
     }
 
-    /// Forgets the verdict on a valid token.
+    /// Removes a valid token.
     pub(super) fn forget(&self, digest: &TokenDigest) {
         let _changing = self.lock();
         if self.valid.remove(digest).is_some() {
@@ -436,14 +435,14 @@ impl Verdicts {
         }
     }
 
-    /// Takes over the issuer's own list of all its tokens.
+    /// Applies upstream's list of all its tokens.
     ///
-    /// A verdict that came from such a list falls with its entry, at once and for longer than the
-    /// issuer's caches live. One that never was on a list (issuers keep some to themselves) is only
-    /// suspected, and so is one that an item stands for which cannot be read.
+    /// A cached token that was on a list is revoked as soon as its entry is missing, for longer than
+    /// upstream's own caches live. A token that was never on a list (upstream omits some) is only marked
+    /// as stale, and so is one that an unreadable item may stand for.
     ///
-    /// Being listed admits a token only to `served` environments: the issuer may forbid the use of
-    /// others, which is found out when they are presented.
+    /// A listed token is accepted only for `served` environments: upstream may forbid the use of others,
+    /// so these are validated when they are presented.
     pub(super) fn take_list(
         &self,
         list: &TokenList,
@@ -497,28 +496,28 @@ impl Verdicts {
                 self.refused.invalidate(&*digest);
             }
         }
-        for (digest, verdict) in &self.valid {
+        for (digest, cached) in &self.valid {
             let digest = *digest;
-            let selector = verdict.selector.as_deref();
+            let selector = cached.selector.as_deref();
             let entry = selector.and_then(|it| selectors.get(it));
             if let Some(entry) = entry {
-                changes.learned += usize::from(self.follow_entry(digest, &verdict, entry, start));
+                changes.learned += usize::from(self.follow_entry(digest, &cached, entry, start));
             } else if digests.contains(&digest) {
-                self.show(&verdict);
-            } else if (verdict.is_listed() && !unreadable.may_have(&digest, selector))
+                self.show(&cached);
+            } else if (cached.is_listed() && !unreadable.may_have(&digest, selector))
                 || selector.map_or(gone.contains(&digest), |it| gone_selectors.contains(it))
             {
                 self.revoke(digest, selector, start.order);
                 changes.revoked += 1;
             } else {
-                verdict.doubt(start.order);
+                cached.doubt(start.order);
                 changes.suspected += 1;
             }
         }
         changes
     }
 
-    /// Whether a listed token needs no other proof that its issuer lets it be used.
+    /// Whether a listed token is accepted without validation.
     fn is_admitted_by_list(
         &self,
         digest: &TokenDigest,
@@ -530,7 +529,7 @@ impl Verdicts {
             || (is_served && self.forbidden(digest).is_none_or(|it| *it != entry.grant()))
     }
 
-    /// Lets a listed token be asked for again, unless it is known that its use is forbidden.
+    /// Makes a listed token eligible for validation again, unless its use is known to be forbidden.
     fn take_back_refusal(&self, digest: &TokenDigest, entry: &Listed, start: RequestStart) {
         let is_taken_back = |refusal: &Refusal| {
             refusal.order < start.order
@@ -541,7 +540,7 @@ impl Verdicts {
         }
     }
 
-    /// Lets a listed v2 token be asked for again.
+    /// Makes a listed v2 token eligible for validation again.
     fn reinstate(&self, selector: &str, start: RequestStart) {
         if self.revoked_selectors.get(selector).is_some_and(|revoked| revoked < start.order) {
             self.revoked_selectors.invalidate(selector);
@@ -549,7 +548,7 @@ impl Verdicts {
         }
     }
 
-    /// Confirms a known v2 token that is listed; true if it allows something else now.
+    /// Confirms a cached v2 token that is listed; true if its grant has changed.
     fn follow_entry(
         &self,
         digest: TokenDigest,
@@ -568,14 +567,15 @@ impl Verdicts {
         true
     }
 
-    /// Keeps that the list shows a token.
+    /// Marks a token as contained in the list.
     fn show(&self, known: &Verdict) {
         if !known.listed.swap(true, Ordering::Relaxed) {
             self.unsaved.store(true, Ordering::Relaxed);
         }
     }
 
-    /// Takes note that the issuer has just deleted a token, before any list tells.
+    /// Revokes a token that has just been deleted at upstream, before a list shows it. Returns the
+    /// digests of the affected tokens.
     pub(super) fn withdraw(&self, named: &ListedSecret) -> Vec<TokenDigest> {
         let mut changing = self.lock();
         let order = changing.next();
@@ -596,12 +596,12 @@ impl Verdicts {
         digests
     }
 
-    /// Makes the next revalidation ask for a token, however young its verdict is.
+    /// Makes a token due for revalidation at any age.
     pub(super) fn suspect(&self, named: &ListedSecret) {
         let mut changing = self.lock();
         let order = changing.next();
-        for (_, verdict) in self.named(named) {
-            verdict.doubt(order);
+        for (_, cached) in self.named(named) {
+            cached.doubt(order);
         }
     }
 
@@ -609,75 +609,73 @@ impl Verdicts {
         &'a self,
         named: &'a ListedSecret,
     ) -> impl Iterator<Item = (TokenDigest, Arc<Verdict>)> + 'a {
-        let is_named = |digest: &TokenDigest, verdict: &Verdict| match named {
+        let is_named = |digest: &TokenDigest, cached: &Verdict| match named {
             ListedSecret::Full(token) => token.digest() == *digest,
-            ListedSecret::Selector(selector) => verdict.selector.as_deref() == Some(selector),
+            ListedSecret::Selector(selector) => cached.selector.as_deref() == Some(selector),
         };
-        let known = self.valid.iter().filter(move |(digest, verdict)| is_named(digest, verdict));
-        known.map(|(digest, verdict)| (*digest, verdict))
+        let known = self.valid.iter().filter(move |(digest, cached)| is_named(digest, cached));
+        known.map(|(digest, cached)| (*digest, cached))
     }
 
-    /// The plaintexts of valid tokens that are doubtful or were last confirmed longer than `age`
-    /// ago, at most `most`: those first that have waited longest since they were confirmed or taken
-    /// by this.
+    /// Takes at most `most` valid tokens that are stale or were confirmed longer than `age` ago, the
+    /// longest waiting first, counted from their last confirmation or revalidation.
     ///
-    /// Those whose plaintext is yet to be presented are left for then, and those that are postponed
-    /// until their time.
+    /// Tokens not presented to this process yet are skipped, and so are postponed ones.
     pub(super) fn take_unconfirmed_for(&self, age: Duration, most: usize) -> Vec<Token> {
         let age_ms = u64::try_from(age.as_millis()).unwrap_or(u64::MAX);
         let now_ms = self.millis(Instant::now());
         let limit_ms = now_ms.checked_sub(age_ms);
-        let is_ready = |verdict: &Verdict| {
-            !verdict.wants_plaintext()
-                && verdict.is_due(limit_ms)
-                && verdict.ask_after_ms.load(Ordering::Relaxed) <= now_ms
+        let is_ready = |cached: &Verdict| {
+            !cached.wants_plaintext()
+                && cached.is_due(limit_ms)
+                && cached.ask_after_ms.load(Ordering::Relaxed) <= now_ms
         };
-        let due = self.valid.iter().map(|(_, verdict)| verdict);
-        let mut due: Vec<_> = due.filter(|verdict| is_ready(verdict)).collect();
-        due.sort_by_cached_key(|verdict| {
-            let confirmed_ms = verdict.confirmed_ms.load(Ordering::Relaxed);
-            confirmed_ms.max(verdict.ask_after_ms.load(Ordering::Relaxed))
+        let due = self.valid.iter().map(|(_, cached)| cached);
+        let mut due: Vec<_> = due.filter(|cached| is_ready(cached)).collect();
+        due.sort_by_cached_key(|cached| {
+            let confirmed_ms = cached.confirmed_ms.load(Ordering::Relaxed);
+            confirmed_ms.max(cached.ask_after_ms.load(Ordering::Relaxed))
         });
         due.truncate(most);
-        for verdict in &due {
-            verdict.ask_after_ms.store(now_ms, Ordering::Relaxed);
+        for cached in &due {
+            cached.ask_after_ms.store(now_ms, Ordering::Relaxed);
         }
-        due.iter().filter_map(|verdict| verdict.token.get().cloned()).collect()
+        due.iter().filter_map(|cached| cached.token.get().cloned()).collect()
     }
 
-    /// Lets a valid token not be asked about again before `pause` is over.
+    /// Excludes a valid token from revalidation for the duration of `pause`.
     pub(super) fn postpone(&self, digest: &TokenDigest, pause: Duration) {
-        if let Some(verdict) = self.valid.get(digest) {
+        if let Some(cached) = self.valid.get(digest) {
             let until_ms = self.millis(Instant::now() + pause);
-            verdict.ask_after_ms.fetch_max(until_ms, Ordering::Relaxed);
+            cached.ask_after_ms.fetch_max(until_ms, Ordering::Relaxed);
         }
     }
 
-    /// Every valid verdict, for the operator's eyes.
+    /// Every valid token, for display to operators.
     pub(super) fn all_valid(&self) -> Vec<Arc<Verdict>> {
-        self.valid.iter().map(|(_, verdict)| verdict).collect()
+        self.valid.iter().map(|(_, cached)| cached).collect()
     }
 
-    /// The same with the digests of their tokens.
+    /// Every valid token with its digest.
     pub(super) fn all_valid_by_digest(&self) -> impl Iterator<Item = (TokenDigest, Arc<Verdict>)> {
-        self.valid.iter().map(|(digest, verdict)| (*digest, verdict))
+        self.valid.iter().map(|(digest, cached)| (*digest, cached))
     }
 
-    /// How many tokens are refused at the moment.
+    /// The number of rejected and revoked tokens.
     pub(super) fn refused_count(&self) -> u64 {
         let revoked = self.revoked.entry_count() + self.revoked_selectors.entry_count();
         self.refused.entry_count() + revoked
     }
 
-    /// The verdicts to be stored, if there are any that the last call did not give.
+    /// The cache in its stored form; `None` if it has not changed since the last call.
     pub(super) fn save(&self) -> Option<Vec<u8>> {
         self.unsaved.swap(false, Ordering::Relaxed).then(|| {
-            let saved = |(digest, verdict): (Arc<TokenDigest>, Arc<Verdict>)| Saved {
+            let saved = |(digest, cached): (Arc<TokenDigest>, Arc<Verdict>)| Saved {
                 digest: *digest,
-                grant: Arc::clone(&verdict.grant),
-                masked: Arc::clone(&verdict.masked),
-                selector: verdict.selector.clone(),
-                is_listed: verdict.is_listed(),
+                grant: Arc::clone(&cached.grant),
+                masked: Arc::clone(&cached.masked),
+                selector: cached.selector.clone(),
+                is_listed: cached.is_listed(),
             };
             let saved = SavedVerdicts {
                 valid: self.valid.iter().map(saved).collect(),
@@ -692,23 +690,23 @@ impl Verdicts {
         })
     }
 
-    /// Says that what [`Verdicts::save`] gave could not be stored.
+    /// Reports that the bytes of [`TokenCache::serialize_if_changed`] could not be stored.
     pub(super) fn not_saved(&self) {
         self.unsaved.store(true, Ordering::Relaxed);
     }
 
-    /// Takes over what [`Verdicts::save`] gave to an earlier process; tells how many there were.
+    /// Loads what [`TokenCache::serialize_if_changed`] returned to an earlier process; returns the
+    /// number of valid tokens.
     ///
-    /// They count as unconfirmed: each is asked for as soon as its token is presented, and serves
-    /// meanwhile.
+    /// They are valid but unconfirmed: each is revalidated once it has been presented.
     pub(super) fn restore(&self, json: &[u8]) -> Result<usize, RestoreError> {
         let saved = SavedVerdicts::parse(json)?;
         let count = saved.valid.len();
         let _changing = self.lock();
         for Saved { digest, grant, masked, selector, is_listed } in saved.valid {
-            let verdict = Verdict::unconfirmed(grant, masked, selector.as_deref());
-            verdict.listed.store(is_listed, Ordering::Relaxed);
-            self.valid.insert(digest, Arc::new(verdict));
+            let cached = Verdict::unconfirmed(grant, masked, selector.as_deref());
+            cached.listed.store(is_listed, Ordering::Relaxed);
+            self.valid.insert(digest, Arc::new(cached));
         }
         for digest in saved.revoked {
             self.revoked.insert(digest, RequestStart::NEVER.order);

@@ -1,13 +1,13 @@
-//! `parapet backup` and `parapet restore`: what a standalone has in its database, in a file.
+//! `parapet backup` and `parapet restore`: the database of a standalone instance in a file.
 
 use crate::{
     config::{Archive, ArchiveAction},
     control::backup::{self, BackupError},
 };
 
-/// Does what was asked for; what it gives is to be printed.
-pub async fn run(asked: Archive) -> Result<String, BackupError> {
-    let Archive { action, file, replace, location } = asked;
+/// Runs the command; returns the text to print.
+pub async fn run(command: Archive) -> Result<String, BackupError> {
+    let Archive { action, file, replace, location } = command;
     let shown = file.display();
     match action {
         ArchiveAction::Backup => {
@@ -16,7 +16,7 @@ pub async fn run(asked: Archive) -> Result<String, BackupError> {
         }
         ArchiveAction::Restore => {
             let rows = backup::restore(&location, &file, replace).await?;
-            Ok(format!("restored {rows} rows from {shown}; no session is open\n"))
+            Ok(format!("restored {rows} rows from {shown}; all sessions are ended\n"))
         }
     }
 }

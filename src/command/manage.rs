@@ -1,6 +1,7 @@
-//! `parapet token` and `parapet account`: the control plane from a shell.
+//! `parapet token` and `parapet account`: management of tokens and accounts from the command line.
 //!
-//! The same tasks are done on the database of a standalone instance, or by asking a running server.
+//! Each task works on the database of a standalone instance, or through the admin API of a running
+//! server.
 
 mod database;
 mod error;
@@ -11,11 +12,11 @@ mod told;
 pub use self::error::Error;
 use crate::config::{Manage, Place};
 
-/// Does a task; what it gives is to be printed.
-pub async fn run(asked: Manage) -> Result<String, Error> {
-    let told = match asked.place {
-        Place::Database(location) => database::run(location, asked.task).await?,
-        Place::Server(server) => server::run(server, asked.task).await?,
+/// Runs a task; returns the text to print.
+pub async fn run(command: Manage) -> Result<String, Error> {
+    let output = match command.place {
+        Place::Database(location) => database::run(location, command.task).await?,
+        Place::Server(server) => server::run(server, command.task).await?,
     };
-    Ok(if asked.json { told.json() } else { told.text() })
+    Ok(if command.json { output.json() } else { output.text() })
 }

@@ -1,13 +1,13 @@
-//! An explanation as a text of indented lines.
+//! Renders an explanation as indented lines of text.
 //!
-//! The sentences are the explanation's own; here is only their order and what stands before them.
+//! The sentences are part of the explanation; this module adds only order, indentation and marks.
 
 use crate::engine::explanation::{Explanation, Strategy, Variants};
 
-/// The whole explanation; every line ends.
-pub(super) fn tree(told: &Explanation) -> String {
+/// Renders the whole explanation; every line ends with a newline.
+pub(super) fn tree(explanation: &Explanation) -> String {
     let mut lines = Lines(String::new());
-    lines.explanation(0, told);
+    lines.explanation(0, explanation);
     lines.0
 }
 
@@ -20,61 +20,61 @@ impl Lines {
         self.0.push('\n');
     }
 
-    fn explanation(&mut self, depth: usize, told: &Explanation) {
-        self.add(depth, &told.summary);
+    fn explanation(&mut self, depth: usize, explanation: &Explanation) {
+        self.add(depth, &explanation.summary);
         let depth = depth + 1;
-        if let Some(payload) = told.variant.as_ref().and_then(|it| it.payload.as_ref()) {
+        if let Some(payload) = explanation.variant.as_ref().and_then(|it| it.payload.as_ref()) {
             self.add(depth, &format!("payload ({}): {}", payload.kind, payload.value));
         }
-        self.add(depth, if told.switched_on { "switched on" } else { "switched off" });
-        for parent in &told.parents {
+        self.add(depth, if explanation.switched_on { "switched on" } else { "switched off" });
+        for parent in &explanation.parents {
             self.add(depth, &format!("{} {}", mark(parent.satisfied), parent.why));
-            if let Some(explanation) = &parent.explanation {
-                self.explanation(depth + 1, explanation);
+            if let Some(nested) = &parent.explanation {
+                self.explanation(depth + 1, nested);
             }
         }
-        for (number, strategy) in (1..).zip(&told.strategies) {
+        for (number, strategy) in (1..).zip(&explanation.strategies) {
             self.strategy(depth, number, strategy);
         }
-        if let Some(variants) = &told.variants {
+        if let Some(variants) = &explanation.variants {
             self.variants(depth, "variants of the flag", variants);
         }
-        for problem in &told.problems {
+        for problem in &explanation.problems {
             self.add(depth, &format!("problem: {problem}"));
         }
     }
 
-    fn strategy(&mut self, depth: usize, number: usize, told: &Strategy) {
-        let title = told.title.as_ref().map(|title| format!(" ({title})")).unwrap_or_default();
-        let reached = if told.reached { "" } else { ", which is not reached" };
-        let name = if told.name.is_empty() { "unreadable" } else { &told.name };
-        let matches = mark(told.matches);
+    fn strategy(&mut self, depth: usize, number: usize, strategy: &Strategy) {
+        let title = strategy.title.as_ref().map(|title| format!(" ({title})")).unwrap_or_default();
+        let reached = if strategy.reached { "" } else { ", not reached" };
+        let name = if strategy.name.is_empty() { "unreadable" } else { &strategy.name };
+        let matches = mark(strategy.matches);
         self.add(depth, &format!("{matches} strategy {number}, {name}{title}{reached}"));
-        if told.disabled {
-            self.add(depth + 1, "marked as disabled, which SDKs do not heed");
+        if strategy.disabled {
+            self.add(depth + 1, "marked as disabled, which SDKs ignore");
         }
-        match &told.rule {
+        match &strategy.rule {
             Some(rule) => self.add(depth + 1, &format!("{} {}", mark(rule.holds), rule.why)),
-            None => self.add(depth + 1, &told.why),
+            None => self.add(depth + 1, &strategy.why),
         }
-        for constraint in &told.constraints {
+        for constraint in &strategy.constraints {
             self.add(depth + 1, &format!("{} {}", mark(constraint.holds), constraint.why));
         }
-        for segment in &told.segments {
+        for segment in &strategy.segments {
             self.add(depth + 1, &format!("{} {}", mark(segment.holds), segment.why));
             for constraint in &segment.constraints {
                 self.add(depth + 2, &format!("{} {}", mark(constraint.holds), constraint.why));
             }
         }
-        if let Some(variants) = &told.variants {
+        if let Some(variants) = &strategy.variants {
             self.variants(depth + 1, "variants of the strategy", variants);
         }
     }
 
-    fn variants(&mut self, depth: usize, whose: &str, told: &Variants) {
-        let counts = if told.decides { "" } else { " (not asked, or nobody's)" };
-        self.add(depth, &format!("{whose}{counts}: {}", told.why));
-        for share in &told.shares {
+    fn variants(&mut self, depth: usize, title: &str, variants: &Variants) {
+        let counts = if variants.decides { "" } else { " (not used)" };
+        self.add(depth, &format!("{title}{counts}: {}", variants.why));
+        for share in &variants.shares {
             self.add(depth + 1, &format!("{}: weight {}", share.name, share.weight));
         }
     }

@@ -1,6 +1,6 @@
-//! Accounts: people with a password, a role, and what was granted to them beyond it.
+//! Accounts of people: password hash, role, and permissions in addition to the role.
 //!
-//! Who is signed in is `sessions`' business.
+//! Signing in is in `sessions`.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -22,29 +22,29 @@ use super::{
 };
 use crate::wire::admin::{Email, Name, Username};
 
-/// What may be told of an account.
+/// An account, without its password.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Account {
-    /// Its number.
+    /// Its id in the database.
     pub id: i64,
-    /// The name to sign in with; its letters' case is remembered and does not matter.
+    /// The name to sign in with, compared without regard to case.
     pub username: String,
     /// The person's name.
     pub name: Option<String>,
-    /// The person's address.
+    /// The person's email address.
     pub email: Option<String>,
-    /// What it may do.
+    /// Its role.
     pub role: RootRole,
-    /// What it may do beyond its role.
+    /// Permissions in addition to its role.
     pub permissions: BTreeSet<Permission>,
-    /// When it was made.
+    /// The time of its creation.
     pub created_at: Timestamp,
-    /// When somebody last signed in to it.
+    /// The time of its last sign-in.
     pub seen_at: Option<Timestamp>,
 }
 
 impl Account {
-    /// The account as somebody who acts in `session`.
+    /// The account as the operator of requests in `session`.
     pub(super) fn operator(&self, session: SessionRef) -> Operator {
         let (username, permissions) = (self.username.clone(), self.permissions.clone());
         Operator::Account { id: self.id, username, role: self.role, permissions, session }
@@ -55,7 +55,7 @@ impl Account {
         Author { name: &self.username, id: Some(self.id), address: Some(address) }
     }
 
-    /// The account as audit events tell it.
+    /// The account as audit events contain it.
     fn data(&self) -> Value {
         let permissions: Vec<_> = self.permissions.iter().map(|it| it.as_str()).collect();
         json!({
@@ -76,35 +76,35 @@ pub struct NewAccount {
     pub username: String,
     /// The person's name.
     pub name: Option<String>,
-    /// The person's address.
+    /// The person's email address.
     pub email: Option<String>,
-    /// What it may do.
+    /// Its role.
     pub role: RootRole,
-    /// What it signs in with.
+    /// Its password.
     pub password: Password,
 }
 
-/// What to change of an account; `None` leaves a field as it is.
+/// The changes to an account; `None` leaves a field unchanged.
 #[derive(Clone, Debug, Default)]
 pub struct AccountChange {
-    /// The person's name, or that none is known.
+    /// The person's name; `Some(None)` removes it.
     pub name: Option<Option<String>>,
-    /// The person's address, or that none is known.
+    /// The person's email address; `Some(None)` removes it.
     pub email: Option<Option<String>>,
-    /// What it may do.
+    /// Its role.
     pub role: Option<RootRole>,
-    /// What it signs in with.
+    /// Its password.
     pub password: Option<Password>,
 }
 
-/// A change of what is granted to an account.
+/// A change of the permissions that an account has in addition to its role.
 #[derive(Clone, Debug)]
 pub enum Grants {
-    /// These, and no others.
+    /// Sets the permissions to these.
     Only(BTreeSet<Permission>),
-    /// These as well.
+    /// Adds these permissions.
     With(BTreeSet<Permission>),
-    /// These no longer.
+    /// Removes these permissions.
     Without(BTreeSet<Permission>),
 }
 
@@ -118,7 +118,7 @@ impl Grants {
     }
 }
 
-/// The form of a username under which it is found.
+/// The normalized form of a username, by which it is looked up.
 pub(super) fn key_of(username: &str) -> String {
     username.trim().to_lowercase()
 }
@@ -128,21 +128,21 @@ fn check_username(username: &str) -> Result<String, Error> {
     Ok(read.0)
 }
 
-/// What a person is called; an empty text is nothing.
+/// A valid name of a person; an empty text is `None`.
 fn check_name(name: Option<String>) -> Result<Option<String>, Error> {
     let Some(name) = name.filter(|name| !name.trim().is_empty()) else { return Ok(None) };
     let read = Name::parse(&name).map_err(|reason| Error::invalid("name", reason))?;
     Ok(Some(read.0))
 }
 
-/// Where a person can be reached; an empty text is nowhere.
+/// A valid email address; an empty text is `None`.
 fn check_email(email: Option<String>) -> Result<Option<String>, Error> {
     let Some(email) = email.filter(|email| !email.trim().is_empty()) else { return Ok(None) };
     let read = Email::parse(&email).map_err(|reason| Error::invalid("email", reason))?;
     Ok(Some(read.0))
 }
 
-/// At most `limit` accounts with numbers above `after`, the oldest first.
+/// At most `limit` accounts with ids above `after`, the oldest first.
 pub(super) async fn page(
     database: &Database,
     after: i64,
@@ -175,7 +175,7 @@ pub(super) async fn find(connection: &mut Connection, id: i64) -> Result<Option<
     Ok(Some(read(&row, &grants)?))
 }
 
-/// The number and the password's hash of the account of that name.
+/// The id and the password hash of the account with that username.
 pub(super) async fn credentials(
     database: &Database,
     username: &str,
@@ -184,18 +184,18 @@ pub(super) async fn credentials(
     Ok(query.bind(key_of(username)).fetch_optional(&mut *database.connection().await?).await?)
 }
 
-/// The hash of an account's password.
+/// The password hash of an account.
 pub(super) async fn hash_of(database: &Database, id: i64) -> Result<Option<String>, Error> {
     let query = sqlx::query_scalar("SELECT password FROM accounts WHERE id = $1");
     Ok(query.bind(id).fetch_optional(&mut *database.connection().await?).await?)
 }
 
-/// How many accounts there are.
+/// The number of accounts.
 pub(super) async fn count(connection: &mut Connection) -> Result<i64, Error> {
     Ok(sqlx::query_scalar("SELECT COUNT(*) FROM accounts").fetch_one(connection).await?)
 }
 
-/// Makes an account whose password has this hash, and writes the event.
+/// Creates an account with this password hash, and writes the audit event.
 pub(super) async fn insert(
     transaction: &mut Connection,
     actor: &Actor,
@@ -228,8 +228,8 @@ pub(super) async fn insert(
     Ok(account)
 }
 
-/// Makes an account, unless there are `limit`. Like every change below, it checks the rights of
-/// `actor` in its own transaction.
+/// Creates an account, unless there are `limit` already. Like every change below, it checks the
+/// permissions of `actor` in its own transaction.
 pub(super) async fn create(
     database: &Database,
     actor: &Actor,
@@ -247,8 +247,7 @@ pub(super) async fn create(
     Ok(account)
 }
 
-/// Changes what is known of an account, its role, and the hash of its password where there is a new
-/// one.
+/// Changes the person's data, the role, and the password hash if `hash` is given.
 pub(super) async fn update(
     database: &Database,
     actor: &Actor,
@@ -288,7 +287,7 @@ pub(super) async fn update(
     Ok(Some(after))
 }
 
-/// Changes what is granted to an account beyond its role.
+/// Changes the permissions that an account has in addition to its role.
 pub(super) async fn grant(
     database: &Database,
     actor: &Actor,
@@ -315,7 +314,7 @@ pub(super) async fn grant(
     Ok(Some(after))
 }
 
-/// Sets the hash of an account's password, and ends all of its sessions.
+/// Sets the password hash of an account, and ends all of its sessions.
 pub(super) async fn set_password(
     database: &Database,
     actor: &Actor,
@@ -330,8 +329,8 @@ pub(super) async fn set_password(
     Ok(Some(account))
 }
 
-/// Replaces the hash `compared` of the password of the account `id`, which acts in `session`, and
-/// ends its other sessions. `None` where its hash is another one by now.
+/// Replaces the password hash of the account `id` and ends its sessions except `session`. Returns `None`
+/// if the stored hash is no longer `compared`.
 pub(super) async fn set_own_password(
     database: &Database,
     actor: &Actor,
@@ -363,7 +362,8 @@ async fn replace_hash(
     end_sessions(transaction, actor, account, None).await
 }
 
-/// Ends the sessions of an account whose password has changed, except `keep`, and writes the event.
+/// Ends the sessions of an account whose password has changed, except `keep`, and writes the audit
+/// event.
 async fn end_sessions(
     transaction: &mut Connection,
     actor: &Actor,
@@ -395,7 +395,7 @@ pub(super) async fn delete(
     Ok(Some(account))
 }
 
-/// Insists on an admin beside the account `id`.
+/// Requires an admin other than the account `id`.
 async fn keep_an_admin(transaction: &mut Connection, id: i64) -> Result<(), Error> {
     let others = sqlx::query("SELECT id FROM accounts WHERE role = $1 AND id <> $2 LIMIT 1");
     let others = others.bind(RootRole::Admin.id()).bind(id).fetch_optional(transaction).await?;
@@ -406,11 +406,11 @@ fn changed(before: &Account, after: &Account) -> Entry {
     Entry { data: Some(after.data()), pre_data: Some(before.data()), ..Entry::default() }
 }
 
-/// The account of a row; `grants` are the rows of its permissions.
+/// The account in `row`; `grants` are the rows of its permissions.
 fn read(row: &AnyRow, grants: &[AnyRow]) -> Result<Account, sqlx::Error> {
     let mut permissions = BTreeSet::new();
     for grant in grants {
-        // What only a later version knows is not granted by this one.
+        // Permissions that only a later version knows are ignored.
         permissions.extend(Permission::parse(grant.try_get("permission")?));
     }
     Ok(Account {
@@ -418,7 +418,7 @@ fn read(row: &AnyRow, grants: &[AnyRow]) -> Result<Account, sqlx::Error> {
         username: row.try_get("username")?,
         name: row.try_get("name")?,
         email: row.try_get("email")?,
-        // Likewise a role.
+        // A role that only a later version knows counts as the lowest.
         role: RootRole::from_id(row.try_get("role")?).unwrap_or(RootRole::Viewer),
         permissions,
         created_at: of_millis(row.try_get("created_at")?),

@@ -1,6 +1,7 @@
-//! What was done: an append-only record, pruned only by a retention that the operator sets.
+//! The audit log: an append-only record of changes, sign-ins and denials.
 //!
-//! An event is written in the transaction of the change that it tells of, and holds no secret.
+//! An event is written in the transaction of the change that it describes, and contains no secret.
+//! Events are deleted only by the retention that the operator sets.
 
 use std::{fmt::Write as _, net::IpAddr};
 
@@ -17,7 +18,7 @@ use super::{
     permission::Actor,
 };
 
-/// What happened.
+/// The kind of an event.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 #[expect(missing_docs, reason = "each name is its documentation")]
 pub enum EventKind {
@@ -52,7 +53,7 @@ impl EventKind {
         Self::PermissionDenied,
     ];
 
-    /// The kind as the admin API writes it.
+    /// The name of the kind in the admin API.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::TokenCreated => "api-token-created",
@@ -70,76 +71,76 @@ impl EventKind {
         }
     }
 
-    /// The kind of that name.
+    /// The kind with that name.
     pub fn parse(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| kind.as_str() == name)
     }
 }
 
-/// Something that happened.
+/// An event of the audit log.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Event {
-    /// Its number; later ones have higher numbers.
+    /// Its id; later events have higher ids.
     pub id: i64,
-    /// What, by the name of an [`EventKind`] of this or a later version.
+    /// The name of an [`EventKind`] of this or a later version.
     pub kind: String,
-    /// Who: an account, an admin token's name, or the command line.
+    /// The author: a username, the name of an admin token, or the command line.
     pub created_by: String,
-    /// Which account.
+    /// The author's account, if it has one.
     pub created_by_user_id: Option<i64>,
-    /// When.
+    /// The time of the event.
     pub created_at: Timestamp,
-    /// From where.
+    /// The client address of the author.
     pub ip: Option<String>,
-    /// The environment that it concerns.
+    /// The affected environment.
     pub environment: Option<String>,
-    /// The projects that it concerns, with commas between them.
+    /// The affected projects, comma-separated.
     pub project: Option<String>,
-    /// What it became.
+    /// The object after the change.
     pub data: Option<Value>,
-    /// What it was.
+    /// The object before the change.
     pub pre_data: Option<Value>,
 }
 
-/// Which events to tell; an empty field asks for all.
+/// A filter for events; an empty field matches all.
 #[derive(Clone, Debug, Default)]
 pub struct EventQuery {
-    /// Of one of these kinds.
+    /// Matches any of these kinds.
     pub kinds: Vec<EventKind>,
-    /// Of this name's doing.
+    /// The name of the author.
     pub created_by: Option<String>,
-    /// Concerning this environment.
+    /// The affected environment.
     pub environment: Option<String>,
-    /// Concerning this project.
+    /// One of the affected projects.
     pub project: Option<String>,
-    /// Not before this time.
+    /// Earliest time, inclusive.
     pub since: Option<Timestamp>,
-    /// Before this time.
+    /// Latest time, exclusive.
     pub until: Option<Timestamp>,
-    /// With a lower number: the next page after an event of that number.
+    /// Only events with lower ids than this one: the page after that event.
     pub before: Option<i64>,
-    /// At most so many, and never more than [`EventQuery::MAX_LIMIT`].
+    /// The maximum number of events, capped at [`EventQuery::MAX_LIMIT`].
     pub limit: u32,
-    /// After so many.
+    /// The number of matching events to skip.
     pub offset: u32,
 }
 
 impl EventQuery {
-    /// The most events that are told at once.
+    /// The maximum number of events in one page.
     pub const MAX_LIMIT: u32 = 1000;
 }
 
-/// A part of what was asked for.
+/// One page of matching events.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EventPage {
     /// The newest first.
     pub events: Vec<Event>,
-    /// How many there are on all pages, counted up to [`EventPage::MOST_COUNTED`].
+    /// The number of matching events, counted up to [`EventPage::MAX_COUNTED`].
     pub total: u64,
 }
 
 impl EventPage {
-    /// How far events are counted: further would take longer than to find them.
+    /// The upper bound of the count: counting further would take longer than finding the events.
     pub const MOST_COUNTED: u32 = 10_000;
 }
 
@@ -152,7 +153,7 @@ pub(super) struct Entry {
     pub(super) pre_data: Option<Value>,
 }
 
-/// Whose doing an event is.
+/// The author of an event.
 #[derive(Debug)]
 pub(super) struct Author<'a> {
     pub(super) name: &'a str,
@@ -166,7 +167,7 @@ impl<'a> From<&'a Actor> for Author<'a> {
     }
 }
 
-/// Writes an event in the transaction of the change that it tells of.
+/// Writes an event in the transaction of the change that it describes.
 pub(super) async fn record(
     transaction: &mut Connection,
     actor: &Actor,
@@ -176,7 +177,7 @@ pub(super) async fn record(
     record_by(transaction, &actor.into(), kind, entry).await
 }
 
-/// The same for an author who is no operator.
+/// Like [`record`], for an author that is not an operator.
 pub(super) async fn record_by(
     transaction: &mut Connection,
     author: &Author<'_>,
@@ -202,14 +203,15 @@ pub(super) async fn record_by(
     Ok(())
 }
 
-/// What a row must be like: only what is asked for, so that an index can be used.
+/// The `WHERE` clause of a query with its parameters. It contains only the given conditions, so that an
+/// index can be used.
 #[derive(Debug, Default)]
 struct Conditions {
     sql: String,
     values: Vec<Bound>,
 }
 
-/// A value beside a statement's text.
+/// A parameter of a statement.
 #[derive(Debug)]
 enum Bound {
     Text(String),
@@ -250,7 +252,7 @@ impl Conditions {
         self.sql.push_str(after);
     }
 
-    /// The arguments of a statement with these conditions.
+    /// The arguments of a statement with this clause.
     fn arguments(&self) -> Result<AnyArguments, Error> {
         let mut arguments = AnyArguments::default();
         for value in &self.values {
@@ -264,17 +266,17 @@ impl Conditions {
     }
 }
 
-/// The events that `query` asks for.
+/// The events that match `query`.
 pub(super) async fn page(database: &Database, query: &EventQuery) -> Result<EventPage, Error> {
     let mut conditions = Conditions::of(query);
     let mut transaction = database.read().await?;
-    // The column is named by which an index is in order.
+    // The column by which the chosen index is sorted.
     let (events, id) = match query.project {
         Some(_) => ("events JOIN event_projects ON event_id = id", "event_id"),
         None => ("events", "id"),
     };
     let (found, most) = (&conditions.sql, EventPage::MOST_COUNTED);
-    // Each text is made of the fixed ones above.
+    // Safe: the SQL is composed of the constant texts above.
     let count =
         format!("SELECT COUNT(*) FROM (SELECT 1 FROM {events}{found} LIMIT {most}) AS found");
     let count = sqlx::query_scalar_with(AssertSqlSafe(count), conditions.arguments()?);
@@ -309,9 +311,10 @@ fn event(row: &AnyRow) -> Result<Event, sqlx::Error> {
     })
 }
 
-/// Forgets the events before a time, some at a time: others write in between.
+/// Deletes the events before a time, in batches of 5,000, so that other writers are not blocked for
+/// long.
 pub(super) async fn prune(database: &Database, before: Timestamp) -> Result<(), Error> {
-    const AT_ONCE: u64 = 5000;
+    const BATCH: u64 = 5000;
     loop {
         let mut transaction = database.write(Lane::Control).await?;
         let delete = sqlx::query(
@@ -320,7 +323,7 @@ pub(super) async fn prune(database: &Database, before: Timestamp) -> Result<(), 
         );
         let delete = delete.bind(before.as_millisecond()).execute(&mut *transaction).await?;
         transaction.commit().await?;
-        if delete.rows_affected() < AT_ONCE {
+        if delete.rows_affected() < BATCH {
             return Ok(());
         }
     }

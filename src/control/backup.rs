@@ -1,12 +1,12 @@
-//! The contents of the database in one file, and back, whichever database it is.
+//! Backup of the database to one file and restore from it, independent of the kind of database.
 //!
-//! The file is lines of JSON, compressed by gzip: a head, then for each table a line that names its
-//! columns and a line for each of its rows, at last the number of rows and the SHA-256 of all lines
-//! before. It holds password hashes and digests of tokens, and no plaintext of either. Open sessions
-//! and known browsers are left out: whoever has signed out stays so.
+//! The file consists of lines of JSON, compressed by gzip: a header, then for each table a line with its
+//! columns and a line for each of its rows, and finally the number of rows and the SHA-256 of all lines
+//! before. It contains password hashes and token digests, and no plaintext of either. Open sessions and
+//! known browsers are not included, so that a restore never revives a session that was ended.
 //!
-//! Rows are written by the names of their columns: what a later version adds must have a default, or
-//! be made here of what an earlier one has written.
+//! Rows are stored by column name. A column added by a later version needs a default, or must be derived
+//! here from what earlier versions have written.
 
 use std::{
     fs::{self, DirBuilder, File},
@@ -35,25 +35,25 @@ use super::{
 };
 use crate::secret_file::folder_of;
 
-/// The version of the file's form.
+/// The version of the file format.
 const VERSION: u32 = 1;
 
-/// How long one statement may take.
+/// The timeout of one statement.
 const PATIENCE: Duration = Duration::from_hours(1);
 
-/// How many rows are inserted by one statement.
+/// The number of rows that one statement inserts.
 const BATCH: usize = 100;
 
-/// A table whose rows are kept.
+/// A table that is part of a backup.
 struct Table {
     name: &'static str,
-    /// The version of the schema that brought it.
+    /// The version of the schema that introduced it.
     since: i64,
-    /// Whether the database numbers its rows, in a column `id`, and never gives a number twice.
+    /// Whether the database generates its column `id` and never reuses an id.
     is_numbered: bool,
 }
 
-/// What is kept; a table that refers to another stands behind it.
+/// The tables in a backup. A table comes after those that it references.
 const TABLES: [Table; 10] = [
     Table { name: "accounts", since: 1, is_numbered: true },
     Table { name: "account_permissions", since: 1, is_numbered: false },
@@ -61,24 +61,25 @@ const TABLES: [Table; 10] = [
     Table { name: "events", since: 1, is_numbered: true },
     Table { name: "flag_usage", since: 1, is_numbered: false },
     Table { name: "variant_usage", since: 1, is_numbered: false },
-    // So that what is sent again after a restore is not counted twice.
+    // Prevents usage that is delivered again after a restore from being counted twice.
     Table { name: "usage_batches", since: 2, is_numbered: false },
     Table { name: "applications", since: 1, is_numbered: false },
     Table { name: "application_traits", since: 1, is_numbered: false },
     Table { name: "initial_settings", since: 4, is_numbered: false },
 ];
 
-/// What is not kept, and is emptied by a restore. The projects of events follow from the events.
+/// Tables that are not part of a backup, and are emptied by a restore. The projects of events are
+/// derived from the events.
 const LEFT_OUT: [&str; 3] = ["sessions", "devices", "event_projects"];
 
-/// Why there is no backup, or why none was restored.
+/// Why a backup or a restore failed.
 #[derive(Debug, thiserror::Error)]
 pub enum BackupError {
-    /// The database cannot be used.
+    /// The database failed.
     #[error(transparent)]
     Database(#[from] Error),
-    /// There is such a file.
-    #[error("{} is there already; --force replaces it", .0.display())]
+    /// The file exists already.
+    #[error("{} exists already; use --force to replace it", .0.display())]
     Exists(PathBuf),
     /// The file cannot be written.
     #[error("{} cannot be written", path.display())]
@@ -96,19 +97,19 @@ pub enum BackupError {
         /// The cause.
         source: io::Error,
     },
-    /// The file is not one that was written here, whole and unchanged.
-    #[error("{} is no backup, or is damaged: {reason}", path.display())]
+    /// The file is not a backup, or is incomplete or modified.
+    #[error("{} is not a backup, or is damaged: {reason}", path.display())]
     Damaged {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The defect.
         reason: &'static str,
     },
-    /// A later version has written the file.
+    /// A later version of Parapet has written the file.
     #[error("{} was written by a later version of Parapet", .0.display())]
     Newer(PathBuf),
-    /// The database has something to lose.
-    #[error("the database has contents; --force deletes them and ends all sessions")]
+    /// The database is not empty.
+    #[error("the database is not empty; use --force to delete its contents and end all sessions")]
     NotEmpty,
 }
 
@@ -131,7 +132,7 @@ enum Line {
 #[derive(Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Head {
-    /// The version of the file's form.
+    /// The version of the file format.
     parapet_backup: u32,
     /// The version of the database's schema.
     schema: i64,
@@ -142,9 +143,9 @@ struct Head {
 #[serde(rename_all = "camelCase")]
 struct TableHead {
     name: String,
-    /// None where there are no rows.
+    /// Empty if there are no rows.
     columns: Vec<ColumnHead>,
-    /// The last number that was given to a row.
+    /// The last id that the database has generated.
     #[serde(skip_serializing_if = "Option::is_none")]
     last_id: Option<i64>,
 }
@@ -155,7 +156,7 @@ struct ColumnHead {
     kind: Kind,
 }
 
-/// What a column holds.
+/// The type of a column.
 #[derive(Clone, Copy, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
 enum Kind {
@@ -176,9 +177,9 @@ struct End {
     sha256: String,
 }
 
-/// Writes what the database holds at one moment into a file for its owner alone, whole or not at all;
-/// gives the number of rows. Instances may be running. The database is left as it is, one of an
-/// earlier version too.
+/// Writes a consistent backup of the database to a file that only its owner can read; returns the number
+/// of rows. On failure no file is written. Instances may be running. The database is not changed, and
+/// not migrated if it is of an earlier version.
 pub async fn save(location: &Location, path: &Path, replace: bool) -> Result<u64, BackupError> {
     if !replace && path.exists() {
         return Err(BackupError::Exists(path.to_owned()));
@@ -220,14 +221,14 @@ pub async fn save(location: &Location, path: &Path, replace: bool) -> Result<u64
     }
     let rows = output.rows;
     let file = output.finish().map_err(failed)?;
-    let kept =
+    let persisted =
         if replace { file.persist(path).map(drop) } else { file.persist_noclobber(path).map(drop) };
-    match kept {
+    match persisted {
         Err(error) if error.error.kind() == io::ErrorKind::AlreadyExists => {
             Err(BackupError::Exists(path.to_owned()))
         }
         Err(error) => Err(failed(error.error)),
-        // The name is durable only once its folder is.
+        // The directory must be synced too, or the new name may be lost in a crash.
         Ok(()) => {
             File::open(folder_of(path)).and_then(|it| it.sync_all()).map_err(failed)?;
             Ok(rows)
@@ -235,9 +236,9 @@ pub async fn save(location: &Location, path: &Path, replace: bool) -> Result<u64
     }
 }
 
-/// Replaces what the database holds by what a file does, all of it or nothing; gives the number of
-/// rows. The file is checked as a whole before. A database that has contents is left alone unless
-/// `replace`; one that is not there is made.
+/// Replaces the contents of the database with a backup in one transaction; returns the number of rows.
+/// The whole file is verified first. A database that is not empty is left unchanged unless `replace` is
+/// set; one that does not exist is created.
 pub async fn restore(location: &Location, path: &Path, replace: bool) -> Result<u64, BackupError> {
     let mut check = Input::open(path)?;
     while check.next()?.is_some() {}
@@ -253,7 +254,7 @@ pub async fn restore(location: &Location, path: &Path, replace: bool) -> Result<
         return Err(BackupError::Newer(path.to_owned()));
     }
     if dialect == Dialect::Postgres {
-        // Instances may be running, and write usage beside the lane of this transaction.
+        // Running instances may write usage under another lock than the one of this transaction.
         let names = TABLES.map(|table| table.name).join(", ");
         let lock = format!("LOCK TABLE {names} IN EXCLUSIVE MODE");
         (&mut *transaction).execute(AssertSqlSafe(lock)).await?;
@@ -275,9 +276,11 @@ pub async fn restore(location: &Location, path: &Path, replace: bool) -> Result<
     while let Some(line) = input.next()? {
         match line {
             Line::Row(row) => {
-                let Some(batch) = &mut batch else { return Err(input.damaged("rows of no table")) };
+                let Some(batch) = &mut batch else {
+                    return Err(input.damaged("rows without a table"));
+                };
                 if row.len() != batch.columns.len() {
-                    return Err(input.damaged("a row has other columns than its table"));
+                    return Err(input.damaged("a row does not match the columns of its table"));
                 }
                 batch.rows.push(row);
                 rows += 1;
@@ -290,13 +293,13 @@ pub async fn restore(location: &Location, path: &Path, replace: bool) -> Result<
                     batch.insert(&mut transaction, dialect).await?;
                 }
                 let Some(table) = TABLES.iter().find(|table| table.name == head.name) else {
-                    return Err(input.damaged("it has a table that is not known"));
+                    return Err(input.damaged("it has an unknown table"));
                 };
                 let is_name = |it: &ColumnHead| {
                     it.name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_')
                 };
                 if !head.columns.iter().all(is_name) {
-                    return Err(input.damaged("it has a column that cannot be"));
+                    return Err(input.damaged("it has an invalid column name"));
                 }
                 if let Some(last_id) = head.last_id.filter(|_| table.is_numbered) {
                     number_from(&mut transaction, dialect, table, last_id).await?;
@@ -314,7 +317,7 @@ pub async fn restore(location: &Location, path: &Path, replace: bool) -> Result<
     Ok(rows)
 }
 
-/// Makes the folder of a new database, for its owner alone.
+/// Creates the directory of a new database, accessible for its owner only.
 fn make_folder(folder: &Path) -> io::Result<()> {
     let mut builder = DirBuilder::new();
     builder.recursive(true);
@@ -323,7 +326,7 @@ fn make_folder(folder: &Path) -> io::Result<()> {
     builder.create(folder)
 }
 
-/// Lets the statements of a transaction take as long as it takes to read or write a large table.
+/// Raises the timeouts of a transaction so that it can read or write a large table.
 async fn take_time(transaction: &mut Connection, dialect: Dialect) -> Result<(), sqlx::Error> {
     transaction.set_patience(PATIENCE);
     if dialect == Dialect::Postgres {
@@ -334,7 +337,7 @@ async fn take_time(transaction: &mut Connection, dialect: Dialect) -> Result<(),
     Ok(())
 }
 
-/// The last number that was given to a row of `table`.
+/// The last id that the database has generated for `table`.
 async fn last_id(
     transaction: &mut Connection,
     dialect: Dialect,
@@ -351,7 +354,7 @@ async fn last_id(
     Ok(row.map(|row| row.try_get("id")).transpose()?.flatten())
 }
 
-/// Has the rows of `table` numbered from beyond `last_id` on.
+/// Ensures that ids generated for `table` are higher than `last_id`.
 async fn number_from(
     transaction: &mut Connection,
     dialect: Dialect,
@@ -383,7 +386,7 @@ async fn number_from(
     Ok(())
 }
 
-/// Names and kinds of a row's columns.
+/// The names and types of a row's columns.
 fn columns(row: &AnyRow) -> Result<Vec<ColumnHead>, sqlx::Error> {
     let heads = row.columns().iter().map(|column| {
         let kind = match column.type_info().kind() {
@@ -392,7 +395,10 @@ fn columns(row: &AnyRow) -> Result<Vec<ColumnHead>, sqlx::Error> {
             }
             AnyTypeInfoKind::Text => Kind::Text,
             other => {
-                let reason = format!("a backup holds no {other:?}, as in {}", column.name());
+                let reason = format!(
+                    "a backup cannot contain the type {other:?} of column {}",
+                    column.name()
+                );
                 return Err(sqlx::Error::AnyDriverError(reason.into()));
             }
         };
@@ -411,7 +417,7 @@ fn cells(row: &AnyRow, kinds: &[Kind]) -> Result<Vec<Option<Cell>>, sqlx::Error>
     kinds.iter().enumerate().map(cell).collect()
 }
 
-/// Rows that are about to be inserted.
+/// Rows to insert into one table.
 struct Batch {
     table: &'static Table,
     columns: Vec<ColumnHead>,
@@ -419,7 +425,7 @@ struct Batch {
 }
 
 impl Batch {
-    /// Inserts them, and has none afterwards.
+    /// Inserts the rows and clears the batch.
     async fn insert(
         &mut self,
         transaction: &mut Connection,
@@ -438,7 +444,7 @@ impl Batch {
             format!("({})", parameters.collect::<Vec<_>>().join(", "))
         };
         let values: Vec<_> = self.rows.iter().map(|_| parameters()).collect();
-        // Numbers are the database's to give, unless it is told so.
+        // PostgreSQL rejects explicit ids of a generated column otherwise.
         let overriding = match dialect {
             Dialect::Sqlite => "",
             Dialect::Postgres => "OVERRIDING SYSTEM VALUE ",
@@ -465,7 +471,7 @@ impl Batch {
     }
 }
 
-/// A file that is being written.
+/// Writes a backup file.
 struct Output {
     lines: GzEncoder<BufWriter<NamedTempFile>>,
     digest: Sha256,
@@ -485,7 +491,7 @@ impl Output {
         self.lines.write_all(&text)
     }
 
-    /// Ends the file, which has reached the disk then.
+    /// Writes the trailer and syncs the file to disk.
     fn finish(mut self) -> io::Result<NamedTempFile> {
         let sha256 = base64url(&self.digest.clone().finalize());
         self.write(&Line::End(End { rows: self.rows, sha256 }))?;
@@ -495,18 +501,18 @@ impl Output {
     }
 }
 
-/// A file that is being read.
+/// Reads a backup file.
 struct Input {
     path: PathBuf,
     lines: BufReader<MultiGzDecoder<BufReader<File>>>,
     digest: Sha256,
     rows: u64,
-    /// The version of the schema that its tables are of.
+    /// The version of the schema at the time of the backup.
     schema: i64,
 }
 
 impl Input {
-    /// Reads the head.
+    /// Opens a file and reads its header.
     fn open(path: &Path) -> Result<Self, BackupError> {
         let file = File::open(path)
             .map_err(|source| BackupError::Read { path: path.to_owned(), source })?;
@@ -521,20 +527,20 @@ impl Input {
                 input.schema = head.schema;
                 Ok(input)
             }
-            _ => Err(input.damaged("it has no head")),
+            _ => Err(input.damaged("it has no header")),
         }
     }
 
-    /// The next line before the end; `None` once the end was there and is right.
+    /// The next line; `None` after the trailer has been verified.
     fn next(&mut self) -> Result<Option<Line>, BackupError> {
         let before = self.digest.clone();
         match self.read()? {
             Some(Line::End(end)) => {
                 if end.rows != self.rows || end.sha256 != base64url(&before.finalize()) {
-                    return Err(self.damaged("its checksum is another"));
+                    return Err(self.damaged("its checksum does not match"));
                 }
                 match self.read()? {
-                    Some(_) => Err(self.damaged("it goes on after its end")),
+                    Some(_) => Err(self.damaged("it continues after its end")),
                     None => Ok(None),
                 }
             }
@@ -542,7 +548,7 @@ impl Input {
                 self.rows += u64::from(matches!(line, Line::Row(_)));
                 Ok(Some(line))
             }
-            None => Err(self.damaged("it breaks off")),
+            None => Err(self.damaged("it is truncated")),
         }
     }
 
@@ -553,7 +559,7 @@ impl Input {
                 io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData => {
                     self.damaged("it cannot be decompressed")
                 }
-                io::ErrorKind::UnexpectedEof => self.damaged("it breaks off"),
+                io::ErrorKind::UnexpectedEof => self.damaged("it is truncated"),
                 _ => BackupError::Read { path: self.path.clone(), source: error },
             });
         }
@@ -577,7 +583,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn every_table_is_kept_or_left_out_on_purpose() {
+    async fn every_table_is_either_included_or_excluded() {
         let folder = tempfile::tempdir().unwrap();
         let location = Location::Sqlite(folder.path().join("parapet.db"));
         let database = Database::new(&location).await.unwrap();

@@ -1,7 +1,7 @@
-//! A copy of the tokens, from which SDKs are served where the database is away at a start.
+//! A snapshot of the API tokens, with which SDKs are served if the database is unreachable at a start.
 //!
-//! It holds digests and no secrets. Nothing is changed on its strength: accounts, sessions and new
-//! tokens need the database. Where it is kept is not decided here.
+//! It contains digests and no secrets. It permits no changes: accounts, sessions and new tokens need the
+//! database. Its storage location is the caller's concern.
 
 use std::borrow::Cow;
 
@@ -16,13 +16,13 @@ use crate::token::{Environment, Projects, TokenDigest, TokenKind};
 
 #[derive(Serialize, Deserialize)]
 struct Copy<'a> {
-    /// Whose tokens they are: where the database is, without its user and password.
+    /// The location of the database that the tokens belong to, without user and password.
     #[serde(borrow)]
     location: Cow<'a, str>,
     tokens: Vec<Token>,
 }
 
-/// A token without what changes at every use. Times are milliseconds since 1970.
+/// A token without its time of last use. Times are milliseconds since 1970.
 #[derive(Serialize, Deserialize)]
 struct Token {
     id: String,
@@ -37,7 +37,7 @@ struct Token {
     created_by: String,
 }
 
-/// The bytes of a copy of the tokens of the database at `location`.
+/// Serializes the tokens of the database at `location`.
 pub(super) fn write(location: &str, held: &[Held]) -> Vec<u8> {
     let tokens = held.iter().map(|Held { digest, token }| Token {
         id: token.id.clone(),
@@ -55,7 +55,7 @@ pub(super) fn write(location: &str, held: &[Held]) -> Vec<u8> {
     serde_json::to_vec(&copy).expect("tokens are plain data")
 }
 
-/// The tokens of a copy; `None` where it is of another database, or cannot be read.
+/// The tokens of a snapshot; `None` if it is malformed or belongs to another database.
 pub(super) fn read(location: &str, copy: &[u8]) -> Option<Vec<Held>> {
     let copy: Copy<'_> = serde_json::from_slice(copy).ok()?;
     if copy.location != location {
@@ -86,7 +86,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_copy_is_of_one_database_and_holds_all_that_admits_a_token() {
+    fn a_snapshot_is_restored_for_the_same_database_only() {
         let token = ApiToken {
             id: "id".to_owned(),
             name: "checkout".to_owned(),

@@ -1,8 +1,8 @@
-//! The database of the control plane: SQLite in a file of its own, or PostgreSQL for several.
+//! The database of the control plane: a SQLite file for one instance, or PostgreSQL for several.
 //!
-//! One SQL text serves both. What it says is the business of the modules beside this one. Whoever
-//! writes does so alone, so that what a transaction has read stays true until it ends. Nothing here
-//! waits for longer than some seconds, whatever the database does.
+//! The same SQL serves both; the sibling modules contain it. Write transactions are serialized by a
+//! lock, so that what a transaction has read stays true until it ends. Every operation has a timeout: 5
+//! seconds, or 5 minutes for migrations and background work.
 
 mod connection;
 mod listener;
@@ -43,58 +43,58 @@ use super::{
     migrations::{self, Dialect},
 };
 
-/// The PostgreSQL channel on which changes are told.
+/// The PostgreSQL channel for notifications of token changes.
 const CHANNEL: &str = "parapet_control";
 
-/// Where the database is.
+/// The location of the database.
 #[derive(Clone, Debug)]
 pub enum Location {
-    /// A file, made when it is not there; its directory must be.
+    /// A file, which is created if it is missing. Its directory must exist.
     Sqlite(PathBuf),
-    /// A server that instances share, or several of which one is used.
+    /// A server shared by instances, or several of which one is used.
     Postgres(DatabaseUrl),
 }
 
-/// A database, which is connected to when it is first used. A cheap handle.
+/// A database, connected to on first use. A cheap handle.
 #[derive(Clone)]
 pub(super) struct Database {
     pool: Pool,
-    shown: String,
+    redacted_location: String,
     is_prepared: Arc<AtomicBool>,
-    attempt: Arc<Mutex<Option<Attempt>>>,
+    migration_attempt: Arc<Mutex<Option<Attempt>>>,
     must_exist: Arc<AtomicBool>,
 }
 
-/// An attempt to prepare a database, which belongs to all who wait for it.
+/// An attempt to connect and migrate, shared by all callers that wait for it.
 type Attempt = WeakShared<BoxFuture<'static, Result<(), Error>>>;
 
 impl fmt::Debug for Database {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Database({})", self.shown)
+        write!(f, "Database({})", self.redacted_location)
     }
 }
 
-/// Writers that keep out of one another's way: those of a lane wait for each other.
+/// The lock of a write transaction. Writers of the same lock wait for each other.
 ///
-/// SQLite has one lane only.
+/// SQLite has a single lock for all writers.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Lane {
-    /// Accounts, tokens, sessions, events: small and awaited by people.
+    /// Accounts, tokens, sessions and events: small transactions that requests wait for.
     Control = 1,
-    /// Usage: large, and awaited by nobody.
+    /// Usage: large transactions in the background.
     Usage = 2,
 }
 
-/// How long the statements of work that nobody waits for may take.
+/// The timeout of statements in background work and migrations.
 const BACKGROUND_PATIENCE: Duration = Duration::from_mins(5);
 const BACKGROUND_LIMITS: &str =
     "SET LOCAL statement_timeout = '290s'; SET LOCAL lock_timeout = '30s'";
 
 impl Database {
-    /// The database at `location`, which nobody has connected to yet.
+    /// The database at `location`, without a connection yet.
     pub(super) async fn new(location: &Location) -> Result<Self, Error> {
         sqlx::any::install_default_drivers();
-        let (source, shown) = match location {
+        let (source, redacted_location) = match location {
             Location::Sqlite(path) => {
                 (Source::Sqlite(SqliteFile::new(path).await?), path.display().to_string())
             }
@@ -103,28 +103,29 @@ impl Database {
             }
         };
         let pool = Pool::new(source, Health::new());
-        let (is_prepared, attempt) = (Arc::default(), Arc::default());
-        Ok(Self { pool, shown, is_prepared, attempt, must_exist: Arc::default() })
+        let (is_prepared, migration_attempt) = (Arc::default(), Arc::default());
+        let must_exist = Arc::default();
+        Ok(Self { pool, redacted_location, is_prepared, migration_attempt, must_exist })
     }
 
-    /// Refuses from here on to begin a database anew: one without an account is not the one that
-    /// was meant.
+    /// Makes the migration fail with [`Error::NotInitialized`] if the database has no account: then it
+    /// is not the database that was in use before.
     pub(super) fn require_existing(&self) {
         self.must_exist.store(true, Ordering::Relaxed);
     }
 
-    /// Brings the schema to this version, before anything else is done.
+    /// Migrates the schema to this version before the first use.
     ///
-    /// All who come meanwhile wait for the same attempt, which ends when the last of them gives up. Who
-    /// comes after one that failed begins another.
+    /// Concurrent callers share one attempt, which is cancelled when the last of them gives up. A call
+    /// after a failed attempt begins another.
     async fn prepare(&self) -> Result<(), Error> {
         if self.is_prepared.load(Ordering::Acquire) {
             return Ok(());
         }
         let attempt = {
-            let mut attempt = self.attempt.lock().unwrap_or_else(PoisonError::into_inner);
-            let under_way = attempt.as_ref().and_then(WeakShared::upgrade);
-            under_way.filter(|it| it.peek().is_none()).unwrap_or_else(|| {
+            let mut attempt = self.migration_attempt.lock().unwrap_or_else(PoisonError::into_inner);
+            let running = attempt.as_ref().and_then(WeakShared::upgrade);
+            running.filter(|it| it.peek().is_none()).unwrap_or_else(|| {
                 let database = self.clone();
                 let new = async move { database.prepare_once().await }.boxed().shared();
                 *attempt = new.downgrade();
@@ -156,10 +157,11 @@ impl Database {
         Ok(())
     }
 
-    /// Waits until PostgreSQL knows of no work in a session that this side awaits an answer of: the
-    /// question or the answer was lost, or the server is gone. How long a statement takes does not matter.
+    /// Returns an error once PostgreSQL shows no work in a session from which this process awaits a
+    /// response: the request or the response was lost, or the server is gone. A statement may take any
+    /// time as long as the server works on it.
     async fn until_silent(&self, session: i32) -> Error {
-        /// How often another session looks.
+        /// The interval at which another session checks.
         const INTERVAL: Duration = Duration::from_secs(5);
         const WORKING: &str = "SELECT pid FROM pg_stat_activity WHERE pid = $1 AND (state LIKE \
              'idle%' AND clock_timestamp() - state_change > interval '4 seconds') IS NOT TRUE";
@@ -175,7 +177,7 @@ impl Database {
                 Err(Error::Unreachable(error)) if !matches!(*error, sqlx::Error::Database(_)) => {
                     return Error::Unreachable(error);
                 }
-                // A server that lets nobody else in answers all the same.
+                // A server that rejects further connections is alive.
                 Ok(Some(_)) | Err(_) => {}
             }
         }
@@ -203,12 +205,12 @@ impl Database {
         timeout(BACKGROUND_PATIENCE, migration).await.unwrap_or(Err(Error::Busy))
     }
 
-    /// Where it is, without its user and password.
+    /// The location without user and password, for display.
     pub(super) fn shown(&self) -> &str {
-        &self.shown
+        &self.redacted_location
     }
 
-    /// Which SQL it speaks.
+    /// The SQL dialect.
     pub(super) fn dialect(&self) -> Dialect {
         match self.pool.source() {
             Source::Sqlite(_) => Dialect::Sqlite,
@@ -216,16 +218,16 @@ impl Database {
         }
     }
 
-    /// Notes what else there is to see of the database.
+    /// The health records of the database.
     pub(super) fn health(&self) -> &Health {
         self.pool.health()
     }
 
     pub(super) fn status(&self) -> DatabaseStatus {
-        self.health().status(self.shown.clone(), self.pool.count())
+        self.health().status(self.redacted_location.clone(), self.pool.count())
     }
 
-    /// A connection on which single statements are run.
+    /// A connection for single statements outside a transaction.
     pub(super) async fn connection(&self) -> Result<Pooled, Error> {
         self.prepare().await?;
         if let Source::Sqlite(file) = self.pool.source() {
@@ -234,13 +236,12 @@ impl Database {
         self.pool.acquire().await
     }
 
-    /// Begins a transaction that sees the database as it is now, whatever others write meanwhile.
+    /// Begins a read transaction on a consistent snapshot of the database.
     pub(super) async fn read(&self) -> Result<Pooled, Error> {
         self.begin_to_read(self.connection().await?).await
     }
 
-    /// The same of a database as its last instance left it: its schema may be an older or a later one,
-    /// and is not touched.
+    /// Like [`Self::begin_read`], without migration: the schema may be an older or a later one.
     pub(super) async fn read_unprepared(&self) -> Result<Pooled, Error> {
         self.begin_to_read(self.pool.acquire().await?).await
     }
@@ -254,7 +255,7 @@ impl Database {
         Ok(transaction)
     }
 
-    /// Begins a transaction after which others of its lane wait until it ends.
+    /// Begins a write transaction; others with the same lock wait until it ends.
     pub(super) async fn write(&self, lane: Lane) -> Result<Pooled, Error> {
         let mut transaction = self.connection().await?;
         match self.dialect() {
@@ -267,7 +268,7 @@ impl Database {
         Ok(transaction)
     }
 
-    /// The same for work that takes its time, and that no request waits for.
+    /// Like [`Self::begin_write`], with the long timeouts of background work.
     pub(super) async fn write_in_background(&self, lane: Lane) -> Result<Pooled, Error> {
         let mut transaction = self.connection().await?;
         transaction.set_patience(BACKGROUND_PATIENCE);
@@ -282,10 +283,10 @@ impl Database {
         Ok(transaction)
     }
 
-    /// Tells other instances, once `transaction` is committed, that tokens have changed.
+    /// Notifies other instances of a token change when `transaction` is committed.
     pub(super) async fn announce(&self, transaction: &mut Connection) -> Result<(), Error> {
         match self.dialect() {
-            // Others see it in the file.
+            // Other connections see the change in the file.
             Dialect::Sqlite => {}
             Dialect::Postgres => {
                 let notify = sqlx::query("SELECT pg_notify($1, '')").bind(CHANNEL);
@@ -295,7 +296,7 @@ impl Database {
         Ok(())
     }
 
-    /// Begins to listen for changes by others.
+    /// Begins to listen for changes by other instances.
     pub(super) async fn listen(&self) -> Result<Listener, Error> {
         match self.pool.source() {
             Source::Sqlite(file) => {
@@ -310,29 +311,29 @@ impl Database {
     }
 }
 
-/// Waits for others of a lane.
+/// Waits for an advisory lock of PostgreSQL, which the transaction holds until it ends.
 async fn lock(
     transaction: impl sqlx::Executor<'_, Database = Any>,
     lane: Lane,
 ) -> Result<(), sqlx::Error> {
-    /// Marks our locks among those of others in the same database.
+    /// Distinguishes Parapet's locks from those of other applications in the same database.
     const LOCKS: i64 = 0x7061_7261_7065_7400;
     let lock = sqlx::query("SELECT pg_advisory_xact_lock($1)").bind(LOCKS + lane as i64);
     lock.execute(transaction).await?;
     Ok(())
 }
 
-/// The time as the database keeps it.
+/// The current time in the precision of the database, milliseconds.
 pub(super) fn now() -> Timestamp {
     of_millis(Timestamp::now().as_millisecond())
 }
 
-/// A time of the database.
+/// The timestamp of a column in milliseconds since 1970.
 pub(super) fn of_millis(millis: i64) -> Timestamp {
     Timestamp::from_millisecond(millis).unwrap_or(Timestamp::MAX)
 }
 
-/// A count of the database.
+/// A count from the database; a negative one is 0.
 pub(super) fn of_count(count: i64) -> u64 {
     count.try_into().unwrap_or(0)
 }
@@ -342,46 +343,46 @@ mod tests {
     use super::{pool::CONNECTIONS, *};
 
     #[tokio::test]
-    async fn a_transaction_that_ended_by_itself_keeps_no_connection_from_others() {
+    async fn a_transaction_that_was_rolled_back_by_sqlite_leaks_no_connection() {
         let folder = tempfile::tempdir().unwrap();
         let location = Location::Sqlite(folder.path().join("parapet.db"));
         let database = Database::new(&location).await.unwrap();
         for _ in 0..2 * CONNECTIONS {
             let mut transaction = database.write(Lane::Control).await.unwrap();
-            // As SQLite does when there is no room for what was to be written.
+            // SQLite rolls back by itself when the disk is full.
             (&mut *transaction).execute("ROLLBACK").await.unwrap();
         }
     }
 
     #[tokio::test]
-    async fn a_file_that_is_no_database_is_called_so() {
+    async fn a_file_that_is_not_a_database_is_reported_as_such() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("parapet.db");
         std::fs::write(&path, "This is another file.".repeat(200)).unwrap();
         let database = Database::new(&Location::Sqlite(path)).await.unwrap();
         let error = database.connection().await.unwrap_err();
-        let told = crate::telemetry::report(&error);
-        assert!(told.contains("file is not a database"), "{told}");
+        let message = crate::telemetry::report(&error);
+        assert!(message.contains("file is not a database"), "{message}");
     }
 
     #[tokio::test]
-    async fn all_who_wait_for_a_database_wait_for_the_same_attempt() {
+    async fn concurrent_callers_share_one_connection_attempt() {
         let server = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("postgres://{}/flags?sslmode=disable", server.local_addr().unwrap());
         let location = Location::Postgres(DatabaseUrl::parse(&url).unwrap());
         let database = Database::new(&location).await.unwrap();
-        let ask = || futures_util::future::join_all((0..20).map(|_| database.connection()));
+        let connect_all = || futures_util::future::join_all((0..20).map(|_| database.connection()));
         for attempt in 1..=2 {
             let hang_up = async { drop(server.accept().await.unwrap()) };
-            let (answers, ()) = tokio::join!(ask(), hang_up);
-            assert!(answers.iter().all(|it| matches!(it, Err(Error::Unreachable(_)))), "{attempt}");
+            let (results, ()) = tokio::join!(connect_all(), hang_up);
+            assert!(results.iter().all(|it| matches!(it, Err(Error::Unreachable(_)))), "{attempt}");
             let more = timeout(Duration::ZERO, server.accept()).await;
             assert!(more.is_err(), "attempt {attempt} of all of them is one connection");
         }
     }
 
     #[tokio::test]
-    async fn a_statement_that_is_given_up_keeps_no_connection_from_others() {
+    async fn a_cancelled_statement_leaks_no_connection() {
         let folder = tempfile::tempdir().unwrap();
         let location = Location::Sqlite(folder.path().join("parapet.db"));
         let database = Database::new(&location).await.unwrap();

@@ -1,4 +1,4 @@
-//! Why an operation of the control plane failed, without telling any secret.
+//! The error of control plane operations. Messages contain no secrets.
 
 use std::{
     io,
@@ -11,94 +11,94 @@ use sqlx::migrate::MigrateError;
 
 use super::permission::Missing;
 
-/// Why an operation failed; several may wait for the same one.
+/// Why an operation failed. Cloneable, because several callers may share one attempt.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
-    /// The operator may not do this.
+    /// The operator lacks a permission.
     #[error(transparent)]
     Missing(#[from] Missing),
-    /// Somebody else has this name.
+    /// The name is in use.
     #[error("the {0} is taken")]
     Taken(&'static str),
-    /// Nobody could administer the instance any more.
+    /// The operation would remove the last admin.
     #[error("the last admin can be neither deleted nor given another role")]
     LastAdmin,
-    /// There are as many as there may be.
-    #[error("there may be at most {limit} {what}")]
+    /// The maximum number of objects exists.
+    #[error("the limit of {limit} {what} is reached")]
     Limit {
-        /// Of what.
+        /// The kind of object, in the plural.
         what: &'static str,
-        /// How many.
+        /// The maximum number.
         limit: usize,
     },
-    /// Too many attempts; the next may be made after this time.
+    /// Too many attempts; the next one is allowed after this time.
     #[error("too many attempts, try again in {} seconds", .0.as_secs().max(1))]
     Throttled(Duration),
-    /// The session in which the request was made has ended meanwhile, or its account is gone.
+    /// The session of the request has ended, or its account was deleted.
     #[error("the session has ended, sign in again")]
     SessionEnded,
-    /// The password does not match, or there is no such account.
+    /// The password is wrong, or there is no such account.
     #[error("the username or the password is wrong")]
     WrongPassword,
-    /// What was given cannot be.
+    /// The value of a field is invalid.
     #[error("{field}: {reason}")]
     Invalid {
         /// The field, as the admin API names it.
         field: &'static str,
-        /// What is wrong with it.
+        /// Why it is invalid.
         reason: String,
     },
-    /// All connections to the database are in use; trying again helps.
+    /// No connection to the database was available in time; a retry may succeed.
     #[error("all connections to the control plane's database are in use")]
     Busy,
-    /// Somebody else has what an operation needs; trying again helps.
-    #[error("the database of the control plane is busy")]
+    /// Another transaction holds a lock that the operation needs; a retry may succeed.
+    #[error("the control plane's database is busy")]
     Locked(#[source] Arc<sqlx::Error>),
-    /// A newer version has written the database.
+    /// A newer version of Parapet has migrated the database.
     #[error(
-        "the database of the control plane was written by a newer version of Parapet (its schema \
-         has version {found}, this one knows {known})"
+        "the control plane's database was migrated by a newer version of Parapet (its schema has \
+         version {found}, this version supports {known})"
     )]
     Newer {
-        /// The version of the database.
+        /// The version of the database's schema.
         found: i64,
-        /// The newest version that is known here.
+        /// The newest supported version.
         known: i64,
     },
-    /// The database cannot be brought to this version.
-    #[error("the database of the control plane cannot be migrated")]
+    /// The migration of the database failed.
+    #[error("the control plane's database cannot be migrated")]
     Migration(#[source] Arc<MigrateError>),
     /// No instance has been started on the database.
     #[error(
-        "no instance has been started on this database: the first start makes the account of an \
-         admin in it"
+        "this database is not initialized: start an instance on it first, which creates the account \
+         of an admin"
     )]
     NotBegun,
-    /// The file of the database cannot be opened or made.
+    /// The file of the database cannot be opened or created.
     #[error("the control plane's database {} cannot be opened", .0.display())]
     File(PathBuf, #[source] Arc<io::Error>),
-    /// The file of the database was deleted or replaced while it was open: what is written to it
-    /// would be lost.
+    /// The file of the database was deleted or replaced while it was open; further writes to it would be
+    /// lost.
     #[error(
-        "the control plane's database {} was deleted or replaced while Parapet runs; put it back, \
+        "the control plane's database {} was deleted or replaced while Parapet runs; restore it \
          or restart Parapet", .0.display()
     )]
     Replaced(PathBuf),
-    /// The database does not answer, or cannot be connected to.
+    /// The database does not respond, or no connection can be opened.
     #[error("the control plane's database cannot be reached")]
     Unreachable(#[source] Arc<sqlx::Error>),
-    /// The database failed.
-    #[error("the database of the control plane failed")]
+    /// The database reported an error.
+    #[error("the control plane's database failed")]
     Database(#[source] Arc<sqlx::Error>),
 }
 
 impl Error {
-    /// A field that cannot be as it is.
+    /// A field with an invalid value.
     pub(super) fn invalid(field: &'static str, reason: impl Into<String>) -> Self {
         Self::Invalid { field, reason: reason.into() }
     }
 
-    /// The file of a database that cannot be opened or made.
+    /// A database file that cannot be opened or created.
     pub(super) fn file(path: &Path, error: io::Error) -> Self {
         Self::File(path.to_owned(), Arc::new(error))
     }
@@ -111,12 +111,12 @@ impl Error {
 
 impl From<sqlx::Error> for Error {
     fn from(error: sqlx::Error) -> Self {
-        /// SQLite: another connection is writing, or recovers the file (its primary code with those
-        /// that extend it). PostgreSQL: a lock is not given, or a statement takes too long.
+        /// SQLite: another connection writes or recovers the file (the primary code and its extended
+        /// codes). PostgreSQL: timeout of a lock or a statement.
         const BUSY: [&str; 6] = ["5", "261", "517", "773", "55P03", "57014"];
         match &error {
-            sqlx::Error::Database(told)
-                if told.code().is_some_and(|code| BUSY.contains(&&*code)) =>
+            sqlx::Error::Database(database)
+                if database.code().is_some_and(|code| BUSY.contains(&&*code)) =>
             {
                 Self::Locked(Arc::new(error))
             }

@@ -1,4 +1,4 @@
-//! What an empty database begins with: an admin's account, and tokens.
+//! Bootstrap of an empty database: creates an admin's account and the initial tokens.
 
 use std::collections::HashSet;
 
@@ -13,13 +13,13 @@ use super::{
 };
 use crate::token::{Environment, Grant, Projects, Scope, Token, TokenKind};
 
-/// The environment of tokens that name none.
+/// The environment of tokens that contain none.
 const FIRST_ENVIRONMENT: &str = "development";
 
-/// Tokens for an empty registry.
+/// Tokens to create in an empty registry.
 #[derive(Clone, Debug, Default)]
 pub struct Seed {
-    /// For operators.
+    /// For the admin API.
     pub admin: Vec<Token>,
     /// For server SDKs.
     pub client: Vec<Token>,
@@ -28,12 +28,12 @@ pub struct Seed {
 }
 
 impl Seed {
-    /// Whether there is none.
+    /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.all().next().is_none()
     }
 
-    /// Each of them, with what it is for.
+    /// Each token with its kind.
     pub(super) fn all(&self) -> impl Iterator<Item = (TokenKind, &Token)> {
         let kinds = [
             (TokenKind::Admin, &self.admin),
@@ -44,50 +44,51 @@ impl Seed {
     }
 }
 
-/// The account of an empty database.
+/// The admin's account that the first start creates.
 #[derive(Clone, Debug)]
 pub struct FirstAccount {
-    /// Its name.
+    /// Its username.
     pub username: String,
     /// Its password; `None` generates one.
     pub password: Option<Password>,
 }
 
-/// What was found and what was made.
+/// The result of the bootstrap.
 #[derive(Debug)]
 pub struct Opened {
-    /// The account, when this was the first start.
+    /// The created account, if this was the first start.
     pub account: Option<MadeAccount>,
-    /// The tokens.
+    /// The state of the token registry.
     pub tokens: FoundTokens,
-    /// What was given and is not what the first start was given: it has no effect.
+    /// Settings that differ from those of the first start and therefore have no effect.
     pub ignored: Vec<InitialSetting>,
 }
 
-/// The account of the first start.
+/// The account that the first start has created.
 #[derive(Debug)]
 pub struct MadeAccount {
-    /// Its name.
+    /// Its username.
     pub username: String,
-    /// Its password where that was generated, to be shown to its owner once.
+    /// Its password if that was generated, to be shown to its owner once.
     pub generated: Option<Password>,
 }
 
-/// How the registry of tokens was found.
+/// The state of the token registry at the start.
 #[derive(Debug)]
 pub enum FoundTokens {
-    /// It had tokens, or has lost them all since the first start; seeds are ignored where it had.
+    /// It had tokens, in which case initial tokens are ignored, or all were deleted since the first
+    /// start.
     Existing,
-    /// It was empty and has taken over the seeds.
+    /// It was empty, and the initial tokens were created.
     Seeded,
-    /// This was the first start, there were no seeds, and these were generated.
+    /// This was the first start without initial tokens, and these were generated.
     Generated(Box<Generated>),
 }
 
-/// Freshly made tokens, to be shown to their owner once.
+/// Generated tokens, to be shown to their owner once.
 #[derive(Debug)]
 pub struct Generated {
-    /// Opens the admin listener.
+    /// For the admin API.
     pub admin: Token,
     /// For server SDKs.
     pub client: Token,
@@ -95,7 +96,7 @@ pub struct Generated {
     pub frontend: Token,
 }
 
-/// The grant that a token's own text names; for forms that name no environment, that of `fallback`.
+/// The grant that the text of a token contains; `fallback` is the environment of formats without one.
 pub fn grant_of(kind: TokenKind, token: &Token, fallback: &Environment) -> Grant {
     let environment = match kind {
         TokenKind::Admin => Environment::new("*"),
@@ -105,10 +106,11 @@ pub fn grant_of(kind: TokenKind, token: &Token, fallback: &Environment) -> Grant
     Grant { kind, scope: Scope { environment, projects } }
 }
 
-/// Makes what an empty database lacks; of instances that start at once, one does.
+/// Creates the admin's account and the tokens that an empty database lacks. Of several instances that
+/// start at once, one does.
 ///
-/// It is announced before it lasts, for once it does nobody can read it again. Where it does not last
-/// after all, the next start makes and announces others.
+/// The result is announced before the commit, because generated secrets cannot be read again after it.
+/// If the commit fails, the next start generates and announces new ones.
 pub(super) async fn begin(
     database: &Database,
     hasher: &Hasher,
@@ -118,19 +120,20 @@ pub(super) async fn begin(
 ) -> Result<Opened, Error> {
     let password = first.password.clone().unwrap_or_else(Password::generate);
     let generated = first.password.is_none().then(|| password.clone());
-    let (is_first, kept) = {
+    let (is_first, stored) = {
         let mut connection = database.connection().await?;
-        // The last account is never deleted, so that only a first start finds none.
+        // The last account cannot be deleted, so only the first start finds none.
         let is_first = accounts::count(&mut connection).await? == 0;
         (is_first, initial::find(&mut connection, InitialSetting::Password).await?)
     };
-    // Of a database that has kept no password yet, the first that is given counts as unchanged.
-    let keeps_given = !is_first && first.password.is_some() && kept.is_none();
-    // Hashing is slow, and so done before the database is locked.
-    let hash = if is_first || keeps_given { Some(hasher.hash(&password).await?) } else { None };
+    // In a database of an earlier version without a stored hash, the first given password counts as
+    // unchanged.
+    let stores_given = !is_first && first.password.is_some() && stored.is_none();
+    // Hashing is slow, so it is done before the database is locked.
+    let hash = if is_first || stores_given { Some(hasher.hash(&password).await?) } else { None };
     let mut ignored = Vec::new();
-    if let (Some(given), Some(kept)) = (&first.password, &kept)
-        && !hasher.verify(given, Some(kept)).await?
+    if let (Some(given), Some(stored)) = (&first.password, &stored)
+        && !hasher.verify(given, Some(stored)).await?
     {
         ignored.push(InitialSetting::Password);
     }
@@ -161,10 +164,10 @@ pub(super) async fn begin(
         ];
         (seeds, FoundTokens::Generated(Box::new(generated)))
     } else {
-        // Somebody has deleted them all, and was not asked for others.
+        // All tokens were deleted on purpose; no new ones are generated.
         (Vec::new(), FoundTokens::Existing)
     };
-    // A token that is given twice is what it was given for first.
+    // A token that is given twice has the kind of its first occurrence.
     let mut seen = HashSet::new();
     for (name, kind, secret) in seeds.into_iter().filter(|it| seen.insert(it.2.digest())) {
         let Grant { scope, .. } = grant_of(kind, &secret, &Environment::new(FIRST_ENVIRONMENT));
@@ -176,7 +179,7 @@ pub(super) async fn begin(
     if !seen.is_empty() {
         database.announce(&mut transaction).await?;
     }
-    if let Some(hash) = hash.filter(|_| keeps_given || account.is_some()) {
+    if let Some(hash) = hash.filter(|_| stores_given || account.is_some()) {
         initial::keep(&mut transaction, InitialSetting::Password, &hash).await?;
     }
     if !seed.is_empty() && !keeps_seed(&mut transaction, seed, &tokens).await? {
@@ -188,24 +191,26 @@ pub(super) async fn begin(
     Ok(opened)
 }
 
-/// Whether `seed` is what the registry began with, which is then kept.
+/// Whether `seed` equals the initial tokens of the first start; stores their digest if none is stored
+/// yet.
 ///
-/// Of a database that has kept no digest yet, it is that if the registry has all of its tokens.
+/// In a database of an earlier version without a stored digest, they count as equal if the registry
+/// contains all of them.
 async fn keeps_seed(
     transaction: &mut Connection,
     seed: &Seed,
     found: &FoundTokens,
 ) -> Result<bool, Error> {
     let digest = initial::digest_of(seed);
-    let is_kept = match (found, initial::find(transaction, InitialSetting::Tokens).await?) {
-        (FoundTokens::Existing, Some(kept)) => return Ok(kept == digest),
+    let is_unchanged = match (found, initial::find(transaction, InitialSetting::Tokens).await?) {
+        (FoundTokens::Existing, Some(stored)) => return Ok(stored == digest),
         (FoundTokens::Existing, None) => registry::has_all(transaction, seed.all()).await?,
         (FoundTokens::Seeded | FoundTokens::Generated(_), _) => true,
     };
-    if is_kept {
+    if is_unchanged {
         initial::keep(transaction, InitialSetting::Tokens, &digest).await?;
     }
-    Ok(is_kept)
+    Ok(is_unchanged)
 }
 
 impl Generated {

@@ -1,7 +1,7 @@
-//! How the database is doing, for operators: whether it answers, how fast, and how old what is in
-//! memory has become.
+//! The health of the database, for operators: reachability, latency, and the age of the tokens in
+//! memory.
 //!
-//! Nothing is decided by it: a request tries its luck whatever is noted here.
+//! It is informational only: requests try the database regardless of it.
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -20,7 +20,7 @@ const SECONDS: &str = "parapet_database_seconds";
 const AGE: &str = "parapet_registry_age_seconds";
 const STORED: &str = "parapet_usage_storing";
 
-/// What is timed.
+/// The operations whose duration is measured.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Operation {
     Connect,
@@ -28,54 +28,58 @@ pub(super) enum Operation {
     Commit,
 }
 
-/// How the database is doing. A cheap handle.
+/// The health records. A cheap handle.
 #[derive(Clone, Debug)]
 pub(super) struct Health(Arc<Mutex<State>>);
 
 #[derive(Debug)]
 struct State {
-    /// Since when it has not answered.
+    /// The start of the current outage.
     away_since: Option<Timestamp>,
     last_error: Option<(Timestamp, String)>,
-    /// When the tokens were last read, by a query that began then.
+    /// The start of the latest successful query of the tokens.
     last_reload: Option<Instant>,
-    /// Since when usage could not be stored.
+    /// The time since which usage cannot be stored.
     usage_waits_since: Option<Timestamp>,
 }
 
-/// What there is to see of the database.
+/// The status of the database for display.
 #[derive(Clone, Debug)]
 pub struct DatabaseStatus {
-    /// Where it is, without its user and password.
+    /// Its location without user and password.
     pub location: String,
-    /// Since when it has not answered; `None` where it does.
+    /// The start of the current outage; `None` while the database responds.
     pub away_since: Option<Timestamp>,
-    /// The last failure of a connection or a statement, whether mended since or not.
+    /// The last failure of a connection or a statement, even if later ones succeeded.
     pub last_error: Option<(Timestamp, String)>,
-    /// How long ago the tokens in memory were read.
+    /// The age of the tokens in memory.
     pub registry_age: Option<Duration>,
-    /// Since when usage waits that could not be stored.
+    /// The time since which usage cannot be stored and stays queued.
     pub usage_waits_since: Option<Timestamp>,
-    /// The connections.
+    /// The connections of the pool.
     pub connections: ConnectionCount,
 }
 
-/// How many connections there are; those that hear of changes are apart.
+/// The number of connections in the pool; those of listeners are not included.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct ConnectionCount {
     /// In use.
     pub busy: usize,
-    /// Open, and waiting for work.
+    /// Open and idle.
     pub idle: usize,
-    /// How many there may be.
+    /// The maximum number.
     pub limit: usize,
 }
 
 impl Health {
     pub(super) fn new() -> Self {
-        describe_gauge!(REACHABLE, "Whether the control plane's database answers: 1 or 0");
+        describe_gauge!(REACHABLE, "Whether the control plane's database responds: 1 or 0");
         describe_gauge!(CONNECTIONS, "Connections to the control plane's database by their state");
-        describe_histogram!(SECONDS, Unit::Seconds, "What the control plane's database takes");
+        describe_histogram!(
+            SECONDS,
+            Unit::Seconds,
+            "Duration of operations on the control plane's database"
+        );
         let age = "Time since the tokens in memory were read from the control plane's database";
         describe_gauge!(AGE, Unit::Seconds, age);
         describe_gauge!(STORED, "Whether reported usage can be stored: 1 or 0");
@@ -87,9 +91,9 @@ impl Health {
         })))
     }
 
-    /// Notes how an operation ended that took so long.
+    /// Records the duration and the outcome of an operation.
     ///
-    /// An error that the server itself has told shows that it answers.
+    /// An error message from the server itself proves that it is reachable.
     pub(super) fn record(&self, what: Operation, took: Duration, error: Option<&sqlx::Error>) {
         let operation = match what {
             Operation::Connect => "connect",
@@ -115,12 +119,12 @@ impl Health {
         }
     }
 
-    /// Notes that what is in memory was read at this time.
+    /// Records that the tokens in memory were read by a query that began at this time.
     pub(super) fn record_reload(&self, begun: Instant) {
         self.lock().last_reload = Some(begun);
     }
 
-    /// Notes whether usage could be stored; true where that has changed.
+    /// Records whether usage could be stored; true if that has changed.
     pub(super) fn record_usage(&self, is_stored: bool) -> bool {
         let mut state = self.lock();
         let was_stored = state.usage_waits_since.is_none();
@@ -150,7 +154,7 @@ impl Health {
 }
 
 impl DatabaseStatus {
-    /// Writes the gauges of the Prometheus registry.
+    /// Updates the gauges of the Prometheus registry.
     #[expect(clippy::cast_precision_loss, reason = "there are a few connections")]
     pub fn measure(&self) {
         let flag = |is_set| if is_set { 1.0 } else { 0.0 };

@@ -1,6 +1,6 @@
-//! The versions of the database's schema, and the way from each to the next.
+//! The versions of the database schema and the migrations between them.
 //!
-//! A file that was released is never changed again; another follows it.
+//! A released migration is never changed; a later one corrects it.
 
 use std::sync::Arc;
 
@@ -11,18 +11,18 @@ use sqlx::{
 
 use super::{database::Connection, error::Error};
 
-/// One version: its number, what it brings, and how, for SQLite and for PostgreSQL.
-struct Step {
+/// A version of the schema with its migration for each database.
+struct SchemaVersion {
     version: i64,
     description: &'static str,
     sqlite: &'static str,
     postgres: &'static str,
 }
 
-/// A version whose SQL is in a file of this name for each database.
-macro_rules! step {
+/// A version whose SQL is in a file with this name for each database.
+macro_rules! schema_version {
     ($version:literal, $description:literal, $file:literal) => {
-        Step {
+        SchemaVersion {
             version: $version,
             description: $description,
             sqlite: include_str!(concat!("migrations/sqlite/", $file)),
@@ -32,29 +32,30 @@ macro_rules! step {
 }
 
 /// Every version, the oldest first.
-const STEPS: [Step; 5] = [
-    step!(1, "initial", "0001_initial.sql"),
-    step!(2, "usage", "0002_usage.sql"),
-    step!(3, "pages of events", "0003_pages_of_events.sql"),
-    step!(4, "initial settings", "0004_initial_settings.sql"),
-    step!(5, "projects of events", "0005_projects_of_events.sql"),
+const STEPS: [SchemaVersion; 5] = [
+    schema_version!(1, "initial", "0001_initial.sql"),
+    schema_version!(2, "usage", "0002_usage.sql"),
+    schema_version!(3, "pages of events", "0003_pages_of_events.sql"),
+    schema_version!(4, "initial settings", "0004_initial_settings.sql"),
+    schema_version!(5, "projects of events", "0005_projects_of_events.sql"),
 ];
 
 /// The newest version.
 pub(super) const NEWEST: i64 = STEPS[STEPS.len() - 1].version;
 
-/// Which SQL is spoken.
+/// The SQL dialect of the database.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Dialect {
     Sqlite,
     Postgres,
 }
 
-/// Brings the database of `connection` to the newest version.
+/// Migrates the database of `connection` to the newest version.
 ///
-/// The caller has begun a transaction in which nobody else writes.
+/// The caller must have begun an exclusive write transaction.
 pub(super) async fn migrate(connection: &mut AnyConnection, dialect: Dialect) -> Result<(), Error> {
-    let mut migrator = Migrator::with_migrations(STEPS.iter().map(|it| it.of(dialect)).collect());
+    let mut migrator =
+        Migrator::with_migrations(STEPS.iter().map(|it| it.migration(dialect)).collect());
     migrator.set_locking(false);
     migrator.run_direct(None, connection, false).await.map_err(|error| match error {
         MigrateError::VersionMissing(found) => Error::Newer { found, known: NEWEST },
@@ -62,7 +63,8 @@ pub(super) async fn migrate(connection: &mut AnyConnection, dialect: Dialect) ->
     })
 }
 
-/// The version of a schema that this version of Parapet can read; it may be an older one.
+/// The version of the schema, which may be older than [`NEWEST_VERSION`]. Fails if it is newer, or if
+/// the database is not initialized.
 pub(super) async fn readable_version(
     connection: &mut Connection,
     dialect: Dialect,
@@ -82,8 +84,8 @@ pub(super) async fn readable_version(
     }
 }
 
-impl Step {
-    fn of(&self, dialect: Dialect) -> Migration {
+impl SchemaVersion {
+    fn migration(&self, dialect: Dialect) -> Migration {
         let sql = match dialect {
             Dialect::Sqlite => self.sqlite,
             Dialect::Postgres => self.postgres,

@@ -1,7 +1,8 @@
-//! Passwords: read, generated, and hashed with Argon2id.
+//! Passwords: parsing, generation, and hashing with Argon2id.
 //!
-//! A hash is made to be slow and large, so that few are computed at once and few may wait: a flood
-//! of sign-ins costs its senders, and not the process. Who may try how often is `throttle`'s.
+//! Hashing is slow and needs much memory by design. So at most 2 hashes are computed at once and at most
+//! 64 may wait, which protects the process from a flood of sign-ins. Rate limits per client are in
+//! `sessions`.
 
 use std::{
     fmt,
@@ -26,30 +27,28 @@ use super::error::Error;
 const MIN_LEN: usize = 10;
 /// The longest password, in bytes.
 const MAX_LEN: usize = 1024;
-/// How many hashes are computed at once.
 const AT_ONCE: usize = 2;
-/// How many hashes may wait.
 const MAX_WAITING: usize = 64;
-/// When those may come back that were too many.
+/// The retry delay for requests that were rejected because the queue is full.
 const COME_BACK: Duration = Duration::from_secs(2);
 
 /// A password in plaintext: wiped when dropped, and never printed.
 #[derive(Clone)]
 pub struct Password(Zeroizing<String>);
 
-/// Why a text cannot be a password; never repeats the text.
+/// Why a text is not a valid password. Never contains the text.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum PasswordError {
-    /// It could be guessed.
+    /// It is too easy to guess.
     #[error("must have at least {MIN_LEN} characters")]
     TooShort,
-    /// It would cost too much.
+    /// Hashing it would cost too much.
     #[error("must have at most {MAX_LEN} bytes")]
     TooLong,
 }
 
 impl Password {
-    /// Reads a password that is to be set.
+    /// Parses a new password.
     pub fn parse(text: &str) -> Result<Self, PasswordError> {
         if text.chars().count() < MIN_LEN {
             return Err(PasswordError::TooShort);
@@ -57,7 +56,7 @@ impl Password {
         Self::for_sign_in(text)
     }
 
-    /// Reads a password that is to be compared: any text of a bearable length.
+    /// Parses a password for verification: any text up to 1,024 bytes.
     pub fn for_sign_in(text: &str) -> Result<Self, PasswordError> {
         if text.len() > MAX_LEN {
             return Err(PasswordError::TooLong);
@@ -65,7 +64,7 @@ impl Password {
         Ok(Self(Zeroizing::new(text.to_owned())))
     }
 
-    /// A random one of 130 bits, without letters that are easily taken for others.
+    /// Generates a password of 130 random bits, without letters that are easily confused.
     pub fn generate() -> Self {
         const LETTERS: &[u8; 32] = b"abcdefghjkmnpqrstuvwxyz023456789";
         const LEN: usize = 26;
@@ -81,7 +80,7 @@ impl Password {
         Self(text)
     }
 
-    /// The text, for its owner's eyes.
+    /// The plaintext, to show to its owner.
     pub fn expose(&self) -> &str {
         &self.0
     }
@@ -93,12 +92,13 @@ impl fmt::Debug for Password {
     }
 }
 
-/// Computes and compares hashes, a few at once. A cheap handle.
+/// Computes and verifies hashes with bounded concurrency. A cheap handle.
 #[derive(Clone, Debug)]
 pub(super) struct Hasher {
     free: Arc<Semaphore>,
     waiting: Arc<AtomicUsize>,
-    /// What a password is compared with where there is no account: takes as long, matches nothing.
+    /// The hash to verify against if there is no account, so that the duration does not reveal that. It
+    /// matches no password.
     decoy: Arc<OnceCell<String>>,
 }
 
@@ -111,20 +111,20 @@ impl Hasher {
         }
     }
 
-    /// The PHC string of a password.
+    /// The hash of a password as a PHC string.
     pub(super) async fn hash(&self, password: &Password) -> Result<String, Error> {
         let password = password.clone();
         let hash = move || argon2().hash_password(password.0.as_bytes()).map(|it| it.to_string());
         Ok(self.compute(hash).await?.expect("a salt can be drawn and the parameters are valid"))
     }
 
-    /// Whether `password` is that of `hash`; without a hash it is not, after the same time.
+    /// Whether `password` matches `hash`. Without a hash the result is false after the same time.
     pub(super) async fn verify(
         &self,
         password: &Password,
         hash: Option<&str>,
     ) -> Result<bool, Error> {
-        let known = hash.is_some();
+        let is_account = hash.is_some();
         let hash = if let Some(hash) = hash {
             hash.to_owned()
         } else {
@@ -136,10 +136,10 @@ impl Hasher {
             let matches = |hash| argon2().verify_password(password.0.as_bytes(), &hash).is_ok();
             PasswordHash::new(&hash).is_ok_and(matches)
         };
-        Ok(self.compute(verify).await? && known)
+        Ok(self.compute(verify).await? && is_account)
     }
 
-    /// Does slow work on a thread of its own when one is free.
+    /// Runs slow work on a blocking thread once a permit is free.
     async fn compute<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> T + Send + 'static,
@@ -150,7 +150,7 @@ impl Hasher {
         let free = Arc::clone(&self.free);
         let permit = free.acquire_owned().await.expect("the semaphore is never closed");
         drop(waiting);
-        // The permit goes with the work: a caller that gives up does not make room for another.
+        // The work owns the permit: a cancelled caller does not free it early.
         let run = move || {
             let done = work();
             drop(permit);
@@ -160,7 +160,7 @@ impl Hasher {
     }
 }
 
-/// A place in the queue, given back when dropped.
+/// A slot in the queue, released when dropped.
 struct Waiting<'a>(&'a AtomicUsize);
 
 impl<'a> Waiting<'a> {
@@ -188,7 +188,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_password_has_a_length_and_shows_nothing() {
+    fn password_length_is_checked_and_debug_omits_the_text() {
         let error = |text: &str| Password::parse(text).err();
         assert_eq!(error("nine char"), Some(PasswordError::TooShort));
         assert_eq!(error("ten chars!"), None);
@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn more_than_can_wait_are_turned_away() {
+    async fn hashes_beyond_the_queue_are_rejected() {
         let hasher = Hasher::new();
         let all = Arc::clone(&hasher.free).acquire_many_owned(2).await.unwrap();
         let mut queue: Vec<_> = (0..MAX_WAITING).map(|_| Box::pin(hasher.compute(|| ()))).collect();

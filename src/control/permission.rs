@@ -1,21 +1,21 @@
-//! Roles, permissions, and who acts.
+//! Roles, permissions and operators.
 //!
-//! Pure words: which account has what is `accounts`', and which operation needs what is written
-//! where the operation is.
+//! This module only defines them. The permissions of an account are stored by `accounts`; each operation
+//! states itself which permission it requires.
 
 use std::{collections::BTreeSet, fmt, net::IpAddr};
 
 use super::sessions::SessionRef;
 use crate::token::{TokenDigest, TokenKind};
 
-/// What an account may do without any grant.
+/// The role of an account, which implies permissions.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub enum RootRole {
-    /// Everything.
+    /// Has every permission.
     Admin,
-    /// Reads client and frontend tokens.
+    /// Can read client and frontend tokens.
     Editor,
-    /// Sees client tokens, as everybody does.
+    /// Can see client tokens, like every account.
     Viewer,
 }
 
@@ -23,7 +23,7 @@ impl RootRole {
     /// Every role, in the order of their ids.
     pub const ALL: [Self; 3] = [Self::Admin, Self::Editor, Self::Viewer];
 
-    /// The number by which Unleash's admin API names the role.
+    /// The id of the role in Unleash's admin API.
     pub fn id(self) -> i64 {
         match self {
             Self::Admin => 1,
@@ -32,12 +32,12 @@ impl RootRole {
         }
     }
 
-    /// The role of that number.
+    /// The role with that id.
     pub fn from_id(id: i64) -> Option<Self> {
         Self::ALL.into_iter().find(|role| role.id() == id)
     }
 
-    /// Its name for people.
+    /// The display name.
     pub fn name(self) -> &'static str {
         match self {
             Self::Admin => "Admin",
@@ -55,22 +55,22 @@ impl RootRole {
     }
 }
 
-/// What is done to a token.
+/// An operation on a token.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Action {
-    /// Making one.
+    /// Creating a token.
     Create,
-    /// Looking at what it allows; its secret can be read by nobody.
+    /// Reading its properties; the secret can never be read.
     Read,
-    /// Changing when it expires.
+    /// Changing its expiry.
     Update,
-    /// Ending it.
+    /// Deleting it.
     Delete,
 }
 
-/// What an admin can grant to any account.
+/// A permission that an admin can grant to any account.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
-#[expect(missing_docs, reason = "each name is its documentation: what is done to which tokens")]
+#[expect(missing_docs, reason = "each name is its documentation: an operation and a kind of token")]
 pub enum Permission {
     CreateClientApiToken,
     ReadClientApiToken,
@@ -95,7 +95,7 @@ impl Permission {
         Self::DeleteFrontendApiToken,
     ];
 
-    /// What `action` on a token of `kind` needs; `None` where only an admin may.
+    /// The permission required for `action` on a token of `kind`; `None` if only an admin may do it.
     pub fn for_token(action: Action, kind: TokenKind) -> Option<Self> {
         Some(match (kind, action) {
             (TokenKind::Admin, _) => return None,
@@ -110,7 +110,7 @@ impl Permission {
         })
     }
 
-    /// The name that the admin API has for it.
+    /// The name of the permission in the admin API.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::CreateClientApiToken => "CREATE_CLIENT_API_TOKEN",
@@ -124,12 +124,13 @@ impl Permission {
         }
     }
 
-    /// The permission of that name.
+    /// The permission with that name.
     pub fn parse(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|permission| permission.as_str() == name)
     }
 
-    /// What is granted under `name`: one permission, or both creates by `CREATE_API_TOKEN`.
+    /// The permissions that a grant of `name` contains: the one with that name, or both permissions to
+    /// create tokens for `CREATE_API_TOKEN`.
     pub fn granted_by(name: &str) -> Option<&'static [Self]> {
         if name == "CREATE_API_TOKEN" {
             return Some(&[Self::CreateClientApiToken, Self::CreateFrontendApiToken]);
@@ -138,7 +139,7 @@ impl Permission {
     }
 }
 
-/// The right that an operator lacks.
+/// A permission that an operator lacks.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Missing {
     permission: &'static str,
@@ -152,12 +153,12 @@ impl Missing {
         Self { permission, purpose: "do this" }
     }
 
-    /// The same, with the purpose that the right is needed for: the infinitive that follows "to".
+    /// The same with the purpose of the permission: the infinitive that follows "to" in the message.
     pub(super) fn to(self, purpose: &'static str) -> Self {
         Self { purpose, ..self }
     }
 
-    /// The name by which the admin API tells it: a permission's, or `ADMIN`.
+    /// The name in the admin API: that of a permission, or `ADMIN`.
     pub fn permission(self) -> &'static str {
         self.permission
     }
@@ -171,23 +172,23 @@ impl fmt::Display for Missing {
 
 impl std::error::Error for Missing {}
 
-/// Who acts.
+/// The authenticated originator of an operation.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Operator {
     /// A person who has signed in.
     Account {
-        /// Which account.
+        /// The id of the account.
         id: i64,
-        /// Its name.
+        /// Its username.
         username: String,
         /// Its role.
         role: RootRole,
-        /// What was granted to it beyond its role.
+        /// Permissions in addition to its role.
         permissions: BTreeSet<Permission>,
-        /// The session in which it acts.
+        /// The session of the request.
         session: SessionRef,
     },
-    /// A person who has signed in to the upstream Unleash server: has no permission here.
+    /// A person who has signed in to the upstream Unleash server, without permissions on this instance.
     Upstream {
         /// The person's name there.
         name: String,
@@ -199,12 +200,12 @@ pub enum Operator {
         /// The token.
         digest: TokenDigest,
     },
-    /// The command line, by whoever may write the database.
+    /// The command line, with access to the database.
     Shell,
 }
 
 impl Operator {
-    /// The name that audit events show.
+    /// The name in audit events.
     pub fn name(&self) -> &str {
         match self {
             Self::Account { username, .. } => username,
@@ -213,7 +214,7 @@ impl Operator {
         }
     }
 
-    /// Which account it is.
+    /// The id of the operator's account, if it has one.
     pub fn id(&self) -> Option<i64> {
         match self {
             Self::Account { id, .. } => Some(*id),
@@ -221,7 +222,7 @@ impl Operator {
         }
     }
 
-    /// Whether it may do everything.
+    /// Whether the operator has every permission.
     pub fn is_admin(&self) -> bool {
         match self {
             Self::Account { role, .. } => *role == RootRole::Admin,
@@ -230,20 +231,20 @@ impl Operator {
         }
     }
 
-    /// Insists on an admin.
+    /// Fails unless the operator is an admin.
     pub fn require_admin(&self) -> Result<(), Missing> {
         if self.is_admin() { Ok(()) } else { Err(Missing::ADMIN) }
     }
 
-    /// Insists on the permission for `action` on tokens of `kind`.
+    /// Fails unless the operator has the permission for `action` on tokens of `kind`.
     pub fn may(&self, action: Action, kind: TokenKind) -> Result<(), Missing> {
         let Some(needed) = Permission::for_token(action, kind) else { return self.require_admin() };
         if self.holds(needed) { Ok(()) } else { Err(Missing::new(needed.as_str())) }
     }
 
-    /// Whether it sees that tokens of `kind` exist, and what they allow.
+    /// Whether the operator can see tokens of `kind` and their properties.
     ///
-    /// Everybody sees client tokens; whoever may do anything with frontend tokens sees those.
+    /// Every operator can see client tokens. Frontend tokens need any permission on them.
     pub fn may_see(&self, kind: TokenKind) -> bool {
         let any = [Action::Create, Action::Read, Action::Update, Action::Delete];
         match kind {
@@ -253,7 +254,7 @@ impl Operator {
         }
     }
 
-    /// What it holds by name: `ADMIN`, or each permission by role or grant.
+    /// The names of the operator's permissions: `ADMIN`, or each permission by role or grant.
     pub fn permissions(&self) -> impl Iterator<Item = &'static str> {
         let held = Permission::ALL.into_iter().filter(|it| !self.is_admin() && self.holds(*it));
         self.is_admin()
@@ -273,12 +274,12 @@ impl Operator {
     }
 }
 
-/// An operator, and from where it acts.
+/// An operator with its client address.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Actor {
-    /// Who.
+    /// The operator.
     pub operator: Operator,
-    /// The address that it was seen to come from.
+    /// The client address of the request; `None` for the command line.
     pub address: Option<IpAddr>,
 }
 
@@ -295,10 +296,10 @@ mod tests {
         Operator::Account { id: 7, username, role, permissions, session }
     }
 
-    /// The whole table: role or grant, operation, kind of token.
+    /// All combinations of role or grant, action and kind of token.
     #[test]
-    fn each_right_comes_by_its_role_or_its_grant_and_no_other() {
-        let of = |operator: &Operator, action, kind| operator.may(action, kind).is_ok();
+    fn each_action_needs_its_role_or_its_own_grant() {
+        let may = |operator: &Operator, action, kind| operator.may(action, kind).is_ok();
         for action in ACTIONS {
             for kind in KINDS {
                 let needed = Permission::for_token(action, kind);
@@ -308,22 +309,22 @@ mod tests {
                     Operator::Token { name: "ci".to_owned(), digest: TokenDigest::of("ci") },
                     Operator::Shell,
                 ] {
-                    assert!(of(&admin, action, kind));
+                    assert!(may(&admin, action, kind));
                 }
                 let editor = account(RootRole::Editor, &[]);
-                assert_eq!(of(&editor, action, kind), name.starts_with("READ_"), "{name}");
+                assert_eq!(may(&editor, action, kind), name.starts_with("READ_"), "{name}");
                 let viewer = account(RootRole::Viewer, &[]);
                 assert_eq!(viewer.may(action, kind), Err(Missing::new(name)));
                 for granted in Permission::ALL {
                     let viewer = account(RootRole::Viewer, &[granted]);
-                    assert_eq!(of(&viewer, action, kind), needed == Some(granted), "{name}");
+                    assert_eq!(may(&viewer, action, kind), needed == Some(granted), "{name}");
                 }
             }
         }
     }
 
     #[test]
-    fn client_tokens_are_seen_by_all_frontend_tokens_by_whoever_handles_them() {
+    fn client_tokens_are_visible_to_all_and_frontend_tokens_by_permission() {
         let viewer = account(RootRole::Viewer, &[]);
         assert!(viewer.may_see(TokenKind::Client));
         assert!(!viewer.may_see(TokenKind::Frontend));
@@ -338,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn permissions_are_named_with_those_of_the_role() {
+    fn permission_names_include_those_of_the_role() {
         let names = |operator: &Operator| operator.permissions().collect::<Vec<_>>();
         assert_eq!(names(&Operator::Shell), ["ADMIN"]);
         assert_eq!(names(&account(RootRole::Admin, &Permission::ALL)), ["ADMIN"]);
@@ -349,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_read_back_and_the_short_one_means_both_creates() {
+    fn permission_names_are_parsed_and_create_api_token_grants_both_creates() {
         for permission in Permission::ALL {
             assert_eq!(Permission::parse(permission.as_str()), Some(permission));
             assert_eq!(Permission::granted_by(permission.as_str()), Some(&[permission][..]));

@@ -1,4 +1,5 @@
-//! What was refused, noted without letting a loop fill the disk.
+//! Writes denied operations and failed sign-ins to the audit log, rate limited so that a client in a
+//! loop cannot fill the disk.
 
 use std::{
     net::{IpAddr, Ipv4Addr},
@@ -20,22 +21,22 @@ use crate::{
     throttle::{Buckets, Rate, origin},
 };
 
-/// How many events one origin may cause.
+/// The rate of events for one client network.
 const OF_ONE: Rate = Rate { burst: 20, every: Duration::from_mins(1) };
-/// How many events all may cause.
+/// The rate of events for all clients.
 const OF_ALL: Rate = Rate { burst: 1000, every: Duration::from_secs(10) };
 
-/// Notes refusals, as many as may be.
+/// Records denials in the audit log within the rate limits.
 #[derive(Debug)]
 pub(super) struct Refusals {
     database: Database,
     of_one: Buckets<IpAddr>,
     of_all: Buckets<()>,
-    /// How many were not noted since the last that was.
+    /// The number of events dropped since the last recorded one.
     left_out: AtomicU64,
 }
 
-/// Why a sign-in was refused.
+/// Why a sign-in failed.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Reason {
     WrongPassword,
@@ -45,14 +46,14 @@ pub(super) enum Reason {
 /// Why an operation was denied.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Denial {
-    /// A right is lacking.
+    /// A permission is missing.
     Permission(Missing),
-    /// Nobody may do it, or who does it has not shown to be who it is.
+    /// Another reason, such as a failed authentication or an operation that is never allowed.
     Reason(&'static str),
 }
 
 impl Denial {
-    /// What an error says of it; `None` for one that denies nothing.
+    /// The reason in an error; `None` if the error is not a denial.
     pub(super) fn of(error: &Error) -> Option<Self> {
         Some(match error {
             Error::Missing(missing) => Self::Permission(*missing),
@@ -71,7 +72,7 @@ impl Refusals {
         Self { database, of_one, of_all, left_out: AtomicU64::new(0) }
     }
 
-    /// Notes an operation that `actor` was denied.
+    /// Records an operation that `actor` was denied.
     pub(super) async fn operation(&self, actor: &Actor, operation: &str, denial: Denial) {
         let data = match denial {
             Denial::Permission(missing) => {
@@ -83,10 +84,10 @@ impl Refusals {
         self.note(&author, EventKind::PermissionDenied, data).await;
     }
 
-    /// Notes an attempt to sign in.
+    /// Records a failed sign-in.
     ///
-    /// The name is that of an account, if there is one: a text that names nobody may be a password
-    /// that somebody typed into the wrong field.
+    /// Callers pass `username` only if such an account exists: an unknown name may be a password that
+    /// was typed into the wrong field.
     pub(super) async fn sign_in(&self, username: Option<&str>, address: IpAddr, reason: Reason) {
         let reason = match reason {
             Reason::WrongPassword => "wrong password or no such account",
@@ -108,7 +109,7 @@ impl Refusals {
             data["leftOutBefore"] = left_out.into();
         }
         if let Err(error) = self.write(author, kind, data).await {
-            warn!(error = report(&error), "A refusal could not be noted in the audit log");
+            warn!(error = report(&error), "A denial could not be written to the audit log");
         }
     }
 

@@ -1,7 +1,7 @@
-//! The API tokens of this instance: kept as digests, held in memory, changed in the database.
+//! The registry of API tokens: stored as digests in the database, with a copy in memory.
 //!
-//! A secret exists in plaintext only while it is created; afterwards nobody can read it again. What
-//! is in memory is what the database said last, and stays in force while the database is away.
+//! A secret exists in plaintext only during its creation and cannot be read later. The copy in memory is
+//! the latest known state of the database, and stays valid while the database is unreachable.
 
 use std::{
     collections::HashSet,
@@ -34,52 +34,51 @@ use crate::{
 
 /// The longest name of an environment or a project, in bytes.
 const MAX_WORD: usize = 100;
-/// How exact `seen_at` is.
+/// The precision of `seen_at`.
 const SEEN: SignedDuration = SignedDuration::from_mins(1);
 
 /// A token to create.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct NewToken {
-    /// Tells it apart from others, for people.
+    /// Its display name.
     pub name: String,
-    /// What it is for.
+    /// Its kind.
     pub kind: TokenKind,
-    /// Whose flags it sees; `*` for admin tokens.
+    /// Its environment; `*` for admin tokens.
     pub environment: Environment,
-    /// Which projects' flags it sees.
+    /// Its projects.
     pub projects: Projects,
-    /// When it stops being valid.
+    /// The time of its expiry.
     pub expires_at: Option<Timestamp>,
 }
 
-/// What may be told of a token.
+/// A token, without its secret.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct ApiToken {
-    /// Names it without opening anything: 22 letters of base64url.
+    /// Its public id, which does not authenticate: 22 letters of base64url.
     pub id: String,
-    /// Tells it apart from others, for people.
+    /// Its display name.
     pub name: String,
-    /// What it is for.
+    /// Its kind.
     pub kind: TokenKind,
-    /// Whose flags it sees; `*` for admin tokens.
+    /// Its environment; `*` for admin tokens.
     pub environment: Environment,
-    /// Which projects' flags it sees.
+    /// Its projects.
     pub projects: Projects,
-    /// When it stops being valid.
+    /// The time of its expiry.
     pub expires_at: Option<Timestamp>,
-    /// When it was made.
+    /// The time of its creation.
     pub created_at: Timestamp,
-    /// Who made it.
+    /// The name of the operator that created it.
     pub created_by: String,
-    /// When it was last used, to about a minute.
+    /// The time of its last use, with a precision of about a minute.
     pub seen_at: Option<Timestamp>,
-    /// What may be shown of its secret.
+    /// The token with its secret part masked, for display.
     pub masked: Arc<str>,
 }
 
 impl NewToken {
-    /// A secret for it, in the second form of Unleash's: the first part names it, the second
-    /// proves it with 256 bits.
+    /// Generates a secret in Unleash's v2 format: a public selector, and a verifier of 256 random bits.
     pub(super) fn secret(&self) -> Token {
         let projects = match &self.projects {
             Projects::All => "*",
@@ -129,14 +128,14 @@ impl NewToken {
     }
 }
 
-/// Whether a text can stand in a token's first part.
+/// Whether a text is a valid environment or project in a token.
 fn is_word(text: &str) -> bool {
     let is_letter = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'~');
     (1..=MAX_WORD).contains(&text.len()) && text.bytes().all(is_letter)
 }
 
 impl ApiToken {
-    /// A token that is made now.
+    /// A token that is created now.
     pub(super) fn new(new: NewToken, secret: &Token, created_by: &str) -> Self {
         Self {
             id: id_of(secret),
@@ -162,7 +161,7 @@ impl ApiToken {
         self.expires_at.is_none_or(|at| now < at)
     }
 
-    /// The token as audit events tell it, without its secret.
+    /// The token as audit events contain it, without its secret.
     fn data(&self) -> Value {
         let projects = self.projects.to_list();
         json!({
@@ -189,7 +188,7 @@ impl ApiToken {
     }
 }
 
-/// What names a token in public.
+/// The public id of a token: its selector, or a part of a digest for formats without one.
 fn id_of(secret: &Token) -> String {
     let of_digest = || {
         let mut id = secret::base64url(&Sha256::digest(secret.expose()));
@@ -199,22 +198,22 @@ fn id_of(secret: &Token) -> String {
     secret.selector().map_or_else(of_digest, str::to_owned)
 }
 
-/// The tokens.
+/// The tokens of this instance.
 #[derive(Debug)]
 pub(super) struct Registry {
     database: Database,
     limit: usize,
-    held: RwLock<Vec<Held>>,
-    /// Held from before a change of the database, or a look at it, until `held` says the same: so
-    /// nothing old ever follows something new.
+    entries: RwLock<Vec<Held>>,
+    /// Held while the database is changed or read until `entries` is updated, so that an older state
+    /// never replaces a newer one.
     change: Mutex<()>,
-    /// Says that `held` has changed.
+    /// Signals changes of `entries`.
     changed: watch::Sender<()>,
-    /// Whom to tell. Locked from before a look at `held` until it is told.
+    /// Receives the valid tokens. Locked while `entries` is read for it, so that updates stay in order.
     told: std::sync::Mutex<Option<Authenticator>>,
 }
 
-/// A token as it is kept.
+/// A token with its digest.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Held {
     pub(super) digest: TokenDigest,
@@ -222,86 +221,90 @@ pub(super) struct Held {
 }
 
 impl Registry {
-    /// Reads the tokens of `database`, of which there may be `limit`.
+    /// Reads the tokens of `database`. At most `limit` tokens can be created.
     pub(super) async fn open(database: Database, limit: usize) -> Result<Self, Error> {
-        let held = load(&database).await?;
-        Ok(Self::new(database, limit, held))
+        let entries = load(&database).await?;
+        Ok(Self::new(database, limit, entries))
     }
 
-    /// Begins with the tokens of a copy; they are read at the next [`Registry::reload`].
-    pub(super) fn new(database: Database, limit: usize, held: Vec<Held>) -> Self {
+    /// Starts with the given tokens, until the next [`TokenRegistry::reload`].
+    pub(super) fn new(database: Database, limit: usize, entries: Vec<Held>) -> Self {
         Self {
             database,
             limit,
-            held: RwLock::new(held),
+            entries: RwLock::new(entries),
             change: Mutex::default(),
             changed: watch::Sender::new(()),
             told: std::sync::Mutex::default(),
         }
     }
 
-    /// Tells when tokens have changed.
+    /// Signals each change of tokens or of their last use.
     pub(super) fn subscribe(&self) -> watch::Receiver<()> {
         self.changed.subscribe()
     }
 
-    /// A copy of the tokens.
+    /// A serialized snapshot of the tokens.
     pub(super) fn copy(&self) -> Vec<u8> {
-        copy::write(self.database.shown(), &self.held())
+        copy::write(self.database.shown(), &self.entries())
     }
 
-    /// Tells `auth` from here on which tokens are valid.
+    /// Publishes the valid tokens to `auth` now and after each change.
     pub(super) fn publish_to(&self, auth: &Authenticator) {
         *self.told.lock().unwrap_or_else(PoisonError::into_inner) = Some(auth.clone());
         self.publish();
     }
 
-    /// What each valid token allows.
+    /// The grant of each valid token.
     pub(super) fn grants(&self) -> Vec<(TokenDigest, Grant)> {
-        let (now, held) = (Timestamp::now(), self.held());
-        let valid = held.iter().filter(|held| held.token.is_valid(now));
-        valid.map(|held| (held.digest, held.token.grant())).collect()
+        let (now, entries) = (Timestamp::now(), self.entries());
+        let valid = entries.iter().filter(|entry| entry.token.is_valid(now));
+        valid.map(|entry| (entry.digest, entry.token.grant())).collect()
     }
 
     /// The tokens that `operator` may see, the oldest first.
     pub(super) fn tokens(&self, operator: &Operator) -> Vec<ApiToken> {
-        let held = self.held();
-        let seen = held.iter().filter(|held| operator.may_see(held.token.kind));
-        seen.map(|held| held.token.clone()).collect()
+        let entries = self.entries();
+        let visible = entries.iter().filter(|entry| operator.may_see(entry.token.kind));
+        visible.map(|entry| entry.token.clone()).collect()
     }
 
     /// One token that `operator` may see, by its id or its secret.
     pub(super) fn token(&self, operator: &Operator, identifier: &str) -> Option<ApiToken> {
-        let held = self.held();
-        let found = named(&held, identifier)?;
+        let entries = self.entries();
+        let found = named(&entries, identifier)?;
         operator.may_see(found.token.kind).then(|| found.token.clone())
     }
 
-    /// The id of a token, by that or by its secret.
+    /// The id of a token, found by its id or its secret.
     pub(super) fn id(&self, identifier: &str) -> Option<String> {
-        named(&self.held(), identifier).map(|found| found.token.id.clone())
+        named(&self.entries(), identifier).map(|found| found.token.id.clone())
     }
 
     /// The name of a valid token.
     pub(super) fn name(&self, digest: &TokenDigest) -> Option<String> {
-        let (now, held) = (Timestamp::now(), self.held());
-        let found = held.iter().find(|held| held.digest == *digest);
-        found.filter(|held| held.token.is_valid(now)).map(|held| held.token.name.clone())
+        let (now, entries) = (Timestamp::now(), self.entries());
+        let found = entries.iter().find(|entry| entry.digest == *digest);
+        found.filter(|entry| entry.token.is_valid(now)).map(|entry| entry.token.name.clone())
     }
 
-    /// When the next token expires after `now`.
+    /// The earliest expiry of a token after `now`.
     pub(super) fn next_expiry(&self, now: Timestamp) -> Option<Timestamp> {
-        self.held().iter().filter_map(|held| held.token.expires_at).filter(|at| *at > now).min()
+        self.entries()
+            .iter()
+            .filter_map(|entry| entry.token.expires_at)
+            .filter(|at| *at > now)
+            .min()
     }
 
-    /// Reads what others may have changed, and publishes it.
+    /// Reads the tokens from the database, and publishes them if they have changed.
     pub(super) async fn reload(&self) -> Result<(), Error> {
         let _change = self.change.lock().await;
-        let now = load(&self.database).await?;
-        if *self.held() == now {
+        let entries = load(&self.database).await?;
+        if *self.entries() == entries {
             return Ok(());
         }
-        self.replace(now);
+        self.replace(entries);
         self.publish();
         Ok(())
     }
@@ -326,17 +329,17 @@ impl Registry {
         insert(&mut transaction, actor, &token, &secret).await?;
         self.database.announce(&mut transaction).await?;
         transaction.commit().await?;
-        let mut held = self.held().clone();
-        held.push(Held { digest: secret.digest(), token: token.clone() });
-        self.replace(held);
+        let mut entries = self.entries().clone();
+        entries.push(Held { digest: secret.digest(), token: token.clone() });
+        self.replace(entries);
         self.publish();
         Ok((secret, token))
     }
 
-    /// Changes when a token expires.
+    /// Changes the expiry of a token.
     ///
-    /// An expiry in the past ends a token as deleting it does, and a new one revives an expired token
-    /// as creating it does: who may only update can do neither.
+    /// An expiry in the past has the effect of a deletion and requires that permission too. A new expiry
+    /// of an expired token has the effect of a creation and requires that permission too.
     pub(super) async fn update(
         &self,
         actor: &Actor,
@@ -371,10 +374,10 @@ impl Registry {
         audit::record(&mut transaction, actor, EventKind::TokenUpdated, entry).await?;
         self.database.announce(&mut transaction).await?;
         transaction.commit().await?;
-        let mut held = self.held().clone();
-        held.retain(|held| held.token.id != after.token.id);
-        held.push(after.clone());
-        self.replace(held);
+        let mut entries = self.entries().clone();
+        entries.retain(|entry| entry.token.id != after.token.id);
+        entries.push(after.clone());
+        self.replace(entries);
         self.publish();
         Ok(Some(after.token))
     }
@@ -398,22 +401,22 @@ impl Registry {
         audit::record(&mut transaction, actor, EventKind::TokenDeleted, entry).await?;
         self.database.announce(&mut transaction).await?;
         transaction.commit().await?;
-        let mut held = self.held().clone();
-        held.retain(|held| held.token.id != token.id);
-        self.replace(held);
+        let mut entries = self.entries().clone();
+        entries.retain(|entry| entry.token.id != token.id);
+        self.replace(entries);
         self.publish();
         Ok(Some(token))
     }
 
-    /// Notes that tokens were used just now, at most once a minute each.
+    /// Stores the current time as the last use of tokens, at most once a minute per token.
     pub(super) async fn note_uses(&self, used: &HashSet<TokenDigest>) -> Result<(), Error> {
         let now = now();
-        let is_due = |held: &&Held| {
-            let seen = held.token.seen_at.is_some_and(|at| now.duration_since(at) < SEEN);
-            !seen && used.contains(&held.digest)
+        let is_due = |entry: &&Held| {
+            let is_recent = entry.token.seen_at.is_some_and(|at| now.duration_since(at) < SEEN);
+            !is_recent && used.contains(&entry.digest)
         };
         let due: HashSet<TokenDigest> =
-            self.held().iter().filter(is_due).map(|held| held.digest).collect();
+            self.entries().iter().filter(is_due).map(|entry| entry.digest).collect();
         if due.is_empty() {
             return Ok(());
         }
@@ -427,25 +430,25 @@ impl Registry {
                 .await?;
         }
         transaction.commit().await?;
-        let mut held = self.held().clone();
-        for held in held.iter_mut().filter(|held| due.contains(&held.digest)) {
-            held.token.seen_at = Some(now);
+        let mut entries = self.entries().clone();
+        for entry in entries.iter_mut().filter(|entry| due.contains(&entry.digest)) {
+            entry.token.seen_at = Some(now);
         }
-        self.replace(held);
+        self.replace(entries);
         Ok(())
     }
 
-    fn held(&self) -> RwLockReadGuard<'_, Vec<Held>> {
-        self.held.read().unwrap_or_else(PoisonError::into_inner)
+    fn entries(&self) -> RwLockReadGuard<'_, Vec<Held>> {
+        self.entries.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn replace(&self, mut held: Vec<Held>) {
-        sort(&mut held);
-        *self.held.write().unwrap_or_else(PoisonError::into_inner) = held;
+    fn replace(&self, mut entries: Vec<Held>) {
+        sort(&mut entries);
+        *self.entries.write().unwrap_or_else(PoisonError::into_inner) = entries;
         self.changed.send_replace(());
     }
 
-    /// Tells which tokens are valid, after a change and when one has expired.
+    /// Publishes the valid tokens, after a change and when a token has expired.
     pub(super) fn publish(&self) {
         if let Some(auth) = &*self.told.lock().unwrap_or_else(PoisonError::into_inner) {
             auth.set_given(self.grants());
@@ -453,15 +456,15 @@ impl Registry {
     }
 }
 
-/// The one of this id, or of this secret.
-fn named<'a>(held: &'a [Held], identifier: &str) -> Option<&'a Held> {
+/// The token with this id or this secret.
+fn named<'a>(entries: &'a [Held], identifier: &str) -> Option<&'a Held> {
     let digest = TokenDigest::of(identifier);
-    held.iter().find(|it| it.token.id == identifier || it.digest == digest)
+    entries.iter().find(|it| it.token.id == identifier || it.digest == digest)
 }
 
-fn sort(held: &mut [Held]) {
-    held.sort_by(|one, other| {
-        let key = |held: &Held| (held.token.created_at, held.token.id.clone());
+fn sort(entries: &mut [Held]) {
+    entries.sort_by(|one, other| {
+        let key = |entry: &Held| (entry.token.created_at, entry.token.id.clone());
         key(one).cmp(&key(other))
     });
 }
@@ -472,10 +475,10 @@ async fn load(database: &Database) -> Result<Vec<Held>, Error> {
     let rows = sqlx::query("SELECT * FROM tokens").fetch_all(&mut *connection).await?;
     drop(connection);
     database.health().record_reload(begun);
-    let mut held: Vec<Held> =
+    let mut entries: Vec<Held> =
         rows.iter().filter_map(|row| read(row).transpose()).collect::<Result<_, _>>()?;
-    sort(&mut held);
-    Ok(held)
+    sort(&mut entries);
+    Ok(entries)
 }
 
 async fn find(transaction: &mut Connection, identifier: &str) -> Result<Option<Held>, Error> {
@@ -487,7 +490,7 @@ async fn find(transaction: &mut Connection, identifier: &str) -> Result<Option<H
     Ok(row.as_ref().map(read).transpose()?.flatten())
 }
 
-/// The token of a row; `None` where it is of a kind that only a later version knows.
+/// The token in a row; `None` if its kind is known to later versions only.
 fn read(row: &AnyRow) -> Result<Option<Held>, sqlx::Error> {
     let time = |millis: Option<i64>| millis.map(of_millis);
     let kind = TokenKind::parse(row.try_get("kind")?);
@@ -509,13 +512,13 @@ fn read(row: &AnyRow) -> Result<Option<Held>, sqlx::Error> {
     Ok(Some(Held { digest, token }))
 }
 
-/// Whether there is no token.
+/// Whether the database contains no token.
 pub(super) async fn is_empty(connection: &mut Connection) -> Result<bool, Error> {
     let any = sqlx::query("SELECT id FROM tokens LIMIT 1").fetch_optional(connection).await?;
     Ok(any.is_none())
 }
 
-/// Whether there is each of these tokens.
+/// Whether the database contains all of these tokens.
 pub(super) async fn has_all(
     connection: &mut Connection,
     tokens: impl Iterator<Item = (TokenKind, &Token)>,
@@ -530,7 +533,7 @@ pub(super) async fn has_all(
     Ok(true)
 }
 
-/// Writes a new token and its event.
+/// Writes a new token and its audit event.
 pub(super) async fn insert(
     transaction: &mut Connection,
     actor: &Actor,

@@ -1,8 +1,8 @@
-//! The rights that an actor has at this moment, as the database has them.
+//! Checks the current permissions of an actor in the transaction of a change.
 //!
-//! Rights can be withdrawn and sessions can end between the authentication of a request and its
-//! effect: hashing a password is slow, and writers wait for each other. So each change checks both
-//! again in its own transaction. Which change needs which right is not decided here.
+//! Permissions can be withdrawn and sessions can end between the authentication of a request and its
+//! effect, because hashing a password is slow and writers wait for each other. So each change checks
+//! both again in its own transaction. Each change states itself which permission it requires.
 
 use super::{
     accounts,
@@ -12,7 +12,7 @@ use super::{
 };
 use crate::token::TokenKind;
 
-/// Fails unless `actor` is an admin now.
+/// Fails unless `actor` is currently an admin.
 pub(super) async fn require_admin(
     transaction: &mut Connection,
     actor: &Actor,
@@ -20,7 +20,7 @@ pub(super) async fn require_admin(
     Ok(current(transaction, &actor.operator).await?.require_admin()?)
 }
 
-/// Fails unless `actor` has the permission for `action` on tokens of `kind` now.
+/// Fails unless `actor` currently has the permission for `action` on tokens of `kind`.
 pub(super) async fn require(
     transaction: &mut Connection,
     actor: &Actor,
@@ -30,7 +30,7 @@ pub(super) async fn require(
     Ok(current(transaction, &actor.operator).await?.may(action, kind)?)
 }
 
-/// The operator with its present rights. Fails where its account, its session or its token is gone.
+/// The operator with its current permissions. Fails if its account, session or token no longer exists.
 pub(super) async fn current(
     transaction: &mut Connection,
     operator: &Operator,

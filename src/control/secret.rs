@@ -1,6 +1,6 @@
-//! Random secrets for cookies, and how they are kept: a public selector, and a digest to compare.
+//! Random secrets for cookies and their stored form: a public selector for lookup, and a digest.
 //!
-//! API tokens have their own form, and their own type in `token`.
+//! API tokens have another format, in `token`.
 
 use std::fmt;
 
@@ -11,29 +11,29 @@ use zeroize::Zeroizing;
 
 use crate::token::TokenDigest;
 
-/// How many random bytes find a secret.
+/// The number of random bytes in the selector.
 const SELECTOR: usize = 16;
-/// How many random bytes prove it, 256 bits.
+/// The number of random bytes in the verifier, 256 bits.
 const VERIFIER: usize = 32;
-/// The letters of a selector.
+/// The length of an encoded selector.
 const SELECTOR_LETTERS: usize = 22;
 
-/// The value of a cookie, for its owner alone: wiped when dropped, and never printed.
+/// The value of a cookie: wiped when dropped, and never printed.
 #[derive(Clone)]
 pub struct Secret(Zeroizing<String>);
 
 impl Secret {
-    /// A fresh one.
+    /// Generates a random secret.
     pub(super) fn generate() -> Self {
         Self(Zeroizing::new(format!("{}.{}", *random::<SELECTOR>(), *random::<VERIFIER>())))
     }
 
-    /// The text, for the cookie.
+    /// The plaintext, for the cookie.
     pub fn expose(&self) -> &str {
         &self.0
     }
 
-    /// How it is kept.
+    /// The stored form.
     pub(super) fn kept(&self) -> Kept {
         Kept::of(&self.0).expect("a generated secret has the form of one")
     }
@@ -45,17 +45,17 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// What is kept of a secret.
+/// The stored form of a secret.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
 pub(super) struct Kept {
-    /// Where it is found.
+    /// The key for lookup.
     pub(super) selector: String,
-    /// The digest of the whole, 64 hexadecimal digits.
+    /// The digest of the whole secret, 64 hexadecimal digits.
     pub(super) digest: String,
 }
 
 impl Kept {
-    /// That of the secret in a cookie; `None` where the text cannot be one.
+    /// The hash of the secret in a cookie; `None` if the text is malformed.
     pub(super) fn of(cookie: &str) -> Option<Self> {
         const LEN: usize = SELECTOR_LETTERS + 1 + 43;
         let (selector, verifier) = cookie.split_at_checked(SELECTOR_LETTERS)?;
@@ -66,7 +66,7 @@ impl Kept {
         shape.then(|| Self { selector: selector.to_owned(), digest: digest() })
     }
 
-    /// Whether `digest` is this one's, in a time that does not tell where they differ.
+    /// Whether `digest` equals this one, compared in constant time.
     pub(super) fn proves(&self, digest: &str) -> bool {
         self.digest.as_bytes().ct_eq(digest.as_bytes()).into()
     }
@@ -89,16 +89,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_secret_is_found_by_its_selector_and_proven_by_the_whole() {
+    fn a_secret_hash_matches_its_own_digest_only() {
         let secret = Secret::generate();
-        let kept = Kept::of(secret.expose()).unwrap();
-        assert!(secret.expose().starts_with(&kept.selector));
-        assert!(!format!("{kept:?} {secret:?}").contains(secret.expose()));
-        assert!(kept.proves(&kept.digest));
+        let hash = Kept::of(secret.expose()).unwrap();
+        assert!(secret.expose().starts_with(&hash.selector));
+        assert!(!format!("{hash:?} {secret:?}").contains(secret.expose()));
+        assert!(hash.proves(&hash.digest));
         let mut other = secret.expose().to_owned();
         other.replace_range(64.., if other.ends_with('A') { "B" } else { "A" });
         let other =
-            Kept::of(&format!("{}{}", &secret.expose()[..64], &other[64..])).unwrap_or(kept);
+            Kept::of(&format!("{}{}", &secret.expose()[..64], &other[64..])).unwrap_or(hash);
         assert!(!other.proves(&secret.kept().digest) || other.digest == secret.kept().digest);
         for text in ["", "x", &"a".repeat(66), &"ä".repeat(33)] {
             assert_eq!(Kept::of(text), None, "{text}");

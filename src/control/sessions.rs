@@ -1,8 +1,8 @@
-//! Signing in and staying so.
+//! Sign-in and sessions.
 //!
-//! Cookies are random, and kept as digests. Who tries too often waits: by address, by account, and
-//! by both together; a browser from which somebody has signed in before waits for its own attempts
-//! only, so that nobody can lock an owner out.
+//! Cookies are random and stored as digests. Sign-in attempts are rate limited by address, by account,
+//! and by the pair of both. A browser that has signed in to the account before has a rate limit of its
+//! own instead, so that attackers cannot lock the owner out.
 
 use std::{
     hash::{BuildHasher as _, RandomState},
@@ -29,65 +29,67 @@ use crate::{
     throttle::{Buckets, Rate, origin},
 };
 
-/// Attempts from one address.
+/// Sign-in attempts from one address.
 const BY_ADDRESS: Rate = Rate { burst: 20, every: Duration::from_secs(3) };
-/// Attempts from one address on one account: what one guesser gets.
+/// Sign-in attempts from one address on one account: the limit of a single attacker.
 const BY_PAIR: Rate = Rate { burst: 5, every: Duration::from_secs(15) };
-/// Attempts from anywhere on one account: more than one guesser gets, so that no single one can
-/// keep the owner out.
+/// Sign-in attempts from all addresses on one account: more than the limit of a single attacker, so that
+/// one attacker cannot lock the owner out.
 const BY_ACCOUNT: Rate = Rate { burst: 100, every: Duration::from_secs(10) };
-/// Attempts from one known browser, whatever others do.
+/// Sign-in attempts from one known browser, independent of all others.
 const BY_DEVICE: Rate = Rate { burst: 10, every: Duration::from_secs(10) };
 /// Attempts to change one's own password.
 const OWN_PASSWORD: Rate = Rate { burst: 5, every: Duration::from_mins(1) };
-/// Cookies from one address that open nothing.
+/// Requests from one address with a cookie without a session.
 const STRANGERS: Rate = Rate { burst: 50, every: Duration::from_secs(1) };
 
-/// How exact the last use of a session is, where a quarter of the idle time is not less.
+/// The precision of the last use of a session; a quarter of the idle timeout if that is less.
 const TOUCH: SignedDuration = SignedDuration::from_mins(1);
-/// How many sessions, and apart from them how many browsers, an account may have; older ones go.
+/// The maximum number of sessions, and separately of known browsers, per account. The oldest are
+/// deleted.
 const PER_ACCOUNT: i64 = 20;
 
 /// An attempt to sign in.
 #[derive(Clone, Copy, Debug)]
 pub struct SignIn<'a> {
-    /// The account's name.
+    /// The username.
     pub username: &'a str,
-    /// Its password, perhaps.
+    /// The password to check.
     pub password: &'a Password,
-    /// Where the attempt comes from.
+    /// The client address.
     pub address: IpAddr,
-    /// The device cookie that came with it.
+    /// The device cookie of the request.
     pub device: Option<&'a str>,
 }
 
-/// A successful one.
+/// A successful sign-in.
 #[derive(Clone, Debug)]
 pub struct SignedIn {
     /// The value of the session cookie.
     pub session: Secret,
-    /// The value of the device cookie, which lets its holder try again when others are throttled.
+    /// The value of the device cookie, which gives later sign-ins from this browser their own rate
+    /// limit.
     pub device: Secret,
-    /// Whose session it is.
+    /// The account of the session.
     pub account: Account,
 }
 
-/// An open session, as a request has found it.
+/// An open session at the time of a request.
 #[derive(Clone, Debug)]
 pub struct Session {
-    /// Whose it is.
+    /// Its account.
     pub account: Account,
     reference: SessionRef,
 }
 
 impl Session {
-    /// The account as somebody who acts in this session.
+    /// The account as the operator of requests in this session.
     pub fn operator(&self) -> Operator {
         self.account.operator(self.reference.clone())
     }
 }
 
-/// Names a session, by the public half of its cookie, which opens nothing.
+/// A reference to a session by the public half of its cookie, which does not authenticate.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct SessionRef {
     selector: String,
@@ -95,7 +97,7 @@ pub struct SessionRef {
 }
 
 impl SessionRef {
-    /// Where the session is found in the database.
+    /// The key of the session in the database.
     pub(super) fn selector(&self) -> &str {
         &self.selector
     }
@@ -117,7 +119,7 @@ impl SessionRef {
         }
     }
 
-    /// One that names nothing.
+    /// A reference to no session.
     #[cfg(test)]
     pub(super) fn example() -> Self {
         let limits = Limits { idle: SignedDuration::MAX, lifetime: SignedDuration::MAX };
@@ -125,17 +127,17 @@ impl SessionRef {
     }
 }
 
-/// When sessions end by themselves.
+/// The timeouts of sessions.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 struct Limits {
-    /// After this time without a request.
+    /// The time after the last request.
     idle: SignedDuration,
-    /// After this time in any case.
+    /// The time after the sign-in.
     lifetime: SignedDuration,
 }
 
 impl Limits {
-    /// Whether the session of a row has ended by now.
+    /// Whether the session in a row has ended.
     fn exceeded_by(self, row: &AnyRow) -> Result<bool, sqlx::Error> {
         let age = |column| -> Result<_, sqlx::Error> {
             Ok(now().duration_since(of_millis(row.try_get(column)?)))
@@ -144,16 +146,16 @@ impl Limits {
     }
 }
 
-/// What made a browser ask.
+/// The cause of a request from a browser.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Cause {
-    /// Somebody who is there.
+    /// An action of the user, which extends the session.
     Person,
-    /// A page that looks for news by itself: its session ends as if it did not.
+    /// Polling by an open page, which does not extend the session.
     Page,
 }
 
-/// Open sessions, and who may try to open one.
+/// The sessions, and the rate limits of sign-ins.
 #[derive(Debug)]
 pub(super) struct Sessions {
     database: Database,
@@ -165,20 +167,20 @@ pub(super) struct Sessions {
     by_device: Buckets<String>,
     own_password: Buckets<i64>,
     strangers: Buckets<IpAddr>,
-    /// Usernames come in all lengths; what is kept of them in buckets does not.
+    /// Hashes usernames to keys of a fixed size for the rate limiters.
     names: RandomState,
 }
 
-/// The outcome of an attempt that could be judged.
+/// The outcome of a sign-in attempt that could be checked.
 enum Judged<'a> {
     Right(SignedIn),
-    /// The password is wrong, or there is no such account; then there is no `username`.
+    /// The password is wrong, or there is no such account, in which case `username` is `None`.
     Wrong {
         username: Option<&'a str>,
     },
 }
 
-/// The buckets that an attempt was taken from.
+/// The rate limit permits that an attempt has acquired.
 enum Paid {
     Known { selector: String },
     Stranger { from: IpAddr, name: u64 },
@@ -207,7 +209,7 @@ impl Sessions {
         }
     }
 
-    /// Begins a session for whoever has the password.
+    /// Checks a password and begins a session.
     pub(super) async fn sign_in(
         &self,
         attempt: SignIn<'_>,
@@ -222,8 +224,7 @@ impl Sessions {
             }
         };
         let judged = self.judge(attempt).await;
-        // Nothing was guessed where the password was right, or where the database kept it from being
-        // judged.
+        // Only a wrong guess counts: neither a correct password nor a failure of the database does.
         if !matches!(judged, Ok(Judged::Wrong { .. })) {
             self.pay_back(&paid);
         }
@@ -248,7 +249,7 @@ impl Sessions {
         Ok(Judged::Wrong { username: found.map(|_| attempt.username.trim()) })
     }
 
-    /// Takes an attempt from the buckets that it belongs to, or says when it may be made.
+    /// Acquires the permits for an attempt; fails with the time to wait.
     fn pay(&self, attempt: SignIn<'_>, device: Option<Kept>) -> Result<Paid, Duration> {
         if let Some(Kept { selector, .. }) = device {
             self.by_device.take(&selector)?;
@@ -311,13 +312,17 @@ impl Sessions {
         .bind(now)
         .execute(&mut *transaction)
         .await?;
-        for forget in [
+        for delete_oldest in [
             "DELETE FROM sessions WHERE account_id = $1 AND selector NOT IN (SELECT selector \
              FROM sessions WHERE account_id = $1 ORDER BY created_at DESC, selector LIMIT $2)",
             "DELETE FROM devices WHERE account_id = $1 AND selector NOT IN (SELECT selector \
              FROM devices WHERE account_id = $1 ORDER BY created_at DESC, selector LIMIT $2)",
         ] {
-            sqlx::query(forget).bind(id).bind(PER_ACCOUNT).execute(&mut *transaction).await?;
+            sqlx::query(delete_oldest)
+                .bind(id)
+                .bind(PER_ACCOUNT)
+                .execute(&mut *transaction)
+                .await?;
         }
         let author = account.author(address);
         audit::record_by(&mut transaction, &author, EventKind::UserSignedIn, Entry::default())
@@ -326,7 +331,7 @@ impl Sessions {
         Ok(Some(SignedIn { session, device, account }))
     }
 
-    /// The session that a cookie opens.
+    /// The open session of a cookie.
     pub(super) async fn find(
         &self,
         cookie: &str,
@@ -354,9 +359,9 @@ impl Sessions {
         if cause == Cause::Person && now.duration_since(seen) >= TOUCH.min(limits.idle / 4) {
             let touch = sqlx::query("UPDATE sessions SET seen_at = $1 WHERE selector = $2");
             let touch = touch.bind(now.as_millisecond()).bind(&kept.selector);
-            // A disk without room keeps nobody from reading.
+            // A full disk must not prevent reading.
             if let Err(error) = touch.execute(&mut *connection).await {
-                warn!(error = report(&error), "The use of a session could not be written down");
+                warn!(error = report(&error), "The last use of a session could not be stored");
             }
         }
         let account = accounts::find(&mut connection, row.try_get("account_id")?).await?;
@@ -364,7 +369,7 @@ impl Sessions {
         Ok(account.map(|account| Session { account, reference }))
     }
 
-    /// Ends the session of a cookie, if it is one.
+    /// Ends the session of a cookie, if there is one.
     pub(super) async fn sign_out(&self, cookie: &str, address: IpAddr) -> Result<(), Error> {
         let Some(kept) = Kept::of(cookie) else { return Ok(()) };
         let Some(session) = self.open_session(kept, Cause::Person).await? else { return Ok(()) };
@@ -378,7 +383,7 @@ impl Sessions {
         Ok(())
     }
 
-    /// Forgets sessions that are over.
+    /// Deletes sessions that have ended.
     pub(super) async fn prune(&self) -> Result<(), Error> {
         let before = |age| {
             Timestamp::now().checked_sub(age).unwrap_or(Timestamp::UNIX_EPOCH).as_millisecond()
@@ -391,8 +396,8 @@ impl Sessions {
         Ok(())
     }
 
-    /// Sets the actor's own password, if `current` is it, and ends its sessions except the one in
-    /// which it acts.
+    /// Sets the actor's own password, if `current` is correct, and ends all of its sessions except the
+    /// current one.
     pub(super) async fn change_password(
         &self,
         actor: &Actor,
@@ -404,7 +409,7 @@ impl Sessions {
         };
         self.own_password.take(&id).map_err(Error::Throttled)?;
         let changed = self.replace_own(actor, (id, session), current, new).await;
-        // As for sign-ins: a failure of the database is no guess.
+        // As for sign-ins: only a wrong guess counts.
         if !matches!(changed, Err(Error::WrongPassword)) {
             self.own_password.give_back(&id);
         }
@@ -420,20 +425,20 @@ impl Sessions {
     ) -> Result<(), Error> {
         let compared = self.verify_own(id, current).await?;
         let hash = self.hasher.hash(new).await?;
-        // An admin may have set another password since the comparison: that one stays.
+        // If an admin has set another password since the comparison, that one stays.
         let own = (id, session);
         let changed = accounts::set_own_password(&self.database, actor, own, &compared, &hash);
         changed.await?.map(drop).ok_or(Error::WrongPassword)
     }
 
-    /// The hash of the password of account `id`, which is that of `password`.
+    /// The password hash of account `id`. Fails unless it matches `password`.
     async fn verify_own(&self, id: i64, password: &Password) -> Result<String, Error> {
         let hash = accounts::hash_of(&self.database, id).await?;
         let matches = self.hasher.verify(password, hash.as_deref()).await?;
         hash.filter(|_| matches).ok_or(Error::WrongPassword)
     }
 
-    /// The known browser that an attempt comes from, if it is one of its account's.
+    /// The hash of an attempt's device cookie, if the browser is known for the account.
     async fn device(&self, attempt: SignIn<'_>) -> Result<Option<Kept>, Error> {
         let Some(kept) = attempt.device.and_then(Kept::of) else { return Ok(None) };
         let digest: Option<String> = sqlx::query_scalar(

@@ -1,9 +1,9 @@
-//! The usage that this instance was told of: stored by flag, application, environment and hour.
+//! Stores reported usage by flag, application, environment and hour.
 //!
-//! Merging and when to try again are `usage`'s. What is old is forgotten. Where there is too much, as
-//! much goes as is too much, what is least known first: flags and variants that are not configured,
-//! which have a small account of their own, then what applications used that were seen for less than
-//! a day, then the rest; in each the oldest first.
+//! Aggregation and retries are in `usage`. Rows older than the retention are deleted. If a table exceeds
+//! its limit, the excess is deleted in this order, the oldest first in each group: flags and variants
+//! that are not configured, which also have a smaller limit of their own; then usage by applications
+//! that were seen for less than a day; then the rest.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -21,27 +21,26 @@ use crate::{
     wire::usage::{Application, Bulk, BulkMetric},
 };
 
-/// How many milliseconds an hour has.
 const HOUR: i64 = 3_600_000;
-/// The highest count: JavaScript knows no higher ones either.
+/// The maximum count: the largest integer that JavaScript represents exactly.
 const MAX_COUNT: i64 = (1 << 53) - 1;
-/// The longest name, in bytes.
+/// The maximum length of a name, in bytes.
 const MAX_TEXT: usize = 255;
-/// How many rows are kept of flags' usage, and apart from them how many of variants'.
+/// The maximum number of rows for flags, and separately for variants.
 const MAX_KEPT: i64 = 1_000_000;
-/// How many of these are of flags, or of variants, that are not configured.
+/// The maximum number of these rows for flags, or variants, that are not configured.
 const MAX_UNKNOWN: i64 = 10_000;
-/// How many applications are kept.
+/// The maximum number of applications.
 const MAX_APPLICATIONS: i64 = 5000;
-/// How many environments, SDKs, strategies and instances of all applications are kept.
+/// The maximum number of environments, SDKs, strategies and instances of all applications together.
 const MAX_TRAITS: i64 = 100_000;
-/// How many batches are remembered as stored, and for how long: as long as one that was left by an
-/// instance may wait for the next.
+/// The maximum number of batch ids that are remembered for deduplication, and for how long: as long as a
+/// batch that one instance left behind may wait for the next instance.
 const MAX_BATCHES: i64 = 200_000;
 const REMEMBER_BATCHES: SignedDuration = SignedDuration::from_hours(30 * 24);
-/// How many rows of usage are told at once.
+/// The maximum number of rows of a query.
 const MAX_ROWS: i64 = 50_000;
-/// After which time an instance no longer counts.
+/// An instance counts as active for this time after it was last seen.
 const GONE_AFTER: SignedDuration = SignedDuration::from_hours(24);
 
 /// An application that uses flags.
@@ -55,15 +54,15 @@ pub struct ApplicationSummary {
     pub sdk_versions: Vec<String>,
     /// The strategies that it implements.
     pub strategies: Vec<String>,
-    /// How many of its instances were seen during the last day.
+    /// The number of its instances seen during the last 24 hours.
     pub instances: u64,
-    /// When it was first seen.
+    /// The time it was first seen.
     pub created_at: Timestamp,
-    /// When it was last seen.
+    /// The time it was last seen.
     pub seen_at: Timestamp,
 }
 
-/// How a flag was used by an application in an environment during an hour.
+/// The usage of a flag by an application in an environment during one hour.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct UsageHour {
     /// The flag.
@@ -72,20 +71,20 @@ pub struct UsageHour {
     pub app_name: String,
     /// The environment.
     pub environment: String,
-    /// When the hour began.
+    /// The start of the hour.
     pub hour: Timestamp,
-    /// How often the flag was on.
+    /// The number of evaluations to enabled.
     pub yes: u64,
-    /// How often it was off.
+    /// The number of evaluations to disabled.
     pub no: u64,
-    /// How often each variant was given.
+    /// The number of evaluations by variant.
     pub variants: BTreeMap<String, u64>,
 }
 
-/// Stores a report, the body of `/api/client/metrics/bulk`, whole or not at all; false where it
-/// cannot be read. One that is stored already changes nothing.
+/// Stores a report, the body of `/api/client/metrics/bulk`, in one transaction; returns false if it is
+/// malformed. A batch that is stored already is ignored.
 ///
-/// Which flags and variants are configured is told by `snapshots`.
+/// `snapshots` determine which flags and variants are configured.
 pub(super) async fn store(
     database: &Database,
     snapshots: &Snapshots,
@@ -164,17 +163,18 @@ async fn store_metric(
     Ok(())
 }
 
-/// A count as it is stored; the sum of two of them is one still.
+/// A count as it is stored, capped at [`MAX_COUNT`].
 fn count(count: u64) -> i64 {
     i64::try_from(count).unwrap_or(MAX_COUNT).min(MAX_COUNT)
 }
 
-/// A name as it is stored: PostgreSQL takes no NUL, and an index no long texts.
+/// A name as it is stored, without NUL, which PostgreSQL rejects, and truncated, because indexes reject
+/// long texts.
 fn text(name: &str) -> String {
     name[..name.floor_char_boundary(MAX_TEXT)].replace('\0', "")
 }
 
-/// The applications of a report, and what they were seen with, each once.
+/// The applications in a report with their environments, SDKs, strategies and instances, deduplicated.
 #[derive(Debug, Default)]
 struct Seen(BTreeMap<String, BTreeSet<(&'static str, String)>>);
 
@@ -227,7 +227,7 @@ impl Seen {
     }
 }
 
-/// The applications, by name.
+/// The applications, sorted by name.
 pub(super) async fn applications(database: &Database) -> Result<Vec<ApplicationSummary>, Error> {
     let mut transaction = database.read().await?;
     let rows = sqlx::query("SELECT * FROM applications ORDER BY app_name");
@@ -266,7 +266,7 @@ pub(super) async fn applications(database: &Database) -> Result<Vec<ApplicationS
     Ok(applications.into_values().collect())
 }
 
-/// How a flag was used since a time, the newest hour first.
+/// The hourly usage of a flag since a time, the newest hour first.
 pub(super) async fn of_flag(
     database: &Database,
     flag: &str,
@@ -308,17 +308,17 @@ pub(super) async fn of_flag(
     Ok(rows.iter().map(hour).collect::<Result<_, _>>()?)
 }
 
-/// A limit on the rows of a table.
+/// A limit on the number of rows of a table.
 struct Limit {
-    /// How many rows there are that it is about.
+    /// Counts the rows that the limit applies to.
     count: &'static str,
-    /// Deletes the first `$1` of them.
+    /// Deletes the `$1` least important of them.
     delete: &'static str,
     most: i64,
 }
 
-/// What is too much goes in this order. An application that was seen for a day is known well; made-up
-/// names come and go.
+/// Applied in this order. Applications seen for at least a day are preferred, because made-up names
+/// rarely last that long.
 const LIMITS: [Limit; 7] = [
     Limit {
         count: "SELECT COUNT(*) FROM flag_usage WHERE known = 0",
@@ -382,27 +382,27 @@ const LIMITS: [Limit; 7] = [
     },
 ];
 
-/// Forgets usage and applications from before a time, and what is too much.
+/// Deletes usage and applications from before a time, and the rows beyond the limits.
 pub(super) async fn prune(database: &Database, before: Timestamp) -> Result<(), Error> {
     let mut transaction = database.write_in_background(Lane::Usage).await?;
     let batches = now().saturating_sub(REMEMBER_BATCHES).unwrap_or(Timestamp::UNIX_EPOCH);
-    for (forget, before) in [
+    for (delete, before) in [
         ("DELETE FROM flag_usage WHERE hour < $1", before),
         ("DELETE FROM variant_usage WHERE hour < $1", before),
         ("DELETE FROM application_traits WHERE seen_at < $1", before),
         ("DELETE FROM applications WHERE seen_at < $1", before),
         ("DELETE FROM usage_batches WHERE stored_at < $1", batches),
     ] {
-        let forget = sqlx::query(forget).bind(before.as_millisecond());
-        forget.execute(&mut *transaction).await?;
+        let delete = sqlx::query(delete).bind(before.as_millisecond());
+        delete.execute(&mut *transaction).await?;
     }
-    // A flag that is configured later was new when it was first used.
-    let learn = sqlx::query(
+    // If a flag was configured only after its first use, its earlier rows become known too.
+    let mark_known = sqlx::query(
         "UPDATE flag_usage SET known = 1 WHERE known = 0 AND EXISTS (SELECT 1 FROM flag_usage it \
          WHERE it.flag = flag_usage.flag AND it.environment = flag_usage.environment \
          AND it.known = 1)",
     );
-    learn.execute(&mut *transaction).await?;
+    mark_known.execute(&mut *transaction).await?;
     for Limit { count, delete, most } in &LIMITS {
         let count: i64 = sqlx::query_scalar(*count).fetch_one(&mut *transaction).await?;
         if count > *most {

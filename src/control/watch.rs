@@ -1,8 +1,8 @@
-//! What happens without being asked for: changes by other instances are follower, tokens expire,
-//! uses are written down, and what is too old is forgotten.
+//! Background work: follows token changes by other instances, expires tokens, records token uses, and
+//! prunes old rows.
 //!
-//! A database that is away is told of once, and asked again and again; meanwhile what is in memory
-//! stays in force.
+//! If the database is unreachable, this is logged once and retried; meanwhile the tokens in memory stay
+//! valid.
 
 use std::{collections::HashSet, time::Duration};
 
@@ -20,38 +20,38 @@ use super::{
 };
 use crate::{auth::Authenticator, telemetry::report};
 
-/// How often tokens are read although nobody said that they changed: a connection may be dead
-/// without knowing.
+/// The interval at which tokens are read even without a notification, because a dead connection may go
+/// unnoticed.
 const RELOAD: Duration = Duration::from_secs(10);
-/// How long to wait before a database that failed is asked again, at first and at most.
+/// The initial and the maximum delay before a retry after a failure of the database.
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
-/// How often the uses of tokens are written down.
+/// The interval at which token uses are stored.
 const NOTE_USES: Duration = Duration::from_secs(10);
-/// How often what is too old is looked for.
+/// The interval of pruning.
 const PRUNE: Duration = Duration::from_mins(10);
 
-/// How long things are kept.
+/// The retention of events and usage; `None` keeps events forever.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Retention {
     pub(super) events: Option<Duration>,
     pub(super) usage: Duration,
 }
 
-/// Reads what others change, until dropped.
+/// Follows token changes by other instances until dropped.
 pub(super) async fn follow(database: &Database, registry: &Registry) {
     let mut follower = Follower { listener: None, is_outdated: true };
-    let (mut wait, mut told) = (RETRY.0, None);
+    let (mut wait, mut outage) = (RETRY.0, None);
     loop {
         match follower.next(database, registry).await {
             Ok(()) => {
                 wait = RETRY.0;
-                if let Some(LoggedOutage { since, .. }) = told.take() {
+                if let Some(LoggedOutage { since, .. }) = outage.take() {
                     let away_for = since.elapsed();
-                    info!(?away_for, "The control plane's database is back");
+                    info!(?away_for, "The control plane's database is reachable again");
                 }
             }
             Err(error) => {
-                log_outage(&mut told, report(&error));
+                log_outage(&mut outage, report(&error));
                 tokio::time::sleep(wait).await;
                 wait = (wait * 2).min(RETRY.1);
             }
@@ -59,19 +59,18 @@ pub(super) async fn follow(database: &Database, registry: &Registry) {
     }
 }
 
-/// What was logged of a database that is away.
+/// An outage of the database that has been logged.
 struct LoggedOutage {
     since: Instant,
     reason: String,
-    /// When another reason may be logged, and how long to wait after that one.
+    /// The earliest time to log another reason, and the pause after that.
     next: Instant,
     pause: Duration,
 }
 
-/// Logs why tokens cannot be read: at once, and again where the reason is another one, though less
-/// and less often.
+/// Logs why tokens cannot be read. A changed reason is logged again, with increasing pauses.
 fn log_outage(logged: &mut Option<LoggedOutage>, reason: String) {
-    /// How long the first reason stands alone, and the longest pause between others.
+    /// The pause after the first reason, and the maximum pause.
     const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_mins(5));
     let now = Instant::now();
     let (since, pause) = match logged {
@@ -79,11 +78,11 @@ fn log_outage(logged: &mut Option<LoggedOutage>, reason: String) {
         Some(logged) => (logged.since, (logged.pause * 2).min(PAUSE.1)),
         None => (now, PAUSE.0),
     };
-    warn!(error = reason, "The control plane's database is away; tokens stay as they are");
+    warn!(error = reason, "The control plane's database is unreachable; tokens stay as last read");
     *logged = Some(LoggedOutage { since, reason, next: now + pause, pause });
 }
 
-/// What is known of changes by others.
+/// The state of following changes by others.
 struct Follower {
     listener: Option<Listener>,
     /// Whether tokens may have changed since they were read.
@@ -95,8 +94,8 @@ impl Follower {
     async fn next(&mut self, database: &Database, registry: &Registry) -> Result<(), Error> {
         let mut listening = Ok(());
         match &mut self.listener {
-            // From here on changes are heard; what changed before is read now. Where they cannot
-            // be, tokens are read all the same.
+            // The listener covers changes from now on; earlier ones are read below. If listening
+            // fails, tokens are read nevertheless.
             None => {
                 self.is_outdated = true;
                 listening = database.listen().await.map(|it| self.listener = Some(it));
@@ -104,9 +103,9 @@ impl Follower {
             Some(_) if self.is_outdated => {}
             Some(listener) => {
                 if let Ok(Err(error)) = timeout(RELOAD, listener.changed()).await {
-                    // Whether the database is away is seen when the tokens are read.
+                    // Reading the tokens below shows whether the database is unreachable.
                     let error = report(&error);
-                    info!(error, "Changes by others were not heard any more; listening anew");
+                    info!(error, "The connection for change notifications was lost; reconnecting");
                     self.listener = None;
                 }
                 self.is_outdated = true;
@@ -118,9 +117,9 @@ impl Follower {
     }
 }
 
-/// Drops tokens as they expire, until dropped.
+/// Publishes the valid tokens whenever one expires, until dropped.
 pub(super) async fn expire(registry: &Registry) {
-    /// Not longer, because clocks are set and tokens come that expire sooner.
+    /// The maximum sleep, because the clock may be set and a new token may expire sooner.
     const LONGEST: Duration = Duration::from_millis(500);
     let mut looked = Timestamp::now();
     loop {
@@ -130,7 +129,7 @@ pub(super) async fn expire(registry: &Registry) {
         });
         tokio::time::sleep(left.min(LONGEST)).await;
         let now = Timestamp::now();
-        // Asked again: a token may have come and expired meanwhile.
+        // Checked again: a token may have been created and have expired during the sleep.
         if registry.next_expiry(looked).is_some_and(|at| at <= now) {
             registry.publish();
         }
@@ -138,7 +137,7 @@ pub(super) async fn expire(registry: &Registry) {
     }
 }
 
-/// Writes down which tokens are used, until dropped.
+/// Stores the uses of tokens until dropped.
 pub(super) async fn note_uses(registry: &Registry, auth: &Authenticator) {
     let mut used = HashSet::new();
     loop {
@@ -146,16 +145,18 @@ pub(super) async fn note_uses(registry: &Registry, auth: &Authenticator) {
         used.extend(auth.take_used());
         match registry.note_uses(&used).await {
             Ok(()) => used.clear(),
-            Err(error) => debug!(error = report(&error), "Uses of tokens are written later"),
+            Err(error) => {
+                debug!(error = report(&error), "Token uses could not be stored; retrying later")
+            }
         }
     }
 }
 
-/// Forgets what is too old, until dropped.
+/// Prunes old rows until dropped.
 pub(super) async fn prune(database: &Database, sessions: &Sessions, retention: Retention) {
     loop {
         if let Err(error) = prune_once(database, sessions, retention).await {
-            debug!(error = report(&error), "What is too old is forgotten later");
+            debug!(error = report(&error), "Pruning failed; retrying later");
         }
         tokio::time::sleep(PRUNE).await;
     }
@@ -174,7 +175,7 @@ async fn prune_once(
     }
 }
 
-/// So long ago.
+/// The time `age` before now.
 fn past(age: Duration) -> Timestamp {
     Timestamp::now().checked_sub(age).unwrap_or(Timestamp::UNIX_EPOCH)
 }

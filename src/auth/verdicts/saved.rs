@@ -1,4 +1,4 @@
-//! The saved form of verdicts: digests, grants and selectors; never a token.
+//! The stored form of the token cache: digests, grants and selectors, but no plaintext tokens.
 
 use std::sync::Arc;
 
@@ -8,16 +8,16 @@ use crate::token::{Environment, Grant, Projects, Scope, TokenDigest, TokenKind};
 
 const VERSION: u32 = 1;
 
-/// What is saved.
+/// The stored part of the token cache.
 #[derive(Debug)]
 pub(super) struct SavedVerdicts {
     pub(super) valid: Vec<Saved>,
-    /// Tokens that their issuer took back not long ago; v2 tokens by their selectors.
+    /// Recently revoked tokens; v2 tokens are in `revoked_selectors`.
     pub(super) revoked: Vec<TokenDigest>,
     pub(super) revoked_selectors: Vec<Box<str>>,
 }
 
-/// What is saved of a valid token.
+/// A valid token without its plaintext.
 #[derive(Debug)]
 pub(super) struct Saved {
     pub(super) digest: TokenDigest,
@@ -27,14 +27,14 @@ pub(super) struct Saved {
     pub(super) is_listed: bool,
 }
 
-/// Why saved verdicts cannot be used.
+/// Why a stored token cache cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreError {
-    /// Not the JSON that was saved.
-    #[error("saved verdicts are malformed")]
+    /// The bytes are not the expected JSON.
+    #[error("the saved token cache is malformed")]
     Malformed(#[from] serde_json::Error),
-    /// Written by another version of the format.
-    #[error("saved verdicts have format version {0}, not {VERSION}")]
+    /// The format has another version.
+    #[error("the saved token cache has format version {0}, not {VERSION}")]
     Version(u32),
 }
 
@@ -44,8 +44,8 @@ struct Record {
     verdicts: Vec<Item>,
     #[serde(default)]
     revoked: Vec<String>,
-    /// A release that does not read these asks for such a token again, which upstream itself refuses
-    /// a minute after its revocation.
+    /// A release that does not read this field validates such a token again, and upstream itself
+    /// rejects it one minute after the revocation.
     #[serde(default)]
     revoked_selectors: Vec<Box<str>>,
 }
@@ -71,11 +71,11 @@ impl SavedVerdicts {
             revoked: self.revoked.iter().map(TokenDigest::hex).collect(),
             revoked_selectors: self.revoked_selectors.clone(),
         };
-        serde_json::to_vec(&record).expect("verdicts are plain text and numbers")
+        serde_json::to_vec(&record).expect("the token cache is plain text and numbers")
     }
 
-    /// Reads what [`SavedVerdicts::to_json`] wrote; items that cannot be read are left out, so that
-    /// their tokens are asked for anew.
+    /// Parses the output of [`SavedCache::to_json`]. Unreadable items are skipped, so that their tokens
+    /// are validated again.
     pub(super) fn parse(json: &[u8]) -> Result<Self, RestoreError> {
         let record: Record = serde_json::from_slice(json)?;
         if record.version != VERSION {

@@ -1,4 +1,4 @@
-//! What becomes of single answers, lists and withdrawals.
+//! Tests of single validation results, token lists and revocations.
 
 use super::*;
 use crate::token::{Projects, Scope};
@@ -29,7 +29,7 @@ fn selector(text: &str) -> Listed {
     listed(ListedSecret::Selector(text.to_owned()))
 }
 
-fn verdicts() -> Verdicts {
+fn cache() -> Verdicts {
     Verdicts::new(100, Duration::from_secs(30))
 }
 
@@ -43,393 +43,396 @@ fn served() -> BTreeSet<Environment> {
     BTreeSet::from([Environment::new("dev")])
 }
 
-/// Takes a list that was requested just now.
-fn take(verdicts: &Verdicts, tokens: &[Listed]) -> Changes {
-    verdicts.take_list(&list_of(tokens), &served(), verdicts.start_request())
+/// Applies a list that was requested just now.
+fn apply_list(cache: &Verdicts, tokens: &[Listed]) -> Changes {
+    cache.take_list(&list_of(tokens), &served(), cache.start_request())
 }
 
-fn unconfirmed(verdicts: &Verdicts, age: Duration) -> Vec<Token> {
-    verdicts.take_unconfirmed_for(age, usize::MAX)
+fn unconfirmed(cache: &Verdicts, age: Duration) -> Vec<Token> {
+    cache.take_unconfirmed_for(age, usize::MAX)
 }
 
-fn refuses(verdicts: &Verdicts, token: &Token) -> bool {
-    matches!(verdicts.known(token), Some(Err(_)))
+fn refuses(cache: &Verdicts, token: &Token) -> bool {
+    matches!(cache.known(token), Some(Err(_)))
 }
 
 #[test]
 fn a_token_that_left_the_list_is_refused_even_if_it_would_validate() {
-    let verdicts = verdicts();
+    let cache = cache();
     let (a, b) = (token("*:dev.aaaa"), token("*:dev.bbbb"));
-    take(&verdicts, &[whole(&a), whole(&b)]);
-    let changes = take(&verdicts, &[whole(&b)]);
+    apply_list(&cache, &[whole(&a), whole(&b)]);
+    let changes = apply_list(&cache, &[whole(&b)]);
     assert_eq!(changes, Changes { learned: 0, revoked: 1, suspected: 0 });
-    assert!(verdicts.valid(&a.digest()).is_none());
-    assert!(refuses(&verdicts, &a));
-    assert!(verdicts.valid(&b.digest()).is_some());
+    assert!(cache.valid(&a.digest()).is_none());
+    assert!(refuses(&cache, &a));
+    assert!(cache.valid(&b.digest()).is_some());
 }
 
 #[test]
-fn a_listed_token_past_its_end_is_as_good_as_gone() {
-    let verdicts = verdicts();
+fn an_expired_token_in_the_list_counts_as_missing() {
+    let cache = cache();
     let (a, b) = (token("*:dev.aaaa"), token("*:dev.bbbb"));
-    take(&verdicts, &[whole(&a), whole(&b)]);
+    apply_list(&cache, &[whole(&a), whole(&b)]);
     let expired = Listed { expires_at: Some(Timestamp::now()), ..whole(&a) };
-    assert_eq!(take(&verdicts, &[expired, whole(&b)]).revoked, 1);
+    assert_eq!(apply_list(&cache, &[expired, whole(&b)]).revoked, 1);
 }
 
 #[test]
-fn a_token_that_was_never_listed_is_only_suspected() {
-    let verdicts = verdicts();
+fn a_token_that_was_never_listed_is_only_marked_stale() {
+    let cache = cache();
     let (own, other) = (token("*:dev.aaaa"), token("*:dev.bbbb"));
-    verdicts.accept(&own, grant(), verdicts.start_request());
-    assert!(unconfirmed(&verdicts, AN_HOUR).is_empty());
-    take(&verdicts, &[whole(&other)]);
-    assert!(verdicts.valid(&own.digest()).is_some());
-    assert_eq!(unconfirmed(&verdicts, AN_HOUR), [own]);
+    cache.accept(&own, grant(), cache.start_request());
+    assert!(unconfirmed(&cache, AN_HOUR).is_empty());
+    apply_list(&cache, &[whole(&other)]);
+    assert!(cache.valid(&own.digest()).is_some());
+    assert_eq!(unconfirmed(&cache, AN_HOUR), [own]);
 }
 
 #[test]
-fn a_v2_token_stands_and_falls_with_its_selector() {
-    let verdicts = verdicts();
+fn a_v2_token_is_revoked_when_its_selector_leaves_the_list() {
+    let cache = cache();
     let secure = token(V2);
-    verdicts.accept(&secure, grant(), verdicts.start_request());
-    take(&verdicts, &[selector(secure.selector().unwrap())]);
-    assert!(verdicts.valid(&secure.digest()).is_some());
-    take(&verdicts, &[selector("another-selector-here_")]);
-    assert!(refuses(&verdicts, &secure));
+    cache.accept(&secure, grant(), cache.start_request());
+    apply_list(&cache, &[selector(secure.selector().unwrap())]);
+    assert!(cache.valid(&secure.digest()).is_some());
+    apply_list(&cache, &[selector("another-selector-here_")]);
+    assert!(refuses(&cache, &secure));
 }
 
 #[test]
-fn a_revoked_token_stays_revoked_whatever_is_still_said_of_it() {
-    let verdicts = verdicts();
+fn a_revoked_token_stays_revoked_even_if_it_still_validates() {
+    let cache = cache();
     let (a, b) = (token("*:dev.aaaa"), token("*:dev.bbbb"));
-    take(&verdicts, &[whole(&a), whole(&b)]);
-    take(&verdicts, &[whole(&b)]);
-    assert_eq!(verdicts.accept(&a, grant(), verdicts.start_request()), Accepted::Revoked);
-    assert!(refuses(&verdicts, &a));
-    let after_a_restart = self::verdicts();
-    after_a_restart.restore(&verdicts.save().unwrap()).unwrap();
+    apply_list(&cache, &[whole(&a), whole(&b)]);
+    apply_list(&cache, &[whole(&b)]);
+    assert_eq!(cache.accept(&a, grant(), cache.start_request()), Accepted::Revoked);
+    assert!(refuses(&cache, &a));
+    let after_a_restart = self::cache();
+    after_a_restart.restore(&cache.save().unwrap()).unwrap();
     assert!(refuses(&after_a_restart, &a));
-    take(&verdicts, &[whole(&a), whole(&b)]);
-    assert!(verdicts.valid(&a.digest()).is_some(), "the list has it again");
+    apply_list(&cache, &[whole(&a), whole(&b)]);
+    assert!(cache.valid(&a.digest()).is_some(), "the list has it again");
 }
 
 #[test]
-fn that_a_token_is_listed_outlives_a_restart() {
-    let (old, new) = (verdicts(), verdicts());
+fn the_listed_mark_survives_a_restart() {
+    let (old, new) = (cache(), cache());
     let (secure, other) = (token(V2), token("*:dev.bbbb"));
     old.accept(&secure, grant(), old.start_request());
     old.save().unwrap();
-    take(&old, &[selector(secure.selector().unwrap())]);
+    apply_list(&old, &[selector(secure.selector().unwrap())]);
     new.restore(&old.save().expect("it is listed now")).unwrap();
-    assert_eq!(take(&new, &[whole(&other)]).revoked, 1);
+    assert_eq!(apply_list(&new, &[whole(&other)]).revoked, 1);
 }
 
 #[test]
-fn a_revoked_v2_token_that_is_listed_again_is_asked_for_again() {
-    let verdicts = verdicts();
+fn a_revoked_v2_token_that_is_listed_again_can_be_validated_again() {
+    let cache = cache();
     let secure = token(V2);
-    verdicts.withdraw(&ListedSecret::Full(secure.clone()));
-    take(&verdicts, &[selector(secure.selector().unwrap())]);
-    assert!(!refuses(&verdicts, &secure));
+    cache.withdraw(&ListedSecret::Full(secure.clone()));
+    apply_list(&cache, &[selector(secure.selector().unwrap())]);
+    assert!(!refuses(&cache, &secure));
 }
 
 #[test]
 fn a_refused_token_that_appears_on_the_list_is_no_longer_refused() {
-    let verdicts = verdicts();
+    let cache = cache();
     let (plain, secure) = (token("*:dev.aaaa"), token(V2));
-    verdicts.refuse(&plain, verdicts.start_request());
-    verdicts.refuse(&secure, verdicts.start_request());
+    cache.refuse(&plain, cache.start_request());
+    cache.refuse(&secure, cache.start_request());
     let list = [whole(&plain), selector(secure.selector().unwrap())];
-    take(&verdicts, &list);
-    assert!(verdicts.valid(&plain.digest()).is_some());
-    assert!(!refuses(&verdicts, &secure), "it is asked for when it comes again");
+    apply_list(&cache, &list);
+    assert!(cache.valid(&plain.digest()).is_some());
+    assert!(!refuses(&cache, &secure), "it is validated when it is presented again");
 }
 
 #[test]
-fn saved_verdicts_come_back_without_any_plaintext() {
-    let (old, new) = (verdicts(), verdicts());
+fn a_saved_cache_is_restored_without_plaintext() {
+    let (old, new) = (cache(), cache());
     let secure = token(V2);
     old.accept(&secure, grant(), old.start_request());
-    let saved = old.save().expect("there is a new verdict");
+    let saved = old.save().expect("there is a new token");
     assert!(old.save().is_none(), "nothing changed since");
     assert!(!String::from_utf8_lossy(&saved).contains(secure.expose()));
     assert_eq!(new.restore(&saved).unwrap(), 1);
-    let verdict = new.valid(&secure.digest()).unwrap();
-    assert_eq!(**verdict.grant(), grant());
-    assert!(verdict.wants_plaintext());
-    assert!(unconfirmed(&new, AN_HOUR).is_empty(), "nobody can be asked without plaintext");
-    verdict.learn(secure.clone());
+    let cached = new.valid(&secure.digest()).unwrap();
+    assert_eq!(**cached.grant(), grant());
+    assert!(cached.wants_plaintext());
+    assert!(unconfirmed(&new, AN_HOUR).is_empty(), "a token without plaintext cannot be validated");
+    cached.learn(secure.clone());
     assert_eq!(unconfirmed(&new, AN_HOUR), [secure]);
 }
 
-/// The file format of the first release, as it was written then.
+/// The file format of the first release.
 #[test]
-fn version_1_of_the_saved_form_is_read() {
+fn format_version_1_can_be_restored() {
     let saved = br#"{"version":1,"verdicts":[{"digest":
         "9834876dcfb05cb167a5c24953eba58c4ac89b1adf57f28f2f9d09af107ee8f0","kind":"frontend",
         "environment":"dev","projects":["web"],"masked":"web:dev.****","listed":true}]}"#;
-    let verdicts = verdicts();
-    assert_eq!(verdicts.restore(saved).unwrap(), 1);
-    let verdict = verdicts.valid(&TokenDigest::of("aaaa")).map(|v| v.masked().to_owned());
-    assert_eq!(verdict, None);
-    assert!(verdicts.restore(br#"{"version":2,"verdicts":[]}"#).is_err());
+    let cache = cache();
+    assert_eq!(cache.restore(saved).unwrap(), 1);
+    let cached = cache.valid(&TokenDigest::of("aaaa")).map(|v| v.masked().to_owned());
+    assert_eq!(cached, None);
+    assert!(cache.restore(br#"{"version":2,"verdicts":[]}"#).is_err());
 }
 
 #[test]
-fn made_up_tokens_push_out_no_valid_one() {
-    let verdicts = verdicts();
+fn made_up_tokens_evict_no_valid_one() {
+    let cache = cache();
     let real = token("*:dev.aaaa");
-    verdicts.accept(&real, grant(), verdicts.start_request());
+    cache.accept(&real, grant(), cache.start_request());
     for i in 0..10_000 {
-        verdicts.refuse(&token(&format!("*:dev.made-up-{i}")), verdicts.start_request());
+        cache.refuse(&token(&format!("*:dev.made-up-{i}")), cache.start_request());
     }
-    verdicts.refused.run_pending_tasks();
-    assert!(verdicts.valid(&real.digest()).is_some());
-    assert!(verdicts.refused_count() <= 100);
+    cache.refused.run_pending_tasks();
+    assert!(cache.valid(&real.digest()).is_some());
+    assert!(cache.refused_count() <= 100);
 }
 
 #[test]
-fn a_list_requested_before_a_withdrawal_does_not_undo_it() {
-    let verdicts = verdicts();
+fn a_list_requested_before_a_revocation_does_not_undo_it() {
+    let cache = cache();
     let (plain, secure) = (token("*:dev.aaaa"), token(V2));
     let list = [whole(&plain), selector(secure.selector().unwrap())];
-    take(&verdicts, &list);
-    verdicts.accept(&secure, grant(), verdicts.start_request());
-    let in_flight = verdicts.start_request();
+    apply_list(&cache, &list);
+    cache.accept(&secure, grant(), cache.start_request());
+    let in_flight = cache.start_request();
     for named in [&list[0].secret, &list[1].secret] {
-        verdicts.withdraw(named);
+        cache.withdraw(named);
     }
-    verdicts.take_list(&list_of(&list), &served(), in_flight);
-    assert!(refuses(&verdicts, &plain) && refuses(&verdicts, &secure));
-    take(&verdicts, &list);
-    assert!(verdicts.valid(&plain.digest()).is_some(), "upstream has it again");
-    assert!(verdicts.known(&secure).is_none(), "it can be asked for again");
+    cache.take_list(&list_of(&list), &served(), in_flight);
+    assert!(refuses(&cache, &plain) && refuses(&cache, &secure));
+    apply_list(&cache, &list);
+    assert!(cache.valid(&plain.digest()).is_some(), "upstream lists it again");
+    assert!(cache.known(&secure).is_none(), "it can be validated again");
 }
 
 #[test]
-fn a_v2_token_withdrawn_before_it_was_presented_stays_withdrawn_over_a_restart() {
-    let (old, new) = (verdicts(), verdicts());
+fn a_v2_token_revoked_before_it_was_presented_stays_revoked_after_a_restart() {
+    let (old, new) = (cache(), cache());
     let secure = token(V2);
     let before = old.start_request();
     old.withdraw(&ListedSecret::Selector(secure.selector().unwrap().to_owned()));
     for start in [before, old.start_request()] {
         assert_eq!(old.accept(&secure, grant(), start), Accepted::Revoked);
     }
-    new.restore(&old.save().expect("a withdrawal")).unwrap();
+    new.restore(&old.save().expect("a revocation")).unwrap();
     assert!(refuses(&new, &secure));
-    take(&new, &[selector(secure.selector().unwrap())]);
+    apply_list(&new, &[selector(secure.selector().unwrap())]);
     assert!(new.known(&secure).is_none());
 }
 
 #[test]
-fn a_v2_token_that_left_the_list_is_refused_however_late_it_was_presented() {
+fn a_v2_token_that_left_the_list_is_refused_whether_or_not_it_was_presented_before() {
     let secure = token(V2);
     let on_list = [selector(secure.selector().unwrap())];
     let other = [selector("anotherSelector_012345")];
     for is_presented_before in [true, false] {
-        let verdicts = verdicts();
-        let accept = || verdicts.accept(&secure, grant(), verdicts.start_request());
-        take(&verdicts, &on_list);
+        let cache = cache();
+        let accept = || cache.accept(&secure, grant(), cache.start_request());
+        apply_list(&cache, &on_list);
         if is_presented_before {
             assert_eq!(accept(), Accepted::New);
         }
-        take(&verdicts, &other);
-        assert!(refuses(&verdicts, &secure));
+        apply_list(&cache, &other);
+        assert!(refuses(&cache, &secure));
         assert_eq!(accept(), Accepted::Revoked);
     }
 }
 
 #[test]
-fn withdrawals_of_unseen_tokens_take_a_bounded_space() {
-    let verdicts = verdicts();
+fn revocations_of_unseen_tokens_are_bounded() {
+    let cache = cache();
     let selector = |n: usize| ListedSecret::Selector(format!("{n:022}"));
     for n in 0..10_000 {
-        verdicts.withdraw(&selector(n));
+        cache.withdraw(&selector(n));
     }
-    verdicts.revoked_selectors.run_pending_tasks();
-    assert!(verdicts.refused_count() <= 100);
-    assert!(verdicts.revoked_selectors.contains_key(selector(9_999).expose()), "the latest stay");
+    cache.revoked_selectors.run_pending_tasks();
+    assert!(cache.refused_count() <= 100);
+    assert!(
+        cache.revoked_selectors.contains_key(selector(9_999).expose()),
+        "the latest revocations stay"
+    );
 }
 
 #[test]
-fn a_listed_v2_token_has_the_projects_that_the_list_tells() {
-    let verdicts = verdicts();
+fn a_listed_v2_token_has_the_projects_of_the_list() {
+    let cache = cache();
     let secure = token(V2);
-    verdicts.accept(&secure, grant(), verdicts.start_request());
+    cache.accept(&secure, grant(), cache.start_request());
     let of = |ids: &[&str]| Listed {
         projects: Projects::from_list(ids.iter().copied()),
         ..selector(secure.selector().unwrap())
     };
     let projects = || {
-        let verdict = verdicts.valid(&secure.digest()).unwrap();
-        assert!(!verdict.wants_plaintext() && verdict.is_listed());
-        verdict.grant().scope.projects.clone()
+        let cached = cache.valid(&secure.digest()).unwrap();
+        assert!(!cached.wants_plaintext() && cached.is_listed());
+        cached.grant().scope.projects.clone()
     };
     for ids in [&["one"][..], &["one", "two"], &["*"]] {
-        assert_eq!(take(&verdicts, &[of(ids)]).learned, 1);
+        assert_eq!(apply_list(&cache, &[of(ids)]).learned, 1);
         assert_eq!(projects(), Projects::from_list(ids.iter().copied()));
     }
-    let in_flight = verdicts.start_request();
-    take(&verdicts, &[of(&["one"])]);
-    verdicts.accept(&secure, grant(), in_flight);
+    let in_flight = cache.start_request();
+    apply_list(&cache, &[of(&["one"])]);
+    cache.accept(&secure, grant(), in_flight);
     assert_eq!(projects(), Projects::from_list(["one"]), "the list is newer");
 }
 
 #[test]
 fn a_denial_requested_before_a_list_does_not_overrule_it() {
-    let verdicts = verdicts();
+    let cache = cache();
     let a = token("*:dev.aaaa");
-    let in_flight = verdicts.start_request();
-    take(&verdicts, &[whole(&a)]);
-    assert_eq!(verdicts.refuse(&a, in_flight), Rejected::Outdated);
-    assert_eq!(verdicts.deny(&a, in_flight), Rejected::Outdated);
-    assert!(!refuses(&verdicts, &a));
-    assert_eq!(verdicts.refuse(&a, verdicts.start_request()), Rejected::Refused);
-    assert!(refuses(&verdicts, &a));
+    let in_flight = cache.start_request();
+    apply_list(&cache, &[whole(&a)]);
+    assert_eq!(cache.refuse(&a, in_flight), Rejected::Outdated);
+    assert_eq!(cache.deny(&a, in_flight), Rejected::Outdated);
+    assert!(!refuses(&cache, &a));
+    assert_eq!(cache.refuse(&a, cache.start_request()), Rejected::Refused);
+    assert!(refuses(&cache, &a));
 }
 
 #[test]
-fn an_admission_requested_before_a_denial_does_not_overrule_it() {
-    let verdicts = verdicts();
+fn a_validation_requested_before_a_denial_does_not_overrule_it() {
+    let cache = cache();
     let a = token("*:dev.aaaa");
-    let in_flight = verdicts.start_request();
-    verdicts.refuse(&a, verdicts.start_request());
-    assert_eq!(verdicts.accept(&a, grant(), in_flight), Accepted::Outdated);
-    verdicts.take_list(&list_of(&[whole(&a)]), &served(), in_flight);
-    assert!(refuses(&verdicts, &a));
+    let in_flight = cache.start_request();
+    cache.refuse(&a, cache.start_request());
+    assert_eq!(cache.accept(&a, grant(), in_flight), Accepted::Outdated);
+    cache.take_list(&list_of(&[whole(&a)]), &served(), in_flight);
+    assert!(refuses(&cache, &a));
 }
 
 #[test]
-fn a_denial_of_a_known_token_counts_when_it_is_repeated() {
-    let verdicts = verdicts();
+fn a_cached_token_is_rejected_at_the_second_denial() {
+    let cache = cache();
     let a = token("*:dev.aaaa");
-    let deny = || verdicts.deny(&a, verdicts.start_request());
-    let accept = || verdicts.accept(&a, grant(), verdicts.start_request());
+    let deny = || cache.deny(&a, cache.start_request());
+    let accept = || cache.accept(&a, grant(), cache.start_request());
     accept();
     assert_eq!(deny(), Rejected::Doubted);
     accept();
     assert_eq!(deny(), Rejected::Doubted);
     assert_eq!(deny(), Rejected::Refused);
-    assert!(refuses(&verdicts, &a));
+    assert!(refuses(&cache, &a));
 }
 
 #[test]
-fn a_doubt_outlives_the_answer_to_an_earlier_request() {
-    let verdicts = verdicts();
+fn a_stale_mark_survives_the_response_to_an_earlier_request() {
+    let cache = cache();
     let a = token("*:dev.aaaa");
-    let accept = |start| verdicts.accept(&a, grant(), start);
-    accept(verdicts.start_request());
-    let in_flight = verdicts.start_request();
-    verdicts.suspect(&ListedSecret::Full(a.clone()));
+    let accept = |start| cache.accept(&a, grant(), start);
+    accept(cache.start_request());
+    let in_flight = cache.start_request();
+    cache.suspect(&ListedSecret::Full(a.clone()));
     accept(in_flight);
-    assert_eq!(unconfirmed(&verdicts, AN_HOUR), std::slice::from_ref(&a));
-    accept(verdicts.start_request());
-    assert!(unconfirmed(&verdicts, AN_HOUR).is_empty());
+    assert_eq!(unconfirmed(&cache, AN_HOUR), std::slice::from_ref(&a));
+    accept(cache.start_request());
+    assert!(unconfirmed(&cache, AN_HOUR).is_empty());
 }
 
 #[test]
-fn an_item_that_cannot_be_read_revokes_no_token() {
-    let verdicts = verdicts();
+fn an_unreadable_list_item_revokes_no_token() {
+    let cache = cache();
     let (a, b, secure) = (token("*:dev.aaaa"), token("*:dev.bbbb"), token(V2));
     let text = secure.selector().unwrap();
-    verdicts.accept(&secure, grant(), verdicts.start_request());
-    take(&verdicts, &[whole(&a), whole(&b), selector(text)]);
+    cache.accept(&secure, grant(), cache.start_request());
+    apply_list(&cache, &[whole(&a), whole(&b), selector(text)]);
     let named = [ListedSecret::Full(a.clone()), ListedSecret::Selector(text.to_owned())];
     let unreadable = named.map(Some).to_vec();
     let list = TokenList { tokens: vec![whole(&b)], unreadable };
-    let changes = verdicts.take_list(&list, &served(), verdicts.start_request());
+    let changes = cache.take_list(&list, &served(), cache.start_request());
     assert_eq!(changes, Changes { learned: 0, revoked: 0, suspected: 2 });
-    // Where none is named, it may be any.
+    // An item without a name may stand for any token.
     let list = TokenList { tokens: vec![whole(&a)], unreadable: vec![None] };
-    let changes = verdicts.take_list(&list, &served(), verdicts.start_request());
+    let changes = cache.take_list(&list, &served(), cache.start_request());
     assert_eq!(changes, Changes { learned: 0, revoked: 0, suspected: 2 });
-    let due = unconfirmed(&verdicts, AN_HOUR);
-    assert!(due.len() == 2 && due.contains(&b) && due.contains(&secure), "they are asked for");
+    let due = unconfirmed(&cache, AN_HOUR);
+    assert!(due.len() == 2 && due.contains(&b) && due.contains(&secure), "they are revalidated");
 }
 
 #[tokio::test(start_paused = true)]
 async fn ages_do_not_follow_the_wall_clock() {
-    let verdicts = verdicts();
+    let cache = cache();
     let a = token("*:dev.aaaa");
     let in_two_days = Timestamp::now() + jiff::SignedDuration::from_hours(48);
-    let start = RequestStart { wall: in_two_days, ..verdicts.start_request() };
-    verdicts.accept(&a, grant(), start);
-    assert_eq!(verdicts.valid(&a.digest()).unwrap().checked().as_second(), in_two_days.as_second());
-    assert!(unconfirmed(&verdicts, AN_HOUR).is_empty());
+    let start = RequestStart { wall: in_two_days, ..cache.start_request() };
+    cache.accept(&a, grant(), start);
+    assert_eq!(cache.valid(&a.digest()).unwrap().checked().as_second(), in_two_days.as_second());
+    assert!(unconfirmed(&cache, AN_HOUR).is_empty());
     tokio::time::advance(AN_HOUR + Duration::from_secs(1)).await;
-    assert_eq!(unconfirmed(&verdicts, AN_HOUR), [a]);
+    assert_eq!(unconfirmed(&cache, AN_HOUR), [a]);
 }
 
 #[tokio::test(start_paused = true)]
-async fn tokens_that_have_waited_longest_are_asked_for_first() {
-    let verdicts = verdicts();
+async fn longest_waiting_tokens_are_revalidated_first() {
+    let cache = cache();
     let tokens: Vec<_> = (0..9).map(|n| token(&format!("*:dev.secret-{n}"))).collect();
     for token in &tokens {
-        verdicts.accept(token, grant(), verdicts.start_request());
+        cache.accept(token, grant(), cache.start_request());
         tokio::time::advance(Duration::from_secs(1)).await;
     }
-    assert_eq!(unconfirmed(&verdicts, Duration::from_secs(2)), tokens[..7]);
+    assert_eq!(unconfirmed(&cache, Duration::from_secs(2)), tokens[..7]);
 }
 
 #[tokio::test(start_paused = true)]
 async fn tokens_that_are_never_confirmed_delay_no_others() {
-    let verdicts = verdicts();
+    let cache = cache();
     let mut waiting: Vec<_> = (0..9).map(|n| token(&format!("*:dev.secret-{n}"))).collect();
     for token in &waiting {
-        verdicts.accept(token, grant(), RequestStart::NEVER);
+        cache.accept(token, grant(), RequestStart::NEVER);
     }
     for _ in 0..3 {
         tokio::time::advance(Duration::from_secs(1)).await;
-        let taken = verdicts.take_unconfirmed_for(AN_HOUR, 3);
+        let taken = cache.take_unconfirmed_for(AN_HOUR, 3);
         assert_eq!(taken.len(), 3);
         waiting.retain(|token| !taken.contains(token));
     }
-    assert_eq!(waiting, [], "each has been taken");
+    assert_eq!(waiting, [], "each has been taken once");
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_postponed_token_is_taken_when_its_time_has_come() {
-    let verdicts = verdicts();
+async fn a_postponed_token_is_taken_after_its_pause() {
+    let cache = cache();
     let a = token("*:dev.aaaa");
-    verdicts.accept(&a, grant(), RequestStart::NEVER);
-    verdicts.postpone(&a.digest(), Duration::from_secs(15));
+    cache.accept(&a, grant(), RequestStart::NEVER);
+    cache.postpone(&a.digest(), Duration::from_secs(15));
     tokio::time::advance(Duration::from_secs(14)).await;
-    assert_eq!(unconfirmed(&verdicts, AN_HOUR), []);
+    assert_eq!(unconfirmed(&cache, AN_HOUR), []);
     tokio::time::advance(Duration::from_secs(1)).await;
-    assert_eq!(unconfirmed(&verdicts, AN_HOUR), [a]);
+    assert_eq!(unconfirmed(&cache, AN_HOUR), [a]);
 }
 
 #[test]
-fn a_forbidden_token_is_refused_as_such_and_one_in_use_is_not() {
-    let verdicts = verdicts();
+fn a_forbidden_token_is_rejected_as_forbidden_unless_it_is_cached_as_valid() {
+    let cache = cache();
     let (new, used) = (token("*:dev.aaaa"), token("*:dev.bbbb"));
-    verdicts.accept(&used, grant(), verdicts.start_request());
+    cache.accept(&used, grant(), cache.start_request());
     for token in [&new, &used] {
-        verdicts.forbid(token, grant(), verdicts.start_request());
+        cache.forbid(token, grant(), cache.start_request());
     }
-    assert_eq!(verdicts.known(&new), Some(Err(Denied::Forbidden)));
-    assert_eq!(verdicts.refusal(&new.digest()), Some(Denied::Forbidden));
-    assert_eq!(verdicts.forbidden(&new.digest()).as_deref(), Some(&grant()));
-    assert!(verdicts.valid(&used.digest()).is_some());
-    verdicts.withdraw(&ListedSecret::Full(new.clone()));
-    assert_eq!(verdicts.known(&new), Some(Err(Denied::Unknown)));
+    assert_eq!(cache.known(&new), Some(Err(Denied::Forbidden)));
+    assert_eq!(cache.refusal(&new.digest()), Some(Denied::Forbidden));
+    assert_eq!(cache.forbidden(&new.digest()).as_deref(), Some(&grant()));
+    assert!(cache.valid(&used.digest()).is_some());
+    cache.withdraw(&ListedSecret::Full(new.clone()));
+    assert_eq!(cache.known(&new), Some(Err(Denied::Unknown)));
 }
 
 #[test]
-fn a_listed_token_whose_use_is_forbidden_stays_forbidden_until_it_is_given_another_grant() {
-    let verdicts = verdicts();
+fn a_listed_forbidden_token_stays_forbidden_until_its_grant_changes() {
+    let cache = cache();
     let a = token("*:dev.aaaa");
-    verdicts.forbid(&a, grant(), verdicts.start_request());
-    take(&verdicts, &[whole(&a)]);
-    assert_eq!(verdicts.known(&a), Some(Err(Denied::Forbidden)));
-    take(&verdicts, &[Listed { projects: Projects::from_list(["one"]), ..whole(&a) }]);
-    assert!(verdicts.valid(&a.digest()).is_some());
+    cache.forbid(&a, grant(), cache.start_request());
+    apply_list(&cache, &[whole(&a)]);
+    assert_eq!(cache.known(&a), Some(Err(Denied::Forbidden)));
+    apply_list(&cache, &[Listed { projects: Projects::from_list(["one"]), ..whole(&a) }]);
+    assert!(cache.valid(&a.digest()).is_some());
 }
 
 #[test]
-fn a_listed_token_of_an_environment_that_is_not_served_is_asked_about_when_it_is_presented() {
-    let verdicts = verdicts();
+fn a_listed_token_of_an_unserved_environment_is_validated_when_it_is_presented() {
+    let cache = cache();
     for environment in ["*", "other"] {
         let of = |text| Listed {
             environment: Environment::new(environment),
@@ -437,28 +440,28 @@ fn a_listed_token_of_an_environment_that_is_not_served_is_asked_about_when_it_is
         };
         let (new, refused, used) = (of("new"), of("refused"), of("used"));
         let texts = ["new", "refused", "used"].map(|it| token(&format!("*:{environment}.{it}")));
-        verdicts.refuse(&texts[1], verdicts.start_request());
-        verdicts.accept(&texts[2], used.grant(), verdicts.start_request());
-        take(&verdicts, &[new, refused, used]);
-        assert!(verdicts.known(&texts[0]).is_none() && verdicts.known(&texts[1]).is_none());
-        assert!(verdicts.valid(&texts[2].digest()).is_some(), "it is in use");
-        let changes = take(&verdicts, &[whole(&token("*:dev.aaaa"))]);
+        cache.refuse(&texts[1], cache.start_request());
+        cache.accept(&texts[2], used.grant(), cache.start_request());
+        apply_list(&cache, &[new, refused, used]);
+        assert!(cache.known(&texts[0]).is_none() && cache.known(&texts[1]).is_none());
+        assert!(cache.valid(&texts[2].digest()).is_some(), "it is cached as valid");
+        let changes = apply_list(&cache, &[whole(&token("*:dev.aaaa"))]);
         assert_eq!(changes.revoked, 1);
-        assert!(texts.iter().all(|it| refuses(&verdicts, it)), "they have left the list");
+        assert!(texts.iter().all(|it| refuses(&cache, it)), "they have left the list");
     }
     let admin = Listed { kind: TokenKind::Admin, ..whole(&token("*:*.admin")) };
-    take(&verdicts, &[admin]);
-    assert!(verdicts.valid(&TokenDigest::of("*:*.admin")).is_some());
+    apply_list(&cache, &[admin]);
+    assert!(cache.valid(&TokenDigest::of("*:*.admin")).is_some());
 }
 
-/// Random interleavings of lists, validations, denials and withdrawals, against a simple model: it
-/// keeps all that was heard, and looks for the newest of it each time.
+/// Random interleavings of lists, validations, denials and revocations, against a simple model that
+/// records every response and derives the state from the newest one.
 mod interleavings {
     use proptest::prelude::*;
 
     use super::*;
 
-    /// Tokens 0 and 1 are listed whole; 2 and 3 are v2 tokens, listed by their selector.
+    /// Tokens 0 and 1 are listed in plaintext; 2 and 3 are v2 tokens, listed by their selector.
     const TOKENS: usize = 4;
 
     fn token_of(n: usize) -> Token {
@@ -482,25 +485,25 @@ mod interleavings {
         grant
     }
 
-    /// What upstream has: for each token the project that it sees.
+    /// Upstream's state: the project of each token that exists.
     type Upstream = [Option<u8>; TOKENS];
 
     #[derive(Clone, Debug)]
     enum Step {
-        /// Somebody makes, changes or deletes a token at upstream.
+        /// A token is created, changed or deleted at upstream.
         Change { token: usize, to: Option<u8> },
-        /// Somebody deletes a token at upstream by way of this edge.
-        Withdraw { token: usize },
-        /// The edge begins to read the list, unless it is doing so.
+        /// A token is deleted at upstream through this edge.
+        Revoke { token: usize },
+        /// The edge requests the list, unless such a request is in flight.
         StartList,
-        /// The edge begins to validate a token.
+        /// The edge requests the validation of a token.
         StartValidation { token: usize },
-        /// Upstream answers what it was asked, the answer being under way from then on. A validation is
-        /// `stale` where upstream vouches for all that it ever had.
-        Answer { request: usize, stale: bool },
-        /// An answer arrives.
-        Arrive { request: usize },
-        /// An answer is lost.
+        /// Upstream responds to a request; the response is in flight from then on. In a `stale`
+        /// validation upstream accepts every token that ever existed.
+        Respond { request: usize, stale: bool },
+        /// A response arrives.
+        Receive { request: usize },
+        /// A response is lost.
         Lose { request: usize },
     }
 
@@ -509,177 +512,179 @@ mod interleavings {
         let project = prop_oneof![1 => Just(None), 2 => (0..2_u8).prop_map(Some)];
         let step = prop_oneof![
             3 => (token.clone(), project).prop_map(|(token, to)| Step::Change { token, to }),
-            1 => token.clone().prop_map(|token| Step::Withdraw { token }),
+            1 => token.clone().prop_map(|token| Step::Revoke { token }),
             3 => Just(Step::StartList),
             4 => token.prop_map(|token| Step::StartValidation { token }),
             6 => (request.clone(), any::<bool>())
-                .prop_map(|(request, stale)| Step::Answer { request, stale }),
-            6 => request.clone().prop_map(|request| Step::Arrive { request }),
+                .prop_map(|(request, stale)| Step::Respond { request, stale }),
+            6 => request.clone().prop_map(|request| Step::Receive { request }),
             1 => request.prop_map(|request| Step::Lose { request }),
         ];
         prop::collection::vec(step, 1..80)
     }
 
-    enum Asked {
+    enum Request {
         List(Option<Upstream>),
         Validation(usize, Option<Reply>),
     }
 
-    /// What `/edge/validate` says of a token.
+    /// The response of `/edge/validate` for a token.
     #[derive(Clone, Copy)]
     enum Reply {
         Valid(u8),
         Invalid,
     }
 
-    /// What was heard of one token, and when it was asked for.
+    /// An event that concerns one token.
     #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-    enum Heard {
-        /// The project is told of a token that is known, or is listed whole.
+    enum TokenEvent {
+        /// The project is `None` unless the token is cached or listed in plaintext.
         Listed(Option<u8>),
         Unlisted,
         Valid(u8),
         Invalid,
-        Withdrawn,
+        Revoked,
     }
 
-    /// All that was heard of one token, by the order of the requests.
+    /// The events of one token in the order of their requests.
     struct Model {
-        is_listed_whole: bool,
-        heard: Vec<(u64, Heard)>,
+        is_listed_in_plaintext: bool,
+        events: Vec<(u64, TokenEvent)>,
     }
 
     impl Model {
-        fn hear(&mut self, order: u64, heard: Heard) {
-            // What upstream's caches say of a token that has been taken back counts for nothing.
-            if !(matches!(heard, Heard::Valid(_)) && self.is_taken_back()) {
-                self.heard.push((order, heard));
-                self.heard.sort_by_key(|(order, _)| *order);
+        fn record(&mut self, order: u64, event: TokenEvent) {
+            // A validation result from upstream's caches does not restore a revoked token.
+            if !(matches!(event, TokenEvent::Valid(_)) && self.is_revoked()) {
+                self.events.push((order, event));
+                self.events.sort_by_key(|(order, _)| *order);
             }
         }
 
-        /// Whether it was withdrawn, or is missing on the list that followed one that showed it, and no
-        /// list that was requested later has shown it again.
-        fn is_taken_back(&self) -> bool {
-            self.revocation().is_some_and(|revoked| !self.is_shown_since(revoked))
+        /// Whether the token was revoked, or was missing in the list after one that contained it, and no
+        /// list that was requested later has contained it again.
+        fn is_revoked(&self) -> bool {
+            self.revocation().is_some_and(|revoked| !self.is_listed_since(revoked))
         }
 
-        /// The order of the latest revocation.
+        /// The sequence number of the latest revocation.
         fn revocation(&self) -> Option<u64> {
             let (mut listed, mut revocation) = (false, None);
-            for (order, heard) in &self.heard {
-                match heard {
-                    Heard::Listed(_) => listed = true,
-                    Heard::Unlisted if listed => (listed, revocation) = (false, Some(*order)),
-                    Heard::Withdrawn => revocation = Some(*order),
-                    Heard::Valid(_) | Heard::Invalid | Heard::Unlisted => {}
+            for (order, event) in &self.events {
+                match event {
+                    TokenEvent::Listed(_) => listed = true,
+                    TokenEvent::Unlisted if listed => (listed, revocation) = (false, Some(*order)),
+                    TokenEvent::Revoked => revocation = Some(*order),
+                    TokenEvent::Valid(_) | TokenEvent::Invalid | TokenEvent::Unlisted => {}
                 }
             }
             revocation
         }
 
-        /// The newest of what says whether it is valid: a list that never had it says nothing. One
-        /// that shows a selector proves no token, but that a token exists which was denied or taken
-        /// back before: it is asked for again.
-        fn newest(&self) -> Option<Heard> {
-            let revoked = self.revocation().filter(|_| !self.is_listed_whole);
-            let says = |(order, heard): &&(u64, Heard)| match heard {
-                Heard::Unlisted | Heard::Listed(None) => false,
-                Heard::Withdrawn => self.is_listed_whole,
-                Heard::Listed(Some(_)) | Heard::Valid(_) | Heard::Invalid => {
+        /// The newest event that determines whether the token is valid. A list that never contained the
+        /// token determines nothing. A listed selector does not make a token valid; it only makes a
+        /// token that was denied or revoked before eligible for validation again.
+        fn newest(&self) -> Option<TokenEvent> {
+            let revoked = self.revocation().filter(|_| !self.is_listed_in_plaintext);
+            let determines = |(order, event): &&(u64, TokenEvent)| match event {
+                TokenEvent::Unlisted | TokenEvent::Listed(None) => false,
+                TokenEvent::Revoked => self.is_listed_in_plaintext,
+                TokenEvent::Listed(Some(_)) | TokenEvent::Valid(_) | TokenEvent::Invalid => {
                     revoked.is_none_or(|revoked| *order > revoked)
                 }
             };
-            let (order, newest) = self.heard.iter().rev().find(says)?;
-            let is_shown_since = self.is_shown_since(*order) && !self.is_listed_whole;
-            (*newest != Heard::Invalid || !is_shown_since).then_some(*newest)
+            let (order, newest) = self.events.iter().rev().find(determines)?;
+            let is_listed_since = self.is_listed_since(*order) && !self.is_listed_in_plaintext;
+            (*newest != TokenEvent::Invalid || !is_listed_since).then_some(*newest)
         }
 
-        /// Whether a list that was requested after `order` shows it.
-        fn is_shown_since(&self, order: u64) -> bool {
-            let mut later = self.heard.iter().filter(|(it, _)| *it > order);
-            later.any(|(_, heard)| matches!(heard, Heard::Listed(_)))
+        /// Whether a list that was requested after `order` contains the token.
+        fn is_listed_since(&self, order: u64) -> bool {
+            let mut later = self.events.iter().filter(|(it, _)| *it > order);
+            later.any(|(_, event)| matches!(event, TokenEvent::Listed(_)))
         }
 
-        /// The project that was told last.
+        /// The project of the newest event that has one.
         fn project(&self) -> Option<u8> {
-            self.heard.iter().rev().find_map(|(_, heard)| match heard {
-                Heard::Listed(project) => *project,
-                Heard::Valid(project) => Some(*project),
+            self.events.iter().rev().find_map(|(_, event)| match event {
+                TokenEvent::Listed(project) => *project,
+                TokenEvent::Valid(project) => Some(*project),
                 _ => None,
             })
         }
     }
 
-    fn check(verdicts: &Verdicts, models: &[Model; TOKENS]) -> Result<(), TestCaseError> {
+    fn check(cache: &Verdicts, models: &[Model; TOKENS]) -> Result<(), TestCaseError> {
         for (n, model) in models.iter().enumerate() {
-            let known = verdicts.known(&token_of(n));
-            let told = format!("token {n}: {known:?} after {:?}", model.heard);
+            let known = cache.known(&token_of(n));
+            let context = format!("token {n}: {known:?} after {:?}", model.events);
             let admitted = match &known {
                 Some(Ok(grant)) => Some(grant),
                 _ => None,
             };
-            if model.is_taken_back() {
-                prop_assert!(matches!(known, Some(Err(_))), "taken back: {}", told);
+            if model.is_revoked() {
+                prop_assert!(matches!(known, Some(Err(_))), "revoked: {}", context);
                 continue;
             }
             match model.newest() {
-                Some(Heard::Invalid) => prop_assert!(admitted.is_none(), "denied: {}", told),
-                Some(Heard::Listed(_) | Heard::Valid(_)) => {
-                    let grant = model.project().map(|project| Arc::new(grant_of(project)));
-                    prop_assert_eq!(admitted, grant.as_ref(), "valid: {}", told);
+                Some(TokenEvent::Invalid) => {
+                    prop_assert!(admitted.is_none(), "denied: {}", context)
                 }
-                // What a list shows by its selector may be admitted, if upstream vouches for it.
-                _ if model.is_shown_since(0) => {}
-                _ => prop_assert!(admitted.is_none(), "never valid: {}", told),
+                Some(TokenEvent::Listed(_) | TokenEvent::Valid(_)) => {
+                    let grant = model.project().map(|project| Arc::new(grant_of(project)));
+                    prop_assert_eq!(admitted, grant.as_ref(), "valid: {}", context);
+                }
+                // A token listed by its selector may be accepted if it validates.
+                _ if model.is_listed_since(0) => {}
+                _ => prop_assert!(admitted.is_none(), "never valid: {}", context),
             }
         }
         Ok(())
     }
 
     fn run(steps: &[Step]) -> Result<(), TestCaseError> {
-        let verdicts = verdicts();
+        let cache = cache();
         let mut upstream: Upstream = [None; TOKENS];
         let mut ever_had: Upstream = [None; TOKENS];
         let mut models: [Model; TOKENS] = std::array::from_fn(|n| {
-            let is_listed_whole = matches!(named(n), ListedSecret::Full(_));
-            Model { is_listed_whole, heard: Vec::new() }
+            let is_listed_in_plaintext = matches!(named(n), ListedSecret::Full(_));
+            Model { is_listed_in_plaintext, events: Vec::new() }
         });
-        let mut requests: Vec<(RequestStart, Asked)> = Vec::new();
+        let mut requests: Vec<(RequestStart, Request)> = Vec::new();
         for step in steps {
             match *step {
                 Step::Change { token, to } => {
                     upstream[token] = to;
                     ever_had[token] = to.or(ever_had[token]);
                 }
-                Step::Withdraw { token } => {
+                Step::Revoke { token } => {
                     upstream[token] = None;
-                    verdicts.withdraw(&named(token));
-                    models[token].hear(verdicts.start_request().order, Heard::Withdrawn);
+                    cache.withdraw(&named(token));
+                    models[token].record(cache.start_request().order, TokenEvent::Revoked);
                 }
                 Step::StartList => {
-                    if !requests.iter().any(|(_, asked)| matches!(asked, Asked::List(_))) {
-                        requests.push((verdicts.start_request(), Asked::List(None)));
+                    if !requests.iter().any(|(_, request)| matches!(request, Request::List(_))) {
+                        requests.push((cache.start_request(), Request::List(None)));
                     }
                 }
                 Step::StartValidation { token } => {
-                    requests.push((verdicts.start_request(), Asked::Validation(token, None)));
+                    requests.push((cache.start_request(), Request::Validation(token, None)));
                 }
-                Step::Answer { request, stale } => match requests.get_mut(request) {
-                    Some((_, Asked::List(answer @ None))) => *answer = Some(upstream),
-                    Some((_, Asked::Validation(token, answer @ None))) => {
-                        let vouched_for = if stale { ever_had } else { upstream };
-                        *answer = Some(vouched_for[*token].map_or(Reply::Invalid, Reply::Valid));
+                Step::Respond { request, stale } => match requests.get_mut(request) {
+                    Some((_, Request::List(response @ None))) => *response = Some(upstream),
+                    Some((_, Request::Validation(token, response @ None))) => {
+                        let valid = if stale { ever_had } else { upstream };
+                        *response = Some(valid[*token].map_or(Reply::Invalid, Reply::Valid));
                     }
                     _ => {}
                 },
-                Step::Arrive { request } => {
-                    let has_answer = requests.get(request).is_some_and(|(_, asked)| {
-                        matches!(asked, Asked::List(Some(_)) | Asked::Validation(_, Some(_)))
+                Step::Receive { request } => {
+                    let has_response = requests.get(request).is_some_and(|(_, sent)| {
+                        matches!(sent, Request::List(Some(_)) | Request::Validation(_, Some(_)))
                     });
-                    if has_answer {
-                        let (start, asked) = requests.remove(request);
-                        arrive(&verdicts, &mut models, start, &asked);
+                    if has_response {
+                        let (start, sent) = requests.remove(request);
+                        receive(&cache, &mut models, start, &sent);
                     }
                 }
                 Step::Lose { request } => {
@@ -688,44 +693,47 @@ mod interleavings {
                     }
                 }
             }
-            check(&verdicts, &models)?;
+            check(&cache, &models)?;
         }
         Ok(())
     }
 
-    fn arrive(
-        verdicts: &Verdicts,
+    fn receive(
+        cache: &Verdicts,
         models: &mut [Model; TOKENS],
         start: RequestStart,
-        asked: &Asked,
+        request: &Request,
     ) {
-        match asked {
-            Asked::List(Some(tokens)) => {
+        match request {
+            Request::List(Some(tokens)) => {
                 let entries = tokens.iter().enumerate().filter_map(|(n, project)| {
                     let scope = grant_of((*project)?).scope;
                     Some(Listed { projects: scope.projects, ..listed(named(n)) })
                 });
                 let entries: Vec<_> = entries.collect();
-                let tells_project = |n: usize| {
+                let has_project = |n: usize| {
                     let token = token_of(n);
-                    token.selector().is_none() || verdicts.valid(&token.digest()).is_some()
+                    token.selector().is_none() || cache.valid(&token.digest()).is_some()
                 };
-                let tells_project: Vec<_> = (0..TOKENS).map(tells_project).collect();
-                verdicts.take_list(&list_of(&entries), &served(), start);
-                for ((model, project), tells) in models.iter_mut().zip(tokens).zip(tells_project) {
-                    let listed = |project| Heard::Listed(Some(project).filter(|_| tells));
-                    model.hear(start.order, project.map_or(Heard::Unlisted, listed));
+                let has_project: Vec<_> = (0..TOKENS).map(has_project).collect();
+                cache.take_list(&list_of(&entries), &served(), start);
+                for ((model, project), has_project) in
+                    models.iter_mut().zip(tokens).zip(has_project)
+                {
+                    let listed =
+                        |project| TokenEvent::Listed(Some(project).filter(|_| has_project));
+                    model.record(start.order, project.map_or(TokenEvent::Unlisted, listed));
                 }
             }
-            &Asked::Validation(n, Some(Reply::Valid(project))) => {
-                verdicts.accept(&token_of(n), grant_of(project), start);
-                models[n].hear(start.order, Heard::Valid(project));
+            &Request::Validation(n, Some(Reply::Valid(project))) => {
+                cache.accept(&token_of(n), grant_of(project), start);
+                models[n].record(start.order, TokenEvent::Valid(project));
             }
-            &Asked::Validation(n, Some(Reply::Invalid)) => {
-                verdicts.refuse(&token_of(n), start);
-                models[n].hear(start.order, Heard::Invalid);
+            &Request::Validation(n, Some(Reply::Invalid)) => {
+                cache.refuse(&token_of(n), start);
+                models[n].record(start.order, TokenEvent::Invalid);
             }
-            Asked::List(None) | Asked::Validation(_, None) => {}
+            Request::List(None) | Request::Validation(_, None) => {}
         }
     }
 
@@ -733,7 +741,7 @@ mod interleavings {
         #![proptest_config(ProptestConfig::with_cases(500))]
 
         #[test]
-        fn no_older_answer_overrules_a_newer_one(steps in steps()) {
+        fn an_older_response_never_overrules_a_newer_one(steps in steps()) {
             run(&steps)?;
         }
     }

@@ -1,7 +1,7 @@
-//! Tasks done on the database of a standalone instance, whether that runs or not.
+//! Runs tasks on the database of a standalone instance, which may be running.
 //!
-//! A running instance takes up what is changed within a second. Whoever may write the database may
-//! do everything; the audit log says that it was the command line.
+//! A running instance applies changes within a second. Access to the database implies all permissions;
+//! the audit log names the command line as the author.
 
 use super::{
     error::Error,
@@ -17,7 +17,7 @@ use crate::{
     token::{Environment, Projects, TokenKind},
 };
 
-/// Does a task.
+/// Runs a task.
 pub(super) async fn run(location: Location, task: Task) -> Result<Told, Error> {
     let control = Control::attach(location).await?;
     let actor = Actor { operator: Operator::Shell, address: None };
@@ -43,16 +43,16 @@ pub(super) async fn run(location: Location, task: Task) -> Result<Told, Error> {
         }
         Task::ListTokens { name } => {
             let all = control.tokens(&actor.operator).into_iter();
-            let wanted = all.filter(|token| name.as_ref().is_none_or(|name| token.name == *name));
-            Ok(Told::Tokens(wanted.map(row_of_token).collect()))
+            let matching = all.filter(|token| name.as_ref().is_none_or(|name| token.name == *name));
+            Ok(Told::Tokens(matching.map(row_of_token).collect()))
         }
         Task::RevokeToken { identifier } => {
             let identifier = match identifier {
                 Some(identifier) => identifier,
                 None => first_line("-")?,
             };
-            let gone = control.delete_token(&actor, &identifier).await?.ok_or(Error::NoToken)?;
-            Ok(Told::Revoked { name: gone.name, masked: gone.masked.to_string() })
+            let deleted = control.delete_token(&actor, &identifier).await?.ok_or(Error::NoToken)?;
+            Ok(Told::Revoked { name: deleted.name, masked: deleted.masked.to_string() })
         }
         Task::AddAccount { username, role, name, email, password } => {
             let (password, shown) = self::password(password)?;
@@ -84,8 +84,8 @@ pub(super) async fn run(location: Location, task: Task) -> Result<Told, Error> {
 
 async fn find(control: &Control, actor: &Actor, username: String) -> Result<Account, Error> {
     let accounts = control.accounts(&actor.operator).await?;
-    let wanted = username.to_lowercase();
-    let mut found = accounts.into_iter().filter(|it| it.username.to_lowercase() == wanted);
+    let key = username.to_lowercase();
+    let mut found = accounts.into_iter().filter(|it| it.username.to_lowercase() == key);
     found.next().ok_or(Error::NoAccount(username))
 }
 

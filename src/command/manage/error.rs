@@ -1,4 +1,4 @@
-//! Why a task was not done.
+//! Errors of the tasks.
 
 use std::{fmt, io};
 
@@ -7,48 +7,48 @@ use crate::{
     token::ParseError,
 };
 
-/// Why a task was not done.
+/// Why a task failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The control plane refused, or failed.
+    /// The control plane denied the operation, or failed.
     #[error(transparent)]
     Control(#[from] Failed),
     /// A file, or the standard input, cannot be read.
     #[error("cannot read {0}")]
     Read(String, #[source] io::Error),
-    /// What was read is no password.
+    /// The text is not a valid password.
     #[error("the password {0}")]
     Password(PasswordError),
-    /// There is nobody of that name.
+    /// There is no account with that username.
     #[error("there is no account `{0}`")]
     NoAccount(String),
     /// There is no such token.
     #[error("there is no such token")]
     NoToken,
-    /// What was read is no token.
-    #[error("{0} holds no token in its first line")]
+    /// The file does not contain a token.
+    #[error("{0} contains no token in its first line")]
     Token(String, #[source] ParseError),
-    /// The server cannot be talked to, or did not answer.
+    /// The server could not be reached, or did not respond.
     #[error("no answer from {0}")]
     Silent(String, #[source] reqwest::Error),
-    /// The server said no.
-    #[error("{origin} answered {status}{}", Said(message))]
+    /// The server responded with an error status.
+    #[error("{origin} answered {status}{}", ServerMessage(message))]
     Refused {
-        /// Whom was asked.
+        /// The origin of the server's URL.
         origin: String,
-        /// The status of its answer.
+        /// The HTTP status.
         status: u16,
-        /// What it said; may be empty.
+        /// The error message of the response; may be empty.
         message: String,
     },
-    /// The server's answer is none of the admin API.
-    #[error("{0} does not answer as the admin API does")]
+    /// The response is not one of the admin API.
+    #[error("the response of {0} is not one of the admin API")]
     Foreign(String, #[source] serde_json::Error),
 }
 
-struct Said<'a>(&'a str);
+struct ServerMessage<'a>(&'a str);
 
-impl fmt::Display for Said<'_> {
+impl fmt::Display for ServerMessage<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.0.is_empty() { Ok(()) } else { write!(f, ": {}", self.0) }
     }

@@ -1,11 +1,12 @@
-//! What is read from files and the standard input: passwords, and what opens or names a token.
+//! Reads passwords and tokens from files and the standard input.
 
 use std::io::{self, Read as _};
 
 use super::error::Error;
 use crate::{config::PasswordSource, control::Password, wire::text::remove_byte_order_mark};
 
-/// A password, and what is to be shown of it: one that was generated.
+/// Reads or generates a password; the second value is its plaintext if it was generated and must be
+/// shown.
 pub(super) fn password(source: PasswordSource) -> Result<(Password, Option<String>), Error> {
     Ok(match source {
         PasswordSource::Generated => {
@@ -19,7 +20,7 @@ pub(super) fn password(source: PasswordSource) -> Result<(Password, Option<Strin
     })
 }
 
-/// The first line of a file; of the standard input where the path is `-`.
+/// The first line of a file, or of the standard input if the path is `-`.
 pub(super) fn first_line(path: &str) -> Result<String, Error> {
     let mut text = String::new();
     let read = match path {

@@ -1,6 +1,7 @@
-//! Tasks done by asking a running server: Parapet's admin listener, also one that relays, or Unleash.
+//! Runs tasks through the admin API of a server: Parapet's admin listener, also one that relays, or
+//! Unleash.
 //!
-//! What may be done is what the token's owner may do; the server judges and writes its own audit log.
+//! The server checks the permissions of the token's owner and writes its own audit log.
 
 use std::time::Duration;
 
@@ -25,10 +26,10 @@ use crate::{
     },
 };
 
-/// The longest that one answer may take.
+/// The timeout of one request.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Does a task.
+/// Runs a task.
 pub(super) async fn run(server: Server, task: Task) -> Result<Told, Error> {
     let api = Api::new(server)?;
     match task {
@@ -36,17 +37,17 @@ pub(super) async fn run(server: Server, task: Task) -> Result<Told, Error> {
             let is_admin = kind == TokenKind::Admin;
             let mut body = json!({ "tokenName": name, "type": kind.as_str() });
             body["environment"] = if is_admin { "*".into() } else { environment.into() };
-            let everything = is_admin || projects.is_empty();
-            body["projects"] = if everything { json!(["*"]) } else { projects.into() };
-            if let Some(end) = expires_at {
-                body["expiresAt"] = end.to_string().into();
+            let all_projects = is_admin || projects.is_empty();
+            body["projects"] = if all_projects { json!(["*"]) } else { projects.into() };
+            if let Some(expires_at) = expires_at {
+                body["expiresAt"] = expires_at.to_string().into();
             }
             let created: Created = api.read(Method::POST, TOKENS, Some(&body)).await?;
             Ok(Told::Token { secret: created.secret })
         }
         Task::ListTokens { name } => {
-            let wanted = |token: &Listed| name.as_ref().is_none_or(|it| *it == token.name);
-            let tokens = api.tokens().await?.into_iter().filter(wanted);
+            let matches = |token: &Listed| name.as_ref().is_none_or(|it| *it == token.name);
+            let tokens = api.tokens().await?.into_iter().filter(matches);
             Ok(Told::Tokens(tokens.map(row_of_token).collect()))
         }
         Task::RevokeToken { identifier } => {
@@ -54,15 +55,15 @@ pub(super) async fn run(server: Server, task: Task) -> Result<Told, Error> {
                 Some(identifier) => identifier,
                 None => first_line("-")?,
             };
-            // Servers say that all is well of a token that they never had.
+            // Servers report success also for the deletion of a token that does not exist.
             let token = Token::parse(&identifier).ok();
             let selector = token.as_ref().and_then(Token::selector);
             let same = |it: &Listed| {
                 it.secret.expose() == identifier || selector == Some(it.secret.expose())
             };
-            let gone = api.tokens().await?.into_iter().find(same).ok_or(Error::NoToken)?;
+            let revoked = api.tokens().await?.into_iter().find(same).ok_or(Error::NoToken)?;
             api.ask(Method::DELETE, &[TOKENS, &[&identifier]].concat(), None).await?;
-            Ok(Told::Revoked { masked: masked(&gone.secret), name: gone.name })
+            Ok(Told::Revoked { masked: masked(&revoked.secret), name: revoked.name })
         }
         Task::AddAccount { username, role, name, email, password } => {
             let (password, shown) = self::password(password)?;
@@ -116,7 +117,7 @@ struct User {
     permissions: Vec<String>,
 }
 
-/// The admin API of a server, in somebody's name.
+/// A client of a server's admin API.
 struct Api {
     client: Client,
     url: Url,
@@ -128,9 +129,9 @@ impl Api {
         let Server { url, token_file, no_proxy } = server;
         let token = Token::parse(&first_line(&token_file)?);
         let token = token.map_err(|error| Error::Token(token_file, error))?;
-        // Fails where a provider has been chosen already, which serves as well.
+        // Fails if a provider is installed already, which is fine.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        // A redirect could lead the token elsewhere.
+        // A redirect could send the token to another server.
         let mut client = Client::builder().timeout(TIMEOUT).redirect(redirect::Policy::none());
         if no_proxy::includes(&no_proxy, &url) {
             client = client.no_proxy();
@@ -152,8 +153,8 @@ impl Api {
     }
 
     async fn user(&self, username: String) -> Result<User, Error> {
-        let wanted = username.to_lowercase();
-        let named = |it: &User| it.username.as_ref().is_some_and(|it| it.to_lowercase() == wanted);
+        let key = username.to_lowercase();
+        let named = |it: &User| it.username.as_ref().is_some_and(|it| it.to_lowercase() == key);
         self.users().await?.into_iter().find(named).ok_or(Error::NoAccount(username))
     }
 
@@ -163,12 +164,12 @@ impl Api {
         path: &[&str],
         body: Option<&Value>,
     ) -> Result<T, Error> {
-        let answer = self.ask(method, path, body).await?;
-        serde_json::from_slice(without_byte_order_mark(&answer))
+        let response = self.ask(method, path, body).await?;
+        serde_json::from_slice(without_byte_order_mark(&response))
             .map_err(|error| Error::Foreign(origin(&self.url), error))
     }
 
-    /// Asks, and gives the body of an answer that says yes.
+    /// Sends a request; returns the body of a successful response.
     async fn ask(
         &self,
         method: Method,
@@ -184,10 +185,11 @@ impl Api {
             Some(body) => request.header("content-type", "application/json").body(body.to_string()),
             None => request,
         };
-        let silent = |error: reqwest::Error| Error::Silent(origin(&self.url), error.without_url());
-        let answer = request.send().await.map_err(silent)?;
-        let status = answer.status();
-        let body = answer.bytes().await.map_err(silent)?;
+        let no_response =
+            |error: reqwest::Error| Error::Silent(origin(&self.url), error.without_url());
+        let response = request.send().await.map_err(no_response)?;
+        let status = response.status();
+        let body = response.bytes().await.map_err(no_response)?;
         if status.is_success() {
             return Ok(body);
         }
@@ -200,7 +202,7 @@ fn origin(url: &Url) -> String {
     url.origin().ascii_serialization()
 }
 
-/// What an error's body says: of each part that is wrong, where it tells, else of the whole.
+/// The message in the body of an error response: those of its details, or else its own.
 fn said(body: &[u8]) -> String {
     #[derive(Deserialize)]
     struct Body {
@@ -220,7 +222,7 @@ fn said(body: &[u8]) -> String {
     details.into_iter().map(|it| it.message).collect::<Vec<_>>().join("; ")
 }
 
-/// What may be shown of a token or of what names it.
+/// The token masked for display, or its selector.
 fn masked(secret: &ListedSecret) -> String {
     match secret {
         ListedSecret::Full(token) => token.masked().to_string(),

@@ -1,4 +1,4 @@
-//! What a task came to: as text for people, or as JSON for scripts.
+//! The output of a task, as text or as JSON.
 
 use std::fmt::Write as _;
 
@@ -7,31 +7,31 @@ use serde::{Serialize, Serializer};
 
 use crate::token::Token;
 
-/// What a task came to.
+/// The output of a task.
 #[derive(Serialize)]
 #[serde(untagged)]
 pub(super) enum Told {
-    /// A token was created; this is the only time that it is shown.
+    /// A token was created. It cannot be shown again.
     Token {
-        #[serde(serialize_with = "plainly")]
+        #[serde(serialize_with = "expose_secret")]
         secret: Token,
     },
-    /// These are the tokens.
+    /// The tokens.
     Tokens(Vec<TokenRow>),
-    /// This token is gone.
+    /// A token was revoked.
     Revoked { name: String, masked: String },
-    /// An account was created, with this generated password or one of its owner's.
+    /// An account was created; `password` is set if it was generated.
     Created {
         #[serde(flatten)]
         account: AccountRow,
         #[serde(skip_serializing_if = "Option::is_none")]
         password: Option<String>,
     },
-    /// These are the accounts.
+    /// The accounts.
     Accounts(Vec<AccountRow>),
-    /// An account is granted these permissions now.
+    /// The permissions of an account were changed.
     Granted(AccountRow),
-    /// An account has a new password, this generated one or its owner's.
+    /// The password of an account was changed; `password` is set if it was generated.
     Password {
         username: String,
         #[serde(skip_serializing_if = "Option::is_none")]
@@ -43,7 +43,7 @@ pub(super) enum Told {
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct TokenRow {
-    /// What revokes it; masked where that would open something.
+    /// Identifies the token for a revocation: its id or selector, or the masked token.
     pub(super) identifier: String,
     pub(super) name: String,
     pub(super) r#type: String,
@@ -63,12 +63,13 @@ pub(super) struct AccountRow {
 }
 
 impl Told {
-    /// One JSON value.
+    /// The output as JSON.
     pub(super) fn json(&self) -> String {
-        serde_json::to_string_pretty(self).expect("it has texts and numbers only") + "\n"
+        serde_json::to_string_pretty(self).expect("the output contains only texts and numbers")
+            + "\n"
     }
 
-    /// Lines for people.
+    /// The output as text.
     pub(super) fn text(&self) -> String {
         match self {
             Self::Token { secret } => format!("{}\n", secret.expose()),
@@ -88,19 +89,19 @@ impl Told {
             Self::Granted(account) => format!("{}: {}\n", account.username, names(account)),
             Self::Password { username, password } => {
                 let shown = shown(password.as_ref());
-                format!("{username} has a new password, and no open session\n{shown}")
+                format!("changed the password of {username}; all sessions are ended\n{shown}")
             }
         }
     }
 }
 
-fn plainly<S: Serializer>(secret: &Token, serializer: S) -> Result<S::Ok, S::Error> {
+fn expose_secret<S: Serializer>(secret: &Token, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(secret.expose())
 }
 
 fn shown(password: Option<&String>) -> String {
     password
-        .map_or_else(String::new, |password| format!("password  {password}   (shown only now)\n"))
+        .map_or_else(String::new, |password| format!("password  {password}   (shown only once)\n"))
 }
 
 const HEADS_OF_TOKENS: [&str; 7] =
@@ -132,7 +133,7 @@ fn names(account: &AccountRow) -> String {
     if account.permissions.is_empty() { "-".to_owned() } else { account.permissions.join(",") }
 }
 
-/// Columns as wide as their widest text.
+/// Formats rows as aligned columns.
 fn table<const N: usize>(heads: [&str; N], rows: impl Iterator<Item = [String; N]>) -> String {
     let rows: Vec<_> = std::iter::once(heads.map(str::to_owned)).chain(rows).collect();
     let widths: [usize; N] = std::array::from_fn(|at| {

@@ -1,8 +1,7 @@
-//! A connection whose statements end: each within a time, answered or not.
+//! A database connection with a timeout for each statement.
 //!
-//! A server can be gone without a word: its machine lost, a firewall that forgot the connection.
-//! Nothing may then wait for longer than a few seconds, so everything that is asked of a database
-//! goes through here.
+//! A server can disappear without closing its connections, for instance when its host or a firewall's
+//! connection state is lost. Callers must not hang then, so every statement goes through this module.
 
 use std::{fmt, io, str::FromStr as _, time::Duration};
 
@@ -20,10 +19,10 @@ type BoxStream<'a, T> = std::pin::Pin<Box<dyn stream::Stream<Item = T> + Send + 
 type BoxFuture<'a, T> = std::pin::Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 type Step = Either<AnyQueryResult, AnyRow>;
 
-/// A connection to the database of either kind.
+/// A connection to SQLite or PostgreSQL.
 ///
-/// What a statement waits for, the answer included, is bounded by the connection's patience; after
-/// that it fails with an I/O error of kind `TimedOut`.
+/// A statement fails with an I/O error of kind `TimedOut` unless its whole result arrives within the
+/// connection's timeout.
 pub(in crate::control) struct Connection {
     raw: AnyConnection,
     state: State,
@@ -35,11 +34,11 @@ pub(in crate::control) struct Connection {
 /// Whether a connection can be used again.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum State {
-    /// It waits for a statement.
+    /// Idle.
     Ready,
-    /// A statement was begun and has not ended, perhaps because nobody wants its result any more.
+    /// A statement is running, or was cancelled before its end.
     Midway,
-    /// It leads nowhere, or to a server that is of no use now; others like it may do so too.
+    /// The connection is broken or its server is unusable; other idle connections may be affected too.
     Lost,
 }
 
@@ -52,24 +51,24 @@ impl Connection {
         self.state
     }
 
-    /// How long statements may take from here on.
+    /// Sets the timeout of the following statements.
     pub(in crate::control) fn set_patience(&mut self, patience: Duration) {
         self.patience = patience;
     }
 
-    /// Whether a transaction was begun and not ended.
+    /// Whether a transaction is open.
     pub(super) fn is_in_transaction(&self) -> bool {
         self.is_in_transaction
     }
 
-    /// The driver's connection, for what brings a time limit of its own; until [`Self::mark_ready`] is
-    /// called this connection counts as given up.
+    /// The driver's connection, for operations with their own timeout. Until [`Self::mark_ready`] is
+    /// called, this connection counts as interrupted.
     pub(super) fn raw(&mut self) -> &mut AnyConnection {
         self.state = State::Midway;
         &mut self.raw
     }
 
-    /// Says that what was done with [`Self::raw`] has ended well.
+    /// Marks the operation on [`Self::raw`] as completed.
     pub(super) fn mark_ready(&mut self) {
         self.state = State::Ready;
     }
@@ -88,7 +87,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Waits for a statement that nobody wants any more, and ends its transaction.
+    /// Waits for the end of a cancelled statement, and rolls back its transaction.
     pub(super) async fn reset(&mut self) -> Result<(), sqlx::Error> {
         self.ping(self.patience).await?;
         if self.is_in_transaction {
@@ -98,7 +97,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Asks for a sign of life.
+    /// Checks that the server responds.
     pub(super) async fn ping(&mut self, patience: Duration) -> Result<(), sqlx::Error> {
         let ping = sqlx::Connection::ping(&mut self.raw);
         let running = Running::begin(&mut self.state, &self.health, patience, Operation::Statement);
@@ -112,7 +111,7 @@ impl fmt::Debug for Connection {
     }
 }
 
-/// A statement under way. The connection stays [`State::Midway`] where this is dropped.
+/// A running statement. If it is dropped before its end, the connection stays [`State::Pending`].
 struct Running<'a> {
     state: &'a mut State,
     health: &'a Health,
@@ -147,7 +146,7 @@ impl<'a> Running<'a> {
     fn end<T>(&mut self, done: Result<T, sqlx::Error>) -> Result<T, sqlx::Error> {
         *self.state = match &done {
             Err(error) if is_lost(error) => State::Lost,
-            // Also where the server has said what is wrong: it waits for the next statement.
+            // After an error message of the server, too, the connection is idle.
             Ok(_) | Err(_) => State::Ready,
         };
         self.health.record(self.what, self.begun.elapsed(), done.as_ref().err());
@@ -210,21 +209,21 @@ impl<'c> Executor<'c> for &'c mut Connection {
     }
 }
 
-/// Options that log no statements, whose texts are nobody's business.
+/// Connection options with statement logging disabled.
 pub(super) fn quiet(url: &str) -> Result<AnyConnectOptions, sqlx::Error> {
     Ok(AnyConnectOptions::from_str(url)?.disable_statement_logging())
 }
 
-/// The error of somebody who has said nothing for so long.
+/// The error after a timeout.
 pub(super) fn no_answer(patience: Duration) -> sqlx::Error {
-    let text = format!("no answer within {patience:?}");
+    let text = format!("no response within {patience:?}");
     io::Error::new(io::ErrorKind::TimedOut, text).into()
 }
 
-/// Whether a connection is of no use after this error.
+/// Whether a connection is unusable after this error.
 fn is_lost(error: &sqlx::Error) -> bool {
-    /// PostgreSQL: the server ends the session or itself, takes no changes any more, or has tables of
-    /// another form than the session's statements were prepared for.
+    /// PostgreSQL: the server closes the session or shuts down, has become read-only, or has another
+    /// schema than at the time when the session prepared its statements.
     const GONE: [&str; 7] = ["57P01", "57P02", "57P03", "57P05", "25P03", "25006", "0A000"];
     match error {
         sqlx::Error::Database(error) => {

@@ -1,4 +1,4 @@
-//! Hears of changes by others.
+//! Detects changes of the database by other connections: notifications of PostgreSQL, polling of SQLite.
 
 use std::time::Duration;
 
@@ -10,11 +10,11 @@ use super::{
     connection::{Connection, no_answer},
 };
 
-/// A connection of its own, which hears of changes by others.
+/// A dedicated connection that detects changes by others.
 pub(in crate::control) enum Listener {
-    /// The file's version, looked at.
+    /// Polls the file's `data_version`.
     Sqlite { connection: Box<Connection>, version: i64 },
-    /// Notifications, told by the server.
+    /// Receives notifications of the server.
     Postgres(Box<PgListener>),
 }
 
@@ -24,13 +24,13 @@ impl Listener {
         Ok(Self::Sqlite { connection: Box::new(connection), version })
     }
 
-    /// Returns after a change, or when there may have been one. Fails within seconds where nothing
-    /// can be heard any more.
+    /// Returns after a change, or when one may have been missed. Fails within 4 seconds if the
+    /// connection is lost.
     pub(in crate::control) async fn changed(&mut self) -> Result<(), Error> {
-        /// How often the file of SQLite is looked at.
+        /// The polling interval of SQLite.
         const INTERVAL: Duration = Duration::from_millis(250);
-        /// After which silence a server is asked whether it is there, and how long it may take to
-        /// answer.
+        /// The time without a notification after which the server is pinged, and the timeout of the
+        /// ping.
         const SILENCE: Duration = Duration::from_secs(2);
         match self {
             Self::Sqlite { connection, version } => loop {
@@ -41,19 +41,19 @@ impl Listener {
                 }
             },
             Self::Postgres(listener) => loop {
-                // `None` is a connection that was lost and made anew.
-                if let Ok(told) = timeout(SILENCE, listener.try_recv()).await {
-                    told?;
+                // `None` means that the connection was lost and reopened.
+                if let Ok(notification) = timeout(SILENCE, listener.try_recv()).await {
+                    notification?;
                     return Ok(());
                 }
-                let answer = timeout(SILENCE, (&mut **listener).execute("SELECT 1")).await;
-                answer.unwrap_or_else(|_| Err(no_answer(SILENCE)))?;
+                let ping = timeout(SILENCE, (&mut **listener).execute("SELECT 1")).await;
+                ping.unwrap_or_else(|_| Err(no_answer(SILENCE)))?;
             },
         }
     }
 }
 
-/// A number that is another one after each change by another connection.
+/// A number that changes with each change by another connection.
 async fn data_version(connection: &mut Connection) -> Result<i64, Error> {
     Ok(sqlx::query_scalar("PRAGMA data_version").fetch_one(connection).await?)
 }

@@ -1,7 +1,7 @@
-//! A few connections, handed out one by one.
+//! A pool of at most 5 connections.
 //!
-//! Whoever asks is told at once where none can be made, and why. A connection that was given up in
-//! the middle of a statement, or that leads nowhere, is never handed out again; nobody waits for it.
+//! If no connection can be opened, callers get the error immediately. A broken connection is dropped.
+//! One whose statement was cancelled is dropped (PostgreSQL) or reset in the background (SQLite).
 
 use std::{
     fmt,
@@ -26,17 +26,17 @@ use super::{
     sqlite::SqliteFile,
 };
 
-/// How many connections are kept.
+/// The maximum number of connections, apart from those of listeners.
 pub(super) const CONNECTIONS: usize = 5;
-/// How long an operation waits for one, and for each of its statements.
+/// The timeout for acquiring a connection, and for each of its statements.
 pub(super) const PATIENCE: Duration = Duration::from_secs(5);
-/// How long a connection that has idled may take to show that it is alive.
+/// The timeout of the check that an idle connection is alive.
 const PING_TIMEOUT: Duration = Duration::from_secs(1);
-/// A disk that hangs costs a thread for each connection, so that none is made in place of one that
-/// waits for it.
+/// The timeout for resetting a SQLite connection: if the disk hangs, each connection blocks a thread, so
+/// a hanging connection keeps its permit and is not replaced.
 const UNLIMITED: Duration = Duration::from_hours(24 * 365);
 
-/// The connections. A cheap handle.
+/// The pool. A cheap handle.
 #[derive(Clone, Debug)]
 pub(super) struct Pool(Arc<Inner>);
 
@@ -48,7 +48,7 @@ struct Inner {
     health: Health,
 }
 
-/// Where connections come from.
+/// The database that connections are opened to.
 #[derive(Debug)]
 pub(super) enum Source {
     Sqlite(SqliteFile),
@@ -74,10 +74,10 @@ impl Pool {
         ConnectionCount { busy, idle: self.idle().len(), limit: CONNECTIONS }
     }
 
-    /// A connection that has shown to be alive, or a new one.
+    /// An idle connection that responds to a ping, or a new one. Fails with [`Error::Busy`] after 5 s.
     pub(super) async fn acquire(&self) -> Result<Pooled, Error> {
         let permit = timeout(PATIENCE, Arc::clone(&self.0.permits).acquire_owned()).await;
-        let permit = permit.map_err(|_| Error::Busy)?.expect("nobody closes it");
+        let permit = permit.map_err(|_| Error::Busy)?.expect("the semaphore is never closed");
         loop {
             let idle = self.idle().pop();
             let Some(mut connection) = idle else { break };
@@ -91,7 +91,7 @@ impl Pool {
         Ok(Pooled::new(self, connection, permit))
     }
 
-    /// A connection beside those that are handed out.
+    /// A new connection that does not count toward the limit of the pool.
     pub(super) async fn open(&self) -> Result<Connection, Error> {
         let begun = Instant::now();
         let opened = match &self.0.source {
@@ -110,11 +110,11 @@ impl Pool {
         Ok(Connection::new(opened?, PATIENCE, self.0.health.clone()))
     }
 
-    /// Drops connections that lead where one has just been lost.
+    /// Drops all idle connections after one has been lost.
     fn discard_idle(&self) {
         if matches!(self.0.source, Source::Postgres(_)) {
-            let forgotten = std::mem::take(&mut *self.idle());
-            drop(forgotten);
+            let discarded = std::mem::take(&mut *self.idle());
+            drop(discarded);
         }
     }
 
@@ -122,14 +122,14 @@ impl Pool {
         self.0.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a connection back.
+    /// Returns a connection to the pool, or drops it.
     fn release(&self, mut connection: Connection, permit: OwnedSemaphorePermit) {
         match (connection.state(), &self.0.source) {
             (State::Ready, _) if !connection.is_in_transaction() => {
                 self.idle().push(connection);
             }
             (State::Lost, Source::Postgres(_)) => self.discard_idle(),
-            // The server ends what was begun when it sees that the connection is closed.
+            // The server aborts the statement when the connection is closed.
             (State::Midway, Source::Postgres(_)) => {}
             (State::Ready, Source::Postgres(_)) => self.rollback_in_background(connection, permit),
             (_, Source::Sqlite(_)) => {
@@ -139,10 +139,10 @@ impl Pool {
         }
     }
 
-    /// Rolls back what was begun and not committed. Where that fails the connection goes: SQLite
-    /// ends a transaction by itself where the disk is full, of which the driver does not learn.
+    /// Rolls back an uncommitted transaction. If that fails, the connection is dropped: SQLite rolls
+    /// back by itself when the disk is full, and the driver does not notice that.
     fn rollback_in_background(&self, mut connection: Connection, permit: OwnedSemaphorePermit) {
-        // There is none when the process is about to end.
+        // There is no runtime while the process exits.
         let Ok(runtime) = Handle::try_current() else { return };
         let pool = self.clone();
         runtime.spawn(async move {
@@ -154,11 +154,11 @@ impl Pool {
     }
 }
 
-/// A connection that is somebody's until dropped; a transaction that was not committed then is
-/// rolled back.
+/// A connection that is returned to the pool when dropped. An uncommitted transaction is rolled back
+/// then.
 pub(in crate::control) struct Pooled {
     pool: Pool,
-    /// Taken when this is dropped.
+    /// `None` only during the drop.
     lent: Option<(Connection, OwnedSemaphorePermit)>,
 }
 
@@ -167,7 +167,7 @@ impl Pooled {
         Self { pool: pool.clone(), lent: Some((connection, permit)) }
     }
 
-    /// Makes what was done in a transaction last.
+    /// Commits the transaction.
     pub(in crate::control) async fn commit(mut self) -> Result<(), Error> {
         Connection::commit(&mut self).await?;
         match self.pool.source() {
@@ -181,13 +181,13 @@ impl Deref for Pooled {
     type Target = Connection;
 
     fn deref(&self) -> &Connection {
-        &self.lent.as_ref().expect("it is there until this is dropped").0
+        &self.lent.as_ref().expect("the connection is there until the drop").0
     }
 }
 
 impl DerefMut for Pooled {
     fn deref_mut(&mut self) -> &mut Connection {
-        &mut self.lent.as_mut().expect("it is there until this is dropped").0
+        &mut self.lent.as_mut().expect("the connection is there until the drop").0
     }
 }
 

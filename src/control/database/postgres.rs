@@ -1,9 +1,7 @@
-//! Connections to PostgreSQL: to the first server that answers, with time limits that the server
-//! keeps.
+//! Connections to PostgreSQL: to the first server that answers, with timeouts enforced by the server.
 //!
-//! A session whose client is gone without a word must not keep its locks: the server ends it when it
-//! idles in a transaction, and probes the connection's other end. What this side waits for is
-//! bounded by [`super::connection`].
+//! A session whose client has disappeared must not keep its locks: the server ends a session that idles
+//! in a transaction, and sends TCP keepalives. The timeouts of this side are in [`super::connection`].
 
 use std::{
     io,
@@ -22,11 +20,11 @@ use super::{
     url::{DatabaseUrl, Server},
 };
 
-/// How long one server may take until a session is ready.
+/// The timeout for connecting to one server and preparing the session.
 const CONNECT: Duration = Duration::from_secs(3);
 
-/// What the server ends by itself. Each is shorter than what this side waits for, so that the reason
-/// arrives. Versions that lack a setting go without it.
+/// Sets the timeouts that the server enforces. The lock and statement timeouts are shorter than those of
+/// this side, so that the server's error arrives. A setting that the server's version lacks is skipped.
 const LIMITS: &str = "SELECT set_config(name, value, false) FROM (VALUES \
      ('lock_timeout', '3s'), ('statement_timeout', '4s'), \
      ('idle_in_transaction_session_timeout', '5s'), ('tcp_user_timeout', '10s'), \
@@ -34,7 +32,7 @@ const LIMITS: &str = "SELECT set_config(name, value, false) FROM (VALUES \
      ('tcp_keepalives_count', '3')) AS limits (name, value) \
      WHERE current_setting(name, true) IS NOT NULL";
 
-/// Fails where nothing can be written.
+/// Fails on a read-only server.
 const CHECK_WRITABLE: &str = "DO $$ BEGIN IF current_setting('transaction_read_only')::boolean \
      THEN RAISE EXCEPTION 'the server is read-only' USING ERRCODE = '25006'; END IF; END $$";
 
@@ -42,7 +40,7 @@ const CHECK_WRITABLE: &str = "DO $$ BEGIN IF current_setting('transaction_read_o
 #[derive(Debug)]
 pub(super) struct Postgres {
     url: DatabaseUrl,
-    /// Which of them was connected to last, and is asked first.
+    /// The index of the server that was connected to last; it is tried first.
     last: AtomicUsize,
 }
 
@@ -51,17 +49,17 @@ impl Postgres {
         Self { url, last: AtomicUsize::new(0) }
     }
 
-    /// A session.
+    /// Opens a session.
     pub(super) async fn connect(&self) -> Result<AnyConnection, sqlx::Error> {
         self.first(|server| self.open(server)).await
     }
 
-    /// A session that hears of what is told on `channel`.
+    /// Opens a session that receives the notifications on `channel`.
     pub(super) async fn listen(&self, channel: &'static str) -> Result<PgListener, sqlx::Error> {
         self.first(|server| self.open_listener(server, channel)).await
     }
 
-    /// What `open` gives for the first server for which it succeeds.
+    /// The result of `open` for the first server for which it succeeds.
     async fn first<'a, T, F>(&'a self, open: impl Fn(&'a Server) -> F) -> Result<T, sqlx::Error>
     where
         F: Future<Output = Result<T, sqlx::Error>>,
@@ -114,12 +112,12 @@ impl Postgres {
         Ok(listener)
     }
 
-    /// What is said on a new session.
+    /// The statements that set up a new session.
     fn check(&self) -> &'static [&'static str] {
         if self.url.needs_writable() { &[LIMITS, CHECK_WRITABLE] } else { &[LIMITS] }
     }
 
-    /// The servers in the order in which they are tried, with their places in the URL.
+    /// The servers in the order in which they are tried, with their index in the URL.
     fn by_preference(&self) -> impl Iterator<Item = (usize, &Server)> {
         let servers = self.url.servers();
         let begin = self.last.load(Ordering::Relaxed);
@@ -128,11 +126,11 @@ impl Postgres {
     }
 }
 
-/// The failures of all servers in one; there is at least one.
+/// Combines the failures of all servers into one error; there is at least one.
 fn join_failures(mut failures: Vec<(&Server, sqlx::Error)>) -> sqlx::Error {
     if failures.len() == 1 {
         return failures.swap_remove(0).1;
     }
-    let told = failures.iter().map(|(server, error)| format!("{}: {error}", server.name));
-    io::Error::other(told.collect::<Vec<_>>().join("; ")).into()
+    let messages = failures.iter().map(|(server, error)| format!("{}: {error}", server.name));
+    io::Error::other(messages.collect::<Vec<_>>().join("; ")).into()
 }

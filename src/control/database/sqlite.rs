@@ -1,7 +1,7 @@
-//! The file of SQLite: made for its owner alone, opened, and watched for being taken away.
+//! The file of SQLite: created with access for its owner only, opened, and checked for replacement.
 //!
-//! A process that holds a deleted file open can write to it, and nothing of that is there after a
-//! restart. So the file's identity is compared before and after each change.
+//! A process can write to a deleted file that it holds open, but the data is lost at a restart. So the
+//! identity of the file is compared before and after each change.
 
 use std::{
     io::ErrorKind,
@@ -18,33 +18,33 @@ use tracing::info;
 use super::{super::error::Error, connection::quiet};
 use crate::telemetry::report;
 
-/// SQLite waits shorter for others that write than this side waits for SQLite.
+/// The busy timeout is shorter than the statement timeout of this side, so that SQLite's error arrives.
 const SETTINGS: &str = "PRAGMA busy_timeout = 4000; PRAGMA auto_vacuum = FULL; \
      PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;";
 
-/// A file of SQLite.
+/// A database file.
 #[derive(Debug)]
 pub(super) struct SqliteFile {
     path: PathBuf,
     options: AnyConnectOptions,
-    /// Which file it was when it was opened.
+    /// The identity of the file when it was opened.
     identity: OnceLock<Identity>,
 }
 
-/// The largest file that is written anew at a start, in bytes: a matter of a second.
+/// The maximum size of a file that is vacuumed at a start, in bytes: this takes about a second.
 const LARGEST_REWRITTEN: i64 = 64 << 20;
 
 impl SqliteFile {
-    /// Makes the file where it is missing.
+    /// Creates the file if it is missing.
     pub(super) async fn new(path: &Path) -> Result<Self, Error> {
         make_private(path).await.map_err(|error| Error::file(path, error))?;
         let options = quiet(&url(path)?)?;
         Ok(Self { path: path.to_owned(), options, identity: OnceLock::new() })
     }
 
-    /// Waits for somebody who is at the file as well.
+    /// Opens a connection; retries while another connection locks the file, for at most `patience`.
     pub(super) async fn connect(&self, patience: Duration) -> Result<AnyConnection, Error> {
-        /// How long somebody else may take before the file is tried again.
+        /// The pause before a retry.
         const PAUSE: Duration = Duration::from_millis(20);
         let connected = tokio::time::timeout(patience, async {
             loop {
@@ -57,8 +57,8 @@ impl SqliteFile {
         connected.await.unwrap_or(Err(Error::Busy))
     }
 
-    /// Lets a file that an earlier version has made shrink too; once, for it is written anew. A large one
-    /// stays as it is: nobody could write meanwhile.
+    /// Enables automatic shrinking of a file that an earlier version has created. This rewrites the file
+    /// once and blocks writers, so a file above 64 MiB is left unchanged.
     pub(super) async fn enable_auto_vacuum(&self, connection: &mut AnyConnection) {
         let vacuum = async {
             let mode = sqlx::query_scalar("PRAGMA auto_vacuum");
@@ -74,7 +74,10 @@ impl SqliteFile {
         };
         if let Err(error) = vacuum.await {
             let error = report(&error);
-            info!(error, "The control plane's database stays as large as it is for now");
+            info!(
+                error,
+                "The control plane's database could not be vacuumed; retrying at the next start"
+            );
         }
     }
 
@@ -84,14 +87,14 @@ impl SqliteFile {
         Ok(connection)
     }
 
-    /// Remembers which file it is; called once it is open.
+    /// Records the identity of the file; called once it is open.
     pub(super) async fn remember(&self) {
         if let Ok(metadata) = metadata(&self.path).await {
             let _ = self.identity.set(identity(&metadata));
         }
     }
 
-    /// Fails where the file that is open is no longer the one at its path.
+    /// Fails if the open file is no longer the one at its path.
     pub(super) async fn check(&self) -> Result<(), Error> {
         let Some(known) = self.identity.get() else { return Ok(()) };
         match metadata(&self.path).await {
@@ -103,8 +106,8 @@ impl SqliteFile {
         }
     }
 
-    /// Fails where what was committed just now is in no file that the next start would find: the
-    /// database's, or the log beside it, which is there as long as a connection is open.
+    /// Fails if the next start would not find the latest commit: the database file was replaced, or its
+    /// write-ahead log, which exists while a connection is open, is missing.
     pub(super) async fn check_committed(&self) -> Result<(), Error> {
         let mut log = self.path.clone().into_os_string();
         log.push("-wal");
@@ -117,7 +120,7 @@ impl SqliteFile {
     }
 }
 
-/// What tells a file from another at the same path.
+/// Distinguishes a file from another at the same path: device and inode.
 type Identity = (u64, u64);
 
 #[cfg(unix)]
@@ -126,7 +129,7 @@ fn identity(metadata: &std::fs::Metadata) -> Identity {
     (metadata.dev(), metadata.ino())
 }
 
-/// Elsewhere a file that is open cannot be deleted.
+/// On other systems an open file cannot be deleted.
 #[cfg(not(unix))]
 fn identity(_: &std::fs::Metadata) -> Identity {
     (0, 0)
@@ -141,7 +144,7 @@ fn url(path: &Path) -> Result<String, Error> {
     Ok(format!("sqlite:{}?mode=rw", utf8_percent_encode(path, NON_ALPHANUMERIC)))
 }
 
-/// Makes the file, for its owner alone; SQLite makes those beside it likewise.
+/// Creates the file with access for its owner only; SQLite copies the mode to its auxiliary files.
 async fn make_private(path: &Path) -> std::io::Result<()> {
     let mut options = OpenOptions::new();
     options.create(true).truncate(false).write(true);

@@ -1,13 +1,14 @@
-//! The URL of a PostgreSQL database: one server, or several of which the first suitable one is used.
+//! Parses the URL of a PostgreSQL database: one server, or several of which the first suitable one is
+//! used.
 //!
-//! Connecting is the business of `postgres`.
+//! Connecting is in `postgres`.
 
 use std::{fmt, str::FromStr as _, sync::Arc};
 
 use sqlx::postgres::PgConnectOptions;
 use zeroize::Zeroizing;
 
-/// The URL of a PostgreSQL database, whose user's password is shown to nobody. A cheap handle.
+/// The URL of a PostgreSQL database. `Display` and `Debug` omit user and password. A cheap handle.
 #[derive(Clone)]
 pub struct DatabaseUrl {
     servers: Arc<[Server]>,
@@ -23,26 +24,26 @@ pub(super) struct Server {
     pub(super) name: String,
 }
 
-/// Why a text is not the URL of a database; never repeats the text.
+/// Why a text is not a database URL. Never contains the text, which may include a password.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum DatabaseUrlError {
-    /// Another kind of URL, or none.
+    /// The scheme is missing or another one.
     #[error("the URL does not begin with postgres:// or postgresql://")]
     Scheme,
-    /// It cannot be read.
+    /// The rest of the URL is malformed.
     #[error("the URL is not of the form postgres://user:password@host:port/database")]
     Form,
-    /// Parapet writes to its database, and has no use for a server that cannot be written to.
+    /// `target_session_attrs` selects a read-only server, but Parapet writes to its database.
     #[error("target_session_attrs must be any, read-write or primary")]
     Session,
 }
 
 impl DatabaseUrl {
-    /// Reads `postgres://user:password@host:port/database?sslmode=…`, with several `host:port` of
+    /// Parses `postgres://user:password@host:port/database?sslmode=…`, with several `host:port` of
     /// one database separated by commas.
     ///
-    /// Of several servers one is used that can be written to, unless `target_session_attrs=any`
-    /// says otherwise; of a single one that is checked only where `target_session_attrs` says so.
+    /// Of several servers a writable one is used, unless `target_session_attrs=any` is given. A single
+    /// server is checked for writability only if `target_session_attrs` requires it.
     pub fn parse(text: &str) -> Result<Self, DatabaseUrlError> {
         let text = text.trim();
         let (scheme, rest) = text.split_once("://").ok_or(DatabaseUrlError::Scheme)?;
@@ -56,11 +57,11 @@ impl DatabaseUrl {
         let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
         let mut session = None;
         let others = query.split('&').filter(|pair| {
-            let asked = pair.strip_prefix("target_session_attrs=");
-            session = asked.or(session);
-            asked.is_none()
+            let attrs = pair.strip_prefix("target_session_attrs=");
+            session = attrs.or(session);
+            attrs.is_none()
         });
-        // What is left is the driver's, which knows one host only.
+        // The driver parses the remaining parameters; it supports one host only.
         let query = Zeroizing::new(others.collect::<Vec<_>>().join("&"));
         let servers = hosts.split(',').map(|host| {
             let url = Zeroizing::new(format!("{scheme}://{user}{host}{path}?{}", *query));
@@ -87,7 +88,7 @@ impl DatabaseUrl {
         &self.servers
     }
 
-    /// Whether a server that cannot be written to is passed over.
+    /// Whether read-only servers are skipped.
     pub(super) fn needs_writable(&self) -> bool {
         self.needs_writable
     }
@@ -110,7 +111,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_database_url_shows_where_and_not_with_what() {
+    fn display_and_debug_omit_the_credentials() {
         let url = DatabaseUrl::parse("postgres://ann:s3cr3t@db.example:5433/flags?sslmode=require");
         let url = url.unwrap();
         assert_eq!(url.to_string(), "postgres://db.example:5433/flags");
@@ -123,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn several_servers_share_all_but_their_address() {
+    fn several_servers_share_user_database_and_parameters() {
         let text = "postgres://ann:s@cr,et@one:5433,two,[::1]:7/flags\
                     ?target_session_attrs=read-write&sslmode=disable";
         let url = DatabaseUrl::parse(text).unwrap();
@@ -137,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn a_server_among_several_can_be_written_to_unless_any_will_do() {
+    fn several_servers_need_a_writable_one_unless_any_is_allowed() {
         let needs = |text: &str| DatabaseUrl::parse(text).map(|url| url.needs_writable());
         assert_eq!(needs("postgres://a/f"), Ok(false));
         assert_eq!(needs("postgres://a/f?target_session_attrs=primary"), Ok(true));
