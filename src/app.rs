@@ -1,8 +1,8 @@
-//! Puts the parts together, runs them, and ends them in order.
+//! Builds the components of an instance, runs them, and shuts them down in order.
 //!
-//! A mode is a choice of where flags come from, who vouches for tokens and where usage goes; it is
-//! made here, and nothing else in the program asks for the mode. Long-lived tasks are spawned here
-//! and by the listeners only; one that dies of a panic is started again.
+//! A mode determines where flags come from, how tokens are validated and where usage goes. The decision
+//! is made here, and no other module depends on the mode. Long-lived tasks are spawned only here and by
+//! the listeners; a task that panics is restarted.
 
 mod admin_token;
 mod alone;
@@ -35,11 +35,11 @@ use crate::{
     config::{Config, Mistakes, Mode},
     feed::Feed,
     http::{
-        admin::{self, Admin, Door, Identity, Insight, Relay},
+        admin::{self, AdminService, DataEndpoint, InstanceIdentity, InstanceStatus, Relay},
         cors::Cors,
         data::{Data, Settings},
         guesses::Guesses,
-        listener::{self, Drain, Limits, Service},
+        listener::{self, ConnectionLimits, Drain, HttpService},
         meter::Meter,
         ofrep::{TicketKey, Tickets},
         ops::Ops,
@@ -54,26 +54,26 @@ use crate::{
     wire::usage::ConnectVia,
 };
 
-/// How often the registry of metrics is tidied up, as its library asks for.
+/// Interval of the upkeep that the metrics library requires.
 const UPKEEP_EVERY: Duration = Duration::from_secs(5);
 
-/// What the process is told to do while it runs.
+/// A request to the running process.
 #[derive(Debug)]
 pub enum Signal {
-    /// To end, once clients have had the time to leave (SIGTERM).
+    /// Shut down after the drain delay, so that clients can leave (SIGTERM).
     Terminate,
-    /// To end without that (SIGINT).
+    /// Shut down without the drain delay (SIGINT).
     Interrupt,
-    /// To apply this configuration as far as a running instance can.
+    /// Apply the options of this configuration that can change at run time.
     Reload(Result<Box<Config>, Mistakes>),
 }
 
-/// A Parapet that listens and is about to serve.
+/// An instance that listens and is ready to serve.
 #[derive(Debug)]
 pub struct App {
     data: Listening<Data>,
-    admin: Listening<Admin>,
-    /// Sends those who come without TLS to where it is spoken.
+    admin: Listening<AdminService>,
+    /// Redirects requests without TLS to the TLS port.
     redirect: Option<Listening<Redirect>>,
     drain_delay: Duration,
     grace: Duration,
@@ -85,7 +85,7 @@ pub struct App {
     rotation: Option<Rotation>,
 }
 
-/// A listener that is bound, and what it is to serve.
+/// A bound listener and the service behind it.
 #[derive(Debug)]
 struct Listening<S> {
     listener: TcpListener,
@@ -93,25 +93,25 @@ struct Listening<S> {
     config: listener::Config,
 }
 
-impl<S: Service> Listening<S> {
+impl<S: HttpService> Listening<S> {
     async fn serve(self, drain: Drain, grace: Duration) {
         listener::serve(self.listener, self.service, self.config, drain, grace).await;
     }
 }
 
 impl App {
-    /// Builds everything that `config` asks for and binds both listeners; serves nothing yet.
+    /// Builds all components that `config` requires and binds the listeners; serves nothing yet.
     pub async fn start(config: Config) -> Result<Self, Error> {
-        // Fails where a provider has been chosen already, which serves as well.
+        // Fails if a provider is already installed, which also works.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let registry = telemetry::start_metrics();
         let (readiness, latch) = Readiness::new();
         let snapshots = Snapshots::default();
         let Sockets { data: (data, data_address), redirect, admin: (admin, admin_address) } =
             Sockets::bind(&config.data, &config.admin)?;
-        let data_tls = config.data.tls.map(tls::Server::new).transpose()?;
-        let admin_tls = config.admin.tls.map(tls::Server::new).transpose()?;
-        let mut plan = match config.mode {
+        let data_tls = config.data.tls.map(tls::TlsAcceptor::new).transpose()?;
+        let admin_tls = config.admin.tls.map(tls::TlsAcceptor::new).transpose()?;
+        let mut mode = match config.mode {
             Mode::Edge(edge) => edge::plan(*edge, &config.auth, &snapshots, latch).await?,
             Mode::Offline(offline) => alone::offline(offline, &snapshots, latch).await?,
             Mode::Standalone(standalone) => {
@@ -119,15 +119,15 @@ impl App {
                     Bound { address: data_address, is_tls: data_tls.is_some() },
                     Bound { address: admin_address, is_tls: admin_tls.is_some() },
                 );
-                let (base, data_dir) = (&config.data.base_path, &config.data_dir);
+                let (base_path, data_dir) = (&config.data.base_path, &config.data_dir);
                 let announce = |opened: &_| {
-                    banner::announce(opened, addresses, base, config.log.format, data_dir);
+                    banner::announce(opened, addresses, base_path, config.log.format, data_dir);
                 };
                 alone::standalone(standalone, data_dir, &snapshots, latch, announce).await?
             }
         };
-        let identity = Identity {
-            mode: plan.name,
+        let identity = InstanceIdentity {
+            mode: mode.name,
             app_name: config.identity.app_name,
             instance_id: config.identity.instance_id,
             hosting: config.identity.hosting,
@@ -137,41 +137,42 @@ impl App {
         let mut limits = config.data.limits;
         let mut streams = config.data.streams;
         let connections = descriptors::divide(Wanted {
-            connections: limits.connections,
+            connections: limits.max_connections,
             is_said: config.data.are_connections_given,
         });
-        if connections.data < limits.connections {
-            // Shares are of what there is; streams leave room for those who poll, and for probes.
+        if connections.data < limits.max_connections {
+            // Limits scale with the available descriptors; streams leave room for polling clients and
+            // probes.
             let share =
-                |it: usize| it.saturating_mul(connections.data).div_ceil(limits.connections);
-            limits.connections_per_address = limits.connections_per_address.map(share);
+                |it: usize| it.saturating_mul(connections.data).div_ceil(limits.max_connections);
+            limits.max_connections_per_address = limits.max_connections_per_address.map(share);
             streams.limit(connections.data - connections.data / 4);
         }
-        // A first-seen token may wait for its verdict and then for flags; both fit into the time of
-        // one request, so that the answer tells what is missing.
+        // A new token may wait for validation and then for flags. Both must fit into one request's
+        // timeout, so that the response can say which one is missing.
         let deadline = config.auth.deadline.min(config.data.request_timeout / 3);
         let settings = auth::Config { deadline, ..config.auth };
-        let auth = Authenticator::new(settings, plan.take_authority(), plan.given.drain(..));
+        let auth = Authenticator::new(settings, mode.take_authority(), mode.given.drain(..));
         let hop = ConnectVia {
             app_name: identity.app_name.as_str().into(),
             instance_id: identity.instance_id.as_str().into(),
         };
         let usage = Usage::new(&config.usage, hop);
-        let keeper = Keeper::restore(plan.store.clone(), auth.clone(), usage.clone()).await;
-        let meter = Arc::new(Meter::new(admin::templates()));
+        let persistence = Keeper::restore(mode.store.clone(), auth.clone(), usage.clone()).await;
+        let meter = Arc::new(Meter::new(admin::path_templates()));
         let ops = Ops::new(
             readiness.clone(),
             registry.clone(),
             snapshots.clone(),
             usage.clone(),
             Arc::clone(&meter),
-            plan.control.as_ref().map(|(control, _)| control.clone()),
+            mode.control.as_ref().map(|(control, _)| control.clone()),
         );
         let feed = Feed::new(snapshots.clone());
-        let credentials = plan.admin.take();
+        let credentials = mode.admin.take();
         let admin_token = credentials.as_ref().map(|it| it.token.clone());
         let ticket_key = config.data.ticket_key.unwrap_or_else(|| match &admin_token {
-            // All edges of a fleet know it.
+            // All edges of a fleet know this token.
             Some(token) => TicketKey::of(&token.current()),
             None => TicketKey::random(),
         });
@@ -198,48 +199,57 @@ impl App {
             guesses: Guesses::default(),
         };
         info!(
-            mode = plan.name,
+            mode = mode.name,
             data = %data_address,
             admin = %admin_address,
-            upstream = plan.upstream.as_ref().map(Upstream::origin),
+            upstream = mode.upstream.as_ref().map(Upstream::origin),
             version = env!("CARGO_PKG_VERSION"),
             "Parapet listens"
         );
         let service = Arc::new(service);
-        let door = Door {
-            address: data_address,
+        let door = DataEndpoint {
+            bound_address: data_address,
             base_path: service.settings.base_path.clone(),
             is_tls: data_tls.is_some(),
         };
-        let upstream = plan.upstream.clone();
-        let rotation = credentials.map(|it| Rotation {
+        let upstream = mode.upstream.clone();
+        let watcher = credentials.map(|it| Rotation {
             admin: it.token,
             auth: auth.clone(),
             credentials: it.credentials,
             discovered: it.discovered,
             data: Arc::clone(&service),
         });
-        let live = plan.live.take().expect("it is taken once");
-        let reload = Reload::new(live, auth.clone(), config.effective, config.warnings);
+        let reloadable = mode.live.take().expect("taken only once");
+        let reloader = Reload::new(reloadable, auth.clone(), config.effective, config.warnings);
         let tls: Vec<_> = [&data_tls, &admin_tls].into_iter().flatten().cloned().collect();
-        let insight =
-            Insight { identity, door, auth, snapshots, usage, upstream, admin_token, ops, tls };
-        let operators = Admin {
-            insight,
-            control: plan.control.as_ref().map(|(control, _)| control.clone()),
-            relay: plan.upstream.clone().filter(|_| plan.relays).map(|upstream| Relay { upstream }),
-            token_header: config.data.token_header,
-            disabled: config.data.disabled,
-            is_tls: admin_tls.is_some(),
-            data: Arc::clone(&service),
+        let insight = InstanceStatus {
+            identity,
+            data_endpoint: door,
+            auth,
+            snapshots,
+            usage,
+            upstream,
+            admin_token,
+            ops,
+            tls,
         };
-        let of = |connections| Limits { connections, ..limits.clone() };
+        let operators = AdminService {
+            instance: insight,
+            control_plane: mode.control.as_ref().map(|(control, _)| control.clone()),
+            relay: mode.upstream.clone().filter(|_| mode.relays).map(|upstream| Relay { upstream }),
+            token_header: config.data.token_header,
+            disabled_endpoints: config.data.disabled,
+            is_tls: admin_tls.is_some(),
+            sdk: Arc::clone(&service),
+        };
+        let of = |connections| ConnectionLimits { max_connections: connections, ..limits.clone() };
         let redirect = redirect.map(|(listener, _)| Listening {
             listener,
             service: Arc::new(Redirect::to_port(data_address.port())),
             config: listener::Config {
                 limits: of(connections.admin),
-                balancers: config.data.balancers.clone(),
+                load_balancers: config.data.balancers.clone(),
                 tls: None,
             },
         });
@@ -248,7 +258,7 @@ impl App {
             service,
             config: listener::Config {
                 limits: of(connections.data),
-                balancers: config.data.balancers,
+                load_balancers: config.data.balancers,
                 tls: data_tls,
             },
         };
@@ -257,7 +267,7 @@ impl App {
             service: Arc::new(operators),
             config: listener::Config {
                 limits: of(connections.admin),
-                balancers: config.admin.balancers,
+                load_balancers: config.admin.balancers,
                 tls: admin_tls,
             },
         };
@@ -269,31 +279,34 @@ impl App {
             grace: config.shutdown.timeout,
             readiness,
             registry,
-            plan,
-            keeper,
-            reload,
-            rotation,
+            plan: mode,
+            keeper: persistence,
+            reload: reloader,
+            rotation: watcher,
         })
     }
 
-    /// Where the data listener and the admin listener were bound.
+    /// The bound addresses of the data listener and the admin listener.
     pub fn addresses(&self) -> io::Result<(SocketAddr, SocketAddr)> {
         Ok((self.data.listener.local_addr()?, self.admin.listener.local_addr()?))
     }
 
-    /// Serves until the first of `signals` to terminate, then ends in order: readiness first,
-    /// connections next, usage last. At the second it waits for nobody any more, but still stores usage.
+    /// Serves until the first signal to terminate, then shuts down in order: readiness first,
+    /// connections next, usage last. After a second signal it no longer waits for requests, but still
+    /// stores usage.
     ///
-    /// A listener that dies ends the rest in the same order, and is an error.
+    /// If a listener stops, the rest shuts down in the same order and an error is returned.
     pub async fn run(self, signals: impl Stream<Item = Signal>) -> Result<(), Error> {
         let mut signals = pin!(signals);
         let Self { data, admin, redirect, drain_delay, grace, readiness, registry, .. } = self;
-        let Self { plan, keeper, mut reload, rotation, .. } = self;
+        let Self {
+            plan: mode, keeper: persistence, reload: mut reloader, rotation: watcher, ..
+        } = self;
         let service = Arc::clone(&data.service);
         let (feed, streams) = (service.feed.clone(), service.streams.clone());
         let tls = [data.config.tls.clone(), admin.config.tls.clone()];
         let (drain, stop_working) = (Drain::default(), CancellationToken::new());
-        let hurry = CancellationToken::new();
+        let force = CancellationToken::new();
 
         let mut listeners = JoinSet::new();
         listeners.spawn(data.serve(drain.clone(), grace));
@@ -303,112 +316,112 @@ impl App {
         }
 
         let mut workers = Tasks::default();
-        let saver = plan.source.saver();
-        plan.source.spawn(&mut workers, &keeper.auth);
-        workers.spawn("auth", keeper.auth.clone(), |auth| async move { auth.run().await });
+        let saver = mode.source.saver();
+        mode.source.spawn(&mut workers, &persistence.auth);
+        workers.spawn("auth", persistence.auth.clone(), |auth| async move { auth.run().await });
         workers.spawn("feed", feed, |feed| async move { feed.run().await });
         workers.spawn("streams", streams.clone(), |streams| async move { streams.run().await });
         workers.spawn("metrics", registry, upkeep);
         for server in tls.into_iter().flatten() {
-            workers.spawn("tls", server, |server| async move { server.run().await });
+            workers.spawn("tls", server, |server| async move { server.watch_files().await });
         }
-        if let Some(rotation) = rotation {
-            let follow = |rotation: Rotation| async move { rotation.run().await };
-            workers.spawn("admin token", rotation, follow);
+        if let Some(watcher) = watcher {
+            let run = |watcher: Rotation| async move { watcher.run().await };
+            workers.spawn("admin token", watcher, run);
         }
 
-        // Outlives all who deliver to it, and is not waited for when they have ended: a database may
-        // never answer.
-        let mut registry_keeper = Tasks::default();
-        if let Some((control, deliveries)) = plan.control {
-            if plan.copies_registry {
-                let parts = (control.clone(), plan.store.clone());
+        // Outlives all tasks that deliver to it, and is not awaited after they end, because a database
+        // may never respond.
+        let mut registry_task = Tasks::default();
+        if let Some((control, deliveries)) = mode.control {
+            if mode.copies_registry {
+                let parts = (control.clone(), mode.store.clone());
                 workers.spawn("registry copy", parts, |(control, store)| async move {
                     alone::keep_copy(&control, &store).await;
                 });
             }
-            let parts = (control.clone(), keeper.auth.clone());
+            let parts = (control.clone(), persistence.auth.clone());
             workers.spawn("control", parts, |(control, auth)| async move {
                 control.run(&auth).await;
             });
             let parts = (control, service.snapshots.clone(), deliveries);
-            registry_keeper.spawn(
-                "registry",
-                parts,
-                |(control, snapshots, deliveries)| async move {
-                    control.run_usage(&snapshots, &mut *deliveries.lock().await).await;
-                },
-            );
+            registry_task.spawn("registry", parts, |(control, snapshots, deliveries)| async move {
+                control.run_usage(&snapshots, &mut *deliveries.lock().await).await;
+            });
         }
 
-        // These end by themselves, when they have done the last of their work.
-        let mut closers = Tasks::default();
-        let ending = Ending { begins: stop_working.clone(), grace, hurries: hurry.clone() };
-        let parts = (keeper.usage.clone(), plan.sink, ending);
-        closers.spawn("usage", parts, |(usage, sink, ending)| async move {
-            usage.run(sink, ending).await;
+        // These tasks return after their final work.
+        let mut flushers = Tasks::default();
+        let shutdown = Ending { begins: stop_working.clone(), grace, hurries: force.clone() };
+        let parts = (persistence.usage.clone(), mode.sink, shutdown);
+        flushers.spawn("usage", parts, |(usage, sink, shutdown)| async move {
+            usage.run(sink, shutdown).await;
         });
         if let Some(saver) = saver {
             let parts = (saver, stop_working.clone());
-            closers.spawn("saver", parts, |(saver, stop)| async move { saver.run(&stop).await });
+            flushers.spawn("saver", parts, |(saver, stop)| async move { saver.run(&stop).await });
         }
-        let parts = (keeper.clone(), stop_working.clone());
-        closers.spawn("save", parts, |(keeper, stop)| async move { keeper.run(&stop).await });
+        let parts = (persistence.clone(), stop_working.clone());
+        flushers.spawn(
+            "save",
+            parts,
+            |(persistence, stop)| async move { persistence.run(&stop).await },
+        );
 
         let (outcome, drain_delay) = loop {
             tokio::select! {
                 Some(signal) = signals.next() => match signal {
-                    Signal::Reload(loaded) => reload.apply(loaded, &service),
+                    Signal::Reload(loaded) => reloader.apply(loaded, &service),
                     Signal::Terminate => {
-                        info!(?drain_delay, "Parapet is told to end; it is not ready any more");
+                        info!(?drain_delay, "Shutdown requested; readiness withdrawn");
                         break (Ok(()), drain_delay);
                     }
                     Signal::Interrupt => {
-                        info!("Parapet is interrupted and ends");
+                        info!("Shutdown requested by SIGINT; no drain delay");
                         break (Ok(()), Duration::ZERO);
                     }
                 },
                 _ = listeners.join_next() => {
-                    error!("A listener ended on its own, and Parapet ends");
+                    error!("A listener stopped unexpectedly; shutting down");
                     break (Err(Error::Listener), Duration::ZERO);
                 }
             }
         };
         drop(service);
-        let mut end = pin!(async {
+        let mut shutdown = pin!(async {
             readiness.drain();
             drain.begin();
             tokio::select! {
                 () = sleep(drain_delay) => {}
-                () = hurry.cancelled() => {}
+                () = force.cancelled() => {}
             }
             drain.close();
             streams.end(grace);
             let served = async { while listeners.join_next().await.is_some() {} };
             tokio::select! {
                 () = served => {}
-                () = hurry.cancelled() => {}
+                () = force.cancelled() => {}
             }
             listeners.shutdown().await;
             workers.end().await;
             stop_working.cancel();
-            closers.join().await;
-            registry_keeper.end().await;
-            keeper.finish().await;
+            flushers.join().await;
+            registry_task.end().await;
+            persistence.finish().await;
         });
         loop {
             tokio::select! {
-                () = &mut end => break,
-                Some(signal) = signals.next(), if !hurry.is_cancelled() => match signal {
-                    Signal::Reload(_) => info!("Parapet is about to end and reloads nothing"),
+                () = &mut shutdown => break,
+                Some(signal) = signals.next(), if !force.is_cancelled() => match signal {
+                    Signal::Reload(_) => info!("Reload ignored: shutdown is in progress"),
                     Signal::Terminate | Signal::Interrupt => {
-                        warn!("Parapet is told to end once more, and waits for nobody");
-                        hurry.cancel();
+                        warn!("Second shutdown signal; no longer waiting for requests");
+                        force.cancel();
                     }
                 }
             }
         }
-        info!("Parapet ends");
+        info!("Shutdown complete");
         outcome
     }
 }
@@ -420,7 +433,7 @@ async fn upkeep(registry: PrometheusHandle) {
     }
 }
 
-/// This machine's name; empty where the system does not tell it.
+/// The hostname; empty if it cannot be determined.
 fn hostname() -> String {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     name.trim().to_owned()
@@ -440,7 +453,7 @@ mod tests {
     };
 
     #[tokio::test]
-    async fn told_to_end_twice_it_waits_for_nobody_and_keeps_what_was_counted() {
+    async fn second_shutdown_signal_ends_waiting_and_usage_is_stored() {
         let folder = tempfile::tempdir().expect("folder");
         let data_dir = format!("--data-dir={}", folder.path().display());
         let line = [
@@ -467,7 +480,7 @@ mod tests {
         let signals = [reload(), Signal::Terminate, reload(), Signal::Terminate, reload()];
         let signals = stream::iter(signals).chain(stream::pending());
         let end = tokio::time::timeout(Duration::from_mins(1), app.run(signals));
-        end.await.expect("it does not wait for an hour").expect("no error");
+        end.await.expect("shutdown without the drain delay").expect("no error");
         let record = folder.path().join("backup/usage.parapet");
         let record = std::fs::read_to_string(record).expect("usage is stored");
         assert!(record.contains(r#""yes":7"#), "{record}");

@@ -1,8 +1,9 @@
-//! The HTTP surface: listeners, routes and replies.
+//! The HTTP API: routes, handlers and responses.
 //!
-//! A request goes from `listener` to the service of its port (`data`), is parsed to a `route`,
-//! admitted, and answered by the module of its family; `reply` turns every outcome into a response
-//! and is the only place that chooses status codes. State is owned by the services below.
+//! The server passes each request to the service of its port: [`sdk`] or [`admin`]. The service matches
+//! the path to a [`route`], authenticates the token and calls the handler of that API. [`response`]
+//! builds every response and is the only module that chooses status codes. This module owns no state:
+//! the services below it do.
 
 pub mod access;
 pub mod admin;

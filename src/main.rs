@@ -1,7 +1,8 @@
-//! The `parapet` binary: three exits, and everything else in the library.
+//! The `parapet` binary: runs a command and maps its result to an exit status. The library does the
+//! rest.
 //!
-//! 64 (`EX_USAGE`) where the configuration is wrong, which includes ports that are taken; 1 where the
-//! start fails; 0 after a graceful end.
+//! The status is 0 after a graceful shutdown, 64 (`EX_USAGE`) for an invalid configuration, including
+//! ports that are in use, and 1 for any other failure.
 
 use std::{
     io::{self, Write as _},
@@ -20,15 +21,15 @@ use parapet::{
 use tikv_jemallocator::Jemalloc;
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Gives back to the system what a burst has taken, in the background: the C library's keeps what the
-/// hashing of passwords had, 19 MiB for each thread that it was done on.
+/// Returns memory to the system in the background after a burst. The C library's allocator keeps the
+/// memory of password hashing: 19 MiB for each thread that hashed.
 #[global_allocator]
 static ALLOCATOR: Jemalloc = Jemalloc;
 
-/// The exit status of a command that was used wrongly, from BSD's `sysexits.h`.
+/// The exit status for wrong usage, from BSD's `sysexits.h`.
 const EX_USAGE: u8 = 64;
 
-/// How long threads are waited for that are left at the end.
+/// How long shutdown waits for blocked threads.
 const LEFT_THREADS: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
@@ -55,16 +56,16 @@ fn main() -> ExitCode {
 fn execute(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Show(text) => write!(io::stdout(), "{text}").context("cannot write"),
-        Command::Manage(asked) => {
-            let told = runtime()?.block_on(command::manage::run(asked))?;
-            write!(io::stdout(), "{told}").context("cannot write")
+        Command::Manage(command) => {
+            let output = runtime()?.block_on(command::manage::run(command))?;
+            write!(io::stdout(), "{output}").context("cannot write")
         }
-        Command::Archive(asked) => {
-            let told = runtime()?.block_on(command::archive::run(asked))?;
-            write!(io::stdout(), "{told}").context("cannot write")
+        Command::Archive(command) => {
+            let output = runtime()?.block_on(command::archive::run(command))?;
+            write!(io::stdout(), "{output}").context("cannot write")
         }
-        Command::Explain(asked) => {
-            write!(io::stdout(), "{}", command::explain(&asked)?).context("cannot write")
+        Command::Explain(request) => {
+            write!(io::stdout(), "{}", command::explain(&request)?).context("cannot write")
         }
         Command::Probe(probe) => Ok(runtime()?.block_on(probe::ask(&probe))?),
         Command::Run(config) => {
@@ -74,7 +75,7 @@ fn execute(command: Command) -> anyhow::Result<()> {
             }
             let runtime = runtime()?;
             let outcome = runtime.block_on(run(*config));
-            // A thread that a disk or network file system keeps would be waited for without end.
+            // A thread that hangs in a disk or network file system would block the exit forever.
             runtime.shutdown_timeout(LEFT_THREADS);
             outcome
         }
@@ -89,17 +90,18 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 }
 
 async fn run(config: Config) -> anyhow::Result<()> {
-    // Before the start, which it would end; what it asks for is done afterwards.
+    // Installed before the start, because SIGHUP would otherwise kill the process. A reload requested
+    // during the start is done afterwards.
     let reloads = reloads().context("cannot listen to signals")?;
     let app = App::start(config).await?;
     let terminations = terminations().context("cannot listen to signals")?;
     Ok(app.run(stream::select(terminations, reloads)).await?)
 }
 
-/// Yields each time that the process is asked to end, by the system or at the terminal.
+/// Yields each SIGTERM and SIGINT.
 fn terminations() -> io::Result<impl Stream<Item = Signal>> {
-    let both = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    Ok(stream::unfold(both, |(mut terminate, mut interrupt)| async move {
+    let signals = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    Ok(stream::unfold(signals, |(mut terminate, mut interrupt)| async move {
         let signal = tokio::select! {
             _ = terminate.recv() => Signal::Terminate,
             _ = interrupt.recv() => Signal::Interrupt,
@@ -108,13 +110,13 @@ fn terminations() -> io::Result<impl Stream<Item = Signal>> {
     }))
 }
 
-/// Yields the configuration, read again, each time that the process is told to reload (SIGHUP).
+/// Yields the newly read configuration on each SIGHUP.
 fn reloads() -> io::Result<impl Stream<Item = Signal>> {
     let hangup = signal(SignalKind::hangup())?;
     Ok(stream::unfold(hangup, |mut hangup| async move {
         loop {
             hangup.recv().await?;
-            // Reads files, which may take as long as the file system likes.
+            // Reads files, which may block.
             let read = tokio::task::spawn_blocking(Command::from_process).await;
             let loaded = match read.expect("reading the configuration does not panic") {
                 Ok(Command::Run(config)) => Ok(config),

@@ -1,6 +1,6 @@
-//! `parapet health` and `parapet ready`: one question to a running instance.
+//! `parapet health` and `parapet ready`: check a running instance with one HTTP request.
 //!
-//! Made for a container's health check: one line where something is wrong, and an exit status.
+//! Meant for container health checks: an exit status, and one line of output on failure.
 
 use std::{io, path::Path, time::Duration};
 
@@ -11,29 +11,29 @@ use crate::{
     wire::text::without_byte_order_mark,
 };
 
-/// The longest that the answer may take.
+/// Timeout of the request.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Why an instance does not count as well.
+/// Why an instance is not healthy.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The certificate authority's file cannot be used.
+    /// The file of the certificate authority cannot be read.
     #[error("cannot read the certificate authority")]
     Authority(#[source] io::Error),
-    /// The file holds no PEM certificates, or there is no TLS to use them.
+    /// The file contains no PEM certificates, or TLS cannot be set up.
     #[error("cannot set up the client")]
     Client(#[source] reqwest::Error),
-    /// Nobody answered.
+    /// The request failed or timed out.
     #[error("no answer from {0}")]
     Silent(String, #[source] reqwest::Error),
-    /// The answer was not 200.
+    /// The status was not 200.
     #[error("{0} answered {1}")]
     Unwell(String, StatusCode),
 }
 
-/// Asks; `Ok` is an answer of 200.
+/// Sends the request; `Ok` means 200.
 pub async fn ask(probe: &Probe) -> Result<(), Error> {
-    // Fails where a provider has been chosen already, which serves as well.
+    // Fails if a provider is installed already, which is fine.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let client = Client::builder().timeout(TIMEOUT).no_proxy();
     let client = match &probe.trust {
@@ -67,8 +67,8 @@ mod tests {
 
     use super::*;
 
-    /// What is said of an instance that answers `status`.
-    async fn check(status: &str) -> Result<(), Error> {
+    /// The result for an instance that answers `status`.
+    async fn result_of(status: &str) -> Result<(), Error> {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}/internal-backstage/ready", listener.local_addr().unwrap());
         let answer = format!("HTTP/1.1 {status}\r\ncontent-length: 0\r\n\r\n");
@@ -83,17 +83,17 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_instance_is_well_when_it_answers_200_and_only_then() {
-        assert!(check("200 OK").await.is_ok());
-        assert!(matches!(check("503 Service Unavailable").await, Err(Error::Unwell(..))));
-        assert!(matches!(check("204 No Content").await, Err(Error::Unwell(..))));
+    async fn instance_is_healthy_only_if_it_answers_200() {
+        assert!(result_of("200 OK").await.is_ok());
+        assert!(matches!(result_of("503 Service Unavailable").await, Err(Error::Unwell(..))));
+        assert!(matches!(result_of("204 No Content").await, Err(Error::Unwell(..))));
     }
 
-    /// Answers one request over TLS as an instance of another name.
+    /// Serves one request over TLS with a certificate for another host name.
     async fn answer_over_tls(listener: TcpListener, config: rustls::ServerConfig) {
         let (stream, _) = listener.accept().await.unwrap();
         let acceptor = tokio_rustls::TlsAcceptor::from(std::sync::Arc::new(config));
-        // A client that does not trust it breaks off.
+        // A client that does not trust the certificate closes the connection.
         let Ok(mut stream) = acceptor.accept(stream).await else { return };
         let mut head = [0; 1024];
         let _ = stream.read(&mut head).await;
@@ -103,7 +103,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn certificate_is_verified_as_far_as_the_probe_trusts() {
+    async fn certificate_is_verified_according_to_the_trust_option() {
         let made = rcgen::generate_simple_self_signed(["flags.example".to_owned()]).unwrap();
         let other = rcgen::generate_simple_self_signed(["flags.example".to_owned()]).unwrap();
         let folder = tempfile::tempdir().unwrap();
@@ -131,13 +131,13 @@ mod tests {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let url = format!("https://{}/ready", listener.local_addr().unwrap());
             let probe = Probe { url: url.parse().unwrap(), trust };
-            let (asked, ()) = tokio::join!(ask(&probe), answer_over_tls(listener, config.clone()));
-            assert_eq!(asked.is_ok(), is_trusted, "{:?}: {asked:?}", probe.trust);
+            let (result, ()) = tokio::join!(ask(&probe), answer_over_tls(listener, config.clone()));
+            assert_eq!(result.is_ok(), is_trusted, "{:?}: {result:?}", probe.trust);
         }
     }
 
     #[tokio::test]
-    async fn an_instance_that_is_not_there_is_silent() {
+    async fn refused_connection_is_no_response() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}/", listener.local_addr().unwrap()).parse().unwrap();
         drop(listener);

@@ -1,8 +1,8 @@
-//! Saves records in the background: flags and credentials, for a start without upstream.
+//! Writes records (flags and credentials) to the store in the background, for starts without upstream.
 //!
-//! Handing a record over never waits, because a disk or network file system that hangs must not delay
-//! flags. Of each record only the newest version is saved. What a record contains, and reading it, is the
-//! business of its owner.
+//! [`BackgroundWriter::save`] never waits, because a disk or network file system that hangs must not
+//! delay flags. Only the newest version of each record is written. This module neither reads records nor
+//! knows their contents.
 
 use std::{
     collections::HashMap,
@@ -22,41 +22,41 @@ use crate::{
     telemetry::report,
 };
 
-/// How long after a failure saving is retried.
+/// Delay before a failed write is retried.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
 
-/// Saves records in the background. A cheap handle.
+/// Writes records in the background. A cheap handle.
 #[derive(Clone)]
 pub struct Saver(Arc<Inner>);
 
 struct Inner {
     store: Store,
-    /// What is not saved yet.
+    /// Records that are not written yet.
     waiting: Mutex<HashMap<Key, Encode>>,
     has_more: Notify,
 }
 
-/// Makes the bytes of a record, each time that saving it is attempted.
+/// Encodes a record; called for each attempt to write it.
 type Encode = Box<dyn Fn() -> Bytes + Send + Sync>;
 
 impl Saver {
-    /// Saves to this store, while [`run`](Self::run) runs.
+    /// A writer to this store; [`run`](Self::run) does the writing.
     pub fn new(store: Store) -> Self {
         Self(Arc::new(Inner { store, waiting: Mutex::default(), has_more: Notify::new() }))
     }
 
-    /// Where records are saved, to read them.
+    /// The store, to read records from.
     pub fn store(&self) -> &Store {
         &self.0.store
     }
 
-    /// Has the record of `key` saved, instead of an older one that is still to be saved.
+    /// Queues a record, in place of an older version that is still queued.
     pub fn save(&self, key: Key, encode: impl Fn() -> Bytes + Send + Sync + 'static) {
         self.waiting().insert(key, Box::new(encode));
         self.0.has_more.notify_one();
     }
 
-    /// Saves until `stop`, and then once more what is left; the store limits how long that takes.
+    /// Writes until `stop`, and then makes one last attempt; the store's timeout bounds that.
     pub async fn run(&self, stop: &CancellationToken) {
         let mut is_failing = false;
         loop {
@@ -66,10 +66,10 @@ impl Saver {
                 Some(error) if !is_failing => {
                     warn!(
                         error = report(error),
-                        "Saving flags or credentials failed and is retried"
+                        "Saving flags or credentials failed; retrying every 5 s"
                     );
                 }
-                None if is_failing => info!("Flags and credentials are saved again"),
+                None if is_failing => info!("Saving flags and credentials works again"),
                 Some(_) | None => {}
             }
             is_failing = failure.is_some();
@@ -84,7 +84,8 @@ impl Saver {
         }
     }
 
-    /// Saves each record once; one that cannot be saved is kept for a retry, unless there is a newer one.
+    /// Tries to write each queued record once. A record that fails is queued again, unless a newer
+    /// version is queued already. Returns the first error.
     async fn save_waiting(&self) -> Option<Error> {
         let waiting = mem::take(&mut *self.waiting());
         let saves = waiting.into_iter().map(async |(key, encode)| {
@@ -97,7 +98,7 @@ impl Saver {
         join_all(saves).await.into_iter().find_map(Result::err)
     }
 
-    /// A panic under this lock leaves a whole map.
+    /// Ignores poisoning: a panic under this lock leaves the map intact.
     fn waiting(&self) -> MutexGuard<'_, HashMap<Key, Encode>> {
         self.0.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -105,7 +106,7 @@ impl Saver {
 
 impl fmt::Debug for Saver {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Saver").field("store", &self.0.store).finish_non_exhaustive()
+        f.debug_struct("BackgroundWriter").field("store", &self.0.store).finish_non_exhaustive()
     }
 }
 
@@ -123,7 +124,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn newest_version_of_each_record_is_saved_before_the_end() {
+    async fn newest_version_of_each_record_is_saved_before_shutdown() {
         let store = Store::memory();
         let (saver, stop) = (Saver::new(store.clone()), CancellationToken::new());
         let credentials = Key::Credentials(Environment::new("dev"));
@@ -141,10 +142,10 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_could_not_be_saved_is_saved_later_unless_there_is_newer() {
+    async fn failed_record_is_saved_later_unless_a_newer_version_exists() {
         let folder = tempfile::tempdir().expect("folder");
         let store = Store::directory(folder.path()).expect("store");
-        // A directory in the place of the record.
+        // A directory at the record's path makes writing fail.
         let in_the_way = folder.path().join("flags-dev.parapet");
         std::fs::create_dir(&in_the_way).expect("directory");
         let (saver, stop) = (Saver::new(store.clone()), CancellationToken::new());

@@ -1,8 +1,7 @@
-//! Secrets that are kept in files: read as container platforms mount them, and written for their owner
-//! alone.
+//! Files with secrets: read as container platforms mount them, and written with mode 0600.
 //!
-//! A text that was read is wiped when dropped, and no error repeats it. A caller decides what the text
-//! must be.
+//! The text is wiped on drop, and no error contains it. This module does not validate the text; the
+//! caller does.
 
 use std::{
     fs::File,
@@ -15,10 +14,10 @@ use zeroize::Zeroizing;
 
 use crate::wire::text::without_byte_order_mark;
 
-/// The largest file that is read, in bytes: far more than any list of tokens.
+/// The largest accepted file, in bytes: far more than any list of tokens.
 const MAX_LEN: u64 = 1 << 20;
 
-/// Why a file holds no secret; names the file and nothing of its contents.
+/// Why a secret cannot be read. The message names the file and never its contents.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file cannot be read.
@@ -35,7 +34,7 @@ pub enum Error {
         /// The file.
         path: PathBuf,
     },
-    /// The file holds nothing but white space.
+    /// The file contains only white space.
     #[error("{} is empty", path.display())]
     Empty {
         /// The file.
@@ -45,7 +44,7 @@ pub enum Error {
 
 /// Reads the secret in `path`, without a byte order mark and surrounding white space.
 ///
-/// Blocks for as long as the file system does.
+/// Blocks the thread during file IO.
 pub fn read(path: &Path) -> Result<Zeroizing<String>, Error> {
     let failed = |source| Error::Read { path: path.to_owned(), source };
     let mut bytes = Zeroizing::new(Vec::new());
@@ -61,10 +60,9 @@ pub fn read(path: &Path) -> Result<Zeroizing<String>, Error> {
     Ok(Zeroizing::new(text.to_owned()))
 }
 
-/// Writes a file that its owner alone may read (mode 0600), whole or not at all; replaces one that is
-/// there.
+/// Writes a file with mode 0600 atomically, replacing an existing one.
 ///
-/// Blocks for as long as the file system does.
+/// Blocks the thread during file IO.
 pub fn write(path: &Path, secret: &[u8]) -> io::Result<()> {
     let mut file = NamedTempFile::new_in(folder_of(path))?;
     file.write_all(secret)?;
@@ -73,7 +71,7 @@ pub fn write(path: &Path, secret: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// The folder that a file is in, as a path that can be opened.
+/// The folder of a file, as a path that can be opened: `.` for a bare file name.
 pub fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|it| !it.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
@@ -98,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn file_without_a_secret_is_an_error_that_names_it() {
+    fn unusable_file_is_an_error_that_names_it() {
         for bytes in [&b""[..], b" \n", "\u{feff}\n".as_bytes()] {
             assert!(matches!(read_bytes(bytes), Err(Error::Empty { .. })), "{bytes:?}");
         }

@@ -1,10 +1,10 @@
-//! What Parapet tells about itself: logs, the registry of metrics, and whether it is ready.
+//! Logging, the metrics registry and the readiness of the process.
 //!
-//! No event of the log is longer than 4 KiB, whatever clients, upstream or files put into it.
+//! Log events are truncated to 4 KiB, because clients, upstream and files can supply parts of them.
 //!
-//! Metrics are named and described by the modules that count; this module only decides where they
-//! are kept and which buckets their histograms have. Nothing here listens or serves: `http` renders
-//! the registry, and `app` spawns the upkeep.
+//! Each module names and describes its own metrics. This module only installs the registry and sets the
+//! histogram buckets. It does not listen or serve: `http` renders the registry, and `app` runs its
+//! upkeep.
 
 mod sparing;
 
@@ -31,24 +31,24 @@ use tracing_subscriber::{
 pub use self::sparing::Sparing;
 use crate::wire::excerpt::Excerpt;
 
-/// The source revision that this binary was built from, where the build tells it.
+/// The source revision of this binary, if the build provides it.
 pub const REVISION: &str = match option_env!("PARAPET_REVISION") {
     Some(revision) => revision,
     None => "unknown",
 };
 
-/// Bounds of histograms whose names end in `_seconds`: from 50 µs, a cached answer, to 10 s, the
-/// longest that a request may wait by default.
+/// Bucket bounds of histograms whose names end in `_seconds`: from 50 µs, a cached response, to 10 s,
+/// the default timeout of a request.
 pub const SECONDS: [f64; 17] = [
     0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
     1.0, 2.5, 5.0, 10.0,
 ];
 
-/// Bounds of histograms whose names end in `_bytes`: from an empty reply to a large flag set.
+/// Bucket bounds of histograms whose names end in `_bytes`: from an empty response to a large flag set.
 pub const BYTES: [f64; 8] =
     [256.0, 1_024.0, 4_096.0, 16_384.0, 65_536.0, 262_144.0, 1_048_576.0, 8_388_608.0];
 
-/// How logs look.
+/// The format of log events.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub enum LogFormat {
     /// One line per event.
@@ -56,12 +56,12 @@ pub enum LogFormat {
     Plain,
     /// One JSON object per event.
     Json,
-    /// Several lines per event, for a person at a terminal.
+    /// Several lines per event, for reading at a terminal.
     Pretty,
 }
 
 impl LogFormat {
-    /// Reads a format's name, in any case.
+    /// Parses a format's name, in any case.
     pub fn parse(text: &str) -> Option<Self> {
         match text.to_ascii_lowercase().as_str() {
             "plain" => Some(Self::Plain),
@@ -72,20 +72,20 @@ impl LogFormat {
     }
 }
 
-/// What is logged, and how.
+/// Configuration of the log.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Config {
-    /// The form of the lines.
+    /// The format of events.
     pub format: LogFormat,
     /// Levels per target, in the syntax of `RUST_LOG`.
     pub filter: String,
 }
 
 impl Config {
-    /// Reads a [`Config::filter`].
+    /// Parses and normalises a [`Config::filter`].
     ///
-    /// A bare word that is no level would name a target, and turn everything else off: it is far more
-    /// likely a level that is misspelt.
+    /// A bare word that is not a level is rejected. `RUST_LOG` would read it as a target and disable
+    /// every other target, but it is far more likely a misspelt level.
     pub fn parse_filter(text: &str) -> Option<String> {
         let directives: Option<Vec<_>> = text.split(',').map(directive).collect();
         let filter = directives?.join(",");
@@ -93,11 +93,11 @@ impl Config {
     }
 }
 
-/// What is understood as a level where no target is named.
+/// The accepted levels of a directive without a target.
 const LEVELS: [&str; 12] =
     ["off", "error", "warn", "info", "debug", "trace", "0", "1", "2", "3", "4", "5"];
 
-/// A directive, if it is none that only looks like one. `warning` is a level in many programs.
+/// Parses a directive; `None` for a bare word that is not a level. `warning` is accepted for `warn`.
 fn directive(text: &str) -> Option<String> {
     let text = text.trim();
     let (target, level) =
@@ -105,7 +105,7 @@ fn directive(text: &str) -> Option<String> {
     let level = if level.eq_ignore_ascii_case("warning") { "warn" } else { level };
     match target {
         Some(target) => Some(format!("{target}={level}")),
-        // A path and a span are meant as such; and nothing between two commas means nothing.
+        // Paths and spans are targets, and empty directives are ignored.
         None if text.is_empty() || text.contains("::") || text.contains(['[', ']', '{', '}']) => {
             Some(text.to_owned())
         }
@@ -113,27 +113,26 @@ fn directive(text: &str) -> Option<String> {
     }
 }
 
-/// What is not logged unless its target is named: an error for each handshake that fails, since the
-/// request that failed by it is logged with the same cause, and once only; and what PostgreSQL remarks
-/// on statements that succeed.
+/// Targets that are off by default. rustls logs an error for each failed handshake, which the failed
+/// request logs as well, and only once; PostgreSQL sends notices about successful statements.
 const QUIET: &str = "rustls=off,rustls_platform_verifier=off,sqlx::postgres::notice=off";
 
-/// The filter of `config`, behind what it may override.
+/// The filter of `config`, which can override [`QUIET_TARGETS`].
 fn filter(config: &Config) -> Option<EnvFilter> {
     EnvFilter::try_new(format!("{QUIET},{}", config.filter)).ok()
 }
 
-/// Starts logging, once per process; later calls change nothing.
+/// Starts logging, once per process; later calls have no effect.
 ///
-/// Lines go to standard output, as Unleash Edge's do, so that a deployment that collects them from
-/// there keeps working; standard error is left to what prevents a start.
+/// Events go to standard output, as with Unleash Edge, so that deployments that collect them there keep
+/// working. Standard error is used only for errors that prevent the start.
 pub fn start_logging(config: &Config) {
     let filter = filter(config).unwrap_or_else(|| EnvFilter::new("info"));
     let colours = io::stdout().is_terminal();
     let format = config.format;
     let writer = move || Bounded { out: io::stdout(), format };
     let lines = fmt::fmt().with_env_filter(filter).with_writer(writer).with_ansi(colours);
-    // An error means that a test, or an earlier call, has set a subscriber: that one stays.
+    // Fails if a test or an earlier call has set a subscriber, which then stays.
     match config.format {
         LogFormat::Plain => install(lines),
         LogFormat::Json => install(lines.json().flatten_event(true)),
@@ -141,7 +140,7 @@ pub fn start_logging(config: &Config) {
     }
 }
 
-/// What replaces the filter of the subscriber that [`start_logging`] has installed.
+/// Replaces the filter of the subscriber that [`start_logging`] installed.
 static SET_FILTER: OnceLock<Box<dyn Fn(EnvFilter) -> bool + Send + Sync>> = OnceLock::new();
 
 fn install<N, E, W>(lines: SubscriberBuilder<N, E, EnvFilter, W>)
@@ -159,17 +158,18 @@ where
     }
 }
 
-/// Replaces what is logged by the filter of `config`; the form of the lines stays.
+/// Applies the filter of `config`; the format does not change.
 pub fn set_log_filter(config: &Config) {
     if let (Some(set), Some(filter)) = (SET_FILTER.get(), filter(config)) {
         set(filter);
     }
 }
 
-/// An error and its causes in one line, for a log. Each is cut at `CAUSE_BYTES`, because it may quote
-/// what could not be read. A cause that the error before it ends with is not said again.
+/// Formats an error and its causes in one line, for the log. Each is truncated to `MAX_CAUSE_BYTES`,
+/// because it may quote unreadable input. A cause is omitted if the error before it already ends with
+/// it.
 ///
-/// Not for errors whose causes may quote what they could not read where that holds tokens.
+/// Do not use it for errors whose causes may quote input that contains tokens.
 pub fn report(error: &dyn Error) -> String {
     let causes = iter::successors(Some(error), |error| Error::source(*error));
     let mut texts: Vec<String> = causes.map(ToString::to_string).collect();
@@ -178,13 +178,13 @@ pub fn report(error: &dyn Error) -> String {
     texts.iter().map(excerpt).collect::<Vec<_>>().join(": ")
 }
 
-/// How much of one error's own text is logged, in bytes.
+/// The longest text of one error in the log, in bytes.
 const CAUSE_BYTES: usize = 1024;
 
-/// How long an event in the log may be, in bytes, with its line break.
+/// The longest event in the log, in bytes, including its line break.
 const EVENT_BYTES: usize = 4096;
 
-/// Passes events on, each written at once, and cuts those beyond [`EVENT_BYTES`].
+/// Writes each event with one call, and truncates those longer than [`MAX_EVENT_BYTES`].
 #[derive(Debug)]
 struct Bounded<W> {
     out: W,
@@ -197,11 +197,11 @@ impl<W: io::Write> io::Write for Bounded<W> {
             self.out.write_all(event)?;
         } else {
             let text = String::from_utf8_lossy(event);
-            let cut = match self.format {
+            let truncated = match self.format {
                 LogFormat::Json => cut_json(&text),
                 LogFormat::Plain | LogFormat::Pretty => None,
             };
-            self.out.write_all(cut.unwrap_or_else(|| cut_text(&text)).as_bytes())?;
+            self.out.write_all(truncated.unwrap_or_else(|| cut_text(&text)).as_bytes())?;
         }
         Ok(event.len())
     }
@@ -211,22 +211,22 @@ impl<W: io::Write> io::Write for Bounded<W> {
     }
 }
 
-/// The beginning of an event, without the colour that may be on where it is cut.
+/// The beginning of an event, with colours reset at the end.
 fn cut_text(event: &str) -> String {
-    let plain = if event.contains('\u{1b}') { "\u{1b}[0m" } else { "" };
-    let tail = format!("{plain}… ({} bytes)\n", event.len());
-    let kept = event.floor_char_boundary(EVENT_BYTES - tail.len());
-    format!("{}{tail}", &event[..kept])
+    let reset = if event.contains('\u{1b}') { "\u{1b}[0m" } else { "" };
+    let tail = format!("{reset}… ({} bytes)\n", event.len());
+    let end = event.floor_char_boundary(EVENT_BYTES - tail.len());
+    format!("{}{tail}", &event[..end])
 }
 
-/// The event with its longest texts cut, so that it is JSON still; `None` where it was none, or has too
-/// many texts for that.
+/// The event with its longest strings truncated, so that it is still valid JSON. `None` if it is not
+/// JSON or has too many strings.
 fn cut_json(event: &str) -> Option<String> {
     let event: Value = serde_json::from_str(event).ok()?;
     [1024, 256, 64, 8].into_iter().find_map(|len| {
-        let mut cut = event.clone();
-        shorten(&mut cut, len);
-        Some(format!("{cut}\n")).filter(|line| line.len() <= EVENT_BYTES)
+        let mut truncated = event.clone();
+        shorten(&mut truncated, len);
+        Some(format!("{truncated}\n")).filter(|line| line.len() <= EVENT_BYTES)
     })
 }
 
@@ -241,10 +241,10 @@ fn shorten(value: &mut Value, len: usize) {
     }
 }
 
-/// Starts the registry of metrics, once per process; later calls return the same one.
+/// Installs the metrics registry, once per process; later calls return the same one.
 ///
-/// Its owner must call [`PrometheusHandle::run_upkeep`] every few seconds, else the samples of
-/// histograms pile up between scrapes.
+/// Its owner must call [`PrometheusHandle::run_upkeep`] every few seconds, otherwise histogram samples
+/// accumulate between scrapes.
 pub fn start_metrics() -> PrometheusHandle {
     static REGISTRY: OnceLock<PrometheusHandle> = OnceLock::new();
     REGISTRY.get_or_init(install_recorder).clone()
@@ -256,33 +256,36 @@ fn install_recorder() -> PrometheusHandle {
         .and_then(|builder| {
             builder.set_buckets_for_metric(Matcher::Suffix("_bytes".to_owned()), &BYTES)
         })
-        .expect("only an empty list of bounds is refused")
+        .expect("the list of bounds is not empty")
         .build_recorder();
     let registry = recorder.handle();
-    // Refused only where a test has set a recorder of its own, which then counts instead.
+    // Fails only if a test has installed its recorder, which then stays.
     let _ = metrics::set_global_recorder(recorder);
-    metrics::describe_gauge!("build_info", "One, labelled with what was built");
+    metrics::describe_gauge!(
+        "build_info",
+        "Always 1; its labels are the version and revision of this build"
+    );
     let version = env!("CARGO_PKG_VERSION");
     metrics::gauge!("build_info", "version" => version, "revision" => REVISION).set(1.0);
     registry
 }
 
-/// Whether this process should be sent requests: from the moment when the last [`Latch`] is
-/// released until [`Readiness::drain`].
+/// Whether this process should receive requests: from the release of its last [`Latch`] until
+/// [`Readiness::drain`].
 ///
-/// Once ready, nothing but draining makes it unready: losing the upstream does not.
+/// Once ready, only draining makes it unready; losing the upstream does not.
 #[derive(Clone, Debug)]
 pub struct Readiness {
     pending: Pending,
     draining: Arc<AtomicBool>,
 }
 
-/// What is waited for: a text for each latch that is not released, by their order.
+/// The descriptions of the latches that are not released, in order of creation.
 #[derive(Clone, Debug, Default)]
 struct Pending(Arc<Mutex<BTreeMap<u32, String>>>);
 
 impl Pending {
-    /// A panic under this lock leaves a whole map.
+    /// Ignores poisoning: a panic under this lock leaves the map intact.
     fn lock(&self) -> MutexGuard<'_, BTreeMap<u32, String>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -295,12 +298,12 @@ impl Pending {
     }
 }
 
-/// Something that must happen before the process is ready.
+/// A condition that must hold before the process is ready.
 ///
-/// One that is dropped unreleased keeps the process unready for good: what was waited for has not
-/// happened. A task that may be started again after a panic is therefore lent its latch.
+/// A latch that is dropped unreleased keeps the process unready permanently, because its condition was
+/// never met. A task that is restarted after a panic therefore only borrows its latch.
 #[derive(Debug)]
-#[must_use = "a process is never ready whose latch is dropped"]
+#[must_use = "dropping an unreleased latch keeps the process unready"]
 pub struct Latch {
     pending: Pending,
     id: u32,
@@ -308,24 +311,24 @@ pub struct Latch {
 }
 
 impl Readiness {
-    /// An unready process and its first latch.
+    /// The readiness of a starting process, and its first latch.
     pub fn new() -> (Self, Latch) {
         let pending = Pending::default();
         let latch = pending.latch();
         (Self { pending, draining: Arc::default() }, latch)
     }
 
-    /// Whether requests are welcome.
+    /// Whether the process should receive requests.
     pub fn is_ready(&self) -> bool {
         !self.is_draining() && self.pending.lock().is_empty()
     }
 
-    /// What has to happen before requests are welcome.
+    /// Descriptions of the conditions that are not met yet.
     pub fn waits_for(&self) -> Vec<String> {
         self.pending.lock().values().cloned().collect()
     }
 
-    /// Makes the process unready for good, because it is about to end.
+    /// Makes the process unready permanently, because it is shutting down.
     pub fn drain(&self) {
         self.draining.store(true, Ordering::Release);
     }
@@ -337,19 +340,19 @@ impl Readiness {
 }
 
 impl Latch {
-    /// Another thing that must happen, to be made before this one is released.
+    /// Adds another condition. Call it before this latch is released.
     pub fn another(&self) -> Self {
         self.pending.latch()
     }
 
-    /// Says what is waited for, for people to read.
-    pub fn waits_for(&self, what: impl Into<String>) {
+    /// Sets the description of the condition, for operators.
+    pub fn waits_for(&self, description: impl Into<String>) {
         if let Some(text) = self.pending.lock().get_mut(&self.id) {
-            *text = what.into();
+            *text = description.into();
         }
     }
 
-    /// Says that what was waited for has happened; saying it again changes nothing.
+    /// Marks the condition as met. Repeated calls have no effect.
     pub fn release(&self) {
         if !self.is_released.swap(true, Ordering::Relaxed) {
             self.pending.lock().remove(&self.id);
@@ -367,15 +370,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_process_is_ready_when_its_last_latch_is_released_and_until_it_drains() {
+    fn process_is_ready_from_release_of_its_last_latch_until_it_drains() {
         let (readiness, first) = Readiness::new();
         let second = first.another();
         assert!(!readiness.is_ready());
         first.release();
         first.release();
         assert!(!readiness.is_ready());
-        second.waits_for("rain");
-        assert_eq!(readiness.waits_for(), ["rain"]);
+        second.waits_for("the first flags");
+        assert_eq!(readiness.waits_for(), ["the first flags"]);
         second.release();
         assert!(readiness.is_ready() && readiness.waits_for().is_empty());
         readiness.drain();
@@ -383,14 +386,14 @@ mod tests {
     }
 
     #[test]
-    fn a_task_that_dies_of_a_panic_makes_no_process_ready() {
+    fn process_stays_unready_after_a_task_with_a_latch_panics() {
         let (readiness, latch) = Readiness::new();
         let task = latch.another();
-        let death = std::thread::spawn(move || {
+        let panicked = std::thread::spawn(move || {
             let _ = &task;
-            std::panic::resume_unwind(Box::new("the task dies"));
+            std::panic::resume_unwind(Box::new("the task panics"));
         });
-        assert!(death.join().is_err());
+        assert!(panicked.join().is_err());
         latch.release();
         assert!(!readiness.is_ready());
     }
@@ -402,7 +405,7 @@ mod tests {
     }
 
     #[test]
-    fn short_events_are_written_as_they_are() {
+    fn short_events_are_written_unchanged() {
         let longest = "x".repeat(EVENT_BYTES - 1) + "\n";
         for event in ["\n", "äöü\n", r#"{"b":1,"a":[]}"#, &longest] {
             assert_eq!(written(LogFormat::Json, event), event);
@@ -410,7 +413,7 @@ mod tests {
     }
 
     #[test]
-    fn long_events_are_cut_to_one_line_within_the_limit() {
+    fn long_events_are_truncated_to_one_line_within_the_limit() {
         for (value, colour) in [("x", ""), ("🦀", ""), ("x", "\u{1b}[32m"), ("\u{1b}[3m", "")] {
             let event = format!("{colour}WARN flag{}\n", value.repeat(100_000));
             for format in [LogFormat::Plain, LogFormat::Pretty] {
@@ -424,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn long_json_events_are_cut_and_remain_json() {
+    fn long_json_events_are_truncated_and_remain_json() {
         for value in ["x", "🦀", "\u{1}", "\"", "\\n"] {
             for fields in [1, 3, 20] {
                 let long = value.repeat(100_000);
@@ -445,13 +448,13 @@ mod tests {
     }
 
     #[test]
-    fn cause_that_an_error_repeats_is_reported_once() {
+    fn cause_repeated_by_an_error_is_logged_once() {
         let repeating = sqlx::Error::Io(io::Error::other("no answer"));
         assert_eq!(report(&repeating), "error communicating with database: no answer");
     }
 
     #[test]
-    fn reported_errors_are_cut() {
+    fn long_error_text_is_truncated() {
         let error = serde_json::from_str::<u8>(&format!("\"{}\"", "x".repeat(100_000)));
         let text = report(&error.unwrap_err());
         assert!(text.starts_with("invalid type: string \"xxx"), "{text}");
@@ -459,7 +462,7 @@ mod tests {
     }
 
     #[test]
-    fn the_registry_is_one_and_knows_the_build() {
+    fn registry_is_installed_once_and_has_the_build_info() {
         start_metrics();
         let text = start_metrics().render();
         let version = env!("CARGO_PKG_VERSION");
@@ -467,7 +470,7 @@ mod tests {
     }
 
     #[test]
-    fn a_misspelt_level_is_no_target() {
+    fn misspelt_level_is_rejected() {
         let check = |text: &str, read: Option<&str>| {
             assert_eq!(Config::parse_filter(text).as_deref(), read, "{text}");
         };
@@ -483,7 +486,7 @@ mod tests {
     }
 
     #[test]
-    fn log_formats_are_read_in_any_case() {
+    fn log_format_is_parsed_in_any_case() {
         assert_eq!(LogFormat::parse("JSON"), Some(LogFormat::Json));
         assert_eq!(LogFormat::parse("pretty"), Some(LogFormat::Pretty));
         assert_eq!(LogFormat::parse("xml"), None);

@@ -1,8 +1,7 @@
-//! How often may be tried: token buckets in memory, of which there is a bounded number.
+//! Rate limits per key: token buckets in memory, in bounded number.
 //!
-//! A bucket that has filled up again says nothing and is forgotten. While there are as many as
-//! there may be, whoever is new shares one: a flood throttles newcomers rather than forgetting whom
-//! it was throttling.
+//! A full bucket carries no information and is removed. At the bound, all new keys share one bucket: a
+//! flood of keys limits new clients but does not reset the limits of known ones.
 
 use std::{
     collections::HashMap,
@@ -14,28 +13,29 @@ use std::{
 
 use tokio::time::Instant;
 
-/// How many buckets there may be.
+/// Maximum number of buckets.
 const MAX_KEYS: usize = 10_000;
-/// How often those that are full are looked for: a flood of newcomers does not pay for it each time.
+/// Shortest interval between removals of full buckets, so that a flood of new keys does not cause one
+/// for each request.
 const SWEEP: Duration = Duration::from_secs(1);
 
-/// How often something may be done.
+/// The parameters of a token bucket.
 #[derive(Clone, Copy, Debug)]
 pub struct Rate {
-    /// So often at once.
+    /// The capacity: this many at once.
     pub burst: u32,
-    /// And then once in this time.
+    /// The time after which one more is available.
     pub every: Duration,
 }
 
 impl Rate {
-    /// How long it takes to fill a bucket that is `used`.
+    /// How long a bucket takes to refill after `used` were taken.
     fn refill(self, used: u32) -> Duration {
         self.every * used
     }
 }
 
-/// Buckets by key.
+/// Token buckets by key.
 #[derive(Debug)]
 pub struct Buckets<K> {
     rate: Rate,
@@ -45,53 +45,54 @@ pub struct Buckets<K> {
 
 #[derive(Debug)]
 struct Held<K> {
-    /// By key, when its bucket will be full; `None` is shared by newcomers.
+    /// When the bucket of each key will be full. New keys share the key `None` at the bound.
     full_at: HashMap<Option<K>, Instant>,
-    /// When those that were full were last removed for want of room.
+    /// When full buckets were last removed.
     swept: Option<Instant>,
 }
 
 impl<K: Clone + Eq + Hash> Buckets<K> {
-    /// Buckets of this rate, all of them full.
+    /// A limiter with full buckets of this rate.
     pub fn new(rate: Rate) -> Self {
-        let held = Held { full_at: HashMap::new(), swept: None };
-        Self { rate, max: MAX_KEYS, held: Mutex::new(held) }
+        let state = Held { full_at: HashMap::new(), swept: None };
+        Self { rate, max: MAX_KEYS, held: Mutex::new(state) }
     }
 
-    /// Takes one from the bucket of `key`, or says when there will be one.
+    /// Takes one from the bucket of `key`. `Err` is the time until one is available.
     pub fn take(&self, key: &K) -> Result<(), Duration> {
         let now = Instant::now();
-        let mut held = self.held();
+        let mut state = self.lock();
         let mut key = Some(key.clone());
-        if !held.full_at.contains_key(&key) && !held.has_room(self.max, now) {
+        if !state.full_at.contains_key(&key) && !state.has_room(self.max, now) {
             key = None;
         }
-        let full_at = held.full_at.get(&key).map_or(now, |at| (*at).max(now)) + self.rate.every;
+        let full_at = state.full_at.get(&key).map_or(now, |at| (*at).max(now)) + self.rate.every;
         let wait = (full_at - now).saturating_sub(self.rate.refill(self.rate.burst));
         if wait > Duration::ZERO {
             return Err(wait);
         }
-        held.full_at.insert(key, full_at);
+        state.full_at.insert(key, full_at);
         Ok(())
     }
 
-    /// Gives back what [`Buckets::take`] took: whoever has no bucket took it from the shared one.
+    /// Returns what [`acquire`](Self::acquire) took. A key without a bucket took it from the shared one.
     pub fn give_back(&self, key: &K) {
-        let mut held = self.held();
+        let mut state = self.lock();
         let own = Some(key.clone());
-        let key = if held.full_at.contains_key(&own) { own } else { None };
-        if let Some(full_at) = held.full_at.get_mut(&key) {
+        let key = if state.full_at.contains_key(&own) { own } else { None };
+        if let Some(full_at) = state.full_at.get_mut(&key) {
             *full_at = full_at.checked_sub(self.rate.every).unwrap_or(*full_at);
         }
     }
 
-    fn held(&self) -> MutexGuard<'_, Held<K>> {
+    /// Ignores poisoning: a panic under this lock leaves the map intact.
+    fn lock(&self) -> MutexGuard<'_, Held<K>> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl<K: Eq + Hash> Held<K> {
-    /// Whether there may be one bucket more, once those that are full are removed.
+    /// Whether another bucket fits, after removing full ones if that is due.
     fn has_room(&mut self, max: usize, now: Instant) -> bool {
         let is_due = self.swept.is_none_or(|swept| now >= swept + SWEEP);
         if self.full_at.len() >= max && is_due {
@@ -102,7 +103,8 @@ impl<K: Eq + Hash> Held<K> {
     }
 }
 
-/// Where somebody comes from, as far as they cannot choose it: of IPv6 the network of 64 bits.
+/// The part of an address that a client cannot vary: an IPv4 address, or the /64 network of an IPv6
+/// address.
 pub fn origin(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => {
@@ -120,7 +122,7 @@ mod tests {
     const RATE: Rate = Rate { burst: 2, every: Duration::from_secs(10) };
 
     #[tokio::test(start_paused = true)]
-    async fn a_bucket_empties_and_fills_again() {
+    async fn bucket_empties_and_refills() {
         let buckets = Buckets::new(RATE);
         assert_eq!(buckets.take(&"a"), Ok(()));
         assert_eq!(buckets.take(&"a"), Ok(()));
@@ -134,42 +136,42 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn buckets_are_bounded_and_a_flood_of_keys_throttles_newcomers() {
+    async fn buckets_are_bounded_and_a_flood_of_keys_limits_only_new_ones() {
         let buckets = Buckets { max: 3, ..Buckets::new(RATE) };
         for key in 0..3 {
             assert_eq!(buckets.take(&key), Ok(()));
         }
         let admitted = (3..1000).filter(|key| buckets.take(key).is_ok()).count();
         assert_eq!(admitted, 2);
-        assert_eq!(buckets.take(&0), Ok(()), "whoever was known has a bucket still");
-        assert!(buckets.held().full_at.len() <= 4);
+        assert_eq!(buckets.take(&0), Ok(()), "a known key still has its bucket");
+        assert!(buckets.lock().full_at.len() <= 4);
         tokio::time::advance(Duration::from_mins(1)).await;
         assert_eq!(buckets.take(&5), Ok(()));
-        assert_eq!(buckets.held().full_at.len(), 1);
+        assert_eq!(buckets.lock().full_at.len(), 1);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn shared_bucket_is_given_back_to() {
+    async fn refund_of_a_key_without_a_bucket_goes_to_the_shared_bucket() {
         let buckets = Buckets { max: 1, ..Buckets::new(RATE) };
         assert_eq!(buckets.take(&0), Ok(()));
         for newcomer in 1..100 {
             assert_eq!(buckets.take(&newcomer), Ok(()), "{newcomer}");
             buckets.give_back(&newcomer);
         }
-        // The bucket of the first is as it was.
+        // The bucket of the first key is unchanged.
         assert_eq!(buckets.take(&0), Ok(()));
         assert!(buckets.take(&0).is_err());
     }
 
     #[tokio::test(start_paused = true)]
-    async fn newcomers_beyond_the_bound_look_for_room_once_a_second() {
+    async fn full_buckets_are_removed_at_most_once_a_second_at_the_bound() {
         let buckets = Buckets { max: 2, ..Buckets::new(RATE) };
         for key in 0..2 {
             assert_eq!(buckets.take(&key), Ok(()));
         }
         tokio::time::advance(Duration::from_millis(9500)).await;
         assert_eq!(buckets.take(&2), Ok(()));
-        // The first buckets are full now, and were not when they were last looked at.
+        // The first buckets are full now, but were not at the last removal.
         tokio::time::advance(SWEEP / 2).await;
         assert_eq!(buckets.take(&3), Ok(()));
         assert!(buckets.take(&4).is_err());
@@ -179,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn an_origin_is_what_its_holder_cannot_vary() {
+    fn network_is_the_part_of_an_address_that_a_client_cannot_vary() {
         let check = |one: &str, other: &str| {
             assert_eq!(origin(one.parse().unwrap()), other.parse::<IpAddr>().unwrap());
         };

@@ -1,11 +1,11 @@
 //! TLS for the listeners: certificates and their keys, client certificates, handshakes.
 //!
-//! All files of a listener are loaded and checked together ([`Server::new`]), and again when their
-//! contents change ([`Server::run`]). A change that cannot be used is reported, and what was loaded last
-//! stays in use. Handshakes under way finish with the configuration that they began with.
+//! All files of a listener are loaded and validated together ([`TlsAcceptor::new`]), and again when
+//! their contents change ([`TlsAcceptor::watch_files`]). Invalid changes are logged, and the last valid
+//! files stay in use. A handshake in progress finishes with the configuration it started with.
 //!
-//! Nothing here accepts connections or knows HTTP. TLS towards upstream is the HTTP client's business;
-//! it shares [`pem`] only.
+//! This module accepts no connections and does not know HTTP. TLS towards upstream is configured in the
+//! HTTP client, which shares only [`pem`].
 
 mod certificate;
 mod client;
@@ -21,10 +21,10 @@ mod watch;
 pub use self::{
     certificate::Certificate,
     client::ClientCertificate,
-    config::{ClientAuth, Clients, Config, Pair, Version},
-    handshake::{Alpn, HandshakeError, Tls},
-    problem::{Problem, Problems, Setting},
-    server::Server,
+    config::{ClientAuth, ClientVerification, Config, KeyPairFiles, Version},
+    handshake::{Alpn, HandshakeError, NegotiatedTls},
+    problem::{FileError, FileErrors, FileSetting},
+    server::TlsAcceptor,
 };
 
 #[cfg(test)]

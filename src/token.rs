@@ -1,10 +1,10 @@
-//! Tokens and what they grant, parsed here and nowhere else.
+//! API tokens and their grants, parsed here and nowhere else.
 //!
-//! A plaintext token lives only in [`Token`]: it is wiped when dropped, and neither `Debug` nor any
-//! other trait prints it; whoever must send it upstream says so by calling [`Token::expose`].
-//! Everything that outlives a request is keyed by [`TokenDigest`].
+//! Only [`Token`] holds a plaintext token: it is wiped on drop, and neither `Debug` nor any other trait
+//! prints it. Code that needs the plaintext calls [`Token::expose`] explicitly. Everything that outlives
+//! a request is keyed by [`TokenDigest`].
 //!
-//! This module does not judge tokens (`auth` does) and knows nothing of headers' names.
+//! This module does not validate tokens (`auth` does) and does not know the names of headers.
 
 use std::{
     collections::BTreeSet,
@@ -17,32 +17,32 @@ use hkdf::Hkdf;
 use sha2::{Digest as _, Sha256};
 use zeroize::Zeroizing;
 
-/// The longest token that is looked at, in bytes; Unleash's own are below 200.
+/// The longest accepted token, in bytes; Unleash's own are below 200.
 pub const MAX_LEN: usize = 512;
 
-/// An API token as its owner presents it.
+/// A plaintext API token.
 ///
 /// Every form that Unleash has issued is accepted: `project:environment.secret` with a v1 or v2
 /// secret, `*` or `[]` for the projects, the bare 64 hexadecimal digits of Unleash 4.0, and
-/// personal access tokens (`user:…`), which upstream may know but which grant nothing here.
+/// personal access tokens (`user:…`), which upstream may accept but which grant nothing here.
 #[derive(Clone, Eq, PartialEq)]
 pub struct Token {
     text: Zeroizing<String>,
     form: Form,
 }
 
-/// Where the parts of a token's text begin.
+/// The form of a token, with the positions of its parts.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Form {
     /// `projects:environment.secret`: the positions of the colon and of the dot.
     Scoped { colon: usize, dot: usize },
-    /// 64 hexadecimal digits that tell nothing.
+    /// 64 hexadecimal digits without environment or project.
     Legacy,
     /// `user:` and a secret.
     Personal,
 }
 
-/// Why a text is not a token; never repeats the text.
+/// Why a text is not a token. The message never repeats the text.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum ParseError {
     /// Nothing but white space.
@@ -60,7 +60,7 @@ pub enum ParseError {
 }
 
 impl Token {
-    /// Reads a token from the text of a header or a setting; surrounding white space is ignored.
+    /// Parses a token from the text of a header or a setting; surrounding white space is ignored.
     pub fn parse(text: &str) -> Result<Self, ParseError> {
         let text = text.trim();
         if text.is_empty() {
@@ -76,13 +76,13 @@ impl Token {
         Ok(Self { text: Zeroizing::new(text.to_owned()), form })
     }
 
-    /// Reads a token from the value of an authorization header, with or without `Bearer`.
+    /// Parses a token from the value of an authorization header, with or without `Bearer`.
     pub fn from_header(value: &str) -> Result<Self, ParseError> {
         Self::parse(Self::bare(value))
     }
 
-    /// The text of the token in the value of an authorization header, whatever it is: what
-    /// [`TokenDigest::of`] takes to look up a known token without parsing it.
+    /// The token in the value of an authorization header, without `Bearer` and unvalidated. Pass it to
+    /// [`TokenDigest::of`] to look up a cached token without parsing it.
     pub fn bare(value: &str) -> &str {
         let value = value.trim();
         match value.split_at_checked("bearer ".len()) {
@@ -91,18 +91,17 @@ impl Token {
         }
     }
 
-    /// The plaintext, for a request to upstream or for its owner's eyes.
+    /// The plaintext, to send upstream or to show to its owner.
     pub fn expose(&self) -> &str {
         &self.text
     }
 
-    /// The key under which everything about this token is kept.
+    /// The digest, which caches and stores use as the key of this token.
     pub fn digest(&self) -> TokenDigest {
         TokenDigest::of(&self.text)
     }
 
-    /// A key that everybody can derive who knows the token, and nobody else: another for each
-    /// `purpose` (HKDF-SHA256, RFC 5869).
+    /// Derives a secret key from the token, a different one for each `purpose` (HKDF-SHA256, RFC 5869).
     pub fn derive_key(&self, purpose: &[u8]) -> Zeroizing<[u8; 32]> {
         let mut key = Zeroizing::new([0; 32]);
         Hkdf::<Sha256>::new(None, self.text.as_bytes())
@@ -111,7 +110,7 @@ impl Token {
         key
     }
 
-    /// The environment that the text names; `None` for `*` and for forms that name none.
+    /// The environment in the text; `None` for `*` and for forms without an environment.
     pub fn environment(&self) -> Option<Environment> {
         match self.form {
             Form::Scoped { colon, dot } => match &self.text[colon + 1..dot] {
@@ -122,7 +121,7 @@ impl Token {
         }
     }
 
-    /// The projects that the text names; `None` where only the issuer knows them (`[]`).
+    /// The projects in the text; `None` if only the issuer knows them (`[]`).
     pub fn projects(&self) -> Option<Projects> {
         match self.form {
             Form::Scoped { colon, .. } => match &self.text[..colon] {
@@ -134,24 +133,24 @@ impl Token {
         }
     }
 
-    /// The public half of a v2 token, under which admin listings show it.
+    /// The public part of a v2 token's secret, by which admin listings identify the token.
     pub fn selector(&self) -> Option<&str> {
         selector_of(self.secret())
     }
 
-    /// What may be shown of this token: the part before the dot and four characters.
+    /// The token as it may be displayed: the part before the dot and four characters of the secret.
     pub fn masked(&self) -> Arc<str> {
         let (shown, secret) = match self.form {
             Form::Scoped { dot, .. } => (&self.text[..=dot], self.secret()),
             Form::Legacy | Form::Personal => ("", self.secret()),
         };
         let secret = selector_of(secret).unwrap_or(secret);
-        // A short secret would be half told by four characters.
+        // Four characters would reveal too much of a short secret.
         let hint = if secret.len() >= 16 { &secret[..4] } else { "" };
         format!("{shown}{hint}****").into()
     }
 
-    /// The part that makes the token secret.
+    /// The secret part of the text.
     fn secret(&self) -> &str {
         match self.form {
             Form::Scoped { dot, .. } => &self.text[dot + 1..],
@@ -192,13 +191,13 @@ fn selector_of(secret: &str) -> Option<&str> {
     shape.then(|| &rest[..SELECTOR])
 }
 
-/// SHA-256 of a whole token: what is kept, compared and stored in its place.
+/// SHA-256 of a whole token, stored and compared in place of the token.
 ///
-/// Unleash's tokens carry at least 224 random bits, so that the digest tells nothing about them.
+/// Unleash's tokens have at least 224 random bits, so the digest reveals nothing about them.
 #[derive(Clone, Copy, Eq, Ord, PartialEq, PartialOrd)]
 pub struct TokenDigest([u8; 32]);
 
-/// Eight bytes of a digest are as good as a hash gets; tables need not mix in the rest.
+/// Hashes only the first eight bytes: the digest is uniformly distributed already.
 impl Hash for TokenDigest {
     fn hash<H: Hasher>(&self, state: &mut H) {
         let (first, _) = self.0.split_first_chunk().expect("a digest has 32 bytes");
@@ -212,17 +211,17 @@ impl TokenDigest {
         Self(Sha256::digest(text.as_bytes()).into())
     }
 
-    /// The digest of these bytes, which [`TokenDigest::as_bytes`] gave.
+    /// The digest with these bytes, as returned by [`TokenDigest::as_bytes`].
     pub fn from_bytes(bytes: [u8; 32]) -> Self {
         Self(bytes)
     }
 
-    /// Its bytes.
+    /// The bytes.
     pub fn as_bytes(&self) -> &[u8; 32] {
         &self.0
     }
 
-    /// Reads the 64 hexadecimal digits that [`TokenDigest::hex`] writes.
+    /// Parses the 64 hexadecimal digits that [`TokenDigest::to_hex`] returns.
     pub fn from_hex(text: &str) -> Option<Self> {
         if text.len() != 64 || !text.is_ascii() {
             return None;
@@ -250,10 +249,10 @@ impl fmt::Debug for TokenDigest {
     }
 }
 
-/// What a token may be used for.
+/// The API that a token is for.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub enum TokenKind {
-    /// Admin operations.
+    /// The admin API.
     Admin,
     /// Server SDKs: flag configuration and usage. Unleash calls it `client` or `backend`.
     Client,
@@ -262,7 +261,7 @@ pub enum TokenKind {
 }
 
 impl TokenKind {
-    /// Reads a kind as Unleash writes it, in any case, `backend` being `client`.
+    /// Parses Unleash's name of a kind, in any case; `backend` is the same as `client`.
     pub fn parse(text: &str) -> Option<Self> {
         match text.to_ascii_lowercase().as_str() {
             "admin" => Some(Self::Admin),
@@ -272,7 +271,7 @@ impl TokenKind {
         }
     }
 
-    /// The kind as `/edge/validate` and the admin API write it today.
+    /// The name of the kind in `/edge/validate` and the admin API.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Admin => "admin",
@@ -326,23 +325,23 @@ impl std::borrow::Borrow<str> for Project {
     }
 }
 
-/// Which projects' flags a token sees.
+/// The projects whose flags a token can read.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
 pub enum Projects {
-    /// Those of every project, today's and tomorrow's.
+    /// All projects, including future ones.
     All,
-    /// Those of the named ones; none when it is empty.
+    /// These projects; none if the set is empty.
     Only(BTreeSet<Project>),
 }
 
 impl Projects {
-    /// Reads the list of Unleash's token objects, where `*` stands for all.
+    /// Parses the project list of Unleash's token objects, where `*` stands for all.
     pub fn from_list<'a>(ids: impl IntoIterator<Item = &'a str>) -> Self {
         let ids: BTreeSet<_> = ids.into_iter().map(Project::new).collect();
         if ids.contains("*") { Self::All } else { Self::Only(ids) }
     }
 
-    /// The list that Unleash's token objects hold.
+    /// The project list in the format of Unleash's token objects.
     pub fn to_list(&self) -> Vec<&str> {
         match self {
             Self::All => vec!["*"],
@@ -350,7 +349,7 @@ impl Projects {
         }
     }
 
-    /// Whether the flags of `project` are among those seen.
+    /// Whether `project` is included.
     pub fn contains(&self, project: &str) -> bool {
         match self {
             Self::All => true,
@@ -358,7 +357,7 @@ impl Projects {
         }
     }
 
-    /// What is seen here or there.
+    /// The projects in either set.
     #[must_use]
     pub fn union(&self, other: &Self) -> Self {
         match (self, other) {
@@ -367,7 +366,7 @@ impl Projects {
         }
     }
 
-    /// Whether whatever `other` sees is seen here too.
+    /// Whether this set includes all of `other`.
     pub fn covers(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::All, _) => true,
@@ -377,21 +376,21 @@ impl Projects {
     }
 }
 
-/// The part of the configuration that a token sees.
+/// The part of the flag configuration that a token can read.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
 pub struct Scope {
     /// The environment whose strategies apply.
     pub environment: Environment,
-    /// The projects whose flags are seen.
+    /// The projects whose flags are visible.
     pub projects: Projects,
 }
 
-/// What a valid client or frontend token allows.
+/// The permissions of a valid token.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Grant {
-    /// Which API it opens.
+    /// The API that it is for.
     pub kind: TokenKind,
-    /// What is seen there.
+    /// The flags that it can read.
     pub scope: Scope,
 }
 
@@ -414,7 +413,7 @@ mod tests {
     }
 
     #[test]
-    fn every_form_that_unleash_has_issued_is_read() {
+    fn every_token_form_of_unleash_is_parsed() {
         check(V1, Some("development"), Some(&["*"]));
         check(V2, Some("production"), None);
         check("web:dev.x", Some("dev"), Some(&["web"]));
@@ -425,7 +424,7 @@ mod tests {
     }
 
     #[test]
-    fn texts_that_are_no_tokens_are_refused_with_the_reason() {
+    fn malformed_token_is_rejected_with_the_reason() {
         let check = |text: &str, error| assert_eq!(Token::parse(text), Err(error), "{text}");
         check(" \t", ParseError::Empty);
         check(&format!("*:d.{}", "x".repeat(MAX_LEN)), ParseError::TooLong);
@@ -437,7 +436,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bearer_scheme_is_stripped_in_any_case() {
+    fn bearer_scheme_is_stripped_in_any_case() {
         for value in [V1.to_owned(), format!("Bearer {V1}"), format!(" bearer   {V1} ")] {
             assert_eq!(
                 Token::from_header(&value).map(|token| token.digest()),
@@ -447,7 +446,7 @@ mod tests {
     }
 
     #[test]
-    fn masking_shows_the_part_before_the_dot_and_four_characters() {
+    fn masked_token_shows_the_part_before_the_dot_and_four_characters() {
         let check = |text: &str, shown| assert_eq!(&*Token::parse(text).unwrap().masked(), shown);
         check(V1, "*:development.964a****");
         check(V2, "[]:production.AbCd****");
@@ -457,14 +456,14 @@ mod tests {
     }
 
     #[test]
-    fn a_v2_token_has_a_selector_and_others_have_none() {
+    fn only_v2_tokens_have_a_selector() {
         assert_eq!(Token::parse(V2).unwrap().selector(), Some("AbCdEfGhIjKlMnOpQrStUv"));
         assert_eq!(Token::parse(V1).unwrap().selector(), None);
         assert_eq!(Token::parse("*:dev.v2_tooshort_x").unwrap().selector(), None);
     }
 
     #[test]
-    fn covering_follows_inclusion() {
+    fn project_set_covers_its_subsets_only() {
         let only = |ids: &[&str]| Projects::from_list(ids.iter().copied());
         assert!(Projects::All.covers(&only(&["a"])));
         assert!(!only(&["a"]).covers(&Projects::All));
@@ -477,7 +476,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_text_makes_parsing_panic_and_no_debug_shows_a_secret(text in ".{0,80}") {
+        fn parsing_never_panics_and_debug_never_shows_a_secret(text in ".{0,80}") {
             if let Ok(token) = Token::parse(&text) {
                 let secret = token.secret().to_owned();
                 if secret.len() > 4 {
@@ -488,7 +487,7 @@ mod tests {
         }
 
         #[test]
-        fn a_digest_survives_its_hexadecimal_form(text in ".{0,80}") {
+        fn digest_is_unchanged_after_a_round_trip_through_hex(text in ".{0,80}") {
             let digest = TokenDigest::of(&text);
             prop_assert_eq!(TokenDigest::from_hex(&digest.hex()), Some(digest));
         }

@@ -1,7 +1,7 @@
-//! Keeps the admin token current: reads its file again, and adapts what depends on the token.
+//! Keeps the admin token current: polls its file, and updates everything that depends on the token.
 //!
-//! What upstream says of the token is recorded where it is presented; here the edge's own admin listener
-//! follows it.
+//! Whether upstream accepts the token is recorded where it is used; this module applies the result to
+//! the edge's own admin listener.
 
 use std::{
     path::{Path, PathBuf},
@@ -26,17 +26,17 @@ use crate::{
     wire::tokens::ListedSecret,
 };
 
-/// How often the file of the token is read. Its contents are compared, which works on every kind of
-/// mount, Kubernetes' links included.
+/// Interval at which the token's file is read. Comparing contents works on every kind of mount,
+/// including the symbolic links of Kubernetes.
 const READ_EVERY: Duration = Duration::from_secs(2);
 
-/// How long a changed file must stay as it is: its writer may be in the middle of it.
+/// How long a changed file must stay unchanged, in case it is still being written.
 const SETTLE: Duration = Duration::from_millis(200);
 
-/// How often the log repeats that upstream refuses the token.
+/// Interval between log reminders that upstream rejects the token.
 const REMIND_EVERY: Duration = Duration::from_mins(3);
 
-/// What the admin token opens on the edge's own admin listener.
+/// The grant of the admin token on the edge's own admin listener.
 pub(super) fn grant(token: &Token) -> (TokenDigest, Grant) {
     let scope = Scope { environment: Environment::new("*"), projects: Projects::All };
     (token.digest(), Grant { kind: TokenKind::Admin, scope })
@@ -48,19 +48,19 @@ pub(super) struct Rotation {
     pub(super) admin: AdminToken,
     pub(super) auth: Authenticator,
     pub(super) credentials: Credentials,
-    /// Has environments looked for at once.
+    /// Triggers an immediate search for environments.
     pub(super) discovered: Arc<Notify>,
     pub(super) data: Arc<Data>,
 }
 
 impl Rotation {
-    /// Follows the token until dropped.
+    /// Runs until dropped.
     pub(super) async fn run(&self) {
-        let reseal = reseal(&self.admin, &self.credentials);
-        tokio::join!(self.read_file(), self.adapt(), reseal, remind(&self.admin));
+        let reencrypt = reseal(&self.admin, &self.credentials);
+        tokio::join!(self.read_file(), self.adapt(), reencrypt, remind(&self.admin));
     }
 
-    /// Reads the token's file at an interval, and as soon as upstream has refused the token.
+    /// Reads the token's file at an interval, and as soon as upstream rejects the token.
     async fn read_file(&self) {
         let mut step = interval(READ_EVERY);
         step.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -75,13 +75,17 @@ impl Rotation {
                 Ok(None) => failure = None,
                 Ok(Some(token)) => {
                     failure = None;
-                    info!(token = %token.masked(), "The admin token was replaced in {}", file.display());
+                    info!(
+                        token = %token.masked(),
+                        file = %file.display(),
+                        "The admin token was replaced by its file"
+                    );
                     self.admin.replace(token, Some(file));
                 }
                 Err(error) => {
                     let error = report(&error);
                     if failure.as_ref() != Some(&error) {
-                        warn!(error, "The admin token cannot be read again, and stays as it is");
+                        warn!(error, "Cannot read the admin token's file; the token stays in use");
                     }
                     failure = Some(error);
                 }
@@ -89,7 +93,7 @@ impl Rotation {
         }
     }
 
-    /// The token in `file` if it is another one than before.
+    /// The token in `file` if it differs from the current one.
     async fn changed(&self, file: &Path) -> Result<Option<Token>, AdminTokenError> {
         let token = read(file.to_owned()).await?;
         if token == *self.admin.current() {
@@ -99,13 +103,13 @@ impl Rotation {
         Ok((read(file.to_owned()).await? == token).then_some(token))
     }
 
-    /// Adapts what depends on the token, and on whether upstream accepts it.
+    /// Applies changes of the token, and of whether upstream accepts it.
     async fn adapt(&self) {
         let mut changes = self.admin.subscribe();
         let mut before = changes.borrow_and_update().clone();
-        // This may have been started again in the middle of a change.
+        // This task may have been restarted in the middle of a change.
         self.open_admin_listener(&before);
-        // Whether environments were not found for a while.
+        // Whether environments may have been missed for a while.
         let mut interrupted = before.is_refused();
         loop {
             if changes.changed().await.is_err() {
@@ -116,7 +120,7 @@ impl Rotation {
             let is_replaced = now.token() != before.token();
             if is_replaced {
                 self.data.tickets.replace_token(now.token(), Timestamp::now());
-                // Reads the token list, and with it learns whether upstream accepts the token.
+                // Reads the token list, which shows whether upstream accepts the token.
                 self.auth.reconsider(None);
             }
             if is_replaced || (interrupted && now.is_accepted()) {
@@ -127,20 +131,20 @@ impl Rotation {
         }
     }
 
-    /// The token opens the edge's own admin listener unless upstream refuses it.
+    /// Grants the token access to the edge's own admin listener unless upstream rejects it.
     fn open_admin_listener(&self, state: &AdminTokenState) {
-        let given = (!state.is_refused()).then(|| grant(state.token()));
-        self.auth.set_given(given);
+        let grant = (!state.is_refused()).then(|| grant(state.token()));
+        self.auth.set_given(grant);
         if state.is_refused() {
-            // Lists have vouched for it as well.
+            // Token lists have validated it too.
             self.auth.withdraw(&ListedSecret::Full(Token::clone(state.token())));
         }
     }
 }
 
-/// Seals the credentials in use under each token that replaces the one before.
+/// Encrypts the stored credentials with each new token.
 ///
-/// Not part of [`Rotation::adapt`], because upstream can keep it waiting.
+/// Separate from [`AdminTokenWatcher::apply_changes`], because it may have to wait for upstream.
 async fn reseal(admin: &AdminToken, credentials: &Credentials) {
     let mut changes = admin.subscribe();
     let mut before = Arc::clone(changes.borrow_and_update().token());
@@ -153,14 +157,15 @@ async fn reseal(admin: &AdminToken, credentials: &Credentials) {
     }
 }
 
-/// Repeats that upstream refuses the token for as long as it does.
+/// Logs a reminder for as long as upstream rejects the token.
 async fn remind(admin: &AdminToken) {
     loop {
         sleep(REMIND_EVERY).await;
-        if let Some(time) = admin.refused_for() {
-            let minutes = time.as_secs() / 60;
+        if let Some(duration) = admin.refused_for() {
+            let minutes = duration.as_secs() / 60;
             warn!(
-                "Upstream has refused the admin token for {minutes} minutes: tokens are not listed and new environments are not found until it is replaced"
+                minutes,
+                "Upstream still rejects the admin token: tokens are not listed and new environments are not found until it is replaced"
             );
         }
     }
@@ -209,7 +214,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn refused_admin_token_is_logged_again_until_it_is_replaced() {
+    async fn rejected_admin_token_is_logged_repeatedly_until_replaced() {
         let log = Log::default();
         let writer = log.clone();
         let lines = tracing_subscriber::fmt().with_writer(move || writer.clone()).finish();
@@ -221,14 +226,15 @@ mod tests {
         log.take();
         assert!(reminders.await.is_err(), "it does not end");
         let logged = log.take();
-        assert!(logged.matches("has refused the admin token for").count() >= 3, "{logged}");
+        assert!(logged.matches("still rejects the admin token").count() >= 3, "{logged}");
         assert!(!logged.contains("first"), "{logged}");
         admin.replace(token("*:*.second"), None);
         assert!(timeout(4 * REMIND_EVERY, remind(&admin)).await.is_err());
         assert_eq!(log.take(), "");
     }
 
-    /// A token of the environment `dev`, sealed under the admin token `*:*.admin` for the fleet `main`.
+    /// A token for the environment `dev`, encrypted with the admin token `*:*.admin` for the fleet
+    /// `main`.
     const RECORD: &[u8] =
         br#"{"version":1,"minted":true,"selector":null,"projects":["*"],"sealed":[
         198, 183, 113, 121, 8, 160, 54, 149, 170, 79, 162, 3, 217, 40, 35, 18, 78, 192,
@@ -237,7 +243,7 @@ mod tests {
         244, 123, 133, 146, 224, 254, 8, 50, 72, 117, 76, 151, 10, 54, 70, 253, 206, 67]}"#;
 
     #[tokio::test(start_paused = true)]
-    async fn token_in_use_is_sealed_anew_when_the_disk_works_again() {
+    async fn credential_is_reencrypted_once_the_disk_works_again() {
         let folder = tempfile::tempdir().expect("folder");
         let (disk, elsewhere) = (folder.path().join("disk"), folder.path().join("elsewhere"));
         let store = Store::directory(&disk).expect("store");
@@ -246,12 +252,12 @@ mod tests {
         store.save(&Key::Credentials(dev.clone()), RECORD.to_vec()).await.expect("saved");
         let admin = |text| AdminToken::new(Token::parse(text).expect("token"), None);
         let edge = |admin: &AdminToken| {
-            let nobody = Upstream::new(config("http://127.0.0.1:1")).expect("client");
-            Credentials::with_admin(admin.clone(), "main", nobody, saver.clone())
+            let unreachable = Upstream::new(config("http://127.0.0.1:1")).expect("client");
+            Credentials::with_admin(admin.clone(), "main", unreachable, saver.clone())
         };
         let first = admin("*:*.admin");
         let credentials = edge(&first);
-        let kept = credentials.obtain(&dev).await.expect("the kept token");
+        let stored = credentials.obtain(&dev).await.expect("the stored token");
         let second = Token::parse("*:*.second").expect("token");
         let replace = async {
             std::fs::rename(&disk, &elsewhere).expect("moved");
@@ -266,8 +272,8 @@ mod tests {
             () = saver.run(&stop) => panic!("it does not end"),
             () = replace => {}
         }
-        // Without upstream.
+        // Upstream is unreachable.
         let restarted = edge(&admin("*:*.second")).obtain(&dev).await;
-        assert_eq!(restarted.expect("the kept token"), kept);
+        assert_eq!(restarted.expect("the stored token"), stored);
     }
 }

@@ -1,4 +1,4 @@
-//! The modes without an upstream: flags from files, tokens given or of an own registry.
+//! The modes without an upstream: flags from files, and tokens from the configuration or the registry.
 
 use std::{
     collections::BTreeSet,
@@ -31,40 +31,41 @@ use crate::{
     usage::Sink,
 };
 
-/// The environment of a given token that names none.
+/// The environment of configured tokens that name none.
 const FALLBACK: &str = "development";
 
-/// What the given tokens of offline mode allow, and the environments that those for SDKs name.
+/// The grants of offline mode's configured tokens, and the environments of its SDK tokens.
 pub(super) fn given(offline: &Offline) -> (Vec<(TokenDigest, Grant)>, BTreeSet<Environment>) {
     let fallback = Environment::new(FALLBACK);
     let grants = |kind, tokens: &[Token]| {
         let grant = |token| grant_of(kind, token, &fallback);
         tokens.iter().map(|token| (token.digest(), grant(token))).collect::<Vec<_>>()
     };
-    let mut given = grants(TokenKind::Client, &offline.client_tokens);
-    given.extend(grants(TokenKind::Frontend, &offline.frontend_tokens));
-    given.extend(grants(TokenKind::Admin, &offline.admin_tokens));
-    let environments = environments(&given);
-    (given, environments)
+    let mut tokens = grants(TokenKind::Client, &offline.client_tokens);
+    tokens.extend(grants(TokenKind::Frontend, &offline.frontend_tokens));
+    tokens.extend(grants(TokenKind::Admin, &offline.admin_tokens));
+    let environments = environments(&tokens);
+    (tokens, environments)
 }
 
-/// Flags of a file, tokens of the command line.
+/// Offline mode: flags from a file, tokens from the command line.
 pub(super) async fn offline(
     offline: Offline,
     snapshots: &Snapshots,
     latch: Latch,
 ) -> Result<Plan, Error> {
-    let (given, environments) = given(&offline);
+    let (tokens, environments) = given(&offline);
     let path = offline.bootstrap_file;
     let files = Files::new(path, environments, snapshots.clone(), offline.reload_interval);
-    let live = Live::Offline(files.rereader());
-    plan("offline", files, given, Store::memory(), latch, live).await
+    let reloadable = Live::Offline(files.rereader());
+    plan("offline", files, tokens, Store::memory(), latch, reloadable).await
 }
 
-/// How many batches of usage may wait for the registry.
+/// Number of usage batches that may be queued for the registry.
 const DELIVERIES: usize = 16;
 
-/// A server of its own; what its first start makes is announced once.
+/// Standalone mode: an independent server. Calls `announce` once, after the first start has created
+/// accounts and tokens.
 pub(super) async fn standalone(
     standalone: Standalone,
     data_dir: &Path,
@@ -73,41 +74,41 @@ pub(super) async fn standalone(
     announce: impl FnOnce(&Opened),
 ) -> Result<Plan, Error> {
     let store = Store::directory(data_dir)?;
-    // Before there is a database, so that a start which fails here is not the first.
+    // Comes before the database is created, so that a start that fails here is not the first one.
     let flags = flags_of(standalone.flags)?;
-    // The file of SQLite is there or not, as the copy would be.
-    let is_elsewhere = matches!(standalone.control.location, Location::Postgres(_));
-    let copy = if is_elsewhere { load_copy(&store).await } else { None };
+    // A SQLite database is a local file, so a copy would not be more available than the file.
+    let is_remote = matches!(standalone.control.location, Location::Postgres(_));
+    let copy = if is_remote { load_copy(&store).await } else { None };
     let (control, opened) = Control::open(standalone.control, copy.as_deref(), announce).await?;
-    let given = control.grants();
-    let named = environments(&given);
+    let tokens = control.grants();
+    let named = environments(&tokens);
     let served = named.iter().cloned().chain(standalone.environments).collect();
     let files = Files::new(flags, served, snapshots.clone(), None);
-    let live = Live::Standalone(files.rereader());
-    let mut plan = plan("standalone", files, given, store, latch, live).await?;
+    let reloadable = Live::Standalone(files.rereader());
+    let mut parts = plan("standalone", files, tokens, store, latch, reloadable).await?;
     let (deliver, deliveries) = mpsc::channel(DELIVERIES);
-    plan.sink = Sink::Registry(deliver);
-    plan.copies_registry = is_elsewhere;
-    plan.control = Some((control, Arc::new(Mutex::new(deliveries))));
+    parts.sink = Sink::Registry(deliver);
+    parts.copies_registry = is_remote;
+    parts.control = Some((control, Arc::new(Mutex::new(deliveries))));
     for environment in named.difference(&snapshots.environments()) {
-        warn!(%environment, "There are tokens for an environment that no file has flags of");
+        warn!(%environment, "Tokens exist for an environment that no file has flags of");
     }
     for setting in opened.ignored {
         match setting {
             InitialSetting::Tokens => warn!(
-                "INIT_*_API_TOKENS have changed since the first start, and are ignored: the registry has tokens already"
+                "INIT_*_API_TOKENS have changed since the first start and are ignored: the registry already has tokens"
             ),
             InitialSetting::Password => warn!(
-                "UNLEASH_DEFAULT_ADMIN_PASSWORD has changed since the first start, and is ignored: `parapet account password` sets another"
+                "UNLEASH_DEFAULT_ADMIN_PASSWORD has changed since the first start and is ignored; set another password with `parapet account password`"
             ),
         }
     }
-    Ok(plan)
+    Ok(parts)
 }
 
-/// The place of the flags, with an example of them where they are missing.
+/// The path of the flags; writes an example if there are none.
 fn flags_of(flags: FlagsPath) -> Result<PathBuf, Error> {
-    /// Flags for everything that can be tried.
+    /// Example flags for every feature.
     const EXAMPLE: &[u8] = include_bytes!("../../config/flags.json");
     let path = match flags {
         FlagsPath::Existing(path) => return Ok(path),
@@ -120,57 +121,56 @@ fn flags_of(flags: FlagsPath) -> Result<PathBuf, Error> {
     match write() {
         Ok(()) => {
             let file = path.display();
-            info!(%file, "There were no flags: an example of them is written, to be edited");
+            info!(%file, "No flags found; wrote an example to edit");
             Ok(path)
         }
         Err(source) => Err(Error::Example { path, source }),
     }
 }
 
-/// Serves the files; the instance is ready once they have flags of any environment.
+/// Serves flags from files. The instance is ready once any environment has flags.
 async fn plan(
     name: &'static str,
     files: Files,
-    given: Vec<(TokenDigest, Grant)>,
+    tokens: Vec<(TokenDigest, Grant)>,
     store: Store,
     latch: Latch,
-    live: Live,
+    reloadable: Live,
 ) -> Result<Plan, Error> {
     let source = Source::Files(files.start(latch).await?);
-    let (authority, sink, upstream) = (Authority::Nobody, Sink::None, None);
-    let (control, relays, admin) = (None, false, None);
+    let (validator, usage_sink, upstream) = (Authority::Nobody, Sink::None, None);
     Ok(Plan {
         name,
         source,
-        authority,
-        given,
-        sink,
+        authority: validator,
+        given: tokens,
+        sink: usage_sink,
         upstream,
-        admin,
-        live: Some(live),
-        relays,
-        control,
+        admin: None,
+        live: Some(reloadable),
+        relays: false,
+        control: None,
         copies_registry: false,
         store,
     })
 }
 
-/// The copy of the tokens that an earlier run has left.
+/// The copy of the registry's tokens from an earlier run.
 async fn load_copy(store: &Store) -> Option<Vec<u8>> {
     let copy = store.load(&Key::Registry).await;
     copy.unwrap_or_else(|error| {
-        warn!(error = report(&error), "The copy of the tokens cannot be used");
+        warn!(error = report(&error), "Cannot read the copy of the registry's tokens");
         None
     })
 }
 
-/// Keeps a copy of the tokens, from which a start serves where their database is away; until
-/// dropped.
+/// Saves copies of the registry's tokens until dropped, so that a start can serve them while the
+/// database is unavailable.
 pub(super) async fn keep_copy(control: &Control, store: &Store) {
-    /// How long to wait before a save that failed is tried again.
+    /// Delay before a failed save is retried.
     const RETRY: Duration = Duration::from_secs(5);
     let mut changes = control.changes();
-    let (mut saved, mut log) = (None, SaveLog::new("The copy of the tokens"));
+    let (mut saved, mut log) = (None, SaveLog::new("The copy of the registry's tokens"));
     loop {
         changes.borrow_and_update();
         let copy = Bytes::from(control.copy());
@@ -193,8 +193,8 @@ pub(super) async fn keep_copy(control: &Control, store: &Store) {
     }
 }
 
-/// The environments that tokens for SDKs name.
-fn environments(given: &[(TokenDigest, Grant)]) -> BTreeSet<Environment> {
-    let sdk = given.iter().filter(|(_, grant)| grant.kind != TokenKind::Admin);
+/// The environments of SDK tokens.
+fn environments(tokens: &[(TokenDigest, Grant)]) -> BTreeSet<Environment> {
+    let sdk = tokens.iter().filter(|(_, grant)| grant.kind != TokenKind::Admin);
     sdk.map(|(_, grant)| grant.scope.environment.clone()).collect()
 }

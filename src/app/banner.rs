@@ -1,7 +1,7 @@
-//! What the first start of a standalone instance tells its owner: new tokens, and how to use them.
+//! Announces the new tokens of a standalone instance's first start, and how to use them.
 //!
-//! Secrets are shown on a terminal. Elsewhere what is printed is a log, which is collected and kept:
-//! there they go into a file that the log names.
+//! Secrets are printed on a terminal. Otherwise the output is a log that may be collected, so secrets
+//! are written to a file that the log names.
 
 use std::{
     io::{self, IsTerminal as _, Write},
@@ -17,17 +17,17 @@ use crate::{
     telemetry::{LogFormat, report},
 };
 
-/// The file of the data dir that holds what must not be logged.
+/// The file in the data directory with secrets that must not be logged.
 const FILE: &str = "first-start.txt";
 
-/// Where a listener was bound, and whether its connections are encrypted.
+/// The address of a bound listener, and whether it uses TLS.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Bound {
     pub(super) address: SocketAddr,
     pub(super) is_tls: bool,
 }
 
-/// Tells what was created, once, with commands that work when pasted.
+/// Announces what was created, once, with commands that work when pasted.
 pub(super) fn announce(
     opened: &Opened,
     addresses: (Bound, Bound),
@@ -36,35 +36,35 @@ pub(super) fn announce(
     data_dir: &Path,
 ) {
     if let Some(mut terminal) = terminal(log) {
-        // Nobody may be reading; `parapet account password` and `token create` make them anew.
+        // If this goes unread, `parapet account password` and `token create` can replace the secrets.
         let _ = terminal.write_all(text(opened, addresses, base_path, "shown only now").as_bytes());
         return;
     }
     if let Some(account) = &opened.account {
         let (username, console) = (account.username.as_str(), url(addresses.1));
-        info!(username, console, "This is the first start, which has created an admin's account");
+        info!(username, console, "First start: created an admin account");
     }
     let has_password = opened.account.as_ref().is_some_and(|it| it.generated.is_some());
     if !has_password && !matches!(opened.tokens, FoundTokens::Generated(_)) {
         return;
     }
     let file = data_dir.join(FILE);
-    let text = text(opened, addresses, base_path, "kept nowhere else");
+    let text = text(opened, addresses, base_path, "stored nowhere else");
     match secret_file::write(&file, text.as_bytes()) {
-        // A warning, so that it shows at that level too: there is something to be done.
+        // A warning, so that it is logged at that level too: the operator has to act.
         Ok(()) => warn!(
             file = %file.display(),
-            "The first start's password and tokens are in a file for its owner alone: read it, then delete it"
+            "The generated password and tokens are in a file that only its owner can read: read it, then delete it"
         ),
         Err(error) => error!(
             file = %file.display(),
             error = report(&error),
-            "The first start's password and tokens cannot be written and are lost; make others by `parapet account password` and `parapet token create`"
+            "The generated password and tokens could not be written and are lost; create others with `parapet account password` and `parapet token create`"
         ),
     }
 }
 
-/// Where somebody reads, and no log is collected.
+/// The terminal, if output goes to one and is not collected as a log.
 fn terminal(log: LogFormat) -> Option<Box<dyn Write>> {
     if log == LogFormat::Json {
         None
@@ -77,24 +77,24 @@ fn terminal(log: LogFormat) -> Option<Box<dyn Write>> {
     }
 }
 
-/// The whole text; `once` says where else the secrets are.
+/// The complete text; `once` states where the secrets are available.
 fn text(opened: &Opened, (data, admin): (Bound, Bound), base_path: &str, once: &str) -> String {
     let mut text = String::new();
     if let Some(account) = &opened.account {
-        let (name, operators) = (&account.username, url(admin));
+        let (name, console) = (&account.username, url(admin));
         let password = match &account.generated {
             Some(password) => format!("{}   ({once})", password.expose()),
-            None => "the one that was given".to_owned(),
+            None => "the configured one".to_owned(),
         };
-        let made = format!(
+        let account_text = format!(
             "
-This is the first start. Open the console at {operators} and sign in as
+This is the first start. Open the console at {console} and sign in as
 
   username  {name}
   password  {password}
 "
         );
-        text.push_str(&made);
+        text.push_str(&account_text);
     }
     if let FoundTokens::Generated(generated) = &opened.tokens {
         text.push_str(&tokens(generated, (data, admin), base_path, once));
@@ -131,7 +131,7 @@ Try them:
     )
 }
 
-/// An address that works on this machine.
+/// A URL that works on this machine.
 fn url(Bound { address, is_tls }: Bound) -> String {
     let host = match address.ip() {
         ip if ip.is_unspecified() => "localhost".to_owned(),

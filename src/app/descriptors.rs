@@ -1,52 +1,51 @@
-//! File descriptors: how many there are, and who gets how many.
+//! Divides the available file descriptors among the listeners.
 //!
-//! A connection takes one. Those that files, the database, upstream and the operators' listener need are
-//! set aside, so that however many clients come, probes are answered and usage is stored.
+//! A connection takes one. Descriptors for files, the database, upstream and the admin listener are
+//! reserved, so that probes are answered and usage is stored no matter how many clients connect.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing::warn;
 
-/// How many are set aside for files, the database and upstream.
+/// Descriptors reserved for files, the database and upstream.
 const OWN: usize = 96;
 
-/// The most connections of operators that some are set aside for.
+/// The largest number of descriptors reserved for connections of operators.
 const OPERATORS: usize = 256;
 
-/// How many connections each listener may have.
+/// The number of connections that each listener may have.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) struct Connections {
     pub(super) data: usize,
-    /// That of operators, and as many again the one that redirects.
+    /// For the admin listener, and again for the redirecting listener.
     pub(super) admin: usize,
 }
 
-/// How many connections an operator wants on each listener.
+/// The number of connections that the configuration requests.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) struct Wanted {
-    /// So many.
+    /// Connections on the data listener.
     pub(super) connections: usize,
-    /// Whether somebody has said so; else some less will do.
+    /// Whether the number is configured; otherwise half of it is enough without a warning.
     pub(super) is_said: bool,
 }
 
-/// Raises the limit of this process to the most that the system allows it, and divides what there is.
-pub(super) fn divide(wanted: Wanted) -> Connections {
+/// Raises this process's limit to the system's maximum and divides it.
+pub(super) fn divide(requested: Wanted) -> Connections {
     let limit = raise();
-    let connections = share(limit, wanted.connections);
-    let enough = if wanted.is_said { wanted.connections } else { wanted.connections / 2 };
+    let connections = share(limit, requested.connections);
+    let enough = if requested.is_said { requested.connections } else { requested.connections / 2 };
     if connections.data < enough {
         warn!(
             descriptors = limit,
-            wanted = wanted.connections,
+            wanted = requested.connections,
             connections = connections.data,
-            "There are too few file descriptors for --max-connections; raise the limit (ulimit -n, \
-             LimitNOFILE=)"
+            "Too few file descriptors for --max-connections; raise the limit (ulimit -n, LimitNOFILE=)"
         );
     }
     connections
 }
 
-/// The limit on descriptors, raised as far as it can be.
+/// Raises the descriptor limit as far as possible and returns it.
 fn raise() -> usize {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     let raised = Rlimit { current: maximum, maximum };
@@ -57,11 +56,11 @@ fn raise() -> usize {
     limit.map_or(usize::MAX, |limit| usize::try_from(limit).unwrap_or(usize::MAX))
 }
 
-/// How many of `limit` descriptors each listener gets; both at least one, with however few.
-fn share(limit: usize, asked: usize) -> Connections {
-    let own = OWN.min(limit / 2);
-    let admin = asked.min(OPERATORS).min(limit / 16).max(1);
-    let data = limit.saturating_sub(own).saturating_sub(2 * admin).min(asked).max(1);
+/// Divides `limit` descriptors. Each listener gets at least one, however few there are.
+fn share(limit: usize, requested: usize) -> Connections {
+    let internal = OWN.min(limit / 2);
+    let admin = requested.min(OPERATORS).min(limit / 16).max(1);
+    let data = limit.saturating_sub(internal).saturating_sub(2 * admin).min(requested).max(1);
     Connections { data, admin }
 }
 
@@ -70,9 +69,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn clients_get_what_the_rest_leaves() {
-        let check = |limit, asked, data, admin| {
-            assert_eq!(share(limit, asked), Connections { data, admin }, "{limit} for {asked}");
+    fn data_listener_gets_what_reservations_leave() {
+        let check = |limit, requested, data, admin| {
+            assert_eq!(
+                share(limit, requested),
+                Connections { data, admin },
+                "{limit} for {requested}"
+            );
         };
         check(usize::MAX, 20_000, 20_000, 256);
         check(20_480, 20_000, 19_872, 256);
@@ -84,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn the_limit_is_raised_to_what_the_system_allows() {
+    fn limit_is_raised_to_the_system_maximum() {
         let limit = raise();
         let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
         assert_eq!(current, maximum);

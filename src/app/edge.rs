@@ -1,4 +1,4 @@
-//! The edge: flags, verdicts and usage by way of upstream.
+//! Edge mode: flags, token validation and usage through upstream.
 
 use std::{collections::BTreeSet, path::Path, sync::Arc, time::Duration};
 
@@ -26,27 +26,27 @@ use crate::{
     usage::Sink,
 };
 
-/// How often tokens of the operator that nobody could judge are asked for again.
+/// Delay before configured tokens are validated again after upstream was unavailable.
 const ASK_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
-/// How often the operator's tokens are looked at again.
+/// Interval at which configured tokens are validated again.
 const LOOK_AGAIN_AFTER: Duration = Duration::from_secs(30);
 
-/// What an edge does besides answering.
+/// The background work of an edge.
 #[derive(Debug)]
 pub(super) struct Edge {
     follower: Follower,
-    /// Tokens of the operator, to be judged before they are used.
+    /// Configured tokens, which must be validated before use.
     tokens: watch::Receiver<Vec<Token>>,
     backup: Vec<(Token, Grant)>,
-    /// Released when the operator's tokens are judged and have flags.
+    /// Released when the configured tokens are validated and have flags.
     tokens_taken: Latch,
-    /// Released when the environments that are wanted at the start have flags.
+    /// Released when the environments selected at the start have flags.
     flags_there: Latch,
 }
 
-/// Connects the parts of an edge and serves what an earlier run, of Parapet or of Unleash Edge, has
-/// left in the backup folder.
+/// Connects the components of an edge and serves the flags that an earlier run, of Parapet or of Unleash
+/// Edge, has left in the backup folder.
 pub(super) async fn plan(
     edge: config::Edge,
     auth: &auth::Config,
@@ -56,52 +56,53 @@ pub(super) async fn plan(
     let store = keep_in(&edge.backup_folder)?;
     let saver = Saver::new(store.clone());
     let upstream = Upstream::new(edge.upstream)?;
-    let (credentials, wanted, admin, tokens) = match edge.credentials {
+    let (credentials, selection, admin, tokens) = match edge.credentials {
         Given::Admin { token, file, fleet, environments } => {
             let token = AdminToken::new(token, file);
             let credentials =
                 Credentials::with_admin(token.clone(), &fleet, upstream.clone(), saver.clone());
-            info!(fleet, list_interval = ?auth.list_interval, "Upstream's admin token is exchanged for a token per environment");
-            let wanted = environments.map_or_else(|| Wanted::Enabled(token.clone()), Wanted::Named);
-            (credentials, wanted, Some(token), Vec::new())
+            info!(fleet, list_interval = ?auth.list_interval, "Exchanging the admin token for one token per environment");
+            let selection =
+                environments.map_or_else(|| Wanted::Enabled(token.clone()), Wanted::Named);
+            (credentials, selection, Some(token), Vec::new())
         }
         Given::Given(tokens) => {
             if tokens.is_empty() {
                 info!(
-                    "No token is configured: the first valid client token of an environment that an SDK presents fetches its flags, and until then this instance is not ready"
+                    "No token is configured. An environment's flags are fetched with the first valid client token that an SDK presents; until then this instance is not ready"
                 );
             }
             (Credentials::without_admin(), Wanted::Offered, None, tokens)
         }
     };
-    let discovered = Arc::new(Notify::new());
-    let follower = Follower {
+    let token_added = Arc::new(Notify::new());
+    let environments = Follower {
         config: edge.sync,
-        wanted,
+        wanted: selection,
         upstream: upstream.clone(),
         credentials: credentials.clone(),
-        discovered: Arc::clone(&discovered),
+        discovered: Arc::clone(&token_added),
         snapshots: snapshots.clone(),
         store: store.clone(),
         saver,
     };
-    follower.restore().await;
-    let backup = migrate(edge.backup_folder.path(), &follower).await;
-    // Later starts have verdicts of their own, which know of revocations since. Only looked for: who
-    // loads the record reports what is wrong with it.
-    let backup = if store.has(&Key::Verdicts).await { Vec::new() } else { backup };
-    let given = admin.iter().map(|token| admin_token::grant(&token.current())).collect();
+    environments.restore().await;
+    let imported = migrate(edge.backup_folder.path(), &environments).await;
+    // Once Parapet has stored tokens itself, they also reflect later revocations. This only checks that
+    // the record exists; problems with it are reported when it is loaded.
+    let imported = if store.has(&Key::Verdicts).await { Vec::new() } else { imported };
+    let static_tokens = admin.iter().map(|token| admin_token::grant(&token.current())).collect();
     let (send_tokens, tokens) = watch::channel(tokens);
-    let tokens_given = admin.clone().map_or(EdgeTokens::Backend(send_tokens), EdgeTokens::Admin);
-    let live = Live::Edge { tokens: tokens_given, refetch: Arc::clone(&discovered) };
+    let edge_tokens = admin.clone().map_or(EdgeTokens::Backend(send_tokens), EdgeTokens::Admin);
+    let reloadable = Live::Edge { tokens: edge_tokens, refetch: Arc::clone(&token_added) };
     Ok(Plan {
         control: None,
         copies_registry: false,
         name: "edge",
         source: Source::Upstream(Box::new(Edge {
-            follower,
+            follower: environments,
             tokens,
-            backup,
+            backup: imported,
             tokens_taken: latch.another(),
             flags_there: latch,
         })),
@@ -109,11 +110,15 @@ pub(super) async fn plan(
             upstream: upstream.clone(),
             admin: admin.clone(),
             credentials: credentials.clone(),
-            discovered: Arc::clone(&discovered),
+            discovered: Arc::clone(&token_added),
         })),
-        admin: admin.map(|token| Admin { token, credentials: credentials.clone(), discovered }),
-        live: Some(live),
-        given,
+        admin: admin.map(|token| Admin {
+            token,
+            credentials: credentials.clone(),
+            discovered: token_added,
+        }),
+        live: Some(reloadable),
+        given: static_tokens,
         sink: Sink::Upstream { upstream: upstream.clone(), credentials },
         upstream: Some(upstream),
         relays: edge.admin_relay,
@@ -121,27 +126,27 @@ pub(super) async fn plan(
     })
 }
 
-/// Keeps state in a folder. One that nobody named is not insisted on: Unleash Edge starts in a
-/// container that has no place to write to, and so does its successor.
+/// Opens the store in a folder. Falls back to memory if the folder is not writable and is only the
+/// default: Unleash Edge starts in a container without a writable folder, and so must its replacement.
 fn keep_in(folder: &Folder) -> Result<Store, store::Error> {
     Store::directory(folder.path()).or_else(|error| match folder {
         Folder::Named(_) => Err(error),
         Folder::Default(_) => {
             warn!(
                 error = report(&error),
-                "Nothing is kept for the next start, which needs upstream for flags and tokens; usage that upstream has not taken at the end is lost. Name a place that can be written to by --backup-folder"
+                "State cannot be stored: the next start needs upstream for flags and tokens, and usage still unsent at shutdown is lost. Name a writable folder with --backup-folder"
             );
             Ok(Store::memory())
         }
     })
 }
 
-/// Reads what Unleash Edge has left in the folder; what cannot be read is left out.
+/// Imports the backup of Unleash Edge in the folder; unreadable parts are skipped.
 ///
-/// Its flags of an environment are those that the client tokens which it knew see.
-async fn migrate(folder: &Path, follower: &Follower) -> Vec<(Token, Grant)> {
+/// The scope of an environment's flags is the union of the scopes of Edge's client tokens.
+async fn migrate(folder: &Path, environments: &Follower) -> Vec<(Token, Grant)> {
     let tokens = edge_backup::tokens(folder).await.unwrap_or_else(|error| {
-        warn!(error = report(&error), "Unleash Edge's backup of tokens is not used");
+        warn!(error = report(&error), "Cannot read Unleash Edge's backup of tokens; it is ignored");
         Vec::new()
     });
     match edge_backup::features(folder).await {
@@ -153,102 +158,117 @@ async fn migrate(folder: &Path, follower: &Follower) -> Vec<(Token, Grant)> {
                 let projects = grants.fold(Projects::Only(BTreeSet::new()), |seen, grant| {
                     seen.union(&grant.scope.projects)
                 });
-                follower.serve(Scope { environment, projects }, text.get().as_bytes()).await;
+                environments.serve(Scope { environment, projects }, text.get().as_bytes()).await;
             }
         }
-        Err(error) => warn!(error = report(&error), "Unleash Edge's backup of flags is not used"),
+        Err(error) => {
+            warn!(
+                error = report(&error),
+                "Cannot read Unleash Edge's backup of flags; it is ignored"
+            );
+        }
     }
     tokens
 }
 
 impl Edge {
-    /// Saves flags and credentials.
+    /// Saves flags and credentials in the background.
     pub(super) fn saver(&self) -> Saver {
         self.follower.saver.clone()
     }
 
-    /// Follows upstream until dropped.
+    /// Synchronizes with upstream until dropped.
     pub(super) async fn run(&self, auth: &Authenticator) {
         for (token, grant) in &self.backup {
             auth.import(token, grant);
         }
-        let Self { follower, tokens, tokens_taken, flags_there, .. } = self;
-        let tokens = take_tokens(tokens.clone(), auth, follower, tokens_taken);
-        tokio::join!(follower.clone().run(flags_there), tokens);
+        let Self {
+            follower: environments,
+            tokens,
+            tokens_taken: validated,
+            flags_there: loaded,
+            ..
+        } = self;
+        let tokens = take_tokens(tokens.clone(), auth, environments, validated);
+        tokio::join!(environments.clone().run(loaded), tokens);
     }
 }
 
-/// Has the operator's tokens judged, again and again: each that is valid is offered as a credential on
-/// the way, also one that upstream denied for a while.
+/// Validates the configured tokens repeatedly. Validation offers each valid token as a credential,
+/// including one that upstream rejected for a while.
 ///
-/// The latch is released when each has been judged once and those that are valid have flags: a
-/// mistyped token keeps nobody from the flags of the others. While upstream cannot be asked, or accepts
-/// none of them, flags of an earlier run are enough.
+/// The latch is released when every token has been validated once and the valid ones have flags, so that
+/// a mistyped token does not affect the others. While upstream is unavailable, or accepts none of them,
+/// flags of an earlier run are sufficient.
 ///
-/// The list may be replaced at any time. A token that is missing in the new one is forgotten once the
-/// others are judged, so that there is no time without any.
+/// The list may be replaced at any time. Tokens missing from the new list are removed only after the
+/// others are validated, so that there is always a usable one.
 async fn take_tokens(
     mut configured: watch::Receiver<Vec<Token>>,
     auth: &Authenticator,
     Follower { snapshots, credentials, .. }: &Follower,
     latch: &Latch,
 ) {
-    let mut useless = BTreeSet::new();
-    // Those of this list, and of earlier ones until this one is judged.
-    let mut taken: Vec<Token> = Vec::new();
+    let mut rejected = BTreeSet::new();
+    // Tokens of this list, and of earlier ones until this one is validated.
+    let mut active_tokens: Vec<Token> = Vec::new();
     loop {
         let tokens = configured.borrow_and_update().clone();
         if tokens.is_empty() {
             latch.release();
         }
         let mut environments = BTreeSet::new();
-        let mut judged = true;
+        let mut all_validated = true;
         for token in &tokens {
-            let why = match auth.authenticate(token.expose()).await {
+            let reason = match auth.authenticate(token.expose()).await {
                 Ok(Admission { grant, .. }) if grant.kind == TokenKind::Client => {
                     environments.insert(grant.scope.environment.clone());
-                    useless.remove(&token.digest());
+                    rejected.remove(&token.digest());
                     continue;
                 }
                 Err(Denied::Unavailable) => {
-                    judged = false;
+                    all_validated = false;
                     continue;
                 }
-                Ok(_) => "it is no backend token",
+                Ok(_) => "it is not a backend token",
                 Err(Denied::Unknown) => "upstream does not know it",
-                Err(Denied::Forbidden) => "upstream forbids its use (403)",
+                Err(Denied::Forbidden) => "upstream rejects it (403)",
             };
-            if useless.insert(token.digest()) {
-                // Unleash does not vouch for admin tokens, none of which names an environment.
+            if rejected.insert(token.digest()) {
+                // Unleash does not validate admin tokens, none of which names an environment.
                 let hint = match token.environment() {
                     Some(_) => "",
-                    None => "; an admin token belongs into --upstream-admin-token",
+                    None => "; an admin token belongs in --upstream-admin-token",
                 };
-                warn!(token = %token.masked(), "A token of --tokens fetches nothing: {why}{hint}");
+                warn!(token = %token.masked(), "A token of --tokens cannot be used: {reason}{hint}");
             }
         }
-        taken.extend(
-            tokens.iter().filter(|token| !taken.contains(token)).cloned().collect::<Vec<_>>(),
+        active_tokens.extend(
+            tokens
+                .iter()
+                .filter(|token| !active_tokens.contains(token))
+                .cloned()
+                .collect::<Vec<_>>(),
         );
-        if judged {
+        if all_validated {
             credentials.set_configured_validated();
-            for token in taken.iter().filter(|token| !tokens.contains(token)) {
+            for token in active_tokens.iter().filter(|token| !tokens.contains(token)) {
                 auth.forget(&token.digest());
-                useless.remove(&token.digest());
+                rejected.remove(&token.digest());
             }
-            taken.clone_from(&tokens);
+            active_tokens.clone_from(&tokens);
         }
-        let flags_are_there = async {
+        let flags_loaded = async {
             for environment in &environments {
                 snapshots.wait_for(environment).await;
             }
         };
-        let waits_for_flags = judged && !latch.is_released() && !environments.is_empty();
+        let waits_for_flags = all_validated && !latch.is_released() && !environments.is_empty();
         if waits_for_flags {
             let names: Vec<_> = environments.iter().map(Environment::as_str).collect();
             latch.waits_for(format!("the first flags of {}", names.join(", ")));
         } else {
-            latch.waits_for(if judged {
+            latch.waits_for(if all_validated {
                 "a configured client token that upstream accepts"
             } else {
                 "upstream's answer to the configured tokens"
@@ -258,9 +278,9 @@ async fn take_tokens(
             }
         }
         tokio::select! {
-            () = sleep(if judged { LOOK_AGAIN_AFTER } else { ASK_AGAIN_AFTER }) => {}
+            () = sleep(if all_validated { LOOK_AGAIN_AFTER } else { ASK_AGAIN_AFTER }) => {}
             Ok(()) = configured.changed() => {}
-            () = flags_are_there, if waits_for_flags => latch.release(),
+            () = flags_loaded, if waits_for_flags => latch.release(),
         }
     }
 }
@@ -270,7 +290,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn only_a_folder_that_was_named_must_be_writable() {
+    async fn only_a_configured_folder_must_be_writable() {
         let file = tempfile::NamedTempFile::new().expect("file");
         let nowhere = file.path().join("backup");
         let error = keep_in(&Folder::Named(nowhere.clone())).expect_err("a file is in the way");

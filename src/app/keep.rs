@@ -1,6 +1,6 @@
-//! What outlives a run: verdicts on tokens, and usage that upstream did not take.
+//! Persists validated tokens and unsent usage across restarts.
 //!
-//! What is stored is its owners' matter; here is decided when.
+//! This module decides when to save. The owners of the data define its format.
 
 use std::{sync::Arc, time::Duration};
 
@@ -16,16 +16,16 @@ use crate::{
     usage::{Revision, Usage},
 };
 
-/// How often verdicts and waiting usage are stored, where they changed.
+/// Interval at which changed tokens and pending usage are saved.
 const SAVE_EVERY: Duration = Duration::from_secs(5);
 
-/// How often usage of instances that have ended is looked for, besides at the start.
+/// Interval at which usage of ended instances is searched for, after the search at the start.
 const ADOPT_EVERY: Duration = Duration::from_mins(1);
 
-const VERDICTS: &str = "Verdicts on tokens";
-const USAGE: &str = "Usage that waits for upstream";
+const VERDICTS: &str = "Validated tokens";
+const USAGE: &str = "Pending usage";
 
-/// Keeps state for the next run.
+/// Saves state for the next run.
 #[derive(Clone, Debug)]
 pub(super) struct Keeper {
     store: Store,
@@ -35,33 +35,33 @@ pub(super) struct Keeper {
 }
 
 impl Keeper {
-    /// Takes over what an earlier run left; what cannot be read is left out.
+    /// Restores the state of an earlier run; unreadable records are skipped.
     pub(super) async fn restore(store: Store, auth: Authenticator, usage: Usage) -> Self {
         match store.load(&Key::Verdicts).await {
             Ok(Some(saved)) => match auth.restore(&saved) {
-                Ok(count) => info!(count, "Tokens known from an earlier run"),
+                Ok(count) => info!(count, "Restored tokens validated in an earlier run"),
                 Err(error) => {
-                    warn!(error = report(&error), "Stored verdicts on tokens are not used");
+                    warn!(error = report(&error), "Stored tokens cannot be used");
                 }
             },
             Ok(None) => {}
-            Err(error) => warn!(error = report(&error), "Stored verdicts on tokens are not used"),
+            Err(error) => warn!(error = report(&error), "Stored tokens cannot be used"),
         }
-        let spools = Arc::new(Spools::open(store.clone(), &usage).await);
-        let keeper = Self { store, auth, usage, spools };
-        if keeper.spools.adopt(&keeper.usage).await {
-            keeper.store_usage(&mut None, &mut SaveLog::new(USAGE)).await;
+        let files = Arc::new(Spools::open(store.clone(), &usage).await);
+        let persistence = Self { store, auth, usage, spools: files };
+        if persistence.spools.adopt(&persistence.usage).await {
+            persistence.store_usage(&mut None, &mut SaveLog::new(USAGE)).await;
         }
-        keeper
+        persistence
     }
 
-    /// Stores what changes until `stop`, so that a crash loses little.
+    /// Saves changes until `stop`, so that a crash loses little.
     ///
-    /// Usage is stored as long as upstream does not take it, and the record is emptied as soon as it
-    /// did: only a crash in the middle of that counts twice. Not to be dropped while it runs: a
-    /// write goes on without it and may end after a later one.
+    /// Usage is stored while upstream does not accept it, and the record is emptied as soon as upstream
+    /// does: only a crash between the two counts usage twice. Must not be dropped while running, because
+    /// a write continues without it and may complete after a later one.
     pub(super) async fn run(&self, stop: &CancellationToken) {
-        // A disk that hangs with one record does not hold up the other.
+        // Separate, so that a disk that hangs with one record does not delay the other.
         tokio::join!(self.run_verdicts(stop), self.run_usage(stop));
     }
 
@@ -76,19 +76,19 @@ impl Keeper {
     }
 
     async fn run_usage(&self, stop: &CancellationToken) {
-        // What an earlier run left was restored, and is the first to be replaced.
+        // `None`: the first save replaces what an earlier run left.
         let (mut stored, mut log) = (None, SaveLog::new(USAGE));
-        let mut adopted = Instant::now();
+        let mut last_scan = Instant::now();
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = sleep(SAVE_EVERY) => {}
                 () = self.usage.settled() => {}
             }
-            if adopted.elapsed() >= ADOPT_EVERY {
-                adopted = Instant::now();
+            if last_scan.elapsed() >= ADOPT_EVERY {
+                last_scan = Instant::now();
                 if self.spools.adopt(&self.usage).await {
-                    // Also where it came to nothing: what it was read from is to be emptied.
+                    // Even if nothing is pending: the records that were read must be emptied.
                     stored = None;
                 }
             }
@@ -96,21 +96,21 @@ impl Keeper {
         }
     }
 
-    /// Stores everything, at the end.
+    /// Saves everything at shutdown.
     pub(super) async fn finish(&self) {
         let mut log = SaveLog::new(VERDICTS);
         tokio::join!(self.store_verdicts(&mut log), self.finish_usage());
     }
 
     async fn finish_usage(&self) {
-        // Nothing left is stored too: the next start must not send what has been sent.
-        let left = self.usage.save().unwrap_or_default();
-        if let Err(error) = self.spools.save(left).await {
-            error!(error = report(&error), "Usage that was not sent is lost");
+        // An empty record is saved too, so that the next start does not resend usage.
+        let unsent = self.usage.save().unwrap_or_default();
+        if let Err(error) = self.spools.save(unsent).await {
+            error!(error = report(&error), "Unsent usage cannot be stored and is lost");
         }
     }
 
-    /// Stores what waits for upstream, unless it is what is `stored`.
+    /// Saves pending usage, unless its revision is `stored`.
     async fn store_usage(&self, stored: &mut Option<Revision>, log: &mut SaveLog) {
         let Some(backlog) = self.usage.backlog(*stored) else { return };
         match self.spools.save(backlog.bytes).await {
@@ -125,8 +125,8 @@ impl Keeper {
     }
 
     async fn store_verdicts(&self, log: &mut SaveLog) {
-        let Some(verdicts) = self.auth.save() else { return };
-        match self.store.save(&Key::Verdicts, verdicts).await {
+        let Some(tokens) = self.auth.save() else { return };
+        match self.store.save(&Key::Verdicts, tokens).await {
             Ok(()) => log.succeeded(),
             Err(error) => {
                 self.auth.not_saved();
@@ -136,8 +136,8 @@ impl Keeper {
     }
 }
 
-/// Of saves that are tried again and again, logs the first that fails and the first after it that does
-/// not: a full disk lasts for hours.
+/// Limits logging of repeated saves to the first failure and the first success after it: a full disk may
+/// last for hours.
 #[derive(Debug)]
 pub(super) struct SaveLog {
     what: &'static str,
@@ -145,7 +145,7 @@ pub(super) struct SaveLog {
 }
 
 impl SaveLog {
-    /// For saves of this, as the beginning of a sentence.
+    /// `subject` names what is saved and begins the log message.
     pub(super) fn new(what: &'static str) -> Self {
         Self { what, is_failing: false }
     }
@@ -178,7 +178,7 @@ mod tests {
         wire::usage::{ClientMetrics, ConnectVia},
     };
 
-    /// An instance that keeps a folder; upstream is away.
+    /// An instance that uses this folder; upstream is unreachable.
     async fn start(folder: &Path) -> Keeper {
         let config = auth::Config {
             revalidate_after: Duration::from_mins(1),
@@ -197,7 +197,7 @@ mod tests {
         .await
     }
 
-    fn count(keeper: &Keeper, yes: u64) {
+    fn count(persistence: &Keeper, yes: u64) {
         let scope = Scope { environment: Environment::new("dev"), projects: Projects::All };
         let now = Timestamp::now();
         let bucket = json!({"start": now, "stop": now, "toggles": {"f": {"yes": yes, "no": 0}}});
@@ -205,24 +205,24 @@ mod tests {
         let report = ClientMetrics::parse(report.as_bytes()).expect("report");
         let token = &TokenDigest::of("token");
         let reporter = Reporter { token, kind: SdkKind::Backend, scope: &scope, snapshot: None };
-        keeper.usage.record_metrics(&reporter, report, now).expect("there is room");
+        persistence.usage.record_metrics(&reporter, report, now).expect("there is room");
     }
 
-    /// How many evaluations an instance would send.
-    fn waiting(keeper: &Keeper) -> u64 {
-        let pending = keeper.usage.pending();
+    /// Number of evaluations that an instance would send.
+    fn waiting(persistence: &Keeper) -> u64 {
+        let pending = persistence.usage.pending();
         let metrics = pending["metrics"].as_array().expect("list").iter();
         metrics.filter_map(|metric| Value::as_u64(&metric["bucket"]["yes"])).sum()
     }
 
-    /// Stores what waits, as every few seconds, and dies without a word.
-    async fn store_and_crash(keeper: Keeper) {
-        let _ = keeper.usage.save();
-        keeper.store_usage(&mut None, &mut SaveLog::new(USAGE)).await;
+    /// Saves pending usage, as happens every few seconds, and then crashes.
+    async fn store_and_crash(persistence: Keeper) {
+        let _ = persistence.usage.save();
+        persistence.store_usage(&mut None, &mut SaveLog::new(USAGE)).await;
     }
 
     #[tokio::test]
-    async fn two_instances_on_one_folder_lose_nothing() {
+    async fn two_instances_in_one_folder_lose_no_usage() {
         let folder = tempfile::tempdir().expect("folder");
         let (one, other) = (start(folder.path()).await, start(folder.path()).await);
         count(&one, 100);
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_an_instance_has_stored_is_nobody_elses_while_it_runs() {
+    async fn stored_usage_of_a_running_instance_is_not_recovered_by_another() {
         let folder = tempfile::tempdir().expect("folder");
         let one = start(folder.path()).await;
         count(&one, 100);
@@ -248,47 +248,47 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_was_taken_over_is_stored_once() {
+    async fn recovered_usage_is_stored_once() {
         let folder = tempfile::tempdir().expect("folder");
         let (one, other) = (start(folder.path()).await, start(folder.path()).await);
         count(&other, 7);
         store_and_crash(other).await;
-        // Two that start at once: one has it, from here on in its own record.
+        // Two that start at once: one restores it and stores it in its own record.
         let (third, fourth) = tokio::join!(start(folder.path()), start(folder.path()));
         assert_eq!(waiting(&third) + waiting(&fourth), 7);
         drop((one, third, fourth));
         assert_eq!(waiting(&start(folder.path()).await), 7);
-        // And once more, from a record that was emptied by its second owner.
+        // The same for a record that its second owner emptied.
         assert_eq!(waiting(&start(folder.path()).await), 7);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn disk_that_hangs_with_verdicts_holds_up_neither_usage_nor_the_end() {
+    async fn hanging_save_of_tokens_delays_neither_usage_nor_shutdown() {
         let folder = tempfile::tempdir().expect("folder");
-        let keeper = start(folder.path()).await;
+        let persistence = start(folder.path()).await;
         let scope = Scope { environment: Environment::new("dev"), projects: Projects::All };
         let token = Token::parse("*:dev.0123456789abcdef").expect("token");
-        keeper.auth.import(&token, &Grant { kind: TokenKind::Client, scope });
-        let _hangs = keeper.store.stall(&Key::Verdicts).await;
-        count(&keeper, 7);
-        let _ = keeper.usage.save();
+        persistence.auth.import(&token, &Grant { kind: TokenKind::Client, scope });
+        let _hangs = persistence.store.stall(&Key::Verdicts).await;
+        count(&persistence, 7);
+        let _ = persistence.usage.save();
         let (stop, begun) = (CancellationToken::new(), Instant::now());
-        tokio::join!(keeper.run(&stop), async {
+        tokio::join!(persistence.run(&stop), async {
             let record = folder.path().join("usage.parapet");
             let is_stored =
                 || std::fs::read_to_string(&record).is_ok_and(|it| it.contains("\"f\""));
             while !is_stored() {
                 sleep(SAVE_EVERY / 10).await;
-                assert!(begun.elapsed() < SAVE_EVERY * 2, "usage waits for verdicts");
+                assert!(begun.elapsed() < SAVE_EVERY * 2, "usage waits for tokens");
             }
             stop.cancel();
         });
-        keeper.finish().await;
+        persistence.finish().await;
         assert!(begun.elapsed() < Duration::from_mins(1));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_running_instance_takes_over_what_ended_beside_it() {
+    async fn running_instance_recovers_usage_of_an_ended_one() {
         let folder = tempfile::tempdir().expect("folder");
         let (one, other) = (start(folder.path()).await, start(folder.path()).await);
         count(&other, 7);

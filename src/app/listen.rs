@@ -1,4 +1,4 @@
-//! Sockets to listen on.
+//! Binds the listening sockets.
 
 use std::{
     io::{self, ErrorKind},
@@ -13,24 +13,24 @@ use crate::{
     telemetry::report,
 };
 
-/// Connections that wait to be accepted; more than that many new ones at once are rare.
+/// Connections that may wait to be accepted; bursts of more new ones are rare.
 const BACKLOG: i32 = 4096;
 
-/// A socket that listens, and its address, where the system has chosen the port for port 0.
+/// A listening socket with its address, which contains the actual port if port 0 was requested.
 pub(super) type Bound = (TcpListener, SocketAddr);
 
 /// The sockets of an instance.
 #[derive(Debug)]
 pub(super) struct Sockets {
     pub(super) data: Bound,
-    /// Where unencrypted requests are redirected.
+    /// Receives unencrypted requests, which are redirected.
     pub(super) redirect: Option<Bound>,
     pub(super) admin: Bound,
 }
 
 impl Sockets {
-    /// Listens for both listeners. An error names every address that cannot be listened on, with the
-    /// options that it comes from.
+    /// Binds all sockets. An error names every address that cannot be bound, with the options that
+    /// specify it.
     pub(super) fn bind(data: &DataListener, admin: &AdminListener) -> Result<Self, Mistakes> {
         let mut failures = Vec::new();
         let mut bind = |address, flags: &str| {
@@ -46,15 +46,15 @@ impl Sockets {
         let redirect = data.redirect_from.and_then(|address| bind(address, plain));
         let admin = bind(admin.address, "--admin-interface and --admin-port");
         Mistakes::none_in(failures)?;
-        let (data, admin) = data_socket.zip(admin).expect("what cannot be bound is a mistake");
+        let (data, admin) = data_socket.zip(admin).expect("an unbound socket is an error");
         Ok(Self { data, redirect, admin })
     }
 }
 
 /// Listens on an address.
 ///
-/// The unspecified IPv6 address means IPv4 too, and stands for the unspecified IPv4 address where
-/// the machine has no IPv6.
+/// The unspecified IPv6 address includes IPv4. It falls back to the unspecified IPv4 address if the
+/// machine has no IPv6.
 fn bind(address: SocketAddr) -> io::Result<Bound> {
     let is_any = address.is_ipv6() && address.ip().is_unspecified();
     let listener = match listen(address) {
@@ -67,14 +67,14 @@ fn bind(address: SocketAddr) -> io::Result<Bound> {
     Ok((listener, address))
 }
 
-/// Whether the machine, and not somebody on it, stands against an address: a port that is taken is
-/// no reason to listen elsewhere.
+/// Whether the error means that the machine has no IPv6. A port in use is no reason to listen on another
+/// address.
 fn means_no_ipv6(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::AddrNotAvailable | ErrorKind::Unsupported)
         || error.raw_os_error() == Some(ADDRESS_FAMILY_NOT_SUPPORTED)
 }
 
-/// `EAFNOSUPPORT`, for which the standard library has no kind.
+/// The error code for an unsupported address family, for which the standard library has no kind.
 const ADDRESS_FAMILY_NOT_SUPPORTED: i32 = if cfg!(target_os = "linux") { 97 } else { 47 };
 
 fn listen(address: SocketAddr) -> io::Result<TcpListener> {
@@ -96,31 +96,31 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_taken_port_is_no_lack_of_ipv6() {
+    async fn port_in_use_is_not_mistaken_for_missing_ipv6() {
         let any = SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 0);
         let socket = Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP));
-        let taken = socket.and_then(|socket| {
-            // Its IPv4 half stays free.
+        let occupied = socket.and_then(|socket| {
+            // Its IPv4 half remains free.
             socket.set_only_v6(true)?;
             socket.bind(&any.into())?;
             socket.listen(1)?;
             Ok(socket)
         });
-        let taken = match taken {
-            Ok(taken) => taken,
+        let occupied = match occupied {
+            Ok(occupied) => occupied,
             Err(error) => {
                 assert!(means_no_ipv6(&error), "{error}");
                 assert!(bind(any).expect("listens on IPv4").1.is_ipv4());
                 return;
             }
         };
-        let address = taken.local_addr().expect("bound").as_socket().expect("an address");
+        let address = occupied.local_addr().expect("bound").as_socket().expect("an address");
         let error = bind(address).expect_err("the port is taken");
         assert_eq!(error.kind(), ErrorKind::AddrInUse, "{error}");
     }
 
     #[test]
-    fn a_machine_without_ipv6_is_told_from_other_obstacles() {
+    fn missing_ipv6_is_distinguished_from_other_errors() {
         let check = |code| means_no_ipv6(&io::Error::from_raw_os_error(code));
         assert!(check(ADDRESS_FAMILY_NOT_SUPPORTED));
         assert!(means_no_ipv6(&ErrorKind::AddrNotAvailable.into()));

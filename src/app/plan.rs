@@ -1,4 +1,4 @@
-//! What a mode comes to, and why it may not come to it.
+//! The components that a mode consists of, and why an instance may not start.
 
 use std::{io, path::PathBuf, sync::Arc};
 
@@ -18,44 +18,44 @@ use crate::{
     usage::{Delivery, Sink},
 };
 
-/// Why Parapet does not start.
+/// Why an instance does not start or stops.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Addresses cannot be listened on, which is a mistake of the configuration that a start alone finds.
+    /// Addresses cannot be bound: a configuration error that only shows at the start.
     #[error(transparent)]
     Listen(#[from] Mistakes),
-    /// The certificates of a listener cannot be used any more; the configuration was checked with them.
+    /// The certificates of a listener have become unusable since the configuration was checked.
     #[error("cannot use the certificates")]
-    Tls(#[from] tls::Problems),
-    /// A listener ended although nobody told it to.
-    #[error("a listener ended on its own")]
+    Tls(#[from] tls::FileErrors),
+    /// A listener stopped unexpectedly.
+    #[error("a listener stopped unexpectedly")]
     Listener,
-    /// The store cannot be used.
-    #[error("cannot keep state")]
+    /// The store cannot be opened.
+    #[error("cannot open the store")]
     Store(#[from] store::Error),
-    /// Accounts and tokens cannot be used.
+    /// The registry of accounts and tokens cannot be opened.
     #[error("cannot open the registry of accounts and tokens")]
     Registry(#[from] control::Error),
     /// Flags cannot be read.
     #[error("cannot read flags")]
     Flags(#[from] files::Error),
-    /// There are no flags, and no example of them can be written.
-    #[error("cannot write an example of flags to {}; name a file or folder by --flags", path.display())]
+    /// There are no flags, and an example cannot be written.
+    #[error("cannot write an example of flags to {}; name a file or folder with --flags", path.display())]
     Example {
         /// The file.
         path: PathBuf,
         /// The cause.
         source: io::Error,
     },
-    /// Upstream cannot be talked to, whatever it says.
-    #[error("cannot set up the client of upstream")]
+    /// The HTTP client cannot be set up, regardless of upstream's responses.
+    #[error("cannot set up the client for upstream")]
     Upstream(#[from] upstream::Error),
 }
 
-/// The usage that is on its way to the registry, for the one task that takes it.
+/// Usage on its way to the registry, for the one task that stores it.
 pub(super) type Deliveries = Arc<Mutex<mpsc::Receiver<Delivery>>>;
 
-/// What a mode comes to.
+/// The components of a mode.
 #[derive(Debug)]
 pub(super) struct Plan {
     pub(super) name: &'static str,
@@ -64,21 +64,22 @@ pub(super) struct Plan {
     pub(super) given: Vec<(TokenDigest, Grant)>,
     pub(super) sink: Sink,
     pub(super) upstream: Option<Upstream>,
-    /// The admin token that is presented to upstream, with what depends on it.
+    /// The admin token for upstream, with everything that depends on it.
     pub(super) admin: Option<Admin>,
-    /// What can change while the instance runs.
+    /// The parts that can be reconfigured at run time.
     pub(super) live: Option<Live>,
-    /// Whether upstream's admin API is passed on.
+    /// Whether requests to upstream's admin API are relayed.
     pub(super) relays: bool,
-    /// Accounts and tokens, and the usage that is kept with them, where that is here.
+    /// The control plane and the usage to store in it, if this instance has one.
     pub(super) control: Option<(Control, Deliveries)>,
-    /// Whether a copy of its tokens is kept, because the database may be away at the next start.
+    /// Whether copies of its tokens are saved, because the database may be unavailable at the next
+    /// start.
     pub(super) copies_registry: bool,
-    /// Where verdicts, usage and credentials are kept between runs.
+    /// Stores validated tokens, usage and credentials between runs.
     pub(super) store: Store,
 }
 
-/// The admin token, and what is to follow it when it is replaced.
+/// The admin token, and what must follow when it is replaced.
 #[derive(Clone, Debug)]
 pub(super) struct Admin {
     pub(super) token: AdminToken,
@@ -87,7 +88,7 @@ pub(super) struct Admin {
 }
 
 impl Plan {
-    /// Who vouches for tokens; asked once.
+    /// Takes the validator out; call once.
     pub(super) fn take_authority(&mut self) -> Authority {
         std::mem::replace(&mut self.authority, Authority::Nobody)
     }
@@ -101,7 +102,7 @@ pub(super) enum Source {
 }
 
 impl Source {
-    /// Saves its flags and credentials, where they are to outlive the process.
+    /// Saves flags and credentials in the background, if they are stored.
     pub(super) fn saver(&self) -> Option<Saver> {
         match self {
             Self::Files(_) => None,
@@ -109,7 +110,7 @@ impl Source {
         }
     }
 
-    /// Keeps flags current from now on.
+    /// Spawns the tasks that keep flags up to date.
     pub(super) fn spawn(self, workers: &mut Tasks, auth: &Authenticator) {
         match self {
             Self::Files(running) => workers.spawn("files", running, files::Running::run),

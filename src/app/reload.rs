@@ -1,7 +1,7 @@
-//! Applies a configuration that was read again while the instance runs.
+//! Applies a configuration that is read again at run time.
 //!
-//! A configuration with a mistake changes nothing. Of a sound one some settings are applied; others need
-//! a restart, and are reported as often as they differ.
+//! A configuration with errors changes nothing. Of a valid one some options are applied. The others
+//! require a restart and are reported at each reload while they differ.
 
 use std::sync::Arc;
 
@@ -26,18 +26,18 @@ const TOKENS: &str = "tokens";
 const OFFLINE_TOKENS: [&str; 3] = ["client-tokens", "frontend-tokens", "init-admin-api-tokens"];
 const TICKET_SECRET: &str = "ofrep-ticket-secret";
 
-/// What of a mode can change while it runs.
+/// The parts of a mode that can be reconfigured at run time.
 #[derive(Debug)]
 pub(super) enum Live {
-    /// An edge, which has environments looked for, and their flags fetched, by `refetch`.
+    /// Edge mode. `refetch` triggers a search for environments and a fetch of their flags.
     Edge { tokens: EdgeTokens, refetch: Arc<Notify> },
-    /// Flags of a file, and the given tokens.
+    /// Offline mode: flags of a file, and the configured tokens.
     Offline(Rereader),
-    /// Flags of files.
+    /// Standalone mode: flags of files.
     Standalone(Rereader),
 }
 
-/// The tokens that an edge was given.
+/// The configured tokens of an edge.
 #[derive(Debug)]
 pub(super) enum EdgeTokens {
     Admin(AdminToken),
@@ -54,7 +54,7 @@ pub(super) struct Reload {
 }
 
 impl Reload {
-    /// The instance runs by `config`.
+    /// For an instance that runs with these options and warnings.
     pub(super) fn new(
         live: Live,
         auth: Authenticator,
@@ -64,13 +64,13 @@ impl Reload {
         Self { live, auth, effective, warnings }
     }
 
-    /// Applies what can be applied of a configuration, and logs in one line what became of it.
+    /// Applies the options that can change at run time, and logs the result in one line.
     pub(super) fn apply(&mut self, loaded: Result<Box<Config>, Mistakes>, data: &Data) {
         let config = match loaded {
             Ok(config) => *config,
             Err(mistakes) => {
                 let mistakes: Vec<_> = mistakes.iter().map(ToString::to_string).collect();
-                error!("Nothing is reloaded, the configuration is wrong: {}", mistakes.join("; "));
+                error!("Reload rejected, the configuration has errors: {}", mistakes.join("; "));
                 return;
             }
         };
@@ -78,13 +78,13 @@ impl Reload {
             warn!("{warning}");
         }
         self.warnings.clone_from(&config.warnings);
-        let (mut applied, mut waiting) = (Vec::new(), Vec::new());
+        let (mut applied, mut need_restart) = (Vec::new(), Vec::new());
         for name in config.effective.changed_since(&self.effective) {
             if self.apply_one(name, &config, data) {
                 self.effective.update(name, &config.effective);
                 applied.push(name);
             } else {
-                waiting.push(name);
+                need_restart.push(name);
             }
         }
         self.reread(&config, &mut applied);
@@ -92,17 +92,17 @@ impl Reload {
             [] => "nothing has changed".to_owned(),
             applied => applied.join(", "),
         };
-        if !waiting.is_empty() {
-            line = format!("{line}; needs a restart: {}", waiting.join(", "));
+        if !need_restart.is_empty() {
+            line = format!("{line}; needs a restart: {}", need_restart.join(", "));
         }
         line.push_str(match self.live {
-            Live::Edge { .. } => "; flags and tokens are asked for again",
+            Live::Edge { .. } => "; flags and tokens are fetched again",
             Live::Offline(_) | Live::Standalone(_) => "; flags are read again",
         });
         info!("Reloaded: {line}");
     }
 
-    /// Applies one changed setting; false where that takes a restart.
+    /// Applies one changed option; false if it requires a restart.
     fn apply_one(&self, name: &str, config: &Config, data: &Data) -> bool {
         match (&self.live, &config.mode) {
             _ if name == LOG => telemetry::set_log_filter(&config.log),
@@ -114,17 +114,19 @@ impl Reload {
             }
             (Live::Edge { tokens, .. }, Mode::Edge(edge)) => {
                 match (tokens, &edge.credentials) {
-                    // Applied below, also where it differs from what its file held meanwhile.
+                    // Applied below, also if the token's file has changed without the option.
                     (EdgeTokens::Admin(_), Credentials::Admin { .. }) if name == ADMIN_TOKEN => {}
-                    (EdgeTokens::Backend(tokens), Credentials::Given(given)) if name == TOKENS => {
-                        tokens.send_replace(given.clone());
+                    (EdgeTokens::Backend(tokens), Credentials::Given(configured))
+                        if name == TOKENS =>
+                    {
+                        tokens.send_replace(configured.clone());
                     }
                     _ => return false,
                 }
             }
             (Live::Offline(rereader), Mode::Offline(offline)) if OFFLINE_TOKENS.contains(&name) => {
-                let (given, environments) = given(offline);
-                self.auth.set_given(given);
+                let (tokens, environments) = given(offline);
+                self.auth.set_given(tokens);
                 rereader.serve(environments);
             }
             _ => return false,
@@ -132,7 +134,7 @@ impl Reload {
         true
     }
 
-    /// Takes over what may have changed without a setting.
+    /// Refreshes what may have changed without an option.
     fn reread(&self, config: &Config, applied: &mut Vec<&'static str>) {
         match (&self.live, &config.mode) {
             (Live::Edge { tokens, refetch }, Mode::Edge(edge)) => {

@@ -1,8 +1,8 @@
-//! Where unsent usage is stored: each process that keeps a folder has a record of its own.
+//! Stores unsent usage; each process that shares a folder has its own record.
 //!
-//! Two that shared one would lose each other's counts or send them twice. A process takes the first
-//! record that nobody has claimed, and sends what it finds in any other of those: the usage of
-//! processes that have ended, by a crash or because upstream was away.
+//! Two processes sharing one record would lose each other's counts or send them twice. A process
+//! acquires the first record that is not locked, and recovers usage from all other unlocked records:
+//! their processes ended in a crash or while upstream was unavailable.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -15,7 +15,7 @@ use crate::{
     usage::Usage,
 };
 
-/// How many slots may fail to be claimed before the search ends.
+/// Number of failed locks after which the search for a slot ends.
 const MAX_FAILURES: usize = 8;
 
 /// Why usage is not stored.
@@ -24,56 +24,56 @@ pub(super) enum SaveError {
     /// The record cannot be written.
     #[error(transparent)]
     Store(#[from] Error),
-    /// There is no record for this process.
-    #[error("other instances keep this folder, and no slot is left")]
+    /// This process has no slot.
+    #[error("other instances use this folder and no slot is left")]
     NoSlot,
 }
 
-/// The record of this process, and those of others that it has taken over.
+/// The record of this process, and the records that it has recovered from others.
 #[derive(Debug)]
 pub(super) struct Spools {
-    /// The folder, which several processes may keep.
+    /// The store of the folder, which other processes may share.
     folder: Store,
     own: Mutex<Own>,
-    /// Read, and to be emptied as soon as what they held is stored again.
+    /// Records that were recovered, and must be emptied once their usage is stored again.
     adopted: Mutex<Vec<(Slot, Claim)>>,
-    /// What this process last read or wrote in the first slot without a claim. While the record there
-    /// is the same, it holds nothing that is not here too.
+    /// Digest of the record that this process last read or wrote in the first slot without a lock. While
+    /// the record has this digest, its usage is also in memory here.
     unclaimed: Mutex<Option<Fingerprint>>,
 }
 
-/// Stands for the bytes of a record.
+/// The digest of a record's bytes.
 type Fingerprint = [u8; 32];
 
 fn digest(bytes: &[u8]) -> Fingerprint {
     Sha256::digest(bytes).into()
 }
 
-/// Where the usage of this process is stored.
+/// The slot where this process stores usage.
 #[derive(Clone, Debug)]
 enum Own {
-    /// In a slot that no other process can claim meanwhile.
+    /// A slot that is locked for this process.
     Claimed { slot: Slot, _claim: Arc<Claim> },
-    /// In the first slot of a folder where no slot can be claimed and none is seen to be: whether
-    /// another process keeps it cannot be told, so that nobody's usage is taken over.
+    /// The first slot of a folder where no slot can be locked and none is locked by others. Other
+    /// processes may be using it, so their usage is not recovered.
     Unclaimed,
-    /// Nowhere: other processes have claimed slots, and no other can be claimed.
+    /// None: other processes have locked slots, and no other slot can be locked.
     None,
 }
 
 impl Own {
-    /// Takes the first slot that nobody has; also the first failure on the way.
+    /// Acquires the first free slot; also returns the first error on the way.
     ///
-    /// A slot that cannot be claimed may be another process's. It is not used as long as any slot
-    /// shows that claims work in this folder.
+    /// A slot that cannot be locked may belong to another process. It is not used if any other slot
+    /// shows that locks work in this folder.
     async fn choose(folder: &Store) -> (Self, Option<Error>) {
         let mut is_shared = false;
         let mut failure = None;
         let mut failures = 0;
         for slot in Slot::all() {
             match folder.claim(&Key::Usage(slot)).await {
-                Ok(Some(claim)) => {
-                    return (Self::Claimed { slot, _claim: Arc::new(claim) }, failure);
+                Ok(Some(lock)) => {
+                    return (Self::Claimed { slot, _claim: Arc::new(lock) }, failure);
                 }
                 Ok(None) => is_shared = true,
                 Err(error) => {
@@ -88,22 +88,22 @@ impl Own {
         (if is_shared { Self::None } else { Self::Unclaimed }, failure)
     }
 
-    /// Warns where usage is not stored as it is by a process that is alone.
+    /// Logs a warning unless this process has the first slot to itself.
     fn warn(&self, failure: Option<&Error>) {
         let error = failure.map(|error| report(error));
         match self {
             Self::Claimed { slot: Slot::FIRST, .. } => {}
             Self::Claimed { .. } => warn!(
                 error,
-                "Another instance keeps this folder: usage is stored apart from its own, verdicts and flags are shared"
+                "Another instance uses this folder: usage is stored separately, validated tokens and flags are shared"
             ),
             Self::Unclaimed => warn!(
                 error,
-                "Whether another instance keeps this folder cannot be told: two would lose or double stored usage"
+                "Cannot determine whether another instance uses this folder: two would lose or double stored usage"
             ),
             Self::None => warn!(
                 error,
-                "Other instances keep this folder and no slot is left: usage that is not sent ends with this one"
+                "Other instances use this folder and no slot is left: usage still unsent at shutdown is lost"
             ),
         }
     }
@@ -118,157 +118,164 @@ impl Own {
 }
 
 impl Spools {
-    /// Takes the first record that nobody has, and takes in what it holds.
+    /// Acquires a slot and restores its usage.
     pub(super) async fn open(folder: Store, usage: &Usage) -> Self {
         let (own, failure) = Own::choose(&folder).await;
         own.warn(failure.as_ref());
         let slot = own.slot();
-        let spools = Self {
+        let files = Self {
             folder,
             own: Mutex::new(own),
             adopted: Mutex::default(),
             unclaimed: Mutex::default(),
         };
         if let Some(slot) = slot {
-            spools.read(slot, usage).await;
+            files.read(slot, usage).await;
         }
-        spools
+        files
     }
 
-    /// Takes over the usage of processes that have ended; says whether everything is to be stored
-    /// at once.
+    /// Recovers the usage of processes that have ended; whether everything must be stored at once.
     ///
-    /// A process without a slot of its own tries first to claim one, and takes over nothing until
-    /// it has one.
+    /// A process without a locked slot first tries to acquire one, and recovers nothing until it has
+    /// one.
     pub(super) async fn adopt(&self, usage: &Usage) -> bool {
         let mut any = self.claim_again(usage).await;
-        let Own::Claimed { slot: own, .. } = self.own() else { return any };
+        let Own::Claimed { slot: own, .. } = self.own_slot() else { return any };
         let slots = self.folder.slots().await.unwrap_or_else(|error| {
-            warn!(error = report(&error), "Usage that other instances have left is not looked for");
+            warn!(
+                error = report(&error),
+                "Cannot list slots; usage of ended instances is not recovered"
+            );
             Vec::new()
         });
         for slot in slots.into_iter().filter(|slot| *slot != own && !self.has(*slot)) {
             match self.folder.claim(&Key::Usage(slot)).await {
-                Ok(Some(claim)) => {
+                Ok(Some(lock)) => {
                     if self.read(slot, usage).await {
-                        self.adopted().push((slot, claim));
+                        self.lock_recovered().push((slot, lock));
                         any = true;
                     }
                 }
                 Ok(None) => {}
-                Err(error) => warn!(error = report(&error), "Usage of another instance is left"),
+                Err(error) => {
+                    warn!(error = report(&error), "Cannot lock a slot; its usage is not recovered");
+                }
             }
         }
         any
     }
 
-    /// Claims a slot where none could be claimed before; true if there is one now.
+    /// Tries again to lock a slot if none could be locked before; true if there is one now.
     async fn claim_again(&self, usage: &Usage) -> bool {
-        let before = self.own();
+        let before = self.own_slot();
         if matches!(before, Own::Claimed { .. }) {
             return false;
         }
         let (own, failure) = Own::choose(&self.folder).await;
         *self.own.lock().unwrap_or_else(PoisonError::into_inner) = own.clone();
-        let is_claimed = matches!(own, Own::Claimed { .. });
-        if is_claimed {
-            info!("Usage that is not sent is stored in a slot of its own from here on");
+        let is_locked = matches!(own, Own::Claimed { .. });
+        if is_locked {
+            info!("A slot could be locked; unsent usage is stored in it from now on");
         } else if own.slot() != before.slot() {
             own.warn(failure.as_ref());
         }
-        if let Some(slot) = own.slot().filter(|slot| is_claimed || before.slot() != Some(*slot)) {
+        if let Some(slot) = own.slot().filter(|slot| is_locked || before.slot() != Some(*slot)) {
             self.read(slot, usage).await;
         }
-        is_claimed
+        is_locked
     }
 
-    /// Stores everything that waits. What was taken over is in it, and is then stored only here.
+    /// Stores all pending usage. It includes recovered usage, whose former records are then emptied.
     pub(super) async fn save(&self, bytes: Vec<u8>) -> Result<(), SaveError> {
-        let own = self.own();
+        let own = self.own_slot();
         let Some(slot) = own.slot() else {
             return if bytes.is_empty() { Ok(()) } else { Err(SaveError::NoSlot) };
         };
         let written = matches!(own, Own::Unclaimed).then(|| digest(&bytes));
         self.folder.save(&Key::Usage(slot), bytes).await?;
         if slot == Slot::FIRST {
-            *self.unclaimed() = written;
+            *self.lock_unlocked_digest() = written;
         } else {
             self.remove_unclaimed().await;
         }
-        let adopted = std::mem::take(&mut *self.adopted());
-        for (slot, claim) in adopted {
+        let recovered = std::mem::take(&mut *self.lock_recovered());
+        for (slot, lock) in recovered {
             if let Err(error) = self.folder.save(&Key::Usage(slot), Vec::new()).await {
-                warn!(error = report(&error), "Usage of an ended instance cannot be removed yet");
-                // Nobody else may send it meanwhile.
-                self.adopted().push((slot, claim));
+                warn!(error = report(&error), "Cannot empty the record of an ended instance yet");
+                // Kept locked, so that no other process sends it meanwhile.
+                self.lock_recovered().push((slot, lock));
             }
         }
         Ok(())
     }
 
-    /// Empties the first slot where it holds what this process stored there before it had a slot of
-    /// its own.
+    /// Empties the first slot if it still contains what this process stored there before it had a locked
+    /// slot.
     async fn remove_unclaimed(&self) {
-        if self.unclaimed().is_none() || self.has(Slot::FIRST) {
+        if self.lock_unlocked_digest().is_none() || self.has(Slot::FIRST) {
             return;
         }
         let first = Key::Usage(Slot::FIRST);
-        // Held until the end, if it can be had. Where it cannot be told whose the slot is, it is used
-        // once more as it was used before.
-        let _claim = match self.folder.claim(&first).await {
-            Ok(Some(claim)) => Some(claim),
+        // Kept until the end if available. If the slot cannot be locked, it is used without a lock once
+        // more.
+        let _lock = match self.folder.claim(&first).await {
+            Ok(Some(lock)) => Some(lock),
             Ok(None) => return,
             Err(_) => None,
         };
         let Ok(saved) = self.folder.load(&first).await else { return };
-        let is_ours = saved.is_some_and(|saved| *self.unclaimed() == Some(digest(&saved)));
+        let is_ours =
+            saved.is_some_and(|saved| *self.lock_unlocked_digest() == Some(digest(&saved)));
         if is_ours && let Err(error) = self.folder.save(&first, Vec::new()).await {
-            return warn!(error = report(&error), "Usage that is stored twice is not removed yet");
+            return warn!(error = report(&error), "Cannot empty the former copy of usage yet");
         }
-        *self.unclaimed() = None;
+        *self.lock_unlocked_digest() = None;
     }
 
-    /// Takes in what is stored; whether there was something, which the next save replaces.
+    /// Restores the usage in a slot; whether there was any, which the next save replaces.
     async fn read(&self, slot: Slot, usage: &Usage) -> bool {
         match self.folder.load(&Key::Usage(slot)).await {
             Ok(Some(saved)) if !saved.is_empty() => {
                 if slot == Slot::FIRST {
                     let fingerprint = digest(&saved);
-                    if *self.unclaimed() == Some(fingerprint) {
-                        // This process has it already.
+                    if *self.lock_unlocked_digest() == Some(fingerprint) {
+                        // This process already has it.
                         return true;
                     }
-                    if matches!(self.own(), Own::Unclaimed) {
-                        *self.unclaimed() = Some(fingerprint);
+                    if matches!(self.own_slot(), Own::Unclaimed) {
+                        *self.lock_unlocked_digest() = Some(fingerprint);
                     }
                 }
                 match usage.restore(&saved) {
-                    Ok(()) => info!("Usage of an earlier run waits to be sent"),
-                    Err(error) => warn!(error = report(&error), "Stored usage is lost"),
+                    Ok(()) => info!("Restored usage of an earlier run; it will be sent"),
+                    Err(error) => {
+                        warn!(error = report(&error), "Stored usage cannot be used and is lost");
+                    }
                 }
                 true
             }
             Ok(_) => false,
             Err(error) => {
-                warn!(error = report(&error), "Stored usage is not used");
+                warn!(error = report(&error), "Cannot read stored usage");
                 false
             }
         }
     }
 
-    fn own(&self) -> Own {
+    fn own_slot(&self) -> Own {
         self.own.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn has(&self, slot: Slot) -> bool {
-        self.adopted().iter().any(|(adopted, _)| *adopted == slot)
+        self.lock_recovered().iter().any(|(recovered, _)| *recovered == slot)
     }
 
-    fn unclaimed(&self) -> MutexGuard<'_, Option<Fingerprint>> {
+    fn lock_unlocked_digest(&self) -> MutexGuard<'_, Option<Fingerprint>> {
         self.unclaimed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn adopted(&self) -> MutexGuard<'_, Vec<(Slot, Claim)>> {
+    fn lock_recovered(&self) -> MutexGuard<'_, Vec<(Slot, Claim)>> {
         self.adopted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -286,7 +293,7 @@ mod tests {
     use super::*;
     use crate::{usage::Config, wire::usage::ConnectVia};
 
-    /// Five evaluations that wait.
+    /// Five pending evaluations.
     const STORED: &[u8] = br#"{"version":1,"environments":{"dev":{"batch":[],"pieces":[],
         "applications":[],"impact":[],"metrics":[{"featureName":"f","appName":"a",
         "environment":"dev","timestamp":"2026-01-02T04:00:00Z","yes":5,"no":0,"variants":{}}]}}}"#;
@@ -300,7 +307,7 @@ mod tests {
         usage.pending()["metrics"].as_array().unwrap().len()
     }
 
-    /// Makes a slot fail to be claimed, as a lock file that only another user may open does.
+    /// Makes locking a slot fail, like a lock file that belongs to another user.
     fn obstruct(folder: &Path, slot: usize) -> PathBuf {
         let name = if slot == 1 { "usage.lock".to_owned() } else { format!("usage-{slot}.lock") };
         let path = folder.join(name);
@@ -308,7 +315,7 @@ mod tests {
         path
     }
 
-    /// A store in a folder where no slot can be claimed, and what is in the way of each.
+    /// A store in a folder where no slot can be locked, and the obstacle for each slot.
     fn obstructed() -> (TempDir, Store, Vec<PathBuf>) {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::directory(folder.path()).unwrap();
@@ -321,66 +328,66 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn slot_that_cannot_be_claimed_is_skipped() {
+    async fn slot_that_cannot_be_locked_is_skipped() {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::directory(folder.path()).unwrap();
         let _other = store.claim(&Key::Usage(Slot::FIRST)).await.unwrap().unwrap();
         store.save(&Key::Usage(Slot::FIRST), STORED).await.unwrap();
         obstruct(folder.path(), 2);
         let usage = usage();
-        let spools = Spools::open(store.clone(), &usage).await;
-        assert_eq!(spools.own().slot(), Some(slot(3)));
-        spools.adopt(&usage).await;
-        spools.save(b"ours".to_vec()).await.unwrap();
+        let files = Spools::open(store.clone(), &usage).await;
+        assert_eq!(files.own_slot().slot(), Some(slot(3)));
+        files.adopt(&usage).await;
+        files.save(b"ours".to_vec()).await.unwrap();
         assert_eq!(waiting(&usage), 0);
         assert_eq!(store.load(&Key::Usage(Slot::FIRST)).await.unwrap().unwrap(), STORED);
         assert_eq!(store.load(&Key::Usage(slot(3))).await.unwrap().unwrap(), b"ours");
     }
 
     #[tokio::test]
-    async fn first_slot_that_cannot_be_claimed_is_left_where_another_can() {
+    async fn first_slot_is_not_used_unlocked_if_another_can_be_locked() {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::directory(folder.path()).unwrap();
         store.save(&Key::Usage(Slot::FIRST), STORED).await.unwrap();
         obstruct(folder.path(), 1);
         let usage = usage();
-        let spools = Spools::open(store.clone(), &usage).await;
-        spools.adopt(&usage).await;
-        spools.save(b"ours".to_vec()).await.unwrap();
-        assert_eq!((spools.own().slot(), waiting(&usage)), (Some(slot(2)), 0));
+        let files = Spools::open(store.clone(), &usage).await;
+        files.adopt(&usage).await;
+        files.save(b"ours".to_vec()).await.unwrap();
+        assert_eq!((files.own_slot().slot(), waiting(&usage)), (Some(slot(2)), 0));
         assert_eq!(store.load(&Key::Usage(Slot::FIRST)).await.unwrap().unwrap(), STORED);
     }
 
     #[tokio::test]
-    async fn without_a_slot_nothing_is_stored_until_one_can_be_claimed() {
+    async fn without_a_slot_nothing_is_stored_until_one_can_be_locked() {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::directory(folder.path()).unwrap();
         let other = store.claim(&Key::Usage(Slot::FIRST)).await.unwrap().unwrap();
         store.save(&Key::Usage(Slot::FIRST), STORED).await.unwrap();
         let obstacles: Vec<_> = (2..20).map(|slot| obstruct(folder.path(), slot)).collect();
         let usage = usage();
-        let spools = Spools::open(store.clone(), &usage).await;
-        assert!(!spools.adopt(&usage).await);
-        assert!(matches!(spools.save(b"ours".to_vec()).await, Err(SaveError::NoSlot)));
+        let files = Spools::open(store.clone(), &usage).await;
+        assert!(!files.adopt(&usage).await);
+        assert!(matches!(files.save(b"ours".to_vec()).await, Err(SaveError::NoSlot)));
         assert_eq!(store.load(&Key::Usage(Slot::FIRST)).await.unwrap().unwrap(), STORED);
 
         fs::remove_dir(&obstacles[0]).unwrap();
-        assert!(spools.adopt(&usage).await);
-        assert_eq!((spools.own().slot(), waiting(&usage)), (Some(slot(2)), 0));
+        assert!(files.adopt(&usage).await);
+        assert_eq!((files.own_slot().slot(), waiting(&usage)), (Some(slot(2)), 0));
         drop(other);
-        assert!(spools.adopt(&usage).await);
+        assert!(files.adopt(&usage).await);
         assert_eq!(waiting(&usage), 1);
     }
 
     #[tokio::test]
-    async fn folder_without_locks_is_kept_by_one_until_locks_work() {
+    async fn folder_without_locks_uses_first_slot_until_locks_work() {
         let (_folder, store, obstacles) = obstructed();
         store.save(&Key::Usage(Slot::FIRST), STORED).await.unwrap();
         let usage = usage();
-        let spools = Spools::open(store.clone(), &usage).await;
+        let files = Spools::open(store.clone(), &usage).await;
         assert_eq!(waiting(&usage), 1);
-        assert!(!spools.adopt(&usage).await);
-        spools.save(b"ours".to_vec()).await.unwrap();
+        assert!(!files.adopt(&usage).await);
+        files.save(b"ours".to_vec()).await.unwrap();
         assert_eq!(store.load(&Key::Usage(Slot::FIRST)).await.unwrap().unwrap(), b"ours");
 
         for obstacle in obstacles {
@@ -388,81 +395,81 @@ mod tests {
         }
         // Another process was faster.
         let other = store.claim(&Key::Usage(Slot::FIRST)).await.unwrap().unwrap();
-        assert!(spools.adopt(&usage).await);
-        assert_eq!((spools.own().slot(), waiting(&usage)), (Some(slot(2)), 1));
+        assert!(files.adopt(&usage).await);
+        assert_eq!((files.own_slot().slot(), waiting(&usage)), (Some(slot(2)), 1));
         drop(other);
     }
 
     #[tokio::test]
-    async fn own_usage_in_a_slot_that_was_not_claimed_is_counted_once() {
+    async fn own_usage_in_an_unlocked_slot_is_counted_once() {
         let (_folder, store, mut obstacles) = obstructed();
         store.save(&Key::Usage(Slot::FIRST), STORED).await.unwrap();
         let usage = usage();
-        let spools = Spools::open(store.clone(), &usage).await;
+        let files = Spools::open(store.clone(), &usage).await;
         let evaluations = || usage.pending()["metrics"][0]["bucket"]["yes"].as_u64();
         assert_eq!(evaluations(), Some(5));
 
-        // The second slot can be claimed, and the first one cannot be told whose it is.
+        // The second slot can be locked; the first still cannot.
         fs::remove_dir(obstacles.remove(1)).unwrap();
-        assert!(spools.adopt(&usage).await);
-        assert_eq!((spools.own().slot(), evaluations()), (Some(slot(2)), Some(5)));
+        assert!(files.adopt(&usage).await);
+        assert_eq!((files.own_slot().slot(), evaluations()), (Some(slot(2)), Some(5)));
         for is_stored in [false, true] {
             if is_stored {
-                spools.save(usage.save().unwrap()).await.unwrap();
+                files.save(usage.save().unwrap()).await.unwrap();
             }
             for obstacle in obstacles.drain(..) {
                 fs::remove_dir(obstacle).unwrap();
             }
-            spools.adopt(&usage).await;
+            files.adopt(&usage).await;
             assert_eq!(evaluations(), Some(5), "{is_stored}");
         }
-        spools.save(usage.save().unwrap()).await.unwrap();
+        files.save(usage.save().unwrap()).await.unwrap();
         // The next run finds it in one place.
-        drop(spools);
+        drop(files);
         let next = self::usage();
         Spools::open(store, &next).await.adopt(&next).await;
         assert_eq!(next.pending()["metrics"][0]["bucket"]["yes"].as_u64(), Some(5));
     }
 
     #[tokio::test]
-    async fn own_usage_is_removed_where_it_was_stored_without_a_claim() {
+    async fn own_usage_is_removed_from_the_unlocked_slot() {
         let (_folder, store, mut obstacles) = obstructed();
         let usage = usage();
-        let spools = Spools::open(store.clone(), &usage).await;
-        spools.save(STORED.to_vec()).await.unwrap();
+        let files = Spools::open(store.clone(), &usage).await;
+        files.save(STORED.to_vec()).await.unwrap();
         fs::remove_dir(obstacles.remove(1)).unwrap();
-        assert!(spools.adopt(&usage).await);
-        spools.save(STORED.to_vec()).await.unwrap();
+        assert!(files.adopt(&usage).await);
+        files.save(STORED.to_vec()).await.unwrap();
         let load = async |slot| store.load(&Key::Usage(slot)).await.unwrap().unwrap_or_default();
         assert_eq!((load(slot(1)).await, load(slot(2)).await), (Vec::new(), STORED.to_vec()));
 
-        // What somebody else has written there stays.
-        let spools = Spools { unclaimed: Mutex::new(Some(digest(STORED))), ..spools };
+        // Data that another process wrote there is preserved.
+        let files = Spools { unclaimed: Mutex::new(Some(digest(STORED))), ..files };
         store.save(&Key::Usage(slot(1)), "theirs").await.unwrap();
-        spools.save(STORED.to_vec()).await.unwrap();
+        files.save(STORED.to_vec()).await.unwrap();
         assert_eq!(load(slot(1)).await, b"theirs");
     }
 
     #[tokio::test]
-    async fn usage_that_is_stored_nowhere_is_an_error_and_is_not_taken_in_again() {
+    async fn saving_without_a_slot_fails_and_usage_is_not_restored_twice() {
         let (_folder, store, mut obstacles) = obstructed();
         store.save(&Key::Usage(Slot::FIRST), STORED).await.unwrap();
         let usage = usage();
-        let spools = Spools::open(store.clone(), &usage).await;
-        // Another process can claim a slot, so that this one may not use the first any more.
+        let files = Spools::open(store.clone(), &usage).await;
+        // Another process has locked a slot, so this one may no longer use the first.
         fs::remove_dir(obstacles.remove(1)).unwrap();
         let _other = store.claim(&Key::Usage(slot(2))).await.unwrap().unwrap();
-        assert!(!spools.adopt(&usage).await);
-        assert_eq!(spools.own().slot(), None);
-        let refused = spools.save(usage.save().unwrap()).await;
+        assert!(!files.adopt(&usage).await);
+        assert_eq!(files.own_slot().slot(), None);
+        let refused = files.save(usage.save().unwrap()).await;
         assert!(matches!(refused, Err(SaveError::NoSlot)), "{refused:?}");
-        spools.save(Vec::new()).await.unwrap();
+        files.save(Vec::new()).await.unwrap();
 
         fs::remove_dir(obstacles.remove(0)).unwrap();
-        assert!(spools.adopt(&usage).await);
-        assert_eq!(spools.own().slot(), Some(slot(1)));
+        assert!(files.adopt(&usage).await);
+        assert_eq!(files.own_slot().slot(), Some(slot(1)));
         assert_eq!(usage.pending()["metrics"][0]["bucket"]["yes"].as_u64(), Some(5));
-        spools.save(b"ours".to_vec()).await.unwrap();
+        files.save(b"ours".to_vec()).await.unwrap();
         assert_eq!(store.load(&Key::Usage(slot(1))).await.unwrap().unwrap(), b"ours");
     }
 }

@@ -1,4 +1,4 @@
-//! Long-lived tasks: started here, and started again when they die of a panic.
+//! Supervises long-lived tasks: restarts those that panic.
 
 use std::{future::Future, time::Duration};
 
@@ -6,17 +6,17 @@ use metrics::{counter, describe_counter};
 use tokio::{task::JoinSet, time::sleep};
 use tracing::error;
 
-/// How long a task that panicked waits before it starts again.
+/// Delay before a task restarts after a panic.
 const RESTART_AFTER: Duration = Duration::from_secs(1);
 
 const RESTARTS: &str = "parapet_task_restarts_total";
 
-/// The tasks of a running instance; dropping them ends them.
+/// The tasks of a running instance; dropping this aborts them.
 #[derive(Debug, Default)]
 pub(super) struct Tasks(JoinSet<()>);
 
 impl Tasks {
-    /// Runs a task on what it works with, again after each panic, until it returns.
+    /// Runs a task with its arguments, again after each panic, until it returns.
     pub(super) fn spawn<T, F>(
         &mut self,
         name: &'static str,
@@ -26,26 +26,26 @@ impl Tasks {
         T: Clone + Send + 'static,
         F: Future<Output = ()> + Send + 'static,
     {
-        describe_counter!(RESTARTS, "Tasks that panicked and were started again");
+        describe_counter!(RESTARTS, "Tasks that were restarted after a panic");
         self.0.spawn(async move {
             // Owned by this future, so that aborting it aborts the task.
             let mut running = JoinSet::new();
             loop {
                 running.spawn(task(with.clone()));
                 let Some(Err(panic)) = running.join_next().await else { return };
-                error!(task = name, %panic, "A task panicked and is started again");
+                error!(task = name, %panic, "A task panicked and restarts in 1 s");
                 counter!(RESTARTS, "task" => name).increment(1);
                 sleep(RESTART_AFTER).await;
             }
         });
     }
 
-    /// Ends every task where it stands.
+    /// Aborts all tasks.
     pub(super) async fn end(mut self) {
         self.0.shutdown().await;
     }
 
-    /// Waits until every task has returned.
+    /// Waits until all tasks have returned.
     pub(super) async fn join(mut self) {
         while self.0.join_next().await.is_some() {}
     }
@@ -61,7 +61,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn a_task_that_panics_is_started_again_until_it_returns() {
+    async fn panicking_task_is_restarted_until_it_returns() {
         let runs = Arc::new(AtomicU32::new(0));
         let mut tasks = Tasks::default();
         tasks.spawn("test", Arc::clone(&runs), |runs| async move {

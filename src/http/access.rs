@@ -1,15 +1,15 @@
-//! Who may connect, by address: allow and deny lists, and which proxies are believed.
+//! Client addresses: allow and deny lists, and the address that trusted proxies forward.
 //!
-//! A client has two addresses. The verified one, which it cannot choose, counts for lists, throttles,
-//! shares and the audit log. The one that flags are evaluated for may be what the client claims, where
-//! any proxy is believed.
+//! A client has two addresses. The verified one, which the client cannot choose, is used for the lists,
+//! rate limits, stream limits and the audit log. The one for evaluation may be an address that the
+//! client claims, if every proxy is trusted.
 //!
-//! A proxy's word is its `X-Forwarded-For`; `Forwarded` (RFC 7239) counts only where that is absent.
-//! Nearly every proxy sets the former and hands the latter through as the client sent it, so that a
-//! client could choose its address if `Forwarded` were read beside or before the other. A proxy that
-//! sets `Forwarded` alone has to remove the client's `X-Forwarded-For`.
+//! The forwarded address is read from `X-Forwarded-For`; `Forwarded` (RFC 7239) is read only if that
+//! header is absent. Nearly every proxy sets the former and passes the latter on as the client sent it,
+//! so a client could choose its address if `Forwarded` were read as well. A proxy that sets only
+//! `Forwarded` has to remove the client's `X-Forwarded-For`.
 //!
-//! Tokens are none of its business.
+//! This module does not look at tokens.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -23,36 +23,36 @@ pub struct Config {
     pub allow: Vec<IpNet>,
     /// These networks are never served.
     pub deny: Vec<IpNet>,
-    /// Whose word on the client's address is believed.
+    /// The proxies whose forwarded addresses are trusted.
     pub proxies: Proxies,
 }
 
-/// Whose `Forwarded` and `X-Forwarded-For` headers are believed.
+/// The proxies whose `Forwarded` and `X-Forwarded-For` headers are trusted.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub enum Proxies {
-    /// Nobody's: the client is the peer.
+    /// No proxy: the client is the peer.
     #[default]
     None,
-    /// Anybody's (`--trust-proxy` alone): flags are evaluated for the leftmost address, as by Unleash
-    /// Edge. Since clients can write it, the verified address is the peer's.
+    /// Any proxy (`--trust-proxy` alone): flags are evaluated for the leftmost address, as Unleash Edge
+    /// does. Clients can write that address, so the verified address is the peer's.
     Any,
-    /// Those of these networks: the rightmost address outside them is the client.
+    /// Proxies in these networks: the rightmost address outside them is the client.
     Only(Vec<IpNet>),
 }
 
 /// The addresses of a client.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Client {
-    /// The one that it cannot choose.
+    /// The address that the client cannot choose.
     pub verified: IpAddr,
-    /// The one that flags are evaluated for.
+    /// The address that flags are evaluated for.
     pub evaluated: IpAddr,
 }
 
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 
 impl Config {
-    /// Whether requests of this address are served.
+    /// Whether requests from this address are served.
     pub fn serves(&self, client: IpAddr) -> bool {
         let listed = |list: &[IpNet]| list.iter().any(|network| network.contains(&client));
         !listed(&self.deny) && (self.allow.is_empty() || listed(&self.allow))
@@ -70,26 +70,26 @@ impl Proxies {
         Client { verified, evaluated }
     }
 
-    /// The rightmost address that is not of a named proxy.
+    /// The rightmost address that does not belong to a trusted proxy.
     ///
-    /// An address that cannot be read ends the search: nothing further left can be believed.
+    /// An unreadable address ends the search: nothing to the left of it can be trusted.
     fn verified(&self, peer: SocketAddr, headers: &HeaderMap) -> IpAddr {
         let peer = peer.ip().to_canonical();
         let trusted = match self {
             Self::None | Self::Any => return peer,
             Self::Only(networks) => networks,
         };
-        let believed = |address: &IpAddr| trusted.iter().any(|network| network.contains(address));
+        let is_trusted = |address: &IpAddr| trusted.iter().any(|network| network.contains(address));
         let mut client = peer;
         for hop in hops(headers).into_iter().rev() {
-            let (true, Some(hop)) = (believed(&client), hop) else { break };
+            let (true, Some(hop)) = (is_trusted(&client), hop) else { break };
             client = hop;
         }
         client
     }
 }
 
-/// The addresses that the headers tell, the client's first; `None` for one that cannot be read.
+/// The addresses in the forwarding headers, the client's first; `None` for an unreadable one.
 fn hops(headers: &HeaderMap) -> Vec<Option<IpAddr>> {
     if headers.contains_key(X_FORWARDED_FOR) {
         return items(headers, &X_FORWARDED_FOR).map(|item| address(item?)).collect();
@@ -104,8 +104,8 @@ fn hops(headers: &HeaderMap) -> Vec<Option<IpAddr>> {
     forwarded.collect()
 }
 
-/// The items of a list; `None` for one that is no text. What a client has sent stands left of what a
-/// proxy has added to the same list, and must not keep that from being read.
+/// The items of a comma-separated header; `None` for an item that is not UTF-8. Items sent by the client
+/// stand to the left of those a proxy appends, and must not make the latter unreadable.
 fn items<'a>(
     headers: &'a HeaderMap,
     name: &'a HeaderName,
@@ -119,7 +119,7 @@ fn items<'a>(
         .map(|item| str::from_utf8(item).ok())
 }
 
-/// An address as proxies write it: bare, with a port, in brackets.
+/// Parses an address as proxies write it: bare, with a port, or in brackets.
 fn address(node: &str) -> Option<IpAddr> {
     let address = match (node.parse::<SocketAddr>(), node.parse::<IpAddr>()) {
         (Ok(socket), _) => socket.ip(),
@@ -145,25 +145,25 @@ mod tests {
     }
 
     #[track_caller]
-    fn check_all(proxies: &Proxies, told: &[(&'static str, &[u8])], expect: &str) {
+    fn check_all(proxies: &Proxies, sent: &[(&'static str, &[u8])], expect: &str) {
         let mut headers = HeaderMap::new();
-        for (name, value) in told {
+        for (name, value) in sent {
             headers.append(*name, HeaderValue::from_bytes(value).unwrap());
         }
         let peer = "[::ffff:10.0.0.1]:4000".parse().unwrap();
         let Client { verified, evaluated } = proxies.client(peer, &headers);
-        assert_eq!(evaluated.to_string(), expect, "{told:?}");
+        assert_eq!(evaluated.to_string(), expect, "{sent:?}");
         let is_chosen = *proxies == Proxies::Any;
-        assert_eq!(verified.to_string(), if is_chosen { "10.0.0.1" } else { expect }, "{told:?}");
+        assert_eq!(verified.to_string(), if is_chosen { "10.0.0.1" } else { expect }, "{sent:?}");
     }
 
     #[test]
-    fn without_trusted_proxies_the_client_is_the_peer() {
+    fn client_is_the_peer_without_trusted_proxies() {
         check(&Proxies::None, "x-forwarded-for", "1.2.3.4", "10.0.0.1");
     }
 
     #[test]
-    fn with_any_proxy_trusted_flags_are_evaluated_for_the_leftmost_address() {
+    fn leftmost_address_is_used_for_evaluation_when_any_proxy_is_trusted() {
         check(&Proxies::Any, "x-forwarded-for", "1.2.3.4, 5.6.7.8", "1.2.3.4");
         check(&Proxies::Any, "forwarded", "for=1.2.3.4;proto=http, for=5.6.7.8", "1.2.3.4");
         check(&Proxies::Any, "forwarded", "For=\"[2001:db8::1]:99\"", "2001:db8::1");
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn with_named_proxies_an_address_is_believed_only_from_one_of_them() {
+    fn forwarded_address_is_trusted_only_from_a_trusted_proxy() {
         let ours = Proxies::Only(networks(&["10.0.0.0/8"]));
         check(&ours, "x-forwarded-for", "6.6.6.6, 1.2.3.4", "1.2.3.4");
         check(&ours, "x-forwarded-for", "6.6.6.6, 1.2.3.4, 10.9.9.9", "1.2.3.4");
@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn a_client_does_not_choose_its_address_by_the_header_that_its_proxy_hands_through() {
+    fn client_cannot_choose_its_address_by_a_header_that_the_proxy_passes_on() {
         let ours = Proxies::Only(networks(&["10.0.0.0/8"]));
         let set_by_proxy = ("x-forwarded-for", &b"1.2.3.4"[..]);
         for proxies in [&ours, &Proxies::Any] {
@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn deny_wins_over_allow_and_an_empty_allow_list_is_everybody() {
+    fn deny_list_overrides_allow_list_and_empty_allow_list_allows_all() {
         let check = |allow: &[&str], deny: &[&str], client: &str, expect| {
             let (allow, deny) = (networks(allow), networks(deny));
             let config = Config { allow, deny, proxies: Proxies::None };

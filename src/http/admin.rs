@@ -1,8 +1,9 @@
-//! The admin listener: the console, what operators ask, and beside it all that SDKs and other edges
-//! may ask, so that this one address is a whole upstream.
+//! The admin listener: the console, the admin API, and all SDK endpoints, so that this one address is a
+//! complete upstream for other edges.
 //!
-//! One table (`operation`) says what can be asked; here it is decided who asks, and each call finds
-//! its answer in the module of its topic. Who may do what is judged by [`crate::control`].
+//! One table (`operation`) lists all operations. This module matches a request to its operation,
+//! authenticates the caller and calls the handler, which stands in the module of its topic. Permissions
+//! are checked by [`crate::control_plane`].
 
 mod accounts;
 mod body;
@@ -18,6 +19,7 @@ mod records;
 mod relay;
 mod session;
 mod tokens;
+mod usage;
 
 use std::{
     collections::BTreeSet,
@@ -31,23 +33,24 @@ use hyper::{HeaderMap, Method, Request, body::Incoming, header::HeaderName, http
 use serde_json::Value;
 
 use self::{
-    body::Query,
-    caller::{Caller, Gate},
-    catalogue::Catalogue,
+    body::QueryParams,
+    caller::{AuthenticatedCaller, Authentication},
+    catalogue::FlagCatalogue,
     operation::{
-        Access, Arguments, Call, ControlCall, Found, InstanceCall, NotFound, OpenCall, Operation,
+        Access, ControlPlaneOperation, InstanceOperation, MatchedOperation, NoMatch, Operation,
+        OperationId, PathParams, PublicOperation,
     },
-    relay::Here,
-    tokens::Wanted,
+    relay::RelayContext,
+    tokens::TokenFilter,
 };
 pub use self::{
-    insight::{Door, Identity, Insight},
+    insight::{DataEndpoint, InstanceIdentity, InstanceStatus},
     relay::Relay,
 };
 use super::{
     console,
     data::Data,
-    listener::{Answer, ConnectionInfo, Service},
+    listener::{ConnectionInfo, HttpService, ServiceResponse},
     meter::Subject,
     payload::Arriving,
     reply::{self, Failure, Reply},
@@ -55,88 +58,86 @@ use super::{
 };
 use crate::control::Control;
 
-/// The API's document, which is the same for every instance.
-static DOCUMENT: LazyLock<Bytes> = LazyLock::new(|| openapi::document().to_string().into());
+/// The OpenAPI document, which is the same for every instance.
+static OPENAPI_DOCUMENT: LazyLock<Bytes> = LazyLock::new(|| openapi::document().to_string().into());
 
-/// The admin listener's service.
+/// The service of the admin listener.
 #[derive(Debug)]
-pub struct Admin {
-    /// What there is to see of the instance.
-    pub insight: Insight,
-    /// Accounts, tokens and the audit log, where they are kept here.
-    pub control: Option<Control>,
-    /// The server that has them instead, where its admin API is passed on.
+pub struct AdminService {
+    /// The state of the instance.
+    pub instance: InstanceStatus,
+    /// Accounts, tokens and the audit log; `None` if upstream manages them.
+    pub control_plane: Option<Control>,
+    /// The upstream server whose admin API is relayed, if any.
     pub relay: Option<Relay>,
-    /// The header in which operators present their token.
+    /// The request header with the operator's token.
     pub token_header: HeaderName,
-    /// Endpoints that answer as if they did not exist.
-    pub disabled: BTreeSet<Endpoint>,
-    /// Whether this listener's connections are encrypted; its cookies are then `Secure`.
+    /// Endpoints that return 404.
+    pub disabled_endpoints: BTreeSet<Endpoint>,
+    /// Whether this listener uses TLS. Its cookies are then `Secure`.
     pub is_tls: bool,
-    /// What SDKs and other edges ask.
-    pub data: Arc<Data>,
+    /// The SDK endpoints.
+    pub sdk: Arc<Data>,
 }
 
-impl Service for Admin {
+impl HttpService for AdminService {
     fn call(
         self: &Arc<Self>,
         request: Request<Incoming>,
         connection: &Arc<ConnectionInfo>,
-    ) -> Answer {
-        if self.data.serves(request.uri().path()) {
-            return self.data.call(request, connection);
+    ) -> ServiceResponse {
+        if self.sdk.serves(request.uri().path()) {
+            return self.sdk.call(request, connection);
         }
         let (started, admin, peer) = (Instant::now(), Arc::clone(self), connection.peer);
-        Answer::later(async move { admin.answer(request, peer, started).await })
+        ServiceResponse::deferred(async move { admin.handle(request, peer, started).await })
     }
 }
 
-/// The longest body of a request without an operator, as of a sign-in, in bytes.
-const LONGEST_OPEN_BODY: usize = 16 << 10;
+/// The maximum body size of an unauthenticated request, such as a sign-in, in bytes.
+const MAX_UNAUTHENTICATED_BODY_BYTES: usize = 16 << 10;
 
-/// The template under which the console's files are counted.
-const CONSOLE: &str = "/console/{file}";
+/// The path template of the console's files in metrics.
+const CONSOLE_TEMPLATE: &str = "/console/{file}";
 
-/// The template under which all is counted that upstream answers.
-const RELAYED: &str = "/api/admin/{relayed}";
+/// The path template of relayed requests in metrics.
+const RELAYED_TEMPLATE: &str = "/api/admin/{relayed}";
 
-/// What the client of a request is told whose time is over; what it asked for may be done still.
-const TOOK_TOO_LONG: Failure = Failure::Unavailable {
-    what: "the answer took longer than a request may",
-    retry_after: Duration::from_secs(5),
-};
+/// The response to a request that timed out. Its operation may still complete.
+const REQUEST_TIMED_OUT: Failure =
+    Failure::Unavailable { what: "the request timed out", retry_after: Duration::from_secs(5) };
 
-/// The templates of all that operators can ask, for a [`Meter`](super::meter::Meter).
-pub fn templates() -> impl Iterator<Item = &'static str> {
+/// The path templates of all operations, for [`RequestMetrics`](super::meter::RequestMetrics).
+pub fn path_templates() -> impl Iterator<Item = &'static str> {
     let operations = operation::OPERATIONS.iter().map(|operation| operation.path);
-    operations.chain([CONSOLE, RELAYED])
+    operations.chain([CONSOLE_TEMPLATE, RELAYED_TEMPLATE])
 }
 
-impl Admin {
-    async fn answer(
+impl AdminService {
+    async fn handle(
         &self,
         request: Request<Incoming>,
         peer: SocketAddr,
         started: Instant,
     ) -> Reply {
         let (head, body) = request.into_parts();
-        let mut body = Arriving::new(body, started, self.data.settings.request_timeout);
-        let access = &self.data.settings.access;
+        let mut body = Arriving::new(body, started, self.sdk.settings.request_timeout);
+        let access = &self.sdk.settings.access;
         let address = access.proxies.client(peer, &head.headers).verified;
         let (subject, reply) = match normalise(head.uri.path(), "") {
             _ if !access.serves(address) => (Subject::Unknown, Err(Failure::Blocked)),
-            Some(path) => self.serve(&path, &head, &mut body, address, started).await,
+            Some(path) => self.route(&path, &head, &mut body, address, started).await,
             None => (Subject::Unknown, Err(Failure::NotFound)),
         };
         body.discard().await;
         let mut reply = reply::without_body(&head.method, reply.unwrap_or_else(Reply::from));
         reply::protect(&mut reply);
-        self.data.meter.record(subject, &head.method, &reply, started.elapsed());
+        self.sdk.meter.record(subject, &head.method, &reply, started.elapsed());
         reply
     }
 
-    /// The answer, and what it is counted as.
-    async fn serve(
+    /// Routes a request. Returns its label in metrics and its response.
+    async fn route(
         &self,
         path: &str,
         head: &Parts,
@@ -145,34 +146,34 @@ impl Admin {
         started: Instant,
     ) -> (Subject<'static>, Result<Reply, Failure>) {
         if let Some(file) = self.console_file(&head.method, path, &head.headers).await {
-            return (Subject::Operation(CONSOLE), Ok(file));
+            return (Subject::Operation(CONSOLE_TEMPLATE), Ok(file));
         }
-        if let Some(relay) = self.relay.as_ref().filter(|_| relay::concerns(path)) {
-            let reply = self.pass_on(relay, head, path, body, address);
-            return (Subject::Operation(RELAYED), self.in_time(started, reply).await);
+        if let Some(relay) = self.relay.as_ref().filter(|_| relay::is_relayed(path)) {
+            let reply = self.relay_request(relay, head, path, body, address);
+            return (Subject::Operation(RELAYED_TEMPLATE), self.with_timeout(started, reply).await);
         }
-        match self.find(&head.method, path) {
+        match self.find_operation(&head.method, path) {
             Ok(found) => {
                 let subject = Subject::Operation(found.operation.path);
-                let reply = self.perform(&found, head, body, address);
-                (subject, self.in_time(started, reply).await)
+                let reply = self.dispatch(&found, head, body, address);
+                (subject, self.with_timeout(started, reply).await)
             }
             Err(failure) => (Subject::Unknown, Err(failure)),
         }
     }
 
-    /// The answer, or that it has taken longer than one may.
-    async fn in_time(
+    /// Awaits a response until the deadline of its request.
+    async fn with_timeout(
         &self,
         started: Instant,
         reply: impl Future<Output = Result<Reply, Failure>>,
     ) -> Result<Reply, Failure> {
-        let deadline = started + self.data.settings.request_timeout;
+        let deadline = started + self.sdk.settings.request_timeout;
         let reply = tokio::time::timeout_at(deadline.into(), reply).await;
-        reply.unwrap_or(Err(TOOK_TOO_LONG))
+        reply.unwrap_or(Err(REQUEST_TIMED_OUT))
     }
 
-    async fn pass_on(
+    async fn relay_request(
         &self,
         relay: &Relay,
         head: &Parts,
@@ -180,77 +181,87 @@ impl Admin {
         body: &mut Arriving,
         address: IpAddr,
     ) -> Result<Reply, Failure> {
-        let body = body.read(&head.headers, self.data.settings.body_bytes).await?;
-        let (token_header, auth) = (&self.token_header, &self.insight.auth);
-        relay.pass(Here { token_header, auth }, head, path, body, address).await
+        let body = body.read(&head.headers, self.sdk.settings.body_bytes).await?;
+        let (token_header, auth) = (&self.token_header, &self.instance.auth);
+        relay.forward(RelayContext { token_header, auth }, head, path, body, address).await
     }
 
-    fn find<'a>(&self, method: &Method, path: &'a str) -> Result<Found<'a>, Failure> {
+    fn find_operation<'a>(
+        &self,
+        method: &Method,
+        path: &'a str,
+    ) -> Result<MatchedOperation<'a>, Failure> {
         let found = operation::find(method, path).map_err(|missing| match missing {
-            NotFound::Path => Failure::NotFound,
-            NotFound::Method(known) => Failure::Method(known.into()),
+            NoMatch::UnknownPath => Failure::NotFound,
+            NoMatch::MethodNotAllowed(known) => Failure::Method(known.into()),
         })?;
-        let is_off = |endpoint| self.disabled.contains(&endpoint);
-        if found.operation.endpoint.is_some_and(is_off) {
+        let is_off = |endpoint| self.disabled_endpoints.contains(&endpoint);
+        if found.operation.disabled_by.is_some_and(is_off) {
             Err(Failure::NotFound)
         } else {
             Ok(found)
         }
     }
 
-    async fn perform(
+    async fn dispatch(
         &self,
-        found: &Found<'_>,
+        found: &MatchedOperation<'_>,
         head: &Parts,
         body: &mut Arriving,
         address: IpAddr,
     ) -> Result<Reply, Failure> {
-        let Found { operation, arguments } = found;
-        match operation.call {
-            Call::Open(call) => {
-                let body = self.body(operation, head, body).await?;
-                self.open(call, head, address, &body).await
+        let MatchedOperation { operation, path_params: arguments } = found;
+        match operation.id {
+            OperationId::Open(call) => {
+                let body = self.read_body(operation, head, body).await?;
+                self.dispatch_public(call, head, address, &body).await
             }
-            Call::Instance(call) => {
-                let (caller, body) = self.admit_with(found, head, body, address).await?;
-                self.of_instance(call, &caller, arguments, head, &body)
+            OperationId::Instance(call) => {
+                let (caller, body) =
+                    self.authorize_and_read_body(found, head, body, address).await?;
+                self.dispatch_instance(call, &caller, arguments, head, &body)
             }
-            Call::Control(call) => {
-                let (caller, body) = self.admit_with(found, head, body, address).await?;
-                self.of_control(call, &caller, arguments, head, &body).await
+            OperationId::Control(call) => {
+                let (caller, body) =
+                    self.authorize_and_read_body(found, head, body, address).await?;
+                self.dispatch_control_plane(call, &caller, arguments, head, &body).await
             }
         }
     }
 
-    /// Who asks, if they may at all, and with which body.
+    /// Authorizes the caller and reads the body.
     ///
-    /// That is judged before anything is read, whose mistakes would be told first; and again when all
-    /// has come, for which a client may take seconds: its account or its token may be gone by then.
-    async fn admit_with(
+    /// Authorization happens before the body is read, so that an unauthorized caller sees no errors of
+    /// its body. It happens again afterwards, because a client may take seconds to send a body, and its
+    /// account or token may be deleted meanwhile.
+    async fn authorize_and_read_body(
         &self,
-        found: &Found<'_>,
+        found: &MatchedOperation<'_>,
         head: &Parts,
         body: &mut Arriving,
         address: IpAddr,
-    ) -> Result<(Caller, Bytes), Failure> {
-        let caller = self.admit(found, head, address).await?;
+    ) -> Result<(AuthenticatedCaller, Bytes), Failure> {
+        let caller = self.authorize(found, head, address).await?;
         if found.operation.body.is_none() {
             return Ok((caller, Bytes::new()));
         }
-        let body = self.body(found.operation, head, body).await?;
-        Ok((self.admit(found, head, address).await?, body))
+        let body = self.read_body(found.operation, head, body).await?;
+        Ok((self.authorize(found, head, address).await?, body))
     }
 
-    async fn admit(
+    async fn authorize(
         &self,
-        found: &Found<'_>,
+        found: &MatchedOperation<'_>,
         head: &Parts,
         address: IpAddr,
-    ) -> Result<Caller, Failure> {
+    ) -> Result<AuthenticatedCaller, Failure> {
         let operation = found.operation;
-        let caller = self.gate().admit(head, address, operation.method.changes()).await?;
-        if let (Access::Admin, Some(control)) = (operation.access, &self.control) {
-            let path = match found.arguments[0].parse::<i64>() {
+        let caller = self
+            .authentication()
+            .authenticate(head, address, operation.method.is_mutation())
+            .await?;
+        if let (Access::Admin, Some(control)) = (operation.access, &self.control_plane) {
+            let path = match found.path_params[0].parse::<i64>() {
                 Ok(id) => operation.path.replace("{id}", &id.to_string()),
                 Err(_) => operation.path.to_owned(),
             };
@@ -260,7 +271,7 @@ impl Admin {
         Ok(caller)
     }
 
-    async fn body(
+    async fn read_body(
         &self,
         operation: &Operation,
         head: &Parts,
@@ -268,10 +279,14 @@ impl Admin {
     ) -> Result<Bytes, Failure> {
         match operation.body {
             Some(_) => {
-                let limit = match operation.call {
-                    // Anybody may send it.
-                    Call::Open(_) => LONGEST_OPEN_BODY.min(self.data.settings.body_bytes),
-                    Call::Instance(_) | Call::Control(_) => self.data.settings.body_bytes,
+                let limit = match operation.id {
+                    // The request is not authenticated.
+                    OperationId::Open(_) => {
+                        MAX_UNAUTHENTICATED_BODY_BYTES.min(self.sdk.settings.body_bytes)
+                    }
+                    OperationId::Instance(_) | OperationId::Control(_) => {
+                        self.sdk.settings.body_bytes
+                    }
                 };
                 body.read(&head.headers, limit).await
             }
@@ -280,145 +295,153 @@ impl Admin {
     }
 
     fn status(&self) -> Value {
-        let mut status = self.insight.status();
-        status["consoleFor"] = match (&self.control, &self.relay) {
+        let mut status = self.instance.status();
+        status["consoleFor"] = match (&self.control_plane, &self.relay) {
             (Some(_), _) => "parapet".into(),
             (None, Some(_)) => "unleash".into(),
             (None, None) => Value::Null,
         };
-        let database = self.control.as_ref().map(Control::database);
-        status["database"] = database.as_ref().map_or(Value::Null, insight::database);
+        let database = self.control_plane.as_ref().map(Control::database);
+        status["database"] = database.as_ref().map_or(Value::Null, insight::database_status);
         status
     }
 
-    /// A file of the console, where there is something to sign in to.
+    /// A file of the console. `None` without accounts and relay: there is no sign-in.
     async fn console_file(
         &self,
         method: &Method,
         path: &str,
         headers: &HeaderMap,
     ) -> Option<Reply> {
-        let nobody_signs_in = self.control.is_none() && self.relay.is_none();
-        if nobody_signs_in || !matches!(*method, Method::GET | Method::HEAD) {
+        let has_no_sign_in = self.control_plane.is_none() && self.relay.is_none();
+        if has_no_sign_in || !matches!(*method, Method::GET | Method::HEAD) {
             return None;
         }
         console::file(path, headers).await
     }
 
-    fn gate(&self) -> Gate<'_> {
-        let (token_header, auth) = (&self.token_header, &self.insight.auth);
-        let (control, relay) = (self.control.as_ref(), self.relay.as_ref());
-        Gate { token_header, auth, control, relay, is_tls: self.is_tls }
+    fn authentication(&self) -> Authentication<'_> {
+        let (token_header, auth) = (&self.token_header, &self.instance.auth);
+        let (control, relay) = (self.control_plane.as_ref(), self.relay.as_ref());
+        Authentication { token_header, auth, control_plane: control, relay, is_tls: self.is_tls }
     }
 
-    /// What is kept here, or why that is not so.
-    fn control(&self) -> Result<&Control, Failure> {
-        self.control.as_ref().ok_or_else(|| {
+    /// The control plane, or the error that this instance has none.
+    fn require_control_plane(&self) -> Result<&Control, Failure> {
+        self.control_plane.as_ref().ok_or_else(|| {
             Failure::Missing(
-                "this instance has no accounts and tokens of its own; those of its upstream count"
+                "this instance manages no accounts and tokens; use those of its upstream"
                     .to_owned(),
             )
         })
     }
 
-    /// What everybody may ask.
-    async fn open(
+    /// Handles an operation that needs no authentication.
+    async fn dispatch_public(
         &self,
-        call: OpenCall,
+        call: PublicOperation,
         head: &Parts,
         address: IpAddr,
         body: &Bytes,
     ) -> Result<Reply, Failure> {
-        let ops = &self.insight.ops;
+        let ops = &self.instance.ops;
         match call {
-            OpenCall::Live => Ok(ops.health()),
-            OpenCall::Ready => Ok(ops.ready()),
-            OpenCall::Metrics => Ok(ops.metrics()),
-            OpenCall::Document => Ok(reply::ok(DOCUMENT.clone())),
-            OpenCall::SignIn => {
-                session::sign_in(self.control()?, &head.headers, self.is_tls, address, body).await
+            PublicOperation::Live => Ok(ops.health()),
+            PublicOperation::Ready => Ok(ops.ready()),
+            PublicOperation::Metrics => Ok(ops.metrics()),
+            PublicOperation::Document => Ok(reply::ok(OPENAPI_DOCUMENT.clone())),
+            PublicOperation::SignIn => {
+                let control = self.require_control_plane()?;
+                session::sign_in(control, &head.headers, self.is_tls, address, body).await
             }
-            OpenCall::SignOut => {
-                session::sign_out(self.control()?, &head.headers, self.is_tls, address).await
+            PublicOperation::SignOut => {
+                let control = self.require_control_plane()?;
+                session::sign_out(control, &head.headers, self.is_tls, address).await
             }
         }
     }
 
-    /// What is told from memory, to every operator alike.
-    fn of_instance(
+    /// Handles an operation on the state of this instance, which is in memory and open to all operators.
+    fn dispatch_instance(
         &self,
-        call: InstanceCall,
-        caller: &Caller,
-        [name, _]: &Arguments<'_>,
+        call: InstanceOperation,
+        caller: &AuthenticatedCaller,
+        [name, _]: &PathParams<'_>,
         head: &Parts,
         body: &Bytes,
     ) -> Result<Reply, Failure> {
-        let insight = &self.insight;
-        let environment = || Query::of(head.uri.query()).required("environment");
-        let catalogue = || Catalogue::of(&insight.snapshots);
+        let insight = &self.instance;
+        let environment = || QueryParams::new(head.uri.query()).required("environment");
+        let catalogue = || FlagCatalogue::from_snapshots(&insight.snapshots);
         match call {
-            InstanceCall::Status => Ok(reply::ok(self.status().to_string())),
-            InstanceCall::Features => Ok(reply::ok(insight.features())),
-            InstanceCall::KnownTokens => Ok(reply::ok(insight.tokens().to_string())),
-            InstanceCall::MetricsBatch => Ok(reply::ok(insight.usage.pending().to_string())),
-            InstanceCall::InstanceData => Ok(reply::ok(insight.instance_data().to_string())),
-            InstanceCall::Me => Ok(session::me(caller)),
-            InstanceCall::Environments => Ok(catalogue().environments()),
-            InstanceCall::Projects => Ok(catalogue().projects()),
-            InstanceCall::Flags => catalogue().flags(&environment()?),
-            InstanceCall::Flag => catalogue().flag(&environment()?, name),
-            InstanceCall::Explain => explain::explain(&insight.snapshots, body),
+            InstanceOperation::Status => Ok(reply::ok(self.status().to_string())),
+            InstanceOperation::Features => Ok(reply::ok(insight.features())),
+            InstanceOperation::KnownTokens => Ok(reply::ok(insight.tokens().to_string())),
+            InstanceOperation::MetricsBatch => Ok(reply::ok(insight.usage.pending().to_string())),
+            InstanceOperation::InstanceData => Ok(reply::ok(insight.instance_data().to_string())),
+            InstanceOperation::Me => Ok(session::current_user(caller)),
+            InstanceOperation::Environments => Ok(catalogue().list_environments()),
+            InstanceOperation::Projects => Ok(catalogue().list_projects()),
+            InstanceOperation::Flags => catalogue().list_flags(&environment()?),
+            InstanceOperation::Flag => catalogue().get_flag(&environment()?, name),
+            InstanceOperation::Explain => explain::explain(&insight.snapshots, body),
         }
     }
 
-    /// What the control plane has a say in.
-    async fn of_control(
+    /// Handles an operation of the control plane.
+    async fn dispatch_control_plane(
         &self,
-        call: ControlCall,
-        caller: &Caller,
-        [first, second]: &Arguments<'_>,
+        call: ControlPlaneOperation,
+        caller: &AuthenticatedCaller,
+        [first, second]: &PathParams<'_>,
         head: &Parts,
         body: &Bytes,
     ) -> Result<Reply, Failure> {
-        let control = self.control()?;
+        let control = self.require_control_plane()?;
         let (actor, operator) = (&caller.actor, &caller.actor.operator);
-        let query = Query::of(head.uri.query());
-        let catalogue = || Catalogue::of(&self.insight.snapshots);
+        let query = QueryParams::new(head.uri.query());
+        let catalogue = || FlagCatalogue::from_snapshots(&self.instance.snapshots);
         match call {
-            ControlCall::ChangeOwnPassword => session::change_password(control, caller, body).await,
-            ControlCall::Tokens => Ok(tokens::list(control, actor, Wanted::All)),
-            ControlCall::TokensNamed => Ok(tokens::list(control, actor, Wanted::Named(first))),
-            ControlCall::CreateToken => {
+            ControlPlaneOperation::ChangeOwnPassword => {
+                session::change_password(control, caller, body).await
+            }
+            ControlPlaneOperation::Tokens => Ok(tokens::list(control, actor, TokenFilter::All)),
+            ControlPlaneOperation::TokensNamed => {
+                Ok(tokens::list(control, actor, TokenFilter::Named(first)))
+            }
+            ControlPlaneOperation::CreateToken => {
                 tokens::create(control, actor, &catalogue(), None, body).await
             }
-            ControlCall::UpdateToken => tokens::update(control, actor, first, body).await,
-            ControlCall::DeleteToken => tokens::delete(control, actor, first).await,
-            ControlCall::ProjectTokens => {
+            ControlPlaneOperation::UpdateToken => tokens::update(control, actor, first, body).await,
+            ControlPlaneOperation::DeleteToken => tokens::delete(control, actor, first).await,
+            ControlPlaneOperation::ProjectTokens => {
                 catalogue().require_project(first)?;
-                Ok(tokens::list(control, actor, Wanted::Of(first)))
+                Ok(tokens::list(control, actor, TokenFilter::InProject(first)))
             }
-            ControlCall::CreateProjectToken => {
+            ControlPlaneOperation::CreateProjectToken => {
                 let catalogue = catalogue();
                 catalogue.require_project(first)?;
                 tokens::create(control, actor, &catalogue, Some(first), body).await
             }
-            ControlCall::DeleteProjectToken => {
-                tokens::delete_of_project(control, actor, first, second).await
+            ControlPlaneOperation::DeleteProjectToken => {
+                tokens::delete_from_project(control, actor, first, second).await
             }
-            ControlCall::Users => accounts::list(control, operator, &query).await,
-            ControlCall::CreateUser => accounts::create(control, actor, body).await,
-            ControlCall::User => accounts::show(control, actor, first).await,
-            ControlCall::UpdateUser => accounts::update(control, actor, first, body).await,
-            ControlCall::DeleteUser => accounts::delete(control, actor, first).await,
-            ControlCall::SetPermissions => {
+            ControlPlaneOperation::Users => accounts::list(control, operator, &query).await,
+            ControlPlaneOperation::CreateUser => accounts::create(control, actor, body).await,
+            ControlPlaneOperation::User => accounts::get(control, actor, first).await,
+            ControlPlaneOperation::UpdateUser => {
+                accounts::update(control, actor, first, body).await
+            }
+            ControlPlaneOperation::DeleteUser => accounts::delete(control, actor, first).await,
+            ControlPlaneOperation::SetPermissions => {
                 accounts::set_permissions(control, actor, first, body).await
             }
-            ControlCall::ResetPassword => {
+            ControlPlaneOperation::ResetPassword => {
                 accounts::reset_password(control, actor, first, body).await
             }
-            ControlCall::Events => records::events(control, operator, &query).await,
-            ControlCall::Applications => records::applications(control).await,
-            ControlCall::FlagUsage => records::usage(control, first, &query).await,
+            ControlPlaneOperation::Events => records::list_events(control, operator, &query).await,
+            ControlPlaneOperation::Applications => usage::list_applications(control).await,
+            ControlPlaneOperation::FlagUsage => usage::flag_usage(control, first, &query).await,
         }
     }
 }

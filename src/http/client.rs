@@ -1,4 +1,4 @@
-//! The API of server SDKs: flag configuration as it is.
+//! The client API, for server SDKs: flag configuration as Unleash sent it. It evaluates nothing.
 
 mod changes;
 
@@ -20,7 +20,7 @@ use crate::{
     wire::delta::EventId,
 };
 
-/// `/api/client/features`: everything that the token sees and the query leaves.
+/// `/api/client/features`: the flags in the token's scope that match the query.
 pub fn features(
     headers: &HeaderMap,
     query: &str,
@@ -30,7 +30,7 @@ pub fn features(
     Ok(snapshot.listing(&scope.projects, filter(query)?, segments(headers)))
 }
 
-/// `/api/client/features/{name}`: one flag, if the token sees it.
+/// `/api/client/features/{name}`: one flag, if it is in the token's scope.
 pub async fn feature(
     headers: &HeaderMap,
     name: &str,
@@ -49,8 +49,8 @@ pub async fn feature(
     Ok(reply::body(headers, &Arc::new(Body::new(text.into())), Freshness::Unsaid).await)
 }
 
-/// `/api/client/delta`: what has changed since the state that `If-None-Match` names; everything,
-/// where it names none that is known. `None` where there are no flags.
+/// `/api/client/delta`: the changes since the state in `If-None-Match`, or all flags if that state is
+/// missing or not in the history. `None` if the environment has no flags yet.
 pub async fn delta(headers: &HeaderMap, topic: Topic, feed: &Feed) -> Option<Reply> {
     let frame = feed.since(&Arc::new(topic), state_of(headers.get(IF_NONE_MATCH)))?;
     Some(match frame.news() {
@@ -59,24 +59,25 @@ pub async fn delta(headers: &HeaderMap, topic: Topic, feed: &Feed) -> Option<Rep
     })
 }
 
-/// The number of a state in an entity tag, or on its own.
+/// Parses a state id, either bare or as an entity tag.
 pub fn state_of(value: Option<&HeaderValue>) -> Option<EventId> {
     let text = value?.to_str().ok()?.trim();
     let opaque = text.strip_prefix("W/").unwrap_or(text).trim_matches('"');
     opaque.parse().ok()
 }
 
-/// A flag's name as it stands in a path.
+/// Percent-decodes a flag name from a path.
 pub fn decoded(name: &str) -> Result<std::borrow::Cow<'_, str>, Failure> {
     let malformed = |_| Failure::Malformed("the flag's name is not UTF-8".to_owned());
     percent_decode_str(name).decode_utf8().map_err(malformed)
 }
 
-/// The longest name prefix and the most projects that a query may tell.
+/// The longest `namePrefix` in a query, in bytes.
 const MAX_PREFIX: usize = 255;
+/// The most `project` parameters in a query.
 const MAX_PROJECTS: usize = 500;
 
-/// What the query narrows the token's scope to.
+/// Parses the filter that a query adds to the token's scope.
 pub fn filter(query: &str) -> Result<Filter, Failure> {
     let mut filter = Filter::default();
     for (name, value) in form_urlencoded::parse(query.as_bytes()) {
@@ -104,13 +105,13 @@ pub fn filter(query: &str) -> Result<Filter, Failure> {
 /// The first client specification whose SDKs resolve segments themselves.
 const KNOWS_SEGMENTS: Version = Version::new(4, 2, 0);
 
-/// In which SDKs tell the client specification that they follow.
+/// The header with the version of the client specification that an SDK implements.
 const CLIENT_SPEC: HeaderName = HeaderName::from_static("unleash-client-spec");
 
-/// How the SDK wants its segments; one that names no specification is older than all that do.
+/// The segment format for the SDK. An SDK that sends no specification version predates segments.
 fn segments(headers: &HeaderMap) -> Segments {
     let Some(version) = headers.get(CLIENT_SPEC) else { return Segments::Inlined };
-    // As it is nearly always written, which is compared without a parser.
+    // Fast path: the common `d.d.d` is compared without a semver parser.
     if let [major @ b'0'..=b'9', b'.', minor @ b'0'..=b'9', b'.', b'0'..=b'9'] = *version.as_bytes()
     {
         return if (major, minor) >= (b'4', b'2') { Segments::Separate } else { Segments::Inlined };
@@ -126,7 +127,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_query_becomes_a_filter_and_a_hostile_one_is_refused() {
+    fn query_is_parsed_to_a_filter_and_an_oversized_one_is_rejected() {
         let parsed = filter("namePrefix=a%2F&project=x&project=y&other=z").unwrap();
         assert_eq!(parsed.name_prefix.as_deref(), Some("a/"));
         assert_eq!(parsed.projects, ["x", "y"].map(Project::new).into());
@@ -135,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn a_state_is_named_by_a_tag_or_by_its_number() {
+    fn state_id_is_parsed_from_an_entity_tag_or_a_number() {
         let check = |text: &'static str, expect| {
             assert_eq!(state_of(Some(&HeaderValue::from_static(text))), expect, "{text}");
         };
@@ -150,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn segments_are_written_out_for_sdks_before_specification_4_2_0() {
+    fn segments_are_inlined_for_sdks_before_specification_4_2_0() {
         let check = |version: Option<&'static str>, expect| {
             let mut headers = HeaderMap::new();
             if let Some(version) = version {

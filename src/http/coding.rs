@@ -1,14 +1,13 @@
-//! Which content coding a client prefers (RFC 9110, 12.5.3).
+//! Negotiates the content coding of a response by `Accept-Encoding` (RFC 9110, 12.5.3).
 
 use hyper::header::{ACCEPT_ENCODING, HeaderMap};
 
 use crate::snapshot::body::Coding;
 
-/// The coding to answer with, of those that are offered: the client's highest weight, and between equals
-/// the one that is smallest on the wire for JSON.
+/// The offered coding with the client's highest weight; between equal weights, the one that makes JSON
+/// smallest.
 ///
-/// The RFC lets a server answer in identity when nothing else is acceptable, so that this never
-/// refuses.
+/// Returns identity if nothing offered is acceptable, as the RFC permits; there is no 406.
 pub fn preferred(headers: &HeaderMap, is_offered: impl Fn(Coding) -> bool) -> Coding {
     let mut named: [Option<u16>; Coding::ALL.len()] = Default::default();
     let mut others = None;
@@ -26,7 +25,7 @@ pub fn preferred(headers: &HeaderMap, is_offered: impl Fn(Coding) -> bool) -> Co
             *place = (*place).max(Some(weight));
         }
     }
-    // The star is for what is not named.
+    // `*` covers the codings that are not listed.
     let weight = |coding: Coding| named[coding as usize].or(others).unwrap_or(0);
     let offered = Coding::ALL.into_iter().filter(|coding| is_offered(*coding));
     let accepted = offered.filter(|coding| weight(*coding) > 0);
@@ -44,7 +43,7 @@ fn of_name(name: &str) -> Option<Coding> {
     }
 }
 
-/// A coding's name and its weight in thousandths.
+/// Splits a list item into the coding's name and its weight in thousandths.
 fn weighed(item: &str) -> (&str, u16) {
     let (name, parameters) = item.split_once(';').unwrap_or((item, ""));
     let weight = parameters.split(';').find_map(|parameter| {
@@ -78,7 +77,7 @@ mod tests {
     }
 
     #[test]
-    fn the_highest_weight_wins_and_then_the_smallest_body() {
+    fn highest_weight_wins_then_smallest_body() {
         check("gzip", Coding::Gzip);
         check("gzip, deflate, br", Coding::Brotli);
         check("gzip;q=1.0, br;q=0.5", Coding::Gzip);
@@ -90,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn a_star_is_for_what_is_not_named() {
+    fn star_covers_codings_that_are_not_listed() {
         check("br;q=0, *", Coding::Zstd);
         check("*, br;q=0", Coding::Zstd);
         check("*;q=0.5, br;q=0", Coding::Zstd);
@@ -100,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_usable_wish_the_body_goes_as_it_is() {
+    fn identity_is_used_when_no_offered_coding_is_acceptable() {
         assert_eq!(preferred(&HeaderMap::new(), |_| true), Coding::Identity);
         check("deflate", Coding::Identity);
         check("gzip;q=nonsense", Coding::Identity);

@@ -1,19 +1,18 @@
-//! `If-None-Match` against strong entity tags (RFC 9110, 8.8.3 and 13.1.2).
+//! Conditional requests: matches `If-None-Match` against strong entity tags (RFC 9110, 8.8.3 and
+//! 13.1.2).
 
 use hyper::header::{HeaderMap, HeaderValue, IF_NONE_MATCH};
 
-/// Whether one of the request's `If-None-Match` headers names the representation of `etag`, or is
-/// `*`.
+/// Whether one of the request's `If-None-Match` headers lists `etag` or is `*`.
 ///
-/// `etag` is a strong tag, quoted. The comparison is weak, as the RFC asks for this header, so that
-/// a tag which a proxy weakened still matches. A body's codings share the opaque part: a suffix
-/// behind a dash names the coding and does not matter here. Text that is no entity tag matches
-/// nothing.
+/// `etag` is a strong tag, quoted. The comparison is weak, as the RFC requires for this header, so a tag
+/// that a proxy weakened still matches. All codings of a body share the opaque part: the suffix after
+/// the dash names the coding and is ignored here. Text that is not an entity tag matches nothing.
 pub fn none_match_names(headers: &HeaderMap, etag: &HeaderValue) -> bool {
     let opaque = etag.as_bytes();
     let opaque = opaque.get(1..opaque.len().saturating_sub(1)).unwrap_or_default();
     let names = |value: &str| value.trim() == "*" || list_names(value, opaque);
-    // The tag as it was given is what clients mostly send back.
+    // Fast path: clients usually send the tag back unchanged.
     headers
         .get_all(IF_NONE_MATCH)
         .iter()
@@ -55,7 +54,7 @@ mod tests {
     }
 
     #[test]
-    fn tags_lists_weak_tags_and_the_star_match() {
+    fn equal_weak_and_listed_tags_and_star_match() {
         check(&["\"abc\""], true);
         check(&["W/\"abc\""], true);
         check(&["\"x\", W/\"y\" ,\"abc\""], true);
@@ -65,7 +64,7 @@ mod tests {
     }
 
     #[test]
-    fn other_and_malformed_tags_do_not() {
+    fn other_and_malformed_tags_do_not_match() {
         for values in [&[][..], &["\"abcd\""], &["abc"], &["\"abc"], &["w/\"abc\""], &[""], &[",,"]]
         {
             check(values, false);

@@ -1,8 +1,8 @@
-//! The console: the page, styles and modules that operators see, as they stand in `console/`.
+//! Serves the console, the web interface for operators: the static files in `console/`.
 //!
-//! They are part of the binary, so that the console is always of the version that it talks to. What
-//! it shows comes from the admin API, asked by the browser: nothing is rendered here, and no file
-//! says who is asking or what is configured.
+//! The files are compiled into the binary, so the console always has the version of its server. The
+//! browser fetches all data from the admin API. Nothing is rendered here, and no file depends on the
+//! user or the configuration.
 
 use std::sync::{Arc, LazyLock};
 
@@ -24,7 +24,7 @@ const STYLES: &str = "text/css; charset=utf-8";
 const MODULE: &str = "text/javascript; charset=utf-8";
 const IMAGE: &str = "image/svg+xml";
 
-/// `console!("a.js" MODULE, …)`: the files below `console/`, served below `/console/`.
+/// `console!("a.js" MODULE, …)` lists files below `console/`, which are served below `/console/`.
 macro_rules! console {
     ($($file:literal $content_type:ident),+ $(,)?) => {
         &[
@@ -44,14 +44,15 @@ const ASSETS: &[Asset] = console![
     "charts.js" MODULE,
     "clipboard.js" MODULE,
     "definition.js" MODULE,
+    "descriptions.js" MODULE,
     "dialog.js" MODULE,
     "dom.js" MODULE,
     "explain.js" MODULE,
     "form.js" MODULE,
     "icon.svg" IMAGE,
     "icons.js" MODULE,
-    "loose.js" MODULE,
-    "notice.js" MODULE,
+    "lenient.js" MODULE,
+    "messages.js" MODULE,
     "prometheus.js" MODULE,
     "router.js" MODULE,
     "session.js" MODULE,
@@ -61,7 +62,6 @@ const ASSETS: &[Asset] = console![
     "table.js" MODULE,
     "theme.js" MODULE,
     "time.js" MODULE,
-    "words.js" MODULE,
     "pages/accounts.js" MODULE,
     "pages/audit.js" MODULE,
     "pages/flag.js" MODULE,
@@ -72,16 +72,16 @@ const ASSETS: &[Asset] = console![
     "pages/tokens.js" MODULE,
 ];
 
-/// What each of [`ASSETS`] is, with its entity tag.
+/// The bodies of [`ASSETS`] with their entity tags, in the same order.
 static BODIES: LazyLock<Vec<Arc<Body>>> = LazyLock::new(|| {
     let body = |asset: &Asset| Arc::new(Body::new(Bytes::from_static(asset.text.as_bytes())));
     ASSETS.iter().map(body).collect()
 });
 
-/// The console's file of a normalised path, or the 304 that `request` asks for; `None` if it has
-/// none.
+/// Serves the console file at a normalised path, with a 304 if `request` already has it; `None` if there
+/// is no such file.
 pub async fn file(path: &str, request: &HeaderMap) -> Option<Reply> {
-    let at = ASSETS.iter().position(|asset| asset.path == path)?;
-    let content_type = HeaderValue::from_static(ASSETS[at].content_type);
-    Some(reply::page(request, content_type, &BODIES[at]).await)
+    let index = ASSETS.iter().position(|asset| asset.path == path)?;
+    let content_type = HeaderValue::from_static(ASSETS[index].content_type);
+    Some(reply::page(request, content_type, &BODIES[index]).await)
 }

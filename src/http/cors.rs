@@ -1,4 +1,4 @@
-//! Cross-origin rules for frontends (the Fetch standard's CORS protocol).
+//! CORS response headers for browsers on other origins (the Fetch standard's CORS protocol).
 
 use std::time::Duration;
 
@@ -10,20 +10,20 @@ use hyper::header::{
     HeaderValue, ORIGIN, VARY,
 };
 
-/// What browsers on other origins may do; by default everything.
+/// The cross-origin permissions. By default everything is allowed, without credentials.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Origins that may read; `None` is any.
+    /// Allowed origins; `None` is any.
     pub origins: Option<Vec<HeaderValue>>,
-    /// Methods that may be used; `None` is any.
+    /// Allowed methods; `None` is any.
     pub methods: Option<Vec<Method>>,
-    /// Request headers that may be sent; `None` is any.
+    /// Allowed request headers; `None` is any.
     pub headers: Option<Vec<HeaderName>>,
     /// Response headers that scripts may read; `None` is any.
     pub exposed_headers: Option<Vec<HeaderName>>,
-    /// Whether cookies and the like may be sent along.
+    /// Whether browsers may send credentials such as cookies.
     pub credentials: bool,
-    /// How long a browser may remember a preflight's answer.
+    /// How long a browser may cache the response to a preflight.
     pub max_age: Duration,
 }
 
@@ -42,14 +42,14 @@ impl Default for Config {
 
 const ANY: HeaderValue = HeaderValue::from_static("*");
 
-/// All that SDKs are sent and browsers show to nobody unasked, for where `*` is no more than a name:
-/// with credentials (Fetch, 3.3.3).
+/// The response headers that SDKs need and browsers hide from scripts by default. With credentials `*`
+/// is not a wildcard but a plain header name (Fetch, 3.3.3), so they are listed.
 const ALL_THAT_IS_SENT: HeaderValue = HeaderValue::from_static(
     "allow, content-encoding, date, etag, fetch-mode, retry-after, vary, www-authenticate",
 );
 const TRUE: HeaderValue = HeaderValue::from_static("true");
 
-/// The rules with their header values ready.
+/// The permissions as ready-made header values.
 #[derive(Debug)]
 pub struct Cors {
     origins: Option<Vec<HeaderValue>>,
@@ -61,7 +61,7 @@ pub struct Cors {
 }
 
 impl Cors {
-    /// Readies the rules.
+    /// Builds the header values once.
     pub fn new(config: Config) -> Self {
         let any = if config.credentials { ALL_THAT_IS_SENT } else { ANY };
         let exposed = config.exposed_headers;
@@ -76,7 +76,7 @@ impl Cors {
         }
     }
 
-    /// Adds what every response to a cross-origin request carries.
+    /// Adds the headers that every response to a cross-origin request needs.
     pub fn decorate(&self, request: &HeaderMap, reply: &mut HeaderMap) {
         let Some(origin) = request.get(ORIGIN) else {
             if self.depends_on_origin() {
@@ -88,26 +88,26 @@ impl Cors {
         reply.insert(ACCESS_CONTROL_EXPOSE_HEADERS, self.exposed.clone());
     }
 
-    /// Adds what the answer to a preflight carries.
+    /// Adds the headers of the response to a preflight.
     ///
-    /// With credentials the star has no meaning, so that the request's own wishes are repeated.
+    /// With credentials `*` is not a wildcard, so the requested method and headers are echoed.
     pub fn decorate_preflight(&self, request: &HeaderMap, reply: &mut HeaderMap) {
         if let Some(origin) = request.get(ORIGIN) {
             self.allow_origin(origin, reply);
         }
-        let granted = |rule: &Option<HeaderValue>, wish: HeaderName| match rule {
+        let allowed = |rule: &Option<HeaderValue>, requested: HeaderName| match rule {
             Some(names) => Some(names.clone()),
-            None if self.credentials => request.get(wish).cloned(),
+            None if self.credentials => request.get(requested).cloned(),
             None => Some(ANY),
         };
-        if let Some(methods) = granted(&self.methods, ACCESS_CONTROL_REQUEST_METHOD) {
+        if let Some(methods) = allowed(&self.methods, ACCESS_CONTROL_REQUEST_METHOD) {
             reply.insert(ACCESS_CONTROL_ALLOW_METHODS, methods);
         }
-        // The star never covers `Authorization`, which every SDK sends (Fetch, 3.3.4): what is
-        // asked for is repeated.
+        // `*` never covers `Authorization`, which every SDK sends (Fetch, 3.3.4), so the requested
+        // headers are echoed.
         let headers = match (&self.headers, request.get(ACCESS_CONTROL_REQUEST_HEADERS)) {
-            (None, Some(asked)) => Some(asked.clone()),
-            _ => granted(&self.headers, ACCESS_CONTROL_REQUEST_HEADERS),
+            (None, Some(requested)) => Some(requested.clone()),
+            _ => allowed(&self.headers, ACCESS_CONTROL_REQUEST_HEADERS),
         };
         if let Some(headers) = headers {
             reply.insert(ACCESS_CONTROL_ALLOW_HEADERS, headers);
@@ -146,8 +146,8 @@ mod tests {
     fn request(origin: &'static str) -> HeaderMap {
         let mut headers = HeaderMap::new();
         headers.insert(ORIGIN, HeaderValue::from_static(origin));
-        let asked = HeaderValue::from_static("authorization,x-custom");
-        headers.insert(ACCESS_CONTROL_REQUEST_HEADERS, asked);
+        let requested = HeaderValue::from_static("authorization,x-custom");
+        headers.insert(ACCESS_CONTROL_REQUEST_HEADERS, requested);
         headers
     }
 
@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn by_default_any_origin_may_read_and_send_what_it_asks_for() {
+    fn any_origin_may_send_the_requested_headers_by_default() {
         let cors = Cors::new(Config::default());
         let mut reply = HeaderMap::new();
         cors.decorate_preflight(&request("https://a.example"), &mut reply);
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn a_named_origin_is_repeated_and_another_gets_nothing() {
+    fn allowed_origin_is_echoed_and_others_get_no_header() {
         let origins = Some(vec![HeaderValue::from_static("https://a.example")]);
         let cors = Cors::new(Config { origins, credentials: true, ..Config::default() });
         let mut reply = HeaderMap::new();
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn what_scripts_may_read_is_named_where_a_star_would_not_do() {
+    fn exposed_headers_are_listed_when_credentials_are_allowed() {
         let check = |exposed_headers: Option<&[HeaderName]>, credentials, expect: &str| {
             let exposed_headers = exposed_headers.map(<[_]>::to_vec);
             let cors = Cors::new(Config { exposed_headers, credentials, ..Config::default() });
@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_of_the_same_origin_gets_no_cross_origin_headers() {
+    fn same_origin_request_gets_no_cors_headers() {
         let mut reply = HeaderMap::new();
         Cors::new(Config::default()).decorate(&HeaderMap::new(), &mut reply);
         assert!(reply.is_empty());

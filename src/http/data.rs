@@ -1,7 +1,7 @@
-//! The data listener: what SDKs, other edges, probes and scrapes ask.
+//! The service of the SDK port: requests of SDKs, other edges, health probes and metrics scrapes.
 //!
-//! Nothing secret is served here, and the only thing that a request may wait for, besides its own
-//! body, is the verdict on a first-seen token.
+//! It serves no secrets and no admin API. Besides its own body, a request waits only for the validation
+//! of a first-seen token.
 
 use std::{
     collections::BTreeSet,
@@ -21,7 +21,7 @@ use super::{
     edge,
     frontend::{self, Asker, Found, Question},
     guesses::Guesses,
-    listener::{Answer, ConnectionInfo, Service},
+    listener::{ConnectionInfo, HttpService, ServiceResponse},
     long,
     meter::{Meter, Subject},
     ofrep::{self, Tickets},
@@ -44,78 +44,78 @@ use crate::{
     },
 };
 
-/// How the data listener behaves.
+/// Configuration of the SDK port.
 #[derive(Debug)]
 pub struct Settings {
-    /// What precedes every path: empty, or `/…` without a final slash.
+    /// Prefix of every path: empty, or `/…` without a trailing slash.
     pub base_path: String,
-    /// The header in which SDKs present their token.
+    /// The request header with the SDK's token.
     pub token_header: HeaderName,
-    /// What browsers on other origins may do.
+    /// Cross-origin permissions of browsers.
     pub cors: Cors,
-    /// Which addresses are served.
+    /// Allowed client addresses and trusted proxies.
     pub access: access::Config,
-    /// Routes that answer as if they did not exist.
+    /// Disabled endpoints; they answer 404.
     pub disabled: BTreeSet<Endpoint>,
     /// The largest request body, in bytes.
     pub body_bytes: usize,
-    /// The longest that one request may take, from its head until its body is there.
+    /// Timeout from the request's head to the end of its body.
     pub request_timeout: Duration,
-    /// The longest that a request with a first-seen token waits for its environment's flags.
+    /// How long a request with a first-seen token waits for the first flags of its scope.
     pub patience: Duration,
-    /// This machine's name.
+    /// This machine's host name, for the `applicationHostname` strategy.
     pub hostname: Arc<str>,
 }
 
-/// The data listener's service.
+/// The service of the SDK port.
 #[derive(Debug)]
 pub struct Data {
-    /// How it behaves.
+    /// Configuration.
     pub settings: Settings,
-    /// Who judges tokens.
+    /// Validates tokens.
     pub auth: Authenticator,
-    /// What is served.
+    /// The flags of each environment.
     pub snapshots: Snapshots,
-    /// What changes of it.
+    /// History of flag changes, for delta requests and streams.
     pub feed: Feed,
-    /// Who follows that.
+    /// Open event streams.
     pub streams: Streams,
-    /// What OpenFeature's providers follow with.
+    /// Issues and verifies the tickets of OpenFeature event streams.
     pub tickets: Tickets,
-    /// Where reports go.
+    /// Receives usage reports.
     pub usage: Usage,
-    /// What probes and scrapes are told.
+    /// Health, readiness and metrics.
     pub ops: Ops,
-    /// What measures requests.
+    /// Counts and times requests.
     pub meter: Arc<Meter>,
-    /// How much addresses ask without a token that is of no use.
+    /// Limits failed unauthenticated requests per address.
     pub guesses: Guesses,
 }
 
-impl Service for Data {
+impl HttpService for Data {
     fn call(
         self: &Arc<Self>,
         request: Request<Incoming>,
         connection: &Arc<ConnectionInfo>,
-    ) -> Answer {
+    ) -> ServiceResponse {
         let started = Instant::now();
         let client = self.settings.access.proxies.client(connection.peer, request.headers());
         if let Some(reply) = self.at_once(&request, client, started) {
-            return Answer::Ready(reply);
+            return ServiceResponse::Ready(reply);
         }
         let data = Arc::clone(self);
-        Answer::later(async move { data.answer(request, client, started).await })
+        ServiceResponse::deferred(async move { data.answer(request, client, started).await })
     }
 }
 
-/// When a client is told to try again, where nothing better is known.
+/// Default `Retry-After`.
 const TRY_AGAIN: Duration = Duration::from_secs(5);
 
-/// The longest body that holds a context, in bytes: the largest context that is read, each character of it
-/// written as an escape of six.
+/// The largest body with a context, in bytes: the largest accepted context with every character written
+/// as a six-byte escape.
 const LONGEST_CONTEXT: usize = 6 * MAX_CONTEXT + (16 << 10);
 
-/// Where OpenFeature's providers may present their token; it does no harm elsewhere.
+/// Alternative token header of OpenFeature providers, accepted on every route.
 const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
@@ -126,13 +126,13 @@ const NO_FLAGS: Failure = Failure::Unavailable {
 };
 
 impl Data {
-    /// Whether a path is one that SDKs and other edges ask for, of whatever method.
+    /// Whether a path belongs to the APIs of SDKs and other edges, for any method.
     pub fn serves(&self, path: &str) -> bool {
         let path = normalise(path, &self.settings.base_path);
         path.is_some_and(|path| Route::is_of_sdks(&path))
     }
 
-    /// The answer, if it need not be waited for: most are of this kind.
+    /// The response, if it is available without waiting, as most are.
     fn at_once(
         &self,
         request: &Request<Incoming>,
@@ -161,7 +161,7 @@ impl Data {
         Some(self.finish(subject, method, headers, reply, started))
     }
 
-    /// The answer, however long it takes.
+    /// The response, waiting as long as necessary.
     async fn answer(&self, request: Request<Incoming>, client: Client, started: Instant) -> Reply {
         let (head, body) = request.into_parts();
         let path = normalise(head.uri.path(), &self.settings.base_path);
@@ -177,7 +177,7 @@ impl Data {
         self.finish(subject, &head.method, &head.headers, reply, started)
     }
 
-    /// What is asked for.
+    /// Checks the client address and matches method and path to an enabled route.
     fn route<'a>(
         &self,
         method: &Method,
@@ -193,11 +193,11 @@ impl Data {
         match path.map_or(Err(NoRoute::Path), |path| Route::parse(method, path)) {
             Ok(route) if !self.is_disabled(route) => Ok(route),
             Ok(_) | Err(NoRoute::Path) => Err(Unrouted::Failure(Failure::NotFound)),
-            Err(NoRoute::Method(known)) => Err(Unrouted::Failure(Failure::Method(known.into()))),
+            Err(NoRoute::Method(allow)) => Err(Unrouted::Failure(Failure::Method(allow.into()))),
         }
     }
 
-    /// The answer to a request without a route, and what it is counted as.
+    /// The response to a request without a route, and its label in the metrics.
     fn unrouted(&self, unrouted: Unrouted, headers: &HeaderMap) -> (Subject<'static>, Reply) {
         match unrouted {
             Unrouted::Preflight => {
@@ -209,7 +209,7 @@ impl Data {
         }
     }
 
-    /// Completes an answer, and counts it.
+    /// Adds the CORS headers, drops the body for `HEAD`, and records the request.
     fn finish(
         &self,
         subject: Subject<'_>,
@@ -226,7 +226,7 @@ impl Data {
         reply
     }
 
-    /// Answers what was asked.
+    /// Calls the handler of a route.
     async fn dispatch(
         &self,
         route: Route<'_>,
@@ -245,11 +245,11 @@ impl Data {
             Route::Frontend(shown) => {
                 let reader = self.reader(headers, &[TokenKind::Frontend]).await?;
                 let body = self.context_body(head, body).await?;
-                let found = {
-                    let told = context(head, body.as_ref())?;
-                    self.evaluated(&reader, &told, shown, headers, client)
+                let evaluation = {
+                    let sent = context(head, body.as_ref())?;
+                    self.evaluated(&reader, &sent, shown, headers, client)
                 };
-                Ok(frontend::flags(headers, found).await)
+                Ok(frontend::flags(headers, evaluation).await)
             }
             Route::Health => Ok(self.ops.health()),
             Route::Ready => Ok(self.ops.ready()),
@@ -273,16 +273,16 @@ impl Data {
                 let Reader { grant, snapshot, .. } =
                     self.reader(headers, &[TokenKind::Frontend]).await?;
                 let body = self.context_body(head, body).await?;
-                let told = context(head, body.as_ref())?;
-                let asked = self.question(&told, client, &snapshot, &grant.scope);
-                frontend::flag(headers, name, asked).await
+                let sent = context(head, body.as_ref())?;
+                let request = self.question(&sent, client, &snapshot, &grant.scope);
+                frontend::flag(headers, name, request).await
             }
             Route::FrontendStreaming => self.follow_flags(head, body, client).await,
             Route::OfrepEvents => Ok(ofrep::told(None, self.ofrep_events(head, client))),
             Route::OfrepFlags => Ok(ofrep::told(None, self.ofrep_flags(head, body, client).await)),
             Route::OfrepFlag(key) => {
-                let answer = self.ofrep_flag(head, key, body, client).await;
-                Ok(ofrep::told(Some(key), answer))
+                let result = self.ofrep_flag(head, key, body, client).await;
+                Ok(ofrep::told(Some(key), result))
             }
             Route::Register(kind) => {
                 let report = self.report(kind, headers, body).await?;
@@ -309,7 +309,7 @@ impl Data {
         }
     }
 
-    /// What an SDK or another edge reports with a token of a kind.
+    /// Authenticates and reads a usage report of an SDK or another edge.
     async fn report(
         &self,
         kind: TokenKind,
@@ -322,7 +322,7 @@ impl Data {
         Ok(Report { admission, snapshot, body })
     }
 
-    /// Answers server SDKs, if that need not be waited for.
+    /// Handles `/api/client/features`, if no waiting is necessary.
     fn features(&self, headers: &HeaderMap, query: &str) -> Option<Result<Reply, Failure>> {
         let body = self.reader_at_once(headers, &[TokenKind::Client])?.and_then(|reader| {
             client::features(headers, query, &reader.snapshot, &reader.grant.scope)
@@ -336,7 +336,7 @@ impl Data {
         }
     }
 
-    /// Tells SDKs that can follow a stream to do so, where they are to.
+    /// Adds the header that tells SDKs to switch to streaming, if so configured.
     fn advise(&self, mut reply: Reply) -> Reply {
         if self.streams.fetch_mode() == Some(FetchMode::Streaming) {
             reply::prefer_streaming(&mut reply);
@@ -344,7 +344,7 @@ impl Data {
         reply
     }
 
-    /// Answers frontends that tell their context in the query, if that need not be waited for.
+    /// Handles `/api/frontend` with the context in the query, if no waiting is necessary.
     fn flags(
         &self,
         shown: Shown,
@@ -352,12 +352,12 @@ impl Data {
         query: &str,
         client: Client,
     ) -> Option<Result<Reply, Failure>> {
-        let found = self.reader_at_once(headers, &[TokenKind::Frontend])?.and_then(|reader| {
-            let told = FrontendContext::from_query(query)?;
-            Ok(self.evaluated(&reader, &told, shown, headers, client))
+        let evaluation = self.reader_at_once(headers, &[TokenKind::Frontend])?.and_then(|reader| {
+            let sent = FrontendContext::from_query(query)?;
+            Ok(self.evaluated(&reader, &sent, shown, headers, client))
         });
-        match found {
-            Ok(found) => frontend::flags_at_once(headers, &found).map(Ok),
+        match evaluation {
+            Ok(evaluation) => frontend::flags_at_once(headers, &evaluation).map(Ok),
             Err(failure) => Some(Err(failure)),
         }
     }
@@ -365,17 +365,17 @@ impl Data {
     fn evaluated(
         &self,
         reader: &Reader,
-        told: &FrontendContext<'_>,
+        sent: &FrontendContext<'_>,
         shown: Shown,
         headers: &HeaderMap,
         client: Client,
     ) -> Found {
         let scope = &reader.grant.scope;
-        let question = self.question(told, client, &reader.snapshot, scope);
-        frontend::evaluated(headers, shown, &reader.snapshot.view(&scope.projects), question)
+        let request = self.question(sent, client, &reader.snapshot, scope);
+        frontend::evaluated(headers, shown, &reader.snapshot.view(&scope.projects), request)
     }
 
-    /// Answers OpenFeature's web providers.
+    /// Evaluates all flags, for OpenFeature web providers.
     async fn ofrep_flags(
         &self,
         head: &Parts,
@@ -386,13 +386,13 @@ impl Data {
         let Reader { grant, digest, snapshot } =
             self.reader(headers, &[TokenKind::Frontend]).await?;
         let body = self.read_context(headers, body).await?;
-        let told = wire::ofrep::context(&body)?;
-        let asked = self.question(&told, client, &snapshot, &grant.scope);
+        let sent = wire::ofrep::context(&body)?;
+        let request = self.question(&sent, client, &snapshot, &grant.scope);
         let events = format!("{}/ofrep/v1/events", self.settings.base_path);
-        Ok(ofrep::flags(headers, asked, &digest, &self.tickets, &events).await)
+        Ok(ofrep::flags(headers, request, &digest, &self.tickets, &events).await)
     }
 
-    /// Answers OpenFeature's server providers.
+    /// Evaluates one flag, for OpenFeature server providers.
     async fn ofrep_flag(
         &self,
         head: &Parts,
@@ -401,15 +401,15 @@ impl Data {
         client: Client,
     ) -> Result<Reply, Failure> {
         let headers = &head.headers;
-        let wanted = [TokenKind::Frontend, TokenKind::Client];
-        let Reader { grant, snapshot, .. } = self.reader(headers, &wanted).await?;
+        let accepted = [TokenKind::Frontend, TokenKind::Client];
+        let Reader { grant, snapshot, .. } = self.reader(headers, &accepted).await?;
         let body = self.read_context(headers, body).await?;
-        let told = wire::ofrep::context(&body)?;
-        let asked = self.question(&told, client, &snapshot, &grant.scope);
-        ofrep::flag(headers, key, asked).await
+        let sent = wire::ofrep::context(&body)?;
+        let request = self.question(&sent, client, &snapshot, &grant.scope);
+        ofrep::flag(headers, key, request).await
     }
 
-    /// Opens the stream that a provider was told of.
+    /// Opens the event stream of an OpenFeature provider, which presents a ticket instead of a token.
     fn ofrep_events(&self, head: &Parts, client: Client) -> Result<Reply, Failure> {
         let query = head.uri.query().unwrap_or_default();
         let mut pairs = form_urlencoded::parse(query.as_bytes());
@@ -420,10 +420,11 @@ impl Data {
             return Err(Failure::WrongKind);
         }
         let states = self.feed.follow(&grant.scope.environment).ok_or(NO_FLAGS)?;
-        let asker = self.asker(ticket.context, client, &grant.scope, ticket.draw)?;
-        let known = frontend::answer_of(head.headers.get(LAST_EVENT_ID)).unwrap_or(ticket.outcome);
-        let notices = ofrep::Notices::new(self.snapshots.clone(), asker, known);
-        self.streams.open((ticket.digest, client.verified), grant, states, notices)
+        let subscriber = self.asker(ticket.context, client, &grant.scope, ticket.draw)?;
+        let current =
+            frontend::answer_of(head.headers.get(LAST_EVENT_ID)).unwrap_or(ticket.outcome);
+        let events = ofrep::Notices::new(self.snapshots.clone(), subscriber, current);
+        self.streams.open((ticket.digest, client.verified), grant, states, events)
     }
 
     /// Opens a stream of evaluated flags.
@@ -436,24 +437,24 @@ impl Data {
         let headers = &head.headers;
         let Reader { grant, digest, .. } = self.reader(headers, &[TokenKind::Frontend]).await?;
         let body = self.context_body(head, body).await?;
-        let told = context(head, body.as_ref())?;
+        let sent = context(head, body.as_ref())?;
         let states = self.feed.follow(&grant.scope.environment).ok_or(NO_FLAGS)?;
-        let asker = self.asker(told, client, &grant.scope, rand::random())?;
+        let subscriber = self.asker(sent, client, &grant.scope, rand::random())?;
         let last = frontend::answer_of(headers.get(LAST_EVENT_ID));
-        let changes = frontend::Changes::new(self.snapshots.clone(), asker, last);
-        self.streams.open((digest, client.verified), grant, states, changes)
+        let events = frontend::Changes::new(self.snapshots.clone(), subscriber, last);
+        self.streams.open((digest, client.verified), grant, states, events)
     }
 
     fn asker(
         &self,
-        told: FrontendContext<'_>,
+        sent: FrontendContext<'_>,
         client: Client,
         scope: &Scope,
         draw: u64,
     ) -> Result<Asker, Failure> {
         let hostname = Arc::clone(&self.settings.hostname);
         let snapshot = self.snapshots.load_for(scope).ok_or(NO_FLAGS)?;
-        Ok(Asker::new(told, client.evaluated, hostname, scope.clone(), draw, &snapshot))
+        Ok(Asker::new(sent, client.evaluated, hostname, scope.clone(), draw, &snapshot))
     }
 
     async fn delta(&self, headers: &HeaderMap, query: &str) -> Result<Reply, Failure> {
@@ -473,35 +474,39 @@ impl Data {
         let states = self.feed.follow(topic.environment()).ok_or(NO_FLAGS)?;
         let last = client::state_of(headers.get(LAST_EVENT_ID));
         let mode = self.streams.fetch_mode();
-        let changes = client::Changes::new(self.feed.clone(), states.clone(), topic, last, mode);
-        self.streams.open((digest, client.verified), grant, states, changes)
+        let events = client::Changes::new(self.feed.clone(), states.clone(), topic, last, mode);
+        self.streams.open((digest, client.verified), grant, states, events)
     }
 
     fn is_disabled(&self, route: Route<'_>) -> bool {
-        let what = match route {
+        let endpoint = match route {
             Route::Frontend(Shown::All) => Endpoint::FrontendAll,
             Route::Prometheus => Endpoint::Metrics,
             _ => return false,
         };
-        self.settings.disabled.contains(&what)
+        self.settings.disabled.contains(&endpoint)
     }
 
-    /// The text in which the request presents its token.
+    /// The text of the request's token, unparsed.
     fn presented<'a>(&self, headers: &'a HeaderMap) -> Result<&'a str, Failure> {
         let header = headers.get(&self.settings.token_header);
-        let header = header.or_else(|| headers.get(API_KEY)).and_then(|it| it.to_str().ok());
+        let header = header.or_else(|| headers.get(API_KEY)).and_then(|value| value.to_str().ok());
         header.ok_or(Failure::Unauthorized)
     }
 
-    /// The grant of the request's token, if it is of a kind that the route wants and of an
-    /// environment that is served here.
-    async fn admit(&self, headers: &HeaderMap, wanted: &[TokenKind]) -> Result<Admission, Failure> {
+    /// Authenticates the request's token and checks that the route accepts its kind and that this
+    /// instance serves its environment.
+    async fn admit(
+        &self,
+        headers: &HeaderMap,
+        accepted: &[TokenKind],
+    ) -> Result<Admission, Failure> {
         let admission = self.auth.authenticate(self.presented(headers)?).await?;
-        self.admitted(admission, wanted)
+        self.admitted(admission, accepted)
     }
 
-    fn admitted(&self, admission: Admission, wanted: &[TokenKind]) -> Result<Admission, Failure> {
-        if !wanted.contains(&admission.grant.kind) {
+    fn admitted(&self, admission: Admission, accepted: &[TokenKind]) -> Result<Admission, Failure> {
+        if !accepted.contains(&admission.grant.kind) {
             return Err(Failure::WrongKind);
         }
         if !self.snapshots.serves(&admission.grant.scope.environment) {
@@ -510,34 +515,35 @@ impl Data {
         Ok(admission)
     }
 
-    /// What a token of a wanted kind allows, and flags that include all that it sees.
+    /// Authenticates the request and loads a snapshot that covers the token's scope.
     ///
-    /// A first-seen token may be the one to have them fetched, and waits for that. Flags that were
-    /// never fetched are not there, which is something else than that there are none.
-    async fn reader(&self, headers: &HeaderMap, wanted: &[TokenKind]) -> Result<Reader, Failure> {
-        let Admission { grant, digest, first_seen } = self.admit(headers, wanted).await?;
+    /// A first-seen token may trigger the first fetch of its scope, and waits for it. Flags that were
+    /// never fetched are an error (503), not an empty list.
+    async fn reader(&self, headers: &HeaderMap, accepted: &[TokenKind]) -> Result<Reader, Failure> {
+        let Admission { grant, digest, first_seen } = self.admit(headers, accepted).await?;
         let snapshot = match self.snapshots.load_for(&grant.scope) {
             Some(snapshot) => Some(snapshot),
             None if first_seen => {
-                let arrival = self.snapshots.wait_for_scope(&grant.scope);
-                tokio::time::timeout(self.settings.patience, arrival).await.ok().flatten()
+                let fetched = self.snapshots.wait_for_scope(&grant.scope);
+                tokio::time::timeout(self.settings.patience, fetched).await.ok().flatten()
             }
             None => None,
         };
         snapshot.map(|snapshot| Reader { grant, digest, snapshot }).ok_or(NO_FLAGS)
     }
 
-    /// The same, if it need not be waited for.
+    /// Like [`authorize`](Self::authorize), if no waiting is necessary.
     fn reader_at_once(
         &self,
         headers: &HeaderMap,
-        wanted: &[TokenKind],
+        accepted: &[TokenKind],
     ) -> Option<Result<Reader, Failure>> {
-        let known = match self.presented(headers) {
+        let authenticated = match self.presented(headers) {
             Ok(header) => self.auth.authenticate_known(header)?.map_err(Failure::from),
             Err(failure) => Err(failure),
         };
-        let admission = match known.and_then(|admission| self.admitted(admission, wanted)) {
+        let admission = match authenticated.and_then(|admission| self.admitted(admission, accepted))
+        {
             Ok(admission) => admission,
             Err(failure) => return Some(Err(failure)),
         };
@@ -546,7 +552,7 @@ impl Data {
         Some(snapshot.map(|snapshot| Reader { grant, digest, snapshot }))
     }
 
-    /// The body that holds the context, where it is not in the query.
+    /// Reads the body with the context of a `POST`; `None` if the context is in the query.
     async fn context_body(
         &self,
         head: &Parts,
@@ -560,13 +566,13 @@ impl Data {
 
     fn question<'a>(
         &'a self,
-        told: &'a FrontendContext<'a>,
+        sent: &'a FrontendContext<'a>,
         client: Client,
         snapshot: &'a Snapshot,
         scope: &'a Scope,
     ) -> Question<'a> {
         let hostname = &*self.settings.hostname;
-        Question { told, client: client.evaluated, hostname, snapshot, scope, draw: None }
+        Question { told: sent, client: client.evaluated, hostname, snapshot, scope, draw: None }
     }
 
     fn read<'a>(
@@ -577,7 +583,7 @@ impl Data {
         Box::pin(body.read(headers, self.settings.body_bytes))
     }
 
-    /// Reads a body that holds a context.
+    /// Reads a body with a context.
     fn read_context<'a>(
         &'a self,
         headers: &'a HeaderMap,
@@ -587,22 +593,22 @@ impl Data {
     }
 }
 
-/// A request that asks for nothing here.
+/// A request without a route.
 enum Unrouted {
-    /// It is a browser's, before another.
+    /// A CORS preflight.
     Preflight,
-    /// It is refused.
+    /// A rejected request.
     Failure(Failure),
 }
 
-/// Who reads flags, and which.
+/// An authenticated request for flags: the token's grant and the snapshot to serve it from.
 struct Reader {
     grant: Arc<Grant>,
     digest: TokenDigest,
     snapshot: Arc<Snapshot>,
 }
 
-/// What is reported, and by whom.
+/// A usage report and the token that it came with.
 struct Report {
     admission: Admission,
     snapshot: Option<Arc<Snapshot>>,
@@ -620,13 +626,13 @@ impl Report {
     }
 }
 
-/// What a request with this grant follows.
+/// The subscription key of a grant and a query.
 fn topic(grant: &Grant, query: &str) -> Result<Topic, Failure> {
     let Scope { environment, projects } = grant.scope.clone();
     Ok(Topic::new(environment, projects, client::filter(query)?))
 }
 
-/// The context of a request, which borrows from its body or query.
+/// Parses the context of a request; it borrows from the body or the query.
 fn context<'a>(head: &'a Parts, body: Option<&'a Bytes>) -> Result<FrontendContext<'a>, Failure> {
     Ok(match body {
         Some(body) => FrontendContext::from_json(body)?,

@@ -1,7 +1,7 @@
-//! The API of frontend SDKs: flags evaluated for a context.
+//! The frontend API: flags evaluated for a context.
 //!
-//! A context field that the client sends is used as sent. What it leaves out is completed here: the
-//! address from its connection, and a `sessionId` by one that is made up for the request.
+//! Context fields that the client sends are used unchanged. Two missing fields are filled in: the
+//! address, from the connection, and the `sessionId`, with a random one for the request.
 
 mod changes;
 mod question;
@@ -34,21 +34,21 @@ impl From<context::Error> for Failure {
     }
 }
 
-/// The hash of the answer that a client which follows says it has.
+/// Parses the outcome hash that a streaming client sends as its last event id.
 pub fn answer_of(last_event_id: Option<&HeaderValue>) -> Option<u128> {
     followed::parse_id(last_event_id?.to_str().ok()?.trim())
 }
 
-/// What a question came to.
+/// The evaluated flags for one request.
 #[derive(Debug)]
 pub enum Found {
-    /// This body.
+    /// The response body.
     Body(Arc<Body>),
-    /// The one of this entity tag, which the client has.
+    /// The client already has the body with this entity tag.
     Unchanged(HeaderValue),
 }
 
-/// Answers a question about the flags of `view`.
+/// Evaluates the flags of `view`, unless the client already has the result.
 pub fn evaluated(headers: &HeaderMap, shown: Shown, view: &View, question: Question<'_>) -> Found {
     question.answer(view, |context| {
         let answer = Answer::of(question.snapshot, view, context, shown);
@@ -59,8 +59,8 @@ pub fn evaluated(headers: &HeaderMap, shown: Shown, view: &View, question: Quest
     })
 }
 
-/// The answer's entity tag, if the client has that: decided by the outcome alone, an unchanged answer
-/// needs no body.
+/// The entity tag, if the client already has it. The tag depends only on the outcomes, so an unchanged
+/// response needs no body.
 fn revalidated(headers: &HeaderMap, etag: impl FnOnce() -> HeaderValue) -> Option<HeaderValue> {
     if !headers.contains_key(IF_NONE_MATCH) {
         return None;
@@ -68,7 +68,7 @@ fn revalidated(headers: &HeaderMap, etag: impl FnOnce() -> HeaderValue) -> Optio
     Some(etag()).filter(|etag| conditional::none_match_names(headers, etag))
 }
 
-/// `/api/frontend` and `/api/frontend/all`.
+/// The response of `/api/frontend` and `/api/frontend/all`.
 pub async fn flags(headers: &HeaderMap, found: Found) -> Reply {
     match found {
         Found::Body(body) => reply::body(headers, &body, Freshness::Revalidate).await,
@@ -76,7 +76,7 @@ pub async fn flags(headers: &HeaderMap, found: Found) -> Reply {
     }
 }
 
-/// The same, if it need not be waited for.
+/// Like [`flags_response`], if the encoded body is available without waiting.
 pub fn flags_at_once(headers: &HeaderMap, found: &Found) -> Option<Reply> {
     match found {
         Found::Body(body) => reply::body_at_once(headers, body, Freshness::Revalidate).ok(),
@@ -84,7 +84,7 @@ pub fn flags_at_once(headers: &HeaderMap, found: &Found) -> Option<Reply> {
     }
 }
 
-/// `/api/frontend/features/{name}`.
+/// The response of `/api/frontend/features/{name}`.
 pub async fn flag(
     headers: &HeaderMap,
     name: &str,

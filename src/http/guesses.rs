@@ -1,19 +1,19 @@
-//! Questions of clients that show no token, of which an address may get so many wrong.
+//! Rate limit per address for failed requests that need no token, such as token validation.
 //!
-//! Such a question costs work, as reading a list of tokens does. Whoever asks what is of no use again and
-//! again waits, and what that costs is bounded; whoever asks about valid tokens does not notice. Accounts'
-//! passwords are guarded by their sessions, not here.
+//! Such a request costs work, for example parsing a list of tokens. The limit bounds the work for
+//! useless requests; requests about valid tokens do not count. Password attempts are limited by
+//! [`control_plane`](crate::control_plane), not here.
 
 use std::{net::IpAddr, time::Duration};
 
 use super::reply::Failure;
 use crate::throttle::{Buckets, Rate, origin};
 
-/// What an address may get wrong: an edge that forwards a flood of made-up tokens, ten questions a second,
-/// stays below.
+/// The allowed rate of failures. An edge that forwards a flood of invalid tokens, ten requests a second,
+/// stays below it.
 const RATE: Rate = Rate { burst: 200, every: Duration::from_millis(50) };
 
-/// How much each address has got wrong.
+/// The failed attempts of each address.
 #[derive(Debug)]
 pub struct Guesses(Buckets<IpAddr>);
 
@@ -24,32 +24,32 @@ impl Default for Guesses {
 }
 
 impl Guesses {
-    /// Answers a question of `client`, unless it has got too much wrong; `answer` tells whether it has this time
-    /// as well.
+    /// Runs an attempt of `client` and counts it unless it is valid.
     ///
     /// # Errors
-    /// Those of `answer`, which count as wrong, also where nothing can be told at the moment; and too many.
+    /// [`HttpError::RateLimited`] after too many failures; and those of `attempt`, which count as
+    /// failures even if validation is unavailable.
     pub async fn answer<T>(
         &self,
         client: IpAddr,
-        answer: impl Future<Output = Result<Guess<T>, Failure>>,
+        attempt: impl Future<Output = Result<Guess<T>, Failure>>,
     ) -> Result<T, Failure> {
         let origin = origin(client);
         self.0.take(&origin).map_err(Failure::Throttled)?;
-        let answer = answer.await;
-        if matches!(answer, Ok(Guess::Right(_))) {
+        let outcome = attempt.await;
+        if matches!(outcome, Ok(Guess::Right(_))) {
             self.0.give_back(&origin);
         }
-        answer.map(|(Guess::Right(answer) | Guess::Wrong(answer))| answer)
+        outcome.map(|(Guess::Right(value) | Guess::Wrong(value))| value)
     }
 }
 
-/// An answer to a guess.
+/// The result of an attempt.
 #[derive(Debug)]
 pub enum Guess<T> {
-    /// It was of use.
+    /// It succeeded and does not count.
     Right(T),
-    /// It was not.
+    /// It counts as a failure.
     Wrong(T),
 }
 
@@ -58,22 +58,22 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn wrong_guesses_wait_and_right_ones_do_not() {
+    async fn invalid_attempts_are_limited_and_valid_ones_are_not() {
         let (guesses, client) = (Guesses::default(), IpAddr::from([192, 0, 2, 7]));
-        let ask = async |client, guess| guesses.answer(client, async { guess }).await;
+        let attempt = async |client, outcome| guesses.answer(client, async { outcome }).await;
         for _ in 0..2 * RATE.burst {
-            ask(client, Ok(Guess::Right(()))).await.unwrap();
+            attempt(client, Ok(Guess::Right(()))).await.unwrap();
         }
         for _ in 0..RATE.burst {
-            ask(client, Ok(Guess::Wrong(()))).await.unwrap();
+            attempt(client, Ok(Guess::Wrong(()))).await.unwrap();
         }
-        let refused = ask(client, Ok(Guess::Right(()))).await;
-        assert!(matches!(refused, Err(Failure::Throttled(_))), "{refused:?}");
-        ask(IpAddr::from([192, 0, 2, 8]), Ok(Guess::Wrong(()))).await.unwrap();
+        let limited = attempt(client, Ok(Guess::Right(()))).await;
+        assert!(matches!(limited, Err(Failure::Throttled(_))), "{limited:?}");
+        attempt(IpAddr::from([192, 0, 2, 8]), Ok(Guess::Wrong(()))).await.unwrap();
         tokio::time::advance(RATE.every).await;
-        let failed = ask(client, Err(Failure::MediaType)).await;
+        let failed = attempt(client, Err(Failure::MediaType)).await;
         assert!(matches!(failed, Err(Failure::MediaType)), "{failed:?}");
-        let refused = ask(client, Ok(Guess::Right(()))).await;
-        assert!(matches!(refused, Err(Failure::Throttled(_))), "what is no question counts");
+        let limited = attempt(client, Ok(Guess::Right(()))).await;
+        assert!(matches!(limited, Err(Failure::Throttled(_))), "an error counts as a failure");
     }
 }

@@ -1,10 +1,14 @@
-//! Accepts connections and speaks HTTP/1.1 and HTTP/2 on them until it is told to stop.
+//! The HTTP server: accepts connections and serves HTTP/1.1 and HTTP/2 on them until shutdown.
 //!
-//! A connection takes a place (`slots`); who is at the other end and what is spoken is found out (`server`);
-//! then hyper serves it, through its public interfaces alone. Around that stands one policy (`lifetime`) that says
-//! when a connection has lasted long enough; it judges by what is counted where bytes and requests pass (`watched`,
-//! `activity`). The listener and the signs to leave are arguments, so that a test starts the real thing on
-//! port 0. What a request means, and how long answering it may take, is the [`Service`]'s business.
+//! Each connection acquires a permit (`connection_limiter`). `http_server` then reads the PROXY protocol
+//! header, performs the TLS handshake and detects the HTTP version, and hyper serves the requests
+//! through its public interfaces. One policy (`connection_policy`) decides when a connection closes. It
+//! reads counters (`activity`) that are updated where bytes and requests pass (`tracked_io`). The
+//! listening socket and the shutdown signals ([`Drain`]) are arguments, so that a test starts the real
+//! server on port 0.
+//!
+//! The server knows no routes and no flags: the [`HttpService`] handles requests and limits their
+//! duration.
 
 mod activity;
 mod answer_body;
@@ -40,27 +44,27 @@ pub use self::{
     config::Config,
     drain::Drain,
     info::ConnectionInfo,
-    limits::Limits,
-    server::Server,
-    service::{Answer, Service},
+    limits::ConnectionLimits,
+    server::HttpServer,
+    service::{HttpService, ServiceResponse},
 };
 use crate::telemetry::{Sparing, report};
 
 const ACCEPT_FAILURES: &str = "parapet_accept_failures_total";
 
-/// How long accepting pauses after it failed, for want of file descriptors mostly.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// The delay before accepting again after a failure. The usual cause is a lack of file descriptors.
+const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 
-/// Serves until `drain` says to close, then lets requests under way finish, at most for `grace`; those that
-/// do not are dropped before this returns.
-pub async fn serve<S: Service>(
+/// Serves until `drain` is closing, then waits up to `grace` for requests in flight. Requests that do
+/// not finish in time are dropped before this returns.
+pub async fn serve<S: HttpService>(
     listener: TcpListener,
     service: Arc<S>,
     config: Config,
     drain: Drain,
     grace: Duration,
 ) {
-    let server = Server::new(service, config, drain.clone());
+    let server = HttpServer::new(service, config, drain.clone());
     let _rest = AbortOnDrop(server.tasks.clone());
     describe_counter!(ACCEPT_FAILURES, "Connections that could not be accepted");
     let failures = counter!(ACCEPT_FAILURES);
@@ -83,52 +87,54 @@ pub async fn serve<S: Service>(
                         "Cannot accept a connection"
                     );
                 }
-                tokio::time::sleep(ACCEPT_PAUSE).await;
+                tokio::time::sleep(ACCEPT_RETRY_DELAY).await;
                 continue;
             }
         };
         let slot = tokio::select! {
             () = &mut closing => break,
-            slot = server.slots.take(server.address_of(peer)) => slot,
+            slot = server.limiter.acquire(server.client_address(peer)) => slot,
         };
         match slot {
-            Ok(slot) => server.tasks.spawn(Arc::clone(&server).identify(slot, stream, peer)),
-            Err(_) => server.refused.increment(1),
+            Ok(slot) => {
+                server.tasks.spawn(Arc::clone(&server).handle_connection(slot, stream, peer))
+            }
+            Err(_) => server.refused_connections.increment(1),
         }
     }
-    for (stream, peer) in waiting(listener) {
-        if let Some(Ok(slot)) = server.slots.take(server.address_of(peer)).now_or_never() {
-            server.tasks.spawn(Arc::clone(&server).identify(slot, stream, peer));
+    for (stream, peer) in drain_backlog(listener) {
+        if let Some(Ok(slot)) = server.limiter.acquire(server.client_address(peer)).now_or_never() {
+            server.tasks.spawn(Arc::clone(&server).handle_connection(slot, stream, peer));
         }
     }
-    if timeout(grace, server.tasks.finish()).await.is_err() {
-        warn!(?grace, "Requests under way did not finish in time");
+    if timeout(grace, server.tasks.join_all()).await.is_err() {
+        warn!(?grace, "Requests in flight did not finish in time and were dropped");
     }
-    server.tasks.abort().await;
+    server.tasks.abort_all().await;
 }
 
 async fn accept(listener: &TcpListener) -> std::io::Result<(TcpStream, SocketAddr)> {
     let (stream, peer) = listener.accept().await?;
-    prepare(&stream)?;
+    configure_socket(&stream)?;
     Ok((stream, peer))
 }
 
-/// The connections that the system has made for a listener that ends, and that it would reset: their clients
-/// may have sent requests on them.
-fn waiting(listener: TcpListener) -> impl Iterator<Item = (TcpStream, SocketAddr)> {
+/// The connections in the backlog of a listener that closes. The kernel would reset them, but their
+/// clients may have sent requests already.
+fn drain_backlog(listener: TcpListener) -> impl Iterator<Item = (TcpStream, SocketAddr)> {
     let listener = listener.into_std();
     std::iter::from_fn(move || {
         let (stream, peer) = listener.as_ref().ok()?.accept().ok()?;
         stream.set_nonblocking(true).ok()?;
         let stream = TcpStream::from_std(stream).ok()?;
-        prepare(&stream).ok()?;
+        configure_socket(&stream).ok()?;
         Some((stream, peer))
     })
 }
 
-fn prepare(stream: &TcpStream) -> std::io::Result<()> {
+fn configure_socket(stream: &TcpStream) -> std::io::Result<()> {
     stream.set_nodelay(true)?;
-    // Elsewhere a client that reads nothing keeps its connection until the system gives it up.
+    // On other systems a client that reads nothing keeps its connection until the kernel times it out.
     #[cfg(target_os = "linux")]
     socket2::SockRef::from(stream).set_tcp_user_timeout(Some(limits::STALL_TIMEOUT))?;
     Ok(())

@@ -1,7 +1,7 @@
-//! Work that takes long: off the threads that answer requests, and little of it at a time.
+//! Runs long computations without blocking the async worker threads, a limited number at a time.
 //!
-//! What takes milliseconds, as reading a body of megabytes does, keeps everybody else waiting on such a
-//! thread. Compressing bodies has rules of its own, see `reply`.
+//! Work of several milliseconds, such as parsing a body of megabytes, would delay every other request on
+//! the same thread. Compressing responses has its own limit, see [`response`](super::response).
 
 use std::{num::NonZero, sync::LazyLock, thread::available_parallelism};
 
@@ -11,24 +11,24 @@ use tokio::{
     task::block_in_place,
 };
 
-/// Up to so many bytes are worked on at once: about as long as it takes to involve another thread.
+/// Inputs up to this many bytes are processed inline: moving them to another thread takes about as long.
 pub(super) const SHORT: usize = 64 << 10;
 
-/// How much is done at a time: half of the processors stay free for what is short.
+/// Limits concurrent long computations to half of the processors; the rest stay free for short requests.
 static ROOM: LazyLock<Semaphore> = LazyLock::new(|| {
     let processors = available_parallelism().map_or(1, NonZero::get);
     Semaphore::new((processors / 2).max(1))
 });
 
-/// Works on so many bytes.
+/// Runs `work` on an input of `bytes` bytes.
 pub(super) async fn work<T>(bytes: usize, work: impl FnOnce() -> T) -> T {
     if bytes <= SHORT {
         return work();
     }
-    let _room = ROOM.acquire().await.expect("nobody closes it");
+    let _permit = ROOM.acquire().await.expect("the semaphore is never closed");
     match Handle::current().runtime_flavor() {
         RuntimeFlavor::MultiThread => block_in_place(work),
-        // There is no other thread to take over.
+        // A current-thread runtime has no other worker.
         _ => work(),
     }
 }

@@ -1,9 +1,9 @@
-//! Measures requests: by route template, method and status, all from fixed sets.
+//! Request metrics by route template, method and status, all from fixed sets.
 //!
-//! Measuring happens on every request, so it is kept apart from the registry, whose histograms queue
-//! each sample until somebody reads them: here a request costs three additions to counters that
-//! few threads share, and memory is the same after any number of requests. Nothing else is measured
-//! here, and nothing is served: `ops` puts [`Meter::render`] behind the registry's own text.
+//! Every request is recorded, so these metrics bypass the shared registry, whose histograms queue each
+//! sample until the next scrape. Here a request costs three additions to sharded counters, and memory
+//! does not grow with the number of requests. This module records nothing else and serves nothing:
+//! `health` appends [`RequestMetrics::render`] to the registry's own text.
 
 use std::{
     cell::Cell,
@@ -29,46 +29,48 @@ const SIZE: &str = "http_server_response_size_bytes";
 
 const METHODS: [&str; 7] = ["GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "other"];
 
-/// The statuses that are told apart; the most frequent first. All others, which only a relayed answer
-/// has, are told by their hundreds.
+/// The statuses with a label value each, the most frequent first. Other statuses, which only relayed
+/// responses have, are labelled by class.
 const STATUSES: [u16; 19] =
     [200, 202, 304, 400, 401, 403, 404, 405, 408, 413, 415, 500, 503, 201, 204, 409, 429, 502, 504];
 const HUNDREDS: [&str; 5] = ["1xx", "2xx", "3xx", "4xx", "5xx"];
 const ANSWERS: usize = STATUSES.len() + HUNDREDS.len();
 
-/// What a request turned out to be.
+/// The endpoint of a request, as a label.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Subject<'a> {
-    /// A route of ours.
+    /// A route of the SDK port.
     Route(Route<'a>),
-    /// What operators ask, by its template, which is one that the meter was made with.
+    /// An admin operation, by its path template, which must be one of those passed to
+    /// [`RequestMetrics::new`].
     Operation(&'static str),
-    /// A browser's preflight.
+    /// A CORS preflight.
     Preflight,
-    /// Nothing of ours.
+    /// No known endpoint.
     Unknown,
 }
 
-/// What the labels of routes are followed by.
+/// The label values that follow those of routes.
 const OTHERS: [&str; 2] = ["preflight", "unknown"];
 
-/// The series of requests; each is made when it is first needed.
+/// Request counters and histograms; each series is allocated on first use.
 #[derive(Debug)]
 pub struct Meter {
-    /// Of subjects: those of routes, the two others, and those of operations that no route has.
-    labels: Box<[&'static str]>,
+    /// The label values of endpoints: routes, then [`OTHER_LABELS`], then admin operations whose
+    /// template is not that of a route.
+    endpoints: Box<[&'static str]>,
     series: Box<[OnceLock<Box<Series>>]>,
 }
 
-/// One series, in lanes that threads share as little as they can.
+/// One series, sharded to reduce contention between threads.
 #[derive(Debug, Default)]
 struct Series([Lane; LANES]);
 
-/// More than the threads of most machines that this runs on: a thread beyond shares a lane, which
-/// costs it time and nothing else.
+/// More than the number of threads on most machines. Further threads share a shard, which only costs
+/// time.
 const LANES: usize = 16;
 
-/// On cache lines of its own.
+/// Aligned so that no two shards share a cache line.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 struct Lane {
@@ -78,8 +80,7 @@ struct Lane {
     sizes: Histogram<{ BYTES.len() + 1 }>,
 }
 
-/// How many values fell below each bound but not below the one before, the last being infinity, and
-/// their sum.
+/// The number of values in each bucket, the last of which has no upper bound, and the sum of the values.
 #[derive(Debug)]
 struct Histogram<const BUCKETS: usize> {
     buckets: [AtomicU64; BUCKETS],
@@ -93,7 +94,7 @@ impl Default for Meter {
 }
 
 impl Meter {
-    /// One that tells the operations of these templates apart, besides the routes.
+    /// Metrics with a label value for each route and for each of these admin operation templates.
     pub fn new(operations: impl IntoIterator<Item = &'static str>) -> Self {
         let mut labels = [&Route::TEMPLATES[..], &OTHERS].concat();
         for template in operations {
@@ -103,10 +104,10 @@ impl Meter {
         }
         let count = labels.len() * METHODS.len() * ANSWERS;
         let series = (0..count).map(|_| OnceLock::new()).collect();
-        Self { labels: labels.into(), series }
+        Self { endpoints: labels.into(), series }
     }
 
-    /// Counts one answered request.
+    /// Records one request and its response.
     #[expect(clippy::cast_precision_loss, reason = "bodies are far below 2^52 bytes")]
     pub fn record(&self, subject: Subject<'_>, method: &Method, reply: &Reply, took: Duration) {
         let (series, size) = (self.index(subject, method, reply.status()), reply::length(reply));
@@ -116,7 +117,7 @@ impl Meter {
         lane.sizes.record(bucket(&BYTES, size as f64), size);
     }
 
-    /// Everything measured so far, in Prometheus's text format.
+    /// All series in Prometheus's text format.
     #[expect(clippy::cast_precision_loss, reason = "nanoseconds of a century are below 2^62")]
     pub fn render(&self) -> String {
         let measured: Vec<_> = self
@@ -127,19 +128,19 @@ impl Meter {
             .collect();
         let mut text = Exposition::default();
 
-        text.family(REQUESTS, "counter", "Requests answered, by route, method and status");
+        text.family(REQUESTS, "counter", "Requests served, by route, method and status");
         for (labels, series) in &measured {
             let requests: u64 = series.total(|lane| &lane.durations).0.iter().sum();
             text.line(REQUESTS, labels, requests);
         }
 
-        text.family(DURATION, "histogram", "Time from a request's head to its answer");
+        text.family(DURATION, "histogram", "Time from a request's head to its response");
         for (labels, series) in &measured {
             let (buckets, sum) = series.total(|lane| &lane.durations);
             text.histogram(DURATION, labels, &SECONDS, &buckets, sum as f64 / 1e9);
         }
 
-        text.family(SIZE, "histogram", "Size of answers' bodies as they went out");
+        text.family(SIZE, "histogram", "Size of response bodies as sent, after compression");
         for (labels, series) in &measured {
             let (buckets, sum) = series.total(|lane| &lane.sizes);
             text.histogram(SIZE, labels, &BYTES, &buckets, sum);
@@ -147,7 +148,7 @@ impl Meter {
         text.0
     }
 
-    /// The place of a series, in the mixed base of its labels.
+    /// The index of a series, computed from the indices of its three labels.
     fn index(&self, subject: Subject<'_>, method: &Method, status: StatusCode) -> usize {
         let unknown = Route::TEMPLATES.len() + 1;
         let subject = match subject {
@@ -155,28 +156,28 @@ impl Meter {
             Subject::Preflight => Route::TEMPLATES.len(),
             Subject::Unknown => unknown,
             Subject::Operation(template) => {
-                self.labels.iter().position(|label| *label == template).unwrap_or(unknown)
+                self.endpoints.iter().position(|label| *label == template).unwrap_or(unknown)
             }
         };
         let method = METHODS.iter().position(|it| *it == method.as_str());
         let method = method.unwrap_or(METHODS.len() - 1);
         let status = status.as_u16();
-        let answer = STATUSES.iter().position(|it| *it == status).unwrap_or_else(|| {
-            let hundreds = usize::from(status / 100).clamp(1, HUNDREDS.len());
-            STATUSES.len() + hundreds - 1
+        let status = STATUSES.iter().position(|it| *it == status).unwrap_or_else(|| {
+            let class = usize::from(status / 100).clamp(1, HUNDREDS.len());
+            STATUSES.len() + class - 1
         });
-        (subject * METHODS.len() + method) * ANSWERS + answer
+        (subject * METHODS.len() + method) * ANSWERS + status
     }
 
-    /// The labels of the series at `index`; no value has a character that would need escaping.
+    /// The labels of the series at `index`. No label value needs escaping.
     fn labels(&self, index: usize) -> String {
-        let answer = index % ANSWERS;
-        let status = match STATUSES.get(answer) {
+        let status = index % ANSWERS;
+        let status = match STATUSES.get(status) {
             Some(status) => status.to_string(),
-            None => HUNDREDS[answer - STATUSES.len()].to_owned(),
+            None => HUNDREDS[status - STATUSES.len()].to_owned(),
         };
         let method = METHODS[index / ANSWERS % METHODS.len()];
-        let route = self.labels[index / ANSWERS / METHODS.len()];
+        let route = self.endpoints[index / ANSWERS / METHODS.len()];
         format!(
             r#"http_route="{route}",http_request_method="{method}",http_response_status_code="{status}""#
         )
@@ -214,13 +215,13 @@ impl<const BUCKETS: usize> Histogram<BUCKETS> {
     }
 }
 
-/// The first bucket whose bound the value does not exceed. Most values are small: no search is
-/// faster than looking at the bounds in turn.
+/// The index of the first bucket whose bound the value does not exceed. A linear search is fastest,
+/// because most values are small.
 fn bucket(bounds: &[f64], value: f64) -> usize {
     bounds.iter().position(|bound| value <= *bound).unwrap_or(bounds.len())
 }
 
-/// The lane of the thread that asks.
+/// The shard of the current thread.
 fn lane() -> usize {
     static THREADS: AtomicUsize = AtomicUsize::new(0);
     thread_local! {
@@ -279,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn what_threads_record_adds_up_in_the_text() {
+    fn counts_of_all_threads_are_summed_in_the_exposition() {
         let meter = Meter::default();
         let subject = Subject::Route(Route::ClientFeatures);
         std::thread::scope(|scope| {
@@ -315,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn every_series_has_labels_of_its_own() {
+    fn labels_of_each_series_are_unique() {
         let meter = Meter::new(["/status", "/internal-backstage/health", "/status"]);
         let labels: std::collections::HashSet<_> =
             (0..meter.series.len()).map(|index| meter.labels(index)).collect();

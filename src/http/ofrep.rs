@@ -1,4 +1,4 @@
-//! The OpenFeature Remote Evaluation Protocol: Unleash's flags for any OpenFeature SDK.
+//! The OpenFeature Remote Evaluation Protocol (OFREP): evaluates Unleash flags for any OpenFeature SDK.
 
 mod evaluation;
 mod notices;
@@ -40,8 +40,8 @@ impl From<Unreadable> for Failure {
     }
 }
 
-/// `/ofrep/v1/evaluate/flags`: every flag that the token of `digest` sees, and where changes are told
-/// of: at `events`, the path of our own events as the provider reaches it.
+/// `/ofrep/v1/evaluate/flags`: evaluates every flag in the token's scope, and returns the URL of the
+/// event stream. `events` is the path of that stream as the provider reaches it.
 pub async fn flags(
     headers: &HeaderMap,
     question: Question<'_>,
@@ -53,34 +53,37 @@ pub async fn flags(
     let engine = snapshot.engine();
     let view = snapshot.view(&scope.projects);
     let now = Timestamp::now();
-    let asked = told.to_json();
+    let context_json = told.to_json();
     let draw = if view.reads().may_be_random() { rand::random() } else { 0 };
     let question = Question { draw: Some(draw), ..question };
     let body = question.answer(&view, |context| {
         let answer = Answer::of(snapshot, &view, context, Shown::All);
-        // What depends on no lots has one ticket, so that a provider which asks again keeps its stream.
+        // Without randomness the ticket stays the same, so a provider that evaluates again keeps its
+        // stream.
         let draw = if answer.is_settled() { 0 } else { draw };
-        let came_to = answer.hash();
-        // What the flags are, who asks and for whom, what that comes to, and in which period: whoever
-        // has the answer of this tag has the ticket for this context too. It is known before anything
-        // is evaluated that was evaluated before.
+        let outcomes = answer.hash();
+        // The entity tag covers the flags, the token, the context, the outcomes and the ticket's period:
+        // a client with this tag also has a valid ticket for this context. The tag of a cached
+        // evaluation is known without evaluating anything.
         let flags = snapshot.listing(&scope.projects, Filter::default(), Segments::Separate);
-        let period = Tickets::period(digest, &asked, now);
-        let (came_to, period) = (came_to.to_le_bytes(), period.to_le_bytes());
-        let parts = [flags.etag().as_bytes(), digest.as_bytes(), &came_to, &period];
-        let hash = xxh3_128(&[&parts.concat(), asked.as_bytes()].concat());
+        let period = Tickets::period(digest, &context_json, now);
+        let (outcomes, period) = (outcomes.to_le_bytes(), period.to_le_bytes());
+        let parts = [flags.etag().as_bytes(), digest.as_bytes(), &outcomes, &period];
+        let hash = xxh3_128(&[&parts.concat(), context_json.as_bytes()].concat());
         if headers.contains_key(IF_NONE_MATCH) {
             let etag = etag_of(hash);
             if conditional::none_match_names(headers, &etag) {
                 return Err(etag);
             }
         }
-        let told = outcome_of(snapshot, &view, context);
-        let ticket = tickets.give(digest, (told, draw), &asked, now);
+        let stream_hash = outcome_of(snapshot, &view, context);
+        let ticket = tickets.give(digest, (stream_hash, draw), &context_json, now);
         let stream = |ticket| [EventStream::sse(format!("{events}?ticket={ticket}"))];
         let bound = engine.bind(context);
-        let seen = engine.ids().filter(|&id| scope.projects.contains(engine.flag(id).project()));
-        let flags = seen.map(|id| evaluation(engine, id, engine.evaluate(id, &bound))).collect();
+        let in_scope =
+            engine.ids().filter(|&id| scope.projects.contains(engine.flag(id).project()));
+        let flags =
+            in_scope.map(|id| evaluation(engine, id, engine.evaluate(id, &bound))).collect();
         let all = Evaluations { flags, event_streams: ticket.map(stream) };
         Ok(Body::tagged(json(&all), hash).for_audience(Audience::One))
     });
@@ -90,7 +93,7 @@ pub async fn flags(
     }
 }
 
-/// `/ofrep/v1/evaluate/flags/{key}`: one of them.
+/// `/ofrep/v1/evaluate/flags/{key}`: evaluates one flag.
 pub async fn flag(
     headers: &HeaderMap,
     key: &str,
@@ -108,8 +111,8 @@ pub async fn flag(
     Ok(reply::body(headers, &Arc::new(Body::new(body)), Freshness::Personal).await)
 }
 
-/// The answer to a question about `key`, or about all flags; why there is none, in the words of the
-/// protocol.
+/// Turns a result into a response, with errors in OFREP's format. `key` is the requested flag; `None`
+/// means all flags.
 pub fn told(key: Option<&str>, answer: Result<Reply, Failure>) -> Reply {
     answer.unwrap_or_else(|failure| refusal(key, &failure))
 }

@@ -1,4 +1,4 @@
-//! What probes and scrapes are told.
+//! Health, readiness and metrics endpoints, for probes and scrapes. None needs a token.
 
 use std::sync::Arc;
 
@@ -30,7 +30,7 @@ pub struct Ops {
 }
 
 impl Ops {
-    /// Tells of these.
+    /// Endpoints over these services; registers the descriptions of the snapshot metrics.
     pub fn new(
         readiness: Readiness,
         registry: PrometheusHandle,
@@ -44,48 +44,53 @@ impl Ops {
             Unit::Seconds,
             "Time since the source last confirmed the flags; infinite if it has not since the start"
         );
-        describe_gauge!(REVISION, "The source's own number of the flags' state");
-        describe_counter!("parapet_snapshot_swaps_total", "How often other flags were served");
+        describe_gauge!(REVISION, "Revision of the flags at their source");
+        describe_counter!(
+            "parapet_snapshot_swaps_total",
+            "Number of times that changed flags replaced those served"
+        );
         describe_gauge!(FLAGS, "Flags in the environment");
-        describe_gauge!(PROBLEMS, "Malformed parts of flags; each never matches");
+        describe_gauge!(PROBLEMS, "Malformed parts of flags, none of which ever matches");
         Self { readiness, registry, snapshots, usage, requests, control }
     }
 
-    /// Whether requests are welcome.
+    /// Whether the instance accepts requests.
     pub fn is_ready(&self) -> bool {
         self.readiness.is_ready()
     }
 
-    /// Alive as soon as it can answer.
+    /// Always 200: the process is alive if it answers.
     pub fn health(&self) -> Reply {
         reply::ok(r#"{"status":"OK"}"#)
     }
 
-    /// Ready once every configured environment has had flags, and there are flags to serve; from then
-    /// until it drains. A database that is away keeps nobody from reading flags, and is told of.
+    /// 200 from the time when every configured environment has flags until the instance drains; 503
+    /// before and after. An unreachable database does not make it unready, because flags are still
+    /// served; the body then has a warning.
     pub fn ready(&self) -> Reply {
         if self.readiness.is_ready() {
-            let away = self.control.as_ref().and_then(|control| control.database().away_since);
-            return match away {
+            let unreachable_since =
+                self.control.as_ref().and_then(|control| control.database().away_since);
+            return match unreachable_since {
                 None => reply::probe(true, r#"{"status":"READY"}"#),
                 Some(since) => {
-                    let warning = format!("the database does not answer since {since}");
-                    let told = json!({"status": "READY", "warning": warning});
-                    reply::probe(true, told.to_string())
+                    let warning = format!("the database has not answered since {since}");
+                    let status = json!({"status": "READY", "warning": warning});
+                    reply::probe(true, status.to_string())
                 }
             };
         }
         if self.readiness.is_draining() {
             return reply::probe(
                 false,
-                r#"{"status":"DRAINING","error":"Parapet is about to end"}"#,
+                r#"{"status":"DRAINING","error":"Parapet is shutting down"}"#,
             );
         }
-        let error = format!("Parapet waits for {}", self.readiness.waits_for().join(", and for "));
+        let error = format!("waiting for {}", self.readiness.waits_for().join(", and for "));
         reply::probe(false, json!({"status": "NOTREADY", "error": error}).to_string())
     }
 
-    /// The Prometheus exposition; what depends on the clock or changes at all times is measured now.
+    /// The Prometheus exposition. Gauges of changing values, such as ages, are set here, at scrape time.
     #[expect(clippy::cast_precision_loss, reason = "counts and revisions are far below 2^52")]
     pub fn metrics(&self) -> Reply {
         let now = Instant::now();

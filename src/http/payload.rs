@@ -1,6 +1,6 @@
-//! Request bodies: read whole, within a size, decompressed.
+//! Reads request bodies: complete, within a size limit and a timeout, and decompressed.
 //!
-//! What the bytes mean is for `wire` to say.
+//! This module does not parse them; `protocol` does.
 
 use std::{
     io::Read,
@@ -18,27 +18,29 @@ use hyper::{
 use super::{long, reply::Failure};
 use crate::wire::text::without_byte_order_mark;
 
-/// A request's body on its way, and how long it may take: the arrival is part of the time that the
-/// request may take.
+/// A request body that has not been read, with the request's timeout. The time to receive the body
+/// counts towards that timeout.
 #[derive(Debug)]
 pub struct Arriving {
-    /// `None` when it was read.
+    /// `None` once it is read.
     body: Option<Incoming>,
     started: Instant,
     timeout: Duration,
 }
 
-/// How much of a body is read, and for how long, that nobody wants.
+/// The most that is read of an unused body, in bytes.
 const UNWANTED_BYTES: usize = 64 << 10;
+/// The longest time to read an unused body.
 const UNWANTED_FOR: Duration = Duration::from_secs(1);
 
 impl Arriving {
-    /// The body of a request whose head was there at `started`.
+    /// The body of a request whose head arrived at `started`.
     pub fn new(body: Incoming, started: Instant, timeout: Duration) -> Self {
         Self { body: Some(body), started, timeout }
     }
 
-    /// The whole body, JSON of at most `limit` bytes, unless it takes too long. It can be read once.
+    /// Reads the whole body, JSON of at most `limit` bytes, within the timeout. A second call returns
+    /// nothing.
     pub async fn read(&mut self, headers: &HeaderMap, limit: usize) -> Result<Bytes, Failure> {
         let Some(body) = self.body.take() else { return Ok(Bytes::new()) };
         let body = read(headers, body, limit);
@@ -46,8 +48,8 @@ impl Arriving {
         body.unwrap_or(Err(Failure::TooSlow(self.timeout)))
     }
 
-    /// Reads what is on its way of a body that nobody has read. A connection is closed whose request is
-    /// answered before its body has arrived, and the client, which still sends, may lose the answer.
+    /// Discards the rest of an unread body, within limits. If a request is answered before its body has
+    /// arrived, the connection closes, and a client that is still sending may lose the response.
     pub async fn discard(self) {
         let Some(body) = self.body.filter(|body| !body.is_end_stream()) else { return };
         let rest = Limited::new(body, UNWANTED_BYTES).collect();
@@ -55,11 +57,10 @@ impl Arriving {
     }
 }
 
-/// Reads the body of a request that should hold JSON, of at most `limit` bytes before and after
-/// decompression.
+/// Reads a JSON body of at most `limit` bytes, both before and after decompression.
 ///
-/// A missing content type is taken for JSON; one that says otherwise is refused. Dropping the future
-/// drops what had arrived.
+/// A missing content type counts as JSON; any other type is rejected. Dropping the future drops the
+/// bytes read so far.
 async fn read(headers: &HeaderMap, body: Incoming, limit: usize) -> Result<Bytes, Failure> {
     if headers.get(CONTENT_TYPE).is_some_and(|value| !names_json(value.as_bytes())) {
         return Err(Failure::MediaType);
@@ -70,7 +71,8 @@ async fn read(headers: &HeaderMap, body: Incoming, limit: usize) -> Result<Bytes
         Ok(collected) => collected.to_bytes(),
     };
     let coding = headers.get(CONTENT_ENCODING).map_or(&b""[..], HeaderValue::as_bytes);
-    // Few bytes can become many, which is not known before.
+    // The decompressed size is not known in advance: a small one is handled inline, a large one
+    // elsewhere.
     let mut json = match decompress(coding, bytes.clone(), limit.min(long::SHORT)) {
         Err(Failure::TooLarge(short)) if short < limit => {
             long::work(limit, || decompress(coding, bytes, limit)).await?
@@ -143,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn json_is_known_by_its_media_type() {
+    fn json_is_recognised_by_its_media_type() {
         for yes in ["application/json", "Application/JSON; charset=utf-8", "application/ld+json"] {
             assert!(names_json(yes.as_bytes()), "{yes}");
         }

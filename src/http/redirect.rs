@@ -1,7 +1,7 @@
-//! Sends clients of the unencrypted port to the encrypted one.
+//! Redirects requests on the unencrypted port to the TLS port.
 //!
-//! The target's host is the request's own `Host`. `X-Forwarded-Host` does not count: whoever sets it could send
-//! other clients of a shared cache elsewhere.
+//! The host of the target is that of the request. `X-Forwarded-Host` is ignored: a client that sets it
+//! could redirect other clients of a shared cache to a host of its choice.
 
 use std::{
     sync::Arc,
@@ -16,31 +16,30 @@ use hyper::{
 };
 
 use super::{
-    listener::{Answer, ConnectionInfo, Service},
+    listener::{ConnectionInfo, HttpService, ServiceResponse},
     payload::Arriving,
     reply::{self, Failure, Reply},
 };
 
-/// The port of HTTPS, which addresses leave out.
+/// The default port of HTTPS, which URLs omit.
 const HTTPS: u16 = 443;
 
-/// Redirects every request to a port of the same host.
+/// Redirects every request to another port of the same host.
 #[derive(Clone, Copy, Debug)]
 pub struct Redirect {
     port: u16,
 }
 
 impl Redirect {
-    /// Redirects to this port, which speaks TLS.
+    /// Redirects to this port, which must serve TLS.
     pub fn to_port(port: u16) -> Self {
         Self { port }
     }
 
-    /// The answer to a request, whatever it asks for: 308, so that clients repeat method and body; 400
-    /// without a `Host`.
+    /// The response to any request: 308, so that clients repeat method and body; 400 without a `Host`.
     fn answer<B>(self, head: &Request<B>) -> Reply {
-        let of_header = || head.headers().get(HOST)?.to_str().ok()?.parse::<Authority>().ok();
-        let Some(authority) = head.uri().authority().cloned().or_else(of_header) else {
+        let host_header = || head.headers().get(HOST)?.to_str().ok()?.parse::<Authority>().ok();
+        let Some(authority) = head.uri().authority().cloned().or_else(host_header) else {
             return Failure::Malformed("the request has no Host to redirect to".to_owned()).into();
         };
         let path = head.uri().path_and_query().map(PathAndQuery::as_str);
@@ -54,11 +53,15 @@ impl Redirect {
     }
 }
 
-impl Service for Redirect {
-    fn call(self: &Arc<Self>, request: Request<Incoming>, _: &Arc<ConnectionInfo>) -> Answer {
+impl HttpService for Redirect {
+    fn call(
+        self: &Arc<Self>,
+        request: Request<Incoming>,
+        _: &Arc<ConnectionInfo>,
+    ) -> ServiceResponse {
         let reply = self.answer(&request);
         let body = Arriving::new(request.into_body(), Instant::now(), Duration::ZERO);
-        Answer::later(async {
+        ServiceResponse::deferred(async {
             body.discard().await;
             reply
         })
@@ -83,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn requests_are_sent_to_the_same_path_of_the_tls_port() {
+    fn request_is_redirected_to_the_same_path_on_the_tls_port() {
         let check = |port, uri, host, expected: &str| {
             let expected = (StatusCode::PERMANENT_REDIRECT, Some(expected.to_owned()));
             assert_eq!(redirected(port, uri, host), expected, "{uri} {host:?}");
@@ -107,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn request_without_a_host_is_malformed() {
+    fn request_without_a_host_is_rejected() {
         for host in [None, Some("a b"), Some("")] {
             assert_eq!(redirected(3043, "/", host), (StatusCode::BAD_REQUEST, None), "{host:?}");
         }

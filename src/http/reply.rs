@@ -1,7 +1,8 @@
-//! What goes back: the only place that chooses status codes.
+//! Builds every response; the only module that chooses status codes.
 //!
-//! A [`Failure`] says what is wrong; a table says which status that is, and
-//! its `Display` is the message that the client reads. Messages never repeat what a client sent.
+//! Handlers return an [`HttpError`] or call one of the functions here. A table in `error` maps each
+//! error to its status, and its `Display` is the message for the client. Messages never repeat client
+//! input.
 
 mod failure;
 mod outgoing;
@@ -26,7 +27,7 @@ pub use self::{
 use super::{coding, conditional};
 use crate::snapshot::body::{Body, Coded, Coding};
 
-/// A response.
+/// A response to a client.
 pub type Reply = Response<Outgoing>;
 
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
@@ -39,7 +40,8 @@ const NO_STORE: HeaderValue = HeaderValue::from_static("no-store");
 const PERSONAL: HeaderValue = HeaderValue::from_static("private, no-cache");
 const REVALIDATE: HeaderValue = HeaderValue::from_static("no-cache");
 
-/// What the console's pages may do: run and show what came with them, and ask where they came from.
+/// Content security policy of the console: own scripts, styles and images, and requests to its own
+/// origin.
 const PAGE_POLICY: HeaderValue = HeaderValue::from_static(
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; \
      img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
@@ -56,7 +58,7 @@ impl From<Failure> for Reply {
     }
 }
 
-/// A failure in other words than Unleash's: `document` is the whole body.
+/// An error in another format than Unleash's: `document` is the whole body.
 pub fn refusal(failure: &Failure, document: &impl Serialize) -> Reply {
     let mut reply = private(failure.status(), document);
     if let Some((name, value)) = failure.header() {
@@ -65,18 +67,18 @@ pub fn refusal(failure: &Failure, document: &impl Serialize) -> Reply {
     reply
 }
 
-/// Whether caches between us and the client must ask again before using an answer.
+/// The `Cache-Control` of a response: whether caches must revalidate it before reuse.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Freshness {
-    /// Nothing is said, as Unleash does for flag configuration.
+    /// No header, as Unleash does for flag configuration.
     Unsaid,
     /// `Cache-Control: no-cache`, as Unleash does for evaluated flags.
     Revalidate,
-    /// The same, and that nobody else may be given it.
+    /// `Cache-Control: private, no-cache`: shared caches must not store it.
     Personal,
 }
 
-/// The answer to a condition that names the representation of `etag`.
+/// 304: the client already has the representation of `etag`.
 pub fn not_modified(etag: &HeaderValue, freshness: Freshness) -> Reply {
     let mut reply = empty(StatusCode::NOT_MODIFIED);
     reply.headers_mut().insert(ETAG, etag.clone());
@@ -86,9 +88,9 @@ pub fn not_modified(etag: &HeaderValue, freshness: Freshness) -> Reply {
 
 /// The body in the coding that the client prefers, or a 304.
 ///
-/// Awaits only while a coding is made for the first time, on a thread for such work and for a free place
-/// among a few; what is quick to make is made at once. Dropping the future leaves that work to finish for
-/// the next who asks.
+/// Waits only if the body is large and has not been compressed with this coding before; compression then
+/// runs on a blocking thread, at most eight at a time. If the future is dropped, compression continues,
+/// and the next request for this body uses its result.
 pub async fn body(request: &HeaderMap, body: &Arc<Body>, freshness: Freshness) -> Reply {
     match body_at_once(request, body, freshness) {
         Ok(reply) => reply,
@@ -96,7 +98,7 @@ pub async fn body(request: &HeaderMap, body: &Arc<Body>, freshness: Freshness) -
     }
 }
 
-/// The same, or the coding that has to be waited for.
+/// Like [`negotiate_body`], without waiting. `Err` is the coding that has to be compressed first.
 pub fn body_at_once(
     request: &HeaderMap,
     body: &Body,
@@ -113,20 +115,20 @@ pub fn body_at_once(
     }
 }
 
-/// How many bodies are compressed at a time: more threads would take memory and finish no sooner.
+/// Limits concurrent compressions: more threads would use memory without finishing sooner.
 static COMPRESSIONS: Semaphore = Semaphore::const_new(8);
 
 async fn body_made(body: Arc<Body>, coding: Coding, freshness: Freshness) -> Reply {
-    let permit = COMPRESSIONS.acquire().await.expect("nobody closes it");
+    let permit = COMPRESSIONS.acquire().await.expect("the semaphore is never closed");
     let shared = Arc::clone(&body);
     let make = move || {
-        // Held until the work is done, also where nobody waits for it any more.
+        // Held until compression is done, even if the request is gone.
         let _permit = permit;
         shared.make(coding).clone()
     };
     match tokio::task::spawn_blocking(make).await {
         Ok(coded) => body_as(coded, coding, freshness),
-        // The runtime is going down; the plain bytes are always there.
+        // The runtime is shutting down; the plain bytes are always available.
         Err(_) => body_as(body.make(Coding::Identity).clone(), Coding::Identity, freshness),
     }
 }
@@ -155,7 +157,8 @@ fn describe(reply: &mut Reply, freshness: Freshness) {
     }
 }
 
-/// A file that browsers show, in the coding that the client prefers, or a 304; awaits as [`body()`].
+/// A file of the console, in the coding that the client prefers, or a 304. Waits like
+/// [`negotiate_body`].
 pub async fn page(request: &HeaderMap, content_type: HeaderValue, file: &Arc<Body>) -> Reply {
     let mut reply = body(request, file, Freshness::Revalidate).await;
     let is_whole = reply.status() == StatusCode::OK;
@@ -168,12 +171,12 @@ pub async fn page(request: &HeaderMap, content_type: HeaderValue, file: &Arc<Bod
     reply
 }
 
-/// A JSON document that is served as it is.
+/// A ready-made JSON document.
 pub fn ok(text: impl Into<Bytes>) -> Reply {
     json(StatusCode::OK, text.into())
 }
 
-/// An answer of somebody else, as it came.
+/// A response relayed unchanged.
 pub fn relayed(head: hyper::http::response::Parts, body: Bytes) -> Reply {
     let mut reply = Response::new(Outgoing::from(body));
     *reply.status_mut() = head.status;
@@ -181,12 +184,12 @@ pub fn relayed(head: hyper::http::response::Parts, body: Bytes) -> Reply {
     reply
 }
 
-/// A document made for this answer, which nobody else may keep.
+/// A JSON document that must not be cached.
 pub fn document(document: &impl Serialize) -> Reply {
     private(StatusCode::OK, document)
 }
 
-/// The answer to something that was created, with where it can be found.
+/// 201 for a created resource, with its `Location`.
 pub fn created(document: &impl Serialize, location: &str) -> Reply {
     let mut reply = private(StatusCode::CREATED, document);
     if let Ok(location) = HeaderValue::from_str(location) {
@@ -195,17 +198,17 @@ pub fn created(document: &impl Serialize, location: &str) -> Reply {
     reply
 }
 
-/// The answer to something that was done and has nothing to tell.
+/// 200 without a body.
 pub fn done() -> Reply {
     empty(StatusCode::OK)
 }
 
-/// The same where the protocol wants that said.
+/// 204.
 pub fn nothing() -> Reply {
     empty(StatusCode::NO_CONTENT)
 }
 
-/// Sends the client elsewhere; it repeats method and body there, and asks here again the next time.
+/// 308: the client repeats method and body at `location`. Not cached, so it comes here again next time.
 pub fn redirect(location: &str) -> Reply {
     let mut reply = empty(StatusCode::PERMANENT_REDIRECT);
     reply.headers_mut().insert(CACHE_CONTROL, NO_STORE);
@@ -215,9 +218,9 @@ pub fn redirect(location: &str) -> Reply {
     reply
 }
 
-/// The answer with a cookie to be kept.
+/// Adds a cookie to a response.
 pub fn with_cookie(mut reply: Reply, cookie: &str) -> Reply {
-    // Cookies hold random text and fixed attributes.
+    // Cookies consist of random text and fixed attributes.
     let mut cookie = HeaderValue::from_str(cookie).expect("a cookie is visible ASCII");
     cookie.set_sensitive(true);
     reply.headers_mut().append(SET_COOKIE, cookie);
@@ -231,25 +234,25 @@ fn private(status: StatusCode, document: &impl Serialize) -> Reply {
     reply
 }
 
-/// The answer to usage that was taken in.
+/// 202, for accepted usage reports.
 pub fn accepted() -> Reply {
     empty(StatusCode::ACCEPTED)
 }
 
-/// The state of the instance, for probes: 200, or 503 with what is missing.
+/// The response to a probe: 200 if ready, otherwise 503 with the reasons in `text`.
 pub fn probe(ready: bool, text: impl Into<Bytes>) -> Reply {
     json(if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, text.into())
 }
 
-/// A list of delta events that lead to the state `id`, which is its entity tag in every coding: SDKs
-/// name by it the state that they have. Awaits as [`body()`].
+/// Delta events that lead to the state `id`. The id is the entity tag in every coding, and SDKs send it
+/// back as the state that they have. Waits like [`negotiate_body`].
 pub async fn delta(request: &HeaderMap, events: &Arc<Body>, id: u32) -> Reply {
     let mut reply = body(request, events, Freshness::Unsaid).await;
     reply.headers_mut().insert(ETAG, state_tag(id));
     reply
 }
 
-/// The answer to a client that has all that is to be told of the state `id`.
+/// 304 for a client that already has the state `id`.
 pub fn no_delta(id: u32) -> Reply {
     not_modified(&state_tag(id), Freshness::Unsaid)
 }
@@ -258,7 +261,7 @@ fn state_tag(id: u32) -> HeaderValue {
     HeaderValue::try_from(format!("\"{id}\"")).expect("digits are visible ASCII")
 }
 
-/// Server-sent events, as they come about; proxies are told to hold nothing back.
+/// A stream of server-sent events; proxies must not buffer it.
 pub fn event_stream(events: Live) -> Reply {
     let mut reply = Response::new(Outgoing::Live(events));
     let headers = reply.headers_mut();
@@ -268,7 +271,7 @@ pub fn event_stream(events: Live) -> Reply {
     reply
 }
 
-/// Says that SDKs which can had better follow a stream.
+/// Tells SDKs that support streaming to switch to it.
 pub fn prefer_streaming(reply: &mut Reply) {
     reply.headers_mut().insert("fetch-mode", HeaderValue::from_static("streaming"));
 }
@@ -280,26 +283,26 @@ pub fn prometheus(text: String) -> Reply {
     reply
 }
 
-/// The answer to a preflight; its headers come from `cors`.
+/// The response to a CORS preflight; `cors` adds its headers.
 pub fn preflight() -> Reply {
     empty(StatusCode::OK)
 }
 
-/// How long the body of a reply is, in bytes; 0 where that is not known yet.
+/// The length of a response's body, in bytes; 0 for a stream, whose length is not known.
 pub fn length(reply: &Reply) -> u64 {
     use hyper::body::Body as _;
     reply.body().size_hint().lower()
 }
 
-/// Keeps a response for an operator out of caches, unless it says otherwise itself, and keeps browsers
-/// from guessing another type for it.
+/// Forbids caching of an admin response unless it already has a `Cache-Control`, and forbids browsers to
+/// guess its content type.
 pub fn protect(reply: &mut Reply) {
     let headers = reply.headers_mut();
     headers.entry(CACHE_CONTROL).or_insert(NO_STORE);
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
 }
 
-/// The reply without its body, for `HEAD`; the length stays told.
+/// Drops the body for `HEAD` requests, but keeps its `Content-Length`.
 pub fn without_body(method: &Method, mut reply: Reply) -> Reply {
     use hyper::body::Body as _;
     if method == Method::HEAD {

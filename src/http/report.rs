@@ -1,4 +1,5 @@
-//! What SDKs and other edges report: applications and counts, taken in and answered at once.
+//! Receives usage reports of SDKs and other edges: registrations, flag counts and instance data. It only
+//! records them; [`usage`](crate::usage) sends them on later.
 
 use std::sync::Arc;
 
@@ -11,10 +12,10 @@ use crate::{
     wire::usage::{Application, Bulk, ClientMetrics, EdgeInstance, Metadata, ParseError},
 };
 
-/// The longest header value that is kept of an SDK, in bytes.
+/// The longest SDK header value that is recorded, in bytes.
 const MAX_HEADER: usize = 100;
 
-/// An SDK that starts.
+/// Registers an application.
 pub fn register(
     usage: &Usage,
     reporter: &Reporter<'_>,
@@ -27,7 +28,7 @@ pub fn register(
     Ok(reply::accepted())
 }
 
-/// What one SDK counted.
+/// Records the flag counts of one SDK.
 pub fn metrics(
     usage: &Usage,
     reporter: &Reporter<'_>,
@@ -40,22 +41,22 @@ pub fn metrics(
     Ok(reply::accepted())
 }
 
-/// What another edge has gathered.
+/// Records the counts and registrations that another edge has collected.
 pub fn bulk(usage: &Usage, reporter: &Reporter<'_>, body: &[u8]) -> Result<Reply, Failure> {
     let bulk = Bulk::parse(body)?;
     usage.record_bulk(reporter, bulk, Timestamp::now())?;
     Ok(reply::accepted())
 }
 
-/// How another edge is doing.
+/// Records the status of another edge.
 pub fn instance(usage: &Usage, reporter: &Reporter<'_>, body: &[u8]) -> Result<Reply, Failure> {
     usage.record_edge_instance(reporter, &EdgeInstance::parse(body)?)?;
     Ok(reply::accepted())
 }
 
-/// Takes from the headers what an SDK tells only there: frontend SDKs tell nothing in their bodies.
+/// Completes the metadata from headers: frontend SDKs send it only there.
 fn complete(metadata: &mut Metadata, headers: &HeaderMap) {
-    let told = |name| headers.get(name).and_then(|value| value.to_str().ok()).map(Arc::from);
+    let header = |name| headers.get(name).and_then(|value| value.to_str().ok()).map(Arc::from);
     let fields = [
         (&mut metadata.sdk_version, "unleash-sdk"),
         (&mut metadata.sdk_flavor, "unleash-sdk-flavor"),
@@ -64,7 +65,7 @@ fn complete(metadata: &mut Metadata, headers: &HeaderMap) {
     ];
     for (field, name) in fields {
         if field.is_none() {
-            *field = told(name).filter(|text: &Arc<str>| text.len() <= MAX_HEADER);
+            *field = header(name).filter(|text: &Arc<str>| text.len() <= MAX_HEADER);
         }
     }
 }

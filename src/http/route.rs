@@ -1,12 +1,12 @@
-//! Paths and methods to routes: a pure table, no IO and no state.
+//! The routes of the SDK port: maps method and path to a [`Route`]. A pure table without IO or state.
 //!
-//! Which API a path belongs to is decided by the route and never by a part of its text.
+//! The API of a request follows from its route and never from a substring of its path.
 
 use hyper::Method;
 
 use crate::{snapshot::Shown, token::TokenKind};
 
-/// What a request to the data listener asks for; `'a` is the path.
+/// The endpoint of a request on the SDK port; `'a` is the path.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Route<'a> {
     /// `GET`, `POST` and `HEAD /api/client/features`
@@ -47,7 +47,7 @@ pub enum Route<'a> {
     Prometheus,
 }
 
-/// An endpoint that an operator can turn off.
+/// An endpoint that an operator can disable.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub enum Endpoint {
     /// `/api/frontend/all` and `/api/proxy/all`.
@@ -67,9 +67,9 @@ pub enum Endpoint {
 /// Why a request has no route.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum NoRoute {
-    /// No resource of that path.
+    /// No resource at that path.
     Path,
-    /// The resource knows other methods: the value of `Allow`.
+    /// The resource supports other methods only: the value of `Allow`.
     Method(&'static str),
 }
 
@@ -78,7 +78,7 @@ const READ_OR_POST: &str = "GET, HEAD, POST";
 const POST: &str = "POST";
 
 impl<'a> Route<'a> {
-    /// The template of each route, a label value; a route's is at [`Route::index`].
+    /// The path template of each route, used as a label value, at [`Route::index`].
     pub const TEMPLATES: [&'static str; 21] = [
         "/api/client/features",
         "/api/client/features/{name}",
@@ -106,15 +106,15 @@ impl<'a> Route<'a> {
     /// Finds the route of a normalised path (see [`normalise`]).
     pub fn parse(method: &Method, path: &'a str) -> Result<Self, NoRoute> {
         let (route, methods) = Self::of_path(path).ok_or(NoRoute::Path)?;
-        let known = match *method {
+        let is_allowed = match *method {
             Method::GET | Method::HEAD => methods != POST,
             Method::POST => methods != READ,
             _ => false,
         };
-        if known { Ok(route) } else { Err(NoRoute::Method(methods)) }
+        if is_allowed { Ok(route) } else { Err(NoRoute::Method(methods)) }
     }
 
-    /// Whether a normalised path is among those of SDKs and other edges, known or not.
+    /// Whether a normalised path belongs to the APIs of SDKs and other edges, even if it has no route.
     pub fn is_of_sdks(path: &str) -> bool {
         ["/api/client/", "/api/frontend", "/api/proxy", "/ofrep/", "/edge/"]
             .iter()
@@ -183,7 +183,7 @@ impl<'a> Route<'a> {
         }
     }
 
-    /// The route's place in [`Route::TEMPLATES`].
+    /// The route's index in [`Route::TEMPLATES`].
     pub fn index(&self) -> usize {
         match self {
             Self::ClientFeatures => 0,
@@ -213,11 +213,11 @@ impl<'a> Route<'a> {
 
 /// The path without the base path, doubled slashes and a trailing slash; `None` outside the base.
 ///
-/// `base` is empty or begins with a slash and does not end with one. The common path is returned as
-/// it came, without a copy.
+/// `base` is empty, or begins with a slash and does not end with one. A path without doubled slashes is
+/// not copied.
 pub fn normalise<'a>(path: &'a str, base: &str) -> Option<std::borrow::Cow<'a, str>> {
     use std::borrow::Cow;
-    // By far the fastest way for something as short as a path.
+    // Faster than a substring search for something as short as a path.
     let is_doubled = path.as_bytes().windows(2).any(|two| two == b"//");
     let path = if is_doubled {
         let mut single = String::with_capacity(path.len());
@@ -232,17 +232,17 @@ pub fn normalise<'a>(path: &'a str, base: &str) -> Option<std::borrow::Cow<'a, s
     if base.is_empty() {
         return Some(path);
     }
-    let inside = |path: &str| {
+    let is_inside = |path: &str| {
         path.strip_prefix(base).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
     };
     match path {
-        Cow::Borrowed(path) if inside(path) => Some(Cow::Borrowed(&path[base.len()..])),
-        Cow::Owned(path) if inside(&path) => Some(Cow::Owned(path[base.len()..].to_owned())),
+        Cow::Borrowed(path) if is_inside(path) => Some(Cow::Borrowed(&path[base.len()..])),
+        Cow::Owned(path) if is_inside(&path) => Some(Cow::Owned(path[base.len()..].to_owned())),
         _ => None,
     }
 }
 
-/// The text when it is one non-empty path segment.
+/// The text, if it is one non-empty path segment.
 fn one_segment(text: &str) -> Option<&str> {
     (!text.is_empty() && !text.contains('/')).then_some(text)
 }
@@ -258,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn every_documented_path_has_its_route() {
+    fn documented_path_has_its_route() {
         check(&Method::GET, "/api/client/features", Ok(Route::ClientFeatures));
         check(&Method::POST, "/api/client/features", Ok(Route::ClientFeatures));
         check(&Method::HEAD, "/api/client/features/", Ok(Route::ClientFeatures));
@@ -284,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn other_paths_and_methods_are_told_apart() {
+    fn unknown_path_and_unsupported_method_are_distinguished() {
         check(&Method::GET, "/", Err(NoRoute::Path));
         check(&Method::GET, "/api/client/features/a/b", Err(NoRoute::Path));
         check(&Method::GET, "/api/proxy/features/x", Err(NoRoute::Path));
@@ -297,12 +297,12 @@ mod tests {
     }
 
     #[test]
-    fn a_flag_named_like_another_api_is_still_a_client_route() {
+    fn flag_named_like_another_api_has_a_client_route() {
         check(&Method::GET, "/api/client/features/frontend", Ok(Route::ClientFeature("frontend")));
     }
 
     #[test]
-    fn a_base_path_is_removed_and_demanded() {
+    fn base_path_is_removed_and_required() {
         let check = |path, expect: Option<&str>| {
             assert_eq!(normalise(path, "/edge").as_deref(), expect, "{path}");
         };

@@ -1,7 +1,7 @@
-//! A sign to stop that very many wait for.
+//! A shutdown signal for thousands of tasks.
 //!
-//! They are woken by it, and woken for other reasons all the while: so looking whether it was given
-//! costs a load, and waiting for it is done once.
+//! A [`CancellationToken`] wakes the tasks, and a flag beside it makes checking as cheap as an atomic
+//! load: the tasks wake often for other reasons, and register their waker only once.
 
 use std::sync::{
     Arc,
@@ -10,27 +10,28 @@ use std::sync::{
 
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
-/// The sign. A cheap handle.
+/// A signal that is triggered once. A cheap handle.
 #[derive(Clone, Debug, Default)]
 pub struct Stop {
-    given: Arc<AtomicBool>,
-    wake: CancellationToken,
+    triggered: Arc<AtomicBool>,
+    token: CancellationToken,
 }
 
 impl Stop {
-    /// Gives it.
+    /// Triggers the signal.
     pub fn give(&self) {
-        self.given.store(true, Ordering::Release);
-        self.wake.cancel();
+        self.triggered.store(true, Ordering::Release);
+        self.token.cancel();
     }
 
-    /// Whether it was given.
+    /// Whether the signal was triggered.
     pub fn is_given(&self) -> bool {
-        self.given.load(Ordering::Acquire)
+        self.triggered.load(Ordering::Acquire)
     }
 
-    /// Wakes the task that has polled it once, when the sign is given: a task's waker stays the same.
+    /// A future that wakes its task when the signal is triggered. It has to be polled only once, because
+    /// the waker of a task does not change.
     pub fn wake(&self) -> WaitForCancellationFutureOwned {
-        self.wake.clone().cancelled_owned()
+        self.token.clone().cancelled_owned()
     }
 }

@@ -1,9 +1,9 @@
-//! Open streams: how many there may be, how long they last, and what ends them.
+//! Event streams: their limits, their lifetime, and why they close.
 //!
-//! A stream's connection asks for its next piece when it has room for it, so that a client which reads
-//! slowly holds a few pieces and delays nobody; one that takes nothing loses its connection, or over HTTP/2
-//! its stream, by the listener's limits. What there is to tell is the business of a [`Teller`]; each API has its
-//! own.
+//! A stream produces its next chunk when the connection can send it, so a slow client buffers a few
+//! chunks and does not delay others. If a client reads nothing, the server's limits close its
+//! connection, or over HTTP/2 its stream. The events come from an [`EventSource`], which each API
+//! implements.
 
 mod follower;
 mod seats;
@@ -16,7 +16,7 @@ use tokio::sync::watch;
 
 pub use self::teller::{Piece, Teller, Told};
 use self::{
-    follower::Follower,
+    follower::SseStream,
     seats::{Room, Seats},
 };
 use super::reply::{self, Failure, Reply};
@@ -26,12 +26,12 @@ use crate::{
     token::{Grant, TokenDigest},
 };
 
-/// Where SDKs that can do both are to go.
+/// The fetch mode to announce to SDKs that support both.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum FetchMode {
-    /// Those that follow a stream are told to poll.
+    /// Streaming SDKs are told to poll.
     Polling,
-    /// Those that poll are told to follow a stream.
+    /// Polling SDKs are told to use streaming.
     Streaming,
 }
 
@@ -46,23 +46,24 @@ impl FetchMode {
     }
 }
 
-/// How streams are kept.
+/// Limits and lifetime of streams.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// How many may be open at once.
+    /// Maximum number of open streams.
     pub most: usize,
-    /// How many of them clients of one address may have.
+    /// Maximum number of open streams per client address.
     pub most_of_address: usize,
-    /// How many of them the bearers of one token may have.
+    /// Maximum number of open streams per token.
     pub most_of_token: usize,
-    /// About how long one lasts, so that clients spread over instances anew.
+    /// Approximate lifetime of a stream (±10 %), after which clients reconnect and so rebalance over the
+    /// instances.
     pub max_age: Duration,
-    /// Where SDKs are sent; as they are set up themselves when there is none.
+    /// The fetch mode to announce to SDKs; `None` leaves each SDK as it is configured.
     pub fetch_mode: Option<FetchMode>,
 }
 
 impl Config {
-    /// Keeps no more than so many open at once, and the shares in proportion.
+    /// Reduces the limit of open streams to `most`, and the other limits in proportion.
     pub fn limit(&mut self, most: usize) {
         let (before, most) = (self.most, self.most.min(most));
         let share = |it: usize| it.saturating_mul(most).div_ceil(before);
@@ -72,10 +73,10 @@ impl Config {
     }
 }
 
-/// When a client that found no room is told to try again.
+/// `Retry-After` of a rejected stream.
 const CROWDED_FOR: Duration = Duration::from_mins(1);
 
-/// Every open stream. A cheap handle.
+/// All open streams. A cheap handle.
 #[derive(Clone, Debug)]
 pub struct Streams {
     config: Config,
@@ -83,7 +84,7 @@ pub struct Streams {
 }
 
 impl Streams {
-    /// Keeps streams as long as `auth` admits their tokens.
+    /// Streams that stay open while `auth` accepts their tokens.
     pub fn new(config: Config, auth: Authenticator) -> Self {
         let room = Room {
             most: config.most,
@@ -94,27 +95,28 @@ impl Streams {
         Self { config, seats }
     }
 
-    /// Where SDKs that can do both are to go.
+    /// The fetch mode to announce to SDKs.
     pub fn fetch_mode(&self) -> Option<FetchMode> {
         self.config.fetch_mode
     }
 
-    /// Ends the streams of tokens that hold no more, or allow something else now, until dropped.
+    /// Closes the streams of tokens that were revoked or whose grant changed. Runs until dropped.
     pub async fn run(&self) {
         self.seats.run().await;
     }
 
-    /// Ends all streams, one by one within a few seconds, and at most within half of `grace`. There
-    /// will be no others.
+    /// Closes all streams gradually, within five seconds and at most half of `grace`, so that clients do
+    /// not reconnect at once. Streams opened later close as well.
     pub fn end(&self, grace: Duration) {
         self.seats.end(grace);
     }
 
-    /// Opens a stream for the bearer of a token at an address: the token grants it, `teller` tells, and is
-    /// asked whenever `states` has a new number. The stream ends with those.
+    /// Opens a stream for a token and a client address. `teller` supplies the events and is polled
+    /// whenever `states` has a new id. The stream closes when the sender of `states` is dropped.
     ///
     /// # Errors
-    /// When there is no room, for anybody or for this bearer.
+    /// [`HttpError::TooManyStreams`] if a limit is reached: the total, that of the address or that of
+    /// the token.
     pub fn open(
         &self,
         (digest, client): (TokenDigest, IpAddr),
@@ -125,8 +127,8 @@ impl Streams {
         let seat = self.seats.take((digest, client), grant);
         let seat = seat.ok_or(Failure::Crowded(CROWDED_FOR))?;
         let age = self.config.max_age.mul_f64(rand::random_range(0.9..1.1));
-        let follower = Follower::new(seat, states, teller, age);
-        Ok(reply::event_stream(Box::pin(follower)))
+        let stream = SseStream::new(seat, states, teller, age);
+        Ok(reply::event_stream(Box::pin(stream)))
     }
 }
 
@@ -147,7 +149,7 @@ mod tests {
     };
 
     #[test]
-    fn fewer_streams_are_shared_as_more_were() {
+    fn limits_per_address_and_token_shrink_in_proportion() {
         let config = Config {
             most: 1000,
             most_of_address: 500,
@@ -168,18 +170,18 @@ mod tests {
     const LONG: Duration = Duration::from_hours(1);
     const AGE: Duration = Duration::from_mins(10);
 
-    /// Has one thing to tell.
-    struct Once(bool);
+    /// Has one event.
+    struct SingleEvent(bool);
 
-    impl Teller for Once {
+    impl Teller for SingleEvent {
         fn tell(&mut self) -> Option<Piece> {
             let first = !std::mem::replace(&mut self.0, true);
             first.then(|| Piece { bytes: Bytes::from_static(b"x"), told: Told::Whole })
         }
     }
 
-    /// A stream that has told a piece, among what keeps it.
-    async fn told() -> (Live, Streams, Authenticator, Feed) {
+    /// A stream that has sent a chunk, with the services it depends on.
+    async fn open_stream() -> (Live, Streams, Authenticator, Feed) {
         let scope = Scope { environment: Environment::new("dev"), projects: Projects::All };
         let config = auth::Config {
             revalidate_after: LONG,
@@ -206,38 +208,38 @@ mod tests {
         let states = feed.follow(&environment).unwrap();
         let grant = auth.standing(&digest).unwrap();
         let bearer = (digest, IpAddr::from([192, 0, 2, 7]));
-        let reply = streams.open(bearer, grant, states, Once(false)).unwrap();
-        let Outgoing::Live(mut live) = reply.into_body() else { panic!("it is no stream") };
+        let reply = streams.open(bearer, grant, states, SingleEvent(false)).unwrap();
+        let Outgoing::Live(mut live) = reply.into_body() else { panic!("not a stream") };
         assert!(live.next().await.is_some());
         (live, streams, auth, feed)
     }
 
-    /// Takes what a stream still tells, and returns when it is over.
-    async fn over(live: &mut Live) -> Instant {
+    /// Reads a stream to its end, and returns the time of the end.
+    async fn closed_at(live: &mut Live) -> Instant {
         while live.next().await.is_some() {}
         Instant::now()
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_stream_ends_at_its_age() {
-        let (mut live, _streams, _auth, _feed) = told().await;
+    async fn stream_closes_at_its_maximum_age() {
+        let (mut live, _streams, _auth, _feed) = open_stream().await;
         let begun = Instant::now();
-        let age = over(&mut live).await - begun;
+        let age = closed_at(&mut live).await - begun;
         assert!(age >= AGE.mul_f64(0.9) && age < AGE.mul_f64(1.2), "{age:?}");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn it_ends_with_its_token_and_with_the_process() {
-        let (mut live, streams, auth, _feed) = told().await;
+    async fn stream_closes_on_token_revocation_and_on_shutdown() {
+        let (mut live, streams, auth, _feed) = open_stream().await;
         let begun = Instant::now();
         auth.set_given([]);
         tokio::select! {
-            at = over(&mut live) => assert!(at - begun < Duration::from_mins(1)),
-            () = streams.run() => unreachable!("it runs until it is dropped"),
+            at = closed_at(&mut live) => assert!(at - begun < Duration::from_mins(1)),
+            () = streams.run() => unreachable!("runs until dropped"),
         }
-        let (mut live, streams, _auth, _feed) = told().await;
+        let (mut live, streams, _auth, _feed) = open_stream().await;
         let begun = Instant::now();
         streams.end(Duration::from_mins(1));
-        assert!(over(&mut live).await - begun < Duration::from_mins(1));
+        assert!(closed_at(&mut live).await - begun < Duration::from_mins(1));
     }
 }

@@ -1,13 +1,13 @@
-//! Limits how often one event is logged: at once when it first happens, then with a count of what was
-//! left out.
+//! Limits how often a repeated event is logged: the first occurrence at once, later ones at most once a
+//! minute with the number of suppressed ones.
 //!
-//! What the event is, and at which level, is its owner's matter.
+//! The caller chooses the event and its level, and logs it.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// How often one event is logged at most.
+/// The shortest interval between two log entries of one event.
 const INTERVAL: Duration = Duration::from_mins(1);
 
 /// Decides which occurrences of one event are logged.
@@ -18,8 +18,8 @@ pub struct Sparing {
 }
 
 impl Sparing {
-    /// Notes an occurrence. `Some` where it is to be logged, with the number of those before it that
-    /// were not.
+    /// Records an occurrence. `Some` if it should be logged, with the number of occurrences suppressed
+    /// before it.
     pub fn admit(&mut self) -> Option<u64> {
         if self.logged_at.is_some_and(|logged_at| logged_at.elapsed() < INTERVAL) {
             self.left_out += 1;
@@ -35,7 +35,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn first_occurrence_is_logged_at_once_and_later_ones_once_an_interval_with_a_count() {
+    async fn first_occurrence_is_logged_at_once_and_later_ones_once_per_interval_with_a_count() {
         let mut sparing = Sparing::default();
         let mut logged = Vec::new();
         for _ in 0..25 {

@@ -1,4 +1,4 @@
-//! A certificate of the server, as operators see it.
+//! The details of a server certificate that operators see.
 
 use std::path::{Path, PathBuf};
 
@@ -8,10 +8,10 @@ use x509_parser::parse_x509_certificate;
 
 use super::pem;
 
-/// How long before its expiry a certificate is warned of.
-const WARN_BEFORE: SignedDuration = SignedDuration::from_hours(14 * 24);
+/// The period before the expiry in which a certificate causes a warning: 14 days.
+const EXPIRY_WARNING_WINDOW: SignedDuration = SignedDuration::from_hours(14 * 24);
 
-/// A certificate that is in use.
+/// A server certificate in use.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Certificate {
     file: PathBuf,
@@ -21,19 +21,19 @@ pub struct Certificate {
 }
 
 impl Certificate {
-    /// Reads a certificate of `file`.
+    /// Parses a certificate of `file`.
     pub(super) fn parse(file: &Path, certificate: &CertificateDer<'_>) -> Result<Self, pem::Error> {
-        let failed = || pem::Error::Certificate { path: file.to_owned() };
+        let failed = || pem::Error::InvalidCertificate { path: file.to_owned() };
         let (_, parsed) = parse_x509_certificate(certificate).map_err(|_| failed())?;
         let validity = parsed.validity();
         let [not_before, not_after] = [validity.not_before, validity.not_after]
-            // One of the year 9999 is later than any time that is counted here.
+            // Year 9999 is beyond the range of `Timestamp`.
             .map(|at| Timestamp::from_second(at.timestamp()).unwrap_or(Timestamp::MAX));
         let subject = parsed.subject().to_string();
         Ok(Self { file: file.to_owned(), subject, not_before, not_after })
     }
 
-    /// The file that it was read from, as the configuration names it.
+    /// The path of its file, as configured.
     pub fn file(&self) -> &Path {
         &self.file
     }
@@ -53,8 +53,7 @@ impl Certificate {
         self.not_after.duration_since(now)
     }
 
-    /// What an operator has to know of its validity: not valid yet, expired, or about to expire within
-    /// 14 days.
+    /// A warning if it is not valid yet, has expired, or expires within 14 days.
     pub fn warning(&self, now: Timestamp) -> Option<String> {
         let (file, not_after) = (self.file.display(), self.not_after);
         let left = self.expires_in(now);
@@ -62,7 +61,7 @@ impl Certificate {
             Some(format!("the certificate in {file} is not valid before {}", self.not_before))
         } else if left.is_negative() {
             Some(format!("the certificate in {file} expired at {not_after}"))
-        } else if left < WARN_BEFORE {
+        } else if left < EXPIRY_WARNING_WINDOW {
             Some(format!("the certificate in {file} expires at {not_after}"))
         } else {
             None

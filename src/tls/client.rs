@@ -1,4 +1,4 @@
-//! Client certificates: which are accepted, and what a handler learns of one.
+//! Client certificates: their verification, and the details that handlers see.
 
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use x509_parser::{extensions::GeneralName, parse_x509_certificate};
 
 use super::config::ClientAuth;
 
-/// The certificate that a client has proven to own.
+/// A client certificate whose ownership the client has proven.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct ClientCertificate {
     subject: String,
@@ -22,8 +22,8 @@ pub struct ClientCertificate {
 }
 
 impl ClientCertificate {
-    /// Reads a verified certificate.
-    pub(super) fn of(certificate: &CertificateDer<'_>) -> Self {
+    /// Parses a verified certificate.
+    pub(super) fn from_verified(certificate: &CertificateDer<'_>) -> Self {
         let (mut subject, mut names) = (String::new(), Vec::new());
         if let Ok((_, parsed)) = parse_x509_certificate(certificate) {
             subject = parsed.subject().to_string();
@@ -44,23 +44,23 @@ impl ClientCertificate {
         &self.subject
     }
 
-    /// Its alternative names: host names, mail addresses and URIs (SPIFFE identities for instance).
+    /// Its subject alternative names: host names, email addresses and URIs (SPIFFE IDs for instance).
     pub fn names(&self) -> &[String] {
         &self.names
     }
 
-    /// The SHA-256 hash of the whole certificate.
+    /// The SHA-256 hash of the DER-encoded certificate.
     pub fn fingerprint(&self) -> &[u8; 32] {
         &self.fingerprint
     }
 }
 
-/// Accepts certificates that `roots` have issued and `crls` do not revoke.
+/// Builds a verifier that accepts certificates issued by `roots` and not revoked by `crls`.
 ///
 /// With revocation lists, each authority between a client and its root needs one, as in nginx: a
-/// certificate whose status is unknown is refused. A list that is out of date counts on, because
-/// refusing everybody for a late list would take the service down.
-pub(super) fn verifier(
+/// certificate of unknown status is rejected. An outdated list stays in use, because rejecting all
+/// clients for a late list would cause an outage.
+pub(super) fn client_verifier(
     provider: &Arc<CryptoProvider>,
     roots: RootCertStore,
     crls: Vec<CertificateRevocationListDer<'static>>,

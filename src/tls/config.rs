@@ -1,43 +1,43 @@
-//! The TLS settings of one listener.
+//! The TLS configuration of one listener.
 
 use std::{path::PathBuf, time::Duration};
 
-/// The TLS settings of one listener.
+/// The TLS configuration of one listener.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Config {
     /// The listener's name in metrics and logs, `data` or `admin`.
     pub listener: &'static str,
-    /// Certificates with their keys, never empty. The server name of a handshake (SNI) selects one; the
-    /// first is the default.
-    pub pairs: Vec<Pair>,
-    /// The lowest version that is negotiated.
+    /// Certificates with their keys; at least one. The server name of a handshake (SNI) selects one, and
+    /// the first is the default.
+    pub key_pairs: Vec<KeyPairFiles>,
+    /// The minimum version.
     pub min_version: Version,
-    /// Client certificates; `None` requests none.
-    pub clients: Option<Clients>,
-    /// The longest that a handshake may take, waiting for its turn included.
+    /// Verification of client certificates; `None` requests none.
+    pub client_verification: Option<ClientVerification>,
+    /// The timeout of a handshake, including its time in the queue.
     pub handshake_timeout: Duration,
-    /// How many handshakes are processed at once, so that they leave processors to other work; others wait
-    /// for their turn. Above 0.
+    /// The maximum number of handshakes that are processed at once, so that other work gets CPU time.
+    /// Above 0. Further handshakes are queued.
     pub max_handshakes: usize,
 }
 
-/// A certificate and its key.
+/// The files of a certificate and its key.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Pair {
+pub struct KeyPairFiles {
     /// The certificate chain (PEM), leaf first.
     pub certificate_file: PathBuf,
     /// The private key of the leaf (PEM).
     pub key_file: PathBuf,
 }
 
-/// Which client certificates are accepted.
+/// How client certificates are verified.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Clients {
-    /// The authorities (PEM) that issue them.
+pub struct ClientVerification {
+    /// The certificate authorities (PEM) that issue them.
     pub ca_file: PathBuf,
     /// Whether every client needs one.
     pub auth: ClientAuth,
-    /// Revocation lists (PEM) of every authority in their chains.
+    /// The revocation lists (PEM) of every authority in their chains.
     pub crl_file: Option<PathBuf>,
 }
 
@@ -46,12 +46,12 @@ pub struct Clients {
 pub enum ClientAuth {
     /// A handshake without one fails.
     Required,
-    /// A handshake without one succeeds; one with a certificate that is not accepted fails.
+    /// A handshake without one succeeds. A handshake with an invalid one fails.
     Optional,
 }
 
 impl ClientAuth {
-    /// Reads `required` or `optional`.
+    /// Parses `required` or `optional`.
     pub fn parse(text: &str) -> Option<Self> {
         match text {
             "required" => Some(Self::Required),
@@ -71,7 +71,7 @@ pub enum Version {
 }
 
 impl Version {
-    /// Reads `1.2` or `1.3`.
+    /// Parses `1.2` or `1.3`.
     pub fn parse(text: &str) -> Option<Self> {
         match text {
             "1.2" => Some(Self::Tls12),

@@ -1,4 +1,4 @@
-//! One handshake: what it has agreed on, or why it failed.
+//! The result of a handshake: the negotiated parameters, or the error.
 
 use std::{io, sync::Arc, time::Duration};
 
@@ -9,18 +9,18 @@ use super::{client::ClientCertificate, config::Version};
 
 pub(super) const HANDSHAKES: &str = "parapet_tls_handshakes_total";
 
-/// What a handshake has agreed on.
+/// The parameters that a handshake negotiated.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Tls {
+pub struct NegotiatedTls {
     /// The version of TLS.
     pub version: Version,
-    /// The protocol that the client has asked for (ALPN), where it has.
+    /// The application protocol (ALPN); `None` if the client offered none.
     pub alpn: Option<Alpn>,
-    /// The client's certificate, which was verified; `None` if it has sent none.
-    pub client: Option<Arc<ClientCertificate>>,
+    /// The verified client certificate; `None` if the client sent none.
+    pub client_certificate: Option<Arc<ClientCertificate>>,
 }
 
-/// A protocol on top of TLS.
+/// An application protocol over TLS.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Alpn {
     /// HTTP/2
@@ -30,10 +30,10 @@ pub enum Alpn {
 }
 
 impl Alpn {
-    /// Both, the preferred one first.
+    /// All protocols, the preferred one first.
     pub(super) const ALL: [Self; 2] = [Self::H2, Self::Http1];
 
-    /// The registered identifier.
+    /// The registered ALPN identifier.
     pub(super) fn as_bytes(self) -> &'static [u8] {
         match self {
             Self::H2 => b"h2",
@@ -42,9 +42,9 @@ impl Alpn {
     }
 }
 
-impl Tls {
-    /// What `connection`, whose handshake has succeeded, has agreed on.
-    pub(super) fn of(connection: &ServerConnection) -> Self {
+impl NegotiatedTls {
+    /// Reads the parameters of a connection whose handshake has succeeded.
+    pub(super) fn from_connection(connection: &ServerConnection) -> Self {
         let version = match connection.protocol_version() {
             Some(ProtocolVersion::TLSv1_3) => Version::Tls13,
             _ => Version::Tls12,
@@ -52,24 +52,24 @@ impl Tls {
         let agreed = connection.alpn_protocol();
         let alpn = Alpn::ALL.into_iter().find(|it| agreed == Some(it.as_bytes()));
         let leaf = connection.peer_certificates().and_then(<[_]>::first);
-        let client = leaf.map(|leaf| Arc::new(ClientCertificate::of(leaf)));
-        Self { version, alpn, client }
+        let client_certificate = leaf.map(|leaf| Arc::new(ClientCertificate::from_verified(leaf)));
+        Self { version, alpn, client_certificate }
     }
 }
 
 /// Why a handshake failed.
 #[derive(Debug, thiserror::Error)]
 pub enum HandshakeError {
-    /// It took too long.
+    /// The handshake timed out.
     #[error("the TLS handshake took longer than {0:?}")]
     TimedOut(Duration),
     /// The client closed the connection.
     #[error("the client closed the connection during the TLS handshake")]
     Closed,
-    /// The client sent no certificate, or one that is not accepted.
-    #[error("the client sent no certificate that is accepted")]
+    /// The client sent no certificate, or an invalid one.
+    #[error("the client sent no valid certificate")]
     ClientCertificate(#[source] TlsError),
-    /// Both sides have no protocol in common, or the connection broke.
+    /// The two sides support no common parameters, or the connection failed.
     #[error("the TLS handshake failed")]
     Failed(#[source] io::Error),
 }
@@ -93,10 +93,10 @@ impl From<io::Error> for HandshakeError {
     }
 }
 
-/// Counts how a handshake with a listener ended.
-pub(super) fn count(
+/// Counts a handshake of a listener by version and outcome.
+pub(super) fn record_handshake(
     listener: &'static str,
-    outcome: Result<(&ServerConnection, &Tls), &HandshakeError>,
+    outcome: Result<(&ServerConnection, &NegotiatedTls), &HandshakeError>,
 ) {
     let (version, outcome) = match outcome {
         Ok((connection, tls)) => {

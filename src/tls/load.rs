@@ -1,4 +1,4 @@
-//! From the files of a configuration to what handshakes use, or everything that is wrong with them.
+//! Loads the files of a configuration into a rustls configuration, or reports all errors in them.
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -20,34 +20,34 @@ use zeroize::Zeroizing;
 use super::{
     certificate::Certificate,
     client,
-    config::{Clients, Config, Pair, Version},
+    config::{ClientVerification, Config, KeyPairFiles, Version},
     handshake::Alpn,
     pem,
-    problem::{Problem, Problems, Setting},
-    resolver::ByName,
+    problem::{FileError, FileErrors, FileSetting},
+    resolver::SniResolver,
 };
 use crate::telemetry::report;
 
-/// What handshakes use.
+/// The configuration that handshakes use, loaded from files.
 #[derive(Debug)]
-pub(super) struct Loaded {
-    pub(super) tls: Arc<ServerConfig>,
-    /// The leaf of each pair.
+pub(super) struct LoadedConfig {
+    pub(super) server_config: Arc<ServerConfig>,
+    /// The leaf certificate of each pair.
     pub(super) certificates: Vec<Certificate>,
-    /// The file of revocation lists, and when the first of them goes out of date.
-    crl_until: Option<(PathBuf, Timestamp)>,
-    /// Identifies the contents of the files.
+    /// The file of revocation lists, and the earliest time at which one becomes outdated.
+    crl_next_update: Option<(PathBuf, Timestamp)>,
+    /// The hash of the contents of the files.
     pub(super) digest: u64,
 }
 
-impl Loaded {
-    /// What an operator has to know of the validity of certificates and revocation lists.
+impl LoadedConfig {
+    /// Warnings about the validity of certificates and revocation lists.
     pub(super) fn warnings(&self, now: Timestamp) -> Vec<String> {
-        let outdated = self.crl_until.as_ref().filter(|(_, until)| *until < now);
+        let outdated = self.crl_next_update.as_ref().filter(|(_, until)| *until < now);
         let outdated = outdated.map(|(file, until)| {
             let file = file.display();
             format!(
-                "a revocation list in {file} has been out of date since {until}; it is still used"
+                "a revocation list in {file} has been out of date since {until}; it stays in use"
             )
         });
         let certificates = self.certificates.iter().filter_map(|it| it.warning(now));
@@ -55,25 +55,25 @@ impl Loaded {
     }
 }
 
-/// What a file contains, or why it cannot be read.
-type Contents = Result<Zeroizing<Vec<u8>>, String>;
+/// The contents of a file, or the error of reading it.
+type FileContents = Result<Zeroizing<Vec<u8>>, String>;
 
-/// The files of a configuration, read once, so that all that is made of them fits together.
-pub(super) struct Files {
+/// The contents of all files of a configuration, read once so that they are consistent.
+pub(super) struct TlsFiles {
     /// Certificate chains and keys.
-    pairs: Vec<[Contents; 2]>,
-    client_ca: Option<Contents>,
-    crl: Option<Contents>,
+    key_pairs: Vec<[FileContents; 2]>,
+    client_ca: Option<FileContents>,
+    crl: Option<FileContents>,
 }
 
-impl Files {
-    /// Reads them; blocks for as long as the file system does.
+impl TlsFiles {
+    /// Reads the files. Blocks on the file system.
     pub(super) fn read(config: &Config) -> Self {
-        let read = |path: &PathBuf| pem::read(path).map_err(|error| report(&error));
-        let clients = config.clients.as_ref();
+        let read = |path: &PathBuf| pem::read_file(path).map_err(|error| report(&error));
+        let clients = config.client_verification.as_ref();
         Self {
-            pairs: config
-                .pairs
+            key_pairs: config
+                .key_pairs
                 .iter()
                 .map(|pair| [&pair.certificate_file, &pair.key_file].map(read))
                 .collect(),
@@ -82,10 +82,10 @@ impl Files {
         }
     }
 
-    /// Equal for equal contents.
+    /// A hash of the contents; equal contents have equal hashes.
     pub(super) fn digest(&self) -> u64 {
         let mut hash = Xxh3::new();
-        for contents in self.pairs.iter().flatten().chain(&self.client_ca).chain(&self.crl) {
+        for contents in self.key_pairs.iter().flatten().chain(&self.client_ca).chain(&self.crl) {
             let (is_read, bytes) = match contents {
                 Ok(bytes) => (true, &bytes[..]),
                 Err(error) => (false, error.as_bytes()),
@@ -97,50 +97,56 @@ impl Files {
         hash.digest()
     }
 
-    /// What handshakes are to use. With `tickets` clients may resume sessions by them.
-    pub(super) fn load(
+    /// Builds the configuration for handshakes. With `tickets`, clients can resume sessions.
+    pub(super) fn build_config(
         &self,
         config: &Config,
         tickets: Option<&Arc<dyn ProducesTickets>>,
-    ) -> Result<Loaded, Problems> {
+    ) -> Result<LoadedConfig, FileErrors> {
         let provider = Arc::new(ring::default_provider());
-        let mut problems = Found::default();
+        let mut problems = ErrorCollector::default();
         let (mut pairs, mut certificates) = (Vec::new(), Vec::new());
-        for (pair, contents) in config.pairs.iter().zip(&self.pairs) {
-            if let Some((certified, certificate)) = problems.pair(pair, contents) {
+        for (pair, contents) in config.key_pairs.iter().zip(&self.key_pairs) {
+            if let Some((certified, certificate)) = problems.load_key_pair(pair, contents) {
                 pairs.push(certified);
                 certificates.push(certificate);
             }
         }
         let mut crl_until = None;
-        let verifier = match (&config.clients, &self.client_ca) {
+        let verifier = match (&config.client_verification, &self.client_ca) {
             (Some(clients), Some(ca)) => {
-                let (verifier, until) = problems.clients(&provider, clients, ca, self.crl.as_ref());
+                let (verifier, until) =
+                    problems.load_client_verifier(&provider, clients, ca, self.crl.as_ref());
                 crl_until = clients.crl_file.clone().zip(until);
                 verifier
             }
             _ => Some(WebPkiClientVerifier::no_client_auth()),
         };
-        Problems::none_in(problems.0)?;
-        let verifier = verifier.expect("a verifier that cannot be built is a problem");
+        FileErrors::check_empty(problems.0)?;
+        let verifier = verifier.expect("a verifier that cannot be built is an error");
         let mut tls = ServerConfig::builder_with_provider(provider)
-            .with_protocol_versions(versions(config.min_version))
+            .with_protocol_versions(protocol_versions(config.min_version))
             .expect("the provider supports both versions")
             .with_client_cert_verifier(verifier)
-            .with_cert_resolver(Arc::new(ByName::new(pairs)));
+            .with_cert_resolver(Arc::new(SniResolver::new(pairs)));
         tls.alpn_protocols = Alpn::ALL.map(|alpn| alpn.as_bytes().to_vec()).into();
-        // Sessions are kept by clients, in tickets; nothing is kept here for each.
+        // Clients store sessions in tickets; the server stores none.
         tls.session_storage = Arc::new(NoServerSessionStorage {});
         match tickets {
             Some(tickets) => tls.ticketer = Arc::clone(tickets),
             None => tls.send_tls13_tickets = 0,
         }
         let tls = Arc::new(tls);
-        Ok(Loaded { tls, certificates, crl_until, digest: self.digest() })
+        Ok(LoadedConfig {
+            server_config: tls,
+            certificates,
+            crl_next_update: crl_until,
+            digest: self.digest(),
+        })
     }
 }
 
-fn versions(min: Version) -> &'static [&'static SupportedProtocolVersion] {
+fn protocol_versions(min: Version) -> &'static [&'static SupportedProtocolVersion] {
     static FROM_1_2: [&SupportedProtocolVersion; 2] = [&TLS13, &TLS12];
     match min {
         Version::Tls12 => &FROM_1_2,
@@ -148,20 +154,20 @@ fn versions(min: Version) -> &'static [&'static SupportedProtocolVersion] {
     }
 }
 
-/// The problems that were found so far.
+/// The errors found so far.
 #[derive(Default)]
-struct Found(Vec<Problem>);
+struct ErrorCollector(Vec<FileError>);
 
-impl Found {
-    fn add(&mut self, setting: Setting, reason: String) {
-        self.0.push(Problem { setting, reason });
+impl ErrorCollector {
+    fn add(&mut self, setting: FileSetting, reason: String) {
+        self.0.push(FileError { setting, reason });
     }
 
-    /// What a file contains, parsed.
-    fn parse<T>(
+    /// Parses the contents of a file; collects the error if that fails.
+    fn parse_file<T>(
         &mut self,
-        setting: Setting,
-        contents: &Contents,
+        setting: FileSetting,
+        contents: &FileContents,
         parse: impl FnOnce(&[u8]) -> Result<T, pem::Error>,
     ) -> Option<T> {
         let parsed = match contents {
@@ -171,26 +177,26 @@ impl Found {
         parsed.map_err(|reason| self.add(setting, reason)).ok()
     }
 
-    fn pair(
+    fn load_key_pair(
         &mut self,
-        Pair { certificate_file, key_file }: &Pair,
-        [chain, key]: &[Contents; 2],
+        KeyPairFiles { certificate_file, key_file }: &KeyPairFiles,
+        [chain, key]: &[FileContents; 2],
     ) -> Option<(CertifiedKey, Certificate)> {
-        let chain = self.parse(Setting::Certificate, chain, |pem| {
+        let chain = self.parse_file(FileSetting::Certificate, chain, |pem| {
             let chain = pem::certificates(certificate_file, pem)?;
             let leaf = Certificate::parse(certificate_file, &chain[0])?;
             Ok((chain, leaf))
         });
-        let key = self.parse(Setting::Key, key, |pem| pem::private_key(key_file, pem));
+        let key = self.parse_file(FileSetting::Key, key, |pem| pem::private_key(key_file, pem));
         let ((chain, leaf), key) = chain.zip(key)?;
-        match pem::pair((certificate_file, chain), (key_file, key)) {
+        match pem::certified_key((certificate_file, chain), (key_file, key)) {
             Ok(certified) => Some((certified, leaf)),
             Err(error) => {
                 let setting = match error {
-                    pem::Error::Certificate { .. } | pem::Error::OldCertificate { .. } => {
-                        Setting::Certificate
+                    pem::Error::InvalidCertificate { .. } | pem::Error::X509Version1 { .. } => {
+                        FileSetting::Certificate
                     }
-                    _ => Setting::Key,
+                    _ => FileSetting::Key,
                 };
                 self.add(setting, report(&error));
                 None
@@ -198,43 +204,45 @@ impl Found {
         }
     }
 
-    /// What verifies client certificates, and when the first revocation list goes out of date.
-    fn clients(
+    /// Builds the verifier of client certificates. Also returns the earliest time at which a revocation
+    /// list becomes outdated.
+    fn load_client_verifier(
         &mut self,
         provider: &Arc<CryptoProvider>,
-        clients: &Clients,
-        ca: &Contents,
-        crl: Option<&Contents>,
+        clients: &ClientVerification,
+        ca: &FileContents,
+        crl: Option<&FileContents>,
     ) -> (Option<Arc<dyn ClientCertVerifier>>, Option<Timestamp>) {
-        let Clients { ca_file, auth, crl_file } = clients;
-        let roots = self.parse(Setting::ClientCa, ca, |pem| {
+        let ClientVerification { ca_file, auth, crl_file } = clients;
+        let roots = self.parse_file(FileSetting::ClientCa, ca, |pem| {
             let mut roots = RootCertStore::empty();
             for certificate in pem::certificates(ca_file, pem)? {
-                let failed = |_| pem::Error::Certificate { path: ca_file.clone() };
+                let failed = |_| pem::Error::InvalidCertificate { path: ca_file.clone() };
                 roots.add(certificate).map_err(failed)?;
             }
             Ok(roots)
         });
         let crls = match (crl_file, crl) {
-            (Some(file), Some(crl)) => self.parse(Setting::Crl, crl, |pem| pem::crls(file, pem)),
+            (Some(file), Some(crl)) => {
+                self.parse_file(FileSetting::Crl, crl, |pem| pem::crls(file, pem))
+            }
             _ => Some(Vec::new()),
         };
         let Some((roots, crls)) = roots.zip(crls) else { return (None, None) };
-        let until = crls.iter().filter_map(next_update).min();
-        match client::verifier(provider, roots, crls, *auth) {
+        let until = crls.iter().filter_map(crl_next_update).min();
+        match client::client_verifier(provider, roots, crls, *auth) {
             Ok(verifier) => (Some(verifier), until),
             Err(error) => {
                 let file = crl_file.as_ref().unwrap_or(ca_file).display();
-                let reason =
-                    format!("{file} contains a revocation list that cannot be used: {error}");
-                self.add(Setting::Crl, reason);
+                let reason = format!("{file} contains an invalid revocation list: {error}");
+                self.add(FileSetting::Crl, reason);
                 (None, None)
             }
         }
     }
 }
 
-fn next_update(crl: &CertificateRevocationListDer<'_>) -> Option<Timestamp> {
+fn crl_next_update(crl: &CertificateRevocationListDer<'_>) -> Option<Timestamp> {
     let (_, crl) = parse_x509_crl(crl).ok()?;
     Timestamp::from_second(crl.next_update()?.timestamp()).ok()
 }

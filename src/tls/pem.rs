@@ -1,6 +1,6 @@
-//! Certificates, private keys and revocation lists in PEM files.
+//! Reads certificates, private keys and revocation lists from PEM files.
 //!
-//! Errors name the file and nothing of its contents.
+//! Errors name the file and never contain its contents.
 
 use std::{
     fs::File,
@@ -22,13 +22,13 @@ use zeroize::Zeroizing;
 
 use crate::wire::text::without_byte_order_mark;
 
-/// The largest file that is read, in bytes: room for a revocation list of 100,000 certificates.
-const MAX_LEN: u64 = 8 << 20;
+/// The maximum size of a file, in bytes. A revocation list of 100,000 certificates fits.
+const MAX_FILE_BYTES: u64 = 8 << 20;
 
-/// Why a file cannot be used.
+/// The reason why a file is invalid.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// It cannot be read.
+    /// Reading failed.
     #[error("cannot read {}", path.display())]
     Read {
         /// The file.
@@ -36,15 +36,15 @@ pub enum Error {
         /// The cause.
         source: io::Error,
     },
-    /// It is larger than any file of its kind.
-    #[error("{} is larger than {MAX_LEN} bytes", path.display())]
+    /// It exceeds the maximum size.
+    #[error("{} is larger than {MAX_FILE_BYTES} bytes", path.display())]
     TooLarge {
         /// The file.
         path: PathBuf,
     },
-    /// It is not PEM, or damaged.
+    /// Its PEM encoding is damaged.
     #[error("{} is damaged: its PEM sections cannot be decoded", path.display())]
-    Damaged {
+    InvalidPem {
         /// The file.
         path: PathBuf,
     },
@@ -54,15 +54,15 @@ pub enum Error {
         /// The file.
         path: PathBuf,
     },
-    /// One of its certificates is not X.509.
+    /// One of its certificates is not valid X.509.
     #[error("{} contains a certificate that cannot be parsed", path.display())]
-    Certificate {
+    InvalidCertificate {
         /// The file.
         path: PathBuf,
     },
-    /// Its certificate is older than TLS libraries of today support.
+    /// Its certificate is of X.509 version 1, which current TLS libraries do not support.
     #[error("the certificate in {} is of X.509 version 1; have it issued as version 3", path.display())]
-    OldCertificate {
+    X509Version1 {
         /// The file.
         path: PathBuf,
     },
@@ -73,26 +73,26 @@ pub enum Error {
         path: PathBuf,
     },
     /// Its private key needs a passphrase.
-    #[error("the private key in {} is encrypted; decrypt it first, by `openssl pkey`", path.display())]
+    #[error("the private key in {} is encrypted; decrypt it first with `openssl pkey`", path.display())]
     EncryptedKey {
         /// The file.
         path: PathBuf,
     },
-    /// Its private key is of an unknown kind.
+    /// The type of its private key is not supported.
     #[error(
-        "the private key in {} is not supported; use ECDSA P-256 or P-384, Ed25519, or RSA of 2048 bits and more",
+        "the private key in {} is not supported; use ECDSA P-256 or P-384, Ed25519, or RSA with 2048 bits or more",
         path.display()
     )]
     UnsupportedKey {
         /// The file.
         path: PathBuf,
     },
-    /// The private key is another certificate's.
+    /// The private key does not match the certificate.
     #[error(
         "the private key in {} does not belong to the first certificate in {}",
         key.display(), certificate.display()
     )]
-    Mismatch {
+    KeyMismatch {
         /// The file of the key.
         key: PathBuf,
         /// The file of the certificate.
@@ -106,12 +106,16 @@ pub enum Error {
     },
 }
 
-/// Reads a file; blocks for as long as the file system does.
-pub fn read(path: &Path) -> Result<Zeroizing<Vec<u8>>, Error> {
+/// Reads a file. Blocks on the file system.
+pub fn read_file(path: &Path) -> Result<Zeroizing<Vec<u8>>, Error> {
     let failed = |source| Error::Read { path: path.to_owned(), source };
     let mut bytes = Zeroizing::new(Vec::new());
-    File::open(path).map_err(failed)?.take(MAX_LEN + 1).read_to_end(&mut bytes).map_err(failed)?;
-    if bytes.len() as u64 > MAX_LEN {
+    File::open(path)
+        .map_err(failed)?
+        .take(MAX_FILE_BYTES + 1)
+        .read_to_end(&mut bytes)
+        .map_err(failed)?;
+    if bytes.len() as u64 > MAX_FILE_BYTES {
         return Err(Error::TooLarge { path: path.to_owned() });
     }
     Ok(bytes)
@@ -146,31 +150,34 @@ pub fn private_key(path: &Path, pem: &[u8]) -> Result<PrivateKeyDer<'static>, Er
     }
     PrivateKeyDer::from_pem_slice(without_byte_order_mark(pem)).map_err(|error| match error {
         PemError::NoItemsFound => Error::NoKey { path: path.to_owned() },
-        // Its text may quote the file.
-        _ => Error::Damaged { path: path.to_owned() },
+        // Its text may quote the contents.
+        _ => Error::InvalidPem { path: path.to_owned() },
     })
 }
 
-/// Joins a chain, leaf first, and the private key of its leaf; each with its file.
-pub fn pair(
+/// Combines a certificate chain, leaf first, with the private key of its leaf. Each comes with its file.
+pub fn certified_key(
     (certificate_file, chain): (&Path, Vec<CertificateDer<'static>>),
     (key_file, key): (&Path, PrivateKeyDer<'static>),
 ) -> Result<CertifiedKey, Error> {
     let provider = ring::default_provider();
     let parsed = chain.first().and_then(|leaf| parse_x509_certificate(leaf).ok());
     if parsed.is_some_and(|(_, leaf)| leaf.version() != X509Version::V3) {
-        return Err(Error::OldCertificate { path: certificate_file.to_owned() });
+        return Err(Error::X509Version1 { path: certificate_file.to_owned() });
     }
     CertifiedKey::from_der(chain, key, &provider).map_err(|error| match error {
-        TlsError::InconsistentKeys(_) => {
-            Error::Mismatch { key: key_file.to_owned(), certificate: certificate_file.to_owned() }
+        TlsError::InconsistentKeys(_) => Error::KeyMismatch {
+            key: key_file.to_owned(),
+            certificate: certificate_file.to_owned(),
+        },
+        TlsError::InvalidCertificate(_) => {
+            Error::InvalidCertificate { path: certificate_file.to_owned() }
         }
-        TlsError::InvalidCertificate(_) => Error::Certificate { path: certificate_file.to_owned() },
         _ => Error::UnsupportedKey { path: key_file.to_owned() },
     })
 }
 
 fn sections<T: PemObject>(path: &Path, pem: &[u8]) -> Result<Vec<T>, Error> {
     let sections = T::pem_slice_iter(without_byte_order_mark(pem)).collect::<Result<_, _>>();
-    sections.map_err(|_| Error::Damaged { path: path.to_owned() })
+    sections.map_err(|_| Error::InvalidPem { path: path.to_owned() })
 }

@@ -1,46 +1,46 @@
-//! What is wrong with the files of a configuration: everything at once.
+//! Errors in the files of a configuration, reported all at once.
 
 use std::fmt;
 
-/// The setting that names a file.
+/// The option that names a file.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Setting {
+pub enum FileSetting {
     /// A certificate chain of the server.
     Certificate,
     /// A private key of the server.
     Key,
-    /// The authorities of client certificates.
+    /// The certificate authorities of clients.
     ClientCa,
-    /// The revocation lists of client certificates.
+    /// The revocation lists for client certificates.
     Crl,
 }
 
-/// One file that cannot be used.
+/// The error in one file.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Problem {
-    /// The setting that names it.
-    pub setting: Setting,
-    /// What is wrong, as a sentence that names the file and nothing of its contents.
+pub struct FileError {
+    /// The option that names the file.
+    pub setting: FileSetting,
+    /// The reason, as a sentence that names the file and does not contain its contents.
     pub reason: String,
 }
 
-/// Every file that cannot be used; never empty.
+/// The errors in all files; at least one.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
-pub struct Problems(Vec<Problem>);
+pub struct FileErrors(Vec<FileError>);
 
-impl Problems {
-    /// `Ok` if there are none.
-    pub(super) fn none_in(problems: Vec<Problem>) -> Result<(), Self> {
+impl FileErrors {
+    /// Returns `Ok` if the list is empty.
+    pub(super) fn check_empty(problems: Vec<FileError>) -> Result<(), Self> {
         if problems.is_empty() { Ok(()) } else { Err(Self(problems)) }
     }
 
-    /// Each of them, in the order of the configuration.
-    pub fn iter(&self) -> impl Iterator<Item = &Problem> {
+    /// Iterates over the errors in the order of the configuration.
+    pub fn iter(&self) -> impl Iterator<Item = &FileError> {
         self.0.iter()
     }
 }
 
-impl fmt::Display for Problems {
+impl fmt::Display for FileErrors {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (n, problem) in self.0.iter().enumerate() {
             let separator = if n > 0 { "; " } else { "" };

@@ -1,4 +1,4 @@
-//! The server's side of TLS on one listener.
+//! Performs the TLS handshakes of one listener.
 
 use std::{
     fmt,
@@ -25,50 +25,50 @@ use tokio_rustls::{LazyConfigAcceptor, server::TlsStream};
 use super::{
     certificate::Certificate,
     config::Config,
-    handshake::{self, HandshakeError, Tls},
-    load::{Files, Loaded},
-    problem::Problems,
+    handshake::{self, HandshakeError, NegotiatedTls},
+    load::{LoadedConfig, TlsFiles},
+    problem::FileErrors,
 };
 
-/// How much a connection holds back, in bytes, of what is written to it before the client takes it, and of the
-/// same encrypted: two records of the largest size.
-const BUFFER: usize = 32 << 10;
+/// The maximum number of bytes that a connection buffers for a client, before and after encryption each:
+/// two records of the maximum size.
+const BUFFER_LIMIT_BYTES: usize = 32 << 10;
 
-/// The server's side of TLS on one listener. A cheap handle.
+/// Performs the TLS handshakes of one listener. A cheap handle.
 #[derive(Clone)]
-pub struct Server(Arc<Inner>);
+pub struct TlsAcceptor(Arc<Inner>);
 
 struct Inner {
     config: Config,
-    /// What seals session tickets. It outlives a reload, so that sessions are resumed beyond it.
-    tickets: Option<Arc<dyn ProducesTickets>>,
-    loaded: ArcSwap<Loaded>,
-    places: Semaphore,
+    /// Encrypts session tickets. It survives a reload, so that sessions can be resumed afterwards.
+    ticketer: Option<Arc<dyn ProducesTickets>>,
+    loaded: ArcSwap<LoadedConfig>,
+    handshake_permits: Semaphore,
 }
 
-impl fmt::Debug for Server {
+impl fmt::Debug for TlsAcceptor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Server").field(&self.0.config).finish()
+        f.debug_tuple("TlsAcceptor").field(&self.0.config).finish()
     }
 }
 
-impl Server {
-    /// Loads and checks all files of `config`; blocks for as long as the file system does.
+impl TlsAcceptor {
+    /// Loads and validates all files of `config`. Blocks on the file system.
     ///
-    /// A certificate that has expired is no error; [`Server::warnings`] mentions it.
+    /// An expired certificate is not an error but a warning ([`TlsAcceptor::warnings`]).
     ///
-    /// Sessions are resumed by tickets, whose keys change every six hours. Where client certificates
-    /// are verified nothing is resumed: a resumed session would not be verified again, and could outlive
-    /// a revocation.
-    pub fn new(config: Config) -> Result<Self, Problems> {
-        let tickets = match &config.clients {
+    /// Clients resume sessions with tickets, whose keys rotate every six hours. With client
+    /// certificates, resumption is disabled: a resumed session is not verified again and could outlive a
+    /// revocation.
+    pub fn new(config: Config) -> Result<Self, FileErrors> {
+        let tickets = match &config.client_verification {
             None => Some(Ticketer::new().expect("the system has random bytes")),
             Some(_) => None,
         };
-        let loaded = Files::read(&config).load(&config, tickets.as_ref())?;
+        let loaded = TlsFiles::read(&config).build_config(&config, tickets.as_ref())?;
         let places = Semaphore::new(config.max_handshakes.min(Semaphore::MAX_PERMITS));
         let loaded = ArcSwap::from_pointee(loaded);
-        Ok(Self(Arc::new(Inner { config, tickets, loaded, places })))
+        Ok(Self(Arc::new(Inner { config, ticketer: tickets, loaded, handshake_permits: places })))
     }
 
     /// The name of the listener.
@@ -81,30 +81,30 @@ impl Server {
         self.0.loaded.load().certificates.clone()
     }
 
-    /// What an operator has to know of the validity of what is in use: one sentence each.
+    /// Warnings about the validity of the files in use, one sentence each.
     pub fn warnings(&self, now: Timestamp) -> Vec<String> {
         self.0.loaded.load().warnings(now)
     }
 
-    /// Performs the handshake on a connection that was accepted.
+    /// Performs the handshake on an accepted connection. Dropping the future closes the connection.
     ///
-    /// A place is taken for as long as the client's first message is processed, which is most of the work,
-    /// and never while a client is waited for: however many stall, they delay nobody. When the future is
-    /// dropped, the connection is closed.
-    pub async fn handshake<I>(&self, io: I) -> Result<(TlsStream<I>, Tls), HandshakeError>
+    /// The handshake holds a permit while it processes the client's first message, which is most of the
+    /// work, but not while it waits for the client. So stalled clients do not delay other handshakes.
+    pub async fn handshake<I>(&self, io: I) -> Result<(TlsStream<I>, NegotiatedTls), HandshakeError>
     where
         I: AsyncRead + AsyncWrite + Unpin,
     {
-        let Inner { config, places, .. } = &*self.0;
+        let Inner { config, handshake_permits: places, .. } = &*self.0;
         let handshake = async {
             let hello = LazyConfigAcceptor::new(Acceptor::default(), io).await?;
-            let place = places.acquire().await.expect("the semaphore is never closed");
-            // Loaded this late, so that one that had to wait gets the latest certificate.
-            let tls = self.handshake_config();
-            let mut accept =
-                pin!(hello.into_stream_with(tls, |it| it.set_buffer_limit(Some(BUFFER))));
+            let permit = places.acquire().await.expect("the semaphore is never closed");
+            // Loaded after the wait, so that a queued handshake gets the latest certificate.
+            let tls = self.server_config();
+            let mut accept = pin!(
+                hello.into_stream_with(tls, |it| it.set_buffer_limit(Some(BUFFER_LIMIT_BYTES)))
+            );
             let processed = poll_fn(|cx| Poll::Ready(accept.as_mut().poll(cx))).await;
-            drop(place);
+            drop(permit);
             match processed {
                 Poll::Ready(accepted) => accepted,
                 Poll::Pending => accept.await,
@@ -112,20 +112,20 @@ impl Server {
         };
         let outcome = match timeout(config.handshake_timeout, handshake).await {
             Ok(Ok(stream)) => {
-                let tls = Tls::of(stream.get_ref().1);
+                let tls = NegotiatedTls::from_connection(stream.get_ref().1);
                 Ok((stream, tls))
             }
             Ok(Err(error)) => Err(error.into()),
             Err(_) => Err(HandshakeError::TimedOut(config.handshake_timeout)),
         };
         let counted = outcome.as_ref().map(|(stream, tls)| (stream.get_ref().1, tls));
-        handshake::count(config.listener, counted);
+        handshake::record_handshake(config.listener, counted);
         outcome
     }
 
-    /// What the next handshake uses.
-    pub(super) fn handshake_config(&self) -> Arc<ServerConfig> {
-        Arc::clone(&self.0.loaded.load().tls)
+    /// The configuration of the next handshake.
+    pub(super) fn server_config(&self) -> Arc<ServerConfig> {
+        Arc::clone(&self.0.loaded.load().server_config)
     }
 
     pub(super) fn config(&self) -> &Config {
@@ -136,9 +136,9 @@ impl Server {
         self.0.loaded.load().digest
     }
 
-    /// Uses `files` from the next handshake on, if they are sound.
-    pub(super) fn replace(&self, files: &Files) -> Result<(), Problems> {
-        let loaded = files.load(&self.0.config, self.0.tickets.as_ref())?;
+    /// Uses `files` from the next handshake on, if they are valid.
+    pub(super) fn reload(&self, files: &TlsFiles) -> Result<(), FileErrors> {
+        let loaded = files.build_config(&self.0.config, self.0.ticketer.as_ref())?;
         self.0.loaded.store(Arc::new(loaded));
         Ok(())
     }

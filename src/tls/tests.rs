@@ -1,4 +1,4 @@
-//! Handshakes with real clients over in-memory connections, and certificates of files that change.
+//! Handshakes with real clients over in-memory streams, and reloads of changed files.
 
 use std::{
     fs,
@@ -28,23 +28,24 @@ use tokio::{
 };
 use tokio_rustls::{TlsConnector, client};
 
-use super::{watch::Watch, *};
+use super::{watch::WatchState, *};
 
-type Outcome = Result<(tokio_rustls::server::TlsStream<DuplexStream>, Tls), HandshakeError>;
+type HandshakeOutcome =
+    Result<(tokio_rustls::server::TlsStream<DuplexStream>, NegotiatedTls), HandshakeError>;
 
-/// An authority, and a folder for files.
-struct Bed {
+/// A certificate authority, and a folder for files.
+struct TestAuthority {
     issuer: CertifiedIssuer<'static, KeyPair>,
     folder: TempDir,
 }
 
-/// A certificate and its key, both PEM.
-struct Made {
+/// A certificate and its key in PEM.
+struct IssuedCertificate {
     certificate: String,
     key: String,
 }
 
-impl Bed {
+impl TestAuthority {
     fn new() -> Self {
         let mut params = CertificateParams::default();
         params.distinguished_name.push(DnType::CommonName, "authority");
@@ -58,14 +59,18 @@ impl Bed {
         self.folder.path().join(name)
     }
 
-    fn make(&self, names: &[&str], change: impl FnOnce(&mut CertificateParams)) -> Made {
+    fn issue(
+        &self,
+        names: &[&str],
+        change: impl FnOnce(&mut CertificateParams),
+    ) -> IssuedCertificate {
         let names: Vec<_> = names.iter().map(|&name| name.to_owned()).collect();
         let mut params = CertificateParams::new(names).unwrap();
         params.distinguished_name.push(DnType::CommonName, "leaf");
         change(&mut params);
         let key = KeyPair::generate().unwrap();
         let certificate = params.signed_by(&key, &self.issuer).unwrap().pem();
-        Made { certificate, key: key.serialize_pem() }
+        IssuedCertificate { certificate, key: key.serialize_pem() }
     }
 
     fn write(&self, name: &str, text: &str) -> PathBuf {
@@ -74,47 +79,53 @@ impl Bed {
         path
     }
 
-    /// Writes a certificate for `names` and its key.
-    fn pair(&self, file: &str, names: &[&str]) -> Pair {
-        let Made { certificate, key } = self.make(names, |_| {});
-        Pair {
+    /// Issues a certificate for `names` and writes it and its key to files.
+    fn write_key_pair(&self, file: &str, names: &[&str]) -> KeyPairFiles {
+        let IssuedCertificate { certificate, key } = self.issue(names, |_| {});
+        KeyPairFiles {
             certificate_file: self.write(&format!("{file}.crt"), &certificate),
             key_file: self.write(&format!("{file}.key"), &key),
         }
     }
 
-    fn config(pairs: Vec<Pair>) -> Config {
+    fn config(pairs: Vec<KeyPairFiles>) -> Config {
         Config {
             listener: "data",
-            pairs,
+            key_pairs: pairs,
             min_version: Version::Tls12,
-            clients: None,
+            client_verification: None,
             handshake_timeout: Duration::from_secs(10),
             max_handshakes: 256,
         }
     }
 
-    /// A server for `localhost`.
-    fn server(&self, change: impl FnOnce(&mut Config)) -> Server {
-        let mut config = Self::config(vec![self.pair("tls", &["localhost"])]);
+    /// An acceptor with a certificate for `localhost`.
+    fn acceptor(&self, change: impl FnOnce(&mut Config)) -> TlsAcceptor {
+        let mut config = Self::config(vec![self.write_key_pair("tls", &["localhost"])]);
         change(&mut config);
-        Server::new(config).unwrap()
+        TlsAcceptor::new(config).unwrap()
     }
 
-    /// A server for `localhost` that accepts client certificates of the authority.
-    fn server_for_clients(&self, auth: ClientAuth, crl_file: Option<PathBuf>) -> Server {
+    /// An acceptor with a certificate for `localhost` that accepts client certificates of the authority.
+    fn acceptor_with_client_auth(
+        &self,
+        auth: ClientAuth,
+        crl_file: Option<PathBuf>,
+    ) -> TlsAcceptor {
         let ca_file = self.write("ca.crt", &self.issuer.pem());
-        self.server(|config| config.clients = Some(Clients { ca_file, auth, crl_file }))
+        self.acceptor(|config| {
+            config.client_verification = Some(ClientVerification { ca_file, auth, crl_file })
+        })
     }
 
-    fn client(&self, identity: Option<&Made>) -> ClientConfig {
-        self.client_of(&[&TLS13, &TLS12], identity)
+    fn client_config(&self, identity: Option<&IssuedCertificate>) -> ClientConfig {
+        self.client_config_for(&[&TLS13, &TLS12], identity)
     }
 
-    fn client_of(
+    fn client_config_for(
         &self,
         versions: &[&'static SupportedProtocolVersion],
-        identity: Option<&Made>,
+        identity: Option<&IssuedCertificate>,
     ) -> ClientConfig {
         let mut roots = RootCertStore::empty();
         roots.add(self.issuer.der().clone()).unwrap();
@@ -131,9 +142,9 @@ impl Bed {
         }
     }
 
-    /// A certificate for a client, with a serial number.
-    fn client_certificate(&self, serial: u64) -> Made {
-        self.make(&[], |params| {
+    /// Issues a client certificate with a serial number.
+    fn issue_client_certificate(&self, serial: u64) -> IssuedCertificate {
+        self.issue(&[], |params| {
             params.serial_number = Some(SerialNumber::from(serial));
             params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
             let uri = "spiffe://flags.test/sdk".try_into().unwrap();
@@ -160,19 +171,19 @@ impl Bed {
     }
 }
 
-impl Made {
+impl IssuedCertificate {
     fn der(&self) -> CertificateDer<'static> {
         CertificateDer::from_pem_slice(self.certificate.as_bytes()).unwrap()
     }
 }
 
-/// What both sides have of a handshake. A client that the server has accepted has read a byte from
-/// it, which comes behind the session tickets.
+/// Performs a handshake and returns its outcome on both sides. A client that the server accepts reads
+/// one byte from it, which the server sends after the session tickets.
 async fn connect(
-    server: &Server,
+    server: &TlsAcceptor,
     config: ClientConfig,
     name: &'static str,
-) -> (Outcome, std::io::Result<client::TlsStream<DuplexStream>>) {
+) -> (HandshakeOutcome, std::io::Result<client::TlsStream<DuplexStream>>) {
     let (ours, theirs) = duplex(64 << 10);
     let served = async {
         let mut outcome = server.handshake(ours).await;
@@ -191,9 +202,13 @@ async fn connect(
     tokio::join!(served, connected)
 }
 
-/// The certificate that the server presents for `name`.
-async fn presented(bed: &Bed, server: &Server, name: &'static str) -> CertificateDer<'static> {
-    let (outcome, client) = connect(server, bed.client(None), name).await;
+/// The certificate that the acceptor presents for `name`.
+async fn presented_certificate(
+    authority: &TestAuthority,
+    server: &TlsAcceptor,
+    name: &'static str,
+) -> CertificateDer<'static> {
+    let (outcome, client) = connect(server, authority.client_config(None), name).await;
     outcome.unwrap();
     client.unwrap().get_ref().1.peer_certificates().unwrap()[0].clone().into_owned()
 }
@@ -204,38 +219,43 @@ fn certificate_in(file: &Path) -> CertificateDer<'static> {
 
 #[tokio::test]
 async fn server_name_selects_the_certificate_and_the_first_is_the_default() {
-    let bed = Bed::new();
+    let authority = TestAuthority::new();
     let pairs = vec![
-        bed.pair("a", &["a.test", "unknown.test"]),
-        bed.pair("b", &["b.test"]),
-        bed.pair("wildcard", &["*.c.test"]),
+        authority.write_key_pair("a", &["a.test", "unknown.test"]),
+        authority.write_key_pair("b", &["b.test"]),
+        authority.write_key_pair("wildcard", &["*.c.test"]),
     ];
     let files: Vec<_> = pairs.iter().map(|pair| certificate_in(&pair.certificate_file)).collect();
-    let server = Server::new(Bed::config(pairs)).unwrap();
+    let server = TlsAcceptor::new(TestAuthority::config(pairs)).unwrap();
     for (name, expected) in [("a.test", 0), ("b.test", 1), ("x.c.test", 2), ("unknown.test", 0)] {
-        assert_eq!(presented(&bed, &server, name).await, files[expected], "{name}");
+        assert_eq!(
+            presented_certificate(&authority, &server, name).await,
+            files[expected],
+            "{name}"
+        );
     }
 }
 
 #[tokio::test]
-async fn key_kind_selects_among_certificates_of_one_name() {
-    let bed = Bed::new();
-    let Pair { certificate_file, key_file } = bed.pair("ecdsa", &["localhost"]);
+async fn key_type_selects_among_certificates_of_one_name() {
+    let authority = TestAuthority::new();
+    let KeyPairFiles { certificate_file, key_file } =
+        authority.write_key_pair("ecdsa", &["localhost"]);
     let key = KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap();
     let params = CertificateParams::new(["localhost".to_owned()]).unwrap();
-    let certificate = params.signed_by(&key, &bed.issuer).unwrap().pem();
-    let ed25519 = Pair {
-        certificate_file: bed.write("ed25519.crt", &certificate),
-        key_file: bed.write("ed25519.key", &key.serialize_pem()),
+    let certificate = params.signed_by(&key, &authority.issuer).unwrap().pem();
+    let ed25519 = KeyPairFiles {
+        certificate_file: authority.write("ed25519.crt", &certificate),
+        key_file: authority.write("ed25519.key", &key.serialize_pem()),
     };
     let ecdsa = certificate_in(&certificate_file);
-    let pairs = vec![ed25519.clone(), Pair { certificate_file, key_file }];
-    let server = Server::new(Bed::config(pairs)).unwrap();
+    let pairs = vec![ed25519.clone(), KeyPairFiles { certificate_file, key_file }];
+    let server = TlsAcceptor::new(TestAuthority::config(pairs)).unwrap();
     assert_eq!(
-        presented(&bed, &server, "localhost").await,
+        presented_certificate(&authority, &server, "localhost").await,
         certificate_in(&ed25519.certificate_file)
     );
-    // A client that verifies ECDSA only, as browsers.
+    // Like a browser, the client verifies ECDSA only.
     let mut provider = ring::default_provider();
     let all = provider.signature_verification_algorithms;
     let is_ecdsa = |scheme: &rustls::SignatureScheme| {
@@ -245,7 +265,7 @@ async fn key_kind_selects_among_certificates_of_one_name() {
         all.mapping.iter().filter(|(scheme, _)| is_ecdsa(scheme)).copied().collect();
     provider.signature_verification_algorithms.mapping = Vec::leak(mapping);
     let mut roots = RootCertStore::empty();
-    roots.add(bed.issuer.der().clone()).unwrap();
+    roots.add(authority.issuer.der().clone()).unwrap();
     let client = ClientConfig::builder_with_provider(Arc::new(provider))
         .with_safe_default_protocol_versions()
         .unwrap()
@@ -256,83 +276,93 @@ async fn key_kind_selects_among_certificates_of_one_name() {
 }
 
 #[tokio::test]
-async fn handler_learns_version_and_protocol() {
-    let bed = Bed::new();
-    let server = bed.server(|_| {});
+async fn handshake_returns_tls_version_and_alpn_protocol() {
+    let authority = TestAuthority::new();
+    let server = authority.acceptor(|_| {});
     for (versions, version) in [(&TLS12, Version::Tls12), (&TLS13, Version::Tls13)] {
         for (offered, alpn) in [
             (&["http/1.1", "h2"][..], Some(Alpn::H2)),
             (&["http/1.1"], Some(Alpn::Http1)),
             (&[], None),
         ] {
-            let mut client = bed.client_of(&[versions], None);
+            let mut client = authority.client_config_for(&[versions], None);
             client.alpn_protocols = offered.iter().map(|it| it.as_bytes().to_vec()).collect();
             let (outcome, client) = connect(&server, client, "localhost").await;
-            assert_eq!(outcome.unwrap().1, Tls { version, alpn, client: None });
+            assert_eq!(
+                outcome.unwrap().1,
+                NegotiatedTls { version, alpn, client_certificate: None }
+            );
             let agreed = client.unwrap().get_ref().1.alpn_protocol().map(<[u8]>::to_vec);
             assert_eq!(agreed, alpn.map(|it| it.as_bytes().to_vec()));
         }
     }
-    let mut client = bed.client(None);
+    let mut client = authority.client_config(None);
     client.alpn_protocols = vec![b"spdy/1".to_vec()];
     assert!(connect(&server, client, "localhost").await.1.is_err());
 }
 
 #[tokio::test]
-async fn older_version_than_the_minimum_is_refused() {
-    let bed = Bed::new();
-    let server = bed.server(|config| config.min_version = Version::Tls13);
-    let (outcome, client) = connect(&server, bed.client_of(&[&TLS12], None), "localhost").await;
+async fn version_below_the_minimum_is_rejected() {
+    let authority = TestAuthority::new();
+    let server = authority.acceptor(|config| config.min_version = Version::Tls13);
+    let (outcome, client) =
+        connect(&server, authority.client_config_for(&[&TLS12], None), "localhost").await;
     assert!(matches!(outcome, Err(HandshakeError::Failed(_))), "{outcome:?}");
     assert!(client.is_err());
-    let (outcome, _) = connect(&server, bed.client(None), "localhost").await;
+    let (outcome, _) = connect(&server, authority.client_config(None), "localhost").await;
     assert_eq!(outcome.unwrap().1.version, Version::Tls13);
 }
 
 #[test]
-fn every_problem_of_the_files_is_found_at_once() {
-    let bed = Bed::new();
-    let good = bed.pair("good", &["a.test"]);
-    let other = bed.pair("other", &["b.test"]);
+fn errors_in_all_files_are_reported_at_once() {
+    let authority = TestAuthority::new();
+    let good = authority.write_key_pair("good", &["a.test"]);
+    let other = authority.write_key_pair("other", &["b.test"]);
     let encrypted =
         "-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA\n-----END ENCRYPTED PRIVATE KEY-----\n";
     let pairs = vec![
-        Pair { key_file: other.key_file, ..good.clone() },
-        Pair { certificate_file: bed.path("missing.crt"), key_file: good.certificate_file.clone() },
-        Pair {
+        KeyPairFiles { key_file: other.key_file, ..good.clone() },
+        KeyPairFiles {
+            certificate_file: authority.path("missing.crt"),
+            key_file: good.certificate_file.clone(),
+        },
+        KeyPairFiles {
             certificate_file: good.key_file.clone(),
-            key_file: bed.write("encrypted.key", encrypted),
+            key_file: authority.write("encrypted.key", encrypted),
         },
     ];
-    let clients = Clients {
-        ca_file: bed.write("damaged.crt", "-----BEGIN CERTIFICATE-----\n!\n"),
+    let clients = ClientVerification {
+        ca_file: authority.write("damaged.crt", "-----BEGIN CERTIFICATE-----\n!\n"),
         auth: ClientAuth::Required,
         crl_file: Some(good.certificate_file),
     };
-    let config = Config { clients: Some(clients), ..Bed::config(pairs) };
-    let problems = Server::new(config).expect_err("nothing fits");
-    let folder = format!("{}/", bed.folder.path().display());
+    let config = Config { client_verification: Some(clients), ..TestAuthority::config(pairs) };
+    let problems = TlsAcceptor::new(config).expect_err("no file is valid");
+    let folder = format!("{}/", authority.folder.path().display());
     let found: Vec<_> =
         problems.iter().map(|it| (it.setting, it.reason.replace(&folder, ""))).collect();
     let expected = [
         (
-            Setting::Key,
+            FileSetting::Key,
             "the private key in other.key does not belong to the first certificate in good.crt",
         ),
-        (Setting::Certificate, "cannot read missing.crt: No such file or directory (os error 2)"),
-        (Setting::Key, "good.crt contains no private key (PEM: PKCS #8, PKCS #1 or SEC 1)"),
-        (Setting::Certificate, "good.key contains no certificate (PEM, BEGIN CERTIFICATE)"),
         (
-            Setting::Key,
-            "the private key in encrypted.key is encrypted; decrypt it first, by `openssl pkey`",
+            FileSetting::Certificate,
+            "cannot read missing.crt: No such file or directory (os error 2)",
         ),
-        (Setting::ClientCa, "damaged.crt is damaged: its PEM sections cannot be decoded"),
-        (Setting::Crl, "good.crt contains no revocation list (PEM, BEGIN X509 CRL)"),
+        (FileSetting::Key, "good.crt contains no private key (PEM: PKCS #8, PKCS #1 or SEC 1)"),
+        (FileSetting::Certificate, "good.key contains no certificate (PEM, BEGIN CERTIFICATE)"),
+        (
+            FileSetting::Key,
+            "the private key in encrypted.key is encrypted; decrypt it first with `openssl pkey`",
+        ),
+        (FileSetting::ClientCa, "damaged.crt is damaged: its PEM sections cannot be decoded"),
+        (FileSetting::Crl, "good.crt contains no revocation list (PEM, BEGIN X509 CRL)"),
     ];
     assert_eq!(found, expected.map(|(setting, reason)| (setting, reason.to_owned())));
 }
 
-/// As `openssl x509 -req` makes it without extensions.
+/// Output of `openssl x509 -req` without extensions.
 const VERSION_1: &str = "\
 -----BEGIN CERTIFICATE-----
 MIIBFjCBvQIUIu9Pt1RkBA3yd9UBFCmBD08QuBAwCgYIKoZIzj0EAwIwDTELMAkG
@@ -345,22 +375,22 @@ O3iGrjAKBggqhkjOPQQDAgNIADBFAiAimULd2OWmljVmwatBmMKnOJqQ7Jidybht
 ";
 
 #[test]
-fn certificate_of_version_1_is_a_problem_of_its_own() {
-    let bed = Bed::new();
-    let Made { key, .. } = bed.make(&[], |_| {});
-    let pair = Pair {
-        certificate_file: bed.write("old.crt", VERSION_1),
-        key_file: bed.write("old.key", &key),
+fn x509_version_1_certificate_has_its_own_error() {
+    let authority = TestAuthority::new();
+    let IssuedCertificate { key, .. } = authority.issue(&[], |_| {});
+    let pair = KeyPairFiles {
+        certificate_file: authority.write("old.crt", VERSION_1),
+        key_file: authority.write("old.key", &key),
     };
-    let problems = Server::new(Bed::config(vec![pair])).expect_err("too old");
+    let problems = TlsAcceptor::new(TestAuthority::config(vec![pair])).expect_err("too old");
     let problem = problems.iter().next().unwrap();
-    assert_eq!(problem.setting, Setting::Certificate);
+    assert_eq!(problem.setting, FileSetting::Certificate);
     assert!(problem.reason.contains("old.crt is of X.509 version 1"), "{problem:?}");
 }
 
 #[test]
-fn expiry_is_warned_of_and_no_problem() {
-    let bed = Bed::new();
+fn expired_certificate_causes_a_warning_and_no_error() {
+    let authority = TestAuthority::new();
     let day = SignedDuration::from_hours(24);
     let now = Timestamp::now();
     let check = |from: SignedDuration, until: SignedDuration, expected: Option<&str>| {
@@ -368,14 +398,14 @@ fn expiry_is_warned_of_and_no_problem() {
             let seconds = (now + since).as_second().try_into().unwrap();
             date_time_ymd(1970, 1, 1) + Duration::from_secs(seconds)
         };
-        let made = bed.make(&["localhost"], |params| {
+        let made = authority.issue(&["localhost"], |params| {
             (params.not_before, params.not_after) = (at(from), at(until));
         });
-        let pair = Pair {
-            certificate_file: bed.write("tls.crt", &made.certificate),
-            key_file: bed.write("tls.key", &made.key),
+        let pair = KeyPairFiles {
+            certificate_file: authority.write("tls.crt", &made.certificate),
+            key_file: authority.write("tls.key", &made.key),
         };
-        let server = Server::new(Bed::config(vec![pair])).unwrap();
+        let server = TlsAcceptor::new(TestAuthority::config(vec![pair])).unwrap();
         let warnings = server.warnings(now);
         match expected {
             Some(text) => {
@@ -393,26 +423,28 @@ fn expiry_is_warned_of_and_no_problem() {
 }
 
 #[tokio::test]
-async fn client_certificates_are_accepted_or_refused() {
-    let bed = Bed::new();
-    let good = bed.client_certificate(7);
-    let revoked = bed.client_certificate(8);
-    let foreign = Bed::new().client_certificate(7);
-    let crl = bed.write("clients.crl", &bed.crl(&[8], 2124));
+async fn revoked_or_foreign_client_certificate_is_rejected() {
+    let authority = TestAuthority::new();
+    let good = authority.issue_client_certificate(7);
+    let revoked = authority.issue_client_certificate(8);
+    let foreign = TestAuthority::new().issue_client_certificate(7);
+    let crl = authority.write("clients.crl", &authority.crl(&[8], 2124));
     for auth in [ClientAuth::Required, ClientAuth::Optional] {
-        let server = bed.server_for_clients(auth, Some(crl.clone()));
-        let (outcome, client) = connect(&server, bed.client(Some(&good)), "localhost").await;
+        let server = authority.acceptor_with_client_auth(auth, Some(crl.clone()));
+        let (outcome, client) =
+            connect(&server, authority.client_config(Some(&good)), "localhost").await;
         client.unwrap();
-        let certificate = outcome.unwrap().1.client.unwrap();
+        let certificate = outcome.unwrap().1.client_certificate.unwrap();
         assert_eq!(certificate.subject(), "CN=leaf");
         assert_eq!(certificate.names(), ["spiffe://flags.test/sdk"]);
         assert_eq!(certificate.fingerprint()[..], Sha256::digest(good.der())[..]);
         for wrong in [&revoked, &foreign] {
-            let (outcome, client) = connect(&server, bed.client(Some(wrong)), "localhost").await;
+            let (outcome, client) =
+                connect(&server, authority.client_config(Some(wrong)), "localhost").await;
             assert!(matches!(outcome, Err(HandshakeError::ClientCertificate(_))), "{outcome:?}");
-            assert!(client.is_err(), "it is told by an alert");
+            assert!(client.is_err(), "an alert is sent");
         }
-        let (outcome, client) = connect(&server, bed.client(None), "localhost").await;
+        let (outcome, client) = connect(&server, authority.client_config(None), "localhost").await;
         match auth {
             ClientAuth::Required => {
                 let is_refused = matches!(outcome, Err(HandshakeError::ClientCertificate(_)));
@@ -420,7 +452,7 @@ async fn client_certificates_are_accepted_or_refused() {
             }
             ClientAuth::Optional => {
                 client.unwrap();
-                assert_eq!(outcome.unwrap().1.client, None);
+                assert_eq!(outcome.unwrap().1.client_certificate, None);
             }
         }
     }
@@ -428,26 +460,27 @@ async fn client_certificates_are_accepted_or_refused() {
 
 #[tokio::test]
 async fn revocation_takes_effect_when_the_list_changes() {
-    let bed = Bed::new();
-    let crl = bed.write("clients.crl", &bed.crl(&[], 2024));
-    let server = bed.server_for_clients(ClientAuth::Required, Some(crl));
+    let authority = TestAuthority::new();
+    let crl = authority.write("clients.crl", &authority.crl(&[], 2024));
+    let server = authority.acceptor_with_client_auth(ClientAuth::Required, Some(crl));
     let warnings = server.warnings(Timestamp::now());
     assert!(
         warnings[0].contains("clients.crl has been out of date since 2024-01-01"),
         "{warnings:?}"
     );
-    let identity = bed.client_certificate(7);
-    // With one configuration, so that it would resume its session if it were given a ticket.
-    let client = bed.client(Some(&identity));
+    let identity = authority.issue_client_certificate(7);
+    // One configuration for all connections, so that the client would resume its session if it had a
+    // ticket.
+    let client = authority.client_config(Some(&identity));
     for _ in 0..2 {
         let (outcome, client) = connect(&server, client.clone(), "localhost").await;
         outcome.unwrap();
         assert_eq!(client.unwrap().get_ref().1.handshake_kind(), Some(HandshakeKind::Full));
     }
-    bed.write("clients.crl", &bed.crl(&[7], 2124));
-    let mut watch = Watch::default();
-    assert!(!server.check(&mut watch).await, "the list may not be complete yet");
-    assert!(server.check(&mut watch).await);
+    authority.write("clients.crl", &authority.crl(&[7], 2124));
+    let mut watch = WatchState::default();
+    assert!(!server.check_files(&mut watch).await, "the list may not be complete yet");
+    assert!(server.check_files(&mut watch).await);
     let (outcome, client) = connect(&server, client, "localhost").await;
     assert!(matches!(outcome, Err(HandshakeError::ClientCertificate(_))), "{outcome:?}");
     assert!(client.is_err());
@@ -455,11 +488,11 @@ async fn revocation_takes_effect_when_the_list_changes() {
 }
 
 #[tokio::test]
-async fn session_is_resumed_also_after_the_certificate_was_replaced() {
-    let bed = Bed::new();
+async fn session_can_be_resumed_after_a_certificate_reload() {
+    let authority = TestAuthority::new();
     for versions in [&TLS12, &TLS13] {
-        let server = bed.server(|_| {});
-        let client = bed.client_of(&[versions], None);
+        let server = authority.acceptor(|_| {});
+        let client = authority.client_config_for(&[versions], None);
         let kind = async || {
             let (outcome, client) = connect(&server, client.clone(), "localhost").await;
             let of_server = outcome.unwrap().0.get_ref().1.handshake_kind();
@@ -469,89 +502,93 @@ async fn session_is_resumed_also_after_the_certificate_was_replaced() {
         };
         assert_eq!(kind().await, Some(HandshakeKind::Full));
         assert_eq!(kind().await, Some(HandshakeKind::Resumed));
-        bed.pair("tls", &["localhost"]);
-        let mut watch = Watch::default();
-        server.check(&mut watch).await;
-        assert!(server.check(&mut watch).await);
+        authority.write_key_pair("tls", &["localhost"]);
+        let mut watch = WatchState::default();
+        server.check_files(&mut watch).await;
+        assert!(server.check_files(&mut watch).await);
         assert_eq!(kind().await, Some(HandshakeKind::Resumed));
-        // What a client sends before the handshake is over could be replayed by others.
-        let tls = server.handshake_config();
+        // Early data is disabled, because an attacker could replay it.
+        let tls = server.server_config();
         assert_eq!((tls.max_early_data_size, tls.send_half_rtt_data), (0, false));
     }
 }
 
-/// Kubernetes mounts a secret as links to links, of which one is swapped.
+/// Kubernetes mounts a secret as symbolic links to a symbolic link, which it replaces.
 #[tokio::test]
 async fn certificate_is_replaced_when_a_mounted_secret_is_swapped() {
-    let bed = Bed::new();
+    let authority = TestAuthority::new();
     let mount = |version: &str| {
-        let folder = bed.path(version);
+        let folder = authority.path(version);
         fs::create_dir(&folder).unwrap();
-        let Made { certificate, key } = bed.make(&["localhost"], |_| {});
+        let IssuedCertificate { certificate, key } = authority.issue(&["localhost"], |_| {});
         fs::write(folder.join("tls.crt"), certificate).unwrap();
         fs::write(folder.join("tls.key"), key).unwrap();
-        std::os::unix::fs::symlink(version, bed.path("..data_tmp")).unwrap();
-        fs::rename(bed.path("..data_tmp"), bed.path("..data")).unwrap();
+        std::os::unix::fs::symlink(version, authority.path("..data_tmp")).unwrap();
+        fs::rename(authority.path("..data_tmp"), authority.path("..data")).unwrap();
     };
     mount("..1");
     for name in ["tls.crt", "tls.key"] {
-        std::os::unix::fs::symlink(Path::new("..data").join(name), bed.path(name)).unwrap();
+        std::os::unix::fs::symlink(Path::new("..data").join(name), authority.path(name)).unwrap();
     }
-    let pair = Pair { certificate_file: bed.path("tls.crt"), key_file: bed.path("tls.key") };
-    let server = Server::new(Bed::config(vec![pair])).unwrap();
-    let mut watch = Watch::default();
-    let first = presented(&bed, &server, "localhost").await;
+    let pair = KeyPairFiles {
+        certificate_file: authority.path("tls.crt"),
+        key_file: authority.path("tls.key"),
+    };
+    let server = TlsAcceptor::new(TestAuthority::config(vec![pair])).unwrap();
+    let mut watch = WatchState::default();
+    let first = presented_certificate(&authority, &server, "localhost").await;
     for _ in 0..3 {
-        assert!(!server.check(&mut watch).await, "nothing has changed");
+        assert!(!server.check_files(&mut watch).await, "nothing has changed");
     }
     mount("..2");
-    server.check(&mut watch).await;
-    assert!(server.check(&mut watch).await);
-    let second = presented(&bed, &server, "localhost").await;
-    assert_eq!(second, certificate_in(&bed.path("tls.crt")));
+    server.check_files(&mut watch).await;
+    assert!(server.check_files(&mut watch).await);
+    let second = presented_certificate(&authority, &server, "localhost").await;
+    assert_eq!(second, certificate_in(&authority.path("tls.crt")));
     assert_ne!(first, second);
 }
 
 #[tokio::test]
-async fn pair_that_cannot_be_used_leaves_the_last_one_in_use() {
-    let bed = Bed::new();
-    let server = bed.server(|_| {});
-    let first = certificate_in(&bed.path("tls.crt"));
-    let mut watch = Watch::default();
-    let next = bed.make(&["localhost"], |_| {});
-    bed.write("tls.crt", &next.certificate);
+async fn invalid_pair_leaves_the_last_valid_one_in_use() {
+    let authority = TestAuthority::new();
+    let server = authority.acceptor(|_| {});
+    let first = certificate_in(&authority.path("tls.crt"));
+    let mut watch = WatchState::default();
+    let next = authority.issue(&["localhost"], |_| {});
+    authority.write("tls.crt", &next.certificate);
     for _ in 0..3 {
-        assert!(!server.check(&mut watch).await, "the key is another certificate's");
+        assert!(!server.check_files(&mut watch).await, "the key is another certificate's");
     }
-    assert_eq!(presented(&bed, &server, "localhost").await, first);
-    fs::remove_file(bed.path("tls.key")).unwrap();
+    assert_eq!(presented_certificate(&authority, &server, "localhost").await, first);
+    fs::remove_file(authority.path("tls.key")).unwrap();
     for _ in 0..3 {
-        assert!(!server.check(&mut watch).await, "the key is gone");
+        assert!(!server.check_files(&mut watch).await, "the key is gone");
     }
-    assert_eq!(presented(&bed, &server, "localhost").await, first);
-    bed.write("tls.key", &next.key);
-    server.check(&mut watch).await;
-    assert!(server.check(&mut watch).await);
-    assert_eq!(presented(&bed, &server, "localhost").await, next.der());
+    assert_eq!(presented_certificate(&authority, &server, "localhost").await, first);
+    authority.write("tls.key", &next.key);
+    server.check_files(&mut watch).await;
+    assert!(server.check_files(&mut watch).await);
+    assert_eq!(presented_certificate(&authority, &server, "localhost").await, next.der());
 }
 
 /// The first message of a client.
-fn client_hello(bed: &Bed) -> Vec<u8> {
+fn client_hello(authority: &TestAuthority) -> Vec<u8> {
     let name = ServerName::try_from("localhost").unwrap();
-    let mut client = ClientConnection::new(Arc::new(bed.client(None)), name).unwrap();
+    let mut client = ClientConnection::new(Arc::new(authority.client_config(None)), name).unwrap();
     let mut hello = Vec::new();
     client.write_tls(&mut hello).unwrap();
     hello
 }
 
 #[tokio::test(start_paused = true)]
-async fn stalled_handshake_ends_at_its_deadline_and_delays_nobody() {
-    let bed = Bed::new();
-    let server = bed.server(|config| config.max_handshakes = 1);
-    let hello = client_hello(&bed);
+async fn stalled_handshake_times_out_and_does_not_delay_others() {
+    let authority = TestAuthority::new();
+    let server = authority.acceptor(|config| config.max_handshakes = 1);
+    let hello = client_hello(&authority);
     let mut stalled = tokio::task::JoinSet::new();
     let mut clients = Vec::new();
-    // Nothing is sent, a part of the first message, all of it but nothing afterwards.
+    // Each client sends nothing, a part of its first message, or the whole message and nothing
+    // afterwards.
     for sent in [&[][..], &hello[..hello.len() / 2], &hello].repeat(50) {
         let (ours, mut theirs) = duplex(64 << 10);
         theirs.write_all(sent).await.unwrap();
@@ -561,7 +598,7 @@ async fn stalled_handshake_ends_at_its_deadline_and_delays_nobody() {
     }
     tokio::task::yield_now().await;
     let started = Instant::now();
-    let (outcome, client) = connect(&server, bed.client(None), "localhost").await;
+    let (outcome, client) = connect(&server, authority.client_config(None), "localhost").await;
     outcome.unwrap();
     client.unwrap();
     assert_eq!(started.elapsed(), Duration::ZERO);
@@ -578,12 +615,12 @@ async fn handshakes_are_counted_by_version_and_outcome() {
     let recorder = PrometheusBuilder::new().build_recorder();
     let registry = recorder.handle();
     let _guard = metrics::set_default_local_recorder(&recorder);
-    let bed = Bed::new();
-    let server = bed.server(|_| {});
-    let client = bed.client(None);
+    let authority = TestAuthority::new();
+    let server = authority.acceptor(|_| {});
+    let client = authority.client_config(None);
     connect(&server, client.clone(), "localhost").await.1.unwrap();
     connect(&server, client, "localhost").await.1.unwrap();
-    connect(&server, bed.client_of(&[&TLS12], None), "localhost").await.1.unwrap();
+    connect(&server, authority.client_config_for(&[&TLS12], None), "localhost").await.1.unwrap();
     let (ours, theirs) = duplex(1);
     drop(theirs);
     assert!(matches!(server.handshake(ours).await, Err(HandshakeError::Closed)));
@@ -606,14 +643,14 @@ async fn handshakes_are_counted_by_version_and_outcome() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn watcher_replaces_certificates_and_tells_of_their_expiry() {
+async fn watcher_reloads_certificates_and_exports_their_expiry() {
     let recorder = PrometheusBuilder::new().build_recorder();
     let registry = recorder.handle();
     let _guard = metrics::set_default_local_recorder(&recorder);
-    let bed = Bed::new();
-    let server = bed.server(|_| {});
-    bed.pair("tls", &["localhost"]);
-    let replaced = certificate_in(&bed.path("tls.crt"));
+    let authority = TestAuthority::new();
+    let server = authority.acceptor(|_| {});
+    authority.write_key_pair("tls", &["localhost"]);
+    let replaced = certificate_in(&authority.path("tls.crt"));
     let shows = |text: &str| registry.render().contains(text);
     let watched = async {
         while !shows("parapet_tls_reloads_total{listener=\"data\",outcome=\"applied\"} 1") {
@@ -621,11 +658,11 @@ async fn watcher_replaces_certificates_and_tells_of_their_expiry() {
         }
     };
     tokio::select! {
-        () = server.run() => unreachable!("it runs until it is dropped"),
+        () = server.watch_files() => unreachable!("it runs until it is dropped"),
         () = watched => {}
     }
-    assert_eq!(presented(&bed, &server, "localhost").await, replaced);
-    let file = bed.path("tls.crt").display().to_string();
+    assert_eq!(presented_certificate(&authority, &server, "localhost").await, replaced);
+    let file = authority.path("tls.crt").display().to_string();
     let label = format!("{{listener=\"data\",certificate=\"{file}\"}}");
     assert!(shows(&format!("parapet_tls_certificate_expiry_seconds{label}")));
 }

@@ -1,4 +1,4 @@
-//! Follows the files of certificates, and warns before one expires.
+//! Reloads certificate files when they change, and warns before a certificate expires.
 
 use std::time::Duration;
 
@@ -10,48 +10,49 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-use super::{handshake::HANDSHAKES, load::Files, server::Server};
+use super::{handshake::HANDSHAKES, load::TlsFiles, server::TlsAcceptor};
 use crate::telemetry::report;
 
-/// How often files are read. Contents are compared, which works on every kind of mount, Kubernetes'
-/// links included.
+/// The interval at which the files are read. Comparing contents works on every kind of mount, including
+/// Kubernetes' symbolic links.
 const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 
-/// How often the log repeats that a certificate is about to expire.
-const WARN_INTERVAL: Duration = Duration::from_hours(24);
+/// The interval at which warnings about expiry are repeated in the log.
+const EXPIRY_WARNING_INTERVAL: Duration = Duration::from_hours(24);
 
-const EXPIRY: &str = "parapet_tls_certificate_expiry_seconds";
+const CERTIFICATE_EXPIRY: &str = "parapet_tls_certificate_expiry_seconds";
 const RELOADS: &str = "parapet_tls_reloads_total";
 
-/// What is known of the files, besides what is in use.
+/// The state of the watched files.
 #[derive(Debug, Default)]
-pub(super) struct Watch {
-    /// The contents at the last check.
-    seen: Option<u64>,
-    /// Contents that cannot be used, and were reported.
-    refused: Option<u64>,
+pub(super) struct WatchState {
+    /// The hash of the contents at the last check.
+    last_digest: Option<u64>,
+    /// The hash of invalid contents that were reported.
+    refused_digest: Option<u64>,
 }
 
-impl Server {
-    /// Loads files anew when their contents change, until dropped. What cannot be used is logged and
-    /// counted, and what was loaded last stays in use.
-    pub async fn run(&self) {
-        describe();
-        let mut watch = Watch::default();
-        // A start warns by itself.
+impl TlsAcceptor {
+    /// Reloads the files when their contents change, until the future is dropped. Invalid files are
+    /// logged and counted, and the last valid ones stay in use.
+    pub async fn watch_files(&self) {
+        describe_metrics();
+        let mut watch = WatchState::default();
+        // The startup logs its own warnings.
         let mut warned_at = Instant::now();
         let mut checks = interval(CHECK_INTERVAL);
         checks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             checks.tick().await;
-            let is_replaced = self.check(&mut watch).await;
+            let is_replaced = self.check_files(&mut watch).await;
             let now = Timestamp::now();
             for certificate in self.certificates() {
                 let file = certificate.file().display().to_string();
                 let left = certificate.expires_in(now).as_secs_f64();
-                gauge!(EXPIRY, "listener" => self.listener(), "certificate" => file).set(left);
+                gauge!(CERTIFICATE_EXPIRY, "listener" => self.listener(), "certificate" => file)
+                    .set(left);
             }
-            if is_replaced || warned_at.elapsed() >= WARN_INTERVAL {
+            if is_replaced || warned_at.elapsed() >= EXPIRY_WARNING_INTERVAL {
                 warned_at = Instant::now();
                 for warning in self.warnings(now) {
                     warn!(listener = self.listener(), "TLS: {warning}");
@@ -60,37 +61,37 @@ impl Server {
         }
     }
 
-    /// Reads the files, and uses them if they differ from what is in use; whether they were replaced.
+    /// Reads the files and loads them if they have changed. Returns whether they were replaced.
     ///
-    /// Contents count once they were the same at two checks in a row, since certificate and key may be
-    /// written one after the other.
-    pub(super) async fn check(&self, watch: &mut Watch) -> bool {
+    /// A change is loaded once two consecutive checks see the same contents, because certificate and key
+    /// may be written one after the other.
+    pub(super) async fn check_files(&self, watch: &mut WatchState) -> bool {
         let config = self.config().clone();
-        let Ok(files) = spawn_blocking(move || Files::read(&config)).await else { return false };
+        let Ok(files) = spawn_blocking(move || TlsFiles::read(&config)).await else { return false };
         let digest = files.digest();
-        let is_settled = watch.seen.replace(digest) == Some(digest);
+        let is_settled = watch.last_digest.replace(digest) == Some(digest);
         if digest == self.digest() {
-            watch.refused = None;
+            watch.refused_digest = None;
             return false;
         }
-        if !is_settled || watch.refused == Some(digest) {
+        if !is_settled || watch.refused_digest == Some(digest) {
             return false;
         }
         let listener = self.listener();
-        let replaced = self.replace(&files);
+        let replaced = self.reload(&files);
         let outcome = if replaced.is_ok() { "applied" } else { "refused" };
         counter!(RELOADS, "listener" => listener, "outcome" => outcome).increment(1);
         match &replaced {
             Ok(()) => {
-                watch.refused = None;
+                watch.refused_digest = None;
                 info!(listener, "TLS: changed files are in use");
             }
             Err(problems) => {
-                watch.refused = Some(digest);
+                watch.refused_digest = Some(digest);
                 warn!(
                     listener,
                     error = report(problems),
-                    "TLS: changed files cannot be used, those loaded last stay in use"
+                    "TLS: changed files are invalid; the files loaded last stay in use"
                 );
             }
         }
@@ -98,11 +99,14 @@ impl Server {
     }
 }
 
-fn describe() {
+fn describe_metrics() {
     describe_counter!(HANDSHAKES, "TLS handshakes by version (none if they failed) and outcome");
-    describe_counter!(RELOADS, "Changed files of TLS certificates: applied, or refused");
+    describe_counter!(
+        RELOADS,
+        "Reloads of changed TLS files by outcome: applied, or refused as invalid"
+    );
     describe_gauge!(
-        EXPIRY,
+        CERTIFICATE_EXPIRY,
         Unit::Seconds,
         "Time until a TLS certificate expires; negative afterwards"
     );

@@ -1,12 +1,12 @@
-//! Accounts: listing, creating, changing, deleting, what they are granted, and their passwords.
+//! Operations on accounts: list, create, change, delete, permissions and passwords.
 
 use std::collections::BTreeSet;
 
 use bytes::Bytes;
 
 use super::{
-    body::{self, Query},
-    operation::MOST_ACCOUNTS,
+    body::{self, QueryParams},
+    operation::MAX_ACCOUNTS,
 };
 use crate::{
     control::{
@@ -16,18 +16,18 @@ use crate::{
     wire::admin::{self as wire, Field, Problems, Role, Time},
 };
 
-/// The accounts, all or a page of them, and the roles that there are.
+/// Lists all accounts or a page of them, and all roles.
 pub(super) async fn list(
     control: &Control,
     operator: &Operator,
-    query: &Query<'_>,
+    query: &QueryParams<'_>,
 ) -> Result<Reply, Failure> {
     let mut problems = Problems::default();
     let after = query.number(&mut problems, "after", 0, u32::MAX).unwrap_or(0);
-    let limit = query.number(&mut problems, "limit", 1, MOST_ACCOUNTS).unwrap_or(u32::MAX);
+    let limit = query.number(&mut problems, "limit", 1, MAX_ACCOUNTS).unwrap_or(u32::MAX);
     problems.finish()?;
     let users = control.accounts_after(operator, after.into(), limit).await?;
-    let users = users.into_iter().map(shown).collect();
+    let users = users.into_iter().map(account_json).collect();
     let root_roles = RootRole::ALL.map(|role| wire::RootRole {
         id: role.id(),
         name: role.name(),
@@ -41,9 +41,9 @@ pub(super) async fn list(
     Ok(reply::document(&wire::Users { users, root_roles: root_roles.into() }))
 }
 
-/// One account.
-pub(super) async fn show(control: &Control, actor: &Actor, id: &str) -> Result<Reply, Failure> {
-    found(control.account(actor, number(id)?).await?)
+/// Returns one account.
+pub(super) async fn get(control: &Control, actor: &Actor, id: &str) -> Result<Reply, Failure> {
+    account_response(control.account(actor, parse_account_id(id)?).await?)
 }
 
 /// Creates an account.
@@ -52,14 +52,14 @@ pub(super) async fn create(
     actor: &Actor,
     body: &Bytes,
 ) -> Result<Reply, Failure> {
-    let asked: wire::CreateUser = body::read(body)?;
+    let request: wire::CreateUser = body::parse_object(body)?;
     let mut problems = Problems::default();
-    let may_be_missing = !matches!(asked.username, Field::Wrong(_));
-    let username = problems.optional("username", asked.username).and_then(|it| it.0);
-    let name = problems.optional("name", asked.name).and_then(|it| it.0).map(|name| name.0);
-    let email = problems.optional("email", asked.email).and_then(|it| it.0).map(|email| email.0);
-    let role = role(&mut problems, asked.root_role, true);
-    let password = problems.required("password", asked.password);
+    let may_be_missing = !matches!(request.username, Field::Wrong(_));
+    let username = problems.optional("username", request.username).and_then(|it| it.0);
+    let name = problems.optional("name", request.name).and_then(|it| it.0).map(|name| name.0);
+    let email = problems.optional("email", request.email).and_then(|it| it.0).map(|email| email.0);
+    let role = parse_root_role(&mut problems, request.root_role, true);
+    let password = problems.required("password", request.password);
     let password = body::new_password(&mut problems, password.as_ref());
     let username = username.map(|name| name.0).or_else(|| email.clone());
     if username.is_none() && may_be_missing {
@@ -71,81 +71,88 @@ pub(super) async fn create(
     };
     let account = control.create_account(actor, problems.or(new())?).await?;
     let location = account.id.to_string();
-    Ok(reply::created(&shown(account), &location))
+    Ok(reply::created(&account_json(account), &location))
 }
 
-/// Changes what is told of an account.
+/// Changes the name, email address, role or password of an account.
 pub(super) async fn update(
     control: &Control,
     actor: &Actor,
     id: &str,
     body: &Bytes,
 ) -> Result<Reply, Failure> {
-    let asked: wire::UpdateUser = body::read(body)?;
+    let request: wire::UpdateUser = body::parse_object(body)?;
     let mut problems = Problems::default();
-    let name = problems.optional("name", asked.name).map(|it| it.0.map(|name| name.0));
-    let email = problems.optional("email", asked.email).map(|it| it.0.map(|email| email.0));
-    let role = role(&mut problems, asked.root_role, false);
-    let password = problems.optional("password", asked.password);
+    let name = problems.optional("name", request.name).map(|it| it.0.map(|name| name.0));
+    let email = problems.optional("email", request.email).map(|it| it.0.map(|email| email.0));
+    let role = parse_root_role(&mut problems, request.root_role, false);
+    let password = problems.optional("password", request.password);
     let password = body::new_password(&mut problems, password.as_ref());
     problems.finish()?;
     let change = AccountChange { name, email, role, password };
-    found(control.update_account(actor, number(id)?, change).await?)
+    account_response(control.update_account(actor, parse_account_id(id)?, change).await?)
 }
 
 /// Deletes an account.
 pub(super) async fn delete(control: &Control, actor: &Actor, id: &str) -> Result<Reply, Failure> {
-    control.delete_account(actor, number(id)?).await?.ok_or_else(missing)?;
+    control.delete_account(actor, parse_account_id(id)?).await?.ok_or_else(account_not_found)?;
     Ok(reply::done())
 }
 
-/// Says what an account may do beyond its role.
+/// Sets the permissions of an account beyond those of its role.
 pub(super) async fn set_permissions(
     control: &Control,
     actor: &Actor,
     id: &str,
     body: &Bytes,
 ) -> Result<Reply, Failure> {
-    let asked: wire::SetPermissions = body::read(body)?;
+    let request: wire::SetPermissions = body::parse_object(body)?;
     let mut problems = Problems::default();
-    let names = problems.required("permissions", asked.permissions).unwrap_or_default();
+    let names = problems.required("permissions", request.permissions).unwrap_or_default();
     let mut permissions = BTreeSet::new();
     for name in &names {
         if let Some(granted) = Permission::granted_by(&name.0) {
             permissions.extend(granted);
         } else {
             let known = Permission::ALL.map(Permission::as_str).join(", ");
-            problems.add("permissions", format!("must be of {known} or CREATE_API_TOKEN"));
+            problems.add("permissions", format!("must be one of {known} or CREATE_API_TOKEN"));
             break;
         }
     }
     problems.finish()?;
-    found(control.grant(actor, number(id)?, Grants::Only(permissions)).await?)
+    account_response(control.grant(actor, parse_account_id(id)?, Grants::Only(permissions)).await?)
 }
 
-/// Gives an account a new password.
+/// Sets a new password for an account.
 pub(super) async fn reset_password(
     control: &Control,
     actor: &Actor,
     id: &str,
     body: &Bytes,
 ) -> Result<Reply, Failure> {
-    let asked: wire::ResetPassword = body::read(body)?;
+    let request: wire::ResetPassword = body::parse_object(body)?;
     let mut problems = Problems::default();
-    let password = problems.required("password", asked.password);
+    let password = problems.required("password", request.password);
     let password = body::new_password(&mut problems, password.as_ref());
     let password = problems.or(password)?;
-    control.set_password(actor, number(id)?, password).await?.ok_or_else(missing)?;
+    control
+        .set_password(actor, parse_account_id(id)?, password)
+        .await?
+        .ok_or_else(account_not_found)?;
     Ok(reply::done())
 }
 
-fn role(problems: &mut Problems, field: Field<Role>, required: bool) -> Option<RootRole> {
-    let asked = if required {
+fn parse_root_role(
+    problems: &mut Problems,
+    field: Field<Role>,
+    required: bool,
+) -> Option<RootRole> {
+    let requested = if required {
         problems.required("rootRole", field)
     } else {
         problems.optional("rootRole", field)
     };
-    let role = match asked? {
+    let role = match requested? {
         Role::Id(id) => RootRole::from_id(id),
         Role::Name(name) => {
             RootRole::ALL.into_iter().find(|role| role.name().eq_ignore_ascii_case(&name))
@@ -157,20 +164,20 @@ fn role(problems: &mut Problems, field: Field<Role>, required: bool) -> Option<R
     role
 }
 
-/// The number of an account; a text that is none names no account.
-fn number(id: &str) -> Result<i64, Failure> {
-    id.parse().map_err(|_| missing())
+/// Parses an account id. A text that is not a number names no account.
+fn parse_account_id(id: &str) -> Result<i64, Failure> {
+    id.parse().map_err(|_| account_not_found())
 }
 
-fn missing() -> Failure {
+fn account_not_found() -> Failure {
     Failure::Missing("there is no such account".to_owned())
 }
 
-fn found(account: Option<Account>) -> Result<Reply, Failure> {
-    account.map(|account| reply::document(&shown(account))).ok_or_else(missing)
+fn account_response(account: Option<Account>) -> Result<Reply, Failure> {
+    account.map(|account| reply::document(&account_json(account))).ok_or_else(account_not_found)
 }
 
-fn shown(account: Account) -> wire::User {
+fn account_json(account: Account) -> wire::User {
     wire::User {
         id: account.id,
         username: account.username,

@@ -1,4 +1,4 @@
-//! Bodies and queries of operators, read into their types.
+//! Parses the bodies and query parameters of admin requests.
 
 use bytes::Bytes;
 use form_urlencoded::parse;
@@ -15,10 +15,10 @@ use crate::{
     },
 };
 
-/// Reads a JSON object; what is wrong with its members is for them to say.
-pub(super) fn read<T: DeserializeOwned>(body: &Bytes) -> Result<T, Failure> {
+/// Parses a JSON object. Its fields collect their own errors.
+pub(super) fn parse_object<T: DeserializeOwned>(body: &Bytes) -> Result<T, Failure> {
     let no_object = || Failure::Malformed("the body must be a JSON object".to_owned());
-    // A list would be taken for the members in their order.
+    // Serde would accept a list as the fields in their order.
     let value: Value = serde_json::from_slice(body).map_err(|error| {
         let (line, column) = (error.line(), error.column());
         Failure::Malformed(format!("the body is not JSON: line {line}, column {column}"))
@@ -29,21 +29,21 @@ pub(super) fn read<T: DeserializeOwned>(body: &Bytes) -> Result<T, Failure> {
     T::deserialize(value).map_err(|_| no_object())
 }
 
-/// A password that somebody chooses.
+/// Parses a password that a user chooses; it must meet the rules for new passwords.
 pub(super) fn new_password(problems: &mut Problems, hidden: Option<&Hidden>) -> Option<Password> {
-    password(problems, "password", hidden, Password::parse)
+    parse_password(problems, "password", hidden, Password::parse)
 }
 
-/// A password that somebody shows.
-pub(super) fn shown_password(
+/// Parses a password that a user presents for verification.
+pub(super) fn current_password(
     problems: &mut Problems,
     path: &'static str,
     hidden: Option<&Hidden>,
 ) -> Option<Password> {
-    password(problems, path, hidden, Password::for_sign_in)
+    parse_password(problems, path, hidden, Password::for_sign_in)
 }
 
-fn password(
+fn parse_password(
     problems: &mut Problems,
     path: &'static str,
     hidden: Option<&Hidden>,
@@ -58,35 +58,35 @@ fn password(
     }
 }
 
-/// The members of a query; what is empty is not there.
+/// The query parameters of a request. A parameter with an empty value counts as missing.
 #[derive(Debug)]
-pub(super) struct Query<'a>(&'a str);
+pub(super) struct QueryParams<'a>(&'a str);
 
-impl<'a> Query<'a> {
-    /// Of a request's address.
-    pub(super) fn of(text: Option<&'a str>) -> Self {
+impl<'a> QueryParams<'a> {
+    /// Wraps the query of a request's URI.
+    pub(super) fn new(text: Option<&'a str>) -> Self {
         Self(text.unwrap_or_default())
     }
 
-    /// Every value of a name.
+    /// All values of a parameter.
     pub(super) fn texts(&self, problems: &mut Problems, name: &'static str) -> Vec<String> {
         let named =
             parse(self.0.as_bytes()).filter(|(key, value)| key == name && !value.is_empty());
         let mut values: Vec<_> = named.map(|(_, value)| value.into_owned()).collect();
-        // No name has one, and PostgreSQL takes none.
+        // No name contains a NUL, and PostgreSQL rejects it.
         if values.iter().any(|value| value.contains('\0')) {
-            problems.add(name, "must be a text without NUL");
+            problems.add(name, "must not contain NUL");
             values.clear();
         }
         values
     }
 
-    /// The first value of a name.
+    /// The first value of a parameter.
     pub(super) fn text(&self, problems: &mut Problems, name: &'static str) -> Option<String> {
         self.texts(problems, name).into_iter().next()
     }
 
-    /// A value that must be there.
+    /// The first value of a required parameter.
     pub(super) fn required(&self, name: &'static str) -> Result<String, Failure> {
         let mut problems = Problems::default();
         let value = self.text(&mut problems, name);
@@ -96,8 +96,12 @@ impl<'a> Query<'a> {
         Ok(problems.or(value)?)
     }
 
-    /// A time.
-    pub(super) fn time(&self, problems: &mut Problems, name: &'static str) -> Option<Timestamp> {
+    /// A point in time.
+    pub(super) fn timestamp(
+        &self,
+        problems: &mut Problems,
+        name: &'static str,
+    ) -> Option<Timestamp> {
         let time = instant::parse(&self.text(problems, name)?);
         if time.is_none() {
             problems.add(name, "must be a time, as in 2027-01-31T12:00:00Z");
@@ -105,7 +109,7 @@ impl<'a> Query<'a> {
         time
     }
 
-    /// A number between two others.
+    /// A number from `least` to `most`.
     pub(super) fn number(
         &self,
         problems: &mut Problems,

@@ -1,7 +1,7 @@
-//! Who is asking, and whether a page of somebody else's made them ask.
+//! Authenticates callers of the admin API, and rejects cross-site requests.
 //!
-//! A caller presents an admin token, or the cookie of a session. What they may do is judged where it
-//! is done.
+//! A caller presents an admin token or a session cookie. The control plane checks permissions, not this
+//! module.
 
 use std::net::IpAddr;
 
@@ -21,101 +21,108 @@ use crate::{
     wire::person::Person,
 };
 
-/// The cookie of a session over an unencrypted connection.
-pub(super) const SESSION: &str = "parapet-session";
+/// The session cookie on an unencrypted connection.
+pub(super) const SESSION_COOKIE: &str = "parapet-session";
 
-/// The cookie of a session over an encrypted one. By the prefix browsers take it from this very host
-/// alone and over encrypted connections only, so that no page of a neighbouring domain can plant one.
-pub(super) const SECURE_SESSION: &str = "__Host-parapet-session";
+/// The session cookie on an encrypted connection. Because of the prefix, browsers accept it only from
+/// this host and over encrypted connections, so that no sibling domain can plant one.
+pub(super) const SECURE_SESSION_COOKIE: &str = "__Host-parapet-session";
 
-/// The cookie of a browser from which somebody has signed in before.
-pub(super) const DEVICE: &str = "parapet-device";
+/// The cookie of a browser from which a user has signed in before.
+pub(super) const DEVICE_COOKIE: &str = "parapet-device";
 
-/// The header by which a page says that nobody made it ask.
-pub(super) const BACKGROUND: HeaderName = HeaderName::from_static("parapet-background");
+/// The header that marks a background request of the console, made without a user's action.
+pub(super) const BACKGROUND_HEADER: HeaderName = HeaderName::from_static("parapet-background");
 
-/// Who is asking.
+/// The authenticated caller of a request.
 #[derive(Debug)]
-pub(super) struct Caller {
-    /// In the control plane's words.
+pub(super) struct AuthenticatedCaller {
+    /// The caller as the control plane's actor.
     pub(super) actor: Actor,
-    /// The account, where it is one.
+    /// The account; `None` for a token and for a user of upstream.
     pub(super) account: Option<Account>,
 }
 
-/// What knows callers.
+/// Authenticates callers.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Gate<'a> {
-    /// The header of admin tokens.
+pub(super) struct Authentication<'a> {
+    /// The request header with an admin token.
     pub(super) token_header: &'a HeaderName,
-    /// Who judges them.
+    /// Validates admin tokens.
     pub(super) auth: &'a Authenticator,
-    /// Where sessions are kept, if there are any.
-    pub(super) control: Option<&'a Control>,
-    /// The server that has the sessions instead.
+    /// The control plane, which stores the sessions; `None` if there is none.
+    pub(super) control_plane: Option<&'a Control>,
+    /// The upstream server that has the sessions instead.
     pub(super) relay: Option<&'a Relay>,
-    /// Whether this listener's connections are encrypted.
+    /// Whether this listener uses TLS.
     pub(super) is_tls: bool,
 }
 
-impl Gate<'_> {
-    /// Who is asking: by an admin token, else by a session, which changes things only from its own
-    /// pages.
-    pub(super) async fn admit(
+impl Authentication<'_> {
+    /// Authenticates a request by its admin token, or else by its session. With `changes`, a session
+    /// request must come from a page of the same origin.
+    pub(super) async fn authenticate(
         &self,
         head: &Parts,
         address: IpAddr,
         changes: bool,
-    ) -> Result<Caller, Failure> {
-        if let Some(header) = presented(&head.headers, self.token_header) {
+    ) -> Result<AuthenticatedCaller, Failure> {
+        if let Some(header) = presented_token(&head.headers, self.token_header) {
             let header = header.to_str().map_err(|_| Failure::Unauthorized)?;
-            return self.by_token(header, address).await;
+            return self.authenticate_token(header, address).await;
         }
         let is_foreign = changes && !is_same_origin(&head.headers);
         if let Some(relay) = self.relay {
-            let person = relay.person(&head.headers).await?;
+            let person = relay.signed_in_user(&head.headers).await?;
             return if is_foreign {
                 Err(Failure::CrossOrigin)
             } else {
-                Ok(of_upstream(&person, address))
+                Ok(upstream_caller(&person, address))
             };
         }
-        let control = self.control.ok_or(Failure::Unauthorized)?;
+        let control = self.control_plane.ok_or(Failure::Unauthorized)?;
         let cookie = session_cookie(&head.headers, self.is_tls).ok_or(Failure::SignIn)?;
         if is_foreign {
             return Err(Failure::CrossOrigin);
         }
-        let by_itself = !changes && head.headers.contains_key(&BACKGROUND);
-        let cause = if by_itself { Cause::Page } else { Cause::Person };
+        let is_background = !changes && head.headers.contains_key(&BACKGROUND_HEADER);
+        let cause = if is_background { Cause::Page } else { Cause::Person };
         let session = control.session(cookie, address, cause).await?.ok_or(Failure::SignIn)?;
         let actor = Actor { operator: session.operator(), address: Some(address) };
-        Ok(Caller { actor, account: Some(session.account) })
+        Ok(AuthenticatedCaller { actor, account: Some(session.account) })
     }
 
-    async fn by_token(&self, header: &str, address: IpAddr) -> Result<Caller, Failure> {
+    async fn authenticate_token(
+        &self,
+        header: &str,
+        address: IpAddr,
+    ) -> Result<AuthenticatedCaller, Failure> {
         let admission = self.auth.authenticate(header).await?;
         match admission.grant.kind {
             TokenKind::Admin => {}
             TokenKind::Client | TokenKind::Frontend => return Err(Failure::WrongKind),
         }
         let token = Token::from_header(header).map_err(|_| Failure::Unauthorized)?;
-        let named = self.control.and_then(|control| control.token_name(&token.digest()));
+        let named = self.control_plane.and_then(|control| control.token_name(&token.digest()));
         let name = named.unwrap_or_else(|| token.masked().to_string());
         let operator = Operator::Token { name, digest: token.digest() };
         let actor = Actor { operator, address: Some(address) };
-        Ok(Caller { actor, account: None })
+        Ok(AuthenticatedCaller { actor, account: None })
     }
 }
 
-/// Somebody whom upstream knows. What is asked of this edge itself needs no permission.
-fn of_upstream(person: &Person, address: IpAddr) -> Caller {
+/// A user of upstream. Operations on this edge's own state need no permission.
+fn upstream_caller(person: &Person, address: IpAddr) -> AuthenticatedCaller {
     let operator = Operator::Upstream { name: person.name() };
-    Caller { actor: Actor { operator, address: Some(address) }, account: None }
+    AuthenticatedCaller { actor: Actor { operator, address: Some(address) }, account: None }
 }
 
-/// The token that a request presents. Basic credentials are for a proxy on the way, to which browsers
-/// send them with every request.
-pub(super) fn presented<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a HeaderValue> {
+/// The token of a request. Basic credentials are not a token: browsers send them with every request to a
+/// proxy in front of Parapet that requires them.
+pub(super) fn presented_token<'a>(
+    headers: &'a HeaderMap,
+    name: &HeaderName,
+) -> Option<&'a HeaderValue> {
     let is_basic = |value: &HeaderValue| {
         let scheme = value.as_bytes().split(|byte| *byte == b' ').next();
         scheme.is_some_and(|scheme| scheme.eq_ignore_ascii_case(b"basic"))
@@ -123,13 +130,13 @@ pub(super) fn presented<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option
     headers.get(name).filter(|value| !is_basic(value))
 }
 
-/// Whether the browser's connection is encrypted: it is one of this listener's own, with `is_tls`, or a proxy
-/// in front of us says so.
+/// Whether the browser's connection is encrypted: this listener uses TLS (`is_tls`), or the headers of a
+/// proxy in front of Parapet indicate it.
 ///
-/// Whoever lies about it changes the own cookie only.
+/// The headers are not verified. A client that forges them affects only its own cookie.
 pub(super) fn is_encrypted(headers: &HeaderMap, is_tls: bool) -> bool {
     let text = |name| headers.get(name).and_then(|it| it.to_str().ok()).unwrap_or_default();
-    // A value may stand in quotes (RFC 7239, section 4).
+    // Values may be quoted (RFC 7239, section 4).
     let forwarded = text("forwarded").to_ascii_lowercase().replace('"', "");
     is_tls
         || text("x-forwarded-proto").eq_ignore_ascii_case("https")
@@ -137,11 +144,11 @@ pub(super) fn is_encrypted(headers: &HeaderMap, is_tls: bool) -> bool {
         || text("origin").starts_with("https://")
 }
 
-/// The value of the session's cookie. The one without prefix, which others may have planted, does not
-/// count where the connection is known to be encrypted.
+/// The value of the session cookie. On an encrypted connection the cookie without prefix is ignored,
+/// because a sibling domain may have planted it.
 pub(super) fn session_cookie(headers: &HeaderMap, is_tls: bool) -> Option<&str> {
-    let unencrypted = || cookie(headers, SESSION).filter(|_| !is_encrypted(headers, is_tls));
-    cookie(headers, SECURE_SESSION).or_else(unencrypted)
+    let unencrypted = || cookie(headers, SESSION_COOKIE).filter(|_| !is_encrypted(headers, is_tls));
+    cookie(headers, SECURE_SESSION_COOKIE).or_else(unencrypted)
 }
 
 /// The value of a cookie.
@@ -163,20 +170,20 @@ mod tests {
     }
 
     #[test]
-    fn credentials_for_a_proxy_are_no_token() {
+    fn basic_credentials_are_not_a_token() {
         let name = HeaderName::from_static("authorization");
         for (value, is_token) in
             [("Basic YTpi", false), ("basic x", false), ("Bearer a", true), ("*:*.basic", true)]
         {
             let headers = headers(&[("authorization", value)]);
-            assert_eq!(presented(&headers, &name).is_some(), is_token, "{value}");
+            assert_eq!(presented_token(&headers, &name).is_some(), is_token, "{value}");
         }
     }
 
     #[test]
-    fn a_cookie_is_found_among_others_and_by_its_whole_name() {
+    fn cookie_is_found_among_others_by_its_full_name() {
         let headers = headers(&[("cookie", "a=1; parapet-session=x=y;b=2"), ("cookie", "c=3")]);
-        assert_eq!(cookie(&headers, SESSION), Some("x=y"));
+        assert_eq!(cookie(&headers, SESSION_COOKIE), Some("x=y"));
         assert_eq!(cookie(&headers, "b"), Some("2"));
         assert_eq!(cookie(&headers, "session"), None);
         assert_eq!(cookie(&headers, "parapet"), None);

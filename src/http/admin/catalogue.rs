@@ -1,4 +1,4 @@
-//! What there is: environments, projects, and flags, as the snapshots have them.
+//! Operations on environments, projects and flags, as found in the current snapshots.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,16 +13,16 @@ use crate::{
     wire::{admin as wire, features::Feature},
 };
 
-/// The project that is there even when no flag is of it.
+/// The project that exists even without flags.
 const DEFAULT_PROJECT: &str = "default";
 
-/// What there is at the moment.
+/// The current snapshots, by the name of their environment.
 #[derive(Debug)]
-pub(super) struct Catalogue(BTreeMap<String, Arc<Snapshot>>);
+pub(super) struct FlagCatalogue(BTreeMap<String, Arc<Snapshot>>);
 
-impl Catalogue {
-    /// What `snapshots` hold.
-    pub(super) fn of(snapshots: &Snapshots) -> Self {
+impl FlagCatalogue {
+    /// Takes the current snapshots.
+    pub(super) fn from_snapshots(snapshots: &Snapshots) -> Self {
         let all = snapshots.all();
         let entry = |snapshot: &Arc<Snapshot>| {
             (snapshot.environment().as_str().to_owned(), Arc::clone(snapshot))
@@ -30,7 +30,7 @@ impl Catalogue {
         Self(all.values().map(entry).collect())
     }
 
-    /// Whether there is an environment of this name.
+    /// Whether this environment exists.
     pub(super) fn has_environment(&self, name: &str) -> bool {
         self.0.contains_key(name)
     }
@@ -40,12 +40,12 @@ impl Catalogue {
         self.0.keys().cloned().collect()
     }
 
-    /// Whether there is a project of this id.
+    /// Whether this project exists.
     pub(super) fn has_project(&self, id: &str) -> bool {
         id == DEFAULT_PROJECT || self.features().any(|feature| **feature.project() == *id)
     }
 
-    /// Insists on a project.
+    /// Returns an error unless this project exists.
     pub(super) fn require_project(&self, id: &str) -> Result<(), Failure> {
         let missing = || Failure::Missing("there is no such project".to_owned());
         self.has_project(id).then_some(()).ok_or_else(missing)
@@ -62,8 +62,8 @@ impl Catalogue {
         self.0.values().flat_map(|snapshot| snapshot.document().features())
     }
 
-    /// The environments.
-    pub(super) fn environments(&self) -> Reply {
+    /// Lists the environments.
+    pub(super) fn list_environments(&self) -> Reply {
         let environments =
             self.0.iter().enumerate().map(|(at, (name, snapshot))| wire::Environment {
                 r#type: if name.starts_with("prod") { "production" } else { "development" },
@@ -76,8 +76,8 @@ impl Catalogue {
         reply::document(&wire::Environments { version: 1, environments: environments.collect() })
     }
 
-    /// The projects.
-    pub(super) fn projects(&self) -> Reply {
+    /// Lists the projects.
+    pub(super) fn list_projects(&self) -> Reply {
         let mut flags: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
         flags.entry(DEFAULT_PROJECT).or_default();
         for feature in self.features() {
@@ -92,15 +92,15 @@ impl Catalogue {
         reply::document(&wire::Projects { version: 1, projects })
     }
 
-    /// The flags of an environment.
-    pub(super) fn flags(&self, environment: &str) -> Result<Reply, Failure> {
-        let flags = self.snapshot(environment)?.document().features().iter().map(summary);
+    /// Lists the flags of an environment.
+    pub(super) fn list_flags(&self, environment: &str) -> Result<Reply, Failure> {
+        let flags = self.snapshot(environment)?.document().features().iter().map(flag_summary);
         let environment = environment.to_owned();
         Ok(reply::document(&wire::Flags { environment, flags: flags.collect() }))
     }
 
-    /// One flag of an environment.
-    pub(super) fn flag(&self, environment: &str, name: &str) -> Result<Reply, Failure> {
+    /// Returns one flag of an environment, with its segments.
+    pub(super) fn get_flag(&self, environment: &str, name: &str) -> Result<Reply, Failure> {
         let document = self.snapshot(environment)?.document();
         let feature = document
             .feature(name)
@@ -120,8 +120,8 @@ impl Catalogue {
     }
 }
 
-/// A flag at a glance; of one that cannot be read there is just the name.
-fn summary(feature: &Feature) -> wire::FlagSummary {
+/// Summarizes a flag. A flag that cannot be parsed has only its name and project.
+fn flag_summary(feature: &Feature) -> wire::FlagSummary {
     let parsed: Value = serde_json::from_str(feature.raw()).unwrap_or(Value::Null);
     let text = |name: &str| parsed[name].as_str().map(str::to_owned);
     let is = |name: &str| parsed[name].as_bool().unwrap_or(false);

@@ -1,6 +1,6 @@
-//! `POST /api/admin/explain`: why a flag comes out as it does for somebody.
+//! `POST /api/admin/explain`: explains the evaluation of a flag for a context.
 //!
-//! Who may ask is decided before; the answer tells everything about the flag.
+//! The response reveals the whole configuration of the flag. The caller is authenticated before.
 
 use jiff::Timestamp;
 
@@ -12,7 +12,7 @@ use crate::{
     wire::explain::Question,
 };
 
-/// Answers a request's body with an [`Explanation`](crate::engine::explanation::Explanation).
+/// Parses a request body and returns an [`Explanation`](crate::engine::explanation::Explanation).
 pub(super) fn explain(snapshots: &Snapshots, body: &[u8]) -> Result<Reply, Failure> {
     let question = Question::parse(body).map_err(|error| Failure::Malformed(error.to_string()))?;
     let Some(snapshot) = snapshots.load(&Environment::new(&question.environment)) else {
@@ -48,7 +48,7 @@ mod tests {
         wire::features::Document,
     };
 
-    async fn check(body: &Value, status: u16, field: &str, expect: &str) {
+    async fn assert_response(body: &Value, status: u16, field: &str, expect: &str) {
         let snapshots = Snapshots::default();
         let flags = json!({ "features": [{ "name": "cart", "enabled": true, "strategies": [] }] });
         let scope = Scope { environment: Environment::new("dev"), projects: Projects::All };
@@ -57,35 +57,37 @@ mod tests {
         let reply = explain(&snapshots, body.to_string().as_bytes()).unwrap_or_else(Reply::from);
         assert_eq!(reply.status().as_u16(), status, "{body}");
         let text = reply.into_body().collect().await.unwrap().to_bytes();
-        let told: Value = serde_json::from_slice(&text).unwrap();
-        assert_eq!(told[field], expect, "{body}");
+        let document: Value = serde_json::from_slice(&text).unwrap();
+        assert_eq!(document[field], expect, "{body}");
     }
 
     #[tokio::test]
-    async fn a_flag_is_explained_or_it_is_said_what_is_wrong() {
+    async fn flag_is_explained_and_unknown_names_get_suggestions() {
         let summary = "`cart` is on: it has no strategies, so it is on for everybody";
-        check(&json!({ "environment": "dev", "flag": "cart" }), 200, "summary", summary).await;
-        check(
+        assert_response(&json!({ "environment": "dev", "flag": "cart" }), 200, "summary", summary)
+            .await;
+        assert_response(
             &json!({ "environment": "prod", "flag": "cart" }),
             404,
             "message",
             "there is no such environment; there are: dev",
         )
         .await;
-        check(
+        assert_response(
             &json!({ "environment": "dev", "flag": "Cart2" }),
             404,
             "message",
             "there is no such flag in this environment; similar ones are: cart",
         )
         .await;
-        check(
+        assert_response(
             &json!({ "environment": "dev", "flag": "x" }),
             404,
             "message",
             "there is no such flag in this environment",
         )
         .await;
-        check(&json!({ "environment": "dev" }), 400, "message", "`flag` must be a name").await;
+        assert_response(&json!({ "environment": "dev" }), 400, "message", "`flag` must be a name")
+            .await;
     }
 }

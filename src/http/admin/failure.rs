@@ -1,4 +1,4 @@
-//! What the control plane's errors are to whoever asked.
+//! Maps errors of the control plane to HTTP errors.
 
 use std::{
     sync::{LazyLock, Mutex, PoisonError},
@@ -14,8 +14,8 @@ use crate::{
     wire::admin::Problem,
 };
 
-/// When trying again makes sense where the database does not answer.
-const TRY_AGAIN: Duration = Duration::from_secs(5);
+/// The `Retry-After` of responses while the database is unavailable.
+const RETRY_AFTER: Duration = Duration::from_secs(5);
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
@@ -33,43 +33,47 @@ impl From<Error> for Failure {
                 Self::Invalid(vec![Problem { path: field, reason }])
             }
             Error::Replaced(_) => {
-                log(&error);
+                log_database_error(&error);
                 let what =
                     "the file of the database of accounts and tokens was deleted or replaced";
-                Self::Unavailable { what, retry_after: TRY_AGAIN }
+                Self::Unavailable { what, retry_after: RETRY_AFTER }
             }
             Error::Unreachable(_) => {
-                // Whoever follows the tokens has logged why.
-                debug!(error = report(&error), "The control plane's database cannot be reached");
+                // The task that follows changes of tokens logs the cause.
+                debug!(error = report(&error), "The control plane's database is unreachable");
                 let what = "the database of accounts and tokens cannot be reached";
-                Self::Unavailable { what, retry_after: TRY_AGAIN }
+                Self::Unavailable { what, retry_after: RETRY_AFTER }
             }
             Error::Busy | Error::Locked(_) => {
-                log(&error);
+                log_database_error(&error);
                 let what = "the database of accounts and tokens is busy";
-                Self::Unavailable { what, retry_after: TRY_AGAIN }
+                Self::Unavailable { what, retry_after: RETRY_AFTER }
             }
             Error::Newer { .. }
             | Error::Migration(_)
             | Error::NotBegun
             | Error::File(..)
             | Error::Database(_) => {
-                log(&error);
-                let what = "the database of accounts and tokens does not answer";
-                Self::Unavailable { what, retry_after: TRY_AGAIN }
+                log_database_error(&error);
+                let what = "the database of accounts and tokens failed";
+                Self::Unavailable { what, retry_after: RETRY_AFTER }
             }
         }
     }
 }
 
-/// Logs why the database could not be used, once a minute: else whoever polls the admin API fills the
-/// log.
-fn log(error: &Error) {
+/// Logs a failure of the database, at most once a minute, so that clients which poll the admin API do
+/// not fill the log.
+fn log_database_error(error: &Error) {
     static SPARING: LazyLock<Mutex<Sparing>> = LazyLock::new(Mutex::default);
     let admitted = SPARING.lock().unwrap_or_else(PoisonError::into_inner).admit();
     if let Some(left_out) = admitted {
         let more_since_last_line = (left_out > 0).then_some(left_out);
         let error = report(error);
-        error!(error, more_since_last_line, "The control plane cannot use its database");
+        error!(
+            error,
+            more_since_last_line,
+            "The control plane's database failed; requests for accounts and tokens get a 503"
+        );
     }
 }

@@ -1,6 +1,6 @@
-//! What operators see of the instance: its state, its flags, and the tokens it knows.
+//! Operations that show the state of the instance: status, flags and valid tokens.
 //!
-//! Tokens are shown masked, always. Nothing is changed here.
+//! Tokens are always masked. Nothing here changes state.
 
 use std::{fmt::Write as _, net::SocketAddr, sync::Arc};
 
@@ -19,69 +19,69 @@ use crate::{
     usage::Usage,
 };
 
-/// What the instance says of itself.
+/// The identity of the instance.
 #[derive(Clone, Debug)]
-pub struct Identity {
-    /// The mode that it runs in.
+pub struct InstanceIdentity {
+    /// The mode it runs in.
     pub mode: &'static str,
-    /// The name that all instances of a deployment share.
+    /// The name shared by all instances of a deployment.
     pub app_name: String,
     /// The name of this instance.
     pub instance_id: String,
-    /// Who runs it, in Unleash's words.
+    /// The kind of hosting, in Unleash's terms.
     pub hosting: String,
-    /// The region that it runs in, where known.
+    /// The region it runs in, if known.
     pub region: Option<String>,
     /// When it started.
     pub started: Timestamp,
 }
 
-/// Where SDKs go.
+/// The endpoint for SDKs.
 #[derive(Clone, Debug)]
-pub struct Door {
-    /// Where the data listener is bound.
-    pub address: SocketAddr,
-    /// What precedes every path: empty, or `/…` without a final slash.
+pub struct DataEndpoint {
+    /// The address that the data listener is bound to.
+    pub bound_address: SocketAddr,
+    /// The prefix of every path: empty, or `/…` without a final slash.
     pub base_path: String,
-    /// Whether its connections are encrypted.
+    /// Whether it uses TLS.
     pub is_tls: bool,
 }
 
-impl Door {
-    /// The address for SDKs, where this instance can know it: one that is bound to all of its
-    /// machine's addresses cannot.
+impl DataEndpoint {
+    /// The URL for SDKs. `None` if the listener is bound to all addresses of its machine, because the
+    /// instance does not know which one SDKs use.
     fn url(&self) -> Option<String> {
-        let Self { address, base_path, is_tls } = self;
+        let Self { bound_address: address, base_path, is_tls } = self;
         let scheme = if *is_tls { "https" } else { "http" };
         (!address.ip().is_unspecified()).then(|| format!("{scheme}://{address}{base_path}"))
     }
 }
 
-/// What there is to see.
+/// The sources of the instance's state.
 #[derive(Debug)]
-pub struct Insight {
-    /// What the instance says of itself.
-    pub identity: Identity,
-    /// Where SDKs go.
-    pub door: Door,
-    /// Who judges tokens.
+pub struct InstanceStatus {
+    /// The identity of the instance.
+    pub identity: InstanceIdentity,
+    /// The endpoint for SDKs.
+    pub data_endpoint: DataEndpoint,
+    /// Validates tokens.
     pub auth: Authenticator,
-    /// What is served.
+    /// The flags in use.
     pub snapshots: Snapshots,
-    /// What waits to be sent.
+    /// Usage data that is not sent yet.
     pub usage: Usage,
-    /// Where it is sent, if anywhere.
+    /// The upstream server, if any.
     pub upstream: Option<Upstream>,
-    /// The admin token that is presented there, if there is one.
+    /// The admin token for upstream, if any.
     pub admin_token: Option<AdminToken>,
-    /// What probes and scrapes are told.
+    /// Health checks and metrics.
     pub ops: Ops,
-    /// The listeners that speak TLS.
-    pub tls: Vec<tls::Server>,
+    /// TLS of the listeners that use it.
+    pub tls: Vec<tls::TlsAcceptor>,
 }
 
-impl Insight {
-    /// Everything that an operator needs to see at a glance.
+impl InstanceStatus {
+    /// The overview for operators: environments, upstream, tokens and certificates.
     pub fn status(&self) -> Value {
         let snapshots = self.snapshots.all();
         let mut environments: Vec<_> = snapshots.values().collect();
@@ -93,21 +93,21 @@ impl Insight {
             "instanceId": self.identity.instance_id,
             "started": self.identity.started.to_string(),
             "ready": self.ops.is_ready(),
-            "dataUrl": self.door.url(),
-            "dataPort": self.door.address.port(),
-            "dataPath": self.door.base_path,
-            "dataTls": self.door.is_tls,
-            "environments": environments.iter().map(|it| environment(it)).collect::<Vec<_>>(),
-            "upstream": self.upstream.as_ref().map(|it| upstream(it, self.admin_token.as_ref())),
+            "dataUrl": self.data_endpoint.url(),
+            "dataPort": self.data_endpoint.bound_address.port(),
+            "dataPath": self.data_endpoint.base_path,
+            "dataTls": self.data_endpoint.is_tls,
+            "environments": environments.iter().map(|it| environment_status(it)).collect::<Vec<_>>(),
+            "upstream": self.upstream.as_ref().map(|it| upstream_status(it, self.admin_token.as_ref())),
             "tokens": {
-                "valid": known_count(&self.auth),
+                "valid": valid_token_count(&self.auth),
                 "refused": self.auth.refused_count(),
             },
-            "certificates": certificates(&self.tls, Timestamp::now()),
+            "certificates": certificate_status(&self.tls, Timestamp::now()),
         })
     }
 
-    /// The flag configuration of each environment, as Unleash Edge shows it.
+    /// The flag configuration of each environment, in the format of Unleash Edge.
     pub fn features(&self) -> String {
         let snapshots = self.snapshots.all();
         let mut text = String::from("{");
@@ -122,16 +122,16 @@ impl Insight {
         text
     }
 
-    /// The known tokens for SDKs, in the shape that Unleash Edge shows them in.
+    /// The valid SDK tokens, in the format of Unleash Edge.
     pub fn tokens(&self) -> Value {
         json!({
             "tokenRefreshes": [],
-            "tokenValidationStatus": known(&self.auth),
+            "tokenValidationStatus": valid_tokens(&self.auth),
             "invalidTokenCount": self.auth.refused_count(),
         })
     }
 
-    /// This instance and the edges behind it, as Unleash Edge shows them.
+    /// This instance and the edges behind it, in the format of Unleash Edge.
     pub fn instance_data(&self) -> Value {
         json!({
             "this_instance": {
@@ -147,19 +147,19 @@ impl Insight {
     }
 }
 
-/// The tokens for SDKs that are admitted: those of which upstream has said so, and those that are
-/// given. Admin tokens are not for the eyes of everybody who may look here.
-fn known(auth: &Authenticator) -> Vec<Value> {
-    let judged = auth.verdicts().into_iter().map(|verdict| {
+/// The valid SDK tokens: those that upstream has confirmed, and those that are configured. Admin tokens
+/// are left out, because not every operator may see them.
+fn valid_tokens(auth: &Authenticator) -> Vec<Value> {
+    let confirmed = auth.verdicts().into_iter().map(|verdict| {
         let checked = Some(verdict.checked().to_string());
         (Arc::clone(verdict.grant()), verdict.masked().to_owned(), "Validated", checked)
     });
-    let given = auth.given().into_iter().map(|grant| {
-        let masked = masked(&grant.scope);
+    let configured = auth.given().into_iter().map(|grant| {
+        let masked = mask_scope(&grant.scope);
         (grant, masked, "Trusted", None)
     });
-    let known = judged.chain(given).filter(|(grant, ..)| is_for_sdks(grant));
-    let known = known.map(|(grant, masked, status, checked)| {
+    let tokens = confirmed.chain(configured).filter(|(grant, ..)| is_sdk_token(grant));
+    let tokens = tokens.map(|(grant, masked, status, checked)| {
         json!({
             "token": masked,
             "type": grant.kind.as_str(),
@@ -169,20 +169,20 @@ fn known(auth: &Authenticator) -> Vec<Value> {
             "lastChecked": checked,
         })
     });
-    known.collect()
+    tokens.collect()
 }
 
-fn known_count(auth: &Authenticator) -> usize {
-    let judged = auth.verdicts().iter().filter(|verdict| is_for_sdks(verdict.grant())).count();
-    judged + auth.given().iter().filter(|grant| is_for_sdks(grant)).count()
+fn valid_token_count(auth: &Authenticator) -> usize {
+    let confirmed = auth.verdicts().iter().filter(|verdict| is_sdk_token(verdict.grant())).count();
+    confirmed + auth.given().iter().filter(|grant| is_sdk_token(grant)).count()
 }
 
-fn is_for_sdks(grant: &Grant) -> bool {
+fn is_sdk_token(grant: &Grant) -> bool {
     grant.kind != TokenKind::Admin
 }
 
-/// How tokens of a scope are written, as far as that is known of one that is kept as a digest.
-fn masked(scope: &Scope) -> String {
+/// The masked form of a token of which only the digest and the scope are known.
+fn mask_scope(scope: &Scope) -> String {
     let projects = match scope.projects.to_list()[..] {
         [project] => project,
         _ => "[]",
@@ -190,9 +190,9 @@ fn masked(scope: &Scope) -> String {
     format!("{projects}:{}.****", scope.environment)
 }
 
-fn environment(snapshot: &Snapshot) -> Value {
+fn environment_status(snapshot: &Snapshot) -> Value {
     let age = snapshot.age(Instant::now());
-    // A time of the clock is for people to read; ages do not depend on it.
+    // Wall-clock time is for display; ages do not depend on it.
     let confirmed = age.and_then(|age| Timestamp::now().checked_sub(age).ok());
     let problems = snapshot.problems().iter().map(ToString::to_string);
     json!({
@@ -206,8 +206,8 @@ fn environment(snapshot: &Snapshot) -> Value {
     })
 }
 
-/// The certificates of the listeners, each with what there is to be warned of.
-fn certificates(tls: &[tls::Server], now: Timestamp) -> Vec<Value> {
+/// The certificates of the listeners, each with its warning, if any.
+fn certificate_status(tls: &[tls::TlsAcceptor], now: Timestamp) -> Vec<Value> {
     let certificates = tls.iter().flat_map(|server| {
         server.certificates().into_iter().map(|certificate| {
             json!({
@@ -223,8 +223,8 @@ fn certificates(tls: &[tls::Server], now: Timestamp) -> Vec<Value> {
     certificates.collect()
 }
 
-/// The control plane's database.
-pub(super) fn database(database: &DatabaseStatus) -> Value {
+/// The state of the control plane's database.
+pub(super) fn database_status(database: &DatabaseStatus) -> Value {
     let ConnectionCount { busy, idle, limit } = database.connections;
     let last_error = database
         .last_error
@@ -241,7 +241,7 @@ pub(super) fn database(database: &DatabaseStatus) -> Value {
     })
 }
 
-fn upstream(upstream: &Upstream, admin_token: Option<&AdminToken>) -> Value {
+fn upstream_status(upstream: &Upstream, admin_token: Option<&AdminToken>) -> Value {
     let health = upstream.health();
     let mut json = Map::new();
     json.insert("url".to_owned(), json!(upstream.origin()));
@@ -271,24 +271,24 @@ mod tests {
     };
 
     #[test]
-    fn certificates_are_shown_with_their_expiry() {
+    fn certificate_status_contains_the_expiry() {
         let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).expect("made");
         let folder = tempfile::tempdir().expect("folder");
         let [certificate_file, key_file] = ["tls.crt", "tls.key"].map(|it| folder.path().join(it));
         std::fs::write(&certificate_file, made.cert.pem()).expect("written");
         std::fs::write(&key_file, made.signing_key.serialize_pem()).expect("written");
         let file = certificate_file.display().to_string();
-        let server = tls::Server::new(tls::Config {
+        let server = tls::TlsAcceptor::new(tls::Config {
             listener: "data",
-            pairs: vec![tls::Pair { certificate_file, key_file }],
+            key_pairs: vec![tls::KeyPairFiles { certificate_file, key_file }],
             min_version: tls::Version::Tls12,
-            clients: None,
+            client_verification: None,
             handshake_timeout: Duration::from_secs(10),
             max_handshakes: 256,
         });
         let server = server.expect("sound");
         let not_after = server.certificates()[0].not_after();
-        let shown = |now| certificates(std::slice::from_ref(&server), now);
+        let shown = |now| certificate_status(std::slice::from_ref(&server), now);
         let expected = json!([{
             "listener": "data",
             "file": file,
@@ -303,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn given_tokens_are_known_and_admin_tokens_not_shown() {
+    fn configured_sdk_tokens_are_listed_and_admin_tokens_are_not() {
         let config = auth::Config {
             revalidate_after: Duration::from_mins(1),
             forget_invalid_after: Duration::from_mins(1),
@@ -316,21 +316,21 @@ mod tests {
             (TokenKind::Frontend, Projects::from_list(["web", "shop"])),
             (TokenKind::Admin, Projects::All),
         ];
-        let given = kinds.map(|(kind, projects)| {
+        let configured = kinds.map(|(kind, projects)| {
             let scope = Scope { environment: Environment::new("dev"), projects };
             (TokenDigest::of(kind.as_str()), Grant { kind, scope })
         });
-        let auth = Authenticator::new(config, Authority::Nobody, given);
-        let mut known = known(&auth);
-        assert_eq!(known.len(), known_count(&auth));
-        known.sort_by_key(|token| token["type"].to_string());
-        let shown = known.iter().map(|token| (token["token"].as_str(), token["status"].as_str()));
+        let auth = Authenticator::new(config, Authority::Nobody, configured);
+        let mut tokens = valid_tokens(&auth);
+        assert_eq!(tokens.len(), valid_token_count(&auth));
+        tokens.sort_by_key(|token| token["type"].to_string());
+        let shown = tokens.iter().map(|token| (token["token"].as_str(), token["status"].as_str()));
         let trusted = Some("Trusted");
         assert_eq!(
             shown.collect::<Vec<_>>(),
             [(Some("*:dev.****"), trusted), (Some("[]:dev.****"), trusted)]
         );
-        assert_eq!(known[1]["projects"], json!(["shop", "web"]));
-        assert_eq!(known[1]["lastChecked"], Value::Null);
+        assert_eq!(tokens[1]["projects"], json!(["shop", "web"]));
+        assert_eq!(tokens[1]["lastChecked"], Value::Null);
     }
 }

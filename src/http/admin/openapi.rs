@@ -1,6 +1,7 @@
-//! The document of the API (OpenAPI 3.1), written from the tables that requests are dispatched by.
+//! Generates the OpenAPI 3.1 document from the tables that requests are routed by.
 //!
-//! Schemas come from the types that are read and written; those of what SDKs ask are in `sdks`.
+//! Schemas are derived from the types of request and response bodies. Those of the SDK endpoints are
+//! written by hand in `sdk_operations`.
 
 mod parts;
 mod sdks;
@@ -8,11 +9,13 @@ mod sdks;
 use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value, json};
 
-use self::parts::{arguments, content};
-use super::operation::{Access, Answer, OPERATIONS, Operation, Query, QueryKind};
+use self::parts::{path_parameters, success_response};
+use super::operation::{
+    Access, OPERATIONS, Operation, ParameterType, QueryParameter, ResponseSpec,
+};
 use crate::wire::admin::Error;
 
-/// The document.
+/// Generates the document.
 pub(super) fn document() -> Value {
     let mut generator = SchemaSettings::draft2020_12()
         .with(|settings| settings.definitions_path = "/components/schemas".into())
@@ -26,16 +29,18 @@ pub(super) fn document() -> Value {
         item[method.to_ascii_lowercase()] = operation;
     };
     for row in OPERATIONS {
-        let success = match row.answer {
-            Answer::Json(shape) | Answer::Created(shape) | Answer::Probe(shape) => {
+        let success = match row.response {
+            ResponseSpec::Json(shape)
+            | ResponseSpec::Created(shape)
+            | ResponseSpec::Probe(shape) => {
                 let schema = shape(&mut generator);
-                content("application/json", &schema.to_value())
+                success_response("application/json", &schema.to_value())
             }
-            Answer::Text => content("text/plain", &json!({ "type": "string" })),
-            Answer::Done | Answer::Nothing => json!({ "description": "Done" }),
+            ResponseSpec::Text => success_response("text/plain", &json!({ "type": "string" })),
+            ResponseSpec::Empty | ResponseSpec::NoContent => json!({ "description": "Done" }),
         };
         let body = row.body.map(|shape| shape(&mut generator).to_value());
-        add(row.path, row.method.as_str(), described(row, success, body, &error));
+        add(row.path, row.method.as_str(), operation_json(row, success, body, &error));
     }
     for (path, method, operation) in sdks::operations(&error) {
         add(path, method, operation);
@@ -47,8 +52,8 @@ pub(super) fn document() -> Value {
         "info": {
             "title": "Parapet",
             "version": env!("CARGO_PKG_VERSION"),
-            "description": "What operators and SDKs can ask of Parapet. The admin listener serves all of \
-                it; the data listener what SDKs ask.",
+            "description": "The API of Parapet. The admin listener serves all operations; the data \
+                listener serves those for SDKs.",
             "license": { "name": "MIT OR Apache-2.0" },
         },
         "paths": paths,
@@ -61,54 +66,57 @@ pub(super) fn document() -> Value {
                 },
                 "session": {
                     "type": "apiKey", "in": "cookie", "name": "parapet-session",
-                    "description": "What signing in sets; over an encrypted connection it is called \
-                        `__Host-parapet-session`",
+                    "description": "The session cookie that a sign-in sets; on an encrypted connection its \
+                        name is `__Host-parapet-session`",
                 },
             },
         },
     })
 }
 
-fn described(row: &Operation, success: Value, body: Option<Value>, error: &Value) -> Value {
-    let status = match row.answer {
-        Answer::Json(_) | Answer::Done | Answer::Probe(_) | Answer::Text => "200",
-        Answer::Created(_) => "201",
-        Answer::Nothing => "204",
+fn operation_json(row: &Operation, success: Value, body: Option<Value>, error: &Value) -> Value {
+    let status = match row.response {
+        ResponseSpec::Json(_)
+        | ResponseSpec::Empty
+        | ResponseSpec::Probe(_)
+        | ResponseSpec::Text => "200",
+        ResponseSpec::Created(_) => "201",
+        ResponseSpec::NoContent => "204",
     };
     let mut responses = Map::new();
-    if matches!(row.answer, Answer::Probe(_)) {
+    if matches!(row.response, ResponseSpec::Probe(_)) {
         responses.insert("503".to_owned(), success.clone());
     }
     responses.insert(status.to_owned(), success);
-    let mut refusals = vec![];
-    if row.access != Access::Open {
-        refusals.extend([401, 403, 404, 429, 503]);
+    let mut error_statuses = vec![];
+    if row.access != Access::Public {
+        error_statuses.extend([401, 403, 404, 429, 503]);
     }
-    if row.endpoint.is_some() || row.may_miss {
-        refusals.push(404);
+    if row.disabled_by.is_some() || row.can_404 {
+        error_statuses.push(404);
     }
     if row.body.is_some() {
-        refusals.extend([400, 401, 403, 404, 408, 413, 415, 429, 503]);
+        error_statuses.extend([400, 401, 403, 404, 408, 413, 415, 429, 503]);
     }
     if !row.query.is_empty() || row.path.contains('{') {
-        refusals.push(400);
+        error_statuses.push(400);
     }
-    if row.method.changes() {
-        refusals.extend([403, 404, 429, 503]);
+    if row.method.is_mutation() {
+        error_statuses.extend([403, 404, 429, 503]);
     }
-    for status in refusals {
+    for status in error_statuses {
         responses.entry(status.to_string()).or_insert_with(|| error.clone());
     }
-    let mut parameters: Vec<Value> = arguments(row.path);
-    parameters.extend(row.query.iter().map(query));
+    let mut parameters: Vec<Value> = path_parameters(row.path);
+    parameters.extend(row.query.iter().map(query_parameter));
     let mut operation = json!({
-        "operationId": format!("{:?}{}", row.call, discriminator(row)),
-        "tags": [row.topic],
+        "operationId": format!("{:?}{}", row.id, operation_id_suffix(row)),
+        "tags": [row.tag],
         "summary": row.summary,
         "parameters": parameters,
         "responses": responses,
         "security": match row.access {
-            Access::Open => json!([]),
+            Access::Public => json!([]),
             Access::Operator | Access::Admin => json!([{ "token": [] }, { "session": [] }]),
         },
     });
@@ -120,29 +128,29 @@ fn described(row: &Operation, success: Value, body: Option<Value>, error: &Value
     operation
 }
 
-/// What tells rows of the same call apart; the first has none.
-fn discriminator(row: &Operation) -> String {
-    let of_call: Vec<_> = OPERATIONS.iter().filter(|other| other.call == row.call).collect();
+/// Distinguishes operations with the same id by a number. The first one has no suffix.
+fn operation_id_suffix(row: &Operation) -> String {
+    let of_call: Vec<_> = OPERATIONS.iter().filter(|other| other.id == row.id).collect();
     match of_call.iter().position(|other| std::ptr::eq(*other, row)) {
         Some(0) | None => String::new(),
         Some(at) => (at + 1).to_string(),
     }
 }
 
-fn query(query: &Query) -> Value {
+fn query_parameter(query: &QueryParameter) -> Value {
     let schema = match query.kind {
-        QueryKind::Text if query.name == "environment" => {
+        ParameterType::Text if query.name == "environment" => {
             json!({ "type": "string", "examples": ["development"] })
         }
-        QueryKind::Text => json!({ "type": "string" }),
-        QueryKind::Texts => json!({ "type": "array", "items": { "type": "string" } }),
-        QueryKind::Time => json!({ "type": "string", "format": "date-time" }),
-        QueryKind::Number { least, most } => {
+        ParameterType::Text => json!({ "type": "string" }),
+        ParameterType::TextList => json!({ "type": "array", "items": { "type": "string" } }),
+        ParameterType::Time => json!({ "type": "string", "format": "date-time" }),
+        ParameterType::Number { least, most } => {
             json!({ "type": "integer", "minimum": least, "maximum": most })
         }
     };
     json!({
-        "name": query.name, "in": "query", "description": query.help,
+        "name": query.name, "in": "query", "description": query.description,
         "required": query.required, "schema": schema,
     })
 }
@@ -153,7 +161,7 @@ mod tests {
     use crate::http::route::Route;
 
     #[test]
-    fn the_document_has_every_row_and_no_name_twice() {
+    fn document_contains_every_operation_with_a_unique_id() {
         let document = document();
         let paths = document["paths"].as_object().unwrap();
         let described = paths.values().flat_map(|item| item.as_object().unwrap().values());
@@ -167,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn references_lead_somewhere() {
+    fn every_schema_reference_resolves() {
         let document = document();
         let text = document.to_string();
         for (at, _) in text.match_indices("\"$ref\":\"#") {
@@ -178,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn every_route_of_the_data_listener_is_told() {
+    fn document_contains_every_route_of_the_data_listener() {
         let document = document();
         for template in Route::TEMPLATES {
             assert!(document["paths"].get(template).is_some(), "{template}");

@@ -1,7 +1,7 @@
-//! What operators can ask: one table, from which requests find their way and the API's document is
-//! written.
+//! The table of all admin operations. Requests are routed by it, and the OpenAPI document is generated
+//! from it.
 //!
-//! Nothing is answered here, and nobody's rights are judged.
+//! Requests are neither handled nor authorized here.
 
 use std::borrow::Cow;
 
@@ -15,20 +15,21 @@ use crate::{
     wire::{admin as wire, explain::Question},
 };
 
-/// One thing that can be asked, by what it takes to answer it.
+/// Identifies an operation. The variants group operations by their requirements; the `Debug` text is the
+/// `operationId` of the OpenAPI document.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Call {
-    /// Whoever asks is answered.
-    Open(OpenCall),
-    /// Every operator is told the same, from memory.
-    Instance(InstanceCall),
-    /// The control plane has a say in it.
-    Control(ControlCall),
+pub(super) enum OperationId {
+    /// Needs no authentication.
+    Open(PublicOperation),
+    /// Reads the instance's state in memory; the same for every operator.
+    Instance(InstanceOperation),
+    /// Needs the control plane.
+    Control(ControlPlaneOperation),
 }
 
-/// What everybody may ask.
+/// Operations without authentication.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum OpenCall {
+pub(super) enum PublicOperation {
     Live,
     Ready,
     Metrics,
@@ -37,9 +38,9 @@ pub(super) enum OpenCall {
     SignOut,
 }
 
-/// What every operator may ask.
+/// Operations on the state of the instance, for every operator.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum InstanceCall {
+pub(super) enum InstanceOperation {
     Status,
     Features,
     KnownTokens,
@@ -53,9 +54,9 @@ pub(super) enum InstanceCall {
     Explain,
 }
 
-/// What the control plane is asked.
+/// Operations of the control plane.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum ControlCall {
+pub(super) enum ControlPlaneOperation {
     ChangeOwnPassword,
     Tokens,
     TokensNamed,
@@ -77,52 +78,52 @@ pub(super) enum ControlCall {
     FlagUsage,
 }
 
-/// Makes the schema of a type.
-pub(super) type Shape = fn(&mut SchemaGenerator) -> Schema;
+/// Generates the schema of a type.
+pub(super) type SchemaFn = fn(&mut SchemaGenerator) -> Schema;
 
-/// What goes back when all is well.
+/// The successful response of an operation.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Answer {
+pub(super) enum ResponseSpec {
     /// 200 with JSON.
-    Json(Shape),
+    Json(SchemaFn),
     /// 201 with JSON.
-    Created(Shape),
+    Created(SchemaFn),
     /// 200 without a body.
-    Done,
-    /// 204.
-    Nothing,
-    /// 200, or 503 while it is not so, with JSON.
-    Probe(Shape),
-    /// The Prometheus exposition.
+    Empty,
+    /// 204 without a body.
+    NoContent,
+    /// 200 or 503 with JSON, depending on the state.
+    Probe(SchemaFn),
+    /// 200 with metrics in the Prometheus text format.
     Text,
 }
 
-/// Who may ask.
+/// The required authentication.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Access {
-    /// Everybody.
-    Open,
-    /// Whoever has signed in or presents an admin token; more may be asked for by what is done.
+    /// None.
+    Public,
+    /// A session or an admin token. The operation may require further permissions.
     Operator,
-    /// Admins.
+    /// A session of an admin, or an admin token.
     Admin,
 }
 
-/// A member of a query.
+/// A query parameter.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Query {
+pub(super) struct QueryParameter {
     pub(super) name: &'static str,
-    pub(super) help: &'static str,
-    pub(super) kind: QueryKind,
+    pub(super) description: &'static str,
+    pub(super) kind: ParameterType,
     pub(super) required: bool,
 }
 
-/// What a member of a query looks like.
+/// The type of a query parameter.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum QueryKind {
+pub(super) enum ParameterType {
     Text,
-    /// One text, or several in as many members.
-    Texts,
+    /// A text that may be repeated.
+    TextList,
     Time,
     Number {
         least: u32,
@@ -130,36 +131,36 @@ pub(super) enum QueryKind {
     },
 }
 
-/// One row of the table.
+/// One operation: a row of the table.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Operation {
-    pub(super) method: Verb,
-    /// The path, with `{name}` for what varies.
+    pub(super) method: HttpMethod,
+    /// The path template, with `{name}` for a parameter.
     pub(super) path: &'static str,
-    pub(super) call: Call,
-    pub(super) topic: &'static str,
+    pub(super) id: OperationId,
+    pub(super) tag: &'static str,
     pub(super) summary: &'static str,
     pub(super) access: Access,
-    pub(super) query: &'static [Query],
-    pub(super) body: Option<Shape>,
-    pub(super) answer: Answer,
-    /// Whether what a path or query names may not be there.
-    pub(super) may_miss: bool,
-    /// The switch that turns it off.
-    pub(super) endpoint: Option<Endpoint>,
+    pub(super) query: &'static [QueryParameter],
+    pub(super) body: Option<SchemaFn>,
+    pub(super) response: ResponseSpec,
+    /// Whether the resource that a path or query names may be missing.
+    pub(super) can_404: bool,
+    /// The option that disables it.
+    pub(super) disabled_by: Option<Endpoint>,
 }
 
 /// The methods of the table.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Verb {
+pub(super) enum HttpMethod {
     Get,
     Post,
     Put,
     Delete,
 }
 
-impl Verb {
-    /// Its name in a request.
+impl HttpMethod {
+    /// The name of the method.
     pub(super) fn as_str(self) -> &'static str {
         match self {
             Self::Get => "GET",
@@ -169,84 +170,83 @@ impl Verb {
         }
     }
 
-    fn is(self, method: &Method) -> bool {
+    fn matches(self, method: &Method) -> bool {
         method.as_str() == self.as_str() || (self == Self::Get && *method == Method::HEAD)
     }
 
-    /// Whether it changes something.
-    pub(super) fn changes(self) -> bool {
+    /// Whether the method changes state.
+    pub(super) fn is_mutation(self) -> bool {
         self != Self::Get
     }
 }
 
-/// A request's row, and what stands in its path for the parts in braces.
+/// The operation of a request, and its path parameters.
 #[derive(Debug)]
-pub(super) struct Found<'a> {
+pub(super) struct MatchedOperation<'a> {
     pub(super) operation: &'static Operation,
-    pub(super) arguments: Arguments<'a>,
+    pub(super) path_params: PathParams<'a>,
 }
 
-/// What stands for the parts in braces, of which no row has more than two; those that it does not have
-/// are empty.
-pub(super) type Arguments<'a> = [Cow<'a, str>; 2];
+/// The values of the path parameters. No operation has more than two; unused ones are empty.
+pub(super) type PathParams<'a> = [Cow<'a, str>; 2];
 
-/// Why a request has no row.
+/// Why no operation matches a request.
 #[derive(Debug, Eq, PartialEq)]
-pub(super) enum NotFound {
-    /// No row has its path.
-    Path,
-    /// These methods have rows of its path.
-    Method(String),
+pub(super) enum NoMatch {
+    /// No operation has this path.
+    UnknownPath,
+    /// The path exists, but only with these methods.
+    MethodNotAllowed(String),
 }
 
-/// Finds the row of a normalised path.
-pub(super) fn find<'a>(method: &Method, path: &'a str) -> Result<Found<'a>, NotFound> {
-    let mut known = Vec::new();
+/// Finds the operation of a method and a normalised path.
+pub(super) fn find<'a>(method: &Method, path: &'a str) -> Result<MatchedOperation<'a>, NoMatch> {
+    let mut methods = Vec::new();
     for operation in OPERATIONS {
-        let Some(arguments) = arguments(operation.path, path) else { continue };
-        if operation.method.is(method) {
-            return Ok(Found { operation, arguments });
+        let Some(arguments) = match_path(operation.path, path) else { continue };
+        if operation.method.matches(method) {
+            return Ok(MatchedOperation { operation, path_params: arguments });
         }
-        known.push(operation.method.as_str());
+        methods.push(operation.method.as_str());
     }
-    if known.is_empty() {
-        return Err(NotFound::Path);
+    if methods.is_empty() {
+        return Err(NoMatch::UnknownPath);
     }
-    if known.contains(&"GET") {
-        known.push("HEAD");
+    if methods.contains(&"GET") {
+        methods.push("HEAD");
     }
-    Err(NotFound::Method(known.join(", ")))
+    Err(NoMatch::MethodNotAllowed(methods.join(", ")))
 }
 
-/// What stands in `path` for the parts in braces of `template`.
-fn arguments<'a>(template: &str, path: &'a str) -> Option<Arguments<'a>> {
-    let mut arguments = Arguments::default();
-    let mut blanks = arguments.iter_mut();
-    let (mut wanted, mut given) = (template.split('/'), path.split('/'));
+/// Matches `path` against `template` and returns the path parameters.
+fn match_path<'a>(template: &str, path: &'a str) -> Option<PathParams<'a>> {
+    let mut arguments = PathParams::default();
+    let mut unset = arguments.iter_mut();
+    let (mut expected, mut actual) = (template.split('/'), path.split('/'));
     loop {
-        match (wanted.next(), given.next()) {
+        match (expected.next(), actual.next()) {
             (None, None) => break,
-            (Some(wanted), Some(given)) if wanted.starts_with('{') => {
-                let argument = percent_decode_str(given).decode_utf8().ok()?;
-                // Nothing has a name with NUL, and PostgreSQL is not to be asked for one.
+            (Some(expected), Some(actual)) if expected.starts_with('{') => {
+                let argument = percent_decode_str(actual).decode_utf8().ok()?;
+                // No name contains a NUL, and PostgreSQL rejects it.
                 if argument.is_empty() || argument.contains('\0') {
                     return None;
                 }
-                *blanks.next()? = argument;
+                *unset.next()? = argument;
             }
-            (Some(wanted), Some(given)) if wanted == given => {}
+            (Some(expected), Some(actual)) if expected == actual => {}
             _ => return None,
         }
     }
     Some(arguments)
 }
 
-fn shape<T: JsonSchema>(generator: &mut SchemaGenerator) -> Schema {
+fn schema_of<T: JsonSchema>(generator: &mut SchemaGenerator) -> Schema {
     generator.subschema_for::<T>()
 }
 
-/// The state of the instance.
-fn state(_: &mut SchemaGenerator) -> Schema {
+/// The schema of the instance's health.
+fn status_schema(_: &mut SchemaGenerator) -> Schema {
     schemars::json_schema!({
         "type": "object",
         "required": ["status"],
@@ -254,193 +254,198 @@ fn state(_: &mut SchemaGenerator) -> Schema {
     })
 }
 
-/// Anything that is an object.
-fn object(_: &mut SchemaGenerator) -> Schema {
+/// The schema of any object.
+fn object_schema(_: &mut SchemaGenerator) -> Schema {
     schemars::json_schema!({ "type": "object" })
 }
 
 const fn operation(
-    method: Verb,
+    method: HttpMethod,
     path: &'static str,
-    call: Call,
+    call: OperationId,
     summary: &'static str,
 ) -> Operation {
     Operation {
         method,
         path,
-        call,
-        topic: "",
+        id: call,
+        tag: "",
         summary,
         access: match call {
-            Call::Open(_) => Access::Open,
-            Call::Instance(_) | Call::Control(_) => Access::Operator,
+            OperationId::Open(_) => Access::Public,
+            OperationId::Instance(_) | OperationId::Control(_) => Access::Operator,
         },
         query: &[],
         body: None,
-        answer: Answer::Done,
-        may_miss: false,
-        endpoint: None,
+        response: ResponseSpec::Empty,
+        can_404: false,
+        disabled_by: None,
     }
 }
 
-const fn get(path: &'static str, call: Call, summary: &'static str) -> Operation {
-    operation(Verb::Get, path, call, summary).answers(Answer::Json(object))
+const fn get(path: &'static str, call: OperationId, summary: &'static str) -> Operation {
+    operation(HttpMethod::Get, path, call, summary).response(ResponseSpec::Json(object_schema))
 }
 
-const fn post(path: &'static str, call: Call, summary: &'static str) -> Operation {
-    operation(Verb::Post, path, call, summary)
+const fn post(path: &'static str, call: OperationId, summary: &'static str) -> Operation {
+    operation(HttpMethod::Post, path, call, summary)
 }
 
-const fn put(path: &'static str, call: Call, summary: &'static str) -> Operation {
-    operation(Verb::Put, path, call, summary)
+const fn put(path: &'static str, call: OperationId, summary: &'static str) -> Operation {
+    operation(HttpMethod::Put, path, call, summary)
 }
 
-const fn delete(path: &'static str, call: Call, summary: &'static str) -> Operation {
-    operation(Verb::Delete, path, call, summary)
+const fn delete(path: &'static str, call: OperationId, summary: &'static str) -> Operation {
+    operation(HttpMethod::Delete, path, call, summary)
 }
 
 impl Operation {
-    const fn of(self, topic: &'static str) -> Self {
-        Self { topic, ..self }
+    const fn tag(self, topic: &'static str) -> Self {
+        Self { tag: topic, ..self }
     }
 
     const fn for_admins(self) -> Self {
         Self { access: Access::Admin, ..self }
     }
 
-    const fn answers(self, answer: Answer) -> Self {
-        Self { answer, ..self }
+    const fn response(self, answer: ResponseSpec) -> Self {
+        Self { response: answer, ..self }
     }
 
     const fn json<T: JsonSchema>(self) -> Self {
-        self.answers(Answer::Json(shape::<T>))
+        self.response(ResponseSpec::Json(schema_of::<T>))
     }
 
-    const fn creates<T: JsonSchema>(self) -> Self {
-        self.answers(Answer::Created(shape::<T>))
+    const fn created<T: JsonSchema>(self) -> Self {
+        self.response(ResponseSpec::Created(schema_of::<T>))
     }
 
-    const fn takes<T: JsonSchema>(self) -> Self {
-        Self { body: Some(shape::<T>), ..self }
+    const fn body<T: JsonSchema>(self) -> Self {
+        Self { body: Some(schema_of::<T>), ..self }
     }
 
-    const fn asks(self, query: &'static [Query]) -> Self {
+    const fn query(self, query: &'static [QueryParameter]) -> Self {
         Self { query, ..self }
     }
 
-    const fn may_miss(self) -> Self {
-        Self { may_miss: true, ..self }
+    const fn can_404(self) -> Self {
+        Self { can_404: true, ..self }
     }
 
-    const fn off_by(self, endpoint: Endpoint) -> Self {
-        Self { endpoint: Some(endpoint), ..self }
+    const fn disabled_by(self, endpoint: Endpoint) -> Self {
+        Self { disabled_by: Some(endpoint), ..self }
     }
 }
 
-const fn text(name: &'static str, help: &'static str) -> Query {
-    Query { name, help, kind: QueryKind::Text, required: false }
+const fn text(name: &'static str, help: &'static str) -> QueryParameter {
+    QueryParameter { name, description: help, kind: ParameterType::Text, required: false }
 }
 
-const fn texts(name: &'static str, help: &'static str) -> Query {
-    Query { name, help, kind: QueryKind::Texts, required: false }
+const fn text_list(name: &'static str, help: &'static str) -> QueryParameter {
+    QueryParameter { name, description: help, kind: ParameterType::TextList, required: false }
 }
 
-const fn time(name: &'static str, help: &'static str) -> Query {
-    Query { name, help, kind: QueryKind::Time, required: false }
+const fn time(name: &'static str, help: &'static str) -> QueryParameter {
+    QueryParameter { name, description: help, kind: ParameterType::Time, required: false }
 }
 
-const fn number(name: &'static str, least: u32, most: u32, help: &'static str) -> Query {
-    Query { name, help, kind: QueryKind::Number { least, most }, required: false }
+const fn number(name: &'static str, least: u32, most: u32, help: &'static str) -> QueryParameter {
+    QueryParameter {
+        name,
+        description: help,
+        kind: ParameterType::Number { least, most },
+        required: false,
+    }
 }
 
-const ENVIRONMENT: &[Query] = &[Query {
+const ENVIRONMENT_PARAMETER: &[QueryParameter] = &[QueryParameter {
     name: "environment",
-    help: "The environment whose flags are meant",
-    kind: QueryKind::Text,
+    description: "The environment of the flags",
+    kind: ParameterType::Text,
     required: true,
 }];
 
-const INSTANCE: &str = "Instance";
-const SESSION: &str = "Session";
-const TOKENS: &str = "API tokens";
-const ACCOUNTS: &str = "Accounts";
-const AUDIT: &str = "Audit";
-const FLAGS: &str = "Flags";
-const USAGE: &str = "Usage";
+const INSTANCE_TAG: &str = "Instance";
+const SESSION_TAG: &str = "Session";
+const TOKENS_TAG: &str = "API tokens";
+const ACCOUNTS_TAG: &str = "Accounts";
+const AUDIT_TAG: &str = "Audit";
+const FLAGS_TAG: &str = "Flags";
+const USAGE_TAG: &str = "Usage";
 
-/// The largest page of events.
-pub(super) const MOST_EVENTS: u32 = 1000;
+/// The maximum number of events in a response.
+pub(super) const MAX_EVENTS: u32 = 1000;
 
-/// How many accounts are told at most where a page is asked for.
-pub(super) const MOST_ACCOUNTS: u32 = 1000;
+/// The maximum number of accounts in a page.
+pub(super) const MAX_ACCOUNTS: u32 = 1000;
 
-/// How far back usage is told, in hours.
-pub(super) const MOST_HOURS: u32 = 24 * 90;
+/// The maximum period of flag usage, in hours.
+pub(super) const MAX_USAGE_HOURS: u32 = 24 * 90;
 
-/// All that operators can ask.
+/// All admin operations.
 #[rustfmt::skip]
 pub(super) static OPERATIONS: &[Operation] = &[
-    get("/live", Call::Open(OpenCall::Live), "Whether the instance lives").of(INSTANCE).answers(Answer::Json(state)),
-    get("/ready", Call::Open(OpenCall::Ready), "Whether it is ready for requests").of(INSTANCE).answers(Answer::Probe(state)),
-    get("/metrics", Call::Open(OpenCall::Metrics), "Its metrics, as Prometheus text").of(INSTANCE).answers(Answer::Text).off_by(Endpoint::Metrics),
-    get("/docs/openapi.json", Call::Open(OpenCall::Document), "This document").of(INSTANCE),
-    get("/status", Call::Instance(InstanceCall::Status), "Environments, upstream and tokens at a glance").of(INSTANCE),
-    get("/internal-backstage/health", Call::Open(OpenCall::Live), "Whether the instance lives").of(INSTANCE).answers(Answer::Json(state)),
-    get("/internal-backstage/ready", Call::Open(OpenCall::Ready), "Whether it is ready for requests").of(INSTANCE).answers(Answer::Probe(state)),
-    get("/internal-backstage/metrics", Call::Open(OpenCall::Metrics), "Its metrics, as Prometheus text").of(INSTANCE).answers(Answer::Text).off_by(Endpoint::Metrics),
-    get("/internal-backstage/prometheus", Call::Open(OpenCall::Metrics), "The same under its older name").of(INSTANCE).answers(Answer::Text).off_by(Endpoint::Metrics),
-    get("/internal-backstage/features", Call::Instance(InstanceCall::Features), "The flag configuration of each environment").of(INSTANCE).off_by(Endpoint::Features),
-    get("/internal-backstage/tokens", Call::Instance(InstanceCall::KnownTokens), "The tokens with a verdict, masked").of(INSTANCE).off_by(Endpoint::Tokens),
-    get("/internal-backstage/metricsbatch", Call::Instance(InstanceCall::MetricsBatch), "Usage that waits to be sent").of(INSTANCE).off_by(Endpoint::MetricsBatch),
-    get("/internal-backstage/instancedata", Call::Instance(InstanceCall::InstanceData), "This instance and those behind it").of(INSTANCE).off_by(Endpoint::InstanceData),
+    get("/live", OperationId::Open(PublicOperation::Live), "Whether the instance lives").tag(INSTANCE_TAG).response(ResponseSpec::Json(status_schema)),
+    get("/ready", OperationId::Open(PublicOperation::Ready), "Whether it is ready for requests").tag(INSTANCE_TAG).response(ResponseSpec::Probe(status_schema)),
+    get("/metrics", OperationId::Open(PublicOperation::Metrics), "Its metrics, as Prometheus text").tag(INSTANCE_TAG).response(ResponseSpec::Text).disabled_by(Endpoint::Metrics),
+    get("/docs/openapi.json", OperationId::Open(PublicOperation::Document), "This document").tag(INSTANCE_TAG),
+    get("/status", OperationId::Instance(InstanceOperation::Status), "The state of environments, upstream and tokens").tag(INSTANCE_TAG),
+    get("/internal-backstage/health", OperationId::Open(PublicOperation::Live), "Whether the instance lives").tag(INSTANCE_TAG).response(ResponseSpec::Json(status_schema)),
+    get("/internal-backstage/ready", OperationId::Open(PublicOperation::Ready), "Whether it is ready for requests").tag(INSTANCE_TAG).response(ResponseSpec::Probe(status_schema)),
+    get("/internal-backstage/metrics", OperationId::Open(PublicOperation::Metrics), "Its metrics, as Prometheus text").tag(INSTANCE_TAG).response(ResponseSpec::Text).disabled_by(Endpoint::Metrics),
+    get("/internal-backstage/prometheus", OperationId::Open(PublicOperation::Metrics), "The same metrics under an older path").tag(INSTANCE_TAG).response(ResponseSpec::Text).disabled_by(Endpoint::Metrics),
+    get("/internal-backstage/features", OperationId::Instance(InstanceOperation::Features), "The flag configuration of each environment").tag(INSTANCE_TAG).disabled_by(Endpoint::Features),
+    get("/internal-backstage/tokens", OperationId::Instance(InstanceOperation::KnownTokens), "The valid tokens, masked").tag(INSTANCE_TAG).disabled_by(Endpoint::Tokens),
+    get("/internal-backstage/metricsbatch", OperationId::Instance(InstanceOperation::MetricsBatch), "Usage data that is not sent yet").tag(INSTANCE_TAG).disabled_by(Endpoint::MetricsBatch),
+    get("/internal-backstage/instancedata", OperationId::Instance(InstanceOperation::InstanceData), "This instance and the edges behind it").tag(INSTANCE_TAG).disabled_by(Endpoint::InstanceData),
 
-    post("/auth/simple/login", Call::Open(OpenCall::SignIn), "Sign in; the answer sets a session cookie").of(SESSION).takes::<wire::Login>().json::<wire::Caller>(),
-    post("/logout", Call::Open(OpenCall::SignOut), "Sign out").of(SESSION).answers(Answer::Nothing),
-    post("/auth/logout", Call::Open(OpenCall::SignOut), "Sign out").of(SESSION).answers(Answer::Nothing),
-    get("/api/admin/user", Call::Instance(InstanceCall::Me), "Who is asking, and what they may do").of(SESSION).json::<wire::Me>(),
-    post("/api/admin/user/change-password", Call::Control(ControlCall::ChangeOwnPassword), "Change one's own password; ends one's other sessions").of(SESSION).takes::<wire::ChangePassword>(),
+    post("/auth/simple/login", OperationId::Open(PublicOperation::SignIn), "Sign in; the response sets a session cookie").tag(SESSION_TAG).body::<wire::Login>().json::<wire::Caller>(),
+    post("/logout", OperationId::Open(PublicOperation::SignOut), "Sign out").tag(SESSION_TAG).response(ResponseSpec::NoContent),
+    post("/auth/logout", OperationId::Open(PublicOperation::SignOut), "Sign out").tag(SESSION_TAG).response(ResponseSpec::NoContent),
+    get("/api/admin/user", OperationId::Instance(InstanceOperation::Me), "The current user and their permissions").tag(SESSION_TAG).json::<wire::Me>(),
+    post("/api/admin/user/change-password", OperationId::Control(ControlPlaneOperation::ChangeOwnPassword), "Change your own password; ends your other sessions").tag(SESSION_TAG).body::<wire::ChangePassword>(),
 
-    get("/api/admin/api-tokens", Call::Control(ControlCall::Tokens), "The tokens that the caller may see").of(TOKENS).json::<wire::ApiTokens>(),
-    post("/api/admin/api-tokens", Call::Control(ControlCall::CreateToken), "Create a token; the answer alone holds its secret").of(TOKENS).takes::<wire::CreateToken>().creates::<wire::ApiToken>(),
-    get("/api/admin/api-tokens/{token}", Call::Control(ControlCall::TokensNamed), "The tokens of this name that the caller may see").of(TOKENS).json::<wire::ApiTokens>(),
-    put("/api/admin/api-tokens/{token}", Call::Control(ControlCall::UpdateToken), "Change when a token ends: by its secret, or by what stands for it in lists").of(TOKENS).takes::<wire::UpdateToken>(),
-    delete("/api/admin/api-tokens/{token}", Call::Control(ControlCall::DeleteToken), "Delete a token: by its secret, or by what stands for it in lists").of(TOKENS),
-    get("/api/admin/projects/{project}/api-tokens", Call::Control(ControlCall::ProjectTokens), "The tokens that see this project").of(TOKENS).json::<wire::ApiTokens>().may_miss(),
-    post("/api/admin/projects/{project}/api-tokens", Call::Control(ControlCall::CreateProjectToken), "Create a token for this project").of(TOKENS).takes::<wire::CreateToken>().creates::<wire::ApiToken>().may_miss(),
-    delete("/api/admin/projects/{project}/api-tokens/{token}", Call::Control(ControlCall::DeleteProjectToken), "Delete a token of this project").of(TOKENS).may_miss(),
+    get("/api/admin/api-tokens", OperationId::Control(ControlPlaneOperation::Tokens), "The tokens that the caller may see").tag(TOKENS_TAG).json::<wire::ApiTokens>(),
+    post("/api/admin/api-tokens", OperationId::Control(ControlPlaneOperation::CreateToken), "Create a token; only this response contains its secret").tag(TOKENS_TAG).body::<wire::CreateToken>().created::<wire::ApiToken>(),
+    get("/api/admin/api-tokens/{token}", OperationId::Control(ControlPlaneOperation::TokensNamed), "The tokens of this name that the caller may see").tag(TOKENS_TAG).json::<wire::ApiTokens>(),
+    put("/api/admin/api-tokens/{token}", OperationId::Control(ControlPlaneOperation::UpdateToken), "Change the expiry of a token, named by its secret or by its identifier in lists").tag(TOKENS_TAG).body::<wire::UpdateToken>(),
+    delete("/api/admin/api-tokens/{token}", OperationId::Control(ControlPlaneOperation::DeleteToken), "Delete a token, named by its secret or by its identifier in lists").tag(TOKENS_TAG),
+    get("/api/admin/projects/{project}/api-tokens", OperationId::Control(ControlPlaneOperation::ProjectTokens), "The tokens with access to this project").tag(TOKENS_TAG).json::<wire::ApiTokens>().can_404(),
+    post("/api/admin/projects/{project}/api-tokens", OperationId::Control(ControlPlaneOperation::CreateProjectToken), "Create a token for this project").tag(TOKENS_TAG).body::<wire::CreateToken>().created::<wire::ApiToken>().can_404(),
+    delete("/api/admin/projects/{project}/api-tokens/{token}", OperationId::Control(ControlPlaneOperation::DeleteProjectToken), "Delete a token of this project").tag(TOKENS_TAG).can_404(),
 
-    get("/api/admin/user-admin", Call::Control(ControlCall::Users), "The accounts, the oldest first").of(ACCOUNTS).for_admins().json::<wire::Users>().asks(&[
-        number("after", 0, u32::MAX, "Those after the account of this id: the next page after it"),
-        number("limit", 1, MOST_ACCOUNTS, "At most so many; all where nothing is said"),
+    get("/api/admin/user-admin", OperationId::Control(ControlPlaneOperation::Users), "The accounts, oldest first").tag(ACCOUNTS_TAG).for_admins().json::<wire::Users>().query(&[
+        number("after", 0, u32::MAX, "Accounts after the one with this id, for the next page"),
+        number("limit", 1, MAX_ACCOUNTS, "The maximum number of accounts; all by default"),
     ]),
-    post("/api/admin/user-admin", Call::Control(ControlCall::CreateUser), "Create an account").of(ACCOUNTS).for_admins().takes::<wire::CreateUser>().creates::<wire::User>(),
-    get("/api/admin/user-admin/{id}", Call::Control(ControlCall::User), "One account").of(ACCOUNTS).json::<wire::User>().may_miss(),
-    put("/api/admin/user-admin/{id}", Call::Control(ControlCall::UpdateUser), "Change an account").of(ACCOUNTS).for_admins().takes::<wire::UpdateUser>().json::<wire::User>().may_miss(),
-    delete("/api/admin/user-admin/{id}", Call::Control(ControlCall::DeleteUser), "Delete an account").of(ACCOUNTS).for_admins().may_miss(),
-    put("/api/admin/user-admin/{id}/permissions", Call::Control(ControlCall::SetPermissions), "Say what an account may do beyond its role").of(ACCOUNTS).for_admins().takes::<wire::SetPermissions>().json::<wire::User>().may_miss(),
-    post("/api/admin/user-admin/{id}/change-password", Call::Control(ControlCall::ResetPassword), "Give an account a new password; ends its sessions").of(ACCOUNTS).for_admins().takes::<wire::ResetPassword>().may_miss(),
+    post("/api/admin/user-admin", OperationId::Control(ControlPlaneOperation::CreateUser), "Create an account").tag(ACCOUNTS_TAG).for_admins().body::<wire::CreateUser>().created::<wire::User>(),
+    get("/api/admin/user-admin/{id}", OperationId::Control(ControlPlaneOperation::User), "One account").tag(ACCOUNTS_TAG).json::<wire::User>().can_404(),
+    put("/api/admin/user-admin/{id}", OperationId::Control(ControlPlaneOperation::UpdateUser), "Change an account").tag(ACCOUNTS_TAG).for_admins().body::<wire::UpdateUser>().json::<wire::User>().can_404(),
+    delete("/api/admin/user-admin/{id}", OperationId::Control(ControlPlaneOperation::DeleteUser), "Delete an account").tag(ACCOUNTS_TAG).for_admins().can_404(),
+    put("/api/admin/user-admin/{id}/permissions", OperationId::Control(ControlPlaneOperation::SetPermissions), "Set the permissions of an account beyond its role").tag(ACCOUNTS_TAG).for_admins().body::<wire::SetPermissions>().json::<wire::User>().can_404(),
+    post("/api/admin/user-admin/{id}/change-password", OperationId::Control(ControlPlaneOperation::ResetPassword), "Set a new password for an account; ends its sessions").tag(ACCOUNTS_TAG).for_admins().body::<wire::ResetPassword>().can_404(),
 
-    get("/api/admin/events", Call::Control(ControlCall::Events), "What was done, and what was refused").of(AUDIT).for_admins().json::<wire::Events>().asks(&[
-        texts("type", "Events of this kind alone, as in api-token-created; repeated, of any of these"),
-        text("createdBy", "Those by this account or token"),
-        text("environment", "Those of this environment"),
-        text("project", "Those of this project"),
-        time("from", "Those since then"),
-        time("to", "Those before then"),
-        number("before", 1, u32::MAX, "Those before the event of this id: the next page after it"),
-        number("limit", 1, MOST_EVENTS, "At most so many; 100 where nothing is said"),
-        number("offset", 0, u32::MAX, "Leave out so many of the newest"),
+    get("/api/admin/events", OperationId::Control(ControlPlaneOperation::Events), "The audit log: changes and denied requests").tag(AUDIT_TAG).for_admins().json::<wire::Events>().query(&[
+        text_list("type", "Events of this type, such as api-token-created; repeat for several types"),
+        text("createdBy", "Events caused by this account or token"),
+        text("environment", "Events of this environment"),
+        text("project", "Events of this project"),
+        time("from", "Events at or after this time"),
+        time("to", "Events before this time"),
+        number("before", 1, u32::MAX, "Events before the one with this id, for the next page"),
+        number("limit", 1, MAX_EVENTS, "The maximum number of events; 100 by default"),
+        number("offset", 0, u32::MAX, "The number of newest events to skip"),
     ]),
 
-    get("/api/admin/environments", Call::Instance(InstanceCall::Environments), "The environments that are served").of(FLAGS).json::<wire::Environments>(),
-    get("/api/admin/projects", Call::Instance(InstanceCall::Projects), "The projects of which there are flags").of(FLAGS).json::<wire::Projects>(),
-    get("/api/admin/flags", Call::Instance(InstanceCall::Flags), "The flags of an environment").of(FLAGS).json::<wire::Flags>().asks(ENVIRONMENT).may_miss(),
-    get("/api/admin/flags/{name}", Call::Instance(InstanceCall::Flag), "One flag as SDKs are sent it").of(FLAGS).json::<wire::FlagDetail>().asks(ENVIRONMENT).may_miss(),
-    post("/api/admin/explain", Call::Instance(InstanceCall::Explain), "Why a flag comes out as it does for a context").of(FLAGS).takes::<Question<'static>>().json::<Explanation>().may_miss(),
+    get("/api/admin/environments", OperationId::Instance(InstanceOperation::Environments), "The environments").tag(FLAGS_TAG).json::<wire::Environments>(),
+    get("/api/admin/projects", OperationId::Instance(InstanceOperation::Projects), "The projects").tag(FLAGS_TAG).json::<wire::Projects>(),
+    get("/api/admin/flags", OperationId::Instance(InstanceOperation::Flags), "The flags of an environment").tag(FLAGS_TAG).json::<wire::Flags>().query(ENVIRONMENT_PARAMETER).can_404(),
+    get("/api/admin/flags/{name}", OperationId::Instance(InstanceOperation::Flag), "One flag, as sent to SDKs").tag(FLAGS_TAG).json::<wire::FlagDetail>().query(ENVIRONMENT_PARAMETER).can_404(),
+    post("/api/admin/explain", OperationId::Instance(InstanceOperation::Explain), "Explain the evaluation of a flag for a context").tag(FLAGS_TAG).body::<Question<'static>>().json::<Explanation>().can_404(),
 
-    get("/api/admin/metrics/applications", Call::Control(ControlCall::Applications), "The applications that use flags").of(USAGE).json::<wire::Applications>(),
-    get("/api/admin/client-metrics/features/{name}/raw", Call::Control(ControlCall::FlagUsage), "How often a flag was used, by hour").of(USAGE).json::<wire::FlagUsage>().asks(&[
-        number("hoursBack", 1, MOST_HOURS, "How far back; 24 where nothing is said"),
+    get("/api/admin/metrics/applications", OperationId::Control(ControlPlaneOperation::Applications), "The applications that use flags").tag(USAGE_TAG).json::<wire::Applications>(),
+    get("/api/admin/client-metrics/features/{name}/raw", OperationId::Control(ControlPlaneOperation::FlagUsage), "The usage of a flag, by hour").tag(USAGE_TAG).json::<wire::FlagUsage>().query(&[
+        number("hoursBack", 1, MAX_USAGE_HOURS, "The period in hours; 24 by default"),
     ]),
 ];
 
@@ -449,31 +454,31 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_row_finds_itself() {
+    fn every_operation_is_found_by_its_path() {
         for row in OPERATIONS {
             let path = row.path.replace('{', "x").replace('}', "%20y");
             let method = Method::from_bytes(row.method.as_str().as_bytes()).unwrap();
             let found = find(&method, &path).unwrap();
             assert_eq!(found.operation.path, row.path);
             assert_eq!(found.operation.method, row.method);
-            let (given, missing) = found.arguments.split_at(row.path.matches('{').count());
-            assert!(given.iter().all(|it| it.ends_with(" y")), "{given:?}");
-            assert!(missing.iter().all(|it| it.is_empty()), "{missing:?}");
+            let (set, unset) = found.path_params.split_at(row.path.matches('{').count());
+            assert!(set.iter().all(|it| it.ends_with(" y")), "{set:?}");
+            assert!(unset.iter().all(|it| it.is_empty()), "{unset:?}");
         }
     }
 
     #[test]
-    fn other_methods_and_paths_are_told_apart() {
-        let check = |method: Method, path: &str, expect: NotFound| {
+    fn unknown_path_and_unsupported_method_are_distinguished() {
+        let check = |method: Method, path: &str, expect: NoMatch| {
             assert_eq!(find(&method, path).unwrap_err(), expect, "{method} {path}");
         };
-        let methods = |text: &str| NotFound::Method(text.to_owned());
+        let methods = |text: &str| NoMatch::MethodNotAllowed(text.to_owned());
         check(Method::PUT, "/api/admin/api-tokens", methods("GET, POST, HEAD"));
         check(Method::POST, "/api/admin/api-tokens/a", methods("GET, PUT, DELETE, HEAD"));
         check(Method::GET, "/logout", methods("POST"));
-        check(Method::GET, "/api/admin/api-tokens/", NotFound::Path);
-        check(Method::GET, "/api/admin", NotFound::Path);
-        check(Method::GET, "/api/admin/user-admin/1/2", NotFound::Path);
-        check(Method::DELETE, "/api/admin/api-tokens/a%00", NotFound::Path);
+        check(Method::GET, "/api/admin/api-tokens/", NoMatch::UnknownPath);
+        check(Method::GET, "/api/admin", NoMatch::UnknownPath);
+        check(Method::GET, "/api/admin/user-admin/1/2", NoMatch::UnknownPath);
+        check(Method::DELETE, "/api/admin/api-tokens/a%00", NoMatch::UnknownPath);
     }
 }

@@ -1,20 +1,19 @@
-//! Whether a page of somebody else's made a browser ask.
+//! Protection against cross-site request forgery.
 
 use hyper::{
     HeaderMap,
     header::{HOST, HeaderName, ORIGIN},
 };
 
-/// Says whether a request comes from a page of the same origin; sent by browsers, and not to be
-/// chosen by pages.
-const FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
+/// Browsers send this header to state which site initiated a request. Pages cannot set it.
+const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 
-/// Whether a page of this very origin made the request.
+/// Whether a page of the same origin initiated the request.
 ///
-/// Behind a proxy that rewrites `Host` the browser's own word decides.
+/// `Sec-Fetch-Site` takes precedence, because a proxy may rewrite `Host`.
 pub(super) fn is_same_origin(headers: &HeaderMap) -> bool {
     let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
-    if let Some(site) = text(FETCH_SITE) {
+    if let Some(site) = text(SEC_FETCH_SITE) {
         return site == "same-origin";
     }
     let origin = text(ORIGIN).and_then(|origin| origin.split_once("://"));
@@ -35,7 +34,7 @@ mod tests {
     }
 
     #[test]
-    fn only_pages_of_the_same_origin_change_anything() {
+    fn only_requests_from_the_same_origin_are_accepted() {
         let check = |pairs: &[(&'static str, &str)], expect| {
             assert_eq!(is_same_origin(&headers(pairs)), expect, "{pairs:?}");
         };

@@ -1,54 +1,46 @@
-//! What was done, and what was used: the audit log, applications, and flags' usage.
+//! Operations on the audit log.
 
-use jiff::{SignedDuration, Timestamp};
-
-use super::{
-    body::Query,
-    operation::{MOST_EVENTS, MOST_HOURS},
-};
+use super::{body::QueryParams, operation::MAX_EVENTS};
 use crate::{
-    control::{ApplicationSummary, Control, Event, EventKind, EventQuery, Operator, UsageHour},
+    control::{Control, Event, EventKind, EventQuery, Operator},
     http::reply::{self, Failure, Reply},
     wire::admin::{self as wire, Problems, Time},
 };
 
-/// How many events are told where nobody says.
-const PAGE: u32 = 100;
+/// The default number of events in a response.
+const DEFAULT_EVENT_LIMIT: u32 = 100;
 
-/// How far back usage is told where nobody says, in hours.
-const DAY: u32 = 24;
-
-/// What was done, newest first.
-pub(super) async fn events(
+/// Lists audit events, newest first.
+pub(super) async fn list_events(
     control: &Control,
     operator: &Operator,
-    query: &Query<'_>,
+    query: &QueryParams<'_>,
 ) -> Result<Reply, Failure> {
     let mut problems = Problems::default();
     let names = query.texts(&mut problems, "type");
     let kinds: Option<Vec<_>> = names.iter().map(|name| EventKind::parse(name)).collect();
     if kinds.is_none() {
         let known = EventKind::ALL.map(EventKind::as_str).join(", ");
-        problems.add("type", format!("must be of {known}"));
+        problems.add("type", format!("must be one of {known}"));
     }
-    let asked = EventQuery {
+    let query = EventQuery {
         kinds: kinds.unwrap_or_default(),
         created_by: query.text(&mut problems, "createdBy"),
         environment: query.text(&mut problems, "environment"),
         project: query.text(&mut problems, "project"),
-        since: query.time(&mut problems, "from"),
-        until: query.time(&mut problems, "to"),
+        since: query.timestamp(&mut problems, "from"),
+        until: query.timestamp(&mut problems, "to"),
         before: query.number(&mut problems, "before", 1, u32::MAX).map(i64::from),
-        limit: query.number(&mut problems, "limit", 1, MOST_EVENTS).unwrap_or(PAGE),
+        limit: query.number(&mut problems, "limit", 1, MAX_EVENTS).unwrap_or(DEFAULT_EVENT_LIMIT),
         offset: query.number(&mut problems, "offset", 0, u32::MAX).unwrap_or(0),
     };
     problems.finish()?;
-    let page = control.events(operator, &asked).await?;
-    let events = page.events.into_iter().map(event).collect();
+    let page = control.events(operator, &query).await?;
+    let events = page.events.into_iter().map(event_json).collect();
     Ok(reply::document(&wire::Events { version: 1, events, total_events: page.total }))
 }
 
-fn event(event: Event) -> wire::Event {
+fn event_json(event: Event) -> wire::Event {
     wire::Event {
         id: event.id,
         r#type: event.kind,
@@ -60,51 +52,5 @@ fn event(event: Event) -> wire::Event {
         project: event.project,
         data: event.data.unwrap_or_default(),
         pre_data: event.pre_data.unwrap_or_default(),
-    }
-}
-
-/// The applications that use flags.
-pub(super) async fn applications(control: &Control) -> Result<Reply, Failure> {
-    let applications: Vec<_> = control.applications().await?.into_iter().map(application).collect();
-    let total = applications.len();
-    Ok(reply::document(&wire::Applications { applications, total }))
-}
-
-fn application(application: ApplicationSummary) -> wire::Application {
-    wire::Application {
-        app_name: application.name,
-        environments: application.environments,
-        sdk_versions: application.sdk_versions,
-        strategies: application.strategies,
-        instances: application.instances,
-        created_at: Time(application.created_at),
-        seen_at: Time(application.seen_at),
-    }
-}
-
-/// How often a flag was used, by hour.
-pub(super) async fn usage(
-    control: &Control,
-    flag: &str,
-    query: &Query<'_>,
-) -> Result<Reply, Failure> {
-    let mut problems = Problems::default();
-    let hours = query.number(&mut problems, "hoursBack", 1, MOST_HOURS).unwrap_or(DAY);
-    problems.finish()?;
-    let since = Timestamp::now() - SignedDuration::from_hours(i64::from(hours));
-    let data = control.usage_of(flag, since).await?.into_iter().map(hour).collect();
-    let feature_name = flag.to_owned();
-    Ok(reply::document(&wire::FlagUsage { version: 1, maturity: "stable", feature_name, data }))
-}
-
-fn hour(hour: UsageHour) -> wire::UsageHour {
-    wire::UsageHour {
-        feature_name: hour.flag,
-        app_name: hour.app_name,
-        environment: hour.environment,
-        timestamp: Time(hour.hour),
-        yes: hour.yes,
-        no: hour.no,
-        variants: hour.variants,
     }
 }

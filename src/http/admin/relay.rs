@@ -1,8 +1,8 @@
-//! The admin API of the Unleash server upstream, by way of this edge.
+//! Relays the admin API of the upstream Unleash server.
 //!
-//! Who asks does so with their own token or session, and upstream judges them: nothing of the edge's
-//! goes along. A change of tokens takes effect here when upstream has made it. What is relayed is
-//! neither kept nor read, but for the names of tokens in paths.
+//! Callers use their own token or session, which upstream checks. The edge adds no credentials. After a
+//! successful change of tokens upstream, the affected tokens are invalidated context. Relayed data is
+//! neither stored nor parsed, except for the tokens in paths.
 
 use std::{borrow::Cow, net::IpAddr};
 
@@ -19,7 +19,7 @@ use percent_encoding::percent_decode_str;
 use tracing::warn;
 
 use super::{
-    caller::{BACKGROUND, presented},
+    caller::{BACKGROUND_HEADER, presented_token},
     origin::is_same_origin,
 };
 use crate::{
@@ -30,15 +30,15 @@ use crate::{
     wire::{person::Person, tokens::ListedSecret},
 };
 
-/// The server whose admin API is passed on.
+/// Relays requests to an upstream server.
 #[derive(Debug)]
 pub struct Relay {
-    /// The server.
+    /// The upstream server.
     pub upstream: Upstream,
 }
 
-/// What concerns one connection only (RFC 9110, section 7.6.1), or is said anew for the next one.
-const OF_THE_HOP: [HeaderName; 9] = [
+/// Headers that apply to one connection only (RFC 9110, section 7.6.1).
+const HOP_BY_HOP_HEADERS: [HeaderName; 9] = [
     CONNECTION,
     HeaderName::from_static("keep-alive"),
     HeaderName::from_static("proxy-connection"),
@@ -50,11 +50,11 @@ const OF_THE_HOP: [HeaderName; 9] = [
     UPGRADE,
 ];
 
-const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 
-/// Whether upstream answers a normalised path. What is not the server's own stays here: the flags
-/// that this edge serves, and why they come out as they do.
-pub(super) fn concerns(path: &str) -> bool {
+/// Whether a normalised path is relayed to upstream. The flags that this edge serves and their
+/// explanations are not.
+pub(super) fn is_relayed(path: &str) -> bool {
     let is_own =
         |root: &str| path.strip_prefix(root).is_some_and(|it| it.is_empty() || it.starts_with('/'));
     let is_upstreams =
@@ -62,18 +62,18 @@ pub(super) fn concerns(path: &str) -> bool {
     is_upstreams && !is_own("/api/admin/flags") && !is_own("/api/admin/explain")
 }
 
-/// The header of admin tokens at this edge, and who judges tokens here.
+/// The request header with an admin token at this edge, and the edge's own token cache.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Here<'a> {
+pub(super) struct RelayContext<'a> {
     pub(super) token_header: &'a HeaderName,
     pub(super) auth: &'a Authenticator,
 }
 
 impl Relay {
-    /// Passes a request on, and the answer back.
-    pub(super) async fn pass(
+    /// Forwards a request to upstream and returns its response.
+    pub(super) async fn forward(
         &self,
-        here: Here<'_>,
+        context: RelayContext<'_>,
         head: &Parts,
         path: &str,
         body: Bytes,
@@ -81,48 +81,48 @@ impl Relay {
     ) -> Result<Reply, Failure> {
         let changes = !matches!(head.method, Method::GET | Method::HEAD | Method::OPTIONS);
         let is_browser = [COOKIE, ORIGIN].iter().any(|it| head.headers.contains_key(it));
-        let token = presented(&head.headers, here.token_header);
+        let token = presented_token(&head.headers, context.token_header);
         let is_own_page = is_same_origin(&head.headers);
         if changes && is_browser && token.is_none() && !is_own_page {
             return Err(Failure::CrossOrigin);
         }
-        if climbs(path) {
+        if has_path_traversal(path) {
             return Err(Failure::NotFound);
         }
-        let mut headers = forwarded(&head.headers);
-        headers.remove(here.token_header);
+        let mut headers = end_to_end_headers(&head.headers);
+        headers.remove(context.token_header);
         if let Some(token) = token {
             headers.insert(self.upstream.token_header(), token.clone());
         }
         if is_own_page && headers.contains_key(ORIGIN) {
-            // What is of the same origin here is so there, whose name is another.
+            // Upstream compares the origin with its own host name.
             let origin = HeaderValue::try_from(self.upstream.origin());
             headers.insert(ORIGIN, origin.expect("an origin is visible ASCII"));
         }
-        append_address(&mut headers, address);
+        append_forwarded_for(&mut headers, address);
         let target = match head.uri.query() {
             Some(query) => Cow::Owned(format!("{path}?{query}")),
             None => Cow::Borrowed(path),
         };
-        let answer = self.ask(&head.method, &target, headers, body).await?;
+        let answer = self.send(&head.method, &target, headers, body).await?;
         if changes && answer.status().is_success() {
-            take_note(here.auth, &head.method, path);
+            invalidate_token(context.auth, &head.method, path);
         }
         let (mut head, body) = answer.into_parts();
-        head.headers = forwarded(&head.headers);
+        head.headers = end_to_end_headers(&head.headers);
         Ok(reply::relayed(head, body))
     }
 
-    /// Who has signed in upstream with these cookies.
-    pub(super) async fn person(&self, headers: &HeaderMap) -> Result<Person, Failure> {
+    /// The user that is signed in upstream with these cookies.
+    pub(super) async fn signed_in_user(&self, headers: &HeaderMap) -> Result<Person, Failure> {
         if !headers.contains_key(COOKIE) {
             return Err(Failure::SignIn);
         }
-        let passed = [COOKIE, BACKGROUND].into_iter().flat_map(|name| {
+        let passed = [COOKIE, BACKGROUND_HEADER].into_iter().flat_map(|name| {
             headers.get_all(&name).iter().map(move |value| (name.clone(), value.clone()))
         });
         let passed = passed.collect();
-        let answer = self.ask(&Method::GET, "/api/admin/user", passed, Bytes::new()).await?;
+        let answer = self.send(&Method::GET, "/api/admin/user", passed, Bytes::new()).await?;
         if !answer.status().is_success() {
             return Err(if answer.status().is_server_error() {
                 Failure::Upstream
@@ -133,7 +133,7 @@ impl Relay {
         Person::parse(answer.body()).map_err(|_| Failure::Upstream)
     }
 
-    async fn ask(
+    async fn send(
         &self,
         method: &Method,
         target: &str,
@@ -146,15 +146,18 @@ impl Relay {
         *request.uri_mut() = uri;
         *request.headers_mut() = headers;
         self.upstream.relay(request).await.map_err(|error| {
-            warn!(error = report(&error), "Upstream gives no answer to be passed on");
+            warn!(
+                error = report(&error),
+                "Upstream did not respond to a relayed request; the client gets a 502"
+            );
             Failure::Upstream
         })
     }
 }
 
-/// What of a message's headers concerns both ends. The length and the coding are said anew, because
-/// bodies are read whole and uncoded.
-fn forwarded(headers: &HeaderMap) -> HeaderMap {
+/// The end-to-end headers of a message. Length and content coding are left out, because bodies are
+/// buffered and decoded.
+fn end_to_end_headers(headers: &HeaderMap) -> HeaderMap {
     let named: Vec<HeaderName> = headers
         .get_all(CONNECTION)
         .iter()
@@ -162,41 +165,41 @@ fn forwarded(headers: &HeaderMap) -> HeaderMap {
         .flat_map(|value| value.split(','))
         .filter_map(|name| name.trim().parse().ok())
         .collect();
-    let said_anew = [HOST, CONTENT_LENGTH, CONTENT_ENCODING, ACCEPT_ENCODING];
-    let stays = |name: &HeaderName| {
-        OF_THE_HOP.contains(name) || said_anew.contains(name) || named.contains(name)
+    let rewritten = [HOST, CONTENT_LENGTH, CONTENT_ENCODING, ACCEPT_ENCODING];
+    let is_dropped = |name: &HeaderName| {
+        HOP_BY_HOP_HEADERS.contains(name) || rewritten.contains(name) || named.contains(name)
     };
-    let passed = headers.iter().filter(|(name, _)| !stays(name));
-    let mut kept = HeaderMap::new();
+    let passed = headers.iter().filter(|(name, _)| !is_dropped(name));
+    let mut headers = HeaderMap::new();
     for (name, value) in passed {
-        kept.append(name, value.clone());
+        headers.append(name, value.clone());
     }
-    kept
+    headers
 }
 
-/// Adds whom we see to the addresses that the request came through.
-fn append_address(headers: &mut HeaderMap, address: IpAddr) {
-    let before = headers.get(FORWARDED_FOR).and_then(|it| it.to_str().ok());
+/// Appends the peer's address to `X-Forwarded-For`.
+fn append_forwarded_for(headers: &mut HeaderMap, address: IpAddr) {
+    let before = headers.get(X_FORWARDED_FOR).and_then(|it| it.to_str().ok());
     let chain = before.map_or_else(|| address.to_string(), |it| format!("{it}, {address}"));
     if let Ok(chain) = HeaderValue::from_str(&chain) {
-        headers.insert(FORWARDED_FOR, chain);
+        headers.insert(X_FORWARDED_FOR, chain);
     }
 }
 
-/// Whether a path has a part that leads upwards, however it is written.
-fn climbs(path: &str) -> bool {
+/// Whether a path has a `.` or `..` segment or an encoded separator, percent-encoded or not.
+fn has_path_traversal(path: &str) -> bool {
     path.split('/').any(|part| {
         let decoded = percent_decode_str(part).collect::<Vec<_>>();
         decoded == b"." || decoded == b".." || decoded.contains(&b'/') || decoded.contains(&b'\\')
     })
 }
 
-/// Makes a change that upstream has made take effect here.
-fn take_note(auth: &Authenticator, method: &Method, path: &str) {
-    let Some(token) = Tokens::of(path) else { return };
+/// Revokes or revalidates the tokens that a successful request to upstream has changed.
+fn invalidate_token(auth: &Authenticator, method: &Method, path: &str) {
+    let Some(token) = AffectedTokens::from_path(path) else { return };
     let named = match token {
-        Tokens::All => None,
-        Tokens::One(token) => ListedSecret::parse(&token),
+        AffectedTokens::All => None,
+        AffectedTokens::One(token) => ListedSecret::parse(&token),
     };
     match named {
         Some(named) if *method == Method::DELETE => auth.withdraw(&named),
@@ -204,16 +207,16 @@ fn take_note(auth: &Authenticator, method: &Method, path: &str) {
     }
 }
 
-/// The API tokens that a path is of.
+/// The API tokens that a path refers to.
 #[derive(Debug, Eq, PartialEq)]
-enum Tokens<'a> {
+enum AffectedTokens<'a> {
     All,
-    /// What the path calls it: its secret or its identifier.
+    /// The token's secret or identifier, as in the path.
     One(Cow<'a, str>),
 }
 
-impl<'a> Tokens<'a> {
-    fn of(path: &'a str) -> Option<Self> {
+impl<'a> AffectedTokens<'a> {
+    fn from_path(path: &'a str) -> Option<Self> {
         let rest = match path.strip_prefix("/api/admin/projects/") {
             Some(rest) => rest.split_once('/')?.1,
             None => path.strip_prefix("/api/admin/")?,
@@ -237,19 +240,19 @@ mod tests {
     }
 
     #[test]
-    fn upstream_answers_for_what_is_its_own() {
+    fn admin_api_is_relayed_except_for_flags_and_explain() {
         for path in ["/api/admin/api-tokens", "/auth/simple/login", "/logout", "/api/admin/user"] {
-            assert!(concerns(path), "{path}");
+            assert!(is_relayed(path), "{path}");
         }
         for path in ["/api/admin/flags", "/api/admin/flags/a", "/api/admin/explain", "/status"] {
-            assert!(!concerns(path), "{path}");
+            assert!(!is_relayed(path), "{path}");
         }
-        assert!(concerns("/api/admin/flagship"));
+        assert!(is_relayed("/api/admin/flagship"));
     }
 
     #[test]
     fn headers_of_the_connection_stay() {
-        let passed = forwarded(&headers(&[
+        let passed = end_to_end_headers(&headers(&[
             ("connection", "close, X-Secret-Hop"),
             ("x-secret-hop", "1"),
             ("keep-alive", "timeout=5"),
@@ -264,14 +267,14 @@ mod tests {
     }
 
     #[test]
-    fn the_address_joins_the_chain() {
+    fn peer_address_is_appended_to_forwarded_for() {
         let mut chain = headers(&[("x-forwarded-for", "10.0.0.1")]);
-        append_address(&mut chain, [127, 0, 0, 1].into());
-        assert_eq!(chain[FORWARDED_FOR], "10.0.0.1, 127.0.0.1");
+        append_forwarded_for(&mut chain, [127, 0, 0, 1].into());
+        assert_eq!(chain[X_FORWARDED_FOR], "10.0.0.1, 127.0.0.1");
     }
 
     #[test]
-    fn no_path_leads_upwards() {
+    fn path_traversal_is_detected() {
         for path in [
             "/api/admin/../client",
             "/api/admin/%2e%2e/x",
@@ -280,21 +283,21 @@ mod tests {
             "/a/x%2f..%2fy",
             "/a/x%5c",
         ] {
-            assert!(climbs(path), "{path}");
+            assert!(has_path_traversal(path), "{path}");
         }
         for path in ["/api/admin/user", "/api/admin/api-tokens/a:b.c..d", "/a/..."] {
-            assert!(!climbs(path), "{path}");
+            assert!(!has_path_traversal(path), "{path}");
         }
     }
 
     #[test]
-    fn paths_name_tokens() {
-        let one = |name: &'static str| Some(Tokens::One(name.into()));
-        assert_eq!(Tokens::of("/api/admin/api-tokens"), Some(Tokens::All));
-        assert_eq!(Tokens::of("/api/admin/api-tokens/a%3Ab.c"), one("a:b.c"));
-        assert_eq!(Tokens::of("/api/admin/projects/p/api-tokens/x"), one("x"));
-        assert_eq!(Tokens::of("/api/admin/projects/p"), None);
-        assert_eq!(Tokens::of("/api/admin/user"), None);
-        assert_eq!(Tokens::of("/api/admin/api-tokens-of-others"), None);
+    fn affected_tokens_are_read_from_the_path() {
+        let one = |name: &'static str| Some(AffectedTokens::One(name.into()));
+        assert_eq!(AffectedTokens::from_path("/api/admin/api-tokens"), Some(AffectedTokens::All));
+        assert_eq!(AffectedTokens::from_path("/api/admin/api-tokens/a%3Ab.c"), one("a:b.c"));
+        assert_eq!(AffectedTokens::from_path("/api/admin/projects/p/api-tokens/x"), one("x"));
+        assert_eq!(AffectedTokens::from_path("/api/admin/projects/p"), None);
+        assert_eq!(AffectedTokens::from_path("/api/admin/user"), None);
+        assert_eq!(AffectedTokens::from_path("/api/admin/api-tokens-of-others"), None);
     }
 }

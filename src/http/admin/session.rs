@@ -1,4 +1,4 @@
-//! Signing in and out, and who is asking.
+//! Operations on sessions: sign-in, sign-out, the current user and their password.
 
 use std::net::IpAddr;
 
@@ -7,7 +7,10 @@ use hyper::HeaderMap;
 
 use super::{
     body,
-    caller::{Caller, DEVICE, SECURE_SESSION, SESSION, cookie, is_encrypted, session_cookie},
+    caller::{
+        AuthenticatedCaller, DEVICE_COOKIE, SECURE_SESSION_COOKIE, SESSION_COOKIE, cookie,
+        is_encrypted, session_cookie,
+    },
     origin::is_same_origin,
 };
 use crate::{
@@ -16,10 +19,10 @@ use crate::{
     wire::admin::{self as wire, Problems},
 };
 
-/// How long a browser remembers that somebody has signed in from it, in seconds: a year.
-const DEVICE_AGE: u32 = 365 * 24 * 60 * 60;
+/// The lifetime of the device cookie, in seconds: one year.
+const DEVICE_COOKIE_MAX_AGE_SECONDS: u32 = 365 * 24 * 60 * 60;
 
-/// Begins a session; its cookie is in the answer. With `is_tls` this listener's connections are encrypted.
+/// Starts a session and returns its cookie. `is_tls` states whether this listener uses TLS.
 pub(super) async fn sign_in(
     control: &Control,
     headers: &HeaderMap,
@@ -27,28 +30,31 @@ pub(super) async fn sign_in(
     address: IpAddr,
     body: &Bytes,
 ) -> Result<Reply, Failure> {
-    // A page of somebody else's could otherwise sign its visitors in as somebody else.
+    // Otherwise another site could sign its visitors in to an account of its choice (login CSRF).
     if headers.contains_key("origin") && !is_same_origin(headers) {
         return Err(Failure::CrossOrigin);
     }
-    let asked: wire::Login = body::read(body)?;
+    let request: wire::Login = body::parse_object(body)?;
     let mut problems = Problems::default();
-    let username = problems.required("username", asked.username);
-    let password = problems.required("password", asked.password);
-    let password = body::shown_password(&mut problems, "password", password.as_ref());
+    let username = problems.required("username", request.username);
+    let password = problems.required("password", request.password);
+    let password = body::current_password(&mut problems, "password", password.as_ref());
     let (username, password) = problems.or(username.zip(password))?;
-    let device = cookie(headers, DEVICE);
+    let device = cookie(headers, DEVICE_COOKIE);
     let attempt = SignIn { username: &username.0, password: &password, address, device };
     let signed_in = control.sign_in(attempt).await?;
-    let (name, secure) =
-        if is_encrypted(headers, is_tls) { (SECURE_SESSION, "; Secure") } else { (SESSION, "") };
+    let (name, secure) = if is_encrypted(headers, is_tls) {
+        (SECURE_SESSION_COOKIE, "; Secure")
+    } else {
+        (SESSION_COOKIE, "")
+    };
     let session = signed_in.session.expose();
     let session = format!("{name}={session}; Path=/; HttpOnly; SameSite=Strict{secure}");
     let device = signed_in.device.expose();
     let device = format!(
-        "{DEVICE}={device}; Path=/auth; Max-Age={DEVICE_AGE}; HttpOnly; SameSite=Strict{secure}"
+        "{DEVICE_COOKIE}={device}; Path=/auth; Max-Age={DEVICE_COOKIE_MAX_AGE_SECONDS}; HttpOnly; SameSite=Strict{secure}"
     );
-    let reply = reply::document(&of_account(&signed_in.account));
+    let reply = reply::document(&account_json(&signed_in.account));
     Ok(reply::with_cookie(reply::with_cookie(reply, &session), &device))
 }
 
@@ -65,18 +71,18 @@ pub(super) async fn sign_out(
         }
         control.sign_out(session, address).await?;
     }
-    // Under either name: a browser deletes what it has, and takes the prefixed one only if encrypted.
-    let gone = |name| format!("{name}=; Path=/; Max-Age=0; HttpOnly; SameSite=Strict");
-    let reply = reply::with_cookie(reply::nothing(), &gone(SESSION));
-    Ok(reply::with_cookie(reply, &format!("{}; Secure", gone(SECURE_SESSION))))
+    // Both names: a browser deletes the one it has, and accepts the prefixed one only over TLS.
+    let expired = |name| format!("{name}=; Path=/; Max-Age=0; HttpOnly; SameSite=Strict");
+    let reply = reply::with_cookie(reply::nothing(), &expired(SESSION_COOKIE));
+    Ok(reply::with_cookie(reply, &format!("{}; Secure", expired(SECURE_SESSION_COOKIE))))
 }
 
-/// Who is asking, and what they may do.
-pub(super) fn me(caller: &Caller) -> Reply {
+/// Returns the caller and their permissions.
+pub(super) fn current_user(caller: &AuthenticatedCaller) -> Reply {
     let operator = &caller.actor.operator;
     let user = match &caller.account {
-        Some(account) => of_account(account),
-        None => of_token(operator),
+        Some(account) => account_json(account),
+        None => token_json(operator),
     };
     let permissions = operator.permissions();
     reply::document(&wire::Me {
@@ -87,7 +93,7 @@ pub(super) fn me(caller: &Caller) -> Reply {
     })
 }
 
-fn of_account(account: &Account) -> wire::Caller {
+fn account_json(account: &Account) -> wire::Caller {
     wire::Caller {
         id: account.id,
         username: account.username.clone(),
@@ -98,7 +104,7 @@ fn of_account(account: &Account) -> wire::Caller {
     }
 }
 
-fn of_token(operator: &Operator) -> wire::Caller {
+fn token_json(operator: &Operator) -> wire::Caller {
     wire::Caller {
         id: 0,
         username: operator.name().to_owned(),
@@ -112,22 +118,22 @@ fn of_token(operator: &Operator) -> wire::Caller {
 /// Changes the caller's own password.
 pub(super) async fn change_password(
     control: &Control,
-    caller: &Caller,
+    caller: &AuthenticatedCaller,
     body: &Bytes,
 ) -> Result<Reply, Failure> {
     if caller.account.is_none() {
         return Err(Failure::Malformed("an API token has no password".to_owned()));
     }
-    let asked: wire::ChangePassword = body::read(body)?;
+    let request: wire::ChangePassword = body::parse_object(body)?;
     let mut problems = Problems::default();
-    let old = problems.required("oldPassword", asked.old_password);
-    let old = body::shown_password(&mut problems, "oldPassword", old.as_ref());
-    let new = problems.required("password", asked.password);
-    let again = problems.optional("confirmPassword", asked.confirm_password);
+    let old = problems.required("oldPassword", request.old_password);
+    let old = body::current_password(&mut problems, "oldPassword", old.as_ref());
+    let new = problems.required("password", request.password);
+    let again = problems.optional("confirmPassword", request.confirm_password);
     if let (Some(new), Some(again)) = (&new, &again)
         && new.0 != again.0
     {
-        problems.add("confirmPassword", "is another than the password");
+        problems.add("confirmPassword", "does not match the password");
     }
     let new = body::new_password(&mut problems, new.as_ref());
     let (old, new) = problems.or(old.zip(new))?;

@@ -1,9 +1,9 @@
-//! API tokens: listing, creating, changing when they end, deleting.
+//! Operations on API tokens: list, create, change the expiry, delete.
 
 use bytes::Bytes;
 use jiff::Timestamp;
 
-use super::{body, catalogue::Catalogue};
+use super::{body, catalogue::FlagCatalogue};
 use crate::{
     control::{Actor, ApiToken, Control, NewToken},
     http::reply::{self, Failure, Reply},
@@ -11,76 +11,77 @@ use crate::{
     wire::admin::{self as wire, Field, Id, Instant, MAX_PROJECTS, Problems, Shown, Time},
 };
 
-/// The environment of a token for which none is named.
+/// The environment of a new token if the request names none.
 const DEFAULT_ENVIRONMENT: &str = "development";
 
-/// Which tokens a list is of.
+/// Selects the tokens of a list.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Wanted<'a> {
-    /// All.
+pub(super) enum TokenFilter<'a> {
+    /// All tokens.
     All,
-    /// Those of this name.
+    /// Tokens with this name.
     Named(&'a str),
-    /// Those that see this project.
-    Of(&'a str),
+    /// Tokens with access to this project.
+    InProject(&'a str),
 }
 
-/// The tokens that the caller may see.
-pub(super) fn list(control: &Control, actor: &Actor, wanted: Wanted<'_>) -> Reply {
-    let is_wanted = |token: &ApiToken| match wanted {
-        Wanted::All => true,
-        Wanted::Named(name) => token.name == name,
-        Wanted::Of(project) => sees(token, project),
+/// Lists the tokens that the caller may see.
+pub(super) fn list(control: &Control, actor: &Actor, filter: TokenFilter<'_>) -> Reply {
+    let is_selected = |token: &ApiToken| match filter {
+        TokenFilter::All => true,
+        TokenFilter::Named(name) => token.name == name,
+        TokenFilter::InProject(project) => is_visible_in(token, project),
     };
-    let tokens = control.tokens(&actor.operator).into_iter().filter(is_wanted).map(shown);
+    let tokens = control.tokens(&actor.operator).into_iter().filter(is_selected).map(token_json);
     reply::document(&wire::ApiTokens { tokens: tokens.collect() })
 }
 
-fn sees(token: &ApiToken, project: &str) -> bool {
+fn is_visible_in(token: &ApiToken, project: &str) -> bool {
     match &token.projects {
         Projects::All => true,
         Projects::Only(ids) => ids.contains(project),
     }
 }
 
-/// Creates a token, whose secret this answer alone holds; with a project, one that sees just that.
+/// Creates a token. Only this response contains its secret. With `project`, the token has access to that
+/// project only.
 pub(super) async fn create(
     control: &Control,
     actor: &Actor,
-    catalogue: &Catalogue,
+    catalogue: &FlagCatalogue,
     project: Option<&str>,
     body: &Bytes,
 ) -> Result<Reply, Failure> {
-    let asked: wire::CreateToken = body::read(body)?;
-    let kind = match &asked.r#type {
+    let request: wire::CreateToken = body::parse_object(body)?;
+    let kind = match &request.r#type {
         Field::Is(kind) => Some(kind.0),
         Field::Missing | Field::Wrong(_) => None,
     };
-    // Whoever may not do this at all is told that before anything else.
+    // A missing permission is reported before errors of the body.
     control.require_create(actor, kind).await?;
-    let new = parse(asked, catalogue, project)?;
+    let new = parse_new_token(request, catalogue, project)?;
     let (token, created) = control.create_token(actor, new).await?;
-    let created = wire::ApiToken { secret: Shown::Secret(token), ..shown(created) };
+    let created = wire::ApiToken { secret: Shown::Secret(token), ..token_json(created) };
     Ok(reply::created(&created, "api-tokens"))
 }
 
-fn parse(
-    asked: wire::CreateToken,
-    catalogue: &Catalogue,
+fn parse_new_token(
+    request: wire::CreateToken,
+    catalogue: &FlagCatalogue,
     project: Option<&str>,
 ) -> Result<NewToken, Failure> {
     let mut problems = Problems::default();
-    let name = problems.required("tokenName", asked.token_name.or(asked.username));
-    let kind = problems.required("type", asked.r#type).map(|kind| kind.0);
-    let expires_at = ending(&mut problems, asked.expires_at);
-    let environment = environment(&mut problems, asked.environment, kind, catalogue);
+    let name = problems.required("tokenName", request.token_name.or(request.username));
+    let kind = problems.required("type", request.r#type).map(|kind| kind.0);
+    let expires_at = parse_expiry(&mut problems, request.expires_at);
+    let environment = parse_environment(&mut problems, request.environment, kind, catalogue);
     let projects = match project {
         Some(_) if kind == Some(TokenKind::Admin) => {
-            problems.add("type", "must be another than admin, which sees all projects");
+            problems.add("type", "must not be admin: admin tokens see all projects");
             None
         }
         Some(project) => Some(vec![Id(project.to_owned())]),
-        None => projects(&mut problems, asked.projects, asked.project, kind, catalogue),
+        None => parse_projects(&mut problems, request.projects, request.project, kind, catalogue),
     };
     let new = || {
         Some(NewToken {
@@ -94,14 +95,14 @@ fn parse(
     Ok(problems.or(new())?)
 }
 
-/// Why an admin token is for nothing less: whoever asks for less must not get more.
-const SEES_ALL: &str = "must be *: admin tokens see all";
+/// The error for an admin token with a narrower scope, so that it never has more access than requested.
+const ADMIN_SCOPE_ERROR: &str = "must be *: admin tokens see all";
 
-fn environment(
+fn parse_environment(
     problems: &mut Problems,
     field: Field<Id>,
     kind: Option<TokenKind>,
-    catalogue: &Catalogue,
+    catalogue: &FlagCatalogue,
 ) -> Option<Id> {
     const NAME: &str = "environment";
     let field = match (field, kind) {
@@ -112,24 +113,24 @@ fn environment(
     let environment = problems.optional(NAME, field)?;
     match (kind, environment.0.as_str()) {
         (Some(TokenKind::Admin) | None, "*") => {}
-        (Some(TokenKind::Admin), _) => problems.add(NAME, SEES_ALL),
+        (Some(TokenKind::Admin), _) => problems.add(NAME, ADMIN_SCOPE_ERROR),
         (Some(TokenKind::Client | TokenKind::Frontend), "*") => {
             problems.add(NAME, "must be one: only admin tokens see all of them");
         }
         (_, name) if !catalogue.has_environment(name) => {
-            problems.add(NAME, unknown(name, &catalogue.environment_names()));
+            problems.add(NAME, unknown_name_error(name, &catalogue.environment_names()));
         }
         _ => {}
     }
     Some(environment)
 }
 
-fn projects(
+fn parse_projects(
     problems: &mut Problems,
     listed: Field<Vec<Id>>,
     single: Field<Id>,
     kind: Option<TokenKind>,
-    catalogue: &Catalogue,
+    catalogue: &FlagCatalogue,
 ) -> Option<Vec<Id>> {
     let single = problems.optional("project", single);
     let (path, projects) = match (listed, single) {
@@ -140,50 +141,50 @@ fn projects(
     if projects.is_empty() || projects.len() > MAX_PROJECTS {
         problems.add(path, format!("must name 1 to {MAX_PROJECTS}, or `*` for all"));
     } else if kind == Some(TokenKind::Admin) && projects.iter().any(|id| id.0 != "*") {
-        problems.add(path, SEES_ALL);
+        problems.add(path, ADMIN_SCOPE_ERROR);
     } else if let Some(missing) =
         projects.iter().find(|id| id.0 != "*" && !catalogue.has_project(&id.0))
     {
-        problems.add(path, unknown(&missing.0, &catalogue.project_ids()));
+        problems.add(path, unknown_name_error(&missing.0, &catalogue.project_ids()));
     }
     Some(projects)
 }
 
-/// An end that lies ahead.
-fn ending(problems: &mut Problems, field: Field<Option<Instant>>) -> Option<Timestamp> {
+/// Parses an expiry, which must be in the future.
+fn parse_expiry(problems: &mut Problems, field: Field<Option<Instant>>) -> Option<Timestamp> {
     let end = problems.optional("expiresAt", field).flatten()?.0;
     if end <= Timestamp::now() {
-        problems.add("expiresAt", "is over already");
+        problems.add("expiresAt", "must be in the future");
     }
     Some(end)
 }
 
-/// How many names an error lists.
-const MAX_LISTED: usize = 10;
+/// The maximum number of names in an error message.
+const MAX_LISTED_NAMES: usize = 10;
 
-fn unknown(name: &str, known: &[String]) -> String {
-    let more = if known.len() > MAX_LISTED { ", …" } else { "" };
-    let known: Vec<_> = known.iter().take(MAX_LISTED).map(String::as_str).collect();
-    format!("`{name}` does not exist; there is {}{more}", known.join(", "))
+fn unknown_name_error(name: &str, known: &[String]) -> String {
+    let more = if known.len() > MAX_LISTED_NAMES { ", …" } else { "" };
+    let known: Vec<_> = known.iter().take(MAX_LISTED_NAMES).map(String::as_str).collect();
+    format!("`{name}` does not exist; existing ones are: {}{more}", known.join(", "))
 }
 
-/// Changes when a token ends; as with Unleash, one that is not there is no error.
+/// Changes the expiry of a token. As in Unleash, a token that does not exist is no error.
 pub(super) async fn update(
     control: &Control,
     actor: &Actor,
     token: &str,
     body: &Bytes,
 ) -> Result<Reply, Failure> {
-    let asked: wire::UpdateToken = body::read(body)?;
+    let request: wire::UpdateToken = body::parse_object(body)?;
     let mut problems = Problems::default();
-    let end = problems.required("expiresAt", asked.expires_at);
+    let end = problems.required("expiresAt", request.expires_at);
     problems.finish()?;
     let end = end.flatten().map(|end| end.0);
     control.update_token(actor, token, end).await?;
     Ok(reply::done())
 }
 
-/// Deletes a token; as with Unleash, one that is not there is no error.
+/// Deletes a token. As in Unleash, a token that does not exist is no error.
 pub(super) async fn delete(
     control: &Control,
     actor: &Actor,
@@ -193,8 +194,8 @@ pub(super) async fn delete(
     Ok(reply::done())
 }
 
-/// Deletes a token that sees this project and no other.
-pub(super) async fn delete_of_project(
+/// Deletes a token that has access to this project only.
+pub(super) async fn delete_from_project(
     control: &Control,
     actor: &Actor,
     project: &str,
@@ -204,13 +205,13 @@ pub(super) async fn delete_of_project(
     let found = found.ok_or_else(|| Failure::Missing("there is no such token".to_owned()))?;
     let only = Projects::Only([Project::new(project)].into());
     if found.projects != only {
-        return Err(Failure::Malformed("the token sees other projects too".to_owned()));
+        return Err(Failure::Malformed("the token has access to other projects too".to_owned()));
     }
     delete(control, actor, token).await
 }
 
-/// A token as lists show it.
-fn shown(token: ApiToken) -> wire::ApiToken {
+/// A token without its secret.
+fn token_json(token: ApiToken) -> wire::ApiToken {
     let projects: Vec<_> = token.projects.to_list().into_iter().map(str::to_owned).collect();
     let project = match projects.as_slice() {
         [one] => one.clone(),

@@ -1,4 +1,4 @@
-//! What a server SDK's stream tells: delta events of what the token sees.
+//! Event source of a server SDK's stream: delta events for the flags in the token's scope.
 
 use std::sync::Arc;
 
@@ -10,11 +10,11 @@ use crate::{
     wire::{delta::EventId, sse},
 };
 
-/// Tells the changes of a topic.
+/// Delta events for one subscription key.
 #[derive(Debug)]
 pub struct Changes {
     feed: Feed,
-    /// The numbers of its states.
+    /// The state ids of the environment.
     states: watch::Receiver<Number>,
     topic: Arc<Topic>,
     /// The id of the state that the client has.
@@ -24,15 +24,15 @@ pub struct Changes {
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Stage {
-    /// Nothing has been told; then the client is told where to go, if it is to go somewhere.
+    /// Nothing has been sent. The fetch mode, if there is one, follows the first chunk.
     Connecting(Option<FetchMode>),
     Directing(FetchMode),
     Following,
 }
 
 impl Changes {
-    /// Begins with all that was missed since the state `last`; `states` are the numbers of those of the
-    /// topic's environment.
+    /// Starts with everything since the state `last`. `states` yields the state ids of the key's
+    /// environment.
     pub fn new(
         feed: Feed,
         states: watch::Receiver<Number>,
@@ -53,7 +53,7 @@ impl Teller for Changes {
                 return Some(Piece { bytes, told: Told::Directions });
             }
         }
-        // Asked again after each piece, it mostly has told everything.
+        // Called again after each chunk: usually there is nothing more to send.
         if self.stage == Stage::Following && self.last == Some(self.topic.id(*self.states.borrow()))
         {
             return None;
@@ -62,18 +62,18 @@ impl Teller for Changes {
         self.last = Some(frame.id());
         if let Stage::Connecting(mode) = self.stage {
             self.stage = mode.map_or(Stage::Following, Stage::Directing);
-            let told = match frame.news() {
+            let kind = match frame.news() {
                 News::Everything => Told::Whole,
                 News::Changes | News::Nothing => Told::Missed,
             };
-            return Some(Piece { bytes: frame.connected(), told });
+            return Some(Piece { bytes: frame.connected(), told: kind });
         }
-        let told = match frame.news() {
+        let kind = match frame.news() {
             News::Nothing => return None,
             News::Everything => Told::Overtaken,
             News::Changes => Told::Changed(frame.told()),
         };
-        Some(Piece { bytes: frame.updated(), told })
+        Some(Piece { bytes: frame.updated(), told: kind })
     }
 }
 
@@ -101,23 +101,23 @@ mod tests {
         snapshots.swap(Snapshot::build(scope, document, None));
     }
 
-    /// Takes what there is to take, and tells what the last piece was of.
+    /// Applies all pending chunks to `has`, and returns the kind of the last one.
     fn read(changes: &mut Changes, has: &mut Document) -> Option<Told> {
         let mut last = None;
-        while let Some(piece) = changes.tell() {
+        while let Some(chunk) = changes.tell() {
             let mut decoder = Decoder::new(1 << 20);
             let take = |event: sse::Event| {
                 let events = delta::parse(event.data.as_bytes()).unwrap();
                 *has = apply(has, events.iter().map(|event| &event.change));
             };
-            decoder.read(&piece.bytes, take).unwrap();
-            last = Some(piece.told);
+            decoder.read(&chunk.bytes, take).unwrap();
+            last = Some(chunk.told);
         }
         last
     }
 
     #[test]
-    fn a_client_that_is_slow_is_told_the_changes_in_one_and_one_that_is_slower_everything() {
+    fn slow_client_gets_changes_in_one_chunk_and_all_flags_beyond_the_history() {
         let (environment, projects) = (Environment::new("dev"), Projects::All);
         let snapshots = Snapshots::default();
         swap(&snapshots, 0);
@@ -127,18 +127,18 @@ mod tests {
         let mut changes = Changes::new(feed.clone(), states, topic.clone(), None, None);
         let mut has = Document::default();
         assert_eq!(read(&mut changes, &mut has), Some(Told::Whole));
-        // Changes come while it reads nothing: fewer than are kept, then more.
+        // Changes while the client reads nothing: first fewer than the history holds, then more.
         for (changed, expect) in
             [(1..50, Told::Changed(Instant::now())), (50..250, Told::Overtaken)]
         {
             let last = changed.end - 1;
             for n in changed {
                 swap(&snapshots, n);
-                // The feed hears of each, as its own task sees to.
+                // Makes the history record each state, as its own task does.
                 feed.since(&Arc::new(topic.clone()), None);
             }
-            let told = read(&mut changes, &mut has).expect("there is news");
-            assert_eq!(discriminant(&told), discriminant(&expect));
+            let kind = read(&mut changes, &mut has).expect("a chunk is pending");
+            assert_eq!(discriminant(&kind), discriminant(&expect));
             let names: Vec<_> = has.features().iter().map(|it| it.name().to_string()).collect();
             assert_eq!(names, ["a".to_owned(), format!("b{last}")]);
             assert_eq!(read(&mut changes, &mut has), None);

@@ -1,20 +1,20 @@
-// The admin API: one function per method, and one kind of error whatever went wrong.
-// Paths are relative to the page, so that the console works below a prefix too.
+// Client of the admin API: one function per HTTP method, and one error type for every failure.
+// Paths are relative to the page, so that the console also works below a path prefix.
 
-/** What the server refused, or why it could not be asked (`status` 0). */
+/** An error response, or a failed request (`status` 0). */
 export class ApiError extends Error {
     constructor(status, message, body = {}, retryAfter = null) {
         super(message);
         this.name = 'ApiError';
         this.status = status;
-        /** `{ message, path }` for each field that is wrong. */
+        /** `{ message, path }` for each invalid field. */
         this.details = Array.isArray(body?.details) ? body.details.filter((it) => it?.message) : [];
         this.permissions = Array.isArray(body?.permissions) ? body.permissions : [];
         this.retryAfter = retryAfter;
     }
 }
 
-/** Told, as an event of `document`, when the server no longer knows the session. */
+/** Event on `document` when the session is no longer valid. */
 export const SIGNED_OUT = 'signedout';
 
 export const get = (path, options) => request('GET', path, options);
@@ -22,7 +22,7 @@ export const post = (path, body, options) => request('POST', path, { ...options,
 export const put = (path, body, options) => request('PUT', path, { ...options, body });
 export const remove = (path, options) => request('DELETE', path, options);
 
-/** What `get` answers, or `otherwise` where the server has no such thing or does not let us see it. */
+/** Like `get`, but returns `otherwise` if the resource does not exist or the account may not read it. */
 export async function getIfThere(path, options, otherwise = null) {
     try {
         return await get(path, { ...options, quiet: true });
@@ -32,21 +32,21 @@ export async function getIfThere(path, options, otherwise = null) {
     }
 }
 
-/** Whether browsers take a part of a path for a step, which `%2E` is as well: no address has it for a name. */
+/** Whether browsers resolve a path segment as `.` or `..`, which includes `%2E`: no URL can have it as a name. */
 export const isStep = (part) => part === '.' || part === '..';
 
-/** A path from parts that may hold anything but a step: each is encoded. */
+/** A path from segments, each percent-encoded except the first. `.` and `..` are an error. */
 export function path(...parts) {
     const step = parts.find(isStep);
-    if (step !== undefined) throw new ApiError(404, `No address can have the name “${step}”.`);
+    if (step !== undefined) throw new ApiError(404, `No URL can contain the name “${step}”.`);
     return parts.map((part, n) => (n === 0 ? part : encodeURIComponent(part))).join('/');
 }
 
 /**
- * Asks, and gives the parsed JSON (or the text where the answer is no JSON; `null` where it is empty).
- * `query` leaves out what is empty. A 401 ends the session; a `quiet` one only where that is over indeed, and one that an
- * `anonymous` request is given never. What no person caused is told apart as `background`, so that a page that is left open
- * does not keep its session alive.
+ * Sends a request and returns the parsed JSON (the text if the response is not JSON, `null` if it is empty).
+ * Empty values of `query` are omitted. A 401 ends the session. With `quiet` it does so only after a check that the session
+ * has really ended; with `anonymous` never. `background` marks requests without a user action, so that an open page does
+ * not extend its session.
  */
 async function request(method, where, { body, query, signal, quiet = false, anonymous = false, background = false } = {}) {
     const url = new URL(where, document.baseURI);
@@ -69,24 +69,24 @@ async function request(method, where, { body, query, signal, quiet = false, anon
     }
     const answer = await parsed(response);
     if (response.ok) return answer;
-    const told = Number(response.headers.get('Retry-After'));
-    const retryAfter = Number.isFinite(told) && told > 0 ? told : null;
+    const seconds = Number(response.headers.get('Retry-After'));
+    const retryAfter = Number.isFinite(seconds) && seconds > 0 ? seconds : null;
     const error = new ApiError(response.status, messageOf(response, answer), answer, retryAfter);
-    if (response.status === 401 && !anonymous && (!quiet || await isOver())) document.dispatchEvent(new Event(SIGNED_OUT));
+    if (response.status === 401 && !anonymous && (!quiet || await hasSessionEnded())) document.dispatchEvent(new Event(SIGNED_OUT));
     throw error;
 }
 
-/** The question whether the session is over, while it is on its way: all that is refused at once waits for one answer. */
-let question = null;
+/** The pending check of the session; requests that are rejected at the same time share it. */
+let check = null;
 
-/** Whether the session is over, by who knows it: what is an edge's own may refuse a session of its Unleash's that is good. */
-function isOver() {
-    question ??= get('api/admin/user', { anonymous: true, background: true })
+/** Checks with the server that issued it whether the session has ended: an edge may reject a valid session of its Unleash server. */
+function hasSessionEnded() {
+    check ??= get('api/admin/user', { anonymous: true, background: true })
         .then(() => false, (error) => error.status === 401)
         .finally(() => {
-            question = null;
+            check = null;
         });
-    return question;
+    return check;
 }
 
 async function parsed(response) {
@@ -105,8 +105,8 @@ function messageOf(response, answer) {
     return `The server answered ${response.status} ${response.statusText}`.trim() + '.';
 }
 
-/** A text that begins small and ends without a full stop, as errors of the API do, as a sentence. */
+/** Turns an error text of the API, which has no capital and no full stop, into a sentence. */
 export function sentence(text) {
-    const begun = text[0].toUpperCase() + text.slice(1);
-    return /[.!?]$/.test(begun) ? begun : `${begun}.`;
+    const capitalized = text[0].toUpperCase() + text.slice(1);
+    return /[.!?]$/.test(capitalized) ? capitalized : `${capitalized}.`;
 }

@@ -1,10 +1,10 @@
-// The shell: who is signed in, the navigation, and the page that the address means.
+// The application shell: sign-in state, navigation, and the page for the current URL.
 
 import { ApiError, SIGNED_OUT } from './api.js';
 import { closeAll, open } from './dialog.js';
 import { fill, h } from './dom.js';
 import { icon, mark } from './icons.js';
-import { announce, empty, failure } from './notice.js';
+import { announce, empty, failure } from './messages.js';
 import { accountsPage } from './pages/accounts.js';
 import { auditPage } from './pages/audit.js';
 import { flagPage } from './pages/flag.js';
@@ -17,8 +17,8 @@ import { address, match } from './router.js';
 import { Session, signOut } from './session.js';
 import { loadStatus } from './status.js';
 
-/** How long a page may take before it says that it is loading, in milliseconds. */
-const PATIENCE = 200;
+/** Delay before a loading page shows a loading message, in milliseconds. */
+const LOADING_DELAY = 200;
 
 const ROUTES = [
     { path: '', section: 'overview', title: 'Overview', page: overviewPage },
@@ -39,8 +39,8 @@ const NAVIGATION = [
 const root = document.getElementById('app');
 let session = null;
 let status = null;
-/** Ends what the page that is shown has under way. */
-let leaving = new AbortController();
+/** Aborts the requests and timers of the current page. */
+let currentPage = new AbortController();
 
 addEventListener('hashchange', () => session && showPage());
 document.addEventListener(SIGNED_OUT, () => session && showSignIn('Your session has ended. Sign in again to go on.'));
@@ -51,7 +51,7 @@ async function start() {
         session = await Session.load();
         await showShell();
     } catch (error) {
-        // Whoever comes with an old cookie from an address of which others guess can sign in still.
+        // 429: other clients at this address have exceeded the limit of attempts. Signing in is still possible.
         if (error instanceof ApiError && [401, 429].includes(error.status)) showSignIn();
         else fill(root, h('main.alone', failure(error, start)));
     }
@@ -59,7 +59,7 @@ async function start() {
 
 function showSignIn(reason = '') {
     session = null;
-    leaving.abort();
+    currentPage.abort();
     closeAll();
     document.title = 'Sign in · Parapet';
     fill(root, signInPage({ reason, theme: themeButton(), signedIn: async (now) => {
@@ -71,7 +71,7 @@ function showSignIn(reason = '') {
 
 async function showShell() {
     status = await loadStatus();
-    // The session may have ended before there was anything to show for it.
+    // The session may have ended in the meantime.
     if (session === null) return;
     const main = h('main', { id: 'main', tabindex: '-1' });
     const menu = h('button.menu', { type: 'button', 'aria-expanded': 'false', 'aria-controls': 'navigation', onclick: () => {
@@ -79,7 +79,7 @@ async function showShell() {
         menu.setAttribute('aria-expanded', String(!isOpen));
     } }, icon('menu'), 'Menu');
     const skip = h('a.skip', { href: '#main', onclick: (event) => {
-        // The address is the page's: only the focus moves.
+        // The hash of the URL selects the page, so the link only moves the focus.
         event.preventDefault();
         main.focus();
     } }, 'Skip to the content');
@@ -126,9 +126,9 @@ function themeButton() {
 }
 
 async function showPage() {
-    leaving.abort();
-    leaving = new AbortController();
-    const { signal } = leaving;
+    currentPage.abort();
+    currentPage = new AbortController();
+    const { signal } = currentPage;
     closeAll();
     document.querySelector('button.menu')?.setAttribute('aria-expanded', 'false');
     const main = document.getElementById('main');
@@ -140,7 +140,7 @@ async function showPage() {
         fill(main, h('h1', found?.route.title ?? 'Not found'), empty(reason, null, h('a.button', { href: address([]) }, 'Go to the overview')));
         return arrive(main);
     }
-    const loading = setTimeout(() => fill(main, h('h1', found.route.title), h('p.loading', { role: 'status' }, 'Loading…')), PATIENCE);
+    const loading = setTimeout(() => fill(main, h('h1', found.route.title), h('p.loading', { role: 'status' }, 'Loading…')), LOADING_DELAY);
     try {
         const page = await found.route.page({ params: found.params, query: found.query, session, status, signal, announce });
         if (signal.aborted) return;
@@ -154,7 +154,7 @@ async function showPage() {
     arrive(main);
 }
 
-/** Puts the focus where reading begins. */
+/** Moves the focus to the heading of a new page. */
 function arrive(main) {
     const heading = main.querySelector('h1');
     heading?.setAttribute('tabindex', '-1');

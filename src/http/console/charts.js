@@ -1,14 +1,14 @@
-// Small charts. The drawing is for the eye; a sentence or a table beside it tells the same.
+// Small charts. The drawing is hidden from screen readers; a legend or a table beside it has the same data.
 
 import { fill, h, svg, uniqueId } from './dom.js';
 import { number } from './time.js';
 
-/** Drawing units; the drawing is stretched to its place. */
+/** Drawing units; the drawing is stretched to the available space. */
 const [WIDTH, HEIGHT] = [600, 120];
 
 /**
- * Lines over the last moments. `series` is `{ key, label, class }` each; the result's `add({ key: value })` appends a
- * moment, and forgets those beyond `moments`.
+ * A line chart of recent samples. Each of `series` is `{ key, label, class }`. The result's `add({ key: value })` appends a
+ * sample and drops those beyond `moments`.
  */
 export function lineChart({ title, unit, series, moments, span }) {
     const history = [];
@@ -28,14 +28,14 @@ export function lineChart({ title, unit, series, moments, span }) {
         top.textContent = short(most);
         fill(drawing, grid(), series.map((it) => line(history, it, most, moments)));
         values.forEach((value, n) => {
-            const told = now[series[n].key];
-            value.textContent = told === null || told === undefined ? '–' : short(told);
+            const latest = now[series[n].key];
+            value.textContent = latest === null || latest === undefined ? '–' : short(latest);
         });
     };
     return box;
 }
 
-/** Bars of two parts, one on the other: `bars` is `{ label, yes, no }` each, the oldest first. */
+/** A stacked bar chart. Each of `bars` is `{ label, yes, no }`, the oldest first. */
 export function barChart({ title, bars }) {
     const most = Math.max(1, ...bars.map((bar) => bar.yes + bar.no));
     const drawing = svg('svg.bars', { viewBox: `0 0 ${bars.length * 10} 100`, preserveAspectRatio: 'none', 'aria-hidden': 'true', focusable: 'false' },
@@ -54,7 +54,7 @@ export function barChart({ title, bars }) {
                 h('thead', h('tr', ['Hour', 'Yes', 'No'].map((it) => h('th', { scope: 'col' }, it)))), h('tbody', rows))));
 }
 
-/** A number in few letters: 0.25, 3.4, 120, 5.6k. */
+/** A number in short form: 0.25, 3.4, 120, 5.6k. */
 export function short(value) {
     if (value >= 1e6) return `${trim(value / 1e6)}M`;
     if (value >= 1e4) return `${trim(value / 1e3)}k`;
@@ -65,7 +65,7 @@ function trim(value) {
     return String(value >= 100 ? Math.round(value) : Number(value.toFixed(value >= 10 ? 1 : 2)));
 }
 
-/** The next round number, so that the scale does not jump with every moment. */
+/** The next round number, so that the scale does not change with every sample. */
 function ceiling(value) {
     if (value <= 1) return 1;
     const power = 10 ** Math.floor(Math.log10(value));

@@ -1,6 +1,6 @@
-// Copying text, also where the browser keeps the clipboard from pages that came without TLS.
+// Copies text to the clipboard, with a fallback for pages without TLS, where the clipboard API is unavailable.
 
-/** Whether the text is in the clipboard now. */
+/** Copies the text; resolves to whether it succeeded. */
 export async function copy(text) {
     try {
         await navigator.clipboard.writeText(text);
@@ -15,7 +15,7 @@ function copyBySelection(text) {
     area.value = text;
     area.className = 'visually-hidden';
     const before = document.activeElement;
-    // Inside a modal dialog nothing outside of it can be selected.
+    // While a modal dialog is open, only text inside it can be selected.
     (before?.closest('dialog') ?? document.body).append(area);
     area.select();
     const isDone = document.execCommand('copy');

@@ -1,11 +1,11 @@
-// A flag's definition as its page shows it, read once and as leniently as the engine does: what cannot be read is `null`
-// in its list, and never holds or is given to nobody there. What is left out is as good as empty.
+// Parses a flag's definition for display, as leniently as the engine does. An unreadable item is `null` in its list; the
+// engine never matches it. A missing value is the same as an empty one.
 
-import { list, object, text } from './loose.js';
+import { list, object, text } from './lenient.js';
 
-/** A flag. One without a list of strategies is off, not on for everybody: it has one that cannot be read. */
-export function flagOf(told) {
-    const { enabled, stale, impressionData, type, project, description, dependencies, strategies, variants } = object(told) ?? {};
+/** Parses a flag. A flag without a list of strategies is off, not on for everyone, so it gets one unreadable strategy. */
+export function flagOf(raw) {
+    const { enabled, stale, impressionData, type, project, description, dependencies, strategies, variants } = object(raw) ?? {};
     return {
         enabled: enabled === true,
         stale: stale === true,
@@ -19,47 +19,47 @@ export function flagOf(told) {
     };
 }
 
-/** The segments that come with a flag. */
-export function segmentsOf(told) {
-    return items(told, (it) => object(it) && { id: it.id, name: text(it.name), constraints: items(it.constraints, constraintOf) })
+/** Parses the segments that a flag uses. */
+export function segmentsOf(raw) {
+    return items(raw, (it) => object(it) && { id: it.id, name: text(it.name), constraints: items(it.constraints, constraintOf) })
         .filter((it) => it !== null);
 }
 
-/** What `read` makes of each item of a list; something else than a list is one item that cannot be read. */
+/** Parses each item of a list with `read`. A value that is not a list counts as one unreadable item. */
 function items(value, read) {
     return isMissing(value) ? [] : (list(value) ?? [null]).map((it) => read(it));
 }
 
 const isMissing = (value) => value === null || value === undefined;
 
-/** Whether it is a boolean or left out. */
-const isSwitch = (value) => isMissing(value) || typeof value === 'boolean';
+/** Whether a value is a boolean or missing. */
+const isBooleanOrMissing = (value) => isMissing(value) || typeof value === 'boolean';
 
-function dependencyOf(told) {
-    const { feature, enabled, variants } = object(told) ?? {};
+function dependencyOf(raw) {
+    const { feature, enabled, variants } = object(raw) ?? {};
     const read = { feature: text(feature), enabled: enabled ?? true, variants: items(variants, text) };
-    return read.feature === null || !isSwitch(enabled) || read.variants.includes(null) ? null : read;
+    return read.feature === null || !isBooleanOrMissing(enabled) || read.variants.includes(null) ? null : read;
 }
 
-function strategyOf(told) {
-    const { name, title, parameters, constraints, segments, variants } = object(told) ?? {};
+function strategyOf(raw) {
+    const { name, title, parameters, constraints, segments, variants } = object(raw) ?? {};
     const settings = isMissing(parameters) ? {} : object(parameters);
     if (text(name) === null || settings === null) return null;
-    const given = Object.entries(settings).filter(([, value]) => !isMissing(value));
+    const present = Object.entries(settings).filter(([, value]) => !isMissing(value));
     return {
         name: text(name),
         title: text(title),
-        parameters: Object.fromEntries(given.map(([key, value]) => [key, text(value)]).filter(([, value]) => value !== null)),
-        /** The names of the parameters that cannot be read. */
-        unreadable: given.filter(([, value]) => text(value) === null).map(([key]) => key),
+        parameters: Object.fromEntries(present.map(([key, value]) => [key, text(value)]).filter(([, value]) => value !== null)),
+        /** The names of the unreadable parameters. */
+        unreadable: present.filter(([, value]) => text(value) === null).map(([key]) => key),
         constraints: items(constraints, constraintOf),
         segments: items(segments, (id) => (Number.isInteger(id) ? id : null)),
         variants: items(variants, variantOf),
     };
 }
 
-function constraintOf(told) {
-    const { contextName, operator, value, values, inverted, caseInsensitive } = object(told) ?? {};
+function constraintOf(raw) {
+    const { contextName, operator, value, values, inverted, caseInsensitive } = object(raw) ?? {};
     const read = {
         contextName: text(contextName),
         operator: text(operator),
@@ -68,25 +68,25 @@ function constraintOf(told) {
         inverted: inverted === true,
         caseInsensitive: caseInsensitive === true,
     };
-    const isReadable = ![read.contextName, read.operator, read.value, ...read.values].includes(null) && [inverted, caseInsensitive].every(isSwitch);
+    const isReadable = ![read.contextName, read.operator, read.value, ...read.values].includes(null) && [inverted, caseInsensitive].every(isBooleanOrMissing);
     return isReadable ? read : null;
 }
 
-function variantOf(told) {
-    const { name, weight, payload, overrides } = object(told) ?? {};
+function variantOf(raw) {
+    const { name, weight, payload, overrides } = object(raw) ?? {};
     if (text(name) === null || !Number.isInteger(weight) || weight < 0) return null;
     const [type, value] = [text(object(payload)?.type), text(object(payload)?.value)];
     return {
         name: text(name),
         weight,
         payload: type === null || value === null ? null : { type, value },
-        // What cannot be read of these is left out.
+        // Unreadable overrides are omitted.
         overrides: items(overrides, overrideOf).filter((it) => it !== null),
     };
 }
 
-function overrideOf(told) {
-    const { contextName, values } = object(told) ?? {};
+function overrideOf(raw) {
+    const { contextName, values } = object(raw) ?? {};
     const texts = items(values, text).filter((it) => it !== null);
     return text(contextName) === null || list(values) === null ? null : { contextName: text(contextName), values: texts };
 }

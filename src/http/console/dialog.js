@@ -1,17 +1,17 @@
-// Modal dialogs: the browser's own, which keep the focus inside and give it back to where it was.
+// Modal dialogs, built on the browser's `<dialog>`, which traps the focus and restores it on close.
 
 import { h, refocus, uniqueId } from './dom.js';
 import { form } from './form.js';
 
-/** The dialogs that only their own buttons close. */
+/** Open dialogs that only their own buttons can close. */
 const unanswered = new Set();
 
-/** Browsers ask before they leave the page then. */
-const stay = (event) => event.preventDefault();
+/** Makes the browser ask before it leaves the page. */
+const confirmLeaving = (event) => event.preventDefault();
 
 /**
- * Opens a dialog with `body` (an element, or a function that is given `close`).
- * `mustAnswer` is for what would be lost: neither Escape closes it nor another page, to which Back leads.
+ * Opens a dialog with `body` (an element, or a function that receives `close` and returns one).
+ * `mustAnswer` is for content that would be lost: neither Escape nor navigation closes the dialog.
  */
 export function open(title, body, { mustAnswer = false, wide = false, onclose } = {}) {
     const titleId = uniqueId('dialog');
@@ -20,18 +20,18 @@ export function open(title, body, { mustAnswer = false, wide = false, onclose } 
     dialog.append(h('h2', { id: titleId }, title), typeof body === 'function' ? body(close) : body);
     if (mustAnswer) {
         dialog.addEventListener('cancel', (event) => event.preventDefault());
-        // Browsers close at a second Escape, whatever is made of the first, unless they never see it.
+        // Browsers close on a second Escape even if the first was cancelled, unless the key event is prevented.
         dialog.addEventListener('keydown', (event) => event.key === 'Escape' && event.preventDefault());
         unanswered.add(dialog);
-        addEventListener('beforeunload', stay);
+        addEventListener('beforeunload', confirmLeaving);
     }
     const before = document.activeElement;
     dialog.addEventListener('close', () => {
         dialog.remove();
         unanswered.delete(dialog);
-        if (unanswered.size === 0) removeEventListener('beforeunload', stay);
+        if (unanswered.size === 0) removeEventListener('beforeunload', confirmLeaving);
         onclose?.();
-        // What opened it may have been drawn anew since.
+        // The element that opened the dialog may have been replaced since.
         if (!before?.isConnected && !document.querySelector('dialog[open]')) refocus(before);
     });
     document.body.append(dialog);
@@ -39,12 +39,12 @@ export function open(title, body, { mustAnswer = false, wide = false, onclose } 
     return dialog;
 }
 
-/** Closes the dialogs of a page that is left. */
+/** Closes the dialogs of a page that is being left, except those that must be answered. */
 export function closeAll() {
     for (const dialog of document.querySelectorAll('dialog')) if (!unanswered.has(dialog)) dialog.close();
 }
 
-/** Asks before something that cannot be undone; `act` is what happens on yes. */
+/** Asks for confirmation of an irreversible action; `act` runs on yes. */
 export function confirm({ title, text, yes, act }) {
     open(title, (close) => form({
         parts: [h('p', text)],
@@ -59,7 +59,7 @@ export function confirm({ title, text, yes, act }) {
     }));
 }
 
-/** The buttons at the foot of a form in a dialog. */
+/** The buttons of a form in a dialog. */
 export function buttons(close, yes) {
     return [
         h('button.button', { type: 'button', onclick: close }, 'Cancel'),

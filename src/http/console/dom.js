@@ -1,37 +1,37 @@
-// Builds elements. Text only ever becomes text nodes, so nothing that a server says can turn into markup.
+// Builds elements. Text becomes text nodes only, so text from a server cannot inject markup.
 
 const SVG = 'http://www.w3.org/2000/svg';
 
 /**
  * An element: `h('p.note', { id: 'a', onclick: f }, 'text', child, [more])`.
- * Attributes that are `null`, `undefined` or `false` are left out; `true` is an attribute without a value.
+ * Attributes that are `null`, `undefined` or `false` are omitted; `true` is an attribute without a value.
  */
 export function h(selector, ...rest) {
     return build((tag) => document.createElement(tag), selector, rest);
 }
 
-/** An SVG element, written like `h`. */
+/** An SVG element, with the same arguments as `h`. */
 export function svg(selector, ...rest) {
     return build((tag) => document.createElementNS(SVG, tag), selector, rest);
 }
 
-/** Puts `children` in the place of what `element` had. */
+/** Replaces the children of `element`. */
 export function fill(element, ...children) {
     element.replaceChildren(...children.flat(Infinity).filter(isShown));
     return element;
 }
 
-/** What a control is called, whichever way a column is sorted. */
+/** The accessible name of a control, without the arrow of a sorted column. */
 const nameOf = (control) => control.getAttribute('aria-label') ?? control.textContent.replace(/[↑↓]$/, '');
 
 const CONTROLS = 'a[href], button, summary, input, select, [tabindex]';
 
-/** Puts `children` as `fill` does; the focus goes to what has the name and the place of that which had it, and what was unfolded stays so. */
+/** Like `fill`, but keeps the focus on the control with the same name and position, and keeps open `details` open. */
 export function refill(element, ...children) {
-    const { activeElement: held } = document;
+    const { activeElement: focused } = document;
     const namesakes = (name) => [...element.querySelectorAll(CONTROLS)].filter((it) => nameOf(it) === name);
-    const name = element.contains(held) ? nameOf(held) : null;
-    const at = name === null ? -1 : namesakes(name).indexOf(held);
+    const name = element.contains(focused) ? nameOf(focused) : null;
+    const at = name === null ? -1 : namesakes(name).indexOf(focused);
     const unfolded = [...element.querySelectorAll('details')].map((it) => it.open);
     fill(element, ...children);
     const details = [...element.querySelectorAll('details')];
@@ -40,7 +40,7 @@ export function refill(element, ...children) {
     return element;
 }
 
-/** Puts the focus where it was, or on what has the same name by now, or where reading begins. */
+/** Restores the focus to `before`, or to a control with the same name, or to the heading of the page. */
 export function refocus(before) {
     if (before?.isConnected) return before.focus();
     const same = before && [...document.querySelectorAll('main :is(a[href], button)')].find((it) => nameOf(it) === nameOf(before));
@@ -49,7 +49,7 @@ export function refocus(before) {
 
 let count = 0;
 
-/** An id that no other element has. */
+/** A unique element id. */
 export function uniqueId(prefix) {
     count += 1;
     return `${prefix}-${count}`;

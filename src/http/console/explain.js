@@ -1,4 +1,4 @@
-// Explain: what a flag comes to for a context, and every piece that had a say in it.
+// The explanation of a flag for a context: the result, and each part that contributed to it.
 
 import { post } from './api.js';
 import { fill, h, uniqueId } from './dom.js';
@@ -13,17 +13,17 @@ const FIELDS = [
 ];
 
 const HINTS = {
-    sessionId: 'Made up, as for each request of a frontend without one, if left empty.',
-    environment: 'As the SDK sends it. The environment of a token is no part of the context.',
+    sessionId: 'Random if empty, as for a frontend request without one.',
+    environment: 'As the SDK sends it. The environment of a token is not part of the context.',
 };
 
-/** The context form with the place for the verdict below it. */
+/** The context form, and the region for the result below it. */
 export function explainForm({ flag, environment, signal }) {
     const inputs = FIELDS.map(([name]) => h('input', { name, autocomplete: 'off', spellcheck: 'false' }));
     const time = h('input', { type: 'datetime-local', name: 'currentTime', step: '1' });
     const controls = [
         ...FIELDS.map(([name, label], n) => field(label, inputs[n], { names: [name, 'context'], hint: HINTS[name] })),
-        field('Current time', time, { names: ['currentTime'], hint: 'Now, if left empty.' }),
+        field('Current time', time, { names: ['currentTime'], hint: 'Now if empty.' }),
     ];
     const rows = h('div.properties');
     const add = h('button.button', { type: 'button', onclick: () => {
@@ -43,8 +43,8 @@ export function explainForm({ flag, environment, signal }) {
             if (time.value !== '') context.currentTime = new Date(time.value).toISOString();
             const properties = readProperties(rows);
             if (Object.keys(properties).length > 0) context.properties = properties;
-            const told = await post('api/admin/explain', { environment, flag, context }, { signal, quiet: true });
-            fill(result, verdict(told.explanation ?? told));
+            const response = await post('api/admin/explain', { environment, flag, context }, { signal, quiet: true });
+            fill(result, verdict(response.explanation ?? response));
         },
     });
     return [box, result];
@@ -74,28 +74,28 @@ function readProperties(rows) {
     return properties;
 }
 
-function verdict(told) {
-    const variant = told.variant && [h('span.badge.kind', `Variant ${told.variant.name}`), told.variant.payload && h('code.payload', told.variant.payload.value)];
+function verdict(explanation) {
+    const variant = explanation.variant && [h('span.badge.kind', `Variant ${explanation.variant.name}`), explanation.variant.payload && h('code.payload', explanation.variant.payload.value)];
     return [
-        h('h3.verdict', h('span', { class: `badge ${told.enabled ? 'good' : 'off'}` }, told.enabled ? 'On' : 'Off'), variant),
-        h('p.summary', sentence(told.summary)),
-        pieces(told),
+        h('h3.verdict', h('span', { class: `badge ${explanation.enabled ? 'good' : 'off'}` }, explanation.enabled ? 'On' : 'Off'), variant),
+        h('p.summary', sentence(explanation.summary)),
+        pieces(explanation),
     ];
 }
 
-/** Everything that had a say, in the order in which it is asked. */
-function pieces(told) {
-    const decides = (kind, index) => told.decision?.by === kind && (index === undefined || told.decision.index === index);
+/** All parts of an explanation, in evaluation order. */
+function pieces(explanation) {
+    const decides = (kind, index) => explanation.decision?.by === kind && (index === undefined || explanation.decision.index === index);
     const list = [
-        piece({ holds: told.switchedOn, decides: decides('switch'), title: told.switchedOn ? 'Switched on here' : 'Switched off here' }),
-        ...told.parents.map((it, n) => piece({
+        piece({ holds: explanation.switchedOn, decides: decides('switch'), title: explanation.switchedOn ? 'Switched on here' : 'Switched off here' }),
+        ...explanation.parents.map((it, n) => piece({
             holds: it.satisfied, decides: decides('parent', n), title: ['Parent ', h('code', it.flag)], why: it.why,
             inside: it.explanation && [h('p.hint', sentence(it.explanation.summary)), pieces(it.explanation)],
         })),
-        ...told.strategies.map((it, n) => strategyPiece(it, n, decides('strategy', n))),
-        told.variants && variantsPiece(told.variants, 'Variants of the flag'),
+        ...explanation.strategies.map((it, n) => strategyPiece(it, n, decides('strategy', n))),
+        explanation.variants && variantsPiece(explanation.variants, 'Variants of the flag'),
     ];
-    const wrong = told.problems.length > 0 && h('div.note', h('p', 'Wrong with the definition:'), h('ul', told.problems.map((it) => h('li', sentence(it)))));
+    const wrong = explanation.problems.length > 0 && h('div.note', h('p', 'Wrong with the definition:'), h('ul', explanation.problems.map((it) => h('li', sentence(it)))));
     return [h('ul.pieces', list), wrong];
 }
 
@@ -133,21 +133,21 @@ function variantsPiece(it, title) {
     });
 }
 
-/** One piece: whether it holds (neither, where it is undefined), whether it decided, and why. */
+/** One part: whether it matches (no badge if undefined), whether it decided the result, and why. */
 function piece({ holds, decides, unreached, title, why, inside }) {
     const state = holds === undefined ? null
         : h('span', { class: `badge ${holds ? 'good' : 'off'}` }, holds ? 'Yes' : 'No');
     return h('li', { class: ['piece', decides && 'decides', unreached && 'unreached'].filter(Boolean).join(' ') },
-        h('p.piece-title', state, h('span', title), decides && h('span.badge.kind', 'Decided'), unreached && h('span.muted', 'not asked')),
+        h('p.piece-title', state, h('span', title), decides && h('span.badge.kind', 'Decided'), unreached && h('span.muted', 'not evaluated')),
         why && h('p.why', sentence(why)), inside);
 }
 
-/** Where the context falls, drawn as a bar of the rollout's share with a mark at the bucket. */
+/** A bar with the rollout's percentage, and a mark at the bucket of the context. */
 function bucket(place, percentage) {
     const facts = [
         ['Bucket', place.bucket === null ? 'none' : `${place.bucket} of ${place.buckets}`],
         percentage !== null && percentage !== undefined && ['Rollout', `${percentage} %`],
-        ['By', place.drawn ? 'chance' : place.field ?? place.stickiness],
+        ['By', place.drawn ? 'random' : place.field ?? place.stickiness],
         place.value !== null && place.value !== undefined && ['Value', place.value],
         place.group !== null && place.group !== undefined && ['Group', place.group],
     ].filter(Boolean);
@@ -167,10 +167,10 @@ function shares(it) {
         return part;
     }));
     if (it.placement.bucket !== null) meter.append(pin(it.placement));
-    const words = it.shares.filter((share) => share.weight > 0)
+    const ranges = it.shares.filter((share) => share.weight > 0)
         .map((share) => `${share.name}: ${share.firstBucket} to ${share.firstBucket + share.weight - 1}`).join(', ');
     const where = it.placement.bucket === null ? 'No bucket' : `Bucket ${it.placement.bucket} of ${it.placement.buckets}`;
-    return [meter, h('p.hint', `${where}. ${words}.`)];
+    return [meter, h('p.hint', `${where}. ${ranges}.`)];
 }
 
 function pin({ bucket, buckets }) {
@@ -179,7 +179,7 @@ function pin({ bucket, buckets }) {
     return mark;
 }
 
-/** Words with what stands in backticks as code, and the first letter large. */
+/** A text as a sentence, with parts in backticks as code. */
 function sentence(text = '') {
     const parts = text.split('`').map((part, n) => (n % 2 === 1 ? h('code', part) : part));
     if (typeof parts[0] === 'string' && parts[0] !== '') parts[0] = parts[0][0].toUpperCase() + parts[0].slice(1);

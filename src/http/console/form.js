@@ -1,10 +1,10 @@
-// Labelled controls, and forms that say beside each field what the server found wrong with it.
+// Labelled controls, and forms that show the server's validation errors beside the fields.
 
 import { ApiError, sentence } from './api.js';
 import { h, fill, uniqueId } from './dom.js';
-import { message } from './notice.js';
+import { message } from './messages.js';
 
-/** A control under its label, with a hint and a place for what is wrong with it. */
+/** A control with a label, a hint and an error message. */
 export function field(label, control, { hint, names = [] } = {}) {
     const id = control.id || uniqueId('field');
     control.id = id;
@@ -12,17 +12,17 @@ export function field(label, control, { hint, names = [] } = {}) {
     const wrong = h('p.wrong', { id: `${id}-wrong` });
     control.setAttribute('aria-describedby', hint ? `${hintId} ${wrong.id}` : wrong.id);
     const box = h('div.field', h('label', { for: id }, label), control, hint && h('p.hint', { id: hintId }, hint), wrong);
-    return tellable(box, control, wrong, names);
+    return withError(box, control, wrong, names);
 }
 
-/** Several controls under one legend. */
+/** A group of controls with a legend. */
 export function group(legend, controls, { hint, names = [] } = {}) {
     const wrong = h('p.wrong');
     const box = h('fieldset.field', h('legend', legend), hint && h('p.hint', hint), controls, wrong);
-    return tellable(box, box.querySelector('input, select'), wrong, names);
+    return withError(box, box.querySelector('input, select'), wrong, names);
 }
 
-/** A checkbox or radio with its label behind it. */
+/** A checkbox or radio button followed by its label. */
 export function choice(type, name, value, label, { checked = false, hint, onchange, disabled } = {}) {
     const input = h('input', { type, name, value, checked, onchange, disabled });
     return h('label.choice', input, h('span', label, hint && h('span.hint', hint)));
@@ -38,20 +38,20 @@ export function select(options, value, attributes = {}) {
 }
 
 /**
- * A form: what `submit` throws is shown, fields' mistakes beside the fields.
- * `fields` are those of `field` and `group`; `parts` what stands in the form, `buttons` at its foot.
+ * A form that shows the errors thrown by `submit`, field errors beside their fields.
+ * `fields` are the results of `field` and `group`; `parts` is the content of the form, and `buttons` follow it.
  */
 export function form({ fields = [], parts = fields, buttons, submit }) {
     const trouble = h('div.form-trouble', { role: 'alert' });
     const box = h('form', { novalidate: true, onsubmit: async (event) => {
         event.preventDefault();
         if (box.getAttribute('aria-busy') === 'true') return;
-        fields.forEach((it) => it.tell(''));
+        fields.forEach((it) => it.setError(''));
         fill(trouble);
         const invalid = box.querySelector(':invalid:not(fieldset)');
         if (invalid) {
             const owner = fields.find((it) => it.contains(invalid));
-            owner?.tell(invalid.validationMessage);
+            owner?.setError(invalid.validationMessage);
             invalid.focus();
             return;
         }
@@ -59,7 +59,7 @@ export function form({ fields = [], parts = fields, buttons, submit }) {
         try {
             await submit();
         } catch (error) {
-            // Whoever has left for another page waits for nothing here any more.
+            // Aborted because the user has left the page: there is nothing to show.
             if (error.name !== 'AbortError') show(error, fields, trouble);
         } finally {
             box.removeAttribute('aria-busy');
@@ -68,7 +68,7 @@ export function form({ fields = [], parts = fields, buttons, submit }) {
     return box;
 }
 
-/** A mistake of one field that is found here: throw it in `submit`. */
+/** A client-side validation error of one field, for `submit` to throw. */
 export class FieldError extends Error {
     constructor(name, text) {
         super(text);
@@ -76,9 +76,9 @@ export class FieldError extends Error {
     }
 }
 
-function tellable(box, control, wrong, names) {
+function withError(box, control, wrong, names) {
     box.names = names;
-    box.tell = (text) => {
+    box.setError = (text) => {
         wrong.textContent = text;
         if (text === '') control?.removeAttribute('aria-invalid');
         else control?.setAttribute('aria-invalid', 'true');
@@ -87,23 +87,23 @@ function tellable(box, control, wrong, names) {
     return box;
 }
 
-/** The API begins with its own name of the field, which stands there in words already. */
-function besideField({ path, message: text }) {
+/** Removes the API's name of the field from a message, because the label already shows it. */
+function withoutFieldName({ path, message: text }) {
     return path && text.startsWith(`${path} `) ? sentence(text.slice(path.length + 1)) : text;
 }
 
 function show(error, fields, trouble) {
     const ofField = (name) => fields.find((it) => it.names.includes(name));
-    const mistakes = error instanceof FieldError
+    const errors = error instanceof FieldError
         ? [{ path: error.field, message: error.message }]
         : error instanceof ApiError ? error.details : [];
-    let told = null;
-    for (const mistake of mistakes) {
-        const owner = ofField(String(mistake.path ?? '').replace(/^[/.]/, '').split(/[/.[]/)[0]);
+    let first = null;
+    for (const fieldError of errors) {
+        const owner = ofField(String(fieldError.path ?? '').replace(/^[/.]/, '').split(/[/.[]/)[0]);
         if (!owner) continue;
-        owner.tell(besideField(mistake));
-        told ??= owner;
+        owner.setError(withoutFieldName(fieldError));
+        first ??= owner;
     }
-    if (told) told.focusControl();
+    if (first) first.focusControl();
     else fill(trouble, h('p', error instanceof FieldError ? error.message : message(error)));
 }

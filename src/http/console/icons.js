@@ -1,4 +1,4 @@
-// The few pictures, drawn on a grid of 16 and in the colour of the text around them. All stand beside words or carry a label.
+// Icons on a 16 × 16 grid, in the colour of the surrounding text. Each is used beside text or in a labelled control.
 
 import { svg } from './dom.js';
 
@@ -19,7 +19,7 @@ export function icon(name) {
     return svg('svg.icon', { viewBox: '0 0 16 16', 'aria-hidden': 'true', focusable: 'false' }, line);
 }
 
-/** The mark of the house. */
+/** Parapet's logo. */
 export function mark() {
     return svg('svg.mark', { viewBox: '0 0 20 16', 'aria-hidden': 'true', focusable: 'false' },
         svg('path', { d: 'M0 1h5v4h2.500V1h5v4H15V1h5v8H0zM0 11h20v4H0z' }));

@@ -1,4 +1,4 @@
-// Reads the few families that the overview shows from Prometheus' text format, and how fast they grow.
+// Parses counters from the Prometheus text format and computes their rates.
 
 /** The samples of the counters `names`: `{ name, labels, value }`. */
 export function samples(text, names) {
@@ -13,7 +13,7 @@ export function samples(text, names) {
     return found;
 }
 
-/** The sums of `found` by what `keyOf` says; samples without a key are left out. */
+/** The sums of samples by the key that `keyOf` returns; samples with the key `null` are omitted. */
 export function sums(found, keyOf) {
     const totals = new Map();
     for (const sample of found) {
@@ -23,7 +23,7 @@ export function sums(found, keyOf) {
     return totals;
 }
 
-/** How much `key` grew a second from `before` to `after`; `null` where a restart began again. */
+/** The rate per second of `key` between `before` and `after`; `null` if a restart has reset the counter. */
 export function rate(before, after, key, seconds) {
     const grown = (after.get(key) ?? 0) - (before.get(key) ?? 0);
     return grown < 0 || seconds <= 0 ? null : grown / seconds;

@@ -1,6 +1,6 @@
-// Which page an address means. Addresses are behind the `#`, so the server has one page only.
+// Maps URLs to pages. The path of a page is in the URL's fragment, so the server serves only one page.
 
-/** `{ route, params, query }` of the address that is shown, by the table `routes`; `null` where none fits. */
+/** Finds the entry of `routes` for the current URL: `{ route, params, query }`, or `null` if none matches. */
 export function match(routes, hash = location.hash) {
     const [path, query = ''] = hash.replace(/^#\/?/, '').split('?');
     const parts = path.split('/').filter((part) => part !== '').map(decoded);
@@ -11,25 +11,25 @@ export function match(routes, hash = location.hash) {
     return null;
 }
 
-/** The address of a page: `address(['flags', name], { environment })`. */
+/** The URL of a page: `address(['flags', name], { environment })`. */
 export function address(parts, query = {}) {
     const search = new URLSearchParams(Object.entries(query).filter(([, value]) => value !== '' && value != null));
     const text = search.toString();
     return `#/${parts.map(encodeURIComponent).join('/')}${text === '' ? '' : `?${text}`}`;
 }
 
-/** Changes what stands behind the `?` of the address, without another entry in the history and without a page change. */
-export function keep(parts, query) {
+/** Replaces the query of the URL without a new history entry and without changing the page. */
+export function replaceQuery(parts, query) {
     history.replaceState(null, '', address(parts, query));
 }
 
 function fit(pattern, parts) {
-    const wanted = pattern.split('/').filter((part) => part !== '');
-    if (wanted.length !== parts.length) return null;
+    const segments = pattern.split('/').filter((part) => part !== '');
+    if (segments.length !== parts.length) return null;
     const params = {};
-    for (const [n, want] of wanted.entries()) {
-        if (want.startsWith(':')) params[want.slice(1)] = parts[n];
-        else if (want !== parts[n]) return null;
+    for (const [n, segment] of segments.entries()) {
+        if (segment.startsWith(':')) params[segment.slice(1)] = parts[n];
+        else if (segment !== parts[n]) return null;
     }
     return params;
 }

@@ -1,15 +1,15 @@
-// Who is signed in, and what they may do.
+// The signed-in account and its permissions.
 
 import { get, post } from './api.js';
 
-/** An account as `/api/admin/user` tells it. */
+/** The account and permissions from `/api/admin/user`. */
 export class Session {
     constructor({ user, permissions }) {
         this.user = user ?? {};
         this.permissions = new Set((permissions ?? []).map((it) => (typeof it === 'string' ? it : it.permission)));
     }
 
-    /** The signed-in account; an `ApiError` of status 401 where there is none. */
+    /** Loads the current session; an `ApiError` with status 401 if there is none. */
     static async load() {
         return new Session(await get('api/admin/user', { anonymous: true }));
     }
@@ -23,7 +23,7 @@ export class Session {
         return this.permissions.has('ADMIN');
     }
 
-    /** What the person is called. */
+    /** The display name. */
     get name() {
         return this.user.name || this.user.username || this.user.email || 'Signed in';
     }
@@ -36,7 +36,7 @@ export class Session {
     }
 }
 
-/** Ends the session; that the server does not know it any more is as good. */
+/** Ends the session. A session that the server no longer knows is not an error. */
 export async function signOut() {
     await fetch(new URL('logout', document.baseURI.split('#')[0]), { method: 'POST', redirect: 'manual' });
 }

@@ -1,4 +1,4 @@
-// What to paste where an application starts: the same few lines that each SDK's own documentation begins with.
+// Code snippets that connect an application: the first lines of each SDK's own documentation.
 
 /** `[title, text]` for each way to use a token of this kind. */
 export function snippets(kind, secret, dataUrl) {

@@ -1,27 +1,27 @@
-// What the instance says of itself, as far as it lets us see it.
+// The status of the instance, if the account may read it.
 
 import { ApiError, get, getIfThere } from './api.js';
 
-/** The port that SDKs go to where nothing is told. */
+/** The default port for SDKs, if the status is not available. */
 const DATA_PORT = 3063;
 
-/** Whether the server that an edge relays to is an Unleash; `null` until that is known. */
+/** Whether the server that an edge relays to is an Unleash server; `null` until that is known. */
 let isRelayedUnleash = null;
 
 /**
- * What `/status` tells, or `null`; `isUnleash` is whether the control plane behind the console is an Unleash server,
- * `dataUrl` where SDKs go. `options` are those of the requests.
+ * Loads `/status`, if available (`hasStatus`). `isUnleash` is whether the control plane behind the console is an Unleash
+ * server, and `dataUrl` is the URL for SDKs. `options` are those of the requests.
  */
 export async function loadStatus(options) {
-    const told = await getIfThere('status', options);
-    const isTold = told !== null && typeof told === 'object';
-    const isRelayed = isTold ? told.consoleFor === 'unleash' : true;
+    const status = await getIfThere('status', options);
+    const hasStatus = status !== null && typeof status === 'object';
+    const isRelayed = hasStatus ? status.consoleFor === 'unleash' : true;
     if (isRelayed) isRelayedUnleash ??= await relaysToUnleash(options);
     const isUnleash = isRelayed && (isRelayedUnleash ?? true);
-    return { ...(isTold ? told : {}), isTold, isUnleash, dataUrl: told?.dataUrl ?? nearby(told) };
+    return { ...(hasStatus ? status : {}), hasStatus, isUnleash, dataUrl: status?.dataUrl ?? defaultDataUrl(status) };
 }
 
-/** An edge may stand in front of another Parapet, which has no settings of Unleash's pages to tell. */
+/** An edge may relay to another Parapet, which does not have Unleash's `ui-config`. */
 async function relaysToUnleash(options) {
     try {
         await get('api/admin/ui-config', { ...options, quiet: true });
@@ -31,8 +31,8 @@ async function relaysToUnleash(options) {
     }
 }
 
-/** The data listener at the host that the console was found at, which is all that is known of one bound to every address. */
-function nearby(told) {
+/** The SDK port at the console's own host: the status of a port bound to all addresses has no host. */
+function defaultDataUrl(status) {
     const host = location.hostname;
-    return `${told?.dataTls ? 'https' : 'http'}://${host}:${told?.dataPort ?? DATA_PORT}${told?.dataPath ?? ''}`;
+    return `${status?.dataTls ? 'https' : 'http'}://${host}:${status?.dataPort ?? DATA_PORT}${status?.dataPath ?? ''}`;
 }

@@ -1,17 +1,16 @@
-// Tables that stay tables for a screen reader when narrow screens show each row as a card.
+// Sortable tables. On narrow screens each row is shown as a card, but screen readers still see a table.
 
 import { h, refill } from './dom.js';
 import { icon } from './icons.js';
 
-/** So many rows are drawn at once where nothing is said; the rest on demand. */
+/** The default number of rows to show at once; a button shows more. */
 const PAGE = 200;
 
 /**
- * A table.
- *
  * `columns`: `{ label, cell(row) -> child, sort?(row) -> string or number, class?, hideLabel? }`; the first is the row's heading.
- * `detail(row)`, where given, is what a row unfolds to. `order` is the label of the column that the rows are in, `-` before it
- * for the largest first. `page` is how many rows are drawn at once. The result's `show(rows, empty)` replaces the rows; `empty` stands there when there are none.
+ * `detail(row)` is the expandable content of a row. `order` is the label of the column to sort by, with `-` before it for
+ * descending order. `page` is the number of rows to show at once. The result's `show(rows, empty)` replaces the rows;
+ * `empty` is shown if there are none.
  */
 export function table({ caption, columns, detail, order = '', page = PAGE }) {
     let shown = { rows: [], empty: null };
@@ -26,7 +25,7 @@ export function table({ caption, columns, detail, order = '', page = PAGE }) {
             const at = limit;
             limit += Math.max(page, PAGE);
             draw();
-            // The button is gone, or another: reading goes on at the first row that is new.
+            // The button was replaced, so the focus moves to the first new row.
             const next = box.querySelectorAll('tbody > tr:not(.detail)')[at];
             next?.setAttribute('tabindex', '-1');
             next?.focus();
@@ -41,32 +40,32 @@ export function table({ caption, columns, detail, order = '', page = PAGE }) {
             h('thead', { role: 'rowgroup' }, head), h('tbody', { role: 'rowgroup' }, body));
         return refill(box, grid, more && h('div.table-more', more));
     };
-    const drawFreely = unlessHeld(box, draw);
+    const drawWhenReleased = deferWhilePressed(box, draw);
     box.show = (rows, empty) => {
         shown = { rows, empty };
-        drawFreely();
+        drawWhenReleased();
     };
     return box;
 }
 
-/** `act`, put off for as long as something in `box` is pressed: a click ends on what it began on, or is none. */
-function unlessHeld(box, act) {
-    let isHeld = false;
+/** Delays `act` while a pointer or key is pressed in `box`: a click is lost if its element is replaced in between. */
+function deferWhilePressed(box, act) {
+    let isPressed = false;
     let isDue = false;
-    const letGo = () => setTimeout(() => {
-        isHeld = false;
+    const release = () => setTimeout(() => {
+        isPressed = false;
         if (isDue) act();
         isDue = false;
     });
-    const hold = (ends) => () => {
-        isHeld = true;
+    const onPress = (ends) => () => {
+        isPressed = true;
         const over = new AbortController();
-        for (const end of [...ends, 'blur']) addEventListener(end, () => (over.abort(), letGo()), { signal: over.signal });
+        for (const end of [...ends, 'blur']) addEventListener(end, () => (over.abort(), release()), { signal: over.signal });
     };
-    box.addEventListener('pointerdown', hold(['pointerup', 'pointercancel']));
-    box.addEventListener('keydown', hold(['keyup']));
+    box.addEventListener('pointerdown', onPress(['pointerup', 'pointercancel']));
+    box.addEventListener('keydown', onPress(['keyup']));
     return () => {
-        if (isHeld) isDue = true;
+        if (isPressed) isDue = true;
         else act();
     };
 }

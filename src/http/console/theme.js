@@ -1,5 +1,5 @@
-// The colours, before anything is drawn. A classic script, so that the page never flashes in the other theme.
-// Nothing is stored while the system's own choice is in force.
+// Sets the light or dark theme before the page is drawn; a classic script, so that the page never flashes in the other theme.
+// Nothing is stored while the theme follows the system.
 (() => {
     const key = 'parapet-theme';
     const system = matchMedia('(prefers-color-scheme: dark)');
@@ -19,14 +19,14 @@
     system.addEventListener('change', apply);
     addEventListener('storage', apply);
 
-    /** Changes to the other theme; forgets the choice where it is the system's own. */
+    /** Switches the theme; removes the stored choice if it equals the system's. */
     globalThis.toggleTheme = () => {
         const next = document.documentElement.dataset.theme === 'dark' ? 'light' : 'dark';
         try {
             if ((next === 'dark') === system.matches) localStorage.removeItem(key);
             else localStorage.setItem(key, next);
         } catch {
-            // Without storage there is no choice to keep.
+            // Storage is not available, so the choice is not stored.
         }
         document.documentElement.dataset.theme = next;
         document.dispatchEvent(new Event('themechange'));

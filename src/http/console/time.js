@@ -1,4 +1,4 @@
-// Times and numbers as people read them.
+// Formats times and numbers.
 
 import { h } from './dom.js';
 
@@ -8,7 +8,7 @@ const EXACT = new Intl.DateTimeFormat('en-GB', { dateStyle: 'long', timeStyle: '
 const NUMBER = new Intl.NumberFormat('en-GB');
 const UNITS = [['year', 31_557_600], ['month', 2_629_800], ['week', 604_800], ['day', 86_400], ['hour', 3_600], ['minute', 60]];
 
-/** Near times as `5 minutes ago`, with the exact time to look up. */
+/** A relative time such as `5 minutes ago`, with the exact time as its title. */
 export function ago(iso, otherwise) {
     const time = moment(iso);
     if (time === null) return h('span.muted', otherwise);
@@ -27,7 +27,7 @@ export function atText(iso) {
     return time === null ? '' : ABSOLUTE.format(time);
 }
 
-/** A length of time in seconds as `3 minutes`. */
+/** Formats a duration in seconds as `3 minutes`. */
 export function lasting(seconds) {
     const [unit, length] = UNITS.find(([, length]) => seconds >= length) ?? ['second', 1];
     const count = Math.floor(seconds / length);

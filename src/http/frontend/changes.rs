@@ -1,4 +1,4 @@
-//! What a frontend's stream tells: the flags that are on for its context, and what changes of that.
+//! Event source of a frontend SDK's stream: the flags enabled for one context, then their changes.
 
 use std::time::Duration;
 
@@ -13,43 +13,43 @@ use crate::{
     snapshot::Snapshots,
 };
 
-/// Tells what changes for one context.
+/// Evaluated flags of one context, sent again when they change.
 #[derive(Debug)]
 pub struct Changes {
     snapshots: Snapshots,
     asker: Asker,
     follower: Follower,
     wake: Wake,
-    /// The client must say more of its context.
-    is_over: bool,
+    /// The client must reconnect with its full context.
+    needs_reconnect: bool,
 }
 
 impl Changes {
-    /// Begins with everything, unless that is the answer of the hash `last`, which the client has.
+    /// Starts with all flags, unless their hash is `last`, which the client already has.
     pub fn new(snapshots: Snapshots, asker: Asker, last: Option<u128>) -> Self {
         let (follower, wake) = (Follower::New(last), Wake::default());
-        Self { snapshots, asker, follower, wake, is_over: false }
+        Self { snapshots, asker, follower, wake, needs_reconnect: false }
     }
 }
 
 impl Teller for Changes {
     fn tell(&mut self) -> Option<Piece> {
-        let Self { snapshots, asker, follower, wake, is_over } = self;
+        let Self { snapshots, asker, follower, wake, needs_reconnect } = self;
         let snapshot = snapshots.load_for(asker.scope())?;
         let view = snapshot.view(&asker.scope().projects);
         let since = wake.set(view.reads(), snapshot.received());
         let Some(question) = asker.question(&snapshot, &view) else {
-            *is_over = true;
+            *needs_reconnect = true;
             return None;
         };
-        let news =
+        let update =
             question.answer(&view, |context| follower.catch_up(&snapshot, &view, context))?;
-        let (bytes, told) = match news {
+        let (bytes, kind) = match update {
             News::Whole(bytes) => (bytes, Told::Whole),
             News::Current(bytes) => (bytes, Told::Missed),
             News::Changed(bytes) => (bytes, Told::Changed(since)),
         };
-        Some(Piece { bytes, told })
+        Some(Piece { bytes, told: kind })
     }
 
     fn wakes_at(&self) -> Option<Instant> {
@@ -57,38 +57,38 @@ impl Teller for Changes {
     }
 
     fn is_over(&self) -> bool {
-        self.is_over
+        self.needs_reconnect
     }
 }
 
-/// When flags may come to something else by themselves, because a date of theirs comes.
+/// The next time at which a date in a flag's constraints may change the outcomes.
 #[derive(Debug, Default)]
 pub struct Wake(Option<(Timestamp, Instant)>);
 
 impl Wake {
-    /// Finds out anew, and tells since when there may be something new: the source sent the flags at
-    /// `received`, a date may have come later.
+    /// Computes the next time. Returns since when the outcomes may differ: since the flags were
+    /// received, or since a later date that has passed.
     pub fn set(&mut self, reads: &Reads, received: Instant) -> Instant {
         let (now, instant) = (Timestamp::now(), Instant::now());
-        let came = self.0.map(|(date, _)| date).filter(|date| *date <= now);
+        let passed = self.0.map(|(date, _)| date).filter(|date| *date <= now);
         self.0 = reads.next_change(now).map(|date| {
-            // Not before: what is evaluated a moment too early is as it was.
+            // One millisecond later: evaluating too early would find no change.
             let wait = Duration::try_from(date.duration_since(now)).unwrap_or_default();
             let wait = wait.min(LONGEST_WAIT) + Duration::from_millis(1);
             (date, instant + wait)
         });
-        let came = came.and_then(|date| {
-            let past = Duration::try_from(now.duration_since(date)).ok()?;
-            instant.checked_sub(past)
+        let passed_at = passed.and_then(|date| {
+            let elapsed = Duration::try_from(now.duration_since(date)).ok()?;
+            instant.checked_sub(elapsed)
         });
-        came.map_or(received, |at| at.max(received))
+        passed_at.map_or(received, |at| at.max(received))
     }
 
-    /// The next time.
+    /// The next time, if there is one.
     pub fn at(&self) -> Option<Instant> {
         self.0.map(|(_, at)| at)
     }
 }
 
-/// Longer than any stream lasts by default, and far from what clocks cannot count.
+/// Longer than a stream's default lifetime, and safe from overflow in clock arithmetic.
 const LONGEST_WAIT: Duration = Duration::from_hours(24);

@@ -1,8 +1,8 @@
-//! What happens on a connection, told by those who see it to those who judge it.
+//! Activity of one connection: written where bytes and requests pass, read by the connection policy.
 //!
-//! All of it is counters and signs that cost a request some plain loads and stores: no clock, no lock and
-//! no addition that other processors have to agree to. They are written by the connection's own task,
-//! but for what is under way, which over HTTP/2 has tasks of its own.
+//! The state consists of counters and flags, so that a request costs a few plain loads and stores: no
+//! clock, no lock and no atomic read-modify-write. The connection's task writes them. The exception is
+//! responses in flight, which run in tasks of their own over HTTP/2 and use atomic additions.
 
 use std::{
     future::poll_fn,
@@ -17,184 +17,187 @@ use std::{
 use futures_util::task::AtomicWaker;
 use tokio::sync::Notify;
 
-/// What happens on a connection.
+/// Counters and flags of one connection.
 #[derive(Debug, Default)]
-pub(super) struct Activity {
+pub(super) struct ConnectionActivity {
     requests: AtomicU32,
     writes: AtomicU32,
-    /// Whether bytes have come after the last request.
-    has_bytes: AtomicBool,
-    /// Whether such bytes may be of the last request's body, which need not be read before its answer.
+    /// Whether bytes arrived after the last request.
+    has_partial_head: AtomicBool,
+    /// Whether such bytes may belong to the last request's body, which may be read after its response.
     has_body: AtomicBool,
-    /// Whether the client takes nothing of what it is sent.
-    is_blocked: AtomicBool,
-    is_last: AtomicBool,
+    /// Whether the client does not read what is sent to it.
+    is_write_blocked: AtomicBool,
+    closes_after_response: AtomicBool,
     is_evicted: AtomicBool,
-    open: AtomicUsize,
-    waiting_bytes: AtomicUsize,
-    /// Told when bytes or answers are on their way no more.
-    room: Notify,
+    responses_in_flight: AtomicUsize,
+    pending_bytes: AtomicUsize,
+    /// Notified when pending bytes are sent or a response is dropped.
+    bytes_released: Notify,
     /// The connection's task.
-    task: AtomicWaker,
+    waker: AtomicWaker,
 }
 
-/// What a connection waits for.
+/// The state of a connection, named after the event that it waits for.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Waiting {
-    /// The next request.
-    Request,
-    /// The rest of a request's head.
-    Head,
-    /// An answer.
-    Answer,
-    /// The client, who does not take what it is sent.
-    Client,
+pub(super) enum ConnectionState {
+    /// It waits for the next request.
+    Idle,
+    /// It waits for the rest of a request's head.
+    ReadingHead,
+    /// It waits for a response of this server.
+    Responding,
+    /// It waits for the client to read what was sent.
+    WriteBlocked,
 }
 
-/// How much has happened: equal where nothing has happened between.
+/// Counters of activity. Two equal readings mean that nothing happened in between.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub(super) struct Seen {
-    /// How many requests have come.
+pub(super) struct ActivityCounters {
+    /// The number of requests received.
     pub(super) requests: u32,
-    /// How often the client has taken bytes, those of pings among them.
+    /// The number of successful writes, responses to pings included.
     pub(super) writes: u32,
 }
 
-impl Activity {
-    /// What the connection waits for now.
-    pub(super) fn waiting(&self) -> Waiting {
-        if self.is_blocked.load(Relaxed) {
-            Waiting::Client
-        } else if self.open.load(Relaxed) > 0 {
-            Waiting::Answer
-        } else if self.has_bytes.load(Relaxed) {
-            Waiting::Head
+impl ConnectionActivity {
+    /// The current state.
+    pub(super) fn state(&self) -> ConnectionState {
+        if self.is_write_blocked.load(Relaxed) {
+            ConnectionState::WriteBlocked
+        } else if self.responses_in_flight.load(Relaxed) > 0 {
+            ConnectionState::Responding
+        } else if self.has_partial_head.load(Relaxed) {
+            ConnectionState::ReadingHead
         } else {
-            Waiting::Request
+            ConnectionState::Idle
         }
     }
 
-    /// How much has happened.
-    pub(super) fn seen(&self) -> Seen {
-        Seen { requests: self.requests.load(Relaxed), writes: self.writes.load(Relaxed) }
+    /// The current counters.
+    pub(super) fn counters(&self) -> ActivityCounters {
+        ActivityCounters {
+            requests: self.requests.load(Relaxed),
+            writes: self.writes.load(Relaxed),
+        }
     }
 
-    /// Whether there was a request.
+    /// Whether at least one request was received.
     pub(super) fn has_requests(&self) -> bool {
         self.requests.load(Relaxed) > 0
     }
 
-    /// Says that a request has come, whose head is complete.
-    pub(super) fn note_request(&self, has_body: bool) {
+    /// Records a request whose head is complete.
+    pub(super) fn record_request(&self, has_body: bool) {
         self.requests.store(self.requests.load(Relaxed).wrapping_add(1), Relaxed);
-        self.has_bytes.store(false, Relaxed);
+        self.has_partial_head.store(false, Relaxed);
         self.has_body.store(has_body, Relaxed);
     }
 
-    /// Says that bytes have come: those of a head, unless a request is under way or has a body.
-    pub(super) fn note_bytes(&self) {
+    /// Records received bytes. They start a head, unless a request is in flight or has a body.
+    pub(super) fn record_read(&self) {
         if !self.has_body.load(Relaxed) {
-            self.has_bytes.store(true, Relaxed);
+            self.has_partial_head.store(true, Relaxed);
         }
     }
 
-    /// Says whether the client has taken what it was sent.
-    pub(super) fn note_write(&self, was_taken: bool) {
-        self.is_blocked.store(!was_taken, Relaxed);
+    /// Records a write, and whether the client accepted it.
+    pub(super) fn record_write(&self, was_taken: bool) {
+        self.is_write_blocked.store(!was_taken, Relaxed);
         if was_taken {
             self.writes.store(self.writes.load(Relaxed).wrapping_add(1), Relaxed);
         }
     }
 
-    /// Says whether the client has taken all that it was sent.
-    pub(super) fn note_flush(&self, was_taken: bool) {
-        self.is_blocked.store(!was_taken, Relaxed);
+    /// Records a flush, and whether the client accepted all bytes.
+    pub(super) fn record_flush(&self, was_taken: bool) {
+        self.is_write_blocked.store(!was_taken, Relaxed);
     }
 
-    /// Whether answers are to say that the connection ends.
-    pub(super) fn is_last(&self) -> bool {
-        self.is_last.load(Relaxed) || self.is_evicted()
+    /// Whether responses must announce that the connection closes.
+    pub(super) fn is_closing_after_response(&self) -> bool {
+        self.closes_after_response.load(Relaxed) || self.is_evicted()
     }
 
-    /// From now on answers say that the connection ends.
-    pub(super) fn retire(&self) {
-        self.is_last.store(true, Relaxed);
+    /// Makes all further responses announce that the connection closes.
+    pub(super) fn close_after_response(&self) {
+        self.closes_after_response.store(true, Relaxed);
     }
 
-    /// Whether the connection is to make room for another.
+    /// Whether the connection must make room for another.
     pub(super) fn is_evicted(&self) -> bool {
         self.is_evicted.load(Relaxed)
     }
 
-    /// Makes the connection end, as long as nothing is under way on it.
+    /// Closes the connection to make room for another, unless a request is in flight on it.
     pub(super) fn evict(&self) {
         self.is_evicted.store(true, Relaxed);
-        self.task.wake();
+        self.waker.wake();
     }
 
-    /// Has the calling task woken by [`Activity::evict`].
-    pub(super) fn register_task(&self, cx: &Context<'_>) {
-        self.task.register(cx.waker());
+    /// Registers the calling task to be woken by [`ConnectionActivity::evict`].
+    pub(super) fn register_waker(&self, cx: &Context<'_>) {
+        self.waker.register(cx.waker());
     }
 
-    /// Says that an answer is under way, until that is dropped.
-    pub(super) fn open(self: &Arc<Self>) -> OpenAnswer {
-        self.open.fetch_add(1, Relaxed);
-        OpenAnswer { activity: Arc::clone(self), bytes: 0 }
+    /// Counts a response as in flight until the returned guard is dropped.
+    pub(super) fn begin_response(self: &Arc<Self>) -> InFlightResponse {
+        self.responses_in_flight.fetch_add(1, Relaxed);
+        InFlightResponse { activity: Arc::clone(self), pending_bytes: 0 }
     }
 }
 
-/// An answer that is under way.
+/// A guard for a response in flight.
 #[derive(Debug)]
-pub(super) struct OpenAnswer {
-    activity: Arc<Activity>,
-    /// How much of it waits for the client.
-    bytes: usize,
+pub(super) struct InFlightResponse {
+    activity: Arc<ConnectionActivity>,
+    /// The number of its bytes that the client has not read yet.
+    pending_bytes: usize,
 }
 
-impl OpenAnswer {
-    /// Sets so many bytes aside, once no more than `most` are on their way with them.
+impl InFlightResponse {
+    /// Reserves `bytes` pending bytes. Waits until the total of the connection stays within `most`.
     pub(super) async fn reserve(&mut self, bytes: usize, most: usize) {
-        let waiting = &self.activity.waiting_bytes;
+        let waiting = &self.activity.pending_bytes;
         loop {
-            let mut room = pin!(self.activity.room.notified());
+            let mut room = pin!(self.activity.bytes_released.notified());
             room.as_mut().enable();
             let reserve = |waiting: usize| waiting.checked_add(bytes).filter(|sum| *sum <= most);
             if waiting.fetch_update(Relaxed, Relaxed, reserve).is_ok() {
-                self.bytes = bytes;
+                self.pending_bytes = bytes;
                 return;
             }
             room.await;
         }
     }
 
-    /// Says how many bytes of it wait for the client.
-    pub(super) fn set_waiting(&mut self, bytes: usize) {
-        let waiting = &self.activity.waiting_bytes;
+    /// Sets the number of bytes that the client has not read yet.
+    pub(super) fn set_pending(&mut self, bytes: usize) {
+        let waiting = &self.activity.pending_bytes;
         waiting.fetch_add(bytes, Relaxed);
-        waiting.fetch_sub(self.bytes, Relaxed);
-        if bytes < self.bytes {
-            self.activity.room.notify_waiters();
+        waiting.fetch_sub(self.pending_bytes, Relaxed);
+        if bytes < self.pending_bytes {
+            self.activity.bytes_released.notify_waiters();
         }
-        self.bytes = bytes;
+        self.pending_bytes = bytes;
     }
 }
 
-impl Drop for OpenAnswer {
+impl Drop for InFlightResponse {
     fn drop(&mut self) {
-        self.set_waiting(0);
+        self.set_pending(0);
         let activity = &self.activity;
-        if activity.open.fetch_sub(1, Relaxed) == 1 {
-            // What has come meanwhile belonged to the request.
-            activity.has_bytes.store(false, Relaxed);
+        if activity.responses_in_flight.fetch_sub(1, Relaxed) == 1 {
+            // Bytes that arrived meanwhile belong to the request.
+            activity.has_partial_head.store(false, Relaxed);
         }
     }
 }
 
-/// Waits until the connection is to make room for another.
-pub(super) async fn evicted(activity: &Activity) {
+/// Waits until the connection must make room for another.
+pub(super) async fn wait_for_eviction(activity: &ConnectionActivity) {
     poll_fn(|cx| {
-        activity.register_task(cx);
+        activity.register_waker(cx);
         if activity.is_evicted() { Poll::Ready(()) } else { Poll::Pending }
     })
     .await;

@@ -1,9 +1,9 @@
-//! The body of an answer on its way to a client.
+//! The body of a response while it is sent to a client.
 //!
-//! An HTTP/2 client decides how much of which answer it takes, and when. So a body is handed on in pieces,
-//! what is left is counted, and an answer of which nothing is taken for too long is given up
-//! ([`Progress::supervise`]); its client is told by a reset of its stream. An HTTP/1 client that takes
-//! nothing blocks its whole connection, which is the business of `lifetime`.
+//! An HTTP/2 client decides how much of each response it reads, and when. A body is therefore sent in
+//! chunks, the remaining bytes are counted, and a response that the client does not read for 30 s is
+//! aborted ([`StallTimer::run_until_stalled`]), which resets its HTTP/2 stream. An HTTP/1 client that
+//! reads nothing blocks its whole connection; `connection_policy` closes that.
 
 use std::{
     convert::Infallible,
@@ -18,47 +18,53 @@ use hyper::body::{Body, Frame, SizeHint};
 use tokio::time::{Instant, Sleep, sleep_until};
 use tracing::debug;
 
-use super::{activity::OpenAnswer, limits::STALL_TIMEOUT};
+use super::{activity::InFlightResponse, limits::STALL_TIMEOUT};
 use crate::http::reply::{Outgoing, Reply};
 
-/// How much of a body is handed on at once where its client may take part of it: a frame. As soon as the client
-/// takes a byte of a piece the whole of it is out of sight, and waits in the connection's own buffer.
-const PIECE: usize = 16 << 10;
+/// The largest chunk of an HTTP/2 body, in bytes: one frame. As soon as the client reads a byte of a
+/// chunk, the rest of it moves to the connection's buffer and is no longer counted.
+const CHUNK_BYTES: usize = 16 << 10;
 
-/// The body of an answer on its way.
+/// A response body whose progress is tracked.
 #[derive(Debug)]
-pub(super) struct AnswerBody {
+pub(super) struct TrackedBody {
     body: Outgoing,
-    open: Option<OpenAnswer>,
-    /// Where the client takes it in pieces.
-    progress: Option<Arc<Progress>>,
+    in_flight: Option<InFlightResponse>,
+    /// Present over HTTP/2 only.
+    stall_timer: Option<Arc<StallTimer>>,
 }
 
-impl AnswerBody {
-    /// Of an answer that goes out whole.
-    pub(super) fn whole(reply: Reply, open: Option<OpenAnswer>) -> hyper::Response<Self> {
-        reply.map(|body| Self { body, open, progress: None })
+impl TrackedBody {
+    /// Wraps the body of an HTTP/1 response, which is sent in one chunk.
+    pub(super) fn for_http1(
+        reply: Reply,
+        in_flight: Option<InFlightResponse>,
+    ) -> hyper::Response<Self> {
+        reply.map(|body| Self { body, in_flight, stall_timer: None })
     }
 
-    /// Of an answer that the client takes piece by piece.
-    pub(super) fn in_pieces(reply: Reply, mut open: OpenAnswer) -> hyper::Response<Self> {
-        let progress = PROGRESS.try_with(Arc::clone).ok();
+    /// Wraps the body of an HTTP/2 response, which is sent in chunks.
+    pub(super) fn for_http2(
+        reply: Reply,
+        mut in_flight: InFlightResponse,
+    ) -> hyper::Response<Self> {
+        let progress = STALL_TIMER.try_with(Arc::clone).ok();
         let bytes = usize::try_from(crate::http::reply::length(&reply)).unwrap_or(usize::MAX);
         if let Some(progress) = progress.as_ref().filter(|_| bytes > 0) {
-            progress.waits_for_client();
+            progress.start();
         }
-        open.set_waiting(bytes);
-        reply.map(|body| Self { body, open: Some(open), progress })
+        in_flight.set_pending(bytes);
+        reply.map(|body| Self { body, in_flight: Some(in_flight), stall_timer: progress })
     }
 
-    /// Takes the next piece of a body that is there.
-    fn take_piece(bytes: &mut Option<Bytes>) -> Option<Bytes> {
+    /// Takes the next chunk of a complete body.
+    fn next_chunk(bytes: &mut Option<Bytes>) -> Option<Bytes> {
         let rest = bytes.as_mut()?;
-        if rest.len() > PIECE { Some(rest.split_to(PIECE)) } else { bytes.take() }
+        if rest.len() > CHUNK_BYTES { Some(rest.split_to(CHUNK_BYTES)) } else { bytes.take() }
     }
 }
 
-impl Body for AnswerBody {
+impl Body for TrackedBody {
     type Data = Bytes;
     type Error = Infallible;
 
@@ -67,22 +73,22 @@ impl Body for AnswerBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         let this = &mut *self;
-        let Some(progress) = &this.progress else {
+        let Some(progress) = &this.stall_timer else {
             return Pin::new(&mut this.body).poll_frame(cx);
         };
         let frame = match &mut this.body {
             Outgoing::Whole(bytes) => {
-                let piece = Self::take_piece(bytes);
-                if let Some(open) = &mut this.open {
-                    open.set_waiting(bytes.as_ref().map_or(0, Bytes::len));
+                let chunk = Self::next_chunk(bytes);
+                if let Some(in_flight) = &mut this.in_flight {
+                    in_flight.set_pending(bytes.as_ref().map_or(0, Bytes::len));
                 }
-                Poll::Ready(piece.map(|piece| Ok(Frame::data(piece))))
+                Poll::Ready(chunk.map(|chunk| Ok(Frame::data(chunk))))
             }
             live @ Outgoing::Live(_) => Pin::new(live).poll_frame(cx),
         };
         match frame {
-            Poll::Ready(_) => progress.waits_for_client(),
-            Poll::Pending => progress.waits_for_us(),
+            Poll::Ready(_) => progress.start(),
+            Poll::Pending => progress.stop(),
         }
         frame
     }
@@ -97,20 +103,20 @@ impl Body for AnswerBody {
 }
 
 tokio::task_local! {
-    /// Of the answer that the task is about.
-    static PROGRESS: Arc<Progress>;
+    /// The stall timer of the response that the current task produces.
+    static STALL_TIMER: Arc<StallTimer>;
 }
 
-/// Since when an answer waits for its client.
+/// Measures how long a response has waited for its client. `None` while it does not wait.
 #[derive(Debug, Default)]
-pub(super) struct Progress(Mutex<Option<Instant>>);
+pub(super) struct StallTimer(Mutex<Option<Instant>>);
 
-impl Progress {
-    fn waits_for_client(&self) {
+impl StallTimer {
+    fn start(&self) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
     }
 
-    fn waits_for_us(&self) {
+    fn stop(&self) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
@@ -118,23 +124,23 @@ impl Progress {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).map(|since| since + STALL_TIMEOUT)
     }
 
-    /// Runs a task that makes an answer and sends it, and ends it when its client takes nothing of that for
-    /// too long.
-    pub(super) async fn supervise(task: impl Future) {
+    /// Runs a task that produces and sends a response. Stops it when the client reads nothing for
+    /// [`STALL_TIMEOUT`].
+    pub(super) async fn run_until_stalled(task: impl Future) {
         let progress = Arc::<Self>::default();
-        let mut task = pin!(PROGRESS.scope(Arc::clone(&progress), task));
-        let mut alarm: Option<Pin<Box<Sleep>>> = None;
+        let mut task = pin!(STALL_TIMER.scope(Arc::clone(&progress), task));
+        let mut timer: Option<Pin<Box<Sleep>>> = None;
         poll_fn(|cx| {
             if task.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(());
             }
             let Some(deadline) = progress.deadline() else { return Poll::Pending };
-            let alarm = alarm.get_or_insert_with(|| Box::pin(sleep_until(deadline)));
-            if alarm.deadline() != deadline {
-                alarm.as_mut().reset(deadline);
+            let timer = timer.get_or_insert_with(|| Box::pin(sleep_until(deadline)));
+            if timer.deadline() != deadline {
+                timer.as_mut().reset(deadline);
             }
-            if alarm.as_mut().poll(cx).is_ready() {
-                debug!("A client took nothing of an answer for too long");
+            if timer.as_mut().poll(cx).is_ready() {
+                debug!("A client read nothing of a response for 30 s; its stream is reset");
                 return Poll::Ready(());
             }
             Poll::Pending

@@ -1,17 +1,17 @@
-//! How a listener takes connections.
+//! Configuration of the HTTP server of one listener.
 
 use ipnet::IpNet;
 
-use super::limits::Limits;
+use super::limits::ConnectionLimits;
 use crate::tls;
 
-/// How a listener takes connections.
+/// Configuration of the HTTP server of one listener.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// What connections may take.
-    pub limits: Limits,
-    /// The load balancers that begin connections with the PROXY protocol.
-    pub balancers: Vec<IpNet>,
-    /// What encrypts connections.
-    pub tls: Option<tls::Server>,
+    /// Limits of connections.
+    pub limits: ConnectionLimits,
+    /// Networks of the load balancers whose connections begin with a PROXY protocol header.
+    pub load_balancers: Vec<IpNet>,
+    /// TLS for all connections; `None` serves plain HTTP.
+    pub tls: Option<tls::TlsAcceptor>,
 }

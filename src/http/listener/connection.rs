@@ -1,6 +1,7 @@
-//! One connection, from its first byte to its last.
+//! Serves one connection from its first byte to its last.
 //!
-//! Hyper speaks; this lets it, and ends what the policy ([`Lifetime`]) or the listener wants ended.
+//! Hyper handles the protocol. This module polls it, and closes the connection when the policy
+//! ([`ConnectionPolicy`]) or the shutdown ([`Drain`]) requires it.
 
 use std::{
     future::{Future, poll_fn},
@@ -19,31 +20,32 @@ use tokio::{
 use tracing::debug;
 
 use super::{
-    activity::{Activity, Waiting, evicted},
+    activity::{ConnectionActivity, ConnectionState, wait_for_eviction},
     drain::Drain,
-    lifetime::{Action, Lifetime},
-    limits::{FIRST_REQUEST_TIMEOUT, Limits, SHUTDOWN_TIMEOUT},
-    protocol::{self, Protocol},
+    lifetime::{ConnectionPolicy, PolicyAction},
+    limits::{ConnectionLimits, FIRST_REQUEST_TIMEOUT, SHUTDOWN_TIMEOUT},
+    protocol::{self, HttpVersion},
 };
 use crate::telemetry::report;
 
-/// The shortest time that the runtime's clock tells apart.
-const TICK: Duration = Duration::from_millis(1);
+/// The resolution of the runtime's timers.
+const TIMER_RESOLUTION: Duration = Duration::from_millis(1);
 
-/// How a connection says that it ends.
+/// How a connection announces that it closes.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Farewell {
-    /// By its next answer, so that it is not told to end before there is one (HTTP/1).
-    NextAnswer,
-    /// By itself, at any time (HTTP/2).
-    AtOnce,
+pub(super) enum CloseSignal {
+    /// HTTP/1: by `Connection: close` in the next response, so that it stays open until there is one.
+    ConnectionCloseHeader,
+    /// HTTP/2: by a GOAWAY frame, at any time.
+    GoAway,
 }
 
-/// What comes of the beginning of a connection, unless the connection is to end before. When the listener
-/// closes, one that has only just begun has a moment left.
+/// Runs the setup of a connection and returns its result, or `None` if the connection must close first.
+/// When the listener closes, a connection has [`FIRST_REQUEST_TIMEOUT`] from its start to finish its
+/// setup.
 pub(super) async fn until_shutdown<T>(
-    beginning: impl Future<Output = T>,
-    activity: &Activity,
+    setup: impl Future<Output = T>,
+    activity: &ConnectionActivity,
     drain: &Drain,
 ) -> Option<T> {
     let since = Instant::now();
@@ -53,128 +55,135 @@ pub(super) async fn until_shutdown<T>(
     };
     tokio::select! {
         biased;
-        begun = beginning => Some(begun),
+        result = setup => Some(result),
         () = closed => None,
-        () = evicted(activity) => None,
+        () = wait_for_eviction(activity) => None,
     }
 }
 
-/// Finds out what is spoken, within the time that an idle connection has, and the time for a head once
-/// there is a byte. What was read is in `begun`. `None` where the connection is over.
-pub(super) async fn detect_protocol<I: AsyncRead + Unpin>(
+/// Detects the HTTP version from the first bytes, which are left in `prefix`.
+///
+/// Waits for the first byte as long as for a request on an idle connection, and for the following ones
+/// as long as for a request's head. Returns `None` if the connection is closed or timed out.
+pub(super) async fn detect_http_version<I: AsyncRead + Unpin>(
     io: &mut I,
-    begun: &mut Vec<u8>,
-    activity: &Activity,
-    limits: &Limits,
+    prefix: &mut Vec<u8>,
+    activity: &ConnectionActivity,
+    limits: &ConnectionLimits,
     drain: &Drain,
-) -> Option<Protocol> {
-    let mut alarm = pin!(sleep(limits.idle_for()));
+) -> Option<HttpVersion> {
+    let mut timer = pin!(sleep(limits.idle_timeout_with_margin()));
     loop {
         let read = tokio::select! {
             biased;
-            read = until_shutdown(protocol::read(io, begun), activity, drain) => read?,
-            () = &mut alarm => return None,
+            read = until_shutdown(protocol::read_available(io, prefix), activity, drain) => read?,
+            () = &mut timer => return None,
         };
-        let is_first = matches!(read, Ok(read) if read == begun.len());
-        match (read, protocol::detect(begun)) {
+        let is_first = matches!(read, Ok(read) if read == prefix.len());
+        match (read, protocol::detect(prefix)) {
             (Err(error), _) => {
-                debug!(error = report(&error), "A connection broke before its first request");
+                debug!(error = report(&error), "A connection failed before its first request");
                 return None;
             }
             (_, Some(protocol)) => return Some(protocol),
-            // Hyper says what is wrong with what there is.
-            (Ok(0), None) => return (!begun.is_empty()).then_some(Protocol::Http1),
+            // Hyper reports the error in the incomplete head.
+            (Ok(0), None) => return (!prefix.is_empty()).then_some(HttpVersion::Http1),
             (Ok(_), None) if is_first => {
-                alarm.as_mut().reset(Instant::now() + limits.header_read_timeout);
+                timer.as_mut().reset(Instant::now() + limits.header_read_timeout);
             }
             (Ok(_), None) => {}
         }
     }
 }
 
-/// Sets an alarm that wakes the calling task. It is polled here and no more until it rings, so that the task's
-/// budget, which the connection may have used up, must not stand against it.
-fn set(mut alarm: Pin<&mut Sleep>, at: Instant, cx: &mut Context<'_>) {
-    alarm.as_mut().reset(at);
-    if pin!(unconstrained(alarm)).poll(cx).is_ready() {
+/// Sets a timer that wakes the calling task. It is polled only here until it fires, so it must ignore
+/// the task's cooperative budget, which the connection may have used up.
+fn set_alarm(mut timer: Pin<&mut Sleep>, at: Instant, cx: &mut Context<'_>) {
+    timer.as_mut().reset(at);
+    if pin!(unconstrained(timer)).poll(cx).is_ready() {
         cx.waker().wake_by_ref();
     }
 }
 
-/// Lets hyper serve a connection to its end.
-pub(super) async fn drive<C: GracefulConnection<Error = hyper::Error>>(
+/// Polls hyper's connection until it closes.
+pub(super) async fn serve_until_closed<C: GracefulConnection<Error = hyper::Error>>(
     connection: C,
-    activity: Arc<Activity>,
-    mut lifetime: Lifetime,
+    activity: Arc<ConnectionActivity>,
+    mut lifetime: ConnectionPolicy,
     drain: Drain,
-    farewell: Farewell,
+    farewell: CloseSignal,
 ) {
     let mut connection = pin!(connection);
-    let mut alarm = pin!(sleep_until(lifetime.first_check()));
+    let mut timer = pin!(sleep_until(lifetime.first_check()));
     let (mut draining, mut closing) = (pin!(drain.draining.wake()), pin!(drain.closing.wake()));
-    let (mut is_new, mut is_told) = (true, false);
-    let mut waited = Waiting::Request;
+    let (mut is_first_poll, mut has_sent_close) = (true, false);
+    let mut waited = ConnectionState::Idle;
     let end = poll_fn(|cx| {
-        // A task's waker stays the same, so that waiting for what seldom comes is done once, with its
-        // locks and its bookkeeping; whoever is woken only looks whether it has come.
-        if std::mem::take(&mut is_new) {
-            activity.register_task(cx);
+        // The waker of a task does not change. So the rare events are registered once, with their locks
+        // and bookkeeping, and later polls only check flags.
+        if std::mem::take(&mut is_first_poll) {
+            activity.register_waker(cx);
             let _ = closing.as_mut().poll(cx);
-            if farewell == Farewell::AtOnce {
+            if farewell == CloseSignal::GoAway {
                 let _ = draining.as_mut().poll(cx);
             }
-            set(alarm.as_mut(), lifetime.first_check(), cx);
+            set_alarm(timer.as_mut(), lifetime.first_check(), cx);
         }
-        // First, so that a request which has come meanwhile is answered and not cut off.
+        // Comes first, so that a request which has arrived meanwhile is answered.
         if let Poll::Ready(end) = connection.as_mut().poll(cx) {
             return Poll::Ready(Some(end));
         }
-        let mut leaves = activity.is_evicted();
+        let mut must_close = activity.is_evicted();
         if activity.has_requests() {
-            leaves |= drain.is_closing() || (farewell == Farewell::AtOnce && drain.has_begun());
+            must_close |=
+                drain.is_closing() || (farewell == CloseSignal::GoAway && drain.is_draining());
         } else if drain.is_closing() {
-            // A client that has only just come gets its answer and is told then.
-            leaves |= lifetime.begins_by() <= Instant::now();
+            // A new client gets a response that announces the close.
+            must_close |= lifetime.first_request_deadline() <= Instant::now();
         }
-        let waiting = activity.waiting();
-        let has_begun = waiting != waited && matches!(waiting, Waiting::Head | Waiting::Client);
+        let waiting = activity.state();
+        let has_begun = waiting != waited
+            && matches!(waiting, ConnectionState::ReadingHead | ConnectionState::WriteBlocked);
         waited = waiting;
-        if has_begun || alarm.is_elapsed() {
+        if has_begun || timer.is_elapsed() {
             let now = Instant::now();
-            let next = match lifetime.check(&activity, now) {
-                Action::Keep(next) => next,
-                Action::CloseAfterNext(next) => {
-                    activity.retire();
-                    leaves |= farewell == Farewell::AtOnce;
+            let next = match lifetime.next_action(&activity, now) {
+                PolicyAction::KeepOpen(next) => next,
+                PolicyAction::CloseAfterResponse(next) => {
+                    activity.close_after_response();
+                    must_close |= farewell == CloseSignal::GoAway;
                     next
                 }
-                Action::ShutDown(next) => {
-                    leaves = true;
+                PolicyAction::ShutDown(next) => {
+                    must_close = true;
                     next
                 }
-                Action::Abort => return Poll::Ready(None),
+                PolicyAction::Abort => return Poll::Ready(None),
             };
-            // Later than now by what the runtime's clock tells apart: it rings at no time that is over.
-            set(alarm.as_mut(), next.max(now + TICK), cx);
+            // At least one tick from now: a timer does not fire for a time that has passed.
+            set_alarm(timer.as_mut(), next.max(now + TIMER_RESOLUTION), cx);
         }
-        if leaves && !std::mem::replace(&mut is_told, true) {
+        if must_close && !std::mem::replace(&mut has_sent_close, true) {
             let now = Instant::now();
-            lifetime.leave(now);
-            let next = alarm.deadline().min(now + SHUTDOWN_TIMEOUT);
-            set(alarm.as_mut(), next.max(now + TICK), cx);
+            lifetime.start_closing(now);
+            let next = timer.deadline().min(now + SHUTDOWN_TIMEOUT);
+            set_alarm(timer.as_mut(), next.max(now + TIMER_RESOLUTION), cx);
             connection.as_mut().graceful_shutdown();
             return connection.as_mut().poll(cx).map(Some);
         }
-        if drain.is_closing() && !is_told && alarm.deadline() > lifetime.begins_by() {
-            set(alarm.as_mut(), lifetime.begins_by(), cx);
+        if drain.is_closing()
+            && !has_sent_close
+            && timer.deadline() > lifetime.first_request_deadline()
+        {
+            set_alarm(timer.as_mut(), lifetime.first_request_deadline(), cx);
         }
         Poll::Pending
     });
     match end.await {
         Some(Ok(())) => {}
         Some(Err(error)) => {
-            debug!(error = report(&error), "A connection ended early");
+            debug!(error = report(&error), "A connection closed early");
         }
-        None => debug!(?waited, "A connection was closed: its client took too long"),
+        None => debug!(?waited, "A connection timed out and was closed"),
     }
 }

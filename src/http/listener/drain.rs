@@ -1,38 +1,39 @@
-//! How an instance takes leave of its clients.
+//! Graceful shutdown of connections, in two phases.
 //!
-//! First with words: every answer says that its connection ends, so that connections leave as they are
-//! used and no client loses a request. Then connections that are not in use are closed. Who waits for
-//! either is a connection; when it is time for them is the application's business.
+//! While draining, every response announces that its connection closes, so that connections close as
+//! they are used and no client loses a request. While closing, idle connections are closed as well.
+//! Connections react to both signals. The application decides when to send them.
 
 use crate::http::stop::Stop;
 
-/// The signs that connections watch. A cheap handle.
+/// The shutdown signals that connections watch. A cheap handle.
 #[derive(Clone, Debug, Default)]
 pub struct Drain {
-    /// Answers say that their connection ends.
+    /// Responses announce that their connection closes.
     pub(super) draining: Stop,
-    /// Connections end when nothing is under way on them.
+    /// Connections close as soon as they are idle.
     pub(super) closing: Stop,
 }
 
 impl Drain {
-    /// From now on every answer tells its client to go elsewhere; new connections are served still.
+    /// Starts draining: every response announces that its connection closes. New connections are
+    /// accepted.
     pub fn begin(&self) {
         self.draining.give();
     }
 
-    /// From now on nothing is accepted, idle connections are closed and busy ones finish.
+    /// Starts closing: stops accepting, closes idle connections and lets busy ones finish.
     pub fn close(&self) {
         self.draining.give();
         self.closing.give();
     }
 
-    /// Whether answers are to say that their connection ends.
-    pub fn has_begun(&self) -> bool {
+    /// Whether responses announce that their connection closes.
+    pub fn is_draining(&self) -> bool {
         self.draining.is_given()
     }
 
-    /// Whether connections are to end.
+    /// Whether connections close as soon as they are idle.
     pub fn is_closing(&self) -> bool {
         self.closing.is_given()
     }

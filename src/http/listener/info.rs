@@ -1,14 +1,14 @@
-//! What a handler may know of the connection that a request came on.
+//! Connection details for request handlers.
 
 use std::net::SocketAddr;
 
-use crate::tls::Tls;
+use crate::tls::NegotiatedTls;
 
-/// A connection, as far as requests are concerned.
+/// The connection that a request arrived on.
 #[derive(Clone, Debug)]
 pub struct ConnectionInfo {
-    /// Who is at the other end: the client, or a proxy that does not say whose connection it is.
+    /// The client's address, or that of a proxy that does not name its client.
     pub peer: SocketAddr,
-    /// What was agreed on in the handshake, where the connection is encrypted.
-    pub tls: Option<Tls>,
+    /// The result of the TLS handshake; `None` for a plain connection.
+    pub tls: Option<NegotiatedTls>,
 }

@@ -1,133 +1,140 @@
-//! When a connection ends: the policy, without a clock and without IO.
+//! Decides when a connection closes. Pure: no clock and no IO.
 //!
-//! A connection is looked at when its alarm rings, and when something has begun that may not last. What
-//! has happened on it since the last look is told by counters ([`Activity`]), so that a request costs
-//! no look at the clock: a connection that was in use lately is taken to have been in use until now,
-//! and stays a little longer than it has to. It never ends earlier.
+//! A connection is checked when its timer fires, and when a state with a shorter timeout begins.
+//! Counters ([`ConnectionActivity`]) show what happened since the last check, so that a request does not
+//! read the clock. A connection that was used since the last check counts as used until now: it may stay
+//! open a little longer than its timeout, and never closes earlier.
 //!
-//! Over HTTP/1 a request that crosses the end of its connection on the way is lost, and nobody can tell
-//! whether it was answered. So an idle connection outlasts its timeout ([`Limits::idle_for`]): a client
-//! that keeps to the timeout, or polls as often, has had its answer or a new connection by then.
+//! An HTTP/1 request that is sent while its connection closes is lost, and the client cannot know
+//! whether it was processed. An idle connection therefore stays open for longer than its timeout
+//! ([`ConnectionLimits::idle_timeout_with_margin`]), so that the requests of a client which respects the
+//! timeout, or polls at that interval, arrive in time.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
 use super::{
-    activity::{Activity, Seen, Waiting},
-    limits::{FIRST_REQUEST_TIMEOUT, Limits, SHUTDOWN_TIMEOUT, STALL_TIMEOUT},
+    activity::{ActivityCounters, ConnectionActivity, ConnectionState},
+    limits::{ConnectionLimits, FIRST_REQUEST_TIMEOUT, SHUTDOWN_TIMEOUT, STALL_TIMEOUT},
 };
 
-/// What is to be done with a connection.
+/// The next action for a connection.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Action {
-    /// Nothing, and it is looked at again at this time.
-    Keep(Instant),
-    /// It is old: its next answer is its last. It is looked at again at this time.
-    CloseAfterNext(Instant),
-    /// It is told to end, as its protocol has it, and looked at again at this time.
+pub(super) enum PolicyAction {
+    /// Keep it open and check again at this time.
+    KeepOpen(Instant),
+    /// It reached its maximum age: close it after the next response. Check again at this time.
+    CloseAfterResponse(Instant),
+    /// Shut it down gracefully, as its protocol defines, and check again at this time.
     ShutDown(Instant),
-    /// It is closed as it is.
+    /// Close it immediately.
     Abort,
 }
 
-/// How long a connection has lasted, and may last.
+/// The timeouts of one connection and the observations that they depend on.
 #[derive(Debug)]
-pub(super) struct Lifetime {
-    idle_for: Duration,
+pub(super) struct ConnectionPolicy {
+    idle_timeout_with_margin: Duration,
     header_read_timeout: Duration,
-    begins_by: Instant,
-    ages_at: Option<Instant>,
-    /// When it was last known to be in use.
-    used_at: Instant,
-    seen: Seen,
-    /// What it waited for at the last look, and since when.
-    waits: (Waiting, Instant),
-    left_at: Option<Instant>,
+    first_request_by: Instant,
+    max_age_deadline: Option<Instant>,
+    /// When the connection was last known to be in use.
+    last_used_at: Instant,
+    counters: ActivityCounters,
+    /// The state at the last check, and its start.
+    state_since: (ConnectionState, Instant),
+    closing_since: Option<Instant>,
 }
 
-/// How many looks there are in the time for which an idle connection is kept: it is kept longer by at most
-/// what lies between two.
-const CHECKS_PER_TIMEOUT: u32 = 8;
+/// The number of checks per idle timeout. A connection stays open longer than the timeout by at most one
+/// check interval.
+const CHECKS_PER_IDLE_TIMEOUT: u32 = 8;
 
-impl Lifetime {
-    /// One that begins now. `jitter` is between 0 and 1, so that connections which began together do not
-    /// end together.
-    pub(super) fn new(limits: &Limits, jitter: f64, now: Instant) -> Self {
+impl ConnectionPolicy {
+    /// Starts the timeouts of a new connection. `jitter`, from 0 to 1, varies the maximum age by 10 %,
+    /// so that connections which were opened together do not close together.
+    pub(super) fn new(limits: &ConnectionLimits, jitter: f64, now: Instant) -> Self {
         Self {
-            idle_for: limits.idle_for(),
+            idle_timeout_with_margin: limits.idle_timeout_with_margin(),
             header_read_timeout: limits.header_read_timeout,
-            begins_by: now + FIRST_REQUEST_TIMEOUT,
-            ages_at: limits.max_age.map(|age| now + age.mul_f64(0.9 + 0.2 * jitter)),
-            used_at: now,
-            seen: Seen::default(),
-            waits: (Waiting::Request, now),
-            left_at: None,
+            first_request_by: now + FIRST_REQUEST_TIMEOUT,
+            max_age_deadline: limits.max_age.map(|age| now + age.mul_f64(0.9 + 0.2 * jitter)),
+            last_used_at: now,
+            counters: ActivityCounters::default(),
+            state_since: (ConnectionState::Idle, now),
+            closing_since: None,
         }
     }
 
-    /// When to look for the first time.
+    /// The time of the first check.
     pub(super) fn first_check(&self) -> Instant {
-        let first = self.used_at + self.idle_for / CHECKS_PER_TIMEOUT;
-        self.ages_at.map_or(first, |age| age.min(first))
+        let first = self.last_used_at + self.idle_timeout_with_margin / CHECKS_PER_IDLE_TIMEOUT;
+        self.max_age_deadline.map_or(first, |age| age.min(first))
     }
 
-    /// Until when its first request may come though the listener has closed.
-    pub(super) fn begins_by(&self) -> Instant {
-        self.begins_by
+    /// The latest time for the first request after the listener has closed.
+    pub(super) fn first_request_deadline(&self) -> Instant {
+        self.first_request_by
     }
 
-    /// Says that the connection was told to end.
-    pub(super) fn leave(&mut self, now: Instant) {
-        self.left_at.get_or_insert(now);
+    /// Records that the connection has started to close.
+    pub(super) fn start_closing(&mut self, now: Instant) {
+        self.closing_since.get_or_insert(now);
     }
 
-    /// What is to be done at this time.
-    pub(super) fn check(&mut self, activity: &Activity, now: Instant) -> Action {
-        let (seen, waiting) = (activity.seen(), activity.waiting());
-        let before = std::mem::replace(&mut self.seen, seen);
-        // Writes are no use: answers to pings are among them.
+    /// Decides the next action from the activity since the last check.
+    pub(super) fn next_action(
+        &mut self,
+        activity: &ConnectionActivity,
+        now: Instant,
+    ) -> PolicyAction {
+        let (seen, waiting) = (activity.counters(), activity.state());
+        let before = std::mem::replace(&mut self.counters, seen);
+        // Writes do not count as use: they include responses to pings.
         let is_same = seen.requests == before.requests;
-        let was_in_use = self.waits.0 != Waiting::Request;
-        if !is_same || was_in_use || waiting != Waiting::Request {
-            self.used_at = now;
+        let was_in_use = self.state_since.0 != ConnectionState::Idle;
+        if !is_same || was_in_use || waiting != ConnectionState::Idle {
+            self.last_used_at = now;
         }
-        if seen != before || self.waits.0 != waiting {
-            self.waits = (waiting, now);
+        if seen != before || self.state_since.0 != waiting {
+            self.state_since = (waiting, now);
         }
-        let since = self.waits.1;
-        let soon = now + self.idle_for / CHECKS_PER_TIMEOUT;
-        let next = match (waiting, self.left_at) {
-            // Whoever answers has a deadline of its own.
-            (Waiting::Answer, _) => {
+        let since = self.state_since.1;
+        let soon = now + self.idle_timeout_with_margin / CHECKS_PER_IDLE_TIMEOUT;
+        let next = match (waiting, self.closing_since) {
+            // The service limits the duration of requests.
+            (ConnectionState::Responding, _) => {
                 if is_same {
-                    now + self.idle_for
+                    now + self.idle_timeout_with_margin
                 } else {
                     soon
                 }
             }
-            (Waiting::Client, _) => since + STALL_TIMEOUT,
-            (Waiting::Head, _) => since + self.header_read_timeout,
-            (Waiting::Request, Some(left_at)) => left_at.max(self.used_at) + SHUTDOWN_TIMEOUT,
-            (Waiting::Request, None) => {
-                let idle_until = self.used_at + self.idle_for;
+            (ConnectionState::WriteBlocked, _) => since + STALL_TIMEOUT,
+            (ConnectionState::ReadingHead, _) => since + self.header_read_timeout,
+            (ConnectionState::Idle, Some(left_at)) => {
+                left_at.max(self.last_used_at) + SHUTDOWN_TIMEOUT
+            }
+            (ConnectionState::Idle, None) => {
+                let idle_until = self.last_used_at + self.idle_timeout_with_margin;
                 if idle_until <= now {
-                    self.left_at = Some(now);
-                    return Action::ShutDown(now + SHUTDOWN_TIMEOUT);
+                    self.closing_since = Some(now);
+                    return PolicyAction::ShutDown(now + SHUTDOWN_TIMEOUT);
                 }
                 idle_until.min(soon)
             }
         };
         if next <= now {
-            return Action::Abort;
+            return PolicyAction::Abort;
         }
-        match self.ages_at {
+        match self.max_age_deadline {
             Some(ages_at) if ages_at <= now => {
-                self.ages_at = None;
-                Action::CloseAfterNext(next)
+                self.max_age_deadline = None;
+                PolicyAction::CloseAfterResponse(next)
             }
-            Some(ages_at) => Action::Keep(next.min(ages_at)),
-            None => Action::Keep(next),
+            Some(ages_at) => PolicyAction::KeepOpen(next.min(ages_at)),
+            None => PolicyAction::KeepOpen(next),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Has the requests of one connection answered, as its protocol wants it.
+//! Passes the requests of one connection to the service, over HTTP/1 or HTTP/2.
 
 use std::{
     convert::Infallible,
@@ -16,81 +16,87 @@ use hyper::{
 use tracing::error;
 
 use super::{
-    activity::Activity,
-    answer_body::AnswerBody,
+    activity::ConnectionActivity,
+    answer_body::TrackedBody,
     drain::Drain,
     info::ConnectionInfo,
     limits,
-    service::{Answer, Service},
+    service::{HttpService, ServiceResponse},
 };
 use crate::http::reply::{Failure, Outgoing, Reply};
 
-/// Has the requests of one connection answered.
+/// Passes the requests of one connection to the service.
 pub(super) struct RequestHandler<S> {
     pub(super) service: Arc<S>,
     pub(super) info: Arc<ConnectionInfo>,
-    pub(super) activity: Arc<Activity>,
+    pub(super) activity: Arc<ConnectionActivity>,
     pub(super) drain: Drain,
 }
 
-/// What hyper sends.
-pub(super) type Sent = Result<hyper::Response<AnswerBody>, Infallible>;
+/// A response for hyper to send.
+pub(super) type HandlerResult = Result<hyper::Response<TrackedBody>, Infallible>;
 
-impl<S: Service> RequestHandler<S> {
+impl<S: HttpService> RequestHandler<S> {
     pub(super) fn handle_http1(
         &self,
         request: Request<Incoming>,
-    ) -> impl Future<Output = Sent> + Send + use<S> {
-        self.activity.note_request(!request.body().is_end_stream());
-        match self.answer(request) {
-            Answer::Ready(reply) => {
-                let is_last = self.drain.has_begun() || self.activity.is_last();
-                let open = matches!(reply.body(), Outgoing::Live(_)).then(|| self.activity.open());
-                Either::Left(ready(Ok(AnswerBody::whole(with_close(reply, is_last), open))))
+    ) -> impl Future<Output = HandlerResult> + Send + use<S> {
+        self.activity.record_request(!request.body().is_end_stream());
+        match self.call_service(request) {
+            ServiceResponse::Ready(reply) => {
+                let is_last = self.drain.is_draining() || self.activity.is_closing_after_response();
+                let in_flight = matches!(reply.body(), Outgoing::Live(_))
+                    .then(|| self.activity.begin_response());
+                Either::Left(ready(Ok(TrackedBody::for_http1(
+                    with_close_header(reply, is_last),
+                    in_flight,
+                ))))
             }
-            Answer::Later(reply) => {
-                let open = self.activity.open();
+            ServiceResponse::Deferred(reply) => {
+                let in_flight = self.activity.begin_response();
                 let (activity, drain) = (Arc::clone(&self.activity), self.drain.clone());
                 let reply = AssertUnwindSafe(reply).catch_unwind();
                 Either::Right(Box::pin(async move {
-                    let reply = reply.await.unwrap_or_else(|_| panicked());
-                    let is_last = drain.has_begun() || activity.is_last();
-                    let open = matches!(reply.body(), Outgoing::Live(_)).then_some(open);
-                    Ok(AnswerBody::whole(with_close(reply, is_last), open))
+                    let reply = reply.await.unwrap_or_else(|_| panic_response());
+                    let is_last = drain.is_draining() || activity.is_closing_after_response();
+                    let in_flight = matches!(reply.body(), Outgoing::Live(_)).then_some(in_flight);
+                    Ok(TrackedBody::for_http1(with_close_header(reply, is_last), in_flight))
                 }))
             }
         }
     }
 
-    /// Runs as a task of its own.
-    pub(super) async fn handle_http2(self: Arc<Self>, request: Request<Incoming>) -> Sent {
-        let mut open = self.activity.open();
-        self.activity.note_request(false);
-        open.reserve(limits::ANSWER_BYTES, limits::WAITING_BYTES).await;
-        let reply = match self.answer(request) {
-            Answer::Ready(reply) => reply,
-            Answer::Later(reply) => {
-                AssertUnwindSafe(reply).catch_unwind().await.unwrap_or_else(|_| panicked())
+    /// Runs in a task per request.
+    pub(super) async fn handle_http2(self: Arc<Self>, request: Request<Incoming>) -> HandlerResult {
+        let mut in_flight = self.activity.begin_response();
+        self.activity.record_request(false);
+        in_flight
+            .reserve(limits::RESPONSE_RESERVATION_BYTES, limits::MAX_PENDING_RESPONSE_BYTES)
+            .await;
+        let reply = match self.call_service(request) {
+            ServiceResponse::Ready(reply) => reply,
+            ServiceResponse::Deferred(reply) => {
+                AssertUnwindSafe(reply).catch_unwind().await.unwrap_or_else(|_| panic_response())
             }
         };
-        Ok(AnswerBody::in_pieces(reply, open))
+        Ok(TrackedBody::for_http2(reply, in_flight))
     }
 
-    /// Answers, with a 500 where answering panics: one request's fault must not take its connection's
-    /// other requests along.
-    fn answer(&self, request: Request<Incoming>) -> Answer {
+    /// Calls the service. A panic results in a 500, so that it does not end the other requests of the
+    /// connection.
+    fn call_service(&self, request: Request<Incoming>) -> ServiceResponse {
         catch_unwind(AssertUnwindSafe(|| self.service.call(request, &self.info)))
-            .unwrap_or_else(|_| Answer::Ready(panicked()))
+            .unwrap_or_else(|_| ServiceResponse::Ready(panic_response()))
     }
 }
 
-fn panicked() -> Reply {
-    error!("Answering a request panicked");
+fn panic_response() -> Reply {
+    error!("A request handler panicked; the client gets a 500");
     Reply::from(Failure::Internal)
 }
 
-/// The answer, which tells its client where it is the last on its connection (RFC 9112, section 9.6).
-fn with_close(mut reply: Reply, is_last: bool) -> Reply {
+/// Adds `Connection: close` to the last response on a connection (RFC 9112, section 9.6).
+fn with_close_header(mut reply: Reply, is_last: bool) -> Reply {
     if is_last {
         reply.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
     }

@@ -1,4 +1,4 @@
-//! What answers requests.
+//! The interface between the server and request handling.
 
 use std::{fmt, future::Future, pin::Pin, sync::Arc};
 
@@ -7,38 +7,39 @@ use hyper::{Request, body::Incoming};
 use super::info::ConnectionInfo;
 use crate::http::reply::Reply;
 
-/// What answers requests.
-pub trait Service: Send + Sync + 'static {
-    /// Answers one request of a connection, or says how.
+/// Handles the requests of a server.
+pub trait HttpService: Send + Sync + 'static {
+    /// Handles one request of a connection.
     ///
-    /// This runs on the connection's task: what takes long, or waits, is left to the answer's future.
+    /// This runs in the connection's task. Work that waits or takes long belongs in a
+    /// [`ServiceResponse::Deferred`].
     fn call(
         self: &Arc<Self>,
         request: Request<Incoming>,
         connection: &Arc<ConnectionInfo>,
-    ) -> Answer;
+    ) -> ServiceResponse;
 }
 
-/// An answer to a request.
-pub enum Answer {
-    /// It is there. Most requests are answered so: a future would be moved about and boxed for nothing.
+/// The response to a request, or a future of it.
+pub enum ServiceResponse {
+    /// A response that is available now. Most are, and need no boxed future.
     Ready(Reply),
-    /// It has to be waited for.
-    Later(Pin<Box<dyn Future<Output = Reply> + Send>>),
+    /// A response that has to be awaited.
+    Deferred(Pin<Box<dyn Future<Output = Reply> + Send>>),
 }
 
-impl Answer {
-    /// One that has to be waited for.
-    pub fn later(reply: impl Future<Output = Reply> + Send + 'static) -> Self {
-        Self::Later(Box::pin(reply))
+impl ServiceResponse {
+    /// Boxes the future of a response.
+    pub fn deferred(reply: impl Future<Output = Reply> + Send + 'static) -> Self {
+        Self::Deferred(Box::pin(reply))
     }
 }
 
-impl fmt::Debug for Answer {
+impl fmt::Debug for ServiceResponse {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Ready(reply) => f.debug_tuple("Ready").field(reply).finish(),
-            Self::Later(_) => f.write_str("Later"),
+            Self::Deferred(_) => f.write_str("Deferred"),
         }
     }
 }

@@ -1,8 +1,8 @@
-//! The places for connections: how many there are, and who makes room for whom.
+//! Limits the number of open connections, in total and per client address.
 //!
-//! When all are taken, an idle connection ends for the newcomer, one that was not used lately first:
-//! clients that hold connections and send nothing cannot keep others out. A place in use is never
-//! taken away. The same goes for the places of one address.
+//! When a limit is reached, an idle connection is closed for the new one, the least recently used ones
+//! first (CLOCK algorithm). So clients that hold connections without using them cannot keep others out.
+//! A connection in use is never closed for another.
 
 use std::{
     collections::HashMap,
@@ -13,59 +13,59 @@ use std::{
 
 use tokio::{sync::Notify, time::timeout};
 
-use super::activity::{Activity, Seen, Waiting};
+use super::activity::{ActivityCounters, ConnectionActivity, ConnectionState};
 
-/// How often an idle connection is looked for while there is no place.
-const SEARCH_EVERY: Duration = Duration::from_millis(50);
+/// The interval of the search for an idle connection while the limit is reached.
+const EVICTION_RETRY_INTERVAL: Duration = Duration::from_millis(50);
 
-/// The places of a listener.
+/// The connection limits of a listener, and its open connections.
 #[derive(Debug)]
-pub(super) struct Slots {
+pub(super) struct ConnectionLimiter {
     max: usize,
     max_per_address: usize,
     state: Mutex<State>,
-    freed: Notify,
+    permit_released: Notify,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    places: Vec<Option<Place>>,
-    free: Vec<usize>,
-    /// Where the search for an idle connection goes on.
+    entries: Vec<Option<Entry>>,
+    free_indices: Vec<usize>,
+    /// The position at which the next search for an idle connection continues.
     clock_hand: usize,
     by_address: HashMap<IpAddr, usize>,
 }
 
 #[derive(Debug)]
-struct Place {
-    activity: Arc<Activity>,
-    /// Whose it is; `None` until a load balancer has said so.
+struct Entry {
+    activity: Arc<ConnectionActivity>,
+    /// The client's address; `None` until a load balancer has named it.
     address: Option<IpAddr>,
-    /// What had happened on it when it was looked at last, if it was.
-    seen: Option<Seen>,
+    /// The counters at the last search; `None` before the first.
+    counters: Option<ActivityCounters>,
 }
 
-/// A connection's place, until it is dropped.
+/// Permits one open connection until it is dropped.
 #[derive(Debug)]
-pub(super) struct Slot {
-    slots: Arc<Slots>,
-    place: usize,
-    activity: Arc<Activity>,
+pub(super) struct ConnectionPermit {
+    limiter: Arc<ConnectionLimiter>,
+    index: usize,
+    activity: Arc<ConnectionActivity>,
 }
 
-impl Slot {
-    /// What happens on the connection.
-    pub(super) fn activity(&self) -> &Arc<Activity> {
+impl ConnectionPermit {
+    /// The activity of the connection.
+    pub(super) fn activity(&self) -> &Arc<ConnectionActivity> {
         &self.activity
     }
 }
 
-impl Slot {
-    /// Says whose the connection is, where that was not known when it took the place.
-    pub(super) fn name(&self, address: IpAddr) -> Result<(), AddressFull> {
-        let mut state = self.slots.lock();
-        self.slots.claim(&mut state, address)?;
-        if let Some(place) = &mut state.places[self.place]
+impl ConnectionPermit {
+    /// Counts the connection for a client whose address was not known before.
+    pub(super) fn set_address(&self, address: IpAddr) -> Result<(), AddressLimitReached> {
+        let mut state = self.limiter.lock();
+        self.limiter.ensure_address_capacity(&mut state, address)?;
+        if let Some(place) = &mut state.entries[self.index]
             && place.address.is_none()
             && !place.activity.is_evicted()
         {
@@ -76,91 +76,103 @@ impl Slot {
     }
 }
 
-/// There is no place for an address, nor an idle connection of it that could make room.
+/// The address has reached its limit, and has no idle connection that could be closed.
 #[derive(Debug, Eq, PartialEq)]
-pub(super) struct AddressFull;
+pub(super) struct AddressLimitReached;
 
-impl Slots {
-    /// So many places, and so many for one address.
+impl ConnectionLimiter {
+    /// Creates a limiter for `max` connections, and `max_per_address` of each address.
     pub(super) fn new(max: usize, max_per_address: Option<usize>) -> Arc<Self> {
         let max_per_address = max_per_address.unwrap_or(usize::MAX);
-        Arc::new(Self { max, max_per_address, state: Mutex::default(), freed: Notify::new() })
+        Arc::new(Self {
+            max,
+            max_per_address,
+            state: Mutex::default(),
+            permit_released: Notify::new(),
+        })
     }
 
-    /// Takes a place for a client at an address, if that is known, and waits for one as long as all are in
-    /// use.
-    pub(super) async fn take(
+    /// Acquires a permit for a client, whose address counts if it is known. Waits while the total limit
+    /// is reached.
+    pub(super) async fn acquire(
         self: &Arc<Self>,
         address: Option<IpAddr>,
-    ) -> Result<Slot, AddressFull> {
+    ) -> Result<ConnectionPermit, AddressLimitReached> {
         loop {
-            let mut freed = std::pin::pin!(self.freed.notified());
+            let mut freed = std::pin::pin!(self.permit_released.notified());
             freed.as_mut().enable();
-            if let Some(slot) = self.try_take(address)? {
+            if let Some(slot) = self.try_acquire(address)? {
                 return Ok(slot);
             }
-            // A connection that is in use now may be idle soon, and can make room then.
-            let _ = timeout(SEARCH_EVERY, freed).await;
+            // A connection that is in use now may be idle at the next search.
+            let _ = timeout(EVICTION_RETRY_INTERVAL, freed).await;
         }
     }
 
-    fn try_take(self: &Arc<Self>, address: Option<IpAddr>) -> Result<Option<Slot>, AddressFull> {
+    fn try_acquire(
+        self: &Arc<Self>,
+        address: Option<IpAddr>,
+    ) -> Result<Option<ConnectionPermit>, AddressLimitReached> {
         let mut state = self.lock();
         if let Some(address) = address {
-            self.claim(&mut state, address)?;
+            self.ensure_address_capacity(&mut state, address)?;
         }
-        if state.taken() >= self.max {
+        if state.in_use() >= self.max {
             state.evict(|_| true);
             return Ok(None);
         }
-        let activity = Arc::<Activity>::default();
-        let place = Place { activity: Arc::clone(&activity), address, seen: None };
+        let activity = Arc::<ConnectionActivity>::default();
+        let place = Entry { activity: Arc::clone(&activity), address, counters: None };
         if let Some(address) = address {
             *state.by_address.entry(address).or_default() += 1;
         }
-        let index = state.free.pop().unwrap_or_else(|| {
-            state.places.push(None);
-            state.places.len() - 1
+        let index = state.free_indices.pop().unwrap_or_else(|| {
+            state.entries.push(None);
+            state.entries.len() - 1
         });
-        state.places[index] = Some(place);
-        Ok(Some(Slot { slots: Arc::clone(self), place: index, activity }))
+        state.entries[index] = Some(place);
+        Ok(Some(ConnectionPermit { limiter: Arc::clone(self), index, activity }))
     }
 
-    /// Sees to it that an address may have one more.
-    fn claim(&self, state: &mut State, address: IpAddr) -> Result<(), AddressFull> {
+    /// Ensures that an address may open one more connection; closes an idle one of it if needed.
+    fn ensure_address_capacity(
+        &self,
+        state: &mut State,
+        address: IpAddr,
+    ) -> Result<(), AddressLimitReached> {
         let count = state.by_address.get(&address).copied().unwrap_or(0);
         if count >= self.max_per_address && !state.evict(|place| place.address == Some(address)) {
-            return Err(AddressFull);
+            return Err(AddressLimitReached);
         }
         Ok(())
     }
 
-    /// A panic under this lock leaves places that are usable as they are.
+    /// A panic under this lock leaves a usable state.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl State {
-    fn taken(&self) -> usize {
-        self.places.len() - self.free.len()
+    fn in_use(&self) -> usize {
+        self.entries.len() - self.free_indices.len()
     }
 
-    /// Ends an idle connection among those that match, if there is one. One that is new, or was used
-    /// since the last search, is passed over the first time.
-    fn evict(&mut self, matches: impl Fn(&Place) -> bool) -> bool {
-        for _ in 0..2 * self.places.len() {
-            self.clock_hand = (self.clock_hand + 1) % self.places.len();
-            let Some(place) = &mut self.places[self.clock_hand] else { continue };
-            let is_idle = place.activity.waiting() == Waiting::Request;
+    /// Closes an idle connection that matches, and returns whether there was one. A connection that is
+    /// new, or was used since the last search, is skipped in the first round.
+    fn evict(&mut self, matches: impl Fn(&Entry) -> bool) -> bool {
+        for _ in 0..2 * self.entries.len() {
+            self.clock_hand = (self.clock_hand + 1) % self.entries.len();
+            let Some(place) = &mut self.entries[self.clock_hand] else { continue };
+            let is_idle = place.activity.state() == ConnectionState::Idle;
             if !is_idle || place.activity.is_evicted() || !matches(place) {
                 continue;
             }
-            let seen = Some(place.activity.seen());
-            if std::mem::replace(&mut place.seen, seen) == seen {
+            let seen = Some(place.activity.counters());
+            if std::mem::replace(&mut place.counters, seen) == seen {
                 place.activity.evict();
                 if let Some(address) = place.address {
-                    self.leave(address);
+                    self.release_address(address);
                 }
                 return true;
             }
@@ -168,8 +180,8 @@ impl State {
         false
     }
 
-    /// Counts one connection less of an address.
-    fn leave(&mut self, address: IpAddr) {
+    /// Removes one connection from the count of an address.
+    fn release_address(&mut self, address: IpAddr) {
         if let Some(count) = self.by_address.get_mut(&address) {
             *count -= 1;
             if *count == 0 {
@@ -179,17 +191,17 @@ impl State {
     }
 }
 
-impl Drop for Slot {
+impl Drop for ConnectionPermit {
     fn drop(&mut self) {
-        let mut state = self.slots.lock();
-        if let Some(place) = state.places[self.place].take() {
+        let mut state = self.limiter.lock();
+        if let Some(place) = state.entries[self.index].take() {
             if let Some(address) = place.address.filter(|_| !place.activity.is_evicted()) {
-                state.leave(address);
+                state.release_address(address);
             }
-            state.free.push(self.place);
+            state.free_indices.push(self.index);
         }
         drop(state);
-        self.slots.freed.notify_one();
+        self.limiter.permit_released.notify_one();
     }
 }
 
@@ -201,100 +213,103 @@ mod tests {
         IpAddr::from([192, 0, 2, last])
     }
 
-    fn take(slots: &Arc<Slots>, last: u8) -> Option<Result<Slot, AddressFull>> {
-        slots.try_take(Some(address(last))).transpose()
+    fn try_acquire(
+        slots: &Arc<ConnectionLimiter>,
+        last: u8,
+    ) -> Option<Result<ConnectionPermit, AddressLimitReached>> {
+        slots.try_acquire(Some(address(last))).transpose()
     }
 
-    fn taken(slots: &Arc<Slots>, last: u8) -> Slot {
-        take(slots, last).expect("there is room").expect("it has its share")
+    fn acquired(slots: &Arc<ConnectionLimiter>, last: u8) -> ConnectionPermit {
+        try_acquire(slots, last).expect("there is room").expect("the address is below its limit")
     }
 
     #[test]
-    fn an_idle_connection_makes_room_and_one_used_lately_only_where_there_is_no_other() {
-        let slots = Slots::new(3, None);
-        let held = [1, 2, 3].map(|last| taken(&slots, last));
-        held[0].activity().note_request(false);
-        held[2].activity().note_request(false);
-        assert!(take(&slots, 4).is_none(), "there is room when one has ended");
-        let evicted = held.each_ref().map(|slot| slot.activity().is_evicted());
+    fn idle_connection_is_evicted_before_a_recently_used_one() {
+        let slots = ConnectionLimiter::new(3, None);
+        let permits = [1, 2, 3].map(|last| acquired(&slots, last));
+        permits[0].activity().record_request(false);
+        permits[2].activity().record_request(false);
+        assert!(try_acquire(&slots, 4).is_none(), "there is room once the evicted one has closed");
+        let evicted = permits.each_ref().map(|slot| slot.activity().is_evicted());
         assert_eq!(evicted, [false, true, false]);
-        let [first, second, third] = held;
+        let [first, second, third] = permits;
         drop(second);
-        let fourth = taken(&slots, 4);
-        fourth.activity().note_request(false);
-        first.activity().note_request(false);
-        assert!(take(&slots, 5).is_none());
+        let fourth = acquired(&slots, 4);
+        fourth.activity().record_request(false);
+        first.activity().record_request(false);
+        assert!(try_acquire(&slots, 5).is_none());
         assert!(third.activity().is_evicted(), "it was not used since the last search");
     }
 
     #[test]
-    fn a_connection_in_use_keeps_its_place() {
-        let slots = Slots::new(2, None);
-        let (first, second) = (taken(&slots, 1), taken(&slots, 2));
-        let answer = first.activity().open();
-        second.activity().note_bytes();
-        assert!(take(&slots, 3).is_none());
+    fn connection_in_use_is_not_evicted() {
+        let slots = ConnectionLimiter::new(2, None);
+        let (first, second) = (acquired(&slots, 1), acquired(&slots, 2));
+        let answer = first.activity().begin_response();
+        second.activity().record_read();
+        assert!(try_acquire(&slots, 3).is_none());
         assert!(!first.activity().is_evicted() && !second.activity().is_evicted());
         drop(answer);
-        assert!(take(&slots, 3).is_none());
+        assert!(try_acquire(&slots, 3).is_none());
         assert!(first.activity().is_evicted() && !second.activity().is_evicted());
     }
 
     #[test]
-    fn an_address_takes_from_itself_and_from_nobody_else() {
-        let slots = Slots::new(10, Some(2));
-        let others = taken(&slots, 1);
-        let (first, second) = (taken(&slots, 2), taken(&slots, 2));
-        let busy = first.activity().open();
-        let third = taken(&slots, 2);
+    fn address_at_its_limit_evicts_only_its_own_idle_connections() {
+        let slots = ConnectionLimiter::new(10, Some(2));
+        let others = acquired(&slots, 1);
+        let (first, second) = (acquired(&slots, 2), acquired(&slots, 2));
+        let busy = first.activity().begin_response();
+        let third = acquired(&slots, 2);
         assert!(second.activity().is_evicted() && !others.activity().is_evicted());
-        let _third_is_busy = third.activity().open();
-        assert_eq!(take(&slots, 2).unwrap().unwrap_err(), AddressFull);
+        let _third_is_busy = third.activity().begin_response();
+        assert_eq!(try_acquire(&slots, 2).unwrap().unwrap_err(), AddressLimitReached);
         drop(busy);
-        assert!(take(&slots, 2).unwrap().is_ok());
+        assert!(try_acquire(&slots, 2).unwrap().is_ok());
         assert!(!others.activity().is_evicted());
     }
 
     #[tokio::test]
-    async fn whoever_waits_is_served_when_somebody_leaves() {
-        let slots = Slots::new(1, None);
-        let first = taken(&slots, 1);
-        let _busy = first.activity().open();
+    async fn waiting_client_gets_the_permit_of_a_closed_connection() {
+        let slots = ConnectionLimiter::new(1, None);
+        let first = acquired(&slots, 1);
+        let _busy = first.activity().begin_response();
         let waiting = Arc::clone(&slots);
-        let waiting = tokio::spawn(async move { waiting.take(Some(address(2))).await.is_ok() });
+        let waiting = tokio::spawn(async move { waiting.acquire(Some(address(2))).await.is_ok() });
         tokio::task::yield_now().await;
         drop(first);
         assert!(waiting.await.unwrap());
         let state = slots.lock();
-        assert_eq!((state.taken(), state.by_address.len()), (0, 0));
+        assert_eq!((state.in_use(), state.by_address.len()), (0, 0));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_connection_that_becomes_idle_makes_room_for_who_waits() {
-        let slots = Slots::new(1, None);
-        let first = taken(&slots, 1);
-        let busy = first.activity().open();
+    async fn newly_idle_connection_is_evicted_for_a_waiting_client() {
+        let slots = ConnectionLimiter::new(1, None);
+        let first = acquired(&slots, 1);
+        let busy = first.activity().begin_response();
         let waiting = Arc::clone(&slots);
-        let waiting = tokio::spawn(async move { waiting.take(Some(address(2))).await.is_ok() });
-        tokio::time::sleep(SEARCH_EVERY * 4).await;
+        let waiting = tokio::spawn(async move { waiting.acquire(Some(address(2))).await.is_ok() });
+        tokio::time::sleep(EVICTION_RETRY_INTERVAL * 4).await;
         assert!(!first.activity().is_evicted());
         drop(busy);
-        tokio::time::sleep(SEARCH_EVERY * 4).await;
+        tokio::time::sleep(EVICTION_RETRY_INTERVAL * 4).await;
         assert!(first.activity().is_evicted());
         drop(first);
         assert!(waiting.await.unwrap());
     }
 
     #[test]
-    fn a_connection_counts_for_its_client_once_a_load_balancer_has_named_it() {
-        let slots = Slots::new(10, Some(1));
-        let [first, second] = [(); 2].map(|()| slots.try_take(None).unwrap().unwrap());
-        first.name(address(1)).unwrap();
-        let busy = first.activity().open();
-        assert_eq!(second.name(address(1)), Err(AddressFull));
-        second.name(address(2)).unwrap();
+    fn connection_counts_for_its_client_once_the_load_balancer_has_named_it() {
+        let slots = ConnectionLimiter::new(10, Some(1));
+        let [first, second] = [(); 2].map(|()| slots.try_acquire(None).unwrap().unwrap());
+        first.set_address(address(1)).unwrap();
+        let busy = first.activity().begin_response();
+        assert_eq!(second.set_address(address(1)), Err(AddressLimitReached));
+        second.set_address(address(2)).unwrap();
         drop((busy, first));
-        assert!(take(&slots, 1).unwrap().is_ok());
-        assert_eq!(slots.lock().by_address.len(), 1, "that of the second is left");
+        assert!(try_acquire(&slots, 1).unwrap().is_ok());
+        assert_eq!(slots.lock().by_address.len(), 1, "the address of the second is left");
     }
 }

@@ -1,4 +1,4 @@
-//! What a listener runs.
+//! The tasks of a server.
 
 use std::{
     future::{Future, poll_fn},
@@ -8,26 +8,26 @@ use std::{
 use hyper::rt::Executor;
 use tokio::task::JoinSet;
 
-use super::answer_body::Progress;
+use super::answer_body::StallTimer;
 
-/// Everything that a listener runs: connections, and the requests of those that speak HTTP/2.
+/// All tasks of a server: its connections, and the requests of HTTP/2 connections.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Tasks(Arc<Mutex<JoinSet<()>>>);
+pub(super) struct ServerTasks(Arc<Mutex<JoinSet<()>>>);
 
-impl Tasks {
+impl ServerTasks {
     pub(super) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
         let mut tasks = self.lock();
         while tasks.try_join_next().is_some() {}
         tasks.spawn(task);
     }
 
-    /// Waits for all to end, and for those that they may still start.
-    pub(super) async fn finish(&self) {
+    /// Waits for all tasks to finish, those that they still start included.
+    pub(super) async fn join_all(&self) {
         while poll_fn(|cx| self.lock().poll_join_next(cx)).await.is_some() {}
     }
 
-    /// Ends all, and those that they may still start.
-    pub(super) async fn abort(&self) {
+    /// Aborts all tasks, those that they still start included.
+    pub(super) async fn abort_all(&self) {
         loop {
             let mut tasks = std::mem::take(&mut *self.lock());
             if tasks.is_empty() {
@@ -37,16 +37,16 @@ impl Tasks {
         }
     }
 
-    /// A panic under this lock leaves a set of tasks, usable as it is.
+    /// A panic under this lock leaves a usable set of tasks.
     fn lock(&self) -> MutexGuard<'_, JoinSet<()>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Ends what a listener runs when the listener itself is ended. Dropping [`Tasks`] does not: those that speak
-/// HTTP/2 hold them as well.
+/// Aborts all tasks of a server when it is dropped. Dropping [`ServerTasks`] does not, because HTTP/2
+/// connections hold a handle too.
 #[derive(Debug)]
-pub(super) struct AbortOnDrop(pub(super) Tasks);
+pub(super) struct AbortOnDrop(pub(super) ServerTasks);
 
 impl Drop for AbortOnDrop {
     fn drop(&mut self) {
@@ -54,9 +54,9 @@ impl Drop for AbortOnDrop {
     }
 }
 
-/// Hyper runs each request of an HTTP/2 connection as a task of its own, until its answer is sent.
-impl<F: Future<Output: Send> + Send + 'static> Executor<F> for Tasks {
+/// Hyper runs each request of an HTTP/2 connection in a task, until its response is sent.
+impl<F: Future<Output: Send> + Send + 'static> Executor<F> for ServerTasks {
     fn execute(&self, task: F) {
-        self.spawn(Progress::supervise(task));
+        self.spawn(StallTimer::run_until_stalled(task));
     }
 }

@@ -1,6 +1,6 @@
-//! A connection's bytes, as hyper reads and writes them, with notes of what happens.
+//! The byte stream of a connection, which records its reads and writes in the connection's activity.
 //!
-//! It begins with what was read to find out the protocol. It knows nothing of HTTP.
+//! It first returns the bytes that were read to detect the HTTP version. It does not parse HTTP.
 
 use std::{
     io::{self, IoSlice},
@@ -12,65 +12,70 @@ use std::{
 use bytes::{Buf as _, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::{activity::Activity, protocol::Protocol};
+use super::{activity::ConnectionActivity, protocol::HttpVersion};
 
-/// The bytes of a connection.
+/// The byte stream of a connection.
 #[derive(Debug)]
-pub(super) struct Watched<I> {
+pub(super) struct TrackedIo<I> {
     io: I,
-    begun: Bytes,
-    activity: Arc<Activity>,
-    /// Whether bytes that come between requests begin another: over HTTP/2 they may be anything.
-    begins_heads: bool,
+    prefix: Bytes,
+    activity: Arc<ConnectionActivity>,
+    /// Whether bytes between requests are the start of another one. Over HTTP/2 they may be any frame.
+    tracks_heads: bool,
 }
 
-impl<I> Watched<I> {
-    /// Reads `begun`, and then from `io`; writes to that.
-    pub(super) fn new(io: I, begun: Bytes, activity: Arc<Activity>, protocol: Protocol) -> Self {
-        Self { io, begun, activity, begins_heads: protocol == Protocol::Http1 }
+impl<I> TrackedIo<I> {
+    /// Reads from `prefix` first and then from `io`. Writes to `io`.
+    pub(super) fn new(
+        io: I,
+        prefix: Bytes,
+        activity: Arc<ConnectionActivity>,
+        protocol: HttpVersion,
+    ) -> Self {
+        Self { io, prefix, activity, tracks_heads: protocol == HttpVersion::Http1 }
     }
 
-    fn note_bytes(&self) {
-        if self.begins_heads {
-            self.activity.note_bytes();
+    fn record_read(&self) {
+        if self.tracks_heads {
+            self.activity.record_read();
         }
     }
 }
 
-impl<I: AsyncRead + Unpin> AsyncRead for Watched<I> {
+impl<I: AsyncRead + Unpin> AsyncRead for TrackedIo<I> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if self.begun.is_empty() {
+        if self.prefix.is_empty() {
             let before = buffer.filled().len();
             ready!(Pin::new(&mut self.io).poll_read(cx, buffer))?;
             if buffer.filled().len() > before {
-                self.note_bytes();
+                self.record_read();
             }
         } else {
-            let length = self.begun.len().min(buffer.remaining());
-            buffer.put_slice(&self.begun[..length]);
-            self.begun.advance(length);
-            if self.begun.is_empty() {
-                // Gives its memory back.
-                self.begun = Bytes::new();
+            let length = self.prefix.len().min(buffer.remaining());
+            buffer.put_slice(&self.prefix[..length]);
+            self.prefix.advance(length);
+            if self.prefix.is_empty() {
+                // Frees its memory.
+                self.prefix = Bytes::new();
             }
-            self.note_bytes();
+            self.record_read();
         }
         Poll::Ready(Ok(()))
     }
 }
 
-impl<I: AsyncWrite + Unpin> AsyncWrite for Watched<I> {
+impl<I: AsyncWrite + Unpin> AsyncWrite for TrackedIo<I> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.io).poll_write(cx, bytes);
-        self.activity.note_write(written.is_ready());
+        self.activity.record_write(written.is_ready());
         written
     }
 
@@ -79,12 +84,12 @@ impl<I: AsyncWrite + Unpin> AsyncWrite for Watched<I> {
         cx: &mut Context<'_>,
         buffers: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        // An answer without a body; to write it plainly costs the system less.
+        // A response without a body: a plain write costs less in the kernel.
         if let [head] = buffers {
             return self.poll_write(cx, head);
         }
         let written = Pin::new(&mut self.io).poll_write_vectored(cx, buffers);
-        self.activity.note_write(written.is_ready());
+        self.activity.record_write(written.is_ready());
         written
     }
 
@@ -93,9 +98,9 @@ impl<I: AsyncWrite + Unpin> AsyncWrite for Watched<I> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        // What encrypts takes bytes before the client does.
+        // The TLS layer buffers bytes before the client reads them.
         let flushed = Pin::new(&mut self.io).poll_flush(cx);
-        self.activity.note_flush(flushed.is_ready());
+        self.activity.record_flush(flushed.is_ready());
         flushed
     }
 

@@ -1,8 +1,8 @@
-//! What an outcome is in the words of the protocol.
+//! Converts an Unleash outcome to an OFREP evaluation.
 //!
-//! An outcome becomes a typed value so: without a payload, whether the flag is on; with one, what the
-//! payload says it is. A flag whose variants have payloads has no value while it is off, so that the
-//! application uses its own default instead of a value of another type.
+//! The value is boolean for a flag without payloads, and otherwise the variant's payload in its declared
+//! type. A flag with payloads has no value while it is off, so that the application uses its own default
+//! instead of a value of another type.
 
 use bytes::Bytes;
 use xxhash_rust::xxh3::xxh3_64;
@@ -14,12 +14,12 @@ use crate::{
     wire::ofrep::{Evaluation, Metadata, Reason, Value, value},
 };
 
-/// The JSON of what is written in the protocol's words.
+/// The JSON of an OFREP document.
 pub(super) fn json(document: &impl serde::Serialize) -> Bytes {
-    serde_json::to_vec(document).expect("answers are plain data").into()
+    serde_json::to_vec(document).expect("OFREP documents are plain data").into()
 }
 
-/// What identifies what an answer about all flags of `view` says of them to a context.
+/// A hash of the OFREP evaluations of all flags in `view` for one context.
 pub(super) fn outcome_of(snapshot: &Snapshot, view: &View, context: &Context<'_>) -> u128 {
     let engine = snapshot.engine();
     reworded(snapshot, view, context, |id, outcome| {
@@ -27,7 +27,7 @@ pub(super) fn outcome_of(snapshot: &Snapshot, view: &View, context: &Context<'_>
     })
 }
 
-/// What a flag comes to by an outcome of its.
+/// The OFREP evaluation of a flag with this outcome.
 pub(super) fn evaluation(engine: &Engine, id: FlagId, outcome: Outcome) -> Evaluation<'_> {
     let flag = engine.flag(id);
     let variant = flag.variant(outcome);

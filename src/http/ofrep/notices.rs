@@ -1,4 +1,4 @@
-//! What a provider's stream tells: that it should ask again.
+//! Event source of an OpenFeature provider's stream: events that tell it to evaluate its flags again.
 
 use bytes::Bytes;
 use tokio::time::Instant;
@@ -13,43 +13,43 @@ use crate::{
     wire::{ofrep, sse},
 };
 
-/// Tells when an answer would say something else of the flags to one context.
+/// Sends an event whenever the evaluated flags of one context change.
 #[derive(Debug)]
 pub struct Notices {
     snapshots: Snapshots,
     asker: Asker,
-    /// What the provider has, or has been told to ask for.
+    /// Identifies the flags that the provider has, or was told to fetch.
     outcome: u128,
     begun: bool,
     wake: Wake,
-    /// The provider must ask anew, with all of its context.
-    is_over: bool,
+    /// The provider must evaluate again, with its full context.
+    needs_reconnect: bool,
 }
 
 impl Notices {
-    /// Begins where the provider has the answer that `outcome` identifies.
+    /// Starts with a provider whose flags have the hash `outcome`.
     pub fn new(snapshots: Snapshots, asker: Asker, outcome: u128) -> Self {
-        let (begun, wake, is_over) = (false, Wake::default(), false);
-        Self { snapshots, asker, outcome, begun, wake, is_over }
+        let (begun, wake, needs_reconnect) = (false, Wake::default(), false);
+        Self { snapshots, asker, outcome, begun, wake, needs_reconnect }
     }
 }
 
 impl Teller for Notices {
     fn tell(&mut self) -> Option<Piece> {
-        let Self { snapshots, asker, outcome, begun, wake, is_over } = self;
+        let Self { snapshots, asker, outcome, begun, wake, needs_reconnect } = self;
         let snapshot = snapshots.load_for(asker.scope())?;
         let view = snapshot.view(&asker.scope().projects);
         let since = wake.set(view.reads(), snapshot.received());
         let Some(question) = asker.question(&snapshot, &view) else {
-            *is_over = true;
+            *needs_reconnect = true;
             return None;
         };
         let now = question.answer(&view, |context| outcome_of(&snapshot, &view, context));
-        let is_news = std::mem::replace(outcome, now) != now;
+        let has_changed = std::mem::replace(outcome, now) != now;
         let is_first = !std::mem::replace(begun, true);
         let id = format_args!("{now:032x}").to_string();
-        let (text, told) = match (is_news, is_first) {
-            // The id is what a client that comes back names as known.
+        let (text, kind) = match (has_changed, is_first) {
+            // A reconnecting client sends the id of its last event.
             (false, true) => (sse::state(&id), Told::Missed),
             (true, true) => (sse::event(ofrep::EVENT, Some(&id), ofrep::REFETCH), Told::Missed),
             (true, false) => {
@@ -57,7 +57,7 @@ impl Teller for Notices {
             }
             (false, false) => return None,
         };
-        Some(Piece { bytes: Bytes::from(text), told })
+        Some(Piece { bytes: Bytes::from(text), told: kind })
     }
 
     fn wakes_at(&self) -> Option<Instant> {
@@ -65,7 +65,7 @@ impl Teller for Notices {
     }
 
     fn is_over(&self) -> bool {
-        self.is_over
+        self.needs_reconnect
     }
 }
 
@@ -89,23 +89,23 @@ mod tests {
         Scope { environment: Environment::new("dev"), projects: Projects::All }
     }
 
-    /// Somebody who followed when flags were as in this snapshot.
-    fn asker(snapshot: &Snapshot) -> Asker {
-        let told = FrontendContext::from_json(br#"{"userId":"7"}"#).unwrap();
+    /// A subscriber since this snapshot.
+    fn subscriber(snapshot: &Snapshot) -> Asker {
+        let sent = FrontendContext::from_json(br#"{"userId":"7"}"#).unwrap();
         let client = IpAddr::V4(Ipv4Addr::LOCALHOST);
-        Asker::new(told, client, "here".into(), scope(), 7, snapshot)
+        Asker::new(sent, client, "here".into(), scope(), 7, snapshot)
     }
 
-    /// What an answer says of the only flag, and what identifies the answer.
-    fn answer(snapshots: &Snapshots) -> (Value, u128) {
+    /// The evaluation of the only flag, and the outcome hash.
+    fn evaluated(snapshots: &Snapshots) -> (Value, u128) {
         let snapshot = snapshots.load_for(&scope()).unwrap();
         let (engine, view) = (snapshot.engine(), snapshot.view(&Projects::All));
-        asker(&snapshot).question(&snapshot, &view).unwrap().answer(&view, |context| {
+        subscriber(&snapshot).question(&snapshot, &view).unwrap().answer(&view, |context| {
             let id = engine.find("a").unwrap();
             let outcome = engine.evaluate(id, &engine.bind(context));
-            let said = json(&evaluation(engine, id, outcome));
-            let said = serde_json::from_slice(&said).unwrap();
-            (said, outcome_of(&snapshot, &view, context))
+            let flag = json(&evaluation(engine, id, outcome));
+            let flag = serde_json::from_slice(&flag).unwrap();
+            (flag, outcome_of(&snapshot, &view, context))
         })
     }
 
@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn a_provider_is_sent_to_ask_again_exactly_when_the_answer_says_something_else() {
+    fn refetch_event_is_sent_exactly_when_the_evaluation_changes() {
         let variant = |payload: bool| {
             let payload = payload.then(|| object!({ "type": "string", "value": "x" }));
             let variant = object!({ "name": "v", "weight": 1000, "stickiness": "default" });
@@ -150,17 +150,17 @@ mod tests {
             for after in &states {
                 let snapshots = Snapshots::default();
                 swap(&snapshots, before);
-                let (said, outcome) = answer(&snapshots);
-                let asker = asker(&snapshots.load_for(&scope()).unwrap());
-                let mut notices = Notices::new(snapshots.clone(), asker, outcome);
-                let told = notices.tell().map(|piece| piece.told);
-                assert_eq!(told, Some(Told::Missed));
+                let (old, outcome) = evaluated(&snapshots);
+                let subscriber = subscriber(&snapshots.load_for(&scope()).unwrap());
+                let mut events = Notices::new(snapshots.clone(), subscriber, outcome);
+                let kind = events.tell().map(|chunk| chunk.told);
+                assert_eq!(kind, Some(Told::Missed));
                 swap(&snapshots, after);
-                let (says, now) = answer(&snapshots);
-                let is_sent = notices.tell().is_some();
-                assert_eq!(is_sent, said != says, "{before} became {after}: {said}, {says}");
-                assert!(notices.tell().is_none());
-                assert_eq!(now == outcome, said == says);
+                let (new, now) = evaluated(&snapshots);
+                let is_sent = events.tell().is_some();
+                assert_eq!(is_sent, old != new, "{before} became {after}: {old}, {new}");
+                assert!(events.tell().is_none());
+                assert_eq!(now == outcome, old == new);
                 if is_sent { changes += 1 } else { others += 1 }
             }
         }

@@ -1,12 +1,12 @@
-//! What a provider opens its stream with: a short-lived ticket in the stream's address.
+//! Stream tickets: short-lived credentials in the URL of an OpenFeature provider's event stream.
 //!
-//! Browsers' `EventSource` sends no headers, and a token has no place in an address, which proxies
-//! log. A ticket tells whose token it was, by its digest, and for which context flags were asked; it
-//! is sealed, because contexts are nobody's business either. Whoever has one may learn that some
-//! flag has changed, and nothing else, until it expires or the token does.
+//! Browsers' `EventSource` cannot send headers, and proxies log URLs, so a token must not be part of
+//! one. A ticket contains the token's digest and the context of the evaluation. It is encrypted, because
+//! contexts are private too. Its holder learns that some flag has changed, and nothing else, until the
+//! ticket expires or the token becomes invalid.
 //!
-//! The same question has the same ticket for an hour, so that a provider which asks again keeps its
-//! stream. Instances that share a key take each other's.
+//! The same token and context get the same ticket for an hour, so that a provider that evaluates again
+//! keeps its stream. Instances with the same key accept each other's tickets.
 
 use std::{fmt, sync::Arc};
 
@@ -29,36 +29,36 @@ const PURPOSE: &[u8] = b"parapet: OFREP tickets, 1";
 const CIPHER: &[u8] = b"parapet: OFREP ticket, cipher, 1";
 const NONCES: &[u8] = b"parapet: OFREP ticket, nonces, 1";
 
-/// How many seconds a ticket is given out, and how many of these periods after its own it is taken.
+/// How long the same ticket is issued, in seconds.
 const PERIOD: i64 = 3600;
+/// How many further periods a ticket is accepted for.
 const TAKEN_LATER: i64 = 1;
 
-/// The longest context that a ticket holds, as JSON, in bytes: addresses beyond 8 kB are refused by
-/// many proxies.
+/// The longest context in a ticket, as JSON, in bytes: many proxies reject URLs beyond 8 kB.
 const LONGEST_CONTEXT: usize = 4 << 10;
 
-/// What tickets are sealed with.
+/// The key that tickets are encrypted with.
 #[derive(Clone)]
 pub struct TicketKey {
     bytes: Zeroizing<[u8; 32]>,
-    /// Whether it is derived from a token, and is replaced with it.
+    /// Whether it is derived from a token, and is therefore replaced with the token.
     is_of_token: bool,
 }
 
 impl TicketKey {
-    /// The key that everybody has who knows this secret.
+    /// Derives the key from a shared secret.
     pub fn derive(secret: &str) -> Self {
         let mut key = Zeroizing::new([0; 32]);
         expand(&Hkdf::new(None, secret.as_bytes()), PURPOSE, &mut *key);
         Self { bytes: key, is_of_token: false }
     }
 
-    /// The key that everybody has who knows this token.
+    /// Derives the key from a token.
     pub fn of(token: &Token) -> Self {
         Self { bytes: token.derive_key(PURPOSE), is_of_token: true }
     }
 
-    /// A key that nobody else has.
+    /// A random key of this process.
     pub fn random() -> Self {
         Self { bytes: Zeroizing::new(rand::random()), is_of_token: false }
     }
@@ -66,64 +66,64 @@ impl TicketKey {
 
 impl fmt::Debug for TicketKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("TicketKey(..)")
+        f.write_str("StreamTicketKey(..)")
     }
 }
 
-/// What a stream is opened for.
+/// The contents of a ticket.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Ticket {
-    /// The token that asked.
+    /// The token of the evaluation.
     pub digest: TokenDigest,
-    /// What identifies the answer that the provider has.
+    /// Hash of the evaluated flags that the provider has.
     pub outcome: u128,
-    /// The lots that were drawn for it; 0 where none were.
+    /// The random seed of the evaluation; 0 if it used none.
     pub draw: u64,
-    /// What it was asked for.
+    /// The context of the evaluation.
     pub context: FrontendContext<'static>,
 }
 
-/// Gives out and takes tickets.
+/// Issues and verifies tickets.
 pub struct Tickets(ArcSwap<Keys>);
 
-/// The key in use, and the one that it has replaced.
+/// The current key, and the one that it replaced.
 struct Keys {
     current: Arc<Sealing>,
-    /// Its tickets are accepted until the time when the last of them expires.
+    /// Its tickets are accepted until this time, when the last of them expires.
     former: Option<(Arc<Sealing>, Timestamp)>,
 }
 
-/// What is derived from a key.
+/// The cipher and the nonce key derived from a [`StreamTicketKey`].
 struct Sealing {
     is_of_token: bool,
     cipher: XChaCha20Poly1305,
-    /// What nonces are derived from.
+    /// Nonces are derived from this key and the plaintext.
     nonces: Hkdf<Sha256>,
 }
 
 impl Tickets {
-    /// Those of this key.
+    /// Uses this key.
     pub fn new(key: TicketKey) -> Self {
         let current = Arc::new(Sealing::new(key));
         Self(ArcSwap::from_pointee(Keys { current, former: None }))
     }
 
-    /// Seals with another key from now on. Tickets of the one before are accepted until they expire.
+    /// Replaces the key. Tickets of the previous key are accepted until they expire.
     pub fn replace_key(&self, key: TicketKey, now: Timestamp) {
         self.replace_key_if(|_| true, key, now);
     }
 
-    /// Seals with the key of `token` from now on if the current key is that of a token: a secret that
-    /// was configured meanwhile stays in use.
+    /// Replaces a key that was derived from a token by that of `token`. A key from a configured secret
+    /// stays.
     pub fn replace_token(&self, token: &Token, now: Timestamp) {
         self.replace_key_if(|current| current.is_of_token, TicketKey::of(token), now);
     }
 
-    fn replace_key_if(&self, is_wanted: fn(&Sealing) -> bool, key: TicketKey, now: Timestamp) {
+    fn replace_key_if(&self, is_replaceable: fn(&Sealing) -> bool, key: TicketKey, now: Timestamp) {
         let until = now + SignedDuration::from_secs((1 + TAKEN_LATER) * PERIOD);
         let sealing = Arc::new(Sealing::new(key));
         self.0.rcu(|keys| {
-            if !is_wanted(&keys.current) {
+            if !is_replaceable(&keys.current) {
                 return Arc::clone(keys);
             }
             let former = Some((Arc::clone(&keys.current), until));
@@ -131,16 +131,16 @@ impl Tickets {
         });
     }
 
-    /// The number of the period in which a question is asked: another for each hour, and not for all
-    /// questions at once.
+    /// The number of the current period for this token and context. Periods of different tokens and
+    /// contexts start at different times.
     pub fn period(digest: &TokenDigest, context: &str, now: Timestamp) -> i64 {
         let phase = xxh3_64(&[&digest.as_bytes()[..], context.as_bytes()].concat());
         let phase = i64::try_from(phase % PERIOD.unsigned_abs()).unwrap_or_default();
         (now.as_second() + phase).div_euclid(PERIOD)
     }
 
-    /// The ticket of a question whose context is written as `context`, in letters that addresses take
-    /// as they are; `None` where the context is too long for that.
+    /// Issues a URL-safe ticket for an evaluation of `context`, which is JSON. `None` if the context is
+    /// too long for a URL.
     pub fn give(
         &self,
         digest: &TokenDigest,
@@ -163,7 +163,7 @@ impl Tickets {
         Some(URL_SAFE_NO_PAD.encode(self.0.load().current.close(&plain)))
     }
 
-    /// Reads a ticket of ours that has not expired.
+    /// Decrypts a ticket; `None` if it is not valid or has expired.
     pub fn take(&self, text: &str, now: Timestamp) -> Option<Ticket> {
         let sealed = URL_SAFE_NO_PAD.decode(text).ok()?;
         let keys = self.0.load();
@@ -175,9 +175,9 @@ impl Tickets {
         let (outcome, rest) = rest.split_first_chunk()?;
         let (draw, context) = rest.split_first_chunk()?;
         let digest = TokenDigest::from_bytes(*digest);
-        let late =
+        let age =
             Self::period(&digest, str::from_utf8(context).ok()?, now) - i64::from_le_bytes(*period);
-        if !(0..=TAKEN_LATER).contains(&late) {
+        if !(0..=TAKEN_LATER).contains(&age) {
             return None;
         }
         let context = FrontendContext::from_json(context).ok()?.into_owned();
@@ -187,13 +187,13 @@ impl Tickets {
 }
 
 impl Sealing {
-    #[expect(clippy::needless_pass_by_value, reason = "nobody else is to keep the key")]
+    #[expect(clippy::needless_pass_by_value, reason = "the caller must not keep the key")]
     fn new(key: TicketKey) -> Self {
         let from_prk = |key: &[u8]| Hkdf::from_prk(key).expect("the key is as long as the hash");
-        let (given, mut derived) = (from_prk(&*key.bytes), Zeroizing::new([0; 32]));
-        expand(&given, CIPHER, &mut *derived);
+        let (key_material, mut derived) = (from_prk(&*key.bytes), Zeroizing::new([0; 32]));
+        expand(&key_material, CIPHER, &mut *derived);
         let cipher = XChaCha20Poly1305::new((&*derived).into());
-        expand(&given, NONCES, &mut *derived);
+        expand(&key_material, NONCES, &mut *derived);
         Self { is_of_token: key.is_of_token, cipher, nonces: from_prk(&*derived) }
     }
 
@@ -209,8 +209,8 @@ impl Sealing {
         self.cipher.decrypt(&XNonce::from(*nonce), sealed).ok()
     }
 
-    /// A nonce that another text does not have: the same text is sealed the same way, which tells
-    /// those who see both that they are the same.
+    /// A nonce derived from the plaintext, so that equal plaintexts give equal tickets. An observer of
+    /// two equal tickets learns only that their contents are equal.
     fn nonce(&self, plain: &[u8]) -> [u8; NONCE] {
         let mut nonce = [0; NONCE];
         expand(&self.nonces, plain, &mut nonce);
@@ -220,7 +220,7 @@ impl Sealing {
 
 impl fmt::Debug for Tickets {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Tickets(..)")
+        f.write_str("StreamTickets(..)")
     }
 }
 
@@ -238,14 +238,14 @@ mod tests {
         "2026-01-01T00:00:00Z".parse().unwrap()
     }
 
-    fn given(tickets: &Tickets, at: Timestamp) -> String {
+    fn issued(tickets: &Tickets, at: Timestamp) -> String {
         tickets.give(&TokenDigest::of("a token"), (1 << 100, 5), CONTEXT, at).unwrap()
     }
 
     #[test]
-    fn a_ticket_tells_what_it_was_given_for_to_those_who_have_the_key() {
+    fn ticket_is_decrypted_only_with_its_key_and_only_unaltered() {
         let tickets = Tickets::new(TicketKey::derive("secret"));
-        let text = given(&tickets, now());
+        let text = issued(&tickets, now());
         assert!(text.bytes().all(|it| it.is_ascii_alphanumeric() || matches!(it, b'-' | b'_')));
         let ticket = tickets.take(&text, now()).unwrap();
         let context = FrontendContext::from_json(CONTEXT.as_bytes()).unwrap().into_owned();
@@ -269,24 +269,24 @@ mod tests {
     #[test]
     fn ticket_of_a_replaced_key_is_accepted_until_it_expires() {
         let tickets = Tickets::new(TicketKey::derive("first"));
-        let first = given(&tickets, now());
+        let first = issued(&tickets, now());
         tickets.replace_key(TicketKey::derive("second"), now());
-        let second = given(&tickets, now());
+        let second = issued(&tickets, now());
         assert_ne!(first, second);
         assert!(tickets.take(&first, now()).is_some() && tickets.take(&second, now()).is_some());
         let another = Tickets::new(TicketKey::derive("second"));
         assert!(another.take(&second, now()).is_some());
         let hours = |n| now() + SignedDuration::from_hours(n);
-        let forged = given(&Tickets::new(TicketKey::derive("first")), hours(3));
+        let forged = issued(&Tickets::new(TicketKey::derive("first")), hours(3));
         assert!(tickets.take(&forged, hours(3)).is_none());
     }
 
     #[test]
-    fn key_of_a_token_follows_the_token_and_a_secret_stays() {
+    fn key_of_a_token_is_replaced_with_the_token_and_a_secret_is_not() {
         let token = |text| Token::parse(text).unwrap();
         let (first, second) = (token("*:*.first"), token("*:*.second"));
         let accepts = |key, by: &Tickets| {
-            let text = given(&Tickets::new(key), now());
+            let text = issued(&Tickets::new(key), now());
             by.take(&text, now()).is_some()
         };
         let tickets = Tickets::new(TicketKey::of(&first));
@@ -294,27 +294,27 @@ mod tests {
         assert!(accepts(TicketKey::of(&second), &tickets));
         tickets.replace_key(TicketKey::derive("secret"), now());
         tickets.replace_token(&first, now());
-        let text = given(&tickets, now());
+        let text = issued(&tickets, now());
         assert!(Tickets::new(TicketKey::derive("secret")).take(&text, now()).is_some());
-        assert!(accepts(TicketKey::of(&second), &tickets), "until they expire");
+        assert!(accepts(TicketKey::of(&second), &tickets), "accepted until it expires");
         assert!(!accepts(TicketKey::of(&first), &tickets));
     }
 
     #[test]
-    fn it_is_the_same_within_its_period_and_expires_after_the_next() {
+    fn ticket_is_unchanged_within_its_period_and_expires_after_the_next() {
         let tickets = Tickets::new(TicketKey::random());
         let minutes = |n: i64| now() + SignedDuration::from_mins(n);
-        let first = given(&tickets, now());
-        let renewed = (0..=60).find(|&n| given(&tickets, minutes(n)) != first).unwrap();
+        let first = issued(&tickets, now());
+        let renewed = (0..=60).find(|&n| issued(&tickets, minutes(n)) != first).unwrap();
         assert!((1..=60).contains(&renewed));
-        assert!((renewed..renewed + 59).all(|n| given(&tickets, minutes(n)) != first));
+        assert!((renewed..renewed + 59).all(|n| issued(&tickets, minutes(n)) != first));
         assert!(tickets.take(&first, minutes(renewed + 59)).is_some());
         assert!(tickets.take(&first, minutes(renewed + 60)).is_none());
         assert!(tickets.take(&first, minutes(-61)).is_none(), "the clock was set back");
     }
 
     #[test]
-    fn a_context_that_no_address_holds_gets_none() {
+    fn no_ticket_is_issued_for_a_context_too_long_for_a_url() {
         let tickets = Tickets::new(TicketKey::random());
         let give = |context: &str| tickets.give(&TokenDigest::of(""), (0, 0), context, now());
         assert!(give(&"x".repeat(LONGEST_CONTEXT)).unwrap().len() < 6000);

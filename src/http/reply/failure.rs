@@ -1,4 +1,4 @@
-//! Why a request is not served, and which status and words that comes to.
+//! Errors of requests, with the status, body and headers of each.
 
 use std::{borrow::Cow, time::Duration};
 
@@ -15,37 +15,37 @@ use crate::{
 /// Why a request is not served.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
-    /// No authorization header, or one that no issuer knows. The text is Unleash's own, which SDKs'
-    /// users search for.
+    /// No authorization header, or an unknown token. The text is Unleash's own, because SDK users search
+    /// for it.
     #[error(
         "This endpoint requires an API token. Please add an authorization header to your request \
          with a valid token"
     )]
     Unauthorized,
-    /// An address of events that is not, or no longer, taken.
-    #[error("this address of events has expired; ask for the flags again, which tells another")]
+    /// A stream ticket that is invalid or has expired.
+    #[error("the event stream URL has expired; evaluate the flags again to obtain a new one")]
     Ticket,
     /// Neither a session nor an admin token.
     #[error("you must sign in, or present an admin token, to use this")]
     SignIn,
-    /// A name and a password that do not belong together.
+    /// An unknown username or a wrong password.
     #[error("the username or the password is wrong")]
     WrongPassword,
     /// A valid token of another kind. The text is Unleash's own.
     #[error("invalid token: expected a different token type for this endpoint")]
     WrongKind,
-    /// A valid token of an environment that is not served here, and will not be by itself.
+    /// A valid token for an environment that this instance is not configured to serve.
     #[error("this instance does not serve the environment of this token")]
     NotServed,
-    /// A valid token to which upstream opens nothing.
+    /// A valid token that upstream answers with 403.
     #[error(
         "upstream knows this token and refuses it (403): it may not serve the token's environment"
     )]
     ForbiddenUpstream,
-    /// The client's address is not served here.
+    /// A client address that is not allowed.
     #[error("requests from this address are not allowed")]
     Blocked,
-    /// A change that a page of another origin may have asked for.
+    /// A change in a session whose request may come from a page of another origin.
     #[error(
         "changes with a session must come from this console: the request's Origin is missing or \
          another than its Host"
@@ -54,57 +54,57 @@ pub enum Failure {
     /// A permission that the caller does not have.
     #[error(transparent)]
     Permission(Missing),
-    /// What nobody may do.
+    /// An operation that no permission allows.
     #[error("{0}")]
     Denied(String),
-    /// Something that would answer is not there yet, or not reachable.
+    /// Something that the response depends on is not available yet, or not reachable.
     #[error("{what}; try again later")]
     Unavailable {
-        /// What is missing.
+        /// The missing part.
         what: &'static str,
-        /// When trying again makes sense.
+        /// When to retry.
         retry_after: Duration,
     },
-    /// Too many attempts.
+    /// The client's rate limit is exceeded.
     #[error("too many attempts; try again later")]
     Throttled(Duration),
-    /// A report for which its token has no room left.
+    /// The usage buffer of the token is full.
     #[error("there is no room for more usage of this token; report again later")]
     UsageFull(Duration),
-    /// As many streams are open as may be.
+    /// The limit of open streams is reached.
     #[error("too many clients follow streams here; poll, or try again later")]
     Crowded(Duration),
-    /// No resource of this path.
+    /// No resource at this path.
     #[error("not found")]
     NotFound,
-    /// What the path or the query names is not there; the text tells what.
+    /// A resource named in the path or query does not exist; the text names it.
     #[error("{0}")]
     Missing(String),
-    /// The resource knows other methods.
+    /// The resource supports other methods only.
     #[error("this resource allows {0}")]
     Method(Cow<'static, str>),
-    /// A body in something else than JSON.
+    /// A body that is not JSON.
     #[error("the body must be JSON, sent with content-type application/json")]
     MediaType,
-    /// A body or query that says nothing usable; the text tells where.
+    /// A malformed body or query; the text says where.
     #[error("{0}")]
     Malformed(String),
-    /// A context that says nothing usable; the text tells why.
+    /// An invalid context; the text says why.
     #[error("the context cannot be read: {0}")]
     Context(String),
-    /// A body of which parts cannot be used.
+    /// A body with invalid fields.
     #[error("the request cannot be used as it is: {}", summary(.0))]
     Invalid(Vec<Problem>),
-    /// A body beyond the limit.
+    /// A body larger than the limit.
     #[error("the body is larger than {0} bytes")]
     TooLarge(usize),
-    /// A request that took longer than one may, mostly to arrive.
+    /// A request that exceeded its timeout, usually while its body arrived.
     #[error("the request took longer than {0:?}")]
     TooSlow(Duration),
-    /// Upstream, which was to answer this, did not.
+    /// Upstream did not answer a relayed request.
     #[error("upstream did not answer")]
     Upstream,
-    /// Our own fault.
+    /// A bug in Parapet.
     #[error("internal error")]
     Internal,
 }
@@ -115,7 +115,7 @@ impl From<Vec<Problem>> for Failure {
     }
 }
 
-/// What is wrong with each part, in one line.
+/// All problems in one line.
 fn summary(problems: &[Problem]) -> String {
     problems.iter().map(sentence).collect::<Vec<_>>().join("; ")
 }
@@ -125,7 +125,7 @@ fn sentence(problem: &Problem) -> String {
 }
 
 impl Failure {
-    /// The status and the name that Unleash gives errors of its kind in its JSON.
+    /// The status, and Unleash's name for this kind of error.
     fn parts(&self) -> (StatusCode, &'static str) {
         match self {
             Self::Unauthorized | Self::SignIn | Self::Ticket => {
@@ -169,7 +169,7 @@ impl Failure {
         }
     }
 
-    /// What the client reads.
+    /// The JSON body.
     pub(super) fn error(&self) -> wire::Error {
         let sign_in = matches!(self, Self::SignIn);
         wire::Error {
@@ -191,14 +191,14 @@ impl Failure {
         self.parts().0
     }
 
-    /// What is said beside the body.
+    /// An additional header, if the error has one.
     pub(super) fn header(&self) -> Option<(HeaderName, HeaderValue)> {
         match self {
             Self::Unavailable { retry_after, .. }
             | Self::Throttled(retry_after)
             | Self::UsageFull(retry_after)
             | Self::Crowded(retry_after) => {
-                // Rounded up: who comes a moment too early is sent away again.
+                // Rounded up, because a client that retries too early is rejected again.
                 let seconds = retry_after.as_millis().div_ceil(1000).max(1);
                 let seconds = u64::try_from(seconds).unwrap_or(u64::MAX);
                 Some((RETRY_AFTER, HeaderValue::from(seconds)))

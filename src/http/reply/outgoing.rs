@@ -1,4 +1,4 @@
-//! What follows the head of a response.
+//! Response bodies: complete or streamed.
 
 use std::{
     convert::Infallible,
@@ -11,14 +11,14 @@ use bytes::Bytes;
 use futures_util::Stream;
 use hyper::body::{Body, Frame, SizeHint};
 
-/// Bytes as they come about; it ends when there will be no more.
+/// A stream of body chunks.
 pub type Live = Pin<Box<dyn Stream<Item = Bytes> + Send>>;
 
 /// The body of a response.
 pub enum Outgoing {
-    /// All of it is there; `None` where there is nothing, or it has been sent.
+    /// The complete body; `None` if it is empty or has been sent.
     Whole(Option<Bytes>),
-    /// It is told as it happens.
+    /// Chunks that are sent as they arise.
     Live(Live),
 }
 
@@ -37,8 +37,8 @@ impl From<Bytes> for Outgoing {
 impl fmt::Debug for Outgoing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Whole(bytes) => f.debug_tuple("Whole").field(bytes).finish(),
-            Self::Live(_) => f.write_str("Live"),
+            Self::Whole(bytes) => f.debug_tuple("Full").field(bytes).finish(),
+            Self::Live(_) => f.write_str("Stream"),
         }
     }
 }

@@ -1,7 +1,7 @@
-//! One open stream, from its first piece to its end.
+//! One open stream as the body of a response: sends events and keep-alive comments until it closes.
 //!
-//! Thousands are woken by one change, so that what each then does counts: what a stream waits for
-//! stays in place from wake to wake, and only what has come is looked at.
+//! One change wakes thousands of streams, so each poll has to be cheap: the timer and the futures stay
+//! registered between polls, and a poll checks only what may be due.
 
 use std::{
     pin::Pin,
@@ -21,157 +21,157 @@ use tokio_util::sync::{ReusableBoxFuture, WaitForCancellationFutureOwned};
 use super::{seats::Seat, teller::Teller};
 use crate::{feed::Number, wire::sse};
 
-/// How often a comment is sent at least: Node's SDK gives up after 60 s of silence.
-const COMMENT_EVERY: Duration = Duration::from_secs(25);
+/// Longest interval between keep-alive comments: Node's SDK reconnects after 60 s without data.
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(25);
 
-/// Comments go out at multiples of this after a time that is the same for all: waking up costs more
-/// than sending what is short, and is done once for several.
-const TOGETHER: Duration = Duration::from_millis(100);
+/// Keep-alive comments are aligned to multiples of this, so that one wake-up serves several streams: the
+/// wake-up costs more than sending a comment.
+const TIMER_COALESCING: Duration = Duration::from_millis(100);
 
-/// After how many milliseconds clients come back after an orderly end.
-const COME_BACK: std::ops::Range<u64> = 500..5_000;
+/// The reconnect delay sent to clients when a stream closes, in milliseconds.
+const RECONNECT_DELAY: std::ops::Range<u64> = 500..5_000;
 
 pin_project_lite::pin_project! {
-    /// The stream that a seat is for.
-    pub(super) struct Follower<T> {
-        seat: Seat,
-        // Always to be polled in full: it is polled once.
+    /// A stream of server-sent events, which holds a permit until it closes.
+    pub(super) struct SseStream<T> {
+        permit: Seat,
+        // Unconstrained by the task budget: it is polled only once.
         #[pin]
-        over: Unconstrained<WaitForCancellationFutureOwned>,
-        states: States,
-        teller: T,
-        stage: Stage,
-        comment_at: Instant,
-        over_at: Instant,
-        // Rings when the next thing is due, or before.
+        closed: Unconstrained<WaitForCancellationFutureOwned>,
+        states: StateIds,
+        source: T,
+        phase: Phase,
+        keep_alive_at: Instant,
+        expires_at: Instant,
+        // Fires at the next deadline or before it.
         #[pin]
-        alarm: Sleep,
+        timer: Sleep,
     }
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum Stage {
-    /// Not polled yet, so that nothing will wake it.
+enum Phase {
+    /// Not polled yet, so no waker is registered.
     New,
-    /// There may be something to tell.
-    Telling,
-    /// All has been told.
+    /// The source may have an event.
+    Sending,
+    /// The source has no event; waits for a change or a deadline.
     Waiting,
-    /// To be over when the alarm rings, with a good-bye.
-    Leaving,
-    Over,
+    /// Sends a reconnect delay when the timer fires, then closes.
+    Closing,
+    Closed,
 }
 
-impl<T: Teller> Follower<T> {
-    /// One that lasts for `age` at most.
+impl<T: Teller> SseStream<T> {
+    /// A stream that closes after `age` at the latest.
     pub(super) fn new(
-        seat: Seat,
+        permit: Seat,
         states: watch::Receiver<Number>,
-        teller: T,
+        source: T,
         age: Duration,
     ) -> Self {
         let now = Instant::now();
-        let (comment_at, over_at) = (next_comment(now, seat.epoch()), now + age);
-        let (over, alarm) = (unconstrained(seat.over().wake()), sleep_until(over_at));
-        let (states, stage) = (States::new(states), Stage::New);
-        Self { seat, over, states, teller, stage, comment_at, over_at, alarm }
+        let (keep_alive_at, expires_at) = (next_keep_alive(now, permit.epoch()), now + age);
+        let (closed, timer) = (unconstrained(permit.over().wake()), sleep_until(expires_at));
+        let (states, phase) = (StateIds::new(states), Phase::New);
+        Self { permit, closed, states, source, phase, keep_alive_at, expires_at, timer }
     }
 }
 
-impl<T: Teller> Stream for Follower<T> {
+impl<T: Teller> Stream for SseStream<T> {
     type Item = Bytes;
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
         let mut this = self.project();
-        let tally = this.seat.tally();
-        if *this.stage == Stage::New {
-            let _ = this.over.poll(cx);
-            *this.stage = Stage::Telling;
+        let metrics = this.permit.tally();
+        if *this.phase == Phase::New {
+            let _ = this.closed.poll(cx);
+            *this.phase = Phase::Sending;
         }
-        if matches!(this.stage, Stage::Telling | Stage::Waiting) && this.seat.over().is_given() {
-            let Some(stagger) = this.seat.stagger() else {
-                tally.revoked.increment(1);
-                *this.stage = Stage::Over;
+        if matches!(this.phase, Phase::Sending | Phase::Waiting) && this.permit.over().is_given() {
+            let Some(stagger) = this.permit.stagger() else {
+                metrics.revoked.increment(1);
+                *this.phase = Phase::Closed;
                 return Poll::Ready(None);
             };
-            tally.shut.increment(1);
-            this.alarm.as_mut().reset(Instant::now() + stagger.mul_f64(rand::random()));
-            *this.stage = Stage::Leaving;
+            metrics.shut.increment(1);
+            this.timer.as_mut().reset(Instant::now() + stagger.mul_f64(rand::random()));
+            *this.phase = Phase::Closing;
         }
         loop {
-            match this.stage {
-                Stage::New | Stage::Telling => {
-                    if let Some(piece) = this.teller.tell() {
-                        tally.count(piece.told);
-                        tally.bytes.increment(piece.bytes.len() as u64);
-                        return Poll::Ready(Some(piece.bytes));
+            match this.phase {
+                Phase::New | Phase::Sending => {
+                    if let Some(chunk) = this.source.tell() {
+                        metrics.count(chunk.told);
+                        metrics.bytes.increment(chunk.bytes.len() as u64);
+                        return Poll::Ready(Some(chunk.bytes));
                     }
-                    if this.teller.is_over() {
-                        tally.incomplete.increment(1);
-                        this.alarm.as_mut().reset(Instant::now());
-                        *this.stage = Stage::Leaving;
+                    if this.source.is_over() {
+                        metrics.incomplete.increment(1);
+                        this.timer.as_mut().reset(Instant::now());
+                        *this.phase = Phase::Closing;
                     } else {
-                        *this.stage = Stage::Waiting;
+                        *this.phase = Phase::Waiting;
                     }
                 }
-                Stage::Waiting => {
+                Phase::Waiting => {
                     match this.states.poll_changed(cx) {
                         Poll::Ready(Ok(())) => {
-                            *this.stage = Stage::Telling;
+                            *this.phase = Phase::Sending;
                             continue;
                         }
                         Poll::Ready(Err(_)) => {
-                            tally.gone.increment(1);
-                            *this.stage = Stage::Over;
+                            metrics.gone.increment(1);
+                            *this.phase = Phase::Closed;
                             return Poll::Ready(None);
                         }
                         Poll::Pending => {}
                     }
-                    let due = (*this.comment_at).min(*this.over_at);
-                    let due = this.teller.wakes_at().map_or(due, |wake| wake.min(due));
-                    if due < this.alarm.deadline() || this.alarm.is_elapsed() {
-                        this.alarm.as_mut().reset(due);
+                    let due = (*this.keep_alive_at).min(*this.expires_at);
+                    let due = this.source.wakes_at().map_or(due, |deadline| deadline.min(due));
+                    if due < this.timer.deadline() || this.timer.is_elapsed() {
+                        this.timer.as_mut().reset(due);
                     }
-                    ready!(this.alarm.as_mut().poll(cx));
+                    ready!(this.timer.as_mut().poll(cx));
                     let now = Instant::now();
-                    if *this.over_at <= now {
-                        tally.aged.increment(1);
-                        *this.stage = Stage::Over;
+                    if *this.expires_at <= now {
+                        metrics.aged.increment(1);
+                        *this.phase = Phase::Closed;
                         return Poll::Ready(None);
                     }
-                    if *this.comment_at <= now {
-                        *this.comment_at = next_comment(now, this.seat.epoch());
+                    if *this.keep_alive_at <= now {
+                        *this.keep_alive_at = next_keep_alive(now, this.permit.epoch());
                         let comment = Bytes::from_static(sse::COMMENT);
-                        tally.comments.increment(1);
-                        tally.bytes.increment(comment.len() as u64);
+                        metrics.comments.increment(1);
+                        metrics.bytes.increment(comment.len() as u64);
                         return Poll::Ready(Some(comment));
                     }
-                    *this.stage = Stage::Telling;
+                    *this.phase = Phase::Sending;
                 }
-                Stage::Leaving => {
-                    ready!(this.alarm.as_mut().poll(cx));
-                    *this.stage = Stage::Over;
-                    let good_bye = Bytes::from(sse::retry(rand::random_range(COME_BACK)));
-                    tally.bytes.increment(good_bye.len() as u64);
-                    return Poll::Ready(Some(good_bye));
+                Phase::Closing => {
+                    ready!(this.timer.as_mut().poll(cx));
+                    *this.phase = Phase::Closed;
+                    let retry_hint = Bytes::from(sse::retry(rand::random_range(RECONNECT_DELAY)));
+                    metrics.bytes.increment(retry_hint.len() as u64);
+                    return Poll::Ready(Some(retry_hint));
                 }
-                Stage::Over => return Poll::Ready(None),
+                Phase::Closed => return Poll::Ready(None),
             }
         }
     }
 }
 
-/// The numbers of an environment's states, waited for in one place.
-struct States(ReusableBoxFuture<'static, (Changed, watch::Receiver<Number>)>);
+/// Waits for the next state id of an environment, without allocating for each wait.
+struct StateIds(ReusableBoxFuture<'static, (Changed, watch::Receiver<Number>)>);
 
 type Changed = Result<(), watch::error::RecvError>;
 
-impl States {
+impl StateIds {
     fn new(states: watch::Receiver<Number>) -> Self {
         Self(ReusableBoxFuture::new(next(states)))
     }
 
-    /// Ready when there is another number; fails when there will be none.
+    /// Ready when there is a new id; an error when the sender is gone.
     fn poll_changed(&mut self, cx: &mut Context<'_>) -> Poll<Changed> {
         let (changed, states) = ready!(self.0.poll(cx));
         self.0.set(next(states));
@@ -183,10 +183,10 @@ async fn next(mut states: watch::Receiver<Number>) -> (Changed, watch::Receiver<
     (states.changed().await, states)
 }
 
-/// When to send a comment next: spread, so that not all go out at once.
-fn next_comment(now: Instant, epoch: Instant) -> Instant {
-    let due = now + COMMENT_EVERY.mul_f64(rand::random_range(0.6..1.0));
+/// The time of the next keep-alive comment, randomised so that not all are sent at once.
+fn next_keep_alive(now: Instant, epoch: Instant) -> Instant {
+    let due = now + KEEP_ALIVE_INTERVAL.mul_f64(rand::random_range(0.6..1.0));
     let after = due.saturating_duration_since(epoch);
-    let early = after.as_nanos() % TOGETHER.as_nanos();
+    let early = after.as_nanos() % TIMER_COALESCING.as_nanos();
     due - Duration::from_nanos_u128(early)
 }

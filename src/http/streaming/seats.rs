@@ -1,7 +1,6 @@
-//! Who has a stream open: a place among all of them, as long as the token holds.
+//! Limits open streams, in total, per client address and per token, and closes those of revoked tokens.
 //!
-//! One address, or one token, has a share of the places only, so that whoever opens streams without end
-//! leaves room for others.
+//! The limits per address and token keep one client from using up the total.
 
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -24,13 +23,13 @@ use crate::{
     token::{Grant, TokenDigest},
 };
 
-/// How often it is looked whether the tokens of open streams still hold.
+/// Interval between checks whether the tokens of open streams are still valid.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
-/// The longest that streams take to end one by one, so that not all clients come back at once.
+/// The longest time over which all streams close on shutdown, so that clients do not reconnect at once.
 const LONGEST_STAGGER: Duration = Duration::from_secs(5);
 
-/// How many places there are, and how many of them one may take.
+/// The maximum numbers of open streams.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Room {
     pub(super) most: usize,
@@ -38,7 +37,7 @@ pub(super) struct Room {
     pub(super) of_token: usize,
 }
 
-/// All places. A cheap handle.
+/// Grants permits for streams within the limits. A cheap handle.
 #[derive(Clone, Debug)]
 pub(super) struct Seats(Arc<Inner>);
 
@@ -47,18 +46,18 @@ struct Inner {
     epoch: Instant,
     auth: Authenticator,
     room: Arc<Semaphore>,
-    /// How many places clients of each address have.
+    /// Streams per client address.
     of_address: Shares<IpAddr>,
-    /// How many places the bearers of each token have.
+    /// Streams per token.
     of_token: Shares<TokenDigest>,
-    /// Of each token with a stream.
+    /// One entry for each token with a stream.
     lives: Mutex<HashMap<TokenDigest, Weak<Life>>>,
-    /// Over how long all streams end, once they are to.
+    /// On shutdown, the time over which all streams close.
     stagger: OnceLock<Duration>,
     tally: Tally,
 }
 
-/// How long the streams of one token may last.
+/// Shared by all streams of one token: its grant, and the signal to close them.
 #[derive(Debug)]
 struct Life {
     grant: Arc<Grant>,
@@ -76,18 +75,18 @@ impl Seats {
         Self(Arc::new(inner))
     }
 
-    /// Takes a place for the bearer of a token at an address; `None` where there is none for it.
+    /// Acquires a permit for a token and a client address; `None` if a limit is reached.
     pub(super) fn take(
         &self,
         (digest, client): (TokenDigest, IpAddr),
         grant: Arc<Grant>,
     ) -> Option<Seat> {
         let inner = &self.0;
-        let Some(place) = inner.place(digest, origin(client)) else {
+        let Some(slot) = inner.place(digest, origin(client)) else {
             inner.tally.refused.increment(1);
             return None;
         };
-        let mut lives = inner.lives();
+        let mut lives = inner.lock_lifetimes();
         let life = match lives.get(&digest).and_then(Weak::upgrade) {
             Some(life) if life.grant == grant => life,
             other => {
@@ -96,7 +95,7 @@ impl Seats {
                 }
                 let life = Arc::new(Life { grant, over: Stop::default() });
                 lives.insert(digest, Arc::downgrade(&life));
-                // Set under the lock of the lives.
+                // `stagger` is set while this lock is held.
                 if inner.stagger.get().is_some() {
                     life.over.give();
                 }
@@ -104,27 +103,27 @@ impl Seats {
             }
         };
         inner.tally.open.increment(1);
-        Some(Seat { life, seats: self.clone(), _place: place })
+        Some(Seat { life, seats: self.clone(), _place: slot })
     }
 
-    /// Ends what tokens hold that are valid no more, or allow something else now, until dropped.
+    /// Closes the streams of tokens that were revoked or whose grant changed. Runs until dropped.
     pub(super) async fn run(&self) {
         loop {
             tokio::time::sleep(LOOK_EVERY).await;
-            self.0.lives().retain(|digest, life| {
+            self.0.lock_lifetimes().retain(|digest, life| {
                 let Some(life) = life.upgrade() else { return false };
-                let stands = self.0.auth.standing(digest).is_some_and(|it| it == life.grant);
-                if !stands {
+                let is_current = self.0.auth.standing(digest).is_some_and(|it| it == life.grant);
+                if !is_current {
                     life.over.give();
                 }
-                stands
+                is_current
             });
         }
     }
 
-    /// Ends all, one by one.
+    /// Closes all streams gradually.
     pub(super) fn end(&self, grace: Duration) {
-        let lives = self.0.lives();
+        let lives = self.0.lock_lifetimes();
         self.0.stagger.get_or_init(|| (grace / 2).min(LONGEST_STAGGER));
         for life in lives.values().filter_map(Weak::upgrade) {
             life.over.give();
@@ -141,13 +140,13 @@ impl Inner {
         })
     }
 
-    /// A panic under this lock leaves a whole map.
-    fn lives(&self) -> MutexGuard<'_, HashMap<TokenDigest, Weak<Life>>> {
+    /// Ignores poisoning: a panic under this lock leaves the map intact.
+    fn lock_lifetimes(&self) -> MutexGuard<'_, HashMap<TokenDigest, Weak<Life>>> {
         self.lives.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// A place, free again when it is dropped.
+/// A permit for one stream; dropping it releases its slot.
 #[derive(Debug)]
 pub(super) struct Seat {
     life: Arc<Life>,
@@ -155,7 +154,7 @@ pub(super) struct Seat {
     _place: Place,
 }
 
-/// What is free again when a place is left.
+/// A place within each of the limits, released on drop.
 #[derive(Debug)]
 struct Place {
     _permit: OwnedSemaphorePermit,
@@ -163,7 +162,7 @@ struct Place {
     _of_token: Share<TokenDigest>,
 }
 
-/// How many places each of some has, of which one may have so many. A cheap handle.
+/// Counts per key, with a maximum per key. A cheap handle.
 #[derive(Clone, Debug)]
 struct Shares<K: Eq + Hash> {
     most: usize,
@@ -176,24 +175,24 @@ impl<K: Copy + Eq + Hash> Shares<K> {
     }
 
     fn take(&self, key: K) -> Option<Share<K>> {
-        let mut taken = self.taken();
-        let count = taken.get(&key).copied().unwrap_or_default();
+        let mut counts = self.lock_counts();
+        let count = counts.get(&key).copied().unwrap_or_default();
         if count >= self.most {
             return None;
         }
-        taken.insert(key, count + 1);
+        counts.insert(key, count + 1);
         Some(Share { key, shares: self.clone() })
     }
 }
 
 impl<K: Eq + Hash> Shares<K> {
-    /// A panic under this lock leaves a whole map.
-    fn taken(&self) -> MutexGuard<'_, HashMap<K, usize>> {
+    /// Ignores poisoning: a panic under this lock leaves the map intact.
+    fn lock_counts(&self) -> MutexGuard<'_, HashMap<K, usize>> {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// One of them, given back when it is dropped.
+/// One count of a key, released on drop.
 #[derive(Debug)]
 struct Share<K: Copy + Eq + Hash> {
     key: K,
@@ -202,7 +201,7 @@ struct Share<K: Copy + Eq + Hash> {
 
 impl<K: Copy + Eq + Hash> Drop for Share<K> {
     fn drop(&mut self) {
-        if let Entry::Occupied(mut entry) = self.shares.taken().entry(self.key) {
+        if let Entry::Occupied(mut entry) = self.shares.lock_counts().entry(self.key) {
             *entry.get_mut() -= 1;
             if *entry.get() == 0 {
                 entry.remove();
@@ -212,17 +211,17 @@ impl<K: Copy + Eq + Hash> Drop for Share<K> {
 }
 
 impl Seat {
-    /// A time that is the same for all places.
+    /// A reference time that all streams share, to align their timers.
     pub(super) fn epoch(&self) -> Instant {
         self.seats.0.epoch
     }
 
-    /// Is given when the place is to be left.
+    /// Triggered when the stream has to close.
     pub(super) fn over(&self) -> &Stop {
         &self.life.over
     }
 
-    /// Where all places are to be left: over how long.
+    /// On shutdown, the time over which all streams close; `None` otherwise.
     pub(super) fn stagger(&self) -> Option<Duration> {
         self.seats.0.stagger.get().copied()
     }

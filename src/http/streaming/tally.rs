@@ -1,4 +1,4 @@
-//! What is counted of streams.
+//! Metrics of streams.
 
 use metrics::{
     Counter, Gauge, Histogram, counter, describe_counter, describe_gauge, describe_histogram,
@@ -7,6 +7,7 @@ use metrics::{
 
 use super::teller::Told;
 
+/// Handles of the metrics, registered once.
 #[derive(Debug)]
 pub(super) struct Tally {
     pub(super) open: Gauge,
@@ -35,13 +36,16 @@ impl Tally {
         const BYTES: &str = "parapet_stream_bytes_total";
         const DELAY: &str = "parapet_propagation_delay_seconds";
         describe_gauge!(OPEN, "Open streams");
-        describe_counter!(REFUSED, "Streams that found no room");
-        describe_counter!(ENDED, "Streams that were ended here, by why");
-        describe_counter!(FRAMES, "Pieces sent on streams, by what they told");
+        describe_counter!(REFUSED, "Streams rejected because a limit was reached");
+        describe_counter!(ENDED, "Streams closed by Parapet, by reason");
+        describe_counter!(FRAMES, "Chunks sent on streams, by kind");
         describe_counter!(BYTES, "Bytes sent on streams");
-        describe_histogram!(DELAY, "Time from the source's telling of a change to sending it on");
-        let frames = |told: &'static str| counter!(FRAMES, "told" => told);
-        let ended = |why: &'static str| counter!(ENDED, "why" => why);
+        describe_histogram!(
+            DELAY,
+            "Time from receiving a change from the source to sending it to a client"
+        );
+        let frames = |kind: &'static str| counter!(FRAMES, "told" => kind);
+        let ended = |reason: &'static str| counter!(ENDED, "why" => reason);
         Self {
             open: gauge!(OPEN),
             refused: counter!(REFUSED),
@@ -61,8 +65,8 @@ impl Tally {
         }
     }
 
-    pub(super) fn count(&self, told: Told) {
-        match told {
+    pub(super) fn count(&self, kind: Told) {
+        match kind {
             Told::Whole => self.hydrations.increment(1),
             Told::Missed => self.replays.increment(1),
             Told::Overtaken => self.overtaken.increment(1),

@@ -1,47 +1,47 @@
-//! What a stream tells.
+//! The source of a stream's events. It knows nothing of connections, limits or timers.
 
 use bytes::Bytes;
 use tokio::time::Instant;
 
-/// What a stream tells.
+/// Supplies the events of one stream.
 ///
-/// It is asked when the stream begins, when its environment has changed, and at the time that it
-/// names itself; each time again and again, until it has no more to tell.
+/// The stream calls [`next_event`](Self::next_event) when it begins, when the flags of its environment
+/// change and at [`next_deadline`](Self::next_deadline), each time until it returns `None`.
 pub trait Teller: Send + 'static {
-    /// The next piece that there is to tell now.
+    /// The next chunk to send now, if there is one.
     fn tell(&mut self) -> Option<Piece>;
 
-    /// Whether the client has to come back and ask anew, now that there is no more to tell.
+    /// Whether the stream has to close, so that the client reconnects, after all chunks have been sent.
     fn is_over(&self) -> bool {
         false
     }
 
-    /// When there may be something to tell although nothing has changed.
+    /// When there may be an event although the flags have not changed.
     fn wakes_at(&self) -> Option<Instant> {
         None
     }
 }
 
-/// A piece of a stream.
+/// One or more server-sent events, sent as one chunk.
 #[derive(Clone, Debug)]
 pub struct Piece {
-    /// An event, or several, as server-sent.
+    /// The encoded events.
     pub bytes: Bytes,
-    /// What it tells.
+    /// The kind, for the metrics.
     pub told: Told,
 }
 
-/// What a piece tells.
+/// The kind of a chunk.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Told {
-    /// Everything, to a client that begins.
+    /// All flags, to a new client.
     Whole,
-    /// To one that has been here before, what it missed, if anything.
+    /// The changes that a reconnecting client missed, possibly none.
     Missed,
-    /// What has changed; the source told of it at this time.
+    /// Changes, received from the source at this time.
     Changed(Instant),
-    /// Everything, to a client that was too slow for the changes.
+    /// All flags, to a client that was too slow for the history of changes.
     Overtaken,
-    /// Where to go.
+    /// The fetch mode to switch to.
     Directions,
 }

@@ -1,15 +1,14 @@
-//! Pieces that every operation of the document is put together from.
-//!
-//! What an operation is, and what it answers, stands in the tables of the modules beside this one.
+//! Building blocks for operations in the OpenAPI document.
 
 use serde_json::{Value, json};
 
-pub(super) fn content(media: &str, schema: &Value) -> Value {
+/// Describes a successful response with a body.
+pub(super) fn success_response(media: &str, schema: &Value) -> Value {
     json!({ "description": "Done", "content": { media: { "schema": schema } } })
 }
 
-/// The parts in braces of a path.
-pub(super) fn arguments(path: &str) -> Vec<Value> {
+/// Describes the path parameters of a template.
+pub(super) fn path_parameters(path: &str) -> Vec<Value> {
     let named = path.split('/').filter_map(|part| part.strip_prefix('{')?.strip_suffix('}'));
     let described = named.map(|name| {
         let schema = if name == "id" {

@@ -1,113 +1,122 @@
-//! What SDKs and other edges ask, as the document of the API tells it.
+//! The operations for SDKs and other edges in the OpenAPI document.
 //!
-//! Bodies are Unleash's. Those that pass through as they are, flags and segments, are described by
-//! what every one of them has; those that are read, by what must be there.
+//! Their bodies are defined by Unleash. Flags and segments pass through unchanged, so their schemas
+//! contain only the fields that all of them have. Schemas of bodies that are parsed contain the required
+//! fields.
 
 use serde_json::{Map, Value, json};
 
-use super::parts::{arguments, content};
+use super::parts::{path_parameters, success_response};
 
-/// What a row of the table is asked with, and answers.
-struct Row {
+/// One operation: a row of the table.
+struct SdkOperation {
     method: &'static str,
     path: &'static str,
     summary: &'static str,
-    /// The schema of the body.
-    takes: Option<&'static str>,
-    answer: Answer,
-    query: &'static [(&'static str, Kind)],
+    /// The schema of the request body.
+    body_schema: Option<&'static str>,
+    response: SdkResponse,
+    query: &'static [(&'static str, ParameterType)],
 }
 
 #[derive(Clone, Copy)]
-enum Answer {
-    /// 200, or 304 for who knows it already.
+enum SdkResponse {
+    /// 200 with JSON, or 304 if the client's entity tag matches.
     Cached(&'static str),
-    /// 200.
-    Told(&'static str),
-    /// As the former, refusals in the words of OpenFeature.
-    Evaluated(&'static str),
-    /// 200, and events for as long as it is open.
-    Events,
-    /// As the former, refusals in the words of OpenFeature.
-    Notices,
+    /// 200 with JSON.
+    Json(&'static str),
+    /// As `Cached`, with errors in OFREP's format.
+    OfrepEvaluation(&'static str),
+    /// 200 with server-sent events while the connection is open.
+    EventStream,
+    /// As `EventStream`, with errors in OFREP's format.
+    OfrepEventStream,
     /// 202 without a body.
     Accepted,
 }
 
 #[derive(Clone, Copy)]
-enum Kind {
+enum ParameterType {
     Text,
     Texts,
     /// `name[key]=value`
     Properties,
 }
 
-const FILTER: &[(&str, Kind)] = &[("namePrefix", Kind::Text), ("project", Kind::Texts)];
+const FEATURE_FILTER: &[(&str, ParameterType)] =
+    &[("namePrefix", ParameterType::Text), ("project", ParameterType::Texts)];
 
-const TICKET: &[(&str, Kind)] = &[("ticket", Kind::Text)];
+const STREAM_TICKET: &[(&str, ParameterType)] = &[("ticket", ParameterType::Text)];
 
-/// What is asked without a token; a ticket stands for one.
-const OPEN: [&str; 2] = ["/edge/validate", "/ofrep/v1/events"];
+/// Paths that need no token. The event stream requires a ticket instead.
+const UNAUTHENTICATED_PATHS: [&str; 2] = ["/edge/validate", "/ofrep/v1/events"];
 
-const CONTEXT: &[(&str, Kind)] = &[
-    ("userId", Kind::Text),
-    ("sessionId", Kind::Text),
-    ("appName", Kind::Text),
-    ("environment", Kind::Text),
-    ("remoteAddress", Kind::Text),
-    ("currentTime", Kind::Text),
-    ("properties", Kind::Properties),
+const CONTEXT_PARAMETERS: &[(&str, ParameterType)] = &[
+    ("userId", ParameterType::Text),
+    ("sessionId", ParameterType::Text),
+    ("appName", ParameterType::Text),
+    ("environment", ParameterType::Text),
+    ("remoteAddress", ParameterType::Text),
+    ("currentTime", ParameterType::Text),
+    ("properties", ParameterType::Properties),
 ];
 
-const fn get(path: &'static str, answer: &'static str, summary: &'static str) -> Row {
-    let answer = Answer::Cached(answer);
-    Row { method: "get", path, summary, takes: None, answer, query: &[] }
+const fn get(path: &'static str, answer: &'static str, summary: &'static str) -> SdkOperation {
+    let answer = SdkResponse::Cached(answer);
+    SdkOperation { method: "get", path, summary, body_schema: None, response: answer, query: &[] }
 }
 
-const fn post(path: &'static str, takes: &'static str, summary: &'static str) -> Row {
+const fn post(path: &'static str, takes: &'static str, summary: &'static str) -> SdkOperation {
     let takes = Some(takes);
-    Row { method: "post", path, summary, takes, answer: Answer::Accepted, query: &[] }
+    SdkOperation {
+        method: "post",
+        path,
+        summary,
+        body_schema: takes,
+        response: SdkResponse::Accepted,
+        query: &[],
+    }
 }
 
-impl Row {
-    const fn asks(self, query: &'static [(&'static str, Kind)]) -> Self {
+impl SdkOperation {
+    const fn query(self, query: &'static [(&'static str, ParameterType)]) -> Self {
         Self { query, ..self }
     }
 
-    const fn tells(self, answer: Answer) -> Self {
-        Self { answer, ..self }
+    const fn response(self, answer: SdkResponse) -> Self {
+        Self { response: answer, ..self }
     }
 }
 
 #[rustfmt::skip]
-static ROWS: &[Row] = &[
-    get("/api/client/features", "ClientFeatures", "The flag configuration that the token sees").asks(FILTER),
-    Row { takes: None, ..post("/api/client/features", "", "The same") }.tells(Answer::Cached("ClientFeatures")).asks(FILTER),
+static SDK_OPERATIONS: &[SdkOperation] = &[
+    get("/api/client/features", "ClientFeatures", "The flag configuration that the token has access to").query(FEATURE_FILTER),
+    SdkOperation { body_schema: None, ..post("/api/client/features", "", "The same as GET") }.response(SdkResponse::Cached("ClientFeatures")).query(FEATURE_FILTER),
     get("/api/client/features/{name}", "ClientFeature", "One flag's configuration"),
-    get("/api/client/delta", "ClientDelta", "What changed since the state that If-None-Match names").asks(FILTER),
-    get("/api/client/streaming", "", "What changes, as server-sent events").tells(Answer::Events).asks(FILTER),
-    post("/api/client/register", "Registration", "An application starts"),
-    post("/api/client/metrics", "ClientMetrics", "What an SDK counted"),
-    post("/api/client/metrics/bulk", "BulkMetrics", "What an edge gathered"),
-    post("/api/client/metrics/edge", "EdgeInstance", "How an edge is doing"),
-    get("/api/frontend", "Toggles", "The flags that are on for a context").asks(CONTEXT),
-    post("/api/frontend", "Context", "The same, the context in the body").tells(Answer::Cached("Toggles")),
-    get("/api/frontend/all", "Toggles", "All flags for a context").asks(CONTEXT),
-    post("/api/frontend/all", "Context", "The same, the context in the body").tells(Answer::Cached("Toggles")),
-    get("/api/frontend/features/{name}", "Toggle", "One flag for a context").asks(CONTEXT),
-    post("/api/frontend/features/{name}", "Context", "The same, the context in the body").tells(Answer::Cached("Toggle")),
-    get("/api/frontend/streaming", "", "The flags that are on for a context, and what changes of that, as server-sent events").tells(Answer::Events).asks(CONTEXT),
-    post("/api/frontend/streaming", "Context", "The same, the context in the body").tells(Answer::Events),
-    post("/api/frontend/client/register", "Registration", "A frontend application starts"),
-    post("/api/frontend/client/metrics", "ClientMetrics", "What a frontend SDK counted"),
-    post("/ofrep/v1/evaluate/flags", "OfrepQuestion", "All flags for an OpenFeature provider").tells(Answer::Evaluated("OfrepFlags")),
-    post("/ofrep/v1/evaluate/flags/{key}", "OfrepQuestion", "One flag for an OpenFeature provider").tells(Answer::Evaluated("OfrepFlag")),
-    get("/ofrep/v1/events", "", "When an OpenFeature provider is to ask again, as server-sent events").tells(Answer::Notices).asks(TICKET),
-    post("/edge/validate", "Tokens", "Which of these tokens are valid").tells(Answer::Told("ValidTokens")),
+    get("/api/client/delta", "ClientDelta", "Changes since the state named by If-None-Match").query(FEATURE_FILTER),
+    get("/api/client/streaming", "", "Changes, as server-sent events").response(SdkResponse::EventStream).query(FEATURE_FILTER),
+    post("/api/client/register", "Registration", "Register an application"),
+    post("/api/client/metrics", "ClientMetrics", "Usage counted by an SDK"),
+    post("/api/client/metrics/bulk", "BulkMetrics", "Usage and registrations collected by an edge"),
+    post("/api/client/metrics/edge", "EdgeInstance", "The state of an edge"),
+    get("/api/frontend", "Toggles", "The flags that are on for a context").query(CONTEXT_PARAMETERS),
+    post("/api/frontend", "Context", "The same as GET, with the context in the body").response(SdkResponse::Cached("Toggles")),
+    get("/api/frontend/all", "Toggles", "All flags for a context").query(CONTEXT_PARAMETERS),
+    post("/api/frontend/all", "Context", "The same as GET, with the context in the body").response(SdkResponse::Cached("Toggles")),
+    get("/api/frontend/features/{name}", "Toggle", "One flag for a context").query(CONTEXT_PARAMETERS),
+    post("/api/frontend/features/{name}", "Context", "The same as GET, with the context in the body").response(SdkResponse::Cached("Toggle")),
+    get("/api/frontend/streaming", "", "The flags that are on for a context and their changes, as server-sent events").response(SdkResponse::EventStream).query(CONTEXT_PARAMETERS),
+    post("/api/frontend/streaming", "Context", "The same as GET, with the context in the body").response(SdkResponse::EventStream),
+    post("/api/frontend/client/register", "Registration", "Register a frontend application"),
+    post("/api/frontend/client/metrics", "ClientMetrics", "Usage counted by a frontend SDK"),
+    post("/ofrep/v1/evaluate/flags", "OfrepQuestion", "All flags for an OpenFeature provider").response(SdkResponse::OfrepEvaluation("OfrepFlags")),
+    post("/ofrep/v1/evaluate/flags/{key}", "OfrepQuestion", "One flag for an OpenFeature provider").response(SdkResponse::OfrepEvaluation("OfrepFlag")),
+    get("/ofrep/v1/events", "", "Notifications to evaluate again, for an OpenFeature provider, as server-sent events").response(SdkResponse::OfrepEventStream).query(STREAM_TICKET),
+    post("/edge/validate", "Tokens", "Validate tokens").response(SdkResponse::Json("ValidTokens")),
 ];
 
-/// Older paths, and what they stand for.
-const OLDER: [(&str, &str); 9] = [
+/// Deprecated paths, and the paths that replace them.
+const DEPRECATED_PATHS: [(&str, &str); 9] = [
     ("/api/proxy", "/api/frontend"),
     ("/api/proxy/all", "/api/frontend/all"),
     ("/api/proxy/streaming", "/api/frontend/streaming"),
@@ -119,68 +128,70 @@ const OLDER: [(&str, &str); 9] = [
     ("/api/frontend/all/client/metrics", "/api/frontend/client/metrics"),
 ];
 
-/// Path, method and description of each operation; `error` is what a refusal is.
+/// Path, method and description of each operation. `error` is the description of an error response.
 pub(super) fn operations(error: &Value) -> Vec<(&'static str, &'static str, Value)> {
-    let mut told: Vec<_> =
-        ROWS.iter().map(|row| (row.path, row.method, described(row, row.path, error))).collect();
-    for (older, path) in OLDER {
-        for row in ROWS.iter().filter(|row| row.path == path) {
-            let mut operation = described(row, older, error);
+    let mut operations: Vec<_> = SDK_OPERATIONS
+        .iter()
+        .map(|row| (row.path, row.method, operation_json(row, row.path, error)))
+        .collect();
+    for (older, path) in DEPRECATED_PATHS {
+        for row in SDK_OPERATIONS.iter().filter(|row| row.path == path) {
+            let mut operation = operation_json(row, older, error);
             operation["deprecated"] = true.into();
-            told.push((older, row.method, operation));
+            operations.push((older, row.method, operation));
         }
     }
-    told
+    operations
 }
 
-fn described(row: &Row, path: &str, error: &Value) -> Value {
+fn operation_json(row: &SdkOperation, path: &str, error: &Value) -> Value {
     let schema = |name: &str| json!({ "$ref": format!("#/components/schemas/{name}") });
-    let done = |name| content("application/json", &schema(name));
-    let refusal = match row.answer {
-        Answer::Evaluated(_) | Answer::Notices => {
-            &content("application/json", &schema("OfrepRefusal"))
+    let done = |name| success_response("application/json", &schema(name));
+    let error_response = match row.response {
+        SdkResponse::OfrepEvaluation(_) | SdkResponse::OfrepEventStream => {
+            &success_response("application/json", &schema("OfrepRefusal"))
         }
         _ => error,
     };
     let mut responses = Map::new();
-    match row.answer {
-        Answer::Cached(name) | Answer::Evaluated(name) => {
+    match row.response {
+        SdkResponse::Cached(name) | SdkResponse::OfrepEvaluation(name) => {
             responses.insert("200".to_owned(), done(name));
-            responses.insert("304".to_owned(), json!({ "description": "As before" }));
+            responses.insert("304".to_owned(), json!({ "description": "Not modified" }));
         }
-        Answer::Told(name) => {
+        SdkResponse::Json(name) => {
             responses.insert("200".to_owned(), done(name));
         }
-        Answer::Events | Answer::Notices => {
+        SdkResponse::EventStream | SdkResponse::OfrepEventStream => {
             let text = json!({ "type": "string" });
             let event = json!({
                 "type": "object",
                 "required": ["event", "data"],
                 "properties": { "event": text, "id": text, "data": text },
             });
-            let events = content("text/event-stream", &event);
+            let events = success_response("text/event-stream", &event);
             responses.insert("200".to_owned(), events);
-            responses.insert("429".to_owned(), refusal.clone());
+            responses.insert("429".to_owned(), error_response.clone());
         }
-        Answer::Accepted => {
-            responses.insert("202".to_owned(), json!({ "description": "Taken in" }));
-            responses.insert("429".to_owned(), refusal.clone());
+        SdkResponse::Accepted => {
+            responses.insert("202".to_owned(), json!({ "description": "Accepted" }));
+            responses.insert("429".to_owned(), error_response.clone());
         }
     }
     for status in [400, 401, 403, 404, 408, 413, 415, 503] {
-        responses.insert(status.to_string(), refusal.clone());
+        responses.insert(status.to_string(), error_response.clone());
     }
-    let mut parameters = arguments(path);
-    parameters.extend(row.query.iter().map(|(name, kind)| query(name, *kind)));
+    let mut parameters = path_parameters(path);
+    parameters.extend(row.query.iter().map(|(name, kind)| query_parameter(name, *kind)));
     let mut operation = json!({
         "operationId": format!("{}{}", row.method, path.replace(['/', '{', '}'], "_")),
         "tags": ["SDKs"],
         "summary": row.summary,
         "parameters": parameters,
         "responses": responses,
-        "security": if OPEN.contains(&row.path) { json!([]) } else { json!([{ "token": [] }]) },
+        "security": if UNAUTHENTICATED_PATHS.contains(&row.path) { json!([]) } else { json!([{ "token": [] }]) },
     });
-    if let Some(name) = row.takes {
+    if let Some(name) = row.body_schema {
         operation["requestBody"] = json!({
             "required": true, "content": { "application/json": { "schema": schema(name) } },
         });
@@ -188,12 +199,12 @@ fn described(row: &Row, path: &str, error: &Value) -> Value {
     operation
 }
 
-fn query(name: &str, kind: Kind) -> Value {
+fn query_parameter(name: &str, kind: ParameterType) -> Value {
     let mut parameter = json!({ "name": name, "in": "query" });
     parameter["schema"] = match kind {
-        Kind::Text => json!({ "type": "string" }),
-        Kind::Texts => json!({ "type": "array", "items": { "type": "string" } }),
-        Kind::Properties => {
+        ParameterType::Text => json!({ "type": "string" }),
+        ParameterType::Texts => json!({ "type": "array", "items": { "type": "string" } }),
+        ParameterType::Properties => {
             parameter["style"] = "deepObject".into();
             parameter["explode"] = true.into();
             json!({ "type": "object", "additionalProperties": { "type": "string" } })
@@ -202,7 +213,7 @@ fn query(name: &str, kind: Kind) -> Value {
     parameter
 }
 
-/// The schemas that the operations refer to, and those of whom a context is part.
+/// The schemas that the operations refer to.
 pub(super) fn schemas() -> Map<String, Value> {
     let text = || json!({ "type": "string" });
     let name = || json!({ "type": "string", "minLength": 1 });
@@ -266,7 +277,7 @@ pub(super) fn schemas() -> Map<String, Value> {
         })),
         "Context": {
             "type": "object",
-            "description": "Whom a flag is evaluated for; every field may be left out.",
+            "description": "The context that a flag is evaluated for; every field is optional.",
             "properties": {
                 "userId": text(), "sessionId": text(), "appName": text(), "environment": text(),
                 "remoteAddress": text(), "currentTime": text(),
@@ -339,18 +350,18 @@ mod tests {
     use crate::http::route::Route;
 
     #[test]
-    fn what_is_told_is_what_the_data_listener_serves() {
+    fn operations_match_the_routes_of_the_data_listener() {
         let route = |method: &str, path: &str| {
             let method = Method::from_bytes(method.to_ascii_uppercase().as_bytes()).unwrap();
             let path = path.replace("{name}", "x");
             Route::TEMPLATES[Route::parse(&method, &path).unwrap().index()]
         };
-        for row in ROWS {
+        for row in SDK_OPERATIONS {
             assert_eq!(route(row.method, row.path), row.path);
         }
-        for (older, path) in OLDER {
-            assert!(ROWS.iter().any(|row| row.path == path), "{path}");
-            for row in ROWS.iter().filter(|row| row.path == path) {
+        for (older, path) in DEPRECATED_PATHS {
+            assert!(SDK_OPERATIONS.iter().any(|row| row.path == path), "{path}");
+            for row in SDK_OPERATIONS.iter().filter(|row| row.path == path) {
                 assert_eq!(route(row.method, older), path);
             }
         }

@@ -1,15 +1,15 @@
-// Accounts: who may sign in, and what each may do.
+// Accounts and their permissions.
 
 import { get, path, post, put, remove } from '../api.js';
 import { buttons, confirm, open } from '../dialog.js';
 import { h } from '../dom.js';
 import { FieldError, choice, field, form, group, select } from '../form.js';
 import { icon } from '../icons.js';
-import { announce, empty } from '../notice.js';
+import { announce, empty } from '../messages.js';
 import { table } from '../table.js';
 import { ago } from '../time.js';
 
-/** What a role may do, for servers that do not describe theirs. */
+/** The roles, for servers that do not list theirs. */
 const ROLES = [
     { id: 1, name: 'Admin', description: 'May do everything.' },
     { id: 2, name: 'Editor', description: 'Sees backend and frontend tokens.' },
@@ -19,18 +19,18 @@ const ROLES = [
 const KINDS = [['CLIENT', 'Backend tokens'], ['FRONTEND', 'Frontend tokens']];
 const ACTIONS = [['CREATE', 'Create'], ['READ', 'See'], ['UPDATE', 'Change expiry'], ['DELETE', 'Delete']];
 
-/** What an account is known by: those of an Unleash need no username. */
-const called = (it) => it.username ?? it.email ?? it.name ?? String(it.id);
+/** The name of an account: Unleash accounts may have no username. */
+const accountName = (it) => it.username ?? it.email ?? it.name ?? String(it.id);
 
 export async function accountsPage({ session, status, signal }) {
-    let told = await get('api/admin/user-admin', { signal });
-    const roles = (told.rootRoles ?? []).filter((it) => it.type === undefined || it.type.startsWith('root'));
+    let response = await get('api/admin/user-admin', { signal });
+    const roles = (response.rootRoles ?? []).filter((it) => it.type === undefined || it.type.startsWith('root'));
     const known = roles.length > 0 ? roles : ROLES;
     const context = { known, session, status, isGranting: !status.isUnleash };
     const grid = table({ caption: 'Accounts', order: 'Username', columns: columns(context, { edit, grant, reset, drop }) });
-    const draw = () => grid.show(told.users, empty('No accounts', 'Nobody can sign in.'));
+    const draw = () => grid.show(response.users, empty('No accounts', 'Nobody can sign in.'));
     const reload = async () => {
-        told = await get('api/admin/user-admin', { signal });
+        response = await get('api/admin/user-admin', { signal });
         draw();
     };
     const done = (text) => async () => {
@@ -38,38 +38,38 @@ export async function accountsPage({ session, status, signal }) {
         announce(text);
     };
     function edit(account) {
-        openAccount(account, known, done(`The account ${called(account)} is changed.`));
+        openAccount(account, known, done(`The account ${accountName(account)} is changed.`));
     }
     function grant(account) {
-        openGrants(account, done(`The permissions of ${called(account)} are changed.`));
+        openGrants(account, done(`The permissions of ${accountName(account)} are changed.`));
     }
     function reset(account) {
-        openReset(account, done(`The password of ${called(account)} is changed.`));
+        openReset(account, done(`The password of ${accountName(account)} is changed.`));
     }
     function drop(account) {
         confirm({
-            title: `Delete the account “${called(account)}”?`,
-            text: 'Its sessions end at once. Tokens that it has created go on working. This cannot be undone.',
+            title: `Delete the account “${accountName(account)}”?`,
+            text: 'Its sessions end at once. Tokens that it created stay valid. This cannot be undone.',
             yes: 'Delete account',
             act: async () => {
                 await remove(path('api/admin/user-admin', account.id));
-                await done(`The account ${called(account)} is deleted.`)();
+                await done(`The account ${accountName(account)} is deleted.`)();
             },
         });
     }
     draw();
     const create = h('button.button.primary', { type: 'button', onclick: () => openAccount(null, known, done('The account is created.')) }, icon('plus'), 'New account');
     return [
-        h('div.page-head', h('div', h('h1', 'Accounts'), h('p.lead', 'People who may sign in. Admins may do everything; what others may do beyond their role is granted here.')), create),
+        h('div.page-head', h('div', h('h1', 'Accounts'), h('p.lead', 'People who may sign in. Admins may do everything; other accounts may get permissions beyond their role.')), create),
         h('div.card.flush', grid),
     ];
 }
 
 function columns({ known, session, isGranting }, { edit, grant, reset, drop }) {
     const role = (it) => known.find((role) => role.id === it.rootRole)?.name ?? String(it.rootRole ?? '');
-    const label = (verb, it) => `${verb} ${called(it)}`;
+    const label = (verb, it) => `${verb} ${accountName(it)}`;
     const columns = [
-        { label: 'Username', class: 'name', sort: called, cell: (it) => [called(it), it.id === session.user.id && h('span.by', 'You')] },
+        { label: 'Username', class: 'name', sort: accountName, cell: (it) => [accountName(it), it.id === session.user.id && h('span.by', 'You')] },
         { label: 'Name', class: 'words', sort: (it) => it.name ?? '', cell: (it) => it.name ?? '' },
         { label: 'Email', class: 'words', sort: (it) => it.email ?? '', cell: (it) => it.email ?? '' },
         { label: 'Role', sort: role, cell: (it) => h('span.badge', { class: `badge ${it.rootRole === 1 ? 'kind' : 'off'}` }, role(it)) },
@@ -84,7 +84,7 @@ function columns({ known, session, isGranting }, { edit, grant, reset, drop }) {
     return columns.filter(Boolean);
 }
 
-/** Grants in words: `create and delete backend tokens`. */
+/** Describes permissions: `Backend tokens: create, delete`. */
 function granted({ permissions = [], rootRole }) {
     if (rootRole === 1) return h('span.muted', 'Everything');
     const words = KINDS.map(([kind, label]) => {
@@ -104,12 +104,12 @@ function openAccount(account, roles, changed) {
         { checked: it.id === (account?.rootRole ?? 3), hint: it.description })), { names: ['rootRole'] });
     const fields = [
         field('Username', username, { names: ['username'] }),
-        field('Name', name, { names: ['name'], hint: 'What the person is called; may be empty.' }),
+        field('Name', name, { names: ['name'], hint: 'Display name; optional.' }),
         field('Email', email, { names: ['email'] }),
         password,
         role,
     ].filter(Boolean);
-    open(account ? `Edit ${called(account)}` : 'New account', (close) => form({
+    open(account ? `Edit ${accountName(account)}` : 'New account', (close) => form({
         fields,
         buttons: buttons(close, account ? 'Save' : 'Create account'),
         submit: async () => {
@@ -134,9 +134,9 @@ function openGrants(account, changed) {
         const permission = `${action}_${kind}_API_TOKEN`;
         return choice('checkbox', 'permissions', permission, verb, { checked: current.has(permission) });
     }), { names: ['permissions'] }));
-    open(`Permissions of ${called(account)}`, (close) => form({
+    open(`Permissions of ${accountName(account)}`, (close) => form({
         fields: groups,
-        parts: [h('p', 'What the account may do beyond its role. It takes effect at once.'), h('div.field-pair', groups)],
+        parts: [h('p', 'Permissions beyond the role. Changes take effect at once.'), h('div.field-pair', groups)],
         buttons: buttons(close, 'Save permissions'),
         submit: async () => {
             const permissions = groups.flatMap((it) => [...it.querySelectorAll('input:checked')].map((input) => input.value));
@@ -149,7 +149,7 @@ function openGrants(account, changed) {
 
 function openReset(account, changed) {
     const password = newPassword();
-    open(`New password for ${called(account)}`, (close) => form({
+    open(`New password for ${accountName(account)}`, (close) => form({
         fields: [password],
         parts: [h('p', 'All sessions of the account end. Tell the person the password in a safe way; they can change it themselves.'), password],
         buttons: buttons(close, 'Set password'),
@@ -161,15 +161,15 @@ function openReset(account, changed) {
     }));
 }
 
-/** A field for a new password that can also make one up. */
+/** A field for a new password, with a button to generate one. */
 function newPassword() {
     const input = h('input', { name: 'password', type: 'password', autocomplete: 'new-password', required: true });
     const box = field('Password', input, { names: ['password'], hint: 'At least 10 characters.' });
     input.after(h('button.quiet', { type: 'button', onclick: () => {
         input.type = 'text';
-        input.value = madeUp();
+        input.value = randomPassword();
         input.select();
-    } }, 'Make one up and show it'));
+    } }, 'Generate and show'));
     box.read = () => {
         if (input.value.length < 10) throw new FieldError('password', 'Use at least 10 characters.');
         return input.value;
@@ -177,14 +177,14 @@ function newPassword() {
     return box;
 }
 
-/** 24 letters and digits, none easily mistaken for another: more than 128 bits would be 23. */
-function madeUp() {
+/** A password of 24 unambiguous letters and digits; 23 would already exceed 128 bits. */
+function randomPassword() {
     const letters = 'abcdefghjkmnpqrstuvwxyzABCDEFGHJKLMNPQRSTUVWXYZ23456789';
-    const made = [];
-    while (made.length < 24) {
+    const password = [];
+    while (password.length < 24) {
         const [byte] = crypto.getRandomValues(new Uint8Array(1));
-        // A byte beyond the last whole run of letters would favour the first ones.
-        if (byte < 256 - (256 % letters.length)) made.push(letters[byte % letters.length]);
+        // Bytes beyond the last multiple of the alphabet's length would favour the first letters.
+        if (byte < 256 - (256 % letters.length)) password.push(letters[byte % letters.length]);
     }
-    return made.join('');
+    return password.join('');
 }

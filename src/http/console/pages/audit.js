@@ -1,19 +1,19 @@
-// The audit log: who did what, when, from where, and what it changed.
+// The audit log: who changed what, when and from where.
 
 import { get, getIfThere } from '../api.js';
 import { h } from '../dom.js';
 import { field, form, select } from '../form.js';
-import { entry, text } from '../loose.js';
-import { empty, failure } from '../notice.js';
+import { entry, text } from '../lenient.js';
+import { empty, failure } from '../messages.js';
 import { address } from '../router.js';
 import { table } from '../table.js';
 import { at, counted } from '../time.js';
 
 const PAGE = 50;
-// Events are counted no further.
+// The server counts events up to this number.
 const MOST_COUNTED = 10000;
 
-/** What each kind of event says, in the past tense. */
+/** The label of each event type. */
 const KINDS = {
     'api-token-created': 'API token created',
     'api-token-updated': 'API token changed',
@@ -32,60 +32,60 @@ const REFUSALS = ['sign-in-refused', 'permission-denied'];
 
 export async function auditPage({ query, status, signal }) {
     const environments = (await getIfThere('api/admin/environments', { signal }))?.environments ?? [];
-    const asked = Object.fromEntries(['type', 'createdBy', 'environment', 'from', 'to'].map((name) => [name, query.get(name) ?? '']));
-    // A time that is none, as somebody may write it into the address, filters nothing.
-    for (const name of ['from', 'to']) if (Number.isNaN(Date.parse(asked[name]))) asked[name] = '';
+    const filter = Object.fromEntries(['type', 'createdBy', 'environment', 'from', 'to'].map((name) => [name, query.get(name) ?? '']));
+    // An invalid time in the URL is ignored.
+    for (const name of ['from', 'to']) if (Number.isNaN(Date.parse(filter[name]))) filter[name] = '';
     const offset = Math.max(0, Number.parseInt(query.get('offset') ?? '0', 10) || 0);
     const grid = table({ caption: 'Audit log', columns: COLUMNS, detail });
     const count = h('p.count', { role: 'status' });
     const pager = h('nav.pager', { 'aria-label': 'Pages of the log' });
-    let told;
+    let result;
     try {
-        told = await load(asked, offset, status, signal);
+        result = await load(filter, offset, status, signal);
     } catch (error) {
         if (error.status !== 400) throw error;
-        told = { events: [], total: 0, trouble: failure(error) };
+        result = { events: [], total: 0, trouble: failure(error) };
     }
-    const { events, total } = told;
-    const isFiltered = Object.values(asked).some((it) => it !== '');
-    grid.show(events, told.trouble ?? (isFiltered
+    const { events, total } = result;
+    const isFiltered = Object.values(filter).some((it) => it !== '');
+    grid.show(events, result.trouble ?? (isFiltered
         ? empty('Nothing matches', 'No event fits these filters.', h('a.button', { href: address(['audit-log']) }, 'Show all'))
-        : empty('Nothing yet', 'What people and tokens change is written down here.')));
+        : empty('Nothing yet', 'Changes by accounts and tokens are recorded here.')));
     count.textContent = events.length === 0 ? '' : `${offset + 1} to ${offset + events.length} of ${counted(total, 'event')}${total === MOST_COUNTED ? ' or more' : ''}`;
-    const turn = (to, label) => h('a.button', { href: address(['audit-log'], { ...asked, offset: to || '' }) }, label);
+    const turn = (to, label) => h('a.button', { href: address(['audit-log'], { ...filter, offset: to || '' }) }, label);
     if (offset > 0) pager.append(turn(Math.max(0, offset - PAGE), 'Newer'));
     if (events.length > 0 && (offset + events.length < total || (total === MOST_COUNTED && events.length === PAGE))) pager.append(turn(offset + PAGE, 'Older'));
     return [
         h('div.page-head', h('div', h('h1', 'Audit log'), h('p.lead', 'Everything that was changed or refused, newest first. Nothing in it can be edited.'))),
-        h('div.card.flush', filters(asked, environments, status), h('div.toolbar', count, pager.hasChildNodes() && pager), grid),
+        h('div.card.flush', filters(filter, environments, status), h('div.toolbar', count, pager.hasChildNodes() && pager), grid),
     ];
 }
 
-async function load(asked, offset, status, signal) {
+async function load(filter, offset, status, signal) {
     const instant = (time) => (time === '' ? '' : new Date(time).toISOString());
-    const times = { from: instant(asked.from), to: instant(asked.to) };
+    const times = { from: instant(filter.from), to: instant(filter.to) };
     if (!status.isUnleash) {
-        const told = await get('api/admin/events', { query: { ...asked, ...times, limit: PAGE, offset }, signal });
-        return { events: told.events, total: told.totalEvents ?? told.events.length };
+        const response = await get('api/admin/events', { query: { ...filter, ...times, limit: PAGE, offset }, signal });
+        return { events: response.events, total: response.totalEvents ?? response.events.length };
     }
-    // Unleash searches by expressions, and days are its finest times.
+    // Unleash filters by expressions, and by whole days only.
     const is = (value) => (value === '' ? '' : `IS:${value}`);
-    const told = await get('api/admin/search/events', { signal, query: {
-        type: is(asked.type), environment: is(asked.environment), from: is(asked.from.slice(0, 10)), to: is(asked.to.slice(0, 10)), limit: PAGE, offset,
+    const response = await get('api/admin/search/events', { signal, query: {
+        type: is(filter.type), environment: is(filter.environment), from: is(filter.from.slice(0, 10)), to: is(filter.to.slice(0, 10)), limit: PAGE, offset,
     } });
-    return { events: told.events, total: told.total ?? told.events.length };
+    return { events: response.events, total: response.total ?? response.events.length };
 }
 
-function filters(asked, environments, status) {
+function filters(filter, environments, status) {
     const kinds = Object.entries(KINDS);
-    if (asked.type !== '' && !Object.hasOwn(KINDS, asked.type)) kinds.push([asked.type, asked.type]);
-    const type = select([['', 'All'], ...kinds], asked.type, { name: 'type' });
-    const createdBy = h('input', { name: 'createdBy', value: asked.createdBy, autocomplete: 'off', spellcheck: 'false' });
-    const environment = select([['', 'All'], ...environments.map((it) => [it.name, it.name])], asked.environment, { name: 'environment' });
-    const [from, to] = ['from', 'to'].map((name) => h('input', { type: 'datetime-local', name, value: asked[name] }));
+    if (filter.type !== '' && !Object.hasOwn(KINDS, filter.type)) kinds.push([filter.type, filter.type]);
+    const type = select([['', 'All'], ...kinds], filter.type, { name: 'type' });
+    const createdBy = h('input', { name: 'createdBy', value: filter.createdBy, autocomplete: 'off', spellcheck: 'false' });
+    const environment = select([['', 'All'], ...environments.map((it) => [it.name, it.name])], filter.environment, { name: 'environment' });
+    const [from, to] = ['from', 'to'].map((name) => h('input', { type: 'datetime-local', name, value: filter[name] }));
     const fields = [
         field('What', type, { names: ['type'] }),
-        // Unleash knows people by number only.
+        // Unleash filters by account id only.
         !status.isUnleash && field('By whom', createdBy, { names: ['createdBy'] }),
         field('Environment', environment, { names: ['environment'] }),
         field('From', from, { names: ['from'] }),
@@ -112,12 +112,12 @@ const COLUMNS = [
 ];
 
 function subject({ data, preData, featureName }) {
-    const told = { ...preData, ...data };
-    const name = [told.tokenName, told.username, told.name, featureName].map(text).find((it) => it !== null);
-    return name ?? [told.permissions].flat().map(text).filter(Boolean).join(', ');
+    const merged = { ...preData, ...data };
+    const name = [merged.tokenName, merged.username, merged.name, featureName].map(text).find((it) => it !== null);
+    return name ?? [merged.permissions].flat().map(text).filter(Boolean).join(', ');
 }
 
-/** What an event changed, line by line. */
+/** The details of an event, with its changes by field. */
 function detail(event) {
     const facts = [['Event', `${event.id} ${event.type}`], ['Project', event.project], ['Account', event.createdByUserId]];
     return h('div.event', h('dl.facts.inline', facts.filter(([, value]) => value != null && value !== '').map(([name, value]) => [h('dt', name), h('dd', value)])),
@@ -126,7 +126,7 @@ function detail(event) {
 
 function changes(before, after) {
     const isObject = (it) => it !== null && typeof it === 'object';
-    if (!isObject(before) && !isObject(after)) return h('p.muted', 'Nothing more is told.');
+    if (!isObject(before) && !isObject(after)) return h('p.muted', 'No further details.');
     const both = isObject(before) && isObject(after);
     const keys = [...new Set([...Object.keys(before ?? {}), ...Object.keys(after ?? {})])];
     const rows = keys.map((key) => {

@@ -1,4 +1,4 @@
-// One flag: who gets it in words, how it is used, and why it comes out as it does.
+// One flag: who gets it, its usage, and an explanation of its result for a context.
 
 import { ApiError, get, getIfThere, isStep, path } from '../api.js';
 import { barChart } from '../charts.js';
@@ -6,12 +6,12 @@ import { flagOf, segmentsOf } from '../definition.js';
 import { h } from '../dom.js';
 import { explainForm } from '../explain.js';
 import { field, select } from '../form.js';
-import { entry, list, object } from '../loose.js';
-import { empty } from '../notice.js';
+import { entry, list, object } from '../lenient.js';
+import { empty } from '../messages.js';
 import { address } from '../router.js';
 import { table } from '../table.js';
 import { counted, number } from '../time.js';
-import { constraint, strategy } from '../words.js';
+import { constraint, strategy } from '../descriptions.js';
 import { environmentNames, environmentOf } from './flags.js';
 
 const HOUR = 3_600_000;
@@ -20,7 +20,7 @@ export async function flagPage({ params, query, signal }) {
     const { name } = params;
     const environments = await environmentNames(signal);
     const environment = environmentOf(query, environments);
-    const [told, usage] = await Promise.all([
+    const [definition, usage] = await Promise.all([
         isStep(name) ? flagAmongAll(name, environment, signal) : flagIfThere(name, environment, signal),
         isStep(name) ? null : getIfThere(`${path('api/admin/client-metrics/features', name)}/raw`, { query: { hoursBack: 24 }, signal }),
     ]);
@@ -28,11 +28,11 @@ export async function flagPage({ params, query, signal }) {
         location.hash = address(['flags', name], { environment: choice.value });
     } });
     const crumbs = h('p.crumbs', h('a', { href: address(['flags'], { environment }) }, 'Flags'));
-    if (told === null) {
+    if (definition === null) {
         return [crumbs, h('div.page-head', h('div', h('h1', name)), field('Environment', choice)),
-            empty('No such flag', `${environment} has no flag of this name, or none any more.`)];
+            empty('No such flag', `${environment} has no flag with this name.`)];
     }
-    const [flag, segments] = [flagOf(told.flag), segmentsOf(told.segments)];
+    const [flag, segments] = [flagOf(definition.flag), segmentsOf(definition.segments)];
     return [
         crumbs,
         h('div.page-head', h('div', h('h1', name), description(flag)), field('Environment', choice)),
@@ -40,7 +40,7 @@ export async function flagPage({ params, query, signal }) {
             h('div.stack', whoCard(flag, segments), variantsCard(flag.variants)),
             h('div.stack', usageCard(usage, environment, name))),
         h('section.card', { 'aria-labelledby': 'explain' }, h('h2', { id: 'explain' }, 'Explain'),
-            h('p', 'Fill in what an application would tell of its user, and see what the flag comes to and why.'),
+            h('p', 'Enter the context that an application would send, and see the result of the flag and the reasons.'),
             explainForm({ flag: name, environment, signal })),
     ];
 }
@@ -54,11 +54,11 @@ async function flagIfThere(name, environment, signal) {
     }
 }
 
-/** A flag that no address can name, out of the whole configuration, where that is told. */
+/** A flag whose name cannot be part of a URL, from the whole configuration, if that is available. */
 async function flagAmongAll(name, environment, signal) {
-    const told = await getIfThere('internal-backstage/features', { signal });
-    if (told === null) throw new ApiError(404, `No address can have the name “${name}”, and this instance does not tell its flags without one.`);
-    const { features, segments } = object(entry(told, environment)) ?? {};
+    const all = await getIfThere('internal-backstage/features', { signal });
+    if (all === null) throw new ApiError(404, `No URL can contain the name “${name}”, and this instance does not list its whole configuration.`);
+    const { features, segments } = object(entry(all, environment)) ?? {};
     const flag = (list(features) ?? []).find((it) => object(it)?.name === name);
     return flag ? { flag, segments } : null;
 }
@@ -73,30 +73,30 @@ function description(flag) {
 
 function whoCard({ enabled, dependencies, strategies }, segments) {
     return h('section.card', { 'aria-labelledby': 'who' }, h('h2', { id: 'who' }, 'Who gets it'),
-        !enabled && h('p.note', 'Nobody: it is switched off here. Were it on:'),
+        !enabled && h('p.note', 'Nobody: it is off in this environment. If it were on:'),
         dependencies.length > 0 && h('div.parents', h('h3', 'Only where'), h('ul', dependencies.map(parentLine))),
         strategies.length === 0 ? h('p', 'Everyone: it has no strategies.')
             : h('ol.strategies', strategies.map((it) => h('li', strategyBox(it, segments)))),
         strategies.length > 1 && h('p.hint', 'The first strategy that matches decides.'));
 }
 
-function parentLine(told) {
-    if (told === null) return h('li.bad-text', 'something that cannot be read: it never holds.');
-    const { feature, enabled, variants } = told;
+function parentLine(parent) {
+    if (parent === null) return h('li.bad-text', 'something that cannot be read: it never holds.');
+    const { feature, enabled, variants } = parent;
     const state = !enabled ? 'is off' : variants.length > 0 ? `has the variant ${variants.join(' or ')}` : 'is on';
     return h('li', h('code', feature), ` ${state}`);
 }
 
-function strategyBox(told, segments) {
-    if (told === null) return [h('p.who', 'Nobody'), h('p.hint.bad-text', 'What stands for a strategy here cannot be read: it never matches.')];
-    const { who, how } = strategy(told);
+function strategyBox(definition, segments) {
+    if (definition === null) return [h('p.who', 'Nobody'), h('p.hint.bad-text', 'The definition of a strategy here cannot be read: it never matches.')];
+    const { who, how } = strategy(definition);
     return [
-        h('p.who', who, told.title && h('span.muted', told.title)),
+        h('p.who', who, definition.title && h('span.muted', definition.title)),
         how && h('p.hint', how),
-        told.unreadable.length > 0 && h('p.hint.bad-text', `Cannot be read: ${told.unreadable.join(', ')}. Explain tells what becomes of it.`),
-        constraintList(told.constraints),
-        told.segments.map((id) => segmentBox(id, segments.find((it) => it.id === id))),
-        told.variants.length > 0 && h('p.hint', `Variants: ${told.variants.map((it) => it?.name ?? 'one that cannot be read').join(', ')}.`),
+        definition.unreadable.length > 0 && h('p.hint.bad-text', `Cannot be read: ${definition.unreadable.join(', ')}. Explain shows the effect.`),
+        constraintList(definition.constraints),
+        definition.segments.map((id) => segmentBox(id, segments.find((it) => it.id === id))),
+        definition.variants.length > 0 && h('p.hint', `Variants: ${definition.variants.map((it) => it?.name ?? 'one that cannot be read').join(', ')}.`),
     ];
 }
 
@@ -108,9 +108,9 @@ function segmentBox(id, segment) {
 
 function constraintList(constraints) {
     if (constraints.length === 0) return null;
-    return h('ul.constraints', constraints.map((told) => {
-        if (told === null) return h('li.bad-text', 'A constraint cannot be read: it never holds.');
-        const { field, phrase, values, note } = constraint(told);
+    return h('ul.constraints', constraints.map((definition) => {
+        if (definition === null) return h('li.bad-text', 'A constraint cannot be read: it never holds.');
+        const { field, phrase, values, note } = constraint(definition);
         return h('li', h('code', field), ` ${phrase} `, values.map((value, n) => [n > 0 && ', ', h('code', value)]), note && ` ${note}`);
     }));
 }
@@ -128,11 +128,11 @@ function variantsCard(variants) {
     return h('section.card.flush', { 'aria-labelledby': 'variants' }, h('h2', { id: 'variants' }, 'Variants'), grid);
 }
 
-function usageCard(told, environment, name) {
-    const data = (list(told?.data) ?? []).filter((it) => it.environment === environment);
+function usageCard(usage, environment, name) {
+    const data = (list(usage?.data) ?? []).filter((it) => it.environment === environment);
     const heading = h('h2', { id: 'usage' }, 'Usage, last 24 hours');
     const section = (...parts) => h('section.card', { 'aria-labelledby': 'usage' }, heading, parts);
-    if (told === null) return section(empty('Not known here', isStep(name) ? 'No address can have this name, so nothing is told of its usage.' : 'This server keeps no usage.'));
+    if (usage === null) return section(empty('Not available', isStep(name) ? 'No URL can contain this name, so its usage is not available.' : 'This server does not record usage.'));
     const [yes, no] = ['yes', 'no'].map((key) => data.reduce((sum, it) => sum + it[key], 0));
     if (yes + no === 0) return section(empty('Not used yet', `No application has reported checks of this flag in ${environment}. SDKs report about once a minute.`));
     return section(
@@ -142,7 +142,7 @@ function usageCard(told, environment, name) {
         h('p.hint', variantWords(data)));
 }
 
-/** The last 24 hours, the empty ones too. */
+/** The last 24 hours, including empty ones. */
 function hours(data) {
     const last = Math.floor(Date.now() / HOUR) * HOUR;
     return Array.from({ length: 24 }, (_, n) => {
@@ -164,5 +164,5 @@ function variantWords(data) {
     const sums = new Map();
     for (const it of data) for (const [variant, count] of Object.entries(it.variants ?? {})) sums.set(variant, (sums.get(variant) ?? 0) + count);
     const words = [...sums].map(([variant, count]) => `${variant} ${number(count)}`);
-    return words.length > 0 ? `Variants given out: ${words.join(', ')}.` : '';
+    return words.length > 0 ? `Variants served: ${words.join(', ')}.` : '';
 }

@@ -3,8 +3,8 @@
 import { ApiError, get, getIfThere } from '../api.js';
 import { h } from '../dom.js';
 import { field, select } from '../form.js';
-import { empty } from '../notice.js';
-import { address, keep } from '../router.js';
+import { empty } from '../messages.js';
+import { address, replaceQuery } from '../router.js';
 import { table } from '../table.js';
 import { counted, number } from '../time.js';
 
@@ -13,7 +13,7 @@ export async function flagsPage({ query, status, signal }) {
     const chosen = environmentOf(query, environments);
     const list = await flagsOf(chosen, signal);
     const search = h('input', { type: 'search', value: query.get('q') ?? '', placeholder: 'Name, project, description…', oninput: () => {
-        keep(['flags'], { environment: environment.value, q: search.value });
+        replaceQuery(['flags'], { environment: environment.value, q: search.value });
         draw();
     } });
     const environment = select(environments, chosen, { onchange: () => {
@@ -22,8 +22,8 @@ export async function flagsPage({ query, status, signal }) {
     const count = h('p.count', { role: 'status' });
     const grid = table({ caption: `Flags of ${chosen}`, order: 'Name', columns: columns(chosen) });
     const draw = () => {
-        const wanted = search.value.trim().toLowerCase();
-        const rows = (list ?? []).filter((it) => [it.name, it.project, it.description].join(' ').toLowerCase().includes(wanted));
+        const term = search.value.trim().toLowerCase();
+        const rows = (list ?? []).filter((it) => [it.name, it.project, it.description].join(' ').toLowerCase().includes(term));
         count.textContent = list === null ? '' : rows.length === list.length ? counted(list.length, 'flag') : `${rows.length} of ${list.length} flags`;
         grid.show(rows, nothing(list, chosen, status));
     };
@@ -34,22 +34,22 @@ export async function flagsPage({ query, status, signal }) {
     ];
 }
 
-/** The names of the environments that there are. */
+/** The names of the enabled environments, or of all if none is enabled. */
 export async function environmentNames(signal) {
-    const told = await getIfThere('api/admin/environments', { signal });
-    const all = told?.environments ?? [];
+    const response = await getIfThere('api/admin/environments', { signal });
+    const all = response?.environments ?? [];
     const usable = all.filter((it) => it.enabled !== false);
     return (usable.length > 0 ? usable : all).map((it) => it.name);
 }
 
-/** The environment that the address asks for, else the likeliest one. */
+/** The environment in the URL, or else `development`, `production` or the first one. */
 export function environmentOf(query, names) {
-    const asked = query.get('environment');
-    if (asked && (names.length === 0 || names.includes(asked))) return asked;
+    const requested = query.get('environment');
+    if (requested && (names.length === 0 || names.includes(requested))) return requested;
     return ['development', 'production'].find((it) => names.includes(it)) ?? names[0] ?? '';
 }
 
-/** The flags, or `null` where this server does not tell them. */
+/** The flags, or `null` if this server does not provide them. */
 async function flagsOf(environment, signal) {
     try {
         return (await get('api/admin/flags', { query: { environment }, signal, quiet: true })).flags;
@@ -60,8 +60,8 @@ async function flagsOf(environment, signal) {
 }
 
 function nothing(list, environment, { isUnleash }) {
-    if (list === null) return empty('Not shown here', `This server does not tell the flags${environment ? ` of ${environment}` : ''}.${isUnleash ? ' They are where they are made: in Unleash.' : ''}`);
-    if (list.length === 0) return empty('No flags', `${environment} has none yet. They appear here as soon as the instance serves them.`);
+    if (list === null) return empty('Not shown here', `This server does not provide the flags${environment ? ` of ${environment}` : ''}.${isUnleash ? ' See them in Unleash.' : ''}`);
+    if (list.length === 0) return empty('No flags', `${environment} has no flags yet. They appear here as soon as the instance serves them.`);
     return empty('No flag matches', 'Try fewer letters of its name, project or description.');
 }
 
@@ -78,4 +78,4 @@ function columns(environment) {
     ];
 }
 
-const count = (told) => (Array.isArray(told) ? told.length : told ?? 0);
+const count = (value) => (Array.isArray(value) ? value.length : value ?? 0);

@@ -1,22 +1,22 @@
-// How the instance is doing: what it serves, how much, to whom.
+// The state of the instance: environments, upstream, request rates and connected applications.
 
 import { get, getIfThere } from '../api.js';
 import { lineChart, short } from '../charts.js';
 import { fill, h } from '../dom.js';
-import { empty } from '../notice.js';
+import { empty } from '../messages.js';
 import { rate, samples, sums } from '../prometheus.js';
 import { address } from '../router.js';
 import { loadStatus } from '../status.js';
 import { table } from '../table.js';
 import { ago, at, lasting, number } from '../time.js';
 
-/** How often the numbers are asked for, in milliseconds, and how many of them the charts show. */
-const EVERY = 2_000;
+/** The polling interval in milliseconds, and the number of samples in the charts. */
+const INTERVAL = 2_000;
 const MOMENTS = 61;
-/** What this page itself asks for all the while: no part of anybody's load. */
-const OWN = ['/metrics', '/status'];
-/** How many routes are shown at first. */
-const BUSIEST = 8;
+/** The routes that this page polls, which the statistics exclude. */
+const OWN_ROUTES = ['/metrics', '/status'];
+/** The number of routes shown at first. */
+const ROUTES_SHOWN = 8;
 
 const REQUESTS = 'http_server_requests_total';
 const SECONDS = ['http_server_request_duration_seconds_sum', 'http_server_request_duration_seconds_count'];
@@ -29,27 +29,27 @@ const BY_STATUS = [
 ];
 const BY_VERDICT = [
     { key: 'valid', label: 'Valid', class: 'good' },
-    { key: 'invalid', label: 'Turned away', class: 'warn' },
-    { key: 'unavailable', label: 'Undecided', class: 'bad' },
+    { key: 'invalid', label: 'Rejected', class: 'warn' },
+    { key: 'unavailable', label: 'Not validated', class: 'bad' },
 ];
 const VERDICT = { known: 'valid', accepted: 'valid', refused: 'invalid', rejected: 'invalid', malformed: 'invalid', unavailable: 'unavailable' };
 
 export async function overviewPage({ status, signal }) {
-    const told = await getIfThere('api/admin/metrics/applications', { signal });
+    const response = await getIfThere('api/admin/metrics/applications', { signal });
     const head = h('p.lead');
     const environments = h('div');
     const upstream = h('div');
     const requests = lineChart({ title: 'Requests', unit: 'per second', series: BY_STATUS, moments: MOMENTS, span: '2 minutes ago' });
     const verdicts = lineChart({ title: 'Tokens presented', unit: 'per second', series: BY_VERDICT, moments: MOMENTS, span: '2 minutes ago' });
-    const routes = table({ caption: 'Requests by route', columns: ROUTE_COLUMNS, order: '-Since the start', page: BUSIEST });
+    const routes = table({ caption: 'Requests by route', columns: ROUTE_COLUMNS, order: '-Since the start', page: ROUTES_SHOWN });
     const grids = { environments: table({ caption: 'Environments', columns: ENVIRONMENT_COLUMNS }) };
     environments.append(grids.environments);
 
     const showStatus = (now) => {
         fill(head, summary(now));
-        grids.environments.show(now.environments ?? [], now.isTold
+        grids.environments.show(now.environments ?? [], now.hasStatus
             ? empty('No environments yet', 'The instance has nothing to serve so far.')
-            : empty('Not told to this account', 'The state of this instance is shown to accounts and admin tokens of its own.'));
+            : empty('Not available to this account', 'Only accounts and admin tokens of this instance can see its state.'));
         fill(upstream, now.upstream && upstreamCard(now.upstream));
     };
     const stop = watch({ signal, showStatus, requests, verdicts, routes });
@@ -60,37 +60,37 @@ export async function overviewPage({ status, signal }) {
         upstream,
         h('section.card.flush', { 'aria-labelledby': 'environments' }, h('h2', { id: 'environments' }, 'Environments'), environments),
         h('div.pair', requests, verdicts),
-        applicationsCard(told),
+        applicationsCard(response),
         h('section.card.flush', { 'aria-labelledby': 'routes' }, h('h2', { id: 'routes' }, 'Requests by route'), routes),
     ];
 }
 
-/** Asks again and again while the page can be seen; gives what ends it. */
+/** Polls while the page is visible; returns a function that stops it. */
 function watch({ signal, showStatus, requests, verdicts, routes }) {
-    const unasked = { signal, background: true };
+    const unattended = { signal, background: true };
     let before = null;
     let timer = null;
     let isStopped = false;
-    const look = async () => {
+    const poll = async () => {
         clearTimeout(timer);
         if (isStopped || document.hidden) return;
         try {
-            const [text, now] = await Promise.all([get('metrics', unasked), loadStatus(unasked)]);
+            const [text, now] = await Promise.all([get('metrics', unattended), loadStatus(unattended)]);
             if (isStopped) return;
             const after = measure(String(text));
             if (before) draw(before, after, { requests, verdicts });
-            routes.show(byRoute(before, after), empty('No requests yet', 'Once a service asks, its requests are counted here.'));
+            routes.show(byRoute(before, after), empty('No requests yet', 'Requests appear here once a service sends them.'));
             before = after;
             showStatus(now);
         } catch {
-            // The charts show a gap, and the next moment may do better.
+            // The charts show a gap, and the next poll tries again.
             before = null;
             if (!isStopped) [requests, verdicts].forEach((chart) => chart.add({}));
         }
-        if (!isStopped) timer = setTimeout(look, EVERY);
+        if (!isStopped) timer = setTimeout(poll, INTERVAL);
     };
-    document.addEventListener('visibilitychange', look, { signal });
-    look();
+    document.addEventListener('visibilitychange', poll, { signal });
+    poll();
     return () => {
         isStopped = true;
         clearTimeout(timer);
@@ -99,7 +99,7 @@ function watch({ signal, showStatus, requests, verdicts, routes }) {
 
 function measure(text) {
     const found = samples(text, [REQUESTS, ...SECONDS, VERDICTS]);
-    const of = (name) => found.filter((sample) => sample.name === name && !OWN.includes(sample.labels.http_route));
+    const of = (name) => found.filter((sample) => sample.name === name && !OWN_ROUTES.includes(sample.labels.http_route));
     return {
         time: performance.now() / 1000,
         status: sums(of(REQUESTS), ({ labels }) => ({ 4: 'refused', 5: 'failed' })[labels.http_response_status_code?.[0]] ?? 'served'),
@@ -148,7 +148,7 @@ function problems(list) {
 }
 
 function summary(status) {
-    if (!status.isTold) return 'What connects, and how much.';
+    if (!status.hasStatus) return 'Connected applications and requests.';
     const ready = status.ready === false ? h('span.badge.bad', 'Not ready') : h('span.badge.good', 'Ready');
     const refused = status.upstream?.adminToken?.refusedSince && h('span.badge.bad', 'Admin token refused');
     return [ready, refused, ` Parapet ${status.version}, ${status.mode}, started `, ago(status.started, 'at an unknown time'),
@@ -161,13 +161,13 @@ function upstreamCard({ url, streams = 0, lastSuccess, lastError, consecutiveFai
         h('h2', { id: 'upstream' }, 'Upstream', h('span.badge', { class: `badge ${fine ? 'good' : 'bad'}` }, fine ? 'Reachable' : `${consecutiveFailures} failures in a row`)),
         h('dl.facts',
             url && [h('dt', 'Address'), h('dd', h('code', url))],
-            h('dt', 'Changes come'), h('dd', streams === 0 ? 'by polling' : streams === 1 ? 'on a stream' : `on ${number(streams)} streams`),
-            h('dt', 'Last answer'), h('dd', ago(lastSuccess, 'None yet')),
+            h('dt', 'Changes arrive'), h('dd', streams === 0 ? 'by polling' : streams === 1 ? 'on a stream' : `on ${number(streams)} streams`),
+            h('dt', 'Last response'), h('dd', ago(lastSuccess, 'None yet')),
             adminToken && [h('dt', 'Admin token'), h('dd', adminTokenState(adminToken))],
             lastError && [h('dt', 'Last error'), h('dd', lastError.error, ' (', at(lastError.at), ')')]));
 }
 
-/** Whether upstream accepts the edge's admin token, and what to do where it does not. */
+/** Whether upstream accepts the edge's admin token, and how to replace one that it rejects. */
 function adminTokenState({ refusedSince, file }) {
     if (!refusedSince) return 'Accepted';
     const remedy = file ? ['Replace it in ', h('code', file), '.'] : ['Replace it in the configuration, and send SIGHUP.'];
@@ -175,28 +175,28 @@ function adminTokenState({ refusedSince, file }) {
         '. Flags are served as before; new tokens and environments are not found. ', ...remedy];
 }
 
-function applicationsCard(told) {
+function applicationsCard(response) {
     const grid = table({ caption: 'Connected applications', order: 'Application', columns: [
         { label: 'Application', sort: (it) => it.appName, cell: (it) => it.appName },
-        { label: 'SDKs', cell: (it) => (it.sdkVersions ?? []).join(', ') || h('span.muted', 'Not told') },
+        { label: 'SDKs', cell: (it) => (it.sdkVersions ?? []).join(', ') || h('span.muted', 'Unknown') },
         { label: 'Environments', cell: (it) => (it.environments ?? []).join(', ') },
         { label: 'Instances', class: 'number', sort: (it) => it.instances ?? 0, cell: (it) => number(it.instances ?? 0) },
-        { label: 'Strategies', cell: (it) => (it.strategies ?? []).join(', ') || h('span.muted', 'None told') },
+        { label: 'Strategies', cell: (it) => (it.strategies ?? []).join(', ') || h('span.muted', 'Unknown') },
         { label: 'Last seen', sort: (it) => it.seenAt ?? '', cell: (it) => ago(it.seenAt, 'Never') },
     ] });
-    grid.show((told?.applications ?? []).map(application), told === null
-        ? empty('Not known here', 'This server does not tell which applications connect.')
+    grid.show((response?.applications ?? []).map(application), response === null
+        ? empty('Not available', 'This server does not list connected applications.')
         : empty('No applications yet', 'An application appears once its SDK has registered or reported usage.'));
     return h('section.card.flush', { 'aria-labelledby': 'applications' }, h('h2', { id: 'applications' }, 'Connected applications'), grid);
 }
 
-/** An application, also as Unleash tells it: its environments hold the rest. */
-function application(told) {
-    const usage = told.usage ?? [];
+/** Normalises an application: in Unleash's format, environments are part of its usage. */
+function application(raw) {
+    const usage = raw.usage ?? [];
     return {
-        ...told,
-        environments: told.environments ?? [...new Set(usage.flatMap((it) => it.environments ?? []))],
-        instances: told.instances?.length ?? told.instances,
+        ...raw,
+        environments: raw.environments ?? [...new Set(usage.flatMap((it) => it.environments ?? []))],
+        instances: raw.instances?.length ?? raw.instances,
     };
 }
 

@@ -1,10 +1,10 @@
-// Changing one's own password.
+// The form to change one's own password.
 
 import { post } from '../api.js';
 import { buttons } from '../dialog.js';
 import { h } from '../dom.js';
 import { FieldError, field, form } from '../form.js';
-import { announce } from '../notice.js';
+import { announce } from '../messages.js';
 
 export function passwordForm(close) {
     const secret = (autocomplete) => h('input', { type: 'password', autocomplete, required: true });
@@ -19,7 +19,7 @@ export function passwordForm(close) {
         submit: async () => {
             if (next.value !== again.value) throw new FieldError('confirmPassword', 'The two are not the same.');
             const body = { oldPassword: current.value, password: next.value, confirmPassword: again.value };
-            // A wrong current password is no reason to end the session.
+            // A 401 for a wrong current password must not end the session.
             await post('api/admin/user/change-password', body, { quiet: true });
             close();
             announce('Your password is changed.');

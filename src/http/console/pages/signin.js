@@ -1,4 +1,4 @@
-// Signing in with a name and a password.
+// The sign-in page.
 
 import { h } from '../dom.js';
 import { field, form } from '../form.js';
@@ -30,6 +30,6 @@ export function signInPage({ reason, theme, signedIn }) {
         h('h1', { tabindex: '-1' }, 'Sign in'),
         reason && h('p.reason', { role: 'status' }, reason),
         box,
-        h('p.hint', 'The first start showed the name and password of the first admin, or wrote them into first-start.txt in its data dir, unless its operator had chosen them.')),
+        h('p.hint', 'The first start printed the name and password of the first admin, or wrote them to first-start.txt in its data directory, unless the operator had set them.')),
     h('div.corner', theme));
 }

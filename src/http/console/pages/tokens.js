@@ -1,4 +1,4 @@
-// API access: the tokens that services use, and making new ones.
+// API tokens: list, create, change expiry, delete.
 
 import { get, getIfThere, path, post, put, remove } from '../api.js';
 import { copy } from '../clipboard.js';
@@ -6,8 +6,8 @@ import { buttons, confirm, open } from '../dialog.js';
 import { fill, h, uniqueId } from '../dom.js';
 import { FieldError, choice, field, form, group, select } from '../form.js';
 import { icon } from '../icons.js';
-import { announce, empty } from '../notice.js';
-import { keep } from '../router.js';
+import { announce, empty } from '../messages.js';
+import { replaceQuery } from '../router.js';
 import { snippets } from '../snippets.js';
 import { hidden, table } from '../table.js';
 import { ago, atText } from '../time.js';
@@ -18,7 +18,7 @@ const KINDS = {
     admin: { label: 'Admin', hint: 'Everything an admin can do. For scripts that you trust.' },
 };
 
-/** Days, by what the choice is called. */
+/** The choices of lifetime: days, and the label. */
 const LIFETIMES = [['never', 'Never'], ['7', 'In 7 days'], ['30', 'In 30 days'], ['60', 'In 60 days'], ['365', 'In a year'], ['custom', 'On a day of your choice']];
 
 export async function tokensPage({ session, status, query, signal }) {
@@ -31,7 +31,7 @@ export async function tokensPage({ session, status, query, signal }) {
     let tokens = first;
 
     const search = h('input', { type: 'search', value: query.get('q') ?? '', placeholder: 'Name, environment, project…', oninput: () => {
-        keep(['api-access'], { q: search.value });
+        replaceQuery(['api-access'], { q: search.value });
         draw();
     } });
     const grid = table({ caption: 'API tokens', order: '-Created', columns: columns({ session, reload, edit, drop }) });
@@ -45,8 +45,8 @@ export async function tokensPage({ session, status, query, signal }) {
         draw();
     }
     function draw() {
-        const wanted = search.value.trim().toLowerCase();
-        const rows = wanted === '' ? tokens : tokens.filter((token) => searchable(token).includes(wanted));
+        const term = search.value.trim().toLowerCase();
+        const rows = term === '' ? tokens : tokens.filter((token) => searchable(token).includes(term));
         count.textContent = rows.length === tokens.length ? `${tokens.length} shown` : `${rows.length} of ${tokens.length} shown`;
         grid.show(rows, tokens.length === 0
             ? empty('No API tokens yet', creatable.length > 0
@@ -60,7 +60,7 @@ export async function tokensPage({ session, status, query, signal }) {
     function drop(token) {
         confirm({
             title: `Delete “${token.name}”?`,
-            text: 'Whoever uses it is refused within a second. This cannot be undone.',
+            text: 'Clients that use it are rejected within a second. This cannot be undone.',
             yes: 'Delete token',
             act: async () => {
                 await remove(path('api/admin/api-tokens', token.identifier));
@@ -84,19 +84,19 @@ async function loadTokens(signal) {
     return tokens.map(token).sort((one, other) => String(other.createdAt).localeCompare(String(one.createdAt)));
 }
 
-/** A token as it is shown: older servers say `client` and tell whole secrets, which are masked here. */
-function token(told) {
+/** Normalises a token for display: older servers use the type `client`, and return whole secrets, which are masked here. */
+function token(raw) {
     return {
-        identifier: told.secret,
-        name: told.tokenName ?? told.username ?? '',
-        kind: told.type === 'backend' ? 'client' : told.type,
-        environment: told.environment ?? '*',
-        projects: told.projects ?? (told.project ? [told.project] : ['*']),
-        createdAt: told.createdAt,
-        createdBy: told.createdBy,
-        seenAt: told.seenAt,
-        expiresAt: told.expiresAt,
-        masked: told.masked ?? mask(told.secret),
+        identifier: raw.secret,
+        name: raw.tokenName ?? raw.username ?? '',
+        kind: raw.type === 'backend' ? 'client' : raw.type,
+        environment: raw.environment ?? '*',
+        projects: raw.projects ?? (raw.project ? [raw.project] : ['*']),
+        createdAt: raw.createdAt,
+        createdBy: raw.createdBy,
+        seenAt: raw.seenAt,
+        expiresAt: raw.expiresAt,
+        masked: raw.masked ?? mask(raw.secret),
     };
 }
 
@@ -155,7 +155,7 @@ function openNew({ kinds, scope, status, created }) {
             buttons: buttons(close, 'Create token'),
             submit: async () => {
                 const body = { tokenName: name.value.trim(), type: kind() };
-                if (body.tokenName === '') throw new FieldError('tokenName', 'Give it a name that tells what uses it.');
+                if (body.tokenName === '') throw new FieldError('tokenName', 'Enter a name that says what uses it.');
                 if (body.type !== 'admin') Object.assign(body, { environment: environment.value, projects: projects.read() });
                 const expiresAt = expiry.read();
                 if (expiresAt) body.expiresAt = expiresAt;
@@ -184,7 +184,7 @@ function openSecret(made, { tokenName, type }, status) {
         }
     } }, 'Copy');
     open(`Token “${tokenName}” is ready`, (close) => h('div.secret-dialog',
-        h('p.warn', 'Copy the secret now: nobody can see it again, neither here nor on the server.'),
+        h('p.warn', 'Copy the secret now: it cannot be shown again, neither here nor on the server.'),
         h('div.secret-line', text, copyButton), done,
         h('h3', 'Start with it'),
         tabs('Ways to use the token', snippets(type, secret, status.dataUrl)),
@@ -192,14 +192,14 @@ function openSecret(made, { tokenName, type }, status) {
     { mustAnswer: true, wide: true });
 }
 
-/** Tabs over texts to copy: arrows move between them. */
+/** Tabs with texts to copy; arrow keys switch between them. */
 function tabs(label, parts) {
     const panels = parts.map(([title, text]) => {
         const panel = h('div', { role: 'tabpanel', id: uniqueId('panel') });
         const button = h('button.quiet', { type: 'button', onclick: async () => {
             button.textContent = (await copy(text)) ? 'Copied' : 'Select and copy it by hand';
         } }, `Copy ${title} snippet`);
-        // Long lines are scrolled to by keyboard too.
+        // Focusable, so that long lines can be scrolled with the keyboard.
         return fill(panel, h('pre', { tabindex: '0' }, h('code', text)), button);
     });
     const choose = (at, focus) => list.forEach((tab, n) => {
@@ -235,25 +235,25 @@ function openExpiry(token, changed) {
     }));
 }
 
-function environments(told) {
-    const usable = told.filter((it) => it.enabled !== false);
-    return (usable.length > 0 ? usable : told).map((it) => [it.name, it.name]);
+function environments(list) {
+    const usable = list.filter((it) => it.enabled !== false);
+    return (usable.length > 0 ? usable : list).map((it) => [it.name, it.name]);
 }
 
-function projectChoice(told) {
-    if (told.length === 0) {
+function projectChoice(projects) {
+    if (projects.length === 0) {
         const input = h('input', { name: 'projects', value: '*', required: true, autocomplete: 'off' });
-        const box = field('Projects', input, { names: ['projects', 'project'], hint: '* for all, or names with commas between them.' });
+        const box = field('Projects', input, { names: ['projects', 'project'], hint: '* for all, or names separated by commas.' });
         box.read = () => input.value.split(',').map((it) => it.trim()).filter((it) => it !== '');
         return box;
     }
-    const list = h('div.choices', { role: 'group', 'aria-label': 'Projects of the token', hidden: true }, told.map((it) =>
+    const list = h('div.choices', { role: 'group', 'aria-label': 'Projects of the token', hidden: true }, projects.map((it) =>
         choice('checkbox', 'projects', it.id, it.name && it.name !== it.id ? `${it.name} (${it.id})` : it.id)));
     const fold = () => {
         list.hidden = box.querySelector('input[name="which"]:checked').value === '*';
     };
     const box = group('Projects', [
-        choice('radio', 'which', '*', 'All, also those to come', { checked: true, onchange: fold }),
+        choice('radio', 'which', '*', 'All, including future ones', { checked: true, onchange: fold }),
         choice('radio', 'which', 'some', 'Only these', { onchange: fold }),
         list,
     ], { names: ['projects', 'project'] });
@@ -280,20 +280,20 @@ function expiryChoice(current) {
     fold();
     const box = h('div.field-pair', wrong, dayField);
     box.names = ['expiresAt', 'day'];
-    box.tell = (text) => (day.disabled ? wrong : dayField).tell(text);
+    box.setError = (text) => (day.disabled ? wrong : dayField).setError(text);
     box.focusControl = () => (day.disabled ? lifetime : day).focus();
     box.read = () => {
         if (lifetime.value === 'never') return null;
         if (lifetime.value !== 'custom') return new Date(Date.now() + Number(lifetime.value) * 86_400_000).toISOString();
         const time = new Date(day.value);
         if (Number.isNaN(time.getTime())) throw new FieldError('day', 'Choose a day and a time.');
-        if (time <= Date.now()) throw new FieldError('day', 'This has passed: choose a time to come.');
+        if (time <= Date.now()) throw new FieldError('day', 'Choose a time in the future.');
         return time.toISOString();
     };
     return box;
 }
 
-/** As `datetime-local` wants it: the browser's own time zone, to the minute. */
+/** The format of `datetime-local`: the browser's time zone, to the minute. */
 function localText(date) {
     return new Date(date - date.getTimezoneOffset() * 60_000).toISOString().slice(0, 16);
 }

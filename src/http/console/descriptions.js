@@ -1,8 +1,8 @@
-// Strategies and constraints in words.
+// Describes strategies and constraints in plain text.
 
-import { entry } from './loose.js';
+import { entry } from './lenient.js';
 
-/** What an operator says, and what it says when it is negated. */
+/** The text of each operator, plain and negated. */
 const OPERATORS = {
     IN: ['is one of', 'is none of'],
     NOT_IN: ['is none of', 'is one of'],
@@ -25,22 +25,22 @@ const OPERATORS = {
     IN_CIDR: ['is an address in', 'is no address in'],
 };
 
-/** Where more values than these stand, the rest is counted. */
-const NAMED = 12;
+/** The number of values that are listed; further ones are only counted. */
+const MAX_LISTED = 12;
 
-/** `{ field, phrase, values, note }` of a constraint that can be read. */
+/** Describes a readable constraint: `{ field, phrase, values, note }`. */
 export function constraint({ contextName, operator, values, value, inverted, caseInsensitive }) {
     const [plain, negated] = entry(OPERATORS, operator) ?? [`${operator} (unknown here: it never holds)`, `not ${operator} (unknown here: it never holds)`];
-    const told = values.length > 0 ? values : value !== '' ? [value] : [];
+    const all = values.length > 0 ? values : value !== '' ? [value] : [];
     return {
         field: contextName,
         phrase: inverted ? negated : plain,
-        values: told.slice(0, NAMED),
-        note: [told.length > NAMED && `and ${told.length - NAMED} more`, caseInsensitive && 'in upper or lower case'].filter(Boolean).join(', '),
+        values: all.slice(0, MAX_LISTED),
+        note: [all.length > MAX_LISTED && `and ${all.length - MAX_LISTED} more`, caseInsensitive && 'in upper or lower case'].filter(Boolean).join(', '),
     };
 }
 
-/** Who a strategy that can be read is for, as a headline and a line of small print. */
+/** Describes a readable strategy: who gets the flag (a headline), and how (small print). */
 export function strategy({ name, parameters }) {
     const list = (value) => (value ?? '').split(',').map((it) => it.trim()).filter((it) => it !== '');
     const share = (value) => `${Number.parseInt(value, 10) || 0} %`;
@@ -57,21 +57,21 @@ export function strategy({ name, parameters }) {
         case 'gradualRolloutSessionId':
             return { who: `${share(parameters.percentage)} of sessions`, how: `By session ID. ${grouped}` };
         case 'gradualRolloutRandom':
-            return { who: `${share(parameters.percentage)} of checks`, how: 'Drawn anew each time.' };
+            return { who: `${share(parameters.percentage)} of checks`, how: 'Random each time.' };
         case 'remoteAddress':
             return { who: `Addresses ${enumerate(list(parameters.IPs))}`, how: 'The remote address of the context, exact or in a range.' };
         case 'applicationHostname':
             return { who: `Hosts ${enumerate(list(parameters.hostNames))}`, how: 'The host that evaluates: for server SDKs.' };
         default:
-            return { who: `Custom strategy “${name}”`, how: 'Not known here: it never matches. SDKs that have it decide themselves.' };
+            return { who: `Custom strategy “${name}”`, how: 'Unknown to Parapet: it never matches here. SDKs that implement it decide themselves.' };
     }
 }
 
-/** What keeps somebody in the same bucket. */
+/** How each stickiness assigns buckets. */
 const STICKINESS = {
-    '': 'By user ID, else session ID, else drawn anew each time.',
-    default: 'By user ID, else session ID, else drawn anew each time.',
-    random: 'Drawn anew each time.',
+    '': 'By user ID, else session ID, else random each time.',
+    default: 'By user ID, else session ID, else random each time.',
+    random: 'Random each time.',
     userId: 'By user ID.',
     sessionId: 'By session ID.',
 };
@@ -86,6 +86,6 @@ function rollout({ rollout = '0', stickiness = 'default' }, grouped) {
 
 function enumerate(names) {
     if (names.length === 0) return 'of an empty list: nobody';
-    const shown = names.slice(0, NAMED).join(', ');
-    return names.length > NAMED ? `${shown} and ${names.length - NAMED} more` : shown;
+    const shown = names.slice(0, MAX_LISTED).join(', ');
+    return names.length > MAX_LISTED ? `${shown} and ${names.length - MAX_LISTED} more` : shown;
 }
