@@ -1,7 +1,7 @@
-//! One request and its answer, byte by byte: what a contender is asked, and what it says.
+//! One request and its response as raw bytes.
 //!
-//! No HTTP client stands between, so that a baseline can repeat an answer exactly. It reads what
-//! well-behaved servers on this machine send, and nothing more.
+//! There is no HTTP client in between, so that a baseline can repeat a response exactly. It supports
+//! only what well-behaved servers on this machine send.
 
 use std::{
     io::{BufRead, BufReader, Read, Write},
@@ -11,20 +11,20 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-/// What stands for a number that is drawn for each request.
-pub(crate) const DRAWN: &str = "{n}";
+/// The placeholder for a number that is chosen for each request.
+pub(crate) const NUMBER: &str = "{n}";
 
-/// What stands for a number that no two requests have in common.
-pub(crate) const EACH: &str = "{each}";
+/// The placeholder for a number that no two requests share.
+pub(crate) const UNIQUE_NUMBER: &str = "{each}";
 
-/// What stands for the remainder of that number by [`BYTES`]: a part of an address.
-pub(crate) const BYTE: &str = "{byte}";
-pub(crate) const BYTES: u64 = 250;
+/// The placeholder for the remainder of that number by [`OCTETS`]: the last part of an address.
+pub(crate) const OCTET: &str = "{byte}";
+pub(crate) const OCTETS: u64 = 250;
 
-/// How long a contender may take for one answer.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+/// The timeout for one response.
+pub(crate) const RESPONSE_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// A GET, in which [`DRAWN`], [`EACH`] and [`BYTE`] may occur.
+/// A GET that may contain [`NUMBER`], [`UNIQUE_NUMBER`] and [`OCTET`].
 #[derive(Clone, Debug)]
 pub(crate) struct Request {
     pub(crate) path: String,
@@ -41,7 +41,7 @@ impl Request {
         self
     }
 
-    /// As it goes over the wire, with what stands for numbers.
+    /// The request on the wire, with placeholders.
     pub(crate) fn text(&self, host: SocketAddr) -> String {
         let mut text = format!("GET {} HTTP/1.1\r\nHost: {host}\r\n", self.path);
         for (name, value) in &self.headers {
@@ -50,49 +50,50 @@ impl Request {
         text + "\r\n"
     }
 
-    /// What comes back when `n` is drawn.
-    pub(crate) fn ask(&self, host: SocketAddr, n: u64) -> Result<Answer> {
+    /// Sends it on a new connection, with `n` as its number, and returns the response.
+    pub(crate) fn send(&self, host: SocketAddr, n: u64) -> Result<RawResponse> {
         let mut stream = TcpStream::connect(host).context("no connection")?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        self.ask_on(&mut stream, host, n)
+        stream.set_read_timeout(Some(RESPONSE_TIMEOUT))?;
+        self.send_on(&mut stream, host, n)
     }
 
-    /// The same, on a connection that there is.
-    pub(crate) fn ask_on(
+    /// Sends it on an open connection.
+    pub(crate) fn send_on(
         &self,
         stream: &mut (impl Read + Write),
         host: SocketAddr,
         n: u64,
-    ) -> Result<Answer> {
-        stream.write_all(numbered(&self.text(host), n).as_bytes())?;
-        Answer::read(&mut BufReader::new(stream)).with_context(|| format!("asking {}", self.path))
+    ) -> Result<RawResponse> {
+        stream.write_all(with_number(&self.text(host), n).as_bytes())?;
+        RawResponse::read(&mut BufReader::new(stream))
+            .with_context(|| format!("request for {}", self.path))
     }
 }
 
-/// The text with `n` in the place of what stands for numbers.
-pub(crate) fn numbered(text: &str, n: u64) -> String {
-    let (number, byte) = (n.to_string(), (n % BYTES).to_string());
-    text.replace(DRAWN, &number).replace(EACH, &number).replace(BYTE, &byte)
+/// Replaces the placeholders by `n`.
+pub(crate) fn with_number(text: &str, n: u64) -> String {
+    let (number, byte) = (n.to_string(), (n % OCTETS).to_string());
+    text.replace(NUMBER, &number).replace(UNIQUE_NUMBER, &number).replace(OCTET, &byte)
 }
 
-/// An answer, whole.
+/// A response, read to its end.
 #[derive(Clone, Debug)]
-pub(crate) struct Answer {
+pub(crate) struct RawResponse {
     pub(crate) status: u16,
     pub(crate) headers: Vec<(String, String)>,
     pub(crate) body: Vec<u8>,
-    /// Bytes of all of it on the wire.
+    /// Its size on the wire, in bytes.
     pub(crate) length: usize,
 }
 
-impl Answer {
+impl RawResponse {
     fn read(stream: &mut impl BufRead) -> Result<Self> {
         let mut length = 0;
         let mut line = || -> Result<String> {
             let mut line = String::new();
             length += stream.read_line(&mut line)?;
             if line.is_empty() {
-                bail!("the connection ended inside an answer");
+                bail!("the connection ended inside a response");
             }
             Ok(line.trim_end().to_owned())
         };
@@ -116,7 +117,7 @@ impl Answer {
             return Ok(answer);
         }
         if answer.header("transfer-encoding") != Some("chunked") {
-            bail!("an answer without a length");
+            bail!("a response without a length");
         }
         loop {
             let mut line = String::new();
@@ -132,7 +133,7 @@ impl Answer {
         }
     }
 
-    /// The value of a header, if it is there.
+    /// The value of a header, if it exists.
     pub(crate) fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find(|(it, _)| it == name).map(|(_, value)| value.as_str())
     }

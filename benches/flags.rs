@@ -1,30 +1,30 @@
 //! The flag set of all benchmarks: plausible flags, the same in every run and on every machine.
 //!
-//! A flag has no, one or two gradual rollouts, half of them with a constraint, and now and then
-//! variants; 350 flags are about 175 kB. A smaller set is the beginning of a larger one. No crate's
-//! generator is used, whose numbers may change with its version.
+//! A flag has zero to two gradual rollouts, half of them with a constraint, and sometimes variants; 350
+//! flags are about 175 kB. A smaller set is a prefix of a larger one. It uses no crate's random
+//! generator, whose numbers may change between versions.
 
 use std::fmt::Write as _;
 
-/// With this one, 5 flags are 2,032 bytes, 350 are 173,421 and 5,000 are 2.4 MB.
+/// With this seed 5 flags are 2,032 bytes, 350 are 173,421 and 5,000 are 2.4 MB.
 const SEED: u64 = 9;
 
-/// What Unleash answers at `/api/client/features` for so many flags.
+/// Unleash's response at `/api/client/features` with this number of flags.
 pub(crate) fn document(size: usize) -> String {
-    let mut chance = Chance(SEED);
-    let features: Vec<String> = (0..size).map(|index| flag(index, &mut chance)).collect();
+    let mut random = SplitMix64(SEED);
+    let features: Vec<String> = (0..size).map(|index| flag(index, &mut random)).collect();
     format!(
         r#"{{"version":2,"features":[{}],"segments":[],"query":{{"environment":"development"}}}}"#,
         features.join(",")
     )
 }
 
-fn flag(index: usize, chance: &mut Chance) -> String {
+fn flag(index: usize, random: &mut SplitMix64) -> String {
     let strategies: Vec<String> =
-        (0..*chance.choice(&[0, 1, 1, 2])).map(|_| strategy(index, chance)).collect();
-    let enabled = chance.happens(80);
+        (0..*random.choice(&[0, 1, 1, 2])).map(|_| strategy(index, random)).collect();
+    let enabled = random.has_chance(80);
     let variants =
-        if chance.happens(15) { ["a", "b"].map(variant).join(",") } else { String::new() };
+        if random.has_chance(15) { ["a", "b"].map(variant).join(",") } else { String::new() };
     format!(
         concat!(
             r#"{{"name":"team{team}.feature-{index:04}","type":"release","enabled":{enabled},"#,
@@ -41,15 +41,15 @@ fn flag(index: usize, chance: &mut Chance) -> String {
     )
 }
 
-fn strategy(index: usize, chance: &mut Chance) -> String {
+fn strategy(index: usize, random: &mut SplitMix64) -> String {
     let mut constraints = Vec::new();
-    if chance.happens(50) {
-        let field = chance.choice(&["appName", "environment", "userId", "country", "plan"]);
-        let values = 1 + chance.below(10);
+    if random.has_chance(50) {
+        let field = random.choice(&["appName", "environment", "userId", "country", "plan"]);
+        let values = 1 + random.below(10);
         let mut list = String::new();
         for n in 0..values {
             let comma = if n > 0 { "," } else { "" };
-            write!(list, r#"{comma}"v{}""#, chance.below(51)).expect("a string takes all");
+            write!(list, r#"{comma}"v{}""#, random.below(51)).expect("a string takes all");
         }
         constraints.push(format!(
             concat!(
@@ -60,13 +60,13 @@ fn strategy(index: usize, chance: &mut Chance) -> String {
             list = list,
         ));
     }
-    if chance.happens(10) {
+    if random.has_chance(10) {
         constraints.push(format!(
             concat!(
                 r#"{{"contextName":"version","operator":"SEMVER_GT","value":"1.{}.0","#,
                 r#""values":[],"inverted":false,"caseInsensitive":false}}"#,
             ),
-            chance.below(10),
+            random.below(10),
         ));
     }
     format!(
@@ -77,8 +77,8 @@ fn strategy(index: usize, chance: &mut Chance) -> String {
         ),
         constraints = constraints.join(","),
         index = index,
-        rollout = chance.choice(&[0, 10, 50, 100, 100]),
-        stickiness = chance.choice(&["default", "userId", "sessionId"]),
+        rollout = random.choice(&[0, 10, 50, 100, 100]),
+        stickiness = random.choice(&["default", "userId", "sessionId"]),
     )
 }
 
@@ -92,10 +92,10 @@ fn variant(name: &str) -> String {
     )
 }
 
-/// `SplitMix64`, a well-known generator.
-struct Chance(u64);
+/// A well-known pseudo-random generator.
+struct SplitMix64(u64);
 
-impl Chance {
+impl SplitMix64 {
     fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = self.0;
@@ -104,12 +104,12 @@ impl Chance {
         mixed ^ (mixed >> 31)
     }
 
-    /// A number from 0 to `end`, exclusive; its bias is below what matters here.
+    /// A number from 0 to `end`, exclusive; its bias is irrelevant here.
     fn below(&mut self, end: u64) -> u64 {
         self.next() % end
     }
 
-    fn happens(&mut self, percent: u64) -> bool {
+    fn has_chance(&mut self, percent: u64) -> bool {
         self.below(100) < percent
     }
 

@@ -1,12 +1,12 @@
-//! On what, when and how the numbers came about.
+//! The conditions of a measurement: machine, versions and date.
 
 use std::{fs, process::Command};
 
 use anyhow::Result;
 use jiff::Timestamp;
 
-/// What a reader has to know to judge the numbers, as a list in Markdown: the machine, what was built
-/// how, and these further facts. `sharers` says who takes processor time besides the servers.
+/// The facts that a reader needs to judge the numbers, as a Markdown list: the machine, the build, and
+/// these further facts. `sharers` names other users of processor time beside the servers.
 pub(crate) fn describe(sharers: &str, facts: &[(&str, &str)]) -> Result<String> {
     let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = cpu.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
@@ -14,7 +14,7 @@ pub(crate) fn describe(sharers: &str, facts: &[(&str, &str)]) -> Result<String> 
     let memory = memory.lines().find_map(|line| line.strip_prefix("MemTotal:"));
     let memory = memory.and_then(|it| it.trim().strip_suffix(" kB")?.parse::<u64>().ok());
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    // Without what its builder calls it.
+    // Without the distribution's suffix.
     let kernel = kernel.split('-').next().unwrap_or_default();
     let cores = std::thread::available_parallelism()?;
     let machine = format!(
@@ -31,7 +31,7 @@ pub(crate) fn describe(sharers: &str, facts: &[(&str, &str)]) -> Result<String> 
     Ok(all.iter().map(|(name, value)| format!("* {name}: {value}")).collect::<Vec<_>>().join("\n"))
 }
 
-/// The first line of what a program says of itself.
+/// The first line of a program's output.
 pub(crate) fn first_line(program: &str, argument: &str) -> String {
     let output = Command::new(program).arg(argument).output();
     let text = output.map(|it| String::from_utf8_lossy(&it.stdout).into_owned());
@@ -40,7 +40,7 @@ pub(crate) fn first_line(program: &str, argument: &str) -> String {
     line.split(" Copyright").next().unwrap_or_default().trim().to_owned()
 }
 
-/// The commit that is measured.
+/// The measured commit.
 fn revision() -> String {
     let git = |arguments: &[&str]| {
         let output =

@@ -1,6 +1,6 @@
-//! Numbers of all benchmarks: what many of them come to, and how one is written.
+//! Statistics and number formats of all benchmarks.
 
-/// The middle; of an even number the mean of the two in the middle.
+/// The median; of an even number of values, the mean of the two in the middle.
 pub(crate) fn median(numbers: impl Iterator<Item = f64>) -> f64 {
     let mut numbers: Vec<f64> = numbers.collect();
     numbers.sort_by(f64::total_cmp);
@@ -30,7 +30,7 @@ pub(crate) fn thousands(value: f64) -> String {
     text
 }
 
-/// What a goal came to.
+/// Whether a goal was met, in words.
 pub(crate) fn verdict(met: bool) -> String {
     if met { "met" } else { "missed" }.to_owned()
 }

@@ -1,25 +1,25 @@
-//! How a Parapet is started for a benchmark.
+//! Starts Parapet for a benchmark.
 
 use std::{path::Path, process::Command, thread::sleep, time::Duration};
 
 use anyhow::{Context as _, Result};
 
 use super::{
-    exchange::{Answer, Request},
+    exchange::{RawResponse, Request},
     process::Process,
 };
 
-/// The setting of the port on which SDKs are served.
-pub(crate) const PORT: &str = "--port";
+/// The flag for the port that serves SDKs.
+pub(crate) const PORT_FLAG: &str = "--port";
 
-/// Starts it in `mode` with this configuration, its files in `folder`, and waits until it has flags.
+/// Starts it in `mode` with this configuration and its files in `folder`, and waits until it has flags.
 pub(crate) fn start(folder: &Path, mode: &str, config: &str) -> Result<Process> {
-    let process = spawn(folder, mode, config, PORT)?;
-    await_ready(&process, |probe| probe.ask(process.address, 0))?;
+    let process = spawn(folder, mode, config, PORT_FLAG)?;
+    wait_until_ready(&process, |probe| probe.send(process.address, 0))?;
     Ok(process)
 }
 
-/// The same without waiting for flags; `port` is the setting that its port is given by.
+/// Starts it without waiting for flags; `port` is the flag for its port.
 pub(crate) fn spawn(folder: &Path, mode: &str, config: &str, port: &str) -> Result<Process> {
     let file = folder.join("parapet.toml");
     std::fs::write(&file, config)?;
@@ -33,14 +33,14 @@ pub(crate) fn spawn(folder: &Path, mode: &str, config: &str, port: &str) -> Resu
     })
 }
 
-/// Waits until it has flags, by asking it as `ask` does.
-pub(crate) fn await_ready(
+/// Waits until it has flags; `send` sends the readiness probe.
+pub(crate) fn wait_until_ready(
     parapet: &Process,
-    ask: impl Fn(&Request) -> Result<Answer>,
+    send: impl Fn(&Request) -> Result<RawResponse>,
 ) -> Result<()> {
     let probe = Request::get("/internal-backstage/ready");
     for _ in 0..500 {
-        if ask(&probe).is_ok_and(|answer| answer.status == 200) {
+        if send(&probe).is_ok_and(|answer| answer.status == 200) {
             return Ok(());
         }
         sleep(Duration::from_millis(20));

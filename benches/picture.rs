@@ -1,4 +1,4 @@
-//! Pictures of all benchmarks, as SVG that suits a light page and a dark one.
+//! SVG plots of all benchmarks, for light and dark pages.
 
 use std::fmt::Write as _;
 
@@ -21,7 +21,7 @@ text { fill: #e6edf3 }
 .edge { fill: #e8933b; stroke: #e8933b }
 }";
 
-/// A picture that grows by what is drawn into it.
+/// An SVG picture under construction.
 pub(crate) struct Picture(String);
 
 impl Picture {
@@ -42,7 +42,7 @@ impl Picture {
         ));
     }
 
-    /// Whose colour (a class of the style) is whose, in one line from `x` on.
+    /// Draws a legend in one line from `x` on; each name has the colour of its CSS class.
     pub(crate) fn legend(&mut self, (mut x, y): (f64, f64), names: &[(&str, &str)]) {
         for (class, name) in names {
             let top = y - 9.0;
@@ -50,7 +50,7 @@ impl Picture {
                 r#"<rect x="{x:.1}" y="{top:.1}" width="10" height="10" rx="2" class="{class}"/>"#
             ));
             self.text((x + 15.0, y), "start", "", name);
-            // About as wide as its letters.
+            // The approximate width of the text.
             x += 35.0 + 7.0 * super::numbers::to_f64(name.len() as u64);
         }
     }
@@ -64,7 +64,7 @@ impl Picture {
     }
 }
 
-/// From a decade to a decade.
+/// A logarithmic range of whole decades.
 #[derive(Clone, Copy)]
 struct Decades {
     first: f64,
@@ -72,16 +72,17 @@ struct Decades {
 }
 
 impl Decades {
-    /// All that hold the values, and so many at least that a small difference looks small.
-    fn around(values: impl Iterator<Item = f64>, least: f64) -> Self {
+    /// The decades that contain all values, and at least `min_decades`, so that a small difference looks
+    /// small.
+    fn around(values: impl Iterator<Item = f64>, min_decades: f64) -> Self {
         let (low, high) =
             values.fold((f64::MAX, f64::MIN), |(low, high), it| (low.min(it), high.max(it)));
         let (first, last) = (low.log10().floor(), high.log10().ceil());
-        Self { first: first.min(last - least), last }
+        Self { first: first.min(last - min_decades), last }
     }
 
-    /// Where a value lies between the two, from 0 to 1.
-    fn place(self, value: f64) -> f64 {
+    /// The position of a value in the range, from 0 to 1.
+    fn position(self, value: f64) -> f64 {
         (value.log10() - self.first) / (self.last - self.first)
     }
 
@@ -93,14 +94,14 @@ impl Decades {
     }
 }
 
-/// Something against something that grows; both axes in decades.
+/// A plot of values over a growing quantity; both axes are logarithmic.
 pub(crate) struct Panel<'a> {
     pub(crate) title: &'a str,
-    /// What grows.
+    /// The name of the growing quantity.
     pub(crate) axis: &'a str,
-    /// Each in the colour of a class; the last lies on top.
+    /// Lines with their CSS class; the last one is on top.
     pub(crate) lines: Vec<(&'a str, Vec<(f64, f64)>)>,
-    /// What the values are to stay below or above, if that is known.
+    /// The goal for the values, if there is one.
     pub(crate) goal: Option<f64>,
 }
 
@@ -116,8 +117,8 @@ impl Panel<'_> {
         let points = || self.lines.iter().flat_map(|(_, points)| points);
         let across = Decades::around(points().map(|(n, _)| *n), 1.0);
         let up = Decades::around(points().map(|(_, value)| *value).chain(self.goal), 2.0);
-        let at_x = |value| left + across.place(value) * (right - left);
-        let at_y = |value| bottom - up.place(value) * (bottom - top);
+        let at_x = |value| left + across.position(value) * (right - left);
+        let at_y = |value| bottom - up.position(value) * (bottom - top);
         picture.text((left, y + 22.0), "start", "", self.title);
         let levels = up.powers().map(|power| ("grid", power));
         for (class, value) in levels.chain(self.goal.map(|goal| ("goal", goal))) {
@@ -127,10 +128,20 @@ impl Panel<'_> {
             ));
         }
         for power in up.powers() {
-            picture.text((left - 6.0, at_y(power) + 4.0), "end", "faint number", &short(power));
+            picture.text(
+                (left - 6.0, at_y(power) + 4.0),
+                "end",
+                "faint number",
+                &axis_label(power),
+            );
         }
         for power in across.powers() {
-            picture.text((at_x(power), bottom + 15.0), "middle", "faint number", &short(power));
+            picture.text(
+                (at_x(power), bottom + 15.0),
+                "middle",
+                "faint number",
+                &axis_label(power),
+            );
         }
         picture.text((f64::midpoint(left, right), bottom + 29.0), "middle", "faint", self.axis);
         for (class, points) in &self.lines {
@@ -150,8 +161,8 @@ impl Panel<'_> {
     }
 }
 
-/// A power of ten in few letters.
-fn short(value: f64) -> String {
+/// A short label for a power of ten.
+fn axis_label(value: f64) -> String {
     match value {
         _ if value >= 1e6 => format!("{} M", value / 1e6),
         _ if value >= 1e3 => format!("{} k", value / 1e3),

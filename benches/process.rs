@@ -1,4 +1,4 @@
-//! Processes under measurement: started, watched through `/proc`, and ended whatever happens.
+//! Measured processes: started, observed through `/proc`, and always killed at the end.
 
 use std::{
     fs::File,
@@ -11,16 +11,16 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// How long a contender may take until it listens; compiling 10,000 flags takes some of them seconds.
-const PATIENCE: Duration = Duration::from_mins(1);
+/// The timeout until a contender listens; compiling 10,000 flags takes some of them several seconds.
+const START_TIMEOUT: Duration = Duration::from_mins(1);
 
-/// Memory is read when so many looks in a row have seen about the same.
-const LOOKS: usize = 5;
-const LOOK_EVERY: Duration = Duration::from_millis(200);
-const SAME: u64 = 64 << 10;
-const LONGEST_SETTLING: usize = 50;
+/// Memory counts as settled when this many samples in a row are about the same.
+const SETTLED_SAMPLES: usize = 5;
+const SAMPLE_INTERVAL: Duration = Duration::from_millis(200);
+const SETTLED_TOLERANCE: u64 = 64 << 10;
+const MAX_SAMPLES: usize = 50;
 
-/// A server that is ended when this is dropped.
+/// A server process; killed when dropped.
 #[derive(Debug)]
 pub(crate) struct Process {
     child: Child,
@@ -29,13 +29,14 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    /// Runs what `command` makes of a free port, its output in `log`, and waits until it listens.
+    /// Runs the command that `command` returns for a free port, with its output in `log`, and waits
+    /// until it listens.
     pub(crate) fn start(log: &Path, command: impl FnOnce(u16) -> Command) -> Result<Self> {
         let port = free_port()?;
         let mut command = command(port);
         let output = File::create(log)?;
         command.stdout(output.try_clone()?).stderr(output);
-        // Every server but the changing upstream ignores its input.
+        // Only servers whose flags change read their input.
         let child = command.stdin(Stdio::piped()).spawn();
         let child = child.with_context(|| format!("cannot start {command:?}"))?;
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
@@ -45,7 +46,7 @@ impl Process {
             if let Some(status) = process.child.try_wait()? {
                 bail!("{command:?} ended with {status}: {}", process.log());
             }
-            if started.elapsed() > PATIENCE {
+            if started.elapsed() > START_TIMEOUT {
                 bail!("{command:?} does not listen: {}", process.log());
             }
             std::thread::sleep(Duration::from_millis(20));
@@ -53,18 +54,18 @@ impl Process {
         Ok(process)
     }
 
-    /// Its input.
+    /// Its standard input.
     pub(crate) fn input(&mut self) -> Result<&mut ChildStdin> {
         self.child.stdin.as_mut().context("no input")
     }
 
-    /// The end of what it printed.
+    /// The end of its output.
     pub(crate) fn log(&self) -> String {
         let text = std::fs::read(&self.log).unwrap_or_default();
         String::from_utf8_lossy(&text[text.len().saturating_sub(2000)..]).into_owned()
     }
 
-    /// Its folder below `/proc`.
+    /// Its directory in `/proc`.
     pub(crate) fn proc(&self) -> PathBuf {
         PathBuf::from(format!("/proc/{}", self.child.id()))
     }
@@ -77,18 +78,18 @@ impl Process {
         Ok(number.context("/proc/PID/status has VmRSS")? * 1024)
     }
 
-    /// Its resident memory once that changes no more, in bytes.
-    pub(crate) fn settled(&self) -> Result<u64> {
-        let mut looks = Vec::new();
-        for _ in 0..LONGEST_SETTLING {
-            looks.push(self.resident()?);
-            let last = looks.iter().rev().take(LOOKS);
+    /// Its resident memory once it has settled, in bytes.
+    pub(crate) fn settled_resident(&self) -> Result<u64> {
+        let mut samples = Vec::new();
+        for _ in 0..MAX_SAMPLES {
+            samples.push(self.resident()?);
+            let last = samples.iter().rev().take(SETTLED_SAMPLES);
             let (low, high) =
                 last.clone().fold((u64::MAX, 0), |(low, high), &it| (low.min(it), high.max(it)));
-            if last.count() == LOOKS && high - low <= SAME {
+            if last.count() == SETTLED_SAMPLES && high - low <= SETTLED_TOLERANCE {
                 break;
             }
-            std::thread::sleep(LOOK_EVERY);
+            std::thread::sleep(SAMPLE_INTERVAL);
         }
         self.resident()
     }
@@ -96,7 +97,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // It may have ended already.
+        // It may have exited already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -106,13 +107,13 @@ fn free_port() -> Result<u16> {
     Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
 }
 
-/// Lets this process and those that it starts open as many files as the system allows.
-pub(crate) fn raise_room() -> Result<()> {
+/// Raises the limit on open files of this process and its children to the hard limit.
+pub(crate) fn raise_fd_limit() -> Result<()> {
     let limit = getrlimit(Resource::Nofile);
     Ok(setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })?)
 }
 
-/// How many files this process, and each that it starts, may have open.
-pub(crate) fn room() -> u64 {
+/// The limit on open files of this process and its children.
+pub(crate) fn fd_limit() -> u64 {
     getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }

@@ -1,8 +1,8 @@
-//! Tables in Markdown that can be read in a terminal, too.
+//! Markdown tables that are readable in a terminal as well.
 
 use std::fmt::Write as _;
 
-/// A table; the first column is text, others are numbers or short.
+/// A table. The first column is text, the others are numbers or short texts.
 pub(crate) struct Table {
     rows: Vec<Vec<String>>,
     head: Vec<String>,

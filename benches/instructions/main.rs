@@ -1,20 +1,20 @@
-//! Counts the instructions of the hot paths, and tells when one has grown.
+//! Counts the instructions of the hot paths, and reports when one has grown.
 //!
 //! ```console
 //! $ cargo bench --bench instructions                      # count all, compare with counts.toml
 //! $ cargo bench --bench instructions -- frontend          # those whose names contain this
-//! $ cargo bench --bench instructions -- --update          # and keep what was counted
+//! $ cargo bench --bench instructions -- --update          # and store the new counts
 //! ```
 //!
-//! Every scenario runs in a process of its own under `valgrind --tool=callgrind`, which counts what
-//! the user side of the program executes. Unlike time, that hardly depends on what else the machine
-//! does, so that a count that grows by more than [`TOLERANCE`] is a finding, and the exit code is 1.
-//! It is no measure of speed by itself: memory and the kernel cost nothing here, and valgrind's
-//! processor has no SHA extensions, so that a token's digest costs some ten times what it really
-//! does. Other versions of the compiler and of the system's libraries give other counts.
+//! Every scenario runs in its own process under `valgrind --tool=callgrind`, which counts user-space
+//! instructions. Unlike time, this hardly depends on other load on the machine. A count that grows by
+//! more than [`TOLERANCE_PERCENT`] is an error, with exit code 1. The counts do not measure speed:
+//! memory and the kernel cost nothing here, and valgrind's processor has no SHA extensions, so that a
+//! token's digest costs about ten times its real cost. Other versions of the compiler and of the
+//! system's libraries give other counts.
 //!
-//! To see what a count consists of, run one scenario by hand, `…/deps/instructions-… --run NAME`
-//! under `valgrind --tool=callgrind`, and read what it wrote with `callgrind_annotate`.
+//! To see the parts of a count, run one scenario by hand, `…/deps/instructions-… --run NAME` under
+//! `valgrind --tool=callgrind`, and read its output with `callgrind_annotate`.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "it is a command")]
 
@@ -34,24 +34,24 @@ use anyhow::{Context as _, ensure};
 
 use self::scenarios::{SCENARIOS, Scenario};
 
-/// By how many percent a count may differ from the one that is kept.
+/// The percentage by which a count may differ from the stored one.
 const TOLERANCE: f64 = 5.0;
 
 const KEPT: &str = "benches/instructions/counts.toml";
 
 const HEADER: &str = "\
-# Instructions, per request or per what the name says; see main.rs beside this file.
+# Instructions per request, or per operation in the name; see main.rs in this directory.
 # Written by `cargo bench --bench instructions -- --update`; do not edit.
 ";
 
-/// The name of [`counted`], as callgrind tells it.
+/// The name of [`counted`] in callgrind's symbols.
 const COUNTED: &str = "instructions::counted";
 
-/// Runs `work`; what happens meanwhile in this thread is what callgrind counts.
+/// Runs `work`; callgrind counts the instructions of this thread meanwhile.
 #[inline(never)]
 fn counted(work: &mut dyn FnMut()) {
     work();
-    // Or else this is a jump, and the function is never left.
+    // Otherwise this would be a tail call, and the function would never return.
     std::hint::black_box(());
 }
 
@@ -59,7 +59,7 @@ fn main() -> anyhow::Result<ExitCode> {
     #[allow(clippy::disallowed_methods, reason = "it is no setting of Parapet")]
     let arguments: Vec<String> = std::env::args().skip(1).filter(|it| it != "--bench").collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let (update, wanted) = match arguments[..] {
+    let (update, filter) = match arguments[..] {
         ["--run", name] => {
             let scenario = SCENARIOS.iter().find(|scenario| scenario.name == name);
             scenario.context("there is no such scenario")?.run();
@@ -67,14 +67,14 @@ fn main() -> anyhow::Result<ExitCode> {
         }
         [] => (false, ""),
         ["--update"] => (true, ""),
-        ["--update", wanted] | [wanted, "--update"] => (true, wanted),
-        [wanted] => (false, wanted),
+        ["--update", filter] | [filter, "--update"] => (true, filter),
+        [filter] => (false, filter),
         _ => anyhow::bail!("usage: cargo bench --bench instructions -- [--update] [PART-OF-NAME]"),
     };
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(KEPT);
     let kept = kept(&file)?;
-    let chosen: Vec<_> = SCENARIOS.iter().filter(|it| it.name.contains(wanted)).collect();
-    ensure!(!chosen.is_empty(), "no scenario's name contains `{wanted}`");
+    let chosen: Vec<_> = SCENARIOS.iter().filter(|it| it.name.contains(filter)).collect();
+    ensure!(!chosen.is_empty(), "no scenario's name contains `{filter}`");
     let counts = count_all(&chosen)?;
     let sound = report(&chosen, &counts, &kept);
     if update {
@@ -85,7 +85,7 @@ fn main() -> anyhow::Result<ExitCode> {
     Ok(if sound { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// The counts in the repository, by scenario.
+/// The stored counts, by scenario.
 fn kept(file: &Path) -> anyhow::Result<BTreeMap<String, u64>> {
     if !file.exists() {
         return Ok(BTreeMap::new());
@@ -93,7 +93,7 @@ fn kept(file: &Path) -> anyhow::Result<BTreeMap<String, u64>> {
     toml::from_str(&std::fs::read_to_string(file)?).with_context(|| format!("{KEPT} is unreadable"))
 }
 
-/// What is to be kept: of every scenario what was counted, else what was kept before.
+/// The new contents of the file: the new count of each scenario, or else the stored one.
 fn text(kept: &BTreeMap<String, u64>, counts: &BTreeMap<&str, u64>) -> String {
     let count = |scenario: &Scenario| {
         let new = counts.get(scenario.name).or_else(|| kept.get(scenario.name));
@@ -106,14 +106,14 @@ fn text(kept: &BTreeMap<String, u64>, counts: &BTreeMap<&str, u64>) -> String {
     text
 }
 
-/// Prints the table; true if nothing grew, and all that is counted is kept.
+/// Prints the table. Returns true if no count has grown and every scenario has a stored count.
 fn report(
     chosen: &[&Scenario],
     counts: &BTreeMap<&str, u64>,
     kept: &BTreeMap<String, u64>,
 ) -> bool {
     let mut sound = true;
-    println!("{:<48}{:>14}{:>14}", "instructions", "kept", "counted");
+    println!("{:<48}{:>14}{:>14}", "instructions", "stored", "counted");
     for Scenario { name, .. } in chosen {
         let count = counts[name];
         let Some(&before) = kept.get(*name) else {
@@ -135,11 +135,13 @@ fn report(
         println!("{name:<48}{before:>14}{count:>14} {change:>+6.1} %{remark}");
     }
     for name in kept.keys().filter(|name| SCENARIOS.iter().all(|it| it.name != **name)) {
-        println!("{name:<48} is kept and not counted any more");
+        println!("{name:<48} is stored, but has no scenario");
         sound = false;
     }
     if !sound {
-        println!("\nMake it cheaper, or say in the change why it may cost more and keep the new");
+        println!(
+            "\nMake it cheaper, or explain in the change why it may cost more, and store the new"
+        );
         println!("counts: cargo bench --bench instructions -- --update");
     }
     sound
@@ -157,7 +159,7 @@ fn thousands(count: u64, separator: char) -> String {
     text
 }
 
-/// Counts each, as many at a time as there are processors.
+/// Counts all scenarios, one per processor at a time.
 fn count_all(chosen: &[&Scenario]) -> anyhow::Result<BTreeMap<&'static str, u64>> {
     let version = Command::new("valgrind").arg("--version").output();
     version.context("valgrind is missing: apt-get install valgrind")?;
@@ -177,7 +179,7 @@ fn count_all(chosen: &[&Scenario]) -> anyhow::Result<BTreeMap<&'static str, u64>
     Ok(counts.into_inner().unwrap_or_else(PoisonError::into_inner))
 }
 
-/// The instructions of one time of one scenario.
+/// The instructions of one iteration of a scenario.
 fn count(scenario: &Scenario) -> anyhow::Result<u64> {
     let folder = tempfile::tempdir()?;
     let written: PathBuf = folder.path().join("callgrind.out");
@@ -190,7 +192,7 @@ fn count(scenario: &Scenario) -> anyhow::Result<u64> {
     ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let written = std::fs::read_to_string(&written)?;
     let total = written.lines().find_map(|line| line.strip_prefix("totals: "));
-    let total: u64 = total.context("callgrind tells no total")?.trim().parse()?;
-    ensure!(total > 0, "callgrind knows no function {COUNTED}");
+    let total: u64 = total.context("callgrind reported no total")?.trim().parse()?;
+    ensure!(total > 0, "callgrind found no function {COUNTED}");
     Ok(total / scenario.times)
 }

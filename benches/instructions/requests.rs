@@ -1,8 +1,8 @@
-//! Requests over a connection in memory, to Parapet's own service or to bare hyper, which answers
-//! the same bytes without having to think.
+//! Requests over an in-memory connection, to Parapet's own service or to bare hyper, which sends the
+//! same bytes without any logic.
 //!
-//! What is counted is the server's side of the connection, from reading to writing; the client and
-//! the runtime that wakes them are not.
+//! Only the server's side of the connection is counted, from reading to writing, not the client and the
+//! runtime.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -29,7 +29,7 @@ use parapet::http::access;
 use parapet::http::cors::{self, Cors};
 use parapet::http::data::{Data, Settings};
 use parapet::http::guesses::Guesses;
-use parapet::http::listener::{self, Config, Drain, Limits};
+use parapet::http::listener::{self, Config, ConnectionLimits, Drain};
 use parapet::http::meter::Meter;
 use parapet::http::ofrep::{TicketKey, Tickets};
 use parapet::http::ops::Ops;
@@ -48,26 +48,26 @@ const CLIENT: &str = "*:development.client-0123456789abcdef0123456789abcdef";
 const FRONTEND_TOKEN: &str = "*:development.frontend-0123456789abcdef0123456789ab";
 const NOBODY: &str = "*:development.nobody-0123456789abcdef0123456789abcdef";
 
-/// What a connection holds in each direction.
+/// The capacity of a connection in each direction, in bytes.
 const BUFFER: usize = 256 << 10;
 
-/// How often each request is made before any is counted.
+/// The number of uncounted requests before the counted ones.
 const WARM_UP: u64 = 50;
 
-/// Who answers.
+/// The server that responds.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Server {
     Parapet,
     Bare,
 }
 
-/// What is asked, and which status comes back.
+/// A request, and the expected status of its response.
 #[derive(Debug)]
 pub(crate) struct Request {
     target: Target,
     token: &'static str,
     accept: &'static str,
-    /// Whether the client has the answer already.
+    /// Whether the client sends `If-None-Match` with the current entity tag.
     revalidates: bool,
     status: StatusCode,
 }
@@ -77,7 +77,7 @@ enum Target {
     Features,
     /// Evaluated flags of one user.
     Frontend,
-    /// Evaluated flags of a user who never asked before.
+    /// Evaluated flags of a new user each time.
     NewUser,
     Metrics,
 }
@@ -102,7 +102,7 @@ pub(crate) const METRICS: Request =
 pub(crate) const UNKNOWN_TOKEN: Request =
     Request { token: NOBODY, status: StatusCode::UNAUTHORIZED, ..FEATURES };
 
-/// What a frontend SDK asks for a user.
+/// The query of a frontend SDK for a user.
 pub(crate) fn query(user: &str) -> String {
     format!(
         "userId={user}&sessionId=5f2b6a&environment=v3&appName=v5&properties%5Bcountry%5D=v7\
@@ -111,10 +111,10 @@ pub(crate) fn query(user: &str) -> String {
 }
 
 impl Request {
-    /// Makes it over and over, and counts the last so many times.
+    /// Sends it repeatedly, and counts the last `times` requests.
     pub(crate) fn run(&self, server: Server, flags: usize, times: u64) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        runtime.expect("the system gives one").block_on(self.repeat(server, flags, times));
+        runtime.expect("the runtime builds").block_on(self.repeat(server, flags, times));
     }
 
     async fn repeat(&self, server: Server, flags: usize, times: u64) {
@@ -134,7 +134,7 @@ impl Request {
         }
     }
 
-    /// The request as it is sent for the `n`th time.
+    /// The `n`th request as it is sent.
     fn text(&self, n: u64, etag: Option<&HeaderValue>) -> String {
         let (method, path, body) = match self.target {
             Target::Features => ("GET", "/api/client/features".to_owned(), ""),
@@ -164,7 +164,7 @@ impl Request {
     }
 }
 
-/// What an ingress adds to each request, another time other bytes.
+/// Adds the headers of an ingress, with different values each time.
 fn write_ingress(text: &mut String, n: u64) {
     let (id, trace, host) = (n * 2_654_435_761, n * 40_503, n % 250);
     write!(
@@ -177,35 +177,35 @@ fn write_ingress(text: &mut String, n: u64) {
 
 const MEMORY: &str = "memory takes it";
 
-/// What an SDK reports after a minute in which three flags were asked for.
+/// An SDK's report of a minute with evaluations of three flags.
 const REPORT: &str = r#"{"appName":"shop","instanceId":"shop-1","bucket":{"start":"2026-01-01T10:00:00.000Z","stop":"2026-01-01T10:01:00.000Z","toggles":{"team0.feature-0000":{"yes":120,"no":7,"variants":{"a":80,"b":40}},"team1.feature-0001":{"yes":3,"no":0,"variants":{}},"team2.feature-0002":{"yes":0,"no":912,"variants":{}}}}}"#;
 
-/// An answer as it came.
+/// A response.
 struct Answer {
     status: StatusCode,
     headers: HeaderMap,
     body: Bytes,
 }
 
-/// A client's end of a connection, whose other end is served in the same thread.
+/// The client's end of a connection. The other end is served on the same thread.
 struct Connection {
     stream: DuplexStream,
     is_counted: Arc<AtomicBool>,
 }
 
 impl Connection {
-    /// To the service of the data listener, served as there.
+    /// Connects to the service of the data listener, served as by the listener.
     fn to_parapet(flags: usize) -> Self {
         let data = Arc::new(data(flags));
-        let config = Config { limits: LIMITS, balancers: Vec::new(), tls: None };
-        let server = listener::Server::new(data, config, Drain::default());
+        let config = Config { limits: LIMITS, load_balancers: Vec::new(), tls: None };
+        let server = listener::HttpServer::new(data, config, Drain::default());
         Self::serve(|stream| server.serve(stream, PEER))
     }
 
-    /// To a server that gives this answer whatever it is asked, once it has read the question.
+    /// Connects to a server that reads a request and always sends this response.
     fn to_bare(answer: Answer) -> Self {
         let Answer { status, mut headers, body } = answer;
-        // These hyper says itself.
+        // Hyper adds these itself.
         headers.remove(DATE);
         headers.remove(CONTENT_LENGTH);
         let answer = move || {
@@ -273,7 +273,7 @@ fn read_head(head: &[u8]) -> (StatusCode, HeaderMap) {
     (status, fields.lines().filter_map(field).collect())
 }
 
-/// A connection being served, counted while that is wanted.
+/// A connection that is being served, and counted while `is_counted` is set.
 struct Counted<F> {
     serving: Pin<Box<F>>,
     is_counted: Arc<AtomicBool>,
@@ -294,16 +294,16 @@ impl<F: Future<Output = ()>> Future for Counted<F> {
 
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-const LIMITS: Limits = Limits {
-    connections: 1,
-    connections_per_address: None,
+const LIMITS: ConnectionLimits = ConnectionLimits {
+    max_connections: 1,
+    max_connections_per_address: None,
     header_read_timeout: TIMEOUT,
     idle_timeout: TIMEOUT,
     max_age: None,
 };
 const PEER: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 40_000);
 
-/// The data listener's service as an edge has it, by default settings.
+/// The data listener's service of an edge, with default settings.
 fn data(flags: usize) -> Data {
     let registry = telemetry::start_metrics();
     let (readiness, _) = Readiness::new();

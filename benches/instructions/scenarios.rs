@@ -1,4 +1,4 @@
-//! What is counted: whole requests, and the pure parts of which they consist.
+//! The scenarios: whole requests, and their pure parts.
 
 use std::hint::black_box;
 use std::time::Duration;
@@ -16,11 +16,11 @@ use crate::counted;
 use crate::flags::document;
 use crate::requests::{self, Server};
 
-/// Something that is done over and over.
+/// Work that is repeated.
 #[derive(Debug)]
 pub(crate) struct Scenario {
     pub(crate) name: &'static str,
-    /// How often it is done while it is counted.
+    /// The number of counted iterations.
     pub(crate) times: u64,
     run: Run,
 }
@@ -29,14 +29,14 @@ pub(crate) struct Scenario {
 enum Run {
     /// A request to Parapet or to the baseline.
     Request(&'static requests::Request, Server),
-    /// Makes ready what is then called.
+    /// Prepares a closure, which is then called repeatedly.
     Work(fn() -> Box<dyn FnMut()>),
 }
 
-/// How many flags there are.
+/// The number of flags.
 const FLAGS: usize = 350;
 
-/// A request beside the same bytes from bare hyper.
+/// A request to Parapet, or the same response from bare hyper.
 const fn request(
     name: &'static str,
     request: &'static requests::Request,
@@ -85,7 +85,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
 ];
 
 impl Scenario {
-    /// Does it until all caches are filled, then as often as is to be counted.
+    /// Runs it once to fill all caches, then as often as it is counted.
     pub(crate) fn run(&self) {
         match self.run {
             Run::Request(request, server) => request.run(server, FLAGS, self.times),
@@ -100,7 +100,7 @@ impl Scenario {
     }
 }
 
-/// Judges tokens, these among them.
+/// An authenticator that knows these tokens.
 pub(crate) fn authenticator(tokens: impl IntoIterator<Item = (Token, TokenKind)>) -> Authenticator {
     const LONG: Duration = Duration::from_hours(1);
     let config = auth::Config {
@@ -117,12 +117,12 @@ pub(crate) fn authenticator(tokens: impl IntoIterator<Item = (Token, TokenKind)>
     authenticator
 }
 
-/// Everything in `development`.
+/// All projects of `development`.
 pub(crate) fn scope() -> Scope {
     Scope { environment: Environment::new("development"), projects: Projects::All }
 }
 
-/// A snapshot of some flags.
+/// A snapshot with this number of flags.
 pub(crate) fn snapshot(flags: usize) -> Snapshot {
     Snapshot::build(scope(), parsed(&document(flags)), None)
 }
@@ -138,7 +138,7 @@ fn verdict(count: usize) -> Box<dyn FnMut()> {
     let header = token(count / 2);
     Box::new(move || {
         let verdict = authenticator.authenticate(black_box(&header)).now_or_never();
-        assert!(verdict.is_some_and(|it| it.is_ok()), "known tokens are judged at once");
+        assert!(verdict.is_some_and(|it| it.is_ok()), "known tokens are accepted at once");
     })
 }
 
@@ -162,7 +162,7 @@ fn context_from_json() -> Box<dyn FnMut()> {
     })
 }
 
-/// A user of whom everything is known.
+/// A context with all fields.
 fn context() -> Context<'static> {
     Context {
         user_id: Some("user-4711"),
@@ -200,7 +200,7 @@ fn compile() -> Box<dyn FnMut()> {
     Box::new(move || drop(black_box(Engine::compile(black_box(&document)))))
 }
 
-/// Each time another filter that leaves all flags, so that none is written already.
+/// A different filter each time, which keeps all flags, so that no result is cached.
 fn listing() -> Box<dyn FnMut()> {
     let snapshot = snapshot(FLAGS);
     let mut n = 0;
@@ -214,7 +214,7 @@ fn listing() -> Box<dyn FnMut()> {
     })
 }
 
-/// From upstream's text to what is served.
+/// From upstream's response to the served response.
 fn refresh() -> Box<dyn FnMut()> {
     let text = document(FLAGS);
     Box::new(move || {

@@ -1,6 +1,7 @@
-//! The physical yardstick: hyper that says one thing to everybody.
+//! The baseline: hyper that always sends the same response.
 //!
-//! As lean as hyper's own example: no route, no token, no timer, no limit; the same over TLS. It runs as a process of its own, which is this executable called as `serve bare`.
+//! As minimal as hyper's own example: no routes, tokens, timers or limits; with TLS or without. It runs
+//! in its own process: this executable with the subcommand `bare`.
 
 use std::{
     convert::Infallible,
@@ -32,23 +33,23 @@ use tokio::{
 };
 use tokio_rustls::TlsAcceptor;
 
-use super::exchange::Answer;
+use super::exchange::RawResponse;
 
-/// Headers that hyper writes by itself.
+/// Headers that hyper adds itself.
 const OWN: [&str; 3] = ["date", "content-length", "transfer-encoding"];
 
-/// Writes down what the baseline is to say: the bytes of somebody else's answer.
-pub(crate) fn record(answer: &Answer, file: &Path) -> Result<()> {
+/// Writes another server's response to a file, for the baseline to send.
+pub(crate) fn record(answer: &RawResponse, file: &Path) -> Result<()> {
     let mut text = format!("{}\n", answer.status).into_bytes();
     for (name, value) in answer.headers.iter().filter(|(name, _)| !OWN.contains(&name.as_str())) {
         text.extend_from_slice(format!("{name}: {value}\n").as_bytes());
     }
     text.push(b'\n');
     text.extend_from_slice(&answer.body);
-    std::fs::write(file, text).context("cannot write what the baseline is to say")
+    std::fs::write(file, text).context("cannot write the response of the baseline")
 }
 
-/// Reads what [`record`] wrote.
+/// Reads what [`write_response`] wrote.
 fn recorded(file: &Path) -> Result<(StatusCode, HeaderMap, Bytes)> {
     let text = std::fs::read(file)?;
     let end = text.windows(2).position(|two| two == b"\n\n").context("no end of the head")?;
@@ -64,7 +65,7 @@ fn recorded(file: &Path) -> Result<(StatusCode, HeaderMap, Bytes)> {
     Ok((status, headers, Bytes::from(text).slice(end + 2..)))
 }
 
-/// By which certificate the baseline speaks TLS.
+/// The certificate of the baseline for TLS.
 #[derive(Debug)]
 pub(crate) struct Identity<'a> {
     pub(crate) certificate: &'a Path,
@@ -72,7 +73,7 @@ pub(crate) struct Identity<'a> {
 }
 
 impl Identity<'_> {
-    /// What the data listener has by default: both versions, resumption by tickets, nothing kept.
+    /// The defaults of the data listener: TLS 1.2 and 1.3, resumption by tickets, no session storage.
     fn acceptor(&self) -> Result<TlsAcceptor> {
         let chain = CertificateDer::pem_file_iter(self.certificate)?.collect::<Result<_, _>>()?;
         let key = PrivateKeyDer::from_pem_file(self.key)?;
@@ -87,10 +88,10 @@ impl Identity<'_> {
     }
 }
 
-/// What is said to everybody.
+/// The response to every request.
 type Said = (StatusCode, HeaderMap, Full<Bytes>);
 
-/// Says it, over TLS where it has an identity, until the process is ended.
+/// Serves the response until the process is killed, over TLS if there is an identity.
 pub(crate) fn serve(file: &Path, port: u16, identity: Option<&Identity<'_>>) -> Result<()> {
     let (status, headers, body) = recorded(file)?;
     let said = (status, headers, Full::new(body));
@@ -124,6 +125,6 @@ async fn speak<I: AsyncRead + AsyncWrite + Unpin>(stream: I, said: Said) {
         *response.headers_mut() = headers;
         async { Ok::<_, Infallible>(response) }
     });
-    // A client that leaves is none of the baseline's business.
+    // Errors of clients that disconnect are ignored.
     let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
 }

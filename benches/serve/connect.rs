@@ -1,7 +1,7 @@
-//! Clients that make a connection for each request: load for a server's TLS handshakes.
+//! Load for a server's TLS handshakes: clients that make a connection for each request.
 //!
-//! They take as little processor time as they can, which the server needs beside them, and so look at
-//! no certificate. They run as a process of their own, which is this executable called as `serve connect`.
+//! They use little processor time, which the server needs on the same machine, so they do not verify
+//! certificates. They run in their own process: this executable with the subcommand `connect`.
 
 use std::{
     net::SocketAddr,
@@ -31,33 +31,33 @@ use tokio::{
 use tokio_rustls::TlsConnector;
 
 use super::{
-    exchange::{PATIENCE, numbered},
+    exchange::{RESPONSE_TIMEOUT, with_number},
     load::{SAMPLE, Sample},
     numbers::to_f64,
 };
 
-/// What is to be done.
+/// The parameters of a run.
 #[derive(Debug)]
 pub(crate) struct Plan {
     pub(crate) host: SocketAddr,
-    /// A request that is answered by 304, with what stands for numbers.
+    /// A request that gets 304, with placeholders for numbers.
     pub(crate) request: String,
-    /// Numbers begin after this one.
+    /// The numbers of requests start after this one.
     pub(crate) first: u64,
     pub(crate) connections: usize,
     pub(crate) time: Duration,
-    /// Whether each client resumes its last session; else it has none.
+    /// Whether each client resumes its last session; otherwise each handshake is full.
     pub(crate) resumes: bool,
 }
 
-/// What one client did.
+/// The results of one client.
 #[derive(Debug, Default)]
 struct Done {
     micros: Vec<u32>,
     bytes: usize,
 }
 
-/// Does it, and prints what came of it.
+/// Runs the clients and prints a [`Sample`].
 pub(crate) fn run(plan: Plan) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let (began, connections) = (Instant::now(), plan.connections);
@@ -98,7 +98,8 @@ async fn client(plan: Arc<Plan>, numbers: Arc<AtomicU64>) -> Result<Done> {
     let connector = TlsConnector::from(Arc::new(config(plan.resumes)));
     let ask = async |expected| {
         let number = plan.first + numbers.fetch_add(1, Ordering::Relaxed);
-        let length = ask(&connector, plan.host, &numbered(&plan.request, number), expected).await?;
+        let length =
+            ask(&connector, plan.host, &with_number(&plan.request, number), expected).await?;
         anyhow::Ok(length)
     };
     let expected = if plan.resumes {
@@ -116,7 +117,7 @@ async fn client(plan: Arc<Plan>, numbers: Arc<AtomicU64>) -> Result<Done> {
     Ok(done)
 }
 
-/// Asks on a connection of its own; returns how long the answer was.
+/// Sends a request on a new connection. Returns the length of the response.
 async fn ask(
     connector: &TlsConnector,
     host: SocketAddr,
@@ -131,27 +132,27 @@ async fn ask(
     stream.write_all(request.as_bytes()).await?;
     let mut answer = Vec::with_capacity(1024);
     while !answer.ends_with(b"\r\n\r\n") {
-        ensure!(stream.read_buf(&mut answer).await? > 0, "the connection ended inside an answer");
+        ensure!(stream.read_buf(&mut answer).await? > 0, "the connection ended inside a response");
     }
     let answered = String::from_utf8_lossy(&answer);
-    ensure!(answered.starts_with("HTTP/1.1 304 "), "the answer is {answered:?}");
+    ensure!(answered.starts_with("HTTP/1.1 304 "), "the response is {answered:?}");
     stream.shutdown().await?;
     Ok(answer.len())
 }
 
-/// A connection that is kept.
+/// Opens a connection that is reused.
 pub(crate) fn open(host: SocketAddr) -> Result<StreamOwned<ClientConnection, std::net::TcpStream>> {
     let stream = std::net::TcpStream::connect(host)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(RESPONSE_TIMEOUT))?;
     Ok(StreamOwned::new(ClientConnection::new(Arc::new(config(false)), server_name())?, stream))
 }
 
-/// The name that is asked for: the certificate's.
+/// The server name in the certificate.
 fn server_name() -> ServerName<'static> {
     ServerName::try_from("localhost").expect("it is a name")
 }
 
-/// How a client speaks TLS, which resumes its sessions or does not.
+/// The TLS configuration of a client, with session resumption or without.
 fn config(resumes: bool) -> ClientConfig {
     let provider = Arc::new(ring::default_provider());
     let anybody = Arc::new(Anybody(Arc::clone(&provider)));
@@ -168,7 +169,7 @@ fn config(resumes: bool) -> ClientConfig {
     config
 }
 
-/// Takes every server for the right one.
+/// Accepts every certificate.
 #[derive(Debug)]
 struct Anybody(Arc<CryptoProvider>);
 

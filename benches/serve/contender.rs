@@ -1,4 +1,4 @@
-//! Who is measured: the baseline, Parapet, and the peer where it is installed.
+//! The measured servers: the baseline, Parapet, and Unleash Edge if it is installed.
 
 use std::{
     fmt::Write as _,
@@ -10,17 +10,17 @@ use anyhow::Result;
 
 use super::{
     connect,
-    exchange::{Answer, Request},
+    exchange::{RawResponse, Request},
     flags::document,
     load::Over,
     parapet,
     process::Process,
 };
 
-/// Who answers, in the order of the tables.
+/// The measured servers, in the order of the tables.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub(crate) enum Contender {
-    /// Hyper that always says the same.
+    /// Hyper that always sends the same response.
     Bare,
     Parapet,
     /// Unleash Edge.
@@ -37,18 +37,18 @@ impl Contender {
     }
 }
 
-/// The version of the peer that the table is about.
+/// The version of Unleash Edge in the published tables.
 pub(crate) const EDGE_VERSION: &str = "20.1.0";
 
 const CLIENT: &str = "*:development.client-of-the-benchmark-0123456789abcdef";
 const FRONTEND: &str = "*:development.frontend-of-the-benchmark-0123456789ab";
 
-/// Which token a request bears.
+/// The token of a request.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Bearer {
     Client,
     Frontend,
-    /// One of several client tokens, drawn.
+    /// One of several numbered client tokens, chosen for each request.
     Drawn,
 }
 
@@ -57,7 +57,7 @@ impl Bearer {
         match self {
             Self::Client => CLIENT.to_owned(),
             Self::Frontend => FRONTEND.to_owned(),
-            Self::Drawn => numbered(super::exchange::DRAWN),
+            Self::Drawn => numbered(super::exchange::NUMBER),
         }
     }
 }
@@ -66,7 +66,7 @@ fn numbered(n: &str) -> String {
     format!("*:development.client-0123456789abcdef0123456789abcdef-{n}")
 }
 
-/// A server that runs.
+/// A running server.
 #[derive(Debug)]
 pub(crate) struct Server {
     pub(crate) process: Process,
@@ -74,33 +74,34 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// What comes back to a request on a connection of its own when `n` is drawn.
-    pub(crate) fn ask(&self, request: &Request, n: u64) -> Result<Answer> {
+    /// Sends a request on a new connection, with `n` as its number, and returns the response.
+    pub(crate) fn send(&self, request: &Request, n: u64) -> Result<RawResponse> {
         if self.is_encrypted {
-            request.ask_on(&mut connect::open(self.process.address)?, self.process.address, n)
+            request.send_on(&mut connect::open(self.process.address)?, self.process.address, n)
         } else {
-            request.ask(self.process.address, n)
+            request.send(self.process.address, n)
         }
     }
 }
 
-/// How to start contenders, and where their files go.
+/// Starts the measured servers; `folder` is for their files.
 #[derive(Debug)]
 pub(crate) struct Stable {
     folder: PathBuf,
-    /// The peer's executable, where there is one.
+    /// The executable of Unleash Edge, if it is installed.
     edge: Option<PathBuf>,
 }
 
 impl Stable {
-    /// Uses this peer, or the one that is installed.
+    /// Uses this executable of Unleash Edge, or the installed one.
     pub(crate) fn new(folder: &Path, edge: Option<&Path>) -> Result<Self> {
-        let wanted = edge.unwrap_or(Path::new("unleash-edge"));
-        let found = Command::new(wanted).arg("--help").output().is_ok_and(|it| it.status.success());
+        let program = edge.unwrap_or(Path::new("unleash-edge"));
+        let found =
+            Command::new(program).arg("--help").output().is_ok_and(|it| it.status.success());
         if let (Some(edge), false) = (edge, found) {
             anyhow::bail!("{} cannot be run", edge.display());
         }
-        let stable = Self { folder: folder.to_owned(), edge: found.then(|| wanted.to_owned()) };
+        let stable = Self { folder: folder.to_owned(), edge: found.then(|| program.to_owned()) };
         let made = rcgen::generate_simple_self_signed(["localhost".to_owned()])?;
         std::fs::write(stable.certificate(), made.cert.pem())?;
         std::fs::write(stable.key(), made.signing_key.serialize_pem())?;
@@ -123,7 +124,7 @@ impl Stable {
         self.edge.is_some()
     }
 
-    /// The baseline, which says what `record` wrote in `file`.
+    /// The baseline, which sends the response in `file`.
     pub(crate) fn bare(&self, file: &Path, over: Over) -> Result<Server> {
         let this = std::env::current_exe()?;
         let process = Process::start(&self.folder.join("bare.log"), |port| {
@@ -148,7 +149,8 @@ impl Stable {
         })
     }
 
-    /// Parapet, offline, with so many flags, and so many numbered client tokens besides the two.
+    /// Parapet, offline, with this many flags, and this many numbered client tokens in addition to the
+    /// two fixed ones.
     pub(crate) fn parapet(&self, flags: usize, tokens: u64, over: Over) -> Result<Server> {
         // All connections come from one address.
         let mut config = format!(
@@ -167,14 +169,14 @@ impl Stable {
             writeln!(config, "{token:?},")?;
         }
         config.push_str("]\n");
-        let port = if over.is_encrypted() { "--tls-server-port" } else { parapet::PORT };
+        let port = if over.is_encrypted() { "--tls-server-port" } else { parapet::PORT_FLAG };
         let process = parapet::spawn(&self.folder, "offline", &config, port)?;
         let server = Server { process, is_encrypted: over.is_encrypted() };
-        parapet::await_ready(&server.process, |probe| server.ask(probe, 0))?;
+        parapet::wait_until_ready(&server.process, |probe| server.send(probe, 0))?;
         Ok(server)
     }
 
-    /// Parapet as an edge in front of `upstream`, whose every change it follows at once.
+    /// Parapet as an edge in front of `upstream`, which fetches every change at once.
     pub(crate) fn parapet_edge(&self, upstream: &Process) -> Result<Server> {
         let config = format!(
             "upstream_url = \"http://{}\"\ntokens = [{CLIENT:?}]\n\
@@ -184,7 +186,7 @@ impl Stable {
         Ok(Server { process: parapet::start(&self.folder, "edge", &config)?, is_encrypted: false })
     }
 
-    /// The peer, offline, if it is installed.
+    /// Unleash Edge, offline, if it is installed.
     pub(crate) fn edge(&self, flags: usize) -> Result<Option<Server>> {
         let Some(program) = &self.edge else { return Ok(None) };
         let file = self.flags_file(flags)?;

@@ -1,32 +1,32 @@
-//! Load, by `wrk`: one thread, and as many connections as it is told. Where each request is to have a
-//! connection of its own, it comes from this executable instead, called as `serve connect`.
+//! Load from `wrk`: one thread, and a configurable number of connections. If each request needs its own
+//! connection, the load comes from this executable instead, with the subcommand `connect`.
 
 use std::{fmt::Write as _, net::SocketAddr, path::Path, process::Command, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::exchange::{BYTE, BYTES, DRAWN, EACH, Request};
+use super::exchange::{NUMBER, OCTET, OCTETS, Request, UNIQUE_NUMBER};
 
-/// Which number a request gets in the place of [`DRAWN`].
+/// How the number for [`NUMBER`] is chosen.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Draw {
-    /// The next: no two requests have the same.
+    /// The next number, different for each request.
     Next,
-    /// Any below this.
+    /// A random number below this.
     Below(u64),
 }
 
-/// What requests go over.
+/// The transport of requests.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Over {
-    /// Connections that are kept.
+    /// Reused TCP connections.
     Tcp,
-    /// The same, encrypted.
+    /// Reused TLS connections.
     Tls,
-    /// A connection for each, with a full handshake.
+    /// A TLS connection for each request, with a full handshake.
     NewTls,
-    /// A connection for each, with a handshake that resumes the session of the one before.
+    /// A TLS connection for each request, which resumes the session of the previous one.
     ResumedTls,
 }
 
@@ -36,13 +36,13 @@ impl Over {
     }
 }
 
-/// What one run showed.
+/// The result of one run.
 #[derive(Clone, Copy, Debug, Deserialize, Serialize)]
 pub(crate) struct Sample {
     pub(crate) requests: f64,
-    /// Of responses, heads and bodies.
+    /// The size of all responses, heads and bodies.
     pub(crate) bytes: f64,
-    /// How long it took.
+    /// The duration of the run.
     pub(crate) micros: f64,
     pub(crate) p50_micros: f64,
     pub(crate) p99_micros: f64,
@@ -56,10 +56,10 @@ impl Sample {
     }
 }
 
-/// What precedes a sample in the output of whoever takes it.
+/// Precedes a sample in the output of the load generator.
 pub(crate) const SAMPLE: &str = "SAMPLE ";
 
-/// What `wrk` is to do at its end.
+/// A function that `wrk` calls at the end.
 const DONE: &str = r#"
 function done(summary, latency, requests)
   local errors = summary.errors
@@ -70,18 +70,19 @@ function done(summary, latency, requests)
 end
 "#;
 
-/// Fails where there is no `wrk`.
+/// Errors if `wrk` is not installed.
 pub(crate) fn installed() -> Result<()> {
-    // It has no way of telling its version that it counts as a success.
+    // `wrk --version` always fails, so its exit code is ignored.
     Command::new("wrk").arg("--version").output().context(MISSING)?;
     Ok(())
 }
 
 const MISSING: &str = "cannot run `wrk` (the package of this name in Debian)";
 
-/// Loads `host` for a time. An answer that is not one, or of a status above 399, is an error.
+/// Loads `host` for a time. An invalid response or a status above 399 is an error.
 ///
-/// Numbers that are [`Draw::Next`] begin after `first`. Each connection pauses before each request.
+/// With [`NumberSource::Sequential`] numbers start after `first`. Each connection pauses before each
+/// request.
 pub(crate) fn run(
     folder: &Path,
     (host, over): (SocketAddr, Over),
@@ -113,7 +114,7 @@ pub(crate) fn run(
     sample(command.arg(format!("{scheme}://{host}{}", request.path)))
 }
 
-/// Runs what prints a sample.
+/// Runs a load generator that prints a sample.
 fn sample(command: &mut Command) -> Result<Sample> {
     let output = command.output().with_context(|| format!("{MISSING}: {command:?}"))?;
     let text = String::from_utf8_lossy(&output.stdout);
@@ -123,19 +124,19 @@ fn sample(command: &mut Command) -> Result<Sample> {
     };
     let sample: Sample = serde_json::from_str(sample)?;
     if sample.socket_errors + sample.status_errors > 0 || sample.requests < 1.0 {
-        bail!("not every request was answered: {sample:?}");
+        bail!("not every request got a valid response: {sample:?}");
     }
     Ok(sample)
 }
 
-/// The script for `wrk`. Requests that are all the same are left to its fastest way.
+/// The script for `wrk`. Identical requests use its fastest path, without a function.
 fn lua(host: SocketAddr, request: &Request, draw: Draw, first: u64, pause: Duration) -> String {
     let mut script = String::new();
     let mut line = |text: String| writeln!(script, "{text}").expect("a string takes all");
     let text = request.text(host);
-    let numbers = [(DRAWN, "drawn"), (EACH, "each"), (BYTE, "byte")];
+    let numbers = [(NUMBER, "drawn"), (UNIQUE_NUMBER, "each"), (OCTET, "byte")];
     if numbers.iter().any(|(mark, _)| text.contains(mark)) {
-        // The text in pieces, between which numbers stand.
+        // The text in pieces, with numbers between them.
         let mut pieces = vec![];
         let mut rest = &*text;
         let next = |rest: &str| {
@@ -154,7 +155,7 @@ fn lua(host: SocketAddr, request: &Request, draw: Draw, first: u64, pause: Durat
         };
         line(format!("math.randomseed({first})\nlocal n = {first}"));
         line("function request()\n  n = n + 1\n  local each = string.format(\"%d\", n)".to_owned());
-        line(format!("  local drawn, byte = {drawn}, n % {BYTES}"));
+        line(format!("  local drawn, byte = {drawn}, n % {OCTETS}"));
         line(format!("  return {}\nend", pieces.join(" .. ")));
     } else {
         for (name, value) in &request.headers {

@@ -1,8 +1,8 @@
-//! Parapet beside a bare hyper server that sends the same bytes, and beside Unleash Edge where that
-//! is installed: `cargo bench --bench serve`, `-- --help` for more.
+//! Parapet compared with a bare hyper server that sends the same bytes, and with Unleash Edge if it is
+//! installed: `cargo bench --bench serve`, `-- --help` for more.
 //!
-//! It measures real processes from outside, on one machine, and promises nothing: the numbers that
-//! count are the ratios of one run.
+//! It measures real processes from outside, on one machine. Absolute numbers depend on the machine;
+//! compare the ratios of one run.
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program for the terminal")]
 
@@ -72,7 +72,7 @@ fn main() -> Result<()> {
         Some(("upstream", matches)) => {
             upstream::serve(number(matches, "flags"), number(matches, "port"))
         }
-        Some(_) => unreachable!("clap knows no other subcommands"),
+        Some(_) => unreachable!("clap rejects other subcommands"),
         None if matches.get_flag("bench") => bench(&matches),
         None => {
             // `cargo test --all-targets` runs this, too.
@@ -89,31 +89,31 @@ fn command() -> Command {
     let count = || value_parser!(u16).range(1..);
     Command::new("serve")
         .about(
-            "Measures Parapet beside a bare hyper server, and beside Unleash Edge if it is there",
+            "Compares Parapet with a bare hyper server, and with Unleash Edge if it is installed",
         )
-        .arg(switch("quick", "A short look: one round of one second"))
+        .arg(switch("quick", "A quick run: one round of one second"))
         .arg(
-            option("only", "Measure this only; may be repeated")
+            option("only", "Measure only this part; repeatable")
                 .action(ArgAction::Append)
                 .value_parser(parts().collect::<Vec<_>>()),
         )
-        .arg(option("rounds", "How many rounds [default: 5]").value_parser(count()))
+        .arg(option("rounds", "Number of rounds [default: 5]").value_parser(count()))
         .arg(
-            option("seconds", "How long each contender is loaded in a round [default: 2]")
+            option("seconds", "Seconds of load for each server in each round [default: 2]")
                 .value_parser(count()),
         )
         .arg(
-            option("unleash-edge", "Unleash Edge's executable, where it is not in the PATH")
+            option("unleash-edge", "Executable of Unleash Edge, if it is not in PATH")
                 .value_parser(value_parser!(PathBuf)),
         )
         .arg(
             option(
                 "docs",
-                "Write speed.md and its plots into this folder [default: docs, of a full run]",
+                "Write speed.md and its plots to this directory [default: docs, after a full run]",
             )
             .value_parser(value_parser!(PathBuf)),
         )
-        .arg(switch("bench", "Given by cargo").hide(true))
+        .arg(switch("bench", "Passed by cargo").hide(true))
         .subcommand(
             Command::new("bare")
                 .about("The baseline; started by the benchmark itself")
@@ -143,7 +143,7 @@ fn command() -> Command {
 const SWAP: &str = "swap";
 const MEMORY: &str = "memory";
 
-/// What can be measured alone.
+/// The ids of the parts that can be measured alone.
 fn parts() -> impl Iterator<Item = &'static str> {
     let rows = ROWS.iter().map(|row| row.id);
     rows.chain(CURVES.iter().map(|curve| curve.id)).chain([SWAP, MEMORY])
@@ -175,25 +175,25 @@ fn bench(matches: &ArgMatches) -> Result<()> {
     };
     if !session.stable.has_edge() {
         eprintln!(
-            "Unleash Edge is not installed, and left out: `cargo install unleash-edge --version {} --locked`",
+            "Unleash Edge is not installed and is skipped: `cargo install unleash-edge --version {} --locked`",
             contender::EDGE_VERSION
         );
     }
-    process::raise_room()?;
+    process::raise_fd_limit()?;
     let only: Vec<&String> = matches.get_many("only").unwrap_or_default().collect();
-    let wanted = |id: &str| only.is_empty() || only.iter().any(|it| *it == id);
-    let rows = ROWS.iter().filter(|row| wanted(row.id));
-    let curves = CURVES.iter().filter(|curve| wanted(curve.id));
+    let is_selected = |id: &str| only.is_empty() || only.iter().any(|it| *it == id);
+    let rows = ROWS.iter().filter(|row| is_selected(row.id));
+    let curves = CURVES.iter().filter(|curve| is_selected(curve.id));
     let mut failures = Failures::default();
     let report = Report {
         outcomes: rows.filter_map(|row| failures.attempt(row.id, || row.run(&session))).collect(),
         growths: curves.filter_map(|it| failures.attempt(it.id, || it.run(&session))).collect(),
         swaps: Some(SWAP)
-            .filter(|id| wanted(id))
+            .filter(|id| is_selected(id))
             .and_then(|id| failures.attempt(id, || swap::run(&session)))
             .unwrap_or_default(),
         memory: Some(MEMORY)
-            .filter(|id| wanted(id))
+            .filter(|id| is_selected(id))
             .and_then(|id| failures.attempt(id, || memory::run(&session)))
             .unwrap_or_default(),
     };
@@ -202,25 +202,29 @@ fn bench(matches: &ArgMatches) -> Result<()> {
     let facts = [("Unleash Edge", edge), ("load", &load)];
     let machine = machine::describe("the load generator shares", &facts)?;
     println!("{machine}\n\n{}", report.tables());
-    ensure!(failures.0.is_empty(), "not measured, and nothing written: {}", failures.0.join(", "));
+    ensure!(
+        failures.0.is_empty(),
+        "some parts failed, so nothing was written: {}",
+        failures.0.join(", ")
+    );
     let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs");
-    let asked = matches.get_one::<PathBuf>("docs");
+    let docs_option = matches.get_one::<PathBuf>("docs");
     let whole = !quick && only.is_empty() && session.stable.has_edge();
-    if let Some(docs) = asked.or(Some(&own).filter(|_| whole)) {
+    if let Some(docs) = docs_option.or(Some(&own).filter(|_| whole)) {
         let (rounds, seconds) = (session.rounds, session.time.as_secs());
         let command = format!("cargo bench --bench serve -- --rounds {rounds} --seconds {seconds}");
         report.write(docs, &machine, &command)?;
-        eprintln!("{} is written", docs.join("speed.md").display());
+        eprintln!("wrote {}", docs.join("speed.md").display());
     }
     Ok(())
 }
 
-/// What could not be measured.
+/// The ids of the parts whose measurement failed.
 #[derive(Debug, Default)]
 struct Failures(Vec<&'static str>);
 
 impl Failures {
-    /// The result of one part; a failure is told and does not end the others.
+    /// Runs one part. An error is printed, and the other parts continue.
     fn attempt<T>(&mut self, id: &'static str, part: impl FnOnce() -> Result<T>) -> Option<T> {
         part()
             .inspect_err(|error| {

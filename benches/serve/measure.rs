@@ -1,4 +1,4 @@
-//! One case, measured for all contenders in turn, round by round, and what that comes to.
+//! One case, measured for all contenders in turn, in several rounds, and the statistics.
 
 use std::{cell::Cell, collections::BTreeMap, time::Duration};
 
@@ -7,31 +7,31 @@ use anyhow::{Context as _, Result, bail, ensure};
 use super::{
     bare,
     contender::{Contender, Server, Stable},
-    exchange::{Answer, DRAWN, Request},
+    exchange::{NUMBER, RawResponse, Request},
     load::{self, Draw, Over, Sample},
     numbers::{median, to_f64},
     process::Process,
 };
 
-/// How the whole benchmark is run.
+/// The configuration of the whole benchmark.
 #[derive(Debug)]
 pub(crate) struct Session {
     pub(crate) stable: Stable,
     pub(crate) rounds: usize,
-    /// How long each contender is loaded in each round.
+    /// The duration of the load for each contender in each round.
     pub(crate) time: Duration,
-    /// The last number that was drawn, so that none is drawn twice.
+    /// The last number used in a request, so that none is used twice.
     pub(crate) drawn: Cell<u64>,
 }
 
-/// What is asked, and what has to come back.
+/// A request, and the expected response.
 #[derive(Clone, Debug)]
 pub(crate) struct Case {
     pub(crate) flags: usize,
-    /// Numbered client tokens.
+    /// The number of numbered client tokens.
     pub(crate) tokens: u64,
     pub(crate) connections: usize,
-    /// How long each connection rests before each request.
+    /// The pause of each connection before each request.
     pub(crate) pause: Duration,
     pub(crate) request: Request,
     pub(crate) draw: Draw,
@@ -39,61 +39,62 @@ pub(crate) struct Case {
     pub(crate) expected: Expected,
 }
 
-/// What has to come back.
+/// The expected response.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Expected {
-    /// 200 with a body in this coding.
+    /// 200 with a body in this content encoding.
     Body(Option<&'static str>),
-    /// 304: the request names the tag of what it got before.
+    /// 304: the request contains the entity tag of an earlier response.
     NotModified,
 }
 
-/// What a contender needs for a case, by the median over rounds.
+/// The results of a contender: medians over rounds.
 #[derive(Clone, Debug)]
 pub(crate) struct Measured {
     pub(crate) per_second: f64,
     pub(crate) p50_micros: f64,
     pub(crate) p99_micros: f64,
-    /// Processor time for each request.
+    /// Processor time per request.
     pub(crate) cpu_micros: f64,
     /// At the end.
     pub(crate) resident: u64,
-    /// Requests per second, of each round.
+    /// Requests per second in each round.
     rounds: Vec<f64>,
 }
 
 impl Measured {
-    /// The median of the rounds' ratios: what slows both down in one round cancels out.
+    /// The median of the rounds' ratios: load on the machine that slows down both in one round cancels
+    /// out.
     pub(crate) fn ratio(&self, to: &Self) -> f64 {
         median(self.rounds.iter().zip(&to.rounds).map(|(this, other)| this / other))
     }
 }
 
-/// How many answers are looked at where they differ.
+/// The number of responses that are sampled if they differ.
 const LOOKS: u64 = 31;
 
-/// More numbers than one run draws.
+/// More than the requests of one run.
 const RUN: u64 = 10_000_000;
 
-/// How long each contender is loaded before the first round.
+/// The duration of the load before the first round.
 const WARM_UP: Duration = Duration::from_secs(1);
 
-/// The unit of times in `/proc/PID/stat`, in microseconds: Linux says hundredths of a second on all
-/// architectures that people serve from.
+/// The unit of times in `/proc/PID/stat`, in microseconds: a hundredth of a second on all relevant
+/// architectures.
 const TICK: u64 = 10_000;
 
-/// A contender that is ready to be loaded.
+/// A contender that is ready for load.
 struct Runner {
     contender: Contender,
     server: Server,
     request: Request,
-    answer: Answer,
+    answer: RawResponse,
     samples: Vec<(Sample, f64)>,
 }
 
 impl Session {
-    /// Measures `case` for these contenders. One that is not there, or does not answer as the case
-    /// wants, is left out; if it is Parapet or the baseline, that is an error.
+    /// Measures `case` for these contenders. Unleash Edge is skipped if it is missing or responds
+    /// otherwise than expected; for Parapet and the baseline that is an error.
     pub(crate) fn measure(
         &self,
         case: &Case,
@@ -122,10 +123,10 @@ impl Session {
             bare::record(&parapet.answer, &file)?;
             let request = parapet.request.clone();
             let server = self.stable.bare(&file, case.over)?;
-            let answer = server.ask(&request, 0)?;
+            let answer = server.send(&request, 0)?;
             let theirs = &parapet.answer;
             let same = (answer.status, answer.length) == (theirs.status, theirs.length);
-            ensure!(same, "the baseline says {answer:?}, Parapet {theirs:?}");
+            ensure!(same, "the baseline responds {answer:?}, Parapet {theirs:?}");
             let contender = Contender::Bare;
             runners.push(Runner { contender, server, request, answer, samples: Vec::new() });
         }
@@ -141,19 +142,19 @@ impl Session {
         Ok(runners)
     }
 
-    /// Where the numbers of a run begin, which no other run has.
+    /// Reserves the numbers of a run, and returns the first.
     pub(crate) fn draw(&self) -> u64 {
         self.drawn.replace(self.drawn.get() + RUN)
     }
 
-    /// Loads a server with requests whose numbers begin after `first`; every answer has to be as long as
-    /// was found before. Returns the processor time of each beside the sample.
+    /// Loads a server with requests whose numbers start after `first`; every response must have the
+    /// expected length. Returns the sample and the processor time per request.
     pub(crate) fn load(
         &self,
         case: &Case,
         first: u64,
         server: &Server,
-        (request, answer): (&Request, &Answer),
+        (request, answer): (&Request, &RawResponse),
         time: Duration,
     ) -> Result<(Sample, f64)> {
         let process = &server.process;
@@ -166,16 +167,17 @@ impl Session {
         let cpu = to_f64(cpu_micros(process)? - before) / sample.requests;
         let length = to_f64(answer.length as u64);
         let mean = sample.bytes / sample.requests;
-        // Answers that were under way at the end count as bytes only.
+        // Responses that were incomplete at the end count as bytes only.
         let under_way = length * to_f64(case.connections as u64) / sample.requests;
-        let tolerance = if request.path.contains(DRAWN) { 0.25 } else { 0.01 };
+        let tolerance = if request.path.contains(NUMBER) { 0.25 } else { 0.01 };
         if (mean - length).abs() > length * tolerance + under_way {
-            bail!("answers have {mean} bytes, expected were {length}");
+            bail!("responses have {mean} bytes on average, expected {length}");
         }
         Ok((sample, cpu))
     }
 
-    /// Loads each in turn with the same requests. A peer that fails is out of the race: what it did before is no number.
+    /// Loads each contender in turn with the same requests. If Unleash Edge fails, it is dropped, and
+    /// its earlier results are discarded.
     fn round(&self, case: &Case, runners: &mut Vec<Runner>, time: Duration) -> Result<()> {
         let (mut out, first) = (None, self.draw());
         for runner in &mut *runners {
@@ -196,23 +198,23 @@ impl Session {
 }
 
 impl Case {
-    /// The request as this server has to be asked, and a typical answer to it.
-    pub(crate) fn prepare(&self, server: &Server) -> Result<(Request, Answer)> {
+    /// The request for this server, and a typical response to it.
+    pub(crate) fn prepare(&self, server: &Server) -> Result<(Request, RawResponse)> {
         let mut request = self.request.clone();
         if self.expected == Expected::NotModified {
-            let full = server.ask(&request, 0)?;
+            let full = server.send(&request, 0)?;
             let tag = full.header("etag");
             let tag = tag.with_context(|| format!("{} has no entity tag", request.path))?;
             request = request.header("If-None-Match", tag);
         }
         let looks = match self.draw {
-            _ if !request.path.contains(DRAWN) => 1,
+            _ if !request.path.contains(NUMBER) => 1,
             Draw::Next => LOOKS,
             Draw::Below(end) => end.min(LOOKS),
         };
         let mut answers = Vec::new();
         for n in 0..looks {
-            let answer = server.ask(&request, n)?;
+            let answer = server.send(&request, n)?;
             self.expected.check(&answer)?;
             answers.push(answer);
         }
@@ -223,21 +225,21 @@ impl Case {
 }
 
 impl Expected {
-    fn check(self, answer: &Answer) -> Result<()> {
+    fn check(self, answer: &RawResponse) -> Result<()> {
         let (status, coding) = match self {
             Self::Body(coding) => (200, coding),
             Self::NotModified => (304, None),
         };
-        ensure!(answer.status == status, "the answer is {}, not {status}", answer.status);
+        ensure!(answer.status == status, "the status is {}, not {status}", answer.status);
         let found = answer.header("content-encoding");
-        ensure!(found == coding, "the answer comes in {found:?}, not in {coding:?}");
-        ensure!(status == 304 || answer.body.len() > 10, "the answer is empty");
+        ensure!(found == coding, "the content encoding is {found:?}, not {coding:?}");
+        ensure!(status == 304 || answer.body.len() > 10, "the response is empty");
         Ok(())
     }
 }
 
 impl Runner {
-    /// A contender that answers as it should.
+    /// A contender whose responses are as expected.
     fn new(case: &Case, contender: Contender, server: Server) -> Result<Self> {
         let (request, answer) = case.prepare(&server)?;
         Ok(Self { contender, server, request, answer, samples: Vec::new() })
@@ -261,10 +263,10 @@ impl Runner {
     }
 }
 
-/// The processor time that a process has taken so far, in microseconds.
+/// The processor time of a process so far, in microseconds.
 fn cpu_micros(process: &Process) -> Result<u64> {
     let stat = std::fs::read_to_string(process.proc().join("stat"))?;
-    // The second field is a name in parentheses, which may hold anything.
+    // The second field is a name in parentheses, which may contain anything.
     let rest = stat.rsplit_once(')').context("/proc/PID/stat has a name")?.1;
     let field = |n: usize| rest.split_whitespace().nth(n).and_then(|it| it.parse::<u64>().ok());
     let (user, system) = field(11).zip(field(12)).context("/proc/PID/stat has times")?;

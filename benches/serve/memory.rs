@@ -1,4 +1,4 @@
-//! What memory Parapet takes for flags, tokens, connections and contexts, as the system counts it.
+//! Parapet's resident memory for flags, tokens, connections and contexts.
 
 use std::{net::TcpStream, time::Duration};
 
@@ -19,18 +19,18 @@ const MANY_TOKENS: u64 = 100_000;
 const MANY_CONNECTIONS: u64 = 10_000;
 const MANY_CONTEXTS: f64 = 1e6;
 
-/// What an idle connection may take that is not encrypted, in bytes.
+/// The goal for an idle connection without TLS, in bytes.
 const IDLE_GOAL: f64 = 14.0 * 1024.0;
 
-/// Open files that are needed besides connections.
+/// Open files in addition to connections.
 const OTHER_FILES: u64 = 100;
 
-/// One statement.
+/// One measurement.
 #[derive(Debug)]
 pub(crate) struct Stated {
     pub(crate) what: String,
     pub(crate) bytes: f64,
-    /// What the baseline takes for the same.
+    /// The baseline's memory for the same.
     pub(crate) bare: Option<f64>,
     pub(crate) goal: Option<f64>,
 }
@@ -41,7 +41,7 @@ impl Stated {
     }
 }
 
-/// Measures all of them, each in a process of its own.
+/// Runs all measurements, each in its own process.
 pub(crate) fn run(session: &Session) -> Result<Vec<Stated>> {
     eprintln!("memory");
     let start = to_f64(asked(session, FLAGS, 0, Over::Tcp)?.process.resident()?);
@@ -56,7 +56,7 @@ pub(crate) fn run(session: &Session) -> Result<Vec<Stated>> {
     let many = asked(session, FLAGS, MANY_TOKENS, Over::Tcp)?.process.resident()?;
     stated.push(Stated::of("100,000 tokens", to_f64(many) - start));
 
-    let room = process::room();
+    let room = process::fd_limit();
     let count = room.saturating_sub(OTHER_FILES).min(MANY_CONNECTIONS);
     let shortage = if count < MANY_CONNECTIONS {
         format!(" ({room} files may be open)")
@@ -90,7 +90,7 @@ pub(crate) fn run(session: &Session) -> Result<Vec<Stated>> {
     Ok(stated)
 }
 
-/// A Parapet that has been asked for everything once.
+/// A Parapet that has served every kind of response once.
 fn asked(session: &Session, flags: usize, tokens: u64, over: Over) -> Result<Server> {
     let server = session.stable.parapet(flags, tokens, over)?;
     let codings = [None, Some("gzip"), Some("br"), Some("zstd")].map(Ask::Features);
@@ -100,23 +100,23 @@ fn asked(session: &Session, flags: usize, tokens: u64, over: Over) -> Result<Ser
     Ok(server)
 }
 
-/// What each of so many connections takes that have been used once and stay open.
+/// The memory of each of `count` connections that were used once and stay open.
 fn idle(server: &Server, over: Over, request: &Request, count: u64) -> Result<f64> {
     let host = server.process.address;
-    let before = server.process.settled()?;
+    let before = server.process.settled_resident()?;
     let (mut plain, mut encrypted) = (Vec::new(), Vec::new());
     for number in 0..count {
         if over.is_encrypted() {
             let mut stream = connect::open(host)?;
-            request.ask_on(&mut stream, host, number)?;
+            request.send_on(&mut stream, host, number)?;
             encrypted.push(stream);
         } else {
             let mut stream = TcpStream::connect(host)?;
-            request.ask_on(&mut stream, host, number)?;
+            request.send_on(&mut stream, host, number)?;
             plain.push(stream);
         }
     }
-    let bytes = to_f64(server.process.settled()?) - to_f64(before);
+    let bytes = to_f64(server.process.settled_resident()?) - to_f64(before);
     eprintln!("  {:.0} bytes an idle connection", bytes / to_f64(count));
     drop((plain, encrypted));
     Ok(bytes / to_f64(count))

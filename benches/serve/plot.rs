@@ -33,7 +33,7 @@ pub(crate) fn p99(outcomes: &[Outcome]) -> String {
     bars(outcomes, "p99 in milliseconds, less is better", |it| it.p99_micros, write)
 }
 
-/// A group of bars for each row, with the number at the end of each.
+/// A group of bars for each row, with its value at the end of each bar.
 fn bars(
     outcomes: &[Outcome],
     title: &str,
@@ -73,7 +73,7 @@ fn bars(
     picture.finish(WIDTH, y + 8.0)
 }
 
-/// Requests per second against what grows, a panel for each thing that does.
+/// Requests per second over a growing quantity, one panel for each quantity.
 pub(crate) fn growth(growths: &[Growth]) -> String {
     const WIDTH: f64 = 300.0;
     const HEIGHT: f64 = 250.0;

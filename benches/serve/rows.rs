@@ -1,4 +1,4 @@
-//! The rows of the table: what SDKs ask most, with the goal of each.
+//! The rows of the main table: the most common requests of SDKs, with a goal for each.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -6,44 +6,44 @@ use anyhow::Result;
 
 use super::{
     contender::{Bearer, Contender},
-    exchange::{BYTE, DRAWN, EACH, Request},
+    exchange::{NUMBER, OCTET, Request, UNIQUE_NUMBER},
     load::{Draw, Over},
     measure::{Case, Expected, Measured, Session},
 };
 
-/// How many flags there are, unless a row is about that.
+/// The number of flags, unless a row varies it.
 pub(crate) const FLAGS: usize = 350;
 
-/// As many connections as `wrk` has in all rows that are not about that.
+/// The number of `wrk`'s connections, unless a row varies it.
 pub(crate) const CONNECTIONS: usize = 32;
 
 /// One row.
 #[derive(Debug)]
 pub(crate) struct Row {
-    /// What `--only` knows it by.
+    /// Its id for `--only`.
     pub(crate) id: &'static str,
     pub(crate) title: &'static str,
-    /// Requests per second, as a share of the baseline's, if there is one.
+    /// The goal: requests per second as a fraction of the baseline's.
     pub(crate) goal: Option<f64>,
     flags: usize,
     ask: Ask,
     over: Over,
-    /// Whether all requests are the same, byte by byte.
+    /// Whether all requests are identical.
     is_repeated: bool,
 }
 
-/// What is asked.
+/// The kind of a request.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Ask {
-    /// The flags' configuration, in a coding.
+    /// Flag configuration in a content encoding.
     Features(Option<&'static str>),
-    /// The configuration, unless it has changed.
+    /// Flag configuration with a current entity tag.
     FeaturesUnlessKnown,
-    /// The flags of one user.
+    /// The evaluated flags of one user.
     Frontend,
-    /// The flags of one user, unless they have changed.
+    /// The evaluated flags of one user with a current entity tag.
     FrontendUnlessKnown,
-    /// The flags of a user who has not asked before.
+    /// The evaluated flags of a new user each time.
     FrontendNewUser,
 }
 
@@ -76,7 +76,7 @@ pub(crate) const ROWS: [Row; 15] = [
     Row::tls("tls-resumed", "TLS, a resumed handshake for each 304", UNCHANGED, Over::ResumedTls),
 ];
 
-/// What came of a row.
+/// The result of a row.
 #[derive(Debug)]
 pub(crate) struct Outcome {
     pub(crate) row: &'static Row,
@@ -109,27 +109,27 @@ impl Row {
 }
 
 impl Outcome {
-    /// Parapet's requests per second, as a share of another's.
+    /// Parapet's requests per second as a fraction of another contender's.
     pub(crate) fn ratio(&self, to: Contender) -> Option<f64> {
         Some(self.measured.get(&Contender::Parapet)?.ratio(self.measured.get(&to)?))
     }
 }
 
 impl Ask {
-    /// The request as it comes behind an ingress, of so many flags.
+    /// The case with the headers of an ingress, for this number of flags.
     pub(crate) fn case(self, flags: usize) -> Case {
         let case = self.repeated(flags);
         Case { request: behind_ingress(case.request), ..case }
     }
 
-    /// The request as its client sends it.
+    /// The case with requests as their client sends them, without an ingress.
     fn repeated(self, flags: usize) -> Case {
         let (bearer, path) = match self {
             Self::Features(_) | Self::FeaturesUnlessKnown => {
                 (Bearer::Client, "/api/client/features".to_owned())
             }
             Self::Frontend | Self::FrontendUnlessKnown => (Bearer::Frontend, frontend("4711")),
-            Self::FrontendNewUser => (Bearer::Frontend, frontend(DRAWN)),
+            Self::FrontendNewUser => (Bearer::Frontend, frontend(NUMBER)),
         };
         let mut request = Request::get(&path).header("Authorization", &bearer.token());
         if bearer == Bearer::Client {
@@ -155,15 +155,18 @@ impl Ask {
     }
 }
 
-/// A request with the headers that an ingress adds, which are others for each; numbers have ten digits.
+/// Adds the headers of an ingress, which differ for each request; numbers have ten digits.
 fn behind_ingress(request: Request) -> Request {
     request
-        .header("X-Request-Id", &format!("5f2b6a1c-9e0d-4c7a-8b3e-0a{EACH}"))
-        .header("Traceparent", &format!("00-0af7651916cd43dd8448eb{EACH}-b7ad6b7169203331-01"))
-        .header("X-Forwarded-For", &format!("203.0.113.{BYTE}"))
+        .header("X-Request-Id", &format!("5f2b6a1c-9e0d-4c7a-8b3e-0a{UNIQUE_NUMBER}"))
+        .header(
+            "Traceparent",
+            &format!("00-0af7651916cd43dd8448eb{UNIQUE_NUMBER}-b7ad6b7169203331-01"),
+        )
+        .header("X-Forwarded-For", &format!("203.0.113.{OCTET}"))
 }
 
-/// What a browser asks for its user.
+/// The path of a browser's request for its user.
 pub(crate) fn frontend(user: &str) -> String {
     let properties = [("country", "v7"), ("plan", "v12"), ("version", "1.5.2")]
         .map(|(name, value)| format!("&properties%5B{name}%5D={value}"));

@@ -1,4 +1,4 @@
-//! How cost grows: with flags, tokens, connections and contexts.
+//! How cost grows with flags, tokens, connections and contexts.
 
 use std::collections::BTreeMap;
 
@@ -6,24 +6,24 @@ use anyhow::Result;
 
 use super::{
     contender::{Bearer, Contender},
-    exchange::DRAWN,
+    exchange::NUMBER,
     load::Draw,
     measure::{Case, Measured, Session},
     rows::{Ask, FLAGS, frontend},
 };
 
-/// More rounds than this tell nothing more about a curve.
+/// More rounds would not make a curve more precise.
 const ROUNDS: usize = 3;
 
 const ALL: &[Contender] = &[Contender::Bare, Contender::Parapet, Contender::Edge];
 const PAIR: &[Contender] = &[Contender::Bare, Contender::Parapet];
 
-/// One thing that grows.
+/// A growing quantity.
 #[derive(Debug)]
 pub(crate) struct Curve {
-    /// What `--only` knows it by.
+    /// Its id for `--only`.
     pub(crate) id: &'static str,
-    /// What grows.
+    /// The name of the quantity.
     pub(crate) axis: &'static str,
     pub(crate) request: &'static str,
     points: [u64; 4],
@@ -88,13 +88,13 @@ pub(crate) const CURVES: [Curve; 6] = [
         contenders: PAIR,
         case: |contexts| {
             let mut case = Ask::Frontend.case(FLAGS);
-            case.request.path = frontend(DRAWN);
+            case.request.path = frontend(NUMBER);
             Case { draw: Draw::Below(contexts), ..case }
         },
     },
 ];
 
-/// What came of a curve.
+/// The results of a curve.
 #[derive(Debug)]
 pub(crate) struct Growth {
     pub(crate) curve: &'static Curve,

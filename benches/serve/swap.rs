@@ -1,13 +1,12 @@
-//! What a client notices while flags change ten times a second.
+//! The latency of requests while flags change ten times a second.
 //!
-//! The whole way is under load: Parapet as an edge fetches, parses, compiles, builds, swaps and
-//! keeps 5,000 flags at each change, on the processors that answer requests. Both with pauses between
-//! requests, as clients have them, and with as many requests as there is an answer for, where swaps
-//! come as often as they get a processor. Calm and swapping take
-//! turns in one process.
+//! The whole path is under load: Parapet as an edge fetches, parses, compiles, builds, swaps and stores
+//! 5,000 flags at each change, on the processors that serve requests. It is measured with pauses between
+//! requests, as clients have them, and at full load, where swaps happen as often as they get a
+//! processor. Calm and swapping phases alternate in one process.
 //!
-//! What others notice of all this on the same processors is measured as well: the baseline, which
-//! swaps nothing, is asked the same while Parapet swaps beside it and answers nobody.
+//! The effect on other servers on the same processors is measured as well: the baseline, which swaps
+//! nothing, serves the same requests while Parapet swaps beside it without requests.
 
 use std::{
     io::Write as _,
@@ -29,24 +28,22 @@ use super::{
     upstream::COUNT,
 };
 
-/// How many flags change hands.
+/// The number of flags.
 pub(crate) const FLAGS: usize = 5_000;
 
-/// What p99 may grow to, as a multiple of the calm one.
+/// The goal: the largest p99 while swapping, as a multiple of the calm one.
 pub(crate) const GOAL: f64 = 2.0;
 
-/// How many changes must have arrived each second for the goal to count as met.
+/// The goal counts as met only with at least this many changes per second.
 const ENOUGH: f64 = 9.0;
 
-/// How much longer than others these rounds are: the slowest of a hundred is found among few, where
-/// bodies are large.
+/// These rounds are longer by this factor: with large bodies there are few requests to find a p99 among.
 const LONGER: u32 = 2;
 
-/// How long a change of pace may take to arrive.
+/// How long it takes until the upstream's flags change, or stop changing.
 const SETTLE: Duration = Duration::from_millis(500);
 
-/// What is asked, and how long a connection rests between requests where not all that can be had is
-/// asked for.
+/// The requests, with the pause of each connection for the runs below full load.
 const ASKS: [(&str, Ask, Duration); 4] = [
     ("`/api/client/features`, 200, identity (2.4 MB)", Ask::Features(None), REST.saturating_mul(5)),
     ("`/api/frontend`, same context again", Ask::Frontend, REST),
@@ -56,23 +53,23 @@ const ASKS: [(&str, Ask, Duration); 4] = [
 
 const REST: Duration = Duration::from_millis(20);
 
-/// What one kind of request notices.
+/// The results of one kind of request.
 #[derive(Debug)]
 pub(crate) struct Swapped {
     pub(crate) title: &'static str,
-    /// How long each connection rests before each request.
+    /// The pause of each connection before each request.
     pub(crate) pause: Duration,
     pub(crate) calm: Pace,
     pub(crate) swapping: Pace,
     /// The baseline's, while Parapet swaps beside it.
     pub(crate) beside: Pace,
-    /// By the median over rounds.
+    /// The median over rounds.
     pub(crate) p99_ratio: f64,
-    /// How many changes arrived, each second.
+    /// The number of changes that arrived per second.
     pub(crate) swaps_per_second: f64,
 }
 
-/// By the median over rounds.
+/// Medians over rounds.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pace {
     pub(crate) per_second: f64,
@@ -80,13 +77,13 @@ pub(crate) struct Pace {
 }
 
 impl Swapped {
-    /// Whether the goal was met, by changes that came as often as they should.
+    /// Whether the goal was met, with enough changes per second.
     pub(crate) fn is_met(&self) -> bool {
         self.p99_ratio <= GOAL && self.swaps_per_second >= ENOUGH
     }
 }
 
-/// Measures all of them.
+/// Runs all measurements.
 pub(crate) fn run(session: &Session) -> Result<Vec<Swapped>> {
     let mut upstream = session.stable.upstream(FLAGS)?;
     let parapet = session.stable.parapet_edge(&upstream)?;
@@ -154,8 +151,8 @@ fn one(
     })
 }
 
-/// How many sets of flags the edge has fetched.
+/// The number of flag sets that the edge has fetched.
 fn fetched(upstream: &Process) -> Result<f64> {
-    let answer = Request::get(COUNT).ask(upstream.address, 0)?;
+    let answer = Request::get(COUNT).send(upstream.address, 0)?;
     String::from_utf8_lossy(&answer.body).parse().context("a count")
 }

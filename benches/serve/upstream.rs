@@ -1,9 +1,9 @@
-//! An Unleash server whose flags change ten times a second while it is told so.
+//! An Unleash server whose flags change ten times a second on request.
 //!
-//! It is what an edge needs and no more: every token is valid, usage is taken and forgotten. It runs
-//! as a process of its own, which is this executable called as `serve upstream`; a line `swap` or
-//! `calm` on its input says what to do. Who asks for flags waits for the next tenth of a second, so
-//! that an edge that asks at once again gets every change.
+//! It supports only what an edge needs: every token is valid, and usage is accepted and dropped. It runs
+//! in its own process: this executable with the subcommand `upstream`; the lines `swap` and `calm` on
+//! its input start and stop the changes. A request for flags waits up to a tenth of a second for a
+//! change, so that an edge that polls continuously gets every change.
 
 use std::{
     convert::Infallible,
@@ -29,13 +29,13 @@ use tokio::net::TcpListener;
 
 use super::flags::document;
 
-/// How often flags change.
+/// The interval of changes.
 pub(crate) const CHANGE_EVERY: Duration = Duration::from_millis(100);
 
-/// Where it tells how many sets of flags were fetched.
+/// The path with the number of flag sets that were fetched.
 pub(crate) const COUNT: &str = "/count";
 
-/// What changes: the description of one flag, so that no evaluation does.
+/// The text that changes: the description of one flag, so that no evaluation changes.
 const CHANGED: &str = "Some description of feature 0 ";
 
 struct Upstream {
@@ -46,7 +46,7 @@ struct Upstream {
     fetched: AtomicU64,
 }
 
-/// Serves so many flags until the process is ended.
+/// Serves this many flags until the process is killed.
 pub(crate) fn serve(flags: usize, port: u16) -> Result<()> {
     let text = document(flags);
     let at = text.find(CHANGED).expect("the first flag is described") + CHANGED.len();
@@ -57,12 +57,12 @@ pub(crate) fn serve(flags: usize, port: u16) -> Result<()> {
         revision: AtomicU64::new(0),
         fetched: AtomicU64::new(0),
     });
-    let told = Arc::clone(&upstream);
+    let input = Arc::clone(&upstream);
     std::thread::spawn(move || {
         for line in std::io::stdin().lock().lines().map_while(Result::ok) {
-            told.swapping.store(line == "swap", Ordering::Relaxed);
+            input.swapping.store(line == "swap", Ordering::Relaxed);
         }
-        // Whoever started this has gone.
+        // The process that started this one has exited.
         std::process::exit(0);
     });
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
@@ -105,7 +105,7 @@ impl Upstream {
         })
     }
 
-    /// The flags, as soon as they are others than those that the asker has, else that they are not.
+    /// The flags once they differ from the client's entity tag, or else 304.
     async fn features(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
         let known = request.headers().get(header::IF_NONE_MATCH).cloned();
         let current = || format!("\"{}\"", self.revision.load(Ordering::Relaxed));
@@ -121,7 +121,7 @@ impl Upstream {
             reply(StatusCode::NOT_MODIFIED, Bytes::new())
         } else {
             self.fetched.fetch_add(1, Ordering::Relaxed);
-            // As long as the others, so that only what is said differs.
+            // Each change has the same length.
             let change = format!("(as of {:010}) ", self.revision.load(Ordering::Relaxed));
             let parts = [&self.before, change.as_bytes(), &self.after];
             reply(StatusCode::OK, Bytes::from(parts.concat()))
@@ -132,10 +132,10 @@ impl Upstream {
     }
 }
 
-/// What `/edge/validate` says of tokens, all of which are valid.
+/// The response of `/edge/validate`: all tokens are valid.
 fn valid(body: &[u8]) -> Value {
-    let asked: Value = serde_json::from_slice(body).unwrap_or_default();
-    let tokens = asked["tokens"].as_array().cloned().unwrap_or_default();
+    let request: Value = serde_json::from_slice(body).unwrap_or_default();
+    let tokens = request["tokens"].as_array().cloned().unwrap_or_default();
     let verdict = |token: &Value| {
         let frontend = token.as_str().is_some_and(|it| it.contains("frontend"));
         json!({

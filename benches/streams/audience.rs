@@ -1,8 +1,7 @@
-//! Clients that follow streams, thousands of them at the price of a few: one thread, one buffer, and
-//! no HTTP library.
+//! Thousands of streaming clients at little cost: one thread, one buffer, and no HTTP library.
 //!
-//! They read what well-behaved servers on this machine send, and note when. What it means is known by
-//! how it begins.
+//! They support only what well-behaved servers on this machine send, and record the time of each event.
+//! The kind of an event follows from its beginning.
 
 use std::{
     cell::RefCell,
@@ -30,24 +29,24 @@ use tokio::{
     task::JoinSet,
 };
 
-/// The longest that anything may take that is waited for.
+/// The timeout for anything that is waited for.
 const PATIENCE: Duration = Duration::from_mins(1);
 
-/// How often it is looked whether that has come; seldom enough to take no processor time that counts.
+/// The interval of polling while waiting: rare enough to use no relevant processor time.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 
-/// How many clients may be about to connect at once.
+/// The number of clients that may be connecting at a time.
 const ARRIVING: usize = 64;
 
-/// What ends each event or comment: a blank line, and the chunk.
+/// The end of each event or comment: a blank line, and the end of the chunk.
 const END: &[u8] = b"\n\n\r\n";
 
 thread_local! {
-    /// What all clients of a thread read into.
+    /// The read buffer of all clients of a thread.
     static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; 256 << 10]);
 }
 
-/// Clients that follow.
+/// A set of streaming clients.
 #[derive(Debug)]
 pub(crate) struct Audience {
     heard: Arc<Heard>,
@@ -56,71 +55,76 @@ pub(crate) struct Audience {
     runtime: Runtime,
 }
 
-/// What was heard, by all clients together.
+/// The events that all clients together have received.
 #[derive(Debug, Default)]
 struct Heard {
     hydrations: AtomicU64,
     comments: AtomicU64,
-    /// When each frame had arrived since [`Audience::forget`].
+    /// The arrival time of each update since [`StreamClients::clear_updates`].
     frames: Mutex<Vec<Timestamp>>,
-    /// Why clients are gone, with how many there are of each kind.
+    /// Why clients have ended, with the number of clients for each reason.
     gone: Mutex<BTreeMap<String, u64>>,
 }
 
 impl Audience {
-    /// Nobody yet.
+    /// Without clients.
     pub(crate) fn new() -> Result<Self> {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         Ok(Self { heard: Arc::default(), clients: JoinSet::new(), runtime })
     }
 
-    /// Lets `count` clients connect and ask, and waits until each has the whole state.
+    /// Connects `count` clients, and waits until each has received the hydration event.
     pub(crate) fn open(&mut self, count: u64, host: SocketAddr, request: &str) -> Result<()> {
         let room = Arc::new(Semaphore::new(ARRIVING));
         let request: Arc<str> = request.into();
         let before = self.heard.hydrations.load(Ordering::Relaxed);
         for _ in 0..count {
-            let (heard, room, request) =
+            let (received, room, request) =
                 (Arc::clone(&self.heard), Arc::clone(&room), Arc::clone(&request));
             let client = async move {
-                let seat = room.acquire_owned().await.expect("the semaphore is never closed");
-                let Err(error) = follow(host, &request, &heard, seat).await;
-                *lock(&heard.gone).entry(format!("{error:#}")).or_default() += 1;
+                let permit = room.acquire_owned().await.expect("the semaphore is never closed");
+                let Err(error) = follow(host, &request, &received, permit).await;
+                *lock(&received.gone).entry(format!("{error:#}")).or_default() += 1;
             };
             self.clients.spawn_on(client, self.runtime.handle());
         }
-        self.wait("not all clients have a stream", |heard| {
-            heard.hydrations.load(Ordering::Relaxed) - before >= count
+        self.wait("not all clients have a stream", |received| {
+            received.hydrations.load(Ordering::Relaxed) - before >= count
         })
     }
 
-    /// How many comments have come so far.
+    /// The number of comments so far.
     pub(crate) fn comments(&self) -> u64 {
         self.heard.comments.load(Ordering::Relaxed)
     }
 
-    /// Waits until there were so many comments.
+    /// Waits until there have been this many comments.
     pub(crate) fn await_comments(&self, count: u64) -> Result<()> {
-        self.wait("there are no comments", |heard| heard.comments.load(Ordering::Relaxed) >= count)
+        self.wait("there are no comments", |received| {
+            received.comments.load(Ordering::Relaxed) >= count
+        })
     }
 
-    /// Forgets the frames so far.
+    /// Forgets the updates so far.
     pub(crate) fn forget(&self) {
         lock(&self.heard.frames).clear();
     }
 
-    /// When the frames since [`Audience::forget`] had arrived, the earliest first; waits for so many.
+    /// The arrival times of updates since [`StreamClients::clear_updates`], earliest first; waits for
+    /// this many.
     pub(crate) fn await_frames(&self, count: u64) -> Result<Vec<Timestamp>> {
         let count = usize::try_from(count)?;
-        self.wait("not all clients were told", |heard| lock(&heard.frames).len() >= count)?;
+        self.wait("not all clients got the update", |received| {
+            lock(&received.frames).len() >= count
+        })?;
         let mut frames = std::mem::take(&mut *lock(&self.heard.frames));
         ensure!(frames.len() == count, "{} frames for {count} clients", frames.len());
         frames.sort();
         Ok(frames)
     }
 
-    /// Lets all clients go.
+    /// Disconnects all clients.
     pub(crate) fn leave(&mut self) {
         self.runtime.block_on(self.clients.shutdown());
     }
@@ -129,7 +133,7 @@ impl Audience {
         let began = Instant::now();
         while !is_there(&self.heard) {
             let gone = lock(&self.heard.gone);
-            ensure!(gone.is_empty(), "clients are gone: {gone:?}");
+            ensure!(gone.is_empty(), "clients have ended: {gone:?}");
             drop(gone);
             ensure!(began.elapsed() < PATIENCE, failure);
             sleep(LOOK_EVERY);
@@ -138,21 +142,21 @@ impl Audience {
     }
 }
 
-/// A panic under these locks leaves what can be read.
+/// A panic under these locks leaves valid data.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Follows a stream until that fails; the seat is free again when the whole state has come.
+/// Reads a stream until it fails. Releases the permit when the hydration event has arrived.
 async fn follow(
     host: SocketAddr,
     request: &str,
-    heard: &Heard,
-    seat: OwnedSemaphorePermit,
+    received: &Heard,
+    permit: OwnedSemaphorePermit,
 ) -> Result<std::convert::Infallible> {
     let mut stream = TcpStream::connect(host).await.context("no connection")?;
     stream.write_all(request.as_bytes()).await?;
-    let (mut pieces, mut seat) = (Pieces::default(), Some(seat));
+    let (mut pieces, mut permit) = (Pieces::default(), Some(permit));
     loop {
         let length = poll_fn(|cx| {
             BUFFER.with_borrow_mut(|buffer| {
@@ -162,12 +166,12 @@ async fn follow(
                 pieces.read(bytes, |piece| {
                     match Said::of(piece)? {
                         Said::Everything => {
-                            seat = None;
-                            heard.hydrations.fetch_add(1, Ordering::Relaxed);
+                            permit = None;
+                            received.hydrations.fetch_add(1, Ordering::Relaxed);
                         }
-                        Said::Change => lock(&heard.frames).push(Timestamp::now()),
+                        Said::Change => lock(&received.frames).push(Timestamp::now()),
                         Said::Nothing => {
-                            heard.comments.fetch_add(1, Ordering::Relaxed);
+                            received.comments.fetch_add(1, Ordering::Relaxed);
                         }
                     }
                     Ok(())
@@ -179,7 +183,7 @@ async fn follow(
     }
 }
 
-/// What one piece of a stream says.
+/// The kind of an event.
 enum Said {
     Everything,
     Change,
@@ -188,28 +192,28 @@ enum Said {
 
 impl Said {
     fn of(piece: &[u8]) -> Result<Self> {
-        // The first piece comes after the response's head, others after their chunk's length.
+        // The first event follows the response's head, the others the length of their chunk.
         let start = &piece[..piece.len().min(1000)];
         let begins = |text: &str| memmem::find(start, text.as_bytes()).is_some();
         Ok(match () {
             () if begins("event: unleash-connected\n") => Self::Everything,
             () if begins("event: unleash-updated\n") => Self::Change,
             () if begins("\r\n: ") => Self::Nothing,
-            () => bail!("a stream says {:?}", String::from_utf8_lossy(start)),
+            () => bail!("unexpected event in a stream: {:?}", String::from_utf8_lossy(start)),
         })
     }
 }
 
-/// Pieces of a stream, put together from what a read brings.
+/// Splits what is read into whole events.
 #[derive(Debug, Default)]
 struct Pieces {
-    /// The beginning of one.
+    /// The beginning of an incomplete event.
     begun: Vec<u8>,
 }
 
 impl Pieces {
-    /// Gives the pieces that are whole now to `hear`.
-    fn read(&mut self, bytes: &[u8], mut hear: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+    /// Passes each event that is complete now to `handle`.
+    fn read(&mut self, bytes: &[u8], mut handle: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
         let mut begun = std::mem::take(&mut self.begun);
         let mut rest = if begun.is_empty() {
             bytes
@@ -219,7 +223,7 @@ impl Pieces {
         };
         while let Some(at) = memmem::find(rest, END) {
             let (piece, others) = rest.split_at(at + END.len());
-            hear(piece)?;
+            handle(piece)?;
             rest = others;
         }
         self.begun = rest.to_vec();
@@ -227,8 +231,8 @@ impl Pieces {
     }
 }
 
-/// What one client is sent: everything with the response's head, and then the next change, which
-/// `cause` brings about.
+/// The events that one client receives: the hydration with the response's head, and then the update
+/// after `cause` has changed a flag.
 pub(crate) fn record(
     host: SocketAddr,
     request: &str,
@@ -250,7 +254,10 @@ pub(crate) fn record(
     let everything = next()?;
     cause()?;
     let change = next()?;
-    ensure!(matches!(Said::of(&everything)?, Said::Everything), "a stream begins otherwise");
-    ensure!(matches!(Said::of(&change)?, Said::Change), "a stream goes on otherwise");
+    ensure!(
+        matches!(Said::of(&everything)?, Said::Everything),
+        "the first event is not a hydration"
+    );
+    ensure!(matches!(Said::of(&change)?, Said::Change), "the second event is not an update");
     Ok((everything, change))
 }

@@ -1,8 +1,8 @@
-//! The physical yardstick: a server that writes the same bytes to every connection when told.
+//! The baseline: a server that writes the same bytes to every connection when triggered.
 //!
-//! As lean as tokio allows: a task for each connection, which waits for a number to change. No HTTP
-//! is read, there is no token, no timer, no limit. It runs as a process of its own, which is this
-//! executable called as `streams bare`; each line on its input is a change.
+//! As minimal as tokio allows: a task for each connection, which waits for a number to change. It parses
+//! no HTTP, and has no tokens, timers or limits. It runs in its own process: this executable with the
+//! subcommand `bare`; each line on its input triggers a change.
 
 use std::{
     io::BufRead,
@@ -21,17 +21,17 @@ use tokio::{
 
 use super::server::CHANGED;
 
-/// Serves what the two files hold: what is said first, and at each change.
+/// Serves the contents of two files: the first response, and each change.
 pub(crate) fn serve(first: &Path, then: &Path, port: u16) -> Result<()> {
     let (first, then) = (Bytes::from(std::fs::read(first)?), Bytes::from(std::fs::read(then)?));
     let changes = watch::Sender::new(0_u64);
-    let told = changes.clone();
+    let trigger = changes.clone();
     std::thread::spawn(move || {
         for _ in std::io::stdin().lock().lines().map_while(Result::ok) {
             println!("{} {CHANGED}", Timestamp::now());
-            told.send_modify(|count| *count += 1);
+            trigger.send_modify(|count| *count += 1);
         }
-        // Whoever started this has gone.
+        // The process that started this one has exited.
         std::process::exit(0);
     });
     tokio::runtime::Builder::new_multi_thread().enable_io().build()?.block_on(async {
@@ -39,7 +39,7 @@ pub(crate) fn serve(first: &Path, then: &Path, port: u16) -> Result<()> {
         loop {
             let (stream, _) = listener.accept().await?;
             stream.set_nodelay(true)?;
-            // A client that leaves is none of the baseline's business.
+            // Errors of clients that disconnect are ignored.
             tokio::spawn(tell(stream, first.clone(), then.clone(), changes.subscribe()));
         }
     })
@@ -51,7 +51,7 @@ async fn tell(
     then: Bytes,
     mut changes: watch::Receiver<u64>,
 ) -> Result<()> {
-    // Whatever it asks for; the request fits into one read.
+    // The request is ignored; it fits into one read.
     if stream.read(&mut [0; 1024]).await? == 0 {
         return Ok(());
     }

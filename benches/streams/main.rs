@@ -1,7 +1,7 @@
-//! What thousands of open streams cost: `cargo bench --bench streams`, `-- --help` for more.
+//! The cost of thousands of open streams: `cargo bench --bench streams`, `-- --help` for more.
 //!
-//! It measures real processes from outside, on one machine, and promises nothing: beside Parapet
-//! runs a bare server that writes the same bytes, and what counts is the ratio.
+//! It measures real processes from outside, on one machine. Compare the ratios to a bare server that
+//! writes the same bytes.
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program for the terminal")]
 
@@ -37,16 +37,16 @@ use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 
 use crate::{measure::Session, report::Report};
 
-/// How many streams there are, one level after the other.
+/// The numbers of streams that are measured.
 const LEVELS: [u64; 3] = [100, 1_000, 10_000];
 
-/// How often a change is told at each level.
+/// The number of changes for each number of streams.
 const ROUNDS: u16 = 7;
 
-/// For how long it is watched what keeping alive costs.
+/// How long the cost of keep-alive comments is measured.
 const STRETCH: Duration = Duration::from_secs(12);
 
-/// Open files that are needed besides streams.
+/// Open files in addition to streams.
 const OTHER_FILES: u64 = 100;
 
 fn main() -> Result<()> {
@@ -56,7 +56,7 @@ fn main() -> Result<()> {
             let port = *matches.get_one("port").expect("it is required");
             bare::serve(path(matches, "first"), path(matches, "then"), port)
         }
-        Some(_) => unreachable!("clap knows no other subcommands"),
+        Some(_) => unreachable!("clap rejects other subcommands"),
         None if matches.get_flag("bench") => bench(&matches),
         None => {
             // `cargo test --all-targets` runs this, too.
@@ -71,25 +71,25 @@ fn command() -> Command {
     let option = |name, help| Arg::new(name).long(name).help(help);
     let needed = |name| Arg::new(name).long(name).required(true);
     Command::new("streams")
-        .about("Measures what thousands of open streams cost, beside a bare server")
-        .arg(switch("quick", "A short look: two rounds, and keeping alive is left out"))
+        .about("Measures the cost of thousands of open streams, compared with a bare server")
+        .arg(switch("quick", "A quick run: two rounds, without the cost of keep-alive comments"))
         .arg(
-            option("streams", "Measure so many only; may be repeated")
+            option("streams", "Measure only this number of streams; repeatable")
                 .action(ArgAction::Append)
                 .value_parser(value_parser!(u64).range(1..)),
         )
         .arg(
-            option("rounds", "How often a change is told [default: 7]")
+            option("rounds", "Number of changes [default: 7]")
                 .value_parser(value_parser!(u16).range(1..)),
         )
         .arg(
             option(
                 "docs",
-                "Write streams.md and its plots into this folder [default: docs, of a full run]",
+                "Write streams.md and its plots to this directory [default: docs, after a full run]",
             )
             .value_parser(value_parser!(PathBuf)),
         )
-        .arg(switch("bench", "Given by cargo").hide(true))
+        .arg(switch("bench", "Passed by cargo").hide(true))
         .subcommand(
             Command::new("bare")
                 .about("The baseline; started by the benchmark itself")
@@ -112,16 +112,17 @@ fn bench(matches: &ArgMatches) -> Result<()> {
         rounds: rounds.into(),
         stretch: (!quick).then_some(STRETCH),
     };
-    process::raise_room()?;
-    let room = process::room().saturating_sub(OTHER_FILES);
-    let asked: Option<Vec<u64>> = matches.get_many("streams").map(|them| them.copied().collect());
-    let wanted = asked.clone().unwrap_or(LEVELS.into());
-    let (levels, beyond): (Vec<u64>, Vec<u64>) = wanted.iter().partition(|&&it| it <= room);
+    process::raise_fd_limit()?;
+    let room = process::fd_limit().saturating_sub(OTHER_FILES);
+    let selected: Option<Vec<u64>> =
+        matches.get_many("streams").map(|them| them.copied().collect());
+    let counts = selected.clone().unwrap_or(LEVELS.into());
+    let (levels, beyond): (Vec<u64>, Vec<u64>) = counts.iter().partition(|&&it| it <= room);
     if !beyond.is_empty() {
         eprintln!(
-            "{beyond:?} streams are left out: {} files may be open; raise the hard limit \
+            "skipping {beyond:?} streams: the limit on open files is {}; raise the hard limit \
              (`ulimit -Hn`)",
-            process::room()
+            process::fd_limit()
         );
     }
     ensure!(!levels.is_empty(), "nothing is left to measure");
@@ -130,11 +131,11 @@ fn bench(matches: &ArgMatches) -> Result<()> {
     let machine = machine::describe("the clients share", &[])?;
     println!("{machine}\n\n{}", report.tables());
     let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs");
-    let whole = !quick && asked.is_none() && beyond.is_empty();
+    let whole = !quick && selected.is_none() && beyond.is_empty();
     if let Some(docs) = matches.get_one::<PathBuf>("docs").or(Some(&own).filter(|_| whole)) {
         let command = format!("cargo bench --bench streams -- --rounds {rounds}");
         report.write(docs, &machine, &command)?;
-        eprintln!("{} is written", docs.join("streams.md").display());
+        eprintln!("wrote {}", docs.join("streams.md").display());
     }
     Ok(())
 }

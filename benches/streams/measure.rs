@@ -1,4 +1,5 @@
-//! What so many streams cost: memory, the way of a change to all of them, and their keeping alive.
+//! The cost of a number of streams: memory, delivery of a change to all of them, and keep-alive
+//! comments.
 
 use std::{
     net::TcpStream,
@@ -17,24 +18,23 @@ use super::{
     server::Server,
 };
 
-/// How the whole benchmark is run.
+/// The configuration of the whole benchmark.
 #[derive(Debug)]
 pub(crate) struct Session {
     pub(crate) folder: PathBuf,
-    /// How often a change is told.
+    /// The number of changes.
     pub(crate) rounds: usize,
-    /// For how long it is watched what keeping alive costs, if it is.
+    /// How long the cost of keep-alive comments is measured, if at all.
     pub(crate) stretch: Option<Duration>,
 }
 
-/// What so many streams cost, beside as many connections on which nothing is asked any more, and
-/// beside the baseline.
+/// The results for one number of streams, for as many idle connections, and for the baseline.
 #[derive(Debug)]
 pub(crate) struct Level {
     pub(crate) streams: u64,
-    /// Resident memory of each, in bytes.
+    /// Resident memory per stream, in bytes.
     pub(crate) stream: f64,
-    /// The same when all have ended and come back.
+    /// The same after all clients have disconnected and reconnected.
     pub(crate) again: f64,
     pub(crate) idle: f64,
     pub(crate) bare: f64,
@@ -43,7 +43,7 @@ pub(crate) struct Level {
     pub(crate) kept: Option<Kept>,
 }
 
-/// When clients had a change, in milliseconds since the server began to tell it; by the median over
+/// When clients received a change, in milliseconds since the server began to send it; medians over
 /// rounds.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Spread {
@@ -51,26 +51,26 @@ pub(crate) struct Spread {
     pub(crate) p50: f64,
     pub(crate) p99: f64,
     pub(crate) last: f64,
-    /// Processor time of the server for each, in microseconds.
+    /// Processor time of the server per client, in microseconds.
     pub(crate) cpu_micros: f64,
 }
 
-/// What keeping alive costs.
+/// The cost of keep-alive comments.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Kept {
-    /// Comments sent on all streams, each second.
+    /// Comments per second on all streams.
     pub(crate) comments: f64,
-    /// Processor time of streams, as a share of one core.
+    /// Processor time with streams, as a fraction of one core.
     pub(crate) streams: f64,
-    /// The same of connections without streams.
+    /// Processor time with idle connections instead, as a fraction of one core.
     pub(crate) idle: f64,
 }
 
-/// How long a server is left alone between rounds where it does not take its time itself.
+/// The pause between rounds, for servers that would not pause themselves.
 const BETWEEN_ROUNDS: Duration = Duration::from_millis(300);
 
 impl Session {
-    /// Measures so many streams.
+    /// Measures this number of streams.
     pub(crate) fn measure(&self, streams: u64) -> Result<Level> {
         eprintln!("{streams} streams");
         let (idle, idle_share) = self.idle(streams)?;
@@ -80,10 +80,10 @@ impl Session {
         let (request, host) = (server.request(), server.process.address);
         let (first, then) = record(host, &request, || server.change())?;
         server.await_nobody()?;
-        let before = server.process.settled()?;
+        let before = server.process.settled_resident()?;
         let mut audience = Audience::new()?;
         let each = |server: &Server| -> Result<f64> {
-            Ok((to_f64(server.process.settled()?) - to_f64(before)) / to_f64(streams))
+            Ok((to_f64(server.process.settled_resident()?) - to_f64(before)) / to_f64(streams))
         };
         audience.open(streams, host, &request)?;
         let stream = each(&server)?;
@@ -91,7 +91,7 @@ impl Session {
         server.await_nobody()?;
         audience.open(streams, host, &request)?;
         let again = each(&server)?;
-        eprintln!("  {stream:.0} bytes a stream, {again:.0} when all have come back");
+        eprintln!("  {stream:.0} bytes a stream, {again:.0} after reconnecting");
         let told = self.tell(&mut server, &audience, streams)?;
         let kept = self.keep(&server, &audience)?;
         let kept = kept.zip(idle_share).map(|((comments, streams), idle)| {
@@ -101,34 +101,34 @@ impl Session {
         drop((audience, server));
 
         let mut server = Server::bare(&self.folder, &first, &then)?;
-        let before = server.process.settled()?;
+        let before = server.process.settled_resident()?;
         let mut audience = Audience::new()?;
         audience.open(streams, server.process.address, &request)?;
-        let bare = (to_f64(server.process.settled()?) - to_f64(before)) / to_f64(streams);
+        let bare = (to_f64(server.process.settled_resident()?) - to_f64(before)) / to_f64(streams);
         eprintln!("  {bare:.0} bytes a stream of the baseline");
         let bare_told = self.tell(&mut server, &audience, streams)?;
         Ok(Level { streams, stream, again, idle, bare, told, bare_told, kept })
     }
 
-    /// What each of so many connections takes that have been used once and stay open, and all of them
-    /// as a share of one core.
+    /// The memory of each of `count` connections that were used once and stay open, and the processor
+    /// time of all of them as a fraction of one core.
     fn idle(&self, count: u64) -> Result<(f64, Option<f64>)> {
         let server = Server::parapet(&self.folder, count)?;
         let (poll, host) = (server.poll()?, server.process.address);
-        let before = server.process.settled()?;
+        let before = server.process.settled_resident()?;
         let open = (0..count).map(|_| {
             let mut stream = TcpStream::connect(host)?;
-            poll.ask_on(&mut stream, host, 0)?;
+            poll.send_on(&mut stream, host, 0)?;
             Ok(stream)
         });
         let open = open.collect::<Result<Vec<_>>>()?;
-        let each = (to_f64(server.process.settled()?) - to_f64(before)) / to_f64(count);
+        let each = (to_f64(server.process.settled_resident()?) - to_f64(before)) / to_f64(count);
         let share = self.stretch.map(|time| share(&server.process, time)).transpose()?;
         drop(open);
         Ok((each, share))
     }
 
-    /// Tells a change several times, after once that does not count.
+    /// Measures several changes, after one that does not count.
     fn tell(&self, server: &mut Server, audience: &Audience, streams: u64) -> Result<Spread> {
         let mut rounds = Vec::new();
         for round in 0..=self.rounds {
@@ -151,7 +151,7 @@ impl Session {
         Ok(Spread::median(&rounds))
     }
 
-    /// Comments each second, and the share of one core, from when comments have begun to come.
+    /// Comments per second, and processor time as a fraction of one core, from the first comment on.
     fn keep(&self, server: &Server, audience: &Audience) -> Result<Option<(f64, f64)>> {
         let Some(time) = self.stretch else { return Ok(None) };
         audience.await_comments(1)?;
@@ -163,7 +163,7 @@ impl Session {
 }
 
 impl Spread {
-    /// Of what arrived at these times, the earliest first, since `start`.
+    /// From these arrival times, earliest first, and the start.
     fn of(arrivals: &[Timestamp], start: Timestamp, cpu_micros: f64) -> Self {
         let after = |share: usize| {
             let arrival = arrivals[(arrivals.len() - 1) * share / 100];
@@ -185,7 +185,7 @@ impl Spread {
     }
 }
 
-/// Processor time over a stretch, as a share of one core.
+/// Processor time over a period, as a fraction of one core.
 fn share(process: &Process, stretch: Duration) -> Result<f64> {
     let (before, began) = (cpu_nanos(process)?, Instant::now());
     sleep(stretch);
@@ -193,12 +193,12 @@ fn share(process: &Process, stretch: Duration) -> Result<f64> {
     Ok(to_f64(nanos) / 1e9 / began.elapsed().as_secs_f64())
 }
 
-/// The processor time that a process's present threads have taken so far, in nanoseconds; times of
-/// the whole process are too coarse for what takes little.
+/// The processor time of a process's current threads so far, in nanoseconds. The times of the whole
+/// process are too coarse for small loads.
 fn cpu_nanos(process: &Process) -> Result<u64> {
     let mut nanos = 0;
     for thread in std::fs::read_dir(process.proc().join("task"))? {
-        // One that has just ended has no file any more.
+        // A thread that has just ended has no file.
         let text = std::fs::read_to_string(thread?.path().join("schedstat")).unwrap_or_default();
         let first = text.split_whitespace().next().and_then(|it| it.parse::<u64>().ok());
         nanos += first.unwrap_or_default();

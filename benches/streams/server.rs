@@ -1,4 +1,4 @@
-//! Who streams: Parapet, or the baseline; and how either is brought to tell a change.
+//! The streaming servers, Parapet and the baseline, and how to trigger a change in either.
 
 use std::{
     io::Write as _,
@@ -12,21 +12,21 @@ use jiff::Timestamp;
 
 use super::{exchange::Request, flags::document, parapet, process::Process};
 
-/// How many flags there are.
+/// The number of flags.
 pub(crate) const FLAGS: usize = 350;
 
-/// What either server's log says right before it begins to tell a change.
+/// The log message of either server right before it sends a change.
 pub(crate) const CHANGED: &str = "New flags";
 
 const CLIENT: &str = "*:development.client-of-the-benchmark-0123456789abcdef";
 
-/// What changes: the description of one flag.
+/// The text that changes: the description of one flag.
 const DESCRIPTION: &str = "Some description of feature 0 ";
 
-/// The longest that closed connections may stay open.
+/// The timeout until closed connections have ended.
 const PATIENCE: Duration = Duration::from_mins(1);
 
-/// A server that streams.
+/// A streaming server.
 #[derive(Debug)]
 pub(crate) struct Server {
     pub(crate) process: Process,
@@ -39,12 +39,12 @@ enum Kind {
         flags: PathBuf,
         changes: u32,
     },
-    /// Writes what it was given.
+    /// Writes fixed bytes.
     Bare,
 }
 
 impl Server {
-    /// Parapet, offline, that lets this many clients in.
+    /// Parapet, offline, with limits for this many clients.
     pub(crate) fn parapet(folder: &Path, clients: u64) -> Result<Self> {
         let flags = folder.join("flags.json");
         std::fs::write(&flags, document(FLAGS))?;
@@ -60,7 +60,7 @@ impl Server {
         Ok(Self { process, kind: Kind::Parapet { flags, changes: 0 } })
     }
 
-    /// The baseline, which says these bytes first, and those at each change.
+    /// The baseline, which sends `first` to each client, and `then` at each change.
     pub(crate) fn bare(folder: &Path, first: &[u8], then: &[u8]) -> Result<Self> {
         let this = std::env::current_exe()?;
         let files = [folder.join("first"), folder.join("then")];
@@ -75,27 +75,27 @@ impl Server {
         Ok(Self { process, kind: Kind::Bare })
     }
 
-    /// What a client asks for a stream.
+    /// A client's request for a stream.
     pub(crate) fn request(&self) -> String {
         ask("/api/client/streaming")
             .header("Accept", "text/event-stream")
             .text(self.process.address)
     }
 
-    /// What a client asks that polls and knows all there is.
+    /// The request of a polling client that is up to date.
     pub(crate) fn poll(&self) -> Result<Request> {
         let request = ask("/api/client/features");
-        let answer = request.ask(self.process.address, 0)?;
+        let answer = request.send(self.process.address, 0)?;
         let tag = answer.header("etag").context("flags have an entity tag")?;
         Ok(request.header("If-None-Match", tag))
     }
 
-    /// Changes a flag; it is told of soon.
+    /// Changes a flag, which the server then sends to all clients.
     pub(crate) fn change(&mut self) -> Result<()> {
         match &mut self.kind {
             Kind::Parapet { flags, changes } => {
                 *changes += 1;
-                // As long as the others, so that only what is said differs.
+                // Each change has the same length.
                 let change = format!("{DESCRIPTION}(as of {changes:06}) ");
                 let text = document(FLAGS).replacen(DESCRIPTION, &change, 1);
                 ensure!(text.contains(&change), "the first flag is described");
@@ -107,20 +107,21 @@ impl Server {
         }
     }
 
-    /// When the server began to tell the last change.
+    /// When the server began to send the last change.
     pub(crate) fn changed_at(&self) -> Result<Timestamp> {
         let log = self.process.log();
         let line = log.lines().rev().find(|line| line.contains(CHANGED));
         let time = line.and_then(|line| line.split_whitespace().next());
-        time.and_then(|time| time.parse().ok()).with_context(|| format!("no change told: {log}"))
+        time.and_then(|time| time.parse().ok())
+            .with_context(|| format!("no change in the log: {log}"))
     }
 
-    /// Waits until a Parapet has noticed that all clients of streams are gone.
+    /// Waits until Parapet has closed the streams of all disconnected clients.
     pub(crate) fn await_nobody(&self) -> Result<()> {
         let began = Instant::now();
         loop {
             let metrics =
-                Request::get("/internal-backstage/metrics").ask(self.process.address, 0)?;
+                Request::get("/internal-backstage/metrics").send(self.process.address, 0)?;
             if String::from_utf8_lossy(&metrics.body).lines().any(|it| it == "parapet_streams 0") {
                 return Ok(());
             }

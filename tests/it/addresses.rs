@@ -1,7 +1,7 @@
-//! Lists of addresses, as Unleash Edge matches them: by its engine, yggdrasil.
+//! Lists of IP addresses match as in Unleash Edge, whose engine is yggdrasil.
 //!
-//! Unleash and the Node SDK match only IPv4 in the strategy `remoteAddress`, and no netmasks. Texts that
-//! are equal match there and in Parapet, addresses or not.
+//! Unleash and the Node SDK match only IPv4 in the strategy `remoteAddress`, and no netmasks. Equal
+//! texts match there and in Parapet, even if they are not addresses.
 
 use std::net::IpAddr;
 
@@ -13,7 +13,8 @@ use proptest::sample::{select, subsequence};
 use serde_json::{Value, json};
 use unleash_yggdrasil::{EngineState, UpdateMessage};
 
-/// A flag for a list in the strategy `remoteAddress`, and one for it in the operator `IN_CIDR`.
+/// A flag with a list in the strategy `remoteAddress`, and one with the same list in the operator
+/// `IN_CIDR`.
 fn document(list: &[&str]) -> Value {
     let constraint =
         json!({ "contextName": "remoteAddress", "operator": "IN_CIDR", "values": list });
@@ -79,7 +80,7 @@ fn address_lists_match_as_in_unleash_edge() {
     check("10.0.0.0/255.0.0.0", "10.9.8.7", true);
     check("10.0.0.0/255.0.0.0", "11.9.8.7", false);
     check("10.0.0.0/255.0.255.0", "10.9.0.7", false);
-    // An address that maps IPv4 into IPv6 is one of IPv6. That of a connection is never written so.
+    // An IPv4-mapped IPv6 address is an IPv6 address. The address of a connection never has this form.
     check("::ffff:10.0.0.1", "::ffff:a00:1", true);
     check("::ffff:10.0.0.0/104", "::ffff:10.9.8.7", true);
     check("10.0.0.0/8", "::ffff:10.0.0.1", false);
@@ -90,7 +91,7 @@ fn address_lists_match_as_in_unleash_edge() {
 }
 
 #[test]
-fn space_at_the_ends_of_an_address_list_does_not_count() {
+fn space_around_an_address_list_is_ignored() {
     let document = document(&[" 10.0.0.0/8", " ::1 "]);
     for address in ["10.0.0.1", "::1"] {
         assert!(evaluate_with_yggdrasil(&document, address)[0], "yggdrasil: {address}");
@@ -103,7 +104,7 @@ proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(256) })]
 
     #[test]
-    fn any_spelling_of_addresses_matches_as_in_unleash_edge(
+    fn all_address_spellings_match_as_in_unleash_edge(
         list in subsequence(SPELLINGS.to_vec(), 1..6).prop_shuffle(),
         suffixes in proptest::collection::vec(select(SUFFIXES.to_vec()), 6),
         address in select(SPELLINGS.to_vec()),

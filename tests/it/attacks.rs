@@ -1,4 +1,5 @@
-//! What it costs to be attacked cheaply, by clients without a token or with a public one, and what others notice.
+//! The cost of cheap attacks by clients without a token or with a public one, and their effect on other
+//! clients.
 
 use std::io::Write as _;
 use std::net::Ipv4Addr;
@@ -13,7 +14,7 @@ use crate::rig::{Parapet, secrets, until};
 const FLAGS: &str =
     r#"{"features":[{"name":"a","enabled":true,"strategies":[{"name":"default"}]}]}"#;
 
-/// Offline, with a token of each kind.
+/// Offline, with a client token and a frontend token.
 async fn offline() -> Parapet {
     secrets::remember(CLIENT);
     secrets::remember(FRONTEND);
@@ -30,7 +31,7 @@ fn client(host: u8) -> Client {
     Client::builder().no_proxy().local_address(Some(address.into())).build().unwrap()
 }
 
-/// So many bytes of a text again and again, which a few dozen bytes stand for.
+/// Compresses this many bytes of a repeated text into a few dozen bytes.
 fn bomb(text: &str, bytes: usize) -> Vec<u8> {
     let mut encoder = brotli::CompressorWriter::new(Vec::new(), 4096, 11, 24);
     encoder.write_all(text.repeat(bytes / text.len()).as_bytes()).unwrap();
@@ -38,8 +39,8 @@ fn bomb(text: &str, bytes: usize) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn bodies_of_anybody_are_cheap_and_those_who_send_them_again_and_again_wait() {
-    /// About as many as one address may get wrong at once.
+async fn compression_bombs_are_cheap_to_reject_and_throttle_their_sender() {
+    /// About the number of rejected requests that one address may send at once.
     const REQUESTS: usize = 150;
     let parapet = offline().await;
     let post = async |client: &Client, path: &str, coding: &'static str, body: Vec<u8>| {
@@ -68,7 +69,7 @@ async fn bodies_of_anybody_are_cheap_and_those_who_send_them_again_and_again_wai
     let of_bombs = parapet.processor_time().saturating_sub(before);
     assert!(of_bombs < 30 * of_ordinary, "{of_bombs:?}, {of_ordinary:?} for ordinary questions");
 
-    // What is too long a list is not read to its end.
+    // A list that is too long is not read to its end.
     let status = post(&other, "/edge/validate", "", list.into()).await;
     assert_eq!(status, StatusCode::BAD_REQUEST);
     let mut refused = 0;
@@ -85,7 +86,7 @@ async fn bodies_of_anybody_are_cheap_and_those_who_send_them_again_and_again_wai
 }
 
 #[tokio::test]
-async fn who_asks_about_made_up_tokens_waits_whatever_address_it_claims() {
+async fn validation_of_made_up_tokens_is_throttled_despite_forged_addresses() {
     let parapet = Local::offline_with(FLAGS, &["--trust-proxy"]).await;
     let ask = async |number: u32| {
         let body = json!({ "tokens": [format!("*:development.made-up-{number}")] });
@@ -94,18 +95,18 @@ async fn who_asks_about_made_up_tokens_waits_whatever_address_it_claims() {
         let request = request.header("x-forwarded-for", format!("203.0.{high}.{low}"));
         request.send().await.unwrap().status()
     };
-    let mut asked = 0;
-    while ask(asked).await != StatusCode::TOO_MANY_REQUESTS {
-        asked += 1;
-        assert!(asked < 2000, "nobody waits");
+    let mut sent = 0;
+    while ask(sent).await != StatusCode::TOO_MANY_REQUESTS {
+        sent += 1;
+        assert!(sent < 2000, "no request is throttled");
     }
 }
 
-/// The memory that hashing one password takes while it lasts, in KiB.
+/// The memory for hashing one password, in KiB.
 const BLOCK: u64 = 19_456;
 
 #[tokio::test]
-async fn refused_sign_ins_take_the_memory_of_two_at_most_and_give_it_back() {
+async fn rejected_sign_ins_use_memory_for_two_hashes_and_free_it() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("flags.json");
     std::fs::write(&file, FLAGS).unwrap();
@@ -122,7 +123,7 @@ async fn refused_sign_ins_take_the_memory_of_two_at_most_and_give_it_back() {
     }
     let most = parapet.proc_status("VmHWM");
     assert!(most < before + 3 * BLOCK, "{most} KiB at the most, {before} before");
-    until("the memory is given back", Duration::from_mins(1), async || {
+    until("the memory is freed", Duration::from_mins(1), async || {
         (parapet.proc_status("VmRSS") < before + BLOCK).then_some(())
     })
     .await;

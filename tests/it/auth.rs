@@ -1,4 +1,4 @@
-//! Tokens at the door: who is let in where, and what those hear who are not.
+//! Authentication: which tokens are accepted on which routes, and the errors for the others.
 
 use reqwest::{Method, StatusCode};
 use serde_json::json;
@@ -13,7 +13,7 @@ const FLAGS: &str = r#"{"features":[
 const NO_TOKEN: &str = "This endpoint requires an API token. Please add an authorization header to your request with a valid token";
 const WRONG_KIND: &str = "invalid token: expected a different token type for this endpoint";
 
-/// What wants a client token. The last ones have parts of the other API in their path.
+/// Routes that require a client token. The last ones contain parts of the other API in their path.
 const CLIENT_ROUTES: [(Method, &str); 10] = [
     (Method::GET, "/api/client/features"),
     (Method::HEAD, "/api/client/features"),
@@ -27,7 +27,7 @@ const CLIENT_ROUTES: [(Method, &str); 10] = [
     (Method::GET, "/api/client/features/%2Ffrontend"),
 ];
 
-/// What wants a frontend token.
+/// Routes that require a frontend token.
 const FRONTEND_ROUTES: [(Method, &str); 10] = [
     (Method::GET, "/api/frontend"),
     (Method::POST, "/api/frontend"),
@@ -56,7 +56,7 @@ fn check(answer: &Answer, method: &Method, status: StatusCode, message: &str) {
 }
 
 #[tokio::test]
-async fn without_a_valid_token_every_route_says_that_it_wants_one() {
+async fn every_route_without_valid_token_requires_one() {
     let parapet = Local::offline(FLAGS).await;
     let nearly = format!("{CLIENT}x");
     let other_case = CLIENT.to_uppercase();
@@ -88,7 +88,7 @@ async fn without_a_valid_token_every_route_says_that_it_wants_one() {
 }
 
 #[tokio::test]
-async fn a_token_of_the_other_kind_is_told_so_whatever_the_path_looks_like() {
+async fn token_of_wrong_kind_gets_403_on_every_path() {
     let parapet = Local::offline(FLAGS).await;
     for (method, path) in &CLIENT_ROUTES {
         for token in [FRONTEND, WEB_FRONTEND] {
@@ -109,7 +109,7 @@ async fn a_token_of_the_other_kind_is_told_so_whatever_the_path_looks_like() {
 }
 
 #[tokio::test]
-async fn a_token_may_come_raw_or_as_bearer() {
+async fn token_is_accepted_raw_or_as_bearer() {
     let parapet = Local::offline(FLAGS).await;
     for scheme in ["", "Bearer ", "bearer ", "BEARER   "] {
         let answer = parapet.get("/api/client/features", &format!("{scheme}{CLIENT}")).await;
@@ -120,7 +120,7 @@ async fn a_token_may_come_raw_or_as_bearer() {
 }
 
 #[tokio::test]
-async fn the_header_of_tokens_can_be_another() {
+async fn token_header_is_configurable() {
     for flag in ["--edge-auth-header", "--token-header"] {
         let parapet = Local::offline_with(FLAGS, &[flag, "X-Flags-Token"]).await;
         let request = parapet.request(Method::GET, "/api/client/features");
@@ -132,7 +132,7 @@ async fn the_header_of_tokens_can_be_another() {
 }
 
 #[tokio::test]
-async fn an_admin_token_reads_no_flags() {
+async fn admin_token_reads_no_flags() {
     const ADMIN: &str = "*:*.admin-0123456789abcdef0123456789abcdef";
     let variables = [("INIT_ADMIN_API_TOKENS", ADMIN)];
     let parapet = Local::standalone(FLAGS, &[], &variables).await;
@@ -143,7 +143,7 @@ async fn an_admin_token_reads_no_flags() {
 }
 
 #[tokio::test]
-async fn anybody_may_ask_which_of_their_tokens_are_valid() {
+async fn validation_without_token_lists_valid_tokens() {
     let parapet = Local::offline(FLAGS).await;
     let body = json!({"tokens": [
         CLIENT, "malformed", "*:development.unknown", WEB_FRONTEND, "", "user:abc",
@@ -151,7 +151,7 @@ async fn anybody_may_ask_which_of_their_tokens_are_valid() {
     let answer = answer(parapet.json("/edge/validate", &body)).await;
     assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
     let tokens = answer.json()["tokens"].clone();
-    let told: Vec<_> = tokens
+    let listed: Vec<_> = tokens
         .as_array()
         .unwrap()
         .iter()
@@ -159,13 +159,16 @@ async fn anybody_may_ask_which_of_their_tokens_are_valid() {
         .collect();
     let environment = Some("development");
     let (all, web) = (json!(["*"]), json!(["web"]));
-    assert_eq!(told, [(Some(CLIENT), &all, environment), (Some(WEB_FRONTEND), &web, environment)]);
+    assert_eq!(
+        listed,
+        [(Some(CLIENT), &all, environment), (Some(WEB_FRONTEND), &web, environment)]
+    );
     let kinds: Vec<_> = (0..2).map(|n| tokens[n]["type"].as_str().unwrap()).collect();
     assert!(["client", "backend"].contains(&kinds[0]) && kinds[1] == "frontend", "{kinds:?}");
 }
 
 #[tokio::test]
-async fn a_question_about_tokens_that_cannot_be_read_is_refused_without_repeating_it() {
+async fn malformed_validation_request_is_rejected_without_echoing_tokens() {
     let parapet = Local::offline(FLAGS).await;
     let too_many = json!({"tokens": vec!["*:development.secret-of-many"; 1001]}).to_string();
     for body in [

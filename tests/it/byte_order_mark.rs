@@ -1,4 +1,5 @@
-//! A byte order mark in front of JSON, as some .NET programs send it, and in front of files, as editors on Windows save them.
+//! A byte order mark in front of JSON, as some .NET programs send it, and in front of files, as editors
+//! on Windows save them.
 
 use std::time::Duration;
 
@@ -14,7 +15,7 @@ const FLAGS: &str =
     r#"{"features":[{"name":"first","enabled":true,"strategies":[{"name":"default"}]}]}"#;
 
 #[tokio::test]
-async fn json_bodies_may_begin_with_a_byte_order_mark() {
+async fn json_body_with_byte_order_mark_is_accepted() {
     let parapet = Local::offline(FLAGS).await;
     let usage = json!({ "appName": "app", "instanceId": "i", "bucket": {
         "start": "2026-01-01T00:00:00Z", "stop": "2026-01-01T00:01:00Z", "toggles": { "first": { "yes": 1, "no": 0 } },
@@ -47,7 +48,7 @@ async fn json_bodies_may_begin_with_a_byte_order_mark() {
 }
 
 #[tokio::test]
-async fn compressed_bodies_may_begin_with_a_byte_order_mark() {
+async fn compressed_body_with_byte_order_mark_is_accepted() {
     let parapet = Local::offline(FLAGS).await;
     let body = zstd::bulk::compress(format!("{MARK}{{}}").as_bytes(), 1).unwrap();
     let request = parapet.request(Method::POST, "/api/frontend").header("authorization", FRONTEND);
@@ -59,7 +60,7 @@ async fn compressed_bodies_may_begin_with_a_byte_order_mark() {
 const ADMIN: &str = "*:*.byte-order-mark-0123456789abcdef0123456789abcdef";
 
 #[tokio::test]
-async fn the_admin_api_reads_bodies_after_a_byte_order_mark() {
+async fn admin_api_accepts_body_with_byte_order_mark() {
     let parapet = Local::standalone(FLAGS, &[], &[("INIT_ADMIN_API_TOKENS", ADMIN)]).await;
     let post = async |path: &str, body: Value| {
         let request = parapet.admin_request(Method::POST, path).header("authorization", ADMIN);
@@ -73,7 +74,7 @@ async fn the_admin_api_reads_bodies_after_a_byte_order_mark() {
 }
 
 #[tokio::test]
-async fn files_may_begin_with_a_byte_order_mark() {
+async fn files_with_byte_order_mark_are_read() {
     let folder = tempfile::tempdir().unwrap();
     let save = |name: &str, text: &str| {
         let path = folder.path().join(name);
@@ -114,7 +115,7 @@ async fn files_may_begin_with_a_byte_order_mark() {
 }
 
 #[test]
-fn explain_reads_flags_after_a_byte_order_mark() {
+fn explain_reads_flag_file_with_byte_order_mark() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("flags.json");
     std::fs::write(&path, format!("{MARK}{FLAGS}")).unwrap();

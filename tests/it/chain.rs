@@ -1,6 +1,7 @@
-//! Unleash, an edge, an edge behind that, and SDKs behind the second: what is known at one end is known at the other.
+//! Unleash, an edge, a second edge behind it, and SDKs behind the second: changes and usage pass from
+//! one end to the other.
 //!
-//! What becomes of an edge whose upstream's stream fails is told in `follow`.
+//! `upstream_streaming` covers an edge whose upstream's stream fails.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,10 +15,10 @@ const HERE: &str = "development";
 
 const FEATURES: &str = "/api/client/features";
 
-/// Many times the intervals of half a second, and far below those of an hour.
+/// Many times the intervals of 0.5 s, and far below those of an hour.
 const SOON: Duration = Duration::from_mins(1);
 
-/// How often an edge has polled for flags, whatever the answer.
+/// The number of polls for flags by an edge, with any response.
 async fn polls(parapet: &Parapet) -> u64 {
     let page = parapet.metrics().await;
     let polls = "parapet_upstream_requests_total{purpose=\"features\"";
@@ -25,11 +26,12 @@ async fn polls(parapet: &Parapet) -> u64 {
     samples.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
 }
 
-/// An edge with an admin token of Unleash, and one behind it that has a token for itself and would poll once an hour.
+/// An edge with Unleash's admin token, and a second edge behind it with its own token, which would poll
+/// once an hour.
 struct Chain {
     first: Parapet,
     second: Parapet,
-    /// The second's own token.
+    /// The second edge's own token.
     own: String,
 }
 
@@ -51,10 +53,11 @@ impl Chain {
         chain
     }
 
-    /// Waits until the second has said so many times that it follows the first's stream.
+    /// Waits until the second edge has logged this many times that it follows the first one's stream.
     async fn until_follows(&self, times: usize) {
         until("the second edge follows the first", SOON, async || {
-            (self.second.log().matches("Follows upstream's stream").count() == times).then_some(())
+            (self.second.log().matches("Upstream's event stream is open").count() == times)
+                .then_some(())
         })
         .await;
     }
@@ -70,7 +73,7 @@ async fn until_sees(sdk: &mut Sdk, flag: &str, enabled: bool) {
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn a_change_crosses_two_edges_without_a_poll() {
+async fn change_passes_two_edges_without_polling() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
         let flag = format!("chain.change-{:?}", unleash.version()).to_lowercase();
         unleash.create_enabled_flag(&flag, HERE, &[]).await;
@@ -87,7 +90,7 @@ async fn a_change_crosses_two_edges_without_a_poll() {
             }
             until_sees(&mut sdk, &flag, enabled).await;
         }
-        // One that is killed is found again, and what changed meanwhile arrives.
+        // After a crash the edge reconnects, and receives what changed meanwhile.
         chain.first.kill();
         unleash.enable(&flag, HERE).await;
         until_sees(&mut sdk, &flag, false).await;
@@ -97,9 +100,9 @@ async fn a_change_crosses_two_edges_without_a_poll() {
 
         assert_eq!(polls(&chain.second).await, before, "{}", chain.second.log());
         assert_eq!(sdk.complaints(), "", "nothing of it was seen behind the second");
-        // Each of its two environments has been asked once at each start, and is polled.
-        let refused = "Polls upstream: it offers no stream";
-        until("each environment was asked once", SOON, async || {
+        // Each of its two environments was requested once at each start, and is polled.
+        let refused = "Polling upstream: it does not support streaming";
+        until("each environment was requested once", SOON, async || {
             (chain.first.log().matches(refused).count() == 2 * 2).then_some(())
         })
         .await;
@@ -115,7 +118,7 @@ async fn a_change_crosses_two_edges_without_a_poll() {
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn usage_and_impact_are_counted_once_at_the_other_end() {
+async fn usage_and_impact_metrics_are_counted_once_behind_two_edges() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
         let (name, app) = ("chain-usage", "chain-usage-node");
         let flag = format!("chain.usage-{:?}", unleash.version()).to_lowercase();
@@ -136,7 +139,7 @@ async fn usage_and_impact_are_counted_once_at_the_other_end() {
         }
         node.count("chain.unknown", 2).await;
         node.flush().await;
-        // Once it is there, and again when nothing more can come.
+        // Once when it has arrived, and again when nothing more can arrive.
         let impact = [
             ("chain_impact_counter", 5.0),
             ("chain_impact_gauge", 4.0),
@@ -174,7 +177,7 @@ async fn usage_and_impact_are_counted_once_at_the_other_end() {
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn a_token_that_is_revoked_is_refused_at_the_other_end_and_its_streams_end() {
+async fn revoked_token_is_rejected_behind_two_edges_and_its_streams_close() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
         let name = "chain-revocation";
         let flag = format!("chain.revocation-{:?}", unleash.version()).to_lowercase();
@@ -182,7 +185,8 @@ async fn a_token_that_is_revoked_is_refused_at_the_other_end_and_its_streams_end
         let chain = Chain::start(&unleash, name).await;
         let status = async |token: &str| chain.second.get(FEATURES, token).await.0;
         let until_status = async |token: &str, expect: StatusCode| {
-            // No list may have shown a token that was made a moment ago; then Unleash's caches decide, within a minute.
+            // The token list may not have contained a token that was created a moment ago. Then
+            // Unleash's caches decide, within a minute.
             until(&format!("a token gets {expect}"), 2 * SOON, async || {
                 (status(token).await == expect).then_some(())
             })
@@ -202,7 +206,7 @@ async fn a_token_that_is_revoked_is_refused_at_the_other_end_and_its_streams_end
         let end = async { while stream.chunk().await.unwrap().is_some() {} };
         tokio::time::timeout(SOON, end).await.expect("its stream ends");
 
-        // Without its own token the second edge goes on with one that it has seen.
+        // Without its own token the second edge continues with one that an SDK has presented.
         unleash.delete_token(&chain.own).await;
         until_status(&chain.own, StatusCode::UNAUTHORIZED).await;
         unleash.disable(&flag, HERE).await;

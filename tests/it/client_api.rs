@@ -1,4 +1,4 @@
-//! The API of server SDKs: flag configuration, as it came and only what the token sees.
+//! The API of server SDKs: flag configuration as upstream sent it, restricted to what the token may see.
 
 use std::collections::BTreeMap;
 use std::io::Read as _;
@@ -11,7 +11,7 @@ use crate::local::{Answer, CLIENT, Local, Modern as _, WEB_CLIENT, answer};
 
 const FEATURES: &str = "/api/client/features";
 
-/// Flags with what no version of Unleash has sent so far, oddly spaced; each one's text by name.
+/// Flags with fields that no version of Unleash has sent so far, oddly spaced: name and JSON text.
 const FLAGS: [(&str, &str); 5] = [
     (
         "plain",
@@ -47,7 +47,7 @@ fn flags() -> String {
     format!(r#"{{"version":2,"features":[{features}],"segments":{SEGMENTS}}}"#)
 }
 
-/// A flag file whose answers are worth compressing.
+/// A flag file whose responses are large enough to compress.
 fn long_flags() -> String {
     let flag = |n| format!(r#"{{"name":"flag-{n:03}","enabled":true,"strategies":[]}}"#);
     format!(r#"{{"features":[{}]}}"#, (0..100).map(flag).collect::<Vec<_>>().join(","))
@@ -66,7 +66,7 @@ struct Named {
     name: String,
 }
 
-/// The text of each flag that was answered.
+/// The JSON text of each flag in a response.
 fn texts(answer: &Answer) -> BTreeMap<String, String> {
     assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
     let listing: Listing<'_> = serde_json::from_slice(&answer.body).unwrap();
@@ -80,7 +80,7 @@ fn segment_ids(answer: &Answer) -> Vec<u64> {
 }
 
 #[tokio::test]
-async fn what_parapet_does_not_know_passes_through_byte_by_byte() {
+async fn unknown_fields_pass_through_unchanged() {
     let parapet = Local::offline(&flags()).await;
     let sent = FLAGS.map(|(name, text)| (name.to_owned(), text.to_owned())).into();
     assert_eq!(texts(&parapet.get(FEATURES, CLIENT).await), sent);
@@ -92,7 +92,7 @@ async fn what_parapet_does_not_know_passes_through_byte_by_byte() {
 }
 
 #[tokio::test]
-async fn get_post_and_head_answer_the_same() {
+async fn get_post_and_head_respond_alike() {
     let parapet = Local::offline(&flags()).await;
     let ask = |method| {
         let request = parapet.request(method, FEATURES).header("authorization", CLIENT).modern();
@@ -114,7 +114,7 @@ async fn get_post_and_head_answer_the_same() {
 }
 
 #[tokio::test]
-async fn a_token_and_a_query_narrow_what_is_seen() {
+async fn token_and_query_restrict_visible_flags() {
     let parapet = Local::offline(&flags()).await;
     let check = async |token: &str, query: &str, expect: &[&str]| {
         let answer = parapet.get(&format!("{FEATURES}{query}"), token).await;
@@ -138,7 +138,7 @@ async fn a_token_and_a_query_narrow_what_is_seen() {
 }
 
 #[tokio::test]
-async fn a_flag_that_is_not_there_or_not_seen_is_not_found() {
+async fn missing_or_hidden_flag_gets_404() {
     let parapet = Local::offline(&flags()).await;
     for (token, path) in [
         (CLIENT, "/api/client/features/none"),
@@ -157,7 +157,7 @@ async fn a_flag_that_is_not_there_or_not_seen_is_not_found() {
 }
 
 #[tokio::test]
-async fn segments_are_those_of_the_flags_that_are_seen() {
+async fn only_segments_of_visible_flags_are_sent() {
     let parapet = Local::offline(&flags()).await;
     let check = async |token: &str, query: &str, expect: &[u64]| {
         let answer = parapet.get(&format!("{FEATURES}{query}"), token).await;
@@ -170,7 +170,7 @@ async fn segments_are_those_of_the_flags_that_are_seen() {
 }
 
 #[tokio::test]
-async fn segments_become_constraints_for_sdks_before_specification_4_2() {
+async fn segments_are_inlined_for_sdks_before_specification_4_2() {
     let parapet = Local::offline(&flags()).await;
     for version in [None, Some("4.1.9"), Some("not a version")] {
         let request = parapet.request(Method::GET, "/api/client/features?namePrefix=web.one");
@@ -202,7 +202,7 @@ fn decoded(coding: &str, bytes: &[u8]) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn every_coding_decodes_to_the_same_bytes_and_has_a_strong_tag_of_its_own() {
+async fn every_content_encoding_decodes_alike_and_has_its_own_strong_etag() {
     let parapet = Local::offline(&long_flags()).await;
     let plain = parapet.get(FEATURES, CLIENT).await;
     assert_eq!((plain.header("content-encoding"), plain.header("vary")), ("", "accept-encoding"));
@@ -223,7 +223,7 @@ async fn every_coding_decodes_to_the_same_bytes_and_has_a_strong_tag_of_its_own(
 }
 
 #[tokio::test]
-async fn a_client_that_has_the_current_state_is_told_so_without_a_body() {
+async fn matching_if_none_match_gets_304_without_body() {
     let parapet = Local::offline(&long_flags()).await;
     let tag = parapet.get(FEATURES, CLIENT).await.header("etag").to_owned();
     let ask = async |method: &Method, path: &str, conditions: &[&str]| {
@@ -262,7 +262,7 @@ async fn a_client_that_has_the_current_state_is_told_so_without_a_body() {
 }
 
 #[tokio::test]
-async fn the_tag_changes_with_the_flags() {
+async fn etag_changes_with_flags() {
     let parapet = Local::offline(&long_flags()).await;
     let before = parapet.get(FEATURES, CLIENT).await;
     std::fs::write(parapet.flags_file(), long_flags().replace("flag-007", "flag-bond")).unwrap();

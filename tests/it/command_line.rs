@@ -1,10 +1,10 @@
-//! The command line as a shell sees it: exit statuses, and which stream tells what.
+//! The command line in a shell: exit codes, and which stream an output goes to.
 
 use std::process::{Command, Output};
 
 use tempfile::TempDir;
 
-/// Runs the binary in an empty folder and an empty environment.
+/// Runs the binary in an empty directory and an empty environment.
 fn parapet(args: &[&str]) -> Output {
     let folder = TempDir::new().expect("a temporary folder");
     let mut command = Command::new(env!("CARGO_BIN_EXE_parapet"));
@@ -12,10 +12,10 @@ fn parapet(args: &[&str]) -> Output {
 }
 
 #[test]
-fn a_wrong_configuration_exits_64_and_lists_its_mistakes_on_standard_error() {
+fn invalid_configuration_exits_64_and_lists_errors_on_stderr() {
     let output = parapet(&["--port", "x", "edge", "--admin-port", "y"]);
-    let told = String::from_utf8(output.stderr).unwrap();
-    assert_eq!((output.status.code(), told.lines().count()), (Some(64), 3), "{told}");
+    let printed = String::from_utf8(output.stderr).unwrap();
+    assert_eq!((output.status.code(), printed.lines().count()), (Some(64), 3), "{printed}");
     assert_eq!(output.stdout, b"");
     assert_eq!(parapet(&["--no-such-flag"]).status.code(), Some(64));
     let args = ["standalone", "--flags", "config/flags.json"];
@@ -25,7 +25,7 @@ fn a_wrong_configuration_exits_64_and_lists_its_mistakes_on_standard_error() {
 }
 
 #[test]
-fn what_was_asked_for_is_told_on_standard_output() {
+fn requested_output_goes_to_stdout() {
     for args in [
         &["--help"][..],
         &["--version"],
@@ -39,7 +39,7 @@ fn what_was_asked_for_is_told_on_standard_output() {
 }
 
 #[test]
-fn a_flag_of_a_file_is_explained_in_words_or_as_json() {
+fn flag_of_a_file_is_explained_as_text_or_json() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("production.json");
     let flags = r#"{"features":[{"name":"cart","enabled":true,"strategies":[
@@ -49,12 +49,12 @@ fn a_flag_of_a_file_is_explained_in_words_or_as_json() {
         {"name":"default","title":"The rest"}]}]}"#;
     std::fs::write(&path, flags).unwrap();
     let (file, folder) = (path.to_str().unwrap(), folder.path().to_str().unwrap());
-    let whom = ["--flag", "cart", "--user-id", "123", "--property", "plan=gold"];
-    let explain = |more: &[&str]| parapet(&[&["explain"], &whom[..], more].concat());
+    let target = ["--flag", "cart", "--user-id", "123", "--property", "plan=gold"];
+    let explain = |more: &[&str]| parapet(&[&["explain"], &target[..], more].concat());
 
     let output = explain(&["--flags", file, "--at", "2030-06-01T00:00:00Z"]);
     assert_eq!((output.status.code(), &*output.stderr), (Some(0), &b""[..]));
-    // The bucket is the one that the official SDKs document.
+    // The bucket is the one in the documentation of the official SDKs.
     let expect = "\
 `cart` is on: strategy 2 (`The rest`) matches: it is for everybody
   switched on
@@ -68,15 +68,15 @@ fn a_flag_of_a_file_is_explained_in_words_or_as_json() {
     assert_eq!(String::from_utf8(output.stdout).unwrap(), expect);
 
     let output = explain(&["--flags", folder, "--environment", "production", "--json"]);
-    let told: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!(told["decision"], serde_json::json!({ "by": "strategy", "index": 1 }));
-    assert_eq!(told["strategies"][0]["rule"]["placement"]["bucket"], 73);
+    let printed: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(printed["decision"], serde_json::json!({ "by": "strategy", "index": 1 }));
+    assert_eq!(printed["strategies"][0]["rule"]["placement"]["bucket"], 73);
 
     let check = |args: &[&str], code: i32, expect: &str| {
         let output = parapet(args);
-        let told = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(code), "{told}");
-        assert!(told.contains(expect), "{told}");
+        let printed = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{printed}");
+        assert!(printed.contains(expect), "{printed}");
     };
     check(&["explain", "--flags", file, "--flag", "Cart2"], 1, "; similar: cart");
     check(&["explain", "--flags", "/nowhere", "--flag", "cart"], 1, "cannot read /nowhere");
@@ -84,13 +84,13 @@ fn a_flag_of_a_file_is_explained_in_words_or_as_json() {
     let args = ["explain", "--flags", file, "--flag", "cart"];
     check(&[&args[..], &["--at", "soon"]].concat(), 64, "--at: expected a time");
     check(&[&args[..], &["--property", "plan"]].concat(), 64, "--property: expected NAME=VALUE");
-    check(&[&args[..], &["--port", "1"]].concat(), 64, "--port: has no meaning for `explain`");
+    check(&[&args[..], &["--port", "1"]].concat(), 64, "--port: does not apply to `explain`");
 }
 
 #[test]
-fn a_probe_of_nobody_exits_1_with_one_line() {
-    // The port of an address that nothing can be reached at.
+fn probe_of_unreachable_address_exits_1_with_one_line() {
+    // Nothing is reachable at port 0.
     let output = parapet(&["health", "--edge-url", "http://127.0.0.1:0"]);
-    let told = String::from_utf8(output.stderr).unwrap();
-    assert_eq!((output.status.code(), told.lines().count()), (Some(1), 1), "{told}");
+    let printed = String::from_utf8(output.stderr).unwrap();
+    assert_eq!((output.status.code(), printed.lines().count()), (Some(1), 1), "{printed}");
 }

@@ -1,4 +1,4 @@
-//! The console, as people use it: a real browser, and real SDKs with the tokens that were made in it.
+//! The console in a real browser, and real SDKs with the tokens that were created in it.
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -17,7 +17,7 @@ const OWNER: &str = "admin";
 const PASSWORD: &str = "correct horse battery";
 const VIEWERS: &str = "another long password";
 
-/// What each page is called in the navigation, and its picture.
+/// The navigation label of each page, and the name of its screenshot.
 const PAGES: [(&str, &str); 5] = [
     ("Overview", "overview"),
     ("Flags", "flags"),
@@ -28,10 +28,10 @@ const PAGES: [(&str, &str); 5] = [
 const THEMES: [&str; 2] = ["light", "dark"];
 const WIDE: u32 = 1280;
 const NARROW: u32 = 390;
-/// From a large phone held across to a small one, and what lies around where the layout changes.
+/// From a desktop to a small phone, with the widths around each change of the layout.
 const WIDTHS: [u32; 8] = [1440, 1100, 1000, 900, 861, 760, 480, 320];
 
-/// A browser that shows the console.
+/// A browser with the console.
 struct Console(Driver);
 
 impl Console {
@@ -39,7 +39,7 @@ impl Console {
         Self::open_with(url, &Value::Null).await
     }
 
-    /// With a session's cookie that the browser has kept.
+    /// With a session cookie that the browser already has.
     async fn open_with(url: &str, session: &Value) -> Self {
         let chromium = PathBuf::from("/usr/bin/chromium");
         assert!(chromium.exists(), "no Chromium: tests/run installs it");
@@ -53,7 +53,7 @@ impl Console {
 
     async fn sign_in(&mut self, username: &str, password: &str) {
         let answer = self.try_to_sign_in(username, password).await;
-        assert_eq!(answer["signedIn"], true, "{username} is not let in: {}", answer["text"]);
+        assert_eq!(answer["signedIn"], true, "{username} cannot sign in: {}", answer["text"]);
     }
 
     async fn try_to_sign_in(&mut self, username: &str, password: &str) -> Value {
@@ -80,7 +80,7 @@ impl Console {
         answer["buttons"].as_array().unwrap().iter().map(|it| text_of(it).to_owned()).collect()
     }
 
-    /// What is wrong with the page for people who read by ear, or see little, or hold a phone.
+    /// Panics if the page has accessibility errors, in any theme, on a desktop or a phone.
     async fn audit(&mut self, page: &str) {
         for theme in THEMES {
             for width in [WIDE, NARROW] {
@@ -90,13 +90,13 @@ impl Console {
         }
     }
 
-    /// Nothing sticks out of the page, whatever its width.
+    /// Panics if anything overflows the page, at any width.
     async fn fits(&mut self, page: &str) {
-        let told = self.ask("fit", json!({ "widths": WIDTHS })).await;
-        assert_eq!(told["told"], json!([]), "{page}");
+        let displayed = self.ask("fit", json!({ "widths": WIDTHS })).await;
+        assert_eq!(displayed["overflows"], json!([]), "{page}");
     }
 
-    /// Waits until this has the focus.
+    /// Waits until this element has the focus.
     async fn focuses(&mut self, name: &str) {
         until(&format!("the focus is on {name}"), Duration::from_secs(10), async || {
             (self.focus().await == name).then_some(())
@@ -109,18 +109,19 @@ impl Console {
         text_of(&focus["name"]).to_owned()
     }
 
-    /// A picture of the page in each theme.
+    /// Takes a screenshot of the page in each theme.
     async fn photograph(&mut self, name: &str) {
         let folder = pictures();
         for theme in THEMES {
             let path = folder.join(format!("{name}-{theme}.png"));
-            let wish = json!({ "path": path, "theme": theme, "width": WIDE });
-            let taken = self.ask("screenshot", wish).await;
+            let form = json!({ "path": path, "theme": theme, "width": WIDE });
+            let taken = self.ask("screenshot", form).await;
             assert!(taken["bytes"].as_u64().unwrap() > 10_000, "{name} is an empty picture");
         }
     }
 
-    /// Ends the browser; no script may have failed, and nothing may have broken the page's policy.
+    /// Closes the browser. Panics if a script has failed or the page's content security policy was
+    /// violated.
     async fn close(mut self) {
         let troubles = self.ask("troubles", Value::Null).await;
         assert_eq!(troubles["troubles"], json!([]));
@@ -128,7 +129,7 @@ impl Console {
     }
 }
 
-/// Where pictures go: where the documentation keeps them, if `PARAPET_SCREENSHOTS` says so.
+/// The directory of screenshots: the one in the documentation if `PARAPET_SCREENSHOTS` is set.
 fn pictures() -> PathBuf {
     let kept = std::env::var_os("PARAPET_SCREENSHOTS").map(PathBuf::from);
     let folder = kept.unwrap_or_else(|| PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("console"));
@@ -140,12 +141,12 @@ fn text_of(value: &Value) -> &str {
     value.as_str().unwrap()
 }
 
-/// A standalone that serves the example flags, and whose owner has the password above.
+/// A standalone with the example flags, whose owner has the password above.
 async fn standalone() -> Parapet {
     standalone_of(&Path::new(env!("CARGO_MANIFEST_DIR")).join("config/flags.json")).await
 }
 
-/// The same with other flags.
+/// A standalone with other flags.
 async fn standalone_of(flags: &Path) -> Parapet {
     for password in [PASSWORD, VIEWERS] {
         secrets::remember(password);
@@ -159,7 +160,7 @@ async fn standalone_of(flags: &Path) -> Parapet {
         .await
 }
 
-/// Polls for flags, now and then with a token that nobody knows, until dropped.
+/// Polls for flags until dropped, sometimes with an unknown token.
 async fn traffic(url: String, token: String) {
     let mut ticks = tokio::time::interval(Duration::from_millis(40));
     for count in 0_u32.. {
@@ -171,7 +172,7 @@ async fn traffic(url: String, token: String) {
 }
 
 #[tokio::test]
-async fn an_admin_makes_a_token_in_the_console_and_an_sdk_works_with_it() {
+async fn token_created_in_the_console_works_in_an_sdk() {
     let parapet = standalone().await;
     let mut console = Console::open(&parapet.admin_url()).await;
 
@@ -184,13 +185,13 @@ async fn an_admin_makes_a_token_in_the_console_and_an_sdk_works_with_it() {
     // Advanced → API access → New API token.
     let navigation = console.ask("navigation", Value::Null).await;
     let (advanced, access) = ("ADVANCED", "API ACCESS");
-    let told = text_of(&navigation["text"]).to_uppercase();
-    assert!(told.find(advanced).unwrap() < told.find(access).unwrap(), "{told}");
+    let displayed = text_of(&navigation["text"]).to_uppercase();
+    assert!(displayed.find(advanced).unwrap() < displayed.find(access).unwrap(), "{displayed}");
     console.go("API access").await;
     let wrong = console.ask("create_token_wrongly", json!({ "name": "   " })).await;
-    assert_eq!(wrong["told"].as_array().unwrap().len(), 1, "{wrong}");
-    let wish = json!({ "name": "checkout", "kind": "Backend", "environment": "development" });
-    let made = console.ask("create_token", wish).await;
+    assert_eq!(wrong["messages"].as_array().unwrap().len(), 1, "{wrong}");
+    let form = json!({ "name": "checkout", "kind": "Backend", "environment": "development" });
+    let made = console.ask("create_token", form).await;
     let secret = text_of(&made["secret"]).to_owned();
     secrets::remember(&secret);
     assert_eq!(made["clipboard"], secret.as_str(), "Copy copies the secret");
@@ -224,7 +225,7 @@ async fn an_admin_makes_a_token_in_the_console_and_an_sdk_works_with_it() {
     console.go("Overview").await;
     assert!(console.text().await.contains("checkout"), "the application is connected");
 
-    // Whoever reads by ear, holds a phone or likes the dark finds the same.
+    // The page is accessible with a screen reader, on a phone and in the dark theme.
     let frontend = json!({ "name": "web shop", "kind": "Frontend", "environment": "production",
         "projects": ["default"] });
     console.go("API access").await;
@@ -245,7 +246,7 @@ async fn an_admin_makes_a_token_in_the_console_and_an_sdk_works_with_it() {
     }
     drop(load);
 
-    // Deleting asks first, and ends the token.
+    // Deleting asks for confirmation, and revokes the token.
     let status = async || parapet.get("/api/client/features", &secret).await.0;
     assert_eq!(status().await, StatusCode::OK);
     console.go("API access").await;
@@ -257,13 +258,13 @@ async fn an_admin_makes_a_token_in_the_console_and_an_sdk_works_with_it() {
     assert!(console.rows("API tokens", "Name", "checkout").await.is_empty());
     console.go("Audit log").await;
     let log = console.rows("Audit log", "Of", "checkout").await;
-    let told: Vec<_> = log.iter().map(|row| text_of(&row["What"])).collect();
-    assert_eq!(told, ["API token deleted", "API token created"]);
+    let displayed: Vec<_> = log.iter().map(|row| text_of(&row["What"])).collect();
+    assert_eq!(displayed, ["API token deleted", "API token created"]);
     console.ask("sign_out", Value::Null).await;
     console.close().await;
 }
 
-/// The first line that a program prints of what it reads on its standard input.
+/// The first line that a program prints for this standard input.
 async fn first_line(program: &Path, arguments: &[&str], input: &str) -> String {
     let mut command = Command::new(program);
     command.args(arguments).current_dir(tests_dir()).kill_on_drop(true);
@@ -280,7 +281,7 @@ async fn first_line(program: &Path, arguments: &[&str], input: &str) -> String {
 }
 
 #[tokio::test]
-async fn what_is_offered_to_start_with_works_as_it_stands() {
+async fn code_snippets_of_the_console_work_unchanged() {
     let parapet = standalone().await;
     let mut console = Console::open(&parapet.admin_url()).await;
     console.sign_in(OWNER, PASSWORD).await;
@@ -305,23 +306,23 @@ async fn what_is_offered_to_start_with_works_as_it_stands() {
         ),
         ("Admin", &[("curl", shell, &["-"], "\"tokenName\":\"for Admin\"")]),
     ] {
-        let wish = json!({ "name": format!("for {kind}"), "kind": kind });
-        let made = console.ask("create_token", wish).await;
+        let form = json!({ "name": format!("for {kind}"), "kind": kind });
+        let made = console.ask("create_token", form).await;
         secrets::remember(text_of(&made["secret"]));
         console.ask("close_dialog", Value::Null).await;
         assert_eq!(made["snippets"].as_object().unwrap().len(), ways.len(), "{kind}");
         for (way, program, arguments, expect) in ways {
-            // The flag stands for one of the reader's own.
+            // The flag is a placeholder for one of the reader's flags.
             let text = text_of(&made["snippets"][way]).replace("my-flag", "demo.on-for-all");
-            let told = first_line(program, arguments, &text).await;
-            assert!(told.contains(expect), "{kind}, {way}: {told}");
+            let displayed = first_line(program, arguments, &text).await;
+            assert!(displayed.contains(expect), "{kind}, {way}: {displayed}");
         }
     }
     console.close().await;
 }
 
 #[tokio::test]
-async fn a_viewer_is_offered_what_it_may_do_and_refused_the_rest() {
+async fn viewer_sees_only_permitted_actions_and_is_denied_the_others() {
     let parapet = standalone().await;
     let mut admin = Console::open(&parapet.admin_url()).await;
     admin.sign_in(OWNER, PASSWORD).await;
@@ -338,8 +339,8 @@ async fn a_viewer_is_offered_what_it_may_do_and_refused_the_rest() {
     let mut viewer = Console::open(&parapet.admin_url()).await;
     viewer.sign_in("vera", VIEWERS).await;
     let navigation = viewer.ask("navigation", Value::Null).await;
-    let told = text_of(&navigation["text"]).to_owned();
-    assert!(!told.contains("Accounts") && !told.contains("Audit log"), "{told}");
+    let displayed = text_of(&navigation["text"]).to_owned();
+    assert!(!displayed.contains("Accounts") && !displayed.contains("Audit log"), "{displayed}");
     viewer.go("API access").await;
     let shows = async |viewer: &mut Console, name| {
         !viewer.rows("API tokens", "Name", name).await.is_empty()
@@ -352,14 +353,14 @@ async fn a_viewer_is_offered_what_it_may_do_and_refused_the_rest() {
     viewer.audit("API access of a viewer").await;
     viewer.photograph("api-access-viewer").await;
 
-    // What is not offered is refused all the same.
+    // Actions that are not offered are denied by the API as well.
     let token = json!({ "tokenName": "own", "type": "client", "environment": "development" });
     let create = json!({ "method": "POST", "path": "api/admin/api-tokens", "body": token });
     let refused = viewer.ask("ask", create).await;
     assert_eq!(refused["status"], 403, "{refused}");
     assert!(text_of(&refused["text"]).contains("CREATE_CLIENT_API_TOKEN"), "{refused}");
 
-    // A grant takes effect at once, and shows with the next page.
+    // A grant takes effect at once, and is visible on the next page.
     let grant = json!({ "username": "vera", "kind": "Backend tokens", "permission": "Create" });
     admin.ask("grant", grant).await;
     viewer.ask("reload", json!({ "heading": "API access" })).await;
@@ -375,32 +376,32 @@ async fn a_viewer_is_offered_what_it_may_do_and_refused_the_rest() {
 
     admin.go("Audit log").await;
     let log = admin.rows("Audit log", "By whom", "vera").await;
-    let told: Vec<_> = log.iter().map(|row| text_of(&row["What"])).collect();
-    assert_eq!(told, ["API token created", "Permission denied", "Signed in"]);
+    let displayed: Vec<_> = log.iter().map(|row| text_of(&row["What"])).collect();
+    assert_eq!(displayed, ["API token created", "Permission denied", "Signed in"]);
     admin.close().await;
     viewer.close().await;
 }
 
 #[tokio::test]
-async fn a_flag_is_told_in_words_and_explained_for_a_user() {
+async fn flag_is_described_and_explained_for_a_user() {
     let parapet = standalone().await;
     let mut console = Console::open(&parapet.admin_url()).await;
     console.sign_in(OWNER, PASSWORD).await;
     console.go("Flags").await;
     console.ask("open_flag", json!({ "flag": "demo.gradual-rollout" })).await;
-    let told = console.text().await;
-    assert!(told.contains("25 %") && told.contains("Not used yet"), "{told}");
-    let asked = json!({ "fields": { "User ID": "7" } });
-    let explained = console.ask("explain", asked).await;
-    // What the Python SDK's hash makes of `demo.gradual-rollout:7`: modulo 100, plus 1.
-    let told = text_of(&explained["text"]);
-    assert!(told.contains("30"), "{told}");
+    let displayed = console.text().await;
+    assert!(displayed.contains("25 %") && displayed.contains("Not used yet"), "{displayed}");
+    let context_form = json!({ "fields": { "User ID": "7" } });
+    let explained = console.ask("explain", context_form).await;
+    // The bucket from the Python SDK's hash of `demo.gradual-rollout:7`: modulo 100, plus 1.
+    let displayed = text_of(&explained["text"]);
+    assert!(displayed.contains("30"), "{displayed}");
     console.audit("a flag, explained").await;
     console.photograph("flag").await;
     console.close().await;
 }
 
-/// Parts of flags that are not as they are meant, and what is said of them.
+/// Malformed parts of flags, and what the console says about them.
 const ODD: [(&str, &str); 7] = [
     (r#""strategies":"x","variants":{"a":1}"#, "a strategy here cannot be read"),
     (r#""strategies":[null,{"name":"default","parameters":"x"}]"#, "The first strategy that"),
@@ -412,12 +413,12 @@ const ODD: [(&str, &str); 7] = [
 ];
 
 #[tokio::test]
-async fn a_flag_that_cannot_be_read_is_shown_as_far_as_it_can_be() {
+async fn malformed_flag_is_shown_as_far_as_possible() {
     let named = ODD
         .iter()
         .enumerate()
         .map(|(at, (flag, _))| format!(r#"{{"name":"flag-{at}","enabled":true,{flag}}}"#));
-    // No address can have these names.
+    // No URL can contain these names.
     let steps = [".", ".."];
     let step = |name: &str| format!(r#"{{"name":"{name}","enabled":true,"strategies":[]}}"#);
     let flags: Vec<_> = named.chain(steps.map(step)).collect();
@@ -440,13 +441,13 @@ async fn a_flag_that_cannot_be_read_is_shown_as_far_as_it_can_be() {
 }
 
 #[tokio::test]
-async fn the_console_of_an_edge_works_with_the_accounts_and_tokens_of_its_unleash() {
+async fn console_of_an_edge_manages_accounts_and_tokens_of_unleash() {
     let unleash = Unleash::shared(Version::V8).await;
     unleash.create_enabled_flag("told-in-words", "development", &[]).await;
     let parapet = Parapet::edge(&unleash.url())
         .admin_token(unleash.admin_token())
         .arg("--admin-relay")
-        // Not impatient: Unleash takes its time to judge a password, and is given it.
+        // Without short timeouts: Unleash takes long to check a password.
         .flag("--features-refresh-interval-seconds", "0.5")
         .flag("--token-list-interval-seconds", "0.5")
         .flag("--upstream-request-timeout", "30")
@@ -455,15 +456,15 @@ async fn the_console_of_an_edge_works_with_the_accounts_and_tokens_of_its_unleas
     let mut console = Console::open(&parapet.admin_url()).await;
     console.sign_in("admin", "unleash4all").await;
     console.go("API access").await;
-    let wish = json!({ "name": "of the edge", "kind": "Backend", "environment": "development" });
-    let made = console.ask("create_token", wish).await;
+    let form = json!({ "name": "of the edge", "kind": "Backend", "environment": "development" });
+    let made = console.ask("create_token", form).await;
     let secret = text_of(&made["secret"]).to_owned();
     secrets::remember(&secret);
     console.ask("close_dialog", Value::Null).await;
     let text = console.text().await;
     assert!(
         text.contains("of the edge") && !text.contains(&secret),
-        "lists mask what Unleash tells"
+        "lists mask what Unleash shows"
     );
     let status = async || parapet.get("/api/client/features", &secret).await.0;
     assert_eq!(status().await, StatusCode::OK);
@@ -503,7 +504,7 @@ async fn overview_shows_that_upstream_refuses_the_admin_token() {
 }
 
 #[tokio::test]
-async fn the_console_of_an_edge_in_front_of_a_standalone_is_that_of_the_standalone() {
+async fn console_of_an_edge_shows_its_standalone_upstream() {
     let standalone = standalone().await;
     let token = run(
         &[
@@ -519,8 +520,8 @@ async fn the_console_of_an_edge_in_front_of_a_standalone_is_that_of_the_standalo
     console.sign_in(OWNER, PASSWORD).await;
     console.ask("says", json!({ "text": "on 2 streams" })).await;
     console.go("API access").await;
-    let wish = json!({ "name": "far", "kind": "Admin" });
-    let made = console.ask("create_token", wish).await;
+    let form = json!({ "name": "far", "kind": "Admin" });
+    let made = console.ask("create_token", form).await;
     secrets::remember(text_of(&made["secret"]));
     console.ask("close_dialog", Value::Null).await;
     console.ask("delete_token", json!({ "name": "far" })).await;
@@ -531,7 +532,7 @@ async fn the_console_of_an_edge_in_front_of_a_standalone_is_that_of_the_standalo
     console.ask("grant", grant).await;
     console.go("Audit log").await;
     let log = console.rows("Audit log", "By whom", OWNER).await;
-    let told: Vec<_> = log.iter().map(|row| text_of(&row["What"])).collect();
+    let displayed: Vec<_> = log.iter().map(|row| text_of(&row["What"])).collect();
     let expect = [
         "Permissions changed",
         "Account created",
@@ -539,12 +540,12 @@ async fn the_console_of_an_edge_in_front_of_a_standalone_is_that_of_the_standalo
         "API token created",
         "Signed in",
     ];
-    assert_eq!(told, expect);
+    assert_eq!(displayed, expect);
     console.close().await;
 }
 
 #[tokio::test]
-async fn the_console_is_walked_by_keyboard() {
+async fn console_is_usable_by_keyboard() {
     let parapet = standalone().await;
     let mut console = Console::open(&parapet.admin_url()).await;
     console.sign_in(OWNER, PASSWORD).await;
@@ -556,12 +557,12 @@ async fn the_console_is_walked_by_keyboard() {
         assert_eq!(there["found"], true, "{then} is reached from {name}");
         console.ask("press", json!({ "key": "Shift+Tab" })).await;
     }
-    // Escape leaves a form, and gives the focus back.
+    // Escape closes a form, and restores the focus.
     console.ask("press", json!({ "key": "Escape" })).await;
     console.focuses("New API token").await;
     assert_eq!(console.ask("dialog", Value::Null).await["open"], false);
 
-    // It does not take a secret away that nobody can see again.
+    // It does not close a secret that cannot be shown again.
     for name in ["first", "second"] {
         let made = console.ask("create_token", json!({ "name": name, "kind": "Backend" })).await;
         secrets::remember(text_of(&made["secret"]));
@@ -573,7 +574,7 @@ async fn the_console_is_walked_by_keyboard() {
         console.focuses("New API token").await;
     }
 
-    // Nor does the way back, which leads to another page behind it.
+    // Neither does the browser's back button, which would open another page behind it.
     console.go("Flags").await;
     console.go("API access").await;
     let made = console.ask("create_token", json!({ "name": "third", "kind": "Backend" })).await;
@@ -585,7 +586,7 @@ async fn the_console_is_walked_by_keyboard() {
     console.focuses("Flags").await;
     console.go("API access").await;
 
-    // Where the table was drawn anew, the focus is where it was, and else where reading begins.
+    // After a table is redrawn the focus is where it was, or else where reading starts.
     console.ask("delete_token", json!({ "name": "first" })).await;
     console.focuses("API access").await;
     console.ask("click", json!({ "name": "Change expiry of second" })).await;
@@ -600,7 +601,7 @@ async fn the_console_is_walked_by_keyboard() {
     let grant = json!({ "username": "vera", "kind": "Backend tokens", "permission": "Create" });
     console.ask("grant", grant).await;
     console.focuses("Permissions of vera").await;
-    // The overview's tables are drawn anew all the while: neither a click by a slow hand nor the focus is lost by it.
+    // The overview redraws its tables continuously. Neither a slow click nor the focus is lost by it.
     console.go("Overview").await;
     console.ask("hold", json!({ "name": "Mean time" })).await;
     console.ask("chart", json!({ "moments": 2 })).await;
@@ -612,7 +613,7 @@ async fn the_console_is_walked_by_keyboard() {
 }
 
 #[tokio::test]
-async fn what_is_left_while_it_is_read_again_does_not_fail() {
+async fn page_left_during_a_reload_does_not_fail() {
     let parapet = standalone().await;
     let mut console = Console::open(&parapet.admin_url()).await;
     console.sign_in(OWNER, PASSWORD).await;
@@ -626,20 +627,20 @@ async fn what_is_left_while_it_is_read_again_does_not_fail() {
 }
 
 #[tokio::test]
-async fn a_session_that_has_ended_elsewhere_is_told_whatever_page_finds_it() {
+async fn session_ended_elsewhere_is_reported_on_every_page() {
     let parapet = standalone().await;
     let mut console = Console::open(&parapet.admin_url()).await;
     let elsewhere = json!({ "method": "POST", "path": "logout" });
     let ended = json!({ "text": "Your session has ended." });
-    // The overview asks again and again.
+    // The overview sends requests periodically.
     console.sign_in(OWNER, PASSWORD).await;
     console.ask("ask", elsewhere.clone()).await;
     console.ask("says", ended.clone()).await;
 
-    // That something is not told to a session does not end it.
+    // A denied page does not end the session.
     console.sign_in(OWNER, PASSWORD).await;
     console.ask("refuse", json!({ "path": "status" })).await;
-    console.ask("says", json!({ "text": "Not told to this account" })).await;
+    console.ask("says", json!({ "text": "Not available to this account" })).await;
     console.go("API access").await;
     console.ask("ask", elsewhere).await;
     console.ask("visit", json!({ "hash": "#/flags", "heading": "Sign in" })).await;
@@ -654,7 +655,7 @@ async fn guess_cookie(url: &str, number: u64) -> StatusCode {
 }
 
 #[tokio::test]
-async fn an_owner_with_an_old_cookie_signs_in_where_others_guess_cookies() {
+async fn owner_with_stale_cookie_signs_in_during_cookie_guessing() {
     let parapet = standalone().await;
     let url = parapet.admin_url();
     let mut number = 0;
@@ -674,15 +675,15 @@ async fn an_owner_with_an_old_cookie_signs_in_where_others_guess_cookies() {
 }
 
 #[tokio::test]
-async fn names_of_any_length_stay_within_the_page() {
+async fn long_names_do_not_overflow_the_page() {
     let parapet = standalone().await;
     let mut console = Console::open(&parapet.admin_url()).await;
     console.sign_in(OWNER, PASSWORD).await;
-    // Nowhere to break it.
+    // Without a place for a line break.
     let long = "longname".repeat(31);
     console.go("API access").await;
-    let wish = json!({ "name": long, "kind": "Frontend", "environment": "production" });
-    let made = console.ask("create_token", wish).await;
+    let form = json!({ "name": long, "kind": "Frontend", "environment": "production" });
+    let made = console.ask("create_token", form).await;
     secrets::remember(text_of(&made["secret"]));
     console.audit("the secret of a long name").await;
     console.ask("close_dialog", Value::Null).await;
@@ -695,7 +696,7 @@ async fn names_of_any_length_stay_within_the_page() {
     console.go("Overview").await;
     console.ask("sign_out", Value::Null).await;
     console.sign_in(&long, VIEWERS).await;
-    console.fits("the overview of somebody with a long name").await;
+    console.fits("the overview of an account with a long name").await;
     console.ask("sign_out", Value::Null).await;
     console.sign_in(OWNER, PASSWORD).await;
     console.go("Audit log").await;
@@ -704,7 +705,7 @@ async fn names_of_any_length_stay_within_the_page() {
 }
 
 #[tokio::test]
-async fn what_is_empty_or_wrong_or_away_is_said_in_words() {
+async fn empty_wrong_and_unavailable_states_are_described() {
     let parapet = standalone().await;
     let mut console = Console::open(&parapet.admin_url()).await;
     console.sign_in(OWNER, PASSWORD).await;
@@ -729,10 +730,14 @@ async fn what_is_empty_or_wrong_or_away_is_said_in_words() {
         console.fits(hash).await;
     }
     console.ask("visit", visit("#/audit-log?type=unheard-of", "Audit log")).await;
-    let told = console.text().await;
-    assert_eq!(told.matches("must be of api-token-created").count(), 1, "it is said once: {told}");
+    let displayed = console.text().await;
+    assert_eq!(
+        displayed.matches("must be one of api-token-created").count(),
+        1,
+        "it appears once: {displayed}"
+    );
 
-    // Mistakes stand beside the fields, in the fields' own words.
+    // Errors appear beside their fields, in the words of the form.
     console.go("Accounts").await;
     let account = json!({ "username": "vera", "password": VIEWERS, "role": "Viewer" });
     console.ask("create_account", account).await;
@@ -744,7 +749,7 @@ async fn what_is_empty_or_wrong_or_away_is_said_in_words() {
     }
     console.ask("click", json!({ "name": "Create account" })).await;
     let wrong = console.ask("mistakes", Value::Null).await;
-    assert_eq!(wrong["told"], json!(["Is taken."]));
+    assert_eq!(wrong["messages"], json!(["Is taken."]));
     console.audit("a form with a mistake").await;
     console.ask("press", json!({ "key": "Escape" })).await;
 
@@ -764,7 +769,7 @@ async fn what_is_empty_or_wrong_or_away_is_said_in_words() {
 }
 
 #[tokio::test]
-async fn the_consoles_files_allow_no_foreign_script_and_are_asked_for_again_cheaply() {
+async fn console_files_forbid_foreign_scripts_and_are_revalidated() {
     let parapet = standalone().await;
     let page = http().get(parapet.admin_url()).send().await.unwrap();
     assert_eq!(page.status(), StatusCode::OK);

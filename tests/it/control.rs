@@ -1,4 +1,5 @@
-//! A standalone as a control plane: accounts, tokens, permissions and the audit log through HTTP, on both databases.
+//! A standalone as a control plane: accounts, tokens, permissions and the audit log over HTTP, on both
+//! databases.
 
 mod backup;
 mod requests;
@@ -21,17 +22,17 @@ const FLAGS: &str = r#"{"features":[
 const OWNER: &str = "admin";
 const PASSWORD: &str = "correct horse battery";
 
-/// A password that is given later.
+/// A password for a later change.
 const OTHER: &str = "another long password";
 
-/// Where accounts and tokens are kept.
+/// The database of accounts and tokens.
 #[derive(Clone, Copy, Debug)]
 enum Kept {
     Sqlite,
     Postgres,
 }
 
-/// A place for instances.
+/// A directory and a database for instances.
 struct Place {
     folder: tempfile::TempDir,
     database: Option<String>,
@@ -71,7 +72,7 @@ impl Place {
 }
 
 impl Place {
-    /// Makes accounts unreadable, as where the database is away, or readable again.
+    /// Makes the accounts unreadable, as if the database were unavailable, or readable again.
     async fn set_away(&self, parapet: &Parapet, away: bool) {
         let sql = if away {
             "ALTER TABLE accounts RENAME TO accounts_away"
@@ -81,10 +82,10 @@ impl Place {
         self.execute(parapet, sql).await;
     }
 
-    /// Makes accounts read-only, as on a standby of PostgreSQL or a full disk, or writable again.
+    /// Makes the accounts read-only, as on a PostgreSQL standby or a full disk, or writable again.
     async fn set_read_only(&self, parapet: &Parapet, read_only: bool) {
         if let Some(name) = self.database_name() {
-            // Counts for new connections.
+            // It applies to new connections.
             let sql = format!(
                 "ALTER DATABASE {name} SET default_transaction_read_only = {read_only}; \
                  SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
@@ -104,7 +105,7 @@ impl Place {
         self.database.as_deref()?.rsplit('/').next()
     }
 
-    /// Runs SQL in the database of `parapet`, behind its back.
+    /// Runs SQL in the database of `parapet`, without its knowledge.
     async fn execute(&self, parapet: &Parapet, sql: &'static str) {
         if let Some(name) = self.database_name() {
             return Postgres::shared().await.execute(name, sql).await;
@@ -116,7 +117,7 @@ impl Place {
     }
 }
 
-/// Somebody who has signed in.
+/// A signed-in user.
 struct Session {
     url: String,
     cookies: String,
@@ -220,7 +221,7 @@ async fn features(parapet: &Parapet, token: &str) -> StatusCode {
     parapet.get("/api/client/features", token).await.0
 }
 
-/// The identifier under which lists show the token of this name.
+/// The identifier of the token of this name, as lists show it.
 async fn identifier(session: &Session, name: &str) -> String {
     let listed = session.get(&format!("/api/admin/api-tokens/{name}")).await;
     listed["tokens"][0]["secret"].as_str().unwrap().to_owned()
@@ -241,7 +242,7 @@ async fn the_life_of_a_token(kept: Kept) {
     assert!(!listed.to_string().contains(&secret), "lists show no secret");
     assert_eq!(listed["tokens"][0]["type"], "backend");
 
-    // What is reported is stored and shown.
+    // Reported usage is stored and listed.
     let report = json!({ "appName": "shop", "instanceId": "i", "bucket": {
         "start": jiff::Timestamp::now().to_string(), "stop": jiff::Timestamp::now().to_string(),
         "toggles": { "first": { "yes": 3, "no": 1, "variants": { "a": 2 } } } } });
@@ -262,7 +263,7 @@ async fn the_life_of_a_token(kept: Kept) {
     let applications = owner.get("/api/admin/metrics/applications").await;
     assert_eq!(applications["applications"][0]["appName"], "shop");
 
-    // A token ends when it expires, without anybody doing anything.
+    // A token expires without any action.
     let end = jiff::Timestamp::now() + jiff::SignedDuration::from_millis(1500);
     let path = format!("/api/admin/api-tokens/{}", identifier(&owner, "checkout").await);
     let (status, _) =
@@ -275,7 +276,7 @@ async fn the_life_of_a_token(kept: Kept) {
     owner.call(Method::PUT, &path, &json!({ "expiresAt": null })).await;
     assert_eq!(features(&parapet, &secret).await, StatusCode::OK, "and comes back");
 
-    // Deleted by its secret, it is refused at once, here and after a restart.
+    // Deleted by its secret, it is rejected at once, on this instance and after a restart.
     let path = format!("/api/admin/api-tokens/{secret}");
     assert_eq!(owner.call(Method::DELETE, &path, &Value::Null).await.0, StatusCode::OK);
     assert_eq!(features(&parapet, &secret).await, StatusCode::UNAUTHORIZED);
@@ -287,7 +288,7 @@ async fn the_life_of_a_token(kept: Kept) {
     let frontend = kept_token["secret"].as_str().unwrap();
     assert_eq!(parapet.get("/api/frontend", frontend).await.0, StatusCode::OK);
 
-    // The session has outlived the restart, and the audit log tells all of it.
+    // The session survives the restart, and the audit log contains every step.
     let events = owner.get("/api/admin/events?limit=1000").await;
     let mut kinds: BTreeMap<&str, usize> = BTreeMap::new();
     for event in events["events"].as_array().unwrap() {
@@ -308,17 +309,17 @@ async fn the_life_of_a_token(kept: Kept) {
 }
 
 #[tokio::test]
-async fn a_token_lives_as_its_owner_says_on_sqlite() {
+async fn token_lifecycle_on_sqlite() {
     the_life_of_a_token(Kept::Sqlite).await;
 }
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL"]
-async fn a_token_lives_as_its_owner_says_on_postgresql() {
+async fn token_lifecycle_on_postgresql() {
     the_life_of_a_token(Kept::Postgres).await;
 }
 
-/// Each role and each grant, for each operation on each kind of token.
+/// Each role and each permission, for each operation on each kind of token.
 async fn permissions(kept: Kept) {
     let place = Place::new(kept).await;
     let parapet = place.start().await;
@@ -399,18 +400,18 @@ async fn permissions(kept: Kept) {
 }
 
 #[tokio::test]
-async fn each_right_comes_with_its_role_or_its_grant_and_no_other_on_sqlite() {
+async fn each_permission_requires_its_role_or_grant_on_sqlite() {
     permissions(Kept::Sqlite).await;
 }
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL"]
-async fn each_right_comes_with_its_role_or_its_grant_and_no_other_on_postgresql() {
+async fn each_permission_requires_its_role_or_grant_on_postgresql() {
     permissions(Kept::Postgres).await;
 }
 
-/// Ending a token by an expiry in the past is a deletion, and giving an expired one a later expiry is
-/// a creation, whoever may update.
+/// An expiry in the past counts as a deletion, and a later expiry for an expired token as a creation;
+/// the update permission is not enough for either.
 async fn update_permission_neither_ends_nor_revives_tokens(kept: Kept) {
     let place = Place::new(kept).await;
     let parapet = place.start().await;
@@ -473,8 +474,8 @@ async fn update_permission_neither_ends_nor_revives_tokens_on_postgresql() {
     update_permission_neither_ends_nor_revives_tokens(Kept::Postgres).await;
 }
 
-/// An attempt that a failing database keeps from being judged does not count, neither to sign in nor to
-/// change the own password: with the right one all goes on as soon as the database does.
+/// Attempts that fail because of the database do not count, neither to sign in nor to change the own
+/// password. With the right password both work as soon as the database does.
 async fn database_failure_costs_no_attempts(kept: Kept) {
     let place = Place::new(kept).await;
     let parapet = place.start().await;
@@ -502,7 +503,7 @@ async fn database_failure_costs_no_attempts(kept: Kept) {
     assert_eq!(attempt(PASSWORD).await, Ok(()));
     assert_eq!(change().await.0, StatusCode::OK);
 
-    // What is judged counts.
+    // Attempts that were checked do count.
     let mut judged = 0;
     while attempt(OTHER).await == Err(StatusCode::UNAUTHORIZED) {
         judged += 1;
@@ -523,7 +524,7 @@ async fn database_failure_costs_no_attempts_on_postgresql() {
 }
 
 #[tokio::test]
-async fn sessions_end_with_their_password_and_change_nothing_for_other_pages() {
+async fn password_change_ends_sessions_and_cross_origin_changes_are_denied() {
     let place = Place::new(Kept::Sqlite).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
@@ -532,7 +533,7 @@ async fn sessions_end_with_their_password_and_change_nothing_for_other_pages() {
     assert_eq!(sign_in(&parapet, "ann", "wrong").await.err(), Some(StatusCode::UNAUTHORIZED));
     assert_eq!(sign_in(&parapet, "nobody", "wrong").await.err(), Some(StatusCode::UNAUTHORIZED));
 
-    // A page of another origin cannot change anything with somebody's cookies.
+    // A page of another origin cannot change anything with a user's cookies.
     let token = json!({ "tokenName": "x", "type": "client" });
     for headers in [
         vec![("cookie", owner.cookies.as_str())],
@@ -555,14 +556,14 @@ async fn sessions_end_with_their_password_and_change_nothing_for_other_pages() {
     let status = ann.call(Method::GET, "/api/admin/user", &Value::Null).await.0;
     assert_eq!(status, StatusCode::UNAUTHORIZED);
 
-    // Nobody can make the instance ownerless.
+    // The last owner cannot be deleted.
     let (status, _) = owner.call(Method::DELETE, "/api/admin/user-admin/1", &Value::Null).await;
     assert_eq!(status, StatusCode::FORBIDDEN);
 }
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL"]
-async fn a_token_deleted_on_one_instance_is_refused_by_the_other() {
+async fn token_deleted_on_one_instance_is_rejected_by_the_other() {
     let place = Place::new(Kept::Postgres).await;
     let (one, other) = tokio::join!(place.start(), place.start());
     let owner = sign_in(&one, OWNER, PASSWORD).await.unwrap();
@@ -571,7 +572,7 @@ async fn a_token_deleted_on_one_instance_is_refused_by_the_other() {
     let (_, made) = owner.create_token("client", "shared").await;
     let secret = made["secret"].as_str().unwrap();
     let at_other = async |expect| {
-        until("the other instance knows", Duration::from_secs(10), async || {
+        until("the other instance has noticed", Duration::from_secs(10), async || {
             (features(&other, secret).await == expect).then_some(())
         })
         .await;
@@ -580,13 +581,13 @@ async fn a_token_deleted_on_one_instance_is_refused_by_the_other() {
     let path = format!("/api/admin/api-tokens/{}", identifier(&owner, "shared").await);
     assert_eq!(owner.call(Method::DELETE, &path, &Value::Null).await.0, StatusCode::OK);
     at_other(StatusCode::UNAUTHORIZED).await;
-    // A session of one is one of the other.
+    // A session of one instance is valid on the other.
     let there = Session { url: other.admin_url(), cookies: owner.cookies.clone() };
     assert_eq!(there.get("/api/admin/user").await["user"]["username"], OWNER);
 }
 
 #[tokio::test]
-async fn an_edge_lives_on_a_standalone_as_on_unleash() {
+async fn edge_uses_standalone_as_upstream_like_unleash() {
     const ADMIN: &str = "*:*.seeded-admin-for-an-edge-0123456789";
     secrets::remember(ADMIN);
     let place = Place::new(Kept::Sqlite).await;
@@ -623,9 +624,9 @@ async fn an_edge_lives_on_a_standalone_as_on_unleash() {
     .await;
 }
 
-/// By way of an edge in front of it, with the session that was begun there.
+/// Through an edge in front of the standalone, with the session that was started there.
 #[tokio::test]
-async fn a_token_is_made_used_and_deleted_through_an_edge_that_relays_to_a_standalone() {
+async fn token_is_created_used_and_deleted_through_edge_that_relays_to_standalone() {
     const ADMIN: &str = "*:*.seeded-admin-for-a-relay-0123456789";
     secrets::remember(ADMIN);
     let place = Place::new(Kept::Sqlite).await;
@@ -639,7 +640,7 @@ async fn a_token_is_made_used_and_deleted_through_an_edge_that_relays_to_a_stand
         .start()
         .await;
     let edge = Parapet::edge(&standalone.admin_url()).admin_token(ADMIN).arg("--admin-relay");
-    // Nothing that is seen here comes from looking often.
+    // Intervals are too long to explain what this test sees.
     let edge = edge.flag("--token-list-interval-seconds", "3600").start().await;
 
     let owner = sign_in(&edge, OWNER, PASSWORD).await.unwrap();
@@ -664,17 +665,17 @@ async fn a_token_is_made_used_and_deleted_through_an_edge_that_relays_to_a_stand
 }
 
 #[tokio::test]
-async fn floods_of_passwords_and_cookies_admit_nobody_and_lock_no_owner_out() {
+async fn floods_of_passwords_and_cookies_do_not_lock_out_the_owner() {
     let place = Place::new(Kept::Sqlite).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
     let mut seen: BTreeMap<u16, usize> = BTreeMap::new();
     for number in 0..10_000 {
         let status = sign_in(&parapet, OWNER, &format!("guess-{number}-guess")).await.err();
-        *seen.entry(status.expect("nobody is admitted").as_u16()).or_default() += 1;
+        *seen.entry(status.expect("no attempt succeeds").as_u16()).or_default() += 1;
     }
     assert!(seen[&429] > 9_000 && seen.keys().all(|it| [401, 429].contains(it)), "{seen:?}");
-    // The owner's browser is known.
+    // The owner's browser is a known device.
     let again = sign_in_with(&parapet, OWNER, PASSWORD, &owner.cookies).await;
     assert!(again.is_ok(), "{:?}", again.err());
     let mut seen: BTreeMap<u16, usize> = BTreeMap::new();
@@ -690,13 +691,13 @@ async fn floods_of_passwords_and_cookies_admit_nobody_and_lock_no_owner_out() {
 }
 
 #[tokio::test]
-async fn the_document_of_the_api_and_the_explanation_are_served() {
+async fn openapi_document_and_flag_explanation_are_served() {
     let place = Place::new(Kept::Sqlite).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
     let document = owner.get("/docs/openapi.json").await;
     assert!(document["paths"]["/api/admin/api-tokens"]["post"].is_object());
-    // Every row of the table is answered by somebody.
+    // Every operation in the document is routed.
     for (path, item) in document["paths"].as_object().unwrap() {
         for method in item.as_object().unwrap().keys() {
             let method = Method::from_bytes(method.to_uppercase().as_bytes()).unwrap();
@@ -720,13 +721,13 @@ async fn the_document_of_the_api_and_the_explanation_are_served() {
     assert_eq!(flags["flags"][1]["project"], "web");
 }
 
-/// What `parapet` says to these arguments, about the instance's database.
+/// The output of `parapet` with these arguments, on the instance's database.
 fn shell(parapet: &Parapet, arguments: &[&str], input: &str) -> Result<String, String> {
     let data_dir = parapet.data_dir();
     run(&[arguments, &["--data-dir", data_dir.to_str().unwrap()]].concat(), input)
 }
 
-/// What `parapet` says to these arguments.
+/// The output of `parapet` with these arguments.
 pub(crate) fn run(arguments: &[&str], input: &str) -> Result<String, String> {
     use std::io::Write;
     use std::process::{Command, Stdio};
@@ -741,7 +742,7 @@ pub(crate) fn run(arguments: &[&str], input: &str) -> Result<String, String> {
 }
 
 #[tokio::test]
-async fn the_shell_manages_what_a_running_instance_enforces() {
+async fn command_line_changes_are_enforced_by_running_instance() {
     let place = Place::new(Kept::Sqlite).await;
     let parapet = place.start().await;
     let made = shell(&parapet, &["token", "create", "--name", "from the shell"], "").unwrap();
@@ -762,7 +763,7 @@ async fn the_shell_manages_what_a_running_instance_enforces() {
         shell(&parapet, &["token", "revoke", "-"], secret).unwrap_err().contains("no such token")
     );
 
-    // A lost password is no lost instance.
+    // A lost password can be replaced from the command line.
     let old = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
     shell(&parapet, &["account", "password", OWNER, "--password-file", "-"], OTHER).unwrap();
     secrets::remember(OTHER);
@@ -788,7 +789,7 @@ async fn the_shell_manages_what_a_running_instance_enforces() {
     assert!(nowhere.contains("/nowhere/parapet.db cannot be opened"), "{nowhere}");
 }
 
-/// A file with this in its first line.
+/// A file with this text in its first line.
 pub(crate) fn file_of(text: &str) -> tempfile::NamedTempFile {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), format!("{text}\n")).unwrap();
@@ -796,7 +797,7 @@ pub(crate) fn file_of(text: &str) -> tempfile::NamedTempFile {
 }
 
 #[tokio::test]
-async fn the_shell_asks_a_running_instance_as_it_works_on_a_database() {
+async fn command_line_works_with_url_as_with_database() {
     let place = Place::new(Kept::Sqlite).await;
     let parapet = place.start().await;
     let admin = run(
@@ -813,8 +814,8 @@ async fn the_shell_asks_a_running_instance_as_it_works_on_a_database() {
     let place = ["--url", &url, "--token-file", file.path().to_str().unwrap()];
     let ask = |arguments: &[&str], input: &str| run(&[arguments, &place].concat(), input);
     let json = |arguments: &[&str]| -> Value {
-        let told = ask(&[arguments, &["--json"]].concat(), "").unwrap();
-        serde_json::from_str(&told).unwrap_or_else(|_| panic!("{told}"))
+        let printed = ask(&[arguments, &["--json"]].concat(), "").unwrap();
+        serde_json::from_str(&printed).unwrap_or_else(|_| panic!("{printed}"))
     };
     until("the new admin token works", Duration::from_secs(10), async || {
         ask(&["token", "list"], "").is_ok().then_some(())
@@ -827,7 +828,7 @@ async fn the_shell_asks_a_running_instance_as_it_works_on_a_database() {
     assert_eq!(features(&parapet, secret).await, StatusCode::OK);
     let listed = json(&["token", "list", "--name", "far"]);
     assert_eq!(listed[0]["projects"], json!(["web"]));
-    // Both ways tell the same.
+    // Both ways show the same token.
     let near = shell(&parapet, &["token", "list", "--name", "far", "--json"], "").unwrap();
     let near: Value = serde_json::from_str(&near).unwrap();
     assert_eq!(near[0]["identifier"], listed[0]["identifier"]);
@@ -856,7 +857,7 @@ async fn the_shell_asks_a_running_instance_as_it_works_on_a_database() {
     let ann = sign_in(&parapet, "ann", OTHER).await.unwrap();
     assert_eq!(ann.create_token("client", "ann's").await.0, StatusCode::CREATED);
 
-    // What is wrong is told as the server tells it, and what was presented never.
+    // Errors show the server's message, and never the token that was sent.
     let wrong = file_of("*:*.nobody-0123456789abcdef0123456789abcdef");
     let stranger = ["--url", &url, "--token-file", wrong.path().to_str().unwrap()];
     let refused = run(&[&["token", "list"][..], &stranger].concat(), "").unwrap_err();
@@ -871,16 +872,16 @@ async fn the_shell_asks_a_running_instance_as_it_works_on_a_database() {
     assert!(silent.contains("no answer from http://127.0.0.1:1"), "{silent}");
     for (arguments, reason) in [
         (&["token", "list", "--url", &url][..], "--token-file"),
-        (&["token", "list", "--url", "ftp://a", "--token-file", "-"], "expected an address"),
-        (&["token", "list", "--check-config"], "--check-config: has no meaning for `token`"),
+        (&["token", "list", "--url", "ftp://a", "--token-file", "-"], "expected a URL"),
+        (&["token", "list", "--check-config"], "--check-config: does not apply to `token`"),
         (
             &["explain", "--flags", "a", "--flag", "b", "--print-config"],
-            "has no meaning for `explain`",
+            "does not apply to `explain`",
         ),
         (&["token", "revoke", "-", "--url", &url, "--token-file", "-"], "cannot be read twice"),
-        (&["token", "list", "--url", &url, "--token-file", "-", "--data-dir", "x"], "beside --url"),
+        (&["token", "list", "--url", &url, "--token-file", "-", "--data-dir", "x"], "with --url"),
     ] {
-        let told = run(arguments, "").unwrap_err();
-        assert!(told.contains(reason), "{arguments:?}: {told}");
+        let printed = run(arguments, "").unwrap_err();
+        assert!(printed.contains(reason), "{arguments:?}: {printed}");
     }
 }

@@ -1,6 +1,6 @@
-//! What SDKs count and tell of themselves, on its way to an upstream that is healthy or refuses it.
+//! Usage and registrations from SDKs, on their way to an upstream that accepts or rejects them.
 //!
-//! What becomes of it while upstream is away is told in `outage`.
+//! `upstream_outage` covers an unavailable upstream.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -21,10 +21,10 @@ const HERE: &str = "development";
 const METRICS: &str = "/api/client/metrics";
 const BULK: &str = "/api/client/metrics/bulk";
 
-/// Longer than the pauses after a few failures in a row.
+/// Longer than the retry delays after a few failures in a row.
 const SOON: Duration = Duration::from_mins(1);
 
-/// A flag that is on, and of which Unleash stores the use.
+/// Creates an enabled flag, and waits until Unleash counts its usage.
 async fn counted_flag(unleash: &Unleash, flag: &str) {
     unleash.create_enabled_flag(flag, HERE, &[]).await;
     unleash.wait_until_counted(flag, HERE).await;
@@ -41,7 +41,7 @@ async fn post(server: &str, path: &str, token: &str, body: &Value) -> StatusCode
     request.send().await.unwrap().status()
 }
 
-/// Posts until the answer is a success: a first-seen token may have to be judged first.
+/// Posts until the response is a success: a first-seen token may have to be validated first.
 async fn accepted(server: &str, path: &str, token: &str, body: &Value) {
     until(&format!("{path} takes {body}"), SOON, async || {
         let status = post(server, path, token, body).await;
@@ -51,7 +51,7 @@ async fn accepted(server: &str, path: &str, token: &str, body: &Value) {
     .await;
 }
 
-/// A report of one application, which has evaluated a flag `yes` times.
+/// A report by one application, which has evaluated a flag as on `yes` times.
 fn report(app_name: &str, flag: &str, yes: u64, start: Timestamp, stop: Timestamp) -> Value {
     let bucket =
         json!({ "start": start, "stop": stop, "toggles": { flag: { "yes": yes, "no": 0 } } });
@@ -63,12 +63,12 @@ fn report_now(app_name: &str, flag: &str, yes: u64) -> Value {
     report(app_name, flag, yes, now - SignedDuration::from_secs(60), now)
 }
 
-/// How many bodies were posted as usage.
+/// The number of usage batches that were posted.
 fn batches(proxy: &ChaosProxy) -> usize {
     proxy.count(BULK)
 }
 
-/// The secrets of the tokens of this name, in their order.
+/// The secrets of the tokens of this name, in order.
 async fn secrets_named(unleash: &Unleash, name: &str) -> Vec<String> {
     let tokens = unleash.tokens_named(name).await;
     let mut secrets: Vec<_> =
@@ -77,7 +77,7 @@ async fn secrets_named(unleash: &Unleash, name: &str) -> Vec<String> {
     secrets
 }
 
-/// Reports whose hour can be argued about: their name, start and stop, and the hour that is right.
+/// Reports at the boundary of an hour: their name, start and stop, and the right hour.
 fn buckets(now: Timestamp) -> [(&'static str, Timestamp, Timestamp, Timestamp); 4] {
     let hours = SignedDuration::from_hours;
     let half_minute = SignedDuration::from_secs(30);
@@ -92,7 +92,7 @@ fn buckets(now: Timestamp) -> [(&'static str, Timestamp, Timestamp, Timestamp); 
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn counts_through_the_edge_are_stored_under_the_same_hour_as_direct_ones() {
+async fn usage_through_edge_is_stored_under_the_same_hour_as_direct_usage() {
     let unleash = Unleash::shared(Version::V8).await;
     let flag = "counts.hours";
     counted_flag(&unleash, flag).await;
@@ -133,7 +133,7 @@ async fn counts_through_the_edge_are_stored_under_the_same_hour_as_direct_ones()
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn use_of_a_flag_that_is_newer_than_the_edges_snapshot_is_counted() {
+async fn usage_of_flag_newer_than_the_snapshot_is_counted() {
     let unleash = Unleash::shared(Version::V8).await;
     let edge = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token());
     let edge = edge
@@ -152,7 +152,7 @@ async fn use_of_a_flag_that_is_newer_than_the_edges_snapshot_is_counted() {
 }
 
 #[tokio::test]
-async fn standalone_stores_counts_under_the_hour_in_which_their_bucket_ended() {
+async fn standalone_stores_usage_under_the_hour_of_its_bucket_end() {
     let (admin, client) = ("*:*.counts-standalone-admin", "*:development.counts-standalone-client");
     for token in [admin, client] {
         secrets::remember(token);
@@ -187,8 +187,8 @@ async fn standalone_stores_counts_under_the_hour_in_which_their_bucket_ended() {
     }
 }
 
-/// Stands between an instance and PostgreSQL, and keeps to itself what the server says to some commits of
-/// usage: the connection breaks instead.
+/// A proxy in front of PostgreSQL that drops the server's replies to some commits of usage and breaks
+/// the connection.
 struct LossyRelay {
     port: u16,
     lost: Arc<AtomicUsize>,
@@ -210,26 +210,26 @@ impl LossyRelay {
     }
 }
 
-/// Passes on what both say, until one of them ends or a reply is lost.
+/// Forwards both directions until one of them ends or a reply is dropped.
 async fn relay(mut client: TcpStream, mut server: TcpStream, lost: &AtomicUsize, losses: usize) {
     let has = |bytes: &[u8], text: &str| bytes.windows(text.len()).any(|it| it == text.as_bytes());
-    let (mut asked, mut answered) = (vec![0; 64 * 1024], vec![0; 64 * 1024]);
+    let (mut from_client, mut from_server) = (vec![0; 64 * 1024], vec![0; 64 * 1024]);
     let (mut stores_usage, mut commits) = (false, false);
     loop {
         tokio::select! {
-            read = client.read(&mut asked) => {
+            read = client.read(&mut from_client) => {
                 let Ok(read @ 1..) = read else { return };
-                stores_usage |= has(&asked[..read], "INSERT INTO flag_usage");
-                commits = stores_usage && has(&asked[..read], "COMMIT");
-                server.write_all(&asked[..read]).await.unwrap();
+                stores_usage |= has(&from_client[..read], "INSERT INTO flag_usage");
+                commits = stores_usage && has(&from_client[..read], "COMMIT");
+                server.write_all(&from_client[..read]).await.unwrap();
             }
-            read = server.read(&mut answered) => {
+            read = server.read(&mut from_server) => {
                 let Ok(read @ 1..) = read else { return };
                 if commits && lost.load(Ordering::Relaxed) < losses {
                     lost.fetch_add(1, Ordering::Relaxed);
                     return;
                 }
-                if client.write_all(&answered[..read]).await.is_err() {
+                if client.write_all(&from_server[..read]).await.is_err() {
                     return;
                 }
             }
@@ -239,7 +239,7 @@ async fn relay(mut client: TcpStream, mut server: TcpStream, lost: &AtomicUsize,
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL"]
-async fn batch_whose_commit_is_not_answered_is_counted_once() {
+async fn batch_without_commit_reply_is_counted_once() {
     const LOSSES: usize = 3;
     let (admin, client) = ("*:*.counts-commit-admin", "*:development.counts-commit-client");
     for token in [admin, client] {
@@ -260,7 +260,7 @@ async fn batch_whose_commit_is_not_answered_is_counted_once() {
         .start()
         .await;
     accepted(&parapet.url(), METRICS, client, &report_now("counts-commit", "f", 100)).await;
-    until("the batch is sent again and taken", SOON, async || {
+    until("the batch is sent again and accepted", SOON, async || {
         let sent = parapet.metric("parapet_usage_counts_sent_total").await;
         sent.filter(|sent| *sent >= 100.0)
     })
@@ -274,7 +274,7 @@ async fn batch_whose_commit_is_not_answered_is_counted_once() {
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn usage_that_a_firewall_refuses_costs_no_token_and_arrives_afterwards() {
+async fn usage_rejected_by_firewall_arrives_later_with_the_same_token() {
     let unleash = Unleash::shared(Version::V8).await;
     let (flag, changing) = ("counts.firewall", "counts.firewall-changing");
     unleash.create_enabled_flag(changing, HERE, &[]).await;
@@ -289,7 +289,7 @@ async fn usage_that_a_firewall_refuses_costs_no_token_and_arrives_afterwards() {
         flags.filter(|it| it["name"] == changing).find_map(|it| it["enabled"].as_bool())
     };
     until("the flag is served", SOON, async || is_on().await.filter(|on| *on)).await;
-    // After a restart the edge may make a token at once.
+    // After a restart the edge may create a token at once.
     assert!(parapet.terminate().await.success());
     parapet.restart();
     parapet.wait_until_ready().await;
@@ -310,7 +310,7 @@ async fn usage_that_a_firewall_refuses_costs_no_token_and_arrives_afterwards() {
     unleash.disable(changing, HERE).await;
     until("a change of flags arrives", SOON, async || is_on().await.filter(|on| !*on)).await;
     assert_eq!(secrets_named(&unleash, name).await, tokens);
-    let warning = "Upstream refuses usage of environment development although it serves flags";
+    let warning = "Upstream rejects usage although it serves flags with the same token";
     assert!(parapet.log().contains(warning), "{}", parapet.log());
 
     accepted(&parapet.url(), METRICS, &token, &report_now(app_name, flag, 2)).await;
@@ -325,7 +325,7 @@ async fn usage_that_a_firewall_refuses_costs_no_token_and_arrives_afterwards() {
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn upstream_that_calls_everything_too_large_gets_every_count_afterwards() {
+async fn usage_rejected_as_too_large_arrives_completely_later() {
     let unleash = Unleash::shared(Version::V8).await;
     let flag = "counts.too-large";
     counted_flag(&unleash, flag).await;
@@ -348,7 +348,7 @@ async fn upstream_that_calls_everything_too_large_gets_every_count_afterwards() 
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn report_after_a_restart_leaves_the_strategies_that_upstream_has() {
+async fn registration_after_restart_preserves_strategies_at_upstream() {
     let unleash = Unleash::shared(Version::V8).await;
     let flag = "counts.strategies";
     counted_flag(&unleash, flag).await;
@@ -371,8 +371,8 @@ async fn report_after_a_restart_leaves_the_strategies_that_upstream_has() {
         })
         .await;
     };
-    // Unleash writes what it has heard every 20 s. What it hears of a new application in between is
-    // merged: then an empty list replaces the one before it.
+    // Unleash stores registrations every 20 s. Until then it merges registrations of a new application;
+    // afterwards an empty list replaces the stored one.
     accepted(&unleash.url(), "/api/client/register", &token, &registration("counts-marker")).await;
     until("Unleash has just written applications", STORED_WITHIN, async || {
         unleash.applications().await.iter().any(|name| name == "counts-marker").then_some(())

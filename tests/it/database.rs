@@ -1,4 +1,4 @@
-//! The control plane on SQLite and on PostgreSQL, in this process: every story on both.
+//! The control plane in this process; every test runs on SQLite and on PostgreSQL.
 
 mod bed;
 mod people;
@@ -6,14 +6,16 @@ mod records;
 mod several;
 mod tokens;
 
-/// Makes a test for each database of stories that take an empty one.
+use bed::TestDatabase;
+
+/// Generates a test for each database from functions that take an empty one.
 macro_rules! on_both {
     ($($story:ident),+ $(,)?) => {
         mod sqlite {
             $(
                 #[tokio::test]
                 async fn $story() {
-                    super::$story(crate::database::bed::Bed::sqlite()).await;
+                    super::$story(crate::database::TestDatabase::sqlite()).await;
                 }
             )+
         }
@@ -22,7 +24,7 @@ macro_rules! on_both {
                 #[tokio::test(flavor = "multi_thread")]
                 #[ignore = "needs PostgreSQL"]
                 async fn $story() {
-                    super::$story(crate::database::bed::Bed::postgres().await).await;
+                    super::$story(crate::database::TestDatabase::postgres().await).await;
                 }
             )+
         }

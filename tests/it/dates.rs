@@ -1,4 +1,4 @@
-//! Dates in constraints, and in contexts, as Node reads them and as a real Unleash with its frontend API does.
+//! Dates in constraints and contexts, compared with Node and with the frontend API of a real Unleash.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use crate::rig::{Driver, Kind, Parapet, Unleash, Version, http, node, until};
 
-/// What Unleash saves and people write, and what is close to it.
+/// Dates that Unleash saves and people write, and similar texts.
 const TEXTS: [&str; 68] = [
     "2024-05",
     "2024",
@@ -86,7 +86,7 @@ const TEXTS: [&str; 68] = [
     "Mayhem 5 2024",
 ];
 
-/// Texts that are dates, or nearly.
+/// Texts that are dates, or nearly so.
 fn spelling() -> impl Strategy<Value = String> {
     let piece = prop_oneof![
         6 => select(vec!["2024", "05", "5", "1", "01", "31", "30", "24", "99", "1970", "12345", "002024", "0", "00", "123456789012"]),
@@ -122,7 +122,7 @@ fn spelling() -> impl Strategy<Value = String> {
     prop_oneof![4 => pieces, 2 => whole, 1 => "[0-9A-Za-z:+/., ()-]{0,24}"]
 }
 
-/// Whether a flag is on whose constraint holds exactly at `value` for a context of that time.
+/// Whether a constraint for exactly `value` holds at this current time.
 fn is_exactly(value: &str, current_time: &str) -> bool {
     let bound = |operator: &str| json!({ "contextName": "currentTime", "operator": operator, "value": value, "inverted": true });
     let document = json!({ "features": [{ "name": "f", "enabled": true, "strategies": [
@@ -138,7 +138,7 @@ fn is_exactly(value: &str, current_time: &str) -> bool {
     engine.evaluate(id, &engine.bind(&context)).is_on()
 }
 
-/// Whether a flag's constraint can be compiled.
+/// Whether a constraint with this value compiles.
 fn is_date(value: &str) -> bool {
     let constraint =
         json!({ "contextName": "currentTime", "operator": "DATE_AFTER", "value": value });
@@ -150,7 +150,7 @@ fn is_date(value: &str) -> bool {
 
 #[tokio::test]
 #[ignore = "needs the npm packages, see tests/run"]
-async fn dates_are_read_as_node_reads_them() {
+async fn dates_parse_as_in_node() {
     let mut command = node("dates.mjs");
     command.env("TZ", "UTC");
     let mut node = Driver::start("Node", command.into(), &Value::Null).await;
@@ -164,7 +164,7 @@ async fn dates_are_read_as_node_reads_them() {
         assert_eq!(is_date(text), !read.is_null(), "{text:?} is {read}");
         let Some(milliseconds) = read.as_i64() else { continue };
         dates += 1;
-        // Years of four digits.
+        // Only years of four digits.
         if !(-62_167_219_200_000..253_370_764_800_000).contains(&milliseconds) {
             continue;
         }
@@ -178,7 +178,7 @@ async fn dates_are_read_as_node_reads_them() {
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn dates_that_unleash_saves_count_as_in_its_frontend_api() {
+async fn dates_saved_by_unleash_evaluate_as_in_its_frontend_api() {
     const HERE: &str = "development";
     let unleash = Unleash::shared(Version::V8).await;
     let texts = [

@@ -1,5 +1,5 @@
-//! A day on which much goes wrong, compressed: a standalone on PostgreSQL, and an edge in front of it. Every line that
-//! they log is judged: it is one that somebody expects, no more often than it helps, and it shows no secret.
+//! The log of a standalone on PostgreSQL and of an edge in front of it, during many faults. Every line
+//! must be expected, must not appear more often than useful, and must show no secret.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -13,10 +13,10 @@ use sqlx::{Connection as _, Executor as _, PgConnection};
 
 use crate::rig::{ChaosProxy, Fault, Parapet, Postgres, PostgresProxy, http, secrets, until};
 
-/// Longer than the pauses that grow while something is away.
+/// Longer than the retry delays, which grow during an outage.
 const SOON: Duration = Duration::from_mins(1);
 
-/// How many of each request come during each fault: a line for each is too many.
+/// The number of each kind of request during each fault: one log line for each would be too many.
 const MANY: usize = 20;
 
 const FEATURES: &str = "/api/client/features";
@@ -27,7 +27,7 @@ fn flags(enabled: bool) -> String {
     json!({ "version": 2, "features": [flag] }).to_string()
 }
 
-/// The instances, and what stands between them.
+/// The instances, and the proxies between them.
 struct Day {
     standalone: Parapet,
     edge: Parapet,
@@ -81,7 +81,7 @@ impl Day {
         [&self.standalone, &self.edge]
     }
 
-    /// What clients do on any day, right and wrong.
+    /// Ordinary requests of clients, valid and invalid ones.
     async fn clients(&self) {
         for parapet in self.instances() {
             for _ in 0..MANY {
@@ -124,14 +124,14 @@ impl Day {
         self.post(&(parapet.url() + "/api/client/metrics"), &report).await;
     }
 
-    /// The status, if there was an answer: a body that is too long may not be read to its end.
+    /// The status, if there is a response: the server may not read a body that is too long to its end.
     async fn post(&self, url: &str, body: &str) -> Option<StatusCode> {
         let post = http().post(url).header("authorization", &self.client);
         let post = post.header("content-type", "application/json").body(body.to_owned());
         post.send().await.ok().map(|answer| answer.status())
     }
 
-    /// Makes a token at the standalone, or tries to.
+    /// Tries to create a token at the standalone.
     async fn create_token(&self) -> StatusCode {
         let token = json!({ "tokenName": "it", "type": "client", "environment": "development" });
         let create =
@@ -147,7 +147,7 @@ impl Day {
         status
     }
 
-    /// Many try to make tokens at once.
+    /// Many concurrent attempts to create tokens.
     async fn operators(&self) {
         join_all((0..MANY).map(|_| self.create_token())).await;
     }
@@ -160,16 +160,16 @@ impl Day {
     }
 
     async fn until_storing(&self, is_storing: bool) {
-        let wanted = if is_storing { 1.0 } else { 0.0 };
+        let expected = if is_storing { 1.0 } else { 0.0 };
         until("usage is stored, or is not", SOON, async || {
             self.report(&self.standalone).await;
             let storing = self.standalone.metric("parapet_usage_storing").await?;
-            (storing.total_cmp(&wanted).is_eq()).then_some(())
+            (storing.total_cmp(&expected).is_eq()).then_some(())
         })
         .await;
     }
 
-    /// Waits until something that the edge wanted from upstream after now has failed.
+    /// Waits until a request of the edge to upstream has failed.
     async fn until_upstream_is_missed(&self) {
         let begin = jiff::Timestamp::now();
         until("the edge misses its upstream", SOON, async || {
@@ -183,7 +183,7 @@ impl Day {
         .await;
     }
 
-    /// Waits until upstream has confirmed the edge's flags after now.
+    /// Waits until upstream has confirmed the edge's flags.
     async fn until_upstream_answers(&self) {
         let begin = jiff::Timestamp::now();
         until("the edge has its upstream back", SOON, async || {
@@ -201,7 +201,7 @@ impl Day {
         self.until_upstream_is_missed().await;
         self.clients().await;
         if is_seen {
-            // Some go on for longer than it takes to notice.
+            // Some operations retry for longer than a failure takes to be noticed.
             let before = self.upstream.count("/");
             until("it was tried again", SOON, async || {
                 (self.upstream.count("/") >= before + 5).then_some(())
@@ -253,7 +253,7 @@ impl Day {
         self.until_storing(true).await;
     }
 
-    /// The folder of the data is none for a while, as where a volume is full or was taken away.
+    /// Replaces the data directory by a file for a while, as if a volume were full or missing.
     async fn disk_fails(&self) {
         let folders = self.instances().map(|parapet| {
             let there = parapet.data_dir();
@@ -262,7 +262,7 @@ impl Day {
             std::fs::write(&there, "It is no folder.").unwrap();
             (there, away)
         });
-        // Usage waits, and would be stored.
+        // Usage waits for upstream, and would be stored.
         self.upstream.cut().await;
         for parapet in self.instances() {
             until("several saves have failed", SOON, async || {
@@ -282,7 +282,7 @@ impl Day {
             std::fs::rename(away, there).unwrap();
         }
         for parapet in self.instances() {
-            until("it is said that saves succeed again", SOON, async || {
+            until("the log reports that saves succeed again", SOON, async || {
                 self.report(parapet).await;
                 parapet.log().contains("can be stored again").then_some(())
             })
@@ -296,13 +296,13 @@ impl Day {
         let path = self.folder.path().join("flags.json");
         let change = |text: &str| std::fs::write(&path, text).unwrap();
         change("{");
-        until_logged(&self.standalone, "cannot be read again", 1).await;
+        until_logged(&self.standalone, "Reloading flags failed", 1).await;
         for _ in 0..3 {
             self.standalone.hang_up();
             self.clients().await;
         }
         change(&flags(false));
-        until_logged(&self.standalone, "can be read again", 1).await;
+        until_logged(&self.standalone, "is readable again", 1).await;
         until("the change has arrived", SOON, async || {
             let (_, body) = self.edge.get(FEATURES, &self.client).await;
             (body["features"][0]["enabled"] == false).then_some(())
@@ -318,14 +318,14 @@ async fn until_logged(parapet: &Parapet, text: &str, times: usize) {
     .await;
 }
 
-/// A kind of line.
+/// A pattern of log lines.
 struct Expected {
     level: &'static str,
-    /// What its message is, as a whole.
+    /// A regular expression for the whole message.
     message: &'static str,
-    /// What its other fields are, by name.
+    /// The names of the other fields.
     fields: &'static [&'static str],
-    /// How often it may appear on such a day.
+    /// The limit for the whole test.
     at_most: usize,
 }
 
@@ -338,82 +338,87 @@ const fn line(
     Expected { level, message, fields, at_most }
 }
 
-/// What either may log.
+/// Lines of both.
 const COMMON: &[Expected] = &[
     line("INFO", "Parapet listens", &["mode", "data", "admin", "upstream?", "version"], 2),
     line("INFO", "New flags", &["environment", "flags", "revision?", "problems"], 4),
-    line("INFO", "Parapet is told to end; it is not ready any more", &["drain_delay"], 2),
-    line("INFO", "Parapet ends", &[], 2),
-    line("WARN", "Requests under way did not finish in time", &["grace"], 2),
+    line("INFO", "Shutdown requested; readiness withdrawn", &["drain_delay"], 2),
+    line("INFO", "Shutdown complete", &[], 2),
+    line("WARN", "Requests in flight did not finish in time and were dropped", &["grace"], 2),
     // The disk.
-    line("WARN", "(The copy of|Usage|Verdicts).* cannot be stored", &["error"], 3),
-    line("INFO", "(The copy of|Usage|Verdicts).* can be stored again", &[], 3),
-    line("WARN", "Saving flags or credentials failed and is retried", &["error"], 1),
-    line("INFO", "Flags and credentials are saved again", &[], 1),
-    line("WARN", "Usage that other instances have left is not looked for", &["error"], 2),
+    line("WARN", "(The copy of|Pending usage|Validated tokens).* cannot be stored", &["error"], 3),
+    line("INFO", "(The copy of|Pending usage|Validated tokens).* can be stored again", &[], 3),
+    line("WARN", "Saving flags or credentials failed; retrying every 5 s", &["error"], 1),
+    line("INFO", "Saving flags and credentials works again", &[], 1),
+    line("WARN", "Cannot list slots; usage of ended instances is not recovered", &["error"], 2),
 ];
 
-/// What a standalone may log.
+/// Lines of a standalone.
 const STANDALONE: &[Expected] = &[
-    line(
-        "INFO",
-        "This is the first start, which has created an admin's account",
-        &["username", "console"],
-        1,
-    ),
-    line("WARN", "The first start's password and tokens are in a file .*", &["file"], 1),
-    // The database: one fault has several faces, each with a line.
+    line("INFO", "First start: created an admin account", &["username", "console"], 1),
+    line("WARN", "The generated password and tokens are in a file .*", &["file"], 1),
+    // The database: one fault has several effects, each with a line.
     line(
         "WARN",
-        "The control plane's database is away; tokens stay as they are",
+        "The control plane's database is unreachable; tokens stay as last read",
         &["error"],
         FAULTS_OF_DATABASE * 2,
     ),
-    line("INFO", "The control plane's database is back", &["away_for"], FAULTS_OF_DATABASE),
     line(
         "INFO",
-        "Changes by others were not heard any more; listening anew",
+        "The control plane's database is reachable again",
+        &["away_for"],
+        FAULTS_OF_DATABASE,
+    ),
+    line(
+        "INFO",
+        "The connection for change notifications was lost; reconnecting",
         &["error"],
         FAULTS_OF_DATABASE,
     ),
-    line("WARN", "Usage could not be stored, and waits", &["error"], FAULTS_OF_DATABASE),
+    line("WARN", "Usage could not be stored; it stays queued", &["error"], FAULTS_OF_DATABASE),
     line("INFO", "Usage is stored again", &[], FAULTS_OF_DATABASE),
     line(
         "ERROR",
-        "The control plane cannot use its database",
+        "The control plane's database failed; requests for accounts and tokens get a 503",
         &["error", "more_since_last_line?"],
         FAULTS_OF_DATABASE,
     ),
-    line("WARN", "A refusal could not be noted in the audit log", &["error"], FAULTS_OF_DATABASE),
-    // The file of flags, once and with each SIGHUP.
-    line("WARN", "Flags cannot be read again, those known stay", &["error"], 4),
-    line("INFO", ".*flags.json can be read again", &[], 1),
+    line("WARN", "A denial could not be written to the audit log", &["error"], FAULTS_OF_DATABASE),
+    // The flag file, once and with each SIGHUP.
+    line("WARN", "Reloading flags failed; the last known flags stay", &["error"], 4),
+    line("INFO", ".*flags.json is readable again", &[], 1),
     line("INFO", "Reloaded: nothing has changed; flags are read again", &[], 3),
 ];
 
-/// What an edge may log. Of each fault of upstream each line tells, by its end, that of another purpose.
+/// Lines of an edge. Each fault of upstream has one line for each operation, with its end.
 const EDGE: &[Expected] = &[
     line(
         "INFO",
-        "Upstream's admin token is exchanged for a token per environment",
+        "Exchanging the admin token for one token per environment",
         &["fleet", "list_interval"],
         2,
     ),
-    line("INFO", "(Made|Found) token .{1,30}\\*{4} for environment development", &[], 3),
-    line("INFO", "Tokens known from an earlier run", &["count"], 1),
-    line("INFO", "Usage of an earlier run waits to be sent", &[], 1),
-    line("WARN", "Cannot refresh, what is known stays", &["environment", "error"], ALL_FAULTS),
-    line("INFO", "Upstream answers again", &["environment"], ALL_FAULTS),
-    line("INFO", "Follows upstream's stream", &["environment"], ALL_FAULTS),
+    line("INFO", "(Created|Found) token .{1,30}\\*{4} for environment development", &[], 3),
+    line("INFO", "Restored tokens validated in an earlier run", &["count"], 1),
+    line("INFO", "Restored usage of an earlier run; it will be sent", &[], 1),
+    line(
+        "WARN",
+        "Fetching flags failed and is retried; the last known flags stay",
+        &["environment", "error"],
+        ALL_FAULTS,
+    ),
+    line("INFO", "Upstream responds again", &["environment"], ALL_FAULTS),
+    line("INFO", "Upstream's event stream is open; polling stops", &["environment"], ALL_FAULTS),
     line(
         "INFO",
-        "Polls upstream again: its stream was lost",
+        "Polling upstream again: its stream was lost",
         &["environment", "error"],
         ALL_FAULTS,
     ),
     line(
         "WARN",
-        "Cannot read upstream's token list; known tokens are asked about one by one",
+        "Upstream's token list could not be read; known tokens are validated one by one",
         &["error"],
         ALL_FAULTS,
     ),
@@ -421,25 +426,30 @@ const EDGE: &[Expected] = &[
     line("INFO", "Upstream's tokens changed", &["changes.learned", "changes.revoked"], ALL_FAULTS),
     line(
         "WARN",
-        "Cannot ask upstream about tokens; those that are new get a 503",
+        "Token validation at upstream failed; requests with first-seen tokens get 503",
         &["error"],
         ALL_FAULTS,
     ),
-    line("INFO", "Upstream answers about tokens again", &[], ALL_FAULTS),
-    line("WARN", "Cannot read upstream's environments", &["error"], ALL_FAULTS),
+    line("INFO", "Upstream validates tokens again", &[], ALL_FAULTS),
+    line(
+        "WARN",
+        "Listing upstream's environments failed; the known environments stay",
+        &["error"],
+        ALL_FAULTS,
+    ),
     line("WARN", "Upstream is unreachable for another reason than before", &["error"], ALL_FAULTS),
     line(
         "WARN",
-        "A batch of usage for environment development will be sent again.*: upstream .*",
-        &[],
+        "Sending a batch of usage failed; it will be retried.*",
+        &["environment", "error"],
         ALL_FAULTS * 2,
     ),
-    line("INFO", "Upstream takes usage of environment development again", &[], ALL_FAULTS),
-    line("WARN", "Usage could not all be sent within .*", &[], 1),
-    // Upstream refuses every token, that of the admin too.
+    line("INFO", "Upstream accepts usage again", &["environment"], ALL_FAULTS),
+    line("WARN", "Shutdown ended before all usage was sent", &["grace"], 1),
+    // Upstream rejects every token, including the admin token.
     line(
         "WARN",
-        "Upstream refuses our token for environment development, looking for another",
+        "Upstream refuses the edge's token for environment development; looking for another",
         &[],
         8,
     ),
@@ -447,12 +457,12 @@ const EDGE: &[Expected] = &[
     line("INFO", "Upstream accepts the admin token", &["token"], 4),
 ];
 
-/// How often the database fails on that day.
+/// The number of faults of the database.
 const FAULTS_OF_DATABASE: usize = 4;
-/// How often upstream fails, for itself, with its database or by a restart.
+/// The number of faults of upstream: its own, those of its database, and restarts.
 const ALL_FAULTS: usize = 16;
 
-/// Says what is wrong with each line.
+/// A report of every unexpected line.
 fn judge(name: &str, log: &str, expected: &[&Expected]) -> String {
     let patterns: Vec<_> =
         expected.iter().map(|it| Regex::new(&format!("^(?:{})$", it.message)).unwrap()).collect();
@@ -469,7 +479,7 @@ fn judge(name: &str, log: &str, expected: &[&Expected]) -> String {
                         counts.entry(at).or_default().push(line);
                         continue;
                     }
-                    None => "nobody expects it".to_owned(),
+                    None => "it is unexpected".to_owned(),
                 }
             }
         };
@@ -486,7 +496,7 @@ fn judge(name: &str, log: &str, expected: &[&Expected]) -> String {
     complaints
 }
 
-/// Whether these are the names of a line's fields; a name with a question mark may be missing.
+/// Whether a line has exactly these fields. A field with a question mark is optional.
 fn has(names: &[&str], fields: &Map<String, Value>) -> bool {
     let is_there = |name: &&str| name.ends_with('?') || fields.contains_key(*name);
     let is_known = |field: &String| names.iter().any(|name| name.trim_end_matches('?') == field);
@@ -514,7 +524,7 @@ fn read(line: &str) -> Result<(String, String, Map<String, Value>), String> {
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL"]
-async fn no_line_of_a_day_with_faults_is_without_meaning() {
+async fn every_log_line_during_faults_is_expected_and_limited() {
     let day = Day::start().await;
     day.clients().await;
     let answer = |status, headers: &[(&'static str, &'static str)], body| Fault::Answer {
@@ -546,7 +556,7 @@ async fn no_line_of_a_day_with_faults_is_without_meaning() {
     println!("disk");
     day.disk_fails().await;
 
-    // A crash and a start while upstream is away, and the end of both.
+    // A crash and a start while upstream is unavailable, and an orderly end of both.
     day.upstream.cut().await;
     day.edge.kill();
     day.edge.restart();

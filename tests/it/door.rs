@@ -1,4 +1,5 @@
-//! The front door as clients, load balancers and attackers meet it: how connections are kept, shared and ended.
+//! How connections are kept alive, shared, limited and closed, as clients, load balancers and attackers
+//! see it.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
@@ -25,10 +26,10 @@ use crate::rig::{
 const FLAGS: &str = r#"{"features":[{"name":"a","project":"default","enabled":true,
     "strategies":[{"name":"default"}]}]}"#;
 
-/// The answer to SDKs of servers.
+/// The path for server SDKs.
 const FEATURES: &str = "/api/client/features";
 
-/// Offline, with a token of each kind.
+/// Offline, with a client token and a frontend token.
 fn offline() -> Setup {
     offline_with(FLAGS)
 }
@@ -42,36 +43,36 @@ fn offline_with(flags: &str) -> Setup {
     setup.flag("--client-tokens", CLIENT).flag("--frontend-tokens", FRONTEND)
 }
 
-/// How clients poll.
+/// A load of polling clients.
 #[derive(Clone, Copy, Debug)]
 struct Polling<'a> {
-    /// How many there are of each kind and interval.
+    /// The number of clients of each kind and interval.
     clients: usize,
-    /// The milliseconds between an answer and the next request.
+    /// The milliseconds between a response and the next request.
     intervals: &'a [u64],
     polls: usize,
 }
 
 impl Polling<'_> {
-    /// Polls by a driver's clients; returns how many requests went over a connection used before.
+    /// Polls with a driver's clients. Returns how many requests reused a connection.
     async fn by_driver(self, mut driver: Driver) -> u64 {
         let Self { clients, intervals, polls } = self;
         let how = json!({ "clients": clients, "intervals": intervals, "polls": polls });
-        let told = driver.ask("poll", how).await;
-        assert_eq!(told["failures"], json!([]));
-        let statuses = told["statuses"].as_array().unwrap();
+        let received = driver.ask("poll", how).await;
+        assert_eq!(received["failures"], json!([]));
+        let statuses = received["statuses"].as_array().unwrap();
         assert_eq!(statuses.len(), clients * intervals.len() * polls);
         assert!(statuses.iter().all(|status| *status == 200), "{statuses:?}");
         driver.close().await;
-        told["reused"].as_u64().unwrap()
+        received["reused"].as_u64().unwrap()
     }
 
-    /// Polls by clients with a pool each, one after the other's answer.
+    /// Polls with reqwest clients, each with its own pool and one request at a time.
     async fn by_pools(self, url: String, is_http2: bool) {
         let mut all = JoinSet::new();
         for &interval in self.intervals {
             for _ in 0..self.clients {
-                // The certificates of the system would be read for each.
+                // Without the system's certificates, which each client would load.
                 let client = Client::builder().no_proxy().tls_certs_only([]);
                 let client = client.pool_idle_timeout(None);
                 let client = if is_http2 { client.http2_prior_knowledge() } else { client };
@@ -99,7 +100,7 @@ impl Polling<'_> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "needs the npm and Python packages of tests/, see tests/run"]
-async fn clients_that_poll_about_when_a_timeout_is_over_are_all_answered() {
+async fn polling_around_the_idle_timeout_gets_every_response() {
     http();
     let parapet = offline().flag("--edge-keepalive-timeout", "4");
     let parapet = parapet.flag("--header-read-timeout-seconds", "2").start().await;
@@ -119,16 +120,16 @@ async fn clients_that_poll_about_when_a_timeout_is_over_are_all_answered() {
         polling.by_pools(url.clone(), false),
         polling.by_pools(url.clone(), true)
     );
-    // Those who poll before the time is over do so over the connection that they have.
+    // Clients that poll before the timeout reuse their connection.
     assert!(by_node > 0 && by_python > 0, "{by_node}, {by_python}");
 }
 
-/// Two instances that are restarted one after the other, as their clients find them.
+/// Two instances that are restarted one after the other, and how clients find them.
 struct Fleet {
     instances: [Parapet; 2],
     is_ready: [AtomicBool; 2],
     nginx: Option<Nginx>,
-    /// Of the instances, where they speak TLS, and of nginx.
+    /// The certificate of nginx, and of the instances if they use TLS.
     certificate: Certificate,
     is_tls: bool,
 }
@@ -152,8 +153,8 @@ impl Fleet {
         Arc::new(Self { instances, is_ready, nginx, certificate, is_tls })
     }
 
-    /// Where a new connection goes, and whether it speaks TLS: to nginx, or to an instance that was ready when it
-    /// was asked last, as in the list of endpoints that Kubernetes keeps.
+    /// Where a new connection goes, and whether it uses TLS: to nginx, or to an instance that was ready
+    /// at the last check, like the endpoints list of Kubernetes.
     fn place(&self, protocol: Protocol) -> (String, bool) {
         if let Some(nginx) = &self.nginx {
             return match protocol {
@@ -175,7 +176,7 @@ impl Fleet {
         Kept::connect(&address, protocol, tls).await
     }
 
-    /// Keeps the list of those that are ready.
+    /// Updates the list of ready instances.
     async fn watch(self: Arc<Self>) {
         loop {
             for (instance, is_ready) in self.instances.iter().zip(&self.is_ready) {
@@ -185,7 +186,7 @@ impl Fleet {
         }
     }
 
-    /// Restarts each when all are ready.
+    /// Restarts each instance once all are ready.
     async fn roll(&self) {
         for instance in &self.instances {
             until("all are ready", Duration::from_mins(1), async || {
@@ -217,14 +218,14 @@ impl Fleet {
     }
 }
 
-/// How many streams are open, and how many have ended.
+/// The number of open streams, and of those that have ended.
 #[derive(Debug, Default)]
 struct Streams {
     open: AtomicUsize,
     ended: AtomicUsize,
 }
 
-/// What became of the requests of a load.
+/// The results of a load.
 #[derive(Debug, Default)]
 struct Tally {
     answered: AtomicUsize,
@@ -239,11 +240,11 @@ impl Tally {
     }
 }
 
-/// How many requests an HTTP/2 client has under way at once.
+/// The number of concurrent requests of an HTTP/2 client.
 const STREAMS: usize = 8;
 
-/// A client that asks for flags, and reports what it has counted now and then, over a connection that it keeps as
-/// long as it may.
+/// A client that fetches flags, and sometimes reports usage, over a connection that it keeps as long as
+/// possible.
 async fn keep_asking(fleet: Arc<Fleet>, protocol: Protocol, tally: Arc<Tally>) {
     let ask = async |mut kept: Kept, nth: usize| {
         let request = Request::builder().header("authorization", CLIENT);
@@ -281,7 +282,7 @@ async fn keep_asking(fleet: Arc<Fleet>, protocol: Protocol, tally: Arc<Tally>) {
                 Err(error) => return tally.fail(format!("{protocol:?}, no connection: {error}")),
             },
         };
-        // None is ready before its settings have come.
+        // It is not ready before it has received the server's settings.
         let _ = connection.is_usable().await;
         let shared = (1..STREAMS).filter_map(|_| connection.share()).collect::<Vec<_>>();
         let all = shared.into_iter().chain([connection]).map(|it| {
@@ -346,10 +347,10 @@ async fn rolling_restart_loses_no_request_behind_nginx() {
     tokio::join!(check_rolling_restart(false, true), check_rolling_restart(true, true));
 }
 
-/// The longest that anything takes which ends by itself.
+/// The timeout for anything that ends by itself.
 const PATIENCE: Duration = Duration::from_mins(2);
 
-/// Flags that are on for half of all users each, another half for each flag.
+/// Flags that are each on for half of all users, a different half for each flag.
 fn many_flags(count: usize) -> String {
     let parameters = json!({ "rollout": "50", "stickiness": "userId" });
     let flag = |nth: usize| {
@@ -362,13 +363,13 @@ fn many_flags(count: usize) -> String {
     json!({ "version": 2, "features": (0..count).map(flag).collect::<Vec<_>>() }).to_string()
 }
 
-/// What a user asks for.
+/// The path of a user's request.
 fn user(nth: usize) -> String {
     format!("/api/frontend?userId={nth}")
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn http2_answers_that_nobody_takes_cost_bounded_memory_and_for_a_while() {
+async fn unread_http2_responses_use_bounded_memory_and_time_out() {
     const CONNECTIONS: usize = 20;
     const REQUESTS: usize = 200;
     /// In KiB.
@@ -399,12 +400,12 @@ async fn http2_answers_that_nobody_takes_cost_bounded_memory_and_for_a_while() {
     };
     let gone = hold(Deafness::NoWindow).await;
     let unread = hold(Deafness::NoReading).await;
-    // Others are answered meanwhile.
+    // Other clients are served meanwhile.
     for nth in 0..20 {
         ask(usize::MAX - nth).await;
     }
     drop(gone);
-    until("the memory is given back, of unread connections too", PATIENCE, async || {
+    until("the memory is freed, even that of unread connections", PATIENCE, async || {
         (parapet.proc_status("VmRSS") < before + 32 * MIB).then_some(())
     })
     .await;
@@ -421,7 +422,7 @@ async fn http2_answers_that_nobody_takes_cost_bounded_memory_and_for_a_while() {
 }
 
 #[tokio::test]
-async fn idle_http2_connection_ends_however_often_it_is_pinged() {
+async fn idle_http2_connection_closes_despite_pings() {
     let parapet = Local::offline_with(FLAGS, &["--edge-keepalive-timeout", "1"]).await;
     let stream = TcpStream::connect(parapet.address()).await.unwrap();
     let (mut sender, mut connection) = h2::client::handshake(stream).await.unwrap();
@@ -443,7 +444,7 @@ async fn idle_http2_connection_ends_however_often_it_is_pinged() {
 }
 
 #[tokio::test]
-async fn idle_connections_leave_descriptors_for_probes_of_both_listeners() {
+async fn idle_connections_leave_file_descriptors_for_probes() {
     const IDLE: usize = 300;
     let parapet = offline().descriptors(256, 256).start().await;
     let mut idle = Vec::new();
@@ -462,7 +463,7 @@ async fn idle_connections_leave_descriptors_for_probes_of_both_listeners() {
     assert_eq!(parapet.get(FEATURES, CLIENT).await.0, StatusCode::OK);
     assert_eq!(parapet.descriptor_limit(), 256);
     let log = parapet.log();
-    assert!(log.contains("There are too few file descriptors for --max-connections"), "{log}");
+    assert!(log.contains("Too few file descriptors for --max-connections"), "{log}");
     assert!(!log.contains("Cannot accept"), "{log}");
     drop(idle);
 
@@ -478,7 +479,7 @@ async fn connect_from(host: u8, address: SocketAddr) -> TcpStream {
 }
 
 #[tokio::test]
-async fn one_address_cannot_keep_another_out() {
+async fn one_address_cannot_exhaust_connections_of_others() {
     let limits = ["--max-connections", "20", "--max-connections-per-address", "15"];
     let parapet = Local::offline_with(FLAGS, &limits).await;
     let begun = format!(
@@ -489,9 +490,10 @@ async fn one_address_cannot_keep_another_out() {
     for _ in 0..40 {
         let mut stream = connect_from(2, parapet.address()).await;
         let _ = stream.write_all(begun.as_bytes()).await;
-        // Busy from now on, so that it makes room for nobody; or refused.
-        let mut told = [0; "HTTP/1.1 100 Continue\r\n\r\n".len()];
-        if stream.read_exact(&mut told).await.is_ok() {
+        // Either it is busy from now on, so that it is not closed for another connection, or it is
+        // refused.
+        let mut received = [0; "HTTP/1.1 100 Continue\r\n\r\n".len()];
+        if stream.read_exact(&mut received).await.is_ok() {
             held.push(stream);
         }
     }
@@ -508,15 +510,15 @@ async fn one_address_cannot_keep_another_out() {
     }
 }
 
-/// A request for evaluated flags, after which the connection ends.
+/// A request for evaluated flags that closes the connection.
 fn last_request(token: &str) -> Vec<u8> {
     let head = "GET /api/frontend HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n";
     format!("{head}authorization: {token}\r\n\r\n").into_bytes()
 }
 
-/// Everything that comes back for these bytes.
+/// Sends these bytes and returns everything that the server sends.
 async fn exchange(mut io: impl AsyncRead + AsyncWrite + Unpin, bytes: &[u8]) -> String {
-    // The server may have heard enough before the end.
+    // The server may close the connection before it has read everything.
     let _ = io.write_all(bytes).await;
     let mut back = Vec::new();
     let _ = tokio::time::timeout(PATIENCE, io.read_to_end(&mut back)).await.expect("it ends");
@@ -524,7 +526,7 @@ async fn exchange(mut io: impl AsyncRead + AsyncWrite + Unpin, bytes: &[u8]) -> 
 }
 
 #[tokio::test]
-async fn proxy_protocol_names_the_client_where_its_balancer_is_trusted() {
+async fn proxy_protocol_address_is_used_from_trusted_balancers() {
     const BALANCER: u8 = 2;
     const STRANGER: u8 = 3;
     const OFFICE: [u8; 4] = [192, 0, 2, 7];

@@ -1,6 +1,6 @@
-//! An edge between real SDKs and a healthy Unleash: flags, usage, credentials and a clean end.
+//! An edge between real SDKs and a healthy Unleash: flags, usage, credentials and shutdown.
 //!
-//! What becomes of it all when Unleash is away is told in `outage`.
+//! `upstream_outage` covers an unavailable Unleash.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -14,13 +14,13 @@ use crate::rig::{Evaluation, Kind, Parapet, STORED_WITHIN, Sdk, Unleash, Version
 
 const ENVIRONMENTS: [&str; 2] = ["development", "production"];
 
-/// Long enough for a change to reach an SDK on this machine, whatever else it does.
+/// Long enough for a change to reach an SDK on a busy machine.
 const SOON: Duration = Duration::from_secs(30);
 
-/// What the story's flags begin with; other tests make flags on the same servers.
+/// The prefix of this test's flags; other tests create flags on the same servers.
 const OURS: &str = "edge.";
 
-/// Made last: an SDK that sees it on sees all the others as they are.
+/// Created last: an SDK that sees it has all the others.
 const LAST: &str = "edge.zz-last";
 
 #[derive(Debug, Clone, Copy)]
@@ -79,7 +79,8 @@ fn variants() -> Value {
     ])
 }
 
-/// Flags of every kind that the open-source server has, in both environments, not the same in each.
+/// Creates flags of every kind that the open-source server has, in both environments, with differences
+/// between them.
 async fn create_flags(unleash: &Unleash) {
     let constraint = json!({ "contextName": "userId", "operator": "IN", "values": ["7", "11"] });
     let segment = unleash.create_segment("edge-segment", &json!([constraint])).await;
@@ -139,7 +140,7 @@ async fn create_flags(unleash: &Unleash) {
     }
 }
 
-/// Every context says what flags hang on, so that no SDK draws anything at random.
+/// Every context has the fields that the flags depend on, so that no SDK chooses at random.
 fn contexts() -> Vec<Value> {
     let context = |user: &str, more: Value| {
         let mut context = json!({ "userId": user, "sessionId": format!("session-{user}") });
@@ -163,7 +164,7 @@ async fn ours(sdk: &mut Sdk, context: &Value) -> BTreeMap<String, Evaluation> {
     flags
 }
 
-/// What one SDK sees through Parapet is what it sees at Unleash, and what it uses through Parapet is counted.
+/// One SDK sees the same through Parapet as from Unleash, and its usage through Parapet is counted.
 async fn see_and_use(
     unleash: &Unleash,
     parapet: &Parapet,
@@ -206,7 +207,7 @@ async fn see_and_use(
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn with_nothing_but_an_admin_token_every_sdk_sees_what_unleash_shows_and_its_usage_arrives() {
+async fn edge_with_admin_token_only_serves_every_sdk_and_delivers_usage() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
         create_flags(&unleash).await;
         let counted = ["edge.everybody", "edge.variants", "edge.disabled"];
@@ -256,7 +257,8 @@ async fn with_nothing_but_an_admin_token_every_sdk_sees_what_unleash_shows_and_i
             .await;
         }
 
-        // It has made one token for each environment, and finds them again whatever ended it.
+        // It has created one token for each environment, and finds them again after a restart or a
+        // crash.
         assert_eq!(unleash.remember_tokens_named("parapet-edge-story").await, ENVIRONMENTS);
         parapet.restart();
         parapet.wait_until_ready().await;
@@ -268,8 +270,8 @@ async fn with_nothing_but_an_admin_token_every_sdk_sees_what_unleash_shows_and_i
     .await;
 }
 
-/// What a token's first request is answered, once upstream has found the time to judge the token: until then, and on a
-/// busy machine that may take longer than a request may, the answer is 503.
+/// The response to a token's first request, once upstream has validated the token. Until then the
+/// response is 503; on a busy machine validation may take longer than the request timeout.
 async fn first_answer(parapet: &Parapet, path: &str, token: &str) -> Value {
     until("upstream has judged the token", Duration::from_mins(1), async || {
         let (status, body) = parapet.get(path, token).await;
@@ -281,19 +283,20 @@ async fn first_answer(parapet: &Parapet, path: &str, token: &str) -> Value {
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn without_an_admin_token_the_tokens_given_at_start_fetch_flags_and_send_usage() {
+async fn edge_without_admin_token_uses_configured_tokens() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
         let flag = "given.flag";
         unleash.create_enabled_flag(flag, "production", &[]).await;
         unleash.wait_until_counted(flag, "production").await;
-        let given = unleash.create_token(Kind::Backend, "production", &["*"], "given").await;
+        let configured = unleash.create_token(Kind::Backend, "production", &["*"], "given").await;
         let other = unleash.create_token(Kind::Backend, "production", &["*"], "given-other").await;
         let frontend =
             unleash.create_token(Kind::Frontend, "production", &["*"], "given-frontend").await;
 
-        let parapet = Parapet::edge(&unleash.url()).impatient().env("TOKENS", &given).start().await;
-        // It is ready, so the flags are there, for whoever has a token of that environment.
-        for token in [&given, &other] {
+        let parapet =
+            Parapet::edge(&unleash.url()).impatient().env("TOKENS", &configured).start().await;
+        // It is ready, so it has flags for every token of that environment.
+        for token in [&configured, &other] {
             let flags = first_answer(&parapet, "/api/client/features", token).await;
             let names = flags["features"].as_array().unwrap().iter().map(|flag| &flag["name"]);
             assert!(names.into_iter().any(|name| name == flag), "{flags}");
@@ -311,7 +314,7 @@ async fn without_an_admin_token_the_tokens_given_at_start_fetch_flags_and_send_u
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn without_any_token_the_first_sdk_of_an_environment_brings_its_flags() {
+async fn edge_without_tokens_fetches_flags_with_the_first_sdk_token() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
         let flag = "brought.flag";
         unleash.create_enabled_flag(flag, "development", &[]).await;
@@ -344,13 +347,13 @@ async fn without_any_token_the_first_sdk_of_an_environment_brings_its_flags() {
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn told_to_end_it_serves_through_the_drain_delay_and_sends_what_it_has_counted() {
+async fn terminated_edge_serves_during_drain_delay_and_sends_its_usage() {
     let unleash = Unleash::shared(Version::V8).await;
     let flag = "drain.flag";
     unleash.create_enabled_flag(flag, "development", &[]).await;
     unleash.wait_until_counted(flag, "development").await;
     let token = unleash.create_token(Kind::Backend, "development", &["*"], "drain").await;
-    // Usage is sent at the end or never.
+    // The metrics interval is so long that usage is sent only at the end.
     let edge = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token());
     let edge = edge.flag("--fleet-name", "drain").flag("--metrics-interval-seconds", "3600");
     let parapet = edge.flag("--drain-delay-seconds", "4").start().await;
@@ -362,7 +365,7 @@ async fn told_to_end_it_serves_through_the_drain_delay_and_sends_what_it_has_cou
     let ready = async || http().get(&ready).send().await.unwrap().status();
     assert_eq!(ready().await, StatusCode::OK);
     let meanwhile = async {
-        until("it is not ready any more", Duration::from_secs(3), async || {
+        until("it is no longer ready", Duration::from_secs(3), async || {
             (ready().await == StatusCode::SERVICE_UNAVAILABLE).then_some(())
         })
         .await;

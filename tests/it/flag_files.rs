@@ -1,4 +1,4 @@
-//! Flags from files: their formats, and files of a folder that change or break one by one.
+//! Flags from files: their formats, and files of a directory that change or break one by one.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -12,11 +12,11 @@ use crate::rig::{Parapet, until};
 
 const SOON: Duration = Duration::from_secs(20);
 
-/// In the format that Unleash Edge reads in offline mode.
+/// The format that Unleash Edge reads in offline mode.
 const SIMPLE: &str = r#"{"on1":{"enabled":true},"off1":{"enabled":false,"variant":null},"var1":{"enabled":true,"variant":"blue"}}"#;
 
 #[tokio::test]
-async fn simple_offline_file_of_unleash_edge_is_read_and_reloaded() {
+async fn simplified_offline_file_of_unleash_edge_is_read_and_reloaded() {
     let parapet = Local::offline(SIMPLE).await;
     let toggles =
         async || parapet.get("/api/frontend/all", FRONTEND).await.json()["toggles"].clone();
@@ -50,7 +50,7 @@ async fn simple_offline_file_of_unleash_edge_is_read_and_reloaded() {
 }
 
 #[test]
-fn a_file_of_neither_format_is_refused_with_both_formats_named() {
+fn file_of_neither_format_is_rejected_naming_both_formats() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("flags.json");
     for text in
@@ -92,7 +92,7 @@ impl Folder {
         self.0.path()
     }
 
-    /// Puts a file in place at once, so that no half of it is seen.
+    /// Replaces a file atomically, so that a partly written file is never seen.
     fn save(&self, name: &str, text: &str) -> PathBuf {
         let (path, draft) = (self.0.path().join(name), self.0.path().join(".draft"));
         std::fs::write(&draft, text).unwrap();
@@ -126,7 +126,7 @@ async fn age(parapet: &Parapet, environment: &str) -> f64 {
 }
 
 #[tokio::test]
-async fn a_malformed_file_holds_up_its_own_environment_only() {
+async fn malformed_file_affects_only_its_own_environment() {
     let folder = Folder::new();
     let parapet = folder.start().await;
     let whole = flag("two");
@@ -148,7 +148,7 @@ async fn a_malformed_file_holds_up_its_own_environment_only() {
 }
 
 #[tokio::test]
-async fn a_new_file_that_is_malformed_holds_up_no_other() {
+async fn new_malformed_file_does_not_affect_other_environments() {
     let folder = Folder::new();
     let parapet = folder.start().await;
     folder.save("new.json", "{");
@@ -158,7 +158,7 @@ async fn a_new_file_that_is_malformed_holds_up_no_other() {
 }
 
 #[tokio::test]
-async fn a_file_replaced_by_one_of_the_same_time_and_length_is_noticed() {
+async fn replacement_with_same_time_and_length_is_noticed() {
     let folder = Folder::new();
     let parapet = folder.start().await;
     let times = |path: &Path| std::fs::metadata(path).unwrap().modified().unwrap();
@@ -171,14 +171,14 @@ async fn a_file_replaced_by_one_of_the_same_time_and_length_is_noticed() {
     std::fs::rename(&other, &path).unwrap();
     assert_eq!(times(&path), modified);
     until_sees(&parapet, PRODUCTION, "two").await;
-    // In place, its time set back.
+    // Written in place, with its modification time set back.
     std::fs::write(&path, flag("six")).unwrap();
     std::fs::File::options().write(true).open(&path).unwrap().set_modified(modified).unwrap();
     until_sees(&parapet, PRODUCTION, "six").await;
 }
 
 #[test]
-fn a_start_names_every_file_that_is_malformed() {
+fn start_reports_every_malformed_file() {
     let folder = Folder::new();
     folder.save("staging.json", "{");
     folder.save("testing.json", "{}");

@@ -1,4 +1,5 @@
-//! A flood of made-up tokens: what it costs upstream and memory is bounded, and nobody with a valid token notices.
+//! A flood of made-up tokens has a bounded cost in upstream requests and memory, and does not affect
+//! clients with a valid token.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -20,29 +21,30 @@ use tokio::task::JoinSet;
 
 use crate::rig::{Parapet, http, until};
 
-/// Made-up tokens, each of the form of a real one and different from all others: so many in the headers of requests, and
-/// in questions to `/edge/validate`, which anybody may ask, so many each.
+/// Made-up tokens, each well-formed and unique: this many in request headers, and in requests to
+/// `/edge/validate`, which need no token, this many in each.
 const BY_HEADER: usize = 20_000;
 const QUESTIONS: usize = 80;
 const BY_QUESTION: usize = 1000;
 const FLOOD: usize = BY_HEADER + QUESTIONS * BY_QUESTION;
 
-/// Connections of the attacker and requests under way on each, and questions under way. The latter want verdicts on more
-/// tokens at a time than the 5,000 that may wait on behalf of those who ask.
+/// The attacker's connections, the concurrent requests on each, and the concurrent validation requests.
+/// The latter need more tokens validated at a time than the 5,000 that may wait for such requests.
 const CONNECTIONS: usize = 20;
 const STREAMS: usize = 100;
 const ASKERS: usize = 12;
 
-/// The most questions about first-seen tokens: so many at once, and so many more per second.
+/// The limit for upstream requests about first-seen tokens: this many at once, and this many more per
+/// second.
 const BURST: usize = 20;
 const PER_SECOND: f64 = 10.0;
 
-/// How much memory the flood may cost, in KiB, requests under way included.
+/// The limit for the memory of the flood, in KiB, including requests in progress.
 const MEMORY: u64 = 128 * 1024;
 
 const KNOWN: &str = "*:development.valid-and-known-0123456789abcdef";
 
-/// An upstream that knows the tokens that say of themselves that they are valid, and counts what it is asked.
+/// An upstream that accepts tokens which contain `valid`, and counts requests.
 #[derive(Clone, Default)]
 struct Upstream {
     asked: Arc<Mutex<BTreeMap<String, usize>>>,
@@ -97,40 +99,41 @@ fn validate(question: &Value) -> Value {
     json!({ "tokens": valid.collect::<Vec<_>>() })
 }
 
-/// What the attacker heard: how many tokens were refused, and how many turned away unjudged.
+/// The responses to the attacker: the number of rejected tokens, and of those that were turned away
+/// without validation.
 type Heard = BTreeMap<StatusCode, usize>;
 
 fn made_up() -> String {
     format!("*:development.{:032x}{:024x}", rand::random::<u128>(), rand::random::<u64>())
 }
 
-/// Whether there was something left to take.
+/// Takes one and returns true, unless nothing is left.
 fn take(left: &AtomicUsize) -> bool {
     left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |it| it.checked_sub(1)).is_ok()
 }
 
-/// Presents tokens in headers, on one connection.
+/// Sends tokens in headers, on one connection.
 fn present(parapet: &Parapet, left: &Arc<AtomicUsize>, attackers: &mut JoinSet<Heard>) {
     let client = reqwest::Client::builder().http2_prior_knowledge().no_proxy().build().unwrap();
     let url: reqwest::Url = (parapet.url() + "/api/client/features").parse().unwrap();
     for _ in 0..STREAMS {
         let (client, url, left) = (client.clone(), url.clone(), Arc::clone(left));
         attackers.spawn(async move {
-            let mut heard = Heard::new();
+            let mut statuses = Heard::new();
             while take(&left) {
                 let request = client.get(url.clone()).header("authorization", made_up());
-                *heard.entry(request.send().await.unwrap().status()).or_default() += 1;
+                *statuses.entry(request.send().await.unwrap().status()).or_default() += 1;
             }
-            heard
+            statuses
         });
     }
 }
 
-/// Asks about many tokens at a time.
+/// Sends validation requests with many tokens each.
 fn ask(parapet: &Parapet, left: &Arc<AtomicUsize>, attackers: &mut JoinSet<Heard>) {
     let (url, left) = (parapet.url() + "/edge/validate", Arc::clone(left));
     attackers.spawn(async move {
-        let mut heard = Heard::new();
+        let mut statuses = Heard::new();
         while take(&left) {
             let tokens: Vec<_> = (0..BY_QUESTION).map(|_| made_up()).collect();
             let question = http().post(&url).body(json!({ "tokens": tokens }).to_string());
@@ -139,9 +142,9 @@ fn ask(parapet: &Parapet, left: &Arc<AtomicUsize>, attackers: &mut JoinSet<Heard
             if status == StatusCode::OK {
                 assert_eq!(answer.text().await.unwrap(), r#"{"tokens":[]}"#);
             }
-            *heard.entry(status).or_default() += BY_QUESTION;
+            *statuses.entry(status).or_default() += BY_QUESTION;
         }
-        heard
+        statuses
     });
 }
 
@@ -156,7 +159,7 @@ async fn total(mut parts: JoinSet<Heard>) -> Heard {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_flood_of_made_up_tokens_is_bounded_and_hurts_nobody() {
+async fn flood_of_made_up_tokens_is_bounded_and_does_not_affect_valid_clients() {
     let upstream = Upstream::default();
     let address = upstream.start().await;
     let parapet = Parapet::edge(&format!("http://{address}")).env("TOKENS", KNOWN).start().await;
@@ -191,7 +194,7 @@ async fn a_flood_of_made_up_tokens_is_bounded_and_hurts_nobody() {
             let token = format!("*:development.valid-and-fresh-{accepted}");
             until("a fresh token is accepted", Duration::from_mins(1), async || {
                 let answer = http().get(&url).header("authorization", &token).send().await.unwrap();
-                // Full house: it is told to come again, never that it is invalid.
+                // At the limit a new token gets 503 with a retry hint, never 401.
                 let busy = answer.status() == StatusCode::SERVICE_UNAVAILABLE;
                 assert!(busy || answer.status() == StatusCode::OK, "{}", answer.status());
                 assert_eq!(answer.headers().contains_key("retry-after"), busy);
@@ -202,23 +205,23 @@ async fn a_flood_of_made_up_tokens_is_bounded_and_hurts_nobody() {
         }
         accepted
     };
-    let heard = async {
-        let heard = total(attackers).await;
+    let statuses = async {
+        let statuses = total(attackers).await;
         over.store(true, Ordering::Relaxed);
-        heard
+        statuses
     };
-    let (heard, served, accepted) = tokio::join!(heard, known, fresh);
+    let (statuses, served, accepted) = tokio::join!(statuses, known, fresh);
     let took = begin.elapsed();
     let asked = upstream.asked("/edge/validate") - asked_before;
     let peak = parapet.proc_status("VmHWM").saturating_sub(memory_before);
     println!(
-        "{FLOOD} tokens in {took:?}: {heard:?}; {asked} questions; {peak} KiB; {served} known, {accepted} fresh served"
+        "{FLOOD} tokens in {took:?}: {statuses:?}; {asked} questions; {peak} KiB; {served} known, {accepted} fresh served"
     );
 
-    assert_eq!(heard.values().sum::<usize>(), FLOOD);
-    // Refused by header, named as not valid by question, or turned away unjudged.
+    assert_eq!(statuses.values().sum::<usize>(), FLOOD);
+    // Rejected in a header, missing from a validation response, or turned away without validation.
     let known = [StatusCode::UNAUTHORIZED, StatusCode::OK, StatusCode::SERVICE_UNAVAILABLE];
-    assert!(heard.keys().all(|status| known.contains(status)), "{heard:?}");
+    assert!(statuses.keys().all(|status| known.contains(status)), "{statuses:?}");
     #[expect(
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,

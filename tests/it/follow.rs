@@ -1,6 +1,7 @@
-//! An edge that follows its upstream's stream: what it does when the stream is refused, ends, breaks or tells nonsense.
+//! An edge that streams from its upstream: what it does when the stream is refused, ends, breaks or
+//! sends nonsense.
 //!
-//! Upstreams that misbehave are made up; those that merely die are real.
+//! Upstreams that misbehave are scripted; those that only crash are real.
 
 use std::convert::Infallible;
 use std::io;
@@ -30,12 +31,12 @@ const ADMIN: &str = "*:*.admin-of-the-followed-0123456789abcdef0123456789";
 const FEATURES: &str = "/api/client/features";
 const STREAM: &str = "/api/client/streaming";
 
-/// Longer than the pauses of a minute that some refusals are followed by.
+/// Longer than the delay of one minute after some refusals.
 const SOON: Duration = Duration::from_mins(2);
 
 const STREAMS: &str = "parapet_upstream_streams";
 
-/// How often flags were polled for, whatever the answer.
+/// The number of polls for flags, with any response.
 async fn polls(parapet: &Parapet) -> u64 {
     const POLLS: &str = "parapet_upstream_requests_total{purpose=\"features\"";
     let page = parapet.metrics().await;
@@ -55,23 +56,23 @@ async fn until_follows(parapet: &Parapet) {
     .await;
 }
 
-/// How often the log says this.
+/// The number of occurrences of this text in the log.
 fn said(parapet: &Parapet, text: &str) -> usize {
     parapet.log().matches(text).count()
 }
 
 async fn until_said(parapet: &Parapet, text: &str, times: usize) {
-    until(&format!("it says {times} times: {text}"), SOON, async || {
+    until(&format!("the log contains {times} times: {text}"), SOON, async || {
         (said(parapet, text) >= times).then_some(())
     })
     .await;
     assert_eq!(said(parapet, text), times, "{}", parapet.log());
 }
 
-/// What the log says when streams speak for all tokens.
-const FOLLOWS: &str = "Follows upstream's stream";
+/// The log message when streams cover all tokens.
+const FOLLOWS: &str = "Upstream's event stream is open";
 
-/// The names of the flags that are served.
+/// The names of the served flags.
 async fn served(parapet: &Parapet) -> Vec<String> {
     let (status, body) = parapet.get(FEATURES, TOKEN).await;
     assert_eq!(status, StatusCode::OK, "{body}");
@@ -86,7 +87,7 @@ async fn until_served(parapet: &Parapet, flag: &str) {
     .await;
 }
 
-/// A request as it came.
+/// A request as received.
 #[derive(Clone, Debug)]
 struct Asked {
     path: String,
@@ -94,7 +95,7 @@ struct Asked {
     if_none_match: Option<String>,
 }
 
-/// How a request for the stream is answered.
+/// The response to a request for the stream.
 #[derive(Clone, Copy, Debug)]
 enum Offer {
     Refused(StatusCode),
@@ -104,20 +105,20 @@ enum Offer {
 struct State {
     /// The name of the only flag.
     flag: String,
-    /// The number of this state.
+    /// The number of the current state.
     id: u32,
     offer: Offer,
-    /// Whether those who poll are sent to the stream.
+    /// Whether responses to polls refer to the stream.
     hints: bool,
-    /// Whether no token is valid any more.
+    /// Whether all tokens are invalid by now.
     revoked: bool,
-    /// Whether the number is the revision in entity tags, as at Unleash.
+    /// Whether entity tags contain the number as revision, as Unleash's do.
     has_revisions: bool,
     asked: Vec<Asked>,
     open: Vec<mpsc::UnboundedSender<io::Result<String>>>,
 }
 
-/// A made-up upstream.
+/// A scripted upstream.
 #[derive(Clone)]
 struct Upstream(Arc<Mutex<State>>);
 
@@ -158,7 +159,7 @@ impl Upstream {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has another flag from now on, without telling anybody.
+    /// Changes the flag without sending an event, and returns the event for it.
     fn change(&self, flag: &str) -> String {
         let mut state = self.state();
         state.id += 1;
@@ -170,28 +171,28 @@ impl Upstream {
         event("unleash-updated", state.id, &json!({ "events": events }))
     }
 
-    /// Answers as a replica does that has this state.
+    /// Serves this state, as a replica might.
     fn show(&self, flag: &str, id: u32) {
         let mut state = self.state();
         (state.flag, state.id) = (flag.to_owned(), id);
     }
 
-    /// Tells this on the open streams.
+    /// Sends this text on the open streams.
     fn tell(&self, text: &str) {
         let mut state = self.state();
-        state.open.retain(|teller| teller.send(Ok(text.to_owned())).is_ok());
+        state.open.retain(|sender| sender.send(Ok(text.to_owned())).is_ok());
         assert!(!state.open.is_empty(), "there is a stream");
     }
 
-    /// Ends the open streams in good order.
+    /// Ends the open streams in an orderly way.
     fn end(&self) {
         self.state().open.clear();
     }
 
-    /// Breaks the open streams off.
+    /// Resets the open streams.
     fn break_off(&self) {
-        for teller in self.state().open.drain(..) {
-            let _ = teller.send(Err(io::ErrorKind::ConnectionReset.into()));
+        for sender in self.state().open.drain(..) {
+            let _ = sender.send(Err(io::ErrorKind::ConnectionReset.into()));
         }
     }
 
@@ -205,9 +206,9 @@ impl Upstream {
         state.asked.iter().filter(|it| it.path == path).cloned().collect()
     }
 
-    /// The requests for this path, as soon as there are so many.
+    /// The requests for this path, once there are at least `count`.
     async fn until_asked(&self, path: &str, count: usize) -> Vec<Asked> {
-        until(&format!("{path} is asked for {count} times"), SOON, async || {
+        until(&format!("{path} is requested {count} times"), SOON, async || {
             let asked = self.asked(path);
             (asked.len() >= count).then_some(asked)
         })
@@ -260,7 +261,7 @@ impl Upstream {
                 answer
             }
             (STREAM, Offer::Stream) => {
-                let (teller, told) = mpsc::unbounded_channel();
+                let (sender, receiver) = mpsc::unbounded_channel();
                 let events = if header("last-event-id") == Some(state.id.to_string()) {
                     json!([])
                 } else {
@@ -268,11 +269,11 @@ impl Upstream {
                     json!([{ "type": "hydration", "eventId": state.id, "features": features, "segments": [] }])
                 };
                 let first = event("unleash-connected", state.id, &json!({ "events": events }));
-                teller.send(Ok(first)).unwrap();
-                state.open.push(teller);
-                let pieces = stream::unfold(told, async |mut told| {
-                    let piece: io::Result<String> = told.recv().await?;
-                    Some((piece.map(|text| Frame::data(Bytes::from(text))), told))
+                sender.send(Ok(first)).unwrap();
+                state.open.push(sender);
+                let pieces = stream::unfold(receiver, async |mut receiver| {
+                    let piece: io::Result<String> = receiver.recv().await?;
+                    Some((piece.map(|text| Frame::data(Bytes::from(text))), receiver))
                 });
                 let mut answer = Response::new(StreamBody::new(pieces).boxed_unsync());
                 let kind = "text/event-stream; charset=utf-8".parse().unwrap();
@@ -308,20 +309,20 @@ async fn patient(url: &str) -> Parapet {
     edge.flag("--features-refresh-interval-seconds", "3600").start().await
 }
 
-/// An edge that polls all the time if it polls.
+/// An edge that polls continuously whenever it polls.
 async fn impatient(url: &str) -> Parapet {
     Parapet::edge(url).env("TOKENS", TOKEN).impatient().start().await
 }
 
 #[tokio::test]
-async fn a_stream_is_followed_and_gone_on_from_where_it_ended_or_broke() {
+async fn stream_is_resumed_from_last_event_after_end_or_reset() {
     let (upstream, url) = Upstream::start(Offer::Stream).await;
     let parapet = patient(&url).await;
     until_said(&parapet, FOLLOWS, 1).await;
     upstream.tell(&upstream.change("second"));
     until_served(&parapet, "second").await;
 
-    // What arrives together is published once.
+    // Events that arrive together are published once.
     let swaps = r#"parapet_snapshot_swaps_total{environment="development"}"#;
     let before = parapet.metric(swaps).await.unwrap();
     let events = ["third", "fourth", "fifth"].map(|flag| upstream.change(flag));
@@ -332,18 +333,18 @@ async fn a_stream_is_followed_and_gone_on_from_where_it_ended_or_broke() {
     upstream.end();
     let asked = upstream.until_asked(STREAM, 2).await;
     assert_eq!((&asked[0].last_event_id, asked[1].last_event_id.as_deref()), (&None, Some("11")));
-    assert_eq!(said(&parapet, "Polls upstream again"), 0, "an end in good order is no news");
+    assert_eq!(said(&parapet, "Polling upstream again"), 0, "an end in good order is no news");
     until_follows(&parapet).await;
     upstream.tell(&upstream.change("sixth"));
     until_served(&parapet, "sixth").await;
 
-    // Missed, as no stream was open.
+    // Missed, because no stream was open.
     upstream.break_off();
     upstream.change("seventh");
     until_served(&parapet, "seventh").await;
     let asked = upstream.until_asked(STREAM, 3).await;
     assert_eq!(asked[2].last_event_id.as_deref(), Some("12"));
-    assert_eq!(said(&parapet, "Polls upstream again: its stream was lost"), 1);
+    assert_eq!(said(&parapet, "Polling upstream again: its stream was lost"), 1);
     until_said(&parapet, FOLLOWS, 2).await;
     assert_eq!(
         (ended(&parapet, "over").await, ended(&parapet, "broken").await),
@@ -353,7 +354,7 @@ async fn a_stream_is_followed_and_gone_on_from_where_it_ended_or_broke() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_followed_leads_to_everything_anew() {
+async fn invalid_event_leads_to_a_new_snapshot() {
     let (upstream, url) = Upstream::start(Offer::Stream).await;
     let parapet = patient(&url).await;
     until_said(&parapet, FOLLOWS, 1).await;
@@ -377,7 +378,7 @@ async fn what_cannot_be_followed_leads_to_everything_anew() {
 }
 
 #[tokio::test]
-async fn an_edge_polls_while_it_has_no_stream_and_what_streams_told_is_not_confirmed_by_old_tags() {
+async fn edge_polls_without_stream_and_old_etags_do_not_confirm_streamed_state() {
     let (upstream, url) = Upstream::start(Offer::Stream).await;
     let parapet = impatient(&url).await;
     until_said(&parapet, FOLLOWS, 1).await;
@@ -385,7 +386,7 @@ async fn an_edge_polls_while_it_has_no_stream_and_what_streams_told_is_not_confi
     until_served(&parapet, "second").await;
     let before = upstream.asked(FEATURES).len();
     upstream.offer(Offer::Refused(StatusCode::SERVICE_UNAVAILABLE));
-    // Upstream returns to what the tag of the first poll stands for, and nobody is told.
+    // Upstream returns to the state of the first poll's entity tag, without an event.
     upstream.break_off();
     upstream.change("first");
     until_served(&parapet, "first").await;
@@ -396,19 +397,19 @@ async fn an_edge_polls_while_it_has_no_stream_and_what_streams_told_is_not_confi
     until_follows(&parapet).await;
     upstream.tell(&upstream.change("third"));
     until_served(&parapet, "third").await;
-    // A state that a poll brought has no number.
+    // A state from a poll has no event id.
     let asked = upstream.asked(STREAM);
     assert_eq!(asked.last().unwrap().last_event_id, None, "{asked:?}");
 }
 
 #[tokio::test]
-async fn replicas_of_upstream_that_lag_bring_no_older_state_back() {
+async fn stale_replicas_do_not_bring_back_older_state() {
     let (upstream, url) = Upstream::start(Offer::Refused(StatusCode::SERVICE_UNAVAILABLE)).await;
     upstream.state().has_revisions = true;
     let parapet = impatient(&url).await;
     upstream.show("second", 8);
     until_served(&parapet, "second").await;
-    // By its stream.
+    // Through its stream.
     upstream.show("first", 7);
     upstream.offer(Offer::Stream);
     until("such a stream is closed", SOON, async || {
@@ -420,7 +421,7 @@ async fn replicas_of_upstream_that_lag_bring_no_older_state_back() {
     until_follows(&parapet).await;
     upstream.tell(&upstream.change("third"));
     until_served(&parapet, "third").await;
-    // By polls.
+    // Through polling.
     upstream.offer(Offer::Refused(StatusCode::SERVICE_UNAVAILABLE));
     upstream.show("second", 8);
     upstream.end();
@@ -430,12 +431,12 @@ async fn replicas_of_upstream_that_lag_bring_no_older_state_back() {
 }
 
 #[tokio::test]
-async fn an_upstream_without_a_stream_is_polled_and_asked_again_when_it_hints_at_one() {
+async fn upstream_without_stream_is_polled_until_it_hints_at_one() {
     let (upstream, url) = Upstream::start(Offer::Refused(StatusCode::NOT_FOUND)).await;
     let parapet = impatient(&url).await;
     upstream.until_asked(FEATURES, 6).await;
     assert_eq!(upstream.asked(STREAM).len(), 1, "it is left in peace");
-    assert_eq!(said(&parapet, "Polls upstream: it offers no stream"), 1);
+    assert_eq!(said(&parapet, "Polling upstream: it does not support streaming"), 1);
     upstream.change("second");
     until_served(&parapet, "second").await;
     let refused = "parapet_upstream_requests_total{purpose=\"stream\",outcome=\"not_offered\"}";
@@ -451,38 +452,38 @@ async fn an_upstream_without_a_stream_is_polled_and_asked_again_when_it_hints_at
 }
 
 #[tokio::test]
-async fn an_edge_that_is_sent_to_polling_polls() {
+async fn edge_polls_when_upstream_requests_polling() {
     let (upstream, url) = Upstream::start(Offer::Stream).await;
     let parapet = impatient(&url).await;
     until_said(&parapet, FOLLOWS, 1).await;
     let before = upstream.asked(FEATURES).len();
     upstream.tell(&event("fetch-mode", 7, &json!("streaming")));
     upstream.tell("event: fetch-mode\ndata: polling\n\n");
-    until_said(&parapet, "Polls upstream again: it sends those who can poll to polling", 1).await;
+    until_said(&parapet, "Polling upstream again: it requests polling", 1).await;
     upstream.change("second");
     until_served(&parapet, "second").await;
     upstream.until_asked(FEATURES, before + 6).await;
-    assert_eq!(upstream.asked(STREAM).len(), 1, "it stays away");
+    assert_eq!(upstream.asked(STREAM).len(), 1, "it stays unavailable");
     assert_eq!(ended(&parapet, "dismissed").await, Some(1.0));
     upstream.state().hints = true;
     until_follows(&parapet).await;
 }
 
 #[tokio::test]
-async fn an_upstream_without_room_is_polled_and_asked_again_when_it_says() {
+async fn upstream_at_stream_limit_is_polled_until_retry_after() {
     let (upstream, url) = Upstream::start(Offer::Refused(StatusCode::TOO_MANY_REQUESTS)).await;
     let parapet = impatient(&url).await;
     upstream.until_asked(STREAM, 3).await;
     upstream.change("second");
     until_served(&parapet, "second").await;
-    assert_eq!(said(&parapet, "Polls upstream: it has no room for another stream"), 1);
+    assert_eq!(said(&parapet, "Polling upstream: it accepts no further stream"), 1);
     upstream.offer(Offer::Stream);
     until_follows(&parapet).await;
 }
 
 #[tokio::test]
-async fn a_token_that_only_the_stream_refuses_goes_on_polling() {
-    // As Unleash Edge does where it does not stream itself.
+async fn token_rejected_by_stream_only_is_polled() {
+    // Unleash Edge responds so if it does not stream itself.
     let (upstream, url) = Upstream::start(Offer::Refused(StatusCode::FORBIDDEN)).await;
     let parapet = impatient(&url).await;
     upstream.until_asked(FEATURES, 6).await;
@@ -490,11 +491,12 @@ async fn a_token_that_only_the_stream_refuses_goes_on_polling() {
     until_served(&parapet, "second").await;
     assert_eq!(upstream.asked(STREAM).len(), 1);
     assert_eq!(said(&parapet, "Upstream refuses a token"), 0, "{}", parapet.log());
-    assert_eq!(said(&parapet, "Polls upstream: it does not admit our token to its stream"), 1);
+    let refused = "Polling upstream: it does not accept the token for its stream";
+    assert_eq!(said(&parapet, refused), 1);
 }
 
 #[tokio::test]
-async fn the_operator_may_insist_on_polling_or_on_streaming() {
+async fn upstream_mode_forces_polling_or_streaming() {
     let (upstream, url) = Upstream::start(Offer::Stream).await;
     let edge = Parapet::edge(&url).env("TOKENS", TOKEN).env("UPSTREAM_MODE", "poll");
     let parapet = edge.impatient().start().await;
@@ -504,7 +506,8 @@ async fn the_operator_may_insist_on_polling_or_on_streaming() {
     upstream.offer(Offer::Refused(StatusCode::NOT_IMPLEMENTED));
     let edge = Parapet::edge(&url).env("TOKENS", TOKEN).flag("--upstream-mode", "stream");
     let parapet = edge.impatient().start().await;
-    let warning = "Polls upstream, although --upstream-mode is stream: it offers no stream";
+    let warning =
+        "Polling upstream although --upstream-mode is stream: it does not support streaming";
     until_said(&parapet, warning, 1).await;
     upstream.offer(Offer::Stream);
     upstream.state().hints = true;
@@ -512,7 +515,7 @@ async fn the_operator_may_insist_on_polling_or_on_streaming() {
     assert_eq!(said(&parapet, warning), 1);
 }
 
-/// A real upstream without one of its own, and its flags' file.
+/// A real Parapet as upstream, offline, and its flag file.
 async fn offline(flag: &str) -> (Parapet, TempDir, PathBuf) {
     secrets::remember(TOKEN);
     let folder = tempfile::tempdir().unwrap();
@@ -528,7 +531,7 @@ fn write(file: &PathBuf, flag: &str) {
 }
 
 #[tokio::test]
-async fn a_parapet_that_is_killed_or_ends_is_found_again_without_a_poll() {
+async fn restarted_upstream_is_streamed_again_without_polling() {
     let (upstream, _folder, file) = offline("first").await;
     let parapet = patient(&upstream.url()).await;
     until_said(&parapet, FOLLOWS, 1).await;
@@ -537,7 +540,7 @@ async fn a_parapet_that_is_killed_or_ends_is_found_again_without_a_poll() {
     until_served(&parapet, "second").await;
 
     upstream.kill();
-    until_said(&parapet, "Polls upstream again: ", 1).await;
+    until_said(&parapet, "Polling upstream again: ", 1).await;
     assert_eq!(served(&parapet).await, ["second"]);
     write(&file, "third");
     upstream.restart();
@@ -554,14 +557,14 @@ async fn a_parapet_that_is_killed_or_ends_is_found_again_without_a_poll() {
 }
 
 #[tokio::test]
-async fn a_network_that_fails_changes_nothing_and_is_followed_through_again() {
+async fn flags_stay_during_network_failure_and_stream_resumes() {
     let (upstream, _folder, file) = offline("first").await;
     let proxy = ChaosProxy::start(&upstream.url()).await;
     let parapet = impatient(&proxy.url()).await;
     until_said(&parapet, FOLLOWS, 1).await;
     for (flag, stalls) in [("second", false), ("third", true)] {
         let (streams, polls) = (proxy.count(STREAM), proxy.count(FEATURES));
-        let seen = said(&parapet, "Cannot refresh");
+        let seen = said(&parapet, "Fetching flags failed");
         proxy.cut().await;
         if stalls {
             proxy.stall().await;
@@ -571,7 +574,7 @@ async fn a_network_that_fails_changes_nothing_and_is_followed_through_again() {
             .await;
         }
         until("upstream is missed", SOON, async || {
-            (said(&parapet, "Cannot refresh") > seen).then_some(())
+            (said(&parapet, "Fetching flags failed") > seen).then_some(())
         })
         .await;
         let before = served(&parapet).await;
@@ -583,12 +586,12 @@ async fn a_network_that_fails_changes_nothing_and_is_followed_through_again() {
         let polls = proxy.count(FEATURES);
         write(&file, &format!("{flag}-followed"));
         until_served(&parapet, &format!("{flag}-followed")).await;
-        assert_eq!(proxy.count(FEATURES), polls, "it is told, and does not poll");
+        assert_eq!(proxy.count(FEATURES), polls, "it gets an event, and does not poll");
     }
 }
 
 #[tokio::test]
-async fn the_stream_of_a_token_that_is_revoked_is_closed_and_takes_no_flags_away() {
+async fn stream_of_revoked_token_closes_without_removing_flags() {
     let (upstream, url) = Upstream::start(Offer::Stream).await;
     let edge = Parapet::edge(&url).flag("--token-revalidation-interval-seconds", "0.5");
     let edge = edge.flag("--features-refresh-interval-seconds", "3600");
@@ -606,7 +609,7 @@ async fn the_stream_of_a_token_that_is_revoked_is_closed_and_takes_no_flags_away
 }
 
 #[tokio::test]
-async fn each_token_that_is_needed_has_a_stream_of_its_own() {
+async fn each_required_token_has_its_own_stream() {
     let tokens = ["a", "b"].map(|it| format!("{it}:development.followed-0123456789abcdef0123456"));
     for token in &tokens {
         secrets::remember(token);
@@ -638,10 +641,10 @@ async fn each_token_that_is_needed_has_a_stream_of_its_own() {
         .await;
     }
     let before = polls(&parapet).await;
-    assert_eq!(before, 2, "a token whose stream speaks for it is not asked with again");
+    assert_eq!(before, 2, "a token with a stream is not polled");
     for names in [["three", "two"], ["three", "four"], ["five", "six"]] {
         write(names);
-        until("both are told", SOON, async || {
+        until("both get the event", SOON, async || {
             let both = (served(0).await, served(1).await);
             (both == (Some(names[0].to_owned()), Some(names[1].to_owned()))).then_some(())
         })
@@ -651,8 +654,7 @@ async fn each_token_that_is_needed_has_a_stream_of_its_own() {
 }
 
 #[tokio::test]
-async fn an_edge_in_front_of_a_standalone_needs_one_admin_token_and_its_operator_sees_the_streams()
-{
+async fn edge_in_front_of_standalone_streams_with_admin_token_and_reports_streams() {
     secrets::remember(ADMIN);
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("flags.json");
@@ -666,10 +668,10 @@ async fn an_edge_in_front_of_a_standalone_needs_one_admin_token_and_its_operator
     assert_eq!(streams().await, 1);
     write(&file, "second");
     until("the change arrives", SOON, async || {
-        let (_, told) = parapet.admin_get("/internal-backstage/features").await;
-        (told["development"]["features"][0]["name"] == "second").then_some(())
+        let (_, features) = parapet.admin_get("/internal-backstage/features").await;
+        (features["development"]["features"][0]["name"] == "second").then_some(())
     })
     .await;
     upstream.kill();
-    until("the stream is gone", SOON, async || (streams().await == 0).then_some(())).await;
+    until("the stream has closed", SOON, async || (streams().await == 0).then_some(())).await;
 }

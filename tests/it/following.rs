@@ -1,4 +1,4 @@
-//! Frontends that follow their flags: by hand, and by the example of a client.
+//! Streaming for frontend clients: with raw requests, and with the example client.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -41,47 +41,47 @@ async fn follow(parapet: &Local, query: &str, last: Option<&str>) -> Events {
     Events::open(request.header("authorization", FRONTEND), last).await
 }
 
-/// The next event's name and id, the flags that it tells, and those that it takes back.
+/// The next event's name and id, the flags that it updates, and those that it removes.
 async fn next(events: &mut Events) -> (String, String, Vec<String>, Vec<String>) {
-    let event = events.next().await.expect("the stream goes on");
+    let event = events.next().await.expect("the stream continues");
     let data: Value = serde_json::from_str(&event.data).unwrap();
     let toggles = data["toggles"].as_array().unwrap().iter();
-    let told = toggles.map(|it| it["name"].as_str().unwrap().to_owned()).collect();
+    let updated = toggles.map(|it| it["name"].as_str().unwrap().to_owned()).collect();
     let removed = data["removed"].as_array().into_iter().flatten();
     let removed = removed.map(|it| it.as_str().unwrap().to_owned()).collect();
-    (event.name, event.id, told, removed)
+    (event.name, event.id, updated, removed)
 }
 
 #[tokio::test]
-async fn a_context_is_told_what_changes_for_it_and_nothing_else() {
+async fn stream_sends_only_changes_for_its_context() {
     let all = flag("all", &[everybody()]);
     let parapet =
         Local::offline(&text(&[all.clone(), flag("gold", &[only("plan", "gold")])])).await;
     let mut seven = follow(&parapet, "userId=7", None).await;
-    let (name, first, told, _) = next(&mut seven).await;
-    assert_eq!((&*name, told), ("unleash-connected", vec!["all".to_owned()]));
+    let (name, first, updated, _) = next(&mut seven).await;
+    assert_eq!((&*name, updated), ("unleash-connected", vec!["all".to_owned()]));
     // The context of a POST is in its body.
     let gold = parapet.json(STREAM, &json!({ "context": { "properties": { "plan": "gold" } } }));
     let mut gold = Events::open(gold.header("authorization", WEB_FRONTEND), None).await;
     assert_eq!(next(&mut gold).await.2, ["all", "gold"]);
 
-    // For the one it is on no more, for the other it never was, and is told nothing of it.
+    // The flag is now off for one context. For the other it never was on, which therefore gets no event.
     write(&parapet, &[all.clone(), flag("gold", &[only("plan", "silver")])]);
-    let (name, _, told, removed) = next(&mut gold).await;
-    assert_eq!((&*name, told.len(), removed), ("unleash-updated", 0, vec!["gold".to_owned()]));
+    let (name, _, updated, removed) = next(&mut gold).await;
+    assert_eq!((&*name, updated.len(), removed), ("unleash-updated", 0, vec!["gold".to_owned()]));
     write(&parapet, &[all.clone(), flag("seven", &[only("userId", "7")])]);
-    let (name, second, told, removed) = next(&mut seven).await;
-    assert_eq!((&*name, told), ("unleash-updated", vec!["seven".to_owned()]));
+    let (name, second, updated, removed) = next(&mut seven).await;
+    assert_eq!((&*name, updated), ("unleash-updated", vec!["seven".to_owned()]));
     assert!(removed.is_empty());
-    let asked = parapet.get("/api/frontend?userId=7", FRONTEND).await.json();
-    assert_eq!(asked["toggles"].as_array().unwrap().len(), 2);
+    let polled = parapet.get("/api/frontend?userId=7", FRONTEND).await.json();
+    assert_eq!(polled["toggles"].as_array().unwrap().len(), 2);
 
-    // Who comes back is told everything, or that it has everything.
-    let (name, id, told, _) = next(&mut follow(&parapet, "userId=7", Some(&first)).await).await;
-    assert_eq!((&*name, &id, told.len()), ("unleash-connected", &second, 2));
-    let (name, id, told, removed) =
+    // A client that reconnects gets everything, or the confirmation that it is up to date.
+    let (name, id, updated, _) = next(&mut follow(&parapet, "userId=7", Some(&first)).await).await;
+    assert_eq!((&*name, &id, updated.len()), ("unleash-connected", &second, 2));
+    let (name, id, updated, removed) =
         next(&mut follow(&parapet, "userId=7", Some(&second)).await).await;
-    assert_eq!((&*name, id, told.len() + removed.len()), ("unleash-updated", second, 0));
+    assert_eq!((&*name, id, updated.len() + removed.len()), ("unleash-updated", second, 0));
 
     let status = async |token: &str| parapet.get(STREAM, token).await.status.as_u16();
     assert_eq!(status(CLIENT).await, 403);
@@ -91,7 +91,7 @@ async fn a_context_is_told_what_changes_for_it_and_nothing_else() {
 }
 
 #[tokio::test]
-async fn stream_of_a_large_context_ends_when_flags_come_to_read_what_was_not_kept() {
+async fn stream_of_large_context_closes_when_flags_need_fields_that_were_not_stored() {
     let all = flag("all", &[everybody()]);
     let gold = flag("gold", &[only("plan", "gold")]);
     let parapet = Local::offline(&text(&[all.clone(), gold.clone()])).await;
@@ -106,16 +106,16 @@ async fn stream_of_a_large_context_ends_when_flags_come_to_read_what_was_not_kep
     // A field that the context does not have is known to be missing.
     let pro = flag("pro", &[only("plan", "gold"), only("size", "7")]);
     write(&parapet, &[all.clone(), gold.clone(), pro]);
-    let (_, id, told, _) = next(&mut stream).await;
-    assert_eq!(told, ["pro"]);
+    let (_, id, updated, _) = next(&mut stream).await;
+    assert_eq!(updated, ["pro"]);
     let red = flag("red", &[only("team", "red")]);
     write(&parapet, &[all, gold, red]);
-    assert_eq!(stream.next().await, None, "it has to ask anew");
+    assert_eq!(stream.next().await, None, "it has to reconnect");
     assert_eq!(next(&mut open(Some(&id)).await).await.2, ["all", "gold", "red"]);
 }
 
-/// Opens streams with contexts of so many properties, each value so long, which is little on the wire, and tells how
-/// much memory each takes, in KiB.
+/// Opens streams with contexts of this many properties of this length, which are small on the wire.
+/// Returns the memory of each, in KiB.
 async fn memory_of_a_stream(properties: usize, length: usize) -> u64 {
     const STREAMS: usize = 800;
     const CONNECTIONS: usize = 10;
@@ -146,7 +146,7 @@ async fn memory_of_a_stream(properties: usize, length: usize) -> u64 {
 }
 
 #[tokio::test]
-async fn streams_with_large_contexts_cost_little_more_memory_than_others() {
+async fn streams_with_large_contexts_use_little_more_memory() {
     let small = memory_of_a_stream(0, 0).await;
     let large = memory_of_a_stream(15, 4000).await;
     assert!(large < small + 16, "{large} KiB for each instead of {small} KiB");
@@ -155,7 +155,7 @@ async fn streams_with_large_contexts_cost_little_more_memory_than_others() {
 }
 
 #[tokio::test]
-async fn a_date_that_comes_is_told_although_nothing_was_changed() {
+async fn passing_date_of_a_constraint_is_sent_without_a_flag_change() {
     let date = |operator: &str, seconds: i64| {
         let at = Timestamp::now() + SignedDuration::from_secs(seconds);
         let constraint =
@@ -167,16 +167,16 @@ async fn a_date_that_comes_is_told_although_nothing_was_changed() {
     let mut events = follow(&parapet, "", None).await;
     let mut on: BTreeSet<String> = next(&mut events).await.2.into_iter().collect();
     assert!(on.iter().eq(["ends"]), "{on:?}");
-    // At the very instant neither holds, so that it may be told in one event or in two.
+    // At that very instant neither constraint holds, so there may be one event or two.
     while !on.iter().eq(["begins"]) {
-        let (_, _, told, removed) = next(&mut events).await;
-        on.extend(told);
+        let (_, _, updated, removed) = next(&mut events).await;
+        on.extend(updated);
         on.retain(|name| !removed.contains(name));
     }
 }
 
 #[tokio::test]
-async fn lots_are_drawn_once_for_a_stream() {
+async fn random_stickiness_is_drawn_once_per_stream() {
     let mut lots: Vec<_> = (0..64)
         .map(|n| {
             let half = json!({ "rollout": "50", "stickiness": "random", "groupId": n.to_string() });
@@ -194,14 +194,14 @@ async fn lots_are_drawn_once_for_a_stream() {
         lots.push(flag(name, &[everybody()]));
         let all = json!({ "version": 2, "features": lots, "segments": segments }).to_string();
         std::fs::write(parapet.flags_file(), all).unwrap();
-        let (_, _, told, removed) = next(&mut events).await;
-        assert_eq!((told, removed.len()), (vec![name.to_owned()], 0));
+        let (_, _, updated, removed) = next(&mut events).await;
+        assert_eq!((updated, removed.len()), (vec![name.to_owned()], 0));
     }
 }
 
 #[tokio::test]
 #[ignore = "needs the npm packages of tests/, see tests/run"]
-async fn the_example_of_a_client_follows_through_a_restart() {
+async fn example_client_reconnects_after_a_restart() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("flags.json");
     let write = |flags: &[Value]| std::fs::write(&file, text(flags)).unwrap();
@@ -233,9 +233,9 @@ async fn the_example_of_a_client_follows_through_a_restart() {
     assert_eq!(changes["changes"], expect);
     client.close().await;
 
-    // A token that is refused ends it.
+    // A rejected token ends it.
     let refused = Driver::start("example", node(), &options("*:development.nobody")).await;
-    until("the refusal is told", PATIENCE, async || {
+    until("the rejection is reported", PATIENCE, async || {
         refused.complaints().contains("401").then_some(())
     })
     .await;

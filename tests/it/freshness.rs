@@ -1,7 +1,8 @@
-//! An edge never serves an older state after a newer one, never reports stale flags as fresh, and is not ready before
-//! there are flags to serve; a disk that hangs changes none of that.
+//! An edge never serves an older state after a newer one, never reports stale flags as fresh, and is not
+//! ready before it has flags to serve; a hanging disk does not change that.
 //!
-//! Most of the upstreams are made up: a real one shows the same state to every token, and has no replicas that lag.
+//! Most upstreams here are scripted: a real one shows the same state to every token, and has no stale
+//! replicas.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
@@ -51,15 +52,15 @@ fn projects(token: &str) -> &'static [&'static str] {
 struct State {
     /// The flags that each token sees, as `project/name`.
     flags: BTreeMap<&'static str, Vec<&'static str>>,
-    /// How often flags were requested with each token.
+    /// The number of requests for flags with each token.
     polls: BTreeMap<String, usize>,
     /// Whether responses have an entity tag.
     has_tags: bool,
-    /// The revision that responses tell as Unleash does, where they do.
+    /// The revision in responses, if they have one as Unleash's do.
     revision: Option<u64>,
     /// Tokens that cannot be validated at the moment.
     unavailable: BTreeSet<&'static str>,
-    /// Tokens that are not valid any more.
+    /// Tokens that have been revoked.
     revoked: BTreeSet<&'static str>,
 }
 
@@ -97,12 +98,12 @@ impl Upstream {
         self.state().flags.insert(token, flags.to_vec());
     }
 
-    /// Waits until flags have been requested twice more with each token: the first response has been dealt with.
+    /// Waits for two more requests for flags with each token: then the first response has been applied.
     async fn until_polled(&self, tokens: &[&str]) {
         let polls = |token: &str| self.state().polls.get(token).copied().unwrap_or_default();
-        let wanted: Vec<_> = tokens.iter().map(|token| (*token, polls(token) + 2)).collect();
+        let expected: Vec<_> = tokens.iter().map(|token| (*token, polls(token) + 2)).collect();
         until("flags are requested", SOON, async || {
-            wanted.iter().all(|(token, count)| polls(token) >= *count).then_some(())
+            expected.iter().all(|(token, count)| polls(token) >= *count).then_some(())
         })
         .await;
     }
@@ -146,7 +147,7 @@ impl Upstream {
                     let (project, name) = flag.split_once('/').unwrap();
                     json!({"name": name, "project": project, "enabled": true, "strategies": [{"name": "default"}]})
                 });
-                // What differs from response to response is no change of flags.
+                // Each response differs in its metadata, without a change of flags.
                 let body = json!({"version": 2, "features": flags.collect::<Vec<_>>(), "meta": {"revisionId": revision}});
                 let mut response = respond(StatusCode::OK, &body);
                 if state.has_tags {
@@ -168,7 +169,7 @@ fn edge(url: &str) -> Setup {
     Parapet::edge(url).impatient().flag("--upstream-mode", "poll")
 }
 
-/// The names of the flags that a token is served; the status if it is served none.
+/// The names of the flags that a token gets, or the status if it gets none.
 async fn served(parapet: &Parapet, token: &str) -> Result<Vec<String>, StatusCode> {
     let (path, list) =
         if token == C_FRONTEND { ("/api/frontend", "toggles") } else { (FEATURES, "features") };
@@ -181,14 +182,14 @@ async fn served(parapet: &Parapet, token: &str) -> Result<Vec<String>, StatusCod
 }
 
 async fn until_served(parapet: &Parapet, token: &str, names: &[&str]) {
-    let wanted = Ok(names.iter().map(|&name| name.to_owned()).collect());
+    let expected = Ok(names.iter().map(|&name| name.to_owned()).collect());
     until(&format!("{names:?} are served"), SOON, async || {
-        (served(parapet, token).await == wanted).then_some(())
+        (served(parapet, token).await == expected).then_some(())
     })
     .await;
 }
 
-/// Whether nothing has confirmed the flags since the start.
+/// Whether the flags have not been confirmed since the start.
 async fn is_unconfirmed(parapet: &Parapet) -> bool {
     parapet.metric(AGE).await.unwrap() > 1e6
 }
@@ -200,7 +201,7 @@ async fn until_confirmed(parapet: &Parapet) {
     .await;
 }
 
-/// Removes the record of that name from what an instance has stored, which has ended.
+/// Deletes the record of this name from the data directory of a stopped instance.
 fn remove_record(parapet: &Parapet, name: &str) {
     let files =
         secrets::files(&parapet.data_dir()).into_iter().map(|(path, _)| PathBuf::from(path));
@@ -213,7 +214,7 @@ fn remove_record(parapet: &Parapet, name: &str) {
 }
 
 #[tokio::test]
-async fn flags_that_no_token_in_use_sees_are_gone_after_a_restart() {
+async fn flags_of_unused_tokens_are_removed_after_a_restart() {
     let (upstream, url) = Upstream::start().await;
     upstream.show(ALL, &["a/a1", "c/c1"]);
     upstream.show(A, &["a/a1"]);
@@ -232,18 +233,18 @@ async fn flags_that_no_token_in_use_sees_are_gone_after_a_restart() {
     assert!(is_unconfirmed(&parapet).await);
     until_served(&parapet, A, &["a2"]).await;
     upstream.until_polled(&[A]).await;
-    // The other token of the earlier run may be in use still.
+    // The other token of the earlier run may still be in use.
     assert_eq!(served(&parapet, C_FRONTEND).await, Ok(vec!["c1".to_owned()]));
     assert!(is_unconfirmed(&parapet).await);
     upstream.state().revoked.insert(ALL);
-    until("flags that only a revoked token has seen are gone", SOON, async || {
-        // Presented, it is found to be revoked.
+    until("flags that only a revoked token has seen are removed", SOON, async || {
+        // When an SDK presents it, validation finds that it is revoked.
         let _ = served(&parapet, ALL).await;
         (served(&parapet, C_FRONTEND).await == Err(StatusCode::SERVICE_UNAVAILABLE)).then_some(())
     })
     .await;
     until_confirmed(&parapet).await;
-    // Not brought back by the next start either.
+    // The next start does not bring them back either.
     parapet.wait_until_kept("a2").await;
     parapet.kill();
     parapet.restart();
@@ -253,7 +254,7 @@ async fn flags_that_no_token_in_use_sees_are_gone_after_a_restart() {
 }
 
 #[tokio::test]
-async fn flags_of_an_earlier_run_stay_while_a_configured_token_cannot_be_validated() {
+async fn stored_flags_stay_while_a_configured_token_cannot_be_validated() {
     let (upstream, url) = Upstream::start().await;
     upstream.show(ALL, &["a/a1", "c/c1"]);
     let mut parapet = edge(&url).env("TOKENS", ALL).start().await;
@@ -285,7 +286,7 @@ async fn flags_of_an_earlier_run_stay_while_a_configured_token_cannot_be_validat
 }
 
 #[tokio::test]
-async fn flags_of_an_earlier_run_stay_until_sdks_present_their_tokens_again() {
+async fn stored_flags_stay_until_sdks_present_their_tokens_again() {
     let (upstream, url) = Upstream::start().await;
     upstream.show(A, &["a/a1"]);
     upstream.show(C, &["c/c1"]);
@@ -306,7 +307,7 @@ async fn flags_of_an_earlier_run_stay_until_sdks_present_their_tokens_again() {
     until_served(&parapet, C, &["c1"]).await;
     until_confirmed(&parapet).await;
 
-    // Whoever presents a known token first waits for its flags.
+    // The first request with a known token waits for its flags.
     parapet.terminate().await;
     remove_record(&parapet, "flags-");
     parapet.restart();
@@ -315,7 +316,7 @@ async fn flags_of_an_earlier_run_stay_until_sdks_present_their_tokens_again() {
 }
 
 #[tokio::test]
-async fn edge_whose_tokens_are_all_invalid_is_ready_with_flags_of_an_earlier_run() {
+async fn edge_with_invalid_tokens_is_ready_with_stored_flags() {
     let (upstream, url) = Upstream::start().await;
     upstream.show(ALL, &["a/a1", "c/c1"]);
     let parapet = edge(&url).env("TOKENS", ALL).start().await;
@@ -329,7 +330,7 @@ async fn edge_whose_tokens_are_all_invalid_is_ready_with_flags_of_an_earlier_run
 }
 
 #[tokio::test]
-async fn newest_state_of_a_project_that_two_tokens_see_is_served() {
+async fn newest_state_is_served_when_two_tokens_see_a_project() {
     let (upstream, url) = Upstream::start().await;
     let (mut one, mut two) = (vec!["a/a1", "b/b1"], vec!["b/b1", "c/c1"]);
     upstream.show(A_AND_B, &one);
@@ -337,7 +338,8 @@ async fn newest_state_of_a_project_that_two_tokens_see_is_served() {
     let parapet = edge(&url).env("TOKENS", format!("{A_AND_B},{B_AND_C}")).start().await;
     until_served(&parapet, A_AND_B, &["a1", "b1"]).await;
     until_served(&parapet, B_AND_C, &["b1", "c1"]).await;
-    // Whichever token is the first to see a change of project b, the other sees only changes of its own project.
+    // Either token may be the first to see a change of project b; the other one sees only changes of its
+    // own project.
     for round in [["b/b2", "c/c2", "a/a2"], ["b/b3", "a/a3", "c/c3"]] {
         let [b, first, second] = round;
         let leads = if first.starts_with('c') { A_AND_B } else { B_AND_C };
@@ -381,7 +383,7 @@ async fn newest_state_of_a_project_that_two_tokens_see_is_served() {
     until_served(&parapet, B_AND_C, &["b3", "c3"]).await;
 }
 
-/// A replica of upstream that lags answers the first requests after a restart.
+/// A stale replica of upstream responds to the first requests after a restart.
 async fn restart_in_front_of_a_replica_that_lags(has_revisions: bool) {
     let (upstream, url) = Upstream::start().await;
     let show = |flag, revision| {
@@ -413,17 +415,17 @@ async fn restart_in_front_of_a_replica_that_lags(has_revisions: bool) {
 }
 
 #[tokio::test]
-async fn older_state_is_not_served_after_a_restart_by_its_revision() {
+async fn older_revision_is_not_served_after_a_restart() {
     restart_in_front_of_a_replica_that_lags(true).await;
 }
 
 #[tokio::test]
-async fn older_state_is_not_served_after_a_restart_before_others_had_time_to_answer() {
+async fn state_without_revision_is_not_served_in_the_first_seconds_after_a_restart() {
     restart_in_front_of_a_replica_that_lags(false).await;
 }
 
 #[tokio::test]
-async fn newer_state_is_served_at_once_after_a_restart_by_its_revision() {
+async fn newer_revision_is_served_at_once_after_a_restart() {
     let (upstream, url) = Upstream::start().await;
     upstream.show(A, &["a/a1"]);
     (upstream.state().has_tags, upstream.state().revision) = (true, Some(10));
@@ -445,7 +447,7 @@ async fn newer_state_is_served_at_once_after_a_restart_by_its_revision() {
 }
 
 #[tokio::test]
-async fn unchanged_flags_without_an_entity_tag_are_confirmed_and_neither_swapped_nor_saved() {
+async fn unchanged_flags_without_etag_are_confirmed_but_not_swapped_or_saved() {
     let (upstream, url) = Upstream::start().await;
     upstream.show(ALL, &["a/a1"]);
     let parapet = edge(&url).env("TOKENS", ALL).start().await;
@@ -465,7 +467,7 @@ async fn unchanged_flags_without_an_entity_tag_are_confirmed_and_neither_swapped
 }
 
 #[tokio::test]
-async fn disk_that_hangs_stops_neither_flags_nor_the_end() {
+async fn hanging_disk_delays_neither_flags_nor_shutdown() {
     let (upstream, url) = Upstream::start().await;
     upstream.show(ALL, &["a/a1"]);
     let folder = tempfile::tempdir().unwrap();
@@ -497,9 +499,9 @@ async fn disk_that_hangs_stops_neither_flags_nor_the_end() {
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn disk_that_hangs_delays_no_new_environment() {
+async fn hanging_disk_does_not_delay_a_new_environment() {
     const FLEET: &str = "hanging-disk";
-    // Its lists do not show whole tokens, so that one has to be made.
+    // Its lists do not show whole tokens, so that the edge has to create one.
     let unleash = Unleash::start(Version::V8SecureTokens).await;
     unleash.create_enabled_flag("there", "production", &[]).await;
     let token = unleash.create_token(Kind::Backend, "production", &["*"], "sdk").await;
@@ -522,13 +524,13 @@ async fn disk_that_hangs_delays_no_new_environment() {
 
     std::fs::write(&marker, "").unwrap();
     unleash.admin_post("/api/admin/environments/production/on", &json!({})).await;
-    // Has it look for environments at once.
+    // Makes it fetch the environments at once.
     parapet.hang_up();
     until_served(&parapet, &token, &["there"]).await;
-    // Neither the read nor the save has come to an end by then.
+    // By then neither the read nor the save has completed.
     let failures = r#"parapet_store_save_failures_total{record="credentials"}"#;
     assert!(parapet.metric(failures).await.is_none_or(|count| count < 1.0));
-    assert!(!parapet.log().contains("Cannot read the stored token"), "{}", parapet.log());
+    assert!(!parapet.log().contains("Reading the stored token"), "{}", parapet.log());
     let after = own_tokens().await;
     assert_eq!(after.len(), 2, "{after:?}");
     unleash.remember_tokens_named(&format!("parapet-{FLEET}")).await;
@@ -546,7 +548,7 @@ async fn disk_that_hangs_delays_no_new_environment() {
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL, the npm packages and libfaketime, see tests/run"]
-async fn wall_clock_that_is_set_back_stops_neither_polls_nor_revocations_nor_usage() {
+async fn wall_clock_set_back_stops_neither_polls_nor_revocations_nor_usage() {
     const BEFORE: &str = "clock.before";
     const AFTER: &str = "clock.after";
     const APP: &str = "clock-app";
@@ -561,7 +563,7 @@ async fn wall_clock_that_is_set_back_stops_neither_polls_nor_revocations_nor_usa
         token("clock-second").await,
     );
     let clock = WallClock::new();
-    // One learns of revocations by a list, the other by a question about each token.
+    // One edge learns of revocations from the token list, the other by validating each token.
     let listing = edge(&unleash.url()).admin_token(unleash.admin_token());
     let listing = clock.given_to(listing.flag("--fleet-name", "clock")).start().await;
     unleash.remember_tokens_named("parapet-clock").await;
@@ -581,7 +583,7 @@ async fn wall_clock_that_is_set_back_stops_neither_polls_nor_revocations_nor_usa
         assert!((0.0..60.0).contains(&age), "{age}");
     }
 
-    // Two days are as far back as Unleash shows the hours of usage.
+    // Unleash shows the hours of usage of the last two days.
     clock.shift("-47h");
     let yesterday = jiff::Timestamp::now() - jiff::SignedDuration::from_hours(24);
     unleash.create_enabled_flag(AFTER, "development", &[]).await;
@@ -619,7 +621,7 @@ async fn wall_clock_that_is_set_back_stops_neither_polls_nor_revocations_nor_usa
         }
     }
     until("usage of both edges is stored", STORED_WITHIN, async || {
-        // An hour that has not come by their clock is counted as the next one.
+        // An hour in the future of their clock is counted as the next one.
         let path = format!("/api/admin/client-metrics/features/{BEFORE}/raw?hoursBack=48");
         let stored = unleash.admin_ok(Method::GET, &path, &Value::Null).await;
         let hours = stored["data"].as_array().unwrap().iter().filter(|it| it["appName"] == APP);
@@ -649,7 +651,7 @@ async fn ready(parapet: &Parapet) -> (StatusCode, Value) {
 }
 
 #[tokio::test]
-async fn edge_without_tokens_is_ready_once_a_client_token_has_brought_flags() {
+async fn edge_without_tokens_is_ready_once_a_client_token_fetches_flags() {
     let (upstream, url) = Upstream::start().await;
     upstream.show(ALL, &["a/a1"]);
     let parapet = edge(&url).start_listening().await;
@@ -660,7 +662,7 @@ async fn edge_without_tokens_is_ready_once_a_client_token_has_brought_flags() {
     parapet.wait_until_ready().await;
     parapet.wait_until_kept("a1").await;
 
-    // What an earlier run has left can be served at once.
+    // Stored flags of an earlier run can be served at once.
     parapet.terminate().await;
     parapet.restart();
     parapet.wait_until_ready().await;
@@ -668,7 +670,7 @@ async fn edge_without_tokens_is_ready_once_a_client_token_has_brought_flags() {
 }
 
 #[tokio::test]
-async fn edge_whose_upstream_cannot_be_reached_is_not_ready() {
+async fn edge_with_unreachable_upstream_is_not_ready() {
     let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", nobody.local_addr().unwrap());
     drop(nobody);

@@ -1,4 +1,4 @@
-//! The API of frontend SDKs: flags evaluated for the context that a request tells.
+//! The API of frontend SDKs: flags evaluated for the context of a request.
 
 use std::collections::BTreeSet;
 
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::local::{Answer, FRONTEND, Local, WEB_FRONTEND, answer};
 
-/// A flag of the project `web` that is on where this constraint holds.
+/// A flag of the project `web` that is on if this constraint holds.
 fn on_where(name: &str, field: &str, value: &str) -> Value {
     let constraint = json!({"contextName": field, "operator": "IN", "values": [value]});
     json!({
@@ -41,7 +41,7 @@ fn flags() -> String {
     .to_string()
 }
 
-/// What is on regardless of what a request tells.
+/// Flags that are on for every request.
 const REGARDLESS: [&str; 2] = ["always", "at-home"];
 
 #[track_caller]
@@ -60,7 +60,7 @@ fn check_on(answer: &Answer, besides: &[&str], regardless: &[&str], how: &str) {
 }
 
 #[tokio::test]
-async fn a_query_tells_the_context() {
+async fn context_is_read_from_the_query() {
     let parapet = Local::offline(&flags()).await;
     let check = async |query: &str, besides: &[&str]| {
         let answer = parapet.get(&format!("/api/frontend?{query}"), FRONTEND).await;
@@ -79,7 +79,7 @@ async fn a_query_tells_the_context() {
 }
 
 #[tokio::test]
-async fn a_body_tells_the_context_flat_or_wrapped() {
+async fn context_is_read_from_a_flat_or_wrapped_body() {
     let parapet = Local::offline(&flags()).await;
     let check = async |context: Value, besides: &[&str]| {
         let flat = parapet.post("/api/frontend", FRONTEND, &context).await;
@@ -101,7 +101,7 @@ async fn a_body_tells_the_context_flat_or_wrapped() {
 }
 
 #[tokio::test]
-async fn environment_is_what_the_request_says_and_not_the_tokens() {
+async fn context_environment_is_taken_from_the_request_not_the_token() {
     let parapet = Local::offline(&flags()).await;
     for (query, besides) in [
         ("", &[][..]),
@@ -114,7 +114,7 @@ async fn environment_is_what_the_request_says_and_not_the_tokens() {
 }
 
 #[tokio::test]
-async fn all_tells_disabled_flags_too_and_a_token_sees_its_projects() {
+async fn all_endpoint_lists_disabled_flags_of_the_tokens_projects() {
     let parapet = Local::offline(&flags()).await;
     let all = parapet.get("/api/frontend/all", FRONTEND).await;
     check_on(&all, &[], &REGARDLESS, "all");
@@ -128,7 +128,7 @@ async fn all_tells_disabled_flags_too_and_a_token_sees_its_projects() {
 }
 
 #[tokio::test]
-async fn a_flag_is_told_with_its_variant_and_both_spellings_of_impression_data() {
+async fn flag_has_variant_and_both_spellings_of_impression_data() {
     let parapet = Local::offline(&flags()).await;
     let always = parapet.get("/api/frontend/features/always", FRONTEND).await;
     assert_eq!(
@@ -157,7 +157,7 @@ async fn a_flag_is_told_with_its_variant_and_both_spellings_of_impression_data()
 }
 
 #[tokio::test]
-async fn a_flag_that_is_not_there_or_not_seen_is_not_found() {
+async fn missing_or_hidden_flag_gets_404() {
     let parapet = Local::offline(&flags()).await;
     for (token, path) in [
         (FRONTEND, "/api/frontend/features/none"),
@@ -172,7 +172,7 @@ async fn a_flag_that_is_not_there_or_not_seen_is_not_found() {
 }
 
 #[tokio::test]
-async fn proxy_is_another_name_of_frontend() {
+async fn proxy_path_is_an_alias_of_frontend() {
     let parapet = Local::offline(&flags()).await;
     for rest in ["?userId=ada", "/all?userId=ada"] {
         let one = parapet.get(&format!("/api/frontend{rest}"), FRONTEND).await;
@@ -194,7 +194,7 @@ async fn proxy_is_another_name_of_frontend() {
 }
 
 #[tokio::test]
-async fn a_client_that_has_the_current_answer_is_told_so() {
+async fn matching_if_none_match_gets_304() {
     let parapet = Local::offline(&flags()).await;
     for path in ["/api/frontend", "/api/frontend/all", "/api/frontend/features/for-ada"] {
         let ask = async |query: &str, tag: &str| {
@@ -218,7 +218,7 @@ async fn a_client_that_has_the_current_answer_is_told_so() {
 }
 
 #[tokio::test]
-async fn a_body_that_cannot_be_used_is_refused_with_what_is_wrong() {
+async fn invalid_body_is_rejected_with_the_reason() {
     let parapet = Local::offline_with(&flags(), &["--body-limit-bytes", "1000"]).await;
     let check = async |kind: &str, body: String, expect: StatusCode| {
         for path in ["/api/frontend", "/api/proxy/all", "/api/frontend/features/always"] {
@@ -242,7 +242,7 @@ async fn a_body_that_cannot_be_used_is_refused_with_what_is_wrong() {
 }
 
 #[tokio::test]
-async fn the_address_is_the_peers_unless_a_trusted_proxy_tells_another() {
+async fn remote_address_is_the_peers_or_from_a_trusted_proxy() {
     let (here, there) = (["at-home"], ["elsewhere"]);
     let regardless = ["always"];
     let check = async |args: &[&str], headers: &[(&str, &str)], query: &str, on: &[&str]| {
@@ -252,16 +252,16 @@ async fn the_address_is_the_peers_unless_a_trusted_proxy_tells_another() {
         let request = headers.iter().fold(request, |it, (name, value)| it.header(*name, *value));
         check_on(&answer(request).await, on, &regardless, &format!("{args:?} {headers:?} {query}"));
     };
-    let told = [("x-forwarded-for", "203.0.113.7")];
+    let forwarded = [("x-forwarded-for", "203.0.113.7")];
     check(&[], &[], "", &here).await;
-    check(&[], &told, "", &here).await;
-    check(&["--trust-proxy"], &told, "", &there).await;
+    check(&[], &forwarded, "", &here).await;
+    check(&["--trust-proxy"], &forwarded, "", &there).await;
     check(&["--trust-proxy"], &[("forwarded", "for=203.0.113.7;proto=https")], "", &there).await;
     let only = |network| ["--trust-proxy", "--proxy-trusted-servers", network];
-    check(&only("10.0.0.0/8"), &told, "", &here).await;
-    check(&only("127.0.0.0/8"), &told, "", &there).await;
+    check(&only("10.0.0.0/8"), &forwarded, "", &here).await;
+    check(&only("127.0.0.0/8"), &forwarded, "", &there).await;
     let spoofed = [("x-forwarded-for", "127.0.0.1, 203.0.113.7")];
     check(&only("127.0.0.1"), &spoofed, "", &there).await;
-    check(&["--trust-proxy"], &told, "?remoteAddress=127.0.0.1", &here).await;
+    check(&["--trust-proxy"], &forwarded, "?remoteAddress=127.0.0.1", &here).await;
     check(&[], &[], "?remoteAddress=203.0.113.7", &there).await;
 }

@@ -1,7 +1,9 @@
-//! What of a request becomes the context of an evaluation: an edge answers as Unleash's own frontend API does.
+//! Which parts of a request become the context of an evaluation: an edge behaves like Unleash's own
+//! frontend API.
 //!
-//! Each query is asked of both, and the flags that are on are compared. Flags whose outcome is good for one request only are
-//! counted over many requests instead. Addresses are sent in every query: from its connection each server sees another client.
+//! Each query goes to both, and the enabled flags are compared. Flags with random outcomes are counted
+//! over many requests instead. Addresses are part of every query, because each server sees a different
+//! peer address.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -17,25 +19,26 @@ use crate::rig::{Kind, Parapet, Unleash, Version, http, until};
 
 const HERE: &str = "development";
 
-/// Far above the intervals of half a second.
+/// Far above the intervals of 0.5 s.
 const SOON: Duration = Duration::from_mins(1);
 
-/// All flags of this story begin so; the server is shared.
+/// The prefix of this test's flags; the server is shared.
 const PREFIX: &str = "context.";
 
-/// What flags compare fields with, and queries name.
+/// Values in constraints and queries.
 const VALUES: [&str; 8] = ["A", "B", "A,B", "B,A", "A,B,A", ",A", "development", "7"];
 const FIELDS: [&str; 7] =
     ["userId", "sessionId", "environment", "appName", "remoteAddress", "plan", "the region"];
 
-/// Dates that Unleash saves, as people write them.
+/// Dates that Unleash saves, in common spellings.
 const DATES: [&str; 6] =
     ["2024", "2099-05", "2024-5-1", "2099/05/01", "01 May 2024", "Wed, 01 May 2024 10:00:00 +0200"];
 
-/// Where clients are. Lists of addresses that Unleash matches are of IPv4.
+/// Client addresses. Unleash matches only IPv4 in lists of addresses.
 const ADDRESSES: [&str; 4] = ["203.0.113.7", "10.0.0.7", "192.0.2.1", "2001:db8::1"];
 
-/// How often something random is asked for: the probability that all of so many fair draws are equal is 2^-59.
+/// The number of requests for random outcomes: the probability that this many fair draws are all equal
+/// is 2^-59.
 const MANY: usize = 60;
 
 fn constrained(field: &str, operator: &str, values: &[&str]) -> Value {
@@ -57,7 +60,7 @@ fn rollout(percent: u32, stickiness: &str, variants: &[&str]) -> Value {
     })
 }
 
-/// Flags whose outcomes follow from what a request tells, and on a `sessionId` only that there is one.
+/// Flags whose outcomes depend only on the request, and on a `sessionId` only by its presence.
 fn repeatable_flags() -> BTreeMap<String, Value> {
     let mut flags = BTreeMap::new();
     for field in FIELDS {
@@ -87,7 +90,7 @@ fn repeatable_flags() -> BTreeMap<String, Value> {
     flags
 }
 
-/// Flags whose outcomes differ from request to request where nobody says who asks.
+/// Flags whose outcomes vary between requests without a user or session.
 fn drawing_flags() -> BTreeMap<String, Value> {
     BTreeMap::from([
         (format!("{PREFIX}split"), rollout(100, "default", &["blue", "green"])),
@@ -96,7 +99,7 @@ fn drawing_flags() -> BTreeMap<String, Value> {
     ])
 }
 
-/// The flags of this story that are on, with the names of their variants.
+/// The enabled flags of this test, with the names of their variants.
 async fn enabled(url: &str, token: &str, query: &str) -> BTreeMap<String, String> {
     let request = http().get(format!("{url}/api/frontend?{query}")).header("authorization", token);
     let response = request.send().await.unwrap();
@@ -112,16 +115,17 @@ fn names(flags: &BTreeMap<String, String>, of: &BTreeMap<String, Value>) -> BTre
     flags.keys().filter(|name| of.contains_key(*name)).cloned().collect()
 }
 
-/// A query of a few fields, by any of the names that a query has for them, some of them twice.
+/// A query with a few fields, in any of the spellings for them, some of them twice.
 fn query(random: &mut StdRng) -> String {
     let mut pairs = vec![("remoteAddress".to_owned(), *ADDRESSES.choose(random).unwrap())];
     for _ in 0..random.random_range(0..5) {
         let field = *FIELDS.choose(random).unwrap();
-        // Each place has one way to be named: how ways mix is nobody's interface.
+        // Each field has one spelling in a query; mixing them is undefined.
         let name = match random.random_range(0..3) {
             0 => field.to_owned(),
             1 => format!("{field}[]"),
-            // Unleash has values of its own for these, which count; to Unleash Edge and us the properties do.
+            // Unleash has its own values for these, which win; in Unleash Edge and Parapet the
+            // properties win.
             _ if ["sessionId", "appName", "environment"].contains(&field) => continue,
             _ => format!("properties[{field}]"),
         };
@@ -183,7 +187,7 @@ async fn edge_reads_contexts_as_unleash_does() {
         assert_eq!(found, expect, "{query}");
     }
 
-    // The one field that only Unleash Edge and Parapet take from a request: the time.
+    // The one field that only Unleash Edge and Parapet read from a request: the time.
     let long_ago = "remoteAddress=203.0.113.7&currentTime=1999-01-01";
     let [then, now] = [long_ago, "remoteAddress=203.0.113.7"].map(async |query| {
         (enabled(&theirs, &token, query).await, enabled(&ours, &token, query).await)
@@ -215,9 +219,10 @@ async fn edge_reads_contexts_as_unleash_does() {
     }
 }
 
-/// Behind a load balancer all connections come from one address, which must not make one user of all.
+/// Behind a load balancer all connections come from one address, which must not merge all users into
+/// one.
 #[tokio::test]
-async fn requests_without_session_are_split_and_each_tag_names_its_body() {
+async fn requests_without_session_are_distributed_and_etags_match_bodies() {
     let flag = |name: &str, strategy: Value| json!({ "name": name, "project": "default", "enabled": true, "strategies": [strategy] });
     let features = [
         flag("always", json!({ "name": "default" })),
@@ -254,13 +259,13 @@ async fn requests_without_session_are_split_and_each_tag_names_its_body() {
     }
 }
 
-/// Each request of somebody unknown may have a body of its own, which is compressed for it alone.
+/// Each request without a user may have its own body, which is compressed for it alone.
 #[tokio::test]
-async fn compressing_bodies_of_unknown_users_takes_few_threads() {
+async fn compressing_bodies_without_user_uses_few_threads() {
     let flag = |number: usize| {
-        let name = format!("a flag with quite a long name, as people give them: {number}");
+        let name = format!("a flag with quite a long name, as is common: {number}");
         let mut strategy = rollout(if number < 30 { 50 } else { 100 }, "default", &[]);
-        // Each has buckets of its own, so that hardly two requests see the same.
+        // Each has its own buckets, so that hardly any two requests see the same flags.
         strategy["parameters"]["groupId"] = number.to_string().into();
         json!({ "name": name, "project": "default", "enabled": true, "strategies": [strategy] })
     };

@@ -1,14 +1,17 @@
-//! The rules of the house, read from the source: which module may know which, and what is deliberately absent where.
+//! Rules about the source code, checked on the source text: which module may import which, and which
+//! calls are forbidden where.
 //!
-//! What the compiler can see is a lint in `Cargo.toml` or `clippy.toml` instead, who reads the environment for instance.
-//! Unit tests at the end of a file are free to do as they like, and so is everything under `tests`.
+//! Rules that the compiler can check are lints in `Cargo.toml` or `clippy.toml` instead, for instance
+//! who reads the environment. Unit tests at the end of a file are exempt, and so is everything below
+//! `tests`.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use regex::Regex;
 
-/// The layers, lowest first. A module may import those of lower layers, and of its own layer those named behind it.
+/// The layers, lowest first. A module may import modules of lower layers, and from its own layer those
+/// that are listed behind it.
 const LAYERS: [&[(&str, &[&str])]; 8] = [
     &[
         ("token", &[]),
@@ -18,7 +21,7 @@ const LAYERS: [&[(&str, &[&str])]; 8] = [
         ("throttle", &[]),
     ],
     &[("engine", &[])],
-    // Upstream keeps the tokens that it was given in the store, and reads PEM files as the listeners do.
+    // `upstream` stores its tokens, and reads PEM files like the listeners.
     &[
         ("snapshot", &[]),
         ("store", &[]),
@@ -26,16 +29,16 @@ const LAYERS: [&[(&str, &[&str])]; 8] = [
         ("tls", &[]),
         ("upstream", &["saver", "store", "tls"]),
     ],
-    // What is about to be served is asked beforehand what it will be asked most.
+    // `sync` prewarms the evaluation cache of a snapshot before it is served.
     &[("answers", &[]), ("auth", &[]), ("feed", &[]), ("sync", &["answers"]), ("usage", &[])],
     &[("control", &[])],
     &[("http", &[])],
-    // Above all whose settings it gathers; the layer above alone reads it.
+    // Above all modules whose settings it collects; only the next layer reads it.
     &[("config", &[])],
     &[("app", &[]), ("command", &[]), ("probe", &[])],
 ];
 
-/// Within `http`, who may import whom; the listeners' services are above the rest.
+/// The layers within `http`, lowest first.
 const SURFACE: [&[&str]; 9] = [
     &["access", "coding", "conditional", "cors", "long", "route", "stop"],
     &["reply"],
@@ -45,20 +48,20 @@ const SURFACE: [&[&str]; 9] = [
     &["frontend"],
     &["ofrep"],
     &["data"],
-    // The admin listener is a whole upstream.
+    // The admin listener implements the whole API of an upstream.
     &["admin"],
 ];
 
-/// A source file, without comments and unit tests.
+/// A source file. `code` is its text without comments and unit tests.
 struct Source {
-    /// Below `src`, for instance `http/reply.rs`.
+    /// Relative to `src`, for instance `http/reply.rs`.
     path: String,
     text: String,
     code: String,
 }
 
 impl Source {
-    /// The module of the crate's root that it belongs to.
+    /// Its top-level module.
     fn module(&self) -> &str {
         self.path.split(['/', '.']).next().expect("split gives at least one part")
     }
@@ -72,14 +75,15 @@ impl Source {
         paths.iter().any(|path| self.path == *path || self.path.starts_with(&format!("{path}/")))
     }
 
-    /// The first two segments of every path that begins with `crate::` or climbs with `super::`, as seen from the root.
+    /// Every path that begins with `crate::` or `super::`, relative to the crate root; at least its
+    /// first two segments.
     fn imports(&self) -> Vec<Vec<String>> {
         let paths =
             Regex::new(r"\b(crate|super)((?:::\s*super)*)::\s*").expect("the pattern is right");
         let (mut imports, mut read_to) = (Vec::new(), 0);
         for found in paths.captures_iter(&self.code) {
             let whole = found.get(0).expect("there is a match");
-            // Part of a tree that has been read.
+            // Part of a tree that was parsed already.
             if whole.start() < read_to {
                 continue;
             }
@@ -107,7 +111,7 @@ impl Source {
     }
 }
 
-/// How far the tree reaches that a text begins with; 0 where it begins with a plain path.
+/// The length of the `use` tree at the start of a text; 0 for a plain path.
 fn end_of_tree(text: &str) -> usize {
     let mut depth = 0_usize;
     for (at, letter) in text.char_indices() {
@@ -123,7 +127,7 @@ fn end_of_tree(text: &str) -> usize {
     text.len()
 }
 
-/// The paths that a `use` tree, or a plain path, begins with: `{a::B, c::{D}}` is `a::B` and `c::D`.
+/// The paths in a `use` tree or a plain path: `{a::B, c::{D}}` is `a::B` and `c::D`.
 fn expand(text: &str) -> Vec<Vec<String>> {
     let Some(tree) = text.strip_prefix('{') else {
         let name: String = text
@@ -179,14 +183,14 @@ fn read(root: &Path, path: &Path) -> Source {
     let path = path.strip_prefix(root).unwrap().to_str().unwrap().to_owned();
     let is_test = path.ends_with("/tests.rs") || path.ends_with("/scripted.rs");
     let before_tests = text.split("\n#[cfg(test)]\nmod tests").next().unwrap_or_default();
-    // Blank rather than left out, so that line numbers stay.
+    // Blank instead of removed, so that line numbers stay.
     let is_comment = |line: &str| line.trim_start().starts_with("//");
     let lines = before_tests.lines().map(|line| if is_comment(line) { "" } else { line });
     let code = if is_test { String::new() } else { lines.collect::<Vec<_>>().join("\n") };
     Source { path, text, code }
 }
 
-/// Fails with every line of `sources`, tests aside, that `pattern` finds.
+/// Fails with every line of code that `pattern` matches, except in `allowed` files.
 #[track_caller]
 fn check_absent(why: &str, pattern: &str, allowed: &[&str]) {
     let pattern = Regex::new(pattern).unwrap();
@@ -202,7 +206,7 @@ fn check_absent(why: &str, pattern: &str, allowed: &[&str]) {
 }
 
 #[test]
-fn imports_are_found_however_they_are_written() {
+fn imports_of_every_syntax_are_found() {
     let path = |path: &str| path.split("::").map(str::to_owned).collect::<Vec<_>>();
     let code =
         "use crate::{a::B, c::{self, D as E, f::{G, H}}}; fn x() { super::y(); crate::z::w() }
@@ -213,7 +217,7 @@ fn imports_are_found_however_they_are_written() {
 }
 
 #[test]
-fn imports_point_down_the_layers() {
+fn imports_go_to_lower_layers_only() {
     let height =
         |module: &str| LAYERS.iter().position(|layer| layer.iter().any(|it| it.0 == module));
     let mut upward = Vec::new();
@@ -238,7 +242,7 @@ fn imports_point_down_the_layers() {
 }
 
 #[test]
-fn the_table_of_layers_names_the_modules_that_there_are() {
+fn layer_table_lists_exactly_the_top_level_modules() {
     let root = sources().into_iter().find(|source| source.path == "lib.rs").unwrap();
     let declared = Regex::new(r"(?m)^pub mod (\w+);").unwrap();
     let mut declared: Vec<_> =
@@ -250,7 +254,7 @@ fn the_table_of_layers_names_the_modules_that_there_are() {
 }
 
 #[test]
-fn the_surface_is_layered_too() {
+fn http_imports_go_to_lower_layers_only() {
     let height = |module: &str| SURFACE.iter().position(|layer| layer.contains(&module));
     let mut upward = Vec::new();
     for source in sources().iter().filter(|source| source.path.starts_with("http/")) {
@@ -267,9 +271,9 @@ fn the_surface_is_layered_too() {
 }
 
 #[test]
-fn a_child_imports_nothing_from_its_parents_facade() {
+fn child_modules_import_nothing_that_their_parent_declares() {
     let all = sources();
-    // What a parent declares itself, below its `mod` lines, is where the arrow would turn.
+    // A child may import its siblings, but not what its parent declares below its `mod` lines.
     let children = |parent: &[&str]| -> Vec<String> {
         let folder = parent.join("/") + "/";
         let paths = all.iter().filter_map(|source| source.path.strip_prefix(&folder));
@@ -294,43 +298,52 @@ fn a_child_imports_nothing_from_its_parents_facade() {
 }
 
 #[test]
-fn the_engine_is_pure() {
+fn engine_has_no_side_effects() {
     let outside = r"\b(tokio|std::(time|fs|io|env|thread|process)|Tcp\w+|Udp\w+|rand|tracing|metrics|async)\b|::now\(";
     let others: Vec<_> =
         sources().into_iter().filter(|it| it.module() != "engine").map(|it| it.path).collect();
     let others: Vec<_> = others.iter().map(String::as_str).collect();
-    check_absent("time, chance and the world arrive in the engine's context", outside, &others);
+    check_absent(
+        "time, randomness and all other input are part of the engine's context",
+        outside,
+        &others,
+    );
 }
 
 #[test]
-fn every_file_says_what_it_is_for() {
+fn every_file_begins_with_module_docs() {
     for source in sources() {
         assert!(source.text.starts_with("//! "), "src/{} does not begin with `//!`", source.path);
-        assert!(!source.path.ends_with("mod.rs"), "src/{} wants another name", source.path);
+        assert!(!source.path.ends_with("mod.rs"), "src/{} must have another name", source.path);
     }
 }
 
 #[test]
-fn status_codes_are_chosen_by_the_surface_alone() {
+fn only_http_chooses_status_codes() {
     let allowed = ["http", "upstream", "upstream.rs", "probe.rs", "usage/sink.rs"];
-    // `usage/sink.rs` reads upstream's statuses and chooses none.
+    // `usage/sink.rs` reads upstream's statuses but chooses none.
     check_absent("only `http` chooses a status", r"\bStatusCode\b", &allowed);
 }
 
 #[test]
 fn errors_are_logged_with_their_causes() {
-    check_absent("`report` tells an error with its causes", r"%error\b|error = %", &[]);
+    check_absent(
+        "errors are logged by `error_chain`, with their causes",
+        r"%error\b|error = %",
+        &[],
+    );
 }
 
 #[test]
-fn tasks_without_an_owner_are_spawned_by_the_assembly_and_the_listener() {
+fn detached_tasks_are_spawned_in_app_and_listener_only() {
     let spawning = r"\b(tokio|task|thread)::spawn\b|Handle::spawn";
     check_absent("a task belongs to a JoinSet", spawning, &["app.rs", "app", "http/listener.rs"]);
 }
 
 #[test]
-fn ages_and_intervals_come_from_a_monotonic_clock() {
-    // These need the time of day: dates in constraints, hours of usage, expiries, revisions, times that people read.
+fn ages_and_intervals_use_a_monotonic_clock() {
+    // These need the time of day: dates in constraints, hours of usage, expiries, revisions, and times
+    // for people to read.
     let allowed = [
         "app.rs",
         "app/admin_token.rs",
@@ -356,10 +369,10 @@ fn ages_and_intervals_come_from_a_monotonic_clock() {
 }
 
 #[test]
-fn plaintext_tokens_are_exposed_only_where_they_leave() {
-    // The session shows its own cookies.
+fn plaintext_tokens_are_exposed_in_few_modules_only() {
+    // The session sets its own cookies.
     let cookies = "http/admin/session.rs";
     let allowed =
         ["token.rs", "wire", "upstream", "auth", "auth.rs", "app", "command", "control", cookies];
-    check_absent("a token's text leaves by few doors", r"\.expose\(\)", &allowed);
+    check_absent("only these modules expose plaintext tokens", r"\.expose\(\)", &allowed);
 }

@@ -1,4 +1,4 @@
-//! What one client may take, and what it may send: whatever that is, others are served and no answer is a 5xx.
+//! Limits for one client: other clients are always served, and no response is a 5xx.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use crate::rig::{Parapet, until};
 const FLAGS: &str =
     r#"{"features":[{"name":"a","enabled":true,"strategies":[{"name":"default"}]}]}"#;
 
-/// What takes a body, with the token that opens it.
+/// The routes with a body, each with a token for it.
 const POSTS: [(&str, &str); 9] = [
     ("/api/client/register", CLIENT),
     ("/api/client/metrics", CLIENT),
@@ -35,7 +35,7 @@ async fn post(parapet: &Local, path: &str, token: &str, coding: &str, body: Vec<
 }
 
 #[tokio::test]
-async fn a_body_that_is_no_use_is_the_clients_fault_everywhere() {
+async fn invalid_body_gets_a_4xx_on_every_route() {
     let parapet = Local::offline(FLAGS).await;
     let deep = "[".repeat(100_000);
     let deep_objects = "{\"a\":".repeat(50_000);
@@ -77,7 +77,7 @@ async fn a_body_that_is_no_use_is_the_clients_fault_everywhere() {
 }
 
 #[tokio::test]
-async fn a_body_beyond_the_limit_is_refused_compressed_or_not() {
+async fn body_beyond_limit_is_rejected_compressed_or_not() {
     use std::io::Write as _;
     let parapet = Local::offline_with(FLAGS, &["--body-limit-bytes", "10000"]).await;
     let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
@@ -93,7 +93,7 @@ async fn a_body_beyond_the_limit_is_refused_compressed_or_not() {
 }
 
 #[tokio::test]
-async fn a_context_of_a_size_that_no_flag_is_written_for_is_refused() {
+async fn oversized_context_is_rejected() {
     let parapet = Local::offline(FLAGS).await;
     for path in ["/api/frontend", "/api/proxy/all", "/api/frontend/features/a"] {
         let check = async |context: serde_json::Value, expect: StatusCode| {
@@ -111,7 +111,7 @@ async fn a_context_of_a_size_that_no_flag_is_written_for_is_refused() {
 }
 
 #[test]
-fn no_bytes_make_any_endpoint_fail() {
+fn random_bytes_cause_no_5xx_on_any_endpoint() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let parapet = runtime.block_on(Local::offline(FLAGS));
     let body = prop_oneof![
@@ -146,7 +146,7 @@ fn no_bytes_make_any_endpoint_fail() {
     assert_eq!(health.status, StatusCode::OK);
 }
 
-/// JSON with the names that bodies have, and anything as their values.
+/// JSON with the field names of bodies, and any values.
 fn json_like() -> impl Strategy<Value = serde_json::Value> {
     use serde_json::Value;
     let name = proptest::sample::select(vec![
@@ -206,7 +206,7 @@ fn json_like() -> impl Strategy<Value = serde_json::Value> {
 }
 
 #[tokio::test]
-async fn bytes_that_are_no_http_harm_nobody() {
+async fn bytes_that_are_not_http_do_not_affect_other_clients() {
     let timeouts = ["--header-read-timeout-seconds", "1", "--edge-keepalive-timeout", "1"];
     let parapet = Local::offline_with(FLAGS, &timeouts).await;
     let huge = format!("GET / HTTP/1.1\r\nx: {}\r\n\r\n", "y".repeat(1_000_000));
@@ -234,7 +234,7 @@ async fn bytes_that_are_no_http_harm_nobody() {
 }
 
 #[tokio::test]
-async fn a_client_that_does_not_finish_its_head_is_dropped() {
+async fn connection_with_unfinished_head_is_closed() {
     let parapet = Local::offline_with(
         FLAGS,
         &["--header-read-timeout-seconds", "1", "--edge-keepalive-timeout", "1"],
@@ -251,7 +251,7 @@ async fn a_client_that_does_not_finish_its_head_is_dropped() {
         b"GET /internal-backstage/health HTTP/1.1\r\nhost: a\r\n\r\n",
     ];
     let ends = half_heads.map(|head| parapet.exchange(head));
-    // `exchange` returns when the server closes the connection.
+    // [`InProcessParapet::send_raw`] returns when the server closes the connection.
     let ended = tokio::time::timeout(Duration::from_secs(20), futures_util::future::join_all(ends));
     let ended = ended.await.expect("the server closes every connection");
     for whole in &ended[5..] {
@@ -260,7 +260,7 @@ async fn a_client_that_does_not_finish_its_head_is_dropped() {
 }
 
 #[tokio::test]
-async fn an_idle_connection_makes_room_for_one_beyond_the_limit_and_a_busy_one_does_not() {
+async fn idle_connection_is_closed_for_a_new_one_at_the_limit_but_not_a_busy_one() {
     let limits = ["--max-connections", "2", "--max-connections-per-address", "2"];
     let parapet = Local::offline_with(FLAGS, &limits).await;
     let request = b"GET /internal-backstage/health HTTP/1.1\r\nhost: a\r\n\r\n";
@@ -291,7 +291,7 @@ async fn an_idle_connection_makes_room_for_one_beyond_the_limit_and_a_busy_one_d
 }
 
 #[tokio::test]
-async fn a_refused_request_with_a_body_leaves_its_connection_to_the_next() {
+async fn connection_stays_usable_after_rejected_request_with_body() {
     let parapet = Local::offline(FLAGS).await;
     let health = "GET /internal-backstage/health HTTP/1.1\r\nhost: a\r\n\r\n";
     for (path, token, status) in [
@@ -316,7 +316,7 @@ async fn a_refused_request_with_a_body_leaves_its_connection_to_the_next() {
 }
 
 #[tokio::test]
-async fn pipelined_requests_are_answered_in_order() {
+async fn pipelined_requests_get_responses_in_order() {
     let parapet = Local::offline(FLAGS).await;
     let get = |path: &str, token: &str, more: &str| {
         format!("GET {path} HTTP/1.1\r\nhost: a\r\nauthorization: {token}\r\n{more}\r\n")
@@ -338,7 +338,7 @@ async fn pipelined_requests_are_answered_in_order() {
 }
 
 #[tokio::test]
-async fn http_2_is_spoken_with_those_who_know_it() {
+async fn http2_with_prior_knowledge_is_supported() {
     let parapet = Local::offline(FLAGS).await;
     let client = reqwest::Client::builder().http2_prior_knowledge().no_proxy().build().unwrap();
     let url = format!("http://{}/api/frontend", parapet.address());
@@ -352,7 +352,7 @@ async fn http_2_is_spoken_with_those_who_know_it() {
 }
 
 #[tokio::test]
-async fn a_body_that_does_not_arrive_in_time_is_not_waited_for() {
+async fn slow_body_times_out() {
     let parapet = Local::offline_with(FLAGS, &["--edge-request-timeout", "1"]).await;
     let request = format!(
         "POST /api/frontend HTTP/1.1\r\nhost: a\r\nauthorization: {FRONTEND}\r\ncontent-length: 9\r\n\r\n{{"
@@ -362,14 +362,14 @@ async fn a_body_that_does_not_arrive_in_time_is_not_waited_for() {
 }
 
 #[tokio::test]
-async fn connections_that_cannot_be_accepted_are_logged_once_a_minute_and_counted() {
+async fn accept_errors_are_logged_once_a_minute_and_counted() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("flags.json");
     std::fs::write(&file, FLAGS).unwrap();
     let parapet = Parapet::mode("offline").flag("--bootstrap-file", &file);
     let parapet = parapet.flag("--client-tokens", CLIENT).start().await;
     let address = parapet.url().replace("http://", "");
-    // Open already when there are no descriptors left.
+    // It is open before the file descriptors run out.
     let mut scraper = TcpStream::connect(&address).await.unwrap();
     let mut failures = async || {
         let request = "GET /internal-backstage/metrics HTTP/1.1\r\nhost: parapet\r\n\r\n";
@@ -389,7 +389,7 @@ async fn connections_that_cannot_be_accepted_are_logged_once_a_minute_and_counte
     };
     assert_eq!(failures().await, Some(0));
     parapet.leave_descriptors(0);
-    // More than there may be descriptors that become free meanwhile.
+    // More than the number of file descriptors that may be released meanwhile.
     let mut waiting = Vec::new();
     for _ in 0..20 {
         waiting.push(TcpStream::connect(&address).await.unwrap());

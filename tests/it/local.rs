@@ -1,7 +1,7 @@
-//! A Parapet in this process: the whole program on ports that the system chooses, offline unless told otherwise.
+//! A Parapet in this process: the whole program on ports that the system chooses, offline by default.
 //!
-//! For tests of what it answers. What concerns the process itself, its output, exit or memory, wants the real binary of
-//! the rig.
+//! For tests of its responses. Tests of the process itself, its output, exit code or memory, need the
+//! real binary of the rig.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -18,11 +18,11 @@ use tokio::net::TcpStream;
 
 use crate::rig::http;
 
-/// Reads flag configuration, all projects.
+/// Reads flag configuration of all projects.
 pub(crate) const CLIENT: &str = "*:development.client-0123456789abcdef0123456789abcdef";
 /// Reads flag configuration of the project `web`.
 pub(crate) const WEB_CLIENT: &str = "web:development.client-of-web-0123456789abcdef01234";
-/// Reads evaluated flags, all projects.
+/// Reads evaluated flags of all projects.
 pub(crate) const FRONTEND: &str = "*:development.frontend-0123456789abcdef0123456789ab";
 /// Reads evaluated flags of the project `web`.
 pub(crate) const WEB_FRONTEND: &str = "web:development.frontend-of-web-0123456789abcdef012";
@@ -41,7 +41,7 @@ impl Local {
         Self::offline_with(flags, &[]).await
     }
 
-    /// Offline as [`Local::offline`], with further arguments.
+    /// Offline as [`InProcessParapet::offline`], with further arguments.
     pub(crate) async fn offline_with(flags: &str, args: &[&str]) -> Self {
         let (client, frontend) =
             (format!("{CLIENT},{WEB_CLIENT}"), format!("{FRONTEND},{WEB_FRONTEND}"));
@@ -53,7 +53,7 @@ impl Local {
         Self::start(folder, &[&mode, args].concat(), &[]).await
     }
 
-    /// `standalone` with these flags and arguments; `variables` are its whole environment.
+    /// `standalone` with these flags and arguments; `variables` is its whole environment.
     pub(crate) async fn standalone(
         flags: &str,
         args: &[&str],
@@ -81,29 +81,29 @@ impl Local {
         ];
         let args = args.iter().map(|&arg| arg.to_owned()).chain(fixed).chain(places);
         let line = std::iter::once("parapet".to_owned()).chain(args).map(Into::into);
-        let variable = |wanted: &str| {
-            let found = variables.iter().find(|(name, _)| *name == wanted);
+        let variable = |key: &str| {
+            let found = variables.iter().find(|(name, _)| *name == key);
             found.map(|(_, value)| (*value).to_owned())
         };
         let command = Command::parse(line, &variable).unwrap_or_else(|error| panic!("{error}"));
-        let Command::Run(config) = command else { panic!("the arguments say to serve") };
+        let Command::Run(config) = command else { panic!("the arguments start a server") };
         let app = App::start(*config).await.unwrap();
         let (data, admin) = app.addresses().unwrap();
         tokio::spawn(app.run(futures_util::stream::pending()));
         Self { data, admin, folder }
     }
 
-    /// Where SDKs go.
+    /// The address for SDKs.
     pub(crate) fn address(&self) -> SocketAddr {
         self.data
     }
 
-    /// The file of flags.
+    /// The flag file.
     pub(crate) fn flags_file(&self) -> PathBuf {
         self.folder.path().join("flags.json")
     }
 
-    /// A folder that lives as long as the instance.
+    /// A directory that lasts as long as the instance.
     pub(crate) fn folder(&self) -> &Path {
         self.folder.path()
     }
@@ -118,12 +118,12 @@ impl Local {
         http().request(method, format!("http://{}{path}", self.admin))
     }
 
-    /// The answer to a GET with this token by an SDK that resolves segments itself.
+    /// The response to a GET with this token from an SDK that resolves segments itself.
     pub(crate) async fn get(&self, path: &str, token: &str) -> Answer {
         answer(self.request(Method::GET, path).header("authorization", token).modern()).await
     }
 
-    /// The answer to a POST of JSON with this token.
+    /// The response to a POST of JSON with this token.
     pub(crate) async fn post(&self, path: &str, token: &str, body: &Value) -> Answer {
         answer(self.json(path, body).header("authorization", token)).await
     }
@@ -134,10 +134,10 @@ impl Local {
         request.header("content-type", "application/json").body(body.to_string())
     }
 
-    /// Everything that comes back for these bytes until the server closes the connection.
+    /// Sends these bytes and returns everything until the server closes the connection.
     pub(crate) async fn exchange(&self, bytes: &[u8]) -> Vec<u8> {
         let mut stream = TcpStream::connect(self.data).await.unwrap();
-        // The server may have heard enough before the end.
+        // The server may close the connection before it has read everything.
         let _ = stream.write_all(bytes).await;
         let mut back = Vec::new();
         let _ = stream.read_to_end(&mut back).await;
@@ -145,9 +145,9 @@ impl Local {
     }
 }
 
-/// What requests of these tests say besides.
+/// The header with the client specification of an SDK.
 pub(crate) trait Modern {
-    /// Says that the SDK resolves segments itself.
+    /// Declares that the SDK resolves segments itself.
     fn modern(self) -> Self;
 }
 
@@ -157,7 +157,7 @@ impl Modern for RequestBuilder {
     }
 }
 
-/// An answer, whole.
+/// A response, read to its end.
 #[derive(Clone, Debug)]
 pub(crate) struct Answer {
     pub(crate) status: StatusCode,
@@ -166,7 +166,7 @@ pub(crate) struct Answer {
 }
 
 impl Answer {
-    /// The value of a header that is there once, else of its first; empty where it is not there.
+    /// The first value of a header; empty if it is missing.
     pub(crate) fn header(&self, name: &str) -> &str {
         self.headers.get(name).map_or("", |value| value.to_str().unwrap())
     }
@@ -182,7 +182,7 @@ impl Answer {
     }
 }
 
-/// Sends a request and reads the answer to its end.
+/// Sends a request and reads the response to its end.
 pub(crate) async fn answer(request: RequestBuilder) -> Answer {
     let response = request.send().await.unwrap();
     let (status, headers) = (response.status(), response.headers().clone());

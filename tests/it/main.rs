@@ -1,95 +1,95 @@
-//! The integration tests, one binary: each module tells one story about Parapet from outside.
-#![allow(clippy::unwrap_used, reason = "what fails here fails a test, and says where")]
-#![allow(clippy::disallowed_methods, reason = "the rules of the house are for the house")]
+//! The integration tests, in one binary. Each module tests one subject of Parapet from outside.
+#![allow(clippy::unwrap_used, reason = "a panic fails the test and names the line")]
+#![allow(clippy::disallowed_methods, reason = "these rules are for the crate itself")]
 
-/// Lists of addresses.
+/// How lists of IP addresses match.
 mod addresses;
-/// Tokens at the door.
+/// Cheap attacks without a valid token, or with a public one.
 mod attacks;
 mod auth;
-/// Text that begins with a byte order mark.
+/// JSON bodies and files that begin with a byte order mark.
 mod byte_order_mark;
-/// Two edges, one behind the other.
+/// An edge that uses another edge as its upstream.
 mod chain;
 /// The API of server SDKs.
 mod client_api;
-/// Exit statuses, help and probes.
+/// Exit codes, help texts and probes.
 mod command_line;
 /// The console in a browser.
 mod console;
 /// Accounts, tokens and the audit log of a standalone.
 mod control;
-/// What SDKs count, on its way to an upstream that is healthy or refuses it.
+/// Usage and registrations on their way to an upstream that accepts or rejects them.
 mod counts;
-/// The control plane in this process, on each of its databases.
+/// The control plane in this process, on SQLite and on PostgreSQL.
 mod database;
 /// Dates in constraints and contexts.
 mod dates;
-/// A day with faults, and what is logged of it.
+/// The log of a standalone and an edge during many faults.
 mod day;
-/// How connections are kept, shared and ended.
+/// How connections are kept alive, shared, limited and closed.
 mod door;
-/// An edge in front of a healthy Unleash.
+/// An edge with a healthy Unleash as its upstream.
 mod edge;
-/// Flags from files.
+/// Flags that are read from files.
 mod flag_files;
-/// A flood of made-up tokens.
+/// 100,000 made-up tokens.
 mod flood;
-/// An edge whose upstream tells changes on a stream, or fails at that.
+/// An edge that streams changes from its upstream.
 mod follow;
-/// Frontends that follow changes.
+/// Streaming for frontend clients.
 mod following;
-/// An edge whose tokens overlap and lag, whose disk hangs, or that has nothing to serve yet.
+/// An edge with overlapping tokens, stale replicas, a hanging disk, or no flags yet.
 mod freshness;
 /// The API of frontend SDKs.
 mod frontend_api;
-/// What of a request becomes its context.
+/// Which parts of a frontend request become its evaluation context.
 mod frontend_context;
-/// The rules of the house.
+/// Rules about the source code: layers, imports and forbidden calls.
 mod house;
-/// What one client may take and send.
+/// Limits on bodies, contexts and connections of one client.
 mod limits;
-/// Parapet in this process, for tests of its answers.
-#[allow(dead_code, reason = "a kit like the rig: each story uses the parts it needs")]
+/// Parapet in this process, for tests of its responses.
+#[allow(dead_code, reason = "a toolkit: each test uses parts of it")]
 mod local;
-/// What flag configuration says of itself.
+/// The `meta` object of feature responses.
 mod meta;
-/// OpenFeature's providers.
+/// OpenFeature: the official providers and the protocol.
 mod ofrep;
-/// The API's document.
+/// The OpenAPI document against the responses.
 mod openapi;
-/// What operators configure and see.
+/// Settings, probes, metrics and the admin listener.
 mod ops;
-/// An edge whose upstream is away.
+/// An edge whose upstream is unavailable.
 mod outage;
-/// An edge whose tokens see a part each, and whose environments come and go.
+/// An edge whose tokens each see one project, and whose environments appear and disappear.
 mod parts;
-/// Upstream through a proxy, and past it.
+/// Connections to upstream through an HTTP proxy.
 mod proxy;
-/// An edge and what lies between it and its upstream.
+/// Redirects, certificates and other obstacles between an edge and its upstream.
 mod reach;
-/// An edge that passes upstream's admin API on.
+/// An edge that relays the admin API of its upstream.
 mod relay;
-/// Secrets and settings that change while an instance runs.
+/// Secrets and settings that change at run time.
 mod reload;
-/// Tokens that are made and revoked while an edge runs.
+/// Tokens that are created and revoked at run time.
 mod revocation;
-/// Real servers, real SDKs and a network that can be made to fail.
-#[allow(dead_code, unused_imports, reason = "the rig is a kit: stories use the parts they need")]
+/// Real servers, real SDKs and proxies that inject faults.
+#[allow(dead_code, unused_imports, reason = "a toolkit: each test uses parts of it")]
 mod rig;
-/// What must not show anywhere.
+/// Tokens never appear in errors, logs, files or pages.
 mod secrecy;
-/// What one client may take from others by what it reports.
+/// Quotas that keep one client's reports from displacing another's.
 mod shares;
 /// The official client specification.
 mod spec;
-/// A server of its own, as its owner meets it.
+/// A standalone server.
 mod standalone;
-/// Server SDKs that follow changes.
+/// Streaming and delta events for server SDKs.
 mod streaming;
 /// TLS on the listeners and towards upstream.
 mod tls;
-/// What real Unleash servers do, as far as Parapet relies on it.
+/// The behaviour of real Unleash servers that Parapet relies on.
 mod upstream_facts;
-/// Our engine beside the reference engine, on random flags.
+/// The engine against yggdrasil, Unleash's own engine, on random flags.
 mod yggdrasil;

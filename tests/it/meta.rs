@@ -1,4 +1,4 @@
-//! `meta` of flag configuration: shaped as Unleash shapes it, with Parapet's own revision.
+//! `meta` of flag configuration: in Unleash's format, with Parapet's own revision.
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ fn flags(web: &str, shop: &str, revision: u64) -> String {
 }
 
 #[tokio::test]
-async fn meta_names_the_entity_tag_and_changes_only_with_what_the_token_sees() {
+async fn meta_contains_the_etag_and_changes_only_with_visible_flags() {
     let parapet = Local::offline(&flags("a", "b", 5)).await;
     let web = parapet.get(FEATURES, WEB_CLIENT).await;
     let all = parapet.get(FEATURES, CLIENT).await;
@@ -35,7 +35,7 @@ async fn meta_names_the_entity_tag_and_changes_only_with_what_the_token_sees() {
     }
     assert_ne!(meta(&web)["queryHash"], meta(&all)["queryHash"]);
 
-    // Another project's flag changes, and the source's revision.
+    // A flag of another project changes, and the revision of the source.
     std::fs::write(parapet.flags_file(), flags("a", "c", 6)).unwrap();
     until("the change is served", Duration::from_secs(10), async || {
         (parapet.get(FEATURES, CLIENT).await.body != all.body).then_some(())
@@ -81,7 +81,7 @@ async fn meta_has_the_fields_that_unleash_sends() {
         };
         let (theirs, tag) = meta(unleash.url()).await;
         assert_eq!(theirs["etag"], tag, "{theirs}");
-        until("the edge knows the token", Duration::from_secs(30), async || {
+        until("the edge has validated the token", Duration::from_secs(30), async || {
             meta(parapet.url()).await.0.is_object().then_some(())
         })
         .await;

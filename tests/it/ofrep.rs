@@ -1,4 +1,4 @@
-//! OpenFeature's official providers, and what they are sent.
+//! OpenFeature's official providers, and the responses to them.
 
 use std::time::Duration;
 
@@ -39,7 +39,7 @@ fn flags(plain: bool) -> String {
     json!({ "features": features }).to_string()
 }
 
-/// Panics unless an answer is what version 0.3.0 of the protocol allows.
+/// Panics unless a response conforms to version 0.3.0 of the protocol.
 #[track_caller]
 fn assert_allowed(path: &str, status: u64, body: &Value) {
     let success = |it: &Value| {
@@ -84,16 +84,16 @@ fn assert_allowed(path: &str, status: u64, body: &Value) {
     }
 }
 
-/// What the providers were told since the last call: address, status and body of each answer.
+/// The requests of the providers since the last call: address, status and body of each response.
 async fn told_since(providers: &mut Driver) -> Vec<Value> {
     let traffic = providers.ask("traffic", Value::Null).await;
     traffic["traffic"].as_array().unwrap().clone()
 }
 
-/// How many changes the web provider has told of, once they are more than so many: it takes new flags
-/// first, and tells of them later.
+/// Waits until the web provider has reported more than `before` changes, and returns their number. It
+/// applies new flags first and reports them later.
 async fn changes_beyond(providers: &mut Driver, before: u64) -> u64 {
-    until("a change is told", PATIENCE, async || {
+    until("a change is reported", PATIENCE, async || {
         let changes = providers.ask("changes", Value::Null).await["changes"].as_u64();
         changes.filter(|changes| *changes > before)
     })
@@ -102,7 +102,7 @@ async fn changes_beyond(providers: &mut Driver, before: u64) -> u64 {
 
 #[tokio::test]
 #[ignore = "needs the npm packages of tests/, see tests/run"]
-async fn the_official_providers_get_every_type_of_value() {
+async fn official_providers_get_every_value_type() {
     let parapet = Local::offline(&flags(true)).await;
     let options = json!({ "url": format!("http://{}", parapet.address()), "frontend": FRONTEND, "client": CLIENT });
     let mut providers = Driver::start("OFREP providers", node("ofrep.mjs").into(), &options).await;
@@ -115,9 +115,14 @@ async fn the_official_providers_get_every_type_of_value() {
         };
         let question =
             json!({ "type": kind, "flag": flag, "fallback": fallback, "context": context });
-        let told = providers.ask(who, question).await;
-        let told = json!([told["value"], told["variant"], told["reason"], told["errorCode"]]);
-        assert_eq!(told, expect, "{who} {flag}");
+        let received = providers.ask(who, question).await;
+        let received = json!([
+            received["value"],
+            received["variant"],
+            received["reason"],
+            received["errorCode"]
+        ]);
+        assert_eq!(received, expect, "{who} {flag}");
     };
     let none = Value::Null;
     for who in ["server", "web"] {
@@ -146,14 +151,14 @@ async fn the_official_providers_get_every_type_of_value() {
     check("server", "boolean", "gold", gold(), json!([true, "enabled", "TARGETING_MATCH", none]))
         .await;
 
-    // Off, it is the application's own default and no value of another type; these versions of the
-    // providers do take the missing value for an error.
+    // A disabled flag yields the application's default, without a value of another type; these provider
+    // versions report the missing value as an error.
     for (who, flag) in [("server", "off-text"), ("server", "gold-text"), ("web", "off-text")] {
         let question = json!({ "type": "string", "flag": flag, "fallback": "own", "context": {} });
         assert_eq!(providers.ask(who, question).await["value"], "own", "{who} {flag}");
     }
 
-    // The web provider polls, is told when nothing is new, and notices what is.
+    // The web provider polls, gets 304 without a change, and notices changes.
     let mut traffic = Vec::new();
     until("a poll finds nothing new", PATIENCE, async || {
         traffic.extend(told_since(&mut providers).await);
@@ -164,15 +169,15 @@ async fn the_official_providers_get_every_type_of_value() {
     std::fs::write(parapet.flags_file(), flags(false)).unwrap();
     let question = json!({ "type": "boolean", "flag": "plain", "fallback": true });
     until("the change arrives", PATIENCE, async || {
-        let told = providers.ask("web", question.clone()).await;
-        (told["value"] == false && told["reason"] == "DISABLED").then_some(())
+        let received = providers.ask("web", question.clone()).await;
+        (received["value"] == false && received["reason"] == "DISABLED").then_some(())
     })
     .await;
     changes_beyond(&mut providers, before).await;
     providers.ask("context", json!({ "context": { "targetingKey": "8", "plan": "gold" } })).await;
-    let told =
+    let received =
         providers.ask("web", json!({ "type": "boolean", "flag": "gold", "fallback": false }));
-    assert_eq!(told.await["value"], true);
+    assert_eq!(received.await["value"], true);
 
     traffic.extend(told_since(&mut providers).await);
     for it in &traffic {
@@ -185,7 +190,7 @@ async fn the_official_providers_get_every_type_of_value() {
 }
 
 #[tokio::test]
-async fn tokens_are_taken_from_each_of_their_places_and_refusals_are_of_the_protocol() {
+async fn tokens_are_read_from_every_header_and_errors_conform_to_the_protocol() {
     let parapet = Local::offline(&flags(true)).await;
     let one = |key: &str| format!("{ALL}/{key}");
     let ask = async |path: &str, header: (&str, String), body: &str| -> Answer {
@@ -193,10 +198,10 @@ async fn tokens_are_taken_from_each_of_their_places_and_refusals_are_of_the_prot
         answer(request.header(header.0, header.1)).await
     };
     let check = async |path: &str, header: (&str, String), body: &str, expect: u16| {
-        let told = ask(path, header, body).await;
-        assert_eq!(told.status, expect, "{path} {body}");
-        assert_allowed(path, expect.into(), &told.json());
-        told.json()
+        let received = ask(path, header, body).await;
+        assert_eq!(received.status, expect, "{path} {body}");
+        assert_allowed(path, expect.into(), &received.json());
+        received.json()
     };
     let raw = |token: &str| ("authorization", token.to_owned());
     let bearer = |token: &str| ("authorization", format!("Bearer {token}"));
@@ -221,7 +226,7 @@ async fn tokens_are_taken_from_each_of_their_places_and_refusals_are_of_the_prot
     let long = json!({ "context": { "plan": "x".repeat(5000) } }).to_string();
     assert_eq!(check(ALL, raw(FRONTEND), &long, 400).await["errorCode"], "INVALID_CONTEXT");
 
-    // The tag is of the outcome and of who asks.
+    // The entity tag depends on the outcome and on the token.
     let first = ask(ALL, raw(FRONTEND), r#"{"context":{"targetingKey":"7","plan":"x"}}"#).await;
     assert_eq!(first.header("cache-control"), "private, no-cache");
     let etag = first.header("etag").to_owned();
@@ -239,7 +244,7 @@ async fn tokens_are_taken_from_each_of_their_places_and_refusals_are_of_the_prot
 
 #[tokio::test]
 #[ignore = "needs the npm packages of tests/, see tests/run"]
-async fn the_web_provider_is_told_of_a_change_and_asks_for_nothing_meanwhile() {
+async fn web_provider_is_notified_of_changes_without_polling() {
     let parapet = Local::offline(&flags(true)).await;
     let options = json!({ "url": format!("http://{}", parapet.address()), "frontend": FRONTEND, "client": CLIENT });
     let mut command: tokio::process::Command = node("ofrep.mjs").into();
@@ -261,10 +266,10 @@ async fn the_web_provider_is_told_of_a_change_and_asks_for_nothing_meanwhile() {
     .await;
     assert_eq!(changes_beyond(&mut providers, 0).await, 1);
     let traffic = told_since(&mut providers).await;
-    assert_eq!(traffic.len(), 1, "it asked once, when it was told to: {traffic:?}");
+    assert_eq!(traffic.len(), 1, "it sent one request, after the event: {traffic:?}");
     assert_allowed(ALL, traffic[0]["status"].as_u64().unwrap(), &traffic[0]["body"]);
 
-    // For another context it follows another stream.
+    // For another context it opens another stream.
     providers.ask("context", json!({ "context": { "targetingKey": "8", "plan": "gold" } })).await;
     until("the provider follows", PATIENCE, open).await;
     std::fs::write(parapet.flags_file(), flags(true)).unwrap();
@@ -278,7 +283,7 @@ async fn the_web_provider_is_told_of_a_change_and_asks_for_nothing_meanwhile() {
 
 #[tokio::test]
 #[ignore = "needs the Python packages of tests/, see tests/run"]
-async fn the_python_provider_gets_every_type_of_value() {
+async fn python_provider_gets_every_value_type() {
     let parapet = Local::offline(&flags(true)).await;
     let options = json!({ "url": format!("http://{}", parapet.address()), "token": CLIENT });
     let mut command = tokio::process::Command::new(tests_dir().join(".venv/bin/python"));
@@ -288,9 +293,14 @@ async fn the_python_provider_gets_every_type_of_value() {
         let context = json!({ "targetingKey": "7", "plan": "gold" });
         let question =
             json!({ "type": kind, "flag": flag, "fallback": fallback, "context": context });
-        let told = provider.ask("ask", question).await;
-        let told = json!([told["value"], told["variant"], told["reason"], told["errorCode"]]);
-        assert_eq!(told, expect, "{flag}");
+        let received = provider.ask("ask", question).await;
+        let received = json!([
+            received["value"],
+            received["variant"],
+            received["reason"],
+            received["errorCode"]
+        ]);
+        assert_eq!(received, expect, "{flag}");
     };
     let none = Value::Null;
     check("boolean", "plain", json!(false), json!([true, "enabled", "STATIC", none])).await;
@@ -299,7 +309,7 @@ async fn the_python_provider_gets_every_type_of_value() {
     check("number", "number", json!(-0.5), json!([0.5, "half", "STATIC", none])).await;
     let columns = json!({ "columns": 3 });
     check("object", "object", json!({}), json!([columns, "wide", "STATIC", none])).await;
-    // Without a value it is the application's own.
+    // Without a value it is the application's default.
     check("string", "off-text", json!("own"), json!(["own", "disabled", "DISABLED", none])).await;
     check("string", "plain", json!("own"), json!(["own", none, "ERROR", "TYPE_MISMATCH"])).await;
     check("string", "nowhere", json!("own"), json!(["own", none, "ERROR", "FLAG_NOT_FOUND"])).await;
@@ -307,14 +317,14 @@ async fn the_python_provider_gets_every_type_of_value() {
     provider.close().await;
 }
 
-/// The address of the stream that an answer tells.
+/// The path of the event stream in a response.
 fn stream_of(answer: &Answer) -> String {
     let streams = answer.json()["eventStreams"].take();
     streams[0]["endpoint"]["requestUri"].as_str().unwrap().to_owned()
 }
 
 #[tokio::test]
-async fn a_stream_tells_its_context_to_ask_again_and_no_other() {
+async fn stream_sends_refetch_for_its_own_context_only() {
     let parapet = Local::offline_with(&flags(true), &["--base-path", "/edge"]).await;
     let path = format!("/edge{ALL}");
     let ask = async |context: Value| {
@@ -337,16 +347,16 @@ async fn a_stream_tells_its_context_to_ask_again_and_no_other() {
     let silver = before.replace(r#""values":["gold"]"#, r#""values":["silver"]"#);
     assert_ne!(before, silver);
     std::fs::write(parapet.flags_file(), &silver).unwrap();
-    let told = two.next().await.unwrap();
-    assert_eq!((&*told.name, &*told.data), ("message", r#"{"type":"refetchEvaluation"}"#));
-    // A change for all: the first that the other hears of.
+    let received = two.next().await.unwrap();
+    assert_eq!((&*received.name, &*received.data), ("message", r#"{"type":"refetchEvaluation"}"#));
+    // A change for all users: the first event on the other stream.
     std::fs::write(parapet.flags_file(), flags(false)).unwrap();
     let both = (one.next().await.unwrap(), two.next().await.unwrap());
     assert!(both.0.data.contains("refetch") && both.1.data.contains("refetch"));
 
-    // Who was away meanwhile is told at once, who has all that there is is not.
+    // A client that missed a change gets an event at once; one that is up to date does not.
     assert!(open(&golden, None).await.next().await.unwrap().data.contains("refetch"));
-    assert!(open(&golden, Some(&told.id)).await.next().await.unwrap().data.contains("refetch"));
+    assert!(open(&golden, Some(&received.id)).await.next().await.unwrap().data.contains("refetch"));
     let mut current = open(&golden, Some(&both.1.id)).await;
     std::fs::write(parapet.flags_file(), flags(true)).unwrap();
     let next = current.next().await.unwrap();
@@ -360,7 +370,7 @@ async fn a_stream_tells_its_context_to_ask_again_and_no_other() {
     refused("/edge/ofrep/v1/events").await;
     refused("/edge/ofrep/v1/events?ticket=nonsense").await;
     refused(&golden[..golden.len() - 1]).await;
-    // A context that no address holds is answered, and not followed.
+    // A context that is too long for a URL is evaluated, but gets no stream.
     let long = json!({ "a": "x".repeat(4000), "b": "x".repeat(4000) });
     assert!(ask(long).await.json().get("eventStreams").is_none());
 }

@@ -1,6 +1,7 @@
-//! The API's document held against what is served: schemathesis makes requests from it and judges the answers.
+//! The OpenAPI document against the real responses: schemathesis generates requests from it and checks
+//! the responses.
 //!
-//! Each run has an instance of its own, because the requests change and delete what they find there.
+//! Each run has its own instance, because the requests change and delete what they find.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -26,10 +27,10 @@ const CLIENT: &str = "*:development.reader-of-the-document-0123456789abcdef";
 const FRONTEND: &str = "*:development.browser-of-the-document-0123456789abcdef";
 const PASSWORD: &str = "correct horse battery";
 
-/// How long one run may take; it ends with a failure then.
+/// The timeout for a run.
 const PATIENCE: Duration = Duration::from_mins(4);
 
-/// An instance, and a folder for the run.
+/// An instance, and a directory for the run.
 struct Bench {
     folder: TempDir,
     parapet: Parapet,
@@ -46,7 +47,7 @@ impl Bench {
         Self::on(Some(format!("postgres://postgres@127.0.0.1:{port}/{name}"))).await
     }
 
-    /// On a database of PostgreSQL, or on SQLite.
+    /// On a PostgreSQL database, or on SQLite.
     async fn on(database: Option<String>) -> Self {
         [ADMIN, CLIENT, FRONTEND, PASSWORD].into_iter().for_each(secrets::remember);
         let folder = tempfile::tempdir().unwrap();
@@ -57,7 +58,7 @@ impl Bench {
             .env("INIT_BACKEND_API_TOKENS", CLIENT)
             .env("INIT_FRONTEND_API_TOKENS", FRONTEND)
             .env("UNLEASH_DEFAULT_ADMIN_PASSWORD", PASSWORD)
-            // Whoever asks for a stream reads it to its end.
+            // So that requests for a stream end.
             .flag("--stream-max-age-seconds", "0.1");
         let setup = match database {
             Some(url) => setup.env("DATABASE_URL", url),
@@ -66,8 +67,8 @@ impl Bench {
         Self { folder, parapet: setup.start().await }
     }
 
-    /// Has requests made from the document, `examples` to an operation, and panics with what is wrong with the answers.
-    /// `settings` is in the words of schemathesis.
+    /// Sends generated requests, `examples` for each operation, and panics with the errors in the
+    /// responses. `settings` is the configuration of schemathesis.
     async fn hold(&self, examples: u32, settings: &str) {
         let url = self.parapet.admin_url();
         let general = "[generation]\ndeterministic = true\ndatabase = \"none\"\n";
@@ -85,15 +86,15 @@ impl Bench {
             .kill_on_drop(true);
         let output = tokio::time::timeout(PATIENCE, command.output()).await;
         let output = output.expect("it ends in time").expect("schemathesis runs");
-        let told = String::from_utf8_lossy(&output.stdout);
+        let report = String::from_utf8_lossy(&output.stdout);
         let complaint = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{told}\n{complaint}\n{}", self.parapet.log());
-        // All but the document itself, which schemathesis has read already.
+        assert!(output.status.success(), "{report}\n{complaint}\n{}", self.parapet.log());
+        // All operations but the document itself, which schemathesis has read already.
         let count = self.operations().await.len() - 1;
-        assert!(told.contains(&format!("Tested: {count}\n")), "{count} operations:\n{told}");
+        assert!(report.contains(&format!("Tested: {count}\n")), "{count} operations:\n{report}");
     }
 
-    /// All of the document's, as method and path.
+    /// All operations of the document, as method and path.
     async fn operations(&self) -> BTreeSet<(String, String)> {
         let document = http().get(self.parapet.admin_url() + "/docs/openapi.json");
         let document = document.send().await.unwrap().bytes().await.unwrap();
@@ -106,7 +107,7 @@ impl Bench {
         operations.collect()
     }
 
-    /// The statuses with which this operation was answered so far, as the metrics tell them.
+    /// The statuses of this operation's responses so far, according to the metrics.
     async fn statuses(&self, method: &str, path: &str) -> BTreeSet<String> {
         let series = format!(
             r#"http_server_requests_total{{http_route="{path}",http_request_method="{method}",http_response_status_code=""#
@@ -136,9 +137,10 @@ headers = {{ Authorization = "{FRONTEND}" }}
     );
     bench.hold(8, &settings).await;
 
-    // The run reached what it was to judge: answers, not only refusals.
+    // The run has reached successful responses, not only errors.
     for (method, path) in bench.operations().await {
-        // Needs what no generated request can know: the name of a flag, a password, or a ticket.
+        // Needs values that generated requests cannot have: the name of a flag, a password, or a stream
+        // token.
         let needs_luck = path.contains("{name}")
             || path.contains("{id}")
             || path.contains("{token}")
@@ -159,24 +161,24 @@ headers = {{ Authorization = "{FRONTEND}" }}
 }
 
 #[tokio::test]
-async fn an_admin_is_answered_as_the_document_says() {
+async fn responses_to_an_admin_conform_to_the_document() {
     answers_to_an_admin(Bench::new().await).await;
 }
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL"]
-async fn an_admin_is_answered_as_the_document_says_on_postgresql() {
+async fn responses_to_an_admin_conform_to_the_document_on_postgresql() {
     answers_to_an_admin(Bench::on_postgres().await).await;
 }
 
-/// The template under which older paths are counted.
+/// The route template under which aliases are counted.
 fn template(path: &str) -> String {
     let path = path.replace("/api/proxy", "/api/frontend");
     path.replace("/api/frontend/all/client", "/api/frontend/client")
 }
 
 #[tokio::test]
-async fn a_viewer_is_refused_as_the_document_says() {
+async fn denials_to_a_viewer_conform_to_the_document() {
     let bench = Bench::new().await;
     let url = bench.parapet.admin_url();
     let post = async |path: &str, body: Value| {
@@ -193,7 +195,7 @@ async fn a_viewer_is_refused_as_the_document_says() {
     let cookie = cookies.find(|cookie| cookie.starts_with("parapet-session=")).unwrap();
     secrets::remember(cookie.split_once('=').unwrap().1);
 
-    // Signing out would end the run's own session: there it shows another.
+    // Signing out would end the run's own session, so that operation gets another one.
     let settings = format!(
         r#"
 headers = {{ Cookie = "{cookie}", Origin = "{url}" }}
@@ -218,13 +220,13 @@ headers = {{ Cookie = "parapet-session=nobody", Origin = "{url}" }}
 }
 
 #[tokio::test]
-async fn nobody_is_refused_as_the_document_says() {
+async fn denials_without_credentials_conform_to_the_document() {
     let bench = Bench::new().await;
     bench.hold(2, "").await;
     for (method, path) in bench.operations().await {
         if path.starts_with("/api/admin") {
             let statuses = bench.statuses(&method, &path).await;
-            // A cookie that comes without its page's origin is told that first.
+            // A cookie without its page's origin is rejected with 403 first.
             let is_refusal = |status: &String| ["401", "403"].contains(&&**status);
             assert!(
                 !statuses.is_empty() && statuses.iter().all(is_refusal),

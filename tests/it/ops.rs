@@ -1,4 +1,4 @@
-//! What operators configure and see: addresses, paths, browsers, probes, metrics and the admin listener.
+//! Settings and pages for operators: addresses, paths, CORS, probes, metrics and the admin listener.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -22,7 +22,7 @@ const SEEDS: [(&str, &str); 3] = [
 ];
 
 #[tokio::test]
-async fn a_base_path_precedes_every_path() {
+async fn base_path_prefixes_every_path() {
     for base in ["/flags", "flags", "/flags/"] {
         let parapet = Local::offline_with(FLAGS, &["--base-path", base]).await;
         let check = async |path: &str, expect: u16| {
@@ -40,7 +40,7 @@ async fn a_base_path_precedes_every_path() {
 }
 
 #[tokio::test]
-async fn doubled_and_trailing_slashes_do_not_matter() {
+async fn duplicate_and_trailing_slashes_are_ignored() {
     let parapet = Local::offline(FLAGS).await;
     for path in ["//api//client///features", "/api/client/features/", "/api/client/features/a/"] {
         assert_eq!(parapet.get(path, CLIENT).await.status, StatusCode::OK, "{path}");
@@ -51,7 +51,7 @@ async fn doubled_and_trailing_slashes_do_not_matter() {
 }
 
 #[tokio::test]
-async fn a_browser_may_ask_from_everywhere_unless_told_otherwise() {
+async fn cors_allows_every_origin_by_default() {
     let parapet = Local::offline(FLAGS).await;
     let preflight = parapet
         .request(Method::OPTIONS, "/api/frontend")
@@ -66,16 +66,16 @@ async fn a_browser_may_ask_from_everywhere_unless_told_otherwise() {
     assert_eq!(preflight.header("access-control-max-age"), "172800");
     for token in [FRONTEND, "refused"] {
         let request = parapet.request(Method::GET, "/api/frontend").header("authorization", token);
-        let told = answer(request.header("origin", "https://shop.example")).await;
-        assert_eq!(told.header("access-control-allow-origin"), "*", "also where it is refused");
-        assert_eq!(told.header("access-control-expose-headers"), "*");
+        let received = answer(request.header("origin", "https://shop.example")).await;
+        assert_eq!(received.header("access-control-allow-origin"), "*", "also where it is refused");
+        assert_eq!(received.header("access-control-expose-headers"), "*");
     }
     let same_origin = parapet.get("/api/frontend", FRONTEND).await;
     assert!(!same_origin.headers.contains_key("access-control-allow-origin"));
 }
 
 #[tokio::test]
-async fn only_the_configured_origins_may_read() {
+async fn cors_allows_only_configured_origins() {
     let rules = [
         "--cors-origin=https://shop.example,https://www.example",
         "--cors-methods=GET,POST",
@@ -107,7 +107,7 @@ async fn only_the_configured_origins_may_read() {
 }
 
 #[tokio::test]
-async fn lists_say_which_addresses_are_served() {
+async fn allow_and_deny_lists_restrict_addresses() {
     let check = async |args: &[&str], from: Option<&str>, expect: StatusCode| {
         let parapet = Local::offline_with(FLAGS, args).await;
         let request = parapet.request(Method::GET, "/api/frontend");
@@ -133,9 +133,9 @@ async fn lists_say_which_addresses_are_served() {
         .await;
 }
 
-/// Whatever a client claims: on each route of both listeners.
+/// With any headers, on each route of both listeners.
 #[tokio::test]
-async fn denied_address_is_refused_on_every_route_of_both_listeners() {
+async fn denied_address_gets_403_on_every_route_of_both_listeners() {
     let refused = async |args: &[&str]| {
         let parapet = Local::standalone(FLAGS, args, &SEEDS).await;
         let check = async |method: Method, path: &str, request: &dyn Fn() -> RequestBuilder| {
@@ -193,9 +193,10 @@ async fn denied_address_is_refused_on_every_route_of_both_listeners() {
     refused(&["--allow-list", "198.51.100.0/24", "--trust-proxy"]).await;
 }
 
-/// Of a flag file, as of upstream's flags: in each format, and JSON stays JSON.
+/// With values from a flag file, which are logged like those from upstream: in each format, and JSON
+/// stays valid.
 #[tokio::test]
-async fn long_values_of_flags_make_no_long_log_lines() {
+async fn long_flag_values_are_truncated_in_log_lines() {
     let long = "x".repeat(100_000);
     let constraint = |operator: &str, value: &str| {
         json!([{ "name": "default", "constraints": [
@@ -240,7 +241,7 @@ async fn long_values_of_flags_make_no_long_log_lines() {
 }
 
 #[tokio::test]
-async fn endpoints_that_are_turned_off_are_not_there() {
+async fn disabled_endpoints_get_404() {
     let check = async |flag: &str, paths: &[&str]| {
         let parapet = Local::offline_with(FLAGS, &[flag]).await;
         for path in paths {
@@ -268,7 +269,7 @@ async fn endpoints_that_are_turned_off_are_not_there() {
 }
 
 #[tokio::test]
-async fn probes_and_scrapes_need_no_token() {
+async fn probes_and_metrics_need_no_token() {
     let parapet = Local::offline(FLAGS).await;
     let (health, ready) = (json!({"status": "OK"}), json!({"status": "READY"}));
     for (path, expect) in
@@ -298,7 +299,7 @@ async fn probes_and_scrapes_need_no_token() {
     assert!(scrape.text().contains("parapet_snapshot_flags{environment=\"development\"} "));
 }
 
-/// What the admin listener tells to an admin token alone.
+/// Paths of the admin listener that require an admin token.
 const SECRETIVE: [&str; 5] = [
     "/status",
     "/internal-backstage/features",
@@ -308,7 +309,7 @@ const SECRETIVE: [&str; 5] = [
 ];
 
 #[tokio::test]
-async fn the_admin_listener_wants_an_admin_token_and_the_data_listener_has_none_of_it() {
+async fn admin_paths_require_an_admin_token_and_are_absent_from_the_data_listener() {
     let parapet = Local::standalone(FLAGS, &[], &SEEDS).await;
     for path in SECRETIVE {
         let ask = async |token: &str| {
@@ -329,7 +330,7 @@ async fn the_admin_listener_wants_an_admin_token_and_the_data_listener_has_none_
         assert_eq!(answer(request).await.status, expect, "{path}");
     };
     check("/nothing", ADMIN, StatusCode::NOT_FOUND).await;
-    // For edges in front of which this is the upstream.
+    // This path serves edges that use this instance as their upstream.
     check("/api/client/features", ADMIN, StatusCode::FORBIDDEN).await;
     check("/api/client/features", READER, StatusCode::OK).await;
     check("/api/frontend", BROWSER, StatusCode::OK).await;
@@ -338,7 +339,7 @@ async fn the_admin_listener_wants_an_admin_token_and_the_data_listener_has_none_
 }
 
 #[tokio::test]
-async fn offline_the_admin_listener_opens_to_the_admin_tokens_that_were_given() {
+async fn offline_admin_listener_accepts_configured_admin_tokens() {
     let check = async |args: &[&str], expect: StatusCode| {
         let parapet = Local::offline_with(FLAGS, args).await;
         for path in SECRETIVE {
@@ -351,7 +352,7 @@ async fn offline_the_admin_listener_opens_to_the_admin_tokens_that_were_given() 
 }
 
 #[tokio::test]
-async fn the_admin_listener_shows_flags_and_usage_but_no_token() {
+async fn admin_listener_shows_flags_and_usage_without_tokens() {
     let parapet = Local::standalone(FLAGS, &[], &SEEDS).await;
     let report = json!({"appName": "shop", "instanceId": "one", "bucket": {
         "start": "2026-01-01T00:00:00Z", "stop": "2026-01-01T00:01:00Z",
@@ -379,7 +380,7 @@ async fn the_admin_listener_shows_flags_and_usage_but_no_token() {
 }
 
 #[tokio::test]
-async fn what_is_malformed_in_a_flag_is_told_in_status_and_harms_no_other() {
+async fn malformed_flag_is_reported_in_status_and_does_not_affect_others() {
     let flags = r#"{"features":[
         {"name":"broken","enabled":true,"strategies":[{"name":"default","constraints":
             [{"contextName":"v","operator":"SEMVER_GT","value":"not a version"}]}]},
@@ -403,7 +404,7 @@ async fn series(parapet: &Parapet) -> BTreeSet<String> {
 }
 
 #[tokio::test]
-async fn nothing_that_a_client_sends_becomes_a_label() {
+async fn client_input_is_never_a_metric_label() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("flags.json");
     std::fs::write(&file, FLAGS).unwrap();
@@ -453,7 +454,7 @@ async fn nothing_that_a_client_sends_becomes_a_label() {
         }
     };
     hostile(1).await;
-    // A scrape is a request too, and shows in the next.
+    // A scrape is a request too, and appears in the next one.
     series(&parapet).await;
     let before = series(&parapet).await;
     hostile(2).await;

@@ -1,6 +1,7 @@
-//! Upstream is away, in every way that servers and networks have: what is served stays, nothing that was counted is lost.
+//! Upstream is unavailable, in every way that servers and networks fail: flags stay served, and no usage
+//! is lost.
 //!
-//! What a healthy upstream brings is told in `edge`.
+//! `edge` covers a healthy upstream.
 
 use std::time::Duration;
 
@@ -10,16 +11,16 @@ use serde_json::{Value, json};
 
 use crate::rig::{ChaosProxy, Fault, Kind, Parapet, Sdk, Unleash, Version, http, secrets, until};
 
-/// Longer than the pauses that grow while upstream stays away for the length of a story.
+/// Longer than the retry delays, which grow during an outage.
 const SOON: Duration = Duration::from_mins(1);
 
 const HERE: &str = "development";
 
-/// An edge that has seen its upstream healthy, and the clients that it knows.
+/// An edge that has fetched its flags from a healthy upstream, and known clients.
 struct Edge<'a> {
     unleash: &'a Unleash,
     parapet: Parapet,
-    /// On for everybody; what is counted.
+    /// On for all users; its usage is counted.
     flag: String,
     /// On at first, off after the outage.
     changing: String,
@@ -40,7 +41,7 @@ impl<'a> Edge<'a> {
         let edge = Parapet::edge(upstream_url).admin_token(unleash.admin_token()).impatient();
         let parapet = edge.flag("--fleet-name", &fleet).start().await;
         let edge = Self { unleash, parapet, flag, changing, backend, frontend };
-        // A new flag takes Unleash a moment to tell, and Parapet an interval to fetch.
+        // Unleash takes a moment to publish a new flag, and Parapet an interval to fetch it.
         until("the new flags are served", SOON, async || {
             let (_, body) = edge.parapet.get("/api/client/features", &edge.backend).await;
             let names: Vec<_> = body["features"].as_array()?.iter().map(|it| &it["name"]).collect();
@@ -48,7 +49,8 @@ impl<'a> Edge<'a> {
         })
         .await;
         edge.assert_served().await;
-        // A crash may cost what was learned in the last seconds before it; this is not about those.
+        // A crash may lose what was received in the last seconds before it; this test is not about
+        // those.
         edge.parapet.wait_until_kept(&edge.changing).await;
         for token in [&edge.backend, &edge.frontend] {
             edge.parapet.wait_until_kept(&masked(token)).await;
@@ -56,13 +58,13 @@ impl<'a> Edge<'a> {
         edge
     }
 
-    /// Both APIs answer known tokens with the flags.
+    /// Panics unless both APIs serve the flags to known tokens.
     async fn assert_served(&self) {
-        let asked = [
+        let requests = [
             ("/api/client/features", &self.backend, "features"),
             ("/api/frontend", &self.frontend, "toggles"),
         ];
-        for (path, token, list) in asked {
+        for (path, token, list) in requests {
             let (status, body) = self.parapet.get(path, token).await;
             assert_eq!(status, StatusCode::OK, "{path}: {body}");
             for flag in [&self.flag, &self.changing] {
@@ -72,13 +74,13 @@ impl<'a> Edge<'a> {
         }
     }
 
-    /// Waits until something that Parapet wanted from its upstream after now has failed.
+    /// Waits until a request of Parapet to its upstream has failed.
     async fn wait_until_upstream_is_missed(&self) {
         let begin = jiff::Timestamp::now();
         until("Parapet misses its upstream", SOON, async || {
             let (code, status) = self.parapet.admin_get("/status").await;
             if code == StatusCode::UNAUTHORIZED {
-                // Upstream has refused the admin token, which opens nothing any more.
+                // Upstream has rejected the admin token, which therefore opens nothing.
                 return Some(());
             }
             let failed = status["upstream"]["lastError"]["at"].as_str()?;
@@ -87,7 +89,7 @@ impl<'a> Edge<'a> {
         .await;
     }
 
-    /// Waits until upstream has confirmed the flags of both environments after now.
+    /// Waits until upstream has confirmed the flags of both environments.
     async fn wait_until_upstream_answers(&self) {
         let begin = jiff::Timestamp::now();
         until("Parapet has its upstream back", SOON, async || {
@@ -100,14 +102,14 @@ impl<'a> Edge<'a> {
         .await;
     }
 
-    /// The answer to a token that nobody has presented before.
+    /// The response to a token that was never presented before.
     async fn present(&self, token: &str) -> reqwest::Response {
         secrets::remember(token);
         let url = self.parapet.url() + "/api/client/features";
         http().get(url).header("Authorization", token).send().await.unwrap()
     }
 
-    /// An SDK that starts now has the flags, and uses one.
+    /// Uses a flag in a newly started SDK, which gets the flags.
     async fn use_flag(&self, mut sdk: Sdk, times: u32) {
         assert!(sdk.evaluate(json!({})).await[&self.flag].enabled);
         sdk.count(&self.flag, times).await;
@@ -115,7 +117,8 @@ impl<'a> Edge<'a> {
         sdk.close().await;
     }
 
-    /// The story: `begin` takes upstream away; `end` brings it back and switches the changing flag off.
+    /// Runs the scenario: `begin` makes upstream unavailable; `end` restores it and disables the
+    /// changing flag.
     async fn ride_out(&self, name: &str, begin: impl AsyncFnOnce(), end: impl AsyncFnOnce()) {
         let apps = [format!("outage-{name}-node"), format!("outage-{name}-browser")];
         begin().await;
@@ -152,7 +155,7 @@ impl<'a> Edge<'a> {
             (self.present(&first_seen).await.status() == StatusCode::UNAUTHORIZED).then_some(())
         })
         .await;
-        // Both at once, and again when nothing more can come.
+        // Both at once, and again when nothing more can arrive.
         let counts = [(&apps[0], 5), (&apps[1], 4)];
         for last in [false, true] {
             for (app, count) in counts {
@@ -173,7 +176,7 @@ fn find<'a>(flags: &'a Value, name: &str) -> &'a Value {
     flags.find(|flag| flag["name"] == name).unwrap_or_else(|| panic!("{name} is missing"))
 }
 
-/// A v1 token, or a v2 one, as stores and pages show it.
+/// The masked form of a v1 or v2 token, as in stores and on pages.
 fn masked(token: &str) -> String {
     let (scope, secret) = token.split_once('.').expect("a token of an environment");
     let secret = secret.strip_prefix("v2_").unwrap_or(secret);
@@ -187,7 +190,7 @@ fn answer(status: u16, body: &'static str) -> Fault {
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn an_unreachable_silent_or_failing_upstream_changes_nothing_and_gets_the_usage_afterwards() {
+async fn flags_stay_served_and_usage_arrives_after_upstream_failures() {
     let faults = [
         ("cut", Fault::Cut),
         ("stalled", Fault::Stall),
@@ -210,7 +213,7 @@ async fn an_unreachable_silent_or_failing_upstream_changes_nothing_and_gets_the_
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn a_killed_upstream_changes_nothing_and_gets_the_usage_when_it_is_back() {
+async fn flags_stay_served_and_usage_arrives_after_upstream_crash() {
     let each = [(Version::V7, "killed-7"), (Version::V8SecureTokens, "killed-8")];
     let stories = each.map(async |(version, name)| {
         let unleash = Unleash::start(version).await;
@@ -226,7 +229,7 @@ async fn a_killed_upstream_changes_nothing_and_gets_the_usage_when_it_is_back() 
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn whatever_upstream_answers_no_flag_is_lost() {
+async fn no_upstream_response_removes_flags() {
     let unleash = Unleash::shared(Version::V8).await;
     let proxy = ChaosProxy::start(&unleash.url()).await;
     let edge = Edge::start(&unleash, &proxy.url(), "statuses").await;
@@ -237,7 +240,7 @@ async fn whatever_upstream_answers_no_flag_is_lost() {
     for fault in answers.into_iter().chain(bodies.map(|body| answer(200, body))) {
         let before = proxy.count("/api/client/features");
         proxy.set(fault.clone()).await;
-        // The second question of both environments shows that the first answer has been dealt with.
+        // After the second request for each environment the first response has been applied.
         until(&format!("{fault:?} is answered"), SOON, async || {
             (proxy.count("/api/client/features") >= before + 4).then_some(())
         })
@@ -250,26 +253,26 @@ async fn whatever_upstream_answers_no_flag_is_lost() {
 }
 
 #[tokio::test]
-async fn an_upstream_that_was_never_there_is_told_once() {
+async fn upstream_that_was_never_reachable_is_logged_once() {
     let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", nobody.local_addr().unwrap());
     drop(nobody);
     let token = "*:development.0123456789abcdef0123456789abcdef";
     let parapet = Parapet::edge(&url).flag("--tokens", token).impatient().spawn();
-    let told = "Cannot ask upstream about tokens";
+    let warning = "Token validation at upstream failed";
     let ask = async || {
         let request = http().get(format!("{}/api/client/features", parapet.url()));
         Some(request.header("authorization", token).send().await.ok()?.status())
     };
     until("upstream is missed", SOON, async || {
-        let is_told = parapet.log().contains(told);
-        (ask().await? == StatusCode::SERVICE_UNAVAILABLE && is_told).then_some(())
+        let is_logged = parapet.log().contains(warning);
+        (ask().await? == StatusCode::SERVICE_UNAVAILABLE && is_logged).then_some(())
     })
     .await;
     for _ in 0..3 {
         assert_eq!(ask().await, Some(StatusCode::SERVICE_UNAVAILABLE));
     }
     let log = parapet.log();
-    assert_eq!(log.matches(told).count(), 1, "{log}");
+    assert_eq!(log.matches(warning).count(), 1, "{log}");
     assert!(log.contains("onnection refused") && !log.contains("0123456789abcdef"), "{log}");
 }

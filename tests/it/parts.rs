@@ -1,7 +1,7 @@
-//! An edge of which no single token sees everything: tokens of single projects, one of which may fail, and environments
-//! that come and go.
+//! An edge whose tokens each see one project, one of which may fail, and environments that appear and
+//! disappear.
 //!
-//! The upstream is made up, because a real open-source Unleash has one project only.
+//! The upstream is scripted, because a real open-source Unleash has only one project.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -27,18 +27,18 @@ const B: &str = "b:development.of-project-b-0123456789abcdef012345";
 const FEATURES: &str = "/api/client/features";
 const SOON: Duration = Duration::from_secs(30);
 
-/// What the made-up upstream answers.
+/// The responses of the scripted upstream.
 #[derive(Default)]
 struct State {
     /// The flag of each token's project.
     flags: BTreeMap<String, String>,
-    /// The status of answers to a token, where it is not 200.
+    /// The status of responses to a token, if not 200.
     failing: BTreeMap<String, StatusCode>,
-    /// How often flags were asked for with a token.
+    /// The number of requests for flags with each token.
     asked: BTreeMap<String, usize>,
     /// The environments, and whether they are enabled.
     environments: Vec<(&'static str, bool)>,
-    /// Whether it answers nothing but 503.
+    /// Whether it responds to everything with 503.
     away: bool,
 }
 
@@ -81,11 +81,11 @@ impl Upstream {
         self.state().failing.clear();
     }
 
-    /// Waits until flags were asked for with a token so many times more.
+    /// Waits for `more` further requests for flags with a token.
     async fn asked(&self, token: &str, more: usize) {
         let asked = || self.state().asked.get(token).copied().unwrap_or_default();
         let enough = asked() + more;
-        until("flags are asked for", SOON, async || (asked() >= enough).then_some(())).await;
+        until("flags are requested", SOON, async || (asked() >= enough).then_some(())).await;
     }
 
     async fn answer(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
@@ -132,8 +132,8 @@ impl Upstream {
                 ok(&json!({"version": 1, "environments": listed.collect::<Vec<_>>()}))
             }
             path if path.starts_with("/api/admin/api-tokens") && head.method == "POST" => {
-                let wish: Value = serde_json::from_slice(&body).unwrap();
-                let environment = wish["environment"].as_str().unwrap();
+                let new_token: Value = serde_json::from_slice(&body).unwrap();
+                let environment = new_token["environment"].as_str().unwrap();
                 let mut answer = ok(
                     &json!({"secret": format!("*:{environment}.minted-0123456789abcdef0123456789")}),
                 );
@@ -156,7 +156,7 @@ fn status(status: StatusCode) -> Response<Full<Bytes>> {
     answer
 }
 
-/// The names of the flags that a token is served; the status where it is served none.
+/// The names of the flags that a token gets, or the status if it gets none.
 async fn served(parapet: &Parapet, token: &str) -> Result<Vec<String>, StatusCode> {
     match parapet.get(FEATURES, token).await {
         (StatusCode::OK, body) => {
@@ -168,13 +168,13 @@ async fn served(parapet: &Parapet, token: &str) -> Result<Vec<String>, StatusCod
 }
 
 async fn until_served(parapet: &Parapet, token: &str, flag: &str) {
-    let wanted = Ok(vec![flag.to_owned()]);
+    let expected = Ok(vec![flag.to_owned()]);
     let what = format!("{flag} is served");
-    until(&what, SOON, async || (served(parapet, token).await == wanted).then_some(())).await;
+    until(&what, SOON, async || (served(parapet, token).await == expected).then_some(())).await;
 }
 
 #[tokio::test]
-async fn a_change_is_served_although_another_token_fails_in_the_same_round() {
+async fn change_is_served_when_another_token_fails_in_the_same_poll() {
     let (upstream, url) = Upstream::start().await;
     upstream.set_flag(A, "a1");
     upstream.set_flag(B, "b1");
@@ -182,7 +182,7 @@ async fn a_change_is_served_although_another_token_fails_in_the_same_round() {
     let parapet = setup.impatient().start().await;
     until_served(&parapet, A, "a1").await;
     until_served(&parapet, B, "b1").await;
-    // Whichever is asked with first, the change of the other meets a failure.
+    // Either token may be polled first: a change with one coincides with a failure of the other.
     for (sound, failing, flag) in [(A, B, "a2"), (B, A, "b2")] {
         upstream.fail(failing, StatusCode::INTERNAL_SERVER_ERROR);
         upstream.set_flag(sound, flag);
@@ -193,7 +193,7 @@ async fn a_change_is_served_although_another_token_fails_in_the_same_round() {
 }
 
 #[tokio::test]
-async fn a_refused_token_takes_no_flags_away_and_is_asked_with_again() {
+async fn flags_of_rejected_token_stay_and_it_is_retried() {
     let (upstream, url) = Upstream::start().await;
     upstream.set_flag(A, "a1");
     upstream.set_flag(B, "b1");
@@ -214,7 +214,7 @@ async fn a_refused_token_takes_no_flags_away_and_is_asked_with_again() {
 }
 
 #[tokio::test]
-async fn flags_that_were_never_fetched_are_not_told_to_be_none() {
+async fn flags_never_fetched_are_unavailable_instead_of_empty() {
     let (upstream, url) = Upstream::start().await;
     upstream.set_flag(A, "a1");
     upstream.set_flag(B, "b1");
@@ -237,12 +237,12 @@ async fn flags_that_were_never_fetched_are_not_told_to_be_none() {
     assert_eq!(
         served(&parapet, B).await,
         Ok(vec!["b1".to_owned()]),
-        "its token may be presented again, and nobody has fetched others since"
+        "its token may be presented again, and no other flags were fetched since"
     );
 }
 
 #[tokio::test]
-async fn flags_that_cannot_be_fetched_are_unavailable() {
+async fn flags_that_cannot_be_fetched_get_503() {
     let (upstream, url) = Upstream::start().await;
     upstream.set_flag(A, "a1");
     upstream.fail(B, StatusCode::INTERNAL_SERVER_ERROR);
@@ -260,7 +260,7 @@ const DEVELOPMENT: &str = "*:development.client-0123456789abcdef0123456789";
 const PRODUCTION: &str = "*:production.client-0123456789abcdef0123456789ab";
 
 #[tokio::test]
-async fn an_environment_that_upstream_has_disabled_is_not_served_from_the_store() {
+async fn disabled_environment_is_not_served_from_the_store() {
     let (upstream, url) = Upstream::start().await;
     upstream.state().environments = vec![("development", true), ("production", true)];
     let parapet = Parapet::edge(&url).admin_token(ADMIN).impatient().start().await;
@@ -280,7 +280,7 @@ async fn an_environment_that_upstream_has_disabled_is_not_served_from_the_store(
     assert_eq!(environments.len(), 1, "{status}");
     parapet.terminate().await;
 
-    // Nothing enabled is no state of an Unleash but a fault.
+    // An Unleash has at least one enabled environment; none is a fault.
     upstream.state().environments = vec![("development", false), ("production", false)];
     parapet.restart();
     parapet.wait_until_ready().await;
@@ -288,7 +288,7 @@ async fn an_environment_that_upstream_has_disabled_is_not_served_from_the_store(
 }
 
 #[tokio::test]
-async fn an_edge_of_named_environments_says_which_it_does_not_serve() {
+async fn edge_with_selected_environments_names_those_it_does_not_serve() {
     let (_, url) = Upstream::start().await;
     let setup = Parapet::edge(&url).admin_token(ADMIN).flag("--environments", "development");
     let parapet = setup.impatient().start().await;
@@ -299,7 +299,7 @@ async fn an_edge_of_named_environments_says_which_it_does_not_serve() {
 }
 
 #[tokio::test]
-async fn a_backup_of_unleash_edge_serves_wanted_environments_and_known_projects_only() {
+async fn unleash_edge_backup_serves_selected_environments_and_existing_projects_only() {
     let folder = tempfile::tempdir().unwrap();
     let flags =
         |name| json!({"version": 2, "features": [{"name": name, "project": "a", "enabled": true}]});
@@ -324,7 +324,7 @@ async fn a_backup_of_unleash_edge_serves_wanted_environments_and_known_projects_
 }
 
 #[tokio::test]
-async fn a_token_of_unleash_edges_backup_fetches_what_upstream_has_by_now() {
+async fn token_from_unleash_edge_backup_fetches_current_flags() {
     let folder = tempfile::tempdir().unwrap();
     let old = json!({"version": 2, "features": [{"name": "old", "project": "a", "enabled": true}]});
     let features = json!([["development", old]]);

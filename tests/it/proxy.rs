@@ -1,4 +1,4 @@
-//! Upstream through a proxy, and past it: `HTTP_PROXY`, `NO_PROXY`.
+//! Connections to upstream through an HTTP proxy, or directly: `HTTP_PROXY`, `NO_PROXY`.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use crate::rig::{Parapet, http, until};
 
 const ADMIN: &str = "*:*.proxy-0123456789abcdef0123456789abcdef0123456789";
 
-/// A proxy that counts connections and lets nothing through.
+/// A proxy that counts connections and forwards nothing.
 struct Proxy {
     address: SocketAddr,
     connections: Arc<AtomicUsize>,
@@ -46,7 +46,7 @@ impl Proxy {
 }
 
 #[tokio::test]
-async fn no_proxy_reaches_upstream_directly() {
+async fn hosts_in_no_proxy_are_reached_directly() {
     let folder = tempfile::tempdir().unwrap();
     let upstream = upstream(&folder, ADMIN).await;
     let port = upstream.admin_url().rsplit(':').next().unwrap().to_owned();
@@ -76,7 +76,7 @@ async fn no_proxy_reaches_upstream_directly() {
 }
 
 #[tokio::test]
-async fn a_proxy_is_used_for_what_no_proxy_does_not_list() {
+async fn proxy_is_used_for_hosts_not_in_no_proxy() {
     let folder = tempfile::tempdir().unwrap();
     let upstream = upstream(&folder, ADMIN).await;
     for no_proxy in ["", "10.0.0.0/8,example.com", "127.0.0.1:1", "host"] {

@@ -1,5 +1,5 @@
-//! How an edge reaches its upstream, and what it says where it does not: redirects, certificates, tokens in the wrong
-//! place, damaged records.
+//! Obstacles between an edge and its upstream, and what the edge reports about them: redirects,
+//! certificates, tokens in the wrong place, damaged records.
 
 use std::net::SocketAddr;
 use std::process::Command;
@@ -19,7 +19,7 @@ const FLAGS: &str =
 
 const SOON: Duration = Duration::from_mins(1);
 
-/// A real server for an edge to reach, with a client token and this admin token.
+/// A real server as upstream, with a client token and this admin token.
 pub(crate) async fn upstream(folder: &TempDir, admin: &str) -> Parapet {
     let file = folder.path().join("flags.json");
     std::fs::write(&file, FLAGS).unwrap();
@@ -31,7 +31,8 @@ pub(crate) async fn upstream(folder: &TempDir, admin: &str) -> Parapet {
         .await
 }
 
-/// A server before `upstream` that redirects every path to one below `to`; what comes there is passed on.
+/// A server in front of `upstream` that redirects every path to one below `to`, from which requests are
+/// forwarded.
 async fn redirector(upstream: &Parapet, to: Option<String>) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -68,9 +69,9 @@ async fn redirector(upstream: &Parapet, to: Option<String>) -> SocketAddr {
     address
 }
 
-/// Waits until a line of the log says `text`, and gives that line.
+/// Waits until a log line contains `text`, and returns that line.
 async fn line(parapet: &Parapet, text: &str) -> String {
-    until(&format!("the log says {text}"), SOON, async || {
+    until(&format!("the log contains {text}"), SOON, async || {
         parapet.log().lines().find(|line| line.contains(text)).map(str::to_owned)
     })
     .await
@@ -89,7 +90,7 @@ async fn redirect_within_the_origin_is_followed() {
 }
 
 #[tokio::test]
-async fn redirect_to_another_origin_is_named_and_takes_no_token_there() {
+async fn redirect_to_another_origin_is_reported_and_gets_no_token() {
     let folder = tempfile::tempdir().unwrap();
     let upstream = upstream(&folder, ADMIN).await;
     let elsewhere = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -97,8 +98,8 @@ async fn redirect_to_another_origin_is_named_and_takes_no_token_there() {
     let redirector = redirector(&upstream, Some(to.clone())).await;
     let edge = Parapet::edge(&format!("http://{redirector}")).env("UPSTREAM_ADMIN_TOKEN", ADMIN);
     let edge = edge.impatient().start_listening().await;
-    let told = line(&edge, "308 Permanent Redirect").await;
-    assert!(told.contains(&format!("a redirect to {to}: --upstream-url")), "{told}");
+    let logged = line(&edge, "308 Permanent Redirect").await;
+    assert!(logged.contains(&format!("a redirect to {to}: --upstream-url")), "{logged}");
     let redirected =
         "parapet_upstream_requests_total{purpose=\"environments\",outcome=\"redirected\"}";
     until("it was redirected again and again", SOON, async || {
@@ -110,7 +111,7 @@ async fn redirect_to_another_origin_is_named_and_takes_no_token_there() {
 }
 
 #[tokio::test]
-async fn certificate_that_is_not_trusted_is_logged_once_also_after_another_failure() {
+async fn untrusted_certificate_is_logged_once_even_after_another_failure() {
     let folder = tempfile::tempdir().unwrap();
     let (key, certificate) = (folder.path().join("key.pem"), folder.path().join("cert.pem"));
     let mut make = Command::new("openssl");
@@ -127,8 +128,8 @@ async fn certificate_that_is_not_trusted_is_logged_once_also_after_another_failu
     serve.arg("-key").arg(&key).arg("-cert").arg(&certificate);
     serve.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null());
     let _server = Server(serve.stderr(std::process::Stdio::null()).spawn().unwrap());
-    let told = line(&edge, "certificate").await;
-    assert!(told.contains("unreachable for another reason than before"), "{told}");
+    let logged = line(&edge, "certificate").await;
+    assert!(logged.contains("unreachable for another reason than before"), "{logged}");
     let failed = "parapet_upstream_requests_total{purpose=\"validate\",outcome=\"unreachable\"}";
     let before = edge.metric(failed).await.unwrap();
     until("many handshakes have failed", SOON, async || {
@@ -136,11 +137,11 @@ async fn certificate_that_is_not_trusted_is_logged_once_also_after_another_failu
     })
     .await;
     let log = edge.log();
-    let told = log.lines().filter(|line| line.contains("certificate")).count();
-    assert_eq!(told, 1, "{log}");
+    let logged = log.lines().filter(|line| line.contains("certificate")).count();
+    assert_eq!(logged, 1, "{log}");
 }
 
-/// Ended when dropped.
+/// Killed when dropped.
 struct Server(std::process::Child);
 
 impl Drop for Server {
@@ -151,23 +152,23 @@ impl Drop for Server {
 }
 
 #[tokio::test]
-async fn admin_token_among_the_tokens_is_told_where_it_belongs() {
+async fn admin_token_in_tokens_setting_is_reported_with_the_right_setting() {
     let folder = tempfile::tempdir().unwrap();
     let upstream = upstream(&folder, ADMIN).await;
     let edge = Parapet::edge(&upstream.admin_url()).env("TOKENS", ADMIN);
     let edge = edge.impatient().start_listening().await;
-    let told = line(&edge, "fetches nothing").await;
-    assert!(told.contains("belongs into --upstream-admin-token"), "{told}");
+    let logged = line(&edge, "A token of --tokens cannot be used").await;
+    assert!(logged.contains("belongs in --upstream-admin-token"), "{logged}");
 }
 
 #[tokio::test]
-async fn damaged_record_of_verdicts_is_set_aside_and_logged() {
+async fn damaged_token_cache_record_is_set_aside_and_logged() {
     let edge = Parapet::edge("http://127.0.0.1:1").env("UPSTREAM_ADMIN_TOKEN", ADMIN);
     let edge = edge.start_listening().await;
     assert!(edge.terminate().await.success());
     std::fs::write(edge.data_dir().join("backup/verdicts.parapet"), "no verdicts").unwrap();
     edge.restart();
     edge.wait_until_listening().await;
-    let told = line(&edge, "verdicts.damaged").await;
-    assert!(told.contains("Stored verdicts on tokens are not used"), "{told}");
+    let logged = line(&edge, "verdicts.damaged").await;
+    assert!(logged.contains("Stored tokens cannot be used"), "{logged}");
 }

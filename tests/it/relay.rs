@@ -1,4 +1,5 @@
-//! An edge that passes the admin API of its Unleash on: tokens are made, used and deleted through the edge.
+//! An edge that relays the admin API of its Unleash: tokens are created, used and deleted through the
+//! edge.
 
 use std::time::Duration;
 
@@ -8,13 +9,13 @@ use serde_json::{Value, json};
 use crate::control::{file_of, run};
 use crate::rig::{Parapet, Sdk, Unleash, Version, http, secrets, until};
 
-/// The account that a fresh Unleash has.
+/// The account of a fresh Unleash.
 const OWNER: (&str, &str) = ("admin", "unleash4all");
 
 async fn edge(unleash: &Unleash) -> Parapet {
     Parapet::edge(&unleash.url())
         .admin_token(unleash.admin_token())
-        // Nothing that is seen here of tokens comes from looking often.
+        // The interval is too long to explain what this test sees.
         .flag("--token-list-interval-seconds", "3600")
         .flag("--features-refresh-interval-seconds", "0.5")
         .flag("--metrics-interval-seconds", "0.5")
@@ -29,7 +30,7 @@ async fn answer(request: RequestBuilder) -> (StatusCode, Value) {
     (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
 }
 
-/// The cookies of whoever signs in at Unleash through the edge.
+/// Signs in to Unleash through the edge, and returns the cookies.
 async fn sign_in(parapet: &Parapet) -> String {
     let body = json!({ "username": OWNER.0, "password": OWNER.1 }).to_string();
     let login = http().post(parapet.admin_url() + "/auth/simple/login");
@@ -68,7 +69,7 @@ async fn the_life_of_a_token(version: Version) {
     let (status, me) = answer(ask(Method::GET, "/api/admin/user", None)).await;
     assert_eq!((status, &me["user"]["username"]), (StatusCode::OK, &OWNER.0.into()));
 
-    // Made: it works at once.
+    // A created token works at once.
     let name = format!("by way of the edge, {version:?}");
     let new = json!({ "tokenName": name, "type": "client", "environment": "development",
         "projects": ["*"] });
@@ -83,7 +84,7 @@ async fn the_life_of_a_token(version: Version) {
     let listed = unleash.tokens_named(&name).await;
     let [listed] = &listed[..] else { panic!("{listed:?}") };
 
-    // Used.
+    // An SDK uses it.
     let mut sdk = Sdk::node(&parapet.url(), &secret, "relayed").await;
     until("the SDK sees the new flag", Duration::from_secs(15), async || {
         let flags = sdk.evaluate(json!({})).await;
@@ -92,7 +93,7 @@ async fn the_life_of_a_token(version: Version) {
     .await;
     sdk.close().await;
 
-    // Deleted, by what lists call it: it is refused with the next request.
+    // Deleted by its listed identifier, it is rejected on the next request.
     let identifier = listed["secret"].as_str().unwrap();
     let path = format!("/api/admin/api-tokens/{identifier}");
     let (status, gone) = answer(own(ask(Method::DELETE, &path, None))).await;
@@ -103,22 +104,22 @@ async fn the_life_of_a_token(version: Version) {
 }
 
 #[tokio::test]
-async fn a_token_is_made_used_and_deleted_through_the_edge() {
+async fn token_is_created_used_and_deleted_through_the_edge() {
     the_life_of_a_token(Version::V8).await;
 }
 
 #[tokio::test]
-async fn a_token_with_a_secret_of_its_own_is_made_used_and_deleted_through_the_edge() {
+async fn v2_token_is_created_used_and_deleted_through_the_edge() {
     the_life_of_a_token(Version::V8SecureTokens).await;
 }
 
 #[tokio::test]
-async fn callers_come_with_their_own_credentials_only() {
+async fn relay_uses_only_the_callers_credentials() {
     let unleash = Unleash::shared(Version::V8).await;
     let parapet = edge(&unleash).await;
     let url = parapet.admin_url();
     let get = |path: &str| http().get(format!("{url}{path}"));
-    // The edge has an admin token, and lends it to nobody.
+    // The edge never uses its own admin token for a relayed request.
     for path in
         ["/api/admin/api-tokens", "/api/admin/user", "/api/admin/flags?environment=development"]
     {
@@ -131,7 +132,7 @@ async fn callers_come_with_their_own_credentials_only() {
     let login = login.header("content-type", "application/json").body(wrong);
     assert_eq!(answer(login).await.0, StatusCode::UNAUTHORIZED);
 
-    // By a token of one's own, and by a session.
+    // With the caller's own token, and with a session.
     let by_token = |path: &str| get(path).header("authorization", unleash.admin_token());
     let (status, tokens) = answer(by_token("/api/admin/api-tokens")).await;
     assert_eq!(status, StatusCode::OK);
@@ -140,7 +141,7 @@ async fn callers_come_with_their_own_credentials_only() {
         unleash.admin_get("/api/admin/api-tokens").await["tokens"].as_array().unwrap().is_empty()
     );
     let cookies = sign_in(&parapet).await;
-    // What the edge serves, it tells itself.
+    // The edge responds itself about the flags that it serves.
     let flags = get("/api/admin/flags?environment=development").header("cookie", &cookies);
     let (status, flags) = answer(flags).await;
     assert_eq!((status, &flags["environment"]), (StatusCode::OK, &"development".into()));
@@ -151,38 +152,38 @@ async fn callers_come_with_their_own_credentials_only() {
     for path in ["/api/admin/a%2f..%2f..%2fclient%2ffeatures", "/auth/%2e%2e%2fapi/admin/user"] {
         assert_eq!(answer(by_token(path)).await.0, StatusCode::NOT_FOUND, "{path}");
     }
-    // The data listener passes nothing on.
+    // The data listener relays nothing.
     let there = http().get(parapet.url() + "/api/admin/api-tokens");
     let there = there.header("authorization", unleash.admin_token());
     assert_eq!(answer(there).await.0, StatusCode::NOT_FOUND);
 }
 
 #[tokio::test]
-async fn an_edge_that_was_not_told_to_passes_nothing_on() {
+async fn relay_is_disabled_by_default() {
     let unleash = Unleash::shared(Version::V8).await;
     let parapet = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token()).start().await;
     for path in ["/api/admin/api-tokens", "/"] {
-        let asked = http().get(parapet.admin_url() + path);
-        let asked = asked.header("authorization", unleash.admin_token());
-        assert_eq!(answer(asked).await.0, StatusCode::NOT_FOUND, "{path}");
+        let request = http().get(parapet.admin_url() + path);
+        let request = request.header("authorization", unleash.admin_token());
+        assert_eq!(answer(request).await.0, StatusCode::NOT_FOUND, "{path}");
     }
     let login = http().post(parapet.admin_url() + "/auth/simple/login").body("{}");
     assert_eq!(answer(login).await.0, StatusCode::NOT_FOUND);
 }
 
 #[tokio::test]
-async fn an_upstream_that_is_away_is_told_as_such() {
+async fn relay_reports_unavailable_upstream() {
     let unleash = Unleash::start(Version::V8).await;
     let parapet = edge(&unleash).await;
     unleash.kill();
-    let asked = http().get(parapet.admin_url() + "/api/admin/user").header("cookie", "a=b");
-    let (status, told) = answer(asked).await;
-    assert_eq!((status, &told["name"]), (StatusCode::BAD_GATEWAY, &"BadGatewayError".into()));
+    let request = http().get(parapet.admin_url() + "/api/admin/user").header("cookie", "a=b");
+    let (status, received) = answer(request).await;
+    assert_eq!((status, &received["name"]), (StatusCode::BAD_GATEWAY, &"BadGatewayError".into()));
 }
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn the_shell_manages_tokens_of_unleash_by_way_of_an_edge_or_by_itself() {
+async fn command_line_manages_unleash_tokens_through_edge_or_directly() {
     Unleash::on_every_version(async |unleash| {
         let edge = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token()).impatient();
         let parapet = edge.arg("--admin-relay").flag("--fleet-name", "shell").start().await;

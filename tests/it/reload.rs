@@ -1,4 +1,4 @@
-//! Secrets and settings that change while an instance runs: the admin token, token files, SIGHUP.
+//! Secrets and settings that change at run time: the admin token, token files, SIGHUP.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -14,7 +14,7 @@ use crate::rig::{Kind, Parapet, Unleash, Version, hanging_disk, http, secrets, u
 const FLAGS: &str = r#"{"version":2,"features":[
     {"name":"first","project":"default","enabled":true,"strategies":[{"name":"default"}]}]}"#;
 
-/// Many times every interval of the instances here.
+/// Many times every interval of these instances.
 const SOON: Duration = Duration::from_secs(20);
 
 /// Unleash accepts a deleted token for up to a minute.
@@ -70,7 +70,7 @@ async fn until_operator(parapet: &Parapet, token: &str, expect: StatusCode, limi
 }
 
 async fn until_logged(parapet: &Parapet, text: &str) {
-    until(&format!("the log says: {text}"), SOON, async || {
+    until(&format!("the log contains: {text}"), SOON, async || {
         parapet.log().contains(text).then_some(())
     })
     .await;
@@ -81,7 +81,7 @@ async fn is_ready(parapet: &Parapet) -> bool {
     http().get(ready).send().await.unwrap().status() == StatusCode::OK
 }
 
-/// The environments of the edge's own tokens, with what lists show of their secrets.
+/// The environments of the edge's own tokens, with their masked secrets from the list.
 async fn own_tokens(unleash: &Unleash, fleet: &str) -> Vec<(String, String)> {
     let text = |token: &Value, field: &str| token[field].as_str().unwrap().to_owned();
     let tokens = unleash.tokens_named(&format!("parapet-{fleet}")).await;
@@ -101,9 +101,9 @@ async fn admin_token_is_replaced(version: Version, second: &'static str, other: 
     let parapet = edge.flag("--fleet-name", FLEET).impatient().start().await;
     let sdk = unleash.create_token(Kind::Backend, "development", &["*"], "sdk").await;
     until_features(&parapet, &sdk, StatusCode::OK).await;
-    let (status, told) = parapet.admin_get_as("/status", first).await;
+    let (status, shown) = parapet.admin_get_as("/status", first).await;
     assert_eq!(
-        (status, &told["upstream"]["adminToken"]["refusedSince"]),
+        (status, &shown["upstream"]["adminToken"]["refusedSince"]),
         (StatusCode::OK, &Value::Null)
     );
     assert_eq!(parapet.metric(REFUSED).await, Some(0.0));
@@ -115,13 +115,13 @@ async fn admin_token_is_replaced(version: Version, second: &'static str, other: 
     until_operator(&parapet, first, StatusCode::UNAUTHORIZED, WITHIN_UNLEASHS_MINUTE).await;
     assert_eq!(parapet.metric(REFUSED).await, Some(1.0));
     until_logged(&parapet, "Upstream refuses the admin token").await;
-    // Flags are served all the same.
+    // Flags stay served.
     assert_eq!(features(&parapet, &sdk).await, StatusCode::OK);
     assert!(is_ready(&parapet).await);
-    // Another admin token of upstream opens the admin listener.
+    // Another valid admin token of upstream opens the admin listener.
     until_operator(&parapet, other, StatusCode::OK, SOON).await;
-    let (_, told) = parapet.admin_get_as("/status", other).await;
-    assert!(told["upstream"]["adminToken"]["refusedSince"].is_string(), "{told}");
+    let (_, shown) = parapet.admin_get_as("/status", other).await;
+    assert!(shown["upstream"]["adminToken"]["refusedSince"].is_string(), "{shown}");
 
     unleash.plant_admin_token(second).await;
     secret.replace(&format!("\u{feff}{second}\n"));
@@ -132,11 +132,12 @@ async fn admin_token_is_replaced(version: Version, second: &'static str, other: 
     })
     .await;
     assert_eq!(parapet.metric(REFUSED).await, Some(0.0));
-    let (_, told) = parapet.admin_get_as("/status", second).await;
-    assert_eq!(told["upstream"]["adminToken"]["refusedSince"], Value::Null, "{told}");
+    let (_, shown) = parapet.admin_get_as("/status", second).await;
+    assert_eq!(shown["upstream"]["adminToken"]["refusedSince"], Value::Null, "{shown}");
     assert_eq!(parapet.admin_get_as("/status", first).await.0, StatusCode::UNAUTHORIZED);
 
-    // The list is read: a token that is deleted is refused soon, although Unleash vouches for it for a while.
+    // The edge reads the token list: a deleted token is soon rejected, although Unleash still validates
+    // it for a while.
     let revoked = unleash.create_token(Kind::Backend, "development", &["*"], "revoked").await;
     until_features(&parapet, &revoked, StatusCode::OK).await;
     let readings = "parapet_upstream_requests_total{purpose=\"list_tokens\",outcome=\"ok\"}";
@@ -148,7 +149,8 @@ async fn admin_token_is_replaced(version: Version, second: &'static str, other: 
     unleash.delete_token(&revoked).await;
     until_features(&parapet, &revoked, StatusCode::UNAUTHORIZED).await;
 
-    // Environments are found, and tokens made for them. (They are asked for once a minute.)
+    // It finds new environments and creates tokens for them. (It fetches the environments once a
+    // minute.)
     unleash.admin_post("/api/admin/environments/production/on", &json!({})).await;
     let there = unleash.create_token(Kind::Backend, "production", &["*"], "there").await;
     until("a new environment is served", WITHIN_UNLEASHS_MINUTE, async || {
@@ -159,7 +161,7 @@ async fn admin_token_is_replaced(version: Version, second: &'static str, other: 
     assert_eq!(now.len(), 2, "{now:?}");
     assert!(minted.iter().all(|token| now.contains(token)), "{minted:?} {now:?}");
 
-    // What was kept under the first admin token is of use under the second.
+    // Credentials that were stored under the first admin token are readable with the second.
     unleash.remember_tokens_named(&format!("parapet-{FLEET}")).await;
     assert!(parapet.terminate().await.success());
     parapet.restart();
@@ -185,7 +187,7 @@ async fn replaced_admin_token_is_used_without_restart() {
     );
 }
 
-/// A standalone instance as upstream, with these admin tokens; its secrets are in files.
+/// A standalone as upstream, with these admin tokens; its secrets are in files.
 async fn standalone(folder: &Path, tokens: &[&str]) -> Parapet {
     for token in tokens {
         secrets::remember(token);
@@ -222,16 +224,16 @@ async fn create_backend_token(server: &Parapet, admin: &str, name: &str) -> Stri
 }
 
 async fn create_token(server: &Parapet, admin: &str, name: &str, kind: &str) -> String {
-    let wish =
+    let new_token =
         json!({ "tokenName": name, "type": kind, "environment": "development", "projects": ["*"] });
-    let made = as_admin(server, admin, Method::POST, "/api/admin/api-tokens", &wish).await;
+    let made = as_admin(server, admin, Method::POST, "/api/admin/api-tokens", &new_token).await;
     let secret = made["secret"].as_str().unwrap().to_owned();
     secrets::remember(&secret);
     secret
 }
 
 #[tokio::test]
-async fn hang_up_reads_the_admin_token_of_the_environment_file_again() {
+async fn sighup_rereads_the_admin_token_file_from_the_environment() {
     const FIRST: &str = "*:*.first-admin-of-a-reload-0123456789abcdef";
     const SECOND: &str = "*:*.second-admin-of-a-reload-0123456789abcde";
     let folder = tempfile::tempdir().unwrap();
@@ -239,7 +241,7 @@ async fn hang_up_reads_the_admin_token_of_the_environment_file_again() {
     let file = folder.path().join("parapet.toml");
     fs::write(&file, format!("upstream_admin_token = \"{FIRST}\"\n")).unwrap();
     let edge = Parapet::edge(&upstream.admin_url()).flag("--config", &file);
-    // Nothing here happens because of an interval.
+    // Intervals are too long to explain what this test sees.
     let edge = edge.flag("--token-list-interval-seconds", "3600").start().await;
     assert_eq!(edge.admin_get_as("/status", FIRST).await.0, StatusCode::OK);
     fs::write(&file, format!("upstream_admin_token = \"{SECOND}\"\nmax_streams = 77\n")).unwrap();
@@ -252,7 +254,7 @@ async fn hang_up_reads_the_admin_token_of_the_environment_file_again() {
     assert!(line.contains("needs a restart") && line.contains("max-streams"), "{line}");
 }
 
-/// The address of the event stream that `edge` offers a provider.
+/// The event stream URL that `edge` offers to a provider.
 async fn event_stream(edge: &Parapet, token: &str) -> String {
     until("an event stream is offered", SOON, async || {
         let request = http().post(edge.url() + "/ofrep/v1/evaluate/flags");
@@ -266,7 +268,7 @@ async fn event_stream(edge: &Parapet, token: &str) -> String {
 }
 
 #[tokio::test]
-async fn ticket_secret_of_a_reload_outlives_the_admin_token() {
+async fn stream_tokens_signed_with_a_reloaded_secret_outlive_the_admin_token() {
     const FIRST: &str = "*:*.first-admin-of-tickets-0123456789abcdef012";
     const SECOND: &str = "*:*.second-admin-of-tickets-0123456789abcdef01";
     const SECRET: &str = "ofrep_ticket_secret = \"a secret that a fleet shares\"\n";
@@ -301,7 +303,7 @@ async fn ticket_secret_of_a_reload_outlives_the_admin_token() {
 }
 
 #[tokio::test]
-async fn admin_token_file_without_a_token_changes_nothing_and_is_reported() {
+async fn admin_token_file_without_token_is_ignored_and_reported() {
     const FIRST: &str = "*:*.first-admin-in-a-file-0123456789abcdef012";
     const SECOND: &str = "*:*.second-admin-in-a-file-0123456789abcdef01";
     let folder = tempfile::tempdir().unwrap();
@@ -312,7 +314,7 @@ async fn admin_token_file_without_a_token_changes_nothing_and_is_reported() {
     let sdk = create_backend_token(&upstream, FIRST, "sdk").await;
     for (text, report) in [("\n", "is empty"), ("*:development.x", "for the environment")] {
         secret.replace(text);
-        until_logged(&edge, "The admin token cannot be read again").await;
+        until_logged(&edge, "Cannot read the admin token's file").await;
         until_logged(&edge, report).await;
         assert_eq!(edge.admin_get_as("/status", FIRST).await.0, StatusCode::OK);
         assert_eq!(features(&edge, &sdk).await, StatusCode::OK);
@@ -321,14 +323,14 @@ async fn admin_token_file_without_a_token_changes_nothing_and_is_reported() {
     until_logged(&edge, "cannot read").await;
     secret.replace(SECOND);
     symlink("..data/token", secret.path()).unwrap();
-    until_logged(&edge, "The admin token was replaced in").await;
+    until_logged(&edge, "The admin token was replaced by its file").await;
     until_operator(&edge, SECOND, StatusCode::OK, SOON).await;
-    let (_, told) = edge.admin_get_as("/status", SECOND).await;
-    assert_eq!(told["upstream"]["adminToken"]["refusedSince"], Value::Null, "{told}");
+    let (_, shown) = edge.admin_get_as("/status", SECOND).await;
+    assert_eq!(shown["upstream"]["adminToken"]["refusedSince"], Value::Null, "{shown}");
 }
 
 #[tokio::test]
-async fn refused_admin_token_opens_nothing_while_the_disk_hangs() {
+async fn rejected_admin_token_opens_nothing_while_the_disk_hangs() {
     const FIRST: &str = "*:*.first-admin-of-a-disk-that-hangs-0123456789";
     const WRONG: &str = "*:*.wrong-admin-of-a-disk-that-hangs-0123456789";
     secrets::remember(WRONG);
@@ -341,7 +343,7 @@ async fn refused_admin_token_opens_nothing_while_the_disk_hangs() {
     let edge = edge.impatient().start().await;
     fs::write(&marker, "").unwrap();
     secret.replace(WRONG);
-    until_logged(&edge, "The admin token was replaced in").await;
+    until_logged(&edge, "The admin token was replaced by its file").await;
     until_logged(&edge, "Upstream refuses the admin token").await;
     until_operator(&edge, WRONG, StatusCode::UNAUTHORIZED, SOON).await;
     assert!(!edge.log().contains("Saving flags or credentials failed"), "{}", edge.log());
@@ -349,7 +351,7 @@ async fn refused_admin_token_opens_nothing_while_the_disk_hangs() {
 }
 
 #[tokio::test]
-async fn hang_up_replaces_the_tokens_that_fetch_flags() {
+async fn sighup_replaces_the_tokens_that_fetch_flags() {
     const ADMIN: &str = "*:*.admin-of-a-reload-of-tokens-0123456789ab";
     let folder = tempfile::tempdir().unwrap();
     let upstream = standalone(folder.path(), &[ADMIN]).await;
@@ -362,9 +364,9 @@ async fn hang_up_replaces_the_tokens_that_fetch_flags() {
     fs::write(&file, format!("{second}\r\n")).unwrap();
     edge.hang_up();
     until_logged(&edge, "Reloaded").await;
-    // The first is as good as any other token that SDKs present.
+    // The first one is now like any other token that SDKs present.
     until_features(&edge, &first, StatusCode::OK).await;
-    // Upstream accepts it no more; the second goes on fetching.
+    // Upstream no longer accepts it; the second one continues to fetch.
     let listed =
         as_admin(&upstream, ADMIN, Method::GET, "/api/admin/api-tokens/first", &json!({})).await;
     let id = listed["tokens"][0]["secret"].as_str().unwrap();
@@ -381,7 +383,7 @@ async fn hang_up_replaces_the_tokens_that_fetch_flags() {
 }
 
 #[tokio::test]
-async fn hang_up_replaces_offline_tokens_and_a_wrong_configuration_changes_nothing() {
+async fn sighup_replaces_offline_tokens_and_ignores_invalid_configuration() {
     const FIRST: &str = "*:development.first-of-an-offline-reload-0123456789";
     const SECOND: &str = "*:development.second-of-an-offline-reload-012345678";
     const ELSEWHERE: &str = "*:elsewhere.third-of-an-offline-reload-0123456789ab";
@@ -413,9 +415,9 @@ async fn hang_up_replaces_offline_tokens_and_a_wrong_configuration_changes_nothi
     fs::write(&config, "log = \"loud\"\nmax_stream = 1\n").unwrap();
     fs::write(&tokens, FIRST).unwrap();
     parapet.hang_up();
-    until_logged(&parapet, "Nothing is reloaded").await;
+    until_logged(&parapet, "Reload rejected").await;
     let log = parapet.log();
-    let line = log.lines().find(|line| line.contains("Nothing is reloaded")).unwrap();
+    let line = log.lines().find(|line| line.contains("Reload rejected")).unwrap();
     assert!(line.contains("max_stream") && line.contains("parapet.toml:1"), "{line}");
     assert_eq!(features(&parapet, SECOND).await, StatusCode::OK);
     assert_eq!(features(&parapet, FIRST).await, StatusCode::UNAUTHORIZED);
@@ -431,7 +433,7 @@ async fn hang_up_replaces_offline_tokens_and_a_wrong_configuration_changes_nothi
 }
 
 #[tokio::test]
-async fn offline_is_ready_once_hang_up_brings_its_first_tokens() {
+async fn offline_is_ready_once_sighup_loads_its_first_tokens() {
     const TOKEN: &str = "*:development.only-one-of-an-offline-reload-0123456789";
     secrets::remember(TOKEN);
     let folder = tempfile::tempdir().unwrap();
@@ -448,7 +450,7 @@ async fn offline_is_ready_once_hang_up_brings_its_first_tokens() {
 }
 
 #[tokio::test]
-async fn hang_up_reads_the_flags_of_a_standalone_again_and_ends_nothing() {
+async fn sighup_rereads_flags_of_a_standalone_and_closes_nothing() {
     const ADMIN: &str = "*:*.admin-of-a-standalone-reload-0123456789a";
     let folder = tempfile::tempdir().unwrap();
     let parapet = standalone(folder.path(), &[ADMIN]).await;

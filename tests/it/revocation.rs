@@ -1,4 +1,4 @@
-//! Tokens come and go upstream, and the edge follows within the interval that it was given.
+//! Tokens are created and revoked upstream, and the edge notices within its configured interval.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,10 +10,10 @@ use crate::rig::{ChaosProxy, Fault, Kind, Parapet, Unleash, Version, http, until
 
 const HERE: &str = "development";
 
-/// Many times the interval of half a second, and far below every default.
+/// Many times the interval of 0.5 s, and far below every default.
 const WITHIN: Duration = Duration::from_secs(10);
 
-/// Unleash's own servers believe a revoked token for up to a minute.
+/// Unleash's own servers accept a revoked token for up to a minute.
 const WITHIN_UNLEASHS_MINUTE: Duration = Duration::from_secs(90);
 
 async fn status(parapet: &Parapet, kind: Kind, token: &str) -> StatusCode {
@@ -31,21 +31,21 @@ async fn wait_for(parapet: &Parapet, token: &str, kind: Kind, expect: StatusCode
     .await;
 }
 
-/// Where Unleash lists its tokens.
+/// The path of Unleash's token list.
 const TOKEN_LIST: &str = "/api/admin/api-tokens";
 
-/// How many of its items cannot be read.
+/// The number of its items that could not be parsed.
 const UNREADABLE: &str = "parapet_token_list_items_unreadable";
 
-/// Where an edge finds out whether a client token is admitted.
+/// The path with which an edge checks whether a client token is accepted.
 const PROBE: &str = "/api/client/features/parapet-asks-for-nothing";
 
-/// Waits until a reading of the token list that began after now has ended.
+/// Waits for a read of the token list that starts after this call.
 async fn wait_until_listed(parapet: &Parapet) {
     wait_for_lists(parapet, "ok", 2.0).await;
 }
 
-/// Waits until so many more readings of the token list have ended so.
+/// Waits for `more` further reads of the token list with this outcome.
 async fn wait_for_lists(parapet: &Parapet, outcome: &str, more: f64) {
     let sample =
         format!("parapet_upstream_requests_total{{purpose=\"list_tokens\",outcome=\"{outcome}\"}}");
@@ -59,7 +59,7 @@ async fn wait_for_lists(parapet: &Parapet, outcome: &str, more: f64) {
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn with_an_admin_token_revoked_and_new_tokens_are_noticed_within_the_list_interval() {
+async fn new_and_revoked_tokens_are_noticed_within_the_list_interval() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
         let edge = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token()).impatient();
         let parapet = edge.flag("--fleet-name", "revocation").start().await;
@@ -69,7 +69,7 @@ async fn with_an_admin_token_revoked_and_new_tokens_are_noticed_within_the_list_
             wait_until_listed(&parapet).await;
             unleash.delete_token(&token).await;
             wait_for(&parapet, &token, kind, StatusCode::UNAUTHORIZED, WITHIN).await;
-            // Unleash itself would still vouch for it; a restart must not ask.
+            // Unleash itself would still validate it, so a restarted edge must not ask.
             assert!(parapet.terminate().await.success());
             parapet.restart();
             parapet.wait_until_ready().await;
@@ -86,7 +86,7 @@ async fn with_an_admin_token_revoked_and_new_tokens_are_noticed_within_the_list_
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn a_token_that_came_and_went_between_two_readings_of_the_list_is_refused_too() {
+async fn token_created_and_revoked_between_two_lists_is_rejected() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
         let edge = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token());
         let edge = edge.flag("--fleet-name", "between").flag("--token-list-interval-seconds", "5");
@@ -102,10 +102,11 @@ async fn a_token_that_came_and_went_between_two_readings_of_the_list_is_refused_
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn without_an_admin_token_a_revoked_token_is_refused_when_unleash_refuses_it() {
+async fn revoked_token_is_rejected_without_admin_token_once_unleash_rejects_it() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
-        let given = unleash.create_token(Kind::Backend, HERE, &["*"], "revocation-given").await;
-        let edge = Parapet::edge(&unleash.url()).env("TOKENS", &given).impatient();
+        let configured =
+            unleash.create_token(Kind::Backend, HERE, &["*"], "revocation-given").await;
+        let edge = Parapet::edge(&unleash.url()).env("TOKENS", &configured).impatient();
         let parapet = edge.flag("--token-revalidation-interval-seconds", "0.5").start().await;
         let kinds = [Kind::Backend, Kind::Frontend];
         let revoked = kinds.map(async |kind| {
@@ -114,7 +115,7 @@ async fn without_an_admin_token_a_revoked_token_is_refused_when_unleash_refuses_
             unleash.delete_token(&token).await;
             wait_for(&parapet, &token, kind, StatusCode::UNAUTHORIZED, WITHIN_UNLEASHS_MINUTE)
                 .await;
-            // `/edge/validate` goes on vouching for it.
+            // `/edge/validate` still lists it as valid.
             let validated = serde_json::json!({ "tokens": [token] }).to_string();
             let validate = http().post(unleash.url() + "/edge/validate");
             let validate = validate.header("Content-Type", "application/json").body(validated);
@@ -122,9 +123,10 @@ async fn without_an_admin_token_a_revoked_token_is_refused_when_unleash_refuses_
             token
         });
         let revoked = futures_util::future::join_all(revoked).await;
-        assert_eq!(status(&parapet, Kind::Backend, &given).await, StatusCode::OK);
-        // Neither does an edge believe that to which they are new.
-        let other = Parapet::edge(&unleash.url()).env("TOKENS", &given).impatient().start().await;
+        assert_eq!(status(&parapet, Kind::Backend, &configured).await, StatusCode::OK);
+        // Another edge, which has never seen the token, does not trust that either.
+        let other =
+            Parapet::edge(&unleash.url()).env("TOKENS", &configured).impatient().start().await;
         for (kind, token) in kinds.into_iter().zip(revoked) {
             assert_eq!(status(&other, kind, &token).await, StatusCode::UNAUTHORIZED);
         }
@@ -134,12 +136,13 @@ async fn without_an_admin_token_a_revoked_token_is_refused_when_unleash_refuses_
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn without_an_admin_token_a_refused_token_is_asked_for_again_after_the_invalid_token_ttl() {
+async fn rejected_token_is_revalidated_after_the_invalid_token_ttl() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
         let proxy = ChaosProxy::start(&unleash.url()).await;
         let token = unleash.create_token(Kind::Backend, HERE, &["*"], "revocation-new").await;
         let parapet = Parapet::edge(&proxy.url()).impatient().start_listening().await;
-        // Unleash remembers for five minutes which tokens it did not know, so it is not asked while it does not.
+        // Unleash caches unknown tokens for five minutes, so it must not be queried before the token
+        // exists.
         let body = r#"{"tokens":[]}"#;
         proxy.set(Fault::Answer { status: StatusCode::OK, headers: Vec::new(), body }).await;
         assert_eq!(status(&parapet, Kind::Backend, &token).await, StatusCode::UNAUTHORIZED);
@@ -151,7 +154,7 @@ async fn without_an_admin_token_a_refused_token_is_asked_for_again_after_the_inv
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn a_list_requested_before_a_deletion_does_not_readmit_the_deleted_token() {
+async fn list_requested_before_a_deletion_does_not_restore_the_deleted_token() {
     let versions = [Version::V8, Version::V8SecureTokens].map(async |version| {
         let unleash = Unleash::shared(version).await;
         let proxy = ChaosProxy::start(&unleash.url()).await;
@@ -174,7 +177,7 @@ async fn a_list_requested_before_a_deletion_does_not_readmit_the_deleted_token()
             let status = status(&parapet, Kind::Backend, token).await;
             assert_eq!(status, StatusCode::UNAUTHORIZED, "{version:?}");
         }
-        // The list that is held back has both tokens; every later one fails.
+        // The blocked list contains both tokens; every later request for it fails.
         let (status_of_lists, body) = (StatusCode::SERVICE_UNAVAILABLE, "");
         proxy.set(Fault::AnswerTo { path: TOKEN_LIST, status: status_of_lists, body }).await;
         wait_for_lists(&parapet, "failed", 3.0).await;
@@ -188,7 +191,7 @@ async fn a_list_requested_before_a_deletion_does_not_readmit_the_deleted_token()
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn a_listed_v2_token_sees_the_projects_that_the_list_tells() {
+async fn listed_v2_token_sees_the_projects_of_the_list() {
     let unleash = Unleash::shared(Version::V8SecureTokens).await;
     unleash.create_enabled_flag("revocation.projects", HERE, &[]).await;
     let proxy = ChaosProxy::start(&unleash.url()).await;
@@ -219,7 +222,7 @@ async fn a_listed_v2_token_sees_the_projects_that_the_list_tells() {
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn revoked_tokens_are_refused_while_the_token_list_cannot_be_read() {
+async fn revoked_tokens_are_rejected_while_the_token_list_is_unavailable() {
     let versions = Version::ALL.map(async |version| {
         let unleash = Unleash::shared(version).await;
         let proxy = ChaosProxy::start(&unleash.url()).await;
@@ -233,7 +236,7 @@ async fn revoked_tokens_are_refused_while_the_token_list_cannot_be_read() {
         wait_for(&parapet, &other, Kind::Frontend, StatusCode::OK, WITHIN).await;
         wait_until_listed(&parapet).await;
 
-        // What the edge's admin token gets once it has been deleted itself.
+        // The response to the edge's admin token after its own deletion.
         let (status_of_lists, body) = (StatusCode::UNAUTHORIZED, "");
         proxy.set(Fault::AnswerTo { path: TOKEN_LIST, status: status_of_lists, body }).await;
         unleash.delete_token(&doomed).await;
@@ -246,12 +249,12 @@ async fn revoked_tokens_are_refused_while_the_token_list_cannot_be_read() {
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn a_new_token_stays_valid_while_the_list_cannot_be_read_and_validation_lags() {
+async fn new_token_stays_valid_while_the_list_is_unavailable_and_validation_lags() {
     let unleash = Unleash::shared(Version::V8).await;
     let proxy = ChaosProxy::start(&unleash.url()).await;
     let edge = Parapet::edge(&proxy.url()).admin_token(unleash.admin_token()).impatient();
     let parapet = edge.flag("--fleet-name", "lag").start().await;
-    // Unleash remembers for five minutes that it does not know the token.
+    // Unleash caches for five minutes that the token is unknown.
     let token = format!("*:{HERE}.revocation-made-after-its-first-refusal-lag");
     assert_eq!(status(&parapet, Kind::Backend, &token).await, StatusCode::UNAUTHORIZED);
     unleash.plant_token(Kind::Backend, &token, "revocation-lag").await;
@@ -270,7 +273,7 @@ async fn a_new_token_stays_valid_while_the_list_cannot_be_read_and_validation_la
         seen.filter(|it| String::from_utf8_lossy(&it.body).contains(&token)).count()
     };
     let before = questions().await;
-    // A denial counts when it is repeated.
+    // A denial counts once it is repeated.
     until("the token is checked repeatedly", 3 * WITHIN, async || {
         (questions().await >= before + 4).then_some(())
     })
@@ -280,7 +283,7 @@ async fn a_new_token_stays_valid_while_the_list_cannot_be_read_and_validation_la
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn an_unreadable_list_item_revokes_no_token() {
+async fn malformed_list_item_revokes_no_token() {
     let unleash = Unleash::shared(Version::V8).await;
     let proxy = ChaosProxy::start(&unleash.url()).await;
     let edge = Parapet::edge(&proxy.url()).admin_token(unleash.admin_token()).impatient();
@@ -299,7 +302,7 @@ async fn an_unreadable_list_item_revokes_no_token() {
         proxy.set(Fault::AnswerTo { path: TOKEN_LIST, status, body }).await;
         wait_for_lists(&parapet, "ok", 3.0).await;
     };
-    // An item that names its token says nothing of others: those that are missing are revoked.
+    // An item that names its token does not affect others: missing tokens are revoked.
     let readable = item(&json!(unnamed), "client");
     listed(json!([readable, item(&json!(named), "of-a-later-release")])).await;
     for (token, expect) in
@@ -309,7 +312,7 @@ async fn an_unreadable_list_item_revokes_no_token() {
     }
     assert_eq!(parapet.metric(UNREADABLE).await, Some(1.0));
 
-    // One that names none may stand for any token, which is then checked instead of revoked.
+    // An item that names none may stand for any token, which is then checked instead of revoked.
     listed(json!([item(&json!(named), "client"), item(&json!(7), "client")])).await;
     for token in [&unnamed, &named] {
         assert_eq!(status(&parapet, Kind::Backend, token).await, StatusCode::OK);
@@ -323,7 +326,7 @@ async fn an_unreadable_list_item_revokes_no_token() {
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn a_token_that_upstream_forbids_gets_403_and_is_not_checked_each_time() {
+async fn token_forbidden_upstream_gets_403_from_the_cache() {
     let unleash = Unleash::shared(Version::V8).await;
     let first = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token()).impatient();
     let first = first.flag("--fleet-name", "forbidden").flag("--environments", HERE).start().await;
@@ -337,20 +340,20 @@ async fn a_token_that_upstream_forbids_gets_403_and_is_not_checked_each_time() {
         wait_for(&first, token, kind, StatusCode::FORBIDDEN, WITHIN).await;
     }
 
-    // As one of several configured tokens it does not delay readiness for ever.
+    // Among several configured tokens it does not delay readiness for ever.
     let edge = Parapet::edge(&proxy.url()).env("TOKENS", format!("{},{here}", elsewhere[0]));
     let parapet = edge.flag("--features-refresh-interval-seconds", "0.5").start().await;
     assert_eq!(status(&parapet, Kind::Backend, &here).await, StatusCode::OK);
     for (kind, token) in kinds.into_iter().zip(&elsewhere) {
         let first_time = status(&parapet, kind, token).await;
         assert_eq!(first_time, StatusCode::FORBIDDEN, "{kind:?}");
-        let asked = proxy.count("/edge/validate");
+        let requests_before = proxy.count("/edge/validate");
         for _ in 0..20 {
             assert_eq!(status(&parapet, kind, token).await, StatusCode::FORBIDDEN);
         }
-        assert_eq!(proxy.count("/edge/validate"), asked, "it is remembered");
+        assert_eq!(proxy.count("/edge/validate"), requests_before, "it is remembered");
     }
-    // A third edge hears of it what the second has heard.
+    // A third edge gets the second edge's result from it.
     let validated = json!({ "tokens": elsewhere }).to_string();
     let validate = http().post(parapet.url() + "/edge/validate").body(validated).send().await;
     let validated = validate.unwrap().text().await.unwrap();
@@ -359,47 +362,47 @@ async fn a_token_that_upstream_forbids_gets_403_and_is_not_checked_each_time() {
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn a_client_token_of_every_environment_gets_403_as_from_unleash() {
+async fn client_token_for_all_environments_gets_403_as_from_unleash() {
     let unleash = Unleash::shared(Version::V8).await;
     let proxy = ChaosProxy::start(&unleash.url()).await;
-    let given = unleash.create_token(Kind::Backend, HERE, &["*"], "every-given").await;
+    let configured = unleash.create_token(Kind::Backend, HERE, &["*"], "every-given").await;
     let token = "*:*.revocation-client-of-every-environment";
     unleash.plant_token(Kind::Backend, token, "every").await;
-    let parapet = Parapet::edge(&proxy.url()).env("TOKENS", &given).start().await;
+    let parapet = Parapet::edge(&proxy.url()).env("TOKENS", &configured).start().await;
     let (status, answer) = parapet.get("/api/client/features", token).await;
     assert_eq!(status, StatusCode::FORBIDDEN);
     let message = "upstream knows this token and refuses it (403): \
                    it may not serve the token's environment";
     assert_eq!((&answer["name"], &answer["message"]), (&"NoAccessError".into(), &message.into()));
-    let asked = proxy.seen().len();
+    let requests_before = proxy.seen().len();
     for _ in 0..20 {
         assert_eq!(parapet.get("/api/client/features", token).await.0, StatusCode::FORBIDDEN);
     }
-    let asked_again = proxy.seen().split_off(asked);
+    let asked_again = proxy.seen().split_off(requests_before);
     assert!(asked_again.iter().all(|it| it.path != "/edge/validate"), "{asked_again:?}");
 }
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn a_forbidden_token_is_admitted_once_upstream_serves_its_environment() {
+async fn forbidden_token_is_accepted_once_upstream_serves_its_environment() {
     let unleash = Unleash::shared(Version::V8).await;
     let proxy = ChaosProxy::start(&unleash.url()).await;
     let token = unleash.create_token(Kind::Backend, HERE, &["*"], "forbidden-first").await;
     let (forbidden, body) = (StatusCode::FORBIDDEN, "");
-    let given = unleash.create_token(Kind::Backend, HERE, &["*"], "forbidden-given").await;
-    let edge = || Parapet::edge(&proxy.url()).env("TOKENS", &given).impatient();
+    let configured = unleash.create_token(Kind::Backend, HERE, &["*"], "forbidden-given").await;
+    let edge = || Parapet::edge(&proxy.url()).env("TOKENS", &configured).impatient();
     let parapet = edge().start().await;
     proxy.set(Fault::AnswerTo { path: PROBE, status: forbidden, body }).await;
     assert_eq!(status(&parapet, Kind::Backend, &token).await, StatusCode::FORBIDDEN);
     proxy.restore().await;
     wait_for(&parapet, &token, Kind::Backend, StatusCode::OK, WITHIN).await;
-    // A token in use is not cut off by a 403: only a 401 says that it has been revoked.
+    // A 403 does not cut off a token in use: only a 401 means that it has been revoked.
     let edge = edge().flag("--token-revalidation-interval-seconds", "0.5").start().await;
     wait_for(&edge, &token, Kind::Backend, StatusCode::OK, WITHIN).await;
     proxy.set(Fault::AnswerTo { path: PROBE, status: forbidden, body }).await;
-    let asked = proxy.count(PROBE);
+    let requests_before = proxy.count(PROBE);
     until("it is checked repeatedly", WITHIN, async || {
-        (proxy.count(PROBE) >= asked + 4).then_some(())
+        (proxy.count(PROBE) >= requests_before + 4).then_some(())
     })
     .await;
     assert_eq!(status(&edge, Kind::Backend, &token).await, StatusCode::OK);
@@ -407,7 +410,7 @@ async fn a_forbidden_token_is_admitted_once_upstream_serves_its_environment() {
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn the_token_list_is_not_read_before_the_time_that_upstream_named() {
+async fn token_list_is_not_read_before_retry_after() {
     let unleash = Unleash::shared(Version::V8).await;
     let proxy = ChaosProxy::start(&unleash.url()).await;
     let edge = Parapet::edge(&proxy.url()).admin_token(unleash.admin_token()).impatient();
@@ -415,7 +418,7 @@ async fn the_token_list_is_not_read_before_the_time_that_upstream_named() {
     proxy.answer(StatusCode::TOO_MANY_REQUESTS, &[("retry-after", "3")]).await;
     let lists = || proxy.seen().iter().filter(|it| it.path == TOKEN_LIST).count();
     let (started, before) = (Instant::now(), lists());
-    until("the list is asked for three times", WITHIN_UNLEASHS_MINUTE, async || {
+    until("the list is requested three times", WITHIN_UNLEASHS_MINUTE, async || {
         (lists() >= before + 3).then_some(())
     })
     .await;

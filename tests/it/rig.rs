@@ -1,8 +1,9 @@
-//! The rig: real Unleash servers on a private PostgreSQL, the official SDKs, the real `parapet` binary, and a proxy that
-//! breaks the connection between them.
+//! The rig: real Unleash servers on a private PostgreSQL, the official SDKs, the real `parapet` binary,
+//! and a proxy that breaks the connection between them.
 //!
-//! Everything listens on loopback ports that nobody else uses, lives in temporary directories, and dies with the test
-//! process, however that ends. The rig knows nothing of Parapet's insides. `tests/run` installs what it needs.
+//! Everything listens on unused loopback ports, lives in temporary directories, and ends with the test
+//! process, even if that is killed. The rig does not use Parapet's internals. `tests/run` installs what
+//! it needs.
 
 mod certificate;
 pub(crate) mod chaos;

@@ -1,7 +1,7 @@
-//! No token shows where it must not, not even to somebody who asks for it in the wrong way.
+//! Tokens never appear where they must not, not even after malformed requests.
 //!
-//! What Parapet prints and keeps, and its metrics and pages, the rig searches whenever an instance ends; this adds the
-//! bodies of errors, and logs at their most talkative.
+//! The rig searches logs, files, metrics and pages whenever an instance ends. This test adds error
+//! bodies, and logs at their most detailed level.
 
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ const HERE: &str = "development";
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn no_error_log_line_file_or_page_shows_a_token() {
+async fn no_token_appears_in_errors_logs_files_or_pages() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
         let backend = unleash.create_token(Kind::Backend, HERE, &["*"], "secrecy").await;
         let frontend = unleash.create_token(Kind::Frontend, HERE, &["*"], "secrecy").await;
@@ -31,7 +31,7 @@ async fn no_error_log_line_file_or_page_shows_a_token() {
         let tokens = [&backend, &frontend, &unknown, malformed, unleash.admin_token()];
         let mut errors = 0;
         for token in tokens {
-            let asked = [
+            let requests = [
                 (Method::GET, "/api/client/features".to_owned(), String::new()),
                 (Method::GET, format!("/api/client/features/{token}"), String::new()),
                 (Method::GET, "/api/frontend".to_owned(), String::new()),
@@ -43,7 +43,7 @@ async fn no_error_log_line_file_or_page_shows_a_token() {
                 (Method::POST, "/api/frontend".to_owned(), format!("\"{token}\"")),
                 (Method::POST, "/edge/validate".to_owned(), format!("{{\"tokens\":\"{token}\"}}")),
             ];
-            for (method, path, body) in asked {
+            for (method, path, body) in requests {
                 for base in [parapet.url(), parapet.admin_url()] {
                     let request = http().request(method.clone(), base + &path).body(body.clone());
                     let request = request.header("Content-Type", "application/json");

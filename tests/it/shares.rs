@@ -1,4 +1,5 @@
-//! What one client reports of itself and of flags: it costs bounded memory, and takes nothing that another client needs.
+//! Reports by one client about itself and about flags use bounded memory, and do not displace reports by
+//! other clients.
 
 use std::time::Duration;
 
@@ -11,9 +12,9 @@ use tokio::task::JoinSet;
 
 use crate::rig::{Parapet, Setup, until};
 
-/// What browsers are given, of project `web`: everybody has it.
+/// The frontend token for project `web`, which all browsers have.
 const PUBLIC: &str = "web:development.shares-public-0123456789";
-/// Of servers, of project `shop` and of `stock`.
+/// Server tokens for the projects `shop` and `stock`.
 const SHOP: &str = "shop:development.shares-shop-0123456789";
 const STOCK: &str = "stock:development.shares-stock-0123456789";
 const ADMIN: &str = "*:*.shares-admin-0123456789";
@@ -29,12 +30,12 @@ const REGISTER: &str = "/api/client/register";
 const METRICS: &str = "/api/client/metrics";
 const EDGE: &str = "/api/client/metrics/edge";
 
-/// How many requests are under way at a time.
+/// The number of concurrent requests.
 const TOGETHER: usize = 8;
 
 const MIB: u64 = 1024;
 
-/// The flags, as a file that lasts as long as this.
+/// The flags, in a file that lasts as long as this.
 fn flags() -> NamedTempFile {
     let flags = NamedTempFile::new().unwrap();
     std::fs::write(flags.path(), FLAGS).unwrap();
@@ -56,13 +57,13 @@ fn standalone(flags: &NamedTempFile) -> Setup {
         .env("INIT_CLIENT_API_TOKENS", format!("{SHOP},{STOCK}"))
 }
 
-/// An attacker's or a neighbour's client, which keeps its connections.
+/// A client of an attacker or a neighbour, which keeps its connections alive.
 fn client() -> Client {
     crate::rig::http();
     Client::builder().no_proxy().build().unwrap()
 }
 
-/// The status, and the seconds of `Retry-After`.
+/// Posts a body. Returns the status and the seconds of `Retry-After`.
 async fn post(
     client: &Client,
     url: String,
@@ -76,7 +77,8 @@ async fn post(
     (answer.status(), retry_after.map(|it| it.to_str().unwrap().parse().unwrap()))
 }
 
-/// Posts a body for each number, some together; how many were accepted, and how many refused for want of room.
+/// Posts `count` bodies, some concurrently. Returns the number of accepted ones, and of those rejected
+/// at the limit.
 async fn flood(
     parapet: &Parapet,
     path: &str,
@@ -115,7 +117,7 @@ fn large_registration(instance: usize) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn registrations_take_bounded_memory_and_a_neighbours_are_still_taken() {
+async fn registrations_use_bounded_memory_and_neighbours_are_still_accepted() {
     const COUNT: usize = 1600;
     let flags = flags();
     let parapet = offline(&flags).start().await;
@@ -129,7 +131,7 @@ async fn registrations_take_bounded_memory_and_a_neighbours_are_still_taken() {
     let grown = parapet.proc_status("VmHWM").saturating_sub(before);
     assert!(grown < 32 * MIB, "{grown} KiB");
 
-    // As many of a server's, which has them.
+    // The same number from a server SDK, which has them.
     let (accepted, refused) = flood(&parapet, REGISTER, SHOP, COUNT, large_registration).await;
     assert!(accepted > 100 && refused > COUNT / 2, "{accepted} accepted, {refused} refused");
     let grown = parapet.proc_status("VmHWM").saturating_sub(before);
@@ -140,21 +142,21 @@ async fn registrations_take_bounded_memory_and_a_neighbours_are_still_taken() {
 }
 
 #[tokio::test]
-async fn edges_of_one_token_leave_room_for_anothers() {
+async fn edges_of_one_token_do_not_displace_edges_of_another() {
     let flags = flags();
     let parapet = standalone(&flags).start().await;
     let edge =
         |nth: usize| json!({ "identifier": format!("edge-{nth}"), "traffic": {} }).to_string();
     let (accepted, refused) = flood(&parapet, EDGE, SHOP, 1200, edge).await;
     assert!(accepted > 500 && refused > 0, "{accepted} accepted, {refused} refused");
-    // Another's, under names that are taken, and those that are known.
+    // Edges of another token, under names that exist already, and the known ones.
     assert_eq!(flood(&parapet, EDGE, STOCK, 10, edge).await, (10, 0));
     assert_eq!(flood(&parapet, EDGE, SHOP, 10, edge).await, (10, 0));
     let instances = parapet.admin_get("/internal-backstage/instancedata").await.1;
     assert_eq!(instances["connected_instances"].as_array().unwrap().len(), accepted + 10);
 }
 
-/// A report of an application that evaluated flags until a while ago, each so often.
+/// A report by an application about evaluations some time ago: name and count of each flag.
 fn report<'a>(
     app: &str,
     ago: SignedDuration,
@@ -168,14 +170,14 @@ fn report<'a>(
     json!({ "appName": app, "instanceId": "1", "bucket": bucket }).to_string()
 }
 
-/// A report of flags that there are not, and of some that there are.
+/// A report about flags that do not exist, and about some that do.
 fn made_up(wave: usize, count: usize, known: &[(&str, u64)]) -> String {
     let names: Vec<_> = (0..count).map(|nth| format!("made-up-{wave}-{nth}")).collect();
     let counts = names.iter().map(|name| (name.as_str(), 1)).chain(known.iter().copied());
     report("flood", SignedDuration::ZERO, counts)
 }
 
-/// How often a flag was on, as the admin API tells it.
+/// The stored number of `yes` for a flag, from the admin API.
 async fn stored(parapet: &Parapet, flag: &str) -> u64 {
     let path = format!("/api/admin/client-metrics/features/{flag}/raw");
     let (_, body) = parapet.admin_get(&path).await;
@@ -183,7 +185,7 @@ async fn stored(parapet: &Parapet, flag: &str) -> u64 {
     hours.iter().map(|hour| hour["yes"].as_u64().unwrap()).sum()
 }
 
-/// The number that a query tells of a standalone's database.
+/// The number that a query on a standalone's database returns.
 async fn count(parapet: &Parapet, query: &str) -> i64 {
     sqlx::any::install_default_drivers();
     let url = format!("sqlite:{}", parapet.data_dir().join("parapet.db").display());
@@ -193,7 +195,7 @@ async fn count(parapet: &Parapet, query: &str) -> i64 {
 }
 
 #[tokio::test]
-async fn made_up_flags_of_one_token_take_no_room_from_others_nor_from_known_flags() {
+async fn made_up_flags_of_one_token_do_not_displace_other_tokens_or_existing_flags() {
     const LARGE: usize = 60_000;
     const SMALL: usize = 500;
     let flags = flags();
@@ -206,7 +208,7 @@ async fn made_up_flags_of_one_token_take_no_room_from_others_nor_from_known_flag
     let accepted = (StatusCode::ACCEPTED, None);
     let refused = (StatusCode::TOO_MANY_REQUESTS, Some(60));
 
-    // Nothing of a report is counted that is refused, and only one without a known flag is.
+    // Nothing of a rejected report is counted; only reports without a known flag are rejected.
     for wave in 0..2 {
         assert_eq!(post(FRONTEND_METRICS, PUBLIC, made_up(wave, LARGE, &[])).await, refused);
     }
@@ -218,17 +220,17 @@ async fn made_up_flags_of_one_token_take_no_room_from_others_nor_from_known_flag
     assert!(taken >= 2, "{taken}");
     let known = report("web", now, [("web.banner", 7)]);
     assert_eq!(post(FRONTEND_METRICS, PUBLIC, known).await, accepted);
-    // Somebody's flag that the file does not have yet comes with one that it has.
+    // A flag that the file does not contain yet is reported together with one that it contains.
     let newer = report("web", now, [("web.banner", 11), ("web.new", 13)]);
     for _ in 0..2 {
         let flood = made_up(taken, LARGE, &[("web.banner", 100)]);
         assert_eq!(post(FRONTEND_METRICS, PUBLIC, flood).await, accepted);
         assert_eq!(post(FRONTEND_METRICS, PUBLIC, newer.clone()).await, accepted);
     }
-    // What is held already needs no room.
+    // Counters that exist already need no additional memory.
     let again = made_up(0, SMALL, &[("web.banner", 5)]);
     assert_eq!(post(FRONTEND_METRICS, PUBLIC, again).await, accepted);
-    // Another project's, with a flag of its own, and one that is newer than the file.
+    // Usage of another project: one of its flags, and one that is newer than the file.
     let shop = report("shop", now, [("shop.cart", 1000), ("shop.new", 3)]);
     assert_eq!(post(METRICS, SHOP, shop).await, accepted);
     let page = parapet.metrics().await;
@@ -240,7 +242,7 @@ async fn made_up_flags_of_one_token_take_no_room_from_others_nor_from_known_flag
     assert_eq!(stored(&parapet, "shop.cart").await, 1000);
     assert_eq!(stored(&parapet, "shop.new").await, 3);
     assert_eq!(stored(&parapet, "web.banner").await, 7 + 5 + 2 * (100 + 11));
-    // All that was acknowledged is there, if not under its own name.
+    // All acknowledged usage is stored, though some of it under a merged name.
     let made_up = SMALL * (taken + 1) + 2 * LARGE;
     let unknown = count(&parapet, "SELECT SUM(yes) FROM flag_usage WHERE known = 0").await;
     assert_eq!(usize::try_from(unknown).unwrap(), made_up + 2 * 13 + 3);
@@ -250,7 +252,7 @@ async fn made_up_flags_of_one_token_take_no_room_from_others_nor_from_known_flag
 }
 
 #[tokio::test]
-async fn waves_of_made_up_flags_leave_few_rows_and_all_that_was_genuine() {
+async fn waves_of_made_up_flags_leave_few_rows_and_all_genuine_usage() {
     const HOURS: i64 = 24;
     const WAVE: usize = 2000;
     let flags = flags();
@@ -263,10 +265,10 @@ async fn waves_of_made_up_flags_leave_few_rows_and_all_that_was_genuine() {
         let body = report("shop", SignedDuration::from_hours(ago), [("shop.cart", 1)]);
         assert_eq!(post(METRICS, SHOP, body).await, StatusCode::ACCEPTED);
     }
-    // Each wave is of the hour of the newest that is genuine, and most of them find no room.
+    // Each wave has the hour of the newest genuine usage, and most waves exceed the limit.
     let unknown = "SELECT COUNT(*) FROM flag_usage WHERE known = 0";
     let mut wave = 0;
-    until("more made-up flags are stored than are kept", Duration::from_mins(2), async || {
+    until("more made-up flags are stored than the limit", Duration::from_mins(2), async || {
         let status = post(FRONTEND_METRICS, PUBLIC, made_up(wave, WAVE, &[])).await;
         assert!(status == StatusCode::ACCEPTED || status == StatusCode::TOO_MANY_REQUESTS);
         wave += 1;
@@ -274,7 +276,7 @@ async fn waves_of_made_up_flags_leave_few_rows_and_all_that_was_genuine() {
     })
     .await;
     assert!(parapet.terminate().await.success());
-    // It cleans up at once.
+    // Deletion starts at once.
     parapet.restart();
     parapet.wait_until_ready().await;
     until("most made-up flags are forgotten", Duration::from_mins(1), async || {

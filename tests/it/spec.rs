@@ -1,7 +1,7 @@
-//! The official client specification: every test of every file, in process and through HTTP.
+//! The official client specification: every test of every file, in process and over HTTP.
 //!
-//! The files about delta events are read as events and applied to nothing, because both the engine
-//! and a file of flags only ever see states.
+//! The files about delta events are parsed as events and applied to an empty state, because the engine
+//! and flag files only support whole states.
 
 use std::path::PathBuf;
 
@@ -20,7 +20,7 @@ fn read(file: &str) -> Value {
     serde_json::from_str(&text).unwrap()
 }
 
-/// The state that a sequence of delta events leads to, as a server would have sent it whole.
+/// Applies delta events, and returns the resulting state as a server would have sent it.
 fn apply(state: &Value) -> Value {
     let events = delta::parse(state.to_string().as_bytes()).unwrap();
     let state = delta::apply(&Document::default(), events.iter().map(|event| &event.change));
@@ -74,9 +74,9 @@ fn evaluate(engine: &Engine, test: &Value) -> (bool, Value) {
 /// A file of the specification.
 struct File {
     name: String,
-    /// What a server would have sent.
+    /// The state that a server would have sent.
     state: Value,
-    /// Its tests, each with what is expected of whether the flag is on, or of its variant.
+    /// Its tests, each with whether it checks the flag or the variant.
     tests: Vec<(Expected, Value)>,
 }
 
@@ -105,7 +105,7 @@ fn file(name: &str) -> File {
     File { name: name.to_owned(), state, tests: all.collect() }
 }
 
-/// What went right and wrong.
+/// Counts of passed tests, and descriptions of failures.
 #[derive(Default)]
 struct Score {
     passed: usize,
@@ -132,7 +132,7 @@ impl Score {
 
 #[test]
 #[ignore = "needs the npm packages of tests/, see tests/run"]
-fn the_official_specification_passes_whole() {
+fn official_specification_passes_completely() {
     let mut score = Score::default();
     for file in files() {
         let document = Document::parse(file.state.to_string().as_bytes()).unwrap();
@@ -149,8 +149,8 @@ fn the_official_specification_passes_whole() {
     score.assert_perfect(1);
 }
 
-/// A context as frontend SDKs put it into a query. What has no text, a property that is null, cannot
-/// be said there and is left out.
+/// A context as frontend SDKs encode it in a query. Values that are not texts, like properties that are
+/// null, cannot be encoded and are omitted.
 fn query(context: &Value) -> String {
     let text = |value: &Value| value.as_str().map(str::to_owned);
     let fields = context.as_object().into_iter().flatten();
@@ -161,7 +161,7 @@ fn query(context: &Value) -> String {
     form_urlencoded::Serializer::new(String::new()).extend_pairs(fields.chain(properties)).finish()
 }
 
-/// What was answered about the flag of a test; a flag that is not there is off.
+/// The response about the flag of a test; a missing flag is off.
 fn answered(expected: Expected, test: &Value, answer: &Answer) -> Value {
     assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
     let toggles = answer.json();
@@ -174,7 +174,7 @@ fn answered(expected: Expected, test: &Value, answer: &Answer) -> Value {
         (Expected::Enabled, Some(toggle)) => toggle["enabled"].clone(),
         (Expected::Variant, Some(toggle)) => {
             let mut variant = toggle["variant"].clone();
-            // The newer spelling, which the specification does not know, says the same.
+            // The newer spelling, which the specification does not have, has the same value.
             let newer = variant.as_object_mut().and_then(|it| it.remove("featureEnabled"));
             assert_eq!(newer.as_ref(), variant.get("feature_enabled"));
             variant
@@ -186,17 +186,17 @@ fn answered(expected: Expected, test: &Value, answer: &Answer) -> Value {
     }
 }
 
-/// Where the client is, as a trusted proxy tells it. The server completes a context without an
-/// address, and one test wants that nothing matches then, with flags that name this very machine.
+/// The client's address, as a trusted proxy reports it. The server completes a context without an
+/// address, but one test expects no match in that case, with flags for the loopback address.
 const ELSEWHERE: &str = "203.0.113.7";
 
-/// The one test that is of SDKs alone: nobody has a session there, and a rollout of 100 % by session is off.
-/// A frontend's request that has none is given one, as by Unleash's frontend API.
+/// The one test that only SDKs can pass: without a session, a rollout of 100 % by session is off. A
+/// frontend request without a session gets one, as from Unleash's frontend API.
 const WITHOUT_SESSION: &str = "Feature.A4 should be disabled when no user on context";
 
 #[tokio::test]
 #[ignore = "needs the npm packages of tests/, see tests/run"]
-async fn the_official_specification_passes_through_http_but_for_made_up_sessions() {
+async fn official_specification_passes_over_http_except_sessionless_test() {
     let mut score = Score::default();
     for mut file in files() {
         for (_, test) in &mut file.tests {

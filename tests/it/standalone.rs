@@ -1,4 +1,4 @@
-//! `parapet standalone` as its owner meets it: the first start, the next ones, and what goes wrong.
+//! `parapet standalone` as its owner experiences it: the first start, later starts, and errors.
 
 use std::process::Command;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use crate::rig::{Parapet, http, until};
 const FLAGS: &str =
     r#"{"features":[{"name":"first","enabled":true,"strategies":[{"name":"default"}]}]}"#;
 
-/// An instance in a folder of its own, with a file of flags that the test may edit.
+/// A directory with a flag file that the test can edit.
 struct Home {
     folder: tempfile::TempDir,
 }
@@ -38,12 +38,12 @@ impl Home {
     }
 }
 
-/// What the first start wrote for its owner.
+/// The file that the first start wrote for its owner.
 fn first_start(parapet: &Parapet) -> std::path::PathBuf {
     parapet.data_dir().join("first-start.txt")
 }
 
-/// The log once it tells of so many starts; what is printed before an instance is ready may be read later.
+/// The log once it contains `starts` starts; output from before an instance is ready may be read later.
 async fn log_of_starts(parapet: &Parapet, starts: usize) -> String {
     until("the start is logged", Duration::from_secs(30), async || {
         let log = parapet.log();
@@ -52,7 +52,7 @@ async fn log_of_starts(parapet: &Parapet, starts: usize) -> String {
     .await
 }
 
-/// The commands of the first start.
+/// The `curl` commands of the first start.
 fn curl_lines(log: &str) -> Vec<String> {
     let lines = log.lines().map(str::trim).filter(|line| line.starts_with("curl "));
     lines.map(str::to_owned).collect()
@@ -67,7 +67,7 @@ fn first_tokens(log: &str) -> [String; 3] {
 }
 
 #[tokio::test]
-async fn first_start_writes_secrets_with_commands_that_work_into_a_file_and_logs_where() {
+async fn first_start_writes_secrets_and_working_commands_to_a_file_and_logs_its_path() {
     let home = Home::new();
     let parapet = home.start(&[("LOG_FORMAT", "json")]).await;
     let file = first_start(&parapet);
@@ -122,7 +122,7 @@ async fn first_start_writes_secrets_with_commands_that_work_into_a_file_and_logs
 }
 
 #[tokio::test]
-async fn password_that_is_given_after_the_first_start_is_called_ignored() {
+async fn password_set_after_the_first_start_is_reported_as_ignored() {
     let home = Home::new();
     let mut parapet = home.start(&[]).await;
     assert!(parapet.terminate().await.success());
@@ -132,7 +132,7 @@ async fn password_that_is_given_after_the_first_start_is_called_ignored() {
     assert!(log.contains("UNLEASH_DEFAULT_ADMIN_PASSWORD has changed"), "{log}");
 }
 
-/// Ended when dropped.
+/// Killed when dropped.
 struct Child(std::process::Child);
 
 impl Drop for Child {
@@ -168,17 +168,17 @@ fn first_start_shows_secrets_on_a_terminal() {
 }
 
 #[tokio::test]
-async fn without_flags_the_first_start_writes_an_example_and_later_ones_insist_on_them() {
+async fn first_start_without_flags_writes_an_example_and_later_starts_require_flags() {
     let token = "*:development.reader-of-the-example-0123456789";
     let parapet = Parapet::mode("standalone").env("INIT_BACKEND_API_TOKENS", token).start().await;
     let file = parapet.data_dir().parent().unwrap().join("config/flags.json");
     assert_eq!(std::fs::read("config/flags.json").unwrap(), std::fs::read(&file).unwrap());
-    let told = async || {
+    let printed = async || {
         let log = parapet.log();
         let line = log.lines().find(|line| line.contains("an example of them is written"));
         line.map(|line| assert!(line.contains("config/flags.json"), "{line}"))
     };
-    until("it is told", Duration::from_secs(10), told).await;
+    until("it is reported", Duration::from_secs(10), printed).await;
     let (_, flags) = parapet.get("/api/client/features", token).await;
     assert!(flags.to_string().contains("demo.on-for-all"), "{flags}");
 
@@ -187,11 +187,11 @@ async fn without_flags_the_first_start_writes_an_example_and_later_ones_insist_o
     parapet.restart();
     let ended = until("it ends", Duration::from_secs(30), async || parapet.ended()).await;
     assert_eq!(ended.code(), Some(64), "{}", parapet.log());
-    assert!(!file.exists() && parapet.log().contains("config/flags.json is not there"));
+    assert!(!file.exists() && parapet.log().contains("config/flags.json does not exist"));
 }
 
 #[tokio::test]
-async fn settings_of_the_first_start_are_called_ignored_once_they_have_changed() {
+async fn changed_first_start_settings_are_reported_as_ignored() {
     const ADMIN: &str = "*:*.the-first-admin-0123456789abcdef";
     const FIRST: &str = "*:development.the-first-reader-0123456789abcdef";
     const SECOND: &str = "*:development.the-second-reader-0123456789abcdef";
@@ -202,7 +202,7 @@ async fn settings_of_the_first_start_are_called_ignored_once_they_have_changed()
         ("UNLEASH_DEFAULT_ADMIN_PASSWORD", "the first password"),
     ];
     let mut parapet = home.start(&variables).await;
-    // What was made of them may change; that is no change of the settings.
+    // Their results may be changed without that report: the settings are the same.
     let url = format!("{}/api/admin/api-tokens/{FIRST}", parapet.admin_url());
     let deleted = http().delete(url).header("authorization", ADMIN).send().await.unwrap();
     assert_eq!(deleted.status(), StatusCode::OK);
@@ -234,15 +234,15 @@ async fn settings_of_the_first_start_are_called_ignored_once_they_have_changed()
 }
 
 #[tokio::test]
-async fn a_token_of_an_environment_without_flags_is_told_so() {
+async fn token_of_environment_without_flags_is_reported() {
     let home = Home::new();
     let folder = home.folder.path().join("flags");
     std::fs::create_dir(&folder).unwrap();
     std::fs::copy(home.flags(), folder.join("production.json")).unwrap();
     let parapet = Parapet::mode("standalone").flag("--flags", &folder).start().await;
-    let told = "There are tokens for an environment that no file has flags of";
-    until("the operator is told", Duration::from_secs(10), async || {
-        parapet.log().contains(told).then_some(())
+    let printed = "Tokens exist for an environment that no file has flags of";
+    until("the log reports it", Duration::from_secs(10), async || {
+        parapet.log().contains(printed).then_some(())
     })
     .await;
     let [client, frontend, _] =
@@ -264,7 +264,7 @@ fn contains(bytes: &[u8], text: &str) -> bool {
     bytes.windows(text.len()).any(|window| window == text.as_bytes())
 }
 
-/// Everything in the data folder.
+/// The contents of all files in the data directory.
 fn stored(parapet: &Parapet) -> Vec<Vec<u8>> {
     let mut files = Vec::new();
     let mut folders = vec![parapet.data_dir()];
@@ -283,7 +283,7 @@ fn stored(parapet: &Parapet) -> Vec<Vec<u8>> {
 }
 
 #[tokio::test]
-async fn seeds_are_the_tokens_of_the_first_start_and_are_printed_nowhere() {
+async fn configured_initial_tokens_are_created_and_never_printed() {
     const ADMIN: &str = "*:*.seeded-admin-0123456789abcdef";
     const BACKEND: &str = "*:production.seeded-backend-0123456789abcdef";
     const OLD_NAME: &str = "*:development.seeded-client-0123456789abcdef";
@@ -310,7 +310,7 @@ async fn seeds_are_the_tokens_of_the_first_start_and_are_printed_nowhere() {
 }
 
 #[tokio::test]
-async fn an_edited_file_is_served_and_a_bad_edit_changes_nothing() {
+async fn edited_flag_file_is_served_and_invalid_edit_is_ignored() {
     let token = "*:development.reader-of-an-edited-file-0123456789";
     let home = Home::new();
     let parapet = home.start(&[("INIT_BACKEND_API_TOKENS", token)]).await;
@@ -323,19 +323,20 @@ async fn an_edited_file_is_served_and_a_bad_edit_changes_nothing() {
     };
     shows("second").await;
     home.edit("{ this is no flag file");
-    let told = async || parapet.log().contains("cannot be read again").then_some(());
-    until("the bad edit is told", limit, told).await;
+    let printed = async || parapet.log().contains("Reloading flags failed").then_some(());
+    until("the invalid edit is reported", limit, printed).await;
     assert!(served().await.contains("second"));
     std::fs::remove_file(home.flags()).unwrap();
-    let told = async || (parapet.log().matches("cannot be read again").count() > 1).then_some(());
-    until("the missing file is told", limit, told).await;
+    let printed =
+        async || (parapet.log().matches("Reloading flags failed").count() > 1).then_some(());
+    until("the missing file is reported", limit, printed).await;
     assert!(served().await.contains("second"));
     home.edit(&FLAGS.replace("first", "third"));
     shows("third").await;
 }
 
 #[tokio::test]
-async fn a_probe_asks_a_running_instance() {
+async fn probe_commands_query_a_running_instance() {
     let home = Home::new();
     let parapet = home.start(&[]).await;
     for probe in ["health", "ready"] {
@@ -355,7 +356,7 @@ fn port_of(parapet: &Parapet) -> [String; 2] {
 }
 
 #[tokio::test]
-async fn an_instance_that_is_told_to_end_is_unready_first_and_serves_until_it_ends() {
+async fn terminated_instance_is_not_ready_first_and_serves_until_it_ends() {
     let token = "*:development.reader-of-an-ending-one-0123456789";
     let home = Home::new();
     let setup = Parapet::mode("standalone").flag("--flags", home.flags());
@@ -363,9 +364,9 @@ async fn an_instance_that_is_told_to_end_is_unready_first_and_serves_until_it_en
     let parapet = setup.start().await;
     let while_draining = async {
         until("it is not ready", Duration::from_secs(20), async || {
-            let (status, told) = parapet.get("/internal-backstage/ready", "").await;
-            assert!(told["status"] == "READY" || status == StatusCode::SERVICE_UNAVAILABLE);
-            (told["status"] == "DRAINING").then_some(())
+            let (status, printed) = parapet.get("/internal-backstage/ready", "").await;
+            assert!(printed["status"] == "READY" || status == StatusCode::SERVICE_UNAVAILABLE);
+            (printed["status"] == "DRAINING").then_some(())
         })
         .await;
         assert_eq!(parapet.get("/api/client/features", token).await.0, StatusCode::OK);
@@ -376,27 +377,27 @@ async fn an_instance_that_is_told_to_end_is_unready_first_and_serves_until_it_en
 }
 
 #[test]
-fn a_data_folder_that_cannot_be_used_ends_the_start_with_1() {
+fn unusable_data_directory_exits_1() {
     let output =
         run(&["--flags=flags.json", "--port=0", "--admin-port=0", "--data-dir=flags.json"], &[]);
-    let told = String::from_utf8(output.stderr).unwrap();
-    assert_eq!((output.status.code(), told.lines().count()), (Some(1), 1), "{told}");
-    assert!(told.contains("flags.json"), "{told}");
+    let printed = String::from_utf8(output.stderr).unwrap();
+    assert_eq!((output.status.code(), printed.lines().count()), (Some(1), 1), "{printed}");
+    assert!(printed.contains("flags.json"), "{printed}");
 }
 
 #[test]
-fn a_database_that_is_not_there_is_told_with_the_reason() {
+fn unreachable_database_is_reported_with_the_reason() {
     let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("postgres://u:a-password@{}/db", nobody.local_addr().unwrap());
     drop(nobody);
     let output = run(&["--flags=flags.json", "--database-url", &url], &[]);
-    let told = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{told}");
-    assert!(told.contains("cannot be reached") && told.contains("refused"), "{told}");
-    assert!(!told.contains("a-password"), "{told}");
+    let printed = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{printed}");
+    assert!(printed.contains("cannot be reached") && printed.contains("refused"), "{printed}");
+    assert!(!printed.contains("a-password"), "{printed}");
 }
 
-/// The binary in a folder with a file of flags.
+/// Runs the binary in a directory with a flag file.
 fn run(args: &[&str], variables: &[(&str, &str)]) -> std::process::Output {
     let home = Home::new();
     let mut command = Command::new(env!("CARGO_BIN_EXE_parapet"));
@@ -405,43 +406,46 @@ fn run(args: &[&str], variables: &[(&str, &str)]) -> std::process::Output {
 }
 
 #[test]
-fn a_port_that_is_taken_is_told_and_ends_with_64() {
+fn port_in_use_is_reported_and_exits_64() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
     for (ours, other) in [("--port", "--admin-port"), ("--admin-port", "--port")] {
         let args = ["--flags=flags.json", "--interface=127.0.0.1", other, "0", ours, &port];
         let output = run(&args, &[]);
-        let told = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(64), "{told}");
-        assert_eq!(told.lines().count(), 1, "{told}");
-        assert!(told.contains(&format!("127.0.0.1:{port}")) && told.contains("in use"), "{told}");
-        assert!(told.contains(&format!(" {ours}: ")), "{told}");
+        let printed = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(64), "{printed}");
+        assert_eq!(printed.lines().count(), 1, "{printed}");
+        assert!(
+            printed.contains(&format!("127.0.0.1:{port}")) && printed.contains("in use"),
+            "{printed}"
+        );
+        assert!(printed.contains(&format!(" {ours}: ")), "{printed}");
         assert!(curl_lines(&String::from_utf8(output.stdout).unwrap()).is_empty());
     }
 }
 
 #[test]
-fn flags_that_cannot_be_read_end_the_start_with_1() {
+fn unreadable_flags_exit_1() {
     let home = Home::new();
     home.edit("{ this is no flag file");
     let mut command = Command::new(env!("CARGO_BIN_EXE_parapet"));
     let flags = home.flags();
     command.arg("--flags").arg(flags).args(["--port=0", "--admin-port=0"]).env_clear();
     let output = command.current_dir(home.folder.path()).output().unwrap();
-    let told = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{told}");
-    assert!(told.contains("flags.json holds no flags that can be read"), "{told}");
+    let printed = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{printed}");
+    assert!(printed.contains("flags.json holds no flags that can be read"), "{printed}");
 }
 
 #[test]
-fn mistakes_of_configuration_are_all_told_at_once_without_secrets_and_end_with_64() {
+fn all_configuration_errors_are_reported_at_once_without_secrets_and_exit_64() {
     let check = |args: &[&str], variables: &[(&str, &str)], mistakes: &[&str]| {
         let output = run(args, variables);
-        let told = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(64), "{args:?}: {told}");
-        assert!(!told.contains("s3cret"), "{told}");
+        let printed = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(64), "{args:?}: {printed}");
+        assert!(!printed.contains("s3cret"), "{printed}");
         for mistake in mistakes {
-            assert!(told.contains(mistake), "{args:?}: {mistake} is missing in: {told}");
+            assert!(printed.contains(mistake), "{args:?}: {mistake} is missing in: {printed}");
         }
     };
     check(&["edge"], &[], &["upstream-url"]);
@@ -459,7 +463,7 @@ fn mistakes_of_configuration_are_all_told_at_once_without_secrets_and_end_with_6
     check(&["--flags=flags.json", "--config=nowhere.toml"], &[], &["nowhere.toml"]);
 }
 
-/// A connection on which the very same bytes are sent again and again.
+/// A connection that sends identical bytes each time.
 struct Poll {
     stream: TcpStream,
     request: String,
@@ -475,7 +479,7 @@ impl Poll {
         Self { stream, request }
     }
 
-    /// The answer, as it came.
+    /// Sends the request and returns the response as received.
     async fn ask(&mut self) -> String {
         self.stream.write_all(self.request.as_bytes()).await.unwrap();
         let mut answer = Vec::new();
@@ -491,7 +495,7 @@ impl Poll {
     }
 }
 
-/// An answer but for its date, which it has.
+/// The response without its date header, which must exist.
 fn undated(answer: &str) -> String {
     let (before, rest) = answer.split_once("\r\ndate: ").unwrap_or_else(|| panic!("{answer}"));
     let (date, after) = rest.split_once("\r\n").unwrap();
@@ -504,7 +508,7 @@ fn etag(answer: &str) -> &str {
 }
 
 #[tokio::test]
-async fn polling_in_the_same_words_follows_every_change_and_each_poll_counts() {
+async fn identical_polls_follow_every_change_and_are_all_counted() {
     const POLLS: u32 = 20;
     let home = Home::new();
     let parapet = home.start(&[]).await;

@@ -1,4 +1,4 @@
-//! Changes arrive: delta events and streams, by hand and by the official SDK.
+//! Delta events and event streams for server SDKs, with raw requests and with the official SDK.
 
 use std::net::IpAddr;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use crate::rig::{Events, Kind, Parapet, Sdk, Unleash, http, until};
 
 const ADMIN: &str = "*:*.admin-0123456789abcdef0123456789abcdef";
 
-/// The longest that anything of this takes.
+/// The timeout for anything in these tests.
 const PATIENCE: Duration = Duration::from_mins(1);
 
 const STREAM: &str = "/api/client/streaming";
@@ -26,7 +26,7 @@ fn flags(web: bool, other: bool) -> String {
     let segment = json!({ "id": 7, "constraints": [] });
     let features =
         [flag("in-web", "web", web, json!([7])), flag("other", "default", other, json!([]))];
-    // Line breaks within the text of a flag have to come through.
+    // Line breaks within a flag's JSON must be preserved.
     let text = json!({ "features": features, "segments": [segment] });
     serde_json::to_string_pretty(&text).unwrap()
 }
@@ -35,7 +35,7 @@ fn write(parapet: &Local, flags: &str) {
     std::fs::write(parapet.flags_file(), flags).unwrap();
 }
 
-/// What the events are of, and which flag or segment each names.
+/// The type of each event, and the flag or segment that it names.
 fn told(events: &Value) -> Vec<(String, String)> {
     let name = |event: &Value| match event["type"].as_str().unwrap() {
         "hydration" => {
@@ -68,16 +68,16 @@ impl Stream {
         Self::open(&format!("http://{}", parapet.address()), token, last).await
     }
 
-    /// The next event's name, number, and what it tells.
+    /// The next event's name and id, and a summary of its data.
     async fn news(&mut self) -> (String, String, Vec<(String, String)>) {
-        let event = self.0.next().await.expect("the stream goes on");
+        let event = self.0.next().await.expect("the stream continues");
         let data = serde_json::from_str(&event.data).unwrap();
         (event.name, event.id, told(&data))
     }
 }
 
 #[tokio::test]
-async fn a_delta_tells_what_changed_since_the_state_that_a_client_names() {
+async fn delta_contains_changes_since_the_clients_state() {
     let parapet = Local::offline(&flags(false, false)).await;
     let ask = async |token: &str, etag: &str| {
         let request = parapet.request(Method::GET, DELTA).header("authorization", token);
@@ -92,7 +92,7 @@ async fn a_delta_tells_what_changed_since_the_state_that_a_client_names() {
     let web = ask(WEB_CLIENT, "").await;
 
     write(&parapet, &flags(false, true));
-    let then = until("the change is told", PATIENCE, async || {
+    let then = until("the change is in the delta", PATIENCE, async || {
         let then = ask(CLIENT, &etag).await;
         (then.status == StatusCode::OK).then_some(then)
     })
@@ -101,9 +101,9 @@ async fn a_delta_tells_what_changed_since_the_state_that_a_client_names() {
     assert_eq!(then.json()["events"][0]["feature"]["enabled"], true);
     assert_ne!(then.header("etag"), etag);
     assert_eq!(ask(CLIENT, then.header("etag")).await.status, StatusCode::NOT_MODIFIED);
-    // Of a project where nothing has changed there is nothing to tell.
+    // In a project without changes there is no event.
     assert_eq!(ask(WEB_CLIENT, web.header("etag")).await.status, StatusCode::NOT_MODIFIED);
-    // Who has seen something else is told everything, as is who comes from nowhere.
+    // A client with the state of another token, or with an unknown state, gets a full snapshot.
     let whole = ask(WEB_CLIENT, then.header("etag")).await.json();
     assert_eq!(told(&whole), [of("hydration", "in-web")]);
     let whole = ask(WEB_CLIENT, "\"5\"").await.json();
@@ -119,7 +119,7 @@ async fn a_delta_tells_what_changed_since_the_state_that_a_client_names() {
 }
 
 #[tokio::test]
-async fn a_stream_begins_with_everything_or_with_what_was_missed_and_tells_each_change() {
+async fn stream_begins_with_snapshot_or_missed_changes_and_sends_each_change() {
     let parapet = Local::offline(&flags(false, false)).await;
     let mut all = Stream::of(&parapet, CLIENT, None).await;
     let mut web = Stream::of(&parapet, WEB_CLIENT, None).await;
@@ -134,9 +134,10 @@ async fn a_stream_begins_with_everything_or_with_what_was_missed_and_tells_each_
     let (_, third, events) = all.news().await;
     assert_eq!(events, [of("feature-updated", "in-web")]);
     let events = web.news().await.2;
-    assert_eq!(events, [of("feature-updated", "in-web")], "of the other there was nothing to tell");
+    assert_eq!(events, [of("feature-updated", "in-web")], "the other change is not visible");
 
-    // Who comes back is told what it missed, in one piece; who has it all, nothing.
+    // A client that reconnects gets the changes it missed in one event, or no change if it is up to
+    // date.
     let resumed = Stream::of(&parapet, CLIENT, Some(&first)).await.news().await;
     let missed = vec![of("feature-updated", "in-web"), of("feature-updated", "other")];
     assert_eq!(resumed, ("unleash-connected".to_owned(), third.clone(), missed));
@@ -145,7 +146,7 @@ async fn a_stream_begins_with_everything_or_with_what_was_missed_and_tells_each_
     assert!(Stream::of(&parapet, CLIENT, Some(&third)).await.news().await.2.is_empty());
     let unknown = Stream::of(&parapet, CLIENT, Some("1")).await.news().await;
     assert_eq!(unknown.2, [of("hydration", "in-web,other")]);
-    // Who saw something else before has seen nothing of this.
+    // The state of another token's stream counts as unknown.
     let narrowed = Stream::of(&parapet, WEB_CLIENT, Some(&third)).await.news().await;
     assert_eq!(narrowed.2, [of("hydration", "in-web")]);
 
@@ -156,7 +157,7 @@ async fn a_stream_begins_with_everything_or_with_what_was_missed_and_tells_each_
 }
 
 #[tokio::test]
-async fn a_stream_ends_when_its_token_dies_and_others_go_on() {
+async fn stream_closes_when_its_token_is_deleted_and_others_continue() {
     let variables = [("INIT_ADMIN_API_TOKENS", ADMIN), ("INIT_BACKEND_API_TOKENS", CLIENT)];
     let parapet = Local::standalone(&flags(false, false), &[], &variables).await;
     let admin = |method: Method, path: &str| {
@@ -173,13 +174,13 @@ async fn a_stream_ends_when_its_token_dies_and_others_go_on() {
     other.news().await;
     let deleted = answer(admin(Method::DELETE, &format!("/{secret}"))).await;
     assert_eq!(deleted.status, StatusCode::OK);
-    assert_eq!(doomed.0.next().await, None, "it is told nothing more");
+    assert_eq!(doomed.0.next().await, None, "the stream ends");
     write(&parapet, &flags(true, false));
     assert_eq!(other.news().await.2, [of("feature-updated", "in-web")]);
 }
 
 #[tokio::test]
-async fn beyond_the_room_for_streams_sdks_are_told_to_poll() {
+async fn stream_beyond_the_limit_gets_429_with_retry_after() {
     let parapet = Local::offline_with(&flags(false, false), &["--max-streams", "1"]).await;
     let first = Stream::of(&parapet, CLIENT, None).await;
     let refused = parapet.get(STREAM, CLIENT).await;
@@ -195,7 +196,7 @@ async fn beyond_the_room_for_streams_sdks_are_told_to_poll() {
 }
 
 #[tokio::test]
-async fn one_address_or_token_takes_its_share_of_the_streams_and_leaves_room_for_others() {
+async fn stream_limits_per_address_and_token_leave_room_for_others() {
     let args = ["--max-streams", "5", "--max-streams-per-token", "3"];
     let parapet = Local::offline_with(
         &flags(false, false),
@@ -217,14 +218,14 @@ async fn one_address_or_token_takes_its_share_of_the_streams_and_leaves_room_for
     assert!(open(4, CLIENT).await.is_none(), "its bearers have three");
     let _other = open(4, WEB_CLIENT).await.unwrap();
     assert!(open(4, WEB_CLIENT).await.is_none(), "there are five");
-    // What one address leaves is there for it again.
+    // A stream that one address closes is available to it again.
     of_one.pop();
     until("there is room again", PATIENCE, async || open(2, WEB_CLIENT).await).await;
     drop(of_two);
 }
 
 #[tokio::test]
-async fn claimed_addresses_share_the_streams_of_their_connections_address() {
+async fn forged_addresses_share_the_stream_limit_of_the_peer_address() {
     let args = ["--trust-proxy", "--max-streams", "5", "--max-streams-per-address", "2"];
     let parapet = Local::offline_with(&flags(false, false), &args).await;
     let open = async |path: &str, token: &str, claimed: u8| {
@@ -243,7 +244,7 @@ async fn claimed_addresses_share_the_streams_of_their_connections_address() {
 }
 
 #[tokio::test]
-async fn a_fleet_is_sent_to_streaming_or_to_polling() {
+async fn fetch_mode_event_switches_sdks_to_streaming_or_polling() {
     let parapet = Local::offline(&flags(false, false)).await;
     assert_eq!(parapet.get("/api/client/features", CLIENT).await.header("fetch-mode"), "");
     let args = ["--sdk-fetch-mode", "streaming"];
@@ -257,13 +258,13 @@ async fn a_fleet_is_sent_to_streaming_or_to_polling() {
     assert_eq!(stream.news().await.2, [of("hydration", "in-web,other")]);
     let sent = stream.0.next().await.unwrap();
     assert_eq!((&*sent.name, &*sent.data), ("fetch-mode", "polling"));
-    // An SDK that cannot poll goes on.
+    // The stream of an SDK that cannot poll continues.
     write(&parapet, &flags(true, false));
     assert_eq!(stream.news().await.2, [of("feature-updated", "in-web")]);
 }
 
 #[tokio::test]
-async fn streams_end_in_order_with_the_process_and_at_their_age() {
+async fn streams_end_cleanly_at_shutdown_and_at_maximum_age() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("flags.json");
     std::fs::write(&file, flags(false, false)).unwrap();
@@ -285,7 +286,7 @@ async fn streams_end_in_order_with_the_process_and_at_their_age() {
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn the_node_sdk_streams_in_front_of_an_unleash_that_cannot() {
+async fn node_sdk_streams_from_edge_in_front_of_unleash_without_streaming() {
     Unleash::on_every_version(async |unleash| {
         let flag = format!("streamed-{:?}", unleash.version()).to_lowercase();
         unleash.create_enabled_flag(&flag, "development", &[]).await;
@@ -303,7 +304,7 @@ async fn the_node_sdk_streams_in_front_of_an_unleash_that_cannot() {
         wait_for(true).await;
         unleash.disable(&flag, "development").await;
         wait_for(false).await;
-        // Killed and started again, it is found again, and what changed meanwhile is told.
+        // After a crash and restart the SDK reconnects, and gets the changes it missed.
         parapet.kill();
         unleash.enable(&flag, "development").await;
         parapet.restart();

@@ -1,6 +1,6 @@
-//! TLS as operators set it up: certificates in files, on either listener, and towards upstream.
+//! TLS as operators configure it: certificates in files, on either listener and towards upstream.
 //!
-//! What a handshake agrees on, and how connections end, is told in `door`.
+//! `connections` covers HTTP connections and how they end.
 
 mod authority;
 mod client_certificates;
@@ -33,13 +33,13 @@ const FLAGS: &str =
 
 const FEATURES: &str = "/api/client/features";
 
-/// Far above what anything takes here.
+/// Far above the time of anything here.
 const SOON: Duration = Duration::from_secs(30);
 
-/// Opens the admin listener of what is started here.
+/// Opens the admin listeners in these tests.
 const ADMIN: &str = "*:*.admin-of-the-tls-tests-0123456789";
 
-/// `parapet offline` with the flag `a`, which listens for SDKs by Unleash Edge's variables.
+/// `parapet offline` with the flag `a`, with TLS for SDKs by Unleash Edge's environment variables.
 fn offline(authority: &Authority, files: &[Files]) -> Setup {
     let setup = Parapet::mode("offline").flag("-b", authority.write("flags.json", FLAGS));
     let setup = setup.env("CLIENT_TOKENS", CLIENT).env("INIT_ADMIN_API_TOKENS", ADMIN);
@@ -59,7 +59,7 @@ fn with_tls(setup: Setup, files: &[Files]) -> Setup {
     setup.env("TLS_SERVER_CERT", list(0)).env("TLS_SERVER_KEY", list(1))
 }
 
-/// An instance whose data listener speaks TLS.
+/// An instance with TLS on its data listener.
 struct Encrypted {
     parapet: Parapet,
     address: SocketAddr,
@@ -69,7 +69,7 @@ impl Encrypted {
     /// Starts it, and waits until it listens.
     async fn start(setup: Setup) -> Self {
         let parapet = setup.spawn();
-        let address = until("it tells where it listens", Duration::from_mins(1), async || {
+        let address = until("its address is in the log", Duration::from_mins(1), async || {
             let log = parapet.log();
             assert!(parapet.ended().is_none(), "it ended:\n{log}");
             let line = log.lines().find(|line| line.contains("Parapet listens"))?;
@@ -80,18 +80,18 @@ impl Encrypted {
         Self { parapet, address }
     }
 
-    /// Where something is on the data listener.
+    /// The URL of a path on the data listener.
     fn url(&self, path: &str) -> String {
         format!("https://{}{path}", self.address)
     }
 
-    /// A sample of the page of metrics, 0 where it is not there; by way of the admin listener, without TLS.
+    /// A sample from the metrics page, 0 if it is missing. Read from the admin listener, without TLS.
     async fn metric(&self, sample: &str) -> u64 {
         let page = http().get(self.parapet.admin_url() + "/metrics").send().await.unwrap();
         number(&page.text().await.unwrap(), sample)
     }
 
-    /// Waits until a sample is this number, which it must not exceed.
+    /// Waits until a sample has this value, which it must not exceed.
     async fn until_metric(&self, sample: &str, expected: u64) {
         until(&format!("{sample} is {expected}"), SOON, async || {
             let found = self.metric(sample).await;
@@ -101,7 +101,7 @@ impl Encrypted {
         .await;
     }
 
-    /// A connection to it by this name.
+    /// Connects with this server name.
     async fn connect(
         &self,
         config: ClientConfig,
@@ -111,7 +111,7 @@ impl Encrypted {
         TlsConnector::from(Arc::new(config)).connect(name.try_into().unwrap(), stream).await
     }
 
-    /// The certificate that a new client gets for this name.
+    /// The certificate that a new client gets for this server name.
     async fn presented(
         &self,
         authority: &Authority,
@@ -127,14 +127,14 @@ fn number<T: FromStr<Err: Debug> + Default>(page: &str, sample: &str) -> T {
     found.map_or_else(T::default, |number| number.parse().unwrap())
 }
 
-/// How many handshakes with the data listener ended so.
+/// The sample that counts handshakes of the data listener with this version and outcome.
 fn handshakes(version: &str, outcome: &str) -> String {
     format!(
         "parapet_tls_handshakes_total{{listener=\"data\",version=\"{version}\",outcome=\"{outcome}\"}}"
     )
 }
 
-/// The status of the flags for this client.
+/// The status of the response to this client.
 async fn features(client: &reqwest::Client, url: &str) -> reqwest::Result<StatusCode> {
     let answer = client.get(url).header("authorization", CLIENT).send().await?;
     let status = answer.status();
@@ -142,7 +142,7 @@ async fn features(client: &reqwest::Client, url: &str) -> reqwest::Result<Status
     Ok(status)
 }
 
-/// Runs `parapet` to its end, with these variables alone.
+/// Runs `parapet` until it exits, with only these environment variables.
 fn run_parapet(args: &[&str], variables: &[(&str, OsString)]) -> Output {
     let folder = tempfile::tempdir().unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_parapet"));
@@ -162,7 +162,7 @@ async fn unencrypted_requests_are_redirected_and_nothing_else_listens_there() {
     let answer = plain.send().await.unwrap();
     assert_eq!(answer.status(), StatusCode::PERMANENT_REDIRECT);
     assert_eq!(answer.headers()["location"], parapet.url("/edge/validate?a=b").as_str());
-    // Bytes without TLS end the connection, and are no request.
+    // Bytes that are not TLS close the connection, and are no request.
     let mut stream = TcpStream::connect(parapet.address).await.unwrap();
     stream.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
     let mut answer = Vec::new();
@@ -176,7 +176,7 @@ async fn unencrypted_requests_are_redirected_and_nothing_else_listens_there() {
 }
 
 #[tokio::test]
-async fn server_name_selects_among_several_certificates() {
+async fn server_name_selects_the_certificate() {
     let authority = Authority::new();
     let issued = [&["localhost", "127.0.0.1", "other.test"][..], &["b.test"], &["*.c.test"]];
     let issued = issued.map(|names| authority.server(names));
@@ -186,13 +186,13 @@ async fn server_name_selects_among_several_certificates() {
     for (name, index) in [("b.test", 1), ("x.c.test", 2), ("other.test", 0), ("127.0.0.1", 0)] {
         assert_eq!(parapet.presented(&authority, name).await, *issued[index].der(), "{name}");
     }
-    // A name that is nobody's gets the first, which its client does not accept.
+    // An unknown name gets the first certificate, which the client rejects.
     let refused = parapet.connect(authority.client_config(), "nobody.test").await.unwrap_err();
     assert!(refused.to_string().contains("not valid for name"), "{refused}");
 }
 
 #[tokio::test]
-async fn probes_ask_over_tls() {
+async fn probe_commands_work_over_tls() {
     let (authority, stranger) = (Authority::new(), Authority::new());
     let files = authority.for_loopback("tls");
     let settings = |port: u16| {
@@ -232,7 +232,8 @@ fn client_hello(authority: &Authority) -> Vec<u8> {
     hello
 }
 
-/// So many clients that send half of their first message and then nothing, and as many that send all of it.
+/// Opens `each` connections that send half of their first message, and as many that send all of it, and
+/// then nothing.
 async fn stall(authority: &Authority, parapet: &Encrypted, each: usize) -> Vec<TcpStream> {
     let hello = client_hello(authority);
     let mut stalled = Vec::new();
@@ -247,7 +248,7 @@ async fn stall(authority: &Authority, parapet: &Encrypted, each: usize) -> Vec<T
 }
 
 #[tokio::test]
-async fn stalled_handshakes_delay_nobody() {
+async fn stalled_handshakes_do_not_delay_other_clients() {
     let authority = Authority::new();
     let setup = offline(&authority, &[authority.for_loopback("tls")]);
     let setup = setup.flag("--tls-max-handshakes", "1");
@@ -281,7 +282,7 @@ async fn stalled_handshake_ends_at_its_deadline() {
 }
 
 #[tokio::test]
-async fn handshakes_and_expiry_are_told_in_metrics_status_and_log() {
+async fn handshakes_and_expiry_appear_in_metrics_status_and_log() {
     let authority = Authority::new();
     let names = &["localhost", "127.0.0.1"][..];
     let soon = authority.server_for_days(names, 10).write(&authority, "soon");
@@ -302,7 +303,7 @@ async fn handshakes_and_expiry_are_told_in_metrics_status_and_log() {
     }
     assert!(!log.contains("late.crt"), "{log}");
 
-    // Each connection is new; the second goes on with the first's session.
+    // Each connection is new; the second one resumes the first one's session.
     let client = authority.http().build().unwrap();
     for _ in 0..2 {
         features(&client, &parapet.url(FEATURES)).await.unwrap();
@@ -331,22 +332,22 @@ async fn handshakes_and_expiry_are_told_in_metrics_status_and_log() {
     let certificates = status["certificates"].as_array().unwrap();
     let listeners: Vec<_> = certificates.iter().map(|it| &it["listener"]).collect();
     assert_eq!(listeners, ["data", "data", "admin"]);
-    let told = |n: usize| certificates[n]["warning"].as_str().unwrap_or_default();
-    assert!(told(0).contains("expires at") && told(2).contains("expired at"), "{status}");
+    let printed = |n: usize| certificates[n]["warning"].as_str().unwrap_or_default();
+    assert!(printed(0).contains("expires at") && printed(2).contains("expired at"), "{status}");
     assert_eq!(certificates[1]["warning"], Value::Null);
     assert!(certificates[2]["expiresInSeconds"].as_i64().unwrap() < 0, "{status}");
 }
 
-/// The mistakes that a start ends with, one a line.
+/// The configuration errors of a start, one per line.
 fn mistakes(args: &[&str], variables: &[(&str, OsString)]) -> Vec<String> {
     let output = run_parapet(args, variables);
-    let told = String::from_utf8(output.stderr).unwrap();
-    assert_eq!((output.status.code(), &*output.stdout), (Some(64), &b""[..]), "{told}");
-    told.lines().map(str::to_owned).collect()
+    let printed = String::from_utf8(output.stderr).unwrap();
+    assert_eq!((output.status.code(), &*output.stdout), (Some(64), &b""[..]), "{printed}");
+    printed.lines().map(str::to_owned).collect()
 }
 
 #[test]
-fn every_file_that_cannot_be_used_is_a_mistake_of_its_own() {
+fn every_unusable_file_is_a_separate_error() {
     let authority = Authority::new();
     let [one, other] = ["one", "other"].map(|name| authority.for_loopback(name));
     let damaged = authority.write("damaged.crt", "-----BEGIN CERTIFICATE-----\n!\n");
@@ -375,24 +376,24 @@ fn every_file_that_cannot_be_used_is_a_mistake_of_its_own() {
         ),
     ];
     for args in [&["offline"][..], &["offline", "--check-config"]] {
-        let told = mistakes(args, &variables);
+        let printed = mistakes(args, &variables);
         for expected in &expected {
-            assert!(told.iter().any(|line| line.contains(expected)), "{expected}: {told:#?}");
+            assert!(printed.iter().any(|line| line.contains(expected)), "{expected}: {printed:#?}");
         }
-        assert_eq!(told.len(), expected.len(), "{told:#?}");
+        assert_eq!(printed.len(), expected.len(), "{printed:#?}");
     }
     let mut variables = variables.to_vec();
     variables[3].1 = list(&[&folder]);
     variables[4].1 = list(&[&one.key]);
     variables[5] = ("ADMIN_TLS_CERT", one.certificate.clone().into());
     variables.push(("ADMIN_TLS_KEY", one.key.into()));
-    let told = mistakes(&["offline"], &variables);
+    let printed = mistakes(&["offline"], &variables);
     let expected = format!("TLS_SERVER_CERT: cannot read {}: Is a directory", folder.display());
-    assert!(told.len() == 1 && told[0].starts_with(&expected), "{told:#?}");
+    assert!(printed.len() == 1 && printed[0].starts_with(&expected), "{printed:#?}");
 }
 
 #[tokio::test]
-async fn every_port_that_is_taken_is_a_mistake_of_its_own() {
+async fn every_port_in_use_is_a_separate_error() {
     let authority = Authority::new();
     let files = authority.for_loopback("tls");
     let mut taken = Vec::new();
@@ -413,7 +414,7 @@ async fn every_port_that_is_taken_is_a_mistake_of_its_own() {
         ("PORT", plain.to_string().into()),
         ("ADMIN_PORT", admin.to_string().into()),
     ];
-    let told = mistakes(&["offline"], &variables);
+    let printed = mistakes(&["offline"], &variables);
     let expected = [
         ("--interface and --tls-server-port", encrypted),
         ("--interface and --port", plain),
@@ -422,5 +423,5 @@ async fn every_port_that_is_taken_is_a_mistake_of_its_own() {
     let expected = expected.map(|(flags, port)| {
         format!("{flags}: cannot listen on 127.0.0.1:{port}: Address already in use (os error 98)")
     });
-    assert_eq!(told, expected);
+    assert_eq!(printed, expected);
 }

@@ -1,6 +1,7 @@
-//! What real Unleash servers do, as far as Parapet relies on it: when a release changes one of these, this fails first.
+//! The behaviour of real Unleash servers that Parapet relies on: if a release changes it, these tests
+//! fail first.
 //!
-//! Nothing here involves Parapet; the SDKs talk to Unleash directly. So it proves the rig, too.
+//! Parapet is not involved; the SDKs use Unleash directly. So these tests also prove the rig.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::rig::{Kind, STORED_WITHIN, Sdk, Unleash, Version, http, until};
 
-/// A request as an edge or an SDK makes it: `Null` for no body, `""` for no token.
+/// Sends a request as an edge or an SDK does: `Null` means no body, `""` no token.
 async fn call(
     unleash: &Unleash,
     method: Method,
@@ -30,7 +31,7 @@ async fn call(
     (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
 }
 
-/// One application's use of one flag in this hour, as an edge posts it.
+/// One application's usage of one flag in this hour, as an edge posts it.
 fn bulk(flag: &str, app_name: &str, uses: &[(&str, u64)]) -> Value {
     let hour = jiff::Timestamp::now().to_string();
     let metrics: Vec<Value> = uses
@@ -45,12 +46,12 @@ fn bulk(flag: &str, app_name: &str, uses: &[(&str, u64)]) -> Value {
     json!({ "applications": [], "metrics": metrics })
 }
 
-/// What Unleash calls a backend token when listing or validating it: v1 tokens are stored under the old name.
+/// The type of a backend token in lists and validation responses: v1 tokens keep the old name.
 fn backend_type(unleash: &Unleash) -> &'static str {
     if unleash.version() == Version::V8SecureTokens { "backend" } else { "client" }
 }
 
-/// Which of these tokens `/edge/validate` vouches for.
+/// The tokens that `/edge/validate` lists as valid.
 async fn validate(unleash: &Unleash, tokens: &[&str]) -> Vec<Value> {
     let (status, mut answer) =
         call(unleash, Method::POST, "/edge/validate", "", &json!({ "tokens": tokens })).await;
@@ -58,7 +59,7 @@ async fn validate(unleash: &Unleash, tokens: &[&str]) -> Vec<Value> {
     serde_json::from_value(answer["tokens"].take()).unwrap()
 }
 
-/// A strategy that everybody passes, with one variant.
+/// A strategy that is on for all users, with one variant.
 fn everybody_blue() -> Value {
     json!({
         "name": "flexibleRollout",
@@ -128,7 +129,7 @@ async fn every_sdk_sees_a_flag_and_its_usage_can_be_read_back() {
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn only_7_lets_an_admin_token_fetch_flags() {
+async fn only_version_7_serves_flags_to_an_admin_token() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
         let admin = unleash.admin_token();
         let (status, answer) =
@@ -146,7 +147,7 @@ async fn only_7_lets_an_admin_token_fetch_flags() {
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn usage_under_an_admin_token_is_refused_or_accepted_and_dropped() {
+async fn usage_with_an_admin_token_is_rejected_or_dropped() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
         let flag = "facts.usage-under-admin-token";
         unleash.create_enabled_flag(flag, "development", &[]).await;
@@ -163,7 +164,8 @@ async fn usage_under_an_admin_token_is_refused_or_accepted_and_dropped() {
         };
         assert_eq!(status, expected);
 
-        // Usage sent later under a backend token arrives, and by then the first batch would have, too.
+        // Usage sent later with a backend token arrives; by then the first batch would have arrived,
+        // too.
         let token = unleash
             .create_token(Kind::Backend, "development", &["*"], "facts-usage-under-admin")
             .await;
@@ -178,7 +180,7 @@ async fn usage_under_an_admin_token_is_refused_or_accepted_and_dropped() {
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn usage_of_another_environment_is_accepted_and_dropped() {
+async fn usage_of_another_environment_is_accepted_but_dropped() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
         let flag = "facts.usage-of-another-environment";
         unleash.create_enabled_flag(flag, "development", &[]).await;
@@ -198,7 +200,7 @@ async fn usage_of_another_environment_is_accepted_and_dropped() {
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn a_minted_token_works_at_once_and_is_found_again_by_name() {
+async fn created_token_works_at_once_and_is_found_by_name() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
         let token = unleash.create_token(Kind::Backend, "production", &["*"], "facts-minted").await;
         let (status, _) =
@@ -231,7 +233,7 @@ async fn a_minted_token_works_at_once_and_is_found_again_by_name() {
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn validation_needs_no_authorization_and_names_only_valid_tokens() {
+async fn validation_needs_no_authorization_and_lists_only_valid_tokens() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
         let backend =
             unleash.create_token(Kind::Backend, "development", &["default"], "facts-valid-b").await;
@@ -253,7 +255,7 @@ async fn validation_needs_no_authorization_and_names_only_valid_tokens() {
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn a_revoked_token_is_unlisted_at_once_refused_later_and_still_validated() {
+async fn revoked_token_is_unlisted_at_once_rejected_later_and_still_validated() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
         let version = unleash.version();
         let token =
@@ -270,7 +272,7 @@ async fn a_revoked_token_is_unlisted_at_once_refused_later_and_still_validated()
             (fetch().await == StatusCode::UNAUTHORIZED).then_some(())
         })
         .await;
-        // So a verdict of `/edge/validate` can only ever be believed when it says no.
+        // So only a negative result of `/edge/validate` can be trusted.
         assert_eq!(validate(&unleash, &[&token]).await.len(), 1, "{version:?}");
     })
     .await;
@@ -278,7 +280,7 @@ async fn a_revoked_token_is_unlisted_at_once_refused_later_and_still_validated()
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn a_token_made_after_its_first_refusal_is_listed_at_once_and_validated_last() {
+async fn token_created_after_its_first_rejection_is_listed_at_once_and_validated_last() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
         let version = unleash.version();
         let token = "*:development.facts-made-after-its-first-refusal-5a1c";
@@ -294,7 +296,7 @@ async fn a_token_made_after_its_first_refusal_is_listed_at_once_and_validated_la
             (fetch().await == StatusCode::OK).then_some(())
         })
         .await;
-        // `/edge/validate` remembers its refusal for five minutes.
+        // `/edge/validate` caches its rejection for five minutes.
         assert!(validate(&unleash, &[token]).await.is_empty(), "{version:?}");
     })
     .await;
@@ -302,7 +304,7 @@ async fn a_token_made_after_its_first_refusal_is_listed_at_once_and_validated_la
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn a_missing_or_unknown_token_gets_401_and_the_wrong_kind_403() {
+async fn missing_or_unknown_token_gets_401_and_wrong_kind_403() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
         let missing = "This endpoint requires an API token. \
                        Please add an authorization header to your request with a valid token";
@@ -320,7 +322,7 @@ async fn a_missing_or_unknown_token_gets_401_and_the_wrong_kind_403() {
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn flags_carry_a_strong_etag_that_an_exact_if_none_match_turns_into_304() {
+async fn flags_have_a_strong_etag_and_exact_if_none_match_gets_304() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
         let token = unleash.create_token(Kind::Backend, "development", &["*"], "facts-etag").await;
         let fetch = async |etag: &str| {
@@ -333,7 +335,7 @@ async fn flags_carry_a_strong_etag_that_an_exact_if_none_match_turns_into_304() 
                 .await
                 .unwrap()
         };
-        // Other tests change flags meanwhile, so the pair of requests may need another try.
+        // Other tests change flags meanwhile, so the pair of requests may have to be repeated.
         until("a 304", Duration::from_secs(30), async || {
             let first = fetch("").await;
             assert_eq!(first.status(), StatusCode::OK);
@@ -348,7 +350,7 @@ async fn flags_carry_a_strong_etag_that_an_exact_if_none_match_turns_into_304() 
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn segments_stand_apart_for_sdks_of_spec_4_2_and_are_inlined_for_older_ones() {
+async fn segments_are_separate_for_spec_4_2_and_inlined_for_older_sdks() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
         let flag = "facts.segmented";
         let constraint = json!({ "contextName": "userId", "operator": "IN", "values": ["7"] });
@@ -370,10 +372,10 @@ async fn segments_stand_apart_for_sdks_of_spec_4_2_and_are_inlined_for_older_one
         })
         .await;
         let inlined = fetch("4.1.0").await;
-        // Unleash sends every segment that it has, those of other tests too.
-        let told = apart["segments"].as_array().unwrap();
-        let told = told.iter().find(|it| it["id"] == segment).unwrap();
-        assert_eq!(told["constraints"][0]["values"], json!(["7"]));
+        // Unleash sends all of its segments, including those of other tests.
+        let sent = apart["segments"].as_array().unwrap();
+        let sent = sent.iter().find(|it| it["id"] == segment).unwrap();
+        assert_eq!(sent["constraints"][0]["values"], json!(["7"]));
         assert_eq!(apart["features"][0]["strategies"][0]["segments"], json!([segment]));
         assert_eq!(
             inlined["features"][0]["strategies"][0]["constraints"][0]["values"],
@@ -392,7 +394,7 @@ async fn segments_stand_apart_for_sdks_of_spec_4_2_and_are_inlined_for_older_one
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn the_environments_are_development_and_production_and_there_is_no_stream() {
+async fn environments_are_development_and_production_and_streaming_is_absent() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
         let listed = unleash.admin_get("/api/admin/environments").await;
         let environments: Vec<_> = listed["environments"].as_array().unwrap().iter().collect();
@@ -412,7 +414,7 @@ async fn the_environments_are_development_and_production_and_there_is_no_stream(
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn a_killed_server_comes_back_with_its_flags_and_tokens() {
+async fn crashed_server_restarts_with_its_flags_and_tokens() {
     let unleash = Unleash::start(Version::V7).await;
     unleash.create_enabled_flag("facts.survivor", "production", &[]).await;
     let token = unleash.create_token(Kind::Backend, "production", &["*"], "facts-survivor").await;
@@ -428,7 +430,7 @@ async fn a_killed_server_comes_back_with_its_flags_and_tokens() {
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn a_client_token_of_every_environment_is_validated_and_gets_403_from_8() {
+async fn client_token_for_all_environments_is_validated_and_gets_403_from_8() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
         let token = "*:*.facts-client-of-every-environment-5a1c";
         unleash.plant_token(Kind::Backend, token, "facts-every").await;
@@ -451,7 +453,7 @@ async fn a_client_token_of_every_environment_is_validated_and_gets_403_from_8() 
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
-async fn lists_and_validation_agree_on_the_projects_of_a_token() {
+async fn list_and_validation_agree_on_the_projects_of_a_token() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
         for projects in [&["*"][..], &["default"]] {
             let name = format!("facts-projects-{}", projects[0]);
@@ -460,8 +462,8 @@ async fn lists_and_validation_agree_on_the_projects_of_a_token() {
             let listed = unleash.admin_get("/api/admin/api-tokens").await;
             let listed = listed["tokens"].as_array().unwrap();
             let listed = listed.iter().find(|it| it["tokenName"] == *name).unwrap();
-            for told in [&validated[0], listed] {
-                assert_eq!(told["projects"], json!(projects), "{:?}", unleash.version());
+            for sent in [&validated[0], listed] {
+                assert_eq!(sent["projects"], json!(projects), "{:?}", unleash.version());
             }
         }
     })

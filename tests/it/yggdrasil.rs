@@ -1,42 +1,45 @@
-//! The engine against yggdrasil, Unleash's own in Rust: random flags, random contexts, one answer.
+//! The engine against yggdrasil, Unleash's own engine in Rust: the same results for random flags and
+//! contexts.
 //!
-//! Where the two are known to disagree, nothing is generated. The specification decides; where it
-//! is silent, the Node SDK, which the Unleash server evaluates with. The disagreements, and why
-//! Parapet does otherwise:
+//! Inputs on which the two are known to differ are not generated. The specification decides; where it is
+//! silent, the Node SDK does, which the Unleash server evaluates with. The differences, and the reasons
+//! for Parapet's behaviour:
 //!
-//! * An operand that cannot be read, an unknown operator and a missing segment switch the whole
-//!   flag off in yggdrasil. In Parapet and the SDK only their strategy never matches. (The SDK
-//!   lets such a constraint hold when it is inverted; Parapet does not, so that a mistake never
-//!   opens a flag to everybody.)
-//! * Lists of values that are empty, or hold empty or padded texts: yggdrasil cannot compile
-//!   `STR_…` and `IN_CIDR` of nothing and compares padding; the SDK drops empty values and trims.
-//! * Numbers: yggdrasil takes `NUM_EQ` with a tolerance, reads `inf` and `nan`, and refuses what
-//!   JavaScript reads (nothing, padding, hexadecimal, a bare leading point).
-//! * `DATE_…` on a field other than `currentTime`: the SDK compares the current time all the same.
+//! * A malformed operand, an unknown operator and a missing segment disable the whole flag in yggdrasil.
+//!   In Parapet and the SDK only their strategy never matches. (In the SDK such a constraint holds if it
+//!   is inverted; not in Parapet, so that a mistake never enables a flag for all users.)
+//! * Lists of values that are empty, or contain empty or padded texts: yggdrasil cannot compile `STR_…`
+//!   and `IN_CIDR` without values, and compares padding; the SDK drops empty values and trims.
+//! * Numbers: yggdrasil compares `NUM_EQ` with a tolerance, accepts `inf` and `nan`, and rejects what
+//!   JavaScript accepts (an empty text, padding, hexadecimal, a bare leading point).
+//! * `DATE_…` on a field other than `currentTime`: the SDK compares the current time anyway.
 //! * `IN`, `STR_…` and so on with `currentTime` where the context has none: yggdrasil fills it in.
-//! * Dates in any spelling but RFC 3339, `2024-05` for instance: the SDK reads them, yggdrasil does not
-//!   (`tests/it/dates.rs` draws them, and compares with Node).
-//! * Versions with a leading `v` or padding: the specification refuses the former, the SDK trims.
-//! * Regular expressions beyond ASCII: the SDK's `\d`, `\w`, `\s` and `\b` are RE2's, of ASCII.
-//! * Rollouts that are no whole number of 0–100: the SDK takes 33.5, yggdrasil switches off.
-//! * Rollouts without `groupId`: yggdrasil hashes them under the flag's name (a parent's under the
-//!   child's), and those of the old kind are never on; the SDK takes the group `""`. Strategy
-//!   variants without it: the flag's name in yggdrasil, the text `undefined` in the SDK.
-//! * `remoteAddress` (the strategy) with texts that are no addresses: the SDK compares texts. (It knows
-//!   ranges of IPv4 only; Parapet matches IPv6 as yggdrasil does.)
-//! * `userWithId` with space at the ends of the list: yggdrasil trims it, the SDK does not.
+//! * Dates in any spelling but RFC 3339, for instance `2024-05`: the SDK accepts them, yggdrasil does
+//!   not (`tests/it/dates.rs` generates them, and compares with Node).
+//! * Versions with a leading `v` or padding: the specification rejects the former, the SDK trims the
+//!   latter.
+//! * Regular expressions beyond ASCII: the SDK's `\d`, `\w`, `\s` and `\b` are those of RE2, for ASCII
+//!   only.
+//! * Rollouts that are not integers from 0 to 100: the SDK accepts 33.5, yggdrasil disables the flag.
+//! * Rollouts without `groupId`: yggdrasil hashes with the flag's name (for a parent with the child's),
+//!   and those of the old kind are never on; the SDK uses the group `""`. Strategy variants without it:
+//!   the flag's name in yggdrasil, the text `undefined` in the SDK.
+//! * `remoteAddress` (the strategy) with texts that are not addresses: the SDK compares texts. (It
+//!   supports only IPv4 ranges; Parapet matches IPv6 as yggdrasil does.)
+//! * `userWithId` with space around the list: yggdrasil trims it, the SDK does not.
 //! * Identifiers and groups beyond ASCII: yggdrasil hashes their UTF-8, the SDK the low byte of each
 //!   UTF-16 unit.
-//! * Empty context values: no value for stickiness in the SDK, a value in yggdrasil.
+//! * Empty context values: they count as missing for stickiness in the SDK, but not in yggdrasil.
 //! * Default stickiness of variants without `userId` and `sessionId`: the SDK uses `remoteAddress`.
-//!   By `currentTime`: yggdrasil looks for a property of that name.
-//! * Strategy variants that name a stickiness of their own: yggdrasil ignores it.
-//! * Weights that sum to zero: yggdrasil panics; nobody gets a variant in the SDK, overrides or not.
-//! * Dependencies on variants of a parent that has none, or on `disabled`, or together with
-//!   `enabled: false`: satisfied in the SDK by what its own `getVariant` says of the parent.
+//!   Stickiness `currentTime`: yggdrasil looks for a property of that name.
+//! * Strategy variants with their own stickiness: yggdrasil ignores it.
+//! * Weights that sum to zero: yggdrasil panics; in the SDK there is no variant, with overrides or
+//!   without.
+//! * Dependencies on variants of a parent without variants, or on `disabled`, or together with `enabled:
+//!   false`: in the SDK `getVariant` for the parent decides.
 //! * A flag without a list of strategies: on in yggdrasil, off in the SDK.
-//! * `applicationHostname`: this build of yggdrasil knows no host name.
-//! * Whatever draws lots for the context in question.
+//! * `applicationHostname`: this build of yggdrasil has no host name.
+//! * Anything that is random for the given context.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::collections::HashMap;
@@ -190,7 +193,7 @@ fn strategy() -> impl Strategy<Value = Value> {
     )
 }
 
-/// A condition on `f0` (which always has variants, `v0` among them), `f1` or a missing flag.
+/// A condition on `f0` (which always has variants, including `v0`), `f1` or a missing flag.
 fn dependency() -> impl Strategy<Value = Value> {
     prop_oneof![
         subsequence(vec!["v0", "v1", "s0", "other"], 0..3)
@@ -236,7 +239,7 @@ fn document() -> impl Strategy<Value = Value> {
     })
 }
 
-/// A context, of somebody unknown in one of five.
+/// A context, which has no user in one case of five.
 fn context() -> impl Strategy<Value = unleash_yggdrasil::Context> {
     let text = || {
         let all: Vec<&str> = [&TEXTS[..], &NUMBERS, &VERSIONS, &ADDRESSES].concat();
@@ -306,7 +309,7 @@ fn check(document: &Value, context: &unleash_yggdrasil::Context) -> Result<(), T
         let lacks = |field| bound.text(field).is_none_or(str::is_empty);
         let address = reads.relevance(FieldId::REMOTE_ADDRESS, lacks);
         if lacks(FieldId::USER_ID) && lacks(FieldId::SESSION_ID) && address == Relevance::Text {
-            // The address may be what the default stickiness of variants takes.
+            // The default stickiness of variants may use the address.
             continue;
         }
         if reads.is_random(bound.values()) || reads.fields().any(hashes_otherwise) {
@@ -334,7 +337,7 @@ proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(64) })]
 
     #[test]
-    fn the_engine_answers_as_yggdrasil_does(document in document(), contexts in proptest::collection::vec(context(), 8)) {
+    fn engine_evaluates_like_yggdrasil(document in document(), contexts in proptest::collection::vec(context(), 8)) {
         for context in &contexts {
             check(&document, context)?;
         }

@@ -1,5 +1,5 @@
-// Drives the console in a headless Chromium, as a person would: `node console.mjs '{"url": …, "chromium": …}'`.
-// Everything is found by what a screen reader would say, so that what cannot be named cannot be used either.
+// Drives the console in a headless Chromium, as a user would: `node console.mjs '{"url": …, "chromium": …}'`.
+// Elements are found by their accessible names, so that an element without one cannot be used.
 import { readFileSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { chromium } from 'playwright-core';
@@ -8,25 +8,25 @@ import { serve } from './jsonl.mjs';
 const { url, chromium: executablePath, session, publicKeyHash } = JSON.parse(process.argv[2]);
 const axe = readFileSync(createRequire(import.meta.url).resolve('axe-core/axe.min.js'), 'utf8');
 
-// Whoever runs the tests may be root, for whom Chromium has no sandbox.
+// Chromium has no sandbox for root, who may run the tests.
 const args = ['--no-sandbox'];
-// The only certificate that is trusted: that of this public key, whoever has signed it.
+// The only trusted certificate: the one with this public key, with any issuer.
 if (publicKeyHash) args.push(`--ignore-certificate-errors-spki-list=${publicKeyHash}`);
 const browser = await chromium.launch({ executablePath, args });
 const context = await browser.newContext({ viewport: { width: 1280, height: 800 }, locale: 'en-GB', timezoneId: 'UTC' });
-// The cookie of an earlier visit.
+// The session cookie of an earlier visit.
 if (session) await context.addCookies([{ name: 'parapet-session', value: session, url, httpOnly: true, sameSite: 'Strict' }]);
 await context.grantPermissions(['clipboard-read', 'clipboard-write'], { origin: url });
 const page = await context.newPage();
-/** How long anything may take, in milliseconds. */
+/** The timeout for any action, in milliseconds. */
 const PATIENCE = 20_000;
 page.setDefaultTimeout(PATIENCE);
 
-/** What went wrong in the page: scripts that failed, and what its policy forbade. */
+/** Errors of the page: failed scripts, and violations of its content security policy. */
 const troubles = [];
 page.on('pageerror', (error) => troubles.push(`error: ${error.stack ?? error}`));
 page.on('console', (message) => {
-    // A refused request is told by the page itself, and is what some tests are after.
+    // The page itself reports rejected requests, which some tests expect.
     if (message.type() === 'error' && !message.text().startsWith('Failed to load resource')) troubles.push(`console: ${message.text()}`);
 });
 page.on('request', (request) => {
@@ -36,11 +36,11 @@ await page.goto(url);
 
 const button = (name, within = page) => within.getByRole('button', { name, exact: true });
 const dialog = () => page.getByRole('dialog');
-/** A dialog that is closed hands the focus back as it leaves the page, a moment after it can be seen no more. */
+/** A closed dialog restores the focus when it leaves the page, a moment after it has become invisible. */
 const dialogGone = () => page.locator('dialog').waitFor({ state: 'detached' });
 const heading = (name) => page.getByRole('heading', { level: 1, name, exact: true });
 
-/** The first lines of the cells of a table, by its caption: an object for each row. */
+/** The rows of the table with this caption, as objects with the first line of each cell. */
 async function rows(caption) {
     const table = page.getByRole('table', { name: caption });
     if ((await table.count()) === 0) return [];
@@ -111,17 +111,17 @@ await serve({
         const clipboard = await page.evaluate(() => navigator.clipboard.readText());
         return { secret: shown, clipboard, snippets };
     },
-    /** A mistake in the form of a new token: what it says beside the field. */
+    /** Submits the form of a new token with an error, and returns the messages beside the fields. */
     create_token_wrongly: async ({ name }) => {
         await button('New API token').click();
         await dialog().getByLabel('Name', { exact: true }).fill(name);
         await button('Create token', dialog()).click();
         const field = dialog().getByLabel('Name', { exact: true });
         await page.waitForFunction((it) => it.getAttribute('aria-invalid') === 'true', await field.elementHandle());
-        const told = await dialog().locator('.wrong').allInnerTexts();
+        const messages = await dialog().locator('.wrong').allInnerTexts();
         await page.keyboard.press('Escape');
         await dialogGone();
-        return { told: told.filter((it) => it !== '') };
+        return { messages: messages.filter((it) => it !== '') };
     },
     close_dialog: async () => {
         await button('Done', dialog()).click();
@@ -155,13 +155,13 @@ await serve({
         await verdict.getByText(/\S/).first().waitFor();
         return { text: await verdict.innerText() };
     },
-    /** What the page itself is refused when it asks for what it does not offer. */
+    /** Sends a request that the page does not offer, with the page's cookies. */
     ask: async ({ method, path, body }) => page.evaluate(async ([method, path, body]) => {
         const init = { method, headers: { 'Content-Type': 'application/json' }, body: body && JSON.stringify(body) };
         const answer = await fetch(path, init);
         return { status: answer.status, text: await answer.text() };
     }, [method, path, body]),
-    /** Walks by the tab key alone until the focus is on what is called so, which may be on a page that is still on its way. */
+    /** Presses the tab key until the element of this name has the focus, which may be on a page that is still loading. */
     tab_to: async ({ name }) => {
         for (const until = Date.now() + PATIENCE; Date.now() < until;) {
             await page.keyboard.press('Tab');
@@ -174,45 +174,45 @@ await serve({
         return { found: false };
     },
     press: async ({ key }) => page.keyboard.press(key),
-    /** What axe finds wrong with the page, in this theme and width. */
+    /** The violations that axe finds on the page, in this theme and width. */
     audit: async ({ theme, width }) => {
         await look(theme, width);
         await page.evaluate(axe);
         const { violations } = await page.evaluate(() => globalThis.axe.run(document, { resultTypes: ['violations'] }));
-        const told = violations.map(({ id, help, nodes }) => `${id}: ${help}: ${nodes.map((it) => `${it.html} ${it.failureSummary}`).join(' | ')}`);
+        const messages = violations.map(({ id, help, nodes }) => `${id}: ${help}: ${nodes.map((it) => `${it.html} ${it.failureSummary}`).join(' | ')}`);
         const wide = await page.evaluate(() => document.documentElement.scrollWidth - innerWidth);
-        if (wide > 0) told.push(`the page is ${wide} px wider than the window`);
-        return { violations: told };
+        if (wide > 0) messages.push(`the page is ${wide} px wider than the window`);
+        return { violations: messages };
     },
-    /** Which of these widths the page is too wide for, with what sticks out. */
+    /** The widths at which the page overflows, with the elements that do. */
     fit: async ({ widths }) => {
-        const told = [];
+        const overflows = [];
         for (const width of widths) {
             await look('light', width);
             const wide = await page.evaluate(() => document.documentElement.scrollWidth - innerWidth);
-            if (wide > 0) told.push(`${width} px: ${wide} px too wide`);
+            if (wide > 0) overflows.push(`${width} px: ${wide} px too wide`);
             const hidden = await page.evaluate(() => [...document.querySelectorAll('.table-box')].filter((it) => it.scrollWidth > it.clientWidth)
                 .map((it) => it.querySelector('caption').textContent));
-            told.push(...hidden.map((it) => `${width} px: the table ${it} is cut off`));
+            overflows.push(...hidden.map((it) => `${width} px: the table ${it} is cut off`));
         }
         await look('light', 1280);
-        return { told };
+        return { overflows };
     },
-    /** Waits until the charts have so many moments. */
+    /** Waits until the charts have this many points. */
     chart: async ({ moments }) => {
         await page.waitForFunction((count) => [...document.querySelectorAll('path.line')].some((it) => it.getAttribute('d').split(/[ML]/).length > count), moments);
     },
-    /** Waits until the charts show that nothing was heard. */
+    /** Waits until the charts show a gap. */
     gap: async () => {
         await page.waitForFunction(() => [...document.querySelectorAll('.chart .value')].every((it) => it.textContent === '–'));
     },
-    /** What a form says is wrong, beside its fields. */
+    /** The error messages beside the fields of a form. */
     mistakes: async () => {
         await dialog().locator('.wrong').filter({ hasText: /\S/ }).first().waitFor();
-        const told = await dialog().locator('.wrong').allInnerTexts();
-        return { told: told.filter((it) => it !== '') };
+        const messages = await dialog().locator('.wrong').allInnerTexts();
+        return { messages: messages.filter((it) => it !== '') };
     },
-    /** What has the focus: its name, or its element. */
+    /** The name of the focused element, or its tag. */
     focus: async () => page.evaluate(() => {
         const { activeElement: it } = document;
         return { name: it.getAttribute('aria-label') ?? (it === document.body ? '' : it.innerText.trim().replace(/\s+/g, ' ')), tag: it.tagName.toLowerCase() };
@@ -221,31 +221,31 @@ await serve({
     dialog: async () => ({ open: await dialog().isVisible() }),
     fill: async ({ label, value }) => page.getByLabel(label, { exact: true }).fill(value),
     click: async ({ name }) => button(name).click(),
-    /** The two halves of a click, as a slow hand makes them. */
+    /** The two halves of a slow click. */
     hold: async ({ name }) => {
         await button(name).hover();
         await page.mouse.down();
     },
     release: () => page.mouse.up(),
-    /** Changes the address by hand; the page has this heading then. */
+    /** Navigates to a hash, and waits for this heading. */
     visit: async ({ hash, heading: name }) => {
         await page.evaluate((it) => { location.hash = it; }, hash);
         await heading(name).waitFor();
         await page.getByText('Loading…').waitFor({ state: 'detached' });
     },
-    /** The browser's own way back. */
+    /** The browser's back button. */
     back: async () => {
         await page.goBack();
     },
-    /** Waits until the page says this. */
+    /** Waits until the page contains this text. */
     says: async ({ text }) => page.locator('main').getByText(text).first().waitFor(),
-    /** From now on nothing that is read there arrives. */
+    /** From now on responses from this path do not arrive. */
     withhold: async ({ path }) => page.route(new URL(path, url).href, (route) => (route.request().method() === 'GET' ? null : route.continue())),
-    /** From now on what is asked there is refused, as an edge's own pages may be to a session of its Unleash's. */
+    /** From now on requests to this path are denied, as an edge may deny its own pages to a session of its Unleash. */
     refuse: async ({ path }) => page.route(new URL(path, url).href, (route) => route.fulfill({ status: 401, json: { message: 'not for you' } })),
     screenshot: async ({ path, theme, width }) => {
         await look(theme, width);
-        // As high as the page, so that what stands at the window's foot stands at the picture's.
+        // As high as the page, so that elements at the bottom of the window are at the bottom of the screenshot.
         const height = await page.evaluate(() => document.documentElement.scrollHeight);
         await page.setViewportSize({ width, height: Math.max(height, 640) });
         const bytes = await page.screenshot({ path, animations: 'disabled' });
@@ -259,6 +259,6 @@ async function look(theme, width) {
     await page.setViewportSize({ width, height: 800 });
     await page.emulateMedia({ colorScheme: theme });
     await page.waitForFunction((it) => document.documentElement.dataset.theme === it, theme);
-    // Colours fade from one theme to the other; what is judged is where they end.
+    // Wait until the colours of the theme have stopped fading.
     await page.evaluate(() => Promise.all(document.getAnimations().map((it) => it.finished.catch(() => {}))));
 }

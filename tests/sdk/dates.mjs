@@ -1,4 +1,4 @@
-// Dates as JavaScript reads them: each text's milliseconds since 1970, or null where it is none.
+// Parses dates in JavaScript: the milliseconds since 1970 of each text, or null if it is not a date.
 import { serve } from './jsonl.mjs';
 
 await serve({

@@ -1,4 +1,4 @@
-// Drives the example of a client that follows flags: `node follow-flags.mjs '{"url": …/api/frontend, "token": …, "context": …}'`.
+// Drives the example of a streaming frontend client: `node follow-flags.mjs '{"url": …/api/frontend, "token": …, "context": …}'`.
 import { followFlags } from '../../config/examples/follow-flags.mjs';
 import { serve } from './jsonl.mjs';
 
@@ -11,7 +11,7 @@ const flags = followFlags({
 
 await serve({
     toggles: () => ({ toggles: Object.fromEntries(flags.toggles) }),
-    // Since they were last asked for.
+    // Since the last call.
     changes: () => ({ changes: changes.splice(0) }),
     close: () => flags.stop(),
 });

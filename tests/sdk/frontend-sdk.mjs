@@ -18,7 +18,7 @@ client.on(EVENTS.ERROR, console.error);
 await client.start();
 
 await serve({
-    // A frontend SDK evaluates by asking; the list it gets holds the enabled flags only. Looking does not count.
+    // A frontend SDK gets evaluated flags from the server, and only enabled ones. Listing them is not counted as usage.
     evaluate: async ({ context }) => {
         await client.updateContext(context ?? {});
         return {

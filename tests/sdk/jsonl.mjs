@@ -1,12 +1,12 @@
-// JSON lines over standard input and output: one command in, one answer out, in order; ends when input ends.
+// JSON lines over standard input and output: one command in, one response out, in order; exits when the input ends.
 import { createInterface } from 'node:readline';
 
 const say = (answer) => process.stdout.write(`${JSON.stringify(answer)}\n`);
 
-// The SDKs log to the console; standard output is for answers only.
+// The SDKs log to the console; standard output is for responses only.
 console.log = console.info = console.debug = console.error;
 
-/** Says `{"ready":true}`, then answers each `{name: argument}` line with what `commands[name](argument)` resolves to. */
+/** Writes `{"ready":true}`, then responds to each `{name: argument}` line with the result of `commands[name](argument)`. */
 export async function serve(commands) {
     say({ ready: true });
     for await (const line of createInterface({ input: process.stdin })) {

@@ -19,7 +19,7 @@ client.on('mode', console.error);
 await new Promise((resolve) => client.once('synchronized', resolve));
 
 await serve({
-    // The inner client evaluates without counting, so that a test may look as often as it likes.
+    // The inner client evaluates without counting usage.
     evaluate: ({ context }) => ({
         flags: Object.fromEntries(
             client.getFeatureToggleDefinitions().map(({ name }) => [
@@ -37,7 +37,7 @@ await serve({
     count_variant: ({ flag, times, context }) => {
         for (let i = 0; i < times; i += 1) client.getVariant(flag, context);
     },
-    /** Measures impact: adds to a counter, sets a gauge, and lets a histogram observe. */
+    /** Records impact metrics: adds to a counter, sets a gauge, and observes a value in a histogram. */
     impact: ({ name, add, set, observe }) => {
         const { impactMetrics } = client;
         impactMetrics.defineCounter(`${name}_counter`, 'a counter');

@@ -1,5 +1,5 @@
 // Drives OpenFeature's official OFREP providers: `node ofrep.mjs '{"url": …, "frontend": token, "client": token}'`. The web
-// provider follows a stream where there is an `EventSource` (`node --experimental-eventsource`), and polls otherwise.
+// provider streams if there is an `EventSource` (`node --experimental-eventsource`), and polls otherwise.
 import { OFREPProvider } from '@openfeature/ofrep-provider';
 import { OFREPWebProvider } from '@openfeature/ofrep-web-provider';
 import { OpenFeature as Server } from '@openfeature/server-sdk';
@@ -8,7 +8,7 @@ import { serve } from './jsonl.mjs';
 
 const { url, frontend, client } = JSON.parse(process.argv[2]);
 
-// What went over the wire, in order.
+// Requests and responses, in order.
 const traffic = [];
 const watched = async (...request) => {
     const response = await fetch(...request);
@@ -34,7 +34,7 @@ await serve({
     web: ({ type, flag, fallback }) => web[ask[type]](flag, fallback),
     context: ({ context }) => Web.setContext(context),
     changes: () => ({ changes }),
-    // Since it was last asked for.
+    // Since the last call.
     traffic: () => ({ traffic: traffic.splice(0) }),
     close: () => Promise.all([Server.close(), Web.close()]),
 });

@@ -1,6 +1,6 @@
-"""Clients that poll over connections which they keep: `python poll.py '{"url": ..., "token": ...}'`.
+"""Clients that poll over keep-alive connections: `python poll.py '{"url": ..., "token": ...}'`.
 
-JSON lines over standard input and output: one command in, one answer out, in order; ends when input ends.
+JSON lines over standard input and output: one command in, one response out, in order; exits when the input ends.
 """
 
 import json
@@ -16,7 +16,7 @@ url, headers = options["url"], {"Authorization": options["token"]}
 threading.stack_size(256 * 1024)
 
 
-def client(interval, polls, told):
+def client(interval, polls, results):
     """One client: so many requests, each `interval` ms after the last answer; the first at any time within that."""
     session = requests.Session()
     session.trust_env = False
@@ -26,18 +26,18 @@ def client(interval, polls, told):
         if nth > 0:
             time.sleep(interval / 1000)
         try:
-            told["statuses"].append(session.get(url, headers=headers, timeout=60).status_code)
+            results["statuses"].append(session.get(url, headers=headers, timeout=60).status_code)
             answered += 1
         except requests.RequestException as error:
-            told["failures"].append(f"after {interval} ms: {error}")
+            results["failures"].append(f"after {interval} ms: {error}")
     connections = session.get_adapter(url).poolmanager.connection_from_url(url).num_connections
-    told["reuses"].append(answered - connections)
+    results["reuses"].append(answered - connections)
 
 
 def poll(argument):
-    told = {"statuses": [], "reuses": [], "failures": []}
+    results = {"statuses": [], "reuses": [], "failures": []}
     threads = [
-        threading.Thread(target=client, args=(interval, argument["polls"], told))
+        threading.Thread(target=client, args=(interval, argument["polls"], results))
         for interval in argument["intervals"]
         for _ in range(argument["clients"])
     ]
@@ -45,7 +45,7 @@ def poll(argument):
         thread.start()
     for thread in threads:
         thread.join()
-    return {"statuses": told["statuses"], "reused": sum(told["reuses"]), "failures": told["failures"]}
+    return {"statuses": results["statuses"], "reused": sum(results["reuses"]), "failures": results["failures"]}
 
 
 def say(answer):

@@ -1,6 +1,6 @@
 """Drives the official Python SDK: `python python-sdk.py '{"url": ..., "token": ..., "appName": ..., "environment"?: ...}'`.
 
-JSON lines over standard input and output: one command in, one answer out, in order; ends when input ends.
+JSON lines over standard input and output: one command in, one response out, in order; exits when the input ends.
 """
 
 import json

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use super::{Kept, OWNER, PASSWORD, Place, Session, features, sign_in};
 use crate::rig::{Parapet, http, secrets, until};
 
-/// How many tokens are made while a backup is written.
+/// The number of tokens that are created while a backup is written.
 const WRITES: usize = 30;
 
 /// Runs a command on the database of `place`, whose instance is `parapet`.
@@ -29,18 +29,18 @@ async fn command(place: &Place, parapet: &Parapet, args: &[&str]) -> Output {
 
 #[track_caller]
 fn assert_done(output: &Output, expect: &str) {
-    let told = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success() && told.starts_with(expect), "{output:?}");
+    let printed = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && printed.starts_with(expect), "{output:?}");
 }
 
 #[track_caller]
 fn assert_refused(output: &Output, expect: &str) {
-    let told = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(1), "{told}");
-    assert!(told.contains(expect), "{told}");
+    let printed = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{printed}");
+    assert!(printed.contains(expect), "{printed}");
 }
 
-/// What the API tells of everything that is kept, but for what signing in changes.
+/// The stored data as the API shows it, without what signing in changes.
 async fn contents(session: &Session) -> [Value; 5] {
     let mut accounts = session.get("/api/admin/user-admin").await;
     for account in accounts["users"].as_array_mut().unwrap() {
@@ -73,7 +73,7 @@ async fn report_usage(parapet: &Parapet, owner: &Session, token: &str) {
     .await;
 }
 
-/// Makes tokens, one after the other.
+/// Creates tokens, one after the other.
 async fn write(owner: &Session) {
     for number in 0..WRITES {
         let (status, answer) = owner.create_token("client", &format!("write-{number:02}")).await;
@@ -97,7 +97,7 @@ async fn contents_move(from: Kept, to: Kept) {
     assert_eq!(owner.call(Method::DELETE, &delete, &Value::Null).await.0, StatusCode::OK);
     report_usage(&parapet, &owner, &secret).await;
 
-    // While it is written to, a backup is of one moment.
+    // A backup is a consistent snapshot, even during writes.
     let args = ["backup", path];
     let ((), early) = tokio::join!(write(&owner), command(&place, &parapet, &args));
     assert_done(&early, "wrote ");
@@ -113,23 +113,23 @@ async fn contents_move(from: Kept, to: Kept) {
     let first: Vec<_> = names.iter().take(kept).collect();
     assert!(first.iter().all(|name| rows.iter().any(|row| in_rows(row, name))), "no gap");
     let created = text.matches("api-token-created").count();
-    // Three tokens of the first start, one of this story, and each that was written.
+    // Three tokens of the first start, one of this test, and each that was written.
     assert_eq!(created, 4 + kept, "tokens and their events belong together");
 
     assert_refused(&command(&place, &parapet, &["backup", path]).await, "--force");
     let before = contents(&owner).await;
     assert_done(&command(&place, &parapet, &["backup", path, "--force"]).await, "wrote ");
 
-    // A database with contents is not touched unless it is said so, and not by what is damaged.
+    // A database with contents is overwritten only on request, and never by a damaged backup.
     let other = Place::new(to).await;
     let restored = other.start().await;
     assert!(restored.terminate().await.success());
-    assert_refused(&command(&other, &restored, &["restore", path]).await, "has contents");
+    assert_refused(&command(&other, &restored, &["restore", path]).await, "is not empty");
     let mut bytes = std::fs::read(&file).unwrap();
     let damaged = folder.path().join("damaged.backup");
     std::fs::write(&damaged, &bytes[..bytes.len() / 2]).unwrap();
     let forced = ["restore", damaged.to_str().unwrap(), "--force"];
-    assert_refused(&command(&other, &restored, &forced).await, "it breaks off");
+    assert_refused(&command(&other, &restored, &forced).await, "it is truncated");
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
     std::fs::write(&damaged, &bytes).unwrap();
@@ -140,10 +140,10 @@ async fn contents_move(from: Kept, to: Kept) {
     let owner = sign_in(&restored, OWNER, PASSWORD).await.unwrap();
     assert_eq!(contents(&owner).await, before);
     assert_eq!(features(&restored, &secret).await, StatusCode::OK);
-    // Numbers are not given twice, since the audit log names accounts by them.
+    // Ids are never reused, because the audit log names accounts by them.
     assert!(owner.create_account("later", 3).await > gone);
 
-    // A new database is made for it.
+    // A missing database is created.
     let fresh = folder.path().join("new/data");
     let mut shell = Command::new(env!("CARGO_BIN_EXE_parapet"));
     shell.args(["restore", path, "--data-dir"]).arg(&fresh).env_clear();
@@ -162,18 +162,18 @@ fn decompress(file: &Path) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn contents_move_from_sqlite_to_sqlite() {
+async fn backup_of_sqlite_is_restored_into_sqlite() {
     contents_move(Kept::Sqlite, Kept::Sqlite).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL"]
-async fn contents_move_from_sqlite_to_postgresql() {
+async fn backup_of_sqlite_is_restored_into_postgresql() {
     contents_move(Kept::Sqlite, Kept::Postgres).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL"]
-async fn contents_move_from_postgresql_to_sqlite() {
+async fn backup_of_postgresql_is_restored_into_sqlite() {
     contents_move(Kept::Postgres, Kept::Sqlite).await;
 }

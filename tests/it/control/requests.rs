@@ -1,4 +1,4 @@
-//! What operators send, and what they are told when it is wrong or not theirs to ask.
+//! Invalid and denied requests of operators, and the responses to them.
 
 use std::time::Duration;
 
@@ -12,21 +12,21 @@ use crate::rig::{http, secrets, until};
 const TOKENS: &str = "/api/admin/api-tokens";
 const ACCOUNTS: &str = "/api/admin/user-admin";
 
-/// The members that an answer says are wrong.
+/// The fields that a response reports as invalid.
 fn named(answer: &Value) -> Vec<&str> {
     let details = answer["details"].as_array().map(Vec::as_slice).unwrap_or_default();
     details.iter().filter_map(|detail| detail["path"].as_str()).collect()
 }
 
-/// The events of a kind, the newest first.
+/// The events of a kind, newest first.
 async fn events(session: &Session, kind: &str) -> Vec<Value> {
-    let mut told = session.get(&format!("/api/admin/events?limit=1000&type={kind}")).await;
-    let Value::Array(events) = told["events"].take() else { panic!("{told}") };
+    let mut reported = session.get(&format!("/api/admin/events?limit=1000&type={kind}")).await;
+    let Value::Array(events) = reported["events"].take() else { panic!("{reported}") };
     events
 }
 
 #[tokio::test]
-async fn each_member_that_is_wrong_is_named() {
+async fn invalid_fields_are_named_in_the_response() {
     let place = Place::new(Kept::Sqlite).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
@@ -89,12 +89,12 @@ async fn each_member_that_is_wrong_is_named() {
     check(Method::GET, query, Value::Null, &all).await;
     check(Method::GET, "/api/admin/flags", Value::Null, &["environment"]).await;
 
-    // What is said of a member begins with its name and makes a sentence.
+    // A message about a field begins with its name and is a sentence.
     let short = json!({ "password": "short" });
     let (_, answer) = owner.call(Method::POST, &reset, &short).await;
-    let told = &answer["details"][0]["message"];
-    assert_eq!(told, "password must have at least 10 characters");
-    // The longest of names, and words for types, in any case, and older names of members.
+    let reported = &answer["details"][0]["message"];
+    assert_eq!(reported, "password must have at least 10 characters");
+    // The longest allowed name, token types in any case, and older field names are accepted.
     for (name, value) in [
         ("tokenName", json!("x".repeat(255))),
         ("type", json!("BACKEND")),
@@ -111,7 +111,7 @@ async fn each_member_that_is_wrong_is_named() {
 }
 
 #[tokio::test]
-async fn a_body_is_an_object_of_json() {
+async fn body_must_be_a_json_object() {
     let place = Place::new(Kept::Sqlite).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
@@ -121,15 +121,15 @@ async fn a_body_is_an_object_of_json() {
         let request = request.header("cookie", &owner.cookies).header("origin", &owner.url);
         let answer = request.header("content-type", content_type).send().await.unwrap();
         let (status, body) = (answer.status().as_u16(), answer.bytes().await.unwrap());
-        let told: Value = serde_json::from_slice(&body).unwrap();
-        (status, told["message"].as_str().unwrap().to_owned())
+        let reported: Value = serde_json::from_slice(&body).unwrap();
+        (status, reported["message"].as_str().unwrap().to_owned())
     };
     let check = async |body: &str, status: u16, message: &str| {
         let answer = send(body, "application/json").await;
         assert_eq!(answer, (status, message.to_owned()), "{body}");
     };
     let no_object = "the body must be a JSON object";
-    // The members in the order in which they are written down is no request either.
+    // A JSON array with the fields in declaration order is no valid body either.
     check(r#"["by place", "by place", "client"]"#, 400, no_object).await;
     check("null", 400, no_object).await;
     check("", 400, "the body is not JSON: line 1, column 0").await;
@@ -141,9 +141,9 @@ async fn a_body_is_an_object_of_json() {
     assert_eq!(owner.token_names().await, before);
 }
 
-/// Never more than was asked for.
+/// A request never creates more than it names.
 #[tokio::test]
-async fn an_admin_token_is_not_made_where_less_was_asked_for() {
+async fn admin_token_request_with_environment_or_project_is_rejected() {
     let place = Place::new(Kept::Sqlite).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
@@ -161,15 +161,15 @@ async fn an_admin_token_is_not_made_where_less_was_asked_for() {
     }
     for (option, value) in [("--environment", "development"), ("--project", "web")] {
         let create = ["token", "create", "--name", "robot", "--type", "admin", option, value];
-        let told = super::shell(&parapet, &create, "").unwrap_err();
-        assert!(told.starts_with(&format!("{option}: has no meaning")), "{told}");
+        let reported = super::shell(&parapet, &create, "").unwrap_err();
+        assert!(reported.starts_with(&format!("{option}: does not apply")), "{reported}");
     }
     assert_eq!(owner.token_names().await, before);
     assert_eq!(owner.create_token("admin", "robot").await.0, StatusCode::CREATED);
 }
 
 #[tokio::test]
-async fn whoever_may_not_is_told_that_first_and_written_down() {
+async fn unauthorized_request_is_denied_before_validation_and_recorded() {
     let place = Place::new(Kept::Sqlite).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
@@ -202,18 +202,20 @@ async fn whoever_may_not_is_told_that_first_and_written_down() {
         assert_eq!(status, StatusCode::FORBIDDEN, "{answer}");
         assert_eq!(answer["permissions"], json!([missing]));
     }
-    let told = events(&owner, "permission-denied").await;
-    assert_eq!(told.len(), refused.len() + 3, "{told:?}");
-    assert!(told.iter().all(|event| event["createdBy"] == "vera" && event["ip"] == "127.0.0.1"));
-    let of = |what: &str| told.iter().filter(|it| it["data"]["operation"] == what).count();
-    assert_eq!(of("GET /api/admin/events"), 1, "{told:?}");
+    let reported = events(&owner, "permission-denied").await;
+    assert_eq!(reported.len(), refused.len() + 3, "{reported:?}");
+    assert!(
+        reported.iter().all(|event| event["createdBy"] == "vera" && event["ip"] == "127.0.0.1")
+    );
+    let of = |what: &str| reported.iter().filter(|it| it["data"]["operation"] == what).count();
+    assert_eq!(of("GET /api/admin/events"), 1, "{reported:?}");
     assert_eq!(of("create an API token"), 3);
-    // Her own account she sees.
+    // A viewer may see her own account.
     assert_eq!(vera.get(&format!("{ACCOUNTS}/2")).await["username"], "vera");
 }
 
 #[tokio::test]
-async fn an_account_is_changed_with_its_password_or_without() {
+async fn account_is_updated_with_or_without_password() {
     secrets::remember(OTHER);
     let place = Place::new(Kept::Sqlite).await;
     let parapet = place.start().await;
@@ -249,8 +251,8 @@ async fn an_account_is_changed_with_its_password_or_without() {
     assert_eq!(both.len(), 3, "of either kind: {both:?}");
 }
 
-/// Pages and JSON for operators, refusals too, stay out of caches and are what their type says; the
-/// console's files, which are the same for everybody, are asked for again.
+/// Pages and JSON for operators, including errors, are not cached and not sniffed. The console's files
+/// are the same for all users and are revalidated.
 #[tokio::test]
 async fn responses_to_operators_are_neither_cached_nor_sniffed() {
     let place = Place::new(Kept::Sqlite).await;
@@ -287,8 +289,9 @@ async fn responses_to_operators_are_neither_cached_nor_sniffed() {
     }
 }
 
-/// Over an encrypted connection the session's cookie has the prefix by which browsers take it from
-/// this host alone; one without it, which a page of a neighbouring domain could plant, opens nothing.
+/// Over an encrypted connection the session cookie has the `__Host-` prefix, so that browsers accept it
+/// from this host only. A cookie without the prefix, which a neighbouring domain could set, is not
+/// accepted.
 #[tokio::test]
 async fn session_cookie_over_tls_is_bound_to_its_host() {
     const ENCRYPTED: (&str, &str) = ("x-forwarded-proto", "https");
@@ -317,7 +320,7 @@ async fn session_cookie_over_tls_is_bound_to_its_host() {
         me.send().await.unwrap().status()
     };
     assert_eq!(me(&bound, &[ENCRYPTED]).await, StatusCode::OK);
-    assert_eq!(me(&bound, &[]).await, StatusCode::OK, "not every proxy says that it encrypts");
+    assert_eq!(me(&bound, &[]).await, StatusCode::OK, "not every proxy reports HTTPS");
     assert_eq!(me(&planted, &[ENCRYPTED]).await, StatusCode::UNAUTHORIZED);
 
     let logout = http().post(format!("{url}/logout")).header("cookie", &bound);
@@ -331,9 +334,9 @@ async fn session_cookie_over_tls_is_bound_to_its_host() {
     assert_eq!(me(&bound, &[ENCRYPTED]).await, StatusCode::UNAUTHORIZED);
 }
 
-/// Nothing of this instance is encrypted by itself; whoever is in front of it says so.
+/// The instance itself uses no TLS; a proxy in front of it reports the browser's scheme.
 #[tokio::test]
-async fn cookies_are_secure_where_the_browser_is_connected_so() {
+async fn cookies_are_secure_when_the_browser_uses_https() {
     let place = Place::new(Kept::Sqlite).await;
     let parapet = place.start().await;
     let is_secure = async |headers: &[(&str, &str)]| {
@@ -357,11 +360,11 @@ async fn cookies_are_secure_where_the_browser_is_connected_so() {
     assert!(is_secure(&[("forwarded", "Proto=\"HTTPS\";for=\"[2001:db8::7]\"")]).await);
     assert!(!is_secure(&[("forwarded", "for=192.0.2.7;proto=http")]).await);
     let browser = [("origin", "https://flags.example"), ("sec-fetch-site", "same-origin")];
-    assert!(is_secure(&browser).await, "a browser says where its page is from");
+    assert!(is_secure(&browser).await, "a browser sends the origin of its page");
 }
 
 #[tokio::test]
-async fn events_tell_the_address_that_trusted_proxies_tell() {
+async fn events_record_the_address_from_trusted_proxies() {
     let place = Place::new(Kept::Sqlite).await;
     for (arguments, expect) in [
         (&[][..], "127.0.0.1"),
@@ -385,9 +388,9 @@ async fn events_tell_the_address_that_trusted_proxies_tell() {
     }
 }
 
-/// A guesser who claims another address with each attempt is throttled like any other.
+/// A client that claims another address with each guess is throttled like any other.
 #[tokio::test]
-async fn claimed_addresses_give_no_more_guesses() {
+async fn forged_addresses_do_not_evade_sign_in_throttling() {
     let place = Place::new(Kept::Sqlite).await;
     for (arguments, behind) in [
         (&[][..], ""),
@@ -409,12 +412,12 @@ async fn claimed_addresses_give_no_more_guesses() {
                 status => assert_eq!(status, StatusCode::TOO_MANY_REQUESTS),
             }
         }
-        // Five at once, and one more in each quarter of a minute.
+        // Five attempts at once, and one more every 15 s.
         assert!((5..10).contains(&judged), "{arguments:?}: {judged}");
     }
 }
 
-/// What nothing can be called is not asked for: PostgreSQL refuses to compare it.
+/// Names that nothing can have do not reach the database: PostgreSQL refuses to compare them.
 async fn odd_names(kept: Kept) {
     let place = Place::new(kept).await;
     let parapet = place.start().await;
@@ -442,17 +445,17 @@ async fn odd_names(kept: Kept) {
 }
 
 #[tokio::test]
-async fn odd_names_are_no_failure_on_sqlite() {
+async fn unusable_names_cause_no_server_error_on_sqlite() {
     odd_names(Kept::Sqlite).await;
 }
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL"]
-async fn odd_names_are_no_failure_on_postgresql() {
+async fn unusable_names_cause_no_server_error_on_postgresql() {
     odd_names(Kept::Postgres).await;
 }
 
-/// A request that a client sends in two pieces: a part of its body, and the rest.
+/// A request that a client sends in two parts: the beginning of its body, and the rest.
 struct Slow {
     connection: tokio::net::TcpStream,
     rest: Vec<u8>,
@@ -474,7 +477,7 @@ impl Slow {
         Self { connection, rest: rest.to_vec() }
     }
 
-    /// The status of the answer to it.
+    /// Sends the rest and returns the status of the response.
     async fn end(mut self) -> String {
         self.connection.write_all(&self.rest).await.unwrap();
         let mut answer = String::new();
@@ -484,7 +487,7 @@ impl Slow {
 }
 
 #[tokio::test]
-async fn whoever_is_gone_when_all_has_come_changes_nothing() {
+async fn request_of_account_deleted_before_its_body_arrives_is_rejected() {
     let place = Place::new(Kept::Sqlite).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
@@ -498,12 +501,12 @@ async fn whoever_is_gone_when_all_has_come_changes_nothing() {
     let (status, _) = owner.call(Method::DELETE, &format!("{ACCOUNTS}/{id}"), &Value::Null).await;
     assert_eq!(status, StatusCode::OK);
     assert_eq!(slow.end().await, "401");
-    let told = owner.get(ACCOUNTS).await.to_string();
-    assert!(told.contains("successor") && !told.contains("mallory"), "{told}");
+    let reported = owner.get(ACCOUNTS).await.to_string();
+    assert!(reported.contains("successor") && !reported.contains("mallory"), "{reported}");
 }
 
 #[tokio::test]
-async fn a_session_counts_beside_the_credentials_of_a_proxy() {
+async fn session_cookie_is_accepted_beside_basic_credentials_of_a_proxy() {
     let place = Place::new(Kept::Sqlite).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
@@ -514,15 +517,15 @@ async fn a_session_counts_beside_the_credentials_of_a_proxy() {
         let request = origin.into_iter().fold(request, |it, origin| it.header("origin", origin));
         request.send().await.unwrap().status()
     };
-    // A body that says nothing is read only if the caller may ask.
+    // The body is parsed only if the caller is authorized.
     assert_eq!(ask(Some(&owner.url)).await, StatusCode::BAD_REQUEST);
-    // Browsers send such credentials with what any page asks for: they are no reason to trust it.
+    // Browsers attach such credentials to requests of any page, so they do not prove the page's origin.
     assert_eq!(ask(Some("http://elsewhere.example")).await, StatusCode::FORBIDDEN);
     assert_eq!(ask(None).await, StatusCode::FORBIDDEN);
 }
 
 #[tokio::test]
-async fn what_was_denied_is_told_with_its_reason_and_its_object() {
+async fn denied_operations_are_recorded_with_reason_and_object() {
     secrets::remember(OTHER);
     let place = Place::new(Kept::Sqlite).await;
     let parapet = place.start().await;
@@ -548,14 +551,14 @@ async fn what_was_denied_is_told_with_its_reason_and_its_object() {
         let (status, answer) = session.call(method, &path, &body).await;
         assert!(status.is_client_error(), "{path}: {status} {answer}");
     }
-    let told = events(&owner, "permission-denied").await.into_iter().rev();
-    let told = told.map(|event| {
+    let reported = events(&owner, "permission-denied").await.into_iter().rev();
+    let reported = reported.map(|event| {
         let data = &event["data"];
         let why = ["reason", "permission"].into_iter().find_map(|name| data[name].as_str());
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         (text(&event["createdBy"]), text(&data["operation"]), why.unwrap_or_default().to_owned())
     });
-    let told: Vec<_> = told.collect();
+    let reported: Vec<_> = reported.collect();
     let expect = [
         (OWNER, "delete the account 1".to_owned(), "it is the last admin"),
         (OWNER, "change the account 1".to_owned(), "it is the last admin"),
@@ -564,11 +567,11 @@ async fn what_was_denied_is_told_with_its_reason_and_its_object() {
         ("vera", "DELETE /api/admin/user-admin/1".to_owned(), "ADMIN"),
     ];
     let expect = expect.map(|(who, what, why)| (who.to_owned(), what, why.to_owned()));
-    assert_eq!(told, expect);
+    assert_eq!(reported, expect);
 }
 
 #[tokio::test]
-async fn a_page_that_asks_by_itself_keeps_no_session_alive() {
+async fn background_requests_do_not_extend_a_session() {
     let place = Place::new(Kept::Sqlite).await;
     let parapet = place.start_with(&["--session-idle-seconds", "2"]).await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();

@@ -1,4 +1,5 @@
-//! A run in which every kind of secret is made, used, mistyped and ended; afterwards none of them is anywhere.
+//! Creates, uses, mistypes and ends every kind of secret, and checks that none of them is stored or
+//! shown.
 
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
@@ -6,21 +7,21 @@ use serde_json::{Value, json};
 use super::{Kept, OTHER, OWNER, PASSWORD, Place, Session, features, identifier, shell, sign_in};
 use crate::rig::{Parapet, Postgres, http, secrets};
 
-/// A password that belongs to nobody.
+/// A password that belongs to no account.
 const SLIP: &str = "a slip of the tongue";
-/// One that is too short to be set.
+/// A password that is too short to be accepted.
 const SHORT: &str = "sh0rt-pw!";
-/// One that its owner chooses.
+/// A password that its owner chooses.
 const OWN: &str = "chosen by its owner";
 
-/// What somebody reads must hold no secret.
+/// Reads a page and panics if it contains a secret.
 async fn read(session: &Session, path: &str) -> String {
-    let told = session.get(path).await.to_string();
-    assert_eq!(secrets::leaks(told.as_bytes()), [""; 0], "{path}: {told}");
-    told
+    let shown = session.get(path).await.to_string();
+    assert_eq!(secrets::leaks(shown.as_bytes()), [""; 0], "{path}: {shown}");
+    shown
 }
 
-/// Requests that are wrong in the ways in which a secret comes along; what they are told holds none.
+/// Wrong requests that contain a secret; no response repeats it.
 async fn slips(parapet: &Parapet, owner: &Session, secret: &str) {
     for (method, path, body) in [
         (Method::DELETE, format!("/api/admin/api-tokens/{secret}x"), String::new()),
@@ -41,8 +42,8 @@ async fn slips(parapet: &Parapet, owner: &Session, secret: &str) {
         let request = request.header("cookie", &owner.cookies).header("origin", &owner.url);
         let request = request.header("content-type", "application/json").body(body);
         let answer = request.send().await.unwrap();
-        let told = format!("{:?}\n{}", answer.headers().clone(), answer.text().await.unwrap());
-        assert_eq!(secrets::leaks(told.as_bytes()), [""; 0], "{method} {path}: {told}");
+        let shown = format!("{:?}\n{}", answer.headers().clone(), answer.text().await.unwrap());
+        assert_eq!(secrets::leaks(shown.as_bytes()), [""; 0], "{method} {path}: {shown}");
     }
 }
 
@@ -55,11 +56,11 @@ async fn a_run_of_everything(kept: Kept) {
     let parapet = place.start_with(&["--log", "debug,parapet=trace"]).await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
 
-    // Somebody types a password into the wrong field, and a wrong one into the right field.
+    // A user types a password into the name field, and a wrong one into the password field.
     assert!(sign_in(&parapet, SLIP, PASSWORD).await.is_err());
     assert!(sign_in(&parapet, OWNER, SLIP).await.is_err());
 
-    // An account, and its password changed in each way.
+    // An account, and every way to change its password.
     let id = owner.create_account("ann", 3).await;
     let path = format!("/api/admin/user-admin/{id}");
     let change = async |session: &Session, method, path: &str, body: Value| {
@@ -79,7 +80,7 @@ async fn a_run_of_everything(kept: Kept) {
     owner.grant(id, &["CREATE_API_TOKEN"]).await;
     assert_eq!(ann.create_token("client", "hers").await.0, StatusCode::CREATED);
 
-    // Tokens of each kind, used, changed, and ended by their secret or their identifier.
+    // Tokens of each kind, used, changed, and deleted by their secret or their identifier.
     for kind in ["client", "frontend", "admin"] {
         let (_, made) = owner.create_token(kind, &format!("of-{kind}")).await;
         let secret = made["secret"].as_str().unwrap();
@@ -104,7 +105,7 @@ async fn a_run_of_everything(kept: Kept) {
         shell(&parapet, &["account", "password", "ann", "--password-file", "-"], OWN).unwrap();
     }
 
-    // All that is told of it.
+    // Everything that the instance shows.
     let log = read(&owner, "/api/admin/events?limit=1000").await;
     for kind in [
         "api-token-created",
@@ -131,7 +132,7 @@ async fn a_run_of_everything(kept: Kept) {
     }
     assert_eq!(ann.call(Method::POST, "/logout", &Value::Null).await.0, StatusCode::NO_CONTENT);
 
-    // All that is kept. Ending it searches its log and its files, the database among them.
+    // Everything that it stores. Ending it searches its log and its files, including the database.
     assert!(parapet.terminate().await.success());
     assert!(parapet.log().contains("Parapet listens"), "it has a log");
     if let Some(url) = &place.database {
@@ -149,12 +150,12 @@ async fn a_run_of_everything(kept: Kept) {
 }
 
 #[tokio::test]
-async fn no_secret_of_a_run_is_kept_or_told_on_sqlite() {
+async fn no_secret_is_stored_or_shown_on_sqlite() {
     a_run_of_everything(Kept::Sqlite).await;
 }
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL"]
-async fn no_secret_of_a_run_is_kept_or_told_on_postgresql() {
+async fn no_secret_is_stored_or_shown_on_postgresql() {
     a_run_of_everything(Kept::Postgres).await;
 }

@@ -1,4 +1,5 @@
-//! A database that goes silent, is locked, or is away: two instances share it, each behind a proxy of its own.
+//! A database that goes silent, is locked, or is unavailable. Two instances share it, each behind its
+//! own proxy.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -16,9 +17,9 @@ struct Pair {
     two: Parapet,
     proxy_of_one: PostgresProxy,
     proxy_of_two: PostgresProxy,
-    /// Signed in at the first.
+    /// Signed in at the first instance.
     owner: Session,
-    /// The database, past the proxies.
+    /// The database URL, without the proxies.
     url: String,
     _places: [Place; 2],
 }
@@ -28,7 +29,7 @@ impl Pair {
         Self::start_with(&[]).await
     }
 
-    /// Two instances, with room for many tokens, and the first with these arguments.
+    /// Two instances, with a high limit of tokens, and these arguments for the first.
     async fn start_with(arguments: &[&str]) -> Self {
         let room = ["--unleash-api-tokens-limit", "100000"];
         let postgres = Postgres::shared().await;
@@ -44,12 +45,12 @@ impl Pair {
         Self { one, two, proxy_of_one, proxy_of_two, owner, url, _places: places }
     }
 
-    /// The owner, at the second.
+    /// The owner's session at the second instance.
     fn owner_of_two(&self) -> Session {
         Session { url: self.two.admin_url(), cookies: self.owner.cookies.clone() }
     }
 
-    /// A token that both admit.
+    /// A token that both instances accept.
     async fn token(&self, name: &str) -> String {
         let secret = created(&self.owner, name).await;
         until("the token is known", Duration::from_secs(10), async || {
@@ -69,7 +70,7 @@ fn place_behind(proxy: &PostgresProxy, database: &str) -> Place {
     Place { folder, database: Some(url) }
 }
 
-/// Makes a token and tells its secret.
+/// Creates a token and returns its secret.
 async fn created(session: &Session, name: &str) -> String {
     let (status, made) = session.create_token("client", name).await;
     assert_eq!(status, StatusCode::CREATED, "{made}");
@@ -81,15 +82,15 @@ async fn delete(session: &Session, secret: &str) -> StatusCode {
     session.call(Method::DELETE, &path, &Value::Null).await.0
 }
 
-/// Waits until `parapet` refuses a token.
+/// Waits until `parapet` rejects a token.
 async fn until_refused(parapet: &Parapet, secret: &str, limit: Duration) {
-    until("the revocation holds", limit, async || {
+    until("the revocation takes effect", limit, async || {
         (features(parapet, secret).await == StatusCode::UNAUTHORIZED).then_some(())
     })
     .await;
 }
 
-/// Waits until a token can be made.
+/// Waits until a token can be created.
 async fn until_created(session: &Session, limit: Duration) {
     until("a token is made", limit, async || {
         (session.create_token("client", "after").await.0 == StatusCode::CREATED).then_some(())
@@ -101,16 +102,16 @@ async fn status(session: &Session) -> Value {
     session.get("/status").await["database"].clone()
 }
 
-/// The tokens are being read when the server falls silent.
+/// The server goes silent while an instance reads the tokens.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL"]
-async fn a_revocation_holds_although_the_query_for_it_went_unanswered() {
+async fn revocation_takes_effect_when_the_token_query_gets_no_response() {
     let pair = Pair::start().await;
     let secret = pair.token("revoked").await;
-    // It asks for nothing of the database, as a session would.
+    // An admin token needs no database query, unlike a session.
     let (_, admin) = pair.owner.create_token("admin", "watch").await;
     let admin = admin["secret"].as_str().unwrap();
-    until("the admin's token is known", Duration::from_secs(10), async || {
+    until("the admin token is known", Duration::from_secs(10), async || {
         (pair.two.admin_get_as("/status", admin).await.0 == StatusCode::OK).then_some(())
     })
     .await;
@@ -119,22 +120,23 @@ async fn a_revocation_holds_although_the_query_for_it_went_unanswered() {
     created(&pair.owner, "cause").await;
     pair.proxy_of_two.wait_until_caught(1).await;
     assert_eq!(delete(&pair.owner, &secret).await, StatusCode::OK);
-    // Meanwhile it tells how old its knowledge is.
-    until("the registry's age is told", Duration::from_secs(10), async || {
-        let (_, told) = pair.two.admin_get_as("/status", admin).await;
+    // Meanwhile it reports the age of its data.
+    until("the age of the registry's data is reported", Duration::from_secs(10), async || {
+        let (_, reported) = pair.two.admin_get_as("/status", admin).await;
         let age = pair.two.metric("parapet_registry_age_seconds").await?;
-        (age > 2.0 && told["database"]["registryAgeSeconds"].as_u64()? >= 2).then_some(())
+        (age > 2.0 && reported["database"]["registryAgeSeconds"].as_u64()? >= 2).then_some(())
     })
     .await;
     until_refused(&pair.two, &secret, Duration::from_secs(10)).await;
     until_created(&pair.owner_of_two(), Duration::from_secs(10)).await;
-    assert!(pair.two.log().contains("no answer within"), "{}", pair.two.log());
+    assert!(pair.two.log().contains("no response within"), "{}", pair.two.log());
 }
 
-/// The machine of an instance is gone in the middle of a change; its session stays, with its locks.
+/// The machine of an instance disappears in the middle of a transaction; its database session stays,
+/// with its locks.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL"]
-async fn an_instance_that_vanishes_while_it_commits_holds_up_others_for_seconds_only() {
+async fn instance_lost_during_commit_blocks_others_for_seconds_only() {
     let pair = Pair::start().await;
     pair.token("first").await;
     pair.proxy_of_one.trap(Moment::Before("COMMIT"));
@@ -153,10 +155,10 @@ async fn an_instance_that_vanishes_while_it_commits_holds_up_others_for_seconds_
     assert!(!names.contains(&"never".to_owned()), "{names:?}");
 }
 
-/// A firewall forgets the connection on which changes are heard, for nothing was said on it.
+/// A firewall drops the idle connection that listens for changes.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL"]
-async fn a_listener_that_hears_nothing_any_more_is_replaced() {
+async fn silent_listening_connection_is_replaced() {
     let pair = Pair::start().await;
     pair.token("first").await;
     let before = pair.proxy_of_two.count_of("LISTEN");
@@ -169,11 +171,11 @@ async fn a_listener_that_hears_nothing_any_more_is_replaced() {
     }
 }
 
-/// Somebody holds the tables, as `VACUUM FULL` does.
+/// Another session locks the tables, as `VACUUM FULL` does.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL"]
-async fn requests_that_wait_for_a_locked_table_are_answered() {
-    // Shorter than the database waits for a lock.
+async fn requests_waiting_for_locked_table_get_a_response() {
+    // Shorter than the database's lock timeout.
     let pair = Pair::start_with(&["--edge-request-timeout", "2"]).await;
     let secret = created(&pair.owner_of_two(), "first").await;
     until("the token is known", Duration::from_secs(10), async || {
@@ -200,13 +202,13 @@ async fn requests_that_wait_for_a_locked_table_are_answered() {
         (Method::POST, "/logout", &Value::Null),
     ] {
         let (status, answer) = pair.owner.call(method, path, body).await;
-        let told = answer["message"].as_str().unwrap_or_default();
+        let reported = answer["message"].as_str().unwrap_or_default();
         assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{path}: {answer}");
-        assert!(told.contains("longer than a request may"), "{path}: {answer}");
+        assert!(reported.contains("longer than a request may"), "{path}: {answer}");
     }
     let (status, answer) = pair.owner_of_two().call(Method::POST, user, &account).await;
     assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{answer}");
-    assert!(answer.to_string().contains("is busy"), "the patient are told why: {answer}");
+    assert!(answer.to_string().contains("is busy"), "the response has the reason: {answer}");
     assert_eq!(features(&pair.one, &secret).await, StatusCode::OK, "flags need no database");
     holder.execute("ROLLBACK").await.unwrap();
     until_created(&pair.owner, Duration::from_secs(15)).await;
@@ -236,23 +238,23 @@ async fn until_counted(session: &Session, times: u64, limit: Duration) {
     .await;
 }
 
-/// Usage is being stored when the server falls silent, and the session keeps the lock of those who store.
+/// The server goes silent while usage is stored, and the session keeps its lock.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL"]
-async fn storing_usage_goes_on_at_all_instances_after_one_fell_silent() {
+async fn usage_is_stored_on_all_instances_after_one_connection_went_silent() {
     let pair = Pair::start().await;
     let secret = pair.token("first").await;
     pair.proxy_of_two.trap(Moment::Before("INSERT INTO flag_usage"));
     report(&pair.two, &secret, 1).await;
     pair.proxy_of_two.wait_until_caught(1).await;
     report(&pair.one, &secret, 10).await;
-    until("it is told that usage waits", Duration::from_secs(15), async || {
+    until("the log reports that usage waits", Duration::from_secs(15), async || {
         (pair.two.metric("parapet_usage_storing").await? == 0.0).then_some(())
     })
     .await;
     assert!(pair.two.log().contains("Usage could not be stored"), "{}", pair.two.log());
     until_counted(&pair.owner, 11, Duration::from_secs(30)).await;
-    until("it is told that usage is stored", Duration::from_secs(15), async || {
+    until("the log reports that usage is stored", Duration::from_secs(15), async || {
         (status(&pair.owner_of_two()).await["usageWaitsSince"].is_null()).then_some(())
     })
     .await;
@@ -262,7 +264,7 @@ async fn storing_usage_goes_on_at_all_instances_after_one_fell_silent() {
 /// The server is stopped for a while.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL"]
-async fn a_database_that_is_away_is_told_of_with_the_reason_and_at_once() {
+async fn unavailable_database_is_reported_at_once_with_reason() {
     let pair = Pair::start().await;
     let secret = pair.token("first").await;
     let (_, admin) = pair.owner.create_token("admin", "watch").await;
@@ -271,22 +273,23 @@ async fn a_database_that_is_away_is_told_of_with_the_reason_and_at_once() {
     let before = pair.one.log().len();
     pair.proxy_of_one.refuse().await;
 
-    // Each is answered without waiting for a server that refuses: together they take no longer than one that waits.
+    // Each request fails at once, without waiting for a server that refuses connections: together they
+    // take no longer than one that waits.
     let attempts = async {
         for _ in 0..20 {
-            let (status, told) = pair.owner.create_token("client", "more").await;
-            assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{told}");
-            assert!(told.to_string().contains("cannot be reached"), "{told}");
+            let (status, reported) = pair.owner.create_token("client", "more").await;
+            assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{reported}");
+            assert!(reported.to_string().contains("cannot be reached"), "{reported}");
         }
     };
     let attempts = tokio::time::timeout(Duration::from_secs(5), attempts).await;
     attempts.expect("a refused connection is no reason to wait");
-    let (_, told) = pair.one.admin_get_as("/status", admin).await;
-    let told = &told["database"];
-    assert_eq!(told["reachable"], false, "{told}");
-    assert!(told["awaySince"].is_string(), "{told}");
-    assert!(told["lastError"]["error"].as_str().unwrap().contains("refused"), "{told}");
-    assert_eq!(told["connections"]["limit"], 5, "{told}");
+    let (_, reported) = pair.one.admin_get_as("/status", admin).await;
+    let reported = &reported["database"];
+    assert_eq!(reported["reachable"], false, "{reported}");
+    assert!(reported["awaySince"].is_string(), "{reported}");
+    assert!(reported["lastError"]["error"].as_str().unwrap().contains("refused"), "{reported}");
+    assert_eq!(reported["connections"]["limit"], 5, "{reported}");
     let (status, ready) = pair.one.get("/internal-backstage/ready", "").await;
     assert_eq!((status, ready["status"].as_str()), (StatusCode::OK, Some("READY")), "{ready}");
     assert!(ready["warning"].as_str().unwrap().contains("database"), "{ready}");
@@ -314,7 +317,7 @@ async fn a_database_that_is_away_is_told_of_with_the_reason_and_at_once() {
 /// The file is deleted under a running instance.
 #[cfg(unix)]
 #[tokio::test]
-async fn a_deleted_database_file_takes_no_more_changes() {
+async fn deleted_database_file_accepts_no_changes() {
     let place = Place::new(Kept::Sqlite).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
@@ -327,9 +330,9 @@ async fn a_deleted_database_file_takes_no_more_changes() {
     std::fs::rename(&file, &aside).unwrap();
     let token = json!({ "tokenName": "lost", "type": "client", "environment": "development" });
     let make = async || owner.call_as(Method::POST, "/api/admin/api-tokens", &token, &admin).await;
-    let (status, told) = make().await;
-    assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{told}");
-    assert!(told.to_string().contains("deleted or replaced"), "{told}");
+    let (status, reported) = make().await;
+    assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{reported}");
+    assert!(reported.to_string().contains("deleted or replaced"), "{reported}");
     assert!(parapet.log().contains("parapet.db was deleted or replaced"), "{}", parapet.log());
     assert_eq!(features(&parapet, &secret).await, StatusCode::OK, "flags need no database");
     std::fs::write(&file, "").unwrap();
@@ -345,10 +348,10 @@ async fn a_deleted_database_file_takes_no_more_changes() {
     assert_eq!(features(&parapet, made["secret"].as_str().unwrap()).await, StatusCode::OK);
 }
 
-/// The copy of the tokens serves SDKs, and nobody else.
+/// The local copy of the tokens serves SDKs only.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL"]
-async fn a_start_without_its_database_admits_the_tokens_that_were_known() {
+async fn start_without_database_accepts_cached_tokens() {
     let postgres = Postgres::shared().await;
     let name = postgres.create_database().await;
     let proxy = PostgresProxy::start(postgres.port()).await;
@@ -376,17 +379,17 @@ async fn a_start_without_its_database_admits_the_tokens_that_were_known() {
     assert_eq!(features(&parapet, &revoked).await, StatusCode::UNAUTHORIZED);
     let refused = sign_in(&parapet, OWNER, PASSWORD).await.err();
     assert_eq!(refused, Some(StatusCode::SERVICE_UNAVAILABLE));
-    assert!(parapet.log().contains("tokens are those of a copy"), "{}", parapet.log());
+    assert!(parapet.log().contains("serving with a saved copy of the tokens"), "{}", parapet.log());
 
     proxy.restore().await;
-    until("somebody signs in", Duration::from_secs(15), async || {
+    until("an account signs in", Duration::from_secs(15), async || {
         sign_in(&parapet, OWNER, PASSWORD).await.ok()
     })
     .await;
     let after = created(&owner, "after").await;
     assert_eq!(features(&parapet, &after).await, StatusCode::OK);
 
-    // A copy of another database is none.
+    // A copy of another database does not count.
     assert!(parapet.terminate().await.success());
     proxy.refuse().await;
     let other = format!("postgres://postgres@127.0.0.1:{}/another", proxy.port());
@@ -395,24 +398,25 @@ async fn a_start_without_its_database_admits_the_tokens_that_were_known() {
     assert!(!ended.success());
 }
 
-/// An instance on the database behind `proxy` whose first start makes up a password; it may not get that far.
+/// An instance on the database behind `proxy` whose first start generates a password. It may fail before
+/// that.
 fn first_start_behind(proxy: &PostgresProxy, place: &Place, database: &str) -> Parapet {
     let url = format!("postgres://postgres@127.0.0.1:{}/{database}?sslmode=disable", proxy.port());
     let flags = place.folder.path().join("flags.json");
     Parapet::mode("standalone").flag("--flags", flags).env("DATABASE_URL", url).spawn()
 }
 
-/// Waits until a start has failed, and puts what is left of it away.
+/// Waits until a start has failed, and deletes its remaining data.
 async fn until_failed(parapet: &Parapet, limit: Duration) {
     let ended = until("the start fails", limit, async || parapet.ended()).await;
     assert!(!ended.success());
     parapet.kill();
 }
 
-/// The server falls silent after the first start has made an account, before the start has ended.
+/// The server goes silent after the first start has created an account, before the start is complete.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL"]
-async fn a_first_start_that_fails_once_it_has_made_an_account_has_told_the_password() {
+async fn first_start_that_fails_after_creating_account_has_shown_the_password() {
     let postgres = Postgres::shared().await;
     let name = postgres.create_database().await;
     let proxy = PostgresProxy::start(postgres.port()).await;
@@ -439,10 +443,10 @@ async fn a_first_start_that_fails_once_it_has_made_an_account_has_told_the_passw
     assert!(!file.exists(), "nothing is made a second time");
 }
 
-/// The schema is being made when the server falls silent, before a statement and after.
+/// The server goes silent while the schema is created, before a statement and after it.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL"]
-async fn a_start_whose_migration_goes_unanswered_fails_within_seconds() {
+async fn start_fails_within_seconds_when_migration_gets_no_response() {
     let postgres = Postgres::shared().await;
     let proxy = PostgresProxy::start(postgres.port()).await;
     let statement = "CREATE TABLE accounts";
@@ -454,7 +458,7 @@ async fn a_start_whose_migration_goes_unanswered_fails_within_seconds() {
         let parapet = first_start_behind(&proxy, &place, &name);
         proxy.wait_until_caught(count + 1).await;
         until_failed(&parapet, Duration::from_secs(30)).await;
-        assert!(parapet.log().contains("no answer within"), "{moment:?}: {}", parapet.log());
+        assert!(parapet.log().contains("no response within"), "{moment:?}: {}", parapet.log());
         parapet.restart();
         parapet.wait_until_ready().await;
     }
@@ -463,8 +467,8 @@ async fn a_start_whose_migration_goes_unanswered_fails_within_seconds() {
 /// Another instance migrates, and takes longer than any request may.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL"]
-async fn a_start_waits_for_a_migration_that_takes_its_time() {
-    /// What those who migrate wait for.
+async fn start_waits_for_slow_migration_of_another_instance() {
+    /// The advisory lock for migrations.
     const LOCK: i64 = 0x7061_7261_7065_7401;
     let postgres = Postgres::shared().await;
     let name = postgres.create_database().await;
@@ -477,7 +481,7 @@ async fn a_start_waits_for_a_migration_that_takes_its_time() {
     lock.execute(&mut other).await.unwrap();
 
     let parapet = first_start_behind(&proxy, &place, &name);
-    until("the server was asked twice whether it works", Duration::from_secs(30), async || {
+    until("the server was checked twice", Duration::from_secs(30), async || {
         assert!(parapet.ended().is_none(), "{}", parapet.log());
         (proxy.count_of("pg_stat_activity") >= 2).then_some(())
     })
@@ -486,10 +490,10 @@ async fn a_start_waits_for_a_migration_that_takes_its_time() {
     parapet.wait_until_ready().await;
 }
 
-/// The first server that can be written to is used, and another when that goes away.
+/// Of several servers the first writable one is used, and another one when that becomes unavailable.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL"]
-async fn of_several_servers_one_is_used_that_can_be_written_to() {
+async fn writable_server_is_selected_among_several() {
     let (writable, standby) = (Postgres::shared().await, Postgres::start().await);
     let name = writable.create_database().await;
     standby.execute("postgres", &format!("create database {name}")).await;
@@ -523,7 +527,7 @@ async fn of_several_servers_one_is_used_that_can_be_written_to() {
     until_created(&owner, Duration::from_secs(15)).await;
 }
 
-/// Numbers that look random, the same for a seed.
+/// Pseudo-random numbers from a seed.
 struct Dice(u64);
 
 impl Dice {
@@ -534,20 +538,20 @@ impl Dice {
     }
 }
 
-/// What a writer was told.
+/// The responses to a writer.
 #[derive(Default)]
 struct Told {
-    /// Tokens that were made: their names and secrets.
+    /// Tokens that were created: their names and secrets.
     made: Vec<(String, String)>,
     /// Secrets of tokens that were deleted.
     deleted: Vec<String>,
-    /// Names of tokens of which it was not told what became of them.
+    /// Names of tokens whose outcome is unknown.
     unsure: Vec<String>,
 }
 
-/// Makes and deletes tokens until `end`.
+/// Creates and deletes tokens until `end`.
 async fn write(parapet: &Parapet, session: &Session, name: &str, end: Instant) -> Told {
-    let mut told = Told::default();
+    let mut reported = Told::default();
     let mut count = 0;
     while Instant::now() < end {
         count += 1;
@@ -555,32 +559,33 @@ async fn write(parapet: &Parapet, session: &Session, name: &str, end: Instant) -
         let (status, made) = session.create_token("client", &name).await;
         if status != StatusCode::CREATED {
             assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{made}");
-            told.unsure.push(name);
-            // As who is told to come back later.
+            reported.unsure.push(name);
+            // As a client does that retries later.
             tokio::time::sleep(Duration::from_millis(100)).await;
             continue;
         }
         let secret = made["secret"].as_str().unwrap().to_owned();
         assert_eq!(features(parapet, &secret).await, StatusCode::OK, "what is made is in force");
         if count % 2 == 0 {
-            told.made.push((name, secret));
+            reported.made.push((name, secret));
             continue;
         }
         match delete(session, &secret).await {
             StatusCode::OK => {
                 let status = features(parapet, &secret).await;
                 assert_eq!(status, StatusCode::UNAUTHORIZED, "what is deleted is refused");
-                told.deleted.push(secret);
+                reported.deleted.push(secret);
             }
-            // A deletion of which nothing was heard may have been done.
-            StatusCode::NOT_FOUND | StatusCode::SERVICE_UNAVAILABLE => told.unsure.push(name),
+            // A deletion without a response may have been done.
+            StatusCode::NOT_FOUND | StatusCode::SERVICE_UNAVAILABLE => reported.unsure.push(name),
             other => panic!("{other}"),
         }
     }
-    told
+    reported
 }
 
-/// Uses a flag until `end`, each time as an application of its own; tells the names of those whose use was acknowledged.
+/// Uses a flag until `end`, each time as a new application. Returns the names of the applications whose
+/// usage was acknowledged.
 async fn use_flag(parapet: &Parapet, secret: &str, name: &str, end: Instant) -> Vec<String> {
     let mut acknowledged = Vec::new();
     while Instant::now() < end {
@@ -592,7 +597,7 @@ async fn use_flag(parapet: &Parapet, secret: &str, name: &str, end: Instant) -> 
     acknowledged
 }
 
-/// How often each application has used the flag.
+/// The number of uses of the flag by application.
 async fn uses(session: &Session) -> BTreeMap<String, u64> {
     let usage = session.get("/api/admin/client-metrics/features/first/raw").await;
     let mut uses = BTreeMap::new();
@@ -603,7 +608,7 @@ async fn uses(session: &Session) -> BTreeMap<String, u64> {
     uses
 }
 
-/// Makes connections fail in one way after the other until `end`.
+/// Injects one fault after the other until `end`.
 async fn harm(proxies: &[PostgresProxy], dice: &mut Dice, end: Instant) {
     let moments = [
         "COMMIT",
@@ -635,10 +640,10 @@ async fn harm(proxies: &[PostgresProxy], dice: &mut Dice, end: Instant) {
     }
 }
 
-/// A minute of faults under writers on both instances.
+/// One minute of faults while both instances write.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL"]
-async fn whatever_goes_silent_both_instances_agree_and_nothing_acknowledged_is_lost() {
+async fn random_silence_loses_no_acknowledged_write_and_instances_agree() {
     let pair = Pair::start().await;
     let seed = u64::from(std::process::id());
     println!("seed {seed}");
@@ -657,9 +662,9 @@ async fn whatever_goes_silent_both_instances_agree_and_nothing_acknowledged_is_l
     );
     until_created(owner, Duration::from_secs(20)).await;
     until_created(&owner_of_two, Duration::from_secs(20)).await;
-    let told = [of_one, of_two, more];
-    let made: usize = told.iter().map(|told| told.made.len()).sum();
-    let deleted: usize = told.iter().map(|told| told.deleted.len()).sum();
+    let reported = [of_one, of_two, more];
+    let made: usize = reported.iter().map(|reported| reported.made.len()).sum();
+    let deleted: usize = reported.iter().map(|reported| reported.deleted.len()).sum();
     println!("made {made}, deleted {deleted}");
     assert!(made > 20 && deleted > 20, "there was some success: {made}, {deleted}");
 
@@ -667,33 +672,33 @@ async fn whatever_goes_silent_both_instances_agree_and_nothing_acknowledged_is_l
         names.sort();
         names
     };
-    let at_one = until("both know the same tokens", Duration::from_secs(20), async || {
+    let at_one = until("both have the same tokens", Duration::from_secs(20), async || {
         let at_one = names(owner.token_names().await);
         (at_one == names(owner_of_two.token_names().await)).then_some(at_one)
     })
     .await;
     for parapet in [&pair.one, &pair.two] {
-        for told in &told {
-            for (name, secret) in &told.made {
+        for reported in &reported {
+            for (name, secret) in &reported.made {
                 assert_eq!(features(parapet, secret).await, StatusCode::OK, "{name}, seed {seed}");
             }
-            for secret in &told.deleted {
+            for secret in &reported.deleted {
                 let status = features(parapet, secret).await;
                 assert_eq!(status, StatusCode::UNAUTHORIZED, "seed {seed}");
             }
         }
     }
-    for told in &told {
-        for (name, _) in &told.made {
+    for reported in &reported {
+        for (name, _) in &reported.made {
             let count = at_one.iter().filter(|it| *it == name).count();
             assert_eq!(count, 1, "{name}, seed {seed}");
         }
-        for name in &told.unsure {
+        for name in &reported.unsure {
             let count = at_one.iter().filter(|it| *it == name).count();
             assert!(count <= 1, "{name}: {count}, seed {seed}");
         }
     }
-    // Batches are stored again as long as nothing is heard of them, and counted once all the same.
+    // Batches are stored again until the database acknowledges them, and are still counted once.
     let used: Vec<String> = [used_at_one, used_at_two].concat();
     assert!(used.len() > 200, "flags were used: {}", used.len());
     let stored = until("all usage is stored", Duration::from_mins(2), async || {

@@ -1,4 +1,4 @@
-//! A control plane on an empty database of either kind, and the outside view of that database.
+//! A control plane on an empty SQLite or PostgreSQL database, and direct access to that database.
 
 use std::time::Duration;
 
@@ -16,16 +16,16 @@ use crate::rig::Postgres;
 
 /// The password of the first account.
 pub(super) const PASSWORD: &str = "correct horse battery";
-/// The command line, which may do everything.
+/// The command line, which has every permission.
 pub(super) const SHELL: Actor = Actor { operator: Operator::Shell, address: None };
 
 /// An empty database.
-pub(super) enum Bed {
+pub(super) enum TestDatabase {
     Sqlite(TempDir),
     Postgres { url: String, name: String },
 }
 
-impl Bed {
+impl TestDatabase {
     pub(super) fn sqlite() -> Self {
         Self::Sqlite(tempfile::tempdir().unwrap())
     }
@@ -66,7 +66,7 @@ impl Bed {
         Control::open(config, None, |_| ()).await.unwrap()
     }
 
-    /// A connection of somebody else to the database.
+    /// A separate connection to the database.
     pub(super) async fn connect(&self) -> AnyConnection {
         sqlx::any::install_default_drivers();
         let url = match self {
@@ -78,7 +78,8 @@ impl Bed {
         AnyConnection::connect(&url).await.unwrap()
     }
 
-    /// A transaction of somebody else, for whose end every change that asks for a session waits.
+    /// A transaction on another connection that blocks every change which needs a session, until it
+    /// ends.
     pub(super) async fn lock(&self) -> AnyConnection {
         let mut connection = self.connect().await;
         let statements = match self {
@@ -91,18 +92,18 @@ impl Bed {
         connection
     }
 
-    /// Runs SQL behind the control plane's back.
+    /// Runs SQL without the control plane's knowledge.
     pub(super) async fn execute(&self, sql: &str) {
         self.connect().await.execute(AssertSqlSafe(sql)).await.unwrap();
     }
 
-    /// The number that a query tells.
+    /// The number that a query returns.
     pub(super) async fn count(&self, query: &str) -> i64 {
         let query = sqlx::query_scalar(AssertSqlSafe(query.to_owned()));
         query.fetch_one(&mut self.connect().await).await.unwrap()
     }
 
-    /// Everything that the database keeps, as bytes in which texts can be found.
+    /// The whole contents of the database, as bytes in which texts can be found.
     pub(super) async fn dump(&self) -> Vec<u8> {
         match self {
             Self::Sqlite(directory) => {
@@ -133,15 +134,15 @@ impl Bed {
     }
 }
 
-/// The tokens that a running instance admits.
-pub(super) struct Door {
+/// A running instance, to test which tokens it accepts.
+pub(super) struct RunningInstance {
     auth: Authenticator,
     _running: JoinSet<()>,
 }
 
-impl Door {
+impl RunningInstance {
     /// Runs `control`.
-    pub(super) fn of(control: &Control) -> Self {
+    pub(super) fn start(control: &Control) -> Self {
         let config = auth::Config {
             revalidate_after: Duration::from_mins(1),
             forget_invalid_after: Duration::from_mins(1),
@@ -151,8 +152,8 @@ impl Door {
         };
         let auth = Authenticator::new(config, Authority::Nobody, control.grants());
         let mut running = JoinSet::new();
-        let (control, told) = (control.clone(), auth.clone());
-        running.spawn(async move { control.run(&told).await });
+        let (control, listener) = (control.clone(), auth.clone());
+        running.spawn(async move { control.run(&listener).await });
         Self { auth, _running: running }
     }
 
@@ -160,8 +161,8 @@ impl Door {
         self.auth.authenticate(token.expose()).await.is_ok()
     }
 
-    /// Waits until `token` is admitted, or refused; at most a second, as is promised.
-    pub(super) async fn until(&self, token: &Token, admitted: bool) {
+    /// Waits until `token` is accepted or rejected, for at most one second, which is the promised limit.
+    pub(super) async fn wait_until(&self, token: &Token, admitted: bool) {
         let what = format!("{token:?} is {}", if admitted { "admitted" } else { "refused" });
         let poll = async || (self.admits(token).await == admitted).then_some(());
         crate::rig::until(&what, Duration::from_secs(1), poll).await;
@@ -172,7 +173,7 @@ pub(super) fn password(text: &str) -> Password {
     Password::parse(text).unwrap()
 }
 
-/// An attempt to sign in from an address of its own.
+/// An attempt to sign in, from a fixed address.
 pub(super) fn attempt<'a>(username: &'a str, password: &'a Password) -> SignIn<'a> {
     SignIn { username, password, address: [192, 0, 2, 1].into(), device: None }
 }
@@ -182,20 +183,20 @@ pub(super) async fn admin(control: &Control) -> SignedIn {
     control.sign_in(attempt("admin", &password(PASSWORD))).await.unwrap()
 }
 
-/// The account of a session, as somebody who acts in it.
+/// The account of a session, as the actor of a change.
 pub(super) async fn actor_in(control: &Control, session: &Secret) -> Actor {
     let address = [192, 0, 2, 1].into();
     let session = control.session(session.expose(), address, Cause::Person).await.unwrap().unwrap();
     Actor { operator: session.operator(), address: Some(address) }
 }
 
-/// The account of this name and password, as somebody who acts in a new session.
+/// Signs in with this name and password, and returns the account as the actor of a change.
 pub(super) async fn actor(control: &Control, username: &str, password: &Password) -> Actor {
     let signed_in = control.sign_in(attempt(username, password)).await.unwrap();
     actor_in(control, &signed_in.session).await
 }
 
-/// The kinds of all events, the oldest first.
+/// The kinds of all events, oldest first.
 pub(super) async fn kinds(control: &Control) -> Vec<String> {
     let query = EventQuery { limit: 1000, ..EventQuery::default() };
     let page = control.events(&SHELL.operator, &query).await.unwrap();

@@ -1,4 +1,4 @@
-//! Accounts, sessions, and those who try to get in.
+//! Accounts, sessions, and attempts to guess passwords and cookies.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
@@ -11,23 +11,23 @@ use parapet::control::{
 
 use sqlx::Executor as _;
 
-use super::bed::{self, Bed, PASSWORD, SHELL, actor_in, admin, attempt, kinds, password};
+use super::bed::{self, PASSWORD, SHELL, TestDatabase, actor_in, admin, attempt, kinds, password};
 
 super::on_both!(
-    accounts_are_made_changed_and_deleted,
-    the_last_admin_stays_one,
-    only_admins_handle_accounts,
-    the_first_account_has_the_given_password_or_a_generated_one,
-    a_session_begins_with_the_password_and_ends,
-    a_new_password_ends_the_sessions_of_the_old_one,
+    accounts_are_created_changed_and_deleted,
+    last_admin_cannot_be_demoted_or_deleted,
+    only_admins_manage_accounts,
+    first_account_gets_configured_or_generated_password,
+    session_starts_with_password_and_ends_at_sign_out,
+    password_change_ends_other_sessions,
     password_reset_is_not_overwritten_by_own_change,
-    withdrawn_rights_change_no_account,
-    ended_session_changes_nothing,
-    session_that_ends_while_its_request_waits_changes_nothing,
-    sessions_end_by_themselves,
-    a_session_that_is_used_goes_on,
-    ten_thousand_wrong_passwords_admit_nobody_and_keep_nobody_out,
-    ten_thousand_made_up_cookies_open_nothing,
+    account_change_after_permission_revocation_is_denied,
+    request_of_ended_session_changes_nothing,
+    queued_request_of_ended_session_changes_nothing,
+    sessions_expire,
+    session_in_use_does_not_expire,
+    ten_thousand_wrong_passwords_do_not_lock_out_the_owner,
+    ten_thousand_made_up_cookies_are_rejected,
 );
 
 const HOME: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
@@ -37,13 +37,13 @@ fn new(username: &str, role: RootRole) -> NewAccount {
     NewAccount { username, name: None, email: None, role, password: password("ann's password") }
 }
 
-/// An account that was made by [`new`], as somebody who acts in a new session.
+/// Signs in to an account that was created by [`new_account`], and returns it as the actor of a change.
 async fn actor(control: &Control, account: &Account) -> Actor {
     bed::actor(control, &account.username, &password("ann's password")).await
 }
 
-async fn accounts_are_made_changed_and_deleted(bed: Bed) {
-    let control = bed.open().await;
+async fn accounts_are_created_changed_and_deleted(db: TestDatabase) {
+    let control = db.open().await;
     let before = kinds(&control).await.len();
     let ann = NewAccount { name: Some(" Ann ".to_owned()), ..new("Ann", RootRole::Viewer) };
     let ann = control.create_account(&SHELL, ann).await.unwrap();
@@ -94,15 +94,15 @@ async fn accounts_are_made_changed_and_deleted(bed: Bed) {
     let granted = Grants::Only([Permission::CreateClientApiToken].into());
     let b = control.grant(&SHELL, all[2].id, granted).await.unwrap().unwrap();
     let page = control.accounts_after(&SHELL.operator, all[1].id, 2).await.unwrap();
-    assert_eq!(page, [b, all[3].clone()], "each page goes on after the one before");
+    assert_eq!(page, [b, all[3].clone()], "each page continues after the previous one");
     let end = control.accounts_after(&SHELL.operator, all[4].id, 2).await.unwrap();
     assert!(end.is_empty());
     let more = control.create_account(&SHELL, new("e", RootRole::Viewer)).await;
     assert!(matches!(more, Err(Error::Limit { limit: 5, .. })), "{more:?}");
 }
 
-async fn the_last_admin_stays_one(bed: Bed) {
-    let control = bed.open().await;
+async fn last_admin_cannot_be_demoted_or_deleted(db: TestDatabase) {
+    let control = db.open().await;
     let first = admin(&control).await.account;
     let demote = AccountChange { role: Some(RootRole::Editor), ..AccountChange::default() };
     let demoted = control.update_account(&SHELL, first.id, demote.clone()).await;
@@ -116,8 +116,8 @@ async fn the_last_admin_stays_one(bed: Bed) {
     assert!(matches!(deleted, Err(Error::LastAdmin)), "{deleted:?}");
 }
 
-async fn only_admins_handle_accounts(bed: Bed) {
-    let control = bed.open().await;
+async fn only_admins_manage_accounts(db: TestDatabase) {
+    let control = db.open().await;
     let granted = Permission::ALL.into_iter().collect();
     let ann = control.create_account(&SHELL, new("ann", RootRole::Editor)).await.unwrap();
     let ann = control.grant(&SHELL, ann.id, Grants::Only(granted)).await.unwrap().unwrap();
@@ -138,20 +138,20 @@ async fn only_admins_handle_accounts(bed: Bed) {
     assert!(control.account(&ann, id).await.unwrap().is_some(), "her own she sees");
 }
 
-async fn the_first_account_has_the_given_password_or_a_generated_one(bed: Bed) {
+async fn first_account_gets_configured_or_generated_password(db: TestDatabase) {
     let first_account = FirstAccount { username: "root".to_owned(), password: None };
-    let config = Config { first_account, ..bed.config() };
-    let (control, opened) = bed.open_as(config.clone()).await;
+    let config = Config { first_account, ..db.config() };
+    let (control, opened) = db.open_as(config.clone()).await;
     let made = opened.account.unwrap();
     let generated = made.generated.unwrap();
     let signed_in = control.sign_in(attempt(&made.username, &generated)).await.unwrap();
     assert_eq!(signed_in.account.role, RootRole::Admin);
-    let (_, again) = bed.open_as(config).await;
+    let (_, again) = db.open_as(config).await;
     assert!(again.account.is_none());
 }
 
-async fn a_session_begins_with_the_password_and_ends(bed: Bed) {
-    let control = bed.open().await;
+async fn session_starts_with_password_and_ends_at_sign_out(db: TestDatabase) {
+    let control = db.open().await;
     let wrong = control.sign_in(attempt("admin", &password("not the password"))).await;
     assert!(matches!(wrong, Err(Error::WrongPassword)), "{wrong:?}");
     let nobody = control.sign_in(attempt("nobody", &password(PASSWORD))).await;
@@ -161,8 +161,8 @@ async fn a_session_begins_with_the_password_and_ends(bed: Bed) {
     let account = control.session(cookie, HOME, Cause::Person).await.unwrap().unwrap().account;
     assert_eq!(account, signed_in.account);
     assert!(account.seen_at.is_some());
-    // Every instance knows it, and that it has ended.
-    let other = bed.open().await;
+    // Every instance accepts the session, and notices its end.
+    let other = db.open().await;
     assert!(other.session(cookie, HOME, Cause::Person).await.unwrap().is_some());
     let device = signed_in.device.expose();
     assert!(
@@ -172,13 +172,13 @@ async fn a_session_begins_with_the_password_and_ends(bed: Bed) {
     other.sign_out(cookie, HOME).await.unwrap();
     assert!(control.session(cookie, HOME, Cause::Person).await.unwrap().is_none());
     control.sign_out(cookie, HOME).await.unwrap();
-    let told = kinds(&control).await;
+    let recorded = kinds(&control).await;
     let expect = ["sign-in-refused", "sign-in-refused", "user-signed-in", "user-signed-out"];
-    assert_eq!(told[told.len() - 4..], expect);
+    assert_eq!(recorded[recorded.len() - 4..], expect);
 }
 
-async fn a_new_password_ends_the_sessions_of_the_old_one(bed: Bed) {
-    let control = bed.open().await;
+async fn password_change_ends_other_sessions(db: TestDatabase) {
+    let control = db.open().await;
     let ann = control.create_account(&SHELL, new("ann", RootRole::Viewer)).await.unwrap();
     let old = password("ann's password");
     let is_open = async |session: &parapet::control::Secret| {
@@ -205,7 +205,7 @@ async fn a_new_password_ends_the_sessions_of_the_old_one(bed: Bed) {
     control.delete_account(&SHELL, ann.id).await.unwrap();
     assert!(!is_open(&last).await);
 
-    // Whoever has a session only cannot find out the password at leisure.
+    // A stolen session does not allow guessing the password without limit.
     let mut throttled = false;
     for _ in 0..50 {
         let guessed = control.change_own_password(&hers, &guess, guess.clone()).await;
@@ -214,30 +214,30 @@ async fn a_new_password_ends_the_sessions_of_the_old_one(bed: Bed) {
     assert!(throttled);
 }
 
-/// Whichever of the two is written first: the reset replaces the password that the other compares
-/// with, so that afterwards the reset is in force.
-async fn password_reset_is_not_overwritten_by_own_change(bed: Bed) {
-    let control = bed.open().await;
+/// The order of the two does not matter: the reset replaces the password that the other change compares
+/// with, so the reset wins.
+async fn password_reset_is_not_overwritten_by_own_change(db: TestDatabase) {
+    let control = db.open().await;
     let ann = control.create_account(&SHELL, new("ann", RootRole::Viewer)).await.unwrap();
     let stolen = password("ann's password");
     let thief = control.sign_in(attempt("ann", &stolen)).await.unwrap();
-    let (wanted, reset) = (password("what the thief wants"), password("what the admin sets"));
+    let (chosen, reset) = (password("what the thief wants"), password("what the admin sets"));
     let theirs = actor_in(&control, &thief.session).await;
     let (_, set) = tokio::join!(
-        control.change_own_password(&theirs, &stolen, wanted.clone()),
+        control.change_own_password(&theirs, &stolen, chosen.clone()),
         control.set_password(&SHELL, ann.id, reset.clone()),
     );
     set.unwrap().unwrap();
-    assert!(control.sign_in(attempt("ann", &wanted)).await.is_err());
+    assert!(control.sign_in(attempt("ann", &chosen)).await.is_err());
     control.sign_in(attempt("ann", &reset)).await.unwrap();
     let open = control.session(thief.session.expose(), HOME, Cause::Person).await.unwrap();
     assert!(open.is_none());
 }
 
-/// A request is authenticated before it waits for a hash or for the database; what counts are the
-/// rights at the time of its effect.
-async fn withdrawn_rights_change_no_account(bed: Bed) {
-    let control = bed.open().await;
+/// A request is authenticated before it waits for a password hash or for the database. The permissions
+/// at the time of its effect decide.
+async fn account_change_after_permission_revocation_is_denied(db: TestDatabase) {
+    let control = db.open().await;
     let demoted = control.create_account(&SHELL, new("demoted", RootRole::Admin)).await.unwrap();
     let deleted = control.create_account(&SHELL, new("deleted", RootRole::Admin)).await.unwrap();
     let ann = control.create_account(&SHELL, new("ann", RootRole::Viewer)).await.unwrap();
@@ -267,10 +267,10 @@ async fn withdrawn_rights_change_no_account(bed: Bed) {
     assert_eq!(denied.count(), 10);
 }
 
-/// A request that was authenticated in a session which ended before its effect: by signing out, by
-/// a reset of its account's password, by too many newer sessions, with its account, or by itself.
-async fn ended_session_changes_nothing(bed: Bed) {
-    let control = bed.open().await;
+/// A request was authenticated in a session that ended before its effect: by signing out, by a password
+/// reset, by too many newer sessions, with its account, or by expiry.
+async fn request_of_ended_session_changes_nothing(db: TestDatabase) {
+    let control = db.open().await;
     let create = async |name: &str| {
         control.create_account(&SHELL, new(name, RootRole::Admin)).await.unwrap()
     };
@@ -284,9 +284,9 @@ async fn ended_session_changes_nothing(bed: Bed) {
     let (signed_out, session) = begin(&ann).await;
     control.sign_out(session.expose(), HOME).await.unwrap();
     let (expired, _) = begin(&ann).await;
-    bed.execute("UPDATE sessions SET created_at = created_at - 90000000").await;
+    db.execute("UPDATE sessions SET created_at = created_at - 90000000").await;
     let (idle, _) = begin(&ann).await;
-    bed.execute("UPDATE sessions SET seen_at = seen_at - 30000000").await;
+    db.execute("UPDATE sessions SET seen_at = seen_at - 30000000").await;
     let (displaced, _) = begin(&ann).await;
     for _ in 0..20 {
         begin(&ann).await;
@@ -323,12 +323,12 @@ async fn ended_session_changes_nothing(bed: Bed) {
     assert_eq!(delete.unwrap().map(|it| it.id), Some(bob.id), "an open session does");
 }
 
-/// Another writer, for which the authenticated request has to wait, ends its session.
-async fn session_that_ends_while_its_request_waits_changes_nothing(bed: Bed) {
-    let control = bed.open().await;
+/// Another writer, for which the authenticated request waits, ends its session.
+async fn queued_request_of_ended_session_changes_nothing(db: TestDatabase) {
+    let control = db.open().await;
     let owner = admin(&control).await;
     let actor = actor_in(&control, &owner.session).await;
-    let mut writer = bed.lock().await;
+    let mut writer = db.lock().await;
     let end = async {
         writer.execute("DELETE FROM sessions").await.unwrap();
         writer.execute("COMMIT").await.unwrap();
@@ -339,15 +339,15 @@ async fn session_that_ends_while_its_request_waits_changes_nothing(bed: Bed) {
     assert_eq!(control.accounts(&SHELL.operator).await.unwrap().len(), 1);
 }
 
-async fn sessions_end_by_themselves(bed: Bed) {
-    let control = bed.open().await;
+async fn sessions_expire(db: TestDatabase) {
+    let control = db.open().await;
     let is_open = async |session: &parapet::control::Secret| {
         control.session(session.expose(), HOME, Cause::Person).await.unwrap().is_some()
     };
-    // The hours pass in the database: idle ones after eight, and all after a day.
+    // Moves the sessions in the database into the past: idle ones end after 8 h, all after 24 h.
     let pass = async |time: &str, hours: u32| {
         let millis = u64::from(hours) * 3_600_000;
-        bed.execute(&format!("UPDATE sessions SET {time} = {time} - {millis}")).await;
+        db.execute(&format!("UPDATE sessions SET {time} = {time} - {millis}")).await;
     };
     let session = admin(&control).await.session;
     pass("seen_at", 7).await;
@@ -361,11 +361,11 @@ async fn sessions_end_by_themselves(bed: Bed) {
     assert!(!is_open(&session).await, "although it was used just now");
 }
 
-async fn a_session_that_is_used_goes_on(bed: Bed) {
+async fn session_in_use_does_not_expire(db: TestDatabase) {
     let minute = Duration::from_mins(1);
-    let (control, _) = bed.open_as(Config { session_idle: minute, ..bed.config() }).await;
+    let (control, _) = db.open_as(Config { session_idle: minute, ..db.config() }).await;
     let session = admin(&control).await.session;
-    let later = async || bed.execute("UPDATE sessions SET seen_at = seen_at - 40000").await;
+    let later = async || db.execute("UPDATE sessions SET seen_at = seen_at - 40000").await;
     for _ in 0..3 {
         later().await;
         assert!(control.session(session.expose(), HOME, Cause::Person).await.unwrap().is_some());
@@ -377,8 +377,8 @@ async fn a_session_that_is_used_goes_on(bed: Bed) {
     assert!(control.session(session.expose(), HOME, Cause::Person).await.unwrap().is_none());
 }
 
-async fn ten_thousand_wrong_passwords_admit_nobody_and_keep_nobody_out(bed: Bed) {
-    let control = bed.open().await;
+async fn ten_thousand_wrong_passwords_do_not_lock_out_the_owner(db: TestDatabase) {
+    let control = db.open().await;
     let right = password(PASSWORD);
     let device = admin(&control).await.device;
     let attacker = [198, 51, 100, 7].into();
@@ -395,17 +395,17 @@ async fn ten_thousand_wrong_passwords_admit_nobody_and_keep_nobody_out(bed: Bed)
     }
     assert_eq!(judged + throttled, 10_000);
     assert!(judged < 500, "{judged} hashes were computed");
-    // Even with the right password, from there.
+    // Even with the right password, from that address.
     let guess = SignIn { address: attacker, ..attempt("admin", &right) };
     assert!(matches!(control.sign_in(guess).await, Err(Error::Throttled(_))));
-    // The owner from elsewhere, and from behind the same address with a browser that is known.
+    // The owner signs in from another address, and from the same address with a known browser.
     control.sign_in(attempt("admin", &right)).await.unwrap();
     let known = SignIn { device: Some(device.expose()), ..guess };
     control.sign_in(known).await.unwrap();
-    let told = kinds(&control).await.len();
-    assert!(told < 1000, "{told} events were written");
+    let recorded = kinds(&control).await.len();
+    assert!(recorded < 1000, "{recorded} events were written");
 
-    // From many addresses at once, what is left is the browser that is known.
+    // During an attack from many addresses only a known browser can sign in.
     for number in 0..1000_u16 {
         let [high, low] = number.to_be_bytes();
         let wrong = password("another guess");
@@ -417,7 +417,7 @@ async fn ten_thousand_wrong_passwords_admit_nobody_and_keep_nobody_out(bed: Bed)
     assert!(matches!(control.sign_in(stranger).await, Err(Error::Throttled(_))));
     let known = SignIn { device: Some(device.expose()), ..stranger };
     control.sign_in(known).await.unwrap();
-    // The device of another account is none of this one's.
+    // The device cookie of another account does not count for this one.
     control.create_account(&SHELL, new("ann", RootRole::Viewer)).await.unwrap();
     let hers = password("ann's password");
     let hers = control.sign_in(attempt("ann", &hers)).await.unwrap().device;
@@ -425,8 +425,8 @@ async fn ten_thousand_wrong_passwords_admit_nobody_and_keep_nobody_out(bed: Bed)
     assert!(matches!(control.sign_in(guess).await, Err(Error::Throttled(_))));
 }
 
-async fn ten_thousand_made_up_cookies_open_nothing(bed: Bed) {
-    let control = bed.open().await;
+async fn ten_thousand_made_up_cookies_are_rejected(db: TestDatabase) {
+    let control = db.open().await;
     let session = admin(&control).await.session;
     let mut throttled = 0;
     for number in 0..10_000 {

@@ -1,4 +1,4 @@
-//! What was done, what was used, and what is kept of secrets.
+//! The audit log, stored usage, and the absence of secrets in both.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -16,23 +16,23 @@ use parapet::wire::features::Document;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot};
 
-use super::bed::{Bed, Door, SHELL, actor, actor_in, admin, attempt, password};
+use super::bed::{RunningInstance, SHELL, TestDatabase, actor, actor_in, admin, attempt, password};
 use crate::rig::until;
 
 super::on_both!(
-    events_tell_who_did_what_when_and_from_where,
-    usage_is_merged_by_hour_and_told,
+    events_record_actor_action_time_and_address,
+    usage_is_merged_by_hour_and_listed,
     usage_that_cannot_be_stored_is_refused,
-    what_is_too_old_is_forgotten,
-    batch_that_comes_again_is_counted_once,
-    unknown_names_have_a_small_account,
-    only_what_is_too_much_is_forgotten_and_the_least_known_first,
-    applications_that_were_seen_for_long_outlast_made_up_ones,
-    no_secret_is_kept,
+    old_usage_and_events_are_deleted_after_retention,
+    repeated_batch_is_counted_once,
+    unknown_flags_and_variants_are_limited_to_ten_thousand_rows,
+    rows_beyond_limit_are_deleted_newest_applications_first,
+    long_lived_applications_outlast_made_up_ones,
+    no_secret_is_stored,
 );
 
-async fn events_tell_who_did_what_when_and_from_where(bed: Bed) {
-    let control = bed.open().await;
+async fn events_record_actor_action_time_and_address(db: TestDatabase) {
+    let control = db.open().await;
     let ci = NewToken {
         name: "ci".to_owned(),
         kind: TokenKind::Admin,
@@ -47,9 +47,10 @@ async fn events_tell_who_did_what_when_and_from_where(bed: Bed) {
     };
     let all = EventQuery { limit: 1000, ..EventQuery::default() };
     let ask = async |query: &EventQuery| control.events(&SHELL.operator, query).await.unwrap();
-    // Times are kept in milliseconds: what follows is of a later one than what opening wrote.
+    // Times have milliseconds: the following events are later than those written when the database was
+    // opened.
     let opened = ask(&all).await.events[0].created_at;
-    let since = until("the clock goes on", Duration::from_secs(10), async || {
+    let since = until("the clock advances", Duration::from_secs(10), async || {
         Some(Timestamp::now()).filter(|now| now.as_millisecond() > opened.as_millisecond())
     })
     .await;
@@ -104,13 +105,13 @@ async fn events_tell_who_did_what_when_and_from_where(bed: Bed) {
     assert!(control.events(&editor.operator, &all).await.is_err());
 }
 
-/// Hands a report to the registry and tells what became of it.
+/// Delivers a usage report to the registry and returns the outcome.
 async fn deliver(control: &Control, body: &Value) -> Taken {
     let batch = BatchId::parse(&format!("{:032x}", rand::random::<u128>())).unwrap();
     deliver_as(control, batch, body).await
 }
 
-/// The same with the name of a batch.
+/// Delivers it with a batch id.
 async fn deliver_as(control: &Control, batch: BatchId, body: &Value) -> Taken {
     let (deliver, mut deliveries) = mpsc::channel(1);
     let (done, taken) = oneshot::channel();
@@ -146,8 +147,8 @@ fn report(hour: &str, yes: u64, variants: &Value) -> Value {
     })
 }
 
-async fn usage_is_merged_by_hour_and_told(bed: Bed) {
-    let control = bed.open().await;
+async fn usage_is_merged_by_hour_and_listed(db: TestDatabase) {
+    let control = db.open().await;
     let noon = "2026-05-05T12:20:00Z";
     assert_eq!(deliver(&control, &report(noon, 2, &json!({ "a": 2 }))).await, Taken::Stored);
     let later = report("2026-05-05T12:59:59Z", 3, &json!({ "a": 1, "b": 2 }));
@@ -157,9 +158,10 @@ async fn usage_is_merged_by_hour_and_told(bed: Bed) {
 
     let since: Timestamp = "2026-05-05T12:30:00Z".parse().unwrap();
     let hours = control.usage_of("blue", since).await.unwrap();
-    let told: Vec<_> = hours.iter().map(|it| (it.hour.to_string(), it.yes, it.no)).collect();
+    let stored_hours: Vec<_> =
+        hours.iter().map(|it| (it.hour.to_string(), it.yes, it.no)).collect();
     let expect = [("2026-05-05T13:00:00Z", 0, 1), ("2026-05-05T12:00:00Z", 5, 2)];
-    assert_eq!(told, expect.map(|(hour, yes, no)| (hour.to_owned(), yes, no)));
+    assert_eq!(stored_hours, expect.map(|(hour, yes, no)| (hour.to_owned(), yes, no)));
     let variants = BTreeMap::from([("a".to_owned(), 3), ("b".to_owned(), 2)]);
     assert_eq!((&hours[0].variants, &hours[1].variants), (&BTreeMap::new(), &variants));
     assert_eq!((hours[1].app_name.as_str(), hours[1].environment.as_str()), ("shop", "dev"));
@@ -177,10 +179,11 @@ async fn usage_is_merged_by_hour_and_told(bed: Bed) {
     assert!(shop.created_at <= shop.seen_at);
 }
 
-async fn usage_that_cannot_be_stored_is_refused(bed: Bed) {
-    let control = bed.open().await;
+async fn usage_that_cannot_be_stored_is_refused(db: TestDatabase) {
+    let control = db.open().await;
     assert_eq!(deliver(&control, &json!("usage")).await, Taken::Refused);
-    // What would fail for ever must not: PostgreSQL stores no NUL and no number beyond its own.
+    // Input that would fail on every retry is corrected: PostgreSQL stores no NUL and no number beyond
+    // its range.
     let noon = "2026-05-05T12:00:00Z";
     let huge = report(noon, u64::MAX, &json!({ "a": u64::MAX, "b\0": 1 }));
     assert_eq!(deliver(&control, &huge).await, Taken::Stored);
@@ -194,12 +197,12 @@ async fn usage_that_cannot_be_stored_is_refused(bed: Bed) {
     assert_eq!(control.usage_of("green", Timestamp::UNIX_EPOCH).await.unwrap()[0].yes, 1);
 }
 
-async fn what_is_too_old_is_forgotten(bed: Bed) {
+async fn old_usage_and_events_are_deleted_after_retention(db: TestDatabase) {
     let hour = Duration::from_hours(1);
-    let control = bed.open().await;
+    let control = db.open().await;
     let old = "INSERT INTO events (kind, created_by, created_at) VALUES ('user-created', 'x', 1)";
-    bed.execute(old).await;
-    // The usage is of long ago, its application was seen just now.
+    db.execute(old).await;
+    // The usage is old, but its application was seen just now.
     let long_ago = report("2020-01-01T00:00:00Z", 1, &json!({ "a": 1 }));
     assert_eq!(deliver(&control, &long_ago).await, Taken::Stored);
     let has_old = async |control: &Control| {
@@ -209,24 +212,24 @@ async fn what_is_too_old_is_forgotten(bed: Bed) {
     let has_usage = async |control: &Control| {
         !control.usage_of("blue", Timestamp::UNIX_EPOCH).await.unwrap().is_empty()
     };
-    // Events are kept for ever, unless the operator says otherwise.
-    let door = Door::of(&control);
+    // Events are kept for ever by default.
+    let instance = RunningInstance::start(&control);
     let usage_is_gone = async || (!has_usage(&control).await).then_some(());
     until("old usage is forgotten", Duration::from_secs(10), usage_is_gone).await;
     assert!(has_old(&control).await);
     assert_eq!(control.applications().await.unwrap().len(), 1);
-    drop(door);
-    let config = Config { event_retention: Some(hour), ..bed.config() };
-    let (control, _) = bed.open_as(config).await;
-    let _door = Door::of(&control);
+    drop(instance);
+    let config = Config { event_retention: Some(hour), ..db.config() };
+    let (control, _) = db.open_as(config).await;
+    let _instance = RunningInstance::start(&control);
     let event_is_gone = async || (!has_old(&control).await).then_some(());
     until("old events are forgotten", Duration::from_secs(10), event_is_gone).await;
     let all = EventQuery { limit: 1000, ..EventQuery::default() };
     assert!(control.events(&SHELL.operator, &all).await.unwrap().total > 1);
 }
 
-async fn batch_that_comes_again_is_counted_once(bed: Bed) {
-    let control = bed.open().await;
+async fn repeated_batch_is_counted_once(db: TestDatabase) {
+    let control = db.open().await;
     let id = |text: &str| BatchId::parse(text).unwrap();
     let body = report("2026-05-05T12:20:00Z", 2, &json!({ "a": 2 }));
     for batch in ["1", "1", "2", "1", "2"] {
@@ -234,31 +237,31 @@ async fn batch_that_comes_again_is_counted_once(bed: Bed) {
     }
     let hours = control.usage_of("blue", Timestamp::UNIX_EPOCH).await.unwrap();
     assert_eq!((hours[0].yes, hours[0].variants["a"]), (4, 4));
-    // What could not be stored is not remembered.
+    // A batch that could not be stored is not remembered.
     assert_eq!(deliver_as(&control, id("3"), &json!("usage")).await, Taken::Refused);
     assert_eq!(deliver_as(&control, id("3"), &body).await, Taken::Stored);
     let hours = control.usage_of("blue", Timestamp::UNIX_EPOCH).await.unwrap();
     assert_eq!(hours[0].yes, 6);
 }
 
-/// An SQL expression of a number that grows by one with each row up to `$count`.
+/// An SQL expression for rows with the numbers 1 to `count`.
 fn rows(count: u32) -> String {
     format!(
         "WITH RECURSIVE numbers (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < {count})"
     )
 }
 
-/// Waits until a running instance has cleaned up so far that a query counts this many rows.
-async fn until_pruned(bed: &Bed, control: &Control, query: &str, count: i64) {
-    let _door = Door::of(control);
+/// Waits until a running instance has deleted so much that a query counts this many rows.
+async fn until_pruned(db: &TestDatabase, control: &Control, query: &str, count: i64) {
+    let _instance = RunningInstance::start(control);
     until(&format!("{query} is {count}"), Duration::from_mins(1), async || {
-        (bed.count(query).await == count).then_some(())
+        (db.count(query).await == count).then_some(())
     })
     .await;
 }
 
-async fn unknown_names_have_a_small_account(bed: Bed) {
-    let control = bed.open().await;
+async fn unknown_flags_and_variants_are_limited_to_ten_thousand_rows(db: TestDatabase) {
+    let control = db.open().await;
     let now = Timestamp::now();
     let metric = |flag: &str, variants: Value| {
         json!({ "featureName": flag, "appName": "shop", "environment": "dev", "timestamp": now,
@@ -268,50 +271,50 @@ async fn unknown_names_have_a_small_account(bed: Bed) {
         metric("blue", json!({ "a": 1, "disabled": 1, "made-up": 1 })), metric("made-up", json!({})),
     ] });
     assert_eq!(deliver(&control, &body).await, Taken::Stored);
-    assert_eq!(bed.count("SELECT COUNT(*) FROM flag_usage WHERE known = 1").await, 1);
-    assert_eq!(bed.count("SELECT COUNT(*) FROM variant_usage WHERE known = 1").await, 2);
+    assert_eq!(db.count("SELECT COUNT(*) FROM flag_usage WHERE known = 1").await, 1);
+    assert_eq!(db.count("SELECT COUNT(*) FROM variant_usage WHERE known = 1").await, 2);
 
     let hour = now.as_millisecond() / 3_600_000 * 3_600_000;
-    bed.execute(&format!(
+    db.execute(&format!(
         "{} INSERT INTO flag_usage (flag, environment, app_name, hour, yes, no, known) \
          SELECT 'flood ' || n, 'dev', 'shop', {hour}, 1, 0, 0 FROM numbers",
         rows(30_000)
     ))
     .await;
-    bed.execute(&format!(
+    db.execute(&format!(
         "{} INSERT INTO variant_usage (flag, environment, app_name, hour, variant, count, known) \
          SELECT 'blue', 'dev', 'shop', {hour}, 'flood ' || n, 1, 0 FROM numbers",
         rows(30_000)
     ))
     .await;
-    // Known since: it was new, and no invention.
-    bed.execute(&format!(
+    // A flag that was new and is known by now is not made up.
+    db.execute(&format!(
         "INSERT INTO flag_usage (flag, environment, app_name, hour, yes, no, known) VALUES \
          ('new', 'dev', 'shop', {hour} - 3600000, 1, 0, 0), ('new', 'dev', 'shop', {hour}, 1, 0, 1)"
     ))
     .await;
     let flags = "SELECT COUNT(*) FROM flag_usage";
-    until_pruned(&bed, &control, flags, 10_000 + 1 + 2).await;
+    until_pruned(&db, &control, flags, 10_000 + 1 + 2).await;
     let variants = "SELECT COUNT(*) FROM variant_usage";
-    assert_eq!(bed.count(variants).await, 10_000 + 2);
+    assert_eq!(db.count(variants).await, 10_000 + 2);
     assert_eq!(control.usage_of("blue", now).await.unwrap()[0].yes, 1);
     assert_eq!(control.usage_of("new", Timestamp::UNIX_EPOCH).await.unwrap().len(), 2);
 }
 
-async fn only_what_is_too_much_is_forgotten_and_the_least_known_first(bed: Bed) {
+async fn rows_beyond_limit_are_deleted_newest_applications_first(db: TestDatabase) {
     const MOST: i64 = 1_000_000;
-    let control = bed.open().await;
+    let control = db.open().await;
     let now = Timestamp::now().as_millisecond();
     let (hour, month_ago) = (now / 3_600_000 * 3_600_000, now - 30 * 86_400_000);
-    bed.execute(&format!(
+    db.execute(&format!(
         "INSERT INTO applications (app_name, created_at, seen_at) VALUES \
          ('shop', {month_ago}, {now}), ('flood', {now}, {now})"
     ))
     .await;
-    // As an earlier version stored them: whether they were made up is not known.
+    // Rows as an earlier version stored them: whether the flags were made up is unknown.
     for app in ["shop", "flood"] {
         let count = if app == "shop" { 20 } else { 1_000_300 };
-        bed.execute(&format!(
+        db.execute(&format!(
             "{} INSERT INTO flag_usage (flag, environment, app_name, hour, yes, no) \
              SELECT '{app} ' || n, 'dev', '{app}', {hour} - CASE WHEN n <= 10 THEN 3600000 ELSE 0 END, \
              1, 0 FROM numbers",
@@ -320,17 +323,17 @@ async fn only_what_is_too_much_is_forgotten_and_the_least_known_first(bed: Bed) 
         .await;
     }
     let query = "SELECT COUNT(*) FROM flag_usage";
-    until_pruned(&bed, &control, query, MOST).await;
-    let of = async |condition: &str| bed.count(&format!("{query} WHERE {condition}")).await;
+    until_pruned(&db, &control, query, MOST).await;
+    let of = async |condition: &str| db.count(&format!("{query} WHERE {condition}")).await;
     assert_eq!(of("app_name = 'shop'").await, 20);
     assert_eq!(of(&format!("app_name = 'flood' AND hour < {hour}")).await, 0);
 }
 
-async fn applications_that_were_seen_for_long_outlast_made_up_ones(bed: Bed) {
-    let control = bed.open().await;
+async fn long_lived_applications_outlast_made_up_ones(db: TestDatabase) {
+    let control = db.open().await;
     let now = Timestamp::now().as_millisecond();
     let day = 86_400_000;
-    bed.execute(&format!(
+    db.execute(&format!(
         "{} INSERT INTO applications (app_name, created_at, seen_at) \
          SELECT 'app ' || n, CASE WHEN n <= 100 THEN {now} - 9 * {day} ELSE {now} END, \
          CASE WHEN n <= 100 THEN {now} - {day} / 2 ELSE {now} END FROM numbers",
@@ -338,13 +341,13 @@ async fn applications_that_were_seen_for_long_outlast_made_up_ones(bed: Bed) {
     ))
     .await;
     let query = "SELECT COUNT(*) FROM applications";
-    until_pruned(&bed, &control, query, 5000).await;
+    until_pruned(&db, &control, query, 5000).await;
     let old = format!("{query} WHERE created_at < {now}");
-    assert_eq!(bed.count(&old).await, 100);
+    assert_eq!(db.count(&old).await, 100);
 }
 
-async fn no_secret_is_kept(bed: Bed) {
-    let (control, opened) = bed.open_as(bed.config()).await;
+async fn no_secret_is_stored(db: TestDatabase) {
+    let (control, opened) = db.open_as(db.config()).await;
     let FoundTokens::Generated(generated) = opened.tokens else { panic!("{opened:?}") };
     let mut secrets = vec![super::bed::PASSWORD.to_owned()];
     let tokens = [&generated.admin, &generated.client, &generated.frontend];
@@ -374,7 +377,7 @@ async fn no_secret_is_kept(bed: Bed) {
     control.change_own_password(&ann, &old, hers.clone()).await.unwrap();
     secrets.extend([old.expose().to_owned(), hers.expose().to_owned()]);
     secrets.extend([signed_in.session, signed_in.device].map(|it| it.expose().to_owned()));
-    // A password in the wrong field, and one that is wrong.
+    // A password in the wrong field, and a wrong password.
     let typed = password("a password typed as a name");
     let slip = SignIn { username: typed.expose(), ..attempt("", &typed) };
     control.sign_in(slip).await.unwrap_err();
@@ -382,19 +385,19 @@ async fn no_secret_is_kept(bed: Bed) {
     secrets.push(typed.expose().to_owned());
     admin(&control).await;
 
-    let dump = bed.dump().await;
+    let dump = db.dump().await;
     let keeps = |text: &str| dump.windows(text.len()).any(|part| part == text.as_bytes());
     assert!(keeps("ann") && keeps("api-token-created") && keeps("$argon2id$"));
     for secret in &secrets {
-        assert!(!keeps(secret), "the database keeps {secret}");
-        // Nor the part of it that proves, which is the last of a token and of a cookie.
+        assert!(!keeps(secret), "the database contains {secret}");
+        // The proof is the last part of a token and of a cookie; it must not be stored either.
         let proof = &secret[secret.len().saturating_sub(43)..];
-        assert!(!keeps(proof), "the database keeps {proof}, of {secret}");
+        assert!(!keeps(proof), "the database contains {proof}, of {secret}");
     }
 }
 
-/// Makes so many events of a day in the past, behind the control plane's back.
-async fn add_events(bed: &Bed, count: u32) {
+/// Adds this many events of one day in the past, without the control plane's knowledge.
+async fn add_events(db: &TestDatabase, count: u32) {
     let add = format!(
         "INSERT INTO events (kind, created_by, created_at, environment, project) \
          WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {count}) \
@@ -402,14 +405,14 @@ async fn add_events(bed: &Bed, count: u32) {
          'somebody ' || i % 7, 1700000000000 + i, 'development', \
          CASE i WHEN 1000 THEN 'web,rare' ELSE 'web,app' END FROM n"
     );
-    bed.execute(&add).await;
+    db.execute(&add).await;
 }
 
-/// Operators turn pages of a log of years.
+/// Operators page through a log of several years.
 #[tokio::test]
-async fn a_page_of_a_long_log_takes_about_as_long_as_one_of_a_short_log() {
-    let bed = Bed::sqlite();
-    let control = bed.open().await;
+async fn page_of_long_event_log_is_as_fast_as_of_short_log() {
+    let db = TestDatabase::sqlite();
+    let control = db.open().await;
     let kinds = vec![EventKind::TokenCreated];
     let (created_by, before) = (Some("somebody 3".to_owned()), Some(150_000));
     let queries = [
@@ -420,7 +423,7 @@ async fn a_page_of_a_long_log_takes_about_as_long_as_one_of_a_short_log() {
         EventQuery { project: Some("rare".to_owned()), ..EventQuery::default() },
         EventQuery { project: Some("web".to_owned()), before, ..EventQuery::default() },
     ];
-    // The fastest of some, so that what others do at the same time matters little.
+    // The fastest of several runs, so that other load on the machine matters little.
     let fastest = async || {
         let mut all = Vec::new();
         for query in &queries {
@@ -436,14 +439,14 @@ async fn a_page_of_a_long_log_takes_about_as_long_as_one_of_a_short_log() {
         all
     };
     let short = fastest().await;
-    add_events(&bed, 300_000).await;
+    add_events(&db, 300_000).await;
     let long = fastest().await;
     println!("{short:?} before, {long:?} now");
     for ((short, long), query) in short.iter().zip(&long).zip(&queries) {
         assert!(*long < *short * 50, "{query:?}: {short:?} before, {long:?} now");
     }
 
-    // Each page goes on where the one before has ended, whatever is added meanwhile.
+    // Each page continues where the previous one ended, even if events are added meanwhile.
     let page = async |before| {
         let query = EventQuery { before, limit: 3, ..EventQuery::default() };
         control.events(&SHELL.operator, &query).await.unwrap()
@@ -457,21 +460,21 @@ async fn a_page_of_a_long_log_takes_about_as_long_as_one_of_a_short_log() {
     assert_eq!(ids(&page(Some(last)).await.events), [last - 1, last - 2, last - 3]);
 }
 
-/// What is forgotten leaves no room behind.
+/// Deleting events frees space in the file.
 #[tokio::test]
-async fn a_file_shrinks_when_its_events_are_forgotten() {
-    let bed = Bed::sqlite();
+async fn sqlite_file_shrinks_after_event_retention() {
+    let db = TestDatabase::sqlite();
     let event_retention = Some(Duration::from_hours(24));
-    let (control, _) = bed.open_as(Config { event_retention, ..bed.config() }).await;
-    add_events(&bed, 30_000).await;
-    bed.execute("PRAGMA wal_checkpoint(TRUNCATE)").await;
-    let Bed::Sqlite(directory) = &bed else { panic!("it is SQLite") };
+    let (control, _) = db.open_as(Config { event_retention, ..db.config() }).await;
+    add_events(&db, 30_000).await;
+    db.execute("PRAGMA wal_checkpoint(TRUNCATE)").await;
+    let TestDatabase::Sqlite(directory) = &db else { panic!("it is SQLite") };
     let size = || std::fs::metadata(directory.path().join("control.db")).unwrap().len();
     let large = size();
-    let _door = Door::of(&control);
+    let _instance = RunningInstance::start(&control);
     until("the file is small", Duration::from_mins(1), async || {
-        // What has been committed is in the log beside it until somebody has written enough.
-        bed.execute("PRAGMA wal_checkpoint(PASSIVE)").await;
+        // Committed pages stay in the write-ahead log until the next checkpoint.
+        db.execute("PRAGMA wal_checkpoint(PASSIVE)").await;
         (size() < large / 10).then_some(())
     })
     .await;

@@ -1,4 +1,5 @@
-//! Several instances on one database, old and new databases, and one that goes away.
+//! Several instances on one database, databases of older and newer versions, and a database that becomes
+//! unavailable.
 
 use std::time::Duration;
 
@@ -10,17 +11,17 @@ use parapet::control::{
 use parapet::token::{Environment, Projects, Token, TokenKind};
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 
-use super::bed::{Bed, Door, SHELL, admin};
+use super::bed::{RunningInstance, SHELL, TestDatabase, admin};
 use crate::rig::{Postgres, until};
 
 super::on_both!(
-    a_change_on_one_instance_is_in_force_on_the_other,
-    instances_that_start_at_once_make_one_account_and_one_set_of_tokens,
-    uses_are_noted_once_a_minute,
-    a_database_of_the_first_version_opens_as_it_was,
-    a_backup_leaves_a_database_of_an_earlier_version_as_it_is,
-    a_database_of_a_newer_version_is_left_alone,
-    two_that_write_at_once_wait_for_each_other,
+    change_on_one_instance_takes_effect_on_the_other,
+    instances_that_start_concurrently_create_one_account_and_one_token_set,
+    token_use_is_recorded_within_a_minute,
+    version_1_database_opens_with_all_contents,
+    backup_does_not_migrate_version_1_database,
+    database_of_newer_version_is_not_opened_or_changed,
+    concurrent_writers_wait_for_each_other,
 );
 
 async fn make(control: &Control) -> (Token, String) {
@@ -35,23 +36,23 @@ async fn make(control: &Control) -> (Token, String) {
     (secret, token.id)
 }
 
-async fn a_change_on_one_instance_is_in_force_on_the_other(bed: Bed) {
-    let (one, other) = (bed.open().await, bed.open().await);
-    let door = Door::of(&other);
+async fn change_on_one_instance_takes_effect_on_the_other(db: TestDatabase) {
+    let (one, other) = (db.open().await, db.open().await);
+    let instance = RunningInstance::start(&other);
     for _ in 0..3 {
         let (secret, id) = make(&one).await;
-        door.until(&secret, true).await;
+        instance.wait_until(&secret, true).await;
         one.update_token(&SHELL, &id, Some(Timestamp::UNIX_EPOCH)).await.unwrap();
-        door.until(&secret, false).await;
+        instance.wait_until(&secret, false).await;
         one.update_token(&SHELL, &id, None).await.unwrap();
-        door.until(&secret, true).await;
+        instance.wait_until(&secret, true).await;
         one.delete_token(&SHELL, &id).await.unwrap();
-        door.until(&secret, false).await;
+        instance.wait_until(&secret, false).await;
     }
 }
 
-async fn instances_that_start_at_once_make_one_account_and_one_set_of_tokens(bed: Bed) {
-    let open = || bed.open_as(bed.config());
+async fn instances_that_start_concurrently_create_one_account_and_one_token_set(db: TestDatabase) {
+    let open = || db.open_as(db.config());
     let (one, two, three, four) = tokio::join!(open(), open(), open(), open());
     let opened = [&one.1, &two.1, &three.1, &four.1];
     assert_eq!(opened.iter().filter(|it| it.account.is_some()).count(), 1, "{opened:?}");
@@ -59,21 +60,21 @@ async fn instances_that_start_at_once_make_one_account_and_one_set_of_tokens(bed
         |it: &&&_| matches!(it, parapet::control::Opened { tokens: FoundTokens::Generated(_), .. });
     assert_eq!(opened.iter().filter(generated).count(), 1, "{opened:?}");
     assert_eq!(one.0.accounts(&SHELL.operator).await.unwrap().len(), 1);
-    let again = bed.open().await;
+    let again = db.open().await;
     assert_eq!(again.tokens(&SHELL.operator).len(), 3);
     for (control, _) in [one, two, three, four] {
         assert_eq!(control.tokens(&SHELL.operator), again.tokens(&SHELL.operator));
     }
 }
 
-async fn uses_are_noted_once_a_minute(bed: Bed) {
-    let control = bed.open().await;
+async fn token_use_is_recorded_within_a_minute(db: TestDatabase) {
+    let control = db.open().await;
     let (secret, _) = make(&control).await;
-    let door = Door::of(&control);
-    door.until(&secret, true).await;
-    // Written every so often, whatever the clock of this test says.
+    let instance = RunningInstance::start(&control);
+    instance.wait_until(&secret, true).await;
+    // It is written periodically, independent of this test's clock.
     let seen = async || {
-        let tokens = bed.open().await.tokens(&SHELL.operator);
+        let tokens = db.open().await.tokens(&SHELL.operator);
         tokens.iter().find(|token| token.name == "made").and_then(|token| token.seen_at)
     };
     until("the token's use is noted", Duration::from_mins(1), seen).await;
@@ -83,21 +84,21 @@ const SQLITE: &str = include_str!("../../../src/control/migrations/sqlite/0001_i
 const POSTGRES: &str = include_str!("../../../src/control/migrations/postgres/0001_initial.sql");
 const CONTENT: &str = include_str!("version_1.sql");
 
-/// Makes a database of the first version, with contents.
-async fn make_first_version(bed: &Bed) {
-    let schema = match bed {
-        Bed::Sqlite(_) => SQLITE,
-        Bed::Postgres { .. } => POSTGRES,
+/// Creates a database of the first version, with contents.
+async fn make_first_version(db: &TestDatabase) {
+    let schema = match db {
+        TestDatabase::Sqlite(_) => SQLITE,
+        TestDatabase::Postgres { .. } => POSTGRES,
     };
     let schema = sqlx::SqlSafeStr::into_sql_str(schema);
     let first = Migration::new(1, "initial".into(), MigrationType::Simple, schema, false);
-    Migrator::with_migrations(vec![first]).run(&mut bed.connect().await).await.unwrap();
-    bed.execute(CONTENT).await;
+    Migrator::with_migrations(vec![first]).run(&mut db.connect().await).await.unwrap();
+    db.execute(CONTENT).await;
 }
 
-/// Opens what was a database of the first version, with all of its contents.
-async fn open_first_version(bed: &Bed) {
-    let (control, opened) = bed.open_as(bed.config()).await;
+/// Opens a database that was created by the first version, and checks all of its contents.
+async fn open_first_version(db: &TestDatabase) {
+    let (control, opened) = db.open_as(db.config()).await;
     assert!(opened.account.is_none() && matches!(opened.tokens, FoundTokens::Existing));
     let tokens = control.tokens(&SHELL.operator);
     assert_eq!(tokens.len(), 1);
@@ -109,48 +110,48 @@ async fn open_first_version(bed: &Bed) {
     assert_eq!((accounts.len(), accounts[0].username.as_str()), (1, "admin"));
     assert_eq!(accounts[0].permissions.len(), 1);
     admin(&control).await;
-    let told = super::bed::kinds(&control).await;
-    assert_eq!(told, ["api-token-created", "user-signed-in"]);
+    let recorded = super::bed::kinds(&control).await;
+    assert_eq!(recorded, ["api-token-created", "user-signed-in"]);
     let usage = control.usage_of("blue", Timestamp::UNIX_EPOCH).await.unwrap();
     assert_eq!((usage.len(), usage[0].yes, usage[0].variants["a"]), (1, 7, 3));
     assert_eq!(control.applications().await.unwrap()[0].sdk_versions, ["node:6.0.0"]);
 }
 
-async fn a_database_of_the_first_version_opens_as_it_was(bed: Bed) {
-    make_first_version(&bed).await;
-    open_first_version(&bed).await;
+async fn version_1_database_opens_with_all_contents(db: TestDatabase) {
+    make_first_version(&db).await;
+    open_first_version(&db).await;
 }
 
-async fn a_backup_leaves_a_database_of_an_earlier_version_as_it_is(bed: Bed) {
-    make_first_version(&bed).await;
+async fn backup_does_not_migrate_version_1_database(db: TestDatabase) {
+    make_first_version(&db).await;
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("parapet.backup");
-    assert_eq!(backup::save(&bed.config().location, &file, false).await.unwrap(), 8);
-    assert_eq!(bed.count("SELECT MAX(version) FROM _sqlx_migrations").await, 1);
-    let restored = Bed::sqlite();
+    assert_eq!(backup::save(&db.config().location, &file, false).await.unwrap(), 8);
+    assert_eq!(db.count("SELECT MAX(version) FROM _sqlx_migrations").await, 1);
+    let restored = TestDatabase::sqlite();
     assert_eq!(backup::restore(&restored.config().location, &file, false).await.unwrap(), 8);
     open_first_version(&restored).await;
 }
 
-async fn a_database_of_a_newer_version_is_left_alone(bed: Bed) {
-    bed.open().await;
-    bed.execute(
+async fn database_of_newer_version_is_not_opened_or_changed(db: TestDatabase) {
+    db.open().await;
+    db.execute(
         "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time) \
          SELECT 9999, 'of tomorrow', success, checksum, 0 FROM _sqlx_migrations WHERE version = 1",
     )
     .await;
-    let error = Control::open(bed.config(), None, |_| ()).await.unwrap_err();
+    let error = Control::open(db.config(), None, |_| ()).await.unwrap_err();
     assert!(matches!(error, Error::Newer { found: 9999, .. }), "{error:?}");
     assert!(error.to_string().contains("newer version of Parapet"), "{error}");
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("parapet.backup");
-    let error = backup::save(&bed.config().location, &file, false).await.unwrap_err();
+    let error = backup::save(&db.config().location, &file, false).await.unwrap_err();
     assert!(matches!(error, BackupError::Database(Error::Newer { found: 9999, .. })), "{error:?}");
     assert!(!file.exists());
 }
 
-async fn two_that_write_at_once_wait_for_each_other(bed: Bed) {
-    let (one, other) = (bed.open().await, bed.open().await);
+async fn concurrent_writers_wait_for_each_other(db: TestDatabase) {
+    let (one, other) = (db.open().await, db.open().await);
     let write = async |control: &Control| {
         for _ in 0..5 {
             let (_, id) = make(control).await;
@@ -161,17 +162,17 @@ async fn two_that_write_at_once_wait_for_each_other(bed: Bed) {
     assert_eq!(super::bed::kinds(&one).await.len(), 4 + 40);
 }
 
-/// PostgreSQL is away, with the connection on which changes are heard.
+/// PostgreSQL is unavailable, and the connection that listens for changes breaks.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL"]
-async fn a_database_that_goes_away_changes_nothing_until_it_is_back() {
-    let bed = Bed::postgres().await;
-    let Bed::Postgres { name, .. } = &bed else { panic!("it is PostgreSQL") };
+async fn tokens_stay_valid_while_database_is_unavailable() {
+    let db = TestDatabase::postgres().await;
+    let TestDatabase::Postgres { name, .. } = &db else { panic!("it is PostgreSQL") };
     let server = Postgres::shared().await;
-    let control = bed.open().await;
-    let door = Door::of(&control);
+    let control = db.open().await;
+    let instance = RunningInstance::start(&control);
     let ((kept, _), (ended, id)) = (make(&control).await, make(&control).await);
-    door.until(&ended, true).await;
+    instance.wait_until(&ended, true).await;
 
     server.execute("postgres", &format!("alter database {name} allow_connections false")).await;
     let cut =
@@ -179,48 +180,48 @@ async fn a_database_that_goes_away_changes_nothing_until_it_is_back() {
     server.execute("postgres", &cut).await;
     let made = control.delete_token(&SHELL, &id).await;
     assert!(matches!(made, Err(Error::Database(_) | Error::Unreachable(_))), "{made:?}");
-    assert!(door.admits(&kept).await && door.admits(&ended).await);
+    assert!(instance.admits(&kept).await && instance.admits(&ended).await);
 
     server.execute("postgres", &format!("alter database {name} allow_connections true")).await;
-    // Behind its back, and before it listens again perhaps.
-    bed.execute(&format!("DELETE FROM tokens WHERE id = '{id}'")).await;
-    let caught_up = async || (!door.admits(&ended).await).then_some(());
+    // Without the instance's knowledge, and perhaps before it listens again.
+    db.execute(&format!("DELETE FROM tokens WHERE id = '{id}'")).await;
+    let caught_up = async || (!instance.admits(&ended).await).then_some(());
     until("what was missed is read", Duration::from_secs(20), caught_up).await;
-    assert!(door.admits(&kept).await);
+    assert!(instance.admits(&kept).await);
     make(&control).await;
 }
 
-/// Only the connection on which changes are heard is cut.
+/// Only the connection that listens for changes breaks.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL"]
-async fn a_change_during_a_cut_of_the_listening_connection_is_caught_up() {
-    let bed = Bed::postgres().await;
-    let Bed::Postgres { name, .. } = &bed else { panic!("it is PostgreSQL") };
-    let (one, other) = (bed.open().await, bed.open().await);
-    let door = Door::of(&other);
+async fn change_while_listening_connection_is_down_is_picked_up() {
+    let db = TestDatabase::postgres().await;
+    let TestDatabase::Postgres { name, .. } = &db else { panic!("it is PostgreSQL") };
+    let (one, other) = (db.open().await, db.open().await);
+    let instance = RunningInstance::start(&other);
     let (secret, id) = make(&one).await;
-    door.until(&secret, true).await;
+    instance.wait_until(&secret, true).await;
     let cut = format!(
         "select pg_terminate_backend(pid) from pg_stat_activity \
          where datname = '{name}' and query like 'LISTEN%'"
     );
     Postgres::shared().await.execute("postgres", &cut).await;
     one.delete_token(&SHELL, &id).await.unwrap();
-    let caught_up = async || (!door.admits(&secret).await).then_some(());
+    let caught_up = async || (!instance.admits(&secret).await).then_some(());
     until("what was missed is read", Duration::from_secs(10), caught_up).await;
     let (secret, _) = make(&one).await;
-    door.until(&secret, true).await;
+    instance.wait_until(&secret, true).await;
 }
 
-/// Nobody else on the machine reads the digests.
+/// Other users of the machine cannot read the digests.
 #[cfg(unix)]
 #[tokio::test]
-async fn the_files_are_their_owners_alone() {
+async fn database_files_are_readable_by_owner_only() {
     use std::os::unix::fs::PermissionsExt as _;
 
-    let bed = Bed::sqlite();
-    let _control = bed.open().await;
-    let Bed::Sqlite(directory) = &bed else { panic!("it is SQLite") };
+    let db = TestDatabase::sqlite();
+    let _control = db.open().await;
+    let TestDatabase::Sqlite(directory) = &db else { panic!("it is SQLite") };
     let files: Vec<_> = std::fs::read_dir(directory.path()).unwrap().map(Result::unwrap).collect();
     assert!(files.len() > 1, "the log is beside the database: {files:?}");
     for file in files {

@@ -1,4 +1,4 @@
-//! API tokens: made, listed, changed, ended, and in force at the door at once.
+//! API tokens: created, listed, changed, deleted, and effective at once.
 
 use std::collections::BTreeSet;
 
@@ -9,17 +9,17 @@ use parapet::control::{
 };
 use parapet::token::{Environment, Projects, Token, TokenKind};
 
-use super::bed::{Bed, Door, SHELL, actor, actor_in, admin, kinds, password};
+use super::bed::{RunningInstance, SHELL, TestDatabase, actor, actor_in, admin, kinds, password};
 
 super::on_both!(
-    a_token_is_made_listed_changed_and_ended,
-    tokens_are_in_force_at_once_and_until_they_expire,
-    what_cannot_be_a_token_is_told_by_field,
-    rights_are_asked_for_and_refusals_written_down,
-    withdrawn_rights_change_no_token,
-    there_are_as_many_tokens_as_may_be,
-    seeds_fill_an_empty_registry_once,
-    an_empty_registry_without_seeds_gets_a_token_of_each_kind,
+    token_is_created_listed_changed_and_deleted,
+    token_is_valid_at_once_and_until_it_expires,
+    invalid_token_is_rejected_with_its_field,
+    permissions_are_enforced_and_denials_recorded,
+    token_change_after_permission_revocation_is_denied,
+    number_of_tokens_is_limited,
+    initial_tokens_fill_empty_registry_once,
+    empty_registry_without_initial_tokens_gets_one_token_of_each_kind,
 );
 
 fn new(name: &str, kind: TokenKind) -> NewToken {
@@ -41,26 +41,26 @@ fn soon() -> Timestamp {
     Timestamp::now() + SignedDuration::from_millis(300)
 }
 
-async fn a_token_is_made_listed_changed_and_ended(bed: Bed) {
-    let control = bed.open().await;
+async fn token_is_created_listed_changed_and_deleted(db: TestDatabase) {
+    let control = db.open().await;
     let first = control.tokens(&SHELL.operator).len();
-    let wanted = NewToken {
+    let requested = NewToken {
         projects: Projects::from_list(["web", "app"]),
         ..new("billing", TokenKind::Client)
     };
-    let (secret, made) = control.create_token(&SHELL, wanted.clone()).await.unwrap();
+    let (secret, made) = control.create_token(&SHELL, requested.clone()).await.unwrap();
     assert!(secret.expose().starts_with("[]:development.v2_"), "{secret:?}");
     assert_eq!(secret.selector(), Some(made.id.as_str()));
     assert_eq!((made.name.as_str(), made.kind), ("billing", TokenKind::Client));
-    assert_eq!((&made.projects, made.created_by.as_str()), (&wanted.projects, "command line"));
+    assert_eq!((&made.projects, made.created_by.as_str()), (&requested.projects, "command line"));
     assert_eq!((made.expires_at, made.seen_at), (None, None));
     assert_eq!(control.token_name(&secret.digest()).as_deref(), Some("billing"));
-    let one = NewToken { projects: Projects::from_list(["web"]), ..wanted };
+    let one = NewToken { projects: Projects::from_list(["web"]), ..requested };
     let (of_one, _) = control.create_token(&SHELL, one).await.unwrap();
     assert!(of_one.expose().starts_with("web:development.v2_"), "{of_one:?}");
 
-    // Another instance, or this one after a restart, knows it the same.
-    let again = bed.open().await;
+    // Another instance, or this one after a restart, knows the same token.
+    let again = db.open().await;
     assert_eq!(again.tokens(&SHELL.operator), control.tokens(&SHELL.operator));
     assert!(again.tokens(&SHELL.operator).contains(&made));
 
@@ -77,39 +77,39 @@ async fn a_token_is_made_listed_changed_and_ended(bed: Bed) {
     assert_eq!(by_id.map(|token| token.name).as_deref(), Some("billing"));
     assert_eq!(control.tokens(&SHELL.operator).len(), first);
     assert_eq!(control.token_name(&secret.digest()), None);
-    let told = kinds(&control).await.split_off(1 + first);
+    let recorded = kinds(&control).await.split_off(1 + first);
     let expect = ["created", "created", "updated", "updated", "deleted", "deleted"];
-    assert_eq!(told, expect.map(|what| format!("api-token-{what}")));
+    assert_eq!(recorded, expect.map(|what| format!("api-token-{what}")));
 }
 
-async fn tokens_are_in_force_at_once_and_until_they_expire(bed: Bed) {
-    let control = bed.open().await;
-    let door = Door::of(&control);
+async fn token_is_valid_at_once_and_until_it_expires(db: TestDatabase) {
+    let control = db.open().await;
+    let instance = RunningInstance::start(&control);
     let (secret, made) = make(&control, TokenKind::Frontend).await;
-    // `run` may begin a moment later; from then on nothing is late.
-    door.until(&secret, true).await;
+    // `run` may start a moment later; from then on no change is late.
+    instance.wait_until(&secret, true).await;
     let (other, _) = make(&control, TokenKind::Client).await;
-    assert!(door.admits(&other).await);
+    assert!(instance.admits(&other).await);
     control.delete_token(&SHELL, &made.id).await.unwrap();
-    assert!(!door.admits(&secret).await);
-    assert!(door.admits(&other).await);
+    assert!(!instance.admits(&secret).await);
+    assert!(instance.admits(&other).await);
 
     let brief = NewToken { expires_at: Some(soon()), ..new("brief", TokenKind::Client) };
     let (brief, _) = control.create_token(&SHELL, brief).await.unwrap();
-    door.until(&brief, false).await;
+    instance.wait_until(&brief, false).await;
     assert_eq!(control.token_name(&brief.digest()), None);
     let grants = control.grants();
     assert!(grants.iter().all(|(digest, _)| *digest != brief.digest()));
 
     let (lasting, _) = make(&control, TokenKind::Client).await;
     control.update_token(&SHELL, lasting.expose(), Some(soon())).await.unwrap();
-    door.until(&lasting, false).await;
+    instance.wait_until(&lasting, false).await;
     control.update_token(&SHELL, lasting.expose(), None).await.unwrap();
-    assert!(door.admits(&lasting).await);
+    assert!(instance.admits(&lasting).await);
 }
 
-async fn what_cannot_be_a_token_is_told_by_field(bed: Bed) {
-    let control = bed.open().await;
+async fn invalid_token_is_rejected_with_its_field(db: TestDatabase) {
+    let control = db.open().await;
     let check = async |new: NewToken, expected: &str| match control.create_token(&SHELL, new).await
     {
         Err(Error::Invalid { field, .. }) => assert_eq!(field, expected),
@@ -131,7 +131,7 @@ async fn what_cannot_be_a_token_is_told_by_field(bed: Bed) {
     check(admin, "environment").await;
 }
 
-/// A new account with this role and these grants, as somebody who acts.
+/// A new account with this role and these permissions, as the actor of a change.
 async fn account(
     control: &Control,
     username: &str,
@@ -151,9 +151,9 @@ async fn account(
     actor(control, username, &password).await
 }
 
-/// The whole table of rights is a unit test; here it is that operations ask for them.
-async fn rights_are_asked_for_and_refusals_written_down(bed: Bed) {
-    let control = bed.open().await;
+/// A unit test covers the whole permission table; this one checks that operations apply it.
+async fn permissions_are_enforced_and_denials_recorded(db: TestDatabase) {
+    let control = db.open().await;
     let actor = async |username, role, permissions: &[Permission]| {
         let permissions = permissions.iter().copied().collect();
         account(&control, username, role, permissions).await
@@ -195,13 +195,17 @@ async fn rights_are_asked_for_and_refusals_written_down(bed: Bed) {
     );
     assert_eq!(kinds_seen(&SHELL).len(), 3);
 
-    let told = kinds(&control).await;
-    assert_eq!(told.iter().filter(|kind| *kind == "permission-denied").count(), 5, "{told:?}");
+    let recorded = kinds(&control).await;
+    assert_eq!(
+        recorded.iter().filter(|kind| *kind == "permission-denied").count(),
+        5,
+        "{recorded:?}"
+    );
 }
 
-/// Withdrawn between the authentication of a request and its effect.
-async fn withdrawn_rights_change_no_token(bed: Bed) {
-    let control = bed.open().await;
+/// The permission is revoked between the authentication of a request and its effect.
+async fn token_change_after_permission_revocation_is_denied(db: TestDatabase) {
+    let control = db.open().await;
     let (secret, kept) = make(&control, TokenKind::Client).await;
     let demoted = account(&control, "demoted", RootRole::Admin, [].into()).await;
     let demote = AccountChange { role: Some(RootRole::Viewer), ..AccountChange::default() };
@@ -237,8 +241,8 @@ async fn withdrawn_rights_change_no_token(bed: Bed) {
     assert_eq!(control.tokens(&SHELL.operator), before);
 }
 
-async fn there_are_as_many_tokens_as_may_be(bed: Bed) {
-    let control = bed.open().await;
+async fn number_of_tokens_is_limited(db: TestDatabase) {
+    let control = db.open().await;
     for _ in control.tokens(&SHELL.operator).len()..20 {
         make(&control, TokenKind::Client).await;
     }
@@ -246,7 +250,7 @@ async fn there_are_as_many_tokens_as_may_be(bed: Bed) {
     assert!(matches!(more, Err(Error::Limit { limit: 20, .. })), "{more:?}");
 }
 
-async fn seeds_fill_an_empty_registry_once(bed: Bed) {
+async fn initial_tokens_fill_empty_registry_once(db: TestDatabase) {
     let token = |text| Token::parse(text).unwrap();
     let old = format!("*:*.{}", "a0".repeat(28));
     let client = [token("web:production.some-secret"), token("web:production.some-secret")];
@@ -255,7 +259,7 @@ async fn seeds_fill_an_empty_registry_once(bed: Bed) {
         client: client.to_vec(),
         frontend: vec![token("[]:development.some-other-secret")],
     };
-    let (control, opened) = bed.open_as(parapet::control::Config { seed, ..bed.config() }).await;
+    let (control, opened) = db.open_as(parapet::control::Config { seed, ..db.config() }).await;
     assert!(matches!(opened.tokens, FoundTokens::Seeded), "{opened:?}");
     let tokens = control.tokens(&SHELL.operator);
     assert_eq!(tokens.len(), 3);
@@ -265,19 +269,19 @@ async fn seeds_fill_an_empty_registry_once(bed: Bed) {
     assert_eq!(control.token_name(&token(&old).digest()).as_deref(), Some(&*tokens[0].name));
 
     let seed = Seed { client: vec![token("*:staging.later")], ..Seed::default() };
-    let (control, opened) = bed.open_as(parapet::control::Config { seed, ..bed.config() }).await;
+    let (control, opened) = db.open_as(parapet::control::Config { seed, ..db.config() }).await;
     assert!(matches!(opened.tokens, FoundTokens::Existing), "{opened:?}");
     assert_eq!(control.tokens(&SHELL.operator), tokens);
 }
 
-async fn an_empty_registry_without_seeds_gets_a_token_of_each_kind(bed: Bed) {
-    let (control, opened) = bed.open_as(bed.config()).await;
+async fn empty_registry_without_initial_tokens_gets_one_token_of_each_kind(db: TestDatabase) {
+    let (control, opened) = db.open_as(db.config()).await;
     let FoundTokens::Generated(generated) = opened.tokens else { panic!("{opened:?}") };
-    let door = Door::of(&control);
+    let instance = RunningInstance::start(&control);
     for token in [&generated.admin, &generated.client, &generated.frontend] {
-        door.until(token, true).await;
+        instance.wait_until(token, true).await;
     }
-    let (_, opened) = bed.open_as(bed.config()).await;
+    let (_, opened) = db.open_as(db.config()).await;
     assert!(matches!(opened.tokens, FoundTokens::Existing));
     assert!(opened.account.is_none());
 }

@@ -1,4 +1,4 @@
--- What a database of version 1 may hold. The password is "correct horse battery".
+-- Contents of a version 1 database. The password is "correct horse battery".
 INSERT INTO accounts (username, username_key, name, email, role, password, created_at, seen_at)
 VALUES ('admin', 'admin', NULL, NULL, 1, 
     '$argon2id$v=19$m=19456,t=2,p=1$IJgVc/o+7LxfpkjwqZvIxQ$MQg0EEKPUe52Ts1b6unFpFhEydEV3CRpMoDD2Y4Am1s', 1767225600000, NULL);

@@ -1,4 +1,4 @@
-//! A server's certificate for loopback, and clients that trust it alone.
+//! A self-signed server certificate for loopback, and clients that trust only that certificate.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -7,7 +7,7 @@ use rustls::pki_types::CertificateDer;
 use rustls::{ClientConfig, RootCertStore};
 use tempfile::TempDir;
 
-/// A certificate for `localhost` and `127.0.0.1` that nobody but itself has signed, and its key.
+/// A self-signed certificate for `localhost` and `127.0.0.1`, and its key.
 #[derive(Debug)]
 pub(crate) struct Certificate {
     folder: TempDir,
@@ -15,9 +15,8 @@ pub(crate) struct Certificate {
 }
 
 impl Certificate {
-    /// Makes one.
     pub(crate) fn new() -> Self {
-        // Fails only where there is a provider, which is the same.
+        // Fails if a provider is installed already, which is the same one.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let names = ["localhost", "127.0.0.1"].map(str::to_owned);
         let made = rcgen::generate_simple_self_signed(names).unwrap();
@@ -27,17 +26,18 @@ impl Certificate {
         Self { folder, der: made.cert.into() }
     }
 
-    /// Where the certificate is, in PEM.
+    /// The path of the certificate, in PEM.
     pub(crate) fn file(&self) -> PathBuf {
         self.folder.path().join("tls.crt")
     }
 
-    /// Where its key is.
+    /// The path of its key.
     pub(crate) fn key_file(&self) -> PathBuf {
         self.folder.path().join("tls.key")
     }
 
-    /// How a client speaks TLS that trusts it and offers one protocol, `h2` or `http/1.1`.
+    /// A TLS client configuration that trusts this certificate and offers one protocol, `h2` or
+    /// `http/1.1`.
     pub(crate) fn client_config(&self, protocol: &str) -> Arc<ClientConfig> {
         let mut roots = RootCertStore::empty();
         roots.add(self.der.clone()).unwrap();
@@ -47,7 +47,7 @@ impl Certificate {
         Arc::new(config)
     }
 
-    /// A client of the rig's kind that trusts it: it keeps no connections.
+    /// An HTTP client that trusts this certificate. Like the rig's client, it keeps no idle connections.
     pub(crate) fn http(&self) -> reqwest::Client {
         let root = reqwest::Certificate::from_der(&self.der).unwrap();
         let client = reqwest::Client::builder().tls_certs_only([root]).pool_max_idle_per_host(0);

@@ -1,5 +1,5 @@
-//! A proxy in front of an upstream that can be made to fail in the ways that networks and servers do, and that remembers
-//! what it was asked.
+//! A proxy in front of an upstream that injects the faults of networks and servers, and records
+//! requests.
 
 use std::convert::Infallible;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -21,51 +21,52 @@ use tokio::task::JoinSet;
 
 use super::net::{free_port, http};
 
-/// What goes wrong.
+/// A fault to inject.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// Nothing: requests and answers pass.
+    /// No fault: requests and responses pass.
     None,
-    /// Connections break and new ones are refused.
+    /// Open connections break, and new ones are refused.
     Cut,
-    /// Requests are accepted and never answered, and streams tell nothing.
+    /// Requests are accepted but never answered, and streams send nothing.
     Stall,
-    /// Requests reach the upstream, but the connection breaks before the answer comes back.
+    /// Requests reach the upstream, but the connection breaks before the response returns.
     LoseAnswers,
-    /// The proxy answers itself, with this status, these headers and this body.
+    /// The proxy responds itself, with this status, these headers and this body.
     Answer { status: StatusCode, headers: Vec<(&'static str, &'static str)>, body: &'static str },
-    /// The proxy answers POST requests whose paths begin so with this status, as a firewall does; all others pass.
+    /// The proxy responds to POST requests with this path prefix with this status, as a firewall does;
+    /// all other requests pass.
     RefusePosts { prefix: &'static str, status: StatusCode },
-    /// The proxy answers GET requests for this path itself; all others pass.
+    /// The proxy responds to GET requests for this path itself; all other requests pass.
     AnswerTo { path: &'static str, status: StatusCode, body: &'static str },
-    /// All requests pass, but the upstream's answers to GET requests for this path are held back until the fault is another.
+    /// All requests pass, but responses to GET requests for this path wait until the fault changes.
     HoldAnswersTo { path: &'static str },
 }
 
-/// A request that came to the proxy, whatever became of it.
+/// A request that reached the proxy, with or without a response.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Seen {
     pub(crate) method: Method,
-    /// With its query.
+    /// Path and query.
     pub(crate) path: String,
-    /// Undecoded.
+    /// As received, not decompressed.
     pub(crate) body: Bytes,
 }
 
-/// The proxy; it ends with the runtime of the test.
+/// A running proxy. It ends with the runtime of the test.
 #[derive(Debug)]
 pub(crate) struct ChaosProxy {
     address: SocketAddr,
     fault: watch::Sender<Fault>,
-    /// Whether the proxy listens now, which trails `fault`.
+    /// Whether the proxy listens at the moment; lags behind `fault`.
     listening: watch::Receiver<bool>,
     seen: Arc<Mutex<Vec<Seen>>>,
-    /// How many answers are held back.
+    /// The number of responses that are waiting.
     held: watch::Receiver<usize>,
 }
 
 impl ChaosProxy {
-    /// Starts a proxy for `upstream` (`http://host:port`), without a fault.
+    /// Starts a proxy for `upstream` (`http://host:port`) without a fault.
     pub(crate) async fn start(upstream: &str) -> Self {
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()));
         let (fault, faults) = watch::channel(Fault::None);
@@ -78,12 +79,12 @@ impl ChaosProxy {
         Self { address, fault, listening, seen, held }
     }
 
-    /// Where clients go instead of the upstream.
+    /// The URL that clients use instead of the upstream's.
     pub(crate) fn url(&self) -> String {
         format!("http://{}", self.address)
     }
 
-    /// Makes this go wrong from now on; what is under way breaks if the fault is [`Fault::Cut`].
+    /// Injects this fault from now on. [`Fault::Disconnect`] also breaks requests in progress.
     pub(crate) async fn set(&self, fault: Fault) {
         let listening = fault != Fault::Cut;
         self.fault.send_replace(fault);
@@ -99,7 +100,7 @@ impl ChaosProxy {
         self.set(Fault::Stall).await;
     }
 
-    /// Answers every request with this status and headers instead of asking the upstream.
+    /// Responds to every request with this status and these headers, without the upstream.
     pub(crate) async fn answer(
         &self,
         status: StatusCode,
@@ -112,26 +113,26 @@ impl ChaosProxy {
         self.set(Fault::None).await;
     }
 
-    /// Holds back the upstream's answers to GET requests for `path`, and returns when there is one.
+    /// Blocks the upstream's responses to GET requests for `path`, and returns when the first one waits.
     pub(crate) async fn hold_answer_to(&self, path: &'static str) {
         self.set(Fault::HoldAnswersTo { path }).await;
         let mut held = self.held.clone();
         held.wait_for(|&held| held > 0).await.expect("the proxy runs");
     }
 
-    /// Every request so far, in the order they came.
+    /// All requests so far, in order of arrival.
     pub(crate) fn seen(&self) -> Vec<Seen> {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// How many requests so far were for paths that begin so.
+    /// The number of requests so far with this path prefix.
     pub(crate) fn count(&self, path_prefix: &str) -> usize {
         let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         seen.iter().filter(|request| request.path.starts_with(path_prefix)).count()
     }
 }
 
-/// The working half of the proxy.
+/// The task that accepts and forwards connections.
 #[derive(Clone)]
 struct Line {
     upstream: String,
@@ -148,7 +149,7 @@ impl Line {
             }
             let listener = listen(address);
             listens.send_replace(true);
-            // Dropping these two when the cut comes closes the port and every connection.
+            // On a disconnect, dropping these two closes the port and every connection.
             let mut connections = JoinSet::new();
             let mut faults = self.faults.clone();
             let cut = faults.wait_for(|fault| *fault == Fault::Cut);
@@ -174,7 +175,7 @@ impl Line {
 
     async fn serve(self, stream: TcpStream) {
         let service = service_fn(|request| self.clone().answer(request));
-        // Ends with an error when the answer is lost on purpose, or when the client goes.
+        // Ends with an error when the response is dropped on purpose, or when the client disconnects.
         let _ = hyper::server::conn::http1::Builder::new()
             .serve_connection(TokioIo::new(stream), service)
             .await;
@@ -258,7 +259,7 @@ impl Line {
         }
     }
 
-    /// Returns when `fault` is over.
+    /// Returns when the fault is no longer `fault`.
     async fn hold(&self, fault: &Fault) -> Result<(), AnswerLost> {
         self.holds.send_modify(|held| *held += 1);
         let over = self.faults.clone().wait_for(|now| now != fault).await.map(drop);
@@ -266,7 +267,7 @@ impl Line {
         over.map_err(|_| AnswerLost)
     }
 
-    /// What a stream tells, piece by piece.
+    /// The body of a stream, chunk by chunk.
     fn pass_on(self, answer: reqwest::Response) -> Body {
         let pieces = stream::unfold((answer, self.faults), async |(mut answer, mut faults)| {
             let piece = answer.chunk().await;
@@ -284,15 +285,15 @@ fn whole(body: Bytes) -> Body {
     Full::from(body).map_err(|never| match never {}).boxed_unsync()
 }
 
-/// How long a stream may last.
+/// The longest that a stream lasts.
 const LONGEST: Duration = Duration::from_hours(1);
 
-/// The connection closes without an answer.
+/// The connection closes without a response.
 #[derive(Debug, thiserror::Error)]
 #[error("the answer was lost on purpose")]
 struct AnswerLost;
 
-/// Listens, also where connections of an earlier listener linger.
+/// Listens, even while connections of an earlier listener linger.
 fn listen(address: SocketAddr) -> TcpListener {
     let socket = tokio::net::TcpSocket::new_v4().unwrap();
     socket.set_reuseaddr(true).unwrap();
@@ -304,7 +305,7 @@ fn listen(address: SocketAddr) -> TcpListener {
 mod tests {
     use super::*;
 
-    /// A proxy in front of another, which plays the upstream and says hello.
+    /// A proxy in front of another one, which acts as the upstream and responds `hello`.
     async fn proxy_and_upstream() -> (ChaosProxy, ChaosProxy) {
         let upstream = ChaosProxy::start("http://127.0.0.1:9").await;
         let hello = Fault::Answer {
@@ -321,7 +322,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn requests_and_answers_pass_unchanged_without_a_fault() {
+    async fn requests_and_responses_pass_unchanged_without_fault() {
         let (proxy, upstream) = proxy_and_upstream().await;
         let answer = post(&proxy).await.unwrap();
         assert_eq!(answer.status(), StatusCode::ACCEPTED);
@@ -334,7 +335,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_cut_refuses_connections_until_restored() {
+    async fn disconnect_refuses_connections_until_restored() {
         let (proxy, upstream) = proxy_and_upstream().await;
         proxy.cut().await;
         assert!(post(&proxy).await.unwrap_err().is_connect());
@@ -344,7 +345,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_cut_breaks_what_is_under_way() {
+    async fn disconnect_breaks_requests_in_progress() {
         let (proxy, upstream) = proxy_and_upstream().await;
         proxy.stall().await;
         let stalled = post(&proxy);
@@ -361,7 +362,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_lost_answer_has_reached_the_upstream() {
+    async fn request_with_dropped_response_reaches_upstream() {
         let (proxy, upstream) = proxy_and_upstream().await;
         proxy.set(Fault::LoseAnswers).await;
         assert!(post(&proxy).await.is_err());
@@ -369,7 +370,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn answers_to_one_path_are_held_back_until_the_fault_is_another() {
+    async fn responses_to_one_path_are_blocked_until_fault_changes() {
         let (proxy, upstream) = proxy_and_upstream().await;
         let get = async |path: &str| http().get(proxy.url() + path).send().await.unwrap().status();
         let held = get("/held");
@@ -382,14 +383,14 @@ mod tests {
             assert_eq!(get("/held").await, status);
             assert_eq!(get("/other").await, StatusCode::ACCEPTED);
         };
-        // The request is made when the proxy holds answers already.
+        // The request is sent while the proxy blocks responses already.
         proxy.set(Fault::HoldAnswersTo { path: "/held" }).await;
         let (held, ()) = tokio::join!(held, meanwhile);
         assert_eq!(held, StatusCode::ACCEPTED);
     }
 
     #[tokio::test]
-    async fn it_answers_itself_when_told_to() {
+    async fn proxy_responds_itself_with_configured_status() {
         let (proxy, upstream) = proxy_and_upstream().await;
         proxy.answer(StatusCode::SERVICE_UNAVAILABLE, &[("retry-after", "7")]).await;
         let answer = post(&proxy).await.unwrap();

@@ -1,4 +1,4 @@
-//! A wall clock that a test sets.
+//! A wall clock that tests can set.
 
 use std::fs;
 use std::path::PathBuf;
@@ -7,18 +7,19 @@ use tempfile::TempDir;
 
 use super::parapet::Setup;
 
-/// The wall clock of processes, which a test can set while they run. Their monotonic clock is this machine's.
+/// The wall clock of child processes, which a test can set while they run. Their monotonic clock stays
+/// the machine's.
 pub(crate) struct WallClock(TempDir);
 
 impl WallClock {
-    /// A clock that is right.
+    /// A clock that shows the real time.
     pub(crate) fn new() -> Self {
         let clock = Self(tempfile::tempdir().unwrap());
         clock.shift("+0");
         clock
     }
 
-    /// Has Parapet read this clock.
+    /// Makes Parapet read this clock.
     pub(crate) fn given_to(&self, setup: Setup) -> Setup {
         setup
             .env("LD_PRELOAD", library())
@@ -27,7 +28,7 @@ impl WallClock {
             .env("FAKETIME_DONT_FAKE_MONOTONIC", "1")
     }
 
-    /// Sets it so far from the right time, from now on: `-47h`.
+    /// Sets the offset from the real time, for instance `-47h`.
     pub(crate) fn shift(&self, offset: &str) {
         let new = self.0.path().join("new");
         fs::write(&new, offset).unwrap();
@@ -39,7 +40,7 @@ impl WallClock {
     }
 }
 
-/// Where Debian keeps the library: a directory for each architecture.
+/// Finds the library: Debian keeps it in a directory for each architecture.
 fn library() -> PathBuf {
     let architectures = fs::read_dir("/usr/lib").unwrap().filter_map(Result::ok);
     let mut libraries = architectures.map(|it| it.path().join("faketime/libfaketimeMT.so.1"));

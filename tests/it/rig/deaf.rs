@@ -1,4 +1,4 @@
-//! HTTP/2 clients that take nothing of their answers.
+//! HTTP/2 clients that do not read their responses.
 
 use std::io;
 use std::pin::Pin;
@@ -11,32 +11,32 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 
-/// A connection whose client reads it, or does not.
+/// A connection whose client may stop reading.
 #[derive(Debug)]
 struct Wire {
     stream: TcpStream,
     is_read: bool,
 }
 
-/// How a client takes nothing.
+/// How a client stalls.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Deafness {
-    /// It takes heads and pings, and allows for no byte of a body.
+    /// It reads heads and pings, but its window allows no byte of a body.
     NoWindow,
-    /// It allows for everything, and does not read its connection.
+    /// Its window allows everything, but it never reads from its connection.
     NoReading,
 }
 
-/// The requests of one connection, held until this is dropped.
+/// The requests of one connection, which stay open until this is dropped.
 #[derive(Debug)]
 pub(crate) struct Deaf {
     connection: JoinHandle<()>,
-    /// What they would be answered on.
+    /// The pending responses.
     pub(crate) answers: Vec<ResponseFuture>,
 }
 
 impl Deaf {
-    /// Sends a GET for each path at once, however few the server allows for.
+    /// Sends a GET for each path at once, even beyond the number of streams that the server allows.
     pub(crate) async fn send(
         address: &str,
         how: Deafness,
@@ -57,7 +57,7 @@ impl Deaf {
             let request = Request::get(format!("http://{address}{path}"));
             request.header("authorization", token).body(()).unwrap()
         });
-        // Before the connection runs, so that the server's limits come too late.
+        // Sent before the connection runs, so that the server's limits arrive too late.
         let answers = requests.map(|it| sender.send_request(it, true).unwrap().0).collect();
         let connection = tokio::spawn(async move {
             let _ = connection.await;

@@ -4,8 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// A library for `LD_PRELOAD` with which a file system hangs: saving and reading a record wait as long as the file named by
-/// `HANG` exists.
+/// Builds a library for `LD_PRELOAD` that makes a file system hang: saving and reading a record block
+/// while the file named by `HANG` exists.
 pub(crate) fn hanging_disk(folder: &Path) -> PathBuf {
     const SOURCE: &str = r#"
         #define _GNU_SOURCE

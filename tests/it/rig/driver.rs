@@ -1,4 +1,5 @@
-//! Programs that are driven by JSON lines: one command in, one answer out, in order (`tests/sdk/jsonl.mjs`).
+//! Programs that are driven by JSON lines: one command in, one response out, in order
+//! (`tests/sdk/jsonl.mjs`).
 
 use std::ffi::OsString;
 use std::process::Stdio;
@@ -9,7 +10,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 
-/// How long a driver may take for one answer.
+/// The timeout for one response.
 const PATIENCE: Duration = Duration::from_mins(1);
 
 /// A running driver that is ready; killed when dropped.
@@ -25,7 +26,7 @@ pub(crate) struct Driver {
 impl Driver {
     /// Starts `command` with `options` as its last argument, and waits until it is ready.
     pub(crate) async fn start(name: &str, mut command: Command, options: &Value) -> Self {
-        // The driver ends when its input does, so it needs no guard.
+        // The driver exits when its input closes, so it needs no guard.
         command.arg(OsString::from(options.to_string()));
         command
             .stdin(Stdio::piped())
@@ -35,12 +36,12 @@ impl Driver {
         let mut child =
             command.spawn().unwrap_or_else(|error| panic!("cannot start the {name}: {error}"));
         let complaints = Arc::<Mutex<String>>::default();
-        let (mut stderr, heard) =
+        let (mut stderr, buffer) =
             (child.stderr.take().expect("it is piped"), Arc::clone(&complaints));
         tokio::spawn(async move {
             let mut chunk = [0; 1024];
             while let Ok(read @ 1..) = stderr.read(&mut chunk).await {
-                heard
+                buffer
                     .lock()
                     .unwrap_or_else(PoisonError::into_inner)
                     .push_str(&String::from_utf8_lossy(&chunk[..read]));
@@ -53,7 +54,7 @@ impl Driver {
         driver
     }
 
-    /// What it answers to a command; that it fails is the test's failure.
+    /// Sends a command and returns the response. Panics if the driver reports an error.
     pub(crate) async fn ask(&mut self, command: &str, argument: Value) -> Value {
         self.commands
             .write_all(format!("{}\n", json!({ command: argument })).as_bytes())
@@ -64,7 +65,7 @@ impl Driver {
         answer
     }
 
-    /// Ends it in good order.
+    /// Closes the driver and waits until it has exited.
     pub(crate) async fn close(mut self) {
         self.ask("close", Value::Null).await;
         drop(self.commands);
@@ -74,7 +75,7 @@ impl Driver {
             .unwrap();
     }
 
-    /// What it has said on its standard error.
+    /// Its standard error so far.
     pub(crate) fn complaints(&self) -> String {
         self.complaints.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -84,7 +85,7 @@ impl Driver {
         match line {
             Ok(Ok(Some(line))) => serde_json::from_str(&line).unwrap(),
             other => panic!(
-                "the {} gave no answer ({other:?}); it complained:\n{}",
+                "no response from the {} ({other:?}); its standard error:\n{}",
                 self.name,
                 self.complaints()
             ),

@@ -1,4 +1,4 @@
-//! Server-sent events, as a client has them.
+//! Server-sent events as a client receives them.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -6,10 +6,10 @@ use std::time::Duration;
 use parapet::wire::sse::{Decoder, Event};
 use reqwest::{RequestBuilder, Response, StatusCode};
 
-/// The longest that the next event takes.
+/// The timeout for the next event.
 const PATIENCE: Duration = Duration::from_mins(1);
 
-/// An open stream.
+/// An open event stream.
 #[derive(Debug)]
 pub(crate) struct Events {
     response: Response,
@@ -18,7 +18,8 @@ pub(crate) struct Events {
 }
 
 impl Events {
-    /// Opens one, which is to succeed; `last` is the id of the last event that the client has.
+    /// Opens a stream and panics if that fails. `last` is the id of the last event that the client has
+    /// received.
     pub(crate) async fn open(request: RequestBuilder, last: Option<&str>) -> Self {
         let request = request.timeout(3 * PATIENCE);
         let request = last.into_iter().fold(request, |it, id| it.header("last-event-id", id));
@@ -28,11 +29,11 @@ impl Events {
         Self { response, decoder: Decoder::new(1 << 20), ready: VecDeque::new() }
     }
 
-    /// The next event; `None` at the stream's end.
+    /// The next event; `None` at the end of the stream.
     pub(crate) async fn next(&mut self) -> Option<Event> {
         while self.ready.is_empty() {
             let chunk = tokio::time::timeout(PATIENCE, self.response.chunk());
-            let chunk = chunk.await.expect("something is told, or the stream ends");
+            let chunk = chunk.await.expect("an event arrives, or the stream ends");
             let Ok(Some(chunk)) = chunk else { return None };
             self.decoder.read(&chunk, |event| self.ready.push_back(event)).unwrap();
         }

@@ -1,8 +1,9 @@
-//! A client that keeps its connection as long as HTTP lets it, and says whether a request failed for certain.
+//! A client that keeps its connection alive as long as HTTP allows, and tells apart requests that failed
+//! and requests that were never processed.
 //!
-//! An answer that says `Connection: close` is the last on its connection, and so is what precedes a GOAWAY. A
-//! request that was not sent, because its connection had ended before, goes over another; and so does one that a
-//! GOAWAY excludes, which its server has not looked at (RFC 9113, section 6.8).
+//! A response with `Connection: close` is the last on its connection, and so are those before a GOAWAY.
+//! A request goes over another connection if it was not sent because its connection had ended, or if a
+//! GOAWAY excludes it, so that the server has not processed it (RFC 9113, section 6.8).
 
 use std::error::Error as _;
 use std::sync::Arc;
@@ -20,7 +21,7 @@ use tokio::net::TcpStream;
 
 type Body = Full<Bytes>;
 
-/// What a client speaks.
+/// The HTTP version of a client.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Protocol {
     Http1,
@@ -28,7 +29,7 @@ pub(crate) enum Protocol {
 }
 
 impl Protocol {
-    /// Its name in a TLS handshake.
+    /// Its ALPN name.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Http1 => "http/1.1",
@@ -37,28 +38,28 @@ impl Protocol {
     }
 }
 
-/// A connection. A clone sends requests over the same one, beside each other where it is HTTP/2.
+/// A connection. With HTTP/2, a clone sends requests concurrently over the same connection.
 #[derive(Debug)]
 pub(crate) enum Kept {
     Http1 { sender: http1::SendRequest<Body>, is_over: bool },
     Http2(http2::SendRequest<Body>),
 }
 
-/// What became of a request.
+/// The outcome of a request.
 #[derive(Debug)]
 pub(crate) enum Outcome {
     Answered(StatusCode, Bytes),
-    /// It was not sent, or was not looked at for certain: its connection was over.
+    /// It was not sent, or certainly not processed: its connection had ended.
     Unsent,
-    /// It may have been sent, and there is no answer.
+    /// It may have been sent, and there is no response.
     Failed(String),
 }
 
-/// The longest that an answer takes.
+/// The timeout for a response.
 const PATIENCE: Duration = Duration::from_mins(1);
 
 impl Kept {
-    /// Connects to `127.0.0.1:<port>`, over TLS where that is given. An error says that nobody is there.
+    /// Connects to `127.0.0.1:<port>`, over TLS if `tls` is given. Errors if nothing listens there.
     pub(crate) async fn connect(
         address: &str,
         protocol: Protocol,
@@ -94,7 +95,7 @@ impl Kept {
         }
     }
 
-    /// Another client of the same connection, where its protocol has requests beside each other.
+    /// Another client of the same connection, if its protocol allows concurrent requests.
     pub(crate) fn share(&self) -> Option<Self> {
         match self {
             Self::Http1 { .. } => None,
@@ -102,7 +103,7 @@ impl Kept {
         }
     }
 
-    /// Whether a request may be sent on it, once what was sent is answered.
+    /// Whether another request can be sent on it, once the pending ones are answered.
     pub(crate) async fn is_usable(&mut self) -> bool {
         match self {
             Self::Http1 { sender, is_over } => !*is_over && sender.ready().await.is_ok(),
@@ -110,7 +111,7 @@ impl Kept {
         }
     }
 
-    /// Sends a request, whose address is a path, and reads the whole answer.
+    /// Sends a request, whose URI is a path, and reads the whole response.
     pub(crate) async fn send(&mut self, mut request: Request<Body>) -> Outcome {
         let host = "http://localhost".to_owned();
         let is_http2 = matches!(self, Self::Http2(_));

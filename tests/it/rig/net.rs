@@ -1,18 +1,18 @@
-//! Ports, the HTTP client and waiting, for the rig and the tests themselves. No protocol lives here.
+//! Ports, the HTTP client and polling, for the rig and the tests themselves. No protocol lives here.
 
 use std::net::TcpListener;
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
-/// Ports the rig hands out: below the range the kernel takes client ports from, so that a server which restarts finds
-/// its port still free.
+/// Ports that the rig assigns. They are below the range of the kernel's ephemeral ports, so that a
+/// restarted server finds its port still free.
 const PORTS: std::ops::Range<u16> = 12_000..32_000;
 
-/// A loopback port that is free now and that this process has not handed out lately.
+/// A loopback port that is free at the moment and that this process has not assigned recently.
 pub(crate) fn free_port() -> u16 {
     static NEXT: LazyLock<AtomicU16> = LazyLock::new(|| {
-        // Test processes that run side by side start at different places.
+        // Test processes that run concurrently start at different ports.
         let spread = std::process::id().wrapping_mul(97) % u32::from(PORTS.end - PORTS.start);
         AtomicU16::new(u16::try_from(spread).expect("the spread is below the number of ports"))
     });
@@ -27,10 +27,11 @@ pub(crate) fn free_port() -> u16 {
 
 /// The HTTP client of the tests: bodies as sent (nothing is decompressed), no redirects, no proxies.
 ///
-/// Keeps no idle connections: tests have a runtime each, and a connection must not outlive the one it was made on.
+/// It keeps no idle connections: each test has its own runtime, and a connection must not outlive the
+/// runtime that made it.
 pub(crate) fn http() -> &'static reqwest::Client {
     static CLIENT: LazyLock<reqwest::Client> = LazyLock::new(|| {
-        // Fails only if somebody was faster, with the same provider: there is one in the tree.
+        // Fails if another thread was faster, with the same provider: the tree has only one.
         let _ = rustls::crypto::ring::default_provider().install_default();
         reqwest::Client::builder()
             .pool_max_idle_per_host(0)
@@ -46,7 +47,7 @@ pub(crate) fn http() -> &'static reqwest::Client {
     &CLIENT
 }
 
-/// Asks `poll` again and again until it says `Some`; panics, naming `what`, after `limit`.
+/// Calls `poll` every 50 ms until it returns `Some`. Panics with `what` after `limit`.
 pub(crate) async fn until<T>(
     what: &str,
     limit: Duration,

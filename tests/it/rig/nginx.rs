@@ -1,5 +1,5 @@
-//! A real nginx in front of instances of Parapet: it keeps connections to them, and goes to the next where one
-//! takes none.
+//! A real nginx in front of instances of Parapet. It keeps connections to them alive, and uses the next
+//! one if an instance refuses connections.
 
 use std::fmt::Write as _;
 use std::process::Command;
@@ -10,14 +10,14 @@ use super::certificate::Certificate;
 use super::net::free_port;
 use super::process::{LastRites, Process};
 
-/// Where it is, as Debian's package has it.
+/// The path in Debian's package.
 const PROGRAM: &str = "/usr/sbin/nginx";
 
 /// A running nginx; killed when dropped.
 #[derive(Debug)]
 pub(crate) struct Nginx {
     process: Process,
-    /// Its configuration and what it writes.
+    /// Its configuration and temporary files.
     _folder: TempDir,
     http1: u16,
     http2: u16,
@@ -25,8 +25,8 @@ pub(crate) struct Nginx {
 }
 
 impl Nginx {
-    /// Starts one that passes requests on to these addresses, over TLS or not. To its own clients it speaks both,
-    /// with this certificate.
+    /// Starts nginx in front of these addresses, with TLS to them or without. Its own clients can use
+    /// either, with this certificate.
     pub(crate) async fn start(
         upstreams: &[String],
         is_tls: bool,
@@ -36,7 +36,7 @@ impl Nginx {
         let [http1, http2, tls] = [(); 3].map(|()| free_port());
         let mut servers = String::new();
         for upstream in upstreams {
-            // It tries each again at once: an instance that was away is back within seconds.
+            // It retries each at once: a restarted instance is back within seconds.
             writeln!(servers, "server {upstream} max_fails=0;").unwrap();
         }
         let (scheme, file) = (if is_tls { "https" } else { "http" }, certificate.file());
@@ -77,22 +77,22 @@ impl Nginx {
         Self { process, _folder: folder, http1, http2, tls }
     }
 
-    /// `127.0.0.1:<port>` where it speaks HTTP/1.1.
+    /// The address (`127.0.0.1:<port>`) for HTTP/1.1.
     pub(crate) fn http1(&self) -> String {
         format!("127.0.0.1:{}", self.http1)
     }
 
-    /// Where it speaks HTTP/2 without TLS.
+    /// The address for HTTP/2 without TLS.
     pub(crate) fn http2(&self) -> String {
         format!("127.0.0.1:{}", self.http2)
     }
 
-    /// Where it speaks either over TLS.
+    /// The address for both over TLS.
     pub(crate) fn tls(&self) -> String {
         format!("127.0.0.1:{}", self.tls)
     }
 
-    /// The errors that it has printed, but for those of connections that nobody took.
+    /// The errors that it has logged, without those of refused connections.
     pub(crate) fn log(&self) -> String {
         let text = self.process.output().text();
         let telling = text.lines().filter(|line| !line.contains("Connection refused"));

@@ -1,4 +1,5 @@
-//! The real `parapet` binary, as an operator runs it: by flags and environment, with a data directory, on two ports.
+//! The real `parapet` binary, run as an operator runs it: with flags and environment variables, a data
+//! directory, and two ports.
 
 use std::ffi::OsString;
 use std::io::{Read, Write};
@@ -17,13 +18,13 @@ use super::net::{free_port, http, until};
 use super::process::{LastRites, Output, Process};
 use super::secrets;
 
-/// How to start an instance; kept by [`Parapet`] so that it can be started again as it was.
+/// How to start an instance. [`Parapet`] stores it to start the instance again in the same way.
 #[derive(Debug)]
 pub(crate) struct Setup {
     mode: &'static str,
     arguments: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
-    /// What trusts its certificate, where it speaks TLS.
+    /// The client that trusts its certificate, if it uses TLS.
     tls_client: Option<reqwest::Client>,
     /// The soft and the hard limit on file descriptors.
     descriptors: Option<(u32, u32)>,
@@ -49,7 +50,7 @@ impl Setup {
         self
     }
 
-    /// Has SDKs served over TLS.
+    /// Serves SDKs over TLS.
     pub(crate) fn tls(mut self, certificate: &Certificate) -> Self {
         self.tls_client = Some(certificate.http());
         let setup = self.arg("--tls-enable").flag("--tls-server-cert", certificate.file());
@@ -62,13 +63,13 @@ impl Setup {
         self
     }
 
-    /// Sets the upstream admin token, in the environment, where no process list shows it.
+    /// Sets the upstream admin token in the environment, where process lists do not show it.
     pub(crate) fn admin_token(self, token: &str) -> Self {
         secrets::remember(token);
         self.env("UPSTREAM_ADMIN_TOKEN", token)
     }
 
-    /// Makes everything that happens at intervals happen often, and upstream's silence end soon.
+    /// Shortens all intervals to half a second, and the upstream and shutdown timeouts to 2 s.
     pub(crate) fn impatient(self) -> Self {
         [
             ("--features-refresh-interval-seconds", "0.5"),
@@ -89,14 +90,14 @@ impl Setup {
         parapet
     }
 
-    /// Starts it and waits until it listens: an edge without tokens has nothing to serve yet, and is not ready.
+    /// Starts it and waits until it listens. An edge without tokens has no flags yet and is not ready.
     pub(crate) async fn start_listening(self) -> Parapet {
         let parapet = self.spawn();
         parapet.wait_until_listening().await;
         parapet
     }
 
-    /// Starts it and waits for nothing.
+    /// Starts it and returns at once.
     pub(crate) fn spawn(self) -> Parapet {
         let directory = tempfile::Builder::new().prefix("parapet-data-").tempdir().unwrap();
         let (port, admin_port) = (free_port(), free_port());
@@ -115,7 +116,8 @@ impl Setup {
 
 /// An instance of Parapet with its own data directory and ports; killed when dropped.
 ///
-/// Whenever it ends, whatever it shows and keeps is searched for the tokens that the tests have made.
+/// Whenever it ends, its log, its files and its admin pages are searched for the tokens that the tests
+/// have created.
 #[derive(Debug)]
 pub(crate) struct Parapet {
     setup: Setup,
@@ -123,7 +125,7 @@ pub(crate) struct Parapet {
     port: u16,
     admin_port: u16,
     process: Mutex<Option<Process>>,
-    /// One per start.
+    /// One for each start.
     output: Mutex<Vec<Arc<Output>>>,
 }
 
@@ -139,39 +141,39 @@ impl Parapet {
         Setup { mode, arguments, environment, tls_client: None, descriptors: None }
     }
 
-    /// Where SDKs go: `http://127.0.0.1:<port>`.
+    /// The URL for SDKs: `http://127.0.0.1:<port>`.
     pub(crate) fn url(&self) -> String {
         let scheme = if self.setup.tls_client.is_some() { "https" } else { "http" };
         format!("{scheme}://{}", self.address())
     }
 
-    /// Where the data listener is: `127.0.0.1:<port>`.
+    /// The address of the data listener: `127.0.0.1:<port>`.
     pub(crate) fn address(&self) -> String {
         format!("127.0.0.1:{}", self.port)
     }
 
-    /// What reaches the data listener.
+    /// The client for the data listener.
     fn client(&self) -> &reqwest::Client {
         self.setup.tls_client.as_ref().unwrap_or_else(|| http())
     }
 
-    /// Whether a probe of the admin listener succeeds.
+    /// Whether the health probe of the admin listener succeeds.
     pub(crate) async fn is_well(&self) -> bool {
         let answer = http().get(self.admin_url() + "/internal-backstage/health").send().await;
         answer.is_ok_and(|answer| answer.status().is_success())
     }
 
-    /// Where the operator goes.
+    /// The URL for operators.
     pub(crate) fn admin_url(&self) -> String {
         format!("http://127.0.0.1:{}", self.admin_port)
     }
 
-    /// What outlives a restart.
+    /// The directory that outlives a restart.
     pub(crate) fn data_dir(&self) -> PathBuf {
         self.directory.path().join("data")
     }
 
-    /// The answer to a GET on the data listener with this token.
+    /// The response to a GET on the data listener with this token.
     pub(crate) async fn get(&self, path: &str, token: &str) -> (StatusCode, Value) {
         let answer = self
             .client()
@@ -184,7 +186,7 @@ impl Parapet {
         (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
     }
 
-    /// The answer to a GET of the operator on the admin listener.
+    /// The response to an operator's GET on the admin listener.
     pub(crate) async fn admin_get(&self, path: &str) -> (StatusCode, Value) {
         let request = http().get(self.admin_url() + path);
         let answer = request.header("Authorization", self.operator_token()).send().await.unwrap();
@@ -192,9 +194,9 @@ impl Parapet {
         (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
     }
 
-    /// Waits until it keeps something under its data directory that says `text`.
+    /// Waits until a file in its data directory contains `text`.
     pub(crate) async fn wait_until_kept(&self, text: &str) {
-        until(&format!("{text} is kept on disk"), Duration::from_secs(30), async || {
+        until(&format!("{text} is stored on disk"), Duration::from_secs(30), async || {
             let files = secrets::files(&self.data_dir());
             files
                 .iter()
@@ -212,14 +214,15 @@ impl Parapet {
         answer.text().await.unwrap()
     }
 
-    /// The value of one sample of the Prometheus page, `name{label="…"}` as written there; `None` if it is not there.
+    /// The value of one sample of the Prometheus page, named as written there (`name{label="…"}`);
+    /// `None` if it is missing.
     pub(crate) async fn metric(&self, sample: &str) -> Option<f64> {
         let page = self.metrics().await;
         page.lines()
             .find_map(|line| line.strip_prefix(sample)?.strip_prefix(' ')?.trim().parse().ok())
     }
 
-    /// Everything printed so far, over all starts.
+    /// The whole output so far, of all starts.
     pub(crate) fn log(&self) -> String {
         self.output
             .lock()
@@ -229,13 +232,13 @@ impl Parapet {
             .collect()
     }
 
-    /// Waits until `/internal-backstage/ready` says 200; panics with the log if the process ends or three minutes pass:
-    /// what it needs from upstream it may have to ask for twice, a minute apart.
+    /// Waits until `/internal-backstage/ready` responds 200. Panics with the log if the process ends or
+    /// after three minutes: it may have to send a request to upstream twice, a minute apart.
     pub(crate) async fn wait_until_ready(&self) {
         self.wait_until_probe_succeeds("ready").await;
     }
 
-    /// Waits until `/internal-backstage/health` says 200: requests are answered, with flags or without.
+    /// Waits until `/internal-backstage/health` responds 200, with flags or without.
     pub(crate) async fn wait_until_listening(&self) {
         self.wait_until_probe_succeeds("health").await;
     }
@@ -252,17 +255,17 @@ impl Parapet {
         .await;
     }
 
-    /// A number of `/proc/<pid>/status`, for instance `VmHWM`: the most memory it has had, in KiB.
+    /// A number from `/proc/<pid>/status`, for instance `VmHWM`: its peak memory in KiB.
     pub(crate) fn proc_status(&self, field: &str) -> u64 {
         let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
         let id = process.as_ref().expect("it is running").id();
         let status = std::fs::read_to_string(format!("/proc/{id}/status")).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
-        let number = line.expect("the system tells it").split_whitespace().next();
+        let number = line.expect("the field exists").split_whitespace().next();
         number.expect("there is a number").parse().unwrap()
     }
 
-    /// The soft limit on its file descriptors.
+    /// Its soft limit on file descriptors.
     pub(crate) fn descriptor_limit(&self) -> u64 {
         let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
         let id = process.as_ref().expect("it is running").id();
@@ -271,7 +274,7 @@ impl Parapet {
         limit.unwrap().split_whitespace().next().unwrap().parse().unwrap()
     }
 
-    /// Leaves it room for so many descriptors more.
+    /// Lowers its limit so that it can open this many more file descriptors.
     pub(crate) fn leave_descriptors(&self, more: u64) {
         let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
         let id = process.as_ref().expect("it is running").id();
@@ -282,49 +285,49 @@ impl Parapet {
         rustix::process::prlimit(id, rustix::process::Resource::Nofile, limit).unwrap();
     }
 
-    /// The processor time that all its threads have taken.
+    /// The CPU time of all its threads.
     pub(crate) fn processor_time(&self) -> Duration {
-        /// How many make a second, on Linux.
+        /// Clock ticks per second on Linux.
         const TICKS: u64 = 100;
         let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
         let id = process.as_ref().expect("it is running").id();
         let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap();
-        // Behind the name, which may have spaces, from the third field on.
+        // The fields from the third on; the name before them may contain spaces.
         let (_, fields) = stat.rsplit_once(')').unwrap();
         let fields = fields.split_whitespace().skip(11).take(2);
         let ticks: u64 = fields.map(|ticks| ticks.parse::<u64>().unwrap()).sum();
         Duration::from_millis(ticks * 1000 / TICKS)
     }
 
-    /// Its exit status, if it has ended by itself.
+    /// Its exit status, if it has exited.
     pub(crate) fn ended(&self) -> Option<ExitStatus> {
         self.process.lock().unwrap_or_else(PoisonError::into_inner).as_mut()?.ended()
     }
 
-    /// Ends it as a crash would.
+    /// Kills it, as a crash would.
     pub(crate) fn kill(&self) {
         self.take_process().kill();
     }
 
-    /// Sends SIGTERM and waits for the end.
+    /// Sends SIGTERM and waits until it exits.
     pub(crate) async fn terminate(&self) -> ExitStatus {
         let process = self.take_process();
         process.terminate().await
     }
 
-    /// Whether it says that it is ready for requests, as whoever sends it some would ask.
+    /// Whether it reports ready, as a load balancer would check.
     pub(crate) async fn is_ready(&self) -> bool {
         let answer = self.client().get(self.url() + "/internal-backstage/ready").send().await;
         answer.is_ok_and(|answer| answer.status().is_success())
     }
 
-    /// Sends SIGHUP and waits for nothing.
+    /// Sends SIGHUP and returns at once.
     pub(crate) fn hang_up(&self) {
         let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
         process.as_ref().expect("it is running").hang_up();
     }
 
-    /// The answer to a GET on the admin listener with this token.
+    /// The response to a GET on the admin listener with this token.
     pub(crate) async fn admin_get_as(&self, path: &str, token: &str) -> (StatusCode, Value) {
         let request = http().get(self.admin_url() + path).header("Authorization", token);
         let answer = request.send().await.unwrap();
@@ -332,13 +335,13 @@ impl Parapet {
         (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
     }
 
-    /// Starts it again after [`kill`](Self::kill) or [`terminate`](Self::terminate): same ports, same data directory.
-    /// Does not wait.
+    /// Starts it again after [`kill`](Self::kill) or [`terminate`](Self::terminate), with the same ports
+    /// and data directory. Does not wait.
     pub(crate) fn restart(&self) {
         self.launch();
     }
 
-    /// The same with another value of an environment variable.
+    /// Starts it again with another value of an environment variable.
     pub(crate) fn restart_with(&mut self, name: impl Into<OsString>, value: impl Into<OsString>) {
         self.setup.environment.push((name.into(), value.into()));
         self.launch();
@@ -357,7 +360,7 @@ impl Parapet {
         };
         command.arg(self.setup.mode).args(&self.setup.arguments);
         if !self.setup.arguments.iter().any(|it| it == DRAIN_DELAY) {
-            // No test's client needs time to leave, but for those that say so.
+            // Tests do not need the drain delay, except those that set it.
             command.arg(DRAIN_DELAY).arg("0");
         }
         let port = if self.setup.tls_client.is_some() { "--tls-server-port" } else { "--port" };
@@ -368,7 +371,7 @@ impl Parapet {
             .arg("--data-dir")
             .arg(self.data_dir());
         command.current_dir(self.directory.path());
-        // One by one: unlike `env_clear`, this is something that `Process` can see and pass on.
+        // One by one: unlike `env_clear`, `Process` can read these from the command and pass them on.
         for (name, _) in std::env::vars_os().filter(|(name, _)| name != "PATH") {
             command.env_remove(name);
         }
@@ -387,8 +390,8 @@ impl Parapet {
         assert!(before.is_none(), "it was running");
     }
 
-    /// Panics if a token shows in what it printed, keeps, or tells its operator, or if it printed a line that is
-    /// longer than any of its log may be.
+    /// Panics if its output, files or admin pages contain a token, or if a line of its output is longer
+    /// than the limit for a log line.
     fn assert_secretive(&self) {
         let name = format!("parapet {} on port {}", self.setup.mode, self.port);
         let log = self.log();
@@ -405,11 +408,11 @@ impl Parapet {
         secrets::assert_none_in(&name, &shown);
     }
 
-    /// What opens the admin listener, where the setup has given such a token; empty otherwise.
+    /// The token that opens the admin listener, if the setup contains one; empty otherwise.
     fn operator_token(&self) -> String {
-        let given = ["UPSTREAM_ADMIN_TOKEN", "INIT_ADMIN_API_TOKENS"];
+        let variables = ["UPSTREAM_ADMIN_TOKEN", "INIT_ADMIN_API_TOKENS"];
         let found =
-            self.setup.environment.iter().find(|(name, _)| given.iter().any(|it| name == it));
+            self.setup.environment.iter().find(|(name, _)| variables.iter().any(|it| name == it));
         found.map(|(_, token)| token.to_string_lossy().into_owned()).unwrap_or_default()
     }
 
@@ -421,17 +424,17 @@ impl Parapet {
 
 impl Drop for Parapet {
     fn drop(&mut self) {
-        // A failing test has said what is wrong already.
+        // A failing test has reported its own error already.
         if !std::thread::panicking() {
             self.assert_secretive();
         }
     }
 }
 
-/// The longest line of a log, in bytes.
+/// The limit for a line of its output, in bytes.
 const LONGEST_LINE: usize = 4096;
 
-/// What an operator can read on the admin listener.
+/// The pages of the admin listener.
 const ADMIN_PAGES: &[&str] = &[
     "/status",
     "/internal-backstage/features",
@@ -440,7 +443,7 @@ const ADMIN_PAGES: &[&str] = &[
     "/internal-backstage/instancedata",
 ];
 
-/// A page, head and body, without a runtime; empty if nobody answers.
+/// A response, head and body, fetched without a runtime; empty if nothing listens.
 fn page_of(port: u16, path: &str, token: &str) -> Vec<u8> {
     let mut answer = Vec::new();
     let mut ask = || -> std::io::Result<usize> {

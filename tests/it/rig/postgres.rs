@@ -1,4 +1,5 @@
-//! One private PostgreSQL cluster for the test process: made on first use, unsafe on purpose (no fsync), gone at the end.
+//! One private PostgreSQL cluster for the test process: created on first use, without fsync, removed at
+//! the end.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -9,7 +10,7 @@ use tokio::sync::OnceCell;
 use super::net::free_port;
 use super::process::{LastRites, Process};
 
-/// A running cluster. Everybody on the loopback interface is let in as `postgres`.
+/// A running cluster. Every client on the loopback interface may connect as `postgres`.
 #[derive(Debug)]
 pub(crate) struct Postgres {
     binaries: PathBuf,
@@ -24,14 +25,18 @@ impl Postgres {
         SHARED.get_or_init(Self::start).await
     }
 
-    /// A cluster of its own.
+    /// Starts a separate cluster.
     pub(crate) async fn start() -> Self {
         let binaries = binaries();
         let directory =
             tempfile::Builder::new().prefix("parapet-postgres-").tempdir().unwrap().keep();
         if is_root() {
             let owned = Command::new("chown").arg("postgres:").arg(&directory).status().unwrap();
-            assert!(owned.success(), "cannot give {} to the user postgres", directory.display());
+            assert!(
+                owned.success(),
+                "cannot change the owner of {} to postgres",
+                directory.display()
+            );
         }
         let data = directory.join("data");
         let mut initdb = unprivileged(&binaries.join("initdb"));
@@ -73,17 +78,17 @@ impl Postgres {
         Self { binaries, port, _server: server }
     }
 
-    /// The loopback port it listens on.
+    /// Its loopback port.
     pub(crate) fn port(&self) -> u16 {
         self.port
     }
 
-    /// Makes an empty database and says its name.
+    /// Creates an empty database and returns its name.
     pub(crate) async fn create_database(&self) -> String {
         self.create("template0").await
     }
 
-    /// Makes a copy of a database that nobody is connected to, and says its name.
+    /// Copies a database without open connections, and returns the name of the copy.
     pub(crate) async fn copy_database(&self, original: &str) -> String {
         self.create(original).await
     }
@@ -104,7 +109,7 @@ impl Postgres {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
 
-    /// All that a database holds, as SQL.
+    /// The contents of a database, as SQL.
     pub(crate) async fn dump(&self, database: &str) -> String {
         let (port, url) =
             (self.port, format!("postgres://postgres@127.0.0.1:{}/{database}", self.port));
@@ -116,7 +121,8 @@ impl Postgres {
     }
 }
 
-/// Where the server's programs are: Debian keeps them out of the search path, one directory per major version.
+/// Finds the server's programs: Debian keeps them out of the search path, in one directory per major
+/// version.
 fn binaries() -> PathBuf {
     let mut versions: Vec<(u32, PathBuf)> = std::fs::read_dir("/usr/lib/postgresql")
         .into_iter()
@@ -136,7 +142,7 @@ fn is_root() -> bool {
     id.stdout == b"0\n"
 }
 
-/// PostgreSQL refuses to run as root.
+/// A command as the user `postgres`, because PostgreSQL refuses to run as root.
 fn unprivileged(program: &Path) -> Command {
     if !is_root() {
         return Command::new(program);

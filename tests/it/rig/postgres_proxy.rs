@@ -1,5 +1,6 @@
-//! A proxy in front of PostgreSQL that can go silent: it stops forwarding a connection and closes neither end, as a machine
-//! that loses its power does, or a firewall that forgets. It reads the protocol, so as to do so at a named moment.
+//! A proxy in front of PostgreSQL that can go silent: it stops forwarding a connection and closes
+//! neither end, as when a machine loses power or a firewall drops its state. It parses the protocol, to
+//! do so at a chosen statement.
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -14,16 +15,16 @@ use tokio::task::JoinSet;
 
 use super::net::{free_port, until};
 
-/// The moment at which a connection goes silent: when its client sends a statement that contains a text.
+/// When a connection goes silent: at a statement of its client that contains this text.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Moment {
-    /// The server does not get the statement.
+    /// The server does not receive the statement.
     Before(&'static str),
-    /// The server gets the statement, and its answer is lost.
+    /// The server receives the statement, but its response is lost.
     After(&'static str),
 }
 
-/// The proxy; it ends with the runtime of the test. A cheap handle.
+/// A running proxy; a cheap handle. It ends with the runtime of the test.
 #[derive(Debug, Clone)]
 pub(crate) struct PostgresProxy {
     port: u16,
@@ -34,18 +35,18 @@ pub(crate) struct PostgresProxy {
 struct Shared {
     upstream: SocketAddr,
     is_open: watch::Sender<bool>,
-    /// Whether the proxy listens now, which trails `is_open`.
+    /// Whether the proxy listens at the moment; lags behind `is_open`.
     listens: watch::Sender<bool>,
     trap: Mutex<Option<Moment>>,
-    /// How many connections went silent in a trap.
+    /// The number of connections that have reached a [`SilencePoint`].
     caught: watch::Sender<usize>,
     lines: Mutex<Vec<Arc<Line>>>,
 }
 
-/// A connection.
+/// A proxied connection.
 #[derive(Debug)]
 struct Line {
-    /// The statements that its client has sent, each once.
+    /// The distinct statements of its client.
     said: Mutex<BTreeSet<String>>,
     is_silent: watch::Sender<bool>,
 }
@@ -68,53 +69,54 @@ impl PostgresProxy {
         proxy
     }
 
-    /// The loopback port that it listens on.
+    /// Its loopback port.
     pub(crate) fn port(&self) -> u16 {
         self.port
     }
 
-    /// Makes the next connection go silent that comes to `moment`; only one does.
+    /// Makes the next connection that reaches `moment` go silent, and only that one.
     pub(crate) fn trap(&self, moment: Moment) {
         *lock(&self.shared.trap) = Some(moment);
     }
 
-    /// Waits until so many connections have gone silent in traps.
+    /// Waits until this many connections have reached a [`SilencePoint`].
     pub(crate) async fn wait_until_caught(&self, count: usize) {
         let mut caught = self.shared.caught.subscribe();
         let wait = caught.wait_for(|caught| *caught >= count);
         let caught = tokio::time::timeout(Duration::from_secs(30), wait).await;
-        caught.expect("nothing was caught for half a minute").expect("the proxy runs");
+        caught.expect("no connection went silent for 30 s").expect("the proxy runs");
     }
 
-    /// Makes connections go silent whose clients have sent a statement that contains `text`; new ones are not.
+    /// Makes the open connections go silent whose clients have sent a statement that contains `text`.
+    /// New connections work.
     pub(crate) fn silence(&self, text: &str) {
         for line in self.lines_that_said(text) {
             line.is_silent.send_replace(true);
         }
     }
 
-    /// Waits until so many connections, open or not, have sent a statement that contains `text`.
+    /// Waits until this many connections, open or closed, have sent a statement that contains `text`.
     pub(crate) async fn wait_until_said(&self, text: &str, count: usize) {
         until(
-            &format!("{count} connections have said {text}"),
+            &format!("{count} connections have sent {text}"),
             Duration::from_secs(10),
             async || (self.lines_that_said(text).len() >= count).then_some(()),
         )
         .await;
     }
 
-    /// How many connections, open or not, have sent a statement that contains `text`.
+    /// The number of connections, open or closed, that have sent a statement that contains `text`.
     pub(crate) fn count_of(&self, text: &str) -> usize {
         self.lines_that_said(text).len()
     }
 
-    /// Breaks all connections, and refuses new ones.
+    /// Breaks all connections and refuses new ones.
     pub(crate) async fn refuse(&self) {
         self.shared.is_open.send_replace(false);
         self.wait_until_listens(false).await;
     }
 
-    /// Lets new connections in again, and sets no more traps.
+    /// Accepts new connections again, and clears the armed [`SilencePoint`].
     pub(crate) async fn restore(&self) {
         *lock(&self.shared.trap) = None;
         self.shared.is_open.send_replace(true);
@@ -167,12 +169,14 @@ impl Shared {
             let shared = Arc::clone(self);
             connections.spawn(async move {
                 let Ok(server) = TcpStream::connect(shared.upstream).await else { return };
-                // Messages are passed on one by one, and must not wait for those before to be confirmed.
+                // Messages are forwarded one by one, without waiting for the acknowledgement of earlier
+                // ones.
                 client.set_nodelay(true).unwrap();
                 server.set_nodelay(true).unwrap();
                 let ((from_client, to_client), (from_server, to_server)) =
                     (client.into_split(), server.into_split());
-                // Who ends, ends the other, unless the line is silent: then both ends stay open.
+                // If one side closes, so does the other, unless the connection is silent: then both ends
+                // stay open.
                 tokio::select! {
                     () = shared.questions(&line, from_client, to_server) => {}
                     () = answers(&line, from_server, to_client) => {}
@@ -181,9 +185,9 @@ impl Shared {
         }
     }
 
-    /// Passes on what the client says, message by message.
+    /// Forwards the client's messages one by one.
     async fn questions(&self, line: &Line, mut client: OwnedReadHalf, mut server: OwnedWriteHalf) {
-        /// Asks for TLS; the real start follows.
+        /// Requests TLS; the startup message follows.
         const SSL_REQUEST: [u8; 4] = 80_877_103_u32.to_be_bytes();
         let mut statements = HashMap::new();
         let mut is_started = false;
@@ -196,7 +200,8 @@ impl Shared {
                     Some(Moment::Before(_)) => self.go_silent(line),
                     Some(Moment::After(_)) => {
                         line.is_silent.send_replace(true);
-                        // An extended statement is run at the messages that follow, as far as they are there already.
+                        // An extended statement is run by the messages that follow; forward those that
+                        // have arrived.
                         let mut rest = vec![0; 1 << 16];
                         let read = client.try_read(&mut rest).unwrap_or(0);
                         let sent = server.write_all(&[&message, &rest[..read]].concat()).await;
@@ -223,7 +228,7 @@ impl Shared {
         self.caught.send_modify(|caught| *caught += 1);
     }
 
-    /// Springs the trap where `text` is what it waits for.
+    /// Takes the armed [`SilencePoint`] if `text` matches it.
     fn catch(&self, text: &str) -> Option<Moment> {
         let mut trap = lock(&self.trap);
         let is_caught =
@@ -232,7 +237,7 @@ impl Shared {
     }
 }
 
-/// Passes on what the server says, until the line is silent.
+/// Forwards the server's bytes until the connection goes silent.
 async fn answers(line: &Line, mut server: OwnedReadHalf, mut client: OwnedWriteHalf) {
     let mut silence = line.is_silent.subscribe();
     let mut bytes = vec![0; 1 << 16];
@@ -257,7 +262,7 @@ async fn answers(line: &Line, mut server: OwnedReadHalf, mut client: OwnedWriteH
     }
 }
 
-/// The next message, whole; `None` at the end. The first ones have no letter that tells their kind.
+/// The next message; `None` at the end. The first messages have no type byte.
 async fn read_message(client: &mut OwnedReadHalf, is_started: bool) -> Option<Vec<u8>> {
     let mut message = vec![0; if is_started { 5 } else { 4 }];
     client.read_exact(&mut message).await.ok()?;
@@ -268,7 +273,7 @@ async fn read_message(client: &mut OwnedReadHalf, is_started: bool) -> Option<Ve
     Some(message)
 }
 
-/// The statement that a message is about to run, where it is one of that kind; those that are prepared are remembered.
+/// The statement that a message executes, if any. Records prepared statements.
 fn statement(message: &[u8], prepared: &mut HashMap<Vec<u8>, String>) -> Option<String> {
     let kind = message[0];
     let mut texts = message.get(5..)?.split(|byte| *byte == 0);

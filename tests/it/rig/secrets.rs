@@ -1,4 +1,5 @@
-//! Every token the rig has seen and everything Parapet has printed, so that one check can prove that they never meet.
+//! Records all tokens of the rig and all output of Parapet, so that one check can prove that no token
+//! was printed.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -9,12 +10,12 @@ use super::process::Output;
 static SECRETS: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 static OUTPUTS: Mutex<Vec<(String, Arc<Output>)>> = Mutex::new(Vec::new());
 
-/// Remembers a token that must never show.
+/// Registers a token that must never be shown.
 pub(crate) fn remember(token: &str) {
     SECRETS.lock().unwrap_or_else(PoisonError::into_inner).insert(token.to_owned());
 }
 
-/// Remembers what a process prints from now on.
+/// Registers the output of a process.
 pub(crate) fn watch(name: &str, output: &Arc<Output>) {
     OUTPUTS
         .lock()
@@ -22,16 +23,16 @@ pub(crate) fn watch(name: &str, output: &Arc<Output>) {
         .push((name.to_owned(), Arc::clone(output)));
 }
 
-/// The secrets among the remembered ones that `text` holds: the part of a token behind its dot, which must show nowhere.
+/// The registered tokens whose secret part, behind the dot, is in `text`.
 pub(crate) fn leaks(text: &[u8]) -> Vec<String> {
     let text = String::from_utf8_lossy(text);
     let secrets = SECRETS.lock().unwrap_or_else(PoisonError::into_inner);
     secrets.iter().filter(|token| text.contains(secret_of(token))).cloned().collect()
 }
 
-/// What makes a token secret. The selector of a v2 token does not: lists show it.
+/// The secret part of a token. The selector of a v2 token is not secret: lists show it.
 ///
-/// The selector is cut by its length, since underscores may stand within it.
+/// The selector is cut off by its length, because it may contain underscores.
 fn secret_of(token: &str) -> &str {
     const SELECTOR: usize = "v2_".len() + 22;
     let secret = token.rsplit('.').next().unwrap_or(token);
@@ -43,7 +44,7 @@ fn secret_of(token: &str) -> &str {
 }
 
 #[test]
-fn what_is_looked_for_is_the_secret_and_never_a_scrap_of_it() {
+fn secret_part_excludes_environment_and_selector() {
     assert_eq!(secret_of("*:development.0123456789abcdef"), "0123456789abcdef");
     assert_eq!(secret_of("0123456789abcdef"), "0123456789abcdef");
     let selector = "AbCd_fGhIjKlMnOpQrStU_";
@@ -52,7 +53,7 @@ fn what_is_looked_for_is_the_secret_and_never_a_scrap_of_it() {
     assert_eq!(secret_of(&format!("*:production.{listed}")), listed);
 }
 
-/// Every file under `directory`, with its name.
+/// All files below `directory`, with their names.
 pub(crate) fn files(directory: &Path) -> Vec<(String, Vec<u8>)> {
     let mut files = Vec::new();
     let Ok(entries) = std::fs::read_dir(directory) else { return files };
@@ -66,7 +67,7 @@ pub(crate) fn files(directory: &Path) -> Vec<(String, Vec<u8>)> {
     files
 }
 
-/// Panics if a remembered token stands in one of these texts, each with its name.
+/// Panics if one of these named texts contains a registered token.
 pub(crate) fn assert_none_in(name: &str, shown: &[(String, Vec<u8>)]) {
     for (what, text) in shown {
         let leaks = leaks(text);
@@ -78,7 +79,7 @@ pub(crate) fn assert_none_in(name: &str, shown: &[(String, Vec<u8>)]) {
     }
 }
 
-/// Panics if a watched process has printed a remembered token.
+/// Panics if a registered process has printed a registered token.
 pub(crate) fn assert_none_printed() {
     let outputs: Vec<_> = OUTPUTS.lock().unwrap_or_else(PoisonError::into_inner).clone();
     for (name, output) in outputs {

@@ -1,6 +1,7 @@
-//! A real Unleash server as upstream, and its admin API as far as the tests use it.
+//! A real Unleash server as upstream, and the parts of its admin API that the tests use.
 //!
-//! The open-source server knows one project, `default`, and two environments, `development` and `production`.
+//! The open-source server has one project, `default`, and two environments, `development` and
+//! `production`.
 
 use std::collections::BTreeMap;
 use std::process::ExitStatus;
@@ -17,17 +18,18 @@ use super::postgres::Postgres;
 use super::process::{LastRites, Process, node};
 use super::secrets;
 
-/// The admin token of every server of the rig. Unleash takes one only into a database without tokens, so it is in the
-/// template that all databases are copied from.
+/// The admin token of every server of the rig. Unleash accepts one only into a database without tokens,
+/// so it is in the template that all databases are copied from.
 const ADMIN_TOKEN: &str = "*:*.parapet-rig-admin-2f7d0c55e6b94f0e8f3a1f0b7c1d9e64";
 
-/// The application that finds out whether use is counted.
+/// The application that checks whether usage is counted.
 const PROBE: &str = "parapet-rig-probe";
 
-/// How long Unleash may take to store what it accepted: usage every 5 s, applications every 20 s.
+/// The longest that Unleash takes to store what it has accepted: it stores usage every 5 s, applications
+/// every 20 s.
 pub(crate) const STORED_WITHIN: Duration = Duration::from_secs(45);
 
-/// The releases that Parapet is tested against.
+/// The releases that Parapet is tested with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Version {
     /// 7.5.1, the last release line under Apache-2.0.
@@ -48,7 +50,7 @@ impl Version {
         }
     }
 
-    /// A migrated database with the admin token in it, made once per test process.
+    /// The name of a migrated database with the admin token, created once per test process.
     async fn template(self) -> &'static str {
         static V7: OnceCell<String> = OnceCell::const_new();
         static V8: OnceCell<String> = OnceCell::const_new();
@@ -66,7 +68,7 @@ impl Version {
     }
 }
 
-/// The kinds of token that the admin API can make.
+/// The kinds of token that the admin API can create.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     Backend,
@@ -78,20 +80,20 @@ pub(crate) enum Kind {
 pub(crate) struct Usage {
     pub(crate) app_name: String,
     pub(crate) environment: String,
-    /// The start of the hour, as Unleash writes it.
+    /// The start of the hour, in Unleash's format.
     pub(crate) timestamp: String,
     pub(crate) yes: u64,
     pub(crate) no: u64,
     pub(crate) variants: BTreeMap<String, u64>,
 }
 
-/// A running Unleash server with a database of its own.
+/// A running Unleash server with its own database.
 #[derive(Debug)]
 pub(crate) struct Unleash {
     version: Version,
     port: u16,
     database: String,
-    /// The token that [`admin`](Self::admin) presents.
+    /// The token that [`admin_request`](Self::admin_request) sends.
     admin_token: Mutex<&'static str>,
     server: Mutex<Option<Process>>,
 }
@@ -107,7 +109,7 @@ impl Unleash {
         Self { version, port, database, admin_token, server: Mutex::new(Some(server)) }
     }
 
-    /// The server of this version that tests share; for those that neither stop it nor mind the flags of others.
+    /// The shared server of this version, for tests that do not stop it and tolerate other flags.
     pub(crate) async fn shared(version: Version) -> Arc<Self> {
         static V7: OnceCell<Arc<Unleash>> = OnceCell::const_new();
         static V8: OnceCell<Arc<Unleash>> = OnceCell::const_new();
@@ -120,7 +122,7 @@ impl Unleash {
         Arc::clone(shared.get_or_init(async || Arc::new(Self::start(version).await)).await)
     }
 
-    /// Runs one test against the shared server of every version, all at once.
+    /// Runs a test against the shared server of every version, concurrently.
     pub(crate) async fn on_every_version(test: impl AsyncFn(Arc<Self>)) {
         let test = &test;
         let each =
@@ -132,7 +134,7 @@ impl Unleash {
         self.version
     }
 
-    /// Where it listens: `http://127.0.0.1:<port>`.
+    /// Its URL: `http://127.0.0.1:<port>`.
     pub(crate) fn url(&self) -> String {
         format!("http://127.0.0.1:{}", self.port)
     }
@@ -141,12 +143,12 @@ impl Unleash {
         self.port
     }
 
-    /// Its admin token, all the operator gives Parapet.
+    /// Its admin token, the only credential that Parapet gets.
     pub(crate) fn admin_token(&self) -> &'static str {
         *self.admin_token.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes an admin token, which the open-source server's API cannot: in the database.
+    /// Creates an admin token in the database, because the open-source server's API cannot.
     pub(crate) async fn plant_admin_token(&self, token: &'static str) {
         secrets::remember(token);
         let sql = format!(
@@ -156,8 +158,8 @@ impl Unleash {
         Postgres::shared().await.execute(&self.database, &sql).await;
     }
 
-    /// Deletes the admin token in the database; [`admin`](Self::admin) presents `other` from here on. Unleash believes
-    /// the deleted one for up to a minute.
+    /// Deletes the admin token in the database; [`admin_request`](Self::admin_request) sends `other`
+    /// from now on. Unleash accepts the deleted one for up to a minute.
     pub(crate) async fn delete_admin_token(&self, other: &'static str) {
         let deleted = {
             let mut token = self.admin_token.lock().unwrap_or_else(PoisonError::into_inner);
@@ -167,18 +169,19 @@ impl Unleash {
         Postgres::shared().await.execute(&self.database, &sql).await;
     }
 
-    /// Ends it as a crash would. What it has not stored yet is lost.
+    /// Kills it, as a crash would. What it has not stored yet is lost.
     pub(crate) fn kill(&self) {
         self.take_server().kill();
     }
 
-    /// Stops it in good order.
+    /// Stops it with SIGTERM.
     pub(crate) async fn stop(&self) -> ExitStatus {
         let server = self.take_server();
         server.terminate().await
     }
 
-    /// Starts it again, after [`kill`](Self::kill) or [`stop`](Self::stop), on the same port and database.
+    /// Starts it again after [`kill`](Self::kill) or [`stop`](Self::stop), on the same port and
+    /// database.
     pub(crate) async fn restart(&self) {
         let server = launch(self.version, self.port, &self.database).await;
         let before = self.server.lock().unwrap_or_else(PoisonError::into_inner).replace(server);
@@ -193,7 +196,7 @@ impl Unleash {
             .expect("the server is running")
     }
 
-    /// Calls the admin API: any method, a path that begins `/api/admin`, `Null` for no body.
+    /// Calls the admin API with any method; `path` begins with `/api/admin`, and `Null` means no body.
     pub(crate) async fn admin(
         &self,
         method: Method,
@@ -210,7 +213,7 @@ impl Unleash {
         (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
     }
 
-    /// Calls the admin API and panics unless that succeeds.
+    /// Calls the admin API and panics if that fails.
     pub(crate) async fn admin_ok(&self, method: Method, path: &str, body: &Value) -> Value {
         let (status, answer) = self.admin(method.clone(), path, body).await;
         assert!(status.is_success(), "{method} {path}: {status} {answer}");
@@ -233,13 +236,13 @@ impl Unleash {
         self.admin_ok(Method::DELETE, path, &Value::Null).await
     }
 
-    /// Makes a flag of type `release`, off everywhere, without strategies. Its name must be new.
+    /// Creates a flag of type `release`, disabled everywhere, without strategies. Its name must be new.
     pub(crate) async fn create_flag(&self, name: &str) {
         let flag = json!({ "name": name, "type": "release" });
         self.admin_post("/api/admin/projects/default/features", &flag).await;
     }
 
-    /// Makes a flag with these strategies in `environment`, and switches it on there.
+    /// Creates a flag with these strategies in `environment`, and enables it there.
     pub(crate) async fn create_enabled_flag(
         &self,
         name: &str,
@@ -253,7 +256,8 @@ impl Unleash {
         self.enable(name, environment).await;
     }
 
-    /// Adds a strategy (`{"name", "parameters", "constraints"?, "segments"?, "variants"?}`) and says its id.
+    /// Adds a strategy (`{"name", "parameters", "constraints"?, "segments"?, "variants"?}`) and returns
+    /// its id.
     pub(crate) async fn add_strategy(
         &self,
         flag: &str,
@@ -265,7 +269,7 @@ impl Unleash {
         made["id"].as_str().unwrap().to_owned()
     }
 
-    /// Switches a flag on; one without strategies gets the default one, on for everybody.
+    /// Enables a flag. Without strategies it gets the default one, which is on for all users.
     pub(crate) async fn enable(&self, flag: &str, environment: &str) {
         self.admin_post(&format!("{}/on", flag_in(flag, environment)), &json!({})).await;
     }
@@ -274,14 +278,14 @@ impl Unleash {
         self.admin_post(&format!("{}/off", flag_in(flag, environment)), &json!({})).await;
     }
 
-    /// Makes a segment of these constraints and says its id.
+    /// Creates a segment with these constraints and returns its id.
     pub(crate) async fn create_segment(&self, name: &str, constraints: &Value) -> u64 {
         let segment = json!({ "name": name, "constraints": constraints });
         let made = self.admin_post("/api/admin/segments", &segment).await;
         made["id"].as_u64().unwrap()
     }
 
-    /// Makes a token and says it in full. `projects`: `["*"]` for all.
+    /// Creates a token and returns it in full. `projects` is `["*"]` for all projects.
     pub(crate) async fn create_token(
         &self,
         kind: Kind,
@@ -300,9 +304,10 @@ impl Unleash {
         token
     }
 
-    /// Makes a v1 token for all projects with a secret of our choice, which the admin API cannot: in the database.
+    /// Creates a v1 token for all projects with a chosen secret, in the database, because the admin API
+    /// cannot.
     ///
-    /// For tests in which a token is refused first and made later. Unleash notices within a minute.
+    /// For tests that use a token before it exists. Unleash notices it within a minute.
     pub(crate) async fn plant_token(&self, kind: Kind, token: &str, name: &str) {
         secrets::remember(token);
         let kind = match kind {
@@ -318,7 +323,7 @@ impl Unleash {
         Postgres::shared().await.execute(&self.database, &sql).await;
     }
 
-    /// The tokens of this name, as the admin API lists them.
+    /// The tokens of this name, from the admin API.
     pub(crate) async fn tokens_named(&self, name: &str) -> Vec<Value> {
         let mut listed = self.admin_get(&format!("/api/admin/api-tokens/{name}")).await;
         let Value::Array(tokens) = listed["tokens"].take() else {
@@ -327,9 +332,10 @@ impl Unleash {
         tokens
     }
 
-    /// Remembers the tokens of this name as secrets, and says which environments they are of.
+    /// Registers the tokens of this name as secrets, and returns their environments.
     ///
-    /// Of a v2 token nobody but its maker knows the secret; what stands before it gives it away as well.
+    /// Only the creator of a v2 token knows its secret. The part in front of it identifies the token as
+    /// well.
     pub(crate) async fn remember_tokens_named(&self, name: &str) -> Vec<String> {
         let tokens = self.tokens_named(name).await;
         let mut environments: Vec<_> = tokens
@@ -349,16 +355,17 @@ impl Unleash {
         environments
     }
 
-    /// Revokes a token: by what it is listed as, the full token (v1) or its selector (v2).
+    /// Revokes a token, by its listed form: the full token (v1) or its selector (v2).
     pub(crate) async fn delete_token(&self, token: &str) {
         let listed_as = token.split_once(".v2_").map_or(token, |(_, rest)| &rest[..22]);
         self.admin_delete(&format!("/api/admin/api-tokens/{listed_as}")).await;
     }
 
-    /// Waits until use of a flag is counted.
+    /// Waits until Unleash counts the usage of a flag.
     ///
-    /// Unleash looks up which flags exist at most every 10 s, and until then accepts (202) and drops the use of a new one.
-    /// So a test that counts waits here first. What the probe uses shows nowhere else.
+    /// Unleash reloads its list of flags at most every 10 s, and until then accepts (202) and drops the
+    /// usage of a new flag. Tests of counting wait here first. The probe's own usage is left out
+    /// elsewhere.
     pub(crate) async fn wait_until_counted(&self, flag: &str, environment: &str) {
         let token = self.create_token(Kind::Backend, environment, &["*"], PROBE).await;
         let what = format!("{flag} is counted in {environment} at {:?}", self.version);
@@ -383,7 +390,8 @@ impl Unleash {
         self.delete_token(&token).await;
     }
 
-    /// What Unleash has stored of a flag's use in the last 24 hours. Hours without any (Unleash fills them in) are left out.
+    /// The usage of a flag that Unleash has stored for the last 24 hours, without empty hours (Unleash
+    /// fills them in).
     pub(crate) async fn usage_of(&self, flag: &str) -> Vec<Usage> {
         let mut usage = self.all_usage_of(flag).await;
         usage.retain(|hour| hour.app_name != PROBE);
@@ -399,9 +407,9 @@ impl Unleash {
         usage
     }
 
-    /// Waits until the stored use of a flag by an application adds up to `(yes, no)`, over all hours.
+    /// Waits until the stored usage of a flag by an application adds up to `(yes, no)` over all hours.
     ///
-    /// Returns at the first match, so follow it with other checks where more could arrive later.
+    /// Returns at the first match; add other checks if more usage could arrive later.
     pub(crate) async fn wait_for_usage(
         &self,
         flag: &str,
@@ -428,8 +436,8 @@ impl Unleash {
         .await;
     }
 
-    /// The impact metrics whose names hold this, as Unleash shows them to Prometheus: each sample as it is written, without
-    /// the prefix and labels that differ between versions, and its value.
+    /// The impact metrics whose names contain `name`, from Unleash's Prometheus page: the sum of each
+    /// series, without the prefix and labels that differ between versions.
     pub(crate) async fn impact(&self, name: &str) -> BTreeMap<String, f64> {
         let page = http().get(self.url() + "/internal-backstage/impact/metrics");
         let page = page.send().await.unwrap().text().await.unwrap();
@@ -447,7 +455,7 @@ impl Unleash {
         sums
     }
 
-    /// The names of the applications that have registered. Unleash stores them every 20 s.
+    /// The names of the registered applications. Unleash stores them every 20 s.
     pub(crate) async fn applications(&self) -> Vec<String> {
         let stored = self.admin_get("/api/admin/metrics/applications?limit=1000").await;
         let applications = stored["applications"].as_array().unwrap().iter();
@@ -474,7 +482,7 @@ fn usage(hour: &Value) -> Usage {
     }
 }
 
-/// Starts a server and waits until it is healthy, migrations included.
+/// Starts a server and waits until it is healthy, including migrations.
 async fn launch(version: Version, port: u16, database: &str) -> Process {
     let options = json!({
         "db": {
@@ -489,7 +497,7 @@ async fn launch(version: Version, port: u16, database: &str) -> Process {
         .arg(options.to_string())
         .env("INIT_ADMIN_API_TOKENS", ADMIN_TOKEN);
     match version {
-        // What later releases do unasked.
+        // Later releases have this enabled.
         Version::V7 => command.env("UNLEASH_EXPERIMENTAL_IMPACT_METRICS", "true"),
         Version::V8 => &mut command,
         Version::V8SecureTokens => command.env("UNLEASH_EXPERIMENTAL_SECURE_TOKEN", "true"),

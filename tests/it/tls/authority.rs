@@ -1,4 +1,5 @@
-//! An authority that only the tests trust, and what it issues, in files as operators have them.
+//! A certificate authority that only the tests trust, and its certificates, in files as operators have
+//! them.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -16,7 +17,7 @@ use rustls::{ClientConfig, RootCertStore};
 use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
 
-/// Signs certificates. Its folder is the tests' own, for files of any kind.
+/// Signs certificates. Its directory is for any files of the tests.
 pub(super) struct Authority {
     issuer: CertifiedIssuer<'static, KeyPair>,
     folder: TempDir,
@@ -31,16 +32,15 @@ pub(super) struct Issued {
     pub(super) public_key_hash: String,
 }
 
-/// Where a certificate and its key are.
+/// The paths of a certificate and its key.
 pub(super) struct Files {
     pub(super) certificate: PathBuf,
     pub(super) key: PathBuf,
 }
 
 impl Authority {
-    /// Makes one.
     pub(super) fn new() -> Self {
-        // Fails where there is a provider already, which is the same.
+        // Fails if a provider is installed already, which is the same one.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let mut params = CertificateParams::default();
         params.distinguished_name.push(DnType::CommonName, "authority of the tests");
@@ -53,17 +53,17 @@ impl Authority {
         authority
     }
 
-    /// Where its own certificate is, in PEM.
+    /// The path of the authority's certificate, in PEM.
     pub(super) fn file(&self) -> PathBuf {
         self.path("ca.crt")
     }
 
-    /// A path in its folder.
+    /// A path in its directory.
     pub(super) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
-    /// Writes a file into its folder, in place.
+    /// Writes a file into its directory, in place.
     pub(super) fn write(&self, name: &str, contents: impl AsRef<[u8]>) -> PathBuf {
         let path = self.path(name);
         std::fs::write(&path, contents).unwrap();
@@ -87,7 +87,7 @@ impl Authority {
         self.issue(names, |_| {})
     }
 
-    /// A server's certificate that expires so many days from now, perhaps a negative number of them.
+    /// A server's certificate that expires in this number of days, which may be negative.
     pub(super) fn server_for_days(&self, names: &[&str], days: i64) -> Issued {
         let until = Timestamp::now() + SignedDuration::from_hours(24 * days);
         let seconds = until.as_second().try_into().unwrap();
@@ -108,7 +108,7 @@ impl Authority {
         })
     }
 
-    /// Its revocation list, with these serial numbers.
+    /// Its certificate revocation list with these serial numbers.
     pub(super) fn crl(&self, revoked: &[u64]) -> String {
         let revoked = revoked.iter().map(|&serial| RevokedCertParams {
             serial_number: SerialNumber::from(serial),
@@ -132,20 +132,20 @@ impl Authority {
         self.server(&["localhost", "127.0.0.1"]).write(self, name)
     }
 
-    /// What trusts this authority alone, as a client of the rig's kind does: it keeps no connections.
+    /// A client that trusts only this authority. Like the rig's client, it keeps no idle connections.
     pub(super) fn http(&self) -> reqwest::ClientBuilder {
         let root = reqwest::Certificate::from_der(self.issuer.der()).unwrap();
         let client = reqwest::Client::builder().tls_certs_only([root]).no_proxy();
         client.pool_max_idle_per_host(0).timeout(Duration::from_secs(30))
     }
 
-    /// The same with a certificate of its own.
+    /// A client with a client certificate.
     pub(super) fn http_as(&self, client: &Issued) -> reqwest::ClientBuilder {
         let identity = client.certificate.clone() + &client.key;
         self.http().identity(reqwest::Identity::from_pem(identity.as_bytes()).unwrap())
     }
 
-    /// How a plain TLS client trusts this authority alone.
+    /// A TLS client configuration that trusts only this authority.
     pub(super) fn client_config(&self) -> ClientConfig {
         let mut roots = RootCertStore::empty();
         roots.add(self.issuer.der().clone()).unwrap();
@@ -154,7 +154,7 @@ impl Authority {
 }
 
 impl Issued {
-    /// Puts it into `<name>.crt` and `<name>.key` of the authority's folder.
+    /// Writes it to `<name>.crt` and `<name>.key` in the authority's directory.
     pub(super) fn write(&self, authority: &Authority, name: &str) -> Files {
         Files {
             certificate: authority.write(&format!("{name}.crt"), &self.certificate),
@@ -169,7 +169,7 @@ impl Issued {
 }
 
 impl Files {
-    /// Certificate and key.
+    /// The paths of certificate and key.
     pub(super) fn paths(&self) -> [&Path; 2] {
         [&self.certificate, &self.key]
     }

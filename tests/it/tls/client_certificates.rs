@@ -1,4 +1,5 @@
-//! Client certificates: of SDKs, whose listener requires or accepts them, and of an edge, whose upstream does.
+//! Client certificates: of SDKs, which the listener requires or accepts, and of an edge, which its
+//! upstream requires.
 
 use std::path::Path;
 use std::process::Command;
@@ -7,9 +8,11 @@ use std::time::Duration;
 
 use hyper::Request;
 use hyper::body::Incoming;
-use parapet::http::listener::{self, Answer, ConnectionInfo, Drain, Limits, Service};
+use parapet::http::listener::{
+    self, ConnectionInfo, ConnectionLimits, Drain, HttpService, ServiceResponse,
+};
 use parapet::http::reply;
-use parapet::tls::{self, ClientAuth, Clients, Pair, Tls};
+use parapet::tls::{self, ClientAuth, ClientVerification, KeyPairFiles, NegotiatedTls};
 use reqwest::StatusCode;
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
@@ -21,11 +24,11 @@ use super::{
 };
 use crate::rig::{Parapet, Setup, until};
 
-/// Serial numbers of certificates that are revoked, and of others.
+/// Serial numbers of a revoked certificate and of a valid one.
 const REVOKED: u64 = 7;
 const SOUND: u64 = 8;
 
-/// Clients with a right certificate, a revoked one, one of another authority, and none.
+/// Clients with a valid certificate, a revoked one, one of another authority, and none.
 struct Everybody {
     right: reqwest::Client,
     revoked: reqwest::Client,
@@ -53,7 +56,7 @@ fn with_clients(authority: &Authority, auth: &str) -> Setup {
 }
 
 #[tokio::test]
-async fn required_certificate_is_right_and_not_revoked_or_the_handshake_fails() {
+async fn required_client_certificate_must_be_valid_and_not_revoked() {
     let authority = Authority::new();
     let everybody = Everybody::new(&authority);
     let parapet = Encrypted::start(with_clients(&authority, "required")).await;
@@ -63,7 +66,7 @@ async fn required_certificate_is_right_and_not_revoked_or_the_handshake_fails() 
         assert!(features(client, &url).await.is_err());
     }
     parapet.until_metric(&handshakes("none", "client_certificate"), 3).await;
-    // A probe has no certificate, and asks the admin listener.
+    // A probe has no certificate, so it uses the admin listener.
     let (port, admin) = (parapet.address.port(), parapet.parapet.admin_url());
     let settings = [
         ("TLS_ENABLE", "true".into()),
@@ -76,18 +79,18 @@ async fn required_certificate_is_right_and_not_revoked_or_the_handshake_fails() 
         assert!(output.status.success(), "{output:?}");
     }
 
-    // What is revoked is refused from the next connection on, also where it was accepted before.
+    // A revoked certificate is rejected from the next connection on, even if it was accepted before.
     authority.write("crl.pem", authority.crl(&[REVOKED, SOUND]));
     until("the certificate is refused", SOON, async || {
         features(&everybody.right, &url).await.is_err().then_some(())
     })
     .await;
-    // Nor is a session gone on with that was begun before: none is.
+    // No session is resumed, so a revoked certificate cannot use an earlier one.
     assert_eq!(parapet.metric(&handshakes("1.3", "resumed")).await, 0);
 }
 
 #[tokio::test]
-async fn optional_certificate_may_be_missing_but_not_wrong() {
+async fn optional_client_certificate_may_be_missing_but_not_invalid() {
     let authority = Authority::new();
     let everybody = Everybody::new(&authority);
     let parapet = Encrypted::start(with_clients(&authority, "optional")).await;
@@ -101,28 +104,34 @@ async fn optional_certificate_may_be_missing_but_not_wrong() {
     parapet.until_metric(&handshakes("none", "client_certificate"), 2).await;
 }
 
-/// Answers what it knows of a request's connection.
+/// Responds with what it knows about a request's connection.
 struct Mirror;
 
-impl Service for Mirror {
-    fn call(self: &Arc<Self>, _: Request<Incoming>, connection: &Arc<ConnectionInfo>) -> Answer {
+impl HttpService for Mirror {
+    fn call(
+        self: &Arc<Self>,
+        _: Request<Incoming>,
+        connection: &Arc<ConnectionInfo>,
+    ) -> ServiceResponse {
         let ConnectionInfo { peer, tls } = &**connection;
-        let Some(Tls { version, alpn, client }) = tls else { panic!("it is not encrypted") };
+        let Some(NegotiatedTls { version, alpn, client_certificate: client }) = tls else {
+            panic!("it is not encrypted")
+        };
         let client = client.as_ref().map(|it| (it.subject(), it.names(), it.fingerprint()));
-        let told = format!("{} {} {alpn:?} {client:?}", peer.ip(), version.as_str());
-        Answer::Ready(reply::ok(told))
+        let description = format!("{} {} {alpn:?} {client:?}", peer.ip(), version.as_str());
+        ServiceResponse::Ready(reply::ok(description))
     }
 }
 
 #[tokio::test]
-async fn handler_learns_version_protocol_and_certificate() {
+async fn handler_gets_tls_version_protocol_and_client_certificate() {
     let authority = Authority::new();
     let files = authority.for_loopback("tls");
     let config = tls::Config {
         listener: "data",
-        pairs: vec![Pair { certificate_file: files.certificate, key_file: files.key }],
+        key_pairs: vec![KeyPairFiles { certificate_file: files.certificate, key_file: files.key }],
         min_version: tls::Version::Tls12,
-        clients: Some(Clients {
+        client_verification: Some(ClientVerification {
             ca_file: authority.file(),
             auth: ClientAuth::Optional,
             crl_file: None,
@@ -130,19 +139,19 @@ async fn handler_learns_version_protocol_and_certificate() {
         handshake_timeout: Duration::from_secs(10),
         max_handshakes: 10,
     };
-    let limits = Limits {
-        connections: 10,
-        connections_per_address: None,
+    let limits = ConnectionLimits {
+        max_connections: 10,
+        max_connections_per_address: None,
         header_read_timeout: SOON,
         idle_timeout: SOON,
         max_age: None,
     };
-    let tls = Some(tls::Server::new(config).unwrap());
-    let config = listener::Config { limits, balancers: Vec::new(), tls };
+    let tls = Some(tls::TlsAcceptor::new(config).unwrap());
+    let config = listener::Config { limits, load_balancers: Vec::new(), tls };
     let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("https://{}", socket.local_addr().unwrap());
     let served = listener::serve(socket, Arc::new(Mirror), config, Drain::default(), SOON);
-    let asked = async {
+    let requests = async {
         let ask = async |client: reqwest::ClientBuilder| {
             client.build().unwrap().get(&url).send().await.unwrap().text().await.unwrap()
         };
@@ -152,18 +161,18 @@ async fn handler_learns_version_protocol_and_certificate() {
         let expected =
             format!("127.0.0.1 1.3 Some(H2) {:?}", Some(("CN=checkout", &names[..], &hash)));
         assert_eq!(ask(authority.http_as(&issued)).await, expected);
-        let told = ask(authority.http().http1_only()).await;
-        assert_eq!(told, "127.0.0.1 1.3 Some(Http1) None");
+        let description = ask(authority.http().http1_only()).await;
+        assert_eq!(description, "127.0.0.1 1.3 Some(Http1) None");
         let old = authority.http().tls_version_max(reqwest::tls::Version::TLS_1_2);
         assert_eq!(ask(old).await, "127.0.0.1 1.2 Some(H2) None");
     };
     tokio::select! {
-        () = served => panic!("nobody told it to end"),
-        () = asked => {}
+        () = served => panic!("it was not stopped"),
+        () = requests => {}
     }
 }
 
-/// Puts a certificate and its key into a PKCS #12 file, as operators do.
+/// Writes a certificate and its key into a PKCS #12 file, as operators do.
 fn export(issued: &Path, passphrase: &str) -> std::path::PathBuf {
     let file = issued.with_extension("p12");
     let mut command = Command::new("openssl");
@@ -180,7 +189,7 @@ fn export(issued: &Path, passphrase: &str) -> std::path::PathBuf {
 }
 
 #[tokio::test]
-async fn edge_presents_its_certificate_to_upstream_in_each_of_its_forms() {
+async fn edge_presents_its_client_certificate_from_every_file_format() {
     const PASSPHRASE: &str = "open, says the edge";
     let authority = Authority::new();
     let files = authority.for_loopback("upstream");
@@ -232,9 +241,10 @@ async fn edge_presents_its_certificate_to_upstream_in_each_of_its_forms() {
     })
     .await;
     assert_eq!(stranger.get(FEATURES, CLIENT).await.0, StatusCode::SERVICE_UNAVAILABLE);
-    // The alert that says why reaches the edge most times, but not where its connection is gone before the request is sent.
-    until("its log says so", SOON, async || {
-        stranger.log().contains("upstream broke off the connection").then_some(())
+    // Usually the edge receives the alert with the reason, but not if its connection is closed before it
+    // sends the request.
+    until("the log contains it", SOON, async || {
+        stranger.log().contains("the connection to upstream broke").then_some(())
     })
     .await;
 }

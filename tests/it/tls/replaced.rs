@@ -1,4 +1,4 @@
-//! Certificates that are replaced while clients are served: no request fails, and the last one is presented.
+//! Certificates are replaced under load: no request fails, and the last one is presented.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -13,14 +13,14 @@ use super::authority::{Authority, Files, Issued};
 use super::{CLIENT, Encrypted, FEATURES, SOON, offline};
 use crate::rig::until;
 
-/// How often certificates are replaced.
+/// The number of replacements.
 const REPLACEMENTS: u32 = 10;
 
-/// What the certificate of the plain files is for, and that of the mounted ones.
+/// The names of the certificates in plain files, and of those in mounted ones.
 const NAMES: [&[&str]; 2] = [&["localhost", "127.0.0.1"], &["mounted.test"]];
 
-/// A Kubernetes secret as it is mounted: `tls.crt` and `tls.key` are links into `..data`, which is a link to a folder
-/// that another one takes the place of.
+/// A Kubernetes secret as it is mounted: `tls.crt` and `tls.key` are links through `..data`, which is a
+/// link to a directory that is replaced by another one.
 struct Mount {
     folder: PathBuf,
     swaps: u32,
@@ -59,7 +59,7 @@ impl Mount {
     }
 }
 
-/// Asks until told to stop. Returns the failures, and the certificate that the last answer came under.
+/// Sends requests until stopped. Returns the failures, and the certificate of the last response.
 async fn ask(
     client: reqwest::Client,
     url: String,
@@ -107,7 +107,7 @@ async fn certificates_are_replaced_under_load_without_a_failed_request() {
         for version in [Version::HTTP_11, Version::HTTP_2] {
             let client = || {
                 let client = authority.http().resolve(name, parapet.address).tls_info(true);
-                // Nothing is sent again: what fails is seen.
+                // Without retries, so that every failure is visible.
                 let client = client.retry(reqwest::retry::never());
                 if version == Version::HTTP_11 { client.http1_only() } else { client }
             };
@@ -131,11 +131,11 @@ async fn certificates_are_replaced_under_load_without_a_failed_request() {
     };
     for round in 1..=REPLACEMENTS {
         if round == REPLACEMENTS / 2 {
-            // A key of another certificate.
+            // The key of another certificate.
             authority.write("tls.key", authority.server(NAMES[0]).key);
             parapet.until_metric(&reloads("refused"), 1).await;
-            let line = "TLS: changed files cannot be used, those loaded last stay in use";
-            until("the log says why", SOON, async || {
+            let line = "TLS: changed files are invalid; the files loaded last stay in use";
+            until("the log has the reason", SOON, async || {
                 let log = parapet.parapet.log();
                 let line = log.lines().find(|it| it.contains(line))?;
                 assert!(line.contains("WARN") && line.contains("does not belong to"), "{line}");
@@ -169,7 +169,7 @@ async fn certificates_are_replaced_under_load_without_a_failed_request() {
     while let Some(ended) = kept.join_next().await {
         let (index, (failed, certificate)) = ended.unwrap();
         failures.extend(failed);
-        // Its connection is still the one of the start.
+        // The connection from the start is still in use.
         assert_eq!(certificate, first[index].der().as_ref(), "a connection was lost");
     }
     assert_eq!(failures, [""; 0]);

@@ -1,4 +1,4 @@
-//! The programs that people come with: curl, openssl, the SDKs and a browser.
+//! External TLS clients: curl, openssl, the SDKs and a browser.
 
 use std::path::Path;
 use std::process::{Output, Stdio};
@@ -13,13 +13,13 @@ use super::authority::{Authority, Files};
 use super::{ADMIN, CLIENT, Encrypted, FEATURES, FLAGS, SOON, handshakes, offline, with_tls};
 use crate::rig::{Driver, Parapet, Sdk, Setup, node, secrets, until};
 
-/// Runs a program to its end, with this as its standard input.
+/// Runs a program until it exits, with this standard input.
 async fn run(program: &str, args: &[&str], input: &str) -> Output {
     let mut command = Command::new(program);
     command.args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut process = command.kill_on_drop(true).spawn().unwrap();
     let mut stdin = process.stdin.take().unwrap();
-    // It may have ended before it has read anything.
+    // It may exit before it has read anything.
     let _ = stdin.write_all(input.as_bytes()).await;
     drop(stdin);
     tokio::time::timeout(SOON, process.wait_with_output()).await.expect("it ends").unwrap()
@@ -30,14 +30,14 @@ fn text(bytes: &[u8]) -> String {
 }
 
 #[tokio::test]
-async fn curl_gets_flags_by_each_version() {
+async fn curl_gets_flags_with_each_http_and_tls_version() {
     let authority = Authority::new();
     let setup = offline(&authority, &[authority.for_loopback("tls")]);
     let parapet = Encrypted::start(setup.env("REDIRECT_HTTP_TO_HTTPS", "true")).await;
     let ca = authority.file().display().to_string();
     let curl = async |args: &[&str], url: &str| {
-        let told = "\n%{http_code} %{http_version} %{num_redirects}";
-        let fixed = ["--silent", "--show-error", "--noproxy", "*", "--write-out", told];
+        let printed = "\n%{http_code} %{http_version} %{num_redirects}";
+        let fixed = ["--silent", "--show-error", "--noproxy", "*", "--write-out", printed];
         run("curl", &[&fixed[..], args, &[url]].concat(), "").await
     };
     let (trust, token) = (["--cacert", &*ca], format!("authorization: {CLIENT}"));
@@ -56,14 +56,14 @@ async fn curl_gets_flags_by_each_version() {
     for version in ["1.2", "1.3"] {
         assert_eq!(parapet.metric(&handshakes(version, "full")).await, 2, "{version}");
     }
-    // Method and body go along to where TLS is spoken.
+    // A redirect to the TLS port keeps method and body.
     let body = json!({ "tokens": [CLIENT] }).to_string();
     let json = "content-type: application/json";
     let args = [&trust[..], &["--location", "--header", json, "--data", &body]].concat();
     let plain = parapet.parapet.url() + "/edge/validate";
     let answer = text(&curl(&args, &plain).await.stdout);
     assert!(answer.contains(CLIENT) && answer.ends_with("\n200 2 1"), "{answer}");
-    // Without the authority it is not trusted.
+    // Without the authority the certificate is not trusted.
     assert_eq!(curl(&[], &parapet.url(FEATURES)).await.status.code(), Some(60));
 }
 
@@ -83,30 +83,33 @@ async fn openssl_agrees_on_versions_and_resumes_sessions() {
     let parapet = Encrypted::start(offline(&authority, &files())).await;
     let session = authority.path("session.pem").display().to_string();
     for (option, version) in [("-tls1_2", "TLSv1.2"), ("-tls1_3", "TLSv1.3")] {
-        let (_, told) = openssl(&parapet, &[option, "-sess_out", &session]).await;
-        assert!(told.contains(&format!("New, {version}")), "{told}");
-        assert!(told.contains("HTTP/1.0 200") && told.contains("Verification: OK"), "{told}");
-        let (_, told) = openssl(&parapet, &[option, "-sess_in", &session]).await;
-        assert!(told.contains(&format!("Reused, {version}")), "{told}");
-        assert!(told.contains("HTTP/1.0 200"), "{told}");
+        let (_, printed) = openssl(&parapet, &[option, "-sess_out", &session]).await;
+        assert!(printed.contains(&format!("New, {version}")), "{printed}");
+        assert!(
+            printed.contains("HTTP/1.0 200") && printed.contains("Verification: OK"),
+            "{printed}"
+        );
+        let (_, printed) = openssl(&parapet, &[option, "-sess_in", &session]).await;
+        assert!(printed.contains(&format!("Reused, {version}")), "{printed}");
+        assert!(printed.contains("HTTP/1.0 200"), "{printed}");
         let version = version.strip_prefix("TLSv").unwrap();
         for outcome in ["full", "resumed"] {
             parapet.until_metric(&handshakes(version, outcome), 1).await;
         }
     }
     let old = ["-tls1_1", "-cipher", "DEFAULT@SECLEVEL=0"];
-    let (succeeded, told) = openssl(&parapet, &old).await;
-    assert!(!succeeded && told.contains("SSL alert number"), "{told}");
+    let (succeeded, printed) = openssl(&parapet, &old).await;
+    assert!(!succeeded && printed.contains("SSL alert number"), "{printed}");
 
     let parapet =
         Encrypted::start(offline(&authority, &files()).flag("--tls-min-version", "1.3")).await;
-    let (succeeded, told) = openssl(&parapet, &["-tls1_2"]).await;
-    assert!(!succeeded && told.contains("alert protocol version"), "{told}");
-    let (_, told) = openssl(&parapet, &["-tls1_3"]).await;
-    assert!(told.contains("HTTP/1.0 200"), "{told}");
+    let (succeeded, printed) = openssl(&parapet, &["-tls1_2"]).await;
+    assert!(!succeeded && printed.contains("alert protocol version"), "{printed}");
+    let (_, printed) = openssl(&parapet, &["-tls1_3"]).await;
+    assert!(printed.contains("HTTP/1.0 200"), "{printed}");
 }
 
-/// `parapet standalone` with both listeners over TLS, by one certificate.
+/// `parapet standalone` with TLS on both listeners, with the same certificate.
 fn standalone(authority: &Authority, files: Files) -> Setup {
     let setup = Parapet::mode("standalone").flag("--flags", authority.write("flags.json", FLAGS));
     let setup = setup.flag("--admin-tls-cert", &files.certificate);
@@ -131,7 +134,7 @@ async fn sdks_evaluate_and_report_over_tls() {
     let client = authority.http().build().unwrap();
     let usage = parapet.parapet.admin_url().replace("http:", "https:");
     let usage = usage + "/api/admin/client-metrics/features/a/raw";
-    until("the usage of both is kept", Duration::from_mins(1), async || {
+    until("the usage of both is stored", Duration::from_mins(1), async || {
         let answer = client.get(&usage).header("authorization", ADMIN).send().await.unwrap();
         assert_eq!(answer.status(), StatusCode::OK);
         let kept: Value = serde_json::from_slice(&answer.bytes().await.unwrap()).unwrap();
@@ -171,10 +174,10 @@ async fn console_works_over_tls_and_its_cookie_is_secure() {
     secrets::remember(session["value"].as_str().unwrap());
     assert!(cookies.iter().all(|it| it["secure"] == true && it["httpOnly"] == true), "{cookies:?}");
     assert_eq!((&session["path"], &session["sameSite"]), (&json!("/"), &json!("Strict")));
-    // What changes something wants that cookie, and the page's own origin.
+    // Changes require that cookie and the page's own origin.
     console.ask("go", json!({ "section": "API access" })).await;
-    let wish = json!({ "name": "made over TLS", "kind": "Backend", "environment": "development" });
-    let made = console.ask("create_token", wish).await;
+    let form = json!({ "name": "made over TLS", "kind": "Backend", "environment": "development" });
+    let made = console.ask("create_token", form).await;
     let secret = made["secret"].as_str().unwrap();
     secrets::remember(secret);
     let flags = authority.http().build().unwrap().get(parapet.url(FEATURES));
