@@ -23,6 +23,6 @@ pub mod followed;
 pub mod session;
 
 pub use self::{
-    ahead::prepare,
-    answer::{Answer, one, reworded},
+    ahead::prewarm,
+    answer::{EvaluatedFlags, evaluate_flag, ofrep_hash},
 };

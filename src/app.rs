@@ -33,7 +33,7 @@ use self::{
 use crate::{
     auth::{self, Authenticator},
     config::{Config, Mistakes, Mode},
-    feed::Feed,
+    feed::ChangeFeed,
     http::{
         admin::{self, AdminService, DataEndpoint, InstanceIdentity, InstanceStatus, Relay},
         cors::Cors,
@@ -168,7 +168,7 @@ impl App {
             Arc::clone(&meter),
             mode.control.as_ref().map(|(control, _)| control.clone()),
         );
-        let feed = Feed::new(snapshots.clone());
+        let feed = ChangeFeed::new(snapshots.clone());
         let credentials = mode.admin.take();
         let admin_token = credentials.as_ref().map(|it| it.token.clone());
         let ticket_key = config.data.ticket_key.unwrap_or_else(|| match &admin_token {

@@ -11,7 +11,7 @@ use std::{io, path::PathBuf};
 use jiff::Timestamp;
 
 use crate::{
-    answers::explained::{self, Missing},
+    answers::explained::{self, UnknownFlag},
     config::Explain,
     snapshot::Snapshot,
     token::{Projects, Scope},
@@ -84,6 +84,6 @@ pub fn explain(options: &Explain) -> Result<String, Error> {
             Ok(json.expect("an explanation contains only texts and numbers") + "\n")
         }
         Ok(explanation) => Ok(tree::tree(&explanation)),
-        Err(Missing { alike }) => Err(Error::Missing { flag: options.flag.clone(), path, alike }),
+        Err(UnknownFlag { similar_names: alike }) => Err(Error::Missing { flag: options.flag.clone(), path, alike }),
     }
 }

@@ -29,20 +29,20 @@ mod scalar;
 mod strategy;
 mod variant;
 
-use self::compile::{Compilation, Earlier};
-pub use self::context::{Bound, Context, FieldId, Fields, Values};
+use self::compile::{CompiledFlags, Previous};
+pub use self::context::{BoundContext, Context, FieldId, ContextSchema, ContextValues};
 use self::explanation::Explanation;
 pub use self::flag::{Flag, FlagId, Outcome};
-pub use self::kept::KeptContext;
-pub use self::problem::{Defect, Part, Problem};
-pub use self::reads::{Key, Reads, Relevance};
+pub use self::kept::OwnedContext;
+pub use self::problem::{Defect, DefinitionPart, Problem};
+pub use self::reads::{ContextKey, EvaluationInputs, Relevance};
 pub use self::variant::{Payload, Variant};
 use crate::wire::features::Document;
 
 /// The flags of one environment, compiled.
 #[derive(Debug, Clone)]
 pub struct Engine {
-    compiled: Compilation,
+    compiled: CompiledFlags,
 }
 
 impl Engine {
@@ -60,7 +60,7 @@ impl Engine {
         problems: &[Problem],
         document: &Document,
     ) -> (Self, Vec<Problem>) {
-        let previous = Earlier { compiled: &self.compiled, document: before, problems };
+        let previous = Previous { compiled: &self.compiled, document: before, problems };
         let (compiled, problems) = compile::compile(document, Some(&previous));
         (Self { compiled }, problems)
     }
@@ -82,60 +82,60 @@ impl Engine {
 
     /// The id of the flag with this name.
     pub fn find(&self, name: &str) -> Option<FlagId> {
-        flag::find(&self.compiled.flags, name)
+        flag::find_flag(&self.compiled.flags, name)
     }
 
     /// The context fields that flags read.
-    pub fn fields(&self) -> &Fields {
-        &self.compiled.fields
+    pub fn schema(&self) -> &ContextSchema {
+        &self.compiled.schema
     }
 
     /// Everything that the outcomes of these flags depend on.
-    pub fn reads(&self, flags: impl IntoIterator<Item = FlagId>) -> Reads {
-        let mut inputs = Reads::default();
+    pub fn inputs(&self, flags: impl IntoIterator<Item = FlagId>) -> EvaluationInputs {
+        let mut inputs = EvaluationInputs::default();
         for id in flags {
-            self.compiled.plans[id.index()].note_reads(&self.compiled.plans, &mut inputs);
+            self.compiled.plans[id.index()].collect_inputs(&self.compiled.plans, &mut inputs);
         }
-        inputs.finish()
+        inputs.normalize()
     }
 
     /// The outcome of a flag that has the same one for every context at any time.
-    pub fn fixed(&self, id: FlagId) -> Option<Outcome> {
-        self.compiled.plans[id.index()].fixed()
+    pub fn constant_outcome(&self, id: FlagId) -> Option<Outcome> {
+        self.compiled.plans[id.index()].constant_outcome()
     }
 
     /// Whether the outcome may depend on a bucket: of a rollout, a random rollout, or variants.
-    pub fn splits(&self, id: FlagId) -> bool {
-        self.compiled.plans[id.index()].splits()
+    pub fn is_bucketed(&self, id: FlagId) -> bool {
+        self.compiled.plans[id.index()].is_bucketed()
     }
 
     /// Reads the context fields that flags use, as [`Engine::write_context_key`] needs them.
-    pub fn read<'a>(&self, context: &Context<'a>) -> Values<'a> {
-        self.compiled.fields.read(context)
+    pub fn read_context<'a>(&self, context: &Context<'a>) -> ContextValues<'a> {
+        self.compiled.schema.read(context)
     }
 
     /// Appends to `key` everything that `inputs`, which belong to flags of this engine, read from a
     /// context. Those flags have equal outcomes for contexts with equal keys, unless they are random.
-    pub fn tell(&self, inputs: &Reads, values: &Values<'_>, key: &mut Key) {
-        inputs.tell(&self.compiled.fields, values, key);
+    pub fn write_context_key(&self, inputs: &EvaluationInputs, values: &ContextValues<'_>, key: &mut ContextKey) {
+        inputs.write_context_key(&self.compiled.schema, values, key);
     }
 
     /// Prepares a context for evaluating any number of flags of this engine.
-    pub fn bind<'a>(&self, context: &Context<'a>) -> Bound<'a> {
-        self.bind_values(self.read(context))
+    pub fn bind<'a>(&self, context: &Context<'a>) -> BoundContext<'a> {
+        self.bind_values(self.read_context(context))
     }
 
     /// Like [`Engine::bind`], for a context that was read already.
-    pub fn bind_values<'a>(&self, values: Values<'a>) -> Bound<'a> {
-        self.compiled.fields.bind(values)
+    pub fn bind_values<'a>(&self, values: ContextValues<'a>) -> BoundContext<'a> {
+        self.compiled.schema.bind(values)
     }
 
     /// Evaluates one flag for a context.
     ///
     /// The id and the bound context must come from this engine. Those of another engine refer to other
     /// flags and fields, or panic.
-    pub fn evaluate(&self, id: FlagId, bound: &Bound<'_>) -> Outcome {
-        self.compiled.plans[id.index()].decide(&self.compiled.plans, bound)
+    pub fn evaluate(&self, id: FlagId, bound: &BoundContext<'_>) -> Outcome {
+        self.compiled.plans[id.index()].evaluate(&self.compiled.plans, bound)
     }
 
     /// Explains the outcome of a flag for a context: every part of its definition with its result. The
@@ -144,8 +144,8 @@ impl Engine {
     /// `document` must be the one that this engine was compiled from; with another it may panic. Takes
     /// about a millisecond, far more than evaluation.
     pub fn explain(&self, document: &Document, id: FlagId, context: &Context<'_>) -> Explanation {
-        let Compilation { fields: schema, flags, .. } = &self.compiled;
-        explain::Case { fields: schema, flags, document, context }.explain(id).1
+        let CompiledFlags { schema, flags, .. } = &self.compiled;
+        explain::Explainer { schema, flags, document, context }.explain(id).1
     }
 }
 
@@ -154,7 +154,7 @@ mod tests {
     use proptest::prelude::*;
     use serde_json::{Value, json};
 
-    use super::arbitrary::anything;
+    use super::arbitrary::arbitrary_json;
     use super::*;
 
     fn compile(features: &Value, segments: &Value) -> (Engine, Vec<Problem>) {
@@ -434,21 +434,21 @@ mod tests {
             { "name": "rollout", "enabled": true, "strategies": [half] },
         ]);
         let (engine, _) = compile(&features, &json!([{ "id": 1, "constraints": [plan] }]));
-        let inputs = |name| engine.reads(engine.find(name));
+        let inputs = |name| engine.inputs(engine.find(name));
         let names = |name| -> Vec<&str> {
-            let names = engine.fields().names();
+            let names = engine.schema().names();
             inputs(name).fields().map(|field| &*names[field.index()]).collect()
         };
         assert_eq!(names("child"), ["plan"]);
-        assert!(inputs("child").is_timed());
+        assert!(inputs("child").is_time_dependent());
         let new_year = "2030-01-01T00:00:00Z".parse().unwrap();
         let next = inputs("child").next_change(new_year).unwrap();
         assert_eq!(next.as_nanosecond(), new_year.as_nanosecond() + 1);
         assert_eq!(inputs("child").next_change(next), None);
         assert!(inputs("fixed").is_empty() && inputs("unconditional").is_empty());
         assert_eq!(names("rollout"), ["userId", "sessionId"]);
-        assert!(inputs("rollout").is_random(&engine.read(&Context::default())));
-        assert!(!inputs("rollout").is_random(&engine.read(&user("7"))));
+        assert!(inputs("rollout").is_random_for(&engine.read_context(&Context::default())));
+        assert!(!inputs("rollout").is_random_for(&engine.read_context(&user("7"))));
     }
 
     #[test]
@@ -467,10 +467,10 @@ mod tests {
             ]),
             &json!([]),
         );
-        let inputs = engine.reads(engine.ids());
+        let inputs = engine.inputs(engine.ids());
         let key = |context: &Context<'_>| {
-            let mut key = Key::new();
-            engine.tell(&inputs, &engine.read(context), &mut key);
+            let mut key = ContextKey::new();
+            engine.write_context_key(&inputs, &engine.read_context(context), &mut key);
             key
         };
         let base = Context { user_id: Some("7"), session_id: Some("s"), ..Context::default() };
@@ -507,8 +507,8 @@ mod tests {
     proptest! {
         #[test]
         fn no_definition_panics(
-            parts in prop::collection::vec((anything(), anything(), anything()), 1..4),
-            segments in prop::collection::vec(anything(), 0..3),
+            parts in prop::collection::vec((arbitrary_json(), arbitrary_json(), arbitrary_json()), 1..4),
+            segments in prop::collection::vec(arbitrary_json(), 0..3),
             id in ".{0,6}",
         ) {
             let features: Vec<Value> = parts
@@ -524,7 +524,7 @@ mod tests {
                 let bound = engine.bind(&context);
                 for id in engine.ids() {
                     let outcome = engine.evaluate(id, &bound);
-                    prop_assert!(outcome.ordinal() < engine.flag(id).outcomes());
+                    prop_assert!(outcome.ordinal() < engine.flag(id).outcome_count());
                 }
             }
         }

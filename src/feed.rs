@@ -21,54 +21,54 @@ use std::{
 use moka::sync::Cache;
 use tokio::{sync::watch, task::spawn_blocking};
 
-use self::log::Log;
+use self::log::History;
 pub use self::{
-    frame::{Frame, News},
-    log::Number,
-    topic::Topic,
+    frame::{Update, UpdateKind},
+    log::StateId,
+    topic::SubscriptionKey,
 };
 use crate::{snapshot::Snapshots, token::Environment, wire::delta::EventId};
 
 /// Memory limit of cached updates, in bytes. Beyond it the least used are evicted and written again on
 /// their next use.
-const FRAME_BYTES: u64 = 64 << 20;
+const MAX_UPDATE_BYTES: u64 = 64 << 20;
 
 /// The states of all environments. A cheap handle.
 #[derive(Clone, Debug)]
-pub struct Feed(Arc<Inner>);
+pub struct ChangeFeed(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
     snapshots: Snapshots,
-    logs: Mutex<HashMap<Environment, Arc<Log>>>,
-    frames: Cache<FrameKey, Arc<Frame>>,
+    histories: Mutex<HashMap<Environment, Arc<History>>>,
+    updates: Cache<UpdateKey, Arc<Update>>,
 }
 
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
-struct FrameKey {
-    topic: Arc<Topic>,
-    from: Option<Number>,
-    to: Number,
+struct UpdateKey {
+    subscription: Arc<SubscriptionKey>,
+    from: Option<StateId>,
+    to: StateId,
 }
 
-impl Feed {
+impl ChangeFeed {
     /// The change feed of these snapshots.
     pub fn new(snapshots: Snapshots) -> Self {
         let frames = Cache::builder()
-            .max_capacity(FRAME_BYTES)
-            .weigher(|_, frame: &Arc<Frame>| u32::try_from(frame.weight()).unwrap_or(u32::MAX))
+            .max_capacity(MAX_UPDATE_BYTES)
+            .weigher(|_, frame: &Arc<Update>| u32::try_from(frame.weight()).unwrap_or(u32::MAX))
             .build();
-        Self(Arc::new(Inner { snapshots, logs: Mutex::default(), frames }))
+        Self(Arc::new(Inner { snapshots, histories: Mutex::default(), updates: frames }))
     }
 
     /// Assigns an id to each new state and notifies subscribers, until dropped.
     pub async fn run(&self) {
-        let mut swaps = self.0.snapshots.swaps();
+        let mut swaps = self.0.snapshots.subscribe();
         loop {
             swaps.borrow_and_update();
             // Blocking, because it compares all flags.
             let feed = self.clone();
-            let result = spawn_blocking(move || feed.catch_up()).await;
+            let result = spawn_blocking(move || feed.refresh()).await;
             if let Some(panic) = result.err().and_then(|it| it.try_into_panic().ok()) {
                 resume_unwind(panic);
             }
@@ -78,55 +78,55 @@ impl Feed {
         }
     }
 
-    fn catch_up(&self) {
+    fn refresh(&self) {
         let served = self.0.snapshots.all();
         // Dropping the history of a removed environment ends its subscriptions.
-        self.lock().retain(|environment, _| served.contains_key(environment));
+        self.lock_histories().retain(|environment, _| served.contains_key(environment));
         for environment in served.keys() {
-            self.log(environment);
+            self.history(environment);
         }
     }
 
     /// The id of the environment's current state and of each later one; `None` while the environment has
     /// no flags. The channel closes when the environment is removed.
-    pub fn follow(&self, environment: &Environment) -> Option<watch::Receiver<Number>> {
-        Some(self.log(environment)?.follow())
+    pub fn subscribe(&self, environment: &Environment) -> Option<watch::Receiver<StateId>> {
+        Some(self.history(environment)?.subscribe())
     }
 
     /// The changes since the state with the event id `from`; the whole state if `from` is unknown or
     /// belongs to another subscription key.
     ///
     /// Compares all flags once for all subscribers with the same key and base state.
-    pub fn since(&self, key: &Arc<Topic>, from: Option<EventId>) -> Option<Arc<Frame>> {
-        let from = from.and_then(|id| key.number(id));
-        let (from, to) = self.log(&key.environment)?.between(from);
-        let update_key = FrameKey {
-            topic: Arc::clone(key),
-            from: from.as_ref().map(|state| state.number),
-            to: to.number,
+    pub fn update_since(&self, key: &Arc<SubscriptionKey>, from: Option<EventId>) -> Option<Arc<Update>> {
+        let from = from.and_then(|id| key.state_id(id));
+        let (from, to) = self.history(&key.environment)?.base_and_current(from);
+        let update_key = UpdateKey {
+            subscription: Arc::clone(key),
+            from: from.as_ref().map(|state| state.id),
+            to: to.id,
         };
-        Some(self.0.frames.get_with(update_key, || Arc::new(Frame::of(key, from.as_ref(), &to))))
+        Some(self.0.updates.get_with(update_key, || Arc::new(Update::build(key, from.as_ref(), &to))))
     }
 
     /// The history of an environment, which includes its current state.
-    fn log(&self, environment: &Environment) -> Option<Arc<Log>> {
+    fn history(&self, environment: &Environment) -> Option<Arc<History>> {
         let history = {
-            let mut histories = self.lock();
+            let mut histories = self.lock_histories();
             if let Some(history) = histories.get(environment) {
                 Arc::clone(history)
             } else {
-                let history = Arc::new(Log::of(&*self.0.snapshots.load(environment)?));
+                let history = Arc::new(History::new(&*self.0.snapshots.load(environment)?));
                 histories.insert(environment.clone(), Arc::clone(&history));
                 history
             }
         };
-        history.catch_up(|| self.0.snapshots.load(environment));
+        history.refresh(|| self.0.snapshots.load(environment));
         Some(history)
     }
 
     /// Ignores poisoning: a panic under this lock leaves a consistent map.
-    fn lock(&self) -> MutexGuard<'_, HashMap<Environment, Arc<Log>>> {
-        self.0.logs.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock_histories(&self) -> MutexGuard<'_, HashMap<Environment, Arc<History>>> {
+        self.0.histories.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -136,7 +136,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        snapshot::{Filter, Snapshot, cut},
+        snapshot::{Filter, Snapshot, filter_document},
         token::{Projects, Scope},
         wire::{
             delta,
@@ -157,9 +157,9 @@ mod tests {
         snapshots.swap(Snapshot::build(scope, document, None));
     }
 
-    fn key(projects: Projects, prefix: Option<&str>) -> Arc<Topic> {
+    fn key(projects: Projects, prefix: Option<&str>) -> Arc<SubscriptionKey> {
         let filter = Filter { name_prefix: prefix.map(Into::into), ..Filter::default() };
-        Arc::new(Topic::new(development(), projects, filter))
+        Arc::new(SubscriptionKey::new(development(), projects, filter))
     }
 
     fn texts(document: &Document) -> (Vec<&str>, Vec<&str>) {
@@ -190,7 +190,7 @@ mod tests {
             prefixed in any::<bool>(),
         ) {
             let snapshots = Snapshots::default();
-            let feed = Feed::new(snapshots.clone());
+            let feed = ChangeFeed::new(snapshots.clone());
             let projects = if whole { Projects::All } else { Projects::from_list(["p1"]) };
             let key = key(projects, prefixed.then_some("a"));
             let mut subscribers: Vec<(Option<EventId>, Document)> = vec![];
@@ -198,20 +198,20 @@ mod tests {
                 subscribers.push((None, Document::default()));
                 swap(&snapshots, text);
                 let document = Document::parse(text.as_bytes()).unwrap();
-                let expect = cut(&document, &key.projects, &key.filter);
+                let expect = filter_document(&document, &key.projects, &key.filter);
                 // The first subscriber gets each state, the others only one and, at the end, the last.
                 let (newest, last) = (subscribers.len() - 1, text == states.last().unwrap());
                 for (n, (id, state)) in subscribers.iter_mut().enumerate() {
                     if n != 0 && n != newest && !last {
                         continue;
                     }
-                    let update = feed.since(&key, *id).unwrap();
-                    prop_assert_eq!(id.is_none(), update.news() == News::Everything);
+                    let update = feed.update_since(&key, *id).unwrap();
+                    prop_assert_eq!(id.is_none(), update.kind() == UpdateKind::Snapshot);
                     let events = delta::parse(update.json()).unwrap();
-                    prop_assert!(events.iter().all(|event| event.id == update.id()));
-                    prop_assert_eq!(events.is_empty(), update.news() == News::Nothing);
+                    prop_assert!(events.iter().all(|event| event.id == update.event_id()));
+                    prop_assert_eq!(events.is_empty(), update.kind() == UpdateKind::Unchanged);
                     *state = delta::apply(state, events.iter().map(|event| &event.change));
-                    *id = Some(update.id());
+                    *id = Some(update.event_id());
                     prop_assert_eq!(texts(state), texts(&expect));
                 }
             }
@@ -221,42 +221,42 @@ mod tests {
     #[test]
     fn unknown_state_id_gets_the_whole_state() {
         let snapshots = Snapshots::default();
-        let feed = Feed::new(snapshots.clone());
+        let feed = ChangeFeed::new(snapshots.clone());
         let key = key(Projects::All, None);
-        assert!(feed.since(&key, None).is_none(), "there are no flags yet");
+        assert!(feed.update_since(&key, None).is_none(), "there are no flags yet");
         swap(&snapshots, r#"{"features":[{"name":"a"}]}"#);
-        let first = feed.since(&key, None).unwrap();
-        assert_eq!(first.news(), News::Everything);
-        assert_eq!(feed.since(&key, Some(first.id())).unwrap().news(), News::Nothing);
-        for unknown in [0, first.id() - 1, first.id() + 1, u32::MAX] {
-            assert_eq!(feed.since(&key, Some(unknown)).unwrap().news(), News::Everything);
+        let first = feed.update_since(&key, None).unwrap();
+        assert_eq!(first.kind(), UpdateKind::Snapshot);
+        assert_eq!(feed.update_since(&key, Some(first.event_id())).unwrap().kind(), UpdateKind::Unchanged);
+        for unknown in [0, first.event_id() - 1, first.event_id() + 1, u32::MAX] {
+            assert_eq!(feed.update_since(&key, Some(unknown)).unwrap().kind(), UpdateKind::Snapshot);
         }
     }
 
     #[test]
     fn update_is_written_once_and_ignores_changes_outside_the_scope() {
         let snapshots = Snapshots::default();
-        let feed = Feed::new(snapshots.clone());
+        let feed = ChangeFeed::new(snapshots.clone());
         let (web, all) = (key(Projects::from_list(["web"]), None), key(Projects::All, None));
         swap(&snapshots, r#"{"features":[{"name":"a","project":"web"}]}"#);
-        let first = feed.since(&web, None).unwrap();
-        assert!(Arc::ptr_eq(&first, &feed.since(&web, None).unwrap()));
-        let current = feed.follow(&development()).unwrap();
+        let first = feed.update_since(&web, None).unwrap();
+        assert!(Arc::ptr_eq(&first, &feed.update_since(&web, None).unwrap()));
+        let current = feed.subscribe(&development()).unwrap();
         swap(&snapshots, r#"{"features":[{"name":"a","project":"web"}],"meta":{"revisionId":2}}"#);
-        assert_eq!(feed.since(&web, Some(first.id())).unwrap().id(), first.id(), "no new state");
+        assert_eq!(feed.update_since(&web, Some(first.event_id())).unwrap().event_id(), first.event_id(), "no new state");
         swap(&snapshots, r#"{"features":[{"name":"a","project":"web"},{"name":"b"}]}"#);
-        let then = feed.since(&web, Some(first.id())).unwrap();
-        assert_eq!((then.news(), then.id()), (News::Nothing, first.id() + 1));
-        assert_eq!(web.id(*current.borrow()), then.id());
-        let before = feed.since(&all, None).unwrap();
+        let then = feed.update_since(&web, Some(first.event_id())).unwrap();
+        assert_eq!((then.kind(), then.event_id()), (UpdateKind::Unchanged, first.event_id() + 1));
+        assert_eq!(web.event_id(*current.borrow()), then.event_id());
+        let before = feed.update_since(&all, None).unwrap();
         swap(&snapshots, r#"{"features":[{"name":"a","project":"web"},{"name":"c"}]}"#);
-        assert_eq!(feed.since(&all, Some(before.id())).unwrap().news(), News::Changes);
+        assert_eq!(feed.update_since(&all, Some(before.event_id())).unwrap().kind(), UpdateKind::Delta);
     }
 
     #[test]
     fn changed_scope_gets_the_whole_state() {
         let snapshots = Snapshots::default();
-        let feed = Feed::new(snapshots.clone());
+        let feed = ChangeFeed::new(snapshots.clone());
         swap(&snapshots, r#"{"features":[{"name":"a","project":"web"},{"name":"b"}]}"#);
         let keys = [
             key(Projects::All, None),
@@ -266,10 +266,10 @@ mod tests {
         ];
         for (n, now) in keys.iter().enumerate() {
             for (m, before) in keys.iter().enumerate() {
-                let base = feed.since(before, None).unwrap();
-                let update = feed.since(now, Some(base.id())).unwrap();
-                let expect = if n == m { News::Nothing } else { News::Everything };
-                assert_eq!(update.news(), expect, "{before:?} became {now:?}");
+                let base = feed.update_since(before, None).unwrap();
+                let update = feed.update_since(now, Some(base.event_id())).unwrap();
+                let expect = if n == m { UpdateKind::Unchanged } else { UpdateKind::Snapshot };
+                assert_eq!(update.kind(), expect, "{before:?} became {now:?}");
             }
         }
     }

@@ -34,17 +34,17 @@ use moka::sync::Cache;
 use tokio::{sync::watch, time::Instant};
 
 pub use self::{
-    answers::Answers,
-    asked::{Asked, Shown},
-    fragments::{Fragment, FragmentId, Fragments, Reworded},
-    listing::{Filter, Segments, cut},
-    outcomes::{Listed, Outcomes},
-    view::{Toggle, View},
+    answers::EvaluationCache,
+    asked::{HotContext, Include},
+    fragments::{Fragment, FragmentId, Fragments, OfrepHashes},
+    listing::{Filter, SegmentFormat, filter_document},
+    outcomes::{FlagState, FlagStates},
+    view::{ScopedFlag, FrontendView},
 };
 use self::{
-    body::Body,
-    listing::{Listing, ListingKey},
-    part::{Part, Parts},
+    body::PreparedBody,
+    listing::{CountedBody, ClientFeaturesKey},
+    part::{ScopeData, ScopeCache},
 };
 use crate::{
     engine::{Engine, Flag, Problem},
@@ -54,11 +54,11 @@ use crate::{
 
 /// Memory limit of one snapshot's filtered client-features bodies, in bytes. Beyond it the least used
 /// are evicted and built again on the next request.
-const FILTERED_BYTES: u64 = 64 << 20;
+const MAX_FILTERED_BYTES: u64 = 64 << 20;
 
 /// Number of filtered bodies that a snapshot builds in advance because the previous one had them. The
 /// limit keeps a client that sends a new filter each time from making every flag change more expensive.
-const INHERITED_FILTERS: usize = 64;
+const MAX_INHERITED_FILTERS: usize = 64;
 
 /// The state of one environment, as of one response of its source.
 #[derive(Debug)]
@@ -70,14 +70,14 @@ pub struct Snapshot {
     engine: Engine,
     problems: Vec<Problem>,
     /// When the source sent this state.
-    received: Instant,
+    received_at: Instant,
     /// When the source last confirmed this state; `None` if it has not since the process started.
-    confirmed: Mutex<Option<Instant>>,
-    listings: Cache<ListingKey, Arc<Listing>>,
+    confirmed_at: Mutex<Option<Instant>>,
+    filtered_client_features: Cache<ClientFeaturesKey, Arc<CountedBody>>,
     fragments: Fragments,
-    parts: Parts,
-    viewed: AtomicU64,
-    answers: Answers,
+    scopes: ScopeCache,
+    next_view_id: AtomicU64,
+    evaluation_cache: EvaluationCache,
 }
 
 impl Snapshot {
@@ -88,11 +88,11 @@ impl Snapshot {
     pub fn build(scope: Scope, document: Document, confirmed_at: Option<Instant>) -> Self {
         let received_at = Instant::now();
         let (engine, problems) = Engine::compile(&document);
-        let (fragments, cache) = (Fragments::of(&engine, None), Answers::new(None));
+        let (fragments, cache) = (Fragments::build(&engine, None), EvaluationCache::new(None));
         let stored = document.stored_revision().and_then(|it| u32::try_from(it).ok());
         let revision = stored.unwrap_or_else(|| revision_at(Timestamp::now()));
         let times = (received_at, confirmed_at);
-        Self::of(scope, document, revision, (engine, problems, fragments), cache, times)
+        Self::assemble(scope, document, revision, (engine, problems, fragments), cache, times)
     }
 
     /// Like [`Snapshot::build`], to replace a snapshot of the same environment. Builds in advance what
@@ -100,7 +100,7 @@ impl Snapshot {
     /// snapshot has, and the filtered bodies that were requested from it most often.
     ///
     /// Reuses what did not change: compiled flags, and bodies with all their content codings.
-    pub fn after(
+    pub fn rebuild_from(
         previous: &Self,
         scope: Scope,
         document: Document,
@@ -109,46 +109,46 @@ impl Snapshot {
         let times = (Instant::now(), confirmed_at);
         let Self { document: before, engine, problems, fragments, .. } = previous;
         let document = document.sharing(before);
-        give_way();
+        yield_cpu();
         let (new, problems) = engine.recompile(before, problems, &document);
-        give_way();
-        let fragments = Fragments::of(&new, Some((engine, fragments)));
-        give_way();
-        let cache = Answers::new(Some(&previous.answers));
+        yield_cpu();
+        let fragments = Fragments::build(&new, Some((engine, fragments)));
+        yield_cpu();
+        let cache = EvaluationCache::new(Some(&previous.evaluation_cache));
         let revision = revision_at(Timestamp::now()).max(previous.revision.saturating_add(1));
         let new = (new, problems, fragments);
-        let snapshot = Self::of(scope, document, revision, new, cache, times);
-        snapshot.inherit(previous);
+        let snapshot = Self::assemble(scope, document, revision, new, cache, times);
+        snapshot.prebuild_requested(previous);
         snapshot
     }
 
-    fn of(
+    fn assemble(
         Scope { environment, projects }: Scope,
         document: Document,
         revision: u32,
         (engine, problems, fragments): (Engine, Vec<Problem>, Fragments),
-        evaluation_cache: Answers,
+        evaluation_cache: EvaluationCache,
         (received_at, confirmed_at): (Instant, Option<Instant>),
     ) -> Self {
         Self {
             fragments,
-            listings: Cache::builder()
-                .max_capacity(FILTERED_BYTES)
-                .weigher(|_, listing: &Arc<Listing>| {
+            filtered_client_features: Cache::builder()
+                .max_capacity(MAX_FILTERED_BYTES)
+                .weigher(|_, listing: &Arc<CountedBody>| {
                     u32::try_from(listing.body().weight()).unwrap_or(u32::MAX)
                 })
                 .build(),
-            parts: Parts::default(),
-            viewed: AtomicU64::new(0),
-            answers: evaluation_cache,
+            scopes: ScopeCache::default(),
+            next_view_id: AtomicU64::new(0),
+            evaluation_cache,
             environment,
             projects,
             document: Arc::new(document),
             revision,
             engine,
             problems,
-            received: received_at,
-            confirmed: Mutex::new(confirmed_at),
+            received_at,
+            confirmed_at: Mutex::new(confirmed_at),
         }
     }
 
@@ -183,75 +183,75 @@ impl Snapshot {
     }
 
     /// When the source sent this state, or when it was read from the store.
-    pub fn received(&self) -> Instant {
-        self.received
+    pub fn received_at(&self) -> Instant {
+        self.received_at
     }
 
     /// When the source last confirmed that this is the current state; `None` if it has not since the
     /// process started, as for flags read from the store.
-    pub fn confirmed(&self) -> Option<Instant> {
-        *self.lock_confirmed()
+    pub fn confirmed_at(&self) -> Option<Instant> {
+        *self.lock_confirmed_at()
     }
 
     /// The time since the source last confirmed this state, measured at `now`.
     pub fn age(&self, now: Instant) -> Option<Duration> {
-        Some(now.saturating_duration_since(self.confirmed()?))
+        Some(now.saturating_duration_since(self.confirmed_at()?))
     }
 
     /// Records that the source confirmed this state. A time before the latest confirmation is ignored.
     pub fn confirm(&self, at: Instant) {
-        let mut confirmed = self.lock_confirmed();
+        let mut confirmed = self.lock_confirmed_at();
         *confirmed = (*confirmed).max(Some(at));
     }
 
     /// Ignores poisoning: a panic under this lock leaves a valid time.
-    fn lock_confirmed(&self) -> MutexGuard<'_, Option<Instant>> {
-        self.confirmed.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock_confirmed_at(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.confirmed_at.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The flag configuration limited to `projects` and `filter`, as `/api/client/features` sends it.
     /// Built on first use.
-    pub fn listing(&self, projects: &Projects, filter: Filter, segments: Segments) -> Arc<Body> {
+    pub fn client_features(&self, projects: &Projects, filter: Filter, segments: SegmentFormat) -> Arc<PreparedBody> {
         if filter == Filter::default() {
-            return self.whole(&self.parts.of(projects), projects, segments);
+            return self.unfiltered_client_features(&self.scopes.get_or_insert(projects), projects, segments);
         }
-        let key = ListingKey { projects: projects.clone(), filter, segments };
+        let key = ClientFeaturesKey { projects: projects.clone(), filter, segments };
         let build = || {
-            Listing::of(Arc::new(listing::build(
+            CountedBody::new(Arc::new(listing::build(
                 &self.environment,
                 &self.document,
                 &key,
                 self.revision,
             )))
         };
-        self.listings.get_with_by_ref(&key, build).body_counted()
+        self.filtered_client_features.get_with_by_ref(&key, build).body_for_request()
     }
 
     /// The flag configuration of `projects`, without a filter.
-    fn whole(&self, data: &Part, projects: &Projects, segments: Segments) -> Arc<Body> {
-        let slot = data.listing(segments);
+    fn unfiltered_client_features(&self, data: &ScopeData, projects: &Projects, segments: SegmentFormat) -> Arc<PreparedBody> {
+        let slot = data.client_features(segments);
         if let Some(body) = slot.get() {
             return Arc::clone(body);
         }
-        let key = ListingKey { projects: projects.clone(), filter: Filter::default(), segments };
+        let key = ClientFeaturesKey { projects: projects.clone(), filter: Filter::default(), segments };
         let build =
             || Arc::new(listing::build(&self.environment, &self.document, &key, self.revision));
         let body = Arc::clone(slot.get_or_init(build));
-        self.parts.keep_within_bounds(projects);
+        self.scopes.enforce_limit(projects);
         body
     }
 
     /// The flags of `projects`, prepared for evaluation. Built on first use.
-    pub fn view(&self, projects: &Projects) -> Arc<View> {
-        let data = self.parts.of(projects);
-        if let Some(view) = data.view().get() {
+    pub fn frontend_view(&self, projects: &Projects) -> Arc<FrontendView> {
+        let data = self.scopes.get_or_insert(projects);
+        if let Some(view) = data.frontend_view().get() {
             return Arc::clone(view);
         }
-        let view = Arc::clone(data.view().get_or_init(|| {
-            let id = self.viewed.fetch_add(1, Ordering::Relaxed);
-            Arc::new(View::of(&self.engine, &self.fragments, projects, id))
+        let view = Arc::clone(data.frontend_view().get_or_init(|| {
+            let id = self.next_view_id.fetch_add(1, Ordering::Relaxed);
+            Arc::new(FrontendView::build(&self.engine, &self.fragments, projects, id))
         }));
-        self.parts.keep_within_bounds(projects);
+        self.scopes.enforce_limit(projects);
         view
     }
 
@@ -261,45 +261,45 @@ impl Snapshot {
     }
 
     /// Cached evaluation results, bodies and events for frontend clients.
-    pub fn answers(&self) -> &Answers {
-        &self.answers
+    pub fn evaluation_cache(&self) -> &EvaluationCache {
+        &self.evaluation_cache
     }
 
     /// Builds what was requested from the previous snapshot.
-    fn inherit(&self, previous: &Self) {
-        for (projects, old) in &*previous.parts.all() {
-            let new = self.parts.of(projects);
-            if old.view().get().is_some() {
-                self.view(projects);
+    fn prebuild_requested(&self, previous: &Self) {
+        for (projects, old) in &*previous.scopes.all() {
+            let new = self.scopes.get_or_insert(projects);
+            if old.frontend_view().get().is_some() {
+                self.frontend_view(projects);
             }
-            give_way();
-            for segments in [Segments::Separate, Segments::Inlined] {
-                let Some(old) = old.listing(segments).get() else { continue };
+            yield_cpu();
+            for segments in [SegmentFormat::Separate, SegmentFormat::Inlined] {
+                let Some(old) = old.client_features(segments).get() else { continue };
                 let filter = Filter::default();
-                let key = ListingKey { projects: projects.clone(), filter, segments };
-                new.listing(segments).get_or_init(|| self.rebuilt(&key, old));
+                let key = ClientFeaturesKey { projects: projects.clone(), filter, segments };
+                new.client_features(segments).get_or_init(|| self.rebuild_client_features(&key, old));
             }
-            self.parts.keep_within_bounds(projects);
+            self.scopes.enforce_limit(projects);
         }
         let mut filtered: Vec<_> =
-            previous.listings.iter().filter(|(_, listing)| listing.asked() > 0).collect();
-        filtered.sort_by_key(|(_, listing)| Reverse(listing.asked()));
-        filtered.truncate(INHERITED_FILTERS);
+            previous.filtered_client_features.iter().filter(|(_, listing)| listing.requests() > 0).collect();
+        filtered.sort_by_key(|(_, listing)| Reverse(listing.requests()));
+        filtered.truncate(MAX_INHERITED_FILTERS);
         for (key, old) in filtered {
-            let body = self.rebuilt(&key, old.body());
-            self.listings.insert((*key).clone(), Listing::of(body));
+            let body = self.rebuild_client_features(&key, old.body());
+            self.filtered_client_features.insert((*key).clone(), CountedBody::new(body));
         }
     }
 
     /// The body of this snapshot for `key`, compressed in the codings that `old` was compressed in.
-    fn rebuilt(&self, key: &ListingKey, old: &Arc<Body>) -> Arc<Body> {
+    fn rebuild_client_features(&self, key: &ClientFeaturesKey, old: &Arc<PreparedBody>) -> Arc<PreparedBody> {
         let new = listing::build(&self.environment, &self.document, key, self.revision);
         if new.etag() == old.etag() {
             return Arc::clone(old);
         }
-        for coding in body::Coding::COMPRESSING {
-            if old.ready(coding).is_some() {
-                new.make(coding);
+        for coding in body::ContentCoding::COMPRESSING {
+            if old.encoded(coding).is_some() {
+                new.get_or_encode(coding);
             }
         }
         Arc::new(new)
@@ -315,7 +315,7 @@ fn revision_at(now: Timestamp) -> u32 {
 /// Yields the processor to waiting threads between two steps of a task that takes milliseconds.
 /// A server kernel may preempt only at ticks of 4 ms, and a request that needs microseconds would wait
 /// that long.
-fn give_way() {
+fn yield_cpu() {
     thread::yield_now();
 }
 
@@ -327,19 +327,19 @@ pub struct Snapshots(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    current: ArcSwap<Current>,
-    swaps: watch::Sender<u64>,
+    current: ArcSwap<State>,
+    swap_count: watch::Sender<u64>,
 }
 
 #[derive(Clone, Debug, Default)]
-struct Current {
-    served: Served,
+struct State {
+    environment_filter: EnvironmentFilter,
     snapshots: Arc<HashMap<Environment, Arc<Snapshot>, RandomState>>,
 }
 
 /// The environments that are served.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub enum Served {
+pub enum EnvironmentFilter {
     /// All environments that have a snapshot.
     #[default]
     Any,
@@ -349,7 +349,7 @@ pub enum Served {
     Except(BTreeSet<Environment>),
 }
 
-impl Served {
+impl EnvironmentFilter {
     fn contains(&self, environment: &Environment) -> bool {
         match self {
             Self::Any => true,
@@ -362,7 +362,7 @@ impl Served {
 impl Default for Snapshots {
     fn default() -> Self {
         let current = ArcSwap::default();
-        Self(Arc::new(Inner { current, swaps: watch::Sender::new(0) }))
+        Self(Arc::new(Inner { current, swap_count: watch::Sender::new(0) }))
     }
 }
 
@@ -383,57 +383,57 @@ impl Snapshots {
     }
 
     /// Whether the environment has a snapshot or may get one.
-    pub fn serves(&self, environment: &Environment) -> bool {
-        self.0.current.load().served.contains(environment)
+    pub fn is_served(&self, environment: &Environment) -> bool {
+        self.0.current.load().environment_filter.contains(environment)
     }
 
     /// Serves only these environments from now on and drops the snapshots of others. Returns whether
     /// the filter changed.
-    pub fn limit(&self, served: &Served) -> bool {
+    pub fn set_environments(&self, served: &EnvironmentFilter) -> bool {
         let before = self.0.current.rcu(|current| {
             let snapshots = current.snapshots.iter().filter(|(name, _)| served.contains(name));
             let snapshots = snapshots.map(|(name, it)| (name.clone(), Arc::clone(it)));
-            Current { served: served.clone(), snapshots: Arc::new(snapshots.collect()) }
+            State { environment_filter: served.clone(), snapshots: Arc::new(snapshots.collect()) }
         });
-        self.0.swaps.send_modify(|count| *count += 1);
-        before.served != *served
+        self.0.swap_count.send_modify(|count| *count += 1);
+        before.environment_filter != *served
     }
 
     /// Makes a snapshot the current one of its environment, if that environment is served.
     pub fn swap(&self, snapshot: Snapshot) -> Arc<Snapshot> {
         let snapshot = Arc::new(snapshot);
         self.0.current.rcu(|current| {
-            let mut next = Current::clone(current);
-            if next.served.contains(&snapshot.environment) {
+            let mut next = State::clone(current);
+            if next.environment_filter.contains(&snapshot.environment) {
                 let entry = (snapshot.environment.clone(), Arc::clone(&snapshot));
                 Arc::make_mut(&mut next.snapshots).extend([entry]);
             }
             next
         });
-        self.0.swaps.send_modify(|count| *count += 1);
+        self.0.swap_count.send_modify(|count| *count += 1);
         snapshot
     }
 
     /// Notifies of each swap and of each change of the served environments.
-    pub fn swaps(&self) -> watch::Receiver<u64> {
-        self.0.swaps.subscribe()
+    pub fn subscribe(&self) -> watch::Receiver<u64> {
+        self.0.swap_count.subscribe()
     }
 
     /// Waits until the environment has a snapshot; `None` once it is not served. Dropping the future
     /// is safe.
     pub async fn wait_for(&self, environment: &Environment) -> Option<Arc<Snapshot>> {
-        self.wait(environment, || self.load(environment)).await
+        self.wait_until_found(environment, || self.load(environment)).await
     }
 
     /// Waits until the scope's environment has a snapshot with the flags of the scope's projects;
     /// `None` once it is not served. Dropping the future is safe.
     pub async fn wait_for_scope(&self, scope: &Scope) -> Option<Arc<Snapshot>> {
-        self.wait(&scope.environment, || self.load_for(scope)).await
+        self.wait_until_found(&scope.environment, || self.load_for(scope)).await
     }
 
     /// Waits until any environment has a snapshot. Dropping the future is safe.
     pub async fn wait_for_any(&self) {
-        let mut swaps = self.0.swaps.subscribe();
+        let mut swaps = self.0.swap_count.subscribe();
         while self.0.current.load().snapshots.is_empty() {
             if swaps.changed().await.is_err() {
                 std::future::pending::<()>().await;
@@ -441,15 +441,15 @@ impl Snapshots {
         }
     }
 
-    async fn wait(
+    async fn wait_until_found(
         &self,
         environment: &Environment,
         find: impl Fn() -> Option<Arc<Snapshot>>,
     ) -> Option<Arc<Snapshot>> {
-        let mut swaps = self.0.swaps.subscribe();
+        let mut swaps = self.0.swap_count.subscribe();
         loop {
             let found = find();
-            if found.is_some() || !self.serves(environment) {
+            if found.is_some() || !self.is_served(environment) {
                 return found;
             }
             if swaps.changed().await.is_err() {
@@ -474,7 +474,7 @@ mod tests {
         let environment = Environment::new("development");
         let scope = Scope { environment, projects: Projects::All };
         match previous {
-            Some(previous) => Snapshot::after(previous, scope, document, None),
+            Some(previous) => Snapshot::rebuild_from(previous, scope, document, None),
             None => Snapshot::build(scope, document, None),
         }
     }
@@ -483,7 +483,7 @@ mod tests {
     fn age_is_measured_from_the_latest_confirmation_and_never_falls_below_zero() {
         let (snapshot, start) = (snapshot("a", None), Instant::now());
         let second = Duration::from_secs(1);
-        assert_eq!((snapshot.confirmed(), snapshot.age(start)), (None, None));
+        assert_eq!((snapshot.confirmed_at(), snapshot.age(start)), (None, None));
         snapshot.confirm(start + second * 10);
         assert_eq!(snapshot.age(start + second * 13), Some(second * 3));
         snapshot.confirm(start + second * 2);
@@ -491,33 +491,33 @@ mod tests {
         assert_eq!(snapshot.age(start), Some(Duration::ZERO));
     }
 
-    fn request(snapshot: &Snapshot, prefix: usize) -> Arc<Body> {
+    fn request(snapshot: &Snapshot, prefix: usize) -> Arc<PreparedBody> {
         let filter = Filter { name_prefix: Some(prefix.to_string().into()), ..Filter::default() };
-        snapshot.listing(&Projects::All, filter, Segments::Separate)
+        snapshot.client_features(&Projects::All, filter, SegmentFormat::Separate)
     }
 
     fn cached_filters(snapshot: &Snapshot) -> usize {
-        snapshot.listings.iter().count()
+        snapshot.filtered_client_features.iter().count()
     }
 
     #[test]
     fn rebuilt_snapshot_prebuilds_requested_bodies_and_only_the_most_requested_filters() {
         let first = snapshot("a", None);
-        let whole = || first.listing(&Projects::All, Filter::default(), Segments::Separate);
+        let whole = || first.client_features(&Projects::All, Filter::default(), SegmentFormat::Separate);
         let (body, _) = (whole(), request(&first, 0));
         request(&first, 0);
         for prefix in 1..1000 {
             request(&first, prefix);
         }
         let second = snapshot("a", Some(&first));
-        assert_eq!(cached_filters(&second), INHERITED_FILTERS);
-        let reused = second.listing(&Projects::All, Filter::default(), Segments::Separate);
+        assert_eq!(cached_filters(&second), MAX_INHERITED_FILTERS);
+        let reused = second.client_features(&Projects::All, Filter::default(), SegmentFormat::Separate);
         assert!(Arc::ptr_eq(&body, &reused), "nothing has changed");
         assert!(Arc::ptr_eq(&request(&first, 0), &request(&second, 0)), "requested twice");
         let third = snapshot("b", Some(&second));
         assert_eq!(cached_filters(&third), 1, "the others were not requested since");
         let fourth = snapshot("b", Some(&third));
         assert_eq!(cached_filters(&fourth), 0, "nothing was requested");
-        assert_eq!(fourth.parts.all().len(), 1, "scopes are kept: clients cannot invent them");
+        assert_eq!(fourth.scopes.all().len(), 1, "scopes are kept: clients cannot invent them");
     }
 }

@@ -29,7 +29,7 @@ use anyhow::{Context as _, Result};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group};
 use jiff::Timestamp;
 use parapet::engine::{Context, Engine};
-use parapet::snapshot::{Filter, Segments, Snapshot};
+use parapet::snapshot::{Filter, SegmentFormat, Snapshot};
 use parapet::token::{Environment, Projects, Scope};
 use parapet::wire::features::Document;
 use serde_json::{Value, json};
@@ -132,7 +132,7 @@ fn refresh(c: &mut Criterion) {
                 let scope =
                     Scope { environment: Environment::new("bench"), projects: Projects::All };
                 let snapshot = Snapshot::build(scope, document, None);
-                snapshot.listing(&Projects::All, Filter::default(), Segments::Separate);
+                snapshot.client_features(&Projects::All, Filter::default(), SegmentFormat::Separate);
                 snapshot
             });
         });

@@ -24,7 +24,7 @@ use hyper::header::{
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
-use parapet::feed::Feed;
+use parapet::feed::ChangeFeed;
 use parapet::http::access;
 use parapet::http::cors::{self, Cors};
 use parapet::http::data::{Data, Settings};
@@ -314,7 +314,7 @@ fn data(flags: usize) -> Data {
     let interval = Duration::from_mins(1);
     let hop = ConnectVia { app_name: "parapet".into(), instance_id: "bench".into() };
     let meter = Arc::new(Meter::default());
-    let (feed, auth) = (Feed::new(snapshots.clone()), scenarios::authenticator(tokens));
+    let (feed, auth) = (ChangeFeed::new(snapshots.clone()), scenarios::authenticator(tokens));
     let streams = streaming::Config {
         most: 1,
         most_of_address: 1,

@@ -6,8 +6,8 @@ use std::time::Duration;
 use futures_util::FutureExt as _;
 use parapet::auth::{self, Authenticator, Authority};
 use parapet::engine::{Context, Engine};
-use parapet::snapshot::body::Coding;
-use parapet::snapshot::{Filter, Segments, Snapshot};
+use parapet::snapshot::body::ContentCoding;
+use parapet::snapshot::{Filter, SegmentFormat, Snapshot};
 use parapet::token::{Environment, Grant, Projects, Scope, Token, TokenKind};
 use parapet::wire::context::FrontendContext;
 use parapet::wire::features::Document;
@@ -209,8 +209,8 @@ fn listing() -> Box<dyn FnMut()> {
         let projects =
             ["default", "web", "mobile", &n.to_string()].map(parapet::token::Project::new);
         let filter = Filter { projects: projects.into(), ..Filter::default() };
-        let body = snapshot.listing(&Projects::All, filter, Segments::Separate);
-        assert!(body.make(Coding::Identity).bytes.len() > 100_000);
+        let body = snapshot.client_features(&Projects::All, filter, SegmentFormat::Separate);
+        assert!(body.get_or_encode(ContentCoding::Identity).bytes.len() > 100_000);
     })
 }
 
@@ -220,7 +220,7 @@ fn refresh() -> Box<dyn FnMut()> {
     Box::new(move || {
         let document = parsed(black_box(&text));
         let snapshot = Snapshot::build(scope(), document, None);
-        snapshot.listing(&Projects::All, Filter::default(), Segments::Separate);
+        snapshot.client_features(&Projects::All, Filter::default(), SegmentFormat::Separate);
         drop(black_box(snapshot));
     })
 }

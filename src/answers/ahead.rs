@@ -6,23 +6,23 @@ use std::thread;
 
 use jiff::Timestamp;
 
-use super::answer::Answer;
+use super::answer::EvaluatedFlags;
 use crate::snapshot::Snapshot;
 
 /// Evaluates the hot contexts of the previous snapshot on the next one: 64 evaluations at most.
 ///
 /// Reuses bodies whose content did not change, with all their content codings.
-pub fn prepare(next: &Snapshot, previous: &Snapshot, now: Timestamp) {
-    for hot in previous.answers().often_asked() {
+pub fn prewarm(next: &Snapshot, previous: &Snapshot, now: Timestamp) {
+    for hot in previous.evaluation_cache().hot_contexts() {
         // Lets waiting requests run first.
         thread::yield_now();
-        let view = next.view(&hot.projects);
+        let view = next.frontend_view(&hot.projects);
         let hash =
-            hot.context.at(now, |context| Answer::unnoted(next, &view, context, hot.shown).hash());
+            hot.context.with_context_at(now, |context| EvaluatedFlags::evaluate_untracked(next, &view, context, hot.include).hash());
         if hash == hot.hash
-            && let Some(body) = previous.answers().kept(hash)
+            && let Some(body) = previous.evaluation_cache().cached_body(hash)
         {
-            next.answers().keep(hash, body);
+            next.evaluation_cache().insert_body(hash, body);
         }
     }
 }

@@ -8,94 +8,94 @@ use hyper::header::HeaderValue;
 use xxhash_rust::xxh3::xxh3_128;
 
 use crate::{
-    engine::{Context, FlagId, Key, Outcome, Values},
+    engine::{Context, FlagId, ContextKey, Outcome, ContextValues},
     snapshot::{
-        Fragment, FragmentId, Fragments, Shown, Snapshot, Toggle, View,
-        body::{Body, etag_of},
+        Fragment, FragmentId, Fragments, Include, Snapshot, ScopedFlag, FrontendView,
+        body::{PreparedBody, etag_from_hash},
     },
     token::Projects,
 };
 
 /// The evaluated flags of one context. The body is written on demand.
 #[derive(Debug)]
-pub struct Answer<'a> {
+pub struct EvaluatedFlags<'a> {
     snapshot: &'a Snapshot,
-    view: &'a View,
-    shown: Shown,
+    view: &'a FrontendView,
+    include: Include,
     hash: u128,
-    is_settled: bool,
-    known: Known<'a>,
+    is_deterministic: bool,
+    evaluation: Evaluation<'a>,
 }
 
 /// The source of the body.
 #[derive(Debug)]
 #[expect(clippy::large_enum_variant, reason = "there is one per request, on the stack")]
-enum Known<'a> {
+enum Evaluation<'a> {
     /// The fragments of the flags that were just evaluated.
-    Fragments(Vec<Fragment<'a>>),
+    Fresh(Vec<Fragment<'a>>),
     /// The hash came from the cache. The values are evaluated only if the body is not cached.
-    Values(Values<'a>),
+    Cached(ContextValues<'a>),
 }
 
-impl<'a> Answer<'a> {
+impl<'a> EvaluatedFlags<'a> {
     /// Evaluates the flags of `view`, which belongs to `snapshot`, for a context, or takes the result
     /// from the cache. Records the request, so that a frequent one is evaluated before the next snapshot
     /// is served.
-    pub fn of(
+    pub fn evaluate(
         snapshot: &'a Snapshot,
-        view: &'a View,
+        view: &'a FrontendView,
         context: &Context<'a>,
-        include: Shown,
+        include: Include,
     ) -> Self {
-        let flags = Self::unnoted(snapshot, view, context, include);
-        if flags.is_settled {
-            let is_cached = matches!(flags.known, Known::Values(_));
+        let flags = Self::evaluate_untracked(snapshot, view, context, include);
+        if flags.is_deterministic {
+            let is_cached = matches!(flags.evaluation, Evaluation::Cached(_));
             let request = (view.projects(), include, context);
-            snapshot.answers().note(request, is_cached, flags.hash);
+            snapshot.evaluation_cache().record_request(request, is_cached, flags.hash);
         }
         flags
     }
 
     /// Like [`EvaluatedFlags::evaluate`], without recording a request.
-    pub(super) fn unnoted(
+    pub(super) fn evaluate_untracked(
         snapshot: &'a Snapshot,
-        view: &'a View,
+        view: &'a FrontendView,
         context: &Context<'a>,
-        include: Shown,
+        include: Include,
     ) -> Self {
-        let (engine, cache) = (snapshot.engine(), snapshot.answers());
-        let values = engine.read(context);
-        if view.reads().is_random(&values) {
-            let fragments = evaluate_once(snapshot, view, values, include);
-            let hash = hash_of(&fragments);
-            let evaluation = Known::Fragments(fragments);
+        let (engine, cache) = (snapshot.engine(), snapshot.evaluation_cache());
+        let values = engine.read_context(context);
+        if view.inputs().is_random_for(&values) {
+            let fragments = evaluate_partly_random(snapshot, view, values, include);
+            let hash = hash_fragments(&fragments);
+            let evaluation = Evaluation::Fresh(fragments);
             return Self {
                 snapshot,
                 view,
-                shown: include,
+                include,
                 hash,
-                is_settled: false,
-                known: evaluation,
+                is_deterministic: false,
+                evaluation,
             };
         }
-        let mut key = key(view, Words::Toggles(include));
-        engine.tell(view.reads(), &values, &mut key);
-        let cache_key = cache.known_by(&key);
-        let (hash, evaluation) = if let Some(hash) = cache.outcome(cache_key) {
-            (hash, Known::Values(values))
+        let mut key = key_prefix(view, Format::Unleash(include));
+        engine.write_context_key(view.inputs(), &values, &mut key);
+        let cache_key = cache.cache_key(&key);
+        let (hash, evaluation) = if let Some(hash) = cache.result(cache_key) {
+            (hash, Evaluation::Cached(values))
         } else {
-            let fragments = evaluate(snapshot, view, values, include);
-            let hash = hash_of(&fragments);
-            cache.remember(cache_key, hash);
-            (hash, Known::Fragments(fragments))
+            let fragments = evaluate_fragments(snapshot, view, values, include);
+            let hash = hash_fragments(&fragments);
+            cache.insert_result(cache_key, hash);
+            (hash, Evaluation::Fresh(fragments))
         };
-        Self { snapshot, view, shown: include, hash, is_settled: true, known: evaluation }
+        Self { snapshot, view, include, hash, is_deterministic: true, evaluation }
     }
 
     /// Whether an equal context gets the same result: no outcome is random or reads a generated
     /// `sessionId`.
-    pub fn is_settled(&self) -> bool {
-        self.is_settled
+    pub fn is_deterministic(&self) -> bool {
+        self.is_deterministic
     }
 
     /// The hash of the included flags and their outcomes.
@@ -105,157 +105,157 @@ impl<'a> Answer<'a> {
 
     /// The entity tag of the body.
     pub fn etag(&self) -> HeaderValue {
-        etag_of(self.hash)
+        etag_from_hash(self.hash)
     }
 
     /// The body, `{"toggles":[…]}`, with flags sorted by name.
-    pub fn body(self) -> Arc<Body> {
-        let Self { snapshot, view, shown: include, hash, known: evaluation, .. } = self;
-        snapshot.answers().body(hash, || {
+    pub fn body(self) -> Arc<PreparedBody> {
+        let Self { snapshot, view, include, hash, evaluation, .. } = self;
+        snapshot.evaluation_cache().body(hash, || {
             let fragments = match evaluation {
-                Known::Fragments(fragments) => fragments,
-                Known::Values(values) => evaluate(snapshot, view, values, include),
+                Evaluation::Fresh(fragments) => fragments,
+                Evaluation::Cached(values) => evaluate_fragments(snapshot, view, values, include),
             };
-            Body::tagged(write(&fragments), hash)
+            PreparedBody::with_hash(write_toggles(&fragments), hash)
         })
     }
 }
 
 /// The hash of the evaluated flags of `view`, which belongs to `snapshot`, for an OFREP response. `hash`
 /// hashes one flag's outcome in OFREP's format.
-pub fn reworded(
+pub fn ofrep_hash(
     snapshot: &Snapshot,
-    view: &View,
+    view: &FrontendView,
     context: &Context<'_>,
     hash: impl Fn(FlagId, Outcome) -> u64,
 ) -> u128 {
-    let (engine, cache) = (snapshot.engine(), snapshot.answers());
-    let values = engine.read(context);
+    let (engine, cache) = (snapshot.engine(), snapshot.evaluation_cache());
+    let values = engine.read_context(context);
     let evaluate = |values| {
-        let ofrep_hashes = snapshot.fragments().reworded(engine, hash);
-        let mut hashes = Vec::with_capacity(view.toggles().len());
-        listed(snapshot, view, values, Shown::All, |fragment| {
+        let ofrep_hashes = snapshot.fragments().ofrep_hashes(engine, hash);
+        let mut hashes = Vec::with_capacity(view.flags().len());
+        for_each_flag(snapshot, view, values, Include::All, |fragment| {
             hashes.push(ofrep_hashes.hash(fragment).to_le_bytes());
         });
         xxh3_128(hashes.as_flattened())
     };
-    if view.reads().is_random(&values) {
+    if view.inputs().is_random_for(&values) {
         return evaluate(values);
     }
-    let mut key = key(view, Words::Others);
-    engine.tell(view.reads(), &values, &mut key);
-    let cache_key = cache.known_by(&key);
-    cache.outcome(cache_key).unwrap_or_else(|| {
+    let mut key = key_prefix(view, Format::Ofrep);
+    engine.write_context_key(view.inputs(), &values, &mut key);
+    let cache_key = cache.cache_key(&key);
+    cache.result(cache_key).unwrap_or_else(|| {
         let hash = evaluate(values);
-        cache.remember(cache_key, hash);
+        cache.insert_result(cache_key, hash);
         hash
     })
 }
 
 /// The kind of a cached result.
 #[derive(Clone, Copy, Debug)]
-enum Words {
+enum Format {
     /// Flags in Unleash's format, the included ones only.
-    Toggles(Shown),
+    Unleash(Include),
     /// All flags in OFREP's format.
-    Others,
+    Ofrep,
     /// The outcomes of the flags that are [`ScopedFlag::PerContext`].
-    Repeatable,
+    Deterministic,
 }
 
 /// The beginning of the cache key of a result of a view.
-fn key(view: &View, format: Words) -> Key {
-    let mut key = Key::from_slice(&view.number().to_le_bytes());
+fn key_prefix(view: &FrontendView, format: Format) -> ContextKey {
+    let mut key = ContextKey::from_slice(&view.id().to_le_bytes());
     key.push(match format {
-        Words::Toggles(Shown::Enabled) => 0,
-        Words::Toggles(Shown::All) => 1,
-        Words::Others => 2,
-        Words::Repeatable => 3,
+        Format::Unleash(Include::Enabled) => 0,
+        Format::Unleash(Include::All) => 1,
+        Format::Ofrep => 2,
+        Format::Deterministic => 3,
     });
     key
 }
 
 /// Evaluates the view and returns the fragments of the included flags.
-fn evaluate<'a>(
+fn evaluate_fragments<'a>(
     snapshot: &'a Snapshot,
-    view: &View,
-    values: Values<'_>,
-    include: Shown,
+    view: &FrontendView,
+    values: ContextValues<'_>,
+    include: Include,
 ) -> Vec<Fragment<'a>> {
     let all = snapshot.fragments();
-    let mut fragments = Vec::with_capacity(view.toggles().len());
-    listed(snapshot, view, values, include, |fragment| fragments.push(all.get(fragment)));
+    let mut fragments = Vec::with_capacity(view.flags().len());
+    for_each_flag(snapshot, view, values, include, |fragment| fragments.push(all.get(fragment)));
     fragments
 }
 
 /// Like [`evaluate_fragments`], for a context for which some outcomes are valid for this request only.
 /// The outcomes of [`ScopedFlag::PerContext`] flags come from the cache when possible.
-fn evaluate_once<'a>(
+fn evaluate_partly_random<'a>(
     snapshot: &'a Snapshot,
-    view: &View,
-    values: Values<'_>,
-    include: Shown,
+    view: &FrontendView,
+    values: ContextValues<'_>,
+    include: Include,
 ) -> Vec<Fragment<'a>> {
     let (engine, all) = (snapshot.engine(), snapshot.fragments());
-    let mut fragments = Vec::with_capacity(view.toggles().len());
-    let mut key = key(view, Words::Repeatable);
-    engine.tell(view.repeatable_reads(), &values, &mut key);
+    let mut fragments = Vec::with_capacity(view.flags().len());
+    let mut key = key_prefix(view, Format::Deterministic);
+    engine.write_context_key(view.deterministic_inputs(), &values, &mut key);
     let bound = engine.bind_values(values);
-    let cache = snapshot.answers();
-    let deterministic = cache.repeatable(cache.known_by(&key), || {
-        let outcomes = view.toggles().iter().filter_map(|toggle| match *toggle {
-            Toggle::Varies(flag) => Some(engine.evaluate(flag, &bound)),
-            Toggle::Fixed { .. } | Toggle::Draws(_) => None,
+    let cache = snapshot.evaluation_cache();
+    let deterministic = cache.deterministic_outcomes(cache.cache_key(&key), || {
+        let outcomes = view.flags().iter().filter_map(|toggle| match *toggle {
+            ScopedFlag::PerContext(flag) => Some(engine.evaluate(flag, &bound)),
+            ScopedFlag::Constant { .. } | ScopedFlag::PerRequest(_) => None,
         });
         outcomes.collect()
     });
     let mut deterministic = deterministic.iter();
     let cached = |_| *deterministic.next().expect("there is one outcome for each such flag");
     let evaluated = |flag| engine.evaluate(flag, &bound);
-    listed_by(all, view, include, (cached, evaluated), |fragment| {
+    for_each_flag_with(all, view, include, (cached, evaluated), |fragment| {
         fragments.push(all.get(fragment))
     });
     fragments
 }
 
 /// Evaluates every flag of the view and calls `visit` with the fragment of each included flag.
-pub(super) fn listed(
+pub(super) fn for_each_flag(
     snapshot: &Snapshot,
-    view: &View,
-    values: Values<'_>,
-    include: Shown,
+    view: &FrontendView,
+    values: ContextValues<'_>,
+    include: Include,
     visit: impl FnMut(FragmentId),
 ) {
     let engine = snapshot.engine();
     let bound = engine.bind_values(values);
     let evaluate = |flag| engine.evaluate(flag, &bound);
-    listed_by(snapshot.fragments(), view, include, (evaluate, evaluate), visit);
+    for_each_flag_with(snapshot.fragments(), view, include, (evaluate, evaluate), visit);
 }
 
 /// Calls `visit` with the fragment of each included flag, in the order of the view. The two functions
 /// return the outcomes of [`ScopedFlag::PerContext`] and [`ScopedFlag::PerRequest`] flags.
-fn listed_by(
+fn for_each_flag_with(
     all: &Fragments,
-    view: &View,
-    include: Shown,
+    view: &FrontendView,
+    include: Include,
     (mut per_context, mut per_request): (
         impl FnMut(FlagId) -> Outcome,
         impl FnMut(FlagId) -> Outcome,
     ),
     mut visit: impl FnMut(FragmentId),
 ) {
-    for toggle in view.toggles() {
+    for toggle in view.flags() {
         let (flag, outcome) = match *toggle {
-            Toggle::Fixed { on, fragment } => {
-                if on || include == Shown::All {
+            ScopedFlag::Constant { on, fragment } => {
+                if on || include == Include::All {
                     visit(fragment);
                 }
                 continue;
             }
-            Toggle::Varies(flag) => (flag, per_context(flag)),
-            Toggle::Draws(flag) => (flag, per_request(flag)),
+            ScopedFlag::PerContext(flag) => (flag, per_context(flag)),
+            ScopedFlag::PerRequest(flag) => (flag, per_request(flag)),
         };
-        if outcome.is_on() || include == Shown::All {
+        if outcome.is_on() || include == Include::All {
             visit(all.id(flag, outcome));
         }
     }
@@ -263,19 +263,19 @@ fn listed_by(
 
 /// Hashes the content of a body without writing it. Equal bodies have equal hashes on every instance and
 /// across snapshots.
-fn hash_of(fragments: &[Fragment<'_>]) -> u128 {
+fn hash_fragments(fragments: &[Fragment<'_>]) -> u128 {
     let hashes: Vec<_> = fragments.iter().map(|it| it.hash().to_le_bytes()).collect();
     xxh3_128(hashes.as_flattened())
 }
 
-fn write(fragments: &[Fragment<'_>]) -> Bytes {
+fn write_toggles(fragments: &[Fragment<'_>]) -> Bytes {
     let (opening, end) = (r#"{"toggles":["#, "]}");
-    let length = fragments.iter().map(|it| it.with_comma().len()).sum::<usize>().saturating_sub(1);
+    let length = fragments.iter().map(|it| it.json_with_comma().len()).sum::<usize>().saturating_sub(1);
     // The exact size, so that the text is not copied as it grows.
     let mut text = String::with_capacity(opening.len() + length + end.len());
     text.push_str(opening);
     if let Some((last, others)) = fragments.split_last() {
-        text.extend(others.iter().map(|it| it.with_comma()));
+        text.extend(others.iter().map(|it| it.json_with_comma()));
         text.push_str(last.json());
     }
     text.push_str(end);
@@ -283,12 +283,12 @@ fn write(fragments: &[Fragment<'_>]) -> Bytes {
 }
 
 /// The body for one flag; `None` if there is no such flag in `projects`.
-pub fn one(
+pub fn evaluate_flag(
     snapshot: &Snapshot,
     projects: &Projects,
     context: &Context<'_>,
     name: &str,
-) -> Option<Body> {
+) -> Option<PreparedBody> {
     let engine = snapshot.engine();
     let flag = engine.find(name)?;
     if !projects.contains(engine.flag(flag).project()) {
@@ -297,7 +297,7 @@ pub fn one(
     let outcome = engine.evaluate(flag, &engine.bind(context));
     let fragments = snapshot.fragments();
     let json = fragments.get(fragments.id(flag, outcome)).json();
-    Some(Body::new(Bytes::copy_from_slice(json.as_bytes())))
+    Some(PreparedBody::new(Bytes::copy_from_slice(json.as_bytes())))
 }
 
 #[cfg(test)]

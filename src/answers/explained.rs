@@ -4,7 +4,7 @@
 
 use jiff::Timestamp;
 
-use super::session::MadeUpSession;
+use super::session::GeneratedSessionId;
 use crate::{
     engine::{Context, Flag, explanation::Explanation},
     snapshot::Snapshot,
@@ -12,13 +12,13 @@ use crate::{
 };
 
 /// Maximum number of similar names that are suggested for an unknown flag.
-const OFFERED: usize = 5;
+const MAX_SUGGESTIONS: usize = 5;
 
 /// There is no flag with the requested name.
 #[derive(Debug, Eq, PartialEq)]
-pub struct Missing {
+pub struct UnknownFlag {
     /// Up to five names of flags that are similar.
-    pub alike: Vec<String>,
+    pub similar_names: Vec<String>,
 }
 
 /// Explains a flag of any project.
@@ -31,17 +31,17 @@ pub fn explain(
     fields: &FrontendContext<'_>,
     now: Timestamp,
     random_seed: u64,
-) -> Result<Explanation, Missing> {
+) -> Result<Explanation, UnknownFlag> {
     let engine = snapshot.engine();
-    let id = engine.find(flag).ok_or_else(|| Missing { alike: alike(snapshot, flag) })?;
+    let id = engine.find(flag).ok_or_else(|| UnknownFlag { similar_names: similar_names(snapshot, flag) })?;
     let properties: Vec<_> =
         fields.properties.iter().map(|(name, value)| (&**name, &**value)).collect();
     let session_id = fields.session_id.as_deref().filter(|text| !text.is_empty());
-    let generated = MadeUpSession::new(random_seed);
+    let generated = GeneratedSessionId::new(random_seed);
     let context = Context {
         user_id: fields.user_id.as_deref(),
         session_id: Some(session_id.unwrap_or(generated.as_str())),
-        session_is_made_up: session_id.is_none(),
+        session_is_generated: session_id.is_none(),
         environment: fields.environment.as_deref(),
         app_name: fields.app_name.as_deref(),
         current_time: fields.current_time.as_deref(),
@@ -49,13 +49,13 @@ pub fn explain(
         properties: &properties,
         hostname: None,
         now,
-        draw: random_seed,
+        random_seed,
     };
     Ok(engine.explain(snapshot.document(), id, &context))
 }
 
 /// Names that contain the requested one or are contained in it, ignoring case.
-fn alike(snapshot: &Snapshot, requested: &str) -> Vec<String> {
+fn similar_names(snapshot: &Snapshot, requested: &str) -> Vec<String> {
     let requested = requested.to_lowercase();
     let names = snapshot.engine().flags().iter().map(Flag::name);
     let similar = names.filter(|name| {
@@ -64,7 +64,7 @@ fn alike(snapshot: &Snapshot, requested: &str) -> Vec<String> {
             && !requested.is_empty()
             && (name.contains(&requested) || requested.contains(&name))
     });
-    similar.take(OFFERED).map(ToString::to_string).collect()
+    similar.take(MAX_SUGGESTIONS).map(ToString::to_string).collect()
 }
 
 #[cfg(test)]
@@ -133,7 +133,7 @@ mod tests {
         let check = |name: &str, expect: &[&str]| {
             let empty = FrontendContext::default();
             let explained = explain(&snapshot(), name, &empty, Timestamp::UNIX_EPOCH, 0);
-            assert_eq!(explained.unwrap_err().alike, expect);
+            assert_eq!(explained.unwrap_err().similar_names, expect);
         };
         check("checkout", &["Checkout"]);
         check("cart-v2", &["cart"]);

@@ -8,89 +8,89 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::answer::{Answer, listed};
+use super::answer::{EvaluatedFlags, for_each_flag};
 use crate::{
     engine::Context,
-    snapshot::{Listed, Outcomes, Shown, Snapshot, View, body::Coding},
+    snapshot::{FlagState, FlagStates, Include, Snapshot, FrontendView, body::ContentCoding},
     wire::sse,
 };
 
 /// Event names, the same as for server SDKs.
-const CONNECTED: &str = "unleash-connected";
-const UPDATED: &str = "unleash-updated";
+const CONNECTED_EVENT: &str = "unleash-connected";
+const UPDATED_EVENT: &str = "unleash-updated";
 
 /// The stream of one client's evaluated flags, with what was sent last.
 #[derive(Debug)]
-pub enum Follower {
+pub enum Subscription {
     /// Nothing was sent yet. The hash is that of the flags that the client claims to have, if any.
     New(Option<u128>),
     /// These states were sent.
-    Told(Arc<Outcomes>),
+    Sent(Arc<FlagStates>),
 }
 
 /// The next server-sent event of a subscription.
 #[derive(Debug)]
-pub enum News {
+pub enum FrontendUpdate {
     /// All flags that are on.
-    Whole(Bytes),
+    Snapshot(Bytes),
     /// The flags that the client has are current.
-    Current(Bytes),
+    Unchanged(Bytes),
     /// The flags that changed, and the names of flags that are off now or gone.
-    Changed(Bytes),
+    Delta(Bytes),
 }
 
-impl Follower {
+impl Subscription {
     /// Evaluates the flags of `view`, which belongs to `snapshot`, and returns the event that the client
     /// needs; `None` if nothing changed.
-    pub fn catch_up(
+    pub fn next_update(
         &mut self,
         snapshot: &Snapshot,
-        view: &View,
+        view: &FrontendView,
         context: &Context<'_>,
-    ) -> Option<News> {
-        let flags = Answer::of(snapshot, view, context, Shown::Enabled);
+    ) -> Option<FrontendUpdate> {
+        let flags = EvaluatedFlags::evaluate(snapshot, view, context, Include::Enabled);
         let hash = flags.hash();
-        if let Self::Told(before) = self
+        if let Self::Sent(before) = self
             && before.hash() == hash
         {
             return None;
         }
-        let states = snapshot.answers().outcomes(hash, || outcomes(snapshot, view, context, hash));
+        let states = snapshot.evaluation_cache().flag_states(hash, || flag_states(snapshot, view, context, hash));
         let event = |name: &str, data: &str| -> Bytes {
             sse::event(name, Some(&format_args!("{hash:032x}")), data).into()
         };
-        let cache = snapshot.answers();
+        let cache = snapshot.evaluation_cache();
         let update = match self {
             Self::New(Some(claimed)) if *claimed == hash => {
-                News::Current(event(UPDATED, r#"{"toggles":[],"removed":[]}"#))
+                FrontendUpdate::Unchanged(event(UPDATED_EVENT, r#"{"toggles":[],"removed":[]}"#))
             }
-            Self::New(_) => News::Whole(cache.event((None, hash), || {
+            Self::New(_) => FrontendUpdate::Snapshot(cache.event((None, hash), || {
                 let body = flags.body();
-                let body = &body.make(Coding::Identity).bytes;
-                event(CONNECTED, &String::from_utf8_lossy(body))
+                let body = &body.get_or_encode(ContentCoding::Identity).bytes;
+                event(CONNECTED_EVENT, &String::from_utf8_lossy(body))
             })),
-            Self::Told(before) => News::Changed(cache.event((Some(before.hash()), hash), || {
-                event(UPDATED, &states.since(before, snapshot.fragments()))
+            Self::Sent(before) => FrontendUpdate::Delta(cache.event((Some(before.hash()), hash), || {
+                event(UPDATED_EVENT, &states.delta_since(before, snapshot.fragments()))
             })),
         };
-        *self = Self::Told(states);
+        *self = Self::Sent(states);
         Some(update)
     }
 }
 
-fn outcomes(snapshot: &Snapshot, view: &View, context: &Context<'_>, hash: u128) -> Outcomes {
+fn flag_states(snapshot: &Snapshot, view: &FrontendView, context: &Context<'_>, hash: u128) -> FlagStates {
     let (engine, fragments) = (snapshot.engine(), snapshot.fragments());
     let mut flags = Vec::new();
-    let values = engine.read(context);
-    listed(snapshot, view, values, Shown::Enabled, |fragment| {
-        let name = Arc::clone(engine.flags()[fragments.flag(fragment)].name());
-        flags.push(Listed { name, hash: fragments.get(fragment).hash(), fragment });
+    let values = engine.read_context(context);
+    for_each_flag(snapshot, view, values, Include::Enabled, |fragment| {
+        let name = Arc::clone(engine.flags()[fragments.flag_index(fragment)].name());
+        flags.push(FlagState { name, hash: fragments.get(fragment).hash(), fragment });
     });
-    Outcomes::new(hash, flags)
+    FlagStates::new(hash, flags)
 }
 
 /// Parses the id of an earlier event, which is the hash of its flags.
-pub fn parse_id(text: &str) -> Option<u128> {
+pub fn parse_event_id(text: &str) -> Option<u128> {
     (text.len() == 32).then(|| u128::from_str_radix(text, 16).ok()).flatten()
 }
 
@@ -103,7 +103,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        engine::arbitrary::{asking, definitions},
+        engine::arbitrary::{arbitrary_context, arbitrary_definitions},
         token::{Environment, Projects, Scope},
         wire::{features::Document, sse::Decoder},
     };
@@ -134,30 +134,30 @@ mod tests {
         /// Several subscriptions receive several states. Each client has what a request would return.
         #[test]
         fn subscribed_client_has_the_same_flags_as_a_request_returns(
-            states in vec(definitions(), 1..5),
-            contexts in vec(asking(), 1..4),
+            states in vec(arbitrary_definitions(), 1..5),
+            contexts in vec(arbitrary_context(), 1..4),
         ) {
             let projects = Projects::All;
             let mut subscriptions: Vec<_> =
-                contexts.iter().map(|_| (Follower::New(None), BTreeMap::new(), String::new())).collect();
+                contexts.iter().map(|_| (Subscription::New(None), BTreeMap::new(), String::new())).collect();
             for state in &states {
                 let snapshot = snapshot(state);
-                let view = snapshot.view(&projects);
+                let view = snapshot.frontend_view(&projects);
                 for (context, (subscription, has, last)) in contexts.iter().zip(&mut subscriptions) {
                     let context = context.context();
-                    let flags = Answer::of(&snapshot, &view, &context, Shown::Enabled);
+                    let flags = EvaluatedFlags::evaluate(&snapshot, &view, &context, Include::Enabled);
                     let (id, body) = (format!("{:032x}", flags.hash()), flags.body());
-                    let body: Value = serde_json::from_slice(&body.make(Coding::Identity).bytes).unwrap();
-                    match subscription.catch_up(&snapshot, &view, &context) {
+                    let body: Value = serde_json::from_slice(&body.get_or_encode(ContentCoding::Identity).bytes).unwrap();
+                    match subscription.next_update(&snapshot, &view, &context) {
                         None => {}
-                        Some(News::Whole(bytes)) => {
+                        Some(FrontendUpdate::Snapshot(bytes)) => {
                             let (name, id, data) = read(&bytes);
-                            prop_assert_eq!(name, CONNECTED);
+                            prop_assert_eq!(name, CONNECTED_EVENT);
                             (*has, *last) = (by_name(&data), id);
                         }
-                        Some(News::Changed(bytes)) => {
+                        Some(FrontendUpdate::Delta(bytes)) => {
                             let (name, id, data) = read(&bytes);
-                            prop_assert_eq!(name, UPDATED);
+                            prop_assert_eq!(name, UPDATED_EVENT);
                             for gone in data["removed"].as_array().unwrap() {
                                 prop_assert!(has.remove(gone.as_str().unwrap()).is_some());
                             }
@@ -166,25 +166,25 @@ mod tests {
                             has.extend(changed);
                             *last = id;
                         }
-                        Some(News::Current(_)) => prop_assert!(false, "the client claimed no flags"),
+                        Some(FrontendUpdate::Unchanged(_)) => prop_assert!(false, "the client claimed no flags"),
                     }
                     prop_assert_eq!(&*has, &by_name(&body));
                     prop_assert_eq!(&*last, &id);
-                    prop_assert!(subscription.catch_up(&snapshot, &view, &context).is_none());
+                    prop_assert!(subscription.next_update(&snapshot, &view, &context).is_none());
                     // A client that reconnects with the current id gets `Unchanged`, else a snapshot.
-                    let mut back = Follower::New(parse_id(&id));
-                    let update = back.catch_up(&snapshot, &view, &context);
-                    prop_assert!(matches!(update, Some(News::Current(_))), "{:?}", update);
-                    let mut other = Follower::New(Some(unknown_id()));
-                    let update = other.catch_up(&snapshot, &view, &context);
-                    prop_assert!(matches!(update, Some(News::Whole(_))), "{:?}", update);
+                    let mut back = Subscription::New(parse_event_id(&id));
+                    let update = back.next_update(&snapshot, &view, &context);
+                    prop_assert!(matches!(update, Some(FrontendUpdate::Unchanged(_))), "{:?}", update);
+                    let mut other = Subscription::New(Some(unknown_id()));
+                    let update = other.next_update(&snapshot, &view, &context);
+                    prop_assert!(matches!(update, Some(FrontendUpdate::Snapshot(_))), "{:?}", update);
                 }
             }
         }
     }
 
     fn unknown_id() -> u128 {
-        parse_id("0123456789abcdef0123456789abcdef").unwrap()
+        parse_event_id("0123456789abcdef0123456789abcdef").unwrap()
     }
 
     #[test]
@@ -194,13 +194,13 @@ mod tests {
             json!([{ "name": "a", "enabled": enabled, "strategies": strategies }])
         };
         let states = [true, false].map(|enabled| snapshot(&(flag(enabled), json!([]))));
-        let mut subscriptions = [Follower::New(None), Follower::New(None)];
+        let mut subscriptions = [Subscription::New(None), Subscription::New(None)];
         for state in &states {
-            let view = state.view(&Projects::All);
+            let view = state.frontend_view(&Projects::All);
             let updates =
-                subscriptions.each_mut().map(|it| it.catch_up(state, &view, &Context::default()));
+                subscriptions.each_mut().map(|it| it.next_update(state, &view, &Context::default()));
             let bytes = updates.map(|update| match update {
-                Some(News::Whole(bytes) | News::Changed(bytes)) => bytes,
+                Some(FrontendUpdate::Snapshot(bytes) | FrontendUpdate::Delta(bytes)) => bytes,
                 other => panic!("{other:?}"),
             });
             assert_eq!(bytes[0].as_ptr(), bytes[1].as_ptr());
@@ -212,7 +212,7 @@ mod tests {
         for text in
             ["", "1", "g123456789abcdef0123456789abcdef", "0123456789abcdef0123456789abcdef0"]
         {
-            assert_eq!(parse_id(text), None, "{text}");
+            assert_eq!(parse_event_id(text), None, "{text}");
         }
     }
 }

@@ -13,13 +13,13 @@ const LENGTH: usize = 36;
 
 /// An identifier for requests for which only its presence matters and which no flag names. A constant
 /// lets requests share cached results.
-pub const ANY: &str = "000000000000000000000000000000000000";
+pub const PLACEHOLDER: &str = "000000000000000000000000000000000000";
 
 /// A session identifier that was generated for one evaluation.
 #[derive(Clone, Copy, Debug)]
-pub struct MadeUpSession([u8; LENGTH]);
+pub struct GeneratedSessionId([u8; LENGTH]);
 
-impl MadeUpSession {
+impl GeneratedSessionId {
     /// Derives the identifier from an evaluation's random seed.
     pub fn new(seed: u64) -> Self {
         let mut text = [0; LENGTH];

@@ -103,7 +103,7 @@ fn strategy() -> impl Strategy<Value = Value> {
 }
 
 /// The flags of a document and its segments. Flags may depend on `f0` and `f1`.
-pub(crate) fn definitions() -> impl Strategy<Value = (Value, Value)> {
+pub(crate) fn arbitrary_definitions() -> impl Strategy<Value = (Value, Value)> {
     let parent = option::weighted(0.2, (select(vec!["f0", "f1"]), any::<bool>()));
     let flag = (vec(strategy(), 0..3), variants(), parent, prop::bool::weighted(0.9));
     let segment = vec(constraint(), 1..3);
@@ -125,22 +125,22 @@ pub(crate) fn definitions() -> impl Strategy<Value = (Value, Value)> {
 
 /// A random context with time and seed.
 #[derive(Clone, Debug)]
-pub(crate) struct Asking {
+pub(crate) struct ArbitraryContext {
     /// One value or none for each of the fields.
     values: Vec<Option<&'static str>>,
     /// A generated `sessionId`.
-    made_up: Option<String>,
+    generated_session_id: Option<String>,
     properties: Vec<(&'static str, &'static str)>,
     now: Timestamp,
     draw: u64,
 }
 
-impl Asking {
+impl ArbitraryContext {
     pub(crate) fn context(&self) -> Context<'_> {
         Context {
             user_id: self.values[0],
-            session_id: self.made_up.as_deref().or(self.values[1]),
-            session_is_made_up: self.made_up.is_some(),
+            session_id: self.generated_session_id.as_deref().or(self.values[1]),
+            session_is_generated: self.generated_session_id.is_some(),
             environment: self.values[2],
             app_name: self.values[3],
             remote_address: self.values[4],
@@ -148,13 +148,13 @@ impl Asking {
             properties: &self.properties,
             hostname: Some("host"),
             now: self.now,
-            draw: self.draw,
+            random_seed: self.draw,
         }
     }
 }
 
 /// The time is one of the dates in flags, or next to one.
-pub(crate) fn asking() -> impl Strategy<Value = Asking> {
+pub(crate) fn arbitrary_context() -> impl Strategy<Value = ArbitraryContext> {
     let value = option::weighted(0.4, select(TEXTS.to_vec()));
     let off = select(vec![-1_000_000_000, -1, 0, 1, 1_000_000_000_i64]);
     let made_up = option::weighted(0.3, "[0-9a-f]{3}");
@@ -162,13 +162,13 @@ pub(crate) fn asking() -> impl Strategy<Value = Asking> {
         |(values, date, off, draw, made_up)| {
             let properties = FIELDS[6..].iter().zip(&values[6..]);
             let date: Timestamp = date.parse().unwrap();
-            Asking {
+            ArbitraryContext {
                 properties: properties
                     .filter_map(|(&name, value)| Some((name, (*value)?)))
                     .collect(),
                 now: date + SignedDuration::from_nanos(off),
                 values,
-                made_up,
+                generated_session_id: made_up,
                 draw,
             }
         },
@@ -176,7 +176,7 @@ pub(crate) fn asking() -> impl Strategy<Value = Asking> {
 }
 
 /// Any JSON. Texts that the engine looks for are more likely than others.
-pub(crate) fn anything() -> impl Strategy<Value = Value> {
+pub(crate) fn arbitrary_json() -> impl Strategy<Value = Value> {
     let words = select(vec![
         "default",
         "flexibleRollout",

@@ -19,7 +19,7 @@ pub(super) const VARIANT_SEED: u32 = 86_028_157;
 
 /// The hash state after `group:`, to be continued with an identifier.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Prefix {
+pub(super) struct HashPrefix {
     state: u32,
     /// The 0–3 bytes that did not fill a block, little-endian.
     carry: u32,
@@ -27,33 +27,33 @@ pub(super) struct Prefix {
     len: u32,
 }
 
-impl Prefix {
+impl HashPrefix {
     /// Starts the hash of an identifier in `group`.
     pub(super) fn new(group: &str, seed: u32) -> Self {
         let mut prefix = Self { state: seed, carry: 0, carried: 0, len: 0 };
-        prefix.absorb(group);
-        prefix.absorb(":");
+        prefix.update(group);
+        prefix.update(":");
         prefix
     }
 
     /// The bucket of `identifier`, in `1..=buckets`; 0 if there are no buckets.
     pub(super) fn bucket(self, identifier: &str, buckets: u32) -> u32 {
         let mut hash = self;
-        hash.absorb(identifier);
+        hash.update(identifier);
         hash.finish().checked_rem(buckets).map_or(0, |rest| rest + 1)
     }
 
-    fn absorb(&mut self, text: &str) {
+    fn update(&mut self, text: &str) {
         if text.is_ascii() {
-            return self.absorb_bytes(text.as_bytes());
+            return self.update_bytes(text.as_bytes());
         }
         for unit in text.encode_utf16() {
             let [low, _] = unit.to_le_bytes();
-            self.absorb_bytes(&[low]);
+            self.update_bytes(&[low]);
         }
     }
 
-    fn absorb_bytes(&mut self, bytes: &[u8]) {
+    fn update_bytes(&mut self, bytes: &[u8]) {
         // Lengths beyond 4 GiB wrap, as they do in the reference implementation's `int`.
         #[expect(clippy::cast_possible_truncation, reason = "murmur3 mixes the length modulo 2^32")]
         let len = bytes.len() as u32;
@@ -62,20 +62,20 @@ impl Prefix {
         let (words, rest) = bytes.as_chunks::<4>();
         for &word in words {
             let wide = u64::from(u32::from_le_bytes(word)) << shift | u64::from(self.carry);
-            self.take_block(wide);
+            self.mix_block(wide);
         }
         for &byte in rest {
             self.carry |= u32::from(byte) << (self.carried * 8);
             self.carried += 1;
             if self.carried == 4 {
-                self.take_block(u64::from(self.carry));
+                self.mix_block(u64::from(self.carry));
                 self.carried = 0;
             }
         }
     }
 
     /// Mixes in the low half. The high half is carried into the next block.
-    fn take_block(&mut self, wide: u64) {
+    fn mix_block(&mut self, wide: u64) {
         #[expect(clippy::cast_possible_truncation, reason = "the low half is the block")]
         let block = wide as u32;
         self.carry = u32::try_from(wide >> 32).expect("half of 64 bits fits 32");
@@ -104,16 +104,16 @@ fn scramble(block: u32) -> u32 {
 /// It depends on the flag only. With the same seed the result of a draw stays the same until the flag
 /// changes, even if other flags change.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Site(u64);
+pub(super) struct DrawId(u64);
 
-impl Site {
+impl DrawId {
     /// The first draw of the flag with this name.
-    pub(super) fn first_of(flag: &str) -> Self {
+    pub(super) fn first_of_flag(flag: &str) -> Self {
         Self(xxh3_64(flag.as_bytes()))
     }
 
     /// Returns this id and advances to the next.
-    pub(super) fn take(&mut self) -> Self {
+    pub(super) fn take_next(&mut self) -> Self {
         let this = *self;
         self.0 = self.0.wrapping_add(1);
         this
@@ -124,7 +124,7 @@ impl Site {
 /// if there are no buckets.
 ///
 /// The mixing is the finaliser of `SplitMix64` (Steele, Lea and Flood 2014).
-pub(super) fn draw(seed: u64, draw_id: Site, buckets: u32) -> u32 {
+pub(super) fn random_bucket(seed: u64, draw_id: DrawId, buckets: u32) -> u32 {
     let mut mixed = seed.wrapping_add(draw_id.0.wrapping_mul(0x9e37_79b9_7f4a_7c15));
     mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -143,8 +143,8 @@ mod tests {
     #[test]
     fn murmur3_matches_its_reference_values() {
         let hash = |seed, text: &str| {
-            let mut hash = Prefix { state: seed, carry: 0, carried: 0, len: 0 };
-            hash.absorb(text);
+            let mut hash = HashPrefix { state: seed, carry: 0, carried: 0, len: 0 };
+            hash.update(text);
             hash.finish()
         };
         assert_eq!(hash(0, ""), 0);
@@ -158,7 +158,7 @@ mod tests {
     #[test]
     fn buckets_equal_those_of_the_official_sdks() {
         let check = |seed, group, id, buckets, expect| {
-            assert_eq!(Prefix::new(group, seed).bucket(id, buckets), expect, "{group}:{id}");
+            assert_eq!(HashPrefix::new(group, seed).bucket(id, buckets), expect, "{group}:{id}");
         };
         check(ROLLOUT_SEED, "gr1", "123", 100, 73);
         check(ROLLOUT_SEED, "groupX", "999", 100, 25);
@@ -171,7 +171,7 @@ mod tests {
     #[test]
     fn buckets_beyond_ascii_equal_those_of_the_node_sdk() {
         let check = |seed, group, id, buckets, expect| {
-            assert_eq!(Prefix::new(group, seed).bucket(id, buckets), expect, "{group}:{id}");
+            assert_eq!(HashPrefix::new(group, seed).bucket(id, buckets), expect, "{group}:{id}");
         };
         check(ROLLOUT_SEED, "gr1", "äöü", 100, 3);
         check(ROLLOUT_SEED, "gr1", "日本語", 100, 49);
@@ -182,28 +182,28 @@ mod tests {
     proptest! {
         #[test]
         fn hash_of_prefix_and_identifier_equals_hash_of_the_whole(group in ".{0,12}", id in ".{0,12}") {
-            let whole = Prefix::new(&format!("{group}:{id}"), 7);
-            let mut split = Prefix::new(&group, 7);
-            split.absorb(&id);
-            split.absorb(":");
+            let whole = HashPrefix::new(&format!("{group}:{id}"), 7);
+            let mut split = HashPrefix::new(&group, 7);
+            split.update(&id);
+            split.update(":");
             prop_assert_eq!(whole.finish(), split.finish());
         }
 
         #[test]
         fn draws_stay_within_their_buckets(seed: u64, id: u64, buckets in 1..1000_u32) {
-            prop_assert!((1..=buckets).contains(&draw(seed, Site(id), buckets)));
+            prop_assert!((1..=buckets).contains(&random_bucket(seed, DrawId(id), buckets)));
         }
     }
 
     #[test]
     fn draws_with_different_ids_are_spread_evenly() {
-        let mut id = Site::first_of("flag");
-        let of_one: Vec<Site> = (0..10_000).map(|_| id.take()).collect();
-        let of_many = (0..10_000).map(|n| Site::first_of(&format!("flag-{n}"))).collect();
+        let mut id = DrawId::first_of_flag("flag");
+        let of_one: Vec<DrawId> = (0..10_000).map(|_| id.take_next()).collect();
+        let of_many = (0..10_000).map(|n| DrawId::first_of_flag(&format!("flag-{n}"))).collect();
         for ids in [of_one, of_many] {
             let mut counts = [0_u32; 10];
             for id in ids {
-                counts[draw(42, id, 10) as usize - 1] += 1;
+                counts[random_bucket(42, id, 10) as usize - 1] += 1;
             }
             assert!(counts.iter().all(|count| (900..1100).contains(count)), "{counts:?}");
         }

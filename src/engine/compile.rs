@@ -12,47 +12,47 @@ use std::sync::Arc;
 use itertools::EitherOrBoth::{Both, Left, Right};
 use itertools::Itertools as _;
 
-use super::bucket::Site;
-use super::context::Fields;
+use super::bucket::DrawId;
+use super::context::ContextSchema;
 use super::flag::{self, Flag, FlagId, Outcome};
-use super::plan::{Conditions, Parent, Plan};
-use super::problem::{Defect, Part, Problem};
-use super::strategy::{self, Compiler, Strategy};
+use super::plan::{Conditions, Parent, FlagPlan};
+use super::problem::{Defect, DefinitionPart, Problem};
+use super::strategy::{self, StrategyCompiler, Strategy};
 use crate::wire::features::{self as wire, Document, Loose};
 
 /// The parts of an engine.
 #[derive(Clone, Debug)]
-pub(super) struct Compilation {
-    pub(super) fields: Fields,
+pub(super) struct CompiledFlags {
+    pub(super) schema: ContextSchema,
     pub(super) flags: Vec<Flag>,
     /// The plan of each flag. Separate from [`Flag`], so that evaluation touches little memory.
-    pub(super) plans: Vec<Plan>,
+    pub(super) plans: Vec<FlagPlan>,
     /// The flags that depend on others, in order.
     dependants: Vec<FlagId>,
     /// The length of the schema after the last full compilation.
-    needed: usize,
+    schema_len_when_full: usize,
 }
 
 /// The previous compilation with its document and problems.
-pub(super) struct Earlier<'e> {
-    pub(super) compiled: &'e Compilation,
+pub(super) struct Previous<'e> {
+    pub(super) compiled: &'e CompiledFlags,
     pub(super) document: &'e Document,
     pub(super) problems: &'e [Problem],
 }
 
 /// Number of additional schema entries that do not cause a full compilation.
-const FEW: usize = 256;
+const RECOMPILE_SLACK: usize = 256;
 
-impl<'e> Earlier<'e> {
+impl<'e> Previous<'e> {
     /// Whether flags can be reused at all.
-    fn serves(&self, document: &Document) -> bool {
+    fn is_reusable_for(&self, document: &Document) -> bool {
         // A segment is compiled into each flag that refers to it.
         document.segments() == self.document.segments()
-            && self.compiled.fields.len() <= 2 * self.compiled.needed + FEW
+            && self.compiled.schema.len() <= 2 * self.compiled.schema_len_when_full + RECOMPILE_SLACK
     }
 
     /// Whether the flag with this id can be reused for `feature`, which has the same name.
-    fn admits(&self, id: FlagId, before: &wire::Feature, feature: &wire::Feature) -> bool {
+    fn can_reuse(&self, id: FlagId, before: &wire::Feature, feature: &wire::Feature) -> bool {
         // The plan of a flag with parents refers to them.
         before == feature && self.compiled.dependants.binary_search(&id).is_err()
     }
@@ -61,41 +61,41 @@ impl<'e> Earlier<'e> {
     fn problems_of(&self, name: &str) -> impl Iterator<Item = &'e Problem> {
         let start = self.problems.partition_point(|it| *it.flag < *name);
         let own = self.problems[start..].iter().take_while(move |it| *it.flag == *name);
-        own.filter(|it| !matches!(it.defect, Defect::DefinedTwice | Defect::LeftOut(_)))
+        own.filter(|it| !matches!(it.defect, Defect::DuplicateName | Defect::UnreadableName(_)))
     }
 }
 
 /// Compiles a document. Returns the problems sorted by flag name.
 pub(super) fn compile(
     document: &Document,
-    previous: Option<&Earlier<'_>>,
-) -> (Compilation, Vec<Problem>) {
-    let previous = previous.filter(|it| it.serves(document));
-    let mut builder = Draft::new(document, previous.map(|it| it.compiled));
+    previous: Option<&Previous<'_>>,
+) -> (CompiledFlags, Vec<Problem>) {
+    let previous = previous.filter(|it| it.is_reusable_for(document));
+    let mut builder = Builder::new(document, previous.map(|it| it.compiled));
     let before = previous.map_or_else(Default::default, |it| it.document.features());
     let before = before.iter().enumerate();
     for pair in before.merge_join_by(document.features(), |(_, a), b| a.name().cmp(b.name())) {
         match (pair, previous) {
             (Both((at, before), feature), Some(previous))
-                if previous.admits(FlagId::new(at), before, feature) =>
+                if previous.can_reuse(FlagId::new(at), before, feature) =>
             {
-                builder.take_over(previous, FlagId::new(at));
+                builder.reuse(previous, FlagId::new(at));
             }
-            (Both(_, feature) | Right(feature), _) => builder.flag(feature),
+            (Both(_, feature) | Right(feature), _) => builder.add_flag(feature),
             (Left(_), _) => {}
         }
     }
     let (mut compiled, problems) = builder.finish();
-    compiled.needed = previous.map_or(compiled.fields.len(), |it| it.compiled.needed);
+    compiled.schema_len_when_full = previous.map_or(compiled.schema.len(), |it| it.compiled.schema_len_when_full);
     (compiled, problems)
 }
 
 /// Builds a [`CompiledFlags`] flag by flag.
-struct Draft<'d> {
+struct Builder<'d> {
     segments: &'d [wire::Segment],
-    fields: Fields,
+    schema: ContextSchema,
     flags: Vec<Flag>,
-    plans: Vec<Plan>,
+    plans: Vec<FlagPlan>,
     /// The flags that depend on others, with their dependencies.
     dependants: Vec<(FlagId, Vec<Dependency<'d>>)>,
     problems: Vec<Problem>,
@@ -109,18 +109,18 @@ pub(super) struct Dependency<'d> {
     pub(super) variants: Vec<wire::Text<'d>>,
 }
 
-impl<'d> Draft<'d> {
-    fn new(document: &'d Document, previous: Option<&Compilation>) -> Self {
-        let duplicate = |flag| Problem { flag: Arc::clone(flag), defect: Defect::DefinedTwice };
+impl<'d> Builder<'d> {
+    fn new(document: &'d Document, previous: Option<&CompiledFlags>) -> Self {
+        let duplicate = |flag| Problem { flag: Arc::clone(flag), defect: Defect::DuplicateName };
         let left_out = |flag: &wire::Unreadable| Problem {
             flag: format!("#{}", flag.position).into(),
-            defect: Defect::LeftOut(flag.reason.clone()),
+            defect: Defect::UnreadableName(flag.reason.clone()),
         };
         let problems = document.unreadable().iter().map(left_out);
         let flags = document.features().len();
         Self {
             segments: document.segments(),
-            fields: previous.map_or_else(Fields::new, |it| it.fields.clone()),
+            schema: previous.map_or_else(ContextSchema::new, |it| it.schema.clone()),
             flags: Vec::with_capacity(flags),
             plans: Vec::with_capacity(flags),
             dependants: Vec::new(),
@@ -129,7 +129,7 @@ impl<'d> Draft<'d> {
     }
 
     /// Reuses a flag without parents.
-    fn take_over(&mut self, previous: &Earlier<'_>, id: FlagId) {
+    fn reuse(&mut self, previous: &Previous<'_>, id: FlagId) {
         let (compiled, index) = (previous.compiled, id.index());
         let flag = compiled.flags[index].clone();
         self.problems.extend(previous.problems_of(&flag.name).cloned());
@@ -138,12 +138,12 @@ impl<'d> Draft<'d> {
     }
 
     /// Compiles one flag without its dependencies.
-    fn flag(&mut self, feature: &'d wire::Feature) {
+    fn add_flag(&mut self, feature: &'d wire::Feature) {
         let mut defects = Vec::new();
         let (flag, plan) = match feature.definition() {
-            Ok(definition) => self.defined(feature, definition, &mut defects),
+            Ok(definition) => self.compile_definition(feature, definition, &mut defects),
             Err(error) => {
-                defects.push(Defect::Unreadable(error.to_string()));
+                defects.push(Defect::UnreadableDefinition(error.to_string()));
                 let flag = Flag {
                     name: Arc::clone(feature.name()),
                     project: Arc::clone(feature.project()),
@@ -151,7 +151,7 @@ impl<'d> Draft<'d> {
                     impression_data: false,
                     variants: Arc::default(),
                 };
-                (flag, Plan::Fixed(Outcome::Off))
+                (flag, FlagPlan::Constant(Outcome::Off))
             }
         };
         let problem = |defect| Problem { flag: Arc::clone(feature.name()), defect };
@@ -160,35 +160,35 @@ impl<'d> Draft<'d> {
         self.plans.push(plan);
     }
 
-    fn defined(
+    fn compile_definition(
         &mut self,
         feature: &wire::Feature,
         definition: wire::Definition<'d>,
         defects: &mut Vec<Defect>,
-    ) -> (Flag, Plan) {
+    ) -> (Flag, FlagPlan) {
         let enabled = definition.enabled.or_default().unwrap_or_else(|| {
-            defects.push(Defect::Malformed(Part::Enabled));
+            defects.push(Defect::Malformed(DefinitionPart::Enabled));
             false
         });
         let mut all_variants = Vec::new();
-        let mut compiler = Compiler {
+        let mut compiler = StrategyCompiler {
             segments: self.segments,
-            fields: &mut self.fields,
-            table: &mut all_variants,
+            schema: &mut self.schema,
+            variants: &mut all_variants,
             defects,
-            site: Site::first_of(feature.name()),
+            next_draw_id: DrawId::first_of_flag(feature.name()),
         };
         let stickiness = strategy::first_stickiness(&definition.variants);
-        let variants = compiler.choice(&definition.variants, feature.name(), stickiness);
+        let variants = compiler.compile_variants(&definition.variants, feature.name(), stickiness);
         let strategies = match &definition.strategies {
-            Loose::Is(list) if list.is_empty() => vec![Strategy::everybody()],
-            Loose::Is(list) => list.iter().filter_map(|source| compiler.strategy(source)).collect(),
+            Loose::Is(list) if list.is_empty() => vec![Strategy::unconditional()],
+            Loose::Is(list) => list.iter().filter_map(|source| compiler.compile_strategy(source)).collect(),
             Loose::Missing => {
                 compiler.defects.push(Defect::NoStrategies);
                 Vec::new()
             }
             Loose::Malformed => {
-                compiler.defects.push(Defect::Malformed(Part::Strategies));
+                compiler.defects.push(Defect::Malformed(DefinitionPart::Strategies));
                 Vec::new()
             }
         };
@@ -196,15 +196,15 @@ impl<'d> Draft<'d> {
             Conditions { parents: Box::default(), strategies: strategies.into(), variants }
                 .simplify()
         } else {
-            Plan::Fixed(Outcome::Off)
+            FlagPlan::Constant(Outcome::Off)
         };
-        match dependencies(definition.dependencies) {
+        match read_dependencies(definition.dependencies) {
             Some(list) if list.is_empty() => {}
             Some(list) => self.dependants.push((FlagId::new(self.flags.len()), list)),
             None => {
-                defects.push(Defect::Malformed(Part::Dependency));
+                defects.push(Defect::Malformed(DefinitionPart::Dependency));
                 self.dependants.push((FlagId::new(self.flags.len()), Vec::new()));
-                plan = Plan::Fixed(Outcome::Off);
+                plan = FlagPlan::Constant(Outcome::Off);
             }
         }
         let flag = Flag {
@@ -218,25 +218,25 @@ impl<'d> Draft<'d> {
     }
 
     /// Links flags to their parents.
-    fn finish(mut self) -> (Compilation, Vec<Problem>) {
+    fn finish(mut self) -> (CompiledFlags, Vec<Problem>) {
         let dependants = std::mem::take(&mut self.dependants);
         for (id, dependencies) in &dependants {
-            let parents = self.parents(*id, dependencies, &dependants);
+            let parents = self.resolve_parents(*id, dependencies, &dependants);
             let plan = &mut self.plans[id.index()];
             match parents {
-                None => *plan = Plan::Fixed(Outcome::Off),
+                None => *plan = FlagPlan::Constant(Outcome::Off),
                 Some(parents) if parents.is_empty() => {}
-                Some(parents) => plan.depend_on(parents),
+                Some(parents) => plan.add_parents(parents),
             }
         }
         self.problems.sort_by(|a, b| a.flag.cmp(&b.flag));
-        let Self { fields: schema, flags, plans, problems, .. } = self;
+        let Self { schema, flags, plans, problems, .. } = self;
         let dependants = dependants.into_iter().map(|(id, _)| id).collect();
-        (Compilation { fields: schema, flags, plans, dependants, needed: 0 }, problems)
+        (CompiledFlags { schema, flags, plans, dependants, schema_len_when_full: 0 }, problems)
     }
 
     /// The conditions on other flags that depend on the context; `None` if they can never be satisfied.
-    fn parents(
+    fn resolve_parents(
         &mut self,
         id: FlagId,
         dependencies: &[Dependency<'_>],
@@ -244,7 +244,7 @@ impl<'d> Draft<'d> {
     ) -> Option<Vec<Parent>> {
         let mut parents = Some(Vec::new());
         for dependency in dependencies {
-            let found = flag::find(&self.flags, &dependency.parent);
+            let found = flag::find_flag(&self.flags, &dependency.parent);
             let is_nested =
                 |parent| dependants.binary_search_by_key(&parent, |(id, _)| *id).is_ok();
             let defect = match found {
@@ -254,11 +254,11 @@ impl<'d> Draft<'d> {
                 }
                 Some(flag) => {
                     let parent =
-                        Parent { flag, admitted: dependency.admitted(&self.flags[flag.index()]) };
+                        Parent { flag, accepted_outcomes: dependency.accepted_outcomes(&self.flags[flag.index()]) };
                     match self.plans[flag.index()] {
-                        Plan::Fixed(outcome) if parent.admits(outcome) => {}
-                        Plan::Fixed(_) => parents = None,
-                        Plan::Depends(_) => {
+                        FlagPlan::Constant(outcome) if parent.is_satisfied_by(outcome) => {}
+                        FlagPlan::Constant(_) => parents = None,
+                        FlagPlan::Conditional(_) => {
                             if let Some(parents) = &mut parents {
                                 parents.push(parent);
                             }
@@ -277,14 +277,14 @@ impl<'d> Draft<'d> {
 
 impl Dependency<'_> {
     /// The outcomes of `parent` that satisfy the dependency, by ordinal.
-    fn admitted(&self, parent: &Flag) -> Box<[bool]> {
+    fn accepted_outcomes(&self, parent: &Flag) -> Box<[bool]> {
         let outcomes = [Outcome::Off, Outcome::On];
         let variants = (0..).map(Outcome::Variant).take(parent.variants().len());
-        outcomes.into_iter().chain(variants).map(|outcome| self.admits(parent, outcome)).collect()
+        outcomes.into_iter().chain(variants).map(|outcome| self.is_satisfied_by(parent, outcome)).collect()
     }
 
     /// Whether `outcome` of `parent` satisfies the dependency.
-    pub(super) fn admits(&self, parent: &Flag, outcome: Outcome) -> bool {
+    pub(super) fn is_satisfied_by(&self, parent: &Flag, outcome: Outcome) -> bool {
         match (self.enabled, &self.variants[..]) {
             (false, _) => !outcome.is_on(),
             (true, []) => outcome.is_on(),
@@ -297,14 +297,14 @@ impl Dependency<'_> {
 }
 
 /// Reads the dependencies of a flag; `None` if any is malformed.
-pub(super) fn dependencies(
+pub(super) fn read_dependencies(
     source: Loose<Vec<Loose<wire::Dependency<'_>>>>,
 ) -> Option<Vec<Dependency<'_>>> {
-    source.or_default()?.into_iter().map(dependency).collect()
+    source.or_default()?.into_iter().map(read_dependency).collect()
 }
 
 /// Reads one dependency; `None` if it is malformed.
-pub(super) fn dependency(source: Loose<wire::Dependency<'_>>) -> Option<Dependency<'_>> {
+pub(super) fn read_dependency(source: Loose<wire::Dependency<'_>>) -> Option<Dependency<'_>> {
     let source = source.is()?;
     let variants = source.variants.or_default()?.into_iter().map(Loose::is);
     Some(Dependency {

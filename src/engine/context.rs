@@ -23,7 +23,7 @@ pub struct Context<'a> {
     pub session_id: Option<&'a str>,
     /// Whether `session_id` was generated for this evaluation because the request has none. Outcomes
     /// that depend on it are valid for this evaluation only.
-    pub session_is_made_up: bool,
+    pub session_is_generated: bool,
     /// `environment`.
     pub environment: Option<&'a str>,
     /// `appName`.
@@ -40,7 +40,7 @@ pub struct Context<'a> {
     /// The time of the evaluation.
     pub now: Timestamp,
     /// A fresh random number, from which all random draws of the evaluation are derived.
-    pub draw: u64,
+    pub random_seed: u64,
 }
 
 /// A context field that some flag of an engine may read.
@@ -62,10 +62,10 @@ impl FieldId {
     pub const REMOTE_ADDRESS: Self = Self(5);
 
     /// The name of [`FieldId::SESSION_ID`] in flags and contexts.
-    pub(super) const SESSION_ID_NAME: &str = Self::BUILT_IN[Self::SESSION_ID.0 as usize];
+    pub(super) const SESSION_ID_NAME: &str = Self::BUILT_IN_NAMES[Self::SESSION_ID.0 as usize];
 
     /// The fields that every engine has, in the order of their ids.
-    const BUILT_IN: [&'static str; 6] =
+    const BUILT_IN_NAMES: [&'static str; 6] =
         ["userId", "sessionId", "environment", "appName", "currentTime", "remoteAddress"];
 
     /// The field's index into [`ContextSchema::names`].
@@ -76,44 +76,44 @@ impl FieldId {
 
 /// The index of a field's value that is parsed as a number, version or address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Slot(u32);
+pub(super) struct ParsedSlot(u32);
 
 /// A text that flags compare for equality.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Symbol(u32);
+pub(super) struct InternedString(u32);
 
 /// Everything that the flags of one engine read from contexts.
 #[derive(Debug, Clone)]
-pub struct Fields {
+pub struct ContextSchema {
     names: Vec<Box<str>>,
     // Not keyed against collisions: clients only look up, all entries come from flags.
     by_name: HashMap<Box<str>, FieldId, RandomState>,
-    symbols: HashMap<Box<str>, Symbol, RandomState>,
-    numbers: Vec<FieldId>,
-    versions: Vec<FieldId>,
-    addresses: Vec<FieldId>,
+    strings: HashMap<Box<str>, InternedString, RandomState>,
+    number_fields: Vec<FieldId>,
+    version_fields: Vec<FieldId>,
+    address_fields: Vec<FieldId>,
 }
 
-impl Fields {
+impl ContextSchema {
     pub(super) fn new() -> Self {
         let mut schema = Self {
             names: Vec::new(),
             by_name: HashMap::default(),
-            symbols: HashMap::default(),
-            numbers: Vec::new(),
-            versions: Vec::new(),
-            addresses: Vec::new(),
+            strings: HashMap::default(),
+            number_fields: Vec::new(),
+            version_fields: Vec::new(),
+            address_fields: Vec::new(),
         };
-        for name in FieldId::BUILT_IN {
-            schema.intern(name);
+        for name in FieldId::BUILT_IN_NAMES {
+            schema.intern_field(name);
         }
         schema
     }
 
     /// The number of fields, interned strings and parsed values.
     pub(super) fn len(&self) -> usize {
-        let parsed = self.numbers.len() + self.versions.len() + self.addresses.len();
-        self.names.len() + self.symbols.len() + parsed
+        let parsed = self.number_fields.len() + self.version_fields.len() + self.address_fields.len();
+        self.names.len() + self.strings.len() + parsed
     }
 
     /// The names of all fields; a field's id is its index.
@@ -121,7 +121,7 @@ impl Fields {
         &self.names
     }
 
-    pub(super) fn intern(&mut self, name: &str) -> FieldId {
+    pub(super) fn intern_field(&mut self, name: &str) -> FieldId {
         if let Some(&id) = self.by_name.get(name) {
             return id;
         }
@@ -131,33 +131,33 @@ impl Fields {
         id
     }
 
-    pub(super) fn symbol(&mut self, text: &str) -> Symbol {
-        if let Some(&symbol) = self.symbols.get(text) {
+    pub(super) fn intern_string(&mut self, text: &str) -> InternedString {
+        if let Some(&symbol) = self.strings.get(text) {
             return symbol;
         }
-        let symbol = Symbol(next_index(self.symbols.len()));
-        self.symbols.insert(text.into(), symbol);
+        let symbol = InternedString(next_index(self.strings.len()));
+        self.strings.insert(text.into(), symbol);
         symbol
     }
 
-    pub(super) fn number(&mut self, field: FieldId) -> Slot {
-        slot_of(&mut self.numbers, field)
+    pub(super) fn number_slot(&mut self, field: FieldId) -> ParsedSlot {
+        slot_for(&mut self.number_fields, field)
     }
 
-    pub(super) fn version(&mut self, field: FieldId) -> Slot {
-        slot_of(&mut self.versions, field)
+    pub(super) fn version_slot(&mut self, field: FieldId) -> ParsedSlot {
+        slot_for(&mut self.version_fields, field)
     }
 
-    pub(super) fn address(&mut self, field: FieldId) -> Slot {
-        slot_of(&mut self.addresses, field)
+    pub(super) fn address_slot(&mut self, field: FieldId) -> ParsedSlot {
+        slot_for(&mut self.address_fields, field)
     }
 
     /// The index of this text among the interned strings, if a flag uses it.
-    pub(super) fn known(&self, text: &str) -> Option<usize> {
-        self.symbols.get(text).map(|symbol| symbol.0 as usize)
+    pub(super) fn string_index(&self, text: &str) -> Option<usize> {
+        self.strings.get(text).map(|symbol| symbol.0 as usize)
     }
 
-    pub(super) fn read<'a>(&self, context: &Context<'a>) -> Values<'a> {
+    pub(super) fn read<'a>(&self, context: &Context<'a>) -> ContextValues<'a> {
         let mut texts = SmallVec::from_elem(None, self.names.len());
         for &(name, value) in context.properties {
             if let Some(id) = self.by_name.get(name) {
@@ -175,26 +175,26 @@ impl Fields {
         for (text, value) in texts.iter_mut().zip(built_in) {
             *text = value.or(*text);
         }
-        Values {
+        ContextValues {
             texts,
-            session_is_made_up: context.session_is_made_up,
+            session_is_generated: context.session_is_generated,
             now: context.now,
             hostname: context.hostname,
-            draw: context.draw,
+            random_seed: context.random_seed,
         }
     }
 
-    pub(super) fn bind<'a>(&self, values: Values<'a>) -> Bound<'a> {
+    pub(super) fn bind<'a>(&self, values: ContextValues<'a>) -> BoundContext<'a> {
         let text = |field: &FieldId| values.text(*field);
-        let symbol = |&text| self.symbols.get(text?).copied();
+        let symbol = |&text| self.strings.get(text?).copied();
         let number = |field| text(field).and_then(scalar::number).unwrap_or(f64::NAN);
         let address = |field| text(field)?.parse().ok();
-        Bound {
-            symbols: values.texts.iter().map(symbol).collect(),
-            numbers: self.numbers.iter().map(number).collect(),
-            versions: self.versions.iter().map(|field| Version::parse(text(field)?)).collect(),
-            addresses: self.addresses.iter().map(address).collect(),
-            clock: values.clock(),
+        BoundContext {
+            interned: values.texts.iter().map(symbol).collect(),
+            numbers: self.number_fields.iter().map(number).collect(),
+            versions: self.version_fields.iter().map(|field| Version::parse(text(field)?)).collect(),
+            addresses: self.address_fields.iter().map(address).collect(),
+            evaluation_time: values.evaluation_time(),
             values,
         }
     }
@@ -204,43 +204,43 @@ fn next_index(len: usize) -> u32 {
     u32::try_from(len).expect("a document has fewer than 2^32 texts")
 }
 
-fn slot_of(slots: &mut Vec<FieldId>, field: FieldId) -> Slot {
+fn slot_for(slots: &mut Vec<FieldId>, field: FieldId) -> ParsedSlot {
     let index = slots.iter().position(|&slot| slot == field).unwrap_or_else(|| {
         slots.push(field);
         slots.len() - 1
     });
-    Slot(next_index(index))
+    ParsedSlot(next_index(index))
 }
 
 /// The values of the context fields that one engine reads.
 #[derive(Debug, Clone)]
-pub struct Values<'a> {
+pub struct ContextValues<'a> {
     texts: SmallVec<[Option<&'a str>; 16]>,
-    session_is_made_up: bool,
+    session_is_generated: bool,
     now: Timestamp,
     hostname: Option<&'a str>,
-    draw: u64,
+    random_seed: u64,
 }
 
-impl<'a> Values<'a> {
+impl<'a> ContextValues<'a> {
     /// The value of a field.
     pub fn text(&self, field: FieldId) -> Option<&'a str> {
         self.texts[field.index()]
     }
 
     /// Whether the value of a field was generated for this evaluation.
-    pub(super) fn is_made_up(&self, field: FieldId) -> bool {
-        self.session_is_made_up && field == FieldId::SESSION_ID
+    pub(super) fn is_generated(&self, field: FieldId) -> bool {
+        self.session_is_generated && field == FieldId::SESSION_ID
     }
 
     /// Whether the field is missing or empty.
-    pub(super) fn lacks(&self, field: FieldId) -> bool {
+    pub(super) fn is_missing(&self, field: FieldId) -> bool {
         self.text(field).is_none_or(str::is_empty)
     }
 
     /// The `currentTime` of the context, else the time of the evaluation; `None` if `currentTime` is
     /// invalid.
-    pub(super) fn clock(&self) -> Option<Timestamp> {
+    pub(super) fn evaluation_time(&self) -> Option<Timestamp> {
         match self.text(FieldId::CURRENT_TIME) {
             None | Some("") => Some(self.now),
             Some(time) => date::parse(time),
@@ -250,66 +250,66 @@ impl<'a> Values<'a> {
 
 /// A context that is bound to one engine. Only that engine can evaluate it.
 #[derive(Debug, Clone)]
-pub struct Bound<'a> {
-    values: Values<'a>,
-    symbols: SmallVec<[Option<Symbol>; 16]>,
+pub struct BoundContext<'a> {
+    values: ContextValues<'a>,
+    interned: SmallVec<[Option<InternedString>; 16]>,
     numbers: Vec<f64>,
     versions: Vec<Option<Version<&'a str>>>,
     addresses: Vec<Option<IpAddr>>,
-    clock: Option<Timestamp>,
+    evaluation_time: Option<Timestamp>,
 }
 
-impl<'a> Bound<'a> {
+impl<'a> BoundContext<'a> {
     /// The value of a field.
     pub fn text(&self, field: FieldId) -> Option<&'a str> {
         self.values.text(field)
     }
 
     /// The values before parsing.
-    pub fn values(&self) -> &Values<'a> {
+    pub fn values(&self) -> &ContextValues<'a> {
         &self.values
     }
 
-    pub(super) fn symbol(&self, field: FieldId) -> Option<Symbol> {
-        self.symbols[field.index()]
+    pub(super) fn interned(&self, field: FieldId) -> Option<InternedString> {
+        self.interned[field.index()]
     }
 
     /// NaN if the field is missing or not a number.
-    pub(super) fn number(&self, slot: Slot) -> f64 {
+    pub(super) fn number(&self, slot: ParsedSlot) -> f64 {
         self.numbers[slot.0 as usize]
     }
 
-    pub(super) fn version(&self, slot: Slot) -> Option<&Version<&'a str>> {
+    pub(super) fn version(&self, slot: ParsedSlot) -> Option<&Version<&'a str>> {
         self.versions[slot.0 as usize].as_ref()
     }
 
-    pub(super) fn address(&self, slot: Slot) -> Option<IpAddr> {
+    pub(super) fn address(&self, slot: ParsedSlot) -> Option<IpAddr> {
         self.addresses[slot.0 as usize]
     }
 
-    pub(super) fn clock(&self) -> Option<Timestamp> {
-        self.clock
+    pub(super) fn evaluation_time(&self) -> Option<Timestamp> {
+        self.evaluation_time
     }
 
     pub(super) fn hostname(&self) -> Option<&'a str> {
         self.values.hostname
     }
 
-    pub(super) fn draw(&self) -> u64 {
-        self.values.draw
+    pub(super) fn random_seed(&self) -> u64 {
+        self.values.random_seed
     }
 }
 
 /// A set of texts to compare a field with.
 #[derive(Debug, Clone)]
-pub(super) struct Set(Box<[Symbol]>);
+pub(super) struct StringSet(Box<[InternedString]>);
 
-impl Set {
+impl StringSet {
     /// Up to this length a linear search is faster than a binary one.
-    const SCAN: usize = 16;
+    const MAX_LINEAR_SEARCH: usize = 16;
 
-    pub(super) fn new<'t>(schema: &mut Fields, texts: impl Iterator<Item = &'t str>) -> Self {
-        let mut symbols: Vec<Symbol> = texts.map(|text| schema.symbol(text)).collect();
+    pub(super) fn new<'t>(schema: &mut ContextSchema, texts: impl Iterator<Item = &'t str>) -> Self {
+        let mut symbols: Vec<InternedString> = texts.map(|text| schema.intern_string(text)).collect();
         symbols.sort_unstable();
         symbols.dedup();
         Self(symbols.into())
@@ -319,9 +319,9 @@ impl Set {
         self.0.is_empty()
     }
 
-    pub(super) fn contains(&self, symbol: Option<Symbol>) -> bool {
+    pub(super) fn contains(&self, symbol: Option<InternedString>) -> bool {
         let Some(symbol) = symbol else { return false };
-        if self.0.len() <= Self::SCAN {
+        if self.0.len() <= Self::MAX_LINEAR_SEARCH {
             self.0.contains(&symbol)
         } else {
             self.0.binary_search(&symbol).is_ok()
@@ -335,8 +335,8 @@ mod tests {
 
     #[test]
     fn built_in_field_takes_precedence_over_a_property_of_the_same_name() {
-        let mut schema = Fields::new();
-        let plan = schema.intern("plan");
+        let mut schema = ContextSchema::new();
+        let plan = schema.intern_field("plan");
         let context = Context {
             user_id: Some("7"),
             properties: &[
@@ -358,14 +358,14 @@ mod tests {
     #[test]
     fn sets_of_any_size_find_their_members() {
         for size in [0, 1, 15, 16, 17, 500] {
-            let mut schema = Fields::new();
+            let mut schema = ContextSchema::new();
             let members: Vec<String> = (0..size).map(|n| n.to_string()).collect();
-            let set = Set::new(&mut schema, members.iter().map(String::as_str));
+            let set = StringSet::new(&mut schema, members.iter().map(String::as_str));
             for n in [0, 7, 16, 499, 500] {
                 let id = n.to_string();
                 let bound =
                     schema.bind(schema.read(&Context { user_id: Some(&id), ..Context::default() }));
-                assert_eq!(set.contains(bound.symbol(FieldId::USER_ID)), n < size, "{n} of {size}");
+                assert_eq!(set.contains(bound.interned(FieldId::USER_ID)), n < size, "{n} of {size}");
             }
         }
     }

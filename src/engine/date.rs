@@ -29,7 +29,7 @@ enum Token {
         /// How many digits there are, leading zeros included.
         digits: usize,
     },
-    Word(Word),
+    Keyword(Keyword),
     /// `+` is 1 and `-` is -1.
     Sign(i64),
     Colon,
@@ -42,11 +42,11 @@ enum Token {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Word {
+enum Keyword {
     /// 1 to 12; only the first three letters count.
     Month(i64),
     /// The hours to add to a time on a 12-hour clock.
-    HalfDay(i64),
+    AmPm(i64),
     /// Hours from UTC.
     Zone(i64),
     Z,
@@ -55,8 +55,8 @@ enum Word {
     Unknown,
 }
 
-impl Word {
-    fn of(prefix: [u8; 3], length: usize) -> Self {
+impl Keyword {
+    fn lookup(prefix: [u8; 3], length: usize) -> Self {
         let zone = |hours| if length <= 3 { Self::Zone(hours) } else { Self::Unknown };
         match &prefix {
             b"jan" => Self::Month(1),
@@ -71,8 +71,8 @@ impl Word {
             b"oct" => Self::Month(10),
             b"nov" => Self::Month(11),
             b"dec" => Self::Month(12),
-            b"am\0" => Self::HalfDay(0),
-            b"pm\0" => Self::HalfDay(12),
+            b"am\0" => Self::AmPm(0),
+            b"pm\0" => Self::AmPm(12),
             b"t\0\0" => Self::T,
             b"z\0\0" => Self::Z,
             b"ut\0" | b"utc" | b"gmt" => zone(0),
@@ -97,8 +97,8 @@ impl Lexer<'_> {
         let Some(&first) = self.rest.first() else { return Token::End };
         let single = match first {
             b'0'..=b'9' => return self.number(),
-            b'A'..=0x7f => return self.word(),
-            0x80.. if self.space().is_none() => return self.word(),
+            b'A'..=0x7f => return self.keyword(),
+            0x80.. if self.space().is_none() => return self.keyword(),
             b'(' => {
                 self.skip_parentheses();
                 return Token::Other;
@@ -139,7 +139,7 @@ impl Lexer<'_> {
         Token::Number { value, digits }
     }
 
-    fn word(&mut self) -> Token {
+    fn keyword(&mut self) -> Token {
         let (mut prefix, mut length) = ([0; 3], 0);
         while let Some(&byte) = self.rest.first()
             && byte >= b'A'
@@ -151,7 +151,7 @@ impl Lexer<'_> {
             length += 1;
             self.rest = &self.rest[1..];
         }
-        Token::Word(Word::of(prefix, length))
+        Token::Keyword(Keyword::lookup(prefix, length))
     }
 
     /// The length in bytes of the next character, if it is white space beyond ASCII.
@@ -217,18 +217,18 @@ struct Parser<'t> {
     is_iso: bool,
     /// Hour, minute, second, millisecond.
     time: Numbers<4>,
-    half_day: Option<i64>,
+    am_pm_hours: Option<i64>,
     zone_sign: i64,
     zone_hours: Option<i64>,
     zone_minutes: Option<i64>,
 }
 
 /// The part of the text that matches ISO 8601.
-enum Iso {
+enum IsoMatch {
     /// The whole text.
-    Whole,
+    Complete,
     /// A prefix. The rest may be in a free format.
-    Beginning,
+    Prefix,
 }
 
 impl<'t> Parser<'t> {
@@ -242,7 +242,7 @@ impl<'t> Parser<'t> {
             month_name: None,
             is_iso: false,
             time: Numbers::new(0),
-            half_day: None,
+            am_pm_hours: None,
             zone_sign: 1,
             zone_hours: None,
             zone_minutes: None,
@@ -251,32 +251,32 @@ impl<'t> Parser<'t> {
 
     fn parse(mut self) -> Option<i64> {
         match self.iso()? {
-            Iso::Whole => self.is_iso = true,
-            Iso::Beginning => self.free_form()?,
+            IsoMatch::Complete => self.is_iso = true,
+            IsoMatch::Prefix => self.free_form()?,
         }
-        let days = self.days()?;
-        let milliseconds = days * 86_400_000 + self.milliseconds()? - self.zone()? * 1000;
+        let days = self.days_since_1970()?;
+        let milliseconds = days * 86_400_000 + self.time_milliseconds()? - self.zone_seconds()? * 1000;
         (-MAX_MILLISECONDS..=MAX_MILLISECONDS).contains(&milliseconds).then_some(milliseconds)
     }
 
-    fn take(&mut self) -> Token {
+    fn advance(&mut self) -> Token {
         let next = self.lexer.next();
         std::mem::replace(&mut self.next, next)
     }
 
-    fn take_if(&mut self, token: Token) -> bool {
+    fn advance_if(&mut self, token: Token) -> bool {
         let found = self.next == token;
         if found {
-            self.take();
+            self.advance();
         }
         found
     }
 
     /// Takes the next token if it is a number of exactly `digits` digits within `range`.
-    fn take_fixed(&mut self, digits: usize, range: std::ops::RangeInclusive<i64>) -> Option<i64> {
+    fn fixed_digits(&mut self, digits: usize, range: std::ops::RangeInclusive<i64>) -> Option<i64> {
         match self.next {
             Token::Number { value, digits: found } if found == digits && range.contains(&value) => {
-                self.take();
+                self.advance();
                 Some(value)
             }
             _ => None,
@@ -285,71 +285,71 @@ impl<'t> Parser<'t> {
 
     /// Parses `YYYY[-MM[-DD]][THH:MM[:SS[.mmm]][Z|±HH:MM|±HHMM]]`, where the year may be `±YYYYYY`.
     /// `None` if the text cannot be a date in any format.
-    fn iso(&mut self) -> Option<Iso> {
+    fn iso(&mut self) -> Option<IsoMatch> {
         if let Token::Sign(sign) = self.next {
-            self.take();
-            let Some(year) = self.take_fixed(6, 0..=999_999) else { return Some(Iso::Beginning) };
+            self.advance();
+            let Some(year) = self.fixed_digits(6, 0..=999_999) else { return Some(IsoMatch::Prefix) };
             if sign < 0 && year == 0 {
-                return Some(Iso::Beginning);
+                return Some(IsoMatch::Prefix);
             }
             self.date.add(sign * year)?;
         } else {
-            let Some(year) = self.take_fixed(4, 0..=9_999) else { return Some(Iso::Beginning) };
+            let Some(year) = self.fixed_digits(4, 0..=9_999) else { return Some(IsoMatch::Prefix) };
             self.date.add(year)?;
         }
         for range in [1..=12, 1..=31] {
-            if !self.take_if(Token::Sign(-1)) {
+            if !self.advance_if(Token::Sign(-1)) {
                 break;
             }
-            let Some(number) = self.take_fixed(2, range) else { return Some(Iso::Beginning) };
+            let Some(number) = self.fixed_digits(2, range) else { return Some(IsoMatch::Prefix) };
             self.date.add(number)?;
         }
         if self.next == Token::End {
-            return Some(Iso::Whole);
+            return Some(IsoMatch::Complete);
         }
-        if !self.take_if(Token::Word(Word::T)) {
-            return Some(Iso::Beginning);
+        if !self.advance_if(Token::Keyword(Keyword::T)) {
+            return Some(IsoMatch::Prefix);
         }
         self.iso_time()?;
-        (self.next == Token::End).then_some(Iso::Whole)
+        (self.next == Token::End).then_some(IsoMatch::Complete)
     }
 
     fn iso_time(&mut self) -> Option<()> {
-        let hour = self.take_fixed(2, 0..=24)?;
+        let hour = self.fixed_digits(2, 0..=24)?;
         let last = if hour == 24 { 0 } else { 59 };
         self.time.add(hour)?;
-        if !self.take_if(Token::Colon) {
+        if !self.advance_if(Token::Colon) {
             return None;
         }
-        let minute = self.take_fixed(2, 0..=last)?;
+        let minute = self.fixed_digits(2, 0..=last)?;
         self.time.add(minute)?;
-        if self.take_if(Token::Colon) {
-            let second = self.take_fixed(2, 0..=last)?;
+        if self.advance_if(Token::Colon) {
+            let second = self.fixed_digits(2, 0..=last)?;
             self.time.add(second)?;
-            if self.take_if(Token::Dot) {
-                let Token::Number { value, digits } = self.take() else { return None };
+            if self.advance_if(Token::Dot) {
+                let Token::Number { value, digits } = self.advance() else { return None };
                 if hour == 24 && value > 0 {
                     return None;
                 }
-                self.time.add(fraction(value, digits))?;
+                self.time.add(fraction_to_milliseconds(value, digits))?;
             }
         }
         match self.next {
-            Token::Word(Word::Z) => {
-                self.take();
+            Token::Keyword(Keyword::Z) => {
+                self.advance();
                 self.set_zone(0);
             }
             Token::Sign(sign) => {
-                self.take();
+                self.advance();
                 self.zone_sign = sign;
-                let (hours, minutes) = if let Some(both) = self.take_fixed(4, 0..=2359) {
+                let (hours, minutes) = if let Some(both) = self.fixed_digits(4, 0..=2359) {
                     (both / 100, both % 100)
                 } else {
-                    let hours = self.take_fixed(2, 0..=23)?;
-                    if !self.take_if(Token::Colon) {
+                    let hours = self.fixed_digits(2, 0..=23)?;
+                    if !self.advance_if(Token::Colon) {
                         return None;
                     }
-                    (hours, self.take_fixed(2, 0..=59)?)
+                    (hours, self.fixed_digits(2, 0..=59)?)
                 };
                 if minutes > 59 {
                     return None;
@@ -371,29 +371,29 @@ impl<'t> Parser<'t> {
     fn free_form(&mut self) -> Option<()> {
         let mut seen_number = self.date.count > 0;
         loop {
-            match self.take() {
+            match self.advance() {
                 Token::End => return Some(()),
                 Token::Number { value, .. } => {
                     seen_number = true;
                     self.number(value)?;
                 }
-                Token::Word(Word::HalfDay(hours)) if self.time.count > 0 => {
-                    self.half_day = Some(hours);
+                Token::Keyword(Keyword::AmPm(hours)) if self.time.count > 0 => {
+                    self.am_pm_hours = Some(hours);
                 }
-                Token::Word(Word::Month(month)) => {
+                Token::Keyword(Keyword::Month(month)) => {
                     self.month_name = Some(month);
-                    self.take_if(Token::Sign(-1));
+                    self.advance_if(Token::Sign(-1));
                 }
-                Token::Word(Word::Zone(hours)) if seen_number => self.set_zone(hours),
-                Token::Word(Word::Z) if seen_number => self.set_zone(0),
-                Token::Word(_) => {
+                Token::Keyword(Keyword::Zone(hours)) if seen_number => self.set_zone(hours),
+                Token::Keyword(Keyword::Z) if seen_number => self.set_zone(0),
+                Token::Keyword(_) => {
                     if seen_number || matches!(self.next, Token::Number { .. }) {
                         return None;
                     }
                 }
                 Token::Sign(sign) if self.time.count > 0 || self.is_utc() => {
                     seen_number = true;
-                    self.offset(sign)?;
+                    self.zone_offset(sign)?;
                 }
                 Token::Sign(_) | Token::ClosingParenthesis if seen_number => return None,
                 Token::Sign(_)
@@ -412,8 +412,8 @@ impl<'t> Parser<'t> {
 
     /// Adds a number to the time, the zone or the date, depending on the tokens around it.
     fn number(&mut self, value: i64) -> Option<()> {
-        if self.take_if(Token::Colon) {
-            if self.take_if(Token::Colon) {
+        if self.advance_if(Token::Colon) {
+            if self.advance_if(Token::Colon) {
                 if self.time.count > 0 {
                     return None;
                 }
@@ -421,7 +421,7 @@ impl<'t> Parser<'t> {
                 return self.time.add(0);
             }
             self.time.add(value)?;
-            self.take_if(Token::Dot);
+            self.advance_if(Token::Dot);
             return Some(());
         }
         let expects_time = match self.time.count {
@@ -429,38 +429,38 @@ impl<'t> Parser<'t> {
             3 => value < 1000,
             _ => false,
         };
-        if self.take_if(Token::Dot) && expects_time {
+        if self.advance_if(Token::Dot) && expects_time {
             self.time.add(value)?;
-            let Token::Number { value, digits } = self.take() else { return None };
-            self.end_time(fraction(value, digits));
+            let Token::Number { value, digits } = self.advance() else { return None };
+            self.finish_time(fraction_to_milliseconds(value, digits));
             return Some(());
         }
         if self.zone_hours.is_some() && self.zone_minutes.is_none() && value < 60 {
             self.zone_minutes = Some(value);
         } else if expects_time {
-            self.end_time(value);
-            let may_follow = [Token::End, Token::Space, Token::Word(Word::Z)];
+            self.finish_time(value);
+            let may_follow = [Token::End, Token::Space, Token::Keyword(Keyword::Z)];
             if !may_follow.contains(&self.next) && !matches!(self.next, Token::Sign(_)) {
                 return None;
             }
         } else {
             self.date.add(value)?;
-            self.take_if(Token::Sign(-1));
+            self.advance_if(Token::Sign(-1));
         }
         Some(())
     }
 
     /// Adds the last number of the time, unless the time is complete. Later numbers do not belong to it.
-    fn end_time(&mut self, value: i64) {
+    fn finish_time(&mut self, value: i64) {
         let _ = self.time.add(value);
         self.time.count = self.time.values.len();
     }
 
-    fn offset(&mut self, sign: i64) -> Option<()> {
+    fn zone_offset(&mut self, sign: i64) -> Option<()> {
         self.zone_sign = sign;
         let (value, digits) = match self.next {
             Token::Number { value, digits } => {
-                self.take();
+                self.advance();
                 (value, digits)
             }
             _ => (0, 0),
@@ -475,7 +475,7 @@ impl<'t> Parser<'t> {
     }
 
     /// Days since 1970. A day beyond the end of its month falls into the next month.
-    fn days(&self) -> Option<i64> {
+    fn days_since_1970(&self) -> Option<i64> {
         let [first, second, third] = self.date.values;
         if self.date.count == 0 {
             return None;
@@ -493,19 +493,19 @@ impl<'t> Parser<'t> {
             year => year,
         };
         let is_in_range = (1..=12).contains(&month) && is_day(day) && year.abs() <= MAX_YEAR;
-        is_in_range.then(|| days_before(year, month) + day - 1)
+        is_in_range.then(|| days_to_month(year, month) + day - 1)
     }
 
     /// The offset of the zone from UTC in seconds. V8 computes it in 32 bits and rejects the top bit.
-    fn zone(&self) -> Option<i64> {
+    fn zone_seconds(&self) -> Option<i64> {
         let (hours, minutes) = (self.zone_hours.unwrap_or(0), self.zone_minutes.unwrap_or(0));
         let seconds = (hours * 3600 + minutes * 60) % (1 << 32);
         (seconds < 1 << 31).then_some(self.zone_sign * seconds)
     }
 
-    fn milliseconds(&self) -> Option<i64> {
+    fn time_milliseconds(&self) -> Option<i64> {
         let [mut hour, minute, second, millisecond] = self.time.values;
-        if let Some(hours) = self.half_day {
+        if let Some(hours) = self.am_pm_hours {
             if hour > 12 {
                 return None;
             }
@@ -519,7 +519,7 @@ impl<'t> Parser<'t> {
 }
 
 /// Milliseconds from the digits after the decimal point.
-fn fraction(value: i64, digits: usize) -> i64 {
+fn fraction_to_milliseconds(value: i64, digits: usize) -> i64 {
     let shift = |by: usize| (0..by).fold(1, |power, _| power * 10);
     match digits {
         0..3 => value * shift(3 - digits),
@@ -529,7 +529,7 @@ fn fraction(value: i64, digits: usize) -> i64 {
 }
 
 /// Days from 1970 to the first of a month, in the Gregorian calendar.
-fn days_before(year: i64, month: i64) -> i64 {
+fn days_to_month(year: i64, month: i64) -> i64 {
     // Years are counted from March, so that the leap day is the last day.
     let year = if month < 3 { year - 1 } else { year };
     let months = (month + 9) % 12;

@@ -8,37 +8,37 @@
 
 mod words;
 
-use self::words::{in_list, quoted};
-use super::bucket::Site;
+use self::words::{membership, quoted};
+use super::bucket::DrawId;
 use super::compile;
-use super::constraint::{self, Compiled};
-use super::context::{Bound, Context, FieldId, Fields};
+use super::constraint::{self, CompiledConstraint};
+use super::context::{BoundContext, Context, FieldId, ContextSchema};
 use super::explanation::{
-    Choice, Constraint, Decision, Explanation, Parameter, Parent, Payload, Placement, Rule,
-    Segment, Share, Strategy, Variant, Variants,
+    SelectionReason, Constraint, Decision, Explanation, Parameter, Parent, Payload, BucketAssignment, Rule,
+    Segment, VariantShare, Strategy, Variant, Variants,
 };
 use super::flag::{self, Flag, FlagId, Outcome};
-use super::problem::{Defect, Part};
-use super::strategy::{self, Compiler, Parts, Terms};
+use super::problem::{Defect, DefinitionPart};
+use super::strategy::{self, StrategyCompiler, StrategySource, ParsedRule};
 use super::variant::{self, Stickiness};
 use crate::wire::features::{self as wire, Document, Loose, Parameters};
 
 /// An engine with the document that it was compiled from, and a context.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Case<'a> {
-    pub(super) fields: &'a Fields,
+pub(super) struct Explainer<'a> {
+    pub(super) schema: &'a ContextSchema,
     pub(super) flags: &'a [Flag],
     pub(super) document: &'a Document,
     pub(super) context: &'a Context<'a>,
 }
 
-impl Case<'_> {
+impl Explainer<'_> {
     /// The outcome of a flag with its explanation.
     pub(super) fn explain(self, id: FlagId) -> (Outcome, Explanation) {
         let feature = &self.document.features()[id.index()];
         let mut defects = Vec::new();
         if self.document.shadowed().contains(feature.name()) {
-            defects.push(Defect::DefinedTwice);
+            defects.push(Defect::DuplicateName);
         }
         let mut explanation = Explanation {
             flag: feature.name().to_string(),
@@ -54,9 +54,9 @@ impl Case<'_> {
             problems: Vec::new(),
         };
         let outcome = match feature.definition() {
-            Ok(definition) => self.defined(definition, &mut explanation, &mut defects),
+            Ok(definition) => self.explain_definition(definition, &mut explanation, &mut defects),
             Err(error) => {
-                defects.push(Defect::Unreadable(error.to_string()));
+                defects.push(Defect::UnreadableDefinition(error.to_string()));
                 Outcome::Off
             }
         };
@@ -65,34 +65,34 @@ impl Case<'_> {
         (outcome, explanation)
     }
 
-    fn defined(
+    fn explain_definition(
         self,
         definition: wire::Definition<'_>,
         explanation: &mut Explanation,
         defects: &mut Vec<Defect>,
     ) -> Outcome {
         explanation.switched_on = definition.enabled.or_default().unwrap_or_else(|| {
-            defects.push(Defect::Malformed(Part::Enabled));
+            defects.push(Defect::Malformed(DefinitionPart::Enabled));
             false
         });
         // The schema has all fields of the flag already, so `bound` stays valid as parts are compiled.
-        let mut schema = self.fields.clone();
+        let mut schema = self.schema.clone();
         let bound = schema.bind(schema.read(self.context));
         let mut all_variants = Vec::new();
-        let mut explainer = Desk {
-            compiler: Compiler {
+        let mut explainer = FlagExplainer {
+            compiler: StrategyCompiler {
                 segments: self.document.segments(),
-                fields: &mut schema,
-                table: &mut all_variants,
+                schema: &mut schema,
+                variants: &mut all_variants,
                 defects,
-                site: Site::first_of(&explanation.flag),
+                next_draw_id: DrawId::first_of_flag(&explanation.flag),
             },
             bound: &bound,
             context: self.context,
         };
         let stickiness = strategy::first_stickiness(&definition.variants);
         let (own, variants) =
-            explainer.variants(&definition.variants, &explanation.flag, stickiness);
+            explainer.explain_variants(&definition.variants, &explanation.flag, stickiness);
         explanation.variants = variants;
         let mut chosen = Vec::new();
         let mut is_unconditional = false;
@@ -100,17 +100,17 @@ impl Case<'_> {
             Loose::Is(list) => {
                 is_unconditional = list.is_empty();
                 for source in list {
-                    let (index, strategy) = explainer.strategy(source);
+                    let (index, strategy) = explainer.explain_strategy(source);
                     chosen.push(index);
                     explanation.strategies.push(strategy);
                 }
             }
             Loose::Missing => explainer.compiler.defects.push(Defect::NoStrategies),
             Loose::Malformed => {
-                explainer.compiler.defects.push(Defect::Malformed(Part::Strategies));
+                explainer.compiler.defects.push(Defect::Malformed(DefinitionPart::Strategies));
             }
         }
-        self.parents(definition.dependencies, explanation, defects);
+        self.explain_parents(definition.dependencies, explanation, defects);
 
         let unsatisfied = explanation.parents.iter().position(|parent| !parent.satisfied);
         let matching = explanation.strategies.iter().position(|strategy| strategy.matches);
@@ -126,12 +126,12 @@ impl Case<'_> {
             strategy.reached = true;
         }
         let outcome = match decision {
-            Decision::Everybody => on(own, explanation.variants.as_mut()),
+            Decision::Everybody => outcome_with_variant(own, explanation.variants.as_mut()),
             Decision::Strategy { index } => {
                 let strategy = &mut explanation.strategies[index];
                 match chosen[index] {
-                    Some(variant) => on(Some(variant), strategy.variants.as_mut()),
-                    None => on(own, explanation.variants.as_mut()),
+                    Some(variant) => outcome_with_variant(Some(variant), strategy.variants.as_mut()),
+                    None => outcome_with_variant(own, explanation.variants.as_mut()),
                 }
             }
             Decision::Unreadable
@@ -151,7 +151,7 @@ impl Case<'_> {
         outcome
     }
 
-    fn parents(
+    fn explain_parents(
         self,
         source: Loose<Vec<Loose<wire::Dependency<'_>>>>,
         explanation: &mut Explanation,
@@ -162,12 +162,12 @@ impl Case<'_> {
             Loose::Missing => Vec::new(),
             Loose::Malformed => vec![Loose::Malformed],
         };
-        explanation.parents = list.into_iter().map(|source| self.parent(source, defects)).collect();
+        explanation.parents = list.into_iter().map(|source| self.explain_parent(source, defects)).collect();
     }
 
-    fn parent(self, source: Loose<wire::Dependency<'_>>, defects: &mut Vec<Defect>) -> Parent {
-        let Some(dependency) = compile::dependency(source) else {
-            let defect = Defect::Malformed(Part::Dependency);
+    fn explain_parent(self, source: Loose<wire::Dependency<'_>>, defects: &mut Vec<Defect>) -> Parent {
+        let Some(dependency) = compile::read_dependency(source) else {
+            let defect = Defect::Malformed(DefinitionPart::Dependency);
             let why = defect.to_string();
             defects.push(defect);
             let (flag, wanted_variants) = (String::new(), Vec::new());
@@ -189,12 +189,12 @@ impl Case<'_> {
             why: String::new(),
             explanation: None,
         };
-        let defect = match flag::find(self.flags, &name) {
+        let defect = match flag::find_flag(self.flags, &name) {
             None => Defect::MissingParent(name),
             Some(id) if self.has_parents(id) => Defect::NestedParent(name),
             Some(id) => {
                 let (outcome, explanation) = self.explain(id);
-                parent.satisfied = dependency.admits(&self.flags[id.index()], outcome);
+                parent.satisfied = dependency.is_satisfied_by(&self.flags[id.index()], outcome);
                 parent.why = words::parent(&dependency, &explanation, parent.satisfied);
                 parent.explanation = Some(Box::new(explanation));
                 return parent;
@@ -208,13 +208,13 @@ impl Case<'_> {
     /// Whether a flag depends on others itself.
     fn has_parents(self, id: FlagId) -> bool {
         self.document.features()[id.index()].definition().is_ok_and(|definition| {
-            compile::dependencies(definition.dependencies).is_none_or(|list| !list.is_empty())
+            compile::read_dependencies(definition.dependencies).is_none_or(|list| !list.is_empty())
         })
     }
 }
 
 /// The outcome of a flag that is on, with the selected variant of `list`, if any.
-fn on(index: Option<u32>, list: Option<&mut Variants>) -> Outcome {
+fn outcome_with_variant(index: Option<u32>, list: Option<&mut Variants>) -> Outcome {
     let Some(index) = index else { return Outcome::On };
     if let Some(list) = list {
         list.decides = true;
@@ -223,15 +223,15 @@ fn on(index: Option<u32>, list: Option<&mut Variants>) -> Outcome {
 }
 
 /// Compiles and evaluates the parts of one flag.
-struct Desk<'c, 'b, 'v> {
-    compiler: Compiler<'c>,
-    bound: &'b Bound<'v>,
+struct FlagExplainer<'c, 'b, 'v> {
+    compiler: StrategyCompiler<'c>,
+    bound: &'b BoundContext<'v>,
     context: &'b Context<'v>,
 }
 
-impl Desk<'_, '_, '_> {
+impl FlagExplainer<'_, '_, '_> {
     /// Explains a strategy. Also returns the variant selected from the strategy's list, if any.
-    fn strategy(&mut self, source: &Loose<wire::Strategy<'_>>) -> (Option<u32>, Strategy) {
+    fn explain_strategy(&mut self, source: &Loose<wire::Strategy<'_>>) -> (Option<u32>, Strategy) {
         let text = |text: &Loose<wire::Text<'_>>| text.clone().is().map(String::from);
         let mut explained = Strategy {
             name: String::new(),
@@ -250,25 +250,25 @@ impl Desk<'_, '_, '_> {
             explained.title = text(&strategy.title).filter(|title| !title.is_empty());
             explained.disabled = strategy.disabled.is().unwrap_or_default();
         }
-        let Some(Parts { strategy, name, parameters }) = Parts::read(source) else {
-            explained.why = self.complain(Defect::Malformed(Part::Strategy));
+        let Some(StrategySource { strategy, name, parameters }) = StrategySource::parse(source) else {
+            explained.why = self.report_problem(Defect::Malformed(DefinitionPart::Strategy));
             return (None, explained);
         };
         let mut obstacles = Vec::new();
-        match self.constraints(&strategy.constraints, Part::Strategy) {
+        match self.explain_constraints(&strategy.constraints, DefinitionPart::Strategy) {
             Ok(constraints) => explained.constraints = constraints,
             Err(problem) => obstacles.push(problem),
         }
         let failing = explained.constraints.iter().filter(|constraint| !constraint.holds);
         obstacles.extend(failing.map(|it| format!("the constraint fails: {}", it.why)));
         match &strategy.segments {
-            Loose::Is(ids) => explained.segments = ids.iter().map(|id| self.segment(*id)).collect(),
+            Loose::Is(ids) => explained.segments = ids.iter().map(|id| self.explain_segment(*id)).collect(),
             Loose::Missing => {}
-            Loose::Malformed => obstacles.push(self.complain(Defect::Malformed(Part::Strategy))),
+            Loose::Malformed => obstacles.push(self.report_problem(Defect::Malformed(DefinitionPart::Strategy))),
         }
         let failing = explained.segments.iter().filter(|segment| !segment.holds);
         obstacles.extend(failing.map(|segment| segment.why.clone()));
-        let rule = self.rule(name, parameters);
+        let rule = self.explain_rule(name, parameters);
         if !rule.holds {
             obstacles.push(rule.why.clone());
         }
@@ -280,43 +280,43 @@ impl Desk<'_, '_, '_> {
         explained.rule = Some(rule);
         let group = strategy::variant_group(parameters);
         let stickiness = strategy::variant_stickiness(strategy, parameters);
-        let (chosen, variants) = self.variants(&strategy.variants, group, stickiness);
+        let (chosen, variants) = self.explain_variants(&strategy.variants, group, stickiness);
         explained.variants = variants;
         (chosen, explained)
     }
 
     /// Adds a defect and returns its text.
-    fn complain(&mut self, defect: Defect) -> String {
+    fn report_problem(&mut self, defect: Defect) -> String {
         let text = defect.to_string();
         self.compiler.defects.push(defect);
         text
     }
 
     /// The text of the defects after the first `before`, if any.
-    fn complaints(&self, before: usize) -> Option<String> {
+    fn problems_since(&self, before: usize) -> Option<String> {
         let defects = &self.compiler.defects[before..];
         let texts: Vec<String> = defects.iter().map(ToString::to_string).collect();
         (!texts.is_empty()).then(|| texts.join("; "))
     }
 
     /// Explains a list of constraints. Fails with the text of the defect if the list is malformed.
-    fn constraints(
+    fn explain_constraints(
         &mut self,
         source: &Loose<Vec<Loose<wire::Constraint<'_>>>>,
-        part: Part,
+        part: DefinitionPart,
     ) -> Result<Vec<Constraint>, String> {
         match source {
-            Loose::Is(list) => Ok(list.iter().map(|source| self.constraint(source)).collect()),
+            Loose::Is(list) => Ok(list.iter().map(|source| self.explain_constraint(source)).collect()),
             Loose::Missing => Ok(Vec::new()),
-            Loose::Malformed => Err(self.complain(Defect::Malformed(part))),
+            Loose::Malformed => Err(self.report_problem(Defect::Malformed(part))),
         }
     }
 
-    fn constraint(&mut self, source: &Loose<wire::Constraint<'_>>) -> Constraint {
+    fn explain_constraint(&mut self, source: &Loose<wire::Constraint<'_>>) -> Constraint {
         let before = self.compiler.defects.len();
-        let Compiler { fields: schema, defects, .. } = &mut self.compiler;
+        let StrategyCompiler { schema, defects, .. } = &mut self.compiler;
         let compiled = constraint::Constraint::compile(source, schema, defects);
-        let problem = self.complaints(before);
+        let problem = self.problems_since(before);
         let mut explained = Constraint {
             field: String::new(),
             operator: String::new(),
@@ -325,9 +325,9 @@ impl Desk<'_, '_, '_> {
             case_insensitive: false,
             context_value: None,
             holds: match &compiled {
-                Compiled::Always => true,
-                Compiled::Never => false,
-                Compiled::Test(test) => test.holds(self.bound),
+                CompiledConstraint::Always => true,
+                CompiledConstraint::Never => false,
+                CompiledConstraint::Test(test) => test.is_satisfied(self.bound),
             },
             why: String::new(),
         };
@@ -336,35 +336,35 @@ impl Desk<'_, '_, '_> {
             explained.field = text(&source.context_name).unwrap_or_default();
             explained.operator = text(&source.operator).unwrap_or_default();
             explained.values = match &source.values {
-                Loose::Is(list) if constraint::takes_list(&explained.operator) => {
+                Loose::Is(list) if constraint::is_list_operator(&explained.operator) => {
                     list.iter().filter_map(text).collect()
                 }
                 _ => text(&source.value).into_iter().collect(),
             };
             explained.inverted = source.inverted.is().unwrap_or_default();
             explained.case_insensitive = source.case_insensitive.is().unwrap_or_default();
-            explained.context_value = if constraint::is_of_time(&explained.operator) {
-                Some(self.time())
+            explained.context_value = if constraint::is_time_operator(&explained.operator) {
+                Some(self.evaluation_time())
             } else {
-                value_of(self.context, &explained.field)
+                context_value(self.context, &explained.field)
             };
         }
-        let is_generated = self.context.session_is_made_up
+        let is_generated = self.context.session_is_generated
             && explained.field == FieldId::SESSION_ID_NAME
-            && !constraint::is_of_time(&explained.operator);
+            && !constraint::is_time_operator(&explained.operator);
         explained.why = words::constraint(&explained, &compiled, problem, is_generated);
         explained
     }
 
     /// The time that date operators compare with, as in the context.
-    fn time(&self) -> String {
+    fn evaluation_time(&self) -> String {
         match self.bound.text(FieldId::CURRENT_TIME) {
             None | Some("") => self.context.now.to_string(),
             Some(time) => time.to_owned(),
         }
     }
 
-    fn segment(&mut self, id: Loose<i64>) -> Segment {
+    fn explain_segment(&mut self, id: Loose<i64>) -> Segment {
         let mut explained = Segment {
             id: id.is(),
             name: None,
@@ -374,16 +374,16 @@ impl Desk<'_, '_, '_> {
             why: String::new(),
         };
         let Loose::Is(id) = id else {
-            explained.why = self.complain(Defect::Malformed(Part::Strategy));
+            explained.why = self.report_problem(Defect::Malformed(DefinitionPart::Strategy));
             return explained;
         };
-        let Some(segment) = self.compiler.segment(id) else {
+        let Some(segment) = self.compiler.find_segment(id) else {
             explained.missing = true;
-            explained.why = self.complain(Defect::MissingSegment(id));
+            explained.why = self.report_problem(Defect::MissingSegment(id));
             return explained;
         };
         explained.name = segment.name().map(String::from);
-        match self.constraints(&segment.constraints(), Part::Segment) {
+        match self.explain_constraints(&segment.constraints(), DefinitionPart::Segment) {
             Ok(constraints) => explained.constraints = constraints,
             Err(problem) => {
                 explained.why = problem;
@@ -403,9 +403,9 @@ impl Desk<'_, '_, '_> {
         explained
     }
 
-    fn rule(&mut self, name: &str, parameters: &Parameters<'_>) -> Rule {
+    fn explain_rule(&mut self, name: &str, parameters: &Parameters<'_>) -> Rule {
         let before = self.compiler.defects.len();
-        let parsed = self.compiler.terms(name, parameters);
+        let parsed = self.compiler.parse_rule(name, parameters);
         let parameter = |(name, value): (&str, Option<&str>)| Parameter {
             name: name.to_owned(),
             value: value.map(str::to_owned),
@@ -417,43 +417,43 @@ impl Desk<'_, '_, '_> {
             holds: false,
             why: String::new(),
         };
-        let Some(Terms { rule, group }) = parsed else {
+        let Some(ParsedRule { rule, group }) = parsed else {
             explained.why = self
-                .complaints(before)
+                .problems_since(before)
                 .unwrap_or_else(|| "its parameters are empty or invalid".to_owned());
             return explained;
         };
-        explained.holds = rule.holds(self.bound);
+        explained.holds = rule.is_satisfied(self.bound);
         let holds = explained.holds;
         explained.why = match &rule {
             strategy::Rule::Always => "it is for everybody".to_owned(),
-            strategy::Rule::Known(field) => {
-                let field = quoted(self.name(*field));
+            strategy::Rule::FieldPresent(field) => {
+                let field = quoted(self.field_name(*field));
                 let verb = if holds { "has" } else { "lacks" };
                 format!("it is for everybody with {field}, which the context {verb}")
             }
             strategy::Rule::Rollout(rollout) => {
                 let stickiness = rollout.stickiness;
                 let bucket = rollout.bucket(self.bound);
-                let placement = self.placement(stickiness, group, bucket, 100);
-                let why = words::share(&placement, rollout.percent, holds);
+                let placement = self.bucket_assignment(stickiness, group, bucket, 100);
+                let why = words::rollout(&placement, rollout.percent, holds);
                 explained.placement = Some(placement);
                 explained.percentage = Some(rollout.percent);
                 why
             }
-            strategy::Rule::Lottery { percent, site } => {
-                let bucket = Some(strategy::lot(self.bound, *site));
-                let placement = self.placement(Stickiness::FirstOf(&[]), None, bucket, 100);
-                let why = words::share(&placement, *percent, holds);
+            strategy::Rule::RandomRollout { percent, site } => {
+                let bucket = Some(strategy::random_percent(self.bound, *site));
+                let placement = self.bucket_assignment(Stickiness::FirstOf(&[]), None, bucket, 100);
+                let why = words::rollout(&placement, *percent, holds);
                 explained.placement = Some(placement);
                 explained.percentage = Some(*percent);
                 why
             }
-            strategy::Rule::Users(_) => self.listed(FieldId::USER_ID, holds),
-            strategy::Rule::Addresses { .. } => self.listed(FieldId::REMOTE_ADDRESS, holds),
-            strategy::Rule::Hosts(_) => match self.bound.hostname() {
+            strategy::Rule::UserIds(_) => self.describe_membership(FieldId::USER_ID, holds),
+            strategy::Rule::RemoteAddresses { .. } => self.describe_membership(FieldId::REMOTE_ADDRESS, holds),
+            strategy::Rule::Hostnames(_) => match self.bound.hostname() {
                 Some(name) => {
-                    format!("the host {} is {}", quoted(name), in_list(holds))
+                    format!("the host {} is {}", quoted(name), membership(holds))
                 }
                 None => "the hostname is unknown".to_owned(),
             },
@@ -461,64 +461,64 @@ impl Desk<'_, '_, '_> {
         explained
     }
 
-    fn listed(&self, field: FieldId, holds: bool) -> String {
+    fn describe_membership(&self, field: FieldId, holds: bool) -> String {
         match self.bound.text(field) {
             Some(value) => {
-                format!("{} {} is {}", quoted(self.name(field)), quoted(value), in_list(holds))
+                format!("{} {} is {}", quoted(self.field_name(field)), quoted(value), membership(holds))
             }
-            None => format!("the context lacks {}", quoted(self.name(field))),
+            None => format!("the context lacks {}", quoted(self.field_name(field))),
         }
     }
 
     /// Explains a list of variants. Also returns the selected one, as an index into all variants of the
     /// flag.
-    fn variants(
+    fn explain_variants(
         &mut self,
         source: &Loose<Vec<Loose<wire::Variant<'_>>>>,
         group: &str,
         stickiness: Option<&str>,
     ) -> (Option<u32>, Option<Variants>) {
-        let choice = self.compiler.choice(source, group, stickiness);
-        let chosen = choice.choose(self.bound);
+        let choice = self.compiler.compile_variants(source, group, stickiness);
+        let chosen = choice.select(self.bound);
         let list = match source {
             Loose::Is(list) if !list.is_empty() => list,
             Loose::Is(_) | Loose::Missing | Loose::Malformed => return (chosen, None),
         };
         let (mut shares, mut total) = (Vec::new(), 0);
         for source in list {
-            if let Some((_, name, weight)) = variant::read(source, total) {
-                shares.push(Share { name: name.to_owned(), weight, first_bucket: total + 1 });
+            if let Some((_, name, weight)) = variant::parse_variant(source, total) {
+                shares.push(VariantShare { name: name.to_owned(), weight, first_bucket: total + 1 });
                 total += weight;
             }
         }
-        let name = chosen.map(|index| self.compiler.table[index as usize].name.to_string());
+        let name = chosen.map(|index| self.compiler.variants[index as usize].name.to_string());
         let selected = name.as_deref().map(quoted).unwrap_or_default();
         let (choice, placement, why) = match &choice {
-            variant::Choice::Nobody => {
-                (Choice::Nobody, None, "no variant has a weight, so none is selected".to_owned())
+            variant::VariantSelection::None => {
+                (SelectionReason::Nobody, None, "no variant has a weight, so none is selected".to_owned())
             }
-            variant::Choice::Everybody(_) => {
+            variant::VariantSelection::Always(_) => {
                 let why = format!(
                     "{selected} is the only variant with a weight, so it is always selected"
                 );
-                (Choice::Everybody, None, why)
+                (SelectionReason::Everybody, None, why)
             }
-            variant::Choice::Lots(weighted) => {
-                if let Some((field, _)) = weighted.overriding(self.bound) {
+            variant::VariantSelection::Weighted(weighted) => {
+                if let Some((field, _)) = weighted.matching_override(self.bound) {
                     let value = self.bound.text(field).unwrap_or_default();
-                    let field = quoted(self.name(field));
+                    let field = quoted(self.field_name(field));
                     let why = format!("{selected} is reserved for {field} {}", quoted(value));
-                    (Choice::Override, None, why)
+                    (SelectionReason::Override, None, why)
                 } else {
                     let bucket = Some(weighted.bucket(self.bound));
-                    let placement = self.placement(
+                    let placement = self.bucket_assignment(
                         weighted.stickiness,
                         Some(group),
                         bucket,
-                        weighted.buckets(),
+                        weighted.bucket_count(),
                     );
-                    let why = format!("{}, which is {selected}'s", words::placement(&placement));
-                    (Choice::Bucket, Some(placement), why)
+                    let why = format!("{}, which is {selected}'s", words::bucket_assignment(&placement));
+                    (SelectionReason::Bucket, Some(placement), why)
                 }
             }
         };
@@ -526,40 +526,40 @@ impl Desk<'_, '_, '_> {
         (chosen, Some(explained))
     }
 
-    fn placement(
+    fn bucket_assignment(
         &self,
         stickiness: Stickiness,
         group: Option<&str>,
         bucket: Option<u32>,
         buckets: u32,
-    ) -> Placement {
-        let source = stickiness.source(self.bound);
+    ) -> BucketAssignment {
+        let source = stickiness.field_and_identifier(self.bound);
         let name = match stickiness {
             Stickiness::FirstOf([]) => "random",
             Stickiness::FirstOf(_) => "default",
-            Stickiness::Field(field) => self.name(field),
+            Stickiness::Field(field) => self.field_name(field),
         };
-        Placement {
+        BucketAssignment {
             stickiness: name.to_owned(),
-            field: source.map(|(field, _)| self.name(field).to_owned()),
+            field: source.map(|(field, _)| self.field_name(field).to_owned()),
             value: source.map(|(_, value)| value.to_owned()),
             drawn: bucket.is_some()
-                && source.is_none_or(|(field, _)| self.bound.values().is_made_up(field)),
+                && source.is_none_or(|(field, _)| self.bound.values().is_generated(field)),
             group: group.map(str::to_owned),
             bucket,
             buckets,
         }
     }
 
-    fn name(&self, field: FieldId) -> &str {
-        &self.compiler.fields.names()[field.index()]
+    fn field_name(&self, field: FieldId) -> &str {
+        &self.compiler.schema.names()[field.index()]
     }
 }
 
 /// The value of any field of a context, even one that no flag reads.
-fn value_of(context: &Context<'_>, name: &str) -> Option<String> {
-    let mut schema = Fields::new();
-    let field = schema.intern(name);
+fn context_value(context: &Context<'_>, name: &str) -> Option<String> {
+    let mut schema = ContextSchema::new();
+    let field = schema.intern_field(name);
     schema.read(context).text(field).map(str::to_owned)
 }
 

@@ -141,7 +141,7 @@ pub struct Rule {
     /// The number of included buckets, of 100; for rollouts only.
     pub percentage: Option<u32>,
     /// The bucket of the context; for rollouts only.
-    pub placement: Option<Placement>,
+    pub placement: Option<BucketAssignment>,
     /// Whether the rule holds.
     pub holds: bool,
     /// The result and its reason in a sentence.
@@ -162,7 +162,7 @@ pub struct Parameter {
 #[derive(Clone, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 #[schemars(rename = "ExplainedPlacement")]
-pub struct Placement {
+pub struct BucketAssignment {
     /// The stickiness: a context field, `random`, or `default` for the first of some fields that the
     /// context has.
     pub stickiness: String,
@@ -229,13 +229,13 @@ pub struct Segment {
 #[schemars(rename = "ExplainedVariants")]
 pub struct Variants {
     /// The variants in their order.
-    pub shares: Vec<Share>,
+    pub shares: Vec<VariantShare>,
     /// The name of the variant that is selected for the context, if any.
     pub chosen: Option<String>,
     /// The reason of the selection.
-    pub choice: Choice,
+    pub choice: SelectionReason,
     /// The bucket of the context; none if the selection does not need one.
-    pub placement: Option<Placement>,
+    pub placement: Option<BucketAssignment>,
     /// Whether the flag's variant is the selected one of this list.
     pub decides: bool,
     /// The selection and its reason in a sentence.
@@ -246,7 +246,7 @@ pub struct Variants {
 #[derive(Clone, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 #[schemars(rename = "ExplainedShare")]
-pub struct Share {
+pub struct VariantShare {
     /// The variant's name.
     pub name: String,
     /// The number of its buckets.
@@ -259,7 +259,7 @@ pub struct Share {
 #[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 #[schemars(rename = "ExplainedChoice")]
-pub enum Choice {
+pub enum SelectionReason {
     /// No variant of the list has a weight, so none is selected.
     Nobody,
     /// Only one variant has a weight and there are no overrides, so it is always selected.

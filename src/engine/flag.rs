@@ -61,7 +61,7 @@ pub struct Flag {
 
 impl Flag {
     /// Whether both are the same instance, because one engine reused the flag of the other.
-    pub fn is(&self, other: &Self) -> bool {
+    pub fn is_same_instance(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.name, &other.name) && Arc::ptr_eq(&self.variants, &other.variants)
     }
 
@@ -104,18 +104,18 @@ impl Flag {
     }
 
     /// The number of possible outcomes. Ordinals are below it.
-    pub fn outcomes(&self) -> usize {
+    pub fn outcome_count(&self) -> usize {
         2 + self.variants.len()
     }
 
     /// The possible outcomes in the order of their ordinals.
-    pub fn each_outcome(&self) -> impl Iterator<Item = Outcome> + use<> {
+    pub fn possible_outcomes(&self) -> impl Iterator<Item = Outcome> + use<> {
         let variants = (0..self.variants.len()).map_while(|it| u32::try_from(it).ok());
         [Outcome::Off, Outcome::On].into_iter().chain(variants.map(Outcome::Variant))
     }
 }
 
 /// The id of the flag with this name, among flags sorted by name.
-pub(super) fn find(flags: &[Flag], name: &str) -> Option<FlagId> {
+pub(super) fn find_flag(flags: &[Flag], name: &str) -> Option<FlagId> {
     flags.binary_search_by(|flag| (*flag.name).cmp(name)).ok().map(FlagId::new)
 }

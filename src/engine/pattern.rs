@@ -25,10 +25,10 @@ fn translate(pattern: &str) -> String {
     let mut in_class = false;
     while let Some(next) = rest.chars().next() {
         let taken = match next {
-            '\\' => escape(rest, in_class, &mut out),
+            '\\' => write_escape(rest, in_class, &mut out),
             '[' if !in_class => {
                 in_class = true;
-                class_start(rest, &mut out)
+                write_class_start(rest, &mut out)
             }
             // A named class such as `[:alpha:]`.
             '[' if rest.starts_with("[:") && rest.contains(":]") => {
@@ -58,7 +58,7 @@ fn translate(pattern: &str) -> String {
 
 /// Copies `[`, a negation, and a `]` in the first position, where it is a member of the class. Returns
 /// the number of bytes read.
-fn class_start(rest: &str, out: &mut String) -> usize {
+fn write_class_start(rest: &str, out: &mut String) -> usize {
     let open = if rest.starts_with("[^") { "[^" } else { "[" };
     out.push_str(open);
     if rest[open.len()..].starts_with(']') {
@@ -68,7 +68,7 @@ fn class_start(rest: &str, out: &mut String) -> usize {
     open.len()
 }
 
-fn escape(rest: &str, in_class: bool, out: &mut String) -> usize {
+fn write_escape(rest: &str, in_class: bool, out: &mut String) -> usize {
     let Some(escaped) = rest[1..].chars().next() else {
         out.push('\\');
         return 1;

@@ -30,19 +30,19 @@ impl fmt::Display for Problem {
 pub enum Defect {
     /// Several flags have this name.
     #[error("defined more than once; the last definition is used")]
-    DefinedTwice,
+    DuplicateName,
     /// The name of the flag cannot be read.
     #[error("unreadable, so it is left out: {}", Excerpt::of(.0))]
-    LeftOut(String),
+    UnreadableName(String),
     /// The definition as a whole cannot be read.
     #[error("unreadable, so it is off: {}", Excerpt::of(.0))]
-    Unreadable(String),
+    UnreadableDefinition(String),
     /// There is no list of strategies.
     #[error("no list of strategies, so it is off; an empty list turns it on for everybody")]
     NoStrategies,
     /// One part has the wrong shape.
     #[error("malformed {0}")]
-    Malformed(Part),
+    Malformed(DefinitionPart),
     /// The kind of a strategy is unknown.
     #[error("unknown strategy `{}` never matches", Excerpt::of(.0))]
     UnknownStrategy(String),
@@ -54,7 +54,7 @@ pub enum Defect {
     UnknownOperator(String),
     /// A constraint's operand is not valid for its operator.
     #[error("{operator} cannot compare with `{}`", Excerpt::of(operand))]
-    Operand {
+    InvalidOperand {
         /// The operator.
         operator: &'static str,
         /// The operand.
@@ -62,7 +62,7 @@ pub enum Defect {
     },
     /// A rollout's percentage is not a number.
     #[error("`{}` is not a percentage, so its strategy never matches", Excerpt::of(.0))]
-    Percentage(String),
+    InvalidPercentage(String),
     /// The flag depends on a missing flag.
     #[error("depends on `{}`, which is missing, so it is off", Excerpt::of(.0))]
     MissingParent(String),
@@ -73,7 +73,7 @@ pub enum Defect {
 
 /// The parts of a definition that can have the wrong shape.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Part {
+pub enum DefinitionPart {
     /// `enabled`, without which a flag is off.
     Enabled,
     /// The list of strategies, without which a flag is off.
@@ -94,7 +94,7 @@ pub enum Part {
     Dependency,
 }
 
-impl fmt::Display for Part {
+impl fmt::Display for DefinitionPart {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Enabled => "`enabled`: the flag is off",

@@ -72,7 +72,7 @@ pub(super) fn comma_list(text: &str) -> impl Iterator<Item = &str> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Version<P> {
     core: [u64; 3],
-    pre: P,
+    pre_release: P,
 }
 
 impl<'a> Version<&'a str> {
@@ -86,33 +86,33 @@ impl<'a> Version<&'a str> {
             Some((core, pre)) => (core, Some(pre)),
             None => (text, None),
         };
-        let mut numerals = core.split('.').map(numeral);
+        let mut numerals = core.split('.').map(version_number);
         let core = [numerals.next()??, numerals.next()??, numerals.next()??];
         let well_formed = numerals.next().is_none()
             && build.is_none_or(|build| build.split('.').all(is_identifier))
             && pre.is_none_or(|pre| pre.split('.').all(is_pre_release));
-        well_formed.then(|| Self { core, pre: pre.unwrap_or("") })
+        well_formed.then(|| Self { core, pre_release: pre.unwrap_or("") })
     }
 
     /// The same version, independent of the text that it was parsed from.
     pub(super) fn into_owned(self) -> Version<Box<str>> {
-        Version { core: self.core, pre: self.pre.into() }
+        Version { core: self.core, pre_release: self.pre_release.into() }
     }
 }
 
 impl<P: AsRef<str>> Version<P> {
     /// Orders by precedence: a pre-release comes before its release.
     pub(super) fn compare<Q: AsRef<str>>(&self, other: &Version<Q>) -> Ordering {
-        self.core.cmp(&other.core).then_with(|| match (self.pre.as_ref(), other.pre.as_ref()) {
+        self.core.cmp(&other.core).then_with(|| match (self.pre_release.as_ref(), other.pre_release.as_ref()) {
             ("", "") => Ordering::Equal,
             ("", _) => Ordering::Greater,
             (_, "") => Ordering::Less,
-            (ours, theirs) => compare_pre(ours, theirs),
+            (ours, theirs) => compare_pre_release(ours, theirs),
         })
     }
 }
 
-fn compare_pre(ours: &str, theirs: &str) -> Ordering {
+fn compare_pre_release(ours: &str, theirs: &str) -> Ordering {
     let mut theirs = theirs.split('.');
     for our in ours.split('.') {
         let Some(their) = theirs.next() else {
@@ -132,7 +132,7 @@ fn compare_pre(ours: &str, theirs: &str) -> Ordering {
     if theirs.next().is_some() { Ordering::Less } else { Ordering::Equal }
 }
 
-fn numeral(text: &str) -> Option<u64> {
+fn version_number(text: &str) -> Option<u64> {
     let plain = is_numeric(text) && (text.len() == 1 || !text.starts_with('0'));
     plain.then(|| text.parse().ok())?
 }

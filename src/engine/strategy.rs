@@ -5,13 +5,13 @@
 
 use ipnet::IpNet;
 
-use super::bucket::{self, Prefix, ROLLOUT_SEED, Site};
-use super::constraint::{Compiled, Constraint};
-use super::context::{Bound, FieldId, Fields, Set, Slot};
-use super::problem::{Defect, Part};
-use super::reads::Reads;
+use super::bucket::{self, HashPrefix, ROLLOUT_SEED, DrawId};
+use super::constraint::{CompiledConstraint, Constraint};
+use super::context::{BoundContext, FieldId, ContextSchema, StringSet, ParsedSlot};
+use super::problem::{Defect, DefinitionPart};
+use super::reads::EvaluationInputs;
 use super::scalar;
-use super::variant::{self, Choice, Stickiness, Variant};
+use super::variant::{self, VariantSelection, Stickiness, Variant};
 use crate::wire::features::{self as wire, Loose, Parameters};
 
 /// A strategy that can match.
@@ -19,7 +19,7 @@ use crate::wire::features::{self as wire, Loose, Parameters};
 pub(super) struct Strategy {
     constraints: Box<[Constraint]>,
     rule: Rule,
-    variants: Choice,
+    variants: VariantSelection,
 }
 
 /// The condition of a kind of strategy besides its constraints.
@@ -27,19 +27,19 @@ pub(super) struct Strategy {
 pub(super) enum Rule {
     Always,
     /// The field is present and not empty: a rollout of 100 %.
-    Known(FieldId),
+    FieldPresent(FieldId),
     Rollout(Rollout),
-    Lottery {
+    RandomRollout {
         percent: u32,
-        site: Site,
+        site: DrawId,
     },
-    Users(Set),
-    Addresses {
-        texts: Set,
-        slot: Slot,
+    UserIds(StringSet),
+    RemoteAddresses {
+        texts: StringSet,
+        slot: ParsedSlot,
         ranges: Box<[IpNet]>,
     },
-    Hosts(Box<[Box<str>]>),
+    Hostnames(Box<[Box<str>]>),
 }
 
 /// A percentage of the contexts that have an identifier. With [`Stickiness::FirstOf`] a context without
@@ -47,15 +47,15 @@ pub(super) enum Rule {
 #[derive(Debug, Clone)]
 pub(super) struct Rollout {
     pub(super) stickiness: Stickiness,
-    prefix: Prefix,
+    prefix: HashPrefix,
     /// The number of included buckets, of 100.
     pub(super) percent: u32,
-    site: Site,
+    draw_id: DrawId,
 }
 
 /// The rule of a strategy, parsed from its kind and parameters.
 #[derive(Debug)]
-pub(super) struct Terms<'p> {
+pub(super) struct ParsedRule<'p> {
     /// The rule as it is written. It may be one that is always or never satisfied.
     pub(super) rule: Rule,
     /// The group id of a rollout, which is hashed with identifiers.
@@ -63,63 +63,63 @@ pub(super) struct Terms<'p> {
 }
 
 /// The default stickiness of rollouts. A context without any of these is placed at random.
-const DEFAULT: &[FieldId] = &[FieldId::USER_ID, FieldId::SESSION_ID];
+const DEFAULT_STICKINESS: &[FieldId] = &[FieldId::USER_ID, FieldId::SESSION_ID];
 
 /// Compiles the strategies and variants of one flag.
 #[derive(Debug)]
-pub(super) struct Compiler<'c> {
+pub(super) struct StrategyCompiler<'c> {
     pub(super) segments: &'c [wire::Segment],
-    pub(super) fields: &'c mut Fields,
-    pub(super) table: &'c mut Vec<Variant>,
+    pub(super) schema: &'c mut ContextSchema,
+    pub(super) variants: &'c mut Vec<Variant>,
     pub(super) defects: &'c mut Vec<Defect>,
     /// The id of the flag's next random draw.
-    pub(super) site: Site,
+    pub(super) next_draw_id: DrawId,
 }
 
-impl<'c> Compiler<'c> {
+impl<'c> StrategyCompiler<'c> {
     /// Compiles a strategy; `None` if it can never match.
-    pub(super) fn strategy(&mut self, source: &Loose<wire::Strategy<'_>>) -> Option<Strategy> {
-        let Some(Parts { strategy, name, parameters }) = Parts::read(source) else {
-            self.defects.push(Defect::Malformed(Part::Strategy));
+    pub(super) fn compile_strategy(&mut self, source: &Loose<wire::Strategy<'_>>) -> Option<Strategy> {
+        let Some(StrategySource { strategy, name, parameters }) = StrategySource::parse(source) else {
+            self.defects.push(Defect::Malformed(DefinitionPart::Strategy));
             return None;
         };
         // Compiles everything before returning, so that every defect is reported.
-        let constraints = self.constraints(strategy);
-        let rule = self.terms(name, parameters).and_then(|it| it.rule.simplify());
-        let variants = self.variants(strategy, parameters);
+        let constraints = self.compile_constraints(strategy);
+        let rule = self.parse_rule(name, parameters).and_then(|it| it.rule.simplify());
+        let variants = self.compile_strategy_variants(strategy, parameters);
         Some(Strategy { constraints: constraints?, rule: rule?, variants })
     }
 
     /// Compiles a list of variants of this flag.
-    pub(super) fn choice(
+    pub(super) fn compile_variants(
         &mut self,
         source: &Loose<Vec<Loose<wire::Variant<'_>>>>,
         group: &str,
         stickiness: Option<&str>,
-    ) -> Choice {
+    ) -> VariantSelection {
         let source = match source {
             Loose::Is(list) => &list[..],
             Loose::Missing => &[],
             Loose::Malformed => &[Loose::Malformed],
         };
-        let draw_id = self.site.take();
-        variant::compile(source, group, stickiness, draw_id, self.table, self.fields, self.defects)
+        let draw_id = self.next_draw_id.take_next();
+        variant::compile(source, group, stickiness, draw_id, self.variants, self.schema, self.defects)
     }
 
     /// The constraints with those of the segments, cheap ones first; `None` if they are never satisfied.
-    fn constraints(&mut self, strategy: &wire::Strategy<'_>) -> Option<Box<[Constraint]>> {
+    fn compile_constraints(&mut self, strategy: &wire::Strategy<'_>) -> Option<Box<[Constraint]>> {
         let mut tests = Some(Vec::new());
-        self.add_constraints(&strategy.constraints, Part::Strategy, &mut tests);
+        self.add_constraints(&strategy.constraints, DefinitionPart::Strategy, &mut tests);
         match &strategy.segments {
             Loose::Is(ids) => {
                 for id in ids {
                     let Loose::Is(id) = id else {
-                        self.defects.push(Defect::Malformed(Part::Strategy));
+                        self.defects.push(Defect::Malformed(DefinitionPart::Strategy));
                         tests = None;
                         continue;
                     };
-                    if let Some(segment) = self.segment(*id) {
-                        self.add_constraints(&segment.constraints(), Part::Segment, &mut tests);
+                    if let Some(segment) = self.find_segment(*id) {
+                        self.add_constraints(&segment.constraints(), DefinitionPart::Segment, &mut tests);
                     } else {
                         self.defects.push(Defect::MissingSegment(*id));
                         tests = None;
@@ -128,7 +128,7 @@ impl<'c> Compiler<'c> {
             }
             Loose::Missing => {}
             Loose::Malformed => {
-                self.defects.push(Defect::Malformed(Part::Strategy));
+                self.defects.push(Defect::Malformed(DefinitionPart::Strategy));
                 tests = None;
             }
         }
@@ -138,7 +138,7 @@ impl<'c> Compiler<'c> {
     }
 
     /// The segment with this id.
-    pub(super) fn segment(&self, id: i64) -> Option<&'c wire::Segment> {
+    pub(super) fn find_segment(&self, id: i64) -> Option<&'c wire::Segment> {
         let at = self.segments.binary_search_by_key(&id, wire::Segment::id).ok()?;
         Some(&self.segments[at])
     }
@@ -146,16 +146,16 @@ impl<'c> Compiler<'c> {
     fn add_constraints(
         &mut self,
         source: &Loose<Vec<Loose<wire::Constraint<'_>>>>,
-        part: Part,
+        part: DefinitionPart,
         tests: &mut Option<Vec<Constraint>>,
     ) {
         match source {
             Loose::Is(list) => {
                 for constraint in list {
-                    match Constraint::compile(constraint, self.fields, self.defects) {
-                        Compiled::Always => {}
-                        Compiled::Never => *tests = None,
-                        Compiled::Test(test) => {
+                    match Constraint::compile(constraint, self.schema, self.defects) {
+                        CompiledConstraint::Always => {}
+                        CompiledConstraint::Never => *tests = None,
+                        CompiledConstraint::Test(test) => {
                             if let Some(tests) = tests {
                                 tests.push(test);
                             }
@@ -172,11 +172,11 @@ impl<'c> Compiler<'c> {
     }
 
     /// Parses the rule of a strategy; `None` if its parameters are invalid or can never match.
-    pub(super) fn terms<'p>(
+    pub(super) fn parse_rule<'p>(
         &mut self,
         name: &str,
         parameters: &'p Parameters<'_>,
-    ) -> Option<Terms<'p>> {
+    ) -> Option<ParsedRule<'p>> {
         let text = |name| parameters.find(name).or_default();
         let rule = match name {
             "default" => Rule::Always,
@@ -185,22 +185,22 @@ impl<'c> Compiler<'c> {
                 // The Node SDK and Unleash itself do not fall back to the flag's name.
                 let group = parameters.find("groupId").is().unwrap_or_default();
                 let stickiness = match text("stickiness")? {
-                    "" | "default" => Stickiness::FirstOf(DEFAULT),
+                    "" | "default" => Stickiness::FirstOf(DEFAULT_STICKINESS),
                     "random" => Stickiness::FirstOf(&[]),
-                    field => Stickiness::Field(self.fields.intern(field)),
+                    field => Stickiness::Field(self.schema.intern_field(field)),
                 };
                 return Some(self.rollout(stickiness, group, percent));
             }
-            "gradualRolloutUserId" => return self.gradual(parameters, FieldId::USER_ID),
-            "gradualRolloutSessionId" => return self.gradual(parameters, FieldId::SESSION_ID),
+            "gradualRolloutUserId" => return self.gradual_rollout(parameters, FieldId::USER_ID),
+            "gradualRolloutSessionId" => return self.gradual_rollout(parameters, FieldId::SESSION_ID),
             "gradualRolloutRandom" => {
                 let percent = self.percent(parameters, "percentage")?;
-                Rule::Lottery { percent, site: self.site.take() }
+                Rule::RandomRollout { percent, site: self.next_draw_id.take_next() }
             }
             "userWithId" => {
                 let users = text("userIds")?;
                 let users = (!users.is_empty()).then(|| scalar::comma_list(users));
-                Rule::Users(Set::new(self.fields, users.into_iter().flatten()))
+                Rule::UserIds(StringSet::new(self.schema, users.into_iter().flatten()))
             }
             "remoteAddress" => {
                 let addresses = text("IPs")?;
@@ -209,10 +209,10 @@ impl<'c> Compiler<'c> {
                 }
                 // Equal texts match as in the Node SDK, networks of IPv4 and IPv6 as in Unleash Edge.
                 let networks = addresses.split(',').map(str::trim).filter_map(scalar::network);
-                Rule::Addresses {
+                Rule::RemoteAddresses {
                     ranges: networks.collect(),
-                    texts: Set::new(self.fields, scalar::comma_list(addresses)),
-                    slot: self.fields.address(FieldId::REMOTE_ADDRESS),
+                    texts: StringSet::new(self.schema, scalar::comma_list(addresses)),
+                    slot: self.schema.address_slot(FieldId::REMOTE_ADDRESS),
                 }
             }
             "applicationHostname" => {
@@ -220,34 +220,34 @@ impl<'c> Compiler<'c> {
                 if hosts.is_empty() {
                     return None;
                 }
-                Rule::Hosts(scalar::comma_list(&hosts).map(Box::from).collect())
+                Rule::Hostnames(scalar::comma_list(&hosts).map(Box::from).collect())
             }
             unknown => {
                 self.defects.push(Defect::UnknownStrategy(unknown.to_owned()));
                 return None;
             }
         };
-        Some(Terms { rule, group: None })
+        Some(ParsedRule { rule, group: None })
     }
 
     /// The older rollouts that `flexibleRollout` replaced. Their group is empty by default.
-    fn gradual<'p>(&mut self, parameters: &'p Parameters<'_>, field: FieldId) -> Option<Terms<'p>> {
+    fn gradual_rollout<'p>(&mut self, parameters: &'p Parameters<'_>, field: FieldId) -> Option<ParsedRule<'p>> {
         let percent = self.percent(parameters, "percentage")?;
         let group = parameters.find("groupId").or_default()?;
         Some(self.rollout(Stickiness::Field(field), group, percent))
     }
 
-    fn rollout<'p>(&mut self, stickiness: Stickiness, group: &'p str, percent: u32) -> Terms<'p> {
-        let prefix = Prefix::new(group, ROLLOUT_SEED);
-        let rollout = Rollout { stickiness, prefix, percent, site: self.site.take() };
-        Terms { rule: Rule::Rollout(rollout), group: Some(group) }
+    fn rollout<'p>(&mut self, stickiness: Stickiness, group: &'p str, percent: u32) -> ParsedRule<'p> {
+        let prefix = HashPrefix::new(group, ROLLOUT_SEED);
+        let rollout = Rollout { stickiness, prefix, percent, draw_id: self.next_draw_id.take_next() };
+        ParsedRule { rule: Rule::Rollout(rollout), group: Some(group) }
     }
 
     /// A percentage as a number of buckets, of 100.
     fn percent(&mut self, parameters: &Parameters<'_>, name: &str) -> Option<u32> {
         let text = parameters.find(name).is();
         let Some(percent) = text.and_then(scalar::number) else {
-            self.defects.push(Defect::Percentage(text.unwrap_or_default().to_owned()));
+            self.defects.push(Defect::InvalidPercentage(text.unwrap_or_default().to_owned()));
             return None;
         };
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 to 100")]
@@ -256,22 +256,22 @@ impl<'c> Compiler<'c> {
     }
 
     /// Compiles the strategy's own variants.
-    fn variants(&mut self, strategy: &wire::Strategy<'_>, parameters: &Parameters<'_>) -> Choice {
+    fn compile_strategy_variants(&mut self, strategy: &wire::Strategy<'_>, parameters: &Parameters<'_>) -> VariantSelection {
         let stickiness = variant_stickiness(strategy, parameters);
-        self.choice(&strategy.variants, variant_group(parameters), stickiness)
+        self.compile_variants(&strategy.variants, variant_group(parameters), stickiness)
     }
 }
 
 /// A strategy with its name and parameters.
-pub(super) struct Parts<'s, 'a> {
+pub(super) struct StrategySource<'s, 'a> {
     pub(super) strategy: &'s wire::Strategy<'a>,
     pub(super) name: &'s str,
     pub(super) parameters: &'s Parameters<'a>,
 }
 
-impl<'s, 'a> Parts<'s, 'a> {
+impl<'s, 'a> StrategySource<'s, 'a> {
     /// The strategy, if name and parameters are well-formed.
-    pub(super) fn read(source: &'s Loose<wire::Strategy<'a>>) -> Option<Self> {
+    pub(super) fn parse(source: &'s Loose<wire::Strategy<'a>>) -> Option<Self> {
         let Loose::Is(strategy) = source else {
             return None;
         };
@@ -318,8 +318,8 @@ pub(super) fn variant_stickiness<'p>(
 
 impl Strategy {
     /// A strategy that matches every context, for a flag with an empty list of strategies.
-    pub(super) fn everybody() -> Self {
-        Self { constraints: Box::default(), rule: Rule::Always, variants: Choice::Nobody }
+    pub(super) fn unconditional() -> Self {
+        Self { constraints: Box::default(), rule: Rule::Always, variants: VariantSelection::None }
     }
 
     /// Whether it matches every context.
@@ -328,27 +328,27 @@ impl Strategy {
     }
 
     /// Whether a bucket decides the match or the variant.
-    pub(super) fn splits(&self) -> bool {
-        matches!(self.rule, Rule::Rollout(_) | Rule::Lottery { .. }) || self.variants.splits()
+    pub(super) fn is_bucketed(&self) -> bool {
+        matches!(self.rule, Rule::Rollout(_) | Rule::RandomRollout { .. }) || self.variants.is_bucketed()
     }
 
     /// The selection among its own variants.
-    pub(super) fn variants(&self) -> &Choice {
+    pub(super) fn variants(&self) -> &VariantSelection {
         &self.variants
     }
 
     /// Whether it matches this context.
-    pub(super) fn matches(&self, bound: &Bound<'_>) -> bool {
-        self.constraints.iter().all(|constraint| constraint.holds(bound)) && self.rule.holds(bound)
+    pub(super) fn matches(&self, bound: &BoundContext<'_>) -> bool {
+        self.constraints.iter().all(|constraint| constraint.is_satisfied(bound)) && self.rule.is_satisfied(bound)
     }
 
     /// Adds everything that it depends on to `inputs`.
-    pub(super) fn note_reads(&self, inputs: &mut Reads) {
+    pub(super) fn collect_inputs(&self, inputs: &mut EvaluationInputs) {
         for constraint in &self.constraints {
-            constraint.note_reads(inputs);
+            constraint.collect_inputs(inputs);
         }
-        self.rule.note_reads(inputs);
-        self.variants.note_reads(inputs);
+        self.rule.collect_inputs(inputs);
+        self.variants.collect_inputs(inputs);
     }
 }
 
@@ -356,72 +356,72 @@ impl Rule {
     /// The simplest equivalent rule; `None` if it is never satisfied.
     fn simplify(self) -> Option<Self> {
         match self {
-            Self::Rollout(Rollout { percent: 0, .. }) | Self::Lottery { percent: 0, .. } => None,
-            Self::Lottery { percent: 100, .. } => Some(Self::Always),
+            Self::Rollout(Rollout { percent: 0, .. }) | Self::RandomRollout { percent: 0, .. } => None,
+            Self::RandomRollout { percent: 100, .. } => Some(Self::Always),
             Self::Rollout(Rollout { percent: 100, stickiness, .. }) => Some(match stickiness {
                 Stickiness::FirstOf(_) => Self::Always,
-                Stickiness::Field(field) => Self::Known(field),
+                Stickiness::Field(field) => Self::FieldPresent(field),
             }),
-            Self::Users(users) if users.is_empty() => None,
+            Self::UserIds(users) if users.is_empty() => None,
             rule => Some(rule),
         }
     }
 
     /// Whether the context satisfies the rule.
-    pub(super) fn holds(&self, bound: &Bound<'_>) -> bool {
+    pub(super) fn is_satisfied(&self, bound: &BoundContext<'_>) -> bool {
         match self {
             Self::Always => true,
-            Self::Known(field) => bound.text(*field).is_some_and(|text| !text.is_empty()),
-            Self::Rollout(rollout) => rollout.holds(bound),
-            Self::Lottery { percent, site } => lot(bound, *site) <= *percent,
-            Self::Users(users) => users.contains(bound.symbol(FieldId::USER_ID)),
-            Self::Addresses { texts, slot, ranges } => {
-                texts.contains(bound.symbol(FieldId::REMOTE_ADDRESS))
+            Self::FieldPresent(field) => bound.text(*field).is_some_and(|text| !text.is_empty()),
+            Self::Rollout(rollout) => rollout.is_satisfied(bound),
+            Self::RandomRollout { percent, site } => random_percent(bound, *site) <= *percent,
+            Self::UserIds(users) => users.contains(bound.interned(FieldId::USER_ID)),
+            Self::RemoteAddresses { texts, slot, ranges } => {
+                texts.contains(bound.interned(FieldId::REMOTE_ADDRESS))
                     || bound
                         .address(*slot)
                         .is_some_and(|address| ranges.iter().any(|it| it.contains(&address)))
             }
-            Self::Hosts(hosts) => bound
+            Self::Hostnames(hosts) => bound
                 .hostname()
                 .is_some_and(|name| hosts.iter().any(|host| host.eq_ignore_ascii_case(name))),
         }
     }
 
-    fn note_reads(&self, inputs: &mut Reads) {
+    fn collect_inputs(&self, inputs: &mut EvaluationInputs) {
         match self {
             // The hostname does not change, so it is not part of cache keys.
-            Self::Always | Self::Hosts(_) => {}
-            Self::Known(field) => inputs.presence(*field),
+            Self::Always | Self::Hostnames(_) => {}
+            Self::FieldPresent(field) => inputs.add_presence(*field),
             Self::Rollout(rollout) => match rollout.stickiness {
                 Stickiness::FirstOf(fields) => {
-                    inputs.first_of(fields);
-                    inputs.chance(fields);
+                    inputs.add_first_of(fields);
+                    inputs.add_random_source(fields);
                 }
-                Stickiness::Field(field) => inputs.text(field),
+                Stickiness::Field(field) => inputs.add_text(field),
             },
-            Self::Lottery { .. } => inputs.chance(&[]),
-            Self::Users(_) => inputs.symbol(FieldId::USER_ID),
-            Self::Addresses { .. } => inputs.text(FieldId::REMOTE_ADDRESS),
+            Self::RandomRollout { .. } => inputs.add_random_source(&[]),
+            Self::UserIds(_) => inputs.add_membership(FieldId::USER_ID),
+            Self::RemoteAddresses { .. } => inputs.add_text(FieldId::REMOTE_ADDRESS),
         }
     }
 }
 
 impl Rollout {
-    fn holds(&self, bound: &Bound<'_>) -> bool {
+    fn is_satisfied(&self, bound: &BoundContext<'_>) -> bool {
         self.bucket(bound).is_some_and(|bucket| bucket <= self.percent)
     }
 
     /// The bucket of the context, 1 to 100; `None` if the stickiness field is missing.
-    pub(super) fn bucket(&self, bound: &Bound<'_>) -> Option<u32> {
+    pub(super) fn bucket(&self, bound: &BoundContext<'_>) -> Option<u32> {
         match (self.stickiness.identifier(bound), self.stickiness) {
             (Some(identifier), _) => Some(self.prefix.bucket(identifier, 100)),
-            (None, Stickiness::FirstOf(_)) => Some(lot(bound, self.site)),
+            (None, Stickiness::FirstOf(_)) => Some(random_percent(bound, self.draw_id)),
             (None, Stickiness::Field(_)) => None,
         }
     }
 }
 
 /// A random number from 1 to 100 for this context.
-pub(super) fn lot(bound: &Bound<'_>, draw_id: Site) -> u32 {
-    bucket::draw(bound.draw(), draw_id, 100)
+pub(super) fn random_percent(bound: &BoundContext<'_>, draw_id: DrawId) -> u32 {
+    bucket::random_bucket(bound.random_seed(), draw_id, 100)
 }

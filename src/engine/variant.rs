@@ -1,9 +1,9 @@
 //! Variants of a flag, and the selection among them for a context.
 
-use super::bucket::{self, Prefix, Site, VARIANT_SEED};
-use super::context::{Bound, FieldId, Fields, Set};
-use super::problem::{Defect, Part};
-use super::reads::Reads;
+use super::bucket::{self, HashPrefix, DrawId, VARIANT_SEED};
+use super::context::{BoundContext, FieldId, ContextSchema, StringSet};
+use super::problem::{Defect, DefinitionPart};
+use super::reads::EvaluationInputs;
 use crate::wire::features::{self as wire, Loose};
 
 /// A variant of a flag.
@@ -35,12 +35,12 @@ pub(super) enum Stickiness {
 
 impl Stickiness {
     /// The identifier, if it is present and not empty.
-    pub(super) fn identifier<'a>(self, bound: &Bound<'a>) -> Option<&'a str> {
-        self.source(bound).map(|(_, identifier)| identifier)
+    pub(super) fn identifier<'a>(self, bound: &BoundContext<'a>) -> Option<&'a str> {
+        self.field_and_identifier(bound).map(|(_, identifier)| identifier)
     }
 
     /// The identifier with its field.
-    pub(super) fn source<'a>(self, bound: &Bound<'a>) -> Option<(FieldId, &'a str)> {
+    pub(super) fn field_and_identifier<'a>(self, bound: &BoundContext<'a>) -> Option<(FieldId, &'a str)> {
         let text = |field| Some((field, bound.text(field).filter(|text| !text.is_empty())?));
         match self {
             Self::FirstOf(fields) => fields.iter().find_map(|&field| text(field)),
@@ -51,29 +51,29 @@ impl Stickiness {
 
 /// The selection among a list of variants.
 #[derive(Debug, Clone)]
-pub(super) enum Choice {
+pub(super) enum VariantSelection {
     /// No variant is ever selected.
-    Nobody,
+    None,
     /// This variant is always selected.
-    Everybody(u32),
+    Always(u32),
     /// The selection depends on the context.
-    Lots(Box<Lots>),
+    Weighted(Box<WeightedVariants>),
 }
 
 /// Variants that are selected by overrides, else by weighted buckets.
 #[derive(Debug, Clone)]
-pub(super) struct Lots {
-    overrides: Box<[(FieldId, Set, u32)]>,
+pub(super) struct WeightedVariants {
+    overrides: Box<[(FieldId, StringSet, u32)]>,
     pub(super) stickiness: Stickiness,
-    prefix: Prefix,
-    site: Site,
+    prefix: HashPrefix,
+    draw_id: DrawId,
     /// The last bucket of each variant with a weight. The last entry is the number of buckets.
-    ends: Box<[(u32, u32)]>,
+    bucket_ends: Box<[(u32, u32)]>,
 }
 
 /// The default stickiness of variants. Unlike that of rollouts it includes `remoteAddress`, as in the
 /// Node SDK.
-const DEFAULT: &[FieldId] = &[FieldId::USER_ID, FieldId::SESSION_ID, FieldId::REMOTE_ADDRESS];
+const DEFAULT_STICKINESS: &[FieldId] = &[FieldId::USER_ID, FieldId::SESSION_ID, FieldId::REMOTE_ADDRESS];
 
 /// Compiles a list of variants and appends them to `all_variants` of the flag.
 ///
@@ -83,22 +83,22 @@ pub(super) fn compile(
     source: &[Loose<wire::Variant<'_>>],
     group: &str,
     stickiness: Option<&str>,
-    draw_id: Site,
+    draw_id: DrawId,
     all_variants: &mut Vec<Variant>,
-    schema: &mut Fields,
+    schema: &mut ContextSchema,
     defects: &mut Vec<Defect>,
-) -> Choice {
+) -> VariantSelection {
     let mut ends = Vec::new();
     let mut overrides = Vec::new();
     let mut total = 0_u32;
     for variant in source {
-        let Some((variant, name, weight)) = read(variant, total) else {
-            defects.push(Defect::Malformed(Part::Variant));
+        let Some((variant, name, weight)) = parse_variant(variant, total) else {
+            defects.push(Defect::Malformed(DefinitionPart::Variant));
             continue;
         };
         let index =
             u32::try_from(all_variants.len()).expect("a document has fewer than 2^32 variants");
-        all_variants.push(Variant { name: name.into(), payload: payload(variant, defects) });
+        all_variants.push(Variant { name: name.into(), payload: compile_payload(variant, defects) });
         if weight > 0 {
             total += weight;
             ends.push((total, index));
@@ -106,23 +106,23 @@ pub(super) fn compile(
         compile_overrides(variant, index, &mut overrides, schema, defects);
     }
     match ends[..] {
-        [] => Choice::Nobody,
-        [(_, only)] if overrides.is_empty() => Choice::Everybody(only),
-        _ => Choice::Lots(Box::new(Lots {
+        [] => VariantSelection::None,
+        [(_, only)] if overrides.is_empty() => VariantSelection::Always(only),
+        _ => VariantSelection::Weighted(Box::new(WeightedVariants {
             overrides: overrides.into(),
             stickiness: match stickiness {
-                None | Some("default") => Stickiness::FirstOf(DEFAULT),
-                Some(field) => Stickiness::Field(schema.intern(field)),
+                None | Some("default") => Stickiness::FirstOf(DEFAULT_STICKINESS),
+                Some(field) => Stickiness::Field(schema.intern_field(field)),
             },
-            prefix: Prefix::new(group, VARIANT_SEED),
-            site: draw_id,
-            ends: ends.into(),
+            prefix: HashPrefix::new(group, VARIANT_SEED),
+            draw_id,
+            bucket_ends: ends.into(),
         })),
     }
 }
 
 /// A variant with its name and weight, if both are well-formed and the sum of weights fits 32 bits.
-pub(super) fn read<'w, 'a>(
+pub(super) fn parse_variant<'w, 'a>(
     variant: &'w Loose<wire::Variant<'a>>,
     total: u32,
 ) -> Option<(&'w wire::Variant<'a>, &'w str, u32)> {
@@ -136,14 +136,14 @@ pub(super) fn read<'w, 'a>(
     Some((variant, name, weight))
 }
 
-fn payload(variant: &wire::Variant<'_>, defects: &mut Vec<Defect>) -> Option<Payload> {
+fn compile_payload(variant: &wire::Variant<'_>, defects: &mut Vec<Defect>) -> Option<Payload> {
     match &variant.payload {
         Loose::Missing => None,
         Loose::Is(wire::Payload { kind: Loose::Is(kind), value: Loose::Is(value) }) => {
             Some(Payload { kind: (&**kind).into(), value: (&**value).into() })
         }
         Loose::Is(_) | Loose::Malformed => {
-            defects.push(Defect::Malformed(Part::Payload));
+            defects.push(Defect::Malformed(DefinitionPart::Payload));
             None
         }
     }
@@ -152,8 +152,8 @@ fn payload(variant: &wire::Variant<'_>, defects: &mut Vec<Defect>) -> Option<Pay
 fn compile_overrides(
     variant: &wire::Variant<'_>,
     index: u32,
-    overrides: &mut Vec<(FieldId, Set, u32)>,
-    schema: &mut Fields,
+    overrides: &mut Vec<(FieldId, StringSet, u32)>,
+    schema: &mut ContextSchema,
     defects: &mut Vec<Defect>,
 ) {
     let list = match &variant.overrides {
@@ -171,82 +171,82 @@ fn compile_overrides(
                     Loose::Is(value) => Some(&**value),
                     Loose::Missing | Loose::Malformed => None,
                 });
-                let set = Set::new(schema, values);
+                let set = StringSet::new(schema, values);
                 if !set.is_empty() {
-                    overrides.push((schema.intern(name), set, index));
+                    overrides.push((schema.intern_field(name), set, index));
                 }
             }
             Loose::Is(_) | Loose::Missing | Loose::Malformed => {
-                defects.push(Defect::Malformed(Part::Override));
+                defects.push(Defect::Malformed(DefinitionPart::Override));
             }
         }
     }
 }
 
-impl Choice {
+impl VariantSelection {
     /// Whether a bucket decides the selection.
-    pub(super) fn splits(&self) -> bool {
-        matches!(self, Self::Lots(_))
+    pub(super) fn is_bucketed(&self) -> bool {
+        matches!(self, Self::Weighted(_))
     }
 
     /// The variant for this context, as an index into all variants of the flag.
-    pub(super) fn choose(&self, bound: &Bound<'_>) -> Option<u32> {
+    pub(super) fn select(&self, bound: &BoundContext<'_>) -> Option<u32> {
         match self {
-            Self::Nobody => None,
-            Self::Everybody(index) => Some(*index),
-            Self::Lots(weighted) => weighted.choose(bound),
+            Self::None => None,
+            Self::Always(index) => Some(*index),
+            Self::Weighted(weighted) => weighted.select(bound),
         }
     }
 
     /// Adds everything that the selection depends on to `inputs`.
-    pub(super) fn note_reads(&self, inputs: &mut Reads) {
-        let Self::Lots(weighted) = self else { return };
+    pub(super) fn collect_inputs(&self, inputs: &mut EvaluationInputs) {
+        let Self::Weighted(weighted) = self else { return };
         for (field, ..) in &weighted.overrides {
-            inputs.symbol(*field);
+            inputs.add_membership(*field);
         }
         match weighted.stickiness {
             Stickiness::FirstOf(fields) => {
-                inputs.first_of(fields);
-                inputs.chance(fields);
+                inputs.add_first_of(fields);
+                inputs.add_random_source(fields);
             }
             Stickiness::Field(field) => {
-                inputs.text(field);
-                inputs.chance(&[field]);
+                inputs.add_text(field);
+                inputs.add_random_source(&[field]);
             }
         }
     }
 }
 
-impl Lots {
-    fn choose(&self, bound: &Bound<'_>) -> Option<u32> {
-        if let Some((_, index)) = self.overriding(bound) {
+impl WeightedVariants {
+    fn select(&self, bound: &BoundContext<'_>) -> Option<u32> {
+        if let Some((_, index)) = self.matching_override(bound) {
             return Some(index);
         }
-        self.at(self.bucket(bound))
+        self.variant_in_bucket(self.bucket(bound))
     }
 
     /// The first override that matches this context: its field and its variant.
-    pub(super) fn overriding(&self, bound: &Bound<'_>) -> Option<(FieldId, u32)> {
-        let matches = |(field, set, _): &&(FieldId, Set, u32)| set.contains(bound.symbol(*field));
+    pub(super) fn matching_override(&self, bound: &BoundContext<'_>) -> Option<(FieldId, u32)> {
+        let matches = |(field, set, _): &&(FieldId, StringSet, u32)| set.contains(bound.interned(*field));
         self.overrides.iter().find(matches).map(|&(field, _, index)| (field, index))
     }
 
     /// The bucket of the context, from 1 to [`WeightedVariants::bucket_count`]: by its identifier, or
     /// random without one.
-    pub(super) fn bucket(&self, bound: &Bound<'_>) -> u32 {
+    pub(super) fn bucket(&self, bound: &BoundContext<'_>) -> u32 {
         match self.stickiness.identifier(bound) {
-            Some(identifier) => self.prefix.bucket(identifier, self.buckets()),
-            None => bucket::draw(bound.draw(), self.site, self.buckets()),
+            Some(identifier) => self.prefix.bucket(identifier, self.bucket_count()),
+            None => bucket::random_bucket(bound.random_seed(), self.draw_id, self.bucket_count()),
         }
     }
 
     /// The sum of all weights.
-    pub(super) fn buckets(&self) -> u32 {
-        self.ends.last().map_or(0, |&(end, _)| end)
+    pub(super) fn bucket_count(&self) -> u32 {
+        self.bucket_ends.last().map_or(0, |&(end, _)| end)
     }
 
     /// The variant that a bucket belongs to.
-    pub(super) fn at(&self, bucket: u32) -> Option<u32> {
-        self.ends.iter().find(|&&(end, _)| bucket <= end).map(|&(_, index)| index)
+    pub(super) fn variant_in_bucket(&self, bucket: u32) -> Option<u32> {
+        self.bucket_ends.iter().find(|&&(end, _)| bucket <= end).map(|&(_, index)| index)
     }
 }

@@ -5,9 +5,9 @@ use std::sync::{Arc, OnceLock};
 use bytes::Bytes;
 use tokio::time::Instant;
 
-use super::{log::State, topic::Topic};
+use super::{log::State, topic::SubscriptionKey};
 use crate::{
-    snapshot::{body::Body, body::Coding, cut},
+    snapshot::{body::PreparedBody, body::ContentCoding, filter_document},
     wire::{
         delta::{self, Change, Event, EventId},
         sse,
@@ -15,96 +15,96 @@ use crate::{
 };
 
 /// Event names that SDKs expect.
-const CONNECTED: &str = "unleash-connected";
-const UPDATED: &str = "unleash-updated";
+const CONNECTED_EVENT: &str = "unleash-connected";
+const UPDATED_EVENT: &str = "unleash-updated";
 
 /// The kind of an update.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum News {
+pub enum UpdateKind {
     /// Nothing in the subscription's scope has changed.
-    Nothing,
+    Unchanged,
     /// Changed flags and segments only.
-    Changes,
+    Delta,
     /// The whole state.
-    Everything,
+    Snapshot,
 }
 
 /// The changes from one state to another within a subscription's scope: `{"events":[…]}`.
 #[derive(Debug)]
-pub struct Frame {
-    id: EventId,
-    news: News,
-    told: Instant,
-    body: Arc<Body>,
-    connected: OnceLock<Bytes>,
-    updated: OnceLock<Bytes>,
+pub struct Update {
+    event_id: EventId,
+    kind: UpdateKind,
+    received_at: Instant,
+    body: Arc<PreparedBody>,
+    connected_event: OnceLock<Bytes>,
+    updated_event: OnceLock<Bytes>,
 }
 
-impl Frame {
-    pub(super) fn of(key: &Topic, from: Option<&State>, to: &State) -> Self {
-        let cut = |state: &State| cut(&state.document, &key.projects, &key.filter);
+impl Update {
+    pub(super) fn build(key: &SubscriptionKey, from: Option<&State>, to: &State) -> Self {
+        let cut = |state: &State| filter_document(&state.document, &key.projects, &key.filter);
         let (kind, changes) = match from {
-            None => (News::Everything, vec![Change::Hydration(cut(to))]),
-            Some(from) if from.number == to.number => (News::Nothing, vec![]),
+            None => (UpdateKind::Snapshot, vec![Change::Hydration(cut(to))]),
+            Some(from) if from.id == to.id => (UpdateKind::Unchanged, vec![]),
             Some(from) => {
                 let changes = delta::diff(&cut(from), &cut(to));
-                (if changes.is_empty() { News::Nothing } else { News::Changes }, changes)
+                (if changes.is_empty() { UpdateKind::Unchanged } else { UpdateKind::Delta }, changes)
             }
         };
-        let event_id = key.id(to.number);
+        let event_id = key.event_id(to.id);
         let events: Vec<_> =
             changes.into_iter().map(|change| Event { id: event_id, change }).collect();
-        let body = Arc::new(Body::new(delta::encode(&events).into()));
+        let body = Arc::new(PreparedBody::new(delta::encode(&events).into()));
         let (connected_event, updated_event) = Default::default();
         Self {
-            id: event_id,
-            news: kind,
-            told: to.told,
+            event_id,
+            kind,
+            received_at: to.received_at,
             body,
-            connected: connected_event,
-            updated: updated_event,
+            connected_event,
+            updated_event,
         }
     }
 
     /// The event id of the state that it leads to.
-    pub fn id(&self) -> EventId {
-        self.id
+    pub fn event_id(&self) -> EventId {
+        self.event_id
     }
 
     /// The kind of the update.
-    pub fn news(&self) -> News {
-        self.news
+    pub fn kind(&self) -> UpdateKind {
+        self.kind
     }
 
     /// When the source sent the state.
-    pub fn told(&self) -> Instant {
-        self.told
+    pub fn received_at(&self) -> Instant {
+        self.received_at
     }
 
     /// The events as a body.
-    pub fn body(&self) -> &Arc<Body> {
+    pub fn body(&self) -> &Arc<PreparedBody> {
         &self.body
     }
 
     /// The events as uncompressed JSON.
     pub fn json(&self) -> &[u8] {
-        &self.body.make(Coding::Identity).bytes
+        &self.body.get_or_encode(ContentCoding::Identity).bytes
     }
 
     /// The server-sent event with which a stream begins.
-    pub fn connected(&self) -> Bytes {
-        self.connected.get_or_init(|| self.event(CONNECTED)).clone()
+    pub fn connected_event(&self) -> Bytes {
+        self.connected_event.get_or_init(|| self.write_event(CONNECTED_EVENT)).clone()
     }
 
     /// The server-sent event for a stream that is connected already.
-    pub fn updated(&self) -> Bytes {
-        self.updated.get_or_init(|| self.event(UPDATED)).clone()
+    pub fn updated_event(&self) -> Bytes {
+        self.updated_event.get_or_init(|| self.write_event(UPDATED_EVENT)).clone()
     }
 
-    fn event(&self, name: &str) -> Bytes {
+    fn write_event(&self, name: &str) -> Bytes {
         // Never lossy: the text of flags was read from UTF-8.
         let json = String::from_utf8_lossy(self.json());
-        sse::event(name, Some(&self.id), &json).into()
+        sse::event(name, Some(&self.event_id), &json).into()
     }
 
     /// Its maximum memory in bytes. Counts one of the two events, because both are hardly ever written.

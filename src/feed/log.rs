@@ -16,81 +16,81 @@ use crate::{
 };
 
 /// Maximum number of states, the same as in Unleash Edge.
-const STATES: usize = 100;
+const MAX_STATES: usize = 100;
 
 /// Memory limit of all states but the current one, in bytes.
-const BYTES: usize = 32 << 20;
+const MAX_BYTES: usize = 32 << 20;
 
 /// The id of a state within its environment, from 1 to 2^31 - 1. Subscribers see it as an event id,
 /// which also depends on their scope ([`SubscriptionKey::event_id`](super::SubscriptionKey::event_id)).
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
-pub struct Number(pub(super) u32);
+pub struct StateId(pub(super) u32);
 
 /// One state.
 #[derive(Clone, Debug)]
 pub(super) struct State {
-    pub(super) number: Number,
+    pub(super) id: StateId,
     /// All flags and segments.
     pub(super) document: Arc<Document>,
     /// When its source sent it.
-    pub(super) told: Instant,
+    pub(super) received_at: Instant,
 }
 
 /// The latest states of one environment, at least the current one.
 #[derive(Debug)]
-pub(super) struct Log {
+pub(super) struct History {
     states: Mutex<States>,
-    current: watch::Sender<Number>,
+    current: watch::Sender<StateId>,
 }
 
 #[derive(Debug)]
 struct States {
     /// The states before the current one, the oldest first, each with the bytes that it adds.
-    earlier: VecDeque<(State, usize)>,
+    previous: VecDeque<(State, usize)>,
     /// The memory of the previous states that is not shared with the current one, in bytes.
-    bytes: usize,
+    previous_bytes: usize,
     current: State,
 }
 
-impl Log {
+impl History {
     /// Starts with this state. Its id is random, so that it is unlikely to repeat an id that an earlier
     /// process sent.
-    pub(super) fn of(snapshot: &Snapshot) -> Self {
-        let id = Number(rand::random_range(1..1 << 30));
+    pub(super) fn new(snapshot: &Snapshot) -> Self {
+        let id = StateId(rand::random_range(1..1 << 30));
         let document = Arc::clone(snapshot.document());
-        let current = State { number: id, document, told: snapshot.received() };
-        let states = States { earlier: VecDeque::new(), bytes: 0, current };
+        let current = State { id, document, received_at: snapshot.received_at() };
+        let states = States { previous: VecDeque::new(), previous_bytes: 0, current };
         Self { states: Mutex::new(states), current: watch::Sender::new(id) }
     }
 
-    pub(super) fn follow(&self) -> watch::Receiver<Number> {
+    pub(super) fn subscribe(&self) -> watch::Receiver<StateId> {
         self.current.subscribe()
     }
 
     /// Adds the currently served snapshot, if its state is new. `current` is called under the lock, so
     /// that concurrent calls cannot add an older state after a newer one.
-    pub(super) fn catch_up(&self, current: impl FnOnce() -> Option<Arc<Snapshot>>) {
+    pub(super) fn refresh(&self, current: impl FnOnce() -> Option<Arc<Snapshot>>) {
         let mut states = self.lock();
         let Some(snapshot) = current() else { return };
-        let is_new = states.take(&snapshot);
+        let is_new = states.push_if_changed(&snapshot);
         // Thousands of subscribers may wake, and each takes this lock first.
         drop(states);
         if is_new {
             self.current.send_if_modified(|id| {
-                let newest = self.lock().current.number;
+                let newest = self.lock().current.id;
                 std::mem::replace(id, newest) != newest
             });
         }
     }
 
     /// The state with the id `base`, if it is still in the history, and the current state.
-    pub(super) fn between(&self, base: Option<Number>) -> (Option<State>, State) {
+    pub(super) fn base_and_current(&self, base: Option<StateId>) -> (Option<State>, State) {
         let states = self.lock();
-        let find = |id: Number| {
-            if states.current.number == id {
+        let find = |id: StateId| {
+            if states.current.id == id {
                 return Some(&states.current);
             }
-            states.earlier.iter().map(|(state, _)| state).find(|state| state.number == id)
+            states.previous.iter().map(|(state, _)| state).find(|state| state.id == id)
         };
         (base.and_then(find).cloned(), states.current.clone())
     }
@@ -104,7 +104,7 @@ impl Log {
 impl States {
     /// Makes the snapshot's document the current state, unless it has the same content. Returns whether
     /// the state is new.
-    fn take(&mut self, snapshot: &Snapshot) -> bool {
+    fn push_if_changed(&mut self, snapshot: &Snapshot) -> bool {
         let document = snapshot.document();
         if Arc::ptr_eq(document, &self.current.document) {
             return false;
@@ -114,16 +114,16 @@ impl States {
             self.current.document = Arc::clone(document);
             return false;
         }
-        let Number(last) = self.current.number;
-        let id = Number(if last < u32::MAX >> 1 { last + 1 } else { 1 });
-        let next = State { number: id, document: Arc::clone(document), told: snapshot.received() };
+        let StateId(last) = self.current.id;
+        let id = StateId(if last < u32::MAX >> 1 { last + 1 } else { 1 });
+        let next = State { id, document: Arc::clone(document), received_at: snapshot.received_at() };
         let before = std::mem::replace(&mut self.current, next);
-        let weight = weight(&before.document, &lost);
-        self.bytes += weight;
-        self.earlier.push_back((before, weight));
-        while self.earlier.len() >= STATES || self.bytes > BYTES {
-            let Some((_, weight)) = self.earlier.pop_front() else { break };
-            self.bytes -= weight;
+        let weight = exclusive_bytes(&before.document, &lost);
+        self.previous_bytes += weight;
+        self.previous.push_back((before, weight));
+        while self.previous.len() >= MAX_STATES || self.previous_bytes > MAX_BYTES {
+            let Some((_, weight)) = self.previous.pop_front() else { break };
+            self.previous_bytes -= weight;
         }
         true
     }
@@ -131,7 +131,7 @@ impl States {
 
 /// The memory of a document that it does not share with its successor, in bytes: its lists, and the text
 /// of the flags and segments in `lost`.
-fn weight(document: &Document, lost: &[Change]) -> usize {
+fn exclusive_bytes(document: &Document, lost: &[Change]) -> usize {
     let handles = size_of_val(document.features()) + size_of_val(document.segments());
     let text = |change: &Change| match change {
         Change::FeatureUpdated(feature) => feature.raw().len(),
@@ -154,22 +154,22 @@ mod tests {
 
     #[test]
     fn history_is_limited_in_number_and_in_bytes() {
-        let history = Log::of(&snapshot(r#"{"features":[]}"#));
-        let Number(first) = *history.follow().borrow();
+        let history = History::new(&snapshot(r#"{"features":[]}"#));
+        let StateId(first) = *history.subscribe().borrow();
         for n in 1..=300 {
-            history.catch_up(|| {
+            history.refresh(|| {
                 Some(snapshot(&format!(r#"{{"features":[{{"name":"a","x":{n}}}]}}"#)))
             });
         }
-        assert_eq!(*history.follow().borrow(), Number(first + 300));
-        let known = |id| history.between(Some(Number(id))).0.is_some();
+        assert_eq!(*history.subscribe().borrow(), StateId(first + 300));
+        let known = |id| history.base_and_current(Some(StateId(id))).0.is_some();
         assert!(!known(first + 200) && known(first + 201) && known(first + 300));
         for large in ["x", "y", "z"] {
             let text = large.repeat(20 << 20);
             let text = format!(r#"{{"features":[{{"name":"a","x":"{text}"}}]}}"#);
-            history.catch_up(|| Some(snapshot(&text)));
+            history.refresh(|| Some(snapshot(&text)));
         }
         assert!(!known(first + 301) && known(first + 302) && known(first + 303));
-        assert!(history.lock().bytes <= BYTES);
+        assert!(history.lock().previous_bytes <= MAX_BYTES);
     }
 }

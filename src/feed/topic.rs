@@ -8,7 +8,7 @@ use std::hash::{Hash as _, Hasher as _};
 
 use xxhash_rust::xxh3::Xxh3Default;
 
-use super::log::Number;
+use super::log::StateId;
 use crate::{
     snapshot::Filter,
     token::{Environment, Projects},
@@ -17,31 +17,31 @@ use crate::{
 
 /// The largest event id. The first is 1. All fit into a signed 32-bit integer, because SDKs may store
 /// them in one.
-const IDS: u32 = EventId::MAX >> 1;
+const MAX_EVENT_ID: u32 = EventId::MAX >> 1;
 
 /// Number of offsets. State ids start below this, too, so that event ids grow by one per state for a
 /// long time before they wrap around.
-const SHIFTS: u64 = 1 << 30;
+const ID_OFFSETS: u64 = 1 << 30;
 
 /// The scope of a subscription: an environment, its projects and a filter.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
-pub struct Topic {
+pub struct SubscriptionKey {
     pub(super) environment: Environment,
     /// The projects of the token.
     pub(super) projects: Projects,
     /// The filter of the request.
     pub(super) filter: Filter,
     /// The difference between event ids and state ids.
-    shift: u32,
+    id_offset: u32,
 }
 
-impl Topic {
+impl SubscriptionKey {
     /// A subscription to the flags of `environment` and `projects` that match `filter`.
     pub fn new(environment: Environment, projects: Projects, filter: Filter) -> Self {
         let mut hasher = Xxh3Default::new();
         (&projects, &filter).hash(&mut hasher);
-        let offset = u32::try_from(hasher.finish() % SHIFTS).expect("the remainder is below 2^30");
-        Self { environment, projects, filter, shift: offset }
+        let offset = u32::try_from(hasher.finish() % ID_OFFSETS).expect("the remainder is below 2^30");
+        Self { environment, projects, filter, id_offset: offset }
     }
 
     /// The environment of the flags.
@@ -50,14 +50,14 @@ impl Topic {
     }
 
     /// The event id of a state.
-    pub fn id(&self, Number(id): Number) -> EventId {
+    pub fn event_id(&self, StateId(id): StateId) -> EventId {
         // No overflow: both are below 2^31.
-        (id - 1 + self.shift) % IDS + 1
+        (id - 1 + self.id_offset) % MAX_EVENT_ID + 1
     }
 
     /// The id of the state with this event id; `None` if the event id is out of range.
-    pub(super) fn number(&self, id: EventId) -> Option<Number> {
-        (1..=IDS).contains(&id).then(|| Number((id - 1 + IDS - self.shift) % IDS + 1))
+    pub(super) fn state_id(&self, id: EventId) -> Option<StateId> {
+        (1..=MAX_EVENT_ID).contains(&id).then(|| StateId((id - 1 + MAX_EVENT_ID - self.id_offset) % MAX_EVENT_ID + 1))
     }
 }
 
@@ -67,34 +67,34 @@ mod tests {
 
     use super::*;
 
-    fn key(projects: Projects, prefix: Option<&str>) -> Topic {
+    fn key(projects: Projects, prefix: Option<&str>) -> SubscriptionKey {
         let filter = Filter { name_prefix: prefix.map(Into::into), ..Filter::default() };
-        Topic::new(Environment::new("development"), projects, filter)
+        SubscriptionKey::new(Environment::new("development"), projects, filter)
     }
 
     proptest! {
         #[test]
         fn event_ids_are_positive_fit_a_signed_integer_and_convert_back(
-            state in prop_oneof![1..=IDS, Just(1), Just(IDS)],
+            state in prop_oneof![1..=MAX_EVENT_ID, Just(1), Just(MAX_EVENT_ID)],
             project in "[a-z]{1,8}",
         ) {
             let key = key(Projects::from_list([&*project]), None);
-            let id = key.id(Number(state));
+            let id = key.event_id(StateId(state));
             prop_assert!(i32::try_from(id).unwrap() > 0);
-            prop_assert_eq!(key.number(id), Some(Number(state)));
-            prop_assert_eq!(key.number(id + (IDS + 1)), None);
+            prop_assert_eq!(key.state_id(id), Some(StateId(state)));
+            prop_assert_eq!(key.state_id(id + (MAX_EVENT_ID + 1)), None);
         }
     }
 
     #[test]
     fn event_ids_are_equal_for_equal_scopes_and_differ_for_others() {
         let (one, other) = (Projects::from_list(["a", "b"]), Projects::from_list(["a", "c"]));
-        let id = |projects: &Projects, prefix| key(projects.clone(), prefix).id(Number(7));
+        let id = |projects: &Projects, prefix| key(projects.clone(), prefix).event_id(StateId(7));
         assert_eq!(id(&one, None), id(&Projects::from_list(["b", "a"]), None));
         let ids = [id(&one, None), id(&other, None), id(&Projects::All, None), id(&one, Some("x"))];
         for (n, id) in ids.iter().enumerate() {
             assert!(ids[..n].iter().all(|it| it.abs_diff(*id) > 1000), "{ids:?}");
         }
-        assert_eq!(key(one, None).number(0), None);
+        assert_eq!(key(one, None).state_id(0), None);
     }
 }

@@ -14,8 +14,8 @@ use semver::Version;
 pub use self::changes::Changes;
 use super::reply::{self, Failure, Freshness, Reply};
 use crate::{
-    feed::{Feed, News, Topic},
-    snapshot::{Filter, Segments, Snapshot, body::Body},
+    feed::{ChangeFeed, UpdateKind, SubscriptionKey},
+    snapshot::{Filter, SegmentFormat, Snapshot, body::PreparedBody},
     token::{Project, Scope},
     wire::delta::EventId,
 };
@@ -26,8 +26,8 @@ pub fn features(
     query: &str,
     snapshot: &Snapshot,
     scope: &Scope,
-) -> Result<Arc<Body>, Failure> {
-    Ok(snapshot.listing(&scope.projects, filter(query)?, segments(headers)))
+) -> Result<Arc<PreparedBody>, Failure> {
+    Ok(snapshot.client_features(&scope.projects, filter(query)?, segments(headers)))
 }
 
 /// `/api/client/features/{name}`: one flag, if it is in the token's scope.
@@ -43,19 +43,19 @@ pub async fn feature(
         return Err(Failure::NotFound);
     }
     let text = match segments(headers) {
-        Segments::Separate => feature.raw().to_owned(),
-        Segments::Inlined => feature.inlined(snapshot.document().segments()),
+        SegmentFormat::Separate => feature.raw().to_owned(),
+        SegmentFormat::Inlined => feature.inlined(snapshot.document().segments()),
     };
-    Ok(reply::body(headers, &Arc::new(Body::new(text.into())), Freshness::Unsaid).await)
+    Ok(reply::body(headers, &Arc::new(PreparedBody::new(text.into())), Freshness::Unsaid).await)
 }
 
 /// `/api/client/delta`: the changes since the state in `If-None-Match`, or all flags if that state is
 /// missing or not in the history. `None` if the environment has no flags yet.
-pub async fn delta(headers: &HeaderMap, topic: Topic, feed: &Feed) -> Option<Reply> {
-    let frame = feed.since(&Arc::new(topic), state_of(headers.get(IF_NONE_MATCH)))?;
-    Some(match frame.news() {
-        News::Nothing => reply::no_delta(frame.id()),
-        News::Changes | News::Everything => reply::delta(headers, frame.body(), frame.id()).await,
+pub async fn delta(headers: &HeaderMap, topic: SubscriptionKey, feed: &ChangeFeed) -> Option<Reply> {
+    let frame = feed.update_since(&Arc::new(topic), state_of(headers.get(IF_NONE_MATCH)))?;
+    Some(match frame.kind() {
+        UpdateKind::Unchanged => reply::no_delta(frame.event_id()),
+        UpdateKind::Delta | UpdateKind::Snapshot => reply::delta(headers, frame.body(), frame.event_id()).await,
     })
 }
 
@@ -109,16 +109,16 @@ const KNOWS_SEGMENTS: Version = Version::new(4, 2, 0);
 const CLIENT_SPEC: HeaderName = HeaderName::from_static("unleash-client-spec");
 
 /// The segment format for the SDK. An SDK that sends no specification version predates segments.
-fn segments(headers: &HeaderMap) -> Segments {
-    let Some(version) = headers.get(CLIENT_SPEC) else { return Segments::Inlined };
+fn segments(headers: &HeaderMap) -> SegmentFormat {
+    let Some(version) = headers.get(CLIENT_SPEC) else { return SegmentFormat::Inlined };
     // Fast path: the common `d.d.d` is compared without a semver parser.
     if let [major @ b'0'..=b'9', b'.', minor @ b'0'..=b'9', b'.', b'0'..=b'9'] = *version.as_bytes()
     {
-        return if (major, minor) >= (b'4', b'2') { Segments::Separate } else { Segments::Inlined };
+        return if (major, minor) >= (b'4', b'2') { SegmentFormat::Separate } else { SegmentFormat::Inlined };
     }
     match version.to_str().ok().and_then(|text| Version::parse(text.trim()).ok()) {
-        Some(version) if version >= KNOWS_SEGMENTS => Segments::Separate,
-        _ => Segments::Inlined,
+        Some(version) if version >= KNOWS_SEGMENTS => SegmentFormat::Separate,
+        _ => SegmentFormat::Inlined,
     }
 }
 
@@ -159,16 +159,16 @@ mod tests {
             }
             assert_eq!(segments(&headers), expect, "{version:?}");
         };
-        check(Some("5.2.0"), Segments::Separate);
-        check(Some("4.2.0"), Segments::Separate);
-        check(Some("4.1.9"), Segments::Inlined);
-        check(Some("3.9.0"), Segments::Inlined);
-        check(Some("10.0.0"), Segments::Separate);
-        check(Some("4.10.0"), Segments::Separate);
-        check(Some("4.2.0-beta"), Segments::Inlined);
-        check(Some(" 5.2.0"), Segments::Separate);
-        check(Some("5.2"), Segments::Inlined);
-        check(Some("new"), Segments::Inlined);
-        check(None, Segments::Inlined);
+        check(Some("5.2.0"), SegmentFormat::Separate);
+        check(Some("4.2.0"), SegmentFormat::Separate);
+        check(Some("4.1.9"), SegmentFormat::Inlined);
+        check(Some("3.9.0"), SegmentFormat::Inlined);
+        check(Some("10.0.0"), SegmentFormat::Separate);
+        check(Some("4.10.0"), SegmentFormat::Separate);
+        check(Some("4.2.0-beta"), SegmentFormat::Inlined);
+        check(Some(" 5.2.0"), SegmentFormat::Separate);
+        check(Some("5.2"), SegmentFormat::Inlined);
+        check(Some("new"), SegmentFormat::Inlined);
+        check(None, SegmentFormat::Inlined);
     }
 }

@@ -2,14 +2,14 @@
 
 use hyper::header::{ACCEPT_ENCODING, HeaderMap};
 
-use crate::snapshot::body::Coding;
+use crate::snapshot::body::ContentCoding;
 
 /// The offered coding with the client's highest weight; between equal weights, the one that makes JSON
 /// smallest.
 ///
 /// Returns identity if nothing offered is acceptable, as the RFC permits; there is no 406.
-pub fn preferred(headers: &HeaderMap, is_offered: impl Fn(Coding) -> bool) -> Coding {
-    let mut named: [Option<u16>; Coding::ALL.len()] = Default::default();
+pub fn preferred(headers: &HeaderMap, is_offered: impl Fn(ContentCoding) -> bool) -> ContentCoding {
+    let mut named: [Option<u16>; ContentCoding::ALL.len()] = Default::default();
     let mut others = None;
     for value in headers.get_all(ACCEPT_ENCODING) {
         let Ok(value) = value.to_str() else { continue };
@@ -26,19 +26,19 @@ pub fn preferred(headers: &HeaderMap, is_offered: impl Fn(Coding) -> bool) -> Co
         }
     }
     // `*` covers the codings that are not listed.
-    let weight = |coding: Coding| named[coding as usize].or(others).unwrap_or(0);
-    let offered = Coding::ALL.into_iter().filter(|coding| is_offered(*coding));
+    let weight = |coding: ContentCoding| named[coding as usize].or(others).unwrap_or(0);
+    let offered = ContentCoding::ALL.into_iter().filter(|coding| is_offered(*coding));
     let accepted = offered.filter(|coding| weight(*coding) > 0);
-    accepted.max_by_key(|coding| (weight(*coding), *coding)).unwrap_or(Coding::Identity)
+    accepted.max_by_key(|coding| (weight(*coding), *coding)).unwrap_or(ContentCoding::Identity)
 }
 
-fn of_name(name: &str) -> Option<Coding> {
+fn of_name(name: &str) -> Option<ContentCoding> {
     let is = |other| name.eq_ignore_ascii_case(other);
     match () {
-        () if is("br") => Some(Coding::Brotli),
-        () if is("zstd") => Some(Coding::Zstd),
-        () if is("gzip") || is("x-gzip") => Some(Coding::Gzip),
-        () if is("identity") => Some(Coding::Identity),
+        () if is("br") => Some(ContentCoding::Brotli),
+        () if is("zstd") => Some(ContentCoding::Zstd),
+        () if is("gzip") || is("x-gzip") => Some(ContentCoding::Gzip),
+        () if is("identity") => Some(ContentCoding::Identity),
         () => None,
     }
 }
@@ -70,7 +70,7 @@ mod tests {
     use super::*;
 
     #[track_caller]
-    fn check(value: &'static str, expect: Coding) {
+    fn check(value: &'static str, expect: ContentCoding) {
         let mut headers = HeaderMap::new();
         headers.insert(ACCEPT_ENCODING, HeaderValue::from_static(value));
         assert_eq!(preferred(&headers, |_| true), expect, "{value}");
@@ -78,31 +78,31 @@ mod tests {
 
     #[test]
     fn highest_weight_wins_then_smallest_body() {
-        check("gzip", Coding::Gzip);
-        check("gzip, deflate, br", Coding::Brotli);
-        check("gzip;q=1.0, br;q=0.5", Coding::Gzip);
-        check("gzip, zstd", Coding::Zstd);
-        check("*", Coding::Brotli);
-        check("br;q=0, gzip;q=0.1", Coding::Gzip);
-        check("identity, gzip;q=0.5", Coding::Identity);
-        check("br; foo=1 ; Q=0, gzip;q=0.1", Coding::Gzip);
+        check("gzip", ContentCoding::Gzip);
+        check("gzip, deflate, br", ContentCoding::Brotli);
+        check("gzip;q=1.0, br;q=0.5", ContentCoding::Gzip);
+        check("gzip, zstd", ContentCoding::Zstd);
+        check("*", ContentCoding::Brotli);
+        check("br;q=0, gzip;q=0.1", ContentCoding::Gzip);
+        check("identity, gzip;q=0.5", ContentCoding::Identity);
+        check("br; foo=1 ; Q=0, gzip;q=0.1", ContentCoding::Gzip);
     }
 
     #[test]
     fn star_covers_codings_that_are_not_listed() {
-        check("br;q=0, *", Coding::Zstd);
-        check("*, br;q=0", Coding::Zstd);
-        check("*;q=0.5, br;q=0", Coding::Zstd);
-        check("*;q=0.5, gzip", Coding::Gzip);
-        check("gzip;q=0, zstd;q=0, br;q=0, *", Coding::Identity);
-        check("*;q=0", Coding::Identity);
+        check("br;q=0, *", ContentCoding::Zstd);
+        check("*, br;q=0", ContentCoding::Zstd);
+        check("*;q=0.5, br;q=0", ContentCoding::Zstd);
+        check("*;q=0.5, gzip", ContentCoding::Gzip);
+        check("gzip;q=0, zstd;q=0, br;q=0, *", ContentCoding::Identity);
+        check("*;q=0", ContentCoding::Identity);
     }
 
     #[test]
     fn identity_is_used_when_no_offered_coding_is_acceptable() {
-        assert_eq!(preferred(&HeaderMap::new(), |_| true), Coding::Identity);
-        check("deflate", Coding::Identity);
-        check("gzip;q=nonsense", Coding::Identity);
-        check("", Coding::Identity);
+        assert_eq!(preferred(&HeaderMap::new(), |_| true), ContentCoding::Identity);
+        check("deflate", ContentCoding::Identity);
+        check("gzip;q=nonsense", ContentCoding::Identity);
+        check("", ContentCoding::Identity);
     }
 }

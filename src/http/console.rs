@@ -10,7 +10,7 @@ use bytes::Bytes;
 use hyper::{HeaderMap, header::HeaderValue};
 
 use super::reply::{self, Reply};
-use crate::snapshot::body::Body;
+use crate::snapshot::body::PreparedBody;
 
 /// A file of the console.
 struct Asset {
@@ -73,8 +73,8 @@ const ASSETS: &[Asset] = console![
 ];
 
 /// The bodies of [`ASSETS`] with their entity tags, in the same order.
-static BODIES: LazyLock<Vec<Arc<Body>>> = LazyLock::new(|| {
-    let body = |asset: &Asset| Arc::new(Body::new(Bytes::from_static(asset.text.as_bytes())));
+static BODIES: LazyLock<Vec<Arc<PreparedBody>>> = LazyLock::new(|| {
+    let body = |asset: &Asset| Arc::new(PreparedBody::new(Bytes::from_static(asset.text.as_bytes())));
     ASSETS.iter().map(body).collect()
 });
 

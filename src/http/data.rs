@@ -34,8 +34,8 @@ use super::{
 };
 use crate::{
     auth::{Admission, Authenticator, Denied},
-    feed::{Feed, Topic},
-    snapshot::{Shown, Snapshot, Snapshots},
+    feed::{ChangeFeed, SubscriptionKey},
+    snapshot::{Include, Snapshot, Snapshots},
     token::{Grant, Scope, TokenDigest, TokenKind},
     usage::{Reporter, SdkKind, Usage},
     wire::{
@@ -77,7 +77,7 @@ pub struct Data {
     /// The flags of each environment.
     pub snapshots: Snapshots,
     /// History of flag changes, for delta requests and streams.
-    pub feed: Feed,
+    pub feed: ChangeFeed,
     /// Open event streams.
     pub streams: Streams,
     /// Issues and verifies the tickets of OpenFeature event streams.
@@ -347,7 +347,7 @@ impl Data {
     /// Handles `/api/frontend` with the context in the query, if no waiting is necessary.
     fn flags(
         &self,
-        shown: Shown,
+        shown: Include,
         headers: &HeaderMap,
         query: &str,
         client: Client,
@@ -366,13 +366,13 @@ impl Data {
         &self,
         reader: &Reader,
         sent: &FrontendContext<'_>,
-        shown: Shown,
+        shown: Include,
         headers: &HeaderMap,
         client: Client,
     ) -> Found {
         let scope = &reader.grant.scope;
         let request = self.question(sent, client, &reader.snapshot, scope);
-        frontend::evaluated(headers, shown, &reader.snapshot.view(&scope.projects), request)
+        frontend::evaluated(headers, shown, &reader.snapshot.frontend_view(&scope.projects), request)
     }
 
     /// Evaluates all flags, for OpenFeature web providers.
@@ -419,7 +419,7 @@ impl Data {
         if grant.kind != TokenKind::Frontend {
             return Err(Failure::WrongKind);
         }
-        let states = self.feed.follow(&grant.scope.environment).ok_or(NO_FLAGS)?;
+        let states = self.feed.subscribe(&grant.scope.environment).ok_or(NO_FLAGS)?;
         let subscriber = self.asker(ticket.context, client, &grant.scope, ticket.draw)?;
         let current =
             frontend::answer_of(head.headers.get(LAST_EVENT_ID)).unwrap_or(ticket.outcome);
@@ -438,7 +438,7 @@ impl Data {
         let Reader { grant, digest, .. } = self.reader(headers, &[TokenKind::Frontend]).await?;
         let body = self.context_body(head, body).await?;
         let sent = context(head, body.as_ref())?;
-        let states = self.feed.follow(&grant.scope.environment).ok_or(NO_FLAGS)?;
+        let states = self.feed.subscribe(&grant.scope.environment).ok_or(NO_FLAGS)?;
         let subscriber = self.asker(sent, client, &grant.scope, rand::random())?;
         let last = frontend::answer_of(headers.get(LAST_EVENT_ID));
         let events = frontend::Changes::new(self.snapshots.clone(), subscriber, last);
@@ -471,7 +471,7 @@ impl Data {
     ) -> Result<Reply, Failure> {
         let Reader { grant, digest, .. } = self.reader(headers, &[TokenKind::Client]).await?;
         let topic = topic(&grant, query)?;
-        let states = self.feed.follow(topic.environment()).ok_or(NO_FLAGS)?;
+        let states = self.feed.subscribe(topic.environment()).ok_or(NO_FLAGS)?;
         let last = client::state_of(headers.get(LAST_EVENT_ID));
         let mode = self.streams.fetch_mode();
         let events = client::Changes::new(self.feed.clone(), states.clone(), topic, last, mode);
@@ -480,7 +480,7 @@ impl Data {
 
     fn is_disabled(&self, route: Route<'_>) -> bool {
         let endpoint = match route {
-            Route::Frontend(Shown::All) => Endpoint::FrontendAll,
+            Route::Frontend(Include::All) => Endpoint::FrontendAll,
             Route::Prometheus => Endpoint::Metrics,
             _ => return false,
         };
@@ -509,7 +509,7 @@ impl Data {
         if !accepted.contains(&admission.grant.kind) {
             return Err(Failure::WrongKind);
         }
-        if !self.snapshots.serves(&admission.grant.scope.environment) {
+        if !self.snapshots.is_served(&admission.grant.scope.environment) {
             return Err(Failure::NotServed);
         }
         Ok(admission)
@@ -627,9 +627,9 @@ impl Report {
 }
 
 /// The subscription key of a grant and a query.
-fn topic(grant: &Grant, query: &str) -> Result<Topic, Failure> {
+fn topic(grant: &Grant, query: &str) -> Result<SubscriptionKey, Failure> {
     let Scope { environment, projects } = grant.scope.clone();
-    Ok(Topic::new(environment, projects, client::filter(query)?))
+    Ok(SubscriptionKey::new(environment, projects, client::filter(query)?))
 }
 
 /// Parses the context of a request; it borrows from the body or the query.

@@ -23,8 +23,8 @@ use super::{
     reply::{self, Failure, Freshness, Reply},
 };
 use crate::{
-    answers::{self, Answer, followed},
-    snapshot::{Shown, View, body::Body},
+    answers::{self, EvaluatedFlags, followed},
+    snapshot::{Include, FrontendView, body::PreparedBody},
     wire::context,
 };
 
@@ -36,22 +36,22 @@ impl From<context::Error> for Failure {
 
 /// Parses the outcome hash that a streaming client sends as its last event id.
 pub fn answer_of(last_event_id: Option<&HeaderValue>) -> Option<u128> {
-    followed::parse_id(last_event_id?.to_str().ok()?.trim())
+    followed::parse_event_id(last_event_id?.to_str().ok()?.trim())
 }
 
 /// The evaluated flags for one request.
 #[derive(Debug)]
 pub enum Found {
     /// The response body.
-    Body(Arc<Body>),
+    Body(Arc<PreparedBody>),
     /// The client already has the body with this entity tag.
     Unchanged(HeaderValue),
 }
 
 /// Evaluates the flags of `view`, unless the client already has the result.
-pub fn evaluated(headers: &HeaderMap, shown: Shown, view: &View, question: Question<'_>) -> Found {
+pub fn evaluated(headers: &HeaderMap, shown: Include, view: &FrontendView, question: Question<'_>) -> Found {
     question.answer(view, |context| {
-        let answer = Answer::of(question.snapshot, view, context, shown);
+        let answer = EvaluatedFlags::evaluate(question.snapshot, view, context, shown);
         match revalidated(headers, || answer.etag()) {
             Some(etag) => Found::Unchanged(etag),
             None => Found::Body(answer.body()),
@@ -92,9 +92,9 @@ pub async fn flag(
 ) -> Result<Reply, Failure> {
     let name = decoded(name)?;
     let projects = &question.scope.projects;
-    let view = question.snapshot.view(projects);
+    let view = question.snapshot.frontend_view(projects);
     let body = question
-        .answer(&view, |context| answers::one(question.snapshot, projects, context, &name))
+        .answer(&view, |context| answers::evaluate_flag(question.snapshot, projects, context, &name))
         .ok_or(Failure::NotFound)?;
     Ok(reply::body(headers, &Arc::new(body), Freshness::Revalidate).await)
 }

@@ -22,10 +22,10 @@ use super::{
     reply::{self, Failure, Freshness, Reply},
 };
 use crate::{
-    answers::Answer,
+    answers::EvaluatedFlags,
     snapshot::{
-        Filter, Segments, Shown,
-        body::{Audience, Body, etag_of},
+        Filter, SegmentFormat, Include,
+        body::{Reuse, PreparedBody, etag_from_hash},
     },
     token::TokenDigest,
     wire::ofrep::{ErrorCode, Evaluations, EventStream, Refusal, Unreadable},
@@ -51,27 +51,27 @@ pub async fn flags(
 ) -> Reply {
     let Question { told, snapshot, scope, .. } = question;
     let engine = snapshot.engine();
-    let view = snapshot.view(&scope.projects);
+    let view = snapshot.frontend_view(&scope.projects);
     let now = Timestamp::now();
     let context_json = told.to_json();
-    let draw = if view.reads().may_be_random() { rand::random() } else { 0 };
+    let draw = if view.inputs().can_be_random() { rand::random() } else { 0 };
     let question = Question { draw: Some(draw), ..question };
     let body = question.answer(&view, |context| {
-        let answer = Answer::of(snapshot, &view, context, Shown::All);
+        let answer = EvaluatedFlags::evaluate(snapshot, &view, context, Include::All);
         // Without randomness the ticket stays the same, so a provider that evaluates again keeps its
         // stream.
-        let draw = if answer.is_settled() { 0 } else { draw };
+        let draw = if answer.is_deterministic() { 0 } else { draw };
         let outcomes = answer.hash();
         // The entity tag covers the flags, the token, the context, the outcomes and the ticket's period:
         // a client with this tag also has a valid ticket for this context. The tag of a cached
         // evaluation is known without evaluating anything.
-        let flags = snapshot.listing(&scope.projects, Filter::default(), Segments::Separate);
+        let flags = snapshot.client_features(&scope.projects, Filter::default(), SegmentFormat::Separate);
         let period = Tickets::period(digest, &context_json, now);
         let (outcomes, period) = (outcomes.to_le_bytes(), period.to_le_bytes());
         let parts = [flags.etag().as_bytes(), digest.as_bytes(), &outcomes, &period];
         let hash = xxh3_128(&[&parts.concat(), context_json.as_bytes()].concat());
         if headers.contains_key(IF_NONE_MATCH) {
-            let etag = etag_of(hash);
+            let etag = etag_from_hash(hash);
             if conditional::none_match_names(headers, &etag) {
                 return Err(etag);
             }
@@ -85,7 +85,7 @@ pub async fn flags(
         let flags =
             in_scope.map(|id| evaluation(engine, id, engine.evaluate(id, &bound))).collect();
         let all = Evaluations { flags, event_streams: ticket.map(stream) };
-        Ok(Body::tagged(json(&all), hash).for_audience(Audience::One))
+        Ok(PreparedBody::with_hash(json(&all), hash).with_reuse(Reuse::Once))
     });
     match body {
         Ok(body) => reply::body(headers, &Arc::new(body), Freshness::Personal).await,
@@ -103,12 +103,12 @@ pub async fn flag(
     let (engine, key) = (snapshot.engine(), decoded(key)?);
     let found = engine.find(&key).filter(|&id| scope.projects.contains(engine.flag(id).project()));
     let id = found.ok_or(Failure::NotFound)?;
-    let view = snapshot.view(&scope.projects);
+    let view = snapshot.frontend_view(&scope.projects);
     let body = question.answer(&view, |context| {
         let outcome = engine.evaluate(id, &engine.bind(context));
         json(&evaluation(engine, id, outcome))
     });
-    Ok(reply::body(headers, &Arc::new(Body::new(body)), Freshness::Personal).await)
+    Ok(reply::body(headers, &Arc::new(PreparedBody::new(body)), Freshness::Personal).await)
 }
 
 /// Turns a result into a response, with errors in OFREP's format. `key` is the requested flag; `None`

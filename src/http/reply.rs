@@ -25,7 +25,7 @@ pub use self::{
     outgoing::{Live, Outgoing},
 };
 use super::{coding, conditional};
-use crate::snapshot::body::{Body, Coded, Coding};
+use crate::snapshot::body::{PreparedBody, Representation, ContentCoding};
 
 /// A response to a client.
 pub type Reply = Response<Outgoing>;
@@ -91,7 +91,7 @@ pub fn not_modified(etag: &HeaderValue, freshness: Freshness) -> Reply {
 /// Waits only if the body is large and has not been compressed with this coding before; compression then
 /// runs on a blocking thread, at most eight at a time. If the future is dropped, compression continues,
 /// and the next request for this body uses its result.
-pub async fn body(request: &HeaderMap, body: &Arc<Body>, freshness: Freshness) -> Reply {
+pub async fn body(request: &HeaderMap, body: &Arc<PreparedBody>, freshness: Freshness) -> Reply {
     match body_at_once(request, body, freshness) {
         Ok(reply) => reply,
         Err(coding) => Box::pin(body_made(Arc::clone(body), coding, freshness)).await,
@@ -101,16 +101,16 @@ pub async fn body(request: &HeaderMap, body: &Arc<Body>, freshness: Freshness) -
 /// Like [`negotiate_body`], without waiting. `Err` is the coding that has to be compressed first.
 pub fn body_at_once(
     request: &HeaderMap,
-    body: &Body,
+    body: &PreparedBody,
     freshness: Freshness,
-) -> Result<Reply, Coding> {
+) -> Result<Reply, ContentCoding> {
     if conditional::none_match_names(request, body.etag()) {
         return Ok(not_modified(body.etag(), freshness));
     }
-    let coding = body.effective(coding::preferred(request, |coding| body.offers(coding)));
-    match body.ready(coding) {
+    let coding = body.effective_coding(coding::preferred(request, |coding| body.supports(coding)));
+    match body.encoded(coding) {
         Some(coded) => Ok(body_as(coded.clone(), coding, freshness)),
-        None if body.is_quick() => Ok(body_as(body.make(coding).clone(), coding, freshness)),
+        None if body.is_cheap_to_encode() => Ok(body_as(body.get_or_encode(coding).clone(), coding, freshness)),
         None => Err(coding),
     }
 }
@@ -118,22 +118,22 @@ pub fn body_at_once(
 /// Limits concurrent compressions: more threads would use memory without finishing sooner.
 static COMPRESSIONS: Semaphore = Semaphore::const_new(8);
 
-async fn body_made(body: Arc<Body>, coding: Coding, freshness: Freshness) -> Reply {
+async fn body_made(body: Arc<PreparedBody>, coding: ContentCoding, freshness: Freshness) -> Reply {
     let permit = COMPRESSIONS.acquire().await.expect("the semaphore is never closed");
     let shared = Arc::clone(&body);
     let make = move || {
         // Held until compression is done, even if the request is gone.
         let _permit = permit;
-        shared.make(coding).clone()
+        shared.get_or_encode(coding).clone()
     };
     match tokio::task::spawn_blocking(make).await {
         Ok(coded) => body_as(coded, coding, freshness),
         // The runtime is shutting down; the plain bytes are always available.
-        Err(_) => body_as(body.make(Coding::Identity).clone(), Coding::Identity, freshness),
+        Err(_) => body_as(body.get_or_encode(ContentCoding::Identity).clone(), ContentCoding::Identity, freshness),
     }
 }
 
-fn body_as(coded: Coded, coding: Coding, freshness: Freshness) -> Reply {
+fn body_as(coded: Representation, coding: ContentCoding, freshness: Freshness) -> Reply {
     let mut reply = json(StatusCode::OK, coded.bytes);
     let headers = reply.headers_mut();
     headers.insert(ETAG, coded.etag);
@@ -159,7 +159,7 @@ fn describe(reply: &mut Reply, freshness: Freshness) {
 
 /// A file of the console, in the coding that the client prefers, or a 304. Waits like
 /// [`negotiate_body`].
-pub async fn page(request: &HeaderMap, content_type: HeaderValue, file: &Arc<Body>) -> Reply {
+pub async fn page(request: &HeaderMap, content_type: HeaderValue, file: &Arc<PreparedBody>) -> Reply {
     let mut reply = body(request, file, Freshness::Revalidate).await;
     let is_whole = reply.status() == StatusCode::OK;
     let headers = reply.headers_mut();
@@ -246,7 +246,7 @@ pub fn probe(ready: bool, text: impl Into<Bytes>) -> Reply {
 
 /// Delta events that lead to the state `id`. The id is the entity tag in every coding, and SDKs send it
 /// back as the state that they have. Waits like [`negotiate_body`].
-pub async fn delta(request: &HeaderMap, events: &Arc<Body>, id: u32) -> Reply {
+pub async fn delta(request: &HeaderMap, events: &Arc<PreparedBody>, id: u32) -> Reply {
     let mut reply = body(request, events, Freshness::Unsaid).await;
     reply.headers_mut().insert(ETAG, state_tag(id));
     reply

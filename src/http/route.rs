@@ -4,7 +4,7 @@
 
 use hyper::Method;
 
-use crate::{snapshot::Shown, token::TokenKind};
+use crate::{snapshot::Include, token::TokenKind};
 
 /// The endpoint of a request on the SDK port; `'a` is the path.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -26,7 +26,7 @@ pub enum Route<'a> {
     /// `POST /api/client/metrics/edge`
     Instance,
     /// `GET` and `POST /api/frontend[/all]`, `/api/proxy[/all]`
-    Frontend(Shown),
+    Frontend(Include),
     /// `GET` and `POST /api/frontend/features/{name}`, the name still percent-encoded
     FrontendFeature(&'a str),
     /// `GET` and `POST /api/frontend/streaming`, `/api/proxy/streaming`
@@ -170,8 +170,8 @@ impl<'a> Route<'a> {
 
     fn of_frontend(rest: &str) -> Option<(Self, &'static str)> {
         match rest {
-            "" => Some((Self::Frontend(Shown::Enabled), READ_OR_POST)),
-            "/all" => Some((Self::Frontend(Shown::All), READ_OR_POST)),
+            "" => Some((Self::Frontend(Include::Enabled), READ_OR_POST)),
+            "/all" => Some((Self::Frontend(Include::All), READ_OR_POST)),
             "/streaming" => Some((Self::FrontendStreaming, READ_OR_POST)),
             "/client/metrics" | "/all/client/metrics" => {
                 Some((Self::Metrics(TokenKind::Frontend), POST))
@@ -192,8 +192,8 @@ impl<'a> Route<'a> {
             Self::Metrics(TokenKind::Client | TokenKind::Admin) => 3,
             Self::Bulk => 4,
             Self::Instance => 5,
-            Self::Frontend(Shown::Enabled) => 6,
-            Self::Frontend(Shown::All) => 7,
+            Self::Frontend(Include::Enabled) => 6,
+            Self::Frontend(Include::All) => 7,
             Self::FrontendFeature(_) => 8,
             Self::Register(TokenKind::Frontend) => 9,
             Self::Metrics(TokenKind::Frontend) => 10,
@@ -266,11 +266,11 @@ mod tests {
         check(&Method::GET, "/api/client/delta", Ok(Route::ClientDelta));
         check(&Method::GET, "/api/client/streaming", Ok(Route::ClientStreaming));
         check(&Method::POST, "/api/client/metrics/bulk", Ok(Route::Bulk));
-        check(&Method::GET, "/api/proxy", Ok(Route::Frontend(Shown::Enabled)));
+        check(&Method::GET, "/api/proxy", Ok(Route::Frontend(Include::Enabled)));
         check(&Method::GET, "/api/frontend/streaming", Ok(Route::FrontendStreaming));
         check(&Method::POST, "/api/proxy/streaming", Ok(Route::FrontendStreaming));
         check(&Method::GET, "/ofrep/v1/events", Ok(Route::OfrepEvents));
-        check(&Method::POST, "/api/frontend/all", Ok(Route::Frontend(Shown::All)));
+        check(&Method::POST, "/api/frontend/all", Ok(Route::Frontend(Include::All)));
         check(&Method::GET, "/api/frontend/features/x", Ok(Route::FrontendFeature("x")));
         check(
             &Method::POST,

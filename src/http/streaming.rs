@@ -22,7 +22,7 @@ use self::{
 use super::reply::{self, Failure, Reply};
 use crate::{
     auth::Authenticator,
-    feed::Number,
+    feed::StateId,
     token::{Grant, TokenDigest},
 };
 
@@ -121,7 +121,7 @@ impl Streams {
         &self,
         (digest, client): (TokenDigest, IpAddr),
         grant: Arc<Grant>,
-        states: watch::Receiver<Number>,
+        states: watch::Receiver<StateId>,
         teller: impl Teller,
     ) -> Result<Reply, Failure> {
         let seat = self.seats.take((digest, client), grant);
@@ -141,7 +141,7 @@ mod tests {
     use super::*;
     use crate::{
         auth::{self, Authority},
-        feed::Feed,
+        feed::ChangeFeed,
         http::reply::{Live, Outgoing},
         snapshot::{Snapshot, Snapshots},
         token::{Environment, Projects, Scope, TokenKind},
@@ -181,7 +181,7 @@ mod tests {
     }
 
     /// A stream that has sent a chunk, with the services it depends on.
-    async fn open_stream() -> (Live, Streams, Authenticator, Feed) {
+    async fn open_stream() -> (Live, Streams, Authenticator, ChangeFeed) {
         let scope = Scope { environment: Environment::new("dev"), projects: Projects::All };
         let config = auth::Config {
             revalidate_after: LONG,
@@ -204,8 +204,8 @@ mod tests {
         let snapshots = Snapshots::default();
         let environment = scope.environment.clone();
         snapshots.swap(Snapshot::build(scope, Document::default(), None));
-        let feed = Feed::new(snapshots);
-        let states = feed.follow(&environment).unwrap();
+        let feed = ChangeFeed::new(snapshots);
+        let states = feed.subscribe(&environment).unwrap();
         let grant = auth.standing(&digest).unwrap();
         let bearer = (digest, IpAddr::from([192, 0, 2, 7]));
         let reply = streams.open(bearer, grant, states, SingleEvent(false)).unwrap();

@@ -8,22 +8,22 @@ use std::{
 
 use foldhash::fast::RandomState;
 
-use super::recent::Recent;
+use super::recent::RecentFilter;
 use crate::{
-    engine::{Context, KeptContext},
+    engine::{Context, OwnedContext},
     token::Projects,
 };
 
 /// Maximum number of hot contexts. Each costs one evaluation of all flags when flags change.
-const PLACES: usize = 64;
+const CAPACITY: usize = 64;
 
 /// Number of consecutive slots that a context may use. With a single one, collisions would keep hot
 /// contexts out often enough to matter, even if there are few.
-const TRIED: usize = 4;
+const MAX_PROBES: usize = 4;
 
 /// The flags that a response includes.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
-pub enum Shown {
+pub enum Include {
     /// Only flags that are on for the context.
     Enabled,
     /// Every flag of the scope.
@@ -32,13 +32,13 @@ pub enum Shown {
 
 /// A repeated request and its result.
 #[derive(Debug)]
-pub struct Asked {
+pub struct HotContext {
     /// The projects whose flags were requested.
     pub projects: Projects,
     /// The flags to include.
-    pub shown: Shown,
+    pub include: Include,
     /// The context of the request.
-    pub context: KeptContext,
+    pub context: OwnedContext,
     /// The hash of the evaluated flags.
     pub hash: u128,
 }
@@ -48,61 +48,61 @@ pub struct Asked {
 /// The first request that uses a slot keeps it for the lifetime of the snapshot. It is likely to be a
 /// frequent one, and a slot that is never overwritten costs readers nothing.
 #[derive(Debug)]
-pub(super) struct Often {
+pub(super) struct HotContexts {
     /// Each with the hash of its request.
-    places: Box<[OnceLock<(u64, Asked)>]>,
-    heard: Arc<Heard>,
+    slots: Box<[OnceLock<(u64, HotContext)>]>,
+    recent: Arc<RecentRequests>,
 }
 
 /// Recent requests, shared by consecutive snapshots.
 #[derive(Debug, Default)]
-struct Heard {
-    recent: Recent,
+struct RecentRequests {
+    filter: RecentFilter,
     hasher: RandomState,
 }
 
-impl Default for Often {
+impl Default for HotContexts {
     fn default() -> Self {
-        Self::with(Arc::default())
+        Self::with_recent(Arc::default())
     }
 }
 
-impl Often {
-    fn with(heard: Arc<Heard>) -> Self {
-        Self { places: (0..PLACES).map(|_| OnceLock::new()).collect(), heard }
+impl HotContexts {
+    fn with_recent(recent: Arc<RecentRequests>) -> Self {
+        Self { slots: (0..CAPACITY).map(|_| OnceLock::new()).collect(), recent }
     }
 
     /// The empty set of a new snapshot, which shares the recent requests with the previous one.
-    pub(super) fn after(previous: &Self) -> Self {
-        Self::with(Arc::clone(&previous.heard))
+    pub(super) fn inherit(previous: &Self) -> Self {
+        Self::with_recent(Arc::clone(&previous.recent))
     }
 
     /// Records a request if it is a repeated one: if its result was cached, or if it was seen recently.
-    pub(super) fn note(
+    pub(super) fn record(
         &self,
-        (projects, include, context): (&Projects, Shown, &Context<'_>),
+        (projects, include, context): (&Projects, Include, &Context<'_>),
         is_cached: bool,
         hash: u128,
     ) {
-        let request = self.heard.hasher.hash_one((projects, include, context));
-        let Some(slot) = self.place(request) else { return };
+        let request = self.recent.hasher.hash_one((projects, include, context));
+        let Some(slot) = self.free_slot(request) else { return };
         let both_halves = u128::from(request) << 64 | u128::from(request);
-        if !(self.heard.recent.insert(both_halves) || is_cached) {
+        if !(self.recent.filter.insert(both_halves) || is_cached) {
             return;
         }
-        if let Some(context) = KeptContext::of(context) {
+        if let Some(context) = OwnedContext::from_context(context) {
             let projects = projects.clone();
             // Another thread may have taken the slot.
-            let _ = slot.set((request, Asked { projects, shown: include, context, hash }));
+            let _ = slot.set((request, HotContext { projects, include, context, hash }));
         }
     }
 
     /// A free slot for a request with this hash; `None` if the request is recorded already or all its
     /// slots are taken.
-    fn place(&self, request: u64) -> Option<&OnceLock<(u64, Asked)>> {
-        let first = (u128::from(request) % PLACES as u128) as usize;
-        for n in first..first + TRIED {
-            let slot = &self.places[n % PLACES];
+    fn free_slot(&self, request: u64) -> Option<&OnceLock<(u64, HotContext)>> {
+        let first = (u128::from(request) % CAPACITY as u128) as usize;
+        for n in first..first + MAX_PROBES {
+            let slot = &self.slots[n % CAPACITY];
             match slot.get() {
                 None => return Some(slot),
                 Some((recorded, _)) if *recorded == request => return None,
@@ -113,7 +113,7 @@ impl Often {
     }
 
     /// The recorded requests.
-    pub(super) fn all(&self) -> impl Iterator<Item = &Asked> {
-        self.places.iter().filter_map(OnceLock::get).map(|(_, it)| it)
+    pub(super) fn iter(&self) -> impl Iterator<Item = &HotContext> {
+        self.slots.iter().filter_map(OnceLock::get).map(|(_, it)| it)
     }
 }

@@ -10,14 +10,14 @@ use hyper::header::HeaderValue;
 use xxhash_rust::xxh3::xxh3_128;
 
 /// Smaller bodies are not compressed: below this many bytes compression costs more than it saves.
-const WORTH_COMPRESSING: usize = 1024;
+const MIN_COMPRESSIBLE_BYTES: usize = 1024;
 
 /// Bodies for one response up to this many bytes are compressed on the thread that handles the request.
-const QUICKLY_COMPRESSED: usize = 64 << 10;
+const MAX_INLINE_COMPRESSION_BYTES: usize = 64 << 10;
 
 /// A content coding. They are ordered by how well they compress the JSON that is served here.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
-pub enum Coding {
+pub enum ContentCoding {
     /// No compression.
     Identity,
     /// RFC 1952.
@@ -28,7 +28,7 @@ pub enum Coding {
     Brotli,
 }
 
-impl Coding {
+impl ContentCoding {
     /// Every coding, in order.
     pub const ALL: [Self; 4] = [Self::Identity, Self::Gzip, Self::Zstd, Self::Brotli];
 
@@ -48,16 +48,16 @@ impl Coding {
 
 /// Whether a body is used for many responses, which decides how much work compressing it is worth.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Audience {
+pub enum Reuse {
     /// Probably for one response: fast compression levels.
-    One,
+    Once,
     /// For many responses: the highest levels that still make a difference.
-    Many,
+    Shared,
 }
 
 /// The bytes in one content coding, and the strong entity tag of exactly these bytes.
 #[derive(Clone, Debug)]
-pub struct Coded {
+pub struct Representation {
     /// The bytes.
     pub bytes: Bytes,
     /// The entity tag, quoted.
@@ -70,43 +70,43 @@ pub struct Coded {
 /// instance and across restarts. The hash may leave out parts that do not describe flags
 /// (`meta.revisionId`).
 #[derive(Debug)]
-pub struct Body {
-    audience: Audience,
-    identity: Coded,
-    gzip: OnceLock<Coded>,
-    zstd: OnceLock<Coded>,
-    brotli: OnceLock<Coded>,
+pub struct PreparedBody {
+    reuse: Reuse,
+    identity: Representation,
+    gzip: OnceLock<Representation>,
+    zstd: OnceLock<Representation>,
+    brotli: OnceLock<Representation>,
 }
 
-impl Body {
+impl PreparedBody {
     /// The body of these bytes, tagged by their XXH3 hash.
     pub fn new(bytes: Bytes) -> Self {
         let hash = xxh3_128(&bytes);
-        Self::tagged(bytes, hash)
+        Self::with_hash(bytes, hash)
     }
 
     /// The body of these bytes, tagged by a hash that identifies them.
-    pub fn tagged(bytes: Bytes, hash: u128) -> Self {
-        let identity = Coded { bytes, etag: etag_of(hash) };
+    pub fn with_hash(bytes: Bytes, hash: u128) -> Self {
+        let identity = Representation { bytes, etag: etag_from_hash(hash) };
         let (gzip, zstd, brotli) = Default::default();
-        Self { audience: Audience::Many, identity, gzip, zstd, brotli }
+        Self { reuse: Reuse::Shared, identity, gzip, zstd, brotli }
     }
 
     /// The same body for another [`Reuse`].
     #[must_use]
-    pub fn for_audience(self, audience: Audience) -> Self {
-        Self { audience, ..self }
+    pub fn with_reuse(self, audience: Reuse) -> Self {
+        Self { reuse: audience, ..self }
     }
 
     /// Whether a coding may be used. Brotli is not used for a single response: it takes longer than it
     /// saves.
-    pub fn offers(&self, coding: Coding) -> bool {
-        self.audience == Audience::Many || coding != Coding::Brotli
+    pub fn supports(&self, coding: ContentCoding) -> bool {
+        self.reuse == Reuse::Shared || coding != ContentCoding::Brotli
     }
 
     /// Whether compressing takes some hundred microseconds at most.
-    pub fn is_quick(&self) -> bool {
-        self.audience == Audience::One && self.identity.bytes.len() <= QUICKLY_COMPRESSED
+    pub fn is_cheap_to_encode(&self) -> bool {
+        self.reuse == Reuse::Once && self.identity.bytes.len() <= MAX_INLINE_COMPRESSION_BYTES
     }
 
     /// The entity tag of the uncoded bytes; those of the codings add a suffix to its opaque part.
@@ -115,12 +115,12 @@ impl Body {
     }
 
     /// The coding to send when a client prefers `coding`: identity for small bodies.
-    pub fn effective(&self, coding: Coding) -> Coding {
-        if self.identity.bytes.len() < WORTH_COMPRESSING { Coding::Identity } else { coding }
+    pub fn effective_coding(&self, coding: ContentCoding) -> ContentCoding {
+        if self.identity.bytes.len() < MIN_COMPRESSIBLE_BYTES { ContentCoding::Identity } else { coding }
     }
 
     /// The bytes in `coding`, if they exist already.
-    pub fn ready(&self, coding: Coding) -> Option<&Coded> {
+    pub fn encoded(&self, coding: ContentCoding) -> Option<&Representation> {
         match self.slot(coding) {
             None => Some(&self.identity),
             Some(slot) => slot.get(),
@@ -128,12 +128,12 @@ impl Body {
     }
 
     /// The bytes in `coding`, compressed on first use, which takes milliseconds for a large body.
-    pub fn make(&self, coding: Coding) -> &Coded {
+    pub fn get_or_encode(&self, coding: ContentCoding) -> &Representation {
         match self.slot(coding) {
             None => &self.identity,
-            Some(slot) => slot.get_or_init(|| Coded {
-                bytes: compress(&self.identity.bytes, coding, self.audience),
-                etag: suffixed(&self.identity.etag, coding, self.audience),
+            Some(slot) => slot.get_or_init(|| Representation {
+                bytes: compress(&self.identity.bytes, coding, self.reuse),
+                etag: etag_with_suffix(&self.identity.etag, coding, self.reuse),
             }),
         }
     }
@@ -145,22 +145,22 @@ impl Body {
     /// each coding.
     pub fn weight(&self) -> usize {
         let plain = self.identity.bytes.len();
-        let compressed = if plain < WORTH_COMPRESSING { 0 } else { plain };
+        let compressed = if plain < MIN_COMPRESSIBLE_BYTES { 0 } else { plain };
         size_of::<Self>() + plain + compressed
     }
 
-    fn slot(&self, coding: Coding) -> Option<&OnceLock<Coded>> {
+    fn slot(&self, coding: ContentCoding) -> Option<&OnceLock<Representation>> {
         match coding {
-            Coding::Identity => None,
-            Coding::Gzip => Some(&self.gzip),
-            Coding::Zstd => Some(&self.zstd),
-            Coding::Brotli => Some(&self.brotli),
+            ContentCoding::Identity => None,
+            ContentCoding::Gzip => Some(&self.gzip),
+            ContentCoding::Zstd => Some(&self.zstd),
+            ContentCoding::Brotli => Some(&self.brotli),
         }
     }
 }
 
 /// The entity tag of uncoded bytes that `hash` identifies: 32 hexadecimal digits in quotes.
-pub fn etag_of(hash: u128) -> HeaderValue {
+pub fn etag_from_hash(hash: u128) -> HeaderValue {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
     let mut etag = [b'"'; 34];
     // Runs for each request, cached or not; `format!` is too slow here.
@@ -172,33 +172,33 @@ pub fn etag_of(hash: u128) -> HeaderValue {
 }
 
 /// The tag of compressed bytes, which differ by coding and level.
-fn suffixed(etag: &HeaderValue, coding: Coding, audience: Audience) -> HeaderValue {
+fn etag_with_suffix(etag: &HeaderValue, coding: ContentCoding, audience: Reuse) -> HeaderValue {
     let etag = etag.to_str().expect("etag_of makes visible ASCII").trim_end_matches('"');
     let level = match audience {
-        Audience::One => ".1",
-        Audience::Many => "",
+        Reuse::Once => ".1",
+        Reuse::Shared => "",
     };
     let etag = format!("{etag}-{}{level}\"", coding.name().unwrap_or("identity"));
     HeaderValue::try_from(etag).expect("a coding's name is visible ASCII")
 }
 
-fn compress(bytes: &[u8], coding: Coding, audience: Audience) -> Bytes {
+fn compress(bytes: &[u8], coding: ContentCoding, audience: Reuse) -> Bytes {
     use std::io::Write as _;
     const TO_MEMORY: &str = "writing to memory cannot fail";
     let (gzip, zstd, brotli) = match audience {
-        Audience::One => (1, 1, 1),
-        Audience::Many => (6, 9, 5),
+        Reuse::Once => (1, 1, 1),
+        Reuse::Shared => (6, 9, 5),
     };
     let compressed = match coding {
-        Coding::Identity => bytes.to_vec(),
-        Coding::Gzip => {
+        ContentCoding::Identity => bytes.to_vec(),
+        ContentCoding::Gzip => {
             let mut encoder =
                 flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::new(gzip));
             encoder.write_all(bytes).expect(TO_MEMORY);
             encoder.finish().expect(TO_MEMORY)
         }
-        Coding::Zstd => zstd::bulk::compress(bytes, zstd).expect(TO_MEMORY),
-        Coding::Brotli => {
+        ContentCoding::Zstd => zstd::bulk::compress(bytes, zstd).expect(TO_MEMORY),
+        ContentCoding::Brotli => {
             let params = brotli::enc::BrotliEncoderParams { quality: brotli, ..Default::default() };
             let mut compressed = Vec::new();
             brotli::BrotliCompress(&mut &*bytes, &mut compressed, &params).expect(TO_MEMORY);
@@ -215,15 +215,15 @@ mod tests {
 
     use super::*;
 
-    fn decoded(coded: &Coded, coding: Coding) -> Vec<u8> {
+    fn decoded(coded: &Representation, coding: ContentCoding) -> Vec<u8> {
         let mut bytes = Vec::new();
         match coding {
-            Coding::Identity => bytes.extend_from_slice(&coded.bytes),
-            Coding::Gzip => {
+            ContentCoding::Identity => bytes.extend_from_slice(&coded.bytes),
+            ContentCoding::Gzip => {
                 flate2::read::GzDecoder::new(&*coded.bytes).read_to_end(&mut bytes).unwrap();
             }
-            Coding::Zstd => bytes = zstd::decode_all(&*coded.bytes).unwrap(),
-            Coding::Brotli => {
+            ContentCoding::Zstd => bytes = zstd::decode_all(&*coded.bytes).unwrap(),
+            ContentCoding::Brotli => {
                 brotli::BrotliDecompress(&mut &*coded.bytes, &mut bytes).unwrap();
             }
         }
@@ -233,42 +233,42 @@ mod tests {
     #[test]
     fn every_coding_decodes_to_the_content_and_has_its_own_tag() {
         let content = Bytes::from("{\"name\":\"flag\"},".repeat(500));
-        let body = Body::new(content.clone());
+        let body = PreparedBody::new(content.clone());
         let mut tags = std::collections::HashSet::new();
-        for coding in [Coding::Identity, Coding::Gzip, Coding::Zstd, Coding::Brotli] {
-            assert_eq!(body.effective(coding), coding);
-            let coded = body.make(coding);
+        for coding in [ContentCoding::Identity, ContentCoding::Gzip, ContentCoding::Zstd, ContentCoding::Brotli] {
+            assert_eq!(body.effective_coding(coding), coding);
+            let coded = body.get_or_encode(coding);
             assert_eq!(decoded(coded, coding), content, "{coding:?}");
             assert!(tags.insert(coded.etag.clone()), "{coding:?}");
-            assert!(body.ready(coding).is_some());
+            assert!(body.encoded(coding).is_some());
         }
-        let sizes = [Coding::Identity, Coding::Gzip, Coding::Zstd, Coding::Brotli]
-            .map(|coding| body.make(coding).bytes.len());
-        let weight = Body::new(content).weight();
+        let sizes = [ContentCoding::Identity, ContentCoding::Gzip, ContentCoding::Zstd, ContentCoding::Brotli]
+            .map(|coding| body.get_or_encode(coding).bytes.len());
+        let weight = PreparedBody::new(content).weight();
         assert!(sizes.iter().sum::<usize>() <= weight, "weighed before it is compressed");
     }
 
     #[test]
     fn body_for_one_response_has_other_bytes_under_other_tags() {
         let content = Bytes::from("{\"name\":\"flag\"},".repeat(500));
-        let [one, many] = [Audience::One, Audience::Many]
-            .map(|audience| Body::new(content.clone()).for_audience(audience));
+        let [one, many] = [Reuse::Once, Reuse::Shared]
+            .map(|audience| PreparedBody::new(content.clone()).with_reuse(audience));
         assert_eq!(one.etag(), many.etag());
-        for coding in [Coding::Gzip, Coding::Zstd] {
-            assert!(one.offers(coding) && many.offers(coding));
-            assert_eq!(decoded(one.make(coding), coding), content);
-            assert_ne!(one.make(coding).etag, many.make(coding).etag);
+        for coding in [ContentCoding::Gzip, ContentCoding::Zstd] {
+            assert!(one.supports(coding) && many.supports(coding));
+            assert_eq!(decoded(one.get_or_encode(coding), coding), content);
+            assert_ne!(one.get_or_encode(coding).etag, many.get_or_encode(coding).etag);
         }
-        assert!(many.offers(Coding::Brotli) && !one.offers(Coding::Brotli));
-        assert!(one.is_quick() && !many.is_quick());
-        let large = Body::new(Bytes::from(vec![b'x'; QUICKLY_COMPRESSED + 1]));
-        assert!(!large.for_audience(Audience::One).is_quick());
+        assert!(many.supports(ContentCoding::Brotli) && !one.supports(ContentCoding::Brotli));
+        assert!(one.is_cheap_to_encode() && !many.is_cheap_to_encode());
+        let large = PreparedBody::new(Bytes::from(vec![b'x'; MAX_INLINE_COMPRESSION_BYTES + 1]));
+        assert!(!large.with_reuse(Reuse::Once).is_cheap_to_encode());
     }
 
     #[test]
     fn tags_are_equal_if_and_only_if_content_is_equal() {
         let tag =
-            |text: &'static str| Body::new(Bytes::from_static(text.as_bytes())).etag().clone();
+            |text: &'static str| PreparedBody::new(Bytes::from_static(text.as_bytes())).etag().clone();
         assert_eq!(tag("a"), tag("a"));
         assert_ne!(tag("a"), tag("b"));
     }
@@ -276,12 +276,12 @@ mod tests {
     #[test]
     fn etag_is_the_hash_in_hexadecimal_digits() {
         for hash in [0, 1, u128::MAX, 0x0123_4567_89ab_cdef_0011_2233_4455_6677] {
-            assert_eq!(etag_of(hash).to_str().unwrap(), format!("\"{hash:032x}\""));
+            assert_eq!(etag_from_hash(hash).to_str().unwrap(), format!("\"{hash:032x}\""));
         }
     }
 
     #[test]
     fn small_bodies_are_not_compressed() {
-        assert_eq!(Body::new(Bytes::from_static(b"{}")).effective(Coding::Gzip), Coding::Identity);
+        assert_eq!(PreparedBody::new(Bytes::from_static(b"{}")).effective_coding(ContentCoding::Gzip), ContentCoding::Identity);
     }
 }

@@ -17,19 +17,19 @@ use crate::engine::{Engine, Flag, FlagId, Outcome, Variant};
 /// A flag's JSON for one outcome, as an item of `toggles`.
 #[derive(Clone, Copy, Debug)]
 pub struct Fragment<'a> {
-    with_comma: &'a str,
+    json_with_comma: &'a str,
     hash: u64,
 }
 
 impl<'a> Fragment<'a> {
     /// The text.
     pub fn json(self) -> &'a str {
-        self.with_comma.strip_suffix(',').unwrap_or(self.with_comma)
+        self.json_with_comma.strip_suffix(',').unwrap_or(self.json_with_comma)
     }
 
     /// The text, followed by a comma.
-    pub fn with_comma(self) -> &'a str {
-        self.with_comma
+    pub fn json_with_comma(self) -> &'a str {
+        self.json_with_comma
     }
 
     /// A hash of the text: equal texts have equal hashes on every instance.
@@ -49,15 +49,15 @@ pub struct Fragments {
     /// The end of each fragment in the text, with its hash.
     ends: Vec<(usize, u64)>,
     /// The index of each flag's first fragment; the others follow by the outcome's ordinal.
-    firsts: Vec<usize>,
-    reworded: OnceLock<Box<[u64]>>,
+    first_of_flag: Vec<usize>,
+    ofrep_hashes: OnceLock<Box<[u64]>>,
 }
 
 /// For each fragment, a hash of its outcome in OFREP's format.
 #[derive(Clone, Copy, Debug)]
-pub struct Reworded<'a>(&'a [u64]);
+pub struct OfrepHashes<'a>(&'a [u64]);
 
-impl Reworded<'_> {
+impl OfrepHashes<'_> {
     /// The hash of one fragment's outcome.
     pub fn hash(self, id: FragmentId) -> u64 {
         self.0[id.0]
@@ -67,21 +67,21 @@ impl Reworded<'_> {
 impl Fragments {
     /// Writes the fragments of every flag. Copies those of flags that the engine has reused from an
     /// earlier one.
-    pub fn of(engine: &Engine, earlier: Option<(&Engine, &Self)>) -> Self {
+    pub fn build(engine: &Engine, earlier: Option<(&Engine, &Self)>) -> Self {
         let mut fragments = Self {
             text: String::with_capacity(earlier.map_or(0, |(_, it)| it.text.len())),
             ends: Vec::with_capacity(2 * engine.flags().len()),
-            firsts: Vec::with_capacity(engine.flags().len()),
-            reworded: OnceLock::new(),
+            first_of_flag: Vec::with_capacity(engine.flags().len()),
+            ofrep_hashes: OnceLock::new(),
         };
         let before = earlier.map_or_else(Default::default, |(engine, _)| engine.flags());
         let before = before.iter().enumerate();
         for pair in before.merge_join_by(engine.flags(), |(_, a), b| a.name().cmp(b.name())) {
             match (pair, earlier) {
-                (Both((at, old), flag), Some((_, written))) if old.is(flag) => {
-                    fragments.copy(flag, written, at);
+                (Both((at, old), flag), Some((_, written))) if old.is_same_instance(flag) => {
+                    fragments.copy_flag(flag, written, at);
                 }
-                (Both(_, flag) | Right(flag), _) => fragments.add(flag),
+                (Both(_, flag) | Right(flag), _) => fragments.write_flag(flag),
                 (Left(_), _) => {}
             }
         }
@@ -90,12 +90,12 @@ impl Fragments {
     }
 
     /// Copies the fragments of a flag from `written`, where the flag has the index `at`.
-    fn copy(&mut self, flag: &Flag, written: &Self, at: usize) {
-        let first = written.firsts[at];
+    fn copy_flag(&mut self, flag: &Flag, written: &Self, at: usize) {
+        let first = written.first_of_flag[at];
         let start = written.start(first);
-        let ends = &written.ends[first..first + flag.outcomes()];
+        let ends = &written.ends[first..first + flag.outcome_count()];
         let moved = self.text.len();
-        self.firsts.push(self.ends.len());
+        self.first_of_flag.push(self.ends.len());
         self.ends.extend(ends.iter().map(|&(end, hash)| (end - start + moved, hash)));
         let end = ends.last().map_or(start, |&(end, _)| end);
         self.text.push_str(&written.text[start..end]);
@@ -108,43 +108,43 @@ impl Fragments {
 
     /// The id of a flag's fragment for an outcome. The flag belongs to the same engine.
     pub fn id(&self, flag: FlagId, outcome: Outcome) -> FragmentId {
-        FragmentId(self.firsts[flag.index()] + outcome.ordinal())
+        FragmentId(self.first_of_flag[flag.index()] + outcome.ordinal())
     }
 
     /// The index of the flag that a fragment belongs to.
-    pub fn flag(&self, id: FragmentId) -> usize {
-        self.firsts.partition_point(|&first| first <= id.0) - 1
+    pub fn flag_index(&self, id: FragmentId) -> usize {
+        self.first_of_flag.partition_point(|&first| first <= id.0) - 1
     }
 
     /// The fragment with this id.
     pub fn get(&self, id: FragmentId) -> Fragment<'_> {
         let start = self.start(id.0);
         let (end, hash) = self.ends[id.0];
-        Fragment { with_comma: &self.text[start..end], hash }
+        Fragment { json_with_comma: &self.text[start..end], hash }
     }
 
     /// The hashes of every outcome of every flag in OFREP's format, computed by `hash` on first use.
     /// `engine` is the one that these fragments were built from.
-    pub fn reworded(&self, engine: &Engine, hash: impl Fn(FlagId, Outcome) -> u64) -> Reworded<'_> {
+    pub fn ofrep_hashes(&self, engine: &Engine, hash: impl Fn(FlagId, Outcome) -> u64) -> OfrepHashes<'_> {
         let hashes = || {
             let mut hashes = Vec::with_capacity(self.ends.len());
             for id in engine.ids() {
-                hashes.extend(engine.flag(id).each_outcome().map(|outcome| hash(id, outcome)));
+                hashes.extend(engine.flag(id).possible_outcomes().map(|outcome| hash(id, outcome)));
             }
             hashes.into_boxed_slice()
         };
-        Reworded(self.reworded.get_or_init(hashes))
+        OfrepHashes(self.ofrep_hashes.get_or_init(hashes))
     }
 
     /// One fragment per outcome, in the order of [`Outcome::ordinal`].
-    fn add(&mut self, flag: &Flag) {
-        self.firsts.push(self.ends.len());
-        let name = quoted(flag.name());
-        let impressions = bool_text(flag.impression_data());
-        self.push(&name, impressions, false, r#"{"name":"disabled","enabled":false"#);
-        self.push(&name, impressions, true, r#"{"name":"disabled","enabled":false"#);
+    fn write_flag(&mut self, flag: &Flag) {
+        self.first_of_flag.push(self.ends.len());
+        let name = json_string(flag.name());
+        let impressions = bool_json(flag.impression_data());
+        self.write_fragment(&name, impressions, false, r#"{"name":"disabled","enabled":false"#);
+        self.write_fragment(&name, impressions, true, r#"{"name":"disabled","enabled":false"#);
         for variant in flag.variants() {
-            self.push(&name, impressions, true, &opening(variant));
+            self.write_fragment(&name, impressions, true, &variant_prefix(variant));
         }
     }
 
@@ -152,9 +152,9 @@ impl Fragments {
     ///
     /// Writes fields in snake case and in camel case where they differ. Unleash sends both for a variant
     /// and camel case for the flag; older edges sent snake case as well.
-    fn push(&mut self, name: &str, impressions: &str, on: bool, variant: &str) {
+    fn write_fragment(&mut self, name: &str, impressions: &str, on: bool, variant: &str) {
         let start = self.text.len();
-        let on = bool_text(on);
+        let on = bool_json(on);
         self.text.extend([
             r#"{"name":"#,
             name,
@@ -179,21 +179,21 @@ impl Fragments {
 }
 
 /// The JSON of a variant up to the fields that depend on its flag.
-fn opening(variant: &Variant) -> String {
-    let mut text = format!(r#"{{"name":{}"#, quoted(&variant.name));
+fn variant_prefix(variant: &Variant) -> String {
+    let mut text = format!(r#"{{"name":{}"#, json_string(&variant.name));
     if let Some(payload) = &variant.payload {
-        let (kind, value) = (quoted(&payload.kind), quoted(&payload.value));
+        let (kind, value) = (json_string(&payload.kind), json_string(&payload.value));
         text.extend([r#","payload":{"type":"#, &kind, r#","value":"#, &value, "}"]);
     }
     text.push_str(r#","enabled":true"#);
     text
 }
 
-fn quoted(text: &str) -> String {
+fn json_string(text: &str) -> String {
     serde_json::to_string(text).expect("writing text to memory cannot fail")
 }
 
-fn bool_text(value: bool) -> &'static str {
+fn bool_json(value: bool) -> &'static str {
     if value { "true" } else { "false" }
 }
 
@@ -219,13 +219,13 @@ mod tests {
         ]);
         let text = json!({ "features": features }).to_string();
         let (engine, _) = Engine::compile(&Document::parse(text.as_bytes()).unwrap());
-        let fragments = Fragments::of(&engine, None);
+        let fragments = Fragments::build(&engine, None);
         let check = |flag: &str, outcome: Outcome, expect: &Value| {
             let id = fragments.id(engine.find(flag).unwrap(), outcome);
             let fragment = fragments.get(id);
             assert_eq!(serde_json::from_str::<Value>(fragment.json()).unwrap(), *expect);
             assert_eq!(fragment.hash(), xxh3_64(fragment.json().as_bytes()));
-            assert_eq!(fragment.with_comma(), format!("{},", fragment.json()));
+            assert_eq!(fragment.json_with_comma(), format!("{},", fragment.json()));
         };
         let toggle = |name: &str, on: bool, impressions: bool, mut variant: Value| {
             variant["feature_enabled"] = on.into();
@@ -261,17 +261,17 @@ mod tests {
             &Document::default(),
         );
         let (old, problems) = Engine::compile(&before);
-        let written = Fragments::of(&old, None);
-        let mut marked = Fragments::of(&old, None);
+        let written = Fragments::build(&old, None);
+        let mut marked = Fragments::build(&old, None);
         marked.text = marked.text.replace("impression_data", "imprEssion_data");
         let after =
             document(&[flag("b", "1"), flag("c", "2"), flag("d", "1"), flag("e", "1")], &before);
         let (new, _) = old.recompile(&before, &problems, &after);
-        let expect = Fragments::of(&new, None);
-        let copied = Fragments::of(&new, Some((&old, &written)));
+        let expect = Fragments::build(&new, None);
+        let copied = Fragments::build(&new, Some((&old, &written)));
         assert_eq!(copied.text, expect.text);
-        assert_eq!((copied.ends, copied.firsts), (expect.ends, expect.firsts));
-        let marked = Fragments::of(&new, Some((&old, &marked)));
+        assert_eq!((copied.ends, copied.first_of_flag), (expect.ends, expect.first_of_flag));
+        let marked = Fragments::build(&new, Some((&old, &marked)));
         assert_eq!(marked.text.matches("imprEssion_data").count(), 2 * 3, "b and e");
     }
 }

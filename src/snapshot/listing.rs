@@ -15,7 +15,7 @@ use std::{
 use serde_json::json;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
-use super::body::Body;
+use super::body::PreparedBody;
 use crate::{
     token::{Environment, Project, Projects},
     wire::features::{Document, Feature, Segment},
@@ -31,7 +31,7 @@ pub struct Filter {
 }
 
 impl Filter {
-    fn shows(&self, projects: &Projects, feature: &Feature) -> bool {
+    fn matches(&self, projects: &Projects, feature: &Feature) -> bool {
         let project = feature.project();
         projects.contains(project)
             && (self.projects.is_empty() || self.projects.contains(&**project))
@@ -41,7 +41,7 @@ impl Filter {
 
 /// How segments are represented.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
-pub enum Segments {
+pub enum SegmentFormat {
     /// As a list to which strategies refer by id, for SDKs with client specification 4.2.0 or later.
     Separate,
     /// Inlined into the constraints of each strategy, for older SDKs.
@@ -50,16 +50,16 @@ pub enum Segments {
 
 /// Everything that a body depends on besides the document.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
-pub(super) struct ListingKey {
+pub(super) struct ClientFeaturesKey {
     pub(super) projects: Projects,
     pub(super) filter: Filter,
-    pub(super) segments: Segments,
+    pub(super) segments: SegmentFormat,
 }
 
 /// The flags of a document that match `projects` and `filter`, and only the segments that these flags
 /// refer to.
-pub fn cut(document: &Document, projects: &Projects, filter: &Filter) -> Document {
-    let features = document.features().iter().filter(|it| filter.shows(projects, it)).cloned();
+pub fn filter_document(document: &Document, projects: &Projects, filter: &Filter) -> Document {
+    let features = document.features().iter().filter(|it| filter.matches(projects, it)).cloned();
     let features: Vec<_> = features.collect();
     let segment_ids: BTreeSet<i64> =
         features.iter().flat_map(|feature| feature.segment_ids().iter().copied()).collect();
@@ -71,36 +71,36 @@ pub fn cut(document: &Document, projects: &Projects, filter: &Filter) -> Documen
 /// A filtered body, and how often it was requested from the snapshot. Identical requests that the server
 /// answers from its own cache are not counted.
 #[derive(Debug)]
-pub(super) struct Listing {
-    body: Arc<Body>,
-    asked: AtomicU64,
+pub(super) struct CountedBody {
+    body: Arc<PreparedBody>,
+    requests: AtomicU64,
 }
 
-impl Listing {
+impl CountedBody {
     /// A body without any requests.
-    pub(super) fn of(body: Arc<Body>) -> Arc<Self> {
-        Arc::new(Self { body, asked: AtomicU64::new(0) })
+    pub(super) fn new(body: Arc<PreparedBody>) -> Arc<Self> {
+        Arc::new(Self { body, requests: AtomicU64::new(0) })
     }
 
     /// The body for a request, which is counted.
-    pub(super) fn body_counted(&self) -> Arc<Body> {
-        self.asked.fetch_add(1, Ordering::Relaxed);
+    pub(super) fn body_for_request(&self) -> Arc<PreparedBody> {
+        self.requests.fetch_add(1, Ordering::Relaxed);
         Arc::clone(&self.body)
     }
 
     /// The body, without counting a request.
-    pub(super) fn body(&self) -> &Arc<Body> {
+    pub(super) fn body(&self) -> &Arc<PreparedBody> {
         &self.body
     }
 
     /// The number of requests.
-    pub(super) fn asked(&self) -> u64 {
-        self.asked.load(Ordering::Relaxed)
+    pub(super) fn requests(&self) -> u64 {
+        self.requests.load(Ordering::Relaxed)
     }
 }
 
 /// Size of a body without its flags and segments, in bytes, if its query is short.
-const ENDS: usize = 512;
+const ENVELOPE_BYTES: usize = 512;
 
 /// Writes `{"version":2,"features":[…],"segments":[…],"query":{…},"meta":{…}}` with flags sorted by
 /// name and only the segments that they refer to.
@@ -111,22 +111,22 @@ const ENDS: usize = 512;
 pub(super) fn build(
     environment: &Environment,
     document: &Document,
-    key: &ListingKey,
+    key: &ClientFeaturesKey,
     revision: u32,
-) -> Body {
-    let filtered = cut(document, &key.projects, &key.filter);
+) -> PreparedBody {
+    let filtered = filter_document(document, &key.projects, &key.filter);
     let features = filtered.features().iter().map(|it| it.raw().len() + 1).sum::<usize>();
     let segments = filtered.segments().iter().map(|it| it.raw().len() + 1).sum::<usize>();
     // Allocated once, so that a large text is not copied as it grows.
-    let mut text = String::with_capacity(features + segments + ENDS);
+    let mut text = String::with_capacity(features + segments + ENVELOPE_BYTES);
     text.push_str(r#"{"version":2,"features":["#);
     match key.segments {
-        Segments::Separate => {
+        SegmentFormat::Separate => {
             push_list(&mut text, filtered.features().iter().map(Feature::raw));
             text.push_str(r#"],"segments":["#);
             push_list(&mut text, filtered.segments().iter().map(Segment::raw));
         }
-        Segments::Inlined => {
+        SegmentFormat::Inlined => {
             push_list(
                 &mut text,
                 filtered.features().iter().map(|it| it.inlined(filtered.segments())),
@@ -134,14 +134,14 @@ pub(super) fn build(
         }
     }
     text.push_str(r#"],"query":"#);
-    let query = query(environment, key);
+    let query = query_json(environment, key);
     text.push_str(&query);
     let hash = xxh3_128(text.as_bytes());
     let etag = format!("\"{hash:032x}\"");
     let query_hash = format!("{:08x}", xxh3_64(query.as_bytes()) >> 32);
     let meta = json!({ "revisionId": revision, "etag": etag, "queryHash": query_hash });
     write!(text, r#","meta":{meta}}}"#).expect("writing to a string cannot fail");
-    Body::tagged(text.into_bytes().into_boxed_slice().into(), hash)
+    PreparedBody::with_hash(text.into_bytes().into_boxed_slice().into(), hash)
 }
 
 fn push_list(text: &mut String, items: impl Iterator<Item = impl AsRef<str>>) {
@@ -154,7 +154,7 @@ fn push_list(text: &mut String, items: impl Iterator<Item = impl AsRef<str>>) {
 }
 
 /// The `query` of the response, which repeats the request as Unleash does.
-fn query(environment: &Environment, key: &ListingKey) -> String {
+fn query_json(environment: &Environment, key: &ClientFeaturesKey) -> String {
     let Filter { name_prefix, projects } = &key.filter;
     let projects = if projects.is_empty() {
         key.projects.to_list()
@@ -164,7 +164,7 @@ fn query(environment: &Environment, key: &ListingKey) -> String {
     let mut query = json!({
         "projects": projects,
         "environment": environment.as_str(),
-        "inlineSegmentConstraints": key.segments == Segments::Inlined,
+        "inlineSegmentConstraints": key.segments == SegmentFormat::Inlined,
     });
     if let Some(prefix) = name_prefix {
         query["namePrefix"] = serde_json::Value::from(&**prefix);

@@ -14,15 +14,15 @@ use super::fragments::{FragmentId, Fragments};
 
 /// The states of the evaluated flags for one context.
 #[derive(Debug)]
-pub struct Outcomes {
+pub struct FlagStates {
     hash: u128,
     /// Sorted by name.
-    flags: Box<[Listed]>,
+    flags: Box<[FlagState]>,
 }
 
 /// One evaluated flag.
 #[derive(Debug)]
-pub struct Listed {
+pub struct FlagState {
     /// The flag's name.
     pub name: Arc<str>,
     /// The hash of its JSON, by which states are compared.
@@ -31,9 +31,9 @@ pub struct Listed {
     pub fragment: FragmentId,
 }
 
-impl Outcomes {
+impl FlagStates {
     /// The states of the evaluated flags with this hash, sorted by name.
-    pub fn new(hash: u128, flags: Vec<Listed>) -> Self {
+    pub fn new(hash: u128, flags: Vec<FlagState>) -> Self {
         Self { hash, flags: flags.into() }
     }
 
@@ -47,13 +47,13 @@ impl Outcomes {
     ///
     /// `fragments` belong to the snapshot in which these flags were evaluated. `before` may be from any
     /// snapshot.
-    pub fn since(&self, before: &Self, fragments: &Fragments) -> String {
+    pub fn delta_since(&self, before: &Self, fragments: &Fragments) -> String {
         let (mut changed, mut removed) = (String::new(), Vec::new());
         for pair in before.flags.iter().merge_join_by(&self.flags, |a, b| a.name.cmp(&b.name)) {
             match pair {
                 Both(before, now) if before.hash == now.hash => {}
                 Both(_, now) | Right(now) => {
-                    changed.push_str(fragments.get(now.fragment).with_comma());
+                    changed.push_str(fragments.get(now.fragment).json_with_comma());
                 }
                 Left(gone) => removed.push(&*gone.name),
             }

@@ -3,23 +3,23 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Maximum number of hashes.
-const PLACES: usize = 4096;
+const CAPACITY: usize = 4096;
 
 /// Some of the latest hashes. A new hash overwrites an older one; there is no lock.
 #[derive(Debug)]
-pub(super) struct Recent(Box<[AtomicU64]>);
+pub(super) struct RecentFilter(Box<[AtomicU64]>);
 
-impl Default for Recent {
+impl Default for RecentFilter {
     fn default() -> Self {
-        Self((0..PLACES).map(|_| AtomicU64::new(0)).collect())
+        Self((0..CAPACITY).map(|_| AtomicU64::new(0)).collect())
     }
 }
 
-impl Recent {
+impl RecentFilter {
     /// Inserts a hash. Returns whether it was present.
     pub(super) fn insert(&self, hash: u128) -> bool {
         // The lower half of the hash selects the slot, the upper half is stored in it.
-        let (slot, mark) = ((hash % PLACES as u128) as usize, (hash >> 64) as u64);
+        let (slot, mark) = ((hash % CAPACITY as u128) as usize, (hash >> 64) as u64);
         self.0[slot].swap(mark, Ordering::Relaxed) == mark
     }
 }

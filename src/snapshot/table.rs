@@ -14,63 +14,63 @@ use std::sync::{
 };
 
 /// Number of slots: 4 MiB.
-const PLACES: usize = 1 << 16;
+const SLOTS: usize = 1 << 16;
 
 /// Maps keys of 128 bits to values of 128 bits. Both are hashes.
 #[derive(Debug, Default)]
-pub(super) struct Table(OnceLock<Box<[Place]>>);
+pub(super) struct ResultCache(OnceLock<Box<[Slot]>>);
 
 /// Two entries in one cache line of 64 bytes.
 #[derive(Debug, Default)]
 #[repr(align(64))]
-struct Place {
-    stays: Entry,
-    comes: Entry,
+struct Slot {
+    protected: Entry,
+    probation: Entry,
 }
 
 /// The halves of the XOR of key and value, then the halves of the value.
 #[derive(Debug, Default)]
 struct Entry([AtomicU64; 4]);
 
-impl Table {
+impl ResultCache {
     /// The value of a key, unless it was evicted. Moves a hit on probation to the protected entry.
     pub(super) fn get(&self, key: u128) -> Option<u128> {
-        let Place { stays, comes } = &self.0.get()?[index(key)];
+        let Slot { protected: stays, probation: comes } = &self.0.get()?[slot_index(key)];
         if let Some(value) = stays.get(key) {
             return Some(value);
         }
         let value = comes.get(key)?;
-        comes.copy(stays);
-        stays.put(key, value);
+        comes.copy_to(stays);
+        stays.write(key, value);
         Some(value)
     }
 
     /// Inserts a value on probation, in place of the entry there.
-    pub(super) fn put(&self, key: u128, value: u128) {
-        let slots = self.0.get_or_init(|| (0..PLACES).map(|_| Place::default()).collect());
-        slots[index(key)].comes.put(key, value);
+    pub(super) fn insert(&self, key: u128, value: u128) {
+        let slots = self.0.get_or_init(|| (0..SLOTS).map(|_| Slot::default()).collect());
+        slots[slot_index(key)].probation.write(key, value);
     }
 }
 
-fn index(key: u128) -> usize {
-    (key % PLACES as u128) as usize
+fn slot_index(key: u128) -> usize {
+    (key % SLOTS as u128) as usize
 }
 
 impl Entry {
     fn get(&self, key: u128) -> Option<u128> {
-        let [mixed, value] = self.halves();
+        let [mixed, value] = self.load();
         (mixed ^ value == key).then_some(value)
     }
 
-    fn put(&self, key: u128, value: u128) {
+    fn write(&self, key: u128, value: u128) {
         self.store([key ^ value, value]);
     }
 
-    fn copy(&self, other: &Self) {
-        self.store(other.halves());
+    fn copy_to(&self, other: &Self) {
+        self.store(other.load());
     }
 
-    fn halves(&self) -> [u128; 2] {
+    fn load(&self) -> [u128; 2] {
         let [a, b, c, d] = self.0.each_ref().map(|it| u128::from(it.load(Ordering::Relaxed)));
         [a << 64 | b, c << 64 | d]
     }
@@ -97,35 +97,35 @@ mod tests {
 
     #[test]
     fn repeatedly_used_key_survives_keys_that_are_used_once() {
-        let table = Table::default();
+        let table = ResultCache::default();
         assert_eq!(table.get(key(1)), None);
-        table.put(key(1), 11);
+        table.insert(key(1), 11);
         assert_eq!((table.get(key(1)), table.get(key(2))), (Some(11), None));
         for other in 100..200 {
-            table.put(key(other), 0);
+            table.insert(key(other), 0);
             assert_eq!(table.get(key(1)), Some(11));
         }
         // Two repeatedly used keys fit into one slot.
-        table.put(key(2), 22);
+        table.insert(key(2), 22);
         for _ in 0..3 {
             assert_eq!((table.get(key(1)), table.get(key(2))), (Some(11), Some(22)));
         }
         // A third evicts one of them.
-        table.put(key(3), 33);
+        table.insert(key(3), 33);
         assert_eq!((table.get(key(3)), table.get(key(2))), (Some(33), Some(22)));
         assert_eq!(table.get(key(1)), None);
     }
 
     #[test]
     fn concurrent_reads_return_only_inserted_values() {
-        let table = Table::default();
+        let table = ResultCache::default();
         let value = |number: u64| u128::from(number) << 64 | u128::from(!number);
         thread::scope(|scope| {
             for first in [0, 1] {
                 let table = &table;
                 scope.spawn(move || {
                     for number in (0..200_000).map(|n| (2 * n + first) % 5) {
-                        table.put(key(number), value(number));
+                        table.insert(key(number), value(number));
                     }
                 });
             }
@@ -135,7 +135,7 @@ mod tests {
                 }
             });
         });
-        table.put(key(0), value(0));
+        table.insert(key(0), value(0));
         assert_eq!(table.get(key(0)), Some(value(0)));
     }
 }

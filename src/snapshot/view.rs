@@ -6,75 +6,75 @@
 
 use super::fragments::{FragmentId, Fragments};
 use crate::{
-    engine::{Engine, FlagId, Reads},
+    engine::{Engine, FlagId, EvaluationInputs},
     token::Projects,
 };
 
 /// The flags of a set of projects.
 #[derive(Debug)]
-pub struct View {
-    number: u64,
+pub struct FrontendView {
+    id: u64,
     projects: Projects,
-    toggles: Box<[Toggle]>,
-    reads: Reads,
-    repeatable: Reads,
+    flags: Box<[ScopedFlag]>,
+    inputs: EvaluationInputs,
+    deterministic_inputs: EvaluationInputs,
 }
 
 /// One flag of the scope.
 #[derive(Clone, Copy, Debug)]
-pub enum Toggle {
+pub enum ScopedFlag {
     /// The outcome is the same for every context, at any time.
-    Fixed {
+    Constant {
         /// Whether the flag is on.
         on: bool,
         /// Its JSON.
         fragment: FragmentId,
     },
     /// The outcome depends on the context only: equal contexts have equal outcomes.
-    Varies(FlagId),
+    PerContext(FlagId),
     /// For some contexts the outcome is random and valid for one request only.
-    Draws(FlagId),
+    PerRequest(FlagId),
 }
 
-impl Toggle {
+impl ScopedFlag {
     /// The flag to evaluate; `None` if its outcome is constant.
-    fn varying(self) -> Option<FlagId> {
+    fn id_to_evaluate(self) -> Option<FlagId> {
         match self {
-            Self::Fixed { .. } => None,
-            Self::Varies(id) | Self::Draws(id) => Some(id),
+            Self::Constant { .. } => None,
+            Self::PerContext(id) | Self::PerRequest(id) => Some(id),
         }
     }
 }
 
-impl View {
+impl FrontendView {
     /// Prepares the flags of `projects`. `id` is unique among the views of the snapshot.
-    pub(super) fn of(engine: &Engine, fragments: &Fragments, projects: &Projects, id: u64) -> Self {
+    pub(super) fn build(engine: &Engine, fragments: &Fragments, projects: &Projects, id: u64) -> Self {
         let ids = engine.ids().filter(|&id| projects.contains(engine.flag(id).project()));
-        let flag = |id| match engine.fixed(id) {
+        let flag = |id| match engine.constant_outcome(id) {
             Some(outcome) => {
-                Toggle::Fixed { on: outcome.is_on(), fragment: fragments.id(id, outcome) }
+                ScopedFlag::Constant { on: outcome.is_on(), fragment: fragments.id(id, outcome) }
             }
-            None if engine.reads([id]).may_be_random() => Toggle::Draws(id),
-            None => Toggle::Varies(id),
+            None if engine.inputs([id]).can_be_random() => ScopedFlag::PerRequest(id),
+            None => ScopedFlag::PerContext(id),
         };
-        let flags: Box<[Toggle]> = ids.map(flag).collect();
-        let inputs = engine.reads(flags.iter().filter_map(|flag| flag.varying()));
-        let deterministic_inputs = engine.reads(flags.iter().filter_map(|flag| match flag {
-            Toggle::Varies(id) => Some(*id),
-            Toggle::Fixed { .. } | Toggle::Draws(_) => None,
+        let flags: Box<[ScopedFlag]> = ids.map(flag).collect();
+        let inputs = engine.inputs(flags.iter().filter_map(|flag| flag.id_to_evaluate()));
+        let deterministic_inputs = engine.inputs(flags.iter().filter_map(|flag| match flag {
+            ScopedFlag::PerContext(id) => Some(*id),
+            ScopedFlag::Constant { .. } | ScopedFlag::PerRequest(_) => None,
         }));
         Self {
-            number: id,
+            id,
             projects: projects.clone(),
-            toggles: flags,
-            reads: inputs,
-            repeatable: deterministic_inputs,
+            flags,
+            inputs,
+            deterministic_inputs,
         }
     }
 
     /// The view's id, unique in its snapshot.
-    pub fn number(&self) -> u64 {
-        self.number
+    pub fn id(&self) -> u64 {
+        self.id
     }
 
     /// The projects whose flags these are.
@@ -83,23 +83,23 @@ impl View {
     }
 
     /// The flags, sorted by name.
-    pub fn toggles(&self) -> &[Toggle] {
-        &self.toggles
+    pub fn flags(&self) -> &[ScopedFlag] {
+        &self.flags
     }
 
     /// The inputs of all flags that are not constant.
-    pub fn reads(&self) -> &Reads {
-        &self.reads
+    pub fn inputs(&self) -> &EvaluationInputs {
+        &self.inputs
     }
 
     /// The inputs of the flags that are [`ScopedFlag::PerContext`].
-    pub fn repeatable_reads(&self) -> &Reads {
-        &self.repeatable
+    pub fn deterministic_inputs(&self) -> &EvaluationInputs {
+        &self.deterministic_inputs
     }
 
     /// Its approximate memory in bytes.
     pub(super) fn weight(&self) -> usize {
-        let inputs = self.reads.weight() + self.repeatable.weight();
-        size_of::<Self>() + size_of_val(&*self.toggles) + inputs
+        let inputs = self.inputs.weight() + self.deterministic_inputs.weight();
+        size_of::<Self>() + size_of_val(&*self.flags) + inputs
     }
 }

@@ -26,7 +26,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::publish::publish;
 use crate::{
-    snapshot::{Served, Snapshots},
+    snapshot::{EnvironmentFilter, Snapshots},
     telemetry::{Latch, report},
     token::{Environment, Projects, Scope},
     wire::features::Document,
@@ -210,7 +210,7 @@ impl Files {
         if now != before {
             // Only files define environments: requests for others must not wait.
             let served = self.snapshots.environments().union(&now).cloned().collect();
-            self.snapshots.limit(&Served::Only(served));
+            self.snapshots.set_environments(&EnvironmentFilter::Only(served));
         }
         for (path, document) in documents {
             if let Err(error) = self.publish(&path, document).await
@@ -489,7 +489,7 @@ mod tests {
         assert!(watcher.failures_after_check(false).await.is_empty());
         assert_eq!(names(&snapshots, "prod"), ["one"]);
         assert_eq!(names(&snapshots, "dev"), ["one"]);
-        let confirmed = |name| snapshots.load(&Environment::new(name)).unwrap().confirmed();
+        let confirmed = |name| snapshots.load(&Environment::new(name)).unwrap().confirmed_at();
         let (before, since) = (confirmed("dev"), confirmed("prod"));
         assert!(watcher.failures_after_check(false).await.is_empty());
         assert_eq!(confirmed("dev"), before);

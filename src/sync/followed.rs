@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     saver::Saver,
-    snapshot::{Filter, Segments, Snapshot, Snapshots, body::Coding},
+    snapshot::{Filter, SegmentFormat, Snapshot, Snapshots, body::ContentCoding},
     store::Key,
     telemetry::report,
     token::{Environment, Scope},
@@ -160,7 +160,7 @@ impl Followed {
     }
 
     fn is_served(&self) -> bool {
-        self.means.snapshots.serves(&self.environment)
+        self.means.snapshots.is_served(&self.environment)
     }
 
     /// Polls once; returns the delay until the next poll.
@@ -230,7 +230,7 @@ impl Followed {
         documents.advance(Instant::now(), streams.last_signs());
         let served = dependencies.snapshots.load(environment);
         if documents.is_dirty() || (is_complete && served.is_none()) {
-            let before = served.and_then(|served| served.confirmed());
+            let before = served.and_then(|served| served.confirmed_at());
             let confirmed = if is_complete { confirmed_at.max(before) } else { before };
             let (input, replaced) = (documents.parts(), documents.take_replaced());
             let make = move || {
@@ -425,8 +425,8 @@ impl Followed {
 /// Serializes a snapshot's flags for the store, with the state that the next run needs from this one.
 /// The projects are stored as the query of the document.
 fn stored_form(snapshot: &Snapshot, run: EarlierRun) -> Bytes {
-    let all = snapshot.listing(snapshot.projects(), Filter::default(), Segments::Separate);
-    Document::to_store(&all.make(Coding::Identity).bytes, run).into()
+    let all = snapshot.client_features(snapshot.projects(), Filter::default(), SegmentFormat::Separate);
+    Document::to_store(&all.get_or_encode(ContentCoding::Identity).bytes, run).into()
 }
 
 /// Why events of a stream cannot be applied.

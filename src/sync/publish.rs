@@ -52,8 +52,8 @@ pub(super) async fn publish(
         }
         // Let waiting requests run first.
         thread::yield_now();
-        let snapshot = Snapshot::after(&previous, scope, document, confirmed);
-        answers::prepare(&snapshot, &previous, Timestamp::now());
+        let snapshot = Snapshot::rebuild_from(&previous, scope, document, confirmed);
+        answers::prewarm(&snapshot, &previous, Timestamp::now());
         Some(snapshot)
     });
     let Some(snapshot) = built.await? else { return Ok(None) };

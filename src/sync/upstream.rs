@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     saver::Saver,
-    snapshot::{Served, Snapshots},
+    snapshot::{EnvironmentFilter, Snapshots},
     store::{Key, Store},
     telemetry::{Latch, report},
     token::{Environment, Scope},
@@ -74,7 +74,7 @@ impl Follower {
     /// skipped.
     pub async fn restore(&self) {
         if let Wanted::Named(wanted) = &self.wanted {
-            self.snapshots.limit(&Served::Only(wanted.clone()));
+            self.snapshots.set_environments(&EnvironmentFilter::Only(wanted.clone()));
         }
         let stored = match self.store.environments().await {
             Ok(stored) => stored,
@@ -102,7 +102,7 @@ impl Follower {
     /// Serves stored flags of `scope`, unless the environment already has flags or is not selected.
     pub async fn serve(&self, scope: Scope, text: &[u8]) {
         let environment = scope.environment.clone();
-        if self.snapshots.load(&environment).is_some() || !self.snapshots.serves(&environment) {
+        if self.snapshots.load(&environment).is_some() || !self.snapshots.is_served(&environment) {
             return;
         }
         let published = match Document::parse_stored(text) {
@@ -163,7 +163,7 @@ impl Follower {
         loop {
             let (found, pause) = self.environments(&mut backoff, &mut environment_list).await;
             if matches!(self.wanted, Wanted::Enabled(_))
-                && self.snapshots.limit(&Served::Except(environment_list.gone()))
+                && self.snapshots.set_environments(&EnvironmentFilter::Except(environment_list.gone()))
             {
                 // The syncs of removed environments notice and end.
                 poll_request.send_replace(());

@@ -41,7 +41,7 @@ fn evaluate(engine: &Engine, test: &Value) -> (bool, Value) {
     let context = Context {
         user_id: context["userId"].as_str(),
         session_id: context["sessionId"].as_str(),
-        session_is_made_up: false,
+        session_is_generated: false,
         environment: context["environment"].as_str(),
         app_name: context["appName"].as_str(),
         current_time: context["currentTime"].as_str(),
@@ -49,7 +49,7 @@ fn evaluate(engine: &Engine, test: &Value) -> (bool, Value) {
         properties: &properties,
         hostname: None,
         now: Timestamp::now(),
-        draw: 7,
+        random_seed: 7,
     };
     let disabled = |on| json!({ "name": "disabled", "enabled": false, "feature_enabled": on });
     let Some(id) = engine.find(test["toggleName"].as_str().unwrap()) else {

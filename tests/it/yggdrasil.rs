@@ -282,7 +282,7 @@ fn check(document: &Value, context: &unleash_yggdrasil::Context) -> Result<(), T
             Defect::UnknownStrategy(_)
                 | Defect::MissingParent(_)
                 | Defect::NestedParent(_)
-                | Defect::Operand { operator: "IN_CIDR", .. }
+                | Defect::InvalidOperand { operator: "IN_CIDR", .. }
         );
         prop_assert!(known, "{}", problem);
     }
@@ -291,7 +291,7 @@ fn check(document: &Value, context: &unleash_yggdrasil::Context) -> Result<(), T
     let bound = engine.bind(&Context {
         user_id: context.user_id.as_deref(),
         session_id: context.session_id.as_deref(),
-        session_is_made_up: false,
+        session_is_generated: false,
         environment: context.environment.as_deref(),
         app_name: context.app_name.as_deref(),
         current_time: context.current_time.as_deref(),
@@ -299,20 +299,20 @@ fn check(document: &Value, context: &unleash_yggdrasil::Context) -> Result<(), T
         properties: &properties,
         hostname: None,
         now: Timestamp::now(),
-        draw: 1,
+        random_seed: 1,
     });
     for id in engine.ids() {
         let flag = engine.flag(id);
         let hashes_otherwise =
             |field: FieldId| bound.text(field).is_some_and(|identifier| !identifier.is_ascii());
-        let reads = engine.reads([id]);
+        let reads = engine.inputs([id]);
         let lacks = |field| bound.text(field).is_none_or(str::is_empty);
         let address = reads.relevance(FieldId::REMOTE_ADDRESS, lacks);
         if lacks(FieldId::USER_ID) && lacks(FieldId::SESSION_ID) && address == Relevance::Text {
             // The default stickiness of variants may use the address.
             continue;
         }
-        if reads.is_random(bound.values()) || reads.fields().any(hashes_otherwise) {
+        if reads.is_random_for(bound.values()) || reads.fields().any(hashes_otherwise) {
             continue;
         }
         let outcome = engine.evaluate(id, &bound);

@@ -5,10 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::{collection::vec, prelude::*, sample::subsequence};
 use serde_json::{Value, json};
 
-use super::{Document, FEW, Flag, Problem};
+use super::{Document, RECOMPILE_SLACK, Flag, Problem};
 use crate::engine::{
     Context, Engine, Outcome,
-    arbitrary::{Asking, asking, definitions},
+    arbitrary::{ArbitraryContext, arbitrary_context, arbitrary_definitions},
 };
 
 fn parse(flags: &[Value], segments: &Value) -> Document {
@@ -47,7 +47,7 @@ struct Change {
 fn change() -> impl Strategy<Value = Change> {
     let names: Vec<_> = (0..5).map(|n| format!("f{n}")).collect();
     let malformed = malformed_flags();
-    (definitions(), prop::bool::weighted(0.2), subsequence(names, 0..2), malformed).prop_flat_map(
+    (arbitrary_definitions(), prop::bool::weighted(0.2), subsequence(names, 0..2), malformed).prop_flat_map(
         |((flags, segments), has_segments, removed, malformed)| {
             let Value::Array(mut flags) = flags else { unreachable!("flags are a list") };
             flags.extend(malformed);
@@ -69,7 +69,7 @@ fn malformed_flags() -> impl Strategy<Value = Vec<Value>> {
     subsequence(flags, 0..3)
 }
 
-fn check(compiled: &Compiled, contexts: &[Asking]) -> Result<(), TestCaseError> {
+fn check(compiled: &Compiled, contexts: &[ArbitraryContext]) -> Result<(), TestCaseError> {
     let Compiled { document, engine, problems } = compiled;
     let (whole, expect) = Engine::compile(document);
     prop_assert_eq!(problems, &expect);
@@ -87,13 +87,13 @@ fn check(compiled: &Compiled, contexts: &[Asking]) -> Result<(), TestCaseError> 
             prop_assert_eq!(outcome, whole.evaluate(id, &expect_bound));
             let names = |engine: &Engine| {
                 let variant = engine.flag(id).variant(outcome);
-                (engine.flag(id).name().to_string(), format!("{variant:?}"), engine.fixed(id))
+                (engine.flag(id).name().to_string(), format!("{variant:?}"), engine.constant_outcome(id))
             };
             prop_assert_eq!(names(engine), names(&whole));
             // Compared by name: ids differ.
             let fields = |engine: &Engine| -> Vec<String> {
-                let names = engine.fields().names();
-                let reads = engine.reads([id]);
+                let names = engine.schema().names();
+                let reads = engine.inputs([id]);
                 let mut fields: Vec<_> =
                     reads.fields().map(|field| names[field.index()].to_string()).collect();
                 fields.sort();
@@ -110,9 +110,9 @@ proptest! {
 
     #[test]
     fn recompiled_engine_equals_one_compiled_from_scratch(
-        (flags, segments) in definitions(),
+        (flags, segments) in arbitrary_definitions(),
         changes in vec(change(), 1..8),
-        contexts in vec(asking(), 1..6),
+        contexts in vec(arbitrary_context(), 1..6),
     ) {
         let by_name = |flags: &[Value]| -> BTreeMap<String, Value> {
             flags.iter().map(|flag| (flag["name"].to_string(), flag.clone())).collect()
@@ -156,7 +156,7 @@ fn unchanged_flags_are_reused() {
     let reused = |before: &Compiled, after: &Compiled| -> Vec<String> {
         let is_reused = |flag: &&Flag| {
             let before = before.engine.find(flag.name()).map(|id| before.engine.flag(id));
-            before.is_some_and(|before| before.is(flag))
+            before.is_some_and(|before| before.is_same_instance(flag))
         };
         after.engine.flags().iter().filter(is_reused).map(|it| it.name().to_string()).collect()
     };
@@ -175,10 +175,10 @@ fn unused_schema_entries_do_not_accumulate() {
     let mut most = 0;
     for n in 1..2000 {
         compiled = compiled.recompile(document(n));
-        most = most.max(compiled.engine.compiled.fields.len());
+        most = most.max(compiled.engine.compiled.schema.len());
     }
-    let whole = Compiled::new(document(0)).engine.compiled.fields.len();
-    assert!(most > FEW && most < 2 * whole + FEW + 10, "{most} of {whole}");
+    let whole = Compiled::new(document(0)).engine.compiled.schema.len();
+    assert!(most > RECOMPILE_SLACK && most < 2 * whole + RECOMPILE_SLACK + 10, "{most} of {whole}");
 }
 
 #[test]
@@ -195,7 +195,7 @@ fn recompiled_flag_draws_independently_of_reused_flags() {
     let second =
         first.recompile(parse(&[random_rollout("a", "1"), random_rollout("b", "2")], &nothing));
     let outcomes = |draw| {
-        let bound = second.engine.bind(&Context { draw, ..Context::default() });
+        let bound = second.engine.bind(&Context { random_seed: draw, ..Context::default() });
         ["a", "b"].map(|name| second.engine.evaluate(second.engine.find(name).unwrap(), &bound))
     };
     let different: BTreeSet<_> = (0..200).map(|draw| outcomes(draw).map(Outcome::is_on)).collect();

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::super::Engine;
-use super::super::arbitrary::{anything, asking, definitions};
+use super::super::arbitrary::{arbitrary_json, arbitrary_context, arbitrary_definitions};
 use super::*;
 
 fn compile(features: &Value, segments: &Value) -> (Engine, Document) {
@@ -84,8 +84,8 @@ fn check(engine: &Engine, document: &Document, context: &Context<'_>) -> Result<
 proptest! {
     #[test]
     fn explanations_agree_with_evaluation(
-        (features, segments) in definitions(),
-        contexts in prop::collection::vec(asking(), 1..4),
+        (features, segments) in arbitrary_definitions(),
+        contexts in prop::collection::vec(arbitrary_context(), 1..4),
     ) {
         let (engine, document) = compile(&features, &segments);
         for context in &contexts {
@@ -97,9 +97,9 @@ proptest! {
 proptest! {
     #[test]
     fn explanations_of_malformed_definitions_agree_with_evaluation(
-        parts in prop::collection::vec((anything(), anything(), anything()), 1..4),
-        segments in prop::collection::vec(anything(), 0..3),
-        context in asking(),
+        parts in prop::collection::vec((arbitrary_json(), arbitrary_json(), arbitrary_json()), 1..4),
+        segments in prop::collection::vec(arbitrary_json(), 0..3),
+        context in arbitrary_context(),
     ) {
         let feature = |((strategies, variants, dependencies), name)| json!({
             "name": name, "enabled": true, "strategies": [strategies], "variants": [variants],
@@ -128,7 +128,7 @@ fn explain(parts: Value, others: &[Value]) -> Explanation {
         user_id: Some("7"),
         properties: &[("plan", "gold")],
         now: "2030-01-01T00:00:00Z".parse().unwrap(),
-        draw: 1,
+        random_seed: 1,
         ..Context::default()
     };
     let explanation = engine.explain(&document, engine.find("a").unwrap(), &context);
@@ -272,7 +272,7 @@ fn variant_sentences_have_the_reason_of_the_selection() {
         let overrides = json!([{ "contextName": "userId", "values": values }]);
         json!({ "name": name, "weight": weight, "overrides": overrides })
     };
-    let check = |variants: Value, choice: Choice, chosen: Option<&str>, expect: &str| {
+    let check = |variants: Value, choice: SelectionReason, chosen: Option<&str>, expect: &str| {
         let explanation = explain(json!({ "variants": variants }), &[]);
         let list = explanation.variants.unwrap();
         assert_eq!((list.why.as_str(), list.choice), (expect, choice));
@@ -281,25 +281,25 @@ fn variant_sentences_have_the_reason_of_the_selection() {
     };
     check(
         json!([variant("x", 0, &["7"])]),
-        Choice::Nobody,
+        SelectionReason::Nobody,
         None,
         "no variant has a weight, so none is selected",
     );
     check(
         json!([variant("x", 0, &[]), variant("y", 1, &[])]),
-        Choice::Everybody,
+        SelectionReason::Everybody,
         Some("y"),
         "`y` is the only variant with a weight, so it is always selected",
     );
     check(
         json!([variant("x", 1, &["7"]), variant("y", 999, &[])]),
-        Choice::Override,
+        SelectionReason::Override,
         Some("x"),
         "`x` is reserved for `userId` `7`",
     );
     check(
         json!([variant("x", 1, &["8"]), variant("y", 999, &[])]),
-        Choice::Bucket,
+        SelectionReason::Bucket,
         Some("y"),
         "`userId` `7` of group `a` is in bucket 229 of 1000, which is `y`'s",
     );

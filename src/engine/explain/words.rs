@@ -3,11 +3,11 @@
 use std::fmt::Write as _;
 
 use super::super::compile::Dependency;
-use super::super::constraint::{self, Compiled};
-use super::super::explanation::{Constraint, Decision, Explanation, Placement, Strategy};
+use super::super::constraint::{self, CompiledConstraint};
+use super::super::explanation::{Constraint, Decision, Explanation, BucketAssignment, Strategy};
 
 /// Maximum number of values that a sentence lists.
-const NAMED: usize = 8;
+const MAX_LISTED_VALUES: usize = 8;
 
 /// A name or a value in backquotes.
 pub(super) fn quoted(text: &str) -> String {
@@ -15,14 +15,14 @@ pub(super) fn quoted(text: &str) -> String {
 }
 
 /// The phrase for membership in a list.
-pub(super) fn in_list(holds: bool) -> &'static str {
+pub(super) fn membership(holds: bool) -> &'static str {
     if holds { "in the list" } else { "not in the list" }
 }
 
 /// The first of some texts, and the number of the others.
-fn listed(texts: &[String]) -> String {
-    let first: Vec<String> = texts.iter().take(NAMED).map(|text| quoted(text)).collect();
-    match texts.len().saturating_sub(NAMED) {
+fn quoted_list(texts: &[String]) -> String {
+    let first: Vec<String> = texts.iter().take(MAX_LISTED_VALUES).map(|text| quoted(text)).collect();
+    match texts.len().saturating_sub(MAX_LISTED_VALUES) {
         0 => first.join(", "),
         more => format!("{} and {more} more", first.join(", ")),
     }
@@ -64,7 +64,7 @@ pub(super) fn parent(dependency: &Dependency<'_>, parent: &Explanation, satisfie
     let required = match (dependency.enabled, &names[..]) {
         (false, _) => "off".to_owned(),
         (true, []) => "on".to_owned(),
-        (true, names) => format!("on with one of {}", listed(names)),
+        (true, names) => format!("on with one of {}", quoted_list(names)),
     };
     let actual = if satisfied { "and is" } else { "but is" };
     format!("parent {} has to be {required} {actual} {state}", quoted(&parent.flag))
@@ -73,7 +73,7 @@ pub(super) fn parent(dependency: &Dependency<'_>, parent: &Explanation, satisfie
 /// A constraint, the value in the context, and the result.
 pub(super) fn constraint(
     explained: &Constraint,
-    compiled: &Compiled,
+    compiled: &CompiledConstraint,
     problem: Option<String>,
     is_generated: bool,
 ) -> String {
@@ -99,13 +99,13 @@ pub(super) fn constraint(
         "IN_CIDR" => "is an address in one of",
         other => other,
     };
-    let subject = if constraint::is_of_time(&explained.operator) {
+    let subject = if constraint::is_time_operator(&explained.operator) {
         "the time".to_owned()
     } else {
         quoted(&explained.field)
     };
     let values =
-        if explained.values.is_empty() { "nothing".to_owned() } else { listed(&explained.values) };
+        if explained.values.is_empty() { "nothing".to_owned() } else { quoted_list(&explained.values) };
     let mut text = format!("{subject} {phrase} {values}");
     if explained.case_insensitive {
         text.push_str(", ignoring case");
@@ -123,10 +123,10 @@ pub(super) fn constraint(
         None => text.push_str("; it is not given"),
     }
     let verdict = match (compiled, explained.holds) {
-        (Compiled::Always, _) => "this always holds",
-        (Compiled::Never, _) => "this never holds",
-        (Compiled::Test(_), true) => "this holds",
-        (Compiled::Test(_), false) => "this does not hold",
+        (CompiledConstraint::Always, _) => "this always holds",
+        (CompiledConstraint::Never, _) => "this never holds",
+        (CompiledConstraint::Test(_), true) => "this holds",
+        (CompiledConstraint::Test(_), false) => "this does not hold",
     };
     match problem {
         Some(problem) if explained.operator.is_empty() => problem,
@@ -136,8 +136,8 @@ pub(super) fn constraint(
 }
 
 /// The bucket of the context, and how it is computed.
-pub(super) fn placement(placement: &Placement) -> String {
-    let Placement { stickiness, field, value, drawn, group, bucket, buckets } = placement;
+pub(super) fn bucket_assignment(placement: &BucketAssignment) -> String {
+    let BucketAssignment { stickiness, field, value, drawn, group, bucket, buckets } = placement;
     match (bucket, field, value) {
         (None, ..) => {
             format!("the context lacks {}, which determines the bucket", quoted(stickiness))
@@ -157,8 +157,8 @@ pub(super) fn placement(placement: &Placement) -> String {
 }
 
 /// The bucket of the context, and whether it is within the rollout.
-pub(super) fn share(of: &Placement, percent: u32, holds: bool) -> String {
-    let bucket = placement(of);
+pub(super) fn rollout(of: &BucketAssignment, percent: u32, holds: bool) -> String {
+    let bucket = bucket_assignment(of);
     let relation = match (of.bucket, holds) {
         (None, _) => return bucket,
         (Some(_), true) => "within",

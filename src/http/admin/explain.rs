@@ -5,7 +5,7 @@
 use jiff::Timestamp;
 
 use crate::{
-    answers::explained::{self, Missing},
+    answers::explained::{self, UnknownFlag},
     http::reply::{self, Failure, Reply},
     snapshot::Snapshots,
     token::Environment,
@@ -26,10 +26,10 @@ pub(super) fn explain(snapshots: &Snapshots, body: &[u8]) -> Result<Reply, Failu
     let (now, draw) = (Timestamp::now(), rand::random());
     match explained::explain(&snapshot, &question.flag, &question.context, now, draw) {
         Ok(explanation) => Ok(reply::document(&explanation)),
-        Err(Missing { alike }) if alike.is_empty() => {
+        Err(UnknownFlag { similar_names: alike }) if alike.is_empty() => {
             Err(Failure::Missing("there is no such flag in this environment".to_owned()))
         }
-        Err(Missing { alike }) => Err(Failure::Missing(format!(
+        Err(UnknownFlag { similar_names: alike }) => Err(Failure::Missing(format!(
             "there is no such flag in this environment; similar ones are: {}",
             alike.join(", ")
         ))),

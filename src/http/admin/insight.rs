@@ -12,7 +12,7 @@ use crate::{
     auth::Authenticator,
     control::{ConnectionCount, DatabaseStatus},
     http::ops::Ops,
-    snapshot::{Filter, Segments, Snapshot, Snapshots, body::Coding},
+    snapshot::{Filter, SegmentFormat, Snapshot, Snapshots, body::ContentCoding},
     tls,
     token::{Grant, Projects, Scope, TokenKind},
     upstream::{AdminToken, Upstream},
@@ -112,8 +112,8 @@ impl InstanceStatus {
         let snapshots = self.snapshots.all();
         let mut text = String::from("{");
         for (n, (environment, snapshot)) in snapshots.iter().enumerate() {
-            let listing = snapshot.listing(&Projects::All, Filter::default(), Segments::Separate);
-            let json = String::from_utf8_lossy(&listing.make(Coding::Identity).bytes).into_owned();
+            let listing = snapshot.client_features(&Projects::All, Filter::default(), SegmentFormat::Separate);
+            let json = String::from_utf8_lossy(&listing.get_or_encode(ContentCoding::Identity).bytes).into_owned();
             let separator = if n > 0 { "," } else { "" };
             let name = Value::from(environment.as_str());
             write!(text, "{separator}{name}:{json}").expect("writing to a string cannot fail");

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tokio::sync::watch;
 
 use crate::{
-    feed::{Feed, News, Number, Topic},
+    feed::{ChangeFeed, UpdateKind, StateId, SubscriptionKey},
     http::streaming::{FetchMode, Piece, Teller, Told},
     wire::{delta::EventId, sse},
 };
@@ -13,10 +13,10 @@ use crate::{
 /// Delta events for one subscription key.
 #[derive(Debug)]
 pub struct Changes {
-    feed: Feed,
+    feed: ChangeFeed,
     /// The state ids of the environment.
-    states: watch::Receiver<Number>,
-    topic: Arc<Topic>,
+    states: watch::Receiver<StateId>,
+    topic: Arc<SubscriptionKey>,
     /// The id of the state that the client has.
     last: Option<EventId>,
     stage: Stage,
@@ -34,9 +34,9 @@ impl Changes {
     /// Starts with everything since the state `last`. `states` yields the state ids of the key's
     /// environment.
     pub fn new(
-        feed: Feed,
-        states: watch::Receiver<Number>,
-        topic: Topic,
+        feed: ChangeFeed,
+        states: watch::Receiver<StateId>,
+        topic: SubscriptionKey,
         last: Option<EventId>,
         fetch_mode: Option<FetchMode>,
     ) -> Self {
@@ -54,26 +54,26 @@ impl Teller for Changes {
             }
         }
         // Called again after each chunk: usually there is nothing more to send.
-        if self.stage == Stage::Following && self.last == Some(self.topic.id(*self.states.borrow()))
+        if self.stage == Stage::Following && self.last == Some(self.topic.event_id(*self.states.borrow()))
         {
             return None;
         }
-        let frame = self.feed.since(&self.topic, self.last)?;
-        self.last = Some(frame.id());
+        let frame = self.feed.update_since(&self.topic, self.last)?;
+        self.last = Some(frame.event_id());
         if let Stage::Connecting(mode) = self.stage {
             self.stage = mode.map_or(Stage::Following, Stage::Directing);
-            let kind = match frame.news() {
-                News::Everything => Told::Whole,
-                News::Changes | News::Nothing => Told::Missed,
+            let kind = match frame.kind() {
+                UpdateKind::Snapshot => Told::Whole,
+                UpdateKind::Delta | UpdateKind::Unchanged => Told::Missed,
             };
-            return Some(Piece { bytes: frame.connected(), told: kind });
+            return Some(Piece { bytes: frame.connected_event(), told: kind });
         }
-        let kind = match frame.news() {
-            News::Nothing => return None,
-            News::Everything => Told::Overtaken,
-            News::Changes => Told::Changed(frame.told()),
+        let kind = match frame.kind() {
+            UpdateKind::Unchanged => return None,
+            UpdateKind::Snapshot => Told::Overtaken,
+            UpdateKind::Delta => Told::Changed(frame.received_at()),
         };
-        Some(Piece { bytes: frame.updated(), told: kind })
+        Some(Piece { bytes: frame.updated_event(), told: kind })
     }
 }
 
@@ -121,9 +121,9 @@ mod tests {
         let (environment, projects) = (Environment::new("dev"), Projects::All);
         let snapshots = Snapshots::default();
         swap(&snapshots, 0);
-        let feed = Feed::new(snapshots.clone());
-        let states = feed.follow(&environment).unwrap();
-        let topic = Topic::new(environment, projects, Filter::default());
+        let feed = ChangeFeed::new(snapshots.clone());
+        let states = feed.subscribe(&environment).unwrap();
+        let topic = SubscriptionKey::new(environment, projects, Filter::default());
         let mut changes = Changes::new(feed.clone(), states, topic.clone(), None, None);
         let mut has = Document::default();
         assert_eq!(read(&mut changes, &mut has), Some(Told::Whole));
@@ -135,7 +135,7 @@ mod tests {
             for n in changed {
                 swap(&snapshots, n);
                 // Makes the history record each state, as its own task does.
-                feed.since(&Arc::new(topic.clone()), None);
+                feed.update_since(&Arc::new(topic.clone()), None);
             }
             let kind = read(&mut changes, &mut has).expect("a chunk is pending");
             assert_eq!(discriminant(&kind), discriminant(&expect));

@@ -7,8 +7,8 @@ use tokio::time::Instant;
 
 use super::question::Asker;
 use crate::{
-    answers::followed::{Follower, News},
-    engine::Reads,
+    answers::followed::{Subscription, FrontendUpdate},
+    engine::EvaluationInputs,
     http::streaming::{Piece, Teller, Told},
     snapshot::Snapshots,
 };
@@ -18,7 +18,7 @@ use crate::{
 pub struct Changes {
     snapshots: Snapshots,
     asker: Asker,
-    follower: Follower,
+    follower: Subscription,
     wake: Wake,
     /// The client must reconnect with its full context.
     needs_reconnect: bool,
@@ -27,7 +27,7 @@ pub struct Changes {
 impl Changes {
     /// Starts with all flags, unless their hash is `last`, which the client already has.
     pub fn new(snapshots: Snapshots, asker: Asker, last: Option<u128>) -> Self {
-        let (follower, wake) = (Follower::New(last), Wake::default());
+        let (follower, wake) = (Subscription::New(last), Wake::default());
         Self { snapshots, asker, follower, wake, needs_reconnect: false }
     }
 }
@@ -36,18 +36,18 @@ impl Teller for Changes {
     fn tell(&mut self) -> Option<Piece> {
         let Self { snapshots, asker, follower, wake, needs_reconnect } = self;
         let snapshot = snapshots.load_for(asker.scope())?;
-        let view = snapshot.view(&asker.scope().projects);
-        let since = wake.set(view.reads(), snapshot.received());
+        let view = snapshot.frontend_view(&asker.scope().projects);
+        let since = wake.set(view.inputs(), snapshot.received_at());
         let Some(question) = asker.question(&snapshot, &view) else {
             *needs_reconnect = true;
             return None;
         };
         let update =
-            question.answer(&view, |context| follower.catch_up(&snapshot, &view, context))?;
+            question.answer(&view, |context| follower.next_update(&snapshot, &view, context))?;
         let (bytes, kind) = match update {
-            News::Whole(bytes) => (bytes, Told::Whole),
-            News::Current(bytes) => (bytes, Told::Missed),
-            News::Changed(bytes) => (bytes, Told::Changed(since)),
+            FrontendUpdate::Snapshot(bytes) => (bytes, Told::Whole),
+            FrontendUpdate::Unchanged(bytes) => (bytes, Told::Missed),
+            FrontendUpdate::Delta(bytes) => (bytes, Told::Changed(since)),
         };
         Some(Piece { bytes, told: kind })
     }
@@ -68,7 +68,7 @@ pub struct Wake(Option<(Timestamp, Instant)>);
 impl Wake {
     /// Computes the next time. Returns since when the outcomes may differ: since the flags were
     /// received, or since a later date that has passed.
-    pub fn set(&mut self, reads: &Reads, received: Instant) -> Instant {
+    pub fn set(&mut self, reads: &EvaluationInputs, received: Instant) -> Instant {
         let (now, instant) = (Timestamp::now(), Instant::now());
         let passed = self.0.map(|(date, _)| date).filter(|date| *date <= now);
         self.0 = reads.next_change(now).map(|date| {

@@ -7,9 +7,9 @@ use smallvec::SmallVec;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::{
-    answers::session::{self, MadeUpSession},
-    engine::{Context, FieldId, Fields, Reads, Relevance},
-    snapshot::{Snapshot, View},
+    answers::session::{self, GeneratedSessionId},
+    engine::{Context, FieldId, ContextSchema, EvaluationInputs, Relevance},
+    snapshot::{Snapshot, FrontendView},
     token::Scope,
     wire::context::FrontendContext,
 };
@@ -37,12 +37,12 @@ impl Question<'_> {
     /// A missing address is the client's. A missing `sessionId` is random, as in Unleash's frontend API.
     /// The environment stays as the client sent it: Unleash, its SDKs and Unleash Edge do not copy the
     /// token's environment to the context either.
-    pub fn answer<T>(&self, view: &View, evaluate: impl FnOnce(&Context<'_>) -> T) -> T {
+    pub fn answer<T>(&self, view: &FrontendView, evaluate: impl FnOnce(&Context<'_>) -> T) -> T {
         let Self { told: sent, client, hostname, draw, .. } = *self;
-        let reads = view.reads();
+        let reads = view.inputs();
         let draw = match draw {
             Some(draw) => draw,
-            None if reads.may_be_random() => rand::random(),
+            None if reads.can_be_random() => rand::random(),
             None => 0,
         };
         let random_session;
@@ -50,9 +50,9 @@ impl Question<'_> {
             Some(id) if !id.is_empty() => (Some(id), false),
             _ => match reads.relevance(FieldId::SESSION_ID, |field| lacks(sent, field)) {
                 Relevance::None => (None, false),
-                Relevance::Membership => (Some(session::ANY), false),
+                Relevance::Membership => (Some(session::PLACEHOLDER), false),
                 Relevance::Text => {
-                    random_session = MadeUpSession::new(draw);
+                    random_session = GeneratedSessionId::new(draw);
                     (Some(random_session.as_str()), true)
                 }
             },
@@ -73,15 +73,15 @@ impl Question<'_> {
         evaluate(&Context {
             user_id: sent.user_id.as_deref(),
             session_id,
-            session_is_made_up,
+            session_is_generated: session_is_made_up,
             environment: sent.environment.as_deref(),
             app_name: sent.app_name.as_deref(),
             current_time: sent.current_time.as_deref(),
             remote_address,
             properties: &properties,
             hostname: Some(hostname),
-            now: if reads.is_timed() { Timestamp::now() } else { Timestamp::UNIX_EPOCH },
-            draw,
+            now: if reads.is_time_dependent() { Timestamp::now() } else { Timestamp::UNIX_EPOCH },
+            random_seed: draw,
         })
     }
 }
@@ -139,9 +139,9 @@ impl Asker {
     ) -> Self {
         let mut omitted = Vec::new();
         if sent.memory() > KEPT_WHOLE {
-            let view = snapshot.view(&scope.projects);
+            let view = snapshot.frontend_view(&scope.projects);
             let fields: HashSet<_> =
-                read_fields(view.reads(), snapshot.engine().fields()).collect();
+                read_fields(view.inputs(), snapshot.engine().schema()).collect();
             sent.retain(|name| {
                 let is_read = fields.contains(name);
                 if !is_read {
@@ -161,9 +161,9 @@ impl Asker {
 
     /// The request to evaluate against this snapshot. `None` if the flags of `view` read an omitted
     /// field: the client must reconnect with its full context.
-    pub fn question<'a>(&'a self, snapshot: &'a Snapshot, view: &View) -> Option<Question<'a>> {
+    pub fn question<'a>(&'a self, snapshot: &'a Snapshot, view: &FrontendView) -> Option<Question<'a>> {
         let Self { told, left_out, client, hostname, scope, draw } = self;
-        let mut fields = read_fields(view.reads(), snapshot.engine().fields());
+        let mut fields = read_fields(view.inputs(), snapshot.engine().schema());
         let is_left_out = |name: &str| left_out.binary_search(&xxh3_64(name.as_bytes())).is_ok();
         if !left_out.is_empty() && fields.any(is_left_out) {
             return None;
@@ -173,8 +173,8 @@ impl Asker {
 }
 
 /// The names of the context fields that the flags read.
-fn read_fields<'a>(reads: &Reads, fields: &'a Fields) -> impl Iterator<Item = &'a str> {
-    let time = reads.is_timed().then_some(FieldId::CURRENT_TIME);
+fn read_fields<'a>(reads: &EvaluationInputs, fields: &'a ContextSchema) -> impl Iterator<Item = &'a str> {
+    let time = reads.is_time_dependent().then_some(FieldId::CURRENT_TIME);
     reads.fields().chain(time).map(|field| &*fields.names()[field.index()])
 }
 

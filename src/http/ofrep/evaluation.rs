@@ -8,9 +8,9 @@ use bytes::Bytes;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::{
-    answers::reworded,
+    answers::ofrep_hash,
     engine::{Context, Engine, FlagId, Outcome},
-    snapshot::{Snapshot, View},
+    snapshot::{Snapshot, FrontendView},
     wire::ofrep::{Evaluation, Metadata, Reason, Value, value},
 };
 
@@ -20,9 +20,9 @@ pub(super) fn json(document: &impl serde::Serialize) -> Bytes {
 }
 
 /// A hash of the OFREP evaluations of all flags in `view` for one context.
-pub(super) fn outcome_of(snapshot: &Snapshot, view: &View, context: &Context<'_>) -> u128 {
+pub(super) fn outcome_of(snapshot: &Snapshot, view: &FrontendView, context: &Context<'_>) -> u128 {
     let engine = snapshot.engine();
-    reworded(snapshot, view, context, |id, outcome| {
+    ofrep_hash(snapshot, view, context, |id, outcome| {
         xxh3_64(&json(&evaluation(engine, id, outcome)))
     })
 }
@@ -41,11 +41,11 @@ pub(super) fn evaluation(engine: &Engine, id: FlagId, outcome: Outcome) -> Evalu
     let plain = if outcome.is_on() { "enabled" } else { "disabled" };
     let reason = if !flag.enabled() {
         Reason::Disabled
-    } else if engine.fixed(id).is_some_and(Outcome::is_on) {
+    } else if engine.constant_outcome(id).is_some_and(Outcome::is_on) {
         Reason::Static
     } else if !outcome.is_on() {
         Reason::Unknown
-    } else if engine.splits(id) {
+    } else if engine.is_bucketed(id) {
         Reason::Split
     } else {
         Reason::TargetingMatch

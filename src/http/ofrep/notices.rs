@@ -38,8 +38,8 @@ impl Teller for Notices {
     fn tell(&mut self) -> Option<Piece> {
         let Self { snapshots, asker, outcome, begun, wake, needs_reconnect } = self;
         let snapshot = snapshots.load_for(asker.scope())?;
-        let view = snapshot.view(&asker.scope().projects);
-        let since = wake.set(view.reads(), snapshot.received());
+        let view = snapshot.frontend_view(&asker.scope().projects);
+        let since = wake.set(view.inputs(), snapshot.received_at());
         let Some(question) = asker.question(&snapshot, &view) else {
             *needs_reconnect = true;
             return None;
@@ -99,7 +99,7 @@ mod tests {
     /// The evaluation of the only flag, and the outcome hash.
     fn evaluated(snapshots: &Snapshots) -> (Value, u128) {
         let snapshot = snapshots.load_for(&scope()).unwrap();
-        let (engine, view) = (snapshot.engine(), snapshot.view(&Projects::All));
+        let (engine, view) = (snapshot.engine(), snapshot.frontend_view(&Projects::All));
         subscriber(&snapshot).question(&snapshot, &view).unwrap().answer(&view, |context| {
             let id = engine.find("a").unwrap();
             let outcome = engine.evaluate(id, &engine.bind(context));

@@ -19,7 +19,7 @@ use tokio::{
 use tokio_util::sync::{ReusableBoxFuture, WaitForCancellationFutureOwned};
 
 use super::{seats::Seat, teller::Teller};
-use crate::{feed::Number, wire::sse};
+use crate::{feed::StateId, wire::sse};
 
 /// Longest interval between keep-alive comments: Node's SDK reconnects after 60 s without data.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(25);
@@ -66,7 +66,7 @@ impl<T: Teller> SseStream<T> {
     /// A stream that closes after `age` at the latest.
     pub(super) fn new(
         permit: Seat,
-        states: watch::Receiver<Number>,
+        states: watch::Receiver<StateId>,
         source: T,
         age: Duration,
     ) -> Self {
@@ -162,12 +162,12 @@ impl<T: Teller> Stream for SseStream<T> {
 }
 
 /// Waits for the next state id of an environment, without allocating for each wait.
-struct StateIds(ReusableBoxFuture<'static, (Changed, watch::Receiver<Number>)>);
+struct StateIds(ReusableBoxFuture<'static, (Changed, watch::Receiver<StateId>)>);
 
 type Changed = Result<(), watch::error::RecvError>;
 
 impl StateIds {
-    fn new(states: watch::Receiver<Number>) -> Self {
+    fn new(states: watch::Receiver<StateId>) -> Self {
         Self(ReusableBoxFuture::new(next(states)))
     }
 
@@ -179,7 +179,7 @@ impl StateIds {
     }
 }
 
-async fn next(mut states: watch::Receiver<Number>) -> (Changed, watch::Receiver<Number>) {
+async fn next(mut states: watch::Receiver<StateId>) -> (Changed, watch::Receiver<StateId>) {
     (states.changed().await, states)
 }
 

@@ -131,7 +131,7 @@ impl Bed {
 
     /// Waits until `flags` are served; panics if a flag of `always` is missing meanwhile.
     async fn until(&self, flags: &[&str], always: &[&str]) {
-        let mut swaps = self.snapshots.swaps();
+        let mut swaps = self.snapshots.subscribe();
         let mut arrived = async || {
             loop {
                 swaps.borrow_and_update();
@@ -246,7 +246,7 @@ async fn removal_seen_by_poll_waits_for_streaming_tokens() {
 async fn flag_that_no_token_reports_is_removed_after_grace_period() {
     let fixture = Bed::start(&[], Duration::from_millis(20)).await;
     fixture.tell(ONE, &["p1/kept"]);
-    let mut swaps = fixture.snapshots.swaps();
+    let mut swaps = fixture.snapshots.subscribe();
     let mut gone = async || {
         while fixture.served() != ["p1/kept", "p2/other", "p2/streamed-2"] {
             swaps.changed().await.unwrap();
