@@ -37,13 +37,13 @@ use crate::{
     http::{
         admin::{self, AdminService, DataEndpoint, InstanceIdentity, InstanceStatus, Relay},
         cors::Cors,
-        data::{Data, Settings},
-        guesses::Guesses,
+        data::{SdkService, Settings},
+        guesses::FailedAttempts,
         listener::{self, ConnectionLimits, Drain, HttpService},
-        meter::Meter,
-        ofrep::{TicketKey, Tickets},
-        ops::Ops,
-        redirect::Redirect,
+        meter::RequestMetrics,
+        ofrep::{StreamTicketKey, StreamTickets},
+        ops::HealthEndpoints,
+        redirect::HttpsRedirect,
         streaming::Streams,
     },
     snapshot::Snapshots,
@@ -71,10 +71,10 @@ pub enum Signal {
 /// An instance that listens and is ready to serve.
 #[derive(Debug)]
 pub struct App {
-    data: Listening<Data>,
+    data: Listening<SdkService>,
     admin: Listening<AdminService>,
     /// Redirects requests without TLS to the TLS port.
-    redirect: Option<Listening<Redirect>>,
+    redirect: Option<Listening<HttpsRedirect>>,
     drain_delay: Duration,
     grace: Duration,
     readiness: Readiness,
@@ -146,7 +146,7 @@ impl App {
             let share =
                 |it: usize| it.saturating_mul(connections.data).div_ceil(limits.max_connections);
             limits.max_connections_per_address = limits.max_connections_per_address.map(share);
-            streams.limit(connections.data - connections.data / 4);
+            streams.cap_streams(connections.data - connections.data / 4);
         }
         // A new token may wait for validation and then for flags. Both must fit into one request's
         // timeout, so that the response can say which one is missing.
@@ -159,8 +159,8 @@ impl App {
         };
         let usage = Usage::new(&config.usage, hop);
         let persistence = Keeper::restore(mode.store.clone(), auth.clone(), usage.clone()).await;
-        let meter = Arc::new(Meter::new(admin::path_templates()));
-        let ops = Ops::new(
+        let meter = Arc::new(RequestMetrics::new(admin::path_templates()));
+        let ops = HealthEndpoints::new(
             readiness.clone(),
             registry.clone(),
             snapshots.clone(),
@@ -173,30 +173,30 @@ impl App {
         let admin_token = credentials.as_ref().map(|it| it.token.clone());
         let ticket_key = config.data.ticket_key.unwrap_or_else(|| match &admin_token {
             // All edges of a fleet know this token.
-            Some(token) => TicketKey::of(&token.current()),
-            None => TicketKey::random(),
+            Some(token) => StreamTicketKey::from_token(&token.current()),
+            None => StreamTicketKey::random(),
         });
-        let service = Data {
+        let service = SdkService {
             settings: Settings {
                 base_path: config.data.base_path,
                 token_header: config.data.token_header.clone(),
                 cors: Cors::new(config.data.cors),
                 access: config.data.access,
-                disabled: config.data.disabled.clone(),
-                body_bytes: config.data.body_bytes,
+                disabled_endpoints: config.data.disabled.clone(),
+                max_body_bytes: config.data.body_bytes,
                 request_timeout: config.data.request_timeout,
-                patience: deadline,
+                first_fetch_timeout: deadline,
                 hostname: hostname().into(),
             },
             auth: auth.clone(),
             snapshots: snapshots.clone(),
             streams: Streams::new(streams, auth.clone()),
             feed,
-            tickets: Tickets::new(ticket_key),
+            stream_tickets: StreamTickets::new(ticket_key),
             usage: usage.clone(),
-            ops: ops.clone(),
-            meter,
-            guesses: Guesses::default(),
+            health: ops.clone(),
+            request_metrics: meter,
+            failed_attempts: FailedAttempts::default(),
         };
         info!(
             mode = mode.name,
@@ -246,7 +246,7 @@ impl App {
         let of = |connections| ConnectionLimits { max_connections: connections, ..limits.clone() };
         let redirect = redirect.map(|(listener, _)| Listening {
             listener,
-            service: Arc::new(Redirect::to_port(data_address.port())),
+            service: Arc::new(HttpsRedirect::to_port(data_address.port())),
             config: listener::Config {
                 limits: of(connections.admin),
                 load_balancers: config.data.balancers.clone(),
@@ -320,7 +320,7 @@ impl App {
         mode.source.spawn(&mut workers, &persistence.auth);
         workers.spawn("auth", persistence.auth.clone(), |auth| async move { auth.run().await });
         workers.spawn("feed", feed, |feed| async move { feed.run().await });
-        workers.spawn("streams", streams.clone(), |streams| async move { streams.run().await });
+        workers.spawn("streams", streams.clone(), |streams| async move { streams.close_revoked().await });
         workers.spawn("metrics", registry, upkeep);
         for server in tls.into_iter().flatten() {
             workers.spawn("tls", server, |server| async move { server.watch_files().await });
@@ -396,7 +396,7 @@ impl App {
                 () = force.cancelled() => {}
             }
             drain.close();
-            streams.end(grace);
+            streams.close_all(grace);
             let served = async { while listeners.join_next().await.is_some() {} };
             tokio::select! {
                 () = served => {}

@@ -36,7 +36,7 @@ pub use self::{
     verdicts::{RestoreError, Verdict},
 };
 use crate::{
-    telemetry::report,
+    telemetry::error_chain,
     token::{Environment, Grant, Token, TokenDigest, TokenKind},
     upstream::{Access, AdminToken, Credentials, Upstream},
     wire::tokens::{ListedSecret, TokenList, Validated},
@@ -176,7 +176,7 @@ impl Authenticator {
     /// Looks up the token of an authorization header without a request to upstream.
     fn recall(&self, header: &str) -> Known {
         let inner = &*self.0;
-        let digest = TokenDigest::of(Token::bare(header));
+        let digest = TokenDigest::of(Token::strip_bearer(header));
         if let Some(grant) = inner.given.admit(&digest) {
             inner.tally.known.increment(1);
             return Known::Judged(Ok(Admission { grant, digest, first_seen: false }));
@@ -535,7 +535,7 @@ impl Inner {
             Err(error) => {
                 if !self.unanswered.swap(true, Ordering::Relaxed) {
                     warn!(
-                        error = report(&error),
+                        error = error_chain(&error),
                         "Token validation at upstream failed; requests with first-seen tokens get 503"
                     );
                 }
@@ -630,7 +630,7 @@ impl Inner {
                     if let Some(retry_after) = error.retry().wish() {
                         not_before = Instant::now() + retry_after;
                     }
-                    self.list_is_unread(&report(&error));
+                    self.list_is_unread(&error_chain(&error));
                     // The client has already recorded a 401 as a rejection of the admin token.
                     let is_refusal = error.status().is_some_and(|it| it.as_u16() == 401);
                     if !is_refusal && admin_check.is_in_doubt(&issuer.upstream, admin).await {

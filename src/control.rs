@@ -56,7 +56,7 @@ use self::{
 use crate::{
     auth::Authenticator,
     snapshot::Snapshots,
-    telemetry::report,
+    telemetry::error_chain,
     token::{Grant, Token, TokenDigest, TokenKind},
     usage::{Delivery, Taken},
 };
@@ -125,7 +125,7 @@ impl Control {
                 let tokens = snapshot.and_then(|bytes| copy::read(database.shown(), bytes));
                 let Some(tokens) = tokens else { return Err(error) };
                 warn!(
-                    error = report(&error),
+                    error = error_chain(&error),
                     tokens = tokens.len(),
                     "The control plane's database is unreachable; serving with a saved copy of the \
                      tokens, and changes fail until the database is reachable again"
@@ -221,7 +221,7 @@ impl Control {
                 Ok(false) => Taken::Refused,
                 Err(error) => {
                     if health.record_usage(false) {
-                        warn!(error = report(&error), "Usage could not be stored; it stays queued");
+                        warn!(error = error_chain(&error), "Usage could not be stored; it stays queued");
                     }
                     Taken::Failed
                 }

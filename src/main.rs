@@ -30,7 +30,7 @@ static ALLOCATOR: Jemalloc = Jemalloc;
 const EX_USAGE: u8 = 64;
 
 /// How long shutdown waits for blocked threads.
-const LEFT_THREADS: Duration = Duration::from_secs(1);
+const THREAD_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     let command = match Command::from_process() {
@@ -57,32 +57,32 @@ fn execute(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Show(text) => write!(io::stdout(), "{text}").context("cannot write"),
         Command::Manage(command) => {
-            let output = runtime()?.block_on(command::manage::run(command))?;
+            let output = build_runtime()?.block_on(command::manage::run(command))?;
             write!(io::stdout(), "{output}").context("cannot write")
         }
         Command::Archive(command) => {
-            let output = runtime()?.block_on(command::archive::run(command))?;
+            let output = build_runtime()?.block_on(command::archive::run(command))?;
             write!(io::stdout(), "{output}").context("cannot write")
         }
         Command::Explain(request) => {
             write!(io::stdout(), "{}", command::explain(&request)?).context("cannot write")
         }
-        Command::Probe(probe) => Ok(runtime()?.block_on(probe::ask(&probe))?),
+        Command::Probe(probe) => Ok(build_runtime()?.block_on(probe::check(&probe))?),
         Command::Run(config) => {
             telemetry::start_logging(&config.log);
             for warning in &config.warnings {
                 tracing::warn!("{warning}");
             }
-            let runtime = runtime()?;
+            let runtime = build_runtime()?;
             let outcome = runtime.block_on(run(*config));
             // A thread that hangs in a disk or network file system would block the exit forever.
-            runtime.shutdown_timeout(LEFT_THREADS);
+            runtime.shutdown_timeout(THREAD_SHUTDOWN_TIMEOUT);
             outcome
         }
     }
 }
 
-fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+fn build_runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -92,14 +92,14 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 async fn run(config: Config) -> anyhow::Result<()> {
     // Installed before the start, because SIGHUP would otherwise kill the process. A reload requested
     // during the start is done afterwards.
-    let reloads = reloads().context("cannot listen to signals")?;
+    let reloads = reload_signals().context("cannot listen to signals")?;
     let app = App::start(config).await?;
-    let terminations = terminations().context("cannot listen to signals")?;
+    let terminations = termination_signals().context("cannot listen to signals")?;
     Ok(app.run(stream::select(terminations, reloads)).await?)
 }
 
 /// Yields each SIGTERM and SIGINT.
-fn terminations() -> io::Result<impl Stream<Item = Signal>> {
+fn termination_signals() -> io::Result<impl Stream<Item = Signal>> {
     let signals = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     Ok(stream::unfold(signals, |(mut terminate, mut interrupt)| async move {
         let signal = tokio::select! {
@@ -111,7 +111,7 @@ fn terminations() -> io::Result<impl Stream<Item = Signal>> {
 }
 
 /// Yields the newly read configuration on each SIGHUP.
-fn reloads() -> io::Result<impl Stream<Item = Signal>> {
+fn reload_signals() -> io::Result<impl Stream<Item = Signal>> {
     let hangup = signal(SignalKind::hangup())?;
     Ok(stream::unfold(hangup, |mut hangup| async move {
         loop {

@@ -19,42 +19,42 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 pub enum Error {
     /// The file of the certificate authority cannot be read.
     #[error("cannot read the certificate authority")]
-    Authority(#[source] io::Error),
+    CertificateAuthority(#[source] io::Error),
     /// The file contains no PEM certificates, or TLS cannot be set up.
     #[error("cannot set up the client")]
     Client(#[source] reqwest::Error),
     /// The request failed or timed out.
     #[error("no answer from {0}")]
-    Silent(String, #[source] reqwest::Error),
+    NoResponse(String, #[source] reqwest::Error),
     /// The status was not 200.
     #[error("{0} answered {1}")]
-    Unwell(String, StatusCode),
+    UnexpectedStatus(String, StatusCode),
 }
 
 /// Sends the request; `Ok` means 200.
-pub async fn ask(probe: &Probe) -> Result<(), Error> {
+pub async fn check(probe: &Probe) -> Result<(), Error> {
     // Fails if a provider is installed already, which is fine.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let client = Client::builder().timeout(TIMEOUT).no_proxy();
     let client = match &probe.trust {
         Trust::Platform(None) => client,
-        Trust::Platform(Some(file)) => client.tls_certs_merge(authorities(file)?),
+        Trust::Platform(Some(file)) => client.tls_certs_merge(read_certificates(file)?),
         Trust::Authority(file) => {
-            client.tls_certs_only(authorities(file)?).tls_danger_accept_invalid_hostnames(true)
+            client.tls_certs_only(read_certificates(file)?).tls_danger_accept_invalid_hostnames(true)
         }
         Trust::Any => client.tls_danger_accept_invalid_certs(true),
     };
     let request = client.build().map_err(Error::Client)?.get(probe.url.clone());
     let url = || probe.url.to_string();
-    match request.send().await.map_err(|error| Error::Silent(url(), error.without_url()))?.status()
+    match request.send().await.map_err(|error| Error::NoResponse(url(), error.without_url()))?.status()
     {
         StatusCode::OK => Ok(()),
-        status => Err(Error::Unwell(url(), status)),
+        status => Err(Error::UnexpectedStatus(url(), status)),
     }
 }
 
-fn authorities(file: &Path) -> Result<Vec<Certificate>, Error> {
-    let pem = std::fs::read(file).map_err(Error::Authority)?;
+fn read_certificates(file: &Path) -> Result<Vec<Certificate>, Error> {
+    let pem = std::fs::read(file).map_err(Error::CertificateAuthority)?;
     Certificate::from_pem_bundle(without_byte_order_mark(&pem)).map_err(Error::Client)
 }
 
@@ -79,14 +79,14 @@ mod tests {
             stream.write_all(answer.as_bytes()).await.unwrap();
         };
         let probe = Probe { url: url.parse().unwrap(), trust: Trust::Any };
-        tokio::join!(ask(&probe), instance).0
+        tokio::join!(check(&probe), instance).0
     }
 
     #[tokio::test]
     async fn instance_is_healthy_only_if_it_answers_200() {
         assert!(result_of("200 OK").await.is_ok());
-        assert!(matches!(result_of("503 Service Unavailable").await, Err(Error::Unwell(..))));
-        assert!(matches!(result_of("204 No Content").await, Err(Error::Unwell(..))));
+        assert!(matches!(result_of("503 Service Unavailable").await, Err(Error::UnexpectedStatus(..))));
+        assert!(matches!(result_of("204 No Content").await, Err(Error::UnexpectedStatus(..))));
     }
 
     /// Serves one request over TLS with a certificate for another host name.
@@ -131,7 +131,7 @@ mod tests {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let url = format!("https://{}/ready", listener.local_addr().unwrap());
             let probe = Probe { url: url.parse().unwrap(), trust };
-            let (result, ()) = tokio::join!(ask(&probe), answer_over_tls(listener, config.clone()));
+            let (result, ()) = tokio::join!(check(&probe), answer_over_tls(listener, config.clone()));
             assert_eq!(result.is_ok(), is_trusted, "{:?}: {result:?}", probe.trust);
         }
     }
@@ -142,6 +142,6 @@ mod tests {
         let url = format!("http://{}/", listener.local_addr().unwrap()).parse().unwrap();
         drop(listener);
         let probe = Probe { url, trust: Trust::Any };
-        assert!(matches!(ask(&probe).await, Err(Error::Silent(..))));
+        assert!(matches!(check(&probe).await, Err(Error::NoResponse(..))));
     }
 }

@@ -19,30 +19,30 @@ use tracing::{info, warn};
 
 use crate::{
     store::{Error, Key, Store},
-    telemetry::report,
+    telemetry::error_chain,
 };
 
 /// Delay before a failed write is retried.
-const RETRY_AFTER: Duration = Duration::from_secs(5);
+const RETRY_DELAY: Duration = Duration::from_secs(5);
 
 /// Writes records in the background. A cheap handle.
 #[derive(Clone)]
-pub struct Saver(Arc<Inner>);
+pub struct BackgroundWriter(Arc<Inner>);
 
 struct Inner {
     store: Store,
     /// Records that are not written yet.
-    waiting: Mutex<HashMap<Key, Encode>>,
-    has_more: Notify,
+    pending: Mutex<HashMap<Key, Encode>>,
+    notify: Notify,
 }
 
 /// Encodes a record; called for each attempt to write it.
 type Encode = Box<dyn Fn() -> Bytes + Send + Sync>;
 
-impl Saver {
+impl BackgroundWriter {
     /// A writer to this store; [`run`](Self::run) does the writing.
     pub fn new(store: Store) -> Self {
-        Self(Arc::new(Inner { store, waiting: Mutex::default(), has_more: Notify::new() }))
+        Self(Arc::new(Inner { store, pending: Mutex::default(), notify: Notify::new() }))
     }
 
     /// The store, to read records from.
@@ -52,8 +52,8 @@ impl Saver {
 
     /// Queues a record, in place of an older version that is still queued.
     pub fn save(&self, key: Key, encode: impl Fn() -> Bytes + Send + Sync + 'static) {
-        self.waiting().insert(key, Box::new(encode));
-        self.0.has_more.notify_one();
+        self.lock_pending().insert(key, Box::new(encode));
+        self.0.notify.notify_one();
     }
 
     /// Writes until `stop`, and then makes one last attempt; the store's timeout bounds that.
@@ -61,11 +61,11 @@ impl Saver {
         let mut is_failing = false;
         loop {
             let is_last = stop.is_cancelled();
-            let failure = self.save_waiting().await;
+            let failure = self.save_pending().await;
             match &failure {
                 Some(error) if !is_failing => {
                     warn!(
-                        error = report(error),
+                        error = error_chain(error),
                         "Saving flags or credentials failed; retrying every 5 s"
                     );
                 }
@@ -78,20 +78,20 @@ impl Saver {
             }
             tokio::select! {
                 () = stop.cancelled() => {}
-                () = self.0.has_more.notified() => {}
-                () = sleep(RETRY_AFTER), if is_failing => {}
+                () = self.0.notify.notified() => {}
+                () = sleep(RETRY_DELAY), if is_failing => {}
             }
         }
     }
 
     /// Tries to write each queued record once. A record that fails is queued again, unless a newer
     /// version is queued already. Returns the first error.
-    async fn save_waiting(&self) -> Option<Error> {
-        let waiting = mem::take(&mut *self.waiting());
+    async fn save_pending(&self) -> Option<Error> {
+        let waiting = mem::take(&mut *self.lock_pending());
         let saves = waiting.into_iter().map(async |(key, encode)| {
             let saved = self.0.store.save(&key, encode()).await;
             if saved.is_err() {
-                self.waiting().entry(key).or_insert(encode);
+                self.lock_pending().entry(key).or_insert(encode);
             }
             saved
         });
@@ -99,12 +99,12 @@ impl Saver {
     }
 
     /// Ignores poisoning: a panic under this lock leaves the map intact.
-    fn waiting(&self) -> MutexGuard<'_, HashMap<Key, Encode>> {
-        self.0.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock_pending(&self) -> MutexGuard<'_, HashMap<Key, Encode>> {
+        self.0.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl fmt::Debug for Saver {
+impl fmt::Debug for BackgroundWriter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("BackgroundWriter").field("store", &self.0.store).finish_non_exhaustive()
     }
@@ -119,14 +119,14 @@ mod tests {
         Key::Flags(Environment::new(environment))
     }
 
-    fn save(saver: &Saver, key: &Key, text: &'static str) {
+    fn save(saver: &BackgroundWriter, key: &Key, text: &'static str) {
         saver.save(key.clone(), || Bytes::from_static(text.as_bytes()));
     }
 
     #[tokio::test]
     async fn newest_version_of_each_record_is_saved_before_shutdown() {
         let store = Store::memory();
-        let (saver, stop) = (Saver::new(store.clone()), CancellationToken::new());
+        let (saver, stop) = (BackgroundWriter::new(store.clone()), CancellationToken::new());
         let credentials = Key::Credentials(Environment::new("dev"));
         let expected = [(flags("dev"), "new"), (flags("prod"), "other"), (credentials, "sealed")];
         save(&saver, &flags("dev"), "old");
@@ -148,15 +148,15 @@ mod tests {
         // A directory at the record's path makes writing fail.
         let in_the_way = folder.path().join("flags-dev.parapet");
         std::fs::create_dir(&in_the_way).expect("directory");
-        let (saver, stop) = (Saver::new(store.clone()), CancellationToken::new());
+        let (saver, stop) = (BackgroundWriter::new(store.clone()), CancellationToken::new());
         save(&saver, &flags("dev"), "old");
-        assert!(saver.save_waiting().await.is_some());
+        assert!(saver.save_pending().await.is_some());
         save(&saver, &flags("dev"), "new");
-        assert!(saver.save_waiting().await.is_some());
+        assert!(saver.save_pending().await.is_some());
         std::fs::remove_dir(&in_the_way).expect("removed");
         tokio::join!(saver.run(&stop), async {
             while store.load(&flags("dev")).await.expect("loads").is_none() {
-                sleep(RETRY_AFTER).await;
+                sleep(RETRY_DELAY).await;
             }
             stop.cancel();
         });

@@ -64,7 +64,7 @@ pub fn read(path: &Path) -> Result<Zeroizing<String>, Error> {
 ///
 /// Blocks the thread during file IO.
 pub fn write(path: &Path, secret: &[u8]) -> io::Result<()> {
-    let mut file = NamedTempFile::new_in(folder_of(path))?;
+    let mut file = NamedTempFile::new_in(parent_dir(path))?;
     file.write_all(secret)?;
     file.as_file().sync_all()?;
     file.persist(path)?;
@@ -72,14 +72,14 @@ pub fn write(path: &Path, secret: &[u8]) -> io::Result<()> {
 }
 
 /// The folder of a file, as a path that can be opened: `.` for a bare file name.
-pub fn folder_of(path: &Path) -> &Path {
+pub fn parent_dir(path: &Path) -> &Path {
     path.parent().filter(|it| !it.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::telemetry::report;
+    use crate::telemetry::error_chain;
 
     fn read_bytes(bytes: &[u8]) -> Result<String, Error> {
         let file = NamedTempFile::new().expect("file");
@@ -101,7 +101,7 @@ mod tests {
             assert!(matches!(read_bytes(bytes), Err(Error::Empty { .. })), "{bytes:?}");
         }
         let error = read_bytes(b"secret \xff").expect_err("not UTF-8");
-        assert!(report(&error).ends_with("it is not UTF-8"), "{error}");
+        assert!(error_chain(&error).ends_with("it is not UTF-8"), "{error}");
         let large = vec![b'x'; usize::try_from(MAX_LEN).expect("small") + 1];
         assert!(matches!(read_bytes(&large), Err(Error::TooLarge { .. })));
         let error = read(Path::new("/nowhere/secret")).expect_err("no file");

@@ -28,7 +28,7 @@ use tracing_subscriber::{
     util::SubscriberInitExt as _,
 };
 
-pub use self::sparing::Sparing;
+pub use self::sparing::LogLimiter;
 use crate::wire::excerpt::Excerpt;
 
 /// The source revision of this binary, if the build provides it.
@@ -39,13 +39,13 @@ pub const REVISION: &str = match option_env!("PARAPET_REVISION") {
 
 /// Bucket bounds of histograms whose names end in `_seconds`: from 50 µs, a cached response, to 10 s,
 /// the default timeout of a request.
-pub const SECONDS: [f64; 17] = [
+pub const SECONDS_BUCKETS: [f64; 17] = [
     0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
     1.0, 2.5, 5.0, 10.0,
 ];
 
 /// Bucket bounds of histograms whose names end in `_bytes`: from an empty response to a large flag set.
-pub const BYTES: [f64; 8] =
+pub const BYTES_BUCKETS: [f64; 8] =
     [256.0, 1_024.0, 4_096.0, 16_384.0, 65_536.0, 262_144.0, 1_048_576.0, 8_388_608.0];
 
 /// The format of log events.
@@ -87,7 +87,7 @@ impl Config {
     /// A bare word that is not a level is rejected. `RUST_LOG` would read it as a target and disable
     /// every other target, but it is far more likely a misspelt level.
     pub fn parse_filter(text: &str) -> Option<String> {
-        let directives: Option<Vec<_>> = text.split(',').map(directive).collect();
+        let directives: Option<Vec<_>> = text.split(',').map(parse_directive).collect();
         let filter = directives?.join(",");
         EnvFilter::try_new(&filter).is_ok().then_some(filter)
     }
@@ -98,7 +98,7 @@ const LEVELS: [&str; 12] =
     ["off", "error", "warn", "info", "debug", "trace", "0", "1", "2", "3", "4", "5"];
 
 /// Parses a directive; `None` for a bare word that is not a level. `warning` is accepted for `warn`.
-fn directive(text: &str) -> Option<String> {
+fn parse_directive(text: &str) -> Option<String> {
     let text = text.trim();
     let (target, level) =
         text.rsplit_once('=').map_or((None, text), |(target, level)| (Some(target), level));
@@ -115,11 +115,11 @@ fn directive(text: &str) -> Option<String> {
 
 /// Targets that are off by default. rustls logs an error for each failed handshake, which the failed
 /// request logs as well, and only once; PostgreSQL sends notices about successful statements.
-const QUIET: &str = "rustls=off,rustls_platform_verifier=off,sqlx::postgres::notice=off";
+const QUIET_TARGETS: &str = "rustls=off,rustls_platform_verifier=off,sqlx::postgres::notice=off";
 
 /// The filter of `config`, which can override [`QUIET_TARGETS`].
 fn filter(config: &Config) -> Option<EnvFilter> {
-    EnvFilter::try_new(format!("{QUIET},{}", config.filter)).ok()
+    EnvFilter::try_new(format!("{QUIET_TARGETS},{}", config.filter)).ok()
 }
 
 /// Starts logging, once per process; later calls have no effect.
@@ -130,7 +130,7 @@ pub fn start_logging(config: &Config) {
     let filter = filter(config).unwrap_or_else(|| EnvFilter::new("info"));
     let colours = io::stdout().is_terminal();
     let format = config.format;
-    let writer = move || Bounded { out: io::stdout(), format };
+    let writer = move || BoundedWriter { out: io::stdout(), format };
     let lines = fmt::fmt().with_env_filter(filter).with_writer(writer).with_ansi(colours);
     // Fails if a test or an earlier call has set a subscriber, which then stays.
     match config.format {
@@ -170,38 +170,38 @@ pub fn set_log_filter(config: &Config) {
 /// it.
 ///
 /// Do not use it for errors whose causes may quote input that contains tokens.
-pub fn report(error: &dyn Error) -> String {
+pub fn error_chain(error: &dyn Error) -> String {
     let causes = iter::successors(Some(error), |error| Error::source(*error));
     let mut texts: Vec<String> = causes.map(ToString::to_string).collect();
     texts.dedup_by(|cause, before| before.ends_with(&**cause));
-    let excerpt = |text: &String| Excerpt::up_to(CAUSE_BYTES, text).to_string();
+    let excerpt = |text: &String| Excerpt::up_to(MAX_CAUSE_BYTES, text).to_string();
     texts.iter().map(excerpt).collect::<Vec<_>>().join(": ")
 }
 
 /// The longest text of one error in the log, in bytes.
-const CAUSE_BYTES: usize = 1024;
+const MAX_CAUSE_BYTES: usize = 1024;
 
 /// The longest event in the log, in bytes, including its line break.
-const EVENT_BYTES: usize = 4096;
+const MAX_EVENT_BYTES: usize = 4096;
 
 /// Writes each event with one call, and truncates those longer than [`MAX_EVENT_BYTES`].
 #[derive(Debug)]
-struct Bounded<W> {
+struct BoundedWriter<W> {
     out: W,
     format: LogFormat,
 }
 
-impl<W: io::Write> io::Write for Bounded<W> {
+impl<W: io::Write> io::Write for BoundedWriter<W> {
     fn write(&mut self, event: &[u8]) -> io::Result<usize> {
-        if event.len() <= EVENT_BYTES {
+        if event.len() <= MAX_EVENT_BYTES {
             self.out.write_all(event)?;
         } else {
             let text = String::from_utf8_lossy(event);
             let truncated = match self.format {
-                LogFormat::Json => cut_json(&text),
+                LogFormat::Json => truncate_json(&text),
                 LogFormat::Plain | LogFormat::Pretty => None,
             };
-            self.out.write_all(truncated.unwrap_or_else(|| cut_text(&text)).as_bytes())?;
+            self.out.write_all(truncated.unwrap_or_else(|| truncate_text(&text)).as_bytes())?;
         }
         Ok(event.len())
     }
@@ -212,31 +212,31 @@ impl<W: io::Write> io::Write for Bounded<W> {
 }
 
 /// The beginning of an event, with colours reset at the end.
-fn cut_text(event: &str) -> String {
+fn truncate_text(event: &str) -> String {
     let reset = if event.contains('\u{1b}') { "\u{1b}[0m" } else { "" };
     let tail = format!("{reset}… ({} bytes)\n", event.len());
-    let end = event.floor_char_boundary(EVENT_BYTES - tail.len());
+    let end = event.floor_char_boundary(MAX_EVENT_BYTES - tail.len());
     format!("{}{tail}", &event[..end])
 }
 
 /// The event with its longest strings truncated, so that it is still valid JSON. `None` if it is not
 /// JSON or has too many strings.
-fn cut_json(event: &str) -> Option<String> {
+fn truncate_json(event: &str) -> Option<String> {
     let event: Value = serde_json::from_str(event).ok()?;
     [1024, 256, 64, 8].into_iter().find_map(|len| {
         let mut truncated = event.clone();
-        shorten(&mut truncated, len);
-        Some(format!("{truncated}\n")).filter(|line| line.len() <= EVENT_BYTES)
+        truncate_strings(&mut truncated, len);
+        Some(format!("{truncated}\n")).filter(|line| line.len() <= MAX_EVENT_BYTES)
     })
 }
 
-fn shorten(value: &mut Value, len: usize) {
+fn truncate_strings(value: &mut Value, len: usize) {
     match value {
         Value::String(text) if text.len() > len => {
             *text = Excerpt::up_to(len, text).to_string();
         }
-        Value::Array(items) => items.iter_mut().for_each(|item| shorten(item, len)),
-        Value::Object(members) => members.values_mut().for_each(|item| shorten(item, len)),
+        Value::Array(items) => items.iter_mut().for_each(|item| truncate_strings(item, len)),
+        Value::Object(members) => members.values_mut().for_each(|item| truncate_strings(item, len)),
         _ => {}
     }
 }
@@ -252,9 +252,9 @@ pub fn start_metrics() -> PrometheusHandle {
 
 fn install_recorder() -> PrometheusHandle {
     let recorder = PrometheusBuilder::new()
-        .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &SECONDS)
+        .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &SECONDS_BUCKETS)
         .and_then(|builder| {
-            builder.set_buckets_for_metric(Matcher::Suffix("_bytes".to_owned()), &BYTES)
+            builder.set_buckets_for_metric(Matcher::Suffix("_bytes".to_owned()), &BYTES_BUCKETS)
         })
         .expect("the list of bounds is not empty")
         .build_recorder();
@@ -290,7 +290,7 @@ impl Pending {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn latch(&self) -> Latch {
+    fn add_latch(&self) -> Latch {
         let mut pending = self.lock();
         let id = pending.last_key_value().map_or(0, |(last, _)| last + 1);
         pending.insert(id, "the first flags of an environment".to_owned());
@@ -314,7 +314,7 @@ impl Readiness {
     /// The readiness of a starting process, and its first latch.
     pub fn new() -> (Self, Latch) {
         let pending = Pending::default();
-        let latch = pending.latch();
+        let latch = pending.add_latch();
         (Self { pending, draining: Arc::default() }, latch)
     }
 
@@ -324,7 +324,7 @@ impl Readiness {
     }
 
     /// Descriptions of the conditions that are not met yet.
-    pub fn waits_for(&self) -> Vec<String> {
+    pub fn pending_conditions(&self) -> Vec<String> {
         self.pending.lock().values().cloned().collect()
     }
 
@@ -341,12 +341,12 @@ impl Readiness {
 
 impl Latch {
     /// Adds another condition. Call it before this latch is released.
-    pub fn another(&self) -> Self {
-        self.pending.latch()
+    pub fn add_latch(&self) -> Self {
+        self.pending.add_latch()
     }
 
     /// Sets the description of the condition, for operators.
-    pub fn waits_for(&self, description: impl Into<String>) {
+    pub fn describe(&self, description: impl Into<String>) {
         if let Some(text) = self.pending.lock().get_mut(&self.id) {
             *text = description.into();
         }
@@ -372,15 +372,15 @@ mod tests {
     #[test]
     fn process_is_ready_from_release_of_its_last_latch_until_it_drains() {
         let (readiness, first) = Readiness::new();
-        let second = first.another();
+        let second = first.add_latch();
         assert!(!readiness.is_ready());
         first.release();
         first.release();
         assert!(!readiness.is_ready());
-        second.waits_for("the first flags");
-        assert_eq!(readiness.waits_for(), ["the first flags"]);
+        second.describe("the first flags");
+        assert_eq!(readiness.pending_conditions(), ["the first flags"]);
         second.release();
-        assert!(readiness.is_ready() && readiness.waits_for().is_empty());
+        assert!(readiness.is_ready() && readiness.pending_conditions().is_empty());
         readiness.drain();
         assert!(!readiness.is_ready());
     }
@@ -388,7 +388,7 @@ mod tests {
     #[test]
     fn process_stays_unready_after_a_task_with_a_latch_panics() {
         let (readiness, latch) = Readiness::new();
-        let task = latch.another();
+        let task = latch.add_latch();
         let panicked = std::thread::spawn(move || {
             let _ = &task;
             std::panic::resume_unwind(Box::new("the task panics"));
@@ -399,14 +399,14 @@ mod tests {
     }
 
     fn written(format: LogFormat, event: &str) -> String {
-        let mut bounded = Bounded { out: Vec::new(), format };
+        let mut bounded = BoundedWriter { out: Vec::new(), format };
         io::Write::write_all(&mut bounded, event.as_bytes()).unwrap();
         String::from_utf8(bounded.out).unwrap()
     }
 
     #[test]
     fn short_events_are_written_unchanged() {
-        let longest = "x".repeat(EVENT_BYTES - 1) + "\n";
+        let longest = "x".repeat(MAX_EVENT_BYTES - 1) + "\n";
         for event in ["\n", "äöü\n", r#"{"b":1,"a":[]}"#, &longest] {
             assert_eq!(written(LogFormat::Json, event), event);
         }
@@ -418,7 +418,7 @@ mod tests {
             let event = format!("{colour}WARN flag{}\n", value.repeat(100_000));
             for format in [LogFormat::Plain, LogFormat::Pretty] {
                 let line = written(format, &event);
-                assert!(line.len() <= EVENT_BYTES && line.len() > EVENT_BYTES - 10, "{line}");
+                assert!(line.len() <= MAX_EVENT_BYTES && line.len() > MAX_EVENT_BYTES - 10, "{line}");
                 assert!(line.ends_with(&format!("… ({} bytes)\n", event.len())), "{line}");
                 assert_eq!(line.matches('\n').count(), 1);
                 assert_eq!(event.contains('\u{1b}'), line.contains("\u{1b}[0m…"));
@@ -438,7 +438,7 @@ mod tests {
                     event[format!("field{field}")] = long.as_str().into();
                 }
                 let line = written(LogFormat::Json, &format!("{event}\n"));
-                assert!(line.len() <= EVENT_BYTES && line.ends_with('\n'), "{line}");
+                assert!(line.len() <= MAX_EVENT_BYTES && line.ends_with('\n'), "{line}");
                 let read: Value = serde_json::from_str(&line).unwrap();
                 assert_eq!((&read["level"], &read["count"]), (&"WARN".into(), &7.into()));
                 let field = read["field0"].as_str().unwrap();
@@ -450,13 +450,13 @@ mod tests {
     #[test]
     fn cause_repeated_by_an_error_is_logged_once() {
         let repeating = sqlx::Error::Io(io::Error::other("no answer"));
-        assert_eq!(report(&repeating), "error communicating with database: no answer");
+        assert_eq!(error_chain(&repeating), "error communicating with database: no answer");
     }
 
     #[test]
     fn long_error_text_is_truncated() {
         let error = serde_json::from_str::<u8>(&format!("\"{}\"", "x".repeat(100_000)));
-        let text = report(&error.unwrap_err());
+        let text = error_chain(&error.unwrap_err());
         assert!(text.starts_with("invalid type: string \"xxx"), "{text}");
         assert!(text.len() < 1100, "{text}");
     }

@@ -17,7 +17,7 @@ use tokio::time::Instant;
 const MAX_KEYS: usize = 10_000;
 /// Shortest interval between removals of full buckets, so that a flood of new keys does not cause one
 /// for each request.
-const SWEEP: Duration = Duration::from_secs(1);
+const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The parameters of a token bucket.
 #[derive(Clone, Copy, Debug)]
@@ -25,49 +25,49 @@ pub struct Rate {
     /// The capacity: this many at once.
     pub burst: u32,
     /// The time after which one more is available.
-    pub every: Duration,
+    pub interval: Duration,
 }
 
 impl Rate {
     /// How long a bucket takes to refill after `used` were taken.
-    fn refill(self, used: u32) -> Duration {
-        self.every * used
+    fn refill_time(self, used: u32) -> Duration {
+        self.interval * used
     }
 }
 
 /// Token buckets by key.
 #[derive(Debug)]
-pub struct Buckets<K> {
+pub struct KeyedRateLimiter<K> {
     rate: Rate,
-    max: usize,
-    held: Mutex<Held<K>>,
+    max_keys: usize,
+    state: Mutex<State<K>>,
 }
 
 #[derive(Debug)]
-struct Held<K> {
+struct State<K> {
     /// When the bucket of each key will be full. New keys share the key `None` at the bound.
     full_at: HashMap<Option<K>, Instant>,
     /// When full buckets were last removed.
-    swept: Option<Instant>,
+    last_swept: Option<Instant>,
 }
 
-impl<K: Clone + Eq + Hash> Buckets<K> {
+impl<K: Clone + Eq + Hash> KeyedRateLimiter<K> {
     /// A limiter with full buckets of this rate.
     pub fn new(rate: Rate) -> Self {
-        let state = Held { full_at: HashMap::new(), swept: None };
-        Self { rate, max: MAX_KEYS, held: Mutex::new(state) }
+        let state = State { full_at: HashMap::new(), last_swept: None };
+        Self { rate, max_keys: MAX_KEYS, state: Mutex::new(state) }
     }
 
     /// Takes one from the bucket of `key`. `Err` is the time until one is available.
-    pub fn take(&self, key: &K) -> Result<(), Duration> {
+    pub fn acquire(&self, key: &K) -> Result<(), Duration> {
         let now = Instant::now();
         let mut state = self.lock();
         let mut key = Some(key.clone());
-        if !state.full_at.contains_key(&key) && !state.has_room(self.max, now) {
+        if !state.full_at.contains_key(&key) && !state.has_room(self.max_keys, now) {
             key = None;
         }
-        let full_at = state.full_at.get(&key).map_or(now, |at| (*at).max(now)) + self.rate.every;
-        let wait = (full_at - now).saturating_sub(self.rate.refill(self.rate.burst));
+        let full_at = state.full_at.get(&key).map_or(now, |at| (*at).max(now)) + self.rate.interval;
+        let wait = (full_at - now).saturating_sub(self.rate.refill_time(self.rate.burst));
         if wait > Duration::ZERO {
             return Err(wait);
         }
@@ -76,28 +76,28 @@ impl<K: Clone + Eq + Hash> Buckets<K> {
     }
 
     /// Returns what [`acquire`](Self::acquire) took. A key without a bucket took it from the shared one.
-    pub fn give_back(&self, key: &K) {
+    pub fn refund(&self, key: &K) {
         let mut state = self.lock();
         let own = Some(key.clone());
         let key = if state.full_at.contains_key(&own) { own } else { None };
         if let Some(full_at) = state.full_at.get_mut(&key) {
-            *full_at = full_at.checked_sub(self.rate.every).unwrap_or(*full_at);
+            *full_at = full_at.checked_sub(self.rate.interval).unwrap_or(*full_at);
         }
     }
 
     /// Ignores poisoning: a panic under this lock leaves the map intact.
-    fn lock(&self) -> MutexGuard<'_, Held<K>> {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, State<K>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl<K: Eq + Hash> Held<K> {
+impl<K: Eq + Hash> State<K> {
     /// Whether another bucket fits, after removing full ones if that is due.
     fn has_room(&mut self, max: usize, now: Instant) -> bool {
-        let is_due = self.swept.is_none_or(|swept| now >= swept + SWEEP);
+        let is_due = self.last_swept.is_none_or(|swept| now >= swept + SWEEP_INTERVAL);
         if self.full_at.len() >= max && is_due {
             self.full_at.retain(|_, full_at| *full_at > now);
-            self.swept = Some(now);
+            self.last_swept = Some(now);
         }
         self.full_at.len() < max
     }
@@ -105,7 +105,7 @@ impl<K: Eq + Hash> Held<K> {
 
 /// The part of an address that a client cannot vary: an IPv4 address, or the /64 network of an IPv6
 /// address.
-pub fn origin(address: IpAddr) -> IpAddr {
+pub fn client_network(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => {
             let network = address.to_bits() & (u128::MAX << 64);
@@ -119,71 +119,71 @@ pub fn origin(address: IpAddr) -> IpAddr {
 mod tests {
     use super::*;
 
-    const RATE: Rate = Rate { burst: 2, every: Duration::from_secs(10) };
+    const RATE: Rate = Rate { burst: 2, interval: Duration::from_secs(10) };
 
     #[tokio::test(start_paused = true)]
     async fn bucket_empties_and_refills() {
-        let buckets = Buckets::new(RATE);
-        assert_eq!(buckets.take(&"a"), Ok(()));
-        assert_eq!(buckets.take(&"a"), Ok(()));
-        assert_eq!(buckets.take(&"a"), Err(Duration::from_secs(10)));
-        assert_eq!(buckets.take(&"b"), Ok(()));
+        let buckets = KeyedRateLimiter::new(RATE);
+        assert_eq!(buckets.acquire(&"a"), Ok(()));
+        assert_eq!(buckets.acquire(&"a"), Ok(()));
+        assert_eq!(buckets.acquire(&"a"), Err(Duration::from_secs(10)));
+        assert_eq!(buckets.acquire(&"b"), Ok(()));
         tokio::time::advance(Duration::from_secs(10)).await;
-        assert_eq!(buckets.take(&"a"), Ok(()));
-        assert_eq!(buckets.take(&"a"), Err(Duration::from_secs(10)));
-        buckets.give_back(&"a");
-        assert_eq!(buckets.take(&"a"), Ok(()));
+        assert_eq!(buckets.acquire(&"a"), Ok(()));
+        assert_eq!(buckets.acquire(&"a"), Err(Duration::from_secs(10)));
+        buckets.refund(&"a");
+        assert_eq!(buckets.acquire(&"a"), Ok(()));
     }
 
     #[tokio::test(start_paused = true)]
     async fn buckets_are_bounded_and_a_flood_of_keys_limits_only_new_ones() {
-        let buckets = Buckets { max: 3, ..Buckets::new(RATE) };
+        let buckets = KeyedRateLimiter { max_keys: 3, ..KeyedRateLimiter::new(RATE) };
         for key in 0..3 {
-            assert_eq!(buckets.take(&key), Ok(()));
+            assert_eq!(buckets.acquire(&key), Ok(()));
         }
-        let admitted = (3..1000).filter(|key| buckets.take(key).is_ok()).count();
+        let admitted = (3..1000).filter(|key| buckets.acquire(key).is_ok()).count();
         assert_eq!(admitted, 2);
-        assert_eq!(buckets.take(&0), Ok(()), "a known key still has its bucket");
+        assert_eq!(buckets.acquire(&0), Ok(()), "a known key still has its bucket");
         assert!(buckets.lock().full_at.len() <= 4);
         tokio::time::advance(Duration::from_mins(1)).await;
-        assert_eq!(buckets.take(&5), Ok(()));
+        assert_eq!(buckets.acquire(&5), Ok(()));
         assert_eq!(buckets.lock().full_at.len(), 1);
     }
 
     #[tokio::test(start_paused = true)]
     async fn refund_of_a_key_without_a_bucket_goes_to_the_shared_bucket() {
-        let buckets = Buckets { max: 1, ..Buckets::new(RATE) };
-        assert_eq!(buckets.take(&0), Ok(()));
+        let buckets = KeyedRateLimiter { max_keys: 1, ..KeyedRateLimiter::new(RATE) };
+        assert_eq!(buckets.acquire(&0), Ok(()));
         for newcomer in 1..100 {
-            assert_eq!(buckets.take(&newcomer), Ok(()), "{newcomer}");
-            buckets.give_back(&newcomer);
+            assert_eq!(buckets.acquire(&newcomer), Ok(()), "{newcomer}");
+            buckets.refund(&newcomer);
         }
         // The bucket of the first key is unchanged.
-        assert_eq!(buckets.take(&0), Ok(()));
-        assert!(buckets.take(&0).is_err());
+        assert_eq!(buckets.acquire(&0), Ok(()));
+        assert!(buckets.acquire(&0).is_err());
     }
 
     #[tokio::test(start_paused = true)]
     async fn full_buckets_are_removed_at_most_once_a_second_at_the_bound() {
-        let buckets = Buckets { max: 2, ..Buckets::new(RATE) };
+        let buckets = KeyedRateLimiter { max_keys: 2, ..KeyedRateLimiter::new(RATE) };
         for key in 0..2 {
-            assert_eq!(buckets.take(&key), Ok(()));
+            assert_eq!(buckets.acquire(&key), Ok(()));
         }
         tokio::time::advance(Duration::from_millis(9500)).await;
-        assert_eq!(buckets.take(&2), Ok(()));
+        assert_eq!(buckets.acquire(&2), Ok(()));
         // The first buckets are full now, but were not at the last removal.
-        tokio::time::advance(SWEEP / 2).await;
-        assert_eq!(buckets.take(&3), Ok(()));
-        assert!(buckets.take(&4).is_err());
-        tokio::time::advance(SWEEP / 2).await;
-        assert_eq!(buckets.take(&5), Ok(()));
-        assert_eq!(buckets.take(&5), Ok(()));
+        tokio::time::advance(SWEEP_INTERVAL / 2).await;
+        assert_eq!(buckets.acquire(&3), Ok(()));
+        assert!(buckets.acquire(&4).is_err());
+        tokio::time::advance(SWEEP_INTERVAL / 2).await;
+        assert_eq!(buckets.acquire(&5), Ok(()));
+        assert_eq!(buckets.acquire(&5), Ok(()));
     }
 
     #[test]
     fn network_is_the_part_of_an_address_that_a_client_cannot_vary() {
         let check = |one: &str, other: &str| {
-            assert_eq!(origin(one.parse().unwrap()), other.parse::<IpAddr>().unwrap());
+            assert_eq!(client_network(one.parse().unwrap()), other.parse::<IpAddr>().unwrap());
         };
         check("192.0.2.7", "192.0.2.7");
         check("::ffff:192.0.2.7", "192.0.2.7");

@@ -72,18 +72,18 @@ impl Token {
         if !text.bytes().all(|byte| byte.is_ascii_graphic()) {
             return Err(ParseError::Character);
         }
-        let form = Form::of(text).ok_or(ParseError::Form)?;
+        let form = Form::detect(text).ok_or(ParseError::Form)?;
         Ok(Self { text: Zeroizing::new(text.to_owned()), form })
     }
 
     /// Parses a token from the value of an authorization header, with or without `Bearer`.
     pub fn from_header(value: &str) -> Result<Self, ParseError> {
-        Self::parse(Self::bare(value))
+        Self::parse(Self::strip_bearer(value))
     }
 
     /// The token in the value of an authorization header, without `Bearer` and unvalidated. Pass it to
     /// [`TokenDigest::of`] to look up a cached token without parsing it.
-    pub fn bare(value: &str) -> &str {
+    pub fn strip_bearer(value: &str) -> &str {
         let value = value.trim();
         match value.split_at_checked("bearer ".len()) {
             Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer ") => token.trim_start(),
@@ -167,7 +167,7 @@ impl fmt::Debug for Token {
 }
 
 impl Form {
-    fn of(text: &str) -> Option<Self> {
+    fn detect(text: &str) -> Option<Self> {
         if text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
             return Some(Self::Legacy);
         }
@@ -234,7 +234,7 @@ impl TokenDigest {
     }
 
     /// The digest as 64 lower-case hexadecimal digits, for a store.
-    pub fn hex(&self) -> String {
+    pub fn to_hex(&self) -> String {
         use fmt::Write as _;
         self.0.iter().fold(String::with_capacity(64), |mut text, byte| {
             write!(text, "{byte:02x}").expect("writing to a string cannot fail");
@@ -245,7 +245,7 @@ impl TokenDigest {
 
 impl fmt::Debug for TokenDigest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "TokenDigest({}…)", &self.hex()[..8])
+        write!(f, "TokenDigest({}…)", &self.to_hex()[..8])
     }
 }
 
@@ -489,7 +489,7 @@ mod tests {
         #[test]
         fn digest_is_unchanged_after_a_round_trip_through_hex(text in ".{0,80}") {
             let digest = TokenDigest::of(&text);
-            prop_assert_eq!(TokenDigest::from_hex(&digest.hex()), Some(digest));
+            prop_assert_eq!(TokenDigest::from_hex(&digest.to_hex()), Some(digest));
         }
     }
 }

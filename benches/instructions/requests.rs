@@ -27,13 +27,13 @@ use hyper_util::rt::TokioIo;
 use parapet::feed::ChangeFeed;
 use parapet::http::access;
 use parapet::http::cors::{self, Cors};
-use parapet::http::data::{Data, Settings};
-use parapet::http::guesses::Guesses;
+use parapet::http::data::{SdkService, Settings};
+use parapet::http::guesses::FailedAttempts;
 use parapet::http::listener::{self, Config, ConnectionLimits, Drain};
-use parapet::http::meter::Meter;
-use parapet::http::ofrep::{TicketKey, Tickets};
-use parapet::http::ops::Ops;
-use parapet::http::reply::Reply;
+use parapet::http::meter::RequestMetrics;
+use parapet::http::ofrep::{StreamTicketKey, StreamTickets};
+use parapet::http::ops::HealthEndpoints;
+use parapet::http::reply::HttpResponse;
 use parapet::http::streaming::{self, Streams};
 use parapet::snapshot::Snapshots;
 use parapet::telemetry::{self, Readiness};
@@ -209,7 +209,7 @@ impl Connection {
         headers.remove(DATE);
         headers.remove(CONTENT_LENGTH);
         let answer = move || {
-            let mut reply = Reply::new(body.clone().into());
+            let mut reply = HttpResponse::new(body.clone().into());
             *reply.status_mut() = status;
             reply.headers_mut().clone_from(&headers);
             reply
@@ -304,7 +304,7 @@ const LIMITS: ConnectionLimits = ConnectionLimits {
 const PEER: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 40_000);
 
 /// The data listener's service of an edge, with default settings.
-fn data(flags: usize) -> Data {
+fn data(flags: usize) -> SdkService {
     let registry = telemetry::start_metrics();
     let (readiness, _) = Readiness::new();
     let snapshots = Snapshots::default();
@@ -313,36 +313,36 @@ fn data(flags: usize) -> Data {
     let tokens = tokens.map(|(text, kind)| (Token::parse(text).expect("sound"), kind));
     let interval = Duration::from_mins(1);
     let hop = ConnectVia { app_name: "parapet".into(), instance_id: "bench".into() };
-    let meter = Arc::new(Meter::default());
+    let meter = Arc::new(RequestMetrics::default());
     let (feed, auth) = (ChangeFeed::new(snapshots.clone()), scenarios::authenticator(tokens));
     let streams = streaming::Config {
-        most: 1,
-        most_of_address: 1,
-        most_of_token: 1,
+        max_streams: 1,
+        max_per_address: 1,
+        max_per_token: 1,
         max_age: interval,
         fetch_mode: None,
     };
     let usage = Usage::new(&usage::Config { interval, max_counters: 100_000 }, hop);
-    Data {
+    SdkService {
         settings: Settings {
             base_path: String::new(),
             token_header: AUTHORIZATION,
             cors: Cors::new(cors::Config::default()),
             access: access::Config::default(),
-            disabled: BTreeSet::new(),
-            body_bytes: 1 << 20,
+            disabled_endpoints: BTreeSet::new(),
+            max_body_bytes: 1 << 20,
             request_timeout: TIMEOUT,
-            patience: TIMEOUT,
+            first_fetch_timeout: TIMEOUT,
             hostname: "bench".into(),
         },
         snapshots: snapshots.clone(),
         streams: Streams::new(streams, auth.clone()),
         feed,
-        tickets: Tickets::new(TicketKey::random()),
+        stream_tickets: StreamTickets::new(StreamTicketKey::random()),
         auth,
-        ops: Ops::new(readiness, registry, snapshots, usage.clone(), Arc::clone(&meter), None),
+        health: HealthEndpoints::new(readiness, registry, snapshots, usage.clone(), Arc::clone(&meter), None),
         usage,
-        meter,
-        guesses: Guesses::default(),
+        request_metrics: meter,
+        failed_attempts: FailedAttempts::default(),
     }
 }

@@ -19,8 +19,8 @@ use tracing::{info, warn};
 
 use crate::{
     auth::Authenticator,
-    http::data::Data,
-    telemetry::report,
+    http::data::SdkService,
+    telemetry::error_chain,
     token::{Environment, Grant, Projects, Scope, Token, TokenDigest, TokenKind},
     upstream::{AdminToken, AdminTokenError, AdminTokenState, Credentials},
     wire::tokens::ListedSecret,
@@ -50,7 +50,7 @@ pub(super) struct Rotation {
     pub(super) credentials: Credentials,
     /// Triggers an immediate search for environments.
     pub(super) discovered: Arc<Notify>,
-    pub(super) data: Arc<Data>,
+    pub(super) data: Arc<SdkService>,
 }
 
 impl Rotation {
@@ -83,7 +83,7 @@ impl Rotation {
                     self.admin.replace(token, Some(file));
                 }
                 Err(error) => {
-                    let error = report(&error);
+                    let error = error_chain(&error);
                     if failure.as_ref() != Some(&error) {
                         warn!(error, "Cannot read the admin token's file; the token stays in use");
                     }
@@ -119,7 +119,7 @@ impl Rotation {
             self.open_admin_listener(&now);
             let is_replaced = now.token() != before.token();
             if is_replaced {
-                self.data.tickets.replace_token(now.token(), Timestamp::now());
+                self.data.stream_tickets.replace_token_key(now.token(), Timestamp::now());
                 // Reads the token list, which shows whether upstream accepts the token.
                 self.auth.reconsider(None);
             }
@@ -188,7 +188,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        saver::Saver,
+        saver::BackgroundWriter,
         store::{Key, Store},
         upstream::{Upstream, scripted::config},
     };
@@ -247,7 +247,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("folder");
         let (disk, elsewhere) = (folder.path().join("disk"), folder.path().join("elsewhere"));
         let store = Store::directory(&disk).expect("store");
-        let (saver, stop) = (Saver::new(store.clone()), CancellationToken::new());
+        let (saver, stop) = (BackgroundWriter::new(store.clone()), CancellationToken::new());
         let dev = Environment::new("dev");
         store.save(&Key::Credentials(dev.clone()), RECORD.to_vec()).await.expect("saved");
         let admin = |text| AdminToken::new(Token::parse(text).expect("token"), None);

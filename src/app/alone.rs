@@ -22,11 +22,11 @@ use crate::{
     auth::Authority,
     config::{FlagsPath, Offline, Standalone},
     control::{Control, InitialSetting, Location, Opened, grant_of},
-    secret_file::folder_of,
+    secret_file::parent_dir,
     snapshot::Snapshots,
     store::{Key, Store},
     sync::files::Files,
-    telemetry::{Latch, report},
+    telemetry::{Latch, error_chain},
     token::{Environment, Grant, Token, TokenDigest, TokenKind},
     usage::Sink,
 };
@@ -115,7 +115,7 @@ fn flags_of(flags: FlagsPath) -> Result<PathBuf, Error> {
         FlagsPath::Example(path) => path,
     };
     let write = || {
-        fs::create_dir_all(folder_of(&path))?;
+        fs::create_dir_all(parent_dir(&path))?;
         File::create_new(&path)?.write_all(EXAMPLE)
     };
     match write() {
@@ -159,7 +159,7 @@ async fn plan(
 async fn load_copy(store: &Store) -> Option<Vec<u8>> {
     let copy = store.load(&Key::Registry).await;
     copy.unwrap_or_else(|error| {
-        warn!(error = report(&error), "Cannot read the copy of the registry's tokens");
+        warn!(error = error_chain(&error), "Cannot read the copy of the registry's tokens");
         None
     })
 }

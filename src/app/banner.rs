@@ -14,7 +14,7 @@ use tracing::{error, info, warn};
 use crate::{
     control::{FoundTokens, Generated, Opened},
     secret_file,
-    telemetry::{LogFormat, report},
+    telemetry::{LogFormat, error_chain},
 };
 
 /// The file in the data directory with secrets that must not be logged.
@@ -58,7 +58,7 @@ pub(super) fn announce(
         ),
         Err(error) => error!(
             file = %file.display(),
-            error = report(&error),
+            error = error_chain(&error),
             "The generated password and tokens could not be written and are lost; create others with `parapet account password` and `parapet token create`"
         ),
     }

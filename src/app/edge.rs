@@ -16,11 +16,11 @@ use super::{
 use crate::{
     auth::{self, Admission, Authenticator, Authority, Denied, Issuer},
     config::{self, Credentials as Given, Folder},
-    saver::Saver,
+    saver::BackgroundWriter,
     snapshot::Snapshots,
     store::{self, Key, Store, edge_backup},
     sync::upstream::{Follower, Wanted},
-    telemetry::{Latch, report},
+    telemetry::{Latch, error_chain},
     token::{Environment, Grant, Projects, Scope, Token, TokenKind},
     upstream::{AdminToken, Credentials, Upstream},
     usage::Sink,
@@ -54,7 +54,7 @@ pub(super) async fn plan(
     latch: Latch,
 ) -> Result<Plan, Error> {
     let store = keep_in(&edge.backup_folder)?;
-    let saver = Saver::new(store.clone());
+    let saver = BackgroundWriter::new(store.clone());
     let upstream = Upstream::new(edge.upstream)?;
     let (credentials, selection, admin, tokens) = match edge.credentials {
         Given::Admin { token, file, fleet, environments } => {
@@ -103,7 +103,7 @@ pub(super) async fn plan(
             follower: environments,
             tokens,
             backup: imported,
-            tokens_taken: latch.another(),
+            tokens_taken: latch.add_latch(),
             flags_there: latch,
         })),
         authority: Authority::Upstream(Box::new(Issuer {
@@ -133,7 +133,7 @@ fn keep_in(folder: &Folder) -> Result<Store, store::Error> {
         Folder::Named(_) => Err(error),
         Folder::Default(_) => {
             warn!(
-                error = report(&error),
+                error = error_chain(&error),
                 "State cannot be stored: the next start needs upstream for flags and tokens, and usage still unsent at shutdown is lost. Name a writable folder with --backup-folder"
             );
             Ok(Store::memory())
@@ -146,7 +146,7 @@ fn keep_in(folder: &Folder) -> Result<Store, store::Error> {
 /// The scope of an environment's flags is the union of the scopes of Edge's client tokens.
 async fn migrate(folder: &Path, environments: &Follower) -> Vec<(Token, Grant)> {
     let tokens = edge_backup::tokens(folder).await.unwrap_or_else(|error| {
-        warn!(error = report(&error), "Cannot read Unleash Edge's backup of tokens; it is ignored");
+        warn!(error = error_chain(&error), "Cannot read Unleash Edge's backup of tokens; it is ignored");
         Vec::new()
     });
     match edge_backup::features(folder).await {
@@ -163,7 +163,7 @@ async fn migrate(folder: &Path, environments: &Follower) -> Vec<(Token, Grant)> 
         }
         Err(error) => {
             warn!(
-                error = report(&error),
+                error = error_chain(&error),
                 "Cannot read Unleash Edge's backup of flags; it is ignored"
             );
         }
@@ -173,7 +173,7 @@ async fn migrate(folder: &Path, environments: &Follower) -> Vec<(Token, Grant)> 
 
 impl Edge {
     /// Saves flags and credentials in the background.
-    pub(super) fn saver(&self) -> Saver {
+    pub(super) fn saver(&self) -> BackgroundWriter {
         self.follower.saver.clone()
     }
 
@@ -266,9 +266,9 @@ async fn take_tokens(
         let waits_for_flags = all_validated && !latch.is_released() && !environments.is_empty();
         if waits_for_flags {
             let names: Vec<_> = environments.iter().map(Environment::as_str).collect();
-            latch.waits_for(format!("the first flags of {}", names.join(", ")));
+            latch.describe(format!("the first flags of {}", names.join(", ")));
         } else {
-            latch.waits_for(if all_validated {
+            latch.describe(if all_validated {
                 "a configured client token that upstream accepts"
             } else {
                 "upstream's answer to the configured tokens"

@@ -12,7 +12,7 @@ use super::spools::{SaveError, Spools};
 use crate::{
     auth::Authenticator,
     store::{Key, Store},
-    telemetry::report,
+    telemetry::error_chain,
     usage::{Revision, Usage},
 };
 
@@ -41,11 +41,11 @@ impl Keeper {
             Ok(Some(saved)) => match auth.restore(&saved) {
                 Ok(count) => info!(count, "Restored tokens validated in an earlier run"),
                 Err(error) => {
-                    warn!(error = report(&error), "Stored tokens cannot be used");
+                    warn!(error = error_chain(&error), "Stored tokens cannot be used");
                 }
             },
             Ok(None) => {}
-            Err(error) => warn!(error = report(&error), "Stored tokens cannot be used"),
+            Err(error) => warn!(error = error_chain(&error), "Stored tokens cannot be used"),
         }
         let files = Arc::new(Spools::open(store.clone(), &usage).await);
         let persistence = Self { store, auth, usage, spools: files };
@@ -106,7 +106,7 @@ impl Keeper {
         // An empty record is saved too, so that the next start does not resend usage.
         let unsent = self.usage.save().unwrap_or_default();
         if let Err(error) = self.spools.save(unsent).await {
-            error!(error = report(&error), "Unsent usage cannot be stored and is lost");
+            error!(error = error_chain(&error), "Unsent usage cannot be stored and is lost");
         }
     }
 
@@ -152,7 +152,7 @@ impl SaveLog {
 
     pub(super) fn failed(&mut self, error: &dyn std::error::Error) {
         if !std::mem::replace(&mut self.is_failing, true) {
-            warn!(error = report(error), "{} cannot be stored", self.what);
+            warn!(error = error_chain(error), "{} cannot be stored", self.what);
         }
     }
 

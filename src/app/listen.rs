@@ -10,7 +10,7 @@ use tokio::net::TcpListener;
 
 use crate::{
     config::{AdminListener, DataListener, Mistake, Mistakes},
-    telemetry::report,
+    telemetry::error_chain,
 };
 
 /// Connections that may wait to be accepted; bursts of more new ones are rare.
@@ -35,7 +35,7 @@ impl Sockets {
         let mut failures = Vec::new();
         let mut bind = |address, flags: &str| {
             let failed = |error| {
-                let reason = format!("cannot listen on {address}: {}", report(&error));
+                let reason = format!("cannot listen on {address}: {}", error_chain(&error));
                 failures.push(Mistake { place: flags.to_owned(), reason });
             };
             bind(address).map_err(failed).ok()

@@ -9,7 +9,7 @@ use crate::{
     auth::{Authenticator, Authority},
     config::Mistakes,
     control::{self, Control},
-    saver::Saver,
+    saver::BackgroundWriter,
     store::{self, Store},
     sync::files,
     tls,
@@ -103,7 +103,7 @@ pub(super) enum Source {
 
 impl Source {
     /// Saves flags and credentials in the background, if they are stored.
-    pub(super) fn saver(&self) -> Option<Saver> {
+    pub(super) fn saver(&self) -> Option<BackgroundWriter> {
         match self {
             Self::Files(_) => None,
             Self::Upstream(edge) => Some(edge.saver()),

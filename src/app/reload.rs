@@ -13,7 +13,7 @@ use super::alone::given;
 use crate::{
     auth::Authenticator,
     config::{Config, Credentials, Effective, Mistakes, Mode},
-    http::data::Data,
+    http::data::SdkService,
     sync::files::Rereader,
     telemetry,
     token::Token,
@@ -65,7 +65,7 @@ impl Reload {
     }
 
     /// Applies the options that can change at run time, and logs the result in one line.
-    pub(super) fn apply(&mut self, loaded: Result<Box<Config>, Mistakes>, data: &Data) {
+    pub(super) fn apply(&mut self, loaded: Result<Box<Config>, Mistakes>, data: &SdkService) {
         let config = match loaded {
             Ok(config) => *config,
             Err(mistakes) => {
@@ -103,12 +103,12 @@ impl Reload {
     }
 
     /// Applies one changed option; false if it requires a restart.
-    fn apply_one(&self, name: &str, config: &Config, data: &Data) -> bool {
+    fn apply_one(&self, name: &str, config: &Config, data: &SdkService) -> bool {
         match (&self.live, &config.mode) {
             _ if name == LOG => telemetry::set_log_filter(&config.log),
             _ if name == TICKET_SECRET => {
                 if let Some(key) = config.data.ticket_key.clone() {
-                    data.tickets.replace_key(key, Timestamp::now());
+                    data.stream_tickets.replace_key(key, Timestamp::now());
                 }
                 return config.data.ticket_key.is_some();
             }

@@ -11,7 +11,7 @@ use tracing::{info, warn};
 
 use crate::{
     store::{Claim, Error, Key, Slot, Store},
-    telemetry::report,
+    telemetry::error_chain,
     usage::Usage,
 };
 
@@ -90,7 +90,7 @@ impl Own {
 
     /// Logs a warning unless this process has the first slot to itself.
     fn warn(&self, failure: Option<&Error>) {
-        let error = failure.map(|error| report(error));
+        let error = failure.map(|error| error_chain(error));
         match self {
             Self::Claimed { slot: Slot::FIRST, .. } => {}
             Self::Claimed { .. } => warn!(
@@ -144,7 +144,7 @@ impl Spools {
         let Own::Claimed { slot: own, .. } = self.own_slot() else { return any };
         let slots = self.folder.slots().await.unwrap_or_else(|error| {
             warn!(
-                error = report(&error),
+                error = error_chain(&error),
                 "Cannot list slots; usage of ended instances is not recovered"
             );
             Vec::new()
@@ -159,7 +159,7 @@ impl Spools {
                 }
                 Ok(None) => {}
                 Err(error) => {
-                    warn!(error = report(&error), "Cannot lock a slot; its usage is not recovered");
+                    warn!(error = error_chain(&error), "Cannot lock a slot; its usage is not recovered");
                 }
             }
         }
@@ -202,7 +202,7 @@ impl Spools {
         let recovered = std::mem::take(&mut *self.lock_recovered());
         for (slot, lock) in recovered {
             if let Err(error) = self.folder.save(&Key::Usage(slot), Vec::new()).await {
-                warn!(error = report(&error), "Cannot empty the record of an ended instance yet");
+                warn!(error = error_chain(&error), "Cannot empty the record of an ended instance yet");
                 // Kept locked, so that no other process sends it meanwhile.
                 self.lock_recovered().push((slot, lock));
             }
@@ -228,7 +228,7 @@ impl Spools {
         let is_ours =
             saved.is_some_and(|saved| *self.lock_unlocked_digest() == Some(digest(&saved)));
         if is_ours && let Err(error) = self.folder.save(&first, Vec::new()).await {
-            return warn!(error = report(&error), "Cannot empty the former copy of usage yet");
+            return warn!(error = error_chain(&error), "Cannot empty the former copy of usage yet");
         }
         *self.lock_unlocked_digest() = None;
     }
@@ -250,14 +250,14 @@ impl Spools {
                 match usage.restore(&saved) {
                     Ok(()) => info!("Restored usage of an earlier run; it will be sent"),
                     Err(error) => {
-                        warn!(error = report(&error), "Stored usage cannot be used and is lost");
+                        warn!(error = error_chain(&error), "Stored usage cannot be used and is lost");
                     }
                 }
                 true
             }
             Ok(_) => false,
             Err(error) => {
-                warn!(error = report(&error), "Cannot read stored usage");
+                warn!(error = error_chain(&error), "Cannot read stored usage");
                 false
             }
         }

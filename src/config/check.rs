@@ -32,12 +32,12 @@ use crate::{
     http::{
         access, cors,
         listener::ConnectionLimits,
-        ofrep::TicketKey,
-        route::Endpoint,
+        ofrep::StreamTicketKey,
+        route::OptionalEndpoint,
         streaming::{self, FetchMode},
     },
     sync,
-    telemetry::{self, report},
+    telemetry::{self, error_chain},
     token::{Environment, Token},
     upstream::{self, AdminToken, IdentityError, Passphrase},
     usage,
@@ -307,7 +307,7 @@ fn client_identity(s: &mut Settings) -> Option<upstream::Identity> {
             (_, IdentityError::Key(_)) => &PKCS8_CLIENT_KEY_FILE,
             (upstream::Identity::Pair { .. }, _) => &PKCS8_CLIENT_CERTIFICATE_FILE,
         };
-        s.mistake(key, report(&error));
+        s.mistake(key, error_chain(&error));
     }
     Some(identity)
 }
@@ -461,7 +461,7 @@ fn listeners(s: &mut Settings) -> (DataListener, AdminListener) {
     let (token_header, _) = token_headers(s);
     let streams = streams(s);
     let ticket_key = s.read(&keys::OFREP_TICKET_SECRET, "at least 16 characters", |text| {
-        (text.len() >= 16).then(|| TicketKey::derive(text))
+        (text.len() >= 16).then(|| StreamTicketKey::derive(text))
     });
     let access = access(s);
     let data = DataListener {
@@ -500,7 +500,7 @@ fn differ(
 
 fn limits(s: &mut Settings, access: &access::Config) -> ConnectionLimits {
     let connections = s.count(&keys::MAX_CONNECTIONS);
-    let is_direct = access.proxies == access::Proxies::None;
+    let is_direct = access.proxies == access::TrustedProxies::None;
     let share = is_direct.then_some(connections.div_ceil(2));
     ConnectionLimits {
         max_connections: connections,
@@ -515,13 +515,13 @@ fn streams(s: &mut Settings) -> streaming::Config {
     let fetch_mode = s.read(&keys::SDK_FETCH_MODE, "polling or streaming", FetchMode::parse);
     let most = s.count(&keys::MAX_STREAMS);
     let streams = streaming::Config {
-        most,
-        most_of_address: s.count_or(&keys::MAX_STREAMS_PER_ADDRESS, most.div_ceil(2)),
-        most_of_token: s.count_or(&keys::MAX_STREAMS_PER_TOKEN, most - most / 4),
+        max_streams: most,
+        max_per_address: s.count_or(&keys::MAX_STREAMS_PER_ADDRESS, most.div_ceil(2)),
+        max_per_token: s.count_or(&keys::MAX_STREAMS_PER_TOKEN, most - most / 4),
         max_age: s.interval(&keys::STREAM_MAX_AGE_SECONDS),
         fetch_mode,
     };
-    if s.count(&keys::MAX_CONNECTIONS) <= streams.most {
+    if s.count(&keys::MAX_CONNECTIONS) <= streams.max_streams {
         s.warnings.push(
             "--max-connections is not larger than --max-streams: streams can take all connections, and \
              other requests are then rejected"
@@ -548,14 +548,14 @@ fn token_headers(s: &mut Settings) -> (HeaderName, HeaderName) {
     )
 }
 
-fn disabled(s: &mut Settings) -> BTreeSet<Endpoint> {
+fn disabled(s: &mut Settings) -> BTreeSet<OptionalEndpoint> {
     [
-        (&keys::DISABLE_ALL_ENDPOINT, Endpoint::FrontendAll),
-        (&keys::DISABLE_METRICS_ENDPOINT, Endpoint::Metrics),
-        (&keys::DISABLE_METRICS_BATCH_ENDPOINT, Endpoint::MetricsBatch),
-        (&keys::DISABLE_FEATURES_ENDPOINT, Endpoint::Features),
-        (&keys::DISABLE_TOKENS_ENDPOINT, Endpoint::Tokens),
-        (&keys::DISABLE_INSTANCE_DATA_ENDPOINT, Endpoint::InstanceData),
+        (&keys::DISABLE_ALL_ENDPOINT, OptionalEndpoint::FrontendAll),
+        (&keys::DISABLE_METRICS_ENDPOINT, OptionalEndpoint::Metrics),
+        (&keys::DISABLE_METRICS_BATCH_ENDPOINT, OptionalEndpoint::MetricsBatch),
+        (&keys::DISABLE_FEATURES_ENDPOINT, OptionalEndpoint::Features),
+        (&keys::DISABLE_TOKENS_ENDPOINT, OptionalEndpoint::Tokens),
+        (&keys::DISABLE_INSTANCE_DATA_ENDPOINT, OptionalEndpoint::InstanceData),
     ]
     .into_iter()
     .filter_map(|(key, endpoint)| s.switch(key).then_some(endpoint))
@@ -615,22 +615,22 @@ fn access(s: &mut Settings) -> access::Config {
     let trust = s.switch(&keys::TRUST_PROXY);
     let reads_header = s.switch(&keys::PROXY_PROTOCOL) || s.switch(&keys::ADMIN_PROXY_PROTOCOL);
     let proxies = match (trust, servers.is_empty()) {
-        (false, true) => access::Proxies::None,
+        (false, true) => access::TrustedProxies::None,
         (true, true) => {
             let warning = "--trust-proxy without --proxy-trusted-servers: clients can choose the \
                 address that flags are evaluated for, and --allow-list, --deny-list, rate limits and \
                 the audit log use the address of the connection, which may be your proxy's. List your \
                 proxies in --proxy-trusted-servers";
             s.warnings.push(warning.to_owned());
-            access::Proxies::Any
+            access::TrustedProxies::Any
         }
-        (true, false) => access::Proxies::Only(servers),
-        (false, false) if reads_header => access::Proxies::None,
+        (true, false) => access::TrustedProxies::Only(servers),
+        (false, false) if reads_header => access::TrustedProxies::None,
         (false, false) => {
             let warning = "--proxy-trusted-servers has no effect without --trust-proxy or \
                 --proxy-protocol";
             s.warnings.push(warning.to_owned());
-            access::Proxies::None
+            access::TrustedProxies::None
         }
     };
     access::Config {

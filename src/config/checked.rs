@@ -22,7 +22,7 @@ use ipnet::IpNet;
 use crate::{
     auth, control,
     http::{
-        access, cors, listener::ConnectionLimits, ofrep::TicketKey, route::Endpoint, streaming,
+        access, cors, listener::ConnectionLimits, ofrep::StreamTicketKey, route::OptionalEndpoint, streaming,
     },
     sync, telemetry, tls,
     token::{Environment, Token},
@@ -174,7 +174,7 @@ pub struct DataListener {
     /// The addresses that are served, and the trusted proxies.
     pub access: access::Config,
     /// Endpoints that respond as if they did not exist.
-    pub disabled: BTreeSet<Endpoint>,
+    pub disabled: BTreeSet<OptionalEndpoint>,
     /// Limits and timeouts of connections.
     pub limits: ConnectionLimits,
     /// Whether the operator has set the maximum number of connections; otherwise it is the default.
@@ -190,7 +190,7 @@ pub struct DataListener {
     pub streams: streaming::Config,
     /// Signs the event stream URLs of OpenFeature providers. `None` derives the key from the admin
     /// token, or without one generates a key for this run.
-    pub ticket_key: Option<TicketKey>,
+    pub ticket_key: Option<StreamTicketKey>,
 }
 
 /// The listener for operators.

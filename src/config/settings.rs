@@ -19,7 +19,7 @@ use super::{
     keys::{CONFIG, KEYS, Key, Scope, Shape, Support, split, split_lines},
     mistake::Mistake,
 };
-use crate::{secret_file, telemetry::report, token::Token};
+use crate::{secret_file, telemetry::error_chain, token::Token};
 
 /// The path of the configuration file if none is named.
 const DEFAULT_FILE: &str = "config/parapet.toml";
@@ -183,7 +183,7 @@ impl Settings {
                     self.mistake(key, format!("expected the path of a file: {source}"));
                 }
                 Err(error) => {
-                    self.mistake(key, format!("expected a file with a secret: {}", report(&error)));
+                    self.mistake(key, format!("expected a file with a secret: {}", error_chain(&error)));
                 }
             }
         }

@@ -8,7 +8,7 @@ use super::{
     keys::{CONFIG, KEYS, Key, Scope, Shape, Support},
     settings, *,
 };
-use crate::{http::access::Proxies, sync, telemetry::LogFormat};
+use crate::{http::access::TrustedProxies, sync, telemetry::LogFormat};
 
 const TOKEN: &str = "*:development.0123456789abcdef0123456789abcdef";
 /// The part of [`TOKEN`] that must never be printed.
@@ -110,7 +110,7 @@ fn defaults_match_unleash_edge() {
     let config = config(EDGE, &[]);
     assert_eq!(config.data.cors.max_age, Duration::from_hours(48));
     assert_eq!(config.data.cors.origins, None);
-    assert_eq!(config.data.access.proxies, Proxies::None);
+    assert_eq!(config.data.access.proxies, TrustedProxies::None);
     assert_eq!(config.data.token_header, "authorization");
     assert_eq!(config.auth.revalidate_after, Duration::from_hours(1));
     assert_eq!(config.usage.interval, Duration::from_mins(1));
@@ -890,15 +890,15 @@ fn token_header_applies_to_both_directions() {
 
 #[test]
 fn trusted_proxies_follow_options() {
-    let check = |flags: &str, proxies: &Proxies| {
+    let check = |flags: &str, proxies: &TrustedProxies| {
         assert_eq!(&config(flags, &[]).data.access.proxies, proxies, "{flags}");
     };
-    check("--trust-proxy", &Proxies::Any);
+    check("--trust-proxy", &TrustedProxies::Any);
     assert_eq!(config("--trust-proxy", &[]).warnings.len(), 1);
-    check("--trust-proxy=false", &Proxies::None);
-    let only = Proxies::Only(vec!["10.0.0.1/32".parse().unwrap(), "fd00::/8".parse().unwrap()]);
+    check("--trust-proxy=false", &TrustedProxies::None);
+    let only = TrustedProxies::Only(vec!["10.0.0.1/32".parse().unwrap(), "fd00::/8".parse().unwrap()]);
     check("--trust-proxy --proxy-trusted-servers 10.0.0.1,fd00::/8", &only);
-    check("--proxy-trusted-servers 10.0.0.1", &Proxies::None);
+    check("--proxy-trusted-servers 10.0.0.1", &TrustedProxies::None);
     assert_eq!(config("--proxy-trusted-servers 10.0.0.1", &[]).warnings.len(), 1);
 }
 

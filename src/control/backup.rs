@@ -33,7 +33,7 @@ use super::{
     migrations::{self, Dialect},
     secret::base64url,
 };
-use crate::secret_file::folder_of;
+use crate::secret_file::parent_dir;
 
 /// The version of the file format.
 const VERSION: u32 = 1;
@@ -188,7 +188,7 @@ pub async fn save(location: &Location, path: &Path, replace: bool) -> Result<u64
         fs::metadata(file).map_err(|error| Error::file(file, error))?;
     }
     let failed = |source| BackupError::Write { path: path.to_owned(), source };
-    let file = NamedTempFile::new_in(folder_of(path)).map_err(failed)?;
+    let file = NamedTempFile::new_in(parent_dir(path)).map_err(failed)?;
     let mut output = Output::new(file);
     let database = Database::new(location).await?;
     let mut transaction = database.read_unprepared().await?;
@@ -230,7 +230,7 @@ pub async fn save(location: &Location, path: &Path, replace: bool) -> Result<u64
         Err(error) => Err(failed(error.error)),
         // The directory must be synced too, or the new name may be lost in a crash.
         Ok(()) => {
-            File::open(folder_of(path)).and_then(|it| it.sync_all()).map_err(failed)?;
+            File::open(parent_dir(path)).and_then(|it| it.sync_all()).map_err(failed)?;
             Ok(rows)
         }
     }
@@ -244,7 +244,7 @@ pub async fn restore(location: &Location, path: &Path, replace: bool) -> Result<
     while check.next()?.is_some() {}
     let mut input = Input::open(path)?;
     if let Location::Sqlite(file) = location {
-        make_folder(folder_of(file)).map_err(|error| Error::file(file, error))?;
+        make_folder(parent_dir(file)).map_err(|error| Error::file(file, error))?;
     }
     let database = Database::new(location).await?;
     let dialect = database.dialect();

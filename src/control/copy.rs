@@ -41,7 +41,7 @@ struct Token {
 pub(super) fn write(location: &str, held: &[Held]) -> Vec<u8> {
     let tokens = held.iter().map(|Held { digest, token }| Token {
         id: token.id.clone(),
-        digest: digest.hex(),
+        digest: digest.to_hex(),
         name: token.name.clone(),
         kind: token.kind.as_str().to_owned(),
         environment: token.environment.as_str().to_owned(),

@@ -361,7 +361,7 @@ mod tests {
         std::fs::write(&path, "This is another file.".repeat(200)).unwrap();
         let database = Database::new(&Location::Sqlite(path)).await.unwrap();
         let error = database.connection().await.unwrap_err();
-        let message = crate::telemetry::report(&error);
+        let message = crate::telemetry::error_chain(&error);
         assert!(message.contains("file is not a database"), "{message}");
     }
 

@@ -12,7 +12,7 @@ use jiff::Timestamp;
 use metrics::{Unit, describe_gauge, describe_histogram, gauge, histogram};
 use tokio::time::Instant;
 
-use crate::telemetry::report;
+use crate::telemetry::error_chain;
 
 const REACHABLE: &str = "parapet_database_reachable";
 const CONNECTIONS: &str = "parapet_database_connections";
@@ -115,7 +115,7 @@ impl Health {
             state.away_since.get_or_insert_with(Timestamp::now);
         }
         if let Some(error) = error {
-            state.last_error = Some((Timestamp::now(), report(error)));
+            state.last_error = Some((Timestamp::now(), error_chain(error)));
         }
     }
 

@@ -54,7 +54,7 @@ pub(super) async fn keep(
 pub(super) fn digest_of(seed: &Seed) -> String {
     let mut lines: Vec<String> = seed
         .all()
-        .map(|(kind, token)| format!("{} {}\n", kind.as_str(), token.digest().hex()))
+        .map(|(kind, token)| format!("{} {}\n", kind.as_str(), token.digest().to_hex()))
         .collect();
     lines.sort_unstable();
     lines.dedup();

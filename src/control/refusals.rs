@@ -17,21 +17,21 @@ use super::{
     permission::{Actor, Missing},
 };
 use crate::{
-    telemetry::report,
-    throttle::{Buckets, Rate, origin},
+    telemetry::error_chain,
+    throttle::{KeyedRateLimiter, Rate, client_network},
 };
 
 /// The rate of events for one client network.
-const OF_ONE: Rate = Rate { burst: 20, every: Duration::from_mins(1) };
+const OF_ONE: Rate = Rate { burst: 20, interval: Duration::from_mins(1) };
 /// The rate of events for all clients.
-const OF_ALL: Rate = Rate { burst: 1000, every: Duration::from_secs(10) };
+const OF_ALL: Rate = Rate { burst: 1000, interval: Duration::from_secs(10) };
 
 /// Records denials in the audit log within the rate limits.
 #[derive(Debug)]
 pub(super) struct Refusals {
     database: Database,
-    of_one: Buckets<IpAddr>,
-    of_all: Buckets<()>,
+    of_one: KeyedRateLimiter<IpAddr>,
+    of_all: KeyedRateLimiter<()>,
     /// The number of events dropped since the last recorded one.
     left_out: AtomicU64,
 }
@@ -68,7 +68,7 @@ impl Denial {
 
 impl Refusals {
     pub(super) fn new(database: Database) -> Self {
-        let (of_one, of_all) = (Buckets::new(OF_ONE), Buckets::new(OF_ALL));
+        let (of_one, of_all) = (KeyedRateLimiter::new(OF_ONE), KeyedRateLimiter::new(OF_ALL));
         Self { database, of_one, of_all, left_out: AtomicU64::new(0) }
     }
 
@@ -99,8 +99,8 @@ impl Refusals {
     }
 
     async fn note(&self, author: &Author<'_>, kind: EventKind, mut data: Value) {
-        let from = origin(author.address.unwrap_or(Ipv4Addr::UNSPECIFIED.into()));
-        if self.of_one.take(&from).and_then(|()| self.of_all.take(&())).is_err() {
+        let from = client_network(author.address.unwrap_or(Ipv4Addr::UNSPECIFIED.into()));
+        if self.of_one.acquire(&from).and_then(|()| self.of_all.acquire(&())).is_err() {
             self.left_out.fetch_add(1, Ordering::Relaxed);
             return;
         }
@@ -109,7 +109,7 @@ impl Refusals {
             data["leftOutBefore"] = left_out.into();
         }
         if let Err(error) = self.write(author, kind, data).await {
-            warn!(error = report(&error), "A denial could not be written to the audit log");
+            warn!(error = error_chain(&error), "A denial could not be written to the audit log");
         }
     }
 

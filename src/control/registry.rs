@@ -425,7 +425,7 @@ impl Registry {
         for digest in &due {
             sqlx::query("UPDATE tokens SET seen_at = $1 WHERE digest = $2")
                 .bind(now.as_millisecond())
-                .bind(digest.hex())
+                .bind(digest.to_hex())
                 .execute(&mut *transaction)
                 .await?;
         }
@@ -484,7 +484,7 @@ async fn load(database: &Database) -> Result<Vec<Held>, Error> {
 async fn find(transaction: &mut Connection, identifier: &str) -> Result<Option<Held>, Error> {
     let row = sqlx::query("SELECT * FROM tokens WHERE id = $1 OR digest = $2")
         .bind(identifier)
-        .bind(TokenDigest::of(identifier).hex())
+        .bind(TokenDigest::of(identifier).to_hex())
         .fetch_optional(transaction)
         .await?;
     Ok(row.as_ref().map(read).transpose()?.flatten())
@@ -525,7 +525,7 @@ pub(super) async fn has_all(
 ) -> Result<bool, Error> {
     for (_, token) in tokens {
         let found = sqlx::query("SELECT id FROM tokens WHERE digest = $1");
-        let found = found.bind(token.digest().hex()).fetch_optional(&mut *connection).await?;
+        let found = found.bind(token.digest().to_hex()).fetch_optional(&mut *connection).await?;
         if found.is_none() {
             return Ok(false);
         }
@@ -545,7 +545,7 @@ pub(super) async fn insert(
          created_at, created_by) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
     )
     .bind(&token.id)
-    .bind(secret.digest().hex())
+    .bind(secret.digest().to_hex())
     .bind(&token.name)
     .bind(token.kind.as_str())
     .bind(token.environment.as_str())

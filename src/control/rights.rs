@@ -46,7 +46,7 @@ pub(super) async fn current(
                 "SELECT id FROM tokens WHERE digest = $1 AND kind = $2 \
                  AND (expires_at IS NULL OR expires_at > $3)",
             )
-            .bind(digest.hex())
+            .bind(digest.to_hex())
             .bind(TokenKind::Admin.as_str())
             .bind(now().as_millisecond())
             .fetch_optional(transaction)

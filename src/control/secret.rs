@@ -62,7 +62,7 @@ impl Kept {
         let is_letter = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
         let verifier = verifier.strip_prefix('.')?;
         let shape = cookie.len() == LEN && selector.bytes().chain(verifier.bytes()).all(is_letter);
-        let digest = || TokenDigest::of(cookie).hex();
+        let digest = || TokenDigest::of(cookie).to_hex();
         shape.then(|| Self { selector: selector.to_owned(), digest: digest() })
     }
 

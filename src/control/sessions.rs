@@ -25,23 +25,23 @@ use super::{
     secret::{Kept, Secret},
 };
 use crate::{
-    telemetry::report,
-    throttle::{Buckets, Rate, origin},
+    telemetry::error_chain,
+    throttle::{KeyedRateLimiter, Rate, client_network},
 };
 
 /// Sign-in attempts from one address.
-const BY_ADDRESS: Rate = Rate { burst: 20, every: Duration::from_secs(3) };
+const BY_ADDRESS: Rate = Rate { burst: 20, interval: Duration::from_secs(3) };
 /// Sign-in attempts from one address on one account: the limit of a single attacker.
-const BY_PAIR: Rate = Rate { burst: 5, every: Duration::from_secs(15) };
+const BY_PAIR: Rate = Rate { burst: 5, interval: Duration::from_secs(15) };
 /// Sign-in attempts from all addresses on one account: more than the limit of a single attacker, so that
 /// one attacker cannot lock the owner out.
-const BY_ACCOUNT: Rate = Rate { burst: 100, every: Duration::from_secs(10) };
+const BY_ACCOUNT: Rate = Rate { burst: 100, interval: Duration::from_secs(10) };
 /// Sign-in attempts from one known browser, independent of all others.
-const BY_DEVICE: Rate = Rate { burst: 10, every: Duration::from_secs(10) };
+const BY_DEVICE: Rate = Rate { burst: 10, interval: Duration::from_secs(10) };
 /// Attempts to change one's own password.
-const OWN_PASSWORD: Rate = Rate { burst: 5, every: Duration::from_mins(1) };
+const OWN_PASSWORD: Rate = Rate { burst: 5, interval: Duration::from_mins(1) };
 /// Requests from one address with a cookie without a session.
-const STRANGERS: Rate = Rate { burst: 50, every: Duration::from_secs(1) };
+const STRANGERS: Rate = Rate { burst: 50, interval: Duration::from_secs(1) };
 
 /// The precision of the last use of a session; a quarter of the idle timeout if that is less.
 const TOUCH: SignedDuration = SignedDuration::from_mins(1);
@@ -161,12 +161,12 @@ pub(super) struct Sessions {
     database: Database,
     hasher: Hasher,
     limits: Limits,
-    by_address: Buckets<IpAddr>,
-    by_pair: Buckets<(IpAddr, u64)>,
-    by_account: Buckets<u64>,
-    by_device: Buckets<String>,
-    own_password: Buckets<i64>,
-    strangers: Buckets<IpAddr>,
+    by_address: KeyedRateLimiter<IpAddr>,
+    by_pair: KeyedRateLimiter<(IpAddr, u64)>,
+    by_account: KeyedRateLimiter<u64>,
+    by_device: KeyedRateLimiter<String>,
+    own_password: KeyedRateLimiter<i64>,
+    strangers: KeyedRateLimiter<IpAddr>,
     /// Hashes usernames to keys of a fixed size for the rate limiters.
     names: RandomState,
 }
@@ -199,12 +199,12 @@ impl Sessions {
             database,
             hasher,
             limits: Limits { idle: span(idle), lifetime: span(lifetime) },
-            by_address: Buckets::new(BY_ADDRESS),
-            by_pair: Buckets::new(BY_PAIR),
-            by_account: Buckets::new(BY_ACCOUNT),
-            by_device: Buckets::new(BY_DEVICE),
-            own_password: Buckets::new(OWN_PASSWORD),
-            strangers: Buckets::new(STRANGERS),
+            by_address: KeyedRateLimiter::new(BY_ADDRESS),
+            by_pair: KeyedRateLimiter::new(BY_PAIR),
+            by_account: KeyedRateLimiter::new(BY_ACCOUNT),
+            by_device: KeyedRateLimiter::new(BY_DEVICE),
+            own_password: KeyedRateLimiter::new(OWN_PASSWORD),
+            strangers: KeyedRateLimiter::new(STRANGERS),
             names: RandomState::new(),
         }
     }
@@ -252,28 +252,28 @@ impl Sessions {
     /// Acquires the permits for an attempt; fails with the time to wait.
     fn pay(&self, attempt: SignIn<'_>, device: Option<Kept>) -> Result<Paid, Duration> {
         if let Some(Kept { selector, .. }) = device {
-            self.by_device.take(&selector)?;
+            self.by_device.acquire(&selector)?;
             return Ok(Paid::Known { selector });
         }
-        let from = origin(attempt.address);
+        let from = client_network(attempt.address);
         let name = self.names.hash_one(accounts::key_of(attempt.username));
-        self.by_address.take(&from)?;
+        self.by_address.acquire(&from)?;
         let pair = (from, name);
-        self.by_pair.take(&pair).inspect_err(|_| self.by_address.give_back(&from))?;
-        self.by_account.take(&name).inspect_err(|_| {
-            self.by_address.give_back(&from);
-            self.by_pair.give_back(&pair);
+        self.by_pair.acquire(&pair).inspect_err(|_| self.by_address.refund(&from))?;
+        self.by_account.acquire(&name).inspect_err(|_| {
+            self.by_address.refund(&from);
+            self.by_pair.refund(&pair);
         })?;
         Ok(Paid::Stranger { from, name })
     }
 
     fn pay_back(&self, paid: &Paid) {
         match paid {
-            Paid::Known { selector } => self.by_device.give_back(selector),
+            Paid::Known { selector } => self.by_device.refund(selector),
             Paid::Stranger { from, name } => {
-                self.by_address.give_back(from);
-                self.by_pair.give_back(&(*from, *name));
-                self.by_account.give_back(name);
+                self.by_address.refund(from);
+                self.by_pair.refund(&(*from, *name));
+                self.by_account.refund(name);
             }
         }
     }
@@ -343,7 +343,7 @@ impl Sessions {
         {
             return Ok(Some(session));
         }
-        self.strangers.take(&origin(address)).map_err(Error::Throttled)?;
+        self.strangers.acquire(&client_network(address)).map_err(Error::Throttled)?;
         Ok(None)
     }
 
@@ -361,7 +361,7 @@ impl Sessions {
             let touch = touch.bind(now.as_millisecond()).bind(&kept.selector);
             // A full disk must not prevent reading.
             if let Err(error) = touch.execute(&mut *connection).await {
-                warn!(error = report(&error), "The last use of a session could not be stored");
+                warn!(error = error_chain(&error), "The last use of a session could not be stored");
             }
         }
         let account = accounts::find(&mut connection, row.try_get("account_id")?).await?;
@@ -407,11 +407,11 @@ impl Sessions {
         let Operator::Account { id, ref session, .. } = actor.operator else {
             return Err(Error::WrongPassword);
         };
-        self.own_password.take(&id).map_err(Error::Throttled)?;
+        self.own_password.acquire(&id).map_err(Error::Throttled)?;
         let changed = self.replace_own(actor, (id, session), current, new).await;
         // As for sign-ins: only a wrong guess counts.
         if !matches!(changed, Err(Error::WrongPassword)) {
-            self.own_password.give_back(&id);
+            self.own_password.refund(&id);
         }
         changed
     }

@@ -18,7 +18,7 @@ use super::{
     sessions::Sessions,
     usage,
 };
-use crate::{auth::Authenticator, telemetry::report};
+use crate::{auth::Authenticator, telemetry::error_chain};
 
 /// The interval at which tokens are read even without a notification, because a dead connection may go
 /// unnoticed.
@@ -51,7 +51,7 @@ pub(super) async fn follow(database: &Database, registry: &Registry) {
                 }
             }
             Err(error) => {
-                log_outage(&mut outage, report(&error));
+                log_outage(&mut outage, error_chain(&error));
                 tokio::time::sleep(wait).await;
                 wait = (wait * 2).min(RETRY.1);
             }
@@ -104,7 +104,7 @@ impl Follower {
             Some(listener) => {
                 if let Ok(Err(error)) = timeout(RELOAD, listener.changed()).await {
                     // Reading the tokens below shows whether the database is unreachable.
-                    let error = report(&error);
+                    let error = error_chain(&error);
                     info!(error, "The connection for change notifications was lost; reconnecting");
                     self.listener = None;
                 }
@@ -146,7 +146,7 @@ pub(super) async fn note_uses(registry: &Registry, auth: &Authenticator) {
         match registry.note_uses(&used).await {
             Ok(()) => used.clear(),
             Err(error) => {
-                debug!(error = report(&error), "Token uses could not be stored; retrying later")
+                debug!(error = error_chain(&error), "Token uses could not be stored; retrying later")
             }
         }
     }
@@ -156,7 +156,7 @@ pub(super) async fn note_uses(registry: &Registry, auth: &Authenticator) {
 pub(super) async fn prune(database: &Database, sessions: &Sessions, retention: Retention) {
     loop {
         if let Err(error) = prune_once(database, sessions, retention).await {
-            debug!(error = report(&error), "Pruning failed; retrying later");
+            debug!(error = error_chain(&error), "Pruning failed; retrying later");
         }
         tokio::time::sleep(PRUNE).await;
     }

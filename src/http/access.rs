@@ -24,12 +24,12 @@ pub struct Config {
     /// These networks are never served.
     pub deny: Vec<IpNet>,
     /// The proxies whose forwarded addresses are trusted.
-    pub proxies: Proxies,
+    pub proxies: TrustedProxies,
 }
 
 /// The proxies whose `Forwarded` and `X-Forwarded-For` headers are trusted.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub enum Proxies {
+pub enum TrustedProxies {
     /// No proxy: the client is the peer.
     #[default]
     None,
@@ -42,38 +42,38 @@ pub enum Proxies {
 
 /// The addresses of a client.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Client {
+pub struct ClientAddresses {
     /// The address that the client cannot choose.
     pub verified: IpAddr,
     /// The address that flags are evaluated for.
-    pub evaluated: IpAddr,
+    pub for_evaluation: IpAddr,
 }
 
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 
 impl Config {
     /// Whether requests from this address are served.
-    pub fn serves(&self, client: IpAddr) -> bool {
+    pub fn is_allowed(&self, client: IpAddr) -> bool {
         let listed = |list: &[IpNet]| list.iter().any(|network| network.contains(&client));
         !listed(&self.deny) && (self.allow.is_empty() || listed(&self.allow))
     }
 }
 
-impl Proxies {
+impl TrustedProxies {
     /// The addresses of the client that a request comes from.
-    pub fn client(&self, peer: SocketAddr, headers: &HeaderMap) -> Client {
-        let verified = self.verified(peer, headers);
+    pub fn client_addresses(&self, peer: SocketAddr, headers: &HeaderMap) -> ClientAddresses {
+        let verified = self.verified_address(peer, headers);
         let evaluated = match self {
             Self::None | Self::Only(_) => verified,
-            Self::Any => hops(headers).first().copied().flatten().unwrap_or(verified),
+            Self::Any => forwarded_addresses(headers).first().copied().flatten().unwrap_or(verified),
         };
-        Client { verified, evaluated }
+        ClientAddresses { verified, for_evaluation: evaluated }
     }
 
     /// The rightmost address that does not belong to a trusted proxy.
     ///
     /// An unreadable address ends the search: nothing to the left of it can be trusted.
-    fn verified(&self, peer: SocketAddr, headers: &HeaderMap) -> IpAddr {
+    fn verified_address(&self, peer: SocketAddr, headers: &HeaderMap) -> IpAddr {
         let peer = peer.ip().to_canonical();
         let trusted = match self {
             Self::None | Self::Any => return peer,
@@ -81,7 +81,7 @@ impl Proxies {
         };
         let is_trusted = |address: &IpAddr| trusted.iter().any(|network| network.contains(address));
         let mut client = peer;
-        for hop in hops(headers).into_iter().rev() {
+        for hop in forwarded_addresses(headers).into_iter().rev() {
             let (true, Some(hop)) = (is_trusted(&client), hop) else { break };
             client = hop;
         }
@@ -90,23 +90,23 @@ impl Proxies {
 }
 
 /// The addresses in the forwarding headers, the client's first; `None` for an unreadable one.
-fn hops(headers: &HeaderMap) -> Vec<Option<IpAddr>> {
+fn forwarded_addresses(headers: &HeaderMap) -> Vec<Option<IpAddr>> {
     if headers.contains_key(X_FORWARDED_FOR) {
-        return items(headers, &X_FORWARDED_FOR).map(|item| address(item?)).collect();
+        return list_items(headers, &X_FORWARDED_FOR).map(|item| parse_address(item?)).collect();
     }
-    let forwarded = items(headers, &FORWARDED).map(|item| {
+    let forwarded = list_items(headers, &FORWARDED).map(|item| {
         let node = item?.split(';').find_map(|pair| {
             let (name, value) = pair.split_once('=')?;
             name.trim().eq_ignore_ascii_case("for").then_some(value.trim())
         })?;
-        address(node.trim_matches('"'))
+        parse_address(node.trim_matches('"'))
     });
     forwarded.collect()
 }
 
 /// The items of a comma-separated header; `None` for an item that is not UTF-8. Items sent by the client
 /// stand to the left of those a proxy appends, and must not make the latter unreadable.
-fn items<'a>(
+fn list_items<'a>(
     headers: &'a HeaderMap,
     name: &'a HeaderName,
 ) -> impl Iterator<Item = Option<&'a str>> {
@@ -120,7 +120,7 @@ fn items<'a>(
 }
 
 /// Parses an address as proxies write it: bare, with a port, or in brackets.
-fn address(node: &str) -> Option<IpAddr> {
+fn parse_address(node: &str) -> Option<IpAddr> {
     let address = match (node.parse::<SocketAddr>(), node.parse::<IpAddr>()) {
         (Ok(socket), _) => socket.ip(),
         (_, Ok(address)) => address,
@@ -140,52 +140,52 @@ mod tests {
     }
 
     #[track_caller]
-    fn check(proxies: &Proxies, name: &'static str, value: &'static str, expect: &str) {
+    fn check(proxies: &TrustedProxies, name: &'static str, value: &'static str, expect: &str) {
         check_all(proxies, &[(name, value.as_bytes())], expect);
     }
 
     #[track_caller]
-    fn check_all(proxies: &Proxies, sent: &[(&'static str, &[u8])], expect: &str) {
+    fn check_all(proxies: &TrustedProxies, sent: &[(&'static str, &[u8])], expect: &str) {
         let mut headers = HeaderMap::new();
         for (name, value) in sent {
             headers.append(*name, HeaderValue::from_bytes(value).unwrap());
         }
         let peer = "[::ffff:10.0.0.1]:4000".parse().unwrap();
-        let Client { verified, evaluated } = proxies.client(peer, &headers);
+        let ClientAddresses { verified, for_evaluation: evaluated } = proxies.client_addresses(peer, &headers);
         assert_eq!(evaluated.to_string(), expect, "{sent:?}");
-        let is_chosen = *proxies == Proxies::Any;
+        let is_chosen = *proxies == TrustedProxies::Any;
         assert_eq!(verified.to_string(), if is_chosen { "10.0.0.1" } else { expect }, "{sent:?}");
     }
 
     #[test]
     fn client_is_the_peer_without_trusted_proxies() {
-        check(&Proxies::None, "x-forwarded-for", "1.2.3.4", "10.0.0.1");
+        check(&TrustedProxies::None, "x-forwarded-for", "1.2.3.4", "10.0.0.1");
     }
 
     #[test]
     fn leftmost_address_is_used_for_evaluation_when_any_proxy_is_trusted() {
-        check(&Proxies::Any, "x-forwarded-for", "1.2.3.4, 5.6.7.8", "1.2.3.4");
-        check(&Proxies::Any, "forwarded", "for=1.2.3.4;proto=http, for=5.6.7.8", "1.2.3.4");
-        check(&Proxies::Any, "forwarded", "For=\"[2001:db8::1]:99\"", "2001:db8::1");
-        check(&Proxies::Any, "x-forwarded-for", "[2001:db8::1]", "2001:db8::1");
-        check(&Proxies::Any, "x-forwarded-for", "unknown, 5.6.7.8", "10.0.0.1");
+        check(&TrustedProxies::Any, "x-forwarded-for", "1.2.3.4, 5.6.7.8", "1.2.3.4");
+        check(&TrustedProxies::Any, "forwarded", "for=1.2.3.4;proto=http, for=5.6.7.8", "1.2.3.4");
+        check(&TrustedProxies::Any, "forwarded", "For=\"[2001:db8::1]:99\"", "2001:db8::1");
+        check(&TrustedProxies::Any, "x-forwarded-for", "[2001:db8::1]", "2001:db8::1");
+        check(&TrustedProxies::Any, "x-forwarded-for", "unknown, 5.6.7.8", "10.0.0.1");
     }
 
     #[test]
     fn forwarded_address_is_trusted_only_from_a_trusted_proxy() {
-        let ours = Proxies::Only(networks(&["10.0.0.0/8"]));
+        let ours = TrustedProxies::Only(networks(&["10.0.0.0/8"]));
         check(&ours, "x-forwarded-for", "6.6.6.6, 1.2.3.4", "1.2.3.4");
         check(&ours, "x-forwarded-for", "6.6.6.6, 1.2.3.4, 10.9.9.9", "1.2.3.4");
         check(&ours, "x-forwarded-for", "6.6.6.6, nonsense, 10.9.9.9", "10.9.9.9");
-        let others = Proxies::Only(networks(&["192.168.0.0/16"]));
+        let others = TrustedProxies::Only(networks(&["192.168.0.0/16"]));
         check(&others, "x-forwarded-for", "1.2.3.4", "10.0.0.1");
     }
 
     #[test]
     fn client_cannot_choose_its_address_by_a_header_that_the_proxy_passes_on() {
-        let ours = Proxies::Only(networks(&["10.0.0.0/8"]));
+        let ours = TrustedProxies::Only(networks(&["10.0.0.0/8"]));
         let set_by_proxy = ("x-forwarded-for", &b"1.2.3.4"[..]);
-        for proxies in [&ours, &Proxies::Any] {
+        for proxies in [&ours, &TrustedProxies::Any] {
             check_all(proxies, &[("forwarded", b"for=6.6.6.6"), set_by_proxy], "1.2.3.4");
             check_all(proxies, &[set_by_proxy, ("forwarded", b"for=6.6.6.6")], "1.2.3.4");
             check_all(
@@ -205,8 +205,8 @@ mod tests {
     fn deny_list_overrides_allow_list_and_empty_allow_list_allows_all() {
         let check = |allow: &[&str], deny: &[&str], client: &str, expect| {
             let (allow, deny) = (networks(allow), networks(deny));
-            let config = Config { allow, deny, proxies: Proxies::None };
-            assert_eq!(config.serves(client.parse().unwrap()), expect, "{client}");
+            let config = Config { allow, deny, proxies: TrustedProxies::None };
+            assert_eq!(config.is_allowed(client.parse().unwrap()), expect, "{client}");
         };
         check(&[], &[], "1.2.3.4", true);
         check(&["1.0.0.0/8"], &[], "1.2.3.4", true);

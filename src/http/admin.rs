@@ -49,12 +49,12 @@ pub use self::{
 };
 use super::{
     console,
-    data::Data,
+    data::SdkService,
     listener::{ConnectionInfo, HttpService, ServiceResponse},
-    meter::Subject,
-    payload::Arriving,
-    reply::{self, Failure, Reply},
-    route::{Endpoint, normalise},
+    meter::EndpointLabel,
+    payload::RequestBody,
+    reply::{self, HttpError, HttpResponse},
+    route::{OptionalEndpoint, normalise},
 };
 use crate::control::Control;
 
@@ -73,11 +73,11 @@ pub struct AdminService {
     /// The request header with the operator's token.
     pub token_header: HeaderName,
     /// Endpoints that return 404.
-    pub disabled_endpoints: BTreeSet<Endpoint>,
+    pub disabled_endpoints: BTreeSet<OptionalEndpoint>,
     /// Whether this listener uses TLS. Its cookies are then `Secure`.
     pub is_tls: bool,
     /// The SDK endpoints.
-    pub sdk: Arc<Data>,
+    pub sdk: Arc<SdkService>,
 }
 
 impl HttpService for AdminService {
@@ -86,7 +86,7 @@ impl HttpService for AdminService {
         request: Request<Incoming>,
         connection: &Arc<ConnectionInfo>,
     ) -> ServiceResponse {
-        if self.sdk.serves(request.uri().path()) {
+        if self.sdk.is_sdk_path(request.uri().path()) {
             return self.sdk.call(request, connection);
         }
         let (started, admin, peer) = (Instant::now(), Arc::clone(self), connection.peer);
@@ -104,8 +104,8 @@ const CONSOLE_TEMPLATE: &str = "/console/{file}";
 const RELAYED_TEMPLATE: &str = "/api/admin/{relayed}";
 
 /// The response to a request that timed out. Its operation may still complete.
-const REQUEST_TIMED_OUT: Failure =
-    Failure::Unavailable { what: "the request timed out", retry_after: Duration::from_secs(5) };
+const REQUEST_TIMED_OUT: HttpError =
+    HttpError::Unavailable { what: "the request timed out", retry_after: Duration::from_secs(5) };
 
 /// The path templates of all operations, for [`RequestMetrics`](super::meter::RequestMetrics).
 pub fn path_templates() -> impl Iterator<Item = &'static str> {
@@ -119,20 +119,20 @@ impl AdminService {
         request: Request<Incoming>,
         peer: SocketAddr,
         started: Instant,
-    ) -> Reply {
+    ) -> HttpResponse {
         let (head, body) = request.into_parts();
-        let mut body = Arriving::new(body, started, self.sdk.settings.request_timeout);
+        let mut body = RequestBody::new(body, started, self.sdk.settings.request_timeout);
         let access = &self.sdk.settings.access;
-        let address = access.proxies.client(peer, &head.headers).verified;
+        let address = access.proxies.client_addresses(peer, &head.headers).verified;
         let (subject, reply) = match normalise(head.uri.path(), "") {
-            _ if !access.serves(address) => (Subject::Unknown, Err(Failure::Blocked)),
+            _ if !access.is_allowed(address) => (EndpointLabel::Unknown, Err(HttpError::AddressBlocked)),
             Some(path) => self.route(&path, &head, &mut body, address, started).await,
-            None => (Subject::Unknown, Err(Failure::NotFound)),
+            None => (EndpointLabel::Unknown, Err(HttpError::NotFound)),
         };
         body.discard().await;
-        let mut reply = reply::without_body(&head.method, reply.unwrap_or_else(Reply::from));
-        reply::protect(&mut reply);
-        self.sdk.meter.record(subject, &head.method, &reply, started.elapsed());
+        let mut reply = reply::drop_body_for_head(&head.method, reply.unwrap_or_else(HttpResponse::from));
+        reply::add_private_headers(&mut reply);
+        self.sdk.request_metrics.record(subject, &head.method, &reply, started.elapsed());
         reply
     }
 
@@ -141,24 +141,24 @@ impl AdminService {
         &self,
         path: &str,
         head: &Parts,
-        body: &mut Arriving,
+        body: &mut RequestBody,
         address: IpAddr,
         started: Instant,
-    ) -> (Subject<'static>, Result<Reply, Failure>) {
+    ) -> (EndpointLabel<'static>, Result<HttpResponse, HttpError>) {
         if let Some(file) = self.console_file(&head.method, path, &head.headers).await {
-            return (Subject::Operation(CONSOLE_TEMPLATE), Ok(file));
+            return (EndpointLabel::AdminOperation(CONSOLE_TEMPLATE), Ok(file));
         }
         if let Some(relay) = self.relay.as_ref().filter(|_| relay::is_relayed(path)) {
             let reply = self.relay_request(relay, head, path, body, address);
-            return (Subject::Operation(RELAYED_TEMPLATE), self.with_timeout(started, reply).await);
+            return (EndpointLabel::AdminOperation(RELAYED_TEMPLATE), self.with_timeout(started, reply).await);
         }
         match self.find_operation(&head.method, path) {
             Ok(found) => {
-                let subject = Subject::Operation(found.operation.path);
+                let subject = EndpointLabel::AdminOperation(found.operation.path);
                 let reply = self.dispatch(&found, head, body, address);
                 (subject, self.with_timeout(started, reply).await)
             }
-            Err(failure) => (Subject::Unknown, Err(failure)),
+            Err(failure) => (EndpointLabel::Unknown, Err(failure)),
         }
     }
 
@@ -166,8 +166,8 @@ impl AdminService {
     async fn with_timeout(
         &self,
         started: Instant,
-        reply: impl Future<Output = Result<Reply, Failure>>,
-    ) -> Result<Reply, Failure> {
+        reply: impl Future<Output = Result<HttpResponse, HttpError>>,
+    ) -> Result<HttpResponse, HttpError> {
         let deadline = started + self.sdk.settings.request_timeout;
         let reply = tokio::time::timeout_at(deadline.into(), reply).await;
         reply.unwrap_or(Err(REQUEST_TIMED_OUT))
@@ -178,10 +178,10 @@ impl AdminService {
         relay: &Relay,
         head: &Parts,
         path: &str,
-        body: &mut Arriving,
+        body: &mut RequestBody,
         address: IpAddr,
-    ) -> Result<Reply, Failure> {
-        let body = body.read(&head.headers, self.sdk.settings.body_bytes).await?;
+    ) -> Result<HttpResponse, HttpError> {
+        let body = body.read(&head.headers, self.sdk.settings.max_body_bytes).await?;
         let (token_header, auth) = (&self.token_header, &self.instance.auth);
         relay.forward(RelayContext { token_header, auth }, head, path, body, address).await
     }
@@ -190,14 +190,14 @@ impl AdminService {
         &self,
         method: &Method,
         path: &'a str,
-    ) -> Result<MatchedOperation<'a>, Failure> {
+    ) -> Result<MatchedOperation<'a>, HttpError> {
         let found = operation::find(method, path).map_err(|missing| match missing {
-            NoMatch::UnknownPath => Failure::NotFound,
-            NoMatch::MethodNotAllowed(known) => Failure::Method(known.into()),
+            NoMatch::UnknownPath => HttpError::NotFound,
+            NoMatch::MethodNotAllowed(known) => HttpError::MethodNotAllowed(known.into()),
         })?;
         let is_off = |endpoint| self.disabled_endpoints.contains(&endpoint);
         if found.operation.disabled_by.is_some_and(is_off) {
-            Err(Failure::NotFound)
+            Err(HttpError::NotFound)
         } else {
             Ok(found)
         }
@@ -207,9 +207,9 @@ impl AdminService {
         &self,
         found: &MatchedOperation<'_>,
         head: &Parts,
-        body: &mut Arriving,
+        body: &mut RequestBody,
         address: IpAddr,
-    ) -> Result<Reply, Failure> {
+    ) -> Result<HttpResponse, HttpError> {
         let MatchedOperation { operation, path_params: arguments } = found;
         match operation.id {
             OperationId::Open(call) => {
@@ -238,9 +238,9 @@ impl AdminService {
         &self,
         found: &MatchedOperation<'_>,
         head: &Parts,
-        body: &mut Arriving,
+        body: &mut RequestBody,
         address: IpAddr,
-    ) -> Result<(AuthenticatedCaller, Bytes), Failure> {
+    ) -> Result<(AuthenticatedCaller, Bytes), HttpError> {
         let caller = self.authorize(found, head, address).await?;
         if found.operation.body.is_none() {
             return Ok((caller, Bytes::new()));
@@ -254,7 +254,7 @@ impl AdminService {
         found: &MatchedOperation<'_>,
         head: &Parts,
         address: IpAddr,
-    ) -> Result<AuthenticatedCaller, Failure> {
+    ) -> Result<AuthenticatedCaller, HttpError> {
         let operation = found.operation;
         let caller = self
             .authentication()
@@ -275,17 +275,17 @@ impl AdminService {
         &self,
         operation: &Operation,
         head: &Parts,
-        body: &mut Arriving,
-    ) -> Result<Bytes, Failure> {
+        body: &mut RequestBody,
+    ) -> Result<Bytes, HttpError> {
         match operation.body {
             Some(_) => {
                 let limit = match operation.id {
                     // The request is not authenticated.
                     OperationId::Open(_) => {
-                        MAX_UNAUTHENTICATED_BODY_BYTES.min(self.sdk.settings.body_bytes)
+                        MAX_UNAUTHENTICATED_BODY_BYTES.min(self.sdk.settings.max_body_bytes)
                     }
                     OperationId::Instance(_) | OperationId::Control(_) => {
-                        self.sdk.settings.body_bytes
+                        self.sdk.settings.max_body_bytes
                     }
                 };
                 body.read(&head.headers, limit).await
@@ -312,7 +312,7 @@ impl AdminService {
         method: &Method,
         path: &str,
         headers: &HeaderMap,
-    ) -> Option<Reply> {
+    ) -> Option<HttpResponse> {
         let has_no_sign_in = self.control_plane.is_none() && self.relay.is_none();
         if has_no_sign_in || !matches!(*method, Method::GET | Method::HEAD) {
             return None;
@@ -327,9 +327,9 @@ impl AdminService {
     }
 
     /// The control plane, or the error that this instance has none.
-    fn require_control_plane(&self) -> Result<&Control, Failure> {
+    fn require_control_plane(&self) -> Result<&Control, HttpError> {
         self.control_plane.as_ref().ok_or_else(|| {
-            Failure::Missing(
+            HttpError::ResourceNotFound(
                 "this instance manages no accounts and tokens; use those of its upstream"
                     .to_owned(),
             )
@@ -343,13 +343,13 @@ impl AdminService {
         head: &Parts,
         address: IpAddr,
         body: &Bytes,
-    ) -> Result<Reply, Failure> {
+    ) -> Result<HttpResponse, HttpError> {
         let ops = &self.instance.ops;
         match call {
-            PublicOperation::Live => Ok(ops.health()),
+            PublicOperation::Live => Ok(ops.liveness()),
             PublicOperation::Ready => Ok(ops.ready()),
-            PublicOperation::Metrics => Ok(ops.metrics()),
-            PublicOperation::Document => Ok(reply::ok(OPENAPI_DOCUMENT.clone())),
+            PublicOperation::Metrics => Ok(ops.prometheus()),
+            PublicOperation::Document => Ok(reply::json_text(OPENAPI_DOCUMENT.clone())),
             PublicOperation::SignIn => {
                 let control = self.require_control_plane()?;
                 session::sign_in(control, &head.headers, self.is_tls, address, body).await
@@ -369,16 +369,16 @@ impl AdminService {
         [name, _]: &PathParams<'_>,
         head: &Parts,
         body: &Bytes,
-    ) -> Result<Reply, Failure> {
+    ) -> Result<HttpResponse, HttpError> {
         let insight = &self.instance;
         let environment = || QueryParams::new(head.uri.query()).required("environment");
         let catalogue = || FlagCatalogue::from_snapshots(&insight.snapshots);
         match call {
-            InstanceOperation::Status => Ok(reply::ok(self.status().to_string())),
-            InstanceOperation::Features => Ok(reply::ok(insight.features())),
-            InstanceOperation::KnownTokens => Ok(reply::ok(insight.tokens().to_string())),
-            InstanceOperation::MetricsBatch => Ok(reply::ok(insight.usage.pending().to_string())),
-            InstanceOperation::InstanceData => Ok(reply::ok(insight.instance_data().to_string())),
+            InstanceOperation::Status => Ok(reply::json_text(self.status().to_string())),
+            InstanceOperation::Features => Ok(reply::json_text(insight.features())),
+            InstanceOperation::KnownTokens => Ok(reply::json_text(insight.tokens().to_string())),
+            InstanceOperation::MetricsBatch => Ok(reply::json_text(insight.usage.pending().to_string())),
+            InstanceOperation::InstanceData => Ok(reply::json_text(insight.instance_data().to_string())),
             InstanceOperation::Me => Ok(session::current_user(caller)),
             InstanceOperation::Environments => Ok(catalogue().list_environments()),
             InstanceOperation::Projects => Ok(catalogue().list_projects()),
@@ -396,7 +396,7 @@ impl AdminService {
         [first, second]: &PathParams<'_>,
         head: &Parts,
         body: &Bytes,
-    ) -> Result<Reply, Failure> {
+    ) -> Result<HttpResponse, HttpError> {
         let control = self.require_control_plane()?;
         let (actor, operator) = (&caller.actor, &caller.actor.operator);
         let query = QueryParams::new(head.uri.query());

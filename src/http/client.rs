@@ -11,8 +11,8 @@ use hyper::{
 use percent_encoding::percent_decode_str;
 use semver::Version;
 
-pub use self::changes::Changes;
-use super::reply::{self, Failure, Freshness, Reply};
+pub use self::changes::DeltaEvents;
+use super::reply::{self, HttpError, CachePolicy, HttpResponse};
 use crate::{
     feed::{ChangeFeed, UpdateKind, SubscriptionKey},
     snapshot::{Filter, SegmentFormat, Snapshot, body::PreparedBody},
@@ -26,8 +26,8 @@ pub fn features(
     query: &str,
     snapshot: &Snapshot,
     scope: &Scope,
-) -> Result<Arc<PreparedBody>, Failure> {
-    Ok(snapshot.client_features(&scope.projects, filter(query)?, segments(headers)))
+) -> Result<Arc<PreparedBody>, HttpError> {
+    Ok(snapshot.client_features(&scope.projects, parse_filter(query)?, segment_format(headers)))
 }
 
 /// `/api/client/features/{name}`: one flag, if it is in the token's scope.
@@ -36,39 +36,39 @@ pub async fn feature(
     name: &str,
     snapshot: &Snapshot,
     scope: &Scope,
-) -> Result<Reply, Failure> {
-    let name = decoded(name)?;
-    let feature = snapshot.document().feature(&name).ok_or(Failure::NotFound)?;
+) -> Result<HttpResponse, HttpError> {
+    let name = decode_flag_name(name)?;
+    let feature = snapshot.document().feature(&name).ok_or(HttpError::NotFound)?;
     if !scope.projects.contains(feature.project()) {
-        return Err(Failure::NotFound);
+        return Err(HttpError::NotFound);
     }
-    let text = match segments(headers) {
+    let text = match segment_format(headers) {
         SegmentFormat::Separate => feature.raw().to_owned(),
         SegmentFormat::Inlined => feature.inlined(snapshot.document().segments()),
     };
-    Ok(reply::body(headers, &Arc::new(PreparedBody::new(text.into())), Freshness::Unsaid).await)
+    Ok(reply::negotiate_body(headers, &Arc::new(PreparedBody::new(text.into())), CachePolicy::Unspecified).await)
 }
 
 /// `/api/client/delta`: the changes since the state in `If-None-Match`, or all flags if that state is
 /// missing or not in the history. `None` if the environment has no flags yet.
-pub async fn delta(headers: &HeaderMap, topic: SubscriptionKey, feed: &ChangeFeed) -> Option<Reply> {
-    let frame = feed.update_since(&Arc::new(topic), state_of(headers.get(IF_NONE_MATCH)))?;
+pub async fn delta(headers: &HeaderMap, topic: SubscriptionKey, feed: &ChangeFeed) -> Option<HttpResponse> {
+    let frame = feed.update_since(&Arc::new(topic), parse_state_id(headers.get(IF_NONE_MATCH)))?;
     Some(match frame.kind() {
-        UpdateKind::Unchanged => reply::no_delta(frame.event_id()),
+        UpdateKind::Unchanged => reply::delta_not_modified(frame.event_id()),
         UpdateKind::Delta | UpdateKind::Snapshot => reply::delta(headers, frame.body(), frame.event_id()).await,
     })
 }
 
 /// Parses a state id, either bare or as an entity tag.
-pub fn state_of(value: Option<&HeaderValue>) -> Option<EventId> {
+pub fn parse_state_id(value: Option<&HeaderValue>) -> Option<EventId> {
     let text = value?.to_str().ok()?.trim();
     let opaque = text.strip_prefix("W/").unwrap_or(text).trim_matches('"');
     opaque.parse().ok()
 }
 
 /// Percent-decodes a flag name from a path.
-pub fn decoded(name: &str) -> Result<std::borrow::Cow<'_, str>, Failure> {
-    let malformed = |_| Failure::Malformed("the flag's name is not UTF-8".to_owned());
+pub fn decode_flag_name(name: &str) -> Result<std::borrow::Cow<'_, str>, HttpError> {
+    let malformed = |_| HttpError::Malformed("the flag's name is not UTF-8".to_owned());
     percent_decode_str(name).decode_utf8().map_err(malformed)
 }
 
@@ -78,17 +78,17 @@ const MAX_PREFIX: usize = 255;
 const MAX_PROJECTS: usize = 500;
 
 /// Parses the filter that a query adds to the token's scope.
-pub fn filter(query: &str) -> Result<Filter, Failure> {
+pub fn parse_filter(query: &str) -> Result<Filter, HttpError> {
     let mut filter = Filter::default();
     for (name, value) in form_urlencoded::parse(query.as_bytes()) {
         match &*name {
             "namePrefix" if value.len() > MAX_PREFIX => {
                 let text = format!("namePrefix is longer than {MAX_PREFIX} bytes");
-                return Err(Failure::Malformed(text));
+                return Err(HttpError::Malformed(text));
             }
             "namePrefix" if !value.is_empty() => filter.name_prefix = Some(value.into()),
             "project" | "project[]" if filter.projects.len() >= MAX_PROJECTS => {
-                return Err(Failure::Malformed(format!("more than {MAX_PROJECTS} projects")));
+                return Err(HttpError::Malformed(format!("more than {MAX_PROJECTS} projects")));
             }
             "project" | "project[]" if !value.is_empty() => {
                 filter.projects.insert(Project::new(&value));
@@ -103,13 +103,13 @@ pub fn filter(query: &str) -> Result<Filter, Failure> {
 }
 
 /// The first client specification whose SDKs resolve segments themselves.
-const KNOWS_SEGMENTS: Version = Version::new(4, 2, 0);
+const MIN_SPEC_FOR_SEGMENTS: Version = Version::new(4, 2, 0);
 
 /// The header with the version of the client specification that an SDK implements.
 const CLIENT_SPEC: HeaderName = HeaderName::from_static("unleash-client-spec");
 
 /// The segment format for the SDK. An SDK that sends no specification version predates segments.
-fn segments(headers: &HeaderMap) -> SegmentFormat {
+fn segment_format(headers: &HeaderMap) -> SegmentFormat {
     let Some(version) = headers.get(CLIENT_SPEC) else { return SegmentFormat::Inlined };
     // Fast path: the common `d.d.d` is compared without a semver parser.
     if let [major @ b'0'..=b'9', b'.', minor @ b'0'..=b'9', b'.', b'0'..=b'9'] = *version.as_bytes()
@@ -117,7 +117,7 @@ fn segments(headers: &HeaderMap) -> SegmentFormat {
         return if (major, minor) >= (b'4', b'2') { SegmentFormat::Separate } else { SegmentFormat::Inlined };
     }
     match version.to_str().ok().and_then(|text| Version::parse(text.trim()).ok()) {
-        Some(version) if version >= KNOWS_SEGMENTS => SegmentFormat::Separate,
+        Some(version) if version >= MIN_SPEC_FOR_SEGMENTS => SegmentFormat::Separate,
         _ => SegmentFormat::Inlined,
     }
 }
@@ -128,17 +128,17 @@ mod tests {
 
     #[test]
     fn query_is_parsed_to_a_filter_and_an_oversized_one_is_rejected() {
-        let parsed = filter("namePrefix=a%2F&project=x&project=y&other=z").unwrap();
+        let parsed = parse_filter("namePrefix=a%2F&project=x&project=y&other=z").unwrap();
         assert_eq!(parsed.name_prefix.as_deref(), Some("a/"));
         assert_eq!(parsed.projects, ["x", "y"].map(Project::new).into());
-        assert_eq!(filter("project=*&namePrefix=").unwrap(), Filter::default());
-        assert!(filter(&format!("namePrefix={}", "x".repeat(300))).is_err());
+        assert_eq!(parse_filter("project=*&namePrefix=").unwrap(), Filter::default());
+        assert!(parse_filter(&format!("namePrefix={}", "x".repeat(300))).is_err());
     }
 
     #[test]
     fn state_id_is_parsed_from_an_entity_tag_or_a_number() {
         let check = |text: &'static str, expect| {
-            assert_eq!(state_of(Some(&HeaderValue::from_static(text))), expect, "{text}");
+            assert_eq!(parse_state_id(Some(&HeaderValue::from_static(text))), expect, "{text}");
         };
         check("\"17\"", Some(17));
         check("W/\"17\"", Some(17));
@@ -147,7 +147,7 @@ mod tests {
         check("17a", None);
         check("-1", None);
         check("4294967296", None);
-        assert_eq!(state_of(None), None);
+        assert_eq!(parse_state_id(None), None);
     }
 
     #[test]
@@ -157,7 +157,7 @@ mod tests {
             if let Some(version) = version {
                 headers.insert("unleash-client-spec", HeaderValue::from_static(version));
             }
-            assert_eq!(segments(&headers), expect, "{version:?}");
+            assert_eq!(segment_format(&headers), expect, "{version:?}");
         };
         check(Some("5.2.0"), SegmentFormat::Separate);
         check(Some("4.2.0"), SegmentFormat::Separate);

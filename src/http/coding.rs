@@ -8,16 +8,16 @@ use crate::snapshot::body::ContentCoding;
 /// smallest.
 ///
 /// Returns identity if nothing offered is acceptable, as the RFC permits; there is no 406.
-pub fn preferred(headers: &HeaderMap, is_offered: impl Fn(ContentCoding) -> bool) -> ContentCoding {
+pub fn negotiate(headers: &HeaderMap, is_offered: impl Fn(ContentCoding) -> bool) -> ContentCoding {
     let mut named: [Option<u16>; ContentCoding::ALL.len()] = Default::default();
     let mut others = None;
     for value in headers.get_all(ACCEPT_ENCODING) {
         let Ok(value) = value.to_str() else { continue };
         for item in value.split(',') {
-            let (name, weight) = weighed(item);
+            let (name, weight) = parse_weighted(item);
             let place = match name {
                 "*" => &mut others,
-                name => match of_name(name) {
+                name => match parse_coding(name) {
                     Some(coding) => &mut named[coding as usize],
                     None => continue,
                 },
@@ -32,7 +32,7 @@ pub fn preferred(headers: &HeaderMap, is_offered: impl Fn(ContentCoding) -> bool
     accepted.max_by_key(|coding| (weight(*coding), *coding)).unwrap_or(ContentCoding::Identity)
 }
 
-fn of_name(name: &str) -> Option<ContentCoding> {
+fn parse_coding(name: &str) -> Option<ContentCoding> {
     let is = |other| name.eq_ignore_ascii_case(other);
     match () {
         () if is("br") => Some(ContentCoding::Brotli),
@@ -44,7 +44,7 @@ fn of_name(name: &str) -> Option<ContentCoding> {
 }
 
 /// Splits a list item into the coding's name and its weight in thousandths.
-fn weighed(item: &str) -> (&str, u16) {
+fn parse_weighted(item: &str) -> (&str, u16) {
     let (name, parameters) = item.split_once(';').unwrap_or((item, ""));
     let weight = parameters.split(';').find_map(|parameter| {
         let (name, value) = parameter.split_once('=')?;
@@ -73,7 +73,7 @@ mod tests {
     fn check(value: &'static str, expect: ContentCoding) {
         let mut headers = HeaderMap::new();
         headers.insert(ACCEPT_ENCODING, HeaderValue::from_static(value));
-        assert_eq!(preferred(&headers, |_| true), expect, "{value}");
+        assert_eq!(negotiate(&headers, |_| true), expect, "{value}");
     }
 
     #[test]
@@ -100,7 +100,7 @@ mod tests {
 
     #[test]
     fn identity_is_used_when_no_offered_coding_is_acceptable() {
-        assert_eq!(preferred(&HeaderMap::new(), |_| true), ContentCoding::Identity);
+        assert_eq!(negotiate(&HeaderMap::new(), |_| true), ContentCoding::Identity);
         check("deflate", ContentCoding::Identity);
         check("gzip;q=nonsense", ContentCoding::Identity);
         check("", ContentCoding::Identity);

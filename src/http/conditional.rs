@@ -8,10 +8,10 @@ use hyper::header::{HeaderMap, HeaderValue, IF_NONE_MATCH};
 /// `etag` is a strong tag, quoted. The comparison is weak, as the RFC requires for this header, so a tag
 /// that a proxy weakened still matches. All codings of a body share the opaque part: the suffix after
 /// the dash names the coding and is ignored here. Text that is not an entity tag matches nothing.
-pub fn none_match_names(headers: &HeaderMap, etag: &HeaderValue) -> bool {
+pub fn if_none_match_matches(headers: &HeaderMap, etag: &HeaderValue) -> bool {
     let opaque = etag.as_bytes();
     let opaque = opaque.get(1..opaque.len().saturating_sub(1)).unwrap_or_default();
-    let names = |value: &str| value.trim() == "*" || list_names(value, opaque);
+    let names = |value: &str| value.trim() == "*" || list_matches(value, opaque);
     // Fast path: clients usually send the tag back unchanged.
     headers
         .get_all(IF_NONE_MATCH)
@@ -19,7 +19,7 @@ pub fn none_match_names(headers: &HeaderMap, etag: &HeaderValue) -> bool {
         .any(|value| value == etag || value.to_str().is_ok_and(names))
 }
 
-fn list_names(mut list: &str, opaque: &[u8]) -> bool {
+fn list_matches(mut list: &str, opaque: &[u8]) -> bool {
     loop {
         list = list.trim_start_matches([' ', '\t', ',']);
         let tag = list.strip_prefix("W/").unwrap_or(list);
@@ -47,7 +47,7 @@ mod tests {
             headers.append(IF_NONE_MATCH, HeaderValue::from_static(value));
         }
         assert_eq!(
-            none_match_names(&headers, &HeaderValue::from_static("\"abc\"")),
+            if_none_match_matches(&headers, &HeaderValue::from_static("\"abc\"")),
             expect,
             "{values:?}"
         );

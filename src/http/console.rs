@@ -9,7 +9,7 @@ use std::sync::{Arc, LazyLock};
 use bytes::Bytes;
 use hyper::{HeaderMap, header::HeaderValue};
 
-use super::reply::{self, Reply};
+use super::reply::{self, HttpResponse};
 use crate::snapshot::body::PreparedBody;
 
 /// A file of the console.
@@ -80,8 +80,8 @@ static BODIES: LazyLock<Vec<Arc<PreparedBody>>> = LazyLock::new(|| {
 
 /// Serves the console file at a normalised path, with a 304 if `request` already has it; `None` if there
 /// is no such file.
-pub async fn file(path: &str, request: &HeaderMap) -> Option<Reply> {
+pub async fn file(path: &str, request: &HeaderMap) -> Option<HttpResponse> {
     let index = ASSETS.iter().position(|asset| asset.path == path)?;
     let content_type = HeaderValue::from_static(ASSETS[index].content_type);
-    Some(reply::page(request, content_type, &BODIES[index]).await)
+    Some(reply::console_file(request, content_type, &BODIES[index]).await)
 }

@@ -44,7 +44,7 @@ const ANY: HeaderValue = HeaderValue::from_static("*");
 
 /// The response headers that SDKs need and browsers hide from scripts by default. With credentials `*`
 /// is not a wildcard but a plain header name (Fetch, 3.3.3), so they are listed.
-const ALL_THAT_IS_SENT: HeaderValue = HeaderValue::from_static(
+const EXPOSED_WITH_CREDENTIALS: HeaderValue = HeaderValue::from_static(
     "allow, content-encoding, date, etag, fetch-mode, retry-after, vary, www-authenticate",
 );
 const TRUE: HeaderValue = HeaderValue::from_static("true");
@@ -55,7 +55,7 @@ pub struct Cors {
     origins: Option<Vec<HeaderValue>>,
     methods: Option<HeaderValue>,
     headers: Option<HeaderValue>,
-    exposed: HeaderValue,
+    exposed_headers: HeaderValue,
     credentials: bool,
     max_age: HeaderValue,
 }
@@ -63,35 +63,35 @@ pub struct Cors {
 impl Cors {
     /// Builds the header values once.
     pub fn new(config: Config) -> Self {
-        let any = if config.credentials { ALL_THAT_IS_SENT } else { ANY };
+        let any = if config.credentials { EXPOSED_WITH_CREDENTIALS } else { ANY };
         let exposed = config.exposed_headers;
-        let exposed = exposed.map(|names| joined(names.iter().map(HeaderName::as_str)));
+        let exposed = exposed.map(|names| join_names(names.iter().map(HeaderName::as_str)));
         Self {
             origins: config.origins,
-            methods: config.methods.map(|methods| joined(methods.iter().map(Method::as_str))),
-            headers: config.headers.map(|names| joined(names.iter().map(HeaderName::as_str))),
-            exposed: exposed.unwrap_or(any),
+            methods: config.methods.map(|methods| join_names(methods.iter().map(Method::as_str))),
+            headers: config.headers.map(|names| join_names(names.iter().map(HeaderName::as_str))),
+            exposed_headers: exposed.unwrap_or(any),
             credentials: config.credentials,
             max_age: HeaderValue::from(config.max_age.as_secs()),
         }
     }
 
     /// Adds the headers that every response to a cross-origin request needs.
-    pub fn decorate(&self, request: &HeaderMap, reply: &mut HeaderMap) {
+    pub fn add_headers(&self, request: &HeaderMap, reply: &mut HeaderMap) {
         let Some(origin) = request.get(ORIGIN) else {
-            if self.depends_on_origin() {
+            if self.varies_by_origin() {
                 reply.append(VARY, HeaderValue::from_static("origin"));
             }
             return;
         };
         self.allow_origin(origin, reply);
-        reply.insert(ACCESS_CONTROL_EXPOSE_HEADERS, self.exposed.clone());
+        reply.insert(ACCESS_CONTROL_EXPOSE_HEADERS, self.exposed_headers.clone());
     }
 
     /// Adds the headers of the response to a preflight.
     ///
     /// With credentials `*` is not a wildcard, so the requested method and headers are echoed.
-    pub fn decorate_preflight(&self, request: &HeaderMap, reply: &mut HeaderMap) {
+    pub fn add_preflight_headers(&self, request: &HeaderMap, reply: &mut HeaderMap) {
         if let Some(origin) = request.get(ORIGIN) {
             self.allow_origin(origin, reply);
         }
@@ -115,12 +115,12 @@ impl Cors {
         reply.insert(ACCESS_CONTROL_MAX_AGE, self.max_age.clone());
     }
 
-    fn depends_on_origin(&self) -> bool {
+    fn varies_by_origin(&self) -> bool {
         self.origins.is_some() || self.credentials
     }
 
     fn allow_origin(&self, origin: &HeaderValue, reply: &mut HeaderMap) {
-        if self.depends_on_origin() {
+        if self.varies_by_origin() {
             reply.append(VARY, HeaderValue::from_static("origin"));
         }
         match &self.origins {
@@ -134,7 +134,7 @@ impl Cors {
     }
 }
 
-fn joined<'a>(names: impl Iterator<Item = &'a str>) -> HeaderValue {
+fn join_names<'a>(names: impl Iterator<Item = &'a str>) -> HeaderValue {
     let names = names.collect::<Vec<_>>().join(", ");
     HeaderValue::try_from(names).expect("names of methods and headers are visible ASCII")
 }
@@ -159,7 +159,7 @@ mod tests {
     fn any_origin_may_send_the_requested_headers_by_default() {
         let cors = Cors::new(Config::default());
         let mut reply = HeaderMap::new();
-        cors.decorate_preflight(&request("https://a.example"), &mut reply);
+        cors.add_preflight_headers(&request("https://a.example"), &mut reply);
         assert_eq!(text(&reply, &ACCESS_CONTROL_ALLOW_ORIGIN), Some("*"));
         assert_eq!(text(&reply, &ACCESS_CONTROL_ALLOW_METHODS), Some("*"));
         assert_eq!(text(&reply, &ACCESS_CONTROL_ALLOW_HEADERS), Some("authorization,x-custom"));
@@ -171,12 +171,12 @@ mod tests {
         let origins = Some(vec![HeaderValue::from_static("https://a.example")]);
         let cors = Cors::new(Config { origins, credentials: true, ..Config::default() });
         let mut reply = HeaderMap::new();
-        cors.decorate(&request("https://a.example"), &mut reply);
+        cors.add_headers(&request("https://a.example"), &mut reply);
         assert_eq!(text(&reply, &ACCESS_CONTROL_ALLOW_ORIGIN), Some("https://a.example"));
         assert_eq!(text(&reply, &ACCESS_CONTROL_ALLOW_CREDENTIALS), Some("true"));
         assert_eq!(text(&reply, &VARY), Some("origin"));
         let mut reply = HeaderMap::new();
-        cors.decorate(&request("https://b.example"), &mut reply);
+        cors.add_headers(&request("https://b.example"), &mut reply);
         assert_eq!(text(&reply, &ACCESS_CONTROL_ALLOW_ORIGIN), None);
     }
 
@@ -186,7 +186,7 @@ mod tests {
             let exposed_headers = exposed_headers.map(<[_]>::to_vec);
             let cors = Cors::new(Config { exposed_headers, credentials, ..Config::default() });
             let mut reply = HeaderMap::new();
-            cors.decorate(&request("https://a.example"), &mut reply);
+            cors.add_headers(&request("https://a.example"), &mut reply);
             let exposed = text(&reply, &ACCESS_CONTROL_EXPOSE_HEADERS).unwrap();
             assert!(exposed.split(", ").any(|name| name == expect), "{exposed}");
         };
@@ -199,7 +199,7 @@ mod tests {
     #[test]
     fn same_origin_request_gets_no_cors_headers() {
         let mut reply = HeaderMap::new();
-        Cors::new(Config::default()).decorate(&HeaderMap::new(), &mut reply);
+        Cors::new(Config::default()).add_headers(&HeaderMap::new(), &mut reply);
         assert!(reply.is_empty());
     }
 }

@@ -15,21 +15,21 @@ use hyper::{HeaderMap, Method, Request, body::Incoming, header::HeaderName, http
 use jiff::Timestamp;
 
 use super::{
-    access::{self, Client},
+    access::{self, ClientAddresses},
     client,
     cors::Cors,
     edge,
-    frontend::{self, Asker, Found, Question},
-    guesses::Guesses,
+    frontend::{self, Subscriber, EvaluationResponse, EvaluationRequest},
+    guesses::FailedAttempts,
     listener::{ConnectionInfo, HttpService, ServiceResponse},
     long,
-    meter::{Meter, Subject},
-    ofrep::{self, Tickets},
-    ops::Ops,
-    payload::Arriving,
-    reply::{self, Failure, Freshness, Reply},
+    meter::{RequestMetrics, EndpointLabel},
+    ofrep::{self, StreamTickets},
+    ops::HealthEndpoints,
+    payload::RequestBody,
+    reply::{self, HttpError, CachePolicy, HttpResponse},
     report,
-    route::{Endpoint, NoRoute, Route, normalise},
+    route::{OptionalEndpoint, RouteError, Route, normalise},
     streaming::{FetchMode, Streams},
 };
 use crate::{
@@ -56,20 +56,20 @@ pub struct Settings {
     /// Allowed client addresses and trusted proxies.
     pub access: access::Config,
     /// Disabled endpoints; they answer 404.
-    pub disabled: BTreeSet<Endpoint>,
+    pub disabled_endpoints: BTreeSet<OptionalEndpoint>,
     /// The largest request body, in bytes.
-    pub body_bytes: usize,
+    pub max_body_bytes: usize,
     /// Timeout from the request's head to the end of its body.
     pub request_timeout: Duration,
     /// How long a request with a first-seen token waits for the first flags of its scope.
-    pub patience: Duration,
+    pub first_fetch_timeout: Duration,
     /// This machine's host name, for the `applicationHostname` strategy.
     pub hostname: Arc<str>,
 }
 
 /// The service of the SDK port.
 #[derive(Debug)]
-pub struct Data {
+pub struct SdkService {
     /// Configuration.
     pub settings: Settings,
     /// Validates tokens.
@@ -81,148 +81,148 @@ pub struct Data {
     /// Open event streams.
     pub streams: Streams,
     /// Issues and verifies the tickets of OpenFeature event streams.
-    pub tickets: Tickets,
+    pub stream_tickets: StreamTickets,
     /// Receives usage reports.
     pub usage: Usage,
     /// Health, readiness and metrics.
-    pub ops: Ops,
+    pub health: HealthEndpoints,
     /// Counts and times requests.
-    pub meter: Arc<Meter>,
+    pub request_metrics: Arc<RequestMetrics>,
     /// Limits failed unauthenticated requests per address.
-    pub guesses: Guesses,
+    pub failed_attempts: FailedAttempts,
 }
 
-impl HttpService for Data {
+impl HttpService for SdkService {
     fn call(
         self: &Arc<Self>,
         request: Request<Incoming>,
         connection: &Arc<ConnectionInfo>,
     ) -> ServiceResponse {
         let started = Instant::now();
-        let client = self.settings.access.proxies.client(connection.peer, request.headers());
-        if let Some(reply) = self.at_once(&request, client, started) {
+        let client = self.settings.access.proxies.client_addresses(connection.peer, request.headers());
+        if let Some(reply) = self.respond_now(&request, client, started) {
             return ServiceResponse::Ready(reply);
         }
         let data = Arc::clone(self);
-        ServiceResponse::deferred(async move { data.answer(request, client, started).await })
+        ServiceResponse::deferred(async move { data.respond(request, client, started).await })
     }
 }
 
 /// Default `Retry-After`.
-const TRY_AGAIN: Duration = Duration::from_secs(5);
+const RETRY_AFTER: Duration = Duration::from_secs(5);
 
 /// The largest body with a context, in bytes: the largest accepted context with every character written
 /// as a six-byte escape.
-const LONGEST_CONTEXT: usize = 6 * MAX_CONTEXT + (16 << 10);
+const MAX_CONTEXT_BODY_BYTES: usize = 6 * MAX_CONTEXT + (16 << 10);
 
 /// Alternative token header of OpenFeature providers, accepted on every route.
 const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
 
-const NO_FLAGS: Failure = Failure::Unavailable {
+const FLAGS_NOT_FETCHED: HttpError = HttpError::Unavailable {
     what: "the flags that this token sees have not been fetched",
-    retry_after: TRY_AGAIN,
+    retry_after: RETRY_AFTER,
 };
 
-impl Data {
+impl SdkService {
     /// Whether a path belongs to the APIs of SDKs and other edges, for any method.
-    pub fn serves(&self, path: &str) -> bool {
+    pub fn is_sdk_path(&self, path: &str) -> bool {
         let path = normalise(path, &self.settings.base_path);
-        path.is_some_and(|path| Route::is_of_sdks(&path))
+        path.is_some_and(|path| Route::is_sdk_path(&path))
     }
 
     /// The response, if it is available without waiting, as most are.
-    fn at_once(
+    fn respond_now(
         &self,
         request: &Request<Incoming>,
-        client: Client,
+        client: ClientAddresses,
         started: Instant,
-    ) -> Option<Reply> {
+    ) -> Option<HttpResponse> {
         let (method, headers) = (request.method(), request.headers());
         let path = normalise(request.uri().path(), &self.settings.base_path);
-        let (subject, reply) = match self.route(method, path.as_deref(), client) {
+        let (subject, reply) = match self.match_route(method, path.as_deref(), client) {
             Ok(route) => {
                 let query = request.uri().query().unwrap_or_default();
                 let reply = match route {
-                    Route::ClientFeatures => self.features(headers, query)?,
-                    Route::Frontend(shown) if method != Method::POST => {
-                        self.flags(shown, headers, query, client)?
+                    Route::ClientFeatures => self.client_features_now(headers, query)?,
+                    Route::FrontendFlags(shown) if method != Method::POST => {
+                        self.frontend_flags_now(shown, headers, query, client)?
                     }
-                    Route::Health => Ok(self.ops.health()),
-                    Route::Ready => Ok(self.ops.ready()),
-                    Route::Prometheus => Ok(self.ops.metrics()),
+                    Route::Health => Ok(self.health.liveness()),
+                    Route::Ready => Ok(self.health.ready()),
+                    Route::Prometheus => Ok(self.health.prometheus()),
                     _ => return None,
                 };
-                (Subject::Route(route), reply.unwrap_or_else(Reply::from))
+                (EndpointLabel::Route(route), reply.unwrap_or_else(HttpResponse::from))
             }
-            Err(unrouted) => self.unrouted(unrouted, headers),
+            Err(unrouted) => self.respond_unrouted(unrouted, headers),
         };
-        Some(self.finish(subject, method, headers, reply, started))
+        Some(self.finish_response(subject, method, headers, reply, started))
     }
 
     /// The response, waiting as long as necessary.
-    async fn answer(&self, request: Request<Incoming>, client: Client, started: Instant) -> Reply {
+    async fn respond(&self, request: Request<Incoming>, client: ClientAddresses, started: Instant) -> HttpResponse {
         let (head, body) = request.into_parts();
         let path = normalise(head.uri.path(), &self.settings.base_path);
-        let mut body = Arriving::new(body, started, self.settings.request_timeout);
-        let (subject, reply) = match self.route(&head.method, path.as_deref(), client) {
+        let mut body = RequestBody::new(body, started, self.settings.request_timeout);
+        let (subject, reply) = match self.match_route(&head.method, path.as_deref(), client) {
             Ok(route) => {
                 let reply = self.dispatch(route, &head, &mut body, client).await;
-                (Subject::Route(route), reply.unwrap_or_else(Reply::from))
+                (EndpointLabel::Route(route), reply.unwrap_or_else(HttpResponse::from))
             }
-            Err(unrouted) => self.unrouted(unrouted, &head.headers),
+            Err(unrouted) => self.respond_unrouted(unrouted, &head.headers),
         };
         body.discard().await;
-        self.finish(subject, &head.method, &head.headers, reply, started)
+        self.finish_response(subject, &head.method, &head.headers, reply, started)
     }
 
     /// Checks the client address and matches method and path to an enabled route.
-    fn route<'a>(
+    fn match_route<'a>(
         &self,
         method: &Method,
         path: Option<&'a str>,
-        client: Client,
+        client: ClientAddresses,
     ) -> Result<Route<'a>, Unrouted> {
-        if !self.settings.access.serves(client.verified) {
-            return Err(Unrouted::Failure(Failure::Blocked));
+        if !self.settings.access.is_allowed(client.verified) {
+            return Err(Unrouted::Error(HttpError::AddressBlocked));
         }
         if method == Method::OPTIONS {
             return Err(Unrouted::Preflight);
         }
-        match path.map_or(Err(NoRoute::Path), |path| Route::parse(method, path)) {
+        match path.map_or(Err(RouteError::NotFound), |path| Route::parse(method, path)) {
             Ok(route) if !self.is_disabled(route) => Ok(route),
-            Ok(_) | Err(NoRoute::Path) => Err(Unrouted::Failure(Failure::NotFound)),
-            Err(NoRoute::Method(allow)) => Err(Unrouted::Failure(Failure::Method(allow.into()))),
+            Ok(_) | Err(RouteError::NotFound) => Err(Unrouted::Error(HttpError::NotFound)),
+            Err(RouteError::MethodNotAllowed(allow)) => Err(Unrouted::Error(HttpError::MethodNotAllowed(allow.into()))),
         }
     }
 
     /// The response to a request without a route, and its label in the metrics.
-    fn unrouted(&self, unrouted: Unrouted, headers: &HeaderMap) -> (Subject<'static>, Reply) {
+    fn respond_unrouted(&self, unrouted: Unrouted, headers: &HeaderMap) -> (EndpointLabel<'static>, HttpResponse) {
         match unrouted {
             Unrouted::Preflight => {
                 let mut reply = reply::preflight();
-                self.settings.cors.decorate_preflight(headers, reply.headers_mut());
-                (Subject::Preflight, reply)
+                self.settings.cors.add_preflight_headers(headers, reply.headers_mut());
+                (EndpointLabel::Preflight, reply)
             }
-            Unrouted::Failure(failure) => (Subject::Unknown, failure.into()),
+            Unrouted::Error(failure) => (EndpointLabel::Unknown, failure.into()),
         }
     }
 
     /// Adds the CORS headers, drops the body for `HEAD`, and records the request.
-    fn finish(
+    fn finish_response(
         &self,
-        subject: Subject<'_>,
+        subject: EndpointLabel<'_>,
         method: &Method,
         headers: &HeaderMap,
-        mut reply: Reply,
+        mut reply: HttpResponse,
         started: Instant,
-    ) -> Reply {
-        if subject != Subject::Preflight {
-            self.settings.cors.decorate(headers, reply.headers_mut());
+    ) -> HttpResponse {
+        if subject != EndpointLabel::Preflight {
+            self.settings.cors.add_headers(headers, reply.headers_mut());
         }
-        let reply = reply::without_body(method, reply);
-        self.meter.record(subject, method, &reply, started.elapsed());
+        let reply = reply::drop_body_for_head(method, reply);
+        self.request_metrics.record(subject, method, &reply, started.elapsed());
         reply
     }
 
@@ -231,165 +231,165 @@ impl Data {
         &self,
         route: Route<'_>,
         head: &Parts,
-        body: &mut Arriving,
-        client: Client,
-    ) -> Result<Reply, Failure> {
+        body: &mut RequestBody,
+        client: ClientAddresses,
+    ) -> Result<HttpResponse, HttpError> {
         let headers = &head.headers;
         let query = head.uri.query().unwrap_or_default();
         match route {
             Route::ClientFeatures => {
-                let reader = self.reader(headers, &[TokenKind::Client]).await?;
+                let reader = self.authorize(headers, &[TokenKind::Client]).await?;
                 let body = client::features(headers, query, &reader.snapshot, &reader.grant.scope)?;
-                Ok(self.advise(reply::body(headers, &body, Freshness::Unsaid).await))
+                Ok(self.add_fetch_mode(reply::negotiate_body(headers, &body, CachePolicy::Unspecified).await))
             }
-            Route::Frontend(shown) => {
-                let reader = self.reader(headers, &[TokenKind::Frontend]).await?;
-                let body = self.context_body(head, body).await?;
+            Route::FrontendFlags(shown) => {
+                let reader = self.authorize(headers, &[TokenKind::Frontend]).await?;
+                let body = self.read_posted_context(head, body).await?;
                 let evaluation = {
-                    let sent = context(head, body.as_ref())?;
-                    self.evaluated(&reader, &sent, shown, headers, client)
+                    let sent = parse_context(head, body.as_ref())?;
+                    self.evaluate(&reader, &sent, shown, headers, client)
                 };
-                Ok(frontend::flags(headers, evaluation).await)
+                Ok(frontend::flags_response(headers, evaluation).await)
             }
-            Route::Health => Ok(self.ops.health()),
-            Route::Ready => Ok(self.ops.ready()),
-            Route::Prometheus => Ok(self.ops.metrics()),
-            Route::Validate => {
-                let limit = edge::LONGEST_QUESTION.min(self.settings.body_bytes);
+            Route::Health => Ok(self.health.liveness()),
+            Route::Ready => Ok(self.health.ready()),
+            Route::Prometheus => Ok(self.health.prometheus()),
+            Route::ValidateTokens => {
+                let limit = edge::MAX_REQUEST_BYTES.min(self.settings.max_body_bytes);
                 let answer = async {
                     let body = body.read(headers, limit).await?;
                     edge::validate(&self.auth, &body).await
                 };
-                self.guesses.answer(client.verified, answer).await
+                self.failed_attempts.limit(client.verified, answer).await
             }
             Route::ClientFeature(name) => {
-                let Reader { grant, snapshot, .. } =
-                    self.reader(headers, &[TokenKind::Client]).await?;
+                let AuthorizedRead { grant, snapshot, .. } =
+                    self.authorize(headers, &[TokenKind::Client]).await?;
                 client::feature(headers, name, &snapshot, &grant.scope).await
             }
-            Route::ClientDelta => self.delta(headers, query).await,
-            Route::ClientStreaming => self.stream(headers, query, client).await,
+            Route::ClientDelta => self.client_delta(headers, query).await,
+            Route::ClientStreaming => self.client_stream(headers, query, client).await,
             Route::FrontendFeature(name) => {
-                let Reader { grant, snapshot, .. } =
-                    self.reader(headers, &[TokenKind::Frontend]).await?;
-                let body = self.context_body(head, body).await?;
-                let sent = context(head, body.as_ref())?;
-                let request = self.question(&sent, client, &snapshot, &grant.scope);
-                frontend::flag(headers, name, request).await
+                let AuthorizedRead { grant, snapshot, .. } =
+                    self.authorize(headers, &[TokenKind::Frontend]).await?;
+                let body = self.read_posted_context(head, body).await?;
+                let sent = parse_context(head, body.as_ref())?;
+                let request = self.evaluation_request(&sent, client, &snapshot, &grant.scope);
+                frontend::flag_response(headers, name, request).await
             }
-            Route::FrontendStreaming => self.follow_flags(head, body, client).await,
-            Route::OfrepEvents => Ok(ofrep::told(None, self.ofrep_events(head, client))),
-            Route::OfrepFlags => Ok(ofrep::told(None, self.ofrep_flags(head, body, client).await)),
+            Route::FrontendStreaming => self.frontend_stream(head, body, client).await,
+            Route::OfrepEvents => Ok(ofrep::into_response(None, self.ofrep_events(head, client))),
+            Route::OfrepFlags => Ok(ofrep::into_response(None, self.ofrep_flags(head, body, client).await)),
             Route::OfrepFlag(key) => {
                 let result = self.ofrep_flag(head, key, body, client).await;
-                Ok(ofrep::told(Some(key), result))
+                Ok(ofrep::into_response(Some(key), result))
             }
             Route::Register(kind) => {
-                let report = self.report(kind, headers, body).await?;
+                let report = self.read_report(kind, headers, body).await?;
                 let register =
                     || report::register(&self.usage, &report.reporter(), headers, &report.body);
-                long::work(report.body.len(), register).await
+                long::run(report.body.len(), register).await
             }
-            Route::Metrics(kind) => {
-                let report = self.report(kind, headers, body).await?;
+            Route::UsageMetrics(kind) => {
+                let report = self.read_report(kind, headers, body).await?;
                 let metrics =
-                    || report::metrics(&self.usage, &report.reporter(), headers, &report.body);
-                long::work(report.body.len(), metrics).await
+                    || report::client_metrics(&self.usage, &report.reporter(), headers, &report.body);
+                long::run(report.body.len(), metrics).await
             }
-            Route::Bulk => {
-                let report = self.report(TokenKind::Client, headers, body).await?;
-                let bulk = || report::bulk(&self.usage, &report.reporter(), &report.body);
-                long::work(report.body.len(), bulk).await
+            Route::BulkMetrics => {
+                let report = self.read_report(TokenKind::Client, headers, body).await?;
+                let bulk = || report::bulk_metrics(&self.usage, &report.reporter(), &report.body);
+                long::run(report.body.len(), bulk).await
             }
-            Route::Instance => {
-                let report = self.report(TokenKind::Client, headers, body).await?;
-                let instance = || report::instance(&self.usage, &report.reporter(), &report.body);
-                long::work(report.body.len(), instance).await
+            Route::EdgeInstance => {
+                let report = self.read_report(TokenKind::Client, headers, body).await?;
+                let instance = || report::edge_instance(&self.usage, &report.reporter(), &report.body);
+                long::run(report.body.len(), instance).await
             }
         }
     }
 
     /// Authenticates and reads a usage report of an SDK or another edge.
-    async fn report(
+    async fn read_report(
         &self,
         kind: TokenKind,
         headers: &HeaderMap,
-        body: &mut Arriving,
-    ) -> Result<Report, Failure> {
-        let admission = self.admit(headers, &[kind]).await?;
-        let body = self.read(headers, body).await?;
+        body: &mut RequestBody,
+    ) -> Result<UsageReport, HttpError> {
+        let admission = self.authenticate(headers, &[kind]).await?;
+        let body = self.read_body(headers, body).await?;
         let snapshot = self.snapshots.load(&admission.grant.scope.environment);
-        Ok(Report { admission, snapshot, body })
+        Ok(UsageReport { authenticated: admission, snapshot, body })
     }
 
     /// Handles `/api/client/features`, if no waiting is necessary.
-    fn features(&self, headers: &HeaderMap, query: &str) -> Option<Result<Reply, Failure>> {
-        let body = self.reader_at_once(headers, &[TokenKind::Client])?.and_then(|reader| {
+    fn client_features_now(&self, headers: &HeaderMap, query: &str) -> Option<Result<HttpResponse, HttpError>> {
+        let body = self.authorize_now(headers, &[TokenKind::Client])?.and_then(|reader| {
             client::features(headers, query, &reader.snapshot, &reader.grant.scope)
         });
         match body {
             Ok(body) => {
-                let reply = reply::body_at_once(headers, &body, Freshness::Unsaid).ok()?;
-                Some(Ok(self.advise(reply)))
+                let reply = reply::negotiate_body_now(headers, &body, CachePolicy::Unspecified).ok()?;
+                Some(Ok(self.add_fetch_mode(reply)))
             }
             Err(failure) => Some(Err(failure)),
         }
     }
 
     /// Adds the header that tells SDKs to switch to streaming, if so configured.
-    fn advise(&self, mut reply: Reply) -> Reply {
+    fn add_fetch_mode(&self, mut reply: HttpResponse) -> HttpResponse {
         if self.streams.fetch_mode() == Some(FetchMode::Streaming) {
-            reply::prefer_streaming(&mut reply);
+            reply::suggest_streaming(&mut reply);
         }
         reply
     }
 
     /// Handles `/api/frontend` with the context in the query, if no waiting is necessary.
-    fn flags(
+    fn frontend_flags_now(
         &self,
         shown: Include,
         headers: &HeaderMap,
         query: &str,
-        client: Client,
-    ) -> Option<Result<Reply, Failure>> {
-        let evaluation = self.reader_at_once(headers, &[TokenKind::Frontend])?.and_then(|reader| {
+        client: ClientAddresses,
+    ) -> Option<Result<HttpResponse, HttpError>> {
+        let evaluation = self.authorize_now(headers, &[TokenKind::Frontend])?.and_then(|reader| {
             let sent = FrontendContext::from_query(query)?;
-            Ok(self.evaluated(&reader, &sent, shown, headers, client))
+            Ok(self.evaluate(&reader, &sent, shown, headers, client))
         });
         match evaluation {
-            Ok(evaluation) => frontend::flags_at_once(headers, &evaluation).map(Ok),
+            Ok(evaluation) => frontend::flags_response_now(headers, &evaluation).map(Ok),
             Err(failure) => Some(Err(failure)),
         }
     }
 
-    fn evaluated(
+    fn evaluate(
         &self,
-        reader: &Reader,
+        reader: &AuthorizedRead,
         sent: &FrontendContext<'_>,
         shown: Include,
         headers: &HeaderMap,
-        client: Client,
-    ) -> Found {
+        client: ClientAddresses,
+    ) -> EvaluationResponse {
         let scope = &reader.grant.scope;
-        let request = self.question(sent, client, &reader.snapshot, scope);
-        frontend::evaluated(headers, shown, &reader.snapshot.frontend_view(&scope.projects), request)
+        let request = self.evaluation_request(sent, client, &reader.snapshot, scope);
+        frontend::evaluate(headers, shown, &reader.snapshot.frontend_view(&scope.projects), request)
     }
 
     /// Evaluates all flags, for OpenFeature web providers.
     async fn ofrep_flags(
         &self,
         head: &Parts,
-        body: &mut Arriving,
-        client: Client,
-    ) -> Result<Reply, Failure> {
+        body: &mut RequestBody,
+        client: ClientAddresses,
+    ) -> Result<HttpResponse, HttpError> {
         let headers = &head.headers;
-        let Reader { grant, digest, snapshot } =
-            self.reader(headers, &[TokenKind::Frontend]).await?;
-        let body = self.read_context(headers, body).await?;
+        let AuthorizedRead { grant, digest, snapshot } =
+            self.authorize(headers, &[TokenKind::Frontend]).await?;
+        let body = self.read_context_body(headers, body).await?;
         let sent = wire::ofrep::context(&body)?;
-        let request = self.question(&sent, client, &snapshot, &grant.scope);
+        let request = self.evaluation_request(&sent, client, &snapshot, &grant.scope);
         let events = format!("{}/ofrep/v1/events", self.settings.base_path);
-        Ok(ofrep::flags(headers, request, &digest, &self.tickets, &events).await)
+        Ok(ofrep::evaluate_flags(headers, request, &digest, &self.stream_tickets, &events).await)
     }
 
     /// Evaluates one flag, for OpenFeature server providers.
@@ -397,120 +397,120 @@ impl Data {
         &self,
         head: &Parts,
         key: &str,
-        body: &mut Arriving,
-        client: Client,
-    ) -> Result<Reply, Failure> {
+        body: &mut RequestBody,
+        client: ClientAddresses,
+    ) -> Result<HttpResponse, HttpError> {
         let headers = &head.headers;
         let accepted = [TokenKind::Frontend, TokenKind::Client];
-        let Reader { grant, snapshot, .. } = self.reader(headers, &accepted).await?;
-        let body = self.read_context(headers, body).await?;
+        let AuthorizedRead { grant, snapshot, .. } = self.authorize(headers, &accepted).await?;
+        let body = self.read_context_body(headers, body).await?;
         let sent = wire::ofrep::context(&body)?;
-        let request = self.question(&sent, client, &snapshot, &grant.scope);
-        ofrep::flag(headers, key, request).await
+        let request = self.evaluation_request(&sent, client, &snapshot, &grant.scope);
+        ofrep::evaluate_flag(headers, key, request).await
     }
 
     /// Opens the event stream of an OpenFeature provider, which presents a ticket instead of a token.
-    fn ofrep_events(&self, head: &Parts, client: Client) -> Result<Reply, Failure> {
+    fn ofrep_events(&self, head: &Parts, client: ClientAddresses) -> Result<HttpResponse, HttpError> {
         let query = head.uri.query().unwrap_or_default();
         let mut pairs = form_urlencoded::parse(query.as_bytes());
-        let ticket = pairs.find(|(name, _)| name == "ticket").ok_or(Failure::Ticket)?;
-        let ticket = self.tickets.take(&ticket.1, Timestamp::now()).ok_or(Failure::Ticket)?;
-        let grant = self.auth.standing(&ticket.digest).ok_or(Failure::Ticket)?;
+        let ticket = pairs.find(|(name, _)| name == "ticket").ok_or(HttpError::InvalidStreamTicket)?;
+        let ticket = self.stream_tickets.verify(&ticket.1, Timestamp::now()).ok_or(HttpError::InvalidStreamTicket)?;
+        let grant = self.auth.standing(&ticket.digest).ok_or(HttpError::InvalidStreamTicket)?;
         if grant.kind != TokenKind::Frontend {
-            return Err(Failure::WrongKind);
+            return Err(HttpError::WrongTokenKind);
         }
-        let states = self.feed.subscribe(&grant.scope.environment).ok_or(NO_FLAGS)?;
-        let subscriber = self.asker(ticket.context, client, &grant.scope, ticket.draw)?;
+        let states = self.feed.subscribe(&grant.scope.environment).ok_or(FLAGS_NOT_FETCHED)?;
+        let subscriber = self.subscriber(ticket.context, client, &grant.scope, ticket.random_seed)?;
         let current =
-            frontend::answer_of(head.headers.get(LAST_EVENT_ID)).unwrap_or(ticket.outcome);
-        let events = ofrep::Notices::new(self.snapshots.clone(), subscriber, current);
+            frontend::parse_last_event_id(head.headers.get(LAST_EVENT_ID)).unwrap_or(ticket.outcome_hash);
+        let events = ofrep::RefetchEvents::new(self.snapshots.clone(), subscriber, current);
         self.streams.open((ticket.digest, client.verified), grant, states, events)
     }
 
     /// Opens a stream of evaluated flags.
-    async fn follow_flags(
+    async fn frontend_stream(
         &self,
         head: &Parts,
-        body: &mut Arriving,
-        client: Client,
-    ) -> Result<Reply, Failure> {
+        body: &mut RequestBody,
+        client: ClientAddresses,
+    ) -> Result<HttpResponse, HttpError> {
         let headers = &head.headers;
-        let Reader { grant, digest, .. } = self.reader(headers, &[TokenKind::Frontend]).await?;
-        let body = self.context_body(head, body).await?;
-        let sent = context(head, body.as_ref())?;
-        let states = self.feed.subscribe(&grant.scope.environment).ok_or(NO_FLAGS)?;
-        let subscriber = self.asker(sent, client, &grant.scope, rand::random())?;
-        let last = frontend::answer_of(headers.get(LAST_EVENT_ID));
-        let events = frontend::Changes::new(self.snapshots.clone(), subscriber, last);
+        let AuthorizedRead { grant, digest, .. } = self.authorize(headers, &[TokenKind::Frontend]).await?;
+        let body = self.read_posted_context(head, body).await?;
+        let sent = parse_context(head, body.as_ref())?;
+        let states = self.feed.subscribe(&grant.scope.environment).ok_or(FLAGS_NOT_FETCHED)?;
+        let subscriber = self.subscriber(sent, client, &grant.scope, rand::random())?;
+        let last = frontend::parse_last_event_id(headers.get(LAST_EVENT_ID));
+        let events = frontend::FlagEvents::new(self.snapshots.clone(), subscriber, last);
         self.streams.open((digest, client.verified), grant, states, events)
     }
 
-    fn asker(
+    fn subscriber(
         &self,
         sent: FrontendContext<'_>,
-        client: Client,
+        client: ClientAddresses,
         scope: &Scope,
         draw: u64,
-    ) -> Result<Asker, Failure> {
+    ) -> Result<Subscriber, HttpError> {
         let hostname = Arc::clone(&self.settings.hostname);
-        let snapshot = self.snapshots.load_for(scope).ok_or(NO_FLAGS)?;
-        Ok(Asker::new(sent, client.evaluated, hostname, scope.clone(), draw, &snapshot))
+        let snapshot = self.snapshots.load_for(scope).ok_or(FLAGS_NOT_FETCHED)?;
+        Ok(Subscriber::new(sent, client.for_evaluation, hostname, scope.clone(), draw, &snapshot))
     }
 
-    async fn delta(&self, headers: &HeaderMap, query: &str) -> Result<Reply, Failure> {
-        let reader = self.reader(headers, &[TokenKind::Client]).await?;
-        let topic = topic(&reader.grant, query)?;
-        client::delta(headers, topic, &self.feed).await.ok_or(NO_FLAGS)
+    async fn client_delta(&self, headers: &HeaderMap, query: &str) -> Result<HttpResponse, HttpError> {
+        let reader = self.authorize(headers, &[TokenKind::Client]).await?;
+        let topic = subscription_key(&reader.grant, query)?;
+        client::delta(headers, topic, &self.feed).await.ok_or(FLAGS_NOT_FETCHED)
     }
 
-    async fn stream(
+    async fn client_stream(
         &self,
         headers: &HeaderMap,
         query: &str,
-        client: Client,
-    ) -> Result<Reply, Failure> {
-        let Reader { grant, digest, .. } = self.reader(headers, &[TokenKind::Client]).await?;
-        let topic = topic(&grant, query)?;
-        let states = self.feed.subscribe(topic.environment()).ok_or(NO_FLAGS)?;
-        let last = client::state_of(headers.get(LAST_EVENT_ID));
+        client: ClientAddresses,
+    ) -> Result<HttpResponse, HttpError> {
+        let AuthorizedRead { grant, digest, .. } = self.authorize(headers, &[TokenKind::Client]).await?;
+        let topic = subscription_key(&grant, query)?;
+        let states = self.feed.subscribe(topic.environment()).ok_or(FLAGS_NOT_FETCHED)?;
+        let last = client::parse_state_id(headers.get(LAST_EVENT_ID));
         let mode = self.streams.fetch_mode();
-        let events = client::Changes::new(self.feed.clone(), states.clone(), topic, last, mode);
+        let events = client::DeltaEvents::new(self.feed.clone(), states.clone(), topic, last, mode);
         self.streams.open((digest, client.verified), grant, states, events)
     }
 
     fn is_disabled(&self, route: Route<'_>) -> bool {
         let endpoint = match route {
-            Route::Frontend(Include::All) => Endpoint::FrontendAll,
-            Route::Prometheus => Endpoint::Metrics,
+            Route::FrontendFlags(Include::All) => OptionalEndpoint::FrontendAll,
+            Route::Prometheus => OptionalEndpoint::Metrics,
             _ => return false,
         };
-        self.settings.disabled.contains(&endpoint)
+        self.settings.disabled_endpoints.contains(&endpoint)
     }
 
     /// The text of the request's token, unparsed.
-    fn presented<'a>(&self, headers: &'a HeaderMap) -> Result<&'a str, Failure> {
+    fn presented_token<'a>(&self, headers: &'a HeaderMap) -> Result<&'a str, HttpError> {
         let header = headers.get(&self.settings.token_header);
         let header = header.or_else(|| headers.get(API_KEY)).and_then(|value| value.to_str().ok());
-        header.ok_or(Failure::Unauthorized)
+        header.ok_or(HttpError::Unauthorized)
     }
 
     /// Authenticates the request's token and checks that the route accepts its kind and that this
     /// instance serves its environment.
-    async fn admit(
+    async fn authenticate(
         &self,
         headers: &HeaderMap,
         accepted: &[TokenKind],
-    ) -> Result<Admission, Failure> {
-        let admission = self.auth.authenticate(self.presented(headers)?).await?;
-        self.admitted(admission, accepted)
+    ) -> Result<Admission, HttpError> {
+        let admission = self.auth.authenticate(self.presented_token(headers)?).await?;
+        self.check_grant(admission, accepted)
     }
 
-    fn admitted(&self, admission: Admission, accepted: &[TokenKind]) -> Result<Admission, Failure> {
+    fn check_grant(&self, admission: Admission, accepted: &[TokenKind]) -> Result<Admission, HttpError> {
         if !accepted.contains(&admission.grant.kind) {
-            return Err(Failure::WrongKind);
+            return Err(HttpError::WrongTokenKind);
         }
         if !self.snapshots.is_served(&admission.grant.scope.environment) {
-            return Err(Failure::NotServed);
+            return Err(HttpError::EnvironmentNotServed);
         }
         Ok(admission)
     }
@@ -519,77 +519,77 @@ impl Data {
     ///
     /// A first-seen token may trigger the first fetch of its scope, and waits for it. Flags that were
     /// never fetched are an error (503), not an empty list.
-    async fn reader(&self, headers: &HeaderMap, accepted: &[TokenKind]) -> Result<Reader, Failure> {
-        let Admission { grant, digest, first_seen } = self.admit(headers, accepted).await?;
+    async fn authorize(&self, headers: &HeaderMap, accepted: &[TokenKind]) -> Result<AuthorizedRead, HttpError> {
+        let Admission { grant, digest, first_seen } = self.authenticate(headers, accepted).await?;
         let snapshot = match self.snapshots.load_for(&grant.scope) {
             Some(snapshot) => Some(snapshot),
             None if first_seen => {
                 let fetched = self.snapshots.wait_for_scope(&grant.scope);
-                tokio::time::timeout(self.settings.patience, fetched).await.ok().flatten()
+                tokio::time::timeout(self.settings.first_fetch_timeout, fetched).await.ok().flatten()
             }
             None => None,
         };
-        snapshot.map(|snapshot| Reader { grant, digest, snapshot }).ok_or(NO_FLAGS)
+        snapshot.map(|snapshot| AuthorizedRead { grant, digest, snapshot }).ok_or(FLAGS_NOT_FETCHED)
     }
 
     /// Like [`authorize`](Self::authorize), if no waiting is necessary.
-    fn reader_at_once(
+    fn authorize_now(
         &self,
         headers: &HeaderMap,
         accepted: &[TokenKind],
-    ) -> Option<Result<Reader, Failure>> {
-        let authenticated = match self.presented(headers) {
-            Ok(header) => self.auth.authenticate_known(header)?.map_err(Failure::from),
+    ) -> Option<Result<AuthorizedRead, HttpError>> {
+        let authenticated = match self.presented_token(headers) {
+            Ok(header) => self.auth.authenticate_known(header)?.map_err(HttpError::from),
             Err(failure) => Err(failure),
         };
-        let admission = match authenticated.and_then(|admission| self.admitted(admission, accepted))
+        let admission = match authenticated.and_then(|admission| self.check_grant(admission, accepted))
         {
             Ok(admission) => admission,
             Err(failure) => return Some(Err(failure)),
         };
         let Admission { grant, digest, .. } = admission;
-        let snapshot = self.snapshots.load_for(&grant.scope).ok_or(NO_FLAGS);
-        Some(snapshot.map(|snapshot| Reader { grant, digest, snapshot }))
+        let snapshot = self.snapshots.load_for(&grant.scope).ok_or(FLAGS_NOT_FETCHED);
+        Some(snapshot.map(|snapshot| AuthorizedRead { grant, digest, snapshot }))
     }
 
     /// Reads the body with the context of a `POST`; `None` if the context is in the query.
-    async fn context_body(
+    async fn read_posted_context(
         &self,
         head: &Parts,
-        body: &mut Arriving,
-    ) -> Result<Option<Bytes>, Failure> {
+        body: &mut RequestBody,
+    ) -> Result<Option<Bytes>, HttpError> {
         if head.method == Method::POST {
-            return self.read_context(&head.headers, body).await.map(Some);
+            return self.read_context_body(&head.headers, body).await.map(Some);
         }
         Ok(None)
     }
 
-    fn question<'a>(
+    fn evaluation_request<'a>(
         &'a self,
         sent: &'a FrontendContext<'a>,
-        client: Client,
+        client: ClientAddresses,
         snapshot: &'a Snapshot,
         scope: &'a Scope,
-    ) -> Question<'a> {
+    ) -> EvaluationRequest<'a> {
         let hostname = &*self.settings.hostname;
-        Question { told: sent, client: client.evaluated, hostname, snapshot, scope, draw: None }
+        EvaluationRequest { context: sent, client_address: client.for_evaluation, hostname, snapshot, scope, random_seed: None }
     }
 
-    fn read<'a>(
+    fn read_body<'a>(
         &'a self,
         headers: &'a HeaderMap,
-        body: &'a mut Arriving,
-    ) -> Pin<Box<dyn Future<Output = Result<Bytes, Failure>> + Send + 'a>> {
-        Box::pin(body.read(headers, self.settings.body_bytes))
+        body: &'a mut RequestBody,
+    ) -> Pin<Box<dyn Future<Output = Result<Bytes, HttpError>> + Send + 'a>> {
+        Box::pin(body.read(headers, self.settings.max_body_bytes))
     }
 
     /// Reads a body with a context.
-    fn read_context<'a>(
+    fn read_context_body<'a>(
         &'a self,
         headers: &'a HeaderMap,
-        body: &'a mut Arriving,
-    ) -> Pin<Box<dyn Future<Output = Result<Bytes, Failure>> + Send + 'a>> {
-        Box::pin(body.read(headers, self.settings.body_bytes.min(LONGEST_CONTEXT)))
+        body: &'a mut RequestBody,
+    ) -> Pin<Box<dyn Future<Output = Result<Bytes, HttpError>> + Send + 'a>> {
+        Box::pin(body.read(headers, self.settings.max_body_bytes.min(MAX_CONTEXT_BODY_BYTES)))
     }
 }
 
@@ -598,26 +598,26 @@ enum Unrouted {
     /// A CORS preflight.
     Preflight,
     /// A rejected request.
-    Failure(Failure),
+    Error(HttpError),
 }
 
 /// An authenticated request for flags: the token's grant and the snapshot to serve it from.
-struct Reader {
+struct AuthorizedRead {
     grant: Arc<Grant>,
     digest: TokenDigest,
     snapshot: Arc<Snapshot>,
 }
 
 /// A usage report and the token that it came with.
-struct Report {
-    admission: Admission,
+struct UsageReport {
+    authenticated: Admission,
     snapshot: Option<Arc<Snapshot>>,
     body: Bytes,
 }
 
-impl Report {
+impl UsageReport {
     fn reporter(&self) -> Reporter<'_> {
-        let Admission { grant, digest, .. } = &self.admission;
+        let Admission { grant, digest, .. } = &self.authenticated;
         let kind = match grant.kind {
             TokenKind::Frontend => SdkKind::Frontend,
             TokenKind::Admin | TokenKind::Client => SdkKind::Backend,
@@ -627,27 +627,27 @@ impl Report {
 }
 
 /// The subscription key of a grant and a query.
-fn topic(grant: &Grant, query: &str) -> Result<SubscriptionKey, Failure> {
+fn subscription_key(grant: &Grant, query: &str) -> Result<SubscriptionKey, HttpError> {
     let Scope { environment, projects } = grant.scope.clone();
-    Ok(SubscriptionKey::new(environment, projects, client::filter(query)?))
+    Ok(SubscriptionKey::new(environment, projects, client::parse_filter(query)?))
 }
 
 /// Parses the context of a request; it borrows from the body or the query.
-fn context<'a>(head: &'a Parts, body: Option<&'a Bytes>) -> Result<FrontendContext<'a>, Failure> {
+fn parse_context<'a>(head: &'a Parts, body: Option<&'a Bytes>) -> Result<FrontendContext<'a>, HttpError> {
     Ok(match body {
         Some(body) => FrontendContext::from_json(body)?,
         None => FrontendContext::from_query(head.uri.query().unwrap_or_default())?,
     })
 }
 
-impl From<Denied> for Failure {
+impl From<Denied> for HttpError {
     fn from(denied: Denied) -> Self {
         match denied {
             Denied::Unknown => Self::Unauthorized,
             Denied::Forbidden => Self::ForbiddenUpstream,
             Denied::Unavailable => Self::Unavailable {
                 what: "the token cannot be judged at the moment",
-                retry_after: TRY_AGAIN,
+                retry_after: RETRY_AFTER,
             },
         }
     }

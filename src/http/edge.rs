@@ -1,8 +1,8 @@
 //! Token validation for other edges: which of their clients' tokens are valid.
 
 use super::{
-    guesses::Guess,
-    reply::{self, Failure, Reply},
+    guesses::Attempt,
+    reply::{self, HttpError, HttpResponse},
 };
 use crate::{
     auth::Authenticator,
@@ -11,14 +11,14 @@ use crate::{
 
 /// The largest request, in bytes after decompression. The endpoint needs no token, so the limit is
 /// small; it fits the largest allowed number of tokens.
-pub const LONGEST_QUESTION: usize = 256 << 10;
+pub const MAX_REQUEST_BYTES: usize = 256 << 10;
 
 /// `/edge/validate`: returns the valid ones of the tokens sent, in Unleash's format.
-pub async fn validate(auth: &Authenticator, body: &[u8]) -> Result<Guess<Reply>, Failure> {
+pub async fn validate(auth: &Authenticator, body: &[u8]) -> Result<Attempt<HttpResponse>, HttpError> {
     let request: ValidateRequest<'_> = serde_json::from_slice(body).map_err(|error| {
         let (line, column) = (error.line(), error.column());
         // serde's error text could contain a token.
-        Failure::Malformed(format!(
+        HttpError::Malformed(format!(
             "the body is not {{\"tokens\":[…]}} with at most {MAX_VALIDATED} tokens, line {line} column {column}"
         ))
     })?;
@@ -28,6 +28,6 @@ pub async fn validate(auth: &Authenticator, body: &[u8]) -> Result<Guess<Reply>,
     });
     let tokens: Vec<_> = valid.collect();
     let all_valid = tokens.len() == request.tokens.len();
-    let reply = reply::document(&ValidateReply { tokens });
-    Ok(if all_valid { Guess::Right(reply) } else { Guess::Wrong(reply) })
+    let reply = reply::json_document(&ValidateReply { tokens });
+    Ok(if all_valid { Attempt::Valid(reply) } else { Attempt::Invalid(reply) })
 }

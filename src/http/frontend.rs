@@ -14,13 +14,13 @@ use hyper::{
 };
 
 pub use self::{
-    changes::{Changes, Wake},
-    question::{Asker, Question},
+    changes::{FlagEvents, DateTrigger},
+    question::{Subscriber, EvaluationRequest},
 };
 use super::{
-    client::decoded,
+    client::decode_flag_name,
     conditional,
-    reply::{self, Failure, Freshness, Reply},
+    reply::{self, HttpError, CachePolicy, HttpResponse},
 };
 use crate::{
     answers::{self, EvaluatedFlags, followed},
@@ -28,73 +28,73 @@ use crate::{
     wire::context,
 };
 
-impl From<context::Error> for Failure {
+impl From<context::Error> for HttpError {
     fn from(error: context::Error) -> Self {
-        Self::Context(error.to_string())
+        Self::InvalidContext(error.to_string())
     }
 }
 
 /// Parses the outcome hash that a streaming client sends as its last event id.
-pub fn answer_of(last_event_id: Option<&HeaderValue>) -> Option<u128> {
+pub fn parse_last_event_id(last_event_id: Option<&HeaderValue>) -> Option<u128> {
     followed::parse_event_id(last_event_id?.to_str().ok()?.trim())
 }
 
 /// The evaluated flags for one request.
 #[derive(Debug)]
-pub enum Found {
+pub enum EvaluationResponse {
     /// The response body.
     Body(Arc<PreparedBody>),
     /// The client already has the body with this entity tag.
-    Unchanged(HeaderValue),
+    NotModified(HeaderValue),
 }
 
 /// Evaluates the flags of `view`, unless the client already has the result.
-pub fn evaluated(headers: &HeaderMap, shown: Include, view: &FrontendView, question: Question<'_>) -> Found {
-    question.answer(view, |context| {
+pub fn evaluate(headers: &HeaderMap, shown: Include, view: &FrontendView, question: EvaluationRequest<'_>) -> EvaluationResponse {
+    question.with_context(view, |context| {
         let answer = EvaluatedFlags::evaluate(question.snapshot, view, context, shown);
-        match revalidated(headers, || answer.etag()) {
-            Some(etag) => Found::Unchanged(etag),
-            None => Found::Body(answer.body()),
+        match matching_etag(headers, || answer.etag()) {
+            Some(etag) => EvaluationResponse::NotModified(etag),
+            None => EvaluationResponse::Body(answer.body()),
         }
     })
 }
 
 /// The entity tag, if the client already has it. The tag depends only on the outcomes, so an unchanged
 /// response needs no body.
-fn revalidated(headers: &HeaderMap, etag: impl FnOnce() -> HeaderValue) -> Option<HeaderValue> {
+fn matching_etag(headers: &HeaderMap, etag: impl FnOnce() -> HeaderValue) -> Option<HeaderValue> {
     if !headers.contains_key(IF_NONE_MATCH) {
         return None;
     }
-    Some(etag()).filter(|etag| conditional::none_match_names(headers, etag))
+    Some(etag()).filter(|etag| conditional::if_none_match_matches(headers, etag))
 }
 
 /// The response of `/api/frontend` and `/api/frontend/all`.
-pub async fn flags(headers: &HeaderMap, found: Found) -> Reply {
+pub async fn flags_response(headers: &HeaderMap, found: EvaluationResponse) -> HttpResponse {
     match found {
-        Found::Body(body) => reply::body(headers, &body, Freshness::Revalidate).await,
-        Found::Unchanged(etag) => reply::not_modified(&etag, Freshness::Revalidate),
+        EvaluationResponse::Body(body) => reply::negotiate_body(headers, &body, CachePolicy::NoCache).await,
+        EvaluationResponse::NotModified(etag) => reply::not_modified(&etag, CachePolicy::NoCache),
     }
 }
 
 /// Like [`flags_response`], if the encoded body is available without waiting.
-pub fn flags_at_once(headers: &HeaderMap, found: &Found) -> Option<Reply> {
+pub fn flags_response_now(headers: &HeaderMap, found: &EvaluationResponse) -> Option<HttpResponse> {
     match found {
-        Found::Body(body) => reply::body_at_once(headers, body, Freshness::Revalidate).ok(),
-        Found::Unchanged(etag) => Some(reply::not_modified(etag, Freshness::Revalidate)),
+        EvaluationResponse::Body(body) => reply::negotiate_body_now(headers, body, CachePolicy::NoCache).ok(),
+        EvaluationResponse::NotModified(etag) => Some(reply::not_modified(etag, CachePolicy::NoCache)),
     }
 }
 
 /// The response of `/api/frontend/features/{name}`.
-pub async fn flag(
+pub async fn flag_response(
     headers: &HeaderMap,
     name: &str,
-    question: Question<'_>,
-) -> Result<Reply, Failure> {
-    let name = decoded(name)?;
+    question: EvaluationRequest<'_>,
+) -> Result<HttpResponse, HttpError> {
+    let name = decode_flag_name(name)?;
     let projects = &question.scope.projects;
     let view = question.snapshot.frontend_view(projects);
     let body = question
-        .answer(&view, |context| answers::evaluate_flag(question.snapshot, projects, context, &name))
-        .ok_or(Failure::NotFound)?;
-    Ok(reply::body(headers, &Arc::new(body), Freshness::Revalidate).await)
+        .with_context(&view, |context| answers::evaluate_flag(question.snapshot, projects, context, &name))
+        .ok_or(HttpError::NotFound)?;
+    Ok(reply::negotiate_body(headers, &Arc::new(body), CachePolicy::NoCache).await)
 }

@@ -6,51 +6,51 @@
 
 use std::{net::IpAddr, time::Duration};
 
-use super::reply::Failure;
-use crate::throttle::{Buckets, Rate, origin};
+use super::reply::HttpError;
+use crate::throttle::{KeyedRateLimiter, Rate, client_network};
 
 /// The allowed rate of failures. An edge that forwards a flood of invalid tokens, ten requests a second,
 /// stays below it.
-const RATE: Rate = Rate { burst: 200, every: Duration::from_millis(50) };
+const RATE: Rate = Rate { burst: 200, interval: Duration::from_millis(50) };
 
 /// The failed attempts of each address.
 #[derive(Debug)]
-pub struct Guesses(Buckets<IpAddr>);
+pub struct FailedAttempts(KeyedRateLimiter<IpAddr>);
 
-impl Default for Guesses {
+impl Default for FailedAttempts {
     fn default() -> Self {
-        Self(Buckets::new(RATE))
+        Self(KeyedRateLimiter::new(RATE))
     }
 }
 
-impl Guesses {
+impl FailedAttempts {
     /// Runs an attempt of `client` and counts it unless it is valid.
     ///
     /// # Errors
     /// [`HttpError::RateLimited`] after too many failures; and those of `attempt`, which count as
     /// failures even if validation is unavailable.
-    pub async fn answer<T>(
+    pub async fn limit<T>(
         &self,
         client: IpAddr,
-        attempt: impl Future<Output = Result<Guess<T>, Failure>>,
-    ) -> Result<T, Failure> {
-        let origin = origin(client);
-        self.0.take(&origin).map_err(Failure::Throttled)?;
+        attempt: impl Future<Output = Result<Attempt<T>, HttpError>>,
+    ) -> Result<T, HttpError> {
+        let origin = client_network(client);
+        self.0.acquire(&origin).map_err(HttpError::RateLimited)?;
         let outcome = attempt.await;
-        if matches!(outcome, Ok(Guess::Right(_))) {
-            self.0.give_back(&origin);
+        if matches!(outcome, Ok(Attempt::Valid(_))) {
+            self.0.refund(&origin);
         }
-        outcome.map(|(Guess::Right(value) | Guess::Wrong(value))| value)
+        outcome.map(|(Attempt::Valid(value) | Attempt::Invalid(value))| value)
     }
 }
 
 /// The result of an attempt.
 #[derive(Debug)]
-pub enum Guess<T> {
+pub enum Attempt<T> {
     /// It succeeded and does not count.
-    Right(T),
+    Valid(T),
     /// It counts as a failure.
-    Wrong(T),
+    Invalid(T),
 }
 
 #[cfg(test)]
@@ -59,21 +59,21 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn invalid_attempts_are_limited_and_valid_ones_are_not() {
-        let (guesses, client) = (Guesses::default(), IpAddr::from([192, 0, 2, 7]));
-        let attempt = async |client, outcome| guesses.answer(client, async { outcome }).await;
+        let (guesses, client) = (FailedAttempts::default(), IpAddr::from([192, 0, 2, 7]));
+        let attempt = async |client, outcome| guesses.limit(client, async { outcome }).await;
         for _ in 0..2 * RATE.burst {
-            attempt(client, Ok(Guess::Right(()))).await.unwrap();
+            attempt(client, Ok(Attempt::Valid(()))).await.unwrap();
         }
         for _ in 0..RATE.burst {
-            attempt(client, Ok(Guess::Wrong(()))).await.unwrap();
+            attempt(client, Ok(Attempt::Invalid(()))).await.unwrap();
         }
-        let limited = attempt(client, Ok(Guess::Right(()))).await;
-        assert!(matches!(limited, Err(Failure::Throttled(_))), "{limited:?}");
-        attempt(IpAddr::from([192, 0, 2, 8]), Ok(Guess::Wrong(()))).await.unwrap();
-        tokio::time::advance(RATE.every).await;
-        let failed = attempt(client, Err(Failure::MediaType)).await;
-        assert!(matches!(failed, Err(Failure::MediaType)), "{failed:?}");
-        let limited = attempt(client, Ok(Guess::Right(()))).await;
-        assert!(matches!(limited, Err(Failure::Throttled(_))), "an error counts as a failure");
+        let limited = attempt(client, Ok(Attempt::Valid(()))).await;
+        assert!(matches!(limited, Err(HttpError::RateLimited(_))), "{limited:?}");
+        attempt(IpAddr::from([192, 0, 2, 8]), Ok(Attempt::Invalid(()))).await.unwrap();
+        tokio::time::advance(RATE.interval).await;
+        let failed = attempt(client, Err(HttpError::UnsupportedMediaType)).await;
+        assert!(matches!(failed, Err(HttpError::UnsupportedMediaType)), "{failed:?}");
+        let limited = attempt(client, Ok(Attempt::Valid(()))).await;
+        assert!(matches!(limited, Err(HttpError::RateLimited(_))), "an error counts as a failure");
     }
 }

@@ -48,7 +48,7 @@ pub use self::{
     server::HttpServer,
     service::{HttpService, ServiceResponse},
 };
-use crate::telemetry::{Sparing, report};
+use crate::telemetry::{LogLimiter, error_chain};
 
 const ACCEPT_FAILURES: &str = "parapet_accept_failures_total";
 
@@ -68,8 +68,8 @@ pub async fn serve<S: HttpService>(
     let _rest = AbortOnDrop(server.tasks.clone());
     describe_counter!(ACCEPT_FAILURES, "Connections that could not be accepted");
     let failures = counter!(ACCEPT_FAILURES);
-    let mut sparing = Sparing::default();
-    let mut closing = std::pin::pin!(drain.closing.wake());
+    let mut sparing = LogLimiter::default();
+    let mut closing = std::pin::pin!(drain.closing.subscribe());
     loop {
         let accepted = tokio::select! {
             () = &mut closing => break,
@@ -82,7 +82,7 @@ pub async fn serve<S: HttpService>(
                 if let Some(left_out) = sparing.admit() {
                     let more = (left_out > 0).then_some(left_out);
                     warn!(
-                        error = report(&error),
+                        error = error_chain(&error),
                         more_since_last_line = more,
                         "Cannot accept a connection"
                     );

@@ -18,10 +18,10 @@ use std::{
 use hyper::{Method, StatusCode};
 
 use super::{
-    reply::{self, Reply},
+    reply::{self, HttpResponse},
     route::Route,
 };
-use crate::telemetry::{BYTES, SECONDS};
+use crate::telemetry::{BYTES_BUCKETS, SECONDS_BUCKETS};
 
 const REQUESTS: &str = "http_server_requests_total";
 const DURATION: &str = "http_server_request_duration_seconds";
@@ -33,17 +33,17 @@ const METHODS: [&str; 7] = ["GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "
 /// responses have, are labelled by class.
 const STATUSES: [u16; 19] =
     [200, 202, 304, 400, 401, 403, 404, 405, 408, 413, 415, 500, 503, 201, 204, 409, 429, 502, 504];
-const HUNDREDS: [&str; 5] = ["1xx", "2xx", "3xx", "4xx", "5xx"];
-const ANSWERS: usize = STATUSES.len() + HUNDREDS.len();
+const STATUS_CLASSES: [&str; 5] = ["1xx", "2xx", "3xx", "4xx", "5xx"];
+const STATUS_LABELS: usize = STATUSES.len() + STATUS_CLASSES.len();
 
 /// The endpoint of a request, as a label.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Subject<'a> {
+pub enum EndpointLabel<'a> {
     /// A route of the SDK port.
     Route(Route<'a>),
     /// An admin operation, by its path template, which must be one of those passed to
     /// [`RequestMetrics::new`].
-    Operation(&'static str),
+    AdminOperation(&'static str),
     /// A CORS preflight.
     Preflight,
     /// No known endpoint.
@@ -51,11 +51,11 @@ pub enum Subject<'a> {
 }
 
 /// The label values that follow those of routes.
-const OTHERS: [&str; 2] = ["preflight", "unknown"];
+const OTHER_LABELS: [&str; 2] = ["preflight", "unknown"];
 
 /// Request counters and histograms; each series is allocated on first use.
 #[derive(Debug)]
-pub struct Meter {
+pub struct RequestMetrics {
     /// The label values of endpoints: routes, then [`OTHER_LABELS`], then admin operations whose
     /// template is not that of a route.
     endpoints: Box<[&'static str]>,
@@ -64,20 +64,20 @@ pub struct Meter {
 
 /// One series, sharded to reduce contention between threads.
 #[derive(Debug, Default)]
-struct Series([Lane; LANES]);
+struct Series([Shard; SHARDS]);
 
 /// More than the number of threads on most machines. Further threads share a shard, which only costs
 /// time.
-const LANES: usize = 16;
+const SHARDS: usize = 16;
 
 /// Aligned so that no two shards share a cache line.
 #[derive(Debug, Default)]
 #[repr(align(128))]
-struct Lane {
+struct Shard {
     /// In nanoseconds.
-    durations: Histogram<{ SECONDS.len() + 1 }>,
+    durations: Histogram<{ SECONDS_BUCKETS.len() + 1 }>,
     /// In bytes.
-    sizes: Histogram<{ BYTES.len() + 1 }>,
+    sizes: Histogram<{ BYTES_BUCKETS.len() + 1 }>,
 }
 
 /// The number of values in each bucket, the last of which has no upper bound, and the sum of the values.
@@ -87,34 +87,34 @@ struct Histogram<const BUCKETS: usize> {
     sum: AtomicU64,
 }
 
-impl Default for Meter {
+impl Default for RequestMetrics {
     fn default() -> Self {
         Self::new([])
     }
 }
 
-impl Meter {
+impl RequestMetrics {
     /// Metrics with a label value for each route and for each of these admin operation templates.
     pub fn new(operations: impl IntoIterator<Item = &'static str>) -> Self {
-        let mut labels = [&Route::TEMPLATES[..], &OTHERS].concat();
+        let mut labels = [&Route::TEMPLATES[..], &OTHER_LABELS].concat();
         for template in operations {
             if !labels.contains(&template) {
                 labels.push(template);
             }
         }
-        let count = labels.len() * METHODS.len() * ANSWERS;
+        let count = labels.len() * METHODS.len() * STATUS_LABELS;
         let series = (0..count).map(|_| OnceLock::new()).collect();
         Self { endpoints: labels.into(), series }
     }
 
     /// Records one request and its response.
     #[expect(clippy::cast_precision_loss, reason = "bodies are far below 2^52 bytes")]
-    pub fn record(&self, subject: Subject<'_>, method: &Method, reply: &Reply, took: Duration) {
-        let (series, size) = (self.index(subject, method, reply.status()), reply::length(reply));
-        let lane = &self.series[series].get_or_init(Box::default).0[lane()];
+    pub fn record(&self, subject: EndpointLabel<'_>, method: &Method, reply: &HttpResponse, took: Duration) {
+        let (series, size) = (self.series_index(subject, method, reply.status()), reply::body_length(reply));
+        let lane = &self.series[series].get_or_init(Box::default).0[shard_index()];
         let nanoseconds = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
-        lane.durations.record(bucket(&SECONDS, took.as_secs_f64()), nanoseconds);
-        lane.sizes.record(bucket(&BYTES, size as f64), size);
+        lane.durations.record(bucket_index(&SECONDS_BUCKETS, took.as_secs_f64()), nanoseconds);
+        lane.sizes.record(bucket_index(&BYTES_BUCKETS, size as f64), size);
     }
 
     /// All series in Prometheus's text format.
@@ -131,31 +131,31 @@ impl Meter {
         text.family(REQUESTS, "counter", "Requests served, by route, method and status");
         for (labels, series) in &measured {
             let requests: u64 = series.total(|lane| &lane.durations).0.iter().sum();
-            text.line(REQUESTS, labels, requests);
+            text.sample(REQUESTS, labels, requests);
         }
 
         text.family(DURATION, "histogram", "Time from a request's head to its response");
         for (labels, series) in &measured {
             let (buckets, sum) = series.total(|lane| &lane.durations);
-            text.histogram(DURATION, labels, &SECONDS, &buckets, sum as f64 / 1e9);
+            text.histogram(DURATION, labels, &SECONDS_BUCKETS, &buckets, sum as f64 / 1e9);
         }
 
         text.family(SIZE, "histogram", "Size of response bodies as sent, after compression");
         for (labels, series) in &measured {
             let (buckets, sum) = series.total(|lane| &lane.sizes);
-            text.histogram(SIZE, labels, &BYTES, &buckets, sum);
+            text.histogram(SIZE, labels, &BYTES_BUCKETS, &buckets, sum);
         }
         text.0
     }
 
     /// The index of a series, computed from the indices of its three labels.
-    fn index(&self, subject: Subject<'_>, method: &Method, status: StatusCode) -> usize {
+    fn series_index(&self, subject: EndpointLabel<'_>, method: &Method, status: StatusCode) -> usize {
         let unknown = Route::TEMPLATES.len() + 1;
         let subject = match subject {
-            Subject::Route(route) => route.index(),
-            Subject::Preflight => Route::TEMPLATES.len(),
-            Subject::Unknown => unknown,
-            Subject::Operation(template) => {
+            EndpointLabel::Route(route) => route.index(),
+            EndpointLabel::Preflight => Route::TEMPLATES.len(),
+            EndpointLabel::Unknown => unknown,
+            EndpointLabel::AdminOperation(template) => {
                 self.endpoints.iter().position(|label| *label == template).unwrap_or(unknown)
             }
         };
@@ -163,21 +163,21 @@ impl Meter {
         let method = method.unwrap_or(METHODS.len() - 1);
         let status = status.as_u16();
         let status = STATUSES.iter().position(|it| *it == status).unwrap_or_else(|| {
-            let class = usize::from(status / 100).clamp(1, HUNDREDS.len());
+            let class = usize::from(status / 100).clamp(1, STATUS_CLASSES.len());
             STATUSES.len() + class - 1
         });
-        (subject * METHODS.len() + method) * ANSWERS + status
+        (subject * METHODS.len() + method) * STATUS_LABELS + status
     }
 
     /// The labels of the series at `index`. No label value needs escaping.
     fn labels(&self, index: usize) -> String {
-        let status = index % ANSWERS;
+        let status = index % STATUS_LABELS;
         let status = match STATUSES.get(status) {
             Some(status) => status.to_string(),
-            None => HUNDREDS[status - STATUSES.len()].to_owned(),
+            None => STATUS_CLASSES[status - STATUSES.len()].to_owned(),
         };
-        let method = METHODS[index / ANSWERS % METHODS.len()];
-        let route = self.endpoints[index / ANSWERS / METHODS.len()];
+        let method = METHODS[index / STATUS_LABELS % METHODS.len()];
+        let route = self.endpoints[index / STATUS_LABELS / METHODS.len()];
         format!(
             r#"http_route="{route}",http_request_method="{method}",http_response_status_code="{status}""#
         )
@@ -187,7 +187,7 @@ impl Meter {
 impl Series {
     fn total<const BUCKETS: usize>(
         &self,
-        part: impl Fn(&Lane) -> &Histogram<BUCKETS>,
+        part: impl Fn(&Shard) -> &Histogram<BUCKETS>,
     ) -> ([u64; BUCKETS], u64) {
         let mut total = ([0; BUCKETS], 0);
         for histogram in self.0.iter().map(part) {
@@ -217,15 +217,15 @@ impl<const BUCKETS: usize> Histogram<BUCKETS> {
 
 /// The index of the first bucket whose bound the value does not exceed. A linear search is fastest,
 /// because most values are small.
-fn bucket(bounds: &[f64], value: f64) -> usize {
+fn bucket_index(bounds: &[f64], value: f64) -> usize {
     bounds.iter().position(|bound| value <= *bound).unwrap_or(bounds.len())
 }
 
 /// The shard of the current thread.
-fn lane() -> usize {
+fn shard_index() -> usize {
     static THREADS: AtomicUsize = AtomicUsize::new(0);
     thread_local! {
-        static LANE: Cell<usize> = Cell::new(THREADS.fetch_add(1, Ordering::Relaxed) % LANES);
+        static LANE: Cell<usize> = Cell::new(THREADS.fetch_add(1, Ordering::Relaxed) % SHARDS);
     }
     LANE.get()
 }
@@ -239,7 +239,7 @@ impl Exposition {
         self.write(format_args!("# HELP {name} {help}\n# TYPE {name} {kind}\n"));
     }
 
-    fn line(&mut self, name: &str, labels: &str, value: impl Display) {
+    fn sample(&mut self, name: &str, labels: &str, value: impl Display) {
         self.write(format_args!("{name}{{{labels}}} {value}\n"));
     }
 
@@ -273,7 +273,7 @@ mod tests {
 
     use super::*;
 
-    fn reply(status: u16, size: usize) -> Reply {
+    fn reply(status: u16, size: usize) -> HttpResponse {
         let mut reply = Response::new(Bytes::from(vec![b'x'; size]).into());
         *reply.status_mut() = StatusCode::from_u16(status).unwrap();
         reply
@@ -281,10 +281,10 @@ mod tests {
 
     #[test]
     fn counts_of_all_threads_are_summed_in_the_exposition() {
-        let meter = Meter::default();
-        let subject = Subject::Route(Route::ClientFeatures);
+        let meter = RequestMetrics::default();
+        let subject = EndpointLabel::Route(Route::ClientFeatures);
         std::thread::scope(|scope| {
-            for _ in 0..LANES + 3 {
+            for _ in 0..SHARDS + 3 {
                 scope.spawn(|| {
                     meter.record(
                         subject,
@@ -317,28 +317,28 @@ mod tests {
 
     #[test]
     fn labels_of_each_series_are_unique() {
-        let meter = Meter::new(["/status", "/internal-backstage/health", "/status"]);
+        let meter = RequestMetrics::new(["/status", "/internal-backstage/health", "/status"]);
         let labels: std::collections::HashSet<_> =
             (0..meter.series.len()).map(|index| meter.labels(index)).collect();
         assert_eq!(labels.len(), meter.series.len());
         let check = |subject, method, status, expect: &str| {
-            let labels = meter.labels(meter.index(subject, &method, status));
+            let labels = meter.labels(meter.series_index(subject, &method, status));
             assert!(labels.contains(expect), "{labels}");
         };
         let unknown = r#""unknown",http_request_method="other""#;
         let teapot = format!(r#"{unknown},http_response_status_code="4xx""#);
-        check(Subject::Unknown, Method::PATCH, StatusCode::IM_A_TEAPOT, &teapot);
+        check(EndpointLabel::Unknown, Method::PATCH, StatusCode::IM_A_TEAPOT, &teapot);
         for (status, expect) in [(502, "\"502\""), (507, "\"5xx\""), (999, "\"5xx\"")] {
             let status = StatusCode::from_u16(status).unwrap();
-            check(Subject::Operation("/status"), Method::GET, status, expect);
+            check(EndpointLabel::AdminOperation("/status"), Method::GET, status, expect);
         }
         let operation = r#""/status",http_request_method="PUT",http_response_status_code="409""#;
-        check(Subject::Operation("/status"), Method::PUT, StatusCode::CONFLICT, operation);
-        check(Subject::Operation("/other"), Method::PATCH, StatusCode::OK, unknown);
+        check(EndpointLabel::AdminOperation("/status"), Method::PUT, StatusCode::CONFLICT, operation);
+        check(EndpointLabel::AdminOperation("/other"), Method::PATCH, StatusCode::OK, unknown);
         assert_eq!(
-            meter.index(Subject::Route(Route::Health), &Method::GET, StatusCode::OK),
-            meter.index(
-                Subject::Operation("/internal-backstage/health"),
+            meter.series_index(EndpointLabel::Route(Route::Health), &Method::GET, StatusCode::OK),
+            meter.series_index(
+                EndpointLabel::AdminOperation("/internal-backstage/health"),
                 &Method::GET,
                 StatusCode::OK
             )

@@ -10,16 +10,16 @@ use hyper::{HeaderMap, header::IF_NONE_MATCH};
 use jiff::Timestamp;
 use xxhash_rust::xxh3::xxh3_128;
 
-use self::evaluation::{evaluation, json, outcome_of};
+use self::evaluation::{to_evaluation, to_json, hash_outcomes};
 pub use self::{
-    notices::Notices,
-    ticket::{Ticket, TicketKey, Tickets},
+    notices::RefetchEvents,
+    ticket::{StreamTicket, StreamTicketKey, StreamTickets},
 };
 use super::{
-    client::decoded,
+    client::decode_flag_name,
     conditional,
-    frontend::Question,
-    reply::{self, Failure, Freshness, Reply},
+    frontend::EvaluationRequest,
+    reply::{self, HttpError, CachePolicy, HttpResponse},
 };
 use crate::{
     answers::EvaluatedFlags,
@@ -31,32 +31,32 @@ use crate::{
     wire::ofrep::{ErrorCode, Evaluations, EventStream, Refusal, Unreadable},
 };
 
-impl From<Unreadable> for Failure {
+impl From<Unreadable> for HttpError {
     fn from(unreadable: Unreadable) -> Self {
         match unreadable {
             Unreadable::Body(_) => Self::Malformed(unreadable.to_string()),
-            Unreadable::NoObject | Unreadable::Context(_) => Self::Context(unreadable.to_string()),
+            Unreadable::NoObject | Unreadable::Context(_) => Self::InvalidContext(unreadable.to_string()),
         }
     }
 }
 
 /// `/ofrep/v1/evaluate/flags`: evaluates every flag in the token's scope, and returns the URL of the
 /// event stream. `events` is the path of that stream as the provider reaches it.
-pub async fn flags(
+pub async fn evaluate_flags(
     headers: &HeaderMap,
-    question: Question<'_>,
+    question: EvaluationRequest<'_>,
     digest: &TokenDigest,
-    tickets: &Tickets,
+    tickets: &StreamTickets,
     events: &str,
-) -> Reply {
-    let Question { told, snapshot, scope, .. } = question;
+) -> HttpResponse {
+    let EvaluationRequest { context: told, snapshot, scope, .. } = question;
     let engine = snapshot.engine();
     let view = snapshot.frontend_view(&scope.projects);
     let now = Timestamp::now();
     let context_json = told.to_json();
     let draw = if view.inputs().can_be_random() { rand::random() } else { 0 };
-    let question = Question { draw: Some(draw), ..question };
-    let body = question.answer(&view, |context| {
+    let question = EvaluationRequest { random_seed: Some(draw), ..question };
+    let body = question.with_context(&view, |context| {
         let answer = EvaluatedFlags::evaluate(snapshot, &view, context, Include::All);
         // Without randomness the ticket stays the same, so a provider that evaluates again keeps its
         // stream.
@@ -66,65 +66,65 @@ pub async fn flags(
         // a client with this tag also has a valid ticket for this context. The tag of a cached
         // evaluation is known without evaluating anything.
         let flags = snapshot.client_features(&scope.projects, Filter::default(), SegmentFormat::Separate);
-        let period = Tickets::period(digest, &context_json, now);
+        let period = StreamTickets::period(digest, &context_json, now);
         let (outcomes, period) = (outcomes.to_le_bytes(), period.to_le_bytes());
         let parts = [flags.etag().as_bytes(), digest.as_bytes(), &outcomes, &period];
         let hash = xxh3_128(&[&parts.concat(), context_json.as_bytes()].concat());
         if headers.contains_key(IF_NONE_MATCH) {
             let etag = etag_from_hash(hash);
-            if conditional::none_match_names(headers, &etag) {
+            if conditional::if_none_match_matches(headers, &etag) {
                 return Err(etag);
             }
         }
-        let stream_hash = outcome_of(snapshot, &view, context);
-        let ticket = tickets.give(digest, (stream_hash, draw), &context_json, now);
+        let stream_hash = hash_outcomes(snapshot, &view, context);
+        let ticket = tickets.issue(digest, (stream_hash, draw), &context_json, now);
         let stream = |ticket| [EventStream::sse(format!("{events}?ticket={ticket}"))];
         let bound = engine.bind(context);
         let in_scope =
             engine.ids().filter(|&id| scope.projects.contains(engine.flag(id).project()));
         let flags =
-            in_scope.map(|id| evaluation(engine, id, engine.evaluate(id, &bound))).collect();
+            in_scope.map(|id| to_evaluation(engine, id, engine.evaluate(id, &bound))).collect();
         let all = Evaluations { flags, event_streams: ticket.map(stream) };
-        Ok(PreparedBody::with_hash(json(&all), hash).with_reuse(Reuse::Once))
+        Ok(PreparedBody::with_hash(to_json(&all), hash).with_reuse(Reuse::Once))
     });
     match body {
-        Ok(body) => reply::body(headers, &Arc::new(body), Freshness::Personal).await,
-        Err(etag) => reply::not_modified(&etag, Freshness::Personal),
+        Ok(body) => reply::negotiate_body(headers, &Arc::new(body), CachePolicy::PrivateNoCache).await,
+        Err(etag) => reply::not_modified(&etag, CachePolicy::PrivateNoCache),
     }
 }
 
 /// `/ofrep/v1/evaluate/flags/{key}`: evaluates one flag.
-pub async fn flag(
+pub async fn evaluate_flag(
     headers: &HeaderMap,
     key: &str,
-    question: Question<'_>,
-) -> Result<Reply, Failure> {
-    let Question { snapshot, scope, .. } = question;
-    let (engine, key) = (snapshot.engine(), decoded(key)?);
+    question: EvaluationRequest<'_>,
+) -> Result<HttpResponse, HttpError> {
+    let EvaluationRequest { snapshot, scope, .. } = question;
+    let (engine, key) = (snapshot.engine(), decode_flag_name(key)?);
     let found = engine.find(&key).filter(|&id| scope.projects.contains(engine.flag(id).project()));
-    let id = found.ok_or(Failure::NotFound)?;
+    let id = found.ok_or(HttpError::NotFound)?;
     let view = snapshot.frontend_view(&scope.projects);
-    let body = question.answer(&view, |context| {
+    let body = question.with_context(&view, |context| {
         let outcome = engine.evaluate(id, &engine.bind(context));
-        json(&evaluation(engine, id, outcome))
+        to_json(&to_evaluation(engine, id, outcome))
     });
-    Ok(reply::body(headers, &Arc::new(PreparedBody::new(body)), Freshness::Personal).await)
+    Ok(reply::negotiate_body(headers, &Arc::new(PreparedBody::new(body)), CachePolicy::PrivateNoCache).await)
 }
 
 /// Turns a result into a response, with errors in OFREP's format. `key` is the requested flag; `None`
 /// means all flags.
-pub fn told(key: Option<&str>, answer: Result<Reply, Failure>) -> Reply {
-    answer.unwrap_or_else(|failure| refusal(key, &failure))
+pub fn into_response(key: Option<&str>, answer: Result<HttpResponse, HttpError>) -> HttpResponse {
+    answer.unwrap_or_else(|failure| error_response(key, &failure))
 }
 
-fn refusal(key: Option<&str>, failure: &Failure) -> Reply {
+fn error_response(key: Option<&str>, failure: &HttpError) -> HttpResponse {
     let error_code = match failure {
-        Failure::Context(_) => Some(ErrorCode::InvalidContext),
-        Failure::Malformed(_) | Failure::MediaType => Some(ErrorCode::ParseError),
-        Failure::NotFound if key.is_some() => Some(ErrorCode::FlagNotFound),
+        HttpError::InvalidContext(_) => Some(ErrorCode::InvalidContext),
+        HttpError::Malformed(_) | HttpError::UnsupportedMediaType => Some(ErrorCode::ParseError),
+        HttpError::NotFound if key.is_some() => Some(ErrorCode::FlagNotFound),
         _ => None,
     };
-    let key = key.and_then(|key| decoded(key).ok());
+    let key = key.and_then(|key| decode_flag_name(key).ok());
     let error_details = failure.to_string();
-    reply::refusal(failure, &Refusal { key: key.as_deref(), error_code, error_details })
+    reply::error_with_body(failure, &Refusal { key: key.as_deref(), error_code, error_details })
 }

@@ -17,35 +17,35 @@ use hyper::{
 
 use super::{
     listener::{ConnectionInfo, HttpService, ServiceResponse},
-    payload::Arriving,
-    reply::{self, Failure, Reply},
+    payload::RequestBody,
+    reply::{self, HttpError, HttpResponse},
 };
 
 /// The default port of HTTPS, which URLs omit.
-const HTTPS: u16 = 443;
+const HTTPS_PORT: u16 = 443;
 
 /// Redirects every request to another port of the same host.
 #[derive(Clone, Copy, Debug)]
-pub struct Redirect {
+pub struct HttpsRedirect {
     port: u16,
 }
 
-impl Redirect {
+impl HttpsRedirect {
     /// Redirects to this port, which must serve TLS.
     pub fn to_port(port: u16) -> Self {
         Self { port }
     }
 
     /// The response to any request: 308, so that clients repeat method and body; 400 without a `Host`.
-    fn answer<B>(self, head: &Request<B>) -> Reply {
+    fn response<B>(self, head: &Request<B>) -> HttpResponse {
         let host_header = || head.headers().get(HOST)?.to_str().ok()?.parse::<Authority>().ok();
         let Some(authority) = head.uri().authority().cloned().or_else(host_header) else {
-            return Failure::Malformed("the request has no Host to redirect to".to_owned()).into();
+            return HttpError::Malformed("the request has no Host to redirect to".to_owned()).into();
         };
         let path = head.uri().path_and_query().map(PathAndQuery::as_str);
         let path = path.filter(|path| path.starts_with('/')).unwrap_or("/");
         let (host, port) = (authority.host(), self.port);
-        reply::redirect(&if port == HTTPS {
+        reply::permanent_redirect(&if port == HTTPS_PORT {
             format!("https://{host}{path}")
         } else {
             format!("https://{host}:{port}{path}")
@@ -53,14 +53,14 @@ impl Redirect {
     }
 }
 
-impl HttpService for Redirect {
+impl HttpService for HttpsRedirect {
     fn call(
         self: &Arc<Self>,
         request: Request<Incoming>,
         _: &Arc<ConnectionInfo>,
     ) -> ServiceResponse {
-        let reply = self.answer(&request);
-        let body = Arriving::new(request.into_body(), Instant::now(), Duration::ZERO);
+        let reply = self.response(&request);
+        let body = RequestBody::new(request.into_body(), Instant::now(), Duration::ZERO);
         ServiceResponse::deferred(async {
             body.discard().await;
             reply
@@ -80,7 +80,7 @@ mod tests {
             request = request.header(HOST, host).header("x-forwarded-host", "elsewhere.test");
         }
         let request = request.body(()).expect("request");
-        let reply = Redirect::to_port(port).answer(&request);
+        let reply = HttpsRedirect::to_port(port).response(&request);
         let location = reply.headers().get(LOCATION);
         (reply.status(), location.map(|it| it.to_str().expect("text").to_owned()))
     }

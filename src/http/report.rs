@@ -6,14 +6,14 @@ use std::sync::Arc;
 use hyper::HeaderMap;
 use jiff::Timestamp;
 
-use super::reply::{self, Failure, Reply};
+use super::reply::{self, HttpError, HttpResponse};
 use crate::{
     usage::{Full, Reporter, Usage},
     wire::usage::{Application, Bulk, ClientMetrics, EdgeInstance, Metadata, ParseError},
 };
 
 /// The longest SDK header value that is recorded, in bytes.
-const MAX_HEADER: usize = 100;
+const MAX_HEADER_BYTES: usize = 100;
 
 /// Registers an application.
 pub fn register(
@@ -21,41 +21,41 @@ pub fn register(
     reporter: &Reporter<'_>,
     headers: &HeaderMap,
     body: &[u8],
-) -> Result<Reply, Failure> {
+) -> Result<HttpResponse, HttpError> {
     let mut application = Application::parse(body)?;
-    complete(&mut application.metadata, headers);
+    complete_from_headers(&mut application.metadata, headers);
     usage.record_registration(reporter, application)?;
     Ok(reply::accepted())
 }
 
 /// Records the flag counts of one SDK.
-pub fn metrics(
+pub fn client_metrics(
     usage: &Usage,
     reporter: &Reporter<'_>,
     headers: &HeaderMap,
     body: &[u8],
-) -> Result<Reply, Failure> {
+) -> Result<HttpResponse, HttpError> {
     let mut report = ClientMetrics::parse(body)?;
-    complete(&mut report.metadata, headers);
+    complete_from_headers(&mut report.metadata, headers);
     usage.record_metrics(reporter, report, Timestamp::now())?;
     Ok(reply::accepted())
 }
 
 /// Records the counts and registrations that another edge has collected.
-pub fn bulk(usage: &Usage, reporter: &Reporter<'_>, body: &[u8]) -> Result<Reply, Failure> {
+pub fn bulk_metrics(usage: &Usage, reporter: &Reporter<'_>, body: &[u8]) -> Result<HttpResponse, HttpError> {
     let bulk = Bulk::parse(body)?;
     usage.record_bulk(reporter, bulk, Timestamp::now())?;
     Ok(reply::accepted())
 }
 
 /// Records the status of another edge.
-pub fn instance(usage: &Usage, reporter: &Reporter<'_>, body: &[u8]) -> Result<Reply, Failure> {
+pub fn edge_instance(usage: &Usage, reporter: &Reporter<'_>, body: &[u8]) -> Result<HttpResponse, HttpError> {
     usage.record_edge_instance(reporter, &EdgeInstance::parse(body)?)?;
     Ok(reply::accepted())
 }
 
 /// Completes the metadata from headers: frontend SDKs send it only there.
-fn complete(metadata: &mut Metadata, headers: &HeaderMap) {
+fn complete_from_headers(metadata: &mut Metadata, headers: &HeaderMap) {
     let header = |name| headers.get(name).and_then(|value| value.to_str().ok()).map(Arc::from);
     let fields = [
         (&mut metadata.sdk_version, "unleash-sdk"),
@@ -65,18 +65,18 @@ fn complete(metadata: &mut Metadata, headers: &HeaderMap) {
     ];
     for (field, name) in fields {
         if field.is_none() {
-            *field = header(name).filter(|text: &Arc<str>| text.len() <= MAX_HEADER);
+            *field = header(name).filter(|text: &Arc<str>| text.len() <= MAX_HEADER_BYTES);
         }
     }
 }
 
-impl From<Full> for Failure {
+impl From<Full> for HttpError {
     fn from(full: Full) -> Self {
         Self::UsageFull(full.retry_after)
     }
 }
 
-impl From<ParseError> for Failure {
+impl From<ParseError> for HttpError {
     fn from(error: ParseError) -> Self {
         Self::Malformed(error.to_string())
     }

@@ -20,13 +20,13 @@ pub enum Route<'a> {
     /// `POST /api/client/register` and `/api/{frontend,proxy}[/all]/client/register`
     Register(TokenKind),
     /// `POST /api/client/metrics` and `/api/{frontend,proxy}[/all]/client/metrics`
-    Metrics(TokenKind),
+    UsageMetrics(TokenKind),
     /// `POST /api/client/metrics/bulk`
-    Bulk,
+    BulkMetrics,
     /// `POST /api/client/metrics/edge`
-    Instance,
+    EdgeInstance,
     /// `GET` and `POST /api/frontend[/all]`, `/api/proxy[/all]`
-    Frontend(Include),
+    FrontendFlags(Include),
     /// `GET` and `POST /api/frontend/features/{name}`, the name still percent-encoded
     FrontendFeature(&'a str),
     /// `GET` and `POST /api/frontend/streaming`, `/api/proxy/streaming`
@@ -38,7 +38,7 @@ pub enum Route<'a> {
     /// `GET /ofrep/v1/events`
     OfrepEvents,
     /// `POST /edge/validate`
-    Validate,
+    ValidateTokens,
     /// `GET /internal-backstage/health`
     Health,
     /// `GET /internal-backstage/ready`
@@ -49,7 +49,7 @@ pub enum Route<'a> {
 
 /// An endpoint that an operator can disable.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
-pub enum Endpoint {
+pub enum OptionalEndpoint {
     /// `/api/frontend/all` and `/api/proxy/all`.
     FrontendAll,
     /// `/internal-backstage/metrics`, and its old name `prometheus`.
@@ -66,15 +66,15 @@ pub enum Endpoint {
 
 /// Why a request has no route.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum NoRoute {
+pub enum RouteError {
     /// No resource at that path.
-    Path,
+    NotFound,
     /// The resource supports other methods only: the value of `Allow`.
-    Method(&'static str),
+    MethodNotAllowed(&'static str),
 }
 
-const READ: &str = "GET, HEAD";
-const READ_OR_POST: &str = "GET, HEAD, POST";
+const GET_HEAD: &str = "GET, HEAD";
+const GET_HEAD_POST: &str = "GET, HEAD, POST";
 const POST: &str = "POST";
 
 impl<'a> Route<'a> {
@@ -104,77 +104,77 @@ impl<'a> Route<'a> {
     ];
 
     /// Finds the route of a normalised path (see [`normalise`]).
-    pub fn parse(method: &Method, path: &'a str) -> Result<Self, NoRoute> {
-        let (route, methods) = Self::of_path(path).ok_or(NoRoute::Path)?;
+    pub fn parse(method: &Method, path: &'a str) -> Result<Self, RouteError> {
+        let (route, methods) = Self::match_path(path).ok_or(RouteError::NotFound)?;
         let is_allowed = match *method {
             Method::GET | Method::HEAD => methods != POST,
-            Method::POST => methods != READ,
+            Method::POST => methods != GET_HEAD,
             _ => false,
         };
-        if is_allowed { Ok(route) } else { Err(NoRoute::Method(methods)) }
+        if is_allowed { Ok(route) } else { Err(RouteError::MethodNotAllowed(methods)) }
     }
 
     /// Whether a normalised path belongs to the APIs of SDKs and other edges, even if it has no route.
-    pub fn is_of_sdks(path: &str) -> bool {
+    pub fn is_sdk_path(path: &str) -> bool {
         ["/api/client/", "/api/frontend", "/api/proxy", "/ofrep/", "/edge/"]
             .iter()
             .any(|root| path.starts_with(root))
     }
 
-    fn of_path(path: &'a str) -> Option<(Self, &'static str)> {
+    fn match_path(path: &'a str) -> Option<(Self, &'static str)> {
         if let Some(rest) = path.strip_prefix("/api/client/") {
-            return Self::of_client(rest);
+            return Self::match_client_path(rest);
         }
         if let Some(rest) = path.strip_prefix("/api/frontend") {
             return match rest.strip_prefix("/features/") {
-                Some(name) => Some((Self::FrontendFeature(one_segment(name)?), READ_OR_POST)),
-                None => Self::of_frontend(rest),
+                Some(name) => Some((Self::FrontendFeature(single_segment(name)?), GET_HEAD_POST)),
+                None => Self::match_frontend_path(rest),
             };
         }
         if let Some(rest) = path.strip_prefix("/api/proxy") {
-            return Self::of_frontend(rest);
+            return Self::match_frontend_path(rest);
         }
         if let Some(rest) = path.strip_prefix("/ofrep/v1/evaluate/flags") {
             return match rest.strip_prefix('/') {
-                Some(key) => Some((Self::OfrepFlag(one_segment(key)?), POST)),
+                Some(key) => Some((Self::OfrepFlag(single_segment(key)?), POST)),
                 None => rest.is_empty().then_some((Self::OfrepFlags, POST)),
             };
         }
         match path {
-            "/ofrep/v1/events" => Some((Self::OfrepEvents, READ)),
-            "/edge/validate" => Some((Self::Validate, POST)),
-            "/internal-backstage/health" => Some((Self::Health, READ)),
-            "/internal-backstage/ready" => Some((Self::Ready, READ)),
+            "/ofrep/v1/events" => Some((Self::OfrepEvents, GET_HEAD)),
+            "/edge/validate" => Some((Self::ValidateTokens, POST)),
+            "/internal-backstage/health" => Some((Self::Health, GET_HEAD)),
+            "/internal-backstage/ready" => Some((Self::Ready, GET_HEAD)),
             "/internal-backstage/metrics" | "/internal-backstage/prometheus" => {
-                Some((Self::Prometheus, READ))
+                Some((Self::Prometheus, GET_HEAD))
             }
             _ => None,
         }
     }
 
-    fn of_client(rest: &'a str) -> Option<(Self, &'static str)> {
+    fn match_client_path(rest: &'a str) -> Option<(Self, &'static str)> {
         match rest {
-            "features" => Some((Self::ClientFeatures, READ_OR_POST)),
-            "delta" => Some((Self::ClientDelta, READ)),
-            "streaming" => Some((Self::ClientStreaming, READ)),
+            "features" => Some((Self::ClientFeatures, GET_HEAD_POST)),
+            "delta" => Some((Self::ClientDelta, GET_HEAD)),
+            "streaming" => Some((Self::ClientStreaming, GET_HEAD)),
             "register" => Some((Self::Register(TokenKind::Client), POST)),
-            "metrics" => Some((Self::Metrics(TokenKind::Client), POST)),
-            "metrics/bulk" => Some((Self::Bulk, POST)),
-            "metrics/edge" => Some((Self::Instance, POST)),
+            "metrics" => Some((Self::UsageMetrics(TokenKind::Client), POST)),
+            "metrics/bulk" => Some((Self::BulkMetrics, POST)),
+            "metrics/edge" => Some((Self::EdgeInstance, POST)),
             _ => {
-                let name = one_segment(rest.strip_prefix("features/")?)?;
-                Some((Self::ClientFeature(name), READ))
+                let name = single_segment(rest.strip_prefix("features/")?)?;
+                Some((Self::ClientFeature(name), GET_HEAD))
             }
         }
     }
 
-    fn of_frontend(rest: &str) -> Option<(Self, &'static str)> {
+    fn match_frontend_path(rest: &str) -> Option<(Self, &'static str)> {
         match rest {
-            "" => Some((Self::Frontend(Include::Enabled), READ_OR_POST)),
-            "/all" => Some((Self::Frontend(Include::All), READ_OR_POST)),
-            "/streaming" => Some((Self::FrontendStreaming, READ_OR_POST)),
+            "" => Some((Self::FrontendFlags(Include::Enabled), GET_HEAD_POST)),
+            "/all" => Some((Self::FrontendFlags(Include::All), GET_HEAD_POST)),
+            "/streaming" => Some((Self::FrontendStreaming, GET_HEAD_POST)),
             "/client/metrics" | "/all/client/metrics" => {
-                Some((Self::Metrics(TokenKind::Frontend), POST))
+                Some((Self::UsageMetrics(TokenKind::Frontend), POST))
             }
             "/client/register" | "/all/client/register" => {
                 Some((Self::Register(TokenKind::Frontend), POST))
@@ -189,15 +189,15 @@ impl<'a> Route<'a> {
             Self::ClientFeatures => 0,
             Self::ClientFeature(_) => 1,
             Self::Register(TokenKind::Client | TokenKind::Admin) => 2,
-            Self::Metrics(TokenKind::Client | TokenKind::Admin) => 3,
-            Self::Bulk => 4,
-            Self::Instance => 5,
-            Self::Frontend(Include::Enabled) => 6,
-            Self::Frontend(Include::All) => 7,
+            Self::UsageMetrics(TokenKind::Client | TokenKind::Admin) => 3,
+            Self::BulkMetrics => 4,
+            Self::EdgeInstance => 5,
+            Self::FrontendFlags(Include::Enabled) => 6,
+            Self::FrontendFlags(Include::All) => 7,
             Self::FrontendFeature(_) => 8,
             Self::Register(TokenKind::Frontend) => 9,
-            Self::Metrics(TokenKind::Frontend) => 10,
-            Self::Validate => 11,
+            Self::UsageMetrics(TokenKind::Frontend) => 10,
+            Self::ValidateTokens => 11,
             Self::Health => 12,
             Self::Ready => 13,
             Self::Prometheus => 14,
@@ -243,7 +243,7 @@ pub fn normalise<'a>(path: &'a str, base: &str) -> Option<std::borrow::Cow<'a, s
 }
 
 /// The text, if it is one non-empty path segment.
-fn one_segment(text: &str) -> Option<&str> {
+fn single_segment(text: &str) -> Option<&str> {
     (!text.is_empty() && !text.contains('/')).then_some(text)
 }
 
@@ -252,7 +252,7 @@ mod tests {
     use super::*;
 
     #[track_caller]
-    fn check(method: &Method, path: &str, expect: Result<Route<'_>, NoRoute>) {
+    fn check(method: &Method, path: &str, expect: Result<Route<'_>, RouteError>) {
         let path = normalise(path, "").expect("there is no base path");
         assert_eq!(Route::parse(method, &path), expect, "{method} {path}");
     }
@@ -265,35 +265,35 @@ mod tests {
         check(&Method::GET, "/api//client/features/a", Ok(Route::ClientFeature("a")));
         check(&Method::GET, "/api/client/delta", Ok(Route::ClientDelta));
         check(&Method::GET, "/api/client/streaming", Ok(Route::ClientStreaming));
-        check(&Method::POST, "/api/client/metrics/bulk", Ok(Route::Bulk));
-        check(&Method::GET, "/api/proxy", Ok(Route::Frontend(Include::Enabled)));
+        check(&Method::POST, "/api/client/metrics/bulk", Ok(Route::BulkMetrics));
+        check(&Method::GET, "/api/proxy", Ok(Route::FrontendFlags(Include::Enabled)));
         check(&Method::GET, "/api/frontend/streaming", Ok(Route::FrontendStreaming));
         check(&Method::POST, "/api/proxy/streaming", Ok(Route::FrontendStreaming));
         check(&Method::GET, "/ofrep/v1/events", Ok(Route::OfrepEvents));
-        check(&Method::POST, "/api/frontend/all", Ok(Route::Frontend(Include::All)));
+        check(&Method::POST, "/api/frontend/all", Ok(Route::FrontendFlags(Include::All)));
         check(&Method::GET, "/api/frontend/features/x", Ok(Route::FrontendFeature("x")));
         check(
             &Method::POST,
             "/api/proxy/all/client/metrics",
-            Ok(Route::Metrics(TokenKind::Frontend)),
+            Ok(Route::UsageMetrics(TokenKind::Frontend)),
         );
         check(&Method::POST, "/ofrep/v1/evaluate/flags", Ok(Route::OfrepFlags));
         check(&Method::POST, "/ofrep/v1/evaluate/flags/a", Ok(Route::OfrepFlag("a")));
-        check(&Method::POST, "/edge/validate", Ok(Route::Validate));
+        check(&Method::POST, "/edge/validate", Ok(Route::ValidateTokens));
         check(&Method::GET, "/internal-backstage/prometheus", Ok(Route::Prometheus));
     }
 
     #[test]
     fn unknown_path_and_unsupported_method_are_distinguished() {
-        check(&Method::GET, "/", Err(NoRoute::Path));
-        check(&Method::GET, "/api/client/features/a/b", Err(NoRoute::Path));
-        check(&Method::GET, "/api/proxy/features/x", Err(NoRoute::Path));
-        check(&Method::GET, "/api/frontendx", Err(NoRoute::Path));
-        check(&Method::POST, "/ofrep/v1/evaluate/flagsx", Err(NoRoute::Path));
-        check(&Method::GET, "/ofrep/v1/evaluate/flags", Err(NoRoute::Method(POST)));
-        check(&Method::GET, "/api/client/metrics", Err(NoRoute::Method(POST)));
-        check(&Method::PUT, "/api/frontend", Err(NoRoute::Method(READ_OR_POST)));
-        check(&Method::DELETE, "/internal-backstage/health", Err(NoRoute::Method(READ)));
+        check(&Method::GET, "/", Err(RouteError::NotFound));
+        check(&Method::GET, "/api/client/features/a/b", Err(RouteError::NotFound));
+        check(&Method::GET, "/api/proxy/features/x", Err(RouteError::NotFound));
+        check(&Method::GET, "/api/frontendx", Err(RouteError::NotFound));
+        check(&Method::POST, "/ofrep/v1/evaluate/flagsx", Err(RouteError::NotFound));
+        check(&Method::GET, "/ofrep/v1/evaluate/flags", Err(RouteError::MethodNotAllowed(POST)));
+        check(&Method::GET, "/api/client/metrics", Err(RouteError::MethodNotAllowed(POST)));
+        check(&Method::PUT, "/api/frontend", Err(RouteError::MethodNotAllowed(GET_HEAD_POST)));
+        check(&Method::DELETE, "/internal-backstage/health", Err(RouteError::MethodNotAllowed(GET_HEAD)));
     }
 
     #[test]

@@ -12,26 +12,26 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 /// A signal that is triggered once. A cheap handle.
 #[derive(Clone, Debug, Default)]
-pub struct Stop {
+pub struct ShutdownSignal {
     triggered: Arc<AtomicBool>,
     token: CancellationToken,
 }
 
-impl Stop {
+impl ShutdownSignal {
     /// Triggers the signal.
-    pub fn give(&self) {
+    pub fn trigger(&self) {
         self.triggered.store(true, Ordering::Release);
         self.token.cancel();
     }
 
     /// Whether the signal was triggered.
-    pub fn is_given(&self) -> bool {
+    pub fn is_triggered(&self) -> bool {
         self.triggered.load(Ordering::Acquire)
     }
 
     /// A future that wakes its task when the signal is triggered. It has to be polled only once, because
     /// the waker of a task does not change.
-    pub fn wake(&self) -> WaitForCancellationFutureOwned {
+    pub fn subscribe(&self) -> WaitForCancellationFutureOwned {
         self.token.clone().cancelled_owned()
     }
 }

@@ -14,12 +14,12 @@ use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use tokio::sync::watch;
 
-pub use self::teller::{Piece, Teller, Told};
+pub use self::teller::{SseChunk, EventSource, ChunkKind};
 use self::{
     follower::SseStream,
-    seats::{Room, Seats},
+    seats::{StreamLimits, StreamLimiter},
 };
-use super::reply::{self, Failure, Reply};
+use super::reply::{self, HttpError, HttpResponse};
 use crate::{
     auth::Authenticator,
     feed::StateId,
@@ -50,11 +50,11 @@ impl FetchMode {
 #[derive(Clone, Debug)]
 pub struct Config {
     /// Maximum number of open streams.
-    pub most: usize,
+    pub max_streams: usize,
     /// Maximum number of open streams per client address.
-    pub most_of_address: usize,
+    pub max_per_address: usize,
     /// Maximum number of open streams per token.
-    pub most_of_token: usize,
+    pub max_per_token: usize,
     /// Approximate lifetime of a stream (±10 %), after which clients reconnect and so rebalance over the
     /// instances.
     pub max_age: Duration,
@@ -64,35 +64,35 @@ pub struct Config {
 
 impl Config {
     /// Reduces the limit of open streams to `most`, and the other limits in proportion.
-    pub fn limit(&mut self, most: usize) {
-        let (before, most) = (self.most, self.most.min(most));
+    pub fn cap_streams(&mut self, most: usize) {
+        let (before, most) = (self.max_streams, self.max_streams.min(most));
         let share = |it: usize| it.saturating_mul(most).div_ceil(before);
-        self.most = most;
-        self.most_of_address = share(self.most_of_address);
-        self.most_of_token = share(self.most_of_token);
+        self.max_streams = most;
+        self.max_per_address = share(self.max_per_address);
+        self.max_per_token = share(self.max_per_token);
     }
 }
 
 /// `Retry-After` of a rejected stream.
-const CROWDED_FOR: Duration = Duration::from_mins(1);
+const RETRY_AFTER: Duration = Duration::from_mins(1);
 
 /// All open streams. A cheap handle.
 #[derive(Clone, Debug)]
 pub struct Streams {
     config: Config,
-    seats: Seats,
+    limiter: StreamLimiter,
 }
 
 impl Streams {
     /// Streams that stay open while `auth` accepts their tokens.
     pub fn new(config: Config, auth: Authenticator) -> Self {
-        let room = Room {
-            most: config.most,
-            of_address: config.most_of_address,
-            of_token: config.most_of_token,
+        let room = StreamLimits {
+            total: config.max_streams,
+            per_address: config.max_per_address,
+            per_token: config.max_per_token,
         };
-        let seats = Seats::new(&room, auth);
-        Self { config, seats }
+        let limiter = StreamLimiter::new(&room, auth);
+        Self { config, limiter }
     }
 
     /// The fetch mode to announce to SDKs.
@@ -101,14 +101,14 @@ impl Streams {
     }
 
     /// Closes the streams of tokens that were revoked or whose grant changed. Runs until dropped.
-    pub async fn run(&self) {
-        self.seats.run().await;
+    pub async fn close_revoked(&self) {
+        self.limiter.close_revoked().await;
     }
 
     /// Closes all streams gradually, within five seconds and at most half of `grace`, so that clients do
     /// not reconnect at once. Streams opened later close as well.
-    pub fn end(&self, grace: Duration) {
-        self.seats.end(grace);
+    pub fn close_all(&self, grace: Duration) {
+        self.limiter.close_all(grace);
     }
 
     /// Opens a stream for a token and a client address. `teller` supplies the events and is polled
@@ -122,10 +122,10 @@ impl Streams {
         (digest, client): (TokenDigest, IpAddr),
         grant: Arc<Grant>,
         states: watch::Receiver<StateId>,
-        teller: impl Teller,
-    ) -> Result<Reply, Failure> {
-        let seat = self.seats.take((digest, client), grant);
-        let seat = seat.ok_or(Failure::Crowded(CROWDED_FOR))?;
+        teller: impl EventSource,
+    ) -> Result<HttpResponse, HttpError> {
+        let seat = self.limiter.acquire((digest, client), grant);
+        let seat = seat.ok_or(HttpError::TooManyStreams(RETRY_AFTER))?;
         let age = self.config.max_age.mul_f64(rand::random_range(0.9..1.1));
         let stream = SseStream::new(seat, states, teller, age);
         Ok(reply::event_stream(Box::pin(stream)))
@@ -142,7 +142,7 @@ mod tests {
     use crate::{
         auth::{self, Authority},
         feed::ChangeFeed,
-        http::reply::{Live, Outgoing},
+        http::reply::{ByteStream, ResponseBody},
         snapshot::{Snapshot, Snapshots},
         token::{Environment, Projects, Scope, TokenKind},
         wire::features::Document,
@@ -151,16 +151,16 @@ mod tests {
     #[test]
     fn limits_per_address_and_token_shrink_in_proportion() {
         let config = Config {
-            most: 1000,
-            most_of_address: 500,
-            most_of_token: 1000,
+            max_streams: 1000,
+            max_per_address: 500,
+            max_per_token: 1000,
             max_age: LONG,
             fetch_mode: None,
         };
         let limited = |most| {
             let mut config = config.clone();
-            config.limit(most);
-            (config.most, config.most_of_address, config.most_of_token)
+            config.cap_streams(most);
+            (config.max_streams, config.max_per_address, config.max_per_token)
         };
         assert_eq!(limited(2000), (1000, 500, 1000));
         assert_eq!(limited(600), (600, 300, 600));
@@ -173,15 +173,15 @@ mod tests {
     /// Has one event.
     struct SingleEvent(bool);
 
-    impl Teller for SingleEvent {
-        fn tell(&mut self) -> Option<Piece> {
+    impl EventSource for SingleEvent {
+        fn next_event(&mut self) -> Option<SseChunk> {
             let first = !std::mem::replace(&mut self.0, true);
-            first.then(|| Piece { bytes: Bytes::from_static(b"x"), told: Told::Whole })
+            first.then(|| SseChunk { bytes: Bytes::from_static(b"x"), kind: ChunkKind::Hydration })
         }
     }
 
     /// A stream that has sent a chunk, with the services it depends on.
-    async fn open_stream() -> (Live, Streams, Authenticator, ChangeFeed) {
+    async fn open_stream() -> (ByteStream, Streams, Authenticator, ChangeFeed) {
         let scope = Scope { environment: Environment::new("dev"), projects: Projects::All };
         let config = auth::Config {
             revalidate_after: LONG,
@@ -194,9 +194,9 @@ mod tests {
         let digest = TokenDigest::of("a token");
         let auth = Authenticator::new(config, Authority::Nobody, [(digest, grant)]);
         let config = Config {
-            most: 1,
-            most_of_address: 1,
-            most_of_token: 1,
+            max_streams: 1,
+            max_per_address: 1,
+            max_per_token: 1,
             max_age: AGE,
             fetch_mode: None,
         };
@@ -209,13 +209,13 @@ mod tests {
         let grant = auth.standing(&digest).unwrap();
         let bearer = (digest, IpAddr::from([192, 0, 2, 7]));
         let reply = streams.open(bearer, grant, states, SingleEvent(false)).unwrap();
-        let Outgoing::Live(mut live) = reply.into_body() else { panic!("not a stream") };
+        let ResponseBody::Stream(mut live) = reply.into_body() else { panic!("not a stream") };
         assert!(live.next().await.is_some());
         (live, streams, auth, feed)
     }
 
     /// Reads a stream to its end, and returns the time of the end.
-    async fn closed_at(live: &mut Live) -> Instant {
+    async fn closed_at(live: &mut ByteStream) -> Instant {
         while live.next().await.is_some() {}
         Instant::now()
     }
@@ -235,11 +235,11 @@ mod tests {
         auth.set_given([]);
         tokio::select! {
             at = closed_at(&mut live) => assert!(at - begun < Duration::from_mins(1)),
-            () = streams.run() => unreachable!("runs until dropped"),
+            () = streams.close_revoked() => unreachable!("runs until dropped"),
         }
         let (mut live, streams, _auth, _feed) = open_stream().await;
         let begun = Instant::now();
-        streams.end(Duration::from_mins(1));
+        streams.close_all(Duration::from_mins(1));
         assert!(closed_at(&mut live).await - begun < Duration::from_mins(1));
     }
 }

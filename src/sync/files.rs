@@ -27,7 +27,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::publish::publish;
 use crate::{
     snapshot::{EnvironmentFilter, Snapshots},
-    telemetry::{Latch, report},
+    telemetry::{Latch, error_chain},
     token::{Environment, Projects, Scope},
     wire::features::Document,
 };
@@ -176,7 +176,7 @@ impl Files {
             file_states.values_mut().filter_map(|it| it.failure.take()).collect();
         match (failures.len(), failures.pop()) {
             (_, None) => {
-                latch.waits_for("an environment: no configured token names one");
+                latch.describe("an environment: no configured token names one");
                 let watcher = Running {
                     files: self,
                     state: file_states,
@@ -191,7 +191,7 @@ impl Files {
             }
             (_, Some(last)) => {
                 failures.push(last);
-                Err(Error::Several(failures.iter().map(|error| report(&**error)).collect()))
+                Err(Error::Several(failures.iter().map(|error| error_chain(&**error)).collect()))
             }
         }
     }
@@ -311,11 +311,11 @@ impl Running {
     /// Checks the files; returns the errors by path.
     async fn failures_after_check(&mut self, reread: bool) -> BTreeMap<PathBuf, String> {
         if let Err(error) = self.files.check(&mut self.state, reread).await {
-            return BTreeMap::from([(self.files.path.clone(), report(&error))]);
+            return BTreeMap::from([(self.files.path.clone(), error_chain(&error))]);
         }
         let failures = self.state.iter().filter_map(|(path, file)| {
             let error = file.failure.as_deref()?;
-            Some((path.clone(), report(error)))
+            Some((path.clone(), error_chain(error)))
         });
         failures.collect()
     }
@@ -506,7 +506,7 @@ mod tests {
         let rereader = files.rereader();
         let (readiness, latch) = Readiness::new();
         let task = tokio::spawn(files.start(latch).await.unwrap().run());
-        assert!(readiness.waits_for()[0].contains("no configured token names one"));
+        assert!(readiness.pending_conditions()[0].contains("no configured token names one"));
         rereader.serve([Environment::new("dev")].into());
         let ready = async {
             while !readiness.is_ready() {

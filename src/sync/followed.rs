@@ -24,10 +24,10 @@ use super::{
     told::{self, Reached, Step},
 };
 use crate::{
-    saver::Saver,
+    saver::BackgroundWriter,
     snapshot::{Filter, SegmentFormat, Snapshot, Snapshots, body::ContentCoding},
     store::Key,
-    telemetry::report,
+    telemetry::error_chain,
     token::{Environment, Scope},
     upstream::{Credentials, Upstream},
     wire::{
@@ -59,7 +59,7 @@ pub(super) struct Means {
     pub(super) upstream: Upstream,
     pub(super) credentials: Credentials,
     pub(super) snapshots: Snapshots,
-    pub(super) saver: Saver,
+    pub(super) saver: BackgroundWriter,
 }
 
 /// The synchronisation of one environment.
@@ -181,11 +181,11 @@ impl Followed {
         if self.pace.failures() == 0 {
             warn!(
                 %environment,
-                error = report(&failure),
+                error = error_chain(&failure),
                 "Fetching flags failed and is retried; the last known flags stay"
             );
         } else {
-            debug!(%environment, error = report(&failure), "Still failing to fetch flags");
+            debug!(%environment, error = error_chain(&failure), "Still failing to fetch flags");
         }
         let pause = self.pace.after_failure(failure.wish(), rand::random());
         // The failure of one token must not make the flags of the others stale.
@@ -282,7 +282,7 @@ impl Followed {
             let action = match event {
                 Happened::Told(events) => self.follow(at, events).await,
                 Happened::Refused(refusal, next, error) => {
-                    self.miss(Want::of(refusal), error.map(|it| report(&it)).as_deref());
+                    self.miss(Want::of(refusal), error.map(|it| error_chain(&it)).as_deref());
                     Then::Lost(next)
                 }
                 Happened::Ended(End::Over(_), next, None) => {
@@ -290,7 +290,7 @@ impl Followed {
                     Then::Lost(next)
                 }
                 Happened::Ended(_, next, error) => {
-                    self.miss(Want::Lost, error.map(|it| report(&it)).as_deref());
+                    self.miss(Want::Lost, error.map(|it| error_chain(&it)).as_deref());
                     Then::Lost(next)
                 }
             };
@@ -381,7 +381,7 @@ impl Followed {
 
     /// Closes a stream whose events cannot be applied. The next one starts with a full state.
     fn leave(&mut self, at: usize, error: &dyn std::error::Error) -> Next {
-        self.miss(Want::Lost, Some(&report(error)));
+        self.miss(Want::Lost, Some(&error_chain(error)));
         self.sources.forget_event(&self.lines.credential(at).token.digest());
         self.lines.close(at, End::Unreadable)
     }

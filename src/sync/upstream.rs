@@ -22,10 +22,10 @@ use super::{
     roll::Roll,
 };
 use crate::{
-    saver::Saver,
+    saver::BackgroundWriter,
     snapshot::{EnvironmentFilter, Snapshots},
     store::{Key, Store},
-    telemetry::{Latch, report},
+    telemetry::{Latch, error_chain},
     token::{Environment, Scope},
     upstream::{AdminToken, Credentials, Upstream},
     wire::features::{Document, projects_of},
@@ -66,7 +66,7 @@ pub struct Follower {
     /// The store to restore flags from at a start without upstream.
     pub store: Store,
     /// Saves flags to that store in the background.
-    pub saver: Saver,
+    pub saver: BackgroundWriter,
 }
 
 impl Follower {
@@ -80,7 +80,7 @@ impl Follower {
             Ok(stored) => stored,
             Err(error) => {
                 return warn!(
-                    error = report(&error),
+                    error = error_chain(&error),
                     "Listing stored flags failed; starting without them"
                 );
             }
@@ -93,7 +93,7 @@ impl Follower {
                 }
                 Ok(None) => {}
                 Err(error) => {
-                    warn!(error = report(&error), "Reading stored flags failed; they are skipped");
+                    warn!(error = error_chain(&error), "Reading stored flags failed; they are skipped");
                 }
             }
         }
@@ -111,7 +111,7 @@ impl Follower {
             Err(error) => {
                 return warn!(
                     %environment,
-                    error = report(&error),
+                    error = error_chain(&error),
                     "Parsing stored flags failed; they are skipped"
                 );
             }
@@ -119,7 +119,7 @@ impl Follower {
         if let Err(error) = published {
             warn!(
                 %environment,
-                error = report(&error),
+                error = error_chain(&error),
                 "Compiling stored flags failed; they are skipped"
             );
         }
@@ -137,15 +137,15 @@ impl Follower {
     /// Releases the latch once each initial environment has had flags or is no longer served.
     async fn await_first(&self, initial: oneshot::Receiver<BTreeSet<Environment>>, latch: &Latch) {
         if self.expects_environments() {
-            latch.waits_for("upstream's list of environments");
+            latch.describe("upstream's list of environments");
         }
         // `sync_all` sends them; it runs concurrently and never ends.
         let Ok(initial) = initial.await else { return };
         for environment in &initial {
-            latch.waits_for(format!("the first flags of environment {environment}"));
+            latch.describe(format!("the first flags of environment {environment}"));
             self.snapshots.wait_for(environment).await;
         }
-        latch.waits_for(
+        latch.describe(
             "a valid client token to fetch the first flags with: none is configured, or upstream \
              accepts none of them",
         );
@@ -196,7 +196,7 @@ impl Follower {
                         Ok((id, ())) => followed.retain(|_, task| *task != id),
                         Err(error) => {
                             error!(
-                                error = report(&error),
+                                error = error_chain(&error),
                                 "Synchronising an environment panicked; it restarts in 1 s"
                             );
                             followed.retain(|_, task| *task != error.id());
@@ -240,7 +240,7 @@ impl Follower {
             Err(error) => {
                 if backoff.failures() == 0 {
                     warn!(
-                        error = report(&error),
+                        error = error_chain(&error),
                         "Listing upstream's environments failed; the known environments stay"
                     );
                 }

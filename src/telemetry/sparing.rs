@@ -12,21 +12,21 @@ const INTERVAL: Duration = Duration::from_mins(1);
 
 /// Decides which occurrences of one event are logged.
 #[derive(Debug, Default)]
-pub struct Sparing {
+pub struct LogLimiter {
     logged_at: Option<Instant>,
-    left_out: u64,
+    suppressed: u64,
 }
 
-impl Sparing {
+impl LogLimiter {
     /// Records an occurrence. `Some` if it should be logged, with the number of occurrences suppressed
     /// before it.
     pub fn admit(&mut self) -> Option<u64> {
         if self.logged_at.is_some_and(|logged_at| logged_at.elapsed() < INTERVAL) {
-            self.left_out += 1;
+            self.suppressed += 1;
             return None;
         }
         self.logged_at = Some(Instant::now());
-        Some(std::mem::take(&mut self.left_out))
+        Some(std::mem::take(&mut self.suppressed))
     }
 }
 
@@ -36,7 +36,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn first_occurrence_is_logged_at_once_and_later_ones_once_per_interval_with_a_count() {
-        let mut sparing = Sparing::default();
+        let mut sparing = LogLimiter::default();
         let mut logged = Vec::new();
         for _ in 0..25 {
             logged.extend(sparing.admit());

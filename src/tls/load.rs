@@ -26,7 +26,7 @@ use super::{
     problem::{FileError, FileErrors, FileSetting},
     resolver::SniResolver,
 };
-use crate::telemetry::report;
+use crate::telemetry::error_chain;
 
 /// The configuration that handshakes use, loaded from files.
 #[derive(Debug)]
@@ -69,7 +69,7 @@ pub(super) struct TlsFiles {
 impl TlsFiles {
     /// Reads the files. Blocks on the file system.
     pub(super) fn read(config: &Config) -> Self {
-        let read = |path: &PathBuf| pem::read_file(path).map_err(|error| report(&error));
+        let read = |path: &PathBuf| pem::read_file(path).map_err(|error| error_chain(&error));
         let clients = config.client_verification.as_ref();
         Self {
             key_pairs: config
@@ -171,7 +171,7 @@ impl ErrorCollector {
         parse: impl FnOnce(&[u8]) -> Result<T, pem::Error>,
     ) -> Option<T> {
         let parsed = match contents {
-            Ok(pem) => parse(pem).map_err(|error| report(&error)),
+            Ok(pem) => parse(pem).map_err(|error| error_chain(&error)),
             Err(reason) => Err(reason.clone()),
         };
         parsed.map_err(|reason| self.add(setting, reason)).ok()
@@ -198,7 +198,7 @@ impl ErrorCollector {
                     }
                     _ => FileSetting::Key,
                 };
-                self.add(setting, report(&error));
+                self.add(setting, error_chain(&error));
                 None
             }
         }

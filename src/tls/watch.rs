@@ -11,7 +11,7 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{handshake::HANDSHAKES, load::TlsFiles, server::TlsAcceptor};
-use crate::telemetry::report;
+use crate::telemetry::error_chain;
 
 /// The interval at which the files are read. Comparing contents works on every kind of mount, including
 /// Kubernetes' symbolic links.
@@ -90,7 +90,7 @@ impl TlsAcceptor {
                 watch.refused_digest = Some(digest);
                 warn!(
                     listener,
-                    error = report(problems),
+                    error = error_chain(problems),
                     "TLS: changed files are invalid; the files loaded last stay in use"
                 );
             }

@@ -551,7 +551,7 @@ mod tests {
         },
         *,
     };
-    use crate::telemetry::report;
+    use crate::telemetry::error_chain;
 
     const SECRET: &str = "*:development.964a287e1b728cb5f4f3e0120df92cb5f4f3e0120df92cb5964a287e";
 
@@ -675,7 +675,7 @@ mod tests {
             let (answer, health) = follow(status, &[("retry-after", "7")]).await;
             let error = answer.expect_err("a failure");
             assert_eq!(error.status().map(|it| it.as_u16()), Some(status));
-            assert_eq!(health.last_error.map(|(_, text)| text), Some(report(&error)));
+            assert_eq!(health.last_error.map(|(_, text)| text), Some(error_chain(&error)));
         }
     }
 
@@ -795,7 +795,7 @@ mod tests {
         let upstream = Upstream::new(server.config()).expect("client");
         let error = upstream.validate(&[token()]).await.expect_err("no list");
         assert!(matches!(error, Error::Decode { line: 1, .. }), "{error:?}");
-        assert!(!format!("{error:?} {}", report(&error)).contains("964a"));
+        assert!(!format!("{error:?} {}", error_chain(&error)).contains("964a"));
         assert!(server.seen()[0].headers.get("authorization").is_none());
         assert_eq!(server.seen()[0].body, format!(r#"{{"tokens":["{SECRET}"]}}"#));
     }
@@ -858,7 +858,7 @@ mod tests {
         let error = upstream.features(&token(), None).await.expect_err("nobody listens");
         assert!(matches!(error, Error::Unreachable(_)), "{error:?}");
         assert!(!error.is_ambiguous());
-        let shown = format!("{error:?} {} {upstream:?}", report(&error));
+        let shown = format!("{error:?} {} {upstream:?}", error_chain(&error));
         assert!(!shown.contains("hunter2") && !shown.contains("964a"), "{shown}");
     }
 

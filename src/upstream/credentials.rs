@@ -23,7 +23,7 @@ use super::{
     exchange::{Credential, Error, Exchange, Past},
 };
 use crate::{
-    saver::Saver,
+    saver::BackgroundWriter,
     token::{Environment, Grant, Projects, Scope, Token, TokenDigest, TokenKind},
 };
 
@@ -70,7 +70,7 @@ enum State {
 
 impl Credentials {
     /// Exchanges `admin` for tokens named `parapet-<fleet>`, which `saver` stores encrypted.
-    pub fn with_admin(admin: AdminToken, fleet: &str, upstream: Upstream, saver: Saver) -> Self {
+    pub fn with_admin(admin: AdminToken, fleet: &str, upstream: Upstream, saver: BackgroundWriter) -> Self {
         let exchange = Exchange::new(admin, fleet, upstream, saver);
         Self::new(Some((exchange, Pasts::default())))
     }
@@ -428,22 +428,22 @@ mod tests {
         }
     }
 
-    fn edge(server: &Scripted, saver: &Saver) -> Credentials {
+    fn edge(server: &Scripted, saver: &BackgroundWriter) -> Credentials {
         edge_of(ADMIN, server, saver)
     }
 
-    fn edge_of(admin: &str, server: &Scripted, saver: &Saver) -> Credentials {
+    fn edge_of(admin: &str, server: &Scripted, saver: &BackgroundWriter) -> Credentials {
         let upstream = Upstream::new(server.config()).expect("client");
         let admin = AdminToken::new(token(admin), None);
         Credentials::with_admin(admin, "main", upstream, saver.clone())
     }
 
-    fn in_memory() -> Saver {
-        Saver::new(Store::memory())
+    fn in_memory() -> BackgroundWriter {
+        BackgroundWriter::new(Store::memory())
     }
 
     /// Saves pending records, as at shutdown.
-    async fn end(saver: &Saver) {
+    async fn end(saver: &BackgroundWriter) {
         let stop = CancellationToken::new();
         stop.cancel();
         saver.run(&stop).await;
@@ -487,7 +487,7 @@ mod tests {
     async fn restart_needs_no_upstream_and_store_contains_no_secret() {
         let (_, server) = Admin::start(Secrets::V2).await;
         let folder = tempfile::tempdir().expect("folder");
-        let saver = Saver::new(Store::directory(folder.path()).expect("store"));
+        let saver = BackgroundWriter::new(Store::directory(folder.path()).expect("store"));
         let made = obtained(&edge(&server, &saver)).await;
         end(&saver).await;
         let calls = server.seen().len();
@@ -505,7 +505,7 @@ mod tests {
     async fn no_token_is_created_while_stored_record_is_slow_to_read() {
         let (admin, server) = Admin::start(Secrets::V2).await;
         let folder = tempfile::tempdir().expect("folder");
-        let saver = Saver::new(Store::directory(folder.path()).expect("store"));
+        let saver = BackgroundWriter::new(Store::directory(folder.path()).expect("store"));
         let made = obtained(&edge(&server, &saver)).await;
         end(&saver).await;
         // Opening a named pipe for reading blocks until there is a writer.

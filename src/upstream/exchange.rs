@@ -24,9 +24,9 @@ use super::{
     seal::Seal,
 };
 use crate::{
-    saver::Saver,
+    saver::BackgroundWriter,
     store::{self, Key},
-    telemetry::report,
+    telemetry::error_chain,
     token::{Environment, Projects, Token, TokenDigest, TokenKind},
     wire::tokens::{Listed, ListedSecret},
 };
@@ -102,7 +102,7 @@ pub(super) struct Exchange {
     fleet: String,
     name: String,
     upstream: Upstream,
-    saver: Saver,
+    saver: BackgroundWriter,
     /// Unknown tokens created after this were created by other edges.
     started: Timestamp,
 }
@@ -155,7 +155,7 @@ struct Kept {
 }
 
 impl Exchange {
-    pub(super) fn new(admin: AdminToken, fleet: &str, upstream: Upstream, saver: Saver) -> Self {
+    pub(super) fn new(admin: AdminToken, fleet: &str, upstream: Upstream, saver: BackgroundWriter) -> Self {
         let (fleet, token_name) = (fleet.to_owned(), format!("parapet-{fleet}"));
         Self { admin, fleet, name: token_name, upstream, saver, started: Timestamp::now() }
     }
@@ -278,7 +278,7 @@ impl Exchange {
                 Stored::Known(record)
             }
             Some(Ok(Err(error))) => {
-                let error = report(&error);
+                let error = error_chain(&error);
                 warn!(
                     error,
                     "Reading the stored token for environment {environment} failed and is retried"

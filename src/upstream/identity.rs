@@ -204,7 +204,7 @@ mod tests {
     use tokio::net::TcpListener;
 
     use super::*;
-    use crate::{telemetry::report, tls};
+    use crate::{telemetry::error_chain, tls};
 
     /// A root, an intermediate authority, and a leaf with its key.
     struct Chain {
@@ -300,12 +300,12 @@ mod tests {
         fs::write(file.path(), chain.leaf.pem()).expect("write");
         let error = identity.load().expect_err("no key");
         assert!(
-            report(&error).ends_with("contains no private key (PEM: PKCS #8, PKCS #1 or SEC 1)")
+            error_chain(&error).ends_with("contains no private key (PEM: PKCS #8, PKCS #1 or SEC 1)")
         );
         let another = Chain::new().key.serialize_pem();
         fs::write(file.path(), another + &chain.leaf.pem()).expect("write");
         let error = identity.load().expect_err("another key");
-        assert!(report(&error).contains("does not belong to the first certificate"), "{error}");
+        assert!(error_chain(&error).contains("does not belong to the first certificate"), "{error}");
     }
 
     /// For each format, upstream trusts only the root and verifies the chain.

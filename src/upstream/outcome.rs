@@ -15,7 +15,7 @@ use reqwest::StatusCode;
 use tracing::warn;
 
 use super::error::{Error, Fault};
-use crate::telemetry::{self, Sparing};
+use crate::telemetry::{self, LogLimiter};
 
 const REQUESTS: &str = "parapet_upstream_requests_total";
 const DURATION: &str = "parapet_upstream_request_duration_seconds";
@@ -159,7 +159,7 @@ pub(super) struct Pulse {
 struct Outage {
     /// The last reason since the last success.
     reason: Option<String>,
-    changes: Sparing,
+    changes: LogLimiter,
 }
 
 impl Outage {
@@ -193,7 +193,7 @@ impl Pulse {
 
     /// Records a failure.
     pub(super) fn miss(&self, error: &Error) {
-        let report = telemetry::report(error);
+        let report = telemetry::error_chain(error);
         if matches!(error, Error::Unreachable(_)) {
             lock(&self.outage).note(&report);
         }

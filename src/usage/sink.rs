@@ -23,7 +23,7 @@ use super::{
     outbox::{Dispatch, Outcome},
 };
 use crate::{
-    telemetry::report,
+    telemetry::error_chain,
     token::{Environment, Token, TokenKind},
     upstream::{Access, Credentials, Error, Retry, Upstream},
 };
@@ -158,7 +158,7 @@ pub(super) fn deliver(
                     Outcome::TooLarge => "it is too large and is split",
                     _ => "it will be retried",
                 };
-                let reason = report(&error);
+                let reason = error_chain(&error);
                 let is_last = matches!(outcome, Outcome::Rejected | Outcome::TooLarge);
                 if refusals.failed(&environment, &reason) || is_last {
                     warn!(

@@ -68,7 +68,7 @@ impl SavedVerdicts {
         let record = Record {
             version: VERSION,
             verdicts: self.valid.iter().map(Item::of).collect(),
-            revoked: self.revoked.iter().map(TokenDigest::hex).collect(),
+            revoked: self.revoked.iter().map(TokenDigest::to_hex).collect(),
             revoked_selectors: self.revoked_selectors.clone(),
         };
         serde_json::to_vec(&record).expect("the token cache is plain text and numbers")
@@ -94,7 +94,7 @@ impl Item {
     fn of(saved: &Saved) -> Self {
         let scope = &saved.grant.scope;
         Self {
-            digest: saved.digest.hex(),
+            digest: saved.digest.to_hex(),
             kind: saved.grant.kind.as_str().to_owned(),
             environment: scope.environment.as_str().to_owned(),
             projects: scope.projects.to_list().into_iter().map(str::to_owned).collect(),

@@ -16,7 +16,7 @@ use tokio::fs::{OpenOptions, metadata};
 use tracing::info;
 
 use super::{super::error::Error, connection::quiet};
-use crate::telemetry::report;
+use crate::telemetry::error_chain;
 
 /// The busy timeout is shorter than the statement timeout of this side, so that SQLite's error arrives.
 const SETTINGS: &str = "PRAGMA busy_timeout = 4000; PRAGMA auto_vacuum = FULL; \
@@ -73,7 +73,7 @@ impl SqliteFile {
             Ok::<_, sqlx::Error>(())
         };
         if let Err(error) = vacuum.await {
-            let error = report(&error);
+            let error = error_chain(&error);
             info!(
                 error,
                 "The control plane's database could not be vacuumed; retrying at the next start"

@@ -12,7 +12,7 @@ use crate::{
     control::{
         Account, AccountChange, Actor, Control, Grants, NewAccount, Operator, Permission, RootRole,
     },
-    http::reply::{self, Failure, Reply},
+    http::reply::{self, HttpError, HttpResponse},
     wire::admin::{self as wire, Field, Problems, Role, Time},
 };
 
@@ -21,7 +21,7 @@ pub(super) async fn list(
     control: &Control,
     operator: &Operator,
     query: &QueryParams<'_>,
-) -> Result<Reply, Failure> {
+) -> Result<HttpResponse, HttpError> {
     let mut problems = Problems::default();
     let after = query.number(&mut problems, "after", 0, u32::MAX).unwrap_or(0);
     let limit = query.number(&mut problems, "limit", 1, MAX_ACCOUNTS).unwrap_or(u32::MAX);
@@ -38,11 +38,11 @@ pub(super) async fn list(
         },
         r#type: "root",
     });
-    Ok(reply::document(&wire::Users { users, root_roles: root_roles.into() }))
+    Ok(reply::json_document(&wire::Users { users, root_roles: root_roles.into() }))
 }
 
 /// Returns one account.
-pub(super) async fn get(control: &Control, actor: &Actor, id: &str) -> Result<Reply, Failure> {
+pub(super) async fn get(control: &Control, actor: &Actor, id: &str) -> Result<HttpResponse, HttpError> {
     account_response(control.account(actor, parse_account_id(id)?).await?)
 }
 
@@ -51,7 +51,7 @@ pub(super) async fn create(
     control: &Control,
     actor: &Actor,
     body: &Bytes,
-) -> Result<Reply, Failure> {
+) -> Result<HttpResponse, HttpError> {
     let request: wire::CreateUser = body::parse_object(body)?;
     let mut problems = Problems::default();
     let may_be_missing = !matches!(request.username, Field::Wrong(_));
@@ -80,7 +80,7 @@ pub(super) async fn update(
     actor: &Actor,
     id: &str,
     body: &Bytes,
-) -> Result<Reply, Failure> {
+) -> Result<HttpResponse, HttpError> {
     let request: wire::UpdateUser = body::parse_object(body)?;
     let mut problems = Problems::default();
     let name = problems.optional("name", request.name).map(|it| it.0.map(|name| name.0));
@@ -94,9 +94,9 @@ pub(super) async fn update(
 }
 
 /// Deletes an account.
-pub(super) async fn delete(control: &Control, actor: &Actor, id: &str) -> Result<Reply, Failure> {
+pub(super) async fn delete(control: &Control, actor: &Actor, id: &str) -> Result<HttpResponse, HttpError> {
     control.delete_account(actor, parse_account_id(id)?).await?.ok_or_else(account_not_found)?;
-    Ok(reply::done())
+    Ok(reply::empty_ok())
 }
 
 /// Sets the permissions of an account beyond those of its role.
@@ -105,7 +105,7 @@ pub(super) async fn set_permissions(
     actor: &Actor,
     id: &str,
     body: &Bytes,
-) -> Result<Reply, Failure> {
+) -> Result<HttpResponse, HttpError> {
     let request: wire::SetPermissions = body::parse_object(body)?;
     let mut problems = Problems::default();
     let names = problems.required("permissions", request.permissions).unwrap_or_default();
@@ -129,7 +129,7 @@ pub(super) async fn reset_password(
     actor: &Actor,
     id: &str,
     body: &Bytes,
-) -> Result<Reply, Failure> {
+) -> Result<HttpResponse, HttpError> {
     let request: wire::ResetPassword = body::parse_object(body)?;
     let mut problems = Problems::default();
     let password = problems.required("password", request.password);
@@ -139,7 +139,7 @@ pub(super) async fn reset_password(
         .set_password(actor, parse_account_id(id)?, password)
         .await?
         .ok_or_else(account_not_found)?;
-    Ok(reply::done())
+    Ok(reply::empty_ok())
 }
 
 fn parse_root_role(
@@ -165,16 +165,16 @@ fn parse_root_role(
 }
 
 /// Parses an account id. A text that is not a number names no account.
-fn parse_account_id(id: &str) -> Result<i64, Failure> {
+fn parse_account_id(id: &str) -> Result<i64, HttpError> {
     id.parse().map_err(|_| account_not_found())
 }
 
-fn account_not_found() -> Failure {
-    Failure::Missing("there is no such account".to_owned())
+fn account_not_found() -> HttpError {
+    HttpError::ResourceNotFound("there is no such account".to_owned())
 }
 
-fn account_response(account: Option<Account>) -> Result<Reply, Failure> {
-    account.map(|account| reply::document(&account_json(account))).ok_or_else(account_not_found)
+fn account_response(account: Option<Account>) -> Result<HttpResponse, HttpError> {
+    account.map(|account| reply::json_document(&account_json(account))).ok_or_else(account_not_found)
 }
 
 fn account_json(account: Account) -> wire::User {

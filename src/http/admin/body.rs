@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::{
     control::{Password, PasswordError},
-    http::reply::Failure,
+    http::reply::HttpError,
     wire::{
         admin::{Hidden, Problems},
         instant,
@@ -16,12 +16,12 @@ use crate::{
 };
 
 /// Parses a JSON object. Its fields collect their own errors.
-pub(super) fn parse_object<T: DeserializeOwned>(body: &Bytes) -> Result<T, Failure> {
-    let no_object = || Failure::Malformed("the body must be a JSON object".to_owned());
+pub(super) fn parse_object<T: DeserializeOwned>(body: &Bytes) -> Result<T, HttpError> {
+    let no_object = || HttpError::Malformed("the body must be a JSON object".to_owned());
     // Serde would accept a list as the fields in their order.
     let value: Value = serde_json::from_slice(body).map_err(|error| {
         let (line, column) = (error.line(), error.column());
-        Failure::Malformed(format!("the body is not JSON: line {line}, column {column}"))
+        HttpError::Malformed(format!("the body is not JSON: line {line}, column {column}"))
     })?;
     if !value.is_object() {
         return Err(no_object());
@@ -87,7 +87,7 @@ impl<'a> QueryParams<'a> {
     }
 
     /// The first value of a required parameter.
-    pub(super) fn required(&self, name: &'static str) -> Result<String, Failure> {
+    pub(super) fn required(&self, name: &'static str) -> Result<String, HttpError> {
         let mut problems = Problems::default();
         let value = self.text(&mut problems, name);
         if value.is_none() {

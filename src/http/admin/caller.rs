@@ -16,7 +16,7 @@ use super::{origin::is_same_origin, relay::Relay};
 use crate::{
     auth::Authenticator,
     control::{Account, Actor, Cause, Control, Operator},
-    http::reply::Failure,
+    http::reply::HttpError,
     token::{Token, TokenKind},
     wire::person::Person,
 };
@@ -66,28 +66,28 @@ impl Authentication<'_> {
         head: &Parts,
         address: IpAddr,
         changes: bool,
-    ) -> Result<AuthenticatedCaller, Failure> {
+    ) -> Result<AuthenticatedCaller, HttpError> {
         if let Some(header) = presented_token(&head.headers, self.token_header) {
-            let header = header.to_str().map_err(|_| Failure::Unauthorized)?;
+            let header = header.to_str().map_err(|_| HttpError::Unauthorized)?;
             return self.authenticate_token(header, address).await;
         }
         let is_foreign = changes && !is_same_origin(&head.headers);
         if let Some(relay) = self.relay {
             let person = relay.signed_in_user(&head.headers).await?;
             return if is_foreign {
-                Err(Failure::CrossOrigin)
+                Err(HttpError::CrossOrigin)
             } else {
                 Ok(upstream_caller(&person, address))
             };
         }
-        let control = self.control_plane.ok_or(Failure::Unauthorized)?;
-        let cookie = session_cookie(&head.headers, self.is_tls).ok_or(Failure::SignIn)?;
+        let control = self.control_plane.ok_or(HttpError::Unauthorized)?;
+        let cookie = session_cookie(&head.headers, self.is_tls).ok_or(HttpError::SignInRequired)?;
         if is_foreign {
-            return Err(Failure::CrossOrigin);
+            return Err(HttpError::CrossOrigin);
         }
         let is_background = !changes && head.headers.contains_key(&BACKGROUND_HEADER);
         let cause = if is_background { Cause::Page } else { Cause::Person };
-        let session = control.session(cookie, address, cause).await?.ok_or(Failure::SignIn)?;
+        let session = control.session(cookie, address, cause).await?.ok_or(HttpError::SignInRequired)?;
         let actor = Actor { operator: session.operator(), address: Some(address) };
         Ok(AuthenticatedCaller { actor, account: Some(session.account) })
     }
@@ -96,13 +96,13 @@ impl Authentication<'_> {
         &self,
         header: &str,
         address: IpAddr,
-    ) -> Result<AuthenticatedCaller, Failure> {
+    ) -> Result<AuthenticatedCaller, HttpError> {
         let admission = self.auth.authenticate(header).await?;
         match admission.grant.kind {
             TokenKind::Admin => {}
-            TokenKind::Client | TokenKind::Frontend => return Err(Failure::WrongKind),
+            TokenKind::Client | TokenKind::Frontend => return Err(HttpError::WrongTokenKind),
         }
-        let token = Token::from_header(header).map_err(|_| Failure::Unauthorized)?;
+        let token = Token::from_header(header).map_err(|_| HttpError::Unauthorized)?;
         let named = self.control_plane.and_then(|control| control.token_name(&token.digest()));
         let name = named.unwrap_or_else(|| token.masked().to_string());
         let operator = Operator::Token { name, digest: token.digest() };

@@ -8,7 +8,7 @@ use std::{
 use serde_json::Value;
 
 use crate::{
-    http::reply::{self, Failure, Reply},
+    http::reply::{self, HttpError, HttpResponse},
     snapshot::{Snapshot, Snapshots},
     wire::{admin as wire, features::Feature},
 };
@@ -46,8 +46,8 @@ impl FlagCatalogue {
     }
 
     /// Returns an error unless this project exists.
-    pub(super) fn require_project(&self, id: &str) -> Result<(), Failure> {
-        let missing = || Failure::Missing("there is no such project".to_owned());
+    pub(super) fn require_project(&self, id: &str) -> Result<(), HttpError> {
+        let missing = || HttpError::ResourceNotFound("there is no such project".to_owned());
         self.has_project(id).then_some(()).ok_or_else(missing)
     }
 
@@ -63,7 +63,7 @@ impl FlagCatalogue {
     }
 
     /// Lists the environments.
-    pub(super) fn list_environments(&self) -> Reply {
+    pub(super) fn list_environments(&self) -> HttpResponse {
         let environments =
             self.0.iter().enumerate().map(|(at, (name, snapshot))| wire::Environment {
                 r#type: if name.starts_with("prod") { "production" } else { "development" },
@@ -73,11 +73,11 @@ impl FlagCatalogue {
                 sort_order: at + 1,
                 total_toggle_count: snapshot.document().features().len(),
             });
-        reply::document(&wire::Environments { version: 1, environments: environments.collect() })
+        reply::json_document(&wire::Environments { version: 1, environments: environments.collect() })
     }
 
     /// Lists the projects.
-    pub(super) fn list_projects(&self) -> Reply {
+    pub(super) fn list_projects(&self) -> HttpResponse {
         let mut flags: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
         flags.entry(DEFAULT_PROJECT).or_default();
         for feature in self.features() {
@@ -89,33 +89,33 @@ impl FlagCatalogue {
             feature_count: flags.len(),
         };
         let projects = flags.into_iter().map(project).collect();
-        reply::document(&wire::Projects { version: 1, projects })
+        reply::json_document(&wire::Projects { version: 1, projects })
     }
 
     /// Lists the flags of an environment.
-    pub(super) fn list_flags(&self, environment: &str) -> Result<Reply, Failure> {
+    pub(super) fn list_flags(&self, environment: &str) -> Result<HttpResponse, HttpError> {
         let flags = self.snapshot(environment)?.document().features().iter().map(flag_summary);
         let environment = environment.to_owned();
-        Ok(reply::document(&wire::Flags { environment, flags: flags.collect() }))
+        Ok(reply::json_document(&wire::Flags { environment, flags: flags.collect() }))
     }
 
     /// Returns one flag of an environment, with its segments.
-    pub(super) fn get_flag(&self, environment: &str, name: &str) -> Result<Reply, Failure> {
+    pub(super) fn get_flag(&self, environment: &str, name: &str) -> Result<HttpResponse, HttpError> {
         let document = self.snapshot(environment)?.document();
         let feature = document
             .feature(name)
-            .ok_or_else(|| Failure::Missing("there is no such flag".to_owned()))?;
+            .ok_or_else(|| HttpError::ResourceNotFound("there is no such flag".to_owned()))?;
         let parse = |raw: &str| serde_json::from_str(raw).unwrap_or(Value::Null);
         let segments = feature.segment_ids().iter().filter_map(|id| document.segment(*id));
-        Ok(reply::document(&wire::FlagDetail {
+        Ok(reply::json_document(&wire::FlagDetail {
             environment: environment.to_owned(),
             flag: parse(feature.raw()),
             segments: segments.map(|segment| parse(segment.raw())).collect(),
         }))
     }
 
-    fn snapshot(&self, environment: &str) -> Result<&Snapshot, Failure> {
-        let missing = || Failure::Missing("there is no such environment".to_owned());
+    fn snapshot(&self, environment: &str) -> Result<&Snapshot, HttpError> {
+        let missing = || HttpError::ResourceNotFound("there is no such environment".to_owned());
         self.0.get(environment).map(|snapshot| &**snapshot).ok_or_else(missing)
     }
 }

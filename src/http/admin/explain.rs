@@ -6,30 +6,30 @@ use jiff::Timestamp;
 
 use crate::{
     answers::explained::{self, UnknownFlag},
-    http::reply::{self, Failure, Reply},
+    http::reply::{self, HttpError, HttpResponse},
     snapshot::Snapshots,
     token::Environment,
     wire::explain::Question,
 };
 
 /// Parses a request body and returns an [`Explanation`](crate::engine::explanation::Explanation).
-pub(super) fn explain(snapshots: &Snapshots, body: &[u8]) -> Result<Reply, Failure> {
-    let question = Question::parse(body).map_err(|error| Failure::Malformed(error.to_string()))?;
+pub(super) fn explain(snapshots: &Snapshots, body: &[u8]) -> Result<HttpResponse, HttpError> {
+    let question = Question::parse(body).map_err(|error| HttpError::Malformed(error.to_string()))?;
     let Some(snapshot) = snapshots.load(&Environment::new(&question.environment)) else {
         let names = snapshots.environments();
         let names: Vec<_> = names.iter().map(Environment::as_str).collect();
-        return Err(Failure::Missing(format!(
+        return Err(HttpError::ResourceNotFound(format!(
             "there is no such environment; there are: {}",
             names.join(", ")
         )));
     };
     let (now, draw) = (Timestamp::now(), rand::random());
     match explained::explain(&snapshot, &question.flag, &question.context, now, draw) {
-        Ok(explanation) => Ok(reply::document(&explanation)),
+        Ok(explanation) => Ok(reply::json_document(&explanation)),
         Err(UnknownFlag { similar_names: alike }) if alike.is_empty() => {
-            Err(Failure::Missing("there is no such flag in this environment".to_owned()))
+            Err(HttpError::ResourceNotFound("there is no such flag in this environment".to_owned()))
         }
-        Err(UnknownFlag { similar_names: alike }) => Err(Failure::Missing(format!(
+        Err(UnknownFlag { similar_names: alike }) => Err(HttpError::ResourceNotFound(format!(
             "there is no such flag in this environment; similar ones are: {}",
             alike.join(", ")
         ))),
@@ -54,7 +54,7 @@ mod tests {
         let scope = Scope { environment: Environment::new("dev"), projects: Projects::All };
         let document = Document::parse(flags.to_string().as_bytes()).unwrap();
         snapshots.swap(Snapshot::build(scope, document, None));
-        let reply = explain(&snapshots, body.to_string().as_bytes()).unwrap_or_else(Reply::from);
+        let reply = explain(&snapshots, body.to_string().as_bytes()).unwrap_or_else(HttpResponse::from);
         assert_eq!(reply.status().as_u16(), status, "{body}");
         let text = reply.into_body().collect().await.unwrap().to_bytes();
         let document: Value = serde_json::from_slice(&text).unwrap();

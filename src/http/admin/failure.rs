@@ -9,28 +9,28 @@ use tracing::{debug, error};
 
 use crate::{
     control::Error,
-    http::reply::Failure,
-    telemetry::{Sparing, report},
+    http::reply::HttpError,
+    telemetry::{LogLimiter, error_chain},
     wire::admin::Problem,
 };
 
 /// The `Retry-After` of responses while the database is unavailable.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
 
-impl From<Error> for Failure {
+impl From<Error> for HttpError {
     fn from(error: Error) -> Self {
         match error {
-            Error::Missing(missing) => Self::Permission(missing),
+            Error::Missing(missing) => Self::MissingPermission(missing),
             Error::Taken(field) => {
-                Self::Invalid(vec![Problem { path: field, reason: "is taken".to_owned() }])
+                Self::InvalidFields(vec![Problem { path: field, reason: "is taken".to_owned() }])
             }
-            Error::LastAdmin => Self::Denied(error.to_string()),
+            Error::LastAdmin => Self::OperationDenied(error.to_string()),
             Error::Limit { .. } => Self::Malformed(error.to_string()),
-            Error::Throttled(pause) => Self::Throttled(pause),
+            Error::Throttled(pause) => Self::RateLimited(pause),
             Error::WrongPassword => Self::WrongPassword,
-            Error::SessionEnded => Self::SignIn,
+            Error::SessionEnded => Self::SignInRequired,
             Error::Invalid { field, reason } => {
-                Self::Invalid(vec![Problem { path: field, reason }])
+                Self::InvalidFields(vec![Problem { path: field, reason }])
             }
             Error::Replaced(_) => {
                 log_database_error(&error);
@@ -40,7 +40,7 @@ impl From<Error> for Failure {
             }
             Error::Unreachable(_) => {
                 // The task that follows changes of tokens logs the cause.
-                debug!(error = report(&error), "The control plane's database is unreachable");
+                debug!(error = error_chain(&error), "The control plane's database is unreachable");
                 let what = "the database of accounts and tokens cannot be reached";
                 Self::Unavailable { what, retry_after: RETRY_AFTER }
             }
@@ -65,11 +65,11 @@ impl From<Error> for Failure {
 /// Logs a failure of the database, at most once a minute, so that clients which poll the admin API do
 /// not fill the log.
 fn log_database_error(error: &Error) {
-    static SPARING: LazyLock<Mutex<Sparing>> = LazyLock::new(Mutex::default);
+    static SPARING: LazyLock<Mutex<LogLimiter>> = LazyLock::new(Mutex::default);
     let admitted = SPARING.lock().unwrap_or_else(PoisonError::into_inner).admit();
     if let Some(left_out) = admitted {
         let more_since_last_line = (left_out > 0).then_some(left_out);
-        let error = report(error);
+        let error = error_chain(error);
         error!(
             error,
             more_since_last_line,

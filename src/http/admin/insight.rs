@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use crate::{
     auth::Authenticator,
     control::{ConnectionCount, DatabaseStatus},
-    http::ops::Ops,
+    http::ops::HealthEndpoints,
     snapshot::{Filter, SegmentFormat, Snapshot, Snapshots, body::ContentCoding},
     tls,
     token::{Grant, Projects, Scope, TokenKind},
@@ -75,7 +75,7 @@ pub struct InstanceStatus {
     /// The admin token for upstream, if any.
     pub admin_token: Option<AdminToken>,
     /// Health checks and metrics.
-    pub ops: Ops,
+    pub ops: HealthEndpoints,
     /// TLS of the listeners that use it.
     pub tls: Vec<tls::TlsAcceptor>,
 }

@@ -11,7 +11,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator};
 
 use crate::{
     engine::explanation::Explanation,
-    http::route::Endpoint,
+    http::route::OptionalEndpoint,
     wire::{admin as wire, explain::Question},
 };
 
@@ -147,7 +147,7 @@ pub(super) struct Operation {
     /// Whether the resource that a path or query names may be missing.
     pub(super) can_404: bool,
     /// The option that disables it.
-    pub(super) disabled_by: Option<Endpoint>,
+    pub(super) disabled_by: Option<OptionalEndpoint>,
 }
 
 /// The methods of the table.
@@ -332,7 +332,7 @@ impl Operation {
         Self { can_404: true, ..self }
     }
 
-    const fn disabled_by(self, endpoint: Endpoint) -> Self {
+    const fn disabled_by(self, endpoint: OptionalEndpoint) -> Self {
         Self { disabled_by: Some(endpoint), ..self }
     }
 }
@@ -387,17 +387,17 @@ pub(super) const MAX_USAGE_HOURS: u32 = 24 * 90;
 pub(super) static OPERATIONS: &[Operation] = &[
     get("/live", OperationId::Open(PublicOperation::Live), "Whether the instance lives").tag(INSTANCE_TAG).response(ResponseSpec::Json(status_schema)),
     get("/ready", OperationId::Open(PublicOperation::Ready), "Whether it is ready for requests").tag(INSTANCE_TAG).response(ResponseSpec::Probe(status_schema)),
-    get("/metrics", OperationId::Open(PublicOperation::Metrics), "Its metrics, as Prometheus text").tag(INSTANCE_TAG).response(ResponseSpec::Text).disabled_by(Endpoint::Metrics),
+    get("/metrics", OperationId::Open(PublicOperation::Metrics), "Its metrics, as Prometheus text").tag(INSTANCE_TAG).response(ResponseSpec::Text).disabled_by(OptionalEndpoint::Metrics),
     get("/docs/openapi.json", OperationId::Open(PublicOperation::Document), "This document").tag(INSTANCE_TAG),
     get("/status", OperationId::Instance(InstanceOperation::Status), "The state of environments, upstream and tokens").tag(INSTANCE_TAG),
     get("/internal-backstage/health", OperationId::Open(PublicOperation::Live), "Whether the instance lives").tag(INSTANCE_TAG).response(ResponseSpec::Json(status_schema)),
     get("/internal-backstage/ready", OperationId::Open(PublicOperation::Ready), "Whether it is ready for requests").tag(INSTANCE_TAG).response(ResponseSpec::Probe(status_schema)),
-    get("/internal-backstage/metrics", OperationId::Open(PublicOperation::Metrics), "Its metrics, as Prometheus text").tag(INSTANCE_TAG).response(ResponseSpec::Text).disabled_by(Endpoint::Metrics),
-    get("/internal-backstage/prometheus", OperationId::Open(PublicOperation::Metrics), "The same metrics under an older path").tag(INSTANCE_TAG).response(ResponseSpec::Text).disabled_by(Endpoint::Metrics),
-    get("/internal-backstage/features", OperationId::Instance(InstanceOperation::Features), "The flag configuration of each environment").tag(INSTANCE_TAG).disabled_by(Endpoint::Features),
-    get("/internal-backstage/tokens", OperationId::Instance(InstanceOperation::KnownTokens), "The valid tokens, masked").tag(INSTANCE_TAG).disabled_by(Endpoint::Tokens),
-    get("/internal-backstage/metricsbatch", OperationId::Instance(InstanceOperation::MetricsBatch), "Usage data that is not sent yet").tag(INSTANCE_TAG).disabled_by(Endpoint::MetricsBatch),
-    get("/internal-backstage/instancedata", OperationId::Instance(InstanceOperation::InstanceData), "This instance and the edges behind it").tag(INSTANCE_TAG).disabled_by(Endpoint::InstanceData),
+    get("/internal-backstage/metrics", OperationId::Open(PublicOperation::Metrics), "Its metrics, as Prometheus text").tag(INSTANCE_TAG).response(ResponseSpec::Text).disabled_by(OptionalEndpoint::Metrics),
+    get("/internal-backstage/prometheus", OperationId::Open(PublicOperation::Metrics), "The same metrics under an older path").tag(INSTANCE_TAG).response(ResponseSpec::Text).disabled_by(OptionalEndpoint::Metrics),
+    get("/internal-backstage/features", OperationId::Instance(InstanceOperation::Features), "The flag configuration of each environment").tag(INSTANCE_TAG).disabled_by(OptionalEndpoint::Features),
+    get("/internal-backstage/tokens", OperationId::Instance(InstanceOperation::KnownTokens), "The valid tokens, masked").tag(INSTANCE_TAG).disabled_by(OptionalEndpoint::Tokens),
+    get("/internal-backstage/metricsbatch", OperationId::Instance(InstanceOperation::MetricsBatch), "Usage data that is not sent yet").tag(INSTANCE_TAG).disabled_by(OptionalEndpoint::MetricsBatch),
+    get("/internal-backstage/instancedata", OperationId::Instance(InstanceOperation::InstanceData), "This instance and the edges behind it").tag(INSTANCE_TAG).disabled_by(OptionalEndpoint::InstanceData),
 
     post("/auth/simple/login", OperationId::Open(PublicOperation::SignIn), "Sign in; the response sets a session cookie").tag(SESSION_TAG).body::<wire::Login>().json::<wire::Caller>(),
     post("/logout", OperationId::Open(PublicOperation::SignOut), "Sign out").tag(SESSION_TAG).response(ResponseSpec::NoContent),

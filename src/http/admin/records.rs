@@ -3,7 +3,7 @@
 use super::{body::QueryParams, operation::MAX_EVENTS};
 use crate::{
     control::{Control, Event, EventKind, EventQuery, Operator},
-    http::reply::{self, Failure, Reply},
+    http::reply::{self, HttpError, HttpResponse},
     wire::admin::{self as wire, Problems, Time},
 };
 
@@ -15,7 +15,7 @@ pub(super) async fn list_events(
     control: &Control,
     operator: &Operator,
     query: &QueryParams<'_>,
-) -> Result<Reply, Failure> {
+) -> Result<HttpResponse, HttpError> {
     let mut problems = Problems::default();
     let names = query.texts(&mut problems, "type");
     let kinds: Option<Vec<_>> = names.iter().map(|name| EventKind::parse(name)).collect();
@@ -37,7 +37,7 @@ pub(super) async fn list_events(
     problems.finish()?;
     let page = control.events(operator, &query).await?;
     let events = page.events.into_iter().map(event_json).collect();
-    Ok(reply::document(&wire::Events { version: 1, events, total_events: page.total }))
+    Ok(reply::json_document(&wire::Events { version: 1, events, total_events: page.total }))
 }
 
 fn event_json(event: Event) -> wire::Event {

@@ -24,8 +24,8 @@ use super::{
 };
 use crate::{
     auth::Authenticator,
-    http::reply::{self, Failure, Reply},
-    telemetry::report,
+    http::reply::{self, HttpError, HttpResponse},
+    telemetry::error_chain,
     upstream::Upstream,
     wire::{person::Person, tokens::ListedSecret},
 };
@@ -78,16 +78,16 @@ impl Relay {
         path: &str,
         body: Bytes,
         address: IpAddr,
-    ) -> Result<Reply, Failure> {
+    ) -> Result<HttpResponse, HttpError> {
         let changes = !matches!(head.method, Method::GET | Method::HEAD | Method::OPTIONS);
         let is_browser = [COOKIE, ORIGIN].iter().any(|it| head.headers.contains_key(it));
         let token = presented_token(&head.headers, context.token_header);
         let is_own_page = is_same_origin(&head.headers);
         if changes && is_browser && token.is_none() && !is_own_page {
-            return Err(Failure::CrossOrigin);
+            return Err(HttpError::CrossOrigin);
         }
         if has_path_traversal(path) {
-            return Err(Failure::NotFound);
+            return Err(HttpError::NotFound);
         }
         let mut headers = end_to_end_headers(&head.headers);
         headers.remove(context.token_header);
@@ -114,9 +114,9 @@ impl Relay {
     }
 
     /// The user that is signed in upstream with these cookies.
-    pub(super) async fn signed_in_user(&self, headers: &HeaderMap) -> Result<Person, Failure> {
+    pub(super) async fn signed_in_user(&self, headers: &HeaderMap) -> Result<Person, HttpError> {
         if !headers.contains_key(COOKIE) {
-            return Err(Failure::SignIn);
+            return Err(HttpError::SignInRequired);
         }
         let passed = [COOKIE, BACKGROUND_HEADER].into_iter().flat_map(|name| {
             headers.get_all(&name).iter().map(move |value| (name.clone(), value.clone()))
@@ -125,12 +125,12 @@ impl Relay {
         let answer = self.send(&Method::GET, "/api/admin/user", passed, Bytes::new()).await?;
         if !answer.status().is_success() {
             return Err(if answer.status().is_server_error() {
-                Failure::Upstream
+                HttpError::BadGateway
             } else {
-                Failure::SignIn
+                HttpError::SignInRequired
             });
         }
-        Person::parse(answer.body()).map_err(|_| Failure::Upstream)
+        Person::parse(answer.body()).map_err(|_| HttpError::BadGateway)
     }
 
     async fn send(
@@ -139,18 +139,18 @@ impl Relay {
         target: &str,
         headers: HeaderMap,
         body: Bytes,
-    ) -> Result<hyper::Response<Bytes>, Failure> {
-        let uri = target.parse().map_err(|_| Failure::NotFound)?;
+    ) -> Result<hyper::Response<Bytes>, HttpError> {
+        let uri = target.parse().map_err(|_| HttpError::NotFound)?;
         let mut request = Request::new(body);
         *request.method_mut() = method.clone();
         *request.uri_mut() = uri;
         *request.headers_mut() = headers;
         self.upstream.relay(request).await.map_err(|error| {
             warn!(
-                error = report(&error),
+                error = error_chain(&error),
                 "Upstream did not respond to a relayed request; the client gets a 502"
             );
-            Failure::Upstream
+            HttpError::BadGateway
         })
     }
 }

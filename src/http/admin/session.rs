@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     control::{Account, Control, Operator, RootRole, SignIn},
-    http::reply::{self, Failure, Reply},
+    http::reply::{self, HttpError, HttpResponse},
     wire::admin::{self as wire, Problems},
 };
 
@@ -29,10 +29,10 @@ pub(super) async fn sign_in(
     is_tls: bool,
     address: IpAddr,
     body: &Bytes,
-) -> Result<Reply, Failure> {
+) -> Result<HttpResponse, HttpError> {
     // Otherwise another site could sign its visitors in to an account of its choice (login CSRF).
     if headers.contains_key("origin") && !is_same_origin(headers) {
-        return Err(Failure::CrossOrigin);
+        return Err(HttpError::CrossOrigin);
     }
     let request: wire::Login = body::parse_object(body)?;
     let mut problems = Problems::default();
@@ -54,7 +54,7 @@ pub(super) async fn sign_in(
     let device = format!(
         "{DEVICE_COOKIE}={device}; Path=/auth; Max-Age={DEVICE_COOKIE_MAX_AGE_SECONDS}; HttpOnly; SameSite=Strict{secure}"
     );
-    let reply = reply::document(&account_json(&signed_in.account));
+    let reply = reply::json_document(&account_json(&signed_in.account));
     Ok(reply::with_cookie(reply::with_cookie(reply, &session), &device))
 }
 
@@ -64,28 +64,28 @@ pub(super) async fn sign_out(
     headers: &HeaderMap,
     is_tls: bool,
     address: IpAddr,
-) -> Result<Reply, Failure> {
+) -> Result<HttpResponse, HttpError> {
     if let Some(session) = session_cookie(headers, is_tls) {
         if !is_same_origin(headers) {
-            return Err(Failure::CrossOrigin);
+            return Err(HttpError::CrossOrigin);
         }
         control.sign_out(session, address).await?;
     }
     // Both names: a browser deletes the one it has, and accepts the prefixed one only over TLS.
     let expired = |name| format!("{name}=; Path=/; Max-Age=0; HttpOnly; SameSite=Strict");
-    let reply = reply::with_cookie(reply::nothing(), &expired(SESSION_COOKIE));
+    let reply = reply::with_cookie(reply::no_content(), &expired(SESSION_COOKIE));
     Ok(reply::with_cookie(reply, &format!("{}; Secure", expired(SECURE_SESSION_COOKIE))))
 }
 
 /// Returns the caller and their permissions.
-pub(super) fn current_user(caller: &AuthenticatedCaller) -> Reply {
+pub(super) fn current_user(caller: &AuthenticatedCaller) -> HttpResponse {
     let operator = &caller.actor.operator;
     let user = match &caller.account {
         Some(account) => account_json(account),
         None => token_json(operator),
     };
     let permissions = operator.permissions();
-    reply::document(&wire::Me {
+    reply::json_document(&wire::Me {
         user,
         permissions: permissions.map(|permission| wire::Permission { permission }).collect(),
         feedback: Vec::new(),
@@ -120,9 +120,9 @@ pub(super) async fn change_password(
     control: &Control,
     caller: &AuthenticatedCaller,
     body: &Bytes,
-) -> Result<Reply, Failure> {
+) -> Result<HttpResponse, HttpError> {
     if caller.account.is_none() {
-        return Err(Failure::Malformed("an API token has no password".to_owned()));
+        return Err(HttpError::Malformed("an API token has no password".to_owned()));
     }
     let request: wire::ChangePassword = body::parse_object(body)?;
     let mut problems = Problems::default();
@@ -138,5 +138,5 @@ pub(super) async fn change_password(
     let new = body::new_password(&mut problems, new.as_ref());
     let (old, new) = problems.or(old.zip(new))?;
     control.change_own_password(&caller.actor, &old, new).await?;
-    Ok(reply::done())
+    Ok(reply::empty_ok())
 }

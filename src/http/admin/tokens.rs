@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use super::{body, catalogue::FlagCatalogue};
 use crate::{
     control::{Actor, ApiToken, Control, NewToken},
-    http::reply::{self, Failure, Reply},
+    http::reply::{self, HttpError, HttpResponse},
     token::{Environment, Project, Projects, TokenKind},
     wire::admin::{self as wire, Field, Id, Instant, MAX_PROJECTS, Problems, Shown, Time},
 };
@@ -26,14 +26,14 @@ pub(super) enum TokenFilter<'a> {
 }
 
 /// Lists the tokens that the caller may see.
-pub(super) fn list(control: &Control, actor: &Actor, filter: TokenFilter<'_>) -> Reply {
+pub(super) fn list(control: &Control, actor: &Actor, filter: TokenFilter<'_>) -> HttpResponse {
     let is_selected = |token: &ApiToken| match filter {
         TokenFilter::All => true,
         TokenFilter::Named(name) => token.name == name,
         TokenFilter::InProject(project) => is_visible_in(token, project),
     };
     let tokens = control.tokens(&actor.operator).into_iter().filter(is_selected).map(token_json);
-    reply::document(&wire::ApiTokens { tokens: tokens.collect() })
+    reply::json_document(&wire::ApiTokens { tokens: tokens.collect() })
 }
 
 fn is_visible_in(token: &ApiToken, project: &str) -> bool {
@@ -51,7 +51,7 @@ pub(super) async fn create(
     catalogue: &FlagCatalogue,
     project: Option<&str>,
     body: &Bytes,
-) -> Result<Reply, Failure> {
+) -> Result<HttpResponse, HttpError> {
     let request: wire::CreateToken = body::parse_object(body)?;
     let kind = match &request.r#type {
         Field::Is(kind) => Some(kind.0),
@@ -69,7 +69,7 @@ fn parse_new_token(
     request: wire::CreateToken,
     catalogue: &FlagCatalogue,
     project: Option<&str>,
-) -> Result<NewToken, Failure> {
+) -> Result<NewToken, HttpError> {
     let mut problems = Problems::default();
     let name = problems.required("tokenName", request.token_name.or(request.username));
     let kind = problems.required("type", request.r#type).map(|kind| kind.0);
@@ -174,14 +174,14 @@ pub(super) async fn update(
     actor: &Actor,
     token: &str,
     body: &Bytes,
-) -> Result<Reply, Failure> {
+) -> Result<HttpResponse, HttpError> {
     let request: wire::UpdateToken = body::parse_object(body)?;
     let mut problems = Problems::default();
     let end = problems.required("expiresAt", request.expires_at);
     problems.finish()?;
     let end = end.flatten().map(|end| end.0);
     control.update_token(actor, token, end).await?;
-    Ok(reply::done())
+    Ok(reply::empty_ok())
 }
 
 /// Deletes a token. As in Unleash, a token that does not exist is no error.
@@ -189,9 +189,9 @@ pub(super) async fn delete(
     control: &Control,
     actor: &Actor,
     token: &str,
-) -> Result<Reply, Failure> {
+) -> Result<HttpResponse, HttpError> {
     control.delete_token(actor, token).await?;
-    Ok(reply::done())
+    Ok(reply::empty_ok())
 }
 
 /// Deletes a token that has access to this project only.
@@ -200,12 +200,12 @@ pub(super) async fn delete_from_project(
     actor: &Actor,
     project: &str,
     token: &str,
-) -> Result<Reply, Failure> {
+) -> Result<HttpResponse, HttpError> {
     let found = control.token(&actor.operator, token);
-    let found = found.ok_or_else(|| Failure::Missing("there is no such token".to_owned()))?;
+    let found = found.ok_or_else(|| HttpError::ResourceNotFound("there is no such token".to_owned()))?;
     let only = Projects::Only([Project::new(project)].into());
     if found.projects != only {
-        return Err(Failure::Malformed("the token has access to other projects too".to_owned()));
+        return Err(HttpError::Malformed("the token has access to other projects too".to_owned()));
     }
     delete(control, actor, token).await
 }

@@ -5,7 +5,7 @@ use jiff::{SignedDuration, Timestamp};
 use super::{body::QueryParams, operation::MAX_USAGE_HOURS};
 use crate::{
     control::{ApplicationSummary, Control, UsageHour},
-    http::reply::{self, Failure, Reply},
+    http::reply::{self, HttpError, HttpResponse},
     wire::admin::{self as wire, Problems, Time},
 };
 
@@ -13,11 +13,11 @@ use crate::{
 const DEFAULT_USAGE_HOURS: u32 = 24;
 
 /// Lists the applications that use flags.
-pub(super) async fn list_applications(control: &Control) -> Result<Reply, Failure> {
+pub(super) async fn list_applications(control: &Control) -> Result<HttpResponse, HttpError> {
     let applications = control.applications().await?;
     let applications: Vec<_> = applications.into_iter().map(application_json).collect();
     let total = applications.len();
-    Ok(reply::document(&wire::Applications { applications, total }))
+    Ok(reply::json_document(&wire::Applications { applications, total }))
 }
 
 fn application_json(application: ApplicationSummary) -> wire::Application {
@@ -37,7 +37,7 @@ pub(super) async fn flag_usage(
     control: &Control,
     flag: &str,
     query: &QueryParams<'_>,
-) -> Result<Reply, Failure> {
+) -> Result<HttpResponse, HttpError> {
     let mut problems = Problems::default();
     let hours =
         query.number(&mut problems, "hoursBack", 1, MAX_USAGE_HOURS).unwrap_or(DEFAULT_USAGE_HOURS);
@@ -45,7 +45,7 @@ pub(super) async fn flag_usage(
     let since = Timestamp::now() - SignedDuration::from_hours(i64::from(hours));
     let data = control.usage_of(flag, since).await?.into_iter().map(usage_hour_json).collect();
     let feature_name = flag.to_owned();
-    Ok(reply::document(&wire::FlagUsage { version: 1, maturity: "stable", feature_name, data }))
+    Ok(reply::json_document(&wire::FlagUsage { version: 1, maturity: "stable", feature_name, data }))
 }
 
 fn usage_hour_json(hour: UsageHour) -> wire::UsageHour {

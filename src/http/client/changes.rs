@@ -6,19 +6,19 @@ use tokio::sync::watch;
 
 use crate::{
     feed::{ChangeFeed, UpdateKind, StateId, SubscriptionKey},
-    http::streaming::{FetchMode, Piece, Teller, Told},
+    http::streaming::{FetchMode, SseChunk, EventSource, ChunkKind},
     wire::{delta::EventId, sse},
 };
 
 /// Delta events for one subscription key.
 #[derive(Debug)]
-pub struct Changes {
+pub struct DeltaEvents {
     feed: ChangeFeed,
     /// The state ids of the environment.
-    states: watch::Receiver<StateId>,
-    topic: Arc<SubscriptionKey>,
+    state_ids: watch::Receiver<StateId>,
+    subscription_key: Arc<SubscriptionKey>,
     /// The id of the state that the client has.
-    last: Option<EventId>,
+    last_state_id: Option<EventId>,
     stage: Stage,
 }
 
@@ -26,54 +26,54 @@ pub struct Changes {
 enum Stage {
     /// Nothing has been sent. The fetch mode, if there is one, follows the first chunk.
     Connecting(Option<FetchMode>),
-    Directing(FetchMode),
-    Following,
+    SendingFetchMode(FetchMode),
+    Streaming,
 }
 
-impl Changes {
+impl DeltaEvents {
     /// Starts with everything since the state `last`. `states` yields the state ids of the key's
     /// environment.
     pub fn new(
         feed: ChangeFeed,
-        states: watch::Receiver<StateId>,
+        state_ids: watch::Receiver<StateId>,
         topic: SubscriptionKey,
-        last: Option<EventId>,
+        last_state_id: Option<EventId>,
         fetch_mode: Option<FetchMode>,
     ) -> Self {
-        Self { feed, states, topic: Arc::new(topic), last, stage: Stage::Connecting(fetch_mode) }
+        Self { feed, state_ids, subscription_key: Arc::new(topic), last_state_id, stage: Stage::Connecting(fetch_mode) }
     }
 }
 
-impl Teller for Changes {
-    fn tell(&mut self) -> Option<Piece> {
-        if let Stage::Directing(mode) = self.stage {
-            self.stage = Stage::Following;
+impl EventSource for DeltaEvents {
+    fn next_event(&mut self) -> Option<SseChunk> {
+        if let Stage::SendingFetchMode(mode) = self.stage {
+            self.stage = Stage::Streaming;
             if mode == FetchMode::Polling {
                 let bytes = sse::event("fetch-mode", None, "polling").into();
-                return Some(Piece { bytes, told: Told::Directions });
+                return Some(SseChunk { bytes, kind: ChunkKind::FetchMode });
             }
         }
         // Called again after each chunk: usually there is nothing more to send.
-        if self.stage == Stage::Following && self.last == Some(self.topic.event_id(*self.states.borrow()))
+        if self.stage == Stage::Streaming && self.last_state_id == Some(self.subscription_key.event_id(*self.state_ids.borrow()))
         {
             return None;
         }
-        let frame = self.feed.update_since(&self.topic, self.last)?;
-        self.last = Some(frame.event_id());
+        let frame = self.feed.update_since(&self.subscription_key, self.last_state_id)?;
+        self.last_state_id = Some(frame.event_id());
         if let Stage::Connecting(mode) = self.stage {
-            self.stage = mode.map_or(Stage::Following, Stage::Directing);
+            self.stage = mode.map_or(Stage::Streaming, Stage::SendingFetchMode);
             let kind = match frame.kind() {
-                UpdateKind::Snapshot => Told::Whole,
-                UpdateKind::Delta | UpdateKind::Unchanged => Told::Missed,
+                UpdateKind::Snapshot => ChunkKind::Hydration,
+                UpdateKind::Delta | UpdateKind::Unchanged => ChunkKind::Replay,
             };
-            return Some(Piece { bytes: frame.connected_event(), told: kind });
+            return Some(SseChunk { bytes: frame.connected_event(), kind });
         }
         let kind = match frame.kind() {
             UpdateKind::Unchanged => return None,
-            UpdateKind::Snapshot => Told::Overtaken,
-            UpdateKind::Delta => Told::Changed(frame.received_at()),
+            UpdateKind::Snapshot => ChunkKind::Resync,
+            UpdateKind::Delta => ChunkKind::Changes(frame.received_at()),
         };
-        Some(Piece { bytes: frame.updated_event(), told: kind })
+        Some(SseChunk { bytes: frame.updated_event(), kind })
     }
 }
 
@@ -102,16 +102,16 @@ mod tests {
     }
 
     /// Applies all pending chunks to `has`, and returns the kind of the last one.
-    fn read(changes: &mut Changes, has: &mut Document) -> Option<Told> {
+    fn read(changes: &mut DeltaEvents, has: &mut Document) -> Option<ChunkKind> {
         let mut last = None;
-        while let Some(chunk) = changes.tell() {
+        while let Some(chunk) = changes.next_event() {
             let mut decoder = Decoder::new(1 << 20);
             let take = |event: sse::Event| {
                 let events = delta::parse(event.data.as_bytes()).unwrap();
                 *has = apply(has, events.iter().map(|event| &event.change));
             };
             decoder.read(&chunk.bytes, take).unwrap();
-            last = Some(chunk.told);
+            last = Some(chunk.kind);
         }
         last
     }
@@ -124,12 +124,12 @@ mod tests {
         let feed = ChangeFeed::new(snapshots.clone());
         let states = feed.subscribe(&environment).unwrap();
         let topic = SubscriptionKey::new(environment, projects, Filter::default());
-        let mut changes = Changes::new(feed.clone(), states, topic.clone(), None, None);
+        let mut changes = DeltaEvents::new(feed.clone(), states, topic.clone(), None, None);
         let mut has = Document::default();
-        assert_eq!(read(&mut changes, &mut has), Some(Told::Whole));
+        assert_eq!(read(&mut changes, &mut has), Some(ChunkKind::Hydration));
         // Changes while the client reads nothing: first fewer than the history holds, then more.
         for (changed, expect) in
-            [(1..50, Told::Changed(Instant::now())), (50..250, Told::Overtaken)]
+            [(1..50, ChunkKind::Changes(Instant::now())), (50..250, ChunkKind::Resync)]
         {
             let last = changed.end - 1;
             for n in changed {

@@ -16,11 +16,11 @@ use crate::{
 
 /// The inputs of an evaluation: a context, a snapshot and the token's scope.
 #[derive(Clone, Copy, Debug)]
-pub struct Question<'a> {
+pub struct EvaluationRequest<'a> {
     /// The context as the client sent it.
-    pub told: &'a FrontendContext<'a>,
+    pub context: &'a FrontendContext<'a>,
     /// The client's address, for a context without one.
-    pub client: IpAddr,
+    pub client_address: IpAddr,
     /// This machine's host name, for the `applicationHostname` strategy.
     pub hostname: &'a str,
     /// The flags to evaluate.
@@ -28,17 +28,17 @@ pub struct Question<'a> {
     /// The token's scope.
     pub scope: &'a Scope,
     /// The random seed, if it is fixed; otherwise each evaluation draws a new one.
-    pub draw: Option<u64>,
+    pub random_seed: Option<u64>,
 }
 
-impl Question<'_> {
+impl EvaluationRequest<'_> {
     /// Completes the context with the fields that the flags of `view` read, and passes it to `evaluate`.
     ///
     /// A missing address is the client's. A missing `sessionId` is random, as in Unleash's frontend API.
     /// The environment stays as the client sent it: Unleash, its SDKs and Unleash Edge do not copy the
     /// token's environment to the context either.
-    pub fn answer<T>(&self, view: &FrontendView, evaluate: impl FnOnce(&Context<'_>) -> T) -> T {
-        let Self { told: sent, client, hostname, draw, .. } = *self;
+    pub fn with_context<T>(&self, view: &FrontendView, evaluate: impl FnOnce(&Context<'_>) -> T) -> T {
+        let Self { context: sent, client_address: client, hostname, random_seed: draw, .. } = *self;
         let reads = view.inputs();
         let draw = match draw {
             Some(draw) => draw,
@@ -48,7 +48,7 @@ impl Question<'_> {
         let random_session;
         let (session_id, session_is_made_up) = match sent.session_id.as_deref() {
             Some(id) if !id.is_empty() => (Some(id), false),
-            _ => match reads.relevance(FieldId::SESSION_ID, |field| lacks(sent, field)) {
+            _ => match reads.relevance(FieldId::SESSION_ID, |field| is_missing(sent, field)) {
                 Relevance::None => (None, false),
                 Relevance::Membership => (Some(session::PLACEHOLDER), false),
                 Relevance::Text => {
@@ -58,13 +58,13 @@ impl Question<'_> {
             },
         };
         let lacks_identifier =
-            |field| lacks(sent, field) && (field != FieldId::SESSION_ID || session_id.is_none());
-        let mut address = [0; LONGEST_ADDRESS];
+            |field| is_missing(sent, field) && (field != FieldId::SESSION_ID || session_id.is_none());
+        let mut address = [0; MAX_ADDRESS_LEN];
         let remote_address = match sent.remote_address.as_deref().filter(|it| !it.is_empty()) {
             // Few flags read it if the user is known.
             None => match reads.relevance(FieldId::REMOTE_ADDRESS, lacks_identifier) {
                 Relevance::None => None,
-                Relevance::Membership | Relevance::Text => Some(written(client, &mut address)),
+                Relevance::Membership | Relevance::Text => Some(format_address(client, &mut address)),
             },
             address => address,
         };
@@ -87,7 +87,7 @@ impl Question<'_> {
 }
 
 /// Whether an identifying field is missing or empty. Any other field counts as missing.
-fn lacks(sent: &FrontendContext<'_>, field: FieldId) -> bool {
+fn is_missing(sent: &FrontendContext<'_>, field: FieldId) -> bool {
     let value = match field {
         FieldId::USER_ID => &sent.user_id,
         FieldId::SESSION_ID => &sent.session_id,
@@ -97,51 +97,51 @@ fn lacks(sent: &FrontendContext<'_>, field: FieldId) -> bool {
 }
 
 /// The length of `ffff:ffff:ffff:ffff:ffff:ffff:255.255.255.255`, the longest form of an address.
-const LONGEST_ADDRESS: usize = 45;
+const MAX_ADDRESS_LEN: usize = 45;
 
 /// Formats an address without allocating.
-fn written(address: IpAddr, buffer: &mut [u8; LONGEST_ADDRESS]) -> &str {
+fn format_address(address: IpAddr, buffer: &mut [u8; MAX_ADDRESS_LEN]) -> &str {
     let mut rest = &mut buffer[..];
     write!(rest, "{address}").expect("the buffer holds any address");
-    let length = LONGEST_ADDRESS - rest.len();
+    let length = MAX_ADDRESS_LEN - rest.len();
     std::str::from_utf8(&buffer[..length]).expect("addresses are written in ASCII")
 }
 
 /// Contexts up to this size, in bytes, are stored in full (about fifteen properties), so that few
 /// streams have to reconnect when a changed flag reads another field.
-const KEPT_WHOLE: usize = 2 << 10;
+const MAX_FULL_CONTEXT_BYTES: usize = 2 << 10;
 
 /// The client of an event stream, whose context is evaluated against each new snapshot.
 ///
 /// The random seed is drawn once, so that outcomes change only when flags do. Of a large context only
 /// the fields that flags read are stored: thousands of clients may send contexts of 64 KiB.
 #[derive(Debug)]
-pub struct Asker {
-    told: FrontendContext<'static>,
+pub struct Subscriber {
+    context: FrontendContext<'static>,
     /// Hashes of the names of the omitted fields, sorted.
-    left_out: Box<[u64]>,
-    client: IpAddr,
+    omitted_fields: Box<[u64]>,
+    client_address: IpAddr,
     hostname: Arc<str>,
     scope: Scope,
-    draw: u64,
+    random_seed: u64,
 }
 
-impl Asker {
+impl Subscriber {
     /// A subscriber at the address `client` with the token's `scope` and a fixed random seed, `draw`. Of
     /// a large context, only the fields that the flags of `snapshot` read are stored.
     pub fn new(
         mut sent: FrontendContext<'_>,
-        client: IpAddr,
+        client_address: IpAddr,
         hostname: Arc<str>,
         scope: Scope,
-        draw: u64,
+        random_seed: u64,
         snapshot: &Snapshot,
     ) -> Self {
         let mut omitted = Vec::new();
-        if sent.memory() > KEPT_WHOLE {
+        if sent.memory() > MAX_FULL_CONTEXT_BYTES {
             let view = snapshot.frontend_view(&scope.projects);
             let fields: HashSet<_> =
-                read_fields(view.inputs(), snapshot.engine().schema()).collect();
+                used_fields(view.inputs(), snapshot.engine().schema()).collect();
             sent.retain(|name| {
                 let is_read = fields.contains(name);
                 if !is_read {
@@ -151,7 +151,7 @@ impl Asker {
             });
             omitted.sort_unstable();
         }
-        Self { told: sent.into_owned(), left_out: omitted.into(), client, hostname, scope, draw }
+        Self { context: sent.into_owned(), omitted_fields: omitted.into(), client_address, hostname, scope, random_seed }
     }
 
     /// The token's scope.
@@ -161,19 +161,19 @@ impl Asker {
 
     /// The request to evaluate against this snapshot. `None` if the flags of `view` read an omitted
     /// field: the client must reconnect with its full context.
-    pub fn question<'a>(&'a self, snapshot: &'a Snapshot, view: &FrontendView) -> Option<Question<'a>> {
-        let Self { told, left_out, client, hostname, scope, draw } = self;
-        let mut fields = read_fields(view.inputs(), snapshot.engine().schema());
+    pub fn evaluation_request<'a>(&'a self, snapshot: &'a Snapshot, view: &FrontendView) -> Option<EvaluationRequest<'a>> {
+        let Self { context: told, omitted_fields: left_out, client_address: client, hostname, scope, random_seed: draw } = self;
+        let mut fields = used_fields(view.inputs(), snapshot.engine().schema());
         let is_left_out = |name: &str| left_out.binary_search(&xxh3_64(name.as_bytes())).is_ok();
         if !left_out.is_empty() && fields.any(is_left_out) {
             return None;
         }
-        Some(Question { told, client: *client, hostname, snapshot, scope, draw: Some(*draw) })
+        Some(EvaluationRequest { context: told, client_address: *client, hostname, snapshot, scope, random_seed: Some(*draw) })
     }
 }
 
 /// The names of the context fields that the flags read.
-fn read_fields<'a>(reads: &EvaluationInputs, fields: &'a ContextSchema) -> impl Iterator<Item = &'a str> {
+fn used_fields<'a>(reads: &EvaluationInputs, fields: &'a ContextSchema) -> impl Iterator<Item = &'a str> {
     let time = reads.is_time_dependent().then_some(FieldId::CURRENT_TIME);
     reads.fields().chain(time).map(|field| &*fields.names()[field.index()])
 }
@@ -206,8 +206,8 @@ mod tests {
             let body = json!({ "properties": properties }).to_string();
             let sent = FrontendContext::from_json(body.as_bytes()).unwrap();
             let client = Ipv4Addr::LOCALHOST.into();
-            let subscriber = Asker::new(sent, client, "here".into(), scope.clone(), 7, &snapshot);
-            subscriber.told.properties
+            let subscriber = Subscriber::new(sent, client, "here".into(), scope.clone(), 7, &snapshot);
+            subscriber.context.properties
         };
         assert_eq!(stored(10).len(), 11);
         let of_many = stored(255);

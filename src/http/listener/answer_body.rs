@@ -19,7 +19,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use tracing::debug;
 
 use super::{activity::InFlightResponse, limits::STALL_TIMEOUT};
-use crate::http::reply::{Outgoing, Reply};
+use crate::http::reply::{ResponseBody, HttpResponse};
 
 /// The largest chunk of an HTTP/2 body, in bytes: one frame. As soon as the client reads a byte of a
 /// chunk, the rest of it moves to the connection's buffer and is no longer counted.
@@ -28,7 +28,7 @@ const CHUNK_BYTES: usize = 16 << 10;
 /// A response body whose progress is tracked.
 #[derive(Debug)]
 pub(super) struct TrackedBody {
-    body: Outgoing,
+    body: ResponseBody,
     in_flight: Option<InFlightResponse>,
     /// Present over HTTP/2 only.
     stall_timer: Option<Arc<StallTimer>>,
@@ -37,7 +37,7 @@ pub(super) struct TrackedBody {
 impl TrackedBody {
     /// Wraps the body of an HTTP/1 response, which is sent in one chunk.
     pub(super) fn for_http1(
-        reply: Reply,
+        reply: HttpResponse,
         in_flight: Option<InFlightResponse>,
     ) -> hyper::Response<Self> {
         reply.map(|body| Self { body, in_flight, stall_timer: None })
@@ -45,11 +45,11 @@ impl TrackedBody {
 
     /// Wraps the body of an HTTP/2 response, which is sent in chunks.
     pub(super) fn for_http2(
-        reply: Reply,
+        reply: HttpResponse,
         mut in_flight: InFlightResponse,
     ) -> hyper::Response<Self> {
         let progress = STALL_TIMER.try_with(Arc::clone).ok();
-        let bytes = usize::try_from(crate::http::reply::length(&reply)).unwrap_or(usize::MAX);
+        let bytes = usize::try_from(crate::http::reply::body_length(&reply)).unwrap_or(usize::MAX);
         if let Some(progress) = progress.as_ref().filter(|_| bytes > 0) {
             progress.start();
         }
@@ -77,14 +77,14 @@ impl Body for TrackedBody {
             return Pin::new(&mut this.body).poll_frame(cx);
         };
         let frame = match &mut this.body {
-            Outgoing::Whole(bytes) => {
+            ResponseBody::Full(bytes) => {
                 let chunk = Self::next_chunk(bytes);
                 if let Some(in_flight) = &mut this.in_flight {
                     in_flight.set_pending(bytes.as_ref().map_or(0, Bytes::len));
                 }
                 Poll::Ready(chunk.map(|chunk| Ok(Frame::data(chunk))))
             }
-            live @ Outgoing::Live(_) => Pin::new(live).poll_frame(cx),
+            live @ ResponseBody::Stream(_) => Pin::new(live).poll_frame(cx),
         };
         match frame {
             Poll::Ready(_) => progress.start(),

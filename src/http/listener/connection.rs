@@ -26,7 +26,7 @@ use super::{
     limits::{ConnectionLimits, FIRST_REQUEST_TIMEOUT, SHUTDOWN_TIMEOUT},
     protocol::{self, HttpVersion},
 };
-use crate::telemetry::report;
+use crate::telemetry::error_chain;
 
 /// The resolution of the runtime's timers.
 const TIMER_RESOLUTION: Duration = Duration::from_millis(1);
@@ -50,7 +50,7 @@ pub(super) async fn until_shutdown<T>(
 ) -> Option<T> {
     let since = Instant::now();
     let closed = async {
-        drain.closing.wake().await;
+        drain.closing.subscribe().await;
         sleep_until(since + FIRST_REQUEST_TIMEOUT).await;
     };
     tokio::select! {
@@ -82,7 +82,7 @@ pub(super) async fn detect_http_version<I: AsyncRead + Unpin>(
         let is_first = matches!(read, Ok(read) if read == prefix.len());
         match (read, protocol::detect(prefix)) {
             (Err(error), _) => {
-                debug!(error = report(&error), "A connection failed before its first request");
+                debug!(error = error_chain(&error), "A connection failed before its first request");
                 return None;
             }
             (_, Some(protocol)) => return Some(protocol),
@@ -115,7 +115,7 @@ pub(super) async fn serve_until_closed<C: GracefulConnection<Error = hyper::Erro
 ) {
     let mut connection = pin!(connection);
     let mut timer = pin!(sleep_until(lifetime.first_check()));
-    let (mut draining, mut closing) = (pin!(drain.draining.wake()), pin!(drain.closing.wake()));
+    let (mut draining, mut closing) = (pin!(drain.draining.subscribe()), pin!(drain.closing.subscribe()));
     let (mut is_first_poll, mut has_sent_close) = (true, false);
     let mut waited = ConnectionState::Idle;
     let end = poll_fn(|cx| {
@@ -182,7 +182,7 @@ pub(super) async fn serve_until_closed<C: GracefulConnection<Error = hyper::Erro
     match end.await {
         Some(Ok(())) => {}
         Some(Err(error)) => {
-            debug!(error = report(&error), "A connection closed early");
+            debug!(error = error_chain(&error), "A connection closed early");
         }
         None => debug!(?waited, "A connection timed out and was closed"),
     }

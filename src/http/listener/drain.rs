@@ -4,37 +4,37 @@
 //! they are used and no client loses a request. While closing, idle connections are closed as well.
 //! Connections react to both signals. The application decides when to send them.
 
-use crate::http::stop::Stop;
+use crate::http::stop::ShutdownSignal;
 
 /// The shutdown signals that connections watch. A cheap handle.
 #[derive(Clone, Debug, Default)]
 pub struct Drain {
     /// Responses announce that their connection closes.
-    pub(super) draining: Stop,
+    pub(super) draining: ShutdownSignal,
     /// Connections close as soon as they are idle.
-    pub(super) closing: Stop,
+    pub(super) closing: ShutdownSignal,
 }
 
 impl Drain {
     /// Starts draining: every response announces that its connection closes. New connections are
     /// accepted.
     pub fn begin(&self) {
-        self.draining.give();
+        self.draining.trigger();
     }
 
     /// Starts closing: stops accepting, closes idle connections and lets busy ones finish.
     pub fn close(&self) {
-        self.draining.give();
-        self.closing.give();
+        self.draining.trigger();
+        self.closing.trigger();
     }
 
     /// Whether responses announce that their connection closes.
     pub fn is_draining(&self) -> bool {
-        self.draining.is_given()
+        self.draining.is_triggered()
     }
 
     /// Whether connections close as soon as they are idle.
     pub fn is_closing(&self) -> bool {
-        self.closing.is_given()
+        self.closing.is_triggered()
     }
 }

@@ -23,7 +23,7 @@ use super::{
     limits,
     service::{HttpService, ServiceResponse},
 };
-use crate::http::reply::{Failure, Outgoing, Reply};
+use crate::http::reply::{HttpError, ResponseBody, HttpResponse};
 
 /// Passes the requests of one connection to the service.
 pub(super) struct RequestHandler<S> {
@@ -45,7 +45,7 @@ impl<S: HttpService> RequestHandler<S> {
         match self.call_service(request) {
             ServiceResponse::Ready(reply) => {
                 let is_last = self.drain.is_draining() || self.activity.is_closing_after_response();
-                let in_flight = matches!(reply.body(), Outgoing::Live(_))
+                let in_flight = matches!(reply.body(), ResponseBody::Stream(_))
                     .then(|| self.activity.begin_response());
                 Either::Left(ready(Ok(TrackedBody::for_http1(
                     with_close_header(reply, is_last),
@@ -59,7 +59,7 @@ impl<S: HttpService> RequestHandler<S> {
                 Either::Right(Box::pin(async move {
                     let reply = reply.await.unwrap_or_else(|_| panic_response());
                     let is_last = drain.is_draining() || activity.is_closing_after_response();
-                    let in_flight = matches!(reply.body(), Outgoing::Live(_)).then_some(in_flight);
+                    let in_flight = matches!(reply.body(), ResponseBody::Stream(_)).then_some(in_flight);
                     Ok(TrackedBody::for_http1(with_close_header(reply, is_last), in_flight))
                 }))
             }
@@ -90,13 +90,13 @@ impl<S: HttpService> RequestHandler<S> {
     }
 }
 
-fn panic_response() -> Reply {
+fn panic_response() -> HttpResponse {
     error!("A request handler panicked; the client gets a 500");
-    Reply::from(Failure::Internal)
+    HttpResponse::from(HttpError::Internal)
 }
 
 /// Adds `Connection: close` to the last response on a connection (RFC 9112, section 9.6).
-fn with_close_header(mut reply: Reply, is_last: bool) -> Reply {
+fn with_close_header(mut reply: HttpResponse, is_last: bool) -> HttpResponse {
     if is_last {
         reply.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
     }

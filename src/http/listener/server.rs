@@ -34,7 +34,7 @@ use super::{
     tasks::ServerTasks,
     watched::TrackedIo,
 };
-use crate::{telemetry::report, tls::Alpn};
+use crate::{telemetry::error_chain, tls::Alpn};
 
 const REFUSED_CONNECTIONS: &str = "parapet_connections_refused_total";
 
@@ -126,7 +126,7 @@ impl<S: HttpService> HttpServer<S> {
                 }
                 Some(Ok(Ok(None))) => {}
                 Some(Ok(Err(error))) => {
-                    debug!(error = report(&error), "Closed a load balancer's connection");
+                    debug!(error = error_chain(&error), "Closed a load balancer's connection");
                     return;
                 }
                 Some(Err(_)) | None => return,
@@ -147,7 +147,7 @@ impl<S: HttpService> HttpServer<S> {
                 let info = ConnectionInfo { peer, tls: Some(agreed) };
                 Box::pin(self.serve_http(slot, io, info, protocol)).await;
             }
-            Some(Err(error)) => debug!(error = report(&error), "A TLS handshake failed"),
+            Some(Err(error)) => debug!(error = error_chain(&error), "A TLS handshake failed"),
             None => {}
         }
     }

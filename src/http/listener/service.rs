@@ -5,7 +5,7 @@ use std::{fmt, future::Future, pin::Pin, sync::Arc};
 use hyper::{Request, body::Incoming};
 
 use super::info::ConnectionInfo;
-use crate::http::reply::Reply;
+use crate::http::reply::HttpResponse;
 
 /// Handles the requests of a server.
 pub trait HttpService: Send + Sync + 'static {
@@ -23,14 +23,14 @@ pub trait HttpService: Send + Sync + 'static {
 /// The response to a request, or a future of it.
 pub enum ServiceResponse {
     /// A response that is available now. Most are, and need no boxed future.
-    Ready(Reply),
+    Ready(HttpResponse),
     /// A response that has to be awaited.
-    Deferred(Pin<Box<dyn Future<Output = Reply> + Send>>),
+    Deferred(Pin<Box<dyn Future<Output = HttpResponse> + Send>>),
 }
 
 impl ServiceResponse {
     /// Boxes the future of a response.
-    pub fn deferred(reply: impl Future<Output = Reply> + Send + 'static) -> Self {
+    pub fn deferred(reply: impl Future<Output = HttpResponse> + Send + 'static) -> Self {
         Self::Deferred(Box::pin(reply))
     }
 }

@@ -15,7 +15,7 @@ use tokio::{
 };
 
 use super::*;
-use crate::http::reply::{self, Failure, Reply};
+use crate::http::reply::{self, HttpError, HttpResponse};
 
 const MINUTE: Duration = Duration::from_mins(1);
 
@@ -41,7 +41,7 @@ impl HttpService for NeverResponds {
         ServiceResponse::deferred(async move {
             std::future::pending::<()>().await;
             drop(handle);
-            Reply::from(Failure::Internal)
+            HttpResponse::from(HttpError::Internal)
         })
     }
 }
@@ -53,11 +53,11 @@ impl HttpService for RespondsAfter {
     fn call(self: &Arc<Self>, _: Request<Incoming>, _: &Arc<ConnectionInfo>) -> ServiceResponse {
         let wait = self.0;
         if wait.is_zero() {
-            return ServiceResponse::Ready(Failure::NotFound.into());
+            return ServiceResponse::Ready(HttpError::NotFound.into());
         }
         ServiceResponse::deferred(async move {
             tokio::time::sleep(wait).await;
-            Reply::from(Failure::NotFound)
+            HttpResponse::from(HttpError::NotFound)
         })
     }
 }
@@ -99,7 +99,7 @@ impl HttpService for ReadsBody {
     ) -> ServiceResponse {
         ServiceResponse::deferred(async {
             request.into_body().collect().await.unwrap();
-            Reply::from(Failure::NotFound)
+            HttpResponse::from(HttpError::NotFound)
         })
     }
 }
@@ -109,7 +109,7 @@ struct RespondsWithBytes(usize);
 
 impl HttpService for RespondsWithBytes {
     fn call(self: &Arc<Self>, _: Request<Incoming>, _: &Arc<ConnectionInfo>) -> ServiceResponse {
-        ServiceResponse::Ready(reply::ok(vec![b'x'; self.0]))
+        ServiceResponse::Ready(reply::json_text(vec![b'x'; self.0]))
     }
 }
 

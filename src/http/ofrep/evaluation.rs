@@ -15,20 +15,20 @@ use crate::{
 };
 
 /// The JSON of an OFREP document.
-pub(super) fn json(document: &impl serde::Serialize) -> Bytes {
+pub(super) fn to_json(document: &impl serde::Serialize) -> Bytes {
     serde_json::to_vec(document).expect("OFREP documents are plain data").into()
 }
 
 /// A hash of the OFREP evaluations of all flags in `view` for one context.
-pub(super) fn outcome_of(snapshot: &Snapshot, view: &FrontendView, context: &Context<'_>) -> u128 {
+pub(super) fn hash_outcomes(snapshot: &Snapshot, view: &FrontendView, context: &Context<'_>) -> u128 {
     let engine = snapshot.engine();
     ofrep_hash(snapshot, view, context, |id, outcome| {
-        xxh3_64(&json(&evaluation(engine, id, outcome)))
+        xxh3_64(&to_json(&to_evaluation(engine, id, outcome)))
     })
 }
 
 /// The OFREP evaluation of a flag with this outcome.
-pub(super) fn evaluation(engine: &Engine, id: FlagId, outcome: Outcome) -> Evaluation<'_> {
+pub(super) fn to_evaluation(engine: &Engine, id: FlagId, outcome: Outcome) -> Evaluation<'_> {
     let flag = engine.flag(id);
     let variant = flag.variant(outcome);
     let payload = variant.and_then(|variant| variant.payload.as_ref());

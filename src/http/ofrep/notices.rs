@@ -3,11 +3,11 @@
 use bytes::Bytes;
 use tokio::time::Instant;
 
-use super::evaluation::outcome_of;
+use super::evaluation::hash_outcomes;
 use crate::{
     http::{
-        frontend::{Asker, Wake},
-        streaming::{Piece, Teller, Told},
+        frontend::{Subscriber, DateTrigger},
+        streaming::{SseChunk, EventSource, ChunkKind},
     },
     snapshot::Snapshots,
     wire::{ofrep, sse},
@@ -15,56 +15,56 @@ use crate::{
 
 /// Sends an event whenever the evaluated flags of one context change.
 #[derive(Debug)]
-pub struct Notices {
+pub struct RefetchEvents {
     snapshots: Snapshots,
-    asker: Asker,
+    subscriber: Subscriber,
     /// Identifies the flags that the provider has, or was told to fetch.
-    outcome: u128,
-    begun: bool,
-    wake: Wake,
+    outcome_hash: u128,
+    has_started: bool,
+    date_trigger: DateTrigger,
     /// The provider must evaluate again, with its full context.
     needs_reconnect: bool,
 }
 
-impl Notices {
+impl RefetchEvents {
     /// Starts with a provider whose flags have the hash `outcome`.
-    pub fn new(snapshots: Snapshots, asker: Asker, outcome: u128) -> Self {
-        let (begun, wake, needs_reconnect) = (false, Wake::default(), false);
-        Self { snapshots, asker, outcome, begun, wake, needs_reconnect }
+    pub fn new(snapshots: Snapshots, subscriber: Subscriber, outcome_hash: u128) -> Self {
+        let (has_started, date_trigger, needs_reconnect) = (false, DateTrigger::default(), false);
+        Self { snapshots, subscriber, outcome_hash, has_started, date_trigger, needs_reconnect }
     }
 }
 
-impl Teller for Notices {
-    fn tell(&mut self) -> Option<Piece> {
-        let Self { snapshots, asker, outcome, begun, wake, needs_reconnect } = self;
+impl EventSource for RefetchEvents {
+    fn next_event(&mut self) -> Option<SseChunk> {
+        let Self { snapshots, subscriber: asker, outcome_hash: outcome, has_started: begun, date_trigger: wake, needs_reconnect } = self;
         let snapshot = snapshots.load_for(asker.scope())?;
         let view = snapshot.frontend_view(&asker.scope().projects);
-        let since = wake.set(view.inputs(), snapshot.received_at());
-        let Some(question) = asker.question(&snapshot, &view) else {
+        let since = wake.reschedule(view.inputs(), snapshot.received_at());
+        let Some(question) = asker.evaluation_request(&snapshot, &view) else {
             *needs_reconnect = true;
             return None;
         };
-        let now = question.answer(&view, |context| outcome_of(&snapshot, &view, context));
+        let now = question.with_context(&view, |context| hash_outcomes(&snapshot, &view, context));
         let has_changed = std::mem::replace(outcome, now) != now;
         let is_first = !std::mem::replace(begun, true);
         let id = format_args!("{now:032x}").to_string();
         let (text, kind) = match (has_changed, is_first) {
             // A reconnecting client sends the id of its last event.
-            (false, true) => (sse::state(&id), Told::Missed),
-            (true, true) => (sse::event(ofrep::EVENT, Some(&id), ofrep::REFETCH), Told::Missed),
+            (false, true) => (sse::state(&id), ChunkKind::Replay),
+            (true, true) => (sse::event(ofrep::EVENT, Some(&id), ofrep::REFETCH), ChunkKind::Replay),
             (true, false) => {
-                (sse::event(ofrep::EVENT, Some(&id), ofrep::REFETCH), Told::Changed(since))
+                (sse::event(ofrep::EVENT, Some(&id), ofrep::REFETCH), ChunkKind::Changes(since))
             }
             (false, false) => return None,
         };
-        Some(Piece { bytes: Bytes::from(text), told: kind })
+        Some(SseChunk { bytes: Bytes::from(text), kind })
     }
 
-    fn wakes_at(&self) -> Option<Instant> {
-        self.wake.at()
+    fn next_deadline(&self) -> Option<Instant> {
+        self.date_trigger.deadline()
     }
 
-    fn is_over(&self) -> bool {
+    fn is_finished(&self) -> bool {
         self.needs_reconnect
     }
 }
@@ -76,7 +76,7 @@ mod tests {
     use serde_json::{Value, json as object};
 
     use super::{
-        super::evaluation::{evaluation, json},
+        super::evaluation::{to_evaluation, to_json},
         *,
     };
     use crate::{
@@ -90,22 +90,22 @@ mod tests {
     }
 
     /// A subscriber since this snapshot.
-    fn subscriber(snapshot: &Snapshot) -> Asker {
+    fn subscriber(snapshot: &Snapshot) -> Subscriber {
         let sent = FrontendContext::from_json(br#"{"userId":"7"}"#).unwrap();
         let client = IpAddr::V4(Ipv4Addr::LOCALHOST);
-        Asker::new(sent, client, "here".into(), scope(), 7, snapshot)
+        Subscriber::new(sent, client, "here".into(), scope(), 7, snapshot)
     }
 
     /// The evaluation of the only flag, and the outcome hash.
     fn evaluated(snapshots: &Snapshots) -> (Value, u128) {
         let snapshot = snapshots.load_for(&scope()).unwrap();
         let (engine, view) = (snapshot.engine(), snapshot.frontend_view(&Projects::All));
-        subscriber(&snapshot).question(&snapshot, &view).unwrap().answer(&view, |context| {
+        subscriber(&snapshot).evaluation_request(&snapshot, &view).unwrap().with_context(&view, |context| {
             let id = engine.find("a").unwrap();
             let outcome = engine.evaluate(id, &engine.bind(context));
-            let flag = json(&evaluation(engine, id, outcome));
+            let flag = to_json(&to_evaluation(engine, id, outcome));
             let flag = serde_json::from_slice(&flag).unwrap();
-            (flag, outcome_of(&snapshot, &view, context))
+            (flag, hash_outcomes(&snapshot, &view, context))
         })
     }
 
@@ -152,14 +152,14 @@ mod tests {
                 swap(&snapshots, before);
                 let (old, outcome) = evaluated(&snapshots);
                 let subscriber = subscriber(&snapshots.load_for(&scope()).unwrap());
-                let mut events = Notices::new(snapshots.clone(), subscriber, outcome);
-                let kind = events.tell().map(|chunk| chunk.told);
-                assert_eq!(kind, Some(Told::Missed));
+                let mut events = RefetchEvents::new(snapshots.clone(), subscriber, outcome);
+                let kind = events.next_event().map(|chunk| chunk.kind);
+                assert_eq!(kind, Some(ChunkKind::Replay));
                 swap(&snapshots, after);
                 let (new, now) = evaluated(&snapshots);
-                let is_sent = events.tell().is_some();
+                let is_sent = events.next_event().is_some();
                 assert_eq!(is_sent, old != new, "{before} became {after}: {old}, {new}");
-                assert!(events.tell().is_none());
+                assert!(events.next_event().is_none());
                 assert_eq!(now == outcome, old == new);
                 if is_sent { changes += 1 } else { others += 1 }
             }

@@ -14,7 +14,7 @@ use crate::{
 
 /// Why a request is not served.
 #[derive(Debug, thiserror::Error)]
-pub enum Failure {
+pub enum HttpError {
     /// No authorization header, or an unknown token. The text is Unleash's own, because SDK users search
     /// for it.
     #[error(
@@ -24,19 +24,19 @@ pub enum Failure {
     Unauthorized,
     /// A stream ticket that is invalid or has expired.
     #[error("the event stream URL has expired; evaluate the flags again to obtain a new one")]
-    Ticket,
+    InvalidStreamTicket,
     /// Neither a session nor an admin token.
     #[error("you must sign in, or present an admin token, to use this")]
-    SignIn,
+    SignInRequired,
     /// An unknown username or a wrong password.
     #[error("the username or the password is wrong")]
     WrongPassword,
     /// A valid token of another kind. The text is Unleash's own.
     #[error("invalid token: expected a different token type for this endpoint")]
-    WrongKind,
+    WrongTokenKind,
     /// A valid token for an environment that this instance is not configured to serve.
     #[error("this instance does not serve the environment of this token")]
-    NotServed,
+    EnvironmentNotServed,
     /// A valid token that upstream answers with 403.
     #[error(
         "upstream knows this token and refuses it (403): it may not serve the token's environment"
@@ -44,7 +44,7 @@ pub enum Failure {
     ForbiddenUpstream,
     /// A client address that is not allowed.
     #[error("requests from this address are not allowed")]
-    Blocked,
+    AddressBlocked,
     /// A change in a session whose request may come from a page of another origin.
     #[error(
         "changes with a session must come from this console: the request's Origin is missing or \
@@ -53,10 +53,10 @@ pub enum Failure {
     CrossOrigin,
     /// A permission that the caller does not have.
     #[error(transparent)]
-    Permission(Missing),
+    MissingPermission(Missing),
     /// An operation that no permission allows.
     #[error("{0}")]
-    Denied(String),
+    OperationDenied(String),
     /// Something that the response depends on is not available yet, or not reachable.
     #[error("{what}; try again later")]
     Unavailable {
@@ -67,102 +67,102 @@ pub enum Failure {
     },
     /// The client's rate limit is exceeded.
     #[error("too many attempts; try again later")]
-    Throttled(Duration),
+    RateLimited(Duration),
     /// The usage buffer of the token is full.
     #[error("there is no room for more usage of this token; report again later")]
     UsageFull(Duration),
     /// The limit of open streams is reached.
     #[error("too many clients follow streams here; poll, or try again later")]
-    Crowded(Duration),
+    TooManyStreams(Duration),
     /// No resource at this path.
     #[error("not found")]
     NotFound,
     /// A resource named in the path or query does not exist; the text names it.
     #[error("{0}")]
-    Missing(String),
+    ResourceNotFound(String),
     /// The resource supports other methods only.
     #[error("this resource allows {0}")]
-    Method(Cow<'static, str>),
+    MethodNotAllowed(Cow<'static, str>),
     /// A body that is not JSON.
     #[error("the body must be JSON, sent with content-type application/json")]
-    MediaType,
+    UnsupportedMediaType,
     /// A malformed body or query; the text says where.
     #[error("{0}")]
     Malformed(String),
     /// An invalid context; the text says why.
     #[error("the context cannot be read: {0}")]
-    Context(String),
+    InvalidContext(String),
     /// A body with invalid fields.
-    #[error("the request cannot be used as it is: {}", summary(.0))]
-    Invalid(Vec<Problem>),
+    #[error("the request cannot be used as it is: {}", summarize(.0))]
+    InvalidFields(Vec<Problem>),
     /// A body larger than the limit.
     #[error("the body is larger than {0} bytes")]
-    TooLarge(usize),
+    BodyTooLarge(usize),
     /// A request that exceeded its timeout, usually while its body arrived.
     #[error("the request took longer than {0:?}")]
-    TooSlow(Duration),
+    RequestTimeout(Duration),
     /// Upstream did not answer a relayed request.
     #[error("upstream did not answer")]
-    Upstream,
+    BadGateway,
     /// A bug in Parapet.
     #[error("internal error")]
     Internal,
 }
 
-impl From<Vec<Problem>> for Failure {
+impl From<Vec<Problem>> for HttpError {
     fn from(problems: Vec<Problem>) -> Self {
-        Self::Invalid(problems)
+        Self::InvalidFields(problems)
     }
 }
 
 /// All problems in one line.
-fn summary(problems: &[Problem]) -> String {
-    problems.iter().map(sentence).collect::<Vec<_>>().join("; ")
+fn summarize(problems: &[Problem]) -> String {
+    problems.iter().map(describe_problem).collect::<Vec<_>>().join("; ")
 }
 
-fn sentence(problem: &Problem) -> String {
+fn describe_problem(problem: &Problem) -> String {
     format!("{} {}", problem.path, problem.reason)
 }
 
-impl Failure {
+impl HttpError {
     /// The status, and Unleash's name for this kind of error.
-    fn parts(&self) -> (StatusCode, &'static str) {
+    fn status_and_name(&self) -> (StatusCode, &'static str) {
         match self {
-            Self::Unauthorized | Self::SignIn | Self::Ticket => {
+            Self::Unauthorized | Self::SignInRequired | Self::InvalidStreamTicket => {
                 (StatusCode::UNAUTHORIZED, "AuthenticationRequired")
             }
             Self::WrongPassword => (StatusCode::UNAUTHORIZED, "PasswordMismatch"),
-            Self::WrongKind
-            | Self::NotServed
+            Self::WrongTokenKind
+            | Self::EnvironmentNotServed
             | Self::ForbiddenUpstream
-            | Self::Blocked
+            | Self::AddressBlocked
             | Self::CrossOrigin => (StatusCode::FORBIDDEN, "NoAccessError"),
-            Self::Permission(_) => (StatusCode::FORBIDDEN, "PermissionError"),
-            Self::Denied(_) => (StatusCode::FORBIDDEN, "OperationDeniedError"),
+            Self::MissingPermission(_) => (StatusCode::FORBIDDEN, "PermissionError"),
+            Self::OperationDenied(_) => (StatusCode::FORBIDDEN, "OperationDeniedError"),
             Self::Unavailable { .. } => (StatusCode::SERVICE_UNAVAILABLE, "UnavailableError"),
-            Self::Throttled(_) | Self::UsageFull(_) | Self::Crowded(_) => {
+            Self::RateLimited(_) | Self::UsageFull(_) | Self::TooManyStreams(_) => {
                 (StatusCode::TOO_MANY_REQUESTS, "TooManyRequestsError")
             }
-            Self::NotFound | Self::Missing(_) => (StatusCode::NOT_FOUND, "NotFoundError"),
-            Self::Method(_) => (StatusCode::METHOD_NOT_ALLOWED, "MethodNotAllowedError"),
-            Self::MediaType => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "UnsupportedMediaTypeError"),
-            Self::Malformed(_) | Self::Context(_) | Self::Invalid(_) => {
+            Self::NotFound | Self::ResourceNotFound(_) => (StatusCode::NOT_FOUND, "NotFoundError"),
+            Self::MethodNotAllowed(_) => (StatusCode::METHOD_NOT_ALLOWED, "MethodNotAllowedError"),
+            Self::UnsupportedMediaType => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "UnsupportedMediaTypeError"),
+            Self::Malformed(_) | Self::InvalidContext(_) | Self::InvalidFields(_) => {
                 (StatusCode::BAD_REQUEST, "BadDataError")
             }
-            Self::TooLarge(_) => (StatusCode::PAYLOAD_TOO_LARGE, "ContentTooLargeError"),
-            Self::TooSlow(_) => (StatusCode::REQUEST_TIMEOUT, "RequestTimeoutError"),
-            Self::Upstream => (StatusCode::BAD_GATEWAY, "BadGatewayError"),
+            Self::BodyTooLarge(_) => (StatusCode::PAYLOAD_TOO_LARGE, "ContentTooLargeError"),
+            Self::RequestTimeout(_) => (StatusCode::REQUEST_TIMEOUT, "RequestTimeoutError"),
+            Self::BadGateway => (StatusCode::BAD_GATEWAY, "BadGatewayError"),
             Self::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "InternalError"),
         }
     }
 
     fn details(&self) -> Vec<Detail> {
         match self {
-            Self::Invalid(problems) => {
-                let detail = |it: &Problem| Detail { message: sentence(it), path: Some(it.path) };
+            Self::InvalidFields(problems) => {
+                let detail = |it: &Problem| Detail { message: describe_problem(it), path: Some(it.path) };
                 problems.iter().map(detail).collect()
             }
-            Self::Malformed(_) | Self::Context(_) | Self::Permission(_) => {
+            Self::Malformed(_) | Self::InvalidContext(_) | Self::MissingPermission(_) => {
                 vec![Detail { message: self.to_string(), path: None }]
             }
             _ => Vec::new(),
@@ -170,15 +170,15 @@ impl Failure {
     }
 
     /// The JSON body.
-    pub(super) fn error(&self) -> wire::Error {
-        let sign_in = matches!(self, Self::SignIn);
+    pub(super) fn error_body(&self) -> wire::Error {
+        let sign_in = matches!(self, Self::SignInRequired);
         wire::Error {
             id: ulid::Ulid::generate().to_string(),
-            name: self.parts().1,
+            name: self.status_and_name().1,
             message: self.to_string(),
             details: self.details(),
             permissions: match self {
-                Self::Permission(missing) => vec![missing.permission()],
+                Self::MissingPermission(missing) => vec![missing.permission()],
                 _ => Vec::new(),
             },
             r#type: sign_in.then_some("password"),
@@ -188,22 +188,22 @@ impl Failure {
 
     /// The status.
     pub(super) fn status(&self) -> StatusCode {
-        self.parts().0
+        self.status_and_name().0
     }
 
     /// An additional header, if the error has one.
     pub(super) fn header(&self) -> Option<(HeaderName, HeaderValue)> {
         match self {
             Self::Unavailable { retry_after, .. }
-            | Self::Throttled(retry_after)
+            | Self::RateLimited(retry_after)
             | Self::UsageFull(retry_after)
-            | Self::Crowded(retry_after) => {
+            | Self::TooManyStreams(retry_after) => {
                 // Rounded up, because a client that retries too early is rejected again.
                 let seconds = retry_after.as_millis().div_ceil(1000).max(1);
                 let seconds = u64::try_from(seconds).unwrap_or(u64::MAX);
                 Some((RETRY_AFTER, HeaderValue::from(seconds)))
             }
-            Self::Method(methods) => {
+            Self::MethodNotAllowed(methods) => {
                 let methods = HeaderValue::from_str(methods).expect("methods are words");
                 Some((ALLOW, methods))
             }

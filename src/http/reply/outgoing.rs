@@ -12,38 +12,38 @@ use futures_util::Stream;
 use hyper::body::{Body, Frame, SizeHint};
 
 /// A stream of body chunks.
-pub type Live = Pin<Box<dyn Stream<Item = Bytes> + Send>>;
+pub type ByteStream = Pin<Box<dyn Stream<Item = Bytes> + Send>>;
 
 /// The body of a response.
-pub enum Outgoing {
+pub enum ResponseBody {
     /// The complete body; `None` if it is empty or has been sent.
-    Whole(Option<Bytes>),
+    Full(Option<Bytes>),
     /// Chunks that are sent as they arise.
-    Live(Live),
+    Stream(ByteStream),
 }
 
-impl Default for Outgoing {
+impl Default for ResponseBody {
     fn default() -> Self {
-        Self::Whole(None)
+        Self::Full(None)
     }
 }
 
-impl From<Bytes> for Outgoing {
+impl From<Bytes> for ResponseBody {
     fn from(bytes: Bytes) -> Self {
-        Self::Whole(Some(bytes).filter(|bytes| !bytes.is_empty()))
+        Self::Full(Some(bytes).filter(|bytes| !bytes.is_empty()))
     }
 }
 
-impl fmt::Debug for Outgoing {
+impl fmt::Debug for ResponseBody {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Whole(bytes) => f.debug_tuple("Full").field(bytes).finish(),
-            Self::Live(_) => f.write_str("Stream"),
+            Self::Full(bytes) => f.debug_tuple("Full").field(bytes).finish(),
+            Self::Stream(_) => f.write_str("Stream"),
         }
     }
 }
 
-impl Body for Outgoing {
+impl Body for ResponseBody {
     type Data = Bytes;
     type Error = Infallible;
 
@@ -52,8 +52,8 @@ impl Body for Outgoing {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         match self.get_mut() {
-            Self::Whole(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
-            Self::Live(live) => {
+            Self::Full(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+            Self::Stream(live) => {
                 live.as_mut().poll_next(cx).map(|it| it.map(|bytes| Ok(Frame::data(bytes))))
             }
         }
@@ -61,15 +61,15 @@ impl Body for Outgoing {
 
     fn is_end_stream(&self) -> bool {
         match self {
-            Self::Whole(bytes) => bytes.is_none(),
-            Self::Live(_) => false,
+            Self::Full(bytes) => bytes.is_none(),
+            Self::Stream(_) => false,
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match self {
-            Self::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, Bytes::len) as u64),
-            Self::Live(_) => SizeHint::default(),
+            Self::Full(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, Bytes::len) as u64),
+            Self::Stream(_) => SizeHint::default(),
         }
     }
 }

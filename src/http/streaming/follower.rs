@@ -18,7 +18,7 @@ use tokio::{
 };
 use tokio_util::sync::{ReusableBoxFuture, WaitForCancellationFutureOwned};
 
-use super::{seats::Seat, teller::Teller};
+use super::{seats::StreamPermit, teller::EventSource};
 use crate::{feed::StateId, wire::sse};
 
 /// Longest interval between keep-alive comments: Node's SDK reconnects after 60 s without data.
@@ -34,7 +34,7 @@ const RECONNECT_DELAY: std::ops::Range<u64> = 500..5_000;
 pin_project_lite::pin_project! {
     /// A stream of server-sent events, which holds a permit until it closes.
     pub(super) struct SseStream<T> {
-        permit: Seat,
+        permit: StreamPermit,
         // Unconstrained by the task budget: it is polled only once.
         #[pin]
         closed: Unconstrained<WaitForCancellationFutureOwned>,
@@ -62,52 +62,52 @@ enum Phase {
     Closed,
 }
 
-impl<T: Teller> SseStream<T> {
+impl<T: EventSource> SseStream<T> {
     /// A stream that closes after `age` at the latest.
     pub(super) fn new(
-        permit: Seat,
+        permit: StreamPermit,
         states: watch::Receiver<StateId>,
         source: T,
         age: Duration,
     ) -> Self {
         let now = Instant::now();
         let (keep_alive_at, expires_at) = (next_keep_alive(now, permit.epoch()), now + age);
-        let (closed, timer) = (unconstrained(permit.over().wake()), sleep_until(expires_at));
+        let (closed, timer) = (unconstrained(permit.close_signal().subscribe()), sleep_until(expires_at));
         let (states, phase) = (StateIds::new(states), Phase::New);
         Self { permit, closed, states, source, phase, keep_alive_at, expires_at, timer }
     }
 }
 
-impl<T: Teller> Stream for SseStream<T> {
+impl<T: EventSource> Stream for SseStream<T> {
     type Item = Bytes;
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
         let mut this = self.project();
-        let metrics = this.permit.tally();
+        let metrics = this.permit.metrics();
         if *this.phase == Phase::New {
             let _ = this.closed.poll(cx);
             *this.phase = Phase::Sending;
         }
-        if matches!(this.phase, Phase::Sending | Phase::Waiting) && this.permit.over().is_given() {
+        if matches!(this.phase, Phase::Sending | Phase::Waiting) && this.permit.close_signal().is_triggered() {
             let Some(stagger) = this.permit.stagger() else {
                 metrics.revoked.increment(1);
                 *this.phase = Phase::Closed;
                 return Poll::Ready(None);
             };
-            metrics.shut.increment(1);
+            metrics.shutdown.increment(1);
             this.timer.as_mut().reset(Instant::now() + stagger.mul_f64(rand::random()));
             *this.phase = Phase::Closing;
         }
         loop {
             match this.phase {
                 Phase::New | Phase::Sending => {
-                    if let Some(chunk) = this.source.tell() {
-                        metrics.count(chunk.told);
+                    if let Some(chunk) = this.source.next_event() {
+                        metrics.record(chunk.kind);
                         metrics.bytes.increment(chunk.bytes.len() as u64);
                         return Poll::Ready(Some(chunk.bytes));
                     }
-                    if this.source.is_over() {
-                        metrics.incomplete.increment(1);
+                    if this.source.is_finished() {
+                        metrics.context_incomplete.increment(1);
                         this.timer.as_mut().reset(Instant::now());
                         *this.phase = Phase::Closing;
                     } else {
@@ -121,28 +121,28 @@ impl<T: Teller> Stream for SseStream<T> {
                             continue;
                         }
                         Poll::Ready(Err(_)) => {
-                            metrics.gone.increment(1);
+                            metrics.environment_removed.increment(1);
                             *this.phase = Phase::Closed;
                             return Poll::Ready(None);
                         }
                         Poll::Pending => {}
                     }
                     let due = (*this.keep_alive_at).min(*this.expires_at);
-                    let due = this.source.wakes_at().map_or(due, |deadline| deadline.min(due));
+                    let due = this.source.next_deadline().map_or(due, |deadline| deadline.min(due));
                     if due < this.timer.deadline() || this.timer.is_elapsed() {
                         this.timer.as_mut().reset(due);
                     }
                     ready!(this.timer.as_mut().poll(cx));
                     let now = Instant::now();
                     if *this.expires_at <= now {
-                        metrics.aged.increment(1);
+                        metrics.expired.increment(1);
                         *this.phase = Phase::Closed;
                         return Poll::Ready(None);
                     }
                     if *this.keep_alive_at <= now {
                         *this.keep_alive_at = next_keep_alive(now, this.permit.epoch());
                         let comment = Bytes::from_static(sse::COMMENT);
-                        metrics.comments.increment(1);
+                        metrics.keep_alives.increment(1);
                         metrics.bytes.increment(comment.len() as u64);
                         return Poll::Ready(Some(comment));
                     }

@@ -5,29 +5,29 @@ use metrics::{
     gauge, histogram,
 };
 
-use super::teller::Told;
+use super::teller::ChunkKind;
 
 /// Handles of the metrics, registered once.
 #[derive(Debug)]
-pub(super) struct Tally {
+pub(super) struct StreamMetrics {
     pub(super) open: Gauge,
     pub(super) refused: Counter,
     pub(super) bytes: Counter,
-    pub(super) comments: Counter,
+    pub(super) keep_alives: Counter,
     pub(super) revoked: Counter,
-    pub(super) aged: Counter,
-    pub(super) gone: Counter,
-    pub(super) incomplete: Counter,
-    pub(super) shut: Counter,
+    pub(super) expired: Counter,
+    pub(super) environment_removed: Counter,
+    pub(super) context_incomplete: Counter,
+    pub(super) shutdown: Counter,
     hydrations: Counter,
     replays: Counter,
     changes: Counter,
-    overtaken: Counter,
-    directions: Counter,
-    delay: Histogram,
+    resyncs: Counter,
+    fetch_modes: Counter,
+    propagation_delay: Histogram,
 }
 
-impl Tally {
+impl StreamMetrics {
     pub(super) fn new() -> Self {
         const OPEN: &str = "parapet_streams";
         const REFUSED: &str = "parapet_streams_refused_total";
@@ -50,30 +50,30 @@ impl Tally {
             open: gauge!(OPEN),
             refused: counter!(REFUSED),
             bytes: counter!(BYTES),
-            comments: frames("comment"),
+            keep_alives: frames("comment"),
             revoked: ended("token"),
-            aged: ended("age"),
-            gone: ended("environment"),
-            incomplete: ended("context"),
-            shut: ended("shutdown"),
+            expired: ended("age"),
+            environment_removed: ended("environment"),
+            context_incomplete: ended("context"),
+            shutdown: ended("shutdown"),
             hydrations: frames("hydration"),
             replays: frames("replay"),
             changes: frames("changes"),
-            overtaken: frames("overtaken"),
-            directions: frames("directions"),
-            delay: histogram!(DELAY),
+            resyncs: frames("overtaken"),
+            fetch_modes: frames("directions"),
+            propagation_delay: histogram!(DELAY),
         }
     }
 
-    pub(super) fn count(&self, kind: Told) {
+    pub(super) fn record(&self, kind: ChunkKind) {
         match kind {
-            Told::Whole => self.hydrations.increment(1),
-            Told::Missed => self.replays.increment(1),
-            Told::Overtaken => self.overtaken.increment(1),
-            Told::Directions => self.directions.increment(1),
-            Told::Changed(at) => {
+            ChunkKind::Hydration => self.hydrations.increment(1),
+            ChunkKind::Replay => self.replays.increment(1),
+            ChunkKind::Resync => self.resyncs.increment(1),
+            ChunkKind::FetchMode => self.fetch_modes.increment(1),
+            ChunkKind::Changes(at) => {
                 self.changes.increment(1);
-                self.delay.record(at.elapsed());
+                self.propagation_delay.record(at.elapsed());
             }
         }
     }

@@ -7,41 +7,41 @@ use tokio::time::Instant;
 ///
 /// The stream calls [`next_event`](Self::next_event) when it begins, when the flags of its environment
 /// change and at [`next_deadline`](Self::next_deadline), each time until it returns `None`.
-pub trait Teller: Send + 'static {
+pub trait EventSource: Send + 'static {
     /// The next chunk to send now, if there is one.
-    fn tell(&mut self) -> Option<Piece>;
+    fn next_event(&mut self) -> Option<SseChunk>;
 
     /// Whether the stream has to close, so that the client reconnects, after all chunks have been sent.
-    fn is_over(&self) -> bool {
+    fn is_finished(&self) -> bool {
         false
     }
 
     /// When there may be an event although the flags have not changed.
-    fn wakes_at(&self) -> Option<Instant> {
+    fn next_deadline(&self) -> Option<Instant> {
         None
     }
 }
 
 /// One or more server-sent events, sent as one chunk.
 #[derive(Clone, Debug)]
-pub struct Piece {
+pub struct SseChunk {
     /// The encoded events.
     pub bytes: Bytes,
     /// The kind, for the metrics.
-    pub told: Told,
+    pub kind: ChunkKind,
 }
 
 /// The kind of a chunk.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Told {
+pub enum ChunkKind {
     /// All flags, to a new client.
-    Whole,
+    Hydration,
     /// The changes that a reconnecting client missed, possibly none.
-    Missed,
+    Replay,
     /// Changes, received from the source at this time.
-    Changed(Instant),
+    Changes(Instant),
     /// All flags, to a client that was too slow for the history of changes.
-    Overtaken,
+    Resync,
     /// The fetch mode to switch to.
-    Directions,
+    FetchMode,
 }

@@ -96,7 +96,7 @@ impl Bed {
             upstream: Upstream::new(config(&url)).unwrap(),
             credentials,
             snapshots: snapshots.clone(),
-            saver: Saver::new(Store::memory()),
+            saver: BackgroundWriter::new(Store::memory()),
         };
         let mut environment_sync = Followed::new(environment, dependencies);
         environment_sync.held_for = held_for;

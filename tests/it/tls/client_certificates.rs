@@ -119,7 +119,7 @@ impl HttpService for Mirror {
         };
         let client = client.as_ref().map(|it| (it.subject(), it.names(), it.fingerprint()));
         let description = format!("{} {} {alpn:?} {client:?}", peer.ip(), version.as_str());
-        ServiceResponse::Ready(reply::ok(description))
+        ServiceResponse::Ready(reply::json_text(description))
     }
 }
 
